@@ -1,0 +1,19 @@
+"""PaCA, Partial Connection Adaptation: fine-tune at the speed and memory of the frozen model.
+
+Importing this package makes PaCA a method that PEFT knows::
+
+    import paca, peft
+    model = peft.get_peft_model(model, paca.PacaConfig(r=16))
+"""
+
+from importlib.metadata import version
+
+from paca.config import PacaConfig
+from paca.errors import PacaError
+from paca.registration import register
+from paca.tuner import PacaModel, refresh
+
+register(PacaConfig, PacaModel)
+
+__version__ = version("paca-tuning")
+__all__ = ["PacaConfig", "PacaError", "PacaModel", "refresh"]

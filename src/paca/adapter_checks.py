@@ -1,0 +1,78 @@
+"""Checks an adapter's tensors before any of them reaches the model."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from paca.layers import PacaLayer
+from paca.selection import column_problem
+
+DELTA, INDICES = "paca_delta", "paca_indices"
+
+
+def check_adapter_tensors(model: nn.Module, adapter_name: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Check the tensors of an adapter against the layers they are to be loaded into, and sort the columns.
+
+    Args:
+        model: holds the layers, with ``adapter_name`` already in them.
+        adapter_name: which adapter is loaded.
+        tensors: by the names they have in ``model.state_dict()``; those that belong to no layer keep the file's name.
+
+    Returns:
+        The same tensors, each adapter's columns in ascending order (other tools need not sort them).
+
+    Raises:
+        ValueError: for an unknown target, a missing tensor, a wrong shape or type, indices that are out of range or
+            repeated, or a value that is NaN or Inf; names the tensor. Nothing has been loaded then.
+    """
+    checked = dict(tensors)
+    expected: set[str] = set()
+    for name, layer in model.named_modules():
+        if isinstance(layer, PacaLayer) and adapter_name in layer.paca_delta:
+            delta_name = f"{name}.{DELTA}.{adapter_name}"
+            indices_name = f"{name}.{INDICES}.{adapter_name}"
+            expected |= {delta_name, indices_name}
+            for wanted in (delta_name, indices_name):
+                if wanted not in tensors:
+                    raise ValueError(f"The adapter has no tensor {file_name(wanted, adapter_name)}, which its config promises.")
+            delta, indices = tensors[delta_name], tensors[indices_name]
+            _check_shapes(layer, adapter_name, delta_name, delta, indices_name, indices)
+            problem = column_problem(indices, layer.in_features)
+            if problem:
+                raise ValueError(f"{file_name(indices_name, adapter_name)}: {problem}.")
+            if not bool(torch.isfinite(delta).all()):
+                raise ValueError(f"{file_name(delta_name, adapter_name)} holds NaN or Inf: the adapter is broken.")
+            order = indices.argsort()
+            checked[delta_name], checked[indices_name] = delta[:, order].contiguous(), indices[order].to(torch.int64)
+    unknown = sorted(k for k in tensors if (f".{DELTA}" in k or f".{INDICES}" in k) and k not in expected)
+    if unknown:
+        raise ValueError(
+            f"The adapter holds {unknown[0]}{f' and {len(unknown) - 1} more' if len(unknown) > 1 else ''}, but the model "
+            "has no such layer among the adapter's targets: it was trained on another model, or its config was changed."
+        )
+    return checked
+
+
+def _check_shapes(
+    layer: PacaLayer, adapter_name: str, delta_name: str, delta: Tensor, indices_name: str, indices: Tensor
+) -> None:
+    r = layer.r[adapter_name]
+    if tuple(delta.shape) != (layer.out_features, r):
+        raise ValueError(
+            f"{file_name(delta_name, adapter_name)} has shape {tuple(delta.shape)}; this model's layer with r={r} needs "
+            f"{(layer.out_features, r)} (out_features, r)."
+        )
+    if tuple(indices.shape) != (r,):
+        raise ValueError(
+            f"{file_name(indices_name, adapter_name)} has shape {tuple(indices.shape)}; r={r} needs {(r,)}."
+        )
+    if not delta.is_floating_point():
+        raise ValueError(f"{file_name(delta_name, adapter_name)} is {delta.dtype}; it must be a float type.")
+    if indices.is_floating_point() or indices.is_complex() or indices.dtype == torch.bool:
+        raise ValueError(f"{file_name(indices_name, adapter_name)} is {indices.dtype}; it must be int64.")
+
+
+def file_name(name: str, adapter_name: str) -> str:
+    """The tensor's name in the adapter file: without the adapter's own name."""
+    return name.removesuffix(f".{adapter_name}")

@@ -1,0 +1,116 @@
+"""PacaConfig: the one dataclass users fill in."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any
+
+from peft.config import PeftConfig
+
+from paca.registration import add_peft_type
+
+SELECTIONS = ("random",)
+
+
+@dataclass
+class PacaConfig(PeftConfig):
+    """Settings of a PaCA adapter (arXiv 2503.01905): ``r`` input columns of each target weight are trained in place.
+
+    The names are those of PEFT's own PaCA (>= 0.22), and files of either load in both.
+
+    Raises:
+        ValueError: for a setting that can't work, naming it.
+    """
+
+    r: int = field(default=16, metadata={"help": "How many input columns of each target weight are trained."})
+    paca_alpha: float = field(default=16, metadata={"help": "The columns move by paca_alpha / r times their delta."})
+    target_modules: list[str] | set[str] | str | None = field(
+        default=None,
+        metadata={
+            "help": "Names (or endings of names) of the modules to adapt, a regular expression if one string, or "
+            "'all-linear'. Default: all linear layers but the output layer, as in the paper."
+        },
+    )
+    exclude_modules: list[str] | set[str] | str | None = field(
+        default=None, metadata={"help": "Modules left out of target_modules; same forms."}
+    )
+    layers_to_transform: list[int] | int | None = field(
+        default=None, metadata={"help": "Adapt only the blocks with these numbers."}
+    )
+    layers_pattern: list[str] | str | None = field(
+        default=None, metadata={"help": "Name of the list of blocks that layers_to_transform counts, such as 'layers'."}
+    )
+    random_seed: int = field(default=0, metadata={"help": "Seed of the random selection of columns."})
+    init_weights: bool = field(
+        default=True,
+        metadata={"help": "Start the deltas at zero, so that the model starts unchanged. False is for tests."},
+    )
+    modules_to_save: list[str] | None = field(
+        default=None, metadata={"help": "Modules trained whole and saved with the adapter, such as a new head."}
+    )
+    rank_pattern: dict[str, int] = field(
+        default_factory=dict, metadata={"help": "r for particular modules: name or regular expression to number."}
+    )
+    alpha_pattern: dict[str, float] = field(
+        default_factory=dict, metadata={"help": "paca_alpha for particular modules, as rank_pattern."}
+    )
+    selection: str = field(default="random", metadata={"help": f"How columns are chosen: {', '.join(SELECTIONS)}."})
+    indices: dict[str, list[int]] | None = field(
+        default=None,
+        metadata={
+            "help": "Columns chosen by hand: module name or regular expression to column numbers. Other modules "
+            "follow selection; the number of columns given is that module's r."
+        },
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        # Not settings, so neither fields nor saved: what the tuner needs to take back an adapter that fails to load.
+        self.loading = False
+        self.trainable_before: dict[str, bool] = {}
+        self.peft_type = add_peft_type()
+        for name in ("target_modules", "exclude_modules"):
+            value = getattr(self, name)
+            if isinstance(value, (list, tuple)):
+                setattr(self, name, set(value))
+        self._check()
+
+    def _check(self) -> None:
+        for name, value in [("r", self.r), *((f"rank_pattern[{k!r}]", v) for k, v in self.rank_pattern.items())]:
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name} must be a whole number of columns, 1 or more; got {value!r}.")
+        alphas = [("paca_alpha", self.paca_alpha), *((f"alpha_pattern[{k!r}]", v) for k, v in self.alpha_pattern.items())]
+        for name, value in alphas:
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < float("inf"):
+                raise ValueError(f"{name} must be a positive number; got {value!r}.")
+        if self.selection not in SELECTIONS:
+            raise ValueError(f"selection={self.selection!r} is unknown; choose one of {', '.join(SELECTIONS)}.")
+        if isinstance(self.target_modules, str) and self.layers_to_transform is not None:
+            raise ValueError(
+                "layers_to_transform can't go with target_modules given as one string: say in the expression which "
+                "blocks are meant, or give target_modules as a list of names."
+            )
+        if self.layers_pattern and self.layers_to_transform is None:
+            raise ValueError("layers_pattern says where layers_to_transform counts, but layers_to_transform is not set.")
+        if self.indices is not None and (not isinstance(self.indices, dict) or not self.indices):
+            raise ValueError("indices must map module names to lists of column numbers, such as {'q_proj': [0, 5]}.")
+
+    def to_dict(self) -> dict[str, Any]:
+        values: dict[str, Any] = super().to_dict()
+        for name in ("target_modules", "exclude_modules"):
+            if isinstance(values[name], set):
+                values[name] = sorted(values[name])  # a set's order differs from process to process
+        return values
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> PacaConfig:
+        config: PacaConfig = super().from_pretrained(*args, **kwargs)
+        config.loading = True
+        return config
+
+    @classmethod
+    def from_peft(cls, config: PeftConfig) -> PacaConfig:
+        """Read another class's PaCA config (PEFT's own, >= 0.22); fields of the same name mean the same."""
+        known = {f.name for f in dataclasses.fields(cls) if f.init} - {"peft_type"}
+        return cls(**{k: v for k, v in dataclasses.asdict(config).items() if k in known})  # type: ignore[call-overload]

@@ -1,0 +1,230 @@
+"""The bookkeeping of an adapted layer, as PEFT expects it of every tuner layer."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import torch
+from peft.tuners._buffer_dict import BufferDict
+from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
+from torch import Tensor, nn
+
+from paca.layers.resident_weight import ResidentWeight
+from paca.resident import Columns
+
+
+
+class PacaLayer(nn.Module, BaseTunerLayer):
+    """Deltas and indices per adapter, above a base layer whose weight holds those of the active ones.
+
+    Attributes:
+        base_layer: the adapted module, a ``ResidentWeight``.
+        paca_delta: per adapter, ``(out_features, r)``, the trainable parameter; float32 unless asked otherwise.
+        paca_indices: per adapter, ``(r,)`` int64, the input columns it belongs to; saved with the adapter.
+        scaling: per adapter, the factor ``paca_alpha / r`` on its delta.
+    """
+
+    adapter_layer_names = ("paca_delta",)
+    other_param_names = ("paca_indices", "r", "paca_alpha", "scaling")
+
+    def __init__(self, base_layer: ResidentWeight) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self.paca_delta = nn.ParameterDict()
+        self.paca_indices = BufferDict(persistent=True)
+        self.r: dict[str, int] = {}
+        self.paca_alpha: dict[str, float] = {}
+        self.scaling: dict[str, float] = {}
+        self.merged_adapters: list[str] = []
+        self._disable_adapters = False
+        self._active_adapter = []
+
+        weight = base_layer.weight
+        self.in_features = weight.shape[base_layer.input_dim]
+        self.out_features = weight.shape[1 - base_layer.input_dim]
+
+    # -- adapters -----------------------------------------------------------------------------------------------
+
+    def update_layer(
+        self, adapter_name: str, indices: Tensor, paca_alpha: float, init_weights: bool, inference_mode: bool
+    ) -> None:
+        """Add an adapter that trains the columns ``indices (r,)``.
+
+        The delta starts at zero, so that the model's outputs stay as they are; with ``init_weights=False`` it starts
+        at small random values, for tests.
+        """
+        weight = self.base_layer.weight
+        r = indices.numel()
+        dtype = torch.promote_types(weight.dtype, torch.float32)  # float64 weights get float64 deltas
+        delta = torch.zeros(self.out_features, r, dtype=dtype, device=weight.device)
+        if not init_weights:
+            nn.init.normal_(delta, std=0.02)
+        self.r[adapter_name] = r
+        self.paca_alpha[adapter_name] = paca_alpha
+        self.scaling[adapter_name] = paca_alpha / r
+        self.paca_delta[adapter_name] = nn.Parameter(delta)
+        self.paca_indices[adapter_name] = indices.to(weight.device)
+        self.set_adapter(self.active_adapters, inference_mode=inference_mode)
+
+    def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
+        super().set_adapter(adapter_names, inference_mode=inference_mode)
+        self.push_columns()
+
+    def enable_adapters(self, enabled: bool) -> None:
+        super().enable_adapters(enabled)
+        self.push_columns()
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        super().delete_adapter(adapter_name)
+        self.push_columns()
+
+    def set_scale(self, adapter: str, scale: float) -> None:
+        """Scale ``adapter`` to ``scale`` times its own ``paca_alpha / r``."""
+        if adapter in self.scaling:
+            self.scaling[adapter] = scale * self.paca_alpha[adapter] / self.r[adapter]
+            self.push_columns()
+
+    def scale_layer(self, scale: float) -> None:
+        """Multiply the scale of the active adapters by ``scale``."""
+        for adapter in self.active_adapters:
+            if adapter in self.scaling:
+                self.scaling[adapter] *= scale
+        self.push_columns()
+
+    def unscale_layer(self, scale: float | None = None) -> None:
+        """Undo ``scale_layer(scale)``; without ``scale``, go back to ``paca_alpha / r``."""
+        for adapter in self.active_adapters:
+            if adapter in self.scaling:
+                own = self.paca_alpha[adapter] / self.r[adapter]
+                self.scaling[adapter] = own if scale is None else self.scaling[adapter] / scale
+        self.push_columns()
+
+    def columns_of(self, adapter_name: str) -> Columns:
+        """The adapter's delta, indices and scale as they are now."""
+        return Columns(
+            adapter_name,
+            self.paca_delta[adapter_name],
+            self.paca_indices[adapter_name],
+            self.scaling[adapter_name],
+        )
+
+    def push_columns(self) -> None:
+        """Tell the base layer which columns its next forward pass has to see."""
+        if self._disable_adapters or self.merged_adapters:
+            wanted: tuple[Columns, ...] = ()
+        else:
+            wanted = tuple(self.columns_of(name) for name in self.active_adapters if name in self.paca_delta)
+        resident = self.base_layer.resident
+        now = resident.wanted
+        if len(now) != len(wanted) or any(
+            a.delta is not b.delta or a.indices is not b.indices or a.scale != b.scale
+            for a, b in zip(now, wanted, strict=True)
+        ):
+            resident.wanted = wanted
+
+    # -- forward ------------------------------------------------------------------------------------------------
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if not torch.compiler.is_compiling():
+            if self._disable_adapters and self.merged_adapters:
+                self.unmerge()
+            self.push_columns()  # a parameter may have been replaced since (a move, FSDP)
+        return self.base_layer(x, *args, **kwargs)
+
+    def refresh_if_stale(self, training: bool) -> None:
+        """Bring the weight up to date, on behalf of the model, before a forward pass of all of it.
+
+        Args:
+            training: gradients are on. A compiled forward and backward pass leave no trace in here, so the columns
+                count as suspect afterwards.
+        """
+        self.push_columns()
+        resident = self.base_layer.resident
+        if resident.stale():
+            resident.refresh(self.base_layer.weight)
+        resident.looked_after = True
+        if training and any(c.delta.requires_grad for c in resident.wanted):
+            resident.suspect = True
+
+    # -- merging ------------------------------------------------------------------------------------------------
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Write the adapters' columns into the base weight until ``unmerge``, which is bitwise.
+
+        Args:
+            safe_merge: check first that every value is finite.
+            adapter_names: default: the active ones.
+
+        Raises:
+            ValueError: if ``safe_merge`` finds NaN or Inf.
+        """
+        names = [n for n in check_adapters_to_merge(self, adapter_names) if n in self.paca_delta]
+        if not names:
+            return
+        columns = tuple(self.columns_of(n) for n in names)
+        self.base_layer.resident.merge(self.base_layer.weight, columns, safe=safe_merge)
+        self.merged_adapters.extend(names)
+        self.push_columns()
+
+    def unmerge(self) -> None:
+        """Take merged columns out of the base weight again, bit for bit."""
+        if not self.merged:
+            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
+            return
+        self.base_layer.resident.unmerge(self.base_layer.weight)
+        self.merged_adapters.clear()
+        self.push_columns()
+
+    def unload_and_optionally_merge_module(
+        self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
+    ) -> nn.Module:
+        """Give back the stock module, with the adapters merged into its weight or without them."""
+        if merge:
+            self.merge(safe_merge=safe_merge, adapter_names=adapter_names)
+            self.base_layer.resident.seal_merge()
+        elif self.merged:
+            self.unmerge()
+        base_layer = self.base_layer
+        base_layer.release()
+        return base_layer
+
+    def get_delta_weight(self, adapter: str) -> Tensor:
+        """The adapter's whole change of the weight, in the weight's shape; float32 or wider, mostly zeros."""
+        columns = self.columns_of(adapter)
+        input_dim = self.base_layer.input_dim
+        values = columns.delta.detach() * columns.scale
+        dense = torch.zeros(self.base_layer.weight.shape, dtype=values.dtype, device=values.device)
+        return dense.index_copy_(input_dim, columns.indices, values if input_dim == 1 else values.t())
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        return True
+
+    # -- devices and dtypes -------------------------------------------------------------------------------------
+
+    def cast_deltas(self, adapter_name: str, autocast_adapter_dtype: bool) -> None:
+        """Give the deltas float32 (or the weight's dtype if that is wider), or exactly the weight's dtype."""
+        if adapter_name not in self.paca_delta:
+            return
+        delta, dtype = self.paca_delta[adapter_name], self.base_layer.weight.dtype
+        if autocast_adapter_dtype:
+            dtype = torch.promote_types(dtype, torch.float32)
+        if delta.dtype != dtype:
+            self.paca_delta[adapter_name] = nn.Parameter(delta.data.to(dtype), requires_grad=delta.requires_grad)
+            self.push_columns()
+
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+        # PEFT's own would also cast the deltas to the weight's dtype, which loses what training in float32 gained.
+        device = device or self.base_layer.weight.device
+        meta = torch.device("meta")
+        if adapter_name not in self.paca_delta or self.paca_delta[adapter_name].device == meta:
+            return
+        for stored in (self.paca_delta, self.paca_indices):
+            if stored[adapter_name].device != device:
+                stored[adapter_name] = stored[adapter_name].to(device)
+        self.cast_deltas(adapter_name, autocast_adapter_dtype=True)
+
+    def extra_repr(self) -> str:
+        return ", ".join(f"{name}: r={r}" for name, r in self.r.items())
+
+

@@ -1,0 +1,108 @@
+"""A stock module whose weight holds resident columns.
+
+The base layer of an adapted layer is turned into one of these classes while it is adapted (and back when the adapter
+goes), so that hooks on it, state dicts, copies, pickles and moves see the right thing whoever asks for them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from paca.functional import partial_linear
+from paca.resident import ResidentColumns
+
+
+class ResidentWeight(nn.Module):
+    """Mixin in front of a stock module class, for ``weight`` (and ``bias``)."""
+
+    stock_class: ClassVar[type[nn.Module]]
+    """What the module was, and becomes again."""
+    input_dim: ClassVar[int]
+    """The dimension of ``weight`` that runs over the input features."""
+
+    weight: nn.Parameter
+    bias: nn.Parameter | None
+    resident: ResidentColumns
+
+    @classmethod
+    def adopt(cls, module: nn.Module) -> ResidentWeight:
+        """Turn ``module``, an instance of ``stock_class``, into an instance of this class, in place."""
+        assert type(module) is cls.stock_class
+        module.__class__ = cls
+        assert isinstance(module, cls)
+        module.resident = ResidentColumns(cls.input_dim)
+        return module
+
+    def release(self) -> None:
+        """Park, and turn back into the stock module, in place."""
+        self.resident.park(self.weight)
+        del self.resident
+        self.__class__ = self.stock_class  # type: ignore[assignment]
+
+    def forward(self, x: Tensor) -> Tensor:
+        resident = self.resident
+        if torch.compiler.is_compiling():
+            # The graph can't ask whether the columns are fresh; the model's refresh runs outside it, before it.
+            if resident.wanted and torch.is_grad_enabled():
+                return self._partial(x, resident.wanted)
+            return super().forward(x)  # type: ignore[misc]
+        if resident.looked_after and resident.state.holds(resident.wanted):
+            resident.looked_after = False
+        elif resident.stale():
+            resident.refresh(self.weight)
+        if not torch.is_grad_enabled():
+            return super().forward(x)  # type: ignore[misc]
+        state = resident.state
+        back = partial(resident.before_backward, self.weight, state)
+        return self._partial(x, state.columns, before_backward=back, state_tag=state.tag_tensor)
+
+    def _partial(
+        self,
+        x: Tensor,
+        columns: tuple[Any, ...],
+        before_backward: Callable[[int], None] | None = None,
+        state_tag: Tensor | None = None,
+    ) -> Tensor:
+        return partial_linear(
+            x,
+            self.weight,
+            self.bias,
+            [c.delta for c in columns],
+            [c.indices for c in columns],
+            [c.scale for c in columns],
+            input_dim=self.input_dim,
+            before_backward=before_backward,
+            state_tag=state_tag,
+        )
+
+    # -- the weight as others see it: always the pretrained one ---------------------------------------------------
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ResidentWeight:
+        self.resident.park(self.weight)
+        return super()._apply(fn, recurse)  # type: ignore[return-value]
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        self.resident.park(self.weight)
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if not keep_vars:
+            self.resident.lend(destination[prefix + "weight"])
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, local_metadata: Any, strict: bool, *rest: Any
+    ) -> None:
+        if prefix + "weight" in state_dict:
+            if self.resident.merged:
+                names = ", ".join(repr(c.name) for c in self.resident.merged)
+                raise RuntimeError(f"{prefix}weight can't be loaded while {names} is merged into it: unmerge first.")
+            self.resident.park(self.weight)
+            self.resident.reloaded()
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, *rest)
+
+    def __getstate__(self) -> dict[str, Any]:
+        self.resident.park(self.weight)
+        return self.__dict__.copy()

@@ -1,0 +1,222 @@
+"""PacaModel: puts PaCA into a model, through PEFT's tuner interface."""
+
+from __future__ import annotations
+
+import contextlib
+from collections import Counter
+from typing import Any
+
+import torch
+from peft.config import PeftConfig
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper, get_pattern_key
+from torch import Tensor, nn
+
+from paca.adapter_checks import check_adapter_tensors
+from paca.config import PacaConfig
+from paca.layers import RESIDENT_CLASSES, PacaLayer, PacaLinear
+from paca.registration import PREFIX
+from paca.selection import check_rank, explicit_columns, random_columns
+
+
+class PacaModel(BaseTuner):
+    """A model whose target layers train some of their input columns in place.
+
+    Made by ``peft.get_peft_model(model, PacaConfig(...))``; see ``PacaConfig``.
+    """
+
+    prefix = PREFIX
+    tuner_layer_cls = PacaLayer
+    target_module_mapping: dict[str, list[str]] = {}  # noqa: RUF012  (PEFT reads it; ours targets all linear layers)
+
+    # -- putting adapters in ------------------------------------------------------------------------------------
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        config = self.peft_config[adapter_name]
+        if not isinstance(config, PacaConfig):
+            self.peft_config[adapter_name] = PacaConfig.from_peft(config)
+        trainable_before = {name: p.requires_grad for name, p in model.named_parameters()}
+        try:
+            super().inject_adapter(model, adapter_name, *args, **kwargs)
+        except Exception:
+            remove_adapter(model, adapter_name, trainable_before)
+            self.peft_config.pop(adapter_name, None)
+            raise
+        self.peft_config[adapter_name].trainable_before = trainable_before
+        RefreshBeforeForward.install(model)
+
+    def _prepare_adapter_config(self, peft_config: PacaConfig, model_config: dict[str, Any]) -> PacaConfig:
+        if peft_config.target_modules is None and peft_config.indices is None:
+            peft_config.target_modules = "all-linear"
+        return peft_config
+
+    def _create_and_replace(
+        self,
+        peft_config: PacaConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        parameter_name: str | None = None,
+    ) -> None:
+        layer = target if isinstance(target, PacaLayer) else self._new_layer(target, current_key)
+        alpha_key = get_pattern_key(peft_config.alpha_pattern.keys(), current_key)
+        layer.update_layer(
+            adapter_name,
+            choose_columns(peft_config, layer, current_key),
+            paca_alpha=peft_config.alpha_pattern.get(alpha_key, peft_config.paca_alpha),
+            init_weights=peft_config.init_weights,
+            inference_mode=peft_config.inference_mode,
+        )
+        if layer is not target:
+            if adapter_name not in self.active_adapters:
+                layer.requires_grad_(False)
+            self._replace_module(parent, target_name, layer, target)
+
+    def _new_layer(self, target: nn.Module, key: str) -> PacaLayer:
+        if isinstance(target, BaseTunerLayer):
+            raise ValueError(f"{key} is already adapted by another method ({type(target).__name__}); unload that first.")
+        resident_class = RESIDENT_CLASSES.get(type(target))
+        if resident_class is None:
+            raise ValueError(
+                f"{key} is a {type(target).__module__}.{type(target).__qualname__}, which PaCA can't adapt yet; it "
+                f"adapts {', '.join(c.__name__ for c in RESIDENT_CLASSES)}. Leave it out through target_modules or "
+                "exclude_modules."
+            )
+        weight = target.weight
+        if not weight.is_floating_point() or weight.element_size() < 2:
+            raise ValueError(f"{key} has a weight of type {weight.dtype}; PaCA needs a float of 16 bits or more.")
+        uses = Counter(id(p) for m in self.model.modules() for p in m._parameters.values() if p is not None)
+        if uses[id(weight)] > 1:
+            raise ValueError(
+                f"{key} shares its weight with another module (tied weights), which would silently be trained along. "
+                "Leave it out of target_modules, or load the model with tie_word_embeddings=False."
+            )
+        return PacaLinear(resident_class.adopt(target))
+
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> contextlib.AbstractContextManager[None]:
+        if kwargs.get("adapter_names") is not None:
+            raise ValueError(
+                "PaCA can't run different adapters within one batch yet (adapter_names). Run one batch per adapter, "
+                "with set_adapter in between."
+            )
+        return contextlib.nullcontext()
+
+    # -- taking adapters out ------------------------------------------------------------------------------------
+
+    def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> nn.Module:
+        model = super()._unload_and_optionally_merge(*args, **kwargs)
+        RefreshBeforeForward.remove(model)
+        return model
+
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        for layer in paca_layers(self.model):
+            layer.cast_deltas(adapter_name, autocast_adapter_dtype)
+
+    # -- loading ------------------------------------------------------------------------------------------------
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: PeftConfig, adapter_name: str, state_dict: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        tensors = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+        try:
+            return check_adapter_tensors(model, adapter_name, tensors)
+        except ValueError:
+            if getattr(config, "loading", False):  # the adapter was only just put in, to be loaded into
+                tuner = getattr(model, "base_model", None)
+                root = tuner.model if isinstance(tuner, PacaModel) else model
+                remove_adapter(root, adapter_name, config.trainable_before)
+                model.peft_config.pop(adapter_name, None)
+            raise
+
+
+def choose_columns(config: PacaConfig, layer: PacaLayer, key: str) -> Tensor:
+    """The columns ``(r,)`` that ``config`` selects in ``layer``, called ``key`` in its model."""
+    rank_key = get_pattern_key(config.rank_pattern.keys(), key)
+    r = config.rank_pattern.get(rank_key, config.r)
+    if config.indices:
+        by_hand = config.indices.get(get_pattern_key(config.indices.keys(), key))
+        if by_hand is not None:
+            return explicit_columns(by_hand, layer.in_features, key)
+    check_rank(r, layer.in_features, key)
+    return random_columns(layer.in_features, r, config.random_seed, key)
+
+
+def paca_layers(model: nn.Module) -> list[PacaLayer]:
+    """The adapted layers of ``model``."""
+    return [m for m in model.modules() if isinstance(m, PacaLayer)]
+
+
+def remove_adapter(model: nn.Module, adapter_name: str, trainable_before: dict[str, bool]) -> None:
+    """Take an adapter that could not be put in or loaded out again, and restore what was trainable.
+
+    Layers that have no other adapter become stock modules again.
+    """
+    for name, module in list(model.named_modules()):
+        parent = model.get_submodule(name.rpartition(".")[0])
+        child = name.rpartition(".")[2]
+        if isinstance(module, PacaLayer):
+            if adapter_name in module.paca_delta:
+                module.delete_adapter(adapter_name)
+            if not module.paca_delta:
+                setattr(parent, child, module.unload_and_optionally_merge_module(False, False, None))
+        elif isinstance(module, AuxiliaryTrainingWrapper) and adapter_name in module._adapters:
+            module.delete_adapter(adapter_name, new_active_adapters=None)
+            if not module._adapters:
+                setattr(parent, child, module.unload_and_optionally_merge_module(False, False, None))
+    if not paca_layers(model):
+        RefreshBeforeForward.remove(model)
+        if hasattr(model, "peft_config"):
+            del model.peft_config
+    for name, parameter in model.named_parameters():
+        if name in trainable_before:
+            parameter.requires_grad_(trainable_before[name])
+
+
+class RefreshBeforeForward:
+    """A forward pre-hook on the adapted model that brings all its stale layers up to date at once.
+
+    Each layer looks after itself when it is called alone; this is for compiled models, whose graphs can't ask.
+    """
+
+    def __init__(self, layers: list[PacaLayer]) -> None:
+        self.layers = layers
+
+    def __call__(self, module: nn.Module, args: Any) -> None:
+        refresh_layers(self.layers, training=torch.is_grad_enabled())
+
+    @staticmethod
+    def remove(model: nn.Module) -> None:
+        for key, hook in list(model._forward_pre_hooks.items()):
+            if isinstance(hook, RefreshBeforeForward):
+                del model._forward_pre_hooks[key]
+
+    @staticmethod
+    def install(model: nn.Module) -> None:
+        RefreshBeforeForward.remove(model)
+        model.register_forward_pre_hook(RefreshBeforeForward(paca_layers(model)), prepend=True)
+
+
+@torch.compiler.disable
+def refresh_layers(layers: list[PacaLayer], training: bool) -> None:
+    """Refresh every stale layer, in eager mode also when called from a compiled model."""
+    for layer in layers:
+        layer.refresh_if_stale(training)
+
+
+def refresh(model: nn.Module) -> None:
+    """Write the deltas into the weights now, whatever their version counters say.
+
+    Needed only after a delta was written through ``.data`` (or by a foreign kernel) with no backward pass before it:
+    that is the one change that nobody can see.
+
+    Args:
+        model: the adapted model, or any module that holds adapted layers.
+    """
+    for layer in paca_layers(model):
+        layer.push_columns()
+        layer.base_layer.resident.suspect = True
+        layer.base_layer.resident.refresh(layer.base_layer.weight)
+
