@@ -10,8 +10,9 @@ from importlib.metadata import version
 
 from paca.config import PacaConfig
 from paca.errors import PacaError
+from paca.refresh import refresh
 from paca.registration import register
-from paca.tuner import PacaModel, refresh
+from paca.tuner import PacaModel
 
 register(PacaConfig, PacaModel)
 

@@ -35,7 +35,9 @@ def check_adapter_tensors(model: nn.Module, adapter_name: str, tensors: dict[str
             expected |= {delta_name, indices_name}
             for wanted in (delta_name, indices_name):
                 if wanted not in tensors:
-                    raise ValueError(f"The adapter has no tensor {file_name(wanted, adapter_name)}, which its config promises.")
+                    raise ValueError(
+                        f"The adapter has no tensor {file_name(wanted, adapter_name)}, which its config promises."
+                    )
             delta, indices = tensors[delta_name], tensors[indices_name]
             _check_shapes(layer, adapter_name, delta_name, delta, indices_name, indices)
             problem = column_problem(indices, layer.in_features)
@@ -47,9 +49,10 @@ def check_adapter_tensors(model: nn.Module, adapter_name: str, tensors: dict[str
             checked[delta_name], checked[indices_name] = delta[:, order].contiguous(), indices[order].to(torch.int64)
     unknown = sorted(k for k in tensors if (f".{DELTA}" in k or f".{INDICES}" in k) and k not in expected)
     if unknown:
+        others = f" and {len(unknown) - 1} more" if len(unknown) > 1 else ""
         raise ValueError(
-            f"The adapter holds {unknown[0]}{f' and {len(unknown) - 1} more' if len(unknown) > 1 else ''}, but the model "
-            "has no such layer among the adapter's targets: it was trained on another model, or its config was changed."
+            f"The adapter holds {unknown[0]}{others}, but the model has no such layer among the adapter's targets: "
+            "it was trained on another model, or its config was changed."
         )
     return checked
 
@@ -60,8 +63,8 @@ def _check_shapes(
     r = layer.r[adapter_name]
     if tuple(delta.shape) != (layer.out_features, r):
         raise ValueError(
-            f"{file_name(delta_name, adapter_name)} has shape {tuple(delta.shape)}; this model's layer with r={r} needs "
-            f"{(layer.out_features, r)} (out_features, r)."
+            f"{file_name(delta_name, adapter_name)} has shape {tuple(delta.shape)}; in this model, with r={r}, it must "
+            f"have {(layer.out_features, r)} (out_features, r)."
         )
     if tuple(indices.shape) != (r,):
         raise ValueError(

@@ -80,7 +80,10 @@ class PacaConfig(PeftConfig):
         for name, value in [("r", self.r), *((f"rank_pattern[{k!r}]", v) for k, v in self.rank_pattern.items())]:
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name} must be a whole number of columns, 1 or more; got {value!r}.")
-        alphas = [("paca_alpha", self.paca_alpha), *((f"alpha_pattern[{k!r}]", v) for k, v in self.alpha_pattern.items())]
+        alphas: list[tuple[str, Any]] = [
+            ("paca_alpha", self.paca_alpha),
+            *((f"alpha_pattern[{k!r}]", v) for k, v in self.alpha_pattern.items()),
+        ]
         for name, value in alphas:
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < float("inf"):
                 raise ValueError(f"{name} must be a positive number; got {value!r}.")
@@ -92,7 +95,9 @@ class PacaConfig(PeftConfig):
                 "blocks are meant, or give target_modules as a list of names."
             )
         if self.layers_pattern and self.layers_to_transform is None:
-            raise ValueError("layers_pattern says where layers_to_transform counts, but layers_to_transform is not set.")
+            raise ValueError(
+                "layers_pattern says where layers_to_transform counts, but layers_to_transform is not set."
+            )
         if self.indices is not None and (not isinstance(self.indices, dict) or not self.indices):
             raise ValueError("indices must map module names to lists of column numbers, such as {'q_proj': [0, 5]}.")
 
@@ -113,4 +118,4 @@ class PacaConfig(PeftConfig):
     def from_peft(cls, config: PeftConfig) -> PacaConfig:
         """Read another class's PaCA config (PEFT's own, >= 0.22); fields of the same name mean the same."""
         known = {f.name for f in dataclasses.fields(cls) if f.init} - {"peft_type"}
-        return cls(**{k: v for k, v in dataclasses.asdict(config).items() if k in known})  # type: ignore[call-overload]
+        return cls(**{k: v for k, v in dataclasses.asdict(config).items() if k in known})

@@ -77,7 +77,7 @@ def plain_linear(x: Tensor, weight: Tensor, bias: Tensor | None, input_dim: int)
 
 class _PartialLinear(torch.autograd.Function):
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any,
         x: Tensor,
         weight: Tensor,
@@ -109,7 +109,7 @@ class _PartialLinear(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Any, ...]:
         first, *kept = ctx.saved_tensors
         if ctx.before_backward is None:
             weight = first
@@ -128,9 +128,7 @@ def _gradients(ctx: Any, grad_output: Tensor, weight: Tensor, kept: list[Tensor]
     grad_x = grad_bias = None
     grad_output = grad_output.to(ctx.compute_dtype)
     if ctx.needs_input_grad[0]:
-        # Under autocast the cast of the weight is made anew here: keeping it would hold a copy of W in the graph.
-        matrix = weight if ctx.input_dim == 1 else weight.t()  # (out_features, in_features)
-        grad_x = torch.matmul(grad_output, matrix.to(ctx.compute_dtype)).to(ctx.input_dtype)
+        grad_x = input_gradient(grad_output, weight, ctx.input_dim).to(ctx.input_dtype)
     rows = grad_output.reshape(-1, grad_output.shape[-1])  # (tokens, out_features)
     if ctx.needs_input_grad[2]:
         grad_bias = rows.sum(0).to(ctx.bias_dtype)
@@ -139,6 +137,13 @@ def _gradients(ctx: Any, grad_output: Tensor, weight: Tensor, kept: list[Tensor]
     for need, scale, dtype in zip(ctx.needs_input_grad[7 + count :], ctx.scales, ctx.delta_dtypes, strict=True):
         grad_deltas.append(column_gradient(next(remaining), rows, scale, dtype) if need else None)
     return grad_x, None, grad_bias, None, None, None, None, *([None] * count), *grad_deltas
+
+
+def input_gradient(grad_output: Tensor, weight: Tensor, input_dim: int) -> Tensor:
+    """``grad_output (..., out_features)`` times the weight: ``(..., in_features)``, in ``grad_output``'s dtype."""
+    matrix = weight if input_dim == 1 else weight.t()  # (out_features, in_features)
+    # Under autocast the cast of the weight is made anew here: keeping it would hold a copy of W in the graph.
+    return torch.matmul(grad_output, matrix.to(grad_output.dtype))
 
 
 def column_gradient(selected: Tensor, grad_rows: Tensor, scale: float, dtype: torch.dtype) -> Tensor:

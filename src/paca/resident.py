@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections import defaultdict
 from typing import NamedTuple
 
 import torch
@@ -96,7 +95,10 @@ class ResidentColumns:
     def __init__(self, input_dim: int) -> None:
         self.input_dim = input_dim
         self.wanted: tuple[Columns, ...] = ()
-        """What the next forward pass has to see; pushed by the layer."""
+        """What the next forward pass has to see."""
+        self.graph_inputs: tuple[Tensor, ...] = ()
+        """Indices, then deltas, of ``wanted``: all that a compiled graph may look at (it would be specialized on names
+        and scales, and compiled anew when they change)."""
         self.suspect = False
         """The deltas may have changed in a way that version counters do not show: a backward pass ran."""
         self.looked_after = False
@@ -106,6 +108,7 @@ class ResidentColumns:
         self._kept: _Kept | None = None
         self._merged: tuple[Columns, ...] = ()
         self._merged_kept: _Kept | None = None
+        self._remembered: dict[int, State] = {}
         self._lent: list[weakref.ref[Tensor]] = []  # tensors of state dicts that share the weight's storage
 
     # -- reading ------------------------------------------------------------------------------------------------
@@ -119,22 +122,26 @@ class ResidentColumns:
         """Whether the weight may differ from what ``wanted`` asks for."""
         return (self.suspect and bool(self.wanted)) or not self._state.holds(self.wanted)
 
+    def want(self, columns: tuple[Columns, ...]) -> None:
+        """Say what the next forward pass has to see. Writes nothing yet."""
+        now = self.wanted
+        if len(now) != len(columns) or any(
+            a.delta is not b.delta or a.indices is not b.indices or a.scale != b.scale
+            for a, b in zip(now, columns, strict=True)
+        ):
+            self.wanted = columns
+            self.graph_inputs = (*(c.indices for c in columns), *(c.delta for c in columns))
+
     # -- writing ------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
     def refresh(self, weight: Tensor) -> None:
         """Make the weight hold ``wanted``. Writes the columns concerned, never the whole weight."""
         with _WRITING:
-            if self._state.holds(self.wanted):
-                if self.suspect and self.wanted:
-                    # Nothing moved as far as anyone can tell. Should a delta have been written behind its version
-                    # counter, this brings it in; else it writes what is there. Either way the weight's own counter
-                    # stays, so that graphs which hold this weight remain valid.
-                    self._write(weight.data, self.wanted)
-            else:
-                self._settle(weight, State(self.wanted, self._generation))
-            # With a gradient in place an optimizer may still write without anyone noticing: look again next time.
-            self.suspect = any(c.delta.grad is not None for c in self.wanted)
+            target, state = self._prepare(weight)
+            if state.columns:
+                self._put(target, self._kept_positions(), self._values(weight, state.columns))
+            self._finish(state)
 
     @torch.no_grad()
     def park(self, weight: Tensor) -> None:
@@ -171,6 +178,25 @@ class ResidentColumns:
                 self._settle(weight, state)
         self.suspect = True  # an optimizer step may follow
 
+    def remember(self, state: State) -> None:
+        """Keep ``state`` for the backward pass of a compiled graph, which can hold its tag only."""
+        self._remembered[state.tag] = state
+        while len(self._remembered) > 64:
+            del self._remembered[next(iter(self._remembered))]
+
+    def remembered(self, tag: int) -> State:
+        """The state of that tag.
+
+        Raises:
+            RuntimeError: if more than 64 other states came after it.
+        """
+        if tag not in self._remembered:
+            raise RuntimeError(
+                "The columns that a compiled forward pass used are no longer known: too many optimizer steps or "
+                "switches of adapters came between it and its backward pass. Run backward() earlier."
+            )
+        return self._remembered[tag]
+
     # -- merging ------------------------------------------------------------------------------------------------
 
     @property
@@ -190,17 +216,17 @@ class ResidentColumns:
             together = self._merged + columns
             already = self._merged_kept
             if already is not None:
-                self._put(weight, already)
+                self._put(weight, *already)
             kept = self._take(weight, together)
             values = self._sum(kept, together, weight.dtype)
             if safe and not bool(torch.isfinite(values).all()):
                 if already is not None:
-                    self._write(weight, self._merged, already)
+                    self._put(weight, already.positions, self._sum(already, self._merged, weight.dtype))
                 raise ValueError(
                     f"Merging {self._names(columns)} would put NaN or Inf into the weight, so nothing was merged. "
                     "The adapter is broken: train it again with a smaller learning rate, or use an earlier checkpoint."
                 )
-            self._put(weight, _Kept(kept.positions, values))
+            self._put(weight, kept.positions, values)
             self._merged, self._merged_kept = together, kept
             self._begin_generation()
 
@@ -209,7 +235,7 @@ class ResidentColumns:
         """Undo ``merge``, bit for bit."""
         with _WRITING:
             if self._merged_kept is not None:
-                self._put(weight, self._merged_kept)
+                self._put(weight, *self._merged_kept)
             self._merged, self._merged_kept = (), None
             self._begin_generation()
 
@@ -236,7 +262,7 @@ class ResidentColumns:
         if self._state.columns:
             raise RuntimeError("resident columns must be parked before they are copied or pickled")
         state = self.__dict__.copy()
-        state["_lent"] = []
+        state["_lent"], state["_remembered"] = [], {}
         state["_state"] = None
         return state
 
@@ -254,24 +280,51 @@ class ResidentColumns:
         self._generation += 1
         self._state = State((), self._generation)
 
+    def _prepare(self, weight: Tensor) -> tuple[Tensor, State]:
+        """Get ready to write ``wanted``; returns the tensor to write to, and the state that the writing makes."""
+        if self._state.holds(self.wanted):
+            # Nothing moved as far as anyone can tell. Should a delta have been written behind its version counter,
+            # writing brings it in; else it writes what is there. Either way the weight's own counter stays, so that
+            # graphs which hold this weight remain valid.
+            return weight.data, self._state
+        state = State(self.wanted, self._generation)
+        self._place(weight, state)
+        return weight, state
+
+    def _finish(self, state: State) -> None:
+        self._state = state
+        # With a gradient in place an optimizer may still write without anyone noticing: look again next time.
+        self.suspect = any(c.delta.grad is not None for c in state.columns)
+
     def _settle(self, weight: Tensor, state: State) -> None:
-        with _outside_inference_mode(weight):
-            same_places = self._kept is not None and len(state.columns) == len(self._state.columns)
-            same_places = same_places and all(
-                old.indices is new.indices and version == version_of(new.indices)
-                for old, new, (_, version) in zip(
-                    self._state.columns, state.columns, self._state.versions, strict=False
-                )
-            )
-            if not same_places:
-                if self._kept is not None:
-                    self._put(weight, self._kept)
-                    self._kept = None
-                if state.columns:
-                    self._kept = self._take(weight, state.columns)
+        self._place(weight, state)
+        if state.columns:
+            self._put(weight, self._kept_positions(), self._values(weight, state.columns))
+        self._state = state
+
+    def _place(self, weight: Tensor, state: State) -> None:
+        """Keep the originals of the columns that ``state`` covers, having put back those kept so far."""
+        same_places = len(state.columns) == len(self._state.columns) and all(
+            old.indices is new.indices and version == version_of(new.indices)
+            for old, new, (_, version) in zip(self._state.columns, state.columns, self._state.versions, strict=True)
+        )
+        if same_places:
+            return
+        # What is kept outlives the caller's inference mode, and an inference tensor would not be usable after it.
+        with torch.inference_mode(weight.is_inference()):
+            if self._kept is not None:
+                self._put(weight, *self._kept)
+                self._kept = None
             if state.columns:
-                self._write(weight, state.columns)
-            self._state = state
+                self._kept = self._take(weight, state.columns)
+
+    def _kept_positions(self) -> Tensor:
+        assert self._kept is not None
+        return self._kept.positions
+
+    def _values(self, weight: Tensor, columns: tuple[Columns, ...]) -> Tensor:
+        assert self._kept is not None
+        return self._sum(self._kept, columns, weight.dtype)
 
     def _take(self, weight: Tensor, columns: tuple[Columns, ...]) -> _Kept:
         if len(columns) == 1:
@@ -294,15 +347,10 @@ class ResidentColumns:
                 total = total.index_add(self.input_dim, places, part, alpha=c.scale)
         return total.to(dtype)
 
-    def _write(self, weight: Tensor, columns: tuple[Columns, ...], kept: _Kept | None = None) -> None:
-        kept = kept or self._kept
-        assert kept is not None
-        kept = _Kept(kept.positions.to(weight.device), kept.values.to(weight.device))
-        self._put(weight, _Kept(kept.positions, self._sum(kept, columns, weight.dtype)))
-
-    def _put(self, weight: Tensor, kept: _Kept) -> None:
+    def _put(self, weight: Tensor, positions: Tensor, values: Tensor) -> None:
         self._part_from_lent(weight)
-        weight.index_copy_(self.input_dim, kept.positions.to(weight.device), kept.values.to(weight))
+        with torch.inference_mode(weight.is_inference()):
+            weight.index_copy_(self.input_dim, positions.to(weight.device), values.to(weight))
 
     def _part_from_lent(self, weight: Tensor) -> None:
         for ref in self._lent:
@@ -312,8 +360,37 @@ class ResidentColumns:
         self._lent.clear()
 
 
-@contextmanager
-def _outside_inference_mode(weight: Tensor) -> Iterator[None]:
-    # What is kept here outlives the caller's inference mode, and an inference tensor would not be usable after it.
-    with torch.inference_mode(weight.is_inference()):
-        yield
+@torch.no_grad()
+def refresh_together(stale: list[tuple[ResidentColumns, Tensor]]) -> None:
+    """Refresh many weights of one device and dtype: the same values as ``refresh`` on each, in fewer kernels.
+
+    The arithmetic of all weights that hold one adapter is done in one flat tensor; what is left per weight is the
+    single kernel that writes its columns.
+    """
+    with _WRITING:
+        joint: dict[tuple[float, torch.dtype], list[tuple[ResidentColumns, Tensor, State]]] = defaultdict(list)
+        for resident, weight in stale:
+            if len(resident.wanted) != 1 or weight.device.type == "cpu":  # on CPU a layer's columns fit in cache
+                resident.refresh(weight)
+            else:
+                only = resident.wanted[0]
+                joint[only.scale, only.delta.dtype].append((resident, *resident._prepare(weight)))
+        for jobs in joint.values():
+            _refresh_jointly(jobs)
+
+
+def _refresh_jointly(jobs: list[tuple[ResidentColumns, Tensor, State]]) -> None:
+    """Refresh weights that hold one adapter each, with one scale and dtype."""
+    originals = [resident._kept.values for resident, _, _ in jobs if resident._kept is not None]
+    deltas = [
+        state.columns[0].delta.detach() if resident.input_dim == 1 else state.columns[0].delta.detach().t()
+        for resident, _, state in jobs
+    ]
+    wide = torch.float32 if originals[0].device.type == "mps" else torch.float64
+    total = torch.cat([o.reshape(-1) for o in originals]).to(wide)
+    change = torch.cat([d.reshape(-1) for d in deltas]).to(wide)
+    values = total.add_(change, alpha=jobs[0][2].columns[0].scale).to(originals[0].dtype)
+    parts = values.split([o.numel() for o in originals])
+    for (resident, target, state), part, original in zip(jobs, parts, originals, strict=True):
+        resident._put(target, resident._kept_positions(), part.view(original.shape))
+        resident._finish(state)

@@ -6,8 +6,6 @@ import contextlib
 from collections import Counter
 from typing import Any
 
-import torch
-from peft.config import PeftConfig
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper, get_pattern_key
 from torch import Tensor, nn
@@ -15,8 +13,10 @@ from torch import Tensor, nn
 from paca.adapter_checks import check_adapter_tensors
 from paca.config import PacaConfig
 from paca.layers import RESIDENT_CLASSES, PacaLayer, PacaLinear
+from paca.layers.resident_weight import ResidentWeight
+from paca.refresh import RefreshBeforeForward, paca_layers
 from paca.registration import PREFIX
-from paca.selection import check_rank, explicit_columns, random_columns
+from paca.selection import explicit_columns, random_columns
 
 
 class PacaModel(BaseTuner):
@@ -34,7 +34,7 @@ class PacaModel(BaseTuner):
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         config = self.peft_config[adapter_name]
         if not isinstance(config, PacaConfig):
-            self.peft_config[adapter_name] = PacaConfig.from_peft(config)
+            config = self.peft_config[adapter_name] = PacaConfig.from_peft(config)
         trainable_before = {name: p.requires_grad for name, p in model.named_parameters()}
         try:
             super().inject_adapter(model, adapter_name, *args, **kwargs)
@@ -42,29 +42,36 @@ class PacaModel(BaseTuner):
             remove_adapter(model, adapter_name, trainable_before)
             self.peft_config.pop(adapter_name, None)
             raise
-        self.peft_config[adapter_name].trainable_before = trainable_before
+        config.trainable_before = trainable_before
         RefreshBeforeForward.install(model)
 
-    def _prepare_adapter_config(self, peft_config: PacaConfig, model_config: dict[str, Any]) -> PacaConfig:
-        if peft_config.target_modules is None and peft_config.indices is None:
-            peft_config.target_modules = "all-linear"
+    def _prepare_adapter_config(self, peft_config: Any, model_config: dict[str, Any]) -> Any:
+        if peft_config.target_modules is None:
+            chosen = "|".join(peft_config.indices or ())
+            peft_config.target_modules = rf"(.*\.)?({chosen})" if chosen else "all-linear"
         return peft_config
 
     def _create_and_replace(
         self,
-        peft_config: PacaConfig,
+        peft_config: Any,  # a PacaConfig
         adapter_name: str,
-        target: nn.Module,
+        target: Any,
         target_name: str,
         parent: nn.Module,
         current_key: str,
         parameter_name: str | None = None,
     ) -> None:
-        layer = target if isinstance(target, PacaLayer) else self._new_layer(target, current_key)
-        alpha_key = get_pattern_key(peft_config.alpha_pattern.keys(), current_key)
+        if isinstance(target, PacaLayer):
+            indices = choose_columns(peft_config, target.in_features, current_key)
+            layer: PacaLayer = target
+        else:
+            resident_class = self._resident_class(target, current_key)
+            indices = choose_columns(peft_config, target.weight.shape[resident_class.input_dim], current_key)
+            layer = PacaLinear(resident_class.adopt(target))  # from here on nothing may fail
+        alpha_key = get_pattern_key(list(peft_config.alpha_pattern), current_key)
         layer.update_layer(
             adapter_name,
-            choose_columns(peft_config, layer, current_key),
+            indices,
             paca_alpha=peft_config.alpha_pattern.get(alpha_key, peft_config.paca_alpha),
             init_weights=peft_config.init_weights,
             inference_mode=peft_config.inference_mode,
@@ -74,9 +81,11 @@ class PacaModel(BaseTuner):
                 layer.requires_grad_(False)
             self._replace_module(parent, target_name, layer, target)
 
-    def _new_layer(self, target: nn.Module, key: str) -> PacaLayer:
+    def _resident_class(self, target: nn.Module, key: str) -> type[ResidentWeight]:
         if isinstance(target, BaseTunerLayer):
-            raise ValueError(f"{key} is already adapted by another method ({type(target).__name__}); unload that first.")
+            raise ValueError(
+                f"{key} is already adapted by another method ({type(target).__name__}); unload that first."
+            )
         resident_class = RESIDENT_CLASSES.get(type(target))
         if resident_class is None:
             raise ValueError(
@@ -84,7 +93,7 @@ class PacaModel(BaseTuner):
                 f"adapts {', '.join(c.__name__ for c in RESIDENT_CLASSES)}. Leave it out through target_modules or "
                 "exclude_modules."
             )
-        weight = target.weight
+        weight: Any = target.weight
         if not weight.is_floating_point() or weight.element_size() < 2:
             raise ValueError(f"{key} has a weight of type {weight.dtype}; PaCA needs a float of 16 bits or more.")
         uses = Counter(id(p) for m in self.model.modules() for p in m._parameters.values() if p is not None)
@@ -93,7 +102,7 @@ class PacaModel(BaseTuner):
                 f"{key} shares its weight with another module (tied weights), which would silently be trained along. "
                 "Leave it out of target_modules, or load the model with tie_word_embeddings=False."
             )
-        return PacaLinear(resident_class.adopt(target))
+        return resident_class
 
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> contextlib.AbstractContextManager[None]:
         if kwargs.get("adapter_names") is not None:
@@ -105,8 +114,8 @@ class PacaModel(BaseTuner):
 
     # -- taking adapters out ------------------------------------------------------------------------------------
 
-    def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> nn.Module:
-        model = super()._unload_and_optionally_merge(*args, **kwargs)
+    def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> Any:
+        model: Any = super()._unload_and_optionally_merge(*args, **kwargs)
         RefreshBeforeForward.remove(model)
         return model
 
@@ -118,7 +127,7 @@ class PacaModel(BaseTuner):
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
-        cls, model: nn.Module, config: PeftConfig, adapter_name: str, state_dict: dict[str, Tensor]
+        cls, model: Any, config: Any, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
         tensors = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
         try:
@@ -132,21 +141,15 @@ class PacaModel(BaseTuner):
             raise
 
 
-def choose_columns(config: PacaConfig, layer: PacaLayer, key: str) -> Tensor:
-    """The columns ``(r,)`` that ``config`` selects in ``layer``, called ``key`` in its model."""
-    rank_key = get_pattern_key(config.rank_pattern.keys(), key)
+def choose_columns(config: PacaConfig, in_features: int, key: str) -> Tensor:
+    """The columns ``(r,)`` that ``config`` selects in the layer that its model calls ``key``."""
+    rank_key = get_pattern_key(list(config.rank_pattern), key)
     r = config.rank_pattern.get(rank_key, config.r)
     if config.indices:
-        by_hand = config.indices.get(get_pattern_key(config.indices.keys(), key))
+        by_hand = config.indices.get(get_pattern_key(list(config.indices), key))
         if by_hand is not None:
-            return explicit_columns(by_hand, layer.in_features, key)
-    check_rank(r, layer.in_features, key)
-    return random_columns(layer.in_features, r, config.random_seed, key)
-
-
-def paca_layers(model: nn.Module) -> list[PacaLayer]:
-    """The adapted layers of ``model``."""
-    return [m for m in model.modules() if isinstance(m, PacaLayer)]
+            return explicit_columns(by_hand, in_features, key)
+    return random_columns(in_features, r, config.random_seed, key)
 
 
 def remove_adapter(model: nn.Module, adapter_name: str, trainable_before: dict[str, bool]) -> None:
@@ -173,50 +176,3 @@ def remove_adapter(model: nn.Module, adapter_name: str, trainable_before: dict[s
     for name, parameter in model.named_parameters():
         if name in trainable_before:
             parameter.requires_grad_(trainable_before[name])
-
-
-class RefreshBeforeForward:
-    """A forward pre-hook on the adapted model that brings all its stale layers up to date at once.
-
-    Each layer looks after itself when it is called alone; this is for compiled models, whose graphs can't ask.
-    """
-
-    def __init__(self, layers: list[PacaLayer]) -> None:
-        self.layers = layers
-
-    def __call__(self, module: nn.Module, args: Any) -> None:
-        refresh_layers(self.layers, training=torch.is_grad_enabled())
-
-    @staticmethod
-    def remove(model: nn.Module) -> None:
-        for key, hook in list(model._forward_pre_hooks.items()):
-            if isinstance(hook, RefreshBeforeForward):
-                del model._forward_pre_hooks[key]
-
-    @staticmethod
-    def install(model: nn.Module) -> None:
-        RefreshBeforeForward.remove(model)
-        model.register_forward_pre_hook(RefreshBeforeForward(paca_layers(model)), prepend=True)
-
-
-@torch.compiler.disable
-def refresh_layers(layers: list[PacaLayer], training: bool) -> None:
-    """Refresh every stale layer, in eager mode also when called from a compiled model."""
-    for layer in layers:
-        layer.refresh_if_stale(training)
-
-
-def refresh(model: nn.Module) -> None:
-    """Write the deltas into the weights now, whatever their version counters say.
-
-    Needed only after a delta was written through ``.data`` (or by a foreign kernel) with no backward pass before it:
-    that is the one change that nobody can see.
-
-    Args:
-        model: the adapted model, or any module that holds adapted layers.
-    """
-    for layer in paca_layers(model):
-        layer.push_columns()
-        layer.base_layer.resident.suspect = True
-        layer.base_layer.resident.refresh(layer.base_layer.weight)
-

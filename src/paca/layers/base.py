@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -12,7 +13,6 @@ from torch import Tensor, nn
 
 from paca.layers.resident_weight import ResidentWeight
 from paca.resident import Columns
-
 
 
 class PacaLayer(nn.Module, BaseTunerLayer):
@@ -115,13 +115,7 @@ class PacaLayer(nn.Module, BaseTunerLayer):
             wanted: tuple[Columns, ...] = ()
         else:
             wanted = tuple(self.columns_of(name) for name in self.active_adapters if name in self.paca_delta)
-        resident = self.base_layer.resident
-        now = resident.wanted
-        if len(now) != len(wanted) or any(
-            a.delta is not b.delta or a.indices is not b.indices or a.scale != b.scale
-            for a, b in zip(now, wanted, strict=True)
-        ):
-            resident.wanted = wanted
+        self.base_layer.resident.want(wanted)
 
     # -- forward ------------------------------------------------------------------------------------------------
 
@@ -131,21 +125,6 @@ class PacaLayer(nn.Module, BaseTunerLayer):
                 self.unmerge()
             self.push_columns()  # a parameter may have been replaced since (a move, FSDP)
         return self.base_layer(x, *args, **kwargs)
-
-    def refresh_if_stale(self, training: bool) -> None:
-        """Bring the weight up to date, on behalf of the model, before a forward pass of all of it.
-
-        Args:
-            training: gradients are on. A compiled forward and backward pass leave no trace in here, so the columns
-                count as suspect afterwards.
-        """
-        self.push_columns()
-        resident = self.base_layer.resident
-        if resident.stale():
-            resident.refresh(self.base_layer.weight)
-        resident.looked_after = True
-        if training and any(c.delta.requires_grad for c in resident.wanted):
-            resident.suspect = True
 
     # -- merging ------------------------------------------------------------------------------------------------
 
@@ -213,6 +192,11 @@ class PacaLayer(nn.Module, BaseTunerLayer):
             self.paca_delta[adapter_name] = nn.Parameter(delta.data.to(dtype), requires_grad=delta.requires_grad)
             self.push_columns()
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PacaLayer:
+        super()._apply(fn, recurse)
+        self.push_columns()
+        return self
+
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         # PEFT's own would also cast the deltas to the weight's dtype, which loses what training in float32 gained.
         device = device or self.base_layer.weight.device
@@ -226,5 +210,3 @@ class PacaLayer(nn.Module, BaseTunerLayer):
 
     def extra_repr(self) -> str:
         return ", ".join(f"{name}: r={r}" for name, r in self.r.items())
-
-

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from paca.functional import partial_linear
+from paca.layers.compiled import compiled_linear, new_handle
 from paca.resident import ResidentColumns
 
 
@@ -25,9 +26,10 @@ class ResidentWeight(nn.Module):
     input_dim: ClassVar[int]
     """The dimension of ``weight`` that runs over the input features."""
 
-    weight: nn.Parameter
-    bias: nn.Parameter | None
+    weight: Tensor
+    bias: Any  # a parameter or None
     resident: ResidentColumns
+    handle: Tensor
 
     @classmethod
     def adopt(cls, module: nn.Module) -> ResidentWeight:
@@ -36,55 +38,43 @@ class ResidentWeight(nn.Module):
         module.__class__ = cls
         assert isinstance(module, cls)
         module.resident = ResidentColumns(cls.input_dim)
+        module.handle = new_handle(module)
         return module
 
     def release(self) -> None:
         """Park, and turn back into the stock module, in place."""
         self.resident.park(self.weight)
-        del self.resident
+        del self.resident, self.handle
         self.__class__ = self.stock_class  # type: ignore[assignment]
 
     def forward(self, x: Tensor) -> Tensor:
         resident = self.resident
         if torch.compiler.is_compiling():
-            # The graph can't ask whether the columns are fresh; the model's refresh runs outside it, before it.
-            if resident.wanted and torch.is_grad_enabled():
-                return self._partial(x, resident.wanted)
-            return super().forward(x)  # type: ignore[misc]
+            return compiled_linear(self, x)
         if resident.looked_after and resident.state.holds(resident.wanted):
             resident.looked_after = False
         elif resident.stale():
             resident.refresh(self.weight)
         if not torch.is_grad_enabled():
-            return super().forward(x)  # type: ignore[misc]
+            return super().forward(x)
         state = resident.state
-        back = partial(resident.before_backward, self.weight, state)
-        return self._partial(x, state.columns, before_backward=back, state_tag=state.tag_tensor)
-
-    def _partial(
-        self,
-        x: Tensor,
-        columns: tuple[Any, ...],
-        before_backward: Callable[[int], None] | None = None,
-        state_tag: Tensor | None = None,
-    ) -> Tensor:
         return partial_linear(
             x,
             self.weight,
             self.bias,
-            [c.delta for c in columns],
-            [c.indices for c in columns],
-            [c.scale for c in columns],
+            [c.delta for c in state.columns],
+            [c.indices for c in state.columns],
+            [c.scale for c in state.columns],
             input_dim=self.input_dim,
-            before_backward=before_backward,
-            state_tag=state_tag,
+            before_backward=partial(resident.before_backward, self.weight, state),
+            state_tag=state.tag_tensor,
         )
 
     # -- the weight as others see it: always the pretrained one ---------------------------------------------------
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ResidentWeight:
         self.resident.park(self.weight)
-        return super()._apply(fn, recurse)  # type: ignore[return-value]
+        return super()._apply(fn, recurse)
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         self.resident.park(self.weight)
@@ -105,4 +95,10 @@ class ResidentWeight(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         self.resident.park(self.weight)
-        return self.__dict__.copy()
+        state = self.__dict__.copy()
+        del state["handle"]
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.handle = new_handle(self)

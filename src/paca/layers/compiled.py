@@ -1,0 +1,144 @@
+"""An adapted layer as ``torch.compile`` sees it: two opaque operators.
+
+A compiled graph can't ask whether the columns are fresh, nor put others back before its backward pass. These
+operators do, at run time, with the code of the eager layer; so every invariant holds in compiled models as well,
+without a graph break, and switching between adapters of one rank recompiles nothing. The weight is reached through
+a handle: as an input of the graph it would be functionalized (copied) or version-checked.
+"""
+
+from __future__ import annotations
+
+import itertools
+import weakref
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from paca.functional import column_gradient, input_gradient, plain_linear
+
+if TYPE_CHECKING:
+    from paca.layers.resident_weight import ResidentWeight
+
+_MODULES: weakref.WeakValueDictionary[int, ResidentWeight] = weakref.WeakValueDictionary()
+_NUMBERS = itertools.count()
+
+# Replaying a CUDA graph would skip the Python in here, so these operators stay outside such graphs.
+_TAGS = (
+    torch.Tag.needs_fixed_stride_order,
+    *([torch.Tag.cudagraph_unsafe] if hasattr(torch.Tag, "cudagraph_unsafe") else []),
+)
+
+_library = torch.library.Library("paca", "DEF")
+_library.define("linear_forward(Tensor x, Tensor handle, SymInt out_features) -> (Tensor, Tensor)", tags=_TAGS)
+_library.define(
+    "linear_backward(Tensor grad_output, Tensor handle, Tensor tag, Tensor[] selected, SymInt in_features, bool need_x)"
+    " -> Tensor[]",
+    tags=_TAGS,
+)
+
+
+def new_handle(module: ResidentWeight) -> Tensor:
+    """A scalar by which the operators find ``module`` while it lives."""
+    number = next(_NUMBERS)
+    _MODULES[number] = module
+    with torch.inference_mode(False):
+        return torch.tensor(number, dtype=torch.int64, device="cpu")
+
+
+def compiled_linear(module: ResidentWeight, x: Tensor) -> Tensor:
+    """Run ``module`` on ``x (..., in_features)`` within a graph that is being compiled."""
+    device_type = x.device.type
+    if torch.is_autocast_enabled(device_type) and x.dtype != torch.float64:
+        x = x.to(torch.get_autocast_dtype(device_type))
+    elif x.dtype != module.weight.dtype:
+        raise RuntimeError(f"the input is {x.dtype}, but the layer's weight is {module.weight.dtype}")
+    out_features = module.weight.shape[1 - module.input_dim]
+    if not torch.is_grad_enabled():
+        return torch.ops.paca.linear_forward(x, module.handle, out_features)[0]
+    inputs = module.resident.graph_inputs
+    return _CompiledLinear.apply(x, module.bias, module.handle, out_features, len(inputs) // 2, *inputs)
+
+
+class _CompiledLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        bias: Tensor | None,
+        handle: Tensor,
+        out_features: int,
+        count: int,
+        *indices_then_deltas: Tensor,
+    ) -> Tensor:
+        y, tag = torch.ops.paca.linear_forward(x, handle, out_features)
+        selected = [x.index_select(-1, i) for i in indices_then_deltas[:count]]
+        ctx.save_for_backward(handle, tag, *selected)
+        ctx.count, ctx.in_features = count, x.shape[-1]
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Any, ...]:
+        handle, tag, *selected = ctx.saved_tensors
+        need_x, need_bias = ctx.needs_input_grad[0], ctx.needs_input_grad[1]
+        grad_x, *grad_deltas = torch.ops.paca.linear_backward(
+            grad_output, handle, tag, selected, ctx.in_features, need_x
+        )
+        grad_bias = grad_output.reshape(-1, grad_output.shape[-1]).sum(0) if need_bias else None
+        return (
+            grad_x if need_x else None,
+            grad_bias,
+            None,
+            None,
+            None,
+            *([None] * ctx.count),
+            *grad_deltas,
+        )
+
+
+def _forward(x: Tensor, handle: Tensor, out_features: int) -> tuple[Tensor, Tensor]:
+    module = _MODULES[int(handle)]
+    resident = module.resident
+    if resident.stale():
+        resident.refresh(module.weight)
+    bias = None if module.bias is None else module.bias.to(x.dtype)
+    y = plain_linear(x, module.weight.to(x.dtype), bias, module.input_dim)
+    resident.remember(resident.state)
+    return y.contiguous(), resident.state.tag_tensor.clone()
+
+
+def _backward(
+    grad_output: Tensor, handle: Tensor, tag: Tensor, selected: list[Tensor], in_features: int, need_x: bool
+) -> list[Tensor]:
+    module = _MODULES[int(handle)]
+    state = module.resident.remembered(int(tag))
+    module.resident.before_backward(module.weight, state, int(tag))
+    gradients = [
+        input_gradient(grad_output, module.weight, module.input_dim).contiguous()
+        if need_x
+        else grad_output.new_empty(0)
+    ]
+    rows = grad_output.reshape(-1, grad_output.shape[-1])
+    for columns, chosen in zip(state.columns, selected, strict=True):
+        gradients.append(column_gradient(chosen, rows, columns.scale, columns.delta.dtype).contiguous())
+    return gradients
+
+
+_library.impl("linear_forward", _forward, "CompositeExplicitAutograd")
+_library.impl("linear_backward", _backward, "CompositeExplicitAutograd")
+
+
+@torch.library.register_fake("paca::linear_forward")
+def _(x: Tensor, handle: Tensor, out_features: int) -> tuple[Tensor, Tensor]:
+    return x.new_empty((*x.shape[:-1], out_features)), torch.empty((), dtype=torch.int64, device="cpu")
+
+
+@torch.library.register_fake("paca::linear_backward")
+def _(
+    grad_output: Tensor, handle: Tensor, tag: Tensor, selected: list[Tensor], in_features: int, need_x: bool
+) -> list[Tensor]:
+    wide = torch.promote_types(grad_output.dtype, torch.float32)
+    grad_x = grad_output.new_empty((*grad_output.shape[:-1], in_features)) if need_x else grad_output.new_empty(0)
+    return [grad_x, *(grad_output.new_empty((grad_output.shape[-1], s.shape[-1]), dtype=wide) for s in selected)]
