@@ -34,10 +34,10 @@ def byte_tokenizer(chat_template: str | None = CHAT_TEMPLATE) -> PreTrainedToken
     return tokenizer
 
 
-def save_base(folder: Path, dtype: torch.dtype = torch.float32, chat_template: str | None = CHAT_TEMPLATE) -> Path:
+def save_base(folder: Path, dtype: torch.dtype = torch.float32, context: int = CONTEXT) -> Path:
     """A checkpoint with random weights, large enough that an adapter visibly moves the logits."""
     torch.manual_seed(0)
-    tokenizer = byte_tokenizer(chat_template)
+    tokenizer = byte_tokenizer()
     config = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=32,
@@ -45,7 +45,7 @@ def save_base(folder: Path, dtype: torch.dtype = torch.float32, chat_template: s
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,
-        max_position_embeddings=CONTEXT,
+        max_position_embeddings=context,
         initializer_range=0.15,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
@@ -69,9 +69,9 @@ def save_adapter(folder: Path, base: Path) -> Path:
     return folder
 
 
-def save_run(folder: Path, dtype: torch.dtype = torch.float32) -> Path:
+def save_run(folder: Path, dtype: torch.dtype = torch.float32, context: int = CONTEXT) -> Path:
     """A run folder as `paca train` leaves one for a GGUF model: `base/` and `adapter/` with the tokenizer."""
-    base = save_base(folder / "base", dtype)
+    base = save_base(folder / "base", dtype, context)
     save_adapter(folder / "adapter", base)
     byte_tokenizer().save_pretrained(folder / "adapter")
     return folder

@@ -39,8 +39,8 @@ class PacaModel(BaseTuner):
         try:
             super().inject_adapter(model, adapter_name, *args, **kwargs)
         except Exception:
-            remove_adapter(model, adapter_name, trainable_before)
             self.peft_config.pop(adapter_name, None)
+            remove_adapter(model, adapter_name, trainable_before)
             raise
         config.trainable_before = trainable_before
         RefreshBeforeForward.install(model)
@@ -136,8 +136,8 @@ class PacaModel(BaseTuner):
             if getattr(config, "loading", False):  # the adapter was only just put in, to be loaded into
                 tuner = getattr(model, "base_model", None)
                 root = tuner.model if isinstance(tuner, PacaModel) else model
-                remove_adapter(root, adapter_name, config.trainable_before)
                 model.peft_config.pop(adapter_name, None)
+                remove_adapter(root, adapter_name, config.trainable_before)
             raise
 
 
@@ -171,7 +171,7 @@ def remove_adapter(model: nn.Module, adapter_name: str, trainable_before: dict[s
                 setattr(parent, child, module.unload_and_optionally_merge_module(False, False, None))
     if not paca_layers(model):
         RefreshBeforeForward.remove(model)
-        if hasattr(model, "peft_config"):
+        if getattr(model, "peft_config", None) == {}:
             del model.peft_config
     for name, parameter in model.named_parameters():
         if name in trainable_before:

@@ -1,0 +1,69 @@
+from __future__ import annotations
+
+import json
+
+import peft
+import pytest
+
+import paca
+
+
+def test_the_fields_are_those_of_pefts_own_paca_and_ours():
+    config = paca.PacaConfig()
+    assert config.peft_type == "PACA"
+    for name in (
+        "r paca_alpha target_modules exclude_modules layers_to_transform layers_pattern random_seed init_weights "
+        "modules_to_save rank_pattern alpha_pattern"
+    ).split():
+        assert hasattr(config, name)
+
+
+def test_a_config_survives_a_round_trip(tmp_path):
+    config = paca.PacaConfig(
+        r=4,
+        paca_alpha=8,
+        target_modules=["v_proj", "q_proj"],
+        rank_pattern={"q_proj": 2},
+        alpha_pattern={"v_proj": 1.5},
+        indices={"q_proj": [3, 1]},
+        random_seed=5,
+        task_type="CAUSAL_LM",
+    )
+    config.save_pretrained(tmp_path)
+    stored = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert stored["peft_type"] == "PACA"
+    assert stored["target_modules"] == ["q_proj", "v_proj"]
+    assert not {"loading", "trainable_before"} & set(stored)
+    for cls in (paca.PacaConfig, peft.PeftConfig):
+        assert cls.from_pretrained(tmp_path) == config
+
+
+def test_a_config_written_by_a_newer_peft_loads_with_a_warning(tmp_path):
+    paca.PacaConfig(target_modules=["q"]).save_pretrained(tmp_path)
+    path = tmp_path / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "from_the_future": 1}))
+    with pytest.warns(UserWarning, match="from_the_future"):
+        assert peft.PeftConfig.from_pretrained(tmp_path).target_modules == {"q"}
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"r": 0}, r"^r must be a whole number"),
+        ({"r": 2.5}, r"^r must be a whole number"),
+        ({"r": True}, r"^r must be a whole number"),
+        ({"rank_pattern": {"q": -1}}, r"^rank_pattern\['q'\] must be"),
+        ({"paca_alpha": 0}, r"^paca_alpha must be a positive number"),
+        ({"paca_alpha": float("nan")}, r"^paca_alpha must be"),
+        ({"alpha_pattern": {"q": "x"}}, r"^alpha_pattern\['q'\] must be"),
+        ({"selection": "best"}, r"selection='best' is unknown; choose one of random"),
+        ({"target_modules": "q.*", "layers_to_transform": [0]}, "target_modules given as one string"),
+        ({"layers_pattern": "layers"}, "layers_to_transform is not set"),
+        ({"indices": [1, 2]}, "indices must map"),
+        ({"indices": {}}, "indices must map"),
+        ({"task_type": "NONSENSE"}, "Invalid task type"),
+    ],
+)
+def test_settings_that_can_not_work_are_refused_by_name(settings, message):
+    with pytest.raises(ValueError, match=message):
+        paca.PacaConfig(**settings)
