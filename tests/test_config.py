@@ -11,10 +11,19 @@ import paca
 def test_the_fields_are_those_of_pefts_own_paca_and_ours():
     config = paca.PacaConfig()
     assert config.peft_type == "PACA"
-    for name in (
-        "r paca_alpha target_modules exclude_modules layers_to_transform layers_pattern random_seed init_weights "
-        "modules_to_save rank_pattern alpha_pattern"
-    ).split():
+    for name in [
+        "r",
+        "paca_alpha",
+        "target_modules",
+        "exclude_modules",
+        "layers_to_transform",
+        "layers_pattern",
+        "random_seed",
+        "init_weights",
+        "modules_to_save",
+        "rank_pattern",
+        "alpha_pattern",
+    ]:
         assert hasattr(config, name)
 
 

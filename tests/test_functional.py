@@ -2,10 +2,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from reference import reference_gradients, tolerance
 from torch.utils.checkpoint import checkpoint
 
 from paca.functional import column_gradient, partial_linear, plain_linear
+from reference import reference_gradients, tolerance
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 

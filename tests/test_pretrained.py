@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import shutil
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -169,11 +170,14 @@ def test_a_gguf_file_that_names_gpt2_keeps_its_rule(mergeable_base: Path, tmp_pa
     assert tokenizer.tokenize("a\n\n1. 12") == ["a", "Ċ", "Ċ", "1", ".", "Ġ", "12"]
 
 
-def test_a_rule_that_transformers_knows_is_left_alone(mergeable_base: Path, tmp_path: Path) -> None:
+def test_a_rule_that_transformers_knows_is_left_alone(
+    mergeable_base: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     path = write_gguf(tmp_path / "a.gguf", mergeable_base, pre="qwen2")
     expected = AutoTokenizer.from_pretrained(tmp_path, gguf_file="a.gguf").backend_tokenizer.to_str()
     assert not isinstance(load_tokenizer(str(path)).backend_tokenizer.pre_tokenizer, pre_tokenizers.ByteLevel)
     assert load_tokenizer(str(path)).backend_tokenizer.to_str() == expected
+    assert [record for record in caplog.records if record.name.startswith("paca")] == []
 
 
 @pytest.mark.parametrize("pre", ["from-next-year", None])
@@ -337,6 +341,13 @@ def test_a_damaged_checkpoint_is_one_clear_error(base: Path, tmp_path: Path, fil
     (folder / file).write_text(content)
     with pytest.raises(PacaError, match="cannot be loaded"):
         load_pretrained(str(folder))
+
+
+def test_a_missing_gguf_package_is_named(gguf_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    for load in (load_pretrained, load_config, load_tokenizer):
+        with pytest.raises(PacaError, match=r"paca-tuning\[gguf\]"):
+            load(str(gguf_file))
 
 
 def test_a_damaged_gguf_file_is_one_clear_error(gguf_file: Path, tmp_path: Path) -> None:

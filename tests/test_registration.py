@@ -34,7 +34,8 @@ def test_import_registers_on_a_peft_that_knows_no_paca():
         import paca
         assert PeftType.PACA == "PACA" and PeftType("PACA") is PeftType.PACA is PeftType["PACA"]
         assert PeftType.PACA in list(PeftType) and "PACA" in list(PeftType)
-        assert pickle.loads(pickle.dumps(PeftType.PACA)) is PeftType.PACA and copy.deepcopy(PeftType.PACA) is PeftType.PACA
+        assert pickle.loads(pickle.dumps(PeftType.PACA)) is PeftType.PACA
+        assert copy.deepcopy(PeftType.PACA) is PeftType.PACA
         assert isinstance(PeftType.PACA, PeftType) and PeftType.PACA.name == "PACA" and PeftType.PACA.value == "PACA"
         assert PeftType.LORA == "LORA"
         print(had)

@@ -7,9 +7,9 @@ import threading
 
 import pytest
 import torch
-from reference import dense_weight
 
 from paca.resident import Columns, ResidentColumns, State, refresh_together
+from reference import dense_weight
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 

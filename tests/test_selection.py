@@ -12,7 +12,7 @@ def test_random_columns_are_sorted_unique_and_in_range(in_features, r):
     assert indices.dtype == torch.int64
     assert indices.shape == (r,)
     assert bool((indices[1:] > indices[:-1]).all())
-    assert 0 <= int(indices[0])
+    assert int(indices[0]) >= 0
     assert int(indices[-1]) < in_features
 
 

@@ -8,13 +8,13 @@ import warnings
 import peft
 import pytest
 import torch
-from models import adapt, adapted_perceptron, base_state, gpt2, llama, perceptron, tokens
 from packaging.version import Version
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 import paca
+from models import adapt, adapted_perceptron, base_state, gpt2, llama, perceptron, tokens
 from paca.layers import PacaLinear
 from paca.refresh import paca_layers
 
@@ -191,8 +191,8 @@ def test_adapters_can_be_switched_combined_and_deleted():
     model.delete_adapter("default")
     torch.testing.assert_close(model(x), output_of(model, ["second"], x))
     assert model.get_model_status().available_adapters == ["second"]
+    model.add_adapter("third", paca.PacaConfig(r=1, init_weights=False, target_modules=["lin1", "lin2"]))
     with pytest.warns(UserWarning, match="Setting active adapter to third"):
-        model.add_adapter("third", paca.PacaConfig(r=1, init_weights=False, target_modules=["lin1", "lin2"]))
         model.delete_adapter("second")
     torch.testing.assert_close(model(x), output_of(model, ["third"], x))
     model.delete_adapter("third")

@@ -6,11 +6,11 @@ import shutil
 
 import pytest
 import torch
-from models import adapt, adapted_perceptron, llama, perceptron, tokens
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._dynamo.utils import counters
 
 import paca
+from models import adapt, adapted_perceptron, llama, perceptron, tokens
 from paca.refresh import paca_layers
 
 BACKENDS = ["eager", "aot_eager"]

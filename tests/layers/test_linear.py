@@ -9,13 +9,13 @@ import threading
 
 import pytest
 import torch
-from models import adapt, adapted_perceptron, base_state, gpt2, llama, perceptron, tokens
-from reference import dense_weight, tolerance
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import paca
+from models import adapt, adapted_perceptron, base_state, gpt2, llama, perceptron, tokens
 from paca.layers import PacaLinear
+from reference import dense_weight, tolerance
 
 KINDS = ["linear", "conv1d"]
 
@@ -34,7 +34,7 @@ def second_adapter(model, **settings):
 
 
 def reference_step(model, x):
-    """Loss and gradients of the deltas, from dense float64 weights and plain autograd; each weight read as W holds it."""
+    """Loss and gradients of the deltas, from the dense weights as W holds them, in float64, by plain autograd."""
     values = {}
     h = x.double()
     grads = []
@@ -96,7 +96,7 @@ def test_a_new_adapter_leaves_outputs_and_input_gradients_bitwise_as_they_were(k
 @pytest.mark.parametrize("optimizer", ["adamw", "data_writes", "foreach_sgd"])
 @pytest.mark.parametrize("accumulation", [1, 3])
 def test_training_follows_a_dense_float64_run(kind, optimizer, accumulation):
-    """Three optimizers (one writes through .data, behind version counters), against weights rebuilt at every forward."""
+    """Three optimizers (one writes behind version counters), against weights rebuilt at every forward."""
     model = adapted_perceptron(kind, torch.float64)
     originals = base_state(model)
     deltas = [p for p in model.parameters() if p.requires_grad]
