@@ -1,0 +1,59 @@
+"""DistributedDataParallel with real processes: replicas stay equal, and equal to one process on the whole batch."""
+
+from __future__ import annotations
+
+import os
+import socket
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from models import adapted_perceptron, base_state
+
+from paca.refresh import paca_layers
+
+WORLD = 2
+
+
+def train(model, run, batches):
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.05)
+    for x in batches:
+        run(x).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def batches():
+    g = torch.Generator().manual_seed(0)
+    return [torch.randn(4 * WORLD, 7, generator=g, dtype=torch.float64) for _ in range(4)]
+
+
+def worker(rank: int, port: int, folder: str) -> None:
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", rank=rank, world_size=WORLD)
+    model = adapted_perceptron(dtype=torch.float64)
+    wrapped = torch.nn.parallel.DistributedDataParallel(model)
+    train(model, wrapped, [x[rank::WORLD] for x in batches()])
+    with torch.no_grad():
+        wrapped(batches()[0])
+    resident = [layer.base_layer.weight.detach().clone() for layer in paca_layers(model)]
+    torch.save({"model": model.state_dict(), "resident": resident}, f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+def test_replicas_agree_with_one_process(tmp_path):
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    mp.spawn(worker, args=(port, str(tmp_path)), nprocs=WORLD)
+    ranks = [torch.load(tmp_path / f"{rank}.pt") for rank in range(WORLD)]
+    alone = adapted_perceptron(dtype=torch.float64)
+    originals = base_state(alone)
+    train(alone, alone, batches())
+    for name, value in alone.state_dict().items():
+        assert torch.equal(ranks[0]["model"][name], ranks[1]["model"][name])
+        torch.testing.assert_close(ranks[0]["model"][name], value, rtol=1e-9, atol=1e-11)
+    for first, second in zip(ranks[0]["resident"], ranks[1]["resident"], strict=True):
+        assert torch.equal(first, second)
+    assert torch.equal(ranks[0]["model"]["base_model.model.lin1.base_layer.weight"], originals["lin1.weight"])
