@@ -8,11 +8,14 @@ import os
 import shutil
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
+import huggingface_hub
 import numpy as np
 import pytest
 import torch
 import transformers
+from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
 from safetensors.torch import load_file
 from tokenizers import pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -308,6 +311,43 @@ def test_a_name_that_stands_for_nothing_says_so(name: str, expected: str) -> Non
     for load in (load_pretrained, load_config, load_tokenizer):
         with pytest.raises(PacaError, match=expected):
             load(name)
+
+
+def test_a_hub_id_is_read_from_the_local_cache_without_a_network(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    repository = tmp_path / "models--tiny--llama"
+    shutil.copytree(base, repository / "snapshots" / commit)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(commit)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    for revision in (None, "main", commit):
+        pretrained = load_pretrained("tiny/llama", revision=revision)
+        assert (pretrained.source, pretrained.name_or_path) == ("hub", "tiny/llama")
+    assert torch.equal(logits(pretrained.model), logits(AutoModelForCausalLM.from_pretrained(base)))
+    with pytest.raises(PacaError, match="hub cannot be reached"):
+        load_pretrained("tiny/llama", revision="another-branch")
+
+
+@pytest.mark.parametrize(
+    ("cause", "expected"),
+    [
+        (RepositoryNotFoundError, "no such file or folder here, and no such"),
+        (GatedRepoError, "gated"),
+        (RevisionNotFoundError, "not in this revision"),
+    ],
+)
+def test_what_the_hub_answers_is_passed_on(
+    monkeypatch: pytest.MonkeyPatch, cause: type[HfHubHTTPError], expected: str
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        response = SimpleNamespace(headers={}, request=None, status_code=404)
+        raise OSError("a long text about tokens") from cause("404 Client Error", response=response)
+
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", refuse)
+    with pytest.raises(PacaError, match=expected):
+        load_pretrained("some/model")
 
 
 def test_a_path_that_is_no_model_says_what_it_is(base: Path, gguf_file: Path, tmp_path: Path) -> None:

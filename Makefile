@@ -1,0 +1,56 @@
+# The two commands that matter: `make demo` and `make test`. Each sets up .venv first; the second time is fast.
+#   make demo PYTHON=/path/to/python3    use another interpreter (3.10 or newer)
+#   make demo REDO=1                     train the demo again from the start
+
+SHELL := /bin/bash
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+DEMO_RUN := runs/demo
+PYTEST_ARGS ?=
+
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.PHONY: help install demo test lint clean demo-clean
+.DEFAULT_GOAL := help
+
+help:
+	@echo "make demo        fine-tune a small language model on encyclopedia summaries and show what changed"
+	@echo "make test        run the tests"
+	@echo "make lint        ruff and mypy"
+	@echo "make install     only set up $(VENV)"
+	@echo "make demo-clean  remove the demo's run and its data; downloaded packages stay in .cache"
+	@echo "make clean       remove $(VENV) and everything that was built or downloaded; runs/ stays"
+
+install: $(STAMP)
+
+$(STAMP): pyproject.toml tools/make_venv.sh
+	@bash tools/make_venv.sh "$(VENV)" "$(PYTHON)"
+	@touch $@
+
+demo: $(STAMP)
+	@$(BIN)/python -m demo.prepare
+	@if [ -n "$(REDO)" ]; then rm -rf $(DEMO_RUN); fi
+	@if [ -f $(DEMO_RUN)/summary.json ]; then \
+		echo "Trained already; here is the result. To train again: make demo REDO=1"; \
+	elif compgen -G "$(DEMO_RUN)/checkpoints/checkpoint-*/trainer_state.json" >/dev/null; then \
+		$(BIN)/paca train recipes/demo.yaml --resume; \
+	else \
+		$(BIN)/paca train recipes/demo.yaml; \
+	fi
+	@$(BIN)/python -m demo.show
+
+test: $(STAMP)
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_ARGS)
+
+lint: $(STAMP)
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+
+demo-clean:
+	rm -rf $(DEMO_RUN) .cache/demo/data
+
+clean:
+	rm -rf $(VENV) .cache build dist .pytest_cache .mypy_cache .ruff_cache src/*.egg-info
+	find src tests demo -type d -name __pycache__ -prune -exec rm -rf {} +

@@ -1,0 +1,56 @@
+"""The command line: ``paca train``, ``paca chat``, ``paca merge``."""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from paca.cli.chat import chat
+from paca.cli.merge import merge
+from paca.cli.train import train
+from paca.errors import PacaError
+
+app = typer.Typer(
+    name="paca",
+    help="Partial Connection Adaptation: fine-tune large models at the speed and memory of the frozen model.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+for command in (train, chat, merge):
+    app.command()(command)
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        print(f"paca {version('paca-tuning')}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and stop.")
+    ] = False,
+) -> None:
+    """Options before the subcommand."""
+
+
+def main() -> None:
+    """The program ``paca``: what the user got wrong becomes one message on standard error and exit status 1.
+
+    With the environment variable ``PACA_DEBUG=1`` the traceback is shown instead.
+    """
+    try:
+        app()
+    except PacaError as error:
+        if os.environ.get("PACA_DEBUG") == "1":
+            raise
+        Console(stderr=True).print(f"Error: {error}", style="red", highlight=False, markup=False, soft_wrap=True)
+        sys.exit(1)

@@ -1,0 +1,116 @@
+"""``paca chat``: talk to a trained model in a terminal."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import warnings
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from paca.errors import PacaError
+
+if TYPE_CHECKING:
+    from paca.generation import LoadedModel, Message
+
+HELP = "/reset starts a new conversation, /exit (or Ctrl-D) ends, Ctrl-C stops an answer."
+
+
+def chat(
+    path: Annotated[str, typer.Argument(metavar="RUN_OR_ADAPTER", help="A run, an adapter or a model: its folder.")],
+    prompt: Annotated[str | None, typer.Option(help="Answer this once, on standard output, and stop.")] = None,
+    system: Annotated[str | None, typer.Option(help="The system message of each conversation.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.")] = 256,
+    temperature: Annotated[float, typer.Option(help="0: the likeliest token each time; above 0: sampled.")] = 0.0,
+    base: Annotated[bool, typer.Option("--base", help="Answer without the adapter, for comparison.")] = False,
+    base_model: Annotated[str | None, typer.Option(help="The base model, if not where the adapter says.")] = None,
+) -> None:
+    """Talk to a trained model: with --prompt once, else in the terminal until /exit."""
+    # Notes from one library to another about their next releases; nothing a user of this command can act on.
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    from paca.generation import load_for_generation, stream_reply
+
+    loaded = load_for_generation(path, base_model=base_model)
+    if base and loaded.adapter is None:
+        raise PacaError(f"{path} is a plain model: it has no adapter that --base could leave out.")
+    if loaded.tokenizer.chat_template is None:
+        if system is not None:
+            raise PacaError("This model has no chat template, so there is no place for a system message (--system).")
+        say("This model has no chat template: it continues each text on its own, without the ones before.")
+    history: list[Message] = [] if system is None else [{"role": "system", "content": system}]
+    with loaded.model.disable_adapter() if base else contextlib.nullcontext():
+        if prompt is not None:
+            for piece in stream_reply(
+                loaded,
+                [*history, {"role": "user", "content": prompt}],
+                max_new_tokens=max_new_tokens,
+                temperature=temperature,
+            ):
+                print(piece, end="", flush=True)
+            print()
+            return
+        who = loaded.base if base or loaded.adapter is None else f"{loaded.base} with {loaded.adapter}"
+        say(f"{who}\n{HELP}")
+        converse(loaded, history, max_new_tokens, temperature)
+
+
+def converse(loaded: LoadedModel, opening: list[Message], max_new_tokens: int, temperature: float) -> None:
+    """Read lines and answer them until the end of the input."""
+    history = list(opening)
+    for line in typed_lines():
+        if line == "/exit":
+            return
+        if line == "/reset":
+            history = list(opening)
+            say("New conversation.")
+        elif line.startswith("/"):
+            say(f"No such command: {line}. {HELP}")
+        else:
+            question: Message = {"role": "user", "content": line}
+            try:
+                reply = answer(loaded, [*history, question], max_new_tokens, temperature)
+            except PacaError as error:
+                say(str(error))
+            else:
+                history += [question, {"role": "assistant", "content": reply}]
+
+
+def answer(loaded: LoadedModel, messages: list[Message], max_new_tokens: int, temperature: float) -> str:
+    """Print the answer as it comes; Ctrl-C ends it early."""
+    from paca.generation import stream_reply
+
+    pieces: list[str] = []
+    stream = stream_reply(loaded, messages, max_new_tokens=max_new_tokens, temperature=temperature)
+    try:
+        for piece in stream:
+            pieces.append(piece)
+            print(piece, end="", flush=True)
+    except KeyboardInterrupt:
+        say(" (stopped)", end="")
+    print(flush=True)
+    return "".join(pieces)
+
+
+def typed_lines() -> Iterator[str]:
+    """The lines of the input that are not blank."""
+    if sys.stdin.isatty():
+        # Only its import makes input() keep a history and edit the line; not on every platform.
+        with contextlib.suppress(ImportError):
+            import readline  # noqa: F401
+    while True:
+        try:
+            line = input("> " if sys.stdin.isatty() else "").strip()
+        except EOFError:
+            return
+        except KeyboardInterrupt:
+            say("\nCtrl-D or /exit ends.")
+            continue
+        if line:
+            yield line
+
+
+def say(text: str, end: str = "\n") -> None:
+    """A remark of the program, apart from the model's answers."""
+    print(text, end=end, file=sys.stderr, flush=True)

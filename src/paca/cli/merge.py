@@ -1,0 +1,36 @@
+"""``paca merge``: write the adapted model as a plain checkpoint."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def merge(
+    path: Annotated[str, typer.Argument(metavar="RUN_OR_ADAPTER", help="The folder of a run or of an adapter.")],
+    output: Annotated[Path, typer.Option(help="The folder to write.")],
+    dtype: Annotated[
+        str | None, typer.Option(help="bfloat16, float16 or float32. Default: that of the base model.")
+    ] = None,
+    base_model: Annotated[str | None, typer.Option(help="The base model, if not where the adapter says.")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a model that the output holds.")] = False,
+    verify: Annotated[bool, typer.Option(help="Read the result back and compare its logits.")] = True,
+) -> None:
+    """Fold an adapter into its base model and write a checkpoint that loads without paca."""
+    # Notes from one library to another about their next releases; nothing a user of this command can act on.
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    from transformers.utils import logging
+
+    from paca.convert.merged import merge_to_folder
+
+    logging.disable_progress_bar()
+    merged = merge_to_folder(path, output, dtype, base_model=base_model, overwrite=overwrite, verify=verify)
+    print(f"Merged {merged.adapter} into {merged.base}.")
+    if merged.difference is not None:
+        logits = f"differ by at most {merged.difference:.1g} of the largest" if merged.difference else "are identical"
+        print(f"Read back and compared with the adapted model: the logits {logits}.")
+    print(f"Written: {merged.output} ({str(merged.dtype).removeprefix('torch.')})")
+    print(f'Load it with AutoModelForCausalLM.from_pretrained("{merged.output}"), or: paca chat {merged.output}')

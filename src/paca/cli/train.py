@@ -1,0 +1,89 @@
+"""``paca train``: run what a YAML file describes."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+
+if TYPE_CHECKING:
+    from paca.training import RunResult
+
+
+def train(
+    config: Annotated[Path, typer.Argument(metavar="CONFIG.yaml", help="What to train, on what, and how.")],
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Change a setting of the file; may be repeated."),
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be trained, and stop.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint of this run.")] = False,
+) -> None:
+    """Fine-tune a language model with PaCA and leave a run folder: adapter, metrics, summary, report."""
+    # Notes from one library to another about their next releases; nothing a user of this command can act on.
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    from paca.training.run_config import load_run_config
+
+    run_config = load_run_config(config, set_ or ())
+    console = Console(quiet=os.environ.get("RANK", "0") != "0")
+    if console.quiet or not console.is_terminal:
+        from datasets import disable_progress_bars
+
+        disable_progress_bars()  # of reading and tokenizing; in a log file they are noise
+    if dry_run:
+        from paca.training.plan import describe
+        from paca.training.run import show_plan
+
+        plan = describe(run_config)
+        console.print(plan.config.to_yaml(), highlight=False, markup=False, soft_wrap=True)
+        show_plan(plan, console)
+        return
+
+    from paca.training.run import train as run
+
+    try:
+        result = run(run_config, resume=resume, console=console)
+    except KeyboardInterrupt:
+        console.print(f"Stopped at once. {_newest_checkpoint(Path(run_config.output.dir), config)}", highlight=False)
+        raise typer.Exit(130) from None
+    if result.resume_command is not None:
+        console.print("Stopped; the checkpoint is saved. Continue with:", highlight=False)
+        console.print(f"  {result.resume_command}", highlight=False, markup=False, soft_wrap=True)
+        raise typer.Exit(130)
+    show_result(result, console)
+
+
+def show_result(result: RunResult, console: Console) -> None:
+    """Print what came out and where it lies."""
+    if result.summary is None:  # not the first process
+        return
+    from paca.training.memory import format_bytes
+    from paca.training.progress import format_duration
+
+    summary = result.summary
+    before, after = summary["eval_loss_before"], summary["eval_loss_after"]
+    lines = []
+    if after is not None:
+        lines.append(("held-out loss", f"{after:.4f}" if before is None else f"{before:.4f} → {after:.4f}"))
+    lines += [
+        ("tokens per second", f"{summary['tokens_per_second']:,.0f}"),
+        ("peak memory", f"{format_bytes(summary['peak_memory_bytes'])} ({summary['peak_memory_of']})"),
+        ("time", f"{format_duration(summary['seconds'])} for {summary['steps']:,} steps"),
+        ("adapter", str(result.folder / "adapter")),
+        ("report", str(result.folder / "report.html")),
+    ]
+    for label, text in lines:
+        console.print(f"{label:<18} {text}", highlight=False, markup=False, soft_wrap=True)
+
+
+def _newest_checkpoint(output: Path, config: Path) -> str:
+    from paca.training.run_folder import RunFolder
+
+    newest = RunFolder(output).newest_checkpoint()
+    if newest is None:
+        return "No checkpoint had been saved."
+    return f"The newest checkpoint is {newest}; continue from it with --resume."

@@ -1,0 +1,153 @@
+"""Fold an adapter into its base model and write the result as a plain checkpoint."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM
+
+from paca.errors import PacaError
+from paca.generation import LoadedModel, find_adapter, find_base, load_for_generation, on_accelerator
+
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+
+# Largest difference of a logit, as a share of the largest logit, that rounding explains: the values pass through tens
+# of layers, each of which rounds a few times (measured in tests/convert/test_merged.py on random models).
+TOLERANCE_IN_EPS = 32
+PROBE_SHAPE = (2, 16)
+
+
+@dataclass
+class Merged:
+    """What was written."""
+
+    output: Path
+    adapter: Path
+    base: str
+    dtype: torch.dtype
+
+    difference: float | None
+    """Largest difference of a logit between the adapted model and the checkpoint as read back from the disk, as a
+    share of the largest logit; None when it was not checked."""
+
+
+def merge_to_folder(
+    path: str | Path,
+    output: str | Path,
+    dtype: str | None = None,
+    *,
+    base_model: str | None = None,
+    overwrite: bool = False,
+    verify: bool = True,
+) -> Merged:
+    """Write the model with its adapter folded in, and its tokenizer, as a checkpoint that needs neither paca nor PEFT.
+
+    The folder appears only when it is complete and checked.
+
+    Args:
+        path: a run folder or an adapter folder.
+        output: the folder to write.
+        dtype: "bfloat16", "float16" or "float32"; None keeps the base model's. The sum of weight and update is formed
+            in float32 when another one than the base model's is asked for, and rounded once.
+        base_model: where the base model lies, if not where the adapter says.
+        overwrite: replace a model that ``output`` already holds.
+        verify: read the checkpoint back and compare its logits with the adapted model's.
+
+    Raises:
+        PacaError: an adapter or base model that cannot be loaded, an output that is in use, or a checkpoint whose
+            logits differ by more than rounding explains.
+    """
+    if dtype is not None and dtype not in DTYPES:
+        raise PacaError(f"Unknown dtype {dtype!r}. Give one of: {', '.join(DTYPES)}.")
+    adapter = find_adapter(path)
+    if adapter is None:
+        raise PacaError(f"{path} is a whole model already: there is no adapter to merge.")
+    output = Path(output).expanduser().absolute()
+    base = base_model if base_model is not None else find_base(adapter)
+    _check_output(output, overwrite, keep=[Path(path), adapter, Path(base)])
+
+    loaded = load_for_generation(path, base_model=base_model)
+    wanted = DTYPES[dtype] if dtype is not None else loaded.model.dtype
+    if wanted != loaded.model.dtype:
+        del loaded
+        loaded = load_for_generation(path, base_model=base_model, dtype="float32")
+    expected = _probe_logits(loaded.model) if verify else None
+    partial = output.with_name(f".{output.name}.{os.getpid()}.partial")
+    try:
+        partial.mkdir(parents=True)
+    except OSError as error:
+        raise PacaError(f"{output.parent} cannot be written to: {error}. Give another output folder.") from error
+    try:
+        _write(loaded, wanted, partial)
+        del loaded
+        difference = None if expected is None else _difference_from(expected, partial)
+        _put_in_place(partial, output)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return Merged(output, adapter, base, wanted, difference)
+
+
+def _check_output(output: Path, overwrite: bool, keep: list[Path]) -> None:
+    """Refuse an output that is in use, or whose replacement would delete something that is not a model."""
+    for path in keep:
+        if path.exists() and path.resolve().is_relative_to(output.resolve()):
+            raise PacaError(f"The output {output} holds {path}, which the merge reads. Give another output folder.")
+    if not output.exists() or (output.is_dir() and not any(output.iterdir())):
+        return
+    if not output.is_dir():
+        raise PacaError(f"The output {output} is a file. Give a folder that does not exist yet.")
+    if not overwrite:
+        raise PacaError(f"The output {output} exists and is not empty. Give another one, or --overwrite to replace it.")
+    if not (output / "config.json").is_file():
+        raise PacaError(f"The output {output} does not hold a model (no config.json), so it is not overwritten.")
+
+
+def _write(loaded: LoadedModel, dtype: torch.dtype, folder: Path) -> None:
+    try:
+        merged = loaded.model.merge_and_unload(safe_merge=True)
+    except ValueError as error:
+        raise PacaError(f"The adapter in {loaded.adapter} cannot be merged: {error}") from error
+    merged.to(dtype=dtype).save_pretrained(folder)
+    loaded.tokenizer.save_pretrained(folder)
+
+
+def _probe_logits(model: Any) -> torch.Tensor:
+    """Logits ``(2, 16, vocabulary)`` in float32 on the CPU, for token ids that are always the same."""
+    generator = torch.Generator().manual_seed(0)
+    vocabulary = model.get_input_embeddings().weight.shape[0]
+    tokens = torch.randint(vocabulary, PROBE_SHAPE, generator=generator)
+    with torch.no_grad():
+        return model(input_ids=tokens.to(model.device), use_cache=False).logits.float().cpu()
+
+
+def _difference_from(expected: torch.Tensor, folder: Path) -> float:
+    """Read the checkpoint back and compare: the largest difference of a logit, as a share of the largest logit.
+
+    Raises:
+        PacaError: it is more than rounding explains.
+    """
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto").eval()
+    found = _probe_logits(on_accelerator(model))
+    difference = ((found - expected).abs().max() / expected.abs().max()).item()
+    tolerance = TOLERANCE_IN_EPS * torch.finfo(model.dtype).eps
+    if not difference <= tolerance:  # written so that NaN fails too
+        raise PacaError(
+            f"The merged checkpoint does not answer as the adapted model does: logits differ by {difference:.2g} of "
+            f"the largest, and rounding to {model.dtype} explains at most {tolerance:.2g}. Nothing was written. "
+            "A wider --dtype rounds less."
+        )
+    return difference
+
+
+def _put_in_place(partial: Path, output: Path) -> None:
+    """Rename; a model that is replaced is deleted only once the new one stands in its place."""
+    replaced = output.with_name(f".{output.name}.{os.getpid()}.replaced")
+    if output.exists():
+        os.replace(output, replaced)
+    os.replace(partial, output)
+    shutil.rmtree(replaced, ignore_errors=True)

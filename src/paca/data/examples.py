@@ -1,0 +1,222 @@
+"""Load training examples from a file or the hub, in the shape that TRL's SFTTrainer takes."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import datasets
+import numpy as np
+import xxhash
+from datasets import Dataset, Features, Json, List, Value
+
+from paca.data import formats, rows, sources
+from paca.data.formats import Example, Format
+from paca.data.sources import Source
+from paca.errors import PacaError
+
+logger = logging.getLogger(__name__)
+
+ORIGIN = "origin"
+"""The column that says where an example comes from. TRL carries it along (except when packing) and ignores it."""
+
+
+@dataclass(frozen=True)
+class Examples:
+    """Training examples and where they come from."""
+
+    dataset: Dataset
+    """One of: ``messages`` (list of messages), ``prompt`` and ``completion`` (two texts, or two lists of messages),
+    or ``text``; beside them ``tools`` (JSON text or null) where messages may use them, and ``origin``
+    (``"train.jsonl, line 7"``, unique)."""
+
+    format: str
+    """The name of the form that the data had, such as ``"alpaca"``."""
+
+    source: str
+    """The source as the user wrote it."""
+
+    description: str
+    """One line for people: the form, the columns, what became of them, how many examples."""
+
+    @property
+    def is_conversational(self) -> bool:
+        """Whether the examples are messages, which a chat template renders."""
+        columns = self.dataset.features
+        return "messages" in columns or ("prompt" in columns and columns["prompt"] != Value("string"))
+
+
+def load_examples(
+    source: str,
+    *,
+    format: str | None = None,
+    split: str = "train",
+    limit: int | None = None,
+    conversational: bool = True,
+) -> Examples:
+    """Load examples and bring them into the shape that TRL's SFTTrainer takes.
+
+    Args:
+        source: a ``.jsonl``, ``.json`` (an array of objects), ``.csv`` or ``.parquet`` file, a folder of such files
+            (read in the order of their names), or a dataset on the hub: ``owner/name``, with a configuration
+            ``owner/name:config``, and with any split that datasets understands ``owner/name[train[:1000]]``.
+        format: ``"messages"``, ``"prompt-completion"``, ``"alpaca"``, ``"sharegpt"``, ``"question-answer"`` or
+            ``"text"``. Recognised from the columns when absent.
+        split: the split of a hub dataset whose ``source`` names none.
+        limit: use only so many examples, from the start.
+        conversational: whether the tokenizer has a chat template. Then alpaca and question-answer rows become a
+            ``user`` and an ``assistant`` message. Otherwise they become plain text, the answer last::
+
+                Task:               Question:
+                {instruction}       {question}
+
+                Input:              Answer:
+                {input}             {answer}
+
+                Answer:
+                {output}
+
+            (``Input`` is left out when it is empty.) Text that is given as prompt and completion stays as it is.
+
+    Raises:
+        PacaError: the source does not exist, is empty or cannot be parsed, its form is unknown or ambiguous, or an
+            example has a field of the wrong type or an empty answer; the text names the file and the line.
+    """
+    if limit is not None and limit < 1:
+        raise PacaError(f"The limit of examples is {limit}; expected at least 1.")
+    found = sources.find_source(source, split)
+    first = next(found.rows(), None)
+    if first is None:
+        raise PacaError(f"{source} holds no examples: it is empty.")
+    columns = list(first[1])
+    form = formats.recognise(columns, format, source)
+    features = _features(_convert(form, *first, conversational))
+    options = {"source": found, "format_name": form.name, "conversational": conversational, "limit": limit}
+    with _without_progress_bars():
+        try:
+            dataset = Dataset.from_generator(
+                _examples,
+                features=features,
+                gen_kwargs=options,
+                fingerprint=_fingerprint(found, form, conversational, limit),
+            )
+        except datasets.exceptions.DatasetGenerationError as error:
+            cause = _paca_error_behind(error)
+            if cause is None:
+                raise
+            raise cause from None
+    description = _describe(form, columns, dataset)
+    return Examples(dataset, form.name, source, description)
+
+
+def split_heldout(examples: Examples, held_out: float, seed: int) -> tuple[Examples, Examples]:
+    """Hold examples out for evaluation, at random but the same for the same seed.
+
+    Args:
+        examples: all examples.
+        held_out: a fraction between 0 and 1 (at least one example is held out), or a whole number of examples.
+        seed: decides which ones.
+
+    Returns:
+        ``(train, eval)``, both in the order of the source.
+
+    Raises:
+        PacaError: there would be nothing left on one side.
+    """
+    total = len(examples.dataset)
+    if isinstance(held_out, bool) or held_out <= 0 or (held_out >= 1 and held_out != int(held_out)):
+        raise PacaError(
+            f"Cannot hold out {held_out!r} of the examples: expected a fraction between 0 and 1, or a number of "
+            "examples."
+        )
+    count = max(1, round(held_out * total)) if held_out < 1 else int(held_out)
+    if count >= total:
+        raise PacaError(
+            f"Cannot hold {count:,} of {total:,} examples out: none would be left to train on. Hold out less, or give "
+            "more data."
+        )
+    chosen = np.zeros(total, dtype=bool)
+    chosen[np.random.default_rng(seed).permutation(total)[:count]] = True
+    parts = []
+    for name, mask in (("kept for training", ~chosen), ("held out", chosen)):
+        dataset = examples.dataset.select(np.flatnonzero(mask))
+        parts.append(
+            replace(examples, dataset=dataset, description=f"{examples.description}; {len(dataset):,} of them {name}")
+        )
+    return parts[0], parts[1]
+
+
+def _examples(source: Source, format_name: str, conversational: bool, limit: int | None) -> Iterator[Example]:
+    form = formats.FORMATS[format_name]
+    kind: frozenset[tuple[str, type]] | None = None
+    for place, row in itertools.islice(source.rows(), limit):
+        example = _convert(form, place, row, conversational)
+        found = frozenset((name, type(value)) for name, value in example.items() if name not in (ORIGIN, "tools"))
+        if kind is not None and found != kind:
+            raise PacaError(f"{place}: text and lists of messages are mixed. Give all examples in one form.")
+        kind = found
+        yield example
+
+
+def _convert(form: Format, place: str, row: rows.Row, conversational: bool) -> Example:
+    missing = [column for column in form.required if column not in row]
+    if missing:
+        raise PacaError(f"{place}: there is no {' and no '.join(missing)}; found: {', '.join(row) or '(nothing)'}.")
+    try:
+        return {**form.convert(row, conversational), ORIGIN: place}
+    except PacaError as error:
+        raise PacaError(f"{place}: {error}") from None
+
+
+def _features(example: Example) -> Features:
+    # Messages are kept as JSON: as a struct, each would get every field of every other one, null where it has none.
+    return Features(
+        {name: List(Json()) if isinstance(value, list) else Value("string") for name, value in example.items()}
+    )
+
+
+def _fingerprint(source: Source, form: Format, conversational: bool, limit: int | None) -> str:
+    """Names the cached conversion: another content, another choice or another version of this code, another name."""
+    content = xxhash.xxh128()
+    content.update(f"{source.fingerprint()}|{source.name}|{form.name}|{conversational}|{limit}".encode())
+    for module in (formats, rows, sources):
+        content.update(Path(str(module.__file__)).read_bytes())
+    content.update(Path(__file__).read_bytes())
+    return content.hexdigest()
+
+
+def _paca_error_behind(error: BaseException | None) -> PacaError | None:
+    while error is not None and not isinstance(error, PacaError):
+        error = error.__cause__ or error.__context__
+    return error
+
+
+def _describe(form: Format, columns: list[str], dataset: Dataset) -> str:
+    used = [column for column in form.columns if column in columns]
+    if "messages" in dataset.features:
+        result = "conversations"
+    elif "text" in dataset.features:
+        result = "plain text"
+    elif dataset.features["prompt"] == Value("string"):
+        result = "prompt/completion, plain text"
+    else:
+        result = "prompt/completion, messages"
+    count = f"{len(dataset):,} example{'s' if len(dataset) != 1 else ''}"
+    left_out = [column for column in columns if column not in used]
+    ending = f" (not used: {', '.join(left_out)})" if left_out else ""
+    return f"{form.name}: {', '.join(used)} -> {result}, {count}{ending}"
+
+
+@contextmanager
+def _without_progress_bars() -> Iterator[None]:
+    was_enabled = datasets.is_progress_bar_enabled()
+    datasets.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            datasets.enable_progress_bar()

@@ -1,0 +1,246 @@
+"""The forms that training data comes in: how each is recognised, and how a row of it becomes a training example."""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+from typing import Any
+
+from paca.data.rows import Row
+from paca.errors import PacaError
+
+Example = dict[str, Any]
+Message = dict[str, Any]
+
+ROLES = ("system", "developer", "user", "assistant", "tool")
+
+# Who speaks, in the data sets that circulate as ShareGPT.
+_SPEAKERS = {
+    "system": "system",
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "chatgpt": "assistant",
+    "model": "assistant",
+    "assistant": "assistant",
+    "tool": "tool",
+    "observation": "tool",
+}
+
+
+@dataclass(frozen=True)
+class Format:
+    """One form of training data."""
+
+    name: str
+
+    columns: tuple[str, ...]
+    """The columns that a row of this form is made from."""
+
+    optional: tuple[str, ...]
+    """Those of them that may be absent."""
+
+    convert: Callable[[Row, bool], Example]
+    """Turn ``(row, conversational)`` into an example; ``conversational`` matters where the form leaves it open."""
+
+    @property
+    def required(self) -> tuple[str, ...]:
+        """The columns that must be there."""
+        return tuple(column for column in self.columns if column not in self.optional)
+
+
+def recognise(columns: Collection[str], requested: str | None, source: str) -> Format:
+    """Choose the form of the data.
+
+    Args:
+        columns: the names found in the data.
+        requested: the name of a form, which is then only checked; ``None`` to recognise it. ``text`` is the last
+            resort: many data sets carry a ready-made ``text`` beside the columns that it was made from.
+        source: names the data in errors.
+
+    Raises:
+        PacaError: the form is unknown or ambiguous, or the requested one lacks a column.
+    """
+    found = f"{source} has the columns: {', '.join(columns) or '(none)'}."
+    if requested is not None:
+        if requested not in FORMATS:
+            near = difflib.get_close_matches(requested, FORMATS, n=1)
+            hint = f" Did you mean {near[0]!r}?" if near else ""
+            raise PacaError(f"Unknown data format {requested!r}.{hint} Understood are:\n{_overview()}")
+        chosen = FORMATS[requested]
+        missing = [column for column in chosen.required if column not in columns]
+        if missing:
+            raise PacaError(f"Data in the format {requested!r} needs {' and '.join(missing)}. {found}")
+        return chosen
+    fitting = [form for form in FORMATS.values() if all(column in columns for column in form.required)]
+    if len(fitting) > 1:
+        fitting = [form for form in fitting if form.name != "text"]
+    if len(fitting) == 1:
+        return fitting[0]
+    if fitting:
+        names = " and ".join(repr(form.name) for form in fitting)
+        raise PacaError(f"{found} They fit the formats {names}: choose one with data.format.")
+    raise PacaError(f"{found} That is no form of training data known here. Understood are:\n{_overview()}")
+
+
+def _overview() -> str:
+    return "\n".join(
+        f"  {form.name}: {', '.join(form.required)}"
+        + (f" (optional: {', '.join(form.optional)})" if form.optional else "")
+        for form in FORMATS.values()
+    )
+
+
+def _from_messages(row: Row, conversational: bool) -> Example:
+    return _conversation(_messages(row["messages"], "messages"), row.get("tools"))
+
+
+def _from_sharegpt(row: Row, conversational: bool) -> Example:
+    turns = _list_of_objects(row["conversations"], "conversations")
+    messages: list[Message] = []
+    for index, turn in enumerate(turns):
+        if "role" in turn:
+            messages.extend(_messages([turn], f"conversations[{index}]"))
+            continue
+        speaker = turn.get("from")
+        if speaker not in _SPEAKERS:
+            raise PacaError(f"conversations[{index}] is from {speaker!r}; known are: {', '.join(_SPEAKERS)}.")
+        messages.append(
+            {"role": _SPEAKERS[speaker], "content": _text(turn.get("value"), f"conversations[{index}].value")}
+        )
+    if row.get("system"):
+        messages.insert(0, {"role": "system", "content": _text(row["system"], "system")})
+    return _conversation(messages, row.get("tools"))
+
+
+def _from_prompt_completion(row: Row, conversational: bool) -> Example:
+    prompt, completion = row["prompt"], row["completion"]
+    if isinstance(prompt, str) and isinstance(completion, str):
+        return {"prompt": prompt, "completion": _answer(completion, "completion")}
+    if not isinstance(prompt, list) or not isinstance(completion, list):
+        raise PacaError(
+            f"prompt is {_kind(prompt)} and completion is {_kind(completion)}; expected two strings, or two lists of "
+            "messages."
+        )
+    question, answer = _messages(prompt, "prompt"), _messages(completion, "completion")
+    if question[-1]["role"] not in ("user", "tool"):
+        raise PacaError(f"the prompt ends with a message of {question[-1]['role']!r}; expected 'user' or 'tool'.")
+    if answer[0]["role"] != "assistant":
+        raise PacaError(f"the completion begins with a message of {answer[0]['role']!r}; expected 'assistant'.")
+    _require_an_answer(answer, "completion")
+    return {"prompt": question, "completion": answer, **_tools(row.get("tools"))}
+
+
+def _from_alpaca(row: Row, conversational: bool) -> Example:
+    instruction = _text(row["instruction"], "instruction")
+    given = _text(row.get("input") or "", "input")
+    answer = _answer(row["output"], "output")
+    if conversational:
+        question = f"{instruction}\n\n{given}" if given.strip() else instruction
+        return _question_and_answer(question, answer)
+    parts = [f"Task:\n{instruction}"]
+    if given.strip():
+        parts.append(f"Input:\n{given}")
+    return {"prompt": "\n\n".join([*parts, "Answer:\n"]), "completion": answer}
+
+
+def _from_question_answer(row: Row, conversational: bool) -> Example:
+    question = _text(row["question"], "question")
+    answer = _answer(row["answer"], "answer")
+    if conversational:
+        return _question_and_answer(question, answer)
+    return {"prompt": f"Question:\n{question}\n\nAnswer:\n", "completion": answer}
+
+
+def _from_text(row: Row, conversational: bool) -> Example:
+    return {"text": _answer(row["text"], "text")}
+
+
+def _question_and_answer(question: str, answer: str) -> Example:
+    return {
+        "prompt": [{"role": "user", "content": question}],
+        "completion": [{"role": "assistant", "content": answer}],
+    }
+
+
+def _conversation(messages: list[Message], tools: object) -> Example:
+    if not any(message["role"] == "assistant" for message in messages):
+        raise PacaError("the conversation has no message of 'assistant', so there is nothing to learn.")
+    _require_an_answer(messages, "conversation")
+    return {"messages": messages, **_tools(tools)}
+
+
+def _require_an_answer(messages: list[Message], name: str) -> None:
+    for message in messages:
+        if message["role"] == "assistant" and not message["content"].strip() and not message.get("tool_calls"):
+            raise PacaError(f"the {name} has an empty message of 'assistant'. Remove the example, or fill it in.")
+
+
+def _messages(value: object, name: str) -> list[Message]:
+    messages = []
+    for index, given in enumerate(_list_of_objects(value, name)):
+        # A column of a Parquet file gives every message all fields, null where they do not apply.
+        message = {key: field for key, field in given.items() if field is not None}
+        role = message.get("role")
+        if role not in ROLES:
+            raise PacaError(f"{name}[{index}] has the role {role!r}; expected one of {', '.join(ROLES)}.")
+        if "content" not in message and message.get("tool_calls"):
+            message["content"] = ""
+        message["content"] = _text(message.get("content"), f"{name}[{index}].content")
+        messages.append(message)
+    return messages
+
+
+def _list_of_objects(value: object, name: str) -> list[dict[str, Any]]:
+    if not isinstance(value, list) or not all(isinstance(element, dict) for element in value):
+        raise PacaError(f"{name} is {_kind(value)}; expected a list of objects.")
+    if not value:
+        raise PacaError(f"{name} is an empty list; expected at least one message.")
+    return value
+
+
+def _tools(tools: object) -> Example:
+    """Tool definitions travel as JSON text, the way TRL takes them: their fields differ from tool to tool."""
+    if tools is None or tools == "" or tools == []:
+        return {"tools": None}
+    if isinstance(tools, str):
+        try:
+            tools = json.loads(tools)
+        except json.JSONDecodeError as error:
+            raise PacaError(f"tools is not valid JSON: {error.msg}.") from error
+    return {"tools": json.dumps(_list_of_objects(tools, "tools"), ensure_ascii=False)}
+
+
+def _text(value: object, name: str) -> str:
+    if not isinstance(value, str):
+        raise PacaError(f"{name} is {_kind(value)}; expected text.")
+    return value
+
+
+def _answer(value: object, name: str) -> str:
+    text = _text(value, name)
+    if not text.strip():
+        raise PacaError(f"{name} is empty, so there is nothing to learn. Remove the example, or fill it in.")
+    return text
+
+
+def _kind(value: object) -> str:
+    if isinstance(value, list):
+        return f"a list of {_kind(value[0])}" if value else "an empty list"
+    names = {dict: "an object", str: "text", int: "a number", float: "a number", bool: "true or false"}
+    return "missing" if value is None else names.get(type(value), type(value).__name__)
+
+
+FORMATS = {
+    form.name: form
+    for form in (
+        Format("messages", ("messages", "tools"), ("tools",), _from_messages),
+        Format("prompt-completion", ("prompt", "completion", "tools"), ("tools",), _from_prompt_completion),
+        Format("alpaca", ("instruction", "input", "output"), ("input",), _from_alpaca),
+        Format("sharegpt", ("conversations", "system", "tools"), ("system", "tools"), _from_sharegpt),
+        Format("question-answer", ("question", "answer"), (), _from_question_answer),
+        Format("text", ("text",), (), _from_text),
+    )
+}

@@ -1,0 +1,134 @@
+"""Read the rows of a data file, one at a time and with their place in it."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow
+import pyarrow.parquet
+
+from paca.errors import PacaError
+
+Row = dict[str, Any]
+
+SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
+
+# A single answer may be longer than the 128 KiB that the csv module allows for a field.
+_CSV_FIELD_LIMIT = 2**31 - 1
+
+
+def rows_of(file: Path) -> Iterator[tuple[str, Row]]:
+    """Yield ``(place, row)``; the place names file and line, as in ``"train.jsonl, line 7"``.
+
+    Raises:
+        PacaError: the file cannot be parsed.
+    """
+    yield from _READERS[file.suffix.lower()](file)
+
+
+def _text_of(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise PacaError(f"{file} is not UTF-8 text (byte {error.start}). Save it as UTF-8.") from error
+
+
+def _jsonl_rows(file: Path) -> Iterator[tuple[str, Row]]:
+    with file.open(encoding="utf-8-sig") as lines:
+        number = 0
+        try:
+            for number, line in enumerate(lines, start=1):
+                if line.strip():
+                    yield f"{file.name}, line {number}", _json_object(line, f"{file}, line {number}")
+        except UnicodeDecodeError as error:
+            raise PacaError(f"{file} is not UTF-8 text (after line {number}). Save it as UTF-8.") from error
+
+
+def _json_object(text: str, place: str) -> Row:
+    try:
+        row = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise PacaError(
+            f"{place} is not valid JSON: {error.msg} (column {error.colno}). Expected one JSON object a line."
+        ) from error
+    if not isinstance(row, dict):
+        raise PacaError(f"{place} holds {_kind(row)}; expected a JSON object with named fields.")
+    return row
+
+
+def _json_rows(file: Path) -> Iterator[tuple[str, Row]]:
+    """A JSON array of objects, decoded one element at a time; or JSON lines under the wrong suffix."""
+    text = _text_of(file)
+    position = _skip_space(text, 0)
+    if text[position : position + 1] != "[":
+        yield from _jsonl_rows(file)
+        return
+    decoder = json.JSONDecoder()
+    position = _skip_space(text, position + 1)
+    index = 0
+    while text[position : position + 1] != "]":
+        try:
+            row, position = decoder.raw_decode(text, position)
+            position = _skip_space(text, position)
+            if text[position : position + 1] == ",":
+                position = _skip_space(text, position + 1)
+            elif text[position : position + 1] != "]":
+                raise json.JSONDecodeError("Expecting ',' or ']'", text, position)
+        except json.JSONDecodeError as error:
+            raise PacaError(
+                f"{file}, line {error.lineno} is not valid JSON: {error.msg} (column {error.colno}, in record {index})."
+            ) from error
+        if not isinstance(row, dict):
+            raise PacaError(f"{file}, record {index} is {_kind(row)}; expected a JSON object with named fields.")
+        yield f"{file.name}, record {index}", row
+        index += 1
+
+
+def _skip_space(text: str, position: int) -> int:
+    while position < len(text) and text[position] in " \t\r\n":
+        position += 1
+    return position
+
+
+def _csv_rows(file: Path) -> Iterator[tuple[str, Row]]:
+    csv.field_size_limit(_CSV_FIELD_LIMIT)
+    with file.open(encoding="utf-8-sig", newline="") as stream:
+        reader = csv.DictReader(stream, strict=True)
+        try:
+            for row in reader:
+                place = f"{file.name}, line {reader.line_num}"
+                if None in row or None in row.values():
+                    columns = reader.fieldnames or ()
+                    raise PacaError(
+                        f"{place} has {'more' if None in row else 'fewer'} fields than the header ({len(columns)}: "
+                        f"{', '.join(columns)}). Quote fields that hold commas or line breaks."
+                    )
+                yield place, row
+        except csv.Error as error:
+            raise PacaError(f"{file} is not valid CSV after line {reader.line_num}: {error}.") from error
+        except UnicodeDecodeError as error:
+            raise PacaError(f"{file} is not UTF-8 text (after line {reader.line_num}). Save it as UTF-8.") from error
+
+
+def _parquet_rows(file: Path) -> Iterator[tuple[str, Row]]:
+    try:
+        with pyarrow.parquet.ParquetFile(file) as table:
+            index = 0
+            for batch in table.iter_batches(batch_size=1024):
+                for row in batch.to_pylist():
+                    yield f"{file.name}, row {index}", row
+                    index += 1
+    except (pyarrow.ArrowException, OSError) as error:
+        raise PacaError(f"{file} is not a readable Parquet file: {str(error).strip()}") from error
+
+
+def _kind(value: object) -> str:
+    names = {list: "a list", str: "a string", int: "a number", float: "a number", bool: "true or false"}
+    return "null" if value is None else names.get(type(value), type(value).__name__)
+
+
+_READERS = {".jsonl": _jsonl_rows, ".json": _json_rows, ".csv": _csv_rows, ".parquet": _parquet_rows}

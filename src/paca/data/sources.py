@@ -1,0 +1,114 @@
+"""Find what a data source's name stands for: files, a folder of them, or a dataset on the hub."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import datasets
+import xxhash
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
+
+from paca.data.rows import SUFFIXES, Row, rows_of
+from paca.errors import PacaError
+
+_HUB_SOURCE = re.compile(r"(?P<id>[^\[\]:]+)(:(?P<config>[^\[\]]+))?(\[(?P<split>.+)\])?")
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where rows come from: data files, or one split of a dataset on the hub."""
+
+    name: str
+    """As the user wrote it."""
+
+    files: tuple[Path, ...] = ()
+    hub: datasets.Dataset | None = None
+
+    def fingerprint(self) -> str:
+        """A hash of the content, so that a cached conversion is used only for the very same rows."""
+        if self.hub is not None:
+            return str(self.hub._fingerprint)
+        content = xxhash.xxh128()
+        for file in self.files:
+            content.update(f"\n{file.name}\n".encode())
+            with file.open("rb") as stream:
+                while block := stream.read(1 << 20):
+                    content.update(block)
+        return content.hexdigest()
+
+    def rows(self) -> Iterator[tuple[str, Row]]:
+        """Yield ``(place, row)``; the place names file and line, as in ``"train.jsonl, line 7"``.
+
+        Raises:
+            PacaError: a file cannot be parsed.
+        """
+        if self.hub is not None:
+            for index, row in enumerate(self.hub):
+                yield f"{self.name}, row {index}", dict(row)
+            return
+        for file in self.files:
+            yield from rows_of(file)
+
+
+def find_source(name: str, split: str) -> Source:
+    """Find what ``name`` stands for (see :func:`paca.data.load_examples`). What exists locally comes first.
+
+    Raises:
+        PacaError: there is no such file, the type of file is unknown, or the hub has no such dataset.
+    """
+    if not name.strip():
+        raise PacaError(f"The data source is empty. Give a file ({', '.join(SUFFIXES)}), a folder or a hub id.")
+    path = Path(name).expanduser()
+    if path.is_dir():
+        files = tuple(sorted(file for file in path.iterdir() if file.suffix.lower() in SUFFIXES and file.is_file()))
+        if not files:
+            raise PacaError(f"The folder {name!r} holds no data file ({', '.join(SUFFIXES)}).")
+        return Source(name, files)
+    if path.is_file():
+        if path.suffix.lower() not in SUFFIXES:
+            raise PacaError(
+                f"The data file {name!r} is of type {path.suffix or '(none)'!r}. Understood are {', '.join(SUFFIXES)}."
+            )
+        return Source(name, (path,))
+    match = _HUB_SOURCE.fullmatch(name)
+    if (
+        name.startswith(("/", ".", "~"))
+        or path.suffix.lower() in SUFFIXES
+        or match is None
+        or not _is_hub_id(match["id"])
+    ):
+        raise PacaError(f"There is no data file or folder {name!r} (working folder: {Path.cwd()}). Check the path.")
+    return Source(name, hub=_load_from_hub(name, match["id"], match["config"], match["split"] or split))
+
+
+def _is_hub_id(name: str) -> bool:
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return True
+
+
+def _load_from_hub(name: str, hub_id: str, config: str | None, split: str) -> datasets.Dataset:
+    try:
+        return datasets.load_dataset(hub_id, config, split=split)
+    except ConnectionError as error:
+        raise PacaError(
+            f"There is no data file or folder {name!r} here. It looks like a dataset on the hub, but the hub cannot be "
+            "reached and there is no copy in the local cache. Connect to the internet, or give a file."
+        ) from error
+    except datasets.exceptions.DatasetNotFoundError as error:
+        raise PacaError(
+            f"There is no {name!r}: no such file or folder here, and no such (public) dataset on the hub. Check the "
+            "name; for a private dataset log in with `hf auth login`."
+        ) from error
+    except (ValueError, OSError, datasets.exceptions.DatasetsError) as error:
+        raise PacaError(
+            f"The dataset {name!r} on the hub cannot be loaded: {str(error).strip()}\n"
+            "A configuration is given as owner/name:config, a split as owner/name[split] (default: "
+            f"{split!r})."
+        ) from error

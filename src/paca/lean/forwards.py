@@ -1,0 +1,164 @@
+"""The forwards that lean blocks put in place of the stock ones: one small callable per kind of submodule.
+
+A lean forward sits in its module's instance dictionary under `forward`, where `nn.Module.__call__` finds it before the
+class's own. It holds its module weakly (no reference cycle, so a deleted model frees its memory at once) and follows it
+through `deepcopy` and pickling.
+
+The stock forward runs where it is as lean: without gradients, and under torch.compile, whose partitioner keeps the bf16
+inputs and recomputes elementwise chains by itself (measured: the same bytes as here). Only recomputing the MLP takes
+more than that.
+"""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from paca.lean.attention_mask import additive_mask, query_dtype
+from paca.lean.gated_linear_unit import fused_gated_linear_unit, gated_linear_unit
+from paca.lean.pointwise import lean_activation
+from paca.lean.recompute import note_source, recomputed
+from paca.lean.rms_norm import RMSNormStyle, rms_norm
+
+
+class LeanForward:
+    """Base of the lean forwards."""
+
+    lean_when_compiled = False
+
+    def __init__(self, module: nn.Module) -> None:
+        self._module = weakref.ref(module)
+
+    @property
+    def module(self) -> Any:
+        """The module whose forward this is."""
+        module = self._module()
+        assert module is not None, "a lean forward outlived its module"
+        return module
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        lean = torch.is_grad_enabled() and (self.lean_when_compiled or not torch.compiler.is_compiling())
+        return self.lean(*args, **kwargs) if lean else self.stock(*args, **kwargs)
+
+    def stock(self, *args: Any, **kwargs: Any) -> Any:
+        """The forward of the module's class."""
+        module = self.module
+        return type(module).forward(module, *args, **kwargs)
+
+    def lean(self, *args: Any, **kwargs: Any) -> Any:
+        """The forward that keeps less."""
+        raise NotImplementedError
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_module": self._module()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._module = weakref.ref(state["_module"])
+
+
+class LeanRMSNorm(LeanForward):
+    """Keeps the input in its own dtype and one float32 per row."""
+
+    def __init__(self, module: nn.Module, style: RMSNormStyle, feeds_recomputed: bool) -> None:
+        super().__init__(module)
+        self.style: RMSNormStyle = style
+        self.feeds_recomputed = feeds_recomputed
+
+    def lean(self, x: Tensor) -> Tensor:
+        output = self._normalize(x)
+        return note_source(output, self._normalize, x) if self.feeds_recomputed else output
+
+    def _normalize(self, x: Tensor) -> Tensor:
+        module = self.module
+        eps = module.variance_epsilon if self.style == "llama" else module.eps
+        return rms_norm(x, module.weight, eps, self.style)
+
+
+class LeanAttention(LeanForward):
+    """The stock attention, given SDPA's boolean mask in the form that all layers can keep together."""
+
+    def lean(self, *args: Any, **kwargs: Any) -> Any:
+        mask = kwargs.get("attention_mask")
+        if isinstance(mask, Tensor) and mask.dtype == torch.bool and self.module.config._attn_implementation == "sdpa":
+            hidden_states = args[0] if args else kwargs["hidden_states"]
+            kwargs["attention_mask"] = additive_mask(mask, query_dtype(hidden_states))
+        return self.stock(*args, **kwargs)
+
+
+class LeanLayerNorm(LeanForward):
+    """The stock LayerNorm, which keeps its input and two float32 per row; says what its output was made from."""
+
+    def lean(self, x: Tensor) -> Tensor:
+        return note_source(self.stock(x), self.stock, x)
+
+
+class LeanGatedMLP(LeanForward):
+    """`down(activation(gate(x)) * up(x))` that keeps gate and up, or, recomputing, neither."""
+
+    def __init__(self, module: nn.Module, activation: str, recompute: bool) -> None:
+        super().__init__(module)
+        self.activation = activation
+        self.recompute = self.lean_when_compiled = recompute
+
+    def lean(self, x: Tensor) -> Tensor:
+        module = self.module
+        gate_proj, up_proj, activation = module.gate_proj, module.up_proj, self.activation
+
+        def segment(x: Tensor, save_only: bool) -> Tensor:
+            return gated_linear_unit(gate_proj(x), up_proj(x), activation, save_only)
+
+        return module.down_proj(recomputed(segment, x, (gate_proj, up_proj)) if self.recompute else segment(x, False))
+
+
+class LeanFusedGatedMLP(LeanForward):
+    """As `LeanGatedMLP`, with gate and up from one projection (Phi-3)."""
+
+    def __init__(self, module: nn.Module, activation: str, recompute: bool) -> None:
+        super().__init__(module)
+        self.activation = activation
+        self.recompute = self.lean_when_compiled = recompute
+
+    def lean(self, x: Tensor) -> Tensor:
+        module = self.module
+        gate_up_proj, activation = module.gate_up_proj, self.activation
+
+        def segment(x: Tensor, save_only: bool) -> Tensor:
+            return fused_gated_linear_unit(gate_up_proj(x), activation, save_only)
+
+        return module.down_proj(recomputed(segment, x, (gate_up_proj,)) if self.recompute else segment(x, False))
+
+
+class LeanActivation(LeanForward):
+    """The activation of an MLP without a gate."""
+
+    def __init__(self, module: nn.Module, activation: str) -> None:
+        super().__init__(module)
+        self.activation = activation
+
+    def lean(self, x: Tensor) -> Tensor:
+        return lean_activation(x, self.activation)
+
+
+class LeanMLP(LeanForward):
+    """`second(activation(first(x)))` that keeps neither of the two wide intermediates (GPT-2, SigLIP)."""
+
+    lean_when_compiled = True
+
+    def __init__(self, module: nn.Module, activation: str, first: str, second: str, dropout: str | None) -> None:
+        super().__init__(module)
+        self.activation = activation
+        self.first, self.second, self.dropout = first, second, dropout
+
+    def lean(self, x: Tensor) -> Tensor:
+        module = self.module
+        first, activation = getattr(module, self.first), self.activation
+
+        def segment(x: Tensor, save_only: bool) -> Tensor:
+            return lean_activation(first(x), activation, save_only)
+
+        output = getattr(module, self.second)(recomputed(segment, x, (first,)))
+        return output if self.dropout is None else getattr(module, self.dropout)(output)

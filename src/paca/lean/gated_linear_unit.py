@@ -1,0 +1,137 @@
+"""`activation(gate) * up` that keeps gate and up only; the stock modules keep activation(gate) as well.
+
+Forward and gradients are bitwise the stock modules' wherever the activation is a single operator of torch (SiLU, GELU)
+and one thread computes. With several, torch's own last bit in float32 depends on where it splits the work.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from paca.lean.activations import ACTIVATIONS
+from paca.lean.cache_blocks import row_blocks
+from paca.lean.liger import liger_gated
+
+# 1 MiB of bf16: smaller blocks lose to the operators' fixed cost, larger ones to fresh pages.
+_ELEMENTS_PER_THREAD = 2**19
+
+
+def gated_linear_unit(gate: Tensor, up: Tensor, activation: str, save_only: bool = False) -> Tensor:
+    """`activation(gate) * up`.
+
+    Args:
+        gate: `(..., features)`.
+        up: `(..., features)`.
+        activation: a key of `ACTIVATIONS`.
+        save_only: a recomputation needs what the forward pass saved, not its result: leave the result uninitialized.
+
+    Returns:
+        `(..., features)` in the promoted dtype of `gate` and `up`.
+    """
+    if torch.compiler.is_compiling():
+        return ACTIVATIONS[activation].forward(gate) * up
+    if liger_gated is not None and activation in liger_gated and gate.is_cuda and gate.dtype == up.dtype:
+        return _LigerGatedLinearUnit.apply(gate.contiguous(), up.contiguous(), activation)
+    return _GatedLinearUnit.apply(gate, up, activation, save_only)
+
+
+def fused_gated_linear_unit(gate_up: Tensor, activation: str, save_only: bool = False) -> Tensor:
+    """`activation(gate) * up` of the two halves of `gate_up`, `(..., 2 features)`, as Phi-3 lays them out.
+
+    One gradient tensor for both halves: slicing outside would make autograd pad and add two. Arguments as
+    `gated_linear_unit`.
+    """
+    if torch.compiler.is_compiling() or (liger_gated is not None and gate_up.is_cuda):
+        gate, up = gate_up.chunk(2, dim=-1)
+        return gated_linear_unit(gate, up, activation, save_only)
+    return _FusedGatedLinearUnit.apply(gate_up, activation, save_only)
+
+
+class _GatedLinearUnit(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, gate: Tensor, up: Tensor, activation: str, save_only: bool) -> Tensor:
+        ctx.save_for_backward(gate, up)
+        ctx.activation = activation
+        return _product(gate, up, activation, save_only)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Any, ...]:
+        gate, up = ctx.saved_tensors
+        grad_gate, grad_up = gate.new_empty(gate.shape), up.new_empty(up.shape)
+        _write_gradients(grad_output, gate, up, ctx.activation, grad_gate, grad_up)
+        return grad_gate, grad_up, None, None
+
+
+class _FusedGatedLinearUnit(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, gate_up: Tensor, activation: str, save_only: bool) -> Tensor:
+        ctx.save_for_backward(gate_up)
+        ctx.activation = activation
+        gate, up = gate_up.chunk(2, dim=-1)
+        return _product(gate, up, activation, save_only)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Any, ...]:
+        (gate_up,) = ctx.saved_tensors
+        gate, up = gate_up.chunk(2, dim=-1)
+        grad = gate_up.new_empty(gate_up.shape)
+        _write_gradients(grad_output, gate, up, ctx.activation, *grad.chunk(2, dim=-1))
+        return grad, None, None
+
+
+def _product(gate: Tensor, up: Tensor, activation: str, save_only: bool) -> Tensor:
+    forward = ACTIVATIONS[activation].forward
+    product = gate.new_empty(gate.shape, dtype=torch.promote_types(gate.dtype, up.dtype))
+    if not save_only:
+        gates, ups, products = _walkable(gate, up, product)
+        for block in row_blocks(gates, _ELEMENTS_PER_THREAD):
+            torch.mul(forward(gates[block]), ups[block], out=products[block])
+    return product
+
+
+def _write_gradients(
+    grad: Tensor, gate: Tensor, up: Tensor, activation: str, grad_gate: Tensor, grad_up: Tensor
+) -> None:
+    """Write the gradients into `grad_gate` and `grad_up`, whose leading dimensions must be contiguous."""
+    functions = ACTIVATIONS[activation]
+    grad, gate, up, grad_gate, grad_up = _walkable(grad, gate, up, grad_gate, grad_up)
+    for block in row_blocks(gate, _ELEMENTS_PER_THREAD):
+        torch.mul(functions.forward(gate[block]), grad[block], out=grad_up[block])
+        grad_activated = torch.mul(grad[block], up[block], out=grad_gate[block])
+        functions.backward(grad_activated, gate[block], grad_activated)
+
+
+def _walkable(*tensors: Tensor) -> list[Tensor]:
+    """The tensors flat, if all are contiguous, else as `(rows, features)`; views wherever the memory allows.
+
+    Flat, because torch's vectorized exponential and the scalar one at the end of a loop differ in the last bit: blocks of
+    whole vectors give what one loop over everything gives.
+    """
+    if all(tensor.is_contiguous() for tensor in tensors):
+        return [tensor.view(-1) for tensor in tensors]
+    return [tensor.reshape(-1, tensor.shape[-1]) for tensor in tensors]
+
+
+class _LigerGatedLinearUnit(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, gate: Tensor, up: Tensor, activation: str) -> Tensor:
+        assert liger_gated is not None
+        ctx.save_for_backward(gate, up)
+        ctx.activation = activation
+        return liger_gated[activation].forward(gate, up)[2]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Any, ...]:
+        assert liger_gated is not None
+        gate, up = ctx.saved_tensors
+        grad_gate, grad_up = liger_gated[ctx.activation].backward(gate, up, grad_output.contiguous())
+        # Liger writes the gradients over gate and up behind autograd's back: make a second backward raise, not lie.
+        torch.autograd.graph.increment_version((gate, up))
+        return grad_gate.view(gate.shape), grad_up.view(up.shape), None

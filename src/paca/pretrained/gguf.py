@@ -1,0 +1,86 @@
+"""What transformers leaves undone when it reads a GGUF file: a trainable model, and the right pre-tokenizer."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+from tokenizers import pre_tokenizers
+from transformers import GgufConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from paca.errors import PacaError
+
+logger = logging.getLogger(__name__)
+
+# Names of pre-tokenizers in llama.cpp (`tokenizer.ggml.pre`). The first group splits off every digit before the
+# pattern of GPT-2 applies; transformers 5.24 knows none of them and keeps the pattern of GPT-2 alone.
+_DIGITS_THEN_GPT2 = ("smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b")
+_GPT2 = ("gpt-2", "phi-2", "mpt", "olmo", "jais", "trillion", "exaone4")
+
+
+def file_options(path: str) -> dict[str, Any]:
+    """The arguments by which ``from_pretrained`` finds a GGUF file.
+
+    Raises:
+        PacaError: the package that reads such files is missing.
+    """
+    try:
+        import gguf  # noqa: F401
+    except ImportError as error:
+        raise PacaError("Reading a GGUF file needs the package gguf: pip install 'paca-tuning[gguf]'.") from error
+    file = Path(path)
+    return {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name}
+
+
+def dequantizing_config() -> GgufConfig:
+    """The quantization config that unpacks every weight at load.
+
+    Without it the model counts as quantized, and can be neither saved nor trained.
+    """
+    return GgufConfig(dequantize=True)
+
+
+def check_is_plain(model: PreTrainedModel, path: str) -> None:
+    """Make sure that the loaded model is an ordinary float model.
+
+    Raises:
+        PacaError: a weight stayed in GGUF blocks.
+    """
+    packed = [name for name, parameter in model.named_parameters() if not parameter.is_floating_point()]
+    if packed or getattr(model, "is_quantized", False) or getattr(model.config, "quantization_config", None):
+        raise PacaError(
+            f"The GGUF file {path!r} was not dequantized (for one: {packed[0] if packed else 'config'}), so it cannot "
+            "be trained. Convert it to a 16-bit checkpoint first."
+        )
+
+
+def restore_pre_tokenizer(tokenizer: PreTrainedTokenizerBase, path: str) -> None:
+    """Give a byte-level tokenizer from a GGUF file the splitting rule that the file names, in place.
+
+    transformers knows the rules of some names, and drops the others silently: then most numbers tokenize differently
+    from what the model was trained on. A name that nobody here knows is logged as a warning.
+    """
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None or not isinstance(backend.pre_tokenizer, pre_tokenizers.ByteLevel):
+        return  # sentencepiece, or a rule that transformers did restore
+    name = _pre_tokenizer_name(path)
+    if name in _DIGITS_THEN_GPT2:
+        backend.pre_tokenizer = pre_tokenizers.Sequence(
+            [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+        )
+    elif name not in _GPT2:
+        logger.warning(
+            "The GGUF file %s splits text by the rule %r, which neither transformers nor paca knows; the rule of GPT-2 "
+            "is used. Some texts may tokenize differently from what the model was trained on. To be safe, train the "
+            "original checkpoint instead of the GGUF file.",
+            path,
+            name,
+        )
+
+
+def _pre_tokenizer_name(path: str) -> str | None:
+    from gguf import GGUFReader  # an optional dependency
+
+    field = GGUFReader(path).get_field("tokenizer.ggml.pre")
+    return None if field is None else str(field.contents())

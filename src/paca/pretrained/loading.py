@@ -1,0 +1,250 @@
+"""Load a causal language model and its tokenizer, trainable, whatever they are stored as."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, NamedTuple, cast
+
+import torch
+import transformers
+from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
+from safetensors import SafetensorError
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from paca.errors import PacaError
+from paca.pretrained import gguf
+from paca.pretrained.location import Location, Source, locate
+
+logger = logging.getLogger(__name__)
+
+_DTYPES: dict[str, torch.dtype | str] = {
+    "auto": "auto",
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "float32": torch.float32,
+}
+
+# Tokens that exist for padding alone in well-known vocabularies. Anything else might occur in a text.
+_PAD_TOKENS = ("<|pad|>", "<pad>", "[PAD]", "<PAD>", "<|finetune_right_pad_id|>", "<|padding|>", "<unused0>")
+
+
+@dataclass(frozen=True)
+class Pretrained:
+    """A model with its tokenizer."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+
+    source: Source
+    """Where it came from: ``"hub"``, ``"folder"`` or ``"gguf"``."""
+
+    name_or_path: str
+    """The hub id, or the absolute path of the folder or file."""
+
+
+class Outline(NamedTuple):
+    """A model without weights."""
+
+    config: PreTrainedConfig
+    model: PreTrainedModel
+    """On the meta device: every parameter has its name, shape and dtype, and no storage."""
+
+
+def load_pretrained(
+    name: str, dtype: str = "auto", revision: str | None = None, trust_remote_code: bool = False
+) -> Pretrained:
+    """Load a causal language model and its tokenizer, ready to be trained.
+
+    Args:
+        name: a hub id, a local folder with a ``config.json``, or a ``.gguf`` file. A GGUF file is dequantized.
+        dtype: ``"bfloat16"``, ``"float16"``, ``"float32"``, or ``"auto"``: what the checkpoint was saved in
+            (float32 for a quantized GGUF file, which has no such dtype).
+        revision: branch, tag or commit, for a hub id only.
+        trust_remote_code: run the model code that the checkpoint brings along.
+
+    The tokenizer always has a padding token afterwards; one that had to be chosen is logged.
+
+    Raises:
+        PacaError: the name stands for no model, the checkpoint cannot be read, or the hub cannot be reached.
+    """
+    location = _checked_location(name, revision)
+    torch_dtype = _torch_dtype(dtype)
+    tokenizer = _tokenizer_at(location, revision, trust_remote_code)
+    options = _options(location, revision, trust_remote_code)
+    if location.source == "gguf":
+        options["quantization_config"] = gguf.dequantizing_config()
+    with _explaining(location), _without_progress_bars():
+        model = AutoModelForCausalLM.from_pretrained(dtype=torch_dtype, **options)
+    if location.source == "gguf":
+        gguf.check_is_plain(model, location.name_or_path)
+    _choose_pad_token(tokenizer, embeddings=_embeddings(model))
+    if model.config.get_text_config().pad_token_id is None:
+        model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
+    return Pretrained(model, tokenizer, location.source, location.name_or_path)
+
+
+def load_tokenizer(name: str, revision: str | None = None, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """Load the tokenizer alone, as :func:`load_pretrained` would (arguments and errors as there)."""
+    location = _checked_location(name, revision)
+    tokenizer = _tokenizer_at(location, revision, trust_remote_code)
+    _choose_pad_token(tokenizer)
+    return tokenizer
+
+
+def load_config(
+    name: str, dtype: str = "auto", revision: str | None = None, trust_remote_code: bool = False
+) -> Outline:
+    """Read what a model looks like without its weights (arguments and errors as in :func:`load_pretrained`).
+
+    Returns:
+        ``(config, model)``, the model on the meta device. With ``dtype="auto"`` its dtype is the one the
+        configuration names, else float32.
+    """
+    location = _checked_location(name, revision)
+    torch_dtype = _torch_dtype(dtype)
+    options = _options(location, revision, trust_remote_code)
+    with _explaining(location), _without_progress_bars():
+        config = AutoConfig.from_pretrained(**options)
+        if torch_dtype == "auto":
+            torch_dtype = getattr(config, "dtype", None) or torch.float32
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, dtype=torch_dtype, trust_remote_code=trust_remote_code)
+    model.tie_weights()
+    return Outline(config, model)
+
+
+def _checked_location(name: str, revision: str | None) -> Location:
+    location = locate(name)
+    if revision is not None and location.source != "hub":
+        raise PacaError(f"A revision ({revision!r}) goes with a hub id only, but {name!r} is local. Leave it out.")
+    return location
+
+
+def _torch_dtype(dtype: str) -> torch.dtype | str:
+    if dtype not in _DTYPES:
+        raise PacaError(f"Unknown dtype {dtype!r}. Give one of: {', '.join(_DTYPES)}.")
+    return _DTYPES[dtype]
+
+
+def _options(location: Location, revision: str | None, trust_remote_code: bool) -> dict[str, Any]:
+    if location.source == "gguf":
+        return gguf.file_options(location.name_or_path)
+    options: dict[str, Any] = {
+        "pretrained_model_name_or_path": location.name_or_path,
+        "trust_remote_code": trust_remote_code,
+    }
+    if revision is not None:
+        options["revision"] = revision
+    return options
+
+
+def _tokenizer_at(location: Location, revision: str | None, trust_remote_code: bool) -> PreTrainedTokenizerBase:
+    with _explaining(location, what="tokenizer"), _without_progress_bars():
+        tokenizer = AutoTokenizer.from_pretrained(**_options(location, revision, trust_remote_code))
+    if location.source == "gguf":
+        gguf.restore_pre_tokenizer(tokenizer, location.name_or_path)
+    return tokenizer
+
+
+def _embeddings(model: PreTrainedModel) -> int:
+    return int(cast(nn.Embedding, model.get_input_embeddings()).num_embeddings)
+
+
+def _choose_pad_token(tokenizer: PreTrainedTokenizerBase, embeddings: int | None = None) -> None:
+    """Give the tokenizer a padding token when it has none, and say which.
+
+    A token made for padding is best. Failing that the end-of-text token: TRL masks padding by each sequence's length,
+    not by token id, so that a real end-of-text token in an answer keeps its label (tested in tests/data).
+    """
+    if tokenizer.pad_token is not None:
+        return
+    vocabulary = tokenizer.get_vocab()
+    for candidate in _PAD_TOKENS:
+        # A vocabulary may be larger than the embedding: such a token has no row to look up.
+        if candidate in vocabulary and (embeddings is None or vocabulary[candidate] < embeddings):
+            tokenizer.pad_token = candidate
+            logger.info("The tokenizer names no padding token; using %r, which its vocabulary has for it.", candidate)
+            return
+    if tokenizer.eos_token is None:
+        raise PacaError(
+            "The tokenizer has neither a padding nor an end-of-text token, so that batches cannot be padded. Set "
+            '"pad_token" or "eos_token" in the tokenizer_config.json of the model.'
+        )
+    tokenizer.pad_token = tokenizer.eos_token
+    logger.info(
+        "The tokenizer names no padding token; padding with %r. Padding is masked by length, so this token still "
+        "counts where it ends an answer.",
+        tokenizer.eos_token,
+    )
+
+
+@contextmanager
+def _explaining(location: Location, what: str = "model") -> Iterator[None]:
+    """Turn the loaders' errors into one clear message."""
+    try:
+        yield
+    except PacaError:
+        raise
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
+        name = location.name_or_path
+        if location.source == "hub":
+            raise PacaError(_hub_message(name, what, error)) from error
+        raise PacaError(
+            f"The {what} in {name!r} cannot be loaded: {_first_line(error)}\nIs it a complete checkpoint of a causal "
+            "language model?"
+        ) from error
+
+
+def _hub_message(name: str, what: str, error: BaseException) -> str:
+    causes = _causes(error)
+    if any(isinstance(cause, GatedRepoError) for cause in causes):
+        return f"{name!r} is gated on the hub. Accept its terms there, then log in with `hf auth login`."
+    if any(isinstance(cause, RevisionNotFoundError) for cause in causes):
+        return f"{name!r} exists on the hub, but not in this revision."
+    if any(isinstance(cause, RepositoryNotFoundError) for cause in causes):
+        return (
+            f"There is no {name!r}: no such file or folder here, and no such (public) repository on the hub. Check the "
+            "name; for a private repository log in with `hf auth login`."
+        )
+    if "couldn't connect" in str(error).lower() or any(isinstance(cause, ConnectionError) for cause in causes):
+        return (
+            f"There is no file or folder {name!r} here. It looks like a hub id, but the hub cannot be reached and "
+            "there is no copy in the local cache. Connect to the internet, or give a local folder or a .gguf file."
+        )
+    return f"The {what} {name!r} on the hub cannot be loaded: {_first_line(error)}"
+
+
+def _causes(error: BaseException | None) -> list[BaseException]:
+    causes: list[BaseException] = []
+    while error is not None and error not in causes:
+        causes.append(error)
+        error = error.__cause__ or error.__context__
+    return causes
+
+
+def _first_line(error: BaseException) -> str:
+    text = str(error).strip() or type(error).__name__
+    return text.splitlines()[0]
+
+
+@contextmanager
+def _without_progress_bars() -> Iterator[None]:
+    """Hide the bars that count parameters. Downloads keep theirs, and so does the GGUF reader, which is slow."""
+    was_enabled = transformers.utils.logging.is_progress_bar_enabled()
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            transformers.utils.logging.enable_progress_bar()

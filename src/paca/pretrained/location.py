@@ -1,0 +1,78 @@
+"""What a model's name stands for: a local folder, a GGUF file, or a repository on the hub."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
+
+from paca.errors import PacaError
+
+Source = Literal["hub", "folder", "gguf"]
+
+
+@dataclass(frozen=True)
+class Location:
+    """Where a model lies."""
+
+    source: Source
+
+    name_or_path: str
+    """A hub id, or an absolute local path."""
+
+
+def locate(name: str) -> Location:
+    """Find out whether ``name`` is a local folder, a GGUF file or a hub id. What exists locally comes first.
+
+    Raises:
+        PacaError: ``name`` exists but is not a model, or neither exists nor could be a hub id.
+    """
+    if not name.strip():
+        raise PacaError("The model name is empty. Give a hub id, a local folder or a .gguf file.")
+    path = Path(name).expanduser()
+    if path.is_file():
+        if path.suffix.lower() != ".gguf":
+            raise PacaError(
+                f"The model {name!r} is a file of type {path.suffix or '(none)'!r}. Of single files, only .gguf can be "
+                "read; for other checkpoints give the folder that holds config.json."
+            )
+        return Location("gguf", str(path.resolve()))
+    if path.is_dir():
+        _check_folder(path, name)
+        return Location("folder", str(path.resolve()))
+    if _could_be_a_hub_id(name):
+        return Location("hub", name)
+    raise PacaError(
+        f"No model at {name!r}: there is no such file or folder here (working folder: {Path.cwd()}), and the name does "
+        "not have the form of a hub id (owner/name). Check the path."
+    )
+
+
+def _could_be_a_hub_id(name: str) -> bool:
+    if name.startswith(("/", ".", "~")) or name.lower().endswith(".gguf"):
+        return False
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return True
+
+
+def _check_folder(path: Path, name: str) -> None:
+    if (path / "config.json").is_file():
+        return
+    if (path / "adapter_config.json").is_file():
+        raise PacaError(
+            f"The folder {name!r} holds an adapter, not a model. Give the model it was trained on "
+            "(base_model_name_or_path in its adapter_config.json)."
+        )
+    gguf_files = sorted(file.name for file in path.glob("*.gguf"))
+    if gguf_files:
+        raise PacaError(f"The folder {name!r} holds GGUF files; give one of them, not the folder: {gguf_files}.")
+    raise PacaError(
+        f"The folder {name!r} is not a model: it has no config.json. A model folder holds config.json, the weights "
+        "(*.safetensors) and the tokenizer's files."
+    )

@@ -1,0 +1,94 @@
+"""Save a loaded model as a plain folder that an adapter can point to."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+import transformers
+from transformers import AutoTokenizer
+
+from paca.errors import PacaError
+from paca.pretrained.loading import Pretrained
+
+logger = logging.getLogger(__name__)
+
+_RECORD = "paca_source.json"
+
+# Digits after blank lines, runs of spaces and other scripts: where pre-tokenizers differ.
+_PROBE = "Steps:\n\n1. Mix 250 g\n2. don't  stir\t10x\n\n\nПример 漢字 😀 1234567"
+
+
+def save_trainable_copy(pretrained: Pretrained, folder: str | os.PathLike[str]) -> Path:
+    """Save model and tokenizer to ``folder``, which ``from_pretrained`` then reads back to the same model.
+
+    The folder appears whole or not at all: it is written beside its final place and renamed. When it already holds a
+    copy of the same model in the same dtype, nothing is done.
+
+    Args:
+        pretrained: from :func:`paca.pretrained.load_pretrained`, not yet adapted.
+        folder: where the copy goes; its parents are made.
+
+    Returns:
+        The absolute path of the folder.
+
+    Raises:
+        PacaError: the folder exists and holds something else, or its tokenizer would split text differently.
+    """
+    target = Path(folder).expanduser().resolve()
+    record = _record(pretrained)
+    if target.exists() and any(target.iterdir() if target.is_dir() else [target]):
+        _check_same(target, record)
+        return target
+    target.parent.mkdir(parents=True, exist_ok=True)
+    staging = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    try:
+        _write(pretrained, staging, record)
+        staging.chmod(0o755)  # mkdtemp makes it private
+        staging.replace(target)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+    logger.info("Saved a trainable copy of %s to %s.", pretrained.name_or_path, target)
+    return target
+
+
+def _write(pretrained: Pretrained, folder: Path, record: dict[str, object]) -> None:
+    was_enabled = transformers.utils.logging.is_progress_bar_enabled()
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        pretrained.model.save_pretrained(folder)
+    finally:
+        if was_enabled:
+            transformers.utils.logging.enable_progress_bar()
+    pretrained.tokenizer.save_pretrained(folder)
+    reread = AutoTokenizer.from_pretrained(folder)
+    if reread(_PROBE)["input_ids"] != pretrained.tokenizer(_PROBE)["input_ids"]:
+        raise PacaError(
+            f"The tokenizer of {pretrained.name_or_path!r} splits text differently after saving and loading it with "
+            f"this transformers ({transformers.__version__}), so an adapter trained on it would not fit. Train the "
+            "original checkpoint instead."
+        )
+    (folder / _RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+
+
+def _record(pretrained: Pretrained) -> dict[str, object]:
+    record: dict[str, object] = {"model": pretrained.name_or_path, "dtype": str(pretrained.model.dtype)}
+    if pretrained.source == "gguf":
+        record["bytes"] = Path(pretrained.name_or_path).stat().st_size
+    return record
+
+
+def _check_same(target: Path, record: dict[str, object]) -> None:
+    try:
+        found = json.loads((target / _RECORD).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        found = None
+    if found != record:
+        raise PacaError(
+            f"{str(target)!r} exists, and is not the copy that is needed here (needed: {record}, found: {found}). "
+            "Give another output folder, or delete this one."
+        )

@@ -1,0 +1,129 @@
+"""The pictures of the report: curves over steps, drawn by matplotlib as inline SVG that follows the page's theme."""
+
+from __future__ import annotations
+
+import io
+import math
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import matplotlib
+from matplotlib.backends.backend_svg import FigureCanvasSVG
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+_INK = "#123456"  # stands for the text colour of the page; replaced by currentColor in the SVG
+_TRAIN = "#3b82f6"  # blue and orange: distinct to colour-blind eyes, and on white as on black
+_HELD_OUT = "#f97316"
+_MOST_POINTS = 800  # of one curve; more only make the page heavy
+_WINDOWS = 25  # the smoothed curve averages over a 25th of the run
+
+Points = Sequence[tuple[float, float]]
+
+
+def loss_curves(train: Points, held_out: Points) -> str:
+    """The training loss (as logged, and smoothed) and the held-out loss.
+
+    Args:
+        train: (step, loss) of the logged steps.
+        held_out: (step, loss) of the evaluations; may be empty.
+
+    Returns:
+        An ``<svg>`` element.
+    """
+    figure, axes = _figure(9.0, 3.8)
+    if train:
+        thinned = thin(train)
+        axes.plot(*zip(*thinned, strict=True), color=_TRAIN, alpha=0.3, linewidth=1)
+        smooth = thin(smoothed(train))
+        axes.plot(*zip(*smooth, strict=True), color=_TRAIN, linewidth=2, label="training")
+        _mark_single(axes, train, _TRAIN)
+    if held_out:
+        axes.plot(
+            *zip(*held_out, strict=True), color=_HELD_OUT, linewidth=2, marker="o", markersize=5, label="held out"
+        )
+        first, last = held_out[0], held_out[-1]
+        for step, loss in {first, last}:
+            place = {"textcoords": "offset points", "xytext": (0, 8), "ha": "right" if step == last[0] else "left"}
+            axes.annotate(f"{loss:.3f}", (step, loss), color=_HELD_OUT, fontsize=10, fontweight="bold", **place)
+    axes.set_ylabel("loss (nats per token)")
+    if train or held_out:
+        axes.legend(frameon=False, labelcolor=_INK)
+    return _svg(figure, "Training loss and held-out loss over steps")
+
+
+def curve(points: Points, title: str, *, from_zero: bool = False) -> str:
+    """One quantity over steps.
+
+    Args:
+        points: (step, value); may be empty.
+        title: Stands above the curve.
+        from_zero: Let the vertical axis begin at zero.
+
+    Returns:
+        An ``<svg>`` element.
+    """
+    figure, axes = _figure(4.4, 2.5)
+    if points:
+        axes.plot(*zip(*thin(points), strict=True), color=_TRAIN, linewidth=1.5)
+        _mark_single(axes, points, _TRAIN)
+    if from_zero:
+        axes.set_ylim(bottom=0)
+    axes.set_title(title, color=_INK, fontsize=11, loc="left")
+    return _svg(figure, f"{title} over steps")
+
+
+def smoothed(points: Points) -> list[tuple[float, float]]:
+    """The running mean over the last 25th of the run at each point (at least one point, so short runs stay as is)."""
+    window = max(1, len(points) // _WINDOWS)
+    values = [value for _, value in points]
+    result = []
+    total = 0.0
+    for position, (step, value) in enumerate(points):
+        total += value
+        if position >= window:
+            total -= values[position - window]
+        result.append((step, total / min(position + 1, window)))
+    return result
+
+
+def thin(points: Points) -> list[tuple[float, float]]:
+    """At most about 800 points, spread evenly, the first and the last among them."""
+    stride = max(1, math.ceil(len(points) / _MOST_POINTS))
+    kept = list(points[::stride])
+    if points and kept[-1] != points[-1]:
+        kept.append(points[-1])
+    return kept
+
+
+def _figure(width: float, height: float) -> tuple[Figure, Any]:
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasSVG(figure)
+    axes = figure.add_subplot()
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+    for side in ("bottom", "left"):
+        axes.spines[side].set_color(_INK)
+    axes.tick_params(colors=_INK)
+    axes.grid(axis="y", color=_INK, alpha=0.15)
+    axes.set_xlabel("step", color=_INK)
+    axes.yaxis.label.set_color(_INK)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    return figure, axes
+
+
+def _mark_single(axes: Any, points: Points, color: str) -> None:
+    if len(points) == 1:  # a line of one point is invisible
+        axes.plot(*points[0], marker="o", color=color)
+
+
+def _svg(figure: Figure, description: str) -> str:
+    buffer = io.StringIO()
+    # The salt keeps the ids of several pictures in one page apart, and the same from run to run.
+    with matplotlib.rc_context({"svg.hashsalt": description, "svg.fonttype": "path"}):
+        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
+    svg = buffer.getvalue()
+    svg = svg[svg.index("<svg") :].replace(_INK, "currentColor")
+    svg = re.sub(r'width="[\d.]+pt" height="[\d.]+pt"', 'width="100%"', svg, count=1)
+    return svg.replace("<svg", f'<svg role="img" aria-label="{description}"', 1)

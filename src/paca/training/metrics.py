@@ -1,0 +1,173 @@
+"""metrics.jsonl: one row for each logged step and each evaluation, without duplicates or holes across resumes."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from paca.training.memory import peak_memory
+
+_TRAIN_KEYS = ("loss", "grad_norm", "learning_rate", "mean_token_accuracy", "entropy", "aux_loss")
+_EVAL_KEYS = ("eval_loss", "eval_mean_token_accuracy", "eval_entropy", "eval_aux_loss")
+
+
+class MetricsLog:
+    """The rows of a run, in memory and in the file.
+
+    A training row has ``step, epoch, loss, grad_norm, learning_rate, tokens`` (seen so far), ``tokens_per_second``,
+    ``train_seconds`` (time in training steps so far), ``seconds`` (time in the run so far) and ``peak_memory_bytes``;
+    an evaluation row has ``step`` and ``eval_loss``. Step 0 is the model as it came.
+    """
+
+    def __init__(self, path: Path) -> None:
+        """Open the log of a new run (the file is made) or of one that goes on (its rows are read)."""
+        self.path = path
+        self.rows: list[dict[str, Any]] = read_rows(path) if path.is_file() else []
+        path.touch()
+
+    def append(self, row: dict[str, Any]) -> None:
+        """Add a row; numbers that are not finite are stored as null, which JSON has and NaN it has not.
+
+        An evaluation repeated at its step (a run resumed just after it) takes the place of the earlier one.
+        """
+        row = {
+            name: None if isinstance(value, float) and not math.isfinite(value) else value
+            for name, value in row.items()
+        }
+        if "eval_loss" in row and self.eval_loss_at(row["step"]) is not None:
+            self.rows = [old for old in self.rows if "eval_loss" not in old or old["step"] != row["step"]]
+            self._rewrite()
+        self.rows.append(row)
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+
+    def rewind(self, step: int) -> None:
+        """Drop the rows beyond ``step``: the run goes on from there and will write them again."""
+        self.rows = [row for row in self.rows if row["step"] <= step]
+        self._rewrite()
+
+    def last_training_row(self) -> dict[str, Any] | None:
+        """The newest row of a training step."""
+        return next((row for row in reversed(self.rows) if "loss" in row), None)
+
+    def eval_loss_at(self, step: int) -> float | None:
+        """The held-out loss measured after ``step`` steps, if it was."""
+        return next(
+            (row["eval_loss"] for row in reversed(self.rows) if "eval_loss" in row and row["step"] == step), None
+        )
+
+    def _rewrite(self) -> None:
+        rewritten = self.path.with_suffix(".part")
+        rewritten.write_text("".join(json.dumps(row) + "\n" for row in self.rows), encoding="utf-8")
+        os.replace(rewritten, self.path)
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """The rows of a metrics file; a last line that a crash cut short is left out."""
+    rows = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            break
+    return rows
+
+
+class RecordMetrics(TrainerCallback):
+    """Writes what the trainer logs to a :class:`MetricsLog`, and measures speed and memory.
+
+    The clock of ``tokens_per_second`` covers forward, backward, optimizer and data loading; evaluations, checkpoints
+    and logging stand outside it.
+    """
+
+    def __init__(self, log: MetricsLog, device: torch.device) -> None:
+        self.log = log
+        self.device = device
+        last = log.last_training_row() or {}
+        self.train_seconds: float = last.get("train_seconds", 0.0)
+        self.peak_memory_bytes: int = last.get("peak_memory_bytes", 0)
+        self._seconds_before: float = last.get("seconds", 0.0)
+        self._started = time.perf_counter()
+        self._mark = self._started
+        self._tokens_logged: int = last.get("tokens", 0)
+        self._train_seconds_logged = self.train_seconds
+
+    @property
+    def seconds(self) -> float:
+        """Time in this run so far, the sessions before a resume included."""
+        return self._seconds_before + time.perf_counter() - self._started
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Start the clock."""
+        self._mark = time.perf_counter()
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Stop the clock, and log with every checkpoint.
+
+        The trainer forgets the losses since its last log when it is resumed, so a checkpoint between two logs would
+        leave a hole in the curve.
+        """
+        now = time.perf_counter()
+        self.train_seconds += now - self._mark
+        self._mark = now
+        if control.should_save:
+            control.should_log = True
+
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """As :meth:`on_step_end`, for ``save_strategy: epoch``."""
+        if control.should_save:
+            control.should_log = True
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Write the row."""
+        logs = logs or {}
+        if "loss" in logs:
+            self.log.append(self._training_row(state, logs))
+        elif "eval_loss" in logs:
+            row: dict[str, Any] = {"step": state.global_step, "epoch": state.epoch}
+            row |= {key: logs[key] for key in _EVAL_KEYS if key in logs}
+            row["eval_seconds"] = logs.get("eval_runtime")
+            row["seconds"] = round(self.seconds, 3)
+            self.log.append(row)
+        self._mark = time.perf_counter()
+
+    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Keep the evaluation out of the clock."""
+        self._mark = time.perf_counter()
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Keep the checkpoint out of the clock."""
+        self._mark = time.perf_counter()
+
+    def _training_row(self, state: TrainerState, logs: dict[str, float]) -> dict[str, Any]:
+        tokens = state.num_input_tokens_seen
+        elapsed = self.train_seconds - self._train_seconds_logged
+        speed = (tokens - self._tokens_logged) / elapsed if elapsed > 0 else 0.0
+        self._tokens_logged, self._train_seconds_logged = tokens, self.train_seconds
+        self.peak_memory_bytes = max(self.peak_memory_bytes, peak_memory(self.device))
+        row: dict[str, Any] = {"step": state.global_step, "epoch": state.epoch}
+        row |= {key: logs[key] for key in _TRAIN_KEYS if key in logs}
+        row["tokens"] = tokens
+        row["tokens_per_second"] = round(speed, 1)
+        row["train_seconds"] = round(self.train_seconds, 3)
+        row["seconds"] = round(self.seconds, 3)
+        row["peak_memory_bytes"] = self.peak_memory_bytes
+        return row

@@ -1,0 +1,133 @@
+"""What a run shows while it trains: one live line in a terminal, plain lines now and then anywhere else."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from rich.console import Console
+from rich.live import Live
+from rich.text import Text
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from paca.training.memory import format_bytes
+from paca.training.metrics import MetricsLog, RecordMetrics
+
+_PLAIN_LINES = 20  # about so many lines for a whole run where the output is no terminal ...
+_PLAIN_LONGEST_GAP = 50  # ... but never more steps than this between two of them
+
+
+class ShowProgress(TrainerCallback):
+    """Shows step, loss, tokens/s, peak memory and time left. Comes after :class:`RecordMetrics` among the callbacks."""
+
+    def __init__(self, console: Console, log: MetricsLog, recorder: RecordMetrics) -> None:
+        self.console = console
+        self.log = log
+        self.recorder = recorder
+        self._live: Live | None = None
+        self._first_step = 0
+        self._train_seconds_at_start = 0.0
+        self._evaluated = 0
+        self._next_plain_step = 0
+        self._last_drawn = 0.0
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Open the live line."""
+        self._first_step = state.global_step
+        self._train_seconds_at_start = self.recorder.train_seconds
+        if self.console.is_terminal:
+            self._live = Live(
+                Text("starting ..."), console=self.console, refresh_per_second=4, redirect_stderr=True, transient=True
+            )
+            self._live.start()
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Move the live line on, also between two logs."""
+        if self._live is not None:
+            self._live.update(Text(self._line(state), no_wrap=True, overflow="ellipsis"))
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Bring the live line up to date, or print a plain one."""
+        if "loss" not in (logs or {}):
+            return
+        if self._live is not None:
+            self._live.update(Text(self._line(state), no_wrap=True, overflow="ellipsis"))
+        elif state.global_step >= self._next_plain_step or state.global_step == state.max_steps:
+            self._print(self._line(state))
+            gap = max(1, min(state.max_steps // _PLAIN_LINES, _PLAIN_LONGEST_GAP))
+            self._next_plain_step = state.global_step + gap
+
+    def on_prediction_step(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        eval_dataloader: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        """Say how far an evaluation is."""
+        self._evaluated += 1
+        if self._live is not None and time.monotonic() - self._last_drawn > 0.25:
+            self._last_drawn = time.monotonic()
+            self._live.update(Text(f"{self._line(state)}  (evaluating: batch {self._evaluated})"))
+
+    def on_evaluate(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        metrics: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Print the held-out loss; it stays above the live line."""
+        self._evaluated = 0
+        loss = (metrics or {}).get("eval_loss")
+        if loss is not None:
+            self._print(f"step {state.global_step}: held-out loss {loss:.4f}")
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Close the live line and leave its last state behind."""
+        if self._live is not None:
+            self.close()
+            self._print(self._line(state))
+
+    def close(self) -> None:
+        """Take the live line away; also called when training ends with an error."""
+        if self._live is not None:
+            self._live.stop()
+            self._live = None
+
+    def _print(self, line: str) -> None:
+        self.console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+    def _line(self, state: TrainerState) -> str:
+        parts = [f"step {state.global_step}/{state.max_steps}"]
+        row = self.log.last_training_row()
+        if row is not None:
+            loss = row["loss"]
+            parts.append("loss not finite (NaN or infinite)" if loss is None else f"loss {loss:.4f}")
+            parts.append(f"{row['tokens_per_second']:,.0f} tokens/s")
+            parts.append(f"peak {format_bytes(row['peak_memory_bytes'])}")
+        done = state.global_step - self._first_step
+        if done:
+            per_step = (self.recorder.train_seconds - self._train_seconds_at_start) / done
+            parts.append(f"{format_duration(per_step * (state.max_steps - state.global_step))} left")
+        return "  ".join(parts)
+
+
+def format_duration(seconds: float) -> str:
+    """``3725`` → ``"1:02:05"``, ``65`` → ``"1:05"``."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

@@ -1,0 +1,141 @@
+"""report.html: one page without outside parts that shows how a run went."""
+
+from __future__ import annotations
+
+import html
+import math
+from pathlib import Path
+from typing import Any
+
+from paca.training.curves import curve, loss_curves
+from paca.training.memory import format_bytes
+from paca.training.progress import format_duration
+
+_STYLE = """
+:root { color-scheme: light dark; --ink: #1c2430; --paper: #ffffff; --card: #f3f5f8; --line: #dbe0e8; --soft: #5b6675; }
+@media (prefers-color-scheme: dark) {
+  :root { --ink: #e6eaf0; --paper: #12161c; --card: #1c222b; --line: #323b48; --soft: #9aa6b5; }
+}
+* { box-sizing: border-box; }
+body { margin: 0 auto; max-width: 62rem; padding: 2rem 1.25rem 4rem; color: var(--ink); background: var(--paper);
+  font: 16px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif; }
+h1 { font-size: 1.6rem; margin: 0; overflow-wrap: anywhere; }
+h2 { font-size: 1.1rem; margin: 2.5rem 0 .75rem; }
+.sub { color: var(--soft); margin: .25rem 0 1.5rem; overflow-wrap: anywhere; }
+.cards { display: grid; grid-template-columns: repeat(auto-fit, minmax(11rem, 1fr)); gap: .75rem; }
+.card { background: var(--card); border: 1px solid var(--line); border-radius: .6rem; padding: .8rem 1rem; }
+.card b { display: block; font-size: 1.35rem; font-variant-numeric: tabular-nums; }
+.card span { color: var(--soft); font-size: .85rem; }
+figure { margin: 0; background: var(--card); border: 1px solid var(--line); border-radius: .6rem; padding: .75rem; }
+.curves { display: grid; grid-template-columns: repeat(auto-fit, minmax(19rem, 1fr)); gap: .75rem; margin-top: .75rem; }
+.scroll { overflow-x: auto; }
+table { border-collapse: collapse; width: 100%; }
+th, td { text-align: left; padding: .4rem .75rem .4rem 0; border-bottom: 1px solid var(--line); vertical-align: top; }
+th { font-weight: 500; color: var(--soft); white-space: nowrap; }
+td { font-variant-numeric: tabular-nums; overflow-wrap: anywhere; }
+pre { background: var(--card); border: 1px solid var(--line); border-radius: .6rem; padding: 1rem; overflow-x: auto;
+  font: 13px/1.5 ui-monospace, SFMono-Regular, Menlo, Consolas, monospace; }
+"""
+
+
+def write_report(path: Path, summary: dict[str, Any], rows: list[dict[str, Any]], config_text: str) -> None:
+    """Write the report of a run.
+
+    Args:
+        path: The page.
+        summary: The content of ``summary.json``.
+        rows: The rows of ``metrics.jsonl``.
+        config_text: The resolved config, as YAML.
+    """
+    title = html.escape(summary["name"])
+    subtitle = html.escape(f"{summary['model']['name']}, trained on {summary['data']['train']}")
+    page = f"""<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{title}: paca run</title>
+<style>{_STYLE}</style>
+</head>
+<body>
+<h1>{title}</h1>
+<p class="sub">{subtitle}</p>
+<div class="cards">{_cards(summary)}</div>
+<h2>Loss</h2>
+<figure>{loss_curves(_points(rows, "loss"), _points(rows, "eval_loss"))}</figure>
+<div class="curves">{_small_curves(rows)}</div>
+<h2>Run</h2>
+<div class="scroll"><table>{_table(summary)}</table></div>
+<h2>Settings</h2>
+<pre>{html.escape(config_text)}</pre>
+</body>
+</html>
+"""
+    path.write_text(page, encoding="utf-8")
+
+
+def _points(rows: list[dict[str, Any]], key: str) -> list[tuple[float, float]]:
+    return [(row["step"], row[key]) for row in rows if row.get(key) is not None]
+
+
+def _small_curves(rows: list[dict[str, Any]]) -> str:
+    wanted = (
+        ("learning_rate", "learning rate", True),
+        ("grad_norm", "gradient norm", True),
+        ("tokens_per_second", "tokens per second", True),
+        ("mean_token_accuracy", "share of tokens guessed right", False),
+    )
+    drawn = ((_points(rows, key), title, from_zero) for key, title, from_zero in wanted)
+    return "".join(
+        f"<figure>{curve(points, title, from_zero=from_zero)}</figure>" for points, title, from_zero in drawn if points
+    )
+
+
+def _cards(summary: dict[str, Any]) -> str:
+    before, after = summary["eval_loss_before"], summary["eval_loss_after"]
+    cards = []
+    if after is not None:
+        start = f"{before:.4f} → " if before is not None else ""
+        cards.append((f"{start}{after:.4f}", "held-out loss before → after" if start else "held-out loss after"))
+    if before is not None and after is not None and max(before, after) < 50:
+        cards.append((f"{math.exp(before):,.2f} → {math.exp(after):,.2f}", "held-out perplexity"))
+    cards += [
+        (f"{summary['tokens_per_second']:,.0f}", "tokens per second"),
+        (format_bytes(summary["peak_memory_bytes"]), f"peak memory ({summary['peak_memory_of']})"),
+        (f"{summary['trainable_parameters']:,}", f"trained parameters ({summary['trainable_percent']:.3f} %)"),
+        (format_duration(summary["seconds"]), f"for {summary['steps']:,} steps, {summary['tokens']:,} tokens"),
+    ]
+    return "".join(
+        f'<div class="card"><b>{html.escape(value)}</b><span>{html.escape(label)}</span></div>'
+        for value, label in cards
+    )
+
+
+def _table(summary: dict[str, Any]) -> str:
+    return "".join(
+        f"<tr><th>{html.escape(name)}</th><td>{html.escape(_cell(value))}</td></tr>"
+        for name, value in _flat(summary)
+        if name not in ("name", "config") and not name.startswith("config.")
+    )
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+    pairs: list[tuple[str, Any]] = []
+    for name, value in values.items():
+        if isinstance(value, dict):
+            pairs += _flat(value, f"{prefix}{name}.")
+        else:
+            pairs.append((prefix + name, value))
+    return pairs
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return "–"
+    if isinstance(value, float):
+        return f"{value:.6g}"
+    if isinstance(value, int) and not isinstance(value, bool):
+        return f"{value:,}"
+    if isinstance(value, list):
+        return ", ".join(map(str, value))
+    return str(value)

@@ -1,0 +1,278 @@
+"""A run from its config to its folder: SFTTrainer does the training, this file what lies around it."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from peft import load_peft_weights, set_peft_model_state_dict
+from rich.console import Console
+from transformers import PrinterCallback, TrainerState
+from trl import SFTConfig, SFTTrainer
+
+from paca.data import check_labels
+from paca.errors import PacaError
+from paca.pretrained import Pretrained, load_pretrained, save_trainable_copy
+from paca.training import adapter_settings, summary, train_settings
+from paca.training.data_order import SetEpochOfSampler
+from paca.training.interrupt import StopOnSignal
+from paca.training.memory import describe_peak_memory, peak_memory, reset_peak_memory
+from paca.training.metrics import MetricsLog, RecordMetrics
+from paca.training.plan import Plan, PreparedRun, prepare
+from paca.training.progress import ShowProgress
+from paca.training.report import write_report
+from paca.training.run_config import RunConfig
+from paca.training.run_folder import RunFolder, steps_done
+from paca.training.same_run import check_same_run
+
+
+@dataclass
+class RunResult:
+    """How a run ended."""
+
+    folder: Path
+    summary: dict[str, Any] | None
+    """The content of ``summary.json``; None when a signal stopped the run."""
+    resume_command: str | None
+    """What continues the run; None when it is finished."""
+
+
+def train(config: RunConfig, resume: bool = False, console: Console | None = None) -> RunResult:
+    """Train.
+
+    Args:
+        config: From :func:`paca.training.load_run_config`.
+        resume: Continue from the newest checkpoint in the run folder, to the same weights as if the run had not
+            stopped (bit for bit on a CPU). A run that is finished already is left as it is.
+        console: Where progress is shown; standard output when None. Only the first process shows anything.
+
+    Returns:
+        The folder and the summary.
+
+    Raises:
+        PacaError: Settings, model and data don't fit each other, the folder is taken, or memory runs out.
+        KeyboardInterrupt: A signal came while nothing was being trained, or twice.
+    """
+    main = os.environ.get("RANK", "0") == "0"
+    console = (console or Console()) if main else Console(quiet=True)
+    folder = RunFolder(Path(config.output.dir))
+    if resume and folder.finished():
+        console.print(f"The run in {folder.path} is finished; there is nothing to resume.", highlight=False)
+        return RunResult(folder.path, json.loads(folder.summary.read_text(encoding="utf-8")), None)
+    if main and not resume:
+        folder.check_free(overwrite=config.output.overwrite)
+    if main and resume:
+        folder.reopen()
+
+    with StopOnSignal(lambda line: console.print(line, highlight=False)) as stopper:
+        prepared = prepare(config)
+        plan = prepared.plan
+        show_plan(plan, console)
+        settings = plan.config.train | prepared.loss_settings
+        # Not `trainer.evaluate()` before `trainer.train()`: with several processes, accelerate 1.15 takes the model as
+        # prepared after that, leaves DDP away, and each process trains on its own.
+        settings["eval_on_start"] = prepared.eval is not None and config.eval.before and not resume
+        arguments = train_settings.sft_config(settings, folder.checkpoints)  # also joins the other processes
+        if main and resume:
+            check_same_run(folder.config, plan.config)
+        elif main:
+            folder.clear()
+        PartialState().wait_for_everyone()
+        checkpoint = folder.newest_checkpoint() if resume else None
+        with _explained(plan.config):
+            return _Run(prepared, folder, arguments, checkpoint, stopper, console).result()
+
+
+def show_plan(plan: Plan, console: Console) -> None:
+    """Print what is going to be trained."""
+    width = max(len(label) for label, _ in plan.lines())
+    for label, text in plan.lines():
+        console.print(f"{label:<{width}}  {text}", highlight=False, markup=False, soft_wrap=True)
+
+
+class _Run:
+    """The parts of a run that all its stages need."""
+
+    def __init__(
+        self,
+        prepared: PreparedRun,
+        folder: RunFolder,
+        arguments: SFTConfig,
+        checkpoint: Path | None,
+        stopper: StopOnSignal,
+        console: Console,
+    ) -> None:
+        self.plan = prepared.plan
+        self.config = prepared.plan.config
+        self.folder = folder
+        self.checkpoint = checkpoint
+        self.stopper = stopper
+        self.console = console
+        self.main = PartialState().is_main_process
+        reset_peak_memory()
+        with self._busy("Loading the model ..."):
+            pretrained = self._load_model()
+        self.source = pretrained.source
+        self.trainer = SFTTrainer(
+            model=pretrained.model,
+            args=arguments,
+            train_dataset=prepared.train.dataset,
+            eval_dataset=None if prepared.eval is None else prepared.eval.dataset,
+            processing_class=pretrained.tokenizer,
+            peft_config=adapter_settings.adapter_config(self.config.paca),
+            callbacks=[stopper, SetEpochOfSampler()],
+        )
+        self.trainer.remove_callback(PrinterCallback)
+        check_labels(self.trainer.train_dataset, prepared.train, arguments, pretrained.tokenizer)
+        if prepared.eval is not None:
+            check_labels(self.trainer.eval_dataset, prepared.eval, arguments, pretrained.tokenizer)
+        self.has_eval = prepared.eval is not None
+        self.log: MetricsLog | None = None
+        if self.main:
+            self.log = MetricsLog(folder.metrics)
+            if checkpoint is not None:
+                self.log.rewind(steps_done(checkpoint))
+            self.recorder = RecordMetrics(self.log, self.trainer.args.device)
+            self.progress = ShowProgress(console, self.log, self.recorder)
+            self.trainer.add_callback(self.recorder)
+            self.trainer.add_callback(self.progress)
+            folder.config.write_text(self.config.to_yaml(), encoding="utf-8")
+
+    def result(self) -> RunResult:
+        """Evaluate, train, evaluate, and write the results."""
+        state = self._train()
+        if self.stopper.stopped:
+            return RunResult(self.folder.path, None, f"paca train {shlex.quote(str(self.folder.config))} --resume")
+        loss_after = self._loss_after(state)
+        self.trainer.save_model(str(self.folder.adapter))
+        if self.log is None:
+            return RunResult(self.folder.path, None, None)
+        (self.folder.adapter / "training_args.bin").unlink(missing_ok=True)  # a pickle; config.yaml says the same
+        result = self._summary(state, loss_after, self.log)
+        summary.write_summary(self.folder.summary, result)
+        write_report(self.folder.report, result, self.log.rows, self.config.to_yaml())
+        return RunResult(self.folder.path, result, None)
+
+    def _load_model(self) -> Pretrained:
+        model = self.config.model
+        if not model.name.lower().endswith(".gguf"):
+            return load_pretrained(model.name, model.dtype, model.revision, model.trust_remote_code)
+        # An adapter has to name a base that stock tooling can load, so the unpacked model is kept beside it.
+        if self.main and not self.folder.base.is_dir():
+            save_trainable_copy(load_pretrained(model.name, model.dtype), self.folder.base)
+        PartialState().wait_for_everyone()
+        return load_pretrained(str(self.folder.base), model.dtype)
+
+    def _train(self) -> TrainerState:
+        trainer = self.trainer
+        if self.checkpoint is not None:
+            state = TrainerState.load_from_json(str(self.checkpoint / "trainer_state.json"))
+            if state.global_step >= state.max_steps:
+                # Every step is made and only the results are missing. The trainer would make another step.
+                set_peft_model_state_dict(trainer.model, load_peft_weights(str(self.checkpoint)))
+                trainer.state = state
+                return state
+            # What was given as a share of all steps is a number of steps in the state; the trainer would warn.
+            for name in ("logging_steps", "eval_steps", "save_steps"):
+                if getattr(trainer.args, name) is not None:
+                    setattr(trainer.args, name, getattr(state, name))
+            self.console.print(f"Resuming after step {state.global_step} of {state.max_steps}.", highlight=False)
+        try:
+            trainer.train(resume_from_checkpoint=None if self.checkpoint is None else str(self.checkpoint))
+        finally:
+            if self.main:
+                self.progress.close()
+        return trainer.state
+
+    def _loss_after(self, state: TrainerState) -> float | None:
+        if not self.has_eval or not self.config.eval.after:
+            return None
+        step = state.global_step
+        if self.trainer.args.load_best_model_at_end and state.best_global_step:
+            step = state.best_global_step
+        for entry in reversed(state.log_history):
+            if entry.get("step") == step and "eval_loss" in entry:  # the last evaluation of the training loop
+                return entry["eval_loss"]
+        with self._busy("Measuring the held-out loss after training ..."):
+            return self.trainer.evaluate()["eval_loss"]
+
+    def _busy(self, message: str) -> AbstractContextManager[object]:
+        return self.console.status(message) if self.console.is_terminal and not self.console.quiet else nullcontext()
+
+    def _summary(self, state: TrainerState, loss_after: float | None, log: MetricsLog) -> dict[str, Any]:
+        plan, device = self.plan, self.trainer.args.device
+        tokens = state.num_input_tokens_seen
+        train_seconds = self.recorder.train_seconds
+        return {
+            "name": self.folder.path.name,
+            "finished": summary.now(),
+            "command": summary.command_line(),
+            "model": {
+                "name": self.config.model.name,
+                "source": self.source,
+                "architecture": plan.architecture,
+                "parameters": plan.parameters,
+                "dtype": plan.dtype,
+            },
+            "data": {
+                "train": self.config.data.train,
+                "eval": self.config.data.eval,
+                "format": plan.data_format,
+                "description": plan.data_description,
+                "train_examples": plan.train_examples,
+                "eval_examples": plan.eval_examples,
+            },
+            "targets": plan.targets,
+            "adapted_layers": plan.adapted_layers,
+            "trainable_parameters": plan.trainable_parameters,
+            "trainable_percent": 100 * plan.trainable_parameters / plan.parameters,
+            "eval_loss_before": log.eval_loss_at(0),
+            "eval_loss_after": loss_after,
+            "steps": state.global_step,
+            "epochs": state.epoch,
+            "tokens": tokens,
+            "seconds": round(self.recorder.seconds, 3),
+            "train_seconds": round(train_seconds, 3),
+            "tokens_per_second": round(tokens / train_seconds, 1) if train_seconds else 0.0,
+            "peak_memory_bytes": max(self.recorder.peak_memory_bytes, peak_memory(device)),
+            "peak_memory_of": describe_peak_memory(device),
+            "processes": plan.processes,
+            "versions": summary.versions(),
+            "hardware": summary.hardware(device),
+            "git": summary.git_state(Path.cwd()),
+            "config": self.config.as_dict(),
+        }
+
+
+@contextmanager
+def _explained(config: RunConfig) -> Iterator[None]:
+    """Turn what TRL refuses and a lack of memory into messages for the user."""
+    try:
+        yield
+    except PacaError:
+        raise
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        raise PacaError(_out_of_memory(config)) from error
+    except RuntimeError as error:
+        if "can't allocate memory" in str(error):  # how torch's CPU allocator says it
+            raise PacaError(_out_of_memory(config)) from error
+        raise
+    except ValueError as error:
+        raise PacaError(f"The trainer refuses this run: {error}") from error
+
+
+def _out_of_memory(config: RunConfig) -> str:
+    train = config.train
+    return (
+        "Memory ran out. In this order, try: a smaller train.per_device_train_batch_size (now "
+        f"{train['per_device_train_batch_size']}, with more train.gradient_accumulation_steps), a smaller "
+        f"train.max_length (now {train['max_length']}), train.gradient_checkpointing=true, model.dtype=bfloat16."
+    )

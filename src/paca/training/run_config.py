@@ -1,0 +1,245 @@
+"""The YAML of a run: its sections, and the checks that come before anything heavy is imported."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import typing
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from paca.errors import PacaError
+from paca.training.strict_yaml import parse_value, read_yaml
+from paca.training.typed_values import expected, matches, nearest, shown
+
+
+@dataclass
+class ModelSection:
+    """Which model is trained."""
+
+    name: str
+    """A hub id, a folder that holds a checkpoint, or a GGUF file."""
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
+    """Type of the weights in memory; ``auto`` takes the checkpoint's own."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub id."""
+    trust_remote_code: bool = False
+    """Let a model from the hub run the Python code that it brings."""
+
+
+@dataclass
+class DataSection:
+    """What it learns from."""
+
+    train: str
+    """A JSONL, JSON, CSV or Parquet file, or a hub id."""
+    eval: str | int | float | None = None
+    """Held-out data: a file, a hub id, a fraction (0 < x < 1) or a count (≥ 1) of ``train`` to hold out, or null."""
+    format: str | None = None
+    """The form of the records; found out when null."""
+    split: str = "train"
+    """The split of ``train`` when that is a hub id."""
+    eval_split: str = "test"
+    """The split of ``eval`` when that is a hub id."""
+    limit: int | None = None
+    """Use only this many records of ``train`` (before any are held out)."""
+    heldout_seed: int = 0
+    """Which records a fraction or a count picks."""
+
+
+@dataclass
+class EvalSection:
+    """When the held-out loss is measured, besides ``train.eval_strategy``."""
+
+    before: bool = True
+    """Before the first step: the loss of the model as it came."""
+    after: bool = True
+    """After the last step."""
+    limit: int | None = None
+    """Use only this many held-out records."""
+
+
+@dataclass
+class OutputSection:
+    """Where the results go."""
+
+    dir: str
+    """The run folder; ``runs/`` and the name of the config file when absent."""
+    overwrite: bool = False
+    """Start over in a folder that holds a run already, removing that run."""
+
+
+SECTIONS = {"model": ModelSection, "data": DataSection, "eval": EvalSection, "output": OutputSection}
+FREE_SECTIONS = ("paca", "train")  # their keys are the fields of PacaConfig and SFTConfig
+
+
+@dataclass
+class RunConfig:
+    """A checked run, as the user wrote it: defaults are in place except those of ``paca`` and ``train``."""
+
+    model: ModelSection
+    data: DataSection
+    eval: EvalSection
+    output: OutputSection
+    paca: dict[str, Any] = field(default_factory=dict)
+    """Fields of :class:`paca.PacaConfig`."""
+    train: dict[str, Any] = field(default_factory=dict)
+    """Fields of ``trl.SFTConfig``."""
+
+    def as_dict(self) -> dict[str, Any]:
+        """The sections as plain values, in the order of the documentation."""
+        sections = dataclasses.asdict(self)
+        return {name: sections[name] for name in ("model", "data", "paca", "train", "eval", "output")}
+
+    def to_yaml(self) -> str:
+        """The text of a config file that gives this run again."""
+        return yaml.safe_dump(self.as_dict(), sort_keys=False, allow_unicode=True, width=120)
+
+
+class Origins:
+    """Where each key was given, for messages: a file and line, or ``--set``."""
+
+    def __init__(self, path: Path, lines: Mapping[str, int]) -> None:
+        self.path = path
+        self.lines = dict(lines)
+        self.overridden: set[str] = set()
+
+    def of(self, key: str) -> str:
+        """``"runs/a.yaml, line 7"`` or ``"--set"``, for a dotted key such as ``train.optim``."""
+        if key in self.overridden:
+            return "--set"
+        line = self.lines.get(key) or self.lines.get(key.partition(".")[0])
+        return f"{self.path}, line {line}" if line else str(self.path)
+
+
+def check_keys(section: str, given: Iterable[str], valid: Iterable[str], origins: Origins) -> None:
+    """Refuse keys that a section does not have.
+
+    Raises:
+        PacaError: Names the key, its place and the nearest valid name.
+    """
+    names = sorted(valid)
+    for key in given:
+        if key in names:
+            continue
+        close = nearest(key, names)
+        hint = f"Did you mean {section}.{close}?" if close else f"Valid keys: {_listing(names)}."
+        raise PacaError(f"{origins.of(f'{section}.{key}')}: there is no key {section}.{key}. {hint}")
+
+
+def check_type(key: str, value: Any, annotation: Any, origins: Origins) -> None:
+    """Refuse a value of the wrong type.
+
+    Raises:
+        PacaError: Names the dotted key, its place, what was expected and what was found.
+    """
+    if not matches(value, annotation):
+        raise PacaError(f"{origins.of(key)}: {key} must be {expected(annotation)}, not {shown(value)}.")
+
+
+def load_run_config(path: str | os.PathLike[str], overrides: Iterable[str] = ()) -> RunConfig:
+    """Read and check the config of a run.
+
+    Args:
+        path: A YAML file with the sections model, data, paca, train, eval and output.
+        overrides: ``"section.key=value"`` each; the value is read as YAML.
+
+    Returns:
+        The run. Paths that exist are made absolute, so that the resolved config runs from anywhere.
+
+    Raises:
+        PacaError: A missing or unreadable file, an unknown or repeated key, a wrong type, a missing required key.
+    """
+    path = Path(path)
+    sections, origins = _read_sections(path, overrides)
+    built: dict[str, Any] = {}
+    sections["output"].setdefault("dir", os.path.join("runs", path.stem))
+    for name, section_type in SECTIONS.items():
+        built[name] = _build_section(name, section_type, sections[name], origins)
+    _check_values(built["data"], built["eval"], origins)
+
+    # Only now: these two import torch, peft and trl, which takes seconds that a misspelt key need not cost.
+    from paca.training.adapter_settings import check_adapter_settings
+    from paca.training.train_settings import check_train_settings
+
+    check_adapter_settings(sections["paca"], origins)
+    check_train_settings(sections["train"], origins)
+    config = RunConfig(**built, paca=sections["paca"], train=sections["train"])
+    _make_paths_absolute(config)
+    return config
+
+
+def _read_sections(path: Path, overrides: Iterable[str]) -> tuple[dict[str, dict[str, Any]], Origins]:
+    content, lines = read_yaml(path)
+    origins = Origins(path, lines)
+    if content is None:
+        raise PacaError(f"{path} is empty; it needs at least model.name and data.train.")
+    if not isinstance(content, dict):
+        raise PacaError(f"{path} must hold sections (model:, data:, ...), not {shown(content)}.")
+    names = [*SECTIONS, *FREE_SECTIONS]
+    for name, values in content.items():
+        if name not in names:
+            raise PacaError(f"{origins.of(name)}: there is no section {name!r}. {_section_hint(name, names)}")
+        if values is not None and not isinstance(values, dict):
+            raise PacaError(f"{origins.of(name)}: the section {name} must hold keys, not {shown(values)}.")
+    sections: dict[str, dict[str, Any]] = {name: dict(content.get(name) or {}) for name in names}
+    for override in overrides:
+        key, separator, text = override.partition("=")
+        section, dot, name = key.strip().partition(".")
+        if not separator or not dot or not name:
+            raise PacaError(f"--set {override}: expected section.key=value, such as --set train.learning_rate=1e-4.")
+        if section not in names:
+            raise PacaError(f"--set {override}: there is no section {section!r}. {_section_hint(section, names)}")
+        sections[section][name] = parse_value(text)
+        origins.overridden.add(f"{section}.{name}")
+    return sections, origins
+
+
+def _build_section(name: str, section_type: type, values: dict[str, Any], origins: Origins) -> Any:
+    annotations = typing.get_type_hints(section_type)
+    check_keys(name, values, annotations, origins)
+    for option in dataclasses.fields(section_type):
+        if option.name in values:
+            check_type(f"{name}.{option.name}", values[option.name], annotations[option.name], origins)
+        elif option.default is dataclasses.MISSING:
+            raise PacaError(f"{origins.path}: {name}.{option.name} is missing; it must be given.")
+    return section_type(**values)
+
+
+def _check_values(data: DataSection, evaluation: EvalSection, origins: Origins) -> None:
+    heldout = data.eval
+    if isinstance(heldout, float) and not 0 < heldout < 1:
+        raise PacaError(
+            f"{origins.of('data.eval')}: data.eval is {heldout}; to hold out a part of data.train give a fraction "
+            "between 0 and 1 or a whole number of records."
+        )
+    for key, count in (("data.eval", heldout), ("data.limit", data.limit), ("eval.limit", evaluation.limit)):
+        if isinstance(count, int) and count < 1:
+            raise PacaError(f"{origins.of(key)}: {key} is {count}; a count of records must be 1 or more.")
+
+
+def _make_paths_absolute(config: RunConfig) -> None:
+    config.model.name = _absolute_where_it_exists(config.model.name)
+    config.data.train = _absolute_where_it_exists(config.data.train)
+    if isinstance(config.data.eval, str):
+        config.data.eval = _absolute_where_it_exists(config.data.eval)
+    config.output.dir = os.path.abspath(os.path.expanduser(config.output.dir))
+
+
+def _absolute_where_it_exists(name: str) -> str:
+    expanded = os.path.expanduser(name)
+    return os.path.abspath(expanded) if os.path.exists(expanded) else name
+
+
+def _section_hint(name: str, names: list[str]) -> str:
+    close = nearest(name, names)
+    return f"Did you mean {close}?" if close else f"The sections are {', '.join(names)}."
+
+
+def _listing(names: list[str]) -> str:
+    shown_names = names if len(names) <= 20 else [*names[:20], f"and {len(names) - 20} more"]
+    return ", ".join(shown_names)

@@ -1,0 +1,137 @@
+"""The run folder: the names of its parts, whether it is free, and its newest complete checkpoint."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+from paca.errors import PacaError
+
+_NEEDED_TO_RESUME = ("trainer_state.json", "optimizer.pt", "scheduler.pt")
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """The folder of one run."""
+
+    path: Path
+
+    @property
+    def config(self) -> Path:
+        """The resolved config; it runs again as it is."""
+        return self.path / "config.yaml"
+
+    @property
+    def metrics(self) -> Path:
+        """One JSON object a line."""
+        return self.path / "metrics.jsonl"
+
+    @property
+    def summary(self) -> Path:
+        """Written last: its presence says that the run is finished."""
+        return self.path / "summary.json"
+
+    @property
+    def report(self) -> Path:
+        """One self-contained page."""
+        return self.path / "report.html"
+
+    @property
+    def adapter(self) -> Path:
+        """The trained adapter, as PEFT stores it, and the tokenizer."""
+        return self.path / "adapter"
+
+    @property
+    def base(self) -> Path:
+        """The model of a GGUF file as a plain checkpoint."""
+        return self.path / "base"
+
+    @property
+    def checkpoints(self) -> Path:
+        """The trainer's own folder: weights, optimizer, scheduler, generators."""
+        return self.path / "checkpoints"
+
+    def finished(self) -> bool:
+        """Whether a run came to its end here."""
+        return self.summary.is_file()
+
+    def newest_checkpoint(self) -> Path | None:
+        """The complete checkpoint of the highest step; one cut short while it was written does not count."""
+        complete = [(step, path) for step, path in self._checkpoints() if _is_complete(path)]
+        return max(complete)[1] if complete else None
+
+    def check_free(self, *, overwrite: bool) -> None:
+        """Refuse to start a run over another one.
+
+        Raises:
+            PacaError: The folder holds a finished run or checkpoints, and ``overwrite`` is false.
+        """
+        if overwrite or not (self.finished() or self.newest_checkpoint() is not None):
+            return
+        if self.finished():
+            state, remedy = "a finished run", "Give"
+        else:
+            state, remedy = "the checkpoints of an unfinished run", "Continue it with --resume, or give"
+        raise PacaError(
+            f"{self.path} already holds {state}. {remedy} another output.dir, or output.overwrite=true to start over."
+        )
+
+    def clear(self) -> None:
+        """Make the folder, without the parts of an earlier run; other files in it stay.
+
+        Raises:
+            PacaError: It can't be made.
+        """
+        for file in (self.config, self.metrics, self.summary, self.report):
+            file.unlink(missing_ok=True)
+        for part in (self.adapter, self.base, self.checkpoints):
+            if part.is_dir():
+                shutil.rmtree(part)
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise PacaError(f"The run folder {self.path} (output.dir) can't be made: {error}.") from error
+
+    def reopen(self) -> Path:
+        """Find where to continue, and remove checkpoints that were cut short while they were written.
+
+        Returns:
+            The newest complete checkpoint.
+
+        Raises:
+            PacaError: There is nothing to continue.
+        """
+        newest = self.newest_checkpoint()
+        if newest is None:
+            raise PacaError(
+                f"There is nothing to resume: {self.path} has no complete checkpoint. Run it without --resume."
+            )
+        for _, path in self._checkpoints():
+            if not _is_complete(path):
+                shutil.rmtree(path)
+        return newest
+
+    def _checkpoints(self) -> list[tuple[int, Path]]:
+        if not self.checkpoints.is_dir():
+            return []
+        found = ((re.fullmatch(r"checkpoint-(\d+)", path.name), path) for path in self.checkpoints.iterdir())
+        return [(int(match[1]), path) for match, path in found if match and path.is_dir()]
+
+
+def steps_done(checkpoint: Path) -> int:
+    """Steps made when the checkpoint was saved."""
+    return int(json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))["global_step"])
+
+
+def _is_complete(checkpoint: Path) -> bool:
+    # The trainer writes its state last; a cut-off write leaves no such file or half a JSON document.
+    if not all((checkpoint / name).is_file() for name in _NEEDED_TO_RESUME):
+        return False
+    try:
+        steps_done(checkpoint)
+    except (ValueError, KeyError):
+        return False
+    return True

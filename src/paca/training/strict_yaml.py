@@ -1,0 +1,126 @@
+"""YAML as its 1.2 core schema reads it, with the place of every key.
+
+PyYAML follows YAML 1.1, where ``1e-4`` is text, ``no`` is false and ``1:30`` is ninety. In a training config each of
+these changes a run silently (``learning_rate: 1e-4``, ``save_strategy: no``), so the 1.2 rules are set here.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any, ClassVar
+
+import yaml
+
+from paca.errors import PacaError
+
+
+class _CoreSchemaLoader(yaml.SafeLoader):
+    """The safe loader with the scalar types of YAML 1.2 and without duplicate keys."""
+
+    yaml_implicit_resolvers: ClassVar[dict[str, Any]] = {}  # type: ignore[misc]  # types-PyYAML: an instance's
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        first_lines: dict[str, int] = {}
+        for key_node, _ in node.value:
+            if not isinstance(key_node, yaml.ScalarNode):
+                raise yaml.constructor.ConstructorError(None, None, "a key must be plain text", key_node.start_mark)
+            line = key_node.start_mark.line + 1
+            if key_node.value in first_lines:
+                problem = f"the key {key_node.value!r} is given twice (first on line {first_lines[key_node.value]})"
+                raise yaml.constructor.ConstructorError(None, None, problem, key_node.start_mark)
+            first_lines[key_node.value] = line
+        return super().construct_mapping(node, deep=deep)
+
+
+def _construct_int(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> int:
+    text = node.value
+    base = {"0x": 16, "0o": 8}.get(text[:2], 10)
+    return int(text, base)
+
+
+def _construct_float(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> float:
+    return float(node.value.lower().replace(".inf", "inf").replace(".nan", "nan"))
+
+
+# YAML 1.2.2, section 10.3.2 (core schema: tag resolution)
+for _tag, _pattern, _first in (
+    ("null", r"^(?:~|null|Null|NULL|)$", ["~", "n", "N", ""]),
+    ("bool", r"^(?:true|True|TRUE|false|False|FALSE)$", list("tTfF")),
+    ("int", r"^(?:[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+)$", list("-+0123456789")),
+    (
+        "float",
+        r"^(?:[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))$",
+        list("-+.0123456789"),
+    ),
+):
+    _CoreSchemaLoader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(_pattern), _first)
+_CoreSchemaLoader.add_constructor("tag:yaml.org,2002:int", _construct_int)
+_CoreSchemaLoader.add_constructor("tag:yaml.org,2002:float", _construct_float)
+
+
+def read_yaml(path: Path) -> tuple[Any, dict[str, int]]:
+    """Read a YAML file.
+
+    Args:
+        path: The file.
+
+    Returns:
+        Its content, and the line (from 1) of each key of the two upper levels, by dotted path (``"train.optim"``).
+
+    Raises:
+        PacaError: The file is missing, unreadable, not UTF-8, not valid YAML or has a key twice.
+    """
+    if path.is_dir():
+        raise PacaError(f"{path} is a folder; a YAML file was expected.")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise PacaError(f"There is no file {path}.") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise PacaError(f"{path} can't be read: {error}.") from error
+    loader = _CoreSchemaLoader(text)
+    try:
+        root = loader.get_single_node()
+        content = None if root is None else loader.construct_document(root)
+    except yaml.YAMLError as error:
+        raise PacaError(f"{path}{_place(error)}: not valid YAML: {_problem(error)}.") from error
+    finally:
+        loader.dispose()
+    return content, _lines(root)
+
+
+def parse_value(text: str) -> Any:
+    """The value of ``--set key=TEXT``: what the text would mean in a YAML file.
+
+    Raises:
+        PacaError: The text is not valid YAML.
+    """
+    loader = _CoreSchemaLoader(text)
+    try:
+        return loader.get_single_data()
+    except yaml.YAMLError as error:
+        raise PacaError(f"{text!r} is not a valid YAML value: {_problem(error)}.") from error
+    finally:
+        loader.dispose()
+
+
+def _lines(root: Any) -> dict[str, int]:
+    lines: dict[str, int] = {}
+    if not isinstance(root, yaml.MappingNode):
+        return lines
+    for section, content in root.value:
+        lines[section.value] = section.start_mark.line + 1
+        if isinstance(content, yaml.MappingNode):
+            for key, _ in content.value:
+                lines[f"{section.value}.{key.value}"] = key.start_mark.line + 1
+    return lines
+
+
+def _place(error: yaml.YAMLError) -> str:
+    mark = getattr(error, "problem_mark", None)
+    return f", line {mark.line + 1}, column {mark.column + 1}" if mark is not None else ""
+
+
+def _problem(error: yaml.YAMLError) -> str:
+    return str(getattr(error, "problem", None) or error).rstrip(".")

@@ -1,0 +1,145 @@
+"""The ``train`` section of a run: fields of ``trl.SFTConfig``, our defaults for them, and those we set ourselves."""
+
+from __future__ import annotations
+
+import dataclasses
+import typing
+import warnings
+from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from trl import SFTConfig
+
+from paca.errors import PacaError
+from paca.training.run_config import Origins, check_keys, check_type
+from paca.training.typed_values import shown
+
+OWNED = {
+    "output_dir": "the run folder is output.dir",
+    "resume_from_checkpoint": "continue a run with `paca train CONFIG --resume`",
+    "do_train": "this command always trains",
+    "do_eval": "held-out data is given by data.eval",
+    "do_predict": "this command does not predict",
+    "eval_on_start": "the loss before training is eval.before",
+    "disable_tqdm": "the progress line is chosen by whether the output is a terminal",
+    "model_init_kwargs": "the model is described by the section model",
+    "trust_remote_code": "it is model.trust_remote_code",
+    "hub_token": "a secret has no place in a config file; set the environment variable HF_TOKEN",
+    "parallelism_config": "it is an object; use accelerate's own config (`accelerate launch`)",
+    "local_rank": "the launcher (torchrun) sets it",
+}
+"""Fields of SFTConfig that have another place, and which."""
+
+
+@cache
+def train_fields() -> dict[str, Any]:
+    """Name and type of each field of ``SFTConfig``."""
+    annotations = typing.get_type_hints(SFTConfig)
+    annotations["fsdp"] = bool | annotations["fsdp"]  # transformers 5 takes true here as well
+    return {option.name: annotations[option.name] for option in dataclasses.fields(SFTConfig) if option.init}
+
+
+def check_train_settings(settings: Mapping[str, Any], origins: Origins) -> None:
+    """Check the keys, types and choices of the section.
+
+    Raises:
+        PacaError: An unknown key, a key that has another place, a wrong type, or a value outside the choices.
+    """
+    fields = train_fields()
+    for name in settings:
+        if name in OWNED:
+            raise PacaError(f"{origins.of(f'train.{name}')}: train.{name} can't be set here: {OWNED[name]}.")
+    check_keys("train", settings, set(fields) - set(OWNED), origins)
+    choices = {option.name: option.metadata.get("choices") for option in dataclasses.fields(SFTConfig)}
+    for name, value in settings.items():
+        key = f"train.{name}"
+        check_type(key, value, fields[name], origins)
+        allowed = choices[name]
+        if allowed and value is not None and value not in allowed:
+            raise PacaError(
+                f"{origins.of(key)}: {key} must be one of {', '.join(map(str, allowed))}, not {shown(value)}."
+            )
+
+
+def with_defaults(
+    settings: Mapping[str, Any], *, has_eval: bool, weights_dtype: torch.dtype, context_length: int | None
+) -> dict[str, Any]:
+    """The section with our own defaults where the user gave nothing.
+
+    Args:
+        settings: What the user gave.
+        has_eval: Whether there is held-out data.
+        weights_dtype: Type of the model's weights in memory.
+        context_length: Longest sequence the model takes, in tokens, where it says so.
+    """
+    # Numbers that change the result are spelled out even where they are TRL's own defaults today.
+    defaults: dict[str, Any] = {
+        "num_train_epochs": 1,
+        "per_device_train_batch_size": 4,
+        "gradient_accumulation_steps": 4,
+        "per_device_eval_batch_size": 4,
+        "max_length": min(1024, context_length or 1024),
+        "packing": False,
+        "learning_rate": 3e-4,
+        "lr_scheduler_type": "cosine",
+        "warmup_steps": 0.03,  # a share of all steps
+        "optim": "adamw_torch_fused",
+        "weight_decay": 0.0,
+        "max_grad_norm": 1.0,
+        "seed": 42,
+        "bf16": _wants_autocast(settings, weights_dtype),
+        _checkpointing_field(): False,
+        "logging_steps": 1,
+        "logging_nan_inf_filter": False,  # true would replace a NaN loss by the mean of the losses before it
+        "eval_strategy": "steps" if has_eval else "no",
+        "save_strategy": "steps",
+        "save_steps": 0.2,  # a share of all steps, as eval_steps
+        "save_total_limit": 2,
+        "report_to": "none",
+    }
+    if settings.get("eval_strategy", defaults["eval_strategy"]) == "steps":
+        defaults["eval_steps"] = 0.2
+    if settings.get("load_best_model_at_end"):  # which needs a checkpoint at each evaluation
+        defaults["save_strategy"] = settings.get("eval_strategy", defaults["eval_strategy"])
+        defaults["save_steps"] = settings.get("eval_steps", 0.2)
+    packs = settings.get("packing", False) or settings.get("padding_free", False)
+    # Without padding there is no attention mask to count by, and every position is a token.
+    defaults["include_num_input_tokens_seen"] = "all" if packs else "non_padding"
+    if settings.get("gradient_checkpointing") is not None:  # the older name of the same field
+        del defaults[_checkpointing_field()]
+    return {**defaults, **settings}
+
+
+def sft_config(settings: Mapping[str, Any], checkpoints: Path) -> SFTConfig:
+    """The ``SFTConfig`` of a run.
+
+    Args:
+        settings: The section with its defaults.
+        checkpoints: The folder for checkpoints.
+
+    Raises:
+        PacaError: TRL or transformers refuses the combination of settings.
+    """
+    if not torch.accelerator.is_available():
+        # Several processes on CPUs, and bf16 there, work only when the CPU is asked for.
+        settings = {**settings, "use_cpu": True}
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", category=FutureWarning, message=".*gradient_checkpointing.*")
+            return SFTConfig(output_dir=str(checkpoints), disable_tqdm=True, **settings)
+    except (ValueError, TypeError) as error:
+        raise PacaError(f"The section train does not work out: {error}") from error
+
+
+def _checkpointing_field() -> str:
+    return "activation_checkpointing" if "activation_checkpointing" in train_fields() else "gradient_checkpointing"
+
+
+def _wants_autocast(settings: Mapping[str, Any], weights_dtype: torch.dtype) -> bool:
+    # 16-bit weights multiply in their own type already, and on a CPU autocast costs more than it saves.
+    if weights_dtype != torch.float32 or settings.get("fp16") or settings.get("use_cpu"):
+        return False
+    return torch.cuda.is_available() and torch.cuda.is_bf16_supported()

@@ -1,0 +1,144 @@
+"""`paca chat` and `paca merge`, each run as a process."""
+
+from __future__ import annotations
+
+import os
+import pty
+import select
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from paca.generation import load_for_generation, stream_reply
+from tiny_checkpoint import byte_tokenizer, save_run
+
+PACA = [sys.executable, "-c", "from paca.cli import main; main()"]
+
+
+def paca(*arguments: object, typed: str = "") -> subprocess.CompletedProcess[str]:
+    command = [*PACA, *map(str, arguments)]
+    # Bytes first: the tiny model's answers are random bytes, which text mode would translate.
+    done = subprocess.run(command, capture_output=True, input=typed.encode(), check=False, timeout=120)
+    return subprocess.CompletedProcess(
+        command, done.returncode, done.stdout.decode("utf-8"), done.stderr.decode("utf-8")
+    )
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    # A context so long that an answer in the terminal lasts until it is interrupted.
+    return save_run(tmp_path_factory.mktemp("runs") / "tiny", context=100_000)
+
+
+def expected_reply(run: Path, *turns: str, base: bool = False, system: str | None = None) -> str:
+    loaded = load_for_generation(run / "base" if base else run)
+    messages = [] if system is None else [{"role": "system", "content": system}]
+    for number, turn in enumerate(turns):
+        messages.append({"role": "assistant" if number % 2 else "user", "content": turn})
+    return "".join(stream_reply(loaded, messages, max_new_tokens=20))
+
+
+def test_one_shot_prints_the_answer_alone(run: Path) -> None:
+    answers = {}
+    for base in (False, True):
+        done = paca("chat", run, "--prompt", "Hello", "--max-new-tokens", 20, *(["--base"] if base else []))
+        assert done.returncode == 0, done.stderr
+        assert done.stderr == ""
+        assert done.stdout == expected_reply(run, "Hello", base=base) + "\n"
+        answers[base] = done.stdout
+    assert answers[False] != answers[True]
+
+
+def test_piped_turns_share_a_history_until_reset(run: Path) -> None:
+    typed = "Hello\n\n/unknown\nAgain\n/reset\nAgain\n/exit\nnever asked\n"
+    done = paca("chat", run, "--system", "Be brief.", "--max-new-tokens", 20, typed=typed)
+    assert done.returncode == 0, done.stderr
+    first = expected_reply(run, "Hello", system="Be brief.")
+    second = expected_reply(run, "Hello", first, "Again", system="Be brief.")
+    fresh = expected_reply(run, "Again", system="Be brief.")
+    assert second != fresh
+    assert done.stdout == f"{first}\n{second}\n{fresh}\n"
+    assert "No such command: /unknown" in done.stderr
+    assert "New conversation." in done.stderr
+
+
+class Terminal:
+    """A pseudo-terminal with a process in it."""
+
+    def __init__(self, *arguments: object) -> None:
+        self.pid, self.file = pty.fork()
+        if self.pid == 0:
+            os.execv(PACA[0], [*PACA, *map(str, arguments)])
+        self.shown = b""
+
+    def wait_for(self, text: bytes, seconds: float = 60) -> bytes:
+        """What appeared up to ``text``, which is taken away."""
+        deadline = time.monotonic() + seconds
+        while text not in self.shown:
+            ready, _, _ = select.select([self.file], [], [], max(0, deadline - time.monotonic()))
+            assert ready, f"{text!r} did not appear within {seconds} s; there is {self.shown!r}"
+            try:
+                self.shown += os.read(self.file, 65536)
+            except OSError as error:  # the process is gone
+                raise AssertionError(f"ended without {text!r}; there is {self.shown!r}") from error
+        before, _, self.shown = self.shown.partition(text)
+        return before
+
+    def type(self, keys: bytes) -> None:
+        os.write(self.file, keys)
+
+    def exit_status(self) -> int:
+        try:
+            while os.read(self.file, 65536):
+                pass
+        except OSError:  # how Linux reports the end of a pseudo-terminal
+            pass
+        os.close(self.file)
+        return os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+
+
+def test_ctrl_c_stops_an_answer_and_ctrl_d_ends_the_session(run: Path) -> None:
+    terminal = Terminal("chat", run, "--max-new-tokens", 90_000)
+    terminal.wait_for(b"Ctrl-D")
+    terminal.wait_for(b"> ")
+    terminal.type(b"Hello\n")
+    terminal.wait_for(b"Hello\r\n")
+    time.sleep(0.5)
+    terminal.type(b"\x03")
+    terminal.wait_for(b"(stopped)", 20)
+    terminal.wait_for(b"> ")
+    terminal.type(b"\x03")
+    terminal.wait_for(b"Ctrl-D or /exit ends.")
+    terminal.wait_for(b"> ")
+    terminal.type(b"\x04")
+    assert terminal.exit_status() == 0
+
+
+def test_merge_writes_a_checkpoint_and_says_so(run: Path, tmp_path: Path) -> None:
+    done = paca("merge", run, "--output", tmp_path / "merged", "--dtype", "bfloat16")
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    assert str(tmp_path / "merged") in done.stdout
+    assert "compared with the adapted model: the logits" in done.stdout
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    assert merged.dtype == torch.bfloat16
+    assert load_for_generation(tmp_path / "merged").tokenizer.chat_template == byte_tokenizer().chat_template
+
+
+def test_wrong_input_is_one_message_and_a_failure(run: Path, tmp_path: Path) -> None:
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken/file").write_text("x")
+    for arguments, message in (
+        (["chat", tmp_path / "nowhere"], "No such folder"),
+        (["merge", run, "--output", tmp_path / "taken"], "not empty"),
+    ):
+        done = paca(*arguments)
+        assert done.returncode == 1
+        assert message in done.stderr
+        assert "Traceback" not in done.stderr
+        assert done.stdout == ""

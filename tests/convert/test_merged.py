@@ -1,0 +1,175 @@
+"""Merging to a plain checkpoint."""
+
+from __future__ import annotations
+
+import shutil
+import stat
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+import paca.convert.merged as merged_module
+from paca.convert.merged import merge_to_folder
+from paca.errors import PacaError
+from paca.generation import load_for_generation
+from tiny_checkpoint import save_run
+
+TOKENS = torch.arange(2, 26).reshape(2, 12)
+
+
+def logits(model: torch.nn.Module) -> torch.Tensor:
+    with torch.no_grad():
+        return model(input_ids=TOKENS).logits
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_run(tmp_path_factory.mktemp("runs") / "tiny")
+
+
+@pytest.fixture(scope="module")
+def bfloat16_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_run(tmp_path_factory.mktemp("runs") / "tiny", torch.bfloat16)
+
+
+def test_the_merged_checkpoint_answers_bitwise_as_the_adapted_model(
+    run: Path, bfloat16_run: Path, tmp_path: Path
+) -> None:
+    for name, source in (("float32", run), ("bfloat16", bfloat16_run)):
+        adapted, base = load_for_generation(source).model, AutoModelForCausalLM.from_pretrained(source / "base")
+        result = merge_to_folder(source, tmp_path / name)
+        merged = AutoModelForCausalLM.from_pretrained(tmp_path / name)
+        assert merged.dtype == result.dtype == getattr(torch, name)
+        assert torch.equal(logits(merged), logits(adapted))
+        assert not torch.allclose(logits(merged), logits(base), atol=0.1)
+        assert result.difference == 0
+
+
+def test_the_merged_checkpoint_loads_in_a_process_without_paca_or_peft(run: Path, tmp_path: Path) -> None:
+    merge_to_folder(run, tmp_path / "merged")
+    torch.save(logits(load_for_generation(run).model), tmp_path / "expected.pt")
+    script = """
+import sys, torch
+sys.modules["paca"] = sys.modules["peft"] = None  # an import of either fails
+from transformers import AutoModelForCausalLM, AutoTokenizer
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1])
+tokenizer = AutoTokenizer.from_pretrained(sys.argv[1])
+with torch.no_grad():
+    found = model(input_ids=torch.arange(2, 26).reshape(2, 12)).logits
+assert torch.equal(found, torch.load(sys.argv[2])), "logits differ"
+turn = [{"role": "user", "content": "hi"}]
+print(tokenizer.apply_chat_template(turn, tokenize=False))
+"""
+    command = [sys.executable, "-c", script, str(tmp_path / "merged"), str(tmp_path / "expected.pt")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "<|im_start|>user\nhi<|im_end|>\n\n"
+
+
+def test_another_dtype_rounds_the_float32_sum_once(bfloat16_run: Path, tmp_path: Path) -> None:
+    exact = merge_to_folder(bfloat16_run, tmp_path / "float32", "float32")
+    assert exact.difference == 0
+    half = merge_to_folder(bfloat16_run, tmp_path / "float16", "float16")
+    assert 0 < half.difference < 16 * torch.finfo(torch.float16).eps
+    wide, narrow = (load_file(tmp_path / name / "model.safetensors") for name in ("float32", "float16"))
+    weights = load_file(bfloat16_run / "base/model.safetensors")
+    moved = 0
+    for name, weight in wide.items():
+        assert weight.dtype == torch.float32
+        assert torch.equal(narrow[name], weight.to(torch.float16))
+        # The sum was not rounded to bfloat16, the base's dtype, on its way.
+        moved += int((weight != weight.bfloat16().float()).sum())
+        untouched = weight == weights[name].float()
+        assert untouched.float().mean() > 0.5
+    assert moved > 0
+
+
+def test_an_adapter_on_an_explicit_base_model(run: Path, tmp_path: Path) -> None:
+    adapter = Path(shutil.copytree(run / "adapter", tmp_path / "adapter"))
+    base = Path(shutil.copytree(run / "base", tmp_path / "model"))
+    merge_to_folder(adapter, tmp_path / "merged", base_model=str(base))
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    assert torch.equal(logits(merged), logits(load_for_generation(run).model))
+
+
+def test_an_output_in_use_is_refused_and_left_alone(run: Path, tmp_path: Path) -> None:
+    output = tmp_path / "merged"
+    output.mkdir()
+    (output / "thesis.txt").write_text("irreplaceable")
+    with pytest.raises(PacaError, match=r"not empty.*--overwrite"):
+        merge_to_folder(run, output)
+    with pytest.raises(PacaError, match=r"no config.json.*not overwritten"):
+        merge_to_folder(run, output, overwrite=True)
+    assert (output / "thesis.txt").read_text() == "irreplaceable"
+    with pytest.raises(PacaError, match="is a file"):
+        merge_to_folder(run, output / "thesis.txt")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["merged"]
+
+
+def test_overwrite_replaces_a_model_whole(run: Path, tmp_path: Path) -> None:
+    output = tmp_path / "merged"
+    merge_to_folder(run, output)
+    (output / "leftover.txt").write_text("of the earlier one")
+    with pytest.raises(PacaError, match="not empty"):
+        merge_to_folder(run, output)
+    merge_to_folder(run, output, overwrite=True)
+    assert not (output / "leftover.txt").exists()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["merged"]
+
+
+def test_an_output_that_holds_what_is_read_is_refused(run: Path) -> None:
+    for output in (run, run / "adapter", run / "base", run.parent):
+        with pytest.raises(PacaError, match="which the merge reads"):
+            merge_to_folder(run, output, overwrite=True)
+    assert load_for_generation(run).adapter == run / "adapter"
+
+
+def test_the_output_folder_has_the_usual_permissions(run: Path, tmp_path: Path) -> None:
+    (tmp_path / "plain").mkdir()
+    merge_to_folder(run, tmp_path / "merged")
+    usual = stat.S_IMODE((tmp_path / "plain").stat().st_mode)
+    assert stat.S_IMODE((tmp_path / "merged").stat().st_mode) == usual
+
+
+def test_a_checkpoint_that_answers_differently_is_not_written(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write = merged_module._write
+
+    def write_damaged(loaded: object, dtype: torch.dtype, folder: Path) -> None:
+        write(loaded, dtype, folder)
+        file = folder / "model.safetensors"
+        tensors = load_file(file)
+        tensors["model.layers.0.mlp.up_proj.weight"] *= 1.01
+        save_file(tensors, file, metadata={"format": "pt"})
+
+    monkeypatch.setattr(merged_module, "_write", write_damaged)
+    with pytest.raises(PacaError, match="does not answer as the adapted model"):
+        merge_to_folder(run, tmp_path / "merged")
+    assert list(tmp_path.iterdir()) == []
+    assert merge_to_folder(run, tmp_path / "merged", verify=False).difference is None
+
+
+def test_a_failure_while_writing_leaves_nothing(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full_disk(*_: object) -> None:
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(merged_module, "_write", full_disk)
+    with pytest.raises(OSError, match="No space left"):
+        merge_to_folder(run, tmp_path / "merged")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_cannot_be_merged_is_refused(run: Path, tmp_path: Path) -> None:
+    with pytest.raises(PacaError, match="whole model already"):
+        merge_to_folder(run / "base", tmp_path / "merged")
+    with pytest.raises(PacaError, match=r"Unknown dtype 'int4'. Give one of: bfloat16"):
+        merge_to_folder(run, tmp_path / "merged", "int4")
+    with pytest.raises(PacaError, match="No such folder"):
+        merge_to_folder(tmp_path / "nowhere", tmp_path / "merged")
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,188 @@
+"""Loading examples from files, and holding some out."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pyarrow
+import pyarrow.parquet
+import pytest
+
+from paca.data import load_examples, split_heldout
+from paca.data.sources import find_source
+from paca.errors import PacaError
+
+ALPACA = [{"instruction": f"Count to {n}.", "input": "", "output": " ".join(map(str, range(n + 1)))} for n in range(20)]
+CONVERSATION = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]
+
+
+def jsonl(path: Path, rows: list[dict[str, Any]]) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return str(path)
+
+
+def test_the_form_and_what_became_of_it_are_said_aloud(tmp_path: Path) -> None:
+    rows = [{**row, "id": index} for index, row in enumerate(ALPACA)]
+    examples = load_examples(jsonl(tmp_path / "a.jsonl", rows))
+    assert examples.format == "alpaca"
+    assert examples.description == (
+        "alpaca: instruction, input, output -> prompt/completion, messages, 20 examples (not used: id)"
+    )
+    plain = load_examples(jsonl(tmp_path / "a.jsonl", ALPACA), conversational=False, limit=1)
+    assert plain.description.endswith("-> prompt/completion, plain text, 1 example")
+    assert plain.is_conversational is False
+    assert examples.is_conversational is True
+
+
+def test_examples_say_where_they_come_from(tmp_path: Path) -> None:
+    jsonl(tmp_path / "b.jsonl", ALPACA[2:3])
+    jsonl(tmp_path / "a.jsonl", ALPACA[:2])
+    (tmp_path / "README.md").write_text("not data")
+    examples = load_examples(str(tmp_path))
+    assert examples.dataset["origin"][:] == ["a.jsonl, line 1", "a.jsonl, line 2", "b.jsonl, line 1"]
+
+
+def test_every_message_keeps_its_own_fields(tmp_path: Path) -> None:
+    """A table of messages would give each of them all fields of all others, and all argument names of all tools."""
+    call = {"function": {"name": "f", "arguments": {"x": 1}}}
+    other = {"function": {"name": "g", "arguments": {"y": ["2"]}}}
+    rows = [
+        {"messages": CONVERSATION},
+        {
+            "messages": [CONVERSATION[0], {"role": "assistant", "content": "", "tool_calls": [call, other]}],
+            "tools": [call],
+        },
+    ]
+    examples = load_examples(jsonl(tmp_path / "a.jsonl", rows))
+    assert examples.dataset[0]["messages"] == CONVERSATION
+    assert examples.dataset[1]["messages"] == rows[1]["messages"]
+    assert examples.dataset["tools"][:] == [None, json.dumps([call])]
+
+
+def test_nulls_that_a_parquet_file_puts_into_messages_are_dropped(tmp_path: Path) -> None:
+    rows = [{"messages": [CONVERSATION[0], {**CONVERSATION[1], "name": "bot"}]}]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "a.parquet")
+    read_back = pyarrow.parquet.read_table(tmp_path / "a.parquet").to_pylist()
+    assert read_back[0]["messages"][0]["name"] is None
+    assert load_examples(str(tmp_path / "a.parquet")).dataset[0]["messages"] == rows[0]["messages"]
+
+
+def test_a_changed_file_is_read_anew_and_an_unchanged_one_comes_from_the_cache(tmp_path: Path) -> None:
+    source = jsonl(tmp_path / "a.jsonl", [{"text": "one"}])
+    first = load_examples(source)
+    again = load_examples(source)
+    assert again.dataset.cache_files == first.dataset.cache_files
+    assert again.dataset._fingerprint == first.dataset._fingerprint
+    jsonl(tmp_path / "a.jsonl", [{"text": "two"}])  # the same length
+    assert load_examples(source).dataset["text"][:] == ["two"]
+
+
+def test_the_same_file_read_in_another_form_is_not_taken_from_the_cache(tmp_path: Path) -> None:
+    source = jsonl(tmp_path / "a.jsonl", [{**ALPACA[3], "text": "plain"}, {**ALPACA[4], "text": "text"}])
+    assert "prompt" in load_examples(source).dataset.column_names
+    assert load_examples(source, format="text").dataset["text"][:] == ["plain", "text"]
+    assert load_examples(source, conversational=False).is_conversational is False
+    assert len(load_examples(source, limit=1).dataset) == 1
+
+
+@pytest.mark.parametrize(
+    ("rows", "expected"),
+    [
+        ([*ALPACA[:2], {"instruction": "a", "output": ""}], r"a\.jsonl, line 3: output is empty"),
+        ([*ALPACA[:2], {"instruction": "a"}], r"a\.jsonl, line 3: there is no output; found: instruction"),
+        ([{"instruction": "a", "output": 5}], r"a\.jsonl, line 1: output is a number"),
+        (
+            [{"prompt": "a", "completion": "b"}, {"prompt": CONVERSATION[:1], "completion": CONVERSATION[1:]}],
+            r"a\.jsonl, line 2: text and lists of messages are mixed",
+        ),
+    ],
+)
+def test_a_bad_example_is_one_error_that_names_it(tmp_path: Path, rows: list[dict[str, Any]], expected: str) -> None:
+    source = jsonl(tmp_path / "a.jsonl", rows)
+    with pytest.raises(PacaError, match=expected) as error:
+        load_examples(source)
+    assert error.value.__cause__ is None  # nothing of the machinery in the message
+
+
+def test_a_corrupt_line_in_the_middle_is_named(tmp_path: Path) -> None:
+    source = jsonl(tmp_path / "a.jsonl", ALPACA)
+    text = Path(source).read_text().replace('"Count to 7."', '"Count to 7.')
+    Path(source).write_text(text)
+    with pytest.raises(PacaError, match=r"a\.jsonl, line 8 is not valid JSON"):
+        load_examples(source)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"), [("a.jsonl", "\n\n"), ("a.json", "[]"), ("a.csv", "text\n"), ("a.csv", "")]
+)
+def test_an_empty_file_is_an_error(tmp_path: Path, name: str, content: str) -> None:
+    (tmp_path / name).write_text(content)
+    with pytest.raises(PacaError, match="empty"):
+        load_examples(str(tmp_path / name))
+
+
+def test_a_missing_file_is_an_error_that_does_not_ask_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: pytest.fail("asked the hub"))
+    for name in [str(tmp_path / "none.jsonl"), "none.jsonl", "data/none.csv", "./none", "a/b/c", "train data"]:
+        with pytest.raises(PacaError, match="no data file or folder"):
+            load_examples(name)
+    (tmp_path / "notes.txt").write_text("hello")
+    with pytest.raises(PacaError, match=r"type '\.txt'"):
+        load_examples(str(tmp_path / "notes.txt"))
+    with pytest.raises(PacaError, match="holds no data file"):
+        load_examples(str(tmp_path))
+
+
+def test_a_name_like_a_hub_id_says_that_the_hub_cannot_be_reached() -> None:
+    with pytest.raises(PacaError, match=r"no data file or folder 'some/data'.*hub cannot be reached"):
+        load_examples("some/data")
+
+
+@pytest.mark.parametrize(
+    ("source", "expected"),
+    [
+        ("owner/name", ("owner/name", None, "train")),
+        ("owner/name:main", ("owner/name", "main", "train")),
+        ("owner/name[test]", ("owner/name", None, "test")),
+        ("owner/name:main[train[:10%]]", ("owner/name", "main", "train[:10%]")),
+    ],
+)
+def test_a_hub_source_names_configuration_and_split(
+    monkeypatch: pytest.MonkeyPatch, source: str, expected: tuple[str, str | None, str]
+) -> None:
+    asked: list[tuple[str, str | None, str]] = []
+
+    def load(hub_id: str, config: str | None, split: str) -> datasets.Dataset:
+        asked.append((hub_id, config, split))
+        return datasets.Dataset.from_dict({"question": ["2+2?", "3+3?"], "answer": ["4", "6"]})
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    examples = load_examples(source)
+    assert asked == [expected]
+    assert examples.dataset["origin"][:] == [f"{source}, row 0", f"{source}, row 1"]
+    assert examples.dataset[1]["completion"] == [{"role": "assistant", "content": "6"}]
+    assert find_source(source, "train").hub is not None
+
+
+def test_holding_out_is_reproducible_disjoint_and_complete(tmp_path: Path) -> None:
+    examples = load_examples(jsonl(tmp_path / "a.jsonl", ALPACA))
+    train, held_out = split_heldout(examples, 0.25, seed=3)
+    assert len(held_out.dataset) == 5
+    origins = train.dataset["origin"][:] + held_out.dataset["origin"][:]
+    assert sorted(origins) == sorted(examples.dataset["origin"][:])
+    assert split_heldout(examples, 5, seed=3)[1].dataset["origin"][:] == held_out.dataset["origin"][:]
+    assert split_heldout(examples, 5, seed=4)[1].dataset["origin"][:] != held_out.dataset["origin"][:]
+    lines = [int(origin.split()[-1]) for origin in train.dataset["origin"][:]]
+    assert lines == sorted(lines)
+    assert train.description.endswith("20 examples; 15 of them kept for training")
+    assert len(split_heldout(examples, 0.001, seed=0)[1].dataset) == 1
+
+
+@pytest.mark.parametrize("held_out", [0, -1, 1.5, True, 20, 0.99, 100])
+def test_holding_out_nothing_or_everything_is_an_error(tmp_path: Path, held_out: float) -> None:
+    examples = load_examples(jsonl(tmp_path / "a.jsonl", ALPACA))
+    with pytest.raises(PacaError, match=r"[Hh]old"):
+        split_heldout(examples, held_out, seed=0)

@@ -1,0 +1,94 @@
+"""Reading data files: what each type yields, and what each kind of damage says."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+
+from paca.data.rows import rows_of
+from paca.errors import PacaError
+
+ROWS = [{"text": "one, two"}, {"text": 'quoted "three"\nfour'}, {"text": "пять 漢字"}]
+
+
+def write(path: Path, text: str) -> Path:
+    path.write_text(text, encoding="utf-8", newline="")
+    return path
+
+
+def write_rows(folder: Path, suffix: str) -> Path:
+    path = folder / f"rows{suffix}"
+    if suffix == ".jsonl":
+        return write(path, "".join(json.dumps(row) + "\n" for row in ROWS))
+    if suffix == ".json":
+        return write(path, json.dumps(ROWS, indent=2, ensure_ascii=False))
+    if suffix == ".csv":
+        return write(path, "text\n" + "".join('"' + row["text"].replace('"', '""') + '"\n' for row in ROWS))
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(ROWS), path)
+    return path
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".json", ".csv", ".parquet"])
+def test_every_file_type_yields_the_same_rows(tmp_path: Path, suffix: str) -> None:
+    assert [row for _, row in rows_of(write_rows(tmp_path, suffix))] == ROWS
+
+
+def test_places_are_those_an_editor_shows(tmp_path: Path) -> None:
+    jsonl = write(tmp_path / "a.jsonl", '{"text": "x"}\n\n{"text": "y"}')
+    assert [place for place, _ in rows_of(jsonl)] == ["a.jsonl, line 1", "a.jsonl, line 3"]
+    assert [place for place, _ in rows_of(write_rows(tmp_path, ".csv"))] == [
+        "rows.csv, line 2",
+        "rows.csv, line 4",  # the field spans lines 3 and 4
+        "rows.csv, line 5",
+    ]
+    assert [place for place, _ in rows_of(write_rows(tmp_path, ".json"))][-1] == "rows.json, record 2"
+
+
+def test_a_byte_order_mark_is_not_part_of_the_first_column(tmp_path: Path) -> None:
+    assert [row for _, row in rows_of(write(tmp_path / "a.csv", "\ufefftext\nx\n"))] == [{"text": "x"}]
+    assert [row for _, row in rows_of(write(tmp_path / "a.jsonl", '\ufeff{"text": "x"}'))] == [{"text": "x"}]
+
+
+def test_json_lines_under_the_suffix_of_json_are_read(tmp_path: Path) -> None:
+    assert len(list(rows_of(write(tmp_path / "a.json", '{"text": "x"}\n{"text": "y"}\n')))) == 2
+
+
+def test_a_csv_field_may_be_long(tmp_path: Path) -> None:
+    ((_, row),) = rows_of(write(tmp_path / "a.csv", "text\n" + "x" * 200_000 + "\n"))
+    assert len(row["text"]) == 200_000
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "expected"),
+    [
+        ("a.jsonl", '{"text": "x"}\n{"text": \n', ["a.jsonl, line 2", "not valid JSON"]),
+        ("a.jsonl", '{"text": "x"}\n["y"]\n', ["a.jsonl, line 2", "a list", "JSON object"]),
+        ("a.json", '[{"text": "x"},\n {"text": "y"},\n {"text" "z"}]', ["a.json, line 3", "record 2"]),
+        ("a.json", '[{"text": "x"}\n {"text": "y"}]', ["a.json, line 2", "','"]),
+        ("a.json", '[{"text": "x"}', ["a.json", "','"]),
+        ("a.json", '[{"text": "x"}, 5]', ["record 1", "a number"]),
+        ("a.csv", 'prompt,completion\na,b\n"c,d\n', ["a.csv is not valid CSV after line 2"]),
+        ("a.csv", "prompt,completion\na,b\nc\n", ["a.csv, line 3", "fewer", "prompt, completion"]),
+        ("a.csv", "prompt,completion\na,b,c\n", ["a.csv, line 2", "more", "Quote"]),
+        ("a.parquet", "PAR1 is not enough", ["a.parquet", "Parquet"]),
+    ],
+)
+def test_a_damaged_file_is_one_error_that_names_the_place(
+    tmp_path: Path, name: str, content: str, expected: list[str]
+) -> None:
+    with pytest.raises(PacaError) as error:
+        list(rows_of(write(tmp_path / name, content)))
+    for part in expected:
+        assert part in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.csv"])
+def test_text_in_another_encoding_is_named(tmp_path: Path, name: str) -> None:
+    path = tmp_path / name
+    path.write_bytes("text\nÄpfel und Birnen\n".encode("latin-1"))
+    with pytest.raises(PacaError, match="UTF-8"):
+        list(rows_of(path))

@@ -1,0 +1,44 @@
+#!/usr/bin/env bash
+# make_venv.sh FOLDER [PYTHON]: a virtual environment in FOLDER with paca (editable) and its tools installed.
+# PYTHON left out: the first of the usual names that runs and is new enough.
+set -euo pipefail
+venv=$1
+wanted=${2:-}
+new_enough='import sys; sys.exit(sys.version_info < (3, 10))'
+
+fail() {
+    printf '\n%s\n' "$1" >&2
+    exit 1
+}
+
+if [ -n "$wanted" ]; then
+    command -v "$wanted" >/dev/null || fail "PYTHON=$wanted: no such program. Give the path of a Python 3.10 or newer."
+    "$wanted" -c "$new_enough" 2>/dev/null \
+        || fail "PYTHON=$wanted is $("$wanted" --version 2>&1); paca needs Python 3.10 or newer."
+    python=$wanted
+else
+    python=
+    # Asking each for its version also skips pyenv's shims of versions that are not active.
+    for name in python3.11 python3.12 python3.10 python3.13 python3 python; do
+        if "$name" -c "$new_enough" 2>/dev/null; then
+            python=$name
+            break
+        fi
+    done
+    [ -n "$python" ] || fail "paca needs Python 3.10 or newer and found none (python3 here: $(python3 --version 2>&1 || true)).
+Install one (Debian, Ubuntu: apt install python3 python3-venv), or say where it is: make $venv PYTHON=/path/to/python3"
+fi
+
+# A folder left by an interrupted set-up has no working pip; --clear starts it over.
+if ! "$venv/bin/python" -m pip --version >/dev/null 2>&1 || { [ -n "$wanted" ] \
+    && [ "$("$venv/bin/python" -c 'import sys; print(sys.version)')" != "$("$python" -c 'import sys; print(sys.version)')" ]; }; then
+    echo "Creating $venv with $("$python" --version) ..."
+    "$python" -m venv --clear "$venv" || fail "$python cannot make virtual environments.
+Debian and Ubuntu keep that in a package of its own: apt install python3-venv. Then run make again."
+fi
+
+echo "Installing paca and what it needs into $venv (the first time PyTorch is downloaded, which can take minutes) ..."
+# Bars and names for a person; silence, save for errors, in a log.
+if [ -t 1 ]; then quiet=; else quiet=--quiet; fi
+"$venv/bin/python" -m pip install $quiet --editable '.[dev]' || fail "The installation failed; pip's message is above.
+Nothing else was changed: run the same command again once the cause is gone."
