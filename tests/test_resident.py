@@ -8,7 +8,8 @@ import threading
 import pytest
 import torch
 
-from paca.resident import Columns, ResidentColumns, State, refresh_together
+from paca.columns import Columns, State
+from paca.resident import ResidentColumns, refresh_together
 from reference import dense_weight
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
@@ -395,3 +396,14 @@ def test_threads_that_refresh_at_once_write_one_result():
     version = weight._version
     assert not resident.stale()
     assert weight._version == version
+
+
+def test_a_weight_made_in_inference_mode_can_be_written_outside_it():
+    with torch.inference_mode():
+        weight, resident, columns = make()
+    original = weight.clone()
+    resident.want(columns)
+    resident.refresh(weight)
+    assert torch.equal(weight, expected(original, columns))
+    resident.park(weight)
+    assert torch.equal(weight, original)

@@ -327,6 +327,31 @@ def test_loading_a_base_state_dict_replaces_what_is_beneath_the_columns():
     assert torch.equal(layer.base_layer.weight, want)
 
 
+def test_loading_another_base_weight_while_columns_are_resident():
+    model = adapted_perceptron()
+    state = {k: v.clone() for k, v in model.state_dict().items()}
+    name = "base_model.model.lin1.base_layer.weight"
+    state[name] = state[name] + 1
+    x = torch.randn(3, 7)
+    model(x)
+    model.load_state_dict(state)
+    model(x)
+    layer = layer_of(model)
+    columns = layer.columns_of("default")
+    want = dense_weight(state[name], [(columns.delta, columns.indices, columns.scale)]).float()
+    assert torch.equal(layer.base_layer.weight, want)
+    assert torch.equal(base_state(model)["lin1.weight"], state[name])
+
+
+def test_loading_a_base_weight_between_forward_and_backward_raises():
+    model = adapted_perceptron()
+    loss = model(torch.randn(3, 7)).sum()
+    layer = layer_of(model).base_layer
+    layer.load_state_dict(layer.state_dict())
+    with pytest.raises(RuntimeError, match="merged, unmerged or loaded"):
+        loss.backward()
+
+
 def test_loading_a_state_dict_taken_earlier_restores_everything():
     model = adapted_perceptron()
     x = torch.randn(3, 7)

@@ -11,8 +11,8 @@ from peft.tuners._buffer_dict import BufferDict
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 
+from paca.columns import Columns
 from paca.layers.resident_weight import ResidentWeight
-from paca.resident import Columns
 
 
 class PacaLayer(nn.Module, BaseTunerLayer):

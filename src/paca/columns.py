@@ -1,0 +1,65 @@
+"""The trained columns of an adapter in one layer, and the state of a weight that holds some of them."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Columns(NamedTuple):
+    """The trained columns of one adapter in one layer."""
+
+    name: str
+    """The adapter's name, for messages."""
+    delta: Tensor
+    """``(out_features, r)``."""
+    indices: Tensor
+    """``(r,)`` int64, sorted and unique."""
+    scale: float
+    """``paca_alpha / r``, times whatever the user scaled the adapter by."""
+
+
+def version_of(tensor: Tensor) -> int:
+    """The tensor's version counter; inference tensors have none and cannot be trained, so they count as unchanged."""
+    return -1 if tensor.is_inference() else tensor._version
+
+
+class State:
+    """What a weight holds: some adapters' columns as they were at one moment. Without columns: the pretrained weight.
+
+    ``tag`` names the content: it is equal for two states that hold the same values, which is how a forward pass that
+    activation checkpointing repeats is recognised as the same one.
+    """
+
+    __slots__ = ("columns", "generation", "tag", "tag_tensor", "versions")
+
+    def __init__(self, columns: tuple[Columns, ...], generation: int) -> None:
+        self.columns = columns
+        self.generation = generation
+        self.versions = tuple((version_of(c.delta), version_of(c.indices)) for c in columns)
+        content = tuple((id(c.delta), id(c.indices), c.scale) for c in columns)
+        self.tag = hash((content, self.versions, generation))
+        with torch.inference_mode(False):  # autograd saves it, also if the first forward pass was inference
+            self.tag_tensor = torch.tensor(self.tag, dtype=torch.int64, device="cpu")
+
+    def unchanged(self) -> bool:
+        """Whether every delta still has the values it had, as far as version counters tell."""
+        return all(
+            version_of(c.delta) == delta_version and version_of(c.indices) == indices_version
+            for c, (delta_version, indices_version) in zip(self.columns, self.versions, strict=True)
+        )
+
+    def holds(self, wanted: tuple[Columns, ...]) -> bool:
+        """Whether this state is what ``wanted`` would give now."""
+        if wanted is self.columns:
+            return self.unchanged()
+        return (
+            len(wanted) == len(self.columns)
+            and all(
+                mine.delta is theirs.delta and mine.indices is theirs.indices and mine.scale == theirs.scale
+                for mine, theirs in zip(self.columns, wanted, strict=True)
+            )
+            and self.unchanged()
+        )
