@@ -1,5 +1,5 @@
 # The two commands that matter: `make demo` and `make test`. Each sets up .venv first; the second time is fast.
-#   make demo PYTHON=/path/to/python3    use another interpreter (3.10 or newer)
+#   make demo PYTHON=/path/to/python3    make .venv with this one (3.10 or newer; once it is made: after `make clean`)
 #   make demo REDO=1                     train the demo again from the start
 
 SHELL := /bin/bash

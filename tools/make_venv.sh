@@ -26,12 +26,11 @@ else
         fi
     done
     [ -n "$python" ] || fail "paca needs Python 3.10 or newer and found none (python3 here: $(python3 --version 2>&1 || true)).
-Install one (Debian, Ubuntu: apt install python3 python3-venv), or say where it is: make $venv PYTHON=/path/to/python3"
+Install one (Debian, Ubuntu: apt install python3 python3-venv), or say where it is: make demo PYTHON=/path/to/python3"
 fi
 
 # A folder left by an interrupted set-up has no working pip; --clear starts it over.
-if ! "$venv/bin/python" -m pip --version >/dev/null 2>&1 || { [ -n "$wanted" ] \
-    && [ "$("$venv/bin/python" -c 'import sys; print(sys.version)')" != "$("$python" -c 'import sys; print(sys.version)')" ]; }; then
+if ! "$venv/bin/python" -m pip --version >/dev/null 2>&1; then
     echo "Creating $venv with $("$python" --version) ..."
     "$python" -m venv --clear "$venv" || fail "$python cannot make virtual environments.
 Debian and Ubuntu keep that in a package of its own: apt install python3-venv. Then run make again."

@@ -54,8 +54,9 @@ def test_formula_gelu_is_bitwise_stock_forward_and_exact_to_rounding_backward(dt
     (got,) = torch.autograd.grad(lean, x, grad)
     exact = x.detach().double().requires_grad_()
     (want,) = torch.autograd.grad(ACT2FN["gelu_new"](exact), exact, grad.double())
-    eps = torch.finfo(dtype).eps
-    torch.testing.assert_close(got.double(), want, rtol=2 * eps, atol=4 * eps)
+    # Half precision computes in float32. Where 1 - tanh**2 cancels, x up to 7 magnifies the error 20 times, grad 3.
+    arithmetic = torch.finfo(dtype if dtype == torch.float64 else torch.float32).eps
+    torch.testing.assert_close(got.double(), want, rtol=2 * torch.finfo(dtype).eps, atol=60 * arithmetic)
 
 
 def test_what_is_kept():

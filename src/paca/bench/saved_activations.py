@@ -76,7 +76,7 @@ def measure_saved_activations(forward: Callable[[], Any], module: nn.Module) -> 
     held: weakref.WeakSet[_Held] = weakref.WeakSet()
 
     def pack(tensor: torch.Tensor) -> _Held:
-        entry = _Held(tensor)
+        entry = _Held(tensor.detach())  # a saved output still has its node, which would hold itself alive
         held.add(entry)
         return entry
 

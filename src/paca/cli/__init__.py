@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import os
 import sys
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import typer
 from rich.console import Console
+from safetensors import SafetensorError
 
 from paca.cli.chat import chat
 from paca.cli.merge import merge
@@ -52,5 +53,13 @@ def main() -> None:
     except PacaError as error:
         if os.environ.get("PACA_DEBUG") == "1":
             raise
-        Console(stderr=True).print(f"Error: {error}", style="red", highlight=False, markup=False, soft_wrap=True)
-        sys.exit(1)
+        _fail(str(error))
+    except SafetensorError as error:
+        if os.environ.get("PACA_DEBUG") == "1":
+            raise
+        _fail(f"A weights file (.safetensors) is damaged or cut short: {error}. Fetch or save it again.")
+
+
+def _fail(message: str) -> NoReturn:
+    Console(stderr=True).print(f"Error: {message}", style="red", highlight=False, markup=False, soft_wrap=True)
+    sys.exit(1)

@@ -36,12 +36,13 @@ class RowLayout:
         """`tensor`, of this layout's shape, as `(rows, features)`: a view where its memory allows, else a copy."""
         return tensor.permute(self.order).reshape(-1, self.shape[-1])
 
-    def restore(self, rows: Tensor) -> Tensor:
-        """`rows`, contiguous `(rows, features)`, as a view with this layout's shape and memory order."""
-        inverse = [0] * len(self.order)
-        for position, dim in enumerate(self.order):
-            inverse[dim] = position
-        return rows.view([self.shape[dim] for dim in self.order]).permute(inverse)
+    def empty(self, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """A new tensor of this layout's shape and memory order; `rows` of it is a view."""
+        strides, stride = [0] * len(self.order), 1
+        for dim in reversed(self.order):
+            strides[dim] = stride
+            stride *= max(1, self.shape[dim])
+        return torch.empty_strided(self.shape, strides, dtype=dtype, device=device)
 
 
 def row_blocks(rows: Tensor, elements_per_thread: int) -> Iterator[slice]:

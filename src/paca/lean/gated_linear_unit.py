@@ -110,8 +110,8 @@ def _write_gradients(
 def _walkable(*tensors: Tensor) -> list[Tensor]:
     """The tensors flat, if all are contiguous, else as `(rows, features)`; views wherever the memory allows.
 
-    Flat, because torch's vectorized exponential and the scalar one at the end of a loop differ in the last bit: blocks of
-    whole vectors give what one loop over everything gives.
+    Flat, because torch's vectorized exponential and the scalar one at the end of a loop differ in the last bit: blocks
+    of whole vectors give what one loop over everything gives.
     """
     if all(tensor.is_contiguous() for tensor in tensors):
         return [tensor.view(-1) for tensor in tensors]

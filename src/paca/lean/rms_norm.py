@@ -47,13 +47,14 @@ class _RMSNorm(torch.autograd.Function):
         layout = RowLayout.of(x)
         rows = layout.rows(x)
         dtype = torch.promote_types(x.dtype, weight.dtype) if style == "llama" else x.dtype
-        y = rows.new_empty(rows.shape, dtype=dtype)
+        y = layout.empty(dtype, x.device)
+        y_rows = layout.rows(y)
         rstd = rows.new_empty(rows.shape[0], 1, dtype=torch.float32)
         for block in row_blocks(rows, _ELEMENTS_PER_THREAD):
-            _normalize(rows[block], weight, eps, style, y[block], rstd[block])
+            _normalize(rows[block], weight, eps, style, y_rows[block], rstd[block])
         ctx.save_for_backward(x, weight, rstd)
         ctx.style = style
-        return layout.restore(y)
+        return y
 
     @staticmethod
     @once_differentiable
@@ -62,19 +63,15 @@ class _RMSNorm(torch.autograd.Function):
         layout = RowLayout.of(x)
         rows, grad_rows = layout.rows(x), layout.rows(grad_output)
         factor = _factor(weight, ctx.style)
-        grad_x = torch.empty_like(rows) if ctx.needs_input_grad[0] else None
+        grad_x = layout.empty(x.dtype, x.device) if ctx.needs_input_grad[0] else None
+        grad_x_rows = None if grad_x is None else layout.rows(grad_x)
         grad_weight = torch.zeros_like(factor) if ctx.needs_input_grad[1] else None
         for block in row_blocks(rows, _ELEMENTS_PER_THREAD):
-            if grad_x is not None:
-                grad_x[block] = _input_gradient(grad_rows[block], rows[block], rstd[block], factor)
+            if grad_x_rows is not None:
+                grad_x_rows[block] = _input_gradient(grad_rows[block], rows[block], rstd[block], factor)
             if grad_weight is not None:
-                grad_weight += _weight_gradient(grad_rows[block], rows[block], rstd[block], ctx.style)
-        return (
-            None if grad_x is None else layout.restore(grad_x),
-            None if grad_weight is None else grad_weight.to(weight.dtype),
-            None,
-            None,
-        )
+                grad_weight += _weight_gradient(grad_rows[block], rows[block], rstd[block])
+        return grad_x, None if grad_weight is None else grad_weight.to(weight.dtype), None, None
 
 
 def _normalize(x: Tensor, weight: Tensor, eps: float, style: RMSNormStyle, y: Tensor, rstd: Tensor) -> None:
@@ -102,9 +99,6 @@ def _input_gradient(grad_output: Tensor, x: Tensor, rstd: Tensor, factor: Tensor
     return grad.mul_(rstd).addcmul_(x32, projection, value=-1)
 
 
-def _weight_gradient(grad_output: Tensor, x: Tensor, rstd: Tensor, style: RMSNormStyle) -> Tensor:
+def _weight_gradient(grad_output: Tensor, x: Tensor, rstd: Tensor) -> Tensor:
     """`sum over rows of grad_output * normalized`, float32 `(features,)`."""
-    normalized = x.to(torch.float32) * rstd
-    if style == "llama":
-        normalized = normalized.to(x.dtype)
-    return (grad_output.to(torch.float32) * normalized).sum(0)
+    return (x.to(torch.float32) * rstd).mul_(grad_output).sum(0)

@@ -37,10 +37,7 @@ class MetricsLog:
 
         An evaluation repeated at its step (a run resumed just after it) takes the place of the earlier one.
         """
-        row = {
-            name: None if isinstance(value, float) and not math.isfinite(value) else value
-            for name, value in row.items()
-        }
+        row = {name: finite_or_none(value) for name, value in row.items()}
         if "eval_loss" in row and self.eval_loss_at(row["step"]) is not None:
             self.rows = [old for old in self.rows if "eval_loss" not in old or old["step"] != row["step"]]
             self._rewrite()
@@ -67,6 +64,11 @@ class MetricsLog:
         rewritten = self.path.with_suffix(".part")
         rewritten.write_text("".join(json.dumps(row) + "\n" for row in self.rows), encoding="utf-8")
         os.replace(rewritten, self.path)
+
+
+def finite_or_none(value: Any) -> Any:
+    """The value itself, or None for NaN and infinities."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:

@@ -15,6 +15,7 @@ from peft import get_peft_model
 from paca.data import Examples, load_examples, split_heldout
 from paca.errors import PacaError
 from paca.pretrained import load_config, load_tokenizer
+from paca.pretrained.location import locate
 from paca.training import adapter_settings, train_settings
 from paca.training.loss_scope import scope_loss, use_chat_template
 from paca.training.run_config import RunConfig
@@ -26,6 +27,8 @@ class Plan:
 
     config: RunConfig
     """The resolved config, every default of ours spelled out."""
+    source: str
+    """Where the model comes from: ``hub``, ``folder`` or ``gguf``."""
     architecture: str
     """Class of the model."""
     dtype: str
@@ -126,6 +129,7 @@ def prepare(config: RunConfig) -> PreparedRun:
     longest = config.train["max_length"]
     plan = Plan(
         config=config,
+        source=locate(named.name).source,
         architecture=type(model).__name__,
         dtype=str(dtype).removeprefix("torch."),
         parameters=parameters,

@@ -15,6 +15,7 @@ import torch
 from accelerate import PartialState
 from peft import load_peft_weights, set_peft_model_state_dict
 from rich.console import Console
+from safetensors import SafetensorError
 from transformers import PrinterCallback, TrainerState
 from trl import SFTConfig, SFTTrainer
 
@@ -23,9 +24,10 @@ from paca.errors import PacaError
 from paca.pretrained import Pretrained, load_pretrained, save_trainable_copy
 from paca.training import adapter_settings, summary, train_settings
 from paca.training.data_order import SetEpochOfSampler
+from paca.training.finite_loss import StopOnNonFiniteLoss
 from paca.training.interrupt import StopOnSignal
 from paca.training.memory import describe_peak_memory, peak_memory, reset_peak_memory
-from paca.training.metrics import MetricsLog, RecordMetrics
+from paca.training.metrics import MetricsLog, RecordMetrics, finite_or_none
 from paca.training.plan import Plan, PreparedRun, prepare
 from paca.training.progress import ShowProgress
 from paca.training.report import write_report
@@ -120,16 +122,20 @@ class _Run:
         reset_peak_memory()
         with self._busy("Loading the model ..."):
             pretrained = self._load_model()
-        self.source = pretrained.source
-        self.trainer = SFTTrainer(
-            model=pretrained.model,
-            args=arguments,
-            train_dataset=prepared.train.dataset,
-            eval_dataset=None if prepared.eval is None else prepared.eval.dataset,
-            processing_class=pretrained.tokenizer,
-            peft_config=adapter_settings.adapter_config(self.config.paca),
-            callbacks=[stopper, SetEpochOfSampler()],
-        )
+        try:
+            self.trainer = SFTTrainer(
+                model=pretrained.model,
+                args=arguments,
+                train_dataset=prepared.train.dataset,
+                eval_dataset=None if prepared.eval is None else prepared.eval.dataset,
+                processing_class=pretrained.tokenizer,
+                peft_config=adapter_settings.adapter_config(self.config.paca),
+                callbacks=[stopper, SetEpochOfSampler()],
+            )
+        except (PacaError, torch.OutOfMemoryError):
+            raise
+        except (ValueError, RuntimeError) as error:
+            raise PacaError(f"SFTTrainer refuses this run: {error}") from error
         self.trainer.remove_callback(PrinterCallback)
         check_labels(self.trainer.train_dataset, prepared.train, arguments, pretrained.tokenizer)
         if prepared.eval is not None:
@@ -145,6 +151,7 @@ class _Run:
             self.trainer.add_callback(self.recorder)
             self.trainer.add_callback(self.progress)
             folder.config.write_text(self.config.to_yaml(), encoding="utf-8")
+        self.trainer.add_callback(StopOnNonFiniteLoss())
 
     def result(self) -> RunResult:
         """Evaluate, train, evaluate, and write the results."""
@@ -157,8 +164,8 @@ class _Run:
             return RunResult(self.folder.path, None, None)
         (self.folder.adapter / "training_args.bin").unlink(missing_ok=True)  # a pickle; config.yaml says the same
         result = self._summary(state, loss_after, self.log)
-        summary.write_summary(self.folder.summary, result)
         write_report(self.folder.report, result, self.log.rows, self.config.to_yaml())
+        summary.write_summary(self.folder.summary, result)  # last: it says that the run is finished
         return RunResult(self.folder.path, result, None)
 
     def _load_model(self) -> Pretrained:
@@ -217,7 +224,7 @@ class _Run:
             "command": summary.command_line(),
             "model": {
                 "name": self.config.model.name,
-                "source": self.source,
+                "source": plan.source,
                 "architecture": plan.architecture,
                 "parameters": plan.parameters,
                 "dtype": plan.dtype,
@@ -235,7 +242,7 @@ class _Run:
             "trainable_parameters": plan.trainable_parameters,
             "trainable_percent": 100 * plan.trainable_parameters / plan.parameters,
             "eval_loss_before": log.eval_loss_at(0),
-            "eval_loss_after": loss_after,
+            "eval_loss_after": finite_or_none(loss_after),
             "steps": state.global_step,
             "epochs": state.epoch,
             "tokens": tokens,
@@ -254,19 +261,21 @@ class _Run:
 
 @contextmanager
 def _explained(config: RunConfig) -> Iterator[None]:
-    """Turn what TRL refuses and a lack of memory into messages for the user."""
+    """Turn a lack of memory, and of an optional package, into messages for the user."""
     try:
         yield
-    except PacaError:
-        raise
     except (torch.OutOfMemoryError, MemoryError) as error:
         raise PacaError(_out_of_memory(config)) from error
     except RuntimeError as error:
         if "can't allocate memory" in str(error):  # how torch's CPU allocator says it
             raise PacaError(_out_of_memory(config)) from error
         raise
-    except ValueError as error:
-        raise PacaError(f"The trainer refuses this run: {error}") from error
+    except SafetensorError as error:
+        raise PacaError(
+            f"A weights file of the run can't be read: {error}. Remove that checkpoint and resume."
+        ) from error
+    except ImportError as error:  # of a tracker, an optimizer, a kernel that the settings name
+        raise PacaError(f"A setting needs a package that is not installed: {error}") from error
 
 
 def _out_of_memory(config: RunConfig) -> str:

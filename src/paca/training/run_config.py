@@ -14,7 +14,7 @@ import yaml
 
 from paca.errors import PacaError
 from paca.training.strict_yaml import parse_value, read_yaml
-from paca.training.typed_values import expected, matches, nearest, shown
+from paca.training.typed_values import choices, expected, matches, nearest, shown
 
 
 @dataclass
@@ -126,9 +126,13 @@ def check_keys(section: str, given: Iterable[str], valid: Iterable[str], origins
     for key in given:
         if key in names:
             continue
-        close = nearest(key, names)
-        hint = f"Did you mean {section}.{close}?" if close else f"Valid keys: {_listing(names)}."
-        raise PacaError(f"{origins.of(f'{section}.{key}')}: there is no key {section}.{key}. {hint}")
+        hints = []
+        if close := nearest(key, names):
+            hints.append(f"Did you mean {section}.{close}?")
+        if len(names) <= 20:
+            hints.append(f"The keys of {section} are {', '.join(names)}.")
+        where = origins.of(f"{section}.{key}")
+        raise PacaError(f"{where}: there is no key {section}.{key}. {' '.join(hints)}".rstrip())
 
 
 def check_type(key: str, value: Any, annotation: Any, origins: Origins) -> None:
@@ -138,7 +142,9 @@ def check_type(key: str, value: Any, annotation: Any, origins: Origins) -> None:
         PacaError: Names the dotted key, its place, what was expected and what was found.
     """
     if not matches(value, annotation):
-        raise PacaError(f"{origins.of(key)}: {key} must be {expected(annotation)}, not {shown(value)}.")
+        close = nearest(value, choices(annotation)) if isinstance(value, str) else None
+        hint = f" Did you mean {close}?" if close else ""
+        raise PacaError(f"{origins.of(key)}: {key} must be {expected(annotation)}, not {shown(value)}.{hint}")
 
 
 def load_run_config(path: str | os.PathLike[str], overrides: Iterable[str] = ()) -> RunConfig:
@@ -194,7 +200,10 @@ def _read_sections(path: Path, overrides: Iterable[str]) -> tuple[dict[str, dict
             raise PacaError(f"--set {override}: expected section.key=value, such as --set train.learning_rate=1e-4.")
         if section not in names:
             raise PacaError(f"--set {override}: there is no section {section!r}. {_section_hint(section, names)}")
-        sections[section][name] = parse_value(text)
+        try:
+            sections[section][name] = parse_value(text)
+        except PacaError as error:
+            raise PacaError(f"--set {override}: {error}") from error
         origins.overridden.add(f"{section}.{name}")
     return sections, origins
 
@@ -238,8 +247,3 @@ def _absolute_where_it_exists(name: str) -> str:
 def _section_hint(name: str, names: list[str]) -> str:
     close = nearest(name, names)
     return f"Did you mean {close}?" if close else f"The sections are {', '.join(names)}."
-
-
-def _listing(names: list[str]) -> str:
-    shown_names = names if len(names) <= 20 else [*names[:20], f"and {len(names) - 20} more"]
-    return ", ".join(shown_names)

@@ -34,6 +34,15 @@ OWNED = {
 """Fields of SFTConfig that have another place, and which."""
 
 
+_POSITIVE = (
+    "per_device_train_batch_size",
+    "per_device_eval_batch_size",
+    "gradient_accumulation_steps",
+    "num_train_epochs",
+    "max_length",
+)
+
+
 @cache
 def train_fields() -> dict[str, Any]:
     """Name and type of each field of ``SFTConfig``."""
@@ -62,6 +71,8 @@ def check_train_settings(settings: Mapping[str, Any], origins: Origins) -> None:
             raise PacaError(
                 f"{origins.of(key)}: {key} must be one of {', '.join(map(str, allowed))}, not {shown(value)}."
             )
+        if name in _POSITIVE and value is not None and value <= 0:
+            raise PacaError(f"{origins.of(key)}: {key} must be above zero, not {value}.")
 
 
 def with_defaults(

@@ -69,6 +69,16 @@ def expected(annotation: Any) -> str:
     return words.get(annotation, getattr(annotation, "__name__", str(annotation)))
 
 
+def choices(annotation: Any) -> list[str]:
+    """The texts that an annotation names one by one: members of enums and literals."""
+    arguments = typing.get_args(annotation)
+    if typing.get_origin(annotation) is Literal:
+        return [str(option) for option in arguments]
+    if _is_enum(annotation):
+        return [str(member.value) for member in annotation]
+    return [choice for option in arguments for choice in choices(option)]
+
+
 def shown(value: Any) -> str:
     """A value as an error message quotes it: its kind and, cut to a line, its content."""
     if value is None:
@@ -83,7 +93,7 @@ def shown(value: Any) -> str:
 
 def nearest(name: str, valid: Iterable[str]) -> str | None:
     """The valid name closest in spelling to ``name``, or None where nothing is close."""
-    close = difflib.get_close_matches(name, list(valid), n=1, cutoff=0.6)
+    close = difflib.get_close_matches(name, list(valid), n=1, cutoff=0.5)
     return close[0] if close else None
 
 

@@ -1,0 +1,18 @@
+"""PaCA with the model's stock blocks."""
+
+from __future__ import annotations
+
+import peft
+from torch import nn
+
+import paca
+from paca.bench.method import Adaptation, Method
+
+
+def prepare(model: nn.Module, adaptation: Adaptation) -> nn.Module:
+    """Put PaCA into the targets."""
+    config = paca.PacaConfig(r=adaptation.rank, target_modules=adaptation.targets)
+    return peft.get_peft_model(model, config)  # type: ignore[arg-type]  # plain modules work too
+
+
+METHOD = Method("paca", "PaCA, stock blocks", prepare)

@@ -1,0 +1,173 @@
+"""What `paca bench` measures: the model, the methods, the sizes and the measurements."""
+
+from __future__ import annotations
+
+import difflib
+import itertools
+import re
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, NamedTuple
+
+import torch
+
+from paca.errors import PacaError
+
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+SCOPES = ("model", "blocks")
+LOSSES = ("logits", "fused")
+OPTIMIZERS = ("adamw", "sgd")
+MEASUREMENTS = ("time", "memory", "saved", "switch", "max-seq", "max-batch")
+DEFAULT_METHODS = ("frozen", "paca", "paca+lean", "paca+lean+recompute", "lora", "lora-tuned")
+
+_UNITS = {"": 1, "kib": 2**10, "mib": 2**20, "gib": 2**30, "kb": 10**3, "mb": 10**6, "gb": 10**9}
+
+
+class Point(NamedTuple):
+    """The size of one batch."""
+
+    batch: int
+    """Sequences, or images."""
+    seq: int
+    """Tokens per sequence; 0 for images."""
+
+
+@dataclass(frozen=True)
+class BenchSettings:
+    """One benchmark.
+
+    Raises:
+        PacaError: for a value that can't work, naming it and what it can be.
+    """
+
+    model: str = "llama3-8b"
+    """A preset (random weights, no hub), a folder, a GGUF file or a hub id."""
+    layers: int | None = None
+    """Shrink a preset to so many blocks."""
+    hidden: int | None = None
+    """Shrink a preset's width; heads and MLP shrink along, the size of a head stays."""
+    intermediate: int | None = None
+    """Width of the MLP, instead of the one that goes with `hidden`."""
+    vocab: int | None = None
+    """Shrink a preset's vocabulary."""
+    image_size: int | None = None
+    """Height and width of the images of a vision preset, in pixels."""
+    scope: str = "model"
+    """`model`: the whole model with its loss. `blocks`: the transformer blocks and the final norm alone, fed with hidden
+    states that require grad, backward from a fixed gradient; so all methods do what a block in the middle of a deep
+    model does, whatever the depth measured here."""
+    loss: str = "logits"
+    """Loss of a language model. `logits`: the model's own. `fused`: the one of TRL's SFTTrainer, which never holds the
+    logits of the whole batch."""
+    dtype: str = "bfloat16"
+    """Dtype of the weights, and of the computation."""
+    device: str = "auto"
+    """`auto`: cuda if there is one, else cpu."""
+    methods: tuple[str, ...] = DEFAULT_METHODS
+    """Names from the registry, see `paca bench methods`."""
+    baseline: str = "frozen"
+    """The method that ratios are taken against."""
+    seq: tuple[int, ...] = (512,)
+    """Sequence lengths, in tokens."""
+    batch: tuple[int, ...] = (1,)
+    """Batch sizes."""
+    rank: int = 16
+    """r of PaCA and of the LoRA family (`vera` keeps PEFT's default: its r means something else)."""
+    optimizer: str = "adamw"
+    """The same for all methods: torch's fused AdamW (the Trainer's default), or plain SGD."""
+    measure: tuple[str, ...] = ("time", "saved", "memory")
+    """Which of the measurements to take."""
+    rounds: int = 10
+    """Every round times every method once, in an order that rotates."""
+    warmup: int = 2
+    """Steps per method before the first round."""
+    steps: int = 1
+    """Steps per method and round; their mean is the round's sample."""
+    memory: int | None = None
+    """The budget of `max-seq` and `max-batch` in bytes: weights, gradients, optimizer, activations; without what the
+    interpreter and its libraries take before the model is made."""
+    compile: bool = False
+    """Also measure every method with the inner model compiled."""
+    profile: bool = False
+    """Also split the step into its phases and its kinds of operators."""
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        _one_of("dtype", self.dtype, DTYPES)
+        _one_of("scope", self.scope, SCOPES)
+        _one_of("loss", self.loss, LOSSES)
+        _one_of("optimizer", self.optimizer, OPTIMIZERS)
+        for name in self.measure:
+            _one_of("measure", name, MEASUREMENTS)
+        for field in ("methods", "measure", "seq", "batch"):
+            if not getattr(self, field):
+                raise PacaError(f"{field} is empty; give at least one.")
+        for field in ("layers", "hidden", "intermediate", "vocab", "image_size", "rank", "rounds", "steps", "memory"):
+            value = getattr(self, field)
+            if value is not None and value < 1:
+                raise PacaError(f"{field} is {value}; it must be 1 or more.")
+        for field in ("seq", "batch"):
+            if min(getattr(self, field)) < 1:
+                raise PacaError(f"{field} is {getattr(self, field)}; every size must be 1 or more.")
+        if self.scope == "model" and self.loss == "logits" and min(self.seq) < 2:
+            raise PacaError("seq must be 2 or more: one token has no next token to predict.")
+        if self.memory is None and {"max-seq", "max-batch"} & set(self.measure):
+            raise PacaError("max-seq and max-batch need a budget: give --memory, such as --memory 2GiB.")
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        return DTYPES[self.dtype]
+
+    @property
+    def torch_device(self) -> torch.device:
+        """The device to run on.
+
+        Raises:
+            PacaError: there is no such device here.
+        """
+        name = self.device
+        if name == "auto":
+            name = "cuda" if torch.cuda.is_available() else "cpu"
+        try:
+            device = torch.device(name)
+        except RuntimeError as error:
+            raise PacaError(f"device is {name!r}; it can be auto, cpu, cuda, cuda:1 and the like.") from error
+        if device.type == "cuda" and not torch.cuda.is_available():
+            raise PacaError("device is 'cuda', but torch sees no CUDA device here. Use --device cpu.")
+        return device
+
+    def points(self, vision: bool) -> list[Point]:
+        """Every batch size with every sequence length; images have no length."""
+        return [Point(b, s) for b, s in itertools.product(self.batch, (0,) if vision else self.seq)]
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> BenchSettings:
+        """The inverse of `to_dict`, also after a trip through JSON."""
+        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+
+
+def parse_bytes(text: str) -> int:
+    """`"2GiB"` → 2147483648. Units: KiB, MiB, GiB (powers of 1024), KB, MB, GB (powers of 1000), none for bytes.
+
+    Raises:
+        PacaError: the text is no such amount.
+    """
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-z]*)\s*", text.lower())
+    if match is None or match[2] not in _UNITS:
+        raise PacaError(f"{text!r} is not an amount of memory. Write a number and a unit, such as 512MiB or 24GiB.")
+    return int(float(match[1]) * _UNITS[match[2]])
+
+
+def nearest_name(name: str, valid: Sequence[str]) -> str:
+    """` Did you mean ...?` for the valid name closest in spelling, or nothing."""
+    close = difflib.get_close_matches(name, valid, n=1)
+    return f" Did you mean {close[0]!r}?" if close else ""
+
+
+def _one_of(field: str, value: str, valid: Any) -> None:
+    if value not in valid:
+        names = list(valid)
+        raise PacaError(f"{field} is {value!r}; it can be {', '.join(names)}.{nearest_name(value, names)}")

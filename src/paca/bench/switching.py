@@ -1,0 +1,94 @@
+"""How long it takes to switch from one adapter to another."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import nn
+
+from paca.bench.compilation import graphs_compiled
+from paca.bench.device import clock
+from paca.bench.method import Method, MethodUnavailable
+from paca.bench.step import TrainingStep
+
+_SECOND = "second"
+
+
+def add_second_adapter(model: nn.Module, method: Method) -> None:
+    """Put a second adapter of the same settings beside the first; where columns are drawn, it draws others.
+
+    Raises:
+        MethodUnavailable: the method has no adapter.
+    """
+    if not isinstance(model, PeftModel):
+        raise MethodUnavailable("has no adapter to switch")
+    config: Any = copy.deepcopy(model.peft_config["default"])
+    if hasattr(config, "random_seed"):
+        config.random_seed += 1
+    model.add_adapter(_SECOND, config, autocast_adapter_dtype=method.autocast_adapter_dtype)
+    model.set_adapter("default")
+
+
+def time_switches(step: TrainingStep, rounds: int) -> list[float]:
+    """Seconds that a switch adds to a forward pass, per round.
+
+    A method may put work off until the next forward pass, so each round times a forward pass after `set_adapter` and
+    one without, and takes the difference.
+
+    Args:
+        step: its model has a second adapter; its batch should be small, so that the difference isn't lost in noise.
+        rounds: samples.
+    """
+    model: Any = step.model
+    samples = []
+    with torch.no_grad():
+        step.forward()
+        for number in range(rounds):
+            start = clock(step.device)
+            model.set_adapter("default" if number % 2 else _SECOND)
+            step.forward()
+            switched = clock(step.device)
+            step.forward()
+            samples.append((switched - start) - (clock(step.device) - switched))
+    model.set_adapter("default")
+    return samples
+
+
+@dataclass(frozen=True)
+class Recompilations:
+    """Graphs made by a compiled model after its first steps."""
+
+    steps: int
+    """In three more steps of the same adapter."""
+    first_switch: int
+    """In a step after the first switch to the second adapter."""
+    switch_back: int
+    """In a step after the switch back to the first, and in one after going to the second again."""
+
+
+def count_recompilations(step: TrainingStep) -> Recompilations:
+    """Train two adapters in turn in a compiled model and count the graphs that are made on the way.
+
+    Args:
+        step: compiled; its model has a second adapter.
+    """
+    model: Any = step.model
+
+    def graphs_of(*adapters: str | None) -> int:
+        before = graphs_compiled()
+        for adapter in adapters:
+            if adapter is not None:
+                model.set_adapter(adapter)
+            step.run()
+        return graphs_compiled() - before
+
+    graphs_of(None, None)
+    return Recompilations(
+        steps=graphs_of(None, None, None),
+        first_switch=graphs_of(_SECOND),
+        switch_back=graphs_of("default", _SECOND),
+    )

@@ -1,0 +1,116 @@
+"""Which attention kernel a device would run, for a forward pass on fake tensors.
+
+`scaled_dot_product_attention` picks a kernel by looking at the device. On fake tensors it always picks the plain
+formula, which keeps the whole matrix of attention weights; the fused kernels keep one number per query instead. Here
+the choice of the real device is made, and the kernel is called by its own name, so that autograd saves what it would
+save there.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import _disable_current_modes
+
+aten = torch.ops.aten
+
+
+class AttentionOf(TorchFunctionMode):
+    """Runs `scaled_dot_product_attention` as `device` (`"cpu"` or `"cuda"`) would.
+
+    On a CPU torch itself is asked for its choice. For CUDA the rules are written down here, those of torch 2.13: flash
+    attention for half precision without a mask; memory-efficient attention with a mask or in float32, unless key and
+    value have fewer heads than the query; else the plain formula.
+    """
+
+    def __init__(self, device: str) -> None:
+        super().__init__()
+        self.device = device
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is F.scaled_dot_product_attention:
+            return (_on_cuda if self.device == "cuda" else _on_cpu)(*args, **(kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+
+def _on_cpu(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    if _cpu_choice(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa) == 0:
+        return F.scaled_dot_product_attention(
+            query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
+        )
+    mask = _additive(attn_mask, query.dtype)
+    flash = aten._scaled_dot_product_flash_attention_for_cpu
+    return flash(query, key, value, dropout_p, is_causal, attn_mask=mask, scale=scale)[0]
+
+
+def _on_cuda(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    half = query.dtype in (torch.float16, torch.bfloat16)
+    same_width = query.shape[-1] == key.shape[-1] == value.shape[-1] <= 256
+    if query.dim() == 4 and half and same_width and attn_mask is None:
+        flash = aten._scaled_dot_product_flash_attention
+        return flash(query, key, value, dropout_p, is_causal, False, scale=scale)[0]
+    if query.dim() == 4 and query.dtype != torch.float64 and query.shape[1] == key.shape[1]:
+        mask = _additive(attn_mask, query.dtype)
+        if mask is not None:
+            mask = mask.expand(*query.shape[:-1], key.shape[-2])
+        efficient = aten._scaled_dot_product_efficient_attention
+        return efficient(query, key, value, mask, True, dropout_p, is_causal, scale=scale)[0]
+    return F.scaled_dot_product_attention(
+        query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
+    )
+
+
+def _additive(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """The kernels take a mask to be added; torch makes one out of a boolean mask anew at every call, and keeps it."""
+    if mask is None or mask.dtype != torch.bool:
+        return mask
+    return torch.where(mask, mask.new_zeros((), dtype=dtype), mask.new_full((), float("-inf"), dtype=dtype))
+
+
+def _cpu_choice(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    dropout_p: float,
+    is_causal: bool,
+    scale: float | None,
+    enable_gqa: bool,
+) -> int:
+    """Torch's own choice on a CPU (0: the plain formula), for the same shapes with at most a few positions."""
+    short = {length: min(length, 8 + rank) for rank, length in enumerate({query.shape[-2], key.shape[-2]})}
+
+    def stand_in(tensor: Tensor, sequence_dims: tuple[int, ...]) -> Tensor:
+        shape = list(tensor.shape)
+        shape[0] = min(shape[0], 2)
+        for dim in sequence_dims:
+            shape[dim] = short.get(shape[dim], shape[dim])
+        dtype = query.dtype if tensor.dtype == torch.bool else tensor.dtype
+        return torch.empty(shape, dtype=dtype, device="cpu", requires_grad=tensor.requires_grad)
+
+    with _disable_current_modes():
+        tensors = [stand_in(tensor, (-2,)) for tensor in (query, key, value)]
+        small_mask = None if mask is None else stand_in(mask, (-2, -1))
+        return torch._fused_sdp_choice(*tensors, small_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)

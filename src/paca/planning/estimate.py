@@ -1,0 +1,161 @@
+"""The memory and the work of a training step, from the model's shapes alone."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from peft import PeftConfig, PeftModel, get_peft_model
+from torch import nn
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+
+from paca.errors import PacaError
+from paca.planning.repeated_blocks import RepeatedBlocks, copy_with_blocks, find_blocks
+from paca.planning.setting import Setting
+from paca.planning.simulated_step import StepTrace, simulate
+from paca.training.memory import format_bytes
+
+FRAMEWORK = "framework overhead"
+FRAMEWORK_BYTES = {"cpu": 600 * 2**20, "cuda": 600 * 2**20}
+"""What a process holds before there is a model: on a CPU the resident libraries, on CUDA the context and the
+workspaces of the matrix libraries. See docs/guides/planning.md for where the numbers come from."""
+
+
+@dataclass(frozen=True)
+class MemoryEstimate:
+    """What a training step takes."""
+
+    setting: Setting
+    parameters: int
+    """Of the model without its adapters."""
+    trainable: int
+    """Parameters that are trained."""
+    parts: Mapping[str, int]
+    """Bytes by part, at the moment when most is allocated; their sum is `total`."""
+    moment: str
+    """When that is."""
+    saved: Mapping[str, int]
+    """Bytes that the autograd graph holds at the end of the forward pass, by kind, without parameters."""
+    flops: int
+    """Of the matrix products and attention in one optimizer step."""
+
+    @property
+    def total(self) -> int:
+        """Peak memory in bytes."""
+        return sum(self.parts.values())
+
+    @property
+    def activations(self) -> int:
+        """What the autograd graph holds at the end of the forward pass, in bytes."""
+        return sum(self.saved.values())
+
+    def __str__(self) -> str:
+        lines = [(name, format_bytes(count)) for name, count in self.parts.items()]
+        lines.append((f"total ({self.moment})", format_bytes(self.total)))
+        width = max(len(name) for name, _ in lines)
+        return "\n".join(f"{name:<{width}}  {text:>12}" for name, text in lines)
+
+
+PlannedModel = PeftModel | PreTrainedModel
+
+
+def prepare_model(model: str | PreTrainedConfig | PlannedModel, adapter: PeftConfig | None = None) -> PlannedModel:
+    """The model to plan for, on the meta device.
+
+    Args:
+        model: a hub id or folder, a configuration, or a model on the meta device; a model stays as it is.
+        adapter: the adapter to put in. Without it the model is trained as it comes: all of it, or its own adapters.
+
+    Raises:
+        PacaError: the model has weights, can't be found, or the adapter does not fit it.
+    """
+    if isinstance(model, str):
+        from paca.pretrained import load_config
+
+        model = load_config(model).model
+    elif isinstance(model, PreTrainedConfig):
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(model)
+        model.tie_weights()
+    elif any(p.device.type != "meta" for p in model.parameters()):
+        raise PacaError(
+            "Plans are made from a model without weights: make it on the meta device, as paca.pretrained.load_config "
+            "does, or give its configuration."
+        )
+    elif adapter is not None:
+        model = copy.deepcopy(model)
+    if adapter is None:
+        return model
+    try:
+        return get_peft_model(model, adapter)
+    except (ValueError, TypeError) as error:
+        raise PacaError(f"The adapter does not fit {type(model).__name__}: {error}") from error
+
+
+def estimate(
+    model: str | PreTrainedConfig | PlannedModel, setting: Setting, adapter: PeftConfig | None = None
+) -> MemoryEstimate:
+    """What a training step of `model` takes under `setting`.
+
+    The forward and backward pass are run on tensors without values; see `paca.planning.simulated_step`.
+
+    Args:
+        model: what is trained, as in :func:`prepare_model`.
+        setting: how.
+        adapter: put into the model first.
+
+    Raises:
+        PacaError: the model can't be found, planned, or made lean.
+    """
+    prepared = prepare_model(model, adapter)
+    root = prepared.get_base_model() if isinstance(prepared, PeftModel) else prepared
+    if not isinstance(root, PreTrainedModel) or not root.can_generate():
+        raise PacaError(f"Plans can be made for causal language models of transformers, not for {type(root).__name__}.")
+    trace = trace_step(root, setting)
+    moment, peak = max(trace.peaks.items(), key=lambda item: sum(item[1].values()))
+    counts = {name: count for name, count in sorted(peak.items(), key=lambda item: -item[1]) if count > 0}
+    parameters = {id(p): p for p in root.parameters()}.values()
+    trainable = sum(p.numel() for p in parameters if p.requires_grad)
+    added = sum(p.numel() for name, p in root.named_parameters() if _belongs_to_adapter(prepared, name))
+    return MemoryEstimate(
+        setting=setting,
+        parameters=sum(p.numel() for p in parameters) - added,
+        trainable=trainable,
+        parts={**counts, FRAMEWORK: FRAMEWORK_BYTES[setting.device]},
+        moment=moment,
+        saved={name: count for name, count in trace.saved.most_common() if count > 0},
+        flops=trace.flops * setting.gradient_accumulation,
+    )
+
+
+def trace_step(root: PreTrainedModel, setting: Setting) -> StepTrace:
+    """The trace of one forward and backward pass of the whole model, from runs with two and three blocks of a kind."""
+    blocks = find_blocks(root)
+    if blocks is None:
+        return simulate(copy_with_blocks(root, None, ()), setting, None)
+    sample = blocks.sample(2)
+    start = _simulate_blocks(root, setting, blocks, sample)
+    trace = start
+    for kind in dict.fromkeys(blocks.kinds):
+        missing = blocks.kinds.count(kind) - sum(blocks.kinds[number] == kind for number in sample)
+        if missing:
+            more = _simulate_blocks(root, setting, blocks, blocks.with_one_more(sample, kind))
+            trace = trace.plus(more, start, missing)
+    return trace
+
+
+def _simulate_blocks(
+    root: PreTrainedModel, setting: Setting, blocks: RepeatedBlocks, chosen: tuple[int, ...]
+) -> StepTrace:
+    small = copy_with_blocks(root, blocks, chosen)
+    block_list = small.get_submodule(blocks.path)
+    assert isinstance(block_list, nn.ModuleList)
+    return simulate(small, setting, block_list[-2] if len(block_list) > 1 else None)
+
+
+def _belongs_to_adapter(model: PlannedModel, name: str) -> bool:
+    if not isinstance(model, PeftModel):
+        return False
+    return getattr(model.base_model, "prefix", "") in name or ".modules_to_save." in name

@@ -1,0 +1,40 @@
+"""What an optimizer keeps per trainable parameter, and what its step allocates."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from paca.errors import PacaError
+
+_TWO_MOMENTS = ("adamw_torch", "adamw_torch_fused")
+_EIGHT_BIT = ("adamw_8bit", "adamw_bnb_8bit")
+_STATELESS = ("sgd",)
+
+KNOWN_OPTIMIZERS = (*_TWO_MOMENTS, *_EIGHT_BIT, *_STATELESS)
+
+
+def state_bytes(optimizer: str, trainable: Sequence[Tensor]) -> int:
+    """Bytes of optimizer state for the `trainable` parameters.
+
+    Raises:
+        PacaError: the optimizer is not one of `KNOWN_OPTIMIZERS`.
+    """
+    if optimizer in _TWO_MOMENTS:
+        return sum(2 * p.numel() * p.element_size() for p in trainable)
+    if optimizer in _EIGHT_BIT:
+        # bitsandbytes keeps two float32 moments below 4096 elements, and above it two bytes and a scale per 256.
+        return sum(8 * p.numel() if p.numel() < 4096 else 2 * p.numel() + p.numel() // 32 for p in trainable)
+    if optimizer in _STATELESS:
+        return 0
+    raise PacaError(f"The memory of the optimizer {optimizer!r} is not known; known are {', '.join(KNOWN_OPTIMIZERS)}.")
+
+
+def step_temporaries(optimizer: str, device: str, trainable: Sequence[Tensor]) -> int:
+    """Bytes that the optimizer's step allocates and frees again."""
+    sizes = [p.numel() * p.element_size() for p in trainable]
+    if optimizer == "adamw_torch":
+        # On CUDA its for-each form makes the denominators of all parameters at once, elsewhere of one at a time.
+        return sum(sizes) if device == "cuda" else 2 * max(sizes, default=0)
+    return 0

@@ -1,0 +1,73 @@
+"""What a training step is like, as far as its memory and time depend on it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from paca.errors import PacaError
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One way to train a given model.
+
+    Raises:
+        PacaError: a number below 1, or settings that exclude each other.
+    """
+
+    sequence_length: int
+    """Tokens in each sequence, padding included."""
+    batch_size: int = 1
+    """Sequences in one forward pass."""
+    gradient_accumulation: int = 1
+    """Forward passes per optimizer step."""
+    lean: bool = False
+    """`paca.make_lean`."""
+    recompute: Literal["mlp"] | None = None
+    """Its argument of that name; needs `lean`."""
+    checkpointing: bool = False
+    """Activation checkpointing of every block (non-reentrant)."""
+    chunked_loss: bool = True
+    """TRL's loss, which never holds all logits; otherwise the loss of transformers over the whole batch's logits."""
+    padded: bool = False
+    """Whether batches hold padding or packed sequences, so that attention needs a mask."""
+    autocast: torch.dtype | None = None
+    """Dtype of `torch.autocast`, or None without it."""
+    optimizer: str = "adamw_torch_fused"
+    """As `optim` of transformers' `TrainingArguments`."""
+    device: Literal["cpu", "cuda"] = "cpu"
+    """Whose attention kernels are assumed."""
+
+    def __post_init__(self) -> None:
+        for name in ("sequence_length", "batch_size", "gradient_accumulation"):
+            value = getattr(self, name)
+            if value < 1:
+                raise PacaError(f"{name} is {value}; it must be 1 or more.")
+        if self.recompute is not None and not self.lean:
+            raise PacaError(f"recompute={self.recompute!r} is a part of the lean blocks: set lean as well.")
+        if self.device not in ("cpu", "cuda"):
+            raise PacaError(f"Plans can be made for the devices 'cpu' and 'cuda', not for {self.device!r}.")
+
+    @property
+    def tokens_per_pass(self) -> int:
+        """Tokens in one forward pass."""
+        return self.batch_size * self.sequence_length
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Tokens per optimizer step."""
+        return self.tokens_per_pass * self.gradient_accumulation
+
+    def techniques(self) -> str:
+        """What is done to save memory, in words."""
+        words = []
+        if self.lean:
+            words.append("lean blocks" if self.recompute is None else "lean blocks, MLP recomputed")
+        if self.checkpointing:
+            words.append("activation checkpointing")
+        if self.chunked_loss:
+            words.append("chunked loss")
+        return ", ".join(words) or "none"

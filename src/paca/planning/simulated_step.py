@@ -1,0 +1,200 @@
+"""A training step without values: the real forward and backward pass of the real modules, on fake tensors.
+
+What autograd would keep, what would be allocated when, and how many operations the matrix products take all follow
+from shapes, so nothing is modelled here: the step is run, and looked at.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses import fake_tensor
+from transformers import PreTrainedModel
+
+import paca
+from paca.errors import PacaError
+from paca.lean import make_lean
+from paca.planning.activation_kinds import ModuleStack
+from paca.planning.attention_kernels import AttentionOf
+from paca.planning.fake_model import fake_mode, make_fake, one_block_per_loop
+from paca.planning.live_memory import LiveMemory
+from paca.planning.optimizer_state import state_bytes, step_temporaries
+from paca.planning.setting import Setting
+
+WEIGHTS = "weights"
+KEPT_COLUMNS = "kept original columns"
+TRAINABLE = "trainable parameters"
+GRADIENTS = "gradients"
+OPTIMIZER = "optimizer state"
+ACTIVATIONS = "activations: "
+LOSS = "logits and loss"
+TEMPORARIES = "temporaries"
+
+
+@dataclass
+class StepTrace:
+    """What one forward and backward pass of a model holds, in bytes."""
+
+    saved: Counter[str] = field(default_factory=Counter)
+    """What the graph holds when the forward pass has ended, by kind, without parameters."""
+    peaks: dict[str, Counter[str]] = field(default_factory=dict)
+    """For each stretch of the step, everything that is allocated at its fullest moment, by category."""
+    flops: int = 0
+    """Of the forward and the backward pass."""
+
+    def plus(self, more: StepTrace, less: StepTrace, times: int) -> StepTrace:
+        """`self + times * (more - less)`, everywhere."""
+        none: Counter[str] = Counter()
+        return StepTrace(
+            _line(self.saved, more.saved, less.saved, times),
+            {
+                name: _line(self.peaks.get(name, none), more.peaks.get(name, none), less.peaks.get(name, none), times)
+                for name in (self.peaks | more.peaks)
+            },
+            self.flops + times * (more.flops - less.flops),
+        )
+
+
+def _line(start: Counter[str], more: Counter[str], less: Counter[str], times: int) -> Counter[str]:
+    keys = {*start, *more, *less}
+    return Counter({key: start[key] + times * (more[key] - less[key]) for key in keys})
+
+
+def simulate(model: PreTrainedModel, setting: Setting, before_last: nn.Module | None) -> StepTrace:
+    """Run one forward and backward pass of `model` without values.
+
+    Args:
+        model: a causal language model on the meta device, with its adapters in; it is used up.
+        before_last: the last but one of its blocks. Where the backward pass comes to it a new stretch begins: there,
+            what each block frees and what it adds decides where the peak is.
+
+    Raises:
+        PacaError: the forward pass depends on values (as routing to experts may), or can't be made lean.
+    """
+    model.train()
+    if setting.lean:
+        make_lean(model, recompute=setting.recompute)
+    if setting.checkpointing:
+        _checkpoint_blocks(model)
+    if setting.chunked_loss:
+        _chunk_loss(model)
+    with warnings.catch_warnings(), fake_mode(), one_block_per_loop(), AttentionOf(setting.device):
+        warnings.simplefilter("ignore")
+        make_fake(model)
+        try:
+            return _Simulation(model, setting, before_last).run()
+        except (fake_tensor.DataDependentOutputException, fake_tensor.DynamicOutputShapeException) as error:
+            raise PacaError(
+                f"{type(model).__name__} can't be planned: what it allocates depends on values ({error}). Measure it "
+                "instead, with a short run."
+            ) from error
+
+
+class _Simulation:
+    def __init__(self, model: PreTrainedModel, setting: Setting, before_last: nn.Module | None) -> None:
+        self.model = model
+        self.setting = setting
+        self.before_last = before_last
+        self.memory = LiveMemory()
+        self.stack = ModuleStack()
+
+    def run(self) -> StepTrace:
+        memory, setting = self.memory, self.setting
+        trainable = [p for p in self.model.parameters() if p.requires_grad]
+        memory.note(trainable, TRAINABLE)
+        memory.note((*self.model.parameters(), *self.model.buffers()), WEIGHTS)
+        memory.region = KEPT_COLUMNS
+        with memory:
+            paca.refresh(self.model)
+        if setting.gradient_accumulation > 1:
+            for parameter in trainable:
+                parameter.grad = torch.empty_like(parameter)
+            memory.note([p.grad for p in trainable], GRADIENTS)
+        inputs = self._inputs()
+        with memory:
+            saved = self._forward_and_backward(inputs)
+        for parameter in trainable:
+            if parameter.grad is not None and (gradient := memory.allocation_of(parameter.grad)) is not None:
+                gradient.category = GRADIENTS
+        peaks = memory.peaks() | {"optimizer step": memory.now()}
+        peaks["optimizer step"][TEMPORARIES] += step_temporaries(setting.optimizer, setting.device, trainable)
+        state = state_bytes(setting.optimizer, trainable)
+        for peak in peaks.values():
+            peak[OPTIMIZER] += state
+        return StepTrace(saved, peaks, memory.flops)
+
+    def _inputs(self) -> dict[str, Tensor]:
+        shape = (self.setting.batch_size, self.setting.sequence_length)
+        inputs = {name: torch.zeros(shape, dtype=torch.int64) for name in ("input_ids", "labels")}
+        if self.setting.padded:
+            inputs["attention_mask"] = torch.ones(shape, dtype=torch.int64)
+        return inputs
+
+    def _forward_and_backward(self, inputs: dict[str, Tensor]) -> Counter[str]:
+        memory, autocast = self.memory, self.setting.autocast
+        memory.region = TEMPORARIES
+        memory.begin_window("forward")
+        options: dict[str, Any] = {"fused_lm_head": True} if self.setting.chunked_loss else {}
+        with (
+            self.stack.following(self._after_module),
+            torch.autograd.graph.saved_tensors_hooks(self._note_saved, lambda tensor: tensor),
+            torch.autocast("cpu", dtype=autocast, enabled=autocast is not None),
+        ):
+            loss = self.model(**inputs, use_cache=False, **options).loss
+        held = memory.now()
+        memory.begin_window("backward, last block")
+        loss.backward()
+        return Counter({name: count for name, count in held.items() if name.startswith(ACTIVATIONS) or name == LOSS})
+
+    def _note_saved(self, tensor: Tensor) -> Tensor:
+        allocation = self.memory.allocation_of(tensor)
+        if allocation is not None and allocation.category == TEMPORARIES:
+            allocation.category = LOSS if self.memory.region == LOSS else ACTIVATIONS + self.stack.kind()
+        return tensor
+
+    def _after_module(self, module: nn.Module, output: Any) -> None:
+        memory = self.memory
+        if module is self.before_last:
+            _when_gradient_arrives(output, lambda: memory.begin_window("backward, other blocks"))
+        if module is self.model.base_model:
+            memory.region = LOSS
+
+            def loss_done() -> None:
+                memory.region = TEMPORARIES
+
+            _when_gradient_arrives(output, loss_done)
+
+
+def _when_gradient_arrives(output: Any, action: Callable[[], None]) -> None:
+    hidden_states = output if isinstance(output, Tensor) else output[0]
+
+    def hook(gradient: Tensor) -> None:
+        action()
+
+    if hidden_states.requires_grad:
+        hidden_states.register_hook(hook)
+
+
+def _checkpoint_blocks(model: PreTrainedModel) -> None:
+    options = {"use_reentrant": False}
+    if hasattr(model, "activation_checkpointing_enable"):  # transformers >= 5.2x; the other name is on its way out
+        model.activation_checkpointing_enable(options)
+    else:
+        model.gradient_checkpointing_enable(options)
+
+
+def _chunk_loss(model: PreTrainedModel) -> None:
+    try:
+        from trl.trainer.utils import add_fused_lm_head
+    except ImportError as error:
+        raise PacaError(
+            "The chunked loss is planned as TRL >= 1.16 computes it, which is not what is installed. Upgrade TRL, or "
+            "plan with the loss over full logits."
+        ) from error
+    add_fused_lm_head(model, outputs=("log_probs", "entropy", "is_top1"))

@@ -1,0 +1,133 @@
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from paca.errors import PacaError
+from paca.training import load_run_config
+from paca.training.run_config import RunConfig
+
+MINIMAL = "model: {name: some/model}\ndata: {train: some/data}\n"
+
+
+def load(tmp_path: Path, text: str, *overrides: str) -> RunConfig:
+    file = tmp_path / "my run.yaml"
+    file.write_text(text)
+    return load_run_config(file, overrides)
+
+
+def test_a_minimal_config_gets_defaults(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    config = load(tmp_path, MINIMAL)
+    assert (config.model.name, config.model.dtype, config.data.eval) == ("some/model", "auto", None)
+    assert config.output.dir == str(tmp_path / "runs" / "my run")  # named for the file
+    assert config.paca == config.train == {}
+
+
+def test_set_overrides_the_file_with_values_typed_as_yaml(tmp_path: Path) -> None:
+    text = MINIMAL + "train: {learning_rate: 0.1, seed: 3}\n"
+    overrides = [
+        "train.learning_rate=1e-4",
+        "paca.target_modules=[q_proj, v_proj]",
+        "train.save_strategy=no",
+        "data.eval=0.1",
+    ]
+    config = load(tmp_path, text, *overrides)
+    assert config.train == {"learning_rate": 1e-4, "seed": 3, "save_strategy": "no"}
+    assert config.paca == {"target_modules": ["q_proj", "v_proj"]}
+    assert config.data.eval == 0.1
+
+
+def test_existing_paths_become_absolute_and_names_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data.jsonl").touch()
+    config = load(tmp_path, "model: {name: org/model}\ndata: {train: data.jsonl, eval: missing.jsonl}\n")
+    assert config.model.name == "org/model"
+    assert config.data.train == str(tmp_path / "data.jsonl")
+    assert config.data.eval == "missing.jsonl"
+
+
+def test_the_written_config_reads_back_as_the_same_run(tmp_path: Path) -> None:
+    config = load(
+        tmp_path, MINIMAL + "train: {learning_rate: 1e-5, warmup_steps: 0.1}\npaca: {rank_pattern: {q_proj: 8}}\n"
+    )
+    assert load(tmp_path, config.to_yaml()) == config
+
+
+@pytest.mark.parametrize(
+    ("addition", "message"),
+    [
+        ("train:\n  learning_rat: 1e-4\n", "line 4: there is no key train.learning_rat. Did you mean train.learning_rate?"),
+        ("paca:\n  paca_alph: 4\n", "line 4: there is no key paca.paca_alph. Did you mean paca.paca_alpha? The keys of paca are"),
+        ("paca: {peft_type: LORA}\n", "line 3: there is no key paca.peft_type."),
+        ("evla: {before: true}\n", "line 3: there is no section 'evla'. Did you mean eval?"),
+        ("train: 3\n", "line 3: the section train must hold keys, not the number 3."),
+        ("train: {learning_rate: fast}\n", "line 3: train.learning_rate must be a number, not the text 'fast'."),
+        ("train: {max_steps: 10.5}\n", "line 3: train.max_steps must be a whole number, not the number 10.5."),
+        ("train: {packing: 1}\n", "line 3: train.packing must be true or false, not the number 1."),
+        ("train: {eval_strategy: step}\n", "line 3: train.eval_strategy must be one of no, steps, epoch, not the text 'step'. Did you mean steps?"),
+        ("train: {packing_strategy: best}\n", "line 3: train.packing_strategy must be one of bfd, bfd_split, wrapped, not the text 'best'."),
+        ("train: {output_dir: x}\n", "line 3: train.output_dir can't be set here: the run folder is output.dir."),
+        ("train: {hub_token: x}\n", "HF_TOKEN"),
+        ("train: {gradient_accumulation_steps: 0}\n", "line 3: train.gradient_accumulation_steps must be above zero, not 0."),
+        ("paca: {r: 0}\n", "section paca: r must be a whole number of columns, 1 or more; got 0."),
+        ("paca: {r: many}\n", "line 3: paca.r must be a whole number, not the text 'many'."),
+        ("eval: {before: 1}\n", "line 3: eval.before must be true or false, not the number 1."),
+    ],
+)  # fmt: skip
+def test_a_wrong_key_or_value_is_refused_with_its_place(tmp_path: Path, addition: str, message: str) -> None:
+    with pytest.raises(PacaError) as caught:
+        load(tmp_path, MINIMAL + addition)
+    assert str(caught.value).startswith(str(tmp_path / "my run.yaml"))
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("train.max_steps", "expected section.key=value"),
+        ("max_steps=3", "expected section.key=value"),
+        ("trian.max_steps=3", "there is no section 'trian'. Did you mean train?"),
+        ("train.max_stps=3", "--set: there is no key train.max_stps. Did you mean train.max_steps?"),
+        ("train.max_steps={", "--set train.max_steps={: '{' is not a valid YAML value"),
+        ("model.dtype=float61", "--set: model.dtype must be one of auto, bfloat16, float16, float32, not the text 'float61'. Did you mean float16?"),
+        ("data.eval=1.5", "--set: data.eval is 1.5; to hold out a part"),
+        ("data.eval=0", "--set: data.eval is 0; a count of records must be 1 or more."),
+        ("data.limit=-1", "--set: data.limit is -1;"),
+    ],
+)  # fmt: skip
+def test_a_wrong_override_is_refused(tmp_path: Path, override: str, message: str) -> None:
+    with pytest.raises(PacaError) as caught:
+        load(tmp_path, MINIMAL, override)
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "is empty; it needs at least model.name and data.train."),
+        ("- model\n", "must hold sections (model:, data:, ...), not a list"),
+        ("model: {name: x}\n", "data.train is missing; it must be given."),
+        ("data: {train: x}\n", "model.name is missing; it must be given."),
+    ],
+)
+def test_what_a_config_needs_is_named(tmp_path: Path, text: str, message: str) -> None:
+    with pytest.raises(PacaError, match="my run.yaml") as caught:
+        load(tmp_path, text)
+    assert message in str(caught.value)
+
+
+def test_our_own_sections_are_checked_before_the_trainer_is_imported(tmp_path: Path) -> None:
+    file = tmp_path / "a.yaml"
+    file.write_text(MINIMAL + "eval: {befor: true}\n")
+    program = (
+        "import sys\nfrom paca.errors import PacaError\nfrom paca.training import load_run_config\n"
+        f"try: load_run_config({str(file)!r})\n"
+        "except PacaError: print([name for name in ('trl', 'datasets', 'matplotlib') if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=os.environ, check=True)
+    assert done.stdout.strip() == "[]"

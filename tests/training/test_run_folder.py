@@ -1,0 +1,75 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from paca.errors import PacaError
+from paca.training.run_folder import RunFolder, steps_done
+
+
+def checkpoint(folder: RunFolder, step: int, state: str | None = None) -> Path:
+    path = folder.checkpoints / f"checkpoint-{step}"
+    path.mkdir(parents=True)
+    for name in ("optimizer.pt", "scheduler.pt", "adapter_model.safetensors"):
+        (path / name).touch()
+    (path / "trainer_state.json").write_text(json.dumps({"global_step": step}) if state is None else state)
+    return path
+
+
+def test_the_newest_checkpoint_is_that_of_the_highest_step(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    assert folder.newest_checkpoint() is None
+    for step in (10, 9, 100):
+        checkpoint(folder, step)
+    (folder.checkpoints / "checkpoint-9999.bak").mkdir()
+    newest = folder.newest_checkpoint()
+    assert newest == folder.checkpoints / "checkpoint-100"
+    assert steps_done(newest) == 100
+
+
+def test_checkpoints_cut_short_are_passed_over_and_removed(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    good = checkpoint(folder, 10)
+    half_state = checkpoint(folder, 20, state='{"global_st')
+    no_optimizer = checkpoint(folder, 30)
+    (no_optimizer / "optimizer.pt").unlink()
+    assert folder.newest_checkpoint() == good
+    assert folder.reopen() == good
+    assert not half_state.exists()
+    assert not no_optimizer.exists()
+
+
+def test_nothing_to_resume_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(PacaError, match="nothing to resume"):
+        RunFolder(tmp_path / "none").reopen()
+
+
+def test_a_used_folder_is_refused_unless_it_may_be_overwritten(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    folder.check_free(overwrite=False)
+    checkpoint(folder, 1)
+    with pytest.raises(PacaError, match=r"checkpoints of an unfinished run\. Continue it with --resume"):
+        folder.check_free(overwrite=False)
+    folder.summary.touch()
+    with pytest.raises(PacaError, match=r"a finished run\. Give another output\.dir"):
+        folder.check_free(overwrite=False)
+    folder.check_free(overwrite=True)
+
+
+def test_clearing_removes_the_run_and_nothing_else(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path / "new" / "run")
+    folder.clear()
+    checkpoint(folder, 1)
+    folder.adapter.mkdir()
+    for file in (folder.config, folder.metrics, folder.summary, folder.report, folder.path / "notes.txt"):
+        file.touch()
+    folder.clear()
+    assert [path.name for path in folder.path.iterdir()] == ["notes.txt"]
+
+
+def test_a_folder_that_cannot_be_made_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(PacaError, match=r"output\.dir"):
+        RunFolder(tmp_path / "file" / "run").clear()

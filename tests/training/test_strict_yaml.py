@@ -1,0 +1,77 @@
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+
+from paca.errors import PacaError
+from paca.training.strict_yaml import parse_value, read_yaml
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("1e-4", 1e-4),  # text in YAML 1.1
+        ("1E3", 1000.0),
+        (".5", 0.5),
+        ("-.inf", -math.inf),
+        ("7", 7),
+        ("-7", -7),
+        ("010", 10),  # 8 in YAML 1.1
+        ("0x1F", 31),
+        ("0o17", 15),
+        ("1:30", "1:30"),  # 90 in YAML 1.1
+        ("1_000", "1_000"),
+        ("no", "no"),  # false in YAML 1.1
+        ("on", "on"),
+        ("true", True),
+        ("False", False),
+        ("null", None),
+        ("~", None),
+        ("", None),
+        ("2024-01-01", "2024-01-01"),
+        ("'5'", "5"),
+        ("[q_proj, 1, 0.5]", ["q_proj", 1, 0.5]),
+        ("{q_proj: 8}", {"q_proj": 8}),
+    ],
+)
+def test_scalars_are_those_of_yaml_1_2(text: str, value: object) -> None:
+    found = parse_value(text)
+    assert found == value
+    assert type(found) is type(value)
+
+
+def test_keys_come_with_their_lines(tmp_path: Path) -> None:
+    file = tmp_path / "a.yaml"
+    file.write_text("# a comment\nmodel:\n  name: x\n\n  dtype: auto\ntrain: {seed: 1}\n")
+    content, lines = read_yaml(file)
+    assert content == {"model": {"name": "x", "dtype": "auto"}, "train": {"seed": 1}}
+    assert lines == {"model": 2, "model.name": 3, "model.dtype": 5, "train": 6, "train.seed": 6}
+
+
+@pytest.mark.parametrize(
+    ("text", "place", "problem"),
+    [
+        ("model:\n  name: a: b\n", "line 2, column 10", "mapping values are not allowed"),
+        ("train:\n  seed: 1\n  seed: 2\n", "line 3, column 3", "the key 'seed' is given twice (first on line 2)"),
+        ("train:\n\tseed: 1\n", "line 2, column 1", "cannot start any token"),
+        ("? [a]\n: 1\n", "line 1, column 3", "a key must be plain text"),
+        ("a: !!python/object/apply:os.system [ls]\n", "line 1, column 4", "could not determine a constructor"),
+    ],
+)
+def test_an_error_names_file_line_and_column(tmp_path: Path, text: str, place: str, problem: str) -> None:
+    file = tmp_path / "a.yaml"
+    file.write_text(text)
+    with pytest.raises(PacaError) as caught:
+        read_yaml(file)
+    assert str(caught.value).startswith(f"{file}, {place}: not valid YAML: ")
+    assert problem in str(caught.value)
+
+
+def test_unreadable_files_are_errors_that_name_them(tmp_path: Path) -> None:
+    (tmp_path / "latin1.yaml").write_bytes(b"a: \xe9\n")
+    for name, problem in (("none.yaml", "There is no file"), (".", "is a folder"), ("latin1.yaml", "can't be read")):
+        with pytest.raises(PacaError, match=problem) as caught:
+            read_yaml(tmp_path / name)
+        assert str(tmp_path / name) in str(caught.value)

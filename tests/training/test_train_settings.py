@@ -1,0 +1,64 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from trl import SFTConfig
+
+from paca.errors import PacaError
+from paca.training.train_settings import OWNED, sft_config, train_fields, with_defaults
+
+
+def defaults(has_eval: bool = True, context_length: int | None = 8192, **settings: object) -> dict[str, object]:
+    return with_defaults(settings, has_eval=has_eval, weights_dtype=torch.float32, context_length=context_length)
+
+
+def test_fields_with_another_place_are_fields() -> None:
+    assert set(OWNED) <= set(train_fields())
+
+
+def test_the_users_settings_win() -> None:
+    resolved = defaults(learning_rate=0.5, save_strategy="no", warmup_steps=7, bf16=True)
+    assert resolved["learning_rate"] == 0.5
+    assert resolved["save_strategy"] == "no"
+    assert resolved["warmup_steps"] == 7
+    assert resolved["bf16"] is True
+
+
+def test_evaluation_is_planned_only_with_held_out_data() -> None:
+    assert defaults(has_eval=True)["eval_strategy"] == "steps"
+    assert defaults(has_eval=True)["eval_steps"] == 0.2
+    without = defaults(has_eval=False)
+    assert without["eval_strategy"] == "no"
+    assert "eval_steps" not in without
+
+
+def test_the_length_stays_within_the_models_context() -> None:
+    assert defaults(context_length=128)["max_length"] == 128
+    assert defaults(context_length=None)["max_length"] == 1024
+    assert defaults(context_length=128, max_length=64)["max_length"] == 64
+
+
+def test_tokens_are_counted_without_padding_where_there_is_any() -> None:
+    assert defaults()["include_num_input_tokens_seen"] == "non_padding"
+    assert defaults(packing=True)["include_num_input_tokens_seen"] == "all"
+
+
+def test_either_name_of_checkpointing_reaches_the_trainer(tmp_path: Path) -> None:
+    assert sft_config(defaults(), tmp_path).gradient_checkpointing is False
+    assert sft_config(defaults(gradient_checkpointing=True), tmp_path).gradient_checkpointing is True
+    if "activation_checkpointing" in train_fields():
+        assert sft_config(defaults(activation_checkpointing=True), tmp_path).gradient_checkpointing is True
+
+
+@pytest.mark.parametrize("settings", [{}, {"eval_strategy": "epoch"}, {"eval_steps": 5}])
+def test_keeping_the_best_model_needs_no_further_settings(tmp_path: Path, settings: dict[str, object]) -> None:
+    config = sft_config(defaults(load_best_model_at_end=True, **settings), tmp_path)
+    assert isinstance(config, SFTConfig)
+    assert config.save_strategy.value == config.eval_strategy.value
+
+
+def test_settings_that_do_not_go_together_are_an_error_of_the_section(tmp_path: Path) -> None:
+    with pytest.raises(PacaError, match=r"The section train does not work out: .*fp16 and bf16"):
+        sft_config(defaults(bf16=True, fp16=True), tmp_path)
