@@ -121,7 +121,7 @@ class ResidentColumns:
         if self._state is not state and self._state.tag != state.tag:
             with torch.no_grad(), _WRITING:
                 self._settle(weight, state)
-        self.suspect = True  # an optimizer step may follow
+        self.suspect, self.looked_after = True, False  # an optimizer step may follow
 
     def remember(self, state: State) -> None:
         """Keep ``state`` for the backward pass of a compiled graph, which can hold its tag only."""

@@ -542,6 +542,24 @@ def test_training_under_autocast_stays_close_to_float32(dtype):
     assert plain[-1] < plain[0]
 
 
+def test_a_layer_that_the_model_looked_after_but_did_not_run_still_sees_data_writes():
+    model = adapted_perceptron()
+    layer = layer_of(model)
+    x = torch.randn(3, 7)
+    loss = layer(x).sum()
+    with torch.no_grad():
+        for hook in model.base_model.model._forward_pre_hooks.values():
+            hook(model, ())  # as before a forward pass that leaves this layer out
+    loss.backward()
+    layer.paca_delta["default"].data.add_(1)
+    layer.paca_delta["default"].grad = None
+    columns = layer.columns_of("default")
+    layer(x)
+    original = perceptron().lin1.weight
+    want = dense_weight(original, [(columns.delta, columns.indices, columns.scale)]).float()
+    assert torch.equal(layer.base_layer.weight, want)
+
+
 def test_the_scale_of_an_adapter_can_be_changed():
     model = adapted_perceptron()
     layer = layer_of(model)

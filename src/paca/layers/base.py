@@ -123,7 +123,8 @@ class PacaLayer(nn.Module, BaseTunerLayer):
         if not torch.compiler.is_compiling():
             if self._disable_adapters and self.merged_adapters:
                 self.unmerge()
-            self.push_columns()  # a parameter may have been replaced since (a move, FSDP)
+            if not self.base_layer.resident.looked_after:
+                self.push_columns()  # a parameter may have been replaced since (a move, FSDP)
         return self.base_layer(x, *args, **kwargs)
 
     # -- merging ------------------------------------------------------------------------------------------------
