@@ -10,6 +10,7 @@ from importlib.metadata import version
 
 from paca.config import PacaConfig
 from paca.errors import PacaError
+from paca.lean import make_lean, undo_lean
 from paca.refresh import refresh
 from paca.registration import register
 from paca.tuner import PacaModel
@@ -17,4 +18,4 @@ from paca.tuner import PacaModel
 register(PacaConfig, PacaModel)
 
 __version__ = version("paca-tuning")
-__all__ = ["PacaConfig", "PacaError", "PacaModel", "refresh"]
+__all__ = ["PacaConfig", "PacaError", "PacaModel", "make_lean", "refresh", "undo_lean"]
