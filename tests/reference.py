@@ -20,6 +20,19 @@ def dense_weight(weight: Tensor, adapters: Sequence[Adapter]) -> Tensor:
     return total
 
 
+def nearest(total: Tensor, dtype: torch.dtype) -> Tensor:
+    """The value of ``dtype`` nearest to each float64 value, ties to even: found by comparing neighbours."""
+    if dtype not in (torch.float16, torch.bfloat16):
+        return total.to(dtype)
+    bits = total.to(dtype).view(torch.int16)
+    around = torch.stack([bits - 1, bits, bits + 1])
+    distance = (around.view(dtype).double() - total).abs()
+    best = distance == distance.min(0).values
+    even = best & (around % 2 == 0)
+    choice = torch.where(even.any(0), even.int().argmax(0), best.int().argmax(0))
+    return around.gather(0, choice[None])[0].view(dtype)
+
+
 def reference_gradients(
     x: Tensor, weight: Tensor, bias: Tensor | None, adapters: Sequence[Adapter], grad_output: Tensor
 ) -> tuple[Tensor, Tensor, list[Tensor]]:

@@ -67,6 +67,8 @@ def test_only_the_deltas_are_trainable_and_they_are_counted(capsys):
         ({"target_modules": "all-linear", "exclude_modules": ["q_proj", "down_proj"]}, 10),
         ({"target_modules": ["q_proj", "v_proj"], "layers_to_transform": [1]}, 2),
         ({"target_modules": ["q_proj"], "layers_to_transform": 0, "layers_pattern": "layers"}, 1),
+        ({"layers_to_transform": [1]}, 7),
+        ({"target_modules": "all-linear", "layers_to_transform": [0]}, 7),
     ],
 )
 def test_targets(settings, adapted):
@@ -302,11 +304,17 @@ def test_unload_restores_the_model_bitwise():
         assert torch.equal(value, originals[name])
 
 
-def test_a_safe_merge_refuses_a_broken_adapter():
+@pytest.mark.parametrize("unload", [False, True])
+def test_a_safe_merge_refuses_a_broken_adapter_and_merges_nothing(unload):
     model = adapted_perceptron()
-    model.base_model.model.lin1.paca_delta["default"].data[0, 0] = float("inf")
-    with pytest.raises(ValueError, match="NaN or Inf"):
-        model.merge_adapter(safe_merge=True)
+    originals = base_state(model)
+    model.base_model.model.lin2.paca_delta["default"].data[0, 0] = float("inf")  # the last layer
+    with pytest.raises(ValueError, match="'default' holds NaN or Inf in lin2, so nothing was merged"):
+        model.merge_and_unload(safe_merge=True) if unload else model.merge_adapter(safe_merge=True)
+    assert not any(layer.merged for layer in paca_layers(model))
+    assert len(paca_layers(model)) == 2
+    for name, value in base_state(model).items():
+        assert torch.equal(value, originals[name])
 
 
 # -- saving and loading ---------------------------------------------------------------------------------------------
@@ -575,3 +583,73 @@ def test_training_lowers_the_loss_and_leaves_the_base_alone():
     assert losses[-1] < 0.9 * losses[0]
     for name, value in base_state(model).items():
         assert torch.equal(value, originals[name])
+
+
+def test_memory_that_two_modules_share_is_refused_as_a_target():
+    model = perceptron()
+    model.lin3 = nn.Linear(7, 13)
+    model.lin3.weight = nn.Parameter(model.lin1.weight.data)
+    with pytest.raises(ValueError, match="lin1 shares its weight"):
+        adapt(model, target_modules=["lin1"])
+    model = perceptron()
+    model.again = model.lin1
+    with pytest.raises(ValueError, match=r"lin1 is one module under 2 names \(lin1, again\)"):
+        adapt(model, target_modules=["lin1"])
+
+
+def test_a_failed_reload_leaves_an_adapter_that_was_loaded_before(tmp_path):
+    adapted_perceptron().save_pretrained(tmp_path)
+    model = PeftModel.from_pretrained(perceptron(), tmp_path, is_trainable=True)
+    x = torch.randn(4, 7)
+    want = model(x)
+    tensors = load_file(tmp_path / ADAPTER)
+    tensors["base_model.model.lin1.paca_delta"][0, 0] = float("nan")
+    save_file(tensors, tmp_path / ADAPTER)
+    with pytest.raises(ValueError, match="NaN or Inf"):
+        model.load_adapter(tmp_path, "default")
+    assert torch.equal(model(x), want)
+
+
+WHOLE = "base_model.model.lin2."
+BROKEN_WHOLE = {
+    "cut short": (None, "can't be read"),
+    "module missing": (lambda t: [t.pop(WHOLE + n) for n in ("weight", "bias")], "no tensor of lin2"),
+    "module of another shape": (lambda t: t.update({WHOLE + "weight": torch.zeros(5, 12)}), r"shape \(5, 12\)"),
+    "module with nan": (lambda t: t.update({WHOLE + "bias": torch.full((5,), float("nan"))}), "holds NaN or Inf"),
+    "another method": (lambda t: t.update({"base_model.model.lin1.lora_A.weight": torch.zeros(2, 7)}), "no such layer"),
+    "inf once cast": (
+        lambda t: t.update({"base_model.model.lin1.paca_delta": torch.full((13, 3), 1e300, dtype=torch.float64)}),
+        "holds NaN or Inf",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BROKEN_WHOLE)
+@pytest.mark.parametrize("beside", [False, True])
+def test_a_broken_file_or_saved_module_is_refused_and_leaves_the_model_as_it_was(tmp_path, case, beside):
+    breaking, message = BROKEN_WHOLE[case]
+    adapt(perceptron(), target_modules=["lin1"], modules_to_save=["lin2"]).save_pretrained(tmp_path)
+    path = tmp_path / ADAPTER
+    if breaking is None:
+        path.write_bytes(path.read_bytes()[:100])
+    else:
+        tensors = load_file(path)
+        breaking(tensors)
+        save_file(tensors, path)
+    base = perceptron()
+    x = torch.randn(4, 7)
+    if beside:
+        model = adapt(base, target_modules=["lin1"])
+        want, names = model(x), list(model.state_dict())
+        with pytest.raises(ValueError, match=message):
+            model.load_adapter(tmp_path, "other")
+        assert list(model.state_dict()) == names
+        assert list(model.peft_config) == ["default"]
+        assert torch.equal(model(x), want)
+    else:
+        classes = stock_classes(base)
+        with pytest.raises(ValueError, match=message):
+            PeftModel.from_pretrained(base, tmp_path)
+        assert stock_classes(base) == classes
+        assert all(p.requires_grad for p in base.parameters())
+        assert torch.equal(base(x), perceptron()(x))

@@ -43,11 +43,18 @@ def check_adapter_tensors(model: nn.Module, adapter_name: str, tensors: dict[str
             problem = column_problem(indices, layer.in_features)
             if problem:
                 raise ValueError(f"{file_name(indices_name, adapter_name)}: {problem}.")
-            if not bool(torch.isfinite(delta).all()):
+            if not _finite(delta.to(layer.paca_delta[adapter_name].dtype)):
                 raise ValueError(f"{file_name(delta_name, adapter_name)} holds NaN or Inf: the adapter is broken.")
             order = indices.argsort()
             checked[delta_name], checked[indices_name] = delta[:, order].contiguous(), indices[order].to(torch.int64)
-    unknown = sorted(k for k in tensors if (f".{DELTA}" in k or f".{INDICES}" in k) and k not in expected)
+    places = model.state_dict()
+    for name in tensors.keys() & places.keys() - expected:  # modules_to_save, embeddings
+        tensor, place = tensors[name], places[name]
+        if f".modules_to_save.{adapter_name}." in name and tensor.shape != place.shape:
+            raise ValueError(f"{name} has shape {tuple(tensor.shape)}; this model's has {tuple(place.shape)}.")
+        if not _finite(tensor):
+            raise ValueError(f"{name} holds NaN or Inf: the adapter is broken.")
+    unknown = sorted(tensors.keys() - places.keys() - expected)
     if unknown:
         others = f" and {len(unknown) - 1} more" if len(unknown) > 1 else ""
         raise ValueError(
@@ -74,6 +81,12 @@ def _check_shapes(
         raise ValueError(f"{file_name(delta_name, adapter_name)} is {delta.dtype}; it must be a float type.")
     if indices.is_floating_point() or indices.is_complex() or indices.dtype == torch.bool:
         raise ValueError(f"{file_name(indices_name, adapter_name)} is {indices.dtype}; it must be int64.")
+
+
+def _finite(tensor: Tensor) -> bool:
+    if not tensor.is_floating_point():
+        return True
+    return bool(torch.isfinite(tensor if tensor.element_size() > 1 else tensor.float()).all())
 
 
 def file_name(name: str, adapter_name: str) -> str:

@@ -33,14 +33,15 @@ class State:
     activation checkpointing repeats is recognised as the same one.
     """
 
-    __slots__ = ("columns", "generation", "tag", "tag_tensor", "versions")
+    __slots__ = ("columns", "generation", "hidden_writes", "tag", "tag_tensor", "versions")
 
-    def __init__(self, columns: tuple[Columns, ...], generation: int) -> None:
+    def __init__(self, columns: tuple[Columns, ...], generation: int, hidden_writes: int = 0) -> None:
         self.columns = columns
         self.generation = generation
+        self.hidden_writes = hidden_writes
         self.versions = tuple((version_of(c.delta), version_of(c.indices)) for c in columns)
         content = tuple((id(c.delta), id(c.indices), c.scale) for c in columns)
-        self.tag = hash((content, self.versions, generation))
+        self.tag = hash((content, self.versions, generation, hidden_writes if columns else 0))
         with torch.inference_mode(False):  # autograd saves it, also if the first forward pass was inference
             self.tag_tensor = torch.tensor(self.tag, dtype=torch.int64, device="cpu")
 

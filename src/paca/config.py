@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from peft.config import PeftConfig
 
+from paca.adapter_file import check_adapter_file
 from paca.registration import add_peft_type
 
 SELECTIONS = ("random",)
@@ -70,6 +72,7 @@ class PacaConfig(PeftConfig):
         self.loading = False
         self.trainable_before: dict[str, bool] = {}
         self.peft_type = add_peft_type()
+        self.rank_pattern, self.alpha_pattern = self.rank_pattern or {}, self.alpha_pattern or {}
         for name in ("target_modules", "exclude_modules"):
             value = getattr(self, name)
             if isinstance(value, (list, tuple)):
@@ -89,7 +92,8 @@ class PacaConfig(PeftConfig):
                 raise ValueError(f"{name} must be a positive number; got {value!r}.")
         if self.selection not in SELECTIONS:
             raise ValueError(f"selection={self.selection!r} is unknown; choose one of {', '.join(SELECTIONS)}.")
-        if isinstance(self.target_modules, str) and self.layers_to_transform is not None:
+        one_string = isinstance(self.target_modules, str) and self.target_modules != "all-linear"
+        if one_string and self.layers_to_transform is not None:
             raise ValueError(
                 "layers_to_transform can't go with target_modules given as one string: say in the expression which "
                 "blocks are meant, or give target_modules as a list of names."
@@ -112,6 +116,10 @@ class PacaConfig(PeftConfig):
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> PacaConfig:
         config: PacaConfig = super().from_pretrained(*args, **kwargs)
         config.loading = True
+        folder = Path(str(args[0] if args else kwargs["pretrained_model_name_or_path"])) / (
+            kwargs.get("subfolder") or ""
+        )
+        check_adapter_file(folder, config.modules_to_save)
         return config
 
     @classmethod

@@ -41,9 +41,8 @@ def refresh_layers(layers: list[PacaLayer]) -> None:
     for layer in layers:
         layer.push_columns()
         resident, weight = layer.base_layer.resident, layer.base_layer.weight
-        if resident.stale():
+        if resident.stale(weight):
             stale[weight.device, weight.dtype].append((resident, weight))
-        resident.looked_after = True
     for group in stale.values():
         refresh_together(group)
 

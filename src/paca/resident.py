@@ -8,7 +8,6 @@ its forward pass read. It knows tensors only; which adapters are wanted is pushe
 from __future__ import annotations
 
 import threading
-import weakref
 from collections import defaultdict
 from typing import NamedTuple
 
@@ -16,6 +15,7 @@ import torch
 from torch import Tensor
 
 from paca.columns import Columns, State, version_of
+from paca.rounding import round_once
 
 _WRITING = threading.RLock()  # writers are rare (once per optimizer step); readers never take it
 
@@ -46,15 +46,17 @@ class ResidentColumns:
         and scales, and compiled anew when they change)."""
         self.suspect = False
         """The deltas may have changed in a way that version counters do not show: a backward pass ran."""
-        self.looked_after = False
-        """The model's own refresh has just seen to this layer, so its next forward pass need not."""
         self._generation = 0  # counts the changes of the weight beneath the columns: merges, loads
         self._state = State((), 0)
         self._kept: _Kept | None = None
         self._merged: tuple[Columns, ...] = ()
         self._merged_kept: _Kept | None = None
         self._remembered: dict[int, State] = {}
-        self._lent: list[weakref.ref[Tensor]] = []  # tensors of state dicts that share the weight's storage
+        self._lent: int | None = None  # users of the weight's storage before a state dict shared it
+        self._hidden_writes = 0  # counts the changes of deltas that version counters did not show
+        self._seal: tuple[int, int] | None = None  # the weight's version and storage as we left them
+        self._seen: set[int] = set()  # tags of the forward passes since the last backward pass
+        self._backward_ran = False
 
     # -- reading ------------------------------------------------------------------------------------------------
 
@@ -63,9 +65,30 @@ class ResidentColumns:
         """What the weight holds now."""
         return self._state
 
-    def stale(self) -> bool:
-        """Whether the weight may differ from what ``wanted`` asks for."""
-        return (self.suspect and bool(self.wanted)) or not self._state.holds(self.wanted)
+    def stale(self, weight: Tensor) -> bool:
+        """Whether ``weight`` may differ from what ``wanted`` asks for."""
+        if not self._state.holds(self.wanted):
+            return True
+        return bool(self.wanted) and (self.suspect or self._seal != _identity(weight))
+
+    def note_forward(self) -> None:
+        """Note that a forward pass reads the weight as it is now.
+
+        Raises:
+            RuntimeError: if it runs within a backward pass, repeated by activation checkpointing, with columns that no
+                forward pass ran with. (If it is not re-entrant, ``before_backward`` checks exactly.)
+        """
+        if torch._C._current_graph_task_id() == -1:
+            if self._backward_ran:
+                self._seen.clear()
+                self._backward_ran = False
+            self._seen.add(self._state.tag)
+        elif self._state.tag not in self._seen:
+            raise RuntimeError(
+                f"Activation checkpointing repeats a forward pass with {self._names(self.wanted)} active, but it first "
+                "ran with other adapters or other values. Make the same adapters active again before backward(), or "
+                "run backward() before switching or stepping."
+            )
 
     def want(self, columns: tuple[Columns, ...]) -> None:
         """Say what the next forward pass has to see. Writes nothing yet."""
@@ -83,15 +106,21 @@ class ResidentColumns:
     def refresh(self, weight: Tensor) -> None:
         """Make the weight hold ``wanted``. Writes the columns concerned, never the whole weight."""
         with _WRITING:
-            target, state = self._prepare(weight)
-            if state.columns:
-                self._put(target, self._kept_positions(), self._values(weight, state.columns))
-            self._finish(state)
+            self._check_seal(weight)
+            if not self._state.holds(self.wanted):
+                self._settle(weight, self._new_state())
+            elif self.wanted:  # nothing moved as far as version counters tell: compare
+                values = self._values(weight, self.wanted)
+                if not torch.equal(values, self._current(weight)):
+                    self._hidden_writes += 1
+                    self._settle(weight, self._new_state())
+            self._finish()
 
     @torch.no_grad()
     def park(self, weight: Tensor) -> None:
         """Put the original columns back, bit for bit."""
         with _WRITING:
+            self._check_seal(weight)
             if self._state.columns:
                 self._settle(weight, State((), self._generation))
 
@@ -113,15 +142,17 @@ class ResidentColumns:
                 "The weight of an adapted layer was merged, unmerged or loaded between forward and backward, so the "
                 "gradient can't be computed. Run backward() first."
             )
-        if not state.unchanged():
+        if not state.unchanged() or (state.columns and state.hidden_writes != self._hidden_writes):
             raise RuntimeError(
                 f"The columns of {self._names(state.columns)} were modified between forward and backward (by an "
                 "optimizer step or an in-place operation), so the gradient can't be computed. Run backward() first."
             )
-        if self._state is not state and self._state.tag != state.tag:
+        if self._state.tag != state.tag or (state.columns and self._seal != _identity(weight)):
             with torch.no_grad(), _WRITING:
-                self._settle(weight, state)
-        self.suspect, self.looked_after = True, False  # an optimizer step may follow
+                self._check_seal(weight)
+                if self._state.tag != state.tag:
+                    self._settle(weight, state)
+        self.suspect = self._backward_ran = True  # an optimizer step may follow
 
     def remember(self, state: State) -> None:
         """Keep ``state`` for the backward pass of a compiled graph, which can hold its tag only."""
@@ -141,6 +172,12 @@ class ResidentColumns:
                 "switches of adapters came between it and its backward pass. Run backward() earlier."
             )
         return self._remembered[tag]
+
+    def forget(self, delta: Tensor) -> None:
+        """Drop what is remembered of a deleted adapter."""
+        self._remembered = {
+            tag: state for tag, state in self._remembered.items() if all(c.delta is not delta for c in state.columns)
+        }
 
     # -- merging ------------------------------------------------------------------------------------------------
 
@@ -190,14 +227,15 @@ class ResidentColumns:
 
     # -- the weight as others see it ----------------------------------------------------------------------------
 
-    def lend(self, tensor: Tensor) -> None:
-        """Note that ``tensor``, handed out in a state dict, shares the (parked) weight's storage.
+    def lend(self, weight: Tensor) -> None:
+        """Note that a state dict is about to share the (parked) weight's storage.
 
-        Should the weight be written while ``tensor`` is still around, ``tensor`` gets a copy of its own first: a
-        state dict goes on holding the pretrained columns, and memory is spent only if it is kept.
+        Should the weight be written while anyone still holds that storage (the state dict's tensor, a view of it, a
+        numpy array), the weight moves to a copy first: what was handed out goes on holding the pretrained columns, and
+        memory is spent only if it is kept.
         """
-        self._lent = [ref for ref in self._lent if ref() is not None]
-        self._lent.append(weakref.ref(tensor))
+        if self._lent is None:
+            self._lent = _storage_users(weight)
 
     def reloaded(self) -> None:
         """Note that new values were loaded into the (parked) weight."""
@@ -207,7 +245,7 @@ class ResidentColumns:
         if self._state.columns:
             raise RuntimeError("resident columns must be parked before they are copied or pickled")
         state = self.__dict__.copy()
-        state["_lent"], state["_remembered"] = [], {}
+        state.update(_lent=None, _remembered={}, _seal=None, _seen=set(), _kept=None)
         state["_state"] = None
         return state
 
@@ -225,27 +263,36 @@ class ResidentColumns:
         self._generation += 1
         self._state = State((), self._generation)
 
-    def _prepare(self, weight: Tensor) -> tuple[Tensor, State]:
-        """Get ready to write ``wanted``; returns the tensor to write to, and the state that the writing makes."""
-        if self._state.holds(self.wanted):
-            # Nothing moved as far as anyone can tell. Should a delta have been written behind its version counter,
-            # writing brings it in; else it writes what is there. Either way the weight's own counter stays, so that
-            # graphs which hold this weight remain valid.
-            return weight.data, self._state
-        state = State(self.wanted, self._generation)
-        self._place(weight, state)
-        return weight, state
+    def _new_state(self) -> State:
+        return State(self.wanted, self._generation, self._hidden_writes)
 
-    def _finish(self, state: State) -> None:
-        self._state = state
+    def _finish(self) -> None:
         # With a gradient in place an optimizer may still write without anyone noticing: look again next time.
-        self.suspect = any(c.delta.grad is not None for c in state.columns)
+        self.suspect = any(c.delta.grad is not None for c in self._state.columns)
+
+    def _check_seal(self, weight: Tensor) -> None:
+        """See whether somebody else wrote into, or replaced, the weight while columns were in it."""
+        if not self._state.columns or self._seal == _identity(weight):
+            return
+        assert self._kept is not None
+        current = self._current(weight)
+        if self._state.unchanged() and torch.equal(current, self._values(weight, self._state.columns)):
+            self._seal = _identity(weight)  # the same values were written, or it was moved as it is
+        elif torch.equal(current, self._kept.values.to(current)):
+            self._state, self._kept = State((), self._generation), None  # it is a pretrained weight
+        else:
+            raise RuntimeError(
+                f"The weight of a layer adapted by {self._names(self._state.columns)} was written or replaced while "
+                "the adapter's columns were in it, so that its pretrained columns are not known any more. Change base "
+                "weights under disable_adapter(), or through load_state_dict()."
+            )
 
     def _settle(self, weight: Tensor, state: State) -> None:
         self._place(weight, state)
         if state.columns:
             self._put(weight, self._kept_positions(), self._values(weight, state.columns))
         self._state = state
+        self._seal = _identity(weight)
 
     def _place(self, weight: Tensor, state: State) -> None:
         """Keep the originals of the columns that ``state`` covers, having put back those kept so far."""
@@ -264,6 +311,9 @@ class ResidentColumns:
     def _kept_positions(self) -> Tensor:
         assert self._kept is not None
         return self._kept.positions
+
+    def _current(self, weight: Tensor) -> Tensor:
+        return weight.detach().index_select(self.input_dim, self._kept_positions().to(weight.device))
 
     def _values(self, weight: Tensor, columns: tuple[Columns, ...]) -> Tensor:
         assert self._kept is not None
@@ -288,7 +338,7 @@ class ResidentColumns:
             else:
                 places = torch.searchsorted(kept.positions, c.indices.to(total.device))
                 total = total.index_add(self.input_dim, places, part, alpha=c.scale)
-        return total.to(dtype)
+        return round_once(total, dtype)
 
     def _put(self, weight: Tensor, positions: Tensor, values: Tensor) -> None:
         self._part_from_lent(weight)
@@ -296,11 +346,17 @@ class ResidentColumns:
             weight.index_copy_(self.input_dim, positions.to(weight.device), values.to(weight))
 
     def _part_from_lent(self, weight: Tensor) -> None:
-        for ref in self._lent:
-            tensor = ref()
-            if tensor is not None and tensor.data_ptr() == weight.data_ptr():
-                tensor.data = tensor.data.clone()
-        self._lent.clear()
+        if self._lent is not None and _storage_users(weight) > self._lent:
+            weight.data = weight.data.clone()
+        self._lent = None
+
+
+def _identity(weight: Tensor) -> tuple[int, int]:
+    return version_of(weight), weight.untyped_storage()._cdata
+
+
+def _storage_users(weight: Tensor) -> int:
+    return torch._C._storage_Use_Count(weight.untyped_storage()._cdata)
 
 
 @torch.no_grad()
@@ -311,29 +367,44 @@ def refresh_together(stale: list[tuple[ResidentColumns, Tensor]]) -> None:
     single kernel that writes its columns.
     """
     with _WRITING:
-        joint: dict[tuple[float, torch.dtype], list[tuple[ResidentColumns, Tensor, State]]] = defaultdict(list)
+        joint: dict[tuple[float, torch.dtype, bool], list[tuple[ResidentColumns, Tensor]]] = defaultdict(list)
         for resident, weight in stale:
             if len(resident.wanted) != 1 or weight.device.type == "cpu":  # on CPU a layer's columns fit in cache
                 resident.refresh(weight)
             else:
-                only = resident.wanted[0]
-                joint[only.scale, only.delta.dtype].append((resident, *resident._prepare(weight)))
-        for jobs in joint.values():
-            _refresh_jointly(jobs)
+                resident._check_seal(weight)
+                only, moved = resident.wanted[0], not resident._state.holds(resident.wanted)
+                joint[only.scale, only.delta.dtype, moved].append((resident, weight))
+        for (_, _, moved), jobs in joint.items():
+            _refresh_jointly(jobs, moved)
 
 
-def _refresh_jointly(jobs: list[tuple[ResidentColumns, Tensor, State]]) -> None:
-    """Refresh weights that hold one adapter each, with one scale and dtype."""
-    originals = [resident._kept.values for resident, _, _ in jobs if resident._kept is not None]
+def _refresh_jointly(jobs: list[tuple[ResidentColumns, Tensor]], moved: bool) -> None:
+    """Refresh weights that hold one adapter each, with one scale and dtype; ``moved``: they are known to be stale."""
+    states = []
+    for resident, weight in jobs:
+        states.append(resident._new_state())
+        if moved:
+            resident._place(weight, states[-1])
+    originals = [resident._kept.values for resident, _ in jobs if resident._kept is not None]
     deltas = [
         state.columns[0].delta.detach() if resident.input_dim == 1 else state.columns[0].delta.detach().t()
-        for resident, _, state in jobs
+        for (resident, _), state in zip(jobs, states, strict=True)
     ]
     wide = torch.float32 if originals[0].device.type == "mps" else torch.float64
     total = torch.cat([o.reshape(-1) for o in originals]).to(wide)
     change = torch.cat([d.reshape(-1) for d in deltas]).to(wide)
-    values = total.add_(change, alpha=jobs[0][2].columns[0].scale).to(originals[0].dtype)
+    values = round_once(total.add_(change, alpha=states[0].columns[0].scale), originals[0].dtype)
+    if not moved:
+        if torch.equal(values, torch.cat([resident._current(weight).reshape(-1) for resident, weight in jobs])):
+            for resident, _ in jobs:
+                resident._finish()
+            return
+        for number, (resident, _) in enumerate(jobs):
+            resident._hidden_writes += 1
+            states[number] = resident._new_state()
     parts = values.split([o.numel() for o in originals])
-    for (resident, target, state), part, original in zip(jobs, parts, originals, strict=True):
-        resident._put(target, resident._kept_positions(), part.view(original.shape))
-        resident._finish(state)
+    for (resident, weight), state, part, original in zip(jobs, states, parts, originals, strict=True):
+        resident._put(weight, resident._kept_positions(), part.view(original.shape))
+        resident._state, resident._seal = state, _identity(weight)
+        resident._finish()

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import copy
+import inspect
 from collections import Counter
 from typing import Any
 
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _maybe_include_all_linear_layers
 from peft.utils.other import AuxiliaryTrainingWrapper, get_pattern_key
 from torch import Tensor, nn
 
@@ -49,6 +51,11 @@ class PacaModel(BaseTuner):
         if peft_config.target_modules is None:
             chosen = "|".join(peft_config.indices or ())
             peft_config.target_modules = rf"(.*\.)?({chosen})" if chosen else "all-linear"
+        if peft_config.layers_to_transform is not None and peft_config.target_modules == "all-linear":
+            config: Any = copy.copy(peft_config)
+            # PEFT filters blocks only where the targets are endings of names.
+            config = _maybe_include_all_linear_layers(config, self.model)
+            peft_config.target_modules = {name.rpartition(".")[2] for name in config.target_modules}
         return peft_config
 
     def _create_and_replace(
@@ -93,11 +100,28 @@ class PacaModel(BaseTuner):
                 f"adapts {', '.join(c.__name__ for c in RESIDENT_CLASSES)}. Leave it out through target_modules or "
                 "exclude_modules."
             )
+        names = [name for name, m in self.model.named_modules(remove_duplicate=False) if m is target]
+        if len(names) > 1:
+            raise ValueError(
+                f"{key} is one module under {len(names)} names ({', '.join(names)}), which would all be trained. Leave "
+                "it out of target_modules."
+            )
+        hook = getattr(target, "_hf_hook", None)
+        if hook is not None and getattr(hook, "offload", False):
+            raise ValueError(
+                f"{key} is offloaded by accelerate, which PaCA can't adapt yet. Load the model with a device_map that "
+                "keeps the adapted layers on one device, or without one."
+            )
+        if "forward" in vars(target) and "_old_forward" not in vars(target):
+            raise ValueError(
+                f"{key} has a forward of its own ({vars(target)['forward']!r}) in place of its class's, which would "
+                "bypass PaCA. Undo that, or leave the layer out of target_modules."
+            )
         weight: Any = target.weight
         if not weight.is_floating_point() or weight.element_size() < 2:
             raise ValueError(f"{key} has a weight of type {weight.dtype}; PaCA needs a float of 16 bits or more.")
-        uses = Counter(id(p) for m in self.model.modules() for p in m._parameters.values() if p is not None)
-        if uses[id(weight)] > 1:
+        uses = Counter(_place(p) for m in self.model.modules() for p in m._parameters.values() if p is not None)
+        if uses[_place(weight)] > 1:
             raise ValueError(
                 f"{key} shares its weight with another module (tied weights), which would silently be trained along. "
                 "Leave it out of target_modules, or load the model with tie_word_embeddings=False."
@@ -115,9 +139,28 @@ class PacaModel(BaseTuner):
     # -- taking adapters out ------------------------------------------------------------------------------------
 
     def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> Any:
+        arguments = inspect.signature(super()._unload_and_optionally_merge).bind(*args, **kwargs).arguments
+        if arguments.get("merge", True) and arguments.get("safe_merge"):
+            self._check_merge(arguments.get("adapter_names"))
         model: Any = super()._unload_and_optionally_merge(*args, **kwargs)
         RefreshBeforeForward.remove(model)
         return model
+
+    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+        if safe_merge:
+            self._check_merge(adapter_names)
+        super().merge_adapter(adapter_names, safe_merge=safe_merge)
+
+    def _check_merge(self, adapter_names: list[str] | None) -> None:
+        """Raise ``ValueError`` naming the layer if a merged value would not be finite, before anything is merged."""
+        for name, layer in self.model.named_modules():
+            if isinstance(layer, PacaLayer):
+                for adapter in adapter_names or layer.active_adapters:
+                    if adapter in layer.paca_delta and not bool(layer.paca_delta[adapter].isfinite().all()):
+                        raise ValueError(
+                            f"Adapter {adapter!r} holds NaN or Inf in {name}, so nothing was merged. The adapter is "
+                            "broken: train it again with a smaller learning rate, or use an earlier checkpoint."
+                        )
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         for layer in paca_layers(self.model):
@@ -131,7 +174,9 @@ class PacaModel(BaseTuner):
     ) -> dict[str, Tensor]:
         tensors = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
         try:
-            return check_adapter_tensors(model, adapter_name, tensors)
+            checked = check_adapter_tensors(model, adapter_name, tensors)
+            config.loading, config.trainable_before = False, {}
+            return checked
         except ValueError:
             if getattr(config, "loading", False):  # the adapter was only just put in, to be loaded into
                 tuner = getattr(model, "base_model", None)
@@ -139,6 +184,11 @@ class PacaModel(BaseTuner):
                 model.peft_config.pop(adapter_name, None)
                 remove_adapter(root, adapter_name, config.trainable_before)
             raise
+
+
+def _place(parameter: nn.Parameter) -> tuple[Any, Any]:
+    """What two parameters have in common that share memory."""
+    return parameter.untyped_storage()._cdata, parameter.storage_offset()
 
 
 def choose_columns(config: PacaConfig, in_features: int, key: str) -> Tensor:
@@ -158,17 +208,18 @@ def remove_adapter(model: nn.Module, adapter_name: str, trainable_before: dict[s
     Layers that have no other adapter become stock modules again.
     """
     for name, module in list(model.named_modules()):
-        parent = model.get_submodule(name.rpartition(".")[0])
-        child = name.rpartition(".")[2]
+        parent_name, _, child = name.rpartition(".")
         if isinstance(module, PacaLayer):
             if adapter_name in module.paca_delta:
                 module.delete_adapter(adapter_name)
             if not module.paca_delta:
-                setattr(parent, child, module.unload_and_optionally_merge_module(False, False, None))
+                stock = module.unload_and_optionally_merge_module(False, False, None)
+                setattr(model.get_submodule(parent_name), child, stock)
         elif isinstance(module, AuxiliaryTrainingWrapper) and adapter_name in module._adapters:
             module.delete_adapter(adapter_name, new_active_adapters=None)
             if not module._adapters:
-                setattr(parent, child, module.unload_and_optionally_merge_module(False, False, None))
+                stock = module.unload_and_optionally_merge_module(False, False, None)
+                setattr(model.get_submodule(parent_name), child, stock)
     if not paca_layers(model):
         RefreshBeforeForward.remove(model)
         if getattr(model, "peft_config", None) == {}:

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._dynamo.utils import counters
+from torch.utils.checkpoint import checkpoint
 
 import paca
 from models import adapt, adapted_perceptron, llama, perceptron, tokens
@@ -130,28 +131,90 @@ def test_a_compiled_layer_alone_sees_changes_made_by_hand(backend):
         torch.testing.assert_close(got, layer(x))
 
 
-def test_no_copy_of_the_weight_is_made_in_a_compiled_step():
-    from torch.utils._python_dispatch import TorchDispatchMode
+def test_the_compiled_operators_read_the_weight_itself(monkeypatch):
+    from paca.layers import compiled as module
 
     model = adapted_perceptron()
-    compiled = torch.compile(model, backend="aot_eager")
-    compiled(torch.randn(4, 7)).sum().backward()
     weights = {layer.base_layer.weight.data_ptr() for layer in paca_layers(model)}
-    sizes = {13 * 7, 13 * 5}
+    read = []
+    for name in ("plain_linear", "input_gradient"):
+        real = getattr(module, name)
 
-    made = []
+        def watched(x, weight, *rest, real=real):
+            read.append(weight.data_ptr())
+            return real(x, weight, *rest)
 
-    class Watch(TorchDispatchMode):
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            result = func(*args, **(kwargs or {}))
-            for t in torch.utils._pytree.tree_leaves(result):
-                if isinstance(t, torch.Tensor) and t.numel() in sizes and t.data_ptr() not in weights:
-                    made.append((func, tuple(t.shape)))
-            return result
+        monkeypatch.setattr(module, name, watched)
+    torch.compile(model, backend="aot_eager")(torch.randn(4, 7, requires_grad=True)).sum().backward()
+    assert len(read) == 4
+    assert set(read) == weights
 
-    with Watch():
-        compiled(torch.randn(3, 7)).sum().backward()
-    assert made == []
+
+@pytest.mark.parametrize("change", ["nothing", "switch", "step"])
+def test_checkpointing_inside_a_compiled_function(change):
+    model = adapted_perceptron()
+    model.add_adapter(
+        "second", paca.PacaConfig(r=3, init_weights=False, random_seed=9, target_modules=["lin1", "lin2"])
+    )
+    x = torch.randn(4, 7)
+    model(x).square().sum().backward()
+    want = [p.grad.clone() for p in model.parameters() if p.grad is not None]
+    model.zero_grad()
+    compiled = torch.compile(lambda x: checkpoint(model, x, use_reentrant=False), backend="aot_eager")
+    loss = compiled(x).square().sum()
+    if change == "nothing":
+        loss.backward()
+        got = [p.grad for p in model.parameters() if p.grad is not None]
+        for g, w in zip(got, want, strict=True):
+            torch.testing.assert_close(g, w)
+        return
+    if change == "switch":
+        model.set_adapter("second")
+    else:
+        with torch.no_grad():
+            model.base_model.model.lin1.paca_delta["default"].add_(1)
+            model.base_model.model.lin2.paca_delta["default"].add_(1)
+    with pytest.raises(RuntimeError, match=r"first ran with other adapters|modified between forward and backward"):
+        loss.backward()
+
+
+def test_disabling_a_merged_adapter_in_a_compiled_model():
+    model = adapted_perceptron()
+    compiled = torch.compile(model, backend="aot_eager")
+    x = torch.randn(4, 7)
+    with torch.no_grad():
+        adapted = compiled(x)
+        model.merge_adapter()
+        torch.testing.assert_close(compiled(x), adapted)
+        with model.disable_adapter():
+            torch.testing.assert_close(compiled(x), perceptron()(x))
+
+
+def test_parameters_that_are_replaced_and_scales_set_by_hand_are_seen_by_a_compiled_model():
+    model = adapted_perceptron()
+    compiled = torch.compile(model, backend="aot_eager")
+    x = torch.randn(4, 7)
+    compiled(x).sum().backward()
+    model.zero_grad()
+    state = {k: v.clone() + 0.5 if "paca_delta" in k else v.clone() for k, v in model.state_dict().items()}
+    model.load_state_dict(state, assign=True)
+    y = compiled(x)
+    y.sum().backward()
+    assert model.base_model.model.lin1.paca_delta["default"].grad is not None
+    torch.testing.assert_close(y, model(x))
+    model.base_model.model.lin1.scaling["default"] *= 3
+    torch.testing.assert_close(compiled(x), model(x))
+
+
+def test_a_frozen_adapter_keeps_nothing_in_a_compiled_model():
+    kept = []
+    model = adapted_perceptron()
+    for p in model.parameters():
+        p.requires_grad_(False)
+    compiled = torch.compile(model, backend="aot_eager")
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(tuple(t.shape)) or t, lambda t: t):
+        compiled(torch.randn(50, 7, requires_grad=True))
+    assert (50, 3) not in kept
 
 
 def test_autocast_in_a_compiled_model():

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import copy
+import gc
 import io
 import pickle
 import threading
+import weakref
 
 import pytest
 import torch
+from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -253,7 +256,7 @@ def test_checkpointing_that_recomputes_with_another_adapter_raises():
     second_adapter(model, r=3)
     loss = checkpoint(model, torch.randn(4, 7), use_reentrant=False).sum()
     model.set_adapter("second")
-    with pytest.raises(RuntimeError, match=r"adapter 'default' then, adapter 'second' now"):
+    with pytest.raises(RuntimeError, match="adapter 'second' active, but it first ran with other"):
         loss.backward()
 
 
@@ -575,3 +578,115 @@ def test_the_scale_of_an_adapter_can_be_changed():
         torch.testing.assert_close(layer(x) - base, (y - base) / 2)
         layer.unscale_layer()
         assert torch.equal(layer(x), y)
+
+
+# -- what would bypass the columns -----------------------------------------------------------------------------------
+
+
+def test_a_layer_with_accelerates_hook_is_trained():
+    model = perceptron()
+    add_hook_to_module(model.lin1, AlignDevicesHook(execution_device="cpu"))
+    want = adapted_perceptron(target_modules=["lin1"])
+    torch.manual_seed(1)
+    layer_of(want).paca_delta["default"].data.normal_()
+    model = adapt(model, target_modules=["lin1"])
+    layer_of(model).paca_delta["default"].data.copy_(layer_of(want).paca_delta["default"])
+    x = torch.randn(4, 7)
+    for each in (want, model):
+        each(x).square().sum().backward()
+    assert torch.equal(layer_of(model).paca_delta["default"].grad, layer_of(want).paca_delta["default"].grad)
+    merged = model.merge_and_unload()
+    assert torch.equal(merged(x), want(x))
+
+
+def test_a_hook_that_is_put_on_later_does_not_outlive_the_adapter():
+    model = adapted_perceptron()
+    add_hook_to_module(layer_of(model).base_layer, AlignDevicesHook(execution_device="cpu"))
+    x = torch.randn(4, 7)
+    want = model(x)
+    assert torch.equal(model.merge_and_unload()(x), want)
+
+
+@pytest.mark.parametrize("kind", ["own forward", "offloaded"])
+def test_a_layer_that_would_bypass_the_columns_is_refused(kind):
+    model = perceptron()
+    if kind == "own forward":
+        stock = model.lin1.forward
+        model.lin1.forward = lambda x: stock(x)
+    else:
+        hook = AlignDevicesHook(execution_device="cpu", offload=True, weights_map=dict(model.lin1.state_dict()))
+        add_hook_to_module(model.lin1, hook)
+    with pytest.raises(ValueError, match=r"^lin1 (has a forward of its own|is offloaded)"):
+        adapt(model, target_modules=["lin1"])
+    assert type(model.lin1) is nn.Linear
+
+
+@pytest.mark.parametrize("change", ["switch", "step"])
+def test_reentrant_checkpointing_that_recomputes_something_else_raises(change):
+    model = adapted_perceptron()
+    second_adapter(model, r=3)
+    loss = checkpoint(model, torch.randn(4, 7, requires_grad=True), use_reentrant=True).sum()
+    if change == "switch":
+        model.set_adapter("second")
+    else:
+        with torch.no_grad():
+            layer_of(model).paca_delta["default"].add_(1)
+    with pytest.raises(RuntimeError, match="first ran with other adapters or other values"):
+        loss.backward()
+
+
+def test_reentrant_checkpointing_with_a_reference_pass_in_between_is_right():
+    model = adapted_perceptron()
+    x = torch.randn(4, 7, requires_grad=True)
+    model(x).square().sum().backward()
+    want = gradients(model)
+    model.zero_grad()
+    loss = checkpoint(model, x, use_reentrant=True).square().sum()
+    with torch.no_grad(), model.disable_adapter():
+        model(x)
+    loss.backward()
+    for g, w in zip(gradients(model), want, strict=True):
+        assert (g is None and w is None) or torch.equal(g, w)
+
+
+def test_switching_off_and_deleting_park_at_once():
+    model = adapted_perceptron()
+    original = perceptron().lin1.weight
+    x = torch.randn(4, 7)
+    model(x)
+    assert not torch.equal(layer_of(model).weight, original)
+    with model.disable_adapter():
+        assert torch.equal(layer_of(model).weight, original)
+    model(x)
+    second_adapter(model)
+    model.set_adapter("second")
+    assert torch.equal(layer_of(model).weight, original)
+    model(x)
+    model.delete_adapter("second")
+    assert torch.equal(layer_of(model).weight, original)
+
+
+def test_accumulation_without_a_step_writes_nothing():
+    model = adapted_perceptron()
+    x = torch.randn(4, 7)
+    model(x).sum().backward()
+    version = layer_of(model).base_layer.weight._version
+    for _ in range(3):
+        model(x).sum().backward()
+    assert layer_of(model).base_layer.weight._version == version
+
+
+def test_the_graph_holds_neither_the_input_nor_a_copy_of_the_weight():
+    model = adapted_perceptron()
+    model(torch.randn(4, 7))
+    gc.collect()
+    before = {id(o) for o in gc.get_objects() if isinstance(o, torch.Tensor)}
+    x = torch.randn(50, 7) * 1
+    alive = weakref.ref(x)
+    y = layer_of(model)(x)
+    del x
+    gc.collect()
+    assert alive() is None
+    new = [o for o in gc.get_objects() if isinstance(o, torch.Tensor) and id(o) not in before and o is not y]
+    assert {tuple(o.shape) for o in new if o.numel() >= 7 * 13} <= {(50, 3)}
+    y.sum().backward()

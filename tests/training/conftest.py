@@ -7,6 +7,7 @@ from pathlib import Path
 
 import datasets
 import pytest
+
 from training.tiny_run import save_workspace
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file
+
 from tiny_checkpoint import save_base
 
 WORDS = ("a", "the", "cat", "dog", "sees", "likes", "small", "big", "tree", "river", "runs", "sleeps")

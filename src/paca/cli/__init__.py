@@ -1,4 +1,4 @@
-"""The command line: ``paca train``, ``paca chat``, ``paca merge``."""
+"""The command line: ``paca train``, ``paca chat``, ``paca merge``, ``paca bench``, ``paca plan``."""
 
 from __future__ import annotations
 
@@ -10,8 +10,10 @@ import typer
 from rich.console import Console
 from safetensors import SafetensorError
 
+from paca.cli.bench import bench
 from paca.cli.chat import chat
 from paca.cli.merge import merge
+from paca.cli.plan import plan
 from paca.cli.train import train
 from paca.errors import PacaError
 
@@ -22,8 +24,9 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for command in (train, chat, merge):
+for command in (train, chat, merge, plan):
     app.command()(command)
+app.add_typer(bench, name="bench")
 
 
 def _show_version(wanted: bool) -> None:

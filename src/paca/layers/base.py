@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -40,6 +41,9 @@ class PacaLayer(nn.Module, BaseTunerLayer):
         self._disable_adapters = False
         self._active_adapter = []
 
+        base_layer.owner = weakref.ref(self)
+        self.register_load_state_dict_post_hook(_push_after_load)
+
         weight = base_layer.weight
         self.in_features = weight.shape[base_layer.input_dim]
         self.out_features = weight.shape[1 - base_layer.input_dim]
@@ -69,15 +73,20 @@ class PacaLayer(nn.Module, BaseTunerLayer):
 
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
         super().set_adapter(adapter_names, inference_mode=inference_mode)
-        self.push_columns()
+        self._park_others()
 
     def enable_adapters(self, enabled: bool) -> None:
         super().enable_adapters(enabled)
-        self.push_columns()
+        if not enabled and self.merged_adapters:
+            self.unmerge()
+        self._park_others()
 
     def delete_adapter(self, adapter_name: str) -> None:
+        delta = self.paca_delta.get(adapter_name)
         super().delete_adapter(adapter_name)
-        self.push_columns()
+        self._park_others()
+        if delta is not None:
+            self.base_layer.resident.forget(delta)
 
     def set_scale(self, adapter: str, scale: float) -> None:
         """Scale ``adapter`` to ``scale`` times its own ``paca_alpha / r``."""
@@ -117,14 +126,18 @@ class PacaLayer(nn.Module, BaseTunerLayer):
             wanted = tuple(self.columns_of(name) for name in self.active_adapters if name in self.paca_delta)
         self.base_layer.resident.want(wanted)
 
+    def _park_others(self) -> None:
+        """Put the pretrained columns back if those in the weight are not wanted any more."""
+        self.push_columns()
+        resident = self.base_layer.resident
+        if not resident.state.holds(resident.wanted):
+            resident.park(self.base_layer.weight)
+
     # -- forward ------------------------------------------------------------------------------------------------
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if not torch.compiler.is_compiling():
-            if self._disable_adapters and self.merged_adapters:
-                self.unmerge()
-            if not self.base_layer.resident.looked_after:
-                self.push_columns()  # a parameter may have been replaced since (a move, FSDP)
+            self.push_columns()  # a parameter may have been replaced since (a move, FSDP)
         return self.base_layer(x, *args, **kwargs)
 
     # -- merging ------------------------------------------------------------------------------------------------
@@ -209,5 +222,13 @@ class PacaLayer(nn.Module, BaseTunerLayer):
                 stored[adapter_name] = stored[adapter_name].to(device)
         self.cast_deltas(adapter_name, autocast_adapter_dtype=True)
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.base_layer.owner = weakref.ref(self)
+
     def extra_repr(self) -> str:
         return ", ".join(f"{name}: r={r}" for name, r in self.r.items())
+
+
+def _push_after_load(layer: PacaLayer, incompatible_keys: Any) -> None:
+    layer.push_columns()  # load_state_dict(assign=True) replaces parameters

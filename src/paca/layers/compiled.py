@@ -33,8 +33,8 @@ _TAGS = (
 _library = torch.library.Library("paca", "DEF")
 _library.define("linear_forward(Tensor x, Tensor handle, SymInt out_features) -> (Tensor, Tensor)", tags=_TAGS)
 _library.define(
-    "linear_backward(Tensor grad_output, Tensor handle, Tensor tag, Tensor[] selected, SymInt in_features, bool need_x)"
-    " -> Tensor[]",
+    "linear_backward(Tensor grad_output, Tensor handle, Tensor tag, Tensor[] selected, int[] which, "
+    "SymInt in_features, bool need_x) -> Tensor[]",
     tags=_TAGS,
 )
 
@@ -50,7 +50,7 @@ def new_handle(module: ResidentWeight) -> Tensor:
 def compiled_linear(module: ResidentWeight, x: Tensor) -> Tensor:
     """Run ``module`` on ``x (..., in_features)`` within a graph that is being compiled."""
     device_type = x.device.type
-    if torch.is_autocast_enabled(device_type) and x.dtype != torch.float64:
+    if torch.is_autocast_enabled(device_type) and torch.float64 not in (x.dtype, module.weight.dtype):
         x = x.to(torch.get_autocast_dtype(device_type))
     elif x.dtype != module.weight.dtype:
         raise RuntimeError(f"the input is {x.dtype}, but the layer's weight is {module.weight.dtype}")
@@ -73,9 +73,9 @@ class _CompiledLinear(torch.autograd.Function):
         *indices_then_deltas: Tensor,
     ) -> Tensor:
         y, tag = torch.ops.paca.linear_forward(x, handle, out_features)
-        selected = [x.index_select(-1, i) for i in indices_then_deltas[:count]]
-        ctx.save_for_backward(handle, tag, *selected)
-        ctx.count, ctx.in_features = count, x.shape[-1]
+        which = [n for n in range(count) if ctx.needs_input_grad[5 + count + n]]
+        ctx.save_for_backward(handle, tag, *(x.index_select(-1, indices_then_deltas[n]) for n in which))
+        ctx.which, ctx.count, ctx.in_features = which, count, x.shape[-1]
         return y
 
     @staticmethod
@@ -84,8 +84,9 @@ class _CompiledLinear(torch.autograd.Function):
         handle, tag, *selected = ctx.saved_tensors
         need_x, need_bias = ctx.needs_input_grad[0], ctx.needs_input_grad[1]
         grad_x, *grad_deltas = torch.ops.paca.linear_backward(
-            grad_output, handle, tag, selected, ctx.in_features, need_x
+            grad_output, handle, tag, selected, ctx.which, ctx.in_features, need_x
         )
+        given = dict(zip(ctx.which, grad_deltas, strict=True))
         grad_bias = grad_output.reshape(-1, grad_output.shape[-1]).sum(0) if need_bias else None
         return (
             grad_x if need_x else None,
@@ -94,15 +95,19 @@ class _CompiledLinear(torch.autograd.Function):
             None,
             None,
             *([None] * ctx.count),
-            *grad_deltas,
+            *(given.get(n) for n in range(ctx.count)),
         )
 
 
 def _forward(x: Tensor, handle: Tensor, out_features: int) -> tuple[Tensor, Tensor]:
     module = _MODULES[int(handle)]
     resident = module.resident
-    if resident.stale():
+    owner = module.owner()
+    if owner is not None:
+        owner.push_columns()  # a scale may have been set by hand
+    if resident.stale(module.weight):
         resident.refresh(module.weight)
+    resident.note_forward()
     bias = None if module.bias is None else module.bias.to(x.dtype)
     y = plain_linear(x, module.weight.to(x.dtype), bias, module.input_dim)
     resident.remember(resident.state)
@@ -110,7 +115,13 @@ def _forward(x: Tensor, handle: Tensor, out_features: int) -> tuple[Tensor, Tens
 
 
 def _backward(
-    grad_output: Tensor, handle: Tensor, tag: Tensor, selected: list[Tensor], in_features: int, need_x: bool
+    grad_output: Tensor,
+    handle: Tensor,
+    tag: Tensor,
+    selected: list[Tensor],
+    which: list[int],
+    in_features: int,
+    need_x: bool,
 ) -> list[Tensor]:
     module = _MODULES[int(handle)]
     state = module.resident.remembered(int(tag))
@@ -121,7 +132,8 @@ def _backward(
         else grad_output.new_empty(0)
     ]
     rows = grad_output.reshape(-1, grad_output.shape[-1])
-    for columns, chosen in zip(state.columns, selected, strict=True):
+    for number, chosen in zip(which, selected, strict=True):
+        columns = state.columns[number]
         gradients.append(column_gradient(chosen, rows, columns.scale, columns.delta.dtype).contiguous())
     return gradients
 
@@ -137,7 +149,13 @@ def _(x: Tensor, handle: Tensor, out_features: int) -> tuple[Tensor, Tensor]:
 
 @torch.library.register_fake("paca::linear_backward")
 def _(
-    grad_output: Tensor, handle: Tensor, tag: Tensor, selected: list[Tensor], in_features: int, need_x: bool
+    grad_output: Tensor,
+    handle: Tensor,
+    tag: Tensor,
+    selected: list[Tensor],
+    which: list[int],
+    in_features: int,
+    need_x: bool,
 ) -> list[Tensor]:
     wide = torch.promote_types(grad_output.dtype, torch.float32)
     grad_x = grad_output.new_empty((*grad_output.shape[:-1], in_features)) if need_x else grad_output.new_empty(0)

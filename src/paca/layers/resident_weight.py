@@ -30,6 +30,8 @@ class ResidentWeight(nn.Module):
     bias: Any  # a parameter or None
     resident: ResidentColumns
     handle: Tensor
+    owner: Callable[[], Any]
+    """Gives the adapted layer above, which knows what is wanted; a weak reference."""
 
     @classmethod
     def adopt(cls, module: nn.Module) -> ResidentWeight:
@@ -39,24 +41,34 @@ class ResidentWeight(nn.Module):
         assert isinstance(module, cls)
         module.resident = ResidentColumns(cls.input_dim)
         module.handle = new_handle(module)
+        module.owner = lambda: None
+        module._rebind_forward()
         return module
+
+    def _rebind_forward(self) -> None:
+        # accelerate's hooks wrap `forward` on the instance and keep what they found as `_old_forward`.
+        if "_old_forward" in self.__dict__:
+            self._old_forward = type(self).forward.__get__(self)
 
     def release(self) -> None:
         """Park, and turn back into the stock module, in place."""
         self.resident.park(self.weight)
         del self.resident, self.handle
         self.__class__ = self.stock_class  # type: ignore[assignment]
+        del self.owner
+        ResidentWeight._rebind_forward(self)
 
     def forward(self, x: Tensor) -> Tensor:
         resident = self.resident
         if torch.compiler.is_compiling():
             return compiled_linear(self, x)
-        if resident.looked_after and resident.state.holds(resident.wanted):
-            resident.looked_after = False
-        elif resident.stale():
+        if resident.stale(self.weight):
             resident.refresh(self.weight)
         if not torch.is_grad_enabled():
+            if torch._C._current_graph_task_id() == -1:
+                resident.note_forward()  # re-entrant checkpointing runs its first pass without gradients
             return super().forward(x)
+        resident.note_forward()
         state = resident.state
         return partial_linear(
             x,
@@ -78,9 +90,9 @@ class ResidentWeight(nn.Module):
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         self.resident.park(self.weight)
+        if not keep_vars:  # with it, the caller asks for the parameter itself
+            self.resident.lend(self.weight)
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        if not keep_vars:
-            self.resident.lend(destination[prefix + "weight"])
 
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, local_metadata: Any, strict: bool, *rest: Any
@@ -96,9 +108,10 @@ class ResidentWeight(nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         self.resident.park(self.weight)
         state = self.__dict__.copy()
-        del state["handle"]
+        del state["handle"], state["owner"]
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self.handle = new_handle(self)
+        self.owner = lambda: None  # the adapted layer above, if there is one, makes itself known again

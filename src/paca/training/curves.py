@@ -46,7 +46,9 @@ def loss_curves(train: Points, held_out: Points) -> str:
         first, last = held_out[0], held_out[-1]
         for step, loss in {first, last}:
             place = {"textcoords": "offset points", "xytext": (0, 9), "ha": "right" if step == last[0] else "left"}
-            axes.annotate(f"{loss:.3f}", (step, loss), color=_HELD_OUT, fontsize=10, fontweight="bold", zorder=5, **place)
+            axes.annotate(
+                f"{loss:.3f}", (step, loss), color=_HELD_OUT, fontsize=10, fontweight="bold", zorder=5, **place
+            )
     axes.set_ylabel("loss (nats per token)")
     if train or held_out:
         axes.legend(frameon=False, labelcolor=_INK)

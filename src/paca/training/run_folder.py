@@ -83,17 +83,17 @@ class RunFolder:
         """Make the folder, without the parts of an earlier run; other files in it stay.
 
         Raises:
-            PacaError: It can't be made.
+            PacaError: It can't be made, or not be emptied.
         """
-        for file in (self.config, self.metrics, self.summary, self.report):
-            file.unlink(missing_ok=True)
-        for part in (self.adapter, self.base, self.checkpoints):
-            if part.is_dir():
-                shutil.rmtree(part)
         try:
             self.path.mkdir(parents=True, exist_ok=True)
+            for file in (self.config, self.metrics, self.summary, self.report):
+                file.unlink(missing_ok=True)
+            for part in (self.adapter, self.base, self.checkpoints):
+                if part.is_dir():
+                    shutil.rmtree(part)
         except OSError as error:
-            raise PacaError(f"The run folder {self.path} (output.dir) can't be made: {error}.") from error
+            raise PacaError(f"The run folder {self.path} (output.dir) can't be made ready: {error}.") from error
 
     def reopen(self) -> Path:
         """Find where to continue, and remove checkpoints that were cut short while they were written.

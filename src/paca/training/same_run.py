@@ -10,6 +10,7 @@ from paca.training.run_config import RunConfig
 from paca.training.strict_yaml import read_yaml
 
 _FREE_TO_CHANGE = {
+    "output.dir",  # a run folder may be moved
     "output.overwrite",
     "train.report_to",
     "train.run_name",

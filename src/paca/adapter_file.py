@@ -1,0 +1,34 @@
+"""Checks an adapter's file before PEFT touches the model: it reads the file only after it has put the adapter in."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from safetensors import SafetensorError, safe_open
+
+
+def check_adapter_file(folder: Path, modules_to_save: Iterable[str] | None) -> None:
+    """Check that a local adapter's safetensors file can be read and holds the modules that were saved whole.
+
+    Args:
+        folder: of the adapter. A hub id, or a folder without such a file, is left to PEFT.
+        modules_to_save: of the adapter's config.
+
+    Raises:
+        ValueError: if the file is cut short or is no safetensors file, or lacks a module; names the file.
+    """
+    path = folder / SAFETENSORS_WEIGHTS_NAME
+    if not path.is_file():
+        return
+    try:
+        with safe_open(path, framework="pt") as file:
+            names = list(file.keys())
+    except SafetensorError as error:
+        raise ValueError(
+            f"{path} can't be read ({error}): the file is broken. Copy it again, or train again."
+        ) from error
+    for module in modules_to_save or ():
+        if not any(f".{module}." in f".{name}" for name in names):
+            raise ValueError(f"{path} holds no tensor of {module}, which the adapter's modules_to_save promises.")

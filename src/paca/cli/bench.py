@@ -1,0 +1,183 @@
+"""``paca bench``: measure methods against each other, and show what was measured."""
+
+from __future__ import annotations
+
+import time
+import warnings
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+bench = typer.Typer(
+    help="Measure methods against each other: step time, memory, longest sequence, largest batch.",
+    invoke_without_command=True,
+    no_args_is_help=False,
+)
+
+_Names = Annotated[
+    str | None,
+    typer.Option(
+        metavar="A,B,…", help="Which, or 'all'; see paca bench methods. [default: frozen, paca, lora and variants]"
+    ),
+]
+
+
+@bench.callback()
+def run(
+    context: typer.Context,
+    model: Annotated[str, typer.Option(help="A preset (random weights), a folder, a GGUF file or a hub id.")] = (
+        "llama3-8b"
+    ),
+    layers: Annotated[int | None, typer.Option(help="Shrink a preset to so many blocks.")] = None,
+    hidden: Annotated[int | None, typer.Option(help="Shrink a preset to this width; heads and MLP follow.")] = None,
+    intermediate: Annotated[int | None, typer.Option(help="Width of the MLP, if not the one that follows.")] = None,
+    vocab: Annotated[int | None, typer.Option(help="Shrink a preset's vocabulary.")] = None,
+    image_size: Annotated[int | None, typer.Option(help="Pixels, for vision presets.")] = None,
+    scope: Annotated[str, typer.Option(help="model (with its loss) or blocks (the decoder alone).")] = "model",
+    loss: Annotated[str, typer.Option(help="logits (the model's own) or fused (TRL's, never all logits).")] = "logits",
+    dtype: Annotated[str, typer.Option(help="bfloat16, float16 or float32.")] = "bfloat16",
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, …")] = "auto",
+    methods: _Names = None,
+    baseline: Annotated[str, typer.Option(help="The method that ratios are taken against.")] = "frozen",
+    seq: Annotated[str, typer.Option(metavar="N,N,…", help="Sequence lengths.")] = "512",
+    batch: Annotated[str, typer.Option(metavar="N,N,…", help="Batch sizes.")] = "1",
+    rank: Annotated[int, typer.Option(help="r of PaCA and LoRA.")] = 16,
+    optimizer: Annotated[str, typer.Option(help="adamw (fused) or sgd; the same for all methods.")] = "adamw",
+    measure: Annotated[
+        str, typer.Option(metavar="A,B,…", help="Of: time, memory, saved, switch, max-seq, max-batch.")
+    ] = "time,saved,memory",
+    rounds: Annotated[int, typer.Option(help="Every round times every method once.")] = 10,
+    warmup: Annotated[int, typer.Option(help="Steps per method before the rounds.")] = 2,
+    steps: Annotated[int, typer.Option(help="Steps per sample.")] = 1,
+    memory: Annotated[str | None, typer.Option(help="Budget of max-seq and max-batch, such as 2GiB.")] = None,
+    compile_: Annotated[bool, typer.Option("--compile", help="Also measure compiled models.")] = False,
+    profile: Annotated[bool, typer.Option("--profile", help="Also split the step by phase and kind of work.")] = False,
+    seed: Annotated[int, typer.Option(help="Seed of the weights and the batch.")] = 0,
+    output: Annotated[Path, typer.Option(help="The CSV file that the rows are appended to.")] = Path(
+        "benchmarks/results.csv"
+    ),
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check the settings, show them, and stop.")] = False,
+) -> None:
+    """Measure methods against each other and append the results to a CSV file."""
+    if context.invoked_subcommand is not None:
+        return
+    # Notes from one library to another about their next releases; nothing a user of this command can act on.
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    from paca.bench.settings import DEFAULT_METHODS, BenchSettings, parse_bytes
+
+    settings = BenchSettings(
+        model=model,
+        layers=layers,
+        hidden=hidden,
+        intermediate=intermediate,
+        vocab=vocab,
+        image_size=image_size,
+        scope=scope,
+        loss=loss,
+        dtype=dtype,
+        device=device,
+        methods=DEFAULT_METHODS if methods is None else _names(methods),
+        baseline=baseline,
+        seq=_numbers("seq", seq),
+        batch=_numbers("batch", batch),
+        rank=rank,
+        optimizer=optimizer,
+        measure=_names(measure),
+        rounds=rounds,
+        warmup=warmup,
+        steps=steps,
+        memory=None if memory is None else parse_bytes(memory),
+        compile=compile_,
+        profile=profile,
+        seed=seed,
+    )
+    from paca.bench.methods import find_methods
+
+    find_methods(settings.methods)
+    console = Console()
+    if dry_run:
+        for name, value in settings.to_dict().items():
+            console.print(f"{name:<14} {value}", highlight=False, markup=False, soft_wrap=True)
+        return
+    from paca.bench.report import tables
+    from paca.bench.rows import Row, append_rows
+    from paca.bench.run import run_benchmark
+
+    rows: list[Row] = []
+    start = time.monotonic()
+
+    def write(found: list[Row]) -> None:
+        append_rows(output, found)
+        rows.extend(found)
+
+    def say(line: str) -> None:
+        elapsed = time.monotonic() - start
+        console.print(f"[{elapsed:6.1f} s] {line}", highlight=False, markup=False, soft_wrap=True)
+
+    run_benchmark(settings, write, say)
+    console.print(f"\n{tables(rows)}", highlight=False, markup=False, soft_wrap=True)
+    console.print(f"{len(rows)} rows appended to {output}", highlight=False, markup=False, soft_wrap=True)
+
+
+@bench.command()
+def methods() -> None:
+    """List the methods and the presets."""
+    from paca.bench.methods import METHODS
+    from paca.bench.presets import PRESETS
+
+    for method in METHODS.values():
+        print(f"{method.name:<28} {method.summary}")
+    print(f"\npresets: {', '.join(PRESETS)}")
+
+
+@bench.command()
+def report(
+    files: Annotated[list[Path], typer.Argument(metavar="ROWS.csv…", help="What paca bench wrote.")],
+    baseline: Annotated[
+        str | None, typer.Option(metavar="A,B,…", help="Methods to show ratios against. Default: the runs' own.")
+    ] = None,
+    plots: Annotated[Path, typer.Option(help="The folder for the pictures.")] = Path("benchmarks/plots"),
+    name: Annotated[str | None, typer.Option(help="Beginning of the pictures' names. Default: the file's.")] = None,
+    markdown: Annotated[Path | None, typer.Option(help="Write the tables to this file instead of the screen.")] = None,
+    readme: Annotated[
+        Path | None, typer.Option(help="Put the tables and the pictures between this file's bench markers.")
+    ] = None,
+) -> None:
+    """Turn rows into tables and pictures."""
+    import os
+
+    from paca.bench.plots import write_plots
+    from paca.bench.readme import replace_block
+    from paca.bench.report import tables
+    from paca.bench.rows import read_rows
+
+    rows = [row for file in files for row in read_rows(file)]
+    baselines = _names(baseline) if baseline else ()
+    text = tables(rows, baselines)
+    pictures = write_plots(rows, plots, name or files[0].stem, baselines[0] if baselines else None)
+    if markdown is not None:
+        markdown.parent.mkdir(parents=True, exist_ok=True)
+        markdown.write_text(text, encoding="utf-8")
+    elif readme is None:
+        print(text)
+    if readme is not None:
+        shown = [f"![{path.stem}]({os.path.relpath(path, readme.parent)})" for path in pictures]
+        source = ", ".join(f"[{file.name}]({os.path.relpath(file, readme.parent)})" for file in files)
+        replace_block(readme, "\n".join([*shown, "", text, f"Made by `paca bench report` from the rows in {source}."]))
+    for path in pictures:
+        print(f"Written: {path}")
+
+
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(name.strip() for name in text.split(",") if name.strip())
+
+
+def _numbers(option: str, text: str) -> tuple[int, ...]:
+    from paca.errors import PacaError
+
+    try:
+        return tuple(int(number) for number in text.split(","))
+    except ValueError:
+        raise PacaError(f"--{option} is {text!r}; give whole numbers with commas between, such as 512,2048.") from None

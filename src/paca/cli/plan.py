@@ -1,0 +1,240 @@
+"""``paca plan``: memory and time of a training run, before anything is loaded."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from paca.errors import PacaError
+
+if TYPE_CHECKING:
+    from paca.planning import Fit, MatmulRate, MemoryEstimate, Setting
+    from paca.planning.target import Target
+
+QUANTIZATION = "4-bit weights (QPaCA): not available in this version, which trains columns of 16- and 32-bit weights."
+
+
+def plan(
+    target: Annotated[
+        str, typer.Argument(metavar="RUN.yaml|MODEL", help="A run, a hub id, a folder, or a preset of paca bench.")
+    ],
+    memory: Annotated[
+        str | None, typer.Option(help="A budget, such as 24GiB: find the fastest setting that fits.")
+    ] = None,
+    seq: Annotated[int | None, typer.Option(help="Tokens in each sequence.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Sequences in one forward pass.")] = None,
+    global_batch: Annotated[int | None, typer.Option(help="Sequences per optimizer step, for --memory.")] = None,
+    r: Annotated[int, typer.Option(help="Trained columns per layer (a run's YAML has its own).")] = 16,
+    dtype: Annotated[str, typer.Option(help="Dtype of the weights (a run's YAML has its own).")] = "auto",
+    device: Annotated[str | None, typer.Option(help="cpu or cuda; what this machine has when absent.")] = None,
+    lean: Annotated[bool, typer.Option("--lean", help="With lean blocks.")] = False,
+    recompute: Annotated[bool, typer.Option("--recompute", help="With lean blocks whose MLP is recomputed.")] = False,
+    checkpointing: Annotated[bool, typer.Option("--checkpointing", help="With activation checkpointing.")] = False,
+    padded: Annotated[bool, typer.Option("--padded", help="With an attention mask: padding or packing.")] = False,
+    loss: Annotated[str, typer.Option(help="chunked (as paca train), full, or any (for --memory).")] = "chunked",
+    rate: Annotated[float | None, typer.Option(help="TFLOP/s of the device, instead of measuring them.")] = None,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Change a setting of the run; may be repeated."),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
+) -> None:
+    """Show what training would take: memory by part, and the least time per step; with --memory, what would fit."""
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    if loss not in ("chunked", "full", "any"):
+        raise PacaError(f"--loss must be chunked, full or any, not {loss!r}.")
+    from paca.planning import available_memory, estimate, fit, parse_memory
+
+    budget = None if memory is None else parse_memory(memory)
+    planned = _target(target, seq, batch_size, r, dtype, device, set_ or [])
+    setting = planned.setting
+    setting = replace(
+        setting,
+        lean=setting.lean or lean or recompute,
+        recompute="mlp" if recompute else setting.recompute,
+        checkpointing=setting.checkpointing or checkpointing,
+        padded=setting.padded or padded,
+        chunked_loss=loss != "full",
+    )
+    measured = _rate(planned, rate)
+    found = None
+    if budget is not None:
+        wanted = global_batch or (setting.batch_size * setting.gradient_accumulation if _is_run(target) else 16)
+        found = fit(planned.model, setting, memory=budget, global_batch=wanted, rate=measured, any_loss=loss == "any")
+        result = found.best.estimate
+    else:
+        result = estimate(planned.model, setting)
+        budget = _available(setting.device, available_memory)
+    if as_json:
+        print(json.dumps(_as_json(planned, result, measured, budget, found), indent=2))
+        return
+    console = Console()
+    _show_estimate(console, planned, result, measured, budget)
+    if found is not None:
+        _show_fit(console, found, measured)
+
+
+def _target(
+    name: str, seq: int | None, batch_size: int | None, r: int, dtype: str, device: str | None, overrides: list[str]
+) -> Target:
+    import torch
+
+    from paca.planning import Setting
+    from paca.planning.target import target_of_model, target_of_run
+
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if _is_run(name):
+        return target_of_run(Path(name), overrides, device, seq, batch_size)
+    if overrides:
+        raise PacaError("--set changes a run's YAML; for a model use the options of `paca plan`.")
+    setting = Setting(sequence_length=seq or 1024, batch_size=batch_size or 1, device=device)  # type: ignore[arg-type]
+    return target_of_model(name, dtype, r, setting)
+
+
+def _is_run(name: str) -> bool:
+    return Path(name).suffix.lower() in (".yaml", ".yml")
+
+
+def _rate(target: Target, given: float | None) -> MatmulRate | None:
+    import torch
+
+    from paca.planning import fixed_rate, measure_rate
+
+    if given is not None:
+        return fixed_rate(given * 1e12)
+    if target.setting.device == "cuda" and not torch.cuda.is_available():
+        return None
+    return measure_rate(target.setting.device, target.dtype, target.hidden_size)
+
+
+def _available(device: str, available_memory: Any) -> int | None:
+    try:
+        return available_memory(device)
+    except PacaError:  # a plan for a GPU that is not here
+        return None
+
+
+def _show_estimate(
+    console: Console, target: Target, result: MemoryEstimate, rate: MatmulRate | None, budget: int | None
+) -> None:
+    from paca.training.memory import format_bytes
+
+    setting = result.setting
+    console.print(
+        f"{target.name}: {result.parameters:,} parameters, {result.trainable:,} trained "
+        f"({100 * result.trainable / result.parameters:.2f} %)",
+        highlight=False,
+    )
+    console.print(
+        f"{setting.batch_size} x {setting.sequence_length} tokens per pass, {setting.gradient_accumulation} passes per "
+        f"step, on {setting.device}; to save memory: {setting.techniques()}",
+        highlight=False,
+    )
+    if target.positions is not None and setting.sequence_length > target.positions:
+        console.print(f"The model was made for sequences of at most {target.positions} tokens.", style="yellow")
+    table = Table(title=f"Peak memory ({result.moment})", title_justify="left")
+    table.add_column("part")
+    table.add_column("memory", justify="right")
+    for name, count in result.parts.items():
+        table.add_row(name, format_bytes(count))
+    table.add_section()
+    table.add_row("total", format_bytes(result.total))
+    if budget is not None:
+        table.add_row("budget", format_bytes(budget))
+    console.print(table)
+    console.print(
+        f"The autograd graph holds {format_bytes(result.activations)} at the end of the forward pass.", highlight=False
+    )
+    console.print(f"Time floor: {_time(result, rate)}", highlight=False)
+    if budget is not None and result.total > budget:
+        console.print("This does not fit. Give --memory to find what does.", style="red")
+
+
+def _time(result: MemoryEstimate, rate: MatmulRate | None) -> str:
+    from paca.planning import step_seconds
+
+    work = f"{result.flops / 1e12:,.2f} TFLOP per step"
+    if rate is None:
+        return f"{work}; the device is not here to be measured (give --rate)"
+    seconds = step_seconds(result, rate)
+    return (
+        f"{seconds:,.3f} s per step, at most {result.setting.tokens_per_step / seconds:,.0f} tokens/s "
+        f"({work} at {rate.at(result.setting.tokens_per_pass) / 1e12:,.3f} TFLOP/s, {rate.source})"
+    )
+
+
+def _show_fit(console: Console, found: Fit, rate: MatmulRate | None) -> None:
+    from paca.training.memory import format_bytes
+
+    table = Table(title="What fits, fastest first", title_justify="left")
+    for heading in ("to save memory", "batch", "accumulation", "memory", "s per step"):
+        table.add_column(heading, justify="left" if heading == "to save memory" else "right")
+    for candidate in found.candidates:
+        setting = candidate.setting
+        table.add_row(
+            setting.techniques(),
+            str(setting.batch_size),
+            str(setting.gradient_accumulation),
+            format_bytes(candidate.estimate.total),
+            "does not fit" if not candidate.fits else "-" if rate is None else f"{candidate.seconds:,.3f}",
+        )
+    console.print(table)
+    for reason in (*found.refused, QUANTIZATION):
+        console.print(f"Not considered: {reason}", highlight=False)
+    for line in _yaml(found.setting):
+        console.print(line, highlight=False)
+
+
+def _yaml(setting: Setting) -> list[str]:
+    """The lines of a run's YAML that ask for `setting`."""
+    lines = ["In a run's YAML:"]
+    if setting.lean:
+        lines += ["  model:", "    lean: true"]
+        lines += ["    recompute: mlp"] if setting.recompute else []
+    lines += [
+        "  train:",
+        f"    max_length: {setting.sequence_length}",
+        f"    per_device_train_batch_size: {setting.batch_size}",
+        f"    gradient_accumulation_steps: {setting.gradient_accumulation}",
+    ]
+    return [*lines, "    gradient_checkpointing: true"] if setting.checkpointing else lines
+
+
+def _as_json(
+    target: Target, result: MemoryEstimate, rate: MatmulRate | None, budget: int | None, found: Fit | None
+) -> dict[str, Any]:
+    from paca.planning import step_seconds
+
+    content: dict[str, Any] = {
+        "target": target.name,
+        "parameters": result.parameters,
+        "trainable": result.trainable,
+        "setting": result.setting.as_dict(),
+        "memory": {**result.parts},
+        "total": result.total,
+        "peak_moment": result.moment,
+        "budget": budget,
+        "saved_activations": {**result.saved},
+        "flops_per_step": result.flops,
+        "rate": None if rate is None else {"flops_per_second": {**rate.measured}, "source": rate.source},
+        "seconds_per_step": None if rate is None else step_seconds(result, rate),
+    }
+    if found is not None:
+        content["candidates"] = [
+            {
+                "setting": candidate.setting.as_dict(),
+                "total": candidate.estimate.total,
+                "fits": candidate.fits,
+                "seconds_per_step": None if rate is None else candidate.seconds,
+            }
+            for candidate in found.candidates
+        ]
+        content["not_considered"] = [*found.refused, QUANTIZATION]
+    return content

@@ -1,0 +1,111 @@
+"""`paca bench`, as a process; and the commands of the scripts in benchmarks/."""
+
+from __future__ import annotations
+
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from paca.bench.rows import read_rows
+from paca.cli import app, main
+
+REPOSITORY = Path(__file__).parents[2]
+PACA = [sys.executable, "-c", "from paca.cli import main; main()"]
+TINY = shlex.split(
+    "--model smollm2-135m --layers 2 --hidden 192 --vocab 50 --scope blocks --seq 16 --rank 4 --device cpu"
+)
+
+
+def paca(*arguments: object) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([*PACA, *map(str, arguments)], capture_output=True, text=True, check=False, timeout=120)
+
+
+def test_rows_become_tables_and_pictures(tmp_path: Path) -> None:
+    rows, readme = tmp_path / "rows.csv", tmp_path / "README.md"
+    readme.write_text("top\n<!-- bench:begin -->\n<!-- bench:end -->\nbottom\n")
+    done = paca(
+        "bench", *TINY, "--methods", "frozen,paca,lora", "--rounds", 3, "--measure", "time,saved", "--output", rows
+    )
+    assert done.returncode == 0, done.stderr
+    assert "**Batch 1, 16 tokens**" in done.stdout
+    measured = read_rows(rows)
+    assert {row.method for row in measured} == {"frozen", "paca", "lora"}
+    assert "bench --model smollm2-135m" in measured[0].command
+    shown = CliRunner().invoke(
+        app, ["bench", "report", str(rows), "--plots", str(tmp_path / "plots"), "--readme", str(readme)]
+    )
+    assert shown.exit_code == 0, shown.output
+    text = readme.read_text()
+    assert text.startswith("top\n<!-- bench:begin -->\n![rows](plots/rows.png)")
+    assert "| `paca` |" in text
+    assert "[rows.csv](rows.csv)" in text
+    assert text.endswith("<!-- bench:end -->\nbottom\n")
+    assert (tmp_path / "plots/rows.png").is_file()
+
+
+def test_wrong_settings_are_one_message_and_a_failure(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for wrong, message in (
+        (["--methods", "pacca"], "Did you mean 'paca'?"),
+        (["--seq", "many"], "whole numbers"),
+        (["--measure", "max-seq", "--memory", "much"], "not an amount of memory"),
+    ):
+        monkeypatch.setattr(sys, "argv", ["paca", "bench", *TINY, *wrong])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        assert ended.value.code == 1
+        assert message in capsys.readouterr().err
+
+
+def test_methods_and_presets_are_listed() -> None:
+    shown = CliRunner().invoke(app, ["bench", "methods"])
+    assert shown.exit_code == 0
+    assert "paca+lean+recompute" in shown.output
+    assert "efficientnet-v2-l" in shown.output
+
+
+@pytest.mark.parametrize("script", ["gpu", "cpu"])
+def test_every_command_of_the_scripts_is_accepted(script: str) -> None:
+    printed = subprocess.run(
+        ["bash", REPOSITORY / f"benchmarks/{script}.sh", "--dry-run"], capture_output=True, text=True, check=True
+    )
+    commands = [shlex.split(line) for line in printed.stdout.splitlines()]
+    assert len(commands) >= 8
+    for timeout, seconds, program, *arguments in commands:
+        assert (timeout, program) == ("timeout", "paca")
+        assert int(seconds) <= 480
+        checked = CliRunner().invoke(app, [*arguments, "--dry-run"])
+        assert checked.exit_code == 0, f"{arguments}: {checked.exception or checked.output}"
+    if script == "gpu":
+        assert sum(int(command[1]) for command in commands) <= 600
+
+
+def test_a_script_runs_what_is_not_done_yet(tmp_path: Path) -> None:
+    """With a stand-in for paca that fails for one part, in a copy of the folder."""
+    folder = tmp_path / "benchmarks"
+    folder.mkdir()
+    for name in ("parts.sh", "gpu.sh"):
+        (folder / name).write_text((REPOSITORY / "benchmarks" / name).read_text())
+    fake = tmp_path / "paca"
+    fake.write_text('#!/bin/sh\necho "$@" >> "$(dirname "$0")/ran"\ncase "$*" in *--compile*) exit 1;; esac\n')
+    fake.chmod(0o755)
+
+    def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+        command = ["bash", folder / "gpu.sh", *arguments]
+        return subprocess.run(command, env={"PATH": "/usr/bin:/bin", "PACA": str(fake)}, capture_output=True, text=True)
+
+    first = run()
+    assert first.returncode == 1
+    assert "Unfinished: compiled" in first.stdout
+    count = len((tmp_path / "ran").read_text().splitlines())
+    run()
+    assert len((tmp_path / "ran").read_text().splitlines()) == count + 1  # only the unfinished part again
+    assert run("speed", "memory").returncode == 0
+    assert run("--redo", "speed").returncode == 0
+    assert len((tmp_path / "ran").read_text().splitlines()) == count + 2
+    assert run("--unknown").returncode == 2

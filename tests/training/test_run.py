@@ -1,0 +1,338 @@
+"""Runs in this process, on a model with dropout: what they leave, and that stopping and resuming changes nothing."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pytest
+import torch
+from peft import PeftModel
+from rich.console import Console
+from transformers import AutoModelForCausalLM, TrainerControl, TrainerState, TrainingArguments
+
+from paca.errors import PacaError
+from paca.training import RunResult, describe, load_run_config, train
+from paca.training import run as run_module
+from paca.training.interrupt import StopOnSignal
+from test_pretrained import mergeable_base, write_gguf  # noqa: F401 - the first is a fixture
+from tiny_checkpoint import byte_tokenizer
+from training.tiny_run import adapter, curve, rows, same_adapter
+
+Runner = Callable[..., RunResult]
+
+
+class SignalAtStep(StopOnSignal):
+    """Sends this process a signal at the end of a step, as a user might."""
+
+    step = -1
+    number = signal.SIGINT
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if state.global_step == self.step:
+            os.kill(os.getpid(), self.number)
+        super().on_step_end(args, state, control, **kwargs)
+
+
+@pytest.fixture
+def run(config_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Runner:
+    """Trains into ``tmp_path / name`` with some settings changed; optionally stopped by a signal after a step."""
+    monkeypatch.setattr(run_module, "StopOnSignal", SignalAtStep)
+
+    def start(name: str, *overrides: str, resume: bool = False, stop_at: int = -1) -> RunResult:
+        monkeypatch.setattr(SignalAtStep, "step", stop_at)
+        config = load_run_config(config_file, [f"output.dir={tmp_path / name}", *overrides])
+        return train(config, resume=resume, console=Console(quiet=True))
+
+    return start
+
+
+def base_loss(config_file: Path, batch_size: int = 4) -> float:
+    """The held-out loss of the base model in float64, as the trainer means it: a mean over batches of token means."""
+    config = load_run_config(config_file)
+    model = AutoModelForCausalLM.from_pretrained(config.model.name, dtype=torch.float64).eval()
+    tokenizer = byte_tokenizer()
+    records = [json.loads(line) for line in Path(config.data.train).read_text().splitlines()]
+    from paca.data import load_examples, split_heldout
+
+    _, held_out = split_heldout(load_examples(config.data.train), 8, 0)
+    chosen = [records[int(origin.rpartition(" ")[2]) - 1] for origin in held_out.dataset["origin"]]
+    means = []
+    for start in range(0, len(chosen), batch_size):
+        losses = []
+        for record in chosen[start : start + batch_size]:
+            prompt = tokenizer(record["prompt"])["input_ids"]
+            tokens = torch.tensor(prompt + tokenizer(record["completion"])["input_ids"] + [tokenizer.eos_token_id])
+            with torch.no_grad():
+                logits = model(tokens[None, :-1]).logits[0]
+            losses.append(torch.nn.functional.cross_entropy(logits, tokens[1:], reduction="none")[len(prompt) - 1 :])
+        means.append(torch.cat(losses).mean().item())
+    return sum(means) / len(means)
+
+
+def test_a_run_leaves_its_folder(run: Runner, tmp_path: Path, config_file: Path) -> None:
+    result = run("a")
+    folder = tmp_path / "a"
+    assert result.folder == folder
+    assert result.resume_command is None
+    assert {path.name for path in folder.iterdir()} == {
+        "config.yaml", "metrics.jsonl", "summary.json", "report.html", "adapter", "checkpoints",
+    }  # fmt: skip
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary == result.summary
+    assert summary["eval_loss_before"] == pytest.approx(base_loss(config_file), rel=1e-5)  # float32 against float64
+    assert summary["eval_loss_after"] < summary["eval_loss_before"] - 0.05
+    assert (summary["steps"], summary["epochs"]) == (10, 1.25)
+    assert summary["data"]["train_examples"] == 32
+    assert summary["data"]["eval_examples"] == 8
+    assert summary["trainable_parameters"] == sum(
+        tensor.numel() for name, tensor in adapter(folder).items() if name.endswith("paca_delta")
+    )
+    assert summary["adapted_layers"] == 14
+    assert summary["peak_memory_bytes"] > 50 * 2**20
+    assert summary["versions"]["torch"] == torch.__version__
+    assert summary["tokens_per_second"] == pytest.approx(summary["tokens"] / summary["train_seconds"], rel=0.01)
+    training_rows = [row for row in rows(folder) if "loss" in row]
+    assert [row["step"] for row in training_rows] == list(range(1, 11))
+    assert training_rows[-1]["tokens"] == summary["tokens"]
+    assert [row["step"] for row in rows(folder) if "eval_loss" in row] == [0, 2, 4, 6, 8, 10]
+
+
+def test_the_adapter_gives_the_loss_that_was_reported(run: Runner, tmp_path: Path) -> None:
+    result = run("a")
+    assert result.summary is not None
+    base = AutoModelForCausalLM.from_pretrained(result.summary["model"]["name"])
+    adapted = PeftModel.from_pretrained(base, tmp_path / "a" / "adapter")
+    merged = adapted.merge_and_unload()
+    merged.save_pretrained(tmp_path / "merged")
+    byte_tokenizer().save_pretrained(tmp_path / "merged")
+    again = run("b", f"model.name={tmp_path / 'merged'}", "train.max_steps=1", "eval.after=false")
+    assert again.summary is not None
+    assert again.summary["eval_loss_before"] == pytest.approx(result.summary["eval_loss_after"], rel=1e-5)
+    assert again.summary["eval_loss_after"] is None
+
+
+def test_the_resolved_config_runs_again_to_the_same_weights(run: Runner, tmp_path: Path) -> None:
+    run("a", "train.max_steps=4")
+    resolved = load_run_config(tmp_path / "a" / "config.yaml", [f"output.dir={tmp_path / 'b'}"])
+    train(resolved, console=Console(quiet=True))
+    assert same_adapter(tmp_path / "a", tmp_path / "b")
+    first, second = ((tmp_path / name / "config.yaml").read_text() for name in "ab")
+    assert first.replace(str(tmp_path / "a"), str(tmp_path / "b")) == second
+
+
+TWO_EPOCHS = ["train.num_train_epochs=2", "train.max_steps=-1", "train.eval_strategy=epoch"]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "stops", "number"),
+    [
+        ([], [3], signal.SIGTERM),
+        ([], [8, 9], signal.SIGINT),  # 8 ends an epoch; stopped again in the next one
+        (["train.eval_strategy=epoch"], [10], signal.SIGINT),  # no step is left, only the last evaluation
+        ([*TWO_EPOCHS, "train.save_strategy=epoch"], [5], signal.SIGINT),
+        ([*TWO_EPOCHS, "train.save_steps=3"], [8], signal.SIGINT),
+    ],
+    ids=["inside an epoch", "twice", "at the end", "epochs", "at an epoch's evaluation"],
+)
+def test_a_stopped_and_resumed_run_is_the_uninterrupted_one_bit_for_bit(
+    run: Runner, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, overrides: list[str], stops: list[int], number: int
+) -> None:
+    monkeypatch.setattr(SignalAtStep, "number", number)
+    whole = run("whole", *overrides)
+    for count, stop in enumerate(stops):
+        result = run("parts", *overrides, resume=count > 0, stop_at=stop)
+        assert result.summary is None
+        assert result.resume_command == f"paca train {tmp_path / 'parts' / 'config.yaml'} --resume"
+        assert (tmp_path / "parts" / "checkpoints" / f"checkpoint-{stop}").is_dir()
+        assert not (tmp_path / "parts" / "adapter").exists()
+    parts = run("parts", *overrides, resume=True)
+    assert same_adapter(tmp_path / "whole", tmp_path / "parts")
+    assert curve(tmp_path / "whole") == curve(tmp_path / "parts")
+    assert whole.summary is not None
+    assert parts.summary is not None
+    for name in ("eval_loss_before", "eval_loss_after", "steps", "tokens", "epochs"):
+        assert whole.summary[name] == parts.summary[name]
+
+
+def test_a_run_that_died_goes_on_from_its_last_checkpoint(run: Runner, tmp_path: Path) -> None:
+    run("whole")
+    shutil.copytree(tmp_path / "whole", tmp_path / "died")
+    for name in ("summary.json", "report.html"):
+        (tmp_path / "died" / name).unlink()
+    shutil.rmtree(tmp_path / "died" / "adapter")
+    (tmp_path / "died" / "checkpoints" / "checkpoint-10" / "trainer_state.json").write_text("{")  # cut short
+    run("died", resume=True)
+    assert same_adapter(tmp_path / "whole", tmp_path / "died")
+    assert curve(tmp_path / "whole") == curve(tmp_path / "died")
+
+
+def test_losses_between_two_logs_are_not_lost_in_a_checkpoint(run: Runner, tmp_path: Path) -> None:
+    run("a", "train.logging_steps=5", stop_at=3)
+    run("a", "train.logging_steps=5", resume=True)
+    run("each", "train.logging_steps=1")
+    each = {row["step"]: row["loss"] for row in rows(tmp_path / "each") if "loss" in row}
+    logged = [(row["step"], row["loss"]) for row in rows(tmp_path / "a") if "loss" in row]
+    previous = 0
+    for step, loss in logged:
+        assert loss == pytest.approx(sum(each[s] for s in range(previous + 1, step + 1)) / (step - previous), rel=1e-5)
+        previous = step
+    assert previous == 10
+    assert 3 in dict(logged)
+
+
+def test_a_second_signal_stops_at_once(run: Runner, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def twice(self: SignalAtStep, *args: Any, **kwargs: Any) -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(SignalAtStep, "on_step_end", twice)
+    handler = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        run("a")
+    assert signal.getsignal(signal.SIGINT) is handler
+    assert not list((tmp_path / "a" / "checkpoints").glob("checkpoint-*"))
+
+
+def test_a_run_is_not_continued_under_other_settings(run: Runner) -> None:
+    run("a", stop_at=3)
+    with pytest.raises(PacaError, match=r"train\.learning_rate: 0\.01 → 0\.5"):
+        run("a", "train.learning_rate=0.5", resume=True)
+    assert run("a", "train.save_total_limit=1", resume=True).summary is not None
+
+
+def test_a_finished_run_is_neither_repeated_nor_overwritten(run: Runner, tmp_path: Path) -> None:
+    first = run("a", "train.max_steps=2")
+    changed = (tmp_path / "a" / "summary.json").stat().st_mtime_ns
+    assert run("a", "train.max_steps=2", resume=True).summary == first.summary
+    assert (tmp_path / "a" / "summary.json").stat().st_mtime_ns == changed
+    with pytest.raises(PacaError, match="already holds a finished run"):
+        run("a", "train.max_steps=2")
+    again = run("a", "train.max_steps=3", "output.overwrite=true")
+    assert again.summary is not None
+    assert again.summary["steps"] == 3
+    assert [row["step"] for row in rows(tmp_path / "a") if "loss" in row] == [1, 2, 3]
+
+
+def test_the_best_model_is_kept_when_asked_for(run: Runner, tmp_path: Path) -> None:
+    # "Best" is turned round to the highest loss, which is surely not the last.
+    settings = ["load_best_model_at_end=true", "metric_for_best_model=loss", "greater_is_better=true"]
+    result = run("a", *(f"train.{setting}" for setting in settings))
+    losses = {row["step"]: row["eval_loss"] for row in rows(tmp_path / "a") if "eval_loss" in row and row["step"]}
+    best = max(losses, key=lambda step: losses[step])
+    assert best == 2
+    assert result.summary is not None
+    assert result.summary["eval_loss_after"] == losses[best]
+    checkpoint = tmp_path / "a" / "checkpoints" / f"checkpoint-{best}"
+    assert (checkpoint / "adapter_model.safetensors").read_bytes() == (
+        tmp_path / "a" / "adapter" / "adapter_model.safetensors"
+    ).read_bytes()
+
+
+def test_packing_trains_on_the_same_tokens_in_fewer_sequences(run: Runner, tmp_path: Path) -> None:
+    epoch = ["train.max_steps=-1", "train.gradient_accumulation_steps=1", "train.per_device_train_batch_size=1"]
+    packed, plain = run("packed", *epoch, "train.packing=true"), run("plain", *epoch)
+    assert packed.summary is not None
+    assert plain.summary is not None
+    assert packed.summary["tokens"] == plain.summary["tokens"]
+    assert packed.summary["steps"] < plain.summary["steps"] / 2
+
+
+def test_conversations_train_on_the_assistants_turns_unless_told_otherwise(
+    run: Runner, config_file: Path, tmp_path: Path
+) -> None:
+    conversations = tmp_path / "chat.jsonl"
+    with conversations.open("w") as file:
+        for line in (config_file.parent / "train.jsonl").read_text().splitlines():
+            record = json.loads(line)
+            messages = [
+                {"role": "user", "content": record["prompt"]},
+                {"role": "assistant", "content": record["completion"]},
+            ]
+            file.write(json.dumps({"messages": messages}) + "\n")
+    source = f"data.train={conversations}"
+    config = load_run_config(config_file, [source])
+    assert describe(config).loss_scope == "the assistant's turns"
+    config.train["assistant_only_loss"] = False
+    assert describe(config).loss_scope == "every token"
+    answers = run("answers", source, "train.max_steps=1")
+    everything = run("everything", source, "train.max_steps=1", "train.assistant_only_loss=false")
+    assert answers.summary is not None
+    assert everything.summary is not None
+    assert answers.summary["eval_loss_before"] != everything.summary["eval_loss_before"]
+    # The resolved config finds the same tokens again.
+    again = load_run_config(tmp_path / "answers" / "config.yaml", [f"output.dir={tmp_path / 'again'}"])
+    assert train(again, console=Console(quiet=True)).summary["eval_loss_before"] == answers.summary["eval_loss_before"]
+
+
+def test_examples_without_a_label_are_named(run: Runner) -> None:
+    with pytest.raises(PacaError, match=r"train\.jsonl, line 1: .*"):
+        run("a", "train.max_length=5")
+
+
+def test_a_loss_that_is_not_a_number_ends_the_run(run: Runner, tmp_path: Path) -> None:
+    with pytest.raises(PacaError, match=r"The training loss is (nan|inf) at step \d+.*now 1e\+30"):
+        run("a", "train.learning_rate=1e30", "train.max_grad_norm=0")
+    assert rows(tmp_path / "a")[-1]["loss"] is None
+    assert not (tmp_path / "a" / "summary.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("paca.target_modules=[nothing]", r"The section paca does not fit .*nothing"),
+        ("paca.r=1000", r"The section paca does not fit .*r=1000"),
+        ("paca.target_modules=[lm_head]", r"SFTTrainer refuses this run: .*lm_head"),
+        ("train.optim=adamw_bnb_8bit", r"package that is not installed: .*bitsandbytes"),
+        ("data.train=missing.jsonl", r"missing\.jsonl"),
+        ("data.eval=40", r"Cannot hold 40 of 40"),
+        ("model.name=./missing", r"\./missing"),
+    ],
+)
+def test_what_does_not_fit_together_is_one_message(run: Runner, override: str, message: str) -> None:
+    with pytest.raises(PacaError, match=message):
+        run("a", override)
+
+
+def test_the_plan_counts_as_the_run_does(run: Runner, config_file: Path) -> None:
+    overrides = ["train.max_steps=-1", "train.num_train_epochs=2", "train.per_device_train_batch_size=3"]
+    plan = describe(load_run_config(config_file, overrides))
+    result = run("a", *overrides)
+    assert result.summary is not None
+    assert plan.steps == result.summary["steps"] == 12
+    assert plan.trainable_parameters == result.summary["trainable_parameters"]
+    assert plan.parameters == result.summary["model"]["parameters"]
+    assert (plan.sequences_per_step, plan.tokens_per_step) == (6, 6 * 128)
+    assert plan.targets == ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+
+def test_library_callers_keep_their_progress_bars(run: Runner) -> None:
+    assert datasets.is_progress_bar_enabled()
+    run("a", "train.max_steps=1")
+    assert datasets.is_progress_bar_enabled()
+
+
+def test_a_gguf_model_leaves_a_base_that_the_adapter_names(
+    run: Runner,
+    tmp_path: Path,
+    mergeable_base: Path,  # noqa: F811
+) -> None:
+    source = write_gguf(tmp_path / "tiny.gguf", mergeable_base)
+    result = run("a", f"model.name={source}", "train.max_steps=4", stop_at=2)
+    assert result.resume_command is not None
+    base = tmp_path / "a" / "base"
+    written = (base / "model.safetensors").stat().st_mtime_ns
+    result = run("a", f"model.name={source}", "train.max_steps=4", resume=True)
+    assert (base / "model.safetensors").stat().st_mtime_ns == written
+    assert result.summary is not None
+    assert result.summary["model"]["source"] == "gguf"
+    settings = json.loads((tmp_path / "a" / "adapter" / "adapter_config.json").read_text())
+    assert settings["base_model_name_or_path"] == str(base)
+    run("whole", f"model.name={source}", "train.max_steps=4")
+    assert same_adapter(tmp_path / "a", tmp_path / "whole")
