@@ -8,8 +8,8 @@ import socket
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from models import adapted_perceptron, base_state
 
+from models import adapted_perceptron, base_state
 from paca.refresh import paca_layers
 
 WORLD = 2

@@ -17,8 +17,3 @@ def clock(device: torch.device) -> float:
     """Seconds, read when the device is idle."""
     synchronize(device)
     return time.perf_counter()
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether the error says that memory ran out, on CUDA or (torch's CPU allocator) as a plain RuntimeError."""
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "not enough memory" in str(error)

@@ -117,16 +117,15 @@ class ImageShape:
             return EfficientNetV2L(self.num_labels)
         from transformers import ViTConfig, ViTForImageClassification
 
-        return ViTForImageClassification(
-            ViTConfig(
-                image_size=self.image_size,
-                num_labels=self.num_labels,
-                hidden_size=self.hidden_size,
-                intermediate_size=self.intermediate_size,
-                num_hidden_layers=self.num_hidden_layers,
-                num_attention_heads=self.num_attention_heads,
-            )
+        config = ViTConfig(
+            image_size=self.image_size,
+            hidden_size=self.hidden_size,
+            intermediate_size=self.intermediate_size,
+            num_hidden_layers=self.num_hidden_layers,
+            num_attention_heads=self.num_attention_heads,
         )
+        config.num_labels = self.num_labels
+        return ViTForImageClassification(config)
 
 
 def _rope(theta: float, **more: Any) -> dict[str, Any]:

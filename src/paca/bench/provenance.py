@@ -14,7 +14,17 @@ import torch
 import paca
 from paca.training.summary import command_line, hardware, now
 
-_PACKAGES = ("paca-tuning", "torch", "transformers", "peft", "trl", "accelerate", "bitsandbytes", "liger-kernel", "triton")
+_PACKAGES = (
+    "paca-tuning",
+    "torch",
+    "transformers",
+    "peft",
+    "trl",
+    "accelerate",
+    "bitsandbytes",
+    "liger-kernel",
+    "triton",
+)
 
 
 def provenance(device: torch.device) -> dict[str, str]:

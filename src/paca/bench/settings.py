@@ -53,9 +53,9 @@ class BenchSettings:
     image_size: int | None = None
     """Height and width of the images of a vision preset, in pixels."""
     scope: str = "model"
-    """`model`: the whole model with its loss. `blocks`: the transformer blocks and the final norm alone, fed with hidden
-    states that require grad, backward from a fixed gradient; so all methods do what a block in the middle of a deep
-    model does, whatever the depth measured here."""
+    """`model`: the whole model with its loss. `blocks`: the transformer blocks and the final norm alone, fed with
+    hidden states that require grad, backward from a fixed gradient; so all methods do what a block in the middle of a
+    deep model does, whatever the depth measured here."""
     loss: str = "logits"
     """Loss of a language model. `logits`: the model's own. `fused`: the one of TRL's SFTTrainer, which never holds the
     logits of the whole batch."""
@@ -146,7 +146,8 @@ class BenchSettings:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> BenchSettings:
         """The inverse of `to_dict`, also after a trip through JSON."""
-        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+        read: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+        return cls(**read)
 
 
 def parse_bytes(text: str) -> int:

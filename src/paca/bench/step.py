@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 from typing import Any
 
@@ -32,6 +33,7 @@ class TrainingStep:
     ) -> None:
         self.model = model
         self.device = settings.torch_device
+        self.element_size = settings.torch_dtype.itemsize
         self.trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self.optimizer = _optimizer(self.trained, settings.optimizer)
         inner = inner_model(model)
@@ -63,6 +65,13 @@ class TrainingStep:
         """The whole step."""
         self.backward(self.forward())
         self.update()
+
+    def abandon(self) -> None:
+        """After a failure: drop the gradients, and give what they and the graph held back to the device."""
+        self.model.zero_grad(set_to_none=True)
+        gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
 
 
 def inner_model(model: nn.Module) -> nn.Module:

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
 
 from paca.bench.compilation import graphs_compiled
-from paca.bench.device import clock, is_out_of_memory
+from paca.bench.device import clock
+from paca.bench.failures import failure_reason
 from paca.bench.step import TrainingStep
-
-
 
 
 @dataclass
@@ -26,7 +25,7 @@ class Timing:
     recompilations: int = 0
     """Graphs that it made after the warm-up."""
     failure: str | None = None
-    """Why the method could not be timed."""
+    """Why the method has no samples."""
 
 
 def time_rounds(
@@ -34,8 +33,8 @@ def time_rounds(
 ) -> dict[str, Timing]:
     """Time every step once per round, in an order that rotates from round to round.
 
-    A method that runs out of memory keeps no samples and says so; the others go on. Garbage is collected between the
-    samples, never within one.
+    A method that fails (out of memory, not compilable) loses its samples and says why; the others go on. Garbage is
+    collected between the samples, never within one.
 
     Args:
         steps: what to time, by name.
@@ -45,50 +44,31 @@ def time_rounds(
         device: where they run.
     """
     timings = {name: Timing() for name in steps}
-    running = dict(steps)
-    for name, step in steps.items():
-        _attempt(running, timings, name, lambda step=step: _warm_up(step, warmup))  # type: ignore[misc]
-    for number in range(rounds):
-        names = [name for name in steps if name in running]
-        start = number % max(1, len(names))
-        for name in names[start:] + names[:start]:
-            step = running[name]
-            _attempt(
-                running,
-                timings,
-                name,
-                lambda step=step: _sample(step, steps_per_round, device),  # type: ignore[misc]
-            )
+    running = list(steps)
+    for name in steps:
+        try:
+            before = graphs_compiled()
+            for _ in range(warmup):
+                steps[name].run()
+            timings[name].graphs = graphs_compiled() - before
+        except Exception as error:  # whatever one method throws, the others are measured
+            timings[name] = Timing(failure=failure_reason(error))
+            running.remove(name)
+        if timings[name].failure:
+            steps[name].abandon()
+    for _ in range(rounds):
+        for name in list(running):
+            try:
+                seconds, graphs = _sample(steps[name], steps_per_round, device)
+                timings[name].seconds.append(seconds)
+                timings[name].recompilations += graphs
+            except Exception as error:
+                timings[name] = Timing(failure=failure_reason(error))
+                running.remove(name)
+            if timings[name].failure:  # not in the except clause: there the error still holds the graph
+                steps[name].abandon()
+        running = running[1:] + running[:1]
     return timings
-
-
-def _attempt(
-    running: dict[str, TrainingStep],
-    timings: dict[str, Timing],
-    name: str,
-    work: Callable[[], tuple[float | None, int]],
-) -> None:
-    timing = timings[name]
-    try:
-        seconds, graphs = work()
-    except RuntimeError as error:
-        if not is_out_of_memory(error):
-            raise
-        del running[name]
-        timings[name] = Timing(failure="out of memory")
-        return
-    if seconds is None:
-        timing.graphs = graphs
-    else:
-        timing.seconds.append(seconds)
-        timing.recompilations += graphs
-
-
-def _warm_up(step: TrainingStep, count: int) -> tuple[None, int]:
-    before = graphs_compiled()
-    for _ in range(count):
-        step.run()
-    return None, graphs_compiled() - before
 
 
 def _sample(step: TrainingStep, count: int, device: torch.device) -> tuple[float, int]:

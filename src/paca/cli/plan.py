@@ -66,7 +66,9 @@ def plan(
     measured = _rate(planned, rate)
     found = None
     if budget is not None:
-        wanted = global_batch or (setting.batch_size * setting.gradient_accumulation if _is_run(target) else 16)
+        wanted = global_batch
+        if wanted is None:
+            wanted = setting.batch_size * setting.gradient_accumulation if _is_run(target) else 16
         found = fit(planned.model, setting, memory=budget, global_batch=wanted, rate=measured, any_loss=loss == "any")
         result = found.best.estimate
     else:
@@ -94,7 +96,11 @@ def _target(
         return target_of_run(Path(name), overrides, device, seq, batch_size)
     if overrides:
         raise PacaError("--set changes a run's YAML; for a model use the options of `paca plan`.")
-    setting = Setting(sequence_length=seq or 1024, batch_size=batch_size or 1, device=device)  # type: ignore[arg-type]
+    setting = Setting(
+        sequence_length=1024 if seq is None else seq,
+        batch_size=1 if batch_size is None else batch_size,
+        device=device,  # type: ignore[arg-type]
+    )
     return target_of_model(name, dtype, r, setting)
 
 

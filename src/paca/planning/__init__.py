@@ -1,1 +1,27 @@
-"""."""
+"""Memory and time of training, before anything is loaded."""
+
+from paca.planning.budget import available_memory, parse_memory
+from paca.planning.estimate import MemoryEstimate, estimate
+from paca.planning.fit import Candidate, Fit, fit, step_seconds
+from paca.planning.matmul_rate import MatmulRate, fixed_rate, measure_rate
+from paca.planning.probe import longest_batch
+from paca.planning.run_setting import setting_of_run, warn_if_too_large
+from paca.planning.setting import Setting
+
+__all__ = [
+    "Candidate",
+    "Fit",
+    "MatmulRate",
+    "MemoryEstimate",
+    "Setting",
+    "available_memory",
+    "estimate",
+    "fit",
+    "fixed_rate",
+    "longest_batch",
+    "measure_rate",
+    "parse_memory",
+    "setting_of_run",
+    "step_seconds",
+    "warn_if_too_large",
+]

@@ -8,33 +8,26 @@ save there.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import _disable_current_modes
 
 aten = torch.ops.aten
+_stock = F.scaled_dot_product_attention
 
 
-class AttentionOf(TorchFunctionMode):
-    """Runs `scaled_dot_product_attention` as `device` (`"cpu"` or `"cuda"`) would.
+def attention_of(device: str) -> Callable[..., Tensor]:
+    """`scaled_dot_product_attention` for fake tensors, as `device` (`"cpu"` or `"cuda"`) would run it.
 
     On a CPU torch itself is asked for its choice. For CUDA the rules are written down here, those of torch 2.13: flash
     attention for half precision without a mask; memory-efficient attention with a mask or in float32, unless key and
     value have fewer heads than the query; else the plain formula.
     """
-
-    def __init__(self, device: str) -> None:
-        super().__init__()
-        self.device = device
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is F.scaled_dot_product_attention:
-            return (_on_cuda if self.device == "cuda" else _on_cpu)(*args, **(kwargs or {}))
-        return func(*args, **(kwargs or {}))
+    return _on_cuda if device == "cuda" else _on_cpu
 
 
 def _on_cpu(
@@ -48,9 +41,7 @@ def _on_cpu(
     enable_gqa: bool = False,
 ) -> Tensor:
     if _cpu_choice(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa) == 0:
-        return F.scaled_dot_product_attention(
-            query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
-        )
+        return _stock(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
     mask = _additive(attn_mask, query.dtype)
     flash = aten._scaled_dot_product_flash_attention_for_cpu
     return flash(query, key, value, dropout_p, is_causal, attn_mask=mask, scale=scale)[0]
@@ -77,9 +68,7 @@ def _on_cuda(
             mask = mask.expand(*query.shape[:-1], key.shape[-2])
         efficient = aten._scaled_dot_product_efficient_attention
         return efficient(query, key, value, mask, True, dropout_p, is_causal, scale=scale)[0]
-    return F.scaled_dot_product_attention(
-        query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
-    )
+    return _stock(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
 
 
 def _additive(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
@@ -111,6 +100,7 @@ def _cpu_choice(
         return torch.empty(shape, dtype=dtype, device="cpu", requires_grad=tensor.requires_grad)
 
     with _disable_current_modes():
+        choose: Any = torch._fused_sdp_choice  # its stub is wrong
         tensors = [stand_in(tensor, (-2,)) for tensor in (query, key, value)]
         small_mask = None if mask is None else stand_in(mask, (-2, -1))
-        return torch._fused_sdp_choice(*tensors, small_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
+        return choose(*tensors, small_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)

@@ -71,27 +71,33 @@ def prepare_model(model: str | PreTrainedConfig | PlannedModel, adapter: PeftCon
     Raises:
         PacaError: the model has weights, can't be found, or the adapter does not fit it.
     """
+    made = _on_meta(model)
+    if adapter is None:
+        return made
+    if made is model:
+        made = copy.deepcopy(made)
+    try:
+        return get_peft_model(made, copy.deepcopy(adapter))  # PEFT writes into both
+    except (ValueError, TypeError) as error:
+        raise PacaError(f"The adapter does not fit {type(made).__name__}: {error}") from error
+
+
+def _on_meta(model: str | PreTrainedConfig | PlannedModel) -> PlannedModel:
     if isinstance(model, str):
         from paca.pretrained import load_config
 
-        model = load_config(model).model
-    elif isinstance(model, PreTrainedConfig):
+        return load_config(model).model
+    if isinstance(model, PreTrainedConfig):
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(model)
-        model.tie_weights()
-    elif any(p.device.type != "meta" for p in model.parameters()):
+            made = AutoModelForCausalLM.from_config(model)
+        made.tie_weights()
+        return made
+    if any(p.device.type != "meta" for p in model.parameters()):
         raise PacaError(
             "Plans are made from a model without weights: make it on the meta device, as paca.pretrained.load_config "
             "does, or give its configuration."
         )
-    elif adapter is not None:
-        model = copy.deepcopy(model)
-    if adapter is None:
-        return model
-    try:
-        return get_peft_model(model, adapter)
-    except (ValueError, TypeError) as error:
-        raise PacaError(f"The adapter does not fit {type(model).__name__}: {error}") from error
+    return model
 
 
 def estimate(
@@ -134,7 +140,8 @@ def trace_step(root: PreTrainedModel, setting: Setting) -> StepTrace:
     """The trace of one forward and backward pass of the whole model, from runs with two and three blocks of a kind."""
     blocks = find_blocks(root)
     if blocks is None:
-        return simulate(copy_with_blocks(root, None, ()), setting, None)
+        small = copy_with_blocks(root, None, ())
+        return simulate(small, setting, small.base_model, None)
     sample = blocks.sample(2)
     start = _simulate_blocks(root, setting, blocks, sample)
     trace = start
@@ -152,7 +159,7 @@ def _simulate_blocks(
     small = copy_with_blocks(root, blocks, chosen)
     block_list = small.get_submodule(blocks.path)
     assert isinstance(block_list, nn.ModuleList)
-    return simulate(small, setting, block_list[-2] if len(block_list) > 1 else None)
+    return simulate(small, setting, blocks.owner(small), block_list[-2] if len(block_list) > 1 else None)
 
 
 def _belongs_to_adapter(model: PlannedModel, name: str) -> bool:

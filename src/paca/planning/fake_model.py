@@ -2,27 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from itertools import islice
 from typing import Any
 
 import torch
+import transformers.masking_utils
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn import functional
 
 from paca.lean import cache_blocks, gated_linear_unit, pointwise, rms_norm
-
-
-def fake_mode() -> FakeTensorMode:
-    """The mode under which fake models are made and run."""
-    return FakeTensorMode(allow_non_fake_inputs=True)
+from paca.planning.attention_kernels import attention_of
 
 
 def make_fake(model: nn.Module) -> None:
     """Turn all parameters and buffers of `model`, which is on the meta device, into fake ones on the CPU, in place.
 
-    To be called under `fake_mode()`. Tied weights stay tied: one storage.
+    To be called under `without_values`. Tied weights stay tied: one storage.
     """
     made: dict[int, tuple[Tensor, Tensor]] = {}  # with the original, so that its id is not given away
 
@@ -36,22 +34,45 @@ def make_fake(model: nn.Module) -> None:
 
 
 @contextmanager
-def one_block_per_loop() -> Iterator[None]:
-    """Let the lean blocks' loops over rows end after the first round.
+def without_values(device: str) -> Iterator[None]:
+    """Tensors made in here are fake; code that looks at values, or loops over rows of them, does what fits that.
 
-    All rounds allocate the same, and there are thousands of them in a long batch. Without values the rest of the
-    result, which is allocated before the loop, needs no filling.
+    Args:
+        device: what the fake tensors, which are all on the CPU, stand for: `"cpu"` or `"cuda"`.
     """
-    users: tuple[Any, ...] = (rms_norm, gated_linear_unit, pointwise)
+    with ExitStack() as stack:
+        stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
+        stack.enter_context(_replaced(functional, "scaled_dot_product_attention", attention_of(device)))
+        # All rounds of the lean blocks' loops over rows allocate the same, and a long batch has thousands of them.
+        # What is written there was allocated before the loop, and without values it needs no writing.
+        for module in (rms_norm, gated_linear_unit, pointwise):
+            stack.enter_context(_replaced(module, "row_blocks", _first_block))
+        # Positions without values might be those of packed sequences, and transformers would make a mask for them.
+        stack.enter_context(_replaced(transformers.masking_utils, "find_packed_sequence_indices", lambda _: None))
+        if device == "cuda":
+            _use_fused_loss_kernels(stack)
+        yield
 
-    def first_only(rows: Tensor, elements_per_thread: int) -> Iterator[slice]:
-        return islice(cache_blocks.row_blocks(rows, elements_per_thread), 1)
 
-    originals = [module.row_blocks for module in users]
-    for module in users:
-        module.row_blocks = first_only
+def _first_block(rows: Tensor, elements_per_thread: int) -> Iterator[slice]:
+    return islice(cache_blocks.row_blocks(rows, elements_per_thread), 1)
+
+
+def _use_fused_loss_kernels(stack: ExitStack) -> None:
+    """On CUDA, TRL's chunked loss works in place on each tile of logits, by Triton kernels that allocate nothing."""
+    try:
+        from trl.kernels import chunked_logprob
+    except ImportError:  # a TRL without this loss; asking for it is refused elsewhere
+        return
+    for name in ("_forward_tile", "_backward_tile"):
+        stack.enter_context(_replaced(chunked_logprob, name, lambda *args, **kwargs: None))
+
+
+@contextmanager
+def _replaced(module: Any, name: str, function: Callable[..., Any]) -> Iterator[None]:
+    original = getattr(module, name)
+    setattr(module, name, function)
     try:
         yield
     finally:
-        for module, original in zip(users, originals, strict=True):
-            module.row_blocks = original
+        setattr(module, name, original)

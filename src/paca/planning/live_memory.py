@@ -8,7 +8,6 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -111,4 +110,3 @@ class LiveMemory(TorchDispatchMode):
             self.bytes -= allocation.bytes
 
         return freed
-

@@ -29,6 +29,10 @@ class RepeatedBlocks:
     kinds: tuple[Hashable, ...]
     """For each block, what it is like: equal for blocks that need the same memory."""
 
+    def owner(self, model: nn.Module) -> nn.Module:
+        """The module that runs the blocks: what comes after it is the output layer and the loss."""
+        return model.get_submodule(self.path.rpartition(".")[0])
+
     def sample(self, repeats: int) -> tuple[int, ...]:
         """Numbers of the blocks, at most `repeats` of each kind, in order: the last ones, so that the last is in it."""
         taken: Counter[Hashable] = Counter()

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -60,6 +61,11 @@ class Setting:
     def tokens_per_step(self) -> int:
         """Tokens per optimizer step."""
         return self.tokens_per_pass * self.gradient_accumulation
+
+    def as_dict(self) -> dict[str, Any]:
+        """The fields as JSON can hold them."""
+        autocast = None if self.autocast is None else str(self.autocast).removeprefix("torch.")
+        return {**dataclasses.asdict(self), "autocast": autocast}
 
     def techniques(self) -> str:
         """What is done to save memory, in words."""

@@ -21,8 +21,7 @@ import paca
 from paca.errors import PacaError
 from paca.lean import make_lean
 from paca.planning.activation_kinds import ModuleStack
-from paca.planning.attention_kernels import AttentionOf
-from paca.planning.fake_model import fake_mode, make_fake, one_block_per_loop
+from paca.planning.fake_model import make_fake, without_values
 from paca.planning.live_memory import LiveMemory
 from paca.planning.optimizer_state import state_bytes, step_temporaries
 from paca.planning.setting import Setting
@@ -66,11 +65,12 @@ def _line(start: Counter[str], more: Counter[str], less: Counter[str], times: in
     return Counter({key: start[key] + times * (more[key] - less[key]) for key in keys})
 
 
-def simulate(model: PreTrainedModel, setting: Setting, before_last: nn.Module | None) -> StepTrace:
+def simulate(model: PreTrainedModel, setting: Setting, backbone: nn.Module, before_last: nn.Module | None) -> StepTrace:
     """Run one forward and backward pass of `model` without values.
 
     Args:
         model: a causal language model on the meta device, with its adapters in; it is used up.
+        backbone: the module of it that gives the last hidden states.
         before_last: the last but one of its blocks. Where the backward pass comes to it a new stretch begins: there,
             what each block frees and what it adds decides where the peak is.
 
@@ -84,11 +84,11 @@ def simulate(model: PreTrainedModel, setting: Setting, before_last: nn.Module | 
         _checkpoint_blocks(model)
     if setting.chunked_loss:
         _chunk_loss(model)
-    with warnings.catch_warnings(), fake_mode(), one_block_per_loop(), AttentionOf(setting.device):
+    with warnings.catch_warnings(), without_values(setting.device):
         warnings.simplefilter("ignore")
         make_fake(model)
         try:
-            return _Simulation(model, setting, before_last).run()
+            return _Simulation(model, setting, backbone, before_last).run()
         except (fake_tensor.DataDependentOutputException, fake_tensor.DynamicOutputShapeException) as error:
             raise PacaError(
                 f"{type(model).__name__} can't be planned: what it allocates depends on values ({error}). Measure it "
@@ -97,9 +97,12 @@ def simulate(model: PreTrainedModel, setting: Setting, before_last: nn.Module | 
 
 
 class _Simulation:
-    def __init__(self, model: PreTrainedModel, setting: Setting, before_last: nn.Module | None) -> None:
+    def __init__(
+        self, model: PreTrainedModel, setting: Setting, backbone: nn.Module, before_last: nn.Module | None
+    ) -> None:
         self.model = model
         self.setting = setting
+        self.backbone = backbone
         self.before_last = before_last
         self.memory = LiveMemory()
         self.stack = ModuleStack()
@@ -162,7 +165,7 @@ class _Simulation:
         memory = self.memory
         if module is self.before_last:
             _when_gradient_arrives(output, lambda: memory.begin_window("backward, other blocks"))
-        if module is self.model.base_model:
+        if module is self.backbone:
             memory.region = LOSS
 
             def loss_done() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from paca.bench.method import Adaptation, Method
 
@@ -15,7 +16,7 @@ def _require_grad(module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
 
 def prepare(model: nn.Module, adaptation: Adaptation) -> nn.Module:
     """Let the first layer's output require grad, so that the backward pass goes through the whole model."""
-    first = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else next(model.children())
+    first = model.get_input_embeddings() if isinstance(model, PreTrainedModel) else next(model.children())
     assert isinstance(first, nn.Module)
     first.register_forward_hook(_require_grad)
     return model

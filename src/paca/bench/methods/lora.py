@@ -11,7 +11,7 @@ from paca.bench.method import Adaptation, Method
 def prepare(model: nn.Module, adaptation: Adaptation) -> nn.Module:
     """Put LoRA of the run's rank into the targets."""
     config = peft.LoraConfig(r=adaptation.rank, target_modules=adaptation.targets)
-    return peft.get_peft_model(model, config)  # type: ignore[arg-type]  # plain modules work too
+    return peft.get_peft_model(model, config)
 
 
 METHOD = Method("lora", "LoRA, PEFT's defaults, same rank", prepare)

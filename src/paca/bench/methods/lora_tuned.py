@@ -11,7 +11,7 @@ from paca.bench.method import Adaptation, Method
 def prepare(model: nn.Module, adaptation: Adaptation) -> nn.Module:
     """Put LoRA of the run's rank, in the weights' dtype, into the targets."""
     config = peft.LoraConfig(r=adaptation.rank, target_modules=adaptation.targets)
-    return peft.get_peft_model(model, config, autocast_adapter_dtype=False)  # type: ignore[arg-type]
+    return peft.get_peft_model(model, config, autocast_adapter_dtype=False)
 
 
 METHOD = Method("lora-tuned", "LoRA, adapters in the weights' dtype, same rank", prepare, autocast_adapter_dtype=False)

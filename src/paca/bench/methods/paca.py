@@ -12,7 +12,7 @@ from paca.bench.method import Adaptation, Method
 def prepare(model: nn.Module, adaptation: Adaptation) -> nn.Module:
     """Put PaCA into the targets."""
     config = paca.PacaConfig(r=adaptation.rank, target_modules=adaptation.targets)
-    return peft.get_peft_model(model, config)  # type: ignore[arg-type]  # plain modules work too
+    return peft.get_peft_model(model, config)
 
 
 METHOD = Method("paca", "PaCA, stock blocks", prepare)

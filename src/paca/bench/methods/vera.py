@@ -11,7 +11,7 @@ from paca.bench.method import Adaptation, Method
 def prepare(model: nn.Module, adaptation: Adaptation) -> nn.Module:
     """Put VeRA into the targets with PEFT's default r of 256: it counts shared projections, not trained columns."""
     config = peft.VeraConfig(target_modules=adaptation.targets)
-    return peft.get_peft_model(model, config)  # type: ignore[arg-type]  # plain modules work too
+    return peft.get_peft_model(model, config)
 
 
 METHOD = Method("vera", "VeRA, PEFT's defaults (r=256)", prepare)

@@ -1,0 +1,33 @@
+#!/usr/bin/env bash
+# Llama-shaped blocks on a CPU: what the project's targets of speed and memory are measured on. Every part takes a few
+# minutes on two quiet cores; rows go to benchmarks/cpu-*.csv. Options: see parts.sh.
+source "$(dirname "$0")/parts.sh"
+begin cpu "$@"
+
+BLOCKS="--model llama3-8b --scope blocks --layers 4 --hidden 1024 --vocab 1024 --device cpu --rank 16"
+ALL=frozen,paca,paca+lean,paca+lean+recompute,lora,lora-tuned,lora-same-parameters,lora-tuned-same-parameters
+
+part speed-bf16 480 $BLOCKS --dtype bfloat16 --methods $ALL --seq 512 --rounds 15 --measure time,saved \
+    --output benchmarks/cpu-blocks.csv
+part speed-fp32 480 $BLOCKS --dtype float32 --methods $ALL --seq 512 --rounds 10 --measure time,saved \
+    --output benchmarks/cpu-blocks.csv
+part short 480 $BLOCKS --dtype bfloat16 --methods $ALL --seq 64,128 --rounds 25 --measure time,saved,switch \
+    --output benchmarks/cpu-short.csv
+part others 480 $BLOCKS --dtype bfloat16 --methods frozen,paca,dora,lora-fa,vera,full --seq 512 --rounds 8 \
+    --measure time,saved --output benchmarks/cpu-others.csv
+part profile 480 $BLOCKS --dtype bfloat16 --methods frozen,paca,paca+lean,lora,lora-tuned --seq 512 --rounds 10 \
+    --measure time --profile --output benchmarks/cpu-profile.csv
+part peak 480 $BLOCKS --dtype bfloat16 --methods $ALL --seq 512,1024 --measure memory --output benchmarks/cpu-blocks.csv
+part longest 480 $BLOCKS --dtype bfloat16 --methods paca,paca+lean,lora,lora-tuned --baseline lora --seq 256 \
+    --measure max-seq --memory 320MiB --output benchmarks/cpu-longest.csv
+part longest-others 480 $BLOCKS --dtype bfloat16 --methods frozen,paca+lean+recompute,lora --baseline lora --seq 256 \
+    --measure max-seq --memory 320MiB --output benchmarks/cpu-longest.csv
+part logits 300 --model llama3-8b --layers 2 --hidden 1024 --device cpu --methods frozen,paca,lora --seq 2048 \
+    --measure memory,saved --loss logits --output benchmarks/cpu-loss.csv
+part fused-loss 300 --model llama3-8b --layers 2 --hidden 1024 --device cpu --methods frozen,paca,lora --seq 2048 \
+    --measure memory,saved --loss fused --output benchmarks/cpu-loss.csv
+part four-bit 480 --model llama3-8b --scope blocks --layers 1 --hidden 512 --device cpu --methods frozen,paca,qpaca,qlora \
+    --seq 64 --rounds 3 --measure time,memory --output benchmarks/cpu-four-bit.csv
+part compiled 480 $BLOCKS --layers 2 --dtype bfloat16 --methods frozen,paca,paca+lean,lora-tuned --seq 512 --rounds 15 \
+    --measure time --compile --output benchmarks/cpu-compiled.csv
+finish

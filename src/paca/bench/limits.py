@@ -1,0 +1,89 @@
+"""The largest size that fits a memory budget."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Probe:
+    """What one try gave."""
+
+    fits: bool
+    peak: int | None
+    """Bytes that count against the budget, where they are known."""
+
+
+@dataclass(frozen=True)
+class Limit:
+    """The end of a search."""
+
+    largest: int
+    """The largest size that was seen to fit; 0 if not even the smallest did."""
+    smallest_too_large: int | None
+    """The smallest size that was seen not to fit; None if the highest allowed one fits."""
+    probes: int
+    """How many tries it took."""
+
+
+def largest_that_fits(
+    probe: Callable[[int], Probe],
+    *,
+    start: int,
+    step: int,
+    highest: int,
+    budget: int,
+    tolerance: float = 0.02,
+) -> Limit:
+    """Search the largest multiple of `step` that fits.
+
+    A bisection that guesses: peaks of sizes that fitted are extrapolated to the budget, and every second guess within
+    the bracket is its middle, so that a wrong extrapolation costs little. Ends when the bracket is at most one step,
+    or `tolerance` of the size.
+
+    Args:
+        probe: runs one size. What fits at one size must fit below it.
+        start: the first size to try.
+        step: sizes are multiples of it.
+        highest: no size above it is tried.
+        budget: bytes, what `Probe.peak` counts against.
+        tolerance: how fine the answer has to be, as a fraction of it.
+    """
+    peaks: dict[int, int | None] = {}
+    low, high = 0, None
+    guess = max(step, start // step * step)
+    count = 0
+    while True:
+        count += 1
+        result = probe(guess)
+        if result.fits:
+            peaks[guess] = result.peak
+            low = guess
+        else:
+            high = guess
+        if low >= highest // step * step:
+            return Limit(low, None, count)
+        gap = max(step, int(tolerance * low) // step * step)
+        if high is not None and high - low <= gap:
+            return Limit(low, high, count)
+        predicted = _predict(peaks, budget)
+        if high is None:
+            guess = 2 * low if predicted is None else min(max(predicted // step * step, low + gap), 8 * low)
+            guess = min(guess, highest // step * step)
+        elif predicted is None or count % 2:
+            guess = (low + high) // 2 // step * step
+        else:
+            guess = min(max(predicted // step * step, low + gap), high - step)
+        guess = max(guess, low + step)
+
+
+def _predict(peaks: dict[int, int | None], budget: int) -> int | None:
+    """Where a line through the two largest known peaks meets the budget."""
+    known = sorted((size, peak) for size, peak in peaks.items() if peak is not None)
+    if len(known) < 2:
+        return None
+    (small, low_peak), (large, high_peak) = known[-2:]
+    if high_peak <= low_peak:
+        return None
+    return int(large + (budget - high_peak) * (large - small) / (high_peak - low_peak))

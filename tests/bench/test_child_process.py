@@ -1,0 +1,56 @@
+"""Memory of a method in a process of its own."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+import torch
+
+from bench.tiny_bench import settings
+from paca.bench.child_process import MeasuringChild
+from paca.bench.resident_set import ResidentSetPeak
+from paca.bench.settings import Point
+from paca.errors import PacaError
+
+MIB = 2**20
+
+
+@pytest.mark.parametrize("source", ["kernel", "sampler"])
+def test_the_peak_sees_a_tensor_that_is_gone_again(source: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if source == "sampler":
+        monkeypatch.setattr("paca.bench.resident_set._kernel_peak_resets", lambda: False)
+    resident = ResidentSetPeak()
+    if resident.source != source:
+        pytest.skip("this kernel does not reset its peak")
+    before = resident.now()
+    resident.reset()
+    assert resident.peak() < before + 32 * MIB
+    tensor = torch.ones(200 * MIB // 4)
+    time.sleep(0.05)
+    del tensor
+    assert 190 * MIB < resident.peak() - before < 260 * MIB
+    resident.reset()
+    assert resident.peak() < before + 100 * MIB
+
+
+def test_a_child_measures_grows_with_the_batch_and_is_stopped_above_its_budget() -> None:
+    """One process, since each costs its imports."""
+    wanted = settings(dtype="float32", measure=("max-seq",), memory=150 * MIB)
+    with MeasuringChild(wanted, "lora") as child:
+        assert 0 < child.libraries <= child.weights
+        small, large = child.run(Point(1, 64)), child.run(Point(1, 1024))
+        assert small["fits"]
+        assert large["fits"]
+        assert large["peak"] - small["peak"] > 10 * MIB
+        over = child.run(Point(1, 30_000))
+        assert over == {"fits": False, "peak": None, "reason": "over the budget"} or over["peak"] > 150 * MIB
+        assert not over["fits"]
+
+
+def test_a_refusal_in_the_child_arrives_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The answers are played, so that no process is started for them."""
+    monkeypatch.setattr(MeasuringChild, "_ask", lambda self, message: {"refused": "no such width"})
+    monkeypatch.setattr("paca.bench.child_process.sys.executable", "/bin/true")
+    with pytest.raises(PacaError, match="no such width"):
+        MeasuringChild(settings(), "lora")

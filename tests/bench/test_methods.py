@@ -1,0 +1,82 @@
+"""The registry, and that every method trains what its name says."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from bench.tiny_bench import prepared, settings
+from paca.bench.base_model import build_base_model
+from paca.bench.four_bit import require_bitsandbytes
+from paca.bench.method import Adaptation, Method, MethodUnavailable, apply_method
+from paca.bench.methods import METHODS, find_methods
+from paca.bench.targets import target_modules
+from paca.errors import PacaError
+from paca.lean import is_lean
+
+ISSUE_METHODS = {
+    *("frozen", "paca", "paca+lean", "paca+lean+recompute", "lora", "lora-tuned", "dora", "lora-fa", "vera", "full"),
+    *("qpaca", "qlora", "lora-same-parameters", "lora-tuned-same-parameters"),
+}
+
+
+def test_every_method_of_the_issue_is_registered_under_its_own_name() -> None:
+    assert set(METHODS) >= ISSUE_METHODS
+    assert all(name == method.name and method.summary for name, method in METHODS.items())
+
+
+def test_methods_are_found_in_the_order_asked_for() -> None:
+    assert [method.name for method in find_methods(("lora", "frozen", "lora"))] == ["lora", "frozen"]
+    assert {method.name for method in find_methods(("all",))} == set(METHODS)
+    with pytest.raises(PacaError, match=r"'lora-tined'. Did you mean 'lora-tuned'\?"):
+        find_methods(("lora-tined",))
+
+
+def test_methods_train_what_their_name_says() -> None:
+    base = build_base_model(settings(dtype="bfloat16"))
+    layers = [m for m in base.model.modules() if isinstance(m, nn.Linear)]
+    rows, both = sum(m.out_features for m in layers), sum(m.in_features + m.out_features for m in layers)
+    trained: dict[str, int] = {}
+    dtypes: dict[str, set[torch.dtype]] = {}
+    for name in sorted(ISSUE_METHODS - {"qpaca", "qlora"}):
+        parameters = [p for p in prepared(base, name).parameters() if p.requires_grad]
+        trained[name], dtypes[name] = sum(p.numel() for p in parameters), {p.dtype for p in parameters}
+    assert trained["frozen"] == 0
+    assert trained["full"] == base.parameters
+    assert trained["paca"] == trained["paca+lean"] == trained["paca+lean+recompute"] == 4 * rows
+    assert trained["lora"] == trained["lora-tuned"] == 4 * both
+    assert trained["lora-fa"] == 4 * rows
+    assert trained["dora"] == 4 * both + rows
+    assert trained["lora-same-parameters"] == round(4 * rows / both) * both == trained["lora-tuned-same-parameters"]
+    assert dtypes["lora"] == {torch.float32}
+    assert dtypes["lora-tuned"] == {torch.bfloat16}
+    assert dtypes["vera"] == {torch.float32}
+
+
+def test_only_the_lean_methods_are_lean() -> None:
+    base = build_base_model(settings())
+    lean = [name for name in ("paca", "paca+lean", "paca+lean+recompute", "lora") if is_lean(prepared(base, name))]
+    assert lean == ["paca+lean", "paca+lean+recompute"]
+
+
+def test_a_refusal_is_the_reason_why_a_method_is_unavailable() -> None:
+    def refuse(model: nn.Module, adaptation: Adaptation) -> nn.Module:
+        raise NotImplementedError("not for this shape\nand more lines")
+
+    with pytest.raises(MethodUnavailable, match=r"^not for this shape$"):
+        apply_method(Method("x", "x", refuse), nn.Linear(2, 2), Adaptation(1, []))
+    convolutions = nn.Sequential(nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 3, groups=4), nn.Linear(4, 2))
+    assert target_modules(convolutions) == ["0", "2"]
+    with pytest.raises(MethodUnavailable, match="linear layers only"):
+        apply_method(METHODS["lora-same-parameters"], convolutions, Adaptation(1, ["0", "2"]))
+    with pytest.raises(MethodUnavailable, match="can't be made lean"):
+        apply_method(METHODS["paca+lean"], convolutions, Adaptation(1, ["0", "2"]))
+
+
+def test_four_bit_methods_say_what_they_need(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(MethodUnavailable, match="pip install bitsandbytes"):
+        require_bitsandbytes()
+    assert METHODS["qlora"].four_bit
+    assert METHODS["qpaca"].four_bit

@@ -1,0 +1,121 @@
+"""One optimizer step: the same work for every method, and the numbers taken of it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from bench.tiny_bench import POINT, prepared, settings, step
+from paca.bench.base_model import build_base_model
+from paca.bench.saved_per_layer import measure_saved_per_layer
+from paca.bench.settings import Point
+from paca.bench.step import TrainingStep, inner_model
+from paca.bench.step_budget import PHASES, profile_step, time_phases
+from paca.bench.timing import time_rounds
+
+
+@pytest.mark.parametrize("method", ["paca", "lora", "full"])
+def test_a_step_moves_what_is_trained_and_leaves_no_gradient(method: str) -> None:
+    one = step(method, scope="model", dtype="float32")
+    before = [p.detach().clone() for p in one.trained]
+    one.run()
+    one.run()  # LoRA's A has no gradient while B is zero
+    assert all(not torch.equal(p, b) for p, b in zip(one.trained, before, strict=True))
+    assert all(p.grad is None for p in one.model.parameters())
+
+
+def test_the_floor_goes_through_the_whole_model_and_trains_nothing() -> None:
+    one = step("frozen", scope="model", dtype="float32")
+    gradients: list[torch.Size] = []
+    one.model.get_submodule("model.layers.0").register_full_backward_hook(lambda m, i, o: gradients.append(i[0].shape))
+    one.run()
+    assert gradients == [torch.Size([1, 16, 192])]
+    assert not one.trained
+
+
+def test_with_blocks_all_methods_send_a_gradient_to_the_input() -> None:
+    for method in ("frozen", "paca", "lora"):
+        one = step(method, dtype="float32")
+        one.backward(one.forward())
+        assert one._inputs[0].grad is not None
+        assert one._inputs[0].grad.abs().sum() > 0
+        one.update()
+        assert one._inputs[0].grad is None
+
+
+def test_the_fused_loss_is_the_models_own() -> None:
+    losses = [step("paca", scope="model", dtype="float32", loss=loss).forward() for loss in ("logits", "fused")]
+    torch.testing.assert_close(losses[0], losses[1], rtol=1e-5, atol=1e-6)
+
+
+def test_images_are_classified() -> None:
+    wanted = settings(model="vit-b16", scope="model", hidden=64, layers=1, vocab=None, image_size=32, dtype="float32")
+    base = build_base_model(wanted)
+    assert wanted.points(base.vision) == [Point(1, 0)]
+    loss = TrainingStep(prepared(base, "lora"), base, wanted, Point(2, 0)).forward()
+    assert 5 < loss.item() < 9  # ln(1000) = 6.9
+
+
+def test_one_block_keeps_the_same_whatever_the_depth() -> None:
+    found = []
+    for layers in (2, 4):
+        one = step("lora", layers=layers)
+        base = build_base_model(settings(layers=layers))
+        blocks = inner_model(one.model).layers
+        found.append(measure_saved_per_layer(one, base, POINT))
+        assert len(inner_model(one.model).layers) == layers  # put back
+        assert inner_model(one.model).layers is blocks
+    assert found[0] == found[1]
+    assert found[0] is not None
+    assert found[0].units == pytest.approx(found[0].bytes_per_token / 192 / 2)
+    assert measure_saved_per_layer(step("lora", layers=1), build_base_model(settings(layers=1)), POINT) is None
+
+
+def test_saved_activations_rank_as_the_design_says() -> None:
+    order = ("paca+lean+recompute", "paca+lean", "paca", "lora-tuned", "lora")
+    base = build_base_model(settings())
+    units = {name: measure_saved_per_layer(step(name), base, POINT) for name in (*order, "frozen")}
+    kept = [units[name].units for name in order]  # type: ignore[union-attr]
+    assert kept == sorted(kept)
+    assert len(set(kept)) == len(kept)
+    extra = units["paca"].bytes_per_token - units["frozen"].bytes_per_token  # type: ignore[union-attr]
+    # each of the 7 linear layers keeps 4 selected inputs per token in bf16, and 8 bytes that name its columns' state
+    assert extra == 7 * 4 * 2 + 7 * 8 / POINT.seq
+
+
+def test_rounds_rotate_and_a_failing_method_does_not_stop_the_others() -> None:
+    ran: list[str] = []
+
+    class Logged:
+        abandoned = False
+
+        def __init__(self, name: str, fails_at: int = 99) -> None:
+            self.name, self.left = name, fails_at
+
+        def run(self) -> None:
+            ran.append(self.name)
+            self.left -= 1
+            if self.left < 0:
+                raise torch.OutOfMemoryError("no more")
+
+        def abandon(self) -> None:
+            self.abandoned = True
+
+    steps = {"a": Logged("a"), "b": Logged("b"), "c": Logged("c", fails_at=3)}
+    timings = time_rounds(steps, rounds=4, warmup=1, steps_per_round=1, device=torch.device("cpu"))  # type: ignore[arg-type]
+    assert "".join(ran) == "abc" + "abc" + "bca" + "cab" + "ba"
+    assert [len(timings[name].seconds) for name in "abc"] == [4, 4, 0]
+    assert timings["c"].failure == "out of memory"
+    assert steps["c"].abandoned
+    assert not steps["a"].abandoned
+
+
+def test_the_budget_of_a_step_names_its_parts() -> None:
+    one = step("paca", dtype="float32")
+    one.run()
+    phases = time_phases(one)
+    assert tuple(phases) == PHASES
+    assert all(seconds >= 0 for seconds in phases.values())
+    kinds = profile_step(one, rank=4, repeats=1)
+    assert {"GEMM", "skinny GEMM", "gather", "attention", "optimizer", "refresh", "Python and autograd"} <= set(kinds)
+    assert "skinny GEMM" not in profile_step(step("frozen", dtype="float32"), rank=4, repeats=1)

@@ -1,0 +1,102 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from typer.testing import CliRunner
+
+import paca
+from paca.cli import app
+from tiny_checkpoint import save_base
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = save_base(tmp_path_factory.mktemp("base"))
+    for weights in folder.glob("*.safetensors"):
+        weights.unlink()  # a plan needs the configuration only
+    return folder
+
+
+def plan(*arguments: str) -> str:
+    result = CliRunner().invoke(app, ["plan", *arguments], terminal_width=200, catch_exceptions=False)
+    assert result.exit_code == 0
+    return result.output
+
+
+def plan_json(*arguments: str) -> dict[str, Any]:
+    return json.loads(plan(*arguments, "--json", "--device", "cpu"))
+
+
+def test_a_folder_without_weights_is_planned(base: Path) -> None:
+    text = plan(str(base), "--seq", "64", "--device", "cpu", "--rate", "1")
+    for part in ("weights", "kept original columns", "optimizer state", "activations: MLP", "total", "Time floor"):
+        assert part in text
+
+
+def test_json_adds_up(base: Path) -> None:
+    content = plan_json(str(base), "--seq", "64", "--batch-size", "2", "--r", "4", "--lean", "--rate", "2")
+    assert content["total"] == sum(content["memory"].values())
+    assert content["setting"]["lean"]
+    assert content["setting"]["batch_size"] == 2
+    assert content["trainable"] == 4 * 2 * (32 + 16 + 16 + 32 + 56 + 56 + 32)  # r, blocks, outputs of each layer
+    assert content["seconds_per_step"] == content["flops_per_step"] / 2e12
+
+
+def test_a_budget_finds_a_setting_that_fits(base: Path) -> None:
+    roomy = plan_json(str(base), "--seq", "256", "--memory", "100GiB", "--global-batch", "8", "--loss", "full")
+    assert roomy["setting"]["batch_size"] == 8
+    tight = plan_json(
+        str(base), "--seq", "256", "--memory", str(roomy["total"] - 1), "--global-batch", "8", "--loss", "full"
+    )
+    assert tight["total"] < roomy["total"]
+    assert tight["total"] == tight["candidates"][0]["total"]
+    assert tight["setting"]["batch_size"] * tight["setting"]["gradient_accumulation"] == 8
+    assert any("4-bit" in line for line in tight["not_considered"])
+    text = plan(str(base), "--seq", "256", "--memory", "100GiB", "--device", "cpu", "--rate", "1")
+    assert "per_device_train_batch_size: 16" in text
+    assert "4-bit weights (QPaCA): not available" in text
+
+
+def test_a_run_is_planned_with_its_own_settings(base: Path, tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    content = {
+        "model": {"name": str(base)},
+        "data": {"train": "not-read.jsonl"},
+        "paca": {"r": 2},
+        "train": {"max_length": 128, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 3},
+    }
+    path.write_text(yaml.safe_dump(content))
+    planned = plan_json(str(path), "--rate", "1", "--set", "train.gradient_checkpointing=true")
+    setting = planned["setting"]
+    assert (setting["sequence_length"], setting["batch_size"], setting["gradient_accumulation"]) == (128, 2, 3)
+    assert setting["checkpointing"]
+    assert setting["padded"]
+    assert planned["trainable"] == 2 * 2 * (32 + 16 + 16 + 32 + 56 + 56 + 32)
+    assert plan_json(str(path), "--rate", "1", "--seq", "64")["setting"]["sequence_length"] == 64
+
+
+def test_a_published_shape_is_planned_without_a_hub() -> None:
+    content = plan_json("smollm2-135m", "--seq", "128", "--rate", "1")
+    assert content["parameters"] == 134515008
+    with pytest.raises(paca.PacaError, match="image model"):
+        plan("vit-b16")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--memory", "lots"], "24GiB"),
+        (["--loss", "huge"], "chunked, full or any"),
+        (["--dtype", "int3"], "int3"),
+        (["--seq", "0"], "sequence_length"),
+        (["--set", "train.max_length=3"], "--set"),
+        (["--device", "abacus"], "abacus"),
+    ],
+)
+def test_mistakes_are_explained(base: Path, arguments: list[str], message: str) -> None:
+    with pytest.raises(paca.PacaError, match=message):
+        plan(str(base), *arguments)

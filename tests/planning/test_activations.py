@@ -1,0 +1,89 @@
+"""What a plan says the autograd graph holds, against what real forward passes make it hold."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import peft
+import pytest
+import torch
+from architectures import ARCHITECTURES, config
+from transformers import AutoModelForCausalLM
+from trl.trainer.utils import add_fused_lm_head
+
+import paca
+from paca.bench.saved_activations import measure_saved_activations
+from paca.lean import make_lean
+from paca.planning import Setting, estimate
+
+PACA = paca.PacaConfig(r=8)
+LORA = peft.LoraConfig(r=8, target_modules="all-linear")
+
+
+def measured(setting: Setting, adapter: Any, shape: Any) -> int:
+    """Bytes saved by a real forward pass."""
+    torch.manual_seed(0)
+    base = AutoModelForCausalLM.from_config(shape)
+    model = base if adapter is None else peft.get_peft_model(base, adapter)
+    model.train()
+    if setting.lean:
+        make_lean(model, recompute=setting.recompute)
+    if setting.checkpointing:
+        base.gradient_checkpointing_enable({"use_reentrant": False})
+    options = {}
+    if setting.chunked_loss:
+        add_fused_lm_head(base, outputs=("log_probs", "entropy", "is_top1"))
+        options = {"fused_lm_head": True}
+    ids = torch.randint(1, 400, (setting.batch_size, setting.sequence_length))
+    mask = torch.ones_like(ids)
+    if setting.padded:
+        mask[0, -3:] = 0
+
+    def loss() -> torch.Tensor:
+        with torch.autocast("cpu", dtype=setting.autocast, enabled=setting.autocast is not None):
+            return model(input_ids=ids, attention_mask=mask, labels=ids, use_cache=False, **options).loss
+
+    return measure_saved_activations(loss, model).bytes
+
+
+def check(architecture: str, adapter: Any = PACA, dtype: torch.dtype = torch.float32, **settings: Any) -> None:
+    setting = Setting(sequence_length=96, batch_size=2, **settings)
+    real = measured(setting, copy.deepcopy(adapter), config(architecture, dtype=dtype))
+    planned = estimate(config(architecture, dtype=dtype), setting, adapter).activations
+    print(f"{architecture} {settings}: planned {planned:,} measured {real:,} ratio {planned / real:.4f}")
+    assert planned == pytest.approx(real, rel=0.05)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_planned_activations_are_the_measured_ones(architecture: str) -> None:
+    check(architecture, dtype=torch.bfloat16)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gemma3", "gpt2"])
+def test_of_lean_blocks_too(architecture: str) -> None:
+    check(architecture, dtype=torch.bfloat16, lean=True, recompute="mlp", padded=True)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"lean": True},
+        {"padded": True},
+        {"checkpointing": True},
+        {"chunked_loss": False},
+        {"autocast": torch.bfloat16},
+    ],
+    ids=lambda settings: ",".join(settings),
+)
+def test_of_other_ways_to_train_too(settings: dict[str, Any]) -> None:
+    check("llama", **settings)
+
+
+@pytest.mark.parametrize("adapter", [LORA, None], ids=["lora", "full"])
+def test_of_other_methods_too(adapter: Any) -> None:
+    check("llama", adapter=adapter, dtype=torch.bfloat16)
+
+
+def test_blocks_below_the_first_adapter_keep_nothing() -> None:
+    check("llama", adapter=paca.PacaConfig(r=8, layers_to_transform=[3], target_modules=["q_proj", "up_proj"]))

@@ -1,0 +1,154 @@
+from __future__ import annotations
+
+from typing import Any
+
+import peft
+import pytest
+import torch
+from architectures import config
+from transformers import AutoModelForCausalLM
+
+import paca
+from paca.planning import MemoryEstimate, Setting, estimate
+from paca.planning.estimate import FRAMEWORK, prepare_model, trace_step
+from paca.planning.repeated_blocks import copy_with_blocks, find_blocks
+from paca.planning.simulated_step import simulate
+
+PACA = paca.PacaConfig(r=8)
+
+
+def planned(architecture: str = "llama", adapter: Any = PACA, **settings: Any) -> MemoryEstimate:
+    setting = Setting(**{"sequence_length": 32, "batch_size": 2, **settings})
+    return estimate(config(architecture, dtype=torch.bfloat16), setting, adapter)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "checkpointing", "adapter"),
+    [("gemma3", False, PACA), ("opt", False, None), ("llama", True, None)],
+    ids=["two kinds of block", "full", "full, checkpointed"],
+)
+def test_a_few_blocks_tell_what_the_whole_model_takes(architecture: str, checkpointing: bool, adapter: Any) -> None:
+    setting = Setting(sequence_length=48, batch_size=2, checkpointing=checkpointing)
+    model = prepare_model(config(architecture, num_hidden_layers=8, dtype=torch.float32), adapter)
+    root = model.get_base_model() if adapter else model
+    few = trace_step(root, setting)
+    blocks = find_blocks(root)
+    everything = copy_with_blocks(root, None, ())
+    block_list = everything.get_submodule(blocks.path)
+    whole = simulate(everything, setting, blocks.owner(everything), block_list[-2])
+    assert few.saved == whole.saved
+    assert few.flops == whole.flops
+    peak, whole_peak = (max(sum(p.values()) for p in trace.peaks.values()) for trace in (few, whole))
+    assert peak == pytest.approx(whole_peak, rel=0.01)
+
+
+def test_parameters_are_those_of_the_real_model() -> None:
+    model = peft.get_peft_model(
+        AutoModelForCausalLM.from_config(config("llama", dtype=torch.bfloat16)), paca.PacaConfig(r=8)
+    )
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    frozen = [p for p in model.parameters() if not p.requires_grad]
+    result = planned()
+    assert result.parameters == sum(p.numel() for p in frozen)
+    assert result.trainable == sum(p.numel() for p in trainable)
+    assert result.parts["trainable parameters"] == 4 * result.trainable
+    assert result.parts["optimizer state"] == 8 * result.trainable
+    buffers = sum(b.numel() * b.element_size() for b in model.buffers())
+    assert result.parts["weights"] == sum(p.numel() * 2 for p in frozen) + buffers
+
+
+def test_the_kept_columns_are_counted() -> None:
+    result = planned()
+    columns = result.trainable * 2  # one original value of the weight's dtype per trained one
+    assert columns <= result.parts["kept original columns"] <= 1.1 * columns
+
+
+def test_accumulation_keeps_gradients_and_multiplies_the_work() -> None:
+    once, four = planned(), planned(gradient_accumulation=4)
+    assert four.flops == 4 * once.flops
+    assert four.parts["gradients"] == 4 * four.trainable
+    assert four.activations == once.activations
+
+
+def test_operations_are_those_of_the_matrix_products() -> None:
+    result = planned(adapter=None, chunked_loss=False)
+    tokens = 64
+    sizes = [p.numel() for p in prepare_model(config("llama")).parameters() if p.dim() == 2]
+    products = sum(sizes) - 500 * 128  # the embedding is looked up
+    attention = 4 * 2 * 4 * 32 * 32 * 32 * 7  # blocks, batch, heads, queries, keys, width; 7 products of them, halved
+    assert result.flops == 6 * tokens * products + attention
+
+
+def test_each_technique_saves_memory_and_says_what_it_costs() -> None:
+    stock, lean, recomputed = planned(), planned(lean=True), planned(lean=True, recompute="mlp")
+    checkpointed = planned(checkpointing=True)
+    assert stock.activations > lean.activations > recomputed.activations > checkpointed.activations
+    assert stock.flops == lean.flops < recomputed.flops < checkpointed.flops
+
+
+def test_a_cuda_device_uses_its_own_attention_and_loss_kernels() -> None:
+    cpu, cuda = planned(), planned(device="cuda")
+    assert cuda.saved["activations: attention"] == pytest.approx(cpu.saved["activations: attention"], rel=0.05)
+    assert cuda.parts["logits and loss"] < cpu.parts["logits and loss"]  # in place, by Triton kernels
+    assert planned(device="cuda", padded=True).activations > cuda.activations  # the additive mask of each layer
+
+
+def test_checkpointed_blocks_run_the_same_attention_kernel_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    from paca.planning import live_memory
+
+    calls: list[str] = []
+    count = live_memory.flops_of
+
+    def counted(operator: Any, *rest: Any) -> int:
+        calls.append(operator._overloadpacket.__name__)
+        return count(operator, *rest)
+
+    monkeypatch.setattr(live_memory, "flops_of", counted)
+    planned(checkpointing=True, padded=True)
+    forward = calls.count("_scaled_dot_product_flash_attention_for_cpu")
+    assert forward == 2 * calls.count("_scaled_dot_product_flash_attention_for_cpu_backward") > 0
+    assert "bmm" not in calls
+
+
+def test_the_given_model_stays_as_it_was() -> None:
+    model = prepare_model(config("llama"), PACA)
+    names = [name for name, _ in model.named_parameters()]
+    hooks = len(model.get_base_model()._forward_pre_hooks)
+    first = estimate(model, Setting(32, lean=True, checkpointing=True))
+    assert [name for name, _ in model.named_parameters()] == names
+    assert len(model.get_base_model()._forward_pre_hooks) == hooks
+    assert all(p.device.type == "meta" for p in model.parameters())
+    assert estimate(model, Setting(32, lean=True, checkpointing=True)).parts == first.parts
+
+
+def test_text_lists_the_parts_and_the_total() -> None:
+    result = planned()
+    text = str(result)
+    assert all(part in text for part in result.parts)
+    assert FRAMEWORK in text
+    assert "total" in text
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"sequence_length": 0}, "sequence_length is 0"),
+        ({"batch_size": -1}, "batch_size is -1"),
+        ({"recompute": "mlp"}, "set lean"),
+        ({"device": "tpu"}, "'cpu' and 'cuda'"),
+        ({"optimizer": "muon"}, "adamw_torch"),
+    ],
+)
+def test_settings_that_can_not_be_are_refused(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(paca.PacaError, match=message):
+        planned(**settings)
+
+
+def test_models_that_can_not_be_planned_are_refused() -> None:
+    real = AutoModelForCausalLM.from_config(config("llama", num_hidden_layers=1))
+    with pytest.raises(paca.PacaError, match="meta device"):
+        estimate(real, Setting(8))
+    with pytest.raises(paca.PacaError, match="does not fit"):
+        planned(adapter=paca.PacaConfig(target_modules=["nothing"]))
+    with pytest.raises(paca.PacaError, match=r"can.t be made lean"):
+        estimate(config("bloom"), Setting(8, lean=True), PACA)

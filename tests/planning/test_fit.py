@@ -1,0 +1,141 @@
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from architectures import config
+
+import paca
+from paca.planning import (
+    MatmulRate,
+    Setting,
+    estimate,
+    fit,
+    fixed_rate,
+    longest_batch,
+    measure_rate,
+    parse_memory,
+    step_seconds,
+)
+from paca.planning.estimate import FRAMEWORK, prepare_model
+
+BASE = Setting(sequence_length=256, chunked_loss=False)
+SHAPE = {"dtype": torch.float32, "vocab_size": 100, "num_hidden_layers": 2}
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    return prepare_model(config("llama", **SHAPE), paca.PacaConfig(r=8))
+
+
+def total(model: Any, **settings: Any) -> int:
+    return estimate(model, replace(BASE, **settings)).total
+
+
+def test_with_room_enough_nothing_is_given_up(model: Any) -> None:
+    found = fit(model, BASE, memory=2**40, global_batch=4)
+    assert (found.setting.batch_size, found.setting.gradient_accumulation) == (4, 1)
+    assert found.setting.techniques() == "none"
+    assert len(found.candidates) == 1  # nothing can be faster, so nothing else is tried
+
+
+def test_what_is_found_fits_and_the_next_larger_batch_does_not(model: Any) -> None:
+    budget = total(model, batch_size=3, gradient_accumulation=2)
+    found = fit(model, BASE, memory=budget, global_batch=6, rate=fixed_rate(1e12))
+    assert found.setting.techniques() == "none"  # the fewest operations, and batches run at the same rate
+    assert (found.setting.batch_size, found.setting.gradient_accumulation) == (3, 2)
+    for candidate in found.candidates:
+        setting = candidate.setting
+        assert setting.batch_size * setting.gradient_accumulation == 6
+        assert candidate.estimate.total <= budget or not candidate.fits
+    larger = replace(found.setting, batch_size=6, gradient_accumulation=1)
+    assert estimate(model, larger).total > budget
+
+
+def test_less_memory_takes_leaner_settings(model: Any) -> None:
+    budget = total(model, lean=True)
+    assert budget < total(model)
+    found = fit(model, BASE, memory=budget, global_batch=1)
+    assert found.setting.lean
+    assert not found.setting.checkpointing
+    assert [candidate.fits for candidate in found.candidates] == sorted(
+        (c.fits for c in found.candidates), reverse=True
+    )
+
+
+def test_a_device_that_is_slow_on_short_batches_is_given_longer_ones(model: Any) -> None:
+    budget = total(model, batch_size=1, gradient_accumulation=4)
+    short_batches_are_slow = MatmulRate({256: 1e11, 2048: 1e12}, "made up")
+    found = fit(model, BASE, memory=budget, global_batch=4, rate=short_batches_are_slow)
+    assert found.setting.batch_size > 1
+    assert found.setting.checkpointing or found.setting.lean
+
+
+def test_nothing_fits_says_how_much_is_needed(model: Any) -> None:
+    with pytest.raises(paca.PacaError, match=r"The weights alone"):
+        fit(model, BASE, memory=2**20, global_batch=4)
+    room = estimate(model, BASE).parts
+    with pytest.raises(paca.PacaError, match=r"Nothing fits into .* the least is .*256"):
+        fit(model, BASE, memory=room["weights"] + room[FRAMEWORK] + 1, global_batch=1)
+    with pytest.raises(paca.PacaError, match="global batch"):
+        fit(model, BASE, memory=2**40, global_batch=0)
+
+
+def test_what_a_model_refuses_is_reported() -> None:
+    small = estimate(config("bloom"), BASE, paca.PacaConfig(r=8))
+    budget = estimate(config("bloom"), replace(BASE, checkpointing=True), paca.PacaConfig(r=8)).total
+    assert budget < small.total
+    found = fit(config("bloom"), BASE, memory=budget, global_batch=1, adapter=paca.PacaConfig(r=8))
+    assert found.setting.checkpointing
+    assert len(found.refused) == 1
+    assert "can't be made lean" in found.refused[0]
+
+
+def test_any_loss_tries_both(model: Any) -> None:
+    budget = total(model)
+    found = fit(model, BASE, memory=budget, global_batch=1, any_loss=True)
+    assert not found.setting.chunked_loss  # fewer operations
+    found = fit(model, BASE, memory=budget - 1, global_batch=1, any_loss=True)
+    assert {candidate.setting.chunked_loss for candidate in found.candidates} == {False, True}
+
+
+def test_time_is_work_over_rate() -> None:
+    rate = MatmulRate({100: 1e9, 400: 3e9}, "made up")
+    assert [rate.at(rows) for rows in (50, 100, 200, 400, 9999)] == pytest.approx([5e8, 1e9, 2e9, 3e9, 3e9])
+    result = estimate(config("llama"), Setting(100), paca.PacaConfig(r=8))
+    assert step_seconds(result, rate) == result.flops / 1e9
+    with pytest.raises(paca.PacaError, match="above 0"):
+        fixed_rate(0)
+
+
+def test_a_rate_can_be_measured_here() -> None:
+    rate = measure_rate("cpu", torch.float32, features=32, seconds=0.02)
+    assert all(value > 0 for value in rate.measured.values())
+    assert "float32" in rate.source
+
+
+@pytest.mark.parametrize(
+    ("text", "count"),
+    [("24GiB", 24 * 2**30), ("80 GB", 80 * 10**9), ("1.5g", 1_500_000_000), ("500MiB", 500 * 2**20), ("4096", 4096)],
+)
+def test_memory_is_read_as_people_write_it(text: str, count: int) -> None:
+    assert parse_memory(text) == count
+
+
+@pytest.mark.parametrize("text", ["", "much", "-3GiB", "0GB", "24 PiB"])
+def test_other_texts_are_refused(text: str) -> None:
+    with pytest.raises(paca.PacaError, match="24GiB"):
+        parse_memory(text)
+
+
+def test_the_longest_batch_is_made_of_the_longest_examples() -> None:
+    lengths = [5, 900, 3, 40, 900, 41]
+    assert longest_batch(lengths, 3) == [1, 4, 5]
+    assert longest_batch(lengths, 3, max_length=40) == [1, 3, 4]
+    assert longest_batch(lengths, 99) == [1, 4, 5, 3, 0, 2]
+    with pytest.raises(paca.PacaError, match="no examples"):
+        longest_batch([], 2)
+    with pytest.raises(paca.PacaError, match="batch_size"):
+        longest_batch([1], 0)

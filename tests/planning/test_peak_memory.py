@@ -1,0 +1,86 @@
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from architectures import config
+
+import paca
+from paca.planning import Setting, estimate
+from paca.planning.estimate import FRAMEWORK
+
+GATED = {
+    "hidden_size": 512,
+    "intermediate_size": 1408,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "vocab_size": 4000,
+}
+WIDE_HEADS = {**GATED, "head_dim": 64}
+GPT2 = {"n_embd": 512, "n_layer": 4, "n_head": 8, "vocab_size": 4000}
+OPT = {
+    "hidden_size": 512,
+    "word_embed_proj_dim": 512,
+    "ffn_dim": 2048,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 8,
+}
+
+# TRL's chunked loss works in tiles of 32768 tokens of the vocabulary; of a smaller one part of a tile is not touched.
+CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
+    "llama, bf16": ("llama", {**GATED, "dtype": "bfloat16"}, {}),
+    "llama, padded": ("llama", {**GATED, "dtype": "float32"}, {"padded": True}),
+    "llama, lean": ("llama", {**GATED, "dtype": "float32"}, {"lean": True}),
+    "llama, MLP recomputed": ("llama", {**GATED, "dtype": "float32"}, {"lean": True, "recompute": "mlp"}),
+    "llama, checkpointed": ("llama", {**GATED, "dtype": "float32"}, {"checkpointing": True}),
+    "llama, all of it": ("llama", {**GATED, "dtype": "float32"}, {"full": True, "gradient_accumulation": 2}),
+    "qwen3": ("qwen3", {**WIDE_HEADS, "dtype": "float32"}, {}),
+    "gemma2": ("gemma2", {**WIDE_HEADS, "dtype": "float32"}, {}),
+    "phi3": ("phi3", {**GATED, "dtype": "float32"}, {}),
+    "gpt2": ("gpt2", {**GPT2, "dtype": "float32"}, {}),
+    "opt, chunked loss": (
+        "opt",
+        {**OPT, "vocab_size": 32768, "dtype": "float32"},
+        {"chunked_loss": True, "batch_size": 2},
+    ),
+}
+DEFAULTS = {"batch_size": 4, "sequence_length": 256, "chunked_loss": False}
+
+
+@pytest.fixture(scope="module")
+def measured() -> dict[str, int]:
+    """Peak of each case, all measured in one process."""
+    cases = [(name, options, {**DEFAULTS, **setting}) for name, options, setting in CASES.values()]
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(sys.path),
+        "OMP_NUM_THREADS": "1",
+        "MALLOC_MMAP_THRESHOLD_": "65536",  # every tensor that counts is a mapping of its own, and goes when freed
+        "MALLOC_TRIM_THRESHOLD_": "65536",
+    }
+    script = Path(__file__).with_name("measured_peak.py")
+    run = subprocess.run(
+        [sys.executable, str(script), json.dumps(cases)], env=environment, capture_output=True, text=True, check=False
+    )
+    assert run.returncode == 0, run.stderr[-3000:]
+    return dict(zip(CASES, json.loads(run.stdout.splitlines()[-1]), strict=True))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads the resident set from /proc")
+@pytest.mark.parametrize("name", CASES)
+def test_peak_memory_is_within_a_tenth_of_the_measured_resident_set(name: str, measured: dict[str, int]) -> None:
+    architecture, options, setting = CASES[name]
+    settings = {**DEFAULTS, **setting}
+    adapter = None if settings.pop("full", False) else paca.PacaConfig(r=8)
+    shape = config(architecture, **{**options, "dtype": getattr(torch, options["dtype"])})
+    planned = estimate(shape, Setting(**settings), adapter)
+    total = planned.total - planned.parts[FRAMEWORK]
+    print(f"{name}: planned {total / 2**20:.0f} MiB, measured {measured[name] / 2**20:.0f} MiB")
+    assert total == pytest.approx(measured[name], rel=0.1)
