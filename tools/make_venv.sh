@@ -32,8 +32,8 @@ fi
 # A folder left by an interrupted set-up has no working pip; --clear starts it over.
 if ! "$venv/bin/python" -m pip --version >/dev/null 2>&1; then
     echo "Creating $venv with $("$python" --version) ..."
-    "$python" -m venv --clear "$venv" || fail "$python cannot make virtual environments.
-Debian and Ubuntu keep that in a package of its own: apt install python3-venv. Then run make again."
+    "$python" -m venv --clear "$venv" || fail "$python could not make a virtual environment in $venv; its message is above.
+If it says that ensurepip is not available (Debian, Ubuntu): apt install python3-venv. Then run make again."
 fi
 
 echo "Installing paca and what it needs into $venv (the first time PyTorch is downloaded, which can take minutes) ..."

@@ -42,10 +42,10 @@ def test_a_table_shows_medians_spread_and_ratios() -> None:
 
 
 def test_of_equal_measurements_the_last_counts_and_ratios_stay_within_one_run() -> None:
-    newer = row((2.0,), method="paca", run="later")
+    newer = row((2.0, 2.0, 2.0), method="paca", run="later")
     text = tables([*rows(), newer], ["frozen"])
     line = next(line for line in text.splitlines() if line.startswith("| `paca` | 1,000 | 2000.0"))
-    assert line == "| `paca` | 1,000 | 2000.0 |  |"
+    assert line == "| `paca` | 1,000 | 2000.0 (2000.0–2000.0) |  |"
     assert "1100.0 (1060.0–1180.0)" not in text.split("`paca`")[1]
 
 

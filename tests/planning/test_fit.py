@@ -66,8 +66,12 @@ def test_less_memory_takes_leaner_settings(model: Any) -> None:
 
 
 def test_a_device_that_is_slow_on_short_batches_is_given_longer_ones(model: Any) -> None:
-    budget = total(model, batch_size=1, gradient_accumulation=4)
-    short_batches_are_slow = MatmulRate({256: 1e11, 2048: 1e12}, "made up")
+    budget = max(
+        total(model, batch_size=1, gradient_accumulation=4),
+        total(model, batch_size=2, gradient_accumulation=2, checkpointing=True),
+    )
+    short_batches_are_slow = MatmulRate({256: 1e11, 512: 1e12}, "made up")
+    assert fit(model, BASE, memory=budget, global_batch=4).setting.batch_size == 1
     found = fit(model, BASE, memory=budget, global_batch=4, rate=short_batches_are_slow)
     assert found.setting.batch_size > 1
     assert found.setting.checkpointing or found.setting.lean

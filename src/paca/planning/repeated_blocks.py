@@ -107,7 +107,8 @@ def _shorten_config(model: nn.Module, count: int, chosen: tuple[int, ...]) -> No
     """Models look up a block's type by its place, in the configuration."""
     config = _text_config(model)
     types = getattr(config, "layer_types", None)
-    if types is not None and len(types) == count:
+    derived = isinstance(getattr(type(config), "layer_types", None), property)  # from num_hidden_layers
+    if types is not None and len(types) == count and not derived:
         config.layer_types = [types[number] for number in chosen]
     if getattr(config, "num_hidden_layers", None) == count:
         config.num_hidden_layers = len(chosen)

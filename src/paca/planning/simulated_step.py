@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses import fake_tensor
 from transformers import PreTrainedModel
 
 import paca
@@ -89,9 +88,10 @@ def simulate(model: PreTrainedModel, setting: Setting, backbone: nn.Module, befo
         make_fake(model)
         try:
             return _Simulation(model, setting, backbone, before_last).run()
-        except (fake_tensor.DataDependentOutputException, fake_tensor.DynamicOutputShapeException) as error:
+        except RuntimeError as error:  # of which torch's errors about missing values are kinds
+            reason = next(iter(str(error).splitlines()), type(error).__name__)
             raise PacaError(
-                f"{type(model).__name__} can't be planned: what it allocates depends on values ({error}). Measure it "
+                f"{type(model).__name__} can't be planned: without values it does not run ({reason}). Measure it "
                 "instead, with a short run."
             ) from error
 
