@@ -28,9 +28,6 @@ $(STAMP): pyproject.toml tools/make_venv.sh
 	@bash tools/make_venv.sh "$(VENV)" "$(PYTHON)"
 	@touch $@
 
-# Threads that wait by spinning ruin each other when anything else runs: on 2 cores at a load of 5 a training step ran at
-# 68-91 tokens/s with this setting and at 16-47 without (the default was not compared on an idle machine).
-demo: export OMP_WAIT_POLICY := PASSIVE
 demo: $(STAMP)
 	@$(BIN)/python -m demo.prepare
 	@if [ -n "$(REDO)" ]; then rm -rf $(DEMO_RUN); fi
