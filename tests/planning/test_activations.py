@@ -47,10 +47,16 @@ def measured(setting: Setting, adapter: Any, shape: Any) -> int:
     return measure_saved_activations(loss, model).bytes
 
 
-def check(architecture: str, adapter: Any = PACA, dtype: torch.dtype = torch.float32, **settings: Any) -> None:
+def check(
+    architecture: str,
+    options: dict[str, Any] | None = None,
+    adapter: Any = PACA,
+    dtype: torch.dtype = torch.float32,
+    **settings: Any,
+) -> None:
     setting = Setting(sequence_length=96, batch_size=2, **settings)
-    real = measured(setting, copy.deepcopy(adapter), config(architecture, dtype=dtype))
-    planned = estimate(config(architecture, dtype=dtype), setting, adapter).activations
+    real = measured(setting, copy.deepcopy(adapter), config(architecture, dtype=dtype, **(options or {})))
+    planned = estimate(config(architecture, dtype=dtype, **(options or {})), setting, adapter).activations
     print(f"{architecture} {settings}: planned {planned:,} measured {real:,} ratio {planned / real:.4f}")
     assert planned == pytest.approx(real, rel=0.05)
 
@@ -85,5 +91,5 @@ def test_of_other_methods_too(adapter: Any) -> None:
     check("llama", adapter=adapter, dtype=torch.bfloat16)
 
 
-def test_blocks_below_the_first_adapter_keep_nothing() -> None:
-    check("llama", adapter=paca.PacaConfig(r=8, layers_to_transform=[3], target_modules=["q_proj", "up_proj"]))
+def test_frozen_blocks_keep_nothing_below_the_first_adapter_and_something_above() -> None:
+    check("llama", {"num_hidden_layers": 7}, adapter=paca.PacaConfig(r=8, layers_to_transform=[3]))

@@ -5,6 +5,7 @@ from typing import Any
 import peft
 import pytest
 import torch
+import transformers
 from architectures import config
 from transformers import AutoModelForCausalLM
 
@@ -23,13 +24,27 @@ def planned(architecture: str = "llama", adapter: Any = PACA, **settings: Any) -
 
 
 @pytest.mark.parametrize(
-    ("architecture", "checkpointing", "adapter"),
-    [("gemma3", False, PACA), ("opt", False, None), ("llama", True, None)],
-    ids=["two kinds of block", "full", "full, checkpointed"],
+    ("architecture", "options", "settings", "adapter"),
+    [
+        ("gemma3", {}, {}, PACA),
+        ("opt", {}, {}, None),
+        ("llama", {}, {"checkpointing": True}, None),
+        # With few blocks the logits make the peak, with many the gradients, which pile up until the first block.
+        (
+            "llama",
+            {"vocab_size": 20000, "intermediate_size": 2048, "num_hidden_layers": 12},
+            {"batch_size": 1, "sequence_length": 16, "chunked_loss": False},
+            paca.PacaConfig(r=64),
+        ),
+    ],
+    ids=["two kinds of block", "full", "full, checkpointed", "peak moves"],
 )
-def test_a_few_blocks_tell_what_the_whole_model_takes(architecture: str, checkpointing: bool, adapter: Any) -> None:
-    setting = Setting(sequence_length=48, batch_size=2, checkpointing=checkpointing)
-    model = prepare_model(config(architecture, num_hidden_layers=8, dtype=torch.float32), adapter)
+def test_a_few_blocks_tell_what_the_whole_model_takes(
+    architecture: str, options: dict[str, Any], settings: dict[str, Any], adapter: Any
+) -> None:
+    setting = Setting(**{"sequence_length": 48, "batch_size": 2, **settings})
+    shape = config(architecture, **{"num_hidden_layers": 8, "dtype": torch.float32, **options})
+    model = prepare_model(shape, adapter)
     root = model.get_base_model() if adapter else model
     few = trace_step(root, setting)
     blocks = find_blocks(root)
@@ -39,7 +54,7 @@ def test_a_few_blocks_tell_what_the_whole_model_takes(architecture: str, checkpo
     assert few.saved == whole.saved
     assert few.flops == whole.flops
     peak, whole_peak = (max(sum(p.values()) for p in trace.peaks.values()) for trace in (few, whole))
-    assert peak == pytest.approx(whole_peak, rel=0.01)
+    assert peak == pytest.approx(whole_peak, rel=0.001)
 
 
 def test_parameters_are_those_of_the_real_model() -> None:
@@ -152,3 +167,5 @@ def test_models_that_can_not_be_planned_are_refused() -> None:
         planned(adapter=paca.PacaConfig(target_modules=["nothing"]))
     with pytest.raises(paca.PacaError, match=r"can.t be made lean"):
         estimate(config("bloom"), Setting(8, lean=True), PACA)
+    with pytest.raises(paca.PacaError, match="not the configuration of a causal language model"):
+        estimate(transformers.T5Config(), Setting(8))

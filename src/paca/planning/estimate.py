@@ -88,8 +88,11 @@ def _on_meta(model: str | PreTrainedConfig | PlannedModel) -> PlannedModel:
 
         return load_config(model).model
     if isinstance(model, PreTrainedConfig):
-        with torch.device("meta"):
-            made = AutoModelForCausalLM.from_config(model)
+        try:
+            with torch.device("meta"):
+                made = AutoModelForCausalLM.from_config(model)
+        except ValueError as error:
+            raise PacaError(f"{type(model).__name__} is not the configuration of a causal language model.") from error
         made.tie_weights()
         return made
     if any(p.device.type != "meta" for p in model.parameters()):

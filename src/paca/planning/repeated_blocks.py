@@ -50,7 +50,12 @@ class RepeatedBlocks:
 
 
 def find_blocks(model: nn.Module) -> RepeatedBlocks | None:
-    """The list of blocks that holds most of the parameters of `model`, a transformers model; None if it has none."""
+    """The list of blocks that holds most of the parameters of `model`, a transformers model.
+
+    None if it has none, or if blocks use other blocks' keys and values, so that none can be left out.
+    """
+    if getattr(_text_config(model), "num_kv_shared_layers", 0):
+        return None
     lists = [
         (name, module)
         for name, module in model.named_modules()
