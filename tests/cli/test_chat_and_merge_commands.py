@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import pty
 import select
+import signal
 import subprocess
 import sys
 import time
@@ -73,6 +74,7 @@ class Terminal:
     def __init__(self, *arguments: object) -> None:
         self.pid, self.file = pty.fork()
         if self.pid == 0:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)  # a shell's background job, such as a CI run, ignores it
             os.execv(PACA[0], [*PACA, *map(str, arguments)])
         self.shown = b""
 

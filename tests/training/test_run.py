@@ -313,7 +313,7 @@ def test_the_plan_counts_as_the_run_does(run: Runner, config_file: Path) -> None
 
 
 def test_library_callers_keep_their_progress_bars(run: Runner) -> None:
-    assert datasets.is_progress_bar_enabled()
+    datasets.enable_progress_bars()  # another test of this process may have run the command line
     run("a", "train.max_steps=1")
     assert datasets.is_progress_bar_enabled()
 
