@@ -78,7 +78,7 @@ class Terminal:
             os.execv(PACA[0], [*PACA, *map(str, arguments)])
         self.shown = b""
 
-    def wait_for(self, text: bytes, seconds: float = 60) -> bytes:
+    def wait_for(self, text: bytes, seconds: float = 240) -> bytes:
         """What appeared up to ``text``, which is taken away."""
         deadline = time.monotonic() + seconds
         while text not in self.shown:
