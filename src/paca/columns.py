@@ -33,17 +33,32 @@ class State:
     activation checkpointing repeats is recognised as the same one.
     """
 
-    __slots__ = ("columns", "generation", "hidden_writes", "tag", "tag_tensor", "versions")
+    __slots__ = (
+        "columns",
+        "deltas",
+        "generation",
+        "hidden_writes",
+        "indices",
+        "scales",
+        "tag",
+        "tag_tensor",
+        "versions",
+    )
 
     def __init__(self, columns: tuple[Columns, ...], generation: int, hidden_writes: int = 0) -> None:
         self.columns = columns
+        self.deltas = tuple(c.delta for c in columns)
+        self.indices = tuple(c.indices for c in columns)
+        self.scales = tuple(c.scale for c in columns)
         self.generation = generation
         self.hidden_writes = hidden_writes
         self.versions = tuple((version_of(c.delta), version_of(c.indices)) for c in columns)
         content = tuple((id(c.delta), id(c.indices), c.scale) for c in columns)
         self.tag = hash((content, self.versions, generation, hidden_writes if columns else 0))
-        with torch.inference_mode(False):  # autograd saves it, also if the first forward pass was inference
-            self.tag_tensor = torch.tensor(self.tag, dtype=torch.int64, device="cpu")
+        self.tag_tensor = torch.tensor(self.tag, dtype=torch.int64, device="cpu")
+        if self.tag_tensor.is_inference():  # autograd saves it, also if the first forward pass was inference
+            with torch.inference_mode(False):
+                self.tag_tensor = self.tag_tensor.clone()
 
     def unchanged(self) -> bool:
         """Whether every delta still has the values it had, as far as version counters tell."""

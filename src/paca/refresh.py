@@ -35,8 +35,8 @@ def refresh(model: nn.Module) -> None:
     refresh_layers(paca_layers(model))
 
 
-def refresh_layers(layers: list[PacaLayer]) -> None:
-    """Refresh those of ``layers`` that are stale."""
+def refresh_layers(layers: list[PacaLayer], *, before_forward: bool = False) -> None:
+    """Refresh those of ``layers`` that are stale (``before_forward``: see ``refresh_together``)."""
     stale: dict[Any, list[tuple[ResidentColumns, Tensor]]] = defaultdict(list)
     for layer in layers:
         layer.push_columns()
@@ -44,7 +44,7 @@ def refresh_layers(layers: list[PacaLayer]) -> None:
         if resident.stale(weight):
             stale[weight.device, weight.dtype].append((resident, weight))
     for group in stale.values():
-        refresh_together(group)
+        refresh_together(group, before_forward=before_forward)
 
 
 class RefreshBeforeForward:
@@ -55,7 +55,7 @@ class RefreshBeforeForward:
 
     def __call__(self, module: nn.Module, args: Any) -> None:
         if not torch.compiler.is_compiling():  # compiled layers look after themselves, at run time
-            refresh_layers(self.layers)
+            refresh_layers(self.layers, before_forward=True)
 
     @staticmethod
     def remove(model: nn.Module) -> None:

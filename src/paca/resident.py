@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from paca.columns import Columns, State, version_of
-from paca.rounding import round_once
+from paca.rounding import add_once, round_once
 
 _WRITING = threading.RLock()  # writers are rare (once per optimizer step); readers never take it
 
@@ -49,6 +49,7 @@ class ResidentColumns:
         self._generation = 0  # counts the changes of the weight beneath the columns: merges, loads
         self._state = State((), 0)
         self._kept: _Kept | None = None
+        self._ready: tuple[State, Tensor] | None = None  # what to write next, if it is still wanted then
         self._merged: tuple[Columns, ...] = ()
         self._merged_kept: _Kept | None = None
         self._remembered: dict[int, State] = {}
@@ -107,7 +108,9 @@ class ResidentColumns:
         """Make the weight hold ``wanted``. Writes the columns concerned, never the whole weight."""
         with _WRITING:
             self._check_seal(weight)
-            if not self._state.holds(self.wanted):
+            if self._ready is not None and self._ready[0].holds(self.wanted):
+                self._settle(weight, *self._ready)
+            elif not self._state.holds(self.wanted):
                 self._settle(weight, self._new_state())
             elif self.wanted:  # nothing moved as far as version counters tell: compare
                 values = self._values(weight, self.wanted)
@@ -261,7 +264,7 @@ class ResidentColumns:
 
     def _begin_generation(self) -> None:
         self._generation += 1
-        self._state = State((), self._generation)
+        self._state, self._ready = State((), self._generation), None
 
     def _new_state(self) -> State:
         return State(self.wanted, self._generation, self._hidden_writes)
@@ -287,26 +290,30 @@ class ResidentColumns:
                 "weights under disable_adapter(), or through load_state_dict()."
             )
 
-    def _settle(self, weight: Tensor, state: State) -> None:
+    def _settle(self, weight: Tensor, state: State, values: Tensor | None = None) -> None:
         self._place(weight, state)
         if state.columns:
-            self._put(weight, self._kept_positions(), self._values(weight, state.columns))
-        self._state = state
+            values = self._values(weight, state.columns) if values is None else values
+            self._put(weight, self._kept_positions(), values)
+        self._state, self._ready = state, None
         self._seal = _identity(weight)
 
     def _place(self, weight: Tensor, state: State) -> None:
         """Keep the originals of the columns that ``state`` covers, having put back those kept so far."""
-        same_places = len(state.columns) == len(self._state.columns) and all(
-            old.indices is new.indices and version == version_of(new.indices)
-            for old, new, (_, version) in zip(self._state.columns, state.columns, self._state.versions, strict=True)
-        )
-        if same_places:
+        if self._same_places(state.columns):
             return
         if self._kept is not None:
             self._put(weight, *self._kept)
             self._kept = None
         if state.columns:
             self._kept = self._take(weight, state.columns)
+
+    def _same_places(self, columns: tuple[Columns, ...]) -> bool:
+        """Whether ``columns`` are where those that the weight holds are."""
+        return len(columns) == len(self._state.columns) and all(
+            old.indices is new.indices and version == version_of(new.indices)
+            for old, new, (_, version) in zip(self._state.columns, columns, self._state.versions, strict=True)
+        )
 
     def _kept_positions(self) -> Tensor:
         assert self._kept is not None
@@ -327,23 +334,32 @@ class ResidentColumns:
         return _Kept(positions, weight.detach().index_select(self.input_dim, positions))
 
     def _sum(self, kept: _Kept, columns: tuple[Columns, ...], dtype: torch.dtype) -> Tensor:
+        if len(columns) == 1:
+            only = columns[0].delta.detach()
+            if only.device != kept.values.device:
+                only = only.to(kept.values.device)
+            values = kept.values if kept.values.dtype == dtype else kept.values.to(dtype)
+            return add_once(values, only if self.input_dim == 1 else only.t(), columns[0].scale)
         # float64, so that the one rounding is the cast to the weight's dtype; MPS has no float64.
         wide = torch.float32 if kept.values.device.type == "mps" else torch.float64
         total = kept.values.to(wide)
         for c in columns:
             part = c.delta.detach().to(device=total.device, dtype=wide)
-            part = part if self.input_dim == 1 else part.t()
-            if len(columns) == 1:
-                total = torch.add(total, part, alpha=c.scale)
-            else:
-                places = torch.searchsorted(kept.positions, c.indices.to(total.device))
-                total = total.index_add(self.input_dim, places, part, alpha=c.scale)
+            places = torch.searchsorted(kept.positions, c.indices.to(total.device))
+            total = total.index_add(self.input_dim, places, part if self.input_dim == 1 else part.t(), alpha=c.scale)
         return round_once(total, dtype)
 
     def _put(self, weight: Tensor, positions: Tensor, values: Tensor) -> None:
         self._part_from_lent(weight)
-        with torch.inference_mode(weight.is_inference()):
-            weight.index_copy_(self.input_dim, positions.to(weight.device), values.to(weight))
+        if positions.device != weight.device:
+            positions = positions.to(weight.device)
+        if values.device != weight.device or values.dtype != weight.dtype:
+            values = values.to(weight)
+        if weight.is_inference():
+            with torch.inference_mode():
+                weight.index_copy_(self.input_dim, positions, values)
+        else:
+            weight.index_copy_(self.input_dim, positions, values)
 
     def _part_from_lent(self, weight: Tensor) -> None:
         if self._lent is not None and _storage_users(weight) > self._lent:
@@ -360,27 +376,42 @@ def _storage_users(weight: Tensor) -> int:
 
 
 @torch.no_grad()
-def refresh_together(stale: list[tuple[ResidentColumns, Tensor]]) -> None:
+def refresh_together(stale: list[tuple[ResidentColumns, Tensor]], *, before_forward: bool = False) -> None:
     """Refresh many weights of one device and dtype: the same values as ``refresh`` on each, in fewer kernels.
 
     The arithmetic of all weights that hold one adapter is done in one flat tensor; what is left per weight is the
     single kernel that writes its columns.
+
+    Args:
+        stale: what to refresh, with the weights.
+        before_forward: a forward pass follows, which refreshes what is stale. On CPU writing the columns is left to it:
+            each layer's matmul then finds in cache what was written.
     """
     with _WRITING:
         joint: dict[tuple[float, torch.dtype, bool], list[tuple[ResidentColumns, Tensor]]] = defaultdict(list)
         for resident, weight in stale:
-            if len(resident.wanted) != 1 or weight.device.type == "cpu":  # on CPU a layer's columns fit in cache
-                resident.refresh(weight)
-            else:
-                resident._check_seal(weight)
-                only, moved = resident.wanted[0], not resident._state.holds(resident.wanted)
+            resident._check_seal(weight)
+            later = before_forward and weight.device.type == "cpu"
+            moved = not resident._state.holds(resident.wanted)
+            if len(resident.wanted) == 1 and (not later or (moved and resident._same_places(resident.wanted))):
+                only = resident.wanted[0]
                 joint[only.scale, only.delta.dtype, moved].append((resident, weight))
+            elif not later:
+                resident.refresh(weight)
         for (_, _, moved), jobs in joint.items():
-            _refresh_jointly(jobs, moved)
+            _compute_jointly(jobs, moved)
+        for resident, weight in stale:
+            if resident._ready is not None and not (before_forward and weight.device.type == "cpu"):
+                resident.refresh(weight)
 
 
-def _refresh_jointly(jobs: list[tuple[ResidentColumns, Tensor]], moved: bool) -> None:
-    """Refresh weights that hold one adapter each, with one scale and dtype; ``moved``: they are known to be stale."""
+def _compute_jointly(jobs: list[tuple[ResidentColumns, Tensor]], moved: bool) -> None:
+    """Get the new values ready for weights that hold one adapter each, with one scale and dtype.
+
+    Args:
+        jobs: with the weights, all on one device.
+        moved: they are known to be stale.
+    """
     states = []
     for resident, weight in jobs:
         states.append(resident._new_state())
@@ -388,13 +419,11 @@ def _refresh_jointly(jobs: list[tuple[ResidentColumns, Tensor]], moved: bool) ->
             resident._place(weight, states[-1])
     originals = [resident._kept.values for resident, _ in jobs if resident._kept is not None]
     deltas = [
-        state.columns[0].delta.detach() if resident.input_dim == 1 else state.columns[0].delta.detach().t()
+        state.deltas[0].detach() if resident.input_dim == 1 else state.deltas[0].detach().t()
         for (resident, _), state in zip(jobs, states, strict=True)
     ]
-    wide = torch.float32 if originals[0].device.type == "mps" else torch.float64
-    total = torch.cat([o.reshape(-1) for o in originals]).to(wide)
-    change = torch.cat([d.reshape(-1) for d in deltas]).to(wide)
-    values = round_once(total.add_(change, alpha=states[0].columns[0].scale), originals[0].dtype)
+    flat = torch.cat([o.reshape(-1) for o in originals]), torch.cat([d.reshape(-1) for d in deltas])
+    values = add_once(*flat, states[0].scales[0])
     if not moved:
         if torch.equal(values, torch.cat([resident._current(weight).reshape(-1) for resident, weight in jobs])):
             for resident, _ in jobs:
@@ -404,7 +433,5 @@ def _refresh_jointly(jobs: list[tuple[ResidentColumns, Tensor]], moved: bool) ->
             resident._hidden_writes += 1
             states[number] = resident._new_state()
     parts = values.split([o.numel() for o in originals])
-    for (resident, weight), state, part, original in zip(jobs, states, parts, originals, strict=True):
-        resident._put(weight, resident._kept_positions(), part.view(original.shape))
-        resident._state, resident._seal = state, _identity(weight)
-        resident._finish()
+    for (resident, _), state, part, original in zip(jobs, states, parts, originals, strict=True):
+        resident._ready = state, part.view(original.shape)

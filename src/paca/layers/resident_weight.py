@@ -59,11 +59,11 @@ class ResidentWeight(nn.Module):
         ResidentWeight._rebind_forward(self)
 
     def forward(self, x: Tensor) -> Tensor:
-        resident = self.resident
         if torch.compiler.is_compiling():
             return compiled_linear(self, x)
-        if resident.stale(self.weight):
-            resident.refresh(self.weight)
+        resident, weight = self.resident, self.weight
+        if resident.stale(weight):
+            resident.refresh(weight)
         if not torch.is_grad_enabled():
             if torch._C._current_graph_task_id() == -1:
                 resident.note_forward()  # re-entrant checkpointing runs its first pass without gradients
@@ -72,13 +72,13 @@ class ResidentWeight(nn.Module):
         state = resident.state
         return partial_linear(
             x,
-            self.weight,
+            weight,
             self.bias,
-            [c.delta for c in state.columns],
-            [c.indices for c in state.columns],
-            [c.scale for c in state.columns],
+            state.deltas,
+            state.indices,
+            state.scales,
             input_dim=self.input_dim,
-            before_backward=partial(resident.before_backward, self.weight, state),
+            before_backward=partial(resident.before_backward, weight, state),
             state_tag=state.tag_tensor,
         )
 
