@@ -345,7 +345,6 @@ def test_refreshing_in_inference_mode_leaves_the_layer_trainable():
 @pytest.mark.parametrize("input_dim", [1, 0])
 def test_refreshing_together_equals_refreshing_one_by_one(input_dim, monkeypatch):
     # The joint path is for accelerators; its arithmetic is the same on any device.
-    from paca import resident as module
 
     jobs = []
     for seed, (dtype, adapters) in enumerate(

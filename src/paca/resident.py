@@ -49,6 +49,7 @@ class ResidentColumns:
         self._generation = 0  # counts the changes of the weight beneath the columns: merges, loads
         self._state = State((), 0)
         self._kept: _Kept | None = None
+        self._written: Tensor | None = None  # the columns as they were written last, to tell whether deltas moved
         self._ready: tuple[State, Tensor] | None = None  # what to write next, if it is still wanted then
         self._merged: tuple[Columns, ...] = ()
         self._merged_kept: _Kept | None = None
@@ -114,9 +115,9 @@ class ResidentColumns:
                 self._settle(weight, self._new_state())
             elif self.wanted:  # nothing moved as far as version counters tell: compare
                 values = self._values(weight, self.wanted)
-                if not torch.equal(values, self._current(weight)):
+                if not self._wrote(values):
                     self._hidden_writes += 1
-                    self._settle(weight, self._new_state())
+                    self._settle(weight, self._new_state(), values)
             self._finish()
 
     @torch.no_grad()
@@ -264,7 +265,7 @@ class ResidentColumns:
 
     def _begin_generation(self) -> None:
         self._generation += 1
-        self._state, self._ready = State((), self._generation), None
+        self._state, self._written, self._ready = State((), self._generation), None, None
 
     def _new_state(self) -> State:
         return State(self.wanted, self._generation, self._hidden_writes)
@@ -272,6 +273,10 @@ class ResidentColumns:
     def _finish(self) -> None:
         # With a gradient in place an optimizer may still write without anyone noticing: look again next time.
         self.suspect = any(c.delta.grad is not None for c in self._state.columns)
+
+    def _wrote(self, values: Tensor) -> bool:
+        """Whether ``values`` are what was written last, to the bit (NaN is equal to itself)."""
+        return self._written is not None and torch.equal(_bits(values), _bits(self._written))
 
     def _check_seal(self, weight: Tensor) -> None:
         """See whether somebody else wrote into, or replaced, the weight while columns were in it."""
@@ -282,7 +287,8 @@ class ResidentColumns:
         if self._state.unchanged() and torch.equal(current, self._values(weight, self._state.columns)):
             self._seal = _identity(weight)  # the same values were written, or it was moved as it is
         elif torch.equal(current, self._kept.values.to(current)):
-            self._state, self._kept = State((), self._generation), None  # it is a pretrained weight
+            self._kept = self._written = self._ready = None
+            self._state = State((), self._generation)  # it is a pretrained weight
         else:
             raise RuntimeError(
                 f"The weight of a layer adapted by {self._names(self._state.columns)} was written or replaced while "
@@ -291,22 +297,22 @@ class ResidentColumns:
             )
 
     def _settle(self, weight: Tensor, state: State, values: Tensor | None = None) -> None:
-        self._place(weight, state)
+        self._place(weight, state.columns)
         if state.columns:
             values = self._values(weight, state.columns) if values is None else values
             self._put(weight, self._kept_positions(), values)
-        self._state, self._ready = state, None
+        self._state, self._written, self._ready = state, values, None
         self._seal = _identity(weight)
 
-    def _place(self, weight: Tensor, state: State) -> None:
-        """Keep the originals of the columns that ``state`` covers, having put back those kept so far."""
-        if self._same_places(state.columns):
+    def _place(self, weight: Tensor, columns: tuple[Columns, ...]) -> None:
+        """Keep the originals of ``columns``, having put back those kept so far."""
+        if self._same_places(columns):
             return
         if self._kept is not None:
             self._put(weight, *self._kept)
             self._kept = None
-        if state.columns:
-            self._kept = self._take(weight, state.columns)
+        if columns:
+            self._kept = self._take(weight, columns)
 
     def _same_places(self, columns: tuple[Columns, ...]) -> bool:
         """Whether ``columns`` are where those that the weight holds are."""
@@ -367,6 +373,11 @@ class ResidentColumns:
         self._lent = None
 
 
+def _bits(tensor: Tensor) -> Tensor:
+    """``tensor`` as integers."""
+    return tensor.view(getattr(torch, f"int{8 * tensor.element_size()}"))
+
+
 def _identity(weight: Tensor) -> tuple[int, int]:
     return version_of(weight), weight.untyped_storage()._cdata
 
@@ -388,50 +399,57 @@ def refresh_together(stale: list[tuple[ResidentColumns, Tensor]], *, before_forw
             each layer's matmul then finds in cache what was written.
     """
     with _WRITING:
-        joint: dict[tuple[float, torch.dtype, bool], list[tuple[ResidentColumns, Tensor]]] = defaultdict(list)
+        joint: dict[tuple[float, torch.dtype], list[tuple[ResidentColumns, Tensor]]] = defaultdict(list)
         for resident, weight in stale:
             resident._check_seal(weight)
             later = before_forward and weight.device.type == "cpu"
-            moved = not resident._state.holds(resident.wanted)
-            if len(resident.wanted) == 1 and (not later or (moved and resident._same_places(resident.wanted))):
+            if len(resident.wanted) == 1 and (not later or resident._same_places(resident.wanted)):
                 only = resident.wanted[0]
-                joint[only.scale, only.delta.dtype, moved].append((resident, weight))
+                joint[only.scale, only.delta.dtype].append((resident, weight))
             elif not later:
                 resident.refresh(weight)
-        for (_, _, moved), jobs in joint.items():
-            _compute_jointly(jobs, moved)
+        for jobs in joint.values():
+            _compute_jointly(jobs)
         for resident, weight in stale:
             if resident._ready is not None and not (before_forward and weight.device.type == "cpu"):
                 resident.refresh(weight)
 
 
-def _compute_jointly(jobs: list[tuple[ResidentColumns, Tensor]], moved: bool) -> None:
-    """Get the new values ready for weights that hold one adapter each, with one scale and dtype.
-
-    Args:
-        jobs: with the weights, all on one device.
-        moved: they are known to be stale.
-    """
-    states = []
+def _compute_jointly(jobs: list[tuple[ResidentColumns, Tensor]]) -> None:
+    """Get the new values ready for weights, of one device, that hold one adapter each, with one scale and dtype."""
     for resident, weight in jobs:
-        states.append(resident._new_state())
-        if moved:
-            resident._place(weight, states[-1])
+        resident._place(weight, resident.wanted)
     originals = [resident._kept.values for resident, _ in jobs if resident._kept is not None]
     deltas = [
-        state.deltas[0].detach() if resident.input_dim == 1 else state.deltas[0].detach().t()
-        for (resident, _), state in zip(jobs, states, strict=True)
+        resident.wanted[0].delta.detach() if resident.input_dim == 1 else resident.wanted[0].delta.detach().t()
+        for resident, _ in jobs
     ]
     flat = torch.cat([o.reshape(-1) for o in originals]), torch.cat([d.reshape(-1) for d in deltas])
-    values = add_once(*flat, states[0].scales[0])
-    if not moved:
-        if torch.equal(values, torch.cat([resident._current(weight).reshape(-1) for resident, weight in jobs])):
-            for resident, _ in jobs:
-                resident._finish()
-            return
-        for number, (resident, _) in enumerate(jobs):
-            resident._hidden_writes += 1
-            states[number] = resident._new_state()
-    parts = values.split([o.numel() for o in originals])
-    for (resident, _), state, part, original in zip(jobs, states, parts, originals, strict=True):
-        resident._ready = state, part.view(original.shape)
+    values = add_once(*flat, jobs[0][0].wanted[0].scale)
+    parts = [
+        part.view(o.shape) for part, o in zip(values.split([o.numel() for o in originals]), originals, strict=True)
+    ]
+    unmoved = [
+        (resident, part)
+        for (resident, _), part in zip(jobs, parts, strict=True)
+        if resident._state.holds(resident.wanted)
+    ]  # as far as version counters tell: compare
+    written = _written_already(unmoved)
+    for (resident, _), part in zip(jobs, parts, strict=True):
+        if id(resident) in written:
+            resident._finish()
+        else:
+            resident._hidden_writes += resident._state.holds(resident.wanted)
+            resident._ready = resident._new_state(), part
+
+
+def _written_already(values: list[tuple[ResidentColumns, Tensor]]) -> set[int]:
+    """The ids of those that hold the values given with them."""
+    if not values:
+        return set()
+    if values[0][1].device.type == "cpu":
+        return {id(resident) for resident, part in values if resident._wrote(part)}
+    # One comparison for all: each would wait for the device.
+    now = torch.cat([_bits(part).reshape(-1) for _, part in values])
+    before = torch.cat([_bits(r._written).reshape(-1) for r, _ in values if r._written is not None])
+    return {id(resident) for resident, _ in values} if torch.equal(now, before) else set()
