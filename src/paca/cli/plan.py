@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import warnings
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -12,6 +11,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from paca.cli.quiet import hide_library_notes
 from paca.errors import PacaError
 
 if TYPE_CHECKING:
@@ -47,7 +47,7 @@ def plan(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
 ) -> None:
     """Show what training would take: memory by part, and the least time per step; with --memory, what would fit."""
-    warnings.filterwarnings("ignore", category=FutureWarning)
+    hide_library_notes()
     if loss not in ("chunked", "full", "any"):
         raise PacaError(f"--loss must be chunked, full or any, not {loss!r}.")
     from paca.planning import available_memory, estimate, fit, parse_memory

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
-import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
+
+from paca.cli.quiet import hide_library_notes
 
 if TYPE_CHECKING:
     from paca.training import RunResult
@@ -24,8 +25,7 @@ def train(
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint of this run.")] = False,
 ) -> None:
     """Fine-tune a language model with PaCA and leave a run folder: adapter, metrics, summary, report."""
-    # Notes from one library to another about their next releases; nothing a user of this command can act on.
-    warnings.filterwarnings("ignore", category=FutureWarning)
+    hide_library_notes()
     from paca.training.run_config import load_run_config
 
     run_config = load_run_config(config, set_ or ())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shlex
 from collections.abc import Iterator
@@ -68,7 +67,7 @@ def train(config: RunConfig, resume: bool = False, console: Console | None = Non
     folder = RunFolder(Path(config.output.dir))
     if resume and folder.finished():
         console.print(f"The run in {folder.path} is finished; there is nothing to resume.", highlight=False)
-        return RunResult(folder.path, json.loads(folder.summary.read_text(encoding="utf-8")), None)
+        return RunResult(folder.path, folder.read_summary(), None)
     if main and not resume:
         folder.check_free(overwrite=config.output.overwrite)
     if main and resume:
