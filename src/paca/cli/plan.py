@@ -194,11 +194,11 @@ def _show_fit(console: Console, found: Fit, rate: MatmulRate | None) -> None:
     console.print(table)
     for reason in (*found.refused, QUANTIZATION):
         console.print(f"Not considered: {reason}", highlight=False)
-    for line in _yaml(found.setting):
+    for line in yaml_lines(found.setting):
         console.print(line, highlight=False)
 
 
-def _yaml(setting: Setting) -> list[str]:
+def yaml_lines(setting: Setting) -> list[str]:
     """The lines of a run's YAML that ask for `setting`."""
     lines = ["In a run's YAML:"]
     if setting.lean:

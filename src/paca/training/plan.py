@@ -14,11 +14,12 @@ from peft import get_peft_model
 
 from paca.data import Examples, load_examples, split_heldout
 from paca.errors import PacaError
+from paca.lean import make_lean, undo_lean
 from paca.pretrained import load_config, load_tokenizer
 from paca.pretrained.location import locate
 from paca.training import adapter_settings, train_settings
 from paca.training.loss_scope import scope_loss, use_chat_template
-from paca.training.run_config import RunConfig
+from paca.training.run_config import ModelSection, RunConfig
 
 
 @dataclass
@@ -62,6 +63,7 @@ class Plan:
         tokens = "no limit" if self.tokens_per_step is None else f"at most {self.tokens_per_step:,}"
         lines = [
             ("model", f"{self.config.model.name} ({self.architecture}, {self.parameters:,} parameters, {self.dtype})"),
+            ("blocks", describe_blocks(self.config.model)),
             ("targets", f"{', '.join(self.targets)}: {self.adapted_layers} layers"),
             ("trainable parameters", f"{self.trainable_parameters:,} ({share:.3f} %)"),
             ("data", self.data_description),
@@ -111,6 +113,8 @@ def prepare(config: RunConfig) -> PreparedRun:
     train, held_out = _read_data(config, conversational=tokenizer.chat_template is not None)
     scope = scope_loss(train, held_out, tokenizer, config.train)
     model = outline.model
+    if named.lean:  # a block that it does not know is refused here, before weights are loaded
+        undo_lean(make_lean(model, named.recompute))
     parameters = sum(parameter.numel() for parameter in model.parameters())
     dtype = next(model.parameters()).dtype
     config.train = train_settings.with_defaults(
@@ -147,6 +151,13 @@ def prepare(config: RunConfig) -> PreparedRun:
         steps=planned_steps(len(train.dataset), config.train, processes),
     )
     return PreparedRun(plan, scope.train, scope.eval, scope.settings)
+
+
+def describe_blocks(model: ModelSection) -> str:
+    """What is done to the model's blocks, in words."""
+    if not model.lean:
+        return "as in transformers"
+    return "lean" if model.recompute is None else "lean; the MLP is computed again in the backward pass"
 
 
 def planned_steps(examples: int, train: dict[str, Any], processes: int) -> int | None:

@@ -20,6 +20,7 @@ from trl import SFTConfig, SFTTrainer
 
 from paca.data import check_labels
 from paca.errors import PacaError
+from paca.lean import make_lean
 from paca.pretrained import Pretrained, load_pretrained, save_trainable_copy
 from paca.training import adapter_settings, summary, train_settings
 from paca.training.data_order import SetEpochOfSampler
@@ -121,6 +122,8 @@ class _Run:
         reset_peak_memory()
         with self._busy("Loading the model ..."):
             pretrained = self._load_model()
+            if self.config.model.lean:  # before anything wraps the blocks: an adapter, checkpointing, DDP, FSDP
+                make_lean(pretrained.model, self.config.model.recompute)
         try:
             self.trainer = SFTTrainer(
                 model=pretrained.model,
@@ -227,6 +230,8 @@ class _Run:
                 "architecture": plan.architecture,
                 "parameters": plan.parameters,
                 "dtype": plan.dtype,
+                "lean": self.config.model.lean,
+                "recompute": self.config.model.recompute,
             },
             "data": {
                 "train": self.config.data.train,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import typing
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -31,6 +31,10 @@ class ModelSection:
     """Branch, tag or commit of a hub id."""
     trust_remote_code: bool = False
     """Let a model from the hub run the Python code that it brings."""
+    lean: bool = False
+    """Blocks that keep less for the backward pass and compute the same: :func:`paca.make_lean`."""
+    recompute: Literal["mlp"] | None = None
+    """With ``lean``: also compute gate and up of each MLP again in the backward pass."""
 
 
 @dataclass
@@ -122,6 +126,7 @@ def load_run_config(path: str | os.PathLike[str], overrides: Iterable[str] = ())
     for name, section_type in SECTIONS.items():
         built[name] = _build_section(name, section_type, sections[name], origins)
     _check_values(built["data"], built["eval"], origins)
+    _check_blocks(built["model"], sections["train"], origins)
 
     check_free_sections(sections, origins)
 
@@ -186,6 +191,18 @@ def _check_values(data: DataSection, evaluation: EvalSection, origins: Origins) 
     for key, count in (("data.eval", heldout), ("data.limit", data.limit), ("eval.limit", evaluation.limit)):
         if isinstance(count, int) and count < 1:
             raise PacaError(f"{origins.of(key)}: {key} is {count}; a count of records must be 1 or more.")
+
+
+def _check_blocks(model: ModelSection, train: Mapping[str, Any], origins: Origins) -> None:
+    if model.recompute is not None and not model.lean:
+        raise PacaError(
+            f"{origins.of('model.recompute')}: model.recompute is a part of the lean blocks; give model.lean: true too."
+        )
+    if model.lean and train.get("use_liger_kernel"):
+        raise PacaError(
+            f"{origins.of('train.use_liger_kernel')}: train.use_liger_kernel replaces the blocks that model.lean makes "
+            "lean. Choose one of them; on CUDA, lean blocks use Liger's kernels where they are installed."
+        )
 
 
 def _make_paths_absolute(config: RunConfig) -> None:
