@@ -22,6 +22,9 @@ def train(
         typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Change a setting of the file; may be repeated."),
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be trained, and stop.")] = False,
+    probe: Annotated[
+        bool, typer.Option("--probe", help="First try the longest batch; memory that does not suffice shows at once.")
+    ] = False,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint of this run.")] = False,
 ) -> None:
     """Fine-tune a language model with PaCA and leave a run folder: adapter, metrics, summary, report."""
@@ -46,7 +49,7 @@ def train(
     from paca.training.run import train as run
 
     try:
-        result = run(run_config, resume=resume, console=console)
+        result = run(run_config, resume=resume, console=console, probe=probe)
     except KeyboardInterrupt:
         console.print(f"Stopped at once. {_newest_checkpoint(Path(run_config.output.dir), config)}", highlight=False)
         raise typer.Exit(130) from None

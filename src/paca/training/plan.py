@@ -15,6 +15,7 @@ from peft import get_peft_model
 from paca.data import Examples, load_examples, split_heldout
 from paca.errors import PacaError
 from paca.lean import make_lean, undo_lean
+from paca.planning.estimate import PlannedModel
 from paca.pretrained import load_config, load_tokenizer
 from paca.pretrained.location import locate
 from paca.training import adapter_settings, train_settings
@@ -86,6 +87,8 @@ class PreparedRun:
     plan: Plan
     train: Examples
     eval: Examples | None
+    outline: PlannedModel
+    """The adapted model without weights, for what is foretold of its memory."""
     loss_settings: dict[str, bool]
     """Fields of SFTConfig. They follow from the data, so the resolved config leaves them to be found again."""
 
@@ -150,7 +153,7 @@ def prepare(config: RunConfig) -> PreparedRun:
         tokens_per_step=None if longest is None else sequences * longest,
         steps=planned_steps(len(train.dataset), config.train, processes),
     )
-    return PreparedRun(plan, scope.train, scope.eval, scope.settings)
+    return PreparedRun(plan, scope.train, scope.eval, adapted, scope.settings)
 
 
 def describe_blocks(model: ModelSection) -> str:
