@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
 
@@ -37,9 +38,11 @@ def models(monkeypatch: pytest.MonkeyPatch) -> list[torch.nn.Module]:
     return seen
 
 
-def run(config_file: Path, folder: Path, *overrides: str, resume: bool = False) -> dict[str, object]:
+def run(
+    config_file: Path, folder: Path, *overrides: str, resume: bool = False, console: Console | None = None
+) -> dict[str, object]:
     config = load_run_config(config_file, [f"output.dir={folder}", *overrides])
-    result = train(config, resume=resume, console=Console(quiet=True))
+    result = train(config, resume=resume, console=console or Console(quiet=True))
     assert result.summary is not None
     return result.summary
 
@@ -94,10 +97,13 @@ def test_a_gguf_model_trains_lean_and_leaves_a_plain_base(
     mergeable_base: Path,  # noqa: F811
 ) -> None:
     gguf = write_gguf(tmp_path / "model.gguf", mergeable_base)
-    summary = run(config_file, tmp_path / "run", f"model.name={gguf}", "train.max_steps=2", *RECOMPUTED)
+    output = io.StringIO()
+    settings = (f"model.name={gguf}", "train.max_steps=2", *RECOMPUTED)
+    summary = run(config_file, tmp_path / "run", *settings, console=Console(file=output))
     assert [is_lean(model) for model in models] == [True]
     assert summary["model"]["source"] == "gguf"  # type: ignore[index]
     assert (tmp_path / "run" / "base" / "config.json").is_file()
+    assert "Unpacking the weights of model.gguf ...\n" in output.getvalue()
 
 
 def test_the_plan_says_what_is_done_to_the_blocks(config_file: Path) -> None:

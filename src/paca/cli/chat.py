@@ -33,6 +33,8 @@ def chat(
     find_adapter(path)  # before what it takes to load one: a wrong path is no reason to wait
     from paca.generation import load_for_generation, stream_reply
 
+    if path.lower().endswith(".gguf"):
+        say(f"Unpacking the weights of {path} ...")
     loaded = load_for_generation(path, base_model=base_model)
     if base and loaded.adapter is None:
         raise PacaError(f"{path} is a plain model: it has no adapter that --base could leave out.")

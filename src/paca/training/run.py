@@ -191,6 +191,7 @@ class _Run:
             return load_pretrained(model.name, model.dtype, model.revision, model.trust_remote_code)
         # An adapter has to name a base that stock tooling can load, so the unpacked model is kept beside it.
         if self.main and not self.folder.base.is_dir():
+            self._say(f"Unpacking the weights of {Path(model.name).name} ...")
             save_trainable_copy(load_pretrained(model.name, model.dtype), self.folder.base)
         PartialState().wait_for_everyone()
         return load_pretrained(str(self.folder.base), model.dtype)
