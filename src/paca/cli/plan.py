@@ -61,7 +61,7 @@ def plan(
         recompute="mlp" if recompute else setting.recompute,
         checkpointing=setting.checkpointing or checkpointing,
         padded=setting.padded or padded,
-        chunked_loss=loss != "full",
+        chunked_loss=setting.chunked_loss and loss != "full",
     )
     measured = _rate(planned, rate)
     found = None

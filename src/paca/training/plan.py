@@ -19,6 +19,7 @@ from paca.planning.estimate import PlannedModel
 from paca.pretrained import load_config, load_tokenizer
 from paca.pretrained.location import locate
 from paca.training import adapter_settings, train_settings
+from paca.training.loss_memory import describe_logits
 from paca.training.loss_scope import scope_loss, use_chat_template
 from paca.training.run_config import ModelSection, RunConfig
 
@@ -70,6 +71,7 @@ class Plan:
             ("data", self.data_description),
             ("training examples", f"{self.train_examples:,}"),
             ("loss on", self.loss_scope),
+            ("logits", describe_logits(self.config.train)),
             ("held-out examples", "none" if self.eval_examples is None else f"{self.eval_examples:,}"),
             ("tokens per step", f"{tokens} ({self.sequences_per_step} sequences)"),
             ("steps", "known once the data is packed" if self.steps is None else f"{self.steps:,}"),
