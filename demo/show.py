@@ -6,12 +6,14 @@ Run as ``python -m demo.show`` from the project's folder. The answers are made o
 from __future__ import annotations
 
 import json
-import warnings
 from pathlib import Path
 
 from demo.prepare import CACHE
 from rich.console import Console
 from rich.padding import Padding
+
+from paca.cli.quiet import hide_library_notes
+from paca.training.run_folder import RunFolder
 
 RUN = Path("runs/demo")
 TEST = CACHE / "data/test.jsonl"
@@ -32,7 +34,7 @@ def answers(run: Path, prompt: str) -> dict[str, str]:
         kept = json.loads(file.read_text(encoding="utf-8"))
         if kept["prompt"] == prompt:
             return kept
-    warnings.filterwarnings("ignore", category=FutureWarning)
+    hide_library_notes()
     from paca.generation import load_for_generation, stream_reply
 
     loaded = load_for_generation(run)
@@ -47,7 +49,7 @@ def answers(run: Path, prompt: str) -> dict[str, str]:
 
 def show(run: Path, console: Console) -> None:
     """Print everything there is to see."""
-    summary = json.loads((run / "summary.json").read_text(encoding="utf-8"))
+    summary = RunFolder(run).read_summary()
     prompt, reference = held_out_question()
     with console.status("Answering a held-out question, before and after ..."):
         made = answers(run, prompt)

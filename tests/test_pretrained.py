@@ -18,7 +18,7 @@ import transformers
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
 from safetensors.torch import load_file
 from tokenizers import pre_tokenizers
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, modeling_gguf_pytorch_utils
 
 from paca.errors import PacaError
 from paca.pretrained import gguf as paca_gguf
@@ -153,6 +153,13 @@ def test_a_gguf_file_becomes_the_model_it_was_made_from(mergeable_base: Path, tm
     assert error <= (0.03 * scale if quantized else 1e-5 * scale)  # Q8_0: 127 steps to the largest weight of a block
     assert pretrained.tokenizer.chat_template == original.tokenizer.chat_template
     assert pretrained.tokenizer.all_special_ids == original.tokenizer.all_special_ids
+
+
+def test_no_bar_is_shown_while_a_gguf_file_is_read(gguf_file: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    bar = modeling_gguf_pytorch_utils.tqdm
+    load_pretrained(str(gguf_file))
+    assert capfd.readouterr().err == ""
+    assert modeling_gguf_pytorch_utils.tqdm is bar  # for others it stays as it is
 
 
 def test_a_gguf_model_can_be_trained(gguf_file: Path) -> None:

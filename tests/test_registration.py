@@ -91,6 +91,6 @@ def test_import_takes_over_a_method_that_is_registered_already(twice):
         ours = theirs.peft_config["default"]
         assert type(ours) is paca.PacaConfig and ours.r == 2 and ours.random_seed == 3 and ours.paca_alpha == 8
         """
-        % ("paca.register(paca.PacaConfig, paca.PacaModel)" if twice else ""),
+        % ("paca.registration.register(paca.PacaConfig, paca.PacaModel)" if twice else ""),
         TRAIN_ONE_STEP,
     )

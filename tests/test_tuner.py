@@ -537,6 +537,32 @@ def test_a_broken_adapter_is_refused_by_name_and_leaves_the_model_as_it_was(save
             assert torch.equal(model(input_ids=tokens()).logits, want)
 
 
+def test_an_adapter_without_weights_is_refused_by_name_and_leaves_the_model_as_it_was(saved):
+    folder, _ = saved
+    (folder / ADAPTER).unlink()
+    base = llama()
+    classes = stock_classes(base)
+    message = rf"The adapter in {folder} has no weights: neither {ADAPTER} nor adapter_model\.bin"
+    with pytest.raises(ValueError, match=message):
+        PeftModel.from_pretrained(base, folder)
+    assert stock_classes(base) == classes
+    assert not hasattr(base, "peft_config")
+    with torch.no_grad():
+        assert torch.equal(base(input_ids=tokens()).logits, llama()(input_ids=tokens()).logits)
+
+    model = adapt(base, task_type="CAUSAL_LM", r=3, random_seed=4)
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    with pytest.raises(ValueError, match=message):
+        model.load_adapter(folder.parent, "other", subfolder=folder.name)
+    assert list(model.peft_config) == ["default"]
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+    settings = paca.PacaConfig.from_pretrained(folder)
+    settings.loading = False  # as the message says
+    settings.inference_mode = False
+    assert peft.get_peft_model(llama(), settings).get_nb_trainable_parameters()[0] > 0
+
+
 def test_an_adapter_of_another_model_is_refused(saved):
     folder, _ = saved
     with pytest.raises(ValueError, match="has shape"):

@@ -4,18 +4,68 @@ Importing this package makes PaCA a method that PEFT knows::
 
     import paca, peft
     model = peft.get_peft_model(model, paca.PacaConfig(r=16))
+
+The import itself is light: torch, transformers and PEFT are loaded with the first name that needs them.
 """
 
+from __future__ import annotations
+
+import sys
+from importlib import import_module
 from importlib.metadata import version
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
 
-from paca.config import PacaConfig
 from paca.errors import PacaError
-from paca.lean import make_lean, undo_lean
-from paca.refresh import refresh
-from paca.registration import register
-from paca.tuner import PacaModel
+from paca.peft_import import when_peft_is_imported
 
-register(PacaConfig, PacaModel)
+if TYPE_CHECKING:
+    from paca.config import PacaConfig
+    from paca.lean import make_lean, undo_lean
+    from paca.refresh import refresh
+    from paca.tuner import PacaModel
 
 __version__ = version("paca-tuning")
 __all__ = ["PacaConfig", "PacaError", "PacaModel", "make_lean", "refresh", "undo_lean"]
+
+_MODULES = {
+    "PacaConfig": "paca.config",
+    "PacaModel": "paca.tuner",
+    "make_lean": "paca.lean",
+    "refresh": "paca.refresh",
+    "undo_lean": "paca.lean",
+}
+"""Where each name that is loaded on first use lies."""
+
+
+def _register() -> None:
+    from paca.registration import register
+
+    names = {name: getattr(import_module(module), name) for name, module in _MODULES.items()}
+    register(names["PacaConfig"], names["PacaModel"])
+    globals().update(names)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    import_module("peft")  # which registers, and with that sets all names, unless it is under way in this thread
+    return globals().get(name) or getattr(import_module(_MODULES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+class _Package(ModuleType):
+    """Keeps ``paca.refresh`` the function: the import system would set it to the submodule of that name."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name not in _MODULES or not isinstance(value, ModuleType):
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package
+
+
+when_peft_is_imported(_register)

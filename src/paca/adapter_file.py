@@ -5,8 +5,25 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import Path
 
-from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
+
+
+def check_has_weights(folder: Path) -> None:
+    """Check that a local adapter's folder holds weights, and not the config alone.
+
+    Args:
+        folder: of the adapter. A hub id (no such folder) is left to PEFT.
+
+    Raises:
+        ValueError: if it has none; names the folder and the files that were expected.
+    """
+    if folder.is_dir() and not any((folder / name).is_file() for name in (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME)):
+        raise ValueError(
+            f"The adapter in {folder} has no weights: neither {SAFETENSORS_WEIGHTS_NAME} nor {WEIGHTS_NAME} is there. "
+            "Copy the folder again, or save the adapter again. (To train a new adapter with its settings, set "
+            "config.loading = False.)"
+        )
 
 
 def check_adapter_file(folder: Path, modules_to_save: Iterable[str] | None) -> None:

@@ -70,6 +70,7 @@ class PacaConfig(PeftConfig):
         super().__post_init__()
         # Not settings, so neither fields nor saved: what the tuner needs to take back an adapter that fails to load.
         self.loading = False
+        self.folder: Path | None = None
         self.trainable_before: dict[str, bool] = {}
         self.peft_type = add_peft_type()
         self.rank_pattern, self.alpha_pattern = self.rank_pattern or {}, self.alpha_pattern or {}
@@ -116,7 +117,7 @@ class PacaConfig(PeftConfig):
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> PacaConfig:
         config: PacaConfig = super().from_pretrained(*args, **kwargs)
         config.loading = True
-        folder = Path(str(args[0] if args else kwargs["pretrained_model_name_or_path"])) / (
+        config.folder = folder = Path(str(args[0] if args else kwargs["pretrained_model_name_or_path"])) / (
             kwargs.get("subfolder") or ""
         )
         check_adapter_file(folder, config.modules_to_save)

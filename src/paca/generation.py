@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import logging
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -23,13 +21,9 @@ from transformers import (
     TextIteratorStreamer,
 )
 
+from paca.adapter_folder import find_adapter, find_base, weight_file
 from paca.errors import PacaError
 from paca.pretrained import Pretrained, load_pretrained
-
-logger = logging.getLogger(__name__)
-
-ADAPTER_CONFIG = "adapter_config.json"
-ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 
 Message = dict[str, str]
 """``{"role": "user" | "assistant" | "system", "content": text}``"""
@@ -49,58 +43,6 @@ class LoadedModel:
 
     base: str
     """Name or path of the model without its adapter."""
-
-
-def find_adapter(path: str | Path) -> Path | None:
-    """The adapter folder that ``path`` (a run or an adapter folder) stands for; None when it is a plain model.
-
-    Raises:
-        PacaError: there is no such folder, or it is neither a run, an adapter nor a model.
-    """
-    folder = Path(path).expanduser()
-    if not folder.exists():
-        raise PacaError(f"No such folder: {folder}. Give a run of `paca train`, an adapter's folder or a model's.")
-    if folder.is_file():
-        if folder.suffix.lower() == ".gguf":
-            return None
-        raise PacaError(f"{folder} is a file. Give the folder of a run, of an adapter or of a model (or a .gguf file).")
-    for candidate in (folder / "adapter", folder):
-        if (candidate / ADAPTER_CONFIG).is_file():
-            return candidate
-    if (folder / "config.json").is_file():
-        return None
-    if (folder / "checkpoints").is_dir() or (folder / "metrics.jsonl").is_file():
-        raise PacaError(
-            f"The run in {folder} is not finished: it has no adapter/. Continue it: paca train ... --resume"
-        )
-    found = ", ".join(sorted(entry.name for entry in folder.iterdir())[:8]) or "nothing"
-    raise PacaError(
-        f"{folder} is not an adapter: it has no {ADAPTER_CONFIG}, nor adapter/{ADAPTER_CONFIG} as a run does, nor the "
-        f"config.json of a model. It holds: {found}."
-    )
-
-
-def find_base(adapter: Path) -> str:
-    """Name or path of the model that an adapter was trained on.
-
-    A run that was moved or copied brings its own ``base/`` along: that one is taken, and logged, when the recorded
-    folder is gone.
-
-    Raises:
-        PacaError: the adapter's config cannot be read, or names no model.
-    """
-    file = adapter / ADAPTER_CONFIG
-    try:
-        base = json.loads(file.read_text(encoding="utf-8")).get("base_model_name_or_path")
-    except (ValueError, AttributeError) as error:
-        raise PacaError(f"{file} is broken: {error}. It should be a JSON object; copy or save it again.") from error
-    if not base:
-        raise PacaError(f"{file} does not name the model it was trained on. Give it: --base-model NAME_OR_FOLDER")
-    beside = adapter.resolve().parent / "base"
-    if Path(base).name == "base" and not Path(base).exists() and (beside / "config.json").is_file():
-        logger.warning("%s is gone; taking the base model that lies beside the adapter, %s.", base, beside)
-        return str(beside)
-    return str(base)
 
 
 def load_for_generation(path: str | Path, *, base_model: str | None = None, dtype: str = "auto") -> LoadedModel:
@@ -123,7 +65,7 @@ def load_for_generation(path: str | Path, *, base_model: str | None = None, dtyp
         return LoadedModel(on_accelerator(plain.model).eval(), plain.tokenizer, None, plain.name_or_path)
 
     base = base_model if base_model is not None else find_base(adapter)
-    weights = _weight_file(adapter)
+    weights = weight_file(adapter)
     pretrained = _load_base(base, adapter, dtype)
     model = on_accelerator(pretrained.model)
     try:
@@ -143,13 +85,6 @@ def _load_base(base: str, adapter: Path, dtype: str) -> Pretrained:
             f"The adapter in {adapter} needs its base model, {base}, which cannot be loaded. {error}\n"
             "If that model lies elsewhere, say where: --base-model NAME_OR_FOLDER"
         ) from error
-
-
-def _weight_file(adapter: Path) -> Path:
-    for name in ADAPTER_WEIGHTS:
-        if (adapter / name).is_file():
-            return adapter / name
-    raise PacaError(f"The adapter in {adapter} has no {ADAPTER_WEIGHTS[0]}: its weights are missing. Copy it again.")
 
 
 def _tokenizer(adapter: Path, base: Pretrained) -> PreTrainedTokenizerBase:

@@ -13,6 +13,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper, get_pattern_key
 from torch import Tensor, nn
 
 from paca.adapter_checks import check_adapter_tensors
+from paca.adapter_file import check_has_weights
 from paca.config import PacaConfig
 from paca.layers import RESIDENT_CLASSES, PacaLayer, PacaLinear
 from paca.layers.resident_weight import ResidentWeight
@@ -39,6 +40,8 @@ class PacaModel(BaseTuner):
             config = self.peft_config[adapter_name] = PacaConfig.from_peft(config)
         trainable_before = {name: p.requires_grad for name, p in model.named_parameters()}
         try:
+            if config.loading and config.folder is not None:
+                check_has_weights(config.folder)
             super().inject_adapter(model, adapter_name, *args, **kwargs)
         except Exception:
             self.peft_config.pop(adapter_name, None)

@@ -115,11 +115,12 @@ def test_two_processes_train_as_one_on_the_whole_batch_and_only_the_first_speaks
     program.write_text(MAIN)
     try:
         status, output, errors = paca(
-            workspace, "train", "config.yaml", *common, "--set", "output.dir=two",
+            workspace, "train", "config.yaml", "--probe", *common, "--set", "output.dir=two",
             launcher=(*torchrun, str(program)),
         )  # fmt: skip
         assert status == 0, errors
         assert output.count("step 10/10") == 1
+        assert output.count("The longest batch (2 x ") == 1
         settings = [*common[1::2], "train.per_device_train_batch_size=4", f"output.dir={workspace / 'one'}"]
         train(load_run_config(workspace / "config.yaml", settings), console=Console(quiet=True))
     finally:

@@ -2,10 +2,14 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+import yaml
 
+from paca.cli.plan import yaml_lines
 from paca.errors import PacaError
+from paca.planning import Setting
 from paca.training import load_run_config
 from paca.training.run_config import RunConfig
 
@@ -96,6 +100,9 @@ def test_a_wrong_key_or_value_is_refused_with_its_place(tmp_path: Path, addition
         ("data.eval=1.5", "--set: data.eval is 1.5; to hold out a part"),
         ("data.eval=0", "--set: data.eval is 0; a count of records must be 1 or more."),
         ("data.limit=-1", "--set: data.limit is -1;"),
+        ("model.lean=1", "--set: model.lean must be true or false, not the number 1."),
+        ("model.recompute=mlp", "--set: model.recompute is a part of the lean blocks; give model.lean: true too."),
+        ("model.recompute=all", "--set: model.recompute must be one of mlp or null, not the text 'all'."),
     ],
 )  # fmt: skip
 def test_a_wrong_override_is_refused(tmp_path: Path, override: str, message: str) -> None:
@@ -128,3 +135,20 @@ def test_our_own_sections_are_checked_before_the_trainer_is_imported(
         load(tmp_path, MINIMAL + "eval: {befor: true}\n")
     with pytest.raises(ImportError):
         load(tmp_path, MINIMAL)
+
+
+def test_lean_blocks_do_not_go_with_another_librarys_blocks(tmp_path: Path) -> None:
+    with pytest.raises(PacaError, match=r"--set: train\.use_liger_kernel replaces the blocks that model\.lean"):
+        load(tmp_path, MINIMAL, "model.lean=true", "train.use_liger_kernel=true")
+
+
+@pytest.mark.parametrize("recompute", [None, "mlp"])
+def test_what_a_plan_prints_is_accepted(tmp_path: Path, recompute: Any) -> None:
+    setting = Setting(sequence_length=512, batch_size=2, lean=True, recompute=recompute, checkpointing=True)
+    printed = yaml.safe_load("\n".join(yaml_lines(setting)[1:]))
+    config = load(
+        tmp_path, yaml.safe_dump({"model": {"name": "some/model"} | printed["model"], "data": {"train": "x"}})
+    )
+    assert (config.model.lean, config.model.recompute) == (True, recompute)
+    config = load(tmp_path, MINIMAL + yaml.safe_dump({"train": printed["train"]}))
+    assert config.train["max_length"] == 512

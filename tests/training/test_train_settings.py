@@ -7,15 +7,11 @@ import torch
 from trl import SFTConfig
 
 from paca.errors import PacaError
-from paca.training.train_settings import OWNED, sft_config, train_fields, with_defaults
+from paca.training.train_settings import sft_config, train_fields, with_defaults
 
 
 def defaults(has_eval: bool = True, context_length: int | None = 8192, **settings: object) -> dict[str, object]:
     return with_defaults(settings, has_eval=has_eval, weights_dtype=torch.float32, context_length=context_length)
-
-
-def test_fields_with_another_place_are_fields() -> None:
-    assert set(OWNED) <= set(train_fields())
 
 
 def test_the_users_settings_win() -> None:

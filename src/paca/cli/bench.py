@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import time
-import warnings
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.console import Console
+
+from paca.cli.quiet import hide_library_notes
 
 bench = typer.Typer(
     help="Measure methods against each other: step time, memory, longest sequence, largest batch.",
@@ -63,8 +64,7 @@ def run(
     """Measure methods against each other and append the results to a CSV file."""
     if context.invoked_subcommand is not None:
         return
-    # Notes from one library to another about their next releases; nothing a user of this command can act on.
-    warnings.filterwarnings("ignore", category=FutureWarning)
+    hide_library_notes()
     from paca.bench.settings import DEFAULT_METHODS, BenchSettings, parse_bytes
 
     settings = BenchSettings(

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import sys
-import warnings
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from paca.adapter_folder import find_adapter
+from paca.cli.quiet import hide_library_notes
 from paca.errors import PacaError
 
 if TYPE_CHECKING:
@@ -28,10 +29,12 @@ def chat(
     base_model: Annotated[str | None, typer.Option(help="The base model, if not where the adapter says.")] = None,
 ) -> None:
     """Talk to a trained model: with --prompt once, else in the terminal until /exit."""
-    # Notes from one library to another about their next releases; nothing a user of this command can act on.
-    warnings.filterwarnings("ignore", category=FutureWarning)
+    hide_library_notes()
+    find_adapter(path)  # before what it takes to load one: a wrong path is no reason to wait
     from paca.generation import load_for_generation, stream_reply
 
+    if path.lower().endswith(".gguf"):
+        say(f"Unpacking the weights of {path} ...")
     loaded = load_for_generation(path, base_model=base_model)
     if base and loaded.adapter is None:
         raise PacaError(f"{path} is a plain model: it has no adapter that --base could leave out.")

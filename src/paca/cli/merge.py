@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-import warnings
 from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from paca.adapter_folder import find_adapter
+from paca.cli.quiet import hide_library_notes
 
 
 def merge(
@@ -20,8 +22,8 @@ def merge(
     verify: Annotated[bool, typer.Option(help="Read the result back and compare its logits.")] = True,
 ) -> None:
     """Fold an adapter into its base model and write a checkpoint that loads without paca."""
-    # Notes from one library to another about their next releases; nothing a user of this command can act on.
-    warnings.filterwarnings("ignore", category=FutureWarning)
+    hide_library_notes()
+    find_adapter(path)  # before what it takes to load one: a wrong path is no reason to wait
     from transformers.utils import logging
 
     from paca.convert.merged import merge_to_folder

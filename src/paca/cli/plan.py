@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import warnings
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -12,6 +11,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from paca.cli.quiet import hide_library_notes
 from paca.errors import PacaError
 
 if TYPE_CHECKING:
@@ -47,7 +47,7 @@ def plan(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
 ) -> None:
     """Show what training would take: memory by part, and the least time per step; with --memory, what would fit."""
-    warnings.filterwarnings("ignore", category=FutureWarning)
+    hide_library_notes()
     if loss not in ("chunked", "full", "any"):
         raise PacaError(f"--loss must be chunked, full or any, not {loss!r}.")
     from paca.planning import available_memory, estimate, fit, parse_memory
@@ -61,7 +61,7 @@ def plan(
         recompute="mlp" if recompute else setting.recompute,
         checkpointing=setting.checkpointing or checkpointing,
         padded=setting.padded or padded,
-        chunked_loss=loss != "full",
+        chunked_loss=setting.chunked_loss and loss != "full",
     )
     measured = _rate(planned, rate)
     found = None
@@ -194,11 +194,11 @@ def _show_fit(console: Console, found: Fit, rate: MatmulRate | None) -> None:
     console.print(table)
     for reason in (*found.refused, QUANTIZATION):
         console.print(f"Not considered: {reason}", highlight=False)
-    for line in _yaml(found.setting):
+    for line in yaml_lines(found.setting):
         console.print(line, highlight=False)
 
 
-def _yaml(setting: Setting) -> list[str]:
+def yaml_lines(setting: Setting) -> list[str]:
     """The lines of a run's YAML that ask for `setting`."""
     lines = ["In a run's YAML:"]
     if setting.lean:

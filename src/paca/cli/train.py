@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
-import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
+
+from paca.cli.quiet import hide_library_notes
 
 if TYPE_CHECKING:
     from paca.training import RunResult
@@ -21,11 +22,13 @@ def train(
         typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Change a setting of the file; may be repeated."),
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be trained, and stop.")] = False,
+    probe: Annotated[
+        bool, typer.Option("--probe", help="First try the longest batch; memory that does not suffice shows at once.")
+    ] = False,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint of this run.")] = False,
 ) -> None:
     """Fine-tune a language model with PaCA and leave a run folder: adapter, metrics, summary, report."""
-    # Notes from one library to another about their next releases; nothing a user of this command can act on.
-    warnings.filterwarnings("ignore", category=FutureWarning)
+    hide_library_notes()
     from paca.training.run_config import load_run_config
 
     run_config = load_run_config(config, set_ or ())
@@ -46,7 +49,7 @@ def train(
     from paca.training.run import train as run
 
     try:
-        result = run(run_config, resume=resume, console=console)
+        result = run(run_config, resume=resume, console=console, probe=probe)
     except KeyboardInterrupt:
         console.print(f"Stopped at once. {_newest_checkpoint(Path(run_config.output.dir), config)}", highlight=False)
         raise typer.Exit(130) from None

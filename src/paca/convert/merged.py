@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM
 
+from paca.adapter_folder import find_adapter, find_base
 from paca.errors import PacaError
-from paca.generation import LoadedModel, find_adapter, find_base, load_for_generation, on_accelerator
+from paca.generation import LoadedModel, load_for_generation, on_accelerator
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 

@@ -11,6 +11,7 @@ from paca.planning.budget import available_memory
 from paca.planning.estimate import PlannedModel, estimate
 from paca.planning.optimizer_state import KNOWN_OPTIMIZERS
 from paca.planning.setting import Setting
+from paca.training.loss_memory import holds_all_logits
 from paca.training.memory import format_bytes
 from paca.training.run_config import RunConfig
 
@@ -37,9 +38,10 @@ def setting_of_run(config: RunConfig, device: str, longest: int | None = None) -
         sequence_length=min(limits),
         batch_size=batch_size,
         gradient_accumulation=train["gradient_accumulation_steps"],
-        lean=bool(getattr(config.model, "lean", False)),
-        recompute=getattr(config.model, "recompute", None),
+        lean=config.model.lean,
+        recompute=config.model.recompute,
         checkpointing=bool(train.get("gradient_checkpointing") or train.get("activation_checkpointing")),
+        chunked_loss=not holds_all_logits(train),
         padded=packed or batch_size > 1,
         autocast=_autocast(train),
         # An optimizer that is not known is taken for one that keeps two moments: few keep more.

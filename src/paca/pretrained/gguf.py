@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from tokenizers import pre_tokenizers
-from transformers import GgufConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import GgufConfig, PreTrainedModel, PreTrainedTokenizerBase, modeling_gguf_pytorch_utils
 
 from paca.errors import PacaError
 
@@ -39,6 +42,20 @@ def dequantizing_config() -> GgufConfig:
     Without it the model counts as quantized, and can be neither saved nor trained.
     """
     return GgufConfig(dequantize=True)
+
+
+@contextmanager
+def without_unpacking_bar() -> Iterator[None]:
+    """Hide the bar of transformers' GGUF reader, which no switch of its logging reaches. Not for several threads."""
+    bar = vars(modeling_gguf_pytorch_utils).get("tqdm")
+    if bar is None:  # a transformers without that bar
+        yield
+        return
+    vars(modeling_gguf_pytorch_utils)["tqdm"] = functools.partial(bar, disable=True)
+    try:
+        yield
+    finally:
+        vars(modeling_gguf_pytorch_utils)["tqdm"] = bar
 
 
 def check_is_plain(model: PreTrainedModel, path: str) -> None:

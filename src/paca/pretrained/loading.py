@@ -84,7 +84,7 @@ def load_pretrained(
     options = _options(location, revision, trust_remote_code)
     if location.source == "gguf":
         options["quantization_config"] = gguf.dequantizing_config()
-    with _explaining(location), _without_progress_bars():
+    with _explaining(location), _without_progress_bars(), gguf.without_unpacking_bar():
         model = AutoModelForCausalLM.from_pretrained(dtype=torch_dtype, **options)
     if location.source == "gguf":
         gguf.check_is_plain(model, location.name_or_path)
@@ -240,7 +240,7 @@ def _first_line(error: BaseException) -> str:
 
 @contextmanager
 def _without_progress_bars() -> Iterator[None]:
-    """Hide the bars that count parameters. Downloads keep theirs, and so does the GGUF reader, which is slow."""
+    """Hide the bars that count parameters. Downloads keep theirs."""
     was_enabled = transformers.utils.logging.is_progress_bar_enabled()
     transformers.utils.logging.disable_progress_bar()
     try:

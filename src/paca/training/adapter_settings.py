@@ -10,7 +10,7 @@ from peft import PeftConfig
 
 from paca.config import PacaConfig
 from paca.errors import PacaError
-from paca.training.run_config import Origins, check_keys, check_type
+from paca.training.key_checks import Origins, check_keys, check_type
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

@@ -14,11 +14,14 @@ from peft import get_peft_model
 
 from paca.data import Examples, load_examples, split_heldout
 from paca.errors import PacaError
+from paca.lean import make_lean, undo_lean
+from paca.planning.estimate import PlannedModel
 from paca.pretrained import load_config, load_tokenizer
 from paca.pretrained.location import locate
 from paca.training import adapter_settings, train_settings
+from paca.training.loss_memory import describe_logits
 from paca.training.loss_scope import scope_loss, use_chat_template
-from paca.training.run_config import RunConfig
+from paca.training.run_config import ModelSection, RunConfig
 
 
 @dataclass
@@ -62,11 +65,13 @@ class Plan:
         tokens = "no limit" if self.tokens_per_step is None else f"at most {self.tokens_per_step:,}"
         lines = [
             ("model", f"{self.config.model.name} ({self.architecture}, {self.parameters:,} parameters, {self.dtype})"),
+            ("blocks", describe_blocks(self.config.model)),
             ("targets", f"{', '.join(self.targets)}: {self.adapted_layers} layers"),
             ("trainable parameters", f"{self.trainable_parameters:,} ({share:.3f} %)"),
             ("data", self.data_description),
             ("training examples", f"{self.train_examples:,}"),
             ("loss on", self.loss_scope),
+            ("logits", describe_logits(self.config.train)),
             ("held-out examples", "none" if self.eval_examples is None else f"{self.eval_examples:,}"),
             ("tokens per step", f"{tokens} ({self.sequences_per_step} sequences)"),
             ("steps", "known once the data is packed" if self.steps is None else f"{self.steps:,}"),
@@ -84,6 +89,8 @@ class PreparedRun:
     plan: Plan
     train: Examples
     eval: Examples | None
+    outline: PlannedModel
+    """The adapted model without weights, for what is foretold of its memory."""
     loss_settings: dict[str, bool]
     """Fields of SFTConfig. They follow from the data, so the resolved config leaves them to be found again."""
 
@@ -111,6 +118,8 @@ def prepare(config: RunConfig) -> PreparedRun:
     train, held_out = _read_data(config, conversational=tokenizer.chat_template is not None)
     scope = scope_loss(train, held_out, tokenizer, config.train)
     model = outline.model
+    if named.lean:  # a block that it does not know is refused here, before weights are loaded
+        undo_lean(make_lean(model, named.recompute))
     parameters = sum(parameter.numel() for parameter in model.parameters())
     dtype = next(model.parameters()).dtype
     config.train = train_settings.with_defaults(
@@ -146,7 +155,14 @@ def prepare(config: RunConfig) -> PreparedRun:
         tokens_per_step=None if longest is None else sequences * longest,
         steps=planned_steps(len(train.dataset), config.train, processes),
     )
-    return PreparedRun(plan, scope.train, scope.eval, scope.settings)
+    return PreparedRun(plan, scope.train, scope.eval, adapted, scope.settings)
+
+
+def describe_blocks(model: ModelSection) -> str:
+    """What is done to the model's blocks, in words."""
+    if not model.lean:
+        return "as in transformers"
+    return "lean" if model.recompute is None else "lean; the MLP is computed again in the backward pass"
 
 
 def planned_steps(examples: int, train: dict[str, Any], processes: int) -> int | None:

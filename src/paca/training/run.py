@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shlex
 from collections.abc import Iterator
@@ -21,14 +20,18 @@ from trl import SFTConfig, SFTTrainer
 
 from paca.data import check_labels
 from paca.errors import PacaError
+from paca.lean import make_lean
 from paca.pretrained import Pretrained, load_pretrained, save_trainable_copy
 from paca.training import adapter_settings, summary, train_settings
 from paca.training.data_order import SetEpochOfSampler
 from paca.training.finite_loss import StopOnNonFiniteLoss
 from paca.training.interrupt import StopOnSignal
 from paca.training.memory import describe_peak_memory, peak_memory, reset_peak_memory
+from paca.training.memory_check import memory_at_hand, memory_warning
 from paca.training.metrics import MetricsLog, RecordMetrics, finite_or_none
+from paca.training.out_of_memory import is_out_of_memory, remedies
 from paca.training.plan import Plan, PreparedRun, prepare
+from paca.training.probe import ProbeLongestBatch
 from paca.training.progress import ShowProgress
 from paca.training.report import write_report
 from paca.training.run_config import RunConfig
@@ -47,7 +50,7 @@ class RunResult:
     """What continues the run; None when it is finished."""
 
 
-def train(config: RunConfig, resume: bool = False, console: Console | None = None) -> RunResult:
+def train(config: RunConfig, resume: bool = False, console: Console | None = None, *, probe: bool = False) -> RunResult:
     """Train.
 
     Args:
@@ -55,6 +58,7 @@ def train(config: RunConfig, resume: bool = False, console: Console | None = Non
         resume: Continue from the newest checkpoint in the run folder, to the same weights as if the run had not
             stopped (bit for bit on a CPU). A run that is finished already is left as it is.
         console: Where progress is shown; standard output when None. Only the first process shows anything.
+        probe: Try the longest batch first, with no effect on the result.
 
     Returns:
         The folder and the summary.
@@ -68,7 +72,7 @@ def train(config: RunConfig, resume: bool = False, console: Console | None = Non
     folder = RunFolder(Path(config.output.dir))
     if resume and folder.finished():
         console.print(f"The run in {folder.path} is finished; there is nothing to resume.", highlight=False)
-        return RunResult(folder.path, json.loads(folder.summary.read_text(encoding="utf-8")), None)
+        return RunResult(folder.path, folder.read_summary(), None)
     if main and not resume:
         folder.check_free(overwrite=config.output.overwrite)
     if main and resume:
@@ -83,6 +87,10 @@ def train(config: RunConfig, resume: bool = False, console: Console | None = Non
         # prepared after that, leaves DDP away, and each process trains on its own.
         settings["eval_on_start"] = prepared.eval is not None and config.eval.before and not resume
         arguments = train_settings.sft_config(settings, folder.checkpoints)  # also joins the other processes
+        if probe and arguments.deepspeed:
+            raise PacaError(
+                "--probe does not go with train.deepspeed, whose backward pass is also a step. Leave it out."
+            )
         if main and resume:
             check_same_run(folder.config, plan.config)
         elif main:
@@ -90,7 +98,7 @@ def train(config: RunConfig, resume: bool = False, console: Console | None = Non
         PartialState().wait_for_everyone()
         checkpoint = folder.newest_checkpoint() if resume else None
         with _explained(plan.config):
-            return _Run(prepared, folder, arguments, checkpoint, stopper, console).result()
+            return _Run(prepared, folder, arguments, checkpoint, stopper, console, probe).result()
 
 
 def show_plan(plan: Plan, console: Console) -> None:
@@ -111,6 +119,7 @@ class _Run:
         checkpoint: Path | None,
         stopper: StopOnSignal,
         console: Console,
+        probe: bool,
     ) -> None:
         self.plan = prepared.plan
         self.config = prepared.plan.config
@@ -120,8 +129,11 @@ class _Run:
         self.console = console
         self.main = PartialState().is_main_process
         reset_peak_memory()
+        available = memory_at_hand(arguments)
         with self._busy("Loading the model ..."):
             pretrained = self._load_model()
+            if self.config.model.lean:  # before anything wraps the blocks: an adapter, checkpointing, DDP, FSDP
+                make_lean(pretrained.model, self.config.model.recompute)
         try:
             self.trainer = SFTTrainer(
                 model=pretrained.model,
@@ -140,6 +152,11 @@ class _Run:
         check_labels(self.trainer.train_dataset, prepared.train, arguments, pretrained.tokenizer)
         if prepared.eval is not None:
             check_labels(self.trainer.eval_dataset, prepared.eval, arguments, pretrained.tokenizer)
+        warning = memory_warning(prepared, self.trainer.train_dataset, arguments, available) if self.main else None
+        if warning is not None:
+            console.print(f"Warning: {warning}", style="yellow", highlight=False, markup=False, soft_wrap=True)
+        if probe:
+            self.trainer.add_callback(ProbeLongestBatch(self.trainer, self.config, self._say))
         self.has_eval = prepared.eval is not None
         self.log: MetricsLog | None = None
         if self.main:
@@ -174,6 +191,7 @@ class _Run:
             return load_pretrained(model.name, model.dtype, model.revision, model.trust_remote_code)
         # An adapter has to name a base that stock tooling can load, so the unpacked model is kept beside it.
         if self.main and not self.folder.base.is_dir():
+            self._say(f"Unpacking the weights of {Path(model.name).name} ...")
             save_trainable_copy(load_pretrained(model.name, model.dtype), self.folder.base)
         PartialState().wait_for_everyone()
         return load_pretrained(str(self.folder.base), model.dtype)
@@ -211,6 +229,9 @@ class _Run:
         with self._busy("Measuring the held-out loss after training ..."):
             return self.trainer.evaluate()["eval_loss"]
 
+    def _say(self, line: str) -> None:
+        self.console.print(line, highlight=False, markup=False, soft_wrap=True)
+
     def _busy(self, message: str) -> AbstractContextManager[object]:
         return self.console.status(message) if self.console.is_terminal and not self.console.quiet else nullcontext()
 
@@ -228,6 +249,8 @@ class _Run:
                 "architecture": plan.architecture,
                 "parameters": plan.parameters,
                 "dtype": plan.dtype,
+                "lean": self.config.model.lean,
+                "recompute": self.config.model.recompute,
             },
             "data": {
                 "train": self.config.data.train,
@@ -264,11 +287,7 @@ def _explained(config: RunConfig) -> Iterator[None]:
     """Turn a lack of memory, and of an optional package, into messages for the user."""
     try:
         yield
-    except (torch.OutOfMemoryError, MemoryError) as error:
-        raise PacaError(_out_of_memory(config)) from error
-    except RuntimeError as error:
-        if "can't allocate memory" in str(error):  # how torch's CPU allocator says it
-            raise PacaError(_out_of_memory(config)) from error
+    except PacaError:
         raise
     except SafetensorError as error:
         raise PacaError(
@@ -276,12 +295,7 @@ def _explained(config: RunConfig) -> Iterator[None]:
         ) from error
     except ImportError as error:  # of a tracker, an optimizer, a kernel that the settings name
         raise PacaError(f"A setting needs a package that is not installed: {error}") from error
-
-
-def _out_of_memory(config: RunConfig) -> str:
-    train = config.train
-    return (
-        "Memory ran out. In this order, try: a smaller train.per_device_train_batch_size (now "
-        f"{train['per_device_train_batch_size']}, with more train.gradient_accumulation_steps), a smaller "
-        f"train.max_length (now {train['max_length']}), train.gradient_checkpointing=true, model.dtype=bfloat16."
-    )
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise PacaError(f"Memory ran out. {remedies(config)}") from error

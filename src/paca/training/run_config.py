@@ -13,8 +13,10 @@ from typing import Any, Literal
 import yaml
 
 from paca.errors import PacaError
+from paca.training.free_sections import check_free_sections
+from paca.training.key_checks import Origins, check_keys, check_type
 from paca.training.strict_yaml import parse_value, read_yaml
-from paca.training.typed_values import choices, expected, matches, nearest, shown
+from paca.training.typed_values import nearest, shown
 
 
 @dataclass
@@ -29,6 +31,10 @@ class ModelSection:
     """Branch, tag or commit of a hub id."""
     trust_remote_code: bool = False
     """Let a model from the hub run the Python code that it brings."""
+    lean: bool = False
+    """Blocks that keep less for the backward pass and compute the same: :func:`paca.make_lean`."""
+    recompute: Literal["mlp"] | None = None
+    """With ``lean``: also compute gate and up of each MLP again in the backward pass."""
 
 
 @dataclass
@@ -100,53 +106,6 @@ class RunConfig:
         return yaml.safe_dump(self.as_dict(), sort_keys=False, allow_unicode=True, width=120)
 
 
-class Origins:
-    """Where each key was given, for messages: a file and line, or ``--set``."""
-
-    def __init__(self, path: Path, lines: Mapping[str, int]) -> None:
-        self.path = path
-        self.lines = dict(lines)
-        self.overridden: set[str] = set()
-
-    def of(self, key: str) -> str:
-        """``"runs/a.yaml, line 7"`` or ``"--set"``, for a dotted key such as ``train.optim``."""
-        if key in self.overridden:
-            return "--set"
-        line = self.lines.get(key) or self.lines.get(key.partition(".")[0])
-        return f"{self.path}, line {line}" if line else str(self.path)
-
-
-def check_keys(section: str, given: Iterable[str], valid: Iterable[str], origins: Origins) -> None:
-    """Refuse keys that a section does not have.
-
-    Raises:
-        PacaError: Names the key, its place and the nearest valid name.
-    """
-    names = sorted(valid)
-    for key in given:
-        if key in names:
-            continue
-        hints = []
-        if close := nearest(key, names):
-            hints.append(f"Did you mean {section}.{close}?")
-        if len(names) <= 20:
-            hints.append(f"The keys of {section} are {', '.join(names)}.")
-        where = origins.of(f"{section}.{key}")
-        raise PacaError(f"{where}: there is no key {section}.{key}. {' '.join(hints)}".rstrip())
-
-
-def check_type(key: str, value: Any, annotation: Any, origins: Origins) -> None:
-    """Refuse a value of the wrong type.
-
-    Raises:
-        PacaError: Names the dotted key, its place, what was expected and what was found.
-    """
-    if not matches(value, annotation):
-        close = nearest(value, choices(annotation)) if isinstance(value, str) else None
-        hint = f" Did you mean {close}?" if close else ""
-        raise PacaError(f"{origins.of(key)}: {key} must be {expected(annotation)}, not {shown(value)}.{hint}")
-
-
 def load_run_config(path: str | os.PathLike[str], overrides: Iterable[str] = ()) -> RunConfig:
     """Read and check the config of a run.
 
@@ -167,6 +126,9 @@ def load_run_config(path: str | os.PathLike[str], overrides: Iterable[str] = ())
     for name, section_type in SECTIONS.items():
         built[name] = _build_section(name, section_type, sections[name], origins)
     _check_values(built["data"], built["eval"], origins)
+    _check_blocks(built["model"], sections["train"], origins)
+
+    check_free_sections(sections, origins)
 
     # Only now: these two import torch, peft and trl, which takes seconds that a misspelt key need not cost.
     from paca.training.adapter_settings import check_adapter_settings
@@ -229,6 +191,18 @@ def _check_values(data: DataSection, evaluation: EvalSection, origins: Origins) 
     for key, count in (("data.eval", heldout), ("data.limit", data.limit), ("eval.limit", evaluation.limit)):
         if isinstance(count, int) and count < 1:
             raise PacaError(f"{origins.of(key)}: {key} is {count}; a count of records must be 1 or more.")
+
+
+def _check_blocks(model: ModelSection, train: Mapping[str, Any], origins: Origins) -> None:
+    if model.recompute is not None and not model.lean:
+        raise PacaError(
+            f"{origins.of('model.recompute')}: model.recompute is a part of the lean blocks; give model.lean: true too."
+        )
+    if model.lean and train.get("use_liger_kernel"):
+        raise PacaError(
+            f"{origins.of('train.use_liger_kernel')}: train.use_liger_kernel replaces the blocks that model.lean makes "
+            "lean. Choose one of them; on CUDA, lean blocks use Liger's kernels where they are installed."
+        )
 
 
 def _make_paths_absolute(config: RunConfig) -> None:

@@ -7,6 +7,7 @@ import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from paca.errors import PacaError
 
@@ -57,6 +58,10 @@ class RunFolder:
     def finished(self) -> bool:
         """Whether a run came to its end here."""
         return self.summary.is_file()
+
+    def read_summary(self) -> dict[str, Any]:
+        """What the finished run wrote of itself."""
+        return json.loads(self.summary.read_text(encoding="utf-8"))
 
     def newest_checkpoint(self) -> Path | None:
         """The complete checkpoint of the highest step; one cut short while it was written does not count."""

@@ -14,25 +14,8 @@ import torch
 from trl import SFTConfig
 
 from paca.errors import PacaError
-from paca.training.run_config import Origins, check_keys, check_type
-from paca.training.typed_values import shown
-
-OWNED = {
-    "output_dir": "the run folder is output.dir",
-    "resume_from_checkpoint": "continue a run with `paca train CONFIG --resume`",
-    "do_train": "this command always trains",
-    "do_eval": "held-out data is given by data.eval",
-    "do_predict": "this command does not predict",
-    "eval_on_start": "the loss before training is eval.before",
-    "disable_tqdm": "the progress line is chosen by whether the output is a terminal",
-    "model_init_kwargs": "the model is described by the section model",
-    "trust_remote_code": "it is model.trust_remote_code",
-    "hub_token": "a secret has no place in a config file; set the environment variable HF_TOKEN",
-    "parallelism_config": "it is an object; use accelerate's own config (`accelerate launch`)",
-    "local_rank": "the launcher (torchrun) sets it",
-}
-"""Fields of SFTConfig that have another place, and which."""
-
+from paca.training.free_sections import check_train_keys, train_annotation
+from paca.training.key_checks import Origins, check_choice, check_type
 
 _POSITIVE = (
     "per_device_train_batch_size",
@@ -47,8 +30,11 @@ _POSITIVE = (
 def train_fields() -> dict[str, Any]:
     """Name and type of each field of ``SFTConfig``."""
     annotations = typing.get_type_hints(SFTConfig)
-    annotations["fsdp"] = bool | annotations["fsdp"]  # transformers 5 takes true here as well
-    return {option.name: annotations[option.name] for option in dataclasses.fields(SFTConfig) if option.init}
+    return {
+        option.name: train_annotation(option.name, annotations[option.name])
+        for option in dataclasses.fields(SFTConfig)
+        if option.init
+    }
 
 
 def check_train_settings(settings: Mapping[str, Any], origins: Origins) -> None:
@@ -58,19 +44,12 @@ def check_train_settings(settings: Mapping[str, Any], origins: Origins) -> None:
         PacaError: An unknown key, a key that has another place, a wrong type, or a value outside the choices.
     """
     fields = train_fields()
-    for name in settings:
-        if name in OWNED:
-            raise PacaError(f"{origins.of(f'train.{name}')}: train.{name} can't be set here: {OWNED[name]}.")
-    check_keys("train", settings, set(fields) - set(OWNED), origins)
+    check_train_keys(settings, fields, origins)
     choices = {option.name: option.metadata.get("choices") for option in dataclasses.fields(SFTConfig)}
     for name, value in settings.items():
         key = f"train.{name}"
         check_type(key, value, fields[name], origins)
-        allowed = choices[name]
-        if allowed and value is not None and value not in allowed:
-            raise PacaError(
-                f"{origins.of(key)}: {key} must be one of {', '.join(map(str, allowed))}, not {shown(value)}."
-            )
+        check_choice(key, value, choices[name], origins)
         if name in _POSITIVE and value is not None and value <= 0:
             raise PacaError(f"{origins.of(key)}: {key} must be above zero, not {value}.")
 

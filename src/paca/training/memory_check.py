@@ -1,0 +1,62 @@
+"""Whether a run is going to fit, foretold once its data is tokenized and before it begins."""
+
+from __future__ import annotations
+
+import logging
+import os
+
+import pyarrow.compute as pc
+from datasets import Dataset
+from trl import SFTConfig
+
+from paca.errors import PacaError
+from paca.planning import available_memory, setting_of_run, warn_if_too_large
+from paca.training.plan import PreparedRun
+
+logger = logging.getLogger(__name__)
+
+
+def memory_at_hand(arguments: SFTConfig) -> int | None:
+    """Bytes that this process may use where it will train; ask before the model is loaded.
+
+    None where no plan is made: for devices that the planner does not know, and for weights that are sharded.
+    """
+    device = arguments.device.type
+    if device not in ("cpu", "cuda") or arguments.fsdp or arguments.deepspeed:
+        return None
+    try:
+        available = available_memory(device)
+    except PacaError:  # no such device after all
+        return None
+    # Processes on one machine share the CPU's memory; each has a GPU of its own.
+    return available // int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if device == "cpu" else available
+
+
+def memory_warning(prepared: PreparedRun, dataset: Dataset, arguments: SFTConfig, available: int | None) -> str | None:
+    """What to tell the user if the longest batch needs more than there is; None if it fits or can't be foretold.
+
+    Args:
+        prepared: the run.
+        dataset: tokenized, as the trainer has it.
+        arguments: of the trainer.
+        available: from :func:`memory_at_hand`.
+    """
+    if available is None:
+        return None
+    longest = max(sequence_lengths(dataset), default=1)
+    try:
+        setting = setting_of_run(prepared.plan.config, arguments.device.type, longest)
+        return warn_if_too_large(prepared.outline, setting, available)
+    except Exception as error:  # a model's own code, run on tensors without values; a forecast never stops a run
+        logger.warning(
+            "What this run needs can't be foretold (%s: %s). --probe measures it.", type(error).__name__, error
+        )
+        return None
+
+
+def sequence_lengths(dataset: Dataset) -> list[int]:
+    """Tokens of each row of a tokenized data set."""
+    lengths: list[int] = []
+    for batch in dataset.select_columns("input_ids").with_format("arrow").iter(batch_size=1000):
+        lengths.extend(pc.list_value_length(batch["input_ids"]).to_pylist())
+    return lengths

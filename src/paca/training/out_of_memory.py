@@ -1,0 +1,34 @@
+"""Memory ran out: how that is recognised, and what a user can change."""
+
+from __future__ import annotations
+
+import torch
+
+from paca.training.run_config import RunConfig
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that an allocation failed, on whatever device."""
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)  # torch's CPU allocator
+
+
+def remedies(config: RunConfig) -> str:
+    """What makes this run smaller, cheapest in time first, leaving out what it does already."""
+    train, model = config.train, config.model
+    tries = []
+    if not model.lean:
+        tries.append("model.lean=true (blocks that keep less)")
+    tries.append(
+        f"a smaller train.per_device_train_batch_size (now {train['per_device_train_batch_size']}, with more "
+        "train.gradient_accumulation_steps)"
+    )
+    if model.recompute is None:
+        tries.append("model.recompute=mlp (with model.lean=true)")
+    if not (train.get("gradient_checkpointing") or train.get("activation_checkpointing")):
+        tries.append("train.gradient_checkpointing=true")
+    tries.append(f"a smaller train.max_length (now {train['max_length']})")
+    if model.dtype != "bfloat16":
+        tries.append("model.dtype=bfloat16")
+    return f"In this order, try: {', '.join(tries)}. `paca plan` finds settings that fit."

@@ -1,0 +1,70 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from trl.kernels import chunked_logprob
+
+from paca.planning import setting_of_run
+from paca.training import describe, load_run_config, train
+from paca.training import run as run_module
+
+VOCABULARY = 259
+HEAD = (32, VOCABULARY)  # the head's weight, transposed for its product
+
+
+class LogitTensors(TorchDispatchMode):
+    """The most positions whose logits one tensor holds."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.positions = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            shape = getattr(tensor, "shape", ())
+            if len(shape) > 1 and shape[-1] == VOCABULARY and tuple(shape) != HEAD:
+                self.positions = max(self.positions, tensor.numel() // VOCABULARY)
+        return result
+
+
+@pytest.mark.parametrize(
+    ("settings", "whole"),
+    [
+        ((), False),
+        (("train.loss_type=dft",), False),
+        (("train.gradient_checkpointing=true", "model.lean=true"), False),
+        (("train.label_smoothing_factor=0.1",), True),
+    ],
+)
+def test_what_is_said_about_the_logits_is_what_happens(
+    config_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, settings: tuple[str, ...], whole: bool
+) -> None:
+    tile = 8  # smaller than the tiny batches here, as TRL's own tile is smaller than real ones
+    monkeypatch.setattr(chunked_logprob, "TOKEN_CHUNK_SIZE", tile)
+    batches: list[tuple[int, int]] = []
+
+    class Watched(run_module.SFTTrainer):
+        def training_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+            tokens = inputs["input_ids"].numel()
+            with LogitTensors() as seen:
+                loss = super().training_step(model, inputs, *args, **kwargs)
+            batches.append((seen.positions, tokens))
+            return loss
+
+    monkeypatch.setattr(run_module, "SFTTrainer", Watched)
+    overrides = [f"output.dir={tmp_path / 'run'}", "train.max_steps=1", "data.eval=null", *settings]
+    config = load_run_config(config_file, overrides)
+    plan = describe(config)
+    said = dict(plan.lines())["logits"]
+    assert said.startswith("of a whole batch at once" if whole else "tile by tile")
+    assert setting_of_run(plan.config, "cpu").chunked_loss is not whole
+    train(config, console=Console(quiet=True))
+    for positions, tokens in batches:
+        assert tokens > 2 * tile
+        assert (positions >= tokens - 2) if whole else (0 < positions <= tile)  # the last position predicts nothing
