@@ -11,6 +11,8 @@ part speed-bf16 480 $BLOCKS --dtype bfloat16 --methods $ALL --seq 512 --rounds 1
     --output benchmarks/cpu-blocks.csv
 part speed-fp32 480 $BLOCKS --dtype float32 --methods $ALL --seq 512 --rounds 10 --measure time,saved \
     --output benchmarks/cpu-blocks.csv
+part long-bf16 480 $BLOCKS --dtype bfloat16 --methods $ALL --seq 2048 --rounds 8 --measure time,saved \
+    --output benchmarks/cpu-blocks.csv
 part short 480 $BLOCKS --dtype bfloat16 --methods $ALL --seq 64,128 --rounds 25 --measure time,saved,switch \
     --output benchmarks/cpu-short.csv
 part others 480 $BLOCKS --dtype bfloat16 --methods frozen,paca,dora,lora-fa,vera,full --seq 512 --rounds 8 \
