@@ -13,6 +13,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper, get_pattern_key
 from torch import Tensor, nn
 
 from paca.adapter_checks import check_adapter_tensors
+from paca.adapter_names import mixed_batch
 from paca.config import PacaConfig
 from paca.layers import RESIDENT_CLASSES, PacaLayer, PacaLinear
 from paca.layers.resident_weight import ResidentWeight
@@ -129,12 +130,8 @@ class PacaModel(BaseTuner):
         return resident_class
 
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> contextlib.AbstractContextManager[None]:
-        if kwargs.get("adapter_names") is not None:
-            raise ValueError(
-                "PaCA can't run different adapters within one batch yet (adapter_names). Run one batch per adapter, "
-                "with set_adapter in between."
-            )
-        return contextlib.nullcontext()
+        names = kwargs.get("adapter_names")
+        return contextlib.nullcontext() if names is None else mixed_batch(self.model, names, kwargs)
 
     # -- taking adapters out ------------------------------------------------------------------------------------
 
