@@ -10,6 +10,7 @@ from importlib.metadata import version
 
 from paca.config import PacaConfig
 from paca.errors import PacaError
+from paca.hotswap import hotswap_adapter
 from paca.lean import make_lean, undo_lean
 from paca.refresh import refresh
 from paca.registration import register
@@ -18,4 +19,4 @@ from paca.tuner import PacaModel
 register(PacaConfig, PacaModel)
 
 __version__ = version("paca-tuning")
-__all__ = ["PacaConfig", "PacaError", "PacaModel", "make_lean", "refresh", "undo_lean"]
+__all__ = ["PacaConfig", "PacaError", "PacaModel", "hotswap_adapter", "make_lean", "refresh", "undo_lean"]
