@@ -242,6 +242,17 @@ def test_an_adapter_that_was_put_in_in_inference_mode(folder):
             assert torch.equal(model(x), perceptron()(x))
 
 
+def test_a_pending_graph_raises_also_where_tensors_have_no_version(folder):
+    with torch.inference_mode():
+        model = adapted_perceptron()
+    for p in model.parameters():
+        assert p.is_inference()
+    loss = model(inputs().requires_grad_()).sum()
+    paca.hotswap_adapter(model, folder, "default")
+    with pytest.raises(RuntimeError, match="modified between forward and backward"):
+        loss.backward()
+
+
 def test_swaps_while_other_threads_infer(folder, tmp_path):
     model = adapted_perceptron()
     model.save_pretrained(tmp_path / "first")

@@ -73,6 +73,15 @@ def test_the_sum_has_the_union_of_columns():
     assert got.delta.tolist() == [[-20.0, 1.5 - 40.0, 3.0, -60.0], [-80.0, 4.5 - 100.0, 6.0, -120.0]]
 
 
+def test_columns_of_a_convolution_are_summed():
+    first, second = (torch.randn(4, r, 3, 2, dtype=torch.float64) for r in (2, 3))
+    a = Columns("a", first, torch.tensor([1, 4]), 0.5)
+    b = Columns("b", second, torch.tensor([0, 4, 7]), 2.0)
+    got = weighted_sum([a, b], [1.0, 1.0], torch.float64)
+    want = torch.stack([2 * second[:, 0], first[:, 0] / 2, first[:, 1] / 2 + 2 * second[:, 1], 2 * second[:, 2]], 1)
+    assert torch.equal(got.delta, want)
+
+
 def test_the_sum_is_rounded_once():
     tiny = Columns("a", torch.tensor([[2.0**-24]]), torch.tensor([3]), 1.0)
     one = Columns("b", torch.tensor([[1.0]]), torch.tensor([3]), 1.0)

@@ -11,6 +11,7 @@ from typing import Any
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
+from paca.layers import PacaLayer
 from paca.mixed_batch import BASE, MixedBatch, current_mixed_batch, running
 from paca.refresh import paca_layers
 
@@ -31,7 +32,8 @@ def mixed_batch(model: nn.Module, adapter_names: Sequence[str], arguments: Mappi
         arguments: what the model is called with; ``generate`` says there how often it repeats each sample.
 
     Raises:
-        ValueError: for names that are no list of loaded adapters, in training mode, or while adapters are merged.
+        ValueError: for names that are no list of loaded adapters, in training mode, while adapters are merged, or if a
+            layer with one of the adapters can't run mixed batches.
     """
     names = _check(model, adapter_names)
     batch = MixedBatch(names, repeats=_repeats(arguments))
@@ -74,6 +76,12 @@ def _check(model: nn.Module, adapter_names: Sequence[str]) -> tuple[str, ...]:
             f"adapter_names can't be given while {', '.join(merged)} is merged into the weights. Call "
             "unmerge_adapter() first."
         )
+    for name, layer in model.named_modules():
+        if isinstance(layer, PacaLayer) and not layer.runs_mixed_batches and set(adapter_names) & set(layer.paca_delta):
+            raise ValueError(
+                f"{name} ({type(layer).__name__}) can't run different adapters within one batch (adapter_names) yet. "
+                "Run one batch per adapter, with set_adapter in between, or leave such layers out of target_modules."
+            )
     return tuple(adapter_names)
 
 

@@ -32,7 +32,7 @@ class WeightedSum(NamedTuple):
     """Columns that change a weight as much as others do together, with a scale of 1."""
 
     delta: Tensor
-    """``(out_features, r)``; r is the number of different columns."""
+    """``(out_features, r)``, for a convolution ``(out_channels, r, *kernel)``; r is the number of different columns."""
     indices: Tensor
     """``(r,)`` int64, ascending."""
 
@@ -51,7 +51,8 @@ def weighted_sum(columns: Sequence[Columns], weights: Sequence[float], dtype: to
     device = columns[0].delta.device
     wide = torch.float32 if device.type == "mps" else torch.float64
     union = torch.cat([c.indices.to(device) for c in columns]).unique(sorted=True)
-    total = torch.zeros(columns[0].delta.shape[0], union.numel(), dtype=wide, device=device)
+    out_features, _, *kernel = columns[0].delta.shape
+    total = torch.zeros(out_features, union.numel(), *kernel, dtype=wide, device=device)
     for c, weight in zip(columns, weights, strict=True):
         places = torch.searchsorted(union, c.indices.to(device))
         total.index_add_(1, places, c.delta.detach().to(device=device, dtype=wide), alpha=weight * c.scale)

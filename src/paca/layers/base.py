@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 import weakref
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from peft.tuners._buffer_dict import BufferDict
@@ -29,6 +29,8 @@ class PacaLayer(nn.Module, BaseTunerLayer):
 
     adapter_layer_names = ("paca_delta",)
     other_param_names = ("paca_indices", "r", "paca_alpha", "scaling")
+    runs_mixed_batches: ClassVar[bool] = False
+    """Whether samples of one batch may have different adapters; if not, such batches are refused before they start."""
 
     def __init__(self, base_layer: ResidentWeight) -> None:
         super().__init__()
@@ -160,18 +162,11 @@ class PacaLayer(nn.Module, BaseTunerLayer):
         self.push_columns()  # a parameter may have been replaced since (a move, FSDP)
         y = self.base_layer(x, *args, **kwargs)
         batch = current_mixed_batch()
-        return y if batch is None else self.add_mixed_batch(y, x, batch)
+        return y if batch is None or not self.runs_mixed_batches else self.add_mixed_batch(y, x, batch)
 
     def add_mixed_batch(self, y: Tensor, x: Tensor, batch: MixedBatch) -> Tensor:
-        """Add what each sample's adapter contributes to ``y``, the pretrained layer's output for ``x``.
-
-        Raises:
-            ValueError: if this kind of layer can't run a mixed batch.
-        """
-        raise ValueError(
-            f"{type(self).__name__} can't run different adapters within one batch (adapter_names) yet. Run one batch "
-            "per adapter, with set_adapter in between, or leave such layers out of target_modules."
-        )
+        """Add what each sample's adapter contributes to ``y``, the pretrained layer's output for ``x``."""
+        raise NotImplementedError  # runs_mixed_batches says whether it is there
 
     # -- merging ------------------------------------------------------------------------------------------------
 

@@ -114,7 +114,7 @@ def _forward(x: Tensor, handle: Tensor, out_features: int) -> tuple[Tensor, Tens
     bias = None if module.bias is None else module.bias.to(x.dtype)
     y = plain_linear(x, module.weight.to(x.dtype), bias, module.input_dim)
     batch = current_mixed_batch()
-    if batch is not None and owner is not None:
+    if batch is not None and owner is not None and owner.runs_mixed_batches:
         with torch.no_grad():
             mixed = owner.add_mixed_batch(y.contiguous(), x, batch)
         return mixed, torch.tensor(_MIXED, dtype=torch.int64, device="cpu")

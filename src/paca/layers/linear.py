@@ -30,6 +30,8 @@ RESIDENT_CLASSES: dict[type[nn.Module], type[ResidentWeight]] = {nn.Linear: Resi
 class PacaLinear(PacaLayer):
     """The adapted layer: keeps each adapter's deltas and indices, and runs the base layer, which holds them."""
 
+    runs_mixed_batches = True
+
     def add_mixed_batch(self, y: Tensor, x: Tensor, batch: MixedBatch) -> Tensor:
         """Add ``scale * x[..., indices] @ delta.T`` of each sample's adapter to ``y``.
 
