@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from paca.mixed_batch import BASE, MixedBatch, RowColumns, add_columns_by_row, current_mixed_batch, running
 
@@ -112,6 +113,17 @@ def test_a_delta_that_changes_before_backward_raises():
         groups[0].delta.add_(1)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
+
+
+def test_checkpointing_that_repeats_it_for_other_samples_raises():
+    groups, tags = groups_of(requires_grad=True), iter([1, 2])
+
+    def run(y, x):
+        return add_columns_by_row(y, x, groups, batch_tag=next(tags))
+
+    result = checkpoint(run, torch.randn(SAMPLES, OUT), torch.randn(SAMPLES, IN), use_reentrant=False)
+    with pytest.raises(RuntimeError, match="repeated a forward pass of a mixed batch"):
+        result.sum().backward()
 
 
 def test_names_and_rows():
