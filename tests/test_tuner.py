@@ -143,12 +143,6 @@ def test_a_layer_of_another_method_is_refused():
         adapt(model.base_model.model, target_modules=["lin1"])
 
 
-def test_different_adapters_within_a_batch_are_refused_clearly():
-    model = adapt(llama(), task_type="CAUSAL_LM")
-    with pytest.raises(ValueError, match="adapter_names"):
-        model(input_ids=tokens(), adapter_names=["default", "__base__"])
-
-
 def test_deltas_keep_the_weights_dtype_when_peft_is_told_not_to_cast():
     config = paca.PacaConfig(r=2, target_modules=["lin1"])
     model = peft.get_peft_model(perceptron(dtype=torch.bfloat16), config, autocast_adapter_dtype=False)

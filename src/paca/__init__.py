@@ -21,16 +21,18 @@ from paca.peft_import import when_peft_is_imported
 
 if TYPE_CHECKING:
     from paca.config import PacaConfig
+    from paca.hotswap import hotswap_adapter
     from paca.lean import make_lean, undo_lean
     from paca.refresh import refresh
     from paca.tuner import PacaModel
 
 __version__ = version("paca-tuning")
-__all__ = ["PacaConfig", "PacaError", "PacaModel", "make_lean", "refresh", "undo_lean"]
+__all__ = ["PacaConfig", "PacaError", "PacaModel", "hotswap_adapter", "make_lean", "refresh", "undo_lean"]
 
 _MODULES = {
     "PacaConfig": "paca.config",
     "PacaModel": "paca.tuner",
+    "hotswap_adapter": "paca.hotswap",
     "make_lean": "paca.lean",
     "refresh": "paca.refresh",
     "undo_lean": "paca.lean",

@@ -47,7 +47,8 @@ def check_adapter_tensors(model: nn.Module, adapter_name: str, tensors: dict[str
                 raise ValueError(f"{file_name(delta_name, adapter_name)} holds NaN or Inf: the adapter is broken.")
             order = indices.argsort()
             checked[delta_name], checked[indices_name] = delta[:, order].contiguous(), indices[order].to(torch.int64)
-    places = model.state_dict()
+    # Not from a state dict: taking one would park every weight.
+    places = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
     for name in tensors.keys() & places.keys() - expected:  # modules_to_save, embeddings
         tensor, place = tensors[name], places[name]
         if f".modules_to_save.{adapter_name}." in name and tensor.shape != place.shape:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import threading
 from collections import defaultdict
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -127,6 +128,16 @@ class ResidentColumns:
             self._check_seal(weight)
             if self._state.columns:
                 self._settle(weight, State((), self._generation))
+
+    def write_parked(self, weight: Tensor, write: Callable[[], None], *, hidden: bool) -> None:
+        """Call ``write``, which replaces deltas and indices in place, while none of them is in the weight.
+
+        ``hidden``: the version counters won't show it, so graphs that are pending must not rely on them.
+        """
+        with _WRITING:
+            self.park(weight)
+            write()
+            self._hidden_writes += hidden
 
     def before_backward(self, weight: Tensor, state: State, saved_tag: int) -> None:
         """Make the weight hold what the forward pass with ``state`` saw.

@@ -14,12 +14,14 @@ from torch import Tensor, nn
 
 from paca.adapter_checks import check_adapter_tensors
 from paca.adapter_file import check_has_weights
+from paca.adapter_names import mixed_batch
 from paca.config import PacaConfig
 from paca.layers import RESIDENT_CLASSES, PacaLayer, PacaLinear
 from paca.layers.resident_weight import ResidentWeight
 from paca.refresh import RefreshBeforeForward, paca_layers
 from paca.registration import PREFIX
 from paca.selection import explicit_columns, random_columns
+from paca.weighted_adapter import add_weighted_adapter
 
 
 class PacaModel(BaseTuner):
@@ -132,12 +134,29 @@ class PacaModel(BaseTuner):
         return resident_class
 
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> contextlib.AbstractContextManager[None]:
-        if kwargs.get("adapter_names") is not None:
-            raise ValueError(
-                "PaCA can't run different adapters within one batch yet (adapter_names). Run one batch per adapter, "
-                "with set_adapter in between."
-            )
-        return contextlib.nullcontext()
+        names = kwargs.get("adapter_names")
+        return contextlib.nullcontext() if names is None else mixed_batch(self.model, names, kwargs)
+
+    def add_weighted_adapter(
+        self, adapters: list[str], weights: list[float], adapter_name: str, combination_type: str = "cat"
+    ) -> None:
+        """Add the weighted sum of adapters as a new adapter, which is exact: it has the union of their columns.
+
+        With the sum active, the weights are what ``W0 + sum_i weights[i] * scale_i * delta_i`` rounds to, once the
+        deltas' sums are rounded to float32; columns of one adapter only, with ``weights[i] * scale_i`` a power of two,
+        need no such rounding. The new adapter is not active.
+
+        Args:
+            adapters: names of loaded adapters, whose ranks, columns and layers may differ.
+            weights: one per adapter; negative ones subtract.
+            adapter_name: of the sum.
+            combination_type: ``"cat"`` or ``"linear"``, PEFT's names for sums: both are the same here.
+
+        Raises:
+            ValueError: for an unknown adapter, a name that is taken, weights that are no finite numbers, another kind
+                of combination, or a module that several of the adapters trained whole.
+        """
+        add_weighted_adapter(self, adapters, weights, adapter_name, combination_type)
 
     # -- taking adapters out ------------------------------------------------------------------------------------
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 import weakref
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from peft.tuners._buffer_dict import BufferDict
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from paca.columns import Columns
 from paca.layers.resident_weight import ResidentWeight
+from paca.mixed_batch import MixedBatch, current_mixed_batch
 
 
 class PacaLayer(nn.Module, BaseTunerLayer):
@@ -28,6 +29,8 @@ class PacaLayer(nn.Module, BaseTunerLayer):
 
     adapter_layer_names = ("paca_delta",)
     other_param_names = ("paca_indices", "r", "paca_alpha", "scaling")
+    runs_mixed_batches: ClassVar[bool] = False
+    """Whether samples of one batch may have different adapters; if not, such batches are refused before they start."""
 
     def __init__(self, base_layer: ResidentWeight) -> None:
         super().__init__()
@@ -120,9 +123,10 @@ class PacaLayer(nn.Module, BaseTunerLayer):
 
     def push_columns(self) -> None:
         """Tell the base layer which columns its next forward pass has to see."""
-        if self._pushed_already():
+        in_mixed_batch = current_mixed_batch() is not None
+        if not in_mixed_batch and self._pushed_already():
             return
-        if self._disable_adapters or self.merged_adapters:
+        if self._disable_adapters or self.merged_adapters or in_mixed_batch:
             wanted: tuple[Columns, ...] = ()
         else:
             wanted = tuple(self.columns_of(name) for name in self.active_adapters if name in self.paca_delta)
@@ -153,9 +157,16 @@ class PacaLayer(nn.Module, BaseTunerLayer):
     # -- forward ------------------------------------------------------------------------------------------------
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if not torch.compiler.is_compiling():
-            self.push_columns()  # a parameter may have been replaced since (a move, FSDP)
-        return self.base_layer(x, *args, **kwargs)
+        if torch.compiler.is_compiling():
+            return self.base_layer(x, *args, **kwargs)
+        self.push_columns()  # a parameter may have been replaced since (a move, FSDP)
+        y = self.base_layer(x, *args, **kwargs)
+        batch = current_mixed_batch()
+        return y if batch is None or not self.runs_mixed_batches else self.add_mixed_batch(y, x, batch)
+
+    def add_mixed_batch(self, y: Tensor, x: Tensor, batch: MixedBatch) -> Tensor:
+        """Add what each sample's adapter contributes to ``y``, the pretrained layer's output for ``x``."""
+        raise NotImplementedError  # runs_mixed_batches says whether it is there
 
     # -- merging ------------------------------------------------------------------------------------------------
 

@@ -17,12 +17,15 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from paca.functional import column_gradient, input_gradient, plain_linear
+from paca.mixed_batch import current_mixed_batch
 
 if TYPE_CHECKING:
     from paca.layers.resident_weight import ResidentWeight
 
 _MODULES: weakref.WeakValueDictionary[int, ResidentWeight] = weakref.WeakValueDictionary()
 _NUMBERS = itertools.count()
+_MIXED = -1
+"""The tag of a mixed batch; no state has it, since no hash is -1."""
 
 # Replaying a CUDA graph would skip the Python in here, so these operators stay outside such graphs.
 _TAGS = (
@@ -110,6 +113,11 @@ def _forward(x: Tensor, handle: Tensor, out_features: int) -> tuple[Tensor, Tens
     resident.note_forward()
     bias = None if module.bias is None else module.bias.to(x.dtype)
     y = plain_linear(x, module.weight.to(x.dtype), bias, module.input_dim)
+    batch = current_mixed_batch()
+    if batch is not None and owner is not None and owner.runs_mixed_batches:
+        with torch.no_grad():
+            mixed = owner.add_mixed_batch(y.contiguous(), x, batch)
+        return mixed, torch.tensor(_MIXED, dtype=torch.int64, device="cpu")
     resident.remember(resident.state)
     return y.contiguous(), resident.state.tag_tensor.clone()
 
@@ -124,6 +132,11 @@ def _backward(
     need_x: bool,
 ) -> list[Tensor]:
     module = _MODULES[int(handle)]
+    if int(tag) == _MIXED:
+        raise RuntimeError(
+            "A compiled model can't train on a mixed batch (adapter_names). Call the model that is not compiled, or "
+            "run mixed batches under torch.no_grad()."
+        )
     state = module.resident.remembered(int(tag))
     module.resident.before_backward(module.weight, state, int(tag))
     gradients = [
