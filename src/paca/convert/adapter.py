@@ -149,7 +149,7 @@ def put_on(base_model: nn.Module, config: PacaConfig, tensors: dict[str, Tensor]
     """
     # Only the adapted layers matter: a new head need not have the shape that the outline guesses.
     layers_only = dataclasses.replace(config, modules_to_save=None)
-    model = PeftModel(base_model, layers_only, adapter_name=NAME)  # type: ignore[arg-type]
+    model = PeftModel(base_model, layers_only, adapter_name=NAME)
     named = PacaModel._remap_adapter_state_dict_for_load(model, layers_only, NAME, tensors)
     return _collect(model, NAME, config, {name.removesuffix(f".{NAME}"): tensor for name, tensor in named.items()})
 
@@ -175,7 +175,7 @@ def _collect(model: PeftModel, adapter_name: str, config: PacaConfig, tensors: d
     return Adapter(
         config,
         layers,
-        {name: tensor.detach().cpu() for name, tensor in saved_whole.items()},
+        {name: tensor.detach().cpu().clone() for name, tensor in saved_whole.items()},  # tied ones share memory
         names - {""},
         base_config if isinstance(base_config, PreTrainedConfig) else None,
     )

@@ -130,8 +130,8 @@ def _architecture(adapter: Adapter) -> _Architecture:
     model_type = None if adapter.base_config is None else adapter.base_config.model_type
     if model_type not in ARCHITECTURES:
         raise PacaError(
-            f"Models of type {model_type!r} can't be exported to GGUF: their names in llama.cpp are not known here. Known "
-            f"are {', '.join(ARCHITECTURES)}. Try --to lora and llama.cpp's convert_lora_to_gguf.py, or --to merged."
+            f"Models of type {model_type!r} can't be exported to GGUF: their names in llama.cpp are not known here. "
+            f"Known are {', '.join(ARCHITECTURES)}. Export --to merged, and convert that with llama.cpp."
         )
     return ARCHITECTURES[model_type]
 

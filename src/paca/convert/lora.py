@@ -1,7 +1,7 @@
 """A PaCA adapter as the LoRA adapter that it is.
 
-``W0 x + s delta x[indices]`` is ``W0 x + B A x`` with a matrix ``A`` that picks the inputs ``indices`` (one 1 in each row)
-and ``B = s delta``. So LoRA of rank r says the same, and whatever runs LoRA runs it.
+``W0 x + s delta x[indices]`` is ``W0 x + B A x`` with a matrix ``A`` that picks the inputs ``indices`` (one 1 in each
+row) and ``B = s delta``. So LoRA of rank r says the same, and whatever runs LoRA runs it.
 """
 
 from __future__ import annotations

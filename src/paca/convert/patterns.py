@@ -29,7 +29,7 @@ def exact_targets(adapted: Collection[str], module_names: Collection[str]) -> li
 
 
 def _endings(name: str) -> Iterator[str]:
-    """"a.b.c" -> "c", "b.c", "a.b.c"."""
+    """ "a.b.c" -> "c", "b.c", "a.b.c"."""
     parts = name.split(".")
     for start in reversed(range(len(parts))):
         yield ".".join(parts[start:])
