@@ -36,7 +36,7 @@ from models import gpt2, llama
 from paca.convert.adapter import adapter_in_model
 from paca.convert.gguf_adapter import ARCHITECTURES, export_gguf, gguf_tensors, pairs_of_neighbours
 from paca.errors import PacaError
-from tiny_checkpoint import byte_tokenizer, save_base
+from tiny_checkpoint import byte_tokenizer
 from tiny_gguf import write_gguf
 
 gguf = pytest.importorskip("gguf")
@@ -210,7 +210,6 @@ def test_a_missing_gguf_package_is_named(tmp_path: Path, monkeypatch: pytest.Mon
 def test_llama_cpp_answers_as_the_adapted_model(tmp_path: Path) -> None:
     """Needs llama.cpp's Python binding (pip install llama-cpp-python), which is built from source."""
     llama_cpp = pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed (it is built from source)")
-    save_base(tmp_path / "source")
     base = llama(vocab_size=len(byte_tokenizer()), hidden_size=32, intermediate_size=56, initializer_range=0.15, seed=5)
     model = save_adapted(tmp_path, base, r=5, paca_alpha=7, rank_pattern={"layers.1.self_attn.k_proj": 2})
     byte_tokenizer().save_pretrained(tmp_path / "base")
