@@ -173,5 +173,9 @@ def _write(adapter: Adapter, folder: Path) -> None:
     for name, layer in adapter.layers.items():
         tensors[f"{FILE_PREFIX}{name}.{DELTA}"] = layer.delta
         tensors[f"{FILE_PREFIX}{name}.{INDICES}"] = layer.indices
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / SAFETENSORS_WEIGHTS_NAME)
+    save_file(
+        {name: tensor.contiguous() for name, tensor in tensors.items()},
+        folder / SAFETENSORS_WEIGHTS_NAME,
+        {"format": "pt"},
+    )
     adapter.config.save_pretrained(str(folder))

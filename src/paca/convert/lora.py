@@ -156,7 +156,11 @@ def export_lora(
 
 def _write(adapter: Adapter, folder: Path, beside: Iterable[Path]) -> None:
     config, tensors = to_lora(adapter)
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / SAFETENSORS_WEIGHTS_NAME)
+    save_file(
+        {name: tensor.contiguous() for name, tensor in tensors.items()},
+        folder / SAFETENSORS_WEIGHTS_NAME,
+        {"format": "pt"},
+    )
     # A set's order differs from process to process.
     settings = {key: sorted(value) if isinstance(value, set) else value for key, value in config.to_dict().items()}
     (folder / ADAPTER_CONFIG).write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n", encoding="utf-8")
