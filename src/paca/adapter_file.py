@@ -8,6 +8,9 @@ from pathlib import Path
 from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
 
+# PEFT adds both to the modules_to_save of every classifier, which has one of them.
+_HEADS = {"classifier", "score"}
+
 
 def check_has_weights(folder: Path) -> None:
     """Check that a local adapter's folder holds weights, and not the config alone.
@@ -46,6 +49,9 @@ def check_adapter_file(folder: Path, modules_to_save: Iterable[str] | None) -> N
         raise ValueError(
             f"{path} can't be read ({error}): the file is broken. Copy it again, or train again."
         ) from error
-    for module in modules_to_save or ():
-        if not any(f".{module}." in f".{name}" for name in names):
-            raise ValueError(f"{path} holds no tensor of {module}, which the adapter's modules_to_save promises.")
+    promised = set(modules_to_save or ())
+    absent = {module for module in promised if not any(f".{module}." in f".{name}" for name in names)}
+    if promised & _HEADS - absent:
+        absent -= _HEADS
+    if absent:
+        raise ValueError(f"{path} holds no tensor of {min(absent)}, which the adapter's modules_to_save promises.")

@@ -1,4 +1,4 @@
-"""The command line: ``paca train``, ``paca chat``, ``paca merge``, ``paca bench``, ``paca plan``."""
+"""The command line: ``paca train``, ``chat``, ``merge``, ``export``, ``import``, ``bench`` and ``plan``."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ from safetensors import SafetensorError
 
 from paca.cli.bench import bench
 from paca.cli.chat import chat
+from paca.cli.export import export
+from paca.cli.import_adapter import import_adapter
 from paca.cli.merge import merge
 from paca.cli.plan import plan
 from paca.cli.train import train
@@ -24,8 +26,9 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for command in (train, chat, merge, plan):
+for command in (train, chat, merge, export, plan):
     app.command()(command)
+app.command("import")(import_adapter)
 app.add_typer(bench, name="bench")
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from paca.adapter_folder import find_adapter, find_base
+from paca.convert.output import check_output_folder, new_folder
 from paca.errors import PacaError
 from paca.generation import LoadedModel, load_for_generation, on_accelerator
 
@@ -70,7 +69,14 @@ def merge_to_folder(
         raise PacaError(f"{path} is a whole model already: there is no adapter to merge.")
     output = Path(output).expanduser().absolute()
     base = base_model if base_model is not None else find_base(adapter)
-    _check_output(output, overwrite, keep=[Path(path), adapter, Path(base)])
+    check_output_folder(
+        output,
+        overwrite,
+        reads=[Path(path), adapter, Path(base)],
+        job="merge",
+        holds="a model",
+        marker="config.json",
+    )
 
     loaded = load_for_generation(path, base_model=base_model)
     wanted = DTYPES[dtype] if dtype is not None else loaded.model.dtype
@@ -78,34 +84,11 @@ def merge_to_folder(
         del loaded
         loaded = load_for_generation(path, base_model=base_model, dtype="float32")
     expected = _probe_logits(loaded.model) if verify else None
-    partial = output.with_name(f".{output.name}.{os.getpid()}.partial")
-    try:
-        partial.mkdir(parents=True)
-    except OSError as error:
-        raise PacaError(f"{output.parent} cannot be written to: {error}. Give another output folder.") from error
-    try:
+    with new_folder(output) as partial:
         _write(loaded, wanted, partial)
         del loaded
         difference = None if expected is None else _difference_from(expected, partial)
-        _put_in_place(partial, output)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     return Merged(output, adapter, base, wanted, difference)
-
-
-def _check_output(output: Path, overwrite: bool, keep: list[Path]) -> None:
-    """Refuse an output that is in use, or whose replacement would delete something that is not a model."""
-    for path in keep:
-        if path.exists() and path.resolve().is_relative_to(output.resolve()):
-            raise PacaError(f"The output {output} holds {path}, which the merge reads. Give another output folder.")
-    if not output.exists() or (output.is_dir() and not any(output.iterdir())):
-        return
-    if not output.is_dir():
-        raise PacaError(f"The output {output} is a file. Give a folder that does not exist yet.")
-    if not overwrite:
-        raise PacaError(f"The output {output} exists and is not empty. Give another one, or --overwrite to replace it.")
-    if not (output / "config.json").is_file():
-        raise PacaError(f"The output {output} does not hold a model (no config.json), so it is not overwritten.")
 
 
 def _write(loaded: LoadedModel, dtype: torch.dtype, folder: Path) -> None:
@@ -143,12 +126,3 @@ def _difference_from(expected: torch.Tensor, folder: Path) -> float:
             "A wider --dtype rounds less."
         )
     return difference
-
-
-def _put_in_place(partial: Path, output: Path) -> None:
-    """Rename; a model that is replaced is deleted only once the new one stands in its place."""
-    replaced = output.with_name(f".{output.name}.{os.getpid()}.replaced")
-    if output.exists():
-        os.replace(output, replaced)
-    os.replace(partial, output)
-    shutil.rmtree(replaced, ignore_errors=True)

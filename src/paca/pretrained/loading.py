@@ -103,9 +103,16 @@ def load_tokenizer(name: str, revision: str | None = None, trust_remote_code: bo
 
 
 def load_config(
-    name: str, dtype: str = "auto", revision: str | None = None, trust_remote_code: bool = False
+    name: str,
+    dtype: str = "auto",
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    auto_class: Any = AutoModelForCausalLM,
 ) -> Outline:
     """Read what a model looks like without its weights (arguments and errors as in :func:`load_pretrained`).
+
+    Args:
+        auto_class: the ``AutoModel...`` of transformers that makes the model; the default is a language model.
 
     Returns:
         ``(config, model)``, the model on the meta device. With ``dtype="auto"`` its dtype is the one the
@@ -119,7 +126,7 @@ def load_config(
         if torch_dtype == "auto":
             torch_dtype = getattr(config, "dtype", None) or torch.float32
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, dtype=torch_dtype, trust_remote_code=trust_remote_code)
+            model = auto_class.from_config(config, dtype=torch_dtype, trust_remote_code=trust_remote_code)
     model.tie_weights()
     return Outline(config, model)
 

@@ -1,0 +1,52 @@
+"""``paca export``: write the adapter in a form that other programs read."""
+
+from __future__ import annotations
+
+import warnings
+from enum import Enum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+class Form(str, Enum):
+    """What can be written."""
+
+    lora = "lora"
+    merged = "merged"
+    gguf = "gguf"
+
+
+def export(
+    path: Annotated[str, typer.Argument(metavar="RUN_OR_ADAPTER", help="The folder of a run or of an adapter.")],
+    to: Annotated[
+        Form,
+        typer.Option(help="lora: an adapter for PEFT, vLLM and others. merged: a plain checkpoint. gguf: llama.cpp."),
+    ],
+    output: Annotated[Path, typer.Option(help="The folder to write; for gguf, the file.")],
+    base_model: Annotated[str | None, typer.Option(help="The base model, if not where the adapter says.")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what the output holds.")] = False,
+) -> None:
+    """Write an adapter as LoRA, as a merged model or for llama.cpp."""
+    # Notes from one library to another about their next releases; nothing a user of this command can act on.
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    if to is Form.merged:
+        from paca.cli.merge import merge
+
+        merge(path, output, base_model=base_model, overwrite=overwrite)
+    elif to is Form.lora:
+        from paca.convert.lora import export_lora
+
+        lora = export_lora(path, output, base_model=base_model, overwrite=overwrite)
+        ranks = ", ".join(map(str, lora.ranks))
+        print(f"Written: {lora.output} (LoRA, exact: {lora.layers} layers of rank {ranks}, each at scale 1)")
+        if lora.saved_whole:
+            print(f"Carried over: {', '.join(lora.saved_whole)}")
+        print(f'Load it onto {lora.base} with PeftModel.from_pretrained(model, "{lora.output}"); paca is not needed.')
+    else:
+        from paca.convert.gguf_adapter import export_gguf
+
+        gguf = export_gguf(path, output, base_model=base_model, overwrite=overwrite)
+        print(f"Written: {gguf.output} (LoRA, {gguf.layers} layers, for {gguf.architecture!r} models of llama.cpp)")
+        print(f"Use it with the GGUF file of {gguf.base}: llama-cli -m MODEL.gguf --lora {gguf.output}")

@@ -1,0 +1,29 @@
+"""``paca import``: read an adapter that another tool wrote."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def import_adapter(
+    path: Annotated[str, typer.Argument(metavar="FILE_OR_FOLDER", help="The adapter's folder, or the file in it.")],
+    output: Annotated[Path, typer.Option(help="The folder to write.")],
+    base: Annotated[
+        str | None, typer.Option(help="The base model: hub id, folder or .gguf file. Default: the one it names.")
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an adapter that the output holds.")] = False,
+) -> None:
+    """Make a PaCA adapter of a checkpoint of the original authors' PaCA, or of a LoRA adapter exported from PaCA."""
+    # Notes from one library to another about their next releases; nothing a user of this command can act on.
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    from paca.convert import imported
+
+    result = imported.import_adapter(path, output, base_model=base, overwrite=overwrite)
+    print(f"Read: {result.kind}, {result.layers} layers of rank {', '.join(map(str, result.ranks))}, on {result.base}")
+    if result.largest_move is not None:
+        print(f"Their columns moved by at most {result.largest_move:.2g} of their size in any layer.")
+    print(f"Written: {result.output}")

@@ -1,0 +1,247 @@
+"""A PaCA adapter outside of its model: what every conversion starts from, and what an import ends in."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from peft import PeftModel, get_peft_model_state_dict
+from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
+from peft.utils.other import AuxiliaryTrainingWrapper
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForQuestionAnswering,
+    AutoModelForSeq2SeqLM,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    PreTrainedConfig,
+)
+
+from paca.adapter_checks import DELTA, INDICES
+from paca.config import PacaConfig
+from paca.errors import PacaError
+from paca.generation import ADAPTER_CONFIG, find_adapter, find_base
+from paca.layers import PacaLayer
+from paca.pretrained import Outline, load_config
+from paca.pretrained.location import locate
+from paca.tuner import PacaModel
+
+NAME = "default"  # of the adapter, where one is put into an outline
+FILE_PREFIX = "base_model.model."
+
+_AUTO_CLASSES: dict[str | None, Any] = {
+    None: AutoModelForCausalLM,
+    "CAUSAL_LM": AutoModelForCausalLM,
+    "SEQ_CLS": AutoModelForSequenceClassification,
+    "TOKEN_CLS": AutoModelForTokenClassification,
+    "QUESTION_ANS": AutoModelForQuestionAnswering,
+    "SEQ_2_SEQ_LM": AutoModelForSeq2SeqLM,
+    "FEATURE_EXTRACTION": AutoModel,
+}
+
+# What `paca train`, TRL and PEFT leave beside an adapter to tokenize with.
+_TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "chat_template.jinja",
+)
+
+
+class AdaptedLayer(NamedTuple):
+    """One layer's columns: its weight is ``W0[:, indices] + scale * delta`` there."""
+
+    delta: Tensor  # (out_features, r)
+    indices: Tensor  # (r,) int64, ascending
+    scale: float
+    in_features: int
+    stock_class: type[nn.Module]
+
+
+@dataclass
+class Adapter:
+    """A checked adapter, with what its base model's config tells about the layers."""
+
+    config: PacaConfig
+
+    layers: dict[str, AdaptedLayer]
+    """By the module's name in the base model."""
+
+    saved_whole: dict[str, Tensor]
+    """The other tensors of the adapter's file, by their names there: modules_to_save, resized embeddings."""
+
+    module_names: set[str]
+    """Names of all modules of the base model."""
+
+    base_config: PreTrainedConfig | None
+    """The base model's; None if it is not of transformers."""
+
+
+def adapter_in_model(model: Any, adapter_name: str = "default") -> Adapter:
+    """Take an adapter out of a model, as it is now: deltas, and scales too where they were changed.
+
+    Args:
+        model: from ``peft.get_peft_model`` or ``PeftModel.from_pretrained``; it is left as it is.
+        adapter_name: which of its adapters.
+
+    Raises:
+        ValueError: if it is no model with such a PaCA adapter.
+    """
+    if not isinstance(model, PeftModel) or not isinstance(model.base_model, PacaModel):
+        raise ValueError(f"A PeftModel with a PaCA adapter is needed, not a {type(model).__name__}.")
+    if adapter_name not in model.peft_config:
+        raise ValueError(f"The model has no adapter {adapter_name!r}; it has: {', '.join(model.peft_config)}.")
+    config: Any = model.peft_config[adapter_name]
+    return _collect(model, adapter_name, config, get_peft_model_state_dict(model, adapter_name=adapter_name))
+
+
+def read_adapter(path: str | Path, base_model: str | None = None) -> Adapter:
+    """Read and check an adapter on the disk. Of the base model only its config is read, no weights.
+
+    Args:
+        path: a run folder or an adapter folder.
+        base_model: where the base model lies, if not where the adapter says; the config then names this one.
+
+    Raises:
+        PacaError: no adapter, not one of PaCA's, a broken file, or one that does not fit the base model.
+    """
+    folder = find_adapter(path)
+    if folder is None:
+        raise PacaError(f"{path} is a whole model, not an adapter. Give the folder of a run or of an adapter.")
+    base = base_model if base_model is not None else find_base(folder)
+    tensors = read_tensors(weights_in(folder))
+    kind = read_json(folder / ADAPTER_CONFIG).get("peft_type")
+    if kind != "PACA":
+        raise PacaError(f"{folder} holds a {kind} adapter; only PaCA adapters can be exported.")
+    if any(name.endswith(".paca_w") for name in tensors):
+        raise PacaError(f"{folder} is a checkpoint of the original authors' PaCA. First: paca import {folder} ...")
+    try:
+        config = PacaConfig.from_pretrained(str(folder))
+    except (ValueError, TypeError) as error:
+        raise PacaError(f"The adapter in {folder} cannot be read: {error}") from error
+    config.base_model_name_or_path = base
+    outline = base_outline(base, config.task_type, config.revision)
+    try:
+        return put_on(outline.model, config, tensors)
+    except ValueError as error:
+        raise PacaError(f"The adapter in {folder} does not fit the model {base}: {error}") from error
+
+
+def put_on(base_model: nn.Module, config: PacaConfig, tensors: dict[str, Tensor]) -> Adapter:
+    """Check an adapter's tensors, by the names they have in its file, against a base model (which may be on meta).
+
+    Raises:
+        ValueError: as loading the adapter into the model would; the tensor or layer is named.
+    """
+    # Only the adapted layers matter: a new head need not have the shape that the outline guesses.
+    layers_only = dataclasses.replace(config, modules_to_save=None)
+    model = PeftModel(base_model, layers_only, adapter_name=NAME)
+    named = PacaModel._remap_adapter_state_dict_for_load(model, layers_only, NAME, tensors)
+    return _collect(model, NAME, config, {name.removesuffix(f".{NAME}"): tensor for name, tensor in named.items()})
+
+
+def _collect(model: PeftModel, adapter_name: str, config: PacaConfig, tensors: dict[str, Tensor]) -> Adapter:
+    base_model: Any = model.base_model.model
+    layers: dict[str, AdaptedLayer] = {}
+    saved_whole = dict(tensors)
+    wrappers: list[str] = []
+    for name, module in base_model.named_modules():
+        if isinstance(module, (PacaLayer, AuxiliaryTrainingWrapper)):
+            wrappers.append(f"{name}.")
+        if isinstance(module, PacaLayer) and adapter_name in module.paca_delta:
+            layers[name] = AdaptedLayer(
+                saved_whole.pop(f"{FILE_PREFIX}{name}.{DELTA}").detach().cpu(),
+                saved_whole.pop(f"{FILE_PREFIX}{name}.{INDICES}").cpu(),
+                module.scaling[adapter_name],
+                module.in_features,
+                getattr(module.base_layer, "stock_class", type(module.base_layer)),
+            )
+    names = {name for name, _ in base_model.named_modules() if not name.startswith(tuple(wrappers))}
+    base_config = getattr(base_model, "config", None)
+    return Adapter(
+        config,
+        layers,
+        {name: tensor.detach().cpu().clone() for name, tensor in saved_whole.items()},  # tied ones share memory
+        names - {""},
+        base_config if isinstance(base_config, PreTrainedConfig) else None,
+    )
+
+
+def base_outline(base: str, task_type: str | None, revision: str | None) -> Outline:
+    """The base model of an adapter for ``task_type``, without weights.
+
+    Raises:
+        PacaError: a task that nobody knows, or a model whose config can't be read.
+    """
+    if task_type not in _AUTO_CLASSES:
+        raise PacaError(
+            f"The adapter is for the task {task_type!r}; known are {', '.join(t for t in _AUTO_CLASSES if t)}. Convert "
+            "it from Python, with its model in memory: paca.convert.lora.save_as_lora."
+        )
+    of_hub = locate(base).source == "hub"
+    return load_config(base, revision=revision if of_hub else None, auto_class=_AUTO_CLASSES[task_type])
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """The JSON object in ``file``.
+
+    Raises:
+        PacaError: there is no such file, or it holds something else.
+    """
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise PacaError(f"{file} cannot be read: {error}.") from error
+    if not isinstance(content, dict):
+        raise PacaError(f"{file} is broken: it should hold a JSON object.")
+    return content
+
+
+def weights_in(folder: Path) -> Path:
+    """The file with the tensors of the adapter in ``folder``.
+
+    Raises:
+        PacaError: there is none.
+    """
+    for name in (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME):
+        if (folder / name).is_file():
+            return folder / name
+    raise PacaError(f"{folder} has no {SAFETENSORS_WEIGHTS_NAME}: the adapter's weights are missing. Copy it again.")
+
+
+def read_tensors(file: Path) -> dict[str, Tensor]:
+    """The tensors in a safetensors file, or in one of ``torch.save``.
+
+    Raises:
+        PacaError: the file is broken, or holds something else than tensors by name.
+    """
+    try:
+        if file.suffix == ".safetensors":
+            return load_file(file)
+        tensors = torch.load(file, map_location="cpu", weights_only=True)
+    except (SafetensorError, OSError, EOFError, RuntimeError, ValueError) as error:
+        raise PacaError(f"{file} is broken: {error}. Copy the file again, or train again.") from error
+    except Exception as error:  # pickle's own, and what torch makes of them
+        raise PacaError(f"{file} is no file of tensors: {error}") from error
+    if not isinstance(tensors, dict) or not all(isinstance(value, Tensor) for value in tensors.values()):
+        raise PacaError(f"{file} holds something else than tensors by name. Give an adapter as PEFT saves it.")
+    return tensors
+
+
+def tokenizer_files(folder: Path | None) -> Iterable[Path]:
+    """The files of the tokenizer that lies beside an adapter; none if there is none."""
+    return [] if folder is None else [folder / name for name in _TOKENIZER_FILES if (folder / name).is_file()]

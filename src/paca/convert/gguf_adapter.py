@@ -1,0 +1,160 @@
+"""A PaCA adapter as a LoRA adapter in a GGUF file, as llama.cpp takes it with ``--lora``.
+
+The conventions are those of llama.cpp's convert_lora_to_gguf.py and convert_hf_to_gguf.py (read at the version that
+llama-cpp-python 0.3.36 brings, and compared with their output tensor by tensor: docs/notes/conversion.md).
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from paca.convert.adapter import Adapter, read_adapter
+from paca.convert.lora import Factors, lora_factors
+from paca.convert.output import check_output_file, new_file
+from paca.convert.patterns import default_and_pattern
+from paca.errors import PacaError
+
+
+class _Architecture(NamedTuple):
+    """How llama.cpp stores the models of one ``model_type`` of transformers."""
+
+    name: str
+    """In GGUF files, ``general.architecture``."""
+    reorders_heads: bool = False
+    """Whether the rows of q_proj and k_proj are stored in another order than transformers': for rotary embeddings of
+    neighbouring pairs of dimensions, in place of the two halves of a head."""
+
+
+ARCHITECTURES = {
+    "llama": _Architecture("llama", reorders_heads=True),  # SmolLM and SmolLM2 too
+    "mistral": _Architecture("llama", reorders_heads=True),
+    "smollm3": _Architecture("smollm3", reorders_heads=True),
+    "qwen2": _Architecture("qwen2"),
+    "qwen3": _Architecture("qwen3"),
+    "gemma": _Architecture("gemma"),
+    "gemma2": _Architecture("gemma2"),
+    "gemma3_text": _Architecture("gemma3"),
+    "phi3": _Architecture("phi3"),
+    "gpt2": _Architecture("gpt2"),
+}
+
+
+@dataclass
+class GgufExport:
+    """What was written."""
+
+    output: Path
+    base: str
+    architecture: str
+    layers: int
+
+
+def export_gguf(
+    path: str | Path, output: str | Path, *, base_model: str | None = None, overwrite: bool = False
+) -> GgufExport:
+    """Write a run's or a folder's PaCA adapter as a LoRA adapter for llama.cpp.
+
+    Reads the base model's config, not its weights. The file appears only when it is complete.
+
+    Args:
+        path: a run folder or an adapter folder.
+        output: the ``.gguf`` file to write.
+        base_model: where the base model lies, if not where the adapter says.
+        overwrite: replace the file that ``output`` already is.
+
+    Raises:
+        PacaError: an adapter that can't be read, an architecture whose names in llama.cpp are not known here, a layer
+            that it does not have, modules that were saved whole, or an output that is in use.
+    """
+    output = Path(output).expanduser().absolute()
+    if output.suffix != ".gguf":
+        raise PacaError(f"The output {output} should be a file whose name ends in .gguf.")
+    check_output_file(output, overwrite, reads=[Path(path)], job="export")
+    adapter = read_adapter(path, base_model)
+    architecture, alpha, tensors = gguf_tensors(adapter)
+    with new_file(output) as partial:
+        _write(partial, architecture, alpha, tensors)
+    return GgufExport(output, str(adapter.config.base_model_name_or_path), architecture, len(adapter.layers))
+
+
+def gguf_tensors(adapter: Adapter) -> tuple[str, float, dict[str, Tensor]]:
+    """The architecture's name, ``adapter.lora.alpha`` and the tensors of the file, by their names there.
+
+    llama.cpp scales each layer by alpha / (that layer's rank). Alpha is the commonest rank; where a layer has another
+    one, its B makes up for it, so that every layer is scaled by 1.
+
+    Raises:
+        PacaError: as :func:`export_gguf`.
+    """
+    gguf = _gguf()
+    known = _architecture(adapter)
+    if adapter.saved_whole:
+        raise PacaError(
+            f"The adapter also holds {', '.join(sorted(adapter.saved_whole))}, trained whole, which a LoRA adapter in "
+            "GGUF can't carry. Export the merged model instead (--to merged), and convert that with llama.cpp."
+        )
+    text_config: Any = adapter.base_config.get_text_config()  # type: ignore[union-attr]
+    places = {name: number for number, name in gguf.MODEL_ARCH_NAMES.items()}
+    names = gguf.get_tensor_name_map(places[known.name], text_config.num_hidden_layers)
+    alpha, _ = default_and_pattern({name: layer.indices.numel() for name, layer in adapter.layers.items()})
+    tensors: dict[str, Tensor] = {}
+    for name, layer in adapter.layers.items():
+        target = names.get_name(f"{name}.weight", try_suffixes=(".weight",))
+        if target is None:
+            raise PacaError(f"{name} has no counterpart among the tensors of llama.cpp's {known.name!r} models.")
+        a, b = lora_factors(name, layer)
+        if known.reorders_heads and name.endswith((".q_proj", ".k_proj")):
+            heads = text_config.num_attention_heads if name.endswith(".q_proj") else text_config.num_key_value_heads
+            b = pairs_of_neighbours(b, heads)
+        r = layer.indices.numel()
+        tensors[f"{target}.lora_a"], tensors[f"{target}.lora_b"] = Factors(a, b if r == alpha else b * (r / alpha))
+    return known.name, float(alpha), tensors
+
+
+def pairs_of_neighbours(rows: Tensor, heads: int) -> Tensor:
+    """Reorder the output rows of a q_proj or k_proj, ``(heads * head_dim, ...)``, from transformers' order to ggml's.
+
+    transformers rotates dimension i of a head together with i + head_dim / 2, ggml's "normal" mode 2i with 2i + 1.
+    """
+    halves = rows.reshape(heads, 2, -1, *rows.shape[1:])
+    return halves.transpose(1, 2).reshape(rows.shape)
+
+
+def _architecture(adapter: Adapter) -> _Architecture:
+    model_type = None if adapter.base_config is None else adapter.base_config.model_type
+    if model_type not in ARCHITECTURES:
+        raise PacaError(
+            f"Models of type {model_type!r} can't be exported to GGUF: their names in llama.cpp are not known here. "
+            f"Known are {', '.join(ARCHITECTURES)}. Export --to merged, and convert that with llama.cpp."
+        )
+    return ARCHITECTURES[model_type]
+
+
+def _write(path: str | os.PathLike[str], architecture: str, alpha: float, tensors: dict[str, Tensor]) -> None:
+    gguf = _gguf()
+    writer = gguf.GGUFWriter(path, architecture)
+    writer.add_type(gguf.GGUFType.ADAPTER)
+    writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
+    writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, alpha)
+    # float32 for A too, though 16 bits would hold it: llama.cpp would round the layer's inputs to match.
+    writer.add_file_type(gguf.LlamaFileType.ALL_F32)
+    for name, tensor in tensors.items():
+        writer.add_tensor(name, tensor.to(torch.float32).contiguous().numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def _gguf() -> Any:
+    try:
+        import gguf
+    except ImportError as error:
+        raise PacaError("Writing a GGUF file needs the package gguf: pip install 'paca-tuning[gguf]'.") from error
+    return gguf

@@ -1,0 +1,181 @@
+"""Make a PaCA adapter of what other tools wrote."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from paca.adapter_checks import DELTA, INDICES
+from paca.config import PacaConfig
+from paca.convert.adapter import (
+    FILE_PREFIX,
+    Adapter,
+    base_outline,
+    put_on,
+    read_json,
+    read_tensors,
+    tokenizer_files,
+    weights_in,
+)
+from paca.convert.authors import COLUMNS, read_authors
+from paca.convert.foreign import ForeignAdapter
+from paca.convert.lora import LORA_A
+from paca.convert.one_hot_lora import lora_config, read_one_hot_lora
+from paca.convert.output import check_output_folder, new_folder
+from paca.convert.patterns import default_and_pattern, exact_targets
+from paca.errors import PacaError
+from paca.generation import ADAPTER_CONFIG
+from paca.pretrained import load_pretrained
+
+
+@dataclass
+class Imported:
+    """What was read and written."""
+
+    output: Path
+    kind: str
+    """What the checkpoint was, in words."""
+    base: str
+    layers: int
+    ranks: list[int]
+    """Those that occur, ascending."""
+    largest_move: float | None
+    """How far the columns of a layer moved at most, as a share of their size; a value near 1 or above tells of another
+    base model than the adapter's. None where the pretrained columns were not looked at."""
+
+
+def import_adapter(
+    path: str | Path, output: str | Path, *, base_model: str | None = None, overwrite: bool = False
+) -> Imported:
+    """Write a checkpoint of the original authors' PaCA, or a LoRA adapter with a one-hot A, as a PaCA adapter.
+
+    The folder appears only when it is complete, and checked against the base model.
+
+    Args:
+        path: the adapter's folder, or the file with its tensors (its ``adapter_config.json`` beside it).
+        output: the folder to write.
+        base_model: hub id, folder or .gguf file of the base model; None: the one that the config names. For the
+            authors' checkpoints its weights are loaded, for LoRA only its config.
+        overwrite: replace an adapter that ``output`` already holds.
+
+    Raises:
+        PacaError: neither of the two kinds, a broken or incomplete one, one that does not fit the base model, or an
+            output that is in use.
+    """
+    folder, file = _locate(path)
+    output = Path(output).expanduser().absolute()
+    check_output_folder(
+        output,
+        overwrite,
+        reads=[folder, Path(base_model or folder)],
+        job="import",
+        holds="an adapter",
+        marker=ADAPTER_CONFIG,
+    )
+    settings, tensors = read_json(folder / ADAPTER_CONFIG), read_tensors(file)
+    base = base_model if base_model is not None else settings.get("base_model_name_or_path")
+    if not base:
+        raise PacaError(f"{folder / ADAPTER_CONFIG} does not name the base model. Give it: --base NAME_OR_FOLDER")
+    foreign, model = _read(folder, settings, tensors, base)
+    adapter = _check(foreign, settings, base, model)
+    with new_folder(output) as partial:
+        _write(adapter, partial)
+        for beside in tokenizer_files(folder):
+            shutil.copyfile(beside, partial / beside.name)
+    ranks = sorted({layer.indices.numel() for layer in adapter.layers.values()})
+    return Imported(output, foreign.kind, base, len(adapter.layers), ranks, foreign.largest_move)
+
+
+def _locate(path: str | Path) -> tuple[Path, Path]:
+    """The folder of a checkpoint's config, and the file of its tensors."""
+    given = Path(path).expanduser()
+    if not given.exists():
+        raise PacaError(f"No such file or folder: {given}. Give the folder of an adapter, or the file in it.")
+    folder = given.parent if given.is_file() else given
+    if not (folder / ADAPTER_CONFIG).is_file():
+        raise PacaError(
+            f"{folder} has no {ADAPTER_CONFIG}, which gives r and alpha: without them the tensors mean nothing. Put "
+            "the one that was saved with them beside them."
+        )
+    return folder, given if given.is_file() else weights_in(folder)
+
+
+def _read(
+    folder: Path, settings: dict[str, Any], tensors: dict[str, Tensor], base: str
+) -> tuple[ForeignAdapter, nn.Module]:
+    """The adapter, and its base model: with weights where they were needed."""
+    endings = {name.rpartition(".")[2] for name in tensors}
+    task_type, revision = settings.get("task_type"), settings.get("revision")
+    if COLUMNS in endings:
+        if task_type not in (None, "CAUSAL_LM"):
+            raise PacaError(
+                f"The checkpoint is for the task {task_type!r}; only causal language models can be imported."
+            )
+        model = load_pretrained(base).model
+        return read_authors(settings, tensors, model), model
+    if DELTA in endings:
+        raise PacaError(f"{folder} holds a PaCA adapter already: PEFT and paca load it as it is.")
+    if settings.get("peft_type") == "LORA" and any(name.endswith(f".{LORA_A}") for name in tensors):
+        return read_one_hot_lora(lora_config(settings), tensors), base_outline(base, task_type, revision).model
+    raise PacaError(
+        f"{folder} holds a {settings.get('peft_type')} adapter with tensors such as {min(tensors, default='(none)')}. "
+        f"What can be imported: checkpoints of the original authors' PaCA (tensors ...{COLUMNS}), and LoRA adapters "
+        "that `paca export --to lora` wrote."
+    )
+
+
+def _check(foreign: ForeignAdapter, settings: dict[str, Any], base: str, model: nn.Module) -> Adapter:
+    """The adapter as ours, tried on the base model."""
+    modules_to_save = settings.get("modules_to_save") or []
+    for name in foreign.others:
+        if not any(f".{module}." in f".{name}" for module in modules_to_save):
+            raise PacaError(
+                f"The checkpoint holds {name}, which is neither an adapted layer nor one of modules_to_save: it can't "
+                "be imported."
+            )
+    r, rank_pattern = default_and_pattern({name: layer.indices.numel() for name, layer in foreign.layers.items()})
+    alpha, alpha_pattern = default_and_pattern({name: layer.alpha for name, layer in foreign.layers.items()})
+    config = PacaConfig(
+        r=r,
+        paca_alpha=alpha,
+        rank_pattern=rank_pattern,
+        alpha_pattern=alpha_pattern,
+        target_modules=exact_targets(foreign.layers, {name for name, _ in model.named_modules()}),
+        modules_to_save=modules_to_save or None,
+        task_type=settings.get("task_type"),
+        auto_mapping=settings.get("auto_mapping"),
+        base_model_name_or_path=base,
+        revision=settings.get("revision"),
+        inference_mode=True,
+    )
+    try:
+        return put_on(model, config, dict(foreign.others) | _our_tensors(foreign))
+    except ValueError as error:
+        raise PacaError(f"The adapter does not fit the model {base}: {error}") from error
+
+
+def _our_tensors(foreign: ForeignAdapter) -> dict[str, Tensor]:
+    tensors: dict[str, Tensor] = {}
+    for name, layer in foreign.layers.items():
+        tensors[f"{FILE_PREFIX}{name}.{DELTA}"] = layer.delta
+        tensors[f"{FILE_PREFIX}{name}.{INDICES}"] = layer.indices
+    return tensors
+
+
+def _write(adapter: Adapter, folder: Path) -> None:
+    tensors = dict(adapter.saved_whole)
+    for name, layer in adapter.layers.items():
+        tensors[f"{FILE_PREFIX}{name}.{DELTA}"] = layer.delta
+        tensors[f"{FILE_PREFIX}{name}.{INDICES}"] = layer.indices
+    save_file(
+        {name: tensor.contiguous() for name, tensor in tensors.items()},
+        folder / SAFETENSORS_WEIGHTS_NAME,
+        {"format": "pt"},
+    )
+    adapter.config.save_pretrained(str(folder))

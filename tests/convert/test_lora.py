@@ -1,0 +1,248 @@
+"""PaCA as LoRA: the same model, in programs that know LoRA only."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import AutoModelForCausalLM, LlamaForSequenceClassification
+
+from convert.saved_adapters import change, logits, save_adapted
+from models import adapt, adapted_perceptron, gpt2, llama, tokens
+from paca.convert.adapter import AdaptedLayer, Adapter, adapter_in_model
+from paca.convert.lora import export_lora, save_as_lora, to_lora
+from paca.errors import PacaError
+
+UNEVEN = {
+    "r": 3,
+    "paca_alpha": 7,
+    "rank_pattern": {"layers.1.self_attn.q_proj": 5, "down_proj": 1},
+    "alpha_pattern": {"down_proj": 2.5},
+}
+
+
+def lora_layers(model: nn.Module) -> dict[str, Any]:
+    return {name: m for name, m in model.named_modules() if isinstance(m, peft.tuners.lora.LoraLayer)}
+
+
+def load_lora(base: nn.Module, folder: Path) -> Any:
+    return peft.PeftModel.from_pretrained(base, str(folder)).eval()
+
+
+@pytest.fixture
+def uneven(tmp_path: Path) -> Path:
+    save_adapted(tmp_path, llama(), **UNEVEN, target_modules=["q_proj", "down_proj", "up_proj"])
+    return tmp_path
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("kind", ["linear", "conv1d"])
+def test_the_lora_weight_is_the_scaled_delta_rounded_once(kind: str, dtype: torch.dtype) -> None:
+    model = adapted_perceptron(kind, dtype, r=3, paca_alpha=7, rank_pattern={"lin2": 13, "lin1": 1})
+    adapter = adapter_in_model(model)
+    config, tensors = to_lora(adapter)
+    for name, out_features, in_features, r in (("lin1", 13, 7, 1), ("lin2", 5, 13, 13)):
+        a, b = (tensors[f"base_model.model.{name}.lora_{which}.weight"] for which in "AB")
+        assert (a.shape, b.shape) == ((r, in_features), (out_features, r))
+        assert a.dtype == b.dtype == torch.float32
+        layer = model.get_submodule(f"base_model.model.{name}")
+        delta, indices = layer.paca_delta["default"].detach(), layer.paca_indices["default"]
+        assert torch.equal(b @ a, change(delta, indices, 7 / r, in_features).float())
+    assert config.fan_in_fan_out == (kind == "conv1d")
+
+
+def test_every_layer_has_scale_one_whatever_its_rank(uneven: Path, tmp_path: Path) -> None:
+    result = export_lora(uneven / "adapter", tmp_path / "lora")
+    assert (result.layers, result.ranks) == (6, [1, 3, 5])
+    layers = lora_layers(load_lora(llama(), tmp_path / "lora"))
+    assert {name.rpartition("layers.")[2]: layer.r["default"] for name, layer in layers.items()} == {
+        "0.self_attn.q_proj": 3,
+        "1.self_attn.q_proj": 5,
+        **{f"{block}.mlp.{name}_proj": r for block in (0, 1) for name, r in (("down", 1), ("up", 3))},
+    }
+    assert {layer.scaling["default"] for layer in layers.values()} == {1.0}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_logits_are_the_same_to_rounding(tmp_path: Path, dtype: torch.dtype) -> None:
+    base = llama(initializer_range=0.15).to(dtype)
+    adapted = save_adapted(tmp_path, base, **UNEVEN)
+    expected = logits(adapted, tokens())
+    with adapted.disable_adapter():
+        moved = (expected - logits(adapted, tokens())).abs().max()
+    export_lora(tmp_path / "adapter", tmp_path / "lora")
+    found = logits(load_lora(llama(initializer_range=0.15).to(dtype), tmp_path / "lora"), tokens())
+    # Two blocks of seven layers; in bfloat16 our weight is rounded once more, theirs adds a rounded product.
+    tolerance = 32 * torch.finfo(dtype).eps * expected.abs().max()
+    assert (found - expected).abs().max() <= tolerance
+    assert moved > 10 * tolerance or dtype == torch.bfloat16
+
+
+def test_stock_peft_loads_it_in_a_process_without_paca(tmp_path: Path) -> None:
+    adapted = {
+        "llama": save_adapted(tmp_path / "llama", llama(), **UNEVEN, modules_to_save=["lm_head"]),
+        "gpt2": save_adapted(tmp_path / "gpt2", gpt2(), r=4, paca_alpha=7, target_modules=["c_attn", "c_proj"]),
+    }
+    with torch.no_grad():  # as if it had been trained
+        adapted["llama"].base_model.model.lm_head.modules_to_save["default"].weight.add_(0.1)
+    adapted["llama"].save_pretrained(tmp_path / "llama/adapter")
+    for name, model in adapted.items():
+        export_lora(tmp_path / name / "adapter", tmp_path / name / "lora")
+        torch.save((tokens(), logits(model, tokens())), tmp_path / name / "expected.pt")
+    script = """
+import sys, torch
+sys.modules["paca"] = None  # an import of it fails
+from peft import AutoPeftModelForCausalLM
+for folder in sys.argv[1:]:
+    model = AutoPeftModelForCausalLM.from_pretrained(folder + "/lora").eval()
+    tokens, expected = torch.load(folder + "/expected.pt")
+    with torch.no_grad():
+        found = model(input_ids=tokens, use_cache=False).logits
+    assert (found - expected).abs().max() < 1e-5 * expected.abs().max(), folder
+    with torch.no_grad(), model.disable_adapter():
+        base = model(input_ids=tokens, use_cache=False).logits
+    assert (base - expected).abs().max() > 1e-2 * expected.abs().max(), folder
+    merged = model.merge_and_unload()
+    assert torch.allclose(merged(input_ids=tokens, use_cache=False).logits, expected, atol=1e-5), folder
+    print(type(merged).__name__)
+"""
+    command = [sys.executable, "-W", "error::UserWarning:peft", "-c", script]
+    done = subprocess.run([*command, *(str(tmp_path / name) for name in adapted)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["LlamaForCausalLM", "GPT2LMHeadModel"]
+
+
+def test_only_the_adapted_layers_are_matched(tmp_path: Path) -> None:
+    adapted = save_adapted(
+        tmp_path, llama(num_hidden_layers=3), target_modules=["q_proj", "up_proj"], layers_to_transform=[1]
+    )
+    save_as_lora(adapted, tmp_path / "lora")
+    expected = {"base_model.model.model.layers.1.self_attn.q_proj", "base_model.model.model.layers.1.mlp.up_proj"}
+    assert set(lora_layers(load_lora(llama(num_hidden_layers=3), tmp_path / "lora"))) == expected
+
+
+def test_whole_modules_and_the_settings_of_the_adapter_are_kept(tmp_path: Path) -> None:
+    base = LlamaForSequenceClassification(llama(num_labels=3).config)
+    base.save_pretrained(tmp_path / "base")
+    adapted = adapt(base, task_type="SEQ_CLS", modules_to_save=["score"])
+    adapted.peft_config["default"].base_model_name_or_path = str(tmp_path / "base")
+    adapted.peft_config["default"].revision = "v2"
+    adapted.save_pretrained(tmp_path / "adapter")
+    result = export_lora(tmp_path / "adapter", tmp_path / "lora")
+    assert result.saved_whole == ["base_model.model.score.weight"]
+    settings = json.loads((tmp_path / "lora/adapter_config.json").read_text())
+    assert {key: settings[key] for key in ("peft_type", "task_type", "revision", "base_model_name_or_path")} == {
+        "peft_type": "LORA",
+        "task_type": "SEQ_CLS",
+        "revision": "v2",
+        "base_model_name_or_path": str(tmp_path / "base"),
+    }
+    assert "score" in settings["modules_to_save"]
+    before, after = (load_file(tmp_path / kind / "adapter_model.safetensors") for kind in ("adapter", "lora"))
+    name = "base_model.model.score.weight"
+    assert torch.equal(before[name], after[name])
+    loaded = peft.AutoPeftModelForSequenceClassification.from_pretrained(str(tmp_path / "lora"), num_labels=3)
+    assert torch.equal(loaded.base_model.model.score.modules_to_save["default"].weight, before[name])
+
+
+def test_the_config_alone_of_the_base_model_is_needed(uneven: Path, tmp_path: Path) -> None:
+    export_lora(uneven / "adapter", tmp_path / "with")
+    (uneven / "base/model.safetensors").unlink()
+    shutil.copytree(uneven / "base", tmp_path / "elsewhere")
+    export_lora(uneven / "adapter", tmp_path / "without", base_model=str(tmp_path / "elsewhere"))
+    a, b = (load_file(tmp_path / kind / "adapter_model.safetensors") for kind in ("with", "without"))
+    assert a.keys() == b.keys()
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    settings = json.loads((tmp_path / "without/adapter_config.json").read_text())
+    assert settings["base_model_name_or_path"] == str(tmp_path / "elsewhere")
+
+
+def test_a_model_in_memory_is_exported_as_it_is_now(tmp_path: Path) -> None:
+    model = adapted_perceptron(r=2, paca_alpha=4)
+    x = torch.randn(5, 7)
+    model(x)  # the columns are in the weight
+    layer = model.base_model.model.lin1
+    layer.set_scale("default", 3)
+    expected = model(x).detach()
+    save_as_lora(model, tmp_path)
+    b = load_file(tmp_path / "adapter_model.safetensors")["base_model.model.lin1.lora_B.weight"]
+    assert torch.equal(b, layer.paca_delta["default"].detach() * 6)
+    assert torch.equal(model(x), expected)
+    with pytest.raises(ValueError, match="no adapter 'other'; it has: default"):
+        save_as_lora(model, tmp_path, "other")
+    with pytest.raises(ValueError, match="not a Perceptron"):
+        save_as_lora(model.get_base_model(), tmp_path)
+
+
+def test_the_tokenizer_goes_along_and_nothing_else(uneven: Path, tmp_path: Path) -> None:
+    for name in ("tokenizer.json", "chat_template.jinja", "optimizer.pt"):
+        (uneven / "adapter" / name).write_text(name)
+    export_lora(uneven / "adapter", tmp_path / "lora")
+    found = {file.name for file in (tmp_path / "lora").iterdir()}
+    assert found == {"adapter_config.json", "adapter_model.safetensors", "tokenizer.json", "chat_template.jinja"}
+    assert (tmp_path / "lora/tokenizer.json").read_text() == "tokenizer.json"
+
+
+def test_a_layer_that_lora_cannot_express_is_refused_by_name() -> None:
+    layer = AdaptedLayer(torch.zeros(4, 2), torch.arange(2), 1.0, 8, nn.Conv2d)
+    adapter = Adapter(adapted_perceptron().peft_config["default"], {"stem.conv": layer}, {}, {"stem.conv"}, None)
+    with pytest.raises(PacaError, match=r"stem\.conv is a Conv2d.*--to merged"):
+        to_lora(adapter)
+
+
+def test_an_infinite_scaled_delta_is_refused_by_name() -> None:
+    model = adapted_perceptron()
+    with torch.no_grad():
+        model.base_model.model.lin2.paca_delta["default"][0, 0] = 3e38
+    with pytest.raises(PacaError, match="lin2: the delta"):
+        to_lora(adapter_in_model(model))
+
+
+def test_what_is_no_paca_adapter_is_refused(uneven: Path, tmp_path: Path) -> None:
+    export_lora(uneven / "adapter", tmp_path / "lora")
+    with pytest.raises(PacaError, match="holds a LORA adapter"):
+        export_lora(tmp_path / "lora", tmp_path / "again")
+    with pytest.raises(PacaError, match="a whole model, not an adapter"):
+        export_lora(uneven / "base", tmp_path / "again")
+    with pytest.raises(PacaError, match="No such folder"):
+        export_lora(tmp_path / "nowhere", tmp_path / "again")
+    llama(hidden_size=64).save_pretrained(tmp_path / "wider")
+    with pytest.raises(PacaError, match="does not fit the model"):
+        export_lora(uneven / "adapter", tmp_path / "again", base_model=str(tmp_path / "wider"))
+    broken = Path(shutil.copytree(uneven / "adapter", tmp_path / "broken"))
+    tensors = load_file(broken / "adapter_model.safetensors")
+    tensors[next(name for name in tensors if name.endswith("indices"))][0] = 10_000
+    save_file(tensors, broken / "adapter_model.safetensors")
+    with pytest.raises(PacaError, match=r"paca_indices: column 10000 is out of range"):
+        export_lora(broken, tmp_path / "again")
+    (broken / "adapter_model.safetensors").write_bytes(b"short")
+    with pytest.raises(PacaError, match="is broken"):
+        export_lora(broken, tmp_path / "again")
+    (broken / "adapter_model.safetensors").unlink()
+    with pytest.raises(PacaError, match="weights are missing"):
+        export_lora(broken, tmp_path / "again")
+    assert not (tmp_path / "again").exists()
+
+
+def test_an_output_in_use_is_refused_and_left_alone(uneven: Path, tmp_path: Path) -> None:
+    output = tmp_path / "lora"
+    export_lora(uneven / "adapter", output)
+    with pytest.raises(PacaError, match=r"not empty.*--overwrite"):
+        export_lora(uneven / "adapter", output)
+    (output / "leftover").write_text("")
+    export_lora(uneven / "adapter", output, overwrite=True)
+    assert not (output / "leftover").exists()
+    with pytest.raises(PacaError, match="does not hold an adapter"):
+        export_lora(uneven / "adapter", uneven / "base", overwrite=True)
+    with pytest.raises(PacaError, match="which the export reads"):
+        export_lora(uneven / "adapter", uneven / "adapter", overwrite=True)
+    assert AutoModelForCausalLM.from_pretrained(uneven / "base").dtype == torch.float32
