@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from paca.adapter_checks import check_adapter_tensors
 from paca.adapter_file import check_has_weights
 from paca.config import PacaConfig
-from paca.layers import RESIDENT_CLASSES, PacaLayer, PacaLinear
+from paca.layers import PACA_CLASSES, RESIDENT_CLASSES, PacaLayer
 from paca.layers.resident_weight import ResidentWeight
 from paca.refresh import RefreshBeforeForward, paca_layers
 from paca.registration import PREFIX
@@ -72,12 +72,18 @@ class PacaModel(BaseTuner):
         parameter_name: str | None = None,
     ) -> None:
         if isinstance(target, PacaLayer):
-            indices = choose_columns(peft_config, target.in_features, current_key)
+            # TRL adds its reference adapter with the trained one's config, then copies parameters: a loaded adapter's
+            # columns, which no seed gives back, are not among those.
+            twin = next((n for n in target.paca_delta if self.peft_config.get(n) is peft_config), None)
+            if twin not in (None, adapter_name):
+                indices = target.paca_indices[twin].clone()
+            else:
+                indices = choose_columns(peft_config, target.in_features, current_key)
             layer: PacaLayer = target
         else:
             resident_class = self._resident_class(target, current_key)
             indices = choose_columns(peft_config, target.weight.shape[resident_class.input_dim], current_key)
-            layer = PacaLinear(resident_class.adopt(target))  # from here on nothing may fail
+            layer = PACA_CLASSES[type(target)](resident_class.adopt(target))  # from here on nothing may fail
         alpha_key = get_pattern_key(list(peft_config.alpha_pattern), current_key)
         layer.update_layer(
             adapter_name,
@@ -98,11 +104,16 @@ class PacaModel(BaseTuner):
             )
         resident_class = RESIDENT_CLASSES.get(type(target))
         if resident_class is None:
+            above = next((c.__name__ for c in RESIDENT_CLASSES if isinstance(target, c)), None)
+            reason = f" (a subclass of {above}, which may use the weight in a way of its own)" if above else ""
             raise ValueError(
-                f"{key} is a {type(target).__module__}.{type(target).__qualname__}, which PaCA can't adapt yet; it "
-                f"adapts {', '.join(c.__name__ for c in RESIDENT_CLASSES)}. Leave it out through target_modules or "
-                "exclude_modules."
+                f"{key} is a {type(target).__module__}.{type(target).__qualname__}{reason}, which PaCA can't adapt "
+                f"yet; it adapts {', '.join(c.__name__ for c in RESIDENT_CLASSES)}. Leave it out through "
+                "target_modules or exclude_modules."
             )
+        problem = resident_class.problem(target)
+        if problem:
+            raise ValueError(f"{key} {problem}")
         names = [name for name, m in self.model.named_modules(remove_duplicate=False) if m is target]
         if len(names) > 1:
             raise ValueError(
