@@ -17,6 +17,7 @@ from paca.adapter_file import check_has_weights
 from paca.config import PacaConfig
 from paca.layers import PACA_CLASSES, RESIDENT_CLASSES, PacaLayer
 from paca.layers.resident_weight import ResidentWeight
+from paca.reference_adapter import copied_adapter, copy_deltas
 from paca.refresh import RefreshBeforeForward, paca_layers
 from paca.registration import PREFIX
 from paca.selection import explicit_columns, random_columns
@@ -48,6 +49,9 @@ class PacaModel(BaseTuner):
             remove_adapter(model, adapter_name, trainable_before)
             raise
         config.trainable_before = trainable_before
+        original = copied_adapter(self.peft_config, adapter_name)
+        if original is not None:
+            copy_deltas(paca_layers(model), original)
         RefreshBeforeForward.install(model)
 
     def _prepare_adapter_config(self, peft_config: Any, model_config: dict[str, Any]) -> Any:
@@ -72,11 +76,9 @@ class PacaModel(BaseTuner):
         parameter_name: str | None = None,
     ) -> None:
         if isinstance(target, PacaLayer):
-            # TRL adds its reference adapter with the trained one's config, then copies parameters: a loaded adapter's
-            # columns, which no seed gives back, are not among those.
-            twin = next((n for n in target.paca_delta if self.peft_config.get(n) is peft_config), None)
-            if twin not in (None, adapter_name):
-                indices = target.paca_indices[twin].clone()
+            original = copied_adapter(self.peft_config, adapter_name)
+            if original in target.paca_indices:
+                indices = target.paca_indices[original].clone()
             else:
                 indices = choose_columns(peft_config, target.in_features, current_key)
             layer: PacaLayer = target
@@ -138,7 +140,8 @@ class PacaModel(BaseTuner):
         if uses[_place(weight)] > 1:
             raise ValueError(
                 f"{key} shares its weight with another module (tied weights), which would silently be trained along. "
-                "Leave it out of target_modules, or load the model with tie_word_embeddings=False."
+                "Leave it out of target_modules, or, if they are a language model's input embedding and output layer, "
+                "give each its own weight first: paca.untie_embeddings(model)."
             )
         return resident_class
 
