@@ -266,9 +266,12 @@ def test_a_compiled_network_trains_as_the_eager_one_without_a_graph_break(kind, 
         optimizer, losses = torch.optim.SGD(deltas(model), lr=0.05), []
         for step in range(3):
             loss = forward(example(kind, dtype, seed=step)).square().mean()
-            loss.backward()
-            with torch.no_grad(), model.disable_adapter():
+            with (
+                torch.no_grad(),
+                model.disable_adapter(),
+            ):  # puts other columns into the weight before the backward pass
                 losses.append(model.get_base_model()(example(kind, dtype)).sum())
+            loss.backward()
             losses.append(loss.detach())
             optimizer.step()
             optimizer.zero_grad()
@@ -277,6 +280,17 @@ def test_a_compiled_network_trains_as_the_eager_one_without_a_graph_break(kind, 
     for eager, compiled in zip(run(False), run(True), strict=True):
         for e, c in zip(eager, compiled, strict=True):
             torch.testing.assert_close(c, e, rtol=0, atol=0)
+
+
+@kinds
+def test_a_step_between_compiled_forward_and_backward_raises(kind):
+    torch._dynamo.reset()
+    model = adapted_network(kind)
+    loss = torch.compile(model.get_base_model(), backend="aot_eager", fullgraph=True)(example(kind)).sum()
+    with torch.no_grad():
+        layer_of(model, "third").paca_delta["default"].add_(1)
+    with pytest.raises(RuntimeError, match="modified between forward and backward"):
+        loss.backward()
 
 
 @kinds
