@@ -113,7 +113,7 @@ def test_the_columns_do_not_depend_on_what_else_is_adapted():
     [
         (llama, {"target_modules": ["nothing"]}, "not found in the base model"),
         (llama, {"r": 33}, "r=33 columns were asked for, but this layer has 32 input columns"),
-        (llama, {"target_modules": ["embed_tokens"]}, "embed_tokens is a torch.nn.modules.sparse.Embedding"),
+        (llama, {"target_modules": ["q_proj", "input_layernorm"]}, "input_layernorm is a .*LlamaRMSNorm, which PaCA"),
         (llama, {"target_modules": ["q_proj", "act_fn"]}, "act_fn is a .*can't adapt yet"),
         (llama, {"indices": {"q_proj": [32]}}, "q_proj: column 32 is out of range"),
         (

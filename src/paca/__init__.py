@@ -24,10 +24,20 @@ if TYPE_CHECKING:
     from paca.hotswap import hotswap_adapter
     from paca.lean import make_lean, undo_lean
     from paca.refresh import refresh
+    from paca.tied_weights import untie_embeddings
     from paca.tuner import PacaModel
 
 __version__ = version("paca-tuning")
-__all__ = ["PacaConfig", "PacaError", "PacaModel", "hotswap_adapter", "make_lean", "refresh", "undo_lean"]
+__all__ = [
+    "PacaConfig",
+    "PacaError",
+    "PacaModel",
+    "hotswap_adapter",
+    "make_lean",
+    "refresh",
+    "undo_lean",
+    "untie_embeddings",
+]
 
 _MODULES = {
     "PacaConfig": "paca.config",
@@ -36,6 +46,7 @@ _MODULES = {
     "make_lean": "paca.lean",
     "refresh": "paca.refresh",
     "undo_lean": "paca.lean",
+    "untie_embeddings": "paca.tied_weights",
 }
 """Where each name that is loaded on first use lies."""
 

@@ -69,10 +69,12 @@ def _check_shapes(
     layer: PacaLayer, adapter_name: str, delta_name: str, delta: Tensor, indices_name: str, indices: Tensor
 ) -> None:
     r = layer.r[adapter_name]
-    if tuple(delta.shape) != (layer.out_features, r):
+    wanted = layer.delta_shape(r)
+    if tuple(delta.shape) != wanted:
+        axes = "(out_features, r)" if len(wanted) == 2 else "(out_channels, r, *kernel)"
         raise ValueError(
             f"{file_name(delta_name, adapter_name)} has shape {tuple(delta.shape)}; in this model, with r={r}, it must "
-            f"have {(layer.out_features, r)} (out_features, r)."
+            f"have {wanted} {axes}."
         )
     if tuple(indices.shape) != (r,):
         raise ValueError(

@@ -8,8 +8,9 @@ from pathlib import Path
 from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
 
-# PEFT adds both to the modules_to_save of every classifier, which has one of them.
-_HEADS = {"classifier", "score"}
+# PEFT adds both names to modules_to_save for these tasks, whichever of them the model has.
+HEADS = frozenset({"classifier", "score"})
+TASKS_WITH_HEADS = ("SEQ_CLS", "TOKEN_CLS")
 
 
 def check_has_weights(folder: Path) -> None:
@@ -29,12 +30,13 @@ def check_has_weights(folder: Path) -> None:
         )
 
 
-def check_adapter_file(folder: Path, modules_to_save: Iterable[str] | None) -> None:
+def check_adapter_file(folder: Path, modules_to_save: Iterable[str] | None, task_type: str | None) -> None:
     """Check that a local adapter's safetensors file can be read and holds the modules that were saved whole.
 
     Args:
         folder: of the adapter. A hub id, or a folder without such a file, is left to PEFT.
         modules_to_save: of the adapter's config.
+        task_type: of the adapter's config.
 
     Raises:
         ValueError: if the file is cut short or is no safetensors file, or lacks a module; names the file.
@@ -49,9 +51,7 @@ def check_adapter_file(folder: Path, modules_to_save: Iterable[str] | None) -> N
         raise ValueError(
             f"{path} can't be read ({error}): the file is broken. Copy it again, or train again."
         ) from error
-    promised = set(modules_to_save or ())
-    absent = {module for module in promised if not any(f".{module}." in f".{name}" for name in names)}
-    if promised & _HEADS - absent:
-        absent -= _HEADS
-    if absent:
-        raise ValueError(f"{path} holds no tensor of {min(absent)}, which the adapter's modules_to_save promises.")
+    for module in modules_to_save or ():
+        either = HEADS if module in HEADS and task_type in TASKS_WITH_HEADS else {module}
+        if not any(f".{one}." in f".{name}" for one in either for name in names):
+            raise ValueError(f"{path} holds no tensor of {module}, which the adapter's modules_to_save promises.")

@@ -120,7 +120,7 @@ class PacaConfig(PeftConfig):
         config.folder = folder = Path(str(args[0] if args else kwargs["pretrained_model_name_or_path"])) / (
             kwargs.get("subfolder") or ""
         )
-        check_adapter_file(folder, config.modules_to_save)
+        check_adapter_file(folder, config.modules_to_save, config.task_type)
         return config
 
     @classmethod

@@ -16,8 +16,9 @@ from paca.adapter_checks import check_adapter_tensors
 from paca.adapter_file import check_has_weights
 from paca.adapter_names import mixed_batch
 from paca.config import PacaConfig
-from paca.layers import RESIDENT_CLASSES, PacaLayer, PacaLinear
+from paca.layers import PACA_CLASSES, RESIDENT_CLASSES, PacaLayer
 from paca.layers.resident_weight import ResidentWeight
+from paca.reference_adapter import copied_adapter, copy_deltas
 from paca.refresh import RefreshBeforeForward, paca_layers
 from paca.registration import PREFIX
 from paca.selection import explicit_columns, random_columns
@@ -50,6 +51,9 @@ class PacaModel(BaseTuner):
             remove_adapter(model, adapter_name, trainable_before)
             raise
         config.trainable_before = trainable_before
+        original = copied_adapter(self.peft_config, adapter_name)
+        if original is not None:
+            copy_deltas(paca_layers(model), original)
         RefreshBeforeForward.install(model)
 
     def _prepare_adapter_config(self, peft_config: Any, model_config: dict[str, Any]) -> Any:
@@ -74,12 +78,16 @@ class PacaModel(BaseTuner):
         parameter_name: str | None = None,
     ) -> None:
         if isinstance(target, PacaLayer):
-            indices = choose_columns(peft_config, target.in_features, current_key)
+            original = copied_adapter(self.peft_config, adapter_name)
+            if original in target.paca_indices:
+                indices = target.paca_indices[original].clone()
+            else:
+                indices = choose_columns(peft_config, target.in_features, current_key)
             layer: PacaLayer = target
         else:
             resident_class = self._resident_class(target, current_key)
             indices = choose_columns(peft_config, target.weight.shape[resident_class.input_dim], current_key)
-            layer = PacaLinear(resident_class.adopt(target))  # from here on nothing may fail
+            layer = PACA_CLASSES[type(target)](resident_class.adopt(target))  # from here on nothing may fail
         alpha_key = get_pattern_key(list(peft_config.alpha_pattern), current_key)
         layer.update_layer(
             adapter_name,
@@ -100,11 +108,16 @@ class PacaModel(BaseTuner):
             )
         resident_class = RESIDENT_CLASSES.get(type(target))
         if resident_class is None:
+            above = next((c.__name__ for c in RESIDENT_CLASSES if isinstance(target, c)), None)
+            reason = f" (a subclass of {above}, which may use the weight in a way of its own)" if above else ""
             raise ValueError(
-                f"{key} is a {type(target).__module__}.{type(target).__qualname__}, which PaCA can't adapt yet; it "
-                f"adapts {', '.join(c.__name__ for c in RESIDENT_CLASSES)}. Leave it out through target_modules or "
-                "exclude_modules."
+                f"{key} is a {type(target).__module__}.{type(target).__qualname__}{reason}, which PaCA can't adapt "
+                f"yet; it adapts {', '.join(c.__name__ for c in RESIDENT_CLASSES)}. Leave it out through "
+                "target_modules or exclude_modules."
             )
+        problem = resident_class.problem(target)
+        if problem:
+            raise ValueError(f"{key} {problem}")
         names = [name for name, m in self.model.named_modules(remove_duplicate=False) if m is target]
         if len(names) > 1:
             raise ValueError(
@@ -129,7 +142,8 @@ class PacaModel(BaseTuner):
         if uses[_place(weight)] > 1:
             raise ValueError(
                 f"{key} shares its weight with another module (tied weights), which would silently be trained along. "
-                "Leave it out of target_modules, or load the model with tie_word_embeddings=False."
+                "Leave it out of target_modules, or, if they are a language model's input embedding and output layer, "
+                "give each its own weight first: paca.untie_embeddings(model)."
             )
         return resident_class
 

@@ -74,6 +74,12 @@ def test_a_refusal_is_the_reason_why_a_method_is_unavailable() -> None:
         apply_method(METHODS["paca+lean"], convolutions, Adaptation(1, ["0", "2"]))
 
 
+def test_convolutions_narrower_than_the_rank_are_adapted_whole() -> None:
+    images = nn.Sequential(nn.Conv2d(3, 8, 1), nn.Conv2d(8, 4, 1), nn.Flatten(), nn.Linear(4, 2))
+    adapted = apply_method(METHODS["paca"], images, Adaptation(4, target_modules(images)))
+    assert [p.shape[1] for p in adapted.parameters() if p.requires_grad] == [3, 4, 4]
+
+
 def test_four_bit_methods_say_what_they_need(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(MethodUnavailable, match="pip install bitsandbytes"):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -19,6 +21,14 @@ def target_modules(model: nn.Module) -> str | list[str]:
         if name != "classifier"
         and (isinstance(module, nn.Linear) or (isinstance(module, nn.Conv2d) and module.groups == 1))
     ]
+
+
+def narrow_ranks(model: nn.Module, adaptation: Adaptation) -> dict[str, int]:
+    """PaCA's rank in the convolutions that have fewer input channels than the rank (an image has 3): all of them."""
+    if isinstance(adaptation.targets, str):
+        return {}
+    channels = {n: m.in_channels for n, m in model.named_modules() if isinstance(m, nn.Conv2d)}
+    return {re.escape(n): channels[n] for n in adaptation.targets if channels.get(n, adaptation.rank) < adaptation.rank}
 
 
 def rank_of_equal_size(model: nn.Module, adaptation: Adaptation) -> int:

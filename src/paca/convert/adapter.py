@@ -27,9 +27,9 @@ from transformers import (
 )
 
 from paca.adapter_checks import DELTA, INDICES
+from paca.adapter_folder import ADAPTER_CONFIG, find_adapter, find_base
 from paca.config import PacaConfig
 from paca.errors import PacaError
-from paca.generation import ADAPTER_CONFIG, find_adapter, find_base
 from paca.layers import PacaLayer
 from paca.pretrained import Outline, load_config
 from paca.pretrained.location import locate

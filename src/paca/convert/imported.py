@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from paca.adapter_checks import DELTA, INDICES
+from paca.adapter_folder import ADAPTER_CONFIG
 from paca.config import PacaConfig
 from paca.convert.adapter import (
     FILE_PREFIX,
@@ -30,7 +31,6 @@ from paca.convert.one_hot_lora import lora_config, read_one_hot_lora
 from paca.convert.output import check_output_folder, new_folder
 from paca.convert.patterns import default_and_pattern, exact_targets
 from paca.errors import PacaError
-from paca.generation import ADAPTER_CONFIG
 from paca.pretrained import load_pretrained
 
 

@@ -20,11 +20,11 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from paca.adapter_folder import ADAPTER_CONFIG, find_adapter
 from paca.convert.adapter import FILE_PREFIX, AdaptedLayer, Adapter, adapter_in_model, read_adapter, tokenizer_files
 from paca.convert.output import check_output_folder, new_folder
 from paca.convert.patterns import default_and_pattern, exact_targets
 from paca.errors import PacaError
-from paca.generation import ADAPTER_CONFIG, find_adapter
 
 LORA_A, LORA_B = "lora_A.weight", "lora_B.weight"
 

@@ -22,7 +22,8 @@ class PacaLayer(nn.Module, BaseTunerLayer):
 
     Attributes:
         base_layer: the adapted module, a ``ResidentWeight``.
-        paca_delta: per adapter, ``(out_features, r)``, the trainable parameter; float32 unless asked otherwise.
+        paca_delta: per adapter, ``(out_features, r)``, the trainable parameter; float32 unless asked otherwise. For a
+            convolution ``(out_channels, r, *kernel)``, for an embedding ``(num_embeddings, r)``.
         paca_indices: per adapter, ``(r,)`` int64, the input columns it belongs to; saved with the adapter.
         scaling: per adapter, the factor ``paca_alpha / r`` on its delta.
     """
@@ -51,6 +52,10 @@ class PacaLayer(nn.Module, BaseTunerLayer):
         self.in_features = weight.shape[base_layer.input_dim]
         self.out_features = weight.shape[1 - base_layer.input_dim]
 
+    def delta_shape(self, r: int) -> tuple[int, ...]:
+        """The shape of a delta of ``r`` columns: that of ``weight[:, indices]``, a ``Conv1D``'s weight transposed."""
+        return self.out_features, r, *self.base_layer.weight.shape[2:]
+
     # -- adapters -----------------------------------------------------------------------------------------------
 
     def update_layer(
@@ -64,7 +69,7 @@ class PacaLayer(nn.Module, BaseTunerLayer):
         weight = self.base_layer.weight
         r = indices.numel()
         dtype = torch.promote_types(weight.dtype, torch.float32)  # float64 weights get float64 deltas
-        delta = torch.zeros(self.out_features, r, dtype=dtype, device=weight.device)
+        delta = torch.zeros(self.delta_shape(r), dtype=dtype, device=weight.device)
         if not init_weights:
             nn.init.normal_(delta, std=0.02)
         self.r[adapter_name] = r

@@ -28,17 +28,17 @@ _MIXED = -1
 """The tag of a mixed batch; no state has it, since no hash is -1."""
 
 # Replaying a CUDA graph would skip the Python in here, so these operators stay outside such graphs.
-_TAGS = (
+OPERATOR_TAGS = (
     torch.Tag.needs_fixed_stride_order,
     *([torch.Tag.cudagraph_unsafe] if hasattr(torch.Tag, "cudagraph_unsafe") else []),
 )
 
 _library = torch.library.Library("paca", "DEF")
-_library.define("linear_forward(Tensor x, Tensor handle, SymInt out_features) -> (Tensor, Tensor)", tags=_TAGS)
+_library.define("linear_forward(Tensor x, Tensor handle, SymInt out_features) -> (Tensor, Tensor)", tags=OPERATOR_TAGS)
 _library.define(
     "linear_backward(Tensor grad_output, Tensor handle, Tensor tag, Tensor[] selected, int[] which, "
     "SymInt in_features, bool need_x) -> Tensor[]",
-    tags=_TAGS,
+    tags=OPERATOR_TAGS,
 )
 
 
@@ -48,6 +48,11 @@ def new_handle(module: ResidentWeight) -> Tensor:
     _MODULES[number] = module
     with torch.inference_mode(False):
         return torch.tensor(number, dtype=torch.int64, device="cpu")
+
+
+def module_of(handle: Tensor) -> ResidentWeight:
+    """The module that ``new_handle`` gave this scalar."""
+    return _MODULES[int(handle)]
 
 
 def compiled_linear(module: ResidentWeight, x: Tensor) -> Tensor:
@@ -103,7 +108,7 @@ class _CompiledLinear(torch.autograd.Function):
 
 
 def _forward(x: Tensor, handle: Tensor, out_features: int) -> tuple[Tensor, Tensor]:
-    module = _MODULES[int(handle)]
+    module = module_of(handle)
     resident = module.resident
     owner = module.owner()
     if owner is not None:
@@ -131,7 +136,7 @@ def _backward(
     in_features: int,
     need_x: bool,
 ) -> list[Tensor]:
-    module = _MODULES[int(handle)]
+    module = module_of(handle)
     if int(tag) == _MIXED:
         raise RuntimeError(
             "A compiled model can't train on a mixed batch (adapter_names). Call the model that is not compiled, or "

@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from paca.columns import State
 from paca.functional import partial_linear
 from paca.layers.compiled import compiled_linear, new_handle
 from paca.resident import ResidentColumns
@@ -45,6 +46,11 @@ class ResidentWeight(nn.Module):
         module._rebind_forward()
         return module
 
+    @classmethod
+    def problem(cls, module: nn.Module) -> str | None:
+        """What makes this module of ``stock_class`` one that can't be adapted, or None."""
+        return None
+
     def _rebind_forward(self) -> None:
         # accelerate's hooks wrap `forward` on the instance and keep what they found as `_old_forward`.
         if "_old_forward" in self.__dict__:
@@ -60,7 +66,7 @@ class ResidentWeight(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if torch.compiler.is_compiling():
-            return compiled_linear(self, x)
+            return self._run_compiled(x)
         resident, weight = self.resident, self.weight
         if resident.stale(weight):
             resident.refresh(weight)
@@ -70,17 +76,25 @@ class ResidentWeight(nn.Module):
             return super().forward(x)
         resident.note_forward()
         state = resident.state
+        return self._run_partial(x, state)
+
+    def _run_partial(self, x: Tensor, state: State) -> Tensor:
+        """Run on the weight, which holds ``state``, such that gradients reach the deltas."""
         return partial_linear(
             x,
-            weight,
+            self.weight,
             self.bias,
             state.deltas,
             state.indices,
             state.scales,
             input_dim=self.input_dim,
-            before_backward=partial(resident.before_backward, weight, state),
+            before_backward=partial(self.resident.before_backward, self.weight, state),
             state_tag=state.tag_tensor,
         )
+
+    def _run_compiled(self, x: Tensor) -> Tensor:
+        """Run within a graph that is being compiled."""
+        return compiled_linear(self, x)
 
     # -- the weight as others see it: always the pretrained one ---------------------------------------------------
 

@@ -1,0 +1,47 @@
+"""Untying the output layer of a language model from its input embedding, so that either can be adapted."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from paca.layers import PacaLayer
+
+
+def untie_embeddings(model: Any) -> bool:
+    """Give the output layer of ``model`` a weight of its own: a copy of the input embedding's, which it shared.
+
+    PaCA refuses to adapt a weight that two modules share, since training one would silently train the other. After
+    this both are targets like any others, and the model computes what it did. Loading such a model with
+    ``tie_word_embeddings=False`` is *not* the same: where the checkpoint has no output weight, transformers then
+    starts it at random.
+
+    Whoever loads an adapter that was trained so has to untie its base model first, or is refused.
+
+    Args:
+        model: a transformers model, not adapted yet. Its config is changed, so that it is saved and loaded untied.
+
+    Returns:
+        Whether they were tied.
+
+    Raises:
+        TypeError: if the model does not say which its embeddings are.
+        ValueError: if it has no output layer with a weight, or is adapted already.
+    """
+    if not hasattr(model, "get_output_embeddings") or not hasattr(model, "config"):
+        raise TypeError(f"untie_embeddings needs a transformers model; got {type(model).__name__}.")
+    if any(isinstance(module, PacaLayer) for module in model.modules()):
+        raise ValueError("The model is adapted already. Untie its embeddings first, then add the adapter.")
+    inputs, outputs = model.get_input_embeddings(), model.get_output_embeddings()
+    if getattr(outputs, "weight", None) is None:
+        raise ValueError(f"{type(model).__name__} has no output layer whose weight could be untied.")
+    tied = outputs.weight is inputs.weight
+    if tied:
+        outputs.weight = nn.Parameter(inputs.weight.detach().clone(), requires_grad=inputs.weight.requires_grad)
+    for config in (model.config, model.config.get_text_config()):
+        config.tie_word_embeddings = False
+    for module in model.modules():  # what transformers worked out from the config when it made the model
+        if hasattr(module, "all_tied_weights_keys"):
+            module.all_tied_weights_keys = module.get_expanded_tied_weights_keys(all_submodels=True)
+    return tied
