@@ -19,7 +19,7 @@ from paca.adapter_names import mixed_batch
 from paca.config import PacaConfig
 from paca.layers import RESIDENT_CLASSES, PacaLayer, PacaLinear
 from paca.layers.modes import OVERLAID, known_quantizations, mode_of
-from paca.layers.overlaid import OverlaidLinear
+from paca.layers.overlaid import OverlaidLinear, check_writable
 from paca.layers.plain import dequantize_model
 from paca.layers.resident_weight import ResidentWeight
 from paca.original_weights import OriginalWeights
@@ -126,6 +126,9 @@ class PacaModel(BaseTuner):
                 f"{key} is one module under {len(names)} names ({', '.join(names)}), which would all be trained. Leave "
                 "it out of target_modules."
             )
+        own = vars(target).get("forward")
+        if own is not None and own == type(target).forward.__get__(target):
+            del target.forward  # accelerate leaves the class's own on the instance when it takes a hook off
         if "forward" in vars(target) and "_old_forward" not in vars(target):
             raise ValueError(
                 f"{key} has a forward of its own ({vars(target)['forward']!r}) in place of its class's, which would "
@@ -210,6 +213,7 @@ class PacaModel(BaseTuner):
         Raises:
             ValueError: if a weight can't be written, or ``safe_merge`` finds NaN or Inf.
         """
+        check_writable(self.model, adapter_names)
         if dequantize:
             if safe_merge:
                 self._check_merge(adapter_names)
@@ -217,6 +221,7 @@ class PacaModel(BaseTuner):
         return super().merge_and_unload(progressbar, safe_merge, adapter_names)
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+        check_writable(self.model, adapter_names)
         if safe_merge:
             self._check_merge(adapter_names)
         super().merge_adapter(adapter_names, safe_merge=safe_merge)

@@ -103,10 +103,7 @@ class OverlaidLinear(PacaLayer):
             return
         base = self.base_layer
         if not isinstance(base, PatchedWeight):
-            raise ValueError(
-                f"Adapter {names[0]!r} can't be merged: {_unwritable(base)}. Keep the adapter beside the model, or "
-                "load the base model in a form that can be written."
-            )
+            raise self.unwritable(names[0])
         columns = tuple(self.columns_of(n) for n in names)
         if safe_merge and not all(bool(c.delta.isfinite().all()) for c in columns):
             raise ValueError(
@@ -121,6 +118,18 @@ class OverlaidLinear(PacaLayer):
         base.resident.begin_generation()
         self.merged_adapters.extend(names)
         self.push_columns()
+
+    def unwritable(self, adapter_name: str) -> ValueError:
+        """Why an adapter can't be merged here."""
+        base = self.base_layer
+        if base.stock_class in (nn.Linear, Conv1D):
+            reason = "accelerate offloads the layer's weight, and lends it for reading only"
+        else:
+            reason = f"a {base.stock_class.__module__}.{base.stock_class.__qualname__} can't give its weight as floats"
+        return ValueError(
+            f"Adapter {adapter_name!r} can't be merged: {reason}. Keep the adapter beside the model, or load the base "
+            "model in a form that can be written."
+        )
 
     def unmerge(self) -> None:
         """Bring the quantized weight from before the merge back, bit for bit."""
@@ -174,7 +183,18 @@ class OverlaidLinear(PacaLayer):
         super().cast_deltas(adapter_name, autocast_adapter_dtype)
 
 
-def _unwritable(base: OverlaidWeight) -> str:
-    if getattr(getattr(base, "_hf_hook", None), "offload", False):
-        return "the weight of its layer is offloaded by accelerate and only comes to read"
-    return f"a {base.stock_class.__module__}.{base.stock_class.__qualname__} can't give its weight as floats"
+def check_writable(model: nn.Module, adapter_names: list[str] | None) -> None:
+    """Check that adapters can be merged, before anything is.
+
+    Args:
+        model: holds the adapted layers.
+        adapter_names: default: the active ones.
+
+    Raises:
+        ValueError: naming a layer whose weight can't be written.
+    """
+    for name, layer in model.named_modules():
+        if isinstance(layer, OverlaidLinear) and layer.mode != "patched":
+            for adapter in adapter_names or layer.active_adapters:
+                if adapter in layer.paca_delta:
+                    raise ValueError(f"{name}: {layer.unwritable(adapter)}")

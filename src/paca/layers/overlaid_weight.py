@@ -44,6 +44,8 @@ class OverlaidWeight(nn.Module):
         # accelerate's hooks wrap `forward` on the instance and keep what they found as `_old_forward`.
         if "_old_forward" in self.__dict__:
             self._old_forward = type(self).forward.__get__(self)
+        else:
+            self.__dict__.pop("forward", None)  # what they leave when they are taken off
 
     def release(self) -> None:
         """Turn back into the stock module, in place."""

@@ -18,15 +18,10 @@ def dequantize_model(model: Any, adapter_names: list[str] | None) -> None:
 
     Args:
         model: the model that holds the adapted layers.
-        adapter_names: whose columns are written into the new weights, rounded once; default: the active ones.
-
-    Raises:
-        ValueError: if an adapted layer's weight can't be read; nothing is changed then.
+        adapter_names: whose columns are written into the new weights, rounded once; default: the active ones. The
+            layers have passed ``check_writable``.
     """
     layers = {name: m for name, m in model.named_modules() if isinstance(m, OverlaidLinear)}
-    for layer in layers.values():
-        if layer.mode != "patched":
-            layer.merge(adapter_names=adapter_names)  # says why it can't
     inside = {id(layer.base_layer) for layer in layers.values()}
     for name, module in list(model.named_modules()):
         quantization = quantization_of(module)

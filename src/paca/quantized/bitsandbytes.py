@@ -35,7 +35,8 @@ class FourBit(QuantizedWeight):
         module.support_avx512bf16_for_cpu = has_avx512bf16()
 
     def name(self, module: Any) -> str:
-        return str(self._state(module).quant_type)
+        state = self._state(module)
+        return str(state.quant_type) + ("" if state.nested else " without double quantization")
 
     def packed(self, module: Any) -> Tensor:
         return module.weight
