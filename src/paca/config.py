@@ -66,6 +66,19 @@ class PacaConfig(PeftConfig):
         },
     )
 
+    original_weights: str | None = field(
+        default=None,
+        metadata={
+            "help": "For quantized models: a folder or hub id of the original 16-bit weights. The trained columns "
+            "start from their values there instead of the dequantized ones. Only used when the adapter is made: the "
+            "saved adapter holds the difference, and null here."
+        },
+    )
+    base_quantization: str | None = field(
+        default=None,
+        metadata={"help": "How the weights are quantized that the adapter was made for, or none; filled in."},
+    )
+
     def __post_init__(self) -> None:
         super().__post_init__()
         # Not settings, so neither fields nor saved: what the tuner needs to take back an adapter that fails to load.
@@ -111,6 +124,7 @@ class PacaConfig(PeftConfig):
         for name in ("target_modules", "exclude_modules"):
             if isinstance(values[name], set):
                 values[name] = sorted(values[name])  # a set's order differs from process to process
+        values["original_weights"] = None
         return values
 
     @classmethod

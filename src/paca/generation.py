@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -23,7 +24,8 @@ from transformers import (
 
 from paca.adapter_folder import find_adapter, find_base, weight_file
 from paca.errors import PacaError
-from paca.pretrained import Pretrained, load_pretrained
+from paca.pretrained import Pretrained, load_config, load_pretrained
+from paca.pretrained.quantizing import QUANTIZATIONS, is_quantized
 
 Message = dict[str, str]
 """``{"role": "user" | "assistant" | "system", "content": text}``"""
@@ -79,12 +81,20 @@ def load_for_generation(path: str | Path, *, base_model: str | None = None, dtyp
 
 def _load_base(base: str, adapter: Path, dtype: str) -> Pretrained:
     try:
-        return load_pretrained(base, dtype=dtype)
+        return load_pretrained(base, dtype=dtype, quantization=_quantization(adapter, base))
     except PacaError as error:
         raise PacaError(
             f"The adapter in {adapter} needs its base model, {base}, which cannot be loaded. {error}\n"
             "If that model lies elsewhere, say where: --base-model NAME_OR_FOLDER"
         ) from error
+
+
+def _quantization(adapter: Path, base: str) -> str | None:
+    """How the base model is to be quantized for the adapter; None if it is as it lies, or quantized already."""
+    recorded = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8")).get("base_quantization")
+    if recorded not in QUANTIZATIONS or getattr(load_config(base).config, "quantization_config", None) is not None:
+        return None
+    return recorded
 
 
 def _tokenizer(adapter: Path, base: Pretrained) -> PreTrainedTokenizerBase:
@@ -98,8 +108,8 @@ def _tokenizer(adapter: Path, base: Pretrained) -> PreTrainedTokenizerBase:
 
 
 def on_accelerator(model: PreTrainedModel) -> PreTrainedModel:
-    """The model, moved to the machine's accelerator if it has one."""
-    if torch.accelerator.is_available():
+    """The model, moved to the machine's accelerator if it has one. A quantized model was loaded there."""
+    if not is_quantized(model) and torch.accelerator.is_available():
         model.to(torch.accelerator.current_accelerator())  # type: ignore[arg-type]
     return model
 

@@ -30,15 +30,18 @@ def refresh(model: nn.Module) -> None:
     Args:
         model: the adapted model, or any module that holds adapted layers.
     """
-    for layer in paca_layers(model):
+    layers = [layer for layer in paca_layers(model) if layer.mode == "resident"]
+    for layer in layers:
         layer.base_layer.resident.suspect = True
-    refresh_layers(paca_layers(model))
+    refresh_layers(layers)
 
 
 def refresh_layers(layers: list[PacaLayer], *, before_forward: bool = False) -> None:
     """Refresh those of ``layers`` that are stale (``before_forward``: see ``refresh_together``)."""
     stale: dict[Any, list[tuple[ResidentColumns, Tensor]]] = defaultdict(list)
     for layer in layers:
+        if layer.mode != "resident":
+            continue
         layer.push_columns()
         resident, weight = layer.base_layer.resident, layer.base_layer.weight
         if resident.stale(weight):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import inspect
+import warnings
 from collections import Counter
 from typing import Any
 
@@ -17,7 +18,11 @@ from paca.adapter_file import check_has_weights
 from paca.adapter_names import mixed_batch
 from paca.config import PacaConfig
 from paca.layers import PACA_CLASSES, RESIDENT_CLASSES, PacaLayer
+from paca.layers.modes import OVERLAID, known_quantizations, mode_of
+from paca.layers.overlaid import OverlaidLinear, check_writable
+from paca.layers.plain import dequantize_model
 from paca.layers.resident_weight import ResidentWeight
+from paca.original_weights import OriginalWeights
 from paca.reference_adapter import copied_adapter, copy_deltas
 from paca.refresh import RefreshBeforeForward, paca_layers
 from paca.registration import PREFIX
@@ -46,6 +51,7 @@ class PacaModel(BaseTuner):
             if config.loading and config.folder is not None:
                 check_has_weights(config.folder)
             super().inject_adapter(model, adapter_name, *args, **kwargs)
+            note_quantization(model, adapter_name, config)
         except Exception:
             self.peft_config.pop(adapter_name, None)
             remove_adapter(model, adapter_name, trainable_before)
@@ -85,9 +91,19 @@ class PacaModel(BaseTuner):
                 indices = choose_columns(peft_config, target.in_features, current_key)
             layer: PacaLayer = target
         else:
-            resident_class = self._resident_class(target, current_key)
-            indices = choose_columns(peft_config, target.weight.shape[resident_class.input_dim], current_key)
-            layer = PACA_CLASSES[type(target)](resident_class.adopt(target))  # from here on nothing may fail
+            self._check_target(target, current_key)
+            mode = mode_of(target, current_key, self.model)
+            if mode == "resident":
+                resident_class = self._resident_class(target, current_key)
+                indices = choose_columns(peft_config, target.weight.shape[resident_class.input_dim], current_key)
+                layer = PACA_CLASSES[type(target)](resident_class.adopt(target))  # from here on nothing may fail
+            else:
+                layer = OverlaidLinear(OVERLAID[mode].adopt(target))
+                try:
+                    indices = choose_columns(peft_config, layer.in_features, current_key)
+                except ValueError:
+                    layer.base_layer.release()
+                    raise
         alpha_key = get_pattern_key(list(peft_config.alpha_pattern), current_key)
         layer.update_layer(
             adapter_name,
@@ -99,43 +115,53 @@ class PacaModel(BaseTuner):
         if layer is not target:
             if adapter_name not in self.active_adapters:
                 layer.requires_grad_(False)
-            self._replace_module(parent, target_name, layer, target)
+            setattr(parent, target_name, layer)  # PEFT's own way would move the deltas to where the weight is stored
 
-    def _resident_class(self, target: nn.Module, key: str) -> type[ResidentWeight]:
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: Any, child: Any) -> None:
+        if isinstance(child, PacaLayer):  # PEFT's own way is about attributes that quantized layers may lack
+            setattr(parent, child_name, new_module)
+        else:
+            super()._replace_module(parent, child_name, new_module, child)
+
+    def _check_target(self, target: nn.Module, key: str) -> None:
         if isinstance(target, BaseTunerLayer):
             raise ValueError(
                 f"{key} is already adapted by another method ({type(target).__name__}); unload that first."
             )
-        resident_class = RESIDENT_CLASSES.get(type(target))
-        if resident_class is None:
-            above = next((c.__name__ for c in RESIDENT_CLASSES if isinstance(target, c)), None)
-            reason = f" (a subclass of {above}, which may use the weight in a way of its own)" if above else ""
-            raise ValueError(
-                f"{key} is a {type(target).__module__}.{type(target).__qualname__}{reason}, which PaCA can't adapt "
-                f"yet; it adapts {', '.join(c.__name__ for c in RESIDENT_CLASSES)}. Leave it out through "
-                "target_modules or exclude_modules."
-            )
-        problem = resident_class.problem(target)
-        if problem:
-            raise ValueError(f"{key} {problem}")
         names = [name for name, m in self.model.named_modules(remove_duplicate=False) if m is target]
         if len(names) > 1:
             raise ValueError(
                 f"{key} is one module under {len(names)} names ({', '.join(names)}), which would all be trained. Leave "
                 "it out of target_modules."
             )
-        hook = getattr(target, "_hf_hook", None)
-        if hook is not None and getattr(hook, "offload", False):
-            raise ValueError(
-                f"{key} is offloaded by accelerate, which PaCA can't adapt yet. Load the model with a device_map that "
-                "keeps the adapted layers on one device, or without one."
-            )
+        own = vars(target).get("forward")
+        if own is not None and own == type(target).forward.__get__(target):
+            del target.forward  # accelerate leaves the class's own on the instance when it takes a hook off
         if "forward" in vars(target) and "_old_forward" not in vars(target):
             raise ValueError(
                 f"{key} has a forward of its own ({vars(target)['forward']!r}) in place of its class's, which would "
                 "bypass PaCA. Undo that, or leave the layer out of target_modules."
             )
+
+    def _resident_class(self, target: nn.Module, key: str) -> type[ResidentWeight]:
+        resident_class = RESIDENT_CLASSES.get(type(target))
+        if resident_class is None:
+            above = next((c.__name__ for c in RESIDENT_CLASSES if isinstance(target, c)), None)
+            reason = f" (a subclass of {above}, which may use the weight in a way of its own)" if above else ""
+            raise ValueError(
+                f"{key} is a {type(target).__module__}.{type(target).__qualname__}{reason}, which PaCA can't adapt "
+                f"yet; it adapts {', '.join(c.__name__ for c in RESIDENT_CLASSES)} and {known_quantizations()}. Leave "
+                "it out through target_modules or exclude_modules."
+            )
+        problem = resident_class.problem(target)
+        if problem:
+            raise ValueError(f"{key} {problem}")
         weight: Any = target.weight
+        if not type(weight).__module__.startswith("torch."):
+            raise ValueError(
+                f"{key} has a weight of type {type(weight).__module__}.{type(weight).__qualname__}, which PaCA can't "
+                f"write columns into; it adapts plain weights and {known_quantizations()}."
+            )
         if not weight.is_floating_point() or weight.element_size() < 2:
             raise ValueError(f"{key} has a weight of type {weight.dtype}; PaCA needs a float of 16 bits or more.")
         uses = Counter(_place(p) for m in self.model.modules() for p in m._parameters.values() if p is not None)
@@ -182,7 +208,34 @@ class PacaModel(BaseTuner):
         RefreshBeforeForward.remove(model)
         return model
 
+    def merge_and_unload(
+        self,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: list[str] | None = None,
+        dequantize: bool = False,
+    ) -> nn.Module:
+        """Merge the adapters and give back the stock model.
+
+        Args:
+            progressbar: show one.
+            safe_merge: check first that every value is finite.
+            adapter_names: default: the active ones.
+            dequantize: make plain layers of quantized ones, in the model's dtype, so that the merged columns keep their
+                16 bits and the model can be saved as a plain checkpoint. Without it they are quantized like the rest.
+
+        Raises:
+            ValueError: if a weight can't be written, or ``safe_merge`` finds NaN or Inf.
+        """
+        check_writable(self.model, adapter_names)
+        if dequantize:
+            if safe_merge:
+                self._check_merge(adapter_names)
+            dequantize_model(self.model, adapter_names)
+        return super().merge_and_unload(progressbar, safe_merge, adapter_names)
+
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+        check_writable(self.model, adapter_names)
         if safe_merge:
             self._check_merge(adapter_names)
         super().merge_adapter(adapter_names, safe_merge=safe_merge)
@@ -236,6 +289,44 @@ def choose_columns(config: PacaConfig, in_features: int, key: str) -> Tensor:
         if by_hand is not None:
             return explicit_columns(by_hand, in_features, key)
     return random_columns(in_features, r, config.random_seed, key)
+
+
+def note_quantization(model: nn.Module, adapter_name: str, config: PacaConfig) -> None:
+    """Record in ``config`` how the adapted weights are quantized, and let the columns start from original values.
+
+    Raises:
+        ValueError: if ``config.original_weights`` are not those of the model, or no adapted layer is quantized.
+    """
+    layers = {
+        name: layer
+        for name, layer in model.named_modules()
+        if isinstance(layer, OverlaidLinear) and adapter_name in layer.paca_delta and layer.quantization_name
+    }
+    found = "+".join(sorted({layer.quantization_name or "" for layer in layers.values()})) or "none"
+    if config.loading:
+        if config.base_quantization not in (None, found):  # other tools don't record it
+            warnings.warn(
+                f"Adapter {adapter_name!r} was made for weights quantized as {config.base_quantization!r}, but "
+                f"those of this model are {found!r}. Its columns count from the weights that it was made for, so "
+                "results differ. Load the base model as it was then.",
+                stacklevel=2,
+            )
+    else:
+        config.base_quantization = found
+    if config.original_weights is None:
+        return
+    if not layers:
+        raise ValueError(
+            "original_weights is for quantized models: none of the adapted layers is quantized, so their columns are "
+            "the original ones already. Leave it out."
+        )
+    originals = OriginalWeights(config.original_weights)
+    for name, layer in layers.items():
+        shape = layer.out_features, layer.in_features
+        try:
+            layer.start_from(adapter_name, originals.columns(name, layer.paca_indices[adapter_name], shape))
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from error
 
 
 def remove_adapter(model: nn.Module, adapter_name: str, trainable_before: dict[str, bool]) -> None:

@@ -72,7 +72,7 @@ def add_weighted_adapter(
                 (layer.columns_of(a), w) for a, w in zip(adapters, weights, strict=True) if a in layer.paca_delta
             ]
             if present:
-                dtype = torch.promote_types(layer.base_layer.weight.dtype, torch.float32)
+                dtype = torch.promote_types(layer.weight_placement()[1], torch.float32)
                 sums[name] = weighted_sum([c for c, _ in present], [w for _, w in present], dtype)
 
     model.peft_config[adapter_name] = _config(model, adapters[0], sums, sorted(holders))

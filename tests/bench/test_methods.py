@@ -54,6 +54,21 @@ def test_methods_train_what_their_name_says() -> None:
     assert dtypes["vera"] == {torch.float32}
 
 
+@pytest.mark.parametrize("name", ["qpaca", "qlora"])
+def test_four_bit_methods_train_above_nf4_weights(name: str) -> None:
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+    base = build_base_model(settings(dtype="bfloat16"), four_bit=True)
+    layers = [m for m in base.model.modules() if isinstance(m, bitsandbytes.nn.Linear4bit)]
+    model = prepared(base, name)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    rows, both = sum(m.out_features for m in layers), sum(m.in_features + m.out_features for m in layers)
+    assert sum(p.numel() for p in trained) == 4 * (rows if name == "qpaca" else both)
+    hidden = model(input_ids=torch.arange(16)[None]).last_hidden_state
+    hidden.float().square().sum().backward()
+    assert all(p.grad is not None for p in trained)
+    assert {m.weight.dtype for m in model.modules() if isinstance(m, bitsandbytes.nn.Linear4bit)} == {torch.uint8}
+
+
 def test_only_the_lean_methods_are_lean() -> None:
     base = build_base_model(settings())
     lean = [name for name in ("paca", "paca+lean", "paca+lean+recompute", "lora") if is_lean(prepared(base, name))]
@@ -82,7 +97,7 @@ def test_convolutions_narrower_than_the_rank_are_adapted_whole() -> None:
 
 def test_four_bit_methods_say_what_they_need(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(MethodUnavailable, match="pip install bitsandbytes"):
+    with pytest.raises(MethodUnavailable, match=r"pip install 'paca-tuning\[bitsandbytes\]'"):
         require_bitsandbytes()
     assert METHODS["qlora"].four_bit
     assert METHODS["qpaca"].four_bit

@@ -607,16 +607,11 @@ def test_a_hook_that_is_put_on_later_does_not_outlive_the_adapter():
     assert torch.equal(model.merge_and_unload()(x), want)
 
 
-@pytest.mark.parametrize("kind", ["own forward", "offloaded"])
-def test_a_layer_that_would_bypass_the_columns_is_refused(kind):
+def test_a_layer_that_would_bypass_the_columns_is_refused():
     model = perceptron()
-    if kind == "own forward":
-        stock = model.lin1.forward
-        model.lin1.forward = lambda x: stock(x)
-    else:
-        hook = AlignDevicesHook(execution_device="cpu", offload=True, weights_map=dict(model.lin1.state_dict()))
-        add_hook_to_module(model.lin1, hook)
-    with pytest.raises(ValueError, match=r"^lin1 (has a forward of its own|is offloaded)"):
+    stock = model.lin1.forward
+    model.lin1.forward = lambda x: stock(x)
+    with pytest.raises(ValueError, match=r"^lin1 has a forward of its own"):
         adapt(model, target_modules=["lin1"])
     assert type(model.lin1) is nn.Linear
 

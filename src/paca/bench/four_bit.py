@@ -16,7 +16,7 @@ def require_bitsandbytes() -> None:
         MethodUnavailable: bitsandbytes is not installed.
     """
     if importlib.util.find_spec("bitsandbytes") is None:
-        raise MethodUnavailable("needs bitsandbytes for its 4-bit weights: pip install bitsandbytes")
+        raise MethodUnavailable("needs bitsandbytes for its 4-bit weights: pip install 'paca-tuning[bitsandbytes]'")
 
 
 def quantized(linear: nn.Linear) -> nn.Module:

@@ -13,6 +13,7 @@ from paca.adapter_folder import find_adapter, find_base
 from paca.convert.output import check_output_folder, new_folder
 from paca.errors import PacaError
 from paca.generation import LoadedModel, load_for_generation, on_accelerator
+from paca.pretrained.quantizing import is_quantized
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
@@ -93,7 +94,8 @@ def merge_to_folder(
 
 def _write(loaded: LoadedModel, dtype: torch.dtype, folder: Path) -> None:
     try:
-        merged = loaded.model.merge_and_unload(safe_merge=True)
+        quantized = is_quantized(loaded.model.get_base_model())
+        merged = loaded.model.merge_and_unload(safe_merge=True, dequantize=quantized)
     except ValueError as error:
         raise PacaError(f"The adapter in {loaded.adapter} cannot be merged: {error}") from error
     merged.to(dtype=dtype).save_pretrained(folder)

@@ -13,7 +13,6 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 
 from paca.columns import Columns
-from paca.layers.resident_weight import ResidentWeight
 from paca.mixed_batch import MixedBatch, current_mixed_batch
 
 
@@ -21,7 +20,7 @@ class PacaLayer(nn.Module, BaseTunerLayer):
     """Deltas and indices per adapter, above a base layer whose weight holds those of the active ones.
 
     Attributes:
-        base_layer: the adapted module, a ``ResidentWeight``.
+        base_layer: the adapted module, a ``ResidentWeight`` (or, in a subclass, an ``OverlaidWeight``).
         paca_delta: per adapter, ``(out_features, r)``, the trainable parameter; float32 unless asked otherwise. For a
             convolution ``(out_channels, r, *kernel)``, for an embedding ``(num_embeddings, r)``.
         paca_indices: per adapter, ``(r,)`` int64, the input columns it belongs to; saved with the adapter.
@@ -33,7 +32,7 @@ class PacaLayer(nn.Module, BaseTunerLayer):
     runs_mixed_batches: ClassVar[bool] = False
     """Whether samples of one batch may have different adapters; if not, such batches are refused before they start."""
 
-    def __init__(self, base_layer: ResidentWeight) -> None:
+    def __init__(self, base_layer: Any) -> None:
         super().__init__()
         self.base_layer = base_layer
         self.paca_delta = nn.ParameterDict()
@@ -48,9 +47,23 @@ class PacaLayer(nn.Module, BaseTunerLayer):
         base_layer.owner = weakref.ref(self)
         self.register_load_state_dict_post_hook(_push_after_load)
 
-        weight = base_layer.weight
-        self.in_features = weight.shape[base_layer.input_dim]
-        self.out_features = weight.shape[1 - base_layer.input_dim]
+        self.out_features, self.in_features = self.weight_shape()
+
+    # -- the base weight ----------------------------------------------------------------------------------------
+
+    @property
+    def mode(self) -> str:
+        """How the columns take effect: "resident", "patched" or "additive"."""
+        return "resident"
+
+    def weight_shape(self) -> tuple[int, int]:
+        """``(out_features, in_features)`` of the weight, however it is stored."""
+        shape, input_dim = self.base_layer.weight.shape, self.base_layer.input_dim
+        return shape[1 - input_dim], shape[input_dim]
+
+    def weight_placement(self) -> tuple[torch.device, torch.dtype]:
+        """Where the layer computes, and the type of its weight."""
+        return self.base_layer.weight.device, self.base_layer.weight.dtype
 
     def delta_shape(self, r: int) -> tuple[int, ...]:
         """The shape of a delta of ``r`` columns: that of ``weight[:, indices]``, a ``Conv1D``'s weight transposed."""
@@ -66,17 +79,17 @@ class PacaLayer(nn.Module, BaseTunerLayer):
         The delta starts at zero, so that the model's outputs stay as they are; with ``init_weights=False`` it starts
         at small random values, for tests.
         """
-        weight = self.base_layer.weight
+        device, weight_dtype = self.weight_placement()
         r = indices.numel()
-        dtype = torch.promote_types(weight.dtype, torch.float32)  # float64 weights get float64 deltas
-        delta = torch.zeros(self.delta_shape(r), dtype=dtype, device=weight.device)
+        dtype = torch.promote_types(weight_dtype, torch.float32)  # float64 weights get float64 deltas
+        delta = torch.zeros(self.delta_shape(r), dtype=dtype, device=device)
         if not init_weights:
             nn.init.normal_(delta, std=0.02)
         self.r[adapter_name] = r
         self.paca_alpha[adapter_name] = paca_alpha
         self.scaling[adapter_name] = paca_alpha / r
         self.paca_delta[adapter_name] = nn.Parameter(delta)
-        self.paca_indices[adapter_name] = indices.to(weight.device)
+        self.paca_indices[adapter_name] = indices.to(device)
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
 
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
@@ -232,7 +245,7 @@ class PacaLayer(nn.Module, BaseTunerLayer):
         """Give the deltas float32 (or the weight's dtype if that is wider), or exactly the weight's dtype."""
         if adapter_name not in self.paca_delta:
             return
-        delta, dtype = self.paca_delta[adapter_name], self.base_layer.weight.dtype
+        delta, dtype = self.paca_delta[adapter_name], self.weight_placement()[1]
         if autocast_adapter_dtype:
             dtype = torch.promote_types(dtype, torch.float32)
         if delta.dtype != dtype:
@@ -246,7 +259,7 @@ class PacaLayer(nn.Module, BaseTunerLayer):
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         # PEFT's own would also cast the deltas to the weight's dtype, which loses what training in float32 gained.
-        device = device or self.base_layer.weight.device
+        device = device or self.weight_placement()[0]
         meta = torch.device("meta")
         if adapter_name not in self.paca_delta or self.paca_delta[adapter_name].device == meta:
             return

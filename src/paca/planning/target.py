@@ -90,7 +90,7 @@ def target_of_run(
     setting = setting_of_run(config, device)
     if batch_size is not None:
         setting = replace(setting, batch_size=batch_size)
-    return Target(str(path), prepare_model(outline, adapter_config(config.paca)), setting)
+    return Target(str(path), prepare_model(outline, adapter_config(config.paca | {"original_weights": None})), setting)
 
 
 def _outline(name: str, dtype: str, revision: str | None = None, trust_remote_code: bool = False) -> PreTrainedModel:

@@ -23,7 +23,7 @@ from transformers import (
 )
 
 from paca.errors import PacaError
-from paca.pretrained import gguf
+from paca.pretrained import gguf, quantizing
 from paca.pretrained.location import Location, Source, locate
 
 logger = logging.getLogger(__name__)
@@ -62,7 +62,11 @@ class Outline(NamedTuple):
 
 
 def load_pretrained(
-    name: str, dtype: str = "auto", revision: str | None = None, trust_remote_code: bool = False
+    name: str,
+    dtype: str = "auto",
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    quantization: str | None = None,
 ) -> Pretrained:
     """Load a causal language model and its tokenizer, ready to be trained.
 
@@ -72,6 +76,8 @@ def load_pretrained(
             (float32 for a quantized GGUF file, which has no such dtype).
         revision: branch, tag or commit, for a hub id only.
         trust_remote_code: run the model code that the checkpoint brings along.
+        quantization: quantize the linear layers as they are loaded, by bitsandbytes: ``"nf4"``, ``"fp4"`` or
+            ``"int8"``. The rest keeps ``dtype``, and nothing is cast to float32.
 
     The tokenizer always has a padding token afterwards; one that had to be chosen is logged.
 
@@ -83,7 +89,19 @@ def load_pretrained(
     tokenizer = _tokenizer_at(location, revision, trust_remote_code)
     options = _options(location, revision, trust_remote_code)
     if location.source == "gguf":
+        if quantization is not None:
+            raise PacaError(
+                f"A GGUF file can't be quantized to {quantization} as it is read. Save it as a plain folder first "
+                "(save_trainable_copy), and load that."
+            )
         options["quantization_config"] = gguf.dequantizing_config()
+    elif quantization is not None:
+        with _explaining(location):
+            config = AutoConfig.from_pretrained(**options)
+        _check_not_quantized(config, location.name_or_path, quantization)
+        compute = torch_dtype if isinstance(torch_dtype, torch.dtype) else getattr(config, "dtype", None)
+        options["quantization_config"] = quantizing.quantization_config(quantization, compute or torch.float32)
+        options["device_map"] = quantizing.device_map()
     with _explaining(location), _without_progress_bars(), gguf.without_unpacking_bar():
         model = AutoModelForCausalLM.from_pretrained(dtype=torch_dtype, **options)
     if location.source == "gguf":
@@ -129,6 +147,16 @@ def load_config(
             model = auto_class.from_config(config, dtype=torch_dtype, trust_remote_code=trust_remote_code)
     model.tie_weights()
     return Outline(config, model)
+
+
+def _check_not_quantized(config: PreTrainedConfig, name: str, quantization: str) -> None:
+    found = getattr(config, "quantization_config", None)
+    if found is not None:
+        method = found.get("quant_method") if isinstance(found, dict) else getattr(found, "quant_method", found)
+        raise PacaError(
+            f"The checkpoint {name!r} is quantized already ({method}), so it can't be quantized to {quantization}. "
+            "Leave the quantization out, or give the original checkpoint."
+        )
 
 
 def _checked_location(name: str, revision: str | None) -> Location:

@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 
 
 def adapter_fields() -> dict[str, Any]:
-    """Name and type of each field of ``PacaConfig`` that is not PEFT's own bookkeeping."""
-    bookkeeping = {option.name for option in dataclasses.fields(PeftConfig)}
+    """Name and type of each field of ``PacaConfig`` that is not bookkeeping."""
+    bookkeeping = {option.name for option in dataclasses.fields(PeftConfig)} | {"base_quantization"}
     annotations = typing.get_type_hints(PacaConfig)
     return {
         option.name: annotations[option.name]

@@ -80,10 +80,10 @@ def train_source_fields() -> dict[str, SourceField]:
 
 
 def adapter_source_fields() -> dict[str, SourceField]:
-    """The fields of ``PacaConfig`` that are not PEFT's own bookkeeping.
+    """The fields of ``PacaConfig`` that are not bookkeeping.
 
     Raises:
         SourceUnreadable: PEFT's source says them in a way that is not known.
     """
-    bookkeeping = read_fields("peft.config", "PeftConfig")
+    bookkeeping = read_fields("peft.config", "PeftConfig").keys() | {"base_quantization"}
     return {name: field for name, field in read_fields("paca.config", "PacaConfig").items() if name not in bookkeeping}

@@ -63,8 +63,9 @@ class Plan:
         """Label and text of each line of the description."""
         share = 100 * self.trainable_parameters / self.parameters
         tokens = "no limit" if self.tokens_per_step is None else f"at most {self.tokens_per_step:,}"
+        dtype = ", ".join(filter(None, (self.dtype, self.config.model.quantization)))
         lines = [
-            ("model", f"{self.config.model.name} ({self.architecture}, {self.parameters:,} parameters, {self.dtype})"),
+            ("model", f"{self.config.model.name} ({self.architecture}, {self.parameters:,} parameters, {dtype})"),
             ("blocks", describe_blocks(self.config.model)),
             ("targets", f"{', '.join(self.targets)}: {self.adapted_layers} layers"),
             ("trainable parameters", f"{self.trainable_parameters:,} ({share:.3f} %)"),
@@ -129,9 +130,12 @@ def prepare(config: RunConfig) -> PreparedRun:
         context_length=getattr(model.config.get_text_config(), "max_position_embeddings", None),
     )
     try:
-        adapted = get_peft_model(model, adapter_settings.adapter_config(config.paca))
+        # The outline is not quantized, so there is nothing that original columns could replace.
+        adapted = get_peft_model(model, adapter_settings.adapter_config(config.paca | {"original_weights": None}))
     except (ValueError, TypeError) as error:
         raise PacaError(f"The section paca does not fit {config.model.name}: {error}") from error
+    if named.quantization is not None:
+        config.paca.setdefault("original_weights", named.name)
     config.paca = adapter_settings.with_defaults(config.paca)
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     sequences = _sequences_per_step(config.train, processes)

@@ -148,6 +148,10 @@ class _Run:
             raise
         except (ValueError, RuntimeError) as error:
             raise PacaError(f"SFTTrainer refuses this run: {error}") from error
+        if self.config.model.quantization is not None:
+            # TRL casts what is trained on quantized weights to bfloat16, where small updates would be lost.
+            adapted: Any = self.trainer.model
+            adapted.base_model._cast_adapter_dtype("default")
         self.trainer.remove_callback(PrinterCallback)
         check_labels(self.trainer.train_dataset, prepared.train, arguments, pretrained.tokenizer)
         if prepared.eval is not None:
@@ -188,13 +192,17 @@ class _Run:
     def _load_model(self) -> Pretrained:
         model = self.config.model
         if not model.name.lower().endswith(".gguf"):
-            return load_pretrained(model.name, model.dtype, model.revision, model.trust_remote_code)
+            return load_pretrained(
+                model.name, model.dtype, model.revision, model.trust_remote_code, quantization=model.quantization
+            )
         # An adapter has to name a base that stock tooling can load, so the unpacked model is kept beside it.
         if self.main and not self.folder.base.is_dir():
             self._say(f"Unpacking the weights of {Path(model.name).name} ...")
             save_trainable_copy(load_pretrained(model.name, model.dtype), self.folder.base)
         PartialState().wait_for_everyone()
-        return load_pretrained(str(self.folder.base), model.dtype)
+        if model.quantization is not None and self.config.paca["original_weights"] == model.name:
+            self.config.paca["original_weights"] = str(self.folder.base)
+        return load_pretrained(str(self.folder.base), model.dtype, quantization=model.quantization)
 
     def _train(self) -> TrainerState:
         trainer = self.trainer

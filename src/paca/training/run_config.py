@@ -27,6 +27,8 @@ class ModelSection:
     """A hub id, a folder that holds a checkpoint, or a GGUF file."""
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
     """Type of the weights in memory; ``auto`` takes the checkpoint's own."""
+    quantization: Literal["nf4", "fp4", "int8"] | None = None
+    """Quantize the weights as they are loaded (bitsandbytes); the trained columns stay in 16 bits and more."""
     revision: str | None = None
     """Branch, tag or commit of a hub id."""
     trust_remote_code: bool = False

@@ -1,4 +1,4 @@
-"""PaCA above 4-bit weights, the trained columns in 16 or 32 bits."""
+"""QPaCA: PaCA above NF4 weights, the trained columns written in 16 bits into what each matmul dequantizes."""
 
 from __future__ import annotations
 
@@ -15,4 +15,4 @@ def prepare(model: nn.Module, adaptation: Adaptation) -> nn.Module:
     return peft.get_peft_model(model, config)
 
 
-METHOD = Method("qpaca", "PaCA on NF4 weights", prepare, four_bit=True)
+METHOD = Method("qpaca", "PaCA on NF4 weights, patched columns", prepare, four_bit=True)

@@ -1,0 +1,67 @@
+"""Which of the three ways a layer is run in: resident, patched or additive (design, section 3)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from paca.layers.overlaid_weight import AdditiveWeight, OverlaidWeight, PatchedWeight
+from paca.quantized import quantization_of
+from paca.quantized.torchao import is_torchao
+
+OVERLAID: dict[str, type[OverlaidWeight]] = {"patched": PatchedWeight, "additive": AdditiveWeight}
+
+FORWARD_ONLY = {
+    "gptqmodel": "GPTQ, AWQ",
+    "auto_gptq": "GPTQ",
+    "awq": "AWQ",
+    "eetq": "EETQ",
+    "transformers.integrations.eetq": "EETQ",
+    "aqlm": "AQLM",
+}
+"""Packages whose quantized layers multiply but don't dequantize, and what they are for."""
+
+
+def mode_of(target: nn.Module, key: str, model: Any) -> str:
+    """``"resident"``, ``"patched"`` or ``"additive"``.
+
+    Args:
+        target: the module to adapt.
+        key: its name in ``model``.
+        model: holds it.
+
+    Raises:
+        ValueError: if ``target`` is quantized in a way that can't be trained, with the reason.
+    """
+    quantization = quantization_of(target)
+    if quantization is not None:
+        if problem := quantization.problem(target):
+            raise ValueError(f"{key} is a {type(target).__qualname__} of {quantization.library}, but {problem}.")
+        return "additive" if is_offloaded(target, model) else "patched"
+    if any(_from(c, package) for c in type(target).__mro__ for package in FORWARD_ONLY):
+        return "additive"
+    if isinstance(target, nn.Linear) and is_torchao(target.weight):
+        return "additive"
+    if type(target) in (nn.Linear, Conv1D) and is_offloaded(target, model):
+        return "additive"
+    return "resident"
+
+
+def is_offloaded(module: nn.Module, model: Any) -> bool:
+    """Whether accelerate keeps the module's weight elsewhere until it runs, or is going to."""
+    if getattr(getattr(module, "_hf_hook", None), "offload", False):
+        return True
+    # PEFT takes the hooks off before it loads an adapter, and dispatches the model anew, by another map, after it.
+    places = set((getattr(model, "hf_device_map", None) or {}).values())
+    return bool(places & {"cpu", "disk"}) and len(places) > 1 and not hasattr(module, "_hf_hook")
+
+
+def known_quantizations() -> str:
+    """For messages: what can be adapted besides plain weights."""
+    return f"quantized layers of bitsandbytes, torchao, hqq, {', '.join(FORWARD_ONLY)}"
+
+
+def _from(c: type, package: str) -> bool:
+    return c.__module__ == package or c.__module__.startswith(f"{package}.")

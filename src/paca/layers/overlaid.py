@@ -1,0 +1,203 @@
+"""The adapted layer above a weight that is not written: quantized (patched or additive) or offloaded (additive)."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import torch
+from accelerate.hooks import remove_hook_from_module
+from peft.tuners.tuners_utils import check_adapters_to_merge
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from paca.layers.base import PacaLayer
+from paca.layers.overlaid_weight import OverlaidWeight, PatchedWeight
+
+
+class OverlaidLinear(PacaLayer):
+    """Keeps each adapter's deltas and indices over a base layer whose weight stays as it is.
+
+    Its base layer is what ``PatchedWeight.adopt`` or ``AdditiveWeight.adopt`` gave.
+    """
+
+    base_layer: OverlaidWeight
+
+    def __init__(self, base_layer: OverlaidWeight) -> None:
+        super().__init__(base_layer)
+        self._before_merge: Any = None
+
+    @property
+    def mode(self) -> str:
+        return "patched" if isinstance(self.base_layer, PatchedWeight) else "additive"
+
+    def weight_shape(self) -> tuple[int, int]:
+        return self.base_layer.weight_shape()
+
+    def delta_shape(self, r: int) -> tuple[int, ...]:
+        return self.out_features, r
+
+    def weight_placement(self) -> tuple[torch.device, torch.dtype]:
+        return self.base_layer.weight_placement()
+
+    def _park_others(self) -> None:
+        self.push_columns()  # nothing is in the weight
+
+    @torch.compiler.disable  # which columns there are is a matter of run time
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return super().forward(x, *args, **kwargs)
+
+    # -- where the columns start --------------------------------------------------------------------------------
+
+    @property
+    def quantization_name(self) -> str | None:
+        """How the base weight is quantized, as an adapter records it; None if it is only offloaded."""
+        base = self.base_layer
+        if isinstance(base, PatchedWeight):
+            return base.quantization.name(base)
+        return None if base.stock_class in (nn.Linear, Conv1D) else base.stock_class.__module__.partition(".")[0]
+
+    @torch.no_grad()
+    def start_from(self, adapter_name: str, originals: Tensor) -> None:
+        """Let the adapter's columns start at ``originals (out_features, r)`` instead of the quantized weight's.
+
+        The difference goes into the delta, so that the adapter needs nothing besides to be the same elsewhere.
+
+        Raises:
+            ValueError: if they have nothing to do with the quantized weight.
+        """
+        delta, indices = self.paca_delta[adapter_name], self.paca_indices[adapter_name]
+        present = self.base_columns(indices).double()
+        wanted = originals.to(present)
+        distance, size = (wanted - present).norm(), wanted.norm()
+        if not distance <= 0.8 * size:  # independent columns are at 1.4; 2-bit weights at about 0.5
+            raise ValueError(
+                f"the original columns differ from the quantized ones by {float(distance / size):.0%} of their size, "
+                "so they are not what was quantized. Give the checkpoint that the model was made from."
+            )
+        delta.add_((wanted - present) / self.scaling[adapter_name])
+
+    def base_columns(self, indices: Tensor) -> Tensor:
+        """The base weight's columns ``(out_features, r)``, without any adapter's."""
+        base = self.base_layer
+        if isinstance(base, PatchedWeight):
+            return base.quantization.columns(base, indices)
+        # A weight that only multiplies shows its columns when it multiplies unit vectors.
+        device, dtype = self.weight_placement()
+        units = torch.zeros(indices.numel() + 1, self.in_features, device=device, dtype=dtype)
+        units[torch.arange(indices.numel(), device=device), indices] = 1
+        base.resident.want(())
+        y = base(units)
+        self.push_columns()
+        return (y[:-1] - y[-1]).t()
+
+    # -- merging ------------------------------------------------------------------------------------------------
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Dequantize, write the adapters' columns, quantize again: until ``unmerge``, which is bitwise.
+
+        The merged columns lose their 16 bits: they are quantized like the rest. ``dequantized_linear`` keeps them.
+
+        Raises:
+            ValueError: if the weight can't be written, or ``safe_merge`` finds NaN or Inf.
+        """
+        names = [n for n in check_adapters_to_merge(self, adapter_names) if n in self.paca_delta]
+        if not names:
+            return
+        base = self.base_layer
+        if not isinstance(base, PatchedWeight):
+            raise self.unwritable(names[0])
+        columns = tuple(self.columns_of(n) for n in names)
+        if safe_merge and not all(bool(c.delta.isfinite().all()) for c in columns):
+            raise ValueError(
+                f"Merging adapter {names[0]!r} would put NaN or Inf into the weight, so nothing was merged. The "
+                "adapter is broken: train it again with a smaller learning rate, or use an earlier checkpoint."
+            )
+        together = tuple(self.columns_of(n) for n in self.merged_adapters) + columns
+        if self.merged_adapters:
+            base.quantization.restore(base, self._before_merge)
+        weight = base.patched_weight(base.quantization.stored_dtype(base), together)
+        self._before_merge = base.quantization.replace(base, weight)
+        base.resident.begin_generation()
+        self.merged_adapters.extend(names)
+        self.push_columns()
+
+    def unwritable(self, adapter_name: str) -> ValueError:
+        """Why an adapter can't be merged here."""
+        base = self.base_layer
+        if base.stock_class in (nn.Linear, Conv1D):
+            reason = "accelerate offloads the layer's weight, and lends it for reading only"
+        else:
+            reason = f"a {base.stock_class.__module__}.{base.stock_class.__qualname__} can't give its weight as floats"
+        return ValueError(
+            f"Adapter {adapter_name!r} can't be merged: {reason}. Keep the adapter beside the model, or load the base "
+            "model in a form that can be written."
+        )
+
+    def unmerge(self) -> None:
+        """Bring the quantized weight from before the merge back, bit for bit."""
+        if not self.merged:
+            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
+            return
+        base = self.base_layer
+        assert isinstance(base, PatchedWeight)
+        base.quantization.restore(base, self._before_merge)
+        base.resident.begin_generation()
+        self._before_merge = None
+        self.merged_adapters.clear()
+        self.push_columns()
+
+    def unload_and_optionally_merge_module(
+        self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
+    ) -> nn.Module:
+        if merge:
+            self.merge(safe_merge=safe_merge, adapter_names=adapter_names)
+        elif self.merged:
+            self.unmerge()
+        self.base_layer.release()
+        return self.base_layer
+
+    def dequantized_linear(self, dtype: torch.dtype, adapter_names: list[str] | None) -> nn.Linear:
+        """An ordinary layer in ``dtype`` with the adapters' columns in it, rounded once."""
+        base = self.base_layer
+        assert isinstance(base, PatchedWeight)
+        if self.merged:
+            self.unmerge()
+        names = [n for n in adapter_names or self.active_adapters if n in self.paca_delta]
+        columns = tuple(self.columns_of(n) for n in names)
+        quantization = base.quantization
+        weight = base.patched_weight(dtype, columns) if columns else quantization.dequantize(base).to(dtype)
+        return quantization.plain(base, weight)
+
+    def get_delta_weight(self, adapter: str) -> Tensor:
+        columns = self.columns_of(adapter)
+        values = columns.delta.detach() * columns.scale
+        dense = torch.zeros(self.out_features, self.in_features, dtype=values.dtype, device=values.device)
+        return dense.index_copy_(1, columns.indices, values)
+
+    # -- devices ------------------------------------------------------------------------------------------------
+
+    def cast_deltas(self, adapter_name: str, autocast_adapter_dtype: bool) -> None:
+        # PEFT dispatches a model anew after it loaded an adapter. Only `forward` brings offloaded parameters back, and
+        # the holder of the deltas is not called; they are small, and stay where the layer computes.
+        if hasattr(self.paca_delta, "_hf_hook"):
+            remove_hook_from_module(self.paca_delta)
+            self.paca_delta.to(self.weight_placement()[0])
+        super().cast_deltas(adapter_name, autocast_adapter_dtype)
+
+
+def check_writable(model: nn.Module, adapter_names: list[str] | None) -> None:
+    """Check that adapters can be merged, before anything is.
+
+    Args:
+        model: holds the adapted layers.
+        adapter_names: default: the active ones.
+
+    Raises:
+        ValueError: naming a layer whose weight can't be written.
+    """
+    for name, layer in model.named_modules():
+        if isinstance(layer, OverlaidLinear) and layer.mode != "patched":
+            for adapter in adapter_names or layer.active_adapters:
+                if adapter in layer.paca_delta:
+                    raise ValueError(f"{name}: {layer.unwritable(adapter)}")

@@ -1,0 +1,192 @@
+"""A stock module with columns over its weight, which itself is never written.
+
+The base layer is turned into a subclass of its own class while it is adapted, as with resident weights, so that hooks
+on it go on running. The subclass is made when it is needed: most of the stock classes are in optional packages.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, ClassVar, cast
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from paca.additive import add_columns
+from paca.overlay import OverlaidColumns
+from paca.patched import patched_linear, patched_weight
+from paca.quantized import QuantizedWeight, quantization_of
+
+_SUBCLASSES: dict[tuple[type, type], type[nn.Module]] = {}
+
+
+class OverlaidWeight(nn.Module):
+    """Mixin in front of a stock module class."""
+
+    stock_class: ClassVar[type[nn.Module]]
+    """What the module was, and becomes again."""
+
+    resident: OverlaidColumns
+    """By the name that the columns of a plain weight have: the adapted layer above need not know which they are."""
+    owner: Callable[[], Any]
+
+    @classmethod
+    def adopt(cls, module: Any) -> Any:
+        """Turn ``module`` into an instance of a subclass of its class and this one, in place."""
+        module.__class__ = _subclass(cls, type(module))
+        module.resident = OverlaidColumns()
+        module.owner = lambda: None
+        module._rebind_forward()
+        return module
+
+    def _rebind_forward(self) -> None:
+        # accelerate's hooks wrap `forward` on the instance and keep what they found as `_old_forward`.
+        if "_old_forward" in self.__dict__:
+            self._old_forward = type(self).forward.__get__(self)
+        else:
+            self.__dict__.pop("forward", None)  # what they leave when they are taken off
+
+    def release(self) -> None:
+        """Turn back into the stock module, in place."""
+        del self.resident, self.owner
+        self.__class__ = self.stock_class  # type: ignore[assignment]
+        OverlaidWeight._rebind_forward(self)
+
+    def weight_shape(self) -> tuple[int, int]:
+        """``(out_features, in_features)``."""
+        raise NotImplementedError
+
+    def weight_placement(self) -> tuple[torch.device, torch.dtype]:
+        """Where the layer computes, and the type of the weight that it stands for."""
+        raise NotImplementedError
+
+    def __reduce__(self) -> Any:
+        # Pickling finds classes by name, and a class that was made here has none that can be imported.
+        kind = next(c for c in (PatchedWeight, AdditiveWeight) if isinstance(self, c))
+        state = self.__dict__.copy()
+        del state["owner"], state["resident"]
+        return _rebuild, (kind, self.stock_class), state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.resident = OverlaidColumns()
+        self.owner = lambda: None  # the adapted layer above makes itself known again
+
+
+def _subclass(kind: type[OverlaidWeight], stock: type[nn.Module]) -> type[nn.Module]:
+    if (kind, stock) not in _SUBCLASSES:
+        _SUBCLASSES[kind, stock] = _make_subclass(kind, stock)
+    return _SUBCLASSES[kind, stock]
+
+
+def _make_subclass(kind: type[OverlaidWeight], stock: type[nn.Module]) -> type[nn.Module]:
+    prefix = kind.__name__.removesuffix("Weight")
+    return type(f"{prefix}{stock.__name__}", (kind, stock), {"stock_class": stock, "__module__": kind.__module__})
+
+
+def _rebuild(kind: type[OverlaidWeight], stock: type[nn.Module]) -> nn.Module:
+    cls = _subclass(kind, stock)
+    return cls.__new__(cls)
+
+
+class PatchedWeight(OverlaidWeight):
+    """A quantized layer whose columns are written into what each matmul dequantizes."""
+
+    @classmethod
+    def adopt(cls, module: Any) -> Any:
+        quantization = quantization_of(module)
+        assert quantization is not None
+        quantization.adopt(module)
+        return super().adopt(module)
+
+    def release(self) -> None:
+        quantization = self.quantization
+        super().release()
+        quantization.release(self)
+
+    def weight_shape(self) -> tuple[int, int]:
+        return self.quantization.shape(self)
+
+    def weight_placement(self) -> tuple[torch.device, torch.dtype]:
+        return self.quantization.packed(self).device, self.quantization.stored_dtype(self)
+
+    @property
+    def quantization(self) -> QuantizedWeight:
+        """How the weight is quantized."""
+        found = quantization_of(self)
+        assert found is not None
+        return found
+
+    def forward(self, x: Tensor) -> Tensor:
+        state = self.resident.note_forward()
+        if not state.columns:
+            return super().forward(x)
+        compute_dtype, output_dtype = self.quantization.dtypes(self, x)
+        bias: Any = self.bias
+        return patched_linear(x, bias, self._dequantize(), compute_dtype, state).to(output_dtype)
+
+    def patched_weight(self, dtype: torch.dtype, columns: tuple[Any, ...]) -> Tensor:
+        """The dequantized weight ``(out_features, in_features)`` with ``columns`` in it."""
+        return patched_weight(self._dequantize(), dtype, columns)
+
+    def _dequantize(self) -> Callable[[torch.dtype, Tensor], tuple[Tensor, Tensor]]:
+        quantization = self.quantization
+        packed = quantization.packed(self)
+        version = packed._version
+
+        def dequantize(dtype: torch.dtype, positions: Tensor) -> tuple[Tensor, Tensor]:
+            if quantization.packed(self) is not packed or packed._version != version:
+                raise RuntimeError(
+                    "A quantized weight was merged into, loaded or moved between a forward pass and its backward pass. "
+                    "Run backward() first."
+                )
+            with torch.no_grad():
+                return quantization.weight_and_columns(self, dtype, positions)
+
+        return dequantize
+
+
+class AdditiveWeight(OverlaidWeight):
+    """A layer whose weight can't be read or written: its columns are added to what it computes."""
+
+    def weight_shape(self) -> tuple[int, int]:
+        return features(self)
+
+    def weight_placement(self) -> tuple[torch.device, torch.dtype]:
+        tensors = [*self.parameters(recurse=False), *self.buffers(recurse=False)]
+        floats = [t.dtype for t in tensors if t.is_floating_point() and t.element_size() > 1]
+        hook = getattr(self, "_hf_hook", None)
+        device = getattr(hook, "execution_device", None)
+        if device is None:
+            device = next((t.device for t in tensors if t.device.type != "meta"), torch.device("cpu"))
+        return torch.device(device), floats[0] if floats else torch.float32
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        state = self.resident.note_forward()
+        y = super().forward(x, *args, **kwargs)
+        if torch.is_grad_enabled() and x.requires_grad and not y.requires_grad:
+            raise RuntimeError(
+                f"A {self.stock_class.__module__}.{self.stock_class.__qualname__} gives no gradient with respect "
+                "to its input, so the layers before it can't be trained. Its library offers this layer for inference "
+                "only: choose a kernel of it that can be trained (for GPTQ, backend='torch' or 'triton'), or another "
+                "quantization."
+            )
+        if not state.columns:
+            return y
+        return add_columns(y, x, state)
+
+
+def features(module: Any) -> tuple[int, int]:
+    """``(out_features, in_features)`` of a linear layer of any library.
+
+    Raises:
+        ValueError: if it says so by none of the names in use.
+    """
+    if isinstance(module, Conv1D):
+        return module.nf, module.nx
+    for out_name, in_name in (("out_features", "in_features"), ("outfeatures", "infeatures")):
+        sizes = getattr(module, out_name, None), getattr(module, in_name, None)
+        if all(isinstance(size, int) for size in sizes):
+            return cast("tuple[int, int]", sizes)
+    raise ValueError(f"A {type(module).__qualname__} has no in_features and out_features, so PaCA can't adapt it.")

@@ -1,0 +1,52 @@
+"""Quantizing a checkpoint with bitsandbytes as it is loaded."""
+
+from __future__ import annotations
+
+import importlib.util
+
+import torch
+from transformers import BitsAndBytesConfig, PreTrainedModel
+
+from paca.errors import PacaError
+
+QUANTIZATIONS = ("nf4", "fp4", "int8")
+
+
+def quantization_config(quantization: str, compute_dtype: torch.dtype) -> BitsAndBytesConfig:
+    """The settings of ``"nf4"``, ``"fp4"`` (both with double quantization) or ``"int8"``.
+
+    Args:
+        quantization: one of the three.
+        compute_dtype: of the matmuls.
+
+    Raises:
+        PacaError: an unknown name, or bitsandbytes is missing.
+    """
+    if quantization not in QUANTIZATIONS:
+        raise PacaError(f"Unknown quantization {quantization!r}. Give one of: {', '.join(QUANTIZATIONS)}.")
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise PacaError(
+            f"Quantizing to {quantization} needs the package bitsandbytes: pip install 'paca-tuning[bitsandbytes]'."
+        )
+    if quantization == "int8":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=quantization,
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=compute_dtype,
+    )
+
+
+def device_map() -> dict[str, torch.device | str]:
+    """Everything on this process's device: quantized weights can't be moved freely later."""
+    if not torch.accelerator.is_available():
+        return {"": "cpu"}
+    kind = torch.accelerator.current_accelerator()
+    assert kind is not None
+    return {"": torch.device(kind.type, torch.accelerator.current_device_index())}
+
+
+def is_quantized(model: PreTrainedModel) -> bool:
+    """Whether the model was quantized, now or by the checkpoint."""
+    return bool(getattr(model, "is_quantized", False))

@@ -1,0 +1,85 @@
+"""torchao: an ``nn.Linear`` whose weight is a tensor subclass (int8, int4 and other weight-only formats)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from paca.quantized.weight import QuantizedWeight
+
+
+class TorchAo(QuantizedWeight):
+    """Weight-only formats of ``torchao.quantization.quantize_`` that have ``dequantize``."""
+
+    library = "torchao"
+
+    def matches(self, module: nn.Module) -> bool:
+        weight = getattr(module, "weight", None)
+        # Every tensor has a method `dequantize`; only torchao's own knows its formats.
+        return isinstance(module, nn.Linear) and is_torchao(weight) and is_torchao_class(_owner(weight, "dequantize"))
+
+    def problem(self, module: Any) -> str | None:
+        if getattr(module.weight, "act_quant_kwargs", None) is not None or getattr(
+            module.weight, "activation_quantization", None
+        ):
+            return "it quantizes its inputs as well, which training does not reproduce; use a weight-only config"
+        return None
+
+    def name(self, module: Any) -> str:
+        weight = module.weight
+        return f"torchao {type(weight).__name__} {str(weight.qdata.dtype).removeprefix('torch.')}"
+
+    def packed(self, module: Any) -> Tensor:
+        return module.weight
+
+    def stored_dtype(self, module: Any) -> torch.dtype:
+        return module.weight.dtype
+
+    def dequantize(self, module: Any) -> Tensor:
+        return module.weight.detach().dequantize()
+
+    def replace(self, module: Any, weight: Tensor) -> Any:
+        old = module.weight
+        module.weight = nn.Parameter(_quantized_like(old, weight.to(old.dtype)), requires_grad=False)
+        return old
+
+    def restore(self, module: Any, kept: Any) -> None:
+        module.weight = kept
+
+
+def is_torchao(weight: Any) -> bool:
+    """Whether a tensor is one of torchao's."""
+    return isinstance(weight, Tensor) and is_torchao_class(type(weight))
+
+
+def is_torchao_class(kind: type) -> bool:
+    """Whether a class comes from torchao."""
+    return kind.__module__.partition(".")[0] == "torchao"
+
+
+def _owner(tensor: Any, method: str) -> type:
+    """The class that defines ``method``."""
+    return next(c for c in type(tensor).__mro__ if method in vars(c))
+
+
+def _quantized_like(old: Any, weight: Tensor) -> Tensor:
+    """``weight (out_features, in_features)`` in the format of ``old``.
+
+    Raises:
+        ValueError: for a format whose settings can't be read off a tensor.
+    """
+    from torchao.quantization import Int8Tensor, IntxUnpackedToInt8Tensor, PerGroup, PerRow, PerTensor
+
+    block = [int(size) for size in getattr(old, "block_size", ())]
+    if isinstance(old, Int8Tensor):
+        if block == list(old.shape):
+            return Int8Tensor.from_hp(weight, granularity=PerTensor())
+        return Int8Tensor.from_hp(weight, granularity=PerRow() if block[1] == old.shape[1] else PerGroup(block[1]))
+    if isinstance(old, IntxUnpackedToInt8Tensor):
+        return IntxUnpackedToInt8Tensor.from_hp(weight, tuple(block), old.target_dtype)
+    raise ValueError(
+        f"A merged weight can't be quantized back to torchao's {type(old).__name__}. Use "
+        "merge_and_unload(dequantize=True), or keep the adapter unmerged."
+    )

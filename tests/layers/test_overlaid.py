@@ -1,0 +1,405 @@
+"""Adapted layers over quantized weights: real ones that dequantize (patched), fakes that only multiply (additive)."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from contextlib import contextmanager
+
+import peft
+import pytest
+import torch
+from torch.utils.checkpoint import checkpoint
+
+import paca
+from models import adapt
+from quantized_layers import REAL, forward_only_stack, stack
+from reference import dense_weight, nearest
+
+ADDITIVE = (
+    "gptqmodel.nn_modules.qlinear.torch",
+    "awq.modules.linear",
+    "transformers.integrations.eetq",
+    "aqlm.inference",
+)
+KINDS = (*REAL, ADDITIVE[0])
+TARGETS = ["lin1", "lin2"]
+
+
+def make(kind: str, dtype: torch.dtype = torch.float32):
+    if kind in REAL:
+        return stack(kind, dtype)
+    return forward_only_stack(kind, dtype=dtype)
+
+
+def adapted(kind: str, dtype: torch.dtype = torch.float32, **settings):
+    model = make(kind, dtype)
+    torch.manual_seed(3)
+    return adapt(model, **{"target_modules": TARGETS, **settings})
+
+
+def layers(model):
+    return [model.get_submodule(f"base_model.model.{name}") for name in TARGETS]
+
+
+def inputs(dtype: torch.dtype = torch.float32, *shape: int) -> torch.Tensor:
+    return torch.randn(*(shape or (3, 5)), 64, generator=torch.Generator().manual_seed(1)).to(dtype)
+
+
+def base_weight(layer) -> torch.Tensor:
+    """The dequantized weight in float64, by the library's own forward pass of unit vectors where it has no other."""
+    base = layer.base_layer
+    if layer.mode == "patched":
+        return base.quantization.dequantize(base).double()
+    return base.dequantized()
+
+
+def reference(model, x, adapters=("default",)):
+    """Output and gradients of the sum of squares, float64, from dense weights."""
+    x = x.detach().double().requires_grad_()
+    h, weights = x, []
+    for number, layer in enumerate(layers(model)):
+        parts = [(layer.paca_delta[a], layer.paca_indices[a], layer.scaling[a]) for a in adapters]
+        weight = dense_weight(base_weight(layer), parts).requires_grad_()
+        weights.append(weight)
+        h = h @ weight.T + layer.base_layer.bias.detach().double()
+        h = torch.tanh(h) if number == 0 else h
+    h.square().sum().backward()
+    grads = [
+        {a: layer.scaling[a] * w.grad[:, layer.paca_indices[a]] for a in adapters}
+        for layer, w in zip(layers(model), weights, strict=True)
+    ]
+    return h.detach(), x.grad, grads
+
+
+def close(found, want, dtype):
+    unit = torch.finfo(dtype).eps
+    assert (found.double() - want).norm() <= 8 * unit * want.norm()
+
+
+@pytest.mark.parametrize("kind", [*REAL, *ADDITIVE])
+def test_the_mode_follows_from_the_kind_of_layer(kind):
+    assert {layer.mode for layer in layers(adapted(kind))} == {"patched" if kind in REAL else "additive"}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", KINDS)
+def test_output_and_gradients_against_float64(kind, dtype):
+    model = adapted(kind, dtype)
+    x = inputs(dtype).requires_grad_()
+    y = model(x)
+    y.float().square().sum().backward()
+    want_y, want_x, want = reference(model, x)
+    close(y, want_y, dtype)
+    close(x.grad, want_x, dtype)
+    for layer, grads in zip(layers(model), want, strict=True):
+        close(layer.paca_delta["default"].grad, grads["default"], dtype)
+        assert layer.paca_delta["default"].dtype == torch.float32
+
+
+@pytest.mark.parametrize("shape", [(), (4,), (2, 3), (2, 2, 2), (0,)])
+@pytest.mark.parametrize("kind", ["nf4", ADDITIVE[0]])
+def test_inputs_of_any_shape(kind, shape):
+    model = adapted(kind, r=1)
+    x = torch.randn(*shape, 64, requires_grad=True)
+    y = model(x)
+    assert y.shape == (*shape, 64)
+    y.square().sum().backward()
+    assert x.grad.shape == x.shape
+    if x.numel():
+        close(x.grad, reference(model, x)[1], torch.float32)
+
+
+@pytest.mark.parametrize("kind", ["int8", "torchao-int4", ADDITIVE[0]])
+def test_all_columns_can_be_trained(kind):
+    model = adapted(kind, r=64, target_modules=["lin1"])
+    layer = model.base_model.model.lin1
+    assert torch.equal(layer.paca_indices["default"], torch.arange(64))
+    x = inputs()
+    total = dense_weight(
+        base_weight(layer), [(layer.paca_delta["default"], torch.arange(64), layer.scaling["default"])]
+    )
+    close(layer(x), x.double() @ total.T + layer.base_layer.bias.double(), torch.float32)
+
+
+@pytest.mark.parametrize("kind", ["nf4-double", "int8", "torchao-int8", "hqq"])
+def test_the_trained_columns_are_rounded_once(kind):
+    model = adapted(kind, torch.bfloat16, r=5)
+    layer = layers(model)[0]
+    delta, idx, scale = layer.paca_delta["default"], layer.paca_indices["default"], layer.scaling["default"]
+    base = layer.base_layer
+    weight = base.patched_weight(torch.bfloat16, (layer.columns_of("default"),))
+    want = nearest(dense_weight(base_weight(layer), [(delta, idx, scale)]), torch.bfloat16)
+    assert torch.equal(weight[:, idx], want[:, idx])
+    others = torch.ones(64, dtype=torch.bool).index_fill(0, idx, False)
+    close(weight[:, others], base_weight(layer)[:, others], torch.bfloat16)
+
+
+@contextmanager
+def saved_tensors():
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        yield kept
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_only_the_selected_inputs_are_kept(kind):
+    model = adapted(kind, torch.bfloat16, target_modules=["lin1"])
+    layer = model.base_model.model.lin1
+    x = inputs(torch.bfloat16, 40).requires_grad_()
+    with saved_tensors() as kept:
+        layer(x)
+    parameters = {t.data_ptr() for t in [*layer.parameters(), *layer.buffers()] if t.numel()}
+    new = [t for t in kept if t.data_ptr() not in parameters and t.numel() > 1]
+    assert [(tuple(t.shape), t.dtype) for t in new] == [((40, 3), torch.bfloat16)]
+
+
+def test_nothing_of_the_weights_size_stays_after_a_forward_pass():
+    import gc
+
+    model = adapted("nf4", torch.float32, target_modules=["lin1"])
+    y = model.base_model.model.lin1(inputs(torch.float32, 4).requires_grad_())
+    sizes = [t.shape for t in gc.get_objects() if isinstance(t, torch.Tensor)]
+    assert y.requires_grad
+    assert torch.Size((128, 64)) not in sizes
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_disabled_is_the_stock_layer_bitwise(kind):
+    stock = make(kind).train()
+    model = adapted(kind)
+    x = inputs()
+    assert not torch.equal(model(x), stock(x))
+    with model.disable_adapter():
+        assert torch.equal(model(x), stock(x))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_several_adapters_with_shared_columns_add_up(kind):
+    model = adapted(kind, indices={"lin1": [1, 5, 9], "lin2": [0, 2]})
+    config = paca.PacaConfig(r=2, init_weights=False, target_modules=TARGETS, indices={"lin1": [5, 6], "lin2": [2, 7]})
+    model.add_adapter("second", config)
+    model.base_model.set_adapter(["default", "second"])
+    x = inputs().requires_grad_()
+    y = model(x)
+    y.square().sum().backward()
+    want_y, want_x, want = reference(model, x, ("default", "second"))
+    close(y, want_y, torch.float32)
+    close(x.grad, want_x, torch.float32)
+    for layer, grads in zip(layers(model), want, strict=True):
+        for name, grad in grads.items():
+            close(layer.paca_delta[name].grad, grad, torch.float32)
+    model.set_adapter("second")
+    close(model(x), reference(model, x, ("second",))[0], torch.float32)
+    model.delete_adapter("second")
+    model.set_adapter("default")
+    close(model(x), reference(model, x)[0], torch.float32)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_save_and_load(kind, tmp_path):
+    model = adapted(kind)
+    x = inputs()
+    want = model(x)
+    model.save_pretrained(tmp_path)
+    again = peft.PeftModel.from_pretrained(make(kind), tmp_path)
+    assert torch.equal(again(x), want.detach())
+
+
+@pytest.mark.parametrize("kind", REAL)
+def test_merge_requantizes_and_unmerge_is_bitwise(kind):
+    model = adapted(kind)
+    x = inputs()
+    want, before = model(x), [base_weight(layer) for layer in layers(model)]
+    targets = [
+        dense_weight(b, [(la.paca_delta["default"], la.paca_indices["default"], la.scaling["default"])])
+        for la, b in zip(layers(model), before, strict=True)
+    ]
+    model.merge_adapter()
+    for layer, base, target in zip(layers(model), before, targets, strict=True):
+        merged = base_weight(layer)
+        idx = layer.paca_indices["default"]
+        moved = (target - base)[:, idx].norm()
+        assert (merged - target)[:, idx].norm() < 0.9 * moved  # it went there, as far as the codes can tell
+        assert not torch.equal(merged, base)
+    model.unmerge_adapter()
+    assert torch.equal(model(x), want)
+    for layer, base in zip(layers(model), before, strict=True):
+        assert torch.equal(base_weight(layer), base)
+
+
+@pytest.mark.parametrize("kind", REAL)
+def test_unload_gives_the_stock_layers_back(kind):
+    stock = make(kind)
+    model = adapted(kind)
+    x = inputs()
+    want = stock.train()(x)
+    unloaded = model.unload()
+    assert type(unloaded.lin1) is type(stock.lin1)
+    assert torch.equal(unloaded(x), want)
+
+
+@pytest.mark.parametrize("kind", REAL)
+def test_merge_and_unload_to_plain_layers_keeps_the_columns(kind):
+    model = adapted(kind)
+    x = inputs()
+    want = reference(model, x)[0]
+    plain = model.merge_and_unload(dequantize=True)
+    assert type(plain.lin1) is type(plain.lin2) is torch.nn.Linear
+    close(plain(x), want, torch.float32)
+    assert {type(p) for p in plain.parameters()} == {torch.nn.Parameter}
+
+
+@pytest.mark.parametrize("kind", ADDITIVE)
+def test_merging_into_a_weight_that_cannot_be_written_is_refused(kind):
+    model = adapted(kind)
+    x = inputs()
+    want = model(x)
+    with pytest.raises(ValueError, match=r"'default' can't be merged: a .*QuantLinear can't give its weight as floats"):
+        model.merge_adapter()
+    with pytest.raises(ValueError, match="can't be merged"):
+        model.merge_and_unload(dequantize=True)
+    assert torch.equal(model(x), want)
+    unloaded = model.unload()
+    assert torch.equal(unloaded(x), make(kind)(x))
+
+
+@pytest.mark.parametrize("pickled", [False, True])
+@pytest.mark.parametrize("kind", REAL)
+def test_copies_and_pickles_compute_the_same(kind, pickled):
+    if pickled and kind.startswith("torchao"):
+        pytest.skip("torchao's own layers can't be pickled: quantize_ puts a partial on them as extra_repr")
+    model = adapted(kind)
+    x = inputs()
+    again = pickle.loads(pickle.dumps(model)) if pickled else copy.deepcopy(model)
+    assert torch.equal(again(x), model(x))
+    layers(again)[0].paca_delta["default"].data.zero_()
+    assert not torch.equal(again(x), model(x))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_activation_checkpointing_gives_the_same_gradients(kind, reentrant):
+    model, x = adapted(kind), inputs().requires_grad_()
+    model(x).square().sum().backward()
+    want = [layer.paca_delta["default"].grad for layer in layers(model)]
+    model.zero_grad()
+    checkpoint(model, x, use_reentrant=reentrant).square().sum().backward()
+    for layer, grad in zip(layers(model), want, strict=True):
+        assert torch.equal(layer.paca_delta["default"].grad, grad)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("kind", ["nf4", ADDITIVE[0]])
+def test_checkpointing_that_recomputes_with_another_adapter_raises(kind, reentrant):
+    model = adapted(kind)
+    model.add_adapter("second", paca.PacaConfig(r=3, init_weights=False, target_modules=TARGETS))
+    loss = checkpoint(model, inputs().requires_grad_(), use_reentrant=reentrant).sum()
+    model.set_adapter("second")
+    with pytest.raises(RuntimeError, match="repeats a forward pass"):
+        loss.backward()
+
+
+@pytest.mark.parametrize("kind", ["fp4", "torchao-int8", ADDITIVE[0]])
+def test_a_backward_pass_uses_the_columns_of_its_forward_pass(kind):
+    model, x = adapted(kind), inputs().requires_grad_()
+    loss = model(x).square().sum()
+    with model.disable_adapter():
+        model(x)
+    loss.backward()
+    close(x.grad, reference(model, x)[1], torch.float32)
+
+
+@pytest.mark.parametrize("kind", ["nf4", ADDITIVE[0]])
+def test_a_delta_that_is_changed_before_the_backward_pass_raises(kind):
+    model = adapted(kind)
+    loss = model(inputs().requires_grad_()).sum()
+    with torch.no_grad():
+        layers(model)[1].paca_delta["default"].add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+@pytest.mark.parametrize("kind", REAL)
+def test_a_merge_between_forward_and_backward_raises(kind):
+    model = adapted(kind)
+    loss = model(inputs().requires_grad_()).sum()
+    model.merge_adapter()
+    with pytest.raises(RuntimeError, match="merged into, loaded or moved"):
+        loss.backward()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_autocast(kind):
+    model, x = adapted(kind), inputs().requires_grad_()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = model(x)
+    y.float().square().sum().backward()
+    want_y, want_x, want = reference(model, x)
+    close(y, want_y, torch.bfloat16)
+    close(x.grad, want_x, torch.bfloat16)
+    for layer, grads in zip(layers(model), want, strict=True):
+        close(layer.paca_delta["default"].grad, grads["default"], torch.bfloat16)
+
+
+@pytest.mark.parametrize("kind", ["nf4", "torchao-int8", ADDITIVE[0]])
+def test_hooks_on_the_base_layer_run(kind):
+    model = adapted(kind)
+    seen = []
+    layers(model)[0].base_layer.register_forward_hook(lambda module, args, output: seen.append(output))
+    model(inputs())
+    assert len(seen) == 1
+
+
+@pytest.mark.parametrize("kind", ["nf4", ADDITIVE[0]])
+def test_training_lowers_the_loss(kind):
+    model, x = adapted(kind, init_weights=True, r=16), inputs()
+    goal = torch.randn(3, 5, 64, generator=torch.Generator().manual_seed(2))
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.05)
+    losses = []
+    for _ in range(20):
+        loss = (model(x) - goal).square().mean()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < 0.7 * losses[0]
+
+
+def test_a_layer_without_gradients_for_its_input_is_noticed():
+    model = adapt(forward_only_stack(ADDITIVE[0], trainable=False), target_modules=TARGETS)
+    with pytest.raises(RuntimeError, match="gives no gradient with respect to its input"):
+        model(inputs().requires_grad_())
+    with torch.no_grad():
+        model(inputs())
+
+
+def test_a_quantized_type_that_nobody_knows_says_what_and_why():
+    model = forward_only_stack("someones.quantizer")
+    with pytest.raises(ValueError, match=r"lin1 is a someones.quantizer.QuantLinear, which PaCA can't.*gptqmodel"):
+        adapt(model, target_modules=["lin1"])
+
+
+def test_int8_layers_that_keep_16_bit_weights_are_refused():
+    bnb = pytest.importorskip("bitsandbytes")
+    model = stack("int8")
+    model.lin1 = bnb.nn.Linear8bitLt(64, 128, has_fp16_weights=True)
+    with pytest.raises(ValueError, match=r"lin1 is a Linear8bitLt of bitsandbytes, but it keeps 16-bit weights"):
+        adapt(model, target_modules=["lin1"])
+
+
+def test_a_rank_above_in_features_leaves_the_model_as_it_was():
+    model = stack("nf4")
+    stock = type(model.lin1)
+    with pytest.raises(ValueError, match="r=65 columns"):
+        adapt(model, target_modules=TARGETS, r=65)
+    assert type(model.lin1) is stock
+
+
+def test_torch_compile_runs_the_layer_outside_the_graph():
+    model, x = adapted("nf4"), inputs()
+    compiled = torch.compile(model.get_base_model(), backend="eager")
+    assert torch.equal(compiled(x), model(x))
+    with torch.no_grad():
+        layers(model)[0].paca_delta["default"].add_(1)
+    assert torch.equal(compiled(x), model(x))

@@ -1,0 +1,66 @@
+"""``model.quantization``: runs on bitsandbytes weights, from the YAML to the merged checkpoint."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from rich.console import Console
+from transformers import AutoModelForCausalLM
+
+from paca.convert.merged import merge_to_folder
+from paca.errors import PacaError
+from paca.generation import load_for_generation
+from paca.training import describe, load_run_config, train
+from training.tiny_run import adapter, rows
+
+pytest.importorskip("bitsandbytes")
+
+
+def run(config_file: Path, folder: Path, *overrides: str) -> Path:
+    config = load_run_config(config_file, [f"output.dir={folder}", *overrides])
+    train(config, console=Console(quiet=True))
+    return folder
+
+
+@pytest.mark.parametrize("quantization", ["nf4", "fp4", "int8"])
+def test_a_run_trains_saves_chats_and_merges(quantization, config_file, tmp_path):
+    folder = run(config_file, tmp_path / "run", f"model.quantization={quantization}")
+    losses = [row["eval_loss"] for row in rows(folder) if row.get("eval_loss") is not None]
+    assert losses[-1] < losses[0]
+    resolved = yaml.safe_load((folder / "config.yaml").read_text())
+    assert resolved["paca"]["original_weights"] == resolved["model"]["name"]
+    tensors = adapter(folder)
+    deltas = [tensor for name, tensor in tensors.items() if name.endswith("paca_delta")]
+    assert {tensor.dtype for tensor in deltas} == {torch.float32}
+    assert any(
+        not torch.equal(d, d.to(torch.bfloat16).float()) for d in deltas
+    )  # trained in float32, not in TRL's bf16
+
+    loaded = load_for_generation(folder)
+    assert loaded.model.get_base_model().is_quantized
+    assert loaded.model.peft_config["default"].base_quantization == quantization
+
+    merge_to_folder(folder, tmp_path / "merged")  # compares logits
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    assert not getattr(merged.config, "quantization_config", None)
+    assert all(p.is_floating_point() for p in merged.parameters())
+
+
+def test_the_columns_may_start_from_the_dequantized_weight(config_file, tmp_path):
+    folder = run(
+        config_file, tmp_path / "run", "model.quantization=nf4", "paca.original_weights=null", "train.max_steps=1"
+    )
+    assert yaml.safe_load((folder / "config.yaml").read_text())["paca"]["original_weights"] is None
+
+
+def test_the_plan_says_so(config_file):
+    plan = describe(load_run_config(config_file, ["model.quantization=nf4"]))
+    assert "float32, nf4)" in dict(plan.lines())["model"]
+
+
+def test_an_unknown_quantization_names_the_known_ones(config_file):
+    with pytest.raises(PacaError, match=r"model\.quantization must be one of nf4, fp4, int8 or null"):
+        load_run_config(config_file, ["model.quantization=nf5"])
