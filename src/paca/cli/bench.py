@@ -142,7 +142,7 @@ def report(
     name: Annotated[str | None, typer.Option(help="Beginning of the pictures' names. Default: the file's.")] = None,
     markdown: Annotated[Path | None, typer.Option(help="Write the tables to this file instead of the screen.")] = None,
     readme: Annotated[
-        Path | None, typer.Option(help="Put the tables and the pictures between this file's bench markers.")
+        Path | None, typer.Option(help="Put a table of ratios and the first picture between this file's bench markers.")
     ] = None,
 ) -> None:
     """Turn rows into tables and pictures."""
@@ -152,6 +152,7 @@ def report(
     from paca.bench.readme import replace_block
     from paca.bench.report import tables
     from paca.bench.rows import read_rows
+    from paca.bench.summary_table import summary_tables
 
     rows = [row for file in files for row in read_rows(file)]
     baselines = _names(baseline) if baseline else ()
@@ -163,9 +164,12 @@ def report(
     elif readme is None:
         print(text)
     if readme is not None:
-        shown = [f"![{path.stem}]({os.path.relpath(path, readme.parent)})" for path in pictures]
+        shown = [f"![{path.stem}]({os.path.relpath(path, readme.parent)})" for path in pictures[:1]]
         source = ", ".join(f"[{file.name}]({os.path.relpath(file, readme.parent)})" for file in files)
-        replace_block(readme, "\n".join([*shown, "", text, f"Made by `paca bench report` from the rows in {source}."]))
+        summary = summary_tables(rows, baselines or list(dict.fromkeys(row.baseline for row in rows if row.baseline)))
+        whole = f" ([all of it, with spreads]({os.path.relpath(markdown, readme.parent)}))" if markdown else ""
+        made = f"Medians of ratios within a round; made by `paca bench report` from the rows in {source}{whole}."
+        replace_block(readme, "\n".join([*shown, "", summary, made]))
     for path in pictures:
         print(f"Written: {path}")
 
