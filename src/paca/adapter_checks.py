@@ -46,7 +46,7 @@ def check_adapter_tensors(model: nn.Module, adapter_name: str, tensors: dict[str
             if not _finite(delta.to(layer.paca_delta[adapter_name].dtype)):
                 raise ValueError(f"{file_name(delta_name, adapter_name)} holds NaN or Inf: the adapter is broken.")
             order = indices.argsort()
-            checked[delta_name], checked[indices_name] = delta[:, order].contiguous(), indices[order].to(torch.int64)
+            checked[delta_name], checked[indices_name] = delta[..., order].contiguous(), indices[order].to(torch.int64)
     places = model.state_dict()
     for name in tensors.keys() & places.keys() - expected:  # modules_to_save, embeddings
         tensor, place = tensors[name], places[name]
@@ -68,10 +68,12 @@ def _check_shapes(
     layer: PacaLayer, adapter_name: str, delta_name: str, delta: Tensor, indices_name: str, indices: Tensor
 ) -> None:
     r = layer.r[adapter_name]
-    if tuple(delta.shape) != (layer.out_features, r):
+    wanted = layer.delta_shape(r)
+    if tuple(delta.shape) != wanted:
+        axes = "(out_features, r)" if len(wanted) == 2 else "(experts, out_features, r)"
         raise ValueError(
             f"{file_name(delta_name, adapter_name)} has shape {tuple(delta.shape)}; in this model, with r={r}, it must "
-            f"have {(layer.out_features, r)} (out_features, r)."
+            f"have {wanted} {axes}."
         )
     if tuple(indices.shape) != (r,):
         raise ValueError(

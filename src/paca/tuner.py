@@ -5,17 +5,21 @@ from __future__ import annotations
 import contextlib
 import copy
 import inspect
+import warnings
 from collections import Counter
 from typing import Any
 
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _maybe_include_all_linear_layers
+from peft.utils.integrations import init_empty_weights
 from peft.utils.other import AuxiliaryTrainingWrapper, get_pattern_key
 from torch import Tensor, nn
 
 from paca.adapter_checks import check_adapter_tensors
 from paca.adapter_file import check_has_weights
 from paca.config import PacaConfig
-from paca.layers import RESIDENT_CLASSES, PacaLayer, PacaLinear
+from paca.expert_targets import expert_targets, unused_patterns
+from paca.layers import PACA_CLASSES, RESIDENT_CLASSES, PacaExpertStack, PacaLayer
+from paca.layers.experts import ExpertStack, put_parameter_back, stack_of
 from paca.layers.resident_weight import ResidentWeight
 from paca.refresh import RefreshBeforeForward, paca_layers
 from paca.registration import PREFIX
@@ -42,15 +46,24 @@ class PacaModel(BaseTuner):
         try:
             if config.loading and config.folder is not None:
                 check_has_weights(config.folder)
-            super().inject_adapter(model, adapter_name, *args, **kwargs)
+            with warnings.catch_warnings():
+                if config.target_parameters:  # PEFT looks for these keys among the targeted modules only
+                    warnings.filterwarnings("ignore", "The following (rank|alpha)_pattern keys", RuntimeWarning)
+                    warnings.filterwarnings("ignore", "You have passed exclude_modules", UserWarning)
+                super().inject_adapter(model, adapter_name, *args, **kwargs)
         except Exception:
             self.peft_config.pop(adapter_name, None)
             remove_adapter(model, adapter_name, trainable_before)
             raise
         config.trainable_before = trainable_before
+        unused = unused_patterns(model, adapter_name, {**config.rank_pattern, **config.alpha_pattern})
+        if config.target_parameters and unused:
+            warnings.warn(f"rank_pattern or alpha_pattern: no adapted layer is called {unused}.", stacklevel=2)
         RefreshBeforeForward.install(model)
 
     def _prepare_adapter_config(self, peft_config: Any, model_config: dict[str, Any]) -> Any:
+        if peft_config.target_modules is None and peft_config.target_parameters:
+            peft_config.target_modules = set()
         if peft_config.target_modules is None:
             chosen = "|".join(peft_config.indices or ())
             peft_config.target_modules = rf"(.*\.)?({chosen})" if chosen else "all-linear"
@@ -77,7 +90,7 @@ class PacaModel(BaseTuner):
         else:
             resident_class = self._resident_class(target, current_key)
             indices = choose_columns(peft_config, target.weight.shape[resident_class.input_dim], current_key)
-            layer = PacaLinear(resident_class.adopt(target))  # from here on nothing may fail
+            layer = PACA_CLASSES[type(target)](resident_class.adopt(target))  # from here on nothing may fail
         alpha_key = get_pattern_key(list(peft_config.alpha_pattern), current_key)
         layer.update_layer(
             adapter_name,
@@ -90,6 +103,30 @@ class PacaModel(BaseTuner):
             if adapter_name not in self.active_adapters:
                 layer.requires_grad_(False)
             self._replace_module(parent, target_name, layer, target)
+
+    def _check_target_module_exists(self, peft_config: Any, key: str) -> Any:  # type: ignore[override]
+        # A stack stands where a parameter was: target_modules must not find it when a second adapter comes.
+        if isinstance(self.model.get_submodule(key), PacaExpertStack):
+            return False
+        return super()._check_target_module_exists(peft_config, key)
+
+    def _inject_parameters(
+        self, peft_config: Any, model: nn.Module, adapter_name: str, low_cpu_mem_usage: bool
+    ) -> list[str]:
+        targets = expert_targets(model, peft_config)
+        for key, experts, name in targets:
+            target = experts._modules.get(name) or stack_of(experts, name)
+            with init_empty_weights() if low_cpu_mem_usage else contextlib.nullcontext():
+                self._create_and_replace(peft_config, adapter_name, target, name, experts, key, parameter_name=name)
+        return [target.key for target in targets]
+
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        if isinstance(new_module, ExpertStack):
+            put_parameter_back(parent, child_name, new_module)
+        else:
+            if isinstance(new_module, PacaExpertStack):
+                del parent._parameters[child_name]
+            super()._replace_module(parent, child_name, new_module, child)
 
     def _resident_class(self, target: nn.Module, key: str) -> type[ResidentWeight]:
         if isinstance(target, BaseTunerLayer):
@@ -217,7 +254,11 @@ def remove_adapter(model: nn.Module, adapter_name: str, trainable_before: dict[s
                 module.delete_adapter(adapter_name)
             if not module.paca_delta:
                 stock = module.unload_and_optionally_merge_module(False, False, None)
-                setattr(model.get_submodule(parent_name), child, stock)
+                parent = model.get_submodule(parent_name)
+                if isinstance(stock, ExpertStack):
+                    put_parameter_back(parent, child, stock)
+                else:
+                    setattr(parent, child, stock)
         elif isinstance(module, AuxiliaryTrainingWrapper) and adapter_name in module._adapters:
             module.delete_adapter(adapter_name, new_active_adapters=None)
             if not module._adapters:

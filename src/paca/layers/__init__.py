@@ -1,6 +1,23 @@
 """One file per kind of layer, above a base class with the PEFT bookkeeping."""
 
-from paca.layers.base import PacaLayer
-from paca.layers.linear import RESIDENT_CLASSES, PacaLinear
+from torch import nn
 
-__all__ = ["RESIDENT_CLASSES", "PacaLayer", "PacaLinear"]
+from paca.layers import experts, linear
+from paca.layers.base import PacaLayer
+from paca.layers.experts import PacaExpertStack
+from paca.layers.linear import PacaLinear
+from paca.layers.resident_weight import ResidentWeight
+
+RESIDENT_CLASSES: dict[type[nn.Module], type[ResidentWeight]] = {
+    **linear.RESIDENT_CLASSES,
+    **experts.RESIDENT_CLASSES,
+}
+"""What each stock class becomes while it is adapted."""
+
+PACA_CLASSES: dict[type[nn.Module], type[PacaLayer]] = {
+    **dict.fromkeys(linear.RESIDENT_CLASSES, PacaLinear),
+    **dict.fromkeys(experts.RESIDENT_CLASSES, PacaExpertStack),
+}
+"""The layer that is put above it."""
+
+__all__ = ["PACA_CLASSES", "RESIDENT_CLASSES", "PacaExpertStack", "PacaLayer", "PacaLinear"]

@@ -46,7 +46,11 @@ class PacaLayer(nn.Module, BaseTunerLayer):
 
         weight = base_layer.weight
         self.in_features = weight.shape[base_layer.input_dim]
-        self.out_features = weight.shape[1 - base_layer.input_dim]
+        self.out_features = weight.shape[base_layer.output_dim]
+
+    def delta_shape(self, r: int) -> tuple[int, ...]:
+        """The shape of a delta of ``r`` columns."""
+        return self.out_features, r
 
     # -- adapters -----------------------------------------------------------------------------------------------
 
@@ -61,7 +65,7 @@ class PacaLayer(nn.Module, BaseTunerLayer):
         weight = self.base_layer.weight
         r = indices.numel()
         dtype = torch.promote_types(weight.dtype, torch.float32)  # float64 weights get float64 deltas
-        delta = torch.zeros(self.out_features, r, dtype=dtype, device=weight.device)
+        delta = torch.zeros(self.delta_shape(r), dtype=dtype, device=weight.device)
         if not init_weights:
             nn.init.normal_(delta, std=0.02)
         self.r[adapter_name] = r
@@ -205,7 +209,7 @@ class PacaLayer(nn.Module, BaseTunerLayer):
         input_dim = self.base_layer.input_dim
         values = columns.delta.detach() * columns.scale
         dense = torch.zeros(self.base_layer.weight.shape, dtype=values.dtype, device=values.device)
-        return dense.index_copy_(input_dim, columns.indices, values if input_dim == 1 else values.t())
+        return dense.index_copy_(input_dim, columns.indices, values if input_dim in (1, -1) else values.mT)
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         return True
