@@ -103,6 +103,7 @@ class StackView:
         """Whether a matrix of this is ``(out_features, in_features)``, and not the transpose."""
         return (self.stack.input_dim == -1) != self.flipped
 
+    @torch.compiler.disable
     def _one_expert(self, x: Tensor, expert: int, bias: Tensor | None = None) -> Tensor:
         """``x (..., in_features)`` times one expert's weight."""
         stack, state = self.stack, self.state
@@ -118,6 +119,7 @@ class StackView:
             state_tag=state.tag_tensor,
         )
 
+    @torch.compiler.disable
     def _expert_of_each_row(self, x: Tensor, experts: Tensor) -> Tensor:
         """Row ``i`` of ``x (rows, in_features)`` times the weight of ``experts[i]``, without a copy of it per row."""
         order = experts.argsort(stable=True)
@@ -128,6 +130,7 @@ class StackView:
             return self._one_expert(x, 0)
         return torch.cat(products).index_select(0, order.argsort())
 
+    @torch.compiler.disable
     def _grouped(self, x: Tensor, offsets: Tensor, matmul: GroupedMatmul) -> Tensor:
         stack, state = self.stack, self.state
         return grouped_partial_linear(

@@ -117,6 +117,7 @@ class PacaExpertStack(PacaLayer):
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         return False  # PEFT's conversion knows matrices only
 
+    @torch.compiler.disable  # a graph must not be specialized on what is resident while it is traced
     def forward(self) -> StackView | Tensor:  # type: ignore[override]
         """The stack as the running forward pass sees it."""
         self.push_columns()
