@@ -1,6 +1,6 @@
 """PaCA against PEFT's LoRA on stacks of experts: time, peak memory and largest allocation of a training step on a CPU.
 
-    python benchmarks/experts.py [--output benchmarks/experts.csv] [--rounds 7] [--dtypes bfloat16 float32] [--implementations grouped_mm eager]
+    python benchmarks/experts.py --output benchmarks/experts.csv --rounds 7
 
 A Mixtral-shaped model with random weights; every stack of experts is adapted and nothing else. Times are taken in
 interleaved rounds; memory is what torch's CPU allocator handed out within one step (after a first step has made the

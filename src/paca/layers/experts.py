@@ -118,7 +118,7 @@ class PacaExpertStack(PacaLayer):
         return False  # PEFT's conversion knows matrices only
 
     @torch.compiler.disable  # a graph must not be specialized on what is resident while it is traced
-    def forward(self) -> StackView | Tensor:  # type: ignore[override]
+    def forward(self) -> StackView | Tensor:
         """The stack as the running forward pass sees it."""
         self.push_columns()
         stack: StackView | Tensor = self.base_layer()
