@@ -682,6 +682,14 @@ def test_nothing_of_a_stacks_size_is_allocated_in_a_step(family, implementation,
     assert 0 < largest.bytes < smallest / 2, largest.operation
 
 
+def test_a_refresh_of_many_stacks_together_allocates_nothing_of_ones_size():
+    model = adapt(mixtral(num_hidden_layers=16), target_parameters=STACKS, task_type="CAUSAL_LM")
+    smallest = min(s.base_layer.weight.nbytes for s in stacks(model).values())
+    with LargestAllocation() as largest:
+        paca.refresh(model)
+    assert 0 < largest.bytes < smallest / 2, largest.operation
+
+
 def test_that_measurement_sees_the_stacks_that_lora_makes():
     lora = peft.LoraConfig(r=3, target_parameters=STACKS, target_modules=[], task_type="CAUSAL_LM")
     largest = largest_allocation_of_a_step(peft.get_peft_model(mixtral(), lora))

@@ -122,8 +122,9 @@ def _gradient_by_kernel(
     r = selected.shape[1]
     missing = -r % (16 // selected.element_size())  # the kernel wants rows of whole 16 bytes
     columns = F.pad(selected, (0, missing)) if missing else selected
-    gradient = torch._grouped_mm(columns.t(), grad_rows, offs=offsets)[:, :r].to(dtype)  # (experts, r, out_features)
-    return (gradient if scale == 1.0 else gradient * scale).mT
+    product = torch._grouped_mm(columns.t(), grad_rows, offs=offsets)[:, :r]  # (experts, r, out_features)
+    gradient = torch.empty(product.mT.shape, dtype=dtype, device=product.device).copy_(product.mT)
+    return gradient if scale == 1.0 else gradient.mul_(scale)
 
 
 def _gradient_by_expert(

@@ -405,7 +405,9 @@ def refresh_together(stale: list[tuple[ResidentColumns, Tensor]], *, before_forw
         for resident, weight in stale:
             resident._check_seal(weight)
             later = before_forward and weight.device.type == "cpu"
-            if len(resident.wanted) == 1 and (not later or resident._same_places(resident.wanted)):
+            # A stack of experts fills the kernels alone; many together would take as much memory as a stack.
+            alone = len(resident.wanted) != 1 or weight.dim() == 3
+            if not alone and (not later or resident._same_places(resident.wanted)):
                 only = resident.wanted[0]
                 joint[only.scale, only.delta.dtype].append((resident, weight))
             elif not later:

@@ -70,11 +70,11 @@ class ResidentStack(ResidentWeight, ExpertStack):
         Cut once and kept until the deltas change: taken one by one, each expert's backward would make a gradient of the
         whole delta's size.
         """
-        requiring = tuple(c.delta.requires_grad for c in state.columns)
+        requiring = tuple(delta.requires_grad for delta in state.deltas)
         if not torch.is_grad_enabled():
-            return [c.delta.unbind(0) for c in state.columns]
+            return [delta.unbind(0) for delta in state.deltas]
         if self._cut is None or self._cut[0] is not state or self._cut[1] != requiring:
-            self._cut = (state, requiring, [c.delta.unbind(0) for c in state.columns])
+            self._cut = (state, requiring, [delta.unbind(0) for delta in state.deltas])
         return self._cut[2]
 
     def release(self) -> None:
