@@ -46,7 +46,10 @@ def check_adapter_tensors(model: nn.Module, adapter_name: str, tensors: dict[str
             if not _finite(delta.to(layer.paca_delta[adapter_name].dtype)):
                 raise ValueError(f"{file_name(delta_name, adapter_name)} holds NaN or Inf: the adapter is broken.")
             order = indices.argsort()
-            checked[delta_name], checked[indices_name] = delta[:, order].contiguous(), indices[order].to(torch.int64)
+            checked[delta_name], checked[indices_name] = (
+                delta.index_select(layer.delta_column_dim, order).contiguous(),
+                indices[order].to(torch.int64),
+            )
     # Not from a state dict: taking one would park every weight.
     places = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
     for name in tensors.keys() & places.keys() - expected:  # modules_to_save, embeddings
@@ -71,7 +74,7 @@ def _check_shapes(
     r = layer.r[adapter_name]
     wanted = layer.delta_shape(r)
     if tuple(delta.shape) != wanted:
-        axes = "(out_features, r)" if len(wanted) == 2 else "(out_channels, r, *kernel)"
+        axes = layer.delta_axes
         raise ValueError(
             f"{file_name(delta_name, adapter_name)} has shape {tuple(delta.shape)}; in this model, with r={r}, it must "
             f"have {wanted} {axes}."

@@ -34,6 +34,13 @@ class PacaConfig(PeftConfig):
             "'all-linear'. Default: all linear layers but the output layer, as in the paper."
         },
     )
+    target_parameters: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Names (or endings of names) of stacks of experts to adapt, such as ['experts.gate_up_proj', "
+            "'experts.down_proj']. Without target_modules, nothing else is adapted then."
+        },
+    )
     exclude_modules: list[str] | set[str] | str | None = field(
         default=None, metadata={"help": "Modules left out of target_modules; same forms."}
     )
@@ -115,6 +122,14 @@ class PacaConfig(PeftConfig):
         if self.layers_pattern and self.layers_to_transform is None:
             raise ValueError(
                 "layers_pattern says where layers_to_transform counts, but layers_to_transform is not set."
+            )
+        if self.target_parameters is not None and (
+            not isinstance(self.target_parameters, (list, tuple))
+            or not all(isinstance(name, str) for name in self.target_parameters)
+        ):
+            raise ValueError(
+                "target_parameters must be a list of names, such as ['experts.gate_up_proj', 'experts.down_proj']; got "
+                f"{self.target_parameters!r}."
             )
         if self.indices is not None and (not isinstance(self.indices, dict) or not self.indices):
             raise ValueError("indices must map module names to lists of column numbers, such as {'q_proj': [0, 5]}.")

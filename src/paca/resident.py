@@ -35,7 +35,8 @@ class ResidentColumns:
     several adapters share add up. Every method takes the weight, and holds no reference to it or to its module.
 
     Args:
-        input_dim: the dimension of the weight that runs over the input features (1: ``nn.Linear``, 0: ``Conv1D``).
+        input_dim: the dimension of the weight that runs over the input features (1: ``nn.Linear``, 0: ``Conv1D``; for a
+            stack of experts -1, or -2 if it is stored transposed).
     """
 
     def __init__(self, input_dim: int) -> None:
@@ -356,14 +357,15 @@ class ResidentColumns:
             if only.device != kept.values.device:
                 only = only.to(kept.values.device)
             values = kept.values if kept.values.dtype == dtype else kept.values.to(dtype)
-            return add_once(values, only if self.input_dim == 1 else only.t(), columns[0].scale)
+            return add_once(values, only if self.input_dim in (1, -1) else only.mT, columns[0].scale)
         # float64, so that the one rounding is the cast to the weight's dtype; MPS has no float64.
         wide = torch.float32 if kept.values.device.type == "mps" else torch.float64
         total = kept.values.to(wide)
         for c in columns:
             part = c.delta.detach().to(device=total.device, dtype=wide)
             places = torch.searchsorted(kept.positions, c.indices.to(total.device))
-            total = total.index_add(self.input_dim, places, part if self.input_dim == 1 else part.t(), alpha=c.scale)
+            part = part if self.input_dim in (1, -1) else part.mT
+            total = total.index_add(self.input_dim, places, part, alpha=c.scale)
         return round_once(total, dtype)
 
     def _put(self, weight: Tensor, positions: Tensor, values: Tensor) -> None:
@@ -414,7 +416,9 @@ def refresh_together(stale: list[tuple[ResidentColumns, Tensor]], *, before_forw
         for resident, weight in stale:
             resident._check_seal(weight)
             later = before_forward and weight.device.type == "cpu"
-            if len(resident.wanted) == 1 and (not later or resident._same_places(resident.wanted)):
+            # A stack of experts fills the kernels alone; many together would take as much memory as a stack.
+            alone = len(resident.wanted) != 1 or weight.dim() == 3
+            if not alone and (not later or resident._same_places(resident.wanted)):
                 only = resident.wanted[0]
                 joint[only.scale, only.delta.dtype].append((resident, weight))
             elif not later:
@@ -432,7 +436,7 @@ def _compute_jointly(jobs: list[tuple[ResidentColumns, Tensor]]) -> None:
         resident._place(weight, resident.wanted)
     originals = [resident._kept.values for resident, _ in jobs if resident._kept is not None]
     deltas = [
-        resident.wanted[0].delta.detach() if resident.input_dim == 1 else resident.wanted[0].delta.detach().t()
+        resident.wanted[0].delta.detach() if resident.input_dim in (1, -1) else resident.wanted[0].delta.detach().mT
         for resident, _ in jobs
     ]
     flat = torch.cat([o.reshape(-1) for o in originals]), torch.cat([d.reshape(-1) for d in deltas])

@@ -10,6 +10,7 @@ from collections import Counter
 from typing import Any
 
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _maybe_include_all_linear_layers
+from peft.utils.integrations import init_empty_weights
 from peft.utils.other import AuxiliaryTrainingWrapper, get_pattern_key
 from torch import Tensor, nn
 
@@ -17,7 +18,9 @@ from paca.adapter_checks import check_adapter_tensors
 from paca.adapter_file import check_has_weights
 from paca.adapter_names import mixed_batch
 from paca.config import PacaConfig
-from paca.layers import PACA_CLASSES, RESIDENT_CLASSES, PacaLayer
+from paca.expert_targets import expert_targets, unused_patterns
+from paca.layers import PACA_CLASSES, RESIDENT_CLASSES, PacaExpertStack, PacaLayer
+from paca.layers.experts import ExpertStack, put_parameter_back, stack_of
 from paca.layers.modes import OVERLAID, known_quantizations, mode_of
 from paca.layers.overlaid import OverlaidLinear, check_writable
 from paca.layers.plain import dequantize_model
@@ -50,7 +53,11 @@ class PacaModel(BaseTuner):
         try:
             if config.loading and config.folder is not None:
                 check_has_weights(config.folder)
-            super().inject_adapter(model, adapter_name, *args, **kwargs)
+            with warnings.catch_warnings():
+                if config.target_parameters:  # PEFT looks for these keys among the targeted modules only
+                    warnings.filterwarnings("ignore", "The following (rank|alpha)_pattern keys", RuntimeWarning)
+                    warnings.filterwarnings("ignore", "You have passed exclude_modules", UserWarning)
+                super().inject_adapter(model, adapter_name, *args, **kwargs)
             note_quantization(model, adapter_name, config)
         except Exception:
             self.peft_config.pop(adapter_name, None)
@@ -60,9 +67,14 @@ class PacaModel(BaseTuner):
         original = copied_adapter(self.peft_config, adapter_name)
         if original is not None:
             copy_deltas(paca_layers(model), original)
+        unused = unused_patterns(model, adapter_name, {**config.rank_pattern, **config.alpha_pattern})
+        if config.target_parameters and unused:
+            warnings.warn(f"rank_pattern or alpha_pattern: no adapted layer is called {unused}.", stacklevel=2)
         RefreshBeforeForward.install(model)
 
     def _prepare_adapter_config(self, peft_config: Any, model_config: dict[str, Any]) -> Any:
+        if peft_config.target_modules is None and peft_config.target_parameters:
+            peft_config.target_modules = set()
         if peft_config.target_modules is None:
             chosen = "|".join(peft_config.indices or ())
             peft_config.target_modules = rf"(.*\.)?({chosen})" if chosen else "all-linear"
@@ -115,10 +127,30 @@ class PacaModel(BaseTuner):
         if layer is not target:
             if adapter_name not in self.active_adapters:
                 layer.requires_grad_(False)
+            if isinstance(layer, PacaExpertStack):
+                del parent._parameters[target_name]
             setattr(parent, target_name, layer)  # PEFT's own way would move the deltas to where the weight is stored
 
+    def _check_target_module_exists(self, peft_config: Any, key: str) -> Any:  # type: ignore[override]
+        # A stack stands where a parameter was: target_modules must not find it when a second adapter comes.
+        if isinstance(self.model.get_submodule(key), PacaExpertStack):
+            return False
+        return super()._check_target_module_exists(peft_config, key)
+
+    def _inject_parameters(
+        self, peft_config: Any, model: nn.Module, adapter_name: str, low_cpu_mem_usage: bool
+    ) -> list[str]:
+        targets = expert_targets(model, peft_config)
+        for key, experts, name in targets:
+            target = experts._modules.get(name) or stack_of(experts, name)
+            with init_empty_weights() if low_cpu_mem_usage else contextlib.nullcontext():
+                self._create_and_replace(peft_config, adapter_name, target, name, experts, key, parameter_name=name)
+        return [target.key for target in targets]
+
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: Any, child: Any) -> None:
-        if isinstance(child, PacaLayer):  # PEFT's own way is about attributes that quantized layers may lack
+        if isinstance(new_module, ExpertStack):
+            put_parameter_back(parent, child_name, new_module)
+        elif isinstance(child, PacaLayer):  # PEFT's own way is about attributes that quantized layers may lack
             setattr(parent, child_name, new_module)
         else:
             super()._replace_module(parent, child_name, new_module, child)
@@ -341,7 +373,11 @@ def remove_adapter(model: nn.Module, adapter_name: str, trainable_before: dict[s
                 module.delete_adapter(adapter_name)
             if not module.paca_delta:
                 stock = module.unload_and_optionally_merge_module(False, False, None)
-                setattr(model.get_submodule(parent_name), child, stock)
+                parent = model.get_submodule(parent_name)
+                if isinstance(stock, ExpertStack):
+                    put_parameter_back(parent, child, stock)
+                else:
+                    setattr(parent, child, stock)
         elif isinstance(module, AuxiliaryTrainingWrapper) and adapter_name in module._adapters:
             module.delete_adapter(adapter_name, new_active_adapters=None)
             if not module._adapters:

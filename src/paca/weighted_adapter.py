@@ -37,7 +37,9 @@ class WeightedSum(NamedTuple):
     """``(r,)`` int64, ascending."""
 
 
-def weighted_sum(columns: Sequence[Columns], weights: Sequence[float], dtype: torch.dtype) -> WeightedSum:
+def weighted_sum(
+    columns: Sequence[Columns], weights: Sequence[float], dtype: torch.dtype, column_dim: int = 1
+) -> WeightedSum:
     """The union of ``columns``, with ``delta = sum_i weights[i] * scale_i * delta_i``.
 
     Taken in float64 (float32 on devices without it) and rounded once to ``dtype``. So where no two adapters share a
@@ -47,15 +49,17 @@ def weighted_sum(columns: Sequence[Columns], weights: Sequence[float], dtype: to
         columns: one adapter's each, of one layer; ranks and selections may differ, columns may be shared.
         weights: one number each, of any sign.
         dtype: of the result.
+        column_dim: the dimension of the deltas that runs over their columns.
     """
     device = columns[0].delta.device
     wide = torch.float32 if device.type == "mps" else torch.float64
     union = torch.cat([c.indices.to(device) for c in columns]).unique(sorted=True)
-    out_features, _, *kernel = columns[0].delta.shape
-    total = torch.zeros(out_features, union.numel(), *kernel, dtype=wide, device=device)
+    shape = list(columns[0].delta.shape)
+    shape[column_dim] = union.numel()
+    total = torch.zeros(shape, dtype=wide, device=device)
     for c, weight in zip(columns, weights, strict=True):
         places = torch.searchsorted(union, c.indices.to(device))
-        total.index_add_(1, places, c.delta.detach().to(device=device, dtype=wide), alpha=weight * c.scale)
+        total.index_add_(column_dim, places, c.delta.detach().to(device=device, dtype=wide), alpha=weight * c.scale)
     return WeightedSum(total.to(dtype), union)
 
 
@@ -73,7 +77,9 @@ def add_weighted_adapter(
             ]
             if present:
                 dtype = torch.promote_types(layer.weight_placement()[1], torch.float32)
-                sums[name] = weighted_sum([c for c, _ in present], [w for _, w in present], dtype)
+                sums[name] = weighted_sum(
+                    [c for c, _ in present], [w for _, w in present], dtype, layer.delta_column_dim
+                )
 
     model.peft_config[adapter_name] = _config(model, adapters[0], sums, sorted(holders))
     model.inject_adapter(model.model, adapter_name)

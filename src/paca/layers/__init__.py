@@ -2,10 +2,11 @@
 
 from torch import nn
 
-from paca.layers import convolution, embedding, linear
+from paca.layers import convolution, embedding, experts, linear
 from paca.layers.base import PacaLayer
 from paca.layers.convolution import PacaConvolution
 from paca.layers.embedding import PacaEmbedding
+from paca.layers.experts import PacaExpertStack
 from paca.layers.linear import PacaLinear
 from paca.layers.resident_weight import ResidentWeight
 
@@ -13,6 +14,7 @@ RESIDENT_CLASSES: dict[type[nn.Module], type[ResidentWeight]] = {
     **linear.RESIDENT_CLASSES,
     **convolution.RESIDENT_CLASSES,
     **embedding.RESIDENT_CLASSES,
+    **experts.RESIDENT_CLASSES,
 }
 """What each stock class becomes while it is adapted."""
 
@@ -20,6 +22,7 @@ PACA_CLASSES: dict[type[nn.Module], type[PacaLayer]] = {
     **dict.fromkeys(linear.RESIDENT_CLASSES, PacaLinear),
     **dict.fromkeys(convolution.RESIDENT_CLASSES, PacaConvolution),
     **dict.fromkeys(embedding.RESIDENT_CLASSES, PacaEmbedding),
+    **dict.fromkeys(experts.RESIDENT_CLASSES, PacaExpertStack),
 }
 """The layer that is put above it."""
 
@@ -28,6 +31,7 @@ __all__ = [
     "RESIDENT_CLASSES",
     "PacaConvolution",
     "PacaEmbedding",
+    "PacaExpertStack",
     "PacaLayer",
     "PacaLinear",
 ]

@@ -27,6 +27,11 @@ class PacaLayer(nn.Module, BaseTunerLayer):
         scaling: per adapter, the factor ``paca_alpha / r`` on its delta.
     """
 
+    delta_axes = "(out_features, r)"
+    """What the dimensions of a delta are, for messages."""
+    delta_column_dim = 1
+    """The dimension of a delta that runs over its columns."""
+
     adapter_layer_names = ("paca_delta",)
     other_param_names = ("paca_indices", "r", "paca_alpha", "scaling")
     runs_mixed_batches: ClassVar[bool] = False
@@ -59,7 +64,7 @@ class PacaLayer(nn.Module, BaseTunerLayer):
     def weight_shape(self) -> tuple[int, int]:
         """``(out_features, in_features)`` of the weight, however it is stored."""
         shape, input_dim = self.base_layer.weight.shape, self.base_layer.input_dim
-        return shape[1 - input_dim], shape[input_dim]
+        return shape[self.base_layer.output_dim], shape[input_dim]
 
     def weight_placement(self) -> tuple[torch.device, torch.dtype]:
         """Where the layer computes, and the type of its weight."""
@@ -234,7 +239,7 @@ class PacaLayer(nn.Module, BaseTunerLayer):
         input_dim = self.base_layer.input_dim
         values = columns.delta.detach() * columns.scale
         dense = torch.zeros(self.base_layer.weight.shape, dtype=values.dtype, device=values.device)
-        return dense.index_copy_(input_dim, columns.indices, values if input_dim == 1 else values.t())
+        return dense.index_copy_(input_dim, columns.indices, values if input_dim in (1, -1) else values.mT)
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         return True

@@ -118,3 +118,5 @@ RESIDENT_CLASSES: dict[type[nn.Module], type[ResidentWeight]] = {
 
 class PacaConvolution(PacaLayer):
     """The adapted convolution: keeps each adapter's deltas ``(out_channels, r, *kernel)`` and indices."""
+
+    delta_axes = "(out_channels, r, *kernel)"

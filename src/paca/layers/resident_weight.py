@@ -34,6 +34,11 @@ class ResidentWeight(nn.Module):
     owner: Callable[[], Any]
     """Gives the adapted layer above, which knows what is wanted; a weak reference."""
 
+    @property
+    def output_dim(self) -> int:
+        """The dimension of ``weight`` that runs over the output features."""
+        return 1 - self.input_dim
+
     @classmethod
     def adopt(cls, module: nn.Module) -> ResidentWeight:
         """Turn ``module``, an instance of ``stock_class``, into an instance of this class, in place."""

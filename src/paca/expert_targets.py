@@ -1,0 +1,114 @@
+"""Which stacks of experts a config's ``target_parameters`` name."""
+
+from __future__ import annotations
+
+import copy
+import difflib
+import re
+from typing import Any, NamedTuple
+
+from peft.tuners.tuners_utils import check_target_module_exists
+from torch import nn
+
+from paca.layers.base import PacaLayer
+from paca.layers.experts import PacaExpertStack
+
+IMPLEMENTATIONS = (None, "eager", "grouped_mm", "batched_mm")
+
+
+class ExpertTarget(NamedTuple):
+    """A stack to be adapted."""
+
+    key: str
+    """The parameter's full name in the model."""
+    experts: nn.Module
+    name: str
+    """The parameter's name in ``experts``."""
+
+
+def expert_targets(model: nn.Module, config: Any) -> list[ExpertTarget]:
+    """Find the stacks that ``config.target_parameters`` (full names or endings of names) selects.
+
+    ``exclude_modules``, ``layers_to_transform`` and ``layers_pattern`` apply to them as they do to modules.
+
+    Args:
+        model: the base model, or one that other adapters are in already.
+        config: a ``PacaConfig``.
+
+    Raises:
+        ValueError: if a name matches nothing, or something that is no stack of experts; nothing has been changed then.
+    """
+    places = {
+        f"{module_name}.{name}": ExpertTarget(f"{module_name}.{name}", module, name)
+        for module_name, module in model.named_modules()
+        for name in (
+            *(n for n, p in module._parameters.items() if p is not None),
+            *(n for n, m in module.named_children() if isinstance(m, PacaExpertStack)),
+        )
+        if not isinstance(module, PacaExpertStack)
+    }
+    for wanted in config.target_parameters:
+        if not any(key == wanted or key.endswith(f".{wanted}") for key in places):
+            raise ValueError(f"target_parameters: the model has no parameter {wanted!r}. {_advice(wanted, places)}")
+    as_modules = copy.copy(config)
+    as_modules.target_modules = set(config.target_parameters)
+    found = [target for key, target in places.items() if check_target_module_exists(as_modules, key)]
+    if not found:
+        raise ValueError(
+            f"exclude_modules, modules_to_save or layers_to_transform leave none of the parameters that "
+            f"target_parameters={sorted(config.target_parameters)} names."
+        )
+    for target in found:
+        _check(target)
+    return found
+
+
+def _check(target: ExpertTarget) -> None:
+    weight: Any = getattr(target.experts, target.name)
+    if isinstance(weight, PacaExpertStack):
+        return
+    if len(weight.shape) != 3:
+        raise ValueError(
+            f"{target.key} has shape {tuple(weight.shape)}, but target_parameters takes stacks of experts, which have "
+            "three dimensions. A linear layer's weight is adapted through target_modules, by the layer's name."
+        )
+    kind = type(target.experts)
+    if not hasattr(target.experts, "is_transposed"):
+        raise ValueError(
+            f"{target.key} belongs to a {kind.__module__}.{kind.__qualname__}, which takes no part in transformers' "
+            "experts interface (use_experts_implementation): it does not say which dimension of its weights runs over "
+            "the inputs, so PaCA can't adapt it."
+        )
+    implementation = getattr(getattr(target.experts, "config", None), "_experts_implementation", None)
+    if implementation not in IMPLEMENTATIONS:
+        raise ValueError(
+            f"{target.key}: the experts run with experts_implementation={implementation!r}, whose kernels PaCA can't "
+            "train columns through. Call model.set_experts_implementation('grouped_mm') first; 'batched_mm' and "
+            "'eager' work too."
+        )
+    if getattr(getattr(target.experts, "_hf_hook", None), "offload", False):
+        raise ValueError(
+            f"{target.key} is offloaded by accelerate, which PaCA can't adapt yet. Load the model with a device_map "
+            "that keeps the experts on one device, or without one."
+        )
+
+
+def unused_patterns(model: nn.Module, adapter_name: str, patterns: dict[str, Any]) -> list[str]:
+    """The keys of a ``rank_pattern`` or ``alpha_pattern`` that name none of the adapter's layers, stacks among them."""
+    names = [n for n, m in model.named_modules() if isinstance(m, PacaLayer) and adapter_name in m.paca_delta]
+    return [key for key in patterns if not any(re.match(rf"(.*\.)?({key})$", name) for name in names)]
+
+
+def _advice(wanted: str, places: dict[str, ExpertTarget]) -> str:
+    stacks = sorted(
+        {
+            target.name
+            for target in places.values()
+            if isinstance(target.experts._modules.get(target.name), PacaExpertStack)
+            or len(getattr(target.experts, target.name).shape) == 3
+        }
+    )
+    if not stacks:
+        return "It has no stacks of experts at all; linear layers are adapted through target_modules."
+    near = difflib.get_close_matches(wanted.rpartition(".")[2], stacks, n=1)
+    return (f"Did you mean {near[0]!r}? " if near else "") + f"Its stacks of experts are called {', '.join(stacks)}."

@@ -1,0 +1,197 @@
+"""A stack of experts' weights as the model's own code sees it while its columns are trained.
+
+The forward of transformers' experts is left as it is, in each of its implementations: it takes one expert's weight, or
+all of them for a grouped matmul, or one per routed token, and multiplies. ``StackView`` answers those few operations
+with products that send gradients to the columns; anything else it refuses, since plain autograd would lose them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+import transformers.integrations.moe  # noqa: F401  (defines torch.ops.transformers.grouped_mm_fallback)
+from torch import Tensor
+
+from paca.functional import partial_linear
+from paca.grouped import GroupedMatmul, grouped_partial_linear
+
+if TYPE_CHECKING:
+    from paca.columns import State
+    from paca.layers.experts import ResidentStack
+
+
+class StackView:
+    """The stack, or the part of it that was indexed, with the columns that one forward pass uses.
+
+    Args:
+        stack: whose weight it is.
+        state: what the weight holds now; a backward pass puts it back if need be.
+        index: None for the whole stack, a number for one expert, ``(rows,)`` int64 for one expert per row.
+        flipped: whether the last two dimensions are swapped against how the stack is stored.
+    """
+
+    __slots__ = ("flipped", "index", "stack", "state")
+
+    def __init__(
+        self, stack: ResidentStack, state: State, index: int | Tensor | None = None, flipped: bool = False
+    ) -> None:
+        self.stack, self.state, self.index, self.flipped = stack, state, index, flipped
+
+    # -- what the model's code asks of a weight -------------------------------------------------------------------
+
+    def __getitem__(self, index: Any) -> StackView:
+        if self.index is not None or self.flipped:
+            raise ValueError(_refusal(f"indexing of {self!r}"))
+        if isinstance(index, int) or (isinstance(index, Tensor) and index.dim() == 0):
+            return StackView(self.stack, self.state, int(index))
+        if isinstance(index, Tensor) and index.dim() == 1 and index.dtype in (torch.int64, torch.int32):
+            return StackView(self.stack, self.state, index)
+        raise ValueError(_refusal(f"indexing with {index!r}"))
+
+    def transpose(self, first: int, second: int) -> StackView:
+        dims = len(self.shape)
+        if {first % dims, second % dims} != {dims - 2, dims - 1}:
+            raise ValueError(_refusal(f"transpose({first}, {second})"))
+        return StackView(self.stack, self.state, self.index, not self.flipped)
+
+    @property
+    def mT(self) -> StackView:
+        return self.transpose(-2, -1)
+
+    @property
+    def shape(self) -> torch.Size:
+        stored = self.stack.weight.shape
+        experts: tuple[int, ...] = (stored[0],)
+        if self.index is not None:
+            experts = () if isinstance(self.index, int) else (self.index.shape[0],)
+        return torch.Size((*experts, stored[2], stored[1]) if self.flipped else (*experts, stored[1], stored[2]))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.stack.weight.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.stack.weight.device
+
+    def data_ptr(self) -> int:
+        return self.stack.weight.data_ptr()
+
+    def size(self, dim: int) -> int:
+        return self.shape[dim]
+
+    def __repr__(self) -> str:
+        return f"StackView{tuple(self.shape)}"
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        product = _PRODUCTS.get(func)
+        if product is None:
+            raise ValueError(_refusal(getattr(func, "__name__", str(func))))
+        return product(*args, **(kwargs or {}))
+
+    # -- the products ---------------------------------------------------------------------------------------------
+
+    @property
+    def _out_by_in(self) -> bool:
+        """Whether a matrix of this is ``(out_features, in_features)``, and not the transpose."""
+        return (self.stack.input_dim == -1) != self.flipped
+
+    @torch.compiler.disable
+    def _one_expert(self, x: Tensor, expert: int, bias: Tensor | None = None) -> Tensor:
+        """``x (..., in_features)`` times one expert's weight."""
+        stack, state = self.stack, self.state
+        return partial_linear(
+            x,
+            stack.weight[expert],
+            bias,
+            [cut[expert] for cut in stack.deltas_by_expert(state)],
+            state.indices,
+            state.scales,
+            input_dim=stack.input_dim + 2,
+            before_backward=partial(stack.resident.before_backward, stack.weight, state),
+            state_tag=state.tag_tensor,
+        )
+
+    @torch.compiler.disable
+    def _expert_of_each_row(self, x: Tensor, experts: Tensor) -> Tensor:
+        """Row ``i`` of ``x (rows, in_features)`` times the weight of ``experts[i]``, without a copy of it per row."""
+        order = experts.argsort(stable=True)
+        counts = experts.bincount(minlength=self.stack.weight.shape[0]).tolist()
+        parts = x.index_select(0, order).split(counts)
+        products = [self._one_expert(part, expert) for expert, part in enumerate(parts) if counts[expert]]
+        if not products:
+            return self._one_expert(x, 0)
+        return torch.cat(products).index_select(0, order.argsort())
+
+    @torch.compiler.disable
+    def _grouped(self, x: Tensor, offsets: Tensor, matmul: GroupedMatmul) -> Tensor:
+        stack, state = self.stack, self.state
+        return grouped_partial_linear(
+            x,
+            stack.weight,
+            offsets,
+            state.deltas,
+            state.indices,
+            state.scales,
+            input_dim=stack.input_dim,
+            matmul=matmul,
+            before_backward=partial(stack.resident.before_backward, stack.weight, state),
+            state_tag=state.tag_tensor,
+        )
+
+
+def _linear(x: Any, weight: Any, bias: Tensor | None = None) -> Tensor:
+    if isinstance(weight, StackView) and isinstance(weight.index, int) and weight._out_by_in:
+        return weight._one_expert(x, weight.index, bias)
+    raise ValueError(_refusal("linear", x, weight))
+
+
+def _matmul(x: Any, weight: Any) -> Tensor:
+    if isinstance(weight, StackView) and isinstance(weight.index, int) and not weight._out_by_in:
+        return weight._one_expert(x, weight.index)
+    raise ValueError(_refusal("matmul", x, weight))
+
+
+def _bmm(first: Any, second: Any) -> Tensor:
+    """One row per indexed expert: ``(rows, 1, in) @ (rows, in, out)``, or ``(rows, out, in) @ (rows, in, 1)``."""
+    if isinstance(second, StackView):
+        if isinstance(second.index, Tensor) and not second._out_by_in and first.shape[1] == 1:
+            return second._expert_of_each_row(first[:, 0], second.index)[:, None]
+    elif isinstance(first.index, Tensor) and first._out_by_in and second.shape[2] == 1:
+        return first._expert_of_each_row(second[..., 0], first.index)[..., None]
+    raise ValueError(_refusal("bmm", first, second))
+
+
+def _grouped_mm(matmul: GroupedMatmul, x: Any, weight: Any, offs: Any = None, **settings: Any) -> Tensor:
+    plain = isinstance(offs, Tensor) and all(value is None for value in settings.values())
+    if plain and isinstance(weight, StackView) and weight.index is None and not weight._out_by_in:
+        return weight._grouped(x, offs, matmul)
+    raise ValueError(_refusal("grouped_mm", x, weight))
+
+
+_FALLBACK = torch.ops.transformers.grouped_mm_fallback
+_PRODUCTS: dict[Any, Callable[..., Tensor]] = {
+    F.linear: _linear,
+    torch.matmul: _matmul,
+    torch.Tensor.matmul: _matmul,
+    torch.bmm: _bmm,
+    torch._grouped_mm: partial(_grouped_mm, torch._grouped_mm),
+    _FALLBACK: partial(_grouped_mm, _FALLBACK),
+}
+
+
+def _refusal(operation: str, *operands: Any) -> str:
+    shapes = " and ".join(f"{type(o).__name__}{tuple(getattr(o, 'shape', ()))}" for o in operands)
+    return (
+        f"The experts' code uses an adapted stack of weights in {operation}{f' of {shapes}' if shapes else ''}, which "
+        "PaCA can't train columns through. It can through the implementations 'grouped_mm', 'batched_mm' and 'eager' "
+        "of transformers' experts: try model.set_experts_implementation('grouped_mm'), or leave the parameter out of "
+        "target_parameters."
+    )

@@ -1,0 +1,183 @@
+"""PaCA for stacks of experts: 3-D parameters such as ``gate_up_proj`` and ``down_proj`` of transformers' experts.
+
+While it is adapted, the parameter is held by a module in its place, under its name; the experts' own forward asks that
+module for the weight and gets a ``StackView``. Every expert of a stack trains the same input columns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from paca.columns import State
+from paca.layers.base import PacaLayer
+from paca.layers.expert_view import StackView
+from paca.layers.resident_weight import ResidentWeight
+
+
+class ExpertStack(nn.Module):
+    """Holds a stack ``weight (experts, out_features, in_features)`` that was a parameter of its experts module.
+
+    Args:
+        weight: the parameter itself.
+        places: names of all parameters of the experts module, in the order in which they go back.
+    """
+
+    def __init__(self, weight: nn.Parameter, places: tuple[str, ...]) -> None:
+        super().__init__()
+        self._parameters["weight"] = weight  # PEFT's low_cpu_mem_usage sends whatever is registered to the meta device
+        self.bias = None
+        self.places = places
+
+
+class TransposedExpertStack(ExpertStack):
+    """The same with ``weight (experts, in_features, out_features)``, as gpt-oss stores it."""
+
+
+class ResidentStack(ResidentWeight, ExpertStack):
+    """An ``ExpertStack`` with resident columns ``weight[:, :, indices]``."""
+
+    stock_class = ExpertStack
+    input_dim = -1
+
+    _cut: tuple[State, tuple[bool, ...], list[tuple[Tensor, ...]]] | None = None
+
+    @property
+    def output_dim(self) -> int:
+        return -3 - self.input_dim
+
+    def forward(self) -> StackView | Tensor:  # type: ignore[override]
+        """The stack as one forward pass sees it: the plain weight if it holds no column and no gradient is wanted.
+
+        That way a model whose adapters are disabled or merged runs the stock code on the stock parameter.
+        """
+        resident = self.resident
+        if resident.stale(self.weight):
+            resident.refresh(self.weight)
+        recording = torch.is_grad_enabled()
+        if recording or torch._C._current_graph_task_id() == -1:
+            resident.note_forward()  # re-entrant checkpointing runs its first pass without gradients
+        if not recording and not resident.state.columns:
+            return self.weight
+        return StackView(self, resident.state)
+
+    def deltas_by_expert(self, state: State) -> list[tuple[Tensor, ...]]:
+        """For each adapter of ``state``, its delta cut into ``(out_features, r)`` per expert.
+
+        Cut once and kept until the deltas change: taken one by one, each expert's backward would make a gradient of the
+        whole delta's size.
+        """
+        requiring = tuple(delta.requires_grad for delta in state.deltas)
+        if not torch.is_grad_enabled():
+            return [delta.unbind(0) for delta in state.deltas]
+        if self._cut is None or self._cut[0] is not state or self._cut[1] != requiring:
+            self._cut = (state, requiring, [delta.unbind(0) for delta in state.deltas])
+        return self._cut[2]
+
+    def release(self) -> None:
+        self._cut = None
+        super().release()
+
+    # The parameter keeps the name in state dicts that it had in its experts module.
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination[prefix.removesuffix(".")] = destination.pop(prefix + "weight")
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_cut": None}  # tensors of a graph can't be copied
+
+
+class ResidentTransposedStack(ResidentStack, TransposedExpertStack):
+    """A ``TransposedExpertStack`` with resident columns ``weight[:, indices, :]``."""
+
+    stock_class = TransposedExpertStack
+    input_dim = -2
+
+
+RESIDENT_CLASSES: dict[type[nn.Module], type[ResidentWeight]] = {
+    ExpertStack: ResidentStack,
+    TransposedExpertStack: ResidentTransposedStack,
+}
+
+
+class PacaExpertStack(PacaLayer):
+    """The adapted stack: stands where the parameter was, and is used by the experts' forward as the parameter was.
+
+    ``paca_delta`` is ``(experts, out_features, r)`` per adapter, however the stack is stored; ``paca_indices`` is
+    ``(r,)``.
+    """
+
+    delta_axes = "(experts, out_features, r)"
+    delta_column_dim = 2
+
+    def delta_shape(self, r: int) -> tuple[int, ...]:
+        return self.base_layer.weight.shape[0], self.out_features, r
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        return False  # PEFT's conversion knows matrices only
+
+    @torch.compiler.disable  # a graph must not be specialized on what is resident while it is traced
+    def forward(self) -> StackView | Tensor:
+        """The stack as the running forward pass sees it."""
+        self.push_columns()
+        stack: StackView | Tensor = self.base_layer()
+        return stack
+
+    def __getitem__(self, index: Any) -> StackView | Tensor:
+        return self()[index]
+
+    def transpose(self, first: int, second: int) -> StackView | Tensor:
+        return self().transpose(first, second)
+
+    @property
+    def mT(self) -> StackView | Tensor:
+        return self().mT
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.base_layer.weight.shape
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.base_layer.weight.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.base_layer.weight.device
+
+    def data_ptr(self) -> int:
+        return self.base_layer.weight.data_ptr()
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        return func(*(a() if isinstance(a, PacaExpertStack) else a for a in args), **(kwargs or {}))
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        if prefix + "base_layer" in state_dict:
+            state_dict[prefix + "base_layer.weight"] = state_dict.pop(prefix + "base_layer")
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+
+
+def stack_of(experts: nn.Module, name: str) -> ExpertStack:
+    """The parameter ``name`` of ``experts`` in a module of its own; ``experts`` is left as it is."""
+    places = tuple(experts._parameters)
+    for sibling in experts.children():
+        if isinstance(sibling, PacaExpertStack):
+            places = sibling.base_layer.places  # type: ignore[assignment]
+    weight: Any = experts._parameters[name]
+    return (TransposedExpertStack if experts.is_transposed else ExpertStack)(weight, places)
+
+
+def put_parameter_back(experts: nn.Module, name: str, stack: ExpertStack) -> None:
+    """Make the stack's weight the parameter ``name`` of ``experts`` again, in its old place."""
+    del experts._modules[name]
+    experts._parameters[name] = stack._parameters["weight"]
+    for place in stack.places:
+        if place in experts._parameters:
+            experts._parameters[place] = experts._parameters.pop(place)
