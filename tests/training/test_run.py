@@ -289,7 +289,7 @@ def test_a_loss_that_is_not_a_number_ends_the_run(run: Runner, tmp_path: Path) -
         ("paca.target_modules=[nothing]", r"The section paca does not fit .*nothing"),
         ("paca.r=1000", r"The section paca does not fit .*r=1000"),
         ("paca.target_modules=[lm_head]", r"SFTTrainer refuses this run: .*lm_head"),
-        ("train.optim=adamw_bnb_8bit", r"package that is not installed: .*bitsandbytes"),
+        ("train.optim=lomo", r"package that is not installed: .*lomo"),
         ("data.train=missing.jsonl", r"missing\.jsonl"),
         ("data.eval=40", r"Cannot hold 40 of 40"),
         ("model.name=./missing", r"\./missing"),

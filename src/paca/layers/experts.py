@@ -169,7 +169,7 @@ def stack_of(experts: nn.Module, name: str) -> ExpertStack:
     places = tuple(experts._parameters)
     for sibling in experts.children():
         if isinstance(sibling, PacaExpertStack):
-            places = sibling.base_layer.places  # type: ignore[assignment]
+            places = sibling.base_layer.places
     weight: Any = experts._parameters[name]
     return (TransposedExpertStack if experts.is_transposed else ExpertStack)(weight, places)
 
