@@ -177,7 +177,8 @@ def main() -> None:
                 took, peak, largest = (mine[m] for m in ("step_time", "step_peak_allocated", "step_largest_allocation"))
                 print(
                     f"  {name:22} {took.trainable:9,} trained  {took.median:.3f} s ({took.ratio:.2f} x lora)  "
-                    f"peak {peak.median / 2**20:6.1f} MiB ({peak.ratio:.2f} x)  largest {largest.median / 2**20:5.1f} MiB"
+                    f"peak {peak.median / 2**20:6.1f} MiB ({peak.ratio:.2f} x)  "
+                    f"largest {largest.median / 2**20:5.1f} MiB"
                 )
 
 
