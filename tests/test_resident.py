@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from paca.columns import Columns, State
-from paca.resident import ResidentColumns, refresh_together
+from paca.joint_refresh import refresh_together
+from paca.resident import ResidentColumns
 from reference import dense_weight, nearest
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]

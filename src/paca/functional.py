@@ -90,7 +90,7 @@ class _PartialLinear(torch.autograd.Function):
     ) -> Tensor:
         count = len(scales)
         indices, deltas = indices_then_deltas[:count], indices_then_deltas[count:]
-        # Gather first: x was just written, and the matmul would drive it out of cache (2048 tokens: 0.3x the time).
+        # Gather first: x was just written, and the matmul would drive it out of cache.
         # Gather before the cast: under autocast that reads r columns of x instead of casting all of it.
         needed = ctx.needs_input_grad[7 + count :]
         selected = [x.index_select(-1, i) for i, need in zip(indices, needed, strict=True) if need]

@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from paca.joint_refresh import refresh_together
 from paca.layers import PacaLayer
-from paca.resident import ResidentColumns, refresh_together
+from paca.resident import ResidentColumns
 
 
 def paca_layers(model: nn.Module) -> list[PacaLayer]:

@@ -8,7 +8,6 @@ its forward pass read. It knows tensors only; which adapters are wanted is pushe
 from __future__ import annotations
 
 import threading
-from collections import defaultdict
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -18,7 +17,7 @@ from torch import Tensor
 from paca.columns import Columns, State, version_of
 from paca.rounding import add_once, round_once
 
-_WRITING = threading.RLock()  # writers are rare (once per optimizer step); readers never take it
+WRITING = threading.RLock()  # writers are rare (once per optimizer step); readers never take it
 
 
 class _Kept(NamedTuple):
@@ -109,7 +108,7 @@ class ResidentColumns:
     @torch.no_grad()
     def refresh(self, weight: Tensor) -> None:
         """Make the weight hold ``wanted``. Writes the columns concerned, never the whole weight."""
-        with _WRITING:
+        with WRITING:
             self._check_seal(weight)
             if self._ready is not None and self._ready[0].holds(self.wanted):
                 self._settle(weight, *self._ready)
@@ -125,7 +124,7 @@ class ResidentColumns:
     @torch.no_grad()
     def park(self, weight: Tensor) -> None:
         """Put the original columns back, bit for bit."""
-        with _WRITING:
+        with WRITING:
             self._check_seal(weight)
             if self._state.columns:
                 self._settle(weight, State((), self._generation))
@@ -135,7 +134,7 @@ class ResidentColumns:
 
         ``hidden``: the version counters won't show it, so graphs that are pending must not rely on them.
         """
-        with _WRITING:
+        with WRITING:
             self.park(weight)
             write()
             self._hidden_writes += hidden
@@ -164,7 +163,7 @@ class ResidentColumns:
                 "optimizer step or an in-place operation), so the gradient can't be computed. Run backward() first."
             )
         if self._state.tag != state.tag or (state.columns and self._seal != _identity(weight)):
-            with torch.no_grad(), _WRITING:
+            with torch.no_grad(), WRITING:
                 self._check_seal(weight)
                 if self._state.tag != state.tag:
                     self._settle(weight, state)
@@ -209,7 +208,7 @@ class ResidentColumns:
         Raises:
             ValueError: if ``safe`` and a merged value would not be finite; nothing is written then.
         """
-        with _WRITING:
+        with WRITING:
             self.park(weight)
             together = self._merged + columns
             already = self._merged_kept
@@ -231,7 +230,7 @@ class ResidentColumns:
     @torch.no_grad()
     def unmerge(self, weight: Tensor) -> None:
         """Undo ``merge``, bit for bit."""
-        with _WRITING:
+        with WRITING:
             if self._merged_kept is not None:
                 self._put(weight, *self._merged_kept)
             self._merged, self._merged_kept = (), None
@@ -288,7 +287,7 @@ class ResidentColumns:
 
     def _wrote(self, values: Tensor) -> bool:
         """Whether ``values`` are what was written last, to the bit (NaN is equal to itself)."""
-        return self._written is not None and torch.equal(_bits(values), _bits(self._written))
+        return self._written is not None and torch.equal(bits_of(values), bits_of(self._written))
 
     def _check_seal(self, weight: Tensor) -> None:
         """See whether somebody else wrote into, or replaced, the weight while columns were in it."""
@@ -386,7 +385,7 @@ class ResidentColumns:
         self._lent = None
 
 
-def _bits(tensor: Tensor) -> Tensor:
+def bits_of(tensor: Tensor) -> Tensor:
     """``tensor`` as integers."""
     return tensor.view(getattr(torch, f"int{8 * tensor.element_size()}"))
 
@@ -397,74 +396,3 @@ def _identity(weight: Tensor) -> tuple[int, int]:
 
 def _storage_users(weight: Tensor) -> int:
     return torch._C._storage_Use_Count(weight.untyped_storage()._cdata)
-
-
-@torch.no_grad()
-def refresh_together(stale: list[tuple[ResidentColumns, Tensor]], *, before_forward: bool = False) -> None:
-    """Refresh many weights of one device and dtype: the same values as ``refresh`` on each, in fewer kernels.
-
-    The arithmetic of all weights that hold one adapter is done in one flat tensor; what is left per weight is the
-    single kernel that writes its columns.
-
-    Args:
-        stale: what to refresh, with the weights.
-        before_forward: a forward pass follows, which refreshes what is stale. On CPU writing the columns is left to it:
-            each layer's matmul then finds in cache what was written.
-    """
-    with _WRITING:
-        joint: dict[tuple[float, torch.dtype], list[tuple[ResidentColumns, Tensor]]] = defaultdict(list)
-        for resident, weight in stale:
-            resident._check_seal(weight)
-            later = before_forward and weight.device.type == "cpu"
-            # A stack of experts fills the kernels alone; many together would take as much memory as a stack.
-            alone = len(resident.wanted) != 1 or weight.dim() == 3
-            if not alone and (not later or resident._same_places(resident.wanted)):
-                only = resident.wanted[0]
-                joint[only.scale, only.delta.dtype].append((resident, weight))
-            elif not later:
-                resident.refresh(weight)
-        for jobs in joint.values():
-            _compute_jointly(jobs)
-        for resident, weight in stale:
-            if resident._ready is not None and not (before_forward and weight.device.type == "cpu"):
-                resident.refresh(weight)
-
-
-def _compute_jointly(jobs: list[tuple[ResidentColumns, Tensor]]) -> None:
-    """Get the new values ready for weights, of one device, that hold one adapter each, with one scale and dtype."""
-    for resident, weight in jobs:
-        resident._place(weight, resident.wanted)
-    originals = [resident._kept.values for resident, _ in jobs if resident._kept is not None]
-    deltas = [
-        resident.wanted[0].delta.detach() if resident.input_dim in (1, -1) else resident.wanted[0].delta.detach().mT
-        for resident, _ in jobs
-    ]
-    flat = torch.cat([o.reshape(-1) for o in originals]), torch.cat([d.reshape(-1) for d in deltas])
-    values = add_once(*flat, jobs[0][0].wanted[0].scale)
-    parts = [
-        part.view(o.shape) for part, o in zip(values.split([o.numel() for o in originals]), originals, strict=True)
-    ]
-    unmoved = [
-        (resident, part)
-        for (resident, _), part in zip(jobs, parts, strict=True)
-        if resident._state.holds(resident.wanted)
-    ]  # as far as version counters tell: compare
-    written = _written_already(unmoved)
-    for (resident, _), part in zip(jobs, parts, strict=True):
-        if id(resident) in written:
-            resident._finish()
-        else:
-            resident._hidden_writes += resident._state.holds(resident.wanted)
-            resident._ready = resident._new_state(), part
-
-
-def _written_already(values: list[tuple[ResidentColumns, Tensor]]) -> set[int]:
-    """The ids of those that hold the values given with them."""
-    if not values:
-        return set()
-    if values[0][1].device.type == "cpu":
-        return {id(resident) for resident, part in values if resident._wrote(part)}
-    # One comparison for all: each would wait for the device.
-    now = torch.cat([_bits(part).reshape(-1) for _, part in values])
-    before = torch.cat([_bits(r._written).reshape(-1) for r, _ in values if r._written is not None])
-    return {id(resident) for resident, _ in values} if torch.equal(now, before) else set()

@@ -18,7 +18,7 @@ def add_once(base: Tensor, change: Tensor, scale: float) -> Tensor:
         base: any shape, any float dtype.
         change: same shape and device.
         scale: for a power of two and float32 changes, the product is exact and the sum is taken in float32, which is
-            four times faster than float64 on CPU; results below 2**-99 may then be off by the last subnormal bit.
+            faster than float64 on CPU; results below 2**-99 may then be off by the last subnormal bit.
     """
     if (
         change.dtype == torch.float32

@@ -21,7 +21,7 @@ from paca.config import PacaConfig
 from paca.expert_targets import expert_targets, unused_patterns
 from paca.layers import PACA_CLASSES, RESIDENT_CLASSES, PacaExpertStack, PacaLayer
 from paca.layers.experts import ExpertStack, put_parameter_back, stack_of
-from paca.layers.modes import OVERLAID, known_quantizations, mode_of
+from paca.layers.modes import OVERLAID, is_offloaded, known_quantizations, mode_of
 from paca.layers.overlaid import OverlaidLinear, check_writable
 from paca.layers.plain import dequantize_model
 from paca.layers.resident_weight import ResidentWeight
@@ -188,6 +188,11 @@ class PacaModel(BaseTuner):
         problem = resident_class.problem(target)
         if problem:
             raise ValueError(f"{key} {problem}")
+        if is_offloaded(target, self.model):
+            raise ValueError(
+                f"{key} is offloaded by accelerate, and of the layers that PaCA adapts only linear ones can be. Load "
+                "the model with a device_map that keeps this layer on one device, or leave it out of target_modules."
+            )
         weight: Any = target.weight
         if not type(weight).__module__.startswith("torch."):
             raise ValueError(

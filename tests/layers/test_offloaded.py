@@ -13,6 +13,7 @@ from accelerate import cpu_offload, disk_offload, dispatch_model, init_empty_wei
 from transformers import AutoModelForCausalLM
 
 from models import adapt, gpt2, llama, tokens
+from paca.config import PacaConfig
 from paca.refresh import paca_layers
 
 DEVICE_MAP: dict[str, Any] = {
@@ -138,3 +139,13 @@ def test_an_adapter_is_loaded_onto_a_dispatched_model(tmp_path, monkeypatch, exp
     want = gradients(expected)
     for name, grad in gradients(model).items():
         torch.testing.assert_close(grad, want[name], msg=name)
+
+
+@pytest.mark.parametrize("layer", [torch.nn.Conv2d(4, 6, 3), torch.nn.Embedding(7, 4)])
+def test_other_kinds_of_offloaded_layers_are_refused_by_name(layer):
+    model = torch.nn.ModuleDict({"body": torch.nn.ModuleDict({"target": layer})})
+    cpu_offload(model, execution_device=torch.device("cpu"))
+    before = type(layer)
+    with pytest.raises(ValueError, match=r"body\.target is offloaded by accelerate, and of the layers"):
+        peft.get_peft_model(model, PacaConfig(r=2, target_modules=["target"]))
+    assert type(layer) is before
