@@ -26,7 +26,7 @@ from paca.planning.optimizer_state import state_bytes, step_temporaries
 from paca.planning.setting import Setting
 
 WEIGHTS = "weights"
-KEPT_COLUMNS = "kept original columns"
+KEPT_COLUMNS = "kept columns"
 TRAINABLE = "trainable parameters"
 GRADIENTS = "gradients"
 OPTIMIZER = "optimizer state"
