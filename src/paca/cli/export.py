@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import warnings
 from enum import Enum
 from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from paca.cli.quiet import hide_library_notes
 
 
 class Form(str, Enum):
@@ -29,8 +30,7 @@ def export(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what the output holds.")] = False,
 ) -> None:
     """Write an adapter as LoRA, as a merged model or for llama.cpp."""
-    # Notes from one library to another about their next releases; nothing a user of this command can act on.
-    warnings.filterwarnings("ignore", category=FutureWarning)
+    hide_library_notes()
     if to is Form.merged:
         from paca.cli.merge import merge
 

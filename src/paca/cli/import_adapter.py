@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import warnings
 from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from paca.cli.quiet import hide_library_notes
 
 
 def import_adapter(
@@ -18,8 +19,7 @@ def import_adapter(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an adapter that the output holds.")] = False,
 ) -> None:
     """Make a PaCA adapter of a checkpoint of the original authors' PaCA, or of a LoRA adapter exported from PaCA."""
-    # Notes from one library to another about their next releases; nothing a user of this command can act on.
-    warnings.filterwarnings("ignore", category=FutureWarning)
+    hide_library_notes()
     from paca.convert import imported
 
     result = imported.import_adapter(path, output, base_model=base, overwrite=overwrite)
