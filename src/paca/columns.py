@@ -43,6 +43,7 @@ class State:
         "tag",
         "tag_tensor",
         "versions",
+        "watched",
     )
 
     def __init__(self, columns: tuple[Columns, ...], generation: int, hidden_writes: int = 0) -> None:
@@ -52,9 +53,15 @@ class State:
         self.scales = tuple(c.scale for c in columns)
         self.generation = generation
         self.hidden_writes = hidden_writes
-        self.versions = tuple((version_of(c.delta), version_of(c.indices)) for c in columns)
-        content = tuple((id(c.delta), id(c.indices), c.scale) for c in columns)
-        self.tag = hash((content, self.versions, generation, hidden_writes if columns else 0))
+        versions, watched, content = [], [], []
+        for _, delta, indices, scale in columns:  # one pass: a state is made per layer and optimizer step
+            versions.append((version_of(delta), version_of(indices)))
+            watched += [(tensor, tensor._version) for tensor in (delta, indices) if not tensor.is_inference()]
+            content.append((id(delta), id(indices), scale))
+        self.versions = tuple(versions)
+        self.watched = tuple(watched)
+        """Every delta and indices that has a version counter, with its version: flat, since it is compared often."""
+        self.tag = hash((tuple(content), self.versions, generation, hidden_writes if columns else 0))
         self.tag_tensor = torch.tensor(self.tag, dtype=torch.int64, device="cpu")
         if self.tag_tensor.is_inference():  # autograd saves it, also if the first forward pass was inference
             with torch.inference_mode(False):
@@ -62,10 +69,10 @@ class State:
 
     def unchanged(self) -> bool:
         """Whether every delta still has the values it had, as far as version counters tell."""
-        return all(
-            version_of(c.delta) == delta_version and version_of(c.indices) == indices_version
-            for c, (delta_version, indices_version) in zip(self.columns, self.versions, strict=True)
-        )
+        for tensor, version in self.watched:  # noqa: SIM110  (a generator would cost more than the comparison)
+            if tensor._version != version:
+                return False
+        return True
 
     def holds(self, wanted: tuple[Columns, ...]) -> bool:
         """Whether this state is what ``wanted`` would give now."""

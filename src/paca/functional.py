@@ -164,7 +164,7 @@ def column_gradient(selected: Tensor, grad_rows: Tensor, scale: float, dtype: to
     else:
         product = torch.mm(columns, grad_rows)
     # Autograd wants the delta's own layout: converting and transposing in one pass saves it another.
-    gradient = torch.empty(product.shape[::-1], dtype=dtype, device=product.device).copy_(product.t())
+    gradient = product.t().to(dtype, memory_format=torch.contiguous_format, copy=True)
     return gradient if scale == 1.0 else gradient.mul_(scale)
 
 

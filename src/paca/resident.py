@@ -327,10 +327,13 @@ class ResidentColumns:
 
     def _same_places(self, columns: tuple[Columns, ...]) -> bool:
         """Whether ``columns`` are where those that the weight holds are."""
-        return len(columns) == len(self._state.columns) and all(
-            old.indices is new.indices and version == version_of(new.indices)
-            for old, new, (_, version) in zip(self._state.columns, columns, self._state.versions, strict=True)
-        )
+        state = self._state
+        if len(columns) != len(state.columns):
+            return False
+        for old, new, (_, version) in zip(state.columns, columns, state.versions, strict=True):
+            if old.indices is not new.indices or version != version_of(new.indices):
+                return False
+        return True
 
     def _kept_positions(self) -> Tensor:
         assert self._kept is not None
