@@ -20,6 +20,7 @@ from paca.errors import PacaError
 from paca.peft_import import when_peft_is_imported
 
 if TYPE_CHECKING:
+    from paca.calibration import select
     from paca.config import PacaConfig
     from paca.hotswap import hotswap_adapter
     from paca.lean import make_lean, undo_lean
@@ -35,6 +36,7 @@ __all__ = [
     "hotswap_adapter",
     "make_lean",
     "refresh",
+    "select",
     "undo_lean",
     "untie_embeddings",
 ]
@@ -45,6 +47,7 @@ _MODULES = {
     "hotswap_adapter": "paca.hotswap",
     "make_lean": "paca.lean",
     "refresh": "paca.refresh",
+    "select": "paca.calibration",
     "undo_lean": "paca.lean",
     "untie_embeddings": "paca.tied_weights",
 }

@@ -5,14 +5,13 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from peft.config import PeftConfig
 
 from paca.adapter_file import check_adapter_file
 from paca.registration import add_peft_type
-
-SELECTIONS = ("random",)
+from paca.selection import check_strategy
 
 
 @dataclass
@@ -64,12 +63,17 @@ class PacaConfig(PeftConfig):
     alpha_pattern: dict[str, float] = field(
         default_factory=dict, metadata={"help": "paca_alpha for particular modules, as rank_pattern."}
     )
-    selection: str = field(default="random", metadata={"help": f"How columns are chosen: {', '.join(SELECTIONS)}."})
+    selection: Literal["random", "weight_norm", "activation_norm", "activation_variance", "gradient_norm"] = field(
+        default="random",
+        metadata={
+            "help": "How columns are chosen, or were: for the last three, paca.select finds the indices from batches."
+        },
+    )
     indices: dict[str, list[int]] | None = field(
         default=None,
         metadata={
-            "help": "Columns chosen by hand: module name or regular expression to column numbers. Other modules "
-            "follow selection; the number of columns given is that module's r."
+            "help": "Columns chosen by hand or by paca.select: module name or regular expression to column numbers. "
+            "Other modules follow selection; the number of columns given is that module's r."
         },
     )
 
@@ -111,8 +115,7 @@ class PacaConfig(PeftConfig):
         for name, value in alphas:
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < float("inf"):
                 raise ValueError(f"{name} must be a positive number; got {value!r}.")
-        if self.selection not in SELECTIONS:
-            raise ValueError(f"selection={self.selection!r} is unknown; choose one of {', '.join(SELECTIONS)}.")
+        check_strategy(self.selection)
         one_string = isinstance(self.target_modules, str) and self.target_modules != "all-linear"
         if one_string and self.layers_to_transform is not None:
             raise ValueError(

@@ -1,12 +1,28 @@
-"""Which input columns of a weight are trained: ``(in_features, r, ...) -> indices``, sorted, unique, int64."""
+"""Which input columns of a weight are trained: numbers for each column -> ``r`` indices, sorted, unique, int64."""
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+
+STRATEGIES = ("random", "weight_norm", "activation_norm", "activation_variance", "gradient_norm")
+"""How columns are chosen. All but the first take those with the largest scores."""
+FROM_BATCHES = ("activation_norm", "activation_variance", "gradient_norm")
+"""The strategies whose scores come from calibration batches."""
+
+_ROWS_AT_ONCE = 2**20  # values converted to float64 at a time
+
+
+def check_strategy(strategy: str) -> None:
+    """Raise ``ValueError`` unless ``strategy`` is one of ``STRATEGIES``, with the nearest of them."""
+    if strategy not in STRATEGIES:
+        near = difflib.get_close_matches(str(strategy), STRATEGIES, n=1, cutoff=0.5)
+        hint = f" Did you mean {near[0]!r}?" if near else ""
+        raise ValueError(f"selection={strategy!r} is unknown; choose one of {', '.join(STRATEGIES)}.{hint}")
 
 
 def check_rank(r: int, in_features: int, module_name: str) -> None:
@@ -27,11 +43,82 @@ def random_columns(in_features: int, r: int, seed: int, module_name: str) -> Ten
     Returns:
         ``(r,)`` int64, sorted, on CPU.
     """
-    check_rank(r, in_features, module_name)
+    return select_columns(
+        "random", r, in_features=in_features, generator=column_generator(seed, module_name), module_name=module_name
+    )
+
+
+def column_generator(seed: int, module_name: str) -> torch.Generator:
+    """A generator on the CPU that depends on ``(seed, module_name)`` alone."""
     digest = hashlib.sha256(f"{seed}:{module_name}".encode()).digest()
-    generator = torch.Generator(device="cpu").manual_seed(int.from_bytes(digest[:8], "big") >> 1)
-    drawn = torch.randperm(in_features, generator=generator, device="cpu")[:r]
-    return drawn.sort().values
+    return torch.Generator(device="cpu").manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+
+
+def select_columns(
+    strategy: str,
+    r: int,
+    *,
+    in_features: int,
+    module_name: str,
+    scores: Tensor | None = None,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """Choose ``r`` of a layer's ``in_features`` columns.
+
+    Args:
+        strategy: one of ``STRATEGIES``.
+        r: how many.
+        in_features: how many there are.
+        module_name: of the layer, for messages.
+        scores: ``(in_features,)``, for every strategy but ``"random"``: the norm of each column of the weight
+            (``weight_norms``), or what calibration batches gave for it. The largest win; of equal ones the first.
+        generator: on the CPU, for ``"random"``.
+
+    Returns:
+        ``(r,)`` int64, sorted, on CPU.
+
+    Raises:
+        ValueError: for an unknown strategy, a rank that the layer has not, or scores that are NaN or infinite.
+    """
+    check_strategy(strategy)
+    check_rank(r, in_features, module_name)
+    if strategy == "random":
+        assert generator is not None
+        return torch.randperm(in_features, generator=generator, device="cpu")[:r].sort().values
+    assert scores is not None
+    assert scores.shape == (in_features,)
+    on_cpu = scores.detach().to("cpu", torch.float64)
+    wrong = (~on_cpu.isfinite()).nonzero().flatten()
+    if wrong.numel():
+        source = "weight holds" if strategy == "weight_norm" else "statistics over the batches hold"
+        raise ValueError(
+            f"{module_name}: its {source} NaN or infinite values ({wrong.numel()} columns, the first is "
+            f"{int(wrong[0])}), so that {strategy} can't rank its columns. Check the weights and the batches; in "
+            "float16, load the model in bfloat16 or float32."
+        )
+    return on_cpu.sort(descending=True, stable=True).indices[:r].sort().values
+
+
+def weight_norms(weight: Tensor, input_dim: int) -> Tensor:
+    """The Euclidean norm of each column, over all dimensions but ``input_dim``.
+
+    Args:
+        weight: two or more dimensions, any float type.
+        input_dim: the one that runs over the input features.
+
+    Returns:
+        ``(in_features,)`` in float64 (float32 where the device has no float64), computed piece by piece.
+    """
+    columns = weight.detach().movedim(input_dim, -1)  # (..., in_features)
+    total = torch.zeros(columns.shape[-1], dtype=widest(weight.device), device=weight.device)
+    for part in columns.split(max(1, _ROWS_AT_ONCE // max(1, columns[0].numel()))):
+        total += part.to(total.dtype).square().flatten(0, -2).sum(0)
+    return total.sqrt()
+
+
+def widest(device: torch.device) -> torch.dtype:
+    """float64, or float32 on a device without it."""
+    return torch.float32 if device.type == "mps" else torch.float64
 
 
 def explicit_columns(columns: Sequence[int] | Tensor, in_features: int, module_name: str) -> Tensor:

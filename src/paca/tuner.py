@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from paca.adapter_checks import check_adapter_tensors
 from paca.adapter_file import check_has_weights
 from paca.adapter_names import mixed_batch
+from paca.column_choice import choose_columns
 from paca.config import PacaConfig
 from paca.expert_targets import expert_targets, unused_patterns
 from paca.layers import PACA_CLASSES, RESIDENT_CLASSES, PacaExpertStack, PacaLayer
@@ -29,7 +30,6 @@ from paca.original_weights import OriginalWeights
 from paca.reference_adapter import copied_adapter, copy_deltas
 from paca.refresh import RefreshBeforeForward, paca_layers
 from paca.registration import PREFIX
-from paca.selection import explicit_columns, random_columns
 from paca.weighted_adapter import add_weighted_adapter
 
 
@@ -100,19 +100,20 @@ class PacaModel(BaseTuner):
             if original in target.paca_indices:
                 indices = target.paca_indices[original].clone()
             else:
-                indices = choose_columns(peft_config, target.in_features, current_key)
+                indices = choose_columns(peft_config, target, target.in_features, current_key)
             layer: PacaLayer = target
         else:
             self._check_target(target, current_key)
             mode = mode_of(target, current_key, self.model)
             if mode == "resident":
                 resident_class = self._resident_class(target, current_key)
-                indices = choose_columns(peft_config, target.weight.shape[resident_class.input_dim], current_key)
+                in_features = target.weight.shape[resident_class.input_dim]
+                indices = choose_columns(peft_config, target, in_features, current_key)
                 layer = PACA_CLASSES[type(target)](resident_class.adopt(target))  # from here on nothing may fail
             else:
                 layer = OverlaidLinear(OVERLAID[mode].adopt(target))
                 try:
-                    indices = choose_columns(peft_config, layer.in_features, current_key)
+                    indices = choose_columns(peft_config, layer, layer.in_features, current_key)
                 except ValueError:
                     layer.base_layer.release()
                     raise
@@ -315,17 +316,6 @@ class PacaModel(BaseTuner):
 def _place(parameter: nn.Parameter) -> tuple[Any, Any]:
     """What two parameters have in common that share memory."""
     return parameter.untyped_storage()._cdata, parameter.storage_offset()
-
-
-def choose_columns(config: PacaConfig, in_features: int, key: str) -> Tensor:
-    """The columns ``(r,)`` that ``config`` selects in the layer that its model calls ``key``."""
-    rank_key = get_pattern_key(list(config.rank_pattern), key)
-    r = config.rank_pattern.get(rank_key, config.r)
-    if config.indices:
-        by_hand = config.indices.get(get_pattern_key(list(config.indices), key))
-        if by_hand is not None:
-            return explicit_columns(by_hand, in_features, key)
-    return random_columns(in_features, r, config.random_seed, key)
 
 
 def note_quantization(model: nn.Module, adapter_name: str, config: PacaConfig) -> None:
