@@ -56,9 +56,7 @@ def select(
     """
     if not isinstance(config, PacaConfig):
         raise TypeError(f"paca.select needs a paca.PacaConfig; got a {type(config).__name__}.")
-    selected = copy.deepcopy(config)
-    if selected.target_modules is None and not selected.target_parameters and not selected.indices:
-        selected.target_modules = "all-linear"  # the default, which indices would be taken to narrow
+    selected = with_indices(config, config.indices)
     targets = find_targets(model, selected)
     scores: dict[str, Tensor] = {}
     if selected.selection in FROM_BATCHES:
@@ -75,7 +73,15 @@ def select(
         else:
             chosen = choose_columns(selected, target.module, target.in_features, key)
         columns[key] = chosen.tolist()
-    selected.indices = columns
+    return with_indices(selected, columns)
+
+
+def with_indices(config: PacaConfig, indices: dict[str, list[int]] | None) -> PacaConfig:
+    """A copy of ``config`` with other ``indices``, that targets the same layers."""
+    selected = copy.deepcopy(config)
+    if selected.target_modules is None and not selected.target_parameters and not selected.indices:
+        selected.target_modules = "all-linear"  # the default, which indices would be taken to narrow
+    selected.indices = indices
     return selected
 
 

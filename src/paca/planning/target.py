@@ -74,7 +74,7 @@ def target_of_run(
         PacaError: the config is wrong, the model can't be found, or nothing limits its sequences.
     """
     from paca.training import load_run_config, train_settings
-    from paca.training.adapter_settings import adapter_config
+    from paca.training.adapter_settings import outline_config
 
     config = load_run_config(path, overrides)
     named = config.model
@@ -90,7 +90,7 @@ def target_of_run(
     setting = setting_of_run(config, device)
     if batch_size is not None:
         setting = replace(setting, batch_size=batch_size)
-    return Target(str(path), prepare_model(outline, adapter_config(config.paca | {"original_weights": None})), setting)
+    return Target(str(path), prepare_model(outline, outline_config(config.paca)), setting)
 
 
 def _outline(name: str, dtype: str, revision: str | None = None, trust_remote_code: bool = False) -> PreTrainedModel:

@@ -48,6 +48,11 @@ def adapter_config(settings: Mapping[str, Any]) -> PacaConfig:
     return PacaConfig(task_type="CAUSAL_LM", **settings)
 
 
+def outline_config(settings: Mapping[str, Any]) -> PacaConfig:
+    """The same for a model without weights: it has no columns to choose among, only their number."""
+    return adapter_config({**settings, "selection": "random", "original_weights": None})
+
+
 def with_defaults(settings: Mapping[str, Any]) -> dict[str, Any]:
     """The settings with every default spelled out, as plain values for the resolved config."""
     config = adapter_config(settings)

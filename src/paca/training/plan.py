@@ -19,6 +19,7 @@ from paca.planning.estimate import PlannedModel
 from paca.pretrained import load_config, load_tokenizer
 from paca.pretrained.location import locate
 from paca.training import adapter_settings, train_settings
+from paca.training.calibration import describe_columns
 from paca.training.loss_memory import describe_logits
 from paca.training.loss_scope import scope_loss, use_chat_template
 from paca.training.run_config import ModelSection, RunConfig
@@ -68,6 +69,7 @@ class Plan:
             ("model", f"{self.config.model.name} ({self.architecture}, {self.parameters:,} parameters, {dtype})"),
             ("blocks", describe_blocks(self.config.model)),
             ("targets", f"{', '.join(self.targets)}: {self.adapted_layers} layers"),
+            ("columns", describe_columns(self.config)),
             ("trainable parameters", f"{self.trainable_parameters:,} ({share:.3f} %)"),
             ("data", self.data_description),
             ("training examples", f"{self.train_examples:,}"),
@@ -130,8 +132,7 @@ def prepare(config: RunConfig) -> PreparedRun:
         context_length=getattr(model.config.get_text_config(), "max_position_embeddings", None),
     )
     try:
-        # The outline is not quantized, so there is nothing that original columns could replace.
-        adapted = get_peft_model(model, adapter_settings.adapter_config(config.paca | {"original_weights": None}))
+        adapted = get_peft_model(model, adapter_settings.outline_config(config.paca))
     except (ValueError, TypeError) as error:
         raise PacaError(f"The section paca does not fit {config.model.name}: {error}") from error
     if named.quantization is not None:

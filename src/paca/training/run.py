@@ -22,7 +22,8 @@ from paca.data import check_labels
 from paca.errors import PacaError
 from paca.lean import make_lean
 from paca.pretrained import Pretrained, load_pretrained, save_trainable_copy
-from paca.training import adapter_settings, summary, train_settings
+from paca.training import summary, train_settings
+from paca.training.calibration import ColumnChoice
 from paca.training.data_order import SetEpochOfSampler
 from paca.training.finite_loss import StopOnNonFiniteLoss
 from paca.training.interrupt import StopOnSignal
@@ -134,6 +135,8 @@ class _Run:
             pretrained = self._load_model()
             if self.config.model.lean:  # before anything wraps the blocks: an adapter, checkpointing, DDP, FSDP
                 make_lean(pretrained.model, self.config.model.recompute)
+        choice = ColumnChoice(self.config, prepared.train, arguments, folder.columns, console)
+        adapter = choice.adapter(pretrained.model)
         try:
             self.trainer = SFTTrainer(
                 model=pretrained.model,
@@ -141,7 +144,7 @@ class _Run:
                 train_dataset=prepared.train.dataset,
                 eval_dataset=None if prepared.eval is None else prepared.eval.dataset,
                 processing_class=pretrained.tokenizer,
-                peft_config=adapter_settings.adapter_config(self.config.paca),
+                peft_config=adapter,
                 callbacks=[stopper, SetEpochOfSampler()],
             )
         except (PacaError, torch.OutOfMemoryError):

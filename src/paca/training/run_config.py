@@ -60,6 +60,18 @@ class DataSection:
 
 
 @dataclass
+class CalibrationSection:
+    """What columns are chosen by, where ``paca.selection`` goes by activations or gradients."""
+
+    sequences: int = 128
+    """At most so many examples of the training data, spread evenly over it."""
+    max_length: int = 128
+    """Each cut to so many tokens: the first ones, or for ``gradient_norm`` the last, where the answer is."""
+    batch_size: int = 8
+    """How many run through the model at a time."""
+
+
+@dataclass
 class EvalSection:
     """When the held-out loss is measured, besides ``train.eval_strategy``."""
 
@@ -81,7 +93,13 @@ class OutputSection:
     """Start over in a folder that holds a run already, removing that run."""
 
 
-SECTIONS = {"model": ModelSection, "data": DataSection, "eval": EvalSection, "output": OutputSection}
+SECTIONS = {
+    "model": ModelSection,
+    "data": DataSection,
+    "calibration": CalibrationSection,
+    "eval": EvalSection,
+    "output": OutputSection,
+}
 FREE_SECTIONS = ("paca", "train")  # their keys are the fields of PacaConfig and SFTConfig
 
 
@@ -91,6 +109,7 @@ class RunConfig:
 
     model: ModelSection
     data: DataSection
+    calibration: CalibrationSection
     eval: EvalSection
     output: OutputSection
     paca: dict[str, Any] = field(default_factory=dict)
@@ -101,7 +120,7 @@ class RunConfig:
     def as_dict(self) -> dict[str, Any]:
         """The sections as plain values, in the order of the documentation."""
         sections = dataclasses.asdict(self)
-        return {name: sections[name] for name in ("model", "data", "paca", "train", "eval", "output")}
+        return {name: sections[name] for name in ("model", "data", "paca", "calibration", "train", "eval", "output")}
 
     def to_yaml(self) -> str:
         """The text of a config file that gives this run again."""
@@ -112,7 +131,7 @@ def load_run_config(path: str | os.PathLike[str], overrides: Iterable[str] = ())
     """Read and check the config of a run.
 
     Args:
-        path: A YAML file with the sections model, data, paca, train, eval and output.
+        path: A YAML file with the sections model, data, paca, calibration, train, eval and output.
         overrides: ``"section.key=value"`` each; the value is read as YAML.
 
     Returns:
@@ -128,6 +147,7 @@ def load_run_config(path: str | os.PathLike[str], overrides: Iterable[str] = ())
     for name, section_type in SECTIONS.items():
         built[name] = _build_section(name, section_type, sections[name], origins)
     _check_values(built["data"], built["eval"], origins)
+    _check_calibration(built["calibration"], origins)
     _check_blocks(built["model"], sections["train"], origins)
 
     check_free_sections(sections, origins)
@@ -193,6 +213,13 @@ def _check_values(data: DataSection, evaluation: EvalSection, origins: Origins) 
     for key, count in (("data.eval", heldout), ("data.limit", data.limit), ("eval.limit", evaluation.limit)):
         if isinstance(count, int) and count < 1:
             raise PacaError(f"{origins.of(key)}: {key} is {count}; a count of records must be 1 or more.")
+
+
+def _check_calibration(calibration: CalibrationSection, origins: Origins) -> None:
+    for name, count in dataclasses.asdict(calibration).items():
+        if count < 1:
+            key = f"calibration.{name}"
+            raise PacaError(f"{origins.of(key)}: {key} is {count}; it must be 1 or more.")
 
 
 def _check_blocks(model: ModelSection, train: Mapping[str, Any], origins: Origins) -> None:

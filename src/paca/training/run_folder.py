@@ -46,6 +46,11 @@ class RunFolder:
         return self.path / "adapter"
 
     @property
+    def columns(self) -> Path:
+        """The columns that were chosen, and what they followed from; another run here with the same uses them again."""
+        return self.path / "columns.json"
+
+    @property
     def base(self) -> Path:
         """The model of a GGUF file as a plain checkpoint."""
         return self.path / "base"

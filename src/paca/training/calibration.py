@@ -1,0 +1,194 @@
+"""The columns of a run: chosen on its own data before training, kept in the run folder, and used again from there."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
+from rich.console import Console
+from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForCausalLM
+from trl import SFTConfig, SFTTrainer
+
+from paca import __version__
+from paca.calibration import select
+from paca.calibration.selecting import with_indices
+from paca.config import PacaConfig
+from paca.data import Examples
+from paca.errors import PacaError
+from paca.pretrained import load_tokenizer
+from paca.selection import FROM_BATCHES
+from paca.training import adapter_settings
+from paca.training.loss_scope import use_chat_template
+from paca.training.run_config import CalibrationSection, RunConfig
+
+_NOT_ABOUT_COLUMNS = {"paca_alpha", "alpha_pattern", "init_weights", "original_weights"}
+
+
+def describe_columns(config: RunConfig) -> str:
+    """How the run chooses its columns, in words."""
+    selection = config.paca.get("selection", "random")
+    if selection not in FROM_BATCHES:
+        return {"random": "random", "weight_norm": "weight_norm: those of largest norm in the weights"}[selection]
+    calibration = config.calibration
+    return f"{selection}, from at most {calibration.sequences:,} training examples cut to {calibration.max_length:,} tokens"
+
+
+@dataclass(frozen=True)
+class ColumnChoice:
+    """Chooses the columns of one run, or finds them chosen.
+
+    Args:
+        config: The resolved run.
+        examples: The training data.
+        arguments: Of the trainer that will train.
+        file: Where the columns are kept.
+        console: Where progress is shown.
+    """
+
+    config: RunConfig
+    examples: Examples
+    arguments: SFTConfig
+    file: Path
+    console: Console
+
+    def adapter(self, model: nn.Module) -> PacaConfig:
+        """The adapter's config, with the columns in it that the run's settings choose for ``model``.
+
+        The first process chooses; the others are told.
+
+        Raises:
+            PacaError: The columns can't be chosen.
+        """
+        asked = adapter_settings.adapter_config(self.config.paca)
+        if asked.selection == "random":
+            return asked
+        found: list[Any] = [self._columns(model, asked) if PartialState().is_main_process else None]
+        broadcast_object_list(found)
+        return with_indices(asked, found[0])
+
+    def _columns(self, model: Any, asked: PacaConfig) -> dict[str, list[int]]:
+        batches = self._batches() if asked.selection in FROM_BATCHES else []
+        key = self._key(model, batches)
+        kept = _read(self.file)
+        if kept.get("key") == key:
+            self._say(f"Columns chosen by {asked.selection} before are used again: {self.file}")
+            return kept["indices"]
+        if batches:
+            tokens = sum(int(batch["attention_mask"].sum()) for batch in batches)
+            self._say(f"Choosing columns by {asked.selection}, from {tokens:,} tokens of the training data ...")
+            _place(model, self.arguments)
+        try:
+            selected = select(model, asked, batches, self.console)
+        except ValueError as error:
+            raise PacaError(f"The columns can't be chosen: {error}") from error
+        assert selected.indices is not None
+        _write(self.file, {"key": key, "selection": asked.selection, "indices": selected.indices})
+        return selected.indices
+
+    def _say(self, line: str) -> None:
+        self.console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+    def _batches(self) -> list[dict[str, Tensor]]:
+        gradients = self.config.paca["selection"] == "gradient_norm"
+        named = self.config.model
+        tokenizer = load_tokenizer(named.name, named.revision, named.trust_remote_code)
+        use_chat_template(tokenizer, self.config.train)
+        return calibration_batches(
+            self.examples, tokenizer, self.arguments, self.config.calibration, with_labels=gradients
+        )
+
+    def _key(self, model: nn.Module, batches: Iterable[dict[str, Tensor]]) -> str:
+        """What the columns follow from: the weights (some of each), the tokens, the settings."""
+        settings = {k: v for k, v in self.config.paca.items() if k not in _NOT_ABOUT_COLUMNS}
+        digest = hashlib.sha256(json.dumps([__version__, settings, str(self.config.model.dtype)]).encode())
+        for batch in batches:
+            for name in sorted(batch):
+                digest.update(f"{name}{tuple(batch[name].shape)}".encode())
+                digest.update(batch[name].numpy().tobytes())
+        for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+            digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
+            values = tensor.detach().reshape(-1)
+            some = values[:: max(1, values.numel() // 64)].to("cpu", torch.float64)
+            digest.update(some.numpy().tobytes())
+        return digest.hexdigest()
+
+
+def calibration_batches(
+    examples: Examples, tokenizer: Any, arguments: SFTConfig, section: CalibrationSection, *, with_labels: bool
+) -> list[dict[str, Tensor]]:
+    """Batches of training examples, as ``SFTTrainer`` tokenizes and pads them, spread evenly over the data.
+
+    Args:
+        examples: The training data.
+        tokenizer: Of the model, with the run's chat template; not the one that trains.
+        arguments: Of the trainer that will train.
+        section: How many, how long, how many at a time.
+        with_labels: Keep the end of each example, where the answer is, and its labels; else the start.
+
+    Raises:
+        PacaError: Nothing is left of the examples.
+    """
+    count = len(examples.dataset)
+    taken = min(section.sequences, count)
+    dataset = examples.dataset.select([number * count // taken for number in range(taken)])
+    args: Any = copy.copy(arguments)  # not a new one, which would set up devices and processes anew
+    args.max_length = min(section.max_length, arguments.max_length or section.max_length)
+    args.packing = args.padding_free = args.shuffle_dataset = False
+    args.chat_template_path = None  # the tokenizer has it
+    args.report_to, args.eval_strategy, args.load_best_model_at_end = [], "no", False
+    args.use_liger_kernel = args.torch_compile = args.push_to_hub = False
+    args.deepspeed = args.deepspeed_plugin = None
+    args.gradient_checkpointing = False
+    if with_labels:
+        args.truncation_mode = "keep_end"
+    else:
+        args.completion_only_loss = args.assistant_only_loss = False
+        dataset = dataset.remove_columns([name for name in ("assistant_masks",) if name in dataset.column_names])
+    # A trainer of nothing: it is there for what TRL makes of the examples.
+    tiny = LlamaConfig(vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1)
+    trainer = SFTTrainer(model=LlamaForCausalLM(tiny), args=args, train_dataset=dataset, processing_class=tokenizer)
+    prepared: Any = trainer.train_dataset
+    if len(prepared) == 0:
+        raise PacaError(
+            f"Nothing to choose columns by: of {taken} training examples cut to {args.max_length} tokens, none has a "
+            "token that counts in the loss. Raise calibration.max_length or calibration.sequences."
+        )
+    order = sorted(range(len(prepared)), key=lambda number: len(prepared[number]["input_ids"]))  # little padding
+    batches = []
+    for start in range(0, len(order), section.batch_size):
+        batch = trainer.data_collator([prepared[number] for number in order[start : start + section.batch_size]])
+        wanted = ("input_ids", "attention_mask", "labels") if with_labels else ("input_ids", "attention_mask")
+        batches.append({name: batch[name] for name in wanted})
+    return batches
+
+
+def _place(model: Any, arguments: SFTConfig) -> None:
+    """Move the model where the trainer would, if it would."""
+    sharded = arguments.fsdp or arguments.deepspeed
+    if arguments.place_model_on_device and not sharded and not hasattr(model, "hf_device_map"):
+        model.to(arguments.device)
+
+
+def _read(file: Path) -> dict[str, Any]:
+    try:
+        kept = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return kept if isinstance(kept, dict) and isinstance(kept.get("indices"), dict) else {}
+
+
+def _write(file: Path, content: dict[str, Any]) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    beside = file.with_name(f".{file.name}.{os.getpid()}")
+    beside.write_text(json.dumps(content), encoding="utf-8")
+    beside.replace(file)
