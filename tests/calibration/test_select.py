@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import random
 from typing import Any
 
@@ -215,7 +216,7 @@ def test_a_weight_that_can_not_be_read_is_refused_for_weight_norm_alone():
     model = forward_only_stack("gptqmodel.nn_modules")
     config = paca.PacaConfig(r=2, selection="weight_norm", target_modules=["lin1"])
     for attempt in (paca.select, peft.get_peft_model):
-        with pytest.raises(ValueError, match="lin1: selection='weight_norm' reads the weight.*activation_norm"):
+        with pytest.raises(ValueError, match=r"lin1: selection='weight_norm' reads the weight.*activation_norm"):
             attempt(model, config)
     config.selection = "activation_norm"
     x = torch.randn(9, 64)
@@ -266,10 +267,13 @@ def test_the_model_is_left_as_it_was(strategy, fails):
 
     before = snapshot()
     config = paca.PacaConfig(r=2, selection=strategy, modules_to_save=["lm_head"])
-    try:
+    expected = (
+        pytest.raises(ValueError, match="Batch 4 gives no tokens")
+        if fails and strategy in FROM_BATCHES
+        else contextlib.nullcontext()
+    )
+    with expected:
         paca.select(model, config, noisy())
-    except ValueError as error:
-        assert fails and strategy in FROM_BATCHES, error
     after = snapshot()
     torch.testing.assert_close(after[0], before[0], rtol=0, atol=0)
     torch.testing.assert_close(after[3], before[3], rtol=0, atol=0)
@@ -288,10 +292,8 @@ class Sizes(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        view = isinstance(result, Tensor) and any(
-            isinstance(a, Tensor) and a.data_ptr() == result.data_ptr() for a in args
-        )
-        if isinstance(result, Tensor) and not view:
+        given = [a.untyped_storage().data_ptr() for a in args if isinstance(a, Tensor)]
+        if isinstance(result, Tensor) and result.untyped_storage().data_ptr() not in given:
             self.largest = max(self.largest, result.numel())
         return result
 
@@ -403,7 +405,7 @@ def test_a_layer_that_no_token_reaches_is_named():
     model = perceptron()
     model.unused = nn.Linear(4, 4)
     config = paca.PacaConfig(r=2, selection="activation_norm", target_modules=["lin1", "unused"])
-    with pytest.raises(ValueError, match="^unused: no token of the batches reached this layer"):
+    with pytest.raises(ValueError, match=r"^unused: no token of the batches reached this layer"):
         paca.select(model, config, [torch.randn(3, 7)])
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -124,8 +125,6 @@ def test_resume_goes_on_with_the_same_columns_without_choosing_again(config_file
     (folder / "summary.json").unlink()
     checkpoints = sorted((folder / "checkpoints").iterdir())
     assert len(checkpoints) == 2
-    import shutil
-
     shutil.rmtree(checkpoints[-1])
     start(config_file, folder, strategy, resume=True)
     assert len(passes) == 1

@@ -40,7 +40,8 @@ def describe_columns(config: RunConfig) -> str:
     if selection not in FROM_BATCHES:
         return {"random": "random", "weight_norm": "weight_norm: those of largest norm in the weights"}[selection]
     calibration = config.calibration
-    return f"{selection}, from at most {calibration.sequences:,} training examples cut to {calibration.max_length:,} tokens"
+    length = f"cut to {calibration.max_length:,} tokens"
+    return f"{selection}, from at most {calibration.sequences:,} training examples {length}"
 
 
 @dataclass(frozen=True)
