@@ -3,7 +3,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from paca.selection import explicit_columns, random_columns
+from paca import selection
+from paca.selection import check_strategy, explicit_columns, random_columns, select_columns, weight_norms
 
 
 @pytest.mark.parametrize(("in_features", "r"), [(1, 1), (7, 7), (1000, 1), (1000, 64)])
@@ -65,3 +66,33 @@ def test_wrong_columns_are_refused_by_name(columns, message):
 def test_a_rank_outside_the_layer_is_refused(r):
     with pytest.raises(ValueError, match=r"block.q: r=.* 6 input columns"):
         random_columns(6, r, 0, "block.q")
+
+
+@pytest.mark.parametrize(
+    ("r", "expected"), [(1, [1]), (2, [1, 2]), (3, [0, 1, 2]), (4, [0, 1, 2, 4]), (5, [0, 1, 2, 3, 4])]
+)
+def test_the_largest_scores_win_and_of_equal_ones_the_first(r, expected):
+    scores = torch.tensor([2.0, 3.0, 3.0, 1.0, 1.5])
+    scores[4] = 2.0 - 1e-7
+    found = select_columns("weight_norm", r, in_features=5, scores=scores, module_name="x")
+    assert found.dtype == torch.int64
+    assert found.tolist() == expected
+    flat = select_columns("activation_norm", r, in_features=5, scores=torch.ones(5), module_name="x")
+    assert flat.tolist() == list(range(r))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+def test_weight_norms_are_those_of_float64(dtype, monkeypatch):
+    monkeypatch.setattr(selection, "_ROWS_AT_ONCE", 40)
+    torch.manual_seed(0)
+    weight = torch.randn(9, 7, 3).to(dtype) * 200  # their squares overflow float16
+    expected = weight.double().square().sum((0, 2)).sqrt()
+    torch.testing.assert_close(weight_norms(weight, 1), expected, rtol=1e-13, atol=0)
+    torch.testing.assert_close(weight_norms(weight[..., 0], 0), weight[..., 0].double().norm(dim=1), rtol=1e-13, atol=0)
+
+
+def test_an_unknown_strategy_is_refused_with_the_nearest():
+    with pytest.raises(
+        ValueError, match=r"selection='activation_var' is unknown.*Did you mean 'activation_variance'\?"
+    ):
+        check_strategy("activation_var")

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import random
 from typing import Any
 
@@ -32,7 +33,7 @@ def padded_batches() -> list[dict[str, Tensor]]:
         ids = tokens(2, 9, seed)
         mask = torch.ones_like(ids)
         mask[0, padding] = 0
-        labels = ids.masked_fill(mask == 0, -100)
+        labels = ids.masked_fill((mask == 0) | (mask.roll(1, 1) == 0), -100)  # padding predicts nothing
         made.append({"input_ids": ids, "attention_mask": mask, "labels": labels})
     return made
 
@@ -445,3 +446,15 @@ def test_a_weight_on_the_meta_device_is_refused_for_weight_norm():
         model = llama()
     with pytest.raises(ValueError, match=r"q_proj: selection='weight_norm' reads the weight, which is not there"):
         peft.get_peft_model(model, paca.PacaConfig(selection="weight_norm"))
+
+
+def test_a_saved_adapter_loads_without_data(tmp_path):
+    """Also one whose config does not list the columns: the file of its weights does."""
+    config = paca.select(llama(), paca.PacaConfig(r=3, selection="activation_norm"), padded_batches())
+    model = peft.get_peft_model(llama(), config)
+    model.save_pretrained(tmp_path)
+    for _ in range(2):
+        loaded = peft.PeftModel.from_pretrained(llama(), tmp_path)
+        assert loaded.base_model.model.get_submodule(Q).paca_indices["default"].tolist() == config.indices[Q]
+        path = tmp_path / "adapter_config.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), "indices": None}))

@@ -71,8 +71,11 @@ class Batch:
         base = base_model(model)
         if "labels" in self.kwargs or tokens is None or type(base).__name__ not in _CAUSAL:
             return
-        real = self.padding.real
-        self.kwargs["labels"] = tokens if real is None else tokens.masked_fill(~real, _IGNORED)
+        self.kwargs["labels"] = tokens
+        if self.padding.real is not None:
+            real = self.padding.real.clone()
+            real[:, 1:] &= self.padding.real[:, :-1]  # what comes after padding would be predicted from padding
+            self.kwargs["labels"] = tokens.masked_fill(~real, _IGNORED)
 
     def loss_of(self, output: Any) -> Tensor:
         """The scalar among what the model returned.
