@@ -73,12 +73,20 @@ class ColumnChoice:
         asked = adapter_settings.adapter_config(self.config.paca)
         if asked.selection == "random":
             return asked
-        found: list[Any] = [self._columns(model, asked) if PartialState().is_main_process else None]
+        # By every process: TRL lets them wait for each other while it tokenizes.
+        batches = self._batches() if asked.selection in FROM_BATCHES else []
+        found: list[Any] = [None]
+        if PartialState().is_main_process:
+            try:
+                found = [self._columns(model, asked, batches)]
+            except PacaError as error:  # which the others must hear of, or they would wait forever
+                found = [str(error)]
         broadcast_object_list(found)
+        if isinstance(found[0], str):
+            raise PacaError(found[0])
         return with_indices(asked, found[0])
 
-    def _columns(self, model: Any, asked: PacaConfig) -> dict[str, list[int]]:
-        batches = self._batches() if asked.selection in FROM_BATCHES else []
+    def _columns(self, model: Any, asked: PacaConfig, batches: list[dict[str, Tensor]]) -> dict[str, list[int]]:
         key = self._key(model, batches)
         kept = _read(self.file)
         if kept.get("key") == key:
