@@ -143,8 +143,8 @@ class ResidentColumns:
         """Make the weight hold what the forward pass with ``state`` saw.
 
         Raises:
-            RuntimeError: if that is no longer possible (a delta was modified, the weight was merged or loaded in
-                between), or if activation checkpointing repeated the forward pass with other adapters.
+            RuntimeError: if that is no longer possible (a delta was modified, the weight was merged, loaded or given
+                back in between), or if activation checkpointing repeated the forward pass with other adapters.
         """
         if saved_tag != state.tag:
             raise RuntimeError(
@@ -154,8 +154,8 @@ class ResidentColumns:
             )
         if state.generation != self._generation:
             raise RuntimeError(
-                "The weight of an adapted layer was merged, unmerged or loaded between forward and backward, so the "
-                "gradient can't be computed. Run backward() first."
+                "The weight of an adapted layer was merged, unmerged or loaded between forward and backward, or its "
+                "adapter unloaded, so the gradient can't be computed. Run backward() first."
             )
         if not state.unchanged() or (state.columns and state.hidden_writes != self._hidden_writes):
             raise RuntimeError(
@@ -254,6 +254,11 @@ class ResidentColumns:
 
     def reloaded(self) -> None:
         """Note that new values were loaded into the (parked) weight."""
+        self._begin_generation()
+
+    def let_go(self, weight: Tensor) -> None:
+        """Park for good: backward passes that are pending may not write columns into the weight any more."""
+        self.park(weight)
         self._begin_generation()
 
     def __getstate__(self) -> dict[str, object]:

@@ -57,6 +57,8 @@ def test_keys_come_with_their_lines(tmp_path: Path) -> None:
         ("train:\n  seed: 1\n  seed: 2\n", "line 3, column 3", "the key 'seed' is given twice (first on line 2)"),
         ("train:\n\tseed: 1\n", "line 2, column 1", "cannot start any token"),
         ("? [a]\n: 1\n", "line 1, column 3", "a key must be plain text"),
+        ("1: a\n", "line 1, column 1", "the key '1' is not text"),
+        ("train: {null: a}\n", "line 1, column 9", "the key 'null' is not text"),
         ("a: !!python/object/apply:os.system [ls]\n", "line 1, column 4", "could not determine a constructor"),
     ],
 )

@@ -25,6 +25,9 @@ class _CoreSchemaLoader(yaml.SafeLoader):
         for key_node, _ in node.value:
             if not isinstance(key_node, yaml.ScalarNode):
                 raise yaml.constructor.ConstructorError(None, None, "a key must be plain text", key_node.start_mark)
+            if key_node.tag != "tag:yaml.org,2002:str":
+                problem = f"the key {key_node.value!r} is not text; if it is meant as text, put it in quotes"
+                raise yaml.constructor.ConstructorError(None, None, problem, key_node.start_mark)
             line = key_node.start_mark.line + 1
             if key_node.value in first_lines:
                 problem = f"the key {key_node.value!r} is given twice (first on line {first_lines[key_node.value]})"
