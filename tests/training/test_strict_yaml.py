@@ -71,6 +71,15 @@ def test_an_error_names_file_line_and_column(tmp_path: Path, text: str, place: s
     assert problem in str(caught.value)
 
 
+def test_characters_that_yaml_does_not_allow_are_one_line(tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_text("a: \0\n")
+    with pytest.raises(PacaError, match=r"a\.yaml: not valid YAML: unacceptable character #x0000") as caught:
+        read_yaml(tmp_path / "a.yaml")
+    assert "\n" not in str(caught.value)
+    with pytest.raises(PacaError, match="is not a valid YAML value"):
+        parse_value("\x07")
+
+
 def test_unreadable_files_are_errors_that_name_them(tmp_path: Path) -> None:
     (tmp_path / "latin1.yaml").write_bytes(b"a: \xe9\n")
     for name, problem in (("none.yaml", "There is no file"), (".", "is a folder"), ("latin1.yaml", "can't be read")):

@@ -82,7 +82,10 @@ def read_yaml(path: Path) -> tuple[Any, dict[str, int]]:
         raise PacaError(f"There is no file {path}.") from None
     except (OSError, UnicodeDecodeError) as error:
         raise PacaError(f"{path} can't be read: {error}.") from error
-    loader = _CoreSchemaLoader(text)
+    try:
+        loader = _CoreSchemaLoader(text)
+    except yaml.YAMLError as error:  # characters that YAML does not allow
+        raise PacaError(f"{path}: not valid YAML: {_problem(error)}.") from error
     try:
         root = loader.get_single_node()
         content = None if root is None else loader.construct_document(root)
@@ -99,7 +102,10 @@ def parse_value(text: str) -> Any:
     Raises:
         PacaError: The text is not valid YAML.
     """
-    loader = _CoreSchemaLoader(text)
+    try:
+        loader = _CoreSchemaLoader(text)
+    except yaml.YAMLError as error:
+        raise PacaError(f"{text!r} is not a valid YAML value: {_problem(error)}.") from error
     try:
         return loader.get_single_data()
     except yaml.YAMLError as error:
@@ -126,4 +132,4 @@ def _place(error: yaml.YAMLError) -> str:
 
 
 def _problem(error: yaml.YAMLError) -> str:
-    return str(getattr(error, "problem", None) or error).rstrip(".")
+    return " ".join(str(getattr(error, "problem", None) or error).split()).rstrip(".")
