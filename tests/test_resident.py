@@ -440,6 +440,20 @@ def test_refreshing_together_handles_several_adapters_and_none():
     assert torch.equal(weight, original)
 
 
+@pytest.mark.parametrize("ranks", [(3, 6), (6, 3), (3, 3)])
+def test_refreshing_together_takes_out_another_adapters_columns_first(ranks):
+    # Two adapters ran before one backward pass: it leaves the columns of the first in the weight, the second is wanted.
+    weight, resident, columns = make(adapters=((ranks[0], 0.5), (ranks[1], 2.0)))
+    original = weight.clone()
+    resident.want(columns[:1])
+    resident.refresh(weight)
+    resident.want(columns[1:])
+    refresh_together([(resident, weight)])
+    assert torch.equal(weight, expected(original, columns[1:]))
+    resident.park(weight)
+    assert torch.equal(weight, original)
+
+
 def test_threads_that_refresh_at_once_write_one_result():
     weight, resident, columns = make(out=300, inp=300, adapters=((64, 0.5),))
     original = weight.clone()

@@ -321,14 +321,17 @@ class ResidentColumns:
         self._seal = _identity(weight)
 
     def _place(self, weight: Tensor, columns: tuple[Columns, ...]) -> None:
-        """Keep the originals of ``columns``, having put back those kept so far."""
+        """Keep the originals of ``columns``, having put back those of the columns that are in the weight.
+
+        If those were elsewhere, the weight is parked then, and known to be.
+        """
         if self._same_places(columns):
             return
-        if self._kept is not None:
+        if self._state.columns:
+            assert self._kept is not None
             self._put(weight, *self._kept)
-            self._kept = None
-        if columns:
-            self._kept = self._take(weight, columns)
+            self._state, self._written = State((), self._generation), None
+        self._kept = self._take(weight, columns) if columns else None
 
     def _same_places(self, columns: tuple[Columns, ...]) -> bool:
         """Whether ``columns`` are where those that the weight holds are."""
