@@ -711,3 +711,36 @@ def test_a_weight_that_is_lent_twice_keeps_what_was_lent_first():
     resident.refresh(weight)
     assert torch.equal(first, original)
     assert not torch.equal(weight, original)
+
+
+def test_a_graph_that_is_pending_when_refreshing_together_finds_a_hidden_write_raises():
+    weight, resident, (columns,) = make()
+    resident.want((columns,))
+    resident.refresh(weight)
+    pending = resident.state
+    resident.suspect = True
+    columns.delta.data.add_(1)
+    refresh_together([(resident, weight)])
+    with pytest.raises(RuntimeError, match="modified between forward and backward"):
+        resident.before_backward(weight, pending, pending.tag)
+
+
+def test_an_unmerge_between_forward_and_backward_raises():
+    weight, resident, columns = make()
+    resident.merge(weight, columns, safe=False)
+    state = resident.state
+    resident.unmerge(weight)
+    with pytest.raises(RuntimeError, match="merged, unmerged or loaded"):
+        resident.before_backward(weight, state, state.tag)
+
+
+def test_a_view_that_was_not_lent_does_not_move_the_weight():
+    weight, resident, (columns,) = make()
+    resident.lend(weight)
+    resident.want((columns,))
+    resident.refresh(weight)
+    pointer, view = weight.data_ptr(), weight.detach()
+    with torch.no_grad():
+        columns.delta.add_(1)
+    resident.refresh(weight)
+    assert weight.data_ptr() == pointer == view.data_ptr()
