@@ -183,6 +183,14 @@ def test_a_weight_that_requires_grad_is_refused():
         partial_linear(x, weight.requires_grad_(), b, [delta], [indices], [1.0])
 
 
+def test_a_second_derivative_is_refused():
+    x, weight, b, delta, indices = make(torch.float64)
+    y = partial_linear(x, weight, b, [delta], [indices], [1.0])
+    (gradient,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.sum().backward()
+
+
 def test_without_a_callback_a_weight_written_in_between_raises():
     x, weight, b, delta, indices = make(torch.float32)
     y = partial_linear(x, weight, b, [delta], [indices], [1.0])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import threading
+import time
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ import torch
 from paca.columns import Columns, State
 from paca.joint_refresh import refresh_together
 from paca.resident import ResidentColumns
+from paca.rounding import add_once
 from reference import dense_weight, nearest
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
@@ -438,6 +440,20 @@ def test_refreshing_together_handles_several_adapters_and_none():
     assert torch.equal(weight, original)
 
 
+@pytest.mark.parametrize("ranks", [(3, 6), (6, 3), (3, 3)])
+def test_refreshing_together_takes_out_another_adapters_columns_first(ranks):
+    # Two adapters ran before one backward pass: it leaves the columns of the first in the weight, the second is wanted.
+    weight, resident, columns = make(adapters=((ranks[0], 0.5), (ranks[1], 2.0)))
+    original = weight.clone()
+    resident.want(columns[:1])
+    resident.refresh(weight)
+    resident.want(columns[1:])
+    refresh_together([(resident, weight)])
+    assert torch.equal(weight, expected(original, columns[1:]))
+    resident.park(weight)
+    assert torch.equal(weight, original)
+
+
 def test_threads_that_refresh_at_once_write_one_result():
     weight, resident, columns = make(out=300, inp=300, adapters=((64, 0.5),))
     original = weight.clone()
@@ -540,3 +556,191 @@ def test_a_weight_that_is_replaced_by_its_pretrained_one_is_refreshed():
     assert resident.stale(weight)
     resident.refresh(weight)
     assert_holds(weight, original, columns)
+
+
+def test_a_weight_that_somebody_else_wrote_is_refused_wherever_it_is_met():
+    for meet in (
+        lambda weight, resident, state: resident.park(weight),
+        lambda weight, resident, state: resident.before_backward(weight, state, state.tag),
+        lambda weight, resident, state: refresh_together([(resident, weight)]),
+        lambda weight, resident, state: resident.merge(weight, resident.wanted, safe=False),
+    ):
+        weight, resident, columns = make()
+        resident.want(columns)
+        resident.refresh(weight)
+        weight.add_(1)
+        with pytest.raises(RuntimeError, match="written or replaced while the adapter's columns were in it"):
+            meet(weight, resident, resident.state)
+
+
+def test_a_backward_pass_after_the_weight_was_given_back_raises_and_writes_nothing():
+    weight, resident, columns = make()
+    original = weight.clone()
+    resident.want(columns)
+    resident.refresh(weight)
+    state = resident.state
+    resident.let_go(weight)
+    with pytest.raises(RuntimeError, match="or its adapter unloaded"):
+        resident.before_backward(weight, state, state.tag)
+    assert torch.equal(weight, original)
+
+
+@pytest.mark.parametrize("hidden", [False, True])
+def test_writing_deltas_while_parked(hidden):
+    weight, resident, (columns,) = make()
+    original = weight.clone()
+    resident.refresh(weight)
+    parked = resident.state
+    resident.want((columns,))
+    resident.refresh(weight)
+    pending = resident.state
+
+    def write():
+        assert torch.equal(weight, original)
+        (columns.delta.data if hidden else columns.delta.detach()).add_(1)
+
+    resident.write_parked(weight, write, hidden=hidden)
+    with pytest.raises(RuntimeError, match="modified between forward and backward"):
+        resident.before_backward(weight, pending, pending.tag)
+    resident.refresh(weight)
+    assert torch.equal(weight, expected(original, (columns,)))
+    resident.before_backward(weight, parked, parked.tag)  # what ran without columns does not mind
+    assert torch.equal(weight, original)
+
+
+def test_tags_differ_with_all_that_the_weight_depends_on():
+    _, _, (columns,) = make()
+    twin = columns._replace(delta=columns.delta.detach().clone())
+    states = [
+        State((columns,), 0),
+        State((columns._replace(scale=2.0),), 0),
+        State((columns._replace(indices=columns.indices.clone()),), 0),
+        State((twin,), 0),
+        State((columns,), 1),
+        State((columns,), 0, 1),
+        State((), 0),
+        State((), 1),
+    ]
+    assert len({state.tag for state in states}) == len(states)
+    assert State((), 0, 1).tag == State((), 0).tag  # without columns their hidden writes do not matter
+
+
+def test_a_state_holds_only_what_it_was_made_of():
+    _, _, (columns,) = make()
+    state = State((columns,), 0)
+    assert state.holds((columns,))
+    assert state.holds((columns._replace(name="renamed"),))
+    assert not state.holds((columns._replace(scale=2.0),))
+    assert not state.holds((columns._replace(indices=columns.indices.clone()),))
+    assert not state.holds((columns._replace(delta=columns.delta.detach().clone()),))
+    assert not state.holds(())
+    columns.indices.copy_(columns.indices.clone())
+    assert not state.holds((columns,))
+    assert not state.holds(state.columns)
+
+
+def test_nan_in_a_delta_is_written_once():
+    weight, resident, (columns,) = make()
+    resident.want((columns,))
+    with torch.no_grad():
+        columns.delta[0, 0] = float("nan")
+    resident.refresh(weight)
+    state, version = resident.state, weight._version
+    resident.suspect = True
+    resident.refresh(weight)
+    assert weight._version == version
+    resident.before_backward(weight, state, state.tag)
+
+
+def test_the_last_64_states_are_remembered_and_those_of_a_deleted_adapter_dropped():
+    _, resident, columns = make(adapters=((3, 0.5), (3, 0.5)))
+    states = [State((columns[0]._replace(scale=float(n)),), 0) for n in range(1, 66)]
+    other = State(columns[1:], 0)
+    for state in (*states, other):
+        resident.remember(state)
+    assert resident.remembered(states[2].tag) is states[2]
+    with pytest.raises(RuntimeError, match="no longer known"):
+        resident.remembered(states[1].tag)
+    resident.forget(columns[0].delta)
+    assert resident.remembered(other.tag) is other
+    with pytest.raises(RuntimeError, match="no longer known"):
+        resident.remembered(states[2].tag)
+
+
+def test_a_sealed_merge_can_not_be_undone():
+    weight, resident, columns = make()
+    resident.merge(weight, columns, safe=False)
+    merged = weight.clone()
+    resident.seal_merge()
+    assert resident.merged == ()
+    resident.unmerge(weight)
+    assert torch.equal(weight, merged)
+
+
+def test_one_thread_writes_at_a_time(monkeypatch):
+    weight, resident, columns = make()
+    resident.want(columns)
+    inside, most = 0, 0
+
+    def slow_add(base, change, scale):
+        nonlocal inside, most
+        inside += 1
+        most = max(most, inside)
+        time.sleep(0.02)
+        inside -= 1
+        return add_once(base, change, scale)
+
+    monkeypatch.setattr("paca.resident.add_once", slow_add)
+    monkeypatch.setattr("paca.joint_refresh.add_once", slow_add)
+    threads = [threading.Thread(target=resident.refresh, args=(weight,)) for _ in range(2)]
+    threads += [threading.Thread(target=refresh_together, args=([(resident, weight)],)) for _ in range(2)]
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join()
+    assert most == 1
+
+
+def test_a_weight_that_is_lent_twice_keeps_what_was_lent_first():
+    weight, resident, columns = make()
+    original = weight.clone()
+    resident.lend(weight)
+    first = weight.detach()
+    resident.lend(weight)
+    resident.want(columns)
+    resident.refresh(weight)
+    assert torch.equal(first, original)
+    assert not torch.equal(weight, original)
+
+
+def test_a_graph_that_is_pending_when_refreshing_together_finds_a_hidden_write_raises():
+    weight, resident, (columns,) = make()
+    resident.want((columns,))
+    resident.refresh(weight)
+    pending = resident.state
+    resident.suspect = True
+    columns.delta.data.add_(1)
+    refresh_together([(resident, weight)])
+    with pytest.raises(RuntimeError, match="modified between forward and backward"):
+        resident.before_backward(weight, pending, pending.tag)
+
+
+def test_an_unmerge_between_forward_and_backward_raises():
+    weight, resident, columns = make()
+    resident.merge(weight, columns, safe=False)
+    state = resident.state
+    resident.unmerge(weight)
+    with pytest.raises(RuntimeError, match="merged, unmerged or loaded"):
+        resident.before_backward(weight, state, state.tag)
+
+
+def test_a_view_that_was_not_lent_does_not_move_the_weight():
+    weight, resident, (columns,) = make()
+    resident.lend(weight)
+    resident.want((columns,))
+    resident.refresh(weight)
+    pointer, view = weight.data_ptr(), weight.detach()
+    with torch.no_grad():
+        columns.delta.add_(1)
+    resident.refresh(weight)
+    assert weight.data_ptr() == pointer == view.data_ptr()

@@ -70,3 +70,9 @@ def test_layouts_do_not_matter():
     base, change = torch.randn(7, 5).bfloat16(), torch.randn(5, 7)
     assert torch.equal(add_once(base, change.t(), 2.0), add_once(base, change.t().contiguous(), 2.0))
     assert add_once(base[:0], change.t()[:0], 1.0).shape == (0, 5)
+
+
+def test_just_above_a_tie_between_subnormal_numbers_is_rounded_up():
+    base = torch.tensor([2.0**-15]).half()
+    change = torch.tensor([2.0**-25 * (1 + 2.0**-20)])  # float32 takes the sum for the tie
+    assert float(add_once(base, change, 1.0)) == 2.0**-15 + 2.0**-24

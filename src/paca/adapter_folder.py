@@ -23,7 +23,7 @@ def find_adapter(path: str | Path) -> Path | None:
     folder = Path(path).expanduser()
     if not folder.exists():
         raise PacaError(f"No such folder: {folder}. Give a run of `paca train`, an adapter's folder or a model's.")
-    if folder.is_file():
+    if not folder.is_dir():
         if folder.suffix.lower() == ".gguf":
             return None
         raise PacaError(f"{folder} is a file. Give the folder of a run, of an adapter or of a model (or a .gguf file).")

@@ -143,8 +143,8 @@ class ResidentColumns:
         """Make the weight hold what the forward pass with ``state`` saw.
 
         Raises:
-            RuntimeError: if that is no longer possible (a delta was modified, the weight was merged or loaded in
-                between), or if activation checkpointing repeated the forward pass with other adapters.
+            RuntimeError: if that is no longer possible (a delta was modified, the weight was merged, loaded or given
+                back in between), or if activation checkpointing repeated the forward pass with other adapters.
         """
         if saved_tag != state.tag:
             raise RuntimeError(
@@ -154,8 +154,8 @@ class ResidentColumns:
             )
         if state.generation != self._generation:
             raise RuntimeError(
-                "The weight of an adapted layer was merged, unmerged or loaded between forward and backward, so the "
-                "gradient can't be computed. Run backward() first."
+                "The weight of an adapted layer was merged, unmerged or loaded between forward and backward, or its "
+                "adapter unloaded, so the gradient can't be computed. Run backward() first."
             )
         if not state.unchanged() or (state.columns and state.hidden_writes != self._hidden_writes):
             raise RuntimeError(
@@ -256,6 +256,11 @@ class ResidentColumns:
         """Note that new values were loaded into the (parked) weight."""
         self._begin_generation()
 
+    def let_go(self, weight: Tensor) -> None:
+        """Park for good: backward passes that are pending may not write columns into the weight any more."""
+        self.park(weight)
+        self._begin_generation()
+
     def __getstate__(self) -> dict[str, object]:
         if self._state.columns:
             raise RuntimeError("resident columns must be parked before they are copied or pickled")
@@ -316,14 +321,17 @@ class ResidentColumns:
         self._seal = _identity(weight)
 
     def _place(self, weight: Tensor, columns: tuple[Columns, ...]) -> None:
-        """Keep the originals of ``columns``, having put back those kept so far."""
+        """Keep the originals of ``columns``, having put back those of the columns that are in the weight.
+
+        If those were elsewhere, the weight is parked then, and known to be.
+        """
         if self._same_places(columns):
             return
-        if self._kept is not None:
+        if self._state.columns:
+            assert self._kept is not None
             self._put(weight, *self._kept)
-            self._kept = None
-        if columns:
-            self._kept = self._take(weight, columns)
+            self._state, self._written = State((), self._generation), None
+        self._kept = self._take(weight, columns) if columns else None
 
     def _same_places(self, columns: tuple[Columns, ...]) -> bool:
         """Whether ``columns`` are where those that the weight holds are."""

@@ -630,6 +630,18 @@ def test_reentrant_checkpointing_that_recomputes_something_else_raises(change):
         loss.backward()
 
 
+def test_reentrant_checkpointing_forgets_what_ran_in_earlier_steps():
+    model = adapted_perceptron()
+    second_adapter(model, r=3)
+    model.set_adapter("second")
+    model(torch.randn(4, 7)).sum().backward()
+    model.set_adapter("default")
+    loss = checkpoint(model, torch.randn(4, 7, requires_grad=True), use_reentrant=True).sum()
+    model.set_adapter("second")
+    with pytest.raises(RuntimeError, match="first ran with other adapters or other values"):
+        loss.backward()
+
+
 def test_reentrant_checkpointing_with_a_reference_pass_in_between_is_right():
     model = adapted_perceptron()
     x = torch.randn(4, 7, requires_grad=True)
@@ -685,3 +697,14 @@ def test_the_graph_holds_neither_the_input_nor_a_copy_of_the_weight():
     new = [o for o in gc.get_objects() if isinstance(o, torch.Tensor) and id(o) not in before and o is not y]
     assert {tuple(o.shape) for o in new if o.numel() >= 7 * 13} <= {(50, 3)}
     y.sum().backward()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_backward_pass_after_unload_raises_and_leaves_the_pretrained_weight(kind):
+    model = adapted_perceptron(kind)
+    loss = model(torch.randn(4, 7)).sum()
+    stock = model.unload()
+    with pytest.raises(RuntimeError, match="or its adapter unloaded"):
+        loss.backward()
+    for name, value in perceptron(kind).state_dict().items():
+        assert torch.equal(stock.state_dict()[name], value)

@@ -57,6 +57,8 @@ def test_keys_come_with_their_lines(tmp_path: Path) -> None:
         ("train:\n  seed: 1\n  seed: 2\n", "line 3, column 3", "the key 'seed' is given twice (first on line 2)"),
         ("train:\n\tseed: 1\n", "line 2, column 1", "cannot start any token"),
         ("? [a]\n: 1\n", "line 1, column 3", "a key must be plain text"),
+        ("1: a\n", "line 1, column 1", "the key '1' is not text"),
+        ("train: {null: a}\n", "line 1, column 9", "the key 'null' is not text"),
         ("a: !!python/object/apply:os.system [ls]\n", "line 1, column 4", "could not determine a constructor"),
     ],
 )
@@ -67,6 +69,15 @@ def test_an_error_names_file_line_and_column(tmp_path: Path, text: str, place: s
         read_yaml(file)
     assert str(caught.value).startswith(f"{file}, {place}: not valid YAML: ")
     assert problem in str(caught.value)
+
+
+def test_characters_that_yaml_does_not_allow_are_one_line(tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_text("a: \0\n")
+    with pytest.raises(PacaError, match=r"a\.yaml: not valid YAML: unacceptable character #x0000") as caught:
+        read_yaml(tmp_path / "a.yaml")
+    assert "\n" not in str(caught.value)
+    with pytest.raises(PacaError, match="is not a valid YAML value"):
+        parse_value("\x07")
 
 
 def test_unreadable_files_are_errors_that_name_them(tmp_path: Path) -> None:

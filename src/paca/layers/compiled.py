@@ -51,8 +51,18 @@ def new_handle(module: ResidentWeight) -> Tensor:
 
 
 def module_of(handle: Tensor) -> ResidentWeight:
-    """The module that ``new_handle`` gave this scalar."""
-    return _MODULES[int(handle)]
+    """The module that ``new_handle`` gave this scalar.
+
+    Raises:
+        RuntimeError: if its adapters were unloaded since.
+    """
+    module = _MODULES.get(int(handle))
+    if module is None or "resident" not in vars(module):
+        raise RuntimeError(
+            "The adapters of a compiled model were unloaded between its forward and backward pass. Run backward() "
+            "first, and compile the model that unload() gives back anew."
+        )
+    return module
 
 
 def compiled_linear(module: ResidentWeight, x: Tensor) -> Tensor:

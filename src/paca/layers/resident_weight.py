@@ -63,7 +63,7 @@ class ResidentWeight(nn.Module):
 
     def release(self) -> None:
         """Park, and turn back into the stock module, in place."""
-        self.resident.park(self.weight)
+        self.resident.let_go(self.weight)
         del self.resident, self.handle
         self.__class__ = self.stock_class  # type: ignore[assignment]
         del self.owner

@@ -25,6 +25,9 @@ class _CoreSchemaLoader(yaml.SafeLoader):
         for key_node, _ in node.value:
             if not isinstance(key_node, yaml.ScalarNode):
                 raise yaml.constructor.ConstructorError(None, None, "a key must be plain text", key_node.start_mark)
+            if key_node.tag != "tag:yaml.org,2002:str":
+                problem = f"the key {key_node.value!r} is not text; if it is meant as text, put it in quotes"
+                raise yaml.constructor.ConstructorError(None, None, problem, key_node.start_mark)
             line = key_node.start_mark.line + 1
             if key_node.value in first_lines:
                 problem = f"the key {key_node.value!r} is given twice (first on line {first_lines[key_node.value]})"
@@ -79,7 +82,10 @@ def read_yaml(path: Path) -> tuple[Any, dict[str, int]]:
         raise PacaError(f"There is no file {path}.") from None
     except (OSError, UnicodeDecodeError) as error:
         raise PacaError(f"{path} can't be read: {error}.") from error
-    loader = _CoreSchemaLoader(text)
+    try:
+        loader = _CoreSchemaLoader(text)
+    except yaml.YAMLError as error:  # characters that YAML does not allow
+        raise PacaError(f"{path}: not valid YAML: {_problem(error)}.") from error
     try:
         root = loader.get_single_node()
         content = None if root is None else loader.construct_document(root)
@@ -96,7 +102,10 @@ def parse_value(text: str) -> Any:
     Raises:
         PacaError: The text is not valid YAML.
     """
-    loader = _CoreSchemaLoader(text)
+    try:
+        loader = _CoreSchemaLoader(text)
+    except yaml.YAMLError as error:
+        raise PacaError(f"{text!r} is not a valid YAML value: {_problem(error)}.") from error
     try:
         return loader.get_single_data()
     except yaml.YAMLError as error:
@@ -123,4 +132,4 @@ def _place(error: yaml.YAMLError) -> str:
 
 
 def _problem(error: yaml.YAMLError) -> str:
-    return str(getattr(error, "problem", None) or error).rstrip(".")
+    return " ".join(str(getattr(error, "problem", None) or error).split()).rstrip(".")
