@@ -76,3 +76,9 @@ def test_a_config_written_by_a_newer_peft_loads_with_a_warning(tmp_path):
 def test_settings_that_can_not_work_are_refused_by_name(settings, message):
     with pytest.raises(ValueError, match=message):
         paca.PacaConfig(**settings)
+
+
+@pytest.mark.parametrize("name", ["rank_pattern", "alpha_pattern"])
+def test_a_pattern_that_maps_nothing_is_refused(name):
+    with pytest.raises(ValueError, match=f"{name} must map names of modules to numbers"):
+        paca.PacaConfig(**{name: "q_proj"})

@@ -311,6 +311,23 @@ def test_a_safe_merge_refuses_a_broken_adapter_and_merges_nothing(unload):
         assert torch.equal(value, originals[name])
 
 
+@pytest.mark.filterwarnings("ignore:Already following adapters were merged")
+@pytest.mark.parametrize("unload", [False, True])
+@pytest.mark.parametrize("merged_before", [False, True])
+def test_a_safe_merge_that_overflows_in_a_later_layer_takes_the_earlier_ones_back(unload, merged_before):
+    model = adapted_perceptron(dtype=torch.float16)
+    model.add_adapter("other", paca.PacaConfig(r=2, target_modules=["lin1", "lin2"], init_weights=False))
+    if merged_before:
+        model.merge_adapter(["other"])
+    model.base_model.model.lin2.paca_delta["default"].data[0, 0] = 1e6  # finite, but not in float16
+    before = [layer.base_layer.weight.clone() for layer in paca_layers(model)]
+    with pytest.raises(ValueError, match="NaN or Inf into the weight, so nothing was merged"):
+        model.merge_and_unload(safe_merge=True) if unload else model.merge_adapter(safe_merge=True)
+    assert [layer.merged_adapters for layer in paca_layers(model)] == [["other"] if merged_before else []] * 2
+    for layer, weight in zip(paca_layers(model), before, strict=True):
+        assert torch.equal(layer.base_layer.weight, weight)
+
+
 # -- saving and loading ---------------------------------------------------------------------------------------------
 
 
@@ -465,6 +482,14 @@ BROKEN = {
     "unknown target": (
         lambda t: t.update({"base_model.model.model.layers.9.mlp.up_proj.paca_delta": torch.zeros(48, 3)}),
         r"layers\.9\.mlp\.up_proj\.paca_delta.*no such layer",
+    ),
+    "a weight of the base": (
+        lambda t: t.update({"base_model.model.model.layers.1.mlp.down_proj.base_layer.weight": torch.zeros(32, 48)}),
+        r"down_proj\.base_layer\.weight.*no such layer",
+    ),
+    "a norm of the base": (
+        lambda t: t.update({"base_model.model.model.norm.weight": torch.zeros(32)}),
+        r"model\.norm\.weight.*no such layer",
     ),
     "missing delta": (_without("paca_delta"), r"no tensor .*down_proj\.paca_delta"),
     "missing indices": (_without("paca_indices"), r"no tensor .*down_proj\.paca_indices"),
@@ -673,3 +698,29 @@ def test_a_broken_file_or_saved_module_is_refused_and_leaves_the_model_as_it_was
         assert stock_classes(base) == classes
         assert all(p.requires_grad for p in base.parameters())
         assert torch.equal(base(x), perceptron()(x))
+
+
+@pytest.mark.parametrize("content", [b"no pickle", b"", None])
+def test_a_broken_pickle_file_is_refused_and_leaves_the_model_as_it_was(tmp_path, content):
+    adapted_perceptron().save_pretrained(tmp_path, safe_serialization=False)
+    path = tmp_path / "adapter_model.bin"
+    path.write_bytes(path.read_bytes()[:200] if content is None else content)
+    base = perceptron()
+    classes = stock_classes(base)
+    with pytest.raises(ValueError, match=r"adapter_model\.bin can't be read"):
+        PeftModel.from_pretrained(base, tmp_path)
+    assert stock_classes(base) == classes
+    assert not hasattr(base, "peft_config")
+
+
+def test_an_adapter_in_a_pickle_file_and_one_with_embeddings_load(tmp_path):
+    model = adapted_perceptron()
+    x = torch.randn(4, 7)
+    model.save_pretrained(tmp_path / "pickle", safe_serialization=False)
+    assert torch.equal(PeftModel.from_pretrained(perceptron(), tmp_path / "pickle")(x), model(x))
+    language = adapt(llama(), task_type="CAUSAL_LM", r=3)
+    with torch.no_grad():
+        language.get_input_embeddings().weight.mul_(2)
+    language.save_pretrained(tmp_path / "embeddings", save_embedding_layers=True)
+    again = PeftModel.from_pretrained(llama(), tmp_path / "embeddings")
+    assert torch.equal(again.get_input_embeddings().weight, language.get_input_embeddings().weight)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from paca.layers import PacaLayer
@@ -51,8 +54,10 @@ def check_adapter_tensors(model: nn.Module, adapter_name: str, tensors: dict[str
                 indices[order].to(torch.int64),
             )
     # Not from a state dict: taking one would park every weight.
+    saved_whole = _saved_whole(model, adapter_name)
     places = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
-    for name in tensors.keys() & places.keys() - expected:  # modules_to_save, embeddings
+    places = {name: place for name, place in places.items() if name.startswith(saved_whole)}
+    for name in tensors.keys() & places.keys() - expected:
         tensor, place = tensors[name], places[name]
         if f".modules_to_save.{adapter_name}." in name and tensor.shape != place.shape:
             raise ValueError(f"{name} has shape {tuple(tensor.shape)}; this model's has {tuple(place.shape)}.")
@@ -62,10 +67,28 @@ def check_adapter_tensors(model: nn.Module, adapter_name: str, tensors: dict[str
     if unknown:
         others = f" and {len(unknown) - 1} more" if len(unknown) > 1 else ""
         raise ValueError(
-            f"The adapter holds {unknown[0]}{others}, but the model has no such layer among the adapter's targets: "
-            "it was trained on another model, or its config was changed."
+            f"The adapter holds {unknown[0]}{others}, but the model has no such layer among the adapter's targets and "
+            "modules_to_save: it was trained on another model, its config was changed, or its file was."
         )
     return checked
+
+
+def _saved_whole(model: nn.Module, adapter_name: str) -> tuple[str, ...]:
+    """How the names begin of what an adapter may hold besides columns: modules_to_save, and embeddings (PEFT saves them
+    whole when the vocabulary grew). Nothing else of the base model may be loaded over."""
+    base: Any = getattr(model, "get_base_model", lambda: model)()
+    embeddings = [
+        getter()
+        for getter in (getattr(base, f"get_{kind}_embeddings", None) for kind in ("input", "output"))
+        if getter is not None
+    ]
+    beginnings = []
+    for name, module in model.named_modules():
+        if isinstance(module, AuxiliaryTrainingWrapper):
+            beginnings.append(f"{name}.modules_to_save.{adapter_name}.")
+        elif any(module is embedding for embedding in embeddings):
+            beginnings.append(f"{name}.")
+    return tuple(beginnings)
 
 
 def _check_shapes(

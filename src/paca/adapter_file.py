@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Iterable
 from pathlib import Path
 
+import torch
 from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
 
@@ -31,7 +33,7 @@ def check_has_weights(folder: Path) -> None:
 
 
 def check_adapter_file(folder: Path, modules_to_save: Iterable[str] | None, task_type: str | None) -> None:
-    """Check that a local adapter's safetensors file can be read and holds the modules that were saved whole.
+    """Check that a local adapter's file can be read and holds the modules that were saved whole.
 
     Args:
         folder: of the adapter. A hub id, or a folder without such a file, is left to PEFT.
@@ -39,10 +41,11 @@ def check_adapter_file(folder: Path, modules_to_save: Iterable[str] | None, task
         task_type: of the adapter's config.
 
     Raises:
-        ValueError: if the file is cut short or is no safetensors file, or lacks a module; names the file.
+        ValueError: if the file is cut short or is none of tensors, or lacks a module; names the file.
     """
     path = folder / SAFETENSORS_WEIGHTS_NAME
     if not path.is_file():
+        _check_pickle(folder / WEIGHTS_NAME)
         return
     try:
         with safe_open(path, framework="pt") as file:
@@ -55,3 +58,15 @@ def check_adapter_file(folder: Path, modules_to_save: Iterable[str] | None, task
         either = HEADS if module in HEADS and task_type in TASKS_WITH_HEADS else {module}
         if not any(f".{one}." in f".{name}" for one in either for name in names):
             raise ValueError(f"{path} holds no tensor of {module}, which the adapter's modules_to_save promises.")
+
+
+def _check_pickle(path: Path) -> None:
+    if path.is_file():
+        try:
+            torch.load(path, map_location="meta", weights_only=True)
+        except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
+            first_line = str(error).partition("\n")[0]
+            raise ValueError(
+                f"{path} can't be read ({first_line}): the file is broken, or not one of tensors alone. Copy it again, "
+                "or save the adapter again."
+            ) from error

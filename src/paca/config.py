@@ -105,6 +105,12 @@ class PacaConfig(PeftConfig):
         self._check()
 
     def _check(self) -> None:
+        for name in ("rank_pattern", "alpha_pattern"):
+            pattern = getattr(self, name)
+            if not isinstance(pattern, dict):
+                raise ValueError(
+                    f"{name} must map names of modules to numbers, such as {{'q_proj': 8}}; got {pattern!r}."
+                )
         for name, value in [("r", self.r), *((f"rank_pattern[{k!r}]", v) for k, v in self.rank_pattern.items())]:
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name} must be a whole number of columns, 1 or more; got {value!r}.")

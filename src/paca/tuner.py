@@ -7,6 +7,7 @@ import copy
 import inspect
 import warnings
 from collections import Counter
+from functools import partial
 from typing import Any
 
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _maybe_include_all_linear_layers
@@ -30,6 +31,7 @@ from paca.original_weights import OriginalWeights
 from paca.reference_adapter import copied_adapter, copy_deltas
 from paca.refresh import RefreshBeforeForward, paca_layers
 from paca.registration import PREFIX
+from paca.safe_merge import check_deltas, merge_all_or_none
 from paca.weighted_adapter import add_weighted_adapter
 
 
@@ -241,7 +243,7 @@ class PacaModel(BaseTuner):
     def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> Any:
         arguments = inspect.signature(super()._unload_and_optionally_merge).bind(*args, **kwargs).arguments
         if arguments.get("merge", True) and arguments.get("safe_merge"):
-            self._check_merge(arguments.get("adapter_names"))
+            self.merge_adapter(arguments.get("adapter_names"), safe_merge=True)
         model: Any = super()._unload_and_optionally_merge(*args, **kwargs)
         RefreshBeforeForward.remove(model)
         return model
@@ -268,26 +270,17 @@ class PacaModel(BaseTuner):
         check_writable(self.model, adapter_names)
         if dequantize:
             if safe_merge:
-                self._check_merge(adapter_names)
+                check_deltas(self.model, adapter_names)
             dequantize_model(self.model, adapter_names)
         return super().merge_and_unload(progressbar, safe_merge, adapter_names)
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
         check_writable(self.model, adapter_names)
+        merge = partial(super().merge_adapter, adapter_names, safe_merge=safe_merge)
         if safe_merge:
-            self._check_merge(adapter_names)
-        super().merge_adapter(adapter_names, safe_merge=safe_merge)
-
-    def _check_merge(self, adapter_names: list[str] | None) -> None:
-        """Raise ``ValueError`` naming the layer if a merged value would not be finite, before anything is merged."""
-        for name, layer in self.model.named_modules():
-            if isinstance(layer, PacaLayer):
-                for adapter in adapter_names or layer.active_adapters:
-                    if adapter in layer.paca_delta and not bool(layer.paca_delta[adapter].isfinite().all()):
-                        raise ValueError(
-                            f"Adapter {adapter!r} holds NaN or Inf in {name}, so nothing was merged. The adapter is "
-                            "broken: train it again with a smaller learning rate, or use an earlier checkpoint."
-                        )
+            merge_all_or_none(self.model, adapter_names, merge)
+        else:
+            merge()
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         for layer in paca_layers(self.model):

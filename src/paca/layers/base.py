@@ -220,12 +220,18 @@ class PacaLayer(nn.Module, BaseTunerLayer):
         self.merged_adapters.clear()
         self.push_columns()
 
+    def has_merged(self, adapter_names: list[str] | None) -> bool:
+        """Whether those of the adapters (default: of the active ones) that this layer has are merged already."""
+        wanted = {name for name in adapter_names or self.active_adapters if name in self.paca_delta}
+        return bool(wanted) and wanted <= set(self.merged_adapters)
+
     def unload_and_optionally_merge_module(
         self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
     ) -> nn.Module:
         """Give back the stock module, with the adapters merged into its weight or without them."""
         if merge:
-            self.merge(safe_merge=safe_merge, adapter_names=adapter_names)
+            if not self.has_merged(adapter_names):
+                self.merge(safe_merge=safe_merge, adapter_names=adapter_names)
             self.base_layer.resident.seal_merge()
         elif self.merged:
             self.unmerge()

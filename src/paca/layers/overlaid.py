@@ -151,7 +151,8 @@ class OverlaidLinear(PacaLayer):
         self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
     ) -> nn.Module:
         if merge:
-            self.merge(safe_merge=safe_merge, adapter_names=adapter_names)
+            if not self.has_merged(adapter_names):
+                self.merge(safe_merge=safe_merge, adapter_names=adapter_names)
         elif self.merged:
             self.unmerge()
         self.base_layer.release()
