@@ -80,15 +80,17 @@ class ExpertsByAdapter:
         Raises:
             ValueError: if it can't be told which token is whose.
         """
-        samples, length = batch.samples_before.get(self.name, (0, 0))
         tokens = hidden_states.shape[0]
+        here = {name for stack in stacks if not stack._disable_adapters for name in stack.paca_delta}
+        if not here & set(batch.names):
+            return {BASE: torch.arange(tokens, device=hidden_states.device)}
+        samples, length = batch.samples_before.get(self.name, (0, 0))
         if samples * length != tokens or hidden_states.dim() != 2:
             raise ValueError(
                 f"{self.name} gets {tuple(hidden_states.shape)}, which is not the tokens of all samples one after "
                 "another, so it can't be told which adapter each has (adapter_names). Run one batch per adapter, with "
                 "set_adapter in between."
             )
-        here = {name for stack in stacks if not stack._disable_adapters for name in stack.paca_delta}
         numbers = torch.arange(tokens, device=hidden_states.device).view(samples, length)
         rows_of = {name: rows for name, rows in batch.rows_of(samples, numbers.device).items() if name in here}
         groups = {name: numbers[rows].reshape(-1) for name, rows in rows_of.items()}
