@@ -133,8 +133,8 @@ def _noting(name: str) -> Callable[..., None]:
         batch = current_mixed_batch()
         if batch is not None:
             given = next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None)
-            known = given is not None and given.dim() == 3
-            batch.samples_before[name] = (given.shape[0], given.shape[1]) if known else (0, 0)
+            samples, length, _ = given.shape if given is not None and given.dim() == 3 else (0, 0, 0)
+            batch.samples_before[name] = samples, length
 
     return note
 
