@@ -8,7 +8,7 @@ when that adapter runs alone; a backward pass finds the columns of each of these
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -133,7 +133,8 @@ def _noting(name: str) -> Callable[..., None]:
         batch = current_mixed_batch()
         if batch is not None:
             given = next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None)
-            samples, length, _ = given.shape if given is not None and given.dim() == 3 else (0, 0, 0)
+            shape: Sequence[int] = () if given is None else given.shape
+            samples, length, _ = shape if len(shape) == 3 else (0, 0, 0)
             batch.samples_before[name] = samples, length
 
     return note
