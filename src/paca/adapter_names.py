@@ -13,6 +13,7 @@ from torch import nn
 
 from paca.layers import PacaLayer
 from paca.mixed_batch import BASE, MixedBatch, current_mixed_batch, running
+from paca.mixed_experts import run_together, split_by_adapter, tokens_known
 from paca.refresh import paca_layers
 
 _COUNTING = threading.Lock()
@@ -39,8 +40,11 @@ def mixed_batch(model: nn.Module, adapter_names: Sequence[str], arguments: Mappi
     batch = MixedBatch(names, repeats=_repeats(arguments))
     with _COUNTING:
         _RUNNING[model] = _RUNNING.get(model, 0) + 1
+        if _RUNNING[model] == 1:
+            split_by_adapter(model)
     try:
         with ExitStack() as stack:
+            stack.enter_context(tokens_known(model))
             for wrapper in _wrappers(model):
                 stack.callback(wrapper.register_forward_pre_hook(_pass_names, with_kwargs=True).remove)
             with running(batch):
@@ -49,6 +53,7 @@ def mixed_batch(model: nn.Module, adapter_names: Sequence[str], arguments: Mappi
         with _COUNTING:
             _RUNNING[model] -= 1
             if _RUNNING[model] == 0:  # a thread that still runs needs the weights as they are
+                run_together(model)
                 for layer in paca_layers(model):
                     layer.push_columns()
 

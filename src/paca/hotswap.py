@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from paca.adapter_checks import DELTA, INDICES, check_adapter_tensors
 from paca.config import PacaConfig
 from paca.layers import PacaLayer
+from paca.recorded_quantization import quantizations, warn_of_another
 from paca.registration import NAME
 
 _FILE_PREFIX = "base_model.model."
@@ -66,6 +67,7 @@ def hotswap_adapter(model: nn.Module, folder: str | os.PathLike[str], adapter_na
     tensors = _named_as_in(root, layers, adapter_name, load_peft_weights(str(folder), device="cpu"))
     _check_ranks(layers, adapter_name, tensors)
     tensors = check_adapter_tensors(root, adapter_name, tensors)
+    warn_of_another(adapter_name, config, quantizations(layers.values()))
     scales = {name: _alpha_of(config, name) for name in layers}
 
     for name, layer in layers.items():
@@ -133,8 +135,6 @@ def _alpha_of(config: PacaConfig, module_name: str) -> float:
 
 
 def _swap(layer: PacaLayer, adapter_name: str, delta: Tensor, indices: Tensor, alpha: float) -> None:
-    resident = layer.base_layer.resident
-
     def write() -> None:
         _write(layer.paca_delta[adapter_name], delta)
         layer.paca_delta[adapter_name].grad = None  # of other columns
@@ -143,7 +143,7 @@ def _swap(layer: PacaLayer, adapter_name: str, delta: Tensor, indices: Tensor, a
         layer.scaling[adapter_name] = alpha / layer.r[adapter_name]
         layer.push_columns()
 
-    resident.write_parked(layer.base_layer.weight, write, hidden=layer.paca_delta[adapter_name].is_inference())
+    layer.write_parked(write, hidden=layer.paca_delta[adapter_name].is_inference())
 
 
 def _write(place: Tensor, values: Tensor) -> None:

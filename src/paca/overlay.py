@@ -6,6 +6,8 @@ see, and names each set of them, so that a repeated or late pass with others is 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from torch import Tensor
 
 from paca.columns import Columns, State
@@ -19,7 +21,8 @@ class OverlaidColumns:
         self.wanted: tuple[Columns, ...] = ()
         """What the next forward pass has to see."""
         self._generation = 0  # counts the changes of the weight beneath the columns
-        self._state = State((), 0)
+        self.state = State((), 0)
+        """What the latest forward pass saw."""
         self._passes = ForwardPasses()
 
     def want(self, columns: tuple[Columns, ...]) -> None:
@@ -28,13 +31,18 @@ class OverlaidColumns:
 
     def forget(self, delta: Tensor) -> None:
         """Drop what is remembered of a deleted adapter."""
-        if any(c.delta is delta for c in self._state.columns):
-            self._state = State((), self._generation)
+        if any(c.delta is delta for c in self.state.columns):
+            self.state = State((), self._generation)
 
     def begin_generation(self) -> None:
         """Note that the weight beneath the columns was changed (a merge)."""
         self._generation += 1
-        self._state = State((), self._generation)
+        self.state = State((), self._generation)
+
+    def write_parked(self, write: Callable[[], None]) -> None:
+        """Call ``write``, which replaces deltas and indices in place; passes before it are told from those after it."""
+        write()
+        self.begin_generation()
 
     def note_forward(self) -> State:
         """The state that a forward pass sees now.
@@ -42,7 +50,7 @@ class OverlaidColumns:
         Raises:
             RuntimeError: if activation checkpointing repeats a pass that had another one.
         """
-        if not self._state.holds(self.wanted):
-            self._state = State(self.wanted, self._generation)
-        self._passes.note(self._state)
-        return self._state
+        if not self.state.holds(self.wanted):
+            self.state = State(self.wanted, self._generation)
+        self._passes.note(self.state)
+        return self.state

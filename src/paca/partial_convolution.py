@@ -116,11 +116,17 @@ def plain_convolution(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: 
 
 def selected_channels(x: Tensor, indices: Tensor, geometry: Geometry) -> Tensor:
     """The channels of ``x`` that the columns ``indices (r,)`` read: ``groups * r`` of them, group by group."""
-    dim, groups = geometry.channel_dim, geometry.groups
-    if groups > 1:
-        first = torch.arange(groups, device=indices.device) * (x.shape[dim] // groups)
-        indices = (first[:, None] + indices).reshape(-1)
-    return x.index_select(dim, indices)
+    dim = geometry.channel_dim
+    return x.index_select(dim, channels_of(indices, x.shape[dim], geometry))
+
+
+def channels_of(indices: Tensor, in_channels: int, geometry: Geometry) -> Tensor:
+    """The numbers of those channels, ``(groups * r,)``."""
+    groups = geometry.groups
+    if groups == 1:
+        return indices
+    first = torch.arange(groups, device=indices.device) * (in_channels // groups)
+    return (first[:, None] + indices).reshape(-1)
 
 
 class _PartialConvolution(torch.autograd.Function):

@@ -19,9 +19,9 @@ from paca.functional import column_gradient, input_gradient
 from paca.recomputation import check_same_state
 from paca.rounding import round_once
 
-Dequantize = Callable[[torch.dtype, Tensor], tuple[Tensor, Tensor]]
+Dequantize = Callable[[torch.dtype, Tensor | None], tuple[Tensor, Tensor]]
 """``(dtype, positions (k,))`` -> a new weight ``(out_features, in_features)`` in ``dtype``, and its columns
-``(out_features, k)`` before they were rounded to it."""
+``(out_features, k)`` before they were rounded to it; no positions stand for none."""
 
 
 def patched_linear(x: Tensor, bias: Tensor | None, dequantize: Dequantize, dtype: torch.dtype, state: State) -> Tensor:
@@ -33,7 +33,7 @@ def patched_linear(x: Tensor, bias: Tensor | None, dequantize: Dequantize, dtype
         dequantize: called in the forward and again in the backward pass, where it has to raise if the weight is not
             the same any more.
         dtype: of the matmuls.
-        state: the adapters' deltas ``(out_features, r_a)``, indices ``(r_a,)`` and scales.
+        state: the adapters' deltas ``(out_features, r_a)``, indices ``(r_a,)`` and scales; may hold none.
 
     Returns:
         ``(..., out_features)`` in ``dtype``.
@@ -51,6 +51,8 @@ def patched_weight(dequantize: Dequantize, dtype: torch.dtype, columns: tuple[Co
     ``W0`` is the dequantized weight. The trained columns are summed in float64 (float32 on devices without it) and
     rounded once to ``dtype``; columns that several adapters share add up.
     """
+    if not columns:
+        return dequantize(dtype, None)[0]
     positions = columns[0].indices if len(columns) == 1 else torch.cat([c.indices for c in columns]).unique(sorted=True)
     weight, originals = dequantize(dtype, positions)
     wide = torch.float32 if weight.device.type == "mps" else torch.float64

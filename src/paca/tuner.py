@@ -28,6 +28,7 @@ from paca.layers.overlaid import OverlaidLinear, check_writable
 from paca.layers.plain import dequantize_model
 from paca.layers.resident_weight import ResidentWeight
 from paca.original_weights import OriginalWeights
+from paca.recorded_quantization import quantizations, warn_of_another
 from paca.reference_adapter import copied_adapter, copy_deltas
 from paca.refresh import RefreshBeforeForward, paca_layers
 from paca.registration import PREFIX
@@ -322,15 +323,9 @@ def note_quantization(model: nn.Module, adapter_name: str, config: PacaConfig) -
         for name, layer in model.named_modules()
         if isinstance(layer, OverlaidLinear) and adapter_name in layer.paca_delta and layer.quantization_name
     }
-    found = "+".join(sorted({layer.quantization_name or "" for layer in layers.values()})) or "none"
+    found = quantizations(layers.values())
     if config.loading:
-        if config.base_quantization not in (None, found):  # other tools don't record it
-            warnings.warn(
-                f"Adapter {adapter_name!r} was made for weights quantized as {config.base_quantization!r}, but "
-                f"those of this model are {found!r}. Its columns count from the weights that it was made for, so "
-                "results differ. Load the base model as it was then.",
-                stacklevel=2,
-            )
+        warn_of_another(adapter_name, config, found)
     else:
         config.base_quantization = found
     if config.original_weights is None:

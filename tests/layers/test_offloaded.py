@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -149,3 +150,18 @@ def test_other_kinds_of_offloaded_layers_are_refused_by_name(layer):
     with pytest.raises(ValueError, match=r"body\.target is offloaded by accelerate, and of the layers"):
         peft.get_peft_model(model, PacaConfig(r=2, target_modules=["target"]))
     assert type(layer) is before
+
+
+@offloading
+@torch.no_grad()
+def test_mixed_batches_give_each_sample_its_adapter(offload: Offload, modes, tmp_path):
+    model = adapt(offload(llama().eval(), tmp_path)).eval()
+    model.add_adapter(
+        "second", PacaConfig(r=5, random_seed=1, init_weights=False, target_modules=["q_proj", "up_proj"])
+    )
+    ids, names = tokens(4), ["second", "default", "__base__", "second"]
+    mixed = model(input_ids=ids, adapter_names=names).logits
+    for n, name in enumerate(names):
+        with model.disable_adapter() if name == "__base__" else contextlib.nullcontext():
+            model.set_adapter(name if name != "__base__" else "default")
+            torch.testing.assert_close(mixed[n], model(input_ids=ids[n : n + 1]).logits[0], rtol=0, atol=1e-5)

@@ -13,6 +13,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 
 from paca.columns import Columns
+from paca.columns_by_row import LinearProduct, RowColumns, RowProduct, add_columns_by_row
 from paca.mixed_batch import MixedBatch, current_mixed_batch
 
 
@@ -34,8 +35,10 @@ class PacaLayer(nn.Module, BaseTunerLayer):
 
     adapter_layer_names = ("paca_delta",)
     other_param_names = ("paca_indices", "r", "paca_alpha", "scaling")
-    runs_mixed_batches: ClassVar[bool] = False
+    runs_mixed_batches: ClassVar[bool] = True
     """Whether samples of one batch may have different adapters; if not, such batches are refused before they start."""
+    input_axes = "(samples, ..., in_features)"
+    """What the dimensions of a mixed batch's input are, for messages."""
 
     def __init__(self, base_layer: Any) -> None:
         super().__init__()
@@ -177,6 +180,13 @@ class PacaLayer(nn.Module, BaseTunerLayer):
         if not resident.state.holds(resident.wanted):
             resident.park(self.base_layer.weight)
 
+    def write_parked(self, write: Callable[[], None], *, hidden: bool) -> None:
+        """Call ``write``, which replaces deltas and indices in place, while none of them is in the weight.
+
+        ``hidden``: version counters won't show it.
+        """
+        self.base_layer.resident.write_parked(self.base_layer.weight, write, hidden=hidden)
+
     # -- forward ------------------------------------------------------------------------------------------------
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -187,9 +197,59 @@ class PacaLayer(nn.Module, BaseTunerLayer):
         batch = current_mixed_batch()
         return y if batch is None or not self.runs_mixed_batches else self.add_mixed_batch(y, x, batch)
 
+    # -- mixed batches ------------------------------------------------------------------------------------------
+
     def add_mixed_batch(self, y: Tensor, x: Tensor, batch: MixedBatch) -> Tensor:
-        """Add what each sample's adapter contributes to ``y``, the pretrained layer's output for ``x``."""
-        raise NotImplementedError  # runs_mixed_batches says whether it is there
+        """Add what each sample's adapter contributes.
+
+        Args:
+            y: the pretrained layer's output for ``x``, one sample per row.
+            x: the layer's input, one sample per row.
+            batch: which sample has which adapter; adapters that are not in this layer add nothing.
+
+        Raises:
+            ValueError: if ``x`` does not have one sample per name.
+            RuntimeError: if another thread put columns into the weight meanwhile.
+        """
+        if self._disable_adapters:
+            return y  # as PEFT's LoRA does
+        if self.base_layer.resident.state.columns:
+            raise RuntimeError(
+                "Another thread ran the model with its active adapters while this one ran a mixed batch, so the result "
+                "would be wrong. Give adapter_names in every thread, or in none."
+            )
+        groups = self.row_columns(x, batch)
+        return add_columns_by_row(
+            y, x, groups, self.row_product(), batch_tag=batch.tag, after_backward=self._columns_may_change
+        )
+
+    def row_columns(self, x: Tensor, batch: MixedBatch) -> list[RowColumns]:
+        """The columns of each adapter of ``batch`` that this layer has, with their samples in ``x``; none if disabled.
+
+        Raises:
+            ValueError: if ``x`` does not have one sample per name.
+        """
+        if self._disable_adapters:
+            return []
+        if x.dim() < self.input_dims:
+            raise ValueError(f"A mixed batch needs inputs {self.input_axes}; this one is {tuple(x.shape)}.")
+        return [
+            RowColumns(rows, self.paca_delta[name], self.paca_indices[name], self.scaling[name])
+            for name, rows in batch.rows_of(x.shape[0], x.device).items()
+            if name in self.paca_delta
+        ]
+
+    @property
+    def input_dims(self) -> int:
+        """How many dimensions a mixed batch's input has at least."""
+        return 2
+
+    def row_product(self) -> RowProduct:
+        """How columns contribute to some samples' outputs."""
+        return LinearProduct()
+
+    def _columns_may_change(self) -> None:
+        self.base_layer.resident.suspect = True
 
     # -- merging ------------------------------------------------------------------------------------------------
 

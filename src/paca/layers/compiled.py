@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 _MODULES: weakref.WeakValueDictionary[int, ResidentWeight] = weakref.WeakValueDictionary()
 _NUMBERS = itertools.count()
-_MIXED = -1
+MIXED = -1
 """The tag of a mixed batch; no state has it, since no hash is -1."""
 
 # Replaying a CUDA graph would skip the Python in here, so these operators stay outside such graphs.
@@ -63,6 +63,15 @@ def module_of(handle: Tensor) -> ResidentWeight:
             "first, and compile the model that unload() gives back anew."
         )
     return module
+
+
+def check_not_mixed(tag: Tensor) -> None:
+    """Raise in the backward pass of a mixed batch, from the tag of its forward pass."""
+    if int(tag) == MIXED:
+        raise RuntimeError(
+            "A compiled model can't train on a mixed batch (adapter_names). Call the model that is not compiled, or "
+            "run mixed batches under torch.no_grad()."
+        )
 
 
 def compiled_linear(module: ResidentWeight, x: Tensor) -> Tensor:
@@ -129,10 +138,10 @@ def _forward(x: Tensor, handle: Tensor, out_features: int) -> tuple[Tensor, Tens
     bias = None if module.bias is None else module.bias.to(x.dtype)
     y = plain_linear(x, module.weight.to(x.dtype), bias, module.input_dim)
     batch = current_mixed_batch()
-    if batch is not None and owner is not None and owner.runs_mixed_batches:
+    if batch is not None and owner is not None:
         with torch.no_grad():
             mixed = owner.add_mixed_batch(y.contiguous(), x, batch)
-        return mixed, torch.tensor(_MIXED, dtype=torch.int64, device="cpu")
+        return mixed, torch.tensor(MIXED, dtype=torch.int64, device="cpu")
     resident.remember(resident.state)
     return y.contiguous(), resident.state.tag_tensor.clone()
 
@@ -147,11 +156,7 @@ def _backward(
     need_x: bool,
 ) -> list[Tensor]:
     module = module_of(handle)
-    if int(tag) == _MIXED:
-        raise RuntimeError(
-            "A compiled model can't train on a mixed batch (adapter_names). Call the model that is not compiled, or "
-            "run mixed batches under torch.no_grad()."
-        )
+    check_not_mixed(tag)
     state = module.resident.remembered(int(tag))
     module.resident.before_backward(module.weight, state, int(tag))
     gradients = [

@@ -14,8 +14,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from paca.columns import Columns
-from paca.layers.compiled import OPERATOR_TAGS, module_of
+from paca.layers.compiled import MIXED, OPERATOR_TAGS, check_not_mixed, module_of
 from paca.layers.resident_weight import ResidentWeight
+from paca.mixed_batch import current_mixed_batch
 
 _library = torch.library.Library("paca", "FRAGMENT")
 _library.define(
@@ -148,6 +149,11 @@ def _forward(x: Tensor, handle: Tensor, output_size: list[int], dtype: torch.dty
         resident.refresh(module.weight)
     resident.note_forward()
     y = module.run_plain(x, dtype)
+    batch = current_mixed_batch()
+    if batch is not None and owner is not None:
+        with torch.no_grad():
+            mixed = owner.add_mixed_batch(y.contiguous(), x, batch)
+        return mixed, torch.tensor(MIXED, dtype=torch.int64, device="cpu")
     resident.remember(resident.state)
     return y.contiguous(), resident.state.tag_tensor.clone()
 
@@ -164,6 +170,7 @@ def _backward(
 ) -> list[Tensor]:
     module = module_of(handle)
     assert isinstance(module, OpaqueWeight)
+    check_not_mixed(tag)
     state = module.resident.remembered(int(tag))
     module.resident.before_backward(module.weight, state, int(tag))
     grad_x = module.input_gradient(grad_output, input_size).contiguous() if need_x else grad_output.new_empty(0)

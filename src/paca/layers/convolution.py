@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from paca.columns import Columns, State
+from paca.convolution_by_row import ConvolutionProduct
 from paca.layers.base import PacaLayer
 from paca.layers.compiled_weight import OpaqueWeight
 from paca.layers.resident_weight import ResidentWeight
@@ -120,3 +121,12 @@ class PacaConvolution(PacaLayer):
     """The adapted convolution: keeps each adapter's deltas ``(out_channels, r, *kernel)`` and indices."""
 
     delta_axes = "(out_channels, r, *kernel)"
+
+    input_axes = "(samples, in_channels, *space)"
+
+    @property
+    def input_dims(self) -> int:
+        return self.base_layer.weight.dim()  # one fewer is a single sample without a batch dimension
+
+    def row_product(self) -> ConvolutionProduct:
+        return ConvolutionProduct(Geometry.of(self.base_layer))

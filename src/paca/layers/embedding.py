@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from paca.columns import Columns, State
+from paca.embedding_by_row import EmbeddingProduct
 from paca.layers.base import PacaLayer
 from paca.layers.compiled_weight import OpaqueWeight
 from paca.layers.resident_weight import ResidentWeight
@@ -41,7 +42,8 @@ class ResidentEmbedding(OpaqueWeight, nn.Embedding):
         return None
 
     @property
-    def _gradient_settings(self) -> tuple[int, bool]:
+    def gradient_settings(self) -> tuple[int, bool]:
+        """``padding_idx`` (-1 for none) and ``scale_grad_by_freq``."""
         return -1 if self.padding_idx is None else self.padding_idx, self.scale_grad_by_freq
 
     def _run_partial(self, x: Tensor, state: State) -> Tensor:
@@ -51,7 +53,7 @@ class ResidentEmbedding(OpaqueWeight, nn.Embedding):
             state.deltas,
             state.indices,
             state.scales,
-            gradient_settings=self._gradient_settings,
+            gradient_settings=self.gradient_settings,
             before_backward=partial(self.resident.before_backward, self.weight, state),
             state_tag=state.tag_tensor,
         )
@@ -75,7 +77,7 @@ class ResidentEmbedding(OpaqueWeight, nn.Embedding):
     ) -> list[Tensor]:
         rows = self.weight.shape[0]
         return [
-            column_gradient(grad_output, kept[0], c.indices, rows, self._gradient_settings, c.scale, dtype)
+            column_gradient(grad_output, kept[0], c.indices, rows, self.gradient_settings, c.scale, dtype)
             for c in columns
         ]
 
@@ -85,3 +87,12 @@ RESIDENT_CLASSES: dict[type[nn.Module], type[ResidentWeight]] = {nn.Embedding: R
 
 class PacaEmbedding(PacaLayer):
     """The adapted embedding: keeps each adapter's deltas ``(num_embeddings, r)`` and indices."""
+
+    input_axes = "(samples, ...)"
+
+    @property
+    def input_dims(self) -> int:
+        return 1
+
+    def row_product(self) -> EmbeddingProduct:
+        return EmbeddingProduct(self.base_layer.gradient_settings)

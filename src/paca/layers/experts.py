@@ -16,6 +16,7 @@ from paca.columns import State
 from paca.layers.base import PacaLayer
 from paca.layers.expert_view import StackView
 from paca.layers.resident_weight import ResidentWeight
+from paca.mixed_batch import current_mixed_batch
 
 
 class ExpertStack(nn.Module):
@@ -119,6 +120,14 @@ class PacaExpertStack(PacaLayer):
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         return False  # PEFT's conversion knows matrices only
+
+    def push_columns(self) -> None:
+        batch = current_mixed_batch()
+        if batch is None:
+            super().push_columns()
+        else:  # the rows of one adapter are run by themselves
+            runs = batch.adapter in self.paca_delta and not self._disable_adapters
+            self.base_layer.resident.want((self.columns_of(batch.adapter),) if runs else ())
 
     @torch.compiler.disable  # a graph must not be specialized on what is resident while it is traced
     def forward(self) -> StackView | Tensor:

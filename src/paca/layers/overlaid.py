@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -46,6 +47,12 @@ class OverlaidLinear(PacaLayer):
     @torch.compiler.disable  # which columns there are is a matter of run time
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         return super().forward(x, *args, **kwargs)
+
+    def write_parked(self, write: Callable[[], None], *, hidden: bool) -> None:
+        self.base_layer.resident.write_parked(write)
+
+    def _columns_may_change(self) -> None:
+        pass  # deltas are read anew by each pass
 
     # -- where the columns start --------------------------------------------------------------------------------
 

@@ -14,8 +14,10 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from paca.additive import add_columns
+from paca.columns import State
+from paca.mixed_batch import current_mixed_batch
 from paca.overlay import OverlaidColumns
-from paca.patched import patched_linear, patched_weight
+from paca.patched import Dequantize, patched_linear, patched_weight
 from paca.quantized import QuantizedWeight, quantization_of
 
 _SUBCLASSES: dict[tuple[type, type], type[nn.Module]] = {}
@@ -120,8 +122,26 @@ class PatchedWeight(OverlaidWeight):
 
     def forward(self, x: Tensor) -> Tensor:
         state = self.resident.note_forward()
-        if not state.columns:
+        if state.columns:
+            return self._run_dequantized(x, state)
+        batch, owner = current_mixed_batch(), self.owner()
+        if batch is None or owner is None:
             return super().forward(x)
+        rows = [group.rows for group in owner.row_columns(x, batch)]
+        if not rows:
+            return super().forward(x)
+        if self.quantization.stock_dequantizes:
+            return self._run_dequantized(x, state)
+        # The stock layer computes something else, which is what samples without columns have when they run alone.
+        mine = torch.cat(rows)
+        others = torch.ones(x.shape[0], dtype=torch.bool, device=x.device).index_fill_(0, mine, False).nonzero()[:, 0]
+        parts = [self._run_dequantized(x.index_select(0, mine), state)]
+        if others.numel():
+            parts.append(super().forward(x.index_select(0, others)).to(parts[0].dtype))
+        return torch.cat(parts).index_select(0, torch.cat([mine, others]).argsort())
+
+    def _run_dequantized(self, x: Tensor, state: State) -> Tensor:
+        """Multiply with the dequantized weight and the columns of ``state``; nothing else of ``x`` is kept."""
         compute_dtype, output_dtype = self.quantization.dtypes(self, x)
         bias: Any = self.bias
         return patched_linear(x, bias, self._dequantize(), compute_dtype, state).to(output_dtype)
@@ -130,18 +150,20 @@ class PatchedWeight(OverlaidWeight):
         """The dequantized weight ``(out_features, in_features)`` with ``columns`` in it."""
         return patched_weight(self._dequantize(), dtype, columns)
 
-    def _dequantize(self) -> Callable[[torch.dtype, Tensor], tuple[Tensor, Tensor]]:
+    def _dequantize(self) -> Dequantize:
         quantization = self.quantization
         packed = quantization.packed(self)
         version = packed._version
 
-        def dequantize(dtype: torch.dtype, positions: Tensor) -> tuple[Tensor, Tensor]:
+        def dequantize(dtype: torch.dtype, positions: Tensor | None) -> tuple[Tensor, Tensor]:
             if quantization.packed(self) is not packed or packed._version != version:
                 raise RuntimeError(
                     "A quantized weight was merged into, loaded or moved between a forward pass and its backward pass. "
                     "Run backward() first."
                 )
             with torch.no_grad():
+                if positions is None:
+                    positions = torch.empty(0, dtype=torch.int64, device=packed.device)
                 return quantization.weight_and_columns(self, dtype, positions)
 
         return dequantize

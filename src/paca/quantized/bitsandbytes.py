@@ -84,6 +84,7 @@ class EightBit(QuantizedWeight):
     """``Linear8bitLt`` with int8 weights, one scale a row."""
 
     library = "bitsandbytes"
+    stock_dequantizes = False  # it rounds inputs to 8 bits too
 
     def matches(self, module: nn.Module) -> bool:
         return is_a(module, "bitsandbytes", "Linear8bitLt")

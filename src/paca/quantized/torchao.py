@@ -14,6 +14,7 @@ class TorchAo(QuantizedWeight):
     """Weight-only formats of ``torchao.quantization.quantize_`` that have ``dequantize``."""
 
     library = "torchao"
+    stock_dequantizes = False  # for int8 it multiplies with the codes first, and with the scales then
 
     def matches(self, module: nn.Module) -> bool:
         weight = getattr(module, "weight", None)

@@ -14,6 +14,8 @@ class QuantizedWeight(ABC):
 
     library: str
     """The package that it comes from."""
+    stock_dequantizes = True
+    """Whether the stock layer's product is that with the dequantized weight, bit for bit."""
 
     @abstractmethod
     def matches(self, module: nn.Module) -> bool:
