@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from forked_process import run_forked
 from tiny_checkpoint import save_adapter, save_base
 
 LIGHT = """
@@ -16,6 +17,11 @@ LIGHT = """
     import paca
     heavy = [name for name in ("torch", "transformers", "peft") if name in sys.modules]
     assert not heavy, heavy
+"""
+BEFORE_PEFT = """
+    import sys
+    import paca
+    assert "peft" not in sys.modules
 """
 REGISTERED = """
     import sys
@@ -35,7 +41,10 @@ REGISTERED = """
 
 
 def run(*scripts: str) -> subprocess.CompletedProcess[str]:
+    """In a process started from nothing if it has to see that torch is not imported, else in a fork."""
     script = "\n".join(textwrap.dedent(s) for s in scripts)
+    if LIGHT not in scripts:
+        return run_forked(script)
     return subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=600, check=False)
 
 
@@ -44,9 +53,11 @@ def check(*scripts: str) -> None:
     assert result.returncode == 0, result.stderr
 
 
-@pytest.mark.parametrize("route", ["import peft", "from paca.refresh import refresh"])
-def test_peft_knows_the_method_as_soon_as_it_is_imported(route: str) -> None:
-    check(LIGHT, route, REGISTERED)
+@pytest.mark.parametrize(
+    ("before", "route"), [(LIGHT, "import peft"), (BEFORE_PEFT, "from paca.refresh import refresh")]
+)
+def test_peft_knows_the_method_as_soon_as_it_is_imported(before: str, route: str) -> None:
+    check(before, route, REGISTERED)
 
 
 def test_it_does_whichever_way_peft_comes_in() -> None:
@@ -130,7 +141,7 @@ def test_the_error_of_an_import_stays_what_it_was(tmp_path: Path) -> None:
     """A peft that breaks while it is imported, and one that is there at the second try."""
     (tmp_path / "peft.py").write_text("raise ImportError('peft is broken here')")
     result = run(
-        LIGHT,
+        BEFORE_PEFT,
         f"""
         sys.path.insert(0, {str(tmp_path)!r})
         for use in ("import peft", "paca.PacaConfig", "from paca import refresh"):

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 import textwrap
 
 import pytest
+
+from forked_process import run_forked
 
 TRAIN_ONE_STEP = """
     import torch
@@ -20,7 +20,7 @@ TRAIN_ONE_STEP = """
 
 def run(*scripts: str) -> str:
     script = "\n".join(textwrap.dedent(s) for s in scripts)
-    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120, check=False)
+    result = run_forked(script)
     assert result.returncode == 0, result.stderr
     return result.stdout
 

@@ -10,24 +10,20 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
+from cli.paca_process import fresh_paca
 from paca.bench.rows import read_rows
 from paca.cli import app, main
 
 REPOSITORY = Path(__file__).parents[2]
-PACA = [sys.executable, "-c", "from paca.cli import main; main()"]
 TINY = shlex.split(
     "--model smollm2-135m --layers 2 --hidden 192 --vocab 50 --scope blocks --seq 16 --rank 4 --device cpu"
 )
 
 
-def paca(*arguments: object) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([*PACA, *map(str, arguments)], capture_output=True, text=True, check=False, timeout=120)
-
-
 def test_rows_become_tables_and_pictures(tmp_path: Path) -> None:
     rows, readme = tmp_path / "rows.csv", tmp_path / "README.md"
     readme.write_text("top\n<!-- bench:begin -->\n<!-- bench:end -->\nbottom\n")
-    done = paca(
+    done = fresh_paca(
         "bench", *TINY, "--methods", "frozen,paca,lora", "--rounds", 3, "--measure", "time,saved", "--output", rows
     )
     assert done.returncode == 0, done.stderr

@@ -6,8 +6,6 @@ import os
 import pty
 import select
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -15,19 +13,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from cli.paca_process import PACA, forked_paca, fresh_paca
 from paca.generation import load_for_generation, stream_reply
 from tiny_checkpoint import byte_tokenizer, save_run
-
-PACA = [sys.executable, "-c", "from paca.cli import main; main()"]
-
-
-def paca(*arguments: object, typed: str = "") -> subprocess.CompletedProcess[str]:
-    command = [*PACA, *map(str, arguments)]
-    # Bytes first: the tiny model's answers are random bytes, which text mode would translate.
-    done = subprocess.run(command, capture_output=True, input=typed.encode(), check=False, timeout=120)
-    return subprocess.CompletedProcess(
-        command, done.returncode, done.stdout.decode("utf-8"), done.stderr.decode("utf-8")
-    )
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +35,8 @@ def expected_reply(run: Path, *turns: str, base: bool = False, system: str | Non
 def test_one_shot_prints_the_answer_alone(run: Path) -> None:
     answers = {}
     for base in (False, True):
-        done = paca("chat", run, "--prompt", "Hello", "--max-new-tokens", 20, *(["--base"] if base else []))
+        paca, options = (forked_paca, ["--base"]) if base else (fresh_paca, [])
+        done = paca("chat", run, "--prompt", "Hello", "--max-new-tokens", 20, *options)
         assert done.returncode == 0, done.stderr
         assert done.stderr == ""
         assert done.stdout == expected_reply(run, "Hello", base=base) + "\n"
@@ -57,7 +46,7 @@ def test_one_shot_prints_the_answer_alone(run: Path) -> None:
 
 def test_piped_turns_share_a_history_until_reset(run: Path) -> None:
     typed = "Hello\n\n/unknown\nAgain\n/reset\nAgain\n/exit\nnever asked\n"
-    done = paca("chat", run, "--system", "Be brief.", "--max-new-tokens", 20, typed=typed)
+    done = forked_paca("chat", run, "--system", "Be brief.", "--max-new-tokens", 20, typed=typed)
     assert done.returncode == 0, done.stderr
     first = expected_reply(run, "Hello", system="Be brief.")
     second = expected_reply(run, "Hello", first, "Again", system="Be brief.")
@@ -91,6 +80,12 @@ class Terminal:
         before, _, self.shown = self.shown.partition(text)
         return before
 
+    def wait_for_output(self, count: int) -> None:
+        """Until ``count`` bytes are there that nothing waited for."""
+        while len(self.shown) < count:
+            assert select.select([self.file], [], [], 240)[0], f"there is only {self.shown!r}"
+            self.shown += os.read(self.file, 65536)
+
     def type(self, keys: bytes) -> None:
         os.write(self.file, keys)
 
@@ -121,7 +116,7 @@ def test_ctrl_c_stops_an_answer_and_ctrl_d_ends_the_session(run: Path) -> None:
     terminal.wait_for(b"> ")
     terminal.type(b"Hello\n")
     terminal.wait_for(b"Hello\r\n")
-    time.sleep(0.5)
+    terminal.wait_for_output(100)  # more than readline's control sequences: the answer has begun
     terminal.interrupt_until(b"(stopped)")
     terminal.wait_for(b"> ")
     terminal.interrupt_until(b"Ctrl-D or /exit ends.")
@@ -131,7 +126,7 @@ def test_ctrl_c_stops_an_answer_and_ctrl_d_ends_the_session(run: Path) -> None:
 
 
 def test_merge_writes_a_checkpoint_and_says_so(run: Path, tmp_path: Path) -> None:
-    done = paca("merge", run, "--output", tmp_path / "merged", "--dtype", "bfloat16")
+    done = fresh_paca("merge", run, "--output", tmp_path / "merged", "--dtype", "bfloat16")
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
     assert str(tmp_path / "merged") in done.stdout
@@ -148,7 +143,7 @@ def test_wrong_input_is_one_message_and_a_failure(run: Path, tmp_path: Path) -> 
         (["chat", tmp_path / "nowhere"], "No such folder"),
         (["merge", run, "--output", tmp_path / "taken"], "not empty"),
     ):
-        done = paca(*arguments)
+        done = forked_paca(*arguments)
         assert done.returncode == 1
         assert message in done.stderr
         assert "Traceback" not in done.stderr

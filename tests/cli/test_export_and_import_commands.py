@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -12,13 +10,9 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from cli.paca_process import forked_paca, fresh_paca
 from paca.generation import load_for_generation
 from tiny_checkpoint import save_run
-
-
-def paca(*arguments: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-c", "from paca.cli import main; main()", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
 
 
 @pytest.fixture(scope="module")
@@ -27,11 +21,11 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_export_to_lora_and_import_give_the_adapter_back(run: Path, tmp_path: Path) -> None:
-    done = paca("export", run, "--to", "lora", "--output", tmp_path / "lora")
+    done = fresh_paca("export", run, "--to", "lora", "--output", tmp_path / "lora")
     assert done.returncode == 0, done.stderr
     assert f"Written: {tmp_path / 'lora'} (LoRA, exact: 14 layers of rank 5, each at scale 1)" in done.stdout
     assert (tmp_path / "lora/tokenizer.json").is_file()
-    done = paca("import", tmp_path / "lora", "--base", run / "base", "--output", tmp_path / "back")
+    done = fresh_paca("import", tmp_path / "lora", "--base", run / "base", "--output", tmp_path / "back")
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines() == [
         f"Read: LoRA with a one-hot A, 14 layers of rank 5, on {run / 'base'}",
@@ -45,7 +39,7 @@ def test_export_to_lora_and_import_give_the_adapter_back(run: Path, tmp_path: Pa
 def test_export_to_gguf(run: Path, tmp_path: Path) -> None:
     gguf = pytest.importorskip("gguf")
     output = tmp_path / "lora.gguf"
-    done = paca("export", run / "adapter", "--to", "gguf", "--output", output, "--base-model", run / "base")
+    done = forked_paca("export", run / "adapter", "--to", "gguf", "--output", output, "--base-model", run / "base")
     assert done.returncode == 0, done.stderr
     assert f"Written: {output} (LoRA, 14 layers, for 'llama' models of llama.cpp)" in done.stdout
     assert f"--lora {output}" in done.stdout
@@ -53,7 +47,7 @@ def test_export_to_gguf(run: Path, tmp_path: Path) -> None:
 
 
 def test_export_to_merged_is_what_merge_writes(run: Path, tmp_path: Path) -> None:
-    done = paca("export", run, "--to", "merged", "--output", tmp_path / "merged")
+    done = forked_paca("export", run, "--to", "merged", "--output", tmp_path / "merged")
     assert done.returncode == 0, done.stderr
     tokens = torch.arange(2, 26).reshape(2, 12)
     with torch.no_grad():
@@ -64,12 +58,12 @@ def test_export_to_merged_is_what_merge_writes(run: Path, tmp_path: Path) -> Non
 def test_what_is_wrong_is_one_message(run: Path, tmp_path: Path) -> None:
     shutil.copytree(run / "adapter", tmp_path / "adapter")
     (tmp_path / "adapter/adapter_model.safetensors").write_bytes(b"short")
-    done = paca("export", tmp_path / "adapter", "--to", "lora", "--output", tmp_path / "out")
+    done = forked_paca("export", tmp_path / "adapter", "--to", "lora", "--output", tmp_path / "out")
     assert done.returncode == 1
     assert done.stderr.splitlines()[-1].startswith("Error: ")
     assert "adapter_model.safetensors is broken" in done.stderr
     assert "Traceback" not in done.stderr
-    done = paca("export", run, "--to", "onnx", "--output", tmp_path / "out")
+    done = forked_paca("export", run, "--to", "onnx", "--output", tmp_path / "out")
     assert done.returncode == 2
     assert "'onnx'" in done.stderr
     assert not (tmp_path / "out").exists()

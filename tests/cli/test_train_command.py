@@ -7,57 +7,36 @@ import os
 import re
 import shutil
 import signal
-import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import yaml
 from rich.console import Console
 
+from cli.paca_process import MAIN, forked_paca, fresh_paca, start_paca
 from paca.cli import main
 from paca.errors import PacaError
 from paca.training import load_run_config, train
 from training.tiny_run import curve, rows, same_adapter, save_workspace
 
-ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-MAIN = "from paca.cli import main; main()"
-
 
 @pytest.fixture(scope="module")
-def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def workspace(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     folder = tmp_path_factory.mktemp("cli")
-    ENVIRONMENT["HF_DATASETS_CACHE"] = str(folder / "datasets-cache")
     save_workspace(folder)
-    return folder
-
-
-def start(workspace: Path, *arguments: str, launcher: tuple[str, ...] = ("-c", MAIN)) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, *launcher, *arguments],
-        cwd=workspace,
-        env=ENVIRONMENT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
-
-
-def paca(workspace: Path, *arguments: str, launcher: tuple[str, ...] = ("-c", MAIN)) -> tuple[int, str, str]:
-    process = start(workspace, *arguments, launcher=launcher)
-    try:
-        output, errors = process.communicate(timeout=300)
-    finally:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-    return process.returncode, output, errors
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HF_DATASETS_CACHE", str(folder / "datasets-cache"))
+        patch.setenv("OMP_NUM_THREADS", "1")
+        yield folder
 
 
 def test_a_dry_run_shows_the_resolved_run_and_leaves_nothing(workspace: Path) -> None:
-    status, output, errors = paca(workspace, "train", "config.yaml", "--dry-run", "--set", "output.dir=dry")
-    assert (status, errors) == (0, "")
+    done = fresh_paca("train", "config.yaml", "--dry-run", "--set", "output.dir=dry", cwd=workspace)
+    assert (done.returncode, done.stderr) == (0, "")
+    output = done.stdout
     resolved = yaml.safe_load(output[: output.index("\nmodel  ")])
     assert resolved["paca"]["r"] == 4
     assert resolved["train"]["lr_scheduler_type"] == "cosine"
@@ -68,26 +47,31 @@ def test_a_dry_run_shows_the_resolved_run_and_leaves_nothing(workspace: Path) ->
     assert not (workspace / "dry").exists()
 
 
-def test_a_real_interrupt_saves_and_the_resumed_run_ends_as_the_uninterrupted_one(workspace: Path) -> None:
+def test_a_real_interrupt_saves_and_the_resumed_run_ends_as_the_uninterrupted_one(
+    workspace: Path, tmp_path: Path
+) -> None:
     steps = ["--set", "train.max_steps=150", "--set"]
-    status, output, errors = paca(workspace, "train", "config.yaml", *steps, "output.dir=whole")
-    assert status == 0, errors
+    done = forked_paca("train", "config.yaml", *steps, "output.dir=whole", cwd=workspace)
+    assert done.returncode == 0, done.stderr
+    output = done.stdout
     assert re.search(r"^step 0: held-out loss \d\.\d+$", output, re.MULTILINE)
     assert re.search(r"^step 150/150  loss \d\.\d+  [\d,]+ tokens/s  peak .*iB  0:00 left$", output, re.MULTILINE)
     assert re.search(r"^held-out loss +\d\.\d+ → \d\.\d+$", output, re.MULTILINE)
     assert (workspace / "whole" / "report.html").read_text().count("<svg") == 5
-    assert "it/s]" not in output + errors  # no progress bars in a log file
+    assert "it/s]" not in output + done.stderr  # no progress bars in a log file
 
-    process = start(workspace, "train", "config.yaml", *steps, "output.dir=parts")
+    process = start_paca("train", "config.yaml", *steps, "output.dir=parts", cwd=workspace, streams=tmp_path)
     metrics = workspace / "parts" / "metrics.jsonl"
     deadline = time.monotonic() + 300
     while not (metrics.exists() and metrics.read_text().count("\n") > 3):
-        assert process.poll() is None, process.communicate()
+        assert process.exitcode is None, (tmp_path / "stderr").read_text()
         assert time.monotonic() < deadline
         time.sleep(0.005)
-    process.send_signal(signal.SIGINT)
-    output, errors = process.communicate(timeout=300)
-    assert process.returncode == 130, errors
+    assert process.pid is not None
+    os.kill(process.pid, signal.SIGINT)
+    process.join(300)
+    output, errors = ((tmp_path / name).read_text() for name in ("stdout", "stderr"))
+    assert process.exitcode == 130, errors
     assert "Traceback" not in errors
     stopped_at = rows(workspace / "parts")[-1]["step"]
     assert stopped_at < 150
@@ -95,9 +79,9 @@ def test_a_real_interrupt_saves_and_the_resumed_run_ends_as_the_uninterrupted_on
     command = f"paca train {workspace / 'parts' / 'config.yaml'} --resume"
     assert f"Continue with:\n  {command}\n" in output
 
-    status, output, errors = paca(workspace, *command.split()[1:])
-    assert status == 0, errors
-    assert f"Resuming after step {stopped_at} of 150." in output
+    done = forked_paca(*command.split()[1:], cwd=workspace)
+    assert done.returncode == 0, done.stderr
+    assert f"Resuming after step {stopped_at} of 150." in done.stdout
     assert same_adapter(workspace / "whole", workspace / "parts")
     assert curve(workspace / "whole") == curve(workspace / "parts")
     summary = json.loads((workspace / "parts" / "summary.json").read_text())
@@ -110,17 +94,16 @@ def test_two_processes_train_as_one_on_the_whole_batch_and_only_the_first_speaks
     before = model_config.read_text()
     model_config.write_text(json.dumps(json.loads(before) | {"attention_dropout": 0.0}))
     common = ["--set", "train.optim=sgd", "--set", "train.learning_rate=1.0", "--set", "train.max_steps=10"]
-    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
     program = workspace / "paca_program.py"
     program.write_text(MAIN)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(program)]
     try:
-        status, output, errors = paca(
-            workspace, "train", "config.yaml", "--probe", *common, "--set", "output.dir=two",
-            launcher=(*torchrun, str(program)),
-        )  # fmt: skip
-        assert status == 0, errors
-        assert output.count("step 10/10") == 1
-        assert output.count("The longest batch (2 x ") == 1
+        done = fresh_paca(
+            "train", "config.yaml", "--probe", *common, "--set", "output.dir=two", cwd=workspace, program=torchrun
+        )
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.count("step 10/10") == 1
+        assert done.stdout.count("The longest batch (2 x ") == 1
         settings = [*common[1::2], "train.per_device_train_batch_size=4", f"output.dir={workspace / 'one'}"]
         train(load_run_config(workspace / "config.yaml", settings), console=Console(quiet=True))
     finally:
@@ -145,11 +128,11 @@ def test_two_processes_train_as_one_on_the_whole_batch_and_only_the_first_speaks
 )  # fmt: skip
 def test_a_mistake_is_one_message_on_standard_error(workspace: Path, arguments: list[str], message: str) -> None:
     (workspace / "empty.jsonl").touch()
-    status, output, errors = paca(workspace, "train", *arguments)
-    assert (status, output) == (1, "")
-    assert errors.startswith("Error: ")
-    assert message in errors
-    assert errors.count("\n") == 1
+    done = forked_paca("train", *arguments, cwd=workspace)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.startswith("Error: ")
+    assert message in done.stderr
+    assert done.stderr.count("\n") == 1
 
 
 def run_main(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:

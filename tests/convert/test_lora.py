@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +15,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, LlamaForSequenceClassification
 
 from convert.saved_adapters import change, logits, save_adapted
+from forked_process import run_forked
 from models import adapt, adapted_perceptron, gpt2, llama, tokens
 from paca.convert.adapter import AdaptedLayer, Adapter, adapter_in_model
 from paca.convert.lora import export_lora, save_as_lora, to_lora
@@ -99,7 +98,8 @@ def test_stock_peft_loads_it_in_a_process_without_paca(tmp_path: Path) -> None:
         export_lora(tmp_path / name / "adapter", tmp_path / name / "lora")
         torch.save((tokens(), logits(model, tokens())), tmp_path / name / "expected.pt")
     script = """
-import sys, torch
+import sys, torch, warnings
+warnings.filterwarnings("error", category=UserWarning, module=r"peft\\Z")
 sys.modules["paca"] = None  # an import of it fails
 from peft import AutoPeftModelForCausalLM
 for folder in sys.argv[1:]:
@@ -115,8 +115,7 @@ for folder in sys.argv[1:]:
     assert torch.allclose(merged(input_ids=tokens, use_cache=False).logits, expected, atol=1e-5), folder
     print(type(merged).__name__)
 """
-    command = [sys.executable, "-W", "error::UserWarning:peft", "-c", script]
-    done = subprocess.run([*command, *(str(tmp_path / name) for name in adapted)], capture_output=True, text=True)
+    done = run_forked(script, *(tmp_path / name for name in adapted))
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == ["LlamaForCausalLM", "GPT2LMHeadModel"]
 

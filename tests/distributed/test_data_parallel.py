@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+from forked_process import FORKS
 from models import adapted_perceptron, base_state
 from paca.refresh import paca_layers
 
@@ -46,7 +47,7 @@ def test_replicas_agree_with_one_process(tmp_path):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    mp.spawn(worker, args=(port, str(tmp_path)), nprocs=WORLD)
+    mp.start_processes(worker, args=(port, str(tmp_path)), nprocs=WORLD, start_method=FORKS.get_start_method())
     ranks = [torch.load(tmp_path / f"{rank}.pt") for rank in range(WORLD)]
     alone = adapted_perceptron(dtype=torch.float64)
     originals = base_state(alone)

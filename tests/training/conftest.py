@@ -1,13 +1,16 @@
-"""One tiny workspace for all tests of runs, and a cache of data that stays out of the user's."""
+"""One tiny workspace for all tests of runs, runs that several tests look at, and a data cache apart from the user's."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import datasets
 import pytest
+from rich.console import Console
 
+from paca.training import RunResult, load_run_config, train
 from training.tiny_run import save_workspace
 
 
@@ -18,3 +21,15 @@ def config_file(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(datasets.config, "HF_DATASETS_CACHE", folder / "datasets-cache")
         yield save_workspace(folder)
+
+
+@pytest.fixture(scope="session")
+def finished(config_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., RunResult]:
+    """Trains with some settings changed, once for all tests that ask for the same: they leave its folder as it is."""
+
+    @functools.cache
+    def run(*overrides: str) -> RunResult:
+        folder = tmp_path_factory.mktemp("finished") / "run"
+        return train(load_run_config(config_file, [f"output.dir={folder}", *overrides]), console=Console(quiet=True))
+
+    return run

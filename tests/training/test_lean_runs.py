@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -22,9 +23,7 @@ LEAN = ("model.lean=true",)
 RECOMPUTED = ("model.lean=true", "model.recompute=mlp")
 
 
-@pytest.fixture
-def models(monkeypatch: pytest.MonkeyPatch) -> list[torch.nn.Module]:
-    """The models that runs train."""
+def watch_models(patch: pytest.MonkeyPatch) -> list[torch.nn.Module]:
     seen: list[torch.nn.Module] = []
     trainer = run_module.SFTTrainer
 
@@ -34,8 +33,25 @@ def models(monkeypatch: pytest.MonkeyPatch) -> list[torch.nn.Module]:
                 seen.append(model)
             return super().training_step(model, *args, **kwargs)
 
-    monkeypatch.setattr(run_module, "SFTTrainer", Watched)
+    patch.setattr(run_module, "SFTTrainer", Watched)
     return seen
+
+
+@pytest.fixture
+def models(monkeypatch: pytest.MonkeyPatch) -> list[torch.nn.Module]:
+    """The models that runs train."""
+    return watch_models(monkeypatch)
+
+
+@pytest.fixture(scope="module")
+def stock(config_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run with the blocks of transformers."""
+    folder = tmp_path_factory.mktemp("stock") / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        models = watch_models(patch)
+        run(config_file, folder)
+        assert [is_lean(model) for model in models] == [False]
+    return folder
 
 
 def run(
@@ -69,20 +85,19 @@ def assert_same_run(one: Path, other: Path) -> None:
     "settings", [LEAN, RECOMPUTED, (*RECOMPUTED, "train.gradient_checkpointing=true")], ids=["lean", "mlp", "both"]
 )
 def test_a_lean_run_is_the_same_run(
-    config_file: Path, tmp_path: Path, models: list[torch.nn.Module], settings: tuple[str, ...]
+    config_file: Path, tmp_path: Path, stock: Path, models: list[torch.nn.Module], settings: tuple[str, ...]
 ) -> None:
-    run(config_file, tmp_path / "stock")
     summary = run(config_file, tmp_path / "lean", *settings)
-    assert [is_lean(model) for model in models] == [False, True]
+    assert [is_lean(model) for model in models] == [True]
     assert summary["model"]["lean"] is True  # type: ignore[index]
     assert summary["model"]["recompute"] == ("mlp" if "model.recompute=mlp" in settings else None)  # type: ignore[index]
-    assert_same_run(tmp_path / "stock", tmp_path / "lean")
+    assert_same_run(stock, tmp_path / "lean")
 
 
 def test_a_lean_run_goes_on_to_the_same_weights(config_file: Path, tmp_path: Path) -> None:
     settings = [*RECOMPUTED, "train.save_steps=5", "train.save_total_limit=5"]
     run(config_file, tmp_path / "whole", *settings)
-    run(config_file, tmp_path / "stopped", *settings)
+    shutil.copytree(tmp_path / "whole", tmp_path / "stopped")
     for name in ("summary.json", "checkpoints/checkpoint-10/trainer_state.json"):
         (tmp_path / "stopped" / name).unlink()
     run(config_file, tmp_path / "stopped", *settings, resume=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -65,19 +66,21 @@ def assert_equal(one: Any, other: Any) -> None:
 
 
 @pytest.mark.parametrize("settings", [(), ("model.lean=true", "model.recompute=mlp", "train.neftune_noise_alpha=5")])
-def test_a_probed_run_is_the_same_run_bit_for_bit(config_file: Path, tmp_path: Path, settings: tuple[str, ...]) -> None:
-    run(config_file, tmp_path / "plain", *settings)
+def test_a_probed_run_is_the_same_run_bit_for_bit(
+    config_file: Path, finished: Callable[..., RunResult], tmp_path: Path, settings: tuple[str, ...]
+) -> None:
+    unprobed = finished(*settings).folder
     run(config_file, tmp_path / "probed", *settings, probe=True)
-    assert same_adapter(tmp_path / "plain", tmp_path / "probed")
-    assert curve(tmp_path / "plain") == curve(tmp_path / "probed")
+    assert same_adapter(unprobed, tmp_path / "probed")
+    assert curve(unprobed) == curve(tmp_path / "probed")
     metrics = ("mean_token_accuracy", "entropy")
     from training.tiny_run import rows
 
-    plain, probed = rows(tmp_path / "plain"), rows(tmp_path / "probed")
+    plain, probed = rows(unprobed), rows(tmp_path / "probed")
     assert [[row.get(name) for name in metrics] for row in plain] == [
         [row.get(name) for name in metrics] for row in probed
     ]
-    assert_equal(saved_state(tmp_path / "plain"), saved_state(tmp_path / "probed"))
+    assert_equal(saved_state(unprobed), saved_state(tmp_path / "probed"))
 
 
 def test_the_longest_batch_comes_first(config_file: Path, tmp_path: Path, passes: list[tuple[int, ...]]) -> None:

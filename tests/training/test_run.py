@@ -104,11 +104,11 @@ def test_a_run_leaves_its_folder(run: Runner, tmp_path: Path, config_file: Path)
     assert [row["step"] for row in rows(folder) if "eval_loss" in row] == [0, 2, 4, 6, 8, 10]
 
 
-def test_the_adapter_gives_the_loss_that_was_reported(run: Runner, tmp_path: Path) -> None:
-    result = run("a")
+def test_the_adapter_gives_the_loss_that_was_reported(run: Runner, finished: Runner, tmp_path: Path) -> None:
+    result = finished()
     assert result.summary is not None
     base = AutoModelForCausalLM.from_pretrained(result.summary["model"]["name"])
-    adapted = PeftModel.from_pretrained(base, tmp_path / "a" / "adapter")
+    adapted = PeftModel.from_pretrained(base, result.folder / "adapter")
     merged = adapted.merge_and_unload()
     merged.save_pretrained(tmp_path / "merged")
     byte_tokenizer().save_pretrained(tmp_path / "merged")
@@ -142,10 +142,16 @@ TWO_EPOCHS = ["train.num_train_epochs=2", "train.max_steps=-1", "train.eval_stra
     ids=["inside an epoch", "twice", "at the end", "epochs", "at an epoch's evaluation"],
 )
 def test_a_stopped_and_resumed_run_is_the_uninterrupted_one_bit_for_bit(
-    run: Runner, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, overrides: list[str], stops: list[int], number: int
+    run: Runner,
+    finished: Runner,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    overrides: list[str],
+    stops: list[int],
+    number: int,
 ) -> None:
     monkeypatch.setattr(SignalAtStep, "number", number)
-    whole = run("whole", *overrides)
+    whole = finished(*overrides)
     for count, stop in enumerate(stops):
         result = run("parts", *overrides, resume=count > 0, stop_at=stop)
         assert result.summary is None
@@ -153,31 +159,31 @@ def test_a_stopped_and_resumed_run_is_the_uninterrupted_one_bit_for_bit(
         assert (tmp_path / "parts" / "checkpoints" / f"checkpoint-{stop}").is_dir()
         assert not (tmp_path / "parts" / "adapter").exists()
     parts = run("parts", *overrides, resume=True)
-    assert same_adapter(tmp_path / "whole", tmp_path / "parts")
-    assert curve(tmp_path / "whole") == curve(tmp_path / "parts")
+    assert same_adapter(whole.folder, tmp_path / "parts")
+    assert curve(whole.folder) == curve(tmp_path / "parts")
     assert whole.summary is not None
     assert parts.summary is not None
     for name in ("eval_loss_before", "eval_loss_after", "steps", "tokens", "epochs"):
         assert whole.summary[name] == parts.summary[name]
 
 
-def test_a_run_that_died_goes_on_from_its_last_checkpoint(run: Runner, tmp_path: Path) -> None:
-    run("whole")
-    shutil.copytree(tmp_path / "whole", tmp_path / "died")
+def test_a_run_that_died_goes_on_from_its_last_checkpoint(run: Runner, finished: Runner, tmp_path: Path) -> None:
+    whole = finished().folder
+    shutil.copytree(whole, tmp_path / "died")
     for name in ("summary.json", "report.html"):
         (tmp_path / "died" / name).unlink()
     shutil.rmtree(tmp_path / "died" / "adapter")
     (tmp_path / "died" / "checkpoints" / "checkpoint-10" / "trainer_state.json").write_text("{")  # cut short
     run("died", resume=True)
-    assert same_adapter(tmp_path / "whole", tmp_path / "died")
-    assert curve(tmp_path / "whole") == curve(tmp_path / "died")
+    assert same_adapter(whole, tmp_path / "died")
+    assert curve(whole) == curve(tmp_path / "died")
 
 
-def test_losses_between_two_logs_are_not_lost_in_a_checkpoint(run: Runner, tmp_path: Path) -> None:
+def test_losses_between_two_logs_are_not_lost_in_a_checkpoint(run: Runner, finished: Runner, tmp_path: Path) -> None:
     run("a", "train.logging_steps=5", stop_at=3)
     run("a", "train.logging_steps=5", resume=True)
-    run("each", "train.logging_steps=1")
-    each = {row["step"]: row["loss"] for row in rows(tmp_path / "each") if "loss" in row}
+    each = {row["step"]: row["loss"] for row in rows(finished().folder) if "loss" in row}
+    assert list(each) == list(range(1, 11))
     logged = [(row["step"], row["loss"]) for row in rows(tmp_path / "a") if "loss" in row]
     previous = 0
     for step, loss in logged:

@@ -7,6 +7,7 @@ import gc
 import sys
 import threading
 import time
+import weakref
 
 import psutil
 
@@ -27,7 +28,7 @@ class ResidentSetPeak:
         self.source = "kernel" if _kernel_peak_resets() else "sampler"
         self._peak = 0
         if self.source == "sampler":
-            threading.Thread(target=self._sample, daemon=True).start()
+            threading.Thread(target=_sample, args=(weakref.ref(self),), daemon=True).start()
 
     def now(self) -> int:
         """Bytes resident now, after garbage is collected and freed memory is given back."""
@@ -47,11 +48,13 @@ class ResidentSetPeak:
         """The most bytes resident since `reset`."""
         return _kernel_peak() if self.source == "kernel" else self._peak
 
-    def _sample(self) -> None:
-        process = psutil.Process()
-        while True:
-            self._peak = max(self._peak, process.memory_info().rss)
-            time.sleep(_PERIOD)
+
+def _sample(reference: weakref.ref[ResidentSetPeak]) -> None:
+    process = psutil.Process()
+    while (watch := reference()) is not None:
+        watch._peak = max(watch._peak, process.memory_info().rss)
+        del watch  # ends with what it samples for
+        time.sleep(_PERIOD)
 
 
 def _kernel_peak() -> int:

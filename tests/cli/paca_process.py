@@ -1,0 +1,50 @@
+"""Runs `paca` as a process: started from nothing, or forked from one that has the libraries in memory, 5 s sooner.
+
+Of each command at least one test starts it from nothing: only that shows what libraries print while they are imported.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+
+from forked_process import run_forked, start_forked
+
+MAIN = "from paca.cli import main; main()"
+PACA = (sys.executable, "-c", MAIN)
+
+
+def forked_paca(*arguments: object, typed: str = "", cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    """Run to the end; ``typed`` is what standard input holds."""
+    return run_forked(MAIN, *arguments, typed=typed, cwd=cwd)
+
+
+def start_paca(*arguments: object, streams: Path, cwd: Path | None = None) -> BaseProcess:
+    """Fork and leave it running; its ``stdout`` and ``stderr`` are files of the folder ``streams``."""
+    return start_forked(MAIN, *arguments, streams=streams, cwd=cwd)
+
+
+def fresh_paca(
+    *arguments: object, cwd: Path | None = None, program: Sequence[str] = PACA
+) -> subprocess.CompletedProcess[str]:
+    """Start from nothing, and run to the end; ``program`` may be a launcher of several processes."""
+    command = [*program, *map(str, arguments)]
+    with tempfile.TemporaryFile() as output, tempfile.TemporaryFile() as errors:
+        process = subprocess.Popen(
+            command, cwd=cwd, stdin=subprocess.DEVNULL, stdout=output, stderr=errors, start_new_session=True
+        )
+        try:
+            process.wait(300)
+        finally:
+            with contextlib.suppress(ProcessLookupError):  # of a launcher, or of what it left behind
+                os.killpg(process.pid, signal.SIGKILL)
+        output.seek(0)
+        errors.seek(0)
+        return subprocess.CompletedProcess(command, process.returncode, output.read().decode(), errors.read().decode())
