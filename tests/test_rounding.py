@@ -5,6 +5,8 @@ from fractions import Fraction
 import pytest
 import torch
 
+from paca.columns import Columns
+from paca.resident import ResidentColumns
 from paca.rounding import add_once, round_once
 
 
@@ -76,3 +78,16 @@ def test_just_above_a_tie_between_subnormal_numbers_is_rounded_up():
     base = torch.tensor([2.0**-15]).half()
     change = torch.tensor([2.0**-25 * (1 + 2.0**-20)])  # float32 takes the sum for the tie
     assert float(add_once(base, change, 1.0)) == 2.0**-15 + 2.0**-24
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_sum_of_several_adapters_is_rounded_once(dtype):
+    base, change = hard_cases(dtype, 1.0)
+    indices, weight = torch.tensor([0]), base[:, None].clone()
+    deltas = [change[:, None] * share for share in (0.25, 0.75)]
+    resident = ResidentColumns(1)
+    resident.want(tuple(Columns(str(i), delta, indices, 1.0) for i, delta in enumerate(deltas)))
+    resident.refresh(weight)
+    for b, one, other, got in zip(base, *deltas, weight[:, 0], strict=True):
+        exact = Fraction(float(b)) + Fraction(float(one)) + Fraction(float(other))
+        assert float(got) == nearest(exact, dtype)
