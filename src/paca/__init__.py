@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from paca.hotswap import hotswap_adapter
     from paca.lean import make_lean, undo_lean
     from paca.refresh import refresh
+    from paca.rotation import rotate, set_trained_columns, trained_columns
+    from paca.rotation_callback import RotateColumns
     from paca.tied_weights import untie_embeddings
     from paca.tuner import PacaModel
 
@@ -33,10 +35,14 @@ __all__ = [
     "PacaConfig",
     "PacaError",
     "PacaModel",
+    "RotateColumns",
     "hotswap_adapter",
     "make_lean",
     "refresh",
+    "rotate",
     "select",
+    "set_trained_columns",
+    "trained_columns",
     "undo_lean",
     "untie_embeddings",
 ]
@@ -44,10 +50,14 @@ __all__ = [
 _MODULES = {
     "PacaConfig": "paca.config",
     "PacaModel": "paca.tuner",
+    "RotateColumns": "paca.rotation_callback",
     "hotswap_adapter": "paca.hotswap",
     "make_lean": "paca.lean",
     "refresh": "paca.refresh",
+    "rotate": "paca.rotation",
     "select": "paca.calibration",
+    "set_trained_columns": "paca.rotation",
+    "trained_columns": "paca.rotation",
     "undo_lean": "paca.lean",
     "untie_embeddings": "paca.tied_weights",
 }

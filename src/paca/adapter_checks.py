@@ -14,13 +14,16 @@ from paca.selection import column_problem
 DELTA, INDICES = "paca_delta", "paca_indices"
 
 
-def check_adapter_tensors(model: nn.Module, adapter_name: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+def check_adapter_tensors(
+    model: nn.Module, adapter_name: str, tensors: dict[str, Tensor], *, rotating: bool = False
+) -> dict[str, Tensor]:
     """Check the tensors of an adapter against the layers they are to be loaded into, and sort the columns.
 
     Args:
         model: holds the layers, with ``adapter_name`` already in them.
         adapter_name: which adapter is loaded.
         tensors: by the names they have in ``model.state_dict()``; those that belong to no layer keep the file's name.
+        rotating: the adapter's columns rotate, so there may be more of them than it trains at a time.
 
     Returns:
         The same tensors, each adapter's columns in ascending order (other tools need not sort them).
@@ -42,7 +45,10 @@ def check_adapter_tensors(model: nn.Module, adapter_name: str, tensors: dict[str
                         f"The adapter has no tensor {file_name(wanted, adapter_name)}, which its config promises."
                     )
             delta, indices = tensors[delta_name], tensors[indices_name]
-            _check_shapes(layer, adapter_name, delta_name, delta, indices_name, indices)
+            r = layer.r[adapter_name]
+            if (rotating or adapter_name in layer.folded) and indices.dim() == 1:
+                r = max(r, indices.numel())
+            _check_shapes(layer, adapter_name, r, delta_name, delta, indices_name, indices)
             problem = column_problem(indices, layer.in_features)
             if problem:
                 raise ValueError(f"{file_name(indices_name, adapter_name)}: {problem}.")
@@ -92,9 +98,8 @@ def _saved_whole(model: nn.Module, adapter_name: str) -> tuple[str, ...]:
 
 
 def _check_shapes(
-    layer: PacaLayer, adapter_name: str, delta_name: str, delta: Tensor, indices_name: str, indices: Tensor
+    layer: PacaLayer, adapter_name: str, r: int, delta_name: str, delta: Tensor, indices_name: str, indices: Tensor
 ) -> None:
-    r = layer.r[adapter_name]
     wanted = layer.delta_shape(r)
     if tuple(delta.shape) != wanted:
         axes = layer.delta_axes

@@ -33,8 +33,8 @@ def mixed_batch(model: nn.Module, adapter_names: Sequence[str], arguments: Mappi
         arguments: what the model is called with; ``generate`` says there how often it repeats each sample.
 
     Raises:
-        ValueError: for names that are no list of loaded adapters, in training mode, while adapters are merged, or if a
-            layer with one of the adapters can't run mixed batches.
+        ValueError: for names that are no list of loaded adapters, in training mode, while adapters are merged, if an
+            adapter was rotated, or if a layer with one of them can't run mixed batches.
     """
     names = _check(model, adapter_names)
     batch = MixedBatch(names, repeats=_repeats(arguments))
@@ -80,6 +80,12 @@ def _check(model: nn.Module, adapter_names: Sequence[str]) -> tuple[str, ...]:
         raise ValueError(
             f"adapter_names can't be given while {', '.join(merged)} is merged into the weights. Call "
             "unmerge_adapter() first."
+        )
+    rotated = sorted(set(adapter_names) & {name for layer in layers for name in layer.folded})
+    if rotated:
+        raise ValueError(
+            f"adapter_names can't hold {rotated[0]!r}, whose columns were rotated: most of them are not at hand. Save "
+            "the adapter, load the saved one under a name of its own (load_adapter), and give that."
         )
     for name, layer in model.named_modules():
         if isinstance(layer, PacaLayer) and not layer.runs_mixed_batches and set(adapter_names) & set(layer.paca_delta):

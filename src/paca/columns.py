@@ -2,10 +2,24 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Folded:
+    """Columns that an adapter trained before others took their turn (``paca.rotate``): on the CPU, never changed.
+
+    They go on being part of the adapter, with its scale, and of the weight that holds the adapter.
+    """
+
+    indices: Tensor
+    """``(k,)`` int64, sorted and unique, none of them among those that are trained now."""
+    delta: Tensor
+    """As the adapter's delta, with ``k`` columns."""
 
 
 class Columns(NamedTuple):
@@ -19,6 +33,17 @@ class Columns(NamedTuple):
     """``(r,)`` int64, sorted and unique."""
     scale: float
     """``paca_alpha / r``, times whatever the user scaled the adapter by."""
+    folded: Folded | None = None
+    """Those that the adapter trained before."""
+
+    def same_as(self, other: Columns) -> bool:
+        """Whether both are the same tensors with the same scale (values are a matter of version counters)."""
+        return (
+            self.delta is other.delta
+            and self.indices is other.indices
+            and self.scale == other.scale
+            and self.folded is other.folded
+        )
 
 
 def version_of(tensor: Tensor) -> int:
@@ -54,10 +79,10 @@ class State:
         self.generation = generation
         self.hidden_writes = hidden_writes
         versions, watched, content = [], [], []
-        for _, delta, indices, scale in columns:  # one pass: a state is made per layer and optimizer step
+        for _, delta, indices, scale, folded in columns:  # one pass: a state is made per layer and optimizer step
             versions.append((version_of(delta), version_of(indices)))
             watched += [(tensor, tensor._version) for tensor in (delta, indices) if not tensor.is_inference()]
-            content.append((id(delta), id(indices), scale))
+            content.append((id(delta), id(indices), scale, id(folded)))
         self.versions = tuple(versions)
         self.watched = tuple(watched)
         """Every delta and indices that has a version counter, with its version: flat, since it is compared often."""
@@ -80,9 +105,6 @@ class State:
             return self.unchanged()
         return (
             len(wanted) == len(self.columns)
-            and all(
-                mine.delta is theirs.delta and mine.indices is theirs.indices and mine.scale == theirs.scale
-                for mine, theirs in zip(self.columns, wanted, strict=True)
-            )
+            and all(mine.same_as(theirs) for mine, theirs in zip(self.columns, wanted, strict=True))
             and self.unchanged()
         )

@@ -13,6 +13,8 @@ from paca.adapter_file import check_adapter_file
 from paca.registration import add_peft_type
 from paca.selection import check_strategy
 
+ROTATIONS = ("random", "weight_norm")
+
 
 @dataclass
 class PacaConfig(PeftConfig):
@@ -77,6 +79,16 @@ class PacaConfig(PeftConfig):
         },
     )
 
+    rotate_every: int | None = field(
+        default=None,
+        metadata={
+            "help": "Every so many optimizer steps, fold the trained columns into the weight and train others "
+            "(paca.RotateColumns, paca.rotate). The saved adapter is the union of all of them, and says null here."
+        },
+    )
+    rotate_by: Literal["random", "weight_norm"] = field(
+        default="random", metadata={"help": f"How a rotation picks columns: {', '.join(ROTATIONS)}."}
+    )
     original_weights: str | None = field(
         default=None,
         metadata={
@@ -96,6 +108,7 @@ class PacaConfig(PeftConfig):
         self.loading = False
         self.folder: Path | None = None
         self.trainable_before: dict[str, bool] = {}
+        self.union: dict[str, Any] | None = None  # a rotated adapter's fields, as its file has them
         self.peft_type = add_peft_type()
         self.rank_pattern, self.alpha_pattern = self.rank_pattern or {}, self.alpha_pattern or {}
         for name in ("target_modules", "exclude_modules"):
@@ -122,6 +135,11 @@ class PacaConfig(PeftConfig):
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < float("inf"):
                 raise ValueError(f"{name} must be a positive number; got {value!r}.")
         check_strategy(self.selection)
+        every = self.rotate_every
+        if every is not None and (isinstance(every, bool) or not isinstance(every, int) or every < 1):
+            raise ValueError(f"rotate_every must be a whole number of steps, 1 or more, or null; got {every!r}.")
+        if self.rotate_by not in ROTATIONS:
+            raise ValueError(f"rotate_by={self.rotate_by!r} is unknown; choose one of {', '.join(ROTATIONS)}.")
         one_string = isinstance(self.target_modules, str) and self.target_modules != "all-linear"
         if one_string and self.layers_to_transform is not None:
             raise ValueError(
@@ -148,8 +166,8 @@ class PacaConfig(PeftConfig):
         for name in ("target_modules", "exclude_modules"):
             if isinstance(values[name], set):
                 values[name] = sorted(values[name])  # a set's order differs from process to process
-        values["original_weights"] = None
-        return values
+        values["original_weights"] = values["rotate_every"] = None  # about how it was trained, which is over
+        return values | (self.union or {})
 
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> PacaConfig:

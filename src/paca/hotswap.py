@@ -64,6 +64,11 @@ def hotswap_adapter(model: nn.Module, folder: str | os.PathLike[str], adapter_na
             f"Adapter {adapter_name!r} is merged into the weights, so it can't be replaced. Call unmerge_adapter() "
             "first."
         )
+    if any(adapter_name in layer.folded for layer in layers.values()):
+        raise ValueError(
+            f"Adapter {adapter_name!r} was rotated, so it has more columns than it trains, and can't be replaced in "
+            "place. Save it, and load the saved one under a name of its own (load_adapter)."
+        )
     tensors = _named_as_in(root, layers, adapter_name, load_peft_weights(str(folder), device="cpu"))
     _check_ranks(layers, adapter_name, tensors)
     tensors = check_adapter_tensors(root, adapter_name, tensors)

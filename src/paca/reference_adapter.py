@@ -34,3 +34,5 @@ def copy_deltas(layers: list[PacaLayer], original: str) -> None:
     for layer in layers:
         if REFERENCE in layer.paca_delta:
             layer.paca_delta[REFERENCE].copy_(layer.paca_delta[original])
+            if original in layer.folded:
+                layer.folded[REFERENCE] = layer.folded[original]

@@ -9,22 +9,15 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from paca.columns import Columns, State, version_of
+from paca.folds import FoldsInWeight, Kept, oriented, parts_of, sum_of_parts
 from paca.rounding import add_once, round_once
 
 WRITING = threading.RLock()  # writers are rare (once per optimizer step); readers never take it
-
-
-class _Kept(NamedTuple):
-    """Original columns, to be put back."""
-
-    positions: Tensor  # (k,) int64, sorted and unique: a copy, since an adapter's indices may be loaded over
-    values: Tensor  # (out_features, k) or (k, out_features), in the weight's dtype
 
 
 class ResidentColumns:
@@ -49,11 +42,12 @@ class ResidentColumns:
         """The deltas may have changed in a way that version counters do not show: a backward pass ran."""
         self._generation = 0  # counts the changes of the weight beneath the columns: merges, loads
         self._state = State((), 0)
-        self._kept: _Kept | None = None
+        self._kept: Kept | None = None
+        self._folds = FoldsInWeight(input_dim)  # beneath the columns
         self._written: Tensor | None = None  # the columns as they were written last, to tell whether deltas moved
         self._ready: tuple[State, Tensor] | None = None  # what to write next, if it is still wanted then
         self._merged: tuple[Columns, ...] = ()
-        self._merged_kept: _Kept | None = None
+        self._merged_kept: Kept | None = None
         self._remembered: dict[int, State] = {}
         self._lent: int | None = None  # users of the weight's storage before a state dict shared it
         self._hidden_writes = 0  # counts the changes of deltas that version counters did not show
@@ -96,10 +90,7 @@ class ResidentColumns:
     def want(self, columns: tuple[Columns, ...]) -> None:
         """Say what the next forward pass has to see. Writes nothing yet."""
         now = self.wanted
-        if len(now) != len(columns) or any(
-            a.delta is not b.delta or a.indices is not b.indices or a.scale != b.scale
-            for a, b in zip(now, columns, strict=True)
-        ):
+        if len(now) != len(columns) or not all(a.same_as(b) for a, b in zip(now, columns, strict=True)):
             self.wanted = columns
             self.graph_inputs = (*(c.indices for c in columns), *(c.delta for c in columns))
 
@@ -139,6 +130,26 @@ class ResidentColumns:
             write()
             self._hidden_writes += hidden
 
+    @torch.no_grad()
+    def rotate(self, weight: Tensor, delta: Tensor, write: Callable[[], None]) -> None:
+        """Call ``write``, which folds the columns of ``delta`` and makes others the trained ones, in place.
+
+        A weight that holds these columns and no other adapter's stays as it is: what was trained is in it already.
+        """
+        with WRITING:
+            self.refresh(weight)
+            before = self._state.columns
+            if len(before) > 1 and any(c.delta is delta for c in before):
+                self.park(weight)
+            write()
+            if len(before) == 1 and before[0].delta is delta:
+                assert self._kept is not None
+                self._kept = self._folds.rotate(weight, self._kept, self.wanted[0])
+                self._begin_generation()
+                self._state, self._written = self._new_state(), self._current(weight)
+                self._seal = _identity(weight)
+                self._finish()
+
     def before_backward(self, weight: Tensor, state: State, saved_tag: int) -> None:
         """Make the weight hold what the forward pass with ``state`` saw.
 
@@ -155,7 +166,7 @@ class ResidentColumns:
         if state.generation != self._generation:
             raise RuntimeError(
                 "The weight of an adapted layer was merged, unmerged or loaded between forward and backward, or its "
-                "adapter unloaded, so the gradient can't be computed. Run backward() first."
+                "columns rotated, or its adapter unloaded, so the gradient can't be computed. Run backward() first."
             )
         if not state.unchanged() or (state.columns and state.hidden_writes != self._hidden_writes):
             raise RuntimeError(
@@ -214,11 +225,11 @@ class ResidentColumns:
             already = self._merged_kept
             if already is not None:
                 self._put(weight, *already)
-            kept = self._take(weight, together)
-            values = self._sum(kept, together, weight.dtype)
+            kept = self._take(weight, parts_of(together))
+            values = self._merged_sum(kept, together, weight.dtype)
             if safe and not bool(torch.isfinite(values).all()):
                 if already is not None:
-                    self._put(weight, already.positions, self._sum(already, self._merged, weight.dtype))
+                    self._put(weight, already.positions, self._merged_sum(already, self._merged, weight.dtype))
                 raise ValueError(
                     f"Merging {self._names(columns)} would put NaN or Inf into the weight, so nothing was merged. "
                     "The adapter is broken: train it again with a smaller learning rate, or use an earlier checkpoint."
@@ -266,6 +277,7 @@ class ResidentColumns:
             raise RuntimeError("resident columns must be parked before they are copied or pickled")
         state = self.__dict__.copy()
         state.update(_lent=None, _remembered={}, _seal=None, _seen=set(), _kept=None)
+        state["_folds"] = FoldsInWeight(self.input_dim)
         state["_state"] = None
         return state
 
@@ -299,11 +311,13 @@ class ResidentColumns:
         if not self._state.columns or self._seal == _identity(weight):
             return
         assert self._kept is not None
-        current = self._current(weight)
-        if self._state.unchanged() and torch.equal(current, self._values(weight, self._state.columns)):
+        current, columns = self._current(weight), self._state.columns
+        same = self._state.unchanged() and torch.equal(current, self._values(weight, columns))
+        if same and self._folds.are_in(weight, self._kept.positions):
             self._seal = _identity(weight)  # the same values were written, or it was moved as it is
-        elif torch.equal(current, self._kept.values.to(current)):
+        elif torch.equal(current, self._kept.values.to(current)) and self._folds.are_out_of(weight):
             self._kept = self._written = self._ready = None
+            self._folds.forget()
             self._state = State((), self._generation)  # it is a pretrained weight
         else:
             raise RuntimeError(
@@ -316,6 +330,8 @@ class ResidentColumns:
         self._place(weight, state.columns)
         if state.columns:
             values = self._values(weight, state.columns) if values is None else values
+            if not self._folds.are_those_of(state.columns):
+                self._folds.put_in(weight, state.columns, self._put)
             self._put(weight, self._kept_positions(), values)
         self._state, self._written, self._ready = state, values, None
         self._seal = _identity(weight)
@@ -330,6 +346,7 @@ class ResidentColumns:
         if self._state.columns:
             assert self._kept is not None
             self._put(weight, *self._kept)
+            self._folds.take_out(weight, self._put)
             self._state, self._written = State((), self._generation), None
         self._kept = self._take(weight, columns) if columns else None
 
@@ -341,7 +358,7 @@ class ResidentColumns:
         for old, new, (_, version) in zip(state.columns, columns, state.versions, strict=True):
             if old.indices is not new.indices or version != version_of(new.indices):
                 return False
-        return True
+        return self._folds.are_those_of(columns)
 
     def _kept_positions(self) -> Tensor:
         assert self._kept is not None
@@ -354,29 +371,37 @@ class ResidentColumns:
         assert self._kept is not None
         return self._sum(self._kept, columns, weight.dtype)
 
-    def _take(self, weight: Tensor, columns: tuple[Columns, ...]) -> _Kept:
+    def _take(self, weight: Tensor, columns: tuple[Columns, ...]) -> Kept:
         if len(columns) == 1:
             positions = columns[0].indices.to(weight.device, copy=True)
         else:
             positions = torch.cat([c.indices.to(weight.device) for c in columns]).unique(sorted=True)
-        return _Kept(positions, weight.detach().index_select(self.input_dim, positions))
+        return Kept(positions, weight.detach().index_select(self.input_dim, positions))
 
-    def _sum(self, kept: _Kept, columns: tuple[Columns, ...], dtype: torch.dtype) -> Tensor:
+    def _sum(self, kept: Kept, columns: tuple[Columns, ...], dtype: torch.dtype) -> Tensor:
         if len(columns) == 1:
             only = columns[0].delta.detach()
             if only.device != kept.values.device:
                 only = only.to(kept.values.device)
             values = kept.values if kept.values.dtype == dtype else kept.values.to(dtype)
-            return add_once(values, only if self.input_dim in (1, -1) else only.mT, columns[0].scale)
+            return add_once(values, oriented(only, self.input_dim), columns[0].scale)
+        if any(c.folded is not None for c in columns):
+            return sum_of_parts(kept, parts_of(columns), dtype, self.input_dim)
         # float64, so that the one rounding is the cast to the weight's dtype; MPS has no float64.
         wide = torch.float32 if kept.values.device.type == "mps" else torch.float64
         total = kept.values.to(wide)
         for c in columns:
             part = c.delta.detach().to(device=total.device, dtype=wide)
             places = torch.searchsorted(kept.positions, c.indices.to(total.device))
-            part = part if self.input_dim in (1, -1) else part.mT
-            total = total.index_add(self.input_dim, places, part, alpha=c.scale)
+            total = total.index_add(self.input_dim, places, oriented(part, self.input_dim), alpha=c.scale)
         return round_once(total, dtype)
+
+    def _merged_sum(self, kept: Kept, columns: tuple[Columns, ...], dtype: torch.dtype) -> Tensor:
+        """As ``_sum``, with ``kept`` covering the folded columns too."""
+        parts = parts_of(columns)
+        if len(parts) == len(columns):
+            return self._sum(kept, columns, dtype)
+        return sum_of_parts(kept, parts, dtype, self.input_dim)
 
     def _put(self, weight: Tensor, positions: Tensor, values: Tensor) -> None:
         self._part_from_lent(weight)

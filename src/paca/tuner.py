@@ -32,6 +32,7 @@ from paca.recorded_quantization import quantizations, warn_of_another
 from paca.reference_adapter import copied_adapter, copy_deltas
 from paca.refresh import RefreshBeforeForward, paca_layers
 from paca.registration import PREFIX
+from paca.rotated_files import with_unions, without_unions
 from paca.safe_merge import check_deltas, merge_all_or_none
 from paca.weighted_adapter import add_weighted_adapter
 
@@ -287,7 +288,14 @@ class PacaModel(BaseTuner):
         for layer in paca_layers(self.model):
             layer.cast_deltas(adapter_name, autocast_adapter_dtype)
 
-    # -- loading ------------------------------------------------------------------------------------------------
+    # -- saving and loading -------------------------------------------------------------------------------------
+
+    @classmethod
+    def _get_adapter_state_dict(
+        cls, model: Any, config: Any, adapter_name: str, state_dict: dict[str, Tensor], *args: Any, **kwargs: Any
+    ) -> dict[str, Tensor]:
+        chosen = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, *args, **kwargs)
+        return with_unions(model, config, adapter_name, state_dict, chosen)
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
@@ -295,9 +303,10 @@ class PacaModel(BaseTuner):
     ) -> dict[str, Tensor]:
         tensors = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
         try:
-            checked = check_adapter_tensors(model, adapter_name, tensors)
+            rotating = getattr(config, "rotate_every", None) is not None
+            checked = check_adapter_tensors(model, adapter_name, tensors, rotating=rotating)
             config.loading, config.trainable_before = False, {}
-            return checked
+            return without_unions(model, adapter_name, checked)
         except ValueError:
             if getattr(config, "loading", False):  # the adapter was only just put in, to be loaded into
                 tuner = getattr(model, "base_model", None)

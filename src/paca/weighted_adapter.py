@@ -73,7 +73,10 @@ def add_weighted_adapter(
     for name, layer in model.model.named_modules():
         if isinstance(layer, PacaLayer):
             present = [
-                (layer.columns_of(a), w) for a, w in zip(adapters, weights, strict=True) if a in layer.paca_delta
+                (columns, w)
+                for a, w in zip(adapters, weights, strict=True)
+                if a in layer.paca_delta
+                for columns in layer.all_columns_of(a)
             ]
             if present:
                 dtype = torch.promote_types(layer.weight_placement()[1], torch.float32)
@@ -147,6 +150,7 @@ def _config(model: PacaModel, first: str, sums: dict[str, WeightedSum], modules_
         layers_pattern=None,
         selection="random",  # another might want calibration data; the columns are put in afterwards
         indices=None,
+        rotate_every=None,
         init_weights=True,
         modules_to_save=modules_to_save or None,
     )

@@ -5,10 +5,12 @@ from __future__ import annotations
 import os
 import socket
 
+import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+import paca
 from forked_process import FORKS
 from models import adapted_perceptron, base_state
 from paca.refresh import paca_layers
@@ -16,9 +18,11 @@ from paca.refresh import paca_layers
 WORLD = 2
 
 
-def train(model, run, batches):
+def train(model, run, batches, pick=None):
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.05)
-    for x in batches:
+    for number, x in enumerate(batches):
+        if number and pick is not None:
+            paca.rotate(run, optimizer, number, pick=pick)
         run(x).square().mean().backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -33,25 +37,37 @@ def worker(rank: int, port: int, folder: str) -> None:
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     torch.set_num_threads(1)
     dist.init_process_group("gloo", rank=rank, world_size=WORLD)
-    model = adapted_perceptron(dtype=torch.float64)
-    wrapped = torch.nn.parallel.DistributedDataParallel(model)
-    train(model, wrapped, [x[rank::WORLD] for x in batches()])
-    with torch.no_grad():
-        wrapped(batches()[0])
-    resident = [layer.base_layer.weight.detach().clone() for layer in paca_layers(model)]
-    torch.save({"model": model.state_dict(), "resident": resident}, f"{folder}/{rank}.pt")
+    for rotation in (False, True):
+        model = adapted_perceptron(dtype=torch.float64)
+        wrapped = torch.nn.parallel.DistributedDataParallel(model)
+        # What the second process picks must not matter: the first one's columns hold for both.
+        pick = None if not rotation else "random" if rank == 0 else (lambda layer: torch.arange(layer.r))
+        train(model, wrapped, [x[rank::WORLD] for x in batches()], pick)
+        with torch.no_grad():
+            wrapped(batches()[0])
+        resident = [layer.base_layer.weight.detach().clone() for layer in paca_layers(model)]
+        torch.save({"model": model.state_dict(), "resident": resident}, f"{folder}/{rank}-{rotation}.pt")
     dist.destroy_process_group()
 
 
-def test_replicas_agree_with_one_process(tmp_path):
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """What two processes leave that trained without and with rotation."""
+    folder = tmp_path_factory.mktemp("ranks")
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    mp.start_processes(worker, args=(port, str(tmp_path)), nprocs=WORLD, start_method=FORKS.get_start_method())
-    ranks = [torch.load(tmp_path / f"{rank}.pt") for rank in range(WORLD)]
+    mp.start_processes(worker, args=(port, str(folder)), nprocs=WORLD, start_method=FORKS.get_start_method())
+    return folder
+
+
+@pytest.mark.parametrize("rotation", [False, True])
+def test_replicas_agree_with_one_process(folder, rotation):
+    ranks = [torch.load(folder / f"{rank}-{rotation}.pt") for rank in range(WORLD)]
     alone = adapted_perceptron(dtype=torch.float64)
     originals = base_state(alone)
-    train(alone, alone, batches())
+    train(alone, alone, batches(), "random" if rotation else None)
+    assert any("folded" in name for name in alone.state_dict()) == rotation
     for name, value in alone.state_dict().items():
         assert torch.equal(ranks[0]["model"][name], ranks[1]["model"][name])
         torch.testing.assert_close(ranks[0]["model"][name], value, rtol=1e-9, atol=1e-11)

@@ -138,8 +138,9 @@ TWO_EPOCHS = ["train.num_train_epochs=2", "train.max_steps=-1", "train.eval_stra
         (["train.eval_strategy=epoch"], [10], signal.SIGINT),  # no step is left, only the last evaluation
         ([*TWO_EPOCHS, "train.save_strategy=epoch"], [5], signal.SIGINT),
         ([*TWO_EPOCHS, "train.save_steps=3"], [8], signal.SIGINT),
+        (["paca.rotate_every=3"], [4, 6], signal.SIGINT),  # 6: the columns change with the next step
     ],
-    ids=["inside an epoch", "twice", "at the end", "epochs", "at an epoch's evaluation"],
+    ids=["inside an epoch", "twice", "at the end", "epochs", "at an epoch's evaluation", "rotating"],
 )
 def test_a_stopped_and_resumed_run_is_the_uninterrupted_one_bit_for_bit(
     run: Runner,
@@ -165,6 +166,14 @@ def test_a_stopped_and_resumed_run_is_the_uninterrupted_one_bit_for_bit(
     assert parts.summary is not None
     for name in ("eval_loss_before", "eval_loss_after", "steps", "tokens", "epochs"):
         assert whole.summary[name] == parts.summary[name]
+    ranks = {tensor.shape[1] for name, tensor in adapter(tmp_path / "parts").items() if name.endswith("paca_delta")}
+    assert ranks == ({16} if overrides == ["paca.rotate_every=3"] else {4})
+
+
+def test_rotation_on_quantized_weights_is_refused_before_they_are_loaded(config_file: Path) -> None:
+    config = load_run_config(config_file, ["paca.rotate_every=3", "model.quantization=nf4"])
+    with pytest.raises(PacaError, match=r"rotate_every.*quantized"):
+        describe(config)
 
 
 def test_a_run_that_died_goes_on_from_its_last_checkpoint(run: Runner, finished: Runner, tmp_path: Path) -> None:

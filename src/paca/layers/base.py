@@ -12,9 +12,13 @@ from peft.tuners._buffer_dict import BufferDict
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 
-from paca.columns import Columns
+from paca.columns import Columns, Folded
 from paca.columns_by_row import LinearProduct, RowColumns, RowProduct, add_columns_by_row
+from paca.folds import oriented, parts_of
 from paca.mixed_batch import MixedBatch, current_mixed_batch
+
+FOLDED_DELTA, FOLDED_INDICES = "paca_delta.paca_folded", "paca_indices.paca_folded"
+"""What a whole model's state dict calls folded columns, so that PEFT takes them for an adapter's, not the base's."""
 
 
 class PacaLayer(nn.Module, BaseTunerLayer):
@@ -26,6 +30,7 @@ class PacaLayer(nn.Module, BaseTunerLayer):
             convolution ``(out_channels, r, *kernel)``, for an embedding ``(num_embeddings, r)``.
         paca_indices: per adapter, ``(r,)`` int64, the input columns it belongs to; saved with the adapter.
         scaling: per adapter, the factor ``paca_alpha / r`` on its delta.
+        folded: per adapter whose columns were rotated, those it trained before; on the CPU.
     """
 
     delta_axes = "(out_features, r)"
@@ -34,7 +39,7 @@ class PacaLayer(nn.Module, BaseTunerLayer):
     """The dimension of a delta that runs over its columns."""
 
     adapter_layer_names = ("paca_delta",)
-    other_param_names = ("paca_indices", "r", "paca_alpha", "scaling")
+    other_param_names = ("paca_indices", "r", "paca_alpha", "scaling", "folded")
     runs_mixed_batches: ClassVar[bool] = True
     """Whether samples of one batch may have different adapters; if not, such batches are refused before they start."""
     input_axes = "(samples, ..., in_features)"
@@ -48,6 +53,7 @@ class PacaLayer(nn.Module, BaseTunerLayer):
         self.r: dict[str, int] = {}
         self.paca_alpha: dict[str, float] = {}
         self.scaling: dict[str, float] = {}
+        self.folded: dict[str, Folded] = {}
         self.merged_adapters: list[str] = []
         self._disable_adapters = False
         self._active_adapter = []
@@ -139,13 +145,18 @@ class PacaLayer(nn.Module, BaseTunerLayer):
         self.push_columns()
 
     def columns_of(self, adapter_name: str) -> Columns:
-        """The adapter's delta, indices and scale as they are now."""
+        """The adapter's delta, indices and scale as they are now, with what is folded."""
         return Columns(
             adapter_name,
             self.paca_delta[adapter_name],
             self.paca_indices[adapter_name],
             self.scaling[adapter_name],
+            self.folded.get(adapter_name),
         )
+
+    def all_columns_of(self, adapter_name: str) -> tuple[Columns, ...]:
+        """The columns that the adapter trains now, and, if it was rotated, those it trained before."""
+        return parts_of((self.columns_of(adapter_name),))
 
     def push_columns(self) -> None:
         """Tell the base layer which columns its next forward pass has to see."""
@@ -163,7 +174,7 @@ class PacaLayer(nn.Module, BaseTunerLayer):
         now, names = self.base_layer.resident.wanted, self._active_adapter
         if len(now) != 1 or len(names) != 1 or self._disable_adapters or self.merged_adapters:
             return False
-        name, (_, delta, indices, scale) = names[0], now[0]
+        name, (_, delta, indices, scale, folded) = names[0], now[0]
         # Looked up where a plain module keeps them: three times faster than through ParameterDict. Whatever replaces
         # them by something that is kept elsewhere (FSDP1) is pushed the long way.
         deltas, columns = self._modules["paca_delta"], self._modules["paca_indices"]
@@ -171,6 +182,7 @@ class PacaLayer(nn.Module, BaseTunerLayer):
             deltas._parameters.get(name) is delta  # type: ignore[union-attr]
             and columns._buffers.get(name) is indices  # type: ignore[union-attr]
             and self.scaling.get(name) == scale
+            and self.folded.get(name) is folded
         )
 
     def _park_others(self) -> None:
@@ -301,11 +313,12 @@ class PacaLayer(nn.Module, BaseTunerLayer):
 
     def get_delta_weight(self, adapter: str) -> Tensor:
         """The adapter's whole change of the weight, in the weight's shape; float32 or wider, mostly zeros."""
-        columns = self.columns_of(adapter)
-        input_dim = self.base_layer.input_dim
-        values = columns.delta.detach() * columns.scale
-        dense = torch.zeros(self.base_layer.weight.shape, dtype=values.dtype, device=values.device)
-        return dense.index_copy_(input_dim, columns.indices, values if input_dim in (1, -1) else values.mT)
+        input_dim, delta = self.base_layer.input_dim, self.paca_delta[adapter]
+        dense = torch.zeros(self.base_layer.weight.shape, dtype=delta.dtype, device=delta.device)
+        for columns in self.all_columns_of(adapter):
+            values = oriented(columns.delta.detach().to(delta) * columns.scale, input_dim)
+            dense.index_copy_(input_dim, columns.indices.to(delta.device), values)
+        return dense
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         return True
@@ -338,6 +351,24 @@ class PacaLayer(nn.Module, BaseTunerLayer):
             if stored[adapter_name].device != device:
                 stored[adapter_name] = stored[adapter_name].to(device)
         self.cast_deltas(adapter_name, autocast_adapter_dtype=True)
+
+    # -- what is folded, in state dicts -------------------------------------------------------------------------
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        for name, folded in self.folded.items():
+            destination[f"{prefix}{FOLDED_DELTA}.{name}"] = folded.delta
+            destination[f"{prefix}{FOLDED_INDICES}.{name}"] = folded.indices
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        for name in self.paca_delta:
+            if f"{prefix}paca_delta.{name}" in state_dict:  # the whole adapter: without folded columns it has none
+                self.folded.pop(name, None)
+                delta = state_dict.pop(f"{prefix}{FOLDED_DELTA}.{name}", None)
+                indices = state_dict.pop(f"{prefix}{FOLDED_INDICES}.{name}", None)
+                if delta is not None and indices is not None:
+                    self.folded[name] = Folded(indices.cpu().clone(), delta.detach().cpu().clone())
+        super()._load_from_state_dict(state_dict, prefix, *rest)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)

@@ -136,6 +136,11 @@ def prepare(config: RunConfig) -> PreparedRun:
     except (ValueError, TypeError) as error:
         raise PacaError(f"The section paca does not fit {config.model.name}: {error}") from error
     if named.quantization is not None:
+        if config.paca.get("rotate_every") is not None:
+            raise PacaError(
+                "paca.rotate_every folds columns into the weights, which quantized ones can't take. Leave it out, or "
+                "leave out model.quantization."
+            )
         config.paca.setdefault("original_weights", named.name)
     config.paca = adapter_settings.with_defaults(config.paca)
     processes = int(os.environ.get("WORLD_SIZE", "1"))

@@ -22,6 +22,7 @@ from paca.data import check_labels
 from paca.errors import PacaError
 from paca.lean import make_lean
 from paca.pretrained import Pretrained, load_pretrained, save_trainable_copy
+from paca.rotation_callback import RotateColumns
 from paca.training import summary, train_settings
 from paca.training.calibration import ColumnChoice
 from paca.training.data_order import SetEpochOfSampler
@@ -137,6 +138,7 @@ class _Run:
                 make_lean(pretrained.model, self.config.model.recompute)
         choice = ColumnChoice(self.config, prepared.train, arguments, folder.columns, console)
         adapter = choice.adapter(pretrained.model)
+        rotation = [RotateColumns()] if adapter.rotate_every is not None else []
         try:
             self.trainer = SFTTrainer(
                 model=pretrained.model,
@@ -145,7 +147,7 @@ class _Run:
                 eval_dataset=None if prepared.eval is None else prepared.eval.dataset,
                 processing_class=pretrained.tokenizer,
                 peft_config=adapter,
-                callbacks=[stopper, SetEpochOfSampler()],
+                callbacks=[stopper, SetEpochOfSampler(), *rotation],
             )
         except (PacaError, torch.OutOfMemoryError):
             raise

@@ -1,0 +1,44 @@
+"""The settings of a rotated adapter as its file needs them: as if it had trained all its columns from the start."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Mapping
+from math import inf, nextafter
+from typing import Any, NamedTuple
+
+
+class UnionLayer(NamedTuple):
+    """One layer of a rotated adapter."""
+
+    r: int
+    """How many columns it trained in all."""
+    scale: float
+    """The factor on its delta, ``paca_alpha / r`` of the settings it was trained with."""
+
+
+def union_settings(layers: Mapping[str, UnionLayer]) -> dict[str, Any]:
+    """Fields of ``PacaConfig``, by which an adapter with all these columns is the same.
+
+    Args:
+        layers: by their names in the base model; not empty.
+    """
+    ranks = {name: layer.r for name, layer in layers.items()}
+    alphas = {name: alpha_for(layer.scale, layer.r) for name, layer in layers.items()}
+    r, alpha = (Counter(values.values()).most_common(1)[0][0] for values in (ranks, alphas))
+    return {
+        "r": r,
+        "paca_alpha": alpha,
+        "rank_pattern": {f"^{re.escape(name)}": rank for name, rank in ranks.items() if rank != r},
+        "alpha_pattern": {f"^{re.escape(name)}": value for name, value in alphas.items() if value != alpha},
+        "indices": None,  # the file's own; those that the adapter began with are fewer
+        "selection": "random",  # another might want batches, or those indices
+    }
+
+
+def alpha_for(scale: float, r: int) -> float:
+    """The ``paca_alpha`` for which ``paca_alpha / r`` is ``scale``, exactly if there is one."""
+    alpha = scale * r
+    nearby = (alpha, nextafter(alpha, -inf), nextafter(alpha, inf))
+    return next((candidate for candidate in nearby if candidate / r == scale), alpha)
