@@ -12,12 +12,13 @@ PYTEST_ARGS ?= -n 2 --dist worksteal
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help install demo test lint clean demo-clean
+.PHONY: help install demo test matrix lint clean demo-clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo        fine-tune a small language model on encyclopedia summaries and show what changed"
 	@echo "make test        run the tests"
+	@echo "make matrix      run every cell of docs/support-matrix.md and write the page anew"
 	@echo "make lint        ruff and mypy"
 	@echo "make install     only set up $(VENV)"
 	@echo "make demo-clean  remove the demo's run and its data; downloaded packages stay in .cache"
@@ -43,6 +44,9 @@ demo: $(STAMP)
 
 test: $(STAMP)
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_ARGS)
+
+matrix: $(STAMP)
+	@OMP_NUM_THREADS=1 PYTHONPATH=tests $(BIN)/python -m support_matrix $(ROWS)
 
 lint: $(STAMP)
 	@$(BIN)/ruff check .

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copyreg
 import warnings
+from functools import cache
 from typing import Any
 
 import pytest
@@ -118,10 +120,23 @@ class ForwardOnlyLinear(nn.Module):
         return self.qweight.double() * self.scales.double()[:, None]
 
 
+class _StandIn(type):
+    """The type of the classes that ``stand_in`` makes, by which they are pickled."""
+
+
+@cache
+def stand_in(package: str) -> type[ForwardOnlyLinear]:
+    """A class of layers that pretends to come from ``package``."""
+    return _StandIn("QuantLinear", (ForwardOnlyLinear,), {"__module__": package})
+
+
+copyreg.pickle(_StandIn, lambda kind: (stand_in, (kind.__module__,)))  # type: ignore[arg-type]
+
+
 def forward_only_stack(package: str, trainable: bool = True, dtype: torch.dtype = torch.float32) -> Any:
     """A ``Stack`` of layers whose class pretends to come from ``package``."""
     torch.manual_seed(0)
-    kind = type("QuantLinear", (ForwardOnlyLinear,), {"__module__": package})
+    kind = stand_in(package)
     model = Stack()
     for name in ("lin1", "lin2"):
         setattr(model, name, kind(getattr(model, name), trainable))

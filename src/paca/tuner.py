@@ -15,7 +15,7 @@ from peft.utils.integrations import init_empty_weights
 from peft.utils.other import AuxiliaryTrainingWrapper, get_pattern_key
 from torch import Tensor, nn
 
-from paca.adapter_checks import check_adapter_tensors
+from paca.adapter_checks import DELTA, check_adapter_tensors
 from paca.adapter_file import check_has_weights
 from paca.adapter_names import mixed_batch
 from paca.column_choice import choose_columns
@@ -23,7 +23,7 @@ from paca.config import PacaConfig
 from paca.expert_targets import expert_targets, unused_patterns
 from paca.layers import PACA_CLASSES, RESIDENT_CLASSES, PacaExpertStack, PacaLayer
 from paca.layers.experts import ExpertStack, put_parameter_back, stack_of
-from paca.layers.modes import OVERLAID, is_offloaded, known_quantizations, mode_of
+from paca.layers.modes import OVERLAID, is_offloaded, known_quantizations, mode_of, offloads
 from paca.layers.overlaid import OverlaidLinear, check_writable
 from paca.layers.plain import dequantize_model
 from paca.layers.resident_weight import ResidentWeight
@@ -305,8 +305,6 @@ class PacaModel(BaseTuner):
         try:
             rotating = getattr(config, "rotate_every", None) is not None
             checked = check_adapter_tensors(model, adapter_name, tensors, rotating=rotating)
-            config.loading, config.trainable_before = False, {}
-            return without_unions(model, adapter_name, checked)
         except ValueError:
             if getattr(config, "loading", False):  # the adapter was only just put in, to be loaded into
                 tuner = getattr(model, "base_model", None)
@@ -314,6 +312,13 @@ class PacaModel(BaseTuner):
                 model.peft_config.pop(adapter_name, None)
                 remove_adapter(root, adapter_name, config.trainable_before)
             raise
+        config.loading, config.trainable_before = False, {}
+        checked = without_unions(model, adapter_name, checked)
+        if offloads(model):
+            for name, layer in model.named_modules():
+                if isinstance(layer, OverlaidLinear) and adapter_name in layer.paca_delta:
+                    layer.loaded_deltas[adapter_name] = checked[f"{name}.{DELTA}.{adapter_name}"]
+        return checked
 
 
 def _place(parameter: nn.Parameter) -> tuple[Any, Any]:

@@ -25,12 +25,14 @@ from transformers import (
     AutoModelForTokenClassification,
     PreTrainedConfig,
 )
+from transformers.pytorch_utils import Conv1D
 
 from paca.adapter_checks import DELTA, INDICES
 from paca.adapter_folder import ADAPTER_CONFIG, find_adapter, find_base
 from paca.config import PacaConfig
 from paca.errors import PacaError
 from paca.layers import PacaLayer
+from paca.layers.overlaid import OverlaidLinear
 from paca.pretrained import Outline, load_config
 from paca.pretrained.location import locate
 from paca.tuner import PacaModel
@@ -168,7 +170,7 @@ def _collect(model: PeftModel, adapter_name: str, config: PacaConfig, tensors: d
                 saved_whole.pop(f"{FILE_PREFIX}{name}.{INDICES}").cpu(),
                 module.scaling[adapter_name],
                 module.in_features,
-                getattr(module.base_layer, "stock_class", type(module.base_layer)),
+                _stock_class(module),
             )
     names = {name for name, _ in base_model.named_modules() if not name.startswith(tuple(wrappers))}
     base_config = getattr(base_model, "config", None)
@@ -179,6 +181,13 @@ def _collect(model: PeftModel, adapter_name: str, config: PacaConfig, tensors: d
         names - {""},
         base_config if isinstance(base_config, PreTrainedConfig) else None,
     )
+
+
+def _stock_class(layer: PacaLayer) -> type[nn.Module]:
+    stock: type[nn.Module] = getattr(layer.base_layer, "stock_class", type(layer.base_layer))
+    if isinstance(layer, OverlaidLinear) and stock is not Conv1D:
+        return nn.Linear  # which it stands for, whatever class its library quantizes it to
+    return stock
 
 
 def base_outline(base: str, task_type: str | None, revision: str | None) -> Outline:

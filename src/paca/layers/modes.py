@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from paca.layers.overlaid_weight import AdditiveWeight, OverlaidWeight, PatchedWeight
+from paca.layers.overlaid_weight import AdditiveWeight, OverlaidWeight, PatchedWeight, features
 from paca.quantized import quantization_of
 from paca.quantized.torchao import is_torchao
 
@@ -41,6 +41,10 @@ def mode_of(target: nn.Module, key: str, model: Any) -> str:
             raise ValueError(f"{key} is a {type(target).__qualname__} of {quantization.library}, but {problem}.")
         return "additive" if is_offloaded(target, model) else "patched"
     if any(_from(c, package) for c in type(target).__mro__ for package in FORWARD_ONLY):
+        try:
+            features(target)
+        except ValueError as error:
+            raise ValueError(f"{key}: {error}") from None
         return "additive"
     if isinstance(target, nn.Linear) and is_torchao(target.weight):
         return "additive"
@@ -54,8 +58,12 @@ def is_offloaded(module: nn.Module, model: Any) -> bool:
     if getattr(getattr(module, "_hf_hook", None), "offload", False):
         return True
     # PEFT takes the hooks off before it loads an adapter, and dispatches the model anew, by another map, after it.
-    places = set((getattr(model, "hf_device_map", None) or {}).values())
-    return bool(places & {"cpu", "disk"}) and len(places) > 1 and not hasattr(module, "_hf_hook")
+    return offloads(model) and len(set(model.hf_device_map.values())) > 1 and not hasattr(module, "_hf_hook")
+
+
+def offloads(model: Any) -> bool:
+    """Whether a model was loaded with a device map that keeps some of it on the CPU or the disk."""
+    return bool({"cpu", "disk"} & set((getattr(model, "hf_device_map", None) or {}).values()))
 
 
 def known_quantizations() -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections import ChainMap
 from collections.abc import Callable
 from typing import Any
 
@@ -27,6 +28,8 @@ class OverlaidLinear(PacaLayer):
     def __init__(self, base_layer: OverlaidWeight) -> None:
         super().__init__(base_layer)
         self._before_merge: Any = None
+        self.loaded_deltas: dict[str, Tensor] = {}
+        """What was just loaded into a dispatched model, until it has been dispatched anew."""
 
     @property
     def mode(self) -> str:
@@ -188,9 +191,14 @@ class OverlaidLinear(PacaLayer):
     def cast_deltas(self, adapter_name: str, autocast_adapter_dtype: bool) -> None:
         # PEFT dispatches a model anew after it loaded an adapter. Only `forward` brings offloaded parameters back, and
         # the holder of the deltas is not called; they are small, and stay where the layer computes.
-        if hasattr(self.paca_delta, "_hf_hook"):
+        hook = getattr(self.paca_delta, "_hf_hook", None)
+        if hook is not None:
+            if getattr(hook, "weights_map", None) is not None:
+                # PEFT 0.21 puts what it loaded into the new disk index by LoRA's names, where nobody finds a delta.
+                hook.weights_map = ChainMap(hook.weights_map, self.loaded_deltas)
             remove_hook_from_module(self.paca_delta)
             self.paca_delta.to(self.weight_placement()[0])
+        self.loaded_deltas.clear()
         super().cast_deltas(adapter_name, autocast_adapter_dtype)
 
 

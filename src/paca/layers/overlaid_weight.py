@@ -211,4 +211,7 @@ def features(module: Any) -> tuple[int, int]:
         sizes = getattr(module, out_name, None), getattr(module, in_name, None)
         if all(isinstance(size, int) for size in sizes):
             return cast("tuple[int, int]", sizes)
-    raise ValueError(f"A {type(module).__qualname__} has no in_features and out_features, so PaCA can't adapt it.")
+    kind = type(module)
+    raise ValueError(
+        f"its class {kind.__module__}.{kind.__qualname__} has no in_features and out_features, so PaCA can't adapt it."
+    )

@@ -1,0 +1,124 @@
+"""``docs/support-matrix.md``, from the outcomes of the cells and from nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from support_matrix.cell import Outcome
+from support_matrix.operations import OPERATIONS
+from support_matrix.quantizations import NOT_RUN, QUANTIZATIONS, REFUSED_QUANTIZATIONS
+from support_matrix.subject import Refused, Subject
+from support_matrix.table import ADAPT, LAYERS, REFUSED_LAYERS, Outcomes
+
+INTRODUCTION = """\
+# What works with what
+
+<!-- Written by `make matrix`. Don't edit: tests/test_support_matrix.py compares. -->
+
+Every cell is run by the tests, on a tiny model on a CPU, and its outcome is compared with this page.
+
+- **✓** it works; the [last section](#what-is-checked) says what is checked.
+- **no** paca refuses it, with the message in the note, and the model then computes what it did before.
+- **–** there is nothing to do, for the reason in the note.
+
+The layers are real ones of the libraries, unless the row says *stand-in*. GPTQ, AWQ, EETQ and AQLM multiply on GPUs
+only, so a layer with their interface (integer codes that multiply, no float weight) takes their place.
+"""
+
+LAYERS_TEXT = """\
+## Layers
+
+*Resident*, *patched* and *additive* are the three ways in which columns take effect; paca chooses
+([which and why](guides/quantized.md)). Quantized layers are in the next table.
+"""
+
+QUANTIZATIONS_TEXT = """\
+## Quantized weights
+
+Linear layers. What the libraries' other layers do is in the last table.
+"""
+
+REFUSED_TEXT = """\
+## Refused altogether
+
+Naming such a layer in `target_modules` (or `target_parameters`) raises `ValueError`.
+"""
+
+NOT_RUN_TEXT = """\
+## Not run
+"""
+
+CHECKED_TEXT = """\
+## What is checked
+"""
+
+MARKS = {"works": "✓", "refused": "no", "explained": "–"}
+
+
+class Notes:
+    """Numbered notes, one for each different text."""
+
+    def __init__(self) -> None:
+        self._numbers: dict[str, int] = {}
+
+    def mark(self, outcome: Outcome) -> str:
+        """What a cell shows."""
+        sign = MARKS[outcome.kind]
+        if not outcome.reason:
+            return sign
+        number = self._numbers.setdefault(outcome.reason, len(self._numbers) + 1)
+        return f"{sign}[^{number}]"
+
+    def lines(self) -> list[str]:
+        """The notes themselves."""
+        return [f"[^{number}]: {_escaped(text)}" for text, number in self._numbers.items()]
+
+
+def document(outcomes: Outcomes) -> str:
+    """The whole page."""
+    notes = Notes()
+    parts = [
+        INTRODUCTION,
+        LAYERS_TEXT,
+        *_table(LAYERS, outcomes, notes),
+        "",
+        QUANTIZATIONS_TEXT,
+        *_table(QUANTIZATIONS, outcomes, notes),
+        "",
+        REFUSED_TEXT,
+        *_refusals((*REFUSED_LAYERS, *REFUSED_QUANTIZATIONS), outcomes),
+        "",
+        NOT_RUN_TEXT,
+        *(f"- {title}: {reason}" for title, reason in NOT_RUN),
+        "",
+        CHECKED_TEXT,
+        *(f"- **{title}**: {' '.join((check.__doc__ or '').split())}" for title, check in OPERATIONS.items()),
+        "",
+        "The models are in float32. Where results are not equal bit for bit, the relative error is within 2e-5.",
+        "Compiled models run with the backend `aot_eager`; of language models the adapted layers are compiled, of",
+        "mixtures of experts the block that holds them.",
+        "",
+        *notes.lines(),
+    ]
+    return "\n".join(parts) + "\n"
+
+
+def _table(rows: Iterable[Subject], outcomes: Outcomes, notes: Notes) -> list[str]:
+    lines = [f"| | mode | {' | '.join(OPERATIONS)} |", "|---|---|" + ":-:|" * len(OPERATIONS)]
+    for row in rows:
+        cells = [notes.mark(Outcome.of(outcomes[row.key][operation])) for operation in OPERATIONS]
+        lines.append(f"| {row.title} | {', '.join(sorted(row.modes))} | {' | '.join(cells)} |")
+    return lines
+
+
+def _refusals(rows: Iterable[Refused], outcomes: Outcomes) -> list[str]:
+    lines = ["| | the message |", "|---|---|"]
+    lines += [f"| {row.title} | {_escaped(Outcome.of(outcomes[row.key][ADAPT]).reason)} |" for row in rows]
+    return lines
+
+
+def _escaped(text: str) -> str:
+    """Markdown's own signs in a message stand for themselves."""
+    for sign in ("\\", "|", "*", "_", "<", "["):
+        text = text.replace(sign, f"\\{sign}")
+    return text

@@ -1,0 +1,158 @@
+"""The rows of the table of quantizations: real layers of the libraries, or stand-ins for those that need a GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from paca.quantized import quantization_of
+from quantized_layers import Stack, forward_only_stack, stack, stand_in
+from support_matrix.subject import Refused, Subject, random_input
+
+TARGETS = {"target_modules": ["lin1", "lin2"]}
+
+REAL = {
+    "nf4": ("bitsandbytes", "bitsandbytes NF4"),
+    "nf4-double": ("bitsandbytes", "bitsandbytes NF4, double quantization"),
+    "fp4": ("bitsandbytes", "bitsandbytes FP4"),
+    "int8": ("bitsandbytes", "bitsandbytes int8"),
+    "torchao-int8": ("torchao", "torchao int8 weight-only, per row"),
+    "torchao-int8-group": ("torchao", "torchao int8 weight-only, per group"),
+    "torchao-int4": ("torchao", "torchao int4 weight-only (`IntxWeightOnlyConfig`)"),
+    "hqq": ("hqq", "HQQ 4-bit"),
+}
+STAND_INS = {
+    "gptq": ("gptqmodel.nn_modules.qlinear.torch", "GPTQ (gptqmodel, auto_gptq)"),
+    "awq": ("awq.modules.linear", "AWQ"),
+    "eetq": ("transformers.integrations.eetq", "EETQ"),
+    "aqlm": ("aqlm.inference", "AQLM"),
+}
+
+
+def plain_of(model: Any) -> nn.Module:
+    """The ``Stack`` that a quantized one computes."""
+    plain = Stack().eval()
+    for name in ("lin1", "lin2"):
+        layer, quantized = getattr(plain, name), getattr(model, name)
+        library = quantization_of(quantized)
+        weight = quantized.dequantized() if library is None else library.dequantize(quantized)
+        layer.weight.data.copy_(weight)
+        layer.bias.data.copy_(quantized.bias)
+    return plain
+
+
+def _real(kind: str) -> Subject:
+    package, title = REAL[kind]
+
+    def base(folder: Path | None = None) -> nn.Module:
+        return stack(kind, torch.float32).eval()
+
+    return Subject(
+        kind,
+        title,
+        frozenset({"patched"}),
+        base,
+        lambda: plain_of(base()),
+        lambda: random_input(3, 4, 64),
+        TARGETS,
+        package=package,
+        # On some processors bitsandbytes repacks 4-bit weights for inference; not those of adapted layers.
+        stock_training=kind in ("nf4", "nf4-double", "fp4"),
+    )
+
+
+def _stand_in(key: str) -> Subject:
+    package, title = STAND_INS[key]
+
+    def base(folder: Path | None = None) -> nn.Module:
+        return forward_only_stack(package).eval()
+
+    return Subject(
+        key,
+        f"{title} (stand-in)",
+        frozenset({"additive"}),
+        base,
+        lambda: plain_of(base()),
+        lambda: random_input(3, 4, 64),
+        TARGETS,
+    )
+
+
+def _inference_only(folder: Path | None = None) -> nn.Module:
+    return forward_only_stack("gptqmodel.nn_modules.qlinear.marlin", trainable=False).eval()
+
+
+INFERENCE_ONLY = Subject(
+    "inference-only",
+    "GPTQ with a kernel for inference only (stand-in)",
+    frozenset({"additive"}),
+    _inference_only,
+    lambda: plain_of(_inference_only()),
+    lambda: random_input(3, 4, 64),
+    TARGETS,
+)
+
+
+QUANTIZATIONS = (*map(_real, REAL), *map(_stand_in, STAND_INS), INFERENCE_ONLY)
+
+NOT_RUN = (
+    (
+        "torchao `Int4WeightOnlyConfig`",
+        "its kernels, and the tensors that they take, need a GPU. It is taken as additive, as GPTQ is.",
+    ),
+    ("GPTQ, AWQ, EETQ and AQLM with their own kernels", "they need a GPU, and packages that are built for it."),
+    ("anything on CUDA", "there is no GPU where the tests run."),
+)
+"""What no test touches, and why."""
+
+# -- refused --------------------------------------------------------------------------------------------------------
+
+
+def _int8_with_floats() -> nn.Module:
+    import bitsandbytes as bnb
+
+    return nn.ModuleDict({"lin1": bnb.nn.Linear8bitLt(64, 128, has_fp16_weights=True)})
+
+
+def _bitsandbytes_embedding() -> nn.Module:
+    import bitsandbytes as bnb
+
+    return nn.ModuleDict({"lin1": bnb.nn.Embedding4bit(16, 64)})
+
+
+def _quantized_activations() -> nn.Module:
+    from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_
+
+    model = nn.ModuleDict({"lin1": nn.Linear(64, 128)})
+    quantize_(model, Int8DynamicActivationInt8WeightConfig())
+    return model
+
+
+def _float8() -> nn.Module:
+    linear = nn.Linear(64, 128, bias=False)
+    linear.weight = nn.Parameter(linear.weight.data.to(torch.float8_e4m3fn), requires_grad=False)
+    return nn.ModuleDict({"lin1": linear})
+
+
+def _no_sizes() -> nn.Module:
+    layer: Any = stand_in("auto_gptq.nn_modules")(nn.Linear(64, 128))
+    del layer.in_features, layer.out_features
+    return nn.ModuleDict({"lin1": layer})
+
+
+def _refused(key: str, title: str, base: Callable[[], nn.Module], package: str | None = None) -> Refused:
+    return Refused(key, title, base, {"target_modules": ["lin1"]}, package)
+
+
+REFUSED_QUANTIZATIONS = (
+    _refused("unknown", "a library that nobody knows", lambda: forward_only_stack("someones.quantizer")),
+    _refused("int8-fp16", "bitsandbytes int8 with `has_fp16_weights=True`", _int8_with_floats, "bitsandbytes"),
+    _refused("bnb-embedding", "bitsandbytes `Embedding4bit`", _bitsandbytes_embedding, "bitsandbytes"),
+    _refused("torchao-activations", "torchao with quantized activations", _quantized_activations, "torchao"),
+    _refused("float8", "plain weights in 8-bit floats", _float8),
+    _refused("no-sizes", "a layer of a known library that does not say its sizes", _no_sizes),
+)
