@@ -111,10 +111,14 @@ def run(model: Any, x: Tensor, **settings: Any) -> Tensor:
     return getattr(y, "logits", y)
 
 
+def stock(case: Case) -> nn.Module:
+    """The base model by itself."""
+    return case.subject.base(case.folder / "stock").train(case.subject.stock_training)
+
+
 def stock_output(case: Case) -> Tensor:
-    """What the base model gives."""
-    model = case.subject.base(case.folder / "stock").train(case.subject.stock_training)
-    return run(model, case.x).detach()
+    """What it gives."""
+    return run(stock(case), case.x).detach()
 
 
 def gradients(model: nn.Module) -> list[Tensor]:

