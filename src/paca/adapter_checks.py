@@ -52,8 +52,7 @@ def check_adapter_tensors(
             problem = column_problem(indices, layer.in_features)
             if problem:
                 raise ValueError(f"{file_name(indices_name, adapter_name)}: {problem}.")
-            if not _finite(delta.to(layer.paca_delta[adapter_name].dtype)):
-                raise ValueError(f"{file_name(delta_name, adapter_name)} holds NaN or Inf: the adapter is broken.")
+            check_finite(file_name(delta_name, adapter_name), delta.to(layer.paca_delta[adapter_name].dtype))
             order = indices.argsort()
             checked[delta_name], checked[indices_name] = (
                 delta.index_select(layer.delta_column_dim, order).contiguous(),
@@ -67,8 +66,7 @@ def check_adapter_tensors(
         tensor, place = tensors[name], places[name]
         if f".modules_to_save.{adapter_name}." in name and tensor.shape != place.shape:
             raise ValueError(f"{name} has shape {tuple(tensor.shape)}; this model's has {tuple(place.shape)}.")
-        if not _finite(tensor):
-            raise ValueError(f"{name} holds NaN or Inf: the adapter is broken.")
+        check_finite(name, tensor)
     unknown = sorted(tensors.keys() - places.keys() - expected)
     if unknown:
         others = f" and {len(unknown) - 1} more" if len(unknown) > 1 else ""
@@ -117,10 +115,12 @@ def _check_shapes(
         raise ValueError(f"{file_name(indices_name, adapter_name)} is {indices.dtype}; it must be int64.")
 
 
-def _finite(tensor: Tensor) -> bool:
-    if not tensor.is_floating_point():
-        return True
-    return bool(torch.isfinite(tensor if tensor.element_size() > 1 else tensor.float()).all())
+def check_finite(name: str, tensor: Tensor) -> None:
+    """Raise ``ValueError`` if ``tensor``, of an adapter's file, holds NaN or Inf."""
+    if tensor.is_floating_point() and not bool(
+        torch.isfinite(tensor if tensor.element_size() > 1 else tensor.float()).all()
+    ):
+        raise ValueError(f"{name} holds NaN or Inf: the adapter is broken.")
 
 
 def file_name(name: str, adapter_name: str) -> str:

@@ -28,6 +28,7 @@ from transformers import (
 from transformers.pytorch_utils import Conv1D
 
 from paca.adapter_checks import DELTA, INDICES
+from paca.adapter_checks import check_finite
 from paca.adapter_folder import ADAPTER_CONFIG, find_adapter, find_base
 from paca.config import PacaConfig
 from paca.errors import PacaError
@@ -152,7 +153,11 @@ def put_on(base_model: nn.Module, config: PacaConfig, tensors: dict[str, Tensor]
     # Only the adapted layers matter: a new head need not have the shape that the outline guesses.
     layers_only = dataclasses.replace(config, modules_to_save=None)
     model = PeftModel(base_model, layers_only, adapter_name=NAME)
-    named = PacaModel._remap_adapter_state_dict_for_load(model, layers_only, NAME, tensors)
+    whole = {n: t for n, t in tensors.items() if any(f".{m}." in f".{n}" for m in config.modules_to_save or ())}
+    for name, tensor in whole.items():
+        check_finite(name, tensor)
+    others = {name: tensor for name, tensor in tensors.items() if name not in whole}
+    named = whole | PacaModel._remap_adapter_state_dict_for_load(model, layers_only, NAME, others)
     return _collect(model, NAME, config, {name.removesuffix(f".{NAME}"): tensor for name, tensor in named.items()})
 
 
