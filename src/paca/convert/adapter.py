@@ -27,8 +27,7 @@ from transformers import (
 )
 from transformers.pytorch_utils import Conv1D
 
-from paca.adapter_checks import DELTA, INDICES
-from paca.adapter_checks import check_finite
+from paca.adapter_checks import DELTA, INDICES, check_finite
 from paca.adapter_folder import ADAPTER_CONFIG, find_adapter, find_base
 from paca.config import PacaConfig
 from paca.errors import PacaError
