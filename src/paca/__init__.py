@@ -20,13 +20,13 @@ from paca.errors import PacaError
 from paca.peft_import import when_peft_is_imported
 
 if TYPE_CHECKING:
+    from paca.adapters.hotswap import hotswap_adapter
     from paca.calibration import select
     from paca.config import PacaConfig
-    from paca.hotswap import hotswap_adapter
     from paca.lean import make_lean, undo_lean
     from paca.refresh import refresh
-    from paca.rotation import rotate, set_trained_columns, trained_columns
-    from paca.rotation_callback import RotateColumns
+    from paca.rotation.callback import RotateColumns
+    from paca.rotation.rotate import rotate, set_trained_columns, trained_columns
     from paca.tied_weights import untie_embeddings
     from paca.tuner import PacaModel
 
@@ -50,14 +50,14 @@ __all__ = [
 _MODULES = {
     "PacaConfig": "paca.config",
     "PacaModel": "paca.tuner",
-    "RotateColumns": "paca.rotation_callback",
-    "hotswap_adapter": "paca.hotswap",
+    "RotateColumns": "paca.rotation.callback",
+    "hotswap_adapter": "paca.adapters.hotswap",
     "make_lean": "paca.lean",
     "refresh": "paca.refresh",
-    "rotate": "paca.rotation",
+    "rotate": "paca.rotation.rotate",
     "select": "paca.calibration",
-    "set_trained_columns": "paca.rotation",
-    "trained_columns": "paca.rotation",
+    "set_trained_columns": "paca.rotation.rotate",
+    "trained_columns": "paca.rotation.rotate",
     "undo_lean": "paca.lean",
     "untie_embeddings": "paca.tied_weights",
 }

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from peft.config import PeftConfig
 
-from paca.adapter_file import check_adapter_file
+from paca.adapters.file import check_adapter_file
 from paca.registration import add_peft_type
 from paca.selection import check_strategy
 

@@ -22,7 +22,7 @@ from transformers import (
     TextIteratorStreamer,
 )
 
-from paca.adapter_folder import find_adapter, find_base, weight_file
+from paca.adapters.folder import find_adapter, find_base, weight_file
 from paca.errors import PacaError
 from paca.pretrained import Pretrained, load_config, load_pretrained
 from paca.pretrained.quantizing import QUANTIZATIONS, is_quantized

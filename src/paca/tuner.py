@@ -15,9 +15,13 @@ from peft.utils.integrations import init_empty_weights
 from peft.utils.other import AuxiliaryTrainingWrapper, get_pattern_key
 from torch import Tensor, nn
 
-from paca.adapter_checks import DELTA, check_adapter_tensors
-from paca.adapter_file import check_has_weights
-from paca.adapter_names import mixed_batch
+from paca.adapters.checks import DELTA, check_adapter_tensors
+from paca.adapters.file import check_has_weights
+from paca.adapters.original_weights import OriginalWeights
+from paca.adapters.recorded_quantization import quantizations, warn_of_another
+from paca.adapters.reference import copied_adapter, copy_deltas
+from paca.adapters.safe_merge import check_deltas, merge_all_or_none
+from paca.adapters.weighted import add_weighted_adapter
 from paca.column_choice import choose_columns
 from paca.config import PacaConfig
 from paca.expert_targets import expert_targets, unused_patterns
@@ -27,14 +31,10 @@ from paca.layers.modes import OVERLAID, is_offloaded, known_quantizations, mode_
 from paca.layers.overlaid import OverlaidLinear, check_writable
 from paca.layers.plain import dequantize_model
 from paca.layers.resident_weight import ResidentWeight
-from paca.original_weights import OriginalWeights
-from paca.recorded_quantization import quantizations, warn_of_another
-from paca.reference_adapter import copied_adapter, copy_deltas
+from paca.mixed.adapter_names import mixed_batch
 from paca.refresh import RefreshBeforeForward, paca_layers
 from paca.registration import PREFIX
-from paca.rotated_files import with_unions, without_unions
-from paca.safe_merge import check_deltas, merge_all_or_none
-from paca.weighted_adapter import add_weighted_adapter
+from paca.rotation.files import with_unions, without_unions
 
 
 class PacaModel(BaseTuner):

@@ -51,7 +51,11 @@ def test_a_run_trains_saves_chats_and_merges(quantization, config_file, tmp_path
 
 def test_the_columns_may_start_from_the_dequantized_weight(config_file, tmp_path):
     folder = run(
-        config_file, tmp_path / "run", "model.quantization=nf4", "paca.original_weights=null", "train.max_steps=1"
+        config_file,
+        tmp_path / "run",
+        "model.quantization=nf4",
+        "paca.original_weights=null",
+        "train.max_steps=1",
     )
     assert yaml.safe_load((folder / "config.yaml").read_text())["paca"]["original_weights"] is None
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from paca.adapter_folder import find_adapter
+from paca.adapters.folder import find_adapter
 from paca.cli.quiet import hide_library_notes
 from paca.errors import PacaError
 

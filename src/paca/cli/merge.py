@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from paca.adapter_folder import find_adapter
+from paca.adapters.folder import find_adapter
 from paca.cli.quiet import hide_library_notes
 
 

@@ -27,8 +27,8 @@ from transformers import (
 )
 from transformers.pytorch_utils import Conv1D
 
-from paca.adapter_checks import DELTA, INDICES, check_finite
-from paca.adapter_folder import ADAPTER_CONFIG, find_adapter, find_base
+from paca.adapters.checks import DELTA, INDICES, check_finite
+from paca.adapters.folder import ADAPTER_CONFIG, find_adapter, find_base
 from paca.config import PacaConfig
 from paca.errors import PacaError
 from paca.layers import PacaLayer

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from paca.adapter_checks import INDICES
+from paca.adapters.checks import INDICES
 from paca.convert.adapter import FILE_PREFIX
 from paca.convert.foreign import ForeignAdapter, ForeignLayer, positive_number, take_pairs
 from paca.errors import PacaError

@@ -11,8 +11,8 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from paca.adapter_checks import DELTA, INDICES
-from paca.adapter_folder import ADAPTER_CONFIG
+from paca.adapters.checks import DELTA, INDICES
+from paca.adapters.folder import ADAPTER_CONFIG
 from paca.config import PacaConfig
 from paca.convert.adapter import (
     FILE_PREFIX,

@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from paca.adapter_folder import ADAPTER_CONFIG, find_adapter
+from paca.adapters.folder import ADAPTER_CONFIG, find_adapter
 from paca.convert.adapter import FILE_PREFIX, AdaptedLayer, Adapter, adapter_in_model, read_adapter, tokenizer_files
 from paca.convert.output import check_output_folder, new_folder
 from paca.convert.patterns import default_and_pattern, exact_targets

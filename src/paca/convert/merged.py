@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM
 
-from paca.adapter_folder import find_adapter, find_base
+from paca.adapters.folder import find_adapter, find_base
 from paca.convert.output import check_output_folder, new_folder
 from paca.errors import PacaError
 from paca.generation import LoadedModel, load_for_generation, on_accelerator

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from paca.functional import column_gradient, input_gradient, plain_linear
-from paca.mixed_batch import current_mixed_batch
+from paca.functional.linear import column_gradient, input_gradient, plain_linear
+from paca.mixed.batch import current_mixed_batch
 
 if TYPE_CHECKING:
     from paca.layers.resident_weight import ResidentWeight

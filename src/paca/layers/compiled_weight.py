@@ -16,7 +16,7 @@ from torch.autograd.function import once_differentiable
 from paca.columns import Columns
 from paca.layers.compiled import MIXED, OPERATOR_TAGS, check_not_mixed, module_of
 from paca.layers.resident_weight import ResidentWeight
-from paca.mixed_batch import current_mixed_batch
+from paca.mixed.batch import current_mixed_batch
 
 _library = torch.library.Library("paca", "FRAGMENT")
 _library.define(

@@ -10,11 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from paca.columns import Columns, State
-from paca.convolution_by_row import ConvolutionProduct
-from paca.layers.base import PacaLayer
-from paca.layers.compiled_weight import OpaqueWeight
-from paca.layers.resident_weight import ResidentWeight
-from paca.partial_convolution import (
+from paca.functional.convolution import (
     Geometry,
     column_gradient,
     input_gradient,
@@ -22,6 +18,10 @@ from paca.partial_convolution import (
     plain_convolution,
     selected_channels,
 )
+from paca.functional.convolution_by_row import ConvolutionProduct
+from paca.layers.base import PacaLayer
+from paca.layers.compiled_weight import OpaqueWeight
+from paca.layers.resident_weight import ResidentWeight
 
 
 class ResidentConvolution(OpaqueWeight):

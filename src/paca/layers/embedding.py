@@ -11,11 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from paca.columns import Columns, State
-from paca.embedding_by_row import EmbeddingProduct
+from paca.functional.embedding import column_gradient, partial_embedding
+from paca.functional.embedding_by_row import EmbeddingProduct
 from paca.layers.base import PacaLayer
 from paca.layers.compiled_weight import OpaqueWeight
 from paca.layers.resident_weight import ResidentWeight
-from paca.partial_embedding import column_gradient, partial_embedding
 
 
 class ResidentEmbedding(OpaqueWeight, nn.Embedding):

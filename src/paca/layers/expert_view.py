@@ -16,8 +16,8 @@ import torch.nn.functional as F
 import transformers.integrations.moe  # noqa: F401  (defines torch.ops.transformers.grouped_mm_fallback)
 from torch import Tensor
 
-from paca.functional import partial_linear
-from paca.grouped import GroupedMatmul, grouped_partial_linear
+from paca.functional.grouped import GroupedMatmul, grouped_partial_linear
+from paca.functional.linear import partial_linear
 
 if TYPE_CHECKING:
     from paca.columns import State

@@ -16,7 +16,7 @@ from paca.columns import State
 from paca.layers.base import PacaLayer
 from paca.layers.expert_view import StackView
 from paca.layers.resident_weight import ResidentWeight
-from paca.mixed_batch import current_mixed_batch
+from paca.mixed.batch import current_mixed_batch
 
 
 class ExpertStack(nn.Module):

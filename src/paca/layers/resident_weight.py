@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from paca.columns import State
-from paca.functional import partial_linear
+from paca.functional.linear import partial_linear
 from paca.layers.compiled import compiled_linear, new_handle
 from paca.resident import ResidentColumns
 

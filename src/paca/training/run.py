@@ -22,7 +22,7 @@ from paca.data import check_labels
 from paca.errors import PacaError
 from paca.lean import make_lean
 from paca.pretrained import Pretrained, load_pretrained, save_trainable_copy
-from paca.rotation_callback import RotateColumns
+from paca.rotation.callback import RotateColumns
 from paca.training import summary, train_settings
 from paca.training.calibration import ColumnChoice
 from paca.training.data_order import SetEpochOfSampler

@@ -6,13 +6,13 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from paca.adapter_checks import DELTA, INDICES
+from paca.adapters.checks import DELTA, INDICES
 from paca.columns import Folded
 from paca.config import PacaConfig
-from paca.folded_columns import ColumnUnion, split, trained_of, union_of
 from paca.layers import PacaLayer
 from paca.layers.base import FOLDED_DELTA, FOLDED_INDICES
-from paca.union_config import UnionLayer, union_settings
+from paca.rotation.folded_columns import ColumnUnion, split, trained_of, union_of
+from paca.rotation.union_config import UnionLayer, union_settings
 
 
 def with_unions(

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from paca.columns_by_row import RowColumns, RowProduct
-from paca.partial_convolution import Geometry, channels_of, column_gradient, input_gradient, plain_convolution
+from paca.functional.columns_by_row import RowColumns, RowProduct
+from paca.functional.convolution import Geometry, channels_of, column_gradient, input_gradient, plain_convolution
 
 
 class ConvolutionProduct(RowProduct):

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from paca.partial_convolution import Geometry, partial_convolution, plain_convolution
+from paca.functional.convolution import Geometry, partial_convolution, plain_convolution
 
 MODULES = {
     "1d": lambda: nn.Conv1d(5, 7, 3),

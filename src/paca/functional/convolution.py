@@ -1,7 +1,7 @@
 """The partially trained convolution: plain tensors in, plain tensors out.
 
 A column is an input channel: of ``weight (out_channels, in_channels / groups, *kernel)`` the slices
-``weight[:, indices]`` are trained. As in ``functional``, they already sit inside the weight, which is never written
+``weight[:, indices]`` are trained. As in ``linear``, they already sit inside the weight, which is never written
 here, and the selected channels of the input are the only activation kept.
 """
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from paca.functional import column_gradient, partial_linear, plain_linear
+from paca.functional.linear import column_gradient, partial_linear, plain_linear
 from reference import reference_gradients, tolerance
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]

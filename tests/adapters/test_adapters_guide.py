@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-GUIDE = Path(__file__).parents[1] / "docs" / "guides" / "adapters.md"
+GUIDE = Path(__file__).parents[2] / "docs" / "guides" / "adapters.md"
 
 
 def test_the_guides_snippets_run_one_after_another(tmp_path, monkeypatch):

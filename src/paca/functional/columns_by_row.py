@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from paca.functional import column_gradient
+from paca.functional.linear import column_gradient
 
 
 class RowColumns(NamedTuple):

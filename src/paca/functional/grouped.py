@@ -1,7 +1,7 @@
 """The partially trained linear map of a stack of experts: plain tensors in, plain tensors out.
 
 Rows sorted by expert meet each expert's own weight in one grouped matmul; ``x[:, indices]`` of the routed rows is the
-only activation kept. As in ``functional``, the trained columns already sit inside ``weight``.
+only activation kept. As in ``linear``, the trained columns already sit inside ``weight``.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from paca.functional import column_gradient
+from paca.functional.linear import column_gradient
 
 GroupedMatmul = Callable[..., Tensor]
 """``(rows (tokens, k), matrices (experts, k, n), offs=(experts,)) -> (tokens, n)``, such as ``torch._grouped_mm``."""

@@ -17,9 +17,9 @@ import paca
 from expert_models import STACKS, mixtral
 from layers.small_networks import TARGETS, adapted_network, example, network
 from models import adapt, adapted_perceptron, base_state, perceptron, tokens
-from paca.column_pickers import PICKERS, RotatingLayer
 from paca.config import ROTATIONS
 from paca.refresh import paca_layers
+from paca.rotation.pickers import PICKERS, RotatingLayer
 from reference import nearest
 from rotating import equal, named_layers, rotated, train, trainable, weights
 

@@ -7,9 +7,9 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from paca.column_pickers import Picker
 from paca.refresh import paca_layers
-from paca.rotation import rotate, rotating_adapter, set_trained_columns, trained_columns
+from paca.rotation.pickers import Picker
+from paca.rotation.rotate import rotate, rotating_adapter, set_trained_columns, trained_columns
 
 _RECORD = "paca_trained_columns"
 

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from paca.columns_by_row import RowColumns, add_columns_by_row
-from paca.mixed_batch import BASE, MixedBatch, current_mixed_batch, running
+from paca.functional.columns_by_row import RowColumns, add_columns_by_row
+from paca.mixed.batch import BASE, MixedBatch, current_mixed_batch, running
 
 SAMPLES, IN, OUT = 5, 11, 7
 

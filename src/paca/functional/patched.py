@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from paca.columns import Columns, State
-from paca.functional import column_gradient, input_gradient
+from paca.functional.linear import column_gradient, input_gradient
 from paca.recomputation import check_same_state
 from paca.rounding import round_once
 

@@ -12,8 +12,8 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 import paca
 from models import llama, tokens
+from paca.adapters.original_weights import OriginalWeights
 from paca.errors import PacaError
-from paca.original_weights import OriginalWeights
 from paca.refresh import paca_layers
 
 pytest.importorskip("bitsandbytes")
@@ -106,7 +106,7 @@ def test_only_slices_are_read(checkpoint, monkeypatch):
         def get_slice(self, key):
             return self.file.get_slice(key)
 
-    monkeypatch.setattr("paca.original_weights.safe_open", Spy)
+    monkeypatch.setattr("paca.adapters.original_weights.safe_open", Spy)
     originals = OriginalWeights(str(checkpoint))
     columns = originals.columns("model.layers.1.mlp.up_proj", torch.tensor([3, 60]), (128, 64))
     assert torch.equal(columns, plain(checkpoint).model.layers[1].mlp.up_proj.weight[:, [3, 60]])

@@ -18,10 +18,10 @@ from peft.utils.other import AuxiliaryTrainingWrapper, get_pattern_key
 from peft.utils.save_and_load import load_peft_weights
 from torch import Tensor, nn
 
-from paca.adapter_checks import DELTA, INDICES, check_adapter_tensors
+from paca.adapters.checks import DELTA, INDICES, check_adapter_tensors
+from paca.adapters.recorded_quantization import quantizations, warn_of_another
 from paca.config import PacaConfig
 from paca.layers import PacaLayer
-from paca.recorded_quantization import quantizations, warn_of_another
 from paca.registration import NAME
 
 _FILE_PREFIX = "base_model.model."

@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from paca.column_pickers import Picker, RotatingLayer, picker_of
 from paca.config import PacaConfig
-from paca.folded_columns import split, union_of
 from paca.layers import PacaLayer
-from paca.same_on_all_ranks import same_on_all_ranks
+from paca.rotation.folded_columns import split, union_of
+from paca.rotation.pickers import Picker, RotatingLayer, picker_of
+from paca.rotation.same_on_all_ranks import same_on_all_ranks
 from paca.selection import explicit_columns
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from paca.columns_by_row import RowColumns, RowProduct, last_places
-from paca.partial_embedding import column_gradient
+from paca.functional.columns_by_row import RowColumns, RowProduct, last_places
+from paca.functional.embedding import column_gradient
 from paca.rounding import add_once
 
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from paca.layers import PacaExpertStack
-from paca.mixed_batch import BASE, MixedBatch, current_mixed_batch
+from paca.mixed.batch import BASE, MixedBatch, current_mixed_batch
 
 _ONE_AT_A_TIME = threading.RLock()  # the stacks hold one adapter's columns at a time
 

@@ -12,8 +12,8 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
 from paca.layers import PacaLayer
-from paca.mixed_batch import BASE, MixedBatch, current_mixed_batch, running
-from paca.mixed_experts import run_together, split_by_adapter, tokens_known
+from paca.mixed.batch import BASE, MixedBatch, current_mixed_batch, running
+from paca.mixed.experts import run_together, split_by_adapter, tokens_known
 from paca.refresh import paca_layers
 
 _COUNTING = threading.Lock()

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from paca.partial_embedding import partial_embedding
+from paca.functional.embedding import partial_embedding
 
 
 def run(weight, tokens, deltas, indices, scales, padding_idx=None, by_frequency=False):

@@ -12,9 +12,9 @@ from transformers import LlamaForSequenceClassification
 
 import paca
 from models import adapt, gpt2, llama, perceptron, tokens
+from paca.adapters.weighted import weighted_sum
 from paca.columns import Columns
 from paca.refresh import paca_layers
-from paca.weighted_adapter import weighted_sum
 
 
 def three_adapters(kind="linear", dtype=torch.float32, scales=(2.0, 0.5, 1.0)):

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from paca.columns import State
-from paca.functional import column_gradient
+from paca.functional.linear import column_gradient
 from paca.recomputation import check_same_state
 
 

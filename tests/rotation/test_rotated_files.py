@@ -9,7 +9,7 @@ import torch
 import paca
 from models import adapt, adapted_perceptron, gpt2, llama, perceptron, tokens
 from paca.refresh import paca_layers
-from paca.union_config import alpha_for
+from paca.rotation.union_config import alpha_for
 from rotating import equal, rotated, trainable
 
 

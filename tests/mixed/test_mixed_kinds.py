@@ -278,7 +278,7 @@ def test_over_a_quantized_weight_only_the_chosen_inputs_of_an_adapters_samples_a
 
 
 def layer_alone(layer, x):
-    from paca.mixed_batch import MixedBatch, running
+    from paca.mixed.batch import MixedBatch, running
 
     with running(MixedBatch(NAMES)):
         return layer(x)

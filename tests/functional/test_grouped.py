@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from paca.grouped import grouped_partial_linear
+from paca.functional.grouped import grouped_partial_linear
 from reference import tolerance
 
 COUNTS = (3, 0, 5, 1)  # the second expert gets no rows

@@ -1,0 +1,1 @@
+"""The autograd functions: plain tensors in, plain tensors out."""

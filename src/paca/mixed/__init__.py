@@ -1,0 +1,1 @@
+"""Batches in which each sample has an adapter of its own."""
