@@ -67,16 +67,20 @@ _MODULES = {
 def _register() -> None:
     from paca.registration import register
 
-    names = {name: getattr(import_module(module), name) for name, module in _MODULES.items()}
-    register(names["PacaConfig"], names["PacaModel"])
-    globals().update(names)
+    # These two alone: the others need more of transformers, whose import may have led here and is not done then.
+    register(_load("PacaConfig"), _load("PacaModel"))
+
+
+def _load(name: str) -> Any:
+    value = globals()[name] = getattr(import_module(_MODULES[name]), name)
+    return value
 
 
 def __getattr__(name: str) -> Any:
     if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    import_module("peft")  # which registers, and with that sets all names, unless it is under way in this thread
-    return globals().get(name) or getattr(import_module(_MODULES[name]), name)
+    import_module("peft")  # which registers
+    return globals().get(name) or _load(name)
 
 
 def __dir__() -> list[str]:
