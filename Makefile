@@ -34,12 +34,12 @@ demo: $(STAMP)
 	@$(BIN)/python -m demo.prepare
 	@if [ -n "$(REDO)" ]; then rm -rf $(DEMO_RUN); fi
 	@if [ -f $(DEMO_RUN)/summary.json ]; then \
-		echo "Trained already; here is the result. To train again: make demo REDO=1"; \
+		echo "Trained already; here is the result. To train again: make demo REDO=1"; exit; \
 	elif compgen -G "$(DEMO_RUN)/checkpoints/checkpoint-*/trainer_state.json" >/dev/null; then \
 		$(BIN)/paca train recipes/demo.yaml --resume; \
 	else \
 		$(BIN)/paca train recipes/demo.yaml; \
-	fi
+	fi; status=$$?; if [ $$status = 130 ]; then echo "Or: make demo, which goes on from a saved checkpoint"; fi; exit $$status
 	@$(BIN)/python -m demo.show
 
 test: $(STAMP)

@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.padding import Padding
 
 from paca.cli.quiet import hide_library_notes
+from paca.cli.waiting_threads import let_waiting_threads_sleep
 from paca.training.run_folder import RunFolder
 
 RUN = Path("runs/demo")
@@ -104,4 +105,5 @@ def show(run: Path, console: Console) -> None:
 
 
 if __name__ == "__main__":
+    let_waiting_threads_sleep()
     show(RUN, Console())

@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, modeling_gguf_pyto
 from paca.errors import PacaError
 from paca.pretrained import gguf as paca_gguf
 from paca.pretrained import load_config, load_pretrained, load_tokenizer, save_trainable_copy
+from paca.pretrained.hub import only_from_cache
 from tiny_checkpoint import byte_tokenizer, save_base
 from tiny_gguf import write_gguf
 
@@ -272,14 +273,20 @@ def test_a_name_that_stands_for_nothing_says_so(name: str, expected: str) -> Non
             load(name)
 
 
-def test_a_hub_id_is_read_from_the_local_cache_without_a_network(
-    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def cache_model(base: Path, cache: Path) -> str:
+    """Put a model where the hub's client keeps tiny/llama; returns its commit."""
     commit = "0123456789abcdef0123456789abcdef01234567"
-    repository = tmp_path / "models--tiny--llama"
+    repository = cache / "models--tiny--llama"
     shutil.copytree(base, repository / "snapshots" / commit)
     (repository / "refs").mkdir()
     (repository / "refs" / "main").write_text(commit)
+    return commit
+
+
+def test_a_hub_id_is_read_from_the_local_cache_without_a_network(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    commit = cache_model(base, tmp_path)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
     for revision in (None, "main", commit):
         pretrained = load_pretrained("tiny/llama", revision=revision)
@@ -287,6 +294,29 @@ def test_a_hub_id_is_read_from_the_local_cache_without_a_network(
     assert torch.equal(logits(pretrained.model), logits(AutoModelForCausalLM.from_pretrained(base)))
     with pytest.raises(PacaError, match="hub cannot be reached"):
         load_pretrained("tiny/llama", revision="another-branch")
+
+
+def test_a_hub_that_does_not_answer_is_asked_once_and_briefly(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    waits: list[float] = []
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")  # nobody listens there
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", waits.append)
+    only_from_cache.cache_clear()
+    with pytest.raises(PacaError, match="the hub cannot be reached"):
+        load_pretrained("tiny/absent")
+    assert len(waits) == 1
+    assert sum(waits) <= 1
+    assert caplog.text == ""  # not the client's lines about each try
+    cache_model(base, tmp_path)
+    load_pretrained("tiny/llama")  # what is in the cache is read from there
+    assert len(waits) == 2
+    assert "reading 'tiny/llama' from the local cache" in caplog.text
+    assert "Retrying" not in caplog.text
+    assert huggingface_hub.constants.HF_HUB_OFFLINE is False
+    only_from_cache.cache_clear()
 
 
 @pytest.mark.parametrize(

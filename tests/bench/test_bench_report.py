@@ -10,6 +10,7 @@ from bench.row_maker import row
 from paca.bench.plots import write_plots
 from paca.bench.readme import replace_block
 from paca.bench.report import tables
+from paca.bench.summary_table import summary_tables
 from paca.errors import PacaError
 
 FROZEN, PACA, LORA = (1.0, 1.1, 1.2), (1.02, 1.1, 1.26), (1.5, 1.65, 1.8)
@@ -47,6 +48,22 @@ def test_of_equal_measurements_the_last_counts_and_ratios_stay_within_one_run() 
     line = next(line for line in text.splitlines() if line.startswith("| `paca` | 1,000 | 2000.0"))
     assert line == "| `paca` | 1,000 | 2000.0 (2000.0–2000.0) |  |"
     assert "1100.0 (1060.0–1180.0)" not in text.split("`paca`")[1]
+
+
+def test_a_ratio_that_varies_widely_is_called_noisy() -> None:
+    wild = row((0.92, 0.9, 2.2), FROZEN, method="paca", baseline="frozen")
+    text = tables([*rows(), wild], ["frozen"])
+    assert next(line for line in text.splitlines() if line.startswith("| `paca` | 1,000 | 920")).endswith(" noisy |")
+    assert text.count("- noisy: the middle half of the rounds") == 1
+    assert "noisy" not in tables(rows(), ["frozen"])
+    assert "0.92 (noisy)" in summary_tables([*rows(), wild], ["frozen"])
+
+
+def test_the_summary_has_a_column_per_quantity_with_the_ratio_to_each_baseline() -> None:
+    lines = summary_tables([row for row in rows() if row.budget == 0], ["frozen", "lora"]).splitlines()
+    assert lines[0].endswith(" (× `frozen` / × `lora`)")
+    assert lines[2] == "|  | step time, 512 tokens |"
+    assert "| `paca` | 1.02 / 0.68 |" in lines
 
 
 def test_other_settings_get_a_table_of_their_own() -> None:

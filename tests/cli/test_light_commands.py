@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from paca.cli import main
+from paca.cli.waiting_threads import SPIN_COUNT
 
 HEAVY = ("torch", "transformers", "peft", "trl", "datasets", "accelerate", "matplotlib")
 RUN = f"""
@@ -46,6 +50,14 @@ def test_help_imports_nothing_heavy(command: str) -> None:
         (MODEL_AND_DATA + "train: {max_steps: 1.5}\n", "train.max_steps must be a whole number, not the number 1.5."),
         (MODEL_AND_DATA + "train: {optim: adamv}\n", "train.optim must be one of adamw_torch, "),
         (MODEL_AND_DATA + "train: {packing_strategy: best}\n", "must be one of bfd, bfd_split, wrapped, not the text"),
+        (MODEL_AND_DATA + "train: {learning_rate: -1}\n", "train.learning_rate must be zero or more, not -1."),
+        (
+            MODEL_AND_DATA + "train: {max_steps: 0}\n",
+            "train.max_steps must be 1 or more (or -1: as many as the epochs)",
+        ),
+        (MODEL_AND_DATA + "train: {adam_beta2: 1}\n", "train.adam_beta2 must be zero or more and less than 1, not 1."),
+        (MODEL_AND_DATA + "train: {weight_decay: .nan}\n", "train.weight_decay must be zero or more, not nan."),
+        (MODEL_AND_DATA + "paca: {r: 0}\n", "paca.r must be above zero, not 0."),
         (MODEL_AND_DATA + "train: {output_dir: x}\n", "train.output_dir can't be set here: the run folder is"),
     ],
 )
@@ -61,9 +73,54 @@ def test_a_wrong_config_is_refused_before_anything_heavy_is_imported(
     assert done.stdout.endswith("imported: []\n")
 
 
-@pytest.mark.parametrize("command", [["chat", "missing"], ["merge", "missing", "--output", "merged"]])
-def test_a_missing_adapter_is_refused_before_anything_heavy_is_imported(command: list[str]) -> None:
+OUTPUT = ["--output", "written"]
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        (["chat", "missing"], "No such folder: missing. Give a run of `paca train`, an adapter's folder or a model's."),
+        (["merge", "missing", *OUTPUT], "No such folder: missing. Give a run of `paca train` or an adapter's folder."),
+        (["export", "missing", "--to", "lora", *OUTPUT], "Give a run of `paca train` or an adapter's folder."),
+        (["export", "adapter", "--to", "foo", *OUTPUT], "--to is 'foo'; it can be lora, merged, gguf."),
+        (["export", "adapter", "--to", "lora", "--output", "model"], "model exists and is not empty."),
+        (["export", "adapter", "--to", "gguf", "--output", "model"], "should be a file whose name ends in .gguf."),
+        (["export", "model", "--to", "merged", *OUTPUT], "model is a whole model, not an adapter."),
+        (["merge", "adapter", "--output", "model"], "model exists and is not empty."),
+        (["import", "missing", *OUTPUT], "No such file or folder: missing."),
+        (["import", "adapter", "--output", "model"], "model exists and is not empty."),
+        (["bench", "--hidden", "300"], "hidden is 300; this shape has heads of 128 in groups of 4, so it must be a"),
+        (["bench", "--model", "llama9"], "There is no model 'llama9' here, and no preset of that name. Did you mean"),
+        (["bench", "--model", "./model", "--layers", "2"], "layers resizes presets only"),
+    ],
+)
+def test_what_can_not_work_is_refused_before_anything_heavy_is_imported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: list[str], message: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "adapter_config.json").write_text('{"base_model_name_or_path": "base"}')
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text("{}")
     done = run(*command)
     assert done.returncode == 1
-    assert "No such folder: missing." in done.stderr
+    assert message in done.stderr
     assert done.stdout.endswith("imported: []\n")
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [({}, SPIN_COUNT), ({"OMP_WAIT_POLICY": "active"}, None), ({"GOMP_SPINCOUNT": "7"}, "7")],
+)
+def test_waiting_threads_soon_sleep_unless_the_user_says_otherwise(
+    monkeypatch: pytest.MonkeyPatch, given: dict[str, str], expected: str | None
+) -> None:
+    for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT"):
+        monkeypatch.setenv(name, "")  # so that it is put back as it was
+        monkeypatch.delenv(name)
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr("sys.argv", ["paca", "--version"])
+    with pytest.raises(SystemExit):
+        main()
+    assert os.environ.get("GOMP_SPINCOUNT") == expected

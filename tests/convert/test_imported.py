@@ -50,7 +50,9 @@ def authors_tensors(base: Any) -> dict[str, Tensor]:
 
 def half_a_unit(values: Tensor, dtype: torch.dtype) -> Tensor:
     """Half of the distance between the neighbours of ``values`` in ``dtype``: the largest error of one rounding."""
-    return torch.ldexp(torch.tensor(torch.finfo(dtype).eps / 4, dtype=torch.float64), torch.frexp(values).exponent)
+    return torch.ldexp(
+        torch.full(values.shape, torch.finfo(dtype).eps / 4, dtype=torch.float64), torch.frexp(values).exponent
+    )
 
 
 @pytest.fixture(params=[torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
@@ -91,6 +93,15 @@ def test_the_authors_columns_are_what_the_imported_adapter_puts_into_the_weight(
         assert (error <= half_a_unit(SCALE * columns.double(), model.dtype) + 1e-7).all()
     tolerance = 8 * torch.finfo(model.dtype).eps * logits(expected, tokens()).abs().max()
     assert (logits(merged, tokens()) - logits(expected, tokens())).abs().max() <= tolerance
+
+
+def test_a_base_folder_is_recorded_by_its_whole_path(
+    base32: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    theirs = authors_tensors(AutoModelForCausalLM.from_pretrained(base32))
+    monkeypatch.chdir(base32.parent)
+    result = import_adapter(write(tmp_path / "theirs", AUTHORS, theirs), tmp_path / "ours", base_model=base32.name)
+    assert result.base == paca_config(tmp_path / "ours")["base_model_name_or_path"] == str(base32.resolve())
 
 
 def test_from_the_authors_to_ours_and_back_gives_their_values(base32: Path, tmp_path: Path) -> None:

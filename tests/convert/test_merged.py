@@ -166,7 +166,7 @@ def test_a_failure_while_writing_leaves_nothing(run: Path, tmp_path: Path, monke
 
 
 def test_what_cannot_be_merged_is_refused(run: Path, tmp_path: Path) -> None:
-    with pytest.raises(PacaError, match="whole model already"):
+    with pytest.raises(PacaError, match="a whole model, not an adapter"):
         merge_to_folder(run / "base", tmp_path / "merged")
     with pytest.raises(PacaError, match=r"Unknown dtype 'int4'. Give one of: bfloat16"):
         merge_to_folder(run, tmp_path / "merged", "int4")

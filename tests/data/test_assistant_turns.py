@@ -103,7 +103,7 @@ def test_answers_are_trained_with_their_end_of_turn_token_and_nothing_else_is(tm
     (example,) = marked.dataset
     trained = [token for token, bit in zip(example["input_ids"], example["assistant_masks"], strict=True) if bit]
     assert tokenizer.decode(trained) == " ñ 漢字 😀<|im_end|>\n\n\n  the\n<|im_end|>\n"
-    assert "found by rendering" in marked.description
+    assert "found by rendering each conversation" in marked.description
 
 
 def test_a_space_that_ends_a_turn_is_trained_although_it_is_trimmed_from_the_offsets(tmp_path: Path) -> None:
@@ -121,7 +121,7 @@ def test_a_turn_that_is_rendered_differently_later_on_is_left_out_and_counted(tm
     (example,) = marked.dataset
     trained = [token for token, bit in zip(example["input_ids"], example["assistant_masks"], strict=True) if bit]
     assert tokenizer.decode(trained) == "so</think>d<|im_end|>\n"
-    assert marked.description.endswith("1 left out because the template renders them differently later on")
+    assert marked.description.endswith("1 turns left out because the template renders them differently later on")
 
 
 def test_what_trl_can_mark_by_itself_comes_back_unchanged(tmp_path: Path) -> None:

@@ -29,10 +29,13 @@ def test_the_form_and_what_became_of_it_are_said_aloud(tmp_path: Path) -> None:
     examples = load_examples(jsonl(tmp_path / "a.jsonl", rows))
     assert examples.format == "alpaca"
     assert examples.description == (
-        "alpaca: instruction, input, output -> prompt/completion, messages, 20 examples (not used: id)"
+        "20 examples of the form alpaca (columns instruction, input, output), taken as prompt/completion, messages "
+        "(not used: id)"
     )
     plain = load_examples(jsonl(tmp_path / "a.jsonl", ALPACA), conversational=False, limit=1)
-    assert plain.description.endswith("-> prompt/completion, plain text, 1 example")
+    assert plain.description == (
+        "1 example of the form alpaca (columns instruction, input, output), taken as prompt/completion, plain text"
+    )
     assert plain.is_conversational is False
     assert examples.is_conversational is True
 
@@ -177,7 +180,7 @@ def test_holding_out_is_reproducible_disjoint_and_complete(tmp_path: Path) -> No
     assert split_heldout(examples, 5, seed=4)[1].dataset["origin"][:] != held_out.dataset["origin"][:]
     lines = [int(origin.split()[-1]) for origin in train.dataset["origin"][:]]
     assert lines == sorted(lines)
-    assert train.description.endswith("20 examples; 15 of them kept for training")
+    assert train.description.endswith("; 15 of them kept for training")
     assert len(split_heldout(examples, 0.001, seed=0)[1].dataset) == 1
 
 

@@ -18,6 +18,7 @@ from rich.console import Console
 from transformers import AutoModelForCausalLM, TrainerControl, TrainerState, TrainingArguments
 
 from paca.errors import PacaError
+from paca.program import program
 from paca.training import RunResult, describe, load_run_config, train
 from paca.training import run as run_module
 from paca.training.interrupt import StopOnSignal
@@ -98,6 +99,17 @@ def test_a_run_leaves_its_folder(run: Runner, tmp_path: Path, config_file: Path)
     assert summary["peak_memory_bytes"] > 50 * 2**20
     assert summary["versions"]["torch"] == torch.__version__
     assert summary["tokens_per_second"] == pytest.approx(summary["tokens"] / summary["train_seconds"], rel=0.01)
+    card = (folder / "adapter" / "README.md").read_text()
+    for known in (
+        config_file.parent / "model",
+        config_file.parent / "train.jsonl",
+        "r = 4",
+        "| `learning_rate` | 0.01 |",
+    ):
+        assert str(known) in card
+    assert f"{summary['eval_loss_after']:.4f} after" in card
+    assert "More Information Needed" not in card
+    assert not list((folder / "checkpoints").rglob("README.md"))  # templates of TRL and PEFT, not filled in
     training_rows = [row for row in rows(folder) if "loss" in row]
     assert [row["step"] for row in training_rows] == list(range(1, 11))
     assert training_rows[-1]["tokens"] == summary["tokens"]
@@ -156,7 +168,7 @@ def test_a_stopped_and_resumed_run_is_the_uninterrupted_one_bit_for_bit(
     for count, stop in enumerate(stops):
         result = run("parts", *overrides, resume=count > 0, stop_at=stop)
         assert result.summary is None
-        assert result.resume_command == f"paca train {tmp_path / 'parts' / 'config.yaml'} --resume"
+        assert result.resume_command == f"{program()} train {tmp_path / 'parts' / 'config.yaml'} --resume"
         assert (tmp_path / "parts" / "checkpoints" / f"checkpoint-{stop}").is_dir()
         assert not (tmp_path / "parts" / "adapter").exists()
     parts = run("parts", *overrides, resume=True)
@@ -301,7 +313,11 @@ def test_a_loss_that_is_not_a_number_ends_the_run(run: Runner, tmp_path: Path) -
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("paca.target_modules=[nothing]", r"The section paca does not fit .*nothing"),
+        (
+            "paca.target_modules=[nothing]",
+            r"The section paca does not fit .*nothing.* Its layers with weights are .*v_proj",
+        ),
+        ("paca.target_modules=[v_proj, q_prj]", r"no module named q_prj .*Did you mean q_proj\?"),
         ("paca.r=1000", r"The section paca does not fit .*r=1000"),
         ("paca.target_modules=[lm_head]", r"SFTTrainer refuses this run: .*lm_head"),
         ("train.optim=lomo", r"package that is not installed: .*lomo"),

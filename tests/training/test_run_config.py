@@ -76,7 +76,7 @@ def test_the_written_config_reads_back_as_the_same_run(tmp_path: Path) -> None:
         ("train: {output_dir: x}\n", "line 3: train.output_dir can't be set here: the run folder is output.dir."),
         ("train: {hub_token: x}\n", "HF_TOKEN"),
         ("train: {gradient_accumulation_steps: 0}\n", "train.gradient_accumulation_steps must be above zero, not 0."),
-        ("paca: {r: 0}\n", "section paca: r must be a whole number of columns, 1 or more; got 0."),
+        ("paca: {r: 0}\n", "line 3: paca.r must be above zero, not 0."),
         ("paca: {r: many}\n", "line 3: paca.r must be a whole number, not the text 'many'."),
         ("eval: {before: 1}\n", "line 3: eval.before must be true or false, not the number 1."),
     ],

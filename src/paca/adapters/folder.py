@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import logging
+import shlex
 from pathlib import Path
 
 from paca.errors import PacaError
+from paca.program import program
 
 logger = logging.getLogger(__name__)
 
@@ -14,19 +16,25 @@ ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 
 
-def find_adapter(path: str | Path) -> Path | None:
+def find_adapter(path: str | Path, *, or_model: bool = True) -> Path | None:
     """The adapter folder that ``path`` (a run or an adapter folder) stands for; None when it is a plain model.
+
+    Args:
+        path: as given by the user.
+        or_model: whether a plain model is of use too; messages then say so.
 
     Raises:
         PacaError: there is no such folder, or it is neither a run, an adapter nor a model.
     """
     folder = Path(path).expanduser()
     if not folder.exists():
-        raise PacaError(f"No such folder: {folder}. Give a run of `paca train`, an adapter's folder or a model's.")
+        wanted = ", an adapter's folder or a model's" if or_model else " or an adapter's folder"
+        raise PacaError(f"No such folder: {folder}. Give a run of `paca train`{wanted}.")
     if not folder.is_dir():
         if folder.suffix.lower() == ".gguf":
             return None
-        raise PacaError(f"{folder} is a file. Give the folder of a run, of an adapter or of a model (or a .gguf file).")
+        wanted = ", of an adapter or of a model (or a .gguf file)" if or_model else " or of an adapter"
+        raise PacaError(f"{folder} is a file. Give the folder of a run{wanted}.")
     for candidate in (folder / "adapter", folder):
         if (candidate / ADAPTER_CONFIG).is_file():
             return candidate
@@ -34,12 +42,13 @@ def find_adapter(path: str | Path) -> Path | None:
         return None
     if (folder / "checkpoints").is_dir() or (folder / "metrics.jsonl").is_file():
         raise PacaError(
-            f"The run in {folder} is not finished: it has no adapter/. Continue it: paca train ... --resume"
+            f"The run in {folder} is not finished: it has no adapter/. Continue it: "
+            f"{program()} train {shlex.quote(str(folder / 'config.yaml'))} --resume"
         )
     found = ", ".join(sorted(entry.name for entry in folder.iterdir())[:8]) or "nothing"
     raise PacaError(
-        f"{folder} is not an adapter: it has no {ADAPTER_CONFIG}, nor adapter/{ADAPTER_CONFIG} as a run does, nor the "
-        f"config.json of a model. It holds: {found}."
+        f"{folder} is not an adapter: it has no {ADAPTER_CONFIG}, nor adapter/{ADAPTER_CONFIG} as a run does"
+        f"{', nor the config.json of a model' if or_model else ''}. It holds: {found}."
     )
 
 

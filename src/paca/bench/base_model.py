@@ -13,10 +13,10 @@ from accelerate import init_empty_weights
 from torch import nn
 
 from paca.bench.four_bit import quantized
+from paca.bench.model_choice import check_model_choice
 from paca.bench.presets import PRESETS, TextShape
 from paca.bench.settings import BenchSettings
 from paca.bench.targets import target_modules
-from paca.errors import PacaError
 
 
 @dataclass(frozen=True)
@@ -62,6 +62,7 @@ def build_base_model(settings: BenchSettings, four_bit: bool = False) -> BaseMod
     Raises:
         PacaError: the model is unknown, or a size does not go with it.
     """
+    check_model_choice(settings)
     preset = PRESETS.get(settings.model)
     if preset is None:
         return _loaded(settings, four_bit)
@@ -70,8 +71,6 @@ def build_base_model(settings: BenchSettings, four_bit: bool = False) -> BaseMod
         outline = outline_of(shape, settings)
         _fill(outline, settings, four_bit)
         return _described(outline, settings, hidden=shape.hidden_size, layers=shape.num_hidden_layers)
-    if settings.scope == "blocks":
-        raise PacaError(f"scope 'blocks' is for language models; {settings.model} is a vision preset. Use 'model'.")
     image = preset.resized(settings)
     with init_empty_weights(include_buffers=False):
         outline = image.make().to(settings.torch_dtype)
@@ -98,11 +97,6 @@ def outline_of(shape: TextShape, settings: BenchSettings) -> nn.Module:
 
 
 def _loaded(settings: BenchSettings, four_bit: bool) -> BaseModel:
-    changed = [n for n in ("layers", "hidden", "intermediate", "vocab", "image_size") if getattr(settings, n)]
-    if changed:
-        raise PacaError(
-            f"{changed[0]} resizes presets only ({', '.join(PRESETS)}), and {settings.model!r} is none of them."
-        )
     from paca.pretrained import load_pretrained
 
     model: Any = load_pretrained(settings.model, settings.dtype).model

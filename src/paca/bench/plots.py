@@ -99,8 +99,14 @@ def _bar_panel(axis: Any, title: str, rows: list[Row], labels: Sequence[str], ba
         if found.count > 1:
             axis.plot([found.q1, found.q3], [place, place], color="#222222", linewidth=1.4, solid_capstyle="butt")
         shown = METRICS[row.metric].show(row.median or 0.0)
-        text = f" {found.median:.2f}×" + (f"  {shown}" if row.metric in _MORE_IS_BETTER else "")
-        axis.text(max(found.median, found.q3), place, text, va="center", fontsize=8.5, color="#222222")
+        text = f"{found.median:.2f}×" + (f"  {shown}" if row.metric in _MORE_IS_BETTER else "")
+        # On white, above the line at 1, which would else run through the numbers of the bars that end before it.
+        box = {"facecolor": "white", "edgecolor": "none", "pad": 0.8}
+        end = max(found.median, found.q3)
+        axis.annotate(
+            text, (end, place), (5, 0), textcoords="offset points", va="center", fontsize=8.5, color="#222222",
+            bbox=box, zorder=4,
+        )  # fmt: skip
     axis.axvline(1, color="#444444", linewidth=0.9, linestyle=(0, (4, 3)), zorder=3)
     axis.set_xlim(0, max(axis.get_xlim()[1], 1) * (1.3 if first.metric in _MORE_IS_BETTER else 1.2))
     better = "longer is better" if first.metric in _MORE_IS_BETTER else "shorter is better"

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from torch import nn
-
-from paca.bench.efficientnet_v2 import EfficientNetV2L
 from paca.bench.settings import BenchSettings
 from paca.errors import PacaError
+
+if TYPE_CHECKING:
+    from torch import nn
 
 
 @dataclass(frozen=True)
@@ -114,6 +114,8 @@ class ImageShape:
     def make(self) -> nn.Module:
         """The model, on the current default device."""
         if self.hidden_size is None:
+            from paca.bench.efficientnet_v2 import EfficientNetV2L
+
             return EfficientNetV2L(self.num_labels)
         from transformers import ViTConfig, ViTForImageClassification
 

@@ -73,6 +73,11 @@ METRICS = {
     "recompilations: first_switch": Metric("graphs at the first switch", lambda value: f"{value:.0f}"),
     "recompilations: switch_back": Metric("graphs when switching back and forth", lambda value: f"{value:.0f}"),
 }
+_NOISY = " noisy"
+_NOISY_NOTE = (
+    "noisy: the middle half of the rounds differs by more than a quarter, so the ratio decides nothing; measure on a "
+    "quieter machine, or with more --rounds"
+)
 _COMPARED = (
     "step_time",
     "saved_per_token_and_layer",
@@ -169,7 +174,9 @@ def _table(title: str, rows: list[Row], baselines: Sequence[str]) -> str:
             if name in _COMPARED:
                 line.extend(_ratio(row, cells.get((baseline, variant, name))) for baseline in baselines)
         lines.append(_line(line))
-    notes = [f"`{row.method}`: {row.metric.replace('_', ' ')}: {row.note}" for row in rows if row.status == "failed"]
+    noisy = any(line.count(_NOISY) for line in lines[3:])
+    notes = [_NOISY_NOTE] if noisy else []
+    notes += [f"`{row.method}`: {row.metric.replace('_', ' ')}: {row.note}" for row in rows if row.status == "failed"]
     return "\n".join([*lines, "", *(f"- {note}" for note in notes), *([""] if notes else [])])
 
 
@@ -188,7 +195,9 @@ def _ratio(row: Row | None, baseline: Row | None) -> str:
     if not ratios:
         return ""
     found = spread(ratios)
-    return f"{found.median:.3f} ({found.q1:.3f}–{found.q3:.3f})" if len(ratios) > 1 else f"{found.median:.3f}"
+    if len(ratios) == 1:
+        return f"{found.median:.3f}"
+    return f"{found.median:.3f} ({found.q1:.3f}–{found.q3:.3f}){_NOISY if found.noisy else ''}"
 
 
 def _step_budgets(rows: list[Row]) -> list[str]:

@@ -7,13 +7,14 @@ import itertools
 import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, NamedTuple
-
-import torch
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from paca.errors import PacaError
 
-DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+if TYPE_CHECKING:
+    import torch
+
+DTYPES = ("bfloat16", "float16", "float32")
 SCOPES = ("model", "blocks")
 LOSSES = ("logits", "fused")
 OPTIMIZERS = ("adamw", "sgd")
@@ -116,7 +117,10 @@ class BenchSettings:
 
     @property
     def torch_dtype(self) -> torch.dtype:
-        return DTYPES[self.dtype]
+        import torch  # not above: wrong settings are refused without it
+
+        dtype: torch.dtype = getattr(torch, self.dtype)
+        return dtype
 
     @property
     def torch_device(self) -> torch.device:
@@ -125,6 +129,8 @@ class BenchSettings:
         Raises:
             PacaError: there is no such device here.
         """
+        import torch
+
         name = self.device
         if name == "auto":
             name = "cuda" if torch.cuda.is_available() else "cpu"

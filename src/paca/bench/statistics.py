@@ -18,6 +18,12 @@ class Spread:
     maximum: float
     count: int
 
+    @property
+    def noisy(self) -> bool:
+        """Whether the middle half of the samples is spread over more than a quarter of the median: it then says little
+        about a difference of that size."""
+        return self.q3 - self.q1 > 0.25 * abs(self.median)
+
 
 def spread(samples: Sequence[float]) -> Spread:
     """Summarize `samples`; quantiles between two samples are interpolated linearly.

@@ -17,6 +17,7 @@ from paca.cli.import_adapter import import_adapter
 from paca.cli.merge import merge
 from paca.cli.plan import plan
 from paca.cli.train import train
+from paca.cli.waiting_threads import let_waiting_threads_sleep
 from paca.errors import PacaError
 
 app = typer.Typer(
@@ -54,6 +55,7 @@ def main() -> None:
 
     With the environment variable ``PACA_DEBUG=1`` the traceback is shown instead.
     """
+    let_waiting_threads_sleep()
     try:
         app()
     except PacaError as error:

@@ -93,6 +93,9 @@ def run(
         profile=profile,
         seed=seed,
     )
+    from paca.bench.model_choice import check_model_choice
+
+    check_model_choice(settings)  # before the methods, whose libraries take seconds to import
     from paca.bench.methods import find_methods
 
     find_methods(settings.methods)
@@ -124,6 +127,7 @@ def run(
 @bench.command()
 def methods() -> None:
     """List the methods and the presets."""
+    hide_library_notes()
     from paca.bench.methods import METHODS
     from paca.bench.presets import PRESETS
 

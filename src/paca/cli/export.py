@@ -2,28 +2,26 @@
 
 from __future__ import annotations
 
-from enum import Enum
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from paca.cli.quiet import hide_library_notes
+from paca.convert.beforehand import adapter_in, gguf_output, lora_output
+from paca.errors import PacaError
 
-
-class Form(str, Enum):
-    """What can be written."""
-
-    lora = "lora"
-    merged = "merged"
-    gguf = "gguf"
+FORMS = ("lora", "merged", "gguf")
 
 
 def export(
     path: Annotated[str, typer.Argument(metavar="RUN_OR_ADAPTER", help="The folder of a run or of an adapter.")],
     to: Annotated[
-        Form,
-        typer.Option(help="lora: an adapter for PEFT, vLLM and others. merged: a plain checkpoint. gguf: llama.cpp."),
+        str,
+        typer.Option(
+            metavar="|".join(FORMS),
+            help="lora: an adapter for PEFT, vLLM and others. merged: a plain checkpoint. gguf: llama.cpp.",
+        ),
     ],
     output: Annotated[Path, typer.Option(help="The folder to write; for gguf, the file.")],
     base_model: Annotated[str | None, typer.Option(help="The base model, if not where the adapter says.")] = None,
@@ -31,11 +29,15 @@ def export(
 ) -> None:
     """Write an adapter as LoRA, as a merged model or for llama.cpp."""
     hide_library_notes()
-    if to is Form.merged:
+    if to not in FORMS:
+        raise PacaError(f"--to is {to!r}; it can be {', '.join(FORMS)}.")
+    adapter_in(path)  # before what it takes to convert one: a wrong path is no reason to wait
+    if to == "merged":
         from paca.cli.merge import merge
 
         merge(path, output, base_model=base_model, overwrite=overwrite)
-    elif to is Form.lora:
+    elif to == "lora":
+        lora_output(path, output, base_model, overwrite)
         from paca.convert.lora import export_lora
 
         lora = export_lora(path, output, base_model=base_model, overwrite=overwrite)
@@ -45,6 +47,7 @@ def export(
             print(f"Carried over: {', '.join(lora.saved_whole)}")
         print(f'Load it onto {lora.base} with PeftModel.from_pretrained(model, "{lora.output}"); paca is not needed.')
     else:
+        gguf_output(path, output, overwrite)
         from paca.convert.gguf_adapter import export_gguf
 
         gguf = export_gguf(path, output, base_model=base_model, overwrite=overwrite)

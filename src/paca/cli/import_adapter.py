@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from paca.cli.quiet import hide_library_notes
+from paca.convert.beforehand import import_output, import_source
 
 
 def import_adapter(
@@ -20,6 +21,7 @@ def import_adapter(
 ) -> None:
     """Make a PaCA adapter of a checkpoint of the original authors' PaCA, or of a LoRA adapter exported from PaCA."""
     hide_library_notes()
+    import_output(import_source(path), output, base, overwrite)  # before torch is imported
     from paca.convert import imported
 
     result = imported.import_adapter(path, output, base_model=base, overwrite=overwrite)

@@ -7,8 +7,9 @@ from typing import Annotated
 
 import typer
 
-from paca.adapters.folder import find_adapter
 from paca.cli.quiet import hide_library_notes
+from paca.convert.beforehand import merge_output
+from paca.program import program
 
 
 def merge(
@@ -23,7 +24,7 @@ def merge(
 ) -> None:
     """Fold an adapter into its base model and write a checkpoint that loads without paca."""
     hide_library_notes()
-    find_adapter(path)  # before what it takes to load one: a wrong path is no reason to wait
+    merge_output(path, output, base_model, overwrite)  # before torch is imported: a wrong path is no reason to wait
     from transformers.utils import logging
 
     from paca.convert.merged import merge_to_folder
@@ -35,4 +36,4 @@ def merge(
         logits = f"differ by at most {merged.difference:.1g} of the largest" if merged.difference else "are identical"
         print(f"Read back and compared with the adapted model: the logits {logits}.")
     print(f"Written: {merged.output} ({str(merged.dtype).removeprefix('torch.')})")
-    print(f'Load it with AutoModelForCausalLM.from_pretrained("{merged.output}"), or: paca chat {merged.output}')
+    print(f'Load it with AutoModelForCausalLM.from_pretrained("{merged.output}"), or: {program()} chat {merged.output}')

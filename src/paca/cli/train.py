@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -10,6 +11,7 @@ import typer
 from rich.console import Console
 
 from paca.cli.quiet import hide_library_notes
+from paca.errors import PacaError
 
 if TYPE_CHECKING:
     from paca.training import RunResult
@@ -22,6 +24,9 @@ def train(
         typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Change a setting of the file; may be repeated."),
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be trained, and stop.")] = False,
+    settings: Annotated[
+        bool, typer.Option("--settings", help="With --dry-run: also show every setting, defaults too, as YAML.")
+    ] = False,
     probe: Annotated[
         bool, typer.Option("--probe", help="First try the longest batch; memory that does not suffice shows at once.")
     ] = False,
@@ -29,6 +34,8 @@ def train(
 ) -> None:
     """Fine-tune a language model with PaCA and leave a run folder: adapter, metrics, summary, report."""
     hide_library_notes()
+    if settings and not dry_run:
+        raise PacaError("--settings goes with --dry-run; a run writes them to the config.yaml of its folder.")
     from paca.training.run_config import load_run_config
 
     run_config = load_run_config(config, set_ or ())
@@ -42,8 +49,9 @@ def train(
         from paca.training.run import show_plan
 
         plan = describe(run_config)
-        console.print(plan.config.to_yaml(), highlight=False, markup=False, soft_wrap=True)
         show_plan(plan, console)
+        if settings:
+            console.print(f"\n{plan.config.to_yaml()}", end="", highlight=False, markup=False, soft_wrap=True)
         return
 
     from paca.training.run import train as run
@@ -51,7 +59,11 @@ def train(
     try:
         result = run(run_config, resume=resume, console=console, probe=probe)
     except KeyboardInterrupt:
-        console.print(f"Stopped at once. {_newest_checkpoint(Path(run_config.output.dir), config)}", highlight=False)
+        # The end is near and only has to be told: no further signal may cut the message off.
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        # A new console, as the old one may have been stopped halfway through a print, whose text it would print again.
+        stopped = f"Stopped at once. {_newest_checkpoint(Path(run_config.output.dir))}"
+        Console(quiet=console.quiet).print(stopped, highlight=False, markup=False, soft_wrap=True)
         raise typer.Exit(130) from None
     if result.resume_command is not None:
         console.print("Stopped; the checkpoint is saved. Continue with:", highlight=False)
@@ -83,7 +95,7 @@ def show_result(result: RunResult, console: Console) -> None:
         console.print(f"{label:<18} {text}", highlight=False, markup=False, soft_wrap=True)
 
 
-def _newest_checkpoint(output: Path, config: Path) -> str:
+def _newest_checkpoint(output: Path) -> str:
     from paca.training.run_folder import RunFolder
 
     newest = RunFolder(output).newest_checkpoint()

@@ -28,13 +28,15 @@ from transformers import (
 from transformers.pytorch_utils import Conv1D
 
 from paca.adapters.checks import DELTA, INDICES, check_finite
-from paca.adapters.folder import ADAPTER_CONFIG, find_adapter, find_base
+from paca.adapters.folder import ADAPTER_CONFIG, find_base
 from paca.config import PacaConfig
+from paca.convert.beforehand import adapter_in
 from paca.errors import PacaError
 from paca.layers import PacaLayer
 from paca.layers.overlaid import OverlaidLinear
 from paca.pretrained import Outline, load_config
 from paca.pretrained.location import locate
+from paca.program import program
 from paca.tuner import PacaModel
 
 NAME = "default"  # of the adapter, where one is put into an outline
@@ -121,16 +123,16 @@ def read_adapter(path: str | Path, base_model: str | None = None) -> Adapter:
     Raises:
         PacaError: no adapter, not one of PaCA's, a broken file, or one that does not fit the base model.
     """
-    folder = find_adapter(path)
-    if folder is None:
-        raise PacaError(f"{path} is a whole model, not an adapter. Give the folder of a run or of an adapter.")
+    folder = adapter_in(path)
     base = base_model if base_model is not None else find_base(folder)
     tensors = read_tensors(weights_in(folder))
     kind = read_json(folder / ADAPTER_CONFIG).get("peft_type")
     if kind != "PACA":
         raise PacaError(f"{folder} holds a {kind} adapter; only PaCA adapters can be exported.")
     if any(name.endswith(".paca_w") for name in tensors):
-        raise PacaError(f"{folder} is a checkpoint of the original authors' PaCA. First: paca import {folder} ...")
+        raise PacaError(
+            f"{folder} is a checkpoint of the original authors' PaCA. First: {program()} import {folder} ..."
+        )
     try:
         config = PacaConfig.from_pretrained(str(folder))
     except (ValueError, TypeError) as error:

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from paca.convert.adapter import Adapter, read_adapter
+from paca.convert.beforehand import gguf_output
 from paca.convert.lora import Factors, lora_factors
-from paca.convert.output import check_output_file, new_file
+from paca.convert.output import new_file
 from paca.convert.patterns import default_and_pattern
 from paca.errors import PacaError
 
@@ -72,10 +73,7 @@ def export_gguf(
         PacaError: an adapter that can't be read, an architecture whose names in llama.cpp are not known here, a layer
             that it does not have, modules that were saved whole, or an output that is in use.
     """
-    output = Path(output).expanduser().absolute()
-    if output.suffix != ".gguf":
-        raise PacaError(f"The output {output} should be a file whose name ends in .gguf.")
-    check_output_file(output, overwrite, reads=[Path(path)], job="export")
+    output = gguf_output(path, output, overwrite)
     adapter = read_adapter(path, base_model)
     architecture, alpha, tensors = gguf_tensors(adapter)
     with new_file(output) as partial:

@@ -25,13 +25,15 @@ from paca.convert.adapter import (
     weights_in,
 )
 from paca.convert.authors import COLUMNS, read_authors
+from paca.convert.beforehand import import_output, import_source
 from paca.convert.foreign import ForeignAdapter
 from paca.convert.lora import LORA_A
 from paca.convert.one_hot_lora import lora_config, read_one_hot_lora
-from paca.convert.output import check_output_folder, new_folder
+from paca.convert.output import new_folder
 from paca.convert.patterns import default_and_pattern, exact_targets
 from paca.errors import PacaError
 from paca.pretrained import load_pretrained
+from paca.pretrained.location import locate
 
 
 @dataclass
@@ -69,19 +71,12 @@ def import_adapter(
             output that is in use.
     """
     folder, file = _locate(path)
-    output = Path(output).expanduser().absolute()
-    check_output_folder(
-        output,
-        overwrite,
-        reads=[folder, Path(base_model or folder)],
-        job="import",
-        holds="an adapter",
-        marker=ADAPTER_CONFIG,
-    )
+    output = import_output(folder, output, base_model, overwrite)
     settings, tensors = read_json(folder / ADAPTER_CONFIG), read_tensors(file)
     base = base_model if base_model is not None else settings.get("base_model_name_or_path")
     if not base:
         raise PacaError(f"{folder / ADAPTER_CONFIG} does not name the base model. Give it: --base NAME_OR_FOLDER")
+    base = locate(base).name_or_path  # a folder by its whole path, as it is to be found from anywhere
     foreign, model = _read(folder, settings, tensors, base)
     adapter = _check(foreign, settings, base, model)
     with new_folder(output) as partial:
@@ -94,15 +89,7 @@ def import_adapter(
 
 def _locate(path: str | Path) -> tuple[Path, Path]:
     """The folder of a checkpoint's config, and the file of its tensors."""
-    given = Path(path).expanduser()
-    if not given.exists():
-        raise PacaError(f"No such file or folder: {given}. Give the folder of an adapter, or the file in it.")
-    folder = given.parent if given.is_file() else given
-    if not (folder / ADAPTER_CONFIG).is_file():
-        raise PacaError(
-            f"{folder} has no {ADAPTER_CONFIG}, which gives r and alpha: without them the tensors mean nothing. Put "
-            "the one that was saved with them beside them."
-        )
+    folder, given = import_source(path), Path(path).expanduser()
     return folder, given if given.is_file() else weights_in(folder)
 
 

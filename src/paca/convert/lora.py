@@ -20,9 +20,10 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from paca.adapters.folder import ADAPTER_CONFIG, find_adapter
+from paca.adapters.folder import ADAPTER_CONFIG
 from paca.convert.adapter import FILE_PREFIX, AdaptedLayer, Adapter, adapter_in_model, read_adapter, tokenizer_files
-from paca.convert.output import check_output_folder, new_folder
+from paca.convert.beforehand import adapter_in, lora_output
+from paca.convert.output import new_folder
 from paca.convert.patterns import default_and_pattern, exact_targets
 from paca.errors import PacaError
 
@@ -136,16 +137,8 @@ def export_lora(
     Raises:
         PacaError: an adapter that can't be read or that LoRA can't express, or an output that is in use.
     """
-    source = find_adapter(path)
-    output = Path(output).expanduser().absolute()
-    check_output_folder(
-        output,
-        overwrite,
-        reads=[Path(path), Path(base_model or path)],
-        job="export",
-        holds="an adapter",
-        marker=ADAPTER_CONFIG,
-    )
+    source = adapter_in(path)
+    output = lora_output(path, output, base_model, overwrite)
     adapter = read_adapter(path, base_model)
     with new_folder(output) as partial:
         _write(adapter, partial, tokenizer_files(source))

@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM
 
-from paca.adapters.folder import find_adapter, find_base
-from paca.convert.output import check_output_folder, new_folder
+from paca.adapters.folder import find_base
+from paca.convert.beforehand import adapter_in, merge_output
+from paca.convert.output import new_folder
 from paca.errors import PacaError
 from paca.generation import LoadedModel, load_for_generation, on_accelerator
 from paca.pretrained.quantizing import is_quantized
@@ -65,20 +66,9 @@ def merge_to_folder(
     """
     if dtype is not None and dtype not in DTYPES:
         raise PacaError(f"Unknown dtype {dtype!r}. Give one of: {', '.join(DTYPES)}.")
-    adapter = find_adapter(path)
-    if adapter is None:
-        raise PacaError(f"{path} is a whole model already: there is no adapter to merge.")
-    output = Path(output).expanduser().absolute()
+    adapter = adapter_in(path)
+    output = merge_output(path, output, base_model, overwrite)
     base = base_model if base_model is not None else find_base(adapter)
-    check_output_folder(
-        output,
-        overwrite,
-        reads=[Path(path), adapter, Path(base)],
-        job="merge",
-        holds="a model",
-        marker="config.json",
-    )
-
     loaded = load_for_generation(path, base_model=base_model)
     wanted = DTYPES[dtype] if dtype is not None else loaded.model.dtype
     if wanted != loaded.model.dtype:

@@ -77,9 +77,9 @@ def mark_assistant_turns(examples: Examples, tokenizer: PreTrainedTokenizerBase)
         if was_enabled:
             datasets.enable_progress_bar()
     skipped = sum(marked["skipped_turns"])
-    note = "; assistant turns found by rendering (the chat template does not mark them)"
+    note = "; which tokens are the assistant's was found by rendering each conversation turn by turn"
     if skipped:
-        note += f", {skipped:,} left out because the template renders them differently later on"
+        note += f", {skipped:,} turns left out because the template renders them differently later on"
     return replace(examples, dataset=marked.remove_columns("skipped_turns"), description=examples.description + note)
 
 

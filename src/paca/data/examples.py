@@ -208,7 +208,8 @@ def _describe(form: Format, columns: list[str], dataset: Dataset) -> str:
     count = f"{len(dataset):,} example{'s' if len(dataset) != 1 else ''}"
     left_out = [column for column in columns if column not in used]
     ending = f" (not used: {', '.join(left_out)})" if left_out else ""
-    return f"{form.name}: {', '.join(used)} -> {result}, {count}{ending}"
+    column = "columns" if len(used) > 1 else "column"
+    return f"{count} of the form {form.name} ({column} {', '.join(used)}), taken as {result}{ending}"
 
 
 @contextmanager

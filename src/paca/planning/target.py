@@ -98,8 +98,10 @@ def _outline(name: str, dtype: str, revision: str | None = None, trust_remote_co
 
     preset = PRESETS.get(name)
     if preset is None:
+        from paca.bench.model_choice import check_not_a_mistyped_preset
         from paca.pretrained import load_config
 
+        check_not_a_mistyped_preset(name)
         return load_config(name, dtype, revision, trust_remote_code).model
     if not isinstance(preset, TextShape):
         raise PacaError(f"{name} is an image model; plans can be made for language models only.")

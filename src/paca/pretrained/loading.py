@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple, cast
 
@@ -24,6 +24,7 @@ from transformers import (
 
 from paca.errors import PacaError
 from paca.pretrained import gguf, quantizing
+from paca.pretrained.hub import unreachable, without_waiting
 from paca.pretrained.location import Location, Source, locate
 
 logger = logging.getLogger(__name__)
@@ -96,13 +97,13 @@ def load_pretrained(
             )
         options["quantization_config"] = gguf.dequantizing_config()
     elif quantization is not None:
-        with _explaining(location):
+        with _explaining(location, revision):
             config = AutoConfig.from_pretrained(**options)
         _check_not_quantized(config, location.name_or_path, quantization)
         compute = torch_dtype if isinstance(torch_dtype, torch.dtype) else getattr(config, "dtype", None)
         options["quantization_config"] = quantizing.quantization_config(quantization, compute or torch.float32)
         options["device_map"] = quantizing.device_map()
-    with _explaining(location), _without_progress_bars(), gguf.without_unpacking_bar():
+    with _explaining(location, revision), _without_progress_bars(), gguf.without_unpacking_bar():
         model = AutoModelForCausalLM.from_pretrained(dtype=torch_dtype, **options)
     if location.source == "gguf":
         gguf.check_is_plain(model, location.name_or_path)
@@ -139,7 +140,7 @@ def load_config(
     location = _checked_location(name, revision)
     torch_dtype = _torch_dtype(dtype)
     options = _options(location, revision, trust_remote_code)
-    with _explaining(location), _without_progress_bars():
+    with _explaining(location, revision), _without_progress_bars():
         config = AutoConfig.from_pretrained(**options)
         if torch_dtype == "auto":
             torch_dtype = getattr(config, "dtype", None) or torch.float32
@@ -185,7 +186,7 @@ def _options(location: Location, revision: str | None, trust_remote_code: bool) 
 
 
 def _tokenizer_at(location: Location, revision: str | None, trust_remote_code: bool) -> PreTrainedTokenizerBase:
-    with _explaining(location, what="tokenizer"), _without_progress_bars():
+    with _explaining(location, revision, what="tokenizer"), _without_progress_bars():
         tokenizer = AutoTokenizer.from_pretrained(**_options(location, revision, trust_remote_code))
     if location.source == "gguf":
         gguf.restore_pre_tokenizer(tokenizer, location.name_or_path)
@@ -225,10 +226,11 @@ def _choose_pad_token(tokenizer: PreTrainedTokenizerBase, embeddings: int | None
 
 
 @contextmanager
-def _explaining(location: Location, what: str = "model") -> Iterator[None]:
-    """Turn the loaders' errors into one clear message."""
+def _explaining(location: Location, revision: str | None, what: str = "model") -> Iterator[None]:
+    """Turn the loaders' errors into one clear message, and don't let them wait for a hub that does not answer."""
     try:
-        yield
+        with nullcontext() if location.source != "hub" else without_waiting(location.name_or_path, revision):
+            yield
     except PacaError:
         raise
     except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
@@ -253,10 +255,7 @@ def _hub_message(name: str, what: str, error: BaseException) -> str:
             "name; for a private repository log in with `hf auth login`."
         )
     if "couldn't connect" in str(error).lower() or any(isinstance(cause, ConnectionError) for cause in causes):
-        return (
-            f"There is no file or folder {name!r} here. It looks like a hub id, but the hub cannot be reached and "
-            "there is no copy in the local cache. Connect to the internet, or give a local folder or a .gguf file."
-        )
+        return unreachable(name)
     return f"The {what} {name!r} on the hub cannot be loaded: {_first_line(error)}"
 
 

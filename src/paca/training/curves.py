@@ -40,8 +40,18 @@ def loss_curves(train: Points, held_out: Points) -> str:
         axes.plot(*zip(*smooth, strict=True), color=_TRAIN, linewidth=2, label="training")
         _mark_single(axes, train, _TRAIN)
     if held_out:
+        # Two points are before and after: a line between them would tell of steps that nobody measured.
+        line = "-" if len(held_out) > 2 else "none"
         axes.plot(
-            *zip(*held_out, strict=True), color=_HELD_OUT, linewidth=2, marker="o", markersize=5, label="held out"
+            *zip(*held_out, strict=True),
+            color=_HELD_OUT,
+            linestyle=line,
+            linewidth=2,
+            marker="o",
+            markersize=6,
+            label="held out",
+            clip_on=False,
+            zorder=4,
         )
         first, last = held_out[0], held_out[-1]
         for step, loss in {first, last}:
@@ -49,6 +59,7 @@ def loss_curves(train: Points, held_out: Points) -> str:
             axes.annotate(
                 f"{loss:.3f}", (step, loss), color=_HELD_OUT, fontsize=10, fontweight="bold", zorder=5, **place
             )
+    _end_at_last_step(axes, [*train, *held_out])
     axes.set_ylabel("loss (nats per token)")
     if train or held_out:
         axes.legend(frameon=False, labelcolor=_INK)
@@ -70,6 +81,7 @@ def curve(points: Points, title: str, *, from_zero: bool = False) -> str:
     if points:
         axes.plot(*zip(*thin(points), strict=True), color=_TRAIN, linewidth=1.5)
         _mark_single(axes, points, _TRAIN)
+    _end_at_last_step(axes, points)
     if from_zero:
         axes.set_ylim(bottom=0)
     axes.set_title(title, color=_INK, fontsize=11, loc="left")
@@ -113,6 +125,12 @@ def _figure(width: float, height: float) -> tuple[Figure, Any]:
     axes.yaxis.label.set_color(_INK)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     return figure, axes
+
+
+def _end_at_last_step(axes: Any, points: Points) -> None:
+    steps = [step for step, _ in points]
+    if steps and min(steps) < max(steps):
+        axes.set_xlim(min(steps), max(steps))
 
 
 def _mark_single(axes: Any, points: Points, color: str) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 from paca.errors import PacaError
 from paca.training.dataclass_source import SourceField, SourceUnreadable, read_fields
 from paca.training.key_checks import Origins, check_choice, check_keys, check_type
+from paca.training.value_ranges import check_ranges
 
 logger = logging.getLogger(__name__)
 
@@ -34,10 +35,11 @@ OWNED = {
 
 
 def check_free_sections(sections: Mapping[str, Mapping[str, Any]], origins: Origins) -> None:
-    """Check keys, types and choices of the sections ``paca`` and ``train``, without importing anything heavy.
+    """Check keys, types, choices and ranges of the sections ``paca`` and ``train``, without importing anything heavy.
 
     Raises:
-        PacaError: An unknown key, a key that has another place, a wrong type, or a value outside the choices.
+        PacaError: An unknown key, a key that has another place, a wrong type, or a value outside the choices
+            or the range that can work.
     """
     try:
         adapter, train = adapter_source_fields(), train_source_fields()
@@ -50,6 +52,7 @@ def check_free_sections(sections: Mapping[str, Mapping[str, Any]], origins: Orig
         for name, value in sections[section].items():
             check_type(f"{section}.{name}", value, fields[name].annotation, origins)
             check_choice(f"{section}.{name}", value, fields[name].choices, origins)
+        check_ranges(section, sections[section], origins)
 
 
 def check_train_keys(settings: Iterable[str], fields: Iterable[str], origins: Origins) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import queue
 import signal
 import threading
+import time
 from collections.abc import Callable
 from types import FrameType, TracebackType
 from typing import Any
@@ -13,6 +15,10 @@ from torch import distributed
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+_UNWINDING_SECONDS = 3.0
+"""For so long after a signal has stopped the run, further ones are taken for the same impatience and do nothing: they
+would only cut off the clean-up. After that they count again, so that a clean-up that hangs can be stopped too."""
 
 
 class StopOnSignal(TrainerCallback):
@@ -32,10 +38,15 @@ class StopOnSignal(TrainerCallback):
         """Whether training ended because of a signal."""
         self._training = False
         self._received: set[int] = set()
+        self._interrupted_at: float | None = None
         self._previous: dict[int, Any] = {}
+        self._lines: queue.SimpleQueue[str | None] = queue.SimpleQueue()
+        self._announcer: threading.Thread | None = None
 
     def __enter__(self) -> StopOnSignal:
         if threading.current_thread() is threading.main_thread():  # Python lets no other thread set handlers
+            self._announcer = threading.Thread(target=self._announce_lines, name="paca-announcer", daemon=True)
+            self._announcer.start()
             self._previous = {number: signal.signal(number, self._receive) for number in _SIGNALS}
         return self
 
@@ -44,14 +55,28 @@ class StopOnSignal(TrainerCallback):
     ) -> None:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
+        if self._announcer is not None:
+            self._lines.put(None)
+            self._announcer.join(timeout=1)
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         # torchrun passes a Ctrl-C on as SIGTERM, so only the same signal twice means "at once".
         if not self._training or number in self._received:
+            now = time.monotonic()
+            if self._interrupted_at is not None and now - self._interrupted_at < _UNWINDING_SECONDS:
+                return
+            self._interrupted_at = now
             raise KeyboardInterrupt
-        if not self._received:
-            self.announce("Stopping: a checkpoint is saved at the end of this step (Ctrl-C again stops at once) ...")
+        first = not self._received
         self._received.add(number)
+        if first:
+            # Not printed here: a handler runs between any two instructions, also in the middle of another print, whose
+            # pending text would come out once more. A SimpleQueue is the one that a handler may put into.
+            self._lines.put("Stopping: a checkpoint is saved at the end of this step (Ctrl-C again stops at once) ...")
+
+    def _announce_lines(self) -> None:
+        while (line := self._lines.get()) is not None:
+            self.announce(line)
 
     def on_epoch_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

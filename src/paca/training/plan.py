@@ -23,6 +23,7 @@ from paca.training.calibration import describe_columns
 from paca.training.loss_memory import describe_logits
 from paca.training.loss_scope import scope_loss, use_chat_template
 from paca.training.run_config import ModelSection, RunConfig
+from paca.training.target_names import check_target_names
 
 
 @dataclass
@@ -131,6 +132,7 @@ def prepare(config: RunConfig) -> PreparedRun:
         weights_dtype=dtype,
         context_length=getattr(model.config.get_text_config(), "max_position_embeddings", None),
     )
+    check_target_names(config.paca, model, named.name)
     try:
         adapted = get_peft_model(model, adapter_settings.outline_config(config.paca))
     except (ValueError, TypeError) as error:

@@ -15,6 +15,7 @@ from paca.training.metrics import MetricsLog, RecordMetrics
 
 _PLAIN_LINES = 20  # about so many lines for a whole run where the output is no terminal ...
 _PLAIN_LONGEST_GAP = 50  # ... but never more steps than this between two of them
+_PLAIN_EVALUATION_SECONDS = 60.0  # and a line so often while it evaluates
 
 
 class ShowProgress(TrainerCallback):
@@ -42,6 +43,8 @@ class ShowProgress(TrainerCallback):
                 Text("starting ..."), console=self.console, refresh_per_second=4, redirect_stderr=True, transient=True
             )
             self._live.start()
+        elif args.eval_on_start:
+            self._print("Measuring the held-out loss before training ...")
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Move the live line on, also between two logs."""
@@ -79,6 +82,13 @@ class ShowProgress(TrainerCallback):
         if self._live is not None and time.monotonic() - self._last_drawn > 0.25:
             self._last_drawn = time.monotonic()
             self._live.update(Text(f"{self._line(state)}  (evaluating: batch {self._evaluated})"))
+        elif self._live is None:
+            now = time.monotonic()
+            if self._evaluated == 1:
+                self._last_drawn = now
+            elif now - self._last_drawn > _PLAIN_EVALUATION_SECONDS:
+                self._last_drawn = now
+                self._print(f"evaluating: batch {self._evaluated}")
 
     def on_evaluate(
         self,

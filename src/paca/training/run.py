@@ -22,8 +22,10 @@ from paca.data import check_labels
 from paca.errors import PacaError
 from paca.lean import make_lean
 from paca.pretrained import Pretrained, load_pretrained, save_trainable_copy
+from paca.program import program
 from paca.rotation.callback import RotateColumns
 from paca.training import summary, train_settings
+from paca.training.adapter_card import NoCardsOfCheckpoints, write_adapter_card
 from paca.training.calibration import ColumnChoice
 from paca.training.data_order import SetEpochOfSampler
 from paca.training.finite_loss import StopOnNonFiniteLoss
@@ -80,7 +82,7 @@ def train(config: RunConfig, resume: bool = False, console: Console | None = Non
     if main and resume:
         folder.reopen()
 
-    with StopOnSignal(lambda line: console.print(line, highlight=False)) as stopper:
+    with StopOnSignal(lambda line: console.print(line, highlight=False, soft_wrap=True)) as stopper:
         prepared = prepare(config)
         plan = prepared.plan
         show_plan(plan, console)
@@ -147,7 +149,7 @@ class _Run:
                 eval_dataset=None if prepared.eval is None else prepared.eval.dataset,
                 processing_class=pretrained.tokenizer,
                 peft_config=adapter,
-                callbacks=[stopper, SetEpochOfSampler(), *rotation],
+                callbacks=[stopper, SetEpochOfSampler(), NoCardsOfCheckpoints(), *rotation],
             )
         except (PacaError, torch.OutOfMemoryError):
             raise
@@ -183,13 +185,16 @@ class _Run:
         """Evaluate, train, evaluate, and write the results."""
         state = self._train()
         if self.stopper.stopped:
-            return RunResult(self.folder.path, None, f"paca train {shlex.quote(str(self.folder.config))} --resume")
+            return RunResult(
+                self.folder.path, None, f"{program()} train {shlex.quote(str(self.folder.config))} --resume"
+            )
         loss_after = self._loss_after(state)
         self.trainer.save_model(str(self.folder.adapter))
         if self.log is None:
             return RunResult(self.folder.path, None, None)
         (self.folder.adapter / "training_args.bin").unlink(missing_ok=True)  # a pickle; config.yaml says the same
         result = self._summary(state, loss_after, self.log)
+        write_adapter_card(self.folder.adapter, result)
         write_report(self.folder.report, result, self.log.rows, self.config.to_yaml())
         summary.write_summary(self.folder.summary, result)  # last: it says that the run is finished
         return RunResult(self.folder.path, result, None)
@@ -246,7 +251,10 @@ class _Run:
         self.console.print(line, highlight=False, markup=False, soft_wrap=True)
 
     def _busy(self, message: str) -> AbstractContextManager[object]:
-        return self.console.status(message) if self.console.is_terminal and not self.console.quiet else nullcontext()
+        if self.console.is_terminal and not self.console.quiet:
+            return self.console.status(message)
+        self._say(message)  # in a log file, so that minutes without a line don't look like a standstill
+        return nullcontext()
 
     def _summary(self, state: TrainerState, loss_after: float | None, log: MetricsLog) -> dict[str, Any]:
         plan, device = self.plan, self.trainer.args.device

@@ -90,7 +90,7 @@ def read_yaml(path: Path) -> tuple[Any, dict[str, int]]:
         root = loader.get_single_node()
         content = None if root is None else loader.construct_document(root)
     except yaml.YAMLError as error:
-        raise PacaError(f"{path}{_place(error)}: not valid YAML: {_problem(error)}.") from error
+        raise PacaError(f"{path}{_place(error)}: not valid YAML: {_problem(error)}.{_advice(error)}") from error
     finally:
         loader.dispose()
     return content, _lines(root)
@@ -109,7 +109,7 @@ def parse_value(text: str) -> Any:
     try:
         return loader.get_single_data()
     except yaml.YAMLError as error:
-        raise PacaError(f"{text!r} is not a valid YAML value: {_problem(error)}.") from error
+        raise PacaError(f"{text!r} is not a valid YAML value: {_problem(error)}.{_advice(error)}") from error
     finally:
         loader.dispose()
 
@@ -129,6 +129,27 @@ def _lines(root: Any) -> dict[str, int]:
 def _place(error: yaml.YAMLError) -> str:
     mark = getattr(error, "problem_mark", None)
     return f", line {mark.line + 1}, column {mark.column + 1}" if mark is not None else ""
+
+
+_ADVICE = {
+    "but found '<block mapping start>'": "The line is indented more than the one above it, or otherwise than its "
+    "neighbours; give the keys of a section the same indentation, by spaces.",
+    "expected <block end>": "Often a line is indented otherwise than its neighbours, or a quote or bracket before it "
+    "is not closed.",
+    "mapping values are not allowed": "A value that holds ': ' needs quotes; or the line is indented more than its "
+    "neighbours.",
+    "could not find expected ':'": "A key is followed by a colon and a space.",
+    "cannot start any token": "Indent by spaces, not by tabs; a value that begins with such a character needs quotes.",
+    "expected ',' or": "A list [...] or mapping {...} is not closed, or lacks a comma.",
+    "unexpected end of stream": "A quote that was opened is not closed.",
+    "could not determine a constructor": "A value that begins with ! needs quotes.",
+}
+"""What most often lies behind the parser's words."""
+
+
+def _advice(error: yaml.YAMLError) -> str:
+    problem = _problem(error)
+    return next((f" {advice}" for words, advice in _ADVICE.items() if words in problem), "")
 
 
 def _problem(error: yaml.YAMLError) -> str:

@@ -16,14 +16,7 @@ from trl import SFTConfig
 from paca.errors import PacaError
 from paca.training.free_sections import check_train_keys, train_annotation
 from paca.training.key_checks import Origins, check_choice, check_type
-
-_POSITIVE = (
-    "per_device_train_batch_size",
-    "per_device_eval_batch_size",
-    "gradient_accumulation_steps",
-    "num_train_epochs",
-    "max_length",
-)
+from paca.training.value_ranges import check_ranges
 
 
 @cache
@@ -38,10 +31,11 @@ def train_fields() -> dict[str, Any]:
 
 
 def check_train_settings(settings: Mapping[str, Any], origins: Origins) -> None:
-    """Check the keys, types and choices of the section.
+    """Check the keys, types, choices and ranges of the section.
 
     Raises:
-        PacaError: An unknown key, a key that has another place, a wrong type, or a value outside the choices.
+        PacaError: An unknown key, a key that has another place, a wrong type, or a value outside the choices
+            or the range that can work.
     """
     fields = train_fields()
     check_train_keys(settings, fields, origins)
@@ -50,8 +44,7 @@ def check_train_settings(settings: Mapping[str, Any], origins: Origins) -> None:
         key = f"train.{name}"
         check_type(key, value, fields[name], origins)
         check_choice(key, value, choices[name], origins)
-        if name in _POSITIVE and value is not None and value <= 0:
-            raise PacaError(f"{origins.of(key)}: {key} must be above zero, not {value}.")
+    check_ranges("train", settings, origins)
 
 
 def with_defaults(

@@ -1,0 +1,48 @@
+"""The names in ``paca.target_modules``, compared with the modules that the model has."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+from paca.errors import PacaError
+from paca.training.typed_values import nearest
+
+_LISTED = 20
+
+
+def check_target_names(settings: Mapping[str, Any], model: nn.Module, model_name: str) -> None:
+    """Refuse a list of targets with a name that no module of the model ends in.
+
+    PEFT leaves such a name out without a word where another one fits; nobody who wrote it meant that.
+
+    Args:
+        settings: The section ``paca``.
+        model: The model, with or without weights.
+        model_name: Its name, for the message.
+
+    Raises:
+        PacaError: Names the target, the nearest module and those that there are.
+    """
+    targets = settings.get("target_modules")
+    if not isinstance(targets, (list, tuple, set)):
+        return  # a regular expression, or 'all-linear'
+    names = [name for name, _ in model.named_modules()]
+    unknown = [target for target in targets if not any(f".{name}".endswith(f".{target}") for name in names)]
+    if not unknown:
+        return
+    # Layers that hold weights in their last dimension(s); norms and activations are none that can be adapted.
+    kinds = dict.fromkeys(
+        name.rpartition(".")[2]
+        for name, module in model.named_modules()
+        if any(parameter.dim() > 1 for parameter in module.parameters(recurse=False))
+    )
+    listed = ", ".join([*kinds][:_LISTED]) + (", ..." if len(kinds) > _LISTED else "")
+    close = nearest(str(unknown[0]), kinds)
+    hint = f" Did you mean {close}?" if close else ""
+    raise PacaError(
+        f"The section paca does not fit {model_name}: it has no module named {', '.join(map(str, unknown))} "
+        f"(paca.target_modules).{hint} Its layers with weights are {listed}."
+    )

@@ -1,0 +1,79 @@
+"""Signals while training: what is printed is printed once, and the second signal counts whatever the first is doing."""
+
+from __future__ import annotations
+
+import io
+import os
+import signal
+import threading
+
+import pytest
+from rich.console import Console
+
+from paca.training import interrupt
+from paca.training.interrupt import StopOnSignal
+
+
+def training(stopper: StopOnSignal) -> StopOnSignal:
+    stopper.on_epoch_begin(None, None, None)  # type: ignore[arg-type]  # it looks at none of them
+    return stopper
+
+
+def send() -> None:
+    os.kill(os.getpid(), signal.SIGINT)
+
+
+class InterruptedOnce(io.StringIO):
+    """A file that gets a Ctrl-C while the first text is being written to it."""
+
+    def write(self, text: str) -> int:
+        written = super().write(text)
+        if self.getvalue() == text:
+            send()
+        return written
+
+
+def test_a_signal_in_the_middle_of_a_print_repeats_nothing() -> None:
+    console = Console(file=(file := InterruptedOnce()), width=200)
+    with training(StopOnSignal(console.print)):
+        console.print("step 1")
+    printed = file.getvalue()
+    assert printed.count("step 1\n") == 1
+    assert printed.count("Stopping: ") == 1
+    assert printed.count("\n") == 2
+
+
+def test_the_announcement_is_printed_once_and_outside_of_the_handler() -> None:
+    lines: list[tuple[str, threading.Thread]] = []
+    with training(StopOnSignal(lambda line: lines.append((line, threading.current_thread())))):
+        send()
+    ((line, thread),) = lines
+    assert line.startswith("Stopping: a checkpoint is saved")
+    assert thread is not threading.main_thread()  # where it would run into what is being printed
+
+
+def test_a_second_signal_counts_while_the_first_is_being_announced() -> None:
+    announcing, done = threading.Event(), threading.Event()
+
+    def slowly(line: str) -> None:
+        announcing.set()
+        done.wait(timeout=10)
+
+    with training(StopOnSignal(slowly)):
+        send()
+        assert announcing.wait(timeout=10)
+        with pytest.raises(KeyboardInterrupt):
+            send()
+        done.set()
+
+
+def test_signals_that_follow_do_not_cut_off_the_clean_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    with training(StopOnSignal(lambda line: None)):
+        send()
+        with pytest.raises(KeyboardInterrupt):
+            send()
+        for _ in range(50):  # while the run unwinds
+            send()
+        monkeypatch.setattr(interrupt, "_UNWINDING_SECONDS", 0.0)
+        with pytest.raises(KeyboardInterrupt):  # later: a clean-up that hangs can be stopped
+            send()
