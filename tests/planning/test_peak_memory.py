@@ -39,6 +39,7 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "llama, MLP recomputed": ("llama", {**GATED, "dtype": "float32"}, {"lean": True, "recompute": "mlp"}),
     "llama, checkpointed": ("llama", {**GATED, "dtype": "float32"}, {"checkpointing": True}),
     "llama, all of it": ("llama", {**GATED, "dtype": "float32"}, {"full": True, "gradient_accumulation": 2}),
+    "llama, nf4": ("llama", {**GATED, "dtype": "bfloat16"}, {"quantization": "nf4"}),
     "gemma2": ("gemma2", {**GATED, "head_dim": 64, "dtype": "float32"}, {}),
     "phi3": ("phi3", {**GATED, "dtype": "float32"}, {}),
     "gpt2": ("gpt2", {**GPT2, "dtype": "float32"}, {}),

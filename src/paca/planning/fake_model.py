@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from itertools import islice
@@ -15,6 +16,7 @@ from torch.nn import functional
 
 from paca.lean import cache_blocks, gated_linear_unit, pointwise, rms_norm
 from paca.planning.attention_kernels import attention_of
+from paca.planning.quantized_layers import dequantized_product, fake_states
 
 
 def make_fake(model: nn.Module) -> None:
@@ -31,6 +33,7 @@ def make_fake(model: nn.Module) -> None:
         return made[id(tensor)][1]
 
     model._apply(fake)
+    fake_states(model, fake)
 
 
 @contextmanager
@@ -49,6 +52,10 @@ def without_values(device: str) -> Iterator[None]:
             stack.enter_context(_replaced(module, "row_blocks", _first_block))
         # Positions without values might be those of packed sequences, and transformers would make a mask for them.
         stack.enter_context(_replaced(transformers.masking_utils, "find_packed_sequence_indices", lambda _: None))
+        if importlib.util.find_spec("bitsandbytes") is not None:
+            import bitsandbytes  # noqa: F401  # defines the operator
+
+            stack.enter_context(_replaced(torch.ops.bitsandbytes.gemm_4bit, "default", dequantized_product))
         if device == "cuda":
             _use_fused_loss_kernels(stack)
         yield
