@@ -24,6 +24,10 @@ def quantized_model(shape: PreTrainedConfig, quantization: str | BitsAndBytesCon
     with TemporaryDirectory() as folder:
         torch.manual_seed(0)
         AutoModelForCausalLM.from_config(shape).save_pretrained(Path(folder))
-        return AutoModelForCausalLM.from_pretrained(
+        model = AutoModelForCausalLM.from_pretrained(
             folder, dtype=shape.dtype, quantization_config=quantization, device_map={"": "cpu"}
         )
+    for parameter in model.parameters():
+        if parameter.is_floating_point():  # a view of the mapped file, all of which was read and stays resident with it
+            parameter.data = parameter.data.clone()
+    return model

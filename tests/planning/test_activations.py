@@ -107,9 +107,7 @@ def test_of_other_methods_too(adapter: Any) -> None:
     ],
     ids=["nf4", "nf4, lean", "nf4, Conv1D", "int8", "nf4, lora", "nf4, some layers"],
 )
-def test_of_quantized_weights_too(
-    architecture: str, quantization: str, settings: dict[str, Any], adapter: Any
-) -> None:
+def test_of_quantized_weights_too(architecture: str, quantization: str, settings: dict[str, Any], adapter: Any) -> None:
     pytest.importorskip("bitsandbytes")
     check(architecture, adapter=adapter, dtype=torch.bfloat16, quantization=quantization, **settings)
 

@@ -81,5 +81,7 @@ def _quantize(module: Any, dtype: torch.dtype) -> None:
         module.state.CB, module.state.SCB = module.weight.data, made.SCB
     else:
         module.quant_state = made.quant_state
+        for name in ("compress_statistics", "quant_type"):  # which PEFT asks for
+            setattr(module.weight, name, getattr(made, name))
     if module.bias is not None:
         module.bias = nn.Parameter(module.bias.to(dtype), requires_grad=False)
