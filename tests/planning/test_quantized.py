@@ -87,7 +87,7 @@ def test_each_pass_unpacks_each_layer_once_and_one_at_a_time() -> None:
     accumulated = estimate(shape, replace(SETTING, quantization="nf4", gradient_accumulation=3), PACA)
     assert accumulated.dequantized == 3 * planned.dequantized
     checkpointed = estimate(shape, replace(SETTING, quantization="nf4", checkpointing=True), PACA)
-    assert checkpointed.dequantized == pytest.approx(1.5 * planned.dequantized, rel=0.02)
+    assert checkpointed.dequantized == 3 * sum(moved.values())  # the first block's input gets a gradient there
     plain = estimate(shape, SETTING, PACA)
     assert plain.dequantized == 0
     assert planned.flops == plain.flops

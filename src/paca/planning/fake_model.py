@@ -6,10 +6,12 @@ import importlib.util
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from itertools import islice
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 import transformers.masking_utils
+import trl.trainer.utils
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional
@@ -58,6 +60,8 @@ def without_values(device: str) -> Iterator[None]:
             stack.enter_context(_replaced(torch.ops.bitsandbytes.gemm_4bit, "default", dequantized_product))
         if device == "cuda":
             _use_fused_loss_kernels(stack)
+        else:
+            _count_touched_tiles(stack)
         yield
 
 
@@ -73,6 +77,24 @@ def _use_fused_loss_kernels(stack: ExitStack) -> None:
         return
     for name in ("_forward_tile", "_backward_tile"):
         stack.enter_context(_replaced(chunked_logprob, name, lambda *args, **kwargs: None))
+
+
+def _count_touched_tiles(stack: ExitStack) -> None:
+    """TRL's chunked loss allocates tiles as wide as 32768 tokens; an operating system counts what is written to."""
+    try:
+        from trl.kernels.chunked_logprob import ChunkedLogProbFunction
+    except ImportError:
+        return
+
+    def apply(hidden: Tensor, weight: Tensor, bias: Any, targets: Tensor, *rest: Any) -> Any:
+        temperature, width, *others = rest
+        return ChunkedLogProbFunction.apply(
+            hidden, weight, bias, targets, temperature, min(width, weight.shape[0]), *others
+        )
+
+    if hasattr(trl.trainer.utils, "_ChunkedLogProbFunction"):
+        stand_in = SimpleNamespace(apply=apply)
+        stack.enter_context(_replaced(trl.trainer.utils, "_ChunkedLogProbFunction", stand_in))
 
 
 @contextmanager
