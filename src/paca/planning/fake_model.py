@@ -98,7 +98,7 @@ def _count_touched_tiles(stack: ExitStack) -> None:
 
 
 @contextmanager
-def _replaced(module: Any, name: str, function: Callable[..., Any]) -> Iterator[None]:
+def _replaced(module: Any, name: str, function: Any) -> Iterator[None]:
     original = getattr(module, name)
     setattr(module, name, function)
     try:
