@@ -25,6 +25,21 @@ PUBLISHED = {
 }
 
 
+POSITIONS = {
+    "llama2-7b": 4096,
+    "llama2-13b": 4096,
+    "llama3-8b": 8192,
+    "llama3.1-70b": 131072,
+    "qwen2.5-0.5b": 32768,
+    "smollm2-135m": 8192,
+}
+
+
+def test_they_know_the_longest_sequence_that_the_published_model_was_made_for() -> None:
+    shapes = {name: shape for name, shape in PRESETS.items() if isinstance(shape, TextShape)}
+    assert {name: shape.config().max_position_embeddings for name, shape in shapes.items()} == POSITIONS
+
+
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_parameters_are_those_of_the_published_model(name: str) -> None:
     shape = PRESETS[name]

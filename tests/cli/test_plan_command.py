@@ -55,10 +55,45 @@ def test_a_budget_finds_a_setting_that_fits(base: Path) -> None:
     assert tight["total"] < roomy["total"]
     assert tight["total"] == tight["candidates"][0]["total"]
     assert tight["setting"]["batch_size"] * tight["setting"]["gradient_accumulation"] == 8
-    assert any("4-bit" in line for line in tight["not_considered"])
+    assert tight["weights"] == "float32"
+    assert "nf4" in tight["weights_reason"]
     text = plan(str(base), "--seq", "256", "--memory", "100GiB", "--device", "cpu", "--rate", "1")
     assert "per_device_train_batch_size: 16" in text
-    assert "4-bit weights (QPaCA): not available" in text
+    assert "nothing has to be given up" in text
+
+
+def test_quantized_weights_are_planned_and_chosen_when_asked(base: Path) -> None:
+    pytest.importorskip("bitsandbytes")
+    arguments = (str(base), "--seq", "64", "--rate", "1", "--bandwidth", "1", "--quantization", "nf4")
+    content = plan_json(*arguments)
+    assert content["weights"] == content["setting"]["quantization"] == "nf4"
+    assert content["memory"]["weights"] < plan_json(str(base), "--seq", "64", "--rate", "1")["memory"]["weights"]
+    unpacking = content["bytes_to_unpack_weights_per_step"] / 1e9
+    assert content["seconds_per_step"] == content["flops_per_step"] / 1e12 + unpacking
+    text = plan(*arguments, "--memory", "100GiB", "--device", "cpu")
+    assert "    quantization: nf4" in text
+    assert "weights in nf4" in text
+    assert "1.0 GB/s, as given" in " ".join(text.split())
+    with pytest.raises(paca.PacaError, match="--quantization must be"):
+        plan(str(base), "--quantization", "auto")
+
+
+def test_a_run_is_as_long_as_its_longest_example(base: Path, tmp_path: Path) -> None:
+    pytest.importorskip("bitsandbytes")
+    data = tmp_path / "train.jsonl"
+    data.write_text("".join(json.dumps({"text": "x" * length}) + "\n" for length in (5, 40, 17)))
+    path = tmp_path / "run.yaml"
+    content = {"model": {"name": str(base)}, "data": {"train": str(data)}, "train": {"max_length": 128}}
+    path.write_text(yaml.safe_dump(content))
+    planned = plan_json(str(path), "--rate", "1", "--set", "model.quantization=nf4")
+    assert planned["setting"]["sequence_length"] == 40 + 1  # bytes, and the end of the text
+    assert planned["weights"] == "nf4"
+    assert "longest example" in planned["lengths"]
+    cut = plan_json(str(path), "--rate", "1", "--set", "train.max_length=16")
+    assert cut["setting"]["sequence_length"] == 16
+    packed = plan_json(str(path), "--rate", "1", "--set", "train.packing=true")
+    assert packed["setting"]["sequence_length"] == 128
+    assert plan_json(str(path), "--rate", "1", "--seq", "64")["setting"]["sequence_length"] == 64
 
 
 def test_a_run_is_planned_with_its_own_settings(base: Path, tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from typing import Any
 import peft
 import torch
 from architectures import config
+from quantized_checkpoint import quantized_model
 from transformers import AutoModelForCausalLM
 from trl.trainer.utils import add_fused_lm_head
 
@@ -30,7 +31,10 @@ def resident(field: str) -> int:
 
 def train(architecture: str, options: dict[str, Any], setting: dict[str, Any]) -> None:
     """Two optimizer steps; the peak counts from the first."""
-    base = AutoModelForCausalLM.from_config(config(architecture, **options))
+    shape = config(architecture, **options)
+    quantization = setting.get("quantization")
+    base = quantized_model(shape, quantization) if quantization else AutoModelForCausalLM.from_config(shape)
+    gc.collect()
     model = base if setting.get("full") else peft.get_peft_model(base, paca.PacaConfig(r=8))
     model.train()
     if setting.get("lean"):

@@ -9,6 +9,7 @@ import peft
 import pytest
 import torch
 from architectures import ARCHITECTURES, config
+from quantized_checkpoint import quantized_model
 from transformers import AutoModelForCausalLM
 from trl.trainer.utils import add_fused_lm_head
 
@@ -24,7 +25,10 @@ LORA = peft.LoraConfig(r=8, target_modules="all-linear")
 def measured(setting: Setting, adapter: Any, shape: Any) -> int:
     """Bytes saved by a real forward pass."""
     torch.manual_seed(0)
-    base = AutoModelForCausalLM.from_config(shape)
+    if setting.quantization is None:
+        base = AutoModelForCausalLM.from_config(shape)
+    else:
+        base = quantized_model(shape, setting.quantization)
     model = base if adapter is None else peft.get_peft_model(base, adapter)
     model.train()
     if setting.lean:
@@ -89,6 +93,23 @@ def test_of_other_ways_to_train_too(settings: dict[str, Any]) -> None:
 @pytest.mark.parametrize("adapter", [LORA, None], ids=["lora", "full"])
 def test_of_other_methods_too(adapter: Any) -> None:
     check("llama", adapter=adapter, dtype=torch.bfloat16)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "quantization", "settings", "adapter"),
+    [
+        ("llama", "nf4", {}, PACA),
+        ("llama", "nf4", {"lean": True, "recompute": "mlp", "padded": True}, PACA),
+        ("gpt2", "nf4", {}, PACA),
+        ("llama", "int8", {}, PACA),
+        ("llama", "nf4", {}, LORA),
+        ("llama", "nf4", {}, paca.PacaConfig(r=8, target_modules=["q_proj", "up_proj"])),  # some layers as in stock
+    ],
+    ids=["nf4", "nf4, lean", "nf4, Conv1D", "int8", "nf4, lora", "nf4, some layers"],
+)
+def test_of_quantized_weights_too(architecture: str, quantization: str, settings: dict[str, Any], adapter: Any) -> None:
+    pytest.importorskip("bitsandbytes")
+    check(architecture, adapter=adapter, dtype=torch.bfloat16, quantization=quantization, **settings)
 
 
 def test_frozen_blocks_keep_nothing_below_the_first_adapter_and_something_above() -> None:

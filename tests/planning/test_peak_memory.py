@@ -32,16 +32,21 @@ OPT = {
     "num_attention_heads": 8,
 }
 
-# TRL's chunked loss works in tiles of 32768 tokens of the vocabulary; of a smaller one part of a tile is not touched.
 CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "llama, bf16": ("llama", {**GATED, "dtype": "bfloat16"}, {"batch_size": 6}),
     "llama, padded": ("llama", {**GATED, "dtype": "float32"}, {"padded": True}),
     "llama, MLP recomputed": ("llama", {**GATED, "dtype": "float32"}, {"lean": True, "recompute": "mlp"}),
     "llama, checkpointed": ("llama", {**GATED, "dtype": "float32"}, {"checkpointing": True}),
     "llama, all of it": ("llama", {**GATED, "dtype": "float32"}, {"full": True, "gradient_accumulation": 2}),
+    "llama, nf4": ("llama", {**GATED, "dtype": "bfloat16"}, {"quantization": "nf4"}),
     "gemma2": ("gemma2", {**GATED, "head_dim": 64, "dtype": "float32"}, {}),
     "phi3": ("phi3", {**GATED, "dtype": "float32"}, {}),
     "gpt2": ("gpt2", {**GPT2, "dtype": "float32"}, {}),
+    "llama, chunked loss of a small vocabulary": (
+        "llama",
+        {**GATED, "dtype": "float32"},
+        {"chunked_loss": True, "lean": True, "recompute": "mlp"},
+    ),
     "opt, chunked loss": (
         "opt",
         {**OPT, "vocab_size": 32768, "dtype": "float32"},

@@ -24,6 +24,7 @@ class TextShape:
     num_attention_heads: int
     num_key_value_heads: int
     rope_parameters: dict[str, Any]
+    max_position_embeddings: int
     tie_word_embeddings: bool = False
     more: dict[str, Any] = field(default_factory=dict)
 
@@ -68,6 +69,7 @@ class TextShape:
             num_attention_heads=self.num_attention_heads,
             num_key_value_heads=self.num_key_value_heads,
             rope_parameters=self.rope_parameters,
+            max_position_embeddings=self.max_position_embeddings,
             tie_word_embeddings=self.tie_word_embeddings,
             bos_token_id=None,  # the published ids lie outside a shrunk vocabulary, and nothing here generates
             eos_token_id=None,
@@ -144,12 +146,12 @@ _LLAMA_31_ROPE = _rope(
 )
 
 PRESETS: dict[str, TextShape | ImageShape] = {
-    "llama2-7b": TextShape("llama", 32000, 4096, 11008, 32, 32, 32, _rope(10000.0)),
-    "llama2-13b": TextShape("llama", 32000, 5120, 13824, 40, 40, 40, _rope(10000.0)),
-    "llama3-8b": TextShape("llama", 128256, 4096, 14336, 32, 32, 8, _rope(500000.0)),
-    "llama3.1-70b": TextShape("llama", 128256, 8192, 28672, 80, 64, 8, _LLAMA_31_ROPE),
-    "qwen2.5-0.5b": TextShape("qwen2", 151936, 896, 4864, 24, 14, 2, _rope(1000000.0), tie_word_embeddings=True),
-    "smollm2-135m": TextShape("llama", 49152, 576, 1536, 30, 9, 3, _rope(100000.0), tie_word_embeddings=True),
+    "llama2-7b": TextShape("llama", 32000, 4096, 11008, 32, 32, 32, _rope(10000.0), 4096),
+    "llama2-13b": TextShape("llama", 32000, 5120, 13824, 40, 40, 40, _rope(10000.0), 4096),
+    "llama3-8b": TextShape("llama", 128256, 4096, 14336, 32, 32, 8, _rope(500000.0), 8192),
+    "llama3.1-70b": TextShape("llama", 128256, 8192, 28672, 80, 64, 8, _LLAMA_31_ROPE, 131072),
+    "qwen2.5-0.5b": TextShape("qwen2", 151936, 896, 4864, 24, 14, 2, _rope(1000000.0), 32768, tie_word_embeddings=True),
+    "smollm2-135m": TextShape("llama", 49152, 576, 1536, 30, 9, 3, _rope(100000.0), 8192, tie_word_embeddings=True),
     "vit-b16": ImageShape(224, 1000, 768, 3072, 12, 12),
     "efficientnet-v2-l": ImageShape(384),
 }

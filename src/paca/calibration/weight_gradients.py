@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from paca.functional import convolution as partial_convolution
 from paca.functional.convolution import Geometry, selected_channels
-from paca.functional.linear import convolution as partial_convolution
 from paca.selection import weight_norms
 
 _AT_ONCE = 2**20  # values of the gradient that are there at a time: 4 MiB

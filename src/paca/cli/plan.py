@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -15,10 +16,10 @@ from paca.cli.quiet import hide_library_notes
 from paca.errors import PacaError
 
 if TYPE_CHECKING:
-    from paca.planning import Fit, MatmulRate, MemoryEstimate, Setting
+    from paca.planning import DequantizeRate, Fit, MatmulRate, MemoryEstimate, Setting
     from paca.planning.target import Target
 
-QUANTIZATION = "4-bit weights (QPaCA): not available in this version, which trains columns of 16- and 32-bit weights."
+QUANTIZATIONS = ("nf4", "fp4", "int8")
 
 
 def plan(
@@ -37,9 +38,18 @@ def plan(
     lean: Annotated[bool, typer.Option("--lean", help="With lean blocks.")] = False,
     recompute: Annotated[bool, typer.Option("--recompute", help="With lean blocks whose MLP is recomputed.")] = False,
     checkpointing: Annotated[bool, typer.Option("--checkpointing", help="With activation checkpointing.")] = False,
+    quantization: Annotated[
+        str | None,
+        typer.Option(
+            help="none, nf4, fp4 or int8. With --memory, auto (16 bits where they fit, else nf4) and any (the faster)."
+        ),
+    ] = None,
     padded: Annotated[bool, typer.Option("--padded", help="With an attention mask: padding or packing.")] = False,
     loss: Annotated[str, typer.Option(help="chunked (as paca train), full, or any (for --memory).")] = "chunked",
     rate: Annotated[float | None, typer.Option(help="TFLOP/s of the device, instead of measuring them.")] = None,
+    bandwidth: Annotated[
+        float | None, typer.Option(help="GB/s of the device's memory, for unpacking quantized weights.")
+    ] = None,
     set_: Annotated[
         list[str] | None,
         typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Change a setting of the run; may be repeated."),
@@ -50,6 +60,9 @@ def plan(
     hide_library_notes()
     if loss not in ("chunked", "full", "any"):
         raise PacaError(f"--loss must be chunked, full or any, not {loss!r}.")
+    if quantization not in (None, "none", *QUANTIZATIONS, *(() if memory is None else ("auto", "any"))):
+        choice = "none, nf4, fp4, int8, or with --memory auto or any"
+        raise PacaError(f"--quantization must be {choice}, not {quantization!r}.")
     from paca.planning import available_memory, estimate, fit, parse_memory
 
     budget = None if memory is None else parse_memory(memory)
@@ -63,22 +76,37 @@ def plan(
         padded=setting.padded or padded,
         chunked_loss=setting.chunked_loss and loss != "full",
     )
+    if quantization is not None:
+        setting = replace(setting, quantization=quantization if quantization in QUANTIZATIONS else None)
+    considered = _considered(setting, quantization)
     measured = _rate(planned, rate)
+    unpacking = _dequantize_rate(planned, considered[-1], bandwidth)
     found = None
     if budget is not None:
         wanted = global_batch
         if wanted is None:
             wanted = setting.batch_size * setting.gradient_accumulation if _is_run(target) else 16
-        found = fit(planned.model, setting, memory=budget, global_batch=wanted, rate=measured, any_loss=loss == "any")
+        found = fit(
+            planned.model,
+            setting,
+            memory=budget,
+            global_batch=wanted,
+            adapter=planned.adapter,
+            rate=measured,
+            dequantize=unpacking,
+            any_loss=loss == "any",
+            quantizations=considered,
+            fastest_weights=quantization == "any",
+        )
         result = found.best.estimate
     else:
-        result = estimate(planned.model, setting)
+        result = estimate(planned.model, setting, planned.adapter)
         budget = _available(setting.device, available_memory)
     if as_json:
-        print(json.dumps(_as_json(planned, result, measured, budget, found), indent=2))
+        print(json.dumps(_as_json(planned, result, measured, unpacking, budget, found), indent=2))
         return
     console = Console()
-    _show_estimate(console, planned, result, measured, budget)
+    _show_estimate(console, planned, result, measured, unpacking, budget)
     if found is not None:
         _show_fit(console, found, measured)
 
@@ -120,6 +148,25 @@ def _rate(target: Target, given: float | None) -> MatmulRate | None:
     return measure_rate(target.setting.device, target.dtype, target.hidden_size)
 
 
+def _considered(setting: Setting, asked: str | None) -> tuple[str | None, ...]:
+    """The ways to keep the weights that a search tries, the preferred one first; without a search, the only one."""
+    if asked in ("auto", "any") or (asked is None and setting.quantization is None):
+        return (None, "nf4")
+    return (setting.quantization,)
+
+
+def _dequantize_rate(target: Target, quantization: str | None, given: float | None) -> DequantizeRate | None:
+    import torch
+
+    from paca.planning import given_bandwidth, measure_dequantize_rate
+
+    if given is not None:
+        return given_bandwidth(given * 1e9)
+    if quantization is None or (target.setting.device == "cuda" and not torch.cuda.is_available()):
+        return None
+    return measure_dequantize_rate(target.setting.device, target.dtype, target.hidden_size, quantization)
+
+
 def _available(device: str, available_memory: Any) -> int | None:
     try:
         return available_memory(device)
@@ -128,14 +175,19 @@ def _available(device: str, available_memory: Any) -> int | None:
 
 
 def _show_estimate(
-    console: Console, target: Target, result: MemoryEstimate, rate: MatmulRate | None, budget: int | None
+    console: Console,
+    target: Target,
+    result: MemoryEstimate,
+    rate: MatmulRate | None,
+    unpacking: DequantizeRate | None,
+    budget: int | None,
 ) -> None:
     from paca.training.memory import format_bytes
 
     setting = result.setting
     console.print(
         f"{target.name}: {result.parameters:,} parameters, {result.trainable:,} trained "
-        f"({100 * result.trainable / result.parameters:.2f} %)",
+        f"({100 * result.trainable / result.parameters:.2f} %), weights in {result.weights}",
         highlight=False,
     )
     console.print(
@@ -143,6 +195,8 @@ def _show_estimate(
         f"step, on {setting.device}; to save memory: {setting.techniques()}",
         highlight=False,
     )
+    if target.lengths is not None:
+        console.print(f"The length is that of {target.lengths}.", highlight=False)
     if target.positions is not None and setting.sequence_length > target.positions:
         console.print(f"The model was made for sequences of at most {target.positions} tokens.", style="yellow")
     table = Table(title=f"Peak memory ({result.moment})", title_justify="left")
@@ -158,21 +212,30 @@ def _show_estimate(
     console.print(
         f"The autograd graph holds {format_bytes(result.activations)} at the end of the forward pass.", highlight=False
     )
-    console.print(f"Time floor: {_time(result, rate)}", highlight=False)
+    console.print(f"Time floor: {_time(result, rate, unpacking)}", highlight=False)
     if budget is not None and result.total > budget:
         console.print("This does not fit. Give --memory to find what does.", style="red")
 
 
-def _time(result: MemoryEstimate, rate: MatmulRate | None) -> str:
+def _time(result: MemoryEstimate, rate: MatmulRate | None, unpacking: DequantizeRate | None) -> str:
     from paca.planning import step_seconds
 
     work = f"{result.flops / 1e12:,.2f} TFLOP per step"
+    if result.dequantized:
+        work += f" and {result.dequantized / 1e9:,.2f} GB to unpack weights"
     if rate is None:
         return f"{work}; the device is not here to be measured (give --rate)"
-    seconds = step_seconds(result, rate)
+    seconds = step_seconds(result, rate, unpacking)
+    speeds = f"{rate.at(result.setting.tokens_per_pass) / 1e12:,.3f} TFLOP/s, {rate.source}"
+    if result.dequantized:
+        speeds += (
+            "; the unpacking is left out, as its speed is not known here (give --bandwidth)"
+            if unpacking is None
+            else f"; {unpacking.bytes_per_second / 1e9:,.1f} GB/s, {unpacking.source}"
+        )
     return (
         f"{seconds:,.3f} s per step, at most {result.setting.tokens_per_step / seconds:,.0f} tokens/s "
-        f"({work} at {rate.at(result.setting.tokens_per_pass) / 1e12:,.3f} TFLOP/s, {rate.source})"
+        f"({work} at {speeds})"
     )
 
 
@@ -192,7 +255,9 @@ def _show_fit(console: Console, found: Fit, rate: MatmulRate | None) -> None:
             "does not fit" if not candidate.fits else "-" if rate is None else f"{candidate.seconds:,.3f}",
         )
     console.print(table)
-    for reason in (*found.refused, QUANTIZATION):
+    if found.weights_reason is not None:
+        console.print(found.weights_reason, highlight=False)
+    for reason in found.refused:
         console.print(f"Not considered: {reason}", highlight=False)
     for line in yaml_lines(found.setting):
         console.print(line, highlight=False)
@@ -201,8 +266,10 @@ def _show_fit(console: Console, found: Fit, rate: MatmulRate | None) -> None:
 def yaml_lines(setting: Setting) -> list[str]:
     """The lines of a run's YAML that ask for `setting`."""
     lines = ["In a run's YAML:"]
-    if setting.lean:
-        lines += ["  model:", "    lean: true"]
+    if setting.lean or setting.quantization:
+        lines += ["  model:"]
+        lines += [f"    quantization: {setting.quantization}"] if setting.quantization else []
+        lines += ["    lean: true"] if setting.lean else []
         lines += ["    recompute: mlp"] if setting.recompute else []
     lines += [
         "  train:",
@@ -214,7 +281,12 @@ def yaml_lines(setting: Setting) -> list[str]:
 
 
 def _as_json(
-    target: Target, result: MemoryEstimate, rate: MatmulRate | None, budget: int | None, found: Fit | None
+    target: Target,
+    result: MemoryEstimate,
+    rate: MatmulRate | None,
+    unpacking: DequantizeRate | None,
+    budget: int | None,
+    found: Fit | None,
 ) -> dict[str, Any]:
     from paca.planning import step_seconds
 
@@ -222,6 +294,8 @@ def _as_json(
         "target": target.name,
         "parameters": result.parameters,
         "trainable": result.trainable,
+        "weights": result.weights,
+        "lengths": target.lengths,
         "setting": result.setting.as_dict(),
         "memory": {**result.parts},
         "total": result.total,
@@ -229,8 +303,10 @@ def _as_json(
         "budget": budget,
         "saved_activations": {**result.saved},
         "flops_per_step": result.flops,
+        "bytes_to_unpack_weights_per_step": result.dequantized,
+        "unpacking": None if unpacking is None else dataclasses.asdict(unpacking),
         "rate": None if rate is None else {"flops_per_second": {**rate.measured}, "source": rate.source},
-        "seconds_per_step": None if rate is None else step_seconds(result, rate),
+        "seconds_per_step": None if rate is None else step_seconds(result, rate, unpacking),
     }
     if found is not None:
         content["candidates"] = [
@@ -242,5 +318,6 @@ def _as_json(
             }
             for candidate in found.candidates
         ]
-        content["not_considered"] = [*found.refused, QUANTIZATION]
+        content["weights_reason"] = found.weights_reason
+        content["not_considered"] = [*found.refused]
     return content

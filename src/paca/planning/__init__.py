@@ -1,6 +1,7 @@
 """Memory and time of training, before anything is loaded."""
 
 from paca.planning.budget import available_memory, parse_memory
+from paca.planning.dequantize_rate import DequantizeRate, given_bandwidth, measure_dequantize_rate
 from paca.planning.estimate import MemoryEstimate, estimate
 from paca.planning.fit import Candidate, Fit, fit, step_seconds
 from paca.planning.matmul_rate import MatmulRate, fixed_rate, measure_rate
@@ -10,6 +11,7 @@ from paca.planning.setting import Setting
 
 __all__ = [
     "Candidate",
+    "DequantizeRate",
     "Fit",
     "MatmulRate",
     "MemoryEstimate",
@@ -18,7 +20,9 @@ __all__ = [
     "estimate",
     "fit",
     "fixed_rate",
+    "given_bandwidth",
     "longest_batch",
+    "measure_dequantize_rate",
     "measure_rate",
     "parse_memory",
     "setting_of_run",

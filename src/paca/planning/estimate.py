@@ -12,9 +12,11 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from paca.errors import PacaError
+from paca.planning.quantized_layers import quantization_name, unpacked_numel
 from paca.planning.repeated_blocks import RepeatedBlocks, copy_with_blocks, find_blocks
 from paca.planning.setting import Setting
 from paca.planning.simulated_step import StepTrace, simulate
+from paca.pretrained.quantized_outline import quantize_outline
 from paca.training.memory import format_bytes
 
 FRAMEWORK = "framework overhead"
@@ -40,6 +42,10 @@ class MemoryEstimate:
     """Bytes that the autograd graph holds at the end of the forward pass, by kind, without parameters."""
     flops: int
     """Of the matrix products and attention in one optimizer step."""
+    weights: str
+    """How the weights are kept: a dtype, or how the linear layers are quantized."""
+    dequantized: int
+    """Bytes read and written in one optimizer step to unpack quantized weights."""
 
     @property
     def total(self) -> int:
@@ -61,18 +67,24 @@ class MemoryEstimate:
 PlannedModel = PeftModel | PreTrainedModel
 
 
-def prepare_model(model: str | PreTrainedConfig | PlannedModel, adapter: PeftConfig | None = None) -> PlannedModel:
+def prepare_model(
+    model: str | PreTrainedConfig | PlannedModel, adapter: PeftConfig | None = None, quantization: str | None = None
+) -> PlannedModel:
     """The model to plan for, on the meta device.
 
     Args:
         model: a hub id or folder, a configuration, or a model on the meta device; a model stays as it is.
         adapter: the adapter to put in. Without it the model is trained as it comes: all of it, or its own adapters.
+        quantization: of its linear layers, before the adapter is put in; see `Setting.quantization`. A checkpoint that
+            is quantized by bitsandbytes is planned so by itself.
 
     Raises:
-        PacaError: the model has weights, can't be found, or the adapter does not fit it.
+        PacaError: the model has weights, can't be found, can't be quantized, or the adapter does not fit it.
     """
-    made = _on_meta(model)
+    made = _quantized(_on_meta(model), quantization, model)
     if adapter is None:
+        if not isinstance(made, PeftModel) and quantization_name(made) is not None:
+            raise PacaError("Quantized weights are not trained: plan them with an adapter.")
         return made
     if made is model:
         made = copy.deepcopy(made)
@@ -80,6 +92,22 @@ def prepare_model(model: str | PreTrainedConfig | PlannedModel, adapter: PeftCon
         return get_peft_model(made, copy.deepcopy(adapter))  # PEFT writes into both
     except (ValueError, TypeError) as error:
         raise PacaError(f"The adapter does not fit {type(made).__name__}: {error}") from error
+
+
+def _quantized(
+    made: PlannedModel, quantization: str | None, given: str | PreTrainedConfig | PlannedModel
+) -> PlannedModel:
+    present = quantization_name(made)
+    if present is not None or isinstance(made, PeftModel):
+        if quantization not in (None, present):
+            raise PacaError(
+                f"The model is planned with weights in {present or made.dtype} and has its adapter already; to plan it "
+                f"in {quantization}, give it without the adapter."
+            )
+        return made
+    if quantization is None and getattr(made.config, "quantization_config", None) is None:
+        return made
+    return quantize_outline(copy.deepcopy(made) if made is given else made, quantization)
 
 
 def _on_meta(model: str | PreTrainedConfig | PlannedModel) -> PlannedModel:
@@ -90,7 +118,7 @@ def _on_meta(model: str | PreTrainedConfig | PlannedModel) -> PlannedModel:
     if isinstance(model, PreTrainedConfig):
         try:
             with torch.device("meta"):
-                made = AutoModelForCausalLM.from_config(model)
+                made = AutoModelForCausalLM.from_config(copy.deepcopy(model))
         except ValueError as error:
             raise PacaError(f"{type(model).__name__} is not the configuration of a causal language model.") from error
         made.tie_weights()
@@ -118,7 +146,7 @@ def estimate(
     Raises:
         PacaError: the model can't be found, planned, or made lean.
     """
-    prepared = prepare_model(model, adapter)
+    prepared = prepare_model(model, adapter, setting.quantization)
     root = prepared.get_base_model() if isinstance(prepared, PeftModel) else prepared
     if not isinstance(root, PreTrainedModel) or not root.can_generate():
         raise PacaError(f"Plans can be made for causal language models of transformers, not for {type(root).__name__}.")
@@ -126,16 +154,19 @@ def estimate(
     moment, peak = max(trace.peaks.items(), key=lambda item: sum(item[1].values()))
     counts = {name: count for name, count in sorted(peak.items(), key=lambda item: -item[1]) if count > 0}
     parameters = {id(p): p for p in root.parameters()}.values()
+    unpacked = unpacked_numel(root)
     trainable = sum(p.numel() for p in parameters if p.requires_grad)
     added = sum(p.numel() for name, p in root.named_parameters() if _belongs_to_adapter(prepared, name))
     return MemoryEstimate(
         setting=setting,
-        parameters=sum(p.numel() for p in parameters) - added,
+        parameters=sum(unpacked.get(id(p), p.numel()) for p in parameters) - added,
         trainable=trainable,
         parts={**counts, FRAMEWORK: FRAMEWORK_BYTES[setting.device]},
         moment=moment,
         saved={name: count for name, count in trace.saved.most_common() if count > 0},
         flops=trace.flops * setting.gradient_accumulation,
+        weights=quantization_name(root) or str(root.dtype).removeprefix("torch."),
+        dequantized=trace.dequantized * setting.gradient_accumulation,
     )
 
 

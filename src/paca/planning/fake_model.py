@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import importlib.util
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from itertools import islice
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 import transformers.masking_utils
+import trl.trainer.utils
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional
 
 from paca.lean import cache_blocks, gated_linear_unit, pointwise, rms_norm
 from paca.planning.attention_kernels import attention_of
+from paca.planning.quantized_layers import dequantized_product, fake_states
 
 
 def make_fake(model: nn.Module) -> None:
@@ -31,6 +35,7 @@ def make_fake(model: nn.Module) -> None:
         return made[id(tensor)][1]
 
     model._apply(fake)
+    fake_states(model, fake)
 
 
 @contextmanager
@@ -49,8 +54,14 @@ def without_values(device: str) -> Iterator[None]:
             stack.enter_context(_replaced(module, "row_blocks", _first_block))
         # Positions without values might be those of packed sequences, and transformers would make a mask for them.
         stack.enter_context(_replaced(transformers.masking_utils, "find_packed_sequence_indices", lambda _: None))
+        if importlib.util.find_spec("bitsandbytes") is not None:
+            import bitsandbytes  # noqa: F401  # defines the operator
+
+            stack.enter_context(_replaced(torch.ops.bitsandbytes.gemm_4bit, "default", dequantized_product))
         if device == "cuda":
             _use_fused_loss_kernels(stack)
+        else:
+            _count_touched_tiles(stack)
         yield
 
 
@@ -68,8 +79,26 @@ def _use_fused_loss_kernels(stack: ExitStack) -> None:
         stack.enter_context(_replaced(chunked_logprob, name, lambda *args, **kwargs: None))
 
 
+def _count_touched_tiles(stack: ExitStack) -> None:
+    """TRL's chunked loss allocates tiles as wide as 32768 tokens; an operating system counts what is written to."""
+    try:
+        from trl.kernels.chunked_logprob import ChunkedLogProbFunction
+    except ImportError:
+        return
+
+    def apply(hidden: Tensor, weight: Tensor, bias: Any, targets: Tensor, *rest: Any) -> Any:
+        temperature, width, *others = rest
+        return ChunkedLogProbFunction.apply(
+            hidden, weight, bias, targets, temperature, min(width, weight.shape[0]), *others
+        )
+
+    if hasattr(trl.trainer.utils, "_ChunkedLogProbFunction"):
+        stand_in = SimpleNamespace(apply=apply)
+        stack.enter_context(_replaced(trl.trainer.utils, "_ChunkedLogProbFunction", stand_in))
+
+
 @contextmanager
-def _replaced(module: Any, name: str, function: Callable[..., Any]) -> Iterator[None]:
+def _replaced(module: Any, name: str, function: Any) -> Iterator[None]:
     original = getattr(module, name)
     setattr(module, name, function)
     try:

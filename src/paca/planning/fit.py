@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -10,6 +10,7 @@ from peft import PeftConfig
 from transformers import PreTrainedConfig
 
 from paca.errors import PacaError
+from paca.planning.dequantize_rate import DequantizeRate
 from paca.planning.estimate import FRAMEWORK, MemoryEstimate, PlannedModel, estimate, prepare_model
 from paca.planning.matmul_rate import MatmulRate, fixed_rate
 from paca.planning.setting import Setting
@@ -44,6 +45,8 @@ class Fit:
     """One for each choice of techniques, fastest first; those that do not fit come last, with a batch of one."""
     refused: tuple[str, ...]
     """Choices that this model does not allow, and why."""
+    weights_reason: str | None = None
+    """Why the best has its weights as it has; None if there was no choice."""
 
     @property
     def best(self) -> Candidate:
@@ -64,7 +67,10 @@ def fit(
     global_batch: int,
     adapter: PeftConfig | None = None,
     rate: MatmulRate | None = None,
+    dequantize: DequantizeRate | None = None,
     any_loss: bool = False,
+    quantizations: Sequence[str | None] | None = None,
+    fastest_weights: bool = False,
 ) -> Fit:
     """Find the fastest setting for `base.sequence_length` within `memory`.
 
@@ -78,39 +84,139 @@ def fit(
         global_batch: sequences per optimizer step.
         adapter: put into the model first.
         rate: of the device's matrix products; without it every batch size is taken to run at the same rate.
+        dequantize: how fast it unpacks quantized weights; without it that is left out of the times.
         any_loss: also choose between the chunked and the full loss.
+        quantizations: ways to keep the weights (see `Setting.quantization`), the preferred one first: a later one is
+            chosen only where none before it fits. Without them, that of `base`.
+        fastest_weights: choose the fastest of them instead.
 
     Raises:
         PacaError: nothing fits, or the model can't be planned.
     """
     if global_batch < 1:
         raise PacaError(f"The global batch is {global_batch} sequences; it must be 1 or more.")
-    prepared = prepare_model(model, adapter)
-    rate = rate or fixed_rate(1e12)
-    candidates, refused = [], []
-    for choice in _choices(base, any_loss):
+    quantizations = quantizations or (base.quantization,)
+    search = _Search(memory, global_batch, rate or fixed_rate(1e12), dequantize, any_loss)
+    candidates: list[Candidate] = []
+    for quantization in quantizations:
         try:
-            candidate = _largest_batch(prepared, choice, memory, global_batch, rate)
+            prepared = prepare_model(model, adapter, quantization)
         except PacaError as error:
-            if not choice.lean:  # without lean blocks the model itself can't be planned
+            if not candidates:
                 raise
-            if str(error) not in refused:
-                refused.append(str(error))
+            search.refuse(error)
             continue
-        candidates.append(candidate)
-        if _fixed(candidate.estimate) > memory:
-            break  # no technique changes that
-        if len(candidates) == 1 and candidates[0].fits and candidates[0].setting.batch_size == global_batch:
-            break  # the fewest operations at the highest rate: nothing is faster
-    candidates.sort(key=lambda candidate: (not candidate.fits, candidate.seconds))
+        found = search.candidates(prepared, replace(base, quantization=quantization))
+        candidates += found
+        if found[0].fits and _at_its_fastest(found[0], global_batch):
+            break
+    ranks = {quantization: 0 if fastest_weights else rank for rank, quantization in enumerate(quantizations)}
+    candidates.sort(key=lambda c: (not c.fits, ranks[c.setting.quantization], c.seconds))
     if not candidates[0].fits:
         raise PacaError(_nothing_fits(candidates, memory))
-    return Fit(tuple(candidates), tuple(refused))
+    reason = _weights_reason(candidates) if len(quantizations) > 1 else None
+    return Fit(tuple(candidates), tuple(search.refused), reason)
 
 
-def step_seconds(estimate_: MemoryEstimate, rate: MatmulRate) -> float:
-    """Least time of one optimizer step in seconds: its matrix products and attention at the measured rate."""
-    return estimate_.flops / rate.at(estimate_.setting.tokens_per_pass)
+def step_seconds(estimate_: MemoryEstimate, rate: MatmulRate, dequantize: DequantizeRate | None = None) -> float:
+    """Least time of one optimizer step in seconds: its matrix products and attention, and the unpacking of weights.
+
+    Args:
+        estimate_: of the step.
+        rate: of matrix products and attention.
+        dequantize: of unpacking quantized weights, which is left out without it.
+    """
+    unpacking = 0.0 if dequantize is None else estimate_.dequantized / dequantize.bytes_per_second
+    return estimate_.flops / rate.at(estimate_.setting.tokens_per_pass) + unpacking
+
+
+class _Search:
+    """For the techniques and the batch, with the weights as they are."""
+
+    def __init__(
+        self, memory: int, global_batch: int, rate: MatmulRate, dequantize: DequantizeRate | None, any_loss: bool
+    ) -> None:
+        self.memory = memory
+        self.global_batch = global_batch
+        self.rate = rate
+        self.dequantize = dequantize
+        self.any_loss = any_loss
+        self.refused: list[str] = []
+
+    def refuse(self, error: PacaError) -> None:
+        """Note once that something is not possible."""
+        if str(error) not in self.refused:
+            self.refused.append(str(error))
+
+    def candidates(self, model: PlannedModel, base: Setting) -> list[Candidate]:
+        """One for each choice of techniques, best first."""
+        candidates: list[Candidate] = []
+        for choice in _choices(base, self.any_loss):
+            try:
+                candidate = self._largest_batch(model, choice)
+            except PacaError as error:
+                if not choice.lean:  # without lean blocks the model itself can't be planned
+                    raise
+                self.refuse(error)
+                continue
+            candidates.append(candidate)
+            if _fixed(candidate.estimate) > self.memory:
+                break  # no technique changes that
+            if len(candidates) == 1 and _at_its_fastest(candidate, self.global_batch):
+                break
+        return sorted(candidates, key=lambda candidate: (not candidate.fits, candidate.seconds))
+
+    def _largest_batch(self, model: PlannedModel, choice: Setting) -> Candidate:
+        divisors = [n for n in range(1, self.global_batch + 1) if self.global_batch % n == 0]
+        found: MemoryEstimate | None = None
+        low, high = 0, len(divisors)  # those below low fit, those from high on do not
+        while low < high:
+            middle = (low + high) // 2
+            batch_size = divisors[middle]
+            setting = replace(choice, batch_size=batch_size, gradient_accumulation=self.global_batch // batch_size)
+            tried = estimate(model, setting)
+            if tried.total <= self.memory:
+                found, low = tried, middle + 1
+            else:
+                high = middle
+                if middle > 0 and _fixed(tried) > self.memory:
+                    high, middle = 0, 0  # no smaller batch fits either
+                    tried = estimate(model, replace(choice, batch_size=1, gradient_accumulation=self.global_batch))
+                if middle == 0:
+                    return Candidate(tried, self._seconds(tried), fits=False)
+        assert found is not None
+        return Candidate(found, self._seconds(found), fits=True)
+
+    def _seconds(self, tried: MemoryEstimate) -> float:
+        return step_seconds(tried, self.rate, self.dequantize) * (LEAN_SLOWDOWN if tried.setting.lean else 1.0)
+
+
+def _at_its_fastest(candidate: Candidate, global_batch: int) -> bool:
+    """Whether no technique can make it faster: the fewest operations, at the highest rate."""
+    setting = candidate.setting
+    stock = not (setting.lean or setting.checkpointing)
+    return candidate.fits and stock and setting.batch_size == global_batch
+
+
+def _weights_reason(candidates: Sequence[Candidate]) -> str:
+    """Why the first of the sorted `candidates` has its weights as it has, for people."""
+    best = candidates[0]
+    others = [c for c in candidates if c.setting.quantization != best.setting.quantization]
+    chosen = f"Weights in {best.estimate.weights}"
+    held = format_bytes(best.estimate.parts[WEIGHTS])
+    if not others:
+        return f"{chosen} ({held}): with them nothing has to be given up."
+    other = others[0]
+    named = f"{other.estimate.weights} ({format_bytes(other.estimate.parts[WEIGHTS])} of weights)"
+    if not other.fits:
+        return f"{chosen} ({held}), because {named} fits in no way that was tried."
+    times = f"{other.seconds / best.seconds:.2f} of the time floor"
+    if other.seconds >= best.seconds:
+        return f"{chosen} ({held}): the fastest; {named} would take {times}."
+    return (
+        f"{chosen} ({held}), because they fit and are exact; {named} would take {times}: --quantization "
+        f"{other.setting.quantization or 'none'} chooses that."
+    )
 
 
 _LEAN: tuple[tuple[bool, Literal["mlp"] | None], ...] = ((False, None), (True, None), (True, "mlp"))
@@ -126,34 +232,12 @@ def _choices(base: Setting, any_loss: bool) -> Iterator[Setting]:
                 yield replace(base, lean=lean, recompute=recompute, checkpointing=checkpointing, chunked_loss=chunked)
 
 
-def _largest_batch(model: PlannedModel, choice: Setting, memory: int, global_batch: int, rate: MatmulRate) -> Candidate:
-    divisors = [n for n in range(1, global_batch + 1) if global_batch % n == 0]
-    found: MemoryEstimate | None = None
-    low, high = 0, len(divisors)  # those below low fit, those from high on do not
-    while low < high:
-        middle = (low + high) // 2
-        batch_size = divisors[middle]
-        setting = replace(choice, batch_size=batch_size, gradient_accumulation=global_batch // batch_size)
-        tried = estimate(model, setting)
-        if tried.total <= memory:
-            found, low = tried, middle + 1
-        else:
-            high = middle
-            if middle == 0:
-                return Candidate(tried, _seconds(tried, rate), fits=False)
-    assert found is not None
-    return Candidate(found, _seconds(found, rate), fits=True)
-
-
-def _seconds(estimate_: MemoryEstimate, rate: MatmulRate) -> float:
-    return step_seconds(estimate_, rate) * (LEAN_SLOWDOWN if estimate_.setting.lean else 1.0)
-
-
 def _nothing_fits(candidates: list[Candidate], memory: int) -> str:
     smallest = min(candidates, key=lambda candidate: candidate.estimate.total).estimate
     fixed = _fixed(smallest)
     advice = (
-        "The weights alone leave no room; take a smaller model or a 16-bit dtype."
+        f"The weights alone leave no room in {smallest.weights}; take a smaller model"
+        f"{' or fewer bits a weight (--quantization nf4).' if smallest.setting.quantization is None else '.'}"
         if fixed > memory
         else f"Of that, {format_bytes(fixed)} are weights and framework; the rest shrinks with the sequence length "
         f"(now {smallest.setting.sequence_length})."

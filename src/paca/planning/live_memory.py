@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from paca.planning.flops import flops_of
+from paca.planning.quantized_layers import dequantized_bytes
 
 
 @dataclass(eq=False)
@@ -37,7 +38,8 @@ class _Window:
 
 
 class LiveMemory(TorchDispatchMode):
-    """While active, follows all storages that operators make, and counts floating-point operations.
+    """While active, follows all storages that operators make, and counts floating-point operations and
+    the bytes that unpacking quantized weights moves.
 
     A storage counts whole, and once, from the operator that made it until nothing refers to it any more: what a caching
     allocator's counter of allocated bytes would show. `region` is the category of new storages.
@@ -46,6 +48,7 @@ class LiveMemory(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.flops = 0
+        self.dequantized = 0
         self.region = "temporaries"
         self.bytes = 0
         self._event = 0
@@ -58,6 +61,7 @@ class LiveMemory(TorchDispatchMode):
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
         self.flops += flops_of(func, args, kwargs, result)
+        self.dequantized += dequantized_bytes(func, args, result)
         self.note(tree_leaves(result), self.region)
         return result
 

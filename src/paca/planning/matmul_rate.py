@@ -5,8 +5,9 @@ from __future__ import annotations
 import itertools
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -61,28 +62,42 @@ def measure_rate(device: str, dtype: torch.dtype, features: int, seconds: float 
     rates = {}
     for rows in ROWS:
         x = torch.randn(rows, features, dtype=dtype, device=device)
-        rates[rows] = 2 * rows * features**2 / _fastest(x, weight, seconds / len(ROWS))
-    name = torch.cuda.get_device_name() if device == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-    return MatmulRate(rates, f"measured on {name} in {str(dtype).removeprefix('torch.')}")
+        rates[rows] = 2 * rows * features**2 / _product_time(x, weight, seconds / len(ROWS))
+    return MatmulRate(rates, f"measured on {device_name(device)} in {str(dtype).removeprefix('torch.')}")
 
 
-def _fastest(x: torch.Tensor, weight: torch.Tensor, seconds: float) -> float:
-    """The shortest time of one product, in seconds: what the device can do while nothing else runs on it."""
+def device_name(device: str) -> str:
+    """For people."""
+    return torch.cuda.get_device_name() if device == "cuda" else f"CPU, {torch.get_num_threads()} threads"
 
-    def product() -> float:
-        _wait(x)
+
+def shortest_time(work: Callable[[], Any], device: str, seconds: float) -> float:
+    """The shortest time that `work` took in some repetitions: what the device can do while nothing else runs on it.
+
+    Args:
+        work: is run for `seconds`, and at least twice.
+        device: `"cpu"` or `"cuda"`.
+        seconds: for all of it.
+    """
+
+    def timed() -> float:
+        _wait(device)
         start = time.perf_counter()
-        torch.matmul(x, weight)
-        _wait(x)
+        work()
+        _wait(device)
         return time.perf_counter() - start
 
-    product()  # loads the library
-    fastest, end = product(), time.perf_counter() + seconds
+    timed()  # loads the library
+    shortest, end = timed(), time.perf_counter() + seconds
     while time.perf_counter() < end:
-        fastest = min(fastest, product())
-    return fastest
+        shortest = min(shortest, timed())
+    return shortest
 
 
-def _wait(tensor: torch.Tensor) -> None:
-    if tensor.is_cuda:
+def _product_time(x: torch.Tensor, weight: torch.Tensor, seconds: float) -> float:
+    return shortest_time(lambda: torch.matmul(x, weight), x.device.type, seconds)
+
+
+def _wait(device: str) -> None:
+    if device == "cuda":
         torch.cuda.synchronize()

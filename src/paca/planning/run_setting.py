@@ -42,6 +42,7 @@ def setting_of_run(config: RunConfig, device: str, longest: int | None = None) -
         recompute=config.model.recompute,
         checkpointing=bool(train.get("gradient_checkpointing") or train.get("activation_checkpointing")),
         chunked_loss=not holds_all_logits(train),
+        quantization=config.model.quantization,
         padded=packed or batch_size > 1,
         autocast=_autocast(train),
         # An optimizer that is not known is taken for one that keeps two moments: few keep more.

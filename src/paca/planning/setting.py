@@ -37,6 +37,8 @@ class Setting:
     """Whether batches hold padding or packed sequences, so that attention needs a mask."""
     autocast: torch.dtype | None = None
     """Dtype of `torch.autocast`, or None without it."""
+    quantization: str | None = None
+    """As `model.quantization` of a run: `"nf4"`, `"fp4"`, `"int8"`, or None for the weights as the model has them."""
     optimizer: str = "adamw_torch_fused"
     """As `optim` of transformers' `TrainingArguments`."""
     device: Literal["cpu", "cuda"] = "cpu"
@@ -69,7 +71,7 @@ class Setting:
 
     def techniques(self) -> str:
         """What is done to save memory, in words."""
-        words = []
+        words = [] if self.quantization is None else [f"{self.quantization} weights"]
         if self.lean:
             words.append("lean blocks" if self.recompute is None else "lean blocks, MLP recomputed")
         if self.checkpointing:

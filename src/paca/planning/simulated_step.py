@@ -23,6 +23,7 @@ from paca.planning.activation_kinds import ModuleStack
 from paca.planning.fake_model import make_fake, without_values
 from paca.planning.live_memory import LiveMemory
 from paca.planning.optimizer_state import state_bytes, step_temporaries
+from paca.planning.quantized_layers import states
 from paca.planning.setting import Setting
 
 WEIGHTS = "weights"
@@ -45,6 +46,8 @@ class StepTrace:
     """For each stretch of the step, everything that is allocated at its fullest moment, by category."""
     flops: int = 0
     """Of the forward and the backward pass."""
+    dequantized: int = 0
+    """Bytes read and written to unpack quantized weights, in both."""
 
     def plus(self, more: StepTrace, less: StepTrace, times: int) -> StepTrace:
         """`self + times * (more - less)`, everywhere."""
@@ -56,6 +59,7 @@ class StepTrace:
                 for name in (self.peaks | more.peaks)
             },
             self.flops + times * (more.flops - less.flops),
+            self.dequantized + times * (more.dequantized - less.dequantized),
         )
 
 
@@ -111,7 +115,7 @@ class _Simulation:
         memory, setting = self.memory, self.setting
         trainable = [p for p in self.model.parameters() if p.requires_grad]
         memory.note(trainable, TRAINABLE)
-        memory.note((*self.model.parameters(), *self.model.buffers()), WEIGHTS)
+        memory.note((*self.model.parameters(), *self.model.buffers(), *states(self.model)), WEIGHTS)
         memory.region = KEPT_COLUMNS
         with memory:
             paca.refresh(self.model)
@@ -130,7 +134,7 @@ class _Simulation:
         state = state_bytes(setting.optimizer, trainable)
         for peak in peaks.values():
             peak[OPTIMIZER] += state
-        return StepTrace(saved, peaks, memory.flops)
+        return StepTrace(saved, peaks, memory.flops, memory.dequantized)
 
     def _inputs(self) -> dict[str, Tensor]:
         shape = (self.setting.batch_size, self.setting.sequence_length)

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from paca.config import PacaConfig
 from paca.errors import PacaError
-from paca.planning.estimate import PlannedModel, prepare_model
+from paca.planning.estimate import prepare_model
 from paca.planning.run_setting import setting_of_run
 from paca.planning.setting import Setting
 
@@ -23,9 +23,13 @@ class Target:
     """A model with its adapter, and the setting that plans start from."""
 
     name: str
-    model: PlannedModel
-    """On the meta device, adapter included."""
+    model: PreTrainedModel
+    """On the meta device, without its adapter."""
+    adapter: PacaConfig
+    """That is put into it."""
     setting: Setting
+    lengths: str | None = None
+    """Where a run's sequence length is from, for people."""
 
     @property
     def dtype(self) -> torch.dtype:
@@ -55,19 +59,19 @@ def target_of_model(name: str, dtype: str, r: int, setting: Setting) -> Target:
     Raises:
         PacaError: there is no such model or dtype.
     """
-    return Target(name, prepare_model(_outline(name, dtype), PacaConfig(r=r, task_type="CAUSAL_LM")), setting)
+    return Target(name, _outline(name, dtype), PacaConfig(r=r, task_type="CAUSAL_LM"), setting)
 
 
 def target_of_run(
     path: Path, overrides: Sequence[str], device: str, sequence_length: int | None, batch_size: int | None
 ) -> Target:
-    """The run that a YAML file describes. Its data is not read: sequences are taken to be as long as they may.
+    """The run that a YAML file describes. Its sequences are as long as its longest example, where that is soon found.
 
     Args:
         path: as for `paca train`.
         overrides: `"section.key=value"` each.
         device: `"cpu"` or `"cuda"`.
-        sequence_length: in place of `train.max_length`.
+        sequence_length: in place of the longest example and `train.max_length`.
         batch_size: in place of `train.per_device_train_batch_size`.
 
     Raises:
@@ -75,6 +79,7 @@ def target_of_run(
     """
     from paca.training import load_run_config, train_settings
     from paca.training.adapter_settings import outline_config
+    from paca.training.longest_example import longest_example
 
     config = load_run_config(path, overrides)
     named = config.model
@@ -85,12 +90,19 @@ def target_of_run(
         weights_dtype=next(outline.parameters()).dtype,
         context_length=getattr(outline.config.get_text_config(), "max_position_embeddings", None),
     )
+    longest, lengths = None, None
     if sequence_length is not None:
         config.train["max_length"] = sequence_length
-    setting = setting_of_run(config, device)
+    else:
+        longest, lengths = longest_example(config)
+    setting = setting_of_run(config, device, longest)
+    if lengths is not None and longest is None:
+        lengths = f"train.max_length: {lengths}"
+    elif longest is not None and setting.sequence_length < longest:
+        lengths = f"train.max_length, which cuts {lengths}"
     if batch_size is not None:
         setting = replace(setting, batch_size=batch_size)
-    return Target(str(path), prepare_model(outline, outline_config(config.paca)), setting)
+    return Target(str(path), outline, outline_config(config.paca), setting, lengths)
 
 
 def _outline(name: str, dtype: str, revision: str | None = None, trust_remote_code: bool = False) -> PreTrainedModel:

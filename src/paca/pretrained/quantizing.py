@@ -24,10 +24,7 @@ def quantization_config(quantization: str, compute_dtype: torch.dtype) -> BitsAn
     """
     if quantization not in QUANTIZATIONS:
         raise PacaError(f"Unknown quantization {quantization!r}. Give one of: {', '.join(QUANTIZATIONS)}.")
-    if importlib.util.find_spec("bitsandbytes") is None:
-        raise PacaError(
-            f"Quantizing to {quantization} needs the package bitsandbytes: pip install 'paca-tuning[bitsandbytes]'."
-        )
+    require_bitsandbytes(quantization)
     if quantization == "int8":
         return BitsAndBytesConfig(load_in_8bit=True)
     return BitsAndBytesConfig(
@@ -36,6 +33,18 @@ def quantization_config(quantization: str, compute_dtype: torch.dtype) -> BitsAn
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=compute_dtype,
     )
+
+
+def require_bitsandbytes(what: str) -> None:
+    """
+    Args:
+        what: is to be quantized, or how.
+
+    Raises:
+        PacaError: bitsandbytes is not installed.
+    """
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise PacaError(f"{what}: quantized weights need bitsandbytes: pip install 'paca-tuning[bitsandbytes]'.")
 
 
 def device_map() -> dict[str, torch.device | str]:

@@ -26,7 +26,8 @@ class FourBit(QuantizedWeight):
     def adopt(self, module: Any) -> None:
         # For inference on CPUs with AVX512-BF16 the stock layer repacks its weight, into a form that does not
         # dequantize. Taking a state dict packs it back.
-        module.state_dict()
+        if getattr(self._state(module), "packing_format_for_cpu", False):
+            module.state_dict()
         module.support_avx512bf16_for_cpu = False
 
     def release(self, module: Any) -> None:

@@ -18,6 +18,7 @@ from paca.lean import make_lean, undo_lean
 from paca.planning.estimate import PlannedModel
 from paca.pretrained import load_config, load_tokenizer
 from paca.pretrained.location import locate
+from paca.pretrained.quantized_outline import quantize_outline
 from paca.training import adapter_settings, train_settings
 from paca.training.calibration import describe_columns
 from paca.training.loss_memory import describe_logits
@@ -133,6 +134,8 @@ def prepare(config: RunConfig) -> PreparedRun:
         context_length=getattr(model.config.get_text_config(), "max_position_embeddings", None),
     )
     check_target_names(config.paca, model, named.name)
+    if named.quantization is not None:
+        model = quantize_outline(model, named.quantization)
     try:
         adapted = get_peft_model(model, adapter_settings.outline_config(config.paca))
     except (ValueError, TypeError) as error:
