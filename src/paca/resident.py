@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from paca.columns import Columns, State, version_of
-from paca.rotation.folds import FoldsInWeight, Kept, oriented, parts_of, sum_of_parts
+from paca.folds import FoldsInWeight, Kept, oriented, parts_of, sum_of_parts
 from paca.rounding import add_once, round_once
 
 WRITING = threading.RLock()  # writers are rare (once per optimizer step); readers never take it

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from paca.columns import Folded
-from paca.rotation.folds import common
+from paca.folds import common
 
 
 class ColumnUnion(NamedTuple):
