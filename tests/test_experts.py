@@ -306,6 +306,29 @@ def test_a_state_dict_shows_the_pretrained_stacks_under_their_own_names_and_load
         model.load_state_dict(incomplete)
 
 
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_a_kept_state_dict_between_a_pass_and_its_backward_changes_no_gradient(implementation):
+    model = adapted("mixtral", implementation, init_weights=False)
+    deltas = [p for p in model.parameters() if p.requires_grad]
+    want = torch.autograd.grad(loss_of(model), deltas)
+    loss = loss_of(model)
+    state = model.state_dict()  # the stacks move to a copy when the backward pass writes columns into them
+    shown = {k: v.clone() for k, v in state.items()}
+    for gradient, wanted in zip(torch.autograd.grad(loss, deltas), want, strict=True):
+        assert torch.equal(gradient, wanted)
+    assert all(torch.equal(state[k], v) for k, v in shown.items())
+
+
+def test_a_state_dict_stays_the_pretrained_one_when_a_graph_from_before_is_dropped():
+    model = adapted("mixtral", "eager", init_weights=False)
+    loss = loss_of(model)  # its graph holds views of the stacks
+    state = model.state_dict()
+    shown = {k: v.clone() for k, v in state.items()}
+    del loss
+    logits(model)
+    assert all(torch.equal(state[k], v) for k, v in shown.items())
+
+
 def test_a_step_is_seen_by_the_next_pass_also_when_written_through_data():
     model = adapted("mixtral")
     for write in (

@@ -8,6 +8,7 @@ its forward pass read. It knows tensors only; which adapters are wanted is pushe
 from __future__ import annotations
 
 import threading
+import weakref
 from collections.abc import Callable
 
 import torch
@@ -50,6 +51,7 @@ class ResidentColumns:
         self._merged_kept: Kept | None = None
         self._remembered: dict[int, State] = {}
         self._lent: int | None = None  # users of the weight's storage before a state dict shared it
+        self._handed_out: list[weakref.ref[Tensor]] = []  # what state dicts got
         self._hidden_writes = 0  # counts the changes of deltas that version counters did not show
         self._seal: tuple[int, int] | None = None  # the weight's version and storage as we left them
         self._seen: set[int] = set()  # tags of the forward passes since the last backward pass
@@ -263,6 +265,11 @@ class ResidentColumns:
         if self._lent is None:
             self._lent = _storage_users(weight)
 
+    def handed_out(self, shared: Tensor) -> None:
+        """Note what a state dict got after ``lend``: the count of users alone would not show it any more once one of
+        those that were there before is gone."""
+        self._handed_out = [alive for alive in self._handed_out if alive() is not None] + [weakref.ref(shared)]
+
     def reloaded(self) -> None:
         """Note that new values were loaded into the (parked) weight."""
         self._begin_generation()
@@ -276,7 +283,7 @@ class ResidentColumns:
         if self._state.columns:
             raise RuntimeError("resident columns must be parked before they are copied or pickled")
         state = self.__dict__.copy()
-        state.update(_lent=None, _remembered={}, _seal=None, _seen=set(), _kept=None)
+        state.update(_lent=None, _handed_out=[], _remembered={}, _seal=None, _seen=set(), _kept=None)
         state["_folds"] = FoldsInWeight(self.input_dim)
         state["_state"] = None
         return state
@@ -416,9 +423,13 @@ class ResidentColumns:
             weight.index_copy_(self.input_dim, positions, values)
 
     def _part_from_lent(self, weight: Tensor) -> None:
-        if self._lent is not None and _storage_users(weight) > self._lent:
-            weight.data = weight.data.clone()
-        self._lent = None
+        if self._lent is not None:
+            storage = weight.untyped_storage()._cdata
+            shared = (alive() for alive in self._handed_out)
+            kept = any(tensor is not None and tensor.untyped_storage()._cdata == storage for tensor in shared)
+            if kept or _storage_users(weight) > self._lent:
+                weight.data = weight.data.clone()
+        self._lent, self._handed_out = None, []
 
 
 def bits_of(tensor: Tensor) -> Tensor:

@@ -292,6 +292,16 @@ def test_a_state_dict_holds_the_pretrained_columns_and_goes_on_holding_them(kind
     assert not torch.equal(layer_of(adapted).base_layer.weight, want["lin1.weight"])
 
 
+def test_a_state_dict_goes_on_holding_the_pretrained_weight_when_an_older_user_of_it_is_gone():
+    adapted = adapted_perceptron(init_weights=False)
+    view = layer_of(adapted).base_layer.weight.data
+    state = adapted.state_dict()
+    shown = {k: v.clone() for k, v in state.items()}
+    del view
+    adapted(torch.randn(3, 7))
+    assert all(torch.equal(state[k], v) for k, v in shown.items())
+
+
 def test_taking_a_state_dict_does_not_disturb_training():
     def run(take):
         model = adapted_perceptron()

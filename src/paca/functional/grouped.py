@@ -86,7 +86,9 @@ class _GroupedPartialLinear(torch.autograd.Function):
         y = matmul(x, matrices, offs=offsets)
         needed = ctx.needs_input_grad[8 + count :]
         kept = [x.index_select(-1, i) for i, need in zip(indices_then_deltas[:count], needed, strict=True) if need]
-        ctx.matrices = matrices  # no version check: before_backward puts the right columns back
+        # No version check: before_backward puts the right columns back. The tensor itself and no view of it, which
+        # would stay behind if it moves to other memory.
+        ctx.weight, ctx.input_dim = weight, input_dim
         ctx.matmul, ctx.scales, ctx.before_backward = matmul, scales, before_backward
         ctx.delta_dtypes = tuple(d.dtype for d in indices_then_deltas[count:])
         ctx.save_for_backward(state_tag, offsets, *kept)
@@ -99,7 +101,8 @@ class _GroupedPartialLinear(torch.autograd.Function):
         ctx.before_backward(int(tag))
         count = len(ctx.scales)
         grad_output = grad_output.contiguous()  # the kernels refuse expanded rows
-        grad_x = ctx.matmul(grad_output, ctx.matrices.mT, offs=offsets) if ctx.needs_input_grad[0] else None
+        transposed = ctx.weight if ctx.input_dim == -1 else ctx.weight.mT  # (experts, out_features, in_features)
+        grad_x = ctx.matmul(grad_output, transposed, offs=offsets) if ctx.needs_input_grad[0] else None
         grad_deltas: list[Tensor | None] = []
         remaining = iter(kept)
         for need, scale, dtype in zip(ctx.needs_input_grad[8 + count :], ctx.scales, ctx.delta_dtypes, strict=True):

@@ -28,6 +28,7 @@ def partial_linear(
     input_dim: int = 1,
     before_backward: Callable[[int], None] | None = None,
     state_tag: Tensor | None = None,
+    weight_again: Callable[[], Tensor] | None = None,
 ) -> Tensor:
     """Apply ``weight`` to ``x``; send gradients to ``x``, ``bias`` and the columns' ``deltas``.
 
@@ -48,6 +49,8 @@ def partial_linear(
             it, a weight that was written in between raises as usual.
         state_tag: a scalar tensor that names the columns ``weight`` holds now. It is saved with the activations, so
             that a recomputation by activation checkpointing replaces it together with them.
+        weight_again: gives ``weight`` in the backward pass, after ``before_backward``. For a weight that is a view: its
+            tensor may have moved to other memory since (``ResidentColumns.lend``), and the view would stay behind.
 
     Returns:
         ``(..., out_features)`` in the dtype of the matmul (under autocast, autocast's).
@@ -62,7 +65,7 @@ def partial_linear(
             "modules_to_save instead of target_modules."
         )
     return _PartialLinear.apply(
-        x, weight, bias, input_dim, tuple(scales), before_backward, state_tag, *indices, *deltas
+        x, weight, bias, input_dim, tuple(scales), before_backward, state_tag, weight_again, *indices, *deltas
     )
 
 
@@ -86,13 +89,14 @@ class _PartialLinear(torch.autograd.Function):
         scales: tuple[float, ...],
         before_backward: Callable[[int], None] | None,
         state_tag: Tensor | None,
+        weight_again: Callable[[], Tensor] | None,
         *indices_then_deltas: Tensor,
     ) -> Tensor:
         count = len(scales)
         indices, deltas = indices_then_deltas[:count], indices_then_deltas[count:]
         # Gather first: x was just written, and the matmul would drive it out of cache.
         # Gather before the cast: under autocast that reads r columns of x instead of casting all of it.
-        needed = ctx.needs_input_grad[7 + count :]
+        needed = ctx.needs_input_grad[8 + count :]
         selected = [x.index_select(-1, i) for i, need in zip(indices, needed, strict=True) if need]
         y = plain_linear(x, weight, bias, input_dim)
         kept = [_as(s, y.dtype) for s in selected]
@@ -104,7 +108,8 @@ class _PartialLinear(torch.autograd.Function):
             ctx.save_for_backward(weight, *kept)
         else:
             assert state_tag is not None
-            ctx.weight = weight  # no version check: before_backward puts the right columns back
+            # No version check: before_backward puts the right columns back.
+            ctx.weight, ctx.weight_again = (weight if weight_again is None else None), weight_again
             ctx.save_for_backward(state_tag, *kept)
         return y
 
@@ -116,7 +121,7 @@ class _PartialLinear(torch.autograd.Function):
             weight = first
         else:
             ctx.before_backward(int(first))
-            weight = ctx.weight
+            weight = ctx.weight if ctx.weight_again is None else ctx.weight_again()
         device_type = grad_output.device.type
         if torch.is_autocast_enabled(device_type):
             with torch.autocast(device_type, enabled=False):
@@ -136,9 +141,9 @@ def _gradients(ctx: Any, grad_output: Tensor, weight: Tensor, kept: list[Tensor]
         grad_bias = rows.sum(0).to(ctx.bias_dtype)
     grad_deltas: list[Tensor | None] = []
     remaining = iter(kept)
-    for need, scale, dtype in zip(needed[7 + count :], ctx.scales, ctx.delta_dtypes, strict=True):
+    for need, scale, dtype in zip(needed[8 + count :], ctx.scales, ctx.delta_dtypes, strict=True):
         grad_deltas.append(column_gradient(next(remaining), rows, scale, dtype) if need else None)
-    return grad_x, None, grad_bias, None, None, None, None, *([None] * count), *grad_deltas
+    return grad_x, None, grad_bias, *([None] * (5 + count)), *grad_deltas
 
 
 def input_gradient(grad_output: Tensor, weight: Tensor, input_dim: int) -> Tensor:

@@ -117,6 +117,7 @@ class StackView:
             input_dim=stack.input_dim + 2,
             before_backward=partial(stack.resident.before_backward, stack.weight, state),
             state_tag=state.tag_tensor,
+            weight_again=partial(stack.weight.select, 0, expert),
         )
 
     @torch.compiler.disable

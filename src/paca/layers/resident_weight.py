@@ -112,6 +112,8 @@ class ResidentWeight(nn.Module):
         if not keep_vars:  # with it, the caller asks for the parameter itself
             self.resident.lend(self.weight)
         super()._save_to_state_dict(destination, prefix, keep_vars)
+        if not keep_vars:
+            self.resident.handed_out(destination[prefix + "weight"])
 
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, local_metadata: Any, strict: bool, *rest: Any
