@@ -70,6 +70,11 @@ def test_a_config_written_by_a_newer_peft_loads_with_a_warning(tmp_path):
         ({"layers_pattern": "layers"}, "layers_to_transform is not set"),
         ({"indices": [1, 2]}, "indices must map"),
         ({"indices": {}}, "indices must map"),
+        ({"indices": {"q": None}}, r"^indices\['q'\] must be a list of column numbers"),
+        ({"indices": {"q": "12"}}, r"^indices\['q'\] must be a list of column numbers"),
+        ({"indices": {"(": [1]}}, r"^indices has the key '\('"),
+        ({"rank_pattern": {"(": 1}}, r"^rank_pattern has the key '\('"),
+        ({"random_seed": "first"}, "^random_seed must be a whole number"),
         ({"task_type": "NONSENSE"}, "Invalid task type"),
     ],
 )

@@ -724,3 +724,20 @@ def test_an_adapter_in_a_pickle_file_and_one_with_embeddings_load(tmp_path):
     language.save_pretrained(tmp_path / "embeddings", save_embedding_layers=True)
     again = PeftModel.from_pretrained(llama(), tmp_path / "embeddings")
     assert torch.equal(again.get_input_embeddings().weight, language.get_input_embeddings().weight)
+
+
+@pytest.mark.parametrize("name", ["", "first.second", "__base__", "keys", "training"])
+def test_a_name_that_no_adapter_can_have_is_refused_and_leaves_the_model_as_it_was(name):
+    model = adapt(llama(), r=2)
+    with pytest.raises(ValueError, match="An adapter can't be called"):
+        model.add_adapter(name, paca.PacaConfig(r=2))
+    model.add_adapter("another", paca.PacaConfig(r=2))
+    assert list(model.peft_config) == ["default", "another"]
+
+
+def test_columns_that_are_named_for_a_layer_that_is_not_there_are_refused():
+    model = llama()
+    kinds = [type(m) for m in model.modules()]
+    with pytest.raises(ValueError, match="indices names columns for 'q_porj', but the adapter has no such layer"):
+        adapt(model, target_modules=["q_proj"], indices={"q_porj": [0]})
+    assert [type(m) for m in model.modules()] == kinds

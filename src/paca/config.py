@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -124,6 +125,7 @@ class PacaConfig(PeftConfig):
                 raise ValueError(
                     f"{name} must map names of modules to numbers, such as {{'q_proj': 8}}; got {pattern!r}."
                 )
+            _check_expressions(name, pattern)
         for name, value in [("r", self.r), *((f"rank_pattern[{k!r}]", v) for k, v in self.rank_pattern.items())]:
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name} must be a whole number of columns, 1 or more; got {value!r}.")
@@ -135,6 +137,8 @@ class PacaConfig(PeftConfig):
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < float("inf"):
                 raise ValueError(f"{name} must be a positive number; got {value!r}.")
         check_strategy(self.selection)
+        if isinstance(self.random_seed, bool) or not isinstance(self.random_seed, int):
+            raise ValueError(f"random_seed must be a whole number; got {self.random_seed!r}.")
         every = self.rotate_every
         if every is not None and (isinstance(every, bool) or not isinstance(every, int) or every < 1):
             raise ValueError(f"rotate_every must be a whole number of steps, 1 or more, or null; got {every!r}.")
@@ -160,6 +164,10 @@ class PacaConfig(PeftConfig):
             )
         if self.indices is not None and (not isinstance(self.indices, dict) or not self.indices):
             raise ValueError("indices must map module names to lists of column numbers, such as {'q_proj': [0, 5]}.")
+        for key, columns in (self.indices or {}).items():
+            if columns is None or isinstance(columns, (str, int)):
+                raise ValueError(f"indices[{key!r}] must be a list of column numbers, such as [0, 5]; got {columns!r}.")
+        _check_expressions("indices", self.indices or {})
 
     def to_dict(self) -> dict[str, Any]:
         values: dict[str, Any] = super().to_dict()
@@ -184,3 +192,13 @@ class PacaConfig(PeftConfig):
         """Read another class's PaCA config (PEFT's own, >= 0.22); fields of the same name mean the same."""
         known = {f.name for f in dataclasses.fields(cls) if f.init} - {"peft_type"}
         return cls(**{k: v for k, v in dataclasses.asdict(config).items() if k in known})
+
+
+def _check_expressions(name: str, pattern: dict[str, Any]) -> None:
+    for key in pattern:
+        try:
+            re.compile(key)
+        except (re.error, TypeError) as error:
+            raise ValueError(
+                f"{name} has the key {key!r}, which is neither the name of a module nor a regular expression: {error}."
+            ) from error

@@ -94,7 +94,7 @@ def _check(target: ExpertTarget) -> None:
 
 
 def unused_patterns(model: nn.Module, adapter_name: str, patterns: dict[str, Any]) -> list[str]:
-    """The keys of a ``rank_pattern`` or ``alpha_pattern`` that name none of the adapter's layers, stacks among them."""
+    """The keys of ``rank_pattern`` and the like that name none of the adapter's layers, stacks among them."""
     names = [n for n, m in model.named_modules() if isinstance(m, PacaLayer) and adapter_name in m.paca_delta]
     return [key for key in patterns if not any(re.match(rf"(.*\.)?({key})$", name) for name in names)]
 

@@ -130,7 +130,10 @@ def explicit_columns(columns: Sequence[int] | Tensor, in_features: int, module_n
     Raises:
         ValueError: if there are none, one is repeated, or one is outside ``[0, in_features)``.
     """
-    indices = torch.as_tensor(columns, device="cpu")
+    try:
+        indices = torch.as_tensor(columns, device="cpu")
+    except (TypeError, ValueError, RuntimeError):  # a string, None, lists of different lengths, numbers past int64
+        indices = torch.empty(0)
     if indices.dim() != 1 or indices.numel() == 0 or indices.is_floating_point() or indices.dtype == torch.bool:
         raise ValueError(f"{module_name}: columns must be a non-empty list of whole numbers, got {columns!r}.")
     indices = indices.to(torch.int64).sort().values

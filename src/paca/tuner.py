@@ -15,7 +15,7 @@ from peft.utils.integrations import init_empty_weights
 from peft.utils.other import AuxiliaryTrainingWrapper, get_pattern_key
 from torch import Tensor, nn
 
-from paca.adapters.checks import DELTA, check_adapter_tensors
+from paca.adapters.checks import DELTA, check_adapter_tensors, check_indices_used, check_name
 from paca.adapters.file import check_has_weights
 from paca.adapters.original_weights import OriginalWeights
 from paca.adapters.recorded_quantization import quantizations, warn_of_another
@@ -55,6 +55,7 @@ class PacaModel(BaseTuner):
             config = self.peft_config[adapter_name] = PacaConfig.from_peft(config)
         trainable_before = {name: p.requires_grad for name, p in model.named_parameters()}
         try:
+            check_name(adapter_name)
             if config.loading and config.folder is not None:
                 check_has_weights(config.folder)
             with warnings.catch_warnings():
@@ -63,6 +64,7 @@ class PacaModel(BaseTuner):
                     warnings.filterwarnings("ignore", "You have passed exclude_modules", UserWarning)
                 super().inject_adapter(model, adapter_name, *args, **kwargs)
             note_quantization(model, adapter_name, config)
+            check_indices_used(model, adapter_name, config)
         except Exception:
             self.peft_config.pop(adapter_name, None)
             remove_adapter(model, adapter_name, trainable_before)

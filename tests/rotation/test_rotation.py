@@ -428,6 +428,15 @@ def test_a_compiled_model_rotates_without_being_compiled_again():
         pending.backward()
 
 
+@pytest.mark.parametrize(
+    ("number", "pick", "message"),
+    [(0, None, "counted from 1; got 0"), (1, 5, "pick=5 is unknown"), (1, lambda layer: None, "columns must be")],
+)
+def test_a_rotation_that_makes_no_sense_is_refused(number, pick, message):
+    with pytest.raises(ValueError, match=message):
+        paca.rotate(adapt(perceptron(), target_modules=["lin1"], r=2), None, number, pick=pick)
+
+
 def test_layers_that_are_not_written_are_refused():
     from quantized_layers import quantized_linear
 

@@ -1,4 +1,4 @@
-"""Checks an adapter's tensors before any of them reaches the model."""
+"""Checks an adapter's name, the layers its columns are named for, and its tensors before any reaches the model."""
 
 from __future__ import annotations
 
@@ -8,10 +8,35 @@ import torch
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
+from paca.config import PacaConfig
+from paca.expert_targets import unused_patterns
 from paca.layers import PacaLayer
+from paca.mixed.batch import BASE
 from paca.selection import column_problem
 
 DELTA, INDICES = "paca_delta", "paca_indices"
+
+
+def check_name(adapter_name: str) -> None:
+    """Raise ``ValueError`` for a name under which torch can't keep an adapter's tensors."""
+    taken = adapter_name == BASE or hasattr(nn.ParameterDict(), adapter_name) or hasattr(nn.ModuleDict(), adapter_name)
+    if not adapter_name or "." in adapter_name or taken:
+        raise ValueError(
+            f"An adapter can't be called {adapter_name!r}: the name must not be empty, hold a dot, be {BASE!r} (the "
+            "model without adapters) or be an attribute of torch's modules, such as 'keys'. Choose another one."
+        )
+
+
+def check_indices_used(model: nn.Module, adapter_name: str, config: PacaConfig) -> None:
+    """Raise ``ValueError`` if columns were named for a layer that the adapter does not have."""
+    unused = [] if config.loading else unused_patterns(model, adapter_name, config.indices or {})
+    if unused:
+        names = [n for n, m in model.named_modules() if isinstance(m, PacaLayer) and adapter_name in m.paca_delta]
+        others = f" and {len(names) - 3} more" if len(names) > 3 else ""
+        raise ValueError(
+            f"indices names columns for {unused[0]!r}, but the adapter has no such layer; it has {', '.join(names[:3])}"
+            f"{others}. Correct the name, or add the layer to target_modules or target_parameters."
+        )
 
 
 def check_adapter_tensors(

@@ -72,7 +72,7 @@ def picker_of(pick: str | Picker) -> Picker:
     Raises:
         ValueError: if there is none of that name.
     """
-    if not isinstance(pick, str):
+    if not isinstance(pick, str) and callable(pick):
         return pick
     if pick not in PICKERS:
         raise ValueError(f"pick={pick!r} is unknown; choose one of {', '.join(PICKERS)}, or give a function.")

@@ -50,6 +50,8 @@ def rotate(
             its parameters, or if ``pick`` gives columns that a layer has not, or not ``r`` of them. Nothing is changed
             then.
     """
+    if isinstance(number, bool) or not isinstance(number, int) or number < 1:
+        raise ValueError(f"number must say which rotation this is, counted from 1; got {number!r}.")
     name, config, layers = rotating_adapter(model, adapter_name)
     parameters = [layer.paca_delta[name] for layer in layers.values()]
     state = None if optimizer is None else _state_of(optimizer, parameters, name)
