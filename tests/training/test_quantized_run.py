@@ -54,7 +54,7 @@ def test_the_columns_may_start_from_the_dequantized_weight(config_file, tmp_path
         config_file,
         tmp_path / "run",
         "model.quantization=nf4",
-        "paca.adapters.original_weights=null",
+        "paca.original_weights=null",
         "train.max_steps=1",
     )
     assert yaml.safe_load((folder / "config.yaml").read_text())["paca"]["original_weights"] is None
