@@ -18,131 +18,40 @@ from __future__ import annotations
 
 import argparse
 import copy
-import csv
-import fcntl
-import math
 import shlex
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import peft
 import selection_columns
 import torch
+from selection_data import ANSWER_TOKENS, Data, collated, tokenized
 from selection_report import print_report
+from selection_runs import SAME, SEEDS, Row, Run, append, claimed, planned, read_done
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import get_cosine_schedule_with_warmup
 
 import paca
 from paca.bench.provenance import provenance
-from paca.data import load_examples
 from paca.pretrained import load_pretrained
+from paca.selection import FROM_BATCHES
 from paca.training.summary import now
 
 STRATEGIES = (
     "random",
     "activation_variance",
     "gradient_norm",
+    "pivoted_answer_variance",
     "lora",
     "activation_norm",
-    "pivoted_answer_variance",
-    "weighted_variance",
+    "pivoted_gradient_variance",
     "weight_norm",
 )
 RANK, LORA_RANK, ALPHA = 16, 8, 16
-SEEDS = (1, 2)  # besides 0
-ANSWER_TOKENS = 32  # an example must have so many left when it is cut
 WARMUP_STEPS = 2
-SAME = ("steps", "batch", "max_tokens", "held_out")
-"""Settings that make rows comparable."""
-
-
-@dataclass(frozen=True)
-class Run:
-    """What is trained."""
-
-    data: str
-    strategy: str
-    rate: float
-    seed: int
-
-
-@dataclass(frozen=True)
-class Row:
-    """One finished run."""
-
-    date: str
-    commit: str
-    dirty: str
-    machine: str
-    device: str
-    threads: str
-    versions: str
-    command: str
-    model: str
-    dtype: str
-    data: str
-    strategy: str
-    rank: int
-    alpha: int
-    trainable: int
-    rate: float
-    seed: int
-    steps: int
-    batch: int
-    max_tokens: int
-    calibration: int
-    """Training examples that columns were chosen by; 0 where none were needed."""
-    tokens: int
-    """Trained on, prompts included."""
-    answer_tokens: int
-    """Those that the loss fell on."""
-    held_out: int
-    """Examples that the loss is measured on."""
-    loss_before: float
-    loss_after: float
-    seconds_choosing: float
-    seconds_training: float
-    """Beside other work: says nothing about speed."""
-
-
-@dataclass(frozen=True)
-class Data:
-    """A data set's examples, tokenized: ``input_ids`` and ``labels`` each."""
-
-    train: list[dict[str, list[int]]]
-    held_out: list[dict[str, list[int]]]
-
-
-def tokenized(file: str, tokenizer: Any, max_tokens: int) -> list[dict[str, list[int]]]:
-    """The examples of ``file``, cut to ``max_tokens``; those with too little answer left are dropped."""
-    examples = []
-    for row in load_examples(file).dataset:
-        messages = row["messages"] if "messages" in row else [*row["prompt"], *row["completion"]]
-        prompt = tokenizer.apply_chat_template(messages[:-1], add_generation_prompt=True, return_dict=True)["input_ids"]
-        whole = tokenizer.apply_chat_template(messages, return_dict=True)["input_ids"][:max_tokens]
-        if len(whole) - len(prompt) >= ANSWER_TOKENS:
-            assert whole[: len(prompt)] == prompt
-            labels = [-100] * len(prompt) + whole[len(prompt) :]
-            examples.append({"input_ids": whole, "labels": labels})
-    return examples
-
-
-def collated(examples: list[dict[str, list[int]]], pad: int) -> dict[str, Tensor]:
-    """One batch, padded on the right."""
-    longest = max(len(example["input_ids"]) for example in examples)
-
-    def padded(name: str, value: int) -> Tensor:
-        return torch.tensor([example[name] + [value] * (longest - len(example[name])) for example in examples])
-
-    lengths = torch.tensor([len(example["input_ids"]) for example in examples])
-    mask = (torch.arange(longest) < lengths[:, None]).long()
-    return {"input_ids": padded("input_ids", pad), "attention_mask": mask, "labels": padded("labels", -100)}
 
 
 def loss_of(model: Any, batch: dict[str, Tensor], reduction: str = "mean") -> Tensor:
@@ -174,6 +83,7 @@ class Experiment:
                     f"{name} has {len(data.train)} training and {len(data.held_out)} held-out examples with "
                     f"{ANSWER_TOKENS} answer tokens within --max-tokens; that is too few."
                 )
+        self._chosen: dict[tuple[str, str, int], tuple[peft.PeftConfig, float]] = {}
         self.loss_before = {name: self.held_out_loss(self.model, name) for name in tables}
         self.shared = {
             **provenance(torch.device("cpu")),
@@ -199,33 +109,35 @@ class Experiment:
         order = torch.randperm(len(train), generator=torch.Generator().manual_seed(run.seed))[:examples].tolist()
         return [collated([train[i] for i in order[s : s + size]], self.pad) for s in range(0, examples, size)]
 
-    def config(self, run: Run, model: Any) -> tuple[peft.PeftConfig, int]:
-        """The adapter's, with its columns chosen, and how many examples that took."""
+    def config(self, run: Run, model: Any) -> peft.PeftConfig:
+        """The adapter's, with its columns chosen."""
         if run.strategy == "lora":
-            return peft.LoraConfig(r=LORA_RANK, lora_alpha=ALPHA, target_modules="all-linear", task_type="CAUSAL_LM"), 0
-        shared: dict[str, Any] = {"r": RANK, "paca_alpha": ALPHA, "task_type": "CAUSAL_LM", "random_seed": run.seed}
-        own = run.strategy in selection_columns.STRATEGIES
-        if not own:
-            shared["selection"] = run.strategy
-        config = paca.PacaConfig(**shared)
-        if run.strategy in ("random", "weight_norm"):
-            return paca.select(model, config), 0
+            return peft.LoraConfig(r=LORA_RANK, lora_alpha=ALPHA, target_modules="all-linear", task_type="CAUSAL_LM")
         batches = self.batches(run, self.settings.calibration)
-        if own:
-            config.indices = selection_columns.choose(run.strategy, model, RANK, batches, loss_of)
-        else:
-            config = paca.select(model, config, batches, progress=False)
-        return config, self.settings.calibration
+        settings: dict[str, Any] = {"r": RANK, "paca_alpha": ALPHA, "task_type": "CAUSAL_LM", "random_seed": run.seed}
+        if run.strategy in selection_columns.STRATEGIES:
+            columns = selection_columns.choose(run.strategy, model, RANK, batches, loss_of)
+            return paca.PacaConfig(indices=columns, target_modules="all-linear", **settings)
+        config = paca.PacaConfig(selection=run.strategy, **settings)
+        return paca.select(model, config, batches if run.strategy in FROM_BATCHES else None, progress=False)
+
+    def chosen(self, run: Run) -> tuple[peft.PeftConfig, float]:
+        """The same, found once for all rates, and the seconds it took."""
+        key = (run.data, run.strategy, run.seed)
+        if key not in self._chosen:
+            started = time.perf_counter()
+            config = self.config(run, copy.deepcopy(self.model))
+            self._chosen[key] = (config, time.perf_counter() - started)
+        config, seconds = self._chosen[key]
+        return copy.deepcopy(config), seconds
 
     def train(self, run: Run) -> Row:
         """Do one run."""
-        torch.manual_seed(run.seed)
         steps, batch = self.settings.steps, self.settings.batch
+        config, seconds_choosing = self.chosen(run)
         model = copy.deepcopy(self.model)
         started = time.perf_counter()
-        config, calibration = self.config(run, model)
-        chosen = time.perf_counter()
-        torch.manual_seed(run.seed)
+        torch.manual_seed(run.seed)  # of LoRA's first values
         adapted = peft.get_peft_model(model, config).train()
         trained = [p for p in adapted.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(trained, lr=run.rate, weight_decay=0.0)
@@ -247,81 +159,14 @@ class Experiment:
             rank=LORA_RANK if run.strategy == "lora" else RANK,
             alpha=ALPHA,
             trainable=sum(p.numel() for p in trained),
-            calibration=calibration,
+            calibration=0 if run.strategy in ("lora", "random", "weight_norm") else self.settings.calibration,
             tokens=tokens,
             answer_tokens=answer_tokens,
             loss_before=self.loss_before[run.data],
             loss_after=self.held_out_loss(model.eval(), run.data),
-            seconds_choosing=chosen - started,
-            seconds_training=ended - chosen,
+            seconds_choosing=seconds_choosing,
+            seconds_training=ended - started,
         )
-
-
-def planned(tables: list[str], strategies: list[str], done: dict[Run, float]) -> Iterator[Run | None]:
-    """All runs in the order of their use; None for one that waits for others to show which it is."""
-    for data in tables:
-        for number in range(3):
-            for strategy in strategies:
-                yield _rate_run(Run(data, strategy, 0.0, 0), number, done)
-    for seed in SEEDS:
-        for data in tables:
-            for strategy in strategies:
-                tried = [_rate_run(Run(data, strategy, 0.0, 0), number, done) for number in range(3)]
-                known = [run for run in tried if run is not None and run in done]
-                best = min(known, key=lambda run: done[run]) if len(known) == 3 else None
-                yield None if best is None else Run(data, strategy, best.rate, seed)
-
-
-def _rate_run(run: Run, number: int, done: dict[Run, float]) -> Run | None:
-    low, high = (Run(run.data, run.strategy, rate, run.seed) for rate in (1e-3, 3e-3))
-    if number < 2:
-        return (low, high)[number]
-    if low not in done or high not in done:
-        return None
-    return Run(run.data, run.strategy, 1e-2 if done[high] < done[low] else 3e-4, run.seed)
-
-
-def read_done(path: Path, settings: argparse.Namespace) -> dict[Run, float]:
-    """The held-out loss of the runs with these settings in the file; infinite where it is not a number."""
-    if not path.exists():
-        return {}
-    with path.open(newline="", encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
-    return {
-        Run(row["data"], row["strategy"], float(row["rate"]), int(row["seed"])): _loss(row["loss_after"])
-        for row in rows
-        if all(int(row[name]) == getattr(settings, name) for name in SAME)
-    }
-
-
-def _loss(text: str) -> float:
-    value = float(text)
-    return value if math.isfinite(value) else math.inf
-
-
-def append(path: Path, row: Row) -> None:
-    """Write one row, whole, whoever else writes."""
-    names = [field.name for field in fields(Row)]
-    with path.open("a", newline="", encoding="utf-8") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        writer = csv.writer(file, lineterminator="\n")
-        if path.stat().st_size == 0:
-            writer.writerow(names)
-        values = [getattr(row, name) for name in names]
-        writer.writerow([f"{value:.8g}" if isinstance(value, float) else value for value in values])
-
-
-@contextmanager
-def claimed(folder: Path, run: Run) -> Iterator[bool]:
-    """Whether the run is ours now. The lock goes with the process, however it ends."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / f"{run.data}-{run.strategy}-{run.rate:g}-{run.seed}.lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            yield False
-        else:
-            yield True
 
 
 def work(experiment: Experiment, tables: list[str], settings: argparse.Namespace) -> None:
@@ -346,11 +191,13 @@ def work(experiment: Experiment, tables: list[str], settings: argparse.Namespace
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="a GGUF file, a folder or a hub id")
-    parser.add_argument("--data", action="append", default=[], metavar="NAME=TRAIN:TEST", help="two files; repeatable")
+    parser.add_argument(
+        "--data", action="append", default=[], metavar="NAME=TRAIN:TEST", help="two files; for each data set"
+    )
     parser.add_argument("--output", type=Path, default=Path("benchmarks/selection.csv"))
     parser.add_argument("--locks", type=Path, default=Path(".cache/selection-locks"))
     parser.add_argument("--strategies", nargs="+", default=list(STRATEGIES))
-    parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--steps", type=int, default=32)
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--max-tokens", type=int, default=112)
     parser.add_argument("--calibration", type=int, default=32, help="training examples that columns are chosen by")
@@ -359,7 +206,8 @@ def main() -> None:
     settings = parser.parse_args()
     if settings.report:
         same = {name: getattr(settings, name) for name in SAME}
-        print_report(settings.output, settings.strategies, (0, *SEEDS), same)
+        names = [text.partition("=")[0] for text in settings.data]
+        print_report(settings.output, names, settings.strategies, (0, *SEEDS), same)
         return
     if settings.model is None or not settings.data:
         parser.error("--model and --data are needed")

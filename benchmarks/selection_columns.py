@@ -42,18 +42,13 @@ class Covariance:
         return self.second / self.total - torch.outer(mean, mean)
 
 
-def largest(covariance: Tensor, r: int) -> list[int]:
-    """The ``r`` channels of the largest variance."""
-    return covariance.diagonal().sort(descending=True, stable=True).indices[:r].sort().values.tolist()
-
-
 def pivoted(covariance: Tensor, r: int) -> list[int]:
     """``r`` of the ``8 r`` channels of the largest variance, none of which the others foretell.
 
     Each is the one with the most variance left once the channels taken before it have explained what they can: a
     Cholesky factorization with pivoting, r steps of it.
     """
-    candidates = torch.tensor(largest(covariance, 8 * r))
+    candidates = covariance.diagonal().sort(descending=True, stable=True).indices[: 8 * r]
     rest = covariance[candidates][:, candidates].clone()
     floor = 1e-9 * rest.diagonal().max()
     chosen: list[int] = []
@@ -67,18 +62,10 @@ def pivoted(covariance: Tensor, r: int) -> list[int]:
     return candidates[chosen].sort().values.tolist()
 
 
-WEIGHTS = ("answers", "gradients")
-"""What a token counts: ``answers``: 1 if the loss falls on what the model says there, else 0, which leaves out the
-first tokens with their outsized activations; ``gradients``: the squared norm of the loss's gradient in the layer's
-output at that token."""
-
-STRATEGIES: dict[str, tuple[str, Callable[[Tensor, int], list[int]]]] = {
-    "answer_variance": ("answers", largest),
-    "pivoted_answer_variance": ("answers", pivoted),
-    "weighted_variance": ("gradients", largest),
-    "pivoted_weighted_variance": ("gradients", pivoted),
-}
-"""Name: what tokens count, and how channels are taken from the covariance."""
+STRATEGIES = {"pivoted_answer_variance": "answers", "pivoted_gradient_variance": "gradients"}
+"""Name: what a token counts in the covariance. ``answers``: 1 if the loss falls on what the model says there, else 0,
+which leaves out the first tokens with their outsized activations; ``gradients``: the squared norm of the loss's
+gradient in the layer's output at that token."""
 
 
 def choose(strategy: str, model: Any, r: int, batches: Iterable[Batch], loss: Loss) -> dict[str, list[int]]:
@@ -91,13 +78,12 @@ def choose(strategy: str, model: Any, r: int, batches: Iterable[Batch], loss: Lo
         batches: for calibration, with labels.
         loss: of the model on a batch.
     """
-    weights, take = STRATEGIES[strategy]
-    covariances = covariances_of(model, weights, batches, loss)
-    return {name: take(found.matrix(), r) for name, found in covariances.items()}
+    covariances = covariances_of(model, STRATEGIES[strategy], batches, loss)
+    return {name: pivoted(found.matrix(), r) for name, found in covariances.items()}
 
 
 def covariances_of(model: Any, weights: str, batches: Iterable[Batch], loss: Loss) -> dict[str, Covariance]:
-    """Run the batches through ``model``; arguments as in ``choose``, and one of ``WEIGHTS``."""
+    """Run the batches through ``model``; arguments as in ``choose``, ``weights`` of ``STRATEGIES``."""
     output_layer = model.get_output_embeddings()
     layers = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear) and m is not output_layer}
     covariances = {name: Covariance() for name in layers}

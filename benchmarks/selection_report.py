@@ -9,13 +9,17 @@ from pathlib import Path
 from typing import Any
 
 Row = dict[str, str]
+RATES = 3  # tried with the first seed
 
 
-def print_report(path: Path, strategies: Sequence[str], seeds: Sequence[int], settings: dict[str, int]) -> None:
+def print_report(
+    path: Path, names: Sequence[str], strategies: Sequence[str], seeds: Sequence[int], settings: dict[str, int]
+) -> None:
     """Print a markdown table for each data set, and what is missing.
 
     Args:
         path: the rows.
+        names: of the planned data sets; those of the rows if empty.
         strategies: in the order of the table.
         seeds: planned, the one that rates were tried with first.
         settings: the columns that a row must have to count.
@@ -24,11 +28,13 @@ def print_report(path: Path, strategies: Sequence[str], seeds: Sequence[int], se
     if not rows:
         print(f"No rows with {settings} in {path}.")
         return
-    tables = sorted({row["data"] for row in rows})
-    planned = len(tables) * len(strategies) * (2 + len(seeds))
+    tables = names or sorted({row["data"] for row in rows})
+    planned = len(tables) * len(strategies) * (RATES - 1 + len(seeds))
     print(f"{len(rows)} of {planned} runs are there ({', '.join(f'{k} {v}' for k, v in settings.items())}).")
     for data in tables:
-        _print_table([row for row in rows if row["data"] == data], strategies, seeds)
+        mine = [row for row in rows if row["data"] == data]
+        if mine:
+            _print_table(mine, strategies, seeds)
 
 
 def _rows(path: Path) -> list[Row]:
@@ -56,6 +62,8 @@ def _print_table(rows: list[Row], strategies: Sequence[str], seeds: Sequence[int
             continue
         tried = ", ".join(f"{rate:g}: {loss:.4f}" for rate, loss in sorted(mine["tried"].items()))
         edge = " (at the edge)" if mine["rate"] in (min(mine["tried"]), max(mine["tried"])) else ""
+        if len(mine["tried"]) < RATES:
+            edge = f" (of {len(mine['tried'])} so far)"
         pairs = [against[seed] - losses[seed] for seed in losses if seed in against]
         less = f"{statistics.median(pairs):+.4f}, {sum(p > 0 for p in pairs)} of {len(pairs)}" if pairs else ""
         print(
