@@ -51,7 +51,9 @@ def hotswap_adapter(model: nn.Module, folder: str | os.PathLike[str], adapter_na
     model = getattr(model, "_orig_mod", model)  # of torch.compile
     configs: dict[str, Any] = getattr(model, "peft_config", {})
     if not isinstance(configs.get(adapter_name), PacaConfig):
-        raise ValueError(f"There is no PaCA adapter {adapter_name!r} to replace; loaded are {', '.join(configs)}.")
+        raise ValueError(
+            f"There is no PaCA adapter {adapter_name!r} to replace; loaded are {', '.join(configs) or 'none'}."
+        )
     config = _config_of(folder)
     root: nn.Module = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
     layers = {

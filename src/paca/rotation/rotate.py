@@ -84,6 +84,10 @@ def set_trained_columns(
         ValueError: if the layers are not those of the adapter, or columns do not fit.
     """
     name, _, layers = rotating_adapter(model, adapter_name)
+    if not isinstance(columns, Mapping):
+        raise ValueError(
+            f"columns must map layers to column numbers, as paca.trained_columns gives them; got {columns!r}."
+        )
     different = sorted(layers.keys() ^ columns.keys())
     if different:
         raise ValueError(
