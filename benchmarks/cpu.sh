@@ -13,6 +13,8 @@ part speed-fp32 480 $BLOCKS --dtype float32 --methods $ALL --seq 512 --rounds 10
     --output benchmarks/cpu-blocks.csv
 part long-bf16 480 $BLOCKS --dtype bfloat16 --methods $ALL --seq 2048 --rounds 8 --measure time,saved \
     --output benchmarks/cpu-blocks.csv
+part wide 580 $BLOCKS --layers 1 --hidden 4096 --dtype bfloat16 --methods frozen,paca,paca+lean,paca+lean+recompute,lora,lora-tuned \
+    --seq 512,2048 --rounds 8 --measure time,saved --output benchmarks/cpu-blocks.csv
 part short 480 $BLOCKS --dtype bfloat16 --methods $ALL --seq 64,128 --rounds 25 --measure time,saved,switch \
     --output benchmarks/cpu-short.csv
 part others 480 $BLOCKS --dtype bfloat16 --methods frozen,paca,dora,lora-fa,vera,full --seq 512 --rounds 8 \
