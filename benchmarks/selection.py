@@ -7,7 +7,7 @@
 
 Every strategy has the same budget of columns, steps and tokens. It runs at three learning rates with seed 0 (1e-3,
 3e-3, and 1e-2 or 3e-4, on the side of the better of the two), and at the best of them with two more seeds. A seed
-decides the order of the data, hence what is trained on and what columns are chosen by, and the columns of `random`. The
+decides the order of the data, hence what is trained on and what columns are chosen by, and the columns that are random. The
 held-out examples are always the same. LoRA of rank 8 trains about as many parameters as PaCA of rank 16.
 
 One row is appended for each run as it ends. Started again it goes on with what is missing; several processes side by
@@ -37,11 +37,12 @@ from transformers import get_cosine_schedule_with_warmup
 import paca
 from paca.bench.provenance import provenance
 from paca.pretrained import load_pretrained
-from paca.selection import FROM_BATCHES
+from paca.selection import AT_RANDOM, FROM_BATCHES
 from paca.training.summary import now
 
 STRATEGIES = (
     "random",
+    "random_blocks",
     "activation_variance",
     "gradient_norm",
     "pivoted_answer_variance",
@@ -159,7 +160,7 @@ class Experiment:
             rank=LORA_RANK if run.strategy == "lora" else RANK,
             alpha=ALPHA,
             trainable=sum(p.numel() for p in trained),
-            calibration=0 if run.strategy in ("lora", "random", "weight_norm") else self.settings.calibration,
+            calibration=0 if run.strategy in ("lora", "weight_norm", *AT_RANDOM) else self.settings.calibration,
             tokens=tokens,
             answer_tokens=answer_tokens,
             loss_before=self.loss_before[run.data],

@@ -14,6 +14,7 @@ from paca.layers import RESIDENT_CLASSES, PacaLayer
 from paca.layers.overlaid import OverlaidLinear
 from paca.quantized import quantization_of
 from paca.selection import (
+    AT_RANDOM,
     FROM_BATCHES,
     explicit_columns,
     random_columns,
@@ -38,7 +39,9 @@ def choose_columns(config: PacaConfig, layer: Any, in_features: int, key: str) -
     if by_hand is not None:
         return by_hand
     r = rank_of(config, key)
-    if config.selection == "random" or config.loading:  # a file that is loaded brings its columns along
+    if config.selection in AT_RANDOM:
+        return random_columns(in_features, r, config.random_seed, key, config.selection)
+    if config.loading:  # the file brings its columns along
         return random_columns(in_features, r, config.random_seed, key)
     if config.selection in FROM_BATCHES:
         raise ValueError(

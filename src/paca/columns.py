@@ -8,6 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from paca.column_runs import runs_of
+
 
 @dataclass(frozen=True, eq=False)
 class Folded:
@@ -64,6 +66,7 @@ class State:
         "generation",
         "hidden_writes",
         "indices",
+        "runs",
         "scales",
         "tag",
         "tag_tensor",
@@ -75,6 +78,7 @@ class State:
         self.columns = columns
         self.deltas = tuple(c.delta for c in columns)
         self.indices = tuple(c.indices for c in columns)
+        self.runs = tuple(runs_of(i) for i in self.indices)
         self.scales = tuple(c.scale for c in columns)
         self.generation = generation
         self.hidden_writes = hidden_writes

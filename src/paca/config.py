@@ -14,7 +14,7 @@ from paca.adapters.file import check_adapter_file
 from paca.registration import add_peft_type
 from paca.selection import check_strategy
 
-ROTATIONS = ("random", "weight_norm")
+ROTATIONS = ("random", "random_blocks", "weight_norm")
 
 
 @dataclass
@@ -66,7 +66,9 @@ class PacaConfig(PeftConfig):
     alpha_pattern: dict[str, float] = field(
         default_factory=dict, metadata={"help": "paca_alpha for particular modules, as rank_pattern."}
     )
-    selection: Literal["random", "weight_norm", "activation_norm", "activation_variance", "gradient_norm"] = field(
+    selection: Literal[
+        "random", "random_blocks", "weight_norm", "activation_norm", "activation_variance", "gradient_norm"
+    ] = field(
         default="random",
         metadata={
             "help": "How columns are chosen, or were: for the last three, paca.select finds the indices from batches."
@@ -87,7 +89,7 @@ class PacaConfig(PeftConfig):
             "(paca.RotateColumns, paca.rotate). The saved adapter is the union of all of them, and says null here."
         },
     )
-    rotate_by: Literal["random", "weight_norm"] = field(
+    rotate_by: Literal["random", "random_blocks", "weight_norm"] = field(
         default="random", metadata={"help": f"How a rotation picks columns: {', '.join(ROTATIONS)}."}
     )
     original_weights: str | None = field(

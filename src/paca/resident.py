@@ -14,6 +14,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from paca.column_runs import put_columns
 from paca.columns import Columns, State, version_of
 from paca.folds import FoldsInWeight, Kept, oriented, parts_of, sum_of_parts
 from paca.rounding import add_once, round_once
@@ -418,9 +419,9 @@ class ResidentColumns:
             values = values.to(weight)
         if weight.is_inference():
             with torch.inference_mode():
-                weight.index_copy_(self.input_dim, positions, values)
+                put_columns(weight, self.input_dim, positions, values)
         else:
-            weight.index_copy_(self.input_dim, positions, values)
+            put_columns(weight, self.input_dim, positions, values)
 
     def _part_from_lent(self, weight: Tensor) -> None:
         if self._lent is not None:

@@ -18,6 +18,10 @@ STRENGTH = 0.3
 """Of the random deltas: large, so that an effect that is missing shows."""
 
 
+class Explained(Exception):
+    """There is nothing to do here, for the reason given, which the operation has checked."""
+
+
 class Case:
     """A fresh model of ``subject``, with the adapter ``default``."""
 
@@ -32,7 +36,7 @@ class Case:
         model = adapt(
             self.subject.base(self.folder), **{"r": 2, "paca_alpha": 3, **self.subject.targets, **settings}
         ).eval()
-        _randomize(model, "default", seed)
+        randomize(model, "default", seed)
         return model
 
     def add_second(self) -> None:
@@ -40,7 +44,7 @@ class Case:
         config: Any = self.model.peft_config["default"]
         self.model.add_adapter("second", dataclasses.replace(config, r=1, paca_alpha=1, random_seed=7))
         self.model.eval()
-        _randomize(self.model, "second", 4)
+        randomize(self.model, "second", 4)
 
     def layers(self, model: Any = None) -> dict[str, PacaLayer]:
         """The adapted layers by their names in the base model."""
@@ -54,7 +58,7 @@ class Case:
         twin = self.subject.plain().to(dtype)
         twin.requires_grad_(False)
         for name, layer in self.layers().items():
-            weight = _weight(twin, name)
+            weight = weight_of(twin, name)
             total = weight.data.double()
             for adapter, factor in adapters.items():
                 if adapter in layer.paca_delta:
@@ -68,7 +72,7 @@ class Case:
     def column_gradient(self, twin: nn.Module, name: str, adapter: str) -> Tensor:
         """The gradient of a delta, from that of the dense weight."""
         layer, dim = self.layers()[name], self.subject.column_dim
-        gradient = _weight(twin, name).grad
+        gradient = weight_of(twin, name).grad
         assert gradient is not None
         gradient = gradient.index_select(dim, layer.paca_indices[adapter]) * layer.scaling[adapter]
         return gradient.mT if dim in (0, -2) else gradient
@@ -92,7 +96,8 @@ class Case:
         }
 
 
-def _randomize(model: Any, adapter: str, seed: int) -> None:
+def randomize(model: Any, adapter: str, seed: int) -> None:
+    """Give the adapter random deltas."""
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in model.named_parameters():
         if f"paca_delta.{adapter}" in name:
@@ -100,7 +105,8 @@ def _randomize(model: Any, adapter: str, seed: int) -> None:
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) * STRENGTH)
 
 
-def _weight(plain: nn.Module, name: str) -> nn.Parameter:
+def weight_of(plain: nn.Module, name: str) -> nn.Parameter:
+    """The weight of a layer, or the stack of experts of that name."""
     parameters = dict(plain.named_parameters(remove_duplicate=False))
     return parameters[name] if name in parameters else parameters[f"{name}.weight"]
 

@@ -13,8 +13,8 @@ from torch import nn
 
 import paca
 from models import adapt
-from support_matrix.case import Case, run
-from support_matrix.operations import OPERATIONS, WITH_GRADIENTS, Explained
+from support_matrix.case import Case, Explained, run
+from support_matrix.operations import OPERATIONS, WITH_GRADIENTS
 from support_matrix.subject import Refused, Subject
 
 LIBRARY = str(Path(paca.__file__).parent)

@@ -89,8 +89,23 @@ def untied_llama() -> nn.Module:
 
 
 RESIDENT_LAYERS = (
-    _pair("linear", "`nn.Linear`", lambda: nn.Linear(7, 13), lambda: nn.Linear(13, 5), 3, 4, 7),
-    _pair("conv1d-gpt2", "`Conv1D` (GPT-2)", lambda: Conv1D(13, 7), lambda: Conv1D(5, 13), 3, 4, 7, column_dim=0),
+    _pair(
+        "linear",
+        "`nn.Linear`",
+        lambda: nn.Linear(7, 13),
+        lambda: nn.Linear(13, 5),
+        *(3, 4, 7),
+        language_model=lambda folder: small_llama(),
+    ),
+    _pair(
+        "conv1d-gpt2",
+        "`Conv1D` (GPT-2)",
+        lambda: Conv1D(13, 7),
+        lambda: Conv1D(5, 13),
+        *(3, 4, 7),
+        column_dim=0,
+        language_model=lambda folder: gpt2(),
+    ),
     _pair(
         "conv1d",
         "`nn.Conv1d`",
@@ -156,6 +171,10 @@ def _offloaded(key: str, title: str, base: Any, plain: Any, **settings: Any) -> 
     return Subject(key, title, ADDITIVE, base, plain, lambda: random_input(3, 4, 7), targets=BOTH, **settings)
 
 
+def offloaded_llama(folder: Path) -> nn.Module:
+    return cpu_offload(small_llama(), execution_device=torch.device("cpu"))
+
+
 def dispatched(folder: Path) -> nn.Module:
     """``first`` on the CPU, ``second`` in a safetensors file."""
     model: Any = linear_pair()
@@ -177,13 +196,18 @@ def dispatch_again(folder: Path) -> dict[str, Any]:
 
 OFFLOADED = (
     _offloaded(
-        "linear-cpu-offload", "`nn.Linear` offloaded to the CPU", lambda folder: cpu_offload(linear_pair()), linear_pair
+        "linear-cpu-offload",
+        "`nn.Linear` offloaded to the CPU",
+        lambda folder: cpu_offload(linear_pair()),
+        linear_pair,
+        language_model=offloaded_llama,
     ),
     _offloaded(
         "linear-disk-offload",
         "`nn.Linear` offloaded to the disk",
         lambda folder: disk_offload(linear_pair(), folder / "offloaded"),
         linear_pair,
+        language_model=lambda folder: disk_offload(small_llama(), folder, execution_device=torch.device("cpu")),
     ),
     _offloaded(
         "conv1d-gpt2-cpu-offload",
@@ -191,6 +215,7 @@ OFFLOADED = (
         lambda folder: cpu_offload(conv1d_pair()),
         conv1d_pair,
         column_dim=0,
+        language_model=lambda folder: cpu_offload(gpt2(), execution_device=torch.device("cpu")),
     ),
     Subject(
         "dispatched",
@@ -201,6 +226,7 @@ OFFLOADED = (
         lambda: random_input(3, 4, 7),
         BOTH,
         loading=dispatch_again,
+        language_model=offloaded_llama,
     ),
 )
 

@@ -21,15 +21,12 @@ from transformers import PreTrainedModel
 import paca
 from paca.convert.lora import save_as_lora
 from paca.layers import PacaLayer
-from support_matrix.case import Case, gradients, run, stock, stock_output
+from support_matrix import choosing, llama_cpp
+from support_matrix.case import Case, Explained, gradients, run, stock, stock_output
 from support_matrix.case import close as _close
 
 MIXED = ["second", "__base__", "default"]
 """The adapters of the three samples."""
-
-
-class Explained(Exception):
-    """There is nothing to do here, for the reason given, which the operation has checked."""
 
 
 def train(case: Case) -> None:
@@ -288,7 +285,11 @@ def _independent(case: Case, other: Any, want: Tensor) -> None:
 
 
 OPERATIONS: dict[str, Callable[[Case], None]] = {
+    "select by weight": choosing.by_weight,
+    "select by activations": choosing.by_activations,
+    "select by gradients": choosing.by_gradients,
     "train": train,
+    "rotation": choosing.rotate,
     "checkpointing": checkpointing,
     "autocast": autocast,
     "`torch.compile`": compiled,
@@ -304,10 +305,11 @@ OPERATIONS: dict[str, Callable[[Case], None]] = {
     "unload": unload,
     "merged checkpoint": merged_checkpoint,
     "to LoRA": export_lora,
+    "to GGUF": llama_cpp.export,
     "state dict": state_dict,
     "copies": copies,
 }
 """By the title of the column, in its order."""
 
-WITH_GRADIENTS = {"train", "checkpointing", "autocast", "`torch.compile`", "train on a mixed batch"}
+WITH_GRADIENTS = {"train", "rotation", "checkpointing", "autocast", "`torch.compile`", "train on a mixed batch"}
 """The others run under ``no_grad``."""

@@ -10,7 +10,9 @@ import torch
 from torch import nn
 
 from paca.quantized import quantization_of
-from quantized_layers import Stack, forward_only_stack, stack, stand_in
+from accelerate import cpu_offload
+from models import llama
+from quantized_layers import Stack, forward_only_stack, quantized_linear, stack, stand_in
 from support_matrix.subject import Refused, Subject, random_input
 
 TARGETS = {"target_modules": ["lin1", "lin2"]}
@@ -45,6 +47,16 @@ def plain_of(model: Any) -> nn.Module:
     return plain
 
 
+def llama_of(quantize: Callable[[nn.Linear], nn.Module]) -> nn.Module:
+    """A Llama model with its linear layers quantized."""
+    model = llama(num_hidden_layers=1, hidden_size=64, intermediate_size=128, attention_bias=True, mlp_bias=True)
+    for part in (model.model.layers[0].self_attn, model.model.layers[0].mlp):
+        for name, layer in list(part.named_children()):
+            if isinstance(layer, nn.Linear):
+                setattr(part, name, quantize(layer))
+    return model
+
+
 def _real(kind: str) -> Subject:
     package, title = REAL[kind]
 
@@ -62,7 +74,26 @@ def _real(kind: str) -> Subject:
         package=package,
         # On some processors bitsandbytes repacks 4-bit weights for inference; not those of adapted layers.
         stock_training=kind in ("nf4", "nf4-double", "fp4"),
+        language_model=lambda folder: llama_of(lambda layer: quantized_linear(kind, layer)),
     )
+
+
+def _offloaded_nf4(folder: Path | None = None) -> nn.Module:
+    return cpu_offload(stack("nf4", torch.float32).eval())
+
+
+OFFLOADED_NF4 = Subject(
+    "nf4-cpu-offload",
+    "bitsandbytes NF4 offloaded to the CPU",
+    frozenset({"additive"}),
+    _offloaded_nf4,
+    lambda: plain_of(stack("nf4", torch.float32)),
+    lambda: random_input(3, 4, 64),
+    TARGETS,
+    package="bitsandbytes",
+    stock_training=True,
+    language_model=lambda folder: cpu_offload(llama_of(lambda layer: quantized_linear("nf4", layer))),
+)
 
 
 def _stand_in(key: str) -> Subject:
@@ -79,6 +110,7 @@ def _stand_in(key: str) -> Subject:
         lambda: plain_of(base()),
         lambda: random_input(3, 4, 64),
         TARGETS,
+        language_model=lambda folder: llama_of(stand_in(package)),
     )
 
 
@@ -94,10 +126,13 @@ INFERENCE_ONLY = Subject(
     lambda: plain_of(_inference_only()),
     lambda: random_input(3, 4, 64),
     TARGETS,
+    language_model=lambda folder: llama_of(
+        lambda layer: stand_in("gptqmodel.nn_modules.qlinear.marlin")(layer, trainable=False)
+    ),
 )
 
 
-QUANTIZATIONS = (*map(_real, REAL), *map(_stand_in, STAND_INS), INFERENCE_ONLY)
+QUANTIZATIONS = (*map(_real, REAL), OFFLOADED_NF4, *map(_stand_in, STAND_INS), INFERENCE_ONLY)
 
 NOT_RUN = (
     (

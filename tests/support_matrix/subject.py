@@ -43,6 +43,9 @@ class Subject:
     loading: Callable[[Path], dict[str, Any]] = field(default=lambda folder: {})
     """What ``PeftModel.from_pretrained`` is told on top, on this kind of model."""
 
+    language_model: Callable[[Path], nn.Module] | None = None
+    """A Llama or GPT-2 model whose layers are of this kind, if ``base`` is no language model, but could be one."""
+
     def missing(self) -> str | None:
         """What it needs that is not here, or None."""
         if self.package is not None and importlib.util.find_spec(self.package) is None:

@@ -14,6 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from paca.column_runs import Runs, take_columns
+
 HALF_DTYPES = (torch.float16, torch.bfloat16)
 
 
@@ -26,6 +28,7 @@ def partial_linear(
     scales: Sequence[float],
     *,
     input_dim: int = 1,
+    runs: Sequence[Runs | None] | None = None,
     before_backward: Callable[[int], None] | None = None,
     state_tag: Tensor | None = None,
     weight_again: Callable[[], Tensor] | None = None,
@@ -44,6 +47,7 @@ def partial_linear(
         indices: one ``(r_a,)`` int64 per adapter: the columns that the delta belongs to.
         scales: one factor per adapter, ``paca_alpha / r``.
         input_dim: the dimension of ``weight`` that runs over the input features.
+        runs: ``runs_of`` each of ``indices``, if known.
         before_backward: called with the saved tag before ``weight`` is read in the backward pass; it has to put the
             columns of the forward pass back. With it, ``weight`` is exempt from autograd's version check; without
             it, a weight that was written in between raises as usual.
@@ -64,8 +68,9 @@ def partial_linear(
             "would get no gradient. Call weight.requires_grad_(False), or train the layer whole through "
             "modules_to_save instead of target_modules."
         )
+    runs = (None,) * len(indices) if runs is None else tuple(runs)
     return _PartialLinear.apply(
-        x, weight, bias, input_dim, tuple(scales), before_backward, state_tag, weight_again, *indices, *deltas
+        x, weight, bias, input_dim, tuple(scales), runs, before_backward, state_tag, weight_again, *indices, *deltas
     )
 
 
@@ -87,6 +92,7 @@ class _PartialLinear(torch.autograd.Function):
         bias: Tensor | None,
         input_dim: int,
         scales: tuple[float, ...],
+        runs: tuple[Runs | None, ...],
         before_backward: Callable[[int], None] | None,
         state_tag: Tensor | None,
         weight_again: Callable[[], Tensor] | None,
@@ -96,8 +102,8 @@ class _PartialLinear(torch.autograd.Function):
         indices, deltas = indices_then_deltas[:count], indices_then_deltas[count:]
         # Gather first: x was just written, and the matmul would drive it out of cache.
         # Gather before the cast: under autocast that reads r columns of x instead of casting all of it.
-        needed = ctx.needs_input_grad[8 + count :]
-        selected = [x.index_select(-1, i) for i, need in zip(indices, needed, strict=True) if need]
+        needed = ctx.needs_input_grad[9 + count :]
+        selected = [take_columns(x, i, run) for i, run, need in zip(indices, runs, needed, strict=True) if need]
         y = plain_linear(x, weight, bias, input_dim)
         kept = [_as(s, y.dtype) for s in selected]
         ctx.scales, ctx.input_dim, ctx.before_backward = scales, input_dim, before_backward
@@ -141,9 +147,9 @@ def _gradients(ctx: Any, grad_output: Tensor, weight: Tensor, kept: list[Tensor]
         grad_bias = rows.sum(0).to(ctx.bias_dtype)
     grad_deltas: list[Tensor | None] = []
     remaining = iter(kept)
-    for need, scale, dtype in zip(needed[8 + count :], ctx.scales, ctx.delta_dtypes, strict=True):
+    for need, scale, dtype in zip(needed[9 + count :], ctx.scales, ctx.delta_dtypes, strict=True):
         grad_deltas.append(column_gradient(next(remaining), rows, scale, dtype) if need else None)
-    return grad_x, None, grad_bias, *([None] * (5 + count)), *grad_deltas
+    return grad_x, None, grad_bias, *([None] * (6 + count)), *grad_deltas
 
 
 def input_gradient(grad_output: Tensor, weight: Tensor, input_dim: int) -> Tensor:

@@ -93,6 +93,7 @@ class ResidentWeight(nn.Module):
             state.indices,
             state.scales,
             input_dim=self.input_dim,
+            runs=state.runs,
             before_backward=partial(self.resident.before_backward, self.weight, state),
             state_tag=state.tag_tensor,
         )

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from paca.layers import PacaLayer
-from paca.selection import column_generator, weight_norms
+from paca.selection import column_generator, shuffled, weight_norms
 
 
 class RotatingLayer(NamedTuple):
@@ -47,8 +47,17 @@ Picker = Callable[[RotatingLayer], Tensor]
 
 def pick_at_random(rotating: RotatingLayer) -> Tensor:
     """Columns drawn from (random_seed, module name, rotation number) alone, those never trained before the others."""
+    return _drawn("random", rotating)
+
+
+def pick_random_blocks(rotating: RotatingLayer) -> Tensor:
+    """The same in whole blocks of neighbours, as far as ``r`` goes."""
+    return _drawn("random_blocks", rotating)
+
+
+def _drawn(strategy: str, rotating: RotatingLayer) -> Tensor:
     generator = column_generator(rotating.seed, f"{rotating.name}:rotation {rotating.number}")
-    return _first(torch.randperm(rotating.layer.in_features, generator=generator, device="cpu"), rotating)
+    return _first(shuffled(strategy, rotating.layer.in_features, generator), rotating)
 
 
 def pick_by_weight_norm(rotating: RotatingLayer) -> Tensor:
@@ -63,7 +72,11 @@ def _first(order: Tensor, rotating: RotatingLayer) -> Tensor:
     return order[rotating.turns[order].sort(stable=True).indices][: rotating.r]
 
 
-PICKERS: dict[str, Picker] = {"random": pick_at_random, "weight_norm": pick_by_weight_norm}
+PICKERS: dict[str, Picker] = {
+    "random": pick_at_random,
+    "random_blocks": pick_random_blocks,
+    "weight_norm": pick_by_weight_norm,
+}
 
 
 def picker_of(pick: str | Picker) -> Picker:

@@ -26,7 +26,7 @@ from paca.config import PacaConfig
 from paca.data import Examples
 from paca.errors import PacaError
 from paca.pretrained import load_tokenizer
-from paca.selection import FROM_BATCHES
+from paca.selection import AT_RANDOM, BLOCK, FROM_BATCHES
 from paca.training import adapter_settings
 from paca.training.loss_scope import use_chat_template
 from paca.training.run_config import CalibrationSection, RunConfig
@@ -37,8 +37,13 @@ _NOT_ABOUT_COLUMNS = {"paca_alpha", "alpha_pattern", "init_weights", "original_w
 def describe_columns(config: RunConfig) -> str:
     """How the run chooses its columns, in words."""
     selection = config.paca.get("selection", "random")
-    if selection not in FROM_BATCHES:
-        return {"random": "random", "weight_norm": "weight_norm: those of largest norm in the weights"}[selection]
+    without_data = {
+        "random": "random",
+        "random_blocks": f"random_blocks: random, {BLOCK} neighbours at a time",
+        "weight_norm": "weight_norm: those of largest norm in the weights",
+    }
+    if selection in without_data:
+        return without_data[selection]
     calibration = config.calibration
     length = f"cut to {calibration.max_length:,} tokens"
     return f"{selection}, from at most {calibration.sequences:,} training examples {length}"
@@ -71,7 +76,7 @@ class ColumnChoice:
             PacaError: The columns can't be chosen.
         """
         asked = adapter_settings.adapter_config(self.config.paca)
-        if asked.selection == "random":
+        if asked.selection in AT_RANDOM:
             return asked
         # By every process: TRL lets them wait for each other while it tokenizes.
         batches = self._batches() if asked.selection in FROM_BATCHES else []
