@@ -33,6 +33,29 @@ def test_random_columns_are_those_of_earlier_releases():
     assert random_columns(576, 6, 0, "model.layers.0.self_attn.q_proj").tolist() == [10, 160, 197, 267, 374, 418]
 
 
+@pytest.mark.parametrize(
+    ("in_features", "r", "blocks"),
+    [(64, 16, [16]), (64, 40, [8, 16, 16]), (64, 5, [5]), (40, 40, [8, 16, 16]), (7, 3, [3]), (1, 1, [1])],
+)
+def test_random_blocks_are_whole_but_for_the_last(in_features, r, blocks):
+    for seed in range(20):
+        columns = random_columns(in_features, r, seed, "x", "random_blocks")
+        assert columns.tolist() == sorted(set(columns.tolist()))
+        assert columns.numel() == r
+        assert int(columns[-1]) < in_features
+        counts = torch.bincount(columns // 16)
+        assert sorted(counts[counts > 0].tolist()) == blocks
+
+
+def test_random_blocks_are_drawn_alike_and_from_seed_and_name_alone():
+    counts = torch.zeros(4)
+    for seed in range(2000):
+        counts[int(random_columns(64, 16, seed, "x", "random_blocks")[0]) // 16] += 1
+    assert counts.min() > 400  # expectation 500, standard deviation 19
+    assert counts.max() < 600
+    assert random_columns(576, 16, 0, "model.layers.0.self_attn.q_proj", "random_blocks").tolist() == list(range(160, 176))
+
+
 def test_random_columns_are_spread_evenly():
     counts = torch.zeros(20)
     for seed in range(2000):
