@@ -7,8 +7,8 @@
 
 Every strategy has the same budget of columns, steps and tokens. It runs at three learning rates with seed 0 (1e-3,
 3e-3, and 1e-2 or 3e-4, on the side of the better of the two), and at the best of them with two more seeds. A seed
-decides the order of the data, hence what is trained on and what columns are chosen by, and the columns that are random. The
-held-out examples are always the same. LoRA of rank 8 trains about as many parameters as PaCA of rank 16.
+decides the order of the data, hence what is trained on and what columns are chosen by, and the columns that are random.
+The held-out examples are always the same. LoRA of rank 8 trains about as many parameters as PaCA of rank 16.
 
 One row is appended for each run as it ends. Started again it goes on with what is missing; several processes side by
 side share the work. The report says which of the planned runs are there.

@@ -95,13 +95,14 @@ def column_norms(layer: Any, key: str) -> Tensor:
         module = layer
     quantization = quantization_of(module)
     if quantization is not None:
-        if not isinstance(layer, OverlaidLinear):
-            quantization.adopt(module)
-        try:
-            return weight_norms(quantization.dequantize(module), 1)
-        finally:
+        with align_module_device(module):
             if not isinstance(layer, OverlaidLinear):
-                quantization.release(module)
+                quantization.adopt(module)
+            try:
+                return weight_norms(quantization.dequantize(module), 1)
+            finally:
+                if not isinstance(layer, OverlaidLinear):
+                    quantization.release(module)
     stock = getattr(module, "stock_class", type(module))
     resident_class = RESIDENT_CLASSES.get(stock)
     with align_module_device(module):  # accelerate lends an offloaded weight

@@ -109,13 +109,13 @@ def rotate(case: Case) -> None:
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
     seen: dict[str, set[int]] = {name: set() for name in case.layers()}
     for number in range(1, 4):
+        before = paca.trained_columns(model)
         run(model, x).square().mean().backward()
         optimizer.step()
         optimizer.zero_grad()
         want = run(model, x).detach()
-        for name, columns in paca.trained_columns(model).items():
+        for name, columns in before.items():
             seen[name] |= set(columns)
-        before = paca.trained_columns(model)
         if number < 3:
             paca.rotate(model, optimizer, number)
             assert torch.equal(run(model, x), want)

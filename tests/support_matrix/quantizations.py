@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import cpu_offload
 from torch import nn
 
-from paca.quantized import quantization_of
-from accelerate import cpu_offload
 from models import llama
+from paca.quantized import quantization_of
 from quantized_layers import Stack, forward_only_stack, quantized_linear, stack, stand_in
 from support_matrix.subject import Refused, Subject, random_input
 
@@ -27,6 +27,7 @@ REAL = {
     "torchao-int4": ("torchao", "torchao int4 weight-only (`IntxWeightOnlyConfig`)"),
     "hqq": ("hqq", "HQQ 4-bit"),
 }
+CAN_BE_OFFLOADED = ("torchao-int8", "torchao-int4")
 STAND_INS = {
     "gptq": ("gptqmodel.nn_modules.qlinear.torch", "GPTQ (gptqmodel, auto_gptq)"),
     "awq": ("awq.modules.linear", "AWQ"),
@@ -78,22 +79,20 @@ def _real(kind: str) -> Subject:
     )
 
 
-def _offloaded_nf4(folder: Path | None = None) -> nn.Module:
-    return cpu_offload(stack("nf4", torch.float32).eval())
-
-
-OFFLOADED_NF4 = Subject(
-    "nf4-cpu-offload",
-    "bitsandbytes NF4 offloaded to the CPU",
-    frozenset({"additive"}),
-    _offloaded_nf4,
-    lambda: plain_of(stack("nf4", torch.float32)),
-    lambda: random_input(3, 4, 64),
-    TARGETS,
-    package="bitsandbytes",
-    stock_training=True,
-    language_model=lambda folder: cpu_offload(llama_of(lambda layer: quantized_linear("nf4", layer))),
-)
+def _offloaded(kind: str) -> Subject:
+    package, title = REAL[kind]
+    here = torch.device("cpu")
+    return Subject(
+        f"{kind}-cpu-offload",
+        f"{title}, offloaded to the CPU",
+        frozenset({"additive"}),
+        lambda folder: cpu_offload(stack(kind, torch.float32).eval(), execution_device=here),
+        lambda: plain_of(stack(kind, torch.float32)),
+        lambda: random_input(3, 4, 64),
+        TARGETS,
+        package=package,
+        language_model=lambda folder: cpu_offload(llama_of(lambda layer: quantized_linear(kind, layer)), here),
+    )
 
 
 def _stand_in(key: str) -> Subject:
@@ -132,7 +131,7 @@ INFERENCE_ONLY = Subject(
 )
 
 
-QUANTIZATIONS = (*map(_real, REAL), OFFLOADED_NF4, *map(_stand_in, STAND_INS), INFERENCE_ONLY)
+QUANTIZATIONS = (*map(_real, REAL), *map(_offloaded, CAN_BE_OFFLOADED), *map(_stand_in, STAND_INS), INFERENCE_ONLY)
 
 NOT_RUN = (
     (
@@ -183,7 +182,20 @@ def _refused(key: str, title: str, base: Callable[[], nn.Module], package: str |
     return Refused(key, title, base, {"target_modules": ["lin1"]}, package)
 
 
+def _refused_offloaded(kind: str) -> Refused:
+    package, title = REAL[kind]
+    return _refused(
+        f"{kind}-cpu-offload",
+        f"{title}, offloaded to the CPU",
+        lambda: cpu_offload(stack(kind, torch.float32).eval(), torch.device("cpu")),
+        package,
+    )
+
+
 REFUSED_QUANTIZATIONS = (
+    _refused_offloaded("nf4"),
+    _refused_offloaded("int8"),
+    _refused_offloaded("hqq"),
     _refused("unknown", "a library that nobody knows", lambda: forward_only_stack("someones.quantizer")),
     _refused("int8-fp16", "bitsandbytes int8 with `has_fp16_weights=True`", _int8_with_floats, "bitsandbytes"),
     _refused("bnb-embedding", "bitsandbytes `Embedding4bit`", _bitsandbytes_embedding, "bitsandbytes"),

@@ -30,7 +30,8 @@ class Observer:
         self.key, self.module, self.strategy = key, module, strategy
         self.stock: Any = module.base_layer if isinstance(module, PacaLayer) else module
         self.count = 0
-        """Rows of its input so far: tokens, and of a convolution pixels."""
+        """Rows of its input so far, that had a gradient if one is needed: tokens, and of a convolution pixels."""
+        self._ran = False
         self.padding = Padding(None, 0)
         """Of the batch that runs."""
         self._in_features = in_features
@@ -43,6 +44,12 @@ class Observer:
         Raises:
             ValueError: if nothing was seen.
         """
+        if self.count == 0 and self._ran:
+            raise ValueError(
+                f"{self.key}: no gradient reached this layer, so that {self.strategy} can't rank its columns. Either "
+                "the loss does not depend on it, or a layer after it gives no gradient with respect to its input (some "
+                "quantized layers are for inference only). Leave it out of target_modules, or choose another selection."
+            )
         if self.count == 0:
             raise ValueError(
                 f"{self.key}: no token of the batches reached this layer, so that {self.strategy} can't rank its "
@@ -75,6 +82,7 @@ class Observer:
         """
 
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], y: Tensor) -> Tensor:
+            self._ran = True
             watched: Tensor = _Watch.apply(y, _input(args, kwargs), anchor, self)
             return watched
 
@@ -115,10 +123,13 @@ class _Watch(torch.autograd.Function):
     def forward(ctx: Any, y: Tensor, x: Tensor, anchor: Tensor, observer: Observer) -> Tensor:
         ctx.observer = observer
         ctx.save_for_backward(x)
+        ctx.set_materialize_grads(False)
         return y.clone()  # an alias could not be written in place, as activations do
 
     @staticmethod
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None, None, None]:
+    def backward(ctx: Any, grad_output: Tensor | None) -> tuple[Tensor | None, None, None, None]:
+        if grad_output is None:  # what follows gives no gradient
+            return None, None, None, None
         (x,) = ctx.saved_tensors
         with torch.no_grad(), torch.autocast(grad_output.device.type, enabled=False):
             ctx.observer.see_backward(x.detach(), grad_output)

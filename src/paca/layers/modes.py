@@ -39,6 +39,13 @@ def mode_of(target: nn.Module, key: str, model: Any) -> str:
     if quantization is not None:
         if problem := quantization.problem(target):
             raise ValueError(f"{key} is a {type(target).__qualname__} of {quantization.library}, but {problem}.")
+        if _is_lent(target) and not is_torchao(getattr(target, "weight", None)):
+            raise ValueError(
+                f"{key} is a {type(target).__qualname__} of {quantization.library} that accelerate offloads, and its "
+                "weight is not there in the backward pass. Load the model with a device_map that keeps its quantized "
+                "layers on one device (what transformers offloads by itself stays in plain floats, which can be "
+                "adapted), or leave this layer out of target_modules."
+            )
         return "additive" if is_offloaded(target, model) else "patched"
     if any(_from(c, package) for c in type(target).__mro__ for package in FORWARD_ONLY):
         try:
@@ -55,10 +62,15 @@ def mode_of(target: nn.Module, key: str, model: Any) -> str:
 
 def is_offloaded(module: nn.Module, model: Any) -> bool:
     """Whether accelerate keeps the module's weight elsewhere until it runs, or is going to."""
-    if getattr(getattr(module, "_hf_hook", None), "offload", False):
+    if _is_lent(module):
         return True
     # PEFT takes the hooks off before it loads an adapter, and dispatches the model anew, by another map, after it.
     return offloads(model) and len(set(model.hf_device_map.values())) > 1 and not hasattr(module, "_hf_hook")
+
+
+def _is_lent(module: nn.Module) -> bool:
+    """Whether accelerate's hook brings the module's weight for the forward pass and takes it away after it."""
+    return bool(getattr(getattr(module, "_hf_hook", None), "offload", False))
 
 
 def offloads(model: Any) -> bool:
