@@ -5,7 +5,7 @@ source "$(dirname "$0")/parts.sh"
 begin cpu "$@"
 
 BLOCKS="--model llama3-8b --scope blocks --layers 4 --hidden 1024 --vocab 1024 --device cpu --rank 16"
-ALL=frozen,paca,paca+lean,paca+lean+recompute,lora,lora-tuned,lora-same-parameters,lora-tuned-same-parameters
+ALL=frozen,paca,paca-random,paca+lean,paca+lean+recompute,lora,lora-tuned,lora-same-parameters,lora-tuned-same-parameters
 
 part speed-bf16 480 $BLOCKS --dtype bfloat16 --methods $ALL --seq 512 --rounds 15 --measure time,saved \
     --output benchmarks/cpu-blocks.csv
@@ -13,13 +13,13 @@ part speed-fp32 480 $BLOCKS --dtype float32 --methods $ALL --seq 512 --rounds 10
     --output benchmarks/cpu-blocks.csv
 part long-bf16 480 $BLOCKS --dtype bfloat16 --methods $ALL --seq 2048 --rounds 8 --measure time,saved \
     --output benchmarks/cpu-blocks.csv
-part wide 580 $BLOCKS --layers 1 --hidden 4096 --dtype bfloat16 --methods frozen,paca,paca+lean,paca+lean+recompute,lora,lora-tuned \
-    --seq 512,2048 --rounds 8 --measure time,saved --output benchmarks/cpu-blocks.csv
+part wide 480 $BLOCKS --layers 1 --hidden 4096 --dtype bfloat16 --seq 512,2048 --rounds 8 --measure time,saved \
+    --methods frozen,paca,paca-random,paca+lean,paca+lean+recompute,lora,lora-tuned --output benchmarks/cpu-blocks.csv
 part short 480 $BLOCKS --dtype bfloat16 --methods $ALL --seq 64,128 --rounds 25 --measure time,saved,switch \
     --output benchmarks/cpu-short.csv
 part others 480 $BLOCKS --dtype bfloat16 --methods frozen,paca,dora,lora-fa,vera,full --seq 512 --rounds 8 \
     --measure time,saved --output benchmarks/cpu-others.csv
-part profile 480 $BLOCKS --dtype bfloat16 --methods frozen,paca,paca+lean,lora,lora-tuned --seq 512 --rounds 10 \
+part profile 480 $BLOCKS --dtype bfloat16 --methods frozen,paca,paca-random,paca+lean,lora,lora-tuned --seq 512 --rounds 10 \
     --measure time --profile --output benchmarks/cpu-profile.csv
 part peak 480 $BLOCKS --dtype bfloat16 --methods $ALL --seq 512,1024 --measure memory --output benchmarks/cpu-blocks.csv
 part longest 480 $BLOCKS --dtype bfloat16 --methods paca,paca+lean,lora,lora-tuned --baseline lora --seq 256 \
@@ -30,8 +30,8 @@ part logits 300 --model llama3-8b --layers 2 --hidden 1024 --device cpu --method
     --measure memory,saved --loss logits --output benchmarks/cpu-loss.csv
 part fused-loss 300 --model llama3-8b --layers 2 --hidden 1024 --device cpu --methods frozen,paca,lora --seq 2048 \
     --measure memory,saved --loss fused --output benchmarks/cpu-loss.csv
-part four-bit 480 --model llama3-8b --scope blocks --layers 1 --hidden 512 --device cpu --methods frozen,paca,qpaca,qlora \
-    --seq 64 --rounds 3 --measure time,memory --output benchmarks/cpu-four-bit.csv
+part four-bit 480 $BLOCKS --layers 2 --dtype bfloat16 --methods frozen,paca,qpaca,qlora --seq 64,512 --rounds 10 \
+    --measure time,memory --output benchmarks/cpu-four-bit.csv
 part compiled 480 $BLOCKS --layers 2 --dtype bfloat16 --methods frozen,paca,paca+lean,lora-tuned --seq 512 --rounds 15 \
     --measure time --compile --output benchmarks/cpu-compiled.csv
 finish

@@ -62,8 +62,9 @@ def tokens(batch: int = 2, length: int = 9, seed: int = 0) -> Tensor:
 
 
 def adapt(model: nn.Module, adapter_name: str = "default", **settings: Any) -> Any:
-    """Put PaCA into ``model``, with random deltas unless told otherwise (zero ones would hide mistakes)."""
-    config = paca.PacaConfig(**{"r": 3, "paca_alpha": 6, "init_weights": False, **settings})
+    """Put PaCA into ``model``, with random deltas unless told otherwise (zero ones would hide mistakes), and columns
+    drawn one by one (a small layer is a single block)."""
+    config = paca.PacaConfig(**{"r": 3, "paca_alpha": 6, "init_weights": False, "selection": "random", **settings})
     return peft.get_peft_model(model, config, adapter_name=adapter_name)
 
 

@@ -60,7 +60,8 @@ def save_adapter(folder: Path, base: Path) -> Path:
     """An adapter with random deltas, as `save_pretrained` leaves it."""
     torch.manual_seed(1)
     model = LlamaForCausalLM.from_pretrained(base, dtype="auto")
-    adapted = peft.get_peft_model(model, paca.PacaConfig(r=5, paca_alpha=5, task_type="CAUSAL_LM"))
+    config = paca.PacaConfig(r=5, paca_alpha=5, task_type="CAUSAL_LM", selection="random")
+    adapted = peft.get_peft_model(model, config)
     with torch.no_grad():
         for name, parameter in adapted.named_parameters():
             if "paca_delta" in name:

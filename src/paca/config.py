@@ -69,7 +69,7 @@ class PacaConfig(PeftConfig):
     selection: Literal[
         "random", "random_blocks", "weight_norm", "activation_norm", "activation_variance", "gradient_norm"
     ] = field(
-        default="random",
+        default="random_blocks",
         metadata={
             "help": "How columns are chosen, or were: for the last three, paca.select finds the indices from batches."
         },
@@ -90,7 +90,7 @@ class PacaConfig(PeftConfig):
         },
     )
     rotate_by: Literal["random", "random_blocks", "weight_norm"] = field(
-        default="random", metadata={"help": f"How a rotation picks columns: {', '.join(ROTATIONS)}."}
+        default="random_blocks", metadata={"help": f"How a rotation picks columns: {', '.join(ROTATIONS)}."}
     )
     original_weights: str | None = field(
         default=None,

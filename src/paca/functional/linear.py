@@ -140,15 +140,16 @@ def _gradients(ctx: Any, grad_output: Tensor, weight: Tensor, kept: list[Tensor]
     grad_x = grad_bias = None
     needed = ctx.needs_input_grad
     grad_output = _as(grad_output, ctx.compute_dtype)
-    if needed[0]:
-        grad_x = _as(input_gradient(grad_output, weight, ctx.input_dim), ctx.input_dtype)
     rows = grad_output.reshape(-1, grad_output.shape[-1])  # (tokens, out_features)
-    if needed[2]:
-        grad_bias = rows.sum(0).to(ctx.bias_dtype)
+    # Columns first: grad_output was just written, and the large matmul would drive it out of cache.
     grad_deltas: list[Tensor | None] = []
     remaining = iter(kept)
     for need, scale, dtype in zip(needed[9 + count :], ctx.scales, ctx.delta_dtypes, strict=True):
         grad_deltas.append(column_gradient(next(remaining), rows, scale, dtype) if need else None)
+    if needed[2]:
+        grad_bias = rows.sum(0).to(ctx.bias_dtype)
+    if needed[0]:
+        grad_x = _as(input_gradient(grad_output, weight, ctx.input_dim), ctx.input_dtype)
     return grad_x, None, grad_bias, *([None] * (6 + count)), *grad_deltas
 
 

@@ -36,7 +36,7 @@ _NOT_ABOUT_COLUMNS = {"paca_alpha", "alpha_pattern", "init_weights", "original_w
 
 def describe_columns(config: RunConfig) -> str:
     """How the run chooses its columns, in words."""
-    selection = config.paca.get("selection", "random")
+    selection = config.paca.get("selection", PacaConfig.selection)
     without_data = {
         "random": "random",
         "random_blocks": f"random_blocks: random, {BLOCK} neighbours at a time",
