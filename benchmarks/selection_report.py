@@ -8,12 +8,18 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from selection_runs import RATES
+
 Row = dict[str, str]
-RATES = 3  # tried with the first seed
 
 
 def print_report(
-    path: Path, names: Sequence[str], strategies: Sequence[str], seeds: Sequence[int], settings: dict[str, int]
+    path: Path,
+    names: Sequence[str],
+    strategies: Sequence[str],
+    seeds: Sequence[int],
+    settings: dict[str, int],
+    missing: int,
 ) -> None:
     """Print a markdown table for each data set, and what is missing.
 
@@ -23,14 +29,15 @@ def print_report(
         strategies: in the order of the table.
         seeds: planned, the one that rates were tried with first.
         settings: the columns that a row must have to count.
+        missing: how many of the planned runs are.
     """
     rows = [row for row in _rows(path) if all(int(row[name]) == value for name, value in settings.items())]
     if not rows:
         print(f"No rows with {settings} in {path}.")
         return
     tables = names or sorted({row["data"] for row in rows})
-    planned = len(tables) * len(strategies) * (RATES - 1 + len(seeds))
-    print(f"{len(rows)} of {planned} runs are there ({', '.join(f'{k} {v}' for k, v in settings.items())}).")
+    rest = f"{missing} are missing" if missing else "none is missing"
+    print(f"{len(rows)} runs are there, {rest} ({', '.join(f'{k} {v}' for k, v in settings.items())}).")
     for data in tables:
         mine = [row for row in rows if row["data"] == data]
         if mine:

@@ -8,10 +8,11 @@ import fcntl
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 SEEDS = (1, 2)  # besides 0
+RATES = 3  # tried with seed 0; one more if the best is at the edge
 SAME = ("steps", "batch", "max_tokens", "held_out")
 """Settings that make rows comparable."""
 
@@ -68,16 +69,34 @@ class Row:
 def planned(tables: list[str], strategies: list[str], done: dict[Run, float]) -> Iterator[Run | None]:
     """All runs in the order of their use; None for one that waits for others to show which it is."""
     for data in tables:
-        for number in range(3):
+        for number in range(RATES):
             for strategy in strategies:
                 yield _rate_run(Run(data, strategy, 0.0, 0), number, done)
+        for strategy in strategies:
+            yield from _beyond(_tried(Run(data, strategy, 0.0, 0), done), done)
     for seed in SEEDS:
         for data in tables:
             for strategy in strategies:
-                tried = [_rate_run(Run(data, strategy, 0.0, 0), number, done) for number in range(3)]
-                known = [run for run in tried if run is not None and run in done]
-                best = min(known, key=lambda run: done[run]) if len(known) == 3 else None
+                tried = _tried(Run(data, strategy, 0.0, 0), done)
+                tried = tried and [*tried, *_beyond(tried, done)]
+                best = min(tried, key=lambda run: done[run]) if tried and all(run in done for run in tried) else None
                 yield None if best is None else Run(data, strategy, best.rate, seed)
+
+
+def _tried(run: Run, done: dict[Run, float]) -> list[Run]:
+    """The runs at the three rates, or none as long as one of them is missing."""
+    runs = [_rate_run(run, number, done) for number in range(RATES)]
+    known = [run for run in runs if run is not None and run in done]
+    return known if len(known) == RATES else []
+
+
+def _beyond(tried: list[Run], done: dict[Run, float]) -> list[Run]:
+    """One more rate where the best of the three is the lowest or the highest."""
+    if not tried:
+        return []
+    best = min(tried, key=lambda run: done[run])
+    further = {3e-4: 1e-4, 1e-2: 3e-2}.get(best.rate)
+    return [] if further is None else [replace(best, rate=further)]
 
 
 def _rate_run(run: Run, number: int, done: dict[Run, float]) -> Run | None:

@@ -53,6 +53,19 @@ def test_the_third_rate_lies_on_the_side_of_the_better_of_two():
     assert Run("a", "random", 3e-4, 0) in planned(["a"], ["random"], {low: 1.0, high: 2.0})
 
 
+def test_a_best_rate_at_the_edge_is_looked_beyond_before_further_seeds_run():
+    low, high, third = (Run("a", "random", rate, 0) for rate in (1e-3, 3e-3, 3e-4))
+    done = {low: 2.0, high: 3.0, third: 1.0}
+    beyond = Run("a", "random", 1e-4, 0)
+    runs = list(planned(["a"], ["random"], done))
+    assert beyond in runs
+    assert runs.count(None) == 2
+    assert Run("a", "random", 3e-4, 1) in planned(["a"], ["random"], {**done, beyond: 1.5})
+    assert Run("a", "random", 1e-4, 1) in planned(["a"], ["random"], {**done, beyond: 0.5})
+    inside = {**done, third: 2.5}
+    assert beyond not in planned(["a"], ["random"], inside)
+
+
 def test_further_seeds_run_at_the_best_rate_and_wait_for_it():
     done = {Run("a", "random", 1e-3, 0): 2.0, Run("a", "random", 3e-3, 0): 1.0}
     assert list(planned(["a"], ["random"], done)).count(None) == 2

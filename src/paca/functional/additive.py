@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from paca.column_runs import take_columns
 from paca.columns import State
 from paca.functional.linear import column_gradient
 from paca.recomputation import check_same_state
@@ -39,7 +40,7 @@ class _AddColumns(torch.autograd.Function):
         indices, deltas = indices_then_deltas[:count], indices_then_deltas[count:]
         ctx.state, ctx.input_shape, ctx.input_dtype = state, x.shape, x.dtype
         # Gather before the cast: that reads r columns of x instead of casting all of it.
-        kept = [x.index_select(-1, i).to(y.dtype) for i in indices]
+        kept = [take_columns(x, i, run).to(y.dtype) for i, run in zip(indices, state.runs, strict=True)]
         with torch.autocast(y.device.type, enabled=False):
             total = y.reshape(-1, y.shape[-1])
             for selected, delta, c in zip(kept, deltas, state.columns, strict=True):

@@ -14,10 +14,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from paca.column_runs import put_columns, take_columns
 from paca.columns import Columns, State
 from paca.functional.linear import column_gradient, input_gradient
 from paca.recomputation import check_same_state
-from paca.rounding import round_once
+from paca.rounding import add_once, round_once
 
 Dequantize = Callable[[torch.dtype, Tensor | None], tuple[Tensor, Tensor]]
 """``(dtype, positions (k,))`` -> a new weight ``(out_features, in_features)`` in ``dtype``, and its columns
@@ -55,7 +56,14 @@ def patched_weight(dequantize: Dequantize, dtype: torch.dtype, columns: tuple[Co
         return dequantize(dtype, None)[0]
     positions = columns[0].indices if len(columns) == 1 else torch.cat([c.indices for c in columns]).unique(sorted=True)
     weight, originals = dequantize(dtype, positions)
-    wide = torch.float32 if weight.device.type == "mps" else torch.float64
+    put_columns(weight, 1, positions, _values(originals, positions, columns, dtype))
+    return weight
+
+
+def _values(originals: Tensor, positions: Tensor, columns: tuple[Columns, ...], dtype: torch.dtype) -> Tensor:
+    if len(columns) == 1 and originals.dtype == dtype:
+        return add_once(originals, columns[0].delta.detach(), columns[0].scale)
+    wide = torch.float32 if originals.device.type == "mps" else torch.float64
     total = originals.to(wide)
     for c in columns:
         part = c.delta.detach().to(wide)
@@ -63,7 +71,7 @@ def patched_weight(dequantize: Dequantize, dtype: torch.dtype, columns: tuple[Co
             total = torch.add(total, part, alpha=c.scale)
         else:
             total = total.index_add(1, torch.searchsorted(positions, c.indices), part, alpha=c.scale)
-    return weight.index_copy_(1, positions, round_once(total, dtype))
+    return round_once(total, dtype)
 
 
 class _PatchedLinear(torch.autograd.Function):
@@ -84,7 +92,9 @@ class _PatchedLinear(torch.autograd.Function):
             y = F.linear(x.to(dtype), weight, None if bias is None else bias.to(dtype))
         needed = ctx.needs_input_grad[5 + count :]
         # Gather before the cast: that reads r columns of x instead of casting all of it.
-        kept = [x.index_select(-1, i).to(dtype) for i, need in zip(indices, needed, strict=True) if need]
+        kept = [
+            take_columns(x, i, run).to(dtype) for i, run, need in zip(indices, state.runs, needed, strict=True) if need
+        ]
         ctx.dequantize, ctx.dtype, ctx.state, ctx.input_dtype = dequantize, dtype, state, x.dtype
         ctx.bias_dtype = None if bias is None else bias.dtype
         # The deltas: so that autograd raises if one is changed in place before the backward pass reads it again.
