@@ -38,7 +38,7 @@ from transformers import get_cosine_schedule_with_warmup
 import paca
 from paca.bench.provenance import provenance
 from paca.pretrained import load_pretrained
-from paca.selection import AT_RANDOM, FROM_BATCHES
+from paca.selection import FROM_BATCHES
 from paca.training.summary import now
 
 STRATEGIES = (
@@ -54,6 +54,7 @@ STRATEGIES = (
     "weight_norm",
 )
 RANK, LORA_RANK, ALPHA = 16, 8, 16
+LOOKING_AT_DATA = {*FROM_BATCHES, *selection_columns.STRATEGIES}
 WARMUP_STEPS = 2
 ROTATE_EVERY = 8  # steps, for rotated_blocks
 
@@ -166,7 +167,7 @@ class Experiment:
             rank=LORA_RANK if run.strategy == "lora" else RANK,
             alpha=ALPHA,
             trainable=sum(p.numel() for p in trained),
-            calibration=0 if run.strategy in ("lora", "weight_norm", "rotated_blocks", *AT_RANDOM) else self.settings.calibration,
+            calibration=self.settings.calibration if run.strategy in LOOKING_AT_DATA else 0,
             tokens=tokens,
             answer_tokens=answer_tokens,
             loss_before=self.loss_before[run.data],
