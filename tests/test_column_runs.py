@@ -7,7 +7,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from models import adapt, llama, tokens
-from paca.column_runs import put_columns, runs_of, take_columns
+from paca.column_runs import put_columns, read_columns, runs_of, take_columns
 from paca.refresh import paca_layers
 
 CHOICES = {
@@ -52,6 +52,9 @@ def test_columns_are_put_as_by_index_and_the_version_counter_moves(name, shape, 
     indices = torch.tensor(CHOICES[name][0], dtype=torch.int64)
     weight = torch.nn.Parameter(torch.randn(shape), requires_grad=False)
     values = torch.randn(shape).index_select(dim, indices)
+    read = read_columns(weight, dim, indices)
+    assert torch.equal(read, weight.index_select(dim, indices))
+    assert read.untyped_storage().data_ptr() != weight.untyped_storage().data_ptr() or not read.numel()
     want, before = weight.index_copy(dim, indices, values), weight._version
     put_columns(weight, dim, indices, values)
     assert torch.equal(weight, want)

@@ -54,9 +54,17 @@ def take_columns(x: Tensor, indices: Tensor, runs: Runs | None) -> Tensor:
     return torch.cat([x.narrow(-1, *run) for run in runs], -1)
 
 
+def read_columns(weight: Tensor, dim: int, indices: Tensor) -> Tensor:
+    """``weight.index_select(dim, indices)``: a copy."""
+    runs = runs_of(indices) if _is_plain(weight) else None
+    if runs is None:
+        return weight.index_select(dim, indices)
+    return torch.cat([weight.narrow(dim, *run) for run in runs], dim)
+
+
 def put_columns(weight: Tensor, dim: int, indices: Tensor, values: Tensor) -> None:
     """``weight.index_copy_(dim, indices, values)``."""
-    runs = runs_of(indices) if weight.device.type == "cpu" and _is_plain(weight) else None
+    runs = runs_of(indices) if _is_plain(weight) else None
     if runs is None:
         weight.index_copy_(dim, indices, values)
         return
@@ -67,4 +75,4 @@ def put_columns(weight: Tensor, dim: int, indices: Tensor, values: Tensor) -> No
 
 
 def _is_plain(tensor: Tensor) -> bool:
-    return type(tensor) in (Tensor, torch.nn.Parameter)
+    return type(tensor) in (Tensor, torch.nn.Parameter) and tensor.device.type == "cpu"

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from paca.column_runs import read_columns
 from paca.columns import Columns
 from paca.rounding import add_once, round_once
 
@@ -204,4 +205,4 @@ class FoldsInWeight:
 
     def _taken(self, weight: Tensor, positions: Tensor) -> Kept:
         positions = positions.to(weight.device, copy=True)
-        return Kept(positions, weight.detach().index_select(self.input_dim, positions))
+        return Kept(positions, read_columns(weight.detach(), self.input_dim, positions))

@@ -14,7 +14,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from paca.column_runs import put_columns
+from paca.column_runs import put_columns, read_columns
 from paca.columns import Columns, State, version_of
 from paca.folds import FoldsInWeight, Kept, oriented, parts_of, sum_of_parts
 from paca.rounding import add_once, round_once
@@ -373,7 +373,7 @@ class ResidentColumns:
         return self._kept.positions
 
     def _current(self, weight: Tensor) -> Tensor:
-        return weight.detach().index_select(self.input_dim, self._kept_positions().to(weight.device))
+        return read_columns(weight.detach(), self.input_dim, self._kept_positions().to(weight.device))
 
     def _values(self, weight: Tensor, columns: tuple[Columns, ...]) -> Tensor:
         assert self._kept is not None
@@ -384,7 +384,7 @@ class ResidentColumns:
             positions = columns[0].indices.to(weight.device, copy=True)
         else:
             positions = torch.cat([c.indices.to(weight.device) for c in columns]).unique(sorted=True)
-        return Kept(positions, weight.detach().index_select(self.input_dim, positions))
+        return Kept(positions, read_columns(weight.detach(), self.input_dim, positions))
 
     def _sum(self, kept: Kept, columns: tuple[Columns, ...], dtype: torch.dtype) -> Tensor:
         if len(columns) == 1:

@@ -30,7 +30,8 @@ class Setting(NamedTuple):
 
     def title(self) -> str:
         """One line of words."""
-        size = f"{self.layers} layers of width {self.hidden}" if self.layers else f"{self.image_size} pixels"
+        layers = "1 layer" if self.layers == 1 else f"{self.layers} layers"
+        size = f"{layers} of width {self.hidden}" if self.layers else f"{self.image_size} pixels"
         what = f"{self.model} blocks" if self.scope == "blocks" else self.model
         if self.loss == "fused":
             what += " with the fused loss"
