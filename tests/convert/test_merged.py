@@ -165,6 +165,14 @@ def test_a_failure_while_writing_leaves_nothing(run: Path, tmp_path: Path, monke
     assert list(tmp_path.iterdir()) == []
 
 
+def test_an_adapter_for_another_task_is_refused_by_it(run: Path, tmp_path: Path) -> None:
+    adapter = tmp_path / "classifier"
+    adapter.mkdir()
+    (adapter / "adapter_config.json").write_text('{"task_type": "SEQ_CLS", "base_model_name_or_path": "x"}')
+    with pytest.raises(PacaError, match=r"trained for the task SEQ_CLS; only causal .* merge_and_unload"):
+        merge_to_folder(adapter, tmp_path / "merged")
+
+
 def test_what_cannot_be_merged_is_refused(run: Path, tmp_path: Path) -> None:
     with pytest.raises(PacaError, match="a whole model, not an adapter"):
         merge_to_folder(run / "base", tmp_path / "merged")

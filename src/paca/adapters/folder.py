@@ -6,6 +6,7 @@ import json
 import logging
 import shlex
 from pathlib import Path
+from typing import Any
 
 from paca.errors import PacaError
 from paca.program import program
@@ -61,11 +62,7 @@ def find_base(adapter: Path) -> str:
     Raises:
         PacaError: the adapter's config cannot be read, or names no model.
     """
-    file = adapter / ADAPTER_CONFIG
-    try:
-        base = json.loads(file.read_text(encoding="utf-8")).get("base_model_name_or_path")
-    except (ValueError, AttributeError) as error:
-        raise PacaError(f"{file} is broken: {error}. It should be a JSON object; copy or save it again.") from error
+    base, file = _settings(adapter).get("base_model_name_or_path"), adapter / ADAPTER_CONFIG
     if not base:
         raise PacaError(f"{file} does not name the model it was trained on. Give it: --base-model NAME_OR_FOLDER")
     beside = adapter.resolve().parent / "base"
@@ -73,6 +70,27 @@ def find_base(adapter: Path) -> str:
         logger.warning("%s is gone; taking the base model that lies beside the adapter, %s.", base, beside)
         return str(beside)
     return str(base)
+
+
+def find_task(adapter: Path) -> str | None:
+    """What an adapter was trained for, by PEFT's names of tasks, such as ``"CAUSAL_LM"``, if its config says so.
+
+    Raises:
+        PacaError: the config cannot be read.
+    """
+    task: str | None = _settings(adapter).get("task_type")
+    return task
+
+
+def _settings(adapter: Path) -> dict[str, Any]:
+    file = adapter / ADAPTER_CONFIG
+    try:
+        settings = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise PacaError(f"{file} is broken: {error}. It should be a JSON object; copy or save it again.") from error
+    if not isinstance(settings, dict):
+        raise PacaError(f"{file} is broken: it holds no JSON object. Copy or save it again.")
+    return settings
 
 
 def weight_file(adapter: Path) -> Path:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from paca.adapters.folder import ADAPTER_CONFIG, find_adapter, find_base
+from paca.adapters.folder import ADAPTER_CONFIG, find_adapter, find_base, find_task
 from paca.convert.output import check_output_file, check_output_folder
 from paca.errors import PacaError
 
@@ -50,9 +50,16 @@ def merge_output(path: str | Path, output: str | Path, base_model: str | None, o
     """The folder, absolute, for ``path`` merged into its base model.
 
     Raises:
-        PacaError: it is in use, or the adapter names no base model.
+        PacaError: it is in use, or the adapter names no base model, or is for something else than language models.
     """
     output, adapter = _absolute(output), adapter_in(path)
+    task = find_task(adapter)
+    if task not in (None, "CAUSAL_LM"):
+        raise PacaError(
+            f"The adapter in {adapter} was trained for the task {task}; only causal language models are merged here. In "
+            "Python: load the base model with the transformers class of that task, the adapter with "
+            "PeftModel.from_pretrained, then merge_and_unload().save_pretrained(folder)."
+        )
     base = base_model if base_model is not None else find_base(adapter)
     reads = [Path(path), adapter, Path(base)]
     check_output_folder(output, overwrite, reads=reads, job="merge", holds="a model", marker="config.json")
