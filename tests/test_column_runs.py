@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+from transformers.pytorch_utils import Conv1D
 
 from models import adapt, llama, tokens
 from paca.column_runs import put_columns, read_columns, runs_of, take_columns
@@ -94,3 +95,20 @@ def test_a_training_step_copies_blocks(selection, one_by_one):
             assert delta.grad is not None
             original = layer.base_layer.weight[:, columns]
             torch.testing.assert_close(now, original + layer.scaling["default"] * delta.detach())
+
+
+@pytest.mark.parametrize("shape", [(48,), (5, 48), (2, 5, 48), (2, 3, 5, 48)])
+@pytest.mark.parametrize("kind", ["linear", "conv1d"])
+def test_an_activation_in_place_may_follow(kind, shape):
+    torch.manual_seed(0)
+    first = torch.nn.Linear(48, 64) if kind == "linear" else Conv1D(64, 48)
+    net = torch.nn.Sequential(first, torch.nn.ReLU(inplace=True), torch.nn.Linear(64, 8))
+    model, x = adapt(net, r=16, selection="random_blocks", target_modules=["0", "2"]), torch.randn(shape)
+    model(x).square().sum().backward()
+    got = [p.grad.clone() for p in model.parameters() if p.grad is not None]
+    net[1].inplace = False
+    model.zero_grad()
+    model(x).square().sum().backward()
+    assert len(got) == 2
+    for one, other in zip(got, (p.grad for p in model.parameters() if p.grad is not None), strict=True):
+        assert torch.equal(one, other)

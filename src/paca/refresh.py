@@ -45,10 +45,24 @@ def refresh_layers(layers: list[PacaLayer], *, before_forward: bool = False) -> 
             continue
         layer.push_columns()
         resident, weight = layer.base_layer.resident, layer.base_layer.weight
+        if type(weight) is not nn.Parameter:
+            _check_not_sharded(weight)
         if resident.stale(weight):
             stale[weight.device, weight.dtype].append((resident, weight))
     for group in stale.values():
         refresh_together(group, before_forward=before_forward)
+
+
+def _check_not_sharded(weight: Tensor) -> None:
+    if torch.distributed.is_available():
+        from torch.distributed.tensor import DTensor
+
+        if isinstance(weight, DTensor):
+            raise RuntimeError(
+                "A weight that PaCA trains columns of is sharded (it is a DTensor, as FSDP2 and tensor parallelism "
+                "make them). That is not supported: its gradients would be wrong. Train with "
+                "DistributedDataParallel; under FSDP2, with a model in 4 bits, whose weights are never written."
+            )
 
 
 class RefreshBeforeForward:

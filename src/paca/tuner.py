@@ -14,6 +14,7 @@ from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _maybe_include_a
 from peft.utils.integrations import init_empty_weights
 from peft.utils.other import AuxiliaryTrainingWrapper, get_pattern_key
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from paca.adapters.checks import DELTA, check_adapter_tensors, check_indices_used, check_name
 from paca.adapters.file import check_has_weights
@@ -353,9 +354,11 @@ def note_quantization(model: nn.Module, adapter_name: str, config: PacaConfig) -
         )
     originals = OriginalWeights(config.original_weights)
     for name, layer in layers.items():
-        shape = layer.out_features, layer.in_features
+        shape, indices = (layer.out_features, layer.in_features), layer.paca_indices[adapter_name]
+        was = getattr(layer.base_layer, "source_cls", nn.Linear)  # transformers notes what it quantized
         try:
-            layer.start_from(adapter_name, originals.columns(name, layer.paca_indices[adapter_name], shape))
+            columns = originals.columns(name, indices, shape, stored_transposed=issubclass(was, Conv1D))
+            layer.start_from(adapter_name, columns)
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from error
 

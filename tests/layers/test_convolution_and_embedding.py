@@ -503,3 +503,39 @@ def test_a_step_of_a_convolution_allocates_nothing_of_the_weights_size():
             optimizer.step()
             optimizer.zero_grad()
     assert max(seen.sizes) == 50 * 3 * 9
+
+
+def test_models_may_read_the_attributes_of_their_convolutions(tmp_path):
+    from transformers import WhisperConfig
+    from transformers.models.whisper.modeling_whisper import WhisperEncoder
+
+    torch.manual_seed(0)
+    config = WhisperConfig(d_model=16, encoder_layers=1, encoder_attention_heads=2, encoder_ffn_dim=16, num_mel_bins=8)
+    model = adapt(WhisperEncoder(config), r=2, target_modules=["conv1", "conv2"])
+    layer = model.base_model.model.conv2
+    assert (layer.stride, layer.kernel_size, layer.in_channels) == ((2,), (3,), 16)
+    model(torch.randn(1, 8, 3000)).last_hidden_state.square().mean().backward()
+    assert layer.paca_delta["default"].grad is not None
+    with pytest.raises(AttributeError):
+        _ = layer.nothing_of_the_kind
+
+
+def test_an_adapter_of_a_model_of_images_is_saved_loaded_and_swapped(tmp_path):
+    from transformers import ResNetConfig, ResNetForImageClassification
+
+    def base():
+        torch.manual_seed(0)
+        config = ResNetConfig(embedding_size=4, hidden_sizes=[4, 8], depths=[1, 1], layer_type="basic", num_labels=3)
+        return ResNetForImageClassification(config).eval()
+
+    x = torch.randn(2, 3, 32, 32)
+    model = adapt(base(), r=2, target_modules=["convolution"]).eval()
+    model.save_pretrained(tmp_path)
+    again = peft.PeftModel.from_pretrained(base(), tmp_path).eval()
+    other = adapt(base(), r=2, target_modules=["convolution"], random_seed=5).eval()
+    paca.hotswap_adapter(other, tmp_path, "default")
+    with torch.no_grad():
+        want = model(x).logits
+        assert torch.equal(again(x).logits, want)
+        assert torch.equal(other(x).logits, want)
+        assert not torch.equal(base()(x).logits, want)

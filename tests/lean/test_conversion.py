@@ -9,7 +9,7 @@ import pytest
 import torch
 from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
 from tiny_architectures import ARCHITECTURES, GATED
-from torch import nn
+from torch import Tensor, nn
 from transformers import Gemma3Config, Gemma3ForConditionalGeneration, MixtralConfig, MixtralForCausalLM
 
 from paca.bench.saved_activations import measure_saved_activations
@@ -125,6 +125,25 @@ def test_one_attention_mask_for_all_layers(tiny_model):
     assert masks_kept() == 3
     make_lean(model)
     assert masks_kept() == 1
+
+
+def test_a_mask_that_is_filled_anew_in_place_is_read_anew(tiny_model):
+    model = tiny_model("llama", torch.float32).requires_grad_(False).train()
+    mask = torch.ones(12, 12, dtype=torch.bool).tril()[None, None].expand(2, 1, 12, 12).clone()
+    x = torch.randn(2, 12, 24, requires_grad=True)
+
+    def logits() -> Tensor:
+        return model(inputs_embeds=x, attention_mask=mask, use_cache=False).logits
+
+    first, want = logits(), []
+    make_lean(model)
+    assert torch.equal(logits(), first)
+    mask[..., 1:6] = False
+    got = logits()
+    undo_lean(model)
+    want = logits()
+    assert not torch.equal(want, first)
+    assert torch.equal(got, want)
 
 
 def test_evaluation_runs_the_stock_forward(tiny_model, run):

@@ -41,7 +41,7 @@ def by_gradients(case: Case) -> None:
 
 
 def _config(case: Case, selection: str) -> paca.PacaConfig:
-    return paca.PacaConfig(r=2, selection=selection, **case.subject.targets)  # type: ignore[arg-type]
+    return paca.PacaConfig(**{**case.subject.targets, "r": 2, "selection": selection})
 
 
 def _by_batches(case: Case, strategies: tuple[str, ...], reference: Callable[..., dict[str, list[int]]]) -> None:

@@ -98,6 +98,15 @@ RESIDENT_LAYERS = (
         language_model=lambda folder: small_llama(),
     ),
     _pair(
+        "linear-blocks",
+        "`nn.Linear`, columns in blocks",
+        lambda: nn.Linear(40, 48),
+        lambda: nn.Linear(48, 5),
+        *(3, 4, 40),
+        targets={**BOTH, "r": 20, "selection": "random_blocks"},
+        language_model=lambda folder: small_llama(),
+    ),
+    _pair(
         "conv1d-gpt2",
         "`Conv1D` (GPT-2)",
         lambda: Conv1D(13, 7),

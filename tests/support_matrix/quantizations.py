@@ -15,7 +15,7 @@ from paca.quantized import quantization_of
 from quantized_layers import Stack, forward_only_stack, quantized_linear, stack, stand_in
 from support_matrix.subject import Refused, Subject, random_input
 
-TARGETS = {"target_modules": ["lin1", "lin2"]}
+TARGETS = {"target_modules": ["lin1", "lin2"], "r": 16, "selection": "random_blocks"}
 
 REAL = {
     "nf4": ("bitsandbytes", "bitsandbytes NF4"),

@@ -106,11 +106,7 @@ def _saved_whole(model: nn.Module, adapter_name: str) -> tuple[str, ...]:
     """How the names begin of what an adapter may hold besides columns: modules_to_save, and embeddings (PEFT saves them
     whole when the vocabulary grew). Nothing else of the base model may be loaded over."""
     base: Any = getattr(model, "get_base_model", lambda: model)()
-    embeddings = [
-        getter()
-        for getter in (getattr(base, f"get_{kind}_embeddings", None) for kind in ("input", "output"))
-        if getter is not None
-    ]
+    embeddings = [module for kind in ("input", "output") if (module := _embeddings(base, kind)) is not None]
     beginnings = []
     for name, module in model.named_modules():
         if isinstance(module, AuxiliaryTrainingWrapper):
@@ -118,6 +114,14 @@ def _saved_whole(model: nn.Module, adapter_name: str) -> tuple[str, ...]:
         elif any(module is embedding for embedding in embeddings):
             beginnings.append(f"{name}.")
     return tuple(beginnings)
+
+
+def _embeddings(base: Any, kind: str) -> Any:
+    getter = getattr(base, f"get_{kind}_embeddings", None)
+    try:
+        return None if getter is None else getter()
+    except NotImplementedError:  # transformers' models of images have the method, but nothing to give
+        return None
 
 
 def _check_shapes(

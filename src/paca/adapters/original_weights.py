@@ -46,13 +46,16 @@ class OriginalWeights:
                 f"nor {SINGLE}. Give the folder or hub id of the original 16-bit model, or leave original_weights out."
             )
 
-    def columns(self, module_name: str, indices: Tensor, shape: tuple[int, int]) -> Tensor:
+    def columns(
+        self, module_name: str, indices: Tensor, shape: tuple[int, int], *, stored_transposed: bool = False
+    ) -> Tensor:
         """Read columns of one linear layer.
 
         Args:
             module_name: as the model calls it, such as ``model.layers.0.mlp.up_proj``.
             indices: ``(r,)`` int64, ascending.
             shape: ``(out_features, in_features)`` that the weight must have.
+            stored_transposed: as ``(in_features, out_features)``: the layer was a ``Conv1D`` before it was quantized.
 
         Returns:
             ``(out_features, r)`` in the type they are stored in, on CPU.
@@ -62,12 +65,14 @@ class OriginalWeights:
         """
         key = self._key_of(module_name)
         part = self._open(self._shard_of[key]).get_slice(key)
+        if stored_transposed:
+            shape = shape[::-1]
         if tuple(part.get_shape()) != shape:
             raise PacaError(
                 f"{key} in {self.name!r} has shape {tuple(part.get_shape())}, but the layer {module_name} of the model "
                 f"has {shape}. Give the checkpoint that the model was quantized from."
             )
-        return part[:, indices.tolist()]
+        return part[indices.tolist()].t().contiguous() if stored_transposed else part[:, indices.tolist()]
 
     def _key_of(self, module_name: str) -> str:
         """The name of a module's weight in the checkpoint: the same, or with more or fewer names in front."""

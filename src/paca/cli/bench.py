@@ -160,6 +160,13 @@ def report(
 
     rows = [row for file in files for row in read_rows(file)]
     baselines = _names(baseline) if baseline else ()
+    there = {row.method for row in rows}
+    if unknown := [method for method in baselines if method not in there]:
+        from paca.errors import PacaError
+
+        raise PacaError(
+            f"There are no rows of {', '.join(unknown)} to compare with. There are: {', '.join(sorted(there))}."
+        )
     text = tables(rows, baselines)
     pictures = write_plots(rows, plots, name or files[0].stem, baselines[0] if baselines else None)
     if markdown is not None:

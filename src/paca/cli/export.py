@@ -45,6 +45,7 @@ def export(
         print(f"Written: {lora.output} (LoRA, exact: {lora.layers} layers of rank {ranks}, each at scale 1)")
         if lora.saved_whole:
             print(f"Carried over: {', '.join(lora.saved_whole)}")
+        _say_quantization(lora.base_quantization)
         print(f'Load it onto {lora.base} with PeftModel.from_pretrained(model, "{lora.output}"); paca is not needed.')
     else:
         gguf_output(path, output, overwrite)
@@ -52,4 +53,13 @@ def export(
 
         gguf = export_gguf(path, output, base_model=base_model, overwrite=overwrite)
         print(f"Written: {gguf.output} (LoRA, {gguf.layers} layers, for {gguf.architecture!r} models of llama.cpp)")
+        _say_quantization(gguf.base_quantization)
         print(f"Use it with the GGUF file of {gguf.base}: llama-cli -m MODEL.gguf --lora {gguf.output}")
+
+
+def _say_quantization(kind: str | None) -> None:
+    if kind is not None:
+        print(
+            f"It was made for weights quantized as {kind}, and is exact on those alone. On others, the 16-bit "
+            "originals too, results differ a little; --to merged writes a model that is exact by itself."
+        )

@@ -256,9 +256,9 @@ def _show_fit(console: Console, found: Fit, rate: MatmulRate | None) -> None:
         )
     console.print(table)
     if found.weights_reason is not None:
-        console.print(found.weights_reason, highlight=False)
+        console.print(found.weights_reason, highlight=False, markup=False)
     for reason in found.refused:
-        console.print(f"Not considered: {reason}", highlight=False)
+        console.print(f"Not considered: {reason}", highlight=False, markup=False)
     for line in yaml_lines(found.setting):
         console.print(line, highlight=False)
 

@@ -56,8 +56,8 @@ def merge_output(path: str | Path, output: str | Path, base_model: str | None, o
     task = find_task(adapter)
     if task not in (None, "CAUSAL_LM"):
         raise PacaError(
-            f"The adapter in {adapter} was trained for the task {task}; only causal language models are merged here. In "
-            "Python: load the base model with the transformers class of that task, the adapter with "
+            f"The adapter in {adapter} was trained for the task {task}; only causal language models are merged here. "
+            "In Python: load the base model with the transformers class of that task, the adapter with "
             "PeftModel.from_pretrained, then merge_and_unload().save_pretrained(folder)."
         )
     base = base_model if base_model is not None else find_base(adapter)

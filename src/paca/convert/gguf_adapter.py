@@ -54,6 +54,8 @@ class GgufExport:
     base: str
     architecture: str
     layers: int
+    base_quantization: str | None
+    """How the weights were quantized that the adapter was made for, or None."""
 
 
 def export_gguf(
@@ -78,7 +80,8 @@ def export_gguf(
     architecture, alpha, tensors = gguf_tensors(adapter)
     with new_file(output) as partial:
         _write(partial, architecture, alpha, tensors)
-    return GgufExport(output, str(adapter.config.base_model_name_or_path), architecture, len(adapter.layers))
+    base = str(adapter.config.base_model_name_or_path)
+    return GgufExport(output, base, architecture, len(adapter.layers), adapter.config.base_quantization)
 
 
 def gguf_tensors(adapter: Adapter) -> tuple[str, float, dict[str, Tensor]]:

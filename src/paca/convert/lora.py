@@ -48,6 +48,8 @@ class LoraExport:
     """Those that occur, ascending."""
     saved_whole: list[str]
     """Names of the tensors that were carried over as they are."""
+    base_quantization: str | None
+    """How the weights were quantized that the adapter was made for, or None."""
 
 
 def lora_factors(name: str, layer: AdaptedLayer) -> Factors:
@@ -144,7 +146,9 @@ def export_lora(
         _write(adapter, partial, tokenizer_files(source))
     ranks = sorted({layer.indices.numel() for layer in adapter.layers.values()})
     base = str(adapter.config.base_model_name_or_path)
-    return LoraExport(output, base, len(adapter.layers), ranks, sorted(adapter.saved_whole))
+    return LoraExport(
+        output, base, len(adapter.layers), ranks, sorted(adapter.saved_whole), adapter.config.base_quantization
+    )
 
 
 def _write(adapter: Adapter, folder: Path, beside: Iterable[Path]) -> None:

@@ -14,7 +14,7 @@ from torch.autograd.function import once_differentiable
 
 from paca.column_runs import take_columns
 from paca.columns import State
-from paca.functional.linear import column_gradient
+from paca.functional.linear import column_gradient, not_a_view
 from paca.recomputation import check_same_state
 
 
@@ -47,7 +47,7 @@ class _AddColumns(torch.autograd.Function):
                 rows = selected.reshape(-1, selected.shape[-1])
                 total = torch.addmm(total, rows, delta.to(y.dtype).t(), alpha=c.scale)
         ctx.save_for_backward(state.tag_tensor, *indices, *kept, *deltas)
-        return total.reshape(y.shape)
+        return not_a_view(total.reshape(y.shape))
 
     @staticmethod
     @once_differentiable

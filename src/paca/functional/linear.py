@@ -66,7 +66,8 @@ def partial_linear(
         raise ValueError(
             "The weight of an adapted layer requires grad, but PaCA trains its columns only: the rest of the weight "
             "would get no gradient. Call weight.requires_grad_(False), or train the layer whole through "
-            "modules_to_save instead of target_modules."
+            "modules_to_save instead of target_modules. (FSDP1 makes every weight it flattens require grad; PaCA can't "
+            "train under it.)"
         )
     runs = (None,) * len(indices) if runs is None else tuple(runs)
     return _PartialLinear.apply(
@@ -81,6 +82,12 @@ def plain_linear(x: Tensor, weight: Tensor, bias: Tensor | None, input_dim: int)
     if bias is None:
         return torch.matmul(x, weight)
     return torch.addmm(bias, x.reshape(-1, x.shape[-1]), weight).reshape(*x.shape[:-1], weight.shape[1])
+
+
+def not_a_view(y: Tensor) -> Tensor:
+    """``y`` for the output of a custom function: autograd forbids to write into one that is a view (an activation that
+    works in place would), and with a bias a stock operator gives a view of something that nobody else holds."""
+    return torch.ops.aten._unsafe_view(y, y.shape) if y._is_view() else y
 
 
 class _PartialLinear(torch.autograd.Function):
@@ -104,7 +111,7 @@ class _PartialLinear(torch.autograd.Function):
         # Gather before the cast: under autocast that reads r columns of x instead of casting all of it.
         needed = ctx.needs_input_grad[9 + count :]
         selected = [take_columns(x, i, run) for i, run, need in zip(indices, runs, needed, strict=True) if need]
-        y = plain_linear(x, weight, bias, input_dim)
+        y = not_a_view(plain_linear(x, weight, bias, input_dim))
         kept = [_as(s, y.dtype) for s in selected]
         ctx.scales, ctx.input_dim, ctx.before_backward = scales, input_dim, before_backward
         ctx.input_dtype, ctx.compute_dtype = x.dtype, y.dtype

@@ -16,7 +16,7 @@ from torch.autograd.function import once_differentiable
 
 from paca.column_runs import put_columns, take_columns
 from paca.columns import Columns, State
-from paca.functional.linear import column_gradient, input_gradient
+from paca.functional.linear import column_gradient, input_gradient, not_a_view
 from paca.recomputation import check_same_state
 from paca.rounding import add_once, round_once
 
@@ -89,7 +89,7 @@ class _PatchedLinear(torch.autograd.Function):
         indices, deltas = indices_then_deltas[:count], indices_then_deltas[count:]
         with torch.autocast(x.device.type, enabled=False):
             weight = patched_weight(dequantize, dtype, state.columns)
-            y = F.linear(x.to(dtype), weight, None if bias is None else bias.to(dtype))
+            y = not_a_view(F.linear(x.to(dtype), weight, None if bias is None else bias.to(dtype)))
         needed = ctx.needs_input_grad[5 + count :]
         # Gather before the cast: that reads r columns of x instead of casting all of it.
         kept = [

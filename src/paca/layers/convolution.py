@@ -117,12 +117,29 @@ RESIDENT_CLASSES: dict[type[nn.Module], type[ResidentWeight]] = {
 }
 
 
+_OF_A_CONVOLUTION = {
+    "dilation",
+    "groups",
+    "in_channels",
+    "kernel_size",
+    "out_channels",
+    "output_padding",
+    "padding",
+    "padding_mode",
+    "stride",
+}
+
+
 class PacaConvolution(PacaLayer):
     """The adapted convolution: keeps each adapter's deltas ``(out_channels, r, *kernel)`` and indices."""
 
     delta_axes = "(out_channels, r, *kernel)"
 
     input_axes = "(samples, in_channels, *space)"
+
+    def __getattr__(self, name: str) -> Any:
+        # Models read these of their convolutions, Whisper's encoder for one.
+        return getattr(self.base_layer, name) if name in _OF_A_CONVOLUTION else super().__getattr__(name)
 
     @property
     def input_dims(self) -> int:

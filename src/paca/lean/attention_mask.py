@@ -14,17 +14,22 @@ _ADDITIVE = "_paca_lean_additive"
 
 
 def additive_mask(mask: Tensor, dtype: torch.dtype) -> Tensor:
-    """0 where `mask` is true and -inf elsewhere, which is what SDPA makes of it; remembered on `mask` itself.
+    """0 where `mask` is true and -inf elsewhere, which is what SDPA makes of it.
+
+    Remembered on `mask` itself, until that is changed.
 
     Args:
         mask: boolean, any shape.
         dtype: the query's.
     """
-    known: Tensor | None = getattr(mask, _ADDITIVE, None)
-    if known is None or known.dtype != dtype:
-        known = torch.zeros_like(mask, dtype=dtype).masked_fill_(mask.logical_not(), float("-inf"))
-        setattr(mask, _ADDITIVE, known)
-    return known
+    version = None if mask.is_inference() else mask._version  # a mask may be a buffer that is filled anew
+    known: tuple[int, Tensor] | None = getattr(mask, _ADDITIVE, None)
+    if known is not None and known[0] == version and known[1].dtype == dtype:
+        return known[1]
+    made = torch.zeros_like(mask, dtype=dtype).masked_fill_(mask.logical_not(), float("-inf"))
+    if version is not None:
+        setattr(mask, _ADDITIVE, (version, made))
+    return made
 
 
 def query_dtype(hidden_states: Tensor) -> torch.dtype:

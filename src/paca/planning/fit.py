@@ -17,9 +17,9 @@ from paca.planning.setting import Setting
 from paca.planning.simulated_step import WEIGHTS
 from paca.training.memory import format_bytes
 
-LEAN_SLOWDOWN = 1.02
-"""Time of a step with lean blocks over one without, beyond matrix products: a preference for stock blocks where both
-fit the same batch, not a forecast."""
+LEAN_TIME, LEAN_TIME_ON_CPU = 1.02, 0.97
+"""Time of a step with lean blocks over one without: a preference where both fit the same batch, not a forecast. On CPUs
+0.87 to 0.98 were measured (benchmarks/cpu-blocks.csv); elsewhere nothing was, so stock blocks are preferred there."""
 
 
 @dataclass(frozen=True)
@@ -110,7 +110,8 @@ def fit(
         candidates += found
         if found[0].fits and _at_its_fastest(found[0], global_batch):
             break
-    ranks = {quantization: 0 if fastest_weights else rank for rank, quantization in enumerate(quantizations)}
+    by_time = fastest_weights and (dequantize is not None or quantizations == (None,))
+    ranks = {quantization: 0 if by_time else rank for rank, quantization in enumerate(quantizations)}
     candidates.sort(key=lambda c: (not c.fits, ranks[c.setting.quantization], c.seconds))
     if not candidates[0].fits:
         raise PacaError(_nothing_fits(candidates, memory))
@@ -162,7 +163,7 @@ class _Search:
             candidates.append(candidate)
             if _fixed(candidate.estimate) > self.memory:
                 break  # no technique changes that
-            if len(candidates) == 1 and _at_its_fastest(candidate, self.global_batch):
+            if _at_its_fastest(candidate, self.global_batch):
                 break
         return sorted(candidates, key=lambda candidate: (not candidate.fits, candidate.seconds))
 
@@ -188,14 +189,19 @@ class _Search:
         return Candidate(found, self._seconds(found), fits=True)
 
     def _seconds(self, tried: MemoryEstimate) -> float:
-        return step_seconds(tried, self.rate, self.dequantize) * (LEAN_SLOWDOWN if tried.setting.lean else 1.0)
+        blocks = _lean_time(tried.setting) if tried.setting.lean else 1.0
+        return step_seconds(tried, self.rate, self.dequantize) * blocks
 
 
 def _at_its_fastest(candidate: Candidate, global_batch: int) -> bool:
     """Whether no technique can make it faster: the fewest operations, at the highest rate."""
     setting = candidate.setting
-    stock = not (setting.lean or setting.checkpointing)
-    return candidate.fits and stock and setting.batch_size == global_batch
+    fastest_blocks = setting.lean == (_lean_time(setting) < 1) and not (setting.recompute or setting.checkpointing)
+    return candidate.fits and fastest_blocks and setting.batch_size == global_batch
+
+
+def _lean_time(setting: Setting) -> float:
+    return LEAN_TIME_ON_CPU if setting.device == "cpu" else LEAN_TIME
 
 
 def _weights_reason(candidates: Sequence[Candidate]) -> str:
@@ -205,7 +211,8 @@ def _weights_reason(candidates: Sequence[Candidate]) -> str:
     chosen = f"Weights in {best.estimate.weights}"
     held = format_bytes(best.estimate.parts[WEIGHTS])
     if not others:
-        return f"{chosen} ({held}): with them nothing has to be given up."
+        plain = not (best.setting.recompute or best.setting.checkpointing)
+        return f"{chosen} ({held}){': with them nothing has to be given up' if plain else '; no others were possible'}."
     other = others[0]
     named = f"{other.estimate.weights} ({format_bytes(other.estimate.parts[WEIGHTS])} of weights)"
     if not other.fits:

@@ -59,7 +59,11 @@ def target_of_model(name: str, dtype: str, r: int, setting: Setting) -> Target:
     Raises:
         PacaError: there is no such model or dtype.
     """
-    return Target(name, _outline(name, dtype), PacaConfig(r=r, task_type="CAUSAL_LM"), setting)
+    try:
+        adapter = PacaConfig(r=r, task_type="CAUSAL_LM")
+    except ValueError as error:
+        raise PacaError(str(error)) from error
+    return Target(name, _outline(name, dtype), adapter, setting)
 
 
 def target_of_run(

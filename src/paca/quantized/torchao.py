@@ -30,7 +30,9 @@ class TorchAo(QuantizedWeight):
 
     def name(self, module: Any) -> str:
         weight = module.weight
-        return f"torchao {type(weight).__name__} {str(weight.qdata.dtype).removeprefix('torch.')}"
+        kind = getattr(weight, "target_dtype", weight.qdata.dtype)
+        block = "x".join(str(size) for size in getattr(weight, "block_size", ()))
+        return f"torchao {type(weight).__name__} {str(kind).removeprefix('torch.')}" + (f" in {block}" if block else "")
 
     def packed(self, module: Any) -> Tensor:
         return module.weight

@@ -31,6 +31,8 @@ from paca.training import adapter_settings
 from paca.training.loss_scope import use_chat_template
 from paca.training.run_config import CalibrationSection, RunConfig
 
+_VALUES_COMPARED = 1024
+"""Of each tensor of the model."""
 _NOT_ABOUT_COLUMNS = {"paca_alpha", "alpha_pattern", "init_weights", "original_weights"}
 
 
@@ -124,7 +126,8 @@ class ColumnChoice:
     def _key(self, model: nn.Module, batches: Iterable[dict[str, Tensor]]) -> str:
         """What the columns follow from: the weights (some of each), the tokens, the settings."""
         settings = {k: v for k, v in self.config.paca.items() if k not in _NOT_ABOUT_COLUMNS}
-        digest = hashlib.sha256(json.dumps([__version__, settings, str(self.config.model.dtype)]).encode())
+        about = [__version__, settings, str(self.config.model.name), str(self.config.model.dtype)]
+        digest = hashlib.sha256(json.dumps(about).encode())
         for batch in batches:
             for name in sorted(batch):
                 digest.update(f"{name}{tuple(batch[name].shape)}".encode())
@@ -132,7 +135,9 @@ class ColumnChoice:
         for name, tensor in (*model.named_parameters(), *model.named_buffers()):
             digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
             values = tensor.detach().reshape(-1)
-            some = values[:: max(1, values.numel() // 64)].to("cpu", torch.float64)
+            # A stride that shares a factor with the width would look at some columns only.
+            places = torch.arange(_VALUES_COMPARED, dtype=torch.int64) * 2654435761 % max(1, values.numel())
+            some = values[places.to(values.device)].to("cpu", torch.float64) if values.numel() else values
             digest.update(some.numpy().tobytes())
         return digest.hexdigest()
 
