@@ -19,13 +19,14 @@ part short 480 $BLOCKS --dtype bfloat16 --methods $ALL --seq 64,128 --rounds 25 
     --output benchmarks/cpu-short.csv
 part others 480 $BLOCKS --dtype bfloat16 --methods frozen,paca,dora,lora-fa,vera,full --seq 512 --rounds 8 \
     --measure time,saved --output benchmarks/cpu-others.csv
-part profile 480 $BLOCKS --dtype bfloat16 --methods frozen,paca,paca-random,paca+lean,lora,lora-tuned --seq 512 --rounds 10 \
-    --measure time --profile --output benchmarks/cpu-profile.csv
+PROFILED=frozen,paca,paca-random,paca+lean,paca+lean+recompute,lora,lora-tuned
+part profile 480 $BLOCKS --dtype bfloat16 --methods $PROFILED --seq 512,2048 --rounds 8 --measure time --profile \
+    --output benchmarks/cpu-profile.csv
+part profile-fp32 480 $BLOCKS --dtype float32 --methods $PROFILED --seq 512 --rounds 6 --measure time --profile \
+    --output benchmarks/cpu-profile.csv
 part peak 480 $BLOCKS --dtype bfloat16 --methods $ALL --seq 512,1024 --measure memory --output benchmarks/cpu-blocks.csv
-part longest 480 $BLOCKS --dtype bfloat16 --methods paca,paca+lean,lora,lora-tuned --baseline lora --seq 256 \
-    --measure max-seq --memory 320MiB --output benchmarks/cpu-longest.csv
-part longest-others 480 $BLOCKS --dtype bfloat16 --methods frozen,paca+lean+recompute,lora --baseline lora --seq 256 \
-    --measure max-seq --memory 320MiB --output benchmarks/cpu-longest.csv
+part longest 900 $BLOCKS --dtype bfloat16 --methods frozen,paca,paca+lean,paca+lean+recompute,lora,lora-tuned \
+    --baseline lora --seq 256 --measure max-seq --memory 320MiB --output benchmarks/cpu-longest.csv
 part logits 300 --model llama3-8b --layers 2 --hidden 1024 --device cpu --methods frozen,paca,lora --seq 2048 \
     --measure memory,saved --loss logits --output benchmarks/cpu-loss.csv
 part fused-loss 300 --model llama3-8b --layers 2 --hidden 1024 --device cpu --methods frozen,paca,lora --seq 2048 \

@@ -74,7 +74,7 @@ def test_every_command_of_the_scripts_is_accepted(script: str) -> None:
     assert len(commands) >= 8
     for timeout, seconds, program, *arguments in commands:
         assert (timeout, program) == ("timeout", "paca")
-        assert int(seconds) <= 480
+        assert int(seconds) <= 900
         checked = CliRunner().invoke(app, [*arguments, "--dry-run"])
         assert checked.exit_code == 0, f"{arguments}: {checked.exception or checked.output}"
     if script == "gpu":

@@ -16,6 +16,9 @@ _MATMULS = {"aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "aten::_add
 _CONVOLUTIONS = ("aten::convolution", "aten::mkldnn_convolution", "aten::cudnn_convolution", "aten::thnn_conv2d")
 _GATHERS = {"aten::index_select", "aten::gather", "aten::index"}
 _CASTS = {"aten::copy_", "aten::_to_copy", "aten::to", "aten::clone", "aten::contiguous"}
+_COPIES_OF_COLUMNS = {"aten::copy_", "aten::clone", "aten::cat"}
+_FORWARD = "_PartialLinear"
+"""The forward pass of an adapted layer, where columns that lie side by side are copied as blocks."""
 _RANGE = "paca.bench: "
 
 
@@ -80,11 +83,14 @@ def _kind(event: Any, rank: int) -> str | None:
     name: str = event.name
     if "::" not in name or name.startswith(("autograd::", _RANGE)):
         return None
-    ancestor = event.cpu_parent
+    ancestor, takes_columns = event.cpu_parent, False
     while ancestor is not None:
         if ancestor.name.startswith(_RANGE):
             return str(ancestor.name.removeprefix(_RANGE))
+        takes_columns |= ancestor.name == _FORWARD and name in _COPIES_OF_COLUMNS
         ancestor = ancestor.cpu_parent
+    if takes_columns:
+        return "gather"
     if name in _MATMULS:
         sizes = {size for shape in event.input_shapes for size in shape if isinstance(size, int)}
         return "skinny GEMM" if rank in sizes else "GEMM"
