@@ -110,6 +110,27 @@ def test_rounds_rotate_and_a_failing_method_does_not_stop_the_others() -> None:
     assert not steps["a"].abandoned
 
 
+@pytest.mark.parametrize(("pressed_at", "kept"), [(3, 0), (4, 1), (5, 2)])
+def test_ctrl_c_keeps_whole_rounds(pressed_at: int, kept: int) -> None:
+    runs = 0
+
+    class Pressed:
+        def run(self) -> None:
+            nonlocal runs
+            runs += 1
+            if runs == 2 * pressed_at:
+                raise KeyboardInterrupt
+
+    steps = {"a": Pressed(), "b": Pressed()}
+    options = {"rounds": 9, "warmup": 2, "steps_per_round": 1, "device": torch.device("cpu")}
+    if not kept:
+        with pytest.raises(KeyboardInterrupt):
+            time_rounds(steps, **options)  # type: ignore[arg-type]
+        return
+    timings = time_rounds(steps, **options)  # type: ignore[arg-type]
+    assert [(len(t.seconds), t.interrupted) for t in timings.values()] == [(kept, True)] * 2
+
+
 def test_the_budget_of_a_step_names_its_parts() -> None:
     one = step("paca", dtype="float32")
     one.run()

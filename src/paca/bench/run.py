@@ -148,6 +148,9 @@ class _Benchmark:
             for metric in ("graphs", "recompilations"):
                 counts = {name: [float(getattr(t, metric))] for name, t in timings.items() if not t.failure}
                 self.recorder.record(metric, "graphs", counts, point, variant=variant, compare=False)
+        if any(timing.interrupted for timing in timings.values()):
+            self.say(f"interrupted after {max(map(len, seconds.values()))} rounds, which are kept")
+            raise KeyboardInterrupt
 
     def saved(self, point: Point, variant: str) -> None:
         """Saved activations: of the model, and of one block per token."""

@@ -107,6 +107,10 @@ class BenchSettings:
             value = getattr(self, field)
             if value is not None and value < 1:
                 raise PacaError(f"{field} is {value}; it must be 1 or more.")
+        if self.warmup < 0:
+            raise PacaError(f"warmup is {self.warmup}; it must be 0 or more.")
+        if self.memory is not None and self.memory < 2**20:
+            raise PacaError(f"memory is {self.memory} bytes, where nothing fits; give a unit, such as 24GiB or 320MiB.")
         for field in ("seq", "batch"):
             if min(getattr(self, field)) < 1:
                 raise PacaError(f"{field} is {getattr(self, field)}; every size must be 1 or more.")

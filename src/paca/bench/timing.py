@@ -26,6 +26,8 @@ class Timing:
     """Graphs that it made after the warm-up."""
     failure: str | None = None
     """Why the method has no samples."""
+    interrupted: bool = False
+    """Whether Ctrl-C ended the rounds early; the samples are those of the whole rounds before it."""
 
 
 def time_rounds(
@@ -34,7 +36,7 @@ def time_rounds(
     """Time every step once per round, in an order that rotates from round to round.
 
     A method that fails (out of memory, not compilable) loses its samples and says why; the others go on. Garbage is
-    collected between the samples, never within one.
+    collected between the samples, never within one. Ctrl-C after a whole round keeps the rounds there are.
 
     Args:
         steps: what to time, by name.
@@ -56,19 +58,33 @@ def time_rounds(
             running.remove(name)
         if timings[name].failure:
             steps[name].abandon()
-    for _ in range(rounds):
-        for name in list(running):
-            try:
-                seconds, graphs = _sample(steps[name], steps_per_round, device)
-                timings[name].seconds.append(seconds)
-                timings[name].recompilations += graphs
-            except Exception as error:
-                timings[name] = Timing(failure=failure_reason(error))
-                running.remove(name)
-            if timings[name].failure:  # not in the except clause: there the error still holds the graph
-                steps[name].abandon()
+    for number in range(rounds):
+        try:
+            _round(steps, running, timings, steps_per_round, device)
+        except KeyboardInterrupt:
+            if number == 0:
+                raise
+            for timing in timings.values():
+                del timing.seconds[number:]
+                timing.interrupted = True
+            break
         running = running[1:] + running[:1]
     return timings
+
+
+def _round(
+    steps: Mapping[str, TrainingStep], running: list[str], timings: dict[str, Timing], count: int, device: torch.device
+) -> None:
+    for name in list(running):
+        try:
+            seconds, graphs = _sample(steps[name], count, device)
+            timings[name].seconds.append(seconds)
+            timings[name].recompilations += graphs
+        except Exception as error:
+            timings[name] = Timing(failure=failure_reason(error))
+            running.remove(name)
+        if timings[name].failure:  # not in the except clause: there the error still holds the graph
+            steps[name].abandon()
 
 
 def _sample(step: TrainingStep, count: int, device: torch.device) -> tuple[float, int]:
