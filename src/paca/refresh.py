@@ -61,7 +61,7 @@ def _check_not_sharded(weight: Tensor) -> None:
             raise RuntimeError(
                 "A weight that PaCA trains columns of is sharded (it is a DTensor, as FSDP2 and tensor parallelism "
                 "make them). That is not supported: its gradients would be wrong. Train with "
-                "DistributedDataParallel; under FSDP2, with a model in 4 bits, whose weights are never written."
+                "DistributedDataParallel."
             )
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import peft
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, GPT2Config, GPT2LMHeadModel
 
 import paca
 from models import llama, tokens
@@ -164,3 +164,20 @@ def test_another_models_weights_are_refused_and_the_model_left_as_it_was(checkpo
 def test_a_plain_model_needs_none(checkpoint):
     with pytest.raises(ValueError, match="none of the adapted layers is quantized"):
         peft.get_peft_model(plain(checkpoint), paca.PacaConfig(original_weights=str(checkpoint)))
+
+
+@pytest.mark.parametrize("target", ["c_attn", "attn.c_proj", "c_fc"])
+def test_a_conv1d_is_read_as_it_is_stored(target, tmp_path):
+    torch.manual_seed(0)
+    config = GPT2Config(vocab_size=64, n_embd=64, n_layer=1, n_head=4, n_positions=64)
+    original = GPT2LMHeadModel(config).to(torch.bfloat16)
+    original.save_pretrained(tmp_path)
+    quantized = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
+    base = AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=quantized, dtype=torch.bfloat16)
+    settings = {"r": 16, "target_modules": [target], "original_weights": str(tmp_path), "task_type": "CAUSAL_LM"}
+    model = peft.get_peft_model(base, paca.PacaConfig(**settings))
+    (layer,) = paca_layers(model)
+    (name,) = [n for n, m in model.get_base_model().named_modules() if m is layer]
+    now = layer.base_layer.patched_weight(torch.bfloat16, (layer.columns_of("default"),))
+    columns = layer.paca_indices["default"]
+    assert torch.equal(now[:, columns], original.get_submodule(name).weight.T[:, columns])
