@@ -242,16 +242,17 @@ def _choices(base: Setting, any_loss: bool) -> Iterator[Setting]:
 def _nothing_fits(candidates: list[Candidate], memory: int) -> str:
     smallest = min(candidates, key=lambda candidate: candidate.estimate.total).estimate
     fixed = _fixed(smallest)
-    advice = (
-        f"The weights alone leave no room in {smallest.weights}; take a smaller model"
-        f"{' or fewer bits a weight (--quantization nf4).' if smallest.setting.quantization is None else '.'}"
-        if fixed > memory
-        else f"Of that, {format_bytes(fixed)} are weights and framework; the rest shrinks with the sequence length "
-        f"(now {smallest.setting.sequence_length})."
-    )
+    nothing = f"Nothing fits into {format_bytes(memory)}"
+    if fixed > memory:  # so nothing else was tried
+        fewer = " or fewer bits a weight (--quantization nf4)" if smallest.setting.quantization is None else ""
+        return (
+            f"{nothing}: the weights ({smallest.weights}) and the framework alone take {format_bytes(fixed)} and leave "
+            f"no room. Take a smaller model{fewer}."
+        )
     return (
-        f"Nothing fits into {format_bytes(memory)}: the least is {format_bytes(smallest.total)}, with one sequence at "
-        f"a time and {smallest.setting.techniques()}. {advice}"
+        f"{nothing}: the least is {format_bytes(smallest.total)}, with one sequence at a time and "
+        f"{smallest.setting.techniques()}. Of that, {format_bytes(fixed)} are weights and framework; the rest shrinks "
+        f"with the sequence length (now {smallest.setting.sequence_length})."
     )
 
 
