@@ -9,10 +9,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import nn
-from transformers import AutoModelForCausalLM, BartConfig, BartForConditionalGeneration
+from transformers import AutoModelForCausalLM, BartConfig, BartForConditionalGeneration, LlamaForCausalLM
 
 import paca
 from models import adapt, base_state, gpt2, llama, tokens
+from paca.convert.lora import export_lora
+from paca.convert.merged import merge_to_folder
+from paca.generation import load_for_generation
+from tiny_checkpoint import save_base
 
 
 def tied_llama():
@@ -166,3 +170,30 @@ def test_the_default_targets_leave_embeddings_and_output_layer_alone():
         names = [n for n, m in adapted.named_modules() if type(m).__name__.startswith("Paca") and "." in n]
         assert names
         assert not any(n.endswith(("lm_head", "embed_tokens", "wte", "wpe")) for n in names)
+
+
+@pytest.mark.parametrize("targets", [["lm_head"], ["embed_tokens", "q_proj"], ["embed_tokens", "lm_head"]])
+def test_commands_untie_the_base_of_an_adapter_that_was_trained_so(targets, tmp_path):
+    base = save_base(tmp_path / "base", tie_word_embeddings=True)
+    model = LlamaForCausalLM.from_pretrained(base)
+    assert paca.untie_embeddings(model)
+    adapted = adapt(model, r=4, target_modules=targets, task_type="CAUSAL_LM").eval()
+    adapted.peft_config["default"].base_model_name_or_path = str(base)
+    adapted.save_pretrained(tmp_path / "adapter")
+    with torch.no_grad():
+        want = adapted(tokens()).logits
+        assert torch.equal(load_for_generation(tmp_path / "adapter").model(tokens()).logits, want)
+        merge_to_folder(tmp_path / "adapter", tmp_path / "merged")
+        merged = LlamaForCausalLM.from_pretrained(tmp_path / "merged")
+        torch.testing.assert_close(merged(tokens()).logits, want)
+    if "embed_tokens" not in targets:
+        assert export_lora(tmp_path / "adapter", tmp_path / "lora").layers == 1
+
+
+def test_a_tied_base_stays_tied_for_other_adapters(tmp_path):
+    base = save_base(tmp_path / "base", tie_word_embeddings=True)
+    adapt(LlamaForCausalLM.from_pretrained(base), target_modules=["q_proj"], task_type="CAUSAL_LM").save_pretrained(
+        tmp_path / "adapter"
+    )
+    loaded = load_for_generation(tmp_path / "adapter").model.get_base_model()
+    assert loaded.lm_head.weight is loaded.model.embed_tokens.weight

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import peft
 import torch
@@ -34,7 +35,7 @@ def byte_tokenizer(chat_template: str | None = CHAT_TEMPLATE) -> PreTrainedToken
     return tokenizer
 
 
-def save_base(folder: Path, dtype: torch.dtype = torch.float32, context: int = CONTEXT) -> Path:
+def save_base(folder: Path, dtype: torch.dtype = torch.float32, context: int = CONTEXT, **settings: Any) -> Path:
     """A checkpoint with random weights, large enough that an adapter visibly moves the logits."""
     torch.manual_seed(0)
     tokenizer = byte_tokenizer()
@@ -50,6 +51,7 @@ def save_base(folder: Path, dtype: torch.dtype = torch.float32, context: int = C
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
+        **settings,
     )
     LlamaForCausalLM(config).to(dtype).save_pretrained(folder)
     tokenizer.save_pretrained(folder)

@@ -22,10 +22,12 @@ from transformers import (
     TextIteratorStreamer,
 )
 
+from paca.adapters.file import tensor_names
 from paca.adapters.folder import find_adapter, find_base, weight_file
 from paca.errors import PacaError
 from paca.pretrained import Pretrained, load_config, load_pretrained
 from paca.pretrained.quantizing import QUANTIZATIONS, is_quantized
+from paca.tied_weights import untie_for
 
 Message = dict[str, str]
 """``{"role": "user" | "assistant" | "system", "content": text}``"""
@@ -71,6 +73,7 @@ def load_for_generation(path: str | Path, *, base_model: str | None = None, dtyp
     pretrained = _load_base(base, adapter, dtype)
     model = on_accelerator(pretrained.model)
     try:
+        untie_for(model, tensor_names(weights))
         adapted = PeftModel.from_pretrained(model, str(adapter))
     except (SafetensorError, EOFError) as error:
         raise PacaError(f"{weights} is broken: {error}. Copy the file again, or train again.") from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 from torch import nn
@@ -17,7 +18,8 @@ def untie_embeddings(model: Any) -> bool:
     ``tie_word_embeddings=False`` is *not* the same: where the checkpoint has no output weight, transformers then
     starts it at random.
 
-    Whoever loads an adapter that was trained so has to untie its base model first, or is refused.
+    Whoever loads an adapter that was trained so with PEFT has to untie its base model first, or is refused; the command
+    line does it by itself.
 
     Args:
         model: a transformers model, not adapted yet. Its config is changed, so that it is saved and loaded untied.
@@ -45,3 +47,25 @@ def untie_embeddings(model: Any) -> bool:
         if hasattr(module, "all_tied_weights_keys"):
             module.all_tied_weights_keys = module.get_expanded_tied_weights_keys(all_submodels=True)
     return tied
+
+
+def untie_for(model: Any, tensor_names: Iterable[str]) -> bool:
+    """Untie the embeddings of a base model for an adapter that has columns in one of them: it was trained so.
+
+    Args:
+        model: the adapter's base model, not adapted yet; it may be on the meta device.
+        tensor_names: of the adapter's file.
+
+    Returns:
+        Whether they were tied, and the adapter needs them untied.
+    """
+    try:
+        inputs, outputs = model.get_input_embeddings(), model.get_output_embeddings()
+    except (AttributeError, NotImplementedError):
+        return False
+    if getattr(outputs, "weight", None) is None or outputs.weight is not inputs.weight:
+        return False
+    embeddings = [f".{name}.paca_" for name, module in model.named_modules() if module is inputs or module is outputs]
+    if not any(beginning in name for name in tensor_names for beginning in embeddings):
+        return False
+    return untie_embeddings(model)

@@ -79,7 +79,7 @@ def test_a_device_that_is_slow_on_short_batches_is_given_longer_ones(model: Any)
 
 
 def test_nothing_fits_says_how_much_is_needed(model: Any) -> None:
-    with pytest.raises(paca.PacaError, match=r"The weights alone"):
+    with pytest.raises(paca.PacaError, match=r"the weights .* alone take"):
         fit(model, BASE, memory=2**20, global_batch=4)
     room = estimate(model, BASE).parts
     with pytest.raises(paca.PacaError, match=r"Nothing fits into .* the least is .*256"):

@@ -32,6 +32,18 @@ def check_has_weights(folder: Path) -> None:
         )
 
 
+def tensor_names(path: Path) -> list[str]:
+    """The names in an adapter's safetensors file; none for a file of another kind.
+
+    Raises:
+        SafetensorError: if it can't be read.
+    """
+    if path.suffix != ".safetensors":
+        return []
+    with safe_open(path, framework="pt") as file:
+        return list(file.keys())
+
+
 def check_adapter_file(folder: Path, modules_to_save: Iterable[str] | None, task_type: str | None) -> None:
     """Check that a local adapter's file can be read and holds the modules that were saved whole.
 
@@ -48,8 +60,7 @@ def check_adapter_file(folder: Path, modules_to_save: Iterable[str] | None, task
         _check_pickle(folder / WEIGHTS_NAME)
         return
     try:
-        with safe_open(path, framework="pt") as file:
-            names = list(file.keys())
+        names = tensor_names(path)
     except SafetensorError as error:
         raise ValueError(
             f"{path} can't be read ({error}): the file is broken. Copy it again, or train again."

@@ -37,6 +37,7 @@ from paca.layers.overlaid import OverlaidLinear
 from paca.pretrained import Outline, load_config
 from paca.pretrained.location import locate
 from paca.program import program
+from paca.tied_weights import untie_for
 from paca.tuner import PacaModel
 
 NAME = "default"  # of the adapter, where one is put into an outline
@@ -139,6 +140,7 @@ def read_adapter(path: str | Path, base_model: str | None = None) -> Adapter:
         raise PacaError(f"The adapter in {folder} cannot be read: {error}") from error
     config.base_model_name_or_path = base
     outline = base_outline(base, config.task_type, config.revision)
+    untie_for(outline.model, tensors)
     try:
         return put_on(outline.model, config, tensors)
     except ValueError as error:
