@@ -37,6 +37,13 @@ class Columns(NamedTuple):
     """``paca_alpha / r``, times whatever the user scaled the adapter by."""
     folded: Folded | None = None
     """Those that the adapter trained before."""
+    source: Tensor | None = None
+    """If ``delta`` is but this process's rows of it: what has the gradient, and a version counter that shows writes."""
+
+    @property
+    def parameter(self) -> Tensor:
+        """What is trained: ``delta`` itself, or what it is a part of."""
+        return self.delta if self.source is None else self.source
 
     def same_as(self, other: Columns) -> bool:
         """Whether both are the same tensors with the same scale (values are a matter of version counters)."""
@@ -83,9 +90,11 @@ class State:
         self.generation = generation
         self.hidden_writes = hidden_writes
         versions, watched, content = [], [], []
-        for _, delta, indices, scale, folded in columns:  # one pass: a state is made per layer and optimizer step
-            versions.append((version_of(delta), version_of(indices)))
-            watched += [(tensor, tensor._version) for tensor in (delta, indices) if not tensor.is_inference()]
+        # One pass: a state is made per layer and optimizer step.
+        for _, delta, indices, scale, folded, source in columns:
+            trained = delta if source is None else source
+            versions.append((version_of(trained), version_of(indices)))
+            watched += [(tensor, tensor._version) for tensor in (trained, indices) if not tensor.is_inference()]
             content.append((id(delta), id(indices), scale, id(folded)))
         self.versions = tuple(versions)
         self.watched = tuple(watched)

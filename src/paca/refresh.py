@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from paca.joint_refresh import refresh_together
 from paca.layers import PacaLayer
 from paca.resident import ResidentColumns
+from paca.sharded import check_not_parallel
 
 
 def paca_layers(model: nn.Module) -> list[PacaLayer]:
@@ -43,26 +44,18 @@ def refresh_layers(layers: list[PacaLayer], *, before_forward: bool = False) -> 
     for layer in layers:
         if layer.mode != "resident":
             continue
+        base = layer.base_layer
+        if base.sharded is not None:
+            base.sharded.check()
+        elif type(base.weight) is not nn.Parameter:
+            check_not_parallel(base.weight)
         layer.push_columns()
-        resident, weight = layer.base_layer.resident, layer.base_layer.weight
-        if type(weight) is not nn.Parameter:
-            _check_not_sharded(weight)
-        if resident.stale(weight):
-            stale[weight.device, weight.dtype].append((resident, weight))
-    for group in stale.values():
-        refresh_together(group, before_forward=before_forward)
-
-
-def _check_not_sharded(weight: Tensor) -> None:
-    if torch.distributed.is_available():
-        from torch.distributed.tensor import DTensor
-
-        if isinstance(weight, DTensor):
-            raise RuntimeError(
-                "A weight that PaCA trains columns of is sharded (it is a DTensor, as FSDP2 and tensor parallelism "
-                "make them). That is not supported: its gradients would be wrong. Train with "
-                "DistributedDataParallel."
-            )
+        weight = base.home
+        if base.resident.stale(weight):
+            later = before_forward and base.sharded is None  # what is sharded is gathered before its layer runs
+            stale[later, weight.device, weight.dtype].append((base.resident, base.home_to_write()))
+    for (later, *_), group in stale.items():
+        refresh_together(group, before_forward=later)
 
 
 class RefreshBeforeForward:

@@ -65,6 +65,13 @@ class ResidentColumns:
         """What the weight holds now."""
         return self._state
 
+    @property
+    def positions(self) -> Tensor | None:
+        """``(k,)``, the columns of the weight that are not its own now; None if all are."""
+        if self._merged_kept is not None:
+            return self._merged_kept.positions
+        return self._kept.positions if self._state.columns and self._kept is not None else None
+
     def stale(self, weight: Tensor) -> bool:
         """Whether ``weight`` may differ from what ``wanted`` asks for."""
         if not self._state.holds(self.wanted):
@@ -271,6 +278,30 @@ class ResidentColumns:
         those that were there before is gone."""
         self._handed_out = [alive for alive in self._handed_out if alive() is not None] + [weakref.ref(shared)]
 
+    @torch.no_grad()
+    def sharded(self, rows: Tensor, rows_of: Callable[[Tensor], Tensor]) -> None:
+        """Note that ``rows`` of the weight, copied as they were, took its place; park them.
+
+        Args:
+            rows: no state dict shares their memory.
+            rows_of: the same rows of any tensor of the weight's rows.
+
+        Raises:
+            RuntimeError: if folded columns are in the weight.
+        """
+        if not self._folds.are_those_of(()):
+            raise RuntimeError(
+                f"The columns of {self._names(self._state.columns)} were rotated (paca.rotate): beneath those that are "
+                "trained lie others, which can't be taken out of a sharded weight. Merge the adapter, or train it with "
+                "DistributedDataParallel."
+            )
+        self._lent, self._handed_out = None, []
+        if self._state.columns and self._kept is not None:
+            self._put(rows, self._kept.positions, rows_of(self._kept.values))
+        if self._merged_kept is not None:
+            self._merged_kept = self._merged_kept._replace(values=rows_of(self._merged_kept.values))
+        self._begin_generation()
+
     def reloaded(self) -> None:
         """Note that new values were loaded into the (parked) weight."""
         self._begin_generation()
@@ -308,7 +339,7 @@ class ResidentColumns:
 
     def _finish(self) -> None:
         # With a gradient in place an optimizer may still write without anyone noticing: look again next time.
-        self.suspect = any(c.delta.grad is not None for c in self._state.columns)
+        self.suspect = any(c.parameter.grad is not None for c in self._state.columns)
 
     def _wrote(self, values: Tensor) -> bool:
         """Whether ``values`` are what was written last, to the bit (NaN is equal to itself)."""

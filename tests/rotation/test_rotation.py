@@ -16,7 +16,7 @@ from torch.distributed.fsdp import fully_shard
 import paca
 from expert_models import STACKS, mixtral
 from layers.small_networks import TARGETS, adapted_network, example, network
-from models import adapt, adapted_perceptron, base_state, llama, perceptron, tokens
+from models import adapt, adapted_perceptron, base_state, perceptron, tokens
 from paca.config import ROTATIONS
 from paca.refresh import paca_layers
 from paca.rotation.pickers import PICKERS, RotatingLayer
@@ -445,20 +445,6 @@ def test_layers_that_are_not_written_are_refused():
     model = adapt(model, target_modules=["lin1"])
     with pytest.raises(ValueError, match="lin1 can't be rotated: its weight is quantized"):
         paca.rotate(model, None, 1)
-
-
-def test_training_under_fsdp2_is_refused_and_not_wrong():
-    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
-    try:
-        model = adapt(llama(), target_modules="all-linear")
-        mesh = init_device_mesh("cpu", (1,))
-        for block in model.get_base_model().model.layers:
-            fully_shard(block, mesh=mesh)
-        fully_shard(model, mesh=mesh)
-        with pytest.raises(RuntimeError, match=r"sharded \(it is a DTensor, as FSDP2.*DistributedDataParallel"):
-            model(input_ids=tokens())
-    finally:
-        torch.distributed.destroy_process_group()
 
 
 def test_a_model_that_fsdp_shards_is_refused():

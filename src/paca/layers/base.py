@@ -16,6 +16,7 @@ from paca.columns import Columns, Folded
 from paca.folds import oriented, parts_of
 from paca.functional.columns_by_row import LinearProduct, RowColumns, RowProduct, add_columns_by_row
 from paca.mixed.batch import MixedBatch, current_mixed_batch
+from paca.sharded import ShardableDeltas
 
 FOLDED_DELTA, FOLDED_INDICES = "paca_delta.paca_folded", "paca_indices.paca_folded"
 """What a whole model's state dict calls folded columns, so that PEFT takes them for an adapter's, not the base's."""
@@ -48,7 +49,7 @@ class PacaLayer(nn.Module, BaseTunerLayer):
     def __init__(self, base_layer: Any) -> None:
         super().__init__()
         self.base_layer = base_layer
-        self.paca_delta = nn.ParameterDict()
+        self.paca_delta = ShardableDeltas()
         self.paca_indices = BufferDict(persistent=True)
         self.r: dict[str, int] = {}
         self.paca_alpha: dict[str, float] = {}
@@ -146,13 +147,30 @@ class PacaLayer(nn.Module, BaseTunerLayer):
 
     def columns_of(self, adapter_name: str) -> Columns:
         """The adapter's delta, indices and scale as they are now, with what is folded."""
+        source = None if self.base_layer.sharded is None else self._shard_of(adapter_name)
         return Columns(
             adapter_name,
-            self.paca_delta[adapter_name],
+            self.paca_delta[adapter_name] if source is None else source._local_tensor,
             self.paca_indices[adapter_name],
             self.scaling[adapter_name],
             self.folded.get(adapter_name),
+            source,
         )
+
+    def _shard_of(self, adapter_name: str) -> Any:
+        """The delta as FSDP2 shards it: this process owns those of its rows that it owns of the weight."""
+        sharded, delta = self.base_layer.sharded, self.paca_delta.shard(adapter_name)
+        if delta is None or delta.placements != sharded.parameter.placements:
+            raise RuntimeError(
+                f"Adapter {adapter_name!r} is not sharded as the weights below it are: it was added to a model whose "
+                "weights were sharded already. Adapt the model first, then shard it (fully_shard, Accelerator.prepare)."
+            )
+        if adapter_name in self.folded:
+            raise RuntimeError(
+                f"Adapter {adapter_name!r} was rotated (paca.rotate): beneath the columns it trains lie others, which "
+                "can't be put into sharded weights. Train it with DistributedDataParallel, or merge it first."
+            )
+        return delta
 
     def all_columns_of(self, adapter_name: str) -> tuple[Columns, ...]:
         """The columns that the adapter trains now, and, if it was rotated, those it trained before."""
@@ -174,7 +192,7 @@ class PacaLayer(nn.Module, BaseTunerLayer):
         now, names = self.base_layer.resident.wanted, self._active_adapter
         if len(now) != 1 or len(names) != 1 or self._disable_adapters or self.merged_adapters:
             return False
-        name, (_, delta, indices, scale, folded) = names[0], now[0]
+        name, (_, delta, indices, scale, folded, _) = names[0], now[0]
         # Looked up where a plain module keeps them: three times faster than through ParameterDict. Whatever replaces
         # them by something that is kept elsewhere (FSDP1) is pushed the long way.
         deltas, columns = self._modules["paca_delta"], self._modules["paca_indices"]
@@ -190,14 +208,14 @@ class PacaLayer(nn.Module, BaseTunerLayer):
         self.push_columns()
         resident = self.base_layer.resident
         if not resident.state.holds(resident.wanted):
-            resident.park(self.base_layer.weight)
+            resident.park(self.base_layer.home_to_write())
 
     def write_parked(self, write: Callable[[], None], *, hidden: bool) -> None:
         """Call ``write``, which replaces deltas and indices in place, while none of them is in the weight.
 
         ``hidden``: version counters won't show it.
         """
-        self.base_layer.resident.write_parked(self.base_layer.weight, write, hidden=hidden)
+        self.base_layer.resident.write_parked(self.base_layer.home_to_write(), write, hidden=hidden)
 
     # -- forward ------------------------------------------------------------------------------------------------
 
@@ -279,7 +297,7 @@ class PacaLayer(nn.Module, BaseTunerLayer):
         if not names:
             return
         columns = tuple(self.columns_of(n) for n in names)
-        self.base_layer.resident.merge(self.base_layer.weight, columns, safe=safe_merge)
+        self.base_layer.resident.merge(self.base_layer.home_to_write(), columns, safe=safe_merge)
         self.merged_adapters.extend(names)
         self.push_columns()
 
@@ -288,7 +306,7 @@ class PacaLayer(nn.Module, BaseTunerLayer):
         if not self.merged:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
-        self.base_layer.resident.unmerge(self.base_layer.weight)
+        self.base_layer.resident.unmerge(self.base_layer.home_to_write())
         self.merged_adapters.clear()
         self.push_columns()
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 from typing import Any
 
 import torch
@@ -48,11 +47,11 @@ class ResidentConvolution(OpaqueWeight):
             x,
             self.weight,
             self.bias,
-            state.deltas,
+            self._deltas_of(state),
             state.indices,
             state.scales,
             geometry=Geometry.of(self),
-            before_backward=partial(self.resident.before_backward, self.weight, state),
+            before_backward=self._before_backward(state),
             state_tag=state.tag_tensor,
         )
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 from typing import Any
 
 import torch
@@ -50,11 +49,11 @@ class ResidentEmbedding(OpaqueWeight, nn.Embedding):
         return partial_embedding(
             x,
             self.weight,
-            state.deltas,
+            self._deltas_of(state),
             state.indices,
             state.scales,
             gradient_settings=self.gradient_settings,
-            before_backward=partial(self.resident.before_backward, self.weight, state),
+            before_backward=self._before_backward(state),
             state_tag=state.tag_tensor,
         )
 

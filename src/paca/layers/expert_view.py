@@ -115,7 +115,7 @@ class StackView:
             state.indices,
             state.scales,
             input_dim=stack.input_dim + 2,
-            before_backward=partial(stack.resident.before_backward, stack.weight, state),
+            before_backward=stack._before_backward(state),
             state_tag=state.tag_tensor,
             weight_again=partial(stack.weight.select, 0, expert),
         )
@@ -138,12 +138,12 @@ class StackView:
             x,
             stack.weight,
             offsets,
-            state.deltas,
+            stack._deltas_of(state),
             state.indices,
             state.scales,
             input_dim=stack.input_dim,
             matmul=matmul,
-            before_backward=partial(stack.resident.before_backward, stack.weight, state),
+            before_backward=stack._before_backward(state),
             state_tag=state.tag_tensor,
         )
 

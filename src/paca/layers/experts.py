@@ -56,7 +56,9 @@ class ResidentStack(ResidentWeight, ExpertStack):
         That way a model whose adapters are disabled or merged runs the stock code on the stock parameter.
         """
         resident = self.resident
-        if resident.stale(self.weight):
+        if self.sharded is not None:
+            self._prepare_sharded(self.sharded)
+        elif resident.stale(self.weight):
             resident.refresh(self.weight)
         recording = torch.is_grad_enabled()
         if recording or torch._C._current_graph_task_id() == -1:
@@ -71,11 +73,12 @@ class ResidentStack(ResidentWeight, ExpertStack):
         Cut once and kept until the deltas change: taken one by one, each expert's backward would make a gradient of the
         whole delta's size.
         """
-        requiring = tuple(delta.requires_grad for delta in state.deltas)
+        deltas = self._deltas_of(state)
+        requiring = tuple(delta.requires_grad for delta in deltas)
         if not torch.is_grad_enabled():
-            return [delta.unbind(0) for delta in state.deltas]
+            return [delta.unbind(0) for delta in deltas]
         if self._cut is None or self._cut[0] is not state or self._cut[1] != requiring:
-            self._cut = (state, requiring, [delta.unbind(0) for delta in state.deltas])
+            self._cut = (state, requiring, [delta.unbind(0) for delta in deltas])
         return self._cut[2]
 
     def release(self) -> None:

@@ -32,6 +32,8 @@ class OverlaidWeight(nn.Module):
     resident: OverlaidColumns
     """By the name that the columns of a plain weight have: the adapted layer above need not know which they are."""
     owner: Callable[[], Any]
+    sharded: ClassVar[None] = None
+    """Nothing is written into the weight, so it does not matter who holds which part of it."""
 
     @classmethod
     def adopt(cls, module: Any) -> Any:

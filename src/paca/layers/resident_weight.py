@@ -17,6 +17,7 @@ from paca.columns import State
 from paca.functional.linear import partial_linear
 from paca.layers.compiled import compiled_linear, new_handle
 from paca.resident import ResidentColumns
+from paca.sharded import ShardedWeight, check_not_parallel, is_sharded
 
 
 class ResidentWeight(nn.Module):
@@ -33,6 +34,30 @@ class ResidentWeight(nn.Module):
     handle: Tensor
     owner: Callable[[], Any]
     """Gives the adapted layer above, which knows what is wanted; a weak reference."""
+    sharded: ShardedWeight | None = None
+    """What FSDP2 has made of the weight."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        # FSDP2 puts the shard and the gathered weight into each other's place with setattr.
+        if name == "weight":
+            if self.sharded is not None:
+                self.sharded.note(value, self.resident)
+            elif is_sharded(value):
+                self.sharded = ShardedWeight(value, self.input_dim)
+                self.sharded.check()
+                self.resident.sharded(self.sharded.rows, self.sharded.rows_of)
+        super().__setattr__(name, value)
+
+    @property
+    def home(self) -> Tensor:
+        """Where the columns live: the weight, or, if FSDP2 shards it, the rows of it that this process owns."""
+        return self.weight if self.sharded is None else self.sharded.rows
+
+    def home_to_write(self) -> Tensor:
+        """``home``, for a call that may write it."""
+        if self.sharded is not None:
+            self.sharded.before_write()
+        return self.home
 
     @property
     def output_dim(self) -> int:
@@ -46,6 +71,8 @@ class ResidentWeight(nn.Module):
         module.__class__ = cls
         assert isinstance(module, cls)
         module.resident = ResidentColumns(cls.input_dim)
+        if is_sharded(module.weight):
+            module.sharded = ShardedWeight(module.weight, cls.input_dim)
         module.handle = new_handle(module)
         module.owner = lambda: None
         module._rebind_forward()
@@ -63,17 +90,20 @@ class ResidentWeight(nn.Module):
 
     def release(self) -> None:
         """Park, and turn back into the stock module, in place."""
-        self.resident.let_go(self.weight)
+        self.resident.let_go(self.home_to_write())
         del self.resident, self.handle
+        self.__dict__.pop("sharded", None)
         self.__class__ = self.stock_class  # type: ignore[assignment]
         del self.owner
         ResidentWeight._rebind_forward(self)
 
     def forward(self, x: Tensor) -> Tensor:
         if torch.compiler.is_compiling():
-            return self._run_compiled(x)
+            return self._run_compiled(x) if self.sharded is None else self._run_uncompiled(x)
         resident, weight = self.resident, self.weight
-        if resident.stale(weight):
+        if self.sharded is not None:
+            self._prepare_sharded(self.sharded)
+        elif resident.stale(weight):
             resident.refresh(weight)
         if not torch.is_grad_enabled():
             if torch._C._current_graph_task_id() == -1:
@@ -83,20 +113,47 @@ class ResidentWeight(nn.Module):
         state = resident.state
         return self._run_partial(x, state)
 
+    def _prepare_sharded(self, sharded: ShardedWeight) -> None:
+        """Make the gathered weight hold what is wanted; usually it does."""
+        check_not_parallel(self.weight)
+        if self.resident.stale(sharded.rows):
+            self.resident.refresh(self.home_to_write())
+        sharded.bring_up_to_date(self.weight, self.resident)
+
+    def _deltas_of(self, state: State) -> tuple[Tensor, ...]:
+        """The deltas of ``state`` that gradients go to: all rows of them."""
+        if self.sharded is None:
+            return state.deltas
+        gathered = self.owner().paca_delta
+        return tuple(gathered[c.name] for c in state.columns)
+
+    def _before_backward(self, state: State) -> Callable[[int], None]:
+        """What a backward pass has to call, with the saved tag, before it reads the weight."""
+        if self.sharded is None:
+            return partial(self.resident.before_backward, self.weight, state)
+        return partial(self.sharded.before_backward, self.resident, self.weight, state)
+
     def _run_partial(self, x: Tensor, state: State) -> Tensor:
         """Run on the weight, which holds ``state``, such that gradients reach the deltas."""
         return partial_linear(
             x,
             self.weight,
             self.bias,
-            state.deltas,
+            self._deltas_of(state),
             state.indices,
             state.scales,
             input_dim=self.input_dim,
             runs=state.runs,
-            before_backward=partial(self.resident.before_backward, self.weight, state),
+            before_backward=self._before_backward(state),
             state_tag=state.tag_tensor,
         )
+
+    @torch.compiler.disable  # FSDP2's own hooks break the graph around the layer anyway
+    def _run_uncompiled(self, x: Tensor) -> Tensor:
+        owner = self.owner()
+        if owner is not None:
+            owner.push_columns()
+        return self.forward(x)
 
     def _run_compiled(self, x: Tensor) -> Tensor:
         """Run within a graph that is being compiled."""
@@ -105,16 +162,22 @@ class ResidentWeight(nn.Module):
     # -- the weight as others see it: always the pretrained one ---------------------------------------------------
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ResidentWeight:
-        self.resident.park(self.weight)
+        self.resident.park(self.home_to_write())
         return super()._apply(fn, recurse)
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        self.resident.park(self.weight)
-        if not keep_vars:  # with it, the caller asks for the parameter itself
+        self.resident.park(self.home_to_write())
+        if not keep_vars and self.sharded is None:  # with it, the caller asks for the parameter itself
             self.resident.lend(self.weight)
         super()._save_to_state_dict(destination, prefix, keep_vars)
         if not keep_vars:
-            self.resident.handed_out(destination[prefix + "weight"])
+            self._note_handed_out(destination[prefix + "weight"])
+
+    def _note_handed_out(self, shared: Tensor) -> None:
+        if self.sharded is None:
+            self.resident.handed_out(shared)
+        else:
+            self.sharded.handed_out(shared)
 
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, local_metadata: Any, strict: bool, *rest: Any
@@ -123,17 +186,20 @@ class ResidentWeight(nn.Module):
             if self.resident.merged:
                 names = ", ".join(repr(c.name) for c in self.resident.merged)
                 raise RuntimeError(f"{prefix}weight can't be loaded while {names} is merged into it: unmerge first.")
-            self.resident.park(self.weight)
+            self.resident.park(self.home_to_write())
             self.resident.reloaded()
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, *rest)
 
     def __getstate__(self) -> dict[str, Any]:
-        self.resident.park(self.weight)
+        self.resident.park(self.home_to_write())
         state = self.__dict__.copy()
         del state["handle"], state["owner"]
+        state.pop("sharded", None)
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        if is_sharded(self.weight):
+            self.sharded = ShardedWeight(self.weight, self.input_dim)
         self.handle = new_handle(self)
         self.owner = lambda: None  # the adapted layer above, if there is one, makes itself known again

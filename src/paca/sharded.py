@@ -1,0 +1,177 @@
+"""A weight that FSDP2 shards: the rows that this process owns, and the copy of all rows while the layer runs.
+
+Columns live in the rows. Each process writes its own, from its own rows of the deltas, without communication; FSDP2
+then gathers rows that are up to date (design, section 3, point 7). Only where rows were written after they had been
+gathered do the columns concerned travel once more: where adapters were switched between a forward pass and its backward
+pass, and where the copy is made before the model's own forward begins (the root module's).
+"""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from paca.column_runs import put_columns, read_columns
+from paca.columns import State
+from paca.resident import ResidentColumns
+
+_ADVICE = "Train with DistributedDataParallel, or leave the layer out of target_modules."
+
+
+def is_sharded(value: object) -> bool:
+    """Whether a parameter is a ``DTensor``, as FSDP2 and tensor parallelism make them."""
+    if type(value) in (nn.Parameter, Tensor) or not isinstance(value, Tensor) or not torch.distributed.is_available():
+        return False
+    from torch.distributed.tensor import DTensor
+
+    return isinstance(value, DTensor)
+
+
+def check_not_parallel(weight: Tensor) -> None:
+    """Raise if a layer is about to run on a shard.
+
+    Raises:
+        RuntimeError: under tensor parallelism.
+    """
+    if is_sharded(weight):
+        raise RuntimeError(
+            "A layer that PaCA adapts runs on a sharded weight (a DTensor), as tensor parallelism does it. That is not "
+            f"supported: its gradients would be wrong. FSDP2 (fully_shard) is. {_ADVICE}"
+        )
+
+
+class ShardableDeltas(nn.ParameterDict):
+    """A ``ParameterDict`` that knows the shards while FSDP2 has put gathered parameters in their place."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if is_sharded(value):
+            shards = self.__dict__.setdefault("_shards", {})
+            if name not in shards or shards[name].device_mesh == value.device_mesh:  # else see ShardedWeight.note
+                shards[name] = value
+        super().__setattr__(name, value)
+
+    def __delattr__(self, name: str) -> None:
+        self.__dict__.get("_shards", {}).pop(name, None)
+        super().__delattr__(name)
+
+    def shard(self, name: str) -> Any:
+        """The ``DTensor`` of which this process owns a part, or None if that parameter is not sharded."""
+        return self.__dict__.get("_shards", {}).get(name)
+
+
+class ShardedWeight:
+    """What FSDP2 makes of one weight.
+
+    Args:
+        parameter: the sharded weight, a ``DTensor``.
+        input_dim: the dimension of the weight that runs over the input features.
+    """
+
+    def __init__(self, parameter: Any, input_dim: int) -> None:
+        self.parameter = parameter
+        self.input_dim = input_dim
+        # How often the rows may have been written. Not whether they changed: processes must agree on who communicates.
+        self._writes = 0
+        self._copied_at = -1  # `_writes` when the rows were gathered
+        self._copied_positions: Tensor | None = None  # of the columns that were in them then
+        self._copy_is_from_piece = False
+        self._handed_out: list[weakref.ref[Any]] = []
+
+    @property
+    def rows(self) -> Tensor:
+        """The rows that this process owns, ``(rows, ...)``; there may be none."""
+        rows: Tensor = self.parameter._local_tensor
+        return rows
+
+    def rows_of(self, whole: Tensor) -> Tensor:
+        """The rows of ``whole``, which has all rows, that this process owns."""
+        from torch.distributed.tensor import Shard
+
+        mesh = self.parameter.device_mesh
+        for dim, placement in enumerate(self.parameter.placements):
+            if isinstance(placement, Shard):
+                pieces, mine = whole.chunk(mesh.size(dim)), mesh.get_local_rank(dim)
+                whole = pieces[mine] if mine < len(pieces) else whole[:0]
+        return whole
+
+    def note(self, value: Any, resident: ResidentColumns) -> None:
+        """Note that ``value`` takes the weight's place: a shard, or all rows gathered."""
+        if not is_sharded(value):
+            if not self._copy_is_from_piece:
+                self._copied(resident)
+            self._copy_is_from_piece = False
+        elif value.device_mesh == self.parameter.device_mesh:
+            self.parameter = value
+        else:  # a piece of the gathered copy, over fewer processes, to gather the next copy from
+            self._copy_is_from_piece = True
+
+    def check(self) -> None:
+        """Raise if columns can't live in these rows.
+
+        Raises:
+            RuntimeError: if anything but the dimension of the output features is sharded.
+        """
+        from torch.distributed.tensor import Replicate, Shard
+
+        kinds = {type(placement) for placement in self.parameter.placements}
+        dims = {placement.dim for placement in self.parameter.placements if isinstance(placement, Shard)}
+        inputs = self.input_dim % self.parameter.dim()
+        if kinds - {Replicate, Shard} or dims - {0} or (dims and inputs == 0):
+            where = ", ".join(map(str, self.parameter.placements))
+            raise RuntimeError(
+                f"A weight {tuple(self.parameter.shape)} that PaCA trains columns of is sharded as ({where}), and its "
+                f"columns run along dimension {inputs}. Only the first dimension may be sharded, and the columns must "
+                f"not run along it, so that every process holds whole columns of its rows. {_ADVICE}"
+            )
+
+    def before_write(self) -> None:
+        """Call this before the rows may be written, in every process."""
+        self._writes += 1
+        for reference in self._handed_out:
+            shared = reference()
+            if shared is not None and shared._local_tensor.untyped_storage() is not None:
+                shared._local_tensor = shared._local_tensor.clone()
+        self._handed_out = []
+
+    def handed_out(self, shared: Any) -> None:
+        """Note that a state dict got a ``DTensor`` of these (parked) rows: it keeps them as they are now."""
+        if is_sharded(shared):
+            self._handed_out = [alive for alive in self._handed_out if alive() is not None] + [weakref.ref(shared)]
+
+    @torch.no_grad()
+    def bring_up_to_date(self, copy: Tensor, resident: ResidentColumns) -> None:
+        """Make the gathered ``copy`` what the rows of all processes are, by their columns. A collective, if needed."""
+        if self._copied_at == self._writes:
+            return
+        both = [p for p in (self._copied_positions, resident.positions) if p is not None]
+        if both:
+            from torch.distributed.tensor import DTensor
+
+            positions = torch.cat(both).unique()
+            mine = read_columns(self.rows, self.input_dim, positions.to(self.rows.device)).to(copy.device)
+            size = list(self.parameter.shape)
+            size[self.input_dim] = positions.numel()
+            sharded = DTensor.from_local(
+                mine,
+                self.parameter.device_mesh,
+                self.parameter.placements,
+                run_check=False,
+                shape=torch.Size(size),
+                stride=torch.empty(size, device="meta").stride(),
+            )
+            columns: Tensor = sharded.full_tensor().to(copy.dtype)
+            put_columns(copy, self.input_dim, positions.to(copy.device), columns)
+        self._copied(resident)
+
+    def before_backward(self, resident: ResidentColumns, copy: Tensor, state: State, saved_tag: int) -> None:
+        """Make ``copy`` hold what the forward pass with ``state`` saw. Raises as ``ResidentColumns`` does."""
+        if resident.state.tag != state.tag:
+            self.before_write()
+        resident.before_backward(self.rows, state, saved_tag)
+        self.bring_up_to_date(copy, resident)
+
+    def _copied(self, resident: ResidentColumns) -> None:
+        self._copied_at, self._copied_positions = self._writes, resident.positions

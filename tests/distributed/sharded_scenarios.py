@@ -1,0 +1,623 @@
+"""What each process of a group does with a model that FSDP2 shards; each scenario is a test of ``test_fully_sharded``.
+
+Every scenario builds the same adapted model twice, shards one of them, and compares: with the other one, which sees the
+whole batch in one process, or with itself before. All processes check.
+"""
+
+from __future__ import annotations
+
+import traceback
+from datetime import timedelta
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
+
+import paca
+from expert_models import STACKS, mixtral
+from models import adapt, adapted_perceptron, gpt2, llama, perceptron, tokens
+from paca.refresh import paca_layers
+
+SCENARIOS: dict[int, list[str]] = {2: [], 4: []}
+"""By how many processes they take."""
+
+
+def of(world):
+    def register(function):
+        SCENARIOS[world].append(function.__name__)
+        return function
+
+    return register
+
+
+def run_all(rank: int, world: int, port: int, folder: str) -> None:
+    """Run the scenarios of ``world`` processes, and leave what went wrong in ``folder``: empty files if nothing."""
+    torch.set_num_threads(1)
+    store = dist.TCPStore("127.0.0.1", port, is_master=False)  # the test keeps it
+    for name in SCENARIOS[world]:
+        # A group for each: after a mistake its processes may be at different places.
+        own = dist.PrefixStore(name, store)
+        dist.init_process_group("gloo", store=own, rank=rank, world_size=world, timeout=timedelta(seconds=20))
+        try:
+            globals()[name]()
+            trouble = ""
+        except (Exception, pytest.fail.Exception):
+            trouble = f"process {rank}: {traceback.format_exc()}"
+        with open(f"{folder}/{name}-{rank}.txt", "w") as file:
+            file.write(trouble)
+        dist.destroy_process_group()
+
+
+# -- what they share ---------------------------------------------------------------------------------------------
+
+
+def mesh(*shape: int):
+    names = ("replicate", "shard")[-len(shape) :] if shape else ("shard",)
+    return init_device_mesh("cpu", shape or (dist.get_world_size(),), mesh_dim_names=names)
+
+
+def sharded(model, parts="blocks", **settings):
+    """Shard ``model``, part by part; the root, which keeps what it gathers until the backward pass, has the rest."""
+    settings.setdefault("mesh", mesh())
+    if parts == "blocks":
+        for block in model.get_base_model().model.layers:
+            fully_shard(block, **settings)
+    elif parts == "layers":
+        for layer in paca_layers(model):
+            fully_shard(layer, **settings)
+    settings.pop("reshard_after_forward", None)
+    return fully_shard(model, **settings)
+
+
+def pair(build, parts="blocks", **settings):
+    """The same model twice: in one process, and sharded."""
+    return build(), sharded(build(), parts, **settings)
+
+
+def adapted_llama(**settings):
+    targets = {"target_modules": ["q_proj", "down_proj", "embed_tokens", "lm_head"]}
+    return adapt(llama().double(), **{**targets, **settings})
+
+
+def two_adapters():
+    model = adapted_llama()
+    model.add_adapter("other", paca.PacaConfig(r=5, paca_alpha=3, init_weights=False, target_modules="all-linear"))
+    return model
+
+
+def mine(batch):
+    return batch[dist.get_rank() :: dist.get_world_size()]
+
+
+def batch(seed=0):
+    return tokens(2 * dist.get_world_size(), seed=seed)
+
+
+def loss_of(model, ids):
+    return model(input_ids=ids).logits.square().mean()
+
+
+def whole(tensor):
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def trainable(model):
+    return [p for p in model.parameters() if p.requires_grad]
+
+
+def optimizer_of(model, **settings):
+    return torch.optim.AdamW(trainable(model), **{"lr": 0.02, **settings})
+
+
+def step(model, optimizer, ids):
+    loss = loss_of(model, ids)
+    loss.backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    return loss.detach()
+
+
+def averaged(loss):
+    loss = loss.clone()
+    dist.all_reduce(loss)
+    return loss / dist.get_world_size()
+
+
+def check_gradients(alone, together):
+    for (name, a), b in zip(alone.named_parameters(), together.parameters(), strict=True):
+        assert (a.grad is None) == (b.grad is None), name
+        if a.grad is not None:
+            torch.testing.assert_close(whole(b.grad), a.grad, rtol=1e-9, atol=1e-12, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def check_state(alone, together, exact=("base_layer",)):
+    theirs = together.state_dict()
+    for name, value in alone.state_dict().items():
+        other = whole(theirs[name])
+        if any(part in name for part in exact):
+            assert torch.equal(other, value), name
+        else:
+            torch.testing.assert_close(other, value, rtol=1e-8, atol=1e-10, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def check_training(build, parts="blocks", steps=3, optimizer=None, data=batch, run=step, **settings):
+    alone, together = pair(build, parts, **settings)
+    first, second = optimizer_of(alone, **(optimizer or {})), optimizer_of(together, **(optimizer or {}))
+    for number in range(steps):
+        expected = run(alone, first, data(number))
+        got = averaged(run(together, second, mine(data(number))))
+        torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-12)
+    check_state(alone, together)
+    return alone, together
+
+
+# -- training ----------------------------------------------------------------------------------------------------
+
+
+@of(2)
+def trains_as_one_process():
+    check_training(adapted_llama)
+
+
+@of(2)
+def refreshes_before_gathering():
+    """No column travels on its own but the root module's, once per step."""
+    gathered = []
+    full_tensor = DTensor.full_tensor
+
+    def counting(tensor, **settings):
+        gathered.append(tuple(tensor.shape))
+        return full_tensor(tensor, **settings)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(DTensor, "full_tensor", counting)
+        for targets, expected in ((["q_proj", "down_proj"], []), (["q_proj", "lm_head"], [(64, 3)] * 3)):
+            together = sharded(adapted_llama(target_modules=targets))
+            optimizer = optimizer_of(together)
+            gathered.clear()
+            for number in range(3):
+                step(together, optimizer, mine(batch(number)))
+            assert gathered == expected
+
+
+@of(2)
+def trains_with_an_optimizer_that_hides_its_writes():
+    check_training(adapted_llama, optimizer={"fused": True})
+
+
+@of(2)
+def trains_where_only_the_root_is_sharded():
+    check_training(adapted_llama, "root")
+
+
+@of(2)
+def trains_where_each_layer_is_sharded():
+    check_training(lambda: adapt(llama().double(), target_modules=["q_proj", "down_proj"]), "layers")
+
+
+def step_of_perceptron(model, optimizer, x):
+    loss = model(x).square().mean()
+    loss.backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    return loss.detach()
+
+
+def numbers(seed, width=7):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(2 * dist.get_world_size(), width, generator=generator, dtype=torch.float64)
+
+
+@of(2)
+def trains_uneven_rows_and_a_process_without_any():
+    def build():
+        model = perceptron(dtype=torch.float64)
+        model.lin2 = nn.Linear(13, 1).double()  # one row: the second process has none
+        torch.manual_seed(1)
+        nn.init.normal_(model.lin2.weight)
+        nn.init.normal_(model.lin2.bias)
+        return adapt(model, target_modules=["lin1", "lin2"])
+
+    check_training(build, "layers", data=numbers, run=step_of_perceptron)
+
+
+@of(2)
+def trains_under_gradient_checkpointing():
+    def build(reentrant):
+        model = adapted_llama(target_modules=["q_proj", "down_proj", "lm_head"])
+        model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+        model.enable_input_require_grads()
+        return model.train()
+
+    check_training(lambda: build(False))
+    check_training(lambda: build(True))
+
+
+@of(2)
+def accumulates_gradients():
+    alone, together = pair(adapted_llama)
+    first, second = optimizer_of(alone), optimizer_of(together)
+    for number in range(2):
+        for part in range(3):
+            together.set_requires_gradient_sync(part == 2)
+            loss_of(alone, batch(number + part)).backward()
+            loss_of(together, mine(batch(number + part))).backward()
+        check_gradients(alone, together)
+        for optimizer in (first, second):
+            optimizer.step()
+            optimizer.zero_grad()
+    check_state(alone, together)
+
+
+@of(2)
+def trains_experts():
+    """In float32, which the grouped product asks for."""
+    for implementation in ("grouped_mm", "eager"):
+        alone, together = pair(
+            lambda i=implementation: adapt(mixtral(i), target_modules=["q_proj"], target_parameters=STACKS)
+        )
+        first, second = (torch.optim.SGD(trainable(model), lr=1.0) for model in (alone, together))
+        for number in range(3):
+            expected = step(alone, first, batch(number))
+            got = averaged(step(together, second, mine(batch(number))))
+            torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-7)
+        theirs = together.state_dict()
+        for name, value in alone.state_dict().items():
+            bounds = {"rtol": 0, "atol": 0} if "base_layer" in name else {"rtol": 1e-3, "atol": 1e-5}
+            torch.testing.assert_close(whole(theirs[name]), value, **bounds)
+
+
+@of(2)
+def trains_convolutions():
+    class Convolutions(nn.Module):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.lin1, self.lin2 = nn.Conv2d(4, 7, 3), nn.Conv1d(6, 5, 2)
+
+        def forward(self, x):
+            return self.lin2(torch.tanh(self.lin1(x.reshape(-1, 4, 4, 4))).flatten(2).mT.reshape(-1, 6, 4)[:, :, :3])
+
+    def images(seed):
+        return numbers(seed, 6 * 4 * 4 * 4)
+
+    def build():
+        return adapt(Convolutions().double(), target_modules=["lin1", "lin2"])
+
+    check_training(build, "layers", data=images, run=step_of_perceptron)
+
+
+@of(2)
+def trains_where_the_rest_is_compiled():
+    """An adapted layer is a graph break then."""
+    torch._dynamo.reset()
+    alone, together = pair(adapted_llama)
+    compiled = torch.compile(together, backend="aot_eager")
+    first, second = optimizer_of(alone), optimizer_of(together)
+    for number in range(2):
+        expected = step(alone, first, batch(number))
+        torch.testing.assert_close(averaged(step(compiled, second, mine(batch(number)))), expected)
+    check_state(alone, together)
+
+
+@of(2)
+def trains_over_quantized_weights():
+    from quantized_layers import quantized_linear
+
+    def build():
+        model = llama()
+        for block in model.model.layers:
+            block.mlp.up_proj = quantized_linear("nf4", block.mlp.up_proj)
+        return adapt(model, target_modules=["up_proj", "q_proj"])
+
+    alone, together = build(), build()
+    packed = {p for p in together.parameters() if not p.is_floating_point()}
+    for block in together.get_base_model().model.layers:
+        fully_shard(block, mesh=mesh(), ignored_params=packed)
+    fully_shard(together, mesh=mesh(), ignored_params=packed)
+    first, second = optimizer_of(alone), optimizer_of(together)
+    for number in range(3):
+        expected, got = step(alone, first, batch(number)), averaged(step(together, second, mine(batch(number))))
+        torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6)
+
+
+# -- adapters on, off and others -----------------------------------------------------------------------------------
+
+
+@of(2)
+def reference_policy_between_forward_and_backward():
+    """As DPO does it: the policy, the reference without adapter, then the policy's backward pass."""
+    for parts in ("blocks", "root"):
+        alone, together = pair(adapted_llama, parts)
+        for model, ids in ((alone, batch()), (together, mine(batch()))):
+            policy = model(input_ids=ids).logits
+            with torch.no_grad(), model.disable_adapter():
+                reference = model(input_ids=ids).logits
+            (policy - reference).square().mean().backward()
+        check_gradients(alone, together)
+
+
+@of(2)
+def disabling_gives_the_pretrained_model():
+    for parts in ("blocks", "root"):
+        alone, together = pair(adapted_llama, parts)
+        base = llama().double()
+        with torch.no_grad():
+            before = together(input_ids=batch()).logits
+            with together.disable_adapter():
+                assert torch.equal(together(input_ids=batch()).logits, base(input_ids=batch()).logits)
+            assert torch.equal(together(input_ids=batch()).logits, before)
+            torch.testing.assert_close(before, alone(input_ids=batch()).logits)
+
+
+@of(2)
+def other_adapter_between_forward_and_backward():
+    for parts in ("blocks", "root"):
+        alone, together = pair(two_adapters, parts)
+        for model, ids in ((alone, batch()), (together, mine(batch()))):
+            first = model(input_ids=ids).logits
+            model.set_adapter("other", inference_mode=True)
+            with torch.no_grad():
+                second = model(input_ids=ids).logits
+            model.set_adapter("default")
+            (first - second).square().mean().backward()
+        check_gradients(alone, together)
+
+
+@of(2)
+def two_adapters_at_once_and_scales():
+    alone, together = pair(two_adapters)
+    for model in (alone, together):
+        model.base_model.set_adapter(["default", "other"])
+        for layer in paca_layers(model):
+            layer.set_scale("other", 0.5)
+    with torch.no_grad():
+        torch.testing.assert_close(together(input_ids=batch()).logits, alone(input_ids=batch()).logits)
+        for model in (alone, together):
+            for layer in paca_layers(model):
+                layer.set_scale("other", 2.0)
+        torch.testing.assert_close(together(input_ids=batch()).logits, alone(input_ids=batch()).logits)
+
+
+@of(2)
+def a_delta_changed_before_the_backward_pass_is_refused():
+    together = sharded(adapted_llama())
+    loss = loss_of(together, mine(batch()))
+    with torch.no_grad():
+        for parameter in trainable(together):
+            parameter.add_(1)
+    with pytest.raises(RuntimeError, match="modified between forward and backward"):
+        loss.backward()
+
+
+@of(2)
+def merging_and_unmerging():
+    for parts in ("blocks", "root"):
+        alone, together = pair(adapted_llama, parts)
+        with torch.no_grad():
+            resident = together(input_ids=batch()).logits
+            together.merge_adapter()
+            assert torch.equal(together(input_ids=batch()).logits, resident)
+            together.unmerge_adapter()
+            assert torch.equal(together(input_ids=batch()).logits, resident)
+        check_state(alone, together, exact=("",))
+
+
+@of(2)
+def mixed_batches():
+    names = ["default", "__base__", "other", "default"]
+    alone, together = pair(lambda: two_adapters().eval())
+    with torch.no_grad():
+        expected = alone(input_ids=tokens(4), adapter_names=names).logits
+        torch.testing.assert_close(together(input_ids=tokens(4), adapter_names=names).logits, expected)
+
+
+@of(2)
+def values_written_without_a_trace_are_seen_by_refresh():
+    alone, together = pair(adapted_llama)
+    with torch.no_grad():
+        together(input_ids=batch())
+        for parameter in trainable(alone):
+            parameter.data.mul_(3)
+        for layer in paca_layers(together):
+            layer.paca_delta.shard("default")._local_tensor.data.mul_(3)
+        paca.refresh(together)
+        torch.testing.assert_close(together(input_ids=batch()).logits, alone(input_ids=batch()).logits)
+
+
+# -- what is stored ------------------------------------------------------------------------------------------------
+
+
+@of(2)
+def shards_a_model_that_has_run_already():
+    """Its columns are in the weights when these are cut, and a state dict shares their memory."""
+    for parts in ("blocks", "root"):
+        alone, together = adapted_llama(), adapted_llama()
+        kept = together.state_dict()
+        before = {name: value.clone() for name, value in kept.items()}
+        with torch.no_grad():
+            together(input_ids=batch())
+        sharded(together, parts)
+        first, second = optimizer_of(alone), optimizer_of(together)
+        for number in range(2):
+            expected = step(alone, first, batch(number))
+            torch.testing.assert_close(averaged(step(together, second, mine(batch(number)))), expected)
+        check_state(alone, together)
+        assert all(torch.equal(kept[name], value) for name, value in before.items() if "base_layer" in name)
+
+
+@of(2)
+def shards_a_merged_model():
+    alone, together = adapted_llama(), adapted_llama()
+    together.merge_adapter()
+    sharded(together)
+    with torch.no_grad():
+        torch.testing.assert_close(together(input_ids=batch()).logits, alone(input_ids=batch()).logits)
+        together.unmerge_adapter()
+        torch.testing.assert_close(together(input_ids=batch()).logits, alone(input_ids=batch()).logits)
+    check_state(alone, together, exact=("",))
+
+
+@of(2)
+def a_state_dict_stays_as_it_was():
+    together = sharded(adapted_llama())
+    optimizer = optimizer_of(together)
+    step(together, optimizer, mine(batch()))
+    kept = together.state_dict()
+    before = {name: whole(value).clone() for name, value in kept.items() if "base_layer" in name}
+    step(together, optimizer, mine(batch(1)))
+    with torch.no_grad():
+        together(input_ids=batch())
+    for name, value in before.items():
+        assert torch.equal(whole(kept[name]), value), name
+        assert torch.equal(value, adapted_llama().state_dict()[name]), name
+
+
+@of(2)
+def a_full_state_dict_loads_elsewhere():
+    alone, together = check_training(adapted_llama, steps=2)
+    full = get_model_state_dict(together, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    if dist.get_rank() == 0:
+        fresh = adapted_llama()
+        fresh.load_state_dict(full)
+        with torch.no_grad():
+            torch.testing.assert_close(fresh(input_ids=batch()).logits, alone(input_ids=batch()).logits)
+
+
+@of(2)
+def loads_a_state_dict():
+    trained = adapted_llama()
+    step(trained, optimizer_of(trained), batch())
+    values = trained.state_dict()
+    for assign in (False, True):
+        together = sharded(adapted_llama())
+        with torch.no_grad():
+            together(input_ids=batch())  # columns are in the rows when they are loaded over
+        shards = {}
+        for name, own in together.state_dict().items():
+            value = values[name].clone()
+            if isinstance(own, DTensor):
+                value = torch.distributed.tensor.distribute_tensor(value, own.device_mesh, own.placements)
+            shards[name] = value
+        together.load_state_dict(shards, assign=assign)
+        with torch.no_grad():
+            torch.testing.assert_close(together(input_ids=batch()).logits, trained(input_ids=batch()).logits)
+        check_state(trained, together)
+
+
+@of(2)
+def starts_on_the_meta_device():
+    """As accelerate shards a model that only the first process has loaded."""
+    alone, together = adapted_llama(), adapted_llama()
+    with torch.no_grad():
+        together(input_ids=batch())
+    values = together.state_dict()
+    rotary = {name: b.clone() for name, b in together.named_buffers() if "inv_freq" in name}
+    sharded(together.to("meta"))
+    shards = {
+        name: torch.distributed.tensor.distribute_tensor(values[name], own.device_mesh, own.placements)
+        if isinstance(own, DTensor)
+        else values[name]
+        for name, own in together.state_dict().items()
+    }
+    together.load_state_dict(shards, assign=True)
+    for name, buffer in rotary.items():
+        parent, _, leaf = name.rpartition(".")
+        together.get_submodule(parent).register_buffer(leaf, buffer, persistent=False)
+    for p, q in zip(together.parameters(), alone.parameters(), strict=True):
+        p.requires_grad_(q.requires_grad)
+    first, second = optimizer_of(alone), optimizer_of(together)
+    for number in range(2):
+        expected = step(alone, first, batch(number))
+        torch.testing.assert_close(averaged(step(together, second, mine(batch(number)))), expected)
+    check_state(alone, together)
+
+
+@of(2)
+def gathers_in_a_narrower_type():
+    """With float32 rows and bfloat16 copies, the model is the merged one in bfloat16."""
+
+    def build():
+        return adapt(llama(), target_modules=["q_proj", "down_proj", "lm_head"])
+
+    plain = build().merge_and_unload()
+    for parameter in plain.parameters():
+        parameter.data = parameter.data.bfloat16()  # buffers stay as they are, here and there
+    together = sharded(build(), mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32))
+    assert torch.equal(together(input_ids=batch()).logits, plain(input_ids=batch()).logits)
+    loss_of(together, mine(batch())).backward()
+    assert all(p.grad.dtype == torch.float32 for p in trainable(together))
+    step(together, optimizer_of(together), mine(batch()))
+    base = build().state_dict()
+    for name, value in together.state_dict().items():
+        if "base_layer" in name:
+            assert torch.equal(whole(value), base[name]), name
+
+
+# -- refused -------------------------------------------------------------------------------------------------------
+
+
+@of(2)
+def weights_whose_columns_would_be_cut_are_refused():
+    with pytest.raises(RuntimeError, match=r"columns run along dimension 0. Only the first dimension"):
+        sharded(adapt(gpt2(), target_modules=["c_attn"]), "root")
+
+
+@of(2)
+def adapters_added_to_a_sharded_model_are_refused():
+    together = sharded(adapted_llama())
+    together.add_adapter("late", paca.PacaConfig(r=2, target_modules=["q_proj"], init_weights=False))
+    together.set_adapter("default")
+    with torch.no_grad():
+        together(input_ids=batch())
+    with pytest.raises(RuntimeError, match=r"'late' is not sharded as the weights below it are.*then shard it"):
+        together.set_adapter("late")
+
+
+@of(2)
+def rotated_adapters_are_refused():
+    model = adapted_perceptron(dtype=torch.float64)
+    optimizer = optimizer_of(model)
+    step_of_perceptron(model, optimizer, numbers(0))
+    paca.rotate(model, optimizer, 1)
+    model(numbers(0))
+    with pytest.raises(RuntimeError, match="rotated"):
+        sharded(model, "root")
+
+
+@of(2)
+def tensor_parallel_layers_are_refused():
+    model = adapted_perceptron()
+    module = paca_layers(model)[0].base_layer
+    parallelize_module(module, mesh(), ColwiseParallel())
+    with pytest.raises(RuntimeError, match=r"as tensor parallelism does it\. That is not supported"):
+        model(torch.randn(4, 7))
+
+
+# -- four processes --------------------------------------------------------------------------------------------------
+
+
+@of(4)
+def trains_with_replicas_of_shards():
+    check_training(adapted_llama, mesh=mesh(2, 2))
+
+
+@of(4)
+def pieces_of_gathered_weights():
+    """After a forward pass the rows are kept over two processes, and the backward pass gathers them from there."""
+    check_training(adapted_llama, reshard_after_forward=2)
+    alone, together = pair(two_adapters, reshard_after_forward=2)
+    for model, ids in ((alone, batch()), (together, mine(batch()))):
+        first = model(input_ids=ids).logits
+        model.set_adapter("other", inference_mode=True)
+        with torch.no_grad():
+            second = model(input_ids=ids).logits
+        model.set_adapter("default")
+        (first - second).square().mean().backward()
+    check_gradients(alone, together)
