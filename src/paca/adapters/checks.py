@@ -79,10 +79,9 @@ def check_adapter_tensors(
                 raise ValueError(f"{file_name(indices_name, adapter_name)}: {problem}.")
             check_finite(file_name(delta_name, adapter_name), delta.to(layer.paca_delta[adapter_name].dtype))
             order = indices.argsort()
-            checked[delta_name], checked[indices_name] = (
-                delta.index_select(layer.delta_column_dim, order).contiguous(),
-                indices[order].to(torch.int64),
-            )
+            if not torch.equal(indices[order], indices):  # a delta that is sharded can't be sorted here, and is ours
+                checked[delta_name] = delta.index_select(layer.delta_column_dim, order).contiguous()
+            checked[indices_name] = indices[order].to(torch.int64)
     # Not from a state dict: taking one would park every weight.
     saved_whole = _saved_whole(model, adapter_name)
     places = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
