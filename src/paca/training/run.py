@@ -41,6 +41,7 @@ from paca.training.report import write_report
 from paca.training.run_config import RunConfig
 from paca.training.run_folder import RunFolder, steps_done
 from paca.training.same_run import check_same_run
+from paca.training.sharding import check_sharding, sharding_warning
 
 
 @dataclass
@@ -91,6 +92,7 @@ def train(config: RunConfig, resume: bool = False, console: Console | None = Non
         # prepared after that, leaves DDP away, and each process trains on its own.
         settings["eval_on_start"] = prepared.eval is not None and config.eval.before and not resume
         arguments = train_settings.sft_config(settings, folder.checkpoints)  # also joins the other processes
+        check_sharding(arguments)
         if probe and arguments.deepspeed:
             raise PacaError(
                 "--probe does not go with train.deepspeed, whose backward pass is also a step. Leave it out."
@@ -163,9 +165,13 @@ class _Run:
         check_labels(self.trainer.train_dataset, prepared.train, arguments, pretrained.tokenizer)
         if prepared.eval is not None:
             check_labels(self.trainer.eval_dataset, prepared.eval, arguments, pretrained.tokenizer)
-        warning = memory_warning(prepared, self.trainer.train_dataset, arguments, available) if self.main else None
-        if warning is not None:
-            console.print(f"Warning: {warning}", style="yellow", highlight=False, markup=False, soft_wrap=True)
+        if self.main:
+            for warning in (
+                memory_warning(prepared, self.trainer.train_dataset, arguments, available),
+                sharding_warning(arguments, self.trainer.is_fsdp_enabled),
+            ):
+                if warning is not None:
+                    console.print(f"Warning: {warning}", style="yellow", highlight=False, markup=False, soft_wrap=True)
         if probe:
             self.trainer.add_callback(ProbeLongestBatch(self.trainer, self.config, self._say))
         self.has_eval = prepared.eval is not None
@@ -189,6 +195,8 @@ class _Run:
                 self.folder.path, None, f"{program()} train {shlex.quote(str(self.folder.config))} --resume"
             )
         loss_after = self._loss_after(state)
+        if self.trainer.is_fsdp_enabled:  # whatever the checkpoints are, the adapter is one file
+            self.trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
         self.trainer.save_model(str(self.folder.adapter))
         if self.log is None:
             return RunResult(self.folder.path, None, None)
@@ -220,6 +228,11 @@ class _Run:
             state = TrainerState.load_from_json(str(self.checkpoint / "trainer_state.json"))
             if state.global_step >= state.max_steps:
                 # Every step is made and only the results are missing. The trainer would make another step.
+                if not any(self.checkpoint.glob("adapter_model.*")):
+                    raise PacaError(
+                        f"Every step of this run is made, but {self.checkpoint} holds the adapter in shards, which "
+                        "only training can read. Move it away; --resume goes on from the checkpoint before it."
+                    )
                 set_peft_model_state_dict(trainer.model, load_peft_weights(str(self.checkpoint)))
                 trainer.state = state
                 return state

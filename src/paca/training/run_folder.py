@@ -11,7 +11,9 @@ from typing import Any
 
 from paca.errors import PacaError
 
-_NEEDED_TO_RESUME = ("trainer_state.json", "optimizer.pt", "scheduler.pt")
+_NEEDED_TO_RESUME = ("trainer_state.json", "scheduler.pt")
+_OPTIMIZER = ("optimizer.pt", "optimizer.bin", "optimizer_0", "latest")
+"""By who saves it: one process or DDP, FSDP whole or in shards (a folder), DeepSpeed."""
 
 
 @dataclass(frozen=True)
@@ -139,6 +141,8 @@ def steps_done(checkpoint: Path) -> int:
 def _is_complete(checkpoint: Path) -> bool:
     # The trainer writes its state last; a cut-off write leaves no such file or half a JSON document.
     if not all((checkpoint / name).is_file() for name in _NEEDED_TO_RESUME):
+        return False
+    if not any((checkpoint / name).exists() for name in _OPTIMIZER):
         return False
     try:
         steps_done(checkpoint)

@@ -1,0 +1,52 @@
+"""How FSDP and DeepSpeed may shard a run: what PaCA can't train under is refused before the model is loaded."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
+from trl import SFTConfig
+
+from paca.errors import PacaError
+
+
+def check_sharding(arguments: SFTConfig) -> None:
+    """Refuse settings that would fail, or train wrongly, later.
+
+    Raises:
+        PacaError: one process, FSDP1, FSDP2 with ``cpu_ram_efficient_loading``, or ZeRO-3.
+    """
+    if arguments.fsdp:
+        if arguments.world_size == 1:
+            raise PacaError(
+                "train.fsdp shards the model over several processes, but this run has one. Start it with torchrun "
+                "--nproc-per-node N --no-python paca train ..., or leave train.fsdp out."
+            )
+        config: Any = arguments.fsdp_config or {}
+        version = int(config.get("version", 2))
+        if version != 2:
+            raise PacaError(
+                f"train.fsdp_config asks for FSDP {version}, which flattens weights and trains all of each, "
+                "where PaCA trains columns. Leave version out: FSDP2 (version: 2) is the default."
+            )
+        if str(config.get("cpu_ram_efficient_loading", False)).lower() in ("true", "1"):
+            raise PacaError(
+                "train.fsdp_config.cpu_ram_efficient_loading does not go with PaCA: accelerate sends parameters to the "
+                "other processes, but not the buffers that say which columns are trained. Leave it out; each process "
+                "then reads the model."
+            )
+    if arguments.deepspeed and is_deepspeed_zero3_enabled():
+        raise PacaError(
+            "train.deepspeed shards weights (ZeRO-3), and PaCA writes columns into them. Use ZeRO stage 1 or 2, or "
+            "FSDP2 (train.fsdp: true), under which every process keeps the columns of its rows."
+        )
+
+
+def sharding_warning(arguments: SFTConfig, is_sharded: bool) -> str | None:
+    """What to tell the user if ``train.fsdp`` was asked for and is not done."""
+    if not arguments.fsdp or is_sharded:
+        return None
+    return (
+        "train.fsdp has no effect: accelerate shards models on accelerators only, and there is none here. The model is "
+        "whole in every process."
+    )

@@ -1,0 +1,134 @@
+"""`paca train` with FSDP2 in two processes, through Trainer and accelerate."""
+
+from __future__ import annotations
+
+import io
+import os
+import shutil
+import socket
+from pathlib import Path
+
+import pytest
+import torch
+import torch.multiprocessing as mp
+from rich.console import Console
+from trl import SFTConfig
+
+from forked_process import FORKS
+from paca.errors import PacaError
+from paca.training import load_run_config, train
+from training.tiny_run import adapter, curve, save_workspace
+
+ONE = ["train.per_device_train_batch_size=4", "train.max_steps=4", "train.save_steps=2"]
+SHARDED = [
+    "train.per_device_train_batch_size=2",
+    "train.max_steps=4",
+    "train.save_steps=2",
+    "train.fsdp=true",
+    "train.fsdp_config={transformer_layer_cls_to_wrap: [LlamaDecoderLayer]}",
+]
+
+
+def worker(
+    rank: int, world: int, port: int, config: str, settings: list[str], output: str, resume: bool, accelerated: bool
+) -> None:
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), WORLD_SIZE=str(world))
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank))
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo")
+    from accelerate.state import PartialState
+    from accelerate.utils import DistributedType
+
+    # accelerate shards on accelerators only. To it these processes have one each; what they have is gloo and a CPU.
+    if accelerated:
+        PartialState._prepare_backend = lambda *_, **__: ("gloo", DistributedType.MULTI_GPU)
+        PartialState.set_device = lambda self: setattr(self, "device", torch.device("cpu"))
+    with open(f"{output}-{rank}.txt", "w") as file:
+        train(load_run_config(Path(config), settings), resume=resume, console=Console(file=file, width=300))
+    torch.distributed.destroy_process_group()
+
+
+def run_in_two(config, settings, output, resume=False, accelerated=True):
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    arguments = (2, port, str(config), settings, str(output), resume, accelerated)
+    mp.start_processes(worker, arguments, 2, start_method=FORKS.get_start_method())
+    return Path(f"{output}-0.txt").read_text()
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """A workspace with the same run twice: in one process, and sharded over two."""
+    folder = tmp_path_factory.mktemp("runs")
+    config = save_workspace(folder)
+    (folder / "model" / "config.json").write_text(
+        (folder / "model" / "config.json").read_text().replace('"attention_dropout": 0.2', '"attention_dropout": 0.0')
+    )
+    train(load_run_config(config, [*ONE, f"output.dir={folder}/one"]), console=Console(file=io.StringIO()))
+    run_in_two(config, [*SHARDED, f"output.dir={folder}/sharded"], folder / "sharded")
+    return folder
+
+
+def close(one, other):
+    first, second = adapter(one), adapter(other)
+    assert first.keys() == second.keys()
+    for name, value in first.items():
+        torch.testing.assert_close(second[name], value, rtol=1e-3, atol=1e-4)
+    for row, expected in zip(curve(other), curve(one), strict=True):
+        for value, other_value in zip(row, expected, strict=True):
+            assert value == (other_value if other_value is None else pytest.approx(other_value, rel=1e-3))
+
+
+def test_a_sharded_run_is_the_run_of_one_process(runs):
+    close(runs / "one", runs / "sharded")
+    assert "processes             2" in Path(f"{runs}/sharded-0.txt").read_text()
+    assert "Warning" not in Path(f"{runs}/sharded-0.txt").read_text()
+
+
+@pytest.mark.parametrize("kind", ["FULL_STATE_DICT", "SHARDED_STATE_DICT"])
+def test_a_sharded_run_resumes(runs, tmp_path, kind):
+    settings = [*SHARDED[:-1], f"train.fsdp_config={{state_dict_type: {kind}, {SHARDED[-1].split('{')[1]}"]
+    run = tmp_path / "run"
+    if kind == "FULL_STATE_DICT":
+        shutil.copytree(runs / "sharded", run)
+        for part in ("adapter", "checkpoints/checkpoint-4"):
+            shutil.rmtree(run / part)
+        (run / "summary.json").unlink()
+        settings = SHARDED
+    else:
+        run_in_two(runs / "config.yaml", [*settings, f"output.dir={run}"], tmp_path / "first")
+        assert (run / "checkpoints/checkpoint-2/optimizer_0").is_dir()
+        for part in ("adapter", "checkpoints/checkpoint-4"):
+            shutil.rmtree(run / part)
+        (run / "summary.json").unlink()
+    output = run_in_two(runs / "config.yaml", [*settings, f"output.dir={run}"], tmp_path / "again", resume=True)
+    assert "Resuming after step 2 of 4." in output
+    close(runs / "sharded", run)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ("train.fsdp_config={version: 1}", "asks for FSDP 1.*FSDP2 .* is the default"),
+        ("train.fsdp_config={cpu_ram_efficient_loading: true}", "cpu_ram_efficient_loading does not go with PaCA"),
+    ],
+)
+def test_what_would_fail_later_is_refused_at_once(runs, tmp_path, monkeypatch, settings, message):
+    config = load_run_config(runs / "config.yaml", ["train.fsdp=true", settings, f"output.dir={tmp_path}/run"])
+    monkeypatch.setattr(SFTConfig, "world_size", 2)
+    with pytest.raises(PacaError, match=message):
+        train(config, console=Console(file=io.StringIO()))
+    assert not (tmp_path / "run").exists()
+
+
+def test_processes_without_accelerators_say_that_nothing_is_sharded(runs, tmp_path):
+    settings = [*SHARDED, "train.max_steps=1", f"output.dir={tmp_path}/run"]
+    output = run_in_two(runs / "config.yaml", settings, tmp_path / "whole", accelerated=False)
+    assert "Warning: train.fsdp has no effect" in output
+
+
+def test_one_process_is_refused(runs, tmp_path):
+    config = load_run_config(runs / "config.yaml", [*SHARDED, f"output.dir={tmp_path}/run"])
+    with pytest.raises(PacaError, match=r"over several processes, but this run has one\. Start it with torchrun"):
+        train(config, console=Console(file=io.StringIO()))
