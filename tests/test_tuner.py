@@ -741,3 +741,11 @@ def test_columns_that_are_named_for_a_layer_that_is_not_there_are_refused():
     with pytest.raises(ValueError, match="indices names columns for 'q_porj', but the adapter has no such layer"):
         adapt(model, target_modules=["q_proj"], indices={"q_porj": [0]})
     assert [type(m) for m in model.modules()] == kinds
+
+
+def test_weights_that_are_taken_away_between_uses_are_refused():
+    """As DeepSpeed's ZeRO-3 does."""
+    model = adapted_perceptron()
+    paca_layers(model)[0].base_layer.weight.data = torch.empty(0)
+    with pytest.raises(RuntimeError, match=r"has the shape \(0,\): DeepSpeed's ZeRO-3"):
+        model(torch.randn(2, 7))

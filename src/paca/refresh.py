@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from paca.joint_refresh import refresh_together
 from paca.layers import PacaLayer
 from paca.resident import ResidentColumns
-from paca.sharded import check_not_parallel
+from paca.sharded import check_whole
 
 
 def paca_layers(model: nn.Module) -> list[PacaLayer]:
@@ -47,8 +47,8 @@ def refresh_layers(layers: list[PacaLayer], *, before_forward: bool = False) -> 
         base = layer.base_layer
         if base.sharded is not None:
             base.sharded.check()
-        elif type(base.weight) is not nn.Parameter:
-            check_not_parallel(base.weight)
+        else:
+            check_whole(base.weight)
         layer.push_columns()
         weight = base.home
         if base.resident.stale(weight):

@@ -30,12 +30,17 @@ def is_sharded(value: object) -> bool:
     return isinstance(value, DTensor)
 
 
-def check_not_parallel(weight: Tensor) -> None:
-    """Raise if a layer is about to run on a shard.
+def check_whole(weight: Tensor) -> None:
+    """Raise if a layer is about to run on a part of its weight.
 
     Raises:
-        RuntimeError: under tensor parallelism.
+        RuntimeError: under tensor parallelism and ZeRO-3.
     """
+    if weight.dim() < 2:
+        raise RuntimeError(
+            f"A weight that PaCA trains columns of has the shape {tuple(weight.shape)}: DeepSpeed's ZeRO-3 takes "
+            "weights away between uses. Use ZeRO stage 1 or 2, or FSDP2 (fully_shard)."
+        )
     if is_sharded(weight):
         raise RuntimeError(
             "A layer that PaCA adapts runs on a sharded weight (a DTensor), as tensor parallelism does it. That is not "

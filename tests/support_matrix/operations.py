@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 import paca
 from paca.convert.lora import save_as_lora
 from paca.layers import PacaLayer
-from support_matrix import choosing, llama_cpp
+from support_matrix import choosing, llama_cpp, sharded
 from support_matrix.case import Case, Explained, gradients, run, stock, stock_output
 from support_matrix.case import close as _close
 
@@ -293,6 +293,7 @@ OPERATIONS: dict[str, Callable[[Case], None]] = {
     "checkpointing": checkpointing,
     "autocast": autocast,
     "`torch.compile`": compiled,
+    "FSDP2": sharded.fully_sharded,
     "save, load": save_and_load,
     "disable": disable,
     "several adapters": several,
@@ -311,5 +312,13 @@ OPERATIONS: dict[str, Callable[[Case], None]] = {
 }
 """By the title of the column, in its order."""
 
-WITH_GRADIENTS = {"train", "rotation", "checkpointing", "autocast", "`torch.compile`", "train on a mixed batch"}
+WITH_GRADIENTS = {
+    "train",
+    "rotation",
+    "checkpointing",
+    "autocast",
+    "`torch.compile`",
+    "FSDP2",
+    "train on a mixed batch",
+}
 """The others run under ``no_grad``."""

@@ -17,7 +17,7 @@ from paca.columns import State
 from paca.functional.linear import partial_linear
 from paca.layers.compiled import compiled_linear, new_handle
 from paca.resident import ResidentColumns
-from paca.sharded import ShardedWeight, check_not_parallel, is_sharded
+from paca.sharded import ShardedWeight, check_whole, is_sharded
 
 
 class ResidentWeight(nn.Module):
@@ -115,7 +115,7 @@ class ResidentWeight(nn.Module):
 
     def _prepare_sharded(self, sharded: ShardedWeight) -> None:
         """Make the gathered weight hold what is wanted; usually it does."""
-        check_not_parallel(self.weight)
+        check_whole(self.weight)
         if self.resident.stale(sharded.rows):
             self.resident.refresh(self.home_to_write())
         sharded.bring_up_to_date(self.weight, self.resident)
