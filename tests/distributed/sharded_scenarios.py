@@ -166,6 +166,20 @@ def trains_as_one_process():
 
 
 @of(2)
+def sees_a_second_step_on_the_same_gradients():
+    alone, together = pair(adapted_llama)
+    outputs = []
+    for model, ids in ((alone, batch()), (together, mine(batch()))):
+        optimizer = optimizer_of(model, fused=True)
+        loss_of(model, ids).backward()
+        with torch.no_grad():
+            for _ in range(2):
+                optimizer.step()
+                outputs.append(model(input_ids=batch()).logits)
+    torch.testing.assert_close(outputs[2:], outputs[:2])
+
+
+@of(2)
 def refreshes_before_gathering():
     """No column travels on its own but the root module's, once per step."""
     gathered = []
@@ -406,6 +420,11 @@ def merging_and_unmerging():
             assert torch.equal(together(input_ids=batch()).logits, resident)
             together.unmerge_adapter()
             assert torch.equal(together(input_ids=batch()).logits, resident)
+            with together.disable_adapter():
+                together(input_ids=batch())  # what was gathered holds no columns
+            together.merge_adapter()
+            assert torch.equal(together(input_ids=batch()).logits, resident)
+            together.unmerge_adapter()
         check_state(alone, together, exact=("",))
 
 
@@ -587,8 +606,22 @@ def rotated_adapters_are_refused():
     step_of_perceptron(model, optimizer, numbers(0))
     paca.rotate(model, optimizer, 1)
     model(numbers(0))
-    with pytest.raises(RuntimeError, match="rotated"):
+    with pytest.raises(RuntimeError, match=r"were rotated .* can't be taken out"):
         sharded(model, "root")
+
+
+@of(2)
+def rotated_adapters_that_were_parked_are_refused_when_they_are_used():
+    model = adapted_perceptron(dtype=torch.float64)
+    optimizer = optimizer_of(model)
+    step_of_perceptron(model, optimizer, numbers(0))
+    paca.rotate(model, optimizer, 1)
+    model.base_model.disable_adapter_layers()
+    model(numbers(0))
+    sharded(model, "root")
+    model(numbers(0))
+    with pytest.raises(RuntimeError, match=r"'default' was rotated .* can't be put into sharded weights"):
+        model.base_model.enable_adapter_layers()
 
 
 @of(2)
