@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from paca.joint_refresh import refresh_together
 from paca.layers import PacaLayer
+from paca.layers.compiled import refresh_jointly
 from paca.resident import ResidentColumns
 
 
@@ -66,14 +67,25 @@ def _check_not_sharded(weight: Tensor) -> None:
 
 
 class RefreshBeforeForward:
-    """A forward pre-hook on the adapted model that refreshes its layers together."""
+    """A forward pre-hook on the adapted model that refreshes its layers together.
+
+    Within a compiled graph it can't: there the first stale layer calls ``refresh`` at run time.
+    """
 
     def __init__(self, layers: list[PacaLayer]) -> None:
         self.layers = layers
 
     def __call__(self, module: nn.Module, args: Any) -> None:
-        if not torch.compiler.is_compiling():  # compiled layers look after themselves, at run time
+        if not torch.compiler.is_compiling():
             refresh_layers(self.layers, before_forward=True)
+
+    def refresh(self) -> None:
+        """Refresh the layers now."""
+        refresh_layers(self.layers)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        refresh_jointly(self.layers, self.refresh)  # a copied or unpickled model's own layers
 
     @staticmethod
     def remove(model: nn.Module) -> None:
@@ -84,4 +96,6 @@ class RefreshBeforeForward:
     @staticmethod
     def install(model: nn.Module) -> None:
         RefreshBeforeForward.remove(model)
-        model.register_forward_pre_hook(RefreshBeforeForward(paca_layers(model)), prepend=True)
+        hook = RefreshBeforeForward(paca_layers(model))
+        model.register_forward_pre_hook(hook, prepend=True)
+        refresh_jointly(hook.layers, hook.refresh)

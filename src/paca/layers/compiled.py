@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import itertools
 import weakref
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,10 +21,14 @@ from paca.functional.linear import column_gradient, input_gradient, plain_linear
 from paca.mixed.batch import current_mixed_batch
 
 if TYPE_CHECKING:
+    from paca.layers.base import PacaLayer
     from paca.layers.resident_weight import ResidentWeight
 
 _MODULES: weakref.WeakValueDictionary[int, ResidentWeight] = weakref.WeakValueDictionary()
 _NUMBERS = itertools.count()
+_JOINT_REFRESH: weakref.WeakKeyDictionary[PacaLayer, weakref.WeakMethod[Callable[[], None]]] = (
+    weakref.WeakKeyDictionary()
+)
 MIXED = -1
 """The tag of a mixed batch; no state has it, since no hash is -1."""
 
@@ -63,6 +68,29 @@ def module_of(handle: Tensor) -> ResidentWeight:
             "first, and compile the model that unload() gives back anew."
         )
     return module
+
+
+def refresh_jointly(layers: Iterable[PacaLayer], refresh: Callable[[], None]) -> None:
+    """Let whichever of ``layers`` is the first to run stale in a compiled graph call ``refresh``, a method that is held
+    weakly, for all of them."""
+    for layer in layers:
+        _JOINT_REFRESH[layer] = weakref.WeakMethod(refresh)
+
+
+def make_fresh(module: ResidentWeight, owner: PacaLayer | None) -> None:
+    """Make the weight of ``module`` hold what the next forward pass has to see, and those of its model's other layers
+    with it: what has to be computed for all of them is computed at once."""
+    resident = module.resident
+    if owner is not None:
+        owner.push_columns()  # a scale may have been set by hand
+    if not resident.stale(module.weight):
+        return
+    found = _JOINT_REFRESH.get(owner) if owner is not None else None
+    refresh = None if found is None else found()
+    if refresh is not None and torch._C._current_graph_task_id() == -1:  # a backward pass needs no other layer's
+        refresh()
+    if resident.stale(module.weight):
+        resident.refresh(module.weight)
 
 
 def check_not_mixed(tag: Tensor) -> None:
@@ -130,10 +158,7 @@ def _forward(x: Tensor, handle: Tensor, out_features: int) -> tuple[Tensor, Tens
     module = module_of(handle)
     resident = module.resident
     owner = module.owner()
-    if owner is not None:
-        owner.push_columns()  # a scale may have been set by hand
-    if resident.stale(module.weight):
-        resident.refresh(module.weight)
+    make_fresh(module, owner)
     resident.note_forward()
     bias = None if module.bias is None else module.bias.to(x.dtype)
     y = plain_linear(x, module.weight.to(x.dtype), bias, module.input_dim)
