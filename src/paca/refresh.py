@@ -38,8 +38,8 @@ def refresh(model: nn.Module) -> None:
     refresh_layers(layers)
 
 
-def refresh_layers(layers: list[PacaLayer], *, before_forward: bool = False) -> None:
-    """Refresh those of ``layers`` that are stale (``before_forward``: see ``refresh_together``)."""
+def refresh_layers(layers: list[PacaLayer]) -> None:
+    """Refresh those of ``layers`` that are stale."""
     stale: dict[Any, list[tuple[ResidentColumns, Tensor]]] = defaultdict(list)
     for layer in layers:
         if layer.mode != "resident":
@@ -51,7 +51,7 @@ def refresh_layers(layers: list[PacaLayer], *, before_forward: bool = False) -> 
         if resident.stale(weight):
             stale[weight.device, weight.dtype].append((resident, weight))
     for group in stale.values():
-        refresh_together(group, before_forward=before_forward)
+        refresh_together(group)
 
 
 def _check_not_sharded(weight: Tensor) -> None:
@@ -77,7 +77,7 @@ class RefreshBeforeForward:
 
     def __call__(self, module: nn.Module, args: Any) -> None:
         if not torch.compiler.is_compiling():
-            refresh_layers(self.layers, before_forward=True)
+            self.refresh()
 
     def refresh(self) -> None:
         """Refresh the layers now."""

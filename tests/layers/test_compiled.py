@@ -98,9 +98,9 @@ def test_the_first_stale_layer_of_a_compiled_model_refreshes_all_of_them_togethe
     model = copy.deepcopy(model) if copied else model
     sizes, refresh_together = [], joint_refresh.refresh_together
 
-    def counted(stale, **options):
+    def counted(stale):
         sizes.append(len(stale))
-        refresh_together(stale, **options)
+        refresh_together(stale)
 
     monkeypatch.setattr(sys.modules["paca.refresh"], "refresh_together", counted)  # paca.refresh is the function
     train(model, torch.compile(model.base_model.model, backend="aot_eager"), steps=3)
