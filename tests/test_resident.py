@@ -374,61 +374,6 @@ def test_refreshing_together_equals_refreshing_one_by_one(input_dim, monkeypatch
         assert torch.equal(weight, original)
 
 
-def test_before_a_forward_pass_on_cpu_the_values_are_computed_and_the_layer_writes_them():
-    weight, resident, columns = make(adapters=((3, 0.5),))
-    original = weight.clone()
-    resident.want(columns)
-    resident.refresh(weight)
-    before = weight.clone()
-    with torch.no_grad():
-        columns[0].delta.add_(1)
-    refresh_together([(resident, weight)], before_forward=True)
-    assert torch.equal(weight, before)
-    columns[0].delta.data.mul_(float("nan"))  # unseen: what was computed before is what gets written
-    resident.refresh(weight)
-    assert weight.isfinite().all()
-    assert not torch.equal(weight, before)
-    assert not resident.stale(weight)
-    resident.park(weight)
-    assert torch.equal(weight, original)
-
-
-@pytest.mark.parametrize("event", ["step", "switch", "park", "scale"])
-def test_values_computed_ahead_are_dropped_when_something_changes_before_they_are_written(event):
-    weight, resident, columns = make(adapters=((3, 0.5), (6, 2.0)))
-    original = weight.clone()
-    resident.want(columns[:1])
-    resident.refresh(weight)
-    with torch.no_grad():
-        columns[0].delta.add_(1)
-    refresh_together([(resident, weight)], before_forward=True)
-    wanted = columns[:1]
-    if event == "step":
-        with torch.no_grad():
-            columns[0].delta.add_(1)
-    elif event == "switch":
-        wanted = columns[1:]
-    elif event == "scale":
-        wanted = (columns[0]._replace(scale=4.0),)
-    else:
-        resident.park(weight)
-        assert torch.equal(weight, original)
-    resident.want(wanted)
-    resident.refresh(weight)
-    assert torch.equal(weight, expected(original, wanted))
-
-
-def test_a_backward_pass_between_computing_ahead_and_the_forward_pass_reads_its_own_columns():
-    weight, resident, columns = make(adapters=((3, 0.5), (6, 2.0)))
-    resident.want(columns[:1])
-    resident.refresh(weight)
-    state, seen = resident.state, weight.clone()
-    resident.want(columns[1:])
-    refresh_together([(resident, weight)], before_forward=True)  # then the forward pass fails before this layer
-    resident.before_backward(weight, state, state.tag)
-    assert torch.equal(weight, seen)
-
-
 def test_refreshing_together_handles_several_adapters_and_none():
     weight, resident, columns = make(adapters=((3, 0.5), (6, 2.0)))
     original = weight.clone()

@@ -15,38 +15,28 @@ from paca.rounding import add_once
 
 
 @torch.no_grad()
-def refresh_together(stale: list[tuple[ResidentColumns, Tensor]], *, before_forward: bool = False) -> None:
+def refresh_together(stale: list[tuple[ResidentColumns, Tensor]]) -> None:
     """Refresh many weights of one device and dtype: the same values as ``refresh`` on each, in fewer kernels.
 
     The arithmetic of all weights that hold one adapter is done in one flat tensor; what is left per weight is the
     single kernel that writes its columns.
-
-    Args:
-        stale: what to refresh, with the weights.
-        before_forward: a forward pass follows, which refreshes what is stale. On CPU writing the columns is left to it:
-            each layer's matmul then finds in cache what was written.
     """
     with WRITING:
         joint: dict[tuple[float, torch.dtype], list[tuple[ResidentColumns, Tensor]]] = defaultdict(list)
         for resident, weight in stale:
-            resident._check_seal(weight)
-            later = before_forward and weight.device.type == "cpu"
             # A stack of experts fills the kernels alone; many together would take as much memory as a stack.
-            alone = len(resident.wanted) != 1 or weight.dim() == 3
-            if not alone and (not later or resident._same_places(resident.wanted)):
+            if len(resident.wanted) != 1 or weight.dim() == 3:
+                resident.refresh(weight)
+            else:
+                resident._check_seal(weight)
                 only = resident.wanted[0]
                 joint[only.scale, only.delta.dtype].append((resident, weight))
-            elif not later:
-                resident.refresh(weight)
         for jobs in joint.values():
-            _compute_jointly(jobs)
-        for resident, weight in stale:
-            if resident._ready is not None and not (before_forward and weight.device.type == "cpu"):
-                resident.refresh(weight)
+            _refresh_jointly(jobs)
 
 
-def _compute_jointly(jobs: list[tuple[ResidentColumns, Tensor]]) -> None:
-    """Get the new values ready for weights, of one device, that hold one adapter each, with one scale and dtype."""
+def _refresh_jointly(jobs: list[tuple[ResidentColumns, Tensor]]) -> None:
+    """Refresh weights, of one device, that hold one adapter each, with one scale and dtype."""
     for resident, weight in jobs:
         resident._place(weight, resident.wanted)
     originals = [resident._kept.values for resident, _ in jobs if resident._kept is not None]
@@ -65,12 +55,11 @@ def _compute_jointly(jobs: list[tuple[ResidentColumns, Tensor]]) -> None:
         if resident._state.holds(resident.wanted)
     ]  # as far as version counters tell: compare
     written = _written_already(unmoved)
-    for (resident, _), part in zip(jobs, parts, strict=True):
-        if id(resident) in written:
-            resident._finish()
-        else:
+    for (resident, weight), part in zip(jobs, parts, strict=True):
+        if id(resident) not in written:
             resident._hidden_writes += resident._state.holds(resident.wanted)
-            resident._ready = resident._new_state(), part
+            resident._settle(weight, resident._new_state(), part)
+        resident._finish()
 
 
 def _written_already(values: list[tuple[ResidentColumns, Tensor]]) -> set[int]:

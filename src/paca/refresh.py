@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from paca.joint_refresh import refresh_together
 from paca.layers import PacaLayer
+from paca.layers.compiled import refresh_jointly
 from paca.resident import ResidentColumns
 from paca.sharded import check_whole
 
@@ -38,8 +39,8 @@ def refresh(model: nn.Module) -> None:
     refresh_layers(layers)
 
 
-def refresh_layers(layers: list[PacaLayer], *, before_forward: bool = False) -> None:
-    """Refresh those of ``layers`` that are stale (``before_forward``: see ``refresh_together``)."""
+def refresh_layers(layers: list[PacaLayer]) -> None:
+    """Refresh those of ``layers`` that are stale."""
     stale: dict[Any, list[tuple[ResidentColumns, Tensor]]] = defaultdict(list)
     for layer in layers:
         if layer.mode != "resident":
@@ -52,21 +53,31 @@ def refresh_layers(layers: list[PacaLayer], *, before_forward: bool = False) -> 
         layer.push_columns()
         weight = base.home
         if base.resident.stale(weight):
-            later = before_forward and base.sharded is None  # what is sharded is gathered before its layer runs
-            stale[later, weight.device, weight.dtype].append((base.resident, base.home_to_write()))
-    for (later, *_), group in stale.items():
-        refresh_together(group, before_forward=later)
+            stale[weight.device, weight.dtype].append((base.resident, base.home_to_write()))
+    for group in stale.values():
+        refresh_together(group)
 
 
 class RefreshBeforeForward:
-    """A forward pre-hook on the adapted model that refreshes its layers together."""
+    """A forward pre-hook on the adapted model that refreshes its layers together.
+
+    Within a compiled graph it can't: there the first stale layer calls ``refresh`` at run time.
+    """
 
     def __init__(self, layers: list[PacaLayer]) -> None:
         self.layers = layers
 
     def __call__(self, module: nn.Module, args: Any) -> None:
-        if not torch.compiler.is_compiling():  # compiled layers look after themselves, at run time
-            refresh_layers(self.layers, before_forward=True)
+        if not torch.compiler.is_compiling():
+            self.refresh()
+
+    def refresh(self) -> None:
+        """Refresh the layers now."""
+        refresh_layers(self.layers)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        refresh_jointly(self.layers, self.refresh)  # a copied or unpickled model's own layers
 
     @staticmethod
     def remove(model: nn.Module) -> None:
@@ -77,4 +88,6 @@ class RefreshBeforeForward:
     @staticmethod
     def install(model: nn.Module) -> None:
         RefreshBeforeForward.remove(model)
-        model.register_forward_pre_hook(RefreshBeforeForward(paca_layers(model)), prepend=True)
+        hook = RefreshBeforeForward(paca_layers(model))
+        model.register_forward_pre_hook(hook, prepend=True)
+        refresh_jointly(hook.layers, hook.refresh)

@@ -47,7 +47,6 @@ class ResidentColumns:
         self._kept: Kept | None = None
         self._folds = FoldsInWeight(input_dim)  # beneath the columns
         self._written: Tensor | None = None  # the columns as they were written last, to tell whether deltas moved
-        self._ready: tuple[State, Tensor] | None = None  # what to write next, if it is still wanted then
         self._merged: tuple[Columns, ...] = ()
         self._merged_kept: Kept | None = None
         self._remembered: dict[int, State] = {}
@@ -111,9 +110,7 @@ class ResidentColumns:
         """Make the weight hold ``wanted``. Writes the columns concerned, never the whole weight."""
         with WRITING:
             self._check_seal(weight)
-            if self._ready is not None and self._ready[0].holds(self.wanted):
-                self._settle(weight, *self._ready)
-            elif not self._state.holds(self.wanted):
+            if not self._state.holds(self.wanted):
                 self._settle(weight, self._new_state())
             elif self.wanted:  # nothing moved as far as version counters tell: compare
                 values = self._values(weight, self.wanted)
@@ -332,7 +329,7 @@ class ResidentColumns:
 
     def _begin_generation(self) -> None:
         self._generation += 1
-        self._state, self._written, self._ready = State((), self._generation), None, None
+        self._state, self._written = State((), self._generation), None
 
     def _new_state(self) -> State:
         return State(self.wanted, self._generation, self._hidden_writes)
@@ -355,7 +352,7 @@ class ResidentColumns:
         if same and self._folds.are_in(weight, self._kept.positions):
             self._seal = _identity(weight)  # the same values were written, or it was moved as it is
         elif torch.equal(current, self._kept.values.to(current)) and self._folds.are_out_of(weight):
-            self._kept = self._written = self._ready = None
+            self._kept = self._written = None
             self._folds.forget()
             self._state = State((), self._generation)  # it is a pretrained weight
         else:
@@ -372,7 +369,7 @@ class ResidentColumns:
             if not self._folds.are_those_of(state.columns):
                 self._folds.put_in(weight, state.columns, self._put)
             self._put(weight, self._kept_positions(), values)
-        self._state, self._written, self._ready = state, values, None
+        self._state, self._written = state, values
         self._seal = _identity(weight)
 
     def _place(self, weight: Tensor, columns: tuple[Columns, ...]) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import shutil
+import sys
 
 import pytest
 import torch
@@ -12,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 import paca
 from models import adapt, adapted_perceptron, llama, perceptron, tokens
+from paca import joint_refresh
 from paca.refresh import paca_layers
 
 BACKENDS = ["eager", "aot_eager"]
@@ -87,6 +90,21 @@ def test_steps_and_switches_of_adapters_of_one_rank_recompile_nothing():
         train(model, inner, steps=2)
     assert counter.frame_count == 1
     assert not counters["graph_break"]
+
+
+@pytest.mark.parametrize("copied", [False, True])
+def test_the_first_stale_layer_of_a_compiled_model_refreshes_all_of_them_together(monkeypatch, copied):
+    model = adapted_perceptron()
+    model = copy.deepcopy(model) if copied else model
+    sizes, refresh_together = [], joint_refresh.refresh_together
+
+    def counted(stale):
+        sizes.append(len(stale))
+        refresh_together(stale)
+
+    monkeypatch.setattr(sys.modules["paca.refresh"], "refresh_together", counted)  # paca.refresh is the function
+    train(model, torch.compile(model.base_model.model, backend="aot_eager"), steps=3)
+    assert sizes == [2, 2, 2]
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -229,8 +247,6 @@ def test_autocast_in_a_compiled_model():
 
 
 def test_a_copy_of_a_compiled_models_layers_finds_its_own_weight():
-    import copy
-
     model = adapted_perceptron()
     twin = copy.deepcopy(model)
     with torch.no_grad():

@@ -10,20 +10,26 @@ from __future__ import annotations
 
 import itertools
 import weakref
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from paca.column_runs import take_columns
 from paca.functional.linear import column_gradient, input_gradient, plain_linear
 from paca.mixed.batch import current_mixed_batch
 
 if TYPE_CHECKING:
+    from paca.layers.base import PacaLayer
     from paca.layers.resident_weight import ResidentWeight
 
 _MODULES: weakref.WeakValueDictionary[int, ResidentWeight] = weakref.WeakValueDictionary()
 _NUMBERS = itertools.count()
+_JOINT_REFRESH: weakref.WeakKeyDictionary[PacaLayer, weakref.WeakMethod[Callable[[], None]]] = (
+    weakref.WeakKeyDictionary()
+)
 MIXED = -1
 """The tag of a mixed batch; no state has it, since no hash is -1."""
 
@@ -34,7 +40,11 @@ OPERATOR_TAGS = (
 )
 
 _library = torch.library.Library("paca", "DEF")
-_library.define("linear_forward(Tensor x, Tensor handle, SymInt out_features) -> (Tensor, Tensor)", tags=OPERATOR_TAGS)
+_library.define(
+    "linear_forward(Tensor x, Tensor handle, SymInt out_features, int[] which, SymInt[] ranks) "
+    "-> (Tensor, Tensor, Tensor[])",
+    tags=OPERATOR_TAGS,
+)
 _library.define(
     "linear_backward(Tensor grad_output, Tensor handle, Tensor tag, Tensor[] selected, int[] which, "
     "SymInt in_features, bool need_x) -> Tensor[]",
@@ -65,6 +75,29 @@ def module_of(handle: Tensor) -> ResidentWeight:
     return module
 
 
+def refresh_jointly(layers: Iterable[PacaLayer], refresh: Callable[[], None]) -> None:
+    """Let whichever of ``layers`` is the first to run stale in a compiled graph call ``refresh``, a method that is held
+    weakly, for all of them."""
+    for layer in layers:
+        _JOINT_REFRESH[layer] = weakref.WeakMethod(refresh)
+
+
+def make_fresh(module: ResidentWeight, owner: PacaLayer | None) -> None:
+    """Make the weight of ``module`` hold what the next forward pass has to see, and those of its model's other layers
+    with it: what has to be computed for all of them is computed at once."""
+    resident = module.resident
+    if owner is not None:
+        owner.push_columns()  # a scale may have been set by hand
+    if not resident.stale(module.weight):
+        return
+    found = _JOINT_REFRESH.get(owner) if owner is not None else None
+    refresh = None if found is None else found()
+    if refresh is not None and torch._C._current_graph_task_id() == -1:  # a backward pass needs no other layer's
+        refresh()
+    if resident.stale(module.weight):
+        resident.refresh(module.weight)
+
+
 def check_not_mixed(tag: Tensor) -> None:
     """Raise in the backward pass of a mixed batch, from the tag of its forward pass."""
     if int(tag) == MIXED:
@@ -83,9 +116,9 @@ def compiled_linear(module: ResidentWeight, x: Tensor) -> Tensor:
         raise RuntimeError(f"the input is {x.dtype}, but the layer's weight is {module.weight.dtype}")
     out_features = module.weight.shape[1 - module.input_dim]
     if not torch.is_grad_enabled():
-        return torch.ops.paca.linear_forward(x, module.handle, out_features)[0]
+        return torch.ops.paca.linear_forward(x, module.handle, out_features, [], [])[0]
     inputs = module.resident.graph_inputs
-    return _CompiledLinear.apply(x, module.bias, module.handle, out_features, len(inputs) // 2, *inputs)
+    return _CompiledLinear.apply(x, module.bias, module.handle, out_features, *inputs[len(inputs) // 2 :])
 
 
 class _CompiledLinear(torch.autograd.Function):
@@ -96,13 +129,13 @@ class _CompiledLinear(torch.autograd.Function):
         bias: Tensor | None,
         handle: Tensor,
         out_features: int,
-        count: int,
-        *indices_then_deltas: Tensor,
+        *deltas: Tensor,
     ) -> Tensor:
-        y, tag = torch.ops.paca.linear_forward(x, handle, out_features)
-        which = [n for n in range(count) if ctx.needs_input_grad[5 + count + n]]
-        ctx.save_for_backward(handle, tag, *(x.index_select(-1, indices_then_deltas[n]) for n in which))
-        ctx.which, ctx.count, ctx.in_features = which, count, x.shape[-1]
+        which = [n for n in range(len(deltas)) if ctx.needs_input_grad[4 + n]]
+        ranks = [deltas[n].shape[1] for n in which]
+        y, tag, selected = torch.ops.paca.linear_forward(x, handle, out_features, which, ranks)
+        ctx.save_for_backward(handle, tag, *selected)
+        ctx.which, ctx.count, ctx.in_features = which, len(deltas), x.shape[-1]
         return y
 
     @staticmethod
@@ -115,35 +148,30 @@ class _CompiledLinear(torch.autograd.Function):
         )
         given = dict(zip(ctx.which, grad_deltas, strict=True))
         grad_bias = grad_output.reshape(-1, grad_output.shape[-1]).sum(0) if need_bias else None
-        return (
-            grad_x if need_x else None,
-            grad_bias,
-            None,
-            None,
-            None,
-            *([None] * ctx.count),
-            *(given.get(n) for n in range(ctx.count)),
-        )
+        return grad_x if need_x else None, grad_bias, None, None, *(given.get(n) for n in range(ctx.count))
 
 
-def _forward(x: Tensor, handle: Tensor, out_features: int) -> tuple[Tensor, Tensor]:
+def _forward(
+    x: Tensor, handle: Tensor, out_features: int, which: list[int], ranks: list[int]
+) -> tuple[Tensor, Tensor, list[Tensor]]:
     module = module_of(handle)
     resident = module.resident
     owner = module.owner()
-    if owner is not None:
-        owner.push_columns()  # a scale may have been set by hand
-    if resident.stale(module.weight):
-        resident.refresh(module.weight)
+    make_fresh(module, owner)
     resident.note_forward()
+    state = resident.state
+    batch = None if owner is None else current_mixed_batch()
+    if batch is None:  # gathered here: the compiler would do it in the backward pass, and compute x again for it
+        selected = [take_columns(x, state.indices[n], state.runs[n]) for n in which]
     bias = None if module.bias is None else module.bias.to(x.dtype)
     y = plain_linear(x, module.weight.to(x.dtype), bias, module.input_dim)
-    batch = current_mixed_batch()
-    if batch is not None and owner is not None:
+    if batch is not None:
         with torch.no_grad():
             mixed = owner.add_mixed_batch(y.contiguous(), x, batch)
-        return mixed, torch.tensor(MIXED, dtype=torch.int64, device="cpu")
-    resident.remember(resident.state)
-    return y.contiguous(), resident.state.tag_tensor.clone()
+        unused = [x.new_empty((*x.shape[:-1], rank)) for rank in ranks]  # a backward pass raises
+        return mixed, torch.tensor(MIXED, dtype=torch.int64, device="cpu"), unused
+    resident.remember(state)
+    return y.contiguous(), state.tag_tensor.clone(), selected
 
 
 def _backward(
@@ -176,8 +204,14 @@ _library.impl("linear_backward", _backward, "CompositeExplicitAutograd")
 
 
 @torch.library.register_fake("paca::linear_forward")
-def _(x: Tensor, handle: Tensor, out_features: int) -> tuple[Tensor, Tensor]:
-    return x.new_empty((*x.shape[:-1], out_features)), torch.empty((), dtype=torch.int64, device="cpu")
+def _(
+    x: Tensor, handle: Tensor, out_features: int, which: list[int], ranks: list[int]
+) -> tuple[Tensor, Tensor, list[Tensor]]:
+    return (
+        x.new_empty((*x.shape[:-1], out_features)),
+        torch.empty((), dtype=torch.int64, device="cpu"),
+        [x.new_empty((*x.shape[:-1], rank)) for rank in ranks],
+    )
 
 
 @torch.library.register_fake("paca::linear_backward")

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from paca.columns import Columns
-from paca.layers.compiled import MIXED, OPERATOR_TAGS, check_not_mixed, module_of
+from paca.layers.compiled import MIXED, OPERATOR_TAGS, check_not_mixed, make_fresh, module_of
 from paca.layers.resident_weight import ResidentWeight
 from paca.mixed.batch import current_mixed_batch
 
@@ -143,10 +143,7 @@ def _forward(x: Tensor, handle: Tensor, output_size: list[int], dtype: torch.dty
     assert isinstance(module, OpaqueWeight)
     resident = module.resident
     owner = module.owner()
-    if owner is not None:
-        owner.push_columns()  # a scale may have been set by hand
-    if resident.stale(module.weight):
-        resident.refresh(module.weight)
+    make_fresh(module, owner)
     resident.note_forward()
     y = module.run_plain(x, dtype)
     batch = current_mixed_batch()
