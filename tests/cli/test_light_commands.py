@@ -124,3 +124,30 @@ def test_waiting_threads_soon_sleep_unless_the_user_says_otherwise(
     with pytest.raises(SystemExit):
         main()
     assert os.environ.get("GOMP_SPINCOUNT") == expected
+
+
+HOLDS = """
+import sys
+from paca.cli.freed_memory import keep_freed_memory
+
+def resident():  # pages
+    return int(open("/proc/self/statm").read().split()[1])
+
+told, before = keep_freed_memory(), resident()
+block = bytearray(2**28)
+del block
+print(told, (resident() - before) * 4096 > 2**27)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc is told")
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [({}, "True True"), ({"MALLOC_ARENA_MAX": "2"}, "False False"), ({"GLIBC_TUNABLES": ""}, "False False")],
+)
+def test_training_keeps_freed_memory_unless_the_user_says_otherwise(given: dict[str, str], expected: str) -> None:
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("MALLOC_", "GLIBC_"))}
+    done = subprocess.run(
+        [sys.executable, "-c", HOLDS], env=environment | given, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip() == expected

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 
+from paca.cli.freed_memory import keep_freed_memory
 from paca.cli.quiet import hide_library_notes
 from paca.errors import PacaError
 
@@ -54,8 +55,12 @@ def train(
             console.print(f"\n{plan.config.to_yaml()}", end="", highlight=False, markup=False, soft_wrap=True)
         return
 
+    import torch
+
     from paca.training.run import train as run
 
+    if not torch.accelerator.is_available():
+        keep_freed_memory()
     try:
         result = run(run_config, resume=resume, console=console, probe=probe)
     except KeyboardInterrupt:
