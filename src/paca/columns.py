@@ -93,8 +93,9 @@ class State:
         # One pass: a state is made per layer and optimizer step.
         for _, delta, indices, scale, folded, source in columns:
             trained = delta if source is None else source
-            versions.append((version_of(trained), version_of(indices)))
-            watched += [(tensor, tensor._version) for tensor in (trained, indices) if not tensor.is_inference()]
+            versions.append(((version_of(trained), version_of(delta)), version_of(indices)))
+            tensors = (delta, indices) if source is None else (delta, indices, source)
+            watched += [(tensor, tensor._version) for tensor in tensors if not tensor.is_inference()]
             content.append((id(delta), id(indices), scale, id(folded)))
         self.versions = tuple(versions)
         self.watched = tuple(watched)

@@ -16,7 +16,7 @@ from paca.joint_refresh import refresh_together
 from paca.layers import PacaLayer
 from paca.layers.compiled import refresh_jointly
 from paca.resident import ResidentColumns
-from paca.sharded import check_whole
+from paca.sharded import check_deltas_whole, check_same_columns, check_whole, find_groups
 
 
 def paca_layers(model: nn.Module) -> list[PacaLayer]:
@@ -51,6 +51,8 @@ def refresh_layers(layers: list[PacaLayer]) -> None:
         else:
             check_whole(base.weight)
         layer.push_columns()
+        if base.sharded is None:
+            check_deltas_whole(base.resident.wanted)
         weight = base.home
         if base.resident.stale(weight):
             stale[weight.device, weight.dtype].append((base.resident, base.home_to_write()))
@@ -66,9 +68,16 @@ class RefreshBeforeForward:
 
     def __init__(self, layers: list[PacaLayer]) -> None:
         self.layers = layers
+        self._sharded = False
 
     def __call__(self, module: nn.Module, args: Any) -> None:
         if not torch.compiler.is_compiling():
+            sharded = [layer for layer in self.layers if layer.base_layer.sharded is not None]
+            if sharded and not self._sharded:
+                find_groups(module)
+                indices = [i for layer in sharded for i in layer.paca_indices.values()]
+                check_same_columns(indices, sharded[0].base_layer.sharded.rows.device)
+            self._sharded = bool(sharded)
             self.refresh()
 
     def refresh(self) -> None:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from paca.column_runs import put_columns, read_columns
-from paca.columns import State
+from paca.columns import Columns, State
 from paca.resident import ResidentColumns
 
 _ADVICE = "Train with DistributedDataParallel, or leave the layer out of target_modules."
@@ -48,10 +48,22 @@ def check_whole(weight: Tensor) -> None:
         )
 
 
+def check_deltas_whole(wanted: tuple[Columns, ...]) -> None:
+    """Raise if the deltas over a weight that is whole are sharded."""
+    for columns in wanted:
+        if is_sharded(columns.delta):
+            raise RuntimeError(
+                f"The deltas of adapter {columns.name!r} are sharded, and the weight below them is not. "
+                "Shard both, or none (ignored_params)."
+            )
+
+
 class ShardableDeltas(nn.ParameterDict):
     """A ``ParameterDict`` that knows the shards while FSDP2 has put gathered parameters in their place."""
 
     def __setattr__(self, name: str, value: Any) -> None:
+        if name in self.__dict__.get("_deleted", ()):
+            return  # FSDP2 goes on putting it back
         if is_sharded(value):
             shards = self.__dict__.setdefault("_shards", {})
             if name not in shards or shards[name].device_mesh == value.device_mesh:  # else see ShardedWeight.note
@@ -59,7 +71,8 @@ class ShardableDeltas(nn.ParameterDict):
         super().__setattr__(name, value)
 
     def __delattr__(self, name: str) -> None:
-        self.__dict__.get("_shards", {}).pop(name, None)
+        if self.__dict__.get("_shards", {}).pop(name, None) is not None:
+            self.__dict__.setdefault("_deleted", set()).add(name)
         super().__delattr__(name)
 
     def shard(self, name: str) -> Any:
@@ -72,17 +85,20 @@ class ShardedWeight:
 
     Args:
         parameter: the sharded weight, a ``DTensor``.
-        input_dim: the dimension of the weight that runs over the input features.
+        resident: the columns in its rows.
     """
 
-    def __init__(self, parameter: Any, input_dim: int) -> None:
+    def __init__(self, parameter: Any, resident: ResidentColumns) -> None:
         self.parameter = parameter
-        self.input_dim = input_dim
+        self.resident = resident
+        self.input_dim = resident.input_dim
+        self.group: Any = None
+        """The FSDP2 group that gathers it, if ``find_groups`` has found it."""
         # How often the rows may have been written. Not whether they changed: processes must agree on who communicates.
         self._writes = 0
         self._copied_at = -1  # `_writes` when the rows were gathered
-        self._copied_positions: Tensor | None = None  # of the columns that were in them then
-        self._copy_is_from_piece = False
+        self._old_positions: list[Tensor] = []  # of columns that may be in the copy, and are not in the rows any more
+        self._gathered_before = False  # the next copy was gathered before the last write, or from a piece of a copy
         self._handed_out: list[weakref.ref[Any]] = []
 
     @property
@@ -102,16 +118,16 @@ class ShardedWeight:
                 whole = pieces[mine] if mine < len(pieces) else whole[:0]
         return whole
 
-    def note(self, value: Any, resident: ResidentColumns) -> None:
+    def note(self, value: Any) -> None:
         """Note that ``value`` takes the weight's place: a shard, or all rows gathered."""
         if not is_sharded(value):
-            if not self._copy_is_from_piece:
-                self._copied(resident)
-            self._copy_is_from_piece = False
+            if self.group is not None and not self._gathered_before:
+                self._copied()
+            self._gathered_before = False
         elif value.device_mesh == self.parameter.device_mesh:
             self.parameter = value
         else:  # a piece of the gathered copy, over fewer processes, to gather the next copy from
-            self._copy_is_from_piece = True
+            self._gathered_before = True
 
     def check(self) -> None:
         """Raise if columns can't live in these rows.
@@ -135,6 +151,11 @@ class ShardedWeight:
     def before_write(self) -> None:
         """Call this before the rows may be written, in every process."""
         self._writes += 1
+        positions = self.resident.positions
+        if positions is not None and not any(positions is old for old in self._old_positions):
+            self._old_positions.append(positions)
+        if self.group is not None and getattr(self.group, "_all_gather_result", self.group) is not None:
+            self._gathered_before = True  # it is on its way (prefetched), or may be
         for reference in self._handed_out:
             shared = reference()
             if shared is not None and shared._local_tensor.untyped_storage() is not None:
@@ -147,15 +168,16 @@ class ShardedWeight:
             self._handed_out = [alive for alive in self._handed_out if alive() is not None] + [weakref.ref(shared)]
 
     @torch.no_grad()
-    def bring_up_to_date(self, copy: Tensor, resident: ResidentColumns) -> None:
+    def bring_up_to_date(self, copy: Tensor) -> None:
         """Make the gathered ``copy`` what the rows of all processes are, by their columns. A collective, if needed."""
         if self._copied_at == self._writes:
             return
-        both = [p for p in (self._copied_positions, resident.positions) if p is not None]
-        if both:
+        now = self.resident.positions
+        concerned = self._old_positions if now is None else [*self._old_positions, now]
+        if concerned:
             from torch.distributed.tensor import DTensor
 
-            positions = torch.cat(both).unique()
+            positions = torch.cat([p.to(copy.device) for p in concerned]).unique()
             mine = read_columns(self.rows, self.input_dim, positions.to(self.rows.device)).to(copy.device)
             size = list(self.parameter.shape)
             size[self.input_dim] = positions.numel()
@@ -169,14 +191,48 @@ class ShardedWeight:
             )
             columns: Tensor = sharded.full_tensor().to(copy.dtype)
             put_columns(copy, self.input_dim, positions.to(copy.device), columns)
-        self._copied(resident)
+        self._copied()
 
-    def before_backward(self, resident: ResidentColumns, copy: Tensor, state: State, saved_tag: int) -> None:
+    def before_backward(self, copy: Tensor, state: State, saved_tag: int) -> None:
         """Make ``copy`` hold what the forward pass with ``state`` saw. Raises as ``ResidentColumns`` does."""
-        if resident.state.tag != state.tag:
+        if self.resident.state.tag != state.tag:
             self.before_write()
-        resident.before_backward(self.rows, state, saved_tag)
-        self.bring_up_to_date(copy, resident)
+        self.resident.before_backward(self.rows, state, saved_tag)
+        self.bring_up_to_date(copy)
 
-    def _copied(self, resident: ResidentColumns) -> None:
-        self._copied_at, self._copied_positions = self._writes, resident.positions
+    def _copied(self) -> None:
+        self._copied_at, self._old_positions = self._writes, []
+
+
+def find_groups(model: nn.Module) -> None:
+    """Tell the sharded weights in ``model`` which FSDP2 group gathers them: it knows whether that is under way.
+
+    One that is not told (the group belongs to a module around ``model``) takes every copy for an old one.
+    """
+    from torch.distributed.fsdp import FSDPModule
+
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            for group in getattr(module._get_fsdp_state(), "_fsdp_param_groups", ()):
+                for parameter in group.fsdp_params:
+                    sharded = getattr(parameter._module_info.module, "sharded", None)
+                    if isinstance(sharded, ShardedWeight):
+                        sharded.group = group
+
+
+def check_same_columns(indices: list[Tensor], device: torch.device) -> None:
+    """Raise unless all processes train the same columns. A collective.
+
+    Raises:
+        RuntimeError: naming the remedy.
+    """
+    import torch.distributed as dist
+
+    digest = hash(tuple(tuple(i.tolist()) for i in indices))
+    both = torch.tensor([digest, ~digest], dtype=torch.int64, device=device)  # ~: the smallest by the largest
+    dist.all_reduce(both, op=dist.ReduceOp.MAX)
+    if int(both[0]) != ~int(both[1]):
+        raise RuntimeError(
+            "The processes train different columns of the same weights, so the rows that they own don't fit together. "
+            "Choose the columns in one process and give them to all, or choose them from the same data."
+        )

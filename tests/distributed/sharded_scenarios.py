@@ -288,6 +288,53 @@ def trains_experts():
 
 
 @of(2)
+def accumulates_gradients_of_experts():
+    for implementation in ("eager", "batched_mm", "grouped_mm"):
+        alone, together = pair(
+            lambda i=implementation: adapt(mixtral(i), target_modules=["q_proj"], target_parameters=STACKS)
+        )
+        for number in range(2):
+            loss_of(alone, batch(number)).backward()
+            loss_of(together, mine(batch(number))).backward()
+        for (name, a), b in zip(alone.named_parameters(), together.parameters(), strict=True):
+            if a.grad is not None:
+                torch.testing.assert_close(whole(b.grad), a.grad, rtol=1e-3, atol=1e-6, msg=name)
+
+
+@of(2)
+def trains_with_prefetching():
+    """Weights that are on their way when their rows are written: from the root, and by hand."""
+    for by_hand in (False, True):
+        alone, together = pair(adapted_llama)
+        first, second = optimizer_of(alone), optimizer_of(together)
+        blocks = together.get_base_model().model.layers
+        if not by_hand:
+            together.set_modules_to_forward_prefetch(list(blocks))
+        for number in range(3):
+            if by_hand and number:
+                blocks[0].unshard(async_op=True)
+            expected = step(alone, first, batch(number))
+            torch.testing.assert_close(averaged(step(together, second, mine(batch(number)))), expected)
+        with torch.no_grad(), together.disable_adapter(), alone.disable_adapter():
+            assert torch.equal(together(input_ids=batch()).logits, alone(input_ids=batch()).logits)
+        check_state(alone, together)
+
+
+@of(2)
+def unloads_while_weights_are_gathered():
+    for merge in (False, True):
+        alone, together = pair(adapted_llama, reshard_after_forward=False)
+        with torch.no_grad(), together.disable_adapter():
+            together(input_ids=batch())
+            if not merge:
+                together.base_model.enable_adapter_layers()
+                together(input_ids=batch())
+        stock = [m.merge_and_unload() if merge else m.unload() for m in (alone, together)]
+        with torch.no_grad():
+            torch.testing.assert_close(*(m(input_ids=batch()).logits for m in stock))
+
+
+@of(2)
 def trains_convolutions():
     class Convolutions(nn.Module):
         def __init__(self):
@@ -445,8 +492,13 @@ def values_written_without_a_trace_are_seen_by_refresh():
         for parameter in trainable(alone):
             parameter.data.mul_(3)
         for layer in paca_layers(together):
-            layer.paca_delta.shard("default")._local_tensor.data.mul_(3)
+            layer.paca_delta.shard("default").to_local().mul_(3)  # this one leaves a trace
+        torch.testing.assert_close(together(input_ids=batch()).logits, alone(input_ids=batch()).logits)
+        for layer in (*paca_layers(together), *paca_layers(alone)):
+            delta = layer.paca_delta["default"] if layer.base_layer.sharded is None else None
+            (layer.paca_delta.shard("default")._local_tensor if delta is None else delta).data.mul_(2)
         paca.refresh(together)
+        paca.refresh(alone)
         torch.testing.assert_close(together(input_ids=batch()).logits, alone(input_ids=batch()).logits)
 
 
@@ -591,12 +643,32 @@ def weights_whose_columns_would_be_cut_are_refused():
 @of(2)
 def adapters_added_to_a_sharded_model_are_refused():
     together = sharded(adapted_llama())
-    together.add_adapter("late", paca.PacaConfig(r=2, target_modules=["q_proj"], init_weights=False))
-    together.set_adapter("default")
-    with torch.no_grad():
-        together(input_ids=batch())
-    with pytest.raises(RuntimeError, match=r"'late' is not sharded as the weights below it are.*then shard it"):
-        together.set_adapter("late")
+    late = paca.PacaConfig(r=2, target_modules=["q_proj"], init_weights=False)
+    with pytest.raises(RuntimeError, match=r"'late' can't be added: the weights are sharded already"):
+        together.add_adapter("late", late)
+    together.delete_adapter("default")
+    with pytest.raises(RuntimeError, match=r"'default' can't be added"):
+        together.add_adapter("default", late)
+
+
+@of(2)
+def deltas_that_are_not_sharded_are_refused():
+    model = adapted_llama()
+    fully_shard(model, mesh=mesh(), ignored_params=set(trainable(model)))
+    with pytest.raises(RuntimeError, match=r"is not sharded as the weights below it are"):
+        model(input_ids=batch())
+    model = adapted_llama(target_modules=["q_proj"])
+    frozen = {p for p in model.parameters() if not p.requires_grad}
+    fully_shard(model.get_base_model().model.layers[0], mesh=mesh(), ignored_params=frozen)
+    with pytest.raises(RuntimeError, match=r"are sharded, and the weight below them is not"):
+        model(input_ids=batch())
+
+
+@of(2)
+def different_columns_are_refused():
+    model = adapt(llama().double(), target_modules=["q_proj"], random_seed=dist.get_rank())
+    with pytest.raises(RuntimeError, match="train different columns of the same weights"):
+        sharded(model)(input_ids=batch())
 
 
 @of(2)

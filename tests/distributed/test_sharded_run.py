@@ -111,6 +111,8 @@ def test_a_sharded_run_resumes(runs, tmp_path, kind):
     ("settings", "message"),
     [
         ("train.fsdp_config={version: 1}", "asks for FSDP 1.*FSDP2 .* is the default"),
+        ("train.fsdp_config={activation_checkpointing: true}", "the saved adapter would be empty"),
+        ("paca.modules_to_save=[lm_head]", "modules_to_save does not go with train.fsdp"),
         ("train.fsdp_config={cpu_ram_efficient_loading: true}", "cpu_ram_efficient_loading does not go with PaCA"),
     ],
 )

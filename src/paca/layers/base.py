@@ -94,6 +94,11 @@ class PacaLayer(nn.Module, BaseTunerLayer):
         The delta starts at zero, so that the model's outputs stay as they are; with ``init_weights=False`` it starts
         at small random values, for tests.
         """
+        if self.base_layer.sharded is not None:
+            raise RuntimeError(
+                f"Adapter {adapter_name!r} can't be added: the weights are sharded already (FSDP2), and its deltas "
+                "would not be. Adapt the model first, then shard it (fully_shard, Accelerator.prepare)."
+            )
         device, weight_dtype = self.weight_placement()
         r = indices.numel()
         dtype = torch.promote_types(weight_dtype, torch.float32)  # float64 weights get float64 deltas
@@ -192,7 +197,7 @@ class PacaLayer(nn.Module, BaseTunerLayer):
         now, names = self.base_layer.resident.wanted, self._active_adapter
         if len(now) != 1 or len(names) != 1 or self._disable_adapters or self.merged_adapters:
             return False
-        name, (_, delta, indices, scale, folded, _) = names[0], now[0]
+        name, (_, delta, indices, scale, folded, source) = names[0], now[0]
         # Looked up where a plain module keeps them: three times faster than through ParameterDict. Whatever replaces
         # them by something that is kept elsewhere (FSDP1) is pushed the long way.
         deltas, columns = self._modules["paca_delta"], self._modules["paca_indices"]
@@ -201,6 +206,7 @@ class PacaLayer(nn.Module, BaseTunerLayer):
             and columns._buffers.get(name) is indices  # type: ignore[union-attr]
             and self.scaling.get(name) == scale
             and self.folded.get(name) is folded
+            and (source is None) == (self.base_layer.sharded is None)
         )
 
     def _park_others(self) -> None:
@@ -322,6 +328,7 @@ class PacaLayer(nn.Module, BaseTunerLayer):
         if merge:
             if not self.has_merged(adapter_names):
                 self.merge(safe_merge=safe_merge, adapter_names=adapter_names)
+            self.base_layer.bring_gathered_up_to_date()
             self.base_layer.resident.seal_merge()
         elif self.merged:
             self.unmerge()

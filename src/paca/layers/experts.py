@@ -75,7 +75,8 @@ class ResidentStack(ResidentWeight, ExpertStack):
         """
         deltas = self._deltas_of(state)
         requiring = tuple(delta.requires_grad for delta in deltas)
-        if not torch.is_grad_enabled():
+        # What FSDP2 gathers is another graph's leaf in each pass: its parts must not be kept.
+        if not torch.is_grad_enabled() or self.sharded is not None:
             return [delta.unbind(0) for delta in deltas]
         if self._cut is None or self._cut[0] is not state or self._cut[1] != requiring:
             self._cut = (state, requiring, [delta.unbind(0) for delta in deltas])

@@ -35,6 +35,9 @@ class OverlaidWeight(nn.Module):
     sharded: ClassVar[None] = None
     """Nothing is written into the weight, so it does not matter who holds which part of it."""
 
+    def bring_gathered_up_to_date(self) -> None:
+        """Nothing is gathered."""
+
     @classmethod
     def adopt(cls, module: Any) -> Any:
         """Turn ``module`` into an instance of a subclass of its class and this one, in place."""

@@ -41,9 +41,9 @@ class ResidentWeight(nn.Module):
         # FSDP2 puts the shard and the gathered weight into each other's place with setattr.
         if name == "weight":
             if self.sharded is not None:
-                self.sharded.note(value, self.resident)
+                self.sharded.note(value)
             elif is_sharded(value):
-                self.sharded = ShardedWeight(value, self.input_dim)
+                self.sharded = ShardedWeight(value, self.resident)
                 self.sharded.check()
                 self.resident.sharded(self.sharded.rows, self.sharded.rows_of)
         super().__setattr__(name, value)
@@ -72,7 +72,7 @@ class ResidentWeight(nn.Module):
         assert isinstance(module, cls)
         module.resident = ResidentColumns(cls.input_dim)
         if is_sharded(module.weight):
-            module.sharded = ShardedWeight(module.weight, cls.input_dim)
+            module.sharded = ShardedWeight(module.weight, module.resident)
         module.handle = new_handle(module)
         module.owner = lambda: None
         module._rebind_forward()
@@ -91,6 +91,7 @@ class ResidentWeight(nn.Module):
     def release(self) -> None:
         """Park, and turn back into the stock module, in place."""
         self.resident.let_go(self.home_to_write())
+        self.bring_gathered_up_to_date()
         del self.resident, self.handle
         self.__dict__.pop("sharded", None)
         self.__class__ = self.stock_class  # type: ignore[assignment]
@@ -113,12 +114,17 @@ class ResidentWeight(nn.Module):
         state = resident.state
         return self._run_partial(x, state)
 
+    def bring_gathered_up_to_date(self) -> None:
+        """If FSDP2 keeps a gathered copy just now, make it what the rows are."""
+        if self.sharded is not None and not is_sharded(self.weight):
+            self.sharded.bring_up_to_date(self.weight)
+
     def _prepare_sharded(self, sharded: ShardedWeight) -> None:
         """Make the gathered weight hold what is wanted; usually it does."""
         check_whole(self.weight)
         if self.resident.stale(sharded.rows):
             self.resident.refresh(self.home_to_write())
-        sharded.bring_up_to_date(self.weight, self.resident)
+        sharded.bring_up_to_date(self.weight)
 
     def _deltas_of(self, state: State) -> tuple[Tensor, ...]:
         """The deltas of ``state`` that gradients go to: all rows of them."""
@@ -131,7 +137,7 @@ class ResidentWeight(nn.Module):
         """What a backward pass has to call, with the saved tag, before it reads the weight."""
         if self.sharded is None:
             return partial(self.resident.before_backward, self.weight, state)
-        return partial(self.sharded.before_backward, self.resident, self.weight, state)
+        return partial(self.sharded.before_backward, self.weight, state)
 
     def _run_partial(self, x: Tensor, state: State) -> Tensor:
         """Run on the weight, which holds ``state``, such that gradients reach the deltas."""
@@ -200,6 +206,6 @@ class ResidentWeight(nn.Module):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         if is_sharded(self.weight):
-            self.sharded = ShardedWeight(self.weight, self.input_dim)
+            self.sharded = ShardedWeight(self.weight, self.resident)
         self.handle = new_handle(self)
         self.owner = lambda: None  # the adapted layer above, if there is one, makes itself known again

@@ -92,7 +92,7 @@ def train(config: RunConfig, resume: bool = False, console: Console | None = Non
         # prepared after that, leaves DDP away, and each process trains on its own.
         settings["eval_on_start"] = prepared.eval is not None and config.eval.before and not resume
         arguments = train_settings.sft_config(settings, folder.checkpoints)  # also joins the other processes
-        check_sharding(arguments)
+        check_sharding(arguments, plan.config.paca.get("modules_to_save"))
         if probe and arguments.deepspeed:
             raise PacaError(
                 "--probe does not go with train.deepspeed, whose backward pass is also a step. Leave it out."

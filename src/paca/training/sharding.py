@@ -10,11 +10,11 @@ from trl import SFTConfig
 from paca.errors import PacaError
 
 
-def check_sharding(arguments: SFTConfig) -> None:
+def check_sharding(arguments: SFTConfig, modules_to_save: object = None) -> None:
     """Refuse settings that would fail, or train wrongly, later.
 
     Raises:
-        PacaError: one process, FSDP1, FSDP2 with ``cpu_ram_efficient_loading``, or ZeRO-3.
+        PacaError: one process, FSDP1, settings of FSDP2 under which results were wrong or lost, or ZeRO-3.
     """
     if arguments.fsdp:
         if arguments.world_size == 1:
@@ -34,6 +34,21 @@ def check_sharding(arguments: SFTConfig) -> None:
                 "train.fsdp_config.cpu_ram_efficient_loading does not go with PaCA: accelerate sends parameters to the "
                 "other processes, but not the buffers that say which columns are trained. Leave it out; each process "
                 "then reads the model."
+            )
+        if str(config.get("activation_checkpointing", False)).lower() in ("true", "1"):
+            raise PacaError(
+                "With train.fsdp_config.activation_checkpointing the names of parameters change, and the saved adapter "
+                "would be empty. Set train.gradient_checkpointing: true instead."
+            )
+        if modules_to_save:
+            raise PacaError(
+                "paca.modules_to_save does not go with train.fsdp: the gradient of an output layer that is trained "
+                "whole came out wrong there (with LoRA as well). Leave it out, or train with DistributedDataParallel."
+            )
+        if arguments.load_best_model_at_end and config.get("state_dict_type") == "SHARDED_STATE_DICT":
+            raise PacaError(
+                "train.load_best_model_at_end does not go with state_dict_type: SHARDED_STATE_DICT: the processes may "
+                "disagree on which checkpoint is the best, and wait for each other. Use FULL_STATE_DICT."
             )
     if arguments.deepspeed and is_deepspeed_zero3_enabled():
         raise PacaError(
