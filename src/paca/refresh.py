@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from paca.joint_refresh import refresh_together
 from paca.layers import PacaLayer
 from paca.layers.compiled import refresh_jointly
+from paca.mixed.batch import current_mixed_batch
 from paca.resident import ResidentColumns
 from paca.sharded import check_deltas_whole, check_same_columns, check_whole, find_groups
 
@@ -42,8 +43,9 @@ def refresh(model: nn.Module) -> None:
 def refresh_layers(layers: list[PacaLayer]) -> None:
     """Refresh those of ``layers`` that are stale."""
     stale: dict[Any, list[tuple[ResidentColumns, Tensor]]] = defaultdict(list)
+    in_mixed_batch = current_mixed_batch() is not None
     for layer in layers:
-        if layer.mode != "resident":
+        if layer.mode != "resident" or (in_mixed_batch and layer.runs_adapters_in_turn):
             continue
         base = layer.base_layer
         if base.sharded is not None:

@@ -14,7 +14,9 @@ import paca
 from expert_models import FAMILIES, IMPLEMENTATIONS, STACKS
 from layers.small_networks import NETWORKS, TARGETS, example, network
 from models import adapt, llama, tokens
-from paca.refresh import paca_layers
+from paca.layers.expert_view import StackView
+from paca.mixed.batch import current_mixed_batch
+from paca.refresh import paca_layers, refresh_layers
 from quantized_layers import REAL, forward_only_stack, stack
 from reference import dense_weight
 
@@ -354,6 +356,28 @@ def test_mixed_batches_through_experts_may_run_in_several_threads():
     for thread in threads:
         thread.join()
     assert not problems
+
+
+@torch.no_grad()
+def test_another_batch_that_begins_leaves_the_stacks_to_the_one_that_runs(monkeypatch):
+    """What another thread does before its own forward pass, at the worst moment."""
+    model, ids = experts("mixtral"), tokens(len(NAMES), 4)
+    want = model(input_ids=ids, adapter_names=NAMES).logits
+    run, seen = StackView.__getitem__, []
+
+    def begins(view, index):
+        batch = current_mixed_batch()
+        running, batch.adapter = batch.adapter, BASE
+        refresh_layers(paca_layers(model))
+        batch.adapter = running
+        seen.append(running)
+        return run(view, index)
+
+    monkeypatch.setattr(StackView, "__getitem__", begins)
+    model.get_base_model().set_experts_implementation("eager")
+    got = model(input_ids=ids, adapter_names=NAMES).logits
+    assert {"default", "other"} <= set(seen)
+    torch.testing.assert_close(got, want)
 
 
 @torch.no_grad()

@@ -43,6 +43,8 @@ class PacaLayer(nn.Module, BaseTunerLayer):
     other_param_names = ("paca_indices", "r", "paca_alpha", "scaling", "folded")
     runs_mixed_batches: ClassVar[bool] = True
     """Whether samples of one batch may have different adapters; if not, such batches are refused before they start."""
+    runs_adapters_in_turn: ClassVar[bool] = False
+    """Whether its weight holds one adapter's columns after the other's in a mixed batch; nobody else may write then."""
     input_axes = "(samples, ..., in_features)"
     """What the dimensions of a mixed batch's input are, for messages."""
 

@@ -118,6 +118,7 @@ class PacaExpertStack(PacaLayer):
 
     delta_axes = "(experts, out_features, r)"
     delta_column_dim = 2
+    runs_adapters_in_turn = True
 
     def delta_shape(self, r: int) -> tuple[int, ...]:
         return self.base_layer.weight.shape[0], self.out_features, r
