@@ -3,12 +3,16 @@
 Columns live in the rows. Each process writes its own, from its own rows of the deltas, without communication; FSDP2
 then gathers rows that are up to date (design, section 3, point 7). Only where rows were written after they had been
 gathered do the columns concerned travel once more: where adapters were switched between a forward pass and its backward
-pass, and where the copy is made before the model's own forward begins (the root module's).
+pass, and where gathering begins before the model's own forward (the root module's weights, and what is prefetched).
+
+Of FSDP2 it reads three attributes that are not public (torch 2.13): a DTensor's ``_local_tensor``, a module's
+``_fsdp_param_groups`` and a group's ``_all_gather_result``.
 """
 
 from __future__ import annotations
 
 import weakref
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -56,6 +60,17 @@ def check_deltas_whole(wanted: tuple[Columns, ...]) -> None:
                 f"The deltas of adapter {columns.name!r} are sharded, and the weight below them is not. "
                 "Shard both, or none (ignored_params)."
             )
+
+
+def refuse_sharded(layers: Iterable[Any], what: str) -> None:
+    """Raise if a layer's weight is sharded.
+
+    Args:
+        layers: adapted layers.
+        what: can't be done to them.
+    """
+    if any(layer.base_layer.sharded is not None for layer in layers):
+        raise ValueError(f"{what} needs whole weights, and these are sharded (FSDP2). Do it before fully_shard.")
 
 
 class ShardableDeltas(nn.ParameterDict):
@@ -158,7 +173,7 @@ class ShardedWeight:
             self._gathered_before = True  # it is on its way (prefetched), or may be
         for reference in self._handed_out:
             shared = reference()
-            if shared is not None and shared._local_tensor.untyped_storage() is not None:
+            if shared is not None:
                 shared._local_tensor = shared._local_tensor.clone()
         self._handed_out = []
 

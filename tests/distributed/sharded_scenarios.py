@@ -6,6 +6,7 @@ whole batch in one process, or with itself before. All processes check.
 
 from __future__ import annotations
 
+import tempfile
 import traceback
 from datetime import timedelta
 
@@ -417,18 +418,37 @@ def disabling_gives_the_pretrained_model():
             torch.testing.assert_close(before, alone(input_ids=batch()).logits)
 
 
+def check_other_adapter_in_between(alone, together):
+    for model, ids in ((alone, batch()), (together, mine(batch()))):
+        first = model(input_ids=ids).logits
+        model.set_adapter("other", inference_mode=True)
+        with torch.no_grad():
+            second = model(input_ids=ids).logits
+        model.set_adapter("default")
+        (first - second).square().mean().backward()
+    check_gradients(alone, together)
+
+
 @of(2)
 def other_adapter_between_forward_and_backward():
     for parts in ("blocks", "root"):
-        alone, together = pair(two_adapters, parts)
-        for model, ids in ((alone, batch()), (together, mine(batch()))):
-            first = model(input_ids=ids).logits
-            model.set_adapter("other", inference_mode=True)
-            with torch.no_grad():
-                second = model(input_ids=ids).logits
-            model.set_adapter("default")
-            (first - second).square().mean().backward()
-        check_gradients(alone, together)
+        check_other_adapter_in_between(*pair(two_adapters, parts))
+
+
+@of(2)
+def what_needs_whole_weights_is_refused():
+    together = sharded(two_adapters())
+    names = set(paca_layers(together)[0].paca_delta)
+    with tempfile.TemporaryDirectory() as folder:
+        two_adapters().save_pretrained(folder)
+        with pytest.raises(ValueError, match="A hot swap needs whole weights"):
+            paca.hotswap_adapter(together, folder, "default")
+    with pytest.raises(ValueError, match="get_delta_weight needs whole weights"):
+        paca_layers(together)[0].get_delta_weight("default")
+    with pytest.raises(ValueError, match="add_weighted_adapter needs whole weights"):
+        together.add_weighted_adapter(["default", "other"], [1.0, 1.0], "sum")
+    assert set(paca_layers(together)[0].paca_delta) == names
+    assert "sum" not in together.peft_config
 
 
 @of(2)
@@ -717,12 +737,4 @@ def trains_with_replicas_of_shards():
 def pieces_of_gathered_weights():
     """After a forward pass the rows are kept over two processes, and the backward pass gathers them from there."""
     check_training(adapted_llama, reshard_after_forward=2)
-    alone, together = pair(two_adapters, reshard_after_forward=2)
-    for model, ids in ((alone, batch()), (together, mine(batch()))):
-        first = model(input_ids=ids).logits
-        model.set_adapter("other", inference_mode=True)
-        with torch.no_grad():
-            second = model(input_ids=ids).logits
-        model.set_adapter("default")
-        (first - second).square().mean().backward()
-    check_gradients(alone, together)
+    check_other_adapter_in_between(*pair(two_adapters, reshard_after_forward=2))

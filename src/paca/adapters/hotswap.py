@@ -23,6 +23,7 @@ from paca.adapters.recorded_quantization import quantizations, warn_of_another
 from paca.config import PacaConfig
 from paca.layers import PacaLayer
 from paca.registration import NAME
+from paca.sharded import refuse_sharded
 
 _FILE_PREFIX = "base_model.model."
 _FROM_THE_FILE = ("r", "rank_pattern", "paca_alpha", "alpha_pattern", "random_seed", "selection", "indices")
@@ -45,8 +46,8 @@ def hotswap_adapter(model: nn.Module, folder: str | os.PathLike[str], adapter_na
         adapter_name: a loaded adapter, active or not. Keeps its name.
 
     Raises:
-        ValueError: if there is no such adapter, if it is merged, or if the one in ``folder`` is no PaCA adapter, is
-            broken, or has other layers or ranks. Nothing is changed then.
+        ValueError: if there is no such adapter, if it is merged or sharded, or if the one in ``folder`` is no PaCA
+            adapter, is broken, or has other layers or ranks. Nothing is changed then.
     """
     model = getattr(model, "_orig_mod", model)  # of torch.compile
     configs: dict[str, Any] = getattr(model, "peft_config", {})
@@ -61,6 +62,7 @@ def hotswap_adapter(model: nn.Module, folder: str | os.PathLike[str], adapter_na
         for name, layer in root.named_modules()
         if isinstance(layer, PacaLayer) and adapter_name in layer.paca_delta
     }
+    refuse_sharded(layers.values(), "A hot swap")
     if any(adapter_name in layer.merged_adapters for layer in layers.values()):
         raise ValueError(
             f"Adapter {adapter_name!r} is merged into the weights, so it can't be replaced. Call unmerge_adapter() "

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from paca.columns import Columns
 from paca.config import PacaConfig
 from paca.layers import PacaLayer
+from paca.sharded import refuse_sharded
 
 if TYPE_CHECKING:
     from paca.tuner import PacaModel
@@ -69,6 +70,7 @@ def add_weighted_adapter(
 ) -> None:
     """What ``PacaModel.add_weighted_adapter`` does."""
     holders = _check(model, adapters, weights, adapter_name, combination_type)
+    refuse_sharded((m for m in model.model.modules() if isinstance(m, PacaLayer)), "add_weighted_adapter")
     sums: dict[str, WeightedSum] = {}
     for name, layer in model.model.named_modules():
         if isinstance(layer, PacaLayer):

@@ -16,7 +16,7 @@ from paca.columns import Columns, Folded
 from paca.folds import oriented, parts_of
 from paca.functional.columns_by_row import LinearProduct, RowColumns, RowProduct, add_columns_by_row
 from paca.mixed.batch import MixedBatch, current_mixed_batch
-from paca.sharded import ShardableDeltas
+from paca.sharded import ShardableDeltas, refuse_sharded
 
 FOLDED_DELTA, FOLDED_INDICES = "paca_delta.paca_folded", "paca_indices.paca_folded"
 """What a whole model's state dict calls folded columns, so that PEFT takes them for an adapter's, not the base's."""
@@ -169,8 +169,8 @@ class PacaLayer(nn.Module, BaseTunerLayer):
         sharded, delta = self.base_layer.sharded, self.paca_delta.shard(adapter_name)
         if delta is None or delta.placements != sharded.parameter.placements:
             raise RuntimeError(
-                f"Adapter {adapter_name!r} is not sharded as the weights below it are: it was added to a model whose "
-                "weights were sharded already. Adapt the model first, then shard it (fully_shard, Accelerator.prepare)."
+                f"Adapter {adapter_name!r} is not sharded as the weights below it are. Shard both, and "
+                "adapt the model before that (fully_shard, Accelerator.prepare)."
             )
         if adapter_name in self.folded:
             raise RuntimeError(
@@ -340,6 +340,7 @@ class PacaLayer(nn.Module, BaseTunerLayer):
 
     def get_delta_weight(self, adapter: str) -> Tensor:
         """The adapter's whole change of the weight, in the weight's shape; float32 or wider, mostly zeros."""
+        refuse_sharded([self], "get_delta_weight")
         input_dim, delta = self.base_layer.input_dim, self.paca_delta[adapter]
         dense = torch.zeros(self.base_layer.weight.shape, dtype=delta.dtype, device=delta.device)
         for columns in self.all_columns_of(adapter):
