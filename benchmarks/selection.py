@@ -37,8 +37,8 @@ from transformers import get_cosine_schedule_with_warmup
 
 import paca
 from paca.bench.provenance import provenance
+from paca.columns.selection import FROM_BATCHES
 from paca.pretrained import load_pretrained
-from paca.selection import FROM_BATCHES
 from paca.training.summary import now
 
 STRATEGIES = (

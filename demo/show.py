@@ -36,7 +36,7 @@ def answers(run: Path, prompt: str) -> dict[str, str]:
         if kept["prompt"] == prompt:
             return kept
     hide_library_notes()
-    from paca.generation import load_for_generation, stream_reply
+    from paca.pretrained.generation import load_for_generation, stream_reply
 
     loaded = load_for_generation(run)
     question = [{"role": "user", "content": prompt}]

@@ -30,10 +30,10 @@ REGISTERED = """
     from peft.utils.peft_types import PeftType
     assert mapping.PEFT_TYPE_TO_CONFIG_MAPPING[PeftType.PACA] is paca.PacaConfig
     assert mapping.PEFT_TYPE_TO_TUNER_MAPPING[PeftType.PACA] is paca.PacaModel
-    assert sys.modules["paca.tuner"].PacaModel is paca.PacaModel
+    assert sys.modules["paca.tuner.model"].PacaModel is paca.PacaModel
     assert not any(type(finder).__module__ == "paca.peft_import" for finder in sys.meta_path)
     assert callable(paca.refresh) and callable(paca.make_lean)
-    for name in ("peft", "paca.config", "paca.tuner"):
+    for name in ("peft", "paca.config", "paca.tuner.model"):
         if name in sys.modules:
             assert type(sys.modules[name].__loader__).__name__ == "SourceFileLoader"
             assert sys.modules[name].__spec__.loader is sys.modules[name].__loader__
@@ -54,7 +54,7 @@ def check(*scripts: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("before", "route"), [(LIGHT, "import peft"), (BEFORE_PEFT, "from paca.refresh import refresh")]
+    ("before", "route"), [(LIGHT, "import peft"), (BEFORE_PEFT, "from paca.tuner.refresh import refresh")]
 )
 def test_peft_knows_the_method_as_soon_as_it_is_imported(before: str, route: str) -> None:
     check(before, route, REGISTERED)
@@ -67,7 +67,7 @@ def test_it_does_whichever_way_peft_comes_in() -> None:
         "import peft.tuners.lora.layer",
         "import trl; trl.SFTTrainer",
         "paca.PacaConfig",
-        "paca.refresh",
+        "paca.tuner.refresh",
         "from paca import make_lean",
         # Modules of our own that are half imported when they import peft:
         "import paca.config",
@@ -180,12 +180,12 @@ def test_our_own_error_is_not_hidden() -> None:
     result = run(
         """
         import sys, paca
-        sys.modules["paca.tuner"] = None
+        sys.modules["paca.tuner.model"] = None
         import peft
         """
     )
     assert result.returncode == 1
-    assert "paca.tuner" in result.stderr.strip().splitlines()[-1]
+    assert "paca.tuner.model" in result.stderr.strip().splitlines()[-1]
 
 
 def test_names_are_those_of_all() -> None:

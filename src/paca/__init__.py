@@ -16,19 +16,19 @@ from importlib.metadata import version
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from paca.errors import PacaError
+from paca.messages.errors import PacaError
 from paca.peft_import import when_peft_is_imported
 
 if TYPE_CHECKING:
-    from paca.adapters.hotswap import hotswap_adapter
-    from paca.calibration import select
     from paca.config import PacaConfig
     from paca.lean import make_lean, undo_lean
-    from paca.refresh import refresh
-    from paca.rotation.callback import RotateColumns
-    from paca.rotation.rotate import rotate, set_trained_columns, trained_columns
-    from paca.tied_weights import untie_embeddings
-    from paca.tuner import PacaModel
+    from paca.tuner.calibration import select
+    from paca.tuner.hotswap import hotswap_adapter
+    from paca.tuner.model import PacaModel
+    from paca.tuner.refresh import refresh
+    from paca.tuner.rotation.callback import RotateColumns
+    from paca.tuner.rotation.rotate import rotate, set_trained_columns, trained_columns
+    from paca.tuner.tied_weights import untie_embeddings
 
 __version__ = version("paca-tuning")
 __all__ = [
@@ -49,23 +49,23 @@ __all__ = [
 
 _MODULES = {
     "PacaConfig": "paca.config",
-    "PacaModel": "paca.tuner",
-    "RotateColumns": "paca.rotation.callback",
-    "hotswap_adapter": "paca.adapters.hotswap",
+    "PacaModel": "paca.tuner.model",
+    "RotateColumns": "paca.tuner.rotation.callback",
+    "hotswap_adapter": "paca.tuner.hotswap",
     "make_lean": "paca.lean",
-    "refresh": "paca.refresh",
-    "rotate": "paca.rotation.rotate",
-    "select": "paca.calibration",
-    "set_trained_columns": "paca.rotation.rotate",
-    "trained_columns": "paca.rotation.rotate",
+    "refresh": "paca.tuner.refresh",
+    "rotate": "paca.tuner.rotation.rotate",
+    "select": "paca.tuner.calibration",
+    "set_trained_columns": "paca.tuner.rotation.rotate",
+    "trained_columns": "paca.tuner.rotation.rotate",
     "undo_lean": "paca.lean",
-    "untie_embeddings": "paca.tied_weights",
+    "untie_embeddings": "paca.tuner.tied_weights",
 }
 """Where each name that is loaded on first use lies."""
 
 
 def _register() -> None:
-    from paca.registration import register
+    from paca.tuner.registration import register
 
     # These two alone: the others need more of transformers, whose import may have led here and is not done then.
     register(_load("PacaConfig"), _load("PacaModel"))

@@ -10,9 +10,9 @@ from typing import Any, Literal
 
 from peft.config import PeftConfig
 
-from paca.adapters.file import check_adapter_file
-from paca.registration import add_peft_type
-from paca.selection import check_strategy
+from paca.columns.selection import check_strategy
+from paca.tuner.adapter_file import check_adapter_file
+from paca.tuner.registration import add_peft_type
 
 ROTATIONS = ("random", "random_blocks", "weight_norm")
 

@@ -11,7 +11,7 @@ from paca.bench.plots import write_plots
 from paca.bench.readme import replace_block
 from paca.bench.report import tables
 from paca.bench.summary_table import summary_tables
-from paca.errors import PacaError
+from paca.messages.errors import PacaError
 
 FROZEN, PACA, LORA = (1.0, 1.1, 1.2), (1.02, 1.1, 1.26), (1.5, 1.65, 1.8)
 

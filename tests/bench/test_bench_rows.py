@@ -9,7 +9,7 @@ import pytest
 
 from bench.row_maker import row
 from paca.bench.rows import append_rows, read_rows, summarized
-from paca.errors import PacaError
+from paca.messages.errors import PacaError
 
 
 def test_rows_come_back_as_they_were_written(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from bench.tiny_bench import settings
 from paca.bench.rows import Row
 from paca.bench.run import run_benchmark
 from paca.bench.settings import BenchSettings, parse_bytes
-from paca.errors import PacaError
+from paca.messages.errors import PacaError
 
 
 def test_every_method_asked_for_has_rows_or_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:

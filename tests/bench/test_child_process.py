@@ -12,7 +12,7 @@ from bench.tiny_bench import settings
 from paca.bench.child_process import MeasuringChild
 from paca.bench.resident_set import ResidentSetPeak
 from paca.bench.settings import Point
-from paca.errors import PacaError
+from paca.messages.errors import PacaError
 
 MIB = 2**20
 

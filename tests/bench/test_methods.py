@@ -12,8 +12,8 @@ from paca.bench.four_bit import require_bitsandbytes
 from paca.bench.method import Adaptation, Method, MethodUnavailable, apply_method
 from paca.bench.methods import METHODS, find_methods
 from paca.bench.targets import target_modules
-from paca.errors import PacaError
 from paca.lean import is_lean
+from paca.messages.errors import PacaError
 
 ISSUE_METHODS = {
     *("frozen", "paca", "paca+lean", "paca+lean+recompute", "lora", "lora-tuned", "dora", "lora-fa", "vera", "full"),

@@ -11,7 +11,7 @@ from accelerate import init_empty_weights
 from paca.bench.base_model import build_base_model, outline_of
 from paca.bench.presets import PRESETS, ImageShape, TextShape
 from paca.bench.settings import BenchSettings
-from paca.errors import PacaError
+from paca.messages.errors import PacaError
 
 PUBLISHED = {
     "llama2-7b": 6_738_415_616,

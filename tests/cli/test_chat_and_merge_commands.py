@@ -14,7 +14,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from cli.paca_process import PACA, forked_paca, fresh_paca
-from paca.generation import load_for_generation, stream_reply
+from paca.pretrained.generation import load_for_generation, stream_reply
 from tiny_checkpoint import byte_tokenizer, save_run
 
 

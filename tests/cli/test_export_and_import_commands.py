@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from cli.paca_process import forked_paca, fresh_paca
-from paca.generation import load_for_generation
+from paca.pretrained.generation import load_for_generation
 from tiny_checkpoint import save_run
 
 

@@ -18,7 +18,7 @@ from rich.console import Console
 
 from cli.paca_process import MAIN, forked_paca, fresh_paca, start_paca
 from paca.cli import main
-from paca.errors import PacaError
+from paca.messages.errors import PacaError
 from paca.training import load_run_config, train
 from training.tiny_run import curve, rows, same_adapter, save_workspace
 

@@ -35,7 +35,7 @@ from convert.saved_adapters import change, logits, save_adapted
 from models import gpt2, llama
 from paca.convert.adapter import adapter_in_model
 from paca.convert.gguf_adapter import ARCHITECTURES, export_gguf, gguf_tensors, pairs_of_neighbours
-from paca.errors import PacaError
+from paca.messages.errors import PacaError
 from tiny_checkpoint import byte_tokenizer
 from tiny_gguf import write_gguf
 

@@ -20,7 +20,7 @@ from convert.saved_adapters import logits, save_adapted
 from models import gpt2, llama, tokens
 from paca.convert.imported import import_adapter
 from paca.convert.lora import export_lora
-from paca.errors import PacaError
+from paca.messages.errors import PacaError
 
 LAYERS = {f"model.layers.{block}.{name}" for block in (0, 1) for name in ("self_attn.q_proj", "mlp.down_proj")}
 AUTHORS = {"peft_type": "PACA", "r": 4, "paca_alpha": 7, "bias": "none", "task_type": "CAUSAL_LM"}

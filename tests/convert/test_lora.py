@@ -19,7 +19,7 @@ from forked_process import run_forked
 from models import adapt, adapted_perceptron, gpt2, llama, tokens
 from paca.convert.adapter import AdaptedLayer, Adapter, adapter_in_model
 from paca.convert.lora import export_lora, save_as_lora, to_lora
-from paca.errors import PacaError
+from paca.messages.errors import PacaError
 
 UNEVEN = {
     "r": 3,

@@ -15,8 +15,8 @@ from transformers import AutoModelForCausalLM
 
 import paca.convert.merged as merged_module
 from paca.convert.merged import merge_to_folder
-from paca.errors import PacaError
-from paca.generation import load_for_generation
+from paca.messages.errors import PacaError
+from paca.pretrained.generation import load_for_generation
 from tiny_checkpoint import save_run
 
 TOKENS = torch.arange(2, 26).reshape(2, 12)

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerFast
 
 from paca.data import Examples, load_examples, mark_assistant_turns
 from paca.data.assistant_turns import marks_assistant_turns
-from paca.errors import PacaError
+from paca.messages.errors import PacaError
 from tiny_checkpoint import CHAT_TEMPLATE, byte_tokenizer
 
 # The same rendering as CHAT_TEMPLATE, with the markers that transformers reads.

@@ -13,7 +13,7 @@ import pytest
 
 from paca.data import load_examples, split_heldout
 from paca.data.sources import find_source
-from paca.errors import PacaError
+from paca.messages.errors import PacaError
 
 ALPACA = [{"instruction": f"Count to {n}.", "input": "", "output": " ".join(map(str, range(n + 1)))} for n in range(20)]
 CONVERSATION = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from paca.data.formats import FORMATS, recognise
-from paca.errors import PacaError
+from paca.messages.errors import PacaError
 
 USER = {"role": "user", "content": "2+2?"}
 ASSISTANT = {"role": "assistant", "content": "4"}

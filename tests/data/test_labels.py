@@ -13,7 +13,7 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 from trl import SFTConfig, SFTTrainer
 
 from paca.data import Examples, check_labels, load_examples, loss_settings, mark_assistant_turns
-from paca.errors import PacaError
+from paca.messages.errors import PacaError
 from tiny_checkpoint import byte_tokenizer, save_base
 
 MARKED_TEMPLATE = (

@@ -10,7 +10,7 @@ import pyarrow.parquet
 import pytest
 
 from paca.data.rows import rows_of
-from paca.errors import PacaError
+from paca.messages.errors import PacaError
 
 ROWS = [{"text": "one, two"}, {"text": 'quoted "three"\nfour'}, {"text": "пять 漢字"}]
 

@@ -9,7 +9,7 @@ import pytest
 from rich.console import Console
 
 from demo import show as demo_show
-from paca import generation
+from paca.pretrained import generation
 from paca.training import load_run_config
 from tiny_checkpoint import save_run
 

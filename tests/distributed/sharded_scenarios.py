@@ -23,7 +23,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_modul
 import paca
 from expert_models import STACKS, mixtral
 from models import adapt, adapted_perceptron, gpt2, llama, perceptron, tokens
-from paca.refresh import paca_layers
+from paca.tuner.refresh import paca_layers
 
 SCENARIOS: dict[int, list[str]] = {2: [], 4: []}
 """By how many processes they take."""

@@ -15,7 +15,7 @@ from rich.console import Console
 from trl import SFTConfig
 
 from forked_process import FORKS
-from paca.errors import PacaError
+from paca.messages.errors import PacaError
 from paca.training import load_run_config, train
 from training.tiny_run import adapter, curve, save_workspace
 

@@ -14,8 +14,8 @@ from torch.utils.checkpoint import checkpoint
 
 import paca
 from models import adapt, adapted_perceptron, llama, perceptron, tokens
-from paca import joint_refresh
-from paca.refresh import paca_layers
+from paca.columns import joint_refresh
+from paca.tuner.refresh import paca_layers
 
 BACKENDS = ["eager", "aot_eager"]
 
@@ -102,7 +102,7 @@ def test_the_first_stale_layer_of_a_compiled_model_refreshes_all_of_them_togethe
         sizes.append(len(stale))
         refresh_together(stale)
 
-    monkeypatch.setattr(sys.modules["paca.refresh"], "refresh_together", counted)  # paca.refresh is the function
+    monkeypatch.setattr(sys.modules["paca.tuner.refresh"], "refresh_together", counted)  # paca.refresh is the function
     train(model, torch.compile(model.base_model.model, backend="aot_eager"), steps=3)
     assert sizes == [2, 2, 2]
 

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from transformers import Gemma3Config, Gemma3ForConditionalGeneration, MixtralConfig, MixtralForCausalLM
 
 from paca.bench.saved_activations import measure_saved_activations
-from paca.errors import PacaError
 from paca.lean import is_lean, make_lean, undo_lean
+from paca.messages.errors import PacaError
 
 RECOMPUTE = [None, "mlp"]
 DTYPES = [torch.float32, torch.bfloat16, torch.float64]

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 import paca
-from calibration.naive import best
 from support_matrix.case import Case, close, run, weight_of
+from tuner.calibration.naive import best
 
 
 def by_weight(case: Case) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 from models import adapt
 from paca.convert.adapter import adapter_in_model
 from paca.convert.gguf_adapter import export_gguf, gguf_tensors
-from paca.errors import PacaError
+from paca.messages.errors import PacaError
 from support_matrix.case import Case, Explained, randomize
 
 PLACES = {

@@ -14,12 +14,12 @@ from rich.console import Console
 from transformers import AutoModelForCausalLM
 
 import paca
-from paca.calibration import selecting
-from paca.errors import PacaError
+from paca.messages.errors import PacaError
 from paca.training import calibration, describe, load_run_config, train
 from paca.training.calibration import calibration_batches
 from paca.training.plan import prepare
 from paca.training.train_settings import sft_config
+from paca.tuner.calibration import selecting
 from tiny_checkpoint import byte_tokenizer
 from training.tiny_run import adapter
 

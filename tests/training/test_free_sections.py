@@ -10,7 +10,7 @@ import pytest
 import trl
 
 import paca
-from paca.errors import PacaError
+from paca.messages.errors import PacaError
 from paca.training import free_sections
 from paca.training.adapter_settings import adapter_fields
 from paca.training.dataclass_source import SourceUnreadable

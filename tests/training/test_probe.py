@@ -11,7 +11,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from paca.errors import PacaError
+from paca.messages.errors import PacaError
 from paca.training import RunResult, load_run_config, train
 from paca.training import run as run_module
 from paca.training.run_folder import RunFolder

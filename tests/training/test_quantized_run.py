@@ -11,8 +11,8 @@ from rich.console import Console
 from transformers import AutoModelForCausalLM
 
 from paca.convert.merged import merge_to_folder
-from paca.errors import PacaError
-from paca.generation import load_for_generation
+from paca.messages.errors import PacaError
+from paca.pretrained.generation import load_for_generation
 from paca.training import describe, load_run_config, train
 from training.tiny_run import adapter, rows
 

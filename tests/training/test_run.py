@@ -15,14 +15,14 @@ import pytest
 import torch
 from peft import PeftModel
 from rich.console import Console
+from test_pretrained import mergeable_base, write_gguf  # noqa: F401 - the first is a fixture
 from transformers import AutoModelForCausalLM, TrainerControl, TrainerState, TrainingArguments
 
-from paca.errors import PacaError
-from paca.program import program
+from paca.messages.errors import PacaError
+from paca.messages.program import program
 from paca.training import RunResult, describe, load_run_config, train
 from paca.training import run as run_module
 from paca.training.interrupt import StopOnSignal
-from test_pretrained import mergeable_base, write_gguf  # noqa: F401 - the first is a fixture
 from tiny_checkpoint import byte_tokenizer
 from training.tiny_run import adapter, curve, rows, same_adapter
 

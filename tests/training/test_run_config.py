@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from paca.cli.plan import yaml_lines
-from paca.errors import PacaError
+from paca.messages.errors import PacaError
 from paca.planning import Setting
 from paca.training import load_run_config
 from paca.training.run_config import RunConfig

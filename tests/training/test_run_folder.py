@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from paca.errors import PacaError
+from paca.messages.errors import PacaError
 from paca.training.run_folder import RunFolder, steps_done
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from paca.errors import PacaError
+from paca.messages.errors import PacaError
 from paca.training.strict_yaml import parse_value, read_yaml
 
 

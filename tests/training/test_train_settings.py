@@ -6,7 +6,7 @@ import pytest
 import torch
 from trl import SFTConfig
 
-from paca.errors import PacaError
+from paca.messages.errors import PacaError
 from paca.training.train_settings import sft_config, train_fields, with_defaults
 
 

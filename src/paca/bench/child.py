@@ -22,7 +22,7 @@ from paca.bench.methods import METHODS
 from paca.bench.resident_set import ResidentSetPeak
 from paca.bench.settings import BenchSettings, Point
 from paca.bench.step import TrainingStep
-from paca.errors import PacaError
+from paca.messages.errors import PacaError
 
 _STEPS = 2  # the optimizer's state exists from the first step on, so the second one has the peak
 

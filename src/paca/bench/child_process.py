@@ -15,7 +15,7 @@ import psutil
 
 from paca.bench.method import MethodUnavailable
 from paca.bench.settings import BenchSettings, Point
-from paca.errors import PacaError
+from paca.messages.errors import PacaError
 
 _WATCH_PERIOD = 0.005  # seconds
 

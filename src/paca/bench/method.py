@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from paca.errors import PacaError
+from paca.messages.errors import PacaError
 
 
 class MethodUnavailable(Exception):

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from paca.bench.presets import PRESETS, TextShape
 from paca.bench.settings import BenchSettings
-from paca.errors import PacaError
+from paca.messages.errors import PacaError
 
 
 def check_model_choice(settings: BenchSettings) -> None:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from paca.bench.settings import BenchSettings
-from paca.errors import PacaError
+from paca.messages.errors import PacaError
 
 if TYPE_CHECKING:
     from torch import nn

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from paca.errors import PacaError
+from paca.messages.errors import PacaError
 
 BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
 

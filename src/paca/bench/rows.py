@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 
 from paca.bench.statistics import round_ratios, spread
-from paca.errors import PacaError
+from paca.messages.errors import PacaError
 
 
 @dataclass(frozen=True)

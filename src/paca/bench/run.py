@@ -25,7 +25,7 @@ from paca.bench.step import TrainingStep
 from paca.bench.step_budget import PHASES, profile_step, time_phases
 from paca.bench.switching import add_second_adapter, count_recompilations, time_switches
 from paca.bench.timing import time_rounds
-from paca.errors import PacaError
+from paca.messages.errors import PacaError
 
 _SWITCH_POINT = Point(1, 8)  # small, so that the forward pass beside the switch is short
 _SWITCH_ROUNDS = 20

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from paca.errors import PacaError
+from paca.messages.errors import PacaError
 
 if TYPE_CHECKING:
     import torch

@@ -9,7 +9,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 
 from paca.bench.device import clock
 from paca.bench.step import TrainingStep
-from paca.refresh import paca_layers, refresh_layers
+from paca.tuner.refresh import paca_layers, refresh_layers
 
 PHASES = ("forward", "backward", "optimizer", "refresh")
 _MATMULS = {"aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "aten::_addmm_activation", "aten::mkldnn_linear"}

@@ -18,7 +18,7 @@ from paca.cli.merge import merge
 from paca.cli.plan import plan
 from paca.cli.train import train
 from paca.cli.waiting_threads import let_waiting_threads_sleep
-from paca.errors import PacaError
+from paca.messages.errors import PacaError
 
 app = typer.Typer(
     name="paca",

@@ -162,7 +162,7 @@ def report(
     baselines = _names(baseline) if baseline else ()
     there = {row.method for row in rows}
     if unknown := [method for method in baselines if method not in there]:
-        from paca.errors import PacaError
+        from paca.messages.errors import PacaError
 
         raise PacaError(
             f"There are no rows of {', '.join(unknown)} to compare with. There are: {', '.join(sorted(there))}."
@@ -190,7 +190,7 @@ def _names(text: str) -> tuple[str, ...]:
 
 
 def _numbers(option: str, text: str) -> tuple[int, ...]:
-    from paca.errors import PacaError
+    from paca.messages.errors import PacaError
 
     try:
         return tuple(int(number) for number in text.split(","))

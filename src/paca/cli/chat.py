@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from paca.adapters.folder import find_adapter
 from paca.cli.quiet import hide_library_notes
-from paca.errors import PacaError
+from paca.messages.errors import PacaError
+from paca.tuner.adapter_folder import find_adapter
 
 if TYPE_CHECKING:
-    from paca.generation import LoadedModel, Message
+    from paca.pretrained.generation import LoadedModel, Message
 
 HELP = "/reset starts a new conversation, /exit (or Ctrl-D) ends, Ctrl-C stops an answer."
 
@@ -31,7 +31,7 @@ def chat(
     """Talk to a trained model: with --prompt once, else in the terminal until /exit."""
     hide_library_notes()
     find_adapter(path)  # before what it takes to load one: a wrong path is no reason to wait
-    from paca.generation import load_for_generation, stream_reply
+    from paca.pretrained.generation import load_for_generation, stream_reply
 
     if path.lower().endswith(".gguf"):
         say(f"Unpacking the weights of {path} ...")
@@ -82,7 +82,7 @@ def converse(loaded: LoadedModel, opening: list[Message], max_new_tokens: int, t
 
 def answer(loaded: LoadedModel, messages: list[Message], max_new_tokens: int, temperature: float) -> str:
     """Print the answer as it comes; Ctrl-C ends it early."""
-    from paca.generation import stream_reply
+    from paca.pretrained.generation import stream_reply
 
     pieces: list[str] = []
     stream = stream_reply(loaded, messages, max_new_tokens=max_new_tokens, temperature=temperature)

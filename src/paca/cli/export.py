@@ -9,7 +9,7 @@ import typer
 
 from paca.cli.quiet import hide_library_notes
 from paca.convert.beforehand import adapter_in, gguf_output, lora_output
-from paca.errors import PacaError
+from paca.messages.errors import PacaError
 
 FORMS = ("lora", "merged", "gguf")
 

@@ -9,7 +9,7 @@ import typer
 
 from paca.cli.quiet import hide_library_notes
 from paca.convert.beforehand import merge_output
-from paca.program import program
+from paca.messages.program import program
 
 
 def merge(

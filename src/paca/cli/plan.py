@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from paca.cli.quiet import hide_library_notes
-from paca.errors import PacaError
+from paca.messages.errors import PacaError
 
 if TYPE_CHECKING:
     from paca.planning import DequantizeRate, Fit, MatmulRate, MemoryEstimate, Setting

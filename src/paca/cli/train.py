@@ -12,7 +12,7 @@ from rich.console import Console
 
 from paca.cli.freed_memory import keep_freed_memory
 from paca.cli.quiet import hide_library_notes
-from paca.errors import PacaError
+from paca.messages.errors import PacaError
 
 if TYPE_CHECKING:
     from paca.training import RunResult

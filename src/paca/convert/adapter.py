@@ -27,18 +27,18 @@ from transformers import (
 )
 from transformers.pytorch_utils import Conv1D
 
-from paca.adapters.checks import DELTA, INDICES, check_finite
-from paca.adapters.folder import ADAPTER_CONFIG, find_base
 from paca.config import PacaConfig
 from paca.convert.beforehand import adapter_in
-from paca.errors import PacaError
 from paca.layers import PacaLayer
 from paca.layers.overlaid import OverlaidLinear
+from paca.messages.errors import PacaError
+from paca.messages.program import program
 from paca.pretrained import Outline, load_config
 from paca.pretrained.location import locate
-from paca.program import program
-from paca.tied_weights import untie_for
-from paca.tuner import PacaModel
+from paca.tuner.adapter_checks import DELTA, INDICES, check_finite
+from paca.tuner.adapter_folder import ADAPTER_CONFIG, find_base
+from paca.tuner.model import PacaModel
+from paca.tuner.tied_weights import untie_for
 
 NAME = "default"  # of the adapter, where one is put into an outline
 FILE_PREFIX = "base_model.model."

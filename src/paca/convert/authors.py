@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from paca.adapters.checks import INDICES
+from paca.columns.selection import column_problem
 from paca.convert.adapter import FILE_PREFIX
 from paca.convert.foreign import ForeignAdapter, ForeignLayer, positive_number, take_pairs
-from paca.errors import PacaError
-from paca.selection import column_problem
+from paca.messages.errors import PacaError
+from paca.tuner.adapter_checks import INDICES
 
 COLUMNS = "paca_w"
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from paca.adapters.folder import ADAPTER_CONFIG, find_adapter, find_base, find_task
 from paca.convert.output import check_output_file, check_output_folder
-from paca.errors import PacaError
+from paca.messages.errors import PacaError
+from paca.tuner.adapter_folder import ADAPTER_CONFIG, find_adapter, find_base, find_task
 
 
 def adapter_in(path: str | Path) -> Path:

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from paca.convert.adapter import FILE_PREFIX
-from paca.errors import PacaError
+from paca.messages.errors import PacaError
 
 
 class ForeignLayer(NamedTuple):

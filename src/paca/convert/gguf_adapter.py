@@ -19,7 +19,7 @@ from paca.convert.beforehand import gguf_output
 from paca.convert.lora import Factors, lora_factors
 from paca.convert.output import new_file
 from paca.convert.patterns import default_and_pattern
-from paca.errors import PacaError
+from paca.messages.errors import PacaError
 
 
 class _Architecture(NamedTuple):

@@ -11,8 +11,6 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from paca.adapters.checks import DELTA, INDICES
-from paca.adapters.folder import ADAPTER_CONFIG
 from paca.config import PacaConfig
 from paca.convert.adapter import (
     FILE_PREFIX,
@@ -31,9 +29,11 @@ from paca.convert.lora import LORA_A
 from paca.convert.one_hot_lora import lora_config, read_one_hot_lora
 from paca.convert.output import new_folder
 from paca.convert.patterns import default_and_pattern, exact_targets
-from paca.errors import PacaError
+from paca.messages.errors import PacaError
 from paca.pretrained import load_pretrained
 from paca.pretrained.location import locate
+from paca.tuner.adapter_checks import DELTA, INDICES
+from paca.tuner.adapter_folder import ADAPTER_CONFIG
 
 
 @dataclass

@@ -20,12 +20,12 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from paca.adapters.folder import ADAPTER_CONFIG
 from paca.convert.adapter import FILE_PREFIX, AdaptedLayer, Adapter, adapter_in_model, read_adapter, tokenizer_files
 from paca.convert.beforehand import adapter_in, lora_output
 from paca.convert.output import new_folder
 from paca.convert.patterns import default_and_pattern, exact_targets
-from paca.errors import PacaError
+from paca.messages.errors import PacaError
+from paca.tuner.adapter_folder import ADAPTER_CONFIG
 
 LORA_A, LORA_B = "lora_A.weight", "lora_B.weight"
 

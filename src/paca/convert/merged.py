@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM
 
-from paca.adapters.folder import find_base
 from paca.convert.beforehand import adapter_in, merge_output
 from paca.convert.output import new_folder
-from paca.errors import PacaError
-from paca.generation import LoadedModel, load_for_generation, on_accelerator
+from paca.messages.errors import PacaError
+from paca.pretrained.generation import LoadedModel, load_for_generation, on_accelerator
 from paca.pretrained.quantizing import is_quantized
+from paca.tuner.adapter_folder import find_base
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from paca.convert.adapter import FILE_PREFIX
 from paca.convert.foreign import ForeignAdapter, ForeignLayer, take_pairs
 from paca.convert.lora import LORA_A, LORA_B
-from paca.errors import PacaError
+from paca.messages.errors import PacaError
 
 
 def read_one_hot_lora(config: LoraConfig, tensors: dict[str, Tensor]) -> ForeignAdapter:

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from paca.errors import PacaError
+from paca.messages.errors import PacaError
 
 
 def check_output_folder(

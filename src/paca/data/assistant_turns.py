@@ -14,7 +14,7 @@ from trl import get_training_chat_template
 
 from paca.data.examples import ORIGIN, Examples
 from paca.data.formats import Message
-from paca.errors import PacaError
+from paca.messages.errors import PacaError
 
 _GENERATION_MARKER = re.compile(r"\{%[-+]?\s*generation\b")
 

@@ -17,7 +17,7 @@ from datasets import Dataset, Features, Json, List, Value
 from paca.data import formats, rows, sources
 from paca.data.formats import Example, Format
 from paca.data.sources import Source
-from paca.errors import PacaError
+from paca.messages.errors import PacaError
 
 logger = logging.getLogger(__name__)
 

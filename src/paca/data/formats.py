@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from paca.data.rows import Row
-from paca.errors import PacaError
+from paca.messages.errors import PacaError
 
 Example = dict[str, Any]
 Message = dict[str, Any]

@@ -15,7 +15,7 @@ from trl import SFTConfig
 
 from paca.data.assistant_turns import ASSISTANT_MASK, marks_assistant_turns
 from paca.data.examples import ORIGIN, Examples
-from paca.errors import PacaError
+from paca.messages.errors import PacaError
 
 _IGNORED = -100  # the label of a token that does not count, in transformers and TRL
 _NAMED = 3  # examples that an error lists; the rest it counts

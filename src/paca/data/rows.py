@@ -11,7 +11,7 @@ from typing import Any
 import pyarrow
 import pyarrow.parquet
 
-from paca.errors import PacaError
+from paca.messages.errors import PacaError
 
 Row = dict[str, Any]
 

@@ -13,7 +13,7 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
 from paca.data.rows import SUFFIXES, Row, rows_of
-from paca.errors import PacaError
+from paca.messages.errors import PacaError
 
 _HUB_SOURCE = re.compile(r"(?P<id>[^\[\]:]+)(:(?P<config>[^\[\]]+))?(\[(?P<split>.+)\])?")
 

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from paca.column_runs import take_columns
-from paca.columns import State
+from paca.columns.recomputation import check_same_state
+from paca.columns.state import State
+from paca.functional.column_blocks import take_columns
 from paca.functional.linear import column_gradient, not_a_view
-from paca.recomputation import check_same_state
 
 
 def add_columns(y: Tensor, x: Tensor, state: State) -> Tensor:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from paca.functional.columns_by_row import RowColumns, RowProduct, last_places
 from paca.functional.embedding import column_gradient
-from paca.rounding import add_once
+from paca.functional.rounding import add_once
 
 
 class EmbeddingProduct(RowProduct):

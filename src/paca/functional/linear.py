@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from paca.column_runs import Runs, take_columns
+from paca.functional.column_blocks import Runs, take_columns
 
 HALF_DTYPES = (torch.float16, torch.bfloat16)
 

@@ -14,11 +14,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from paca.column_runs import put_columns, take_columns
-from paca.columns import Columns, State
+from paca.columns.recomputation import check_same_state
+from paca.columns.state import Columns, State
+from paca.functional.column_blocks import put_columns, take_columns
 from paca.functional.linear import column_gradient, input_gradient, not_a_view
-from paca.recomputation import check_same_state
-from paca.rounding import add_once, round_once
+from paca.functional.rounding import add_once, round_once
 
 Dequantize = Callable[[torch.dtype, Tensor | None], tuple[Tensor, Tensor]]
 """``(dtype, positions (k,))`` -> a new weight ``(out_features, in_features)`` in ``dtype``, and its columns

@@ -12,11 +12,11 @@ from peft.tuners._buffer_dict import BufferDict
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 
-from paca.columns import Columns, Folded
-from paca.folds import oriented, parts_of
+from paca.columns.folds import oriented, parts_of
+from paca.columns.sharded import ShardableDeltas, refuse_sharded
+from paca.columns.state import Columns, Folded
 from paca.functional.columns_by_row import LinearProduct, RowColumns, RowProduct, add_columns_by_row
-from paca.mixed.batch import MixedBatch, current_mixed_batch
-from paca.sharded import ShardableDeltas, refuse_sharded
+from paca.layers.mixed_batch import MixedBatch, current_mixed_batch
 
 FOLDED_DELTA, FOLDED_INDICES = "paca_delta.paca_folded", "paca_indices.paca_folded"
 """What a whole model's state dict calls folded columns, so that PEFT takes them for an adapter's, not the base's."""

@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from paca.column_runs import take_columns
+from paca.functional.column_blocks import take_columns
 from paca.functional.linear import column_gradient, input_gradient, plain_linear
-from paca.mixed.batch import current_mixed_batch
+from paca.layers.mixed_batch import current_mixed_batch
 
 if TYPE_CHECKING:
     from paca.layers.base import PacaLayer

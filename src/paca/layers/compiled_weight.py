@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from paca.columns import Columns
+from paca.columns.state import Columns
 from paca.layers.compiled import MIXED, OPERATOR_TAGS, check_not_mixed, make_fresh, module_of
+from paca.layers.mixed_batch import current_mixed_batch
 from paca.layers.resident_weight import ResidentWeight
-from paca.mixed.batch import current_mixed_batch
 
 _library = torch.library.Library("paca", "FRAGMENT")
 _library.define(

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from paca.columns import Columns, State
+from paca.columns.state import Columns, State
 from paca.functional.convolution import (
     Geometry,
     column_gradient,

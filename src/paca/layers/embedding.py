@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from paca.columns import Columns, State
+from paca.columns.state import Columns, State
 from paca.functional.embedding import column_gradient, partial_embedding
 from paca.functional.embedding_by_row import EmbeddingProduct
 from paca.layers.base import PacaLayer

@@ -20,7 +20,7 @@ from paca.functional.grouped import GroupedMatmul, grouped_partial_linear
 from paca.functional.linear import partial_linear
 
 if TYPE_CHECKING:
-    from paca.columns import State
+    from paca.columns.state import State
     from paca.layers.experts import ResidentStack
 
 

@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from paca.columns import State
+from paca.columns.state import State
 from paca.layers.base import PacaLayer
 from paca.layers.expert_view import StackView
+from paca.layers.mixed_batch import current_mixed_batch
 from paca.layers.resident_weight import ResidentWeight
-from paca.mixed.batch import current_mixed_batch
 
 
 class ExpertStack(nn.Module):

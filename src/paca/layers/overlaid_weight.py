@@ -13,11 +13,11 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from paca.columns import State
+from paca.columns.overlay import OverlaidColumns
+from paca.columns.state import State
 from paca.functional.additive import add_columns
 from paca.functional.patched import Dequantize, patched_linear, patched_weight
-from paca.mixed.batch import current_mixed_batch
-from paca.overlay import OverlaidColumns
+from paca.layers.mixed_batch import current_mixed_batch
 from paca.quantized import QuantizedWeight, quantization_of
 
 _SUBCLASSES: dict[tuple[type, type], type[nn.Module]] = {}

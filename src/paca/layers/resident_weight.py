@@ -13,11 +13,11 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from paca.columns import State
+from paca.columns.resident import ResidentColumns
+from paca.columns.sharded import ShardedWeight, check_whole, is_sharded
+from paca.columns.state import State
 from paca.functional.linear import partial_linear
 from paca.layers.compiled import compiled_linear, new_handle
-from paca.resident import ResidentColumns
-from paca.sharded import ShardedWeight, check_whole, is_sharded
 
 
 class ResidentWeight(nn.Module):

@@ -8,7 +8,6 @@ from typing import Any, Literal, TypeVar
 from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from paca.errors import PacaError
 from paca.lean.activations import ACTIVATIONS, activation_name
 from paca.lean.blocks import BLOCKS, GatedParts, PlainParts, qualified_name
 from paca.lean.forwards import (
@@ -21,6 +20,7 @@ from paca.lean.forwards import (
     LeanMLP,
     LeanRMSNorm,
 )
+from paca.messages.errors import PacaError
 
 Recompute = Literal["mlp"]
 Model = TypeVar("Model", bound=nn.Module)

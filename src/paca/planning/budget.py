@@ -6,7 +6,7 @@ import re
 
 import torch
 
-from paca.errors import PacaError
+from paca.messages.errors import PacaError
 
 _UNITS = {"": 1, "k": 1000, "m": 1000**2, "g": 1000**3, "t": 1000**4}
 _BINARY_UNITS = {"ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from paca.errors import PacaError
+from paca.messages.errors import PacaError
 from paca.planning.live_memory import LiveMemory
 from paca.planning.matmul_rate import device_name, shortest_time
 from paca.pretrained.quantizing import require_bitsandbytes

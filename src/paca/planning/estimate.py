@@ -11,7 +11,7 @@ from peft import PeftConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from paca.errors import PacaError
+from paca.messages.errors import PacaError
 from paca.planning.quantized_layers import quantization_name, unpacked_numel
 from paca.planning.repeated_blocks import RepeatedBlocks, copy_with_blocks, find_blocks
 from paca.planning.setting import Setting

@@ -9,7 +9,7 @@ from typing import Literal
 from peft import PeftConfig
 from transformers import PreTrainedConfig
 
-from paca.errors import PacaError
+from paca.messages.errors import PacaError
 from paca.planning.dequantize_rate import DequantizeRate
 from paca.planning.estimate import FRAMEWORK, MemoryEstimate, PlannedModel, estimate, prepare_model
 from paca.planning.matmul_rate import MatmulRate, fixed_rate

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from paca.errors import PacaError
+from paca.messages.errors import PacaError
 
 ROWS = (128, 512, 2048, 8192)
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from paca.errors import PacaError
+from paca.messages.errors import PacaError
 
 _TWO_MOMENTS = ("adamw_torch", "adamw_torch_fused")
 _EIGHT_BIT = ("adamw_8bit", "adamw_bnb_8bit")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from paca.errors import PacaError
+from paca.messages.errors import PacaError
 
 
 def longest_batch(lengths: Sequence[int], batch_size: int, max_length: int | None = None) -> list[int]:

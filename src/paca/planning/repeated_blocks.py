@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from paca.refresh import RefreshBeforeForward, paca_layers
+from paca.tuner.refresh import RefreshBeforeForward, paca_layers
 
 Model = TypeVar("Model", bound=nn.Module)
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from paca.errors import PacaError
+from paca.messages.errors import PacaError
 from paca.planning.budget import available_memory
 from paca.planning.estimate import PlannedModel, estimate
 from paca.planning.optimizer_state import KNOWN_OPTIMIZERS

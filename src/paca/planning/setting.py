@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import torch
 
-from paca.errors import PacaError
+from paca.messages.errors import PacaError
 
 
 @dataclass(frozen=True)

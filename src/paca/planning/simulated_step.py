@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 import paca
-from paca.errors import PacaError
 from paca.lean import make_lean
+from paca.messages.errors import PacaError
 from paca.planning.activation_kinds import ModuleStack
 from paca.planning.fake_model import make_fake, without_values
 from paca.planning.live_memory import LiveMemory

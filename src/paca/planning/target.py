@@ -10,7 +10,7 @@ import torch
 from transformers import PreTrainedModel
 
 from paca.config import PacaConfig
-from paca.errors import PacaError
+from paca.messages.errors import PacaError
 from paca.planning.estimate import prepare_model
 from paca.planning.run_setting import setting_of_run
 from paca.planning.setting import Setting

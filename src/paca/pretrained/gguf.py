@@ -12,7 +12,7 @@ from typing import Any
 from tokenizers import pre_tokenizers
 from transformers import GgufConfig, PreTrainedModel, PreTrainedTokenizerBase, modeling_gguf_pytorch_utils
 
-from paca.errors import PacaError
+from paca.messages.errors import PacaError
 
 logger = logging.getLogger(__name__)
 

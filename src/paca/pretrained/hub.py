@@ -11,7 +11,7 @@ import huggingface_hub
 from huggingface_hub import constants
 from huggingface_hub.utils import http_backoff
 
-from paca.errors import PacaError
+from paca.messages.errors import PacaError
 
 logger = logging.getLogger(__name__)
 

@@ -22,7 +22,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from paca.errors import PacaError
+from paca.messages.errors import PacaError
 from paca.pretrained import gguf, quantizing
 from paca.pretrained.hub import unreachable, without_waiting
 from paca.pretrained.location import Location, Source, locate

@@ -9,7 +9,7 @@ from typing import Literal
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
-from paca.errors import PacaError
+from paca.messages.errors import PacaError
 
 Source = Literal["hub", "folder", "gguf"]
 

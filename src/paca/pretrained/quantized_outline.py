@@ -10,7 +10,7 @@ from transformers import BitsAndBytesConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.auto import AutoHfQuantizer
 
-from paca.errors import PacaError
+from paca.messages.errors import PacaError
 from paca.pretrained.quantizing import quantization_config, require_bitsandbytes
 
 META = torch.device("meta")

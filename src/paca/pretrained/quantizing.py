@@ -7,7 +7,7 @@ import importlib.util
 import torch
 from transformers import BitsAndBytesConfig, PreTrainedModel
 
-from paca.errors import PacaError
+from paca.messages.errors import PacaError
 
 QUANTIZATIONS = ("nf4", "fp4", "int8")
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import transformers
 from transformers import AutoTokenizer
 
-from paca.errors import PacaError
+from paca.messages.errors import PacaError
 from paca.pretrained.loading import Pretrained
 
 logger = logging.getLogger(__name__)

@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from paca.adapters.folder import find_base
+from paca.tuner.adapter_folder import find_base
 
 _SHOWN_SETTINGS = (
     "learning_rate",

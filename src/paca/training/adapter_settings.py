@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from peft import PeftConfig
 
 from paca.config import PacaConfig
-from paca.errors import PacaError
+from paca.messages.errors import PacaError
 from paca.training.key_checks import Origins, check_keys, check_type
 
 if TYPE_CHECKING:

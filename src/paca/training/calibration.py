@@ -20,16 +20,16 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from trl import SFTConfig, SFTTrainer
 
 from paca import __version__
-from paca.calibration import select
-from paca.calibration.selecting import with_indices
+from paca.columns.selection import AT_RANDOM, BLOCK, FROM_BATCHES
 from paca.config import PacaConfig
 from paca.data import Examples
-from paca.errors import PacaError
+from paca.messages.errors import PacaError
 from paca.pretrained import load_tokenizer
-from paca.selection import AT_RANDOM, BLOCK, FROM_BATCHES
 from paca.training import adapter_settings
 from paca.training.loss_scope import use_chat_template
 from paca.training.run_config import CalibrationSection, RunConfig
+from paca.tuner.calibration import select
+from paca.tuner.calibration.selecting import with_indices
 
 _VALUES_COMPARED = 1024
 """Of each tensor of the model."""

@@ -7,7 +7,7 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from paca.errors import PacaError
+from paca.messages.errors import PacaError
 
 
 class StopOnNonFiniteLoss(TrainerCallback):

@@ -10,7 +10,7 @@ import logging
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from paca.errors import PacaError
+from paca.messages.errors import PacaError
 from paca.training.dataclass_source import SourceField, SourceUnreadable, read_fields
 from paca.training.key_checks import Origins, check_choice, check_keys, check_type
 from paca.training.value_ranges import check_ranges

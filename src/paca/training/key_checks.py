@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from paca.errors import PacaError
+from paca.messages.errors import PacaError
 from paca.training.typed_values import choices, expected, matches, nearest, shown
 
 

@@ -10,7 +10,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from paca.data import load_examples
-from paca.errors import PacaError
+from paca.messages.errors import PacaError
 from paca.pretrained import load_tokenizer
 from paca.training.loss_scope import use_chat_template
 from paca.training.run_config import RunConfig

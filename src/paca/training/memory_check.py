@@ -9,7 +9,7 @@ import pyarrow.compute as pc
 from datasets import Dataset
 from trl import SFTConfig
 
-from paca.errors import PacaError
+from paca.messages.errors import PacaError
 from paca.planning import available_memory, setting_of_run, warn_if_too_large
 from paca.training.plan import PreparedRun
 

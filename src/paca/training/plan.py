@@ -13,8 +13,8 @@ from typing import Any
 from peft import get_peft_model
 
 from paca.data import Examples, load_examples, split_heldout
-from paca.errors import PacaError
 from paca.lean import make_lean, undo_lean
+from paca.messages.errors import PacaError
 from paca.planning.estimate import PlannedModel
 from paca.pretrained import load_config, load_tokenizer
 from paca.pretrained.location import locate

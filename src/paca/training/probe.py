@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from paca.errors import PacaError
+from paca.messages.errors import PacaError
 from paca.planning import longest_batch
 from paca.planning.optimizer_state import state_bytes
 from paca.training.memory import describe_peak_memory, format_bytes, peak_memory, reset_peak_memory

@@ -19,11 +19,10 @@ from transformers import PrinterCallback, TrainerState
 from trl import SFTConfig, SFTTrainer
 
 from paca.data import check_labels
-from paca.errors import PacaError
 from paca.lean import make_lean
+from paca.messages.errors import PacaError
+from paca.messages.program import program
 from paca.pretrained import Pretrained, load_pretrained, save_trainable_copy
-from paca.program import program
-from paca.rotation.callback import RotateColumns
 from paca.training import summary, train_settings
 from paca.training.adapter_card import NoCardsOfCheckpoints, write_adapter_card
 from paca.training.calibration import ColumnChoice
@@ -42,6 +41,7 @@ from paca.training.run_config import RunConfig
 from paca.training.run_folder import RunFolder, steps_done
 from paca.training.same_run import check_same_run
 from paca.training.sharding import check_sharding, sharding_warning
+from paca.tuner.rotation.callback import RotateColumns
 
 
 @dataclass

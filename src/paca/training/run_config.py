@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 import yaml
 
-from paca.errors import PacaError
+from paca.messages.errors import PacaError
 from paca.training.free_sections import check_free_sections
 from paca.training.key_checks import Origins, check_keys, check_type
 from paca.training.strict_yaml import parse_value, read_yaml

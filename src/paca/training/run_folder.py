@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from paca.errors import PacaError
+from paca.messages.errors import PacaError
 
 _NEEDED_TO_RESUME = ("trainer_state.json", "scheduler.pt")
 _OPTIMIZER = ("optimizer.pt", "optimizer.bin", "optimizer_0", "latest")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from paca.errors import PacaError
+from paca.messages.errors import PacaError
 from paca.training.run_config import RunConfig
 from paca.training.strict_yaml import read_yaml
 

@@ -7,7 +7,7 @@ from typing import Any
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from trl import SFTConfig
 
-from paca.errors import PacaError
+from paca.messages.errors import PacaError
 
 
 def check_sharding(arguments: SFTConfig, modules_to_save: object = None) -> None:

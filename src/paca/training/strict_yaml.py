@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 
 import yaml
 
-from paca.errors import PacaError
+from paca.messages.errors import PacaError
 
 
 class _CoreSchemaLoader(yaml.SafeLoader):

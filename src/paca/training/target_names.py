@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from paca.errors import PacaError
+from paca.messages.errors import PacaError
 from paca.training.typed_values import nearest
 
 _LISTED = 20

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from trl import SFTConfig
 
-from paca.errors import PacaError
+from paca.messages.errors import PacaError
 from paca.training.free_sections import check_train_keys, train_annotation
 from paca.training.key_checks import Origins, check_choice, check_type
 from paca.training.value_ranges import check_ranges

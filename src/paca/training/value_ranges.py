@@ -9,7 +9,7 @@ import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from paca.errors import PacaError
+from paca.messages.errors import PacaError
 from paca.training.key_checks import Origins
 
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from paca.bench.method import Method
 from paca.bench.settings import nearest_name
-from paca.errors import PacaError
+from paca.messages.errors import PacaError
 
 
 def _registry() -> dict[str, Method]:

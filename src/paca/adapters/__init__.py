@@ -1,1 +1,0 @@
-"""Adapters as files and as a set: checked, loaded over, combined, merged safely."""

@@ -1,0 +1,165 @@
+"""Mixed batches through stacks of experts: the experts run once per adapter, on the tokens of its samples.
+
+Experts see single tokens, in no order that says whose they are. But each token's result depends on that token and its
+routing alone. So the tokens of one adapter's samples are run by themselves, with its columns in the stacks, as they are
+when that adapter runs alone; a backward pass finds the columns of each of these passes again as it always does.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from paca.layers import PacaExpertStack
+from paca.layers.mixed_batch import BASE, MixedBatch, current_mixed_batch
+
+_ONE_AT_A_TIME = threading.RLock()  # the stacks hold one adapter's columns at a time
+
+
+class ExpertsByAdapter:
+    """The forward of an experts module while mixed batches run.
+
+    Args:
+        experts: whose parameters are stacks.
+        name: of ``experts`` in the model, for messages.
+    """
+
+    def __init__(self, experts: nn.Module, name: str) -> None:
+        self.experts, self.name = experts, name
+        self.own = vars(experts).get("forward")  # accelerate's, if there is one
+        self.forward: Callable[..., Tensor] = experts.forward
+
+    @torch.compiler.disable  # which adapters there are is a matter of run time
+    def __call__(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        batch = current_mixed_batch()
+        if batch is None:
+            return self.forward(hidden_states, *args, **kwargs)
+        stacks = [child for child in self.experts.children() if isinstance(child, PacaExpertStack)]
+        groups = self._tokens_by_adapter(hidden_states, batch, stacks)
+        with _ONE_AT_A_TIME:
+            parts = []
+            for adapter, tokens in groups.items():
+                batch.adapter = adapter
+                try:
+                    parts.append(self._run(tokens, hidden_states, args, kwargs))
+                finally:
+                    batch.adapter = BASE
+                self._check_columns(stacks, adapter)
+        if len(parts) == 1:
+            return parts[0]
+        return torch.cat(parts).index_select(0, torch.cat(list(groups.values())).argsort())
+
+    def _run(self, tokens: Tensor, hidden_states: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+        count = hidden_states.shape[0]
+        if tokens.numel() == count:
+            return self.forward(hidden_states, *args, **kwargs)
+
+        def of_these(value: Any) -> Any:
+            return value.index_select(0, tokens) if isinstance(value, Tensor) else value
+
+        routing = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
+        if any(value.dim() == 0 or value.shape[0] != count for value in routing):
+            raise ValueError(
+                f"{self.name} takes something besides one row per token, so PaCA can't run a mixed batch "
+                "(adapter_names) through it. Run one batch per adapter, with set_adapter in between."
+            )
+        return self.forward(
+            of_these(hidden_states), *map(of_these, args), **{name: of_these(value) for name, value in kwargs.items()}
+        )
+
+    def _tokens_by_adapter(
+        self, hidden_states: Tensor, batch: MixedBatch, stacks: list[PacaExpertStack]
+    ) -> dict[str, Tensor]:
+        """Per adapter, the numbers of its samples' tokens, ascending; those without columns here are ``"__base__"``'s.
+
+        Raises:
+            ValueError: if it can't be told which token is whose.
+        """
+        tokens = hidden_states.shape[0]
+        here = {name for stack in stacks if not stack._disable_adapters for name in stack.paca_delta}
+        if not here & set(batch.names):
+            return {BASE: torch.arange(tokens, device=hidden_states.device)}
+        samples, length = batch.samples_before.get(self.name, (0, 0))
+        if samples * length != tokens or hidden_states.dim() != 2:
+            raise ValueError(
+                f"{self.name} gets {tuple(hidden_states.shape)}, which is not the tokens of all samples one after "
+                "another, so it can't be told which adapter each has (adapter_names). Run one batch per adapter, with "
+                "set_adapter in between."
+            )
+        numbers = torch.arange(tokens, device=hidden_states.device).view(samples, length)
+        rows_of = {name: rows for name, rows in batch.rows_of(samples, numbers.device).items() if name in here}
+        groups = {name: numbers[rows].reshape(-1) for name, rows in rows_of.items()}
+        rest = torch.ones_like(numbers, dtype=torch.bool)
+        for rows in rows_of.values():
+            rest[rows] = False
+        others = numbers[rest]
+        if others.numel() or not groups:
+            groups[BASE] = others
+        return groups
+
+    def _check_columns(self, stacks: list[PacaExpertStack], adapter: str) -> None:
+        for stack in stacks:
+            if any(columns.name != adapter for columns in stack.base_layer.resident.wanted):
+                raise RuntimeError(
+                    "Another thread ran the model with its active adapters while this one ran a mixed batch, so the "
+                    "result would be wrong. Give adapter_names in every thread, or in none."
+                )
+
+
+@contextmanager
+def tokens_known(model: nn.Module) -> Iterator[None]:
+    """Note, for each experts module, how the tokens that it gets are shared out among samples.
+
+    The block around it gets ``(samples, length, hidden)``.
+    """
+    handles = []
+    for name, _ in adapted_experts(model):
+        parent = model.get_submodule(name.rpartition(".")[0])
+        handles.append(parent.register_forward_pre_hook(_noting(name), with_kwargs=True))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _noting(name: str) -> Callable[..., None]:
+    def note(module: nn.Module, args: Any, kwargs: Any) -> None:
+        batch = current_mixed_batch()
+        if batch is not None:
+            given = next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None)
+            shape: Sequence[int] = () if given is None else given.shape
+            samples, length, _ = shape if len(shape) == 3 else (0, 0, 0)
+            batch.samples_before[name] = samples, length
+
+    return note
+
+
+def adapted_experts(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """The experts modules that hold adapted stacks, with their names."""
+    return [
+        (name, module)
+        for name, module in model.named_modules()
+        if any(isinstance(child, PacaExpertStack) for child in module.children())
+    ]
+
+
+def split_by_adapter(model: nn.Module) -> None:
+    """Let experts run once per adapter when a mixed batch comes."""
+    for name, experts in adapted_experts(model):
+        experts.forward = ExpertsByAdapter(experts, name)
+
+
+def run_together(model: nn.Module) -> None:
+    """Undo ``split_by_adapter``."""
+    for _, experts in adapted_experts(model):
+        splitting = experts.forward
+        if isinstance(splitting, ExpertsByAdapter):
+            del experts.forward
+            if splitting.own is not None:
+                experts.forward = splitting.own

@@ -1,1 +1,0 @@
-"""Batches in which each sample has an adapter of its own."""

@@ -1,0 +1,230 @@
+"""Load a model for answering, with or without an adapter, and stream its replies."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from queue import Queue
+from typing import Any
+
+import torch
+from peft import PeftModel
+from safetensors import SafetensorError
+from transformers import (
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    StoppingCriteria,
+    StoppingCriteriaList,
+    TextIteratorStreamer,
+)
+
+from paca.messages.errors import PacaError
+from paca.pretrained import Pretrained, load_config, load_pretrained
+from paca.pretrained.quantizing import QUANTIZATIONS, is_quantized
+from paca.tuner.adapter_file import tensor_names
+from paca.tuner.adapter_folder import find_adapter, find_base, weight_file
+from paca.tuner.tied_weights import untie_for
+
+Message = dict[str, str]
+"""``{"role": "user" | "assistant" | "system", "content": text}``"""
+
+
+@dataclass
+class LoadedModel:
+    """A model ready to generate, in evaluation mode."""
+
+    model: Any
+    """A ``PreTrainedModel``, inside of a ``PeftModel`` when there is an adapter."""
+
+    tokenizer: PreTrainedTokenizerBase
+
+    adapter: Path | None
+    """The adapter's folder; None for a plain model."""
+
+    base: str
+    """Name or path of the model without its adapter."""
+
+
+def load_for_generation(path: str | Path, *, base_model: str | None = None, dtype: str = "auto") -> LoadedModel:
+    """Load a run folder, an adapter folder or a plain model (a folder or a .gguf file).
+
+    Args:
+        path: the folder or the file.
+        base_model: hub id, folder or .gguf file to use in place of the base model that the adapter names.
+        dtype: "auto" (as stored), "bfloat16", "float16" or "float32".
+
+    Raises:
+        PacaError: no such folder, not an adapter, a broken weight file, or a base model that cannot be loaded or that
+            the adapter does not fit.
+    """
+    adapter = find_adapter(path)
+    if adapter is None:
+        if base_model is not None:
+            raise PacaError(f"{path} is a whole model, not an adapter; leave --base-model out.")
+        plain = load_pretrained(str(path), dtype=dtype)
+        return LoadedModel(on_accelerator(plain.model).eval(), plain.tokenizer, None, plain.name_or_path)
+
+    base = base_model if base_model is not None else find_base(adapter)
+    weights = weight_file(adapter)
+    pretrained = _load_base(base, adapter, dtype)
+    model = on_accelerator(pretrained.model)
+    try:
+        untie_for(model, tensor_names(weights))
+        adapted = PeftModel.from_pretrained(model, str(adapter))
+    except (SafetensorError, EOFError) as error:
+        raise PacaError(f"{weights} is broken: {error}. Copy the file again, or train again.") from error
+    except (ValueError, KeyError, TypeError, RuntimeError) as error:
+        raise PacaError(f"The adapter in {adapter} cannot be put on the model {base}: {error}") from error
+    return LoadedModel(adapted.eval(), _tokenizer(adapter, pretrained), adapter, pretrained.name_or_path)
+
+
+def _load_base(base: str, adapter: Path, dtype: str) -> Pretrained:
+    try:
+        return load_pretrained(base, dtype=dtype, quantization=_quantization(adapter, base))
+    except PacaError as error:
+        raise PacaError(
+            f"The adapter in {adapter} needs its base model, {base}, which cannot be loaded. {error}\n"
+            "If that model lies elsewhere, say where: --base-model NAME_OR_FOLDER"
+        ) from error
+
+
+def _quantization(adapter: Path, base: str) -> str | None:
+    """How the base model is to be quantized for the adapter; None if it is as it lies, or quantized already."""
+    recorded = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8")).get("base_quantization")
+    if recorded not in QUANTIZATIONS or getattr(load_config(base).config, "quantization_config", None) is not None:
+        return None
+    return recorded
+
+
+def _tokenizer(adapter: Path, base: Pretrained) -> PreTrainedTokenizerBase:
+    # The one saved with the adapter is the one it was trained with; its chat template may differ from the base's.
+    if not (adapter / "tokenizer_config.json").is_file():
+        return base.tokenizer
+    try:
+        return AutoTokenizer.from_pretrained(str(adapter))
+    except (OSError, ValueError, KeyError) as error:
+        raise PacaError(f"The tokenizer in {adapter} cannot be loaded: {error}. Copy the adapter again.") from error
+
+
+def on_accelerator(model: PreTrainedModel) -> PreTrainedModel:
+    """The model, moved to the machine's accelerator if it has one. A quantized model was loaded there."""
+    if not is_quantized(model) and torch.accelerator.is_available():
+        model.to(torch.accelerator.current_accelerator())  # type: ignore[arg-type]
+    return model
+
+
+def stream_reply(
+    loaded: LoadedModel,
+    messages: list[Message],
+    *,
+    max_new_tokens: int = 256,
+    temperature: float = 0.0,
+) -> Iterator[str]:
+    """Answer the last of ``messages``, piece by piece as the text comes.
+
+    Closing the iterator, or an exception such as Ctrl-C while it waits, stops the model at its next token.
+
+    Args:
+        loaded: the model; switch its adapter off with ``with loaded.model.disable_adapter():`` around
+            the iteration.
+        messages: the conversation, oldest first. A tokenizer without a chat template is given the text of the last
+            message alone, to be continued.
+        max_new_tokens: length at which an answer is cut; the end of the model's context cuts it too.
+        temperature: 0 takes the likeliest token each time; above 0 samples.
+
+    Yields:
+        Pieces of text; joined they are the answer.
+
+    Raises:
+        PacaError: a value out of range, or a conversation that does not fit the model's context.
+    """
+    if max_new_tokens < 1:
+        raise PacaError(f"max_new_tokens is {max_new_tokens}; it must be 1 or more.")
+    if not 0 <= temperature < float("inf"):
+        raise PacaError(
+            f"temperature is {temperature}; it must be 0 (always the likeliest token) or a positive number."
+        )
+    inputs, room = _encode(loaded, messages)
+    stop = _StopSignal()
+    streamer = TextIteratorStreamer(loaded.tokenizer, skip_prompt=True, skip_special_tokens=True)
+    failures: Queue[BaseException] = Queue()
+
+    def generate() -> None:
+        try:
+            loaded.model.generate(
+                **inputs,
+                **_sampling(loaded, temperature),
+                max_new_tokens=max_new_tokens if room is None else min(max_new_tokens, room),
+                stopping_criteria=StoppingCriteriaList([stop]),
+                streamer=streamer,
+            )
+        except BaseException as error:
+            failures.put(error)
+            streamer.on_finalized_text("", stream_end=True)
+
+    thread = threading.Thread(target=generate, daemon=True)
+    thread.start()
+    try:
+        for piece in streamer:
+            if piece:
+                yield piece
+    finally:
+        stop.set()
+        thread.join()
+    if not failures.empty():
+        raise failures.get()
+
+
+def _encode(loaded: LoadedModel, messages: list[Message]) -> tuple[dict[str, torch.Tensor], int | None]:
+    """The prompt as tensors ``(1, tokens)``, and how many more tokens the model's context holds, if it has an end."""
+    tokenizer = loaded.tokenizer
+    if tokenizer.chat_template is None:
+        encoded = tokenizer(messages[-1]["content"], return_tensors="pt")
+    else:
+        try:
+            text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        except Exception as error:  # jinja raises what the template's author chose
+            raise PacaError(f"The model's chat template refuses this conversation: {error}") from error
+        # The template writes the special tokens itself.
+        encoded = tokenizer(text, add_special_tokens=False, return_tensors="pt")
+    length = encoded["input_ids"].shape[1]
+    if length == 0:
+        raise PacaError("The prompt is empty. Write something for the model to answer.")
+    context = getattr(loaded.model.config.get_text_config(), "max_position_embeddings", None)
+    if context is not None and length >= context:
+        raise PacaError(
+            f"The conversation is {length} tokens long and leaves no room for an answer in the model's context of "
+            f"{context}. Start a new one (/reset), or shorten the prompt."
+        )
+    inputs = {name: encoded[name].to(loaded.model.device) for name in ("input_ids", "attention_mask")}
+    return inputs, None if context is None else context - length
+
+
+def _sampling(loaded: LoadedModel, temperature: float) -> dict[str, Any]:
+    # Checkpoints disagree on which of the two names the token that ends a turn; either one ends an answer.
+    configured = loaded.model.generation_config.eos_token_id
+    ends = set(configured) if isinstance(configured, list) else {configured}
+    ends = (ends | {loaded.tokenizer.eos_token_id}) - {None}
+    settings: dict[str, Any] = {"pad_token_id": loaded.tokenizer.pad_token_id, "do_sample": temperature > 0}
+    if ends:
+        settings["eos_token_id"] = sorted(ends)
+    if temperature > 0:
+        return settings | {"temperature": temperature}
+    return settings | {"temperature": None, "top_p": None, "top_k": None}  # a model's own would only be warned about
+
+
+class _StopSignal(StoppingCriteria):
+    """Ends a generation from outside of it."""
+
+    def __init__(self) -> None:
+        self._event = threading.Event()
+
+    def set(self) -> None:
+        self._event.set()
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
+        return torch.full((input_ids.shape[0],), self._event.is_set(), dtype=torch.bool, device=input_ids.device)

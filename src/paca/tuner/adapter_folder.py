@@ -1,0 +1,105 @@
+"""Where an adapter lies, and where its base model does: folders and JSON, before anything is loaded."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shlex
+from pathlib import Path
+from typing import Any
+
+from paca.messages.errors import PacaError
+from paca.messages.program import program
+
+logger = logging.getLogger(__name__)
+
+ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
+
+
+def find_adapter(path: str | Path, *, or_model: bool = True) -> Path | None:
+    """The adapter folder that ``path`` (a run or an adapter folder) stands for; None when it is a plain model.
+
+    Args:
+        path: as given by the user.
+        or_model: whether a plain model is of use too; messages then say so.
+
+    Raises:
+        PacaError: there is no such folder, or it is neither a run, an adapter nor a model.
+    """
+    folder = Path(path).expanduser()
+    if not folder.exists():
+        wanted = ", an adapter's folder or a model's" if or_model else " or an adapter's folder"
+        raise PacaError(f"No such folder: {folder}. Give a run of `paca train`{wanted}.")
+    if not folder.is_dir():
+        if folder.suffix.lower() == ".gguf":
+            return None
+        wanted = ", of an adapter or of a model (or a .gguf file)" if or_model else " or of an adapter"
+        raise PacaError(f"{folder} is a file. Give the folder of a run{wanted}.")
+    for candidate in (folder / "adapter", folder):
+        if (candidate / ADAPTER_CONFIG).is_file():
+            return candidate
+    if (folder / "config.json").is_file():
+        return None
+    if (folder / "checkpoints").is_dir() or (folder / "metrics.jsonl").is_file():
+        raise PacaError(
+            f"The run in {folder} is not finished: it has no adapter/. Continue it: "
+            f"{program()} train {shlex.quote(str(folder / 'config.yaml'))} --resume"
+        )
+    found = ", ".join(sorted(entry.name for entry in folder.iterdir())[:8]) or "nothing"
+    raise PacaError(
+        f"{folder} is not an adapter: it has no {ADAPTER_CONFIG}, nor adapter/{ADAPTER_CONFIG} as a run does"
+        f"{', nor the config.json of a model' if or_model else ''}. It holds: {found}."
+    )
+
+
+def find_base(adapter: Path) -> str:
+    """Name or path of the model that an adapter was trained on.
+
+    A run that was moved or copied brings its own ``base/`` along: that one is taken, and logged, when the recorded
+    folder is gone.
+
+    Raises:
+        PacaError: the adapter's config cannot be read, or names no model.
+    """
+    base, file = _settings(adapter).get("base_model_name_or_path"), adapter / ADAPTER_CONFIG
+    if not base:
+        raise PacaError(f"{file} does not name the model it was trained on. Give it: --base-model NAME_OR_FOLDER")
+    beside = adapter.resolve().parent / "base"
+    if Path(base).name == "base" and not Path(base).exists() and (beside / "config.json").is_file():
+        logger.warning("%s is gone; taking the base model that lies beside the adapter, %s.", base, beside)
+        return str(beside)
+    return str(base)
+
+
+def find_task(adapter: Path) -> str | None:
+    """What an adapter was trained for, by PEFT's names of tasks, such as ``"CAUSAL_LM"``, if its config says so.
+
+    Raises:
+        PacaError: the config cannot be read.
+    """
+    task: str | None = _settings(adapter).get("task_type")
+    return task
+
+
+def _settings(adapter: Path) -> dict[str, Any]:
+    file = adapter / ADAPTER_CONFIG
+    try:
+        settings = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise PacaError(f"{file} is broken: {error}. It should be a JSON object; copy or save it again.") from error
+    if not isinstance(settings, dict):
+        raise PacaError(f"{file} is broken: it holds no JSON object. Copy or save it again.")
+    return settings
+
+
+def weight_file(adapter: Path) -> Path:
+    """The file with an adapter's weights.
+
+    Raises:
+        PacaError: the folder has none.
+    """
+    for name in ADAPTER_WEIGHTS:
+        if (adapter / name).is_file():
+            return adapter / name
+    raise PacaError(f"The adapter in {adapter} has no {ADAPTER_WEIGHTS[0]}: its weights are missing. Copy it again.")

@@ -1,0 +1,121 @@
+"""The ``adapter_names`` that PEFT passes from a model's ``forward`` and ``generate``: checked, and made to be seen."""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+from peft.utils.other import AuxiliaryTrainingWrapper
+from torch import nn
+
+from paca.layers import PacaLayer
+from paca.layers.experts_by_adapter import run_together, split_by_adapter, tokens_known
+from paca.layers.mixed_batch import BASE, MixedBatch, current_mixed_batch, running
+from paca.tuner.refresh import paca_layers
+
+_COUNTING = threading.Lock()
+_RUNNING: weakref.WeakKeyDictionary[nn.Module, int] = weakref.WeakKeyDictionary()
+
+
+@contextmanager
+def mixed_batch(model: nn.Module, adapter_names: Sequence[str], arguments: Mapping[str, Any]) -> Iterator[None]:
+    """Run the forward passes within with one adapter per sample.
+
+    The weights are parked by the first of them; afterwards, the next ordinary forward pass sees the active adapters.
+    Several threads may run mixed batches of one model at once, but no ordinary forward pass meanwhile.
+
+    Args:
+        model: holds the adapted layers.
+        adapter_names: one name per sample, ``"__base__"`` for none.
+        arguments: what the model is called with; ``generate`` says there how often it repeats each sample.
+
+    Raises:
+        ValueError: for names that are no list of loaded adapters, in training mode, while adapters are merged, if an
+            adapter was rotated, or if a layer with one of them can't run mixed batches.
+    """
+    names = _check(model, adapter_names)
+    batch = MixedBatch(names, repeats=_repeats(arguments))
+    with _COUNTING:
+        _RUNNING[model] = _RUNNING.get(model, 0) + 1
+        if _RUNNING[model] == 1:
+            split_by_adapter(model)
+    try:
+        with ExitStack() as stack:
+            stack.enter_context(tokens_known(model))
+            for wrapper in _wrappers(model):
+                stack.callback(wrapper.register_forward_pre_hook(_pass_names, with_kwargs=True).remove)
+            with running(batch):
+                yield
+    finally:
+        with _COUNTING:
+            _RUNNING[model] -= 1
+            if _RUNNING[model] == 0:  # a thread that still runs needs the weights as they are
+                run_together(model)
+                for layer in paca_layers(model):
+                    layer.push_columns()
+
+
+def _check(model: nn.Module, adapter_names: Sequence[str]) -> tuple[str, ...]:
+    if model.training:
+        raise ValueError(
+            "adapter_names can't be given in training mode (nor in PEFT's LoRA). Call model.eval() first; gradients "
+            "reach each sample's adapter in evaluation mode as well."
+        )
+    if isinstance(adapter_names, str) or not all(isinstance(name, str) for name in adapter_names):
+        raise ValueError(f"adapter_names must be a list with one adapter's name per sample; got {adapter_names!r}.")
+    layers = paca_layers(model)
+    known = {name for layer in layers for name in layer.paca_delta}
+    known |= {name for wrapper in _wrappers(model) for name in wrapper._adapters}
+    unknown = sorted(set(adapter_names) - known - {BASE})
+    if unknown:
+        raise ValueError(
+            f"adapter_names holds {unknown[0]!r}, which is no loaded adapter. There are {', '.join(sorted(known))}, "
+            f"and {BASE} for the base model."
+        )
+    merged = sorted({name for layer in layers for name in layer.merged_adapters})
+    if merged:
+        raise ValueError(
+            f"adapter_names can't be given while {', '.join(merged)} is merged into the weights. Call "
+            "unmerge_adapter() first."
+        )
+    rotated = sorted(set(adapter_names) & {name for layer in layers for name in layer.folded})
+    if rotated:
+        raise ValueError(
+            f"adapter_names can't hold {rotated[0]!r}, whose columns were rotated: most of them are not at hand. Save "
+            "the adapter, load the saved one under a name of its own (load_adapter), and give that."
+        )
+    for name, layer in model.named_modules():
+        if isinstance(layer, PacaLayer) and not layer.runs_mixed_batches and set(adapter_names) & set(layer.paca_delta):
+            raise ValueError(
+                f"{name} ({type(layer).__name__}) can't run different adapters within one batch (adapter_names) yet. "
+                "Run one batch per adapter, with set_adapter in between, or leave such layers out of target_modules."
+            )
+    return tuple(adapter_names)
+
+
+def _wrappers(model: nn.Module) -> list[AuxiliaryTrainingWrapper]:
+    return [module for module in model.modules() if isinstance(module, AuxiliaryTrainingWrapper)]
+
+
+def _repeats(arguments: Mapping[str, Any]) -> int:
+    """How often ``generate(**arguments)`` repeats each sample."""
+    config = arguments.get("generation_config")
+    counts = [arguments.get(key) or getattr(config, key, None) or 1 for key in ("num_beams", "num_return_sequences")]
+    return max(counts)
+
+
+def _pass_names(module: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """Tell a module that is trained whole which samples are whose; other threads' calls pass unchanged."""
+    batch = current_mixed_batch()
+    if batch is not None:
+        if not args:
+            raise ValueError(
+                "A module that is trained whole (modules_to_save) was called without a positional argument, so PEFT "
+                "can't run a mixed batch (adapter_names) through it."
+            )
+        names = batch.names_of(len(args[0]))
+        kwargs["adapter_names"] = [name if name in module._adapters else BASE for name in names]
+    return args, kwargs

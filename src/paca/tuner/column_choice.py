@@ -1,0 +1,120 @@
+"""The columns that a config selects in one layer of a model, when the adapter is put in."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from accelerate.utils import align_module_device
+from peft.utils.other import get_pattern_key
+from torch import Tensor
+
+from paca.columns.selection import (
+    AT_RANDOM,
+    FROM_BATCHES,
+    explicit_columns,
+    random_columns,
+    select_columns,
+    weight_norms,
+)
+from paca.config import PacaConfig
+from paca.layers import RESIDENT_CLASSES, PacaLayer
+from paca.layers.overlaid import OverlaidLinear
+from paca.quantized import quantization_of
+
+
+def choose_columns(config: PacaConfig, layer: Any, in_features: int, key: str) -> Tensor:
+    """The columns ``(r,)`` that ``config`` selects in ``layer``.
+
+    Args:
+        config: the adapter's.
+        layer: the module to adapt, or an adapted one; its weight is read for ``"weight_norm"``.
+        in_features: how many columns it has.
+        key: what the model calls it.
+
+    Raises:
+        ValueError: if they can't be chosen, naming the layer.
+    """
+    by_hand = given_columns(config, in_features, key)
+    if by_hand is not None:
+        return by_hand
+    r = rank_of(config, key)
+    if config.selection in AT_RANDOM:
+        return random_columns(in_features, r, config.random_seed, key, config.selection)
+    if config.loading:  # the file brings its columns along
+        return random_columns(in_features, r, config.random_seed, key)
+    if config.selection in FROM_BATCHES:
+        raise ValueError(
+            f"{key}: selection={config.selection!r} chooses columns by what batches of data show, and config.indices "
+            "has none for this layer. Call config = paca.select(model, config, batches) first, then put the adapter in "
+            "with that config."
+        )
+    scores = column_norms(layer, key)
+    return select_columns(config.selection, r, in_features=in_features, scores=scores, module_name=key)
+
+
+def rank_of(config: PacaConfig, key: str) -> int:
+    """How many columns ``config`` wants in the layer that the model calls ``key``."""
+    if key in config.rank_pattern:
+        return config.rank_pattern[key]
+    return config.rank_pattern.get(get_pattern_key(list(config.rank_pattern), key), config.r)
+
+
+def given_columns(config: PacaConfig, in_features: int, key: str) -> Tensor | None:
+    """The columns that ``config.indices`` lists for a layer, checked, or None.
+
+    Raises:
+        ValueError: if they are no columns of the layer.
+    """
+    if not config.indices:
+        return None
+    given = config.indices.get(key)  # paca.select lists every layer by its full name: no patterns to try
+    if given is None:
+        given = config.indices.get(get_pattern_key(list(config.indices), key))
+    return None if given is None else explicit_columns(given, in_features, key)
+
+
+@torch.no_grad()
+def column_norms(layer: Any, key: str) -> Tensor:
+    """The norms ``(in_features,)`` of the columns of a layer's pretrained weight.
+
+    Args:
+        layer: a module that PaCA adapts, or has adapted; its columns are parked then.
+        key: what the model calls it, for messages.
+
+    Raises:
+        ValueError: if the weight can't be read.
+    """
+    if isinstance(layer, OverlaidLinear):
+        module: Any = layer.base_layer
+    elif isinstance(layer, PacaLayer):
+        module = layer.base_layer
+        module.resident.park(module.home_to_write())
+        return weight_norms(module.weight, module.input_dim)
+    else:
+        module = layer
+    quantization = quantization_of(module)
+    if quantization is not None:
+        with align_module_device(module):
+            if not isinstance(layer, OverlaidLinear):
+                quantization.adopt(module)
+            try:
+                return weight_norms(quantization.dequantize(module), 1)
+            finally:
+                if not isinstance(layer, OverlaidLinear):
+                    quantization.release(module)
+    stock = getattr(module, "stock_class", type(module))
+    resident_class = RESIDENT_CLASSES.get(stock)
+    with align_module_device(module):  # accelerate lends an offloaded weight
+        weight = getattr(module, "weight", None)
+        if resident_class is None or not isinstance(weight, Tensor) or not weight.is_floating_point():
+            raise ValueError(
+                f"{key}: selection='weight_norm' reads the weight, but a {stock.__module__}.{stock.__qualname__} can't "
+                "give its own as floats. Use 'activation_norm' or 'activation_variance', which don't need it."
+            )
+        if weight.is_meta:
+            raise ValueError(
+                f"{key}: selection='weight_norm' reads the weight, which is not there (it is on the meta device). Load "
+                "the weights first, or call paca.select on a loaded model and use the config that it returns."
+            )
+        return weight_norms(weight, resident_class.input_dim)

@@ -1,0 +1,98 @@
+"""Rotation in transformers' Trainer and whatever is made of it, by a callback."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from paca.tuner.refresh import paca_layers
+from paca.tuner.rotation.pickers import Picker
+from paca.tuner.rotation.rotate import rotate, rotating_adapter, set_trained_columns, trained_columns
+
+_RECORD = "paca_trained_columns"
+
+
+class RotateColumns(TrainerCallback):
+    """Rotates the active adapter's columns every ``rotate_every`` steps (of its ``PacaConfig``).
+
+    At the beginning of a step, so that whatever a trainer does after a step (evaluate, save, stop) sees the adapter
+    as that step left it. Which columns are trained is recorded in the trainer's state (``trainer_state.json``), from
+    which a resumed run takes it.
+
+    Args:
+        pick: as for ``paca.rotate``.
+    """
+
+    def __init__(self, pick: str | Picker | None = None) -> None:
+        self.pick = pick
+        self._every = 0
+        self._rotated_at = 0
+
+    def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Check that the adapter can be rotated.
+
+        Raises:
+            ValueError: if it can't.
+        """
+        self._every = _every(args, kwargs["model"])
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Go on with the columns that a checkpoint names, if there is one.
+
+        Raises:
+            ValueError: if it does not name them, or the adapter can't be rotated.
+        """
+        model = kwargs["model"]
+        self._every, self._rotated_at = _every(args, model), 0
+        recorded = _records(state).get(_RECORD)
+        if recorded is not None:
+            columns = {key: [int(column) for column in text.split()] for key, text in recorded.items()}
+            set_trained_columns(model, columns)
+        elif state.global_step and any(layer.folded for layer in paca_layers(model)):
+            raise ValueError(
+                "The checkpoint holds a rotated adapter, but its trainer_state.json does not say which of the columns "
+                "were being trained, so the run can't be continued from it. Save checkpoints with RotateColumns among "
+                "the trainer's callbacks."
+            )
+        self._record(state, model)
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Rotate, if it is time and this step did not yet."""
+        step = state.global_step
+        if not step or step % self._every or step == self._rotated_at:
+            return
+        rotate(kwargs["model"], kwargs["optimizer"], step // self._every, pick=self.pick)
+        self._rotated_at = step
+        self._record(state, kwargs["model"])
+
+    @staticmethod
+    def _record(state: TrainerState, model: Any) -> None:
+        # As text: the file has a line for each number otherwise.
+        columns = {key: " ".join(map(str, numbers)) for key, numbers in trained_columns(model).items()}
+        _records(state)[_RECORD] = columns
+
+
+def _records(state: TrainerState) -> dict[str, Any]:
+    """What trainer_state.json keeps for callbacks; a dict, once the state is made."""
+    records: Any = state.stateful_callbacks
+    return records
+
+
+def _every(args: TrainingArguments, model: Any) -> int:
+    if args.fsdp or os.environ.get("ACCELERATE_USE_FSDP", "false").lower() in ("1", "true"):
+        raise ValueError(
+            "Rotation needs whole weights in every process, but this run is to be sharded by FSDP. Train with "
+            "DistributedDataParallel, or leave rotate_every out."
+        )
+    name, config, _ = rotating_adapter(model)
+    if config.rotate_every is None:
+        raise ValueError(
+            f"RotateColumns needs to know how often: set rotate_every in the PacaConfig of adapter {name!r}."
+        )
+    return config.rotate_every

@@ -1,0 +1,92 @@
+"""Which columns a rotation picks: a function from a layer to ``r`` of its columns."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from paca.columns.selection import column_generator, shuffled, weight_norms
+from paca.layers import PacaLayer
+
+
+class RotatingLayer(NamedTuple):
+    """What a picker is told."""
+
+    name: str
+    """Of the layer, in the base model."""
+    layer: PacaLayer
+    """Its weight, ``layer.base_layer.weight``, holds all that was trained so far."""
+    adapter_name: str
+    number: int
+    """Which rotation this is, counted from 1."""
+    seed: int
+    """``random_seed`` of the adapter."""
+
+    @property
+    def r(self) -> int:
+        """How many columns to pick."""
+        return self.layer.r[self.adapter_name]
+
+    @property
+    def turns(self) -> Tensor:
+        """``(in_features,)`` int64 on the CPU: 2 for columns trained now, 1 for those trained before, else 0."""
+        turns = torch.zeros(self.layer.in_features, dtype=torch.int64)
+        folded = self.layer.folded.get(self.adapter_name)
+        if folded is not None:
+            turns[folded.indices] = 1
+        turns[self.layer.paca_indices[self.adapter_name].cpu()] = 2
+        return turns
+
+
+Picker = Callable[[RotatingLayer], Tensor]
+"""Gives ``(r,)`` different column numbers, in any order."""
+
+
+def pick_at_random(rotating: RotatingLayer) -> Tensor:
+    """Columns drawn from (random_seed, module name, rotation number) alone, those never trained before the others."""
+    return _drawn("random", rotating)
+
+
+def pick_random_blocks(rotating: RotatingLayer) -> Tensor:
+    """The same in whole blocks of neighbours, as far as ``r`` goes."""
+    return _drawn("random_blocks", rotating)
+
+
+def _drawn(strategy: str, rotating: RotatingLayer) -> Tensor:
+    generator = column_generator(rotating.seed, f"{rotating.name}:rotation {rotating.number}")
+    return _first(shuffled(strategy, rotating.layer.in_features, generator), rotating)
+
+
+def pick_by_weight_norm(rotating: RotatingLayer) -> Tensor:
+    """The columns with the largest norms in the weight as it is now, those never trained before the others."""
+    base = rotating.layer.base_layer
+    norms = weight_norms(base.weight, base.input_dim).cpu()
+    return _first(norms.sort(descending=True, stable=True).indices, rotating)
+
+
+def _first(order: Tensor, rotating: RotatingLayer) -> Tensor:
+    """The first ``r`` columns of ``order (in_features,)``, new ones before those that had their turn."""
+    return order[rotating.turns[order].sort(stable=True).indices][: rotating.r]
+
+
+PICKERS: dict[str, Picker] = {
+    "random": pick_at_random,
+    "random_blocks": pick_random_blocks,
+    "weight_norm": pick_by_weight_norm,
+}
+
+
+def picker_of(pick: str | Picker) -> Picker:
+    """The picker of that name, or ``pick`` itself.
+
+    Raises:
+        ValueError: if there is none of that name.
+    """
+    if not isinstance(pick, str) and callable(pick):
+        return pick
+    if pick not in PICKERS:
+        raise ValueError(f"pick={pick!r} is unknown; choose one of {', '.join(PICKERS)}, or give a function.")
+    return PICKERS[pick]

