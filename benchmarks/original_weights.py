@@ -33,7 +33,7 @@ from transformers.utils import logging as transformers_logging
 import paca
 from paca.bench.provenance import provenance
 from paca.bench.rows import Row, append_rows, summarized
-from paca.tuner.refresh import paca_layers
+from paca.layers import paca_layers
 
 STARTS = ("dequantized", "original")
 QUANTIZATIONS = {"nf4": False, "nf4-double": True}

@@ -20,6 +20,19 @@ def dense_weight(weight: Tensor, adapters: Sequence[Adapter]) -> Tensor:
     return total
 
 
+def rounded_sum(weight: Tensor, adapters: Sequence[Adapter]) -> Tensor:
+    """The invariant: `W0 + sum_a s_a * scatter(delta_a, indices_a)` in float32 (float64 for float64), rounded once.
+
+    For a weight `(out, in)` or a stack `(experts, out, in)`.
+    """
+    wide = torch.promote_types(weight.dtype, torch.float32)
+    total = weight.detach().to(wide)
+    for delta, indices, scale in adapters:
+        columns = torch.add(total.index_select(-1, indices), delta.detach().to(wide), alpha=scale)
+        total = total.index_copy(-1, indices, columns)
+    return total.to(weight.dtype)
+
+
 def nearest(total: Tensor, dtype: torch.dtype) -> Tensor:
     """The value of ``dtype`` nearest to each float64 value, ties to even: found by comparing neighbours."""
     if dtype not in (torch.float16, torch.bfloat16):

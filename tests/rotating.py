@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 import paca
-from paca.tuner.refresh import paca_layers
+from paca.layers import paca_layers
 
 
 def trainable(model):

@@ -54,7 +54,7 @@ def check(*scripts: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("before", "route"), [(LIGHT, "import peft"), (BEFORE_PEFT, "from paca.tuner.refresh import refresh")]
+    ("before", "route"), [(LIGHT, "import peft"), (BEFORE_PEFT, "from paca.tuner.entry import refresh")]
 )
 def test_peft_knows_the_method_as_soon_as_it_is_imported(before: str, route: str) -> None:
     check(before, route, REGISTERED)
@@ -67,7 +67,7 @@ def test_it_does_whichever_way_peft_comes_in() -> None:
         "import peft.tuners.lora.layer",
         "import trl; trl.SFTTrainer",
         "paca.PacaConfig",
-        "paca.tuner.refresh",
+        "paca.tuner.entry",
         "from paca import make_lean",
         # Modules of our own that are half imported when they import peft:
         "import paca.config",

@@ -23,9 +23,9 @@ if TYPE_CHECKING:
     from paca.config import PacaConfig
     from paca.lean import make_lean, undo_lean
     from paca.tuner.calibration import select
+    from paca.tuner.entry import refresh
     from paca.tuner.hotswap import hotswap_adapter
     from paca.tuner.model import PacaModel
-    from paca.tuner.refresh import refresh
     from paca.tuner.rotation.callback import RotateColumns
     from paca.tuner.rotation.rotate import rotate, set_trained_columns, trained_columns
     from paca.tuner.tied_weights import untie_embeddings
@@ -53,7 +53,7 @@ _MODULES = {
     "RotateColumns": "paca.tuner.rotation.callback",
     "hotswap_adapter": "paca.tuner.hotswap",
     "make_lean": "paca.lean",
-    "refresh": "paca.tuner.refresh",
+    "refresh": "paca.tuner.entry",
     "rotate": "paca.tuner.rotation.rotate",
     "select": "paca.tuner.calibration",
     "set_trained_columns": "paca.tuner.rotation.rotate",

@@ -23,7 +23,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_modul
 import paca
 from expert_models import STACKS, mixtral
 from models import adapt, adapted_perceptron, gpt2, llama, perceptron, tokens
-from paca.tuner.refresh import paca_layers
+from paca.layers import paca_layers
 
 SCENARIOS: dict[int, list[str]] = {2: [], 4: []}
 """By how many processes they take."""
@@ -515,7 +515,7 @@ def values_written_without_a_trace_are_seen_by_refresh():
             layer.paca_delta.shard("default").to_local().mul_(3)  # this one leaves a trace
         torch.testing.assert_close(together(input_ids=batch()).logits, alone(input_ids=batch()).logits)
         for layer in (*paca_layers(together), *paca_layers(alone)):
-            delta = layer.paca_delta["default"] if layer.base_layer.sharded is None else None
+            delta = layer.paca_delta["default"] if layer.base_layer.place.whole else None
             (layer.paca_delta.shard("default")._local_tensor if delta is None else delta).data.mul_(2)
         paca.refresh(together)
         paca.refresh(alone)

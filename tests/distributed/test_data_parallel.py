@@ -13,7 +13,7 @@ import torch.multiprocessing as mp
 import paca
 from forked_process import FORKS
 from models import adapted_perceptron, base_state
-from paca.tuner.refresh import paca_layers
+from paca.layers import paca_layers
 
 WORLD = 2
 

@@ -18,9 +18,8 @@ from torch.utils._pytree import tree_leaves
 import paca
 from expert_models import FAMILIES, IMPLEMENTATIONS, STACKS, gpt_oss, mixtral, qwen3_moe
 from models import adapt, base_state, llama, tokens
-from paca.layers import PacaExpertStack
-from paca.tuner.refresh import paca_layers
-from reference import nearest
+from paca.layers import PacaExpertStack, paca_layers
+from reference import rounded_sum
 
 everywhere = [
     pytest.mark.parametrize("family", FAMILIES),
@@ -70,11 +69,8 @@ def dense_twin(model, family, names=("default",)):
         parameter.requires_grad_(False)
     for name, layer in stacks(model).items():
         place = places[name.removeprefix("base_model.model.")]
-        total = original(model, name).double().clone()
-        for adapter in names:
-            for column, index in enumerate(layer.paca_indices[adapter].tolist()):
-                total[:, :, index] += layer.scaling[adapter] * layer.paca_delta[adapter].detach().double()[:, :, column]
-        total = nearest(total, layer.base_layer.weight.dtype).double()
+        adapters = [(layer.paca_delta[a], layer.paca_indices[a], layer.scaling[a]) for a in names]
+        total = rounded_sum(original(model, name), adapters).double()
         place.data = out_by_in(total, layer).contiguous()
         place.requires_grad_()
     return twin
@@ -121,8 +117,7 @@ def test_gradients_in_bfloat16_agree_to_its_precision(family, implementation):
     stock = FAMILIES[family](implementation).bfloat16()
     places = dict(stock.named_parameters())
     for name, layer in stacks(model).items():
-        layer.push_columns()
-        layer.base_layer.resident.refresh(layer.base_layer.weight)
+        layer.write()
         places[name.removeprefix("base_model.model.")].data.copy_(layer.base_layer.weight)
     with torch.no_grad():
         routed = torch.equal(model(input_ids=tokens()).logits, stock(input_ids=tokens()).logits)
@@ -254,11 +249,8 @@ def test_the_stack_holds_the_sum_rounded_once(family, dtype):
     logits(model)
     resident = {n: s.base_layer.weight.clone() for n, s in stacks(model).items()}
     for name, layer in stacks(model).items():
-        total = original(model, name).double().clone()
-        for adapter in names:
-            for column, index in enumerate(layer.paca_indices[adapter].tolist()):
-                total[:, :, index] += layer.scaling[adapter] * layer.paca_delta[adapter].detach().double()[:, :, column]
-        assert torch.equal(out_by_in(resident[name], layer), nearest(total, dtype))
+        adapters = [(layer.paca_delta[a], layer.paca_indices[a], layer.scaling[a]) for a in names]
+        assert torch.equal(out_by_in(resident[name], layer), rounded_sum(original(model, name), adapters))
         assert not torch.equal(out_by_in(resident[name], layer), original(model, name))
 
 

@@ -415,9 +415,11 @@ def test_copies_and_pickles_hold_the_pretrained_weight_and_work_on(how, kind):
         torch.save(model, buffer)
         buffer.seek(0)
         twin = torch.load(buffer, weights_only=False)
-    assert torch.equal(layer_of(twin).base_layer.weight, originals["lin1.weight"])
+    assert torch.equal(layer_of(twin).base_layer.weight, layer_of(model).base_layer.weight) is False  # that is parked
+    assert torch.equal(layer_of(model).base_layer.weight, originals["lin1.weight"])
     assert torch.equal(twin(x), y)
     assert torch.equal(model(x), y)
+    assert torch.equal(base_state(twin)["lin1.weight"], originals["lin1.weight"])
     twin(x).sum().backward()
     with torch.no_grad():
         for name, p in twin.named_parameters():
@@ -462,7 +464,7 @@ def test_moving_to_another_device_parks_first():
     moved = model.to("meta")
     assert layer_of(moved).base_layer.weight.is_meta
     assert layer_of(moved).paca_indices["default"].is_meta
-    assert not layer_of(moved).base_layer.resident.state.columns
+    assert not layer_of(moved).base_layer.columns.state.columns
 
 
 # -- hooks, threads, modes -------------------------------------------------------------------------------------------
@@ -562,7 +564,7 @@ def test_a_layer_that_the_model_looked_after_but_did_not_run_still_sees_data_wri
     loss = layer(x).sum()
     with torch.no_grad():
         for hook in model.base_model.model._forward_pre_hooks.values():
-            hook(model, ())  # as before a forward pass that leaves this layer out
+            hook(model, (), {})  # as before a forward pass that leaves this layer out
     loss.backward()
     layer.paca_delta["default"].data.add_(1)
     layer.paca_delta["default"].grad = None
@@ -677,10 +679,14 @@ def test_switching_off_and_deleting_park_at_once():
     model(x)
     second_adapter(model)
     model.set_adapter("second")
-    assert torch.equal(layer_of(model).weight, original)
-    model(x)
+    second = layer_of(model).paca_indices["second"]
+    untouched = torch.ones(7, dtype=torch.bool).index_fill_(0, second, False)
+    assert torch.equal(layer_of(model).weight[:, untouched], original[:, untouched])
+    assert not torch.equal(layer_of(model).weight[:, second], original[:, second])  # the other is written at once
     model.delete_adapter("second")
-    assert torch.equal(layer_of(model).weight, original)
+    first = layer_of(model).paca_indices["default"]
+    untouched = torch.ones(7, dtype=torch.bool).index_fill_(0, first, False)
+    assert torch.equal(layer_of(model).weight[:, untouched], original[:, untouched])
 
 
 def test_accumulation_without_a_step_writes_nothing():

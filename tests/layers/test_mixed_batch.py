@@ -1,16 +1,36 @@
-"""The sum over groups of rows, as plain tensors."""
+"""Columns that are added to a layer's output, each adapter's for its own samples; and which sample has which."""
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import pytest
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from paca.functional.columns_by_row import RowColumns, add_columns_by_row
+from functional.fixed_weight import FixedWeight, columns
+from paca.columns.state import ActiveColumns, AdapterColumns
+from paca.functional.linear import LinearProduct
+from paca.functional.train_columns import train_columns
 from paca.layers.mixed_batch import BASE, MixedBatch, current_mixed_batch, running
 
 SAMPLES, IN, OUT = 5, 11, 7
+
+
+class Group(NamedTuple):
+    """The columns of one adapter, and the samples they are for."""
+
+    rows: Tensor
+    delta: Tensor
+    indices: Tensor
+    scale: float
+
+
+def add(y: Tensor, x: Tensor, groups, source=None) -> Tensor:
+    rows, deltas, indices, scales = zip(*groups, strict=True) if groups else ((), (), (), ())
+    trained = columns(deltas, indices, scales, rows)
+    return train_columns(LinearProduct(1), x, None, None, trained, source or FixedWeight(None), added_to=y)
 
 
 def groups_of(dtype=torch.float32, requires_grad=False):
@@ -20,7 +40,7 @@ def groups_of(dtype=torch.float32, requires_grad=False):
     for rows, r, scale in (([3], 1, 2.0), ([0, 4], 4, 0.75), ([1], IN, -1.0)):
         delta = torch.randn(OUT, r, generator=generator, dtype=torch.float64).to(dtype).requires_grad_(requires_grad)
         indices = torch.randperm(IN, generator=generator)[:r].sort().values
-        groups.append(RowColumns(torch.tensor(rows), delta, indices, scale))
+        groups.append(Group(torch.tensor(rows), delta, indices, scale))
     return groups
 
 
@@ -47,7 +67,7 @@ def test_each_row_gets_its_own_columns(middle, dtype, grad):
     delta_dtype = torch.promote_types(dtype, torch.float32)
     groups = groups_of(delta_dtype, requires_grad=grad)
     with torch.set_grad_enabled(grad):
-        got = add_columns_by_row(y.clone(), x, groups)
+        got = add(y, x, groups)
     assert got.dtype == dtype
     assert torch.equal(got[2], y[2])  # of no adapter
     # Each of the at most 12 terms is rounded as often as it has factors and sums (the delta, the products, the sum).
@@ -63,10 +83,10 @@ def test_gradients_are_those_of_the_reference():
     weights = torch.randn(SAMPLES, 3, OUT, dtype=torch.float64)
     inputs = [x, y, *(g.delta for g in groups)]
     want = torch.autograd.grad((reference(y, x, groups) * weights).sum(), inputs)
-    called = []
-    result = add_columns_by_row(y, x, groups, after_backward=lambda: called.append(True))
+    source = FixedWeight(None, tag=7)
+    result = add(y, x, groups, source)
     got = torch.autograd.grad((result * weights).sum(), inputs)
-    assert called == [True]
+    assert source.seen == [7]  # the backward pass checks that the columns are the same
     for g, w in zip(got, want, strict=True):
         torch.testing.assert_close(g, w, rtol=1e-13, atol=1e-13)
 
@@ -76,11 +96,11 @@ def test_only_what_needs_a_gradient_gets_one():
     y = torch.randn(SAMPLES, OUT)
     groups = groups_of(requires_grad=True)
     groups[1].delta.requires_grad_(False)
-    add_columns_by_row(y, x, groups).sum().backward()
+    add(y, x, groups).sum().backward()
     assert [g.delta.grad is not None for g in groups] == [True, False, True]
     frozen = groups_of()
     x.requires_grad_()
-    add_columns_by_row(y, x, frozen).sum().backward()
+    add(y, x, frozen).sum().backward()
     want = torch.zeros(SAMPLES, IN)
     for rows, delta, indices, scale in frozen:
         for row in rows:
@@ -88,11 +108,21 @@ def test_only_what_needs_a_gradient_gets_one():
     torch.testing.assert_close(x.grad, want)
 
 
-def test_the_inputs_are_not_written_under_autograd():
+@pytest.mark.parametrize("grad", [False, True])
+def test_the_inputs_are_not_written(grad):
     x, y = torch.randn(SAMPLES, IN), torch.randn(SAMPLES, OUT)
-    before = y.clone()
-    add_columns_by_row(y, x, groups_of(requires_grad=True))
-    assert torch.equal(y, before)
+    before = x.clone(), y.clone()
+    with torch.set_grad_enabled(grad):
+        add(y, x, groups_of(requires_grad=True))
+    assert torch.equal(x, before[0])
+    assert torch.equal(y, before[1])
+
+
+def test_only_the_selected_inputs_of_an_adapters_samples_are_kept():
+    x, y, groups, kept = torch.randn(SAMPLES, 3, IN), torch.randn(SAMPLES, 3, OUT), groups_of(requires_grad=True), []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        add(y, x, groups)
+    assert [tuple(t.shape) for t in kept if t.is_floating_point()] == [(1, 3, 1), (2, 3, 4), (1, 3, IN)]
 
 
 def test_views_and_an_empty_batch():
@@ -100,31 +130,63 @@ def test_views_and_an_empty_batch():
     x = torch.randn(IN, 3, SAMPLES).permute(2, 1, 0)
     y = torch.randn(OUT, 3, SAMPLES).permute(2, 1, 0)
     with torch.no_grad():
-        got = add_columns_by_row(y.clone(), x, groups)
+        got = add(y, x, groups)
         torch.testing.assert_close(got.double(), reference(y, x, groups), rtol=1e-5, atol=1e-5)
-        assert add_columns_by_row(torch.empty(0, OUT), torch.empty(0, IN), []).shape == (0, OUT)
-        assert add_columns_by_row(torch.empty(SAMPLES, 0, OUT), torch.empty(SAMPLES, 0, IN), groups).numel() == 0
+        assert add(torch.empty(0, OUT), torch.empty(0, IN), []).shape == (0, OUT)
+        assert add(torch.empty(SAMPLES, 0, OUT), torch.empty(SAMPLES, 0, IN), groups).numel() == 0
 
 
-def test_a_delta_that_changes_before_backward_raises():
-    x, y = torch.randn(SAMPLES, IN, requires_grad=True), torch.randn(SAMPLES, OUT)
-    groups = groups_of(requires_grad=True)
-    loss = add_columns_by_row(y, x, groups).sum()
-    with torch.no_grad():
-        groups[0].delta.add_(1)
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-        loss.backward()
+def columns_of(groups, active):
+    """What the layer above knows of the groups' adapters."""
+    names = [f"a{n}" for n in range(len(groups))]
+    for name in names:
+        active.changed(name)
+    return tuple(
+        AdapterColumns(name, g.delta, g.indices, g.scale, active.revisions[name])
+        for name, g in zip(names, groups, strict=True)
+    )
+
+
+def checkpointed(tags, groups):
+    """The sum of an output whose batch has another tag each time that its forward pass runs."""
+    active, tags = ActiveColumns(), iter(tags)
+    its = columns_of(groups, active)
+
+    def run(y, x):
+        return add(y, x, groups, active.pass_of_batch(its, batch_tag=next(tags)))
+
+    return checkpoint(run, torch.randn(SAMPLES, OUT), torch.randn(SAMPLES, IN), use_reentrant=False).sum()
 
 
 def test_checkpointing_that_repeats_it_for_other_samples_raises():
-    groups, tags = groups_of(requires_grad=True), iter([1, 2])
+    with pytest.raises(RuntimeError, match="Activation checkpointing repeats a forward pass"):
+        checkpointed([1, 2], groups_of(requires_grad=True)).backward()
 
-    def run(y, x):
-        return add_columns_by_row(y, x, groups, batch_tag=next(tags))
 
-    result = checkpoint(run, torch.randn(SAMPLES, OUT), torch.randn(SAMPLES, IN), use_reentrant=False)
-    with pytest.raises(RuntimeError, match="repeated a forward pass of a mixed batch"):
-        result.sum().backward()
+def test_checkpointing_that_repeats_it_for_the_same_samples_gives_the_gradients():
+    groups = groups_of(requires_grad=True)
+    torch.manual_seed(0)
+    checkpointed([1, 1], groups).backward()
+    again = groups_of(requires_grad=True)
+    torch.manual_seed(0)
+    add(torch.randn(SAMPLES, OUT), torch.randn(SAMPLES, IN), again).sum().backward()
+    for one, other in zip(groups, again, strict=True):
+        assert torch.equal(one.delta.grad, other.delta.grad)
+
+
+@pytest.mark.parametrize("change", ["delta", "indices", "revision"])
+@pytest.mark.parametrize("needs_x", [True, False])
+def test_columns_that_change_before_backward_raise(change, needs_x):
+    groups, active = groups_of(requires_grad=True), ActiveColumns()
+    source = active.pass_of_batch(columns_of(groups, active), batch_tag=1)
+    x = torch.randn(SAMPLES, IN, requires_grad=needs_x)
+    loss = add(torch.randn(SAMPLES, OUT), x, groups, source).sum()
+    if change == "revision":
+        active.changed("a1")  # a step that no version counter shows
+    else:
+        (groups[1].delta.detach() if change == "delta" else groups[1].indices).add_(0)
+    with pytest.raises(RuntimeError, match=r"adapter 'a1', adapter 'a2' were modified between forward and backward"):
+        loss.backward()
 
 
 def test_names_and_rows():
@@ -159,12 +221,15 @@ def test_the_current_batch_ends_with_its_block_also_after_an_error():
     assert current_mixed_batch() is None
 
 
-def test_an_adapter_costs_one_gather_and_one_skinny_product():
+def test_an_adapter_costs_gathers_and_one_skinny_product():
     x, y, groups = torch.randn(SAMPLES, 3, IN), torch.randn(SAMPLES, 3, OUT), groups_of()
     with torch.no_grad(), Operators() as operators:
-        add_columns_by_row(y, x, groups)
-    assert operators.count("aten::index") == operators.count("aten::addmm_") == len(groups)
-    assert not {"aten::mm", "aten::addmm", "aten::bmm", "aten::matmul", "aten::clone"} & set(operators.names)
+        add(y, x, groups)
+    assert operators.count("aten::addmm") == operators.count("aten::index_copy_") == len(groups)
+    # Columns, their samples, the output's samples; the last adapter has a block of columns, which needs no index.
+    assert operators.count("aten::index_select") == 3 * len(groups) - 1
+    assert operators.count("aten::clone") == 2  # of the whole output, which others may hold, and of that block
+    assert not {"aten::mm", "aten::bmm", "aten::matmul"} & set(operators.names)
 
 
 class Operators(torch.utils._python_dispatch.TorchDispatchMode):

@@ -14,9 +14,10 @@ import paca
 from expert_models import FAMILIES, IMPLEMENTATIONS, STACKS
 from layers.small_networks import NETWORKS, TARGETS, example, network
 from models import adapt, llama, tokens
+from paca.layers import paca_layers
 from paca.layers.expert_view import StackView
 from paca.layers.mixed_batch import current_mixed_batch
-from paca.tuner.refresh import paca_layers, refresh_layers
+from paca.tuner.entry import write_layers
 from quantized_layers import REAL, forward_only_stack, stack
 from reference import dense_weight
 
@@ -127,7 +128,7 @@ def test_a_small_network_gives_each_sample_its_adapter_and_each_adapter_its_grad
             base = model(x)
         for n, want in enumerate(alone(model, NAMES, lambda n: model(x[n : n + 1])[0])):
             close(mixed[n], want)
-        assert torch.equal(mixed[2], base[2])
+        close(mixed[2], base[2])  # some CPUs' kernels round rows by how many there are
         assert all(not torch.allclose(mixed[n], base[n], atol=1e-3) for n in (0, 1, 3, 4))
     if kind != "words":  # one of its embeddings divides by how often a token occurs, in all samples of an adapter
         check_gradients(model, x, lambda x: model(x, adapter_names=NAMES), lambda x: model(x), close)
@@ -245,7 +246,7 @@ def test_quantized_layers_give_each_sample_its_adapter(kind):
             layer.enable_adapters(True)
         for n, want in enumerate(alone(model, NAMES, lambda n: model(x[n : n + 1])[0])):
             close(mixed[n], want)
-        assert torch.equal(mixed[2], base[2])
+        close(mixed[2], base[2])  # some CPUs' kernels round rows by how many there are
         assert all(not torch.allclose(mixed[n], base[n], rtol=0.01, atol=0.01) for n in (0, 1, 3, 4))
     if kind != "int8":  # there the stock layer's own gradient of the base model's sample is rounded to float16
         check_gradients(model, x, lambda x: model(x, adapter_names=NAMES), lambda x: model(x), close)
@@ -291,7 +292,7 @@ def test_a_merge_between_a_mixed_pass_and_its_backward_pass_raises():
     model.set_requires_grad(["default", "small", "other"])
     loss = model(features().requires_grad_(), adapter_names=NAMES).sum()
     model.merge_adapter()
-    with pytest.raises(RuntimeError, match="merged into, loaded or moved"):
+    with pytest.raises(RuntimeError, match="merged, unmerged or loaded"):
         loss.backward()
 
 
@@ -368,7 +369,7 @@ def test_another_batch_that_begins_leaves_the_stacks_to_the_one_that_runs(monkey
     def begins(view, index):
         batch = current_mixed_batch()
         running, batch.adapter = batch.adapter, BASE
-        refresh_layers(paca_layers(model))
+        write_layers(paca_layers(model))
         batch.adapter = running
         seen.append(running)
         return run(view, index)
@@ -403,7 +404,7 @@ def fresh_dynamo():
 
 
 @pytest.mark.usefixtures("fresh_dynamo")
-def test_compiled_convolutions_and_embeddings_run_mixed_batches_but_do_not_train_on_them():
+def test_compiled_convolutions_and_embeddings_run_mixed_batches_and_train_on_them():
     model, x = small_network("words"), samples("words")
     with torch.no_grad():
         want, ordinary = model(x, adapter_names=NAMES), model(x)
@@ -411,8 +412,14 @@ def test_compiled_convolutions_and_embeddings_run_mixed_batches_but_do_not_train
         for _ in range(2):
             torch.testing.assert_close(model(x), ordinary)
             torch.testing.assert_close(model(x, adapter_names=NAMES), want)
-    with pytest.raises(RuntimeError, match="compiled model can't train on a mixed batch"):
-        model(x, adapter_names=NAMES).sum().backward()
+    got = gradients(model, [lambda: model(x, adapter_names=NAMES).square().sum()])
+    twin = small_network("words")
+    want = gradients(twin, [lambda: twin(x, adapter_names=NAMES).square().sum()])
+    assert got.keys() == want.keys()
+    for name, gradient in want.items():
+        assert (got[name] is None) == (gradient is None)
+        if gradient is not None:
+            torch.testing.assert_close(got[name], gradient)
 
 
 # -- embeddings of a language model -----------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from models import adapt, gpt2, llama, tokens
 from paca.config import PacaConfig
-from paca.tuner.refresh import paca_layers
+from paca.layers import paca_layers
 
 DEVICE_MAP: dict[str, Any] = {
     "model.embed_tokens": "cpu",

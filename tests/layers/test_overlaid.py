@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 import paca
 from models import adapt
 from quantized_layers import REAL, forward_only_stack, stack
-from reference import dense_weight, nearest
+from reference import dense_weight, rounded_sum
 
 ADDITIVE = (
     "gptqmodel.nn_modules.qlinear.torch",
@@ -129,7 +129,7 @@ def test_the_trained_columns_are_rounded_once(kind):
     delta, idx, scale = layer.paca_delta["default"], layer.paca_indices["default"], layer.scaling["default"]
     base = layer.base_layer
     weight = base.patched_weight(torch.bfloat16, (layer.columns_of("default"),))
-    want = nearest(dense_weight(base_weight(layer), [(delta, idx, scale)]), torch.bfloat16)
+    want = rounded_sum(base_weight(layer).float(), [(delta, idx, scale)]).to(torch.bfloat16)
     assert torch.equal(weight[:, idx], want[:, idx])
     others = torch.ones(64, dtype=torch.bool).index_fill(0, idx, False)
     close(weight[:, others], base_weight(layer)[:, others], torch.bfloat16)
@@ -318,7 +318,7 @@ def test_a_delta_that_is_changed_before_the_backward_pass_raises(kind):
     loss = model(inputs().requires_grad_()).sum()
     with torch.no_grad():
         layers(model)[1].paca_delta["default"].add_(1)
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+    with pytest.raises(RuntimeError, match=r"modified (between forward and backward|by an inplace)"):
         loss.backward()
 
 
@@ -327,7 +327,7 @@ def test_a_merge_between_forward_and_backward_raises(kind):
     model = adapted(kind)
     loss = model(inputs().requires_grad_()).sum()
     model.merge_adapter()
-    with pytest.raises(RuntimeError, match="merged into, loaded or moved"):
+    with pytest.raises(RuntimeError, match="merged, unmerged or loaded"):
         loss.backward()
 
 

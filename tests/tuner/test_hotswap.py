@@ -15,7 +15,7 @@ from transformers import LlamaForSequenceClassification
 
 import paca
 from models import adapt, adapted_perceptron, base_state, llama, perceptron, tokens
-from paca.tuner.refresh import paca_layers
+from paca.layers import paca_layers
 
 ADAPTER = "adapter_model.safetensors"
 TARGETS = ["lin1", "lin2"]
@@ -162,7 +162,8 @@ def test_a_swap_writes_and_allocates_columns_only(folder):
         written = Sizes()
         with written:
             paca.hotswap_adapter(model, folder, "default")
-    assert [layer.base_layer.weight._version for layer in paca_layers(model)] == [v + 1 for v in versions]  # parked
+    after = [layer.base_layer.weight._version for layer in paca_layers(model)]
+    assert after == [version + 2 for version in versions]  # parked, and written at once
     assert [layer.base_layer.weight.data_ptr() for layer in paca_layers(model)] == storages
     assert written.largest == 4 * 13 * 3  # the bytes of a delta, less than those of any weight
 

@@ -11,7 +11,7 @@ import paca
 from expert_models import FAMILIES, STACKS, mixtral
 from layers.small_networks import NETWORKS, TARGETS, example, network
 from models import adapt, llama, tokens
-from paca.tuner.refresh import paca_layers
+from paca.layers import paca_layers
 from quantized_layers import REAL, forward_only_stack, stack
 
 FORWARD_ONLY = "gptqmodel.nn_modules.qlinear.torch"
@@ -87,7 +87,7 @@ def test_a_pass_that_is_pending_over_a_quantized_weight_raises(tmp_path):
         model = adapt(make(), target_modules=["lin1", "lin2"])
         loss = model(torch.randn(3, 64, requires_grad=True)).sum()
         paca.hotswap_adapter(model, tmp_path / kind, "default")
-        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        with pytest.raises(RuntimeError, match="modified between forward and backward"):
             loss.backward()
 
 

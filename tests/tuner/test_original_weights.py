@@ -12,9 +12,9 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, GPT2Config, G
 
 import paca
 from models import llama, tokens
+from paca.layers import paca_layers
 from paca.messages.errors import PacaError
 from paca.tuner.original_weights import OriginalWeights
-from paca.tuner.refresh import paca_layers
 
 pytest.importorskip("bitsandbytes")
 

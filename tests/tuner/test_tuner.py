@@ -15,8 +15,7 @@ from torch import nn
 
 import paca
 from models import adapt, adapted_perceptron, base_state, gpt2, llama, perceptron, tokens
-from paca.layers import PacaLinear
-from paca.tuner.refresh import paca_layers
+from paca.layers import PacaLinear, paca_layers
 
 ADAPTER = "adapter_model.safetensors"
 
@@ -320,6 +319,7 @@ def test_a_safe_merge_that_overflows_in_a_later_layer_takes_the_earlier_ones_bac
     if merged_before:
         model.merge_adapter(["other"])
     model.base_model.model.lin2.paca_delta["default"].data[0, 0] = 1e6  # finite, but not in float16
+    paca.refresh(model)
     before = [layer.base_layer.weight.clone() for layer in paca_layers(model)]
     with pytest.raises(ValueError, match="NaN or Inf into the weight, so nothing was merged"):
         model.merge_and_unload(safe_merge=True) if unload else model.merge_adapter(safe_merge=True)

@@ -9,7 +9,8 @@ from torch.profiler import ProfilerActivity, profile, record_function
 
 from paca.bench.device import clock
 from paca.bench.step import TrainingStep
-from paca.tuner.refresh import paca_layers, refresh_layers
+from paca.layers import paca_layers
+from paca.tuner.entry import write_layers
 
 PHASES = ("forward", "backward", "optimizer", "refresh")
 _MATMULS = {"aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "aten::_addmm_activation", "aten::mkldnn_linear"}
@@ -37,7 +38,7 @@ def time_phases(step: TrainingStep) -> dict[str, float]:
     backward = clock(step.device)
     step.update()
     update = clock(step.device)
-    refresh_layers(layers)
+    write_layers(layers)
     times = (start, forward, backward, update, clock(step.device))
     return {name: times[i + 1] - times[i] for i, name in enumerate(PHASES)}
 
@@ -63,7 +64,7 @@ def profile_step(step: TrainingStep, rank: int, repeats: int = 3) -> dict[str, f
             with record_function(_RANGE + "optimizer"):
                 step.update()
             with record_function(_RANGE + "refresh"):
-                refresh_layers(layers)
+                write_layers(layers)
         seconds = (clock(step.device) - start) / repeats
     found: dict[str, float] = defaultdict(float)
     for event in profiler.events() or ():

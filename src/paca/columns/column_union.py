@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from paca.columns.folds import common
+from paca.columns.kept import common
 from paca.columns.state import Folded
 
 
@@ -25,8 +25,8 @@ def union_of(indices: Tensor, delta: Tensor, folded: Folded | None, column_dim: 
     """The columns trained now together with the folded ones, on the CPU; no value is changed.
 
     Args:
-        indices: ``(r,)``, trained now.
-        delta: with ``r`` columns along ``column_dim``.
+        indices: `(r,)`, trained now.
+        delta: with `r` columns along `column_dim`.
         folded: the columns that were trained before, if there are any.
         column_dim: 1, or 2 for a stack of experts.
     """
@@ -39,10 +39,10 @@ def union_of(indices: Tensor, delta: Tensor, folded: Folded | None, column_dim: 
 
 
 def split(union: ColumnUnion, trained: Tensor, column_dim: int) -> tuple[Tensor, Folded | None]:
-    """Divide ``union`` into the columns ``trained (r,)`` and the others.
+    """Divide `union` into the columns `trained (r,)` and the others.
 
     Returns:
-        The delta of ``trained`` (zero for columns that are not in the union), and the others as folded columns.
+        The delta of `trained` (zero for columns that are not in the union), and the others as folded columns.
     """
     here, there = common(trained, union.indices)
     shape = list(union.delta.shape)
@@ -58,9 +58,9 @@ def split(union: ColumnUnion, trained: Tensor, column_dim: int) -> tuple[Tensor,
 
 
 def trained_of(union: Tensor, trained: Tensor) -> Tensor:
-    """Which ``r`` columns of a loaded ``union (k,)`` to go on with: those trained now, as far as it has them.
+    """Which `r` columns of a loaded `union (k,)` to go on with: those trained now, as far as it has them.
 
-    The others of ``trained (r,)`` were never trained by the loaded adapter; columns of it take their places.
+    The others of `trained (r,)` were never trained by the loaded adapter; columns of it take their places.
     """
     have = torch.isin(union, trained)
     chosen = torch.cat([union[have], union[~have][: trained.numel() - int(have.sum())]])

@@ -1,124 +1,267 @@
-"""The trained columns of an adapter in one layer, and the state of a weight that holds some of them."""
+"""What is trained in one layer, and what is active over one weight: revisions and states.
+
+Each adapter in a layer has a *revision*: a number that moves whenever its columns change. A *state* is the (adapter,
+revision, scale) of each active one, over one revision of the weight beneath: equal states are equal contents.
+"""
 
 from __future__ import annotations
 
+import itertools
+import threading
+from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from paca.functional.column_blocks import runs_of
+from paca.functional.train_columns import Trained, WeightSource
+
+_REVISIONS = itertools.count(1)  # unique in the process: an adapter that is deleted and added again has other ones
 
 
 @dataclass(frozen=True, eq=False)
 class Folded:
-    """Columns that an adapter trained before others took their turn (``paca.rotate``): on the CPU, never changed.
+    """Columns that an adapter trained before others took their turn (`paca.rotate`): on the CPU, never changed.
 
     They go on being part of the adapter, with its scale, and of the weight that holds the adapter.
     """
 
     indices: Tensor
-    """``(k,)`` int64, sorted and unique, none of them among those that are trained now."""
+    """`(k,)` int64, sorted and unique, none of them among those that are trained now."""
     delta: Tensor
-    """As the adapter's delta, with ``k`` columns."""
+    """As the adapter's delta, with `k` columns."""
 
 
-class Columns(NamedTuple):
-    """The trained columns of one adapter in one layer."""
+class AdapterColumns(NamedTuple):
+    """The columns of one adapter in one layer, as they are at one moment."""
 
     name: str
-    """The adapter's name, for messages."""
+    """The adapter's name."""
     delta: Tensor
-    """``(out_features, r)``."""
+    """`(out_features, r)`."""
     indices: Tensor
-    """``(r,)`` int64, sorted and unique."""
+    """`(r,)` int64, sorted and unique."""
     scale: float
-    """``paca_alpha / r``, times whatever the user scaled the adapter by."""
+    """`paca_alpha / r`, times whatever the user scaled the adapter by."""
+    revision: int = 0
     folded: Folded | None = None
     """Those that the adapter trained before."""
     source: Tensor | None = None
-    """If ``delta`` is but this process's rows of it: what has the gradient, and a version counter that shows writes."""
+    """If `delta` is but this process's rows of it: what has the gradient, and a version counter that shows writes."""
 
-    @property
-    def parameter(self) -> Tensor:
-        """What is trained: ``delta`` itself, or what it is a part of."""
-        return self.delta if self.source is None else self.source
-
-    def same_as(self, other: Columns) -> bool:
-        """Whether both are the same tensors with the same scale (values are a matter of version counters)."""
-        return (
-            self.delta is other.delta
-            and self.indices is other.indices
-            and self.scale == other.scale
-            and self.folded is other.folded
-        )
+    def parts(self) -> tuple[AdapterColumns, ...]:
+        """The trained columns, and beside them the folded ones as columns of their own."""
+        if self.folded is None:
+            return (self,)
+        return self._replace(folded=None), AdapterColumns(self.name, self.folded.delta, self.folded.indices, self.scale)
 
 
 def version_of(tensor: Tensor) -> int:
-    """The tensor's version counter; inference tensors have none and cannot be trained, so they count as unchanged."""
+    """The tensor's version counter; inference tensors have none and can't be trained, so they count as unchanged."""
     return -1 if tensor.is_inference() else tensor._version
 
 
-class State:
-    """What a weight holds: some adapters' columns as they were at one moment. Without columns: the pretrained weight.
+def next_revision() -> int:
+    """A revision that nothing had before."""
+    return next(_REVISIONS)
 
-    ``tag`` names the content: it is equal for two states that hold the same values, which is how a forward pass that
-    activation checkpointing repeats is recognised as the same one.
+
+def names_of(columns: Iterable[AdapterColumns]) -> str:
+    """For messages."""
+    return ", ".join(f"adapter {c.name!r}" for c in columns) or "no adapter"
+
+
+class State:
+    """What is active over one weight: some adapters' columns, over one revision of the weight. Never changed.
+
+    Args:
+        columns: of the active adapters; none for the pretrained weight.
+        base: revision of the weight beneath.
+        like: a state whose tensors are reused if they are the same, which an optimizer step leaves them.
     """
 
-    __slots__ = (
-        "columns",
-        "deltas",
-        "generation",
-        "hidden_writes",
-        "indices",
-        "runs",
-        "scales",
-        "tag",
-        "tag_tensor",
-        "versions",
-        "watched",
-    )
+    __slots__ = ("_tag", "base", "columns", "key", "trained", "versions")
 
-    def __init__(self, columns: tuple[Columns, ...], generation: int, hidden_writes: int = 0) -> None:
-        self.columns = columns
-        self.deltas = tuple(c.delta for c in columns)
-        self.indices = tuple(c.indices for c in columns)
-        self.runs = tuple(runs_of(i) for i in self.indices)
-        self.scales = tuple(c.scale for c in columns)
-        self.generation = generation
-        self.hidden_writes = hidden_writes
-        versions, watched, content = [], [], []
-        # One pass: a state is made per layer and optimizer step.
-        for _, delta, indices, scale, folded, source in columns:
-            trained = delta if source is None else source
-            versions.append(((version_of(trained), version_of(delta)), version_of(indices)))
-            tensors = (delta, indices) if source is None else (delta, indices, source)
-            watched += [(tensor, tensor._version) for tensor in tensors if not tensor.is_inference()]
-            content.append((id(delta), id(indices), scale, id(folded)))
-        self.versions = tuple(versions)
-        self.watched = tuple(watched)
-        """Every delta and indices that has a version counter, with its version: flat, since it is compared often."""
-        self.tag = hash((tuple(content), self.versions, generation, hidden_writes if columns else 0))
-        self.tag_tensor = torch.tensor(self.tag, dtype=torch.int64, device="cpu")
-        if self.tag_tensor.is_inference():  # autograd saves it, also if the first forward pass was inference
-            with torch.inference_mode(False):
-                self.tag_tensor = self.tag_tensor.clone()
+    trained: Trained
 
-    def unchanged(self) -> bool:
-        """Whether every delta still has the values it had, as far as version counters tell."""
-        for tensor, version in self.watched:  # noqa: SIM110  (a generator would cost more than the comparison)
-            if tensor._version != version:
-                return False
-        return True
-
-    def holds(self, wanted: tuple[Columns, ...]) -> bool:
-        """Whether this state is what ``wanted`` would give now."""
-        if wanted is self.columns:
-            return self.unchanged()
-        return (
-            len(wanted) == len(self.columns)
-            and all(mine.same_as(theirs) for mine, theirs in zip(self.columns, wanted, strict=True))
-            and self.unchanged()
+    def __init__(self, columns: tuple[AdapterColumns, ...], base: int, like: State | None = None) -> None:
+        self.columns, self.base = columns, base
+        self.key = (base, tuple((c.name, c.revision, c.scale) for c in columns))
+        self.versions = tuple(
+            (version_of(c.delta if c.source is None else c.source), version_of(c.delta), version_of(c.indices))
+            for c in columns
         )
+        self._tag: Tensor | None = None
+        deltas, indices = tuple(c.delta for c in columns), tuple(c.indices for c in columns)
+        scales = tuple(c.scale for c in columns)
+        if like is not None and like.trained.scales == scales and like.has_places_of(self):
+            runs = like.trained.runs
+        else:
+            runs = tuple(runs_of(i) for i in indices)
+        self.trained = Trained(deltas, indices, scales, runs, (None,) * len(columns))
+
+    def has_places_of(self, other: State) -> bool:
+        """Whether the columns of both lie in the same places."""
+        return len(self.columns) == len(other.columns) and all(
+            mine.indices is theirs.indices and mine.folded is theirs.folded and version[2] == its[2]
+            for mine, theirs, version, its in zip(
+                self.columns, other.columns, self.versions, other.versions, strict=True
+            )
+        )
+
+    def moved(self) -> list[str]:
+        """The adapters whose tensors were changed in place since, as far as version counters tell."""
+        return [
+            c.name
+            for c, (source, delta, indices) in zip(self.columns, self.versions, strict=True)
+            if version_of(c.delta) != delta
+            or version_of(c.indices) != indices
+            or (c.source is not None and version_of(c.source) != source)
+        ]
+
+    @property
+    def tag(self) -> Tensor:
+        """A scalar tensor that stands for this state, for autograd to save; its value is the same for equal states."""
+        if self._tag is None:
+            with torch.inference_mode(False):  # autograd saves it, also if the first forward pass was inference
+                self._tag = torch.tensor(hash(self.key), dtype=torch.int64, device="cpu")
+        return self._tag
+
+
+class _Thread(threading.local):
+    records = True
+    """Whether the model's forward pass that this thread entered last was to be followed by a backward pass."""
+
+
+THREAD = _Thread()
+
+
+class ActiveColumns:
+    """What is active over one weight. Knows tensors only; the layer above says what is wanted.
+
+    Attributes:
+        state: what the next forward pass sees.
+        revisions: of each adapter of the layer.
+        trusted: an optimizer whose steps are seen trains the columns. Otherwise every backward pass may be followed by
+            a write that nobody sees, and `unaccounted` says that there was one.
+    """
+
+    def __init__(self) -> None:
+        self.base = next_revision()
+        self.state = State((), self.base)
+        self.revisions: dict[str, int] = {}
+        self.trusted = False
+        self.unaccounted = False
+        self._awaited: Counter[Any] = Counter()  # re-entrant checkpointing: first passes that are still to be repeated
+
+    def changed(self, name: str) -> None:
+        """Note that the columns of an adapter changed: backward passes that are pending can't have them any more."""
+        self.revisions[name] = next_revision()
+
+    def base_changed(self) -> None:
+        """Note that the weight beneath the columns changed (a merge, a load)."""
+        self.base = next_revision()
+        self.state = State((), self.base)
+
+    def notice(self) -> None:
+        """Move the revisions of adapters whose version counters show a change."""
+        for name in self.state.moved():
+            if self.revisions.get(name, 0) == self._revision_in_state(name):
+                self.changed(name)
+
+    def _revision_in_state(self, name: str) -> int:
+        return next(c.revision for c in self.state.columns if c.name == name)
+
+    def note_forward(self) -> None:
+        """Note that a forward pass runs with the present state.
+
+        Re-entrant checkpointing runs a first pass without gradients, which keeps nothing that the repeated one could be
+        compared with; so first passes are counted. (Checkpointing that is not re-entrant is checked exactly.)
+
+        Raises:
+            RuntimeError: if a pass is repeated with columns that no first pass ran with.
+        """
+        recording, repeated = torch.is_grad_enabled(), torch._C._current_graph_task_id() != -1
+        if not recording:
+            if THREAD.records and not repeated:
+                if self.state.key not in self._awaited:
+                    self._awaited = Counter({key: n for key, n in self._awaited.items() if self._is_current(key)})
+                self._awaited[self.state.key] += 1
+        elif repeated and self.state.key[1]:
+            self._repeated()
+
+    def _is_current(self, key: Any) -> bool:
+        return key[0] == self.base and all(self.revisions.get(name, 0) == revision for name, revision, _ in key[1])
+
+    def _repeated(self) -> None:
+        if self._awaited[self.state.key] > 0:
+            self._awaited[self.state.key] -= 1
+        elif any(self._awaited.values()):
+            raise RuntimeError(_REPEATED.format(now=names_of(self.state.columns)))
+
+    def pass_of_batch(self, columns: tuple[AdapterColumns, ...], batch_tag: int) -> AddedPass:
+        """A pass on a mixed batch, to which these columns are added."""
+        return AddedPass(self, State(columns, self.base), batch_tag)
+
+    def check_backward(self, state: State, saved_tag: Tensor) -> None:
+        """Check that the columns of a forward pass are still known in its backward pass.
+
+        Args:
+            state: of the forward pass.
+            saved_tag: its tag as autograd kept it: another one if activation checkpointing repeated the pass.
+
+        Raises:
+            RuntimeError: if its columns or the weight were changed since, or the repeated pass had others.
+        """
+        if saved_tag is not state.tag and int(saved_tag) != hash(state.key):
+            raise RuntimeError(_REPEATED.format(now=names_of(self.state.columns)))
+        if state.base != self.base:
+            raise RuntimeError(
+                "The weight of an adapted layer was merged, unmerged or loaded between forward and backward, or "
+                "written by somebody else, or its columns rotated, or its adapter unloaded, so the gradient can't be "
+                "computed. Run backward() first."
+            )
+        if state.moved() or any(self.revisions.get(c.name, 0) != c.revision for c in state.columns):
+            raise RuntimeError(
+                f"The columns of {names_of(state.columns)} were modified between forward and backward (by an optimizer "
+                "step or an in-place operation), so the gradient can't be computed. Run backward() first."
+            )
+        self.unaccounted = not self.trusted  # an optimizer step may follow that nobody sees
+
+
+_REPEATED = (
+    "Activation checkpointing repeats a forward pass with {now} active, but it first ran with other adapters or other "
+    "values. Make the same adapters active again before backward(), or run backward() before switching or stepping."
+)
+
+
+class AddedPass(WeightSource):
+    """One pass whose columns are added to what a layer computes: there is no weight, but the columns must stay as they
+    are until its backward pass.
+
+    Args:
+        columns: what is active.
+        state: what this pass adds.
+        batch_tag: says which samples of a mixed batch have which adapter.
+    """
+
+    __slots__ = ("_tag", "columns", "state")
+
+    def __init__(self, columns: ActiveColumns, state: State, batch_tag: int | None = None) -> None:
+        self.columns, self.state = columns, state
+        self._tag = state.tag if batch_tag is None else torch.tensor(hash((state.key, batch_tag)), device="cpu")
+
+    @property
+    def tag(self) -> Tensor:
+        return self._tag
+
+    def weight(self) -> Tensor:
+        raise AssertionError("columns are added to an output")
+
+    def weight_again(self, saved_tag: Tensor) -> Tensor:
+        same = saved_tag is self._tag or int(saved_tag) == int(self._tag)
+        self.columns.check_backward(self.state, self.state.tag if same else saved_tag)
+        return saved_tag

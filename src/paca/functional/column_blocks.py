@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
 
 Runs = tuple[tuple[int, int], ...]
 """First column and length of each run of neighbours, in the order of the indices."""
@@ -15,19 +16,29 @@ Runs = tuple[tuple[int, int], ...]
 _MEAN_LENGTH = 8
 """Shorter runs, on average, are not worth a copy each."""
 
+_KNOWN: WeakIdKeyDictionary = WeakIdKeyDictionary()  # (version, runs): on accelerators, looking waits for the device
+
 
 def runs_of(indices: Tensor) -> Runs | None:
-    """The runs that ``indices (k,)`` int64 consist of, or None if they are better taken one by one.
+    """The runs that `indices (k,)` int64 consist of, or None if they are better taken one by one.
 
-    On accelerators always None: looking at the values would wait for the device, where both ways take as long.
+    Looks at the values once for each version of the tensor.
     """
-    count = indices.numel()
-    if indices.device.type != "cpu" or type(indices) is not Tensor or count < _MEAN_LENGTH:
+    if indices.numel() < _MEAN_LENGTH or type(indices) is not Tensor or indices.is_meta:
         return None
-    most = count // _MEAN_LENGTH
+    version = -1 if indices.is_inference() else indices._version
+    known = _KNOWN.get(indices)
+    if known is None or known[0] != version or version == -1:
+        known = _KNOWN[indices] = (version, _find_runs(indices.tolist()))
+    runs: Runs | None = known[1]
+    return runs
+
+
+def _find_runs(columns: list[int]) -> Runs | None:
+    most = len(columns) // _MEAN_LENGTH
     runs: list[tuple[int, int]] = []
     first = previous = -2
-    for column in indices.tolist():
+    for column in columns:
         if column != previous + 1:
             if len(runs) == most:
                 return None
@@ -40,12 +51,12 @@ def runs_of(indices: Tensor) -> Runs | None:
 
 
 def take_columns(x: Tensor, indices: Tensor, runs: Runs | None) -> Tensor:
-    """``x.index_select(-1, indices)``: a copy, ``(..., k)``.
+    """`x.index_select(-1, indices)`: a copy, `(..., k)`.
 
     Args:
         x: any shape.
-        indices: ``(k,)`` int64.
-        runs: ``runs_of(indices)``.
+        indices: `(k,)` int64.
+        runs: `runs_of(indices)`.
     """
     if runs is None:
         return x.index_select(-1, indices)
@@ -55,7 +66,7 @@ def take_columns(x: Tensor, indices: Tensor, runs: Runs | None) -> Tensor:
 
 
 def read_columns(weight: Tensor, dim: int, indices: Tensor) -> Tensor:
-    """``weight.index_select(dim, indices)``: a copy."""
+    """`weight.index_select(dim, indices)`: a copy."""
     runs = runs_of(indices) if _is_plain(weight) else None
     if runs is None:
         return weight.index_select(dim, indices)
@@ -63,16 +74,25 @@ def read_columns(weight: Tensor, dim: int, indices: Tensor) -> Tensor:
 
 
 def put_columns(weight: Tensor, dim: int, indices: Tensor, values: Tensor) -> None:
-    """``weight.index_copy_(dim, indices, values)``."""
+    """`weight.index_copy_(dim, indices, values)`, rounded to the weight's dtype."""
     runs = runs_of(indices) if _is_plain(weight) else None
     if runs is None:
-        weight.index_copy_(dim, indices, values)
+        weight.index_copy_(dim, indices, values.to(weight))
         return
-    place = 0
-    for first, length in runs:
-        weight.narrow(dim, first, length).copy_(values.narrow(dim, place, length))
-        place += length
+    views, parts = blocks_of(weight, dim, runs), blocks_in(values, dim, runs)
+    for view, part in zip(views, parts, strict=True):
+        view.copy_(part)
+
+
+def blocks_of(weight: Tensor, dim: int, runs: Runs) -> list[Tensor]:
+    """Views of the blocks of columns in `weight`."""
+    return [weight.narrow(dim, first, length) for first, length in runs]
+
+
+def blocks_in(values: Tensor, dim: int, runs: Runs) -> list[Tensor]:
+    """Views of the same blocks in a tensor that holds these columns only."""
+    return list(values.split([length for _, length in runs], dim))
 
 
 def _is_plain(tensor: Tensor) -> bool:
-    return type(tensor) in (Tensor, torch.nn.Parameter) and tensor.device.type == "cpu"
+    return type(tensor) in (Tensor, torch.nn.Parameter)

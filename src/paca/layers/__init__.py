@@ -3,7 +3,7 @@
 from torch import nn
 
 from paca.layers import convolution, embedding, experts, linear
-from paca.layers.base import PacaLayer
+from paca.layers.base import PacaLayer, paca_layers, refuse_sharded
 from paca.layers.convolution import PacaConvolution
 from paca.layers.embedding import PacaEmbedding
 from paca.layers.experts import PacaExpertStack
@@ -34,4 +34,6 @@ __all__ = [
     "PacaExpertStack",
     "PacaLayer",
     "PacaLinear",
+    "paca_layers",
+    "refuse_sharded",
 ]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, ClassVar
 
 import torch
@@ -12,11 +12,12 @@ from peft.tuners._buffer_dict import BufferDict
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 
-from paca.columns.folds import oriented, parts_of
-from paca.columns.sharded import ShardableDeltas, refuse_sharded
-from paca.columns.state import Columns, Folded
-from paca.functional.columns_by_row import LinearProduct, RowColumns, RowProduct, add_columns_by_row
-from paca.layers.mixed_batch import MixedBatch, current_mixed_batch
+from paca.columns.deltas import Deltas
+from paca.columns.kept import oriented
+from paca.columns.state import AdapterColumns, Folded, version_of
+from paca.columns.stepping import Job
+from paca.functional.train_columns import Trained, train_columns
+from paca.layers.mixed_batch import MixedBatch, Running, current_mixed_batch
 
 FOLDED_DELTA, FOLDED_INDICES = "paca_delta.paca_folded", "paca_indices.paca_folded"
 """What a whole model's state dict calls folded columns, so that PEFT takes them for an adapter's, not the base's."""
@@ -26,11 +27,11 @@ class PacaLayer(nn.Module, BaseTunerLayer):
     """Deltas and indices per adapter, above a base layer whose weight holds those of the active ones.
 
     Attributes:
-        base_layer: the adapted module, a ``ResidentWeight`` (or, in a subclass, an ``OverlaidWeight``).
-        paca_delta: per adapter, ``(out_features, r)``, the trainable parameter; float32 unless asked otherwise. For a
-            convolution ``(out_channels, r, *kernel)``, for an embedding ``(num_embeddings, r)``.
-        paca_indices: per adapter, ``(r,)`` int64, the input columns it belongs to; saved with the adapter.
-        scaling: per adapter, the factor ``paca_alpha / r`` on its delta.
+        base_layer: the adapted module, a `ResidentWeight` (or, in a subclass, an `OverlaidWeight`).
+        paca_delta: per adapter, `(out_features, r)`, the trainable parameter; float32 unless asked otherwise. For a
+            convolution `(out_channels, r, *kernel)`, for an embedding `(num_embeddings, r)`.
+        paca_indices: per adapter, `(r,)` int64, the input columns it belongs to; saved with the adapter.
+        scaling: per adapter, the factor `paca_alpha / r` on its delta.
         folded: per adapter whose columns were rotated, those it trained before; on the CPU.
     """
 
@@ -51,7 +52,7 @@ class PacaLayer(nn.Module, BaseTunerLayer):
     def __init__(self, base_layer: Any) -> None:
         super().__init__()
         self.base_layer = base_layer
-        self.paca_delta = ShardableDeltas()
+        self.paca_delta = Deltas()
         self.paca_indices = BufferDict(persistent=True)
         self.r: dict[str, int] = {}
         self.paca_alpha: dict[str, float] = {}
@@ -60,43 +61,155 @@ class PacaLayer(nn.Module, BaseTunerLayer):
         self.merged_adapters: list[str] = []
         self._disable_adapters = False
         self._active_adapter = []
-
-        base_layer.owner = weakref.ref(self)
-        self.register_load_state_dict_post_hook(_push_after_load)
-
+        self._own()
+        self.register_load_state_dict_post_hook(_write_what_was_loaded)
         self.out_features, self.in_features = self.weight_shape()
+
+    def _own(self) -> None:
+        self.base_layer.owner = weakref.ref(self)
+        self.paca_delta.belong_to(self)
 
     # -- the base weight ----------------------------------------------------------------------------------------
 
     @property
     def mode(self) -> str:
-        """How the columns take effect: "resident", "patched" or "additive"."""
+        """How the columns take effect: "resident", "patched" or "additive" (added)."""
         return "resident"
 
     def weight_shape(self) -> tuple[int, int]:
-        """``(out_features, in_features)`` of the weight, however it is stored."""
-        shape, input_dim = self.base_layer.weight.shape, self.base_layer.input_dim
-        return shape[self.base_layer.output_dim], shape[input_dim]
+        """`(out_features, in_features)` of the weight, however it is stored."""
+        shape = self.base_layer.weight.shape
+        return shape[self.base_layer.output_dim], shape[self.base_layer.input_dim]
 
     def weight_placement(self) -> tuple[torch.device, torch.dtype]:
         """Where the layer computes, and the type of its weight."""
         return self.base_layer.weight.device, self.base_layer.weight.dtype
 
     def delta_shape(self, r: int) -> tuple[int, ...]:
-        """The shape of a delta of ``r`` columns: that of ``weight[:, indices]``, a ``Conv1D``'s weight transposed."""
+        """The shape of a delta of `r` columns: that of `weight[:, indices]`, a `Conv1D`'s weight transposed."""
         return self.out_features, r, *self.base_layer.weight.shape[2:]
+
+    # -- what is active: every call that changes it writes it ---------------------------------------------------------
+
+    def columns_of(self, adapter_name: str) -> AdapterColumns:
+        """The adapter's delta, indices and scale as they are now, with what is folded."""
+        delta, source = self.base_layer.place.local(self, adapter_name)
+        return AdapterColumns(
+            adapter_name,
+            delta,
+            self.paca_indices[adapter_name],
+            self.scaling[adapter_name],
+            self.base_layer.columns.revisions.get(adapter_name, 0),
+            self.folded.get(adapter_name),
+            source,
+        )
+
+    def wanted(self) -> tuple[AdapterColumns, ...]:
+        """What the weight has to hold now: the columns of the active adapters."""
+        if self._disable_adapters or self.merged_adapters or current_mixed_batch() is not None:
+            return ()
+        return tuple(self.columns_of(name) for name in self.active_adapters if name in self.paca_delta)
+
+    def stale(self) -> bool:
+        """Whether the weight may hold something else. Usually one adapter is active, as it was written."""
+        base = self.base_layer
+        columns = base.columns
+        state = columns.state
+        active = state.columns
+        if columns.unaccounted and active:
+            return True
+        if len(active) != 1 or len(self._active_adapter) != 1 or Running.count or self.merged_adapters:
+            return self._differs()
+        name, delta, indices, scale, revision, folded, source = active[0]
+        ((its_source, version, place),) = state.versions
+        # Looked up where a plain module keeps them: three times faster than through ParameterDict.
+        kept: dict[str, Any] = self._modules
+        deltas, places = kept["paca_delta"]._parameters, kept["paca_indices"]._buffers
+        return (
+            self._disable_adapters
+            or name != self._active_adapter[0]
+            or columns.revisions.get(name, 0) != revision
+            or self.scaling[name] != scale
+            or places[name] is not indices
+            or version_of(indices) != place
+            or version_of(delta) != version
+            or (deltas.get(name) is not delta if source is None else version_of(source) != its_source)
+            or self.folded.get(name) is not folded
+            or self._weight_replaced()
+        )
+
+    def _weight_replaced(self) -> bool:
+        base = self.base_layer
+        return not base.columns.sealed(base.place.home(base.weight))
+
+    def _differs(self) -> bool:
+        columns, wanted = self.base_layer.columns, self.wanted()
+        now = columns.state.columns
+        return (
+            len(now) != len(wanted)
+            or any(
+                a.delta is not b.delta or a.indices is not b.indices or a[3:6] != b[3:6] or a.name != b.name
+                for a, b in zip(now, wanted, strict=True)
+            )
+            or bool(columns.state.moved())
+            or self._weight_replaced()
+        )
+
+    def job(self, *, compare: bool = False) -> Job:
+        """What is to be written, for `write_together`.
+
+        Args:
+            compare: deltas may have been written in a way that no version counter shows.
+        """
+        base = self.base_layer
+        base.place.check_writable(base.weight)
+        columns, home = base.columns, base.place.home_to_write(base.weight)
+        for c in columns.state.columns:  # a parameter may have been replaced (a move, a load)
+            if c.name in self.paca_delta and columns.revisions.get(c.name, 0) == c.revision and self._replaced(c):
+                columns.changed(c.name)
+        columns.notice()
+        if compare or columns.unaccounted:
+            columns.compare(home)
+        return columns, home, self.wanted()
+
+    def _replaced(self, was: AdapterColumns) -> bool:
+        return (
+            self.base_layer.place.local(self, was.name)[0] is not was.delta
+            if was.source is None
+            else self.paca_delta.shard(was.name) is not was.source
+        ) or self.paca_indices[was.name] is not was.indices
+
+    def write(self, *, compare: bool = False) -> None:
+        """Make the base weight hold what is active, at once."""
+        columns, home, wanted = self.job(compare=compare)
+        if not any(c.delta.is_meta for c in wanted) and not home.is_meta:
+            columns.write(home, wanted)
+
+    def park(self) -> None:
+        """Give the base weight its pretrained columns back for the moment, bit for bit."""
+        base = self.base_layer
+        base.columns.park(base.place.home_to_write(base.weight), for_now=True)
+
+    def stepped(self, adapter_name: str) -> Job | None:
+        """Note that an optimizer changed this adapter's delta."""
+        columns = self.base_layer.columns
+        columns.changed(adapter_name)
+        columns.trusted, columns.unaccounted = True, False
+        if self._disable_adapters or self.merged_adapters or adapter_name not in self._active_adapter:
+            return None
+        return self.job()
 
     # -- adapters -----------------------------------------------------------------------------------------------
 
     def update_layer(
         self, adapter_name: str, indices: Tensor, paca_alpha: float, init_weights: bool, inference_mode: bool
     ) -> None:
-        """Add an adapter that trains the columns ``indices (r,)``.
+        """Add an adapter that trains the columns `indices (r,)`.
 
-        The delta starts at zero, so that the model's outputs stay as they are; with ``init_weights=False`` it starts
-        at small random values, for tests.
+        The delta starts at zero, so that the model's outputs stay as they are; with `init_weights=False` it starts at
+        small random values, for tests.
         """
-        if self.base_layer.sharded is not None:
+        if not self.base_layer.place.whole:
             raise RuntimeError(
                 f"Adapter {adapter_name!r} can't be added: the weights are sharded already (FSDP2), and its deltas "
                 "would not be. Adapt the model first, then shard it (fully_shard, Accelerator.prepare)."
@@ -112,128 +225,69 @@ class PacaLayer(nn.Module, BaseTunerLayer):
         self.scaling[adapter_name] = paca_alpha / r
         self.paca_delta[adapter_name] = nn.Parameter(delta)
         self.paca_indices[adapter_name] = indices.to(device)
+        self.base_layer.columns.changed(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
 
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
         super().set_adapter(adapter_names, inference_mode=inference_mode)
-        self._park_others()
+        self.write()
 
     def enable_adapters(self, enabled: bool) -> None:
         super().enable_adapters(enabled)
         if not enabled and self.merged_adapters:
             self.unmerge()
-        self._park_others()
+        self.write()
 
     def delete_adapter(self, adapter_name: str) -> None:
-        delta = self.paca_delta.get(adapter_name)
         super().delete_adapter(adapter_name)
-        self._park_others()
-        if delta is not None:
-            self.base_layer.resident.forget(delta)
+        self.base_layer.columns.revisions.pop(adapter_name, None)
+        self.write()
 
     def set_scale(self, adapter: str, scale: float) -> None:
-        """Scale ``adapter`` to ``scale`` times its own ``paca_alpha / r``."""
+        """Scale `adapter` to `scale` times its own `paca_alpha / r`."""
         if adapter in self.scaling:
             self.scaling[adapter] = scale * self.paca_alpha[adapter] / self.r[adapter]
-            self.push_columns()
+            self.write()
 
     def scale_layer(self, scale: float) -> None:
-        """Multiply the scale of the active adapters by ``scale``."""
+        """Multiply the scale of the active adapters by `scale`."""
         for adapter in self.active_adapters:
             if adapter in self.scaling:
                 self.scaling[adapter] *= scale
-        self.push_columns()
+        self.write()
 
     def unscale_layer(self, scale: float | None = None) -> None:
-        """Undo ``scale_layer(scale)``; without ``scale``, go back to ``paca_alpha / r``."""
+        """Undo `scale_layer(scale)`; without `scale`, go back to `paca_alpha / r`."""
         for adapter in self.active_adapters:
             if adapter in self.scaling:
                 own = self.paca_alpha[adapter] / self.r[adapter]
                 self.scaling[adapter] = own if scale is None else self.scaling[adapter] / scale
-        self.push_columns()
+        self.write()
 
-    def columns_of(self, adapter_name: str) -> Columns:
-        """The adapter's delta, indices and scale as they are now, with what is folded."""
-        source = None if self.base_layer.sharded is None else self._shard_of(adapter_name)
-        return Columns(
-            adapter_name,
-            self.paca_delta[adapter_name] if source is None else source._local_tensor,
-            self.paca_indices[adapter_name],
-            self.scaling[adapter_name],
-            self.folded.get(adapter_name),
-            source,
-        )
-
-    def _shard_of(self, adapter_name: str) -> Any:
-        """The delta as FSDP2 shards it: this process owns those of its rows that it owns of the weight."""
-        sharded, delta = self.base_layer.sharded, self.paca_delta.shard(adapter_name)
-        if delta is None or delta.placements != sharded.parameter.placements:
-            raise RuntimeError(
-                f"Adapter {adapter_name!r} is not sharded as the weights below it are. Shard both, and "
-                "adapt the model before that (fully_shard, Accelerator.prepare)."
-            )
-        if adapter_name in self.folded:
-            raise RuntimeError(
-                f"Adapter {adapter_name!r} was rotated (paca.rotate): beneath the columns it trains lie others, which "
-                "can't be put into sharded weights. Train it with DistributedDataParallel, or merge it first."
-            )
-        return delta
-
-    def all_columns_of(self, adapter_name: str) -> tuple[Columns, ...]:
+    def all_columns_of(self, adapter_name: str) -> tuple[AdapterColumns, ...]:
         """The columns that the adapter trains now, and, if it was rotated, those it trained before."""
-        return parts_of((self.columns_of(adapter_name),))
+        return self.columns_of(adapter_name).parts()
 
-    def push_columns(self) -> None:
-        """Tell the base layer which columns its next forward pass has to see."""
-        in_mixed_batch = current_mixed_batch() is not None
-        if not in_mixed_batch and self._pushed_already():
-            return
-        if self._disable_adapters or self.merged_adapters or in_mixed_batch:
-            wanted: tuple[Columns, ...] = ()
-        else:
-            wanted = tuple(self.columns_of(name) for name in self.active_adapters if name in self.paca_delta)
-        self.base_layer.resident.want(wanted)
-
-    def _pushed_already(self) -> bool:
-        """Whether the one active adapter is as it was pushed: the usual case, found out without building anything."""
-        now, names = self.base_layer.resident.wanted, self._active_adapter
-        if len(now) != 1 or len(names) != 1 or self._disable_adapters or self.merged_adapters:
-            return False
-        name, (_, delta, indices, scale, folded, source) = names[0], now[0]
-        # Looked up where a plain module keeps them: three times faster than through ParameterDict. Whatever replaces
-        # them by something that is kept elsewhere (FSDP1) is pushed the long way.
-        deltas, columns = self._modules["paca_delta"], self._modules["paca_indices"]
-        return (
-            deltas._parameters.get(name) is delta  # type: ignore[union-attr]
-            and columns._buffers.get(name) is indices  # type: ignore[union-attr]
-            and self.scaling.get(name) == scale
-            and self.folded.get(name) is folded
-            and (source is None) == (self.base_layer.sharded is None)
-        )
-
-    def _park_others(self) -> None:
-        """Put the pretrained columns back if those in the weight are not wanted any more."""
-        self.push_columns()
-        resident = self.base_layer.resident
-        if not resident.state.holds(resident.wanted):
-            resident.park(self.base_layer.home_to_write())
-
-    def write_parked(self, write: Callable[[], None], *, hidden: bool) -> None:
-        """Call ``write``, which replaces deltas and indices in place, while none of them is in the weight.
-
-        ``hidden``: version counters won't show it.
-        """
-        self.base_layer.resident.write_parked(self.base_layer.home_to_write(), write, hidden=hidden)
+    def change(self, adapter_name: str, change: Callable[[], None]) -> None:
+        """Call `change`, which replaces the adapter's delta and indices in place, while they are not in the weight."""
+        self.park()
+        change()
+        self.base_layer.columns.changed(adapter_name)
+        self.write()
 
     # -- forward ------------------------------------------------------------------------------------------------
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if torch.compiler.is_compiling():
-            return self.base_layer(x, *args, **kwargs)
-        self.push_columns()  # a parameter may have been replaced since (a move, FSDP)
+            # In a mixed batch the layer runs by itself: what it does depends on the batch.
+            return self._run(x, *args, **kwargs) if Running.count else self.base_layer(x, *args, **kwargs)
         y = self.base_layer(x, *args, **kwargs)
         batch = current_mixed_batch()
         return y if batch is None or not self.runs_mixed_batches else self.add_mixed_batch(y, x, batch)
+
+    @torch.compiler.disable
+    def _run(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return self.forward(x, *args, **kwargs)
 
     # -- mixed batches ------------------------------------------------------------------------------------------
 
@@ -241,82 +295,82 @@ class PacaLayer(nn.Module, BaseTunerLayer):
         """Add what each sample's adapter contributes.
 
         Args:
-            y: the pretrained layer's output for ``x``, one sample per row.
+            y: the pretrained layer's output for `x`, one sample per row.
             x: the layer's input, one sample per row.
             batch: which sample has which adapter; adapters that are not in this layer add nothing.
 
         Raises:
-            ValueError: if ``x`` does not have one sample per name.
+            ValueError: if `x` does not have one sample per name.
             RuntimeError: if another thread put columns into the weight meanwhile.
         """
         if self._disable_adapters:
             return y  # as PEFT's LoRA does
-        if self.base_layer.resident.state.columns:
+        if self.mode == "resident" and self.base_layer.columns.state.columns:
             raise RuntimeError(
                 "Another thread ran the model with its active adapters while this one ran a mixed batch, so the result "
                 "would be wrong. Give adapter_names in every thread, or in none."
             )
-        groups = self.row_columns(x, batch)
-        return add_columns_by_row(
-            y, x, groups, self.row_product(), batch_tag=batch.tag, after_backward=self._columns_may_change
+        rows = self.rows_of(x, batch)
+        columns = [self.columns_of(name) for name in rows]
+        trained = Trained(
+            tuple(self.paca_delta[name] for name in rows),
+            tuple(c.indices for c in columns),
+            tuple(c.scale for c in columns),
+            (None,) * len(rows),
+            tuple(rows.values()),
         )
+        source = self.base_layer.columns.pass_of_batch(tuple(columns), batch.tag)
+        return train_columns(self.base_layer.product(), x, None, None, trained, source, added_to=y)
 
-    def row_columns(self, x: Tensor, batch: MixedBatch) -> list[RowColumns]:
-        """The columns of each adapter of ``batch`` that this layer has, with their samples in ``x``; none if disabled.
+    def rows_of(self, x: Tensor, batch: MixedBatch) -> dict[str, Tensor]:
+        """The samples in `x` of each adapter of `batch` that this layer has; none if disabled.
 
         Raises:
-            ValueError: if ``x`` does not have one sample per name.
+            ValueError: if `x` does not have one sample per name.
         """
         if self._disable_adapters:
-            return []
+            return {}
         if x.dim() < self.input_dims:
             raise ValueError(f"A mixed batch needs inputs {self.input_axes}; this one is {tuple(x.shape)}.")
-        return [
-            RowColumns(rows, self.paca_delta[name], self.paca_indices[name], self.scaling[name])
-            for name, rows in batch.rows_of(x.shape[0], x.device).items()
-            if name in self.paca_delta
-        ]
+        return {name: rows for name, rows in batch.rows_of(x.shape[0], x.device).items() if name in self.paca_delta}
 
     @property
     def input_dims(self) -> int:
         """How many dimensions a mixed batch's input has at least."""
         return 2
 
-    def row_product(self) -> RowProduct:
-        """How columns contribute to some samples' outputs."""
-        return LinearProduct()
-
-    def _columns_may_change(self) -> None:
-        self.base_layer.resident.suspect = True
-
     # -- merging ------------------------------------------------------------------------------------------------
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Write the adapters' columns into the base weight until ``unmerge``, which is bitwise.
+        """Write the adapters' columns into the base weight until `unmerge`, which is bitwise.
 
         Args:
             safe_merge: check first that every value is finite.
             adapter_names: default: the active ones.
 
         Raises:
-            ValueError: if ``safe_merge`` finds NaN or Inf.
+            ValueError: if `safe_merge` finds NaN or Inf.
         """
         names = [n for n in check_adapters_to_merge(self, adapter_names) if n in self.paca_delta]
         if not names:
             return
+        base = self.base_layer
         columns = tuple(self.columns_of(n) for n in names)
-        self.base_layer.resident.merge(self.base_layer.home_to_write(), columns, safe=safe_merge)
+        try:
+            base.columns.merge(base.place.home_to_write(base.weight), columns, safe=safe_merge)
+        except ValueError:
+            self.write()
+            raise
         self.merged_adapters.extend(names)
-        self.push_columns()
 
     def unmerge(self) -> None:
         """Take merged columns out of the base weight again, bit for bit."""
         if not self.merged:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
-        self.base_layer.resident.unmerge(self.base_layer.home_to_write())
+        self.base_layer.columns.unmerge(self.base_layer.place.home_to_write(self.base_layer.weight))
         self.merged_adapters.clear()
-        self.push_columns()
+        self.write()
 
     def has_merged(self, adapter_names: list[str] | None) -> bool:
         """Whether those of the adapters (default: of the active ones) that this layer has are merged already."""
@@ -327,16 +381,16 @@ class PacaLayer(nn.Module, BaseTunerLayer):
         self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
     ) -> nn.Module:
         """Give back the stock module, with the adapters merged into its weight or without them."""
+        base = self.base_layer
         if merge:
             if not self.has_merged(adapter_names):
                 self.merge(safe_merge=safe_merge, adapter_names=adapter_names)
-            self.base_layer.bring_gathered_up_to_date()
-            self.base_layer.resident.seal_merge()
+            base.place.bring_up_to_date(base.weight)
+            base.columns.seal_merge()
         elif self.merged:
             self.unmerge()
-        base_layer = self.base_layer
-        base_layer.release()
-        return base_layer
+        base.release()
+        return base
 
     def get_delta_weight(self, adapter: str) -> Tensor:
         """The adapter's whole change of the weight, in the weight's shape; float32 or wider, mostly zeros."""
@@ -362,11 +416,14 @@ class PacaLayer(nn.Module, BaseTunerLayer):
             dtype = torch.promote_types(dtype, torch.float32)
         if delta.dtype != dtype:
             self.paca_delta[adapter_name] = nn.Parameter(delta.data.to(dtype), requires_grad=delta.requires_grad)
-            self.push_columns()
+            self.write()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PacaLayer:
         super()._apply(fn, recurse)
-        self.push_columns()
+        self._own()
+        for name in self.paca_delta:
+            self.base_layer.columns.changed(name)
+        self.write()
         return self
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
@@ -380,7 +437,7 @@ class PacaLayer(nn.Module, BaseTunerLayer):
                 stored[adapter_name] = stored[adapter_name].to(device)
         self.cast_deltas(adapter_name, autocast_adapter_dtype=True)
 
-    # -- what is folded, in state dicts -------------------------------------------------------------------------
+    # -- copies, and what is folded in state dicts ------------------------------------------------------------------
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
@@ -391,6 +448,7 @@ class PacaLayer(nn.Module, BaseTunerLayer):
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
         for name in self.paca_delta:
             if f"{prefix}paca_delta.{name}" in state_dict:  # the whole adapter: without folded columns it has none
+                self.base_layer.columns.changed(name)
                 self.folded.pop(name, None)
                 delta = state_dict.pop(f"{prefix}{FOLDED_DELTA}.{name}", None)
                 indices = state_dict.pop(f"{prefix}{FOLDED_INDICES}.{name}", None)
@@ -400,11 +458,31 @@ class PacaLayer(nn.Module, BaseTunerLayer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self.base_layer.owner = weakref.ref(self)
+        self._own()
+        self.write()  # the copy's weight holds what is active, as the original's did
 
     def extra_repr(self) -> str:
         return ", ".join(f"{name}: r={r}" for name, r in self.r.items())
 
 
-def _push_after_load(layer: PacaLayer, incompatible_keys: Any) -> None:
-    layer.push_columns()  # load_state_dict(assign=True) replaces parameters
+def _write_what_was_loaded(layer: PacaLayer, incompatible_keys: Any) -> None:
+    layer.write()
+
+
+def paca_layers(model: nn.Module) -> list[PacaLayer]:
+    """The adapted layers of `model`."""
+    return [m for m in model.modules() if isinstance(m, PacaLayer)]
+
+
+def refuse_sharded(layers: Iterable[PacaLayer], what: str) -> None:
+    """Raise if a layer's weight is sharded.
+
+    Args:
+        layers: adapted layers.
+        what: can't be done to them.
+
+    Raises:
+        ValueError: saying so.
+    """
+    if not all(layer.base_layer.place.whole for layer in layers):
+        raise ValueError(f"{what} needs whole weights, and these are sharded (FSDP2). Do it before fully_shard.")

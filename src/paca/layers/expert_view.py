@@ -1,7 +1,7 @@
 """A stack of experts' weights as the model's own code sees it while its columns are trained.
 
 The forward of transformers' experts is left as it is, in each of its implementations: it takes one expert's weight, or
-all of them for a grouped matmul, or one per routed token, and multiplies. ``StackView`` answers those few operations
+all of them for a grouped matmul, or one per routed token, and multiplies. `StackView` answers those few operations
 with products that send gradients to the columns; anything else it refuses, since plain autograd would lose them.
 """
 
@@ -9,19 +9,29 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 import transformers.integrations.moe  # noqa: F401  (defines torch.ops.transformers.grouped_mm_fallback)
 from torch import Tensor
 
-from paca.functional.grouped import GroupedMatmul, grouped_partial_linear
-from paca.functional.linear import partial_linear
+from paca.columns.state import State
+from paca.functional.grouped import GroupedMatmul, GroupedProduct
+from paca.functional.linear import LinearProduct
+from paca.functional.train_columns import Trained, train_columns
+from paca.layers.resident_weight import ResidentPass, ResidentWeight
 
-if TYPE_CHECKING:
-    from paca.columns.state import State
-    from paca.layers.experts import ResidentStack
+
+class ExpertPass(ResidentPass):
+    """A pass on one expert's weight. Taken from the stack anew in the backward pass: the stack may have moved."""
+
+    def __init__(self, stack: ResidentWeight, state: State, expert: int) -> None:
+        super().__init__(stack, state)
+        self.expert = expert
+
+    def weight(self) -> Tensor:
+        return self.module.weight.select(0, self.expert)
 
 
 class StackView:
@@ -29,17 +39,29 @@ class StackView:
 
     Args:
         stack: whose weight it is.
+        trained: the columns that gradients go to.
+        deltas_by_expert: gives each adapter's delta, cut into `(out_features, r)` per expert.
         state: what the weight holds now; a backward pass puts it back if need be.
-        index: None for the whole stack, a number for one expert, ``(rows,)`` int64 for one expert per row.
+        index: None for the whole stack, a number for one expert, `(rows,)` int64 for one expert per row.
         flipped: whether the last two dimensions are swapped against how the stack is stored.
     """
 
-    __slots__ = ("flipped", "index", "stack", "state")
+    __slots__ = ("deltas_by_expert", "flipped", "index", "stack", "state", "trained")
 
     def __init__(
-        self, stack: ResidentStack, state: State, index: int | Tensor | None = None, flipped: bool = False
+        self,
+        stack: ResidentWeight,
+        trained: Trained,
+        deltas_by_expert: Callable[[], list[tuple[Tensor, ...]]],
+        state: State,
+        index: int | Tensor | None = None,
+        flipped: bool = False,
     ) -> None:
-        self.stack, self.state, self.index, self.flipped = stack, state, index, flipped
+        self.stack, self.trained, self.deltas_by_expert, self.state = stack, trained, deltas_by_expert, state
+        self.index, self.flipped = index, flipped
+
+    def _with(self, index: int | Tensor | None, flipped: bool = False) -> StackView:
+        return StackView(self.stack, self.trained, self.deltas_by_expert, self.state, index, flipped)
 
     # -- what the model's code asks of a weight -------------------------------------------------------------------
 
@@ -47,16 +69,16 @@ class StackView:
         if self.index is not None or self.flipped:
             raise ValueError(_refusal(f"indexing of {self!r}"))
         if isinstance(index, int) or (isinstance(index, Tensor) and index.dim() == 0):
-            return StackView(self.stack, self.state, int(index))
+            return self._with(int(index))
         if isinstance(index, Tensor) and index.dim() == 1 and index.dtype in (torch.int64, torch.int32):
-            return StackView(self.stack, self.state, index)
+            return self._with(index)
         raise ValueError(_refusal(f"indexing with {index!r}"))
 
     def transpose(self, first: int, second: int) -> StackView:
         dims = len(self.shape)
         if {first % dims, second % dims} != {dims - 2, dims - 1}:
             raise ValueError(_refusal(f"transpose({first}, {second})"))
-        return StackView(self.stack, self.state, self.index, not self.flipped)
+        return self._with(self.index, not self.flipped)
 
     @property
     def mT(self) -> StackView:
@@ -100,29 +122,20 @@ class StackView:
 
     @property
     def _out_by_in(self) -> bool:
-        """Whether a matrix of this is ``(out_features, in_features)``, and not the transpose."""
+        """Whether a matrix of this is `(out_features, in_features)`, and not the transpose."""
         return (self.stack.input_dim == -1) != self.flipped
 
     @torch.compiler.disable
     def _one_expert(self, x: Tensor, expert: int, bias: Tensor | None = None) -> Tensor:
-        """``x (..., in_features)`` times one expert's weight."""
-        stack, state = self.stack, self.state
-        return partial_linear(
-            x,
-            stack.weight[expert],
-            bias,
-            [cut[expert] for cut in stack.deltas_by_expert(state)],
-            state.indices,
-            state.scales,
-            input_dim=stack.input_dim + 2,
-            before_backward=stack._before_backward(state),
-            state_tag=state.tag_tensor,
-            weight_again=partial(stack.weight.select, 0, expert),
-        )
+        """`x (..., in_features)` times one expert's weight."""
+        deltas = tuple(cut[expert] for cut in self.deltas_by_expert())
+        product = LinearProduct(self.stack.input_dim + 2)
+        source = ExpertPass(self.stack, self.state, expert)
+        return train_columns(product, x, None, bias, self.trained._replace(deltas=deltas), source)
 
     @torch.compiler.disable
     def _expert_of_each_row(self, x: Tensor, experts: Tensor) -> Tensor:
-        """Row ``i`` of ``x (rows, in_features)`` times the weight of ``experts[i]``, without a copy of it per row."""
+        """Row `i` of `x (rows, in_features)` times the weight of `experts[i]`, without a copy of it per row."""
         order = experts.argsort(stable=True)
         counts = experts.bincount(minlength=self.stack.weight.shape[0]).tolist()
         parts = x.index_select(0, order).split(counts)
@@ -133,19 +146,8 @@ class StackView:
 
     @torch.compiler.disable
     def _grouped(self, x: Tensor, offsets: Tensor, matmul: GroupedMatmul) -> Tensor:
-        stack, state = self.stack, self.state
-        return grouped_partial_linear(
-            x,
-            stack.weight,
-            offsets,
-            stack._deltas_of(state),
-            state.indices,
-            state.scales,
-            input_dim=stack.input_dim,
-            matmul=matmul,
-            before_backward=stack._before_backward(state),
-            state_tag=state.tag_tensor,
-        )
+        product = GroupedProduct(self.stack.input_dim, offsets, matmul)
+        return train_columns(product, x, None, None, self.trained, ResidentPass(self.stack, self.state))
 
 
 def _linear(x: Any, weight: Any, bias: Tensor | None = None) -> Tensor:
@@ -161,7 +163,7 @@ def _matmul(x: Any, weight: Any) -> Tensor:
 
 
 def _bmm(first: Any, second: Any) -> Tensor:
-    """One row per indexed expert: ``(rows, 1, in) @ (rows, in, out)``, or ``(rows, out, in) @ (rows, in, 1)``."""
+    """One row per indexed expert: `(rows, 1, in) @ (rows, in, out)`, or `(rows, out, in) @ (rows, in, 1)`."""
     if isinstance(second, StackView):
         if isinstance(second.index, Tensor) and not second._out_by_in and first.shape[1] == 1:
             return second._expert_of_each_row(first[:, 0], second.index)[:, None]

@@ -1,7 +1,7 @@
-"""PaCA for stacks of experts: 3-D parameters such as ``gate_up_proj`` and ``down_proj`` of transformers' experts.
+"""PaCA for stacks of experts: 3-D parameters such as `gate_up_proj` and `down_proj` of transformers' experts.
 
 While it is adapted, the parameter is held by a module in its place, under its name; the experts' own forward asks that
-module for the weight and gets a ``StackView``. Every expert of a stack trains the same input columns.
+module for the weight and gets a `StackView`. Every expert of a stack trains the same input columns.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from paca.columns.state import State
+from paca.columns.state import AdapterColumns, State
 from paca.layers.base import PacaLayer
 from paca.layers.expert_view import StackView
 from paca.layers.mixed_batch import current_mixed_batch
@@ -20,7 +20,7 @@ from paca.layers.resident_weight import ResidentWeight
 
 
 class ExpertStack(nn.Module):
-    """Holds a stack ``weight (experts, out_features, in_features)`` that was a parameter of its experts module.
+    """Holds a stack `weight (experts, out_features, in_features)` that was a parameter of its experts module.
 
     Args:
         weight: the parameter itself.
@@ -35,11 +35,11 @@ class ExpertStack(nn.Module):
 
 
 class TransposedExpertStack(ExpertStack):
-    """The same with ``weight (experts, in_features, out_features)``, as gpt-oss stores it."""
+    """The same with `weight (experts, in_features, out_features)`, as gpt-oss stores it."""
 
 
 class ResidentStack(ResidentWeight, ExpertStack):
-    """An ``ExpertStack`` with resident columns ``weight[:, :, indices]``."""
+    """An `ExpertStack` with resident columns `weight[:, :, indices]`."""
 
     stock_class = ExpertStack
     input_dim = -1
@@ -55,32 +55,29 @@ class ResidentStack(ResidentWeight, ExpertStack):
 
         That way a model whose adapters are disabled or merged runs the stock code on the stock parameter.
         """
-        resident = self.resident
-        if self.sharded is not None:
-            self._prepare_sharded(self.sharded)
-        elif resident.stale(self.weight):
-            resident.refresh(self.weight)
-        recording = torch.is_grad_enabled()
-        if recording or torch._C._current_graph_task_id() == -1:
-            resident.note_forward()  # re-entrant checkpointing runs its first pass without gradients
-        if not recording and not resident.state.columns:
+        state = self.state_now()
+        if not torch.is_grad_enabled() and not state.columns:
             return self.weight
-        return StackView(self, resident.state)
+        return StackView(self, self.place.trained(state, self.owner()), self._deltas_by_expert(state), state)
 
-    def deltas_by_expert(self, state: State) -> list[tuple[Tensor, ...]]:
-        """For each adapter of ``state``, its delta cut into ``(out_features, r)`` per expert.
+    def _deltas_by_expert(self, state: State) -> Callable[[], list[tuple[Tensor, ...]]]:
+        """Gives, for each adapter of `state`, its delta cut into `(out_features, r)` per expert.
 
         Cut once and kept until the deltas change: taken one by one, each expert's backward would make a gradient of the
         whole delta's size.
         """
-        deltas = self._deltas_of(state)
-        requiring = tuple(delta.requires_grad for delta in deltas)
-        # What FSDP2 gathers is another graph's leaf in each pass: its parts must not be kept.
-        if not torch.is_grad_enabled() or self.sharded is not None:
-            return [delta.unbind(0) for delta in deltas]
-        if self._cut is None or self._cut[0] is not state or self._cut[1] != requiring:
-            self._cut = (state, requiring, [delta.unbind(0) for delta in deltas])
-        return self._cut[2]
+
+        def cut() -> list[tuple[Tensor, ...]]:
+            deltas = self.place.trained(state, self.owner()).deltas
+            requiring = tuple(delta.requires_grad for delta in deltas)
+            # What FSDP2 gathers is another graph's leaf in each pass: its parts must not be kept.
+            if not torch.is_grad_enabled() or not self.place.whole:
+                return [delta.unbind(0) for delta in deltas]
+            if self._cut is None or self._cut[0] is not state or self._cut[1] != requiring:
+                self._cut = (state, requiring, [delta.unbind(0) for delta in deltas])
+            return self._cut[2]
+
+        return cut
 
     def release(self) -> None:
         self._cut = None
@@ -97,7 +94,7 @@ class ResidentStack(ResidentWeight, ExpertStack):
 
 
 class ResidentTransposedStack(ResidentStack, TransposedExpertStack):
-    """A ``TransposedExpertStack`` with resident columns ``weight[:, indices, :]``."""
+    """A `TransposedExpertStack` with resident columns `weight[:, indices, :]`."""
 
     stock_class = TransposedExpertStack
     input_dim = -2
@@ -112,8 +109,8 @@ RESIDENT_CLASSES: dict[type[nn.Module], type[ResidentWeight]] = {
 class PacaExpertStack(PacaLayer):
     """The adapted stack: stands where the parameter was, and is used by the experts' forward as the parameter was.
 
-    ``paca_delta`` is ``(experts, out_features, r)`` per adapter, however the stack is stored; ``paca_indices`` is
-    ``(r,)``.
+    `paca_delta` is `(experts, out_features, r)` per adapter, however the stack is stored; `paca_indices` is
+    `(r,)`.
     """
 
     delta_axes = "(experts, out_features, r)"
@@ -126,18 +123,17 @@ class PacaExpertStack(PacaLayer):
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         return False  # PEFT's conversion knows matrices only
 
-    def push_columns(self) -> None:
+    def wanted(self) -> tuple[AdapterColumns, ...]:
         batch = current_mixed_batch()
         if batch is None:
-            super().push_columns()
-        else:  # the rows of one adapter are run by themselves
-            runs = batch.adapter in self.paca_delta and not self._disable_adapters
-            self.base_layer.resident.want((self.columns_of(batch.adapter),) if runs else ())
+            return super().wanted()
+        # The rows of one adapter are run by themselves.
+        runs = batch.adapter in self.paca_delta and not self._disable_adapters
+        return (self.columns_of(batch.adapter),) if runs else ()
 
     @torch.compiler.disable  # a graph must not be specialized on what is resident while it is traced
     def forward(self) -> StackView | Tensor:
         """The stack as the running forward pass sees it."""
-        self.push_columns()
         stack: StackView | Tensor = self.base_layer()
         return stack
 
@@ -179,7 +175,7 @@ class PacaExpertStack(PacaLayer):
 
 
 def stack_of(experts: nn.Module, name: str) -> ExpertStack:
-    """The parameter ``name`` of ``experts`` in a module of its own; ``experts`` is left as it is."""
+    """The parameter `name` of `experts` in a module of its own; `experts` is left as it is."""
     places = tuple(experts._parameters)
     for sibling in experts.children():
         if isinstance(sibling, PacaExpertStack):
@@ -189,7 +185,7 @@ def stack_of(experts: nn.Module, name: str) -> ExpertStack:
 
 
 def put_parameter_back(experts: nn.Module, name: str, stack: ExpertStack) -> None:
-    """Make the stack's weight the parameter ``name`` of ``experts`` again, in its old place."""
+    """Make the stack's weight the parameter `name` of `experts` again, in its old place."""
     del experts._modules[name]
     experts._parameters[name] = stack._parameters["weight"]
     for place in stack.places:

@@ -26,7 +26,7 @@ class ExpertsByAdapter:
 
     Args:
         experts: whose parameters are stacks.
-        name: of ``experts`` in the model, for messages.
+        name: of `experts` in the model, for messages.
     """
 
     def __init__(self, experts: nn.Module, name: str) -> None:
@@ -75,7 +75,7 @@ class ExpertsByAdapter:
     def _tokens_by_adapter(
         self, hidden_states: Tensor, batch: MixedBatch, stacks: list[PacaExpertStack]
     ) -> dict[str, Tensor]:
-        """Per adapter, the numbers of its samples' tokens, ascending; those without columns here are ``"__base__"``'s.
+        """Per adapter, the numbers of its samples' tokens, ascending; those without columns here are `"__base__"`'s.
 
         Raises:
             ValueError: if it can't be told which token is whose.
@@ -104,7 +104,7 @@ class ExpertsByAdapter:
 
     def _check_columns(self, stacks: list[PacaExpertStack], adapter: str) -> None:
         for stack in stacks:
-            if any(columns.name != adapter for columns in stack.base_layer.resident.wanted):
+            if any(columns.name != adapter for columns in stack.base_layer.columns.state.columns):
                 raise RuntimeError(
                     "Another thread ran the model with its active adapters while this one ran a mixed batch, so the "
                     "result would be wrong. Give adapter_names in every thread, or in none."
@@ -115,7 +115,7 @@ class ExpertsByAdapter:
 def tokens_known(model: nn.Module) -> Iterator[None]:
     """Note, for each experts module, how the tokens that it gets are shared out among samples.
 
-    The block around it gets ``(samples, length, hidden)``.
+    The block around it gets `(samples, length, hidden)`.
     """
     handles = []
     for name, _ in adapted_experts(model):
@@ -156,7 +156,7 @@ def split_by_adapter(model: nn.Module) -> None:
 
 
 def run_together(model: nn.Module) -> None:
-    """Undo ``split_by_adapter``."""
+    """Undo `split_by_adapter`."""
     for _, experts in adapted_experts(model):
         splitting = experts.forward
         if isinstance(splitting, ExpertsByAdapter):

@@ -1,26 +1,35 @@
-"""PaCA for linear layers: ``nn.Linear`` and transformers' ``Conv1D``."""
+"""PaCA for linear layers: `nn.Linear` and transformers' `Conv1D`."""
 
 from __future__ import annotations
 
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from paca.functional.linear import LinearProduct
 from paca.layers.base import PacaLayer
 from paca.layers.resident_weight import ResidentWeight
 
+ROWS, COLUMNS = LinearProduct(0), LinearProduct(1)
+
 
 class ResidentLinear(ResidentWeight, nn.Linear):
-    """An ``nn.Linear`` with resident columns ``weight[:, indices]``."""
+    """An `nn.Linear` with resident columns `weight[:, indices]`."""
 
     stock_class = nn.Linear
     input_dim = 1
 
+    def product(self) -> LinearProduct:
+        return COLUMNS
+
 
 class ResidentConv1D(ResidentWeight, Conv1D):
-    """A transformers ``Conv1D`` (GPT-2), whose weight is ``(in_features, out_features)``: columns are its rows."""
+    """A transformers `Conv1D` (GPT-2), whose weight is `(in_features, out_features)`: columns are its rows."""
 
     stock_class = Conv1D
     input_dim = 0
+
+    def product(self) -> LinearProduct:
+        return ROWS
 
 
 RESIDENT_CLASSES: dict[type[nn.Module], type[ResidentWeight]] = {nn.Linear: ResidentLinear, Conv1D: ResidentConv1D}

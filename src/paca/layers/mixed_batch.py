@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -17,7 +18,7 @@ class MixedBatch:
     """Which sample of a batch runs with which adapter.
 
     Args:
-        names: one adapter's name per sample; ``"__base__"`` for none.
+        names: one adapter's name per sample; `"__base__"` for none.
         repeats: how often generation repeats each sample (beams, several answers); then the samples of a layer's
             input may be repeated so, or not (an encoder's are not).
     """
@@ -33,7 +34,7 @@ class MixedBatch:
         self._rows: dict[tuple[int, torch.device], dict[str, Tensor]] = {}
 
     def names_of(self, samples: int) -> tuple[str, ...]:
-        """The adapters of a layer's input that has ``samples`` of them, in its order.
+        """The adapters of a layer's input that has `samples` of them, in its order.
 
         Raises:
             ValueError: if there are not as many names.
@@ -50,7 +51,7 @@ class MixedBatch:
         )
 
     def rows_of(self, samples: int, device: torch.device) -> dict[str, Tensor]:
-        """Per adapter, the numbers of its samples, ``(samples of it,)`` int64 on ``device``; without ``"__base__"``."""
+        """Per adapter, the numbers of its samples, `(samples of it,)` int64 on `device`; without `"__base__"`."""
         key = (samples, device)
         if key not in self._rows:  # once per batch, not once per layer
             groups: dict[str, list[int]] = {}
@@ -61,7 +62,14 @@ class MixedBatch:
         return self._rows[key]
 
 
+class Running:
+    """How many mixed batches run in the process: what compiled graphs look at, which are then run by the layers."""
+
+    count = 0
+
+
 _CURRENT: ContextVar[MixedBatch | None] = ContextVar("paca_mixed_batch", default=None)
+_COUNTING = threading.Lock()
 
 
 def current_mixed_batch() -> MixedBatch | None:
@@ -71,9 +79,13 @@ def current_mixed_batch() -> MixedBatch | None:
 
 @contextmanager
 def running(batch: MixedBatch) -> Iterator[None]:
-    """Make ``batch`` the current one of this thread; other threads don't see it."""
+    """Make `batch` the current one of this thread; other threads don't see it."""
     token = _CURRENT.set(batch)
+    with _COUNTING:
+        Running.count += 1
     try:
         yield
     finally:
+        with _COUNTING:
+            Running.count -= 1
         _CURRENT.reset(token)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import warnings
 from collections import ChainMap
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,6 +12,7 @@ from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from paca.columns.state import State
 from paca.layers.base import PacaLayer
 from paca.layers.overlaid_weight import OverlaidWeight, PatchedWeight
 
@@ -20,7 +20,7 @@ from paca.layers.overlaid_weight import OverlaidWeight, PatchedWeight
 class OverlaidLinear(PacaLayer):
     """Keeps each adapter's deltas and indices over a base layer whose weight stays as it is.
 
-    Its base layer is what ``PatchedWeight.adopt`` or ``AdditiveWeight.adopt`` gave.
+    Its base layer is what `PatchedWeight.adopt` or `AdditiveWeight.adopt` gave.
     """
 
     base_layer: OverlaidWeight
@@ -44,18 +44,29 @@ class OverlaidLinear(PacaLayer):
     def weight_placement(self) -> tuple[torch.device, torch.dtype]:
         return self.base_layer.weight_placement()
 
-    def _park_others(self) -> None:
-        self.push_columns()  # nothing is in the weight
+    def write(self, *, compare: bool = False) -> None:
+        """Let the next pass see what is active; nothing is in the weight."""
+        columns = self.base_layer.columns
+        columns.notice()
+        columns.unaccounted = False
+        columns.state = State(self.wanted(), columns.base, like=columns.state)
+
+    def stepped(self, adapter_name: str) -> None:
+        super().stepped(adapter_name)
+        self.write()
+
+    def job(self, *, compare: bool = False) -> Any:
+        return None
+
+    def park(self) -> None:
+        """Nothing is in the weight."""
+
+    def _weight_replaced(self) -> bool:
+        return False
 
     @torch.compiler.disable  # which columns there are is a matter of run time
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         return super().forward(x, *args, **kwargs)
-
-    def write_parked(self, write: Callable[[], None], *, hidden: bool) -> None:
-        self.base_layer.resident.write_parked(write)
-
-    def _columns_may_change(self) -> None:
-        pass  # deltas are read anew by each pass
 
     # -- where the columns start --------------------------------------------------------------------------------
 
@@ -69,7 +80,7 @@ class OverlaidLinear(PacaLayer):
 
     @torch.no_grad()
     def start_from(self, adapter_name: str, originals: Tensor) -> None:
-        """Let the adapter's columns start at ``originals (out_features, r)`` instead of the quantized weight's.
+        """Let the adapter's columns start at `originals (out_features, r)` instead of the quantized weight's.
 
         The difference goes into the delta, so that the adapter needs nothing besides to be the same elsewhere.
 
@@ -88,7 +99,7 @@ class OverlaidLinear(PacaLayer):
         delta.add_((wanted - present) / self.scaling[adapter_name])
 
     def base_columns(self, indices: Tensor) -> Tensor:
-        """The base weight's columns ``(out_features, r)``, without any adapter's."""
+        """The base weight's columns `(out_features, r)`, without any adapter's."""
         base = self.base_layer
         if isinstance(base, PatchedWeight):
             return base.quantization.columns(base, indices)
@@ -96,20 +107,22 @@ class OverlaidLinear(PacaLayer):
         device, dtype = self.weight_placement()
         units = torch.zeros(indices.numel() + 1, self.in_features, device=device, dtype=dtype)
         units[torch.arange(indices.numel(), device=device), indices] = 1
-        base.resident.want(())
-        y = base(units)
-        self.push_columns()
+        active, self._disable_adapters = self._disable_adapters, True
+        try:
+            y = base(units)
+        finally:
+            self._disable_adapters = active
         return (y[:-1] - y[-1]).t()
 
     # -- merging ------------------------------------------------------------------------------------------------
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Dequantize, write the adapters' columns, quantize again: until ``unmerge``, which is bitwise.
+        """Dequantize, write the adapters' columns, quantize again: until `unmerge`, which is bitwise.
 
-        The merged columns lose their 16 bits: they are quantized like the rest. ``dequantized_linear`` keeps them.
+        The merged columns lose their 16 bits: they are quantized like the rest. `dequantized_linear` keeps them.
 
         Raises:
-            ValueError: if the weight can't be written, or ``safe_merge`` finds NaN or Inf.
+            ValueError: if the weight can't be written, or `safe_merge` finds NaN or Inf.
         """
         names = [n for n in check_adapters_to_merge(self, adapter_names) if n in self.paca_delta]
         if not names:
@@ -128,9 +141,9 @@ class OverlaidLinear(PacaLayer):
             base.quantization.restore(base, self._before_merge)
         weight = base.patched_weight(base.quantization.stored_dtype(base), together)
         self._before_merge = base.quantization.replace(base, weight)
-        base.resident.begin_generation()
+        base.columns.base_changed()
         self.merged_adapters.extend(names)
-        self.push_columns()
+        self.write()
 
     def unwritable(self, adapter_name: str) -> ValueError:
         """Why an adapter can't be merged here."""
@@ -152,10 +165,10 @@ class OverlaidLinear(PacaLayer):
         base = self.base_layer
         assert isinstance(base, PatchedWeight)
         base.quantization.restore(base, self._before_merge)
-        base.resident.begin_generation()
+        base.columns.base_changed()
         self._before_merge = None
         self.merged_adapters.clear()
-        self.push_columns()
+        self.write()
 
     def unload_and_optionally_merge_module(
         self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
@@ -169,7 +182,7 @@ class OverlaidLinear(PacaLayer):
         return self.base_layer
 
     def dequantized_linear(self, dtype: torch.dtype, adapter_names: list[str] | None) -> nn.Linear:
-        """An ordinary layer in ``dtype`` with the adapters' columns in it, rounded once."""
+        """An ordinary layer in `dtype` with the adapters' columns in it, rounded once."""
         base = self.base_layer
         assert isinstance(base, PatchedWeight)
         if self.merged:

@@ -13,14 +13,26 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from paca.columns.overlay import OverlaidColumns
-from paca.columns.state import State
-from paca.functional.additive import add_columns
-from paca.functional.patched import Dequantize, patched_linear, patched_weight
+from paca.columns.kept import Kept, positions_of, sum_of, write_columns
+from paca.columns.state import ActiveColumns, AdapterColumns, AddedPass, State
+from paca.functional.linear import LinearProduct
+from paca.functional.train_columns import WeightSource, train_columns
+from paca.layers.linear import COLUMNS
 from paca.layers.mixed_batch import current_mixed_batch
+from paca.layers.resident_weight import rebind_forward
 from paca.quantized import QuantizedWeight, quantization_of
 
 _SUBCLASSES: dict[tuple[type, type], type[nn.Module]] = {}
+
+
+class NoPlace:
+    """Where the columns live that no weight holds: nowhere. It does not matter who holds which part of the weight."""
+
+    whole = True
+
+    def local(self, layer: Any, adapter_name: str) -> tuple[Tensor, None]:
+        """The adapter's delta."""
+        return layer.paca_delta[adapter_name], None
 
 
 class OverlaidWeight(nn.Module):
@@ -29,39 +41,49 @@ class OverlaidWeight(nn.Module):
     stock_class: ClassVar[type[nn.Module]]
     """What the module was, and becomes again."""
 
-    resident: OverlaidColumns
-    """By the name that the columns of a plain weight have: the adapted layer above need not know which they are."""
+    columns: ActiveColumns
+    place: NoPlace
     owner: Callable[[], Any]
-    sharded: ClassVar[None] = None
-    """Nothing is written into the weight, so it does not matter who holds which part of it."""
-
-    def bring_gathered_up_to_date(self) -> None:
-        """Nothing is gathered."""
 
     @classmethod
     def adopt(cls, module: Any) -> Any:
-        """Turn ``module`` into an instance of a subclass of its class and this one, in place."""
+        """Turn `module` into an instance of a subclass of its class and this one, in place."""
         module.__class__ = _subclass(cls, type(module))
-        module.resident = OverlaidColumns()
-        module.owner = lambda: None
-        module._rebind_forward()
+        module.columns = ActiveColumns()
+        module._settle_in()
         return module
 
-    def _rebind_forward(self) -> None:
-        # accelerate's hooks wrap `forward` on the instance and keep what they found as `_old_forward`.
-        if "_old_forward" in self.__dict__:
-            self._old_forward = type(self).forward.__get__(self)
-        else:
-            self.__dict__.pop("forward", None)  # what they leave when they are taken off
+    def _settle_in(self) -> None:
+        self.place = NoPlace()
+        self.owner = lambda: None  # the adapted layer above makes itself known
+        self._rebind_forward()
 
     def release(self) -> None:
         """Turn back into the stock module, in place."""
-        del self.resident, self.owner
+        self.columns.base_changed()
+        del self.columns, self.place, self.owner
         self.__class__ = self.stock_class  # type: ignore[assignment]
         OverlaidWeight._rebind_forward(self)
 
+    def _rebind_forward(self) -> None:
+        if "_old_forward" not in self.__dict__:
+            self.__dict__.pop("forward", None)  # what accelerate's hooks leave when they are taken off
+        rebind_forward(self)
+
+    def product(self) -> LinearProduct:
+        """What all of them compute."""
+        return COLUMNS
+
+    def state_now(self) -> State:
+        """What a forward pass sees."""
+        owner = self.owner()
+        if owner is not None and owner.stale():
+            owner.write()
+        self.columns.note_forward()
+        return self.columns.state
+
     def weight_shape(self) -> tuple[int, int]:
-        """``(out_features, in_features)``."""
+        """`(out_features, in_features)`."""
         raise NotImplementedError
 
     def weight_placement(self) -> tuple[torch.device, torch.dtype]:
@@ -72,13 +94,13 @@ class OverlaidWeight(nn.Module):
         # Pickling finds classes by name, and a class that was made here has none that can be imported.
         kind = next(c for c in (PatchedWeight, AdditiveWeight) if isinstance(self, c))
         state = self.__dict__.copy()
-        del state["owner"], state["resident"]
+        del state["owner"], state["columns"], state["place"]
         return _rebuild, (kind, self.stock_class), state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self.resident = OverlaidColumns()
-        self.owner = lambda: None  # the adapted layer above makes itself known again
+        self.columns = ActiveColumns()
+        self._settle_in()
 
 
 def _subclass(kind: type[OverlaidWeight], stock: type[nn.Module]) -> type[nn.Module]:
@@ -126,13 +148,13 @@ class PatchedWeight(OverlaidWeight):
         return found
 
     def forward(self, x: Tensor) -> Tensor:
-        state = self.resident.note_forward()
+        state = self.state_now()
         if state.columns:
             return self._run_dequantized(x, state)
         batch, owner = current_mixed_batch(), self.owner()
         if batch is None or owner is None:
             return super().forward(x)
-        rows = [group.rows for group in owner.row_columns(x, batch)]
+        rows = list(owner.rows_of(x, batch).values())
         if not rows:
             return super().forward(x)
         if self.quantization.stock_dequantizes:
@@ -146,32 +168,57 @@ class PatchedWeight(OverlaidWeight):
         return torch.cat(parts).index_select(0, torch.cat([mine, others]).argsort())
 
     def _run_dequantized(self, x: Tensor, state: State) -> Tensor:
-        """Multiply with the dequantized weight and the columns of ``state``; nothing else of ``x`` is kept."""
-        compute_dtype, output_dtype = self.quantization.dtypes(self, x)
-        bias: Any = self.bias
-        return patched_linear(x, bias, self._dequantize(), compute_dtype, state).to(output_dtype)
+        """Multiply with the dequantized weight and the columns of `state`; nothing else of `x` is kept."""
+        dtype, output_dtype = self.quantization.dtypes(self, x)
+        bias: Any = None if self.bias is None else self.bias.to(dtype)
+        with torch.autocast(x.device.type, enabled=False):
+            source = PatchedPass(self, state, dtype)
+            return train_columns(COLUMNS, x.to(dtype), None, bias, state.trained, source).to(output_dtype)
 
-    def patched_weight(self, dtype: torch.dtype, columns: tuple[Any, ...]) -> Tensor:
-        """The dequantized weight ``(out_features, in_features)`` with ``columns`` in it."""
-        return patched_weight(self._dequantize(), dtype, columns)
-
-    def _dequantize(self) -> Dequantize:
+    @torch.no_grad()
+    def patched_weight(self, dtype: torch.dtype, columns: tuple[AdapterColumns, ...]) -> Tensor:
+        """The dequantized weight `(out_features, in_features)` in `dtype`, with `columns` in it, rounded once."""
         quantization = self.quantization
-        packed = quantization.packed(self)
-        version = packed._version
+        if not columns:
+            return quantization.dequantize(self).to(dtype)
+        positions = positions_of(columns, quantization.packed(self).device)
+        weight, originals = quantization.weight_and_columns(self, dtype, positions)
+        originals = originals.to(torch.promote_types(originals.dtype, dtype))
+        write_columns(weight, 1, positions, sum_of(Kept(positions, originals), columns, 1))
+        return weight
 
-        def dequantize(dtype: torch.dtype, positions: Tensor | None) -> tuple[Tensor, Tensor]:
-            if quantization.packed(self) is not packed or packed._version != version:
-                raise RuntimeError(
-                    "A quantized weight was merged into, loaded or moved between a forward pass and its backward pass. "
-                    "Run backward() first."
-                )
-            with torch.no_grad():
-                if positions is None:
-                    positions = torch.empty(0, dtype=torch.int64, device=packed.device)
-                return quantization.weight_and_columns(self, dtype, positions)
 
-        return dequantize
+class PatchedPass(WeightSource):
+    """One pass on a dequantized weight: it is made anew for the backward pass, and none is kept.
+
+    Args:
+        module: the quantized layer.
+        state: the columns that are written into the weight.
+        dtype: of the matmuls.
+    """
+
+    __slots__ = ("columns", "dtype", "module", "packed", "state", "version")
+
+    def __init__(self, module: PatchedWeight, state: State, dtype: torch.dtype) -> None:
+        self.module, self.state, self.dtype, self.columns = module, state, dtype, module.columns
+        self.packed = module.quantization.packed(module)
+        self.version = self.packed._version
+
+    @property
+    def tag(self) -> Tensor:
+        return self.state.tag
+
+    def weight(self) -> Tensor:
+        return self.module.patched_weight(self.dtype, self.state.columns)
+
+    def weight_again(self, saved_tag: Tensor) -> Tensor:
+        self.columns.check_backward(self.state, saved_tag)
+        if self.module.quantization.packed(self.module) is not self.packed or self.packed._version != self.version:
+            raise RuntimeError(
+                "A quantized weight was merged into, loaded or moved between a forward pass and its backward pass. Run "
+                "backward() first."
+            )
+        return self.weight()
 
 
 class AdditiveWeight(OverlaidWeight):
@@ -190,7 +237,7 @@ class AdditiveWeight(OverlaidWeight):
         return torch.device(device), floats[0] if floats else torch.float32
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        state = self.resident.note_forward()
+        state = self.state_now()
         y = super().forward(x, *args, **kwargs)
         if torch.is_grad_enabled() and x.requires_grad and not y.requires_grad:
             raise RuntimeError(
@@ -201,11 +248,12 @@ class AdditiveWeight(OverlaidWeight):
             )
         if not state.columns:
             return y
-        return add_columns(y, x, state)
+        source = AddedPass(self.columns, state)
+        return train_columns(COLUMNS, x, None, None, state.trained, source, added_to=y)
 
 
 def features(module: Any) -> tuple[int, int]:
-    """``(out_features, in_features)`` of a linear layer of any library.
+    """`(out_features, in_features)` of a linear layer of any library.
 
     Raises:
         ValueError: if it says so by none of the names in use.

@@ -15,7 +15,8 @@ from typing import Any, TypeVar
 from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from paca.tuner.refresh import RefreshBeforeForward, paca_layers
+from paca.layers import paca_layers
+from paca.tuner import entry
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -78,8 +79,8 @@ def find_blocks(model: nn.Module) -> RepeatedBlocks | None:
 
 def copy_with_blocks(model: Model, blocks: RepeatedBlocks | None, chosen: tuple[int, ...]) -> Model:
     """A copy of `model`, a model without PEFT's wrapper, that has only the `chosen` of its blocks (all if None)."""
-    hooks = dict(model._forward_pre_hooks)
-    RefreshBeforeForward.remove(model)  # it lists all adapted layers, which would be copied along
+    hooks, with_kwargs = dict(model._forward_pre_hooks), dict(model._forward_pre_hooks_with_kwargs)
+    entry.remove(model)  # it lists all adapted layers, which would be copied along
     modules: dict[str, Any] = {}
     if blocks is not None:
         block_list = model.get_submodule(blocks.path)
@@ -92,10 +93,11 @@ def copy_with_blocks(model: Model, blocks: RepeatedBlocks | None, chosen: tuple[
             block_list._modules = modules
         model._forward_pre_hooks.clear()
         model._forward_pre_hooks.update(hooks)
+        model._forward_pre_hooks_with_kwargs.update(with_kwargs)
     if blocks is not None:
         _shorten_config(small, len(blocks.kinds), chosen)
     if paca_layers(small):
-        RefreshBeforeForward.install(small)
+        entry.install(small)
     return small
 
 

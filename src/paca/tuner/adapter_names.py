@@ -11,10 +11,10 @@ from typing import Any
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
-from paca.layers import PacaLayer
+from paca.layers import PacaLayer, paca_layers
 from paca.layers.experts_by_adapter import run_together, split_by_adapter, tokens_known
 from paca.layers.mixed_batch import BASE, MixedBatch, current_mixed_batch, running
-from paca.tuner.refresh import paca_layers
+from paca.tuner.entry import leave_unwritten
 
 _COUNTING = threading.Lock()
 _RUNNING: weakref.WeakKeyDictionary[nn.Module, int] = weakref.WeakKeyDictionary()
@@ -54,8 +54,7 @@ def mixed_batch(model: nn.Module, adapter_names: Sequence[str], arguments: Mappi
             _RUNNING[model] -= 1
             if _RUNNING[model] == 0:  # a thread that still runs needs the weights as they are
                 run_together(model)
-                for layer in paca_layers(model):
-                    layer.push_columns()
+                leave_unwritten(model)
 
 
 def _check(model: nn.Module, adapter_names: Sequence[str]) -> tuple[str, ...]:

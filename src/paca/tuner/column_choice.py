@@ -89,7 +89,7 @@ def column_norms(layer: Any, key: str) -> Tensor:
         module: Any = layer.base_layer
     elif isinstance(layer, PacaLayer):
         module = layer.base_layer
-        module.resident.park(module.home_to_write())
+        layer.park()
         return weight_norms(module.weight, module.input_dim)
     else:
         module = layer

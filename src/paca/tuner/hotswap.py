@@ -18,9 +18,8 @@ from peft.utils.other import AuxiliaryTrainingWrapper, get_pattern_key
 from peft.utils.save_and_load import load_peft_weights
 from torch import Tensor, nn
 
-from paca.columns.sharded import refuse_sharded
 from paca.config import PacaConfig
-from paca.layers import PacaLayer
+from paca.layers import PacaLayer, refuse_sharded
 from paca.tuner.adapter_checks import DELTA, INDICES, check_adapter_tensors
 from paca.tuner.recorded_quantization import quantizations, warn_of_another
 from paca.tuner.registration import NAME
@@ -144,15 +143,14 @@ def _alpha_of(config: PacaConfig, module_name: str) -> float:
 
 
 def _swap(layer: PacaLayer, adapter_name: str, delta: Tensor, indices: Tensor, alpha: float) -> None:
-    def write() -> None:
+    def change() -> None:
         _write(layer.paca_delta[adapter_name], delta)
         layer.paca_delta[adapter_name].grad = None  # of other columns
         _write(layer.paca_indices[adapter_name], indices)
         layer.paca_alpha[adapter_name] = alpha
         layer.scaling[adapter_name] = alpha / layer.r[adapter_name]
-        layer.push_columns()
 
-    layer.write_parked(write, hidden=layer.paca_delta[adapter_name].is_inference())
+    layer.change(adapter_name, change)
 
 
 def _write(place: Tensor, values: Tensor) -> None:

@@ -17,12 +17,13 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from paca.config import PacaConfig
-from paca.layers import PACA_CLASSES, RESIDENT_CLASSES, PacaExpertStack, PacaLayer
+from paca.layers import PACA_CLASSES, RESIDENT_CLASSES, PacaExpertStack, PacaLayer, paca_layers
 from paca.layers.experts import ExpertStack, put_parameter_back, stack_of
 from paca.layers.modes import OVERLAID, is_offloaded, known_quantizations, mode_of, offloads
 from paca.layers.overlaid import OverlaidLinear, check_writable
 from paca.layers.plain import dequantize_model
 from paca.layers.resident_weight import ResidentWeight
+from paca.tuner import entry
 from paca.tuner.adapter_checks import DELTA, check_adapter_tensors, check_indices_used, check_name
 from paca.tuner.adapter_file import check_has_weights
 from paca.tuner.adapter_names import mixed_batch
@@ -31,7 +32,6 @@ from paca.tuner.expert_targets import expert_targets, unused_patterns
 from paca.tuner.original_weights import OriginalWeights
 from paca.tuner.recorded_quantization import quantizations, warn_of_another
 from paca.tuner.reference import copied_adapter, copy_deltas
-from paca.tuner.refresh import RefreshBeforeForward, paca_layers
 from paca.tuner.registration import PREFIX
 from paca.tuner.rotation.files import with_unions, without_unions
 from paca.tuner.safe_merge import check_deltas, merge_all_or_none
@@ -47,6 +47,10 @@ class PacaModel(BaseTuner):
     prefix = PREFIX
     tuner_layer_cls = PacaLayer
     target_module_mapping: dict[str, list[str]] = {}  # noqa: RUF012  (PEFT reads it; ours targets all linear layers)
+
+    def __init__(self, model: nn.Module, *args: Any, **kwargs: Any) -> None:
+        super().__init__(model, *args, **kwargs)
+        entry.install_in_holder(self, model)
 
     # -- putting adapters in ------------------------------------------------------------------------------------
 
@@ -77,7 +81,7 @@ class PacaModel(BaseTuner):
         unused = unused_patterns(model, adapter_name, {**config.rank_pattern, **config.alpha_pattern})
         if config.target_parameters and unused:
             warnings.warn(f"rank_pattern or alpha_pattern: no adapted layer is called {unused}.", stacklevel=2)
-        RefreshBeforeForward.install(model)
+        entry.install(model)
 
     def _prepare_adapter_config(self, peft_config: Any, model_config: dict[str, Any]) -> Any:
         if peft_config.target_modules is None and peft_config.target_parameters:
@@ -250,7 +254,7 @@ class PacaModel(BaseTuner):
         if arguments.get("merge", True) and arguments.get("safe_merge"):
             self.merge_adapter(arguments.get("adapter_names"), safe_merge=True)
         model: Any = super()._unload_and_optionally_merge(*args, **kwargs)
-        RefreshBeforeForward.remove(model)
+        entry.remove(model)
         return model
 
     def merge_and_unload(
@@ -308,7 +312,7 @@ class PacaModel(BaseTuner):
         try:
             rotating = getattr(config, "rotate_every", None) is not None
             checked = check_adapter_tensors(model, adapter_name, tensors, rotating=rotating)
-        except ValueError:
+        except Exception:
             if getattr(config, "loading", False):  # the adapter was only just put in, to be loaded into
                 tuner = getattr(model, "base_model", None)
                 root = tuner.model if isinstance(tuner, PacaModel) else model
@@ -386,7 +390,7 @@ def remove_adapter(model: nn.Module, adapter_name: str, trainable_before: dict[s
                 stock = module.unload_and_optionally_merge_module(False, False, None)
                 setattr(model.get_submodule(parent_name), child, stock)
     if not paca_layers(model):
-        RefreshBeforeForward.remove(model)
+        entry.remove(model)
         if getattr(model, "peft_config", None) == {}:
             del model.peft_config
     for name, parameter in model.named_parameters():

@@ -17,10 +17,9 @@ import torch
 from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
 
-from paca.columns.sharded import refuse_sharded
-from paca.columns.state import Columns
+from paca.columns.state import AdapterColumns
 from paca.config import PacaConfig
-from paca.layers import PacaLayer
+from paca.layers import PacaLayer, refuse_sharded
 
 if TYPE_CHECKING:
     from paca.tuner.model import PacaModel
@@ -39,7 +38,7 @@ class WeightedSum(NamedTuple):
 
 
 def weighted_sum(
-    columns: Sequence[Columns], weights: Sequence[float], dtype: torch.dtype, column_dim: int = 1
+    columns: Sequence[AdapterColumns], weights: Sequence[float], dtype: torch.dtype, column_dim: int = 1
 ) -> WeightedSum:
     """The union of ``columns``, with ``delta = sum_i weights[i] * scale_i * delta_i``.
 

@@ -8,7 +8,7 @@ import torch
 
 import paca
 from models import adapt, adapted_perceptron, gpt2, llama, perceptron, tokens
-from paca.tuner.refresh import paca_layers
+from paca.layers import paca_layers
 from paca.tuner.rotation.union_config import alpha_for
 from rotating import equal, rotated, trainable
 

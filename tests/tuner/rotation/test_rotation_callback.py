@@ -13,7 +13,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 import paca
 from models import llama
-from paca.tuner.refresh import paca_layers
+from paca.layers import paca_layers
 
 
 def data():

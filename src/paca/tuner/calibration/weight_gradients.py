@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 
 from paca.columns.selection import weight_norms
-from paca.functional import convolution as partial_convolution
-from paca.functional.convolution import Geometry, selected_channels
+from paca.functional.convolution import ConvolutionProduct, Geometry
 
 _AT_ONCE = 2**20  # values of the gradient that are there at a time: 4 MiB
 
@@ -49,18 +48,15 @@ def convolution_squares(x: Tensor, grad_output: Tensor, module: Any) -> Tensor:
         grad_output: of its output.
         module: the ``nn.Conv1d``, ``Conv2d`` or ``Conv3d``.
     """
-    geometry = Geometry.of(module)
+    product = ConvolutionProduct(Geometry.of(module))
     dtype = torch.promote_types(torch.promote_types(x.dtype, grad_output.dtype), torch.float32)
     columns = torch.arange(module.in_channels // module.groups, device=x.device)
     kernel = tuple(module.kernel_size)
     per_column = module.out_channels * int(torch.tensor(kernel).prod())
-    squares = [
-        weight_norms(
-            partial_convolution.column_gradient(
-                grad_output.to(dtype), selected_channels(x, part, geometry).to(dtype), kernel, geometry, 1.0, dtype
-            ),
-            1,
-        ).square()
-        for part in columns.split(max(1, _AT_ONCE // per_column))
-    ]
+    squares = []
+    for part in columns.split(max(1, _AT_ONCE // per_column)):
+        size = torch.Size((module.out_channels, part.numel(), *kernel))
+        selected = product.select(x, part, None).to(dtype)
+        gradient = product.delta_gradient(selected, grad_output.to(dtype), part, 1.0, size, dtype)
+        squares.append(weight_norms(gradient, 1).square())
     return torch.cat(squares)

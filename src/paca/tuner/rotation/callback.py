@@ -7,7 +7,7 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from paca.tuner.refresh import paca_layers
+from paca.layers import paca_layers
 from paca.tuner.rotation.pickers import Picker
 from paca.tuner.rotation.rotate import rotate, rotating_adapter, set_trained_columns, trained_columns
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from paca.columns.column_union import split, union_of
 from paca.columns.selection import explicit_columns
+from paca.columns.state import AdapterColumns
 from paca.config import PacaConfig
 from paca.layers import PacaLayer
 from paca.tuner.rotation.pickers import Picker, RotatingLayer, picker_of
@@ -192,7 +193,7 @@ def _train_columns(layers: Mapping[str, PacaLayer], name: str, chosen: Mapping[s
 def _train_columns_of(layer: PacaLayer, name: str, indices: Tensor) -> None:
     parameter, places = layer.paca_delta[name], layer.paca_indices[name]
 
-    def write() -> None:
+    def fold() -> tuple[AdapterColumns, ...]:
         union = union_of(places, parameter, layer.folded.get(name), layer.delta_column_dim)
         delta, folded = split(union, indices, layer.delta_column_dim)
         parameter.copy_(delta)
@@ -202,7 +203,9 @@ def _train_columns_of(layer: PacaLayer, name: str, indices: Tensor) -> None:
             layer.folded.pop(name, None)
         else:
             layer.folded[name] = folded
-        layer.push_columns()
+        base.columns.changed(name)
+        return layer.wanted()
 
-    layer.push_columns()
-    layer.base_layer.resident.rotate(layer.base_layer.weight, parameter, write)
+    base = layer.base_layer
+    layer.write()
+    base.columns.rotate(base.weight, name, fold)

@@ -5,7 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from paca.functional.grouped import grouped_partial_linear
+from functional.fixed_weight import FixedWeight, columns
+from paca.functional.grouped import GroupedProduct
+from paca.functional.train_columns import train_columns
 from reference import tolerance
 
 COUNTS = (3, 0, 5, 1)  # the second expert gets no rows
@@ -29,19 +31,11 @@ def case(dtype, ranks=(3,), seed=0):
     return x, weight, [d.requires_grad_() for d in deltas], indices, grad_output
 
 
-def run(x, weight, deltas, indices, scales, input_dim, matmul, seen=None):
-    return grouped_partial_linear(
-        x,
-        weight if input_dim == -1 else weight.mT.contiguous(),
-        torch.tensor(COUNTS).cumsum(0, dtype=torch.int32),
-        deltas,
-        indices,
-        scales,
-        input_dim=input_dim,
-        matmul=matmul,
-        before_backward=(lambda tag: None) if seen is None else seen.append,
-        state_tag=torch.tensor(7),
-    )
+def run(x, weight, deltas, indices, scales, input_dim, matmul, source=None):
+    product = GroupedProduct(input_dim, torch.tensor(COUNTS).cumsum(0, dtype=torch.int32), matmul)
+    stored = weight if input_dim == -1 else weight.mT.contiguous()
+    trained = columns(deltas, indices, scales)
+    return train_columns(product, x, stored if source is None else None, None, trained, source)
 
 
 @pytest.mark.parametrize("input_dim", [-1, -2])
@@ -60,8 +54,8 @@ def test_output_and_gradients_equal_a_loop_over_experts_in_float64(dtype, ranks,
             start += count
             torch.testing.assert_close(y[rows].double(), x64 @ w64.T, **tolerance(dtype, IN))
             torch.testing.assert_close(x.grad[rows].double(), g64 @ w64, **tolerance(dtype, OUT))
-            for delta, columns, scale in zip(deltas, indices, scales, strict=True):
-                want = scale * g64.T @ x64[:, columns]
+            for delta, chosen, scale in zip(deltas, indices, scales, strict=True):
+                want = scale * g64.T @ x64[:, chosen]
                 torch.testing.assert_close(delta.grad[expert].double(), want, **tolerance(dtype, max(count, 1)))
                 assert delta.grad.dtype == delta.dtype
                 if count == 0:
@@ -82,24 +76,33 @@ def test_only_the_selected_columns_of_the_rows_are_kept():
     x, weight, deltas, indices, _ = case(torch.float32)
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
-        run(x, weight, deltas, indices, [1.0], -1, torch._grouped_mm)
-    assert sorted(tuple(t.shape) for t in kept) == [(), (len(COUNTS),), (sum(COUNTS), 3)]
+        run(x, weight, deltas, indices, [1.0], -1, torch._grouped_mm, FixedWeight(weight))
+    assert sorted(tuple(t.shape) for t in kept) == [(), (sum(COUNTS), 3)]  # the tag and the rows
 
 
 def test_what_needs_no_gradient_gets_none_and_keeps_nothing():
     x, weight, deltas, indices, grad_output = case(torch.float32, (3, 8))
     deltas[0].requires_grad_(False)
-    run(x.detach(), weight, deltas, indices, [1.0, 1.0], -1, torch._grouped_mm).backward(grad_output)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        y = run(x.detach(), weight, deltas, indices, [1.0, 1.0], -1, torch._grouped_mm, FixedWeight(weight))
+    assert [tuple(t.shape) for t in kept if t.is_floating_point()] == [(sum(COUNTS), 8)]
+    y.backward(grad_output)
     assert x.grad is None
     assert deltas[0].grad is None
     assert deltas[1].grad is not None
 
 
-def test_the_columns_are_put_back_before_the_weight_is_read_again():
+def test_the_backward_pass_reads_the_weight_that_the_source_gives_again():
     x, weight, deltas, indices, grad_output = case(torch.float32)
-    seen = []
-    run(x, weight, deltas, indices, [1.0], -1, torch._grouped_mm, seen).backward(grad_output)
-    assert seen == [7]
+    source = FixedWeight(weight.clone(), tag=7)
+    y = run(x, weight, deltas, indices, [1.0], -1, torch._grouped_mm, source)
+    source.fixed.mul_(2)
+    y.backward(grad_output)
+    assert source.seen == [7]
+    again = x.detach().requires_grad_()
+    run(again, 2 * weight, deltas, indices, [1.0], -1, torch._grouped_mm).backward(grad_output)
+    assert torch.equal(x.grad, again.grad)
 
 
 def test_a_stack_that_requires_grad_is_refused():

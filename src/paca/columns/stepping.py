@@ -1,0 +1,98 @@
+"""The first door: after an optimizer's step, the columns of the deltas that it holds are written, all layers together.
+
+The hook is torch's own for every `torch.optim.Optimizer`: it runs after fused and foreach steps, 8-bit optimizers,
+Muon, Adafactor and whatever else is a subclass, also where a step runs inside of a backward pass.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+import weakref
+from typing import Any, Protocol, cast
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+
+from paca.columns.resident import ResidentColumns, write_together
+from paca.columns.state import AdapterColumns
+
+Job = tuple[ResidentColumns, Tensor, tuple[AdapterColumns, ...]]
+
+
+class HasDeltas(Protocol):
+    """An adapted layer."""
+
+    def stepped(self, adapter_name: str) -> Job | None:
+        """Note that an optimizer changed this adapter's delta.
+
+        Returns:
+            What has to be written now, for `write_together`; None if nothing has.
+        """
+        ...
+
+
+_LAYERS: dict[int, tuple[weakref.ref[Tensor], weakref.ref[Any], str]] = {}  # by the id of a delta
+_STEPPING: dict[int, list[tuple[weakref.ref[Any], str]]] = {}  # by thread: whose deltas an optimizer is writing
+_WRAPPER = torch.optim.Optimizer.profile_hook_step.__code__  # wraps every optimizer's step
+
+
+def register_delta(delta: Tensor, layer: HasDeltas, adapter_name: str) -> None:
+    """Let optimizers that hold `delta` tell `layer` about their steps."""
+    key = id(delta)
+    _LAYERS[key] = (weakref.ref(delta, lambda _: _LAYERS.pop(key, None)), weakref.ref(layer), adapter_name)
+
+
+def others_step() -> bool:
+    """Whether another thread is in an optimizer's step: then columns are left as they are, those of before it."""
+    if not _STEPPING:
+        return False
+    for thread in list(_STEPPING):
+        if not _is_in_a_step(thread):
+            _STEPPING.pop(thread, None)  # it raised, so that its hook did not run
+    return bool(_STEPPING.keys() - {threading.get_ident()})
+
+
+def _is_in_a_step(thread: int) -> bool:
+    frame = sys._current_frames().get(thread)
+    while frame is not None:
+        if frame.f_code.co_name == "wrapper" and frame.f_code.co_filename == _WRAPPER.co_filename:
+            return True
+        frame = frame.f_back
+    return False
+
+
+def _held(optimizer: torch.optim.Optimizer) -> list[tuple[weakref.ref[Any], str]]:
+    """The layers and adapters whose deltas `optimizer` holds and has gradients of; it leaves others alone.
+
+    This is the thread that trains: nobody replaces gradients meanwhile.
+    """
+    held = []
+    for group in optimizer.param_groups:
+        for parameter in cast("list[Tensor]", group["params"]):
+            found = _LAYERS.get(id(parameter))
+            if found is not None and found[0]() is parameter and parameter.grad is not None:
+                held.append(found[1:])
+    return held
+
+
+def _before_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+    _STEPPING[threading.get_ident()] = _held(optimizer)
+
+
+def _after_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+    before = _STEPPING.pop(threading.get_ident(), [])
+    jobs = []
+    # Gradients may come within the step (closures), or go (zeroed by the optimizer itself).
+    for layer_of, adapter_name in dict.fromkeys([*before, *_held(optimizer)]):
+        layer = layer_of()
+        job = None if layer is None else layer.stepped(adapter_name)
+        if job is not None:
+            jobs.append(job)
+    if jobs:
+        write_together(jobs)
+
+
+register_optimizer_step_pre_hook(_before_step)
+register_optimizer_step_post_hook(_after_step)

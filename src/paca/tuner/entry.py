@@ -1,0 +1,182 @@
+"""The third door: what no optimizer's hook and no call has written is noticed when a model is entered.
+
+A model's forward pass begins with one look over its adapted layers. A version counter that moved; a parameter that was
+replaced; a new mode, which is when averages and schedule-free optimizers swap values through `.data`; gradients, and no
+optimizer whose steps are seen: then the columns concerned are compared or written, all layers together.
+"""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._dynamo.eval_frame import skip_code
+from torch.nn.modules.module import register_module_module_registration_hook
+
+from paca.columns.resident import Entry, write_together
+from paca.columns.state import THREAD
+from paca.columns.stepping import others_step
+from paca.layers.base import PacaLayer, paca_layers
+from paca.layers.mixed_batch import current_mixed_batch
+
+
+def refresh(model: nn.Module) -> None:
+    """Write the deltas into the weights now, whatever their version counters say.
+
+    Needed only after a delta was written through `.data` (or by a foreign kernel) with neither a step, a backward pass
+    nor a change of mode around it; and before a call of a function of your own that you compiled around the model,
+    after deltas were written by hand.
+
+    Args:
+        model: the adapted model, or any module that holds adapted layers.
+    """
+    layers = paca_layers(model)
+    write_layers(layers, compare=True)
+    for entry in {layer.base_layer.columns.entry for layer in layers if layer.mode == "resident"}:
+        if isinstance(entry, ModelEntry) and set(entry.layers) <= set(layers):
+            entry.unwritten = False
+
+
+def write_layers(layers: list[PacaLayer], *, compare: bool = False) -> None:
+    """Make the weights of many layers hold what is active."""
+    in_mixed_batch = current_mixed_batch() is not None  # whose stacks of experts hold one adapter after the other
+    layers = [layer for layer in layers if not (in_mixed_batch and layer.runs_adapters_in_turn)]
+    jobs = [layer.job(compare=compare) for layer in layers if layer.mode == "resident"]
+    write_together(job for job in jobs if not any(c.delta.is_meta for c in job[2]))
+    for layer in layers:
+        if layer.mode != "resident":
+            layer.write()
+
+
+class ModelEntry(Entry):
+    """What happens when an adapted model is entered.
+
+    Args:
+        layers: the adapted layers of the model.
+    """
+
+    def __init__(self, layers: list[PacaLayer]) -> None:
+        self.layers = layers
+        self._modes: dict[int, tuple[bool, bool]] = {}  # by thread: whether gradients were on, and training
+        self._note_in_layers()
+
+    def _note_in_layers(self) -> None:
+        for layer in self.layers:
+            if layer.mode == "resident":
+                layer.base_layer.columns.entry = self
+
+    @torch.compiler.disable
+    def look(self, model: nn.Module, inputs: Iterable[Any] = ()) -> None:
+        """Write what is stale. Reads only, if nothing is."""
+        mode = torch.is_grad_enabled(), model.training
+        # Re-entrant checkpointing has inputs that require grad, and runs a first pass without gradients.
+        THREAD.records = mode[0] or any(isinstance(x, Tensor) and x.requires_grad for x in inputs)
+        thread = threading.get_ident()
+        compare = self._modes.get(thread) != mode
+        if others_step():
+            return
+        self._modes[thread] = mode
+        stale = []
+        for layer in self.layers:
+            if layer.mode != "resident":  # nothing is in its weight: it looks when it runs
+                continue
+            layer.base_layer.place.entered(model, self.layers)
+            if compare or (mode[0] and not layer.base_layer.columns.trusted) or layer.stale():
+                stale.append(layer)
+        if stale:
+            # Compared: what may have been written through `.data`, or by a step that nobody saw.
+            write_layers(stale, compare=True)
+        self.unwritten = False
+
+    @torch.compiler.disable(reason="weights of the adapted model are parked: call paca.refresh(model) before this call")
+    def look_from_a_graph(self, model: nn.Module) -> None:
+        """`look`, where a compiled graph has to be left for it."""
+        self.look(model)
+
+    def enter(self, model: nn.Module, args: Any, kwargs: Any) -> None:
+        """The forward pre-hook of the adapted model.
+
+        Within a graph that is traced it only leaves a guard: whoever compiled a function around the model has it run
+        outside of the graph when weights are parked.
+        """
+        if torch.compiler.is_compiling():
+            if self.unwritten:
+                self.look_from_a_graph(model)
+            return
+        self.look(model, (*args, *kwargs.values()))
+
+    def enter_compiled(self, holder: nn.Module, args: Any) -> None:
+        """The forward pre-hook of the `PeftModel`: where that is what was compiled, its hooks run outside of the graph,
+        and those of the model within can't."""
+        if torch.compiler.is_compiling():
+            if self.unwritten:
+                self.look_from_a_graph(holder)
+            return
+        if torch._C._dynamo.eval_frame.get_eval_frame_callback() is not None:
+            self.look(holder)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._note_in_layers()  # a copied or unpickled model's own layers
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_modes": {}}
+
+
+# Dynamo neither compiles these hooks by themselves, nor leaves the graph when it traces a model that has them.
+skip_code(ModelEntry.enter.__code__)
+skip_code(ModelEntry.enter_compiled.__code__)
+
+
+def install(model: nn.Module) -> None:
+    """Let `model`, which has adapted layers, look when it is entered."""
+    entry = _entry_of(model)
+    if entry is None:
+        model.register_forward_pre_hook(ModelEntry(paca_layers(model)).enter, prepend=True, with_kwargs=True)
+    else:
+        entry.layers[:] = paca_layers(model)
+        entry._note_in_layers()
+
+
+def remove(model: nn.Module) -> None:
+    """Undo `install`."""
+    for key, hook in list(model._forward_pre_hooks.items()):
+        if isinstance(getattr(hook, "__self__", None), ModelEntry):
+            del model._forward_pre_hooks[key]
+            model._forward_pre_hooks_with_kwargs.pop(key, None)
+
+
+def install_in_holder(tuner: nn.Module, model: nn.Module) -> None:
+    """Let the `PeftModel` that is going to hold `tuner` look too, if it is what is compiled.
+
+    PEFT makes the tuner within the constructor of the `PeftModel`, and hands the one to nobody.
+    """
+
+    def found(holder: nn.Module, name: str, module: nn.Module) -> None:
+        entry = _entry_of(model)
+        if module is waiting() and entry is not None:
+            handle.remove()
+            holder.register_forward_pre_hook(entry.enter_compiled, prepend=True)
+
+    handle = register_module_module_registration_hook(found)
+    waiting = weakref.ref(tuner, lambda _: handle.remove())
+
+
+def leave_unwritten(model: nn.Module) -> None:
+    """Note that the weights are parked, and are to be written when the model is entered next: where the next pass may
+    well want them parked again."""
+    entry = _entry_of(model)
+    if entry is not None:
+        entry.unwritten = True
+
+
+def _entry_of(model: nn.Module) -> ModelEntry | None:
+    for hook in model._forward_pre_hooks.values():
+        entry = getattr(hook, "__self__", None)
+        if isinstance(entry, ModelEntry):
+            return entry
+    return None

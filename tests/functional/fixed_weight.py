@@ -1,0 +1,34 @@
+"""A weight that stays as it is, as a layer would give it to a pass; and the columns of a pass, for tests."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from paca.functional.column_blocks import runs_of
+from paca.functional.train_columns import Trained, WeightSource
+
+
+class FixedWeight(WeightSource):
+    """Gives the same weight in both passes, and notes the tags that the backward pass brings back."""
+
+    def __init__(self, weight: Tensor | None, tag: int = 0) -> None:
+        self.fixed, self._tag = weight, torch.tensor(tag)
+        self.seen: list[int] = []
+
+    @property
+    def tag(self) -> Tensor:
+        return self._tag
+
+    def weight(self) -> Tensor:
+        return self.fixed
+
+    def weight_again(self, saved_tag: Tensor) -> Tensor:
+        self.seen.append(int(saved_tag))
+        return self.fixed
+
+
+def columns(deltas, indices, scales, rows=None) -> Trained:
+    """What a pass trains, with the blocks of `indices` as a layer finds them."""
+    runs = tuple(runs_of(i) for i in indices)
+    return Trained(tuple(deltas), tuple(indices), tuple(scales), runs, tuple(rows or (None,) * len(scales)))
