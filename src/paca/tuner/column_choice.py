@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import torch
 from accelerate.utils import align_module_device
 from peft.utils.other import get_pattern_key
-from torch import Tensor
+from torch import Tensor, distributed
 
 from paca.columns.selection import (
     AT_RANDOM,
@@ -21,6 +22,7 @@ from paca.config import PacaConfig
 from paca.layers import RESIDENT_CLASSES, PacaLayer
 from paca.layers.overlaid import OverlaidLinear
 from paca.quantized import quantization_of
+from paca.tuner.rotation.same_on_all_ranks import same_on_all_ranks
 
 
 def choose_columns(config: PacaConfig, layer: Any, in_features: int, key: str) -> Tensor:
@@ -40,6 +42,8 @@ def choose_columns(config: PacaConfig, layer: Any, in_features: int, key: str) -
         return by_hand
     r = rank_of(config, key)
     if config.selection in AT_RANDOM:
+        if config.random_seed is None and not config.loading:
+            config.random_seed = _drawn_seed()  # kept: the saved adapter says what its columns follow from
         return random_columns(in_features, r, config.random_seed, key, config.selection)
     if config.loading:  # the file brings its columns along
         return random_columns(in_features, r, config.random_seed, key)
@@ -51,6 +55,18 @@ def choose_columns(config: PacaConfig, layer: Any, in_features: int, key: str) -
         )
     scores = column_norms(layer, key)
     return select_columns(config.selection, r, in_features=in_features, scores=scores, module_name=key)
+
+
+def _drawn_seed() -> int:
+    """A seed from torch's random state, the same in all processes of a run; all have to call this at the same time."""
+    connected = distributed.is_available() and distributed.is_initialized()
+    if not connected and int(os.environ.get("WORLD_SIZE") or 1) > 1:
+        raise ValueError(
+            "random_seed is null, so a seed has to be drawn, but the processes of this run are not connected yet and "
+            "would draw different ones. Give random_seed a number, or connect them (accelerate.PartialState(), "
+            "torch.distributed.init_process_group) before you make the adapter."
+        )
+    return int(same_on_all_ranks({"random_seed": torch.randint(2**31, (1,), device="cpu")})["random_seed"])
 
 
 def rank_of(config: PacaConfig, key: str) -> int:
