@@ -21,7 +21,8 @@ ROTATIONS = ("random", "random_blocks", "weight_norm")
 class PacaConfig(PeftConfig):
     """Settings of a PaCA adapter (arXiv 2503.01905): ``r`` input columns of each target weight are trained in place.
 
-    The names are those of PEFT's own PaCA (>= 0.22), and files of either load in both.
+    The names are those of PEFT's own PaCA (>= 0.22), whose files load. Ours load there too, unless they use what it has
+    not: the adapter's card says so, and `paca export --to peft` writes one that does.
 
     Raises:
         ValueError: for a setting that can't work, naming it.

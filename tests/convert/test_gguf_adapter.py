@@ -132,7 +132,7 @@ def test_the_file_holds_the_change_of_each_weight_under_llama_cpps_name(model_ty
     assert (fields["general.type"], fields["adapter.type"]) == ("adapter", "lora")
     alpha = fields["adapter.lora.alpha"]
     layers = {name: m for name, m in model.get_base_model().named_modules() if hasattr(m, "paca_delta")}
-    assert len(tensors) == 2 * len(layers) == 2 * 2 * len(names) == 2 * result.layers
+    assert len(tensors) == 2 * len(layers) == 2 * 2 * len(names) == 2 * len(result.adapter.layers)
     for name, layer in layers.items():
         block, _, kind = name.partition("layers." if model_type != "gpt2" else "h.")[2].partition(".")
         target = f"blk.{block}.{names[kind]}.weight"

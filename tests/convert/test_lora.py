@@ -61,7 +61,7 @@ def test_the_lora_weight_is_the_scaled_delta_rounded_once(kind: str, dtype: torc
 
 def test_every_layer_has_scale_one_whatever_its_rank(uneven: Path, tmp_path: Path) -> None:
     result = export_lora(uneven / "adapter", tmp_path / "lora")
-    assert (result.layers, result.ranks) == (6, [1, 3, 5])
+    assert (len(result.adapter.layers), result.adapter.ranks) == (6, [1, 3, 5])
     layers = lora_layers(load_lora(llama(), tmp_path / "lora"))
     assert {name.rpartition("layers.")[2]: layer.r["default"] for name, layer in layers.items()} == {
         "0.self_attn.q_proj": 3,
@@ -137,7 +137,7 @@ def test_whole_modules_and_the_settings_of_the_adapter_are_kept(tmp_path: Path) 
     adapted.peft_config["default"].revision = "v2"
     adapted.save_pretrained(tmp_path / "adapter")
     result = export_lora(tmp_path / "adapter", tmp_path / "lora")
-    assert result.saved_whole == ["base_model.model.score.weight"]
+    assert sorted(result.adapter.saved_whole) == ["base_model.model.score.weight"]
     settings = json.loads((tmp_path / "lora/adapter_config.json").read_text())
     assert {key: settings[key] for key in ("peft_type", "task_type", "revision", "base_model_name_or_path")} == {
         "peft_type": "LORA",

@@ -15,7 +15,6 @@ import pytest
 import torch
 from peft import PeftModel
 from rich.console import Console
-from test_pretrained import mergeable_base, write_gguf  # noqa: F401 - the first is a fixture
 from transformers import AutoModelForCausalLM, TrainerControl, TrainerState, TrainingArguments
 
 from paca.messages.errors import PacaError
@@ -23,6 +22,7 @@ from paca.messages.program import program
 from paca.training import RunResult, describe, load_run_config, train
 from paca.training import run as run_module
 from paca.training.interrupt import StopOnSignal
+from pretrained.test_pretrained import mergeable_base, write_gguf  # noqa: F401 - the first is a fixture
 from tiny_checkpoint import byte_tokenizer
 from training.tiny_run import adapter, curve, rows, same_adapter
 
@@ -108,12 +108,19 @@ def test_a_run_leaves_its_folder(run: Runner, tmp_path: Path, config_file: Path)
     ):
         assert str(known) in card
     assert f"{summary['eval_loss_after']:.4f} after" in card
+    assert "Loads in the PaCA of PEFT >= 0.22, without paca: yes.\n" in card
     assert "More Information Needed" not in card
     assert not list((folder / "checkpoints").rglob("README.md"))  # templates of TRL and PEFT, not filled in
     training_rows = [row for row in rows(folder) if "loss" in row]
     assert [row["step"] for row in training_rows] == list(range(1, 11))
     assert training_rows[-1]["tokens"] == summary["tokens"]
     assert [row["step"] for row in rows(folder) if "eval_loss" in row] == [0, 2, 4, 6, 8, 10]
+
+
+def test_the_card_says_why_pefts_own_paca_cannot_load_the_adapter(run: Runner, tmp_path: Path) -> None:
+    run("a", "train.max_steps=1", "paca.rank_pattern={up_proj: 2}")
+    card = (tmp_path / "a/adapter/README.md").read_text()
+    assert "without paca: no, because model.layers.0.mlp.up_proj has 2 columns, and it gives all layers r=4." in card
 
 
 def test_the_adapter_gives_the_loss_that_was_reported(run: Runner, finished: Runner, tmp_path: Path) -> None:

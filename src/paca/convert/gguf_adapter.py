@@ -7,19 +7,17 @@ llama-cpp-python 0.3.36 brings, and compared with their output tensor by tensor:
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
 from paca.convert.adapter import Adapter, read_adapter
 from paca.convert.beforehand import gguf_output
-from paca.convert.lora import Factors, lora_factors
-from paca.convert.output import new_file
-from paca.convert.patterns import default_and_pattern
+from paca.convert.lora import lora_factors
 from paca.messages.errors import PacaError
+from paca.pretrained.whole_output import whole_output
+from paca.tuner.rotation.union_config import default_and_pattern
 
 
 class _Architecture(NamedTuple):
@@ -46,16 +44,12 @@ ARCHITECTURES = {
 }
 
 
-@dataclass
-class GgufExport:
-    """What was written."""
+class GgufExport(NamedTuple):
+    """What was written, and from what."""
 
     output: Path
-    base: str
+    adapter: Adapter
     architecture: str
-    layers: int
-    base_quantization: str | None
-    """How the weights were quantized that the adapter was made for, or None."""
 
 
 def export_gguf(
@@ -66,22 +60,21 @@ def export_gguf(
     Reads the base model's config, not its weights. The file appears only when it is complete.
 
     Args:
-        path: a run folder or an adapter folder.
-        output: the ``.gguf`` file to write.
-        base_model: where the base model lies, if not where the adapter says.
-        overwrite: replace the file that ``output`` already is.
+        path: A run folder or an adapter folder.
+        output: The `.gguf` file to write.
+        base_model: Where the base model lies, if not where the adapter says.
+        overwrite: Replace the file that `output` already is.
 
     Raises:
-        PacaError: an adapter that can't be read, an architecture whose names in llama.cpp are not known here, a layer
+        PacaError: An adapter that can't be read, an architecture whose names in llama.cpp are not known here, a layer
             that it does not have, modules that were saved whole, or an output that is in use.
     """
     output = gguf_output(path, output, overwrite)
     adapter = read_adapter(path, base_model)
     architecture, alpha, tensors = gguf_tensors(adapter)
-    with new_file(output) as partial:
+    with whole_output(output) as partial:
         _write(partial, architecture, alpha, tensors)
-    base = str(adapter.config.base_model_name_or_path)
-    return GgufExport(output, base, architecture, len(adapter.layers), adapter.config.base_quantization)
+    return GgufExport(output, adapter, architecture)
 
 
 def gguf_tensors(adapter: Adapter) -> tuple[str, float, dict[str, Tensor]]:
@@ -103,7 +96,7 @@ def gguf_tensors(adapter: Adapter) -> tuple[str, float, dict[str, Tensor]]:
     text_config: Any = adapter.base_config.get_text_config()  # type: ignore[union-attr]
     places = {name: number for number, name in gguf.MODEL_ARCH_NAMES.items()}
     names = gguf.get_tensor_name_map(places[known.name], text_config.num_hidden_layers)
-    alpha, _ = default_and_pattern({name: layer.indices.numel() for name, layer in adapter.layers.items()})
+    alpha, _ = default_and_pattern({name: layer.r for name, layer in adapter.layers.items()})
     tensors: dict[str, Tensor] = {}
     for name, layer in adapter.layers.items():
         target = names.get_name(f"{name}.weight", try_suffixes=(".weight",))
@@ -113,8 +106,8 @@ def gguf_tensors(adapter: Adapter) -> tuple[str, float, dict[str, Tensor]]:
         if known.reorders_heads and name.endswith((".q_proj", ".k_proj")):
             heads = text_config.num_attention_heads if name.endswith(".q_proj") else text_config.num_key_value_heads
             b = pairs_of_neighbours(b, heads)
-        r = layer.indices.numel()
-        tensors[f"{target}.lora_a"], tensors[f"{target}.lora_b"] = Factors(a, b if r == alpha else b * (r / alpha))
+        b = b if layer.r == alpha else b * (layer.r / alpha)
+        tensors[f"{target}.lora_a"], tensors[f"{target}.lora_b"] = a, b
     return known.name, float(alpha), tensors
 
 
@@ -146,7 +139,7 @@ def _write(path: str | os.PathLike[str], architecture: str, alpha: float, tensor
     # float32 for A too, though 16 bits would hold it: llama.cpp would round the layer's inputs to match.
     writer.add_file_type(gguf.LlamaFileType.ALL_F32)
     for name, tensor in tensors.items():
-        writer.add_tensor(name, tensor.to(torch.float32).contiguous().numpy())
+        writer.add_tensor(name, tensor.contiguous().numpy())
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

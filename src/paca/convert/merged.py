@@ -10,13 +10,12 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from paca.convert.beforehand import adapter_in, merge_output
-from paca.convert.output import new_folder
 from paca.messages.errors import PacaError
 from paca.pretrained.generation import LoadedModel, load_for_generation, on_accelerator
+from paca.pretrained.loading import DTYPES
 from paca.pretrained.quantizing import is_quantized
+from paca.pretrained.whole_output import whole_output
 from paca.tuner.adapter_folder import find_base
-
-DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 # Largest difference of a logit, as a share of the largest logit, that rounding explains: the values pass through tens
 # of layers, each of which rounds a few times (measured in tests/convert/test_merged.py on random models).
@@ -75,7 +74,7 @@ def merge_to_folder(
         del loaded
         loaded = load_for_generation(path, base_model=base_model, dtype="float32")
     expected = _probe_logits(loaded.model) if verify else None
-    with new_folder(output) as partial:
+    with whole_output(output) as partial:
         _write(loaded, wanted, partial)
         del loaded
         difference = None if expected is None else _difference_from(expected, partial)

@@ -27,7 +27,7 @@ def read_one_hot_lora(config: LoraConfig, tensors: dict[str, Tensor]) -> Foreign
             raise PacaError(f"This LoRA adapter has {option} set, which PaCA can't express.")
     pairs, others = take_pairs(tensors, LORA_A, LORA_B)
     layers = {
-        name: ForeignLayer(b, _picked_inputs(name, a), _alpha(config, name, a.shape[0]))
+        name: ForeignLayer(b, _picked_inputs(name, a), _scale(config, name, a.shape[0]))
         for name, (a, b) in pairs.items()
     }
     return ForeignAdapter("LoRA with a one-hot A", layers, others)
@@ -45,14 +45,13 @@ def _picked_inputs(name: str, a: Tensor) -> Tensor:
     )
 
 
-def _alpha(config: LoraConfig, name: str, rank: int) -> float:
-    """The alpha by which PaCA's ``alpha / r`` is LoRA's scale."""
+def _scale(config: LoraConfig, name: str, rank: int) -> float:
     ranks, alphas = config.rank_pattern or {}, config.alpha_pattern or {}
     r = ranks.get(get_pattern_key(list(ranks), name), config.r)
     if r != rank:
         raise PacaError(f"{FILE_PREFIX}{name}.{LORA_A} has {rank} rows, but the adapter's config says r={r} there.")
     alpha: float = alphas.get(get_pattern_key(list(alphas), name), config.lora_alpha)
-    return alpha * math.sqrt(r) if config.use_rslora else alpha
+    return alpha / (math.sqrt(r) if config.use_rslora else r)
 
 
 def lora_config(settings: dict[str, Any]) -> LoraConfig:

@@ -29,12 +29,7 @@ from paca.pretrained.location import Location, Source, locate
 
 logger = logging.getLogger(__name__)
 
-_DTYPES: dict[str, torch.dtype | str] = {
-    "auto": "auto",
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-    "float32": torch.float32,
-}
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 # Tokens that exist for padding alone in well-known vocabularies. Anything else might occur in a text.
 _PAD_TOKENS = ("<|pad|>", "<pad>", "[PAD]", "<PAD>", "<|finetune_right_pad_id|>", "<|padding|>", "<unused0>")
@@ -168,9 +163,11 @@ def _checked_location(name: str, revision: str | None) -> Location:
 
 
 def _torch_dtype(dtype: str) -> torch.dtype | str:
-    if dtype not in _DTYPES:
-        raise PacaError(f"Unknown dtype {dtype!r}. Give one of: {', '.join(_DTYPES)}.")
-    return _DTYPES[dtype]
+    if dtype == "auto":
+        return dtype
+    if dtype not in DTYPES:
+        raise PacaError(f"Unknown dtype {dtype!r}. Give one of: auto, {', '.join(DTYPES)}.")
+    return DTYPES[dtype]
 
 
 def _options(location: Location, revision: str | None, trust_remote_code: bool) -> dict[str, Any]:

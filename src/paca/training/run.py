@@ -202,7 +202,8 @@ class _Run:
             return RunResult(self.folder.path, None, None)
         (self.folder.adapter / "training_args.bin").unlink(missing_ok=True)  # a pickle; config.yaml says the same
         result = self._summary(state, loss_after, self.log)
-        write_adapter_card(self.folder.adapter, result)
+        assert self.trainer.model is not None
+        write_adapter_card(self.folder.adapter, result, self.trainer.model)
         write_report(self.folder.report, result, self.log.rows, self.config.to_yaml())
         summary.write_summary(self.folder.summary, result)  # last: it says that the run is finished
         return RunResult(self.folder.path, result, None)

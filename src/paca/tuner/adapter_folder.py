@@ -62,7 +62,7 @@ def find_base(adapter: Path) -> str:
     Raises:
         PacaError: the adapter's config cannot be read, or names no model.
     """
-    base, file = _settings(adapter).get("base_model_name_or_path"), adapter / ADAPTER_CONFIG
+    base, file = adapter_settings(adapter).get("base_model_name_or_path"), adapter / ADAPTER_CONFIG
     if not base:
         raise PacaError(f"{file} does not name the model it was trained on. Give it: --base-model NAME_OR_FOLDER")
     beside = adapter.resolve().parent / "base"
@@ -78,18 +78,23 @@ def find_task(adapter: Path) -> str | None:
     Raises:
         PacaError: the config cannot be read.
     """
-    task: str | None = _settings(adapter).get("task_type")
+    task: str | None = adapter_settings(adapter).get("task_type")
     return task
 
 
-def _settings(adapter: Path) -> dict[str, Any]:
+def adapter_settings(adapter: Path) -> dict[str, Any]:
+    """The content of an adapter's config.
+
+    Raises:
+        PacaError: It is no JSON object.
+    """
     file = adapter / ADAPTER_CONFIG
     try:
         settings = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
         raise PacaError(f"{file} is broken: {error}. It should be a JSON object; copy or save it again.") from error
     if not isinstance(settings, dict):
-        raise PacaError(f"{file} is broken: it holds no JSON object. Copy or save it again.")
+        raise PacaError(f"{file} is broken: it should hold a JSON object. Copy or save it again.")
     return settings
 
 
