@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM, TrainerControl, TrainerState, Tra
 
 from paca.messages.errors import PacaError
 from paca.messages.program import program
+from paca.pretrained.generation import load_for_generation
 from paca.training import RunResult, describe, load_run_config, train
 from paca.training import run as run_module
 from paca.training.interrupt import StopOnSignal
@@ -115,6 +116,20 @@ def test_a_run_leaves_its_folder(run: Runner, tmp_path: Path, config_file: Path)
     assert [row["step"] for row in training_rows] == list(range(1, 11))
     assert training_rows[-1]["tokens"] == summary["tokens"]
     assert [row["step"] for row in rows(folder) if "eval_loss" in row] == [0, 2, 4, 6, 8, 10]
+
+
+def test_the_tokenizer_can_come_from_elsewhere(run: Runner, tmp_path: Path, config_file: Path) -> None:
+    model = Path(shutil.copytree(config_file.parent / "model", tmp_path / "model"))
+    (tmp_path / "files").mkdir()
+    for file in [*model.glob("*token*"), model / "chat_template.jinja"]:
+        file.rename(tmp_path / "files" / file.name)
+    settings = (f"model.name={model}", "train.max_steps=1", "eval.before=false")
+    with pytest.raises(PacaError, match="holds no tokenizer"):
+        run("a", *settings)
+    result = run("b", *settings, f"model.tokenizer={tmp_path / 'files'}")
+    assert result.summary is not None
+    loaded = load_for_generation(result.folder)  # the base model still has none
+    assert loaded.tokenizer.get_vocab() == byte_tokenizer().get_vocab()
 
 
 def test_the_card_says_why_pefts_own_paca_cannot_load_the_adapter(run: Runner, tmp_path: Path) -> None:

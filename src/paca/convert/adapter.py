@@ -34,7 +34,7 @@ from paca.layers.overlaid import OverlaidLinear
 from paca.messages.errors import PacaError
 from paca.messages.program import program
 from paca.pretrained import Outline, load_config
-from paca.pretrained.location import locate
+from paca.pretrained.location import locate, tokenizer_files
 from paca.tuner.adapter_checks import DELTA, INDICES, check_finite
 from paca.tuner.adapter_folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS, adapter_settings, find_base, weight_file
 from paca.tuner.model import PacaModel
@@ -53,19 +53,6 @@ _AUTO_CLASSES: dict[str | None, Any] = {
     "SEQ_2_SEQ_LM": AutoModelForSeq2SeqLM,
     "FEATURE_EXTRACTION": AutoModel,
 }
-
-# What `paca train`, TRL and PEFT leave beside an adapter to tokenize with.
-_TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "tokenizer.model",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "vocab.txt",
-    "merges.txt",
-    "chat_template.jinja",
-)
 
 
 class AdaptedLayer(NamedTuple):
@@ -315,6 +302,5 @@ def write_adapter(
     # A set's order differs from process to process.
     plain = {name: sorted(value) if isinstance(value, set) else value for name, value in settings.items()}
     (folder / ADAPTER_CONFIG).write_text(json.dumps(plain, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    for name in _TOKENIZER_FILES:
-        if source is not None and (source / name).is_file():
-            shutil.copyfile(source / name, folder / name)
+    for file in [] if source is None else tokenizer_files(source):
+        shutil.copyfile(file, folder / file.name)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -14,7 +13,6 @@ import torch
 from peft import PeftModel
 from safetensors import SafetensorError
 from transformers import (
-    AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     StoppingCriteria,
@@ -23,10 +21,10 @@ from transformers import (
 )
 
 from paca.messages.errors import PacaError
-from paca.pretrained import Pretrained, load_config, load_pretrained
-from paca.pretrained.quantizing import QUANTIZATIONS, is_quantized
+from paca.pretrained import load_config, load_pretrained, load_tokenizer
+from paca.pretrained.quantizing import QUANTIZATIONS, is_quantized, method_of
 from paca.tuner.adapter_file import tensor_names
-from paca.tuner.adapter_folder import find_adapter, find_base, weight_file
+from paca.tuner.adapter_folder import adapter_settings, find_adapter, find_base, weight_file
 from paca.tuner.tied_weights import untie_for
 
 Message = dict[str, str]
@@ -70,7 +68,19 @@ def load_for_generation(path: str | Path, *, base_model: str | None = None, dtyp
 
     base = base_model if base_model is not None else find_base(adapter)
     weights = weight_file(adapter)
-    pretrained = _load_base(base, adapter, dtype)
+    # The one saved with the adapter is the one it was trained with; its chat template may differ from the base's.
+    tokenizer = load_tokenizer(str(adapter)) if (adapter / "tokenizer_config.json").is_file() else None
+    try:
+        recorded = adapter_settings(adapter).get("base_quantization")
+        as_it_lies = recorded not in QUANTIZATIONS or method_of(load_config(base).config) is not None
+        pretrained = load_pretrained(
+            base, dtype=dtype, quantization=None if as_it_lies else recorded, tokenizer=tokenizer
+        )
+    except PacaError as error:
+        raise PacaError(
+            f"The adapter in {adapter} needs its base model, {base}, which cannot be loaded. {error}\n"
+            "If that model lies elsewhere, say where: --base-model NAME_OR_FOLDER"
+        ) from error
     model = on_accelerator(pretrained.model)
     try:
         untie_for(model, tensor_names(weights))
@@ -79,35 +89,7 @@ def load_for_generation(path: str | Path, *, base_model: str | None = None, dtyp
         raise PacaError(f"{weights} is broken: {error}. Copy the file again, or train again.") from error
     except (ValueError, KeyError, TypeError, RuntimeError) as error:
         raise PacaError(f"The adapter in {adapter} cannot be put on the model {base}: {error}") from error
-    return LoadedModel(adapted.eval(), _tokenizer(adapter, pretrained), adapter, pretrained.name_or_path)
-
-
-def _load_base(base: str, adapter: Path, dtype: str) -> Pretrained:
-    try:
-        return load_pretrained(base, dtype=dtype, quantization=_quantization(adapter, base))
-    except PacaError as error:
-        raise PacaError(
-            f"The adapter in {adapter} needs its base model, {base}, which cannot be loaded. {error}\n"
-            "If that model lies elsewhere, say where: --base-model NAME_OR_FOLDER"
-        ) from error
-
-
-def _quantization(adapter: Path, base: str) -> str | None:
-    """How the base model is to be quantized for the adapter; None if it is as it lies, or quantized already."""
-    recorded = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8")).get("base_quantization")
-    if recorded not in QUANTIZATIONS or getattr(load_config(base).config, "quantization_config", None) is not None:
-        return None
-    return recorded
-
-
-def _tokenizer(adapter: Path, base: Pretrained) -> PreTrainedTokenizerBase:
-    # The one saved with the adapter is the one it was trained with; its chat template may differ from the base's.
-    if not (adapter / "tokenizer_config.json").is_file():
-        return base.tokenizer
-    try:
-        return AutoTokenizer.from_pretrained(str(adapter))
-    except (OSError, ValueError, KeyError) as error:
-        raise PacaError(f"The tokenizer in {adapter} cannot be loaded: {error}. Copy the adapter again.") from error
+    return LoadedModel(adapted.eval(), pretrained.tokenizer, adapter, pretrained.name_or_path)
 
 
 def on_accelerator(model: PreTrainedModel) -> PreTrainedModel:

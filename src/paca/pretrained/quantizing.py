@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import importlib.util
+from typing import Any
 
 import torch
-from transformers import BitsAndBytesConfig, PreTrainedModel
+from transformers import BitsAndBytesConfig, PreTrainedConfig, PreTrainedModel
 
 from paca.messages.errors import PacaError
 
@@ -33,6 +34,31 @@ def quantization_config(quantization: str, compute_dtype: torch.dtype) -> BitsAn
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=compute_dtype,
     )
+
+
+def check_not_quantized(config: PreTrainedConfig, name: str, quantization: str) -> None:
+    """
+    Args:
+        config: Of the checkpoint.
+        name: Of it, for the message; a space, then the name in quotes, or nothing.
+        quantization: What it is to be quantized to.
+
+    Raises:
+        PacaError: It is quantized already.
+    """
+    method = method_of(config)
+    if method is not None:
+        raise PacaError(
+            f"The checkpoint{name} is quantized already ({method}), so it can't be quantized to {quantization}. "
+            "Leave the quantization out, or give the original checkpoint."
+        )
+
+
+def method_of(config: PreTrainedConfig) -> str | None:
+    """How a checkpoint is quantized, by transformers' name for it; None if it is not."""
+    found: Any = getattr(config, "quantization_config", None)
+    method = found.get("quant_method") if isinstance(found, dict) else getattr(found, "quant_method", found)
+    return None if method is None else str(getattr(method, "value", method))
 
 
 def require_bitsandbytes(what: str) -> None:

@@ -212,12 +212,13 @@ class _Run:
         model = self.config.model
         if not model.name.lower().endswith(".gguf"):
             return load_pretrained(
-                model.name, model.dtype, model.revision, model.trust_remote_code, quantization=model.quantization
+                model.name, model.dtype, model.revision, model.trust_remote_code, model.quantization, model.tokenizer
             )
         # An adapter has to name a base that stock tooling can load, so the unpacked model is kept beside it.
         if self.main and not self.folder.base.is_dir():
             self._say(f"Unpacking the weights of {Path(model.name).name} ...")
-            save_trainable_copy(load_pretrained(model.name, model.dtype), self.folder.base)
+            unpacked = load_pretrained(model.name, model.dtype, tokenizer=model.tokenizer)
+            save_trainable_copy(unpacked, self.folder.base)
         PartialState().wait_for_everyone()
         if model.quantization is not None and self.config.paca["original_weights"] == model.name:
             self.config.paca["original_weights"] = str(self.folder.base)
