@@ -19,13 +19,13 @@ ROTATIONS = ("random", "random_blocks", "weight_norm")
 
 @dataclass
 class PacaConfig(PeftConfig):
-    """Settings of a PaCA adapter (arXiv 2503.01905): ``r`` input columns of each target weight are trained in place.
+    """Settings of a PaCA adapter (arXiv 2503.01905): `r` input columns of each target weight are trained in place.
 
     The names are those of PEFT's own PaCA (>= 0.22), whose files load. Ours load there too, unless they use what it has
     not: the adapter's card says so, and `paca export --to peft` writes one that does.
 
     Raises:
-        ValueError: for a setting that can't work, naming it.
+        ValueError: For a setting that can't work, naming it.
     """
 
     r: int = field(default=16, metadata={"help": "How many input columns of each target weight are trained."})

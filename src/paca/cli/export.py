@@ -1,4 +1,4 @@
-"""``paca export``: write the adapter in a form that other programs read."""
+"""`paca export`: write the adapter in a form that other programs read."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``paca import``: read an adapter that another tool wrote."""
+"""`paca import`: read an adapter that another tool wrote."""
 
 from __future__ import annotations
 

@@ -157,7 +157,7 @@ def read_adapter(path: str | Path, base_model: str | None = None) -> Adapter:
         PacaError: No adapter, not one of PaCA's, a broken file, or one that does not fit the base model.
     """
     folder = adapter_in(path)
-    base = base_model if base_model is not None else find_base(folder)
+    base = find_base(folder, base_model)
     tensors = read_tensors(weight_file(folder))
     kind = adapter_settings(folder).get("peft_type")
     if kind != "PACA":

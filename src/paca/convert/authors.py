@@ -1,7 +1,7 @@
 """Checkpoints of the original authors' PaCA (github.com/WooSunghyeon/paca, read at commit 20570b3).
 
-Their trainable ``paca_w (out_features, r)`` is the columns themselves over the scale: the adapted weight is
-``W[:, paca_indices] = s * paca_w`` with ``s = paca_alpha / r`` (``paca_update`` in their layer.py), where ours
+Their trainable `paca_w (out_features, r)` is the columns themselves over the scale: the adapted weight is
+`W[:, paca_indices] = s * paca_w` with `s = paca_alpha / r` (`paca_update` in their layer.py), where ours
 keeps the difference to the pretrained columns.
 """
 
@@ -22,17 +22,17 @@ COLUMNS = "paca_w"
 
 
 def read_authors(config: dict[str, Any], tensors: dict[str, Tensor], base_model: nn.Module) -> ForeignAdapter:
-    """Read such a checkpoint as differences to the columns of ``base_model``.
+    """Read such a checkpoint as differences to the columns of `base_model`.
 
-    ``delta = (s * paca_w - W0[:, paca_indices]) / s`` is formed in float64 and rounded once to float32.
+    `delta = (s * paca_w - W0[:, paca_indices]) / s` is formed in float64 and rounded once to float32.
 
     Args:
-        config: their ``adapter_config.json``.
-        tensors: of their file, by name.
-        base_model: with its weights, in the dtype they were stored in.
+        config: Their `adapter_config.json`.
+        tensors: Of their file, by name.
+        base_model: With its weights, in the dtype they were stored in.
 
     Raises:
-        PacaError: a tensor that is missing, or does not fit the model; it is named.
+        PacaError: A tensor that is missing, or does not fit the model; it is named.
     """
     # Theirs has fewer columns than r where a layer has fewer inputs, and scales by r all the same.
     scale = _positive_number(config, "paca_alpha") / _positive_number(config, "r")

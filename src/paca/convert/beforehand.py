@@ -46,7 +46,7 @@ def merge_output(path: str | Path, output: str | Path, base_model: str | None, o
             "In Python: load the base model with the transformers class of that task, the adapter with "
             "PeftModel.from_pretrained, then merge_and_unload().save_pretrained(folder)."
         )
-    reads = [path, adapter, base_model if base_model is not None else find_base(adapter)]
+    reads = [path, adapter, find_base(adapter, base_model)]
     return _free_folder(output, overwrite, reads, "merge", "a model", "config.json")
 
 

@@ -1,4 +1,4 @@
-"""A PaCA adapter as a LoRA adapter in a GGUF file, as llama.cpp takes it with ``--lora``.
+"""A PaCA adapter as a LoRA adapter in a GGUF file, as llama.cpp takes it with `--lora`.
 
 The conventions are those of llama.cpp's convert_lora_to_gguf.py and convert_hf_to_gguf.py (read at the version that
 llama-cpp-python 0.3.36 brings, and compared with their output tensor by tensor: docs/notes/conversion.md).
@@ -21,10 +21,10 @@ from paca.tuner.rotation.union_config import default_and_pattern
 
 
 class _Architecture(NamedTuple):
-    """How llama.cpp stores the models of one ``model_type`` of transformers."""
+    """How llama.cpp stores the models of one `model_type` of transformers."""
 
     name: str
-    """In GGUF files, ``general.architecture``."""
+    """In GGUF files, `general.architecture`."""
     reorders_heads: bool = False
     """Whether the rows of q_proj and k_proj are stored in another order than transformers': for rotary embeddings of
     neighbouring pairs of dimensions, in place of the two halves of a head."""
@@ -78,13 +78,13 @@ def export_gguf(
 
 
 def gguf_tensors(adapter: Adapter) -> tuple[str, float, dict[str, Tensor]]:
-    """The architecture's name, ``adapter.lora.alpha`` and the tensors of the file, by their names there.
+    """The architecture's name, `adapter.lora.alpha` and the tensors of the file, by their names there.
 
     llama.cpp scales each layer by alpha / (that layer's rank). Alpha is the commonest rank; where a layer has another
     one, its B makes up for it, so that every layer is scaled by 1.
 
     Raises:
-        PacaError: as :func:`export_gguf`.
+        PacaError: As `export_gguf`.
     """
     gguf = _gguf()
     known = _architecture(adapter)
@@ -112,7 +112,7 @@ def gguf_tensors(adapter: Adapter) -> tuple[str, float, dict[str, Tensor]]:
 
 
 def pairs_of_neighbours(rows: Tensor, heads: int) -> Tensor:
-    """Reorder the output rows of a q_proj or k_proj, ``(heads * head_dim, ...)``, from transformers' order to ggml's.
+    """Reorder the output rows of a q_proj or k_proj, `(heads * head_dim, ...)`, from transformers' order to ggml's.
 
     transformers rotates dimension i of a head together with i + head_dim / 2, ggml's "normal" mode 2i with 2i + 1.
     """

@@ -1,4 +1,4 @@
-"""LoRA adapters whose A picks single inputs, such as ``paca export --to lora`` writes, read back as PaCA."""
+"""LoRA adapters whose A picks single inputs, such as `paca export --to lora` writes, read back as PaCA."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from paca.messages.errors import PacaError
 
 
 def read_one_hot_lora(config: LoraConfig, tensors: dict[str, Tensor]) -> ForeignAdapter:
-    """Read ``B`` as the delta, unchanged, and LoRA's scale as ours.
+    """Read `B` as the delta, unchanged, and LoRA's scale as ours.
 
     Raises:
-        PacaError: a variant of LoRA that is more than ``B A``, or an A that is not one-hot; the layer is named.
+        PacaError: A variant of LoRA that is more than `B A`, or an A that is not one-hot; the layer is named.
     """
     for option in ("use_dora", "lora_bias", "use_qalora", "alora_invocation_tokens", "layer_replication"):
         if getattr(config, option, None):
@@ -34,7 +34,7 @@ def read_one_hot_lora(config: LoraConfig, tensors: dict[str, Tensor]) -> Foreign
 
 
 def _picked_inputs(name: str, a: Tensor) -> Tensor:
-    """The inputs that ``a (r, in_features)`` picks, ``(r,)`` int64."""
+    """The inputs that `a (r, in_features)` picks, `(r,)` int64."""
     if a.dim() == 2 and bool(((a != 0).sum(dim=1) == 1).all()) and bool((a.sum(dim=1) == 1).all()):
         picked = a.float().argmax(dim=1)
         if picked.unique().numel() == picked.numel():
@@ -55,7 +55,7 @@ def _scale(config: LoraConfig, name: str, rank: int) -> float:
 
 
 def lora_config(settings: dict[str, Any]) -> LoraConfig:
-    """The settings of an ``adapter_config.json`` as PEFT reads them.
+    """The settings of an `adapter_config.json` as PEFT reads them.
 
     Raises:
         PacaError: PEFT refuses them.

@@ -36,7 +36,7 @@ def make_lean(model: Model, recompute: Recompute | None = None) -> Model:
     hooks on an MLP's activation module don't run while the block is lean.
 
     Args:
-        model: a transformers model, or a PEFT model around one, whose blocks are all of known classes.
+        model: A transformers model, or a PEFT model around one, whose blocks are all of known classes.
         recompute: `"mlp"` also drops gate and up and computes them again in the backward pass, from the norm's input:
             two more matrix products per block. Hooks and adapters of gate and up then run twice. OPT's blocks have
             nothing left to drop with ReLU, and are refused with another activation.
@@ -45,7 +45,7 @@ def make_lean(model: Model, recompute: Recompute | None = None) -> Model:
         `model` itself.
 
     Raises:
-        PacaError: a block, a norm, an MLP or an activation is not of a known class, or a module already has a forward
+        PacaError: A block, a norm, an MLP or an activation is not of a known class, or a module already has a forward
             of its own (from another kernel library). The model is then unchanged.
     """
     if recompute not in (None, "mlp"):

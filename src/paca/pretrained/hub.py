@@ -23,7 +23,7 @@ def without_waiting(name: str, revision: str | None) -> Iterator[None]:
     """A block in which a hub that does not answer is left alone, as with HF_HUB_OFFLINE=1: all comes from the cache.
 
     Raises:
-        PacaError: the hub does not answer, and the local cache has no such model.
+        PacaError: The hub does not answer, and the local cache has no such model.
     """
     before = constants.HF_HUB_OFFLINE
     constants.HF_HUB_OFFLINE = before or only_from_cache(name, revision)
@@ -35,10 +35,10 @@ def without_waiting(name: str, revision: str | None) -> Iterator[None]:
 
 @cache
 def only_from_cache(name: str, revision: str | None) -> bool:
-    """Whether ``name`` is to be read from the local cache alone, because the hub does not answer.
+    """Whether `name` is to be read from the local cache alone, because the hub does not answer.
 
     Raises:
-        PacaError: the hub does not answer, and the local cache has no such model.
+        PacaError: The hub does not answer, and the local cache has no such model.
     """
     url = huggingface_hub.hf_hub_url(name, "config.json", revision=revision, endpoint=constants.ENDPOINT)
     try:

@@ -50,7 +50,7 @@ class Pretrained:
     tokenizer: PreTrainedTokenizerBase
 
     source: Source
-    """Where it came from: ``"hub"``, ``"folder"`` or ``"gguf"``."""
+    """Where it came from: `"hub"`, `"folder"` or `"gguf"`."""
 
     name_or_path: str
     """The hub id, or the absolute path of the folder or file."""

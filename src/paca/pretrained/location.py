@@ -44,10 +44,10 @@ def tokenizer_files(folder: Path) -> list[Path]:
 
 
 def locate(name: str) -> Location:
-    """Find out whether ``name`` is a local folder, a GGUF file or a hub id. What exists locally comes first.
+    """Find out whether `name` is a local folder, a GGUF file or a hub id. What exists locally comes first.
 
     Raises:
-        PacaError: ``name`` exists but is not a model, or neither exists nor could be a hub id.
+        PacaError: `name` exists but is not a model, or neither exists nor could be a hub id.
     """
     if not name.strip():
         raise PacaError("The model name is empty. Give a hub id, a local folder or a .gguf file.")

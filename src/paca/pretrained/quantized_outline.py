@@ -23,12 +23,12 @@ def quantize_outline(model: PreTrainedModel, quantization: str | None) -> PreTra
     that gives every code and scale its shape and dtype, and no value.
 
     Args:
-        model: without adapters.
+        model: Without adapters.
         quantization: `"nf4"`, `"fp4"` or `"int8"`; None for what the model's configuration says of its checkpoint,
             which may be nothing.
 
     Raises:
-        PacaError: bitsandbytes is missing, or the checkpoint is quantized in another way.
+        PacaError: Bitsandbytes is missing, or the checkpoint is quantized in another way.
     """
     settings = _settings(model, quantization)
     if settings is None:

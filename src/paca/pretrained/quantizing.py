@@ -14,14 +14,14 @@ QUANTIZATIONS = ("nf4", "fp4", "int8")
 
 
 def quantization_config(quantization: str, compute_dtype: torch.dtype) -> BitsAndBytesConfig:
-    """The settings of ``"nf4"``, ``"fp4"`` (both with double quantization) or ``"int8"``.
+    """The settings of `"nf4"`, `"fp4"` (both with double quantization) or `"int8"`.
 
     Args:
-        quantization: one of the three.
-        compute_dtype: of the matmuls.
+        quantization: One of the three.
+        compute_dtype: Of the matmuls.
 
     Raises:
-        PacaError: an unknown name, or bitsandbytes is missing.
+        PacaError: An unknown name, or bitsandbytes is missing.
     """
     if quantization not in QUANTIZATIONS:
         raise PacaError(f"Unknown quantization {quantization!r}. Give one of: {', '.join(QUANTIZATIONS)}.")
@@ -64,10 +64,10 @@ def method_of(config: PreTrainedConfig) -> str | None:
 def require_bitsandbytes(what: str) -> None:
     """
     Args:
-        what: is to be quantized, or how.
+        what: Is to be quantized, or how.
 
     Raises:
-        PacaError: bitsandbytes is not installed.
+        PacaError: Bitsandbytes is not installed.
     """
     if importlib.util.find_spec("bitsandbytes") is None:
         raise PacaError(f"{what}: quantized weights need bitsandbytes: pip install 'paca-tuning[bitsandbytes]'.")

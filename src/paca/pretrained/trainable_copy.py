@@ -23,20 +23,20 @@ _PROBE = "Steps:\n\n1. Mix 250 g\n2. don't  stir\t10x\n\n\nПример 漢字 �
 
 
 def save_trainable_copy(pretrained: Pretrained, folder: str | os.PathLike[str]) -> Path:
-    """Save model and tokenizer to ``folder``, which ``from_pretrained`` then reads back to the same model.
+    """Save model and tokenizer to `folder`, which `from_pretrained` then reads back to the same model.
 
     The folder appears whole or not at all: it is written beside its final place and renamed. When it already holds a
     copy of the same model in the same dtype, nothing is done.
 
     Args:
-        pretrained: from :func:`paca.pretrained.load_pretrained`, not yet adapted.
-        folder: where the copy goes; its parents are made.
+        pretrained: From `paca.pretrained.load_pretrained`, not yet adapted.
+        folder: Where the copy goes; its parents are made.
 
     Returns:
         The absolute path of the folder.
 
     Raises:
-        PacaError: the folder exists and holds something else, or its tokenizer would split text differently.
+        PacaError: The folder exists and holds something else, or its tokenizer would split text differently.
     """
     target = Path(folder).expanduser().resolve()
     record = _record(pretrained)

@@ -87,14 +87,14 @@ Every setting is in the run's `config.yaml`. Made with {versions}.
 
 ## How to load it
 
-```python
+``python
 import paca  # makes PaCA known to PEFT; pip install paca-tuning
 from peft import AutoPeftModelForCausalLM
 from transformers import AutoTokenizer
 
 model = AutoPeftModelForCausalLM.from_pretrained("path/to/this/folder")  # with its base, {base}
 tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")
-```
+``
 
 Loads in the PaCA of {PEFT}, without paca: {loads}
 

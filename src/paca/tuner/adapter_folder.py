@@ -18,14 +18,14 @@ ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 
 
 def find_adapter(path: str | Path, *, or_model: bool = True) -> Path | None:
-    """The adapter folder that ``path`` (a run or an adapter folder) stands for; None when it is a plain model.
+    """The adapter folder that `path` (a run or an adapter folder) stands for; None when it is a plain model.
 
     Args:
-        path: as given by the user.
-        or_model: whether a plain model is of use too; messages then say so.
+        path: As given by the user.
+        or_model: Whether a plain model is of use too; messages then say so.
 
     Raises:
-        PacaError: there is no such folder, or it is neither a run, an adapter nor a model.
+        PacaError: There is no such folder, or it is neither a run, an adapter nor a model.
     """
     folder = Path(path).expanduser()
     if not folder.exists():
@@ -53,15 +53,17 @@ def find_adapter(path: str | Path, *, or_model: bool = True) -> Path | None:
     )
 
 
-def find_base(adapter: Path) -> str:
-    """Name or path of the model that an adapter was trained on.
+def find_base(adapter: Path, given: str | None = None) -> str:
+    """Name or path of the model that an adapter was trained on: the `given` one, or the one that its config names.
 
-    A run that was moved or copied brings its own ``base/`` along: that one is taken, and logged, when the recorded
+    A run that was moved or copied brings its own `base/` along: that one is taken, and logged, when the recorded
     folder is gone.
 
     Raises:
-        PacaError: the adapter's config cannot be read, or names no model.
+        PacaError: The adapter's config cannot be read, or names no model.
     """
+    if given is not None:
+        return given
     base, file = adapter_settings(adapter).get("base_model_name_or_path"), adapter / ADAPTER_CONFIG
     if not base:
         raise PacaError(f"{file} does not name the model it was trained on. Give it: --base-model NAME_OR_FOLDER")
@@ -73,10 +75,10 @@ def find_base(adapter: Path) -> str:
 
 
 def find_task(adapter: Path) -> str | None:
-    """What an adapter was trained for, by PEFT's names of tasks, such as ``"CAUSAL_LM"``, if its config says so.
+    """What an adapter was trained for, by PEFT's names of tasks, such as `"CAUSAL_LM"`, if its config says so.
 
     Raises:
-        PacaError: the config cannot be read.
+        PacaError: The config cannot be read.
     """
     task: str | None = adapter_settings(adapter).get("task_type")
     return task
@@ -102,7 +104,7 @@ def weight_file(adapter: Path) -> Path:
     """The file with an adapter's weights.
 
     Raises:
-        PacaError: the folder has none.
+        PacaError: The folder has none.
     """
     for name in ADAPTER_WEIGHTS:
         if (adapter / name).is_file():

@@ -26,16 +26,16 @@ from paca.tuner.rotation.same_on_all_ranks import same_on_all_ranks
 
 
 def choose_columns(config: PacaConfig, layer: Any, in_features: int, key: str) -> Tensor:
-    """The columns ``(r,)`` that ``config`` selects in ``layer``.
+    """The columns `(r,)` that `config` selects in `layer`.
 
     Args:
-        config: the adapter's.
-        layer: the module to adapt, or an adapted one; its weight is read for ``"weight_norm"``.
-        in_features: how many columns it has.
-        key: what the model calls it.
+        config: The adapter's.
+        layer: The module to adapt, or an adapted one; its weight is read for `"weight_norm"`.
+        in_features: How many columns it has.
+        key: What the model calls it.
 
     Raises:
-        ValueError: if they can't be chosen, naming the layer.
+        ValueError: If they can't be chosen, naming the layer.
     """
     by_hand = given_columns(config, in_features, key)
     if by_hand is not None:
@@ -70,17 +70,17 @@ def _drawn_seed() -> int:
 
 
 def rank_of(config: PacaConfig, key: str) -> int:
-    """How many columns ``config`` wants in the layer that the model calls ``key``."""
+    """How many columns `config` wants in the layer that the model calls `key`."""
     if key in config.rank_pattern:
         return config.rank_pattern[key]
     return config.rank_pattern.get(get_pattern_key(list(config.rank_pattern), key), config.r)
 
 
 def given_columns(config: PacaConfig, in_features: int, key: str) -> Tensor | None:
-    """The columns that ``config.indices`` lists for a layer, checked, or None.
+    """The columns that `config.indices` lists for a layer, checked, or None.
 
     Raises:
-        ValueError: if they are no columns of the layer.
+        ValueError: If they are no columns of the layer.
     """
     if not config.indices:
         return None
@@ -92,14 +92,14 @@ def given_columns(config: PacaConfig, in_features: int, key: str) -> Tensor | No
 
 @torch.no_grad()
 def column_norms(layer: Any, key: str) -> Tensor:
-    """The norms ``(in_features,)`` of the columns of a layer's pretrained weight.
+    """The norms `(in_features,)` of the columns of a layer's pretrained weight.
 
     Args:
-        layer: a module that PaCA adapts, or has adapted; its columns are parked then.
-        key: what the model calls it, for messages.
+        layer: A module that PaCA adapts, or has adapted; its columns are parked then.
+        key: What the model calls it, for messages.
 
     Raises:
-        ValueError: if the weight can't be read.
+        ValueError: If the weight can't be read.
     """
     if isinstance(layer, OverlaidLinear):
         module: Any = layer.base_layer
