@@ -18,7 +18,8 @@ import pefts_own_paca
 from convert.saved_adapters import logits, save_adapted
 from models import adapt, gpt2, llama, tokens
 from paca.convert.adapter import AdaptedLayer, Adapter, adapter_in_model
-from paca.convert.pefts_paca import export_to_peft, saved_layers, to_pefts_paca, why_not
+from paca.convert.exported import export_adapter
+from paca.convert.pefts_paca import saved_layers, to_pefts_paca, why_not
 from paca.messages.errors import PacaError
 
 TARGETS = {"target_modules": ["q_proj", "down_proj", "up_proj"]}
@@ -47,7 +48,7 @@ def test_the_exported_adapter_gives_the_same_outputs_there(tmp_path: Path, name:
     base = llama(initializer_range=0.15).to(dtype)
     adapted = save_adapted(tmp_path, base, **SETTINGS[name])
     expected = logits(adapted, tokens())
-    export_to_peft(tmp_path / "adapter", tmp_path / "theirs")
+    export_adapter(tmp_path / "adapter", tmp_path / "theirs", "peft")
     there = logits(pefts_own_paca.load(llama(initializer_range=0.15).to(dtype), tmp_path / "theirs"), tokens())
     ours = peft.PeftModel.from_pretrained(llama(initializer_range=0.15).to(dtype), str(tmp_path / "theirs")).eval()
     assert torch.equal(logits(ours, tokens()), there)
@@ -72,14 +73,14 @@ def test_the_card_says_yes_exactly_where_the_adapter_loads_there_as_it_is(tmp_pa
         assert reason == "model.layers.0.self_attn.q_proj has 2 columns, and it gives all layers r=4"
     if name == "uneven scales":
         assert reason == "model.layers.0.mlp.down_proj has the scale 0.5, and it gives all layers 2"
-    export_to_peft(tmp_path / "adapter", tmp_path / "theirs")
+    export_adapter(tmp_path / "adapter", tmp_path / "theirs", "peft")
     assert answer(tmp_path / "theirs") is None
 
 
 def test_the_settings_are_those_that_it_knows(tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
     save_adapted(tmp_path, llama(), **UNEVEN, modules_to_save=["lm_head"], revision="v2")
     (tmp_path / "adapter/tokenizer.json").write_text("{}")
-    export_to_peft(tmp_path / "adapter", tmp_path / "theirs")
+    export_adapter(tmp_path / "adapter", tmp_path / "theirs", "peft")
     recwarn.clear()
     config = pefts_own_paca.read_config(tmp_path / "theirs")
     assert not recwarn.list
@@ -131,7 +132,7 @@ def test_conv1d_and_experts_are_named_as_the_reason() -> None:
 def test_a_layer_with_fewer_inputs_than_the_largest_rank_is_refused_by_name(tmp_path: Path) -> None:
     save_adapted(tmp_path, llama(), target_modules=["q_proj", "down_proj"], rank_pattern={"down_proj": 40})
     with pytest.raises(PacaError, match=r"q_proj has 32 input columns, but another layer trains 40"):
-        export_to_peft(tmp_path / "adapter", tmp_path / "theirs")
+        export_adapter(tmp_path / "adapter", tmp_path / "theirs", "peft")
     assert not (tmp_path / "theirs").exists()
 
 
@@ -139,7 +140,7 @@ def test_the_quantization_it_was_made_for_is_kept(tmp_path: Path) -> None:
     save_adapted(tmp_path, llama(), **TARGETS)
     file = tmp_path / "adapter/adapter_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"base_quantization": "nf4"}))
-    export_to_peft(tmp_path / "adapter", tmp_path / "theirs")
+    export_adapter(tmp_path / "adapter", tmp_path / "theirs", "peft")
     with pytest.warns(UserWarning, match="base_quantization"):
         pefts_own_paca.load(llama(), tmp_path / "theirs")
     with pytest.warns(UserWarning, match="made for weights quantized as 'nf4'"):

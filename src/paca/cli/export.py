@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -37,30 +37,29 @@ def export(
         from paca.cli.merge import merge
 
         merge(path, output, base_model=base_model, overwrite=overwrite)
-    elif to == "gguf":
+        return
+    if to == "gguf":
         gguf_output(path, output, overwrite)
-        from paca.convert.gguf_adapter import export_gguf
-
-        gguf = export_gguf(path, output, base_model=base_model, overwrite=overwrite)
-        layers = f"{len(gguf.adapter.layers)} layers"
-        print(f"Written: {gguf.output} (LoRA, {layers}, for {gguf.architecture!r} models of llama.cpp)")
-        _say_quantization(gguf.adapter.quantization)
-        print(f"Use it with the GGUF file of {gguf.adapter.base}: llama-cli -m MODEL.gguf --lora {gguf.output}")
     else:
         adapter_output(path, output, base_model, overwrite)
-        from paca.convert.lora import export_lora
-        from paca.convert.pefts_paca import export_to_peft
+    from paca.convert.exported import export_adapter
+    from paca.convert.gguf_adapter import architecture_of
 
-        convert = export_lora if to == "lora" else export_to_peft
-        output, adapter = convert(path, output, base_model=base_model, overwrite=overwrite)
-        layers = f"{len(adapter.layers)} layers of rank"
-        if to == "lora":
-            print(f"Written: {output} (LoRA, exact: {layers} {', '.join(map(str, adapter.ranks))}, each at scale 1)")
-        else:
-            print(f"Written: {output} (PaCA for PEFT >= 0.22: {layers} {adapter.ranks[-1]}, each at scale 1)")
-        if adapter.saved_whole:
-            print(f"Carried over: {', '.join(sorted(adapter.saved_whole))}")
-        _say_quantization(adapter.quantization)
+    form: Any = to  # one of FORMS
+    output, adapter = export_adapter(path, output, form, base_model=base_model, overwrite=overwrite)
+    layers, ranks = f"{len(adapter.layers)} layers", ", ".join(map(str, adapter.ranks))
+    if to == "gguf":
+        print(f"Written: {output} (LoRA, {layers}, for {architecture_of(adapter).name!r} models of llama.cpp)")
+    elif to == "lora":
+        print(f"Written: {output} (LoRA, exact: {layers} of rank {ranks}, each at scale 1)")
+    else:
+        print(f"Written: {output} (PaCA for PEFT >= 0.22: {layers} of rank {adapter.ranks[-1]}, each at scale 1)")
+    if adapter.saved_whole:
+        print(f"Carried over: {', '.join(sorted(adapter.saved_whole))}")
+    _say_quantization(adapter.quantization)
+    if to == "gguf":
+        print(f"Use it with the GGUF file of {adapter.base}: llama-cli -m MODEL.gguf --lora {output}")
+    else:
         print(f'Load it onto {adapter.base} with PeftModel.from_pretrained(model, "{output}"); paca is not needed.')
 
 

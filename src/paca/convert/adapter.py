@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,7 +33,7 @@ from paca.layers.overlaid import OverlaidLinear
 from paca.messages.errors import PacaError
 from paca.messages.program import program
 from paca.pretrained import Outline, load_config
-from paca.pretrained.location import locate, tokenizer_files
+from paca.pretrained.location import locate
 from paca.tuner.adapter_checks import DELTA, INDICES, check_finite
 from paca.tuner.adapter_folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS, adapter_settings, find_base, weight_file
 from paca.tuner.model import PacaModel
@@ -119,13 +118,6 @@ class Adapter:
         """The settings that an adapter of any method takes over."""
         names = ("modules_to_save", "task_type", "auto_mapping", "base_model_name_or_path", "revision")
         return {name: getattr(self.config, name) for name in names} | {"inference_mode": True}
-
-
-class Export(NamedTuple):
-    """What was written, and from what."""
-
-    output: Path
-    adapter: Adapter
 
 
 def adapter_in_model(model: Any, adapter_name: str = "default") -> Adapter:
@@ -280,20 +272,15 @@ def column_tensors(layers: Mapping[str, tuple[Tensor, Tensor]]) -> dict[str, Ten
 
 
 def write_adapter(
-    folder: Path,
-    settings: Mapping[str, Any],
-    tensors: Mapping[str, Tensor],
-    quantization: str | None,
-    source: Path | None,
+    folder: Path, settings: Mapping[str, Any], tensors: Mapping[str, Tensor], quantization: str | None = None
 ) -> None:
-    """Write an adapter's config and weights, and the tokenizer that lies beside its source.
+    """Write an adapter's config and weights.
 
     Args:
         folder: Made if it is not there; existing files of the same names are replaced.
         settings: Of the config.
         tensors: By their names in the file.
         quantization: Kept in the weights' metadata, where programs that do not know it pass over it.
-        source: Folder of the adapter that this one is made from; None if that is in a model.
     """
     folder.mkdir(parents=True, exist_ok=True)
     contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
@@ -302,5 +289,3 @@ def write_adapter(
     # A set's order differs from process to process.
     plain = {name: sorted(value) if isinstance(value, set) else value for name, value in settings.items()}
     (folder / ADAPTER_CONFIG).write_text(json.dumps(plain, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    for file in [] if source is None else tokenizer_files(source):
-        shutil.copyfile(file, folder / file.name)

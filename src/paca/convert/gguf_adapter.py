@@ -6,17 +6,14 @@ llama-cpp-python 0.3.36 brings, and compared with their output tensor by tensor:
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from paca.convert.adapter import Adapter, read_adapter
-from paca.convert.beforehand import gguf_output
+from paca.convert.adapter import Adapter
 from paca.convert.lora import lora_factors
 from paca.messages.errors import PacaError
-from paca.pretrained.whole_output import whole_output
 from paca.tuner.rotation.union_config import default_and_pattern
 
 
@@ -44,50 +41,18 @@ ARCHITECTURES = {
 }
 
 
-class GgufExport(NamedTuple):
-    """What was written, and from what."""
-
-    output: Path
-    adapter: Adapter
-    architecture: str
-
-
-def export_gguf(
-    path: str | Path, output: str | Path, *, base_model: str | None = None, overwrite: bool = False
-) -> GgufExport:
-    """Write a run's or a folder's PaCA adapter as a LoRA adapter for llama.cpp.
-
-    Reads the base model's config, not its weights. The file appears only when it is complete.
-
-    Args:
-        path: A run folder or an adapter folder.
-        output: The `.gguf` file to write.
-        base_model: Where the base model lies, if not where the adapter says.
-        overwrite: Replace the file that `output` already is.
-
-    Raises:
-        PacaError: An adapter that can't be read, an architecture whose names in llama.cpp are not known here, a layer
-            that it does not have, modules that were saved whole, or an output that is in use.
-    """
-    output = gguf_output(path, output, overwrite)
-    adapter = read_adapter(path, base_model)
-    architecture, alpha, tensors = gguf_tensors(adapter)
-    with whole_output(output) as partial:
-        _write(partial, architecture, alpha, tensors)
-    return GgufExport(output, adapter, architecture)
-
-
-def gguf_tensors(adapter: Adapter) -> tuple[str, float, dict[str, Tensor]]:
-    """The architecture's name, `adapter.lora.alpha` and the tensors of the file, by their names there.
+def gguf_tensors(adapter: Adapter) -> tuple[float, dict[str, Tensor]]:
+    """`adapter.lora.alpha` and the tensors of the file, by their names there.
 
     llama.cpp scales each layer by alpha / (that layer's rank). Alpha is the commonest rank; where a layer has another
     one, its B makes up for it, so that every layer is scaled by 1.
 
     Raises:
-        PacaError: As `export_gguf`.
+        PacaError: An architecture whose names in llama.cpp are not known here, a layer that it does not have, or
+            modules that were saved whole.
     """
     gguf = _gguf()
-    known = _architecture(adapter)
+    known = architecture_of(adapter)
     if adapter.saved_whole:
         raise PacaError(
             f"The adapter also holds {', '.join(sorted(adapter.saved_whole))}, trained whole, which a LoRA adapter in "
@@ -108,7 +73,7 @@ def gguf_tensors(adapter: Adapter) -> tuple[str, float, dict[str, Tensor]]:
             b = pairs_of_neighbours(b, heads)
         b = b if layer.r == alpha else b * (layer.r / alpha)
         tensors[f"{target}.lora_a"], tensors[f"{target}.lora_b"] = a, b
-    return known.name, float(alpha), tensors
+    return float(alpha), tensors
 
 
 def pairs_of_neighbours(rows: Tensor, heads: int) -> Tensor:
@@ -120,7 +85,12 @@ def pairs_of_neighbours(rows: Tensor, heads: int) -> Tensor:
     return halves.transpose(1, 2).reshape(rows.shape)
 
 
-def _architecture(adapter: Adapter) -> _Architecture:
+def architecture_of(adapter: Adapter) -> _Architecture:
+    """How llama.cpp stores the base model.
+
+    Raises:
+        PacaError: It is not known here.
+    """
     model_type = None if adapter.base_config is None else adapter.base_config.model_type
     if model_type not in ARCHITECTURES:
         raise PacaError(
@@ -130,9 +100,11 @@ def _architecture(adapter: Adapter) -> _Architecture:
     return ARCHITECTURES[model_type]
 
 
-def _write(path: str | os.PathLike[str], architecture: str, alpha: float, tensors: dict[str, Tensor]) -> None:
+def write_gguf(adapter: Adapter, file: Path) -> None:
+    """Write the adapter as LoRA for llama.cpp to `file` (errors as of `gguf_tensors`)."""
     gguf = _gguf()
-    writer = gguf.GGUFWriter(path, architecture)
+    alpha, tensors = gguf_tensors(adapter)
+    writer = gguf.GGUFWriter(file, architecture_of(adapter).name)
     writer.add_type(gguf.GGUFType.ADAPTER)
     writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
     writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, alpha)

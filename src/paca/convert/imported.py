@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,7 +26,7 @@ from paca.convert.one_hot_lora import lora_config, read_one_hot_lora
 from paca.convert.target_names import exact_targets
 from paca.messages.errors import PacaError
 from paca.pretrained import load_pretrained
-from paca.pretrained.location import locate
+from paca.pretrained.location import locate, tokenizer_files
 from paca.pretrained.whole_output import whole_output
 from paca.tuner.adapter_checks import DELTA
 from paca.tuner.adapter_folder import ADAPTER_CONFIG, adapter_settings, weight_file
@@ -74,7 +75,9 @@ def import_adapter(
     adapter = _check(foreign, settings, base, model, recorded_quantization(file))
     columns = column_tensors({name: (layer.delta, layer.indices) for name, layer in adapter.layers.items()})
     with whole_output(output) as partial:
-        write_adapter(partial, adapter.config.to_dict(), adapter.saved_whole | columns, None, folder)
+        write_adapter(partial, adapter.config.to_dict(), adapter.saved_whole | columns)
+        for beside in tokenizer_files(folder):
+            shutil.copyfile(beside, partial / beside.name)
     return Imported(output, adapter, foreign.kind, foreign.largest_move)
 
 

@@ -14,19 +14,9 @@ from peft import LoraConfig
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from paca.convert.adapter import (
-    FILE_PREFIX,
-    AdaptedLayer,
-    Adapter,
-    Export,
-    adapter_in_model,
-    read_adapter,
-    write_adapter,
-)
-from paca.convert.beforehand import adapter_in, adapter_output
+from paca.convert.adapter import FILE_PREFIX, AdaptedLayer, Adapter, adapter_in_model, write_adapter
 from paca.convert.target_names import exact_targets
 from paca.messages.errors import PacaError
-from paca.pretrained.whole_output import whole_output
 from paca.tuner.rotation.union_config import default_and_pattern
 
 LORA_A, LORA_B = "lora_A.weight", "lora_B.weight"
@@ -94,32 +84,10 @@ def save_as_lora(model: Any, folder: str | Path, adapter_name: str = "default") 
     Raises:
         ValueError: No such adapter, or a layer that LoRA can't express, by name.
     """
-    _write(adapter_in_model(model, adapter_name), Path(folder), None)
+    write_lora(adapter_in_model(model, adapter_name), Path(folder))
 
 
-def export_lora(
-    path: str | Path, output: str | Path, *, base_model: str | None = None, overwrite: bool = False
-) -> Export:
-    """Write a run's or a folder's PaCA adapter as a LoRA adapter, with its tokenizer if it has one.
-
-    Reads the base model's config, not its weights. The folder appears only when it is complete.
-
-    Args:
-        path: A run folder or an adapter folder.
-        output: The folder to write.
-        base_model: Where the base model lies, if not where the adapter says.
-        overwrite: Replace an adapter that `output` already holds.
-
-    Raises:
-        PacaError: An adapter that can't be read or that LoRA can't express, or an output that is in use.
-    """
-    output = adapter_output(path, output, base_model, overwrite)
-    adapter = read_adapter(path, base_model)
-    with whole_output(output) as partial:
-        _write(adapter, partial, adapter_in(path))
-    return Export(output, adapter)
-
-
-def _write(adapter: Adapter, folder: Path, source: Path | None) -> None:
+def write_lora(adapter: Adapter, folder: Path) -> None:
+    """Write the adapter as LoRA into `folder` (errors as of `to_lora`)."""
     config, tensors = to_lora(adapter)
-    write_adapter(folder, config.to_dict(), tensors, adapter.config.base_quantization, source)
+    write_adapter(folder, config.to_dict(), tensors, adapter.config.base_quantization)

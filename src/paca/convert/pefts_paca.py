@@ -17,12 +17,10 @@ from torch import Tensor, nn
 
 from paca.columns.column_union import ColumnUnion
 from paca.config import PacaConfig
-from paca.convert.adapter import AdaptedLayer, Adapter, Export, column_tensors, read_adapter, stock_class, write_adapter
-from paca.convert.beforehand import adapter_in, adapter_output
+from paca.convert.adapter import AdaptedLayer, Adapter, column_tensors, stock_class, write_adapter
 from paca.convert.target_names import exact_targets
 from paca.layers import PacaLayer
 from paca.messages.errors import PacaError
-from paca.pretrained.whole_output import whole_output
 
 PEFT = "PEFT >= 0.22"
 FIELDS = (
@@ -76,7 +74,8 @@ def to_pefts_paca(adapter: Adapter) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """The adapter as PEFT's own PaCA takes it: the content of its config, and its tensors by their names in the file.
 
     Each layer's scale is multiplied into its deltas, so that one of 1 is right for all. Layers with fewer columns than
-    others get further ones, whose deltas are zero.
+    others get further ones, whose deltas are zero. The outputs are the same: bit for bit where each scale is a power of
+    two, else to the rounding of `scale * delta` to float32.
 
     Raises:
         PacaError: A layer that PEFT's own PaCA can't adapt, or a value that is not finite; the layer is named.
@@ -119,26 +118,6 @@ def _padded(name: str, layer: AdaptedLayer, r: int) -> ColumnUnion:
     return ColumnUnion(indices, torch.cat([delta, delta.new_zeros(len(delta), r - layer.r)], 1)[:, order])
 
 
-def export_to_peft(
-    path: str | Path, output: str | Path, *, base_model: str | None = None, overwrite: bool = False
-) -> Export:
-    """Write a run's or a folder's adapter so that PEFT's own PaCA loads it, with its tokenizer if it has one.
-
-    The outputs are the same: bit for bit where each scale is a power of two, else to the rounding of `scale * delta` to
-    float32. Reads the base model's config, not its weights. The folder appears only when it is complete.
-
-    Args:
-        path: A run folder or an adapter folder.
-        output: The folder to write.
-        base_model: Where the base model lies, if not where the adapter says.
-        overwrite: Replace an adapter that `output` already holds.
-
-    Raises:
-        PacaError: An adapter that can't be read or that PEFT's own PaCA can't load in any form, or an output in use.
-    """
-    output = adapter_output(path, output, base_model, overwrite)
-    adapter = read_adapter(path, base_model)
-    settings, tensors = to_pefts_paca(adapter)
-    with whole_output(output) as partial:
-        write_adapter(partial, settings, tensors, adapter.config.base_quantization, adapter_in(path))
-    return Export(output, adapter)
+def write_pefts_paca(adapter: Adapter, folder: Path) -> None:
+    """Write the adapter for PEFT's own PaCA into `folder` (errors as of `to_pefts_paca`)."""
+    write_adapter(folder, *to_pefts_paca(adapter))
