@@ -16,6 +16,7 @@ from torch import nn
 import paca
 import pefts_own_paca
 from convert.saved_adapters import logits, save_adapted
+from expert_models import mixtral
 from models import adapt, gpt2, llama, tokens
 from paca.convert.adapter import AdaptedLayer, Adapter, adapter_in_model
 from paca.convert.exported import export_adapter
@@ -120,12 +121,22 @@ def test_a_layer_that_it_cannot_adapt_is_refused_by_name(kind: type[nn.Module]) 
         to_pefts_paca(adapter)
 
 
-def test_conv1d_and_experts_are_named_as_the_reason() -> None:
-    model = adapt(gpt2(), target_modules=["c_attn"])
-    assert why_not(3, 6, saved_layers(model)) == (
-        "transformer.h.0.attn.c_attn is a Conv1D, and it adapts Linear layers only"
-    )
-    with pytest.raises(PacaError, match=r"c_attn is a Conv1D.*--to lora"):
+@pytest.mark.parametrize(
+    ("base", "settings", "name"),
+    [
+        (gpt2, {"target_modules": ["c_attn"]}, "transformer.h.0.attn.c_attn is a Conv1D"),
+        (llama, {"target_modules": ["embed_tokens"]}, "model.embed_tokens is a Embedding"),
+        (
+            mixtral,
+            {"target_parameters": ["experts.gate_up_proj"]},
+            "model.layers.0.mlp.experts.gate_up_proj is a ExpertStack",
+        ),
+    ],
+)
+def test_layers_that_are_no_linear_ones_are_named_as_the_reason(base: Any, settings: dict[str, Any], name: str) -> None:
+    model = adapt(base(), **settings)
+    assert why_not(3, 6, saved_layers(model)) == f"{name}, and it adapts Linear layers only"
+    with pytest.raises(PacaError, match=rf"{name}.*--to merged"):
         to_pefts_paca(adapter_in_model(model))
 
 

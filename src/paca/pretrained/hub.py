@@ -45,8 +45,9 @@ def only_from_cache(name: str, revision: str | None) -> bool:
         with _without_retry_lines():
             http_backoff("HEAD", url, max_retries=1, base_wait_time=1, timeout=_ANSWER_SECONDS)
     except Exception as error:  # of httpx or httpx2, whichever the hub's client of the day is made with
-        cached = huggingface_hub.try_to_load_from_cache(name, "config.json", revision=revision)
-        if not isinstance(cached, str):
+        files = ("config.json", "tokenizer_config.json")  # of a model, of a tokenizer alone
+        cached = [huggingface_hub.try_to_load_from_cache(name, file, revision=revision) for file in files]
+        if not any(isinstance(file, str) for file in cached):
             raise PacaError(unreachable(name)) from error
         logger.warning("The hub cannot be reached (%s); reading %r from the local cache.", error, name)
         return True
