@@ -19,12 +19,13 @@ ROTATIONS = ("random", "random_blocks", "weight_norm")
 
 @dataclass
 class PacaConfig(PeftConfig):
-    """Settings of a PaCA adapter (arXiv 2503.01905): ``r`` input columns of each target weight are trained in place.
+    """Settings of a PaCA adapter (arXiv 2503.01905): `r` input columns of each target weight are trained in place.
 
-    The names are those of PEFT's own PaCA (>= 0.22), and files of either load in both.
+    The names are those of PEFT's own PaCA (>= 0.22), whose files load. Ours load there too, unless they use what it has
+    not: the adapter's card says so, and `paca export --to peft` writes one that does.
 
     Raises:
-        ValueError: for a setting that can't work, naming it.
+        ValueError: For a setting that can't work, naming it.
     """
 
     r: int = field(default=16, metadata={"help": "How many input columns of each target weight are trained."})
@@ -52,7 +53,13 @@ class PacaConfig(PeftConfig):
     layers_pattern: list[str] | str | None = field(
         default=None, metadata={"help": "Name of the list of blocks that layers_to_transform counts, such as 'layers'."}
     )
-    random_seed: int = field(default=0, metadata={"help": "Seed of the random selection of columns."})
+    random_seed: int | None = field(
+        default=0,
+        metadata={
+            "help": "Seed of the random selection of columns. With null, as PEFT's own PaCA has it by default, a new "
+            "adapter draws a seed from torch's random state and keeps it here."
+        },
+    )
     init_weights: bool = field(
         default=True,
         metadata={"help": "Start the deltas at zero, so that the model starts unchanged. False is for tests."},
@@ -139,8 +146,10 @@ class PacaConfig(PeftConfig):
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < float("inf"):
                 raise ValueError(f"{name} must be a positive number; got {value!r}.")
         check_strategy(self.selection)
-        if isinstance(self.random_seed, bool) or not isinstance(self.random_seed, int):
-            raise ValueError(f"random_seed must be a whole number; got {self.random_seed!r}.")
+        if isinstance(self.random_seed, bool) or not isinstance(self.random_seed, (int, type(None))):
+            raise ValueError(
+                f"random_seed must be a whole number, or null for one that is drawn; got {self.random_seed!r}."
+            )
         every = self.rotate_every
         if every is not None and (isinstance(every, bool) or not isinstance(every, int) or every < 1):
             raise ValueError(f"rotate_every must be a whole number of steps, 1 or more, or null; got {every!r}.")

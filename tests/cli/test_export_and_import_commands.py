@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
@@ -24,6 +25,7 @@ def test_export_to_lora_and_import_give_the_adapter_back(run: Path, tmp_path: Pa
     done = fresh_paca("export", run, "--to", "lora", "--output", tmp_path / "lora")
     assert done.returncode == 0, done.stderr
     assert f"Written: {tmp_path / 'lora'} (LoRA, exact: 14 layers of rank 5, each at scale 1)" in done.stdout
+    assert "quantized" not in done.stdout
     assert (tmp_path / "lora/tokenizer.json").is_file()
     done = fresh_paca("import", tmp_path / "lora", "--base", run / "base", "--output", tmp_path / "back")
     assert done.returncode == 0, done.stderr
@@ -46,6 +48,18 @@ def test_export_to_gguf(run: Path, tmp_path: Path) -> None:
     assert len(gguf.GGUFReader(output).tensors) == 28
 
 
+def test_export_to_peft_says_what_it_wrote(run: Path, tmp_path: Path) -> None:
+    shutil.copytree(run / "adapter", tmp_path / "adapter")
+    file = tmp_path / "adapter/adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"base_quantization": "nf4"}))
+    arguments = ("export", tmp_path / "adapter", "--to", "peft", "--base-model", run / "base")
+    done = forked_paca(*arguments, "--output", tmp_path / "theirs")
+    assert done.returncode == 0, done.stderr
+    written = f"Written: {tmp_path / 'theirs'} (PaCA for PEFT >= 0.22: 14 layers of rank 5, each at scale 1)"
+    assert written in done.stdout
+    assert "made for weights quantized as nf4" in done.stdout
+
+
 def test_export_to_merged_is_what_merge_writes(run: Path, tmp_path: Path) -> None:
     done = forked_paca("export", run, "--to", "merged", "--output", tmp_path / "merged")
     assert done.returncode == 0, done.stderr
@@ -65,5 +79,5 @@ def test_what_is_wrong_is_one_message(run: Path, tmp_path: Path) -> None:
     assert "Traceback" not in done.stderr
     done = forked_paca("export", run, "--to", "onnx", "--output", tmp_path / "out")
     assert done.returncode == 1
-    assert "--to is 'onnx'; it can be lora, merged, gguf." in done.stderr
+    assert "--to is 'onnx'; it can be lora, merged, gguf, peft." in done.stderr
     assert not (tmp_path / "out").exists()

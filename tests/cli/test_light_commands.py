@@ -82,7 +82,7 @@ OUTPUT = ["--output", "written"]
         (["chat", "missing"], "No such folder: missing. Give a run of `paca train`, an adapter's folder or a model's."),
         (["merge", "missing", *OUTPUT], "No such folder: missing. Give a run of `paca train` or an adapter's folder."),
         (["export", "missing", "--to", "lora", *OUTPUT], "Give a run of `paca train` or an adapter's folder."),
-        (["export", "adapter", "--to", "foo", *OUTPUT], "--to is 'foo'; it can be lora, merged, gguf."),
+        (["export", "adapter", "--to", "foo", *OUTPUT], "--to is 'foo'; it can be lora, merged, gguf, peft."),
         (["export", "adapter", "--to", "lora", "--output", "model"], "model exists and is not empty."),
         (["export", "adapter", "--to", "gguf", "--output", "model"], "should be a file whose name ends in .gguf."),
         (["export", "model", "--to", "merged", *OUTPUT], "model is a whole model, not an adapter."),

@@ -34,7 +34,8 @@ from transformers import (
 from convert.saved_adapters import change, logits, save_adapted
 from models import gpt2, llama
 from paca.convert.adapter import adapter_in_model
-from paca.convert.gguf_adapter import ARCHITECTURES, export_gguf, gguf_tensors, pairs_of_neighbours
+from paca.convert.exported import export_adapter
+from paca.convert.gguf_adapter import ARCHITECTURES, architecture_of, gguf_tensors, pairs_of_neighbours
 from paca.messages.errors import PacaError
 from tiny_checkpoint import byte_tokenizer
 from tiny_gguf import write_gguf
@@ -125,14 +126,14 @@ def test_the_file_holds_the_change_of_each_weight_under_llama_cpps_name(model_ty
     uneven = {"rank_pattern": {f"1.{wide}": 5, narrow: 1}, "alpha_pattern": {narrow: 2.5}}
     base = make(model_type)
     model = save_adapted(tmp_path, base, r=3, paca_alpha=7, **uneven)
-    result = export_gguf(tmp_path / "adapter", tmp_path / "lora.gguf")
+    result = export_adapter(tmp_path / "adapter", tmp_path / "lora.gguf", "gguf")
     fields, tensors = read(tmp_path / "lora.gguf")
     expected = {"mistral": "llama", "gemma3_text": "gemma3"}.get(model_type, model_type)
-    assert (fields["general.architecture"], result.architecture) == (expected, expected)
+    assert (fields["general.architecture"], architecture_of(result.adapter).name) == (expected, expected)
     assert (fields["general.type"], fields["adapter.type"]) == ("adapter", "lora")
     alpha = fields["adapter.lora.alpha"]
     layers = {name: m for name, m in model.get_base_model().named_modules() if hasattr(m, "paca_delta")}
-    assert len(tensors) == 2 * len(layers) == 2 * 2 * len(names) == 2 * result.layers
+    assert len(tensors) == 2 * len(layers) == 2 * 2 * len(names) == 2 * len(result.adapter.layers)
     for name, layer in layers.items():
         block, _, kind = name.partition("layers." if model_type != "gpt2" else "h.")[2].partition(".")
         target = f"blk.{block}.{names[kind]}.weight"
@@ -163,10 +164,10 @@ def test_what_llama_cpp_has_no_place_for_is_refused_by_name(tmp_path: Path) -> N
     )
     save_adapted(tmp_path / "opt", opt)
     with pytest.raises(PacaError, match=r"type 'opt' can't be exported.*llama, mistral.*--to merged"):
-        export_gguf(tmp_path / "opt/adapter", tmp_path / "a.gguf")
+        export_adapter(tmp_path / "opt/adapter", tmp_path / "a.gguf", "gguf")
     save_adapted(tmp_path / "head", llama(), modules_to_save=["lm_head"])
     with pytest.raises(PacaError, match=r"base_model\.model\.lm_head\.weight, trained whole.*--to merged"):
-        export_gguf(tmp_path / "head/adapter", tmp_path / "a.gguf")
+        export_adapter(tmp_path / "head/adapter", tmp_path / "a.gguf", "gguf")
     adapter = adapter_in_model(save_adapted(tmp_path / "odd", llama(), target_modules=["q_proj"]))
     adapter.layers["model.vision.fc1"] = adapter.layers["model.layers.0.self_attn.q_proj"]
     with pytest.raises(PacaError, match=r"model\.vision\.fc1 has no counterpart .* 'llama' models"):
@@ -178,25 +179,25 @@ def test_a_classifiers_backbone_is_refused_for_its_head(tmp_path: Path) -> None:
     base = LlamaForSequenceClassification(llama().config)
     save_adapted(tmp_path, base, task_type="SEQ_CLS")
     with pytest.raises(PacaError, match=r"score\.weight, trained whole"):
-        export_gguf(tmp_path / "adapter", tmp_path / "a.gguf")
+        export_adapter(tmp_path / "adapter", tmp_path / "a.gguf", "gguf")
 
 
 def test_an_output_in_use_is_refused_and_left_alone(tmp_path: Path) -> None:
     save_adapted(tmp_path, llama(), target_modules=["q_proj"])
     with pytest.raises(PacaError, match=r"ends in \.gguf"):
-        export_gguf(tmp_path / "adapter", tmp_path / "lora")
+        export_adapter(tmp_path / "adapter", tmp_path / "lora", "gguf")
     output = tmp_path / "lora.gguf"
     output.write_text("of somebody else")
     with pytest.raises(PacaError, match=r"exists.*--overwrite"):
-        export_gguf(tmp_path / "adapter", output)
+        export_adapter(tmp_path / "adapter", output, "gguf")
     assert output.read_text() == "of somebody else"
-    export_gguf(tmp_path / "adapter", output, overwrite=True)
+    export_adapter(tmp_path / "adapter", output, "gguf", overwrite=True)
     assert len(read(output)[1]) == 4
     (tmp_path / "folder.gguf").mkdir()
     with pytest.raises(PacaError, match="is a folder"):
-        export_gguf(tmp_path / "adapter", tmp_path / "folder.gguf", overwrite=True)
+        export_adapter(tmp_path / "adapter", tmp_path / "folder.gguf", "gguf", overwrite=True)
     with pytest.raises(PacaError, match="cannot be written to"):
-        export_gguf(tmp_path / "adapter", output / "in-a-file.gguf")
+        export_adapter(tmp_path / "adapter", output / "in-a-file.gguf", "gguf")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "base", "folder.gguf", "lora.gguf"]
 
 
@@ -204,7 +205,7 @@ def test_a_missing_gguf_package_is_named(tmp_path: Path, monkeypatch: pytest.Mon
     save_adapted(tmp_path, llama(), target_modules=["q_proj"])
     monkeypatch.setitem(sys.modules, "gguf", None)
     with pytest.raises(PacaError, match=r"paca-tuning\[gguf\]"):
-        export_gguf(tmp_path / "adapter", tmp_path / "lora.gguf")
+        export_adapter(tmp_path / "adapter", tmp_path / "lora.gguf", "gguf")
 
 
 def test_llama_cpp_answers_as_the_adapted_model(tmp_path: Path) -> None:
@@ -214,7 +215,7 @@ def test_llama_cpp_answers_as_the_adapted_model(tmp_path: Path) -> None:
     model = save_adapted(tmp_path, base, r=5, paca_alpha=7, rank_pattern={"layers.1.self_attn.k_proj": 2})
     byte_tokenizer().save_pretrained(tmp_path / "base")
     write_gguf(tmp_path / "base.gguf", tmp_path / "base", quantized=False)
-    export_gguf(tmp_path / "adapter", tmp_path / "lora.gguf")
+    export_adapter(tmp_path / "adapter", tmp_path / "lora.gguf", "gguf")
     tokens = torch.arange(2, 26)
 
     def by_llama_cpp(lora: Path | None) -> Tensor:

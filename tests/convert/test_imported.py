@@ -15,11 +15,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, GPT2LMHeadModel
 
-import paca.convert.imported as imported_module
+import paca.convert.adapter as adapter_module
 from convert.saved_adapters import logits, save_adapted
 from models import gpt2, llama, tokens
+from paca.convert.exported import export_adapter
 from paca.convert.imported import import_adapter
-from paca.convert.lora import export_lora
 from paca.messages.errors import PacaError
 
 LAYERS = {f"model.layers.{block}.{name}" for block in (0, 1) for name in ("self_attn.q_proj", "mlp.down_proj")}
@@ -82,7 +82,7 @@ def test_the_authors_columns_are_what_the_imported_adapter_puts_into_the_weight(
         columns, indices = (theirs[f"base_model.model.{name}.{kind}"] for kind in ("paca_w", "paca_indices"))
         expected.get_submodule(name).weight.data[:, indices] = (SCALE * columns.double()).to(model.dtype)
     result = import_adapter(write(tmp_path / "theirs", AUTHORS, theirs), tmp_path / "ours", base_model=str(base))
-    assert (result.kind, result.layers, result.ranks) == ("the original authors' PaCA", 4, [4])
+    assert (result.kind, len(result.adapter.layers), result.adapter.ranks) == ("the original authors' PaCA", 4, [4])
     assert 0.1 < result.largest_move < 2
     adapted = peft.PeftModel.from_pretrained(model, str(tmp_path / "ours"))
     merged = adapted.merge_and_unload()
@@ -101,7 +101,7 @@ def test_a_base_folder_is_recorded_by_its_whole_path(
     theirs = authors_tensors(AutoModelForCausalLM.from_pretrained(base32))
     monkeypatch.chdir(base32.parent)
     result = import_adapter(write(tmp_path / "theirs", AUTHORS, theirs), tmp_path / "ours", base_model=base32.name)
-    assert result.base == paca_config(tmp_path / "ours")["base_model_name_or_path"] == str(base32.resolve())
+    assert result.adapter.base == paca_config(tmp_path / "ours")["base_model_name_or_path"] == str(base32.resolve())
 
 
 def test_from_the_authors_to_ours_and_back_gives_their_values(base32: Path, tmp_path: Path) -> None:
@@ -152,7 +152,7 @@ def test_a_layer_with_fewer_inputs_than_r_keeps_the_authors_scale(base32: Path, 
         theirs[f"base_model.model.{name}.paca_w"] = (weight[:, indices] + 0.1) / (7 / 40)
         theirs[f"base_model.model.{name}.paca_indices"] = indices
     result = import_adapter(write(tmp_path / "theirs", settings, theirs), tmp_path / "ours", base_model=str(base32))
-    assert result.ranks == [32, 40]
+    assert result.adapter.ranks == [32, 40]
     adapted = peft.PeftModel.from_pretrained(model, str(tmp_path / "ours"))
     for name in LAYERS:
         layer = adapted.base_model.model.get_submodule(name)
@@ -165,7 +165,7 @@ def test_a_layer_with_fewer_inputs_than_r_keeps_the_authors_scale(base32: Path, 
 def test_paca_to_lora_and_back_keeps_the_columns_and_their_change_bitwise(alpha: int, tmp_path: Path) -> None:
     uneven = {"r": 3, "paca_alpha": alpha, "rank_pattern": {"1.self_attn.q_proj": 5, "down_proj": 1}}
     model = save_adapted(tmp_path, llama(), **uneven)
-    export_lora(tmp_path / "adapter", tmp_path / "lora")
+    export_adapter(tmp_path / "adapter", tmp_path / "lora", "lora")
     result = import_adapter(tmp_path / "lora", tmp_path / "back")
     assert (result.kind, result.largest_move) == ("LoRA with a one-hot A", None)
     back = peft.PeftModel.from_pretrained(llama(), str(tmp_path / "back")).base_model.model
@@ -180,7 +180,7 @@ def test_paca_to_lora_and_back_keeps_the_columns_and_their_change_bitwise(alpha:
                 assert torch.equal(found.paca_delta["default"], delta)
     names = [f"{name}_proj" for name in ("down", "gate", "k", "o", "q", "up", "v")]
     assert paca_config(tmp_path / "back")["target_modules"] == names
-    export_lora(tmp_path / "back", tmp_path / "again")
+    export_adapter(tmp_path / "back", tmp_path / "again", "lora")
     one, two = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("lora", "again"))
     assert one.keys() == two.keys()
     assert all(torch.equal(one[name], two[name]) for name in one)
@@ -189,7 +189,7 @@ def test_paca_to_lora_and_back_keeps_the_columns_and_their_change_bitwise(alpha:
 
 def test_whole_modules_and_conv1d_come_back(tmp_path: Path) -> None:
     model = save_adapted(tmp_path, gpt2(), target_modules=["c_attn"], modules_to_save=["ln_f"], revision="v2")
-    export_lora(tmp_path / "adapter", tmp_path / "lora")
+    export_adapter(tmp_path / "adapter", tmp_path / "lora", "lora")
     import_adapter(tmp_path / "lora", tmp_path / "back")
     assert paca_config(tmp_path / "back")["revision"] == "v2"
     loaded = peft.PeftModel.from_pretrained(GPT2LMHeadModel.from_pretrained(tmp_path / "base"), str(tmp_path / "back"))
@@ -203,8 +203,20 @@ def test_whole_modules_and_conv1d_come_back(tmp_path: Path) -> None:
 @pytest.fixture
 def lora(tmp_path: Path) -> Path:
     save_adapted(tmp_path, llama(), target_modules=["q_proj"])
-    export_lora(tmp_path / "adapter", tmp_path / "lora")
+    export_adapter(tmp_path / "adapter", tmp_path / "lora", "lora")
     return tmp_path / "lora"
+
+
+@pytest.mark.parametrize("kind", ["nf4", "none"])
+def test_the_quantization_that_the_adapter_was_made_for_comes_back(tmp_path: Path, kind: str) -> None:
+    save_adapted(tmp_path, llama(), target_modules=["q_proj"])
+    file = tmp_path / "adapter/adapter_config.json"
+    assert paca_config(tmp_path / "adapter")["base_quantization"] == "none"
+    file.write_text(json.dumps(paca_config(tmp_path / "adapter") | {"base_quantization": kind}))
+    export_adapter(tmp_path / "adapter", tmp_path / "lora", "lora")
+    assert "base_quantization" not in paca_config(tmp_path / "lora")  # PEFT would warn of it
+    import_adapter(tmp_path / "lora", tmp_path / "back")
+    assert paca_config(tmp_path / "back")["base_quantization"] == kind
 
 
 @pytest.mark.parametrize("rslora", [False, True])
@@ -338,7 +350,7 @@ def test_a_failure_while_writing_leaves_nothing(lora: Path, tmp_path: Path, monk
         raise OSError("No space left on device")
 
     before = sorted(path.name for path in tmp_path.iterdir())
-    monkeypatch.setattr(imported_module, "save_file", full_disk)
+    monkeypatch.setattr(adapter_module, "save_file", full_disk)
     with pytest.raises(OSError, match="No space left"):
         import_adapter(lora, tmp_path / "back")
     assert sorted(path.name for path in tmp_path.iterdir()) == before

@@ -18,7 +18,8 @@ from convert.saved_adapters import change, logits, save_adapted
 from forked_process import run_forked
 from models import adapt, adapted_perceptron, gpt2, llama, tokens
 from paca.convert.adapter import AdaptedLayer, Adapter, adapter_in_model
-from paca.convert.lora import export_lora, save_as_lora, to_lora
+from paca.convert.exported import export_adapter
+from paca.convert.lora import save_as_lora, to_lora
 from paca.messages.errors import PacaError
 
 UNEVEN = {
@@ -60,8 +61,8 @@ def test_the_lora_weight_is_the_scaled_delta_rounded_once(kind: str, dtype: torc
 
 
 def test_every_layer_has_scale_one_whatever_its_rank(uneven: Path, tmp_path: Path) -> None:
-    result = export_lora(uneven / "adapter", tmp_path / "lora")
-    assert (result.layers, result.ranks) == (6, [1, 3, 5])
+    result = export_adapter(uneven / "adapter", tmp_path / "lora", "lora")
+    assert (len(result.adapter.layers), result.adapter.ranks) == (6, [1, 3, 5])
     layers = lora_layers(load_lora(llama(), tmp_path / "lora"))
     assert {name.rpartition("layers.")[2]: layer.r["default"] for name, layer in layers.items()} == {
         "0.self_attn.q_proj": 3,
@@ -78,7 +79,7 @@ def test_the_logits_are_the_same_to_rounding(tmp_path: Path, dtype: torch.dtype)
     expected = logits(adapted, tokens())
     with adapted.disable_adapter():
         moved = (expected - logits(adapted, tokens())).abs().max()
-    export_lora(tmp_path / "adapter", tmp_path / "lora")
+    export_adapter(tmp_path / "adapter", tmp_path / "lora", "lora")
     found = logits(load_lora(llama(initializer_range=0.15).to(dtype), tmp_path / "lora"), tokens())
     # Two blocks of seven layers; in bfloat16 our weight is rounded once more, theirs adds a rounded product.
     tolerance = 32 * torch.finfo(dtype).eps * expected.abs().max()
@@ -95,7 +96,7 @@ def test_stock_peft_loads_it_in_a_process_without_paca(tmp_path: Path) -> None:
         adapted["llama"].base_model.model.lm_head.modules_to_save["default"].weight.add_(0.1)
     adapted["llama"].save_pretrained(tmp_path / "llama/adapter")
     for name, model in adapted.items():
-        export_lora(tmp_path / name / "adapter", tmp_path / name / "lora")
+        export_adapter(tmp_path / name / "adapter", tmp_path / name / "lora", "lora")
         torch.save((tokens(), logits(model, tokens())), tmp_path / name / "expected.pt")
     script = """
 import sys, torch, warnings
@@ -136,8 +137,8 @@ def test_whole_modules_and_the_settings_of_the_adapter_are_kept(tmp_path: Path) 
     adapted.peft_config["default"].base_model_name_or_path = str(tmp_path / "base")
     adapted.peft_config["default"].revision = "v2"
     adapted.save_pretrained(tmp_path / "adapter")
-    result = export_lora(tmp_path / "adapter", tmp_path / "lora")
-    assert result.saved_whole == ["base_model.model.score.weight"]
+    result = export_adapter(tmp_path / "adapter", tmp_path / "lora", "lora")
+    assert sorted(result.adapter.saved_whole) == ["base_model.model.score.weight"]
     settings = json.loads((tmp_path / "lora/adapter_config.json").read_text())
     assert {key: settings[key] for key in ("peft_type", "task_type", "revision", "base_model_name_or_path")} == {
         "peft_type": "LORA",
@@ -154,10 +155,10 @@ def test_whole_modules_and_the_settings_of_the_adapter_are_kept(tmp_path: Path) 
 
 
 def test_the_config_alone_of_the_base_model_is_needed(uneven: Path, tmp_path: Path) -> None:
-    export_lora(uneven / "adapter", tmp_path / "with")
+    export_adapter(uneven / "adapter", tmp_path / "with", "lora")
     (uneven / "base/model.safetensors").unlink()
     shutil.copytree(uneven / "base", tmp_path / "elsewhere")
-    export_lora(uneven / "adapter", tmp_path / "without", base_model=str(tmp_path / "elsewhere"))
+    export_adapter(uneven / "adapter", tmp_path / "without", "lora", base_model=str(tmp_path / "elsewhere"))
     a, b = (load_file(tmp_path / kind / "adapter_model.safetensors") for kind in ("with", "without"))
     assert a.keys() == b.keys()
     assert all(torch.equal(a[name], b[name]) for name in a)
@@ -185,7 +186,7 @@ def test_a_model_in_memory_is_exported_as_it_is_now(tmp_path: Path) -> None:
 def test_the_tokenizer_goes_along_and_nothing_else(uneven: Path, tmp_path: Path) -> None:
     for name in ("tokenizer.json", "chat_template.jinja", "optimizer.pt"):
         (uneven / "adapter" / name).write_text(name)
-    export_lora(uneven / "adapter", tmp_path / "lora")
+    export_adapter(uneven / "adapter", tmp_path / "lora", "lora")
     found = {file.name for file in (tmp_path / "lora").iterdir()}
     assert found == {"adapter_config.json", "adapter_model.safetensors", "tokenizer.json", "chat_template.jinja"}
     assert (tmp_path / "lora/tokenizer.json").read_text() == "tokenizer.json"
@@ -207,41 +208,41 @@ def test_an_infinite_scaled_delta_is_refused_by_name() -> None:
 
 
 def test_what_is_no_paca_adapter_is_refused(uneven: Path, tmp_path: Path) -> None:
-    export_lora(uneven / "adapter", tmp_path / "lora")
+    export_adapter(uneven / "adapter", tmp_path / "lora", "lora")
     with pytest.raises(PacaError, match="holds a LORA adapter"):
-        export_lora(tmp_path / "lora", tmp_path / "again")
+        export_adapter(tmp_path / "lora", tmp_path / "again", "lora")
     with pytest.raises(PacaError, match="a whole model, not an adapter"):
-        export_lora(uneven / "base", tmp_path / "again")
+        export_adapter(uneven / "base", tmp_path / "again", "lora")
     with pytest.raises(PacaError, match="No such folder"):
-        export_lora(tmp_path / "nowhere", tmp_path / "again")
+        export_adapter(tmp_path / "nowhere", tmp_path / "again", "lora")
     llama(hidden_size=64).save_pretrained(tmp_path / "wider")
     with pytest.raises(PacaError, match="does not fit the model"):
-        export_lora(uneven / "adapter", tmp_path / "again", base_model=str(tmp_path / "wider"))
+        export_adapter(uneven / "adapter", tmp_path / "again", "lora", base_model=str(tmp_path / "wider"))
     broken = Path(shutil.copytree(uneven / "adapter", tmp_path / "broken"))
     tensors = load_file(broken / "adapter_model.safetensors")
     tensors[next(name for name in tensors if name.endswith("indices"))][0] = 10_000
     save_file(tensors, broken / "adapter_model.safetensors")
     with pytest.raises(PacaError, match=r"paca_indices: column 10000 is out of range"):
-        export_lora(broken, tmp_path / "again")
+        export_adapter(broken, tmp_path / "again", "lora")
     (broken / "adapter_model.safetensors").write_bytes(b"short")
     with pytest.raises(PacaError, match="is broken"):
-        export_lora(broken, tmp_path / "again")
+        export_adapter(broken, tmp_path / "again", "lora")
     (broken / "adapter_model.safetensors").unlink()
     with pytest.raises(PacaError, match="weights are missing"):
-        export_lora(broken, tmp_path / "again")
+        export_adapter(broken, tmp_path / "again", "lora")
     assert not (tmp_path / "again").exists()
 
 
 def test_an_output_in_use_is_refused_and_left_alone(uneven: Path, tmp_path: Path) -> None:
     output = tmp_path / "lora"
-    export_lora(uneven / "adapter", output)
+    export_adapter(uneven / "adapter", output, "lora")
     with pytest.raises(PacaError, match=r"not empty.*--overwrite"):
-        export_lora(uneven / "adapter", output)
+        export_adapter(uneven / "adapter", output, "lora")
     (output / "leftover").write_text("")
-    export_lora(uneven / "adapter", output, overwrite=True)
+    export_adapter(uneven / "adapter", output, "lora", overwrite=True)
     assert not (output / "leftover").exists()
     with pytest.raises(PacaError, match="does not hold an adapter"):
-        export_lora(uneven / "adapter", uneven / "base", overwrite=True)
+        export_adapter(uneven / "adapter", uneven / "base", "lora", overwrite=True)
     with pytest.raises(PacaError, match="which the export reads"):
-        export_lora(uneven / "adapter", uneven / "adapter", overwrite=True)
+        export_adapter(uneven / "adapter", uneven / "adapter", "lora", overwrite=True)
     assert AutoModelForCausalLM.from_pretrained(uneven / "base").dtype == torch.float32

@@ -372,6 +372,43 @@ def test_a_damaged_checkpoint_is_one_clear_error(base: Path, tmp_path: Path, fil
         load_pretrained(str(folder))
 
 
+def test_a_folder_without_a_tokenizer_says_so_and_another_one_can_be_named(base: Path, tmp_path: Path) -> None:
+    model, files = tmp_path / "model", tmp_path / "tokenizer"
+    shutil.copytree(base, model)
+    files.mkdir()
+    for file in model.glob("*token*"):
+        file.rename(files / file.name)
+    (model / "chat_template.jinja").unlink()
+    for load in (load_pretrained, load_tokenizer):
+        with pytest.raises(PacaError, match=r"(?s)holds no tokenizer: none of tokenizer\.json, .*model\.tokenizer in"):
+            load(str(model))
+    found = load_pretrained(str(model), tokenizer=str(files)).tokenizer
+    text = "12 mice\n"
+    assert found(text)["input_ids"] == load_tokenizer(str(base))(text)["input_ids"]
+    assert load_tokenizer(str(files)).get_vocab() == found.get_vocab()
+
+
+def test_the_whole_reason_is_given_why_a_tokenizer_cannot_be_loaded(base: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(base, folder)
+    (folder / "tokenizer.json").unlink()
+    with pytest.raises(
+        PacaError, match=r"(?s)tokenizer in .* cannot be loaded: .*model\.tokenizer in the YAML"
+    ) as caught:
+        load_tokenizer(str(folder))
+    reason = " ".join(str(caught.value.__cause__).split())
+    assert len(str(caught.value.__cause__).splitlines()) > 1  # else this says nothing
+    assert reason in str(caught.value)
+
+
+def test_a_tokenizer_of_another_model_is_refused(base: Path, tmp_path: Path) -> None:
+    larger = byte_tokenizer()
+    larger.add_tokens([f"<{number}>" for number in range(100)])
+    larger.save_pretrained(tmp_path / "larger")
+    with pytest.raises(PacaError, match=rf"has {len(larger)} tokens, but the model .* embeds \d+\. Give the tokenizer"):
+        load_pretrained(str(base), tokenizer=str(tmp_path / "larger"))
+
+
 def test_a_missing_gguf_package_is_named(gguf_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "gguf", None)
     for load in (load_pretrained, load_config, load_tokenizer):

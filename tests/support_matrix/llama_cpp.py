@@ -9,7 +9,8 @@ from torch import Tensor
 
 from models import adapt
 from paca.convert.adapter import adapter_in_model
-from paca.convert.gguf_adapter import export_gguf, gguf_tensors
+from paca.convert.exported import export_adapter
+from paca.convert.gguf_adapter import gguf_tensors
 from paca.messages.errors import PacaError
 from support_matrix.case import Case, Explained, randomize
 
@@ -47,7 +48,7 @@ def export(case: Case) -> None:
     base = case.folder / "config"
     model.get_base_model().config.save_pretrained(base)
     model.save_pretrained(case.folder / "adapter")
-    export_gguf(case.folder / "adapter", case.folder / "adapter.gguf", base_model=str(base))
+    export_adapter(case.folder / "adapter", case.folder / "adapter.gguf", "gguf", base_model=str(base))
     reader = gguf.GGUFReader(case.folder / "adapter.gguf")
     tensors = {tensor.name: torch.from_numpy(tensor.data.copy()) for tensor in reader.tensors}
     (alpha,) = reader.get_field("adapter.lora.alpha").parts[-1]

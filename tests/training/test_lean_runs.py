@@ -10,13 +10,13 @@ from pathlib import Path
 import pytest
 import torch
 from rich.console import Console
-from test_pretrained import mergeable_base, write_gguf  # noqa: F401 - the first is a fixture
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
 from paca.lean import is_lean
 from paca.messages.errors import PacaError
 from paca.training import describe, load_run_config, train
 from paca.training import run as run_module
+from pretrained.test_pretrained import mergeable_base, write_gguf  # noqa: F401 - the first is a fixture
 from training.tiny_run import adapter, curve, same_adapter
 
 LEAN = ("model.lean=true",)

@@ -15,14 +15,15 @@ import pytest
 import torch
 from peft import PeftModel
 from rich.console import Console
-from test_pretrained import mergeable_base, write_gguf  # noqa: F401 - the first is a fixture
 from transformers import AutoModelForCausalLM, TrainerControl, TrainerState, TrainingArguments
 
 from paca.messages.errors import PacaError
 from paca.messages.program import program
+from paca.pretrained.generation import load_for_generation
 from paca.training import RunResult, describe, load_run_config, train
 from paca.training import run as run_module
 from paca.training.interrupt import StopOnSignal
+from pretrained.test_pretrained import mergeable_base, write_gguf  # noqa: F401 - the first is a fixture
 from tiny_checkpoint import byte_tokenizer
 from training.tiny_run import adapter, curve, rows, same_adapter
 
@@ -108,12 +109,33 @@ def test_a_run_leaves_its_folder(run: Runner, tmp_path: Path, config_file: Path)
     ):
         assert str(known) in card
     assert f"{summary['eval_loss_after']:.4f} after" in card
+    assert "Loads in the PaCA of PEFT >= 0.22, without paca: yes.\n" in card
     assert "More Information Needed" not in card
     assert not list((folder / "checkpoints").rglob("README.md"))  # templates of TRL and PEFT, not filled in
     training_rows = [row for row in rows(folder) if "loss" in row]
     assert [row["step"] for row in training_rows] == list(range(1, 11))
     assert training_rows[-1]["tokens"] == summary["tokens"]
     assert [row["step"] for row in rows(folder) if "eval_loss" in row] == [0, 2, 4, 6, 8, 10]
+
+
+def test_the_tokenizer_can_come_from_elsewhere(run: Runner, tmp_path: Path, config_file: Path) -> None:
+    model = Path(shutil.copytree(config_file.parent / "model", tmp_path / "model"))
+    (tmp_path / "files").mkdir()
+    for file in [*model.glob("*token*"), model / "chat_template.jinja"]:
+        file.rename(tmp_path / "files" / file.name)
+    settings = (f"model.name={model}", "train.max_steps=1", "eval.before=false")
+    with pytest.raises(PacaError, match="holds no tokenizer"):
+        run("a", *settings)
+    result = run("b", *settings, f"model.tokenizer={tmp_path / 'files'}")
+    assert result.summary is not None
+    loaded = load_for_generation(result.folder)  # the base model still has none
+    assert loaded.tokenizer.get_vocab() == byte_tokenizer().get_vocab()
+
+
+def test_the_card_says_why_pefts_own_paca_cannot_load_the_adapter(run: Runner, tmp_path: Path) -> None:
+    run("a", "train.max_steps=1", "paca.rank_pattern={up_proj: 2}")
+    card = (tmp_path / "a/adapter/README.md").read_text()
+    assert "without paca: no, because model.layers.0.mlp.up_proj has 2 columns, and it gives all layers r=4." in card
 
 
 def test_the_adapter_gives_the_loss_that_was_reported(run: Runner, finished: Runner, tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, BartConfig, BartForConditionalGen
 
 import paca
 from models import adapt, base_state, gpt2, llama, tokens
-from paca.convert.lora import export_lora
+from paca.convert.exported import export_adapter
 from paca.convert.merged import merge_to_folder
 from paca.pretrained.generation import load_for_generation
 from tiny_checkpoint import save_base
@@ -187,7 +187,7 @@ def test_commands_untie_the_base_of_an_adapter_that_was_trained_so(targets, tmp_
         merged = LlamaForCausalLM.from_pretrained(tmp_path / "merged")
         torch.testing.assert_close(merged(tokens()).logits, want)
     if "embed_tokens" not in targets:
-        assert export_lora(tmp_path / "adapter", tmp_path / "lora").layers == 1
+        assert len(export_adapter(tmp_path / "adapter", tmp_path / "lora", "lora").adapter.layers) == 1
 
 
 def test_a_tied_base_stays_tied_for_other_adapters(tmp_path):

@@ -1,17 +1,17 @@
-"""``paca export``: write the adapter in a form that other programs read."""
+"""`paca export`: write the adapter in a form that other programs read."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from paca.cli.quiet import hide_library_notes
-from paca.convert.beforehand import adapter_in, gguf_output, lora_output
+from paca.convert.beforehand import adapter_in, adapter_output, gguf_output
 from paca.messages.errors import PacaError
 
-FORMS = ("lora", "merged", "gguf")
+FORMS = ("lora", "merged", "gguf", "peft")
 
 
 def export(
@@ -20,14 +20,15 @@ def export(
         str,
         typer.Option(
             metavar="|".join(FORMS),
-            help="lora: an adapter for PEFT, vLLM and others. merged: a plain checkpoint. gguf: llama.cpp.",
+            help="lora: an adapter for PEFT, vLLM and others. merged: a plain checkpoint. gguf: llama.cpp. peft: an "
+            "adapter for the PaCA of PEFT >= 0.22.",
         ),
     ],
     output: Annotated[Path, typer.Option(help="The folder to write; for gguf, the file.")],
     base_model: Annotated[str | None, typer.Option(help="The base model, if not where the adapter says.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what the output holds.")] = False,
 ) -> None:
-    """Write an adapter as LoRA, as a merged model or for llama.cpp."""
+    """Write an adapter as LoRA, as a merged model, for llama.cpp or for PEFT's own PaCA."""
     hide_library_notes()
     if to not in FORMS:
         raise PacaError(f"--to is {to!r}; it can be {', '.join(FORMS)}.")
@@ -36,25 +37,30 @@ def export(
         from paca.cli.merge import merge
 
         merge(path, output, base_model=base_model, overwrite=overwrite)
-    elif to == "lora":
-        lora_output(path, output, base_model, overwrite)
-        from paca.convert.lora import export_lora
-
-        lora = export_lora(path, output, base_model=base_model, overwrite=overwrite)
-        ranks = ", ".join(map(str, lora.ranks))
-        print(f"Written: {lora.output} (LoRA, exact: {lora.layers} layers of rank {ranks}, each at scale 1)")
-        if lora.saved_whole:
-            print(f"Carried over: {', '.join(lora.saved_whole)}")
-        _say_quantization(lora.base_quantization)
-        print(f'Load it onto {lora.base} with PeftModel.from_pretrained(model, "{lora.output}"); paca is not needed.')
-    else:
+        return
+    if to == "gguf":
         gguf_output(path, output, overwrite)
-        from paca.convert.gguf_adapter import export_gguf
+    else:
+        adapter_output(path, output, base_model, overwrite)
+    from paca.convert.exported import export_adapter
+    from paca.convert.gguf_adapter import architecture_of
 
-        gguf = export_gguf(path, output, base_model=base_model, overwrite=overwrite)
-        print(f"Written: {gguf.output} (LoRA, {gguf.layers} layers, for {gguf.architecture!r} models of llama.cpp)")
-        _say_quantization(gguf.base_quantization)
-        print(f"Use it with the GGUF file of {gguf.base}: llama-cli -m MODEL.gguf --lora {gguf.output}")
+    form: Any = to  # one of FORMS
+    output, adapter = export_adapter(path, output, form, base_model=base_model, overwrite=overwrite)
+    layers, ranks = f"{len(adapter.layers)} layers", ", ".join(map(str, adapter.ranks))
+    if to == "gguf":
+        print(f"Written: {output} (LoRA, {layers}, for {architecture_of(adapter).name!r} models of llama.cpp)")
+    elif to == "lora":
+        print(f"Written: {output} (LoRA, exact: {layers} of rank {ranks}, each at scale 1)")
+    else:
+        print(f"Written: {output} (PaCA for PEFT >= 0.22: {layers} of rank {adapter.ranks[-1]}, each at scale 1)")
+    if adapter.saved_whole:
+        print(f"Carried over: {', '.join(sorted(adapter.saved_whole))}")
+    _say_quantization(adapter.quantization)
+    if to == "gguf":
+        print(f"Use it with the GGUF file of {adapter.base}: llama-cli -m MODEL.gguf --lora {output}")
+    else:
+        print(f'Load it onto {adapter.base} with PeftModel.from_pretrained(model, "{output}"); paca is not needed.')
 
 
 def _say_quantization(kind: str | None) -> None:

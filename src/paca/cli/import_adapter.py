@@ -1,4 +1,4 @@
-"""``paca import``: read an adapter that another tool wrote."""
+"""`paca import`: read an adapter that another tool wrote."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from paca.cli.quiet import hide_library_notes
-from paca.convert.beforehand import import_output, import_source
+from paca.convert.beforehand import adapter_output, import_source
 
 
 def import_adapter(
@@ -21,11 +21,12 @@ def import_adapter(
 ) -> None:
     """Make a PaCA adapter of a checkpoint of the original authors' PaCA, or of a LoRA adapter exported from PaCA."""
     hide_library_notes()
-    import_output(import_source(path), output, base, overwrite)  # before torch is imported
+    adapter_output(import_source(path), output, base, overwrite, "import")  # before torch is imported
     from paca.convert import imported
 
     result = imported.import_adapter(path, output, base_model=base, overwrite=overwrite)
-    print(f"Read: {result.kind}, {result.layers} layers of rank {', '.join(map(str, result.ranks))}, on {result.base}")
+    adapter, ranks = result.adapter, ", ".join(map(str, result.adapter.ranks))
+    print(f"Read: {result.kind}, {len(adapter.layers)} layers of rank {ranks}, on {adapter.base}")
     if result.largest_move is not None:
         print(f"Their columns moved by at most {result.largest_move:.2g} of their size in any layer.")
     print(f"Written: {result.output}")

@@ -39,7 +39,7 @@ def check_rank(r: int, in_features: int, module_name: str) -> None:
         )
 
 
-def random_columns(in_features: int, r: int, seed: int, module_name: str, strategy: str = "random") -> Tensor:
+def random_columns(in_features: int, r: int, seed: int | None, module_name: str, strategy: str = "random") -> Tensor:
     """Draw ``r`` distinct columns by one of ``AT_RANDOM``, reproducibly from ``(seed, module_name)`` alone.
 
     Neither the global random state nor the order in which layers are made has any influence, so a model that is
@@ -66,9 +66,9 @@ def shuffled(strategy: str, in_features: int, generator: torch.Generator) -> Ten
     return order[order < in_features]
 
 
-def column_generator(seed: int, module_name: str) -> torch.Generator:
-    """A generator on the CPU that depends on ``(seed, module_name)`` alone."""
-    digest = hashlib.sha256(f"{seed}:{module_name}".encode()).digest()
+def column_generator(seed: int | None, module_name: str) -> torch.Generator:
+    """A generator on the CPU that depends on ``(seed, module_name)`` alone; None, of a loaded adapter, counts as 0."""
+    digest = hashlib.sha256(f"{seed or 0}:{module_name}".encode()).digest()
     return torch.Generator(device="cpu").manual_seed(int.from_bytes(digest[:8], "big") >> 1)
 
 

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterable
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from peft import PeftModel, get_peft_model_state_dict
-from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from peft.utils.other import AuxiliaryTrainingWrapper
-from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import (
     AutoModel,
@@ -36,12 +35,13 @@ from paca.messages.program import program
 from paca.pretrained import Outline, load_config
 from paca.pretrained.location import locate
 from paca.tuner.adapter_checks import DELTA, INDICES, check_finite
-from paca.tuner.adapter_folder import ADAPTER_CONFIG, find_base
+from paca.tuner.adapter_folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS, adapter_settings, find_base, weight_file
 from paca.tuner.model import PacaModel
 from paca.tuner.tied_weights import untie_for
 
 NAME = "default"  # of the adapter, where one is put into an outline
 FILE_PREFIX = "base_model.model."
+QUANTIZATION = "base_quantization"
 
 _AUTO_CLASSES: dict[str | None, Any] = {
     None: AutoModelForCausalLM,
@@ -53,28 +53,31 @@ _AUTO_CLASSES: dict[str | None, Any] = {
     "FEATURE_EXTRACTION": AutoModel,
 }
 
-# What `paca train`, TRL and PEFT leave beside an adapter to tokenize with.
-_TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "tokenizer.model",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "vocab.txt",
-    "merges.txt",
-    "chat_template.jinja",
-)
-
 
 class AdaptedLayer(NamedTuple):
-    """One layer's columns: its weight is ``W0[:, indices] + scale * delta`` there."""
+    """One layer's columns: its weight is `W0[:, indices] + scale * delta` there."""
 
     delta: Tensor  # (out_features, r)
     indices: Tensor  # (r,) int64, ascending
     scale: float
     in_features: int
     stock_class: type[nn.Module]
+
+    @property
+    def r(self) -> int:
+        """How many columns it has."""
+        return self.indices.numel()
+
+    def scaled_delta(self, name: str) -> Tensor:
+        """`scale * delta`, formed in float64 and rounded once to float32.
+
+        Raises:
+            PacaError: A value is not finite; `name`, of the layer, is in the message.
+        """
+        scaled = (self.delta.double() * self.scale).float()
+        if not bool(scaled.isfinite().all()):
+            raise PacaError(f"{name}: the delta holds NaN or Inf, or overflows float32. The adapter is broken.")
+        return scaled
 
 
 @dataclass
@@ -95,16 +98,37 @@ class Adapter:
     base_config: PreTrainedConfig | None
     """The base model's; None if it is not of transformers."""
 
+    @property
+    def base(self) -> str:
+        """Name or path of the base model."""
+        return str(self.config.base_model_name_or_path)
+
+    @property
+    def ranks(self) -> list[int]:
+        """Those that occur, ascending."""
+        return sorted({layer.r for layer in self.layers.values()})
+
+    @property
+    def quantization(self) -> str | None:
+        """How the weights were quantized that it was made for; None if they were not, or nobody recorded it."""
+        kind = self.config.base_quantization
+        return None if kind == "none" else kind
+
+    def common_settings(self) -> dict[str, Any]:
+        """The settings that an adapter of any method takes over."""
+        names = ("modules_to_save", "task_type", "auto_mapping", "base_model_name_or_path", "revision")
+        return {name: getattr(self.config, name) for name in names} | {"inference_mode": True}
+
 
 def adapter_in_model(model: Any, adapter_name: str = "default") -> Adapter:
     """Take an adapter out of a model, as it is now: deltas, and scales too where they were changed.
 
     Args:
-        model: from ``peft.get_peft_model`` or ``PeftModel.from_pretrained``; it is left as it is.
-        adapter_name: which of its adapters.
+        model: From `peft.get_peft_model` or `PeftModel.from_pretrained`; it is left as it is.
+        adapter_name: Which of its adapters.
 
     Raises:
-        ValueError: if it is no model with such a PaCA adapter.
+        ValueError: If it is no model with such a PaCA adapter.
     """
     if not isinstance(model, PeftModel) or not isinstance(model.base_model, PacaModel):
         raise ValueError(f"A PeftModel with a PaCA adapter is needed, not a {type(model).__name__}.")
@@ -118,16 +142,16 @@ def read_adapter(path: str | Path, base_model: str | None = None) -> Adapter:
     """Read and check an adapter on the disk. Of the base model only its config is read, no weights.
 
     Args:
-        path: a run folder or an adapter folder.
-        base_model: where the base model lies, if not where the adapter says; the config then names this one.
+        path: A run folder or an adapter folder.
+        base_model: Where the base model lies, if not where the adapter says; the config then names this one.
 
     Raises:
-        PacaError: no adapter, not one of PaCA's, a broken file, or one that does not fit the base model.
+        PacaError: No adapter, not one of PaCA's, a broken file, or one that does not fit the base model.
     """
     folder = adapter_in(path)
-    base = base_model if base_model is not None else find_base(folder)
-    tensors = read_tensors(weights_in(folder))
-    kind = read_json(folder / ADAPTER_CONFIG).get("peft_type")
+    base = find_base(folder, base_model)
+    tensors = read_tensors(weight_file(folder))
+    kind = adapter_settings(folder).get("peft_type")
     if kind != "PACA":
         raise PacaError(f"{folder} holds a {kind} adapter; only PaCA adapters can be exported.")
     if any(name.endswith(".paca_w") for name in tensors):
@@ -151,7 +175,7 @@ def put_on(base_model: nn.Module, config: PacaConfig, tensors: dict[str, Tensor]
     """Check an adapter's tensors, by the names they have in its file, against a base model (which may be on meta).
 
     Raises:
-        ValueError: as loading the adapter into the model would; the tensor or layer is named.
+        ValueError: As loading the adapter into the model would; the tensor or layer is named.
     """
     # Only the adapted layers matter: a new head need not have the shape that the outline guesses.
     layers_only = dataclasses.replace(config, modules_to_save=None)
@@ -178,7 +202,7 @@ def _collect(model: PeftModel, adapter_name: str, config: PacaConfig, tensors: d
                 saved_whole.pop(f"{FILE_PREFIX}{name}.{INDICES}").cpu(),
                 module.scaling[adapter_name],
                 module.in_features,
-                _stock_class(module),
+                stock_class(module),
             )
     names = {name for name, _ in base_model.named_modules() if not name.startswith(tuple(wrappers))}
     base_config = getattr(base_model, "config", None)
@@ -191,7 +215,8 @@ def _collect(model: PeftModel, adapter_name: str, config: PacaConfig, tensors: d
     )
 
 
-def _stock_class(layer: PacaLayer) -> type[nn.Module]:
+def stock_class(layer: PacaLayer) -> type[nn.Module]:
+    """The class of the module that `layer` adapts; of a quantized one, the class that it stands for."""
     stock: type[nn.Module] = getattr(layer.base_layer, "stock_class", type(layer.base_layer))
     if isinstance(layer, OverlaidLinear) and stock is not Conv1D:
         return nn.Linear  # which it stands for, whatever class its library quantizes it to
@@ -199,10 +224,10 @@ def _stock_class(layer: PacaLayer) -> type[nn.Module]:
 
 
 def base_outline(base: str, task_type: str | None, revision: str | None) -> Outline:
-    """The base model of an adapter for ``task_type``, without weights.
+    """The base model of an adapter for `task_type`, without weights.
 
     Raises:
-        PacaError: a task that nobody knows, or a model whose config can't be read.
+        PacaError: A task that nobody knows, or a model whose config can't be read.
     """
     if task_type not in _AUTO_CLASSES:
         raise PacaError(
@@ -213,38 +238,11 @@ def base_outline(base: str, task_type: str | None, revision: str | None) -> Outl
     return load_config(base, revision=revision if of_hub else None, auto_class=_AUTO_CLASSES[task_type])
 
 
-def read_json(file: Path) -> dict[str, Any]:
-    """The JSON object in ``file``.
-
-    Raises:
-        PacaError: there is no such file, or it holds something else.
-    """
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise PacaError(f"{file} cannot be read: {error}.") from error
-    if not isinstance(content, dict):
-        raise PacaError(f"{file} is broken: it should hold a JSON object.")
-    return content
-
-
-def weights_in(folder: Path) -> Path:
-    """The file with the tensors of the adapter in ``folder``.
-
-    Raises:
-        PacaError: there is none.
-    """
-    for name in (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME):
-        if (folder / name).is_file():
-            return folder / name
-    raise PacaError(f"{folder} has no {SAFETENSORS_WEIGHTS_NAME}: the adapter's weights are missing. Copy it again.")
-
-
 def read_tensors(file: Path) -> dict[str, Tensor]:
-    """The tensors in a safetensors file, or in one of ``torch.save``.
+    """The tensors in a safetensors file, or in one of `torch.save`.
 
     Raises:
-        PacaError: the file is broken, or holds something else than tensors by name.
+        PacaError: The file is broken, or holds something else than tensors by name.
     """
     try:
         if file.suffix == ".safetensors":
@@ -259,6 +257,35 @@ def read_tensors(file: Path) -> dict[str, Tensor]:
     return tensors
 
 
-def tokenizer_files(folder: Path | None) -> Iterable[Path]:
-    """The files of the tokenizer that lies beside an adapter; none if there is none."""
-    return [] if folder is None else [folder / name for name in _TOKENIZER_FILES if (folder / name).is_file()]
+def recorded_quantization(file: Path) -> str | None:
+    """How the weights were quantized that an adapter was made for, if its safetensors file says so."""
+    if file.suffix != ".safetensors":
+        return None
+    with safe_open(file, framework="pt") as opened:
+        return (opened.metadata() or {}).get(QUANTIZATION)
+
+
+def column_tensors(layers: Mapping[str, tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
+    """The tensors of an adapter's file, by their names there, for `(delta, indices)` of each layer."""
+    tensors = {f"{FILE_PREFIX}{name}.{DELTA}": delta for name, (delta, _) in layers.items()}
+    return tensors | {f"{FILE_PREFIX}{name}.{INDICES}": indices for name, (_, indices) in layers.items()}
+
+
+def write_adapter(
+    folder: Path, settings: Mapping[str, Any], tensors: Mapping[str, Tensor], quantization: str | None = None
+) -> None:
+    """Write an adapter's config and weights.
+
+    Args:
+        folder: Made if it is not there; existing files of the same names are replaced.
+        settings: Of the config.
+        tensors: By their names in the file.
+        quantization: Kept in the weights' metadata, where programs that do not know it pass over it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    recorded = {} if quantization is None else {QUANTIZATION: quantization}
+    save_file(contiguous, folder / ADAPTER_WEIGHTS[0], {"format": "pt"} | recorded)
+    # A set's order differs from process to process.
+    plain = {name: sorted(value) if isinstance(value, set) else value for name, value in settings.items()}
+    (folder / ADAPTER_CONFIG).write_text(json.dumps(plain, indent=2, sort_keys=True) + "\n", encoding="utf-8")

@@ -1,7 +1,7 @@
 """Checkpoints of the original authors' PaCA (github.com/WooSunghyeon/paca, read at commit 20570b3).
 
-Their trainable ``paca_w (out_features, r)`` is the columns themselves over the scale: the adapted weight is
-``W[:, paca_indices] = s * paca_w`` with ``s = paca_alpha / r`` (``paca_update`` in their layer.py), where ours
+Their trainable `paca_w (out_features, r)` is the columns themselves over the scale: the adapted weight is
+`W[:, paca_indices] = s * paca_w` with `s = paca_alpha / r` (`paca_update` in their layer.py), where ours
 keeps the difference to the pretrained columns.
 """
 
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from paca.columns.selection import column_problem
 from paca.convert.adapter import FILE_PREFIX
-from paca.convert.foreign import ForeignAdapter, ForeignLayer, positive_number, take_pairs
+from paca.convert.foreign import ForeignAdapter, ForeignLayer, take_pairs
 from paca.messages.errors import PacaError
 from paca.tuner.adapter_checks import INDICES
 
@@ -22,20 +22,20 @@ COLUMNS = "paca_w"
 
 
 def read_authors(config: dict[str, Any], tensors: dict[str, Tensor], base_model: nn.Module) -> ForeignAdapter:
-    """Read such a checkpoint as differences to the columns of ``base_model``.
+    """Read such a checkpoint as differences to the columns of `base_model`.
 
-    ``delta = (s * paca_w - W0[:, paca_indices]) / s`` is formed in float64 and rounded once to float32.
+    `delta = (s * paca_w - W0[:, paca_indices]) / s` is formed in float64 and rounded once to float32.
 
     Args:
-        config: their ``adapter_config.json``.
-        tensors: of their file, by name.
-        base_model: with its weights, in the dtype they were stored in.
+        config: Their `adapter_config.json`.
+        tensors: Of their file, by name.
+        base_model: With its weights, in the dtype they were stored in.
 
     Raises:
-        PacaError: a tensor that is missing, or does not fit the model; it is named.
+        PacaError: A tensor that is missing, or does not fit the model; it is named.
     """
-    r, alpha = positive_number(config, "r"), positive_number(config, "paca_alpha")
-    scale = alpha / r
+    # Theirs has fewer columns than r where a layer has fewer inputs, and scales by r all the same.
+    scale = _positive_number(config, "paca_alpha") / _positive_number(config, "r")
     pairs, others = take_pairs(tensors, COLUMNS, INDICES)
     layers: dict[str, ForeignLayer] = {}
     largest = 0.0
@@ -46,9 +46,15 @@ def read_authors(config: dict[str, Any], tensors: dict[str, Tensor], base_model:
         trained = columns.double() * scale
         delta = ((trained - pretrained) / scale).float()
         largest = max(largest, float((trained - pretrained).norm() / pretrained.norm().clamp_min(1e-30)))
-        # Theirs has fewer columns than r where a layer has fewer inputs, and scales by r all the same.
-        layers[name] = ForeignLayer(delta, indices, alpha if indices.numel() == r else scale * indices.numel())
+        layers[name] = ForeignLayer(delta, indices, scale)
     return ForeignAdapter("the original authors' PaCA", layers, others, largest)
+
+
+def _positive_number(config: dict[str, Any], key: str) -> float:
+    value = config.get(key)
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < float("inf"):
+        raise PacaError(f"The checkpoint's config must give {key} as a positive number; it gives {value!r}.")
+    return value
 
 
 def _weight(base_model: nn.Module, name: str) -> Tensor:

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 
-from paca.convert.output import check_output_file, check_output_folder
 from paca.messages.errors import PacaError
 from paca.tuner.adapter_folder import ADAPTER_CONFIG, find_adapter, find_base, find_task
 
 
 def adapter_in(path: str | Path) -> Path:
-    """The folder of the adapter that ``path``, a run or an adapter folder, stands for.
+    """The folder of the adapter that `path`, a run or an adapter folder, stands for.
 
     Raises:
-        PacaError: there is none.
+        PacaError: There is none.
     """
     adapter = find_adapter(path, or_model=False)
     if adapter is None:
@@ -21,38 +21,24 @@ def adapter_in(path: str | Path) -> Path:
     return adapter
 
 
-def lora_output(path: str | Path, output: str | Path, base_model: str | None, overwrite: bool) -> Path:
-    """The folder, absolute, for ``path`` as LoRA.
+def adapter_output(
+    path: str | Path, output: str | Path, base_model: str | None, overwrite: bool, job: str = "export"
+) -> Path:
+    """The folder, absolute, for the adapter in `path` in another form.
 
     Raises:
-        PacaError: it is in use.
+        PacaError: It is in use.
     """
-    output = _absolute(output)
-    reads = [Path(path), Path(base_model or path)]
-    check_output_folder(output, overwrite, reads=reads, job="export", holds="an adapter", marker=ADAPTER_CONFIG)
-    return output
-
-
-def gguf_output(path: str | Path, output: str | Path, overwrite: bool) -> Path:
-    """The file, absolute, for ``path`` as LoRA in GGUF.
-
-    Raises:
-        PacaError: it is in use, or not named as such a file is.
-    """
-    output = _absolute(output)
-    if output.suffix != ".gguf":
-        raise PacaError(f"The output {output} should be a file whose name ends in .gguf.")
-    check_output_file(output, overwrite, reads=[Path(path)], job="export")
-    return output
+    return _free_folder(output, overwrite, [path, base_model or path], job, "an adapter", ADAPTER_CONFIG)
 
 
 def merge_output(path: str | Path, output: str | Path, base_model: str | None, overwrite: bool) -> Path:
-    """The folder, absolute, for ``path`` merged into its base model.
+    """The folder, absolute, for `path` merged into its base model.
 
     Raises:
-        PacaError: it is in use, or the adapter names no base model, or is for something else than language models.
+        PacaError: It is in use, or the adapter names no base model, or is for something else than language models.
     """
-    output, adapter = _absolute(output), adapter_in(path)
+    adapter = adapter_in(path)
     task = find_task(adapter)
     if task not in (None, "CAUSAL_LM"):
         raise PacaError(
@@ -60,9 +46,24 @@ def merge_output(path: str | Path, output: str | Path, base_model: str | None, o
             "In Python: load the base model with the transformers class of that task, the adapter with "
             "PeftModel.from_pretrained, then merge_and_unload().save_pretrained(folder)."
         )
-    base = base_model if base_model is not None else find_base(adapter)
-    reads = [Path(path), adapter, Path(base)]
-    check_output_folder(output, overwrite, reads=reads, job="merge", holds="a model", marker="config.json")
+    reads = [path, adapter, find_base(adapter, base_model)]
+    return _free_folder(output, overwrite, reads, "merge", "a model", "config.json")
+
+
+def gguf_output(path: str | Path, output: str | Path, overwrite: bool) -> Path:
+    """The file, absolute, for `path` as LoRA in GGUF.
+
+    Raises:
+        PacaError: It is in use, or not named as such a file is.
+    """
+    output = Path(output).expanduser().absolute()
+    if output.suffix != ".gguf":
+        raise PacaError(f"The output {output} should be a file whose name ends in .gguf.")
+    _check_apart(output, [path], "export", "file")
+    if output.is_dir():
+        raise PacaError(f"The output {output} is a folder. Give the name of the file to write.")
+    if output.exists() and not overwrite:
+        raise PacaError(f"The output {output} exists. Give another one, or --overwrite to replace it.")
     return output
 
 
@@ -70,7 +71,7 @@ def import_source(path: str | Path) -> Path:
     """The folder of a foreign adapter's config, for the folder or the file of its tensors.
 
     Raises:
-        PacaError: there is nothing, or no config.
+        PacaError: There is nothing, or no config.
     """
     given = Path(path).expanduser()
     if not given.exists():
@@ -84,17 +85,24 @@ def import_source(path: str | Path) -> Path:
     return folder
 
 
-def import_output(folder: Path, output: str | Path, base_model: str | None, overwrite: bool) -> Path:
-    """The folder, absolute, for the foreign adapter in ``folder``.
-
-    Raises:
-        PacaError: it is in use.
-    """
-    output = _absolute(output)
-    reads = [folder, Path(base_model or folder)]
-    check_output_folder(output, overwrite, reads=reads, job="import", holds="an adapter", marker=ADAPTER_CONFIG)
+def _free_folder(
+    output: str | Path, overwrite: bool, reads: Iterable[str | Path], job: str, holds: str, marker: str
+) -> Path:
+    """Refuse a folder whose replacement would delete something else than a predecessor, known by the file `marker`."""
+    output = Path(output).expanduser().absolute()
+    _check_apart(output, reads, job, "folder")
+    if output.exists() and not output.is_dir():
+        raise PacaError(f"The output {output} is a file. Give a folder that does not exist yet.")
+    if not output.exists() or not any(output.iterdir()):
+        return output
+    if not overwrite:
+        raise PacaError(f"The output {output} exists and is not empty. Give another one, or --overwrite to replace it.")
+    if not (output / marker).is_file():
+        raise PacaError(f"The output {output} does not hold {holds} (no {marker}), so it is not overwritten.")
     return output
 
 
-def _absolute(output: str | Path) -> Path:
-    return Path(output).expanduser().absolute()
+def _check_apart(output: Path, reads: Iterable[str | Path], job: str, kind: str) -> None:
+    for path in map(Path, reads):
+        if path.exists() and path.resolve().is_relative_to(output.resolve()):
+            raise PacaError(f"The output {output} holds {path}, which the {job} reads. Give another output {kind}.")

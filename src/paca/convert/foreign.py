@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from torch import Tensor
 
@@ -12,15 +11,14 @@ from paca.messages.errors import PacaError
 
 
 class ForeignLayer(NamedTuple):
-    """The adapted weight is ``W0[:, indices] + alpha / r * delta`` there."""
+    """The adapted weight is `W0[:, indices] + scale * delta` there."""
 
     delta: Tensor  # (out_features, r)
     indices: Tensor  # (r,)
-    alpha: float
+    scale: float
 
 
-@dataclass
-class ForeignAdapter:
+class ForeignAdapter(NamedTuple):
     """An adapter of another tool, not yet checked against its base model."""
 
     kind: str
@@ -39,37 +37,19 @@ class ForeignAdapter:
 def take_pairs(
     tensors: dict[str, Tensor], first: str, second: str
 ) -> tuple[dict[str, tuple[Tensor, Tensor]], dict[str, Tensor]]:
-    """Sort out the tensors ``<layer>.<first>`` and ``<layer>.<second>``.
+    """Sort out the tensors `<layer>.<first>` and `<layer>.<second>`.
 
     Returns:
         The pairs by layer, and all other tensors.
 
     Raises:
-        PacaError: one of a pair is missing.
+        PacaError: One of a pair is missing.
     """
-    halves: dict[str, dict[str, Tensor]] = {}
-    others: dict[str, Tensor] = {}
-    for name, tensor in tensors.items():
-        for kind in (first, second):
-            if name.endswith(f".{kind}"):
-                halves.setdefault(name.removeprefix(FILE_PREFIX).removesuffix(f".{kind}"), {})[kind] = tensor
-                break
-        else:
-            others[name] = tensor
-    for layer, found in halves.items():
-        for kind in (first, second):
-            if kind not in found:
-                raise PacaError(f"The checkpoint has no {FILE_PREFIX}{layer}.{kind}: it is incomplete.")
-    return {layer: (found[first], found[second]) for layer, found in halves.items()}, others
-
-
-def positive_number(config: dict[str, Any], key: str) -> float:
-    """The value of ``key``.
-
-    Raises:
-        PacaError: it is missing or not a positive number.
-    """
-    value = config.get(key)
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < float("inf"):
-        raise PacaError(f"The checkpoint's config must give {key} as a positive number; it gives {value!r}.")
-    return value
+    paired = [name for name in tensors if name.endswith((f".{first}", f".{second}"))]
+    pairs: dict[str, tuple[Tensor, Tensor]] = {}
+    for name in paired:
+        layer = name.removesuffix(f".{first}").removesuffix(f".{second}")
+        for missing in {f"{layer}.{first}", f"{layer}.{second}"} - tensors.keys():
+            raise PacaError(f"The checkpoint has no {missing}: it is incomplete.")
+        pairs[layer.removeprefix(FILE_PREFIX)] = (tensors[f"{layer}.{first}"], tensors[f"{layer}.{second}"])
+    return pairs, {name: tensor for name, tensor in tensors.items() if name not in paired}

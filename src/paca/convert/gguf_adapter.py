@@ -1,4 +1,4 @@
-"""A PaCA adapter as a LoRA adapter in a GGUF file, as llama.cpp takes it with ``--lora``.
+"""A PaCA adapter as a LoRA adapter in a GGUF file, as llama.cpp takes it with `--lora`.
 
 The conventions are those of llama.cpp's convert_lora_to_gguf.py and convert_hf_to_gguf.py (read at the version that
 llama-cpp-python 0.3.36 brings, and compared with their output tensor by tensor: docs/notes/conversion.md).
@@ -6,27 +6,22 @@ llama-cpp-python 0.3.36 brings, and compared with their output tensor by tensor:
 
 from __future__ import annotations
 
-import os
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
-from paca.convert.adapter import Adapter, read_adapter
-from paca.convert.beforehand import gguf_output
-from paca.convert.lora import Factors, lora_factors
-from paca.convert.output import new_file
-from paca.convert.patterns import default_and_pattern
+from paca.convert.adapter import Adapter
+from paca.convert.lora import lora_factors
 from paca.messages.errors import PacaError
+from paca.tuner.rotation.union_config import default_and_pattern
 
 
 class _Architecture(NamedTuple):
-    """How llama.cpp stores the models of one ``model_type`` of transformers."""
+    """How llama.cpp stores the models of one `model_type` of transformers."""
 
     name: str
-    """In GGUF files, ``general.architecture``."""
+    """In GGUF files, `general.architecture`."""
     reorders_heads: bool = False
     """Whether the rows of q_proj and k_proj are stored in another order than transformers': for rotary embeddings of
     neighbouring pairs of dimensions, in place of the two halves of a head."""
@@ -46,55 +41,18 @@ ARCHITECTURES = {
 }
 
 
-@dataclass
-class GgufExport:
-    """What was written."""
-
-    output: Path
-    base: str
-    architecture: str
-    layers: int
-    base_quantization: str | None
-    """How the weights were quantized that the adapter was made for, or None."""
-
-
-def export_gguf(
-    path: str | Path, output: str | Path, *, base_model: str | None = None, overwrite: bool = False
-) -> GgufExport:
-    """Write a run's or a folder's PaCA adapter as a LoRA adapter for llama.cpp.
-
-    Reads the base model's config, not its weights. The file appears only when it is complete.
-
-    Args:
-        path: a run folder or an adapter folder.
-        output: the ``.gguf`` file to write.
-        base_model: where the base model lies, if not where the adapter says.
-        overwrite: replace the file that ``output`` already is.
-
-    Raises:
-        PacaError: an adapter that can't be read, an architecture whose names in llama.cpp are not known here, a layer
-            that it does not have, modules that were saved whole, or an output that is in use.
-    """
-    output = gguf_output(path, output, overwrite)
-    adapter = read_adapter(path, base_model)
-    architecture, alpha, tensors = gguf_tensors(adapter)
-    with new_file(output) as partial:
-        _write(partial, architecture, alpha, tensors)
-    base = str(adapter.config.base_model_name_or_path)
-    return GgufExport(output, base, architecture, len(adapter.layers), adapter.config.base_quantization)
-
-
-def gguf_tensors(adapter: Adapter) -> tuple[str, float, dict[str, Tensor]]:
-    """The architecture's name, ``adapter.lora.alpha`` and the tensors of the file, by their names there.
+def gguf_tensors(adapter: Adapter) -> tuple[float, dict[str, Tensor]]:
+    """`adapter.lora.alpha` and the tensors of the file, by their names there.
 
     llama.cpp scales each layer by alpha / (that layer's rank). Alpha is the commonest rank; where a layer has another
     one, its B makes up for it, so that every layer is scaled by 1.
 
     Raises:
-        PacaError: as :func:`export_gguf`.
+        PacaError: An architecture whose names in llama.cpp are not known here, a layer that it does not have, or
+            modules that were saved whole.
     """
     gguf = _gguf()
-    known = _architecture(adapter)
+    known = architecture_of(adapter)
     if adapter.saved_whole:
         raise PacaError(
             f"The adapter also holds {', '.join(sorted(adapter.saved_whole))}, trained whole, which a LoRA adapter in "
@@ -103,7 +61,7 @@ def gguf_tensors(adapter: Adapter) -> tuple[str, float, dict[str, Tensor]]:
     text_config: Any = adapter.base_config.get_text_config()  # type: ignore[union-attr]
     places = {name: number for number, name in gguf.MODEL_ARCH_NAMES.items()}
     names = gguf.get_tensor_name_map(places[known.name], text_config.num_hidden_layers)
-    alpha, _ = default_and_pattern({name: layer.indices.numel() for name, layer in adapter.layers.items()})
+    alpha, _ = default_and_pattern({name: layer.r for name, layer in adapter.layers.items()})
     tensors: dict[str, Tensor] = {}
     for name, layer in adapter.layers.items():
         target = names.get_name(f"{name}.weight", try_suffixes=(".weight",))
@@ -113,13 +71,13 @@ def gguf_tensors(adapter: Adapter) -> tuple[str, float, dict[str, Tensor]]:
         if known.reorders_heads and name.endswith((".q_proj", ".k_proj")):
             heads = text_config.num_attention_heads if name.endswith(".q_proj") else text_config.num_key_value_heads
             b = pairs_of_neighbours(b, heads)
-        r = layer.indices.numel()
-        tensors[f"{target}.lora_a"], tensors[f"{target}.lora_b"] = Factors(a, b if r == alpha else b * (r / alpha))
-    return known.name, float(alpha), tensors
+        b = b if layer.r == alpha else b * (layer.r / alpha)
+        tensors[f"{target}.lora_a"], tensors[f"{target}.lora_b"] = a, b
+    return float(alpha), tensors
 
 
 def pairs_of_neighbours(rows: Tensor, heads: int) -> Tensor:
-    """Reorder the output rows of a q_proj or k_proj, ``(heads * head_dim, ...)``, from transformers' order to ggml's.
+    """Reorder the output rows of a q_proj or k_proj, `(heads * head_dim, ...)`, from transformers' order to ggml's.
 
     transformers rotates dimension i of a head together with i + head_dim / 2, ggml's "normal" mode 2i with 2i + 1.
     """
@@ -127,7 +85,12 @@ def pairs_of_neighbours(rows: Tensor, heads: int) -> Tensor:
     return halves.transpose(1, 2).reshape(rows.shape)
 
 
-def _architecture(adapter: Adapter) -> _Architecture:
+def architecture_of(adapter: Adapter) -> _Architecture:
+    """How llama.cpp stores the base model.
+
+    Raises:
+        PacaError: It is not known here.
+    """
     model_type = None if adapter.base_config is None else adapter.base_config.model_type
     if model_type not in ARCHITECTURES:
         raise PacaError(
@@ -137,16 +100,18 @@ def _architecture(adapter: Adapter) -> _Architecture:
     return ARCHITECTURES[model_type]
 
 
-def _write(path: str | os.PathLike[str], architecture: str, alpha: float, tensors: dict[str, Tensor]) -> None:
+def write_gguf(adapter: Adapter, file: Path) -> None:
+    """Write the adapter as LoRA for llama.cpp to `file` (errors as of `gguf_tensors`)."""
     gguf = _gguf()
-    writer = gguf.GGUFWriter(path, architecture)
+    alpha, tensors = gguf_tensors(adapter)
+    writer = gguf.GGUFWriter(file, architecture_of(adapter).name)
     writer.add_type(gguf.GGUFType.ADAPTER)
     writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
     writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, alpha)
     # float32 for A too, though 16 bits would hold it: llama.cpp would round the layer's inputs to match.
     writer.add_file_type(gguf.LlamaFileType.ALL_F32)
     for name, tensor in tensors.items():
-        writer.add_tensor(name, tensor.to(torch.float32).contiguous().numpy())
+        writer.add_tensor(name, tensor.contiguous().numpy())
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

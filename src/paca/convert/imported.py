@@ -3,50 +3,43 @@
 from __future__ import annotations
 
 import shutil
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from peft.utils import SAFETENSORS_WEIGHTS_NAME
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from paca.config import PacaConfig
 from paca.convert.adapter import (
-    FILE_PREFIX,
     Adapter,
     base_outline,
+    column_tensors,
     put_on,
-    read_json,
     read_tensors,
-    tokenizer_files,
-    weights_in,
+    recorded_quantization,
+    write_adapter,
 )
 from paca.convert.authors import COLUMNS, read_authors
-from paca.convert.beforehand import import_output, import_source
+from paca.convert.beforehand import adapter_output, import_source
 from paca.convert.foreign import ForeignAdapter
 from paca.convert.lora import LORA_A
 from paca.convert.one_hot_lora import lora_config, read_one_hot_lora
-from paca.convert.output import new_folder
-from paca.convert.patterns import default_and_pattern, exact_targets
+from paca.convert.target_names import exact_targets
 from paca.messages.errors import PacaError
 from paca.pretrained import load_pretrained
-from paca.pretrained.location import locate
-from paca.tuner.adapter_checks import DELTA, INDICES
-from paca.tuner.adapter_folder import ADAPTER_CONFIG
+from paca.pretrained.location import locate, tokenizer_files
+from paca.pretrained.whole_output import whole_output
+from paca.tuner.adapter_checks import DELTA
+from paca.tuner.adapter_folder import ADAPTER_CONFIG, adapter_settings, weight_file
+from paca.tuner.rotation.union_config import UnionLayer, union_settings
 
 
-@dataclass
-class Imported:
+class Imported(NamedTuple):
     """What was read and written."""
 
     output: Path
+    adapter: Adapter
     kind: str
     """What the checkpoint was, in words."""
-    base: str
-    layers: int
-    ranks: list[int]
-    """Those that occur, ascending."""
     largest_move: float | None
     """How far the columns of a layer moved at most, as a share of their size; a value near 1 or above tells of another
     base model than the adapter's. None where the pretrained columns were not looked at."""
@@ -60,37 +53,32 @@ def import_adapter(
     The folder appears only when it is complete, and checked against the base model.
 
     Args:
-        path: the adapter's folder, or the file with its tensors (its ``adapter_config.json`` beside it).
-        output: the folder to write.
-        base_model: hub id, folder or .gguf file of the base model; None: the one that the config names. For the
+        path: The adapter's folder, or the file with its tensors (its `adapter_config.json` beside it).
+        output: The folder to write.
+        base_model: Hub id, folder or .gguf file of the base model; None: the one that the config names. For the
             authors' checkpoints its weights are loaded, for LoRA only its config.
-        overwrite: replace an adapter that ``output`` already holds.
+        overwrite: Replace an adapter that `output` already holds.
 
     Raises:
-        PacaError: neither of the two kinds, a broken or incomplete one, one that does not fit the base model, or an
+        PacaError: Neither of the two kinds, a broken or incomplete one, one that does not fit the base model, or an
             output that is in use.
     """
-    folder, file = _locate(path)
-    output = import_output(folder, output, base_model, overwrite)
-    settings, tensors = read_json(folder / ADAPTER_CONFIG), read_tensors(file)
+    folder, given = import_source(path), Path(path).expanduser()
+    output = adapter_output(folder, output, base_model, overwrite, "import")
+    file = given if given.is_file() else weight_file(folder)
+    settings, tensors = adapter_settings(folder), read_tensors(file)
     base = base_model if base_model is not None else settings.get("base_model_name_or_path")
     if not base:
         raise PacaError(f"{folder / ADAPTER_CONFIG} does not name the base model. Give it: --base NAME_OR_FOLDER")
     base = locate(base).name_or_path  # a folder by its whole path, as it is to be found from anywhere
     foreign, model = _read(folder, settings, tensors, base)
-    adapter = _check(foreign, settings, base, model)
-    with new_folder(output) as partial:
-        _write(adapter, partial)
+    adapter = _check(foreign, settings, base, model, recorded_quantization(file))
+    columns = column_tensors({name: (layer.delta, layer.indices) for name, layer in adapter.layers.items()})
+    with whole_output(output) as partial:
+        write_adapter(partial, adapter.config.to_dict(), adapter.saved_whole | columns)
         for beside in tokenizer_files(folder):
             shutil.copyfile(beside, partial / beside.name)
-    ranks = sorted({layer.indices.numel() for layer in adapter.layers.values()})
-    return Imported(output, foreign.kind, base, len(adapter.layers), ranks, foreign.largest_move)
-
-
-def _locate(path: str | Path) -> tuple[Path, Path]:
-    """The folder of a checkpoint's config, and the file of its tensors."""
-    folder, given = import_source(path), Path(path).expanduser()
-    return folder, given if given.is_file() else weights_in(folder)
+    return Imported(output, adapter, foreign.kind, foreign.largest_move)
 
 
 def _read(
@@ -117,7 +105,9 @@ def _read(
     )
 
 
-def _check(foreign: ForeignAdapter, settings: dict[str, Any], base: str, model: nn.Module) -> Adapter:
+def _check(
+    foreign: ForeignAdapter, settings: dict[str, Any], base: str, model: nn.Module, quantization: str | None
+) -> Adapter:
     """The adapter as ours, tried on the base model."""
     modules_to_save = settings.get("modules_to_save") or []
     for name in foreign.others:
@@ -126,13 +116,9 @@ def _check(foreign: ForeignAdapter, settings: dict[str, Any], base: str, model: 
                 f"The checkpoint holds {name}, which is neither an adapted layer nor one of modules_to_save: it can't "
                 "be imported."
             )
-    r, rank_pattern = default_and_pattern({name: layer.indices.numel() for name, layer in foreign.layers.items()})
-    alpha, alpha_pattern = default_and_pattern({name: layer.alpha for name, layer in foreign.layers.items()})
+    sizes = {name: UnionLayer(layer.indices.numel(), layer.scale) for name, layer in foreign.layers.items()}
     config = PacaConfig(
-        r=r,
-        paca_alpha=alpha,
-        rank_pattern=rank_pattern,
-        alpha_pattern=alpha_pattern,
+        **union_settings(sizes),
         target_modules=exact_targets(foreign.layers, {name for name, _ in model.named_modules()}),
         modules_to_save=modules_to_save or None,
         task_type=settings.get("task_type"),
@@ -140,29 +126,10 @@ def _check(foreign: ForeignAdapter, settings: dict[str, Any], base: str, model: 
         base_model_name_or_path=base,
         revision=settings.get("revision"),
         inference_mode=True,
+        base_quantization=quantization,
     )
+    columns = column_tensors({name: (layer.delta, layer.indices) for name, layer in foreign.layers.items()})
     try:
-        return put_on(model, config, dict(foreign.others) | _our_tensors(foreign))
+        return put_on(model, config, foreign.others | columns)
     except ValueError as error:
         raise PacaError(f"The adapter does not fit the model {base}: {error}") from error
-
-
-def _our_tensors(foreign: ForeignAdapter) -> dict[str, Tensor]:
-    tensors: dict[str, Tensor] = {}
-    for name, layer in foreign.layers.items():
-        tensors[f"{FILE_PREFIX}{name}.{DELTA}"] = layer.delta
-        tensors[f"{FILE_PREFIX}{name}.{INDICES}"] = layer.indices
-    return tensors
-
-
-def _write(adapter: Adapter, folder: Path) -> None:
-    tensors = dict(adapter.saved_whole)
-    for name, layer in adapter.layers.items():
-        tensors[f"{FILE_PREFIX}{name}.{DELTA}"] = layer.delta
-        tensors[f"{FILE_PREFIX}{name}.{INDICES}"] = layer.indices
-    save_file(
-        {name: tensor.contiguous() for name, tensor in tensors.items()},
-        folder / SAFETENSORS_WEIGHTS_NAME,
-        {"format": "pt"},
-    )
-    adapter.config.save_pretrained(str(folder))

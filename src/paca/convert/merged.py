@@ -10,13 +10,12 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from paca.convert.beforehand import adapter_in, merge_output
-from paca.convert.output import new_folder
 from paca.messages.errors import PacaError
 from paca.pretrained.generation import LoadedModel, load_for_generation, on_accelerator
+from paca.pretrained.loading import DTYPES
 from paca.pretrained.quantizing import is_quantized
+from paca.pretrained.whole_output import whole_output
 from paca.tuner.adapter_folder import find_base
-
-DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 # Largest difference of a logit, as a share of the largest logit, that rounding explains: the values pass through tens
 # of layers, each of which rounds a few times (measured in tests/convert/test_merged.py on random models).
@@ -52,30 +51,30 @@ def merge_to_folder(
     The folder appears only when it is complete and checked.
 
     Args:
-        path: a run folder or an adapter folder.
-        output: the folder to write.
+        path: A run folder or an adapter folder.
+        output: The folder to write.
         dtype: "bfloat16", "float16" or "float32"; None keeps the base model's. The sum of weight and update is formed
             in float32 when another one than the base model's is asked for, and rounded once.
-        base_model: where the base model lies, if not where the adapter says.
-        overwrite: replace a model that ``output`` already holds.
-        verify: read the checkpoint back and compare its logits with the adapted model's.
+        base_model: Where the base model lies, if not where the adapter says.
+        overwrite: Replace a model that `output` already holds.
+        verify: Read the checkpoint back and compare its logits with the adapted model's.
 
     Raises:
-        PacaError: an adapter or base model that cannot be loaded, an output that is in use, or a checkpoint whose
+        PacaError: An adapter or base model that cannot be loaded, an output that is in use, or a checkpoint whose
             logits differ by more than rounding explains.
     """
     if dtype is not None and dtype not in DTYPES:
         raise PacaError(f"Unknown dtype {dtype!r}. Give one of: {', '.join(DTYPES)}.")
     adapter = adapter_in(path)
     output = merge_output(path, output, base_model, overwrite)
-    base = base_model if base_model is not None else find_base(adapter)
+    base = find_base(adapter, base_model)
     loaded = load_for_generation(path, base_model=base_model)
     wanted = DTYPES[dtype] if dtype is not None else loaded.model.dtype
     if wanted != loaded.model.dtype:
         del loaded
         loaded = load_for_generation(path, base_model=base_model, dtype="float32")
     expected = _probe_logits(loaded.model) if verify else None
-    with new_folder(output) as partial:
+    with whole_output(output) as partial:
         _write(loaded, wanted, partial)
         del loaded
         difference = None if expected is None else _difference_from(expected, partial)
@@ -93,7 +92,7 @@ def _write(loaded: LoadedModel, dtype: torch.dtype, folder: Path) -> None:
 
 
 def _probe_logits(model: Any) -> torch.Tensor:
-    """Logits ``(2, 16, vocabulary)`` in float32 on the CPU, for token ids that are always the same."""
+    """Logits `(2, 16, vocabulary)` in float32 on the CPU, for token ids that are always the same."""
     generator = torch.Generator().manual_seed(0)
     vocabulary = model.get_input_embeddings().weight.shape[0]
     tokens = torch.randint(vocabulary, PROBE_SHAPE, generator=generator)
@@ -105,7 +104,7 @@ def _difference_from(expected: torch.Tensor, folder: Path) -> float:
     """Read the checkpoint back and compare: the largest difference of a logit, as a share of the largest logit.
 
     Raises:
-        PacaError: it is more than rounding explains.
+        PacaError: It is more than rounding explains.
     """
     model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto").eval()
     found = _probe_logits(on_accelerator(model))

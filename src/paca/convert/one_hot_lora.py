@@ -1,4 +1,4 @@
-"""LoRA adapters whose A picks single inputs, such as ``paca export --to lora`` writes, read back as PaCA."""
+"""LoRA adapters whose A picks single inputs, such as `paca export --to lora` writes, read back as PaCA."""
 
 from __future__ import annotations
 
@@ -17,24 +17,24 @@ from paca.messages.errors import PacaError
 
 
 def read_one_hot_lora(config: LoraConfig, tensors: dict[str, Tensor]) -> ForeignAdapter:
-    """Read ``B`` as the delta, unchanged, and LoRA's scale as ours.
+    """Read `B` as the delta, unchanged, and LoRA's scale as ours.
 
     Raises:
-        PacaError: a variant of LoRA that is more than ``B A``, or an A that is not one-hot; the layer is named.
+        PacaError: A variant of LoRA that is more than `B A`, or an A that is not one-hot; the layer is named.
     """
     for option in ("use_dora", "lora_bias", "use_qalora", "alora_invocation_tokens", "layer_replication"):
         if getattr(config, option, None):
             raise PacaError(f"This LoRA adapter has {option} set, which PaCA can't express.")
     pairs, others = take_pairs(tensors, LORA_A, LORA_B)
     layers = {
-        name: ForeignLayer(b, _picked_inputs(name, a), _alpha(config, name, a.shape[0]))
+        name: ForeignLayer(b, _picked_inputs(name, a), _scale(config, name, a.shape[0]))
         for name, (a, b) in pairs.items()
     }
     return ForeignAdapter("LoRA with a one-hot A", layers, others)
 
 
 def _picked_inputs(name: str, a: Tensor) -> Tensor:
-    """The inputs that ``a (r, in_features)`` picks, ``(r,)`` int64."""
+    """The inputs that `a (r, in_features)` picks, `(r,)` int64."""
     if a.dim() == 2 and bool(((a != 0).sum(dim=1) == 1).all()) and bool((a.sum(dim=1) == 1).all()):
         picked = a.float().argmax(dim=1)
         if picked.unique().numel() == picked.numel():
@@ -45,18 +45,17 @@ def _picked_inputs(name: str, a: Tensor) -> Tensor:
     )
 
 
-def _alpha(config: LoraConfig, name: str, rank: int) -> float:
-    """The alpha by which PaCA's ``alpha / r`` is LoRA's scale."""
+def _scale(config: LoraConfig, name: str, rank: int) -> float:
     ranks, alphas = config.rank_pattern or {}, config.alpha_pattern or {}
     r = ranks.get(get_pattern_key(list(ranks), name), config.r)
     if r != rank:
         raise PacaError(f"{FILE_PREFIX}{name}.{LORA_A} has {rank} rows, but the adapter's config says r={r} there.")
     alpha: float = alphas.get(get_pattern_key(list(alphas), name), config.lora_alpha)
-    return alpha * math.sqrt(r) if config.use_rslora else alpha
+    return alpha / (math.sqrt(r) if config.use_rslora else r)
 
 
 def lora_config(settings: dict[str, Any]) -> LoraConfig:
-    """The settings of an ``adapter_config.json`` as PEFT reads them.
+    """The settings of an `adapter_config.json` as PEFT reads them.
 
     Raises:
         PacaError: PEFT refuses them.

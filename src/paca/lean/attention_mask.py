@@ -19,8 +19,8 @@ def additive_mask(mask: Tensor, dtype: torch.dtype) -> Tensor:
     Remembered on `mask` itself, until that is changed.
 
     Args:
-        mask: boolean, any shape.
-        dtype: the query's.
+        mask: Boolean, any shape.
+        dtype: The query's.
     """
     version = None if mask.is_inference() else mask._version  # a mask may be a buffer that is filled anew
     known: tuple[int, Tensor] | None = getattr(mask, _ADDITIVE, None)

@@ -3,97 +3,84 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any, Literal
 
 from paca.lean.rms_norm import RMSNormStyle
 
 
 @dataclass(frozen=True)
-class GatedParts:
-    """RMSNorm and a gated MLP with one or two input projections."""
-
-    norm: str
-    """Qualified class name of the RMSNorm, wherever it occurs in the model (q_norm, k_norm and the final norm too)."""
-    style: RMSNormStyle
-    mlp: str
-    """Qualified class name of the MLP."""
-    attention: str
-    """Qualified class name of the attention."""
-    mlp_norm: str
-    """Name in the block of the norm whose output is the MLP's input."""
-    activation: str
-    """Name in the MLP of the activation module."""
-    fused: bool = False
-    """Whether one projection gives gate and up."""
-
-
-@dataclass(frozen=True)
-class PlainParts:
-    """LayerNorm and `second(activation(first(x)))`."""
+class Block:
+    """One kind of block: qualified names of the classes of its parts, and names of the modules in them."""
 
     attention: str
+    """Class of the attention."""
     activation: str
     """Name of the activation module, in the MLP or, without one, in the block."""
     mlp: str | None = None
-    """Qualified class name of the MLP; None if its layers are the block's own, so that no forward covers them alone."""
-    mlp_norm: str | None = None
-    first: str = ""
-    second: str = ""
+    """Class of the MLP; None if its layers are the block's own, so that no forward covers them alone."""
+    mlp_norm: str = ""
+    """Name in the block of the norm whose output is the MLP's input."""
+    hidden: Literal["gated", "fused", "plain"] = "plain"
+    """What the last layer gets: `activation(gate) * up` of two projections, the same of one, or `activation(first)`."""
+    first: tuple[str, ...] = ()
+    """Names in the MLP of the layers before the activation."""
+    last: str = ""
+    """Name in the MLP of the layer after it."""
     dropout: str | None = None
+    norm: str | None = None
+    """Class of the RMSNorm, wherever it occurs in the model (q_norm, the final norm); None where there is none."""
+    style: RMSNormStyle = "llama"
 
 
-def _gated(
-    model: str, prefix: str, style: RMSNormStyle, mlp_norm: str, activation: str = "act_fn", fused: bool = False
-) -> GatedParts:
+def _block(model: str, prefix: str, layer: str = "DecoderLayer", mlp: bool = True, **parts: Any) -> dict[str, Block]:
     file = f"transformers.models.{model}.modeling_{model}"
-    return GatedParts(
-        norm=f"{file}.{prefix}RMSNorm",
-        style=style,
-        mlp=f"{file}.{prefix}MLP",
-        attention=f"{file}.{prefix}Attention",
-        mlp_norm=mlp_norm,
-        activation=activation,
-        fused=fused,
-    )
+    parts["mlp"] = f"{file}.{prefix}MLP" if mlp else None
+    return {f"{file}.{prefix}{layer}": Block(attention=f"{file}.{prefix}Attention", **parts)}
 
 
-_LLAMA_NORM, _GEMMA_NORM = "post_attention_layernorm", "pre_feedforward_layernorm"
+def _gated(model: str, prefix: str, style: RMSNormStyle = "llama", **parts: Any) -> dict[str, Block]:
+    layout = {
+        "norm": f"transformers.models.{model}.modeling_{model}.{prefix}RMSNorm",
+        "style": style,
+        "mlp_norm": "post_attention_layernorm" if style == "llama" else "pre_feedforward_layernorm",
+        "hidden": "gated",
+        "first": ("gate_proj", "up_proj"),
+        "last": "down_proj",
+        "activation": "act_fn",
+    }
+    return _block(model, prefix, **{**layout, **parts})
+
 
 # Names, not classes: looking one up must not import the modelling code of every architecture.
-BLOCKS: dict[str, GatedParts | PlainParts] = {
-    "transformers.models.llama.modeling_llama.LlamaDecoderLayer": _gated("llama", "Llama", "llama", _LLAMA_NORM),
-    "transformers.models.mistral.modeling_mistral.MistralDecoderLayer": _gated(
-        "mistral", "Mistral", "llama", _LLAMA_NORM
-    ),
-    "transformers.models.qwen2.modeling_qwen2.Qwen2DecoderLayer": _gated("qwen2", "Qwen2", "llama", _LLAMA_NORM),
-    "transformers.models.qwen3.modeling_qwen3.Qwen3DecoderLayer": _gated("qwen3", "Qwen3", "llama", _LLAMA_NORM),
-    "transformers.models.smollm3.modeling_smollm3.SmolLM3DecoderLayer": _gated(
-        "smollm3", "SmolLM3", "llama", _LLAMA_NORM
-    ),
-    "transformers.models.gemma2.modeling_gemma2.Gemma2DecoderLayer": _gated("gemma2", "Gemma2", "gemma", _GEMMA_NORM),
-    "transformers.models.gemma3.modeling_gemma3.Gemma3DecoderLayer": _gated("gemma3", "Gemma3", "gemma", _GEMMA_NORM),
-    "transformers.models.phi3.modeling_phi3.Phi3DecoderLayer": _gated(
-        "phi3", "Phi3", "llama", _LLAMA_NORM, activation="activation_fn", fused=True
-    ),
-    "transformers.models.opt.modeling_opt.OPTDecoderLayer": PlainParts(
-        attention="transformers.models.opt.modeling_opt.OPTAttention", activation="activation_fn"
-    ),
-    "transformers.models.gpt2.modeling_gpt2.GPT2Block": PlainParts(
-        attention="transformers.models.gpt2.modeling_gpt2.GPT2Attention",
-        activation="act",
-        mlp="transformers.models.gpt2.modeling_gpt2.GPT2MLP",
+BLOCKS: dict[str, Block] = {
+    **_gated("llama", "Llama"),
+    **_gated("mistral", "Mistral"),
+    **_gated("qwen2", "Qwen2"),
+    **_gated("qwen3", "Qwen3"),
+    **_gated("smollm3", "SmolLM3"),
+    **_gated("gemma2", "Gemma2", "gemma"),
+    **_gated("gemma3", "Gemma3", "gemma"),
+    **_gated("phi3", "Phi3", hidden="fused", first=("gate_up_proj",), activation="activation_fn"),
+    **_block("opt", "OPT", mlp=False, activation="activation_fn"),
+    **_block(
+        "gpt2",
+        "GPT2",
+        "Block",
         mlp_norm="ln_2",
-        first="c_fc",
-        second="c_proj",
+        first=("c_fc",),
+        last="c_proj",
+        activation="act",
         dropout="dropout",
     ),
     # The vision tower of Gemma 3.
-    "transformers.models.siglip.modeling_siglip.SiglipEncoderLayer": PlainParts(
-        attention="transformers.models.siglip.modeling_siglip.SiglipAttention",
-        activation="activation_fn",
-        mlp="transformers.models.siglip.modeling_siglip.SiglipMLP",
+    **_block(
+        "siglip",
+        "Siglip",
+        "EncoderLayer",
         mlp_norm="layer_norm2",
-        first="fc1",
-        second="fc2",
+        first=("fc1",),
+        last="fc2",
+        activation="activation_fn",
     ),
 }
 

@@ -9,13 +9,11 @@ from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from paca.lean.activations import ACTIVATIONS, activation_name
-from paca.lean.blocks import BLOCKS, GatedParts, PlainParts, qualified_name
+from paca.lean.blocks import BLOCKS, qualified_name
 from paca.lean.forwards import (
     LeanActivation,
     LeanAttention,
     LeanForward,
-    LeanFusedGatedMLP,
-    LeanGatedMLP,
     LeanLayerNorm,
     LeanMLP,
     LeanRMSNorm,
@@ -38,7 +36,7 @@ def make_lean(model: Model, recompute: Recompute | None = None) -> Model:
     hooks on an MLP's activation module don't run while the block is lean.
 
     Args:
-        model: a transformers model, or a PEFT model around one, whose blocks are all of known classes.
+        model: A transformers model, or a PEFT model around one, whose blocks are all of known classes.
         recompute: `"mlp"` also drops gate and up and computes them again in the backward pass, from the norm's input:
             two more matrix products per block. Hooks and adapters of gate and up then run twice. OPT's blocks have
             nothing left to drop with ReLU, and are refused with another activation.
@@ -47,7 +45,7 @@ def make_lean(model: Model, recompute: Recompute | None = None) -> Model:
         `model` itself.
 
     Raises:
-        PacaError: a block, a norm, an MLP or an activation is not of a known class, or a module already has a forward
+        PacaError: A block, a norm, an MLP or an activation is not of a known class, or a module already has a forward
             of its own (from another kernel library). The model is then unchanged.
     """
     if recompute not in (None, "mlp"):
@@ -55,7 +53,8 @@ def make_lean(model: Model, recompute: Recompute | None = None) -> Model:
     blocks = _blocks(model)
     forwards = [forward for name, block in blocks for forward in _block_forwards(name, block, recompute)]
     covered = {id(forward.module) for forward in forwards}
-    norms = _norm_styles(block for _, block in blocks)
+    kinds = {BLOCKS[qualified_name(type(block))] for _, block in blocks}
+    norms: dict[str | None, Any] = {kind.norm: kind.style for kind in kinds if kind.norm is not None}
     for module in model.modules():  # the final norm is outside the blocks
         if id(module) not in covered and (style := norms.get(qualified_name(type(module)))) is not None:
             forwards.append(LeanRMSNorm(module, style, feeds_recomputed=False))
@@ -112,62 +111,34 @@ def _blocks(model: nn.Module) -> list[tuple[str, nn.Module]]:
 
 def _block_forwards(name: str, block: nn.Module, recompute: Recompute | None) -> Iterator[LeanForward]:
     parts = BLOCKS[qualified_name(type(block))]
-    for attention in _of_class(block, parts.attention):
-        yield LeanAttention(attention)
-    if isinstance(parts, GatedParts):
-        yield from _gated_forwards(name, block, parts, recompute)
-    else:
-        yield from _plain_forwards(name, block, parts, recompute)
-
-
-def _gated_forwards(
-    name: str, block: nn.Module, parts: GatedParts, recompute: Recompute | None
-) -> Iterator[LeanForward]:
-    mlps = _of_class(block, parts.mlp)
-    norms = _of_class(block, parts.norm)
-    if not mlps or not norms:
+    mlps = [block] if parts.mlp is None else _of_class(block, parts.mlp)
+    norms = [] if parts.norm is None else _of_class(block, parts.norm)
+    if not mlps or (parts.norm is not None and not norms):
         raise PacaError(
-            f"block {name!r} can't be made lean: it was expected to hold a {parts.mlp} and a {parts.norm}, but holds "
+            f"block {name!r} can't be made lean: it was expected to hold a "
+            f"{' and a '.join(part for part in (parts.mlp, parts.norm) if part)}, but holds "
             f"{', '.join(sorted({qualified_name(type(child)) for child in block.modules()}))}. Undo what replaced them."
         )
-    feeding = {id(module) for module in getattr(block, parts.mlp_norm).modules()} if recompute else set()
+    for attention in _of_class(block, parts.attention):
+        yield LeanAttention(attention)
+    feeding = list(getattr(block, parts.mlp_norm).modules()) if recompute and parts.mlp_norm else []
     for norm in norms:
-        yield LeanRMSNorm(norm, parts.style, feeds_recomputed=id(norm) in feeding)
-    kind = LeanFusedGatedMLP if parts.fused else LeanGatedMLP
+        yield LeanRMSNorm(norm, parts.style, feeds_recomputed=any(norm is module for module in feeding))
+    for module in feeding:
+        if type(module) is nn.LayerNorm:
+            yield LeanLayerNorm(module)
     for mlp in mlps:
-        yield kind(mlp, _activation(name, getattr(mlp, parts.activation)), recompute is not None)
-
-
-def _plain_forwards(
-    name: str, block: nn.Module, parts: PlainParts, recompute: Recompute | None
-) -> Iterator[LeanForward]:
-    if parts.mlp is None:
-        activation = getattr(block, parts.activation)
+        activation = getattr(mlp, parts.activation)
         kind = _activation(name, activation)
-        if recompute and kind != "relu":
+        if recompute and parts.mlp is None and kind != "relu":
             raise PacaError(
                 f"block {name!r}: the MLP of {type(block).__name__} has no module of its own, so with the activation "
                 f"{kind!r} it can't be recomputed. Use recompute=None."
             )
-        if ACTIVATIONS[kind].keeps == "more":
-            yield LeanActivation(activation, kind)
-        return
-    mlps = _of_class(block, parts.mlp)
-    if not mlps:
-        raise PacaError(
-            f"block {name!r} can't be made lean: it was expected to hold a {parts.mlp}. Undo what replaced it."
-        )
-    for mlp in mlps:
-        activation = getattr(mlp, parts.activation)
-        kind = _activation(name, activation)
-        if recompute:
-            yield LeanMLP(mlp, kind, parts.first, parts.second, parts.dropout)
+        if parts.hidden != "plain" or (recompute and parts.mlp is not None):
+            yield LeanMLP(mlp, parts, kind, recompute is not None)
         elif ACTIVATIONS[kind].keeps == "more":
             yield LeanActivation(activation, kind)
-    if recompute and parts.mlp_norm is not None:
-        for module in getattr(block, parts.mlp_norm).modules():
-            if type(module) is nn.LayerNorm:
-                yield LeanLayerNorm(module)
 
 
 def _of_class(block: nn.Module, name: str) -> list[nn.Module]:
@@ -182,11 +153,6 @@ def _activation(block: str, module: nn.Module) -> str:
             f"{', '.join(ACTIVATIONS)}."
         )
     return kind
-
-
-def _norm_styles(blocks: Iterator[nn.Module]) -> dict[str, Any]:
-    parts = (BLOCKS[qualified_name(type(block))] for block in blocks)
-    return {part.norm: part.style for part in parts if isinstance(part, GatedParts)}
 
 
 def _slot(module: nn.Module) -> str:

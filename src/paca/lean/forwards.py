@@ -12,16 +12,24 @@ more than that.
 from __future__ import annotations
 
 import weakref
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from paca.lean.attention_mask import additive_mask, query_dtype
+from paca.lean.blocks import Block
 from paca.lean.gated_linear_unit import fused_gated_linear_unit, gated_linear_unit
 from paca.lean.pointwise import lean_activation
 from paca.lean.recompute import note_source, recomputed
 from paca.lean.rms_norm import RMSNormStyle, rms_norm
+
+_HIDDEN: dict[str, Callable[..., Tensor]] = {
+    "gated": gated_linear_unit,
+    "fused": fused_gated_linear_unit,
+    "plain": lean_activation,
+}
 
 
 class LeanForward:
@@ -96,42 +104,6 @@ class LeanLayerNorm(LeanForward):
         return note_source(self.stock(x), self.stock, x)
 
 
-class LeanGatedMLP(LeanForward):
-    """`down(activation(gate(x)) * up(x))` that keeps gate and up, or, recomputing, neither."""
-
-    def __init__(self, module: nn.Module, activation: str, recompute: bool) -> None:
-        super().__init__(module)
-        self.activation = activation
-        self.recompute = self.lean_when_compiled = recompute
-
-    def lean(self, x: Tensor) -> Tensor:
-        module = self.module
-        gate_proj, up_proj, activation = module.gate_proj, module.up_proj, self.activation
-
-        def segment(x: Tensor, save_only: bool) -> Tensor:
-            return gated_linear_unit(gate_proj(x), up_proj(x), activation, save_only)
-
-        return module.down_proj(recomputed(segment, x, (gate_proj, up_proj)) if self.recompute else segment(x, False))
-
-
-class LeanFusedGatedMLP(LeanForward):
-    """As `LeanGatedMLP`, with gate and up from one projection (Phi-3)."""
-
-    def __init__(self, module: nn.Module, activation: str, recompute: bool) -> None:
-        super().__init__(module)
-        self.activation = activation
-        self.recompute = self.lean_when_compiled = recompute
-
-    def lean(self, x: Tensor) -> Tensor:
-        module = self.module
-        gate_up_proj, activation = module.gate_up_proj, self.activation
-
-        def segment(x: Tensor, save_only: bool) -> Tensor:
-            return fused_gated_linear_unit(gate_up_proj(x), activation, save_only)
-
-        return module.down_proj(recomputed(segment, x, (gate_up_proj,)) if self.recompute else segment(x, False))
-
-
 class LeanActivation(LeanForward):
     """The activation of an MLP without a gate."""
 
@@ -144,21 +116,20 @@ class LeanActivation(LeanForward):
 
 
 class LeanMLP(LeanForward):
-    """`second(activation(first(x)))` that keeps neither of the two wide intermediates (GPT-2, SigLIP)."""
+    """`last(hidden(first(x)))` that keeps of the wide intermediates what `hidden` needs, or, recomputing, none."""
 
-    lean_when_compiled = True
-
-    def __init__(self, module: nn.Module, activation: str, first: str, second: str, dropout: str | None) -> None:
+    def __init__(self, module: nn.Module, block: Block, activation: str, recompute: bool) -> None:
         super().__init__(module)
-        self.activation = activation
-        self.first, self.second, self.dropout = first, second, dropout
+        self.block, self.activation = block, activation
+        self.recompute = self.lean_when_compiled = recompute
 
     def lean(self, x: Tensor) -> Tensor:
-        module = self.module
-        first, activation = getattr(module, self.first), self.activation
+        module, block, activation = self.module, self.block, self.activation
+        first = [getattr(module, name) for name in block.first]
 
         def segment(x: Tensor, save_only: bool) -> Tensor:
-            return lean_activation(first(x), activation, save_only)
+            return _HIDDEN[block.hidden](*(layer(x) for layer in first), activation, save_only)
 
-        output = getattr(module, self.second)(recomputed(segment, x, (first,)))
-        return output if self.dropout is None else getattr(module, self.dropout)(output)
+        hidden = recomputed(segment, x, first) if self.recompute else segment(x, False)
+        output = getattr(module, block.last)(hidden)
+        return output if block.dropout is None else getattr(module, block.dropout)(output)

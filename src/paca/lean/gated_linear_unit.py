@@ -6,6 +6,7 @@ and one thread computes. With several, torch's own last bit in float32 depends o
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -26,17 +27,17 @@ def gated_linear_unit(gate: Tensor, up: Tensor, activation: str, save_only: bool
     Args:
         gate: `(..., features)`.
         up: `(..., features)`.
-        activation: a key of `ACTIVATIONS`.
-        save_only: a recomputation needs what the forward pass saved, not its result: leave the result uninitialized.
+        activation: A key of `ACTIVATIONS`.
+        save_only: A recomputation needs what the forward pass saved, not its result: leave the result uninitialized.
 
     Returns:
         `(..., features)` in the promoted dtype of `gate` and `up`.
     """
     if torch.compiler.is_compiling():
         return ACTIVATIONS[activation].forward(gate) * up
-    if liger_gated is not None and activation in liger_gated and gate.is_cuda and gate.dtype == up.dtype:
+    if activation in liger_gated and gate.is_cuda and gate.dtype == up.dtype:
         return _LigerGatedLinearUnit.apply(gate.contiguous(), up.contiguous(), activation)
-    return _GatedLinearUnit.apply(gate, up, activation, save_only)
+    return _GatedLinearUnit.apply(activation, save_only, gate, up)
 
 
 def fused_gated_linear_unit(gate_up: Tensor, activation: str, save_only: bool = False) -> Tensor:
@@ -45,44 +46,33 @@ def fused_gated_linear_unit(gate_up: Tensor, activation: str, save_only: bool = 
     One gradient tensor for both halves: slicing outside would make autograd pad and add two. Arguments as
     `gated_linear_unit`.
     """
-    if torch.compiler.is_compiling() or (liger_gated is not None and gate_up.is_cuda):
+    if torch.compiler.is_compiling() or (liger_gated and gate_up.is_cuda):
         gate, up = gate_up.chunk(2, dim=-1)
         return gated_linear_unit(gate, up, activation, save_only)
-    return _FusedGatedLinearUnit.apply(gate_up, activation, save_only)
+    return _GatedLinearUnit.apply(activation, save_only, gate_up)
 
 
 class _GatedLinearUnit(torch.autograd.Function):
+    """Of `(gate, up)`, or of one tensor with both as halves, whose gradient then is one tensor too."""
+
     @staticmethod
-    def forward(ctx: Any, gate: Tensor, up: Tensor, activation: str, save_only: bool) -> Tensor:
-        ctx.save_for_backward(gate, up)
+    def forward(ctx: Any, activation: str, save_only: bool, *operands: Tensor) -> Tensor:
+        ctx.save_for_backward(*operands)
         ctx.activation = activation
-        return _product(gate, up, activation, save_only)
+        return _product(*_gate_and_up(operands), activation, save_only)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Any, ...]:
-        gate, up = ctx.saved_tensors
-        grad_gate, grad_up = gate.new_empty(gate.shape), up.new_empty(up.shape)
-        _write_gradients(grad_output, gate, up, ctx.activation, grad_gate, grad_up)
-        return grad_gate, grad_up, None, None
+        operands = ctx.saved_tensors
+        grads = [operand.new_empty(operand.shape) for operand in operands]
+        _write_gradients(grad_output, *_gate_and_up(operands), ctx.activation, *_gate_and_up(grads))
+        return None, None, *grads
 
 
-class _FusedGatedLinearUnit(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, gate_up: Tensor, activation: str, save_only: bool) -> Tensor:
-        ctx.save_for_backward(gate_up)
-        ctx.activation = activation
-        gate, up = gate_up.chunk(2, dim=-1)
-        return _product(gate, up, activation, save_only)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Any, ...]:
-        (gate_up,) = ctx.saved_tensors
-        gate, up = gate_up.chunk(2, dim=-1)
-        grad = gate_up.new_empty(gate_up.shape)
-        _write_gradients(grad_output, gate, up, ctx.activation, *grad.chunk(2, dim=-1))
-        return grad, None, None
+def _gate_and_up(operands: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    gate, up = operands if len(operands) == 2 else operands[0].chunk(2, dim=-1)
+    return gate, up
 
 
 def _product(gate: Tensor, up: Tensor, activation: str, save_only: bool) -> Tensor:
@@ -121,17 +111,15 @@ def _walkable(*tensors: Tensor) -> list[Tensor]:
 class _LigerGatedLinearUnit(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, gate: Tensor, up: Tensor, activation: str) -> Tensor:
-        assert liger_gated is not None
         ctx.save_for_backward(gate, up)
         ctx.activation = activation
-        return liger_gated[activation].forward(gate, up)[2]
+        return liger_gated[activation][0](gate, up)[2]
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Any, ...]:
-        assert liger_gated is not None
         gate, up = ctx.saved_tensors
-        grad_gate, grad_up = liger_gated[ctx.activation].backward(gate, up, grad_output.contiguous())
+        grad_gate, grad_up = liger_gated[ctx.activation][1](gate, up, grad_output.contiguous())
         # Liger writes the gradients over gate and up behind autograd's back: make a second backward raise, not lie.
         torch.autograd.graph.increment_version((gate, up))
         return grad_gate.view(gate.shape), grad_up.view(up.shape), None

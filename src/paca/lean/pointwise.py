@@ -24,9 +24,9 @@ def lean_activation(x: Tensor, activation: str, save_only: bool = False) -> Tens
     """`activation(x)`, keeping one bit per element for `"relu"` and `x` for the others.
 
     Args:
-        x: any shape.
-        activation: a key of `ACTIVATIONS`.
-        save_only: leave the result uninitialized, for a recomputation that only needs what is saved.
+        x: Any shape.
+        activation: A key of `ACTIVATIONS`.
+        save_only: Leave the result uninitialized, for a recomputation that only needs what is saved.
     """
     if torch.compiler.is_compiling():
         return ACTIVATIONS[activation].forward(x)

@@ -48,13 +48,13 @@ def recomputed(
     """`segment(hidden_states, False)`, keeping no intermediates.
 
     Args:
-        segment: maps `(hidden_states, save_only)` to one tensor. With `save_only` it must save for its backward what it
+        segment: Maps `(hidden_states, save_only)` to one tensor. With `save_only` it must save for its backward what it
             saves without, but the value of its result is not used.
-        hidden_states: the input, `(..., hidden)`.
-        modules: the modules that `segment` runs.
+        hidden_states: The input, `(..., hidden)`.
+        modules: The modules that `segment` runs.
 
     Raises:
-        RuntimeError: in the backward pass, if the adapters, the trained parameters or the hooks of `modules` are not
+        RuntimeError: In the backward pass, if the adapters, the trained parameters or the hooks of `modules` are not
             those of the forward pass.
     """
     if torch.compiler.is_compiling():

@@ -28,7 +28,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, style: RMSNormStyle) -> Tens
     Args:
         x: `(..., features)`, any strides.
         weight: `(features,)`.
-        eps: added to the mean square.
+        eps: Added to the mean square.
         style: `"llama"` rounds the normalized rows to x's dtype, then multiplies by `weight`; `"gemma"` multiplies by
             `1 + weight` in float32, then rounds.
 

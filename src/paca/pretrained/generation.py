@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -14,23 +13,21 @@ import torch
 from peft import PeftModel
 from safetensors import SafetensorError
 from transformers import (
-    AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
-    StoppingCriteria,
     StoppingCriteriaList,
     TextIteratorStreamer,
 )
 
 from paca.messages.errors import PacaError
-from paca.pretrained import Pretrained, load_config, load_pretrained
-from paca.pretrained.quantizing import QUANTIZATIONS, is_quantized
+from paca.pretrained import load_config, load_pretrained, load_tokenizer
+from paca.pretrained.quantizing import QUANTIZATIONS, is_quantized, method_of
 from paca.tuner.adapter_file import tensor_names
-from paca.tuner.adapter_folder import find_adapter, find_base, weight_file
+from paca.tuner.adapter_folder import adapter_settings, find_adapter, find_base, weight_file
 from paca.tuner.tied_weights import untie_for
 
 Message = dict[str, str]
-"""``{"role": "user" | "assistant" | "system", "content": text}``"""
+"""`{"role": "user" | "assistant" | "system", "content": text}`"""
 
 
 @dataclass
@@ -38,7 +35,7 @@ class LoadedModel:
     """A model ready to generate, in evaluation mode."""
 
     model: Any
-    """A ``PreTrainedModel``, inside of a ``PeftModel`` when there is an adapter."""
+    """A `PreTrainedModel`, inside of a `PeftModel` when there is an adapter."""
 
     tokenizer: PreTrainedTokenizerBase
 
@@ -53,12 +50,12 @@ def load_for_generation(path: str | Path, *, base_model: str | None = None, dtyp
     """Load a run folder, an adapter folder or a plain model (a folder or a .gguf file).
 
     Args:
-        path: the folder or the file.
-        base_model: hub id, folder or .gguf file to use in place of the base model that the adapter names.
+        path: The folder or the file.
+        base_model: Hub id, folder or .gguf file to use in place of the base model that the adapter names.
         dtype: "auto" (as stored), "bfloat16", "float16" or "float32".
 
     Raises:
-        PacaError: no such folder, not an adapter, a broken weight file, or a base model that cannot be loaded or that
+        PacaError: No such folder, not an adapter, a broken weight file, or a base model that cannot be loaded or that
             the adapter does not fit.
     """
     adapter = find_adapter(path)
@@ -68,9 +65,21 @@ def load_for_generation(path: str | Path, *, base_model: str | None = None, dtyp
         plain = load_pretrained(str(path), dtype=dtype)
         return LoadedModel(on_accelerator(plain.model).eval(), plain.tokenizer, None, plain.name_or_path)
 
-    base = base_model if base_model is not None else find_base(adapter)
+    base = find_base(adapter, base_model)
     weights = weight_file(adapter)
-    pretrained = _load_base(base, adapter, dtype)
+    # The one saved with the adapter is the one it was trained with; its chat template may differ from the base's.
+    tokenizer = load_tokenizer(str(adapter)) if (adapter / "tokenizer_config.json").is_file() else None
+    try:
+        recorded = adapter_settings(adapter).get("base_quantization")
+        as_it_lies = recorded not in QUANTIZATIONS or method_of(load_config(base).config) is not None
+        pretrained = load_pretrained(
+            base, dtype=dtype, quantization=None if as_it_lies else recorded, tokenizer=tokenizer
+        )
+    except PacaError as error:
+        raise PacaError(
+            f"The adapter in {adapter} needs its base model, {base}, which cannot be loaded. {error}\n"
+            "If that model lies elsewhere, say where: --base-model NAME_OR_FOLDER"
+        ) from error
     model = on_accelerator(pretrained.model)
     try:
         untie_for(model, tensor_names(weights))
@@ -79,35 +88,7 @@ def load_for_generation(path: str | Path, *, base_model: str | None = None, dtyp
         raise PacaError(f"{weights} is broken: {error}. Copy the file again, or train again.") from error
     except (ValueError, KeyError, TypeError, RuntimeError) as error:
         raise PacaError(f"The adapter in {adapter} cannot be put on the model {base}: {error}") from error
-    return LoadedModel(adapted.eval(), _tokenizer(adapter, pretrained), adapter, pretrained.name_or_path)
-
-
-def _load_base(base: str, adapter: Path, dtype: str) -> Pretrained:
-    try:
-        return load_pretrained(base, dtype=dtype, quantization=_quantization(adapter, base))
-    except PacaError as error:
-        raise PacaError(
-            f"The adapter in {adapter} needs its base model, {base}, which cannot be loaded. {error}\n"
-            "If that model lies elsewhere, say where: --base-model NAME_OR_FOLDER"
-        ) from error
-
-
-def _quantization(adapter: Path, base: str) -> str | None:
-    """How the base model is to be quantized for the adapter; None if it is as it lies, or quantized already."""
-    recorded = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8")).get("base_quantization")
-    if recorded not in QUANTIZATIONS or getattr(load_config(base).config, "quantization_config", None) is not None:
-        return None
-    return recorded
-
-
-def _tokenizer(adapter: Path, base: Pretrained) -> PreTrainedTokenizerBase:
-    # The one saved with the adapter is the one it was trained with; its chat template may differ from the base's.
-    if not (adapter / "tokenizer_config.json").is_file():
-        return base.tokenizer
-    try:
-        return AutoTokenizer.from_pretrained(str(adapter))
-    except (OSError, ValueError, KeyError) as error:
-        raise PacaError(f"The tokenizer in {adapter} cannot be loaded: {error}. Copy the adapter again.") from error
+    return LoadedModel(adapted.eval(), pretrained.tokenizer, adapter, pretrained.name_or_path)
 
 
 def on_accelerator(model: PreTrainedModel) -> PreTrainedModel:
@@ -124,23 +105,23 @@ def stream_reply(
     max_new_tokens: int = 256,
     temperature: float = 0.0,
 ) -> Iterator[str]:
-    """Answer the last of ``messages``, piece by piece as the text comes.
+    """Answer the last of `messages`, piece by piece as the text comes.
 
     Closing the iterator, or an exception such as Ctrl-C while it waits, stops the model at its next token.
 
     Args:
-        loaded: the model; switch its adapter off with ``with loaded.model.disable_adapter():`` around
+        loaded: The model; switch its adapter off with `with loaded.model.disable_adapter():` around
             the iteration.
-        messages: the conversation, oldest first. A tokenizer without a chat template is given the text of the last
+        messages: The conversation, oldest first. A tokenizer without a chat template is given the text of the last
             message alone, to be continued.
-        max_new_tokens: length at which an answer is cut; the end of the model's context cuts it too.
+        max_new_tokens: Length at which an answer is cut; the end of the model's context cuts it too.
         temperature: 0 takes the likeliest token each time; above 0 samples.
 
     Yields:
         Pieces of text; joined they are the answer.
 
     Raises:
-        PacaError: a value out of range, or a conversation that does not fit the model's context.
+        PacaError: A value out of range, or a conversation that does not fit the model's context.
     """
     if max_new_tokens < 1:
         raise PacaError(f"max_new_tokens is {max_new_tokens}; it must be 1 or more.")
@@ -149,9 +130,12 @@ def stream_reply(
             f"temperature is {temperature}; it must be 0 (always the likeliest token) or a positive number."
         )
     inputs, room = _encode(loaded, messages)
-    stop = _StopSignal()
+    stop = threading.Event()
     streamer = TextIteratorStreamer(loaded.tokenizer, skip_prompt=True, skip_special_tokens=True)
     failures: Queue[BaseException] = Queue()
+
+    def stopped(input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
+        return torch.full((input_ids.shape[0],), stop.is_set(), dtype=torch.bool, device=input_ids.device)
 
     def generate() -> None:
         try:
@@ -159,7 +143,7 @@ def stream_reply(
                 **inputs,
                 **_sampling(loaded, temperature),
                 max_new_tokens=max_new_tokens if room is None else min(max_new_tokens, room),
-                stopping_criteria=StoppingCriteriaList([stop]),
+                stopping_criteria=StoppingCriteriaList([stopped]),
                 streamer=streamer,
             )
         except BaseException as error:
@@ -180,7 +164,7 @@ def stream_reply(
 
 
 def _encode(loaded: LoadedModel, messages: list[Message]) -> tuple[dict[str, torch.Tensor], int | None]:
-    """The prompt as tensors ``(1, tokens)``, and how many more tokens the model's context holds, if it has an end."""
+    """The prompt as tensors `(1, tokens)`, and how many more tokens the model's context holds, if it has an end."""
     tokenizer = loaded.tokenizer
     if tokenizer.chat_template is None:
         encoded = tokenizer(messages[-1]["content"], return_tensors="pt")
@@ -215,16 +199,3 @@ def _sampling(loaded: LoadedModel, temperature: float) -> dict[str, Any]:
     if temperature > 0:
         return settings | {"temperature": temperature}
     return settings | {"temperature": None, "top_p": None, "top_k": None}  # a model's own would only be warned about
-
-
-class _StopSignal(StoppingCriteria):
-    """Ends a generation from outside of it."""
-
-    def __init__(self) -> None:
-        self._event = threading.Event()
-
-    def set(self) -> None:
-        self._event.set()
-
-    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
-        return torch.full((input_ids.shape[0],), self._event.is_set(), dtype=torch.bool, device=input_ids.device)

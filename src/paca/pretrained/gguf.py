@@ -23,10 +23,10 @@ _GPT2 = ("gpt-2", "phi-2", "mpt", "olmo", "jais", "trillion", "exaone4")
 
 
 def file_options(path: str) -> dict[str, Any]:
-    """The arguments by which ``from_pretrained`` finds a GGUF file.
+    """The arguments by which `from_pretrained` finds a GGUF file.
 
     Raises:
-        PacaError: the package that reads such files is missing.
+        PacaError: The package that reads such files is missing.
     """
     try:
         import gguf  # noqa: F401
@@ -62,7 +62,7 @@ def check_is_plain(model: PreTrainedModel, path: str) -> None:
     """Make sure that the loaded model is an ordinary float model.
 
     Raises:
-        PacaError: a weight stayed in GGUF blocks.
+        PacaError: A weight stayed in GGUF blocks.
     """
     packed = [name for name, parameter in model.named_parameters() if not parameter.is_floating_point()]
     if packed or getattr(model, "is_quantized", False) or getattr(model.config, "quantization_config", None):

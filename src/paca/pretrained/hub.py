@@ -23,7 +23,7 @@ def without_waiting(name: str, revision: str | None) -> Iterator[None]:
     """A block in which a hub that does not answer is left alone, as with HF_HUB_OFFLINE=1: all comes from the cache.
 
     Raises:
-        PacaError: the hub does not answer, and the local cache has no such model.
+        PacaError: The hub does not answer, and the local cache has no such model.
     """
     before = constants.HF_HUB_OFFLINE
     constants.HF_HUB_OFFLINE = before or only_from_cache(name, revision)
@@ -35,18 +35,19 @@ def without_waiting(name: str, revision: str | None) -> Iterator[None]:
 
 @cache
 def only_from_cache(name: str, revision: str | None) -> bool:
-    """Whether ``name`` is to be read from the local cache alone, because the hub does not answer.
+    """Whether `name` is to be read from the local cache alone, because the hub does not answer.
 
     Raises:
-        PacaError: the hub does not answer, and the local cache has no such model.
+        PacaError: The hub does not answer, and the local cache has no such model.
     """
     url = huggingface_hub.hf_hub_url(name, "config.json", revision=revision, endpoint=constants.ENDPOINT)
     try:
         with _without_retry_lines():
             http_backoff("HEAD", url, max_retries=1, base_wait_time=1, timeout=_ANSWER_SECONDS)
     except Exception as error:  # of httpx or httpx2, whichever the hub's client of the day is made with
-        cached = huggingface_hub.try_to_load_from_cache(name, "config.json", revision=revision)
-        if not isinstance(cached, str):
+        files = ("config.json", "tokenizer_config.json")  # of a model, of a tokenizer alone
+        cached = [huggingface_hub.try_to_load_from_cache(name, file, revision=revision) for file in files]
+        if not any(isinstance(file, str) for file in cached):
             raise PacaError(unreachable(name)) from error
         logger.warning("The hub cannot be reached (%s); reading %r from the local cache.", error, name)
         return True

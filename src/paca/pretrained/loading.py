@@ -6,6 +6,7 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -25,19 +26,20 @@ from transformers import (
 from paca.messages.errors import PacaError
 from paca.pretrained import gguf, quantizing
 from paca.pretrained.hub import unreachable, without_waiting
-from paca.pretrained.location import Location, Source, locate
+from paca.pretrained.location import TOKENIZER_FILES, Location, Source, locate, tokenizer_files
 
 logger = logging.getLogger(__name__)
 
-_DTYPES: dict[str, torch.dtype | str] = {
-    "auto": "auto",
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-    "float32": torch.float32,
-}
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 # Tokens that exist for padding alone in well-known vocabularies. Anything else might occur in a text.
 _PAD_TOKENS = ("<|pad|>", "<pad>", "[PAD]", "<PAD>", "<|finetune_right_pad_id|>", "<|padding|>", "<unused0>")
+
+
+_OTHER_TOKENIZER = (
+    "To take a tokenizer from elsewhere, name its folder or hub id: as model.tokenizer in the YAML of a run, or as the "
+    "argument tokenizer of load_pretrained."
+)
 
 
 @dataclass(frozen=True)
@@ -48,7 +50,7 @@ class Pretrained:
     tokenizer: PreTrainedTokenizerBase
 
     source: Source
-    """Where it came from: ``"hub"``, ``"folder"`` or ``"gguf"``."""
+    """Where it came from: `"hub"`, `"folder"` or `"gguf"`."""
 
     name_or_path: str
     """The hub id, or the absolute path of the folder or file."""
@@ -68,27 +70,32 @@ def load_pretrained(
     revision: str | None = None,
     trust_remote_code: bool = False,
     quantization: str | None = None,
+    tokenizer: str | PreTrainedTokenizerBase | None = None,
 ) -> Pretrained:
     """Load a causal language model and its tokenizer, ready to be trained.
 
     Args:
-        name: a hub id, a local folder with a ``config.json``, or a ``.gguf`` file. A GGUF file is dequantized.
-        dtype: ``"bfloat16"``, ``"float16"``, ``"float32"``, or ``"auto"``: what the checkpoint was saved in
+        name: A hub id, a local folder with a `config.json`, or a `.gguf` file. A GGUF file is dequantized.
+        dtype: `"bfloat16"`, `"float16"`, `"float32"`, or `"auto"`: what the checkpoint was saved in
             (float32 for a quantized GGUF file, which has no such dtype).
-        revision: branch, tag or commit, for a hub id only.
-        trust_remote_code: run the model code that the checkpoint brings along.
-        quantization: quantize the linear layers as they are loaded, by bitsandbytes: ``"nf4"``, ``"fp4"`` or
-            ``"int8"``. The rest keeps ``dtype``, and nothing is cast to float32.
+        revision: Branch, tag or commit, for a hub id only.
+        trust_remote_code: Run the model code that the checkpoint brings along.
+        quantization: Quantize the linear layers as they are loaded, by bitsandbytes: `"nf4"`, `"fp4"` or
+            `"int8"`. The rest keeps `dtype`, and nothing is cast to float32.
+        tokenizer: In place of the model's own: as `name`, any folder that holds one, or a loaded one.
 
     The tokenizer always has a padding token afterwards; one that had to be chosen is logged.
 
     Raises:
-        PacaError: the name stands for no model, the checkpoint cannot be read, or the hub cannot be reached.
+        PacaError: The name stands for no model, the checkpoint cannot be read, or the hub cannot be reached.
     """
-    location = _checked_location(name, revision)
+    location, options = _open(name, revision, trust_remote_code)
     torch_dtype = _torch_dtype(dtype)
-    tokenizer = _tokenizer_at(location, revision, trust_remote_code)
-    options = _options(location, revision, trust_remote_code)
+    named = tokenizer if isinstance(tokenizer, str) else None
+    if tokenizer is None:
+        tokenizer = _tokenizer_at(location, options)
+    elif isinstance(tokenizer, str):
+        tokenizer = load_tokenizer(tokenizer, trust_remote_code=trust_remote_code)
     if location.source == "gguf":
         if quantization is not None:
             raise PacaError(
@@ -99,24 +106,30 @@ def load_pretrained(
     elif quantization is not None:
         with _explaining(location, revision):
             config = AutoConfig.from_pretrained(**options)
-        _check_not_quantized(config, location.name_or_path, quantization)
+        quantizing.check_not_quantized(config, f" {location.name_or_path!r}", quantization)
         compute = torch_dtype if isinstance(torch_dtype, torch.dtype) else getattr(config, "dtype", None)
         options["quantization_config"] = quantizing.quantization_config(quantization, compute or torch.float32)
         options["device_map"] = quantizing.device_map()
-    with _explaining(location, revision), _without_progress_bars(), gguf.without_unpacking_bar():
+    with _explaining(location, revision), without_progress_bars(), gguf.without_unpacking_bar():
         model = AutoModelForCausalLM.from_pretrained(dtype=torch_dtype, **options)
     if location.source == "gguf":
         gguf.check_is_plain(model, location.name_or_path)
-    _choose_pad_token(tokenizer, embeddings=_embeddings(model))
+    embeddings = cast(nn.Embedding, model.get_input_embeddings()).num_embeddings
+    if named is not None and len(tokenizer) > embeddings:
+        raise PacaError(
+            f"The tokenizer of {named!r} has {len(tokenizer)} tokens, but the model {location.name_or_path!r} embeds "
+            f"{embeddings}. Give the tokenizer that belongs to this model."
+        )
+    _choose_pad_token(tokenizer, embeddings)
     if model.config.get_text_config().pad_token_id is None:
         model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
     return Pretrained(model, tokenizer, location.source, location.name_or_path)
 
 
 def load_tokenizer(name: str, revision: str | None = None, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
-    """Load the tokenizer alone, as :func:`load_pretrained` would (arguments and errors as there)."""
-    location = _checked_location(name, revision)
-    tokenizer = _tokenizer_at(location, revision, trust_remote_code)
+    """Load a tokenizer alone, of a model or from any folder that holds one (arguments as in `load_pretrained`)."""
+    location, options = _open(name, revision, trust_remote_code, _holds_tokenizer(name))
+    tokenizer = _tokenizer_at(location, options)
     _choose_pad_token(tokenizer)
     return tokenizer
 
@@ -128,19 +141,18 @@ def load_config(
     trust_remote_code: bool = False,
     auto_class: Any = AutoModelForCausalLM,
 ) -> Outline:
-    """Read what a model looks like without its weights (arguments and errors as in :func:`load_pretrained`).
+    """Read what a model looks like without its weights (arguments and errors as in `load_pretrained`).
 
     Args:
-        auto_class: the ``AutoModel...`` of transformers that makes the model; the default is a language model.
+        auto_class: The `AutoModel...` of transformers that makes the model; the default is a language model.
 
     Returns:
-        ``(config, model)``, the model on the meta device. With ``dtype="auto"`` its dtype is the one the
+        `(config, model)`, the model on the meta device. With `dtype="auto"` its dtype is the one the
         configuration names, else float32.
     """
-    location = _checked_location(name, revision)
+    location, options = _open(name, revision, trust_remote_code)
     torch_dtype = _torch_dtype(dtype)
-    options = _options(location, revision, trust_remote_code)
-    with _explaining(location, revision), _without_progress_bars():
+    with _explaining(location, revision), without_progress_bars():
         config = AutoConfig.from_pretrained(**options)
         if torch_dtype == "auto":
             torch_dtype = getattr(config, "dtype", None) or torch.float32
@@ -150,51 +162,35 @@ def load_config(
     return Outline(config, model)
 
 
-def _check_not_quantized(config: PreTrainedConfig, name: str, quantization: str) -> None:
-    found = getattr(config, "quantization_config", None)
-    if found is not None:
-        method = found.get("quant_method") if isinstance(found, dict) else getattr(found, "quant_method", found)
-        raise PacaError(
-            f"The checkpoint {name!r} is quantized already ({method}), so it can't be quantized to {quantization}. "
-            "Leave the quantization out, or give the original checkpoint."
-        )
+def _holds_tokenizer(name: str) -> bool:
+    return bool(name.strip()) and tokenizer_files(Path(name).expanduser()) != []
 
 
-def _checked_location(name: str, revision: str | None) -> Location:
-    location = locate(name)
+def _open(
+    name: str, revision: str | None, trust_remote_code: bool, any_folder: bool = False
+) -> tuple[Location, dict[str, Any]]:
+    """Where `name` lies, and the arguments by which `from_pretrained` reads it; `any_folder` need be no model."""
+    location = Location("folder", str(Path(name).expanduser().resolve())) if any_folder else locate(name)
     if revision is not None and location.source != "hub":
         raise PacaError(f"A revision ({revision!r}) goes with a hub id only, but {name!r} is local. Leave it out.")
-    return location
+    if location.source == "gguf":
+        return location, gguf.file_options(location.name_or_path)
+    options = {"pretrained_model_name_or_path": location.name_or_path, "trust_remote_code": trust_remote_code}
+    return location, options if revision is None else options | {"revision": revision}
 
 
 def _torch_dtype(dtype: str) -> torch.dtype | str:
-    if dtype not in _DTYPES:
-        raise PacaError(f"Unknown dtype {dtype!r}. Give one of: {', '.join(_DTYPES)}.")
-    return _DTYPES[dtype]
+    if dtype != "auto" and dtype not in DTYPES:
+        raise PacaError(f"Unknown dtype {dtype!r}. Give one of: auto, {', '.join(DTYPES)}.")
+    return DTYPES.get(dtype, dtype)
 
 
-def _options(location: Location, revision: str | None, trust_remote_code: bool) -> dict[str, Any]:
-    if location.source == "gguf":
-        return gguf.file_options(location.name_or_path)
-    options: dict[str, Any] = {
-        "pretrained_model_name_or_path": location.name_or_path,
-        "trust_remote_code": trust_remote_code,
-    }
-    if revision is not None:
-        options["revision"] = revision
-    return options
-
-
-def _tokenizer_at(location: Location, revision: str | None, trust_remote_code: bool) -> PreTrainedTokenizerBase:
-    with _explaining(location, revision, what="tokenizer"), _without_progress_bars():
-        tokenizer = AutoTokenizer.from_pretrained(**_options(location, revision, trust_remote_code))
+def _tokenizer_at(location: Location, options: dict[str, Any]) -> PreTrainedTokenizerBase:
+    with _explaining(location, options.get("revision"), what="tokenizer"), without_progress_bars():
+        tokenizer = AutoTokenizer.from_pretrained(**options)
     if location.source == "gguf":
         gguf.restore_pre_tokenizer(tokenizer, location.name_or_path)
     return tokenizer
-
-
-def _embeddings(model: PreTrainedModel) -> int:
-    return int(cast(nn.Embedding, model.get_input_embeddings()).num_embeddings)
 
 
 def _choose_pad_token(tokenizer: PreTrainedTokenizerBase, embeddings: int | None = None) -> None:
@@ -237,10 +233,13 @@ def _explaining(location: Location, revision: str | None, what: str = "model") -
         name = location.name_or_path
         if location.source == "hub":
             raise PacaError(_hub_message(name, what, error)) from error
-        raise PacaError(
-            f"The {what} in {name!r} cannot be loaded: {_first_line(error)}\nIs it a complete checkpoint of a causal "
-            "language model?"
-        ) from error
+        advice = "Is it a complete checkpoint of a causal language model?" if what == "model" else _OTHER_TOKENIZER
+        if what == "tokenizer" and location.source == "folder" and not tokenizer_files(Path(name)):
+            raise PacaError(
+                f"The folder {name!r} holds no tokenizer: none of {', '.join(TOKENIZER_FILES)} is there. Copy the "
+                f"files of the model's tokenizer into it. {advice}"
+            ) from error
+        raise PacaError(f"The {what} in {name!r} cannot be loaded: {_reason(error, what)}\n{advice}") from error
 
 
 def _hub_message(name: str, what: str, error: BaseException) -> str:
@@ -256,7 +255,8 @@ def _hub_message(name: str, what: str, error: BaseException) -> str:
         )
     if "couldn't connect" in str(error).lower() or any(isinstance(cause, ConnectionError) for cause in causes):
         return unreachable(name)
-    return f"The {what} {name!r} on the hub cannot be loaded: {_first_line(error)}"
+    advice = f"\n{_OTHER_TOKENIZER}" if what == "tokenizer" else ""
+    return f"The {what} {name!r} on the hub cannot be loaded: {_reason(error, what)}{advice}"
 
 
 def _causes(error: BaseException | None) -> list[BaseException]:
@@ -267,13 +267,14 @@ def _causes(error: BaseException | None) -> list[BaseException]:
     return causes
 
 
-def _first_line(error: BaseException) -> str:
+def _reason(error: BaseException, what: str) -> str:
+    """The first line of the error; for a tokenizer all of it, as transformers lists there what it looked for."""
     text = str(error).strip() or type(error).__name__
-    return text.splitlines()[0]
+    return " ".join(text.split()) if what == "tokenizer" else text.splitlines()[0]
 
 
 @contextmanager
-def _without_progress_bars() -> Iterator[None]:
+def without_progress_bars() -> Iterator[None]:
     """Hide the bars that count parameters. Downloads keep theirs."""
     was_enabled = transformers.utils.logging.is_progress_bar_enabled()
     transformers.utils.logging.disable_progress_bar()

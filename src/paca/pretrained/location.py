@@ -14,6 +14,20 @@ from paca.messages.errors import PacaError
 Source = Literal["hub", "folder", "gguf"]
 
 
+# What `paca train`, TRL and transformers leave to tokenize with.
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "chat_template.jinja",
+)
+
+
 @dataclass(frozen=True)
 class Location:
     """Where a model lies."""
@@ -24,11 +38,16 @@ class Location:
     """A hub id, or an absolute local path."""
 
 
+def tokenizer_files(folder: Path) -> list[Path]:
+    """The files of the tokenizer that lies in `folder`; none if there is none."""
+    return [folder / name for name in TOKENIZER_FILES if (folder / name).is_file()]
+
+
 def locate(name: str) -> Location:
-    """Find out whether ``name`` is a local folder, a GGUF file or a hub id. What exists locally comes first.
+    """Find out whether `name` is a local folder, a GGUF file or a hub id. What exists locally comes first.
 
     Raises:
-        PacaError: ``name`` exists but is not a model, or neither exists nor could be a hub id.
+        PacaError: `name` exists but is not a model, or neither exists nor could be a hub id.
     """
     if not name.strip():
         raise PacaError("The model name is empty. Give a hub id, a local folder or a .gguf file.")

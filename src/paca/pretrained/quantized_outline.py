@@ -11,7 +11,7 @@ from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.auto import AutoHfQuantizer
 
 from paca.messages.errors import PacaError
-from paca.pretrained.quantizing import quantization_config, require_bitsandbytes
+from paca.pretrained.quantizing import check_not_quantized, method_of, quantization_config, require_bitsandbytes
 
 META = torch.device("meta")
 
@@ -23,12 +23,12 @@ def quantize_outline(model: PreTrainedModel, quantization: str | None) -> PreTra
     that gives every code and scale its shape and dtype, and no value.
 
     Args:
-        model: without adapters.
+        model: Without adapters.
         quantization: `"nf4"`, `"fp4"` or `"int8"`; None for what the model's configuration says of its checkpoint,
             which may be nothing.
 
     Raises:
-        PacaError: bitsandbytes is missing, or the checkpoint is quantized in another way.
+        PacaError: Bitsandbytes is missing, or the checkpoint is quantized in another way.
     """
     settings = _settings(model, quantization)
     if settings is None:
@@ -50,14 +50,13 @@ def quantize_outline(model: PreTrainedModel, quantization: str | None) -> PreTra
 
 
 def _settings(model: PreTrainedModel, quantization: str | None) -> BitsAndBytesConfig | None:
-    found: Any = getattr(model.config, "quantization_config", None)
     if quantization is not None:
-        if found is not None:
-            raise PacaError(f"The checkpoint is quantized already, so it can't be quantized to {quantization}.")
+        check_not_quantized(model.config, "", quantization)
         return quantization_config(quantization, model.dtype)
+    found: Any = getattr(model.config, "quantization_config", None)
     if found is None or isinstance(found, BitsAndBytesConfig):
         return found
-    method = found.get("quant_method") if isinstance(found, dict) else getattr(found, "quant_method", None)
+    method = method_of(model.config)
     if method != "bitsandbytes":
         raise PacaError(
             f"The checkpoint is quantized with {method}, whose memory can't be foretold; bitsandbytes' can. Measure it "

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import importlib.util
+from typing import Any
 
 import torch
-from transformers import BitsAndBytesConfig, PreTrainedModel
+from transformers import BitsAndBytesConfig, PreTrainedConfig, PreTrainedModel
 
 from paca.messages.errors import PacaError
 
@@ -13,14 +14,14 @@ QUANTIZATIONS = ("nf4", "fp4", "int8")
 
 
 def quantization_config(quantization: str, compute_dtype: torch.dtype) -> BitsAndBytesConfig:
-    """The settings of ``"nf4"``, ``"fp4"`` (both with double quantization) or ``"int8"``.
+    """The settings of `"nf4"`, `"fp4"` (both with double quantization) or `"int8"`.
 
     Args:
-        quantization: one of the three.
-        compute_dtype: of the matmuls.
+        quantization: One of the three.
+        compute_dtype: Of the matmuls.
 
     Raises:
-        PacaError: an unknown name, or bitsandbytes is missing.
+        PacaError: An unknown name, or bitsandbytes is missing.
     """
     if quantization not in QUANTIZATIONS:
         raise PacaError(f"Unknown quantization {quantization!r}. Give one of: {', '.join(QUANTIZATIONS)}.")
@@ -35,13 +36,38 @@ def quantization_config(quantization: str, compute_dtype: torch.dtype) -> BitsAn
     )
 
 
+def check_not_quantized(config: PreTrainedConfig, name: str, quantization: str) -> None:
+    """
+    Args:
+        config: Of the checkpoint.
+        name: Of it, for the message; a space, then the name in quotes, or nothing.
+        quantization: What it is to be quantized to.
+
+    Raises:
+        PacaError: It is quantized already.
+    """
+    method = method_of(config)
+    if method is not None:
+        raise PacaError(
+            f"The checkpoint{name} is quantized already ({method}), so it can't be quantized to {quantization}. "
+            "Leave the quantization out, or give the original checkpoint."
+        )
+
+
+def method_of(config: PreTrainedConfig) -> str | None:
+    """How a checkpoint is quantized, by transformers' name for it; None if it is not."""
+    found: Any = getattr(config, "quantization_config", None)
+    method = found.get("quant_method") if isinstance(found, dict) else getattr(found, "quant_method", found)
+    return None if method is None else str(getattr(method, "value", method))
+
+
 def require_bitsandbytes(what: str) -> None:
     """
     Args:
-        what: is to be quantized, or how.
+        what: Is to be quantized, or how.
 
     Raises:
-        PacaError: bitsandbytes is not installed.
+        PacaError: Bitsandbytes is not installed.
     """
     if importlib.util.find_spec("bitsandbytes") is None:
         raise PacaError(f"{what}: quantized weights need bitsandbytes: pip install 'paca-tuning[bitsandbytes]'.")

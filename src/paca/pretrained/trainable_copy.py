@@ -5,15 +5,14 @@ from __future__ import annotations
 import json
 import logging
 import os
-import shutil
-import tempfile
 from pathlib import Path
 
 import transformers
 from transformers import AutoTokenizer
 
 from paca.messages.errors import PacaError
-from paca.pretrained.loading import Pretrained
+from paca.pretrained.loading import Pretrained, without_progress_bars
+from paca.pretrained.whole_output import whole_output
 
 logger = logging.getLogger(__name__)
 
@@ -24,46 +23,35 @@ _PROBE = "Steps:\n\n1. Mix 250 g\n2. don't  stir\t10x\n\n\nПример 漢字 �
 
 
 def save_trainable_copy(pretrained: Pretrained, folder: str | os.PathLike[str]) -> Path:
-    """Save model and tokenizer to ``folder``, which ``from_pretrained`` then reads back to the same model.
+    """Save model and tokenizer to `folder`, which `from_pretrained` then reads back to the same model.
 
     The folder appears whole or not at all: it is written beside its final place and renamed. When it already holds a
     copy of the same model in the same dtype, nothing is done.
 
     Args:
-        pretrained: from :func:`paca.pretrained.load_pretrained`, not yet adapted.
-        folder: where the copy goes; its parents are made.
+        pretrained: From `paca.pretrained.load_pretrained`, not yet adapted.
+        folder: Where the copy goes; its parents are made.
 
     Returns:
         The absolute path of the folder.
 
     Raises:
-        PacaError: the folder exists and holds something else, or its tokenizer would split text differently.
+        PacaError: The folder exists and holds something else, or its tokenizer would split text differently.
     """
     target = Path(folder).expanduser().resolve()
     record = _record(pretrained)
     if target.exists() and any(target.iterdir() if target.is_dir() else [target]):
         _check_same(target, record)
         return target
-    target.parent.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
-    try:
-        _write(pretrained, staging, record)
-        staging.chmod(0o755)  # mkdtemp makes it private
-        staging.replace(target)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
+    with whole_output(target) as partial:
+        _write(pretrained, partial, record)
     logger.info("Saved a trainable copy of %s to %s.", pretrained.name_or_path, target)
     return target
 
 
 def _write(pretrained: Pretrained, folder: Path, record: dict[str, object]) -> None:
-    was_enabled = transformers.utils.logging.is_progress_bar_enabled()
-    transformers.utils.logging.disable_progress_bar()
-    try:
+    with without_progress_bars():
         pretrained.model.save_pretrained(folder)
-    finally:
-        if was_enabled:
-            transformers.utils.logging.enable_progress_bar()
     pretrained.tokenizer.save_pretrained(folder)
     reread = AutoTokenizer.from_pretrained(folder)
     if reread(_PROBE)["input_ids"] != pretrained.tokenizer(_PROBE)["input_ids"]:

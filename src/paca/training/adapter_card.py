@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from paca.tuner.adapter_folder import find_base
+from paca.convert.pefts_paca import PEFT, saved_layers, why_not
+from paca.tuner.adapter_folder import adapter_settings, find_base
 
 _SHOWN_SETTINGS = (
     "learning_rate",
@@ -24,13 +26,16 @@ _SHOWN_SETTINGS = (
     "seed",
 )
 
+_EXPORT = "`paca export --to peft` writes one that does, or names the layer for which there is none."
 
-def write_adapter_card(folder: Path, summary: dict[str, Any]) -> None:
+
+def write_adapter_card(folder: Path, summary: dict[str, Any], trained: nn.Module) -> None:
     """Write the card of a finished run's adapter, in place of the empty one that PEFT leaves.
 
     Args:
         folder: The adapter's folder.
-        summary: The content of ``summary.json``.
+        summary: The content of `summary.json`.
+        trained: The trained model, with the adapter.
     """
     base = find_base(folder)
     config = summary["config"]
@@ -45,6 +50,9 @@ def write_adapter_card(folder: Path, summary: dict[str, Any]) -> None:
         held_out = f"{data['eval_examples']:,} held-out examples"
         start = "" if before is None else f"{before:.4f} before training and "
         results.append(f"Loss on {held_out}: {start}{after:.4f} after.")
+    stored = adapter_settings(folder)  # as saved: a rotated adapter has more columns than its config asked for
+    reason = why_not(stored["r"], stored["paca_alpha"], saved_layers(trained))
+    loads = "yes." if reason is None else f"no, because {reason}. {_EXPORT}"
     versions = ", ".join(f"{name} {version}" for name, version in summary["versions"].items())
     text = f"""---
 {yaml.safe_dump(head, sort_keys=False, allow_unicode=True).strip()}
@@ -79,14 +87,16 @@ Every setting is in the run's `config.yaml`. Made with {versions}.
 
 ## How to load it
 
-```python
+``python
 import paca  # makes PaCA known to PEFT; pip install paca-tuning
 from peft import AutoPeftModelForCausalLM
 from transformers import AutoTokenizer
 
 model = AutoPeftModelForCausalLM.from_pretrained("path/to/this/folder")  # with its base, {base}
 tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")
-```
+``
+
+Loads in the PaCA of {PEFT}, without paca: {loads}
 
 `paca export` writes it as LoRA for programs that don't know PaCA, and `paca merge` as a plain checkpoint.
 """

@@ -50,7 +50,7 @@ def adapter_config(settings: Mapping[str, Any]) -> PacaConfig:
 
 def outline_config(settings: Mapping[str, Any]) -> PacaConfig:
     """The same for a model without weights: it has no columns to choose among, only their number."""
-    return adapter_config({**settings, "selection": "random", "original_weights": None})
+    return adapter_config({**settings, "selection": "random", "random_seed": 0, "original_weights": None})
 
 
 def with_defaults(settings: Mapping[str, Any]) -> dict[str, Any]:

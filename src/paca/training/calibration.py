@@ -24,9 +24,8 @@ from paca.columns.selection import AT_RANDOM, BLOCK, FROM_BATCHES
 from paca.config import PacaConfig
 from paca.data import Examples
 from paca.messages.errors import PacaError
-from paca.pretrained import load_tokenizer
 from paca.training import adapter_settings
-from paca.training.loss_scope import use_chat_template
+from paca.training.loss_scope import tokenizer_of
 from paca.training.run_config import CalibrationSection, RunConfig
 from paca.tuner.calibration import select
 from paca.tuner.calibration.selecting import with_indices
@@ -116,9 +115,7 @@ class ColumnChoice:
 
     def _batches(self) -> list[dict[str, Tensor]]:
         gradients = self.config.paca["selection"] == "gradient_norm"
-        named = self.config.model
-        tokenizer = load_tokenizer(named.name, named.revision, named.trust_remote_code)
-        use_chat_template(tokenizer, self.config.train)
+        tokenizer = tokenizer_of(self.config.model, self.config.train)
         return calibration_batches(
             self.examples, tokenizer, self.arguments, self.config.calibration, with_labels=gradients
         )

@@ -11,8 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from paca.data import load_examples
 from paca.messages.errors import PacaError
-from paca.pretrained import load_tokenizer
-from paca.training.loss_scope import use_chat_template
+from paca.training.loss_scope import tokenizer_of
 from paca.training.run_config import RunConfig
 
 READ_AT_MOST = 64 * 2**20
@@ -38,10 +37,8 @@ def longest_example(config: RunConfig) -> tuple[int | None, str]:
     size = sum(file.stat().st_size for file in files if file.is_file())
     if size > READ_AT_MOST:
         return None, f"{data.train} has {size >> 20} MiB, so it was not read"
-    named = config.model
     try:
-        tokenizer = load_tokenizer(named.name, named.revision, named.trust_remote_code)
-        use_chat_template(tokenizer, train)
+        tokenizer = tokenizer_of(config.model, train)
         conversational = tokenizer.chat_template is not None
         examples = load_examples(
             data.train, format=data.format, split=data.split, limit=data.limit, conversational=conversational

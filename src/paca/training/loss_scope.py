@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from paca.data import Examples, loss_settings, mark_assistant_turns
 from paca.pretrained import load_tokenizer
+from paca.training.run_config import ModelSection
 
 
 @dataclass
@@ -25,15 +26,24 @@ class LossScope:
     """For people."""
 
 
-def use_chat_template(tokenizer: PreTrainedTokenizerBase, settings: Mapping[str, Any]) -> None:
-    """Give the tokenizer the template that ``train.chat_template_path`` names, as TRL will."""
+def tokenizer_of(model: ModelSection, settings: Mapping[str, Any]) -> PreTrainedTokenizerBase:
+    """The tokenizer of a run, with the template that `train.chat_template_path` names, as TRL will give it.
+
+    Raises:
+        PacaError: It can't be read.
+    """
+    if model.tokenizer is not None:
+        tokenizer = load_tokenizer(model.tokenizer, trust_remote_code=model.trust_remote_code)
+    else:
+        tokenizer = load_tokenizer(model.name, model.revision, model.trust_remote_code)
     path = settings.get("chat_template_path")
     if path is None:
-        return
+        return tokenizer
     if Path(path).is_file() and path.endswith((".jinja", ".j2")):
         tokenizer.chat_template = Path(path).read_text(encoding="utf-8")
     else:
         tokenizer.chat_template = load_tokenizer(path).chat_template
+    return tokenizer
 
 
 def scope_loss(

@@ -202,7 +202,8 @@ class _Run:
             return RunResult(self.folder.path, None, None)
         (self.folder.adapter / "training_args.bin").unlink(missing_ok=True)  # a pickle; config.yaml says the same
         result = self._summary(state, loss_after, self.log)
-        write_adapter_card(self.folder.adapter, result)
+        assert self.trainer.model is not None
+        write_adapter_card(self.folder.adapter, result, self.trainer.model)
         write_report(self.folder.report, result, self.log.rows, self.config.to_yaml())
         summary.write_summary(self.folder.summary, result)  # last: it says that the run is finished
         return RunResult(self.folder.path, result, None)
@@ -211,12 +212,13 @@ class _Run:
         model = self.config.model
         if not model.name.lower().endswith(".gguf"):
             return load_pretrained(
-                model.name, model.dtype, model.revision, model.trust_remote_code, quantization=model.quantization
+                model.name, model.dtype, model.revision, model.trust_remote_code, model.quantization, model.tokenizer
             )
         # An adapter has to name a base that stock tooling can load, so the unpacked model is kept beside it.
         if self.main and not self.folder.base.is_dir():
             self._say(f"Unpacking the weights of {Path(model.name).name} ...")
-            save_trainable_copy(load_pretrained(model.name, model.dtype), self.folder.base)
+            unpacked = load_pretrained(model.name, model.dtype, tokenizer=model.tokenizer)
+            save_trainable_copy(unpacked, self.folder.base)
         PartialState().wait_for_everyone()
         if model.quantization is not None and self.config.paca["original_weights"] == model.name:
             self.config.paca["original_weights"] = str(self.folder.base)

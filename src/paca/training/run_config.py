@@ -31,6 +31,8 @@ class ModelSection:
     """Quantize the weights as they are loaded (bitsandbytes); the trained columns stay in 16 bits and more."""
     revision: str | None = None
     """Branch, tag or commit of a hub id."""
+    tokenizer: str | None = None
+    """A hub id or a folder to take the tokenizer from, where it is not the model's own."""
     trust_remote_code: bool = False
     """Let a model from the hub run the Python code that it brings."""
     lean: bool = False
@@ -236,6 +238,8 @@ def _check_blocks(model: ModelSection, train: Mapping[str, Any], origins: Origin
 
 def _make_paths_absolute(config: RunConfig) -> None:
     config.model.name = _absolute_where_it_exists(config.model.name)
+    if config.model.tokenizer is not None:
+        config.model.tokenizer = _absolute_where_it_exists(config.model.tokenizer)
     config.data.train = _absolute_where_it_exists(config.data.train)
     if isinstance(config.data.eval, str):
         config.data.eval = _absolute_where_it_exists(config.data.eval)

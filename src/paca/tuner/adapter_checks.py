@@ -18,7 +18,7 @@ DELTA, INDICES = "paca_delta", "paca_indices"
 
 
 def check_name(adapter_name: str) -> None:
-    """Raise ``ValueError`` for a name under which torch can't keep an adapter's tensors."""
+    """Raise `ValueError` for a name under which torch can't keep an adapter's tensors."""
     taken = adapter_name == BASE or hasattr(nn.ParameterDict(), adapter_name) or hasattr(nn.ModuleDict(), adapter_name)
     if not adapter_name or "." in adapter_name or taken:
         raise ValueError(
@@ -28,7 +28,7 @@ def check_name(adapter_name: str) -> None:
 
 
 def check_indices_used(model: nn.Module, adapter_name: str, config: PacaConfig) -> None:
-    """Raise ``ValueError`` if columns were named for a layer that the adapter does not have."""
+    """Raise `ValueError` if columns were named for a layer that the adapter does not have."""
     unused = [] if config.loading else unused_patterns(model, adapter_name, config.indices or {})
     if unused:
         names = [n for n, m in model.named_modules() if isinstance(m, PacaLayer) and adapter_name in m.paca_delta]
@@ -45,16 +45,16 @@ def check_adapter_tensors(
     """Check the tensors of an adapter against the layers they are to be loaded into, and sort the columns.
 
     Args:
-        model: holds the layers, with ``adapter_name`` already in them.
-        adapter_name: which adapter is loaded.
-        tensors: by the names they have in ``model.state_dict()``; those that belong to no layer keep the file's name.
-        rotating: the adapter's columns rotate, so there may be more of them than it trains at a time.
+        model: Holds the layers, with `adapter_name` already in them.
+        adapter_name: Which adapter is loaded.
+        tensors: By the names they have in `model.state_dict()`; those that belong to no layer keep the file's name.
+        rotating: The adapter's columns rotate, so there may be more of them than it trains at a time.
 
     Returns:
         The same tensors, each adapter's columns in ascending order (other tools need not sort them).
 
     Raises:
-        ValueError: for an unknown target, a missing tensor, a wrong shape or type, indices that are out of range or
+        ValueError: For an unknown target, a missing tensor, a wrong shape or type, indices that are out of range or
             repeated, or a value that is NaN or Inf; names the tensor. Nothing has been loaded then.
     """
     checked = dict(tensors)
@@ -144,7 +144,7 @@ def _check_shapes(
 
 
 def check_finite(name: str, tensor: Tensor) -> None:
-    """Raise ``ValueError`` if ``tensor``, of an adapter's file, holds NaN or Inf."""
+    """Raise `ValueError` if `tensor`, of an adapter's file, holds NaN or Inf."""
     if tensor.is_floating_point() and not bool(
         torch.isfinite(tensor if tensor.element_size() > 1 else tensor.float()).all()
     ):

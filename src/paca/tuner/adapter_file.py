@@ -19,10 +19,10 @@ def check_has_weights(folder: Path) -> None:
     """Check that a local adapter's folder holds weights, and not the config alone.
 
     Args:
-        folder: of the adapter. A hub id (no such folder) is left to PEFT.
+        folder: Of the adapter. A hub id (no such folder) is left to PEFT.
 
     Raises:
-        ValueError: if it has none; names the folder and the files that were expected.
+        ValueError: If it has none; names the folder and the files that were expected.
     """
     if folder.is_dir() and not any((folder / name).is_file() for name in (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME)):
         raise ValueError(
@@ -36,7 +36,7 @@ def tensor_names(path: Path) -> list[str]:
     """The names in an adapter's safetensors file; none for a file of another kind.
 
     Raises:
-        SafetensorError: if it can't be read.
+        SafetensorError: If it can't be read.
     """
     if path.suffix != ".safetensors":
         return []
@@ -48,12 +48,12 @@ def check_adapter_file(folder: Path, modules_to_save: Iterable[str] | None, task
     """Check that a local adapter's file can be read and holds the modules that were saved whole.
 
     Args:
-        folder: of the adapter. A hub id, or a folder without such a file, is left to PEFT.
-        modules_to_save: of the adapter's config.
-        task_type: of the adapter's config.
+        folder: Of the adapter. A hub id, or a folder without such a file, is left to PEFT.
+        modules_to_save: Of the adapter's config.
+        task_type: Of the adapter's config.
 
     Raises:
-        ValueError: if the file is cut short or is none of tensors, or lacks a module; names the file.
+        ValueError: If the file is cut short or is none of tensors, or lacks a module; names the file.
     """
     path = folder / SAFETENSORS_WEIGHTS_NAME
     if not path.is_file():

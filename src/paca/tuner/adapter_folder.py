@@ -18,14 +18,14 @@ ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 
 
 def find_adapter(path: str | Path, *, or_model: bool = True) -> Path | None:
-    """The adapter folder that ``path`` (a run or an adapter folder) stands for; None when it is a plain model.
+    """The adapter folder that `path` (a run or an adapter folder) stands for; None when it is a plain model.
 
     Args:
-        path: as given by the user.
-        or_model: whether a plain model is of use too; messages then say so.
+        path: As given by the user.
+        or_model: Whether a plain model is of use too; messages then say so.
 
     Raises:
-        PacaError: there is no such folder, or it is neither a run, an adapter nor a model.
+        PacaError: There is no such folder, or it is neither a run, an adapter nor a model.
     """
     folder = Path(path).expanduser()
     if not folder.exists():
@@ -53,16 +53,18 @@ def find_adapter(path: str | Path, *, or_model: bool = True) -> Path | None:
     )
 
 
-def find_base(adapter: Path) -> str:
-    """Name or path of the model that an adapter was trained on.
+def find_base(adapter: Path, given: str | None = None) -> str:
+    """Name or path of the model that an adapter was trained on: the `given` one, or the one that its config names.
 
-    A run that was moved or copied brings its own ``base/`` along: that one is taken, and logged, when the recorded
+    A run that was moved or copied brings its own `base/` along: that one is taken, and logged, when the recorded
     folder is gone.
 
     Raises:
-        PacaError: the adapter's config cannot be read, or names no model.
+        PacaError: The adapter's config cannot be read, or names no model.
     """
-    base, file = _settings(adapter).get("base_model_name_or_path"), adapter / ADAPTER_CONFIG
+    if given is not None:
+        return given
+    base, file = adapter_settings(adapter).get("base_model_name_or_path"), adapter / ADAPTER_CONFIG
     if not base:
         raise PacaError(f"{file} does not name the model it was trained on. Give it: --base-model NAME_OR_FOLDER")
     beside = adapter.resolve().parent / "base"
@@ -73,23 +75,28 @@ def find_base(adapter: Path) -> str:
 
 
 def find_task(adapter: Path) -> str | None:
-    """What an adapter was trained for, by PEFT's names of tasks, such as ``"CAUSAL_LM"``, if its config says so.
+    """What an adapter was trained for, by PEFT's names of tasks, such as `"CAUSAL_LM"`, if its config says so.
 
     Raises:
-        PacaError: the config cannot be read.
+        PacaError: The config cannot be read.
     """
-    task: str | None = _settings(adapter).get("task_type")
+    task: str | None = adapter_settings(adapter).get("task_type")
     return task
 
 
-def _settings(adapter: Path) -> dict[str, Any]:
+def adapter_settings(adapter: Path) -> dict[str, Any]:
+    """The content of an adapter's config.
+
+    Raises:
+        PacaError: It is no JSON object.
+    """
     file = adapter / ADAPTER_CONFIG
     try:
         settings = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
         raise PacaError(f"{file} is broken: {error}. It should be a JSON object; copy or save it again.") from error
     if not isinstance(settings, dict):
-        raise PacaError(f"{file} is broken: it holds no JSON object. Copy or save it again.")
+        raise PacaError(f"{file} is broken: it should hold a JSON object. Copy or save it again.")
     return settings
 
 
@@ -97,7 +104,7 @@ def weight_file(adapter: Path) -> Path:
     """The file with an adapter's weights.
 
     Raises:
-        PacaError: the folder has none.
+        PacaError: The folder has none.
     """
     for name in ADAPTER_WEIGHTS:
         if (adapter / name).is_file():

@@ -22,8 +22,8 @@ class RotatingLayer(NamedTuple):
     adapter_name: str
     number: int
     """Which rotation this is, counted from 1."""
-    seed: int
-    """``random_seed`` of the adapter."""
+    seed: int | None
+    """``random_seed`` of the adapter; None where it was loaded from a file that has none."""
 
     @property
     def r(self) -> int:

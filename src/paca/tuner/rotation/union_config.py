@@ -6,7 +6,9 @@ import re
 from collections import Counter
 from collections.abc import Mapping
 from math import inf, nextafter
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
+
+Number = TypeVar("Number", int, float)
 
 
 class UnionLayer(NamedTuple):
@@ -24,17 +26,27 @@ def union_settings(layers: Mapping[str, UnionLayer]) -> dict[str, Any]:
     Args:
         layers: by their names in the base model; not empty.
     """
-    ranks = {name: layer.r for name, layer in layers.items()}
-    alphas = {name: alpha_for(layer.scale, layer.r) for name, layer in layers.items()}
-    r, alpha = (Counter(values.values()).most_common(1)[0][0] for values in (ranks, alphas))
+    r, rank_pattern = default_and_pattern({name: layer.r for name, layer in layers.items()})
+    alpha, alpha_pattern = default_and_pattern({n: alpha_for(layer.scale, layer.r) for n, layer in layers.items()})
     return {
         "r": r,
         "paca_alpha": alpha,
-        "rank_pattern": {f"^{re.escape(name)}": rank for name, rank in ranks.items() if rank != r},
-        "alpha_pattern": {f"^{re.escape(name)}": value for name, value in alphas.items() if value != alpha},
+        "rank_pattern": rank_pattern,
+        "alpha_pattern": alpha_pattern,
         "indices": None,  # the file's own; those that the adapter began with are fewer
         "selection": "random",  # another might want batches, or those indices
     }
+
+
+def default_and_pattern(values: Mapping[str, Number]) -> tuple[Number, dict[str, Number]]:
+    """The commonest value, and a `rank_pattern` or `alpha_pattern` of the modules that have another one.
+
+    Args:
+        values: By full module name; not empty.
+    """
+    default = Counter(values.values()).most_common(1)[0][0]
+    # PEFT matches a pattern as the ending of a name; anchored, it is the whole name.
+    return default, {f"^{re.escape(name)}": value for name, value in values.items() if value != default}
 
 
 def alpha_for(scale: float, r: int) -> float:

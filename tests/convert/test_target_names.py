@@ -7,7 +7,8 @@ from peft import LoraConfig
 from peft.tuners.tuners_utils import check_target_module_exists
 from peft.utils.other import get_pattern_key
 
-from paca.convert.patterns import default_and_pattern, exact_targets
+from paca.convert.target_names import exact_targets
+from paca.tuner.rotation.union_config import default_and_pattern
 
 NAMES = {
     "layers",
