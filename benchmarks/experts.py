@@ -23,8 +23,8 @@ from torch import nn
 from transformers import MixtralConfig, MixtralForCausalLM
 
 import paca
-from paca.bench.provenance import provenance
 from paca.bench.rows import Row, append_rows, summarized
+from paca.messages.provenance import row_provenance
 
 STACKS = ["experts.gate_up_proj", "experts.down_proj"]
 BATCH, SEQ, LAYERS, HIDDEN, MLP, EXPERTS, VOCAB = 2, 256, 2, 512, 1024, 8, 1024
@@ -122,7 +122,7 @@ def measure(dtype: torch.dtype, implementation: str, rounds: int) -> list[Row]:
             times[name].append(seconds(step))
     shared: dict[str, Any] = {
         "run": secrets.token_hex(4),
-        **provenance(torch.device("cpu")),
+        **row_provenance(torch.device("cpu")),
         "model": f"mixtral {EXPERTS} experts x {MLP}, {implementation}",
         "scope": "experts",
         "loss": "lm",

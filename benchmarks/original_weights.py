@@ -31,8 +31,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from transformers.utils import logging as transformers_logging
 
 import paca
-from paca.bench.provenance import provenance
 from paca.bench.rows import Row, append_rows, summarized
+from paca.messages.provenance import row_provenance
 from paca.tuner.refresh import paca_layers
 
 STARTS = ("dequantized", "original")
@@ -177,7 +177,7 @@ class Measurement:
         config = self.model.config
         self.shared: dict[str, Any] = {
             "run": secrets.token_hex(4),
-            **provenance(torch.device("cpu")),
+            **row_provenance(torch.device("cpu")),
             "model": f"{chosen.name}, {quantization}",
             "loss": "lm",
             "dtype": "bfloat16",

@@ -15,7 +15,6 @@ import torch
 
 from paca.bench.base_model import BaseModel, build_base_model
 from paca.bench.device import synchronize
-from paca.bench.failures import is_out_of_memory
 from paca.bench.four_bit import require_bitsandbytes
 from paca.bench.method import Adaptation, MethodUnavailable, apply_method
 from paca.bench.methods import METHODS
@@ -23,6 +22,7 @@ from paca.bench.resident_set import ResidentSetPeak
 from paca.bench.settings import BenchSettings, Point
 from paca.bench.step import TrainingStep
 from paca.messages.errors import PacaError
+from paca.messages.out_of_memory import is_out_of_memory
 
 _STEPS = 2  # the optimizer's state exists from the first step on, so the second one has the peak
 

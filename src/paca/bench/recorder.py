@@ -7,9 +7,9 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from paca.bench.base_model import BaseModel
-from paca.bench.provenance import provenance
 from paca.bench.rows import Row, summarized
 from paca.bench.settings import BenchSettings, Point
+from paca.messages.provenance import row_provenance
 
 
 class Recorder:
@@ -25,7 +25,7 @@ class Recorder:
         self._settings, self._write = settings, write
         self._shared: dict[str, Any] = {
             "run": secrets.token_hex(4),
-            **provenance(settings.torch_device),
+            **row_provenance(settings.torch_device),
             "model": settings.model,
             "scope": settings.scope,
             "loss": settings.loss,

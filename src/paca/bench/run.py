@@ -11,7 +11,6 @@ from torch import nn
 
 from paca.bench.base_model import BaseModel, build_base_model
 from paca.bench.compilation import room_for_many_models
-from paca.bench.failures import failure_reason
 from paca.bench.four_bit import require_bitsandbytes
 from paca.bench.memory_runs import measure_limits, measure_peaks
 from paca.bench.method import Adaptation, Method, MethodUnavailable, apply_method
@@ -26,6 +25,7 @@ from paca.bench.step_budget import PHASES, profile_step, time_phases
 from paca.bench.switching import add_second_adapter, count_recompilations, time_switches
 from paca.bench.timing import time_rounds
 from paca.messages.errors import PacaError
+from paca.messages.out_of_memory import failure_reason
 
 _SWITCH_POINT = Point(1, 8)  # small, so that the forward pass beside the switch is short
 _SWITCH_ROUNDS = 20

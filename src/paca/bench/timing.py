@@ -10,8 +10,8 @@ import torch
 
 from paca.bench.compilation import graphs_compiled
 from paca.bench.device import clock
-from paca.bench.failures import failure_reason
 from paca.bench.step import TrainingStep
+from paca.messages.out_of_memory import failure_reason
 
 
 @dataclass
