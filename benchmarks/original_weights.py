@@ -31,7 +31,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from transformers.utils import logging as transformers_logging
 
 import paca
-from paca.bench.rows import Row, append_rows, summarized
+from paca.bench.rows import append_rows, summarized
 from paca.messages.provenance import row_provenance
 from paca.tuner.refresh import paca_layers
 
@@ -207,20 +207,20 @@ class Measurement:
     ) -> None:
         trained = "after" in metric
         for name, values in samples.items():
-            row = Row(
+            row = {
                 **self.shared,
-                scope=name,
-                method=method,
-                metric=metric,
-                unit=unit,
-                rank=rank,
-                trainable=trainable,
-                optimizer="adamw" if trained else "",
-                batch=self.chosen.batch if trained else self.chosen.eval_batch,
-                baseline="dequantized" if against else "",
-                note=note,
-                **summarized(values, against[name] if against else None),  # type: ignore[arg-type]
-            )
+                "scope": name,
+                "method": method,
+                "metric": metric,
+                "unit": unit,
+                "rank": rank,
+                "trainable": trainable,
+                "optimizer": "adamw" if trained else "",
+                "batch": self.chosen.batch if trained else self.chosen.eval_batch,
+                "baseline": "dequantized" if against else "",
+                "note": note,
+                **summarized(values, against[name] if against else None),
+            }
             append_rows(self.chosen.output, [row])
             shown = " ".join(f"{value:.4f}" for value in values)
             print(f"{self.quantization:11} {metric:24} r={rank:<4} {method:12} {name:13} {shown}", flush=True)

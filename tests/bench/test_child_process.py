@@ -10,7 +10,7 @@ import torch
 
 from bench.tiny_bench import settings
 from paca.bench.child_process import MeasuringChild
-from paca.bench.resident_set import ResidentSetPeak
+from paca.bench.memory_in_use import ResidentSet
 from paca.bench.settings import Point
 from paca.messages.errors import PacaError
 
@@ -20,9 +20,9 @@ MIB = 2**20
 @pytest.mark.parametrize("source", ["kernel", "sampler"])
 def test_the_peak_sees_a_tensor_that_is_gone_again(source: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if source == "sampler":
-        monkeypatch.setattr("paca.bench.resident_set._kernel_peak_resets", lambda: False)
-    resident = ResidentSetPeak()
-    if resident.source != source:
+        monkeypatch.setattr("paca.bench.memory_in_use._kernel_peak_resets", lambda: False)
+    resident = ResidentSet()
+    if resident.by_kernel != (source == "kernel"):
         pytest.skip("this kernel does not reset its peak")
     before = resident.now()
     resident.reset()
@@ -39,9 +39,9 @@ def test_the_peak_sees_a_tensor_that_is_gone_again(source: str, monkeypatch: pyt
 
 
 def test_a_sampler_ends_with_what_it_samples_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("paca.bench.resident_set._kernel_peak_resets", lambda: False)
+    monkeypatch.setattr("paca.bench.memory_in_use._kernel_peak_resets", lambda: False)
     others = set(threading.enumerate())
-    resident = ResidentSetPeak()
+    resident = ResidentSet()
     (sampler,) = set(threading.enumerate()) - others
     del resident
     sampler.join(60)
