@@ -5,17 +5,12 @@ from __future__ import annotations
 import ctypes
 import gc
 import sys
-import threading
-import time
-import weakref
+from contextlib import suppress
 
 import psutil
 import torch
 
 from paca.training.memory import peak_resident_set
-
-_CLEAR = "/proc/self/clear_refs"
-_PERIOD = 0.001  # seconds
 
 
 class AllocatedOnCuda:
@@ -50,17 +45,10 @@ class AllocatedOnCuda:
 
 
 class ResidentSet:
-    """The resident set of this process.
-
-    On Linux the kernel keeps the peak itself, exactly; elsewhere a thread samples it every millisecond.
-    """
+    """The resident set of this process. Its peak is the kernel's own, and starts anew only where the kernel lets it."""
 
     def __init__(self) -> None:
-        self.by_kernel = _kernel_peak_resets()
-        self.source = f"resident set ({'kernel' if self.by_kernel else 'sampler'})"
-        self._peak = 0
-        if not self.by_kernel:
-            threading.Thread(target=_sample, args=(weakref.ref(self),), daemon=True).start()
+        self.source = "resident set" if self._resets() else "resident set, peak since the process began"
 
     def now(self) -> int:
         """Bytes resident, after garbage is collected and freed memory is given back."""
@@ -70,39 +58,18 @@ class ResidentSet:
         return int(psutil.Process().memory_info().rss)
 
     def reset(self) -> None:
-        """Start the peak anew, at what is resident now."""
-        if self.by_kernel:
-            _reset_kernel_peak()
-        self._peak = int(psutil.Process().memory_info().rss)
+        """Start the peak anew, at what is resident now; some containers forbid or ignore it."""
+        with suppress(OSError), open("/proc/self/clear_refs", "w", encoding="ascii") as file:
+            file.write("5")
 
     def peak(self) -> int:
         """The most bytes resident since `reset`."""
-        return peak_resident_set() if self.by_kernel else self._peak
+        return peak_resident_set()
 
-
-def _sample(reference: weakref.ref[ResidentSet]) -> None:
-    process = psutil.Process()
-    while (watch := reference()) is not None:
-        watch._peak = max(watch._peak, process.memory_info().rss)
-        del watch  # ends with what it samples for
-        time.sleep(_PERIOD)
-
-
-def _reset_kernel_peak() -> None:
-    with open(_CLEAR, "w", encoding="ascii") as file:
-        file.write("5")
-
-
-def _kernel_peak_resets() -> bool:
-    """Whether the kernel resets its peak when asked to; some containers forbid or ignore it."""
-    if sys.platform != "linux":
-        return False
-    try:
+    def _resets(self) -> bool:
         block = torch.ones(2**24)  # 64 MiB
-        before = peak_resident_set()
+        before = self.peak()
         del block
-        ctypes.CDLL(None).malloc_trim(0)  # a process that keeps freed memory would still have it
-        _reset_kernel_peak()
-        return peak_resident_set() < before - 32 * 2**20
-    except OSError:
-        return False
+        self.now()
+        self.reset()
+        return self.peak() < before - 32 * 2**20

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -21,7 +21,7 @@ from paca.bench.saved_activations import measure_saved_activations
 from paca.bench.settings import BenchSettings, Point
 from paca.bench.step import TrainingStep
 from paca.bench.step_budget import PHASES, count_launches, profile_step, time_phases
-from paca.bench.switching import add_second_adapter, count_recompilations, time_switches
+from paca.bench.switching import RECOMPILATIONS, add_second_adapter, count_recompilations, time_switches
 from paca.bench.timing import time_rounds
 from paca.messages.errors import PacaError
 from paca.messages.out_of_memory import failure_reason
@@ -216,39 +216,32 @@ class _Benchmark:
         self.say("switching adapters")
         point = Point(1, 0) if self.base.vision else _SWITCH_POINT
         found = Measured("switch_time", "s", point, missing="unavailable")
-        for name, method in self.methods.items():
-            try:
-                model = self.with_second_adapter(method)
-            except MethodUnavailable as error:
-                found.add(name, [], str(error))
-                continue
-            found.add(name, time_switches(TrainingStep(model, self.base, self.settings, point), _SWITCH_ROUNDS))
-        self.recorder.record(found)
+        self.with_two_adapters([found], lambda step: [time_switches(step, _SWITCH_ROUNDS)])
 
     def recompilations(self) -> None:
         """Graphs that a compiled model makes after its first steps and after a switch of adapters."""
         self.say("counting recompilations")
-        point = self.points[0]
-        measured = {
-            kind: Measured(f"recompilations: {kind}", "graphs", point, "compiled", compare=False, missing="unavailable")
-            for kind in ("steps", "first_switch", "switch_back")
-        }
+        shared: dict[str, Any] = {"variant": "compiled", "compare": False, "missing": "unavailable"}
+        found = [Measured(f"recompilations: {kind}", "graphs", self.points[0], **shared) for kind in RECOMPILATIONS]
+        self.with_two_adapters(found, lambda step: [[float(count)] for count in count_recompilations(step)])
+
+    def with_two_adapters(
+        self, found: Sequence[Measured], measure: Callable[[TrainingStep], Sequence[Sequence[float]]]
+    ) -> None:
+        """Take measurements of models that have two adapters, and record them."""
+        first = found[0]
         for name, method in self.methods.items():
             try:
-                step = TrainingStep(self.with_second_adapter(method), self.base, self.settings, point, "compiled")
-                counts = {kind: [float(count)] for kind, count in count_recompilations(step).items()}
-                reason = None
+                model = self.prepared(method)
+                add_second_adapter(model, method)
             except MethodUnavailable as error:
-                counts, reason = {kind: [] for kind in measured}, str(error)
-            for kind, one in measured.items():
-                one.add(name, counts[kind], reason)
-        self.recorder.record(*measured.values())
-
-    def with_second_adapter(self, method: Method) -> nn.Module:
-        """A model of the method's own with two adapters."""
-        model = self.prepared(method)
-        add_second_adapter(model, method)
-        return model
+                for one in found:
+                    one.add(name, [], str(error))
+                continue
+            step = TrainingStep(model, self.base, self.settings, first.point, first.variant)
+            for one, samples in zip(found, measure(step), strict=True):
+                one.add(name, samples)
+        self.recorder.record(*found)
 
 
 def _saved_bytes(step: TrainingStep, base: BaseModel, variant: str) -> tuple[float, float | None]:

@@ -13,6 +13,7 @@ from paca.bench.compilation import graphs_compiled
 from paca.bench.methods import Method, MethodUnavailable
 from paca.bench.step import TrainingStep
 
+RECOMPILATIONS = ("steps", "first_switch", "switch_back")
 _SECOND = "second"
 
 
@@ -56,15 +57,15 @@ def time_switches(step: TrainingStep, rounds: int) -> list[float]:
     return samples
 
 
-def count_recompilations(step: TrainingStep) -> dict[str, int]:
+def count_recompilations(step: TrainingStep) -> tuple[int, int, int]:
     """Train two adapters in turn in a compiled model and count the graphs that are made after its first steps.
 
     Args:
         step: Compiled; its model has a second adapter.
 
     Returns:
-        Graphs made in three more `steps` of the same adapter, in a step after the `first_switch` to the second one,
-        and in a step after the `switch_back` to the first and one after going to the second again.
+        As `RECOMPILATIONS` says: graphs made in three more steps of the same adapter, in a step after the first switch
+        to the second one, and in a step after the switch back to the first and one after going to the second again.
     """
     model: Any = step.model
 
@@ -77,8 +78,4 @@ def count_recompilations(step: TrainingStep) -> dict[str, int]:
         return graphs_compiled() - before
 
     graphs_of(None, None)
-    return {
-        "steps": graphs_of(None, None, None),
-        "first_switch": graphs_of(_SECOND),
-        "switch_back": graphs_of("default", _SECOND),
-    }
+    return graphs_of(None, None, None), graphs_of(_SECOND), graphs_of("default", _SECOND)
