@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import io
+import json
+from dataclasses import asdict
+
 import pytest
 import torch
 
 from bench.tiny_bench import settings
-from paca.bench.child_process import MeasuringChild
+from paca.bench.child import serve
+from paca.bench.child_process import ChildFailed, MeasuringChild
 from paca.bench.memory_in_use import ResidentSet
 from paca.bench.settings import Point
-from paca.messages.errors import PacaError
 
 MIB = 2**20
 
@@ -47,9 +51,24 @@ def test_a_child_measures_grows_with_the_batch_and_is_stopped_above_its_budget()
         assert watched == {"fits": False, "peak": None, "reason": "over the budget"}
 
 
-def test_a_refusal_in_the_child_arrives_here(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_child_that_can_not_make_the_model_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The child runs in this process."""
+
+    def too_large(*given: object) -> None:
+        torch.empty(2**45, dtype=torch.float64)
+
+    kept: list[bool] = []
+    monkeypatch.setattr("paca.bench.child.build_base_model", too_large)
+    monkeypatch.setattr("paca.bench.child.keep_freed_memory", lambda: kept.append(True))
+    answers: list[dict] = []
+    serve(io.StringIO(json.dumps({"settings": asdict(settings()), "method": "lora"}) + "\n"), answers.append)
+    assert answers == [{"failed": "while the model was made: out of memory"}]
+    assert kept == [True]  # as in training, so that the peaks are training's
+
+
+def test_a_failure_in_the_child_arrives_here(monkeypatch: pytest.MonkeyPatch) -> None:
     """The answers are played, so that no process is started for them."""
-    monkeypatch.setattr(MeasuringChild, "_ask", lambda self, message: {"refused": "no such width"})
+    monkeypatch.setattr(MeasuringChild, "_ask", lambda self, message: {"failed": "out of memory"})
     monkeypatch.setattr("paca.bench.child_process.sys.executable", "/bin/true")
-    with pytest.raises(PacaError, match="no such width"):
+    with pytest.raises(ChildFailed, match="out of memory"):
         MeasuringChild(settings(), "lora")

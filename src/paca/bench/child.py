@@ -19,8 +19,7 @@ from paca.bench.memory_in_use import AllocatedOnCuda, ResidentSet
 from paca.bench.methods import MethodUnavailable, find_methods
 from paca.bench.settings import BenchSettings, Point
 from paca.bench.step import TrainingStep
-from paca.messages.errors import PacaError
-from paca.messages.out_of_memory import is_out_of_memory
+from paca.messages.out_of_memory import failure_reason, is_out_of_memory
 from paca.training.freed_memory import keep_freed_memory
 
 _STEPS = 2  # the optimizer's state exists from the first step on, so the second one has the peak
@@ -37,21 +36,19 @@ def serve(requests: TextIO, answer: Callable[[dict[str, Any]], None]) -> None:
     settings, (method,) = BenchSettings.from_dict(job["settings"]), find_methods([job["method"]])
     device = settings.torch_device
     _load_libraries(device, settings.torch_dtype)
-    cuda = device.type == "cuda"
-    memory = AllocatedOnCuda(device, settings.memory) if cuda else ResidentSet()
+    memory: AllocatedOnCuda | ResidentSet
+    if device.type == "cuda":
+        memory = AllocatedOnCuda(device, settings.memory)
+    else:
+        keep_freed_memory()  # as paca train does, so that the peak is the one that training has
+        memory = ResidentSet()
     libraries = memory.now()
     try:
         base = build_base_model(settings, method.four_bit)
         weights = memory.now()
         model = method.apply(base.model, settings.rank)
-    except MethodUnavailable as error:
-        answer({"unavailable": str(error)})
-    except PacaError as error:
-        answer({"refused": str(error)})
-    except (RuntimeError, MemoryError) as error:
-        if not is_out_of_memory(error):
-            raise
-        answer({"unavailable": "out of memory while the model is made"})
+    except (MethodUnavailable, RuntimeError, MemoryError) as error:
+        answer({"failed": f"while the model was made: {failure_reason(error)}"})
     else:
         answer({"libraries": libraries, "weights": weights, "source": memory.source})
         for line in requests:
@@ -92,7 +89,6 @@ def main() -> None:
     """The program: standard output is for answers; what libraries print goes to standard error."""
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
-    keep_freed_memory()  # as paca train does on a CPU, so that the peak is the one that training has
 
     def answer(message: dict[str, Any]) -> None:
         answers.write(json.dumps(message) + "\n")

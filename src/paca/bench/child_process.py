@@ -13,15 +13,13 @@ from typing import Any
 
 import psutil
 
-from paca.bench.methods import MethodUnavailable
 from paca.bench.settings import BenchSettings, Point
-from paca.messages.errors import PacaError
 
 _WATCH_PERIOD = 0.005  # seconds
 
 
 class ChildFailed(Exception):
-    """The child ended without an answer; the text says why."""
+    """The child could not measure; the text says why."""
 
 
 class MeasuringChild:
@@ -32,9 +30,7 @@ class MeasuringChild:
         method: Name of the method.
 
     Raises:
-        MethodUnavailable: The method can't run here.
-        PacaError: The settings don't go with the model.
-        ChildFailed: The process ended before the model was ready.
+        ChildFailed: The model could not be made, or the process ended before it was ready.
     """
 
     def __init__(self, settings: BenchSettings, method: str) -> None:
@@ -48,11 +44,9 @@ class MeasuringChild:
         )
         self._over_budget = False
         ready = self._ask({"settings": asdict(settings), "method": method})
-        if "unavailable" in ready or "refused" in ready:
+        if "failed" in ready:
             self.close()
-            if "refused" in ready:
-                raise PacaError(ready["refused"])
-            raise MethodUnavailable(ready["unavailable"])
+            raise ChildFailed(ready["failed"])
         self.libraries: int = ready["libraries"]
         """Bytes before the model was made."""
         self.weights: int = ready["weights"]

@@ -7,7 +7,6 @@ from dataclasses import replace
 
 from paca.bench.child_process import ChildFailed, MeasuringChild
 from paca.bench.limits import Limit, Probe, largest_that_fits
-from paca.bench.methods import MethodUnavailable
 from paca.bench.recorder import Measured, Recorder
 from paca.bench.settings import BenchSettings, Point
 
@@ -36,7 +35,7 @@ def measure_peaks(
                         values = [] if found["peak"] is None else [float(found["peak"] - below)]
                         kind[point].add(name, values, note)
                     measured.add(point)
-        except (ChildFailed, MethodUnavailable) as error:
+        except ChildFailed as error:
             for point in ordered:
                 if point not in measured:
                     peaks[point].add(name, [], str(error))
@@ -69,7 +68,7 @@ def measure_limits(
         for name in names:
             try:
                 limit = _search(settings, name, measure, point)
-            except (ChildFailed, MethodUnavailable) as error:
+            except ChildFailed as error:
                 found.add(name, [], str(error))
                 continue
             note = f"{limit.smallest_too_large} did not fit; {limit.probes} probes"
