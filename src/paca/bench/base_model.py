@@ -15,11 +15,8 @@ from torch import nn
 
 from paca.bench.methods import MethodUnavailable
 from paca.bench.settings import BenchSettings
-from paca.messages.errors import PacaError
 from paca.pretrained import load_pretrained
-from paca.pretrained.published_shapes import SHAPES, Shape, check_not_a_mistyped_shape
-
-_RESIZED = ("layers", "hidden", "intermediate", "vocab", "image_size")
+from paca.pretrained.published_shapes import Shape
 
 
 @dataclass(frozen=True)
@@ -52,26 +49,6 @@ class BaseModel:
         return copy.deepcopy(self.model, memo)
 
 
-def find_shape(settings: BenchSettings) -> Shape | None:
-    """The published shape that the settings name, in the sizes they ask for; None for a checkpoint.
-
-    Raises:
-        PacaError: A mistyped name, a size that does not go with the model, or a scope that it does not have.
-    """
-    sizes = {name: getattr(settings, name) for name in _RESIZED}
-    shape = SHAPES.get(settings.model)
-    if shape is None:
-        check_not_a_mistyped_shape(settings.model)
-        if changed := [name for name, size in sizes.items() if size]:
-            raise PacaError(
-                f"{changed[0]} resizes presets only ({', '.join(SHAPES)}), and {settings.model!r} is none of them."
-            )
-        return None
-    if settings.scope == "blocks" and shape.vision:
-        raise PacaError(f"scope 'blocks' is for language models; {settings.model} is a vision preset. Use 'model'.")
-    return shape.resized(**sizes)
-
-
 def build_base_model(settings: BenchSettings, four_bit: bool = False) -> BaseModel:
     """Make or load the model on its device.
 
@@ -85,7 +62,7 @@ def build_base_model(settings: BenchSettings, four_bit: bool = False) -> BaseMod
     """
     if four_bit and importlib.util.find_spec("bitsandbytes") is None:
         raise MethodUnavailable("needs bitsandbytes for its 4-bit weights: pip install 'paca-tuning[bitsandbytes]'")
-    shape = find_shape(settings)
+    shape = settings.shape()
     if shape is None:
         model: Any = load_pretrained(settings.model, settings.dtype).model
         if settings.scope == "blocks":

@@ -41,7 +41,7 @@ COLUMNS: dict[str, Callable[[str], Any]] = {
     "hidden": int,
     "vocab": int,  # tokens, or labels of an image classifier
     "image_size": int,  # pixels; 0 for text
-    "rank": int,
+    "rank": int,  # of the run; a method with a rank of its own has it in its name
     "optimizer": str,
     "batch": int,  # 0 where the batch size is the result
     "seq": int,  # 0 where the length is the result, and for images

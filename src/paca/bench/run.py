@@ -204,7 +204,8 @@ class _Benchmark:
             for name, step in order:
                 for phase, seconds in time_phases(step).items():
                     samples[phase][name].append(seconds)
-        budgets = {name: profile_step(step, self.settings.rank) for name, step in steps.items()}
+        ranks = {name: dict(method.chosen).get("r", self.settings.rank) for name, method in self.methods.items()}
+        budgets = {name: profile_step(step, ranks[name]) for name, step in steps.items()}
         kinds = dict.fromkeys(kind for budget in budgets.values() for kind in budget)
         values = {f"phase: {phase}": by_method for phase, by_method in samples.items()} | {
             f"kind: {kind}": {name: [budget.get(kind, 0.0)] for name, budget in budgets.items()} for kind in kinds

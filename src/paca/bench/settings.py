@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from paca.messages.errors import PacaError
+from paca.pretrained.published_shapes import SHAPES, Shape, check_not_a_mistyped_shape
 
 if TYPE_CHECKING:
     import torch
@@ -21,6 +22,7 @@ OPTIMIZERS = ("adamw", "sgd")
 MEASUREMENTS = ("time", "memory", "saved", "switch", "launches", "max-seq", "max-batch")
 DEFAULT_METHODS = ("frozen", "paca", "paca+lean", "paca+lean+recompute", "lora", "lora-tuned")
 
+_RESIZED = ("layers", "hidden", "intermediate", "vocab", "image_size")
 _UNITS = {"": 1, "kib": 2**10, "mib": 2**20, "gib": 2**30, "kb": 10**3, "mb": 10**6, "gb": 10**9}
 
 
@@ -122,6 +124,25 @@ class BenchSettings:
             raise PacaError("The fused loss can't be compiled along. Measure compiled models with --loss logits.")
         if self.memory is None and {"max-seq", "max-batch"} & set(self.measure):
             raise PacaError("max-seq and max-batch need a budget: give --memory, such as --memory 2GiB.")
+
+    def shape(self) -> Shape | None:
+        """The published shape that `model` names, in the sizes asked for; None for a checkpoint.
+
+        Raises:
+            PacaError: A mistyped name, a size that does not go with the model, or a scope that it does not have.
+        """
+        sizes = {name: getattr(self, name) for name in _RESIZED}
+        shape = SHAPES.get(self.model)
+        if shape is None:
+            check_not_a_mistyped_shape(self.model)
+            if changed := [name for name, size in sizes.items() if size]:
+                raise PacaError(
+                    f"{changed[0]} resizes presets only ({', '.join(SHAPES)}), and {self.model!r} is none of them."
+                )
+            return None
+        if self.scope == "blocks" and shape.vision:
+            raise PacaError(f"scope 'blocks' is for language models; {self.model} is a vision preset. Use 'model'.")
+        return shape.resized(**sizes)
 
     @property
     def variants(self) -> list[str]:

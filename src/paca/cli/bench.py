@@ -101,11 +101,10 @@ def run(
         profile=profile,
         seed=seed,
     )
-    from paca.bench.base_model import find_shape
+    settings.shape()  # before the methods, whose libraries take seconds to import
     from paca.bench.methods import find_methods
 
     find_methods(settings.methods)
-    find_shape(settings)
     console = Console()
     if dry_run:
         for name, value in asdict(settings).items():
@@ -131,9 +130,10 @@ def run(
         console.print(f"[{elapsed:6.1f} s] {line}", highlight=False, markup=False, soft_wrap=True)
 
     run_benchmark(settings, write, say)
-    measured = read_rows(output)
-    shown = tables(measured[measured["run"] == rows[0]["run"]])
-    console.print(f"\n{shown}", highlight=False, markup=False, soft_wrap=True)
+    if rows:
+        measured = read_rows(output)
+        shown = tables(measured[measured["run"] == rows[0]["run"]])
+        console.print(f"\n{shown}", highlight=False, markup=False, soft_wrap=True)
     console.print(f"{len(rows)} rows appended to {output}", highlight=False, markup=False, soft_wrap=True)
 
 
