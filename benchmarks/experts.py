@@ -23,8 +23,8 @@ from torch import nn
 from transformers import MixtralConfig, MixtralForCausalLM
 
 import paca
-from paca.bench.provenance import provenance
 from paca.bench.rows import Row, append_rows, summarized
+from paca.messages.provenance import row_provenance
 
 STACKS = ["experts.gate_up_proj", "experts.down_proj"]
 BATCH, SEQ, LAYERS, HIDDEN, MLP, EXPERTS, VOCAB = 2, 256, 2, 512, 1024, 8, 1024
@@ -122,7 +122,7 @@ def measure(dtype: torch.dtype, implementation: str, rounds: int) -> list[Row]:
             times[name].append(seconds(step))
     shared: dict[str, Any] = {
         "run": secrets.token_hex(4),
-        **provenance(torch.device("cpu")),
+        **row_provenance(torch.device("cpu")),
         "model": f"mixtral {EXPERTS} experts x {MLP}, {implementation}",
         "scope": "experts",
         "loss": "lm",
@@ -147,15 +147,15 @@ def measure(dtype: torch.dtype, implementation: str, rounds: int) -> list[Row]:
         }
         for (metric, unit), (samples, against) in found.items():
             rows.append(
-                Row(
+                {
                     **shared,
-                    method=name,
-                    rank=rank,
-                    trainable=steps[name].trainable,
-                    metric=metric,
-                    unit=unit,
-                    **summarized(samples, against),  # type: ignore[arg-type]
-                )
+                    "method": name,
+                    "rank": rank,
+                    "trainable": steps[name].trainable,
+                    "metric": metric,
+                    "unit": unit,
+                    **summarized(samples, against),
+                }
             )
     return rows
 
@@ -171,14 +171,14 @@ def main() -> None:
         for implementation in chosen.implementations:
             rows = measure(getattr(torch, dtype), implementation, chosen.rounds)
             append_rows(chosen.output, rows)
-            print(f"\n{dtype}, {implementation} ({rows[0].machine})")
+            print(f"\n{dtype}, {implementation} ({rows[0]['machine']})")
             for name in METHODS:
-                mine = {row.metric: row for row in rows if row.method == name}
+                mine = {row["metric"]: row for row in rows if row["method"] == name}
                 took, peak, largest = (mine[m] for m in ("step_time", "step_peak_allocated", "step_largest_allocation"))
                 print(
-                    f"  {name:22} {took.trainable:9,} trained  {took.median:.3f} s ({took.ratio:.2f} x lora)  "
-                    f"peak {peak.median / 2**20:6.1f} MiB ({peak.ratio:.2f} x)  "
-                    f"largest {largest.median / 2**20:5.1f} MiB"
+                    f"  {name:22} {took['trainable']:9,} trained  {took['median']:.3f} s ({took['ratio']:.2f} x lora)  "
+                    f"peak {peak['median'] / 2**20:6.1f} MiB ({peak['ratio']:.2f} x)  "
+                    f"largest {largest['median'] / 2**20:5.1f} MiB"
                 )
 
 

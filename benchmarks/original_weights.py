@@ -31,9 +31,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from transformers.utils import logging as transformers_logging
 
 import paca
-from paca.bench.provenance import provenance
-from paca.bench.rows import Row, append_rows, summarized
-from paca.layers import paca_layers
+from paca.bench.rows import append_rows, summarized
+from paca.messages.provenance import row_provenance
+from paca.tuner.refresh import paca_layers
 
 STARTS = ("dequantized", "original")
 QUANTIZATIONS = {"nf4": False, "nf4-double": True}
@@ -177,7 +177,7 @@ class Measurement:
         config = self.model.config
         self.shared: dict[str, Any] = {
             "run": secrets.token_hex(4),
-            **provenance(torch.device("cpu")),
+            **row_provenance(torch.device("cpu")),
             "model": f"{chosen.name}, {quantization}",
             "loss": "lm",
             "dtype": "bfloat16",
@@ -207,20 +207,20 @@ class Measurement:
     ) -> None:
         trained = "after" in metric
         for name, values in samples.items():
-            row = Row(
+            row = {
                 **self.shared,
-                scope=name,
-                method=method,
-                metric=metric,
-                unit=unit,
-                rank=rank,
-                trainable=trainable,
-                optimizer="adamw" if trained else "",
-                batch=self.chosen.batch if trained else self.chosen.eval_batch,
-                baseline="dequantized" if against else "",
-                note=note,
-                **summarized(values, against[name] if against else None),  # type: ignore[arg-type]
-            )
+                "scope": name,
+                "method": method,
+                "metric": metric,
+                "unit": unit,
+                "rank": rank,
+                "trainable": trainable,
+                "optimizer": "adamw" if trained else "",
+                "batch": self.chosen.batch if trained else self.chosen.eval_batch,
+                "baseline": "dequantized" if against else "",
+                "note": note,
+                **summarized(values, against[name] if against else None),
+            }
             append_rows(self.chosen.output, [row])
             shown = " ".join(f"{value:.4f}" for value in values)
             print(f"{self.quantization:11} {metric:24} r={rank:<4} {method:12} {name:13} {shown}", flush=True)

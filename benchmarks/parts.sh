@@ -10,6 +10,7 @@ PACA=${PACA:-paca}
 DRY=0
 ONLY=()
 UNFINISHED=()
+SHRINK=${SHRINK:-}
 
 begin() { # the script's name, then its arguments
     DONE=.cache/bench-done/$1

@@ -36,10 +36,9 @@ from torch.nn import functional as F
 from transformers import get_cosine_schedule_with_warmup
 
 import paca
-from paca.bench.provenance import provenance
 from paca.columns.selection import FROM_BATCHES
+from paca.messages.provenance import now, row_provenance
 from paca.pretrained import load_pretrained
-from paca.training.summary import now
 
 STRATEGIES = (
     "random",
@@ -91,7 +90,7 @@ class Experiment:
         self._chosen: dict[tuple[str, str, int], tuple[peft.PeftConfig, float]] = {}
         self.loss_before = {name: self.held_out_loss(self.model, name) for name in tables}
         self.shared = {
-            **provenance(torch.device("cpu")),
+            **row_provenance(torch.device("cpu")),
             "command": shlex.join(["python", "benchmarks/selection.py", *sys.argv[1:]]),
             "model": Path(settings.model).name,
             "dtype": "bfloat16",

@@ -1,10 +1,15 @@
-"""A row for tests, with what is not given filled in."""
+"""Rows for tests, with what is not given filled in."""
 
 from __future__ import annotations
 
+import tempfile
+from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
-from paca.bench.rows import Row, summarized
+import pandas as pd
+
+from paca.bench.rows import Row, append_rows, read_rows, summarized
 
 _FIELDS: dict[str, Any] = {
     "run": "abc",
@@ -34,9 +39,20 @@ _FIELDS: dict[str, Any] = {
     "trainable": 1000,
     "metric": "step_time",
     "unit": "s",
+    "baseline": "",
+    "status": "ok",
+    "note": "",
 }
 
 
 def row(samples: tuple[float, ...] = (1.0,), against: tuple[float, ...] | None = None, **changes: Any) -> Row:
     found = summarized(samples, against) if samples else {}
-    return Row(**{**_FIELDS, **found, "samples": samples, **changes})
+    return {**_FIELDS, **found, **changes}
+
+
+def frame(rows: Iterable[Row]) -> pd.DataFrame:
+    """The rows after a trip through a file."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "rows.csv"
+        append_rows(path, rows)
+        return read_rows(path)

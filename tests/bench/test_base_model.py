@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 import torch
 from torch import nn
 
 from bench.tiny_bench import prepared, settings
 from paca.bench.base_model import build_base_model
+from paca.bench.methods import MethodUnavailable
+from paca.bench.settings import BenchSettings
+from paca.messages.errors import PacaError
 from tiny_checkpoint import save_run
 
 
@@ -51,3 +55,16 @@ def test_a_folder_is_measured_like_a_preset(tmp_path: Path) -> None:
     assert base.hidden_size > 0
     assert not hasattr(base.model, "lm_head")  # scope blocks
     assert prepared(base, "lora") is not None
+
+
+def test_settings_that_do_not_go_with_the_model_are_refused() -> None:
+    with pytest.raises(PacaError, match="resizes presets only"):
+        build_base_model(BenchSettings(model="some/folder", layers=2))
+    with pytest.raises(PacaError, match="for language models"):
+        build_base_model(BenchSettings(model="vit-b16", scope="blocks", device="cpu"))
+
+
+def test_four_bit_weights_say_what_they_need(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(MethodUnavailable, match=r"pip install 'paca-tuning\[bitsandbytes\]'"):
+        build_base_model(settings(), four_bit=True)

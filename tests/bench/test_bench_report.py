@@ -6,11 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from bench.row_maker import row
+from bench.row_maker import frame, row
 from paca.bench.plots import write_plots
 from paca.bench.readme import replace_block
-from paca.bench.report import tables
-from paca.bench.summary_table import summary_tables
+from paca.bench.report import summary_tables, tables
 from paca.messages.errors import PacaError
 
 FROZEN, PACA, LORA = (1.0, 1.1, 1.2), (1.02, 1.1, 1.26), (1.5, 1.65, 1.8)
@@ -32,7 +31,7 @@ def rows() -> list:
 
 
 def test_a_table_shows_medians_spread_and_ratios() -> None:
-    text = tables(rows(), ["frozen", "lora"])
+    text = tables(frame(rows()), ["frozen", "lora"])
     line = next(line for line in text.splitlines() if line.startswith("| `paca` | 1,000 | 1100.0"))
     assert line.split(" | ")[2:5] == ["1100.0 (1060.0–1180.0)", "1.020 (1.010–1.035)", "0.680 (0.673–0.690) |"]
     assert "- `qpaca` was not available: not built yet" in text
@@ -44,7 +43,7 @@ def test_a_table_shows_medians_spread_and_ratios() -> None:
 
 def test_of_equal_measurements_the_last_counts_and_ratios_stay_within_one_run() -> None:
     newer = row((2.0, 2.0, 2.0), method="paca", run="later")
-    text = tables([*rows(), newer], ["frozen"])
+    text = tables(frame([*rows(), newer]), ["frozen"])
     line = next(line for line in text.splitlines() if line.startswith("| `paca` | 1,000 | 2000.0"))
     assert line == "| `paca` | 1,000 | 2000.0 (2000.0–2000.0) |  |"
     assert "1100.0 (1060.0–1180.0)" not in text.split("`paca`")[1]
@@ -52,22 +51,22 @@ def test_of_equal_measurements_the_last_counts_and_ratios_stay_within_one_run() 
 
 def test_a_ratio_that_varies_widely_is_called_noisy() -> None:
     wild = row((0.92, 0.9, 2.2), FROZEN, method="paca", baseline="frozen")
-    text = tables([*rows(), wild], ["frozen"])
+    text = tables(frame([*rows(), wild]), ["frozen"])
     assert next(line for line in text.splitlines() if line.startswith("| `paca` | 1,000 | 920")).endswith(" noisy |")
     assert text.count("- noisy: the middle half of the rounds") == 1
-    assert "noisy" not in tables(rows(), ["frozen"])
-    assert "0.92 (noisy)" in summary_tables([*rows(), wild], ["frozen"])
+    assert "noisy" not in tables(frame(rows()), ["frozen"])
+    assert "0.92 (noisy)" in summary_tables(frame([*rows(), wild]), ["frozen"])
 
 
 def test_the_summary_has_a_column_per_quantity_with_the_ratio_to_each_baseline() -> None:
-    lines = summary_tables([row for row in rows() if row.budget == 0], ["frozen", "lora"]).splitlines()
+    lines = summary_tables(frame(row for row in rows() if row["budget"] == 0), ["frozen", "lora"]).splitlines()
     assert lines[0].endswith(" (× `frozen` / × `lora`)")
     assert lines[2] == "|  | step time, 512 tokens |"
     assert "| `paca` | 1.02 / 0.68 |" in lines
 
 
 def test_other_settings_get_a_table_of_their_own() -> None:
-    text = tables([*rows(), row(dtype="float32", method="frozen")])
+    text = tables(frame([*rows(), row(dtype="float32", method="frozen")]))
     assert text.count("### llama3-8b blocks, 4 layers of width 1024") == 2
 
 
@@ -77,12 +76,12 @@ def test_pictures_are_drawn_for_ratios_and_lengths(tmp_path: Path) -> None:
         for seq in (128, 512)
         for method in ("paca", "lora")
     ]
-    written = write_plots([*rows(), *lengths], tmp_path / "plots", "cpu")
+    written = write_plots(frame([*rows(), *lengths]), tmp_path / "plots", "cpu")
     assert [path.name for path in written] == ["cpu.png", "cpu-throughput.png"]
     for path in written:
         assert path.read_bytes().startswith(b"\x89PNG")
         assert path.stat().st_size > 10_000
-    assert write_plots([row((), method="qpaca", metric="method")], tmp_path, "none") == []
+    assert write_plots(frame([row((), method="qpaca", metric="method")]), tmp_path, "none") == []
 
 
 def test_the_readme_keeps_everything_outside_its_markers(tmp_path: Path) -> None:

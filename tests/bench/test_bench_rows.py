@@ -2,34 +2,45 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from bench.row_maker import row
-from paca.bench.rows import append_rows, read_rows, summarized
+from paca.bench.rows import COLUMNS, append_rows, read_rows, summarized
 from paca.messages.errors import PacaError
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
 
 def test_rows_come_back_as_they_were_written(tmp_path: Path) -> None:
     path = tmp_path / "new" / "rows.csv"
     rows = [
-        row(samples=(0.1, 1 / 3, 2147483648.0), note='with, commas "quotes"\nand a line'),
-        row(method="lora", samples=(), status="unavailable", versions='{"torch": "2.13"}'),
+        row(samples=(0.1, 1 / 3, 2147483648.0), note='with, commas "quotes"\nand a line', commit="123", dirty=""),
+        row(method="lora", samples=(), status="unavailable", versions='{"torch": "2.13"}', note="NA"),
     ]
     append_rows(path, rows[:1])
     append_rows(path, rows[1:])
     back = read_rows(path)
-    assert back[1] == rows[1]
-    assert back[0].samples == pytest.approx(rows[0].samples, rel=1e-9)
-    assert back[0].samples[2] == 2147483648.0
-    assert replace(back[0], samples=(), **_summary(())) == replace(rows[0], samples=(), **_summary(()))
+    assert list(back) == list(COLUMNS)
+    assert len(back) == 2
+    for written, (_, read) in zip(rows, back.iterrows(), strict=True):
+        for name, value in written.items():
+            assert read[name] == (pytest.approx(value, rel=1e-9) if isinstance(value, (float, tuple)) else value)
+    assert back["samples"][0][2] == 2147483648.0
+    assert back["samples"][1] == ()
+    assert back["median"].isna().tolist() == [False, True]
     assert path.read_text(encoding="utf-8").count("run,date,commit") == 1
 
 
-def _summary(samples: tuple[float, ...]) -> dict[str, None]:
-    return dict.fromkeys(("median", "q1", "q3", "minimum", "maximum"))
+@pytest.mark.parametrize("name", [path.name for path in BENCHMARKS.glob("*.csv") if path.name != "selection.csv"])
+def test_the_rows_of_the_project_can_be_read(name: str) -> None:
+    rows = read_rows(BENCHMARKS / name)
+    measured = rows[rows["status"] == "ok"]
+    assert len(measured)
+    assert (measured["samples"].map(len) > 0).all()
+    again = [summarized(samples, None)["median"] for samples in measured["samples"]]
+    assert measured["median"].tolist() == pytest.approx(again, rel=1e-6)  # of the digits that a file has
 
 
 def test_ratios_are_taken_round_by_round() -> None:
@@ -50,7 +61,9 @@ def test_other_files_and_broken_numbers_are_refused(tmp_path: Path) -> None:
     with pytest.raises(PacaError, match="no file"):
         read_rows(tmp_path / "missing.csv")
     path = tmp_path / "rows.csv"
-    append_rows(path, [row(batch=77)])
+    append_rows(path, [row(), row(batch=77)])
     path.write_text(path.read_text().replace(",77,", ",many,"))
-    with pytest.raises(PacaError, match="line 2"):
+    with pytest.raises(PacaError, match=r"can't be read: .*'many'"):
         read_rows(path)
+    with pytest.raises(ValueError, match="strange"):
+        append_rows(path, [row(strange=1)])

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
+from typing import Any
 
+import pandas as pd
 import pytest
 
+from bench.row_maker import frame
 from bench.tiny_bench import settings
 from paca.bench.rows import Row
 from paca.bench.run import run_benchmark
@@ -15,36 +19,73 @@ from paca.messages.errors import PacaError
 
 def test_every_method_asked_for_has_rows_or_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)  # no bitsandbytes
-    rows: list[Row] = []
     wanted = settings(
-        methods=("frozen", "paca", "qlora"), rounds=3, warmup=1, measure=("time", "saved", "switch"), profile=True
+        methods=("frozen", "paca", "qlora"),
+        rounds=3,
+        warmup=1,
+        measure=("time", "saved", "switch", "launches"),
+        profile=True,
+        cuda_graphs=True,
     )
-    run_benchmark(wanted, rows.extend, lambda line: None)
-    assert [(r.method, r.status) for r in rows if r.metric == "method"] == [("qlora", "unavailable")]
-    assert "bitsandbytes" in rows[0].note
-    times = {r.method: r for r in rows if r.metric == "step_time"}
+    found: list[Row] = []
+    said: list[str] = []
+    run_benchmark(wanted, found.extend, said.append)
+    rows = frame(found)
+    assert any("CUDA graphs need a CUDA device" in line for line in said)
+    assert set(rows["variant"]) == {"eager"}
+    (unavailable,) = of(rows, "method").values()
+    assert (unavailable.method, unavailable.status) == ("qlora", "unavailable")
+    assert "bitsandbytes" in unavailable.note
+    times = of(rows, "step_time")
     assert list(times) == ["frozen", "paca"]
-    assert all(len(r.samples) == 3 and r.baseline == "frozen" and r.seq == 16 for r in times.values())
+    assert all(len(row.samples) == 3 and row.baseline == "frozen" and row.seq == 16 for row in times.values())
     assert times["frozen"].ratio == 1.0
     ratios = sorted(p / f for p, f in zip(times["paca"].samples, times["frozen"].samples, strict=True))
-    assert times["paca"].ratio == ratios[1]
-    rates = {r.method: r for r in rows if r.metric == "throughput"}
-    assert rates["paca"].samples == tuple(16 / seconds for seconds in times["paca"].samples)
-    saved = {r.method: r for r in rows if r.metric == "saved_per_token_and_layer"}
-    assert 1 < saved["paca"].ratio < 1.05
-    switches = {r.method: r for r in rows if r.metric == "switch_time"}
-    assert switches["frozen"].status == "unavailable"
-    assert switches["paca"].status == "ok"
-    assert {"phase: refresh", "kind: GEMM"} <= {r.metric for r in rows}
-    assert len({r.run for r in rows}) == 1
-    assert "torch" in json.loads(rows[0].versions)
-    assert all(r.machine and r.date and r.command and r.threads for r in rows)
+    assert times["paca"].ratio == pytest.approx(ratios[1])
+    rates = of(rows, "throughput")["paca"].samples
+    assert rates == pytest.approx([16 / seconds for seconds in times["paca"].samples])
+    assert 1 < of(rows, "saved_per_token_and_layer")["paca"].ratio < 1.05
+    units = of(rows, "saved_units_per_layer")["paca"].median
+    assert units == pytest.approx(of(rows, "saved_per_token_and_layer")["paca"].median / 192 / 2)
+    switches = of(rows, "switch_time")
+    assert (switches["frozen"].status, switches["paca"].status) == ("unavailable", "ok")
+    assert 1 < of(rows, "launches_per_layer")["paca"].ratio < 4
+    assert {"phase: optimizer", "kind: GEMM"} <= set(rows["metric"])
+    assert rows["run"].nunique() == 1
+    assert "torch" in json.loads(rows["versions"][0])
+    assert (rows[["machine", "date", "command", "threads"]] != "").all(axis=None)
     assert times["paca"].trainable > 0
+
+
+def of(rows: pd.DataFrame, metric: str) -> dict[str, Any]:
+    return {row.method: row for row in rows[rows["metric"] == metric].itertuples()}
+
+
+def test_without_frozen_ratios_are_to_the_first_method() -> None:
+    found: list[Row] = []
+    said: list[str] = []
+    run_benchmark(settings(methods=("paca:r=2", "lora"), rounds=1, measure=("saved",)), found.extend, said.append)
+    saved = of(frame(found), "saved")
+    assert {row.baseline for row in saved.values()} == {"paca:r=2"}
+    assert saved["paca:r=2"].ratio == 1
+    assert saved["lora"].ratio > 1
+    assert any("ratios are to paca:r=2, the first method" in line for line in said)
 
 
 def test_a_baseline_that_is_not_measured_is_refused() -> None:
     with pytest.raises(PacaError, match="'frozen' is not among the methods"):
-        run_benchmark(settings(methods=("paca", "lora")), print, print)
+        run_benchmark(settings(methods=("paca", "lora"), baseline="frozen"), print, print)
+
+
+def test_rows_before_an_interruption_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    def pressed(*given: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("paca.bench.run.measure_saved_activations", pressed)
+    found: list[Row] = []
+    with pytest.raises(KeyboardInterrupt):
+        run_benchmark(settings(methods=("frozen",), rounds=2, measure=("time", "saved")), found.extend, print)
+    assert {row["metric"] for row in found} == {"step_time", "throughput"}
 
 
 @pytest.mark.parametrize(
@@ -57,6 +98,7 @@ def test_a_baseline_that_is_not_measured_is_refused() -> None:
         ({"seq": (0,)}, "1 or more"),
         ({"seq": (1,)}, "2 or more"),
         ({"rounds": 0}, "1 or more"),
+        ({"compile": True, "loss": "fused"}, "--loss logits"),
         ({"measure": ("max-seq",)}, "--memory"),
     ],
 )
@@ -68,7 +110,7 @@ def test_wrong_settings_are_named(values: dict, message: str) -> None:
 def test_settings_survive_json() -> None:
     wanted = settings(measure=("max-seq",), memory=parse_bytes("1.5 GiB"))
     assert wanted.memory == 3 * 2**29
-    assert BenchSettings.from_dict(json.loads(json.dumps(wanted.to_dict()))) == wanted
+    assert BenchSettings.from_dict(json.loads(json.dumps(asdict(wanted)))) == wanted
     for text in ("2 giga", "-1GiB", "GiB"):
         with pytest.raises(PacaError, match="not an amount"):
             parse_bytes(text)

@@ -2,50 +2,40 @@
 
 from __future__ import annotations
 
-import threading
-import time
+import io
+import json
+from dataclasses import asdict
 
 import pytest
 import torch
 
 from bench.tiny_bench import settings
-from paca.bench.child_process import MeasuringChild
-from paca.bench.resident_set import ResidentSetPeak
+from paca.bench.child import serve
+from paca.bench.child_process import ChildFailed, MeasuringChild
+from paca.bench.memory_in_use import ResidentSet
 from paca.bench.settings import Point
-from paca.messages.errors import PacaError
 
 MIB = 2**20
 
 
-@pytest.mark.parametrize("source", ["kernel", "sampler"])
-def test_the_peak_sees_a_tensor_that_is_gone_again(source: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    if source == "sampler":
-        monkeypatch.setattr("paca.bench.resident_set._kernel_peak_resets", lambda: False)
-    resident = ResidentSetPeak()
-    if resident.source != source:
-        pytest.skip("this kernel does not reset its peak")
+def test_the_peak_sees_a_tensor_that_is_gone_again() -> None:
+    resident = ResidentSet()
     before = resident.now()
     resident.reset()
-    assert resident.peak() < before + 32 * MIB
     tensor = torch.ones(200 * MIB // 4)
-    for _ in range(1000):  # the sampler may have to wait for its turn
-        if resident.peak() - before > 190 * MIB:
-            break
-        time.sleep(0.01)
     del tensor
-    assert 190 * MIB < resident.peak() - before < 260 * MIB
+    assert resident.peak() - before > 190 * MIB
+    if resident.source != "resident set":
+        pytest.skip("this kernel does not reset its peak")
+    assert resident.peak() - before < 260 * MIB
+    resident.now()
     resident.reset()
     assert resident.peak() < before + 100 * MIB
 
 
-def test_a_sampler_ends_with_what_it_samples_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("paca.bench.resident_set._kernel_peak_resets", lambda: False)
-    others = set(threading.enumerate())
-    resident = ResidentSetPeak()
-    (sampler,) = set(threading.enumerate()) - others
-    del resident
-    sampler.join(60)
-    assert not sampler.is_alive()
+def test_a_kernel_that_keeps_its_peak_is_told_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ResidentSet, "reset", lambda self: None)
+    assert ResidentSet().source == "resident set, peak since the process began"
 
 
 def test_a_child_measures_grows_with_the_batch_and_is_stopped_above_its_budget() -> None:
@@ -61,9 +51,24 @@ def test_a_child_measures_grows_with_the_batch_and_is_stopped_above_its_budget()
         assert watched == {"fits": False, "peak": None, "reason": "over the budget"}
 
 
-def test_a_refusal_in_the_child_arrives_here(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_child_that_can_not_make_the_model_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The child runs in this process."""
+
+    def too_large(*given: object) -> None:
+        torch.empty(2**45, dtype=torch.float64)
+
+    kept: list[bool] = []
+    monkeypatch.setattr("paca.bench.child.build_base_model", too_large)
+    monkeypatch.setattr("paca.bench.child.keep_freed_memory", lambda: kept.append(True))
+    answers: list[dict] = []
+    serve(io.StringIO(json.dumps({"settings": asdict(settings()), "method": "lora"}) + "\n"), answers.append)
+    assert answers == [{"failed": "while the model was made: out of memory"}]
+    assert kept == [True]  # as in training, so that the peaks are training's
+
+
+def test_a_failure_in_the_child_arrives_here(monkeypatch: pytest.MonkeyPatch) -> None:
     """The answers are played, so that no process is started for them."""
-    monkeypatch.setattr(MeasuringChild, "_ask", lambda self, message: {"refused": "no such width"})
+    monkeypatch.setattr(MeasuringChild, "_ask", lambda self, message: {"failed": "out of memory"})
     monkeypatch.setattr("paca.bench.child_process.sys.executable", "/bin/true")
-    with pytest.raises(PacaError, match="no such width"):
+    with pytest.raises(ChildFailed, match="out of memory"):
         MeasuringChild(settings(), "lora")

@@ -1,4 +1,4 @@
-"""The registry, and that every method trains what its name says."""
+"""The table, and that every method trains what its name says."""
 
 from __future__ import annotations
 
@@ -8,10 +8,7 @@ from torch import nn
 
 from bench.tiny_bench import prepared, settings
 from paca.bench.base_model import build_base_model
-from paca.bench.four_bit import require_bitsandbytes
-from paca.bench.method import Adaptation, Method, MethodUnavailable, apply_method
-from paca.bench.methods import METHODS, find_methods
-from paca.bench.targets import target_modules
+from paca.bench.methods import METHODS, Adaptation, Method, MethodUnavailable, find_methods
 from paca.lean import is_lean
 from paca.messages.errors import PacaError
 
@@ -21,7 +18,7 @@ ISSUE_METHODS = {
 }
 
 
-def test_every_method_of_the_issue_is_registered_under_its_own_name() -> None:
+def test_every_method_of_the_issue_is_in_the_table_under_its_own_name() -> None:
     assert set(METHODS) >= ISSUE_METHODS
     assert all(name == method.name and method.summary for name, method in METHODS.items())
 
@@ -43,7 +40,7 @@ def test_methods_train_what_their_name_says() -> None:
         parameters = [p for p in prepared(base, name).parameters() if p.requires_grad]
         trained[name], dtypes[name] = sum(p.numel() for p in parameters), {p.dtype for p in parameters}
     assert trained["frozen"] == 0
-    assert trained["full"] == base.parameters
+    assert trained["full"] == sum(p.numel() for p in base.model.parameters())
     assert trained["paca"] == trained["paca+lean"] == trained["paca+lean+recompute"] == 4 * rows
     assert trained["lora"] == trained["lora-tuned"] == 4 * both
     assert trained["lora-fa"] == 4 * rows
@@ -80,24 +77,38 @@ def test_a_refusal_is_the_reason_why_a_method_is_unavailable() -> None:
         raise NotImplementedError("not for this shape\nand more lines")
 
     with pytest.raises(MethodUnavailable, match=r"^not for this shape$"):
-        apply_method(Method("x", "x", refuse), nn.Linear(2, 2), Adaptation(1, []))
-    convolutions = nn.Sequential(nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 3, groups=4), nn.Linear(4, 2))
-    assert target_modules(convolutions) == ["0", "2"]
-    with pytest.raises(MethodUnavailable, match="linear layers only"):
-        apply_method(METHODS["lora-same-parameters"], convolutions, Adaptation(1, ["0", "2"]))
+        Method("x", "x", refuse).apply(nn.Linear(2, 2), 1)
+    convolutions = nn.Sequential(nn.Conv2d(3, 4, 1))
+    with pytest.raises(MethodUnavailable, match="it targets none"):
+        METHODS["lora-same-parameters"].apply(convolutions, 1)
     with pytest.raises(MethodUnavailable, match="can't be made lean"):
-        apply_method(METHODS["paca+lean"], convolutions, Adaptation(1, ["0", "2"]))
+        METHODS["paca+lean"].apply(convolutions, 1)
 
 
-def test_convolutions_narrower_than_the_rank_are_adapted_whole() -> None:
-    images = nn.Sequential(nn.Conv2d(3, 8, 1), nn.Conv2d(8, 4, 1), nn.Flatten(), nn.Linear(4, 2))
-    adapted = apply_method(METHODS["paca"], images, Adaptation(4, target_modules(images)))
-    assert [p.shape[1] for p in adapted.parameters() if p.requires_grad] == [3, 4, 4]
+def test_a_method_may_have_targets_and_a_rank_of_its_own() -> None:
+    base = build_base_model(settings())
+    adapted = prepared(base, "paca:r=6:target_modules=o_proj+down_proj")
+    shapes = {name.split(".")[-3]: p.shape for name, p in adapted.named_parameters() if p.requires_grad}
+    assert {name: shape[1] for name, shape in shapes.items()} == {"o_proj": 6, "down_proj": 6}
+    rows = sum(shape[0] for shape in shapes.values())
+    equal = prepared(base, "lora-same-parameters:target_modules=o_proj+down_proj", rank=30)
+    trained = [p for p in equal.parameters() if p.requires_grad]
+    both = rows + 192 + 512
+    assert sum(p.numel() for p in trained) == 2 * round(30 * rows / both) * both
+    assert find_methods(["paca", "paca:r=6"])[1].name == "paca:r=6"
 
 
-def test_four_bit_methods_say_what_they_need(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(MethodUnavailable, match=r"pip install 'paca-tuning\[bitsandbytes\]'"):
-        require_bitsandbytes()
-    assert METHODS["qlora"].four_bit
-    assert METHODS["qpaca"].four_bit
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("paca:rank=6", "has no setting 'rank' of its own; of it, r and target_modules can be set"),
+        ("full:r=6", "of it, nothing can be set"),
+        ("vera:r=6", "of it, target_modules can be set"),
+        ("paca:r=none", "r is 'none'; give a whole number"),
+        ("paca:target_modules=", "names of modules"),
+        ("all:r=6", "There is no method 'all'"),
+    ],
+)
+def test_wrong_settings_of_a_method_are_named(text: str, message: str) -> None:
+    with pytest.raises(PacaError, match=message):
+        find_methods([text])

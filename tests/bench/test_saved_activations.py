@@ -67,7 +67,6 @@ def test_result_may_be_nested_and_keeps_the_graph():
     x = torch.randn(4, 8, requires_grad=True)
     saved = measure_saved_activations(lambda: {"outputs": (None, x.exp())}, frozen())
     assert saved.bytes == 4 * 8 * 4
-    assert saved.table() == "   1 x (4, 8)                       float32         0.000 MiB"
 
 
 def test_gradients_still_work_and_memory_is_released():

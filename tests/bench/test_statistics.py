@@ -14,7 +14,6 @@ def test_quantiles_agree_with_torch(count: int) -> None:
     found = spread(samples.tolist())
     expected = torch.quantile(samples, torch.tensor([0.5, 0.25, 0.75, 0, 1], dtype=torch.float64)).tolist()
     assert [found.median, found.q1, found.q3, found.minimum, found.maximum] == pytest.approx(expected, rel=1e-14)
-    assert found.count == count
 
 
 def test_ratios_round_by_round_cancel_a_drift_that_medians_would_show() -> None:
@@ -24,8 +23,6 @@ def test_ratios_round_by_round_cancel_a_drift_that_medians_would_show() -> None:
     assert spread(round_ratios([1.0, 9.0], [2.0, 3.0])).median == 1.75
 
 
-def test_what_can_not_be_compared_is_refused() -> None:
-    with pytest.raises(ValueError, match="2 rounds can't be compared with 3"):
-        round_ratios([1, 2], [1, 2, 3])
-    with pytest.raises(ValueError, match="no samples"):
-        spread([])
+def test_what_can_not_be_compared_has_no_ratio() -> None:
+    assert round_ratios([1, 2], [1, 2, 3]) == []
+    assert round_ratios([1, 2], [1, 0]) == []

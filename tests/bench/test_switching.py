@@ -7,9 +7,8 @@ import torch
 
 from bench.tiny_bench import prepared, settings, step
 from paca.bench.base_model import build_base_model
-from paca.bench.method import MethodUnavailable
-from paca.bench.methods import METHODS
-from paca.bench.switching import add_second_adapter, count_recompilations, time_switches
+from paca.bench.methods import METHODS, MethodUnavailable
+from paca.bench.switching import RECOMPILATIONS, add_second_adapter, count_recompilations, time_switches
 
 
 def test_the_second_adapter_trains_other_columns() -> None:
@@ -56,4 +55,4 @@ def test_recompilations_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr("paca.bench.switching.graphs_compiled", lambda: graphs[0])
     found = count_recompilations(Step())  # type: ignore[arg-type]
-    assert (found.steps, found.first_switch, found.switch_back) == (0, 2, 0)
+    assert dict(zip(RECOMPILATIONS, found, strict=True)) == {"steps": 0, "first_switch": 2, "switch_back": 0}

@@ -7,8 +7,7 @@ from typing import Any
 from torch import nn
 
 from paca.bench.base_model import BaseModel, build_base_model
-from paca.bench.method import Adaptation, apply_method
-from paca.bench.methods import METHODS
+from paca.bench.methods import find_methods
 from paca.bench.settings import BenchSettings, Point
 from paca.bench.step import TrainingStep
 
@@ -19,13 +18,14 @@ def settings(**changes: Any) -> BenchSettings:
 
 
 def prepared(base: BaseModel, method: str, rank: int = 4) -> nn.Module:
-    return apply_method(METHODS[method], base.copy_sharing_weights(), Adaptation(rank, base.targets))
+    (found,) = find_methods([method])
+    return found.apply(base.copy_sharing_weights(), rank)
 
 
 POINT = Point(1, 16)
 
 
-def step(method: str, **changes: Any) -> TrainingStep:
+def step(method: str, variant: str = "eager", **changes: Any) -> TrainingStep:
     wanted = settings(**changes)
     base = build_base_model(wanted)
-    return TrainingStep(prepared(base, method, wanted.rank), base, wanted, POINT)
+    return TrainingStep(prepared(base, method, wanted.rank), base, wanted, POINT, variant)

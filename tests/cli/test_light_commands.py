@@ -128,7 +128,7 @@ def test_waiting_threads_soon_sleep_unless_the_user_says_otherwise(
 
 HOLDS = """
 import sys
-from paca.cli.freed_memory import keep_freed_memory
+from paca.training.freed_memory import keep_freed_memory
 
 def resident():  # pages
     return int(open("/proc/self/statm").read().split()[1])

@@ -89,9 +89,7 @@ def test_steps_and_switches_of_adapters_of_one_rank_recompile_nothing():
     assert not counters["graph_break"]
 
 
-def test_a_reference_pass_between_compiled_forward_and_backward_raises(
-    backend="aot_eager",
-):  # "eager", for debugging, has no version checks
+def test_a_reference_pass_between_compiled_forward_and_backward_raises():  # not with "eager", a backend for debugging
     model = adapted_perceptron()
     x = torch.randn(4, 7)
     base = perceptron()(x)
@@ -103,9 +101,7 @@ def test_a_reference_pass_between_compiled_forward_and_backward_raises(
         loss.backward()
 
 
-def test_a_step_between_compiled_forward_and_backward_raises(
-    backend="aot_eager",
-):  # "eager", for debugging, has no version checks
+def test_a_step_between_compiled_forward_and_backward_raises():  # not with "eager", a backend for debugging
     model = adapted_perceptron()
     compiled = torch.compile(model, backend="aot_eager")
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)

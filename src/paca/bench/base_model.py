@@ -1,8 +1,9 @@
-"""The model that all methods start from: a preset with random weights, or a checkpoint."""
+"""The model that all methods start from: a published shape with random weights, or a checkpoint."""
 
 from __future__ import annotations
 
 import copy
+import importlib.util
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,11 +13,10 @@ import torch
 from accelerate import init_empty_weights
 from torch import nn
 
-from paca.bench.four_bit import quantized
-from paca.bench.model_choice import check_model_choice
-from paca.bench.presets import PRESETS, TextShape
+from paca.bench.methods import MethodUnavailable
 from paca.bench.settings import BenchSettings
-from paca.bench.targets import target_modules
+from paca.pretrained import load_pretrained
+from paca.pretrained.published_shapes import Shape
 
 
 @dataclass(frozen=True)
@@ -31,11 +31,8 @@ class BaseModel:
     image_size: int
     """0 for text."""
     hidden_size: int
-    """0 where the width isn't one number."""
     layers: int
-    """Transformer blocks; 0 for a convolutional network."""
-    parameters: int
-    targets: str | list[str]
+    """Transformer blocks."""
 
     def copy_sharing_weights(self) -> nn.Module:
         """A model with modules of its own over the same weights, so that all methods fit into one process.
@@ -56,76 +53,52 @@ def build_base_model(settings: BenchSettings, four_bit: bool = False) -> BaseMod
     """Make or load the model on its device.
 
     Args:
-        settings: the model, its sizes, dtype and device.
-        four_bit: quantize its linear layers, one by one, so that no more than one is ever held in full.
+        settings: The model, its sizes, dtype and device.
+        four_bit: Quantize its linear layers, one by one, so that no more than one is ever held in full.
 
     Raises:
-        PacaError: the model is unknown, or a size does not go with it.
+        PacaError: The model is unknown, or a size does not go with it.
+        MethodUnavailable: bitsandbytes is not installed.
     """
-    check_model_choice(settings)
-    preset = PRESETS.get(settings.model)
-    if preset is None:
-        return _loaded(settings, four_bit)
-    if isinstance(preset, TextShape):
-        shape = preset.resized(settings)
-        outline = outline_of(shape, settings)
-        _fill(outline, settings, four_bit)
-        return _described(outline, settings, hidden=shape.hidden_size, layers=shape.num_hidden_layers)
-    image = preset.resized(settings)
-    with init_empty_weights(include_buffers=False):
-        outline = image.make().to(settings.torch_dtype)
-    _fill(outline, settings, four_bit)
-    return _described(
-        outline,
-        settings,
-        hidden=image.hidden_size or 0,
-        layers=image.num_hidden_layers,
-        vocab=image.num_labels,
-        image_size=image.image_size,
+    if four_bit and importlib.util.find_spec("bitsandbytes") is None:
+        raise MethodUnavailable("needs bitsandbytes for its 4-bit weights: pip install 'paca-tuning[bitsandbytes]'")
+    shape = settings.shape()
+    if shape is None:
+        model: Any = load_pretrained(settings.model, settings.dtype).model
+        if settings.scope == "blocks":
+            model = model.base_model
+        model.to(settings.torch_device)
+        if four_bit:
+            for name, module in list(model.named_modules()):
+                _quantize_if_linear(model, name, module)
+    else:
+        model = _outline(shape, settings)
+        _fill(model, settings, four_bit)
+    model.requires_grad_(False)
+    model.train()
+    config = model.config.get_text_config()
+    image_size = getattr(config, "image_size", 0)
+    return BaseModel(
+        model=model,
+        vision=bool(image_size),
+        vocab_size=config.num_labels if image_size else config.vocab_size,
+        image_size=image_size,
+        hidden_size=config.hidden_size,
+        layers=config.num_hidden_layers,
     )
 
 
-def outline_of(shape: TextShape, settings: BenchSettings) -> nn.Module:
+def _outline(shape: Shape, settings: BenchSettings) -> nn.Module:
     """The model without weights: parameters on the meta device, buffers real."""
-    from transformers import AutoModel, AutoModelForCausalLM
+    from transformers import AutoModel, AutoModelForCausalLM, AutoModelForImageClassification
 
-    kind = AutoModel if settings.scope == "blocks" else AutoModelForCausalLM
+    kind: Any = AutoModel if settings.scope == "blocks" else AutoModelForCausalLM
+    if shape.vision:
+        kind = AutoModelForImageClassification
     with _quiet(), init_empty_weights(include_buffers=False):
         model: Any = kind.from_config(shape.config(), dtype=settings.torch_dtype)
     model.tie_weights()
     return model
-
-
-def _loaded(settings: BenchSettings, four_bit: bool) -> BaseModel:
-    from paca.pretrained import load_pretrained
-
-    model: Any = load_pretrained(settings.model, settings.dtype).model
-    if settings.scope == "blocks":
-        model = model.base_model
-    model.to(settings.torch_device)
-    if four_bit:
-        for name, module in list(model.named_modules()):
-            if _quantizable(model, module):
-                _replace(model, name, quantized(module))
-    config = model.config.get_text_config()
-    return _described(model, settings, hidden=config.hidden_size, layers=config.num_hidden_layers)
-
-
-def _described(
-    model: Any, settings: BenchSettings, hidden: int, layers: int, vocab: int = 0, image_size: int = 0
-) -> BaseModel:
-    model.requires_grad_(False)
-    model.train()
-    return BaseModel(
-        model=model,
-        vision=bool(image_size),
-        vocab_size=vocab or model.config.get_text_config().vocab_size,
-        image_size=image_size,
-        hidden_size=hidden,
-        layers=layers,
-        parameters=sum(parameter.numel() for parameter in model.parameters()),
-        targets=target_modules(model),
-    )
 
 
 def _fill(model: nn.Module, settings: BenchSettings, four_bit: bool) -> None:
@@ -146,19 +119,30 @@ def _fill(model: nn.Module, settings: BenchSettings, four_bit: bool) -> None:
             module._parameters[key] = made[id(parameter)]
         for key, buffer in list(module._buffers.items()):
             module._buffers[key] = None if buffer is None else buffer.to(device)
-        if four_bit and _quantizable(model, module):
-            _replace(model, name, quantized(module))
+        if four_bit:
+            _quantize_if_linear(model, name, module)
 
 
-def _quantizable(model: Any, module: nn.Module) -> bool:
-    """Linear layers but the output layer, as transformers quantizes them."""
-    output = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else model.classifier
-    return type(module) is nn.Linear and module is not output
+def _quantize_if_linear(model: Any, name: str, module: nn.Module) -> None:
+    """To NF4 with double quantization, as QLoRA does: every linear layer but the output layer."""
+    if type(module) is not nn.Linear or module in (model.get_output_embeddings(), getattr(model, "classifier", None)):
+        return
+    import bitsandbytes
 
-
-def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
+    nf4: dict[str, Any] = {"compress_statistics": True, "quant_type": "nf4"}
+    layer: Any = bitsandbytes.nn.Linear4bit(
+        module.in_features,
+        module.out_features,
+        bias=module.bias is not None,
+        compute_dtype=module.weight.dtype,
+        device="meta",
+        **nf4,
+    )
+    layer.weight = bitsandbytes.nn.Params4bit(module.weight.data, requires_grad=False, module=layer, **nf4)
+    if module.bias is not None:
+        layer.bias = nn.Parameter(module.bias.data, requires_grad=False)
     parent, _, child = name.rpartition(".")
-    setattr(model.get_submodule(parent), child, module)
+    setattr(model.get_submodule(parent), child, layer.to(module.weight.device))  # the move quantizes
 
 
 @contextmanager

@@ -3,42 +3,34 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 import tempfile
 import threading
+from dataclasses import asdict
 from types import TracebackType
 from typing import Any
 
 import psutil
 
-from paca.bench.method import MethodUnavailable
 from paca.bench.settings import BenchSettings, Point
-from paca.messages.errors import PacaError
 
 _WATCH_PERIOD = 0.005  # seconds
 
-# glibc keeps freed blocks that it thinks it will need again, and learns to do so for ever larger ones. With fixed
-# thresholds every tensor is a mapping of its own and goes back at once, so that the resident set is what lives.
-_ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "MALLOC_MMAP_MAX_": "1000000"}
-
 
 class ChildFailed(Exception):
-    """The child ended without an answer; the text says why."""
+    """The child could not measure; the text says why."""
 
 
 class MeasuringChild:
     """One method in a process of its own.
 
     Args:
-        settings: with `settings.memory`, the process is stopped as soon as it holds more than that above its libraries.
-        method: name of the method.
+        settings: With `settings.memory`, the process is stopped as soon as it holds more than that above its libraries.
+        method: Name of the method.
 
     Raises:
-        MethodUnavailable: the method can't run here.
-        PacaError: the settings don't go with the model.
-        ChildFailed: the process ended before the model was ready.
+        ChildFailed: The model could not be made, or the process ended before it was ready.
     """
 
     def __init__(self, settings: BenchSettings, method: str) -> None:
@@ -48,16 +40,13 @@ class MeasuringChild:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._errors,
-            env={**os.environ, **_ALLOCATOR},
             text=True,
         )
         self._over_budget = False
-        ready = self._ask({"settings": settings.to_dict(), "method": method})
-        if "unavailable" in ready or "refused" in ready:
+        ready = self._ask({"settings": asdict(settings), "method": method})
+        if "failed" in ready:
             self.close()
-            if "refused" in ready:
-                raise PacaError(ready["refused"])
-            raise MethodUnavailable(ready["unavailable"])
+            raise ChildFailed(ready["failed"])
         self.libraries: int = ready["libraries"]
         """Bytes before the model was made."""
         self.weights: int = ready["weights"]
@@ -72,7 +61,7 @@ class MeasuringChild:
         """Run two steps of this size: `fits`, `peak` in bytes or None, `reason`.
 
         Raises:
-            ChildFailed: the process ended, for another reason than its budget.
+            ChildFailed: The process ended, for another reason than its budget.
         """
         try:
             return self._ask(point._asdict())

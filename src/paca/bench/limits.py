@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from typing import NamedTuple
 
 
-@dataclass(frozen=True)
-class Probe:
+class Probe(NamedTuple):
     """What one try gave."""
 
     fits: bool
@@ -15,8 +14,7 @@ class Probe:
     """Bytes that count against the budget, where they are known."""
 
 
-@dataclass(frozen=True)
-class Limit:
+class Limit(NamedTuple):
     """The end of a search."""
 
     largest: int
@@ -28,13 +26,7 @@ class Limit:
 
 
 def largest_that_fits(
-    probe: Callable[[int], Probe],
-    *,
-    start: int,
-    step: int,
-    highest: int,
-    budget: int,
-    tolerance: float = 0.02,
+    probe: Callable[[int], Probe], *, start: int, step: int, highest: int, budget: int, tolerance: float = 0.02
 ) -> Limit:
     """Search the largest multiple of `step` that fits.
 
@@ -43,12 +35,12 @@ def largest_that_fits(
     or `tolerance` of the size.
 
     Args:
-        probe: runs one size. What fits at one size must fit below it.
-        start: the first size to try.
-        step: sizes are multiples of it.
-        highest: no size above it is tried.
-        budget: bytes, what `Probe.peak` counts against.
-        tolerance: how fine the answer has to be, as a fraction of it.
+        probe: Runs one size. What fits at one size must fit below it.
+        start: The first size to try.
+        step: Sizes are multiples of it.
+        highest: No size above it is tried.
+        budget: Bytes, what `Probe.peak` counts against.
+        tolerance: How fine the answer has to be, as a fraction of it.
     """
     peaks: dict[int, int | None] = {}
     low, high = 0, None

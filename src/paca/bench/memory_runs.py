@@ -7,12 +7,8 @@ from dataclasses import replace
 
 from paca.bench.child_process import ChildFailed, MeasuringChild
 from paca.bench.limits import Limit, Probe, largest_that_fits
-from paca.bench.method import MethodUnavailable
-from paca.bench.recorder import Recorder
+from paca.bench.recorder import Measured, Recorder
 from paca.bench.settings import BenchSettings, Point
-
-_SEQ_STEP, _BATCH_STEP = 16, 1
-_HIGHEST_SEQ, _HIGHEST_BATCH = 2**20, 2**16
 
 
 def measure_peaks(
@@ -25,26 +21,28 @@ def measure_peaks(
     """Record the peak of two steps per method and size, small ones first: absolute, and above the model's weights."""
     settings = replace(settings, memory=None, measure=("memory",))
     ordered = sorted(points, key=lambda point: point.batch * max(1, point.seq))
-    peaks: dict[Point, dict[str, list[float]]] = {point: {} for point in ordered}
-    above: dict[Point, dict[str, list[float]]] = {point: {} for point in ordered}
-    notes: dict[Point, dict[str, str]] = {point: {} for point in ordered}
+    peaks = {point: Measured("peak_memory", "B", point) for point in ordered}
+    above = {point: Measured("peak_above_weights", "B", point) for point in ordered}
     for name in names:
         say(f"peak memory of {name}")
+        measured = set()
         try:
             with MeasuringChild(settings, name) as child:
                 for point in ordered:
                     found = child.run(point)
-                    peak = found["peak"]
-                    peaks[point][name] = [] if peak is None else [float(peak)]
-                    above[point][name] = [] if peak is None else [float(peak - child.weights)]
-                    notes[point][name] = found["reason"] or child.source
-        except (ChildFailed, MethodUnavailable) as error:
+                    note = found["reason"] or child.source
+                    for kind, below in ((peaks, 0), (above, child.weights)):
+                        values = [] if found["peak"] is None else [float(found["peak"] - below)]
+                        kind[point].add(name, values, note)
+                    measured.add(point)
+        except ChildFailed as error:
             for point in ordered:
-                if name not in peaks[point]:
-                    peaks[point][name], above[point][name], notes[point][name] = [], [], str(error)
+                if point not in measured:
+                    peaks[point].add(name, [], str(error))
+                    above[point].add(name, [], str(error))
     for point in ordered:
-        recorder.record("peak_memory", "B", peaks[point], point, notes=notes[point], failed=True)
-        recorder.record("peak_above_weights", "B", above[point], point, notes=notes[point], failed=True)
+        recorder.record(peaks[point])
+        recorder.record(above[point])
 
 
 def measure_limits(
@@ -57,32 +55,31 @@ def measure_limits(
 ) -> None:
     """Record the longest sequence (`max-seq`, per batch size) or largest batch (`max-batch`, per length) per method."""
     assert settings.memory is not None
+    if measure == "max-seq" and vision:
+        say("max-seq does not apply to images")
+        return
     if measure == "max-seq":
-        fixed = [] if vision else [Point(batch, 0) for batch in settings.batch]
-        metric, unit, start = "longest_sequence", "tokens", min(settings.seq)
-        if vision:
-            say("max-seq does not apply to images")
+        points, metric, unit = [Point(batch, 0) for batch in settings.batch], "longest_sequence", "tokens"
     else:
-        fixed = [Point(0, seq) for seq in ((0,) if vision else settings.seq)]
-        metric, unit, start = "largest_batch", "images" if vision else "sequences", min(settings.batch)
-    for point in fixed:
-        found: dict[str, list[float]] = {}
-        notes: dict[str, str] = {}
+        points = [Point(0, seq) for seq in ((0,) if vision else settings.seq)]
+        metric, unit = "largest_batch", "images" if vision else "sequences"
+    for point in points:
+        found = Measured(metric, unit, point, budget=settings.memory)
         for name in names:
             try:
-                limit = _search(settings, name, measure, point, start)
-            except (ChildFailed, MethodUnavailable) as error:
-                found[name], notes[name] = [], str(error)
+                limit = _search(settings, name, measure, point)
+            except ChildFailed as error:
+                found.add(name, [], str(error))
                 continue
-            found[name] = [float(limit.largest)]
-            notes[name] = f"{limit.smallest_too_large} did not fit; {limit.probes} probes"
+            note = f"{limit.smallest_too_large} did not fit; {limit.probes} probes"
+            found.add(name, [float(limit.largest)], note)
             say(f"{metric.replace('_', ' ')} of {name}: {limit.largest}")
-        recorder.record(metric, unit, found, point, budget=settings.memory, notes=notes, failed=True)
+        recorder.record(found)
 
 
-def _search(settings: BenchSettings, name: str, measure: str, point: Point, start: int) -> Limit:
-    budget = settings.memory
-    assert budget is not None
+def _search(settings: BenchSettings, name: str, measure: str, point: Point) -> Limit:
+    assert settings.memory is not None
+    by_seq = measure == "max-seq"
     # A CUDA process survives running out of memory; one whose resident set was too large is gone.
     reusable = settings.torch_device.type == "cuda"
     child: MeasuringChild | None = None
@@ -93,18 +90,16 @@ def _search(settings: BenchSettings, name: str, measure: str, point: Point, star
             if child is not None:
                 child.close()
             child = MeasuringChild(settings, name)
-        found = child.run(point._replace(**{"seq" if measure == "max-seq" else "batch": size}))
-        peak = None if found["peak"] is None else found["peak"] - child.libraries
-        return Probe(found["fits"], peak)
+        found = child.run(point._replace(**{"seq" if by_seq else "batch": size}))
+        return Probe(found["fits"], None if found["peak"] is None else found["peak"] - child.libraries)
 
-    by_seq = measure == "max-seq"
     try:
         return largest_that_fits(
             probe,
-            start=start,
-            step=_SEQ_STEP if by_seq else _BATCH_STEP,
-            highest=_HIGHEST_SEQ if by_seq else _HIGHEST_BATCH,
-            budget=budget,
+            start=min(settings.seq if by_seq else settings.batch),
+            step=16 if by_seq else 1,
+            highest=2**20 if by_seq else 2**16,
+            budget=settings.memory,
         )
     finally:
         if child is not None:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from paca.bench.report import METRICS, Setting, by_setting, newest, ratios_to
-from paca.bench.rows import Row
+import pandas as pd
+
+from paca.bench.report import METRICS, by_setting, ratios_to
 from paca.bench.statistics import spread
 
 _FAMILIES = (("frozen", "#8a8f98"), ("full", "#5b5f66"), ("qpaca", "#0b7a75"), ("paca", "#12908a"))
@@ -23,14 +24,14 @@ _PANELS = (
 _MORE_IS_BETTER = ("longest_sequence", "largest_batch")
 
 
-def write_plots(rows: Iterable[Row], folder: Path, name: str, baseline: str | None = None) -> list[Path]:
+def write_plots(rows: pd.DataFrame, folder: Path, name: str, baseline: str | None = None) -> list[Path]:
     """Draw every setting: bars against the baseline, and where several lengths were timed, throughput over length.
 
     Args:
-        rows: from any number of runs.
-        folder: where the PNG files go.
-        name: the beginning of their names.
-        baseline: the method that is 1; by default the one that the runs named.
+        rows: From any number of runs.
+        folder: Where the PNG files go.
+        name: The beginning of their names.
+        baseline: The method that is 1; by default the one that the runs named.
 
     Returns:
         The files written.
@@ -39,13 +40,11 @@ def write_plots(rows: Iterable[Row], folder: Path, name: str, baseline: str | No
 
     matplotlib.use("Agg")
     written = []
-    settings = by_setting(newest(rows))
-    for number, (setting, members) in enumerate(settings.items(), start=1):
+    settings = list(by_setting(rows))
+    for number, (title, frame) in enumerate(settings, start=1):
         suffix = f"-{number}" if len(settings) > 1 else ""
-        for kind, figure in (
-            ("", _bars(setting, members, baseline)),
-            ("-throughput", _throughput(setting, members)),
-        ):
+        members = list(frame.itertuples(index=False, name="Row"))
+        for kind, figure in (("", _bars(title, members, baseline)), ("-throughput", _throughput(title, members))):
             if figure is None:
                 continue
             path = folder / f"{name}{suffix}{kind}.png"
@@ -59,11 +58,11 @@ def _color(method: str) -> str:
     return next((color for start, color in _FAMILIES if method.startswith(start)), _OTHERS)
 
 
-def _label(row: Row) -> str:
+def _label(row: Any) -> str:
     return row.method if row.variant == "eager" else f"{row.method}, {row.variant}"
 
 
-def _bars(setting: Setting, rows: list[Row], baseline: str | None) -> Any:
+def _bars(heading: str, rows: list[Any], baseline: str | None) -> Any:
     """One panel per metric that has values, at the largest size that was measured."""
     panels = [(title, chosen) for metric, title in _PANELS if (chosen := _largest(rows, metric))]
     if any(title == "Saved activations per token and layer" for title, _ in panels):
@@ -79,12 +78,12 @@ def _bars(setting: Setting, rows: list[Row], baseline: str | None) -> Any:
         _bar_panel(axis, title, chosen, labels, baseline)
     axes[0].set_yticks(range(len(labels)), labels)
     axes[0].invert_yaxis()
-    figure.suptitle(setting.title(), x=0.01, ha="left", fontsize=10, color="#444444")
+    figure.suptitle(heading, x=0.01, ha="left", fontsize=10, color="#444444")
     figure.tight_layout(rect=(0, 0, 1, 0.97))
     return figure
 
 
-def _bar_panel(axis: Any, title: str, rows: list[Row], labels: Sequence[str], baseline: str | None) -> None:
+def _bar_panel(axis: Any, title: str, rows: list[Any], labels: Sequence[str], baseline: str | None) -> None:
     first = rows[0]
     name = baseline or first.baseline or rows[0].method
     by_method = {(row.method, row.variant): row for row in rows}
@@ -96,9 +95,9 @@ def _bar_panel(axis: Any, title: str, rows: list[Row], labels: Sequence[str], ba
         axis.barh(
             place, found.median, color=_color(row.method), height=0.68, alpha=1 if row.variant == "eager" else 0.6
         )
-        if found.count > 1:
+        if len(ratios) > 1:
             axis.plot([found.q1, found.q3], [place, place], color="#222222", linewidth=1.4, solid_capstyle="butt")
-        shown = METRICS[row.metric].show(row.median or 0.0)
+        shown = METRICS[row.metric][1](row.median)
         text = f"{found.median:.2f}×" + (f"  {shown}" if row.metric in _MORE_IS_BETTER else "")
         # On white, above the line at 1, which would else run through the numbers of the bars that end before it.
         box = {"facecolor": "white", "edgecolor": "none", "pad": 0.8}
@@ -118,7 +117,7 @@ def _bar_panel(axis: Any, title: str, rows: list[Row], labels: Sequence[str], ba
     axis.tick_params(axis="y", length=0)
 
 
-def _largest(rows: list[Row], metric: str) -> list[Row]:
+def _largest(rows: list[Any], metric: str) -> list[Any]:
     """The rows of the metric at the largest size (for a search: the largest budget) that has any."""
     found = [row for row in rows if row.metric == metric and row.samples]
     if not found:
@@ -127,7 +126,7 @@ def _largest(rows: list[Row], metric: str) -> list[Row]:
     return [row for row in found if (row.budget, row.seq * row.batch, row.batch, row.seq) == size]
 
 
-def _throughput(setting: Setting, rows: list[Row]) -> Any:
+def _throughput(heading: str, rows: list[Any]) -> Any:
     """Tokens per second over the sequence length, for the smallest batch; None with fewer than two lengths."""
     found = [row for row in rows if row.metric == "throughput" and row.samples and row.seq]
     if not found:
@@ -145,11 +144,8 @@ def _throughput(setting: Setting, rows: list[Row]) -> Any:
         line = sorted((row for row in found if _label(row) == label), key=lambda row: row.seq)
         axis.errorbar(
             [row.seq for row in line],
-            [row.median or 0 for row in line],
-            yerr=[
-                [(row.median or 0) - (row.q1 or 0) for row in line],
-                [(row.q3 or 0) - (row.median or 0) for row in line],
-            ],
+            [row.median for row in line],
+            yerr=[[row.median - row.q1 for row in line], [row.q3 - row.median for row in line]],
             label=label,
             color=_color(line[0].method),
             marker="osD^vPX*"[count % 8],
@@ -164,7 +160,7 @@ def _throughput(setting: Setting, rows: list[Row]) -> Any:
     axis.set_xlabel("tokens in a sequence")
     axis.set_ylabel("tokens per second")
     axis.legend(fontsize=8.5, frameon=False)
-    axis.set_title(setting.title(), fontsize=9, loc="left", color="#444444")
+    axis.set_title(heading, fontsize=9, loc="left", color="#444444")
     axis.grid(axis="y", color="#e6e6e6")
     _bare(axis)
     return figure

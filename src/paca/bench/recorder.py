@@ -3,91 +3,83 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from paca.bench.base_model import BaseModel
-from paca.bench.provenance import provenance
 from paca.bench.rows import Row, summarized
 from paca.bench.settings import BenchSettings, Point
+from paca.messages.provenance import row_provenance
+
+
+@dataclass
+class Measured:
+    """One metric of several methods, at one size."""
+
+    metric: str
+    unit: str
+    point: Point
+    """Size of the batch; 0 for what was searched."""
+    variant: str = "eager"
+    budget: int = 0
+    """Bytes, for a search."""
+    compare: bool = True
+    """Whether a ratio to the baseline says anything."""
+    missing: str = "failed"
+    """Status of a method without samples; `unavailable` where it could not have had any."""
+    samples: dict[str, Sequence[float]] = field(default_factory=dict)
+    """By method; empty where there is no value, the reason is then in `notes`."""
+    notes: dict[str, str] = field(default_factory=dict)
+
+    def add(self, method: str, samples: Sequence[float], note: str | None = None) -> None:
+        """Note what one method gave."""
+        self.samples[method], self.notes[method] = samples, note or ""
 
 
 class Recorder:
     """Knows what the rows of one run share.
 
     Args:
-        settings: of the run.
-        base: the model.
-        write: takes rows as they are made.
+        settings: Of the run.
+        base: The model.
+        write: Takes rows as they are made.
     """
 
     def __init__(self, settings: BenchSettings, base: BaseModel, write: Callable[[list[Row]], None]) -> None:
-        self._settings, self._write = settings, write
+        self._write = write
         self._shared: dict[str, Any] = {
             "run": secrets.token_hex(4),
-            **provenance(settings.torch_device),
-            "model": settings.model,
-            "scope": settings.scope,
-            "loss": settings.loss,
-            "dtype": settings.dtype,
+            **row_provenance(settings.torch_device),
+            **{name: getattr(settings, name) for name in ("model", "scope", "loss", "dtype", "rank", "optimizer")},
             "layers": base.layers,
             "hidden": base.hidden_size,
             "vocab": base.vocab_size,
             "image_size": base.image_size,
-            "rank": settings.rank,
-            "optimizer": settings.optimizer,
         }
+        self.baseline = ""
+        """The method that ratios are taken against."""
         self.trainable: dict[str, int] = {}
         """Trainable parameters by method, where they are known."""
 
-    def record(
-        self,
-        metric: str,
-        unit: str,
-        samples: Mapping[str, Sequence[float]],
-        point: Point,
-        *,
-        variant: str = "eager",
-        budget: int = 0,
-        notes: Mapping[str, str] | None = None,
-        failed: bool = False,
-        compare: bool = True,
-    ) -> None:
-        """Write one row per method.
+    def record(self, *measured: Measured) -> None:
+        """Write one row per method of each."""
+        self._write([row for one in measured for row in self._rows(one)])
 
-        Args:
-            metric: what was measured.
-            unit: of the samples.
-            samples: by method; empty where there is no value, the reason is then in `notes`.
-            point: size of the batch; 0 for what was searched.
-            variant: eager or compiled.
-            budget: bytes, for a search.
-            notes: by method.
-            failed: whether a method without samples could have had some.
-            compare: whether a ratio to the baseline says anything.
-        """
-        notes = notes or {}
-        baseline = (samples.get(self._settings.baseline) or None) if compare else None
-        rows = []
-        for method, values in samples.items():
-            found = (
-                {**summarized(values, baseline), "baseline": self._settings.baseline if baseline else ""}
-                if values
-                else {"status": "failed" if failed else "unavailable"}
-            )
-            rows.append(
-                Row(
-                    **self._shared,
-                    batch=point.batch,
-                    seq=point.seq,
-                    budget=budget,
-                    method=method,
-                    variant=variant,
-                    trainable=self.trainable.get(method, 0),
-                    metric=metric,
-                    unit=unit,
-                    note=notes.get(method, ""),
-                    **found,
-                )
-            )
-        self._write(rows)
+    def _rows(self, measured: Measured) -> Iterable[Row]:
+        baseline = (measured.samples.get(self.baseline) or None) if measured.compare else None
+        for method, values in measured.samples.items():
+            found = summarized(values, baseline) if values else {"status": measured.missing}
+            yield {
+                **self._shared,
+                **measured.point._asdict(),
+                "budget": measured.budget,
+                "method": method,
+                "variant": measured.variant,
+                "trainable": self.trainable.get(method, 0),
+                "metric": measured.metric,
+                "unit": measured.unit,
+                "baseline": self.baseline if values and baseline else "",
+                "note": measured.notes.get(method, ""),
+                **found,
+            }

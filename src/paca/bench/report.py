@@ -1,57 +1,23 @@
-"""Rows as Markdown tables."""
+"""Rows as Markdown: full tables, and small ones of ratios only, for which a README has room."""
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
 
-from paca.bench.rows import Row
+import pandas as pd
+
 from paca.bench.statistics import round_ratios, spread
 
-
-class Setting(NamedTuple):
-    """What the rows of one table have in common."""
-
-    model: str
-    scope: str
-    loss: str
-    dtype: str
-    layers: int
-    hidden: int
-    vocab: int
-    image_size: int
-    rank: int
-    optimizer: str
-    device: str
-    machine: str
-    threads: str
-
-    def title(self) -> str:
-        """One line of words."""
-        layers = "1 layer" if self.layers == 1 else f"{self.layers} layers"
-        size = f"{layers} of width {self.hidden}" if self.layers else f"{self.image_size} pixels"
-        what = f"{self.model} blocks" if self.scope == "blocks" else self.model
-        if self.loss == "fused":
-            what += " with the fused loss"
-        where = (
-            f"{self.machine.split(',')[0]} with {self.threads} thread{'' if self.threads == '1' else 's'}"
-            if self.device == "cpu"
-            else self.device
-        )
-        return f"{what}, {size}, {self.dtype}, r = {self.rank}, {where}"
+SETTING = (
+    *("model", "scope", "loss", "dtype", "layers", "hidden", "vocab", "image_size", "rank", "optimizer"),
+    *("device", "machine", "threads"),
+)
+"""What the rows of one table have in common."""
 
 
-@dataclass(frozen=True)
-class Metric:
-    """How a metric is shown."""
-
-    title: str
-    show: Callable[[float], str]
-
-
-def _bytes(value: float) -> str:
+def show_bytes(value: float) -> str:
+    """`1610612736` → `"1.50 GiB"`."""
     for unit in ("B", "KiB", "MiB"):
         if abs(value) < 1024:
             return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
@@ -59,140 +25,178 @@ def _bytes(value: float) -> str:
     return f"{value:.2f} GiB"
 
 
-METRICS = {
-    "step_time": Metric("step, ms", lambda value: f"{value * 1e3:.1f}"),
-    "throughput": Metric("tokens/s", lambda value: f"{value:,.0f}"),
-    "saved_per_token_and_layer": Metric("saved bytes per token and layer", lambda value: f"{value:,.0f}"),
-    "saved_units_per_layer": Metric("in hidden states", lambda value: f"{value:.1f}"),
-    "saved": Metric("saved activations", _bytes),
-    "peak_above_weights": Metric("peak above the weights", _bytes),
-    "peak_memory": Metric("peak memory", _bytes),
-    "longest_sequence": Metric("longest sequence", lambda value: f"{value:,.0f}"),
-    "largest_batch": Metric("largest batch", lambda value: f"{value:,.0f}"),
-    "switch_time": Metric("switch of adapters, ms", lambda value: f"{value * 1e3:.2f}"),
-    "recompilations": Metric("recompilations over the rounds", lambda value: f"{value:.0f}"),
-    "recompilations: first_switch": Metric("graphs at the first switch", lambda value: f"{value:.0f}"),
-    "recompilations: switch_back": Metric("graphs when switching back and forth", lambda value: f"{value:.0f}"),
+METRICS: dict[str, tuple[str, Callable[[float], str]]] = {
+    "step_time": ("step, ms", lambda value: f"{value * 1e3:.1f}"),
+    "throughput": ("tokens/s", "{:,.0f}".format),
+    "saved_per_token_and_layer": ("saved bytes per token and layer", "{:,.0f}".format),
+    "saved_units_per_layer": ("in hidden states", "{:.1f}".format),
+    "saved": ("saved activations", show_bytes),
+    "peak_above_weights": ("peak above the weights", show_bytes),
+    "peak_memory": ("peak memory", show_bytes),
+    "longest_sequence": ("longest sequence", "{:,.0f}".format),
+    "largest_batch": ("largest batch", "{:,.0f}".format),
+    "switch_time": ("switch of adapters, ms", lambda value: f"{value * 1e3:.2f}"),
+    "launches_per_step": ("launches per step", "{:,.0f}".format),
+    "launches_per_layer": ("launches per layer", "{:,.1f}".format),
+    "recompilations": ("recompilations over the rounds", "{:.0f}".format),
+    "recompilations: first_switch": ("graphs at the first switch", "{:.0f}".format),
+    "recompilations: switch_back": ("graphs when switching back and forth", "{:.0f}".format),
 }
+"""Title of each metric that has a column, and how a value of it is shown."""
+_SUMMARY = {
+    "step_time": "step time",
+    "saved_per_token_and_layer": "saved activations",
+    "peak_above_weights": "peak memory above the weights",
+    "longest_sequence": "longest sequence",
+}
+_COMPARED = (*_SUMMARY, "saved", "largest_batch")
+_SAME_AT_ALL_LENGTHS = ("saved_per_token_and_layer", "longest_sequence")
+_BUDGETS = {"phase: ": "Phases of a step", "kind: ": "Kinds of work in a step, under the profiler"}
 _NOISY = " noisy"
 _NOISY_NOTE = (
     "noisy: the middle half of the rounds differs by more than a quarter, so the ratio decides nothing; measure on a "
     "quieter machine, or with more --rounds"
 )
-_COMPARED = (
-    "step_time",
-    "saved_per_token_and_layer",
-    "saved",
-    "peak_above_weights",
-    "longest_sequence",
-    "largest_batch",
-)
 
 
-def setting_of(row: Row) -> Setting:
-    """The part of a row that its table's title shows."""
-    return Setting(*(getattr(row, name) for name in Setting._fields))
+def by_setting(rows: pd.DataFrame) -> Iterator[tuple[str, pd.DataFrame]]:
+    """A title and the rows of each setting; of rows that measured the same thing the last one."""
+    newest = rows.drop_duplicates(
+        [*SETTING, "batch", "seq", "budget", "method", "variant", "metric"], keep="last", ignore_index=True
+    )
+    for _, members in newest.groupby(list(SETTING), sort=False):
+        yield _title(_records(members)[0]), members
 
 
-def newest(rows: Iterable[Row]) -> list[Row]:
-    """Of the rows that measured the same thing, the last one."""
-    found: dict[tuple[object, ...], Row] = {}
-    for row in rows:
-        key = (setting_of(row), row.batch, row.seq, row.budget, row.method, row.variant, row.metric)
-        found.pop(key, None)
-        found[key] = row
-    return list(found.values())
-
-
-def ratios_to(row: Row, baseline: Row | None) -> list[float]:
+def ratios_to(row: Any, baseline: Any) -> list[float]:
     """The row's samples over the baseline's, round by round; empty unless one run measured both."""
-    if baseline is None or baseline.run != row.run or len(baseline.samples) != len(row.samples):
-        return []
-    if any(value <= 0 for value in baseline.samples):
+    if row is None or baseline is None or baseline.run != row.run:
         return []
     return round_ratios(row.samples, baseline.samples)
 
 
-def by_setting(rows: Iterable[Row]) -> dict[Setting, list[Row]]:
-    """The rows of each table, in the order of their first appearance."""
-    found: dict[Setting, list[Row]] = defaultdict(list)
-    for row in rows:
-        found[setting_of(row)].append(row)
-    return dict(found)
+def baselines_of(rows: pd.DataFrame) -> list[str]:
+    """The methods that the runs took their ratios against."""
+    return [name for name in rows["baseline"].unique() if name]
 
 
-def tables(rows: Iterable[Row], baselines: Sequence[str] = ()) -> str:
-    """All rows as Markdown: a heading per setting, a table per size of batch.
+def tables(rows: pd.DataFrame, baselines: Sequence[str] = ()) -> str:
+    """All rows: a heading per setting, a table per size of batch.
 
     Args:
-        rows: from any number of runs; of rows that measured the same thing the last one is shown.
-        baselines: methods to show ratios against; by default the ones that the runs named.
+        rows: From any number of runs; of rows that measured the same thing the last one is shown.
+        baselines: Methods to show ratios against; by default the ones that the runs named.
     """
     parts = []
-    for setting, members in by_setting(newest(rows)).items():
-        parts.append(f"### {setting.title()}\n")
-        against = list(baselines) or list(dict.fromkeys(row.baseline for row in members if row.baseline))
-        for (batch, seq, budget), group in _grouped(members).items():
-            parts.append(_table(_size_title(batch, seq, budget), group, against))
-        parts.extend(_step_budgets(members))
-        missing = [row for row in members if row.metric == "method"]
-        parts.extend(f"- `{row.method}` was not available: {row.note}" for row in missing)
-        if missing:
-            parts.append("")
+    for title, members in by_setting(rows):
+        parts.append(f"### {title}\n")
+        against = list(baselines) or baselines_of(members)
+        shown = members[members["metric"].isin(METRICS)]
+        groups = shown.assign(searched=shown["budget"] > 0).groupby(["searched", "batch", "seq", "budget"])
+        parts.extend(_table(group, against) for _, group in groups)
+        for prefix, heading in _BUDGETS.items():
+            kinds = members[members["metric"].str.startswith(prefix)]
+            for (batch, seq), group in kinds.groupby(["batch", "seq"], sort=False):
+                parts.append(_step_budget(group, f"{heading}, {_size(batch, seq).lower()}, ms (share)", prefix))
+        missing = [f"- `{row.method}` was not available: {row.note}" for row in _records(members, "method")]
+        parts.extend([*missing, ""] if missing else [])
     return "\n".join(parts)
 
 
-def _grouped(rows: Iterable[Row]) -> dict[tuple[int, int, int], list[Row]]:
-    found: dict[tuple[int, int, int], list[Row]] = defaultdict(list)
-    for row in rows:
-        if row.metric in METRICS:
-            found[row.batch, row.seq, row.budget].append(row)
-    return dict(sorted(found.items(), key=lambda item: (item[0][2] > 0, item[0])))
+def summary_tables(rows: pd.DataFrame, baselines: Sequence[str]) -> str:
+    """Median ratios, round by round: a column per metric and number of tokens, in it the ratio to each baseline.
+
+    Args:
+        rows: From any number of runs; of rows that measured the same thing the last one is shown.
+        baselines: Methods to show ratios against.
+    """
+    parts = []
+    for title, members in by_setting(rows[rows["variant"] == "eager"]):
+        compared = members[members["method"].isin(baselines)]
+        columns = []
+        for metric in _SUMMARY:
+            lengths = sorted(members.loc[members["metric"] == metric, "seq"].unique())
+            wanted = lengths[-1:] if metric in _SAME_AT_ALL_LENGTHS else lengths
+            there = set(compared.loc[compared["metric"] == metric, "seq"])
+            columns += [(metric, seq) for seq in wanted if seq in there]
+        if not columns:
+            continue
+        cells = {(row.method, row.metric, row.seq): row for row in _records(members)}
+        header = [""]
+        for metric, seq in columns:
+            size = "" if metric in _SAME_AT_ALL_LENGTHS or not seq else f", {seq} tokens"
+            header.append(f"{_SUMMARY[metric]}{size}")
+        lines = []
+        for method in members.loc[members["metric"].isin(_SUMMARY), "method"].unique():
+            values = []
+            for column in columns:
+                row = cells.get((method, *column))
+                ratios = [_short_ratio(ratios_to(row, cells.get((name, *column)))) for name in baselines]
+                values.append(" / ".join(ratio or "–" for ratio in ratios) if any(ratios) else "")
+            lines.append([f"`{method}`", *values])
+        against = " / ".join(f"× `{baseline}`" for baseline in baselines)
+        parts.append("\n".join([f"**{title}** ({against})", "", *_markdown(header, lines), ""]))
+    return "\n".join(parts)
 
 
-def _size_title(batch: int, seq: int, budget: int) -> str:
+def _records(rows: pd.DataFrame, metric: str | None = None) -> list[Any]:
+    chosen = rows if metric is None else rows[rows["metric"] == metric]
+    return list(chosen.itertuples(index=False, name="Row"))
+
+
+def _title(row: Any) -> str:
+    layers = "1 layer" if row.layers == 1 else f"{row.layers} layers"
+    size = f"{layers} of width {row.hidden}" if row.layers else f"{row.image_size} pixels"
+    what = f"{row.model} blocks" if row.scope == "blocks" else row.model
+    if row.loss == "fused":
+        what += " with the fused loss"
+    where = row.device
+    if row.device == "cpu":
+        where = f"{row.machine.split(',')[0]} with {row.threads} thread{'' if row.threads == '1' else 's'}"
+    return f"{what}, {size}, {row.dtype}, r = {row.rank}, {where}"
+
+
+def _size(batch: int, seq: int, budget: int = 0) -> str:
     if budget:
         fixed = f"batch {batch}" if batch else (f"{seq} tokens" if seq else "images")
-        return f"Within {_bytes(budget)}, {fixed}"
+        return f"Within {show_bytes(budget)}, {fixed}"
     return f"Batch {batch}, {seq} tokens" if seq else f"Batch {batch}"
 
 
-def _table(title: str, rows: list[Row], baselines: Sequence[str]) -> str:
-    metrics = [name for name in METRICS if any(row.metric == name for row in rows)]
+def _table(group: pd.DataFrame, baselines: Sequence[str]) -> str:
+    rows = _records(group)
+    metrics = [name for name in METRICS if name in set(group["metric"])]
     cells = {(row.method, row.variant, row.metric): row for row in rows}
-    methods = list(dict.fromkeys((row.method, row.variant) for row in rows))
     header = ["method", "trained"]
     for name in metrics:
-        header.append(METRICS[name].title)
+        header.append(METRICS[name][0])
         header.extend(f"× {baseline}" for baseline in baselines if name in _COMPARED)
-    lines = [f"**{title}**\n", _line(header), _line(["---", *["---:"] * (len(header) - 1)])]
-    for method, variant in methods:
+    lines = []
+    for method, variant in dict.fromkeys((row.method, row.variant) for row in rows):
         trainable = next(row.trainable for row in rows if row.method == method)
         line = [f"`{method}`" + ("" if variant == "eager" else f" {variant}"), f"{trainable:,}"]
         for name in metrics:
             row = cells.get((method, variant, name))
             line.append(_value(row))
             if name in _COMPARED:
-                line.extend(_ratio(row, cells.get((baseline, variant, name))) for baseline in baselines)
-        lines.append(_line(line))
-    noisy = any(line.count(_NOISY) for line in lines[3:])
-    notes = [_NOISY_NOTE] if noisy else []
+                line.extend(_ratio(ratios_to(row, cells.get((base, variant, name)))) for base in baselines)
+        lines.append(line)
+    notes = [_NOISY_NOTE] if any(cell.endswith(_NOISY) for line in lines for cell in line) else []
     notes += [f"`{row.method}`: {row.metric.replace('_', ' ')}: {row.note}" for row in rows if row.status == "failed"]
-    return "\n".join([*lines, "", *(f"- {note}" for note in notes), *([""] if notes else [])])
+    below = ["", *(f"- {note}" for note in notes), *([""] if notes else [])]
+    return "\n".join([f"**{_size(rows[0].batch, rows[0].seq, rows[0].budget)}**\n", *_markdown(header, lines), *below])
 
 
-def _value(row: Row | None) -> str:
+def _value(row: Any) -> str:
     if row is None:
         return ""
-    if row.median is None or row.q1 is None or row.q3 is None:
+    if not row.samples:
         return "–"
-    show = METRICS[row.metric].show
-    text = show(row.median)
-    return f"{text} ({show(row.q1)}–{show(row.q3)})" if len(row.samples) > 1 else text
+    show = METRICS[row.metric][1]
+    return show(row.median) + (f" ({show(row.q1)}–{show(row.q3)})" if len(row.samples) > 1 else "")
 
 
-def _ratio(row: Row | None, baseline: Row | None) -> str:
-    ratios = ratios_to(row, baseline) if row is not None else []
+def _ratio(ratios: Sequence[float]) -> str:
     if not ratios:
         return ""
     found = spread(ratios)
@@ -201,34 +205,31 @@ def _ratio(row: Row | None, baseline: Row | None) -> str:
     return f"{found.median:.3f} ({found.q1:.3f}–{found.q3:.3f}){_NOISY if found.noisy else ''}"
 
 
-def _step_budgets(rows: list[Row]) -> list[str]:
-    """Tables of phases and kinds, in milliseconds and shares of the step."""
-    parts = []
-    for prefix, title in (("phase: ", "Phases of a step"), ("kind: ", "Kinds of work in a step, under the profiler")):
-        groups: dict[tuple[int, int], list[Row]] = defaultdict(list)
-        for row in rows:
-            if row.metric.startswith(prefix):
-                groups[row.batch, row.seq].append(row)
-        for (batch, seq), group in groups.items():
-            methods = list(dict.fromkeys(row.method for row in group))
-            values = {(row.metric, row.method): row.median or 0.0 for row in group}
-            totals = {m: sum(value for (_, method), value in values.items() if method == m) for m in methods}
-            lines = [
-                f"**{title}, {_size_title(batch, seq, 0).lower()}, ms (share)**\n",
-                _line(["", *(f"`{method}`" for method in methods)]),
-                _line(["---", *["---:"] * len(methods)]),
-            ]
-            for metric in dict.fromkeys(row.metric for row in group):
-                shown = [
-                    f"{values[metric, method] * 1e3:.2f} ({values[metric, method] / totals[method]:.1%})"
-                    if totals[method] and (metric, method) in values
-                    else ""
-                    for method in methods
-                ]
-                lines.append(_line([metric.removeprefix(prefix), *shown]))
-            parts.append("\n".join([*lines, ""]))
-    return parts
+def _short_ratio(ratios: Sequence[float]) -> str:
+    if not ratios:
+        return ""
+    found = spread(ratios)
+    return f"{found.median:.2f}{' (noisy)' if found.noisy else ''}"
 
 
-def _line(cells: Iterable[str]) -> str:
-    return "| " + " | ".join(cells) + " |"
+def _step_budget(group: pd.DataFrame, title: str, prefix: str) -> str:
+    """Phases or kinds by method, in milliseconds and shares of the step."""
+    values = group.pivot_table(index="metric", columns="method", values="median", sort=False)
+    values = values[group["method"].unique()]
+    shares = values / values.sum()
+    lines = [
+        [
+            str(metric).removeprefix(prefix),
+            *(
+                f"{value * 1e3:.2f} ({share:.1%})" if share == share else ""
+                for value, share in zip(values.loc[metric], shares.loc[metric], strict=True)
+            ),
+        ]
+        for metric in values.index
+    ]
+    return "\n".join([f"**{title}**\n", *_markdown(["", *(f"`{method}`" for method in values)], lines), ""])
+
+
+def _markdown(header: Sequence[str], lines: Iterable[Sequence[str]]) -> list[str]:
+    rule = ["---", *["---:"] * (len(header) - 1)]
+    return ["| " + " | ".join(cells) + " |" for cells in (header, rule, *lines)]

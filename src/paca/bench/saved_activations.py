@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
-from dataclasses import dataclass
 from itertools import chain
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
 
-@dataclass(frozen=True)
-class SavedStorage:
+class SavedStorage(NamedTuple):
     """One storage that the graph holds, described by the largest tensor saved from it."""
 
     shape: tuple[int, ...]
@@ -23,8 +21,7 @@ class SavedStorage:
     """Size of the whole storage: a small view keeps all of it alive."""
 
 
-@dataclass(frozen=True)
-class SavedActivations:
+class SavedActivations(NamedTuple):
     """The storages held by a graph, each counted once, largest first."""
 
     storages: tuple[SavedStorage, ...]
@@ -33,17 +30,6 @@ class SavedActivations:
     def bytes(self) -> int:
         """Sum over the storages, in bytes."""
         return sum(storage.bytes for storage in self.storages)
-
-    def table(self) -> str:
-        """One line per kind of storage: how many, their shape, dtype and MiB together, largest first."""
-        kinds: dict[tuple[tuple[int, ...], torch.dtype], list[int]] = {}
-        for storage in self.storages:
-            kinds.setdefault((storage.shape, storage.dtype), []).append(storage.bytes)
-        rows = sorted(kinds.items(), key=lambda kind: -sum(kind[1]))
-        return "\n".join(
-            f"{len(sizes):4d} x {shape!s:28} {str(dtype).removeprefix('torch.'):10} {sum(sizes) / 2**20:10.3f} MiB"
-            for (shape, dtype), sizes in rows
-        )
 
 
 class _Held:
@@ -64,14 +50,11 @@ def measure_saved_activations(forward: Callable[[], Any], module: nn.Module) -> 
     seen.
 
     Args:
-        forward: runs the model and returns anything that keeps the graph alive (the output or the loss).
-        module: the model, whose parameters and buffers are left out of the count.
-
-    Returns:
-        SavedActivations: the storages and their sum in bytes.
+        forward: Runs the model and returns anything that keeps the graph alive (the output or the loss).
+        module: The model, whose parameters and buffers are left out of the count.
 
     Raises:
-        ValueError: the result of `forward` has no graph, so nothing was measured.
+        ValueError: The result of `forward` has no graph, so nothing was measured.
     """
     held: weakref.WeakSet[_Held] = weakref.WeakSet()
 

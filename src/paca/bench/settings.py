@@ -6,10 +6,11 @@ import difflib
 import itertools
 import re
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from paca.messages.errors import PacaError
+from paca.pretrained.published_shapes import SHAPES, Shape, check_not_a_mistyped_shape
 
 if TYPE_CHECKING:
     import torch
@@ -18,9 +19,10 @@ DTYPES = ("bfloat16", "float16", "float32")
 SCOPES = ("model", "blocks")
 LOSSES = ("logits", "fused")
 OPTIMIZERS = ("adamw", "sgd")
-MEASUREMENTS = ("time", "memory", "saved", "switch", "max-seq", "max-batch")
+MEASUREMENTS = ("time", "memory", "saved", "switch", "launches", "max-seq", "max-batch")
 DEFAULT_METHODS = ("frozen", "paca", "paca+lean", "paca+lean+recompute", "lora", "lora-tuned")
 
+_RESIZED = ("layers", "hidden", "intermediate", "vocab", "image_size")
 _UNITS = {"": 1, "kib": 2**10, "mib": 2**20, "gib": 2**30, "kb": 10**3, "mb": 10**6, "gb": 10**9}
 
 
@@ -38,7 +40,7 @@ class BenchSettings:
     """One benchmark.
 
     Raises:
-        PacaError: for a value that can't work, naming it and what it can be.
+        PacaError: For a value that can't work, naming it and what it can be.
     """
 
     model: str = "llama3-8b"
@@ -65,9 +67,9 @@ class BenchSettings:
     device: str = "auto"
     """`auto`: cuda if there is one, else cpu."""
     methods: tuple[str, ...] = DEFAULT_METHODS
-    """Names from the registry, see `paca bench methods`."""
-    baseline: str = "frozen"
-    """The method that ratios are taken against."""
+    """Names from the table, see `paca bench methods`, each with settings of its own after colons, if need be."""
+    baseline: str | None = None
+    """The method that ratios are taken against; by default `frozen`, or without it the first."""
     seq: tuple[int, ...] = (512,)
     """Sequence lengths, in tokens."""
     batch: tuple[int, ...] = (1,)
@@ -89,6 +91,8 @@ class BenchSettings:
     interpreter and its libraries take before the model is made."""
     compile: bool = False
     """Also measure every method with the inner model compiled."""
+    cuda_graphs: bool = False
+    """Also measure it compiled into CUDA graphs (`mode="reduce-overhead"`)."""
     profile: bool = False
     """Also split the step into its phases and its kinds of operators."""
     seed: int = 0
@@ -116,8 +120,34 @@ class BenchSettings:
                 raise PacaError(f"{field} is {getattr(self, field)}; every size must be 1 or more.")
         if self.scope == "model" and self.loss == "logits" and min(self.seq) < 2:
             raise PacaError("seq must be 2 or more: one token has no next token to predict.")
+        if self.variants[1:] and self.scope == "model" and self.loss == "fused":
+            raise PacaError("The fused loss can't be compiled along. Measure compiled models with --loss logits.")
         if self.memory is None and {"max-seq", "max-batch"} & set(self.measure):
             raise PacaError("max-seq and max-batch need a budget: give --memory, such as --memory 2GiB.")
+
+    def shape(self) -> Shape | None:
+        """The published shape that `model` names, in the sizes asked for; None for a checkpoint.
+
+        Raises:
+            PacaError: A mistyped name, a size that does not go with the model, or a scope that it does not have.
+        """
+        sizes = {name: getattr(self, name) for name in _RESIZED}
+        shape = SHAPES.get(self.model)
+        if shape is None:
+            check_not_a_mistyped_shape(self.model)
+            if changed := [name for name, size in sizes.items() if size]:
+                raise PacaError(
+                    f"{changed[0]} resizes presets only ({', '.join(SHAPES)}), and {self.model!r} is none of them."
+                )
+            return None
+        if self.scope == "blocks" and shape.vision:
+            raise PacaError(f"scope 'blocks' is for language models; {self.model} is a vision preset. Use 'model'.")
+        return shape.resized(**sizes)
+
+    @property
+    def variants(self) -> list[str]:
+        """How the models run: `eager`, and what was asked for besides."""
+        return ["eager", *(["compiled"] if self.compile else []), *(["cuda-graphs"] if self.cuda_graphs else [])]
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -131,7 +161,7 @@ class BenchSettings:
         """The device to run on.
 
         Raises:
-            PacaError: there is no such device here.
+            PacaError: There is no such device here.
         """
         import torch
 
@@ -150,12 +180,9 @@ class BenchSettings:
         """Every batch size with every sequence length; images have no length."""
         return [Point(b, s) for b, s in itertools.product(self.batch, (0,) if vision else self.seq)]
 
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
-
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> BenchSettings:
-        """The inverse of `to_dict`, also after a trip through JSON."""
+        """The inverse of `dataclasses.asdict`, also after a trip through JSON."""
         read: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
         return cls(**read)
 
@@ -164,7 +191,7 @@ def parse_bytes(text: str) -> int:
     """`"2GiB"` → 2147483648. Units: KiB, MiB, GiB (powers of 1024), KB, MB, GB (powers of 1000), none for bytes.
 
     Raises:
-        PacaError: the text is no such amount.
+        PacaError: The text is no such amount.
     """
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-z]*)\s*", text.lower())
     if match is None or match[2] not in _UNITS:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
+
+import pandas as pd
 
 
-@dataclass(frozen=True)
-class Spread:
+class Spread(NamedTuple):
     """Order statistics of some samples, in their unit."""
 
     median: float
@@ -16,7 +17,6 @@ class Spread:
     q3: float
     minimum: float
     maximum: float
-    count: int
 
     @property
     def noisy(self) -> bool:
@@ -26,37 +26,16 @@ class Spread:
 
 
 def spread(samples: Sequence[float]) -> Spread:
-    """Summarize `samples`; quantiles between two samples are interpolated linearly.
-
-    Raises:
-        ValueError: there are no samples.
-    """
-    if not samples:
-        raise ValueError("there are no samples to summarize")
-    ordered = sorted(samples)
-    return Spread(
-        median=_quantile(ordered, 0.5),
-        q1=_quantile(ordered, 0.25),
-        q3=_quantile(ordered, 0.75),
-        minimum=ordered[0],
-        maximum=ordered[-1],
-        count=len(ordered),
-    )
+    """Summarize `samples`, of which there is at least one; quantiles between two are interpolated linearly."""
+    return Spread(*pd.Series(samples, dtype=float).quantile([0.5, 0.25, 0.75, 0, 1]).tolist())
 
 
 def round_ratios(samples: Sequence[float], baseline: Sequence[float]) -> list[float]:
     """`samples[i] / baseline[i]`: a drift of the machine that hits a whole round cancels.
 
-    Raises:
-        ValueError: the two were not measured in the same rounds.
+    Returns:
+        Nothing where the two were not measured in the same rounds, or the baseline is not above zero.
     """
-    if len(samples) != len(baseline):
-        raise ValueError(f"{len(samples)} rounds can't be compared with {len(baseline)}; measure both in one run")
+    if len(samples) != len(baseline) or any(value <= 0 for value in baseline):
+        return []
     return [sample / base for sample, base in zip(samples, baseline, strict=True)]
-
-
-def _quantile(ordered: Sequence[float], fraction: float) -> float:
-    position = fraction * (len(ordered) - 1)
-    below = int(position)
-    above = min(below + 1, len(ordered) - 1)
-    return ordered[below] + (ordered[above] - ordered[below]) * (position - below)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -21,32 +22,36 @@ class TrainingStep:
     """A model with a batch and an optimizer.
 
     Args:
-        model: what a method prepared.
-        base: the model that the method started from.
-        settings: scope, loss, optimizer, seed.
-        point: the size of the batch.
-        compiled: run the inner model through torch.compile, for exactly this size.
+        model: What a method prepared.
+        base: The model that the method started from.
+        settings: Scope, loss, optimizer, seed.
+        point: The size of the batch.
+        variant: `eager`, or how the inner model is compiled, for exactly this size: `compiled`, `cuda-graphs`.
     """
 
     def __init__(
-        self, model: nn.Module, base: BaseModel, settings: BenchSettings, point: Point, compiled: bool = False
+        self, model: nn.Module, base: BaseModel, settings: BenchSettings, point: Point, variant: str = "eager"
     ) -> None:
-        self.model = model
+        self.model, self.point = model, point
         self.device = settings.torch_device
-        self.element_size = settings.torch_dtype.itemsize
         self.trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self.optimizer = _optimizer(self.trained, settings.optimizer)
-        inner = inner_model(model)
+        inner: Any = inner_model(model)
         fused = settings.scope == "model" and settings.loss == "fused" and not base.vision
-        if fused and not compiled:
-            _add_fused_loss(inner)
-        elif fused:
-            raise ValueError("the fused loss can't be compiled along; measure compiled models with loss=logits")
-        call: Callable[..., Any] = torch.compile(inner, dynamic=False) if compiled else model
+        if fused:
+            from trl.trainer.utils import add_fused_lm_head
+
+            add_fused_lm_head(inner)
+        self._graphs = variant == "cuda-graphs"
+        call: Callable[..., Any] = model
+        if variant != "eager":
+            call = torch.compile(inner, dynamic=False, mode="reduce-overhead" if self._graphs else None)
         self._inputs, self._forward, self._gradient = _workload(call, base, settings, point, fused)
 
     def forward(self) -> Tensor:
         """The forward pass: the loss, or with scope `blocks` the hidden states `(batch, seq, hidden)`."""
+        if self._graphs:
+            torch.compiler.cudagraph_mark_step_begin()  # the graph may take back the memory of the last step's results
         return self._forward()
 
     def backward(self, result: Tensor) -> None:
@@ -65,6 +70,12 @@ class TrainingStep:
         """The whole step."""
         self.backward(self.forward())
         self.update()
+
+    def clock(self) -> float:
+        """Seconds, read when the device has done what was asked of it; a CPU always has."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter()
 
     def abandon(self) -> None:
         """After a failure: drop the gradients, and give what they and the graph held back to the device."""
@@ -87,12 +98,6 @@ def _optimizer(parameters: list[nn.Parameter], name: str) -> torch.optim.Optimiz
     return torch.optim.AdamW(parameters, lr=_LEARNING_RATE, fused=True)
 
 
-def _add_fused_loss(model: Any) -> None:
-    from trl.trainer.utils import add_fused_lm_head
-
-    add_fused_lm_head(model)
-
-
 def _workload(
     call: Callable[..., Any], base: BaseModel, settings: BenchSettings, point: Point, fused: bool
 ) -> tuple[list[Tensor], Callable[[], Tensor], Tensor | None]:
@@ -108,12 +113,7 @@ def _workload(
 
     if base.vision:
         images, classes = normal(point.batch, 3, base.image_size, base.image_size), integers(point.batch)
-
-        def classify() -> Tensor:
-            output = call(pixel_values=images)
-            return F.cross_entropy(output if isinstance(output, Tensor) else output.logits, classes)
-
-        return [], classify, None
+        return [], lambda: F.cross_entropy(call(pixel_values=images).logits, classes), None
     if settings.scope == "blocks":
         hidden_states = normal(point.batch, point.seq, base.hidden_size).requires_grad_(True)
         gradient = normal(point.batch, point.seq, base.hidden_size)

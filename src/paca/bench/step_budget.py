@@ -1,45 +1,39 @@
-"""Where a step's time goes: its phases, and its kinds of operators."""
+"""Where a step's time goes: its phases, its kinds of operators, and how many kernels it launches."""
 
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from paca.bench.device import clock
 from paca.bench.step import TrainingStep
-from paca.layers import paca_layers
-from paca.tuner.entry import write_layers
 
-PHASES = ("forward", "backward", "optimizer", "refresh")
+PHASES = ("forward", "backward", "optimizer")
 _MATMULS = {"aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "aten::_addmm_activation", "aten::mkldnn_linear"}
 _CONVOLUTIONS = ("aten::convolution", "aten::mkldnn_convolution", "aten::cudnn_convolution", "aten::thnn_conv2d")
 _GATHERS = {"aten::index_select", "aten::gather", "aten::index"}
 _CASTS = {"aten::copy_", "aten::_to_copy", "aten::to", "aten::clone", "aten::contiguous"}
 _COPIES_OF_COLUMNS = {"aten::copy_", "aten::clone", "aten::cat"}
-_FORWARD = "_PartialLinear"
-"""The forward pass of an adapted layer, where columns that lie side by side are copied as blocks."""
-_RANGE = "paca.bench: "
+_LAUNCHES = ("cudaLaunch", "cuLaunch", "cudaGraphLaunch", "cuGraphLaunch")
+_OPTIMIZER = "paca.bench: optimizer"
 
 
 def time_phases(step: TrainingStep) -> dict[str, float]:
     """Seconds of each phase of one step.
 
-    The refresh of PaCA's columns, which a training step does at the start of its next forward pass, is done right after
-    the optimizer instead, so that it has a time of its own. Waiting for the device between the phases makes the sum
-    larger than a step that is not split.
+    The optimizer's phase includes what PaCA does after it: writing the columns into the weights. Waiting for the device
+    between the phases makes the sum larger than a step that is not split.
     """
-    layers = paca_layers(step.model)
-    start = clock(step.device)
+    start = step.clock()
     result = step.forward()
-    forward = clock(step.device)
+    forward = step.clock()
     step.backward(result)
-    backward = clock(step.device)
+    backward = step.clock()
     step.update()
-    update = clock(step.device)
-    write_layers(layers)
-    times = (start, forward, backward, update, clock(step.device))
+    times = (start, forward, backward, step.clock())
     return {name: times[i + 1] - times[i] for i, name in enumerate(PHASES)}
 
 
@@ -50,26 +44,27 @@ def profile_step(step: TrainingStep, rank: int, repeats: int = 3) -> dict[str, f
     what no operator accounts for. On CUDA they are the kernels' times; `idle` is the rest of the step.
 
     Args:
-        step: an eager step, warmed up.
-        rank: a matrix product with a dimension of this size is a skinny one.
-        repeats: steps to average over.
+        step: An eager step, warmed up.
+        rank: A matrix product with a dimension of this size is a skinny one.
+        repeats: Steps to average over.
     """
     cuda = step.device.type == "cuda"
-    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]
-    layers = paca_layers(step.model)
-    with profile(activities=activities, record_shapes=True) as profiler:
-        start = clock(step.device)
+    ours = {kind.__name__ for kind in torch.autograd.Function.__subclasses__() if kind.__module__.startswith("paca.")}
+    seconds = 0.0
+
+    def run() -> None:
+        nonlocal seconds
+        start = step.clock()
         for _ in range(repeats):
             step.backward(step.forward())
-            with record_function(_RANGE + "optimizer"):
+            with record_function(_OPTIMIZER):
                 step.update()
-            with record_function(_RANGE + "refresh"):
-                write_layers(layers)
-        seconds = (clock(step.device) - start) / repeats
+        seconds = (step.clock() - start) / repeats
+
     found: dict[str, float] = defaultdict(float)
-    for event in profiler.events() or ():
+    for event in _events(step, run):
         microseconds = event.self_device_time_total if cuda else event.self_cpu_time_total
-        kind = _kind(event, rank)
+        kind = _kind(event, rank, ours)
         if kind is not None and microseconds > 0:
             found[kind] += microseconds / 1e6 / repeats
     rest = "idle" if cuda else "Python and autograd"
@@ -77,18 +72,56 @@ def profile_step(step: TrainingStep, rank: int, repeats: int = 3) -> dict[str, f
     return dict(sorted(found.items(), key=lambda item: -item[1]))
 
 
-def _kind(event: Any, rank: int) -> str | None:
-    """What the event's own time was spent on; None for what isn't an operator."""
+def count_launches(step: TrainingStep, *, optimizer: bool = True) -> float:
+    """Kernels that a warmed-up step launches on CUDA; a CUDA graph is one launch.
+
+    A CPU launches none. There it is the number of operators that are called from outside of operators.
+
+    Args:
+        step: Eager or compiled; it is run three times before it is counted, so that everything is compiled.
+        optimizer: Whether the optimizer's part is counted along with the forward and the backward pass.
+    """
+    for _ in range(3):
+        step.run()
+    run = step.run if optimizer else lambda: step.backward(step.forward())
+    events = _events(step, run)
+    step.update()
+    if step.device.type == "cuda":
+        return float(sum(event.name.startswith(_LAUNCHES) for event in events))
+    return float(sum(_is_operator(event) and not _is_operator(event.cpu_parent) for event in events))
+
+
+def _events(step: TrainingStep, run: Callable[[], Any]) -> list[Any]:
+    cuda = [ProfilerActivity.CUDA] if step.device.type == "cuda" else []
+    with profile(activities=[ProfilerActivity.CPU, *cuda], record_shapes=True) as profiler:
+        run()
+        step.clock()  # waits for the device
+    return list(profiler.events() or ())
+
+
+def _is_operator(event: Any) -> bool:
+    return event is not None and event.name.startswith(("aten::", "mkldnn::", "bitsandbytes::"))
+
+
+def _kind(event: Any, rank: int, ours: set[str]) -> str | None:
+    """What the event's own time was spent on; None for what isn't an operator.
+
+    Args:
+        event: Of the profiler.
+        rank: As for `profile_step`.
+        ours: Names of the package's autograd functions. Columns that lie side by side are copied as blocks within
+            their forward pass, and so count as gathered.
+    """
     if str(event.device_type).endswith("CUDA"):
         return None  # a kernel: counted with the operator that launched it
     name: str = event.name
-    if "::" not in name or name.startswith(("autograd::", _RANGE)):
+    if "::" not in name or name.startswith(("autograd::", _OPTIMIZER)):
         return None
     ancestor, takes_columns = event.cpu_parent, False
     while ancestor is not None:
-        if ancestor.name.startswith(_RANGE):
-            return str(ancestor.name.removeprefix(_RANGE))
-        takes_columns |= ancestor.name == _FORWARD and name in _COPIES_OF_COLUMNS
+        if ancestor.name == _OPTIMIZER:
+            return "optimizer"
+        takes_columns |= ancestor.name in ours and name in _COPIES_OF_COLUMNS
         ancestor = ancestor.cpu_parent
     if takes_columns:
         return "gather"

@@ -1,9 +1,8 @@
-"""How long it takes to switch from one adapter to another."""
+"""Switching from one adapter to another: how long it takes, and what a compiled model compiles again."""
 
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,10 +10,10 @@ from peft import PeftModel
 from torch import nn
 
 from paca.bench.compilation import graphs_compiled
-from paca.bench.device import clock
-from paca.bench.method import Method, MethodUnavailable
+from paca.bench.methods import Method, MethodUnavailable
 from paca.bench.step import TrainingStep
 
+RECOMPILATIONS = ("steps", "first_switch", "switch_back")
 _SECOND = "second"
 
 
@@ -22,7 +21,7 @@ def add_second_adapter(model: nn.Module, method: Method) -> None:
     """Put a second adapter of the same settings beside the first; where columns are drawn, it draws others.
 
     Raises:
-        MethodUnavailable: the method has no adapter.
+        MethodUnavailable: The method has no adapter.
     """
     if not isinstance(model, PeftModel):
         raise MethodUnavailable("has no adapter to switch")
@@ -40,41 +39,33 @@ def time_switches(step: TrainingStep, rounds: int) -> list[float]:
     one without, and takes the difference.
 
     Args:
-        step: its model has a second adapter; its batch should be small, so that the difference isn't lost in noise.
-        rounds: samples.
+        step: Its model has a second adapter; its batch should be small, so that the difference isn't lost in noise.
+        rounds: Samples.
     """
     model: Any = step.model
     samples = []
     with torch.no_grad():
         step.forward()
         for number in range(rounds):
-            start = clock(step.device)
+            start = step.clock()
             model.set_adapter("default" if number % 2 else _SECOND)
             step.forward()
-            switched = clock(step.device)
+            switched = step.clock()
             step.forward()
-            samples.append((switched - start) - (clock(step.device) - switched))
+            samples.append((switched - start) - (step.clock() - switched))
     model.set_adapter("default")
     return samples
 
 
-@dataclass(frozen=True)
-class Recompilations:
-    """Graphs made by a compiled model after its first steps."""
-
-    steps: int
-    """In three more steps of the same adapter."""
-    first_switch: int
-    """In a step after the first switch to the second adapter."""
-    switch_back: int
-    """In a step after the switch back to the first, and in one after going to the second again."""
-
-
-def count_recompilations(step: TrainingStep) -> Recompilations:
-    """Train two adapters in turn in a compiled model and count the graphs that are made on the way.
+def count_recompilations(step: TrainingStep) -> tuple[int, int, int]:
+    """Train two adapters in turn in a compiled model and count the graphs that are made after its first steps.
 
     Args:
-        step: compiled; its model has a second adapter.
+        step: Compiled; its model has a second adapter.
+
+    Returns:
+        As `RECOMPILATIONS` says: graphs made in three more steps of the same adapter, in a step after the first switch
+        to the second one, and in a step after the switch back to the first and one after going to the second again.
     """
     model: Any = step.model
 
@@ -87,8 +78,4 @@ def count_recompilations(step: TrainingStep) -> Recompilations:
         return graphs_compiled() - before
 
     graphs_of(None, None)
-    return Recompilations(
-        steps=graphs_of(None, None, None),
-        first_switch=graphs_of(_SECOND),
-        switch_back=graphs_of("default", _SECOND),
-    )
+    return graphs_of(None, None, None), graphs_of(_SECOND), graphs_of("default", _SECOND)

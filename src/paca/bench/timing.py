@@ -6,12 +6,9 @@ import gc
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-import torch
-
 from paca.bench.compilation import graphs_compiled
-from paca.bench.device import clock
-from paca.bench.failures import failure_reason
 from paca.bench.step import TrainingStep
+from paca.messages.out_of_memory import failure_reason
 
 
 @dataclass
@@ -31,7 +28,7 @@ class Timing:
 
 
 def time_rounds(
-    steps: Mapping[str, TrainingStep], *, rounds: int, warmup: int, steps_per_round: int, device: torch.device
+    steps: Mapping[str, TrainingStep], *, rounds: int, warmup: int, steps_per_round: int
 ) -> dict[str, Timing]:
     """Time every step once per round, in an order that rotates from round to round.
 
@@ -39,11 +36,10 @@ def time_rounds(
     collected between the samples, never within one. Ctrl-C after a whole round keeps the rounds there are.
 
     Args:
-        steps: what to time, by name.
-        rounds: samples per method.
-        warmup: steps per method before the first round.
-        steps_per_round: a sample is the mean of so many steps.
-        device: where they run.
+        steps: What to time, by name.
+        rounds: Samples per method.
+        warmup: Steps per method before the first round.
+        steps_per_round: A sample is the mean of so many steps.
     """
     timings = {name: Timing() for name in steps}
     running = list(steps)
@@ -60,7 +56,7 @@ def time_rounds(
             steps[name].abandon()
     for number in range(rounds):
         try:
-            _round(steps, running, timings, steps_per_round, device)
+            _round(steps, running, timings, steps_per_round)
         except KeyboardInterrupt:
             if number == 0:
                 raise
@@ -72,12 +68,10 @@ def time_rounds(
     return timings
 
 
-def _round(
-    steps: Mapping[str, TrainingStep], running: list[str], timings: dict[str, Timing], count: int, device: torch.device
-) -> None:
+def _round(steps: Mapping[str, TrainingStep], running: list[str], timings: dict[str, Timing], count: int) -> None:
     for name in list(running):
         try:
-            seconds, graphs = _sample(steps[name], count, device)
+            seconds, graphs = _sample(steps[name], count)
             timings[name].seconds.append(seconds)
             timings[name].recompilations += graphs
         except Exception as error:
@@ -87,15 +81,15 @@ def _round(
             steps[name].abandon()
 
 
-def _sample(step: TrainingStep, count: int, device: torch.device) -> tuple[float, int]:
+def _sample(step: TrainingStep, count: int) -> tuple[float, int]:
     gc.collect()
     gc.disable()
     graphs = graphs_compiled()
     try:
-        start = clock(device)
+        start = step.clock()
         for _ in range(count):
             step.run()
-        seconds = (clock(device) - start) / count
+        seconds = (step.clock() - start) / count
     finally:
         gc.enable()
     return seconds, graphs_compiled() - graphs

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
@@ -41,19 +42,25 @@ def run(
     dtype: Annotated[str, typer.Option(help="bfloat16, float16 or float32.")] = "bfloat16",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, …")] = "auto",
     methods: _Names = None,
-    baseline: Annotated[str, typer.Option(help="The method that ratios are taken against.")] = "frozen",
-    seq: Annotated[str, typer.Option(metavar="N,N,…", help="Sequence lengths.")] = "512",
+    baseline: Annotated[
+        str | None,
+        typer.Option(help="The method that ratios are taken against. [default: frozen, or without it the first]"),
+    ] = None,
+    seq: Annotated[str, typer.Option("--seq", "--tokens", metavar="N,N,…", help="Sequence lengths.")] = "512",
     batch: Annotated[str, typer.Option(metavar="N,N,…", help="Batch sizes.")] = "1",
     rank: Annotated[int, typer.Option(help="r of PaCA and LoRA.")] = 16,
     optimizer: Annotated[str, typer.Option(help="adamw (fused) or sgd; the same for all methods.")] = "adamw",
     measure: Annotated[
-        str, typer.Option(metavar="A,B,…", help="Of: time, memory, saved, switch, max-seq, max-batch.")
+        str, typer.Option(metavar="A,B,…", help="Of: time, memory, saved, switch, launches, max-seq, max-batch.")
     ] = "time,saved,memory",
     rounds: Annotated[int, typer.Option(help="Every round times every method once.")] = 10,
     warmup: Annotated[int, typer.Option(help="Steps per method before the rounds.")] = 2,
     steps: Annotated[int, typer.Option(help="Steps per sample.")] = 1,
     memory: Annotated[str | None, typer.Option(help="Budget of max-seq and max-batch, such as 2GiB.")] = None,
     compile_: Annotated[bool, typer.Option("--compile", help="Also measure compiled models.")] = False,
+    cuda_graphs: Annotated[
+        bool, typer.Option("--cuda-graphs", help="Also measure models compiled into CUDA graphs.")
+    ] = False,
     profile: Annotated[bool, typer.Option("--profile", help="Also split the step by phase and kind of work.")] = False,
     seed: Annotated[int, typer.Option(help="Seed of the weights and the batch.")] = 0,
     output: Annotated[Path, typer.Option(help="The CSV file that the rows are appended to.")] = Path(
@@ -90,23 +97,26 @@ def run(
         steps=steps,
         memory=None if memory is None else parse_bytes(memory),
         compile=compile_,
+        cuda_graphs=cuda_graphs,
         profile=profile,
         seed=seed,
     )
-    from paca.bench.model_choice import check_model_choice
-
-    check_model_choice(settings)  # before the methods, whose libraries take seconds to import
+    settings.shape()  # before the methods, whose libraries take seconds to import
     from paca.bench.methods import find_methods
 
     find_methods(settings.methods)
     console = Console()
     if dry_run:
-        for name, value in settings.to_dict().items():
+        for name, value in asdict(settings).items():
             console.print(f"{name:<14} {value}", highlight=False, markup=False, soft_wrap=True)
         return
     from paca.bench.report import tables
-    from paca.bench.rows import Row, append_rows
+    from paca.bench.rows import Row, append_rows, read_rows
     from paca.bench.run import run_benchmark
+    from paca.training.freed_memory import keep_freed_memory
+
+    if settings.torch_device.type == "cpu":
+        keep_freed_memory()  # as paca train does: no step waits for pages of memory, whatever the method
 
     rows: list[Row] = []
     start = time.monotonic()
@@ -120,7 +130,10 @@ def run(
         console.print(f"[{elapsed:6.1f} s] {line}", highlight=False, markup=False, soft_wrap=True)
 
     run_benchmark(settings, write, say)
-    console.print(f"\n{tables(rows)}", highlight=False, markup=False, soft_wrap=True)
+    if rows:
+        measured = read_rows(output)
+        shown = tables(measured[measured["run"] == rows[0]["run"]])
+        console.print(f"\n{shown}", highlight=False, markup=False, soft_wrap=True)
     console.print(f"{len(rows)} rows appended to {output}", highlight=False, markup=False, soft_wrap=True)
 
 
@@ -129,11 +142,12 @@ def methods() -> None:
     """List the methods and the presets."""
     hide_library_notes()
     from paca.bench.methods import METHODS
-    from paca.bench.presets import PRESETS
+    from paca.pretrained.published_shapes import SHAPES
 
     for method in METHODS.values():
         print(f"{method.name:<28} {method.summary}")
-    print(f"\npresets: {', '.join(PRESETS)}")
+    print("\nA method may have settings of its own: paca:r=72:target_modules=o_proj+down_proj")
+    print(f"\npresets: {', '.join(SHAPES)}")
 
 
 @bench.command()
@@ -152,15 +166,16 @@ def report(
     """Turn rows into tables and pictures."""
     import os
 
+    import pandas as pd
+
     from paca.bench.plots import write_plots
     from paca.bench.readme import replace_block
-    from paca.bench.report import tables
+    from paca.bench.report import baselines_of, summary_tables, tables
     from paca.bench.rows import read_rows
-    from paca.bench.summary_table import summary_tables
 
-    rows = [row for file in files for row in read_rows(file)]
+    rows = pd.concat([read_rows(file) for file in files], ignore_index=True)
     baselines = _names(baseline) if baseline else ()
-    there = {row.method for row in rows}
+    there = set(rows["method"])
     if unknown := [method for method in baselines if method not in there]:
         from paca.messages.errors import PacaError
 
@@ -177,7 +192,7 @@ def report(
     if readme is not None:
         shown = [f"![{path.stem}]({os.path.relpath(path, readme.parent)})" for path in pictures[:1]]
         source = ", ".join(f"[{file.name}]({os.path.relpath(file, readme.parent)})" for file in files)
-        summary = summary_tables(rows, baselines or list(dict.fromkeys(row.baseline for row in rows if row.baseline)))
+        summary = summary_tables(rows, baselines or baselines_of(rows))
         whole = f" ([all of it, with spreads]({os.path.relpath(markdown, readme.parent)}))" if markdown else ""
         made = f"Medians of ratios within a round; made by `paca bench report` from the rows in {source}{whole}."
         replace_block(readme, "\n".join([*shown, "", summary, made]))

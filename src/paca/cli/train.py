@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 
-from paca.cli.freed_memory import keep_freed_memory
 from paca.cli.quiet import hide_library_notes
 from paca.messages.errors import PacaError
 
@@ -57,6 +56,7 @@ def train(
 
     import torch
 
+    from paca.training.freed_memory import keep_freed_memory
     from paca.training.run import train as run
 
     if not torch.accelerator.is_available():

@@ -14,6 +14,8 @@ from paca.messages.errors import PacaError
 from paca.planning.estimate import prepare_model
 from paca.planning.run_setting import setting_of_run
 from paca.planning.setting import Setting
+from paca.pretrained import load_config
+from paca.pretrained.published_shapes import SHAPES, check_not_a_mistyped_shape
 
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
@@ -110,20 +112,15 @@ def target_of_run(
 
 
 def _outline(name: str, dtype: str, revision: str | None = None, trust_remote_code: bool = False) -> PreTrainedModel:
-    from paca.bench.presets import PRESETS, TextShape
-
-    preset = PRESETS.get(name)
-    if preset is None:
-        from paca.bench.model_choice import check_not_a_mistyped_preset
-        from paca.pretrained import load_config
-
-        check_not_a_mistyped_preset(name)
+    shape = SHAPES.get(name)
+    if shape is None:
+        check_not_a_mistyped_shape(name)
         return load_config(name, dtype, revision, trust_remote_code).model
-    if not isinstance(preset, TextShape):
+    if shape.vision:
         raise PacaError(f"{name} is an image model; plans can be made for language models only.")
     if dtype != "auto" and dtype not in _DTYPES:
         raise PacaError(f"Unknown dtype {dtype!r}. Give one of: auto, {', '.join(_DTYPES)}.")
-    config = preset.config()
+    config = shape.config()
     config.dtype = _DTYPES.get(dtype, torch.bfloat16)
     model = prepare_model(config)
     assert isinstance(model, PreTrainedModel)

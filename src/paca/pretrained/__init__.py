@@ -2,7 +2,23 @@
 
 from __future__ import annotations
 
-from paca.pretrained.loading import Outline, Pretrained, load_config, load_pretrained, load_tokenizer
-from paca.pretrained.trainable_copy import save_trainable_copy
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from paca.pretrained.loading import Outline, Pretrained, load_config, load_pretrained, load_tokenizer
+    from paca.pretrained.trainable_copy import save_trainable_copy
 
 __all__ = ["Outline", "Pretrained", "load_config", "load_pretrained", "load_tokenizer", "save_trainable_copy"]
+
+
+def __getattr__(name: str) -> Any:
+    # Loaded on first use: they import transformers, for which a mistyped preset should not have to wait.
+    if name == "save_trainable_copy":
+        from paca.pretrained import trainable_copy
+
+        return trainable_copy.save_trainable_copy
+    if name in __all__:
+        from paca.pretrained import loading
+
+        return getattr(loading, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,17 +1,8 @@
-"""Memory ran out: how that is recognised, and what a user can change."""
+"""Memory ran out: what a user can change."""
 
 from __future__ import annotations
 
-import torch
-
 from paca.training.run_config import RunConfig
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that an allocation failed, on whatever device."""
-    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
-        return True
-    return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)  # torch's CPU allocator
 
 
 def remedies(config: RunConfig) -> str:

@@ -21,9 +21,11 @@ from trl import SFTConfig, SFTTrainer
 from paca.data import check_labels
 from paca.lean import make_lean
 from paca.messages.errors import PacaError
+from paca.messages.out_of_memory import is_out_of_memory
 from paca.messages.program import program
+from paca.messages.provenance import command_line, git_state, hardware, now, versions
 from paca.pretrained import Pretrained, load_pretrained, save_trainable_copy
-from paca.training import summary, train_settings
+from paca.training import train_settings
 from paca.training.adapter_card import NoCardsOfCheckpoints, write_adapter_card
 from paca.training.calibration import ColumnChoice
 from paca.training.data_order import SetEpochOfSampler
@@ -32,7 +34,7 @@ from paca.training.interrupt import StopOnSignal
 from paca.training.memory import describe_peak_memory, peak_memory, reset_peak_memory
 from paca.training.memory_check import memory_at_hand, memory_warning
 from paca.training.metrics import MetricsLog, RecordMetrics, finite_or_none
-from paca.training.out_of_memory import is_out_of_memory, remedies
+from paca.training.out_of_memory import remedies
 from paca.training.plan import Plan, PreparedRun, prepare
 from paca.training.probe import ProbeLongestBatch
 from paca.training.progress import ShowProgress
@@ -41,6 +43,7 @@ from paca.training.run_config import RunConfig
 from paca.training.run_folder import RunFolder, steps_done
 from paca.training.same_run import check_same_run
 from paca.training.sharding import check_sharding, sharding_warning
+from paca.training.summary import write_summary
 from paca.tuner.rotation.callback import RotateColumns
 
 
@@ -205,7 +208,7 @@ class _Run:
         assert self.trainer.model is not None
         write_adapter_card(self.folder.adapter, result, self.trainer.model)
         write_report(self.folder.report, result, self.log.rows, self.config.to_yaml())
-        summary.write_summary(self.folder.summary, result)  # last: it says that the run is finished
+        write_summary(self.folder.summary, result)  # last: it says that the run is finished
         return RunResult(self.folder.path, result, None)
 
     def _load_model(self) -> Pretrained:
@@ -277,8 +280,8 @@ class _Run:
         train_seconds = self.recorder.train_seconds
         return {
             "name": self.folder.path.name,
-            "finished": summary.now(),
-            "command": summary.command_line(),
+            "finished": now(),
+            "command": command_line(),
             "model": {
                 "name": self.config.model.name,
                 "source": plan.source,
@@ -311,9 +314,9 @@ class _Run:
             "peak_memory_bytes": max(self.recorder.peak_memory_bytes, peak_memory(device)),
             "peak_memory_of": describe_peak_memory(device),
             "processes": plan.processes,
-            "versions": summary.versions(),
-            "hardware": summary.hardware(device),
-            "git": summary.git_state(Path.cwd()),
+            "versions": versions(),
+            "hardware": hardware(device),
+            "git": git_state(Path.cwd()),
             "config": self.config.as_dict(),
         }
 

@@ -1,0 +1,22 @@
+"""Memory ran out: how that is recognised, on every device."""
+
+from __future__ import annotations
+
+import torch
+
+_CPU_ALLOCATOR = ("can't allocate memory", "not enough memory")  # torch's, on POSIX and on Windows: a RuntimeError
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that an allocation failed, on whatever device."""
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in _CPU_ALLOCATOR)
+
+
+def failure_reason(error: BaseException) -> str:
+    """One line for a report: that memory ran out, or the error's class and the beginning of its message."""
+    if is_out_of_memory(error):
+        return "out of memory"
+    lines = str(error).strip().splitlines() or [""]
+    return f"{type(error).__name__}: {lines[0]}"[:300]

@@ -1,0 +1,127 @@
+"""The published shapes that are known by name, to be planned for without a hub or filled with random weights."""
+
+from __future__ import annotations
+
+import difflib
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from paca.messages.errors import PacaError
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A transformer, as in the config.json of its checkpoint."""
+
+    model_type: str
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    more: dict[str, Any] = field(default_factory=dict)
+    """Further entries of the config, such as `vocab_size`, or `image_size` and `num_labels`."""
+
+    @property
+    def vision(self) -> bool:
+        """Whether it classifies images; else it is a causal language model."""
+        return "image_size" in self.more
+
+    def resized(
+        self,
+        *,
+        layers: int | None = None,
+        hidden: int | None = None,
+        intermediate: int | None = None,
+        vocab: int | None = None,
+        image_size: int | None = None,
+    ) -> Shape:
+        """With other sizes. The MLP follows the width; heads keep their size and their grouping.
+
+        Raises:
+            PacaError: The width is no whole number of groups of heads, or the model has no such size.
+        """
+        width = hidden or self.hidden_size
+        head_size = self.hidden_size // self.num_attention_heads
+        group = self.num_attention_heads // self.num_key_value_heads
+        if width % (head_size * group) and width != self.hidden_size:
+            raise PacaError(
+                f"hidden is {width}; this shape has heads of {head_size} in groups of {group}, so it must be a "
+                f"multiple of {head_size * group}."
+            )
+        changes = {key: size for key, size in (("vocab_size", vocab), ("image_size", image_size)) if size is not None}
+        if strange := changes.keys() - self.more.keys():
+            name = min(strange).replace("vocab_size", "vocab")
+            raise PacaError(f"{name} does not go with a model of type {self.model_type}, which has none.")
+        heads = width // head_size
+        return replace(
+            self,
+            hidden_size=width,
+            intermediate_size=intermediate or round(self.intermediate_size * width / self.hidden_size),
+            num_hidden_layers=layers or self.num_hidden_layers,
+            num_attention_heads=heads,
+            num_key_value_heads=heads // group,
+            more=self.more | changes,
+        )
+
+    def config(self) -> Any:
+        """The transformers config."""
+        from transformers import AutoConfig
+
+        sizes: dict[str, Any] = {
+            "hidden_size": self.hidden_size,
+            "intermediate_size": self.intermediate_size,
+            "num_hidden_layers": self.num_hidden_layers,
+            "num_attention_heads": self.num_attention_heads,
+        }
+        if not self.vision:  # the published ids lie outside a shrunk vocabulary, and nothing is generated
+            sizes |= {"num_key_value_heads": self.num_key_value_heads}
+            sizes |= dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
+        return AutoConfig.for_model(self.model_type, **sizes, **self.more)
+
+
+def _text(
+    model_type: str, sizes: tuple[int, int, int, int, int], vocab_size: int, longest: int, theta: float, **more: Any
+) -> Shape:
+    rope = {"rope_type": "default", "rope_theta": theta, **more.pop("rope", {})}
+    text = {"vocab_size": vocab_size, "max_position_embeddings": longest, "rope_parameters": rope}
+    return Shape(model_type, *sizes, more=text | more)
+
+
+_LLAMA_31_ROPE = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+
+SHAPES: dict[str, Shape] = {
+    "llama2-7b": _text("llama", (4096, 11008, 32, 32, 32), 32000, 4096, 1e4),
+    "llama2-13b": _text("llama", (5120, 13824, 40, 40, 40), 32000, 4096, 1e4),
+    "llama3-8b": _text("llama", (4096, 14336, 32, 32, 8), 128256, 8192, 5e5),
+    "llama3.1-70b": _text("llama", (8192, 28672, 80, 64, 8), 128256, 131072, 5e5, rope=_LLAMA_31_ROPE),
+    "qwen2.5-0.5b": _text("qwen2", (896, 4864, 24, 14, 2), 151936, 32768, 1e6, tie_word_embeddings=True),
+    "smollm2-135m": _text("llama", (576, 1536, 30, 9, 3), 49152, 8192, 1e5, tie_word_embeddings=True),
+    "vit-b16": Shape("vit", 768, 3072, 12, 12, 12, {"image_size": 224, "num_labels": 1000}),
+}
+
+
+def check_not_a_mistyped_shape(name: str) -> None:
+    """Refuse a name that is no shape but nearly one: looking for it on the hub would only cost time.
+
+    Args:
+        name: A model's name that is no shape.
+
+    Raises:
+        PacaError: It is not here, has not the form `owner/name` and is close to a shape; names the nearest.
+    """
+    if "/" in name or Path(name).expanduser().exists() or name.lower().endswith(".gguf"):
+        return
+    close = difflib.get_close_matches(name.lower(), SHAPES, n=1)
+    if close:
+        raise PacaError(
+            f"There is no model {name!r} here, and no preset of that name. Did you mean {close[0]}? The presets are "
+            f"{', '.join(SHAPES)}. A model of the hub is given as owner/name."
+        )
