@@ -219,6 +219,11 @@ class ResidentColumns(ActiveColumns):
         Raises:
             RuntimeError: as `check_backward`, or if somebody else wrote the weight.
         """
+        if self.state is state and saved_tag is state.tag and state.base == self.base and state.unchanged():
+            current = all(self.revisions.get(c.name, 0) == c.revision for c in state.columns)
+            if current and self._seal == _identity(weight):  # as it is nearly always
+                self.unaccounted = not self.trusted
+                return
         self.check_backward(state, saved_tag)
         if self.state.key != state.key or not self.sealed(weight):
             with WRITING:
@@ -373,7 +378,9 @@ class ResidentColumns(ActiveColumns):
         return read_columns(weight.detach(), self.dim, self.kept.positions.to(weight.device))
 
     def _set_state(self, state: State) -> None:
-        self.state, traced, now = state, self.traced, state.trained
+        self.state, before, traced, now = state, self.state, self.traced, state.trained
+        if before.trained is now:
+            return
         if (
             traced.rows != now.rows
             or any(a is not b for a, b in zip(_tensors(traced), _tensors(now), strict=True))
@@ -400,15 +407,15 @@ def write_together(jobs: Iterable[tuple[ResidentColumns, Tensor, tuple[AdapterCo
                 continue
             written.append((columns, weight, state))
             only, runs, originals = state.columns[0], state.trained.runs[0], columns.kept.values
-            delta = oriented(only.delta.detach(), columns.dim)
-            wide = torch.promote_types(weight.dtype, torch.float32)
             if len(state.columns) > 1 or only.folded is not None or runs is None or weight.is_inference():
                 sums = sum_of(columns.kept, _parts(wanted), columns.dim)
                 write_columns(weight, columns.dim, columns.kept.positions, sums)
             else:
                 group = groups[only.scale, weight.device, weight.dtype]
+                wide = torch.promote_types(weight.dtype, torch.float32)
+                delta = oriented(only.delta.detach(), columns.dim).to(originals.device, wide)
                 group[0].extend(blocks_in(originals, columns.dim, runs))
-                group[1].extend(blocks_in(delta.to(originals.device, wide), columns.dim, runs))
+                group[1].extend(blocks_in(delta, columns.dim, runs))
                 group[2].extend(blocks_of(weight, columns.dim, runs))
         for (scale, _, _), (originals_of, deltas, views) in groups.items():
             torch._foreach_copy_(views, add_scaled(originals_of, deltas, scale))

@@ -83,44 +83,49 @@ class State:
         like: a state whose tensors are reused if they are the same, which an optimizer step leaves them.
     """
 
-    __slots__ = ("_tag", "base", "columns", "key", "trained", "versions")
+    __slots__ = ("_tag", "base", "columns", "key", "trained", "watched")
 
     trained: Trained
 
     def __init__(self, columns: tuple[AdapterColumns, ...], base: int, like: State | None = None) -> None:
         self.columns, self.base = columns, base
-        self.key = (base, tuple((c.name, c.revision, c.scale) for c in columns))
-        self.versions = tuple(
-            (version_of(c.delta if c.source is None else c.source), version_of(c.delta), version_of(c.indices))
-            for c in columns
-        )
+        self.key = (base, tuple([(c.name, c.revision, c.scale) for c in columns]))
         self._tag: Tensor | None = None
-        deltas, indices = tuple(c.delta for c in columns), tuple(c.indices for c in columns)
-        scales = tuple(c.scale for c in columns)
-        if like is not None and like.trained.scales == scales and like.has_places_of(self):
-            runs = like.trained.runs
+        # Every tensor that has a version counter, with its version: flat, since it is compared often.
+        tensors = [t for c in columns for t in (c.delta, c.indices, c.source) if t is not None]
+        self.watched = tuple([(t, t._version) for t in tensors if not t.is_inference()])
+        if like is not None and _same_tensors(columns, like.columns) and like.has_places_of(self):
+            self.trained = like.trained
         else:
+            deltas, indices = tuple(c.delta for c in columns), tuple(c.indices for c in columns)
             runs = tuple(runs_of(i) for i in indices)
-        self.trained = Trained(deltas, indices, scales, runs, (None,) * len(columns))
+            self.trained = Trained(deltas, indices, tuple(c.scale for c in columns), runs, (None,) * len(columns))
 
     def has_places_of(self, other: State) -> bool:
         """Whether the columns of both lie in the same places."""
-        return len(self.columns) == len(other.columns) and all(
-            mine.indices is theirs.indices and mine.folded is theirs.folded and version[2] == its[2]
-            for mine, theirs, version, its in zip(
-                self.columns, other.columns, self.versions, other.versions, strict=True
-            )
-        )
+        if len(self.columns) != len(other.columns):
+            return False
+        for mine, theirs in zip(self.columns, other.columns, strict=True):
+            if mine.indices is not theirs.indices or mine.folded is not theirs.folded:
+                return False
+            if self._version(mine.indices) != other._version(mine.indices):
+                return False
+        return True
+
+    def _version(self, tensor: Tensor) -> int:
+        return next((version for watched, version in self.watched if watched is tensor), -1)
+
+    def unchanged(self) -> bool:
+        """Whether no tensor was changed in place since, as far as version counters tell."""
+        for tensor, version in self.watched:  # noqa: SIM110  (a generator would cost more than the comparison)
+            if tensor._version != version:
+                return False
+        return True
 
     def moved(self) -> list[str]:
         """The adapters whose tensors were changed in place since, as far as version counters tell."""
-        return [
-            c.name
-            for c, (source, delta, indices) in zip(self.columns, self.versions, strict=True)
-            if version_of(c.delta) != delta
-            or version_of(c.indices) != indices
-            or (c.source is not None and version_of(c.source) != source)
-        ]
+        changed = {id(tensor) for tensor, version in self.watched if tensor._version != version}
+        return [c.name for c in self.columns if changed & {id(c.delta), id(c.indices), id(c.source)}]
 
     @property
     def tag(self) -> Tensor:
@@ -129,6 +134,12 @@ class State:
             with torch.inference_mode(False):  # autograd saves it, also if the first forward pass was inference
                 self._tag = torch.tensor(hash(self.key), dtype=torch.int64, device="cpu")
         return self._tag
+
+
+def _same_tensors(one: tuple[AdapterColumns, ...], other: tuple[AdapterColumns, ...]) -> bool:
+    return len(one) == len(other) and all(
+        a.delta is b.delta and a.indices is b.indices and a.scale == b.scale for a, b in zip(one, other, strict=True)
+    )
 
 
 class _Thread(threading.local):
@@ -224,7 +235,7 @@ class ActiveColumns:
                 "written by somebody else, or its columns rotated, or its adapter unloaded, so the gradient can't be "
                 "computed. Run backward() first."
             )
-        if state.moved() or any(self.revisions.get(c.name, 0) != c.revision for c in state.columns):
+        if not state.unchanged() or any(self.revisions.get(c.name, 0) != c.revision for c in state.columns):
             raise RuntimeError(
                 f"The columns of {names_of(state.columns)} were modified between forward and backward (by an optimizer "
                 "step or an in-place operation), so the gradient can't be computed. Run backward() first."

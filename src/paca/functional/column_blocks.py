@@ -91,6 +91,8 @@ def blocks_of(weight: Tensor, dim: int, runs: Runs) -> list[Tensor]:
 
 def blocks_in(values: Tensor, dim: int, runs: Runs) -> list[Tensor]:
     """Views of the same blocks in a tensor that holds these columns only."""
+    if len(runs) == 1:
+        return [values]
     return list(values.split([length for _, length in runs], dim))
 
 

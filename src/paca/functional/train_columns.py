@@ -127,8 +127,9 @@ def train_columns(
     """
     if weight is not None:
         check_frozen(weight)
-    deltas, indices, scales, runs, rows = trained
-    return _TrainColumns.apply(product, source, runs, rows, scales, x, weight, bias, added_to, *indices, *deltas)
+    deltas, indices, *settings = trained
+    # Few arguments: torch looks at each of them.
+    return _TrainColumns.apply((product, source, *settings), x, weight, bias, added_to, *indices, *deltas)
 
 
 def check_frozen(weight: Tensor) -> None:
@@ -145,20 +146,17 @@ class _TrainColumns(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        product: Product,
-        source: WeightSource | None,
-        runs: tuple[Runs | None, ...],
-        rows: tuple[Tensor | None, ...],
-        scales: tuple[Any, ...],
+        settings: Any,
         x: Tensor,
         weight: Tensor | None,
         bias: Tensor | None,
         added_to: Tensor | None,
         *indices_then_deltas: Tensor,
     ) -> Tensor:
+        product, source, scales, runs, rows = settings
         count = len(scales)
         indices, deltas = indices_then_deltas[:count], indices_then_deltas[count:]
-        needed = ctx.needs_input_grad[9 + count :]
+        needed = ctx.needs_input_grad[5 + count :]
         # Select first: x was just written, and the matmul would drive it out of cache. And before the cast: under
         # autocast that reads r columns of x instead of casting all of it.
         selected: list[Any] = [
@@ -166,7 +164,7 @@ class _TrainColumns(torch.autograd.Function):
             for i, run, need in zip(indices, runs, needed, strict=True)
         ]
         if added_to is None:
-            y: Any = product.apply(x, source.weight() if source is not None else weight, bias)  # type: ignore[arg-type]
+            y: Any = product.apply(x, source.weight() if source is not None else weight, bias)
             if not torch.compiler.is_compiling() and y._is_view():  # autograd forbids to write into views
                 y = torch.ops.aten._unsafe_view(y, y.shape)
             selected = [s if s is None else in_dtype(s, y.dtype) for s in selected]
@@ -207,7 +205,7 @@ def _gradients(ctx: Any, grad_output: Tensor) -> tuple[Any, ...]:
     weight = first if ctx.source is None else ctx.source.weight_again(first)
     product, count = ctx.product, len(ctx.scales)
     indices = saved[-count:] if ctx.source is None and count and product.reads_indices else ctx.indices
-    needs_x, needs_bias = ctx.needs_input_grad[5], ctx.needs_input_grad[7]
+    needs_x, needs_bias = ctx.needs_input_grad[1], ctx.needs_input_grad[3]
     grad_y = in_dtype(grad_output, ctx.compute_dtype)
     # Columns first: grad_y was just written, and the large matmul would drive it out of cache.
     grad_deltas: list[Tensor | None] = []
@@ -233,7 +231,7 @@ def _gradients(ctx: Any, grad_output: Tensor) -> tuple[Any, ...]:
                 grad_x.index_copy_(0, ctx.rows[n], part)
         grad_x = in_dtype(grad_x, ctx.input_dtype)
     grad_added_to = grad_output if ctx.adds else None
-    return None, None, None, None, None, grad_x, None, grad_bias, grad_added_to, *([None] * count), *grad_deltas
+    return None, grad_x, None, grad_bias, grad_added_to, *([None] * count), *grad_deltas
 
 
 def in_dtype(tensor: Tensor, dtype: torch.dtype) -> Tensor:

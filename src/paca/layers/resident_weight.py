@@ -126,7 +126,8 @@ class ResidentWeight(nn.Module):
         Returns:
             What the weight holds.
         """
-        owner, weight = self.owner(), self.weight
+        owner, weight = self.owner(), self._parameters["weight"]
+        assert weight is not None
         self.place.check(weight)
         if owner is not None and owner.stale() and not others_step():
             owner.write()
