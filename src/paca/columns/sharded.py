@@ -48,6 +48,8 @@ class ShardedWeight(WholeWeight):
         self._gathered_before = False  # the next copy was gathered before the last write, or from a piece of a copy
         self._handed_out: list[weakref.ref[Any]] = []
         self._entered = False
+        if columns.entry is not None:
+            columns.entry.sharded = True
 
     def entered(self, model: nn.Module, layers: list[Any]) -> None:
         """Find the groups and compare the columns of all processes, once."""

@@ -130,7 +130,11 @@ class ResidentWeight(nn.Module):
         assert weight is not None
         self.place.check(weight)
         if owner is not None and owner.stale() and not others_step():
-            owner.write()
+            entry = self.columns.entry
+            if entry is not None and torch._C._current_graph_task_id() == -1:
+                entry.write_stale()  # with it, the model's other layers; a backward pass needs this one alone
+            if owner.stale():
+                owner.write()
         self.place.bring_up_to_date(weight)
         self.columns.note_forward()
         return self.columns.state

@@ -1,8 +1,8 @@
 """The third door: what no optimizer's hook and no call has written is noticed when a model is entered.
 
-A model's forward pass begins with one look over its adapted layers. A version counter that moved; a parameter that was
-replaced; a new mode, which is when averages and schedule-free optimizers swap values through `.data`; gradients, and no
-optimizer whose steps are seen: then the columns concerned are compared or written, all layers together.
+Each layer looks at its version counters when it runs, and the first that is stale has all of them written together. What
+no counter shows is looked for when the model is entered: in a new mode, which is when averages and schedule-free
+optimizers swap values through `.data`, and where gradients are taken while no optimizer is known whose steps are seen.
 """
 
 from __future__ import annotations
@@ -60,42 +60,56 @@ class ModelEntry(Entry):
     """
 
     def __init__(self, layers: list[PacaLayer]) -> None:
-        self.layers = layers
         self._modes: dict[int, tuple[bool, bool]] = {}  # by thread: whether gradients were on, and training
-        self._note_in_layers()
+        self.take(layers)
 
-    def _note_in_layers(self) -> None:
+    def take(self, layers: list[PacaLayer]) -> None:
+        """Look after these layers from now on: those whose weights hold columns. The others look when they run."""
+        self.layers = [layer for layer in layers if layer.mode == "resident"]
+        self._trusted = False
         for layer in self.layers:
-            if layer.mode == "resident":
-                layer.base_layer.columns.entry = self
+            layer.base_layer.columns.entry = self
 
     @torch.compiler.disable
-    def look(self, model: nn.Module, inputs: Iterable[Any] = ()) -> None:
-        """Write what is stale. Reads only, if nothing is."""
-        mode = torch.is_grad_enabled(), model.training
+    def look(self, model: nn.Module, inputs: Iterable[Any] = (), *, at_all: bool = False) -> None:
+        """Find what only a model can find: what may have been written through `.data`, or by a step that nobody saw.
+
+        Args:
+            model: is about to run.
+            inputs: what it is given.
+            at_all: its layers run in a compiled graph, and can't look for themselves.
+        """
+        recording = torch.is_grad_enabled()
         # Re-entrant checkpointing has inputs that require grad, and runs a first pass without gradients.
-        THREAD.records = mode[0] or any(isinstance(x, Tensor) and x.requires_grad for x in inputs)
-        thread = threading.get_ident()
-        compare = self._modes.get(thread) != mode
+        THREAD.records = recording or any(isinstance(x, Tensor) and x.requires_grad for x in inputs)
         if others_step():
             return
+        thread, mode = threading.get_ident(), (recording, model.training)
+        compare = self._modes.get(thread) != mode or (recording and not self._is_trusted())
         self._modes[thread] = mode
-        stale = []
-        for layer in self.layers:
-            if layer.mode != "resident":  # nothing is in its weight: it looks when it runs
-                continue
-            layer.base_layer.place.entered(model, self.layers)
-            if compare or (mode[0] and not layer.base_layer.columns.trusted) or layer.stale():
-                stale.append(layer)
-        if stale:
-            # Compared: what may have been written through `.data`, or by a step that nobody saw.
-            write_layers(stale, compare=True)
-        self.unwritten = False
+        if self.sharded:
+            for layer in self.layers:
+                layer.base_layer.place.entered(model, self.layers)
+        if compare:
+            write_layers(self.layers, compare=True)
+        elif at_all or self.unwritten:
+            self.write_stale()
+        self.unwritten = self.unwritten and current_mixed_batch() is not None
+
+    def _is_trusted(self) -> bool:
+        """Whether optimizers whose steps are seen train all layers."""
+        if not self._trusted:
+            self._trusted = all(layer.base_layer.columns.trusted for layer in self.layers)
+        return self._trusted
+
+    def write_stale(self) -> None:
+        """Write the layers that are stale, together: the first of them to run asks for it."""
+        write_layers([layer for layer in self.layers if layer.stale()])
 
     @torch.compiler.disable(reason="weights of the adapted model are parked: call paca.refresh(model) before this call")
     def look_from_a_graph(self, model: nn.Module) -> None:
         """`look`, where a compiled graph has to be left for it."""
-        self.look(model)
+        self.look(model, at_all=True)
 
     def enter(self, model: nn.Module, args: Any, kwargs: Any) -> None:
         """The forward pre-hook of the adapted model.
@@ -107,7 +121,8 @@ class ModelEntry(Entry):
             if self.unwritten:
                 self.look_from_a_graph(model)
             return
-        self.look(model, (*args, *kwargs.values()))
+        compiled = torch._C._dynamo.eval_frame.get_eval_frame_callback() is not None
+        self.look(model, (*args, *kwargs.values()), at_all=compiled)
 
     def enter_compiled(self, holder: nn.Module, args: Any) -> None:
         """The forward pre-hook of the `PeftModel`: where that is what was compiled, its hooks run outside of the graph,
@@ -117,11 +132,11 @@ class ModelEntry(Entry):
                 self.look_from_a_graph(holder)
             return
         if torch._C._dynamo.eval_frame.get_eval_frame_callback() is not None:
-            self.look(holder)
+            self.look(holder, at_all=True)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self._note_in_layers()  # a copied or unpickled model's own layers
+        self.take(self.layers)  # a copied or unpickled model's own
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_modes": {}}
@@ -138,8 +153,7 @@ def install(model: nn.Module) -> None:
     if entry is None:
         model.register_forward_pre_hook(ModelEntry(paca_layers(model)).enter, prepend=True, with_kwargs=True)
     else:
-        entry.layers[:] = paca_layers(model)
-        entry._note_in_layers()
+        entry.take(paca_layers(model))
 
 
 def remove(model: nn.Module) -> None:
