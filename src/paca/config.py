@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -117,6 +118,7 @@ class PacaConfig(PeftConfig):
         # Not settings, so neither fields nor saved: what the tuner needs to take back an adapter that fails to load.
         self.loading = False
         self.folder: Path | None = None
+        self.shapes: dict[str, Any] | None = None  # of the tensors in its file
         self.trainable_before: dict[str, bool] = {}
         self.union: dict[str, Any] | None = None  # a rotated adapter's fields, as its file has them
         self.peft_type = add_peft_type()
@@ -155,6 +157,7 @@ class PacaConfig(PeftConfig):
             raise ValueError(f"rotate_every must be a whole number of steps, 1 or more, or null; got {every!r}.")
         if self.rotate_by not in ROTATIONS:
             raise ValueError(f"rotate_by={self.rotate_by!r} is unknown; choose one of {', '.join(ROTATIONS)}.")
+        self._check_names()
         one_string = isinstance(self.target_modules, str) and self.target_modules != "all-linear"
         if one_string and self.layers_to_transform is not None:
             raise ValueError(
@@ -165,20 +168,44 @@ class PacaConfig(PeftConfig):
             raise ValueError(
                 "layers_pattern says where layers_to_transform counts, but layers_to_transform is not set."
             )
-        if self.target_parameters is not None and (
-            not isinstance(self.target_parameters, (list, tuple))
-            or not all(isinstance(name, str) for name in self.target_parameters)
-        ):
-            raise ValueError(
-                "target_parameters must be a list of names, such as ['experts.gate_up_proj', 'experts.down_proj']; got "
-                f"{self.target_parameters!r}."
-            )
         if self.indices is not None and (not isinstance(self.indices, dict) or not self.indices):
             raise ValueError("indices must map module names to lists of column numbers, such as {'q_proj': [0, 5]}.")
         for key, columns in (self.indices or {}).items():
             if columns is None or isinstance(columns, (str, int)):
                 raise ValueError(f"indices[{key!r}] must be a list of column numbers, such as [0, 5]; got {columns!r}.")
         _check_expressions("indices", self.indices or {})
+
+    def _check_names(self) -> None:
+        stacks = "['experts.gate_up_proj', 'experts.down_proj']"
+        for name, one, example in [
+            ("target_modules", True, "['q_proj', 'down_proj']"),
+            ("exclude_modules", True, "['lm_head']"),
+            ("target_parameters", False, stacks),
+            ("modules_to_save", False, "['classifier']"),
+            ("layers_pattern", True, "['layers']"),
+        ]:
+            value = getattr(self, name)
+            if one and isinstance(value, str):
+                if value != "all-linear":
+                    _check_expressions(name, [value])
+            elif value is not None and not _all_are(str, value):
+                text = " (or one text)" if one else ""
+                raise ValueError(f"{name} must be a list of names{text}, such as {example}; got {value!r}.")
+        blocks = self.layers_to_transform
+        if blocks is not None and not _all_are(int, [blocks] if isinstance(blocks, int) else blocks):
+            raise ValueError(
+                f"layers_to_transform must be a list of numbers of blocks, such as [0, 1]; got {blocks!r}."
+            )
+        kinds: list[tuple[str, Any, str]] = [
+            ("init_weights", bool, "true or false"),
+            ("inference_mode", bool, "true or false"),
+            ("original_weights", (str, type(None)), "a folder or hub id, or null"),
+            ("base_quantization", (str, type(None)), "a text, or null"),
+        ]
+        for name, kind, words in kinds:
+            value = getattr(self, name)
+            if not isinstance(value, kind):
+                raise ValueError(f"{name} must be {words}; got {value!r}.")
 
     def to_dict(self) -> dict[str, Any]:
         values: dict[str, Any] = super().to_dict()
@@ -195,7 +222,7 @@ class PacaConfig(PeftConfig):
         config.folder = folder = Path(str(args[0] if args else kwargs["pretrained_model_name_or_path"])) / (
             kwargs.get("subfolder") or ""
         )
-        check_adapter_file(folder, config.modules_to_save, config.task_type)
+        config.shapes = check_adapter_file(folder, config.modules_to_save, config.task_type)
         return config
 
     @classmethod
@@ -205,7 +232,12 @@ class PacaConfig(PeftConfig):
         return cls(**{k: v for k, v in dataclasses.asdict(config).items() if k in known})
 
 
-def _check_expressions(name: str, pattern: dict[str, Any]) -> None:
+def _all_are(kind: type, values: Any) -> bool:
+    is_list = isinstance(values, (list, tuple, set, frozenset))
+    return is_list and all(isinstance(value, kind) and not isinstance(value, bool) for value in values)
+
+
+def _check_expressions(name: str, pattern: Iterable[str]) -> None:
     for key in pattern:
         try:
             re.compile(key)

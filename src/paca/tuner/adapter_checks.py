@@ -39,6 +39,39 @@ def check_indices_used(model: nn.Module, adapter_name: str, config: PacaConfig) 
         )
 
 
+def check_saved_modules(model: nn.Module, adapter_name: str, config: PacaConfig) -> None:
+    """Check what PEFT is going to train or load whole, while the model can still be given back as it was.
+
+    Args:
+        model: the base model, with the adapter's layers in it.
+        adapter_name: of the adapter that was just put in.
+        config: of it.
+
+    Raises:
+        ValueError: for a module in `modules_to_save` that has to do with adapted layers, or that the adapter's file
+            lacks a tensor of.
+    """
+    modules = dict(model.named_modules(remove_duplicate=False))
+    adapted = [name for name, module in modules.items() if isinstance(module, PacaLayer)]
+    for name, module in modules.items():
+        if not any(f"base_model.model.{name}".endswith(ending) for ending in config.modules_to_save or ()):  # as PEFT
+            continue
+        for layer in adapted:
+            if f"{layer}.".startswith(f"{name}.") or name.startswith(f"{layer}."):
+                raise ValueError(
+                    f"modules_to_save names {name}, and columns of {layer} are trained. A module is trained whole or "
+                    "by its columns: leave it out of modules_to_save or of target_modules."
+                )
+        if not config.loading or config.shapes is None or getattr(model, "_checkpoint_conversion_mapping", None):
+            continue
+        whole = module.original_module if isinstance(module, AuxiliaryTrainingWrapper) else module
+        for tensor in whole.state_dict():
+            if f"base_model.model.{name}.{tensor}" not in config.shapes:
+                raise ValueError(
+                    f"The adapter has no tensor base_model.model.{name}.{tensor}, which its modules_to_save promises."
+                )
+
+
 def check_adapter_tensors(
     model: nn.Module, adapter_name: str, tensors: dict[str, Tensor], *, rotating: bool = False
 ) -> dict[str, Tensor]:
@@ -88,7 +121,7 @@ def check_adapter_tensors(
     places = {name: place for name, place in places.items() if name.startswith(saved_whole)}
     for name in tensors.keys() & places.keys() - expected:
         tensor, place = tensors[name], places[name]
-        if f".modules_to_save.{adapter_name}." in name and tensor.shape != place.shape:
+        if tensor.shape != place.shape:
             raise ValueError(f"{name} has shape {tuple(tensor.shape)}; this model's has {tuple(place.shape)}.")
         check_finite(name, tensor)
     unknown = sorted(tensors.keys() - places.keys() - expected)

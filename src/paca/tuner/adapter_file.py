@@ -44,7 +44,9 @@ def tensor_names(path: Path) -> list[str]:
         return list(file.keys())
 
 
-def check_adapter_file(folder: Path, modules_to_save: Iterable[str] | None, task_type: str | None) -> None:
+def check_adapter_file(
+    folder: Path, modules_to_save: Iterable[str] | None, task_type: str | None
+) -> dict[str, torch.Size] | None:
     """Check that a local adapter's file can be read and holds the modules that were saved whole.
 
     Args:
@@ -52,32 +54,46 @@ def check_adapter_file(folder: Path, modules_to_save: Iterable[str] | None, task
         modules_to_save: Of the adapter's config.
         task_type: Of the adapter's config.
 
+    Returns:
+        The shapes of its tensors by their names; None if there is no file.
+
     Raises:
-        ValueError: If the file is cut short or is none of tensors, or lacks a module; names the file.
+        ValueError: If the file is damaged or is none of tensors, or lacks a module; names the file.
     """
     path = folder / SAFETENSORS_WEIGHTS_NAME
     if not path.is_file():
-        _check_pickle(folder / WEIGHTS_NAME)
-        return
-    try:
-        names = tensor_names(path)
-    except SafetensorError as error:
-        raise ValueError(
-            f"{path} can't be read ({error}): the file is broken. Copy it again, or train again."
-        ) from error
+        path = folder / WEIGHTS_NAME
+        if not path.is_file():
+            return None
+        shapes = _shapes_in_pickle(path)
+    else:
+        try:
+            with safe_open(path, framework="pt") as file:
+                shapes = {name: torch.Size(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+        except SafetensorError as error:
+            raise ValueError(
+                f"{path} can't be read ({error}): the file is broken. Copy it again, or train again."
+            ) from error
     for module in modules_to_save or ():
         either = HEADS if module in HEADS and task_type in TASKS_WITH_HEADS else {module}
-        if not any(f".{one}." in f".{name}" for one in either for name in names):
+        if not any(f".{one}." in f".{name}" for one in either for name in shapes):
             raise ValueError(f"{path} holds no tensor of {module}, which the adapter's modules_to_save promises.")
+    return shapes
 
 
-def _check_pickle(path: Path) -> None:
-    if path.is_file():
-        try:
-            torch.load(path, map_location="meta", weights_only=True)
-        except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
-            first_line = str(error).partition("\n")[0]
-            raise ValueError(
-                f"{path} can't be read ({first_line}): the file is broken, or not one of tensors alone. Copy it again, "
-                "or save the adapter again."
-            ) from error
+def _shapes_in_pickle(path: Path) -> dict[str, torch.Size]:
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)  # the values too: they may be damaged
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, OSError) as error:
+        first_line = str(error).partition("\n")[0]
+        raise ValueError(
+            f"{path} can't be read ({first_line}): the file is broken, or not one of tensors alone. Copy it again, "
+            "or save the adapter again."
+        ) from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds a {type(content).__name__}; an adapter's file holds tensors by their names.")
+    for name, tensor in content.items():
+        if not isinstance(name, str) or not isinstance(tensor, torch.Tensor) or tensor.layout != torch.strided:
+            kind = tensor.layout if isinstance(tensor, torch.Tensor) else type(tensor).__name__
+            raise ValueError(f"{path} holds {name!r}: {kind}. An adapter's file holds dense tensors by their names.")
+    return {name: tensor.shape for name, tensor in content.items()}

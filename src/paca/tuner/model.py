@@ -24,7 +24,7 @@ from paca.layers.overlaid import OverlaidLinear, check_writable
 from paca.layers.plain import dequantize_model
 from paca.layers.resident_weight import ResidentWeight
 from paca.tuner import entry
-from paca.tuner.adapter_checks import DELTA, check_adapter_tensors, check_indices_used, check_name
+from paca.tuner.adapter_checks import DELTA, check_adapter_tensors, check_indices_used, check_name, check_saved_modules
 from paca.tuner.adapter_file import check_has_weights
 from paca.tuner.adapter_names import mixed_batch
 from paca.tuner.column_choice import choose_columns
@@ -63,6 +63,7 @@ class PacaModel(BaseTuner):
             check_name(adapter_name)
             if config.loading and config.folder is not None:
                 check_has_weights(config.folder)
+            check_saved_modules(model, adapter_name, config)
             with warnings.catch_warnings():
                 if config.target_parameters:  # PEFT looks for these keys among the targeted modules only
                     warnings.filterwarnings("ignore", "The following (rank|alpha)_pattern keys", RuntimeWarning)
@@ -70,18 +71,19 @@ class PacaModel(BaseTuner):
                 super().inject_adapter(model, adapter_name, *args, **kwargs)
             note_quantization(model, adapter_name, config)
             check_indices_used(model, adapter_name, config)
-        except Exception:
+            check_saved_modules(model, adapter_name, config)  # now with the layers of this adapter
+            original = copied_adapter(self.peft_config, adapter_name)
+            if original is not None:
+                copy_deltas(paca_layers(model), original)
+            entry.install(model)
+        except BaseException:
             self.peft_config.pop(adapter_name, None)
             remove_adapter(model, adapter_name, trainable_before)
             raise
         config.trainable_before = trainable_before
-        original = copied_adapter(self.peft_config, adapter_name)
-        if original is not None:
-            copy_deltas(paca_layers(model), original)
         unused = unused_patterns(model, adapter_name, {**config.rank_pattern, **config.alpha_pattern})
         if config.target_parameters and unused:
             warnings.warn(f"rank_pattern or alpha_pattern: no adapted layer is called {unused}.", stacklevel=2)
-        entry.install(model)
 
     def _prepare_adapter_config(self, peft_config: Any, model_config: dict[str, Any]) -> Any:
         if peft_config.target_modules is None and peft_config.target_parameters:
@@ -125,17 +127,22 @@ class PacaModel(BaseTuner):
                 layer = OverlaidLinear(OVERLAID[mode].adopt(target))
                 try:
                     indices = choose_columns(peft_config, layer, layer.in_features, current_key)
-                except ValueError:
+                except BaseException:
                     layer.base_layer.release()
                     raise
         alpha_key = get_pattern_key(list(peft_config.alpha_pattern), current_key)
-        layer.update_layer(
-            adapter_name,
-            indices,
-            paca_alpha=peft_config.alpha_pattern.get(alpha_key, peft_config.paca_alpha),
-            init_weights=peft_config.init_weights,
-            inference_mode=peft_config.inference_mode,
-        )
+        try:
+            layer.update_layer(
+                adapter_name,
+                indices,
+                paca_alpha=peft_config.alpha_pattern.get(alpha_key, peft_config.paca_alpha),
+                init_weights=peft_config.init_weights,
+                inference_mode=peft_config.inference_mode,
+            )
+        except BaseException:
+            if layer is not target:  # not in the model yet, where it would be found and taken out
+                layer.base_layer.release()
+            raise
         if layer is not target:
             if adapter_name not in self.active_adapters:
                 layer.requires_grad_(False)
@@ -312,7 +319,8 @@ class PacaModel(BaseTuner):
         try:
             rotating = getattr(config, "rotate_every", None) is not None
             checked = check_adapter_tensors(model, adapter_name, tensors, rotating=rotating)
-        except Exception:
+            checked = without_unions(model, adapter_name, checked)
+        except BaseException:
             if getattr(config, "loading", False):  # the adapter was only just put in, to be loaded into
                 tuner = getattr(model, "base_model", None)
                 root = tuner.model if isinstance(tuner, PacaModel) else model
@@ -320,7 +328,6 @@ class PacaModel(BaseTuner):
                 remove_adapter(root, adapter_name, config.trainable_before)
             raise
         config.loading, config.trainable_before = False, {}
-        checked = without_unions(model, adapter_name, checked)
         if offloads(model):
             for name, layer in model.named_modules():
                 if isinstance(layer, OverlaidLinear) and adapter_name in layer.paca_delta:
@@ -373,23 +380,29 @@ def remove_adapter(model: nn.Module, adapter_name: str, trainable_before: dict[s
     Layers that have no other adapter become stock modules again.
     """
     for name, module in list(model.named_modules()):
-        parent_name, _, child = name.rpartition(".")
-        if isinstance(module, PacaLayer):
-            if adapter_name in module.paca_delta:
-                module.delete_adapter(adapter_name)
-            if not module.paca_delta:
-                stock = module.unload_and_optionally_merge_module(False, False, None)
-                parent = model.get_submodule(parent_name)
-                if isinstance(stock, ExpertStack):
-                    put_parameter_back(parent, child, stock)
-                else:
-                    setattr(parent, child, stock)
-        elif isinstance(module, AuxiliaryTrainingWrapper) and adapter_name in module._adapters:
-            module.delete_adapter(adapter_name, new_active_adapters=None)
+        if isinstance(module, AuxiliaryTrainingWrapper) and adapter_name in module._adapters:
+            active = [other for other in module.active_adapters if other != adapter_name]
+            module.delete_adapter(adapter_name, new_active_adapters=active)
             if not module._adapters:
+                parent_name, _, child = name.rpartition(".")
                 stock = module.unload_and_optionally_merge_module(False, False, None)
                 setattr(model.get_submodule(parent_name), child, stock)
-    if not paca_layers(model):
+    for name, module in list(model.named_modules()):
+        if not isinstance(module, PacaLayer):
+            continue
+        if adapter_name in module.r:  # it may have got no delta yet
+            module.delete_adapter(adapter_name)
+        if not module.paca_delta:
+            parent_name, _, child = name.rpartition(".")
+            stock = module.unload_and_optionally_merge_module(False, False, None)
+            parent = model.get_submodule(parent_name)
+            if isinstance(stock, ExpertStack):
+                put_parameter_back(parent, child, stock)
+            else:
+                setattr(parent, child, stock)
+    if paca_layers(model):
+        entry.install(model)  # without the layers that went
+    else:
         entry.remove(model)
         if getattr(model, "peft_config", None) == {}:
             del model.peft_config

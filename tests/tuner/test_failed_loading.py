@@ -1,0 +1,312 @@
+"""Whatever fails while an adapter is loaded leaves the caller's model as it was, bit for bit (design, section 3)."""
+
+from __future__ import annotations
+
+import json
+import pkgutil
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+
+import paca
+from expert_models import STACKS, mixtral
+from models import adapt, llama, perceptron, tokens
+from paca import PacaConfig
+from paca.layers import PacaLayer
+from quantized_layers import quantized_linear
+
+ADAPTER = "adapter_model.safetensors"
+HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_hooks", "_state_dict_hooks", "_load_state_dict_post_hooks")
+HOW = ["from_pretrained", "trainable", "beside another", "beside one with a saved module"]
+SHARED = {"attention_bias": True, "mlp_bias": True}
+
+
+def save(folder, **settings):
+    """An adapter in ``folder``, with modules and embeddings that were saved whole."""
+    settings = {"target_modules": ["q_proj", "down_proj"], "modules_to_save": ["up_proj"], **settings}
+    model = adapt(llama(**SHARED), task_type="CAUSAL_LM", **settings)
+    model.save_pretrained(folder, save_embedding_layers=True)
+    return load_file(folder / ADAPTER)
+
+
+def caller_has(how):
+    """A model that somebody is about to load an adapter into."""
+    model = llama(**SHARED)
+    model.model.norm.weight.requires_grad_(False)
+    if how.startswith("beside"):
+        modules = ["up_proj"] if "saved" in how else None
+        model = adapt(model, task_type="CAUSAL_LM", target_modules=["q_proj"], modules_to_save=modules)
+    logits(model)
+    return model
+
+
+def load(model, folder, how):
+    if how.startswith("beside"):
+        model.load_adapter(folder, "other")
+    else:
+        PeftModel.from_pretrained(model, folder, is_trainable=how == "trainable")
+
+
+def logits(model):
+    with torch.no_grad():
+        return model(input_ids=tokens()).logits
+
+
+def look_of(model):
+    """All that one could find changed, by name: modules, their attributes and hooks, parameters and their bits."""
+    look = {"adapters": list(getattr(model, "peft_config", ()))}
+    for name, module in model.named_modules():
+        look[name] = type(module), set(module.__dict__), module.training, [len(getattr(module, h)) for h in HOOKS]
+    for name, parameter in model.named_parameters():
+        look[f"{name}, parameter"] = id(parameter), parameter.requires_grad, parameter.data_ptr()
+        look[f"{name}, bits"] = parameter.detach().contiguous().view(torch.uint8).flatten().tolist()
+    return look
+
+
+def check_unchanged(model, before, want):
+    again, now = logits(model), look_of(model)
+    assert set(now) == set(before)
+    assert not [f"{name}: {value} became {now[name]}" for name, value in before.items() if now[name] != value]
+    assert torch.equal(again, want)
+
+
+def check_refused(folder, how, error=ValueError):
+    model = caller_has(how)
+    before, want = look_of(model), logits(model)
+    with pytest.raises(error):
+        load(model, folder, how)
+    check_unchanged(model, before, want)
+
+
+@pytest.mark.parametrize("how", HOW)
+def test_what_is_not_broken_loads(tmp_path, how):
+    save(tmp_path)
+    model = caller_has(how)
+    before = look_of(model)
+    load(model, tmp_path, how)
+    assert look_of(model) != before
+
+
+PICKLED = {
+    "a list": lambda t: list(t.values()),
+    "integers": lambda t: dict.fromkeys(t, 3),
+    "one integer among tensors": lambda t: {**t, next(iter(t)): 3},
+    "names that are numbers": lambda t: dict(enumerate(t.values())),
+    "nested": lambda t: {"state_dict": t},
+    "nothing": lambda t: None,
+    "one tensor": lambda t: next(iter(t.values())),
+    "sparse": lambda t: {n: v.to_sparse() for n, v in t.items()},
+    "complex": lambda t: {n: v.to(torch.complex64) for n, v in t.items()},
+}
+
+
+@pytest.mark.parametrize("how", HOW)
+@pytest.mark.parametrize("case", PICKLED)
+def test_a_pickle_file_that_holds_something_else(tmp_path, case, how):
+    tensors = save(tmp_path)
+    (tmp_path / ADAPTER).unlink()
+    torch.save(PICKLED[case](tensors), tmp_path / "adapter_model.bin")
+    check_refused(tmp_path, how)
+
+
+DAMAGED = {
+    "cut early": lambda content: content[: len(content) // 5],
+    "cut late": lambda content: content[:-40],
+    "headers": lambda content: content.replace(b"PK\x03\x04", bytes(4)),
+    "the last header": lambda content: bytes(4).join(content.rsplit(b"PK\x03\x04", 1)),
+    "directory": lambda content: content.replace(b"PK\x01\x02", bytes(4)),
+    "names": lambda content: content.replace(b"data.pkl", bytes(8)),
+    "pickle": lambda content: content.replace(b"_rebuild_tensor_v2", bytes(18)),
+}
+
+
+@pytest.mark.parametrize("how", HOW)
+@pytest.mark.parametrize("damage", DAMAGED)
+def test_a_damaged_pickle_file(tmp_path, damage, how):
+    tensors = save(tmp_path)
+    (tmp_path / ADAPTER).unlink()
+    path = tmp_path / "adapter_model.bin"
+    torch.save(tensors, path)
+    path.write_bytes(DAMAGED[damage](path.read_bytes()))
+    check_refused(tmp_path, how)
+
+
+Q = "base_model.model.model.layers.1.self_attn.q_proj."
+UP = "base_model.model.model.layers.1.mlp.up_proj."
+TOKENS = "base_model.model.model.embed_tokens.weight"
+
+
+def changed(name, change):
+    return lambda t: t.update({name: change(t[name])})
+
+
+FILES = {
+    "extra": lambda t: t.update({"base_model.model.model.layers.9.q_proj.paca_delta": torch.zeros(2, 2)}),
+    "saved module of another shape": changed(UP + "weight", lambda v: v[:-1].clone()),
+    "saved module with nan": changed(UP + "weight", lambda v: v * float("nan")),
+    "saved module of another dimension": changed(UP + "weight", lambda v: v.flatten().clone()),
+    "no saved module": lambda t: [t.pop(n) for n in list(t) if "up_proj" in n],
+    "embeddings of another shape": changed(TOKENS, lambda v: v[:-1].clone()),
+    "embeddings of another dimension": changed(TOKENS, lambda v: v.flatten().clone()),
+    "embeddings with nan": changed(TOKENS, lambda v: v * float("nan")),
+    "no delta": lambda t: t.pop(Q + "paca_delta"),
+    "no indices": lambda t: t.pop(Q + "paca_indices"),
+    "a delta with nan": changed(Q + "paca_delta", lambda v: v * float("nan")),
+    "a delta of another shape": changed(Q + "paca_delta", lambda v: v[:-1].clone()),
+    "nothing": lambda t: t.clear(),
+}
+
+
+@pytest.mark.parametrize("how", HOW)
+@pytest.mark.parametrize("case", FILES)
+def test_a_file_that_does_not_fit(tmp_path, case, how):
+    tensors = save(tmp_path)
+    FILES[case](tensors)
+    save_file(tensors, tmp_path / ADAPTER)
+    check_refused(tmp_path, how)
+
+
+@pytest.mark.parametrize("how", HOW)
+def test_a_saved_module_that_lacks_a_tensor(tmp_path, how):
+    tensors = save(tmp_path)
+    del tensors[UP + "bias"]
+    save_file(tensors, tmp_path / ADAPTER)
+    check_refused(tmp_path, how)
+
+
+CONFIGS = {
+    "r is text": {"r": "3"},
+    "r is a fraction": {"r": 3.0},
+    "alpha is text": {"paca_alpha": "6"},
+    "targets are numbers": {"target_modules": [1, 2]},
+    "targets are a number": {"target_modules": 5},
+    "targets are a mapping": {"target_modules": {"q_proj": 3}},
+    "targets are no expression": {"target_modules": "(q_proj"},
+    "exclusions are a number": {"exclude_modules": 5},
+    "exclusions are numbers": {"exclude_modules": [5]},
+    "saved modules are a number": {"modules_to_save": 5},
+    "saved modules are numbers": {"modules_to_save": [5]},
+    "saved modules are one text": {"modules_to_save": "up_proj"},
+    "saved modules are adapted": {"modules_to_save": ["up_proj", "q_proj"]},
+    "saved modules hold what is adapted": {"modules_to_save": ["up_proj", "self_attn"]},
+    "saved modules hold what is adapted, by an ending": {"modules_to_save": ["up_proj", "attn"]},
+    "blocks are text": {"layers_to_transform": "all"},
+    "blocks are texts": {"layers_to_transform": ["0", "1"]},
+    "pattern is a number": {"layers_to_transform": [0, 1], "layers_pattern": 5},
+    "patterns are numbers": {"layers_to_transform": [0, 1], "layers_pattern": [5]},
+    "stacks are one text": {"target_parameters": "experts.down_proj"},
+    "a rank is text": {"rank_pattern": {"q_proj": "3"}},
+    "ranks are a list": {"rank_pattern": [3]},
+    "indices are a list": {"indices": [3]},
+    "seed is text": {"random_seed": "0"},
+    "selection is unknown": {"selection": "best"},
+    "task is unknown": {"task_type": "CHAT"},
+    "original weights are a number": {"original_weights": 5},
+    "init is text": {"init_weights": "no"},
+    "quantization is a number": {"base_quantization": 5},
+}
+
+
+@pytest.mark.parametrize("how", HOW)
+@pytest.mark.parametrize("case", CONFIGS)
+def test_a_config_of_wrong_types(tmp_path, case, how):
+    save(tmp_path)
+    path = tmp_path / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **CONFIGS[case]}))
+    check_refused(tmp_path, how)
+
+
+@pytest.mark.parametrize("how", HOW)
+@pytest.mark.parametrize("text", ["", "[]", '"PACA"', "{}"])
+def test_a_config_that_is_none(tmp_path, text, how):
+    save(tmp_path)
+    (tmp_path / "adapter_config.json").write_text(text)
+    check_refused(tmp_path, how, Exception)
+
+
+INTERRUPTED = {
+    "choose_columns": ("paca.tuner.model", 3),
+    "update_layer": ("paca.layers.base.PacaLayer", 0),
+    "update_layer, later": ("paca.layers.base.PacaLayer", 3),
+    "set_adapter": ("paca.layers.base.PacaLayer", 1),
+    "note_quantization": ("paca.tuner.model", 0),
+    "check_saved_modules": ("paca.tuner.model", 0),
+    "check_adapter_tensors": ("paca.tuner.model", 0),
+    "check_finite": ("paca.tuner.adapter_checks", 2),
+    "without_unions": ("paca.tuner.model", 0),
+    "install": ("paca.tuner.entry", 0),
+}
+
+
+@pytest.mark.parametrize("how", HOW)
+@pytest.mark.parametrize("where", INTERRUPTED)
+def test_an_interrupt(tmp_path, monkeypatch, where, how):
+    save(tmp_path)
+    model = caller_has(how)
+    before, want = look_of(model), logits(model)
+    place, calls_before = INTERRUPTED[where]
+    owner, name, calls = pkgutil.resolve_name(place), where.partition(",")[0], []
+    real = getattr(owner, name)
+
+    def interrupt(*args, **kwargs):
+        calls.append(name)
+        if len(calls) == calls_before + 1:
+            raise KeyboardInterrupt
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(owner, name, interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        load(model, tmp_path, how)
+    monkeypatch.undo()
+    check_unchanged(model, before, want)
+
+
+def quantized_network(kind):
+    model = perceptron()
+    model.lin2 = quantized_linear(kind, model.lin2)
+    return model
+
+
+KINDS = {
+    "linear": (perceptron, {"target_modules": ["lin1", "lin2"]}),
+    "Conv1D": (lambda: perceptron("conv1d"), {"target_modules": ["lin1", "lin2"]}),
+    "quantized": (lambda: quantized_network("nf4"), {"target_modules": ["lin1", "lin2"]}),
+    "embeddings": (llama, {"target_modules": ["embed_tokens", "q_proj", "lm_head"]}),
+    "experts": (mixtral, {"target_modules": ["q_proj"], "target_parameters": STACKS}),
+}
+
+
+@pytest.mark.parametrize("after", [0, 1])
+@pytest.mark.parametrize("where", ["update_layer", "set_adapter", "write"])
+@pytest.mark.parametrize("beside", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_interrupt_while_an_adapter_is_put_in(monkeypatch, kind, beside, where, after):
+    build, settings = KINDS[kind]
+    model = build()
+    next(model.parameters()).requires_grad_(False)
+    if beside:
+        model = adapt(model, **settings)
+    before, real, calls = look_of(model), getattr(PacaLayer, where), []
+
+    def interrupt(layer, *args, **kwargs):
+        calls.append(where)
+        if len(calls) == after + 1:
+            raise KeyboardInterrupt
+        return real(layer, *args, **kwargs)
+
+    def put_in():
+        if beside:
+            model.add_adapter("other", PacaConfig(r=2, **settings))
+        else:
+            adapt(model, **settings)
+
+    monkeypatch.setattr(PacaLayer, where, interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        put_in()
+    monkeypatch.undo()
+    paca.refresh(model)
+    now = look_of(model)
+    assert not [f"{name}: {value} became {now.get(name)}" for name, value in before.items() if now.get(name) != value]
+    assert list(now) == list(before)
