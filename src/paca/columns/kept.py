@@ -82,12 +82,18 @@ def sum_of(kept: Kept, parts: tuple[AdapterColumns, ...], dim: int) -> Tensor:
     if len(parts) == 1 and parts[0].indices.shape == positions.shape and parts[0].delta.device == values.device:
         return add_scaled([values], [oriented(parts[0].delta.detach(), dim).to(wide)], parts[0].scale)[0]
     total = values.to(wide, copy=True)
+    along = [1] * total.dim()
+    along[dim] = -1
     for part in parts:
-        here, there = common(positions, part.indices.to(positions.device))
-        if here.numel():
-            delta = oriented(part.delta.detach(), dim)
-            delta = delta.index_select(dim, there.to(delta.device)).to(total)
-            total.index_copy_(dim, here, add_scaled([total.index_select(dim, here)], [delta], part.scale)[0])
+        indices = part.indices.to(positions.device)
+        if not indices.numel() or not positions.numel():
+            continue
+        # Without looking at values: that would wait for the device, and this runs after each step.
+        places = torch.searchsorted(indices, positions).clamp_(max=indices.numel() - 1)
+        here = (indices[places] == positions).to(total.device).view(along)
+        delta = oriented(part.delta.detach(), dim)
+        delta = delta.index_select(dim, places.to(delta.device)).to(total)
+        total = torch.where(here, add_scaled([total], [delta], part.scale)[0], total)
     return total
 
 

@@ -83,15 +83,15 @@ def _before_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> No
 
 def _after_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
     before = _STEPPING.pop(threading.get_ident(), [])
-    jobs = []
+    jobs: dict[ResidentColumns, Job] = {}  # one per weight, also if several adapters are in it: the last knows them all
     # Gradients may come within the step (closures), or go (zeroed by the optimizer itself).
     for layer_of, adapter_name in dict.fromkeys([*before, *_held(optimizer)]):
         layer = layer_of()
         job = None if layer is None else layer.stepped(adapter_name)
         if job is not None:
-            jobs.append(job)
+            jobs[job[0]] = job
     if jobs:
-        write_together(jobs)
+        write_together(jobs.values())
 
 
 register_optimizer_step_pre_hook(_before_step)
