@@ -61,9 +61,12 @@ class ResidentWeight(nn.Module):
     owner: Callable[[], Any]
     """Gives the adapted layer above, which knows what is wanted; a weak reference."""
 
+    fixed_product: ClassVar[Product]
+    """What this kind of layer computes, where that does not depend on the module."""
+
     def product(self) -> Product:
-        """What this kind of layer computes."""
-        raise NotImplementedError
+        """What this layer computes."""
+        return self.fixed_product
 
     def __setattr__(self, name: str, value: Any) -> None:
         # FSDP2 puts the shard and the gathered weight into each other's place with setattr.
