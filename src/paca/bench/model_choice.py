@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
 from pathlib import Path
 
 from paca.bench.presets import PRESETS, TextShape
 from paca.bench.settings import BenchSettings
 from paca.messages.errors import PacaError
+from paca.messages.nearest import nearest
 
 
 def check_model_choice(settings: BenchSettings) -> None:
@@ -41,9 +41,9 @@ def check_not_a_mistyped_preset(name: str) -> None:
     """
     if "/" in name or Path(name).expanduser().exists() or name.lower().endswith(".gguf"):
         return
-    close = difflib.get_close_matches(name.lower(), PRESETS, n=1)
+    close = nearest(name.lower(), PRESETS, cutoff=0.6)
     if close:
         raise PacaError(
-            f"There is no model {name!r} here, and no preset of that name. Did you mean {close[0]}? The presets are "
+            f"There is no model {name!r} here, and no preset of that name. Did you mean {close}? The presets are "
             f"{', '.join(PRESETS)}. A model of the hub is given as owner/name."
         )

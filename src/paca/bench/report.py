@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 from paca.bench.rows import Row
 from paca.bench.statistics import round_ratios, spread
+from paca.messages.units import format_bytes
 
 
 class Setting(NamedTuple):
@@ -51,22 +52,14 @@ class Metric:
     show: Callable[[float], str]
 
 
-def _bytes(value: float) -> str:
-    for unit in ("B", "KiB", "MiB"):
-        if abs(value) < 1024:
-            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
-        value /= 1024
-    return f"{value:.2f} GiB"
-
-
 METRICS = {
     "step_time": Metric("step, ms", lambda value: f"{value * 1e3:.1f}"),
     "throughput": Metric("tokens/s", lambda value: f"{value:,.0f}"),
     "saved_per_token_and_layer": Metric("saved bytes per token and layer", lambda value: f"{value:,.0f}"),
     "saved_units_per_layer": Metric("in hidden states", lambda value: f"{value:.1f}"),
-    "saved": Metric("saved activations", _bytes),
-    "peak_above_weights": Metric("peak above the weights", _bytes),
-    "peak_memory": Metric("peak memory", _bytes),
+    "saved": Metric("saved activations", format_bytes),
+    "peak_above_weights": Metric("peak above the weights", format_bytes),
+    "peak_memory": Metric("peak memory", format_bytes),
     "longest_sequence": Metric("longest sequence", lambda value: f"{value:,.0f}"),
     "largest_batch": Metric("largest batch", lambda value: f"{value:,.0f}"),
     "switch_time": Metric("switch of adapters, ms", lambda value: f"{value * 1e3:.2f}"),
@@ -153,7 +146,7 @@ def _grouped(rows: Iterable[Row]) -> dict[tuple[int, int, int], list[Row]]:
 def _size_title(batch: int, seq: int, budget: int) -> str:
     if budget:
         fixed = f"batch {batch}" if batch else (f"{seq} tokens" if seq else "images")
-        return f"Within {_bytes(budget)}, {fixed}"
+        return f"Within {format_bytes(budget)}, {fixed}"
     return f"Batch {batch}, {seq} tokens" if seq else f"Batch {batch}"
 
 

@@ -16,6 +16,7 @@ from paca.cli.export import export
 from paca.cli.import_adapter import import_adapter
 from paca.cli.merge import merge
 from paca.cli.plan import plan
+from paca.cli.quiet import hide_library_notes
 from paca.cli.train import train
 from paca.cli.waiting_threads import let_waiting_threads_sleep
 from paca.messages.errors import PacaError
@@ -56,6 +57,7 @@ def main() -> None:
     With the environment variable ``PACA_DEBUG=1`` the traceback is shown instead.
     """
     let_waiting_threads_sleep()
+    hide_library_notes()
     try:
         app()
     except PacaError as error:

@@ -9,7 +9,9 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from paca.cli.quiet import hide_library_notes
+from paca.messages.errors import PacaError
+from paca.messages.units import parse_bytes
+from paca_command import import_package
 
 bench = typer.Typer(
     help="Measure methods against each other: step time, memory, longest sequence, largest batch.",
@@ -64,8 +66,7 @@ def run(
     """Measure methods against each other and append the results to a CSV file."""
     if context.invoked_subcommand is not None:
         return
-    hide_library_notes()
-    from paca.bench.settings import DEFAULT_METHODS, BenchSettings, parse_bytes
+    from paca.bench.settings import DEFAULT_METHODS, BenchSettings
 
     settings = BenchSettings(
         model=model,
@@ -96,6 +97,7 @@ def run(
     from paca.bench.model_choice import check_model_choice
 
     check_model_choice(settings)  # before the methods, whose libraries take seconds to import
+    import_package()
     from paca.bench.methods import find_methods
 
     find_methods(settings.methods)
@@ -127,7 +129,7 @@ def run(
 @bench.command()
 def methods() -> None:
     """List the methods and the presets."""
-    hide_library_notes()
+    import_package()
     from paca.bench.methods import METHODS
     from paca.bench.presets import PRESETS
 
@@ -162,8 +164,6 @@ def report(
     baselines = _names(baseline) if baseline else ()
     there = {row.method for row in rows}
     if unknown := [method for method in baselines if method not in there]:
-        from paca.messages.errors import PacaError
-
         raise PacaError(
             f"There are no rows of {', '.join(unknown)} to compare with. There are: {', '.join(sorted(there))}."
         )
@@ -190,8 +190,6 @@ def _names(text: str) -> tuple[str, ...]:
 
 
 def _numbers(option: str, text: str) -> tuple[int, ...]:
-    from paca.messages.errors import PacaError
-
     try:
         return tuple(int(number) for number in text.split(","))
     except ValueError:

@@ -7,9 +7,9 @@ from typing import Annotated
 
 import typer
 
-from paca.cli.quiet import hide_library_notes
 from paca.convert.beforehand import adapter_in, gguf_output, lora_output
 from paca.messages.errors import PacaError
+from paca_command import import_package
 
 FORMS = ("lora", "merged", "gguf")
 
@@ -28,7 +28,6 @@ def export(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what the output holds.")] = False,
 ) -> None:
     """Write an adapter as LoRA, as a merged model or for llama.cpp."""
-    hide_library_notes()
     if to not in FORMS:
         raise PacaError(f"--to is {to!r}; it can be {', '.join(FORMS)}.")
     adapter_in(path)  # before what it takes to convert one: a wrong path is no reason to wait
@@ -38,6 +37,7 @@ def export(
         merge(path, output, base_model=base_model, overwrite=overwrite)
     elif to == "lora":
         lora_output(path, output, base_model, overwrite)
+        import_package()
         from paca.convert.lora import export_lora
 
         lora = export_lora(path, output, base_model=base_model, overwrite=overwrite)
@@ -49,6 +49,7 @@ def export(
         print(f'Load it onto {lora.base} with PeftModel.from_pretrained(model, "{lora.output}"); paca is not needed.')
     else:
         gguf_output(path, output, overwrite)
+        import_package()
         from paca.convert.gguf_adapter import export_gguf
 
         gguf = export_gguf(path, output, base_model=base_model, overwrite=overwrite)

@@ -12,14 +12,18 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from paca.cli.quiet import hide_library_notes
 from paca.messages.errors import PacaError
+from paca.messages.units import format_bytes, parse_bytes
+from paca_command import import_package
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
     from paca.planning import DequantizeRate, Fit, MatmulRate, MemoryEstimate, Setting
     from paca.planning.target import Target
 
 QUANTIZATIONS = ("nf4", "fp4", "int8")
+DTYPES = ("bfloat16", "float16", "float32")
 
 
 def plan(
@@ -57,15 +61,15 @@ def plan(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
 ) -> None:
     """Show what training would take: memory by part, and the least time per step; with --memory, what would fit."""
-    hide_library_notes()
     if loss not in ("chunked", "full", "any"):
         raise PacaError(f"--loss must be chunked, full or any, not {loss!r}.")
     if quantization not in (None, "none", *QUANTIZATIONS, *(() if memory is None else ("auto", "any"))):
         choice = "none, nf4, fp4, int8, or with --memory auto or any"
         raise PacaError(f"--quantization must be {choice}, not {quantization!r}.")
-    from paca.planning import available_memory, estimate, fit, parse_memory
+    budget = None if memory is None else parse_bytes(memory)
+    import_package()
+    from paca.planning import available_memory, estimate, fit
 
-    budget = None if memory is None else parse_memory(memory)
     planned = _target(target, seq, batch_size, r, dtype, device, set_ or [])
     setting = planned.setting
     setting = replace(
@@ -116,12 +120,15 @@ def _target(
 ) -> Target:
     import torch
 
+    from paca.config import PacaConfig
     from paca.planning import Setting
-    from paca.planning.target import target_of_model, target_of_run
+    from paca.planning.target import Target
 
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     if _is_run(name):
-        return target_of_run(Path(name), overrides, device, seq, batch_size)
+        from paca.training.planned_run import target_of_run
+
+        return target_of_run(Path(name), overrides, _outline, device, seq, batch_size)
     if overrides:
         raise PacaError("--set changes a run's YAML; for a model use the options of `paca plan`.")
     setting = Setting(
@@ -129,7 +136,36 @@ def _target(
         batch_size=1 if batch_size is None else batch_size,
         device=device,  # type: ignore[arg-type]
     )
-    return target_of_model(name, dtype, r, setting)
+    try:
+        adapter = PacaConfig(r=r, task_type="CAUSAL_LM")
+    except ValueError as error:
+        raise PacaError(str(error)) from error
+    return Target(name, _outline(name, dtype), adapter, setting)
+
+
+def _outline(name: str, dtype: str, revision: str | None = None, trust_remote_code: bool = False) -> PreTrainedModel:
+    """A model without weights: a preset of `paca bench`, in bfloat16 unless `dtype` says otherwise, or a checkpoint."""
+    import torch
+    from transformers import PreTrainedModel
+
+    from paca.bench.model_choice import check_not_a_mistyped_preset
+    from paca.bench.presets import PRESETS, TextShape
+    from paca.planning.estimate import prepare_model
+    from paca.pretrained import load_config
+
+    preset = PRESETS.get(name)
+    if preset is None:
+        check_not_a_mistyped_preset(name)
+        return load_config(name, dtype, revision, trust_remote_code).model
+    if not isinstance(preset, TextShape):
+        raise PacaError(f"{name} is an image model; plans can be made for language models only.")
+    if dtype not in ("auto", *DTYPES):
+        raise PacaError(f"Unknown dtype {dtype!r}. Give one of: auto, {', '.join(DTYPES)}.")
+    config = preset.config()
+    config.dtype = getattr(torch, "bfloat16" if dtype == "auto" else dtype)
+    model = prepare_model(config)
+    assert isinstance(model, PreTrainedModel)
+    return model
 
 
 def _is_run(name: str) -> bool:
@@ -182,8 +218,6 @@ def _show_estimate(
     unpacking: DequantizeRate | None,
     budget: int | None,
 ) -> None:
-    from paca.training.memory import format_bytes
-
     setting = result.setting
     console.print(
         f"{target.name}: {result.parameters:,} parameters, {result.trainable:,} trained "
@@ -240,8 +274,6 @@ def _time(result: MemoryEstimate, rate: MatmulRate | None, unpacking: Dequantize
 
 
 def _show_fit(console: Console, found: Fit, rate: MatmulRate | None) -> None:
-    from paca.training.memory import format_bytes
-
     table = Table(title="What fits, fastest first", title_justify="left")
     for heading in ("to save memory", "batch", "accumulation", "memory", "s per step"):
         table.add_column(heading, justify="left" if heading == "to save memory" else "right")

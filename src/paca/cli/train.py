@@ -11,8 +11,9 @@ import typer
 from rich.console import Console
 
 from paca.cli.freed_memory import keep_freed_memory
-from paca.cli.quiet import hide_library_notes
 from paca.messages.errors import PacaError
+from paca.messages.units import format_bytes, format_duration
+from paca_command import import_package
 
 if TYPE_CHECKING:
     from paca.training import RunResult
@@ -34,12 +35,12 @@ def train(
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint of this run.")] = False,
 ) -> None:
     """Fine-tune a language model with PaCA and leave a run folder: adapter, metrics, summary, report."""
-    hide_library_notes()
     if settings and not dry_run:
         raise PacaError("--settings goes with --dry-run; a run writes them to the config.yaml of its folder.")
     from paca.training.run_config import load_run_config
 
     run_config = load_run_config(config, set_ or ())
+    import_package()
     console = Console(quiet=os.environ.get("RANK", "0") != "0")
     if console.quiet or not console.is_terminal:
         from datasets import disable_progress_bars
@@ -81,9 +82,6 @@ def show_result(result: RunResult, console: Console) -> None:
     """Print what came out and where it lies."""
     if result.summary is None:  # not the first process
         return
-    from paca.training.memory import format_bytes
-    from paca.training.progress import format_duration
-
     summary = result.summary
     before, after = summary["eval_loss_before"], summary["eval_loss_after"]
     lines = []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import typing
 from typing import TYPE_CHECKING, Any
 
@@ -40,6 +41,9 @@ def check_adapter_settings(settings: Mapping[str, Any], origins: Origins) -> Non
     try:
         adapter_config(settings)
     except (ValueError, TypeError) as error:
+        named = re.match(r"\w*", str(error))
+        if named is not None and named[0] in settings:
+            raise PacaError(f"{origins.of(f'paca.{named[0]}')}: paca.{error}") from error
         raise PacaError(f"{origins.path}, section paca: {error}") from error
 
 

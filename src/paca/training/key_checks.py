@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from paca.messages.errors import PacaError
-from paca.training.typed_values import choices, expected, matches, nearest, shown
+from paca.messages.nearest import did_you_mean
+from paca.training.typed_values import choices, expected, matches, shown
 
 
 class Origins:
@@ -36,13 +37,10 @@ def check_keys(section: str, given: Iterable[str], valid: Iterable[str], origins
     for key in given:
         if key in names:
             continue
-        hints = []
-        if close := nearest(key, names):
-            hints.append(f"Did you mean {section}.{close}?")
+        hint = did_you_mean(key, names, f"{section}.{{}}")
         if len(names) <= 20:
-            hints.append(f"The keys of {section} are {', '.join(names)}.")
-        where = origins.of(f"{section}.{key}")
-        raise PacaError(f"{where}: there is no key {section}.{key}. {' '.join(hints)}".rstrip())
+            hint += f" The keys of {section} are {', '.join(names)}."
+        raise PacaError(f"{origins.of(f'{section}.{key}')}: there is no key {section}.{key}.{hint}")
 
 
 def check_type(key: str, value: Any, annotation: Any, origins: Origins) -> None:
@@ -52,8 +50,7 @@ def check_type(key: str, value: Any, annotation: Any, origins: Origins) -> None:
         PacaError: Names the dotted key, its place, what was expected and what was found.
     """
     if not matches(value, annotation):
-        close = nearest(value, choices(annotation)) if isinstance(value, str) else None
-        hint = f" Did you mean {close}?" if close else ""
+        hint = did_you_mean(value, choices(annotation), "{}") if isinstance(value, str) else ""
         raise PacaError(f"{origins.of(key)}: {key} must be {expected(annotation)}, not {shown(value)}.{hint}")
 
 

@@ -14,9 +14,10 @@ from torch import Tensor
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from paca.messages.errors import PacaError
+from paca.messages.units import format_bytes
 from paca.planning import longest_batch
 from paca.planning.optimizer_state import state_bytes
-from paca.training.memory import describe_peak_memory, format_bytes, peak_memory, reset_peak_memory
+from paca.training.memory import describe_peak_memory, peak_memory, reset_peak_memory
 from paca.training.memory_check import sequence_lengths
 from paca.training.out_of_memory import is_out_of_memory, remedies
 from paca.training.run_config import RunConfig

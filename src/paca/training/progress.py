@@ -10,7 +10,7 @@ from rich.live import Live
 from rich.text import Text
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from paca.training.memory import format_bytes
+from paca.messages.units import format_bytes, format_duration
 from paca.training.metrics import MetricsLog, RecordMetrics
 
 _PLAIN_LINES = 20  # about so many lines for a whole run where the output is no terminal ...
@@ -134,10 +134,3 @@ class ShowProgress(TrainerCallback):
             per_step = (self.recorder.train_seconds - self._train_seconds_at_start) / done
             parts.append(f"{format_duration(per_step * (state.max_steps - state.global_step))} left")
         return "  ".join(parts)
-
-
-def format_duration(seconds: float) -> str:
-    """``3725`` → ``"1:02:05"``, ``65`` → ``"1:05"``."""
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

@@ -7,8 +7,8 @@ import pkgutil
 from collections.abc import Sequence
 
 from paca.bench.method import Method
-from paca.bench.settings import nearest_name
 from paca.messages.errors import PacaError
+from paca.messages.nearest import did_you_mean
 
 
 def _registry() -> dict[str, Method]:
@@ -38,6 +38,6 @@ def find_methods(names: Sequence[str]) -> list[Method]:
             chosen[name] = METHODS[name]
         else:
             raise PacaError(
-                f"There is no method {name!r}.{nearest_name(name, list(METHODS))} Known are: all, {', '.join(METHODS)}."
+                f"There is no method {name!r}.{did_you_mean(name, METHODS)} Known are: all, {', '.join(METHODS)}."
             )
     return list(chosen.values())

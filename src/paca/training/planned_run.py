@@ -1,25 +1,71 @@
-"""The longest example of a run, for plans: found out where that takes reading local files, and little else."""
+"""A run as the target of a plan: its model, and its longest example where that is soon found."""
 
 from __future__ import annotations
 
 import heapq
 import json
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from paca.data import load_examples
 from paca.messages.errors import PacaError
+from paca.planning.target import Target
 from paca.pretrained import load_tokenizer
+from paca.training import train_settings
+from paca.training.adapter_settings import outline_config
 from paca.training.loss_scope import use_chat_template
-from paca.training.run_config import RunConfig
+from paca.training.run_config import RunConfig, load_run_config
+from paca.training.run_setting import setting_of_run
 
 READ_AT_MOST = 64 * 2**20
 """Bytes of data files; more would take more than a few seconds."""
 TOKENIZED = 256
 """Examples that are tokenized, those with the most characters: the one with the most tokens is among them, or about as
 long as the longest of them."""
+
+
+def target_of_run(
+    path: Path,
+    overrides: Sequence[str],
+    outline_of: Callable[[str, str, str | None, bool], PreTrainedModel],
+    device: str,
+    sequence_length: int | None,
+    batch_size: int | None,
+) -> Target:
+    """The run that a YAML file describes. Its sequences are as long as its longest example, where that is soon found.
+
+    Args:
+        path: As for `paca train`.
+        overrides: `"section.key=value"` each.
+        outline_of: Gives the model without weights, by its name, dtype, revision and whether its own code may run.
+        device: `"cpu"` or `"cuda"`.
+        sequence_length: In place of the longest example and `train.max_length`.
+        batch_size: In place of `train.per_device_train_batch_size`.
+
+    Raises:
+        PacaError: The config is wrong, the model can't be found, or nothing limits its sequences.
+    """
+    config = load_run_config(path, overrides)
+    named = config.model
+    outline = outline_of(named.name, named.dtype, named.revision, named.trust_remote_code)
+    config.train = train_settings.with_defaults(config.train, outline, has_eval=config.data.eval is not None)
+    longest, lengths = None, None
+    if sequence_length is not None:
+        config.train["max_length"] = sequence_length
+    else:
+        longest, lengths = longest_example(config)
+    setting = setting_of_run(config, device, longest)
+    if lengths is not None and longest is None:
+        lengths = f"train.max_length: {lengths}"
+    elif longest is not None and setting.sequence_length < longest:
+        lengths = f"train.max_length, which cuts {lengths}"
+    if batch_size is not None:
+        setting = replace(setting, batch_size=batch_size)
+    return Target(str(path), outline, outline_config(config.paca), setting, lengths)
 
 
 def longest_example(config: RunConfig) -> tuple[int | None, str]:
