@@ -158,10 +158,7 @@ def _from_text(row: Row, conversational: bool) -> Example:
 
 
 def _question_and_answer(question: str, answer: str) -> Example:
-    return {
-        "prompt": [{"role": "user", "content": question}],
-        "completion": [{"role": "assistant", "content": answer}],
-    }
+    return {"prompt": [{"role": "user", "content": question}], "completion": [{"role": "assistant", "content": answer}]}
 
 
 def _conversation(messages: list[Message], tools: object) -> Example:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerState, TrainingArguments
 
 from paca.tuner.adapter_folder import find_base
 
@@ -96,7 +96,7 @@ tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")
 class NoCardsOfCheckpoints(TrainerCallback):
     """Removes the cards that TRL and PEFT write with each checkpoint: templates with nothing filled in."""
 
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
         """After each checkpoint."""
         if not state.is_world_process_zero:
             return

@@ -202,11 +202,7 @@ def _read_data(config: RunConfig, *, conversational: bool) -> tuple[Examples, Ex
         return train, None
     if isinstance(data.eval, str):
         held_out = load_examples(
-            data.eval,
-            format=data.format,
-            split=data.eval_split,
-            limit=config.eval.limit,
-            conversational=conversational,
+            data.eval, format=data.format, split=data.eval_split, limit=config.eval.limit, conversational=conversational
         )
         return train, held_out
     train, held_out = split_heldout(train, data.eval, data.heldout_seed)

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from paca.messages.errors import PacaError
 from paca.messages.units import format_bytes
@@ -47,9 +47,7 @@ class ProbeLongestBatch(TrainerCallback):
         self.config = config
         self.announce = announce
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
         """Probe."""
         dataset: Any = self.trainer.train_dataset
         chosen = longest_batch(

@@ -8,7 +8,7 @@ from typing import Any
 from rich.console import Console
 from rich.live import Live
 from rich.text import Text
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerState, TrainingArguments
 
 from paca.messages.units import format_bytes, format_duration
 from paca.training.metrics import MetricsLog, RecordMetrics
@@ -32,9 +32,7 @@ class ShowProgress(TrainerCallback):
         self._next_plain_step = 0
         self._last_drawn = 0.0
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
         """Open the live line."""
         self._first_step = state.global_step
         self._train_seconds_at_start = self.recorder.train_seconds
@@ -46,19 +44,12 @@ class ShowProgress(TrainerCallback):
         elif args.eval_on_start:
             self._print("Measuring the held-out loss before training ...")
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_step_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         """Move the live line on, also between two logs."""
         if self._live is not None:
             self._live.update(Text(self._line(state), no_wrap=True, overflow="ellipsis"))
 
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, float] | None = None,
-        **kwargs: Any,
-    ) -> None:
+    def on_log(self, args: Any, state: TrainerState, control: Any, logs: Any = None, **kwargs: Any) -> None:
         """Bring the live line up to date, or print a plain one."""
         if "loss" not in (logs or {}):
             return
@@ -69,14 +60,7 @@ class ShowProgress(TrainerCallback):
             gap = max(1, min(state.max_steps // _PLAIN_LINES, _PLAIN_LONGEST_GAP))
             self._next_plain_step = state.global_step + gap
 
-    def on_prediction_step(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        eval_dataloader: Any = None,
-        **kwargs: Any,
-    ) -> None:
+    def on_prediction_step(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         """Say how far an evaluation is."""
         self._evaluated += 1
         if self._live is not None and time.monotonic() - self._last_drawn > 0.25:
@@ -90,23 +74,14 @@ class ShowProgress(TrainerCallback):
                 self._last_drawn = now
                 self._print(f"evaluating: batch {self._evaluated}")
 
-    def on_evaluate(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        metrics: dict[str, float] | None = None,
-        **kwargs: Any,
-    ) -> None:
+    def on_evaluate(self, args: Any, state: TrainerState, control: Any, metrics: Any = None, **kwargs: Any) -> None:
         """Print the held-out loss; it stays above the live line."""
         self._evaluated = 0
         loss = (metrics or {}).get("eval_loss")
         if loss is not None:
             self._print(f"step {state.global_step}: held-out loss {loss:.4f}")
 
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         """Close the live line and leave its last state behind."""
         if self._live is not None:
             self.close()
