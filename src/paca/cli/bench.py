@@ -68,31 +68,17 @@ def run(
         return
     from paca.bench.settings import DEFAULT_METHODS, BenchSettings
 
+    given = {name: value for name, value in context.params.items() if name in BenchSettings.__dataclass_fields__}
     settings = BenchSettings(
-        model=model,
-        layers=layers,
-        hidden=hidden,
-        intermediate=intermediate,
-        vocab=vocab,
-        image_size=image_size,
-        scope=scope,
-        loss=loss,
-        dtype=dtype,
-        device=device,
-        methods=DEFAULT_METHODS if methods is None else _names(methods),
-        baseline=baseline,
-        seq=_numbers("seq", seq),
-        batch=_numbers("batch", batch),
-        rank=rank,
-        optimizer=optimizer,
-        measure=_names(measure),
-        rounds=rounds,
-        warmup=warmup,
-        steps=steps,
-        memory=None if memory is None else parse_bytes(memory),
-        compile=compile_,
-        profile=profile,
-        seed=seed,
+        **given
+        | {
+            "methods": DEFAULT_METHODS if methods is None else _names(methods),
+            "seq": _numbers("seq", seq),
+            "batch": _numbers("batch", batch),
+            "measure": _names(measure),
+            "memory": None if memory is None else parse_bytes(memory),
+            "compile": compile_,
+        }
     )
     from paca.bench.model_choice import check_model_choice
 
