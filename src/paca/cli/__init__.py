@@ -20,6 +20,7 @@ from paca.cli.quiet import hide_library_notes
 from paca.cli.train import train
 from paca.cli.waiting_threads import let_waiting_threads_sleep
 from paca.messages.errors import PacaError
+from paca.messages.say import say
 
 app = typer.Typer(
     name="paca",
@@ -71,5 +72,5 @@ def main() -> None:
 
 
 def _fail(message: str) -> NoReturn:
-    Console(stderr=True).print(f"Error: {message}", style="red", highlight=False, markup=False, soft_wrap=True)
+    say(Console(stderr=True), f"Error: {message}", style="red")
     sys.exit(1)

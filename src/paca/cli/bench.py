@@ -10,6 +10,7 @@ import typer
 from rich.console import Console
 
 from paca.messages.errors import PacaError
+from paca.messages.say import say
 from paca.messages.units import parse_bytes
 from paca_command import import_package
 
@@ -90,7 +91,7 @@ def run(
     console = Console()
     if dry_run:
         for name, value in settings.to_dict().items():
-            console.print(f"{name:<14} {value}", highlight=False, markup=False, soft_wrap=True)
+            say(console, f"{name:<14} {value}")
         return
     from paca.bench.report import tables
     from paca.bench.rows import Row, append_rows
@@ -103,13 +104,13 @@ def run(
         append_rows(output, found)
         rows.extend(found)
 
-    def say(line: str) -> None:
+    def report_progress(line: str) -> None:
         elapsed = time.monotonic() - start
-        console.print(f"[{elapsed:6.1f} s] {line}", highlight=False, markup=False, soft_wrap=True)
+        say(console, f"[{elapsed:6.1f} s] {line}")
 
-    run_benchmark(settings, write, say)
-    console.print(f"\n{tables(rows)}", highlight=False, markup=False, soft_wrap=True)
-    console.print(f"{len(rows)} rows appended to {output}", highlight=False, markup=False, soft_wrap=True)
+    run_benchmark(settings, write, report_progress)
+    say(console, f"\n{tables(rows)}")
+    say(console, f"{len(rows)} rows appended to {output}")
 
 
 @bench.command()

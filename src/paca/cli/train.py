@@ -12,6 +12,7 @@ from rich.console import Console
 
 from paca.cli.freed_memory import keep_freed_memory
 from paca.messages.errors import PacaError
+from paca.messages.say import say
 from paca.messages.units import format_bytes, format_duration
 from paca_command import import_package
 
@@ -53,7 +54,7 @@ def train(
         plan = describe(run_config)
         show_plan(plan, console)
         if settings:
-            console.print(f"\n{plan.config.to_yaml()}", end="", highlight=False, markup=False, soft_wrap=True)
+            say(console, f"\n{plan.config.to_yaml()}", end="")
         return
 
     import torch
@@ -69,11 +70,11 @@ def train(
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         # A new console, as the old one may have been stopped halfway through a print, whose text it would print again.
         stopped = f"Stopped at once. {_newest_checkpoint(Path(run_config.output.dir))}"
-        Console(quiet=console.quiet).print(stopped, highlight=False, markup=False, soft_wrap=True)
+        say(Console(quiet=console.quiet), stopped)
         raise typer.Exit(130) from None
     if result.resume_command is not None:
-        console.print("Stopped; the checkpoint is saved. Continue with:", highlight=False)
-        console.print(f"  {result.resume_command}", highlight=False, markup=False, soft_wrap=True)
+        say(console, "Stopped; the checkpoint is saved. Continue with:")
+        say(console, f"  {result.resume_command}")
         raise typer.Exit(130)
     show_result(result, console)
 
@@ -95,7 +96,7 @@ def show_result(result: RunResult, console: Console) -> None:
         ("report", str(result.folder / "report.html")),
     ]
     for label, text in lines:
-        console.print(f"{label:<18} {text}", highlight=False, markup=False, soft_wrap=True)
+        say(console, f"{label:<18} {text}")
 
 
 def _newest_checkpoint(output: Path) -> str:

@@ -96,7 +96,7 @@ def load_examples(
     form = formats.recognise(columns, format, source)
     features = _features(_convert(form, *first, conversational))
     options = {"source": found, "format_name": form.name, "conversational": conversational, "limit": limit}
-    with _without_progress_bars():
+    with without_progress_bars():
         try:
             dataset = Dataset.from_generator(
                 _examples,
@@ -213,7 +213,8 @@ def _describe(form: Format, columns: list[str], dataset: Dataset) -> str:
 
 
 @contextmanager
-def _without_progress_bars() -> Iterator[None]:
+def without_progress_bars() -> Iterator[None]:
+    """Hide those of datasets, unless they are hidden already."""
     was_enabled = datasets.is_progress_bar_enabled()
     datasets.disable_progress_bar()
     try:

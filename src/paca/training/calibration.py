@@ -24,9 +24,9 @@ from paca.columns.selection import AT_RANDOM, BLOCK, FROM_BATCHES
 from paca.config import PacaConfig
 from paca.data import Examples
 from paca.messages.errors import PacaError
-from paca.pretrained import load_tokenizer
+from paca.messages.say import say
 from paca.training import adapter_settings
-from paca.training.loss_scope import use_chat_template
+from paca.training.loss_scope import tokenizer_of_run
 from paca.training.run_config import CalibrationSection, RunConfig
 from paca.tuner.calibration import select
 from paca.tuner.calibration.selecting import with_indices
@@ -112,13 +112,11 @@ class ColumnChoice:
         return selected.indices
 
     def _say(self, line: str) -> None:
-        self.console.print(line, highlight=False, markup=False, soft_wrap=True)
+        say(self.console, line)
 
     def _batches(self) -> list[dict[str, Tensor]]:
         gradients = self.config.paca["selection"] == "gradient_norm"
-        named = self.config.model
-        tokenizer = load_tokenizer(named.name, named.revision, named.trust_remote_code)
-        use_chat_template(tokenizer, self.config.train)
+        tokenizer = tokenizer_of_run(self.config)
         return calibration_batches(
             self.examples, tokenizer, self.arguments, self.config.calibration, with_labels=gradients
         )

@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from paca.data import Examples, loss_settings, mark_assistant_turns
 from paca.pretrained import load_tokenizer
+from paca.training.run_config import RunConfig
 
 
 @dataclass
@@ -25,15 +26,15 @@ class LossScope:
     """For people."""
 
 
-def use_chat_template(tokenizer: PreTrainedTokenizerBase, settings: Mapping[str, Any]) -> None:
-    """Give the tokenizer the template that ``train.chat_template_path`` names, as TRL will."""
-    path = settings.get("chat_template_path")
-    if path is None:
-        return
-    if Path(path).is_file() and path.endswith((".jinja", ".j2")):
+def tokenizer_of_run(config: RunConfig) -> PreTrainedTokenizerBase:
+    """The model's tokenizer, with the template that ``train.chat_template_path`` names, as TRL will use it."""
+    named, path = config.model, config.train.get("chat_template_path")
+    tokenizer = load_tokenizer(named.name, named.revision, named.trust_remote_code)
+    if path is not None and Path(path).is_file() and path.endswith((".jinja", ".j2")):
         tokenizer.chat_template = Path(path).read_text(encoding="utf-8")
-    else:
+    elif path is not None:
         tokenizer.chat_template = load_tokenizer(path).chat_template
+    return tokenizer
 
 
 def scope_loss(

@@ -16,12 +16,12 @@ from paca.data import Examples, load_examples, split_heldout
 from paca.lean import make_lean, undo_lean
 from paca.messages.errors import PacaError
 from paca.planning.estimate import PlannedModel
-from paca.pretrained import load_config, load_tokenizer
+from paca.pretrained import load_config
 from paca.pretrained.location import locate
 from paca.pretrained.quantized_outline import quantize_outline
 from paca.training import adapter_settings, train_settings
 from paca.training.calibration import describe_columns
-from paca.training.loss_scope import scope_loss, use_chat_template
+from paca.training.loss_scope import scope_loss, tokenizer_of_run
 from paca.training.run_config import RunConfig
 from paca.training.run_setting import holds_all_logits
 from paca.training.target_names import check_target_names
@@ -128,8 +128,7 @@ def prepare(config: RunConfig) -> PreparedRun:
     config = copy.deepcopy(config)
     named = config.model
     outline = load_config(named.name, named.dtype, named.revision, named.trust_remote_code)
-    tokenizer = load_tokenizer(named.name, named.revision, named.trust_remote_code)
-    use_chat_template(tokenizer, config.train)
+    tokenizer = tokenizer_of_run(config)
     train, held_out = _read_data(config, conversational=tokenizer.chat_template is not None)
     scope = scope_loss(train, held_out, tokenizer, config.train)
     model = outline.model

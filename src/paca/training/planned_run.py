@@ -14,10 +14,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from paca.data import load_examples
 from paca.messages.errors import PacaError
 from paca.planning.target import Target
-from paca.pretrained import load_tokenizer
 from paca.training import train_settings
 from paca.training.adapter_settings import outline_config
-from paca.training.loss_scope import use_chat_template
+from paca.training.loss_scope import tokenizer_of_run
 from paca.training.run_config import RunConfig, load_run_config
 from paca.training.run_setting import setting_of_run
 
@@ -84,10 +83,8 @@ def longest_example(config: RunConfig) -> tuple[int | None, str]:
     size = sum(file.stat().st_size for file in files if file.is_file())
     if size > READ_AT_MOST:
         return None, f"{data.train} has {size >> 20} MiB, so it was not read"
-    named = config.model
     try:
-        tokenizer = load_tokenizer(named.name, named.revision, named.trust_remote_code)
-        use_chat_template(tokenizer, train)
+        tokenizer = tokenizer_of_run(config)
         conversational = tokenizer.chat_template is not None
         examples = load_examples(
             data.train, format=data.format, split=data.split, limit=data.limit, conversational=conversational

@@ -10,6 +10,7 @@ from rich.live import Live
 from rich.text import Text
 from transformers import TrainerCallback, TrainerState, TrainingArguments
 
+from paca.messages.say import say
 from paca.messages.units import format_bytes, format_duration
 from paca.training.metrics import MetricsLog, RecordMetrics
 
@@ -94,7 +95,7 @@ class ShowProgress(TrainerCallback):
             self._live = None
 
     def _print(self, line: str) -> None:
-        self.console.print(line, markup=False, highlight=False, soft_wrap=True)
+        say(self.console, line)
 
     def _line(self, state: TrainerState) -> str:
         parts = [f"step {state.global_step}/{state.max_steps}"]

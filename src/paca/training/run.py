@@ -22,6 +22,7 @@ from paca.data import check_labels
 from paca.lean import make_lean
 from paca.messages.errors import PacaError
 from paca.messages.program import program
+from paca.messages.say import say
 from paca.pretrained import Pretrained, load_pretrained, save_trainable_copy
 from paca.training import summary, train_settings
 from paca.training.adapter_card import NoCardsOfCheckpoints, write_adapter_card
@@ -76,14 +77,14 @@ def train(config: RunConfig, resume: bool = False, console: Console | None = Non
     console = (console or Console()) if main else Console(quiet=True)
     folder = RunFolder(Path(config.output.dir))
     if resume and folder.finished():
-        console.print(f"The run in {folder.path} is finished; there is nothing to resume.", highlight=False)
+        say(console, f"The run in {folder.path} is finished; there is nothing to resume.")
         return RunResult(folder.path, folder.read_summary(), None)
     if main and not resume:
         folder.check_free(overwrite=config.output.overwrite)
     if main and resume:
         folder.reopen()
 
-    with StopOnSignal(lambda line: console.print(line, highlight=False, soft_wrap=True)) as stopper:
+    with StopOnSignal(lambda line: say(console, line)) as stopper:
         prepared = prepare(config)
         plan = prepared.plan
         show_plan(plan, console)
@@ -111,7 +112,7 @@ def show_plan(plan: Plan, console: Console) -> None:
     """Print what is going to be trained."""
     width = max(len(label) for label, _ in plan.lines())
     for label, text in plan.lines():
-        console.print(f"{label:<{width}}  {text}", highlight=False, markup=False, soft_wrap=True)
+        say(console, f"{label:<{width}}  {text}")
 
 
 class _Run:
@@ -171,7 +172,7 @@ class _Run:
                 sharding_warning(arguments, self.trainer.is_fsdp_enabled),
             ):
                 if warning is not None:
-                    console.print(f"Warning: {warning}", style="yellow", highlight=False, markup=False, soft_wrap=True)
+                    say(console, f"Warning: {warning}", style="yellow")
         if probe:
             self.trainer.add_callback(ProbeLongestBatch(self.trainer, self.config, self._say))
         self.has_eval = prepared.eval is not None
@@ -240,7 +241,7 @@ class _Run:
             for name in ("logging_steps", "eval_steps", "save_steps"):
                 if getattr(trainer.args, name) is not None:
                     setattr(trainer.args, name, getattr(state, name))
-            self.console.print(f"Resuming after step {state.global_step} of {state.max_steps}.", highlight=False)
+            say(self.console, f"Resuming after step {state.global_step} of {state.max_steps}.")
         try:
             trainer.train(resume_from_checkpoint=None if self.checkpoint is None else str(self.checkpoint))
         finally:
@@ -261,7 +262,7 @@ class _Run:
             return self.trainer.evaluate()["eval_loss"]
 
     def _say(self, line: str) -> None:
-        self.console.print(line, highlight=False, markup=False, soft_wrap=True)
+        say(self.console, line)
 
     def _busy(self, message: str) -> AbstractContextManager[object]:
         if self.console.is_terminal and not self.console.quiet:
