@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import time
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState
 
 from paca.training.memory import peak_memory
+from paca.training.run_folder import write_whole
 
 _TRAIN_KEYS = ("loss", "grad_norm", "learning_rate", "mean_token_accuracy", "entropy", "aux_loss")
 _EVAL_KEYS = ("eval_loss", "eval_mean_token_accuracy", "eval_entropy", "eval_aux_loss")
@@ -61,9 +61,7 @@ class MetricsLog:
         )
 
     def _rewrite(self) -> None:
-        rewritten = self.path.with_suffix(".part")
-        rewritten.write_text("".join(json.dumps(row) + "\n" for row in self.rows), encoding="utf-8")
-        os.replace(rewritten, self.path)
+        write_whole(self.path, "".join(json.dumps(row) + "\n" for row in self.rows))
 
 
 def finite_or_none(value: Any) -> Any:

@@ -9,10 +9,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
-from paca.data import load_examples
+from paca.data import load_examples, tokens_of
 from paca.messages.errors import PacaError
+from paca.messages.units import format_bytes
 from paca.planning.target import Target
 from paca.training import train_settings
 from paca.training.adapter_settings import outline_config
@@ -82,7 +83,7 @@ def longest_example(config: RunConfig) -> tuple[int | None, str]:
         return None, f"{data.train} is not a local file, so it was not read"
     size = sum(file.stat().st_size for file in files if file.is_file())
     if size > READ_AT_MOST:
-        return None, f"{data.train} has {size >> 20} MiB, so it was not read"
+        return None, f"{data.train} has {format_bytes(size)}, so it was not read"
     try:
         tokenizer = tokenizer_of_run(config)
         conversational = tokenizer.chat_template is not None
@@ -92,7 +93,7 @@ def longest_example(config: RunConfig) -> tuple[int | None, str]:
     except PacaError as error:
         return None, f"the examples could not be read ({error})"
     longest = heapq.nlargest(TOKENIZED, (dict(row) for row in examples.dataset), key=_characters)
-    return max(_tokens(example, tokenizer) for example in longest), f"the longest example of {data.train}"
+    return max(len(tokens_of(example, tokenizer)) for example in longest), f"the longest example of {data.train}"
 
 
 def _characters(example: dict[str, Any]) -> int:
@@ -101,14 +102,3 @@ def _characters(example: dict[str, Any]) -> int:
         for name, value in example.items()
         if name in ("text", "prompt", "completion", "messages", "tools")
     )
-
-
-def _tokens(example: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> int:
-    """As TRL's SFTTrainer tokenizes it: with the chat template, or with the end-of-text token added."""
-    parts = [example[name] for name in ("messages", "prompt", "completion", "text") if example.get(name) is not None]
-    if isinstance(parts[0], str):
-        text, end = "".join(parts), str(tokenizer.eos_token or "")
-        return len(tokenizer(text if text.endswith(end) else text + end)["input_ids"])
-    messages = [message for part in parts for message in part]
-    rendered: Any = tokenizer.apply_chat_template(messages, tools=example.get("tools"), return_dict=True)
-    return len(rendered["input_ids"])

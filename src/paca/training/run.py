@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shlex
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +41,7 @@ from paca.training.probe import ProbeLongestBatch
 from paca.training.progress import ShowProgress
 from paca.training.report import write_report
 from paca.training.run_config import RunConfig
-from paca.training.run_folder import RunFolder, steps_done
+from paca.training.run_folder import RunFolder, steps_done, write_whole
 from paca.training.same_run import check_same_run
 from paca.training.sharding import check_sharding, sharding_warning
 from paca.tuner.rotation.callback import RotateColumns
@@ -84,7 +86,7 @@ def train(config: RunConfig, resume: bool = False, console: Console | None = Non
     if main and resume:
         folder.reopen()
 
-    with StopOnSignal(lambda line: say(console, line)) as stopper:
+    with StopOnSignal(partial(say, console)) as stopper:
         prepared = prepare(config)
         plan = prepared.plan
         show_plan(plan, console)
@@ -174,7 +176,7 @@ class _Run:
                 if warning is not None:
                     say(console, f"Warning: {warning}", style="yellow")
         if probe:
-            self.trainer.add_callback(ProbeLongestBatch(self.trainer, self.config, self._say))
+            self.trainer.add_callback(ProbeLongestBatch(self.trainer, self.config, partial(say, console)))
         self.has_eval = prepared.eval is not None
         self.log: MetricsLog | None = None
         if self.main:
@@ -205,7 +207,9 @@ class _Run:
         result = self._summary(state, loss_after, self.log)
         write_adapter_card(self.folder.adapter, result)
         write_report(self.folder.report, result, self.log.rows, self.config.to_yaml())
-        summary.write_summary(self.folder.summary, result)  # last: it says that the run is finished
+        write_whole(
+            self.folder.summary, json.dumps(result, indent=2, ensure_ascii=False) + "\n"
+        )  # last: it says that the run is finished
         return RunResult(self.folder.path, result, None)
 
     def _load_model(self) -> Pretrained:
@@ -216,7 +220,7 @@ class _Run:
             )
         # An adapter has to name a base that stock tooling can load, so the unpacked model is kept beside it.
         if self.main and not self.folder.base.is_dir():
-            self._say(f"Unpacking the weights of {Path(model.name).name} ...")
+            say(self.console, f"Unpacking the weights of {Path(model.name).name} ...")
             save_trainable_copy(load_pretrained(model.name, model.dtype), self.folder.base)
         PartialState().wait_for_everyone()
         if model.quantization is not None and self.config.paca["original_weights"] == model.name:
@@ -261,13 +265,10 @@ class _Run:
         with self._busy("Measuring the held-out loss after training ..."):
             return self.trainer.evaluate()["eval_loss"]
 
-    def _say(self, line: str) -> None:
-        say(self.console, line)
-
     def _busy(self, message: str) -> AbstractContextManager[object]:
         if self.console.is_terminal and not self.console.quiet:
             return self.console.status(message)
-        self._say(message)  # in a log file, so that minutes without a line don't look like a standstill
+        say(self.console, message)  # in a log file, so that minutes without a line don't look like a standstill
         return nullcontext()
 
     def _summary(self, state: TrainerState, loss_after: float | None, log: MetricsLog) -> dict[str, Any]:

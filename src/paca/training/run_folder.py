@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 from pathlib import Path
@@ -98,6 +99,14 @@ class RunFolder:
             return []
         found = ((re.fullmatch(r"checkpoint-(\d+)", path.name), path) for path in self.checkpoints.iterdir())
         return [(int(match[1]), path) for match, path in found if match and path.is_dir()]
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file in place of the one that is there, whole or not at all; make its folder if need be."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    beside.write_text(text, encoding="utf-8")
+    beside.replace(path)
 
 
 def steps_done(checkpoint: Path) -> int:

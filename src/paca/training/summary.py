@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.metadata
-import json
 import os
 import platform
 import shlex
@@ -60,13 +59,6 @@ def command_line() -> str:
 def now() -> str:
     """The time, UTC, ISO 8601."""
     return datetime.now(timezone.utc).isoformat(timespec="seconds")
-
-
-def write_summary(path: Path, summary: dict[str, Any]) -> None:
-    """Write ``summary.json``, whole or not at all."""
-    part = path.with_suffix(".part")
-    part.write_text(json.dumps(summary, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(part, path)
 
 
 def _cpu_name() -> str:
