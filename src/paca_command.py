@@ -16,17 +16,23 @@ from importlib.util import find_spec, module_from_spec
 
 def main() -> None:
     """Run the command line."""
-    if "paca" not in sys.modules:
-        spec = find_spec("paca")  # without importing it
-        assert spec is not None
-        sys.modules["paca"] = module_from_spec(spec)
+    enter_package()
     from paca.cli import main as command_line
 
     command_line()
 
 
+def enter_package() -> None:
+    """Put an empty `paca` in place, through which its modules can be imported; not where it is imported already."""
+    if "paca" not in sys.modules:
+        spec = find_spec("paca")  # without importing it
+        assert spec is not None
+        sys.modules["paca"] = module_from_spec(spec)
+
+
 def import_package() -> None:
     """Make `paca` the full package, with PaCA registered with PEFT; does nothing where it is that already."""
+    enter_package()
     package = sys.modules["paca"]
     if not hasattr(package, "__all__"):
         assert package.__spec__ is not None
