@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -26,6 +26,24 @@ if TYPE_CHECKING:
 
 QUANTIZATIONS = ("nf4", "fp4", "int8")
 DTYPES = ("bfloat16", "float16", "float32")
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What was planned."""
+
+    target: Target
+    result: MemoryEstimate
+    rate: MatmulRate | None
+    unpacking: DequantizeRate | None
+    budget: int | None
+    found: Fit | None
+
+    def seconds(self) -> float | None:
+        """Time floor of a step."""
+        from paca.planning import step_seconds
+
+        return None if self.rate is None else step_seconds(self.result, self.rate, self.unpacking)
 
 
 def plan(
@@ -127,11 +145,12 @@ def plan(
         with contextlib.suppress(PacaError):  # a plan for a GPU that is not here
             budget = available_memory(setting.device)
     result = estimate(planned.model, setting, planned.adapter) if found is None else found.best.estimate
+    outcome = Outcome(planned, result, measured, unpacking, budget, found)
     if as_json:
-        print(json.dumps(_as_json(planned, result, measured, unpacking, budget, found), indent=2))
+        print(json.dumps(_as_json(outcome), indent=2))
         return
     console = Console()
-    _show_estimate(console, planned, result, measured, unpacking, budget)
+    _show_estimate(console, outcome)
     if found is not None:
         _show_fit(console, found, measured)
 
@@ -193,14 +212,8 @@ def _is_run(name: str) -> bool:
     return Path(name).suffix.lower() in (".yaml", ".yml")
 
 
-def _show_estimate(
-    console: Console,
-    target: Target,
-    result: MemoryEstimate,
-    rate: MatmulRate | None,
-    unpacking: DequantizeRate | None,
-    budget: int | None,
-) -> None:
+def _show_estimate(console: Console, outcome: Outcome) -> None:
+    target, result, budget = outcome.target, outcome.result, outcome.budget
     setting = result.setting
     say(
         console,
@@ -227,20 +240,18 @@ def _show_estimate(
         table.add_row("budget", format_bytes(budget))
     console.print(table)
     say(console, f"The autograd graph holds {format_bytes(result.activations)} at the end of the forward pass.")
-    say(console, f"Time floor: {_time(result, rate, unpacking)}")
+    say(console, f"Time floor: {_time(outcome)}")
     if budget is not None and result.total > budget:
         console.print("This does not fit. Give --memory to find what does.", style="red")
 
 
-def _time(result: MemoryEstimate, rate: MatmulRate | None, unpacking: DequantizeRate | None) -> str:
-    from paca.planning import step_seconds
-
+def _time(outcome: Outcome) -> str:
+    result, rate, unpacking, seconds = outcome.result, outcome.rate, outcome.unpacking, outcome.seconds()
     work = f"{result.flops / 1e12:,.2f} TFLOP per step"
     if result.dequantized:
         work += f" and {result.dequantized / 1e9:,.2f} GB to unpack weights"
-    if rate is None:
+    if rate is None or seconds is None:
         return f"{work}; the device is not here to be measured (give --rate)"
-    seconds = step_seconds(result, rate, unpacking)
     speeds = f"{rate.at(result.setting.tokens_per_pass) / 1e12:,.3f} TFLOP/s, {rate.source}"
     if result.dequantized:
         speeds += (
@@ -293,33 +304,25 @@ def yaml_lines(setting: Setting) -> list[str]:
     return [*lines, "    gradient_checkpointing: true"] if setting.checkpointing else lines
 
 
-def _as_json(
-    target: Target,
-    result: MemoryEstimate,
-    rate: MatmulRate | None,
-    unpacking: DequantizeRate | None,
-    budget: int | None,
-    found: Fit | None,
-) -> dict[str, Any]:
-    from paca.planning import step_seconds
-
+def _as_json(outcome: Outcome) -> dict[str, Any]:
+    result, rate, found = outcome.result, outcome.rate, outcome.found
     content: dict[str, Any] = {
-        "target": target.name,
+        "target": outcome.target.name,
         "parameters": result.parameters,
         "trainable": result.trainable,
         "weights": result.weights,
-        "lengths": target.lengths,
+        "lengths": outcome.target.lengths,
         "setting": result.setting.as_dict(),
         "memory": {**result.parts},
         "total": result.total,
         "peak_moment": result.moment,
-        "budget": budget,
+        "budget": outcome.budget,
         "saved_activations": {**result.saved},
         "flops_per_step": result.flops,
         "bytes_to_unpack_weights_per_step": result.dequantized,
-        "unpacking": unpacking and dataclasses.asdict(unpacking),
+        "unpacking": outcome.unpacking and dataclasses.asdict(outcome.unpacking),
         "rate": rate and {"flops_per_second": {**rate.measured}, "source": rate.source},
-        "seconds_per_step": rate and step_seconds(result, rate, unpacking),
+        "seconds_per_step": outcome.seconds(),
     }
     if found is not None:
         content |= {"weights_reason": found.weights_reason, "not_considered": [*found.refused]}

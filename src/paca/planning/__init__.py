@@ -1,10 +1,16 @@
 """Memory and time of training, before anything is loaded."""
 
 from paca.planning.budget import available_memory, warn_if_too_large
-from paca.planning.dequantize_rate import DequantizeRate, given_bandwidth, measure_dequantize_rate
+from paca.planning.device_rates import (
+    DequantizeRate,
+    MatmulRate,
+    fixed_rate,
+    given_bandwidth,
+    measure_dequantize_rate,
+    measure_rate,
+)
 from paca.planning.estimate import MemoryEstimate, estimate
 from paca.planning.fit import Candidate, Fit, fit, step_seconds
-from paca.planning.matmul_rate import MatmulRate, fixed_rate, measure_rate
 from paca.planning.probe import longest_batch
 from paca.planning.setting import Setting
 

@@ -11,9 +11,8 @@ from transformers import PreTrainedConfig
 
 from paca.messages.errors import PacaError
 from paca.messages.units import format_bytes
-from paca.planning.dequantize_rate import DequantizeRate
+from paca.planning.device_rates import DequantizeRate, MatmulRate, fixed_rate
 from paca.planning.estimate import FRAMEWORK, MemoryEstimate, PlannedModel, estimate, prepare_model
-from paca.planning.matmul_rate import MatmulRate, fixed_rate
 from paca.planning.setting import Setting
 from paca.planning.simulated_step import WEIGHTS
 

@@ -43,21 +43,19 @@ class ShowProgress(TrainerCallback):
             )
             self._live.start()
         elif args.eval_on_start:
-            self._print("Measuring the held-out loss before training ...")
+            say(self.console, "Measuring the held-out loss before training ...")
 
     def on_step_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         """Move the live line on, also between two logs."""
-        if self._live is not None:
-            self._live.update(Text(self._line(state), no_wrap=True, overflow="ellipsis"))
+        self._draw(state)
 
     def on_log(self, args: Any, state: TrainerState, control: Any, logs: Any = None, **kwargs: Any) -> None:
         """Bring the live line up to date, or print a plain one."""
         if "loss" not in (logs or {}):
             return
-        if self._live is not None:
-            self._live.update(Text(self._line(state), no_wrap=True, overflow="ellipsis"))
-        elif state.global_step >= self._next_plain_step or state.global_step == state.max_steps:
-            self._print(self._line(state))
+        self._draw(state)
+        if self._live is None and (state.global_step >= self._next_plain_step or state.global_step == state.max_steps):
+            say(self.console, self._line(state))
             gap = max(1, min(state.max_steps // _PLAIN_LINES, _PLAIN_LONGEST_GAP))
             self._next_plain_step = state.global_step + gap
 
@@ -66,27 +64,27 @@ class ShowProgress(TrainerCallback):
         self._evaluated += 1
         if self._live is not None and time.monotonic() - self._last_drawn > 0.25:
             self._last_drawn = time.monotonic()
-            self._live.update(Text(f"{self._line(state)}  (evaluating: batch {self._evaluated})"))
+            self._draw(state, f"  (evaluating: batch {self._evaluated})")
         elif self._live is None:
             now = time.monotonic()
             if self._evaluated == 1:
                 self._last_drawn = now
             elif now - self._last_drawn > _PLAIN_EVALUATION_SECONDS:
                 self._last_drawn = now
-                self._print(f"evaluating: batch {self._evaluated}")
+                say(self.console, f"evaluating: batch {self._evaluated}")
 
     def on_evaluate(self, args: Any, state: TrainerState, control: Any, metrics: Any = None, **kwargs: Any) -> None:
         """Print the held-out loss; it stays above the live line."""
         self._evaluated = 0
         loss = (metrics or {}).get("eval_loss")
         if loss is not None:
-            self._print(f"step {state.global_step}: held-out loss {loss:.4f}")
+            say(self.console, f"step {state.global_step}: held-out loss {loss:.4f}")
 
     def on_train_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         """Close the live line and leave its last state behind."""
         if self._live is not None:
             self.close()
-            self._print(self._line(state))
+            say(self.console, self._line(state))
 
     def close(self) -> None:
         """Take the live line away; also called when training ends with an error."""
@@ -94,8 +92,9 @@ class ShowProgress(TrainerCallback):
             self._live.stop()
             self._live = None
 
-    def _print(self, line: str) -> None:
-        say(self.console, line)
+    def _draw(self, state: TrainerState, ending: str = "") -> None:
+        if self._live is not None:
+            self._live.update(Text(self._line(state) + ending, no_wrap=True, overflow="ellipsis"))
 
     def _line(self, state: TrainerState) -> str:
         parts = [f"step {state.global_step}/{state.max_steps}"]
