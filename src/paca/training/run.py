@@ -207,9 +207,8 @@ class _Run:
         result = self._summary(state, loss_after, self.log)
         write_adapter_card(self.folder.adapter, result)
         write_report(self.folder.report, result, self.log.rows, self.config.to_yaml())
-        write_whole(
-            self.folder.summary, json.dumps(result, indent=2, ensure_ascii=False) + "\n"
-        )  # last: it says that the run is finished
+        # Last: it says that the run is finished.
+        write_whole(self.folder.summary, json.dumps(result, indent=2, ensure_ascii=False) + "\n")
         return RunResult(self.folder.path, result, None)
 
     def _load_model(self) -> Pretrained:

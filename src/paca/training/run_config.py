@@ -14,7 +14,7 @@ import yaml
 
 from paca.messages.errors import PacaError
 from paca.messages.nearest import did_you_mean
-from paca.training.key_checks import Origins, check_keys, check_type
+from paca.training.key_checks import Origins, check_section
 from paca.training.strict_yaml import parse_value, read_yaml
 from paca.training.typed_values import shown
 
@@ -192,11 +192,9 @@ def _read_sections(path: Path, overrides: Iterable[str]) -> tuple[dict[str, dict
 
 def _build_section(name: str, section_type: type, values: dict[str, Any], origins: Origins) -> Any:
     annotations = typing.get_type_hints(section_type)
-    check_keys(name, values, annotations, origins)
+    check_section(name, values, annotations, origins)
     for option in dataclasses.fields(section_type):
-        if option.name in values:
-            check_type(f"{name}.{option.name}", values[option.name], annotations[option.name], origins)
-        elif option.default is dataclasses.MISSING:
+        if option.name not in values and option.default is dataclasses.MISSING:
             raise PacaError(f"{origins.path}: {name}.{option.name} is missing; it must be given.")
     return section_type(**values)
 

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from trl import SFTConfig
 
 from paca.messages.errors import PacaError
-from paca.training.key_checks import Origins, check_choice, check_keys, check_type
+from paca.training.key_checks import Origins, check_section
 
 OWNED = {
     "output_dir": "the run folder is output.dir",
@@ -70,18 +70,15 @@ def check_train_settings(settings: Mapping[str, Any], origins: Origins) -> None:
         PacaError: An unknown key, a key that has another place, a wrong type, or a value outside the choices
             or the range that can work.
     """
-    fields = train_fields()
     for name in OWNED.keys() & settings.keys():
         raise PacaError(f"{origins.of(f'train.{name}')}: train.{name} can't be set here: {OWNED[name]}.")
-    check_keys("train", settings, fields.keys() - OWNED.keys(), origins)
+    annotations = {name: kind for name, kind in train_fields().items() if name not in OWNED}
     choices = {option.name: option.metadata.get("choices") for option in dataclasses.fields(SFTConfig)}
+    check_section("train", settings, annotations, origins, choices)
     for name, value in settings.items():
-        key = f"train.{name}"
-        check_type(key, value, fields[name], origins)
-        check_choice(key, value, choices[name], origins)
         for words, (holds, names) in _RANGES.items():
             if name in names.split() and isinstance(value, (int, float)) and not holds(value):
-                raise PacaError(f"{origins.of(key)}: {key} must be {words}, not {value}.")
+                raise PacaError(f"{origins.of(f'train.{name}')}: train.{name} must be {words}, not {value}.")
 
 
 def with_defaults(settings: Mapping[str, Any], model: PreTrainedModel, *, has_eval: bool) -> dict[str, Any]:
