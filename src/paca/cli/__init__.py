@@ -16,9 +16,11 @@ from paca.cli.export import export
 from paca.cli.import_adapter import import_adapter
 from paca.cli.merge import merge
 from paca.cli.plan import plan
+from paca.cli.quiet import hide_library_notes
 from paca.cli.train import train
 from paca.cli.waiting_threads import let_waiting_threads_sleep
 from paca.messages.errors import PacaError
+from paca.messages.say import say
 
 app = typer.Typer(
     name="paca",
@@ -56,6 +58,7 @@ def main() -> None:
     With the environment variable ``PACA_DEBUG=1`` the traceback is shown instead.
     """
     let_waiting_threads_sleep()
+    hide_library_notes()
     try:
         app()
     except PacaError as error:
@@ -69,5 +72,5 @@ def main() -> None:
 
 
 def _fail(message: str) -> NoReturn:
-    Console(stderr=True).print(f"Error: {message}", style="red", highlight=False, markup=False, soft_wrap=True)
+    say(Console(stderr=True), f"Error: {message}", style="red")
     sys.exit(1)

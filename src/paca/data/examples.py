@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import itertools
+import json
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import datasets
 import numpy as np
@@ -96,7 +98,7 @@ def load_examples(
     form = formats.recognise(columns, format, source)
     features = _features(_convert(form, *first, conversational))
     options = {"source": found, "format_name": form.name, "conversational": conversational, "limit": limit}
-    with _without_progress_bars():
+    with without_progress_bars():
         try:
             dataset = Dataset.from_generator(
                 _examples,
@@ -148,6 +150,30 @@ def split_heldout(examples: Examples, held_out: float, seed: int) -> tuple[Examp
             replace(examples, dataset=dataset, description=f"{examples.description}; {len(dataset):,} of them {name}")
         )
     return parts[0], parts[1]
+
+
+def tokens_of(example: Example, tokenizer: Any, *, start_only: bool = False) -> list[int]:
+    """The tokens of an example as TRL's SFTTrainer makes them: by the chat template, or with the end-of-text token.
+
+    Args:
+        example: A row of `Examples.dataset`.
+        tokenizer: Of the model.
+        start_only: Leave out a completion, and the end-of-text token.
+    """
+    if start_only and "input_ids" in example:
+        return list(example["input_ids"])
+    parts = [example[name] for name in ("messages", "prompt", "completion", "text") if example.get(name) is not None]
+    parts = parts[:1] if start_only else parts
+    if isinstance(parts[0], str):
+        text, end = "".join(parts), "" if start_only else str(tokenizer.eos_token or "")
+        return list(tokenizer(text if text.endswith(end) else text + end)["input_ids"])
+    rendered = tokenizer.apply_chat_template(
+        [message for part in parts for message in part],
+        tools=json.loads(example["tools"]) if example.get("tools") else None,
+        add_generation_prompt=start_only and "prompt" in example,
+        return_dict=True,
+    )
+    return list(rendered["input_ids"])
 
 
 def _examples(source: Source, format_name: str, conversational: bool, limit: int | None) -> Iterator[Example]:
@@ -213,7 +239,8 @@ def _describe(form: Format, columns: list[str], dataset: Dataset) -> str:
 
 
 @contextmanager
-def _without_progress_bars() -> Iterator[None]:
+def without_progress_bars() -> Iterator[None]:
+    """Hide those of datasets, unless they are hidden already."""
     was_enabled = datasets.is_progress_bar_enabled()
     datasets.disable_progress_bar()
     try:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
@@ -10,6 +9,7 @@ from typing import Any
 
 from paca.data.rows import Row
 from paca.messages.errors import PacaError
+from paca.messages.nearest import did_you_mean
 
 Example = dict[str, Any]
 Message = dict[str, Any]
@@ -66,8 +66,7 @@ def recognise(columns: Collection[str], requested: str | None, source: str) -> F
     found = f"{source} has the columns: {', '.join(columns) or '(none)'}."
     if requested is not None:
         if requested not in FORMATS:
-            near = difflib.get_close_matches(requested, FORMATS, n=1)
-            hint = f" Did you mean {near[0]!r}?" if near else ""
+            hint = did_you_mean(requested, FORMATS)
             raise PacaError(f"Unknown data format {requested!r}.{hint} Understood are:\n{_overview()}")
         chosen = FORMATS[requested]
         missing = [column for column in chosen.required if column not in columns]
@@ -159,10 +158,7 @@ def _from_text(row: Row, conversational: bool) -> Example:
 
 
 def _question_and_answer(question: str, answer: str) -> Example:
-    return {
-        "prompt": [{"role": "user", "content": question}],
-        "completion": [{"role": "assistant", "content": answer}],
-    }
+    return {"prompt": [{"role": "user", "content": question}], "completion": [{"role": "assistant", "content": answer}]}
 
 
 def _conversation(messages: list[Message], tools: object) -> Example:

@@ -7,9 +7,8 @@ import math
 from pathlib import Path
 from typing import Any
 
+from paca.messages.units import format_bytes, format_duration
 from paca.training.curves import curve, loss_curves
-from paca.training.memory import format_bytes
-from paca.training.progress import format_duration
 
 _STYLE = """
 :root { color-scheme: light dark; --ink: #1c2430; --paper: #ffffff; --card: #f3f5f8; --line: #dbe0e8; --soft: #5b6675; }

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shlex
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,7 @@ from paca.messages.errors import PacaError
 from paca.messages.out_of_memory import is_out_of_memory
 from paca.messages.program import program
 from paca.messages.provenance import command_line, git_state, hardware, now, versions
+from paca.messages.say import say
 from paca.pretrained import Pretrained, load_pretrained, save_trainable_copy
 from paca.training import train_settings
 from paca.training.adapter_card import NoCardsOfCheckpoints, write_adapter_card
@@ -40,10 +43,9 @@ from paca.training.probe import ProbeLongestBatch
 from paca.training.progress import ShowProgress
 from paca.training.report import write_report
 from paca.training.run_config import RunConfig
-from paca.training.run_folder import RunFolder, steps_done
+from paca.training.run_folder import RunFolder, steps_done, write_whole
 from paca.training.same_run import check_same_run
 from paca.training.sharding import check_sharding, sharding_warning
-from paca.training.summary import write_summary
 from paca.tuner.rotation.callback import RotateColumns
 
 
@@ -79,14 +81,14 @@ def train(config: RunConfig, resume: bool = False, console: Console | None = Non
     console = (console or Console()) if main else Console(quiet=True)
     folder = RunFolder(Path(config.output.dir))
     if resume and folder.finished():
-        console.print(f"The run in {folder.path} is finished; there is nothing to resume.", highlight=False)
+        say(console, f"The run in {folder.path} is finished; there is nothing to resume.")
         return RunResult(folder.path, folder.read_summary(), None)
     if main and not resume:
         folder.check_free(overwrite=config.output.overwrite)
     if main and resume:
         folder.reopen()
 
-    with StopOnSignal(lambda line: console.print(line, highlight=False, soft_wrap=True)) as stopper:
+    with StopOnSignal(partial(say, console)) as stopper:
         prepared = prepare(config)
         plan = prepared.plan
         show_plan(plan, console)
@@ -114,7 +116,7 @@ def show_plan(plan: Plan, console: Console) -> None:
     """Print what is going to be trained."""
     width = max(len(label) for label, _ in plan.lines())
     for label, text in plan.lines():
-        console.print(f"{label:<{width}}  {text}", highlight=False, markup=False, soft_wrap=True)
+        say(console, f"{label:<{width}}  {text}")
 
 
 class _Run:
@@ -174,9 +176,9 @@ class _Run:
                 sharding_warning(arguments, self.trainer.is_fsdp_enabled),
             ):
                 if warning is not None:
-                    console.print(f"Warning: {warning}", style="yellow", highlight=False, markup=False, soft_wrap=True)
+                    say(console, f"Warning: {warning}", style="yellow")
         if probe:
-            self.trainer.add_callback(ProbeLongestBatch(self.trainer, self.config, self._say))
+            self.trainer.add_callback(ProbeLongestBatch(self.trainer, self.config, partial(say, console)))
         self.has_eval = prepared.eval is not None
         self.log: MetricsLog | None = None
         if self.main:
@@ -208,7 +210,8 @@ class _Run:
         assert self.trainer.model is not None
         write_adapter_card(self.folder.adapter, result, self.trainer.model)
         write_report(self.folder.report, result, self.log.rows, self.config.to_yaml())
-        write_summary(self.folder.summary, result)  # last: it says that the run is finished
+        # Last: it says that the run is finished.
+        write_whole(self.folder.summary, json.dumps(result, indent=2, ensure_ascii=False) + "\n")
         return RunResult(self.folder.path, result, None)
 
     def _load_model(self) -> Pretrained:
@@ -219,7 +222,7 @@ class _Run:
             )
         # An adapter has to name a base that stock tooling can load, so the unpacked model is kept beside it.
         if self.main and not self.folder.base.is_dir():
-            self._say(f"Unpacking the weights of {Path(model.name).name} ...")
+            say(self.console, f"Unpacking the weights of {Path(model.name).name} ...")
             unpacked = load_pretrained(model.name, model.dtype, tokenizer=model.tokenizer)
             save_trainable_copy(unpacked, self.folder.base)
         PartialState().wait_for_everyone()
@@ -245,7 +248,7 @@ class _Run:
             for name in ("logging_steps", "eval_steps", "save_steps"):
                 if getattr(trainer.args, name) is not None:
                     setattr(trainer.args, name, getattr(state, name))
-            self.console.print(f"Resuming after step {state.global_step} of {state.max_steps}.", highlight=False)
+            say(self.console, f"Resuming after step {state.global_step} of {state.max_steps}.")
         try:
             trainer.train(resume_from_checkpoint=None if self.checkpoint is None else str(self.checkpoint))
         finally:
@@ -265,13 +268,10 @@ class _Run:
         with self._busy("Measuring the held-out loss after training ..."):
             return self.trainer.evaluate()["eval_loss"]
 
-    def _say(self, line: str) -> None:
-        self.console.print(line, highlight=False, markup=False, soft_wrap=True)
-
     def _busy(self, message: str) -> AbstractContextManager[object]:
         if self.console.is_terminal and not self.console.quiet:
             return self.console.status(message)
-        self._say(message)  # in a log file, so that minutes without a line don't look like a standstill
+        say(self.console, message)  # in a log file, so that minutes without a line don't look like a standstill
         return nullcontext()
 
     def _summary(self, state: TrainerState, loss_after: float | None, log: MetricsLog) -> dict[str, Any]:

@@ -13,10 +13,10 @@ from typing import Any, Literal
 import yaml
 
 from paca.messages.errors import PacaError
-from paca.training.free_sections import check_free_sections
-from paca.training.key_checks import Origins, check_keys, check_type
+from paca.messages.nearest import did_you_mean
+from paca.training.key_checks import Origins, check_section
 from paca.training.strict_yaml import parse_value, read_yaml
-from paca.training.typed_values import nearest, shown
+from paca.training.typed_values import shown
 
 
 @dataclass
@@ -152,9 +152,7 @@ def load_run_config(path: str | os.PathLike[str], overrides: Iterable[str] = ())
     _check_calibration(built["calibration"], origins)
     _check_blocks(built["model"], sections["train"], origins)
 
-    check_free_sections(sections, origins)
-
-    # Only now: these two import torch, peft and trl, which takes seconds that a misspelt key need not cost.
+    # Only now: these two import peft and trl, which takes seconds that the mistakes above need not cost.
     from paca.training.adapter_settings import check_adapter_settings
     from paca.training.train_settings import check_train_settings
 
@@ -175,7 +173,7 @@ def _read_sections(path: Path, overrides: Iterable[str]) -> tuple[dict[str, dict
     names = [*SECTIONS, *FREE_SECTIONS]
     for name, values in content.items():
         if name not in names:
-            raise PacaError(f"{origins.of(name)}: there is no section {name!r}. {_section_hint(name, names)}")
+            raise PacaError(f"{origins.of(name)}: there is no section {name!r}.{_section_hint(name, names)}")
         if values is not None and not isinstance(values, dict):
             raise PacaError(f"{origins.of(name)}: the section {name} must hold keys, not {shown(values)}.")
     sections: dict[str, dict[str, Any]] = {name: dict(content.get(name) or {}) for name in names}
@@ -185,7 +183,7 @@ def _read_sections(path: Path, overrides: Iterable[str]) -> tuple[dict[str, dict
         if not separator or not dot or not name:
             raise PacaError(f"--set {override}: expected section.key=value, such as --set train.learning_rate=1e-4.")
         if section not in names:
-            raise PacaError(f"--set {override}: there is no section {section!r}. {_section_hint(section, names)}")
+            raise PacaError(f"--set {override}: there is no section {section!r}.{_section_hint(section, names)}")
         try:
             sections[section][name] = parse_value(text)
         except PacaError as error:
@@ -196,11 +194,9 @@ def _read_sections(path: Path, overrides: Iterable[str]) -> tuple[dict[str, dict
 
 def _build_section(name: str, section_type: type, values: dict[str, Any], origins: Origins) -> Any:
     annotations = typing.get_type_hints(section_type)
-    check_keys(name, values, annotations, origins)
+    check_section(name, values, annotations, origins)
     for option in dataclasses.fields(section_type):
-        if option.name in values:
-            check_type(f"{name}.{option.name}", values[option.name], annotations[option.name], origins)
-        elif option.default is dataclasses.MISSING:
+        if option.name not in values and option.default is dataclasses.MISSING:
             raise PacaError(f"{origins.path}: {name}.{option.name} is missing; it must be given.")
     return section_type(**values)
 
@@ -252,5 +248,4 @@ def _absolute_where_it_exists(name: str) -> str:
 
 
 def _section_hint(name: str, names: list[str]) -> str:
-    close = nearest(name, names)
-    return f"Did you mean {close}?" if close else f"The sections are {', '.join(names)}."
+    return did_you_mean(name, names, "{}") or f" The sections are {', '.join(names)}."
