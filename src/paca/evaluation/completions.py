@@ -59,7 +59,7 @@ def completions(
 def _answer(model: Any, tokenizer: PreTrainedTokenizerBase, prompts: list[list[int]], max_new_tokens: int) -> list[str]:
     width = max(map(len, prompts))
     settings = sampling_settings(model, tokenizer, temperature=0)
-    if settings["pad_token_id"] is None:  # what stands behind the end of an answer is cut off by hand then
+    if settings["pad_token_id"] is None:
         settings["pad_token_id"] = settings.get("eos_token_id", [0])[0]
     tokens = torch.full((len(prompts), width), settings["pad_token_id"], dtype=torch.long)
     mask = torch.zeros_like(tokens)
@@ -72,12 +72,4 @@ def _answer(model: Any, tokenizer: PreTrainedTokenizerBase, prompts: list[list[i
         max_new_tokens=max_new_tokens,
         **settings,
     )[:, width:].tolist()
-    ends = set(settings.get("eos_token_id", []))
-    return [str(tokenizer.decode(_until_end(answer, ends), skip_special_tokens=True)) for answer in generated]
-
-
-def _until_end(tokens: list[int], ends: set[int]) -> list[int]:
-    for index, token in enumerate(tokens):
-        if token in ends:
-            return tokens[:index]
-    return tokens
+    return [str(tokenizer.decode(answer, skip_special_tokens=True)) for answer in generated]
