@@ -18,7 +18,7 @@ from paca.evaluation import judge as judge_module
 from paca.evaluation.judge import Judge, JudgeSettings, Usage
 from paca.evaluation.mt_bench import run_mt_bench
 from paca.evaluation.mt_bench_questions import Question, read_questions
-from paca.evaluation.mt_bench_ratings import Rating, grade_in, scores_of
+from paca.evaluation.mt_bench_ratings import Rating, grade_in, ratings_of, scores_of
 from paca.messages.errors import PacaError
 from paca.pretrained.generation import LoadedModel, load_for_generation, stream_reply
 
@@ -272,3 +272,28 @@ def test_the_80_questions_of_mt_bench_are_read() -> None:
     assert {len(question.turns) for question in questions} == {2}
     assert len({question.category for question in questions}) == 8
     assert any(question.references for question in questions)
+
+
+def test_verdicts_that_came_before_a_failure_was_noticed_are_kept(tmp_path: Path) -> None:
+    failed = threading.Event()
+
+    class Failing(Judge):
+        def ask(self, messages: list[dict[str, str]]) -> tuple[str, Usage]:
+            if "2+2" in messages[1]["content"]:
+                failed.set()
+                raise PacaError("out of credit")
+            if "Only" in messages[1]["content"]:
+                assert failed.wait(60)
+            return "[[5]]", Usage()
+
+    class Late(Tally):
+        def advance(self) -> None:
+            for thread in threading.enumerate():
+                if thread.name == "paca-judge":
+                    thread.join(60)
+
+    questions = [Question(row.id, row.category, row.turns[:1], []) for row in QUESTIONS]
+    judge = Failing(JudgeSettings("http://localhost:1/v1", "strict"))
+    with pytest.raises(PacaError, match="out of credit"):
+        ratings_of(judge, "base", questions, [["a"], ["b"], ["c"]], tmp_path, Late())
+    assert {row["question_id"] for row in judgments(tmp_path)} == {1, 3}
