@@ -24,16 +24,17 @@ def question_of(example: Example, tokenizer: PreTrainedTokenizerBase) -> list[in
     """
     if "messages" in example or isinstance(example.get("prompt"), list):
         return _rendered(example, _question_messages(example), tokenizer, add_generation_prompt=True)
-    if "prompt" not in example:
-        raise PacaError(
-            f"{example[ORIGIN]}: plain text has no question, so nothing can be asked. Use eval.metric: loss or "
-            "token_accuracy, or data with prompts."
-        )
+    _require_a_question(example)
     return list(tokenizer(example["prompt"])["input_ids"])
 
 
 def question_text(example: Example) -> str:
-    """The prompt as people read it: of a conversation, the last thing the user said before the answer."""
+    """The prompt as people read it: of a conversation, the last thing the user said before the answer.
+
+    Raises:
+        PacaError: The example asks nothing.
+    """
+    _require_a_question(example)
     if isinstance(example.get("prompt"), str):
         return str(example["prompt"])
     asked = _question_messages(example)
@@ -97,6 +98,14 @@ def options_of(example: Example) -> list[str]:
             "(question, choices and answer as in MMLU, or question, choices and answerKey as in ARC)."
         )
     return list(example[OPTIONS])
+
+
+def _require_a_question(example: Example) -> None:
+    if "prompt" not in example and "messages" not in example:
+        raise PacaError(
+            f"{example[ORIGIN]}: plain text has no question, so nothing can be asked. Use eval.metric: loss or "
+            "token_accuracy, or data with prompts."
+        )
 
 
 def _question_messages(example: Example) -> list[Any]:

@@ -16,6 +16,7 @@ from paca.evaluation.encoding import Example, answer_of, continuation_of, option
 from paca.evaluation.log_likelihood import Likelihood, likelihoods
 from paca.evaluation.statistics import mean_with_error, ratio_with_error
 from paca.messages.errors import PacaError
+from paca.training.run_config import EvalSection
 
 Metric = Literal["exact_match", "choice", "token_accuracy", "loss"]
 
@@ -70,6 +71,52 @@ class Score:
         }
 
 
+class OwnDataScorer:
+    """What `paca.training.train` scores held-out data with."""
+
+    def __init__(self, measurement: Measurement) -> None:
+        self.measurement = measurement
+
+    def check(self, rows: Iterable[Example]) -> None:
+        """Raises:
+        PacaError: A row lacks what the metric needs.
+        """
+        check_rows(rows, self.measurement)
+
+    def score(self, model: Any, tokenizer: PreTrainedTokenizerBase, rows: Iterable[Example]) -> dict[str, Any]:
+        """The content of a `Score`."""
+        return measure(model, tokenizer, rows, self.measurement).as_dict()
+
+
+def scorer(section: EvalSection) -> OwnDataScorer | None:
+    """What measures the `eval.metric` of a run's config; None where it asks for none.
+
+    Raises:
+        PacaError: The answer pattern is no regular expression.
+    """
+    if section.metric is None:
+        return None
+    return OwnDataScorer(Measurement(section.metric, section.answer_pattern, section.max_new_tokens))
+
+
+def check_rows(rows: Iterable[Example], measurement: Measurement) -> None:
+    """Check that every row can be scored.
+
+    Raises:
+        PacaError: One lacks a question, options, or a reference answer that the pattern finds.
+    """
+    for row in rows:
+        if measurement.metric == "choice":
+            options_of(row)
+        elif measurement.metric == "exact_match":
+            question_text(row)
+            if not extract_answer(answer_of(row), measurement.answer_pattern):
+                raise PacaError(
+                    f"{row[ORIGIN]}: the pattern {measurement.answer_pattern!r} finds no answer in the reference "
+                    f"{answer_of(row)!r}. Change eval.answer_pattern, or leave the example out."
+                )
+
+
 def measure(
     model: Any,
     tokenizer: PreTrainedTokenizerBase,
@@ -95,6 +142,7 @@ def measure(
     rows = list(examples)
     if not rows:
         raise PacaError("There are no examples to measure on. Give held-out data (data.eval).")
+    check_rows(rows, measurement)
     with _evaluating(model):
         if measurement.metric == "exact_match":
             return _exact_match(model, tokenizer, rows, measurement)
@@ -131,12 +179,6 @@ def _exact_match(
 ) -> Score:
     pattern = measurement.answer_pattern
     references = [extract_answer(answer_of(example), pattern) for example in examples]
-    for example, reference in zip(examples, references, strict=True):
-        if not reference:
-            raise PacaError(
-                f"{example[ORIGIN]}: the pattern {pattern!r} finds no answer in the reference {answer_of(example)!r}. "
-                "Change eval.answer_pattern, or leave the example out."
-            )
     answers = _answers(model, tokenizer, examples, measurement)
     right = [
         float(extract_answer(answer, pattern) == reference)
