@@ -9,10 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import lm_eval
+import peft
 import pytest
+import torch
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
+from transformers import LlamaForCausalLM
 
+import paca
 from evaluation.question_tasks import WRITTEN, save_group, save_task
 from evaluation.tally import Tally
 from paca.convert.merged import merge_to_folder
@@ -20,6 +24,7 @@ from paca.evaluation.harness import HarnessSettings, evaluate_tasks
 from paca.evaluation.side_by_side import rows_of
 from paca.messages.errors import PacaError
 from paca.pretrained.generation import LoadedModel, load_for_generation
+from tiny_checkpoint import save_base
 
 
 @pytest.fixture(scope="module")
@@ -197,3 +202,21 @@ def test_a_chat_template_is_needed_to_ask_in_its_form(loaded: LoadedModel, tmp_p
             evaluated(loaded, tmp_path / "out", save_task(tmp_path, "sums", 2), chat_template=True)
     finally:
         loaded.tokenizer.chat_template = template
+
+
+def test_an_adapter_of_untied_embeddings_stays_on_untied_ones(tmp_path: Path) -> None:
+    base = save_base(tmp_path / "base", tie_word_embeddings=True)
+    model = LlamaForCausalLM.from_pretrained(base)
+    paca.untie_embeddings(model)
+    adapted = peft.get_peft_model(model, paca.PacaConfig(r=4, target_modules=["lm_head"], task_type="CAUSAL_LM"))
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if "paca_delta" in name:
+                parameter.normal_(std=0.2)
+    adapted.save_pretrained(tmp_path / "adapter")
+    loaded = load_for_generation(tmp_path / "adapter", base_model=str(base))
+    tokens = torch.arange(20)[None]
+    before = loaded.model(tokens).logits
+    results = evaluated(loaded, tmp_path / "out", save_task(tmp_path, "sums", 8))
+    assert torch.equal(loaded.model(tokens).logits, before)
+    assert results["base"]["samples"] != results["adapter"]["samples"]

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
@@ -163,7 +164,7 @@ def ratings_table(models: dict[str, dict[str, Any]]) -> Table:
     """Ratings in all, by turn and by category."""
     table = Table("MT-Bench", *models)
     for column in table.columns[1:]:
-        column.justify = "right"
+        column.justify, column.no_wrap = "right", True
     first = next(iter(models.values()))
     rows: list[tuple[str, list[str]]] = [("all", ["all"])]
     rows += [(f"turn {turn}", ["turns", turn]) for turn in first["turns"]]
@@ -171,7 +172,7 @@ def ratings_table(models: dict[str, dict[str, Any]]) -> Table:
     for label, keys in rows:
         found = [functools.reduce(lambda scores, key: scores[key], keys, model) for model in models.values()]
         cells = ["-" if one["score"] is None else number((one["score"], one["stderr"]), digits=2) for one in found]
-        table.add_row(label, *cells)
+        table.add_row(escape(label), *cells)
     return table
 
 
@@ -192,9 +193,10 @@ class Shown:
         """Show new work in place of the old."""
         self.finish()
         if not self._console.is_terminal:
-            self._console.print(f"{who}: {total:,} {what}", highlight=False)
+            self._console.print(f"{who}: {total:,} {what}", highlight=False, markup=False)
             return
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        label = TextColumn("{task.description}", markup=False)
+        columns = (label, BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
         self._progress = Progress(*columns, console=self._console)
         self._progress.add_task(f"{who}: {what}", total=total)
         self._progress.start()
@@ -219,13 +221,13 @@ def table_of(rows: list[Row]) -> Table:
     sides = list(rows[0].values) if rows else []
     compared = any(row.difference is not None for row in rows)
     for side in [*sides, *(["difference"] if compared else [])]:
-        table.add_column(side, justify="right")
+        table.add_column(side, justify="right", no_wrap=True)
     previous = None
     for row in rows:
         cells = [number(row.values[side]) for side in sides]
         if row.difference is not None:
             cells.append(number(row.difference, signed=True))
-        table.add_row("" if row.task == previous else "  " * row.depth + row.task, row.metric, *cells)
+        table.add_row("" if row.task == previous else "  " * row.depth + escape(row.task), escape(row.metric), *cells)
         previous = row.task
     return table
 
