@@ -29,7 +29,7 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
 
 
-@pytest.mark.parametrize("command", ["", "train", "chat", "merge", "plan", "bench"])
+@pytest.mark.parametrize("command", ["", "train", "evaluate", "chat", "merge", "plan", "bench"])
 def test_help_imports_nothing_heavy(command: str) -> None:
     done = run(*([command] if command else []), "--help")
     assert done.returncode == 0, done.stderr
@@ -82,6 +82,8 @@ OUTPUT = ["--output", "written"]
     ("command", "message"),
     [
         (["chat", "missing"], "No such folder: missing. Give a run of `paca train`, an adapter's folder or a model's."),
+        (["evaluate", "missing", "--tasks", "arc_easy", *OUTPUT], "No such folder: missing."),
+        (["evaluate", "adapter", *OUTPUT], "There is nothing to evaluate."),
         (["merge", "missing", *OUTPUT], "No such folder: missing. Give a run of `paca train` or an adapter's folder."),
         (["export", "missing", "--to", "lora", *OUTPUT], "Give a run of `paca train` or an adapter's folder."),
         (["export", "adapter", "--to", "foo", *OUTPUT], "--to is 'foo'; it can be lora, merged, gguf, peft."),

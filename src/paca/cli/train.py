@@ -58,13 +58,14 @@ def train(
 
     import torch
 
+    from paca.evaluation.own_data import scorer
     from paca.training.freed_memory import keep_freed_memory
     from paca.training.run import train as run
 
     if not torch.accelerator.is_available():
         keep_freed_memory()
     try:
-        result = run(run_config, resume=resume, console=console, probe=probe)
+        result = run(run_config, resume=resume, console=console, probe=probe, scorer=scorer(run_config.eval))
     except KeyboardInterrupt:
         # The end is near and only has to be told: no further signal may cut the message off.
         signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -83,11 +84,14 @@ def show_result(result: RunResult, console: Console) -> None:
     """Print what came out and where it lies."""
     if result.summary is None:  # not the first process
         return
+    from paca.training.scores import score_lines
+
     summary = result.summary
     before, after = summary["eval_loss_before"], summary["eval_loss_after"]
     lines = []
     if after is not None:
         lines.append(("held-out loss", f"{after:.4f}" if before is None else f"{before:.4f} → {after:.4f}"))
+    lines += score_lines(summary["scores"])
     lines += [
         ("tokens per second", f"{summary['tokens_per_second']:,.0f}"),
         ("peak memory", f"{format_bytes(summary['peak_memory_bytes'])} ({summary['peak_memory_of']})"),

@@ -45,6 +45,7 @@ from paca.training.report import write_report
 from paca.training.run_config import RunConfig
 from paca.training.run_folder import RunFolder, steps_done, write_whole
 from paca.training.same_run import check_same_run
+from paca.training.scores import Scorer, scores_before_and_after
 from paca.training.sharding import check_sharding, sharding_warning
 from paca.tuner.rotation.callback import RotateColumns
 
@@ -60,7 +61,14 @@ class RunResult:
     """What continues the run; None when it is finished."""
 
 
-def train(config: RunConfig, resume: bool = False, console: Console | None = None, *, probe: bool = False) -> RunResult:
+def train(
+    config: RunConfig,
+    resume: bool = False,
+    console: Console | None = None,
+    *,
+    probe: bool = False,
+    scorer: Scorer | None = None,
+) -> RunResult:
     """Train.
 
     Args:
@@ -69,6 +77,7 @@ def train(config: RunConfig, resume: bool = False, console: Console | None = Non
             stopped (bit for bit on a CPU). A run that is finished already is left as it is.
         console: Where progress is shown; standard output when None. Only the first process shows anything.
         probe: Try the longest batch first, with no effect on the result.
+        scorer: What measures `eval.metric`, from `paca.evaluation.own_data.scorer`.
 
     Returns:
         The folder and the summary.
@@ -77,6 +86,8 @@ def train(config: RunConfig, resume: bool = False, console: Console | None = Non
         PacaError: Settings, model and data don't fit each other, the folder is taken, or memory runs out.
         KeyboardInterrupt: A signal came while nothing was being trained, or twice.
     """
+    if (config.eval.metric is None) != (scorer is None):
+        raise PacaError("eval.metric and scorer go together: train(config, scorer=own_data.scorer(config.eval)).")
     main = os.environ.get("RANK", "0") == "0"
     console = (console or Console()) if main else Console(quiet=True)
     folder = RunFolder(Path(config.output.dir))
@@ -92,6 +103,8 @@ def train(config: RunConfig, resume: bool = False, console: Console | None = Non
         prepared = prepare(config)
         plan = prepared.plan
         show_plan(plan, console)
+        if scorer is not None and prepared.eval is not None:
+            scorer.check(prepared.eval.dataset)
         settings = plan.config.train | prepared.loss_settings
         # Not `trainer.evaluate()` before `trainer.train()`: with several processes, accelerate 1.15 takes the model as
         # prepared after that, leaves DDP away, and each process trains on its own.
@@ -109,7 +122,7 @@ def train(config: RunConfig, resume: bool = False, console: Console | None = Non
         PartialState().wait_for_everyone()
         checkpoint = folder.newest_checkpoint() if resume else None
         with _explained(plan.config):
-            return _Run(prepared, folder, arguments, checkpoint, stopper, console, probe).result()
+            return _Run(prepared, folder, arguments, checkpoint, stopper, console, probe, scorer).result()
 
 
 def show_plan(plan: Plan, console: Console) -> None:
@@ -131,7 +144,10 @@ class _Run:
         stopper: StopOnSignal,
         console: Console,
         probe: bool,
+        scorer: Scorer | None,
     ) -> None:
+        self.scorer = scorer
+        self.heldout = prepared.eval
         self.plan = prepared.plan
         self.config = prepared.plan.config
         self.folder = folder
@@ -166,6 +182,11 @@ class _Run:
             # TRL casts what is trained on quantized weights to bfloat16, where small updates would be lost.
             adapted: Any = self.trainer.model
             adapted.base_model._cast_adapter_dtype("default")
+        if scorer is not None and (self.trainer.is_fsdp_enabled or arguments.deepspeed):
+            raise PacaError(
+                "eval.metric needs whole weights in one process, not FSDP's or DeepSpeed's shards. Leave it out, and "
+                "give the finished run to `paca evaluate`."
+            )
         self.trainer.remove_callback(PrinterCallback)
         check_labels(self.trainer.train_dataset, prepared.train, arguments, pretrained.tokenizer)
         if prepared.eval is not None:
@@ -205,8 +226,9 @@ class _Run:
         self.trainer.save_model(str(self.folder.adapter))
         if self.log is None:
             return RunResult(self.folder.path, None, None)
+        scores = self._scores()
         (self.folder.adapter / "training_args.bin").unlink(missing_ok=True)  # a pickle; config.yaml says the same
-        result = self._summary(state, loss_after, self.log)
+        result = self._summary(state, loss_after, self.log, scores)
         assert self.trainer.model is not None
         write_adapter_card(self.folder.adapter, result, self.trainer.model)
         write_report(self.folder.report, result, self.log.rows, self.config.to_yaml())
@@ -274,7 +296,24 @@ class _Run:
         say(self.console, message)  # in a log file, so that minutes without a line don't look like a standstill
         return nullcontext()
 
-    def _summary(self, state: TrainerState, loss_after: float | None, log: MetricsLog) -> dict[str, Any]:
+    def _scores(self) -> dict[str, Any] | None:
+        if self.scorer is None or self.heldout is None:
+            return None
+        model = self.trainer.accelerator.unwrap_model(self.trainer.model)
+        wanted = self.config.eval
+        with self._busy(f"Measuring {wanted.metric} on {len(self.heldout.dataset):,} held-out examples ..."):
+            return scores_before_and_after(
+                self.scorer,
+                model,
+                self.trainer.processing_class,
+                self.heldout.dataset,
+                before=wanted.before,
+                after=wanted.after,
+            )
+
+    def _summary(
+        self, state: TrainerState, loss_after: float | None, log: MetricsLog, scores: dict[str, Any] | None
+    ) -> dict[str, Any]:
         plan, device = self.plan, self.trainer.args.device
         tokens = state.num_input_tokens_seen
         train_seconds = self.recorder.train_seconds
@@ -305,6 +344,7 @@ class _Run:
             "trainable_percent": 100 * plan.trainable_parameters / plan.parameters,
             "eval_loss_before": log.eval_loss_at(0),
             "eval_loss_after": finite_or_none(loss_after),
+            "scores": scores,
             "steps": state.global_step,
             "epochs": state.epoch,
             "tokens": tokens,

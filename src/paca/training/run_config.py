@@ -83,6 +83,12 @@ class EvalSection:
     """After the last step."""
     limit: int | None = None
     """Use only this many held-out records."""
+    metric: Literal["exact_match", "choice", "token_accuracy", "loss"] | None = None
+    """Also score the held-out data as a task, without and with the adapter, after the last step."""
+    answer_pattern: str | None = None
+    """For ``exact_match``: a regular expression that finds the answer in what the model writes."""
+    max_new_tokens: int = 256
+    """With ``metric``: the length at which an answer is cut."""
 
 
 @dataclass
@@ -149,6 +155,7 @@ def load_run_config(path: str | os.PathLike[str], overrides: Iterable[str] = ())
     for name, section_type in SECTIONS.items():
         built[name] = _build_section(name, section_type, sections[name], origins)
     _check_values(built["data"], built["eval"], origins)
+    _check_metric(built["data"], built["eval"], origins)
     _check_calibration(built["calibration"], origins)
     _check_blocks(built["model"], sections["train"], origins)
 
@@ -211,6 +218,18 @@ def _check_values(data: DataSection, evaluation: EvalSection, origins: Origins) 
     for key, count in (("data.eval", heldout), ("data.limit", data.limit), ("eval.limit", evaluation.limit)):
         if isinstance(count, int) and count < 1:
             raise PacaError(f"{origins.of(key)}: {key} is {count}; a count of records must be 1 or more.")
+
+
+def _check_metric(data: DataSection, evaluation: EvalSection, origins: Origins) -> None:
+    if evaluation.metric is not None and data.eval is None:
+        raise PacaError(f"{origins.of('eval.metric')}: eval.metric is measured on held-out data; give data.eval too.")
+    if evaluation.answer_pattern is not None and evaluation.metric != "exact_match":
+        raise PacaError(f"{origins.of('eval.answer_pattern')}: it goes with eval.metric: exact_match. Leave it out.")
+    if evaluation.max_new_tokens < 1:
+        raise PacaError(
+            f"{origins.of('eval.max_new_tokens')}: eval.max_new_tokens is {evaluation.max_new_tokens}; it must be 1 or "
+            "more."
+        )
 
 
 def _check_calibration(calibration: CalibrationSection, origins: Origins) -> None:
