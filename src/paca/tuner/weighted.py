@@ -65,7 +65,7 @@ def weighted_sum(
 def add_weighted_adapter(
     model: BaseTuner, adapters: Sequence[str], weights: Sequence[float], adapter_name: str, combination_type: str
 ) -> None:
-    """What ``PacaModel.add_weighted_adapter`` does."""
+    """What `PacaModel.add_weighted_adapter` does."""
     holders = _check(model, adapters, weights, adapter_name, combination_type)
     refuse_sharded((m for m in model.model.modules() if isinstance(m, PacaLayer)), "add_weighted_adapter")
     sums: dict[str, WeightedSum] = {}
