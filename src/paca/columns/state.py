@@ -284,7 +284,6 @@ class AddedPass(WeightSource):
     def weight(self) -> Tensor:
         raise AssertionError("columns are added to an output")
 
-    def weight_again(self, saved_tag: Tensor) -> Tensor:
+    def weight_again(self, saved_tag: Tensor, wanted: bool) -> None:
         same = saved_tag is self._tag or int(saved_tag) == int(self._tag)
         self.columns.check_backward(self.state, self.state.tag if same else saved_tag)
-        return saved_tag

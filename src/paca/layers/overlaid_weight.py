@@ -211,14 +211,14 @@ class PatchedPass(WeightSource):
     def weight(self) -> Tensor:
         return self.module.patched_weight(self.dtype, self.state.columns)
 
-    def weight_again(self, saved_tag: Tensor) -> Tensor:
+    def weight_again(self, saved_tag: Tensor, wanted: bool) -> Tensor | None:
         self.columns.check_backward(self.state, saved_tag)
         if self.module.quantization.packed(self.module) is not self.packed or self.packed._version != self.version:
             raise RuntimeError(
                 "A quantized weight was merged into, loaded or moved between a forward pass and its backward pass. Run "
                 "backward() first."
             )
-        return self.weight()
+        return self.weight() if wanted else None
 
 
 class AdditiveWeight(OverlaidWeight):

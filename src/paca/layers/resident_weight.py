@@ -41,7 +41,10 @@ class ResidentPass(WeightSource):
     def weight(self) -> Tensor:
         return self.module.weight
 
-    def weight_again(self, saved_tag: Tensor) -> Tensor:
+    def weight_again(self, saved_tag: Tensor, wanted: bool) -> Tensor | None:
+        if not wanted:
+            self.place.columns.check_backward(self.state, saved_tag)
+            return None
         self.place.before_backward(self.module.weight, self.state, saved_tag)
         return self.weight()
 
