@@ -12,9 +12,7 @@ from demo.prepare import CACHE
 from rich.console import Console
 from rich.padding import Padding
 
-from paca.cli.quiet import hide_library_notes
-from paca.cli.waiting_threads import let_waiting_threads_sleep
-from paca.training.run_folder import RunFolder
+from paca_command import enter_package, import_package
 
 RUN = Path("runs/demo")
 TEST = CACHE / "data/test.jsonl"
@@ -35,7 +33,7 @@ def answers(run: Path, prompt: str) -> dict[str, str]:
         kept = json.loads(file.read_text(encoding="utf-8"))
         if kept["prompt"] == prompt:
             return kept
-    hide_library_notes()
+    import_package()
     from paca.pretrained.generation import load_for_generation, stream_reply
 
     loaded = load_for_generation(run)
@@ -50,7 +48,7 @@ def answers(run: Path, prompt: str) -> dict[str, str]:
 
 def show(run: Path, console: Console) -> None:
     """Print everything there is to see."""
-    summary = RunFolder(run).read_summary()
+    summary = json.loads((run / "summary.json").read_text(encoding="utf-8"))
     prompt, reference = held_out_question()
     with console.status("Answering a held-out question, before and after ..."):
         made = answers(run, prompt)
@@ -105,5 +103,10 @@ def show(run: Path, console: Console) -> None:
 
 
 if __name__ == "__main__":
+    enter_package()  # answers that are kept are shown without waiting for torch
+    from paca.cli.quiet import hide_library_notes
+    from paca.cli.waiting_threads import let_waiting_threads_sleep
+
     let_waiting_threads_sleep()
+    hide_library_notes()
     show(RUN, Console())

@@ -15,6 +15,7 @@ from paca.columns.selection import check_strategy
 from paca.tuner.adapter_file import check_adapter_file
 from paca.tuner.registration import add_peft_type
 
+_PEFT_TYPE = add_peft_type()
 ROTATIONS = ("random", "random_blocks", "weight_norm")
 
 
@@ -121,7 +122,7 @@ class PacaConfig(PeftConfig):
         self.shapes: dict[str, Any] | None = None  # of the tensors in its file
         self.trainable_before: dict[str, bool] = {}
         self.union: dict[str, Any] | None = None  # a rotated adapter's fields, as its file has them
-        self.peft_type = add_peft_type()
+        self.peft_type = _PEFT_TYPE
         self.rank_pattern, self.alpha_pattern = self.rank_pattern or {}, self.alpha_pattern or {}
         for name in ("target_modules", "exclude_modules"):
             value = getattr(self, name)

@@ -36,7 +36,7 @@ def test_a_table_shows_medians_spread_and_ratios() -> None:
     assert line.split(" | ")[2:5] == ["1100.0 (1060.0–1180.0)", "1.020 (1.010–1.035)", "0.680 (0.673–0.690) |"]
     assert "- `qpaca` was not available: not built yet" in text
     assert "- `full`: step time: out of memory" in text
-    assert "**Within 512.0 MiB, batch 1**" in text
+    assert "**Within 512.00 MiB, batch 1**" in text
     assert "| `paca` | 1,000 | 5,000 |  | 2.500 |" in text
     assert "| forward | 300.00 (30.0%) |" in text
 

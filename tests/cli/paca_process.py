@@ -17,7 +17,16 @@ from pathlib import Path
 
 from forked_process import run_forked, start_forked
 
-MAIN = "from paca.cli import main; main()"
+MAIN = """
+import sys
+from paca_command import main
+try:
+    main()
+except SystemExit as end:
+    # Whatever imports paca during a command's work gets all of it.
+    assert end.code or "peft" not in sys.modules or hasattr(sys.modules["paca"], "PacaConfig")
+    raise
+"""
 PACA = (sys.executable, "-c", MAIN)
 
 

@@ -50,7 +50,7 @@ def test_wrong_settings_are_one_message_and_a_failure(
     for wrong, message in (
         (["--methods", "pacca"], "Did you mean 'paca'?"),
         (["--seq", "many"], "whole numbers"),
-        (["--measure", "max-seq", "--memory", "much"], "not an amount of memory"),
+        (["--measure", "max-seq", "--memory", "much"], "no amount of memory"),
     ):
         monkeypatch.setattr(sys, "argv", ["paca", "bench", *TINY, *wrong])
         with pytest.raises(SystemExit) as ended:

@@ -15,7 +15,7 @@ from paca.cli.waiting_threads import SPIN_COUNT
 HEAVY = ("torch", "transformers", "peft", "trl", "datasets", "accelerate", "matplotlib")
 RUN = f"""
 import sys
-from paca.cli import main
+from paca_command import main
 try:
     main()
 finally:
@@ -29,7 +29,7 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
 
 
-@pytest.mark.parametrize("command", ["", "train", "chat", "merge", "plan", "bench"])
+@pytest.mark.parametrize("command", ["", "train", "evaluate", "chat", "merge", "plan", "bench"])
 def test_help_imports_nothing_heavy(command: str) -> None:
     done = run(*([command] if command else []), "--help")
     assert done.returncode == 0, done.stderr
@@ -44,24 +44,11 @@ def test_help_imports_nothing_heavy(command: str) -> None:
         ("model: {name: some/model}\n", "data.train is missing"),
         (MODEL_AND_DATA + "trian: {seed: 1}\n", "there is no section 'trian'. Did you mean train?"),
         (MODEL_AND_DATA + "eval: {befor: true}\n", "there is no key eval.befor. Did you mean eval.before?"),
-        (MODEL_AND_DATA + "paca: {ranc: 4}\n", "there is no key paca.ranc. The keys of paca are "),
-        (MODEL_AND_DATA + "paca: {r: many}\n", "paca.r must be a whole number, not the text 'many'."),
-        (MODEL_AND_DATA + "train: {learning_rat: 1}\n", "there is no key train.learning_rat. Did you mean"),
-        (MODEL_AND_DATA + "train: {max_steps: 1.5}\n", "train.max_steps must be a whole number, not the number 1.5."),
-        (MODEL_AND_DATA + "train: {optim: adamv}\n", "train.optim must be one of adamw_torch, "),
-        (MODEL_AND_DATA + "train: {packing_strategy: best}\n", "must be one of bfd, bfd_split, wrapped, not the text"),
-        (MODEL_AND_DATA + "train: {learning_rate: -1}\n", "train.learning_rate must be zero or more, not -1."),
-        (
-            MODEL_AND_DATA + "train: {max_steps: 0}\n",
-            "train.max_steps must be 1 or more (or -1: as many as the epochs)",
-        ),
-        (MODEL_AND_DATA + "train: {adam_beta2: 1}\n", "train.adam_beta2 must be zero or more and less than 1, not 1."),
-        (MODEL_AND_DATA + "train: {weight_decay: .nan}\n", "train.weight_decay must be zero or more, not nan."),
-        (MODEL_AND_DATA + "paca: {r: 0}\n", "paca.r must be above zero, not 0."),
-        (MODEL_AND_DATA + "train: {output_dir: x}\n", "train.output_dir can't be set here: the run folder is"),
+        ("model: [\n", "line 2, column 1: not valid YAML"),
+        (MODEL_AND_DATA + "calibration: {sequences: 0}\n", "calibration.sequences is 0; it must be 1 or more."),
     ],
 )
-def test_a_wrong_config_is_refused_before_anything_heavy_is_imported(
+def test_a_config_that_is_wrong_by_itself_is_refused_before_anything_heavy_is_imported(
     tmp_path: Path, text: str | None, message: str
 ) -> None:
     config = tmp_path / "run.yaml"
@@ -73,6 +60,21 @@ def test_a_wrong_config_is_refused_before_anything_heavy_is_imported(
     assert done.stdout.endswith("imported: []\n")
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["train"], "Missing argument"),
+        (["train", "--stpes"], "No such option"),
+        (["trian"], "No such command"),
+    ],
+)
+def test_a_wrong_command_line_is_refused_before_anything_heavy_is_imported(arguments: list[str], message: str) -> None:
+    done = run(*arguments)
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert done.stdout.endswith("imported: []\n")
+
+
 OUTPUT = ["--output", "written"]
 
 
@@ -80,6 +82,8 @@ OUTPUT = ["--output", "written"]
     ("command", "message"),
     [
         (["chat", "missing"], "No such folder: missing. Give a run of `paca train`, an adapter's folder or a model's."),
+        (["evaluate", "missing", "--tasks", "arc_easy", *OUTPUT], "No such folder: missing."),
+        (["evaluate", "adapter", *OUTPUT], "There is nothing to evaluate."),
         (["merge", "missing", *OUTPUT], "No such folder: missing. Give a run of `paca train` or an adapter's folder."),
         (["export", "missing", "--to", "lora", *OUTPUT], "Give a run of `paca train` or an adapter's folder."),
         (["export", "adapter", "--to", "foo", *OUTPUT], "--to is 'foo'; it can be lora, merged, gguf, peft."),
@@ -89,6 +93,8 @@ OUTPUT = ["--output", "written"]
         (["merge", "adapter", "--output", "model"], "model exists and is not empty."),
         (["import", "missing", *OUTPUT], "No such file or folder: missing."),
         (["import", "adapter", "--output", "model"], "model exists and is not empty."),
+        (["plan", "model", "--memory", "much"], "'much' is no amount of memory."),
+        (["plan", "model", "--loss", "half"], "--loss must be chunked, full or any, not 'half'."),
         (["bench", "--hidden", "300"], "hidden is 300; this shape has heads of 128 in groups of 4, so it must be a"),
         (["bench", "--model", "llama9"], "There is no model 'llama9' here, and no preset of that name. Did you mean"),
         (["bench", "--model", "./model", "--layers", "2"], "layers resizes presets only"),

@@ -9,6 +9,7 @@ import time
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
 
 from paca.columns import resident as resident_module
 from paca.columns.kept import Kept, add_scaled, sum_of
@@ -643,13 +644,12 @@ def first_pass(resident):
 def repeated_pass(resident):
     """What re-entrant checkpointing runs in the backward pass."""
 
-    def again(gradient):
-        with torch.enable_grad():
+    def run(x):
+        if torch.is_grad_enabled():
             resident.note_forward()
+        return x * 1
 
-    y = torch.ones(1, requires_grad=True) * 1
-    y.register_hook(again)
-    y.backward()
+    checkpoint(run, torch.ones(1, requires_grad=True), use_reentrant=True).backward()
 
 
 def test_re_entrant_checkpointing_that_repeats_its_first_passes_is_fine():

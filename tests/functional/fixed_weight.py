@@ -23,7 +23,7 @@ class FixedWeight(WeightSource):
     def weight(self) -> Tensor:
         return self.fixed
 
-    def weight_again(self, saved_tag: Tensor) -> Tensor:
+    def weight_again(self, saved_tag: Tensor, wanted: bool) -> Tensor:
         self.seen.append(int(saved_tag))
         return self.fixed
 

@@ -16,8 +16,8 @@ from paca.planning import (
     fixed_rate,
     longest_batch,
     measure_rate,
-    parse_memory,
     step_seconds,
+    warn_if_too_large,
 )
 from paca.planning.estimate import FRAMEWORK, prepare_model
 
@@ -121,20 +121,6 @@ def test_a_rate_can_be_measured_here() -> None:
     assert "float32" in rate.source
 
 
-@pytest.mark.parametrize(
-    ("text", "count"),
-    [("24GiB", 24 * 2**30), ("80 GB", 80 * 10**9), ("1.5g", 1_500_000_000), ("500MiB", 500 * 2**20), ("4096", 4096)],
-)
-def test_memory_is_read_as_people_write_it(text: str, count: int) -> None:
-    assert parse_memory(text) == count
-
-
-@pytest.mark.parametrize("text", ["", "much", "-3GiB", "0GB", "24 PiB"])
-def test_other_texts_are_refused(text: str) -> None:
-    with pytest.raises(paca.PacaError, match="24GiB"):
-        parse_memory(text)
-
-
 def test_the_longest_batch_is_made_of_the_longest_examples() -> None:
     lengths = [5, 900, 3, 40, 900, 41]
     assert longest_batch(lengths, 3) == [1, 4, 5]
@@ -144,3 +130,14 @@ def test_the_longest_batch_is_made_of_the_longest_examples() -> None:
         longest_batch([], 2)
     with pytest.raises(paca.PacaError, match="batch_size"):
         longest_batch([1], 0)
+
+
+def test_a_warning_comes_exactly_when_memory_is_short() -> None:
+    model = prepare_model(config("llama"), paca.PacaConfig(r=8))
+    setting = Setting(sequence_length=64, batch_size=2)
+    needed = estimate(model, setting).total
+    assert warn_if_too_large(model, setting, available=needed) is None
+    message = warn_if_too_large(model, setting, available=needed - 1)
+    assert message is not None
+    assert "2 sequences of 64 tokens" in message
+    assert "paca plan" in message

@@ -9,9 +9,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from trl.kernels import chunked_logprob
 
-from paca.planning import setting_of_run
 from paca.training import describe, load_run_config, train
 from paca.training import run as run_module
+from paca.training.run_setting import setting_of_run
 
 VOCABULARY = 259
 HEAD = (32, VOCABULARY)  # the head's weight, transposed for its product

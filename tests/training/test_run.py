@@ -110,6 +110,8 @@ def test_a_run_leaves_its_folder(run: Runner, tmp_path: Path, config_file: Path)
         assert str(known) in card
     assert f"{summary['eval_loss_after']:.4f} after" in card
     assert "Loads in the PaCA of PEFT >= 0.22, without paca: yes.\n" in card
+    assert "\n```python\n" in card
+    assert "\n```\n" in card
     assert "More Information Needed" not in card
     assert not list((folder / "checkpoints").rglob("README.md"))  # templates of TRL and PEFT, not filled in
     training_rows = [row for row in rows(folder) if "loss" in row]

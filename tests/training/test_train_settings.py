@@ -4,14 +4,20 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import BloomConfig, BloomForCausalLM, LlamaConfig, LlamaForCausalLM
 from trl import SFTConfig
 
 from paca.messages.errors import PacaError
-from paca.training.train_settings import sft_config, train_fields, with_defaults
+from paca.training.train_settings import OWNED, sft_config, train_fields, with_defaults
 
 
 def defaults(has_eval: bool = True, context_length: int | None = 8192, **settings: object) -> dict[str, object]:
-    return with_defaults(settings, has_eval=has_eval, weights_dtype=torch.float32, context_length=context_length)
+    with torch.device("meta"):
+        if context_length is None:
+            model = BloomForCausalLM(BloomConfig(n_layer=1))
+        else:
+            model = LlamaForCausalLM(LlamaConfig(max_position_embeddings=context_length, num_hidden_layers=1))
+    return with_defaults(settings, model, has_eval=has_eval)
 
 
 def test_the_users_settings_win() -> None:
@@ -20,6 +26,10 @@ def test_the_users_settings_win() -> None:
     assert resolved["save_strategy"] == "no"
     assert resolved["warmup_steps"] == 7
     assert resolved["bf16"] is True
+
+
+def test_keys_with_another_place_are_fields() -> None:
+    assert OWNED.keys() <= train_fields().keys()
 
 
 def test_evaluation_is_planned_only_with_held_out_data() -> None:

@@ -5,7 +5,7 @@ from typing import Any, Literal, Optional
 
 import pytest
 
-from paca.training.typed_values import choices, expected, matches, nearest, shown
+from paca.training.typed_values import choices, expected, matches, shown
 
 
 class Mode(enum.Enum):
@@ -56,12 +56,10 @@ def test_expectations_are_put_in_words(annotation: Any, words: str) -> None:
     assert expected(annotation) == words
 
 
-def test_choices_and_nearest_name() -> None:
+def test_choices_are_what_an_annotation_names() -> None:
     assert choices(Mode | str | None) == ["fast", "slow"]
     assert choices(Literal["x"] | None) == ["x"]
     assert choices(list[str]) == []
-    assert nearest("learning_rat", ["learning_rate", "seed"]) == "learning_rate"
-    assert nearest("qqq", ["learning_rate", "seed"]) is None
 
 
 def test_shown_values_say_their_kind_and_stay_short() -> None:

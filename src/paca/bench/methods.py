@@ -10,10 +10,10 @@ import peft
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from paca.bench.settings import nearest_name
 from paca.config import PacaConfig
 from paca.lean import make_lean
 from paca.messages.errors import PacaError
+from paca.messages.nearest import did_you_mean
 
 _OPTIONS = ("r", "target_modules")
 
@@ -194,7 +194,7 @@ def find_methods(names: Sequence[str]) -> list[Method]:
             found[text] = replace(METHODS[name], name=text, chosen=chosen)
         else:
             raise PacaError(
-                f"There is no method {name!r}.{nearest_name(name, list(METHODS))} Known are: all, {', '.join(METHODS)}."
+                f"There is no method {name!r}.{did_you_mean(name, METHODS)} Known are: all, {', '.join(METHODS)}."
             )
     return list(found.values())
 

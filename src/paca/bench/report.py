@@ -8,6 +8,7 @@ from typing import Any
 import pandas as pd
 
 from paca.bench.statistics import round_ratios, spread
+from paca.messages.units import format_bytes
 
 SETTING = (
     *("model", "scope", "loss", "dtype", "layers", "hidden", "vocab", "image_size", "rank", "optimizer"),
@@ -16,23 +17,14 @@ SETTING = (
 """What the rows of one table have in common."""
 
 
-def show_bytes(value: float) -> str:
-    """`1610612736` → `"1.50 GiB"`."""
-    for unit in ("B", "KiB", "MiB"):
-        if abs(value) < 1024:
-            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
-        value /= 1024
-    return f"{value:.2f} GiB"
-
-
 METRICS: dict[str, tuple[str, Callable[[float], str]]] = {
     "step_time": ("step, ms", lambda value: f"{value * 1e3:.1f}"),
     "throughput": ("tokens/s", "{:,.0f}".format),
     "saved_per_token_and_layer": ("saved bytes per token and layer", "{:,.0f}".format),
     "saved_units_per_layer": ("in hidden states", "{:.1f}".format),
-    "saved": ("saved activations", show_bytes),
-    "peak_above_weights": ("peak above the weights", show_bytes),
-    "peak_memory": ("peak memory", show_bytes),
+    "saved": ("saved activations", format_bytes),
+    "peak_above_weights": ("peak above the weights", format_bytes),
+    "peak_memory": ("peak memory", format_bytes),
     "longest_sequence": ("longest sequence", "{:,.0f}".format),
     "largest_batch": ("largest batch", "{:,.0f}".format),
     "switch_time": ("switch of adapters, ms", lambda value: f"{value * 1e3:.2f}"),
@@ -159,7 +151,7 @@ def _title(row: Any) -> str:
 def _size(batch: int, seq: int, budget: int = 0) -> str:
     if budget:
         fixed = f"batch {batch}" if batch else (f"{seq} tokens" if seq else "images")
-        return f"Within {show_bytes(budget)}, {fixed}"
+        return f"Within {format_bytes(budget)}, {fixed}"
     return f"Batch {batch}, {seq} tokens" if seq else f"Batch {batch}"
 
 

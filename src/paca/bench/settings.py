@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
 import itertools
-import re
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from paca.messages.errors import PacaError
+from paca.messages.nearest import did_you_mean
 from paca.pretrained.published_shapes import SHAPES, Shape, check_not_a_mistyped_shape
 
 if TYPE_CHECKING:
@@ -23,7 +21,6 @@ MEASUREMENTS = ("time", "memory", "saved", "switch", "launches", "max-seq", "max
 DEFAULT_METHODS = ("frozen", "paca", "paca+lean", "paca+lean+recompute", "lora", "lora-tuned")
 
 _RESIZED = ("layers", "hidden", "intermediate", "vocab", "image_size")
-_UNITS = {"": 1, "kib": 2**10, "mib": 2**20, "gib": 2**30, "kb": 10**3, "mb": 10**6, "gb": 10**9}
 
 
 class Point(NamedTuple):
@@ -187,25 +184,7 @@ class BenchSettings:
         return cls(**read)
 
 
-def parse_bytes(text: str) -> int:
-    """`"2GiB"` → 2147483648. Units: KiB, MiB, GiB (powers of 1024), KB, MB, GB (powers of 1000), none for bytes.
-
-    Raises:
-        PacaError: The text is no such amount.
-    """
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-z]*)\s*", text.lower())
-    if match is None or match[2] not in _UNITS:
-        raise PacaError(f"{text!r} is not an amount of memory. Write a number and a unit, such as 512MiB or 24GiB.")
-    return int(float(match[1]) * _UNITS[match[2]])
-
-
-def nearest_name(name: str, valid: Sequence[str]) -> str:
-    """` Did you mean ...?` for the valid name closest in spelling, or nothing."""
-    close = difflib.get_close_matches(name, valid, n=1)
-    return f" Did you mean {close[0]!r}?" if close else ""
-
-
 def _one_of(field: str, value: str, valid: Any) -> None:
     if value not in valid:
         names = list(valid)
-        raise PacaError(f"{field} is {value!r}; it can be {', '.join(names)}.{nearest_name(value, names)}")
+        raise PacaError(f"{field} is {value!r}; it can be {', '.join(names)}.{did_you_mean(value, names)}")

@@ -1,4 +1,4 @@
-"""The command line: ``paca train``, ``chat``, ``merge``, ``export``, ``import``, ``bench`` and ``plan``."""
+"""The command line: train, evaluate, chat, merge, export, import, bench and plan, each a command of ``paca``."""
 
 from __future__ import annotations
 
@@ -12,13 +12,16 @@ from safetensors import SafetensorError
 
 from paca.cli.bench import bench
 from paca.cli.chat import chat
+from paca.cli.evaluate import evaluate
 from paca.cli.export import export
 from paca.cli.import_adapter import import_adapter
 from paca.cli.merge import merge
 from paca.cli.plan import plan
+from paca.cli.quiet import hide_library_notes
 from paca.cli.train import train
 from paca.cli.waiting_threads import let_waiting_threads_sleep
 from paca.messages.errors import PacaError
+from paca.messages.say import say
 
 app = typer.Typer(
     name="paca",
@@ -27,7 +30,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for command in (train, chat, merge, export, plan):
+for command in (train, evaluate, chat, merge, export, plan):
     app.command()(command)
 app.command("import")(import_adapter)
 app.add_typer(bench, name="bench")
@@ -56,6 +59,7 @@ def main() -> None:
     With the environment variable ``PACA_DEBUG=1`` the traceback is shown instead.
     """
     let_waiting_threads_sleep()
+    hide_library_notes()
     try:
         app()
     except PacaError as error:
@@ -69,5 +73,5 @@ def main() -> None:
 
 
 def _fail(message: str) -> NoReturn:
-    Console(stderr=True).print(f"Error: {message}", style="red", highlight=False, markup=False, soft_wrap=True)
+    say(Console(stderr=True), f"Error: {message}", style="red")
     sys.exit(1)

@@ -10,7 +10,10 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from paca.cli.quiet import hide_library_notes
+from paca.messages.errors import PacaError
+from paca.messages.say import say
+from paca.messages.units import parse_bytes
+from paca_command import import_package
 
 bench = typer.Typer(
     help="Measure methods against each other: step time, memory, longest sequence, largest batch.",
@@ -71,44 +74,29 @@ def run(
     """Measure methods against each other and append the results to a CSV file."""
     if context.invoked_subcommand is not None:
         return
-    hide_library_notes()
-    from paca.bench.settings import DEFAULT_METHODS, BenchSettings, parse_bytes
+    from paca.bench.settings import DEFAULT_METHODS, BenchSettings
 
+    given = {name: value for name, value in context.params.items() if name in BenchSettings.__dataclass_fields__}
     settings = BenchSettings(
-        model=model,
-        layers=layers,
-        hidden=hidden,
-        intermediate=intermediate,
-        vocab=vocab,
-        image_size=image_size,
-        scope=scope,
-        loss=loss,
-        dtype=dtype,
-        device=device,
-        methods=DEFAULT_METHODS if methods is None else _names(methods),
-        baseline=baseline,
-        seq=_numbers("seq", seq),
-        batch=_numbers("batch", batch),
-        rank=rank,
-        optimizer=optimizer,
-        measure=_names(measure),
-        rounds=rounds,
-        warmup=warmup,
-        steps=steps,
-        memory=None if memory is None else parse_bytes(memory),
-        compile=compile_,
-        cuda_graphs=cuda_graphs,
-        profile=profile,
-        seed=seed,
+        **given
+        | {
+            "methods": DEFAULT_METHODS if methods is None else _names(methods),
+            "seq": _numbers("seq", seq),
+            "batch": _numbers("batch", batch),
+            "measure": _names(measure),
+            "memory": None if memory is None else parse_bytes(memory),
+            "compile": compile_,
+        }
     )
     settings.shape()  # before the methods, whose libraries take seconds to import
+    import_package()
     from paca.bench.methods import find_methods
 
     find_methods(settings.methods)
     console = Console()
     if dry_run:
         for name, value in asdict(settings).items():
-            console.print(f"{name:<14} {value}", highlight=False, markup=False, soft_wrap=True)
+            say(console, f"{name:<14} {value}")
         return
     from paca.bench.report import tables
     from paca.bench.rows import Row, append_rows, read_rows
@@ -125,22 +113,22 @@ def run(
         append_rows(output, found)
         rows.extend(found)
 
-    def say(line: str) -> None:
+    def report_progress(line: str) -> None:
         elapsed = time.monotonic() - start
-        console.print(f"[{elapsed:6.1f} s] {line}", highlight=False, markup=False, soft_wrap=True)
+        say(console, f"[{elapsed:6.1f} s] {line}")
 
-    run_benchmark(settings, write, say)
+    run_benchmark(settings, write, report_progress)
     if rows:
         measured = read_rows(output)
         shown = tables(measured[measured["run"] == rows[0]["run"]])
-        console.print(f"\n{shown}", highlight=False, markup=False, soft_wrap=True)
-    console.print(f"{len(rows)} rows appended to {output}", highlight=False, markup=False, soft_wrap=True)
+        say(console, f"\n{shown}")
+    say(console, f"{len(rows)} rows appended to {output}")
 
 
 @bench.command()
 def methods() -> None:
     """List the methods and the presets."""
-    hide_library_notes()
+    import_package()
     from paca.bench.methods import METHODS
     from paca.pretrained.published_shapes import SHAPES
 
@@ -177,8 +165,6 @@ def report(
     baselines = _names(baseline) if baseline else ()
     there = set(rows["method"])
     if unknown := [method for method in baselines if method not in there]:
-        from paca.messages.errors import PacaError
-
         raise PacaError(
             f"There are no rows of {', '.join(unknown)} to compare with. There are: {', '.join(sorted(there))}."
         )
@@ -205,8 +191,6 @@ def _names(text: str) -> tuple[str, ...]:
 
 
 def _numbers(option: str, text: str) -> tuple[int, ...]:
-    from paca.messages.errors import PacaError
-
     try:
         return tuple(int(number) for number in text.split(","))
     except ValueError:

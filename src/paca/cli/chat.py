@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from paca.cli.quiet import hide_library_notes
 from paca.messages.errors import PacaError
 from paca.tuner.adapter_folder import find_adapter
+from paca_command import import_package
 
 if TYPE_CHECKING:
     from paca.pretrained.generation import LoadedModel, Message
@@ -29,8 +29,8 @@ def chat(
     base_model: Annotated[str | None, typer.Option(help="The base model, if not where the adapter says.")] = None,
 ) -> None:
     """Talk to a trained model: with --prompt once, else in the terminal until /exit."""
-    hide_library_notes()
     find_adapter(path)  # before what it takes to load one: a wrong path is no reason to wait
+    import_package()
     from paca.pretrained.generation import load_for_generation, stream_reply
 
     if path.lower().endswith(".gguf"):

@@ -7,9 +7,9 @@ from typing import Annotated, Any
 
 import typer
 
-from paca.cli.quiet import hide_library_notes
 from paca.convert.beforehand import adapter_in, adapter_output, gguf_output
 from paca.messages.errors import PacaError
+from paca_command import import_package
 
 FORMS = ("lora", "merged", "gguf", "peft")
 
@@ -29,7 +29,6 @@ def export(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what the output holds.")] = False,
 ) -> None:
     """Write an adapter as LoRA, as a merged model, for llama.cpp or for PEFT's own PaCA."""
-    hide_library_notes()
     if to not in FORMS:
         raise PacaError(f"--to is {to!r}; it can be {', '.join(FORMS)}.")
     adapter_in(path)  # before what it takes to convert one: a wrong path is no reason to wait
@@ -42,6 +41,7 @@ def export(
         gguf_output(path, output, overwrite)
     else:
         adapter_output(path, output, base_model, overwrite)
+    import_package()
     from paca.convert.exported import export_adapter
     from paca.convert.gguf_adapter import architecture_of
 

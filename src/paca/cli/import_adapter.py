@@ -7,8 +7,8 @@ from typing import Annotated
 
 import typer
 
-from paca.cli.quiet import hide_library_notes
 from paca.convert.beforehand import adapter_output, import_source
+from paca_command import import_package
 
 
 def import_adapter(
@@ -20,8 +20,8 @@ def import_adapter(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an adapter that the output holds.")] = False,
 ) -> None:
     """Make a PaCA adapter of a checkpoint of the original authors' PaCA, or of a LoRA adapter exported from PaCA."""
-    hide_library_notes()
     adapter_output(import_source(path), output, base, overwrite, "import")  # before torch is imported
+    import_package()
     from paca.convert import imported
 
     result = imported.import_adapter(path, output, base_model=base, overwrite=overwrite)

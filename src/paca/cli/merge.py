@@ -7,9 +7,9 @@ from typing import Annotated
 
 import typer
 
-from paca.cli.quiet import hide_library_notes
 from paca.convert.beforehand import merge_output
 from paca.messages.program import program
+from paca_command import import_package
 
 
 def merge(
@@ -23,8 +23,8 @@ def merge(
     verify: Annotated[bool, typer.Option(help="Read the result back and compare its logits.")] = True,
 ) -> None:
     """Fold an adapter into its base model and write a checkpoint that loads without paca."""
-    hide_library_notes()
     merge_output(path, output, base_model, overwrite)  # before torch is imported: a wrong path is no reason to wait
+    import_package()
     from transformers.utils import logging
 
     from paca.convert.merged import merge_to_folder

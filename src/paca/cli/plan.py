@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -12,14 +13,34 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from paca.cli.quiet import hide_library_notes
 from paca.messages.errors import PacaError
+from paca.messages.say import say
+from paca.messages.units import format_bytes, parse_bytes
+from paca_command import import_package
 
 if TYPE_CHECKING:
     from paca.planning import DequantizeRate, Fit, MatmulRate, MemoryEstimate, Setting
     from paca.planning.target import Target
 
 QUANTIZATIONS = ("nf4", "fp4", "int8")
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What was planned."""
+
+    target: Target
+    result: MemoryEstimate
+    rate: MatmulRate | None
+    unpacking: DequantizeRate | None
+    budget: int | None
+    found: Fit | None
+
+    def seconds(self) -> float | None:
+        """Time floor of a step."""
+        from paca.planning import step_seconds
+
+        return None if self.rate is None else step_seconds(self.result, self.rate, self.unpacking)
 
 
 def plan(
@@ -57,17 +78,29 @@ def plan(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
 ) -> None:
     """Show what training would take: memory by part, and the least time per step; with --memory, what would fit."""
-    hide_library_notes()
     if loss not in ("chunked", "full", "any"):
         raise PacaError(f"--loss must be chunked, full or any, not {loss!r}.")
     if quantization not in (None, "none", *QUANTIZATIONS, *(() if memory is None else ("auto", "any"))):
         choice = "none, nf4, fp4, int8, or with --memory auto or any"
         raise PacaError(f"--quantization must be {choice}, not {quantization!r}.")
-    from paca.planning import available_memory, estimate, fit, parse_memory
+    budget = None if memory is None else parse_bytes(memory)
+    import_package()
+    import torch
 
-    budget = None if memory is None else parse_memory(memory)
+    from paca.planning import (
+        available_memory,
+        estimate,
+        fit,
+        fixed_rate,
+        given_bandwidth,
+        measure_dequantize_rate,
+        measure_rate,
+    )
+
     planned = _target(target, seq, batch_size, r, dtype, device, set_ or [])
     setting = planned.setting
+    if quantization is not None:
+        setting = replace(setting, quantization=quantization if quantization in QUANTIZATIONS else None)
     setting = replace(
         setting,
         lean=setting.lean or lean or recompute,
@@ -76,21 +109,28 @@ def plan(
         padded=setting.padded or padded,
         chunked_loss=setting.chunked_loss and loss != "full",
     )
-    if quantization is not None:
-        setting = replace(setting, quantization=quantization if quantization in QUANTIZATIONS else None)
-    considered = _considered(setting, quantization)
-    measured = _rate(planned, rate)
-    unpacking = _dequantize_rate(planned, considered[-1], bandwidth)
-    found = None
+    # The ways to keep the weights that a search tries, the preferred one first; without a search, the only one.
+    choose = memory is not None and quantization in (None, "auto", "any") and setting.quantization is None
+    considered = (None, "nf4") if choose else (setting.quantization,)
+    here = setting.device == "cpu" or torch.cuda.is_available()
+    speed = planned.dtype, planned.hidden_size
+    measured, unpacking, found = None, None, None
+    if rate is not None:
+        measured = fixed_rate(rate * 1e12)
+    elif here:
+        measured = measure_rate(setting.device, *speed)
+    if bandwidth is not None:
+        unpacking = given_bandwidth(bandwidth * 1e9)
+    elif here and considered[-1] is not None:
+        unpacking = measure_dequantize_rate(setting.device, *speed, considered[-1])
     if budget is not None:
-        wanted = global_batch
-        if wanted is None:
-            wanted = setting.batch_size * setting.gradient_accumulation if _is_run(target) else 16
+        if global_batch is None:
+            global_batch = setting.batch_size * setting.gradient_accumulation if _is_run(target) else 16
         found = fit(
             planned.model,
             setting,
             memory=budget,
-            global_batch=wanted,
+            global_batch=global_batch,
             adapter=planned.adapter,
             rate=measured,
             dequantize=unpacking,
@@ -98,15 +138,16 @@ def plan(
             quantizations=considered,
             fastest_weights=quantization == "any",
         )
-        result = found.best.estimate
     else:
-        result = estimate(planned.model, setting, planned.adapter)
-        budget = _available(setting.device, available_memory)
+        with contextlib.suppress(PacaError):  # a plan for a GPU that is not here
+            budget = available_memory(setting.device)
+    result = estimate(planned.model, setting, planned.adapter) if found is None else found.best.estimate
+    outcome = Outcome(planned, result, measured, unpacking, budget, found)
     if as_json:
-        print(json.dumps(_as_json(planned, result, measured, unpacking, budget, found), indent=2))
+        print(json.dumps(_as_json(outcome), indent=2))
         return
     console = Console()
-    _show_estimate(console, planned, result, measured, unpacking, budget)
+    _show_estimate(console, outcome)
     if found is not None:
         _show_fit(console, found, measured)
 
@@ -117,10 +158,12 @@ def _target(
     import torch
 
     from paca.planning import Setting
-    from paca.planning.target import target_of_model, target_of_run
+    from paca.planning.target import target_of_model
 
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     if _is_run(name):
+        from paca.training.planned_run import target_of_run
+
         return target_of_run(Path(name), overrides, device, seq, batch_size)
     if overrides:
         raise PacaError("--set changes a run's YAML; for a model use the options of `paca plan`.")
@@ -136,67 +179,21 @@ def _is_run(name: str) -> bool:
     return Path(name).suffix.lower() in (".yaml", ".yml")
 
 
-def _rate(target: Target, given: float | None) -> MatmulRate | None:
-    import torch
-
-    from paca.planning import fixed_rate, measure_rate
-
-    if given is not None:
-        return fixed_rate(given * 1e12)
-    if target.setting.device == "cuda" and not torch.cuda.is_available():
-        return None
-    return measure_rate(target.setting.device, target.dtype, target.hidden_size)
-
-
-def _considered(setting: Setting, asked: str | None) -> tuple[str | None, ...]:
-    """The ways to keep the weights that a search tries, the preferred one first; without a search, the only one."""
-    if asked in ("auto", "any") or (asked is None and setting.quantization is None):
-        return (None, "nf4")
-    return (setting.quantization,)
-
-
-def _dequantize_rate(target: Target, quantization: str | None, given: float | None) -> DequantizeRate | None:
-    import torch
-
-    from paca.planning import given_bandwidth, measure_dequantize_rate
-
-    if given is not None:
-        return given_bandwidth(given * 1e9)
-    if quantization is None or (target.setting.device == "cuda" and not torch.cuda.is_available()):
-        return None
-    return measure_dequantize_rate(target.setting.device, target.dtype, target.hidden_size, quantization)
-
-
-def _available(device: str, available_memory: Any) -> int | None:
-    try:
-        return available_memory(device)
-    except PacaError:  # a plan for a GPU that is not here
-        return None
-
-
-def _show_estimate(
-    console: Console,
-    target: Target,
-    result: MemoryEstimate,
-    rate: MatmulRate | None,
-    unpacking: DequantizeRate | None,
-    budget: int | None,
-) -> None:
-    from paca.training.memory import format_bytes
-
+def _show_estimate(console: Console, outcome: Outcome) -> None:
+    target, result, budget = outcome.target, outcome.result, outcome.budget
     setting = result.setting
-    console.print(
+    say(
+        console,
         f"{target.name}: {result.parameters:,} parameters, {result.trainable:,} trained "
         f"({100 * result.trainable / result.parameters:.2f} %), weights in {result.weights}",
-        highlight=False,
     )
-    console.print(
+    say(
+        console,
         f"{setting.batch_size} x {setting.sequence_length} tokens per pass, {setting.gradient_accumulation} passes per "
         f"step, on {setting.device}; to save memory: {setting.techniques()}",
-        highlight=False,
     )
     if target.lengths is not None:
-        console.print(f"The length is that of {target.lengths}.", highlight=False)
+        say(console, f"The length is that of {target.lengths}.")
     if target.positions is not None and setting.sequence_length > target.positions:
         console.print(f"The model was made for sequences of at most {target.positions} tokens.", style="yellow")
     table = Table(title=f"Peak memory ({result.moment})", title_justify="left")
@@ -209,23 +206,19 @@ def _show_estimate(
     if budget is not None:
         table.add_row("budget", format_bytes(budget))
     console.print(table)
-    console.print(
-        f"The autograd graph holds {format_bytes(result.activations)} at the end of the forward pass.", highlight=False
-    )
-    console.print(f"Time floor: {_time(result, rate, unpacking)}", highlight=False)
+    say(console, f"The autograd graph holds {format_bytes(result.activations)} at the end of the forward pass.")
+    say(console, f"Time floor: {_time(outcome)}")
     if budget is not None and result.total > budget:
         console.print("This does not fit. Give --memory to find what does.", style="red")
 
 
-def _time(result: MemoryEstimate, rate: MatmulRate | None, unpacking: DequantizeRate | None) -> str:
-    from paca.planning import step_seconds
-
+def _time(outcome: Outcome) -> str:
+    result, rate, unpacking, seconds = outcome.result, outcome.rate, outcome.unpacking, outcome.seconds()
     work = f"{result.flops / 1e12:,.2f} TFLOP per step"
     if result.dequantized:
         work += f" and {result.dequantized / 1e9:,.2f} GB to unpack weights"
-    if rate is None:
+    if rate is None or seconds is None:
         return f"{work}; the device is not here to be measured (give --rate)"
-    seconds = step_seconds(result, rate, unpacking)
     speeds = f"{rate.at(result.setting.tokens_per_pass) / 1e12:,.3f} TFLOP/s, {rate.source}"
     if result.dequantized:
         speeds += (
@@ -240,8 +233,6 @@ def _time(result: MemoryEstimate, rate: MatmulRate | None, unpacking: Dequantize
 
 
 def _show_fit(console: Console, found: Fit, rate: MatmulRate | None) -> None:
-    from paca.training.memory import format_bytes
-
     table = Table(title="What fits, fastest first", title_justify="left")
     for heading in ("to save memory", "batch", "accumulation", "memory", "s per step"):
         table.add_column(heading, justify="left" if heading == "to save memory" else "right")
@@ -256,11 +247,11 @@ def _show_fit(console: Console, found: Fit, rate: MatmulRate | None) -> None:
         )
     console.print(table)
     if found.weights_reason is not None:
-        console.print(found.weights_reason, highlight=False, markup=False)
+        say(console, found.weights_reason)
     for reason in found.refused:
-        console.print(f"Not considered: {reason}", highlight=False, markup=False)
+        say(console, f"Not considered: {reason}")
     for line in yaml_lines(found.setting):
-        console.print(line, highlight=False)
+        say(console, line)
 
 
 def yaml_lines(setting: Setting) -> list[str]:
@@ -280,44 +271,35 @@ def yaml_lines(setting: Setting) -> list[str]:
     return [*lines, "    gradient_checkpointing: true"] if setting.checkpointing else lines
 
 
-def _as_json(
-    target: Target,
-    result: MemoryEstimate,
-    rate: MatmulRate | None,
-    unpacking: DequantizeRate | None,
-    budget: int | None,
-    found: Fit | None,
-) -> dict[str, Any]:
-    from paca.planning import step_seconds
-
+def _as_json(outcome: Outcome) -> dict[str, Any]:
+    result, rate, found = outcome.result, outcome.rate, outcome.found
     content: dict[str, Any] = {
-        "target": target.name,
+        "target": outcome.target.name,
         "parameters": result.parameters,
         "trainable": result.trainable,
         "weights": result.weights,
-        "lengths": target.lengths,
+        "lengths": outcome.target.lengths,
         "setting": result.setting.as_dict(),
         "memory": {**result.parts},
         "total": result.total,
         "peak_moment": result.moment,
-        "budget": budget,
+        "budget": outcome.budget,
         "saved_activations": {**result.saved},
         "flops_per_step": result.flops,
         "bytes_to_unpack_weights_per_step": result.dequantized,
-        "unpacking": None if unpacking is None else dataclasses.asdict(unpacking),
-        "rate": None if rate is None else {"flops_per_second": {**rate.measured}, "source": rate.source},
-        "seconds_per_step": None if rate is None else step_seconds(result, rate, unpacking),
+        "unpacking": outcome.unpacking and dataclasses.asdict(outcome.unpacking),
+        "rate": rate and {"flops_per_second": {**rate.measured}, "source": rate.source},
+        "seconds_per_step": outcome.seconds(),
     }
     if found is not None:
+        content |= {"weights_reason": found.weights_reason, "not_considered": [*found.refused]}
         content["candidates"] = [
             {
-                "setting": candidate.setting.as_dict(),
-                "total": candidate.estimate.total,
-                "fits": candidate.fits,
-                "seconds_per_step": None if rate is None else candidate.seconds,
+                "setting": each.setting.as_dict(),
+                "total": each.estimate.total,
+                "fits": each.fits,
+                "seconds_per_step": rate and each.seconds,
             }
-            for candidate in found.candidates
+            for each in found.candidates
         ]
-        content["weights_reason"] = found.weights_reason
-        content["not_considered"] = [*found.refused]
     return content

@@ -10,8 +10,10 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 
-from paca.cli.quiet import hide_library_notes
 from paca.messages.errors import PacaError
+from paca.messages.say import say
+from paca.messages.units import format_bytes, format_duration
+from paca_command import import_package
 
 if TYPE_CHECKING:
     from paca.training import RunResult
@@ -33,12 +35,12 @@ def train(
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint of this run.")] = False,
 ) -> None:
     """Fine-tune a language model with PaCA and leave a run folder: adapter, metrics, summary, report."""
-    hide_library_notes()
     if settings and not dry_run:
         raise PacaError("--settings goes with --dry-run; a run writes them to the config.yaml of its folder.")
     from paca.training.run_config import load_run_config
 
     run_config = load_run_config(config, set_ or ())
+    import_package()
     console = Console(quiet=os.environ.get("RANK", "0") != "0")
     if console.quiet or not console.is_terminal:
         from datasets import disable_progress_bars
@@ -51,28 +53,29 @@ def train(
         plan = describe(run_config)
         show_plan(plan, console)
         if settings:
-            console.print(f"\n{plan.config.to_yaml()}", end="", highlight=False, markup=False, soft_wrap=True)
+            say(console, f"\n{plan.config.to_yaml()}", end="")
         return
 
     import torch
 
+    from paca.evaluation.own_data import scorer
     from paca.training.freed_memory import keep_freed_memory
     from paca.training.run import train as run
 
     if not torch.accelerator.is_available():
         keep_freed_memory()
     try:
-        result = run(run_config, resume=resume, console=console, probe=probe)
+        result = run(run_config, resume=resume, console=console, probe=probe, scorer=scorer(run_config.eval))
     except KeyboardInterrupt:
         # The end is near and only has to be told: no further signal may cut the message off.
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         # A new console, as the old one may have been stopped halfway through a print, whose text it would print again.
         stopped = f"Stopped at once. {_newest_checkpoint(Path(run_config.output.dir))}"
-        Console(quiet=console.quiet).print(stopped, highlight=False, markup=False, soft_wrap=True)
+        say(Console(quiet=console.quiet), stopped)
         raise typer.Exit(130) from None
     if result.resume_command is not None:
-        console.print("Stopped; the checkpoint is saved. Continue with:", highlight=False)
-        console.print(f"  {result.resume_command}", highlight=False, markup=False, soft_wrap=True)
+        say(console, "Stopped; the checkpoint is saved. Continue with:")
+        say(console, f"  {result.resume_command}")
         raise typer.Exit(130)
     show_result(result, console)
 
@@ -81,14 +84,14 @@ def show_result(result: RunResult, console: Console) -> None:
     """Print what came out and where it lies."""
     if result.summary is None:  # not the first process
         return
-    from paca.training.memory import format_bytes
-    from paca.training.progress import format_duration
+    from paca.training.scores import score_lines
 
     summary = result.summary
     before, after = summary["eval_loss_before"], summary["eval_loss_after"]
     lines = []
     if after is not None:
         lines.append(("held-out loss", f"{after:.4f}" if before is None else f"{before:.4f} → {after:.4f}"))
+    lines += score_lines(summary["scores"])
     lines += [
         ("tokens per second", f"{summary['tokens_per_second']:,.0f}"),
         ("peak memory", f"{format_bytes(summary['peak_memory_bytes'])} ({summary['peak_memory_of']})"),
@@ -97,7 +100,7 @@ def show_result(result: RunResult, console: Console) -> None:
         ("report", str(result.folder / "report.html")),
     ]
     for label, text in lines:
-        console.print(f"{label:<18} {text}", highlight=False, markup=False, soft_wrap=True)
+        say(console, f"{label:<18} {text}")
 
 
 def _newest_checkpoint(output: Path) -> str:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+
+from paca.messages.nearest import did_you_mean
 
 STRATEGIES = ("random", "random_blocks", "weight_norm", "activation_norm", "activation_variance", "gradient_norm")
 """How columns are chosen. All but the first two take those with the largest scores."""
@@ -25,8 +26,7 @@ _ROWS_AT_ONCE = 2**20  # values converted to float64 at a time
 def check_strategy(strategy: str) -> None:
     """Raise ``ValueError`` unless ``strategy`` is one of ``STRATEGIES``, with the nearest of them."""
     if strategy not in STRATEGIES:
-        near = difflib.get_close_matches(str(strategy), STRATEGIES, n=1, cutoff=0.5)
-        hint = f" Did you mean {near[0]!r}?" if near else ""
+        hint = did_you_mean(str(strategy), STRATEGIES)
         raise ValueError(f"selection={strategy!r} is unknown; choose one of {', '.join(STRATEGIES)}.{hint}")
 
 

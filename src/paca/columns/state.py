@@ -7,10 +7,12 @@ revision, scale) of each active one, over one revision of the weight beneath: eq
 from __future__ import annotations
 
 import itertools
+import sys
 import threading
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
+from types import FrameType
 from typing import Any, NamedTuple
 
 import torch
@@ -210,7 +212,7 @@ class ActiveColumns:
     def _repeated(self) -> None:
         if self._awaited[self.state.key] > 0:
             self._awaited[self.state.key] -= 1
-        elif any(self._awaited.values()):
+        elif any(self._awaited.values()) and _is_reentrant():
             raise RuntimeError(_REPEATED.format(now=names_of(self.state.columns)))
 
     def pass_of_batch(self, columns: tuple[AdapterColumns, ...], batch_tag: int) -> AddedPass:
@@ -249,6 +251,16 @@ _REPEATED = (
 )
 
 
+def _is_reentrant() -> bool:
+    """Whether re-entrant checkpointing, torch's or DeepSpeed's, repeats this pass: a backward of theirs runs it."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code.co_name == "backward" and "checkpoint" in frame.f_code.co_filename.rpartition("/")[2]:
+            return True
+        frame = frame.f_back
+    return False
+
+
 class AddedPass(WeightSource):
     """One pass whose columns are added to what a layer computes: there is no weight, but the columns must stay as they
     are until its backward pass.
@@ -272,7 +284,6 @@ class AddedPass(WeightSource):
     def weight(self) -> Tensor:
         raise AssertionError("columns are added to an output")
 
-    def weight_again(self, saved_tag: Tensor) -> Tensor:
+    def weight_again(self, saved_tag: Tensor, wanted: bool) -> None:
         same = saved_tag is self._tag or int(saved_tag) == int(self._tag)
         self.columns.check_backward(self.state, self.state.tag if same else saved_tag)
-        return saved_tag

@@ -7,12 +7,11 @@ import re
 from dataclasses import replace
 from typing import Any
 
-import datasets
 import jinja2
 from transformers import PreTrainedTokenizerBase
 from trl import get_training_chat_template
 
-from paca.data.examples import ORIGIN, Examples
+from paca.data.examples import ORIGIN, Examples, without_progress_bars
 from paca.data.formats import Message
 from paca.messages.errors import PacaError
 
@@ -69,13 +68,8 @@ def mark_assistant_turns(examples: Examples, tokenizer: PreTrainedTokenizerBase)
             "The chat template marks no assistant turns, and finding them otherwise needs a fast tokenizer. Convert "
             "the model's tokenizer (tokenizer.json), or give prompt/completion data."
         )
-    was_enabled = datasets.is_progress_bar_enabled()
-    datasets.disable_progress_bar()
-    try:
+    with without_progress_bars():
         marked = examples.dataset.map(_mark, fn_kwargs={"tokenizer": tokenizer})
-    finally:
-        if was_enabled:
-            datasets.enable_progress_bar()
     skipped = sum(marked["skipped_turns"])
     note = "; which tokens are the assistant's was found by rendering each conversation turn by turn"
     if skipped:

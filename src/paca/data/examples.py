@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import itertools
+import json
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import datasets
 import numpy as np
 import xxhash
 from datasets import Dataset, Features, Json, List, Value
 
-from paca.data import formats, rows, sources
+from paca.data import choices, formats, message_trees, rows, sources
+from paca.data.choices import OPTIONS
 from paca.data.formats import Example, Format
 from paca.data.sources import Source
 from paca.messages.errors import PacaError
@@ -31,8 +34,8 @@ class Examples:
 
     dataset: Dataset
     """One of: ``messages`` (list of messages), ``prompt`` and ``completion`` (two texts, or two lists of messages),
-    or ``text``; beside them ``tools`` (JSON text or null) where messages may use them, and ``origin``
-    (``"train.jsonl, line 7"``, unique)."""
+    or ``text``; beside them ``tools`` (JSON text or null) where messages may use them, ``options`` (texts, of which the
+    completion is one) where the data lists them, and ``origin`` (``"train.jsonl, line 7"``, unique)."""
 
     format: str
     """The name of the form that the data had, such as ``"alpaca"``."""
@@ -64,12 +67,14 @@ def load_examples(
         source: a ``.jsonl``, ``.json`` (an array of objects), ``.csv`` or ``.parquet`` file, a folder of such files
             (read in the order of their names), or a dataset on the hub: ``owner/name``, with a configuration
             ``owner/name:config``, and with any split that datasets understands ``owner/name[train[:1000]]``.
-        format: ``"messages"``, ``"prompt-completion"``, ``"alpaca"``, ``"sharegpt"``, ``"question-answer"`` or
-            ``"text"``. Recognised from the columns when absent.
+        format: ``"messages"``, ``"prompt-completion"``, ``"alpaca"``, ``"sharegpt"``, ``"question-answer"``,
+            ``"mmlu"``, ``"arc"``, ``"oasst-messages"``, ``"oasst-trees"`` or ``"text"``. Recognised from the columns
+            when absent. Of a tree of messages the best-ranked conversation is taken.
         split: the split of a hub dataset whose ``source`` names none.
         limit: use only so many examples, from the start.
         conversational: whether the tokenizer has a chat template. Then alpaca and question-answer rows become a
-            ``user`` and an ``assistant`` message. Otherwise they become plain text, the answer last::
+            ``user`` and an ``assistant`` message; those of mmlu and arc as well, the options listed below the question
+            and the right one's label as the answer. Otherwise they become plain text, the answer last::
 
                 Task:               Question:
                 {instruction}       {question}
@@ -94,9 +99,12 @@ def load_examples(
         raise PacaError(f"{source} holds no examples: it is empty.")
     columns = list(first[1])
     form = formats.recognise(columns, format, source)
+    first = next(_rows(found, form), None)
+    if first is None:
+        raise PacaError(f"{source} holds no example of the form {form.name}: nobody answers in it.")
     features = _features(_convert(form, *first, conversational))
     options = {"source": found, "format_name": form.name, "conversational": conversational, "limit": limit}
-    with _without_progress_bars():
+    with without_progress_bars():
         try:
             dataset = Dataset.from_generator(
                 _examples,
@@ -150,16 +158,44 @@ def split_heldout(examples: Examples, held_out: float, seed: int) -> tuple[Examp
     return parts[0], parts[1]
 
 
+def tokens_of(example: Example, tokenizer: Any, *, start_only: bool = False) -> list[int]:
+    """The tokens of an example as TRL's SFTTrainer makes them: by the chat template, or with the end-of-text token.
+
+    Args:
+        example: A row of `Examples.dataset`.
+        tokenizer: Of the model.
+        start_only: Leave out a completion, and the end-of-text token.
+    """
+    if start_only and "input_ids" in example:
+        return list(example["input_ids"])
+    parts = [example[name] for name in ("messages", "prompt", "completion", "text") if example.get(name) is not None]
+    parts = parts[:1] if start_only else parts
+    if isinstance(parts[0], str):
+        text, end = "".join(parts), "" if start_only else str(tokenizer.eos_token or "")
+        return list(tokenizer(text if text.endswith(end) else text + end)["input_ids"])
+    rendered = tokenizer.apply_chat_template(
+        [message for part in parts for message in part],
+        tools=json.loads(example["tools"]) if example.get("tools") else None,
+        add_generation_prompt=start_only and "prompt" in example,
+        return_dict=True,
+    )
+    return list(rendered["input_ids"])
+
+
 def _examples(source: Source, format_name: str, conversational: bool, limit: int | None) -> Iterator[Example]:
     form = formats.FORMATS[format_name]
     kind: frozenset[tuple[str, type]] | None = None
-    for place, row in itertools.islice(source.rows(), limit):
+    for place, row in itertools.islice(_rows(source, form), limit):
         example = _convert(form, place, row, conversational)
         found = frozenset((name, type(value)) for name, value in example.items() if name not in (ORIGIN, "tools"))
         if kind is not None and found != kind:
             raise PacaError(f"{place}: text and lists of messages are mixed. Give all examples in one form.")
         kind = found
         yield example
+
+
+def _rows(source: Source, form: Format) -> Iterator[tuple[str, rows.Row]]:
+    return source.rows() if form.gather is None else form.gather(source.rows())
 
 
 def _convert(form: Format, place: str, row: rows.Row, conversational: bool) -> Example:
@@ -174,16 +210,19 @@ def _convert(form: Format, place: str, row: rows.Row, conversational: bool) -> E
 
 def _features(example: Example) -> Features:
     # Messages are kept as JSON: as a struct, each would get every field of every other one, null where it has none.
-    return Features(
-        {name: List(Json()) if isinstance(value, list) else Value("string") for name, value in example.items()}
-    )
+    def feature(name: str, value: object) -> List | Value:
+        if name == OPTIONS:
+            return List(Value("string"))
+        return List(Json()) if isinstance(value, list) else Value("string")
+
+    return Features({name: feature(name, value) for name, value in example.items()})
 
 
 def _fingerprint(source: Source, form: Format, conversational: bool, limit: int | None) -> str:
     """Names the cached conversion: another content, another choice or another version of this code, another name."""
     content = xxhash.xxh128()
     content.update(f"{source.fingerprint()}|{source.name}|{form.name}|{conversational}|{limit}".encode())
-    for module in (formats, rows, sources):
+    for module in (choices, formats, message_trees, rows, sources):
         content.update(Path(str(module.__file__)).read_bytes())
     content.update(Path(__file__).read_bytes())
     return content.hexdigest()
@@ -213,7 +252,8 @@ def _describe(form: Format, columns: list[str], dataset: Dataset) -> str:
 
 
 @contextmanager
-def _without_progress_bars() -> Iterator[None]:
+def without_progress_bars() -> Iterator[None]:
+    """Hide those of datasets, unless they are hidden already."""
     was_enabled = datasets.is_progress_bar_enabled()
     datasets.disable_progress_bar()
     try:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-import difflib
 import json
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from paca.data.choices import OPTIONS, Question, arc_question, mmlu_question
+from paca.data.message_trees import FLAT_COLUMNS, OF_USE, TREE_COLUMNS, answered_trees, best_path, trees_of_messages
 from paca.data.rows import Row
 from paca.messages.errors import PacaError
+from paca.messages.nearest import did_you_mean
 
 Example = dict[str, Any]
 Message = dict[str, Any]
@@ -45,6 +47,9 @@ class Format:
     convert: Callable[[Row, bool], Example]
     """Turn ``(row, conversational)`` into an example; ``conversational`` matters where the form leaves it open."""
 
+    gather: Callable[[Iterable[tuple[str, Row]]], Iterator[tuple[str, Row]]] | None = None
+    """Where several rows make one example, or some make none: turns the data's `(place, row)` into those to convert."""
+
     @property
     def required(self) -> tuple[str, ...]:
         """The columns that must be there."""
@@ -56,8 +61,9 @@ def recognise(columns: Collection[str], requested: str | None, source: str) -> F
 
     Args:
         columns: the names found in the data.
-        requested: the name of a form, which is then only checked; ``None`` to recognise it. ``text`` is the last
-            resort: many data sets carry a ready-made ``text`` beside the columns that it was made from.
+        requested: the name of a form, which is then only checked; ``None`` to recognise it. A form that needs all
+            that another does and more comes before it. ``text`` is the last resort: many data sets carry a ready-made
+            ``text`` beside the columns that it was made from.
         source: names the data in errors.
 
     Raises:
@@ -66,8 +72,7 @@ def recognise(columns: Collection[str], requested: str | None, source: str) -> F
     found = f"{source} has the columns: {', '.join(columns) or '(none)'}."
     if requested is not None:
         if requested not in FORMATS:
-            near = difflib.get_close_matches(requested, FORMATS, n=1)
-            hint = f" Did you mean {near[0]!r}?" if near else ""
+            hint = did_you_mean(requested, FORMATS)
             raise PacaError(f"Unknown data format {requested!r}.{hint} Understood are:\n{_overview()}")
         chosen = FORMATS[requested]
         missing = [column for column in chosen.required if column not in columns]
@@ -75,6 +80,8 @@ def recognise(columns: Collection[str], requested: str | None, source: str) -> F
             raise PacaError(f"Data in the format {requested!r} needs {' and '.join(missing)}. {found}")
         return chosen
     fitting = [form for form in FORMATS.values() if all(column in columns for column in form.required)]
+    needs = {form.name: set(form.required) for form in fitting}
+    fitting = [form for form in fitting if not any(needs[form.name] < other for other in needs.values())]
     if len(fitting) > 1:
         fitting = [form for form in fitting if form.name != "text"]
     if len(fitting) == 1:
@@ -158,11 +165,23 @@ def _from_text(row: Row, conversational: bool) -> Example:
     return {"text": _answer(row["text"], "text")}
 
 
+def _from_choices(read: Callable[[Row], Question]) -> Callable[[Row, bool], Example]:
+    """The labels are what is answered, and travel along: scoring by choice compares them."""
+
+    def convert(row: Row, conversational: bool) -> Example:
+        question = read(row)
+        given = {"question": question.prompt(), "answer": question.labels[question.answer]}
+        return {**_from_question_answer(given, conversational), OPTIONS: question.labels}
+
+    return convert
+
+
+def _from_tree(row: Row, conversational: bool) -> Example:
+    return _conversation(best_path(row["prompt"]), None)
+
+
 def _question_and_answer(question: str, answer: str) -> Example:
-    return {
-        "prompt": [{"role": "user", "content": question}],
-        "completion": [{"role": "assistant", "content": answer}],
-    }
+    return {"prompt": [{"role": "user", "content": question}], "completion": [{"role": "assistant", "content": answer}]}
 
 
 def _conversation(messages: list[Message], tools: object) -> Example:
@@ -241,6 +260,10 @@ FORMATS = {
         Format("alpaca", ("instruction", "input", "output"), ("input",), _from_alpaca),
         Format("sharegpt", ("conversations", "system", "tools"), ("system", "tools"), _from_sharegpt),
         Format("question-answer", ("question", "answer"), (), _from_question_answer),
+        Format("mmlu", ("question", "choices", "answer"), (), _from_choices(mmlu_question)),
+        Format("arc", ("question", "choices", "answerKey"), (), _from_choices(arc_question)),
+        Format("oasst-messages", (*FLAT_COLUMNS, *OF_USE), OF_USE, _from_tree, trees_of_messages),
+        Format("oasst-trees", TREE_COLUMNS, (), _from_tree, answered_trees),
         Format("text", ("text",), (), _from_text),
     )
 }

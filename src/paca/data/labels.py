@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -14,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from trl import SFTConfig
 
 from paca.data.assistant_turns import ASSISTANT_MASK, marks_assistant_turns
-from paca.data.examples import ORIGIN, Examples
+from paca.data.examples import ORIGIN, Examples, tokens_of
 from paca.messages.errors import PacaError
 
 _IGNORED = -100  # the label of a token that does not count, in transformers and TRL
@@ -155,24 +153,9 @@ def _name_of(document: list[int], examples: Examples, tokenizer: PreTrainedToken
 def _origin_of(document: list[int], examples: Examples, tokenizer: PreTrainedTokenizerBase) -> str | None:
     """Which example a packed document was made from: the first whose rendered start is that document."""
     for example in examples.dataset:
-        if _start_of(example, tokenizer)[: len(document)] == document:
+        if tokens_of(example, tokenizer, start_only=True)[: len(document)] == document:
             return str(example[ORIGIN])
     return None  # TRL rendered it with a template of its own
-
-
-def _start_of(example: dict[str, Any], tokenizer: Any) -> list[int]:
-    """The tokens of an example, or of its prompt, as TRL makes them."""
-    if "input_ids" in example:
-        return list(example["input_ids"])
-    tools = json.loads(example["tools"]) if example.get("tools") else None
-    if "messages" in example:
-        return list(tokenizer.apply_chat_template(example["messages"], tools=tools, return_dict=True)["input_ids"])
-    if isinstance(example.get("prompt"), list):
-        rendered = tokenizer.apply_chat_template(
-            example["prompt"], tools=tools, add_generation_prompt=True, return_dict=True
-        )
-        return list(rendered["input_ids"])
-    return list(tokenizer(example.get("prompt", example.get("text")))["input_ids"])
 
 
 def _first_words(origin: str, examples: Examples) -> str:

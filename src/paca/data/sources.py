@@ -15,7 +15,7 @@ from huggingface_hub.utils import validate_repo_id
 from paca.data.rows import SUFFIXES, Row, rows_of
 from paca.messages.errors import PacaError
 
-_HUB_SOURCE = re.compile(r"(?P<id>[^\[\]:]+)(:(?P<config>[^\[\]]+))?(\[(?P<split>.+)\])?")
+HUB_SOURCE = re.compile(r"(?P<id>[^\[\]:]+)(:(?P<config>[^\[\]]+))?(\[(?P<split>.+)\])?")
 
 
 @dataclass(frozen=True)
@@ -74,18 +74,19 @@ def find_source(name: str, split: str) -> Source:
                 f"The data file {name!r} is of type {path.suffix or '(none)'!r}. Understood are {', '.join(SUFFIXES)}."
             )
         return Source(name, (path,))
-    match = _HUB_SOURCE.fullmatch(name)
+    match = HUB_SOURCE.fullmatch(name)
     if (
         name.startswith(("/", ".", "~"))
         or path.suffix.lower() in SUFFIXES
         or match is None
-        or not _is_hub_id(match["id"])
+        or not is_hub_id(match["id"])
     ):
         raise PacaError(f"There is no data file or folder {name!r} (working folder: {Path.cwd()}). Check the path.")
-    return Source(name, hub=_load_from_hub(name, match["id"], match["config"], match["split"] or split))
+    return Source(name, hub=load_from_hub(name, match["id"], match["config"], match["split"] or split))
 
 
-def _is_hub_id(name: str) -> bool:
+def is_hub_id(name: str) -> bool:
+    """Whether the name has the form of a hub id."""
     try:
         validate_repo_id(name)
     except HFValidationError:
@@ -93,7 +94,12 @@ def _is_hub_id(name: str) -> bool:
     return True
 
 
-def _load_from_hub(name: str, hub_id: str, config: str | None, split: str) -> datasets.Dataset:
+def load_from_hub(name: str, hub_id: str, config: str | None, split: str) -> datasets.Dataset:
+    """One split of a dataset on the hub; `name` is the whole source as the user wrote it, for messages.
+
+    Raises:
+        PacaError: There is no such dataset, configuration or split, or the hub cannot be reached.
+    """
     try:
         return datasets.load_dataset(hub_id, config, split=split)
     except ConnectionError as error:

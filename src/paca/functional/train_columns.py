@@ -89,8 +89,8 @@ class WeightSource(ABC):
         """The weight that the forward pass multiplies with; it holds the columns already."""
 
     @abstractmethod
-    def weight_again(self, saved_tag: Tensor) -> Tensor:
-        """The same in the backward pass.
+    def weight_again(self, saved_tag: Tensor, wanted: bool) -> Tensor | None:
+        """The same in the backward pass; None if it is not `wanted`, and the columns are only to be checked.
 
         Raises:
             RuntimeError: if the columns are not the same any more, or a repeated pass ran with others.
@@ -202,7 +202,8 @@ class _TrainColumns(torch.autograd.Function):
 
 def _gradients(ctx: Any, grad_output: Tensor) -> tuple[Any, ...]:
     first, *saved = ctx.saved_tensors
-    weight = first if ctx.source is None else ctx.source.weight_again(first)
+    multiplies = ctx.needs_input_grad[1] and not ctx.adds
+    weight = first if ctx.source is None else ctx.source.weight_again(first, multiplies)
     product, count = ctx.product, len(ctx.scales)
     indices = saved[-count:] if ctx.source is None and count and product.reads_indices else ctx.indices
     needs_x, needs_bias = ctx.needs_input_grad[1], ctx.needs_input_grad[3]
@@ -220,7 +221,7 @@ def _gradients(ctx: Any, grad_output: Tensor) -> tuple[Any, ...]:
         )
     grad_bias = product.bias_gradient(grad_y).to(ctx.bias_dtype) if needs_bias else None
     grad_x = None
-    if needs_x and not ctx.adds:
+    if multiplies:
         grad_x = in_dtype(product.input_gradient(grad_y, weight, ctx.input_size), ctx.input_dtype)
     elif needs_x:
         grad_x = grad_y.new_zeros(ctx.input_size)

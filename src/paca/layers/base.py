@@ -12,10 +12,9 @@ from peft.tuners._buffer_dict import BufferDict
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 
-from paca.columns.deltas import Deltas
 from paca.columns.kept import oriented
 from paca.columns.state import AdapterColumns, Folded
-from paca.columns.stepping import Job
+from paca.columns.stepping import Deltas, Job
 from paca.functional.train_columns import Trained, train_columns
 from paca.layers.mixed_batch import MixedBatch, Running, current_mixed_batch
 
@@ -101,7 +100,8 @@ class PacaLayer(nn.Module, BaseTunerLayer):
 
     def wanted(self) -> tuple[AdapterColumns, ...]:
         """What the weight has to hold now: the columns of the active adapters."""
-        if self._disable_adapters or self.merged_adapters or current_mixed_batch() is not None:
+        in_mixed_batch = Running.count and current_mixed_batch() is not None
+        if self._disable_adapters or self.merged_adapters or in_mixed_batch:
             return ()
         return tuple(self.columns_of(name) for name in self.active_adapters if name in self.paca_delta)
 

@@ -9,17 +9,13 @@ from paca.functional.linear import LinearProduct
 from paca.layers.base import PacaLayer
 from paca.layers.resident_weight import ResidentWeight
 
-ROWS, COLUMNS = LinearProduct(0), LinearProduct(1)
-
 
 class ResidentLinear(ResidentWeight, nn.Linear):
     """An `nn.Linear` with resident columns `weight[:, indices]`."""
 
     stock_class = nn.Linear
     input_dim = 1
-
-    def product(self) -> LinearProduct:
-        return COLUMNS
+    fixed_product = LinearProduct(1)
 
 
 class ResidentConv1D(ResidentWeight, Conv1D):
@@ -27,9 +23,7 @@ class ResidentConv1D(ResidentWeight, Conv1D):
 
     stock_class = Conv1D
     input_dim = 0
-
-    def product(self) -> LinearProduct:
-        return ROWS
+    fixed_product = LinearProduct(0)
 
 
 RESIDENT_CLASSES: dict[type[nn.Module], type[ResidentWeight]] = {nn.Linear: ResidentLinear, Conv1D: ResidentConv1D}

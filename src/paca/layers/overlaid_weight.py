@@ -17,11 +17,11 @@ from paca.columns.kept import Kept, positions_of, sum_of, write_columns
 from paca.columns.state import ActiveColumns, AdapterColumns, AddedPass, State
 from paca.functional.linear import LinearProduct
 from paca.functional.train_columns import WeightSource, train_columns
-from paca.layers.linear import COLUMNS
 from paca.layers.mixed_batch import current_mixed_batch
 from paca.layers.resident_weight import rebind_forward
 from paca.quantized import QuantizedWeight, quantization_of
 
+_PRODUCT = LinearProduct(1)
 _SUBCLASSES: dict[tuple[type, type], type[nn.Module]] = {}
 
 
@@ -72,7 +72,7 @@ class OverlaidWeight(nn.Module):
 
     def product(self) -> LinearProduct:
         """What all of them compute."""
-        return COLUMNS
+        return _PRODUCT
 
     def state_now(self) -> State:
         """What a forward pass sees."""
@@ -173,7 +173,7 @@ class PatchedWeight(OverlaidWeight):
         bias: Any = None if self.bias is None else self.bias.to(dtype)
         with torch.autocast(x.device.type, enabled=False):
             source = PatchedPass(self, state, dtype)
-            return train_columns(COLUMNS, x.to(dtype), None, bias, state.trained, source).to(output_dtype)
+            return train_columns(_PRODUCT, x.to(dtype), None, bias, state.trained, source).to(output_dtype)
 
     @torch.no_grad()
     def patched_weight(self, dtype: torch.dtype, columns: tuple[AdapterColumns, ...]) -> Tensor:
@@ -211,14 +211,14 @@ class PatchedPass(WeightSource):
     def weight(self) -> Tensor:
         return self.module.patched_weight(self.dtype, self.state.columns)
 
-    def weight_again(self, saved_tag: Tensor) -> Tensor:
+    def weight_again(self, saved_tag: Tensor, wanted: bool) -> Tensor | None:
         self.columns.check_backward(self.state, saved_tag)
         if self.module.quantization.packed(self.module) is not self.packed or self.packed._version != self.version:
             raise RuntimeError(
                 "A quantized weight was merged into, loaded or moved between a forward pass and its backward pass. Run "
                 "backward() first."
             )
-        return self.weight()
+        return self.weight() if wanted else None
 
 
 class AdditiveWeight(OverlaidWeight):
@@ -249,7 +249,7 @@ class AdditiveWeight(OverlaidWeight):
         if not state.columns:
             return y
         source = AddedPass(self.columns, state)
-        return train_columns(COLUMNS, x, None, None, state.trained, source, added_to=y)
+        return train_columns(_PRODUCT, x, None, None, state.trained, source, added_to=y)
 
 
 def features(module: Any) -> tuple[int, int]:

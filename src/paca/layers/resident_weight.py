@@ -41,7 +41,10 @@ class ResidentPass(WeightSource):
     def weight(self) -> Tensor:
         return self.module.weight
 
-    def weight_again(self, saved_tag: Tensor) -> Tensor:
+    def weight_again(self, saved_tag: Tensor, wanted: bool) -> Tensor | None:
+        if not wanted:
+            self.place.columns.check_backward(self.state, saved_tag)
+            return None
         self.place.before_backward(self.module.weight, self.state, saved_tag)
         return self.weight()
 
@@ -61,9 +64,12 @@ class ResidentWeight(nn.Module):
     owner: Callable[[], Any]
     """Gives the adapted layer above, which knows what is wanted; a weak reference."""
 
+    fixed_product: ClassVar[Product]
+    """What this kind of layer computes, where that does not depend on the module."""
+
     def product(self) -> Product:
-        """What this kind of layer computes."""
-        raise NotImplementedError
+        """What this layer computes."""
+        return self.fixed_product
 
     def __setattr__(self, name: str, value: Any) -> None:
         # FSDP2 puts the shard and the gathered weight into each other's place with setattr.

@@ -1,12 +1,17 @@
 """Memory and time of training, before anything is loaded."""
 
-from paca.planning.budget import available_memory, parse_memory
-from paca.planning.dequantize_rate import DequantizeRate, given_bandwidth, measure_dequantize_rate
+from paca.planning.budget import available_memory, warn_if_too_large
+from paca.planning.device_rates import (
+    DequantizeRate,
+    MatmulRate,
+    fixed_rate,
+    given_bandwidth,
+    measure_dequantize_rate,
+    measure_rate,
+)
 from paca.planning.estimate import MemoryEstimate, estimate
 from paca.planning.fit import Candidate, Fit, fit, step_seconds
-from paca.planning.matmul_rate import MatmulRate, fixed_rate, measure_rate
 from paca.planning.probe import longest_batch
-from paca.planning.run_setting import setting_of_run, warn_if_too_large
 from paca.planning.setting import Setting
 
 __all__ = [
@@ -24,8 +29,6 @@ __all__ = [
     "longest_batch",
     "measure_dequantize_rate",
     "measure_rate",
-    "parse_memory",
-    "setting_of_run",
     "step_seconds",
     "warn_if_too_large",
 ]

@@ -27,68 +27,30 @@ def attention_of(device: str) -> Callable[..., Tensor]:
     attention for half precision without a mask; memory-efficient attention with a mask or in float32, unless key and
     value have fewer heads than the query; else the plain formula.
     """
-    return _on_cuda if device == "cuda" else _on_cpu
+    run = _on_cuda if device == "cuda" else _on_cpu
+
+    def attention(
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        scale: float | None = None,
+        enable_gqa: bool = False,
+    ) -> Tensor:
+        found = run(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
+        if found is None:
+            return _stock(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
+        return found
+
+    return attention
 
 
 def _on_cpu(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None = None,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    scale: float | None = None,
-    enable_gqa: bool = False,
-) -> Tensor:
-    if _cpu_choice(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa) == 0:
-        return _stock(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
-    mask = _additive(attn_mask, query.dtype)
-    flash = aten._scaled_dot_product_flash_attention_for_cpu
-    return flash(query, key, value, dropout_p, is_causal, attn_mask=mask, scale=scale)[0]
-
-
-def _on_cuda(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None = None,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    scale: float | None = None,
-    enable_gqa: bool = False,
-) -> Tensor:
-    half = query.dtype in (torch.float16, torch.bfloat16)
-    same_width = query.shape[-1] == key.shape[-1] == value.shape[-1] <= 256
-    if query.dim() == 4 and half and same_width and attn_mask is None:
-        flash = aten._scaled_dot_product_flash_attention
-        return flash(query, key, value, dropout_p, is_causal, False, scale=scale)[0]
-    if query.dim() == 4 and query.dtype != torch.float64 and query.shape[1] == key.shape[1]:
-        mask = _additive(attn_mask, query.dtype)
-        if mask is not None:
-            mask = mask.expand(*query.shape[:-1], key.shape[-2])
-        efficient = aten._scaled_dot_product_efficient_attention
-        return efficient(query, key, value, mask, True, dropout_p, is_causal, scale=scale)[0]
-    return _stock(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
-
-
-def _additive(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    """The kernels take a mask to be added; torch makes one out of a boolean mask anew at every call, and keeps it."""
-    if mask is None or mask.dtype != torch.bool:
-        return mask
-    return torch.where(mask, mask.new_zeros((), dtype=dtype), mask.new_full((), float("-inf"), dtype=dtype))
-
-
-def _cpu_choice(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: Tensor | None,
-    dropout_p: float,
-    is_causal: bool,
-    scale: float | None,
-    enable_gqa: bool,
-) -> int:
-    """Torch's own choice on a CPU (0: the plain formula), for the same shapes with at most a few positions."""
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, dropout: float, causal: bool, scale: Any, gqa: bool
+) -> Tensor | None:
+    """By the fused kernel; None where torch chooses the plain formula, asked for the same shapes made short."""
     short = {length: min(length, 8 + rank) for rank, length in enumerate({query.shape[-2], key.shape[-2]})}
 
     def stand_in(tensor: Tensor, sequence_dims: tuple[int, ...]) -> Tensor:
@@ -103,4 +65,32 @@ def _cpu_choice(
         choose: Any = torch._fused_sdp_choice  # its stub is wrong
         tensors = [stand_in(tensor, (-2,)) for tensor in (query, key, value)]
         small_mask = None if mask is None else stand_in(mask, (-2, -1))
-        return choose(*tensors, small_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
+        if choose(*tensors, small_mask, dropout, causal, scale=scale, enable_gqa=gqa) == 0:
+            return None
+    flash = aten._scaled_dot_product_flash_attention_for_cpu
+    return flash(query, key, value, dropout, causal, attn_mask=_additive(mask, query.dtype), scale=scale)[0]
+
+
+def _on_cuda(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, dropout: float, causal: bool, scale: Any, gqa: bool
+) -> Tensor | None:
+    """By a fused kernel; None where none fits."""
+    half = query.dtype in (torch.float16, torch.bfloat16)
+    same_width = query.shape[-1] == key.shape[-1] == value.shape[-1] <= 256
+    if query.dim() == 4 and half and same_width and mask is None:
+        flash = aten._scaled_dot_product_flash_attention
+        return flash(query, key, value, dropout, causal, False, scale=scale)[0]
+    if query.dim() == 4 and query.dtype != torch.float64 and query.shape[1] == key.shape[1]:
+        mask = _additive(mask, query.dtype)
+        if mask is not None:
+            mask = mask.expand(*query.shape[:-1], key.shape[-2])
+        efficient = aten._scaled_dot_product_efficient_attention
+        return efficient(query, key, value, mask, True, dropout, causal, scale=scale)[0]
+    return None
+
+
+def _additive(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """The kernels take a mask to be added; torch makes one out of a boolean mask anew at every call, and keeps it."""
+    if mask is None or mask.dtype != torch.bool:
+        return mask
+    return torch.where(mask, mask.new_zeros((), dtype=dtype), mask.new_full((), float("-inf"), dtype=dtype))

@@ -1,28 +1,13 @@
-"""Amounts of memory: as people write them, and as the device has them."""
+"""How much memory a device has for a run, and whether that is too little."""
 
 from __future__ import annotations
-
-import re
 
 import torch
 
 from paca.messages.errors import PacaError
-
-_UNITS = {"": 1, "k": 1000, "m": 1000**2, "g": 1000**3, "t": 1000**4}
-_BINARY_UNITS = {"ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
-
-
-def parse_memory(text: str) -> int:
-    """`"24GiB"`, `"24 GB"` or `"500MiB"` in bytes; a unit's B may be left out.
-
-    Raises:
-        PacaError: the text is no positive amount of memory.
-    """
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]i?)?b?\s*", text.lower())
-    count = 0 if match is None else int(float(match[1]) * (_UNITS | _BINARY_UNITS)[match[2] or ""])
-    if count <= 0:
-        raise PacaError(f"{text!r} is no amount of memory. Give a number and a unit, such as 24GiB or 80GB.")
-    return count
+from paca.messages.units import format_bytes
+from paca.planning.estimate import PlannedModel, estimate
+from paca.planning.setting import Setting
 
 
 def available_memory(device: str) -> int:
@@ -39,3 +24,29 @@ def available_memory(device: str) -> int:
 
     own = psutil.Process().memory_info().rss  # the estimate counts the libraries of a process
     return psutil.virtual_memory().available + own
+
+
+def warn_if_too_large(model: PlannedModel, setting: Setting, available: int | None = None) -> str | None:
+    """Say so if training would need more memory than there is.
+
+    Args:
+        model: On the meta device, with its adapter in.
+        setting: How it is trained.
+        available: Bytes; what the device has free when None.
+
+    Returns:
+        A message that says how much is missing and what would help, or None if it fits or can't be foretold.
+    """
+    available = available_memory(setting.device) if available is None else available
+    try:
+        needed = estimate(model, setting)
+    except PacaError:
+        return None  # a model that can't be planned may train all the same
+    if needed.total <= available:
+        return None
+    largest = next(iter(needed.parts))
+    return (
+        f"This run needs about {format_bytes(needed.total)} ({setting.batch_size} sequences of "
+        f"{setting.sequence_length} tokens at a time), and {format_bytes(available)} are available. The largest part "
+        f"is {largest}: {format_bytes(needed.parts[largest])}. `paca plan` finds settings that fit."
+    )

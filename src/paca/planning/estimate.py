@@ -12,12 +12,12 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from paca.messages.errors import PacaError
+from paca.messages.units import format_bytes
 from paca.planning.quantized_layers import quantization_name, unpacked_numel
 from paca.planning.repeated_blocks import RepeatedBlocks, copy_with_blocks, find_blocks
 from paca.planning.setting import Setting
 from paca.planning.simulated_step import StepTrace, simulate
 from paca.pretrained.quantized_outline import quantize_outline
-from paca.training.memory import format_bytes
 
 FRAMEWORK = "framework overhead"
 FRAMEWORK_BYTES = {"cpu": 500 * 2**20, "cuda": 600 * 2**20}

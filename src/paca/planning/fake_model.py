@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional
 
+from paca.columns.kept import Kept
 from paca.lean import cache_blocks, gated_linear_unit, pointwise, rms_norm
 from paca.planning.attention_kernels import attention_of
 from paca.planning.quantized_layers import dequantized_product, fake_states
@@ -52,6 +53,8 @@ def without_values(device: str) -> Iterator[None]:
         # What is written there was allocated before the loop, and without values it needs no writing.
         for module in (rms_norm, gated_linear_unit, pointwise):
             stack.enter_context(_replaced(module, "row_blocks", _first_block))
+        # Columns without values are those that were written.
+        stack.enter_context(_replaced(Kept, "equal", lambda kept, other: True))
         # Positions without values might be those of packed sequences, and transformers would make a mask for them.
         stack.enter_context(_replaced(transformers.masking_utils, "find_packed_sequence_indices", lambda _: None))
         if importlib.util.find_spec("bitsandbytes") is not None:

@@ -10,12 +10,11 @@ from peft import PeftConfig
 from transformers import PreTrainedConfig
 
 from paca.messages.errors import PacaError
-from paca.planning.dequantize_rate import DequantizeRate
+from paca.messages.units import format_bytes
+from paca.planning.device_rates import DequantizeRate, MatmulRate, fixed_rate
 from paca.planning.estimate import FRAMEWORK, MemoryEstimate, PlannedModel, estimate, prepare_model
-from paca.planning.matmul_rate import MatmulRate, fixed_rate
 from paca.planning.setting import Setting
 from paca.planning.simulated_step import WEIGHTS
-from paca.training.memory import format_bytes
 
 LEAN_TIME, LEAN_TIME_ON_CPU = 1.02, 0.97
 """Time of a step with lean blocks over one without: a preference where both fit the same batch, not a forecast. On CPUs

@@ -5,8 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.utils.flop_counter import flop_registry
+from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
 aten = torch.ops.aten
 
@@ -30,30 +29,14 @@ def flops_of(operator: Any, args: tuple[Any, ...], kwargs: dict[str, Any], resul
     """
     packet = operator._overloadpacket
     if packet in _ATTENTION:
-        return _attention(operator, args[0], args[1], args[2], args, kwargs, products=(1, 1))
-    if packet in _ATTENTION_BACKWARD:
-        # q k^T again, then the gradients of v, of the weights, of q and of k.
-        return _attention(operator, args[1], args[2], args[3], args, kwargs, products=(3, 2))
-    formula = flop_registry.get(packet)
-    if formula is None and packet.__name__.endswith("_"):
-        formula = flop_registry.get(getattr(aten, packet.__name__[:-1], None))  # addmm_ counts as addmm
-    return 0 if formula is None else formula(*args, **kwargs, out_val=result)
-
-
-def _attention(
-    operator: Any,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-    products: tuple[int, int],
-) -> int:
-    """`products`: how many of the products are as wide as the keys, and how many as wide as the values."""
-    *batch, queries, width = query.shape
-    keys, value_width = key.shape[-2], value.shape[-1]
-    pairs = torch.Size(batch).numel() * queries * keys
-    operations = 2 * pairs * (products[0] * width + products[1] * value_width)
+        operations = sdpa_flop_count(*(tensor.shape for tensor in args[:3]))
+    elif packet in _ATTENTION_BACKWARD:
+        operations = sdpa_backward_flop_count(*(tensor.shape for tensor in args[:4]))
+    else:
+        formula = flop_registry.get(packet)
+        if formula is None and packet.__name__.endswith("_"):
+            formula = flop_registry.get(getattr(aten, packet.__name__[:-1], None))  # addmm_ counts as addmm
+        return 0 if formula is None else formula(*args, **kwargs, out_val=result)
     return operations // 2 if _is_causal(operator, args, kwargs) else operations
 
 

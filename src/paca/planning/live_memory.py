@@ -81,6 +81,12 @@ class LiveMemory(TorchDispatchMode):
             if self.bytes > self._window.peak:
                 self._window.peak, self._window.event = self.bytes, self._event
 
+    def categorize(self, tensors: Iterable[Tensor], category: str) -> None:
+        """Count the storages of `tensors` as `category`, from their allocation on."""
+        for tensor in tensors:
+            if (allocation := self.allocation_of(tensor)) is not None:
+                allocation.category = category
+
     def allocation_of(self, tensor: Tensor) -> Allocation | None:
         """The record of the tensor's storage, if it is followed."""
         entry = self._live.get(tensor.untyped_storage()._cdata)

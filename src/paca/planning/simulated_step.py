@@ -16,7 +16,6 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-import paca
 from paca.lean import make_lean
 from paca.messages.errors import PacaError
 from paca.planning.activation_kinds import ModuleStack
@@ -89,7 +88,6 @@ def simulate(model: PreTrainedModel, setting: Setting, backbone: nn.Module, befo
         _chunk_loss(model)
     with warnings.catch_warnings(), without_values(setting.device):
         warnings.simplefilter("ignore")
-        make_fake(model)
         try:
             return _Simulation(model, setting, backbone, before_last).run()
         except RuntimeError as error:  # of which torch's errors about missing values are kinds
@@ -113,12 +111,12 @@ class _Simulation:
 
     def run(self) -> StepTrace:
         memory, setting = self.memory, self.setting
-        trainable = [p for p in self.model.parameters() if p.requires_grad]
-        memory.note(trainable, TRAINABLE)
-        memory.note((*self.model.parameters(), *self.model.buffers(), *states(self.model)), WEIGHTS)
-        memory.region = KEPT_COLUMNS
+        memory.region = KEPT_COLUMNS  # an adapted layer that gets its weight keeps the columns that it replaces
         with memory:
-            paca.refresh(self.model)
+            make_fake(self.model)
+        trainable = [p for p in self.model.parameters() if p.requires_grad]
+        memory.categorize((*self.model.parameters(), *self.model.buffers(), *states(self.model)), WEIGHTS)
+        memory.categorize(trainable, TRAINABLE)
         if setting.gradient_accumulation > 1:
             for parameter in trainable:
                 parameter.grad = torch.empty_like(parameter)
@@ -127,8 +125,8 @@ class _Simulation:
         with memory:
             saved = self._forward_and_backward(inputs)
         for parameter in trainable:
-            if parameter.grad is not None and (gradient := memory.allocation_of(parameter.grad)) is not None:
-                gradient.category = GRADIENTS
+            if parameter.grad is not None:
+                memory.categorize([parameter.grad], GRADIENTS)
         peaks = memory.peaks() | {"optimizer step": memory.now()}
         peaks["optimizer step"][TEMPORARIES] += step_temporaries(setting.optimizer, setting.device, trainable)
         state = state_bytes(setting.optimizer, trainable)

@@ -1,10 +1,8 @@
-"""What the user asked a plan for: a run's YAML, a model's name, or a published shape."""
+"""What a plan is made for: a model's name or a published shape, and the setting that it starts from."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import dataclass
 
 import torch
 from transformers import PreTrainedModel
@@ -12,7 +10,6 @@ from transformers import PreTrainedModel
 from paca.config import PacaConfig
 from paca.messages.errors import PacaError
 from paca.planning.estimate import prepare_model
-from paca.planning.run_setting import setting_of_run
 from paca.planning.setting import Setting
 from paca.pretrained import load_config
 from paca.pretrained.published_shapes import SHAPES, check_not_a_mistyped_shape
@@ -53,65 +50,27 @@ def target_of_model(name: str, dtype: str, r: int, setting: Setting) -> Target:
     """The model `name` with PaCA of rank `r` in all linear layers.
 
     Args:
-        name: a hub id, a folder, a `.gguf` file, or a preset of `paca bench`.
-        dtype: of the weights; `"auto"` is the checkpoint's own, and bfloat16 for a preset.
-        r: trained columns per layer.
-        setting: what the plan starts from.
+        name: A hub id, a folder, a `.gguf` file, or a preset of `paca bench`.
+        dtype: Of the weights; `"auto"` is the checkpoint's own, and bfloat16 for a preset.
+        r: Trained columns per layer.
+        setting: What the plan starts from.
 
     Raises:
-        PacaError: there is no such model or dtype.
+        PacaError: There is no such model or dtype.
     """
     try:
         adapter = PacaConfig(r=r, task_type="CAUSAL_LM")
     except ValueError as error:
         raise PacaError(str(error)) from error
-    return Target(name, _outline(name, dtype), adapter, setting)
+    return Target(name, outline_of(name, dtype), adapter, setting)
 
 
-def target_of_run(
-    path: Path, overrides: Sequence[str], device: str, sequence_length: int | None, batch_size: int | None
-) -> Target:
-    """The run that a YAML file describes. Its sequences are as long as its longest example, where that is soon found.
-
-    Args:
-        path: as for `paca train`.
-        overrides: `"section.key=value"` each.
-        device: `"cpu"` or `"cuda"`.
-        sequence_length: in place of the longest example and `train.max_length`.
-        batch_size: in place of `train.per_device_train_batch_size`.
+def outline_of(name: str, dtype: str, revision: str | None = None, trust_remote_code: bool = False) -> PreTrainedModel:
+    """A model without weights: a published shape, in bfloat16 unless `dtype` says otherwise, or a checkpoint's.
 
     Raises:
-        PacaError: the config is wrong, the model can't be found, or nothing limits its sequences.
+        PacaError: There is no such model or dtype.
     """
-    from paca.training import load_run_config, train_settings
-    from paca.training.adapter_settings import outline_config
-    from paca.training.longest_example import longest_example
-
-    config = load_run_config(path, overrides)
-    named = config.model
-    outline = _outline(named.name, named.dtype, named.revision, named.trust_remote_code)
-    config.train = train_settings.with_defaults(
-        config.train,
-        has_eval=config.data.eval is not None,
-        weights_dtype=next(outline.parameters()).dtype,
-        context_length=getattr(outline.config.get_text_config(), "max_position_embeddings", None),
-    )
-    longest, lengths = None, None
-    if sequence_length is not None:
-        config.train["max_length"] = sequence_length
-    else:
-        longest, lengths = longest_example(config)
-    setting = setting_of_run(config, device, longest)
-    if lengths is not None and longest is None:
-        lengths = f"train.max_length: {lengths}"
-    elif longest is not None and setting.sequence_length < longest:
-        lengths = f"train.max_length, which cuts {lengths}"
-    if batch_size is not None:
-        setting = replace(setting, batch_size=batch_size)
-    return Target(str(path), outline, outline_config(config.paca), setting, lengths)
-
-
-def _outline(name: str, dtype: str, revision: str | None = None, trust_remote_code: bool = False) -> PreTrainedModel:
     shape = SHAPES.get(name)
     if shape is None:
         check_not_a_mistyped_shape(name)

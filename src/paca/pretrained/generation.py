@@ -141,7 +141,7 @@ def stream_reply(
         try:
             loaded.model.generate(
                 **inputs,
-                **_sampling(loaded, temperature),
+                **sampling_settings(loaded.model, loaded.tokenizer, temperature),
                 max_new_tokens=max_new_tokens if room is None else min(max_new_tokens, room),
                 stopping_criteria=StoppingCriteriaList([stopped]),
                 streamer=streamer,
@@ -188,12 +188,13 @@ def _encode(loaded: LoadedModel, messages: list[Message]) -> tuple[dict[str, tor
     return inputs, None if context is None else context - length
 
 
-def _sampling(loaded: LoadedModel, temperature: float) -> dict[str, Any]:
+def sampling_settings(model: Any, tokenizer: PreTrainedTokenizerBase, temperature: float) -> dict[str, Any]:
+    """Arguments of `generate`: how tokens are chosen, and which of them end an answer."""
     # Checkpoints disagree on which of the two names the token that ends a turn; either one ends an answer.
-    configured = loaded.model.generation_config.eos_token_id
+    configured = model.generation_config.eos_token_id
     ends = set(configured) if isinstance(configured, list) else {configured}
-    ends = (ends | {loaded.tokenizer.eos_token_id}) - {None}
-    settings: dict[str, Any] = {"pad_token_id": loaded.tokenizer.pad_token_id, "do_sample": temperature > 0}
+    ends = (ends | {tokenizer.eos_token_id}) - {None}
+    settings: dict[str, Any] = {"pad_token_id": tokenizer.pad_token_id, "do_sample": temperature > 0}
     if ends:
         settings["eos_token_id"] = sorted(ends)
     if temperature > 0:

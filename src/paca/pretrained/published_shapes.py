@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from paca.messages.errors import PacaError
+from paca.messages.nearest import nearest
 
 
 @dataclass(frozen=True)
@@ -119,9 +119,9 @@ def check_not_a_mistyped_shape(name: str) -> None:
     """
     if "/" in name or Path(name).expanduser().exists() or name.lower().endswith(".gguf"):
         return
-    close = difflib.get_close_matches(name.lower(), SHAPES, n=1)
+    close = nearest(name.lower(), SHAPES, cutoff=0.6)
     if close:
         raise PacaError(
-            f"There is no model {name!r} here, and no preset of that name. Did you mean {close[0]}? The presets are "
+            f"There is no model {name!r} here, and no preset of that name. Did you mean {close}? The presets are "
             f"{', '.join(SHAPES)}. A model of the hub is given as owner/name."
         )

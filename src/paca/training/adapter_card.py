@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 from torch import nn
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerState, TrainingArguments
 
 from paca.convert.pefts_paca import PEFT, saved_layers, why_not
 from paca.tuner.adapter_folder import adapter_settings, find_base
@@ -87,14 +87,14 @@ Every setting is in the run's `config.yaml`. Made with {versions}.
 
 ## How to load it
 
-``python
+```python
 import paca  # makes PaCA known to PEFT; pip install paca-tuning
 from peft import AutoPeftModelForCausalLM
 from transformers import AutoTokenizer
 
 model = AutoPeftModelForCausalLM.from_pretrained("path/to/this/folder")  # with its base, {base}
 tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")
-``
+```
 
 Loads in the PaCA of {PEFT}, without paca: {loads}
 
@@ -106,7 +106,7 @@ Loads in the PaCA of {PEFT}, without paca: {loads}
 class NoCardsOfCheckpoints(TrainerCallback):
     """Removes the cards that TRL and PEFT write with each checkpoint: templates with nothing filled in."""
 
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
         """After each checkpoint."""
         if not state.is_world_process_zero:
             return

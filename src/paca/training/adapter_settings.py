@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import typing
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +11,7 @@ from peft import PeftConfig
 
 from paca.config import PacaConfig
 from paca.messages.errors import PacaError
-from paca.training.key_checks import Origins, check_keys, check_type
+from paca.training.key_checks import Origins, check_section
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -33,13 +34,13 @@ def check_adapter_settings(settings: Mapping[str, Any], origins: Origins) -> Non
     Raises:
         PacaError: An unknown key, a wrong type, or a value that ``PacaConfig`` refuses.
     """
-    fields = adapter_fields()
-    check_keys("paca", settings, fields, origins)
-    for name, value in settings.items():
-        check_type(f"paca.{name}", value, fields[name], origins)
+    check_section("paca", settings, adapter_fields(), origins)
     try:
         adapter_config(settings)
     except (ValueError, TypeError) as error:
+        named = re.match(r"\w*", str(error))
+        if named is not None and named[0] in settings:
+            raise PacaError(f"{origins.of(f'paca.{named[0]}')}: paca.{error}") from error
         raise PacaError(f"{origins.path}, section paca: {error}") from error
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
-import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,9 +23,11 @@ from paca.columns.selection import AT_RANDOM, BLOCK, FROM_BATCHES
 from paca.config import PacaConfig
 from paca.data import Examples
 from paca.messages.errors import PacaError
+from paca.messages.say import say
 from paca.training import adapter_settings
 from paca.training.loss_scope import tokenizer_of
 from paca.training.run_config import CalibrationSection, RunConfig
+from paca.training.run_folder import write_whole
 from paca.tuner.calibration import select
 from paca.tuner.calibration.selecting import with_indices
 
@@ -96,22 +97,20 @@ class ColumnChoice:
         key = self._key(model, batches)
         kept = _read(self.file)
         if kept.get("key") == key:
-            self._say(f"Columns chosen by {asked.selection} before are used again: {self.file}")
+            say(self.console, f"Columns chosen by {asked.selection} before are used again: {self.file}")
             return kept["indices"]
         if batches:
             tokens = sum(int(batch["attention_mask"].sum()) for batch in batches)
-            self._say(f"Choosing columns by {asked.selection}, from {tokens:,} tokens of the training data ...")
+            say(self.console, f"Choosing columns by {asked.selection}, from {tokens:,} tokens of the training data ...")
             _place(model, self.arguments)
         try:
             selected = select(model, asked, batches, self.console)
         except ValueError as error:
             raise PacaError(f"The columns can't be chosen: {error}") from error
         assert selected.indices is not None
-        _write(self.file, {"key": key, "selection": asked.selection, "indices": selected.indices})
+        content = {"key": key, "selection": asked.selection, "indices": selected.indices}
+        write_whole(self.file, json.dumps(content))
         return selected.indices
-
-    def _say(self, line: str) -> None:
-        self.console.print(line, highlight=False, markup=False, soft_wrap=True)
 
     def _batches(self) -> list[dict[str, Tensor]]:
         gradients = self.config.paca["selection"] == "gradient_norm"
@@ -201,10 +200,3 @@ def _read(file: Path) -> dict[str, Any]:
     except (OSError, ValueError):
         return {}
     return kept if isinstance(kept, dict) and isinstance(kept.get("indices"), dict) else {}
-
-
-def _write(file: Path, content: dict[str, Any]) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    beside = file.with_name(f".{file.name}.{os.getpid()}")
-    beside.write_text(json.dumps(content), encoding="utf-8")
-    beside.replace(file)

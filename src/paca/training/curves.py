@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import matplotlib
+import numpy as np
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
@@ -42,17 +43,8 @@ def loss_curves(train: Points, held_out: Points) -> str:
     if held_out:
         # Two points are before and after: a line between them would tell of steps that nobody measured.
         line = "-" if len(held_out) > 2 else "none"
-        axes.plot(
-            *zip(*held_out, strict=True),
-            color=_HELD_OUT,
-            linestyle=line,
-            linewidth=2,
-            marker="o",
-            markersize=6,
-            label="held out",
-            clip_on=False,
-            zorder=4,
-        )
+        style: dict[str, Any] = {"linestyle": line, "linewidth": 2, "marker": "o", "markersize": 6, "clip_on": False}
+        axes.plot(*zip(*held_out, strict=True), color=_HELD_OUT, label="held out", zorder=4, **style)
         first, last = held_out[0], held_out[-1]
         for step, loss in {first, last}:
             place = {"textcoords": "offset points", "xytext": (0, 9), "ha": "right" if step == last[0] else "left"}
@@ -91,15 +83,11 @@ def curve(points: Points, title: str, *, from_zero: bool = False) -> str:
 def smoothed(points: Points) -> list[tuple[float, float]]:
     """The running mean over the last 25th of the run at each point (at least one point, so short runs stay as is)."""
     window = max(1, len(points) // _WINDOWS)
-    values = [value for _, value in points]
-    result = []
-    total = 0.0
-    for position, (step, value) in enumerate(points):
-        total += value
-        if position >= window:
-            total -= values[position - window]
-        result.append((step, total / min(position + 1, window)))
-    return result
+    sums = np.cumsum([0.0, *(value for _, value in points)])
+    ends = np.arange(1, len(points) + 1)
+    starts = np.maximum(ends - window, 0)
+    means = (sums[ends] - sums[starts]) / (ends - starts)
+    return [(step, float(mean)) for (step, _), mean in zip(points, means, strict=True)]
 
 
 def thin(points: Points) -> list[tuple[float, float]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerState
 
 
 class SetEpochOfSampler(TrainerCallback):
@@ -16,12 +16,7 @@ class SetEpochOfSampler(TrainerCallback):
     """
 
     def on_epoch_begin(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        train_dataloader: Any = None,
-        **kwargs: Any,
+        self, args: Any, state: TrainerState, control: Any, train_dataloader: Any = None, **kwargs: Any
     ) -> None:
         """Find the sampler, which all wrappers share, and set its epoch."""
         sampler = getattr(train_dataloader, "batch_sampler", None)

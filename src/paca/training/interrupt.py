@@ -78,13 +78,11 @@ class StopOnSignal(TrainerCallback):
         while (line := self._lines.get()) is not None:
             self.announce(line)
 
-    def on_epoch_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """From here on (the evaluation before the first step is over) a signal is kept until the end of the step."""
         self._training = True
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_step_end(self, args: TrainingArguments, state: Any, control: TrainerControl, **kwargs: Any) -> None:
         """Save and stop if a signal came to any process."""
         if not self._any_process_received(args.device):
             return
@@ -92,9 +90,7 @@ class StopOnSignal(TrainerCallback):
         control.should_save = True
         control.should_training_stop = True
 
-    def on_epoch_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_epoch_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Keep strategies of ``epoch`` from acting in the middle of one.
 
         The trainer reports the end of an epoch also where it stops inside of it; an evaluation there would be one that
@@ -109,9 +105,7 @@ class StopOnSignal(TrainerCallback):
         elif control.should_evaluate:
             control.should_save = True
 
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """From here on a signal stops at once."""
         self._training = False
 

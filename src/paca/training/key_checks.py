@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from paca.messages.errors import PacaError
-from paca.training.typed_values import choices, expected, matches, nearest, shown
+from paca.messages.nearest import did_you_mean
+from paca.training.typed_values import choices as named
+from paca.training.typed_values import expected, matches, shown
 
 
 class Origins:
@@ -26,42 +28,37 @@ class Origins:
         return f"{self.path}, line {line}" if line else str(self.path)
 
 
-def check_keys(section: str, given: Iterable[str], valid: Iterable[str], origins: Origins) -> None:
-    """Refuse keys that a section does not have.
+def check_section(
+    section: str,
+    settings: Mapping[str, Any],
+    annotations: Mapping[str, Any],
+    origins: Origins,
+    choices: Mapping[str, Any] | None = None,
+) -> None:
+    """Refuse keys that a section does not have, values of another type, and values that a field does not list.
+
+    Args:
+        section: Its name.
+        settings: What was given.
+        annotations: The type of each key.
+        origins: Where each was given.
+        choices: For some keys, the only values.
 
     Raises:
-        PacaError: Names the key, its place and the nearest valid name.
+        PacaError: Names the dotted key, its place, what was expected and the nearest of it, and what was found.
     """
-    names = sorted(valid)
-    for key in given:
-        if key in names:
-            continue
-        hints = []
-        if close := nearest(key, names):
-            hints.append(f"Did you mean {section}.{close}?")
-        if len(names) <= 20:
-            hints.append(f"The keys of {section} are {', '.join(names)}.")
-        where = origins.of(f"{section}.{key}")
-        raise PacaError(f"{where}: there is no key {section}.{key}. {' '.join(hints)}".rstrip())
-
-
-def check_type(key: str, value: Any, annotation: Any, origins: Origins) -> None:
-    """Refuse a value of the wrong type.
-
-    Raises:
-        PacaError: Names the dotted key, its place, what was expected and what was found.
-    """
-    if not matches(value, annotation):
-        close = nearest(value, choices(annotation)) if isinstance(value, str) else None
-        hint = f" Did you mean {close}?" if close else ""
-        raise PacaError(f"{origins.of(key)}: {key} must be {expected(annotation)}, not {shown(value)}.{hint}")
-
-
-def check_choice(key: str, value: Any, allowed: Iterable[Any] | None, origins: Origins) -> None:
-    """Refuse a value that is not among those that its field lists; `allowed` is None or empty where it lists none.
-
-    Raises:
-        PacaError: Names the dotted key, its place and the choices.
-    """
-    if allowed and value is not None and value not in allowed:
-        raise PacaError(f"{origins.of(key)}: {key} must be one of {', '.join(map(str, allowed))}, not {shown(value)}.")
+    names = sorted(annotations)
+    for name in settings:
+        if name not in annotations:
+            hint = did_you_mean(name, names, f"{section}.{{}}")
+            if len(names) <= 20:
+                hint += f" The keys of {section} are {', '.join(names)}."
+            raise PacaError(f"{origins.of(f'{section}.{name}')}: there is no key {section}.{name}.{hint}")
+    for name, value in settings.items():
+        place, annotation = f"{origins.of(f'{section}.{name}')}: {section}.{name}", annotations[name]
+        if not matches(value, annotation):
+            hint = did_you_mean(value, named(annotation), "{}") if isinstance(value, str) else ""
+            raise PacaError(f"{place} must be {expected(annotation)}, not {shown(value)}.{hint}")
+        allowed = (choices or {}).get(name)
+        if allowed and value is not None and value not in allowed:
+            raise PacaError(f"{place} must be one of {', '.join(map(str, allowed))}, not {shown(value)}.")

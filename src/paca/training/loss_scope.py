@@ -41,7 +41,7 @@ def tokenizer_of(model: ModelSection, settings: Mapping[str, Any]) -> PreTrained
         return tokenizer
     if Path(path).is_file() and path.endswith((".jinja", ".j2")):
         tokenizer.chat_template = Path(path).read_text(encoding="utf-8")
-    else:
+    elif path is not None:
         tokenizer.chat_template = load_tokenizer(path).chat_template
     return tokenizer
 

@@ -47,12 +47,3 @@ def peak_resident_set() -> int:
     import psutil
 
     return psutil.Process().memory_info().peak_wset
-
-
-def format_bytes(count: float) -> str:
-    """``3221225472`` → ``"3.00 GiB"``."""
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if count < 1024:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.2f} {unit}"
-        count /= 1024
-    return f"{count:.2f} TiB"

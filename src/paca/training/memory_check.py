@@ -10,8 +10,9 @@ from datasets import Dataset
 from trl import SFTConfig
 
 from paca.messages.errors import PacaError
-from paca.planning import available_memory, setting_of_run, warn_if_too_large
+from paca.planning import available_memory, warn_if_too_large
 from paca.training.plan import PreparedRun
+from paca.training.run_setting import setting_of_run
 
 logger = logging.getLogger(__name__)
 
@@ -36,10 +37,10 @@ def memory_warning(prepared: PreparedRun, dataset: Dataset, arguments: SFTConfig
     """What to tell the user if the longest batch needs more than there is; None if it fits or can't be foretold.
 
     Args:
-        prepared: the run.
-        dataset: tokenized, as the trainer has it.
-        arguments: of the trainer.
-        available: from :func:`memory_at_hand`.
+        prepared: The run.
+        dataset: Tokenized, as the trainer has it.
+        arguments: Of the trainer.
+        available: From `memory_at_hand`.
     """
     if available is None:
         return None

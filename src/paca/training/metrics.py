@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerControl, TrainerState
 
 from paca.training.memory import peak_memory
+from paca.training.run_folder import write_whole
 
 _TRAIN_KEYS = ("loss", "grad_norm", "learning_rate", "mean_token_accuracy", "entropy", "aux_loss")
 _EVAL_KEYS = ("eval_loss", "eval_mean_token_accuracy", "eval_entropy", "eval_aux_loss")
@@ -61,9 +61,7 @@ class MetricsLog:
         )
 
     def _rewrite(self) -> None:
-        rewritten = self.path.with_suffix(".part")
-        rewritten.write_text("".join(json.dumps(row) + "\n" for row in self.rows), encoding="utf-8")
-        os.replace(rewritten, self.path)
+        write_whole(self.path, "".join(json.dumps(row) + "\n" for row in self.rows))
 
 
 def finite_or_none(value: Any) -> Any:
@@ -106,13 +104,11 @@ class RecordMetrics(TrainerCallback):
         """Time in this run so far, the sessions before a resume included."""
         return self._seconds_before + time.perf_counter() - self._started
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Start the clock."""
         self._mark = time.perf_counter()
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_step_end(self, args: Any, state: Any, control: TrainerControl, **kwargs: Any) -> None:
         """Stop the clock, and log with every checkpoint.
 
         The trainer forgets the losses since its last log when it is resumed, so a checkpoint between two logs would
@@ -124,21 +120,12 @@ class RecordMetrics(TrainerCallback):
         if control.should_save:
             control.should_log = True
 
-    def on_epoch_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_epoch_end(self, args: Any, state: Any, control: TrainerControl, **kwargs: Any) -> None:
         """As :meth:`on_step_end`, for ``save_strategy: epoch``."""
         if control.should_save:
             control.should_log = True
 
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, float] | None = None,
-        **kwargs: Any,
-    ) -> None:
+    def on_log(self, args: Any, state: TrainerState, control: Any, logs: Any = None, **kwargs: Any) -> None:
         """Write the row."""
         logs = logs or {}
         if "loss" in logs:
@@ -151,11 +138,11 @@ class RecordMetrics(TrainerCallback):
             self.log.append(row)
         self._mark = time.perf_counter()
 
-    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Keep the evaluation out of the clock."""
         self._mark = time.perf_counter()
 
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Keep the checkpoint out of the clock."""
         self._mark = time.perf_counter()
 

@@ -21,9 +21,9 @@ from paca.pretrained.location import locate
 from paca.pretrained.quantized_outline import quantize_outline
 from paca.training import adapter_settings, train_settings
 from paca.training.calibration import describe_columns
-from paca.training.loss_memory import describe_logits
 from paca.training.loss_scope import scope_loss, tokenizer_of
-from paca.training.run_config import ModelSection, RunConfig
+from paca.training.run_config import RunConfig
+from paca.training.run_setting import holds_all_logits
 from paca.training.target_names import check_target_names
 
 
@@ -69,14 +69,14 @@ class Plan:
         dtype = ", ".join(filter(None, (self.dtype, self.config.model.quantization)))
         lines = [
             ("model", f"{self.config.model.name} ({self.architecture}, {self.parameters:,} parameters, {dtype})"),
-            ("blocks", describe_blocks(self.config.model)),
+            ("blocks", self._blocks()),
             ("targets", f"{', '.join(self.targets)}: {self.adapted_layers} layers"),
             ("columns", describe_columns(self.config)),
             ("trainable parameters", f"{self.trainable_parameters:,} ({share:.3f} %)"),
             ("data", self.data_description),
             ("training examples", f"{self.train_examples:,}"),
             ("loss on", self.loss_scope),
-            ("logits", describe_logits(self.config.train)),
+            ("logits", self._logits()),
             ("held-out examples", "none" if self.eval_examples is None else f"{self.eval_examples:,}"),
             ("tokens per step", f"{tokens} ({self.sequences_per_step} sequences)"),
             ("steps", "known once the data is packed" if self.steps is None else f"{self.steps:,}"),
@@ -85,6 +85,16 @@ class Plan:
         if self.processes > 1:
             lines.insert(-1, ("processes", str(self.processes)))
         return lines
+
+    def _blocks(self) -> str:
+        if not self.config.model.lean:
+            return "as in transformers"
+        return "lean" if self.config.model.recompute is None else "lean; the MLP is computed again in the backward pass"
+
+    def _logits(self) -> str:
+        if holds_all_logits(self.config.train):
+            return "of a whole batch at once, because of train.label_smoothing_factor"
+        return "tile by tile (TRL's fused output head), never of a whole batch at once"
 
 
 @dataclass
@@ -126,12 +136,7 @@ def prepare(config: RunConfig) -> PreparedRun:
         undo_lean(make_lean(model, named.recompute))
     parameters = sum(parameter.numel() for parameter in model.parameters())
     dtype = next(model.parameters()).dtype
-    config.train = train_settings.with_defaults(
-        config.train,
-        has_eval=held_out is not None,
-        weights_dtype=dtype,
-        context_length=getattr(model.config.get_text_config(), "max_position_embeddings", None),
-    )
+    config.train = train_settings.with_defaults(config.train, model, has_eval=held_out is not None)
     check_target_names(config.paca, model, named.name)
     if named.quantization is not None:
         model = quantize_outline(model, named.quantization)
@@ -172,13 +177,6 @@ def prepare(config: RunConfig) -> PreparedRun:
     return PreparedRun(plan, scope.train, scope.eval, adapted, scope.settings)
 
 
-def describe_blocks(model: ModelSection) -> str:
-    """What is done to the model's blocks, in words."""
-    if not model.lean:
-        return "as in transformers"
-    return "lean" if model.recompute is None else "lean; the MLP is computed again in the backward pass"
-
-
 def planned_steps(examples: int, train: dict[str, Any], processes: int) -> int | None:
     """Optimizer steps over ``examples`` examples, counted as transformers' Trainer counts them.
 
@@ -203,11 +201,7 @@ def _read_data(config: RunConfig, *, conversational: bool) -> tuple[Examples, Ex
         return train, None
     if isinstance(data.eval, str):
         held_out = load_examples(
-            data.eval,
-            format=data.format,
-            split=data.eval_split,
-            limit=config.eval.limit,
-            conversational=conversational,
+            data.eval, format=data.format, split=data.eval_split, limit=config.eval.limit, conversational=conversational
         )
         return train, held_out
     train, held_out = split_heldout(train, data.eval, data.heldout_seed)

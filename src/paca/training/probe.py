@@ -11,13 +11,14 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from paca.messages.errors import PacaError
 from paca.messages.out_of_memory import is_out_of_memory
+from paca.messages.units import format_bytes
 from paca.planning import longest_batch
 from paca.planning.optimizer_state import state_bytes
-from paca.training.memory import describe_peak_memory, format_bytes, peak_memory, reset_peak_memory
+from paca.training.memory import describe_peak_memory, peak_memory, reset_peak_memory
 from paca.training.memory_check import sequence_lengths
 from paca.training.out_of_memory import remedies
 from paca.training.run_config import RunConfig
@@ -47,9 +48,7 @@ class ProbeLongestBatch(TrainerCallback):
         self.config = config
         self.announce = announce
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
         """Probe."""
         dataset: Any = self.trainer.train_dataset
         chosen = longest_batch(

@@ -8,9 +8,10 @@ from typing import Any
 from rich.console import Console
 from rich.live import Live
 from rich.text import Text
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerState, TrainingArguments
 
-from paca.training.memory import format_bytes
+from paca.messages.say import say
+from paca.messages.units import format_bytes, format_duration
 from paca.training.metrics import MetricsLog, RecordMetrics
 
 _PLAIN_LINES = 20  # about so many lines for a whole run where the output is no terminal ...
@@ -32,9 +33,7 @@ class ShowProgress(TrainerCallback):
         self._next_plain_step = 0
         self._last_drawn = 0.0
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
         """Open the live line."""
         self._first_step = state.global_step
         self._train_seconds_at_start = self.recorder.train_seconds
@@ -44,73 +43,48 @@ class ShowProgress(TrainerCallback):
             )
             self._live.start()
         elif args.eval_on_start:
-            self._print("Measuring the held-out loss before training ...")
+            say(self.console, "Measuring the held-out loss before training ...")
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_step_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         """Move the live line on, also between two logs."""
-        if self._live is not None:
-            self._live.update(Text(self._line(state), no_wrap=True, overflow="ellipsis"))
+        self._draw(state)
 
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, float] | None = None,
-        **kwargs: Any,
-    ) -> None:
+    def on_log(self, args: Any, state: TrainerState, control: Any, logs: Any = None, **kwargs: Any) -> None:
         """Bring the live line up to date, or print a plain one."""
         if "loss" not in (logs or {}):
             return
-        if self._live is not None:
-            self._live.update(Text(self._line(state), no_wrap=True, overflow="ellipsis"))
-        elif state.global_step >= self._next_plain_step or state.global_step == state.max_steps:
-            self._print(self._line(state))
+        self._draw(state)
+        if self._live is None and (state.global_step >= self._next_plain_step or state.global_step == state.max_steps):
+            say(self.console, self._line(state))
             gap = max(1, min(state.max_steps // _PLAIN_LINES, _PLAIN_LONGEST_GAP))
             self._next_plain_step = state.global_step + gap
 
-    def on_prediction_step(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        eval_dataloader: Any = None,
-        **kwargs: Any,
-    ) -> None:
+    def on_prediction_step(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         """Say how far an evaluation is."""
         self._evaluated += 1
         if self._live is not None and time.monotonic() - self._last_drawn > 0.25:
             self._last_drawn = time.monotonic()
-            self._live.update(Text(f"{self._line(state)}  (evaluating: batch {self._evaluated})"))
+            self._draw(state, f"  (evaluating: batch {self._evaluated})")
         elif self._live is None:
             now = time.monotonic()
             if self._evaluated == 1:
                 self._last_drawn = now
             elif now - self._last_drawn > _PLAIN_EVALUATION_SECONDS:
                 self._last_drawn = now
-                self._print(f"evaluating: batch {self._evaluated}")
+                say(self.console, f"evaluating: batch {self._evaluated}")
 
-    def on_evaluate(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        metrics: dict[str, float] | None = None,
-        **kwargs: Any,
-    ) -> None:
+    def on_evaluate(self, args: Any, state: TrainerState, control: Any, metrics: Any = None, **kwargs: Any) -> None:
         """Print the held-out loss; it stays above the live line."""
         self._evaluated = 0
         loss = (metrics or {}).get("eval_loss")
         if loss is not None:
-            self._print(f"step {state.global_step}: held-out loss {loss:.4f}")
+            say(self.console, f"step {state.global_step}: held-out loss {loss:.4f}")
 
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         """Close the live line and leave its last state behind."""
         if self._live is not None:
             self.close()
-            self._print(self._line(state))
+            say(self.console, self._line(state))
 
     def close(self) -> None:
         """Take the live line away; also called when training ends with an error."""
@@ -118,8 +92,9 @@ class ShowProgress(TrainerCallback):
             self._live.stop()
             self._live = None
 
-    def _print(self, line: str) -> None:
-        self.console.print(line, markup=False, highlight=False, soft_wrap=True)
+    def _draw(self, state: TrainerState, ending: str = "") -> None:
+        if self._live is not None:
+            self._live.update(Text(self._line(state) + ending, no_wrap=True, overflow="ellipsis"))
 
     def _line(self, state: TrainerState) -> str:
         parts = [f"step {state.global_step}/{state.max_steps}"]
@@ -134,10 +109,3 @@ class ShowProgress(TrainerCallback):
             per_step = (self.recorder.train_seconds - self._train_seconds_at_start) / done
             parts.append(f"{format_duration(per_step * (state.max_steps - state.global_step))} left")
         return "  ".join(parts)
-
-
-def format_duration(seconds: float) -> str:
-    """``3725`` → ``"1:02:05"``, ``65`` → ``"1:05"``."""
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

@@ -7,9 +7,9 @@ import math
 from pathlib import Path
 from typing import Any
 
+from paca.messages.units import format_bytes, format_duration
 from paca.training.curves import curve, loss_curves
-from paca.training.memory import format_bytes
-from paca.training.progress import format_duration
+from paca.training.scores import sample_table, score_lines
 
 _STYLE = """
 :root { color-scheme: light dark; --ink: #1c2430; --paper: #ffffff; --card: #f3f5f8; --line: #dbe0e8; --soft: #5b6675; }
@@ -65,6 +65,7 @@ def write_report(path: Path, summary: dict[str, Any], rows: list[dict[str, Any]]
 <h2>Loss</h2>
 <figure>{loss_curves(_points(rows, "loss"), _points(rows, "eval_loss"))}</figure>
 <div class="curves">{_small_curves(rows)}</div>
+{sample_table(summary.get("scores"))}
 <h2>Run</h2>
 <div class="scroll"><table>{_table(summary)}</table></div>
 <h2>Settings</h2>
@@ -100,6 +101,7 @@ def _cards(summary: dict[str, Any]) -> str:
         cards.append((f"{start}{after:.4f}", "held-out loss before → after" if start else "held-out loss after"))
     if before is not None and after is not None and max(before, after) < 50:
         cards.append((f"{math.exp(before):,.2f} → {math.exp(after):,.2f}", "held-out perplexity"))
+    cards += [(text, f"{name}, held-out data") for name, text in score_lines(summary.get("scores"))]
     cards += [
         (f"{summary['tokens_per_second']:,.0f}", "tokens per second"),
         (format_bytes(summary["peak_memory_bytes"]), f"peak memory ({summary['peak_memory_of']})"),
@@ -116,7 +118,7 @@ def _table(summary: dict[str, Any]) -> str:
     return "".join(
         f"<tr><th>{html.escape(name)}</th><td>{html.escape(_cell(value))}</td></tr>"
         for name, value in _flat(summary)
-        if name not in ("name", "config") and not name.startswith("config.")
+        if name not in ("name", "config", "scores") and not name.startswith(("config.", "scores."))
     )
 
 

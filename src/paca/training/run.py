@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shlex
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,7 @@ from paca.messages.errors import PacaError
 from paca.messages.out_of_memory import is_out_of_memory
 from paca.messages.program import program
 from paca.messages.provenance import command_line, git_state, hardware, now, versions
+from paca.messages.say import say
 from paca.pretrained import Pretrained, load_pretrained, save_trainable_copy
 from paca.training import train_settings
 from paca.training.adapter_card import NoCardsOfCheckpoints, write_adapter_card
@@ -40,10 +43,10 @@ from paca.training.probe import ProbeLongestBatch
 from paca.training.progress import ShowProgress
 from paca.training.report import write_report
 from paca.training.run_config import RunConfig
-from paca.training.run_folder import RunFolder, steps_done
+from paca.training.run_folder import RunFolder, steps_done, write_whole
 from paca.training.same_run import check_same_run
+from paca.training.scores import Scorer, scores_before_and_after
 from paca.training.sharding import check_sharding, sharding_warning
-from paca.training.summary import write_summary
 from paca.tuner.rotation.callback import RotateColumns
 
 
@@ -58,7 +61,14 @@ class RunResult:
     """What continues the run; None when it is finished."""
 
 
-def train(config: RunConfig, resume: bool = False, console: Console | None = None, *, probe: bool = False) -> RunResult:
+def train(
+    config: RunConfig,
+    resume: bool = False,
+    console: Console | None = None,
+    *,
+    probe: bool = False,
+    scorer: Scorer | None = None,
+) -> RunResult:
     """Train.
 
     Args:
@@ -67,6 +77,7 @@ def train(config: RunConfig, resume: bool = False, console: Console | None = Non
             stopped (bit for bit on a CPU). A run that is finished already is left as it is.
         console: Where progress is shown; standard output when None. Only the first process shows anything.
         probe: Try the longest batch first, with no effect on the result.
+        scorer: What measures `eval.metric`, from `paca.evaluation.own_data.scorer`.
 
     Returns:
         The folder and the summary.
@@ -75,21 +86,25 @@ def train(config: RunConfig, resume: bool = False, console: Console | None = Non
         PacaError: Settings, model and data don't fit each other, the folder is taken, or memory runs out.
         KeyboardInterrupt: A signal came while nothing was being trained, or twice.
     """
+    if (config.eval.metric is None) != (scorer is None):
+        raise PacaError("eval.metric and scorer go together: train(config, scorer=own_data.scorer(config.eval)).")
     main = os.environ.get("RANK", "0") == "0"
     console = (console or Console()) if main else Console(quiet=True)
     folder = RunFolder(Path(config.output.dir))
     if resume and folder.finished():
-        console.print(f"The run in {folder.path} is finished; there is nothing to resume.", highlight=False)
+        say(console, f"The run in {folder.path} is finished; there is nothing to resume.")
         return RunResult(folder.path, folder.read_summary(), None)
     if main and not resume:
         folder.check_free(overwrite=config.output.overwrite)
     if main and resume:
         folder.reopen()
 
-    with StopOnSignal(lambda line: console.print(line, highlight=False, soft_wrap=True)) as stopper:
+    with StopOnSignal(partial(say, console)) as stopper:
         prepared = prepare(config)
         plan = prepared.plan
         show_plan(plan, console)
+        if scorer is not None and prepared.eval is not None:
+            scorer.check(prepared.eval.dataset)
         settings = plan.config.train | prepared.loss_settings
         # Not `trainer.evaluate()` before `trainer.train()`: with several processes, accelerate 1.15 takes the model as
         # prepared after that, leaves DDP away, and each process trains on its own.
@@ -107,14 +122,14 @@ def train(config: RunConfig, resume: bool = False, console: Console | None = Non
         PartialState().wait_for_everyone()
         checkpoint = folder.newest_checkpoint() if resume else None
         with _explained(plan.config):
-            return _Run(prepared, folder, arguments, checkpoint, stopper, console, probe).result()
+            return _Run(prepared, folder, arguments, checkpoint, stopper, console, probe, scorer).result()
 
 
 def show_plan(plan: Plan, console: Console) -> None:
     """Print what is going to be trained."""
     width = max(len(label) for label, _ in plan.lines())
     for label, text in plan.lines():
-        console.print(f"{label:<{width}}  {text}", highlight=False, markup=False, soft_wrap=True)
+        say(console, f"{label:<{width}}  {text}")
 
 
 class _Run:
@@ -129,7 +144,10 @@ class _Run:
         stopper: StopOnSignal,
         console: Console,
         probe: bool,
+        scorer: Scorer | None,
     ) -> None:
+        self.scorer = scorer
+        self.heldout = prepared.eval
         self.plan = prepared.plan
         self.config = prepared.plan.config
         self.folder = folder
@@ -164,6 +182,11 @@ class _Run:
             # TRL casts what is trained on quantized weights to bfloat16, where small updates would be lost.
             adapted: Any = self.trainer.model
             adapted.base_model._cast_adapter_dtype("default")
+        if scorer is not None and (self.trainer.is_fsdp_enabled or arguments.deepspeed):
+            raise PacaError(
+                "eval.metric needs whole weights in one process, not FSDP's or DeepSpeed's shards. Leave it out, and "
+                "give the finished run to `paca evaluate`."
+            )
         self.trainer.remove_callback(PrinterCallback)
         check_labels(self.trainer.train_dataset, prepared.train, arguments, pretrained.tokenizer)
         if prepared.eval is not None:
@@ -174,9 +197,9 @@ class _Run:
                 sharding_warning(arguments, self.trainer.is_fsdp_enabled),
             ):
                 if warning is not None:
-                    console.print(f"Warning: {warning}", style="yellow", highlight=False, markup=False, soft_wrap=True)
+                    say(console, f"Warning: {warning}", style="yellow")
         if probe:
-            self.trainer.add_callback(ProbeLongestBatch(self.trainer, self.config, self._say))
+            self.trainer.add_callback(ProbeLongestBatch(self.trainer, self.config, partial(say, console)))
         self.has_eval = prepared.eval is not None
         self.log: MetricsLog | None = None
         if self.main:
@@ -203,12 +226,14 @@ class _Run:
         self.trainer.save_model(str(self.folder.adapter))
         if self.log is None:
             return RunResult(self.folder.path, None, None)
+        scores = self._scores()
         (self.folder.adapter / "training_args.bin").unlink(missing_ok=True)  # a pickle; config.yaml says the same
-        result = self._summary(state, loss_after, self.log)
+        result = self._summary(state, loss_after, self.log, scores)
         assert self.trainer.model is not None
         write_adapter_card(self.folder.adapter, result, self.trainer.model)
         write_report(self.folder.report, result, self.log.rows, self.config.to_yaml())
-        write_summary(self.folder.summary, result)  # last: it says that the run is finished
+        # Last: it says that the run is finished.
+        write_whole(self.folder.summary, json.dumps(result, indent=2, ensure_ascii=False) + "\n")
         return RunResult(self.folder.path, result, None)
 
     def _load_model(self) -> Pretrained:
@@ -219,7 +244,7 @@ class _Run:
             )
         # An adapter has to name a base that stock tooling can load, so the unpacked model is kept beside it.
         if self.main and not self.folder.base.is_dir():
-            self._say(f"Unpacking the weights of {Path(model.name).name} ...")
+            say(self.console, f"Unpacking the weights of {Path(model.name).name} ...")
             unpacked = load_pretrained(model.name, model.dtype, tokenizer=model.tokenizer)
             save_trainable_copy(unpacked, self.folder.base)
         PartialState().wait_for_everyone()
@@ -245,7 +270,7 @@ class _Run:
             for name in ("logging_steps", "eval_steps", "save_steps"):
                 if getattr(trainer.args, name) is not None:
                     setattr(trainer.args, name, getattr(state, name))
-            self.console.print(f"Resuming after step {state.global_step} of {state.max_steps}.", highlight=False)
+            say(self.console, f"Resuming after step {state.global_step} of {state.max_steps}.")
         try:
             trainer.train(resume_from_checkpoint=None if self.checkpoint is None else str(self.checkpoint))
         finally:
@@ -265,16 +290,30 @@ class _Run:
         with self._busy("Measuring the held-out loss after training ..."):
             return self.trainer.evaluate()["eval_loss"]
 
-    def _say(self, line: str) -> None:
-        self.console.print(line, highlight=False, markup=False, soft_wrap=True)
-
     def _busy(self, message: str) -> AbstractContextManager[object]:
         if self.console.is_terminal and not self.console.quiet:
             return self.console.status(message)
-        self._say(message)  # in a log file, so that minutes without a line don't look like a standstill
+        say(self.console, message)  # in a log file, so that minutes without a line don't look like a standstill
         return nullcontext()
 
-    def _summary(self, state: TrainerState, loss_after: float | None, log: MetricsLog) -> dict[str, Any]:
+    def _scores(self) -> dict[str, Any] | None:
+        if self.scorer is None or self.heldout is None:
+            return None
+        model = self.trainer.accelerator.unwrap_model(self.trainer.model)
+        wanted = self.config.eval
+        with self._busy(f"Measuring {wanted.metric} on {len(self.heldout.dataset):,} held-out examples ..."):
+            return scores_before_and_after(
+                self.scorer,
+                model,
+                self.trainer.processing_class,
+                self.heldout.dataset,
+                before=wanted.before,
+                after=wanted.after,
+            )
+
+    def _summary(
+        self, state: TrainerState, loss_after: float | None, log: MetricsLog, scores: dict[str, Any] | None
+    ) -> dict[str, Any]:
         plan, device = self.plan, self.trainer.args.device
         tokens = state.num_input_tokens_seen
         train_seconds = self.recorder.train_seconds
@@ -305,6 +344,7 @@ class _Run:
             "trainable_percent": 100 * plan.trainable_parameters / plan.parameters,
             "eval_loss_before": log.eval_loss_at(0),
             "eval_loss_after": finite_or_none(loss_after),
+            "scores": scores,
             "steps": state.global_step,
             "epochs": state.epoch,
             "tokens": tokens,

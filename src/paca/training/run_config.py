@@ -13,10 +13,10 @@ from typing import Any, Literal
 import yaml
 
 from paca.messages.errors import PacaError
-from paca.training.free_sections import check_free_sections
-from paca.training.key_checks import Origins, check_keys, check_type
+from paca.messages.nearest import did_you_mean
+from paca.training.key_checks import Origins, check_section
 from paca.training.strict_yaml import parse_value, read_yaml
-from paca.training.typed_values import nearest, shown
+from paca.training.typed_values import shown
 
 
 @dataclass
@@ -83,6 +83,12 @@ class EvalSection:
     """After the last step."""
     limit: int | None = None
     """Use only this many held-out records."""
+    metric: Literal["exact_match", "choice", "token_accuracy", "loss"] | None = None
+    """Also score the held-out data as a task, without and with the adapter, after the last step."""
+    answer_pattern: str | None = None
+    """For ``exact_match``: a regular expression that finds the answer in what the model writes."""
+    max_new_tokens: int = 256
+    """With ``metric``: the length at which an answer is cut."""
 
 
 @dataclass
@@ -149,12 +155,11 @@ def load_run_config(path: str | os.PathLike[str], overrides: Iterable[str] = ())
     for name, section_type in SECTIONS.items():
         built[name] = _build_section(name, section_type, sections[name], origins)
     _check_values(built["data"], built["eval"], origins)
+    _check_metric(built["data"], built["eval"], origins)
     _check_calibration(built["calibration"], origins)
     _check_blocks(built["model"], sections["train"], origins)
 
-    check_free_sections(sections, origins)
-
-    # Only now: these two import torch, peft and trl, which takes seconds that a misspelt key need not cost.
+    # Only now: these two import peft and trl, which takes seconds that the mistakes above need not cost.
     from paca.training.adapter_settings import check_adapter_settings
     from paca.training.train_settings import check_train_settings
 
@@ -175,7 +180,7 @@ def _read_sections(path: Path, overrides: Iterable[str]) -> tuple[dict[str, dict
     names = [*SECTIONS, *FREE_SECTIONS]
     for name, values in content.items():
         if name not in names:
-            raise PacaError(f"{origins.of(name)}: there is no section {name!r}. {_section_hint(name, names)}")
+            raise PacaError(f"{origins.of(name)}: there is no section {name!r}.{_section_hint(name, names)}")
         if values is not None and not isinstance(values, dict):
             raise PacaError(f"{origins.of(name)}: the section {name} must hold keys, not {shown(values)}.")
     sections: dict[str, dict[str, Any]] = {name: dict(content.get(name) or {}) for name in names}
@@ -185,7 +190,7 @@ def _read_sections(path: Path, overrides: Iterable[str]) -> tuple[dict[str, dict
         if not separator or not dot or not name:
             raise PacaError(f"--set {override}: expected section.key=value, such as --set train.learning_rate=1e-4.")
         if section not in names:
-            raise PacaError(f"--set {override}: there is no section {section!r}. {_section_hint(section, names)}")
+            raise PacaError(f"--set {override}: there is no section {section!r}.{_section_hint(section, names)}")
         try:
             sections[section][name] = parse_value(text)
         except PacaError as error:
@@ -196,11 +201,9 @@ def _read_sections(path: Path, overrides: Iterable[str]) -> tuple[dict[str, dict
 
 def _build_section(name: str, section_type: type, values: dict[str, Any], origins: Origins) -> Any:
     annotations = typing.get_type_hints(section_type)
-    check_keys(name, values, annotations, origins)
+    check_section(name, values, annotations, origins)
     for option in dataclasses.fields(section_type):
-        if option.name in values:
-            check_type(f"{name}.{option.name}", values[option.name], annotations[option.name], origins)
-        elif option.default is dataclasses.MISSING:
+        if option.name not in values and option.default is dataclasses.MISSING:
             raise PacaError(f"{origins.path}: {name}.{option.name} is missing; it must be given.")
     return section_type(**values)
 
@@ -215,6 +218,18 @@ def _check_values(data: DataSection, evaluation: EvalSection, origins: Origins) 
     for key, count in (("data.eval", heldout), ("data.limit", data.limit), ("eval.limit", evaluation.limit)):
         if isinstance(count, int) and count < 1:
             raise PacaError(f"{origins.of(key)}: {key} is {count}; a count of records must be 1 or more.")
+
+
+def _check_metric(data: DataSection, evaluation: EvalSection, origins: Origins) -> None:
+    if evaluation.metric is not None and data.eval is None:
+        raise PacaError(f"{origins.of('eval.metric')}: eval.metric is measured on held-out data; give data.eval too.")
+    if evaluation.answer_pattern is not None and evaluation.metric != "exact_match":
+        raise PacaError(f"{origins.of('eval.answer_pattern')}: it goes with eval.metric: exact_match. Leave it out.")
+    if evaluation.max_new_tokens < 1:
+        raise PacaError(
+            f"{origins.of('eval.max_new_tokens')}: eval.max_new_tokens is {evaluation.max_new_tokens}; it must be 1 or "
+            "more."
+        )
 
 
 def _check_calibration(calibration: CalibrationSection, origins: Origins) -> None:
@@ -252,5 +267,4 @@ def _absolute_where_it_exists(name: str) -> str:
 
 
 def _section_hint(name: str, names: list[str]) -> str:
-    close = nearest(name, names)
-    return f"Did you mean {close}?" if close else f"The sections are {', '.join(names)}."
+    return did_you_mean(name, names, "{}") or f" The sections are {', '.join(names)}."

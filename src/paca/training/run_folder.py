@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,51 +16,19 @@ _OPTIMIZER = ("optimizer.pt", "optimizer.bin", "optimizer_0", "latest")
 """By who saves it: one process or DDP, FSDP whole or in shards (a folder), DeepSpeed."""
 
 
-@dataclass(frozen=True)
 class RunFolder:
-    """The folder of one run."""
+    """The folder of one run, and the paths of its parts."""
 
-    path: Path
-
-    @property
-    def config(self) -> Path:
-        """The resolved config; it runs again as it is."""
-        return self.path / "config.yaml"
-
-    @property
-    def metrics(self) -> Path:
-        """One JSON object a line."""
-        return self.path / "metrics.jsonl"
-
-    @property
-    def summary(self) -> Path:
-        """Written last: its presence says that the run is finished."""
-        return self.path / "summary.json"
-
-    @property
-    def report(self) -> Path:
-        """One self-contained page."""
-        return self.path / "report.html"
-
-    @property
-    def adapter(self) -> Path:
-        """The trained adapter, as PEFT stores it, and the tokenizer."""
-        return self.path / "adapter"
-
-    @property
-    def columns(self) -> Path:
-        """The columns that were chosen, and what they followed from; another run here with the same uses them again."""
-        return self.path / "columns.json"
-
-    @property
-    def base(self) -> Path:
-        """The model of a GGUF file as a plain checkpoint."""
-        return self.path / "base"
-
-    @property
-    def checkpoints(self) -> Path:
-        """The trainer's own folder: weights, optimizer, scheduler, generators."""
-        return self.path / "checkpoints"
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.config = path / "config.yaml"  # resolved; it runs again as it is
+        self.metrics = path / "metrics.jsonl"
+        self.summary = path / "summary.json"  # written last: its presence says that the run is finished
+        self.report = path / "report.html"
+        self.adapter = path / "adapter"  # as PEFT stores it, and the tokenizer
+        self.columns = path / "columns.json"  # those chosen, and what they followed from: another run here uses them
+        self.base = path / "base"  # the model of a GGUF file as a plain checkpoint
+        self.checkpoints = path / "checkpoints"  # the trainer's own folder
 
     def finished(self) -> bool:
         """Whether a run came to its end here."""
@@ -131,6 +99,14 @@ class RunFolder:
             return []
         found = ((re.fullmatch(r"checkpoint-(\d+)", path.name), path) for path in self.checkpoints.iterdir())
         return [(int(match[1]), path) for match, path in found if match and path.is_dir()]
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file in place of the one that is there, whole or not at all; make its folder if need be."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    beside.write_text(text, encoding="utf-8")
+    beside.replace(path)
 
 
 def steps_done(checkpoint: Path) -> int:

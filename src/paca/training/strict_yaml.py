@@ -23,16 +23,16 @@ class _CoreSchemaLoader(yaml.SafeLoader):
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
         first_lines: dict[str, int] = {}
         for key_node, _ in node.value:
+            problem = None
             if not isinstance(key_node, yaml.ScalarNode):
-                raise yaml.constructor.ConstructorError(None, None, "a key must be plain text", key_node.start_mark)
-            if key_node.tag != "tag:yaml.org,2002:str":
+                problem = "a key must be plain text"
+            elif key_node.tag != "tag:yaml.org,2002:str":
                 problem = f"the key {key_node.value!r} is not text; if it is meant as text, put it in quotes"
-                raise yaml.constructor.ConstructorError(None, None, problem, key_node.start_mark)
-            line = key_node.start_mark.line + 1
-            if key_node.value in first_lines:
+            elif key_node.value in first_lines:
                 problem = f"the key {key_node.value!r} is given twice (first on line {first_lines[key_node.value]})"
+            if problem is not None:
                 raise yaml.constructor.ConstructorError(None, None, problem, key_node.start_mark)
-            first_lines[key_node.value] = line
+            first_lines[key_node.value] = key_node.start_mark.line + 1
         return super().construct_mapping(node, deep=deep)
 
 
@@ -83,16 +83,9 @@ def read_yaml(path: Path) -> tuple[Any, dict[str, int]]:
     except (OSError, UnicodeDecodeError) as error:
         raise PacaError(f"{path} can't be read: {error}.") from error
     try:
-        loader = _CoreSchemaLoader(text)
-    except yaml.YAMLError as error:  # characters that YAML does not allow
-        raise PacaError(f"{path}: not valid YAML: {_problem(error)}.") from error
-    try:
-        root = loader.get_single_node()
-        content = None if root is None else loader.construct_document(root)
+        root, content = _parse(text)
     except yaml.YAMLError as error:
         raise PacaError(f"{path}{_place(error)}: not valid YAML: {_problem(error)}.{_advice(error)}") from error
-    finally:
-        loader.dispose()
     return content, _lines(root)
 
 
@@ -103,13 +96,16 @@ def parse_value(text: str) -> Any:
         PacaError: The text is not valid YAML.
     """
     try:
-        loader = _CoreSchemaLoader(text)
-    except yaml.YAMLError as error:
-        raise PacaError(f"{text!r} is not a valid YAML value: {_problem(error)}.") from error
-    try:
-        return loader.get_single_data()
+        return _parse(text)[1]
     except yaml.YAMLError as error:
         raise PacaError(f"{text!r} is not a valid YAML value: {_problem(error)}.{_advice(error)}") from error
+
+
+def _parse(text: str) -> tuple[yaml.Node | None, Any]:
+    loader = _CoreSchemaLoader(text)  # refuses characters that YAML does not allow
+    try:
+        root = loader.get_single_node()
+        return root, None if root is None else loader.construct_document(root)
     finally:
         loader.dispose()
 

@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from paca.messages.errors import PacaError
-from paca.training.typed_values import nearest
+from paca.messages.nearest import did_you_mean
 
 _LISTED = 20
 
@@ -40,8 +40,7 @@ def check_target_names(settings: Mapping[str, Any], model: nn.Module, model_name
         if any(parameter.dim() > 1 for parameter in module.parameters(recurse=False))
     )
     listed = ", ".join([*kinds][:_LISTED]) + (", ..." if len(kinds) > _LISTED else "")
-    close = nearest(str(unknown[0]), kinds)
-    hint = f" Did you mean {close}?" if close else ""
+    hint = did_you_mean(str(unknown[0]), kinds, "{}")
     raise PacaError(
         f"The section paca does not fit {model_name}: it has no module named {', '.join(map(str, unknown))} "
         f"(paca.target_modules).{hint} Its layers with weights are {listed}."

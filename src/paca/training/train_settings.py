@@ -3,20 +3,52 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import typing
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import PreTrainedModel
 from trl import SFTConfig
 
 from paca.messages.errors import PacaError
-from paca.training.free_sections import check_train_keys, train_annotation
-from paca.training.key_checks import Origins, check_choice, check_type
-from paca.training.value_ranges import check_ranges
+from paca.training.key_checks import Origins, check_section
+
+OWNED = {
+    "output_dir": "the run folder is output.dir",
+    "resume_from_checkpoint": "continue a run with `paca train CONFIG --resume`",
+    "do_train": "this command always trains",
+    "do_eval": "held-out data is given by data.eval",
+    "do_predict": "this command does not predict",
+    "eval_on_start": "the loss before training is eval.before",
+    "disable_tqdm": "the progress line is chosen by whether the output is a terminal",
+    "model_init_kwargs": "the model is described by the section model",
+    "trust_remote_code": "it is model.trust_remote_code",
+    "hub_token": "a secret has no place in a config file; set the environment variable HF_TOKEN",
+    "parallelism_config": "it is an object; use accelerate's own config (`accelerate launch`)",
+    "local_rank": "the launcher (torchrun) sets it",
+}
+"""Fields of SFTConfig that have another place, and which."""
+
+_RANGES: dict[str, tuple[Callable[[float], bool], str]] = {
+    "above zero": (
+        lambda value: 0 < value < math.inf,
+        "per_device_train_batch_size per_device_eval_batch_size gradient_accumulation_steps num_train_epochs "
+        "max_length logging_steps save_steps eval_steps",
+    ),
+    "zero or more": (
+        lambda value: 0 <= value < math.inf,
+        "learning_rate weight_decay max_grad_norm adam_epsilon warmup_steps seed data_seed dataloader_num_workers",
+    ),
+    "zero or more and less than 1": (lambda value: 0 <= value < 1, "adam_beta1 adam_beta2 label_smoothing_factor"),
+    "1 or more (or -1: as many as the epochs)": (lambda value: value >= 1 or value == -1, "max_steps"),
+}
+"""Numbers that surely are mistakes: most of it torch or transformers would refuse too, minutes later, or take without a
+word."""
 
 
 @cache
@@ -24,7 +56,8 @@ def train_fields() -> dict[str, Any]:
     """Name and type of each field of ``SFTConfig``."""
     annotations = typing.get_type_hints(SFTConfig)
     return {
-        option.name: train_annotation(option.name, annotations[option.name])
+        # transformers 5 takes true for fsdp as well
+        option.name: bool | annotations[option.name] if option.name == "fsdp" else annotations[option.name]
         for option in dataclasses.fields(SFTConfig)
         if option.init
     }
@@ -37,27 +70,26 @@ def check_train_settings(settings: Mapping[str, Any], origins: Origins) -> None:
         PacaError: An unknown key, a key that has another place, a wrong type, or a value outside the choices
             or the range that can work.
     """
-    fields = train_fields()
-    check_train_keys(settings, fields, origins)
+    for name in OWNED.keys() & settings.keys():
+        raise PacaError(f"{origins.of(f'train.{name}')}: train.{name} can't be set here: {OWNED[name]}.")
+    annotations = {name: kind for name, kind in train_fields().items() if name not in OWNED}
     choices = {option.name: option.metadata.get("choices") for option in dataclasses.fields(SFTConfig)}
+    check_section("train", settings, annotations, origins, choices)
     for name, value in settings.items():
-        key = f"train.{name}"
-        check_type(key, value, fields[name], origins)
-        check_choice(key, value, choices[name], origins)
-    check_ranges("train", settings, origins)
+        for words, (holds, names) in _RANGES.items():
+            if name in names.split() and isinstance(value, (int, float)) and not holds(value):
+                raise PacaError(f"{origins.of(f'train.{name}')}: train.{name} must be {words}, not {value}.")
 
 
-def with_defaults(
-    settings: Mapping[str, Any], *, has_eval: bool, weights_dtype: torch.dtype, context_length: int | None
-) -> dict[str, Any]:
+def with_defaults(settings: Mapping[str, Any], model: PreTrainedModel, *, has_eval: bool) -> dict[str, Any]:
     """The section with our own defaults where the user gave nothing.
 
     Args:
         settings: What the user gave.
+        model: With or without weights; the longest sequence that it takes, and the type of its weights, count.
         has_eval: Whether there is held-out data.
-        weights_dtype: Type of the model's weights in memory.
-        context_length: Longest sequence the model takes, in tokens, where it says so.
     """
+    context_length = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     # Numbers that change the result are spelled out even where they are TRL's own defaults today.
     defaults: dict[str, Any] = {
         "num_train_epochs": 1,
@@ -73,7 +105,7 @@ def with_defaults(
         "weight_decay": 0.0,
         "max_grad_norm": 1.0,
         "seed": 42,
-        "bf16": _wants_autocast(settings, weights_dtype),
+        "bf16": _wants_autocast(settings, next(model.parameters()).dtype),
         _checkpointing_field(): False,
         "logging_steps": 1,
         "logging_nan_inf_filter": False,  # true would replace a NaN loss by the mean of the losses before it

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import difflib
 import enum
 import types
 import typing
-from collections.abc import Iterable
 from typing import Any, Literal, Union
 
 
@@ -89,12 +87,6 @@ def shown(value: Any) -> str:
         kind = "a list" if isinstance(value, list) else "a mapping"
         return f"{kind} {_cut(value)}"
     return f"the text {_cut(value)}" if isinstance(value, str) else f"the number {value}"
-
-
-def nearest(name: str, valid: Iterable[str]) -> str | None:
-    """The valid name closest in spelling to ``name``, or None where nothing is close."""
-    close = difflib.get_close_matches(name, list(valid), n=1, cutoff=0.5)
-    return close[0] if close else None
 
 
 def _is_enum(annotation: Any) -> bool:

@@ -29,7 +29,9 @@ def check_name(adapter_name: str) -> None:
 
 def check_indices_used(model: nn.Module, adapter_name: str, config: PacaConfig) -> None:
     """Raise `ValueError` if columns were named for a layer that the adapter does not have."""
-    unused = [] if config.loading else unused_patterns(model, adapter_name, config.indices or {})
+    if config.loading or not config.indices:
+        return
+    unused = unused_patterns(model, adapter_name, config.indices)
     if unused:
         names = [n for n, m in model.named_modules() if isinstance(m, PacaLayer) and adapter_name in m.paca_delta]
         others = f" and {len(names) - 3} more" if len(names) > 3 else ""

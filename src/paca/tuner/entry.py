@@ -1,7 +1,7 @@
 """The third door: what no optimizer's hook and no call has written is noticed when a model is entered.
 
-Each layer looks at its version counters when it runs, and the first that is stale has all of them written together. What
-no counter shows is looked for when the model is entered: in a new mode, which is when averages and schedule-free
+Each layer looks at its version counters when it runs, and the first that is stale has all of them written together.
+What no counter shows is looked for when the model is entered: in a new mode, which is when averages and schedule-free
 optimizers swap values through `.data`, and where gradients are taken while no optimizer is known whose steps are seen.
 """
 
@@ -21,7 +21,7 @@ from paca.columns.resident import Entry, write_together
 from paca.columns.state import THREAD
 from paca.columns.stepping import others_step
 from paca.layers.base import PacaLayer, paca_layers
-from paca.layers.mixed_batch import current_mixed_batch
+from paca.layers.mixed_batch import Running, current_mixed_batch
 
 
 def refresh(model: nn.Module) -> None:
@@ -43,7 +43,8 @@ def refresh(model: nn.Module) -> None:
 
 def write_layers(layers: list[PacaLayer], *, compare: bool = False) -> None:
     """Make the weights of many layers hold what is active."""
-    in_mixed_batch = current_mixed_batch() is not None  # whose stacks of experts hold one adapter after the other
+    # Whose stacks of experts hold one adapter after the other.
+    in_mixed_batch = bool(Running.count) and current_mixed_batch() is not None
     layers = [layer for layer in layers if not (in_mixed_batch and layer.runs_adapters_in_turn)]
     jobs = [layer.job(compare=compare) for layer in layers if layer.mode == "resident"]
     write_together(job for job in jobs if not any(c.delta.is_meta for c in job[2]))
@@ -94,7 +95,7 @@ class ModelEntry(Entry):
             write_layers(self.layers, compare=True)
         elif at_all or self.unwritten:
             self.write_stale()
-        self.unwritten = self.unwritten and current_mixed_batch() is not None
+        self.unwritten = bool(self.unwritten and Running.count) and current_mixed_batch() is not None
 
     def _is_trusted(self) -> bool:
         """Whether optimizers whose steps are seen train all layers."""

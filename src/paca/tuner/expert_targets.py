@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import difflib
 import re
 from typing import Any, NamedTuple
 
@@ -12,6 +11,7 @@ from torch import nn
 
 from paca.layers.base import PacaLayer
 from paca.layers.experts import PacaExpertStack
+from paca.messages.nearest import did_you_mean
 
 IMPLEMENTATIONS = (None, "eager", "grouped_mm", "batched_mm")
 
@@ -110,5 +110,5 @@ def _advice(wanted: str, places: dict[str, ExpertTarget]) -> str:
     )
     if not stacks:
         return "It has no stacks of experts at all; linear layers are adapted through target_modules."
-    near = difflib.get_close_matches(wanted.rpartition(".")[2], stacks, n=1)
-    return (f"Did you mean {near[0]!r}? " if near else "") + f"Its stacks of experts are called {', '.join(stacks)}."
+    hint = did_you_mean(wanted.rpartition(".")[2], stacks)
+    return f"{hint} Its stacks of experts are called {', '.join(stacks)}.".lstrip()

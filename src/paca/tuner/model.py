@@ -14,7 +14,6 @@ from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _maybe_include_a
 from peft.utils.integrations import init_empty_weights
 from peft.utils.other import AuxiliaryTrainingWrapper, get_pattern_key
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 from paca.config import PacaConfig
 from paca.layers import PACA_CLASSES, RESIDENT_CLASSES, PacaExpertStack, PacaLayer, paca_layers
@@ -29,9 +28,8 @@ from paca.tuner.adapter_file import check_has_weights
 from paca.tuner.adapter_names import mixed_batch
 from paca.tuner.column_choice import choose_columns
 from paca.tuner.expert_targets import expert_targets, unused_patterns
-from paca.tuner.original_weights import OriginalWeights
-from paca.tuner.recorded_quantization import quantizations, warn_of_another
-from paca.tuner.reference import copied_adapter, copy_deltas
+from paca.tuner.recorded_quantization import note_quantization
+from paca.tuner.reference import REFERENCE, copied_adapter, copy_deltas
 from paca.tuner.registration import PREFIX
 from paca.tuner.rotation.files import with_unions, without_unions
 from paca.tuner.safe_merge import check_deltas, merge_all_or_none
@@ -69,11 +67,13 @@ class PacaModel(BaseTuner):
                     warnings.filterwarnings("ignore", "The following (rank|alpha)_pattern keys", RuntimeWarning)
                     warnings.filterwarnings("ignore", "You have passed exclude_modules", UserWarning)
                 super().inject_adapter(model, adapter_name, *args, **kwargs)
-            note_quantization(model, adapter_name, config)
+            if config.original_weights is not None or _knows_quantized(model, config):
+                note_quantization(model, adapter_name, config)
+            else:
+                config.base_quantization = "none"
             check_indices_used(model, adapter_name, config)
             check_saved_modules(model, adapter_name, config)  # now with the layers of this adapter
-            original = copied_adapter(self.peft_config, adapter_name)
-            if original is not None:
+            if adapter_name == REFERENCE and (original := copied_adapter(self.peft_config, adapter_name)) is not None:
                 copy_deltas(paca_layers(model), original)
             entry.install(model)
         except BaseException:
@@ -81,9 +81,10 @@ class PacaModel(BaseTuner):
             remove_adapter(model, adapter_name, trainable_before)
             raise
         config.trainable_before = trainable_before
-        unused = unused_patterns(model, adapter_name, {**config.rank_pattern, **config.alpha_pattern})
-        if config.target_parameters and unused:
-            warnings.warn(f"rank_pattern or alpha_pattern: no adapted layer is called {unused}.", stacklevel=2)
+        if config.target_parameters:
+            unused = unused_patterns(model, adapter_name, {**config.rank_pattern, **config.alpha_pattern})
+            if unused:
+                warnings.warn(f"rank_pattern or alpha_pattern: no adapted layer is called {unused}.", stacklevel=2)
 
     def _prepare_adapter_config(self, peft_config: Any, model_config: dict[str, Any]) -> Any:
         if peft_config.target_modules is None and peft_config.target_parameters:
@@ -109,7 +110,7 @@ class PacaModel(BaseTuner):
         parameter_name: str | None = None,
     ) -> None:
         if isinstance(target, PacaLayer):
-            original = copied_adapter(self.peft_config, adapter_name)
+            original = copied_adapter(self.peft_config, adapter_name) if adapter_name == REFERENCE else None
             if original in target.paca_indices:
                 indices = target.paca_indices[original].clone()
             else:
@@ -117,7 +118,9 @@ class PacaModel(BaseTuner):
             layer: PacaLayer = target
         else:
             self._check_target(target, current_key)
-            mode = mode_of(target, current_key, self.model)
+            plain = type(target) in RESIDENT_CLASSES and type(target.weight) is nn.Parameter
+            elsewhere = hasattr(target, "_hf_hook") or hasattr(self.model, "hf_device_map")
+            mode = "resident" if plain and not elsewhere else mode_of(target, current_key, self.model)
             if mode == "resident":
                 resident_class = self._resident_class(target, current_key)
                 in_features = target.weight.shape[resident_class.input_dim]
@@ -309,6 +312,8 @@ class PacaModel(BaseTuner):
         cls, model: Any, config: Any, adapter_name: str, state_dict: dict[str, Tensor], *args: Any, **kwargs: Any
     ) -> dict[str, Tensor]:
         chosen = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, *args, **kwargs)
+        if getattr(config, "union", None) is None and not _is_rotated(model, adapter_name):
+            return chosen
         return with_unions(model, config, adapter_name, state_dict, chosen)
 
     @classmethod
@@ -319,7 +324,8 @@ class PacaModel(BaseTuner):
         try:
             rotating = getattr(config, "rotate_every", None) is not None
             checked = check_adapter_tensors(model, adapter_name, tensors, rotating=rotating)
-            checked = without_unions(model, adapter_name, checked)
+            if rotating or _is_rotated(model, adapter_name):
+                checked = without_unions(model, adapter_name, checked)
         except BaseException:
             if getattr(config, "loading", False):  # the adapter was only just put in, to be loaded into
                 tuner = getattr(model, "base_model", None)
@@ -328,50 +334,26 @@ class PacaModel(BaseTuner):
                 remove_adapter(root, adapter_name, config.trainable_before)
             raise
         config.loading, config.trainable_before = False, {}
-        if offloads(model):
+        if hasattr(model, "hf_device_map") and offloads(model):
             for name, layer in model.named_modules():
                 if isinstance(layer, OverlaidLinear) and adapter_name in layer.paca_delta:
                     layer.loaded_deltas[adapter_name] = checked[f"{name}.{DELTA}.{adapter_name}"]
         return checked
 
 
+def _knows_quantized(model: nn.Module, config: PacaConfig) -> bool:
+    """Whether weights are quantized, or were where the adapter was made."""
+    made_for = config.base_quantization if config.loading else None
+    return made_for not in (None, "none") or any(isinstance(m, OverlaidLinear) for m in model.modules())
+
+
+def _is_rotated(model: nn.Module, adapter_name: str) -> bool:
+    return any(adapter_name in layer.folded for layer in paca_layers(model))
+
+
 def _place(parameter: nn.Parameter) -> tuple[Any, Any]:
     """What two parameters have in common that share memory."""
     return parameter.untyped_storage()._cdata, parameter.storage_offset()
-
-
-def note_quantization(model: nn.Module, adapter_name: str, config: PacaConfig) -> None:
-    """Record in ``config`` how the adapted weights are quantized, and let the columns start from original values.
-
-    Raises:
-        ValueError: if ``config.original_weights`` are not those of the model, or no adapted layer is quantized.
-    """
-    layers = {
-        name: layer
-        for name, layer in model.named_modules()
-        if isinstance(layer, OverlaidLinear) and adapter_name in layer.paca_delta and layer.quantization_name
-    }
-    found = quantizations(layers.values())
-    if config.loading:
-        warn_of_another(adapter_name, config, found)
-    else:
-        config.base_quantization = found
-    if config.original_weights is None:
-        return
-    if not layers:
-        raise ValueError(
-            "original_weights is for quantized models: none of the adapted layers is quantized, so their columns are "
-            "the original ones already. Leave it out."
-        )
-    originals = OriginalWeights(config.original_weights)
-    for name, layer in layers.items():
-        shape, indices = (layer.out_features, layer.in_features), layer.paca_indices[adapter_name]
-        was = getattr(layer.base_layer, "source_cls", nn.Linear)  # transformers notes what it quantized
-        try:
-            columns = originals.columns(name, indices, shape, stored_transposed=issubclass(was, Conv1D))
-            layer.start_from(adapter_name, columns)
-        except ValueError as error:
-            raise ValueError(f"{name}: {error}") from error
 
 
 def remove_adapter(model: nn.Module, adapter_name: str, trainable_before: dict[str, bool]) -> None:

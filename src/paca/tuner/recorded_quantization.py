@@ -5,9 +5,13 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterable
 
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
 from paca.config import PacaConfig
 from paca.layers import PacaLayer
 from paca.layers.overlaid import OverlaidLinear
+from paca.tuner.original_weights import OriginalWeights
 
 
 def quantizations(layers: Iterable[PacaLayer]) -> str:
@@ -25,3 +29,37 @@ def warn_of_another(adapter_name: str, config: PacaConfig, found: str) -> None:
             "results differ. Load the base model as it was then.",
             stacklevel=3,
         )
+
+
+def note_quantization(model: nn.Module, adapter_name: str, config: PacaConfig) -> None:
+    """Record in `config` how the adapted weights are quantized, and let the columns start from original values.
+
+    Raises:
+        ValueError: if `config.original_weights` are not those of the model, or no adapted layer is quantized.
+    """
+    layers = {
+        name: layer
+        for name, layer in model.named_modules()
+        if isinstance(layer, OverlaidLinear) and adapter_name in layer.paca_delta and layer.quantization_name
+    }
+    found = quantizations(layers.values())
+    if config.loading:
+        warn_of_another(adapter_name, config, found)
+    else:
+        config.base_quantization = found
+    if config.original_weights is None:
+        return
+    if not layers:
+        raise ValueError(
+            "original_weights is for quantized models: none of the adapted layers is quantized, so their columns are "
+            "the original ones already. Leave it out."
+        )
+    originals = OriginalWeights(config.original_weights)
+    for name, layer in layers.items():
+        shape, indices = (layer.out_features, layer.in_features), layer.paca_indices[adapter_name]
+        was = getattr(layer.base_layer, "source_cls", nn.Linear)  # transformers notes what it quantized
+        try:
+            columns = originals.columns(name, indices, shape, stored_transposed=issubclass(was, Conv1D))
+            layer.start_from(adapter_name, columns)
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from error

@@ -11,18 +11,16 @@ import math
 import re
 from collections import Counter
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
+from peft.tuners.tuners_utils import BaseTuner
 from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
 
 from paca.columns.state import AdapterColumns
 from paca.config import PacaConfig
 from paca.layers import PacaLayer, refuse_sharded
-
-if TYPE_CHECKING:
-    from paca.tuner.model import PacaModel
 
 EXACT = ("cat", "linear")
 """PEFT's names for sums; for PaCA both are the same."""
@@ -65,9 +63,9 @@ def weighted_sum(
 
 @torch.no_grad()
 def add_weighted_adapter(
-    model: PacaModel, adapters: Sequence[str], weights: Sequence[float], adapter_name: str, combination_type: str
+    model: BaseTuner, adapters: Sequence[str], weights: Sequence[float], adapter_name: str, combination_type: str
 ) -> None:
-    """What ``PacaModel.add_weighted_adapter`` does."""
+    """What `PacaModel.add_weighted_adapter` does."""
     holders = _check(model, adapters, weights, adapter_name, combination_type)
     refuse_sharded((m for m in model.model.modules() if isinstance(m, PacaLayer)), "add_weighted_adapter")
     sums: dict[str, WeightedSum] = {}
@@ -99,7 +97,7 @@ def add_weighted_adapter(
 
 
 def _check(
-    model: PacaModel, adapters: Sequence[str], weights: Sequence[float], adapter_name: str, combination_type: str
+    model: BaseTuner, adapters: Sequence[str], weights: Sequence[float], adapter_name: str, combination_type: str
 ) -> dict[str, str]:
     """Raise ``ValueError`` for what can't be summed; return which module (by name) which adapter trained whole."""
     if combination_type not in EXACT:
@@ -133,7 +131,7 @@ def _check(
     return holders
 
 
-def _config(model: PacaModel, first: str, sums: dict[str, WeightedSum], modules_to_save: list[str]) -> PacaConfig:
+def _config(model: BaseTuner, first: str, sums: dict[str, WeightedSum], modules_to_save: list[str]) -> PacaConfig:
     """The settings of the sum: PEFT's format, from which any PEFT can load it; every layer's scale is 1."""
     ranks = {name: sum_.indices.numel() for name, sum_ in sums.items()}
     r = Counter(ranks.values()).most_common(1)[0][0]

@@ -6,12 +6,12 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from architectures import config
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import paca
-from paca.planning import Setting, estimate, setting_of_run, warn_if_too_large
-from paca.planning.estimate import prepare_model
+from paca.planning import Setting
 from paca.training import load_run_config
+from paca.training.run_setting import setting_of_run
 from paca.training.train_settings import with_defaults
 
 
@@ -19,7 +19,9 @@ def run_config(folder: Path, **train: Any) -> Any:
     path = folder / "run.yaml"
     path.write_text(yaml.safe_dump({"model": {"name": "some/model"}, "data": {"train": "a.jsonl"}, "train": train}))
     run = load_run_config(path)
-    run.train = with_defaults(run.train, has_eval=False, weights_dtype=torch.float32, context_length=2048)
+    with torch.device("meta"):
+        model = LlamaForCausalLM(LlamaConfig(num_hidden_layers=1))
+    run.train = with_defaults(run.train, model, has_eval=False)
     return run
 
 
@@ -55,14 +57,3 @@ def test_a_run_without_a_limit_can_not_be_planned_until_the_longest_example_is_k
     with pytest.raises(paca.PacaError, match="max_length"):
         setting_of_run(run, "cpu")
     assert setting_of_run(run, "cpu", longest=77).sequence_length == 77
-
-
-def test_a_warning_comes_exactly_when_memory_is_short() -> None:
-    model = prepare_model(config("llama"), paca.PacaConfig(r=8))
-    setting = Setting(sequence_length=64, batch_size=2)
-    needed = estimate(model, setting).total
-    assert warn_if_too_large(model, setting, available=needed) is None
-    message = warn_if_too_large(model, setting, available=needed - 1)
-    assert message is not None
-    assert "2 sequences of 64 tokens" in message
-    assert "paca plan" in message

@@ -1,0 +1,238 @@
+"""``paca evaluate``: how good a model is, with and without its adapter."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import logging
+import os
+import shlex
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from paca.messages.errors import PacaError
+from paca.messages.program import program
+from paca.messages.say import say
+from paca.tuner.adapter_folder import find_adapter
+from paca_command import import_package
+
+if TYPE_CHECKING:
+    from paca.evaluation.side_by_side import Row, Value
+    from paca.pretrained.generation import LoadedModel
+
+JUDGE_KEY = "PACA_JUDGE_KEY"
+
+
+def evaluate(
+    path: Annotated[str, typer.Argument(metavar="RUN_OR_ADAPTER", help="A run, an adapter or a model: its folder.")],
+    output: Annotated[Path, typer.Option(help="The folder for results; the same one again goes on where it stopped.")],
+    tasks: Annotated[
+        str, typer.Option(help="Names of lm-evaluation-harness and .yaml files of your own, with commas between.")
+    ] = "",
+    num_fewshot: Annotated[
+        int | None, typer.Option(min=0, help="Examples before each question. Default: as the task says.")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Only so many questions of each task.")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Questions at a time.")] = 8,
+    chat_template: Annotated[
+        bool, typer.Option("--chat-template", help="Ask tasks in the form of the tokenizer's chat template.")
+    ] = False,
+    mt_bench: Annotated[
+        Path | None, typer.Option(metavar="QUESTIONS.jsonl", help="MT-Bench: FastChat's file of questions.")
+    ] = None,
+    judge_url: Annotated[
+        str | None, typer.Option(help="MT-Bench's judge: where an API like OpenAI's begins (http://host:8000/v1).")
+    ] = None,
+    judge_model: Annotated[
+        str | None, typer.Option(help=f"The judge's name there. Its key is read from the environment: {JUDGE_KEY}.")
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer of MT-Bench, in tokens.")] = 1024,
+    base_model: Annotated[str | None, typer.Option(help="The base model, if not where the adapter says.")] = None,
+) -> None:
+    """Evaluate on public benchmarks, tasks of your own or MT-Bench: base and adapter side by side."""
+    names = tuple(name.strip() for name in tasks.split(",") if name.strip())
+    if not names and mt_bench is None:
+        raise PacaError("There is nothing to evaluate. Give --tasks, such as arc_easy,my_task.yaml, or --mt-bench.")
+    if (mt_bench is None) != (judge_url is None) or (mt_bench is None) != (judge_model is None):
+        raise PacaError("--mt-bench, --judge-url and --judge-model go together: questions, and who rates the answers.")
+    find_adapter(path)  # before what it takes to load one: a wrong path is no reason to wait
+    # Read as tqdm is imported: one progress line instead of the five of the libraries.
+    os.environ.setdefault("TQDM_DISABLE", "1")
+    console = Console()
+    try:
+        with Shown(console) as shown:
+            say(console, f"Loading {path} ...")
+            if names:
+                check_harness()
+            import_package()
+            from paca.pretrained.generation import load_for_generation
+
+            loaded = load_for_generation(path, base_model=base_model)
+            if names:
+                run_tasks(loaded, names, num_fewshot, limit, batch_size, chat_template, output, console, shown)
+            if mt_bench is not None and judge_url is not None and judge_model is not None:
+                judge = (judge_url, judge_model)
+                run_judged(loaded, mt_bench, judge, limit, batch_size, max_new_tokens, output, console, shown)
+    except KeyboardInterrupt:
+        command = " ".join([program(), shlex.join(sys.argv[1:])])
+        say(console, "\nStopped. What was answered is kept; the same command goes on from there:")
+        say(console, f"  {command}")
+        raise typer.Exit(130) from None
+
+
+def check_harness() -> None:
+    """Tell at once when lm-evaluation-harness is not there.
+
+    Raises:
+        PacaError: It is not installed.
+    """
+    if importlib.util.find_spec("lm_eval") is None:
+        raise PacaError("--tasks needs lm-evaluation-harness. Install it: pip install 'paca-tuning[evaluate]'")
+
+
+def run_tasks(
+    loaded: LoadedModel,
+    names: tuple[str, ...],
+    num_fewshot: int | None,
+    limit: int | None,
+    batch_size: int,
+    chat_template: bool,
+    output: Path,
+    console: Console,
+    shown: Shown,
+) -> None:
+    """Evaluate tasks of the harness and print them side by side."""
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)  # its warnings tell of defaults that it takes
+    from paca.evaluation.harness import HarnessSettings, evaluate_tasks
+    from paca.evaluation.side_by_side import rows_of
+
+    settings = HarnessSettings(names, num_fewshot, limit, batch_size, chat_template)
+    results = evaluate_tasks(loaded, settings, output, shown)
+    shown.finish()
+    console.print(table_of(rows_of(results)))
+    say(console, f"Written: {output / 'results.json'}")
+
+
+def run_judged(
+    loaded: LoadedModel,
+    file: Path,
+    judge: tuple[str, str],
+    limit: int | None,
+    batch_size: int,
+    max_new_tokens: int,
+    output: Path,
+    console: Console,
+    shown: Shown,
+) -> None:
+    """Answer MT-Bench's questions, have them judged, and print the ratings."""
+    from paca.evaluation.judge import Judge, JudgeSettings
+    from paca.evaluation.mt_bench import run_mt_bench
+    from paca.evaluation.mt_bench_questions import read_questions
+
+    settings = JudgeSettings(*judge, key=os.environ.get(JUDGE_KEY))
+    results = run_mt_bench(
+        loaded,
+        read_questions(file)[:limit],
+        Judge(settings),
+        output / "mt_bench",
+        shown,
+        max_new_tokens=max_new_tokens,
+        batch_size=batch_size,
+    )
+    shown.finish()
+    console.print(ratings_table(results["models"]))
+    ungraded = sum(scores["without_grade"] for scores in results["models"].values())
+    if ungraded:
+        say(console, f"The judge named no grade for {ungraded} answers; they are left out.", style="yellow")
+    used = results["judge"]
+    say(
+        console,
+        f"The judge read {used['prompt_tokens']:,} tokens and wrote {used['completion_tokens']:,}, in "
+        f"{used['requests']:,} requests.",
+    )
+    say(console, f"Written: {output / 'mt_bench' / 'results.json'}")
+
+
+def ratings_table(models: dict[str, dict[str, Any]]) -> Table:
+    """Ratings in all, by turn and by category."""
+    table = Table("MT-Bench", *models)
+    for column in table.columns[1:]:
+        column.justify, column.no_wrap = "right", True
+    first = next(iter(models.values()))
+    rows: list[tuple[str, list[str]]] = [("all", ["all"])]
+    rows += [(f"turn {turn}", ["turns", turn]) for turn in first["turns"]]
+    rows += [(name, ["categories", name]) for name in first["categories"]]
+    for label, keys in rows:
+        found = [functools.reduce(lambda scores, key: scores[key], keys, model) for model in models.values()]
+        cells = ["-" if one["score"] is None else number((one["score"], one["stderr"]), digits=2) for one in found]
+        table.add_row(escape(label), *cells)
+    return table
+
+
+class Shown:
+    """A progress line in a terminal; in a log file a line for each kind of work."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._progress: Progress | None = None
+
+    def __enter__(self) -> Shown:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.finish()
+
+    def begin(self, who: str, what: str, total: int) -> None:
+        """Show new work in place of the old."""
+        self.finish()
+        if not self._console.is_terminal:
+            say(self._console, f"{who}: {total:,} {what}")
+            return
+        label = TextColumn("{task.description}", markup=False)
+        columns = (label, BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        self._progress = Progress(*columns, console=self._console)
+        self._progress.add_task(f"{who}: {what}", total=total)
+        self._progress.start()
+
+    def advance(self) -> None:
+        """One more is done."""
+        if self._progress is not None:
+            self._progress.advance(self._progress.task_ids[0])
+
+    def finish(self) -> None:
+        """Leave the line as it stands."""
+        if self._progress is not None:
+            self._progress.stop()
+            self._progress = None
+
+
+def table_of(rows: list[Row]) -> Table:
+    """Tasks down, base and adapter across."""
+    table = Table()
+    table.add_column("task")
+    table.add_column("metric")
+    sides = list(rows[0].values) if rows else []
+    compared = any(row.difference is not None for row in rows)
+    for side in [*sides, *(["difference"] if compared else [])]:
+        table.add_column(side, justify="right", no_wrap=True)
+    previous = None
+    for row in rows:
+        cells = [number(row.values[side]) for side in sides]
+        if row.difference is not None:
+            cells.append(number(row.difference, signed=True))
+        table.add_row("" if row.task == previous else "  " * row.depth + escape(row.task), escape(row.metric), *cells)
+        previous = row.task
+    return table
+
+
+def number(value: Value, *, signed: bool = False, digits: int = 4) -> str:
+    """`0.4500 ± 0.0210`."""
+    text = f"{value[0]:{'+' if signed else ''}.{digits}f}"
+    return text if value[1] is None else f"{text} ± {value[1]:.{digits}f}"

@@ -1,0 +1,81 @@
+"""Questions with given options: the layouts of MMLU and of ARC, as a prompt that lists them and the label to answer."""
+
+from __future__ import annotations
+
+import string
+from dataclasses import dataclass
+from typing import TypeGuard
+
+from paca.data.rows import Row
+from paca.messages.errors import PacaError
+
+OPTIONS = "options"
+"""The column with all answers that could be given; the completion is one of them."""
+
+
+@dataclass(frozen=True)
+class Question:
+    """A question and its options."""
+
+    text: str
+    labels: list[str]
+    options: list[str]
+    answer: int
+    """Which of them is right."""
+
+    def prompt(self) -> str:
+        """The question and, a line each, its options: `A. ...`."""
+        listed = (f"{label}. {option}" for label, option in zip(self.labels, self.options, strict=True))
+        return "\n".join([self.text.strip(), *listed])
+
+
+def mmlu_question(row: Row) -> Question:
+    """Read `question`, `choices` (a list) and `answer`: its position, counted from 0, or its letter.
+
+    Raises:
+        PacaError: A field is of another kind, or the answer is none of the choices.
+    """
+    options = row["choices"]
+    if not _is_texts(options):
+        raise PacaError(f"choices is {options!r}; expected a list of texts.")
+    labels = _letters(len(options))
+    answer = row["answer"]
+    position = labels.index(answer) if answer in labels else answer
+    if isinstance(position, bool) or not isinstance(position, int) or not 0 <= position < len(options):
+        raise PacaError(
+            f"answer is {answer!r}; expected the position of one of the {len(options)} choices, counted from 0, or its "
+            "letter."
+        )
+    return Question(_question(row), labels, options, position)
+
+
+def arc_question(row: Row) -> Question:
+    """Read `question`, `choices` (with the lists `text` and `label`) and `answerKey`, one of the labels.
+
+    Raises:
+        PacaError: A field is of another kind, or the answer is none of the labels.
+    """
+    choices = row["choices"]
+    given = choices if isinstance(choices, dict) else {}
+    texts, labels = given.get("text"), given.get("label")
+    if not _is_texts(texts) or not _is_texts(labels) or len(texts) != len(labels):
+        raise PacaError(f"choices is {choices!r}; expected an object with the lists text and label, equally long.")
+    if row["answerKey"] not in labels:
+        raise PacaError(f"answerKey is {row['answerKey']!r}; expected one of the labels {', '.join(labels)}.")
+    return Question(_question(row), labels, texts, labels.index(row["answerKey"]))
+
+
+def _question(row: Row) -> str:
+    if not isinstance(row["question"], str):
+        raise PacaError(f"question is {row['question']!r}; expected text.")
+    return row["question"]
+
+
+def _is_texts(value: object) -> TypeGuard[list[str]]:
+    return isinstance(value, list) and all(isinstance(text, str) for text in value)
+
+
+def _letters(count: int) -> list[str]:
+    if not 2 <= count <= len(string.ascii_uppercase):
+        raise PacaError(f"there are {count} choices; expected 2 to {len(string.ascii_uppercase)}.")
+    return list(string.ascii_uppercase[:count])

@@ -1,0 +1,105 @@
+"""Oasst1's message trees: of each tree, the conversation that follows the best-ranked reply at every step."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from paca.data.rows import Row
+from paca.messages.errors import PacaError
+
+SPEAKERS = {"prompter": "user", "assistant": "assistant"}
+
+FLAT_COLUMNS = ("message_id", "parent_id", "text", "role")
+"""Columns of the flat layout: one message a row, as on the hub (`OpenAssistant/oasst1`)."""
+
+OF_USE = ("rank", "deleted")
+"""Columns of the flat layout that are read where they are there."""
+
+TREE_COLUMNS = ("message_tree_id", "prompt")
+"""Columns of the nested layout: one tree a row, its messages in `prompt` and their `replies`."""
+
+
+def trees_of_messages(rows: Iterable[tuple[str, Row]]) -> Iterator[tuple[str, Row]]:
+    """Gather rows of single messages into one row for each tree that holds an answer.
+
+    Args:
+        rows: `(place, message)`; a parent may come after its replies.
+
+    Yields:
+        `(place, tree)`: the tree's first message and its place, with the columns of the nested layout added.
+
+    Raises:
+        PacaError: A message has no id, two have the same one, or a reply's parent is nowhere.
+    """
+    places: dict[str, str] = {}
+    messages: dict[str, dict[str, Any]] = {}
+    for place, row in rows:
+        name = row.get("message_id")
+        if not isinstance(name, str) or not name:
+            raise PacaError(f"{place}: message_id is {name!r}; expected the message's own id.")
+        if name in messages:
+            raise PacaError(f"{place}: the message_id {name!r} stands in {places[name]} as well; each message has one.")
+        places[name], messages[name] = place, {**row, "replies": []}
+    for name, message in messages.items():
+        parent = message.get("parent_id")
+        if parent and parent not in messages:
+            raise PacaError(f"{places[name]}: the parent_id {parent!r} is no message of this data. Give whole trees.")
+        if parent:
+            messages[parent]["replies"].append(message)
+    for name, message in messages.items():
+        if not message.get("parent_id") and _is_answered(places[name], message):
+            yield places[name], {**message, "message_tree_id": name, "prompt": message}
+
+
+def best_path(root: dict[str, Any]) -> list[dict[str, str]]:
+    """The best-ranked conversation of a tree, up to its last answer.
+
+    People ranked the replies to one message: rank 0 is the best. A reply without a rank comes after those with one, in
+    the order of the data. Deleted messages, and all below them, are left out.
+
+    Args:
+        root: The first message, with `text`, `role` and `replies`.
+
+    Returns:
+        Messages with `role` and `content`; empty when nobody answered.
+
+    Raises:
+        PacaError: A message is neither of the prompter nor of the assistant, or has no text.
+    """
+    path: list[dict[str, str]] = []
+    message: dict[str, Any] | None = None if root.get("deleted") else root
+    while message is not None:
+        role, text = message.get("role"), message.get("text")
+        if role not in SPEAKERS:
+            raise PacaError(f"a message is of the role {role!r}; known are: {', '.join(SPEAKERS)}.")
+        if not isinstance(text, str):
+            raise PacaError(f"the text of a message is {type(text).__name__}; expected text.")
+        path.append({"role": SPEAKERS[role], "content": text})
+        kept = [reply for reply in message.get("replies") or [] if not reply.get("deleted")]
+        message = min(kept, key=_rank, default=None)
+    while path and path[-1]["role"] != "assistant":
+        path.pop()
+    return path
+
+
+def _rank(reply: dict[str, Any]) -> float:
+    rank = reply.get("rank")
+    return float("inf") if rank is None else float(rank)
+
+
+def answered_trees(rows: Iterable[tuple[str, Row]]) -> Iterator[tuple[str, Row]]:
+    """The rows of the nested layout that hold an answer."""
+    for place, row in rows:
+        root = row.get("prompt")
+        if not isinstance(root, dict):
+            raise PacaError(f"{place}: prompt is {type(root).__name__}; expected the first message of a tree.")
+        if _is_answered(place, root):
+            yield place, row
+
+
+def _is_answered(place: str, root: dict[str, Any]) -> bool:
+    try:
+        return bool(best_path(root))
+    except PacaError as error:
+        raise PacaError(f"{place}: in this tree, {error}") from None

@@ -1,0 +1,136 @@
+"""Examples of training data as tokens: what a model is asked, and what it should answer."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import jinja2
+from transformers import PreTrainedTokenizerBase
+
+from paca.data.choices import OPTIONS
+from paca.data.examples import ORIGIN
+from paca.evaluation.log_likelihood import Continuation
+from paca.messages.errors import PacaError
+
+Example = dict[str, Any]
+
+
+def question_of(example: Example, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The tokens of the prompt: of a conversation, all before its last answer.
+
+    Raises:
+        PacaError: The example asks nothing, or the chat template refuses it.
+    """
+    if "messages" in example or isinstance(example.get("prompt"), list):
+        return _rendered(example, _question_messages(example), tokenizer, add_generation_prompt=True)
+    _require_a_question(example)
+    return list(tokenizer(example["prompt"])["input_ids"])
+
+
+def question_text(example: Example) -> str:
+    """The prompt as people read it: of a conversation, the last thing the user said before the answer.
+
+    Raises:
+        PacaError: The example asks nothing.
+    """
+    _require_a_question(example)
+    if isinstance(example.get("prompt"), str):
+        return str(example["prompt"])
+    asked = _question_messages(example)
+    return str(next((turn["content"] for turn in reversed(asked) if turn["role"] == "user"), asked[-1]["content"]))
+
+
+def answer_of(example: Example) -> str:
+    """The text of the reference answer: of a conversation, the last one."""
+    if "messages" in example:
+        return str(example["messages"][_last_answer(example["messages"])]["content"])
+    completion = example["completion"]
+    return str(completion if isinstance(completion, str) else completion[-1]["content"])
+
+
+def continuation_of(example: Example, tokenizer: PreTrainedTokenizerBase, answer: str | None = None) -> Continuation:
+    """Prompt and answer as the model was trained on them, with the token that ends an answer.
+
+    Args:
+        example: A row of `paca.data.Examples`.
+        tokenizer: The model's.
+        answer: A text in place of the reference answer.
+
+    Raises:
+        PacaError: The chat template refuses the example, or nothing of it is an answer.
+    """
+    if "messages" in example or isinstance(example.get("prompt"), list):
+        asked = _question_messages(example)
+        if answer is not None:
+            given: list[Any] = [{"role": "assistant", "content": answer}]
+        elif "messages" in example:
+            given = [example["messages"][_last_answer(example["messages"])]]
+        else:
+            given = example["completion"]
+        prompt = _rendered(example, asked, tokenizer, add_generation_prompt=True)
+        whole = _rendered(example, [*asked, *given], tokenizer)
+    elif "prompt" in example:
+        text = example["completion"] if answer is None else answer
+        prompt = list(tokenizer(example["prompt"])["input_ids"])
+        whole = list(tokenizer(example["prompt"] + text + (tokenizer.eos_token or ""))["input_ids"])
+    else:
+        whole = list(tokenizer(example["text"] + (tokenizer.eos_token or ""))["input_ids"])
+        prompt = whole[:1]
+    # Where the tokens of the two differ sooner (a token that holds the end of one and the start of the other), the
+    # answer begins there, as in TRL.
+    shared = next((i for i, (one, other) in enumerate(zip(prompt, whole, strict=False)) if one != other), len(prompt))
+    shared = min(shared, len(whole))
+    if not shared or shared == len(whole):
+        raise PacaError(f"{example[ORIGIN]}: the question or the answer is empty once it is tokenized. Leave it out.")
+    return Continuation(whole[:shared], whole[shared:])
+
+
+def options_of(example: Example) -> list[str]:
+    """All answers that could be given.
+
+    Raises:
+        PacaError: The example lists none.
+    """
+    if not example.get(OPTIONS):
+        raise PacaError(
+            f"{example[ORIGIN]}: there are no options to choose from. eval.metric: choice needs data that brings them "
+            "(question, choices and answer as in MMLU, or question, choices and answerKey as in ARC)."
+        )
+    return list(example[OPTIONS])
+
+
+def _require_a_question(example: Example) -> None:
+    if "prompt" not in example and "messages" not in example:
+        raise PacaError(
+            f"{example[ORIGIN]}: plain text has no question, so nothing can be asked. Use eval.metric: loss or "
+            "token_accuracy, or data with prompts."
+        )
+
+
+def _question_messages(example: Example) -> list[Any]:
+    if "messages" not in example:
+        return list(example["prompt"])
+    asked = example["messages"][: _last_answer(example["messages"])]
+    if not asked:
+        raise PacaError(f"{example[ORIGIN]}: the conversation begins with its only answer, so nothing is asked.")
+    return list(asked)
+
+
+def _last_answer(messages: list[Any]) -> int:
+    return max(index for index, message in enumerate(messages) if message["role"] == "assistant")
+
+
+def _rendered(
+    example: Example, messages: list[Any], tokenizer: PreTrainedTokenizerBase, add_generation_prompt: bool = False
+) -> list[int]:
+    tools = json.loads(example["tools"]) if example.get("tools") else None
+    try:
+        text = tokenizer.apply_chat_template(
+            messages, tools=tools, add_generation_prompt=add_generation_prompt, tokenize=False
+        )
+    except (jinja2.TemplateError, TypeError, ValueError, KeyError) as error:
+        raise PacaError(
+            f"{example[ORIGIN]}: the tokenizer's chat template cannot render these messages: {error}"
+        ) from error
+    return list(tokenizer(str(text), add_special_tokens=False)["input_ids"])

@@ -1,0 +1,182 @@
+"""lm-evaluation-harness on a loaded model: base and adapter after each other, on one copy of the weights.
+
+Every answer is kept as it comes, apart for each model. Who runs the same command again goes on where it stopped: what
+is finished is read back, not computed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import lm_eval
+from lm_eval import evaluator
+from lm_eval.models.huggingface import HFLM
+from lm_eval.tasks import TaskManager
+from lm_eval.utils import handle_non_serializable
+
+from paca.evaluation.identity import identity
+from paca.evaluation.sides import ADAPTER, BASE, MODEL, Watcher
+from paca.evaluation.task_files import load_tasks
+from paca.messages.errors import PacaError
+from paca.pretrained.generation import LoadedModel
+from paca.training.run_folder import write_whole
+
+
+@dataclass(frozen=True)
+class HarnessSettings:
+    """How tasks are evaluated."""
+
+    tasks: tuple[str, ...]
+    num_fewshot: int | None = None
+    """Examples before each question; None leaves it to the task."""
+    limit: int | None = None
+    """Only so many questions of each task, from the start."""
+    batch_size: int = 8
+    chat_template: bool = False
+    """Ask in the form of the tokenizer's chat template."""
+
+
+def evaluate_tasks(
+    loaded: LoadedModel, settings: HarnessSettings, output: Path, watcher: Watcher
+) -> dict[str, dict[str, Any]]:
+    """Evaluate, and write the harness's results: `results.json`, and for the base model `base/results.json`.
+
+    Args:
+        loaded: From `paca.pretrained.generation.load_for_generation`.
+        settings: What to evaluate.
+        output: A folder; answers of an earlier, interrupted evaluation in it are used.
+        watcher: Told how far it is.
+
+    Returns:
+        The harness's results for `base` and `adapter`, or for `model`, with the `samples` that the files leave out.
+
+    Raises:
+        PacaError: A task that does not exist or does not fit the model, or a folder with another model's results.
+    """
+    sides = [MODEL] if loaded.adapter is None else [BASE, ADAPTER]
+    if settings.chat_template and loaded.tokenizer.chat_template is None:
+        raise PacaError("--chat-template needs a tokenizer with a chat template, and this model's has none.")
+    _claim(output, identity(loaded, adapted=True))
+    manager, tasks = load_tasks(settings.tasks)
+    results = {}
+    for side in sides:
+        with loaded.model.disable_adapter() if side == BASE else contextlib.nullcontext():
+            results[side] = _evaluate(loaded, side, manager, tasks, settings, output, watcher)
+        _write(output / "results.json" if side != BASE else output / BASE / "results.json", results[side])
+    return results
+
+
+def _claim(output: Path, name: str) -> None:
+    """Mark a folder as that of one model."""
+    marker = output / "answers" / "model"
+    if marker.is_file() and marker.read_text(encoding="utf-8") != name:
+        raise PacaError(
+            f"{output} holds the evaluation of another model, or of this one before it changed. Give another --output, "
+            "or remove that folder."
+        )
+    if not marker.is_file() and (output / "results.json").exists():
+        raise PacaError(f"{output} holds results of something else (results.json). Give another --output.")
+    try:
+        marker.parent.mkdir(parents=True, exist_ok=True)
+        marker.write_text(name, encoding="utf-8")
+    except OSError as error:
+        raise PacaError(f"{output} cannot be written: {error}. Give another --output.") from error
+
+
+def _evaluate(
+    loaded: LoadedModel,
+    side: str,
+    manager: TaskManager,
+    tasks: list[Any],
+    settings: HarnessSettings,
+    output: Path,
+    watcher: Watcher,
+) -> dict[str, Any]:
+    model = _WatchedModel(loaded, side, settings.batch_size, watcher)
+    kept = output / "answers" / f"{side}-{identity(loaded, adapted=side != BASE)}"
+    try:
+        with _no_word_of_git():
+            results = lm_eval.simple_evaluate(
+                model=model,
+                tasks=tasks,
+                task_manager=manager,  # else it reads all its files again
+                num_fewshot=settings.num_fewshot,
+                limit=settings.limit,
+                batch_size=settings.batch_size,
+                use_cache=str(kept),
+                apply_chat_template=settings.chat_template,
+                fewshot_as_multiturn=settings.chat_template,
+            )
+    except (ValueError, AssertionError) as error:
+        raise PacaError(f"lm-evaluation-harness cannot evaluate these tasks: {error}") from error
+    finally:
+        model.close()
+    assert results is not None  # None comes from other processes than the first
+    name = loaded.base if side == BASE else str(loaded.adapter or loaded.base)
+    results["config"]["model"] = "hf"
+    results["config"]["model_args"] = {"pretrained": loaded.base} | ({} if name == loaded.base else {"peft": name})
+    results["model_source"], results["model_name"] = "hf", name
+    return dict(results)
+
+
+def _write(path: Path, results: dict[str, Any]) -> None:
+    content = {key: value for key, value in results.items() if key != "samples"}
+    write_whole(path, json.dumps(content, indent=2, default=handle_non_serializable, ensure_ascii=False) + "\n")
+
+
+class _WatchedModel(HFLM):
+    """The harness's own model, which tells of every answer."""
+
+    def __init__(self, loaded: LoadedModel, who: str, batch_size: int, watcher: Watcher) -> None:
+        super().__init__(pretrained=loaded.model, tokenizer=loaded.tokenizer, batch_size=batch_size)
+        self._who = who
+        self._watcher = watcher
+
+    def set_cache_hook(self, cache_hook: Any) -> None:
+        self.cache_hook = _CountingHook(cache_hook, self._watcher)
+
+    def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+        self._watcher.begin(self._who, "answers compared", len(requests))
+        return list(super().loglikelihood(requests, disable_tqdm=True))
+
+    def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
+        self._watcher.begin(self._who, "texts read", len(requests))
+        return list(super().loglikelihood_rolling(requests, disable_tqdm=True))
+
+    def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
+        self._watcher.begin(self._who, "answers written", len(requests))
+        return list(super().generate_until(requests, disable_tqdm=True))
+
+    def close(self) -> None:
+        """Have the kept answers on disk: another thread writes them."""
+        if isinstance(self.cache_hook, _CountingHook):
+            self.cache_hook.dbdict.close()
+
+
+class _CountingHook:
+    """Keeps an answer, as the harness's hook does, and counts it."""
+
+    def __init__(self, hook: Any, watcher: Watcher) -> None:
+        self._hook = hook
+        self._watcher = watcher
+        self.dbdict = hook.dbdict
+
+    def add_partial(self, attribute: str, request: Any, answer: Any) -> None:
+        self._hook.add_partial(attribute, request, answer)
+        self._watcher.advance()
+
+
+@contextlib.contextmanager
+def _no_word_of_git() -> Iterator[None]:
+    """Outside of a repository, the harness lets git complain on standard error; its results then say null as well."""
+    before = evaluator.get_git_commit_hash
+    evaluator.get_git_commit_hash = lambda: None
+    try:
+        yield
+    finally:
+        evaluator.get_git_commit_hash = before

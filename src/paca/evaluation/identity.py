@@ -1,0 +1,40 @@
+"""Which model an answer came from, so that answers kept from an earlier evaluation are never another model's."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+from paca.pretrained.generation import LoadedModel
+from paca.tuner.adapter_folder import ADAPTER_CONFIG, weight_file
+
+_OF_WEIGHTS = ("*.safetensors", "*.bin", "*.gguf")
+
+
+def identity(loaded: LoadedModel, *, adapted: bool) -> str:
+    """A hash of all that decides the answers: base model, tokenizer, and the adapter's content where it is active.
+
+    Weights of the base model count by the names, sizes and times of their files, or by the hub's commit.
+    """
+    found = hashlib.sha256()
+
+    def add(*parts: Any) -> None:
+        found.update("\0".join([*map(str, parts), "\n"]).encode())
+
+    config = loaded.model.config
+    add(loaded.base, getattr(config, "_commit_hash", None), config.to_json_string(use_diff=False), loaded.model.dtype)
+    for file in _weight_files(Path(loaded.base)):
+        add(file.name, file.stat().st_size, file.stat().st_mtime_ns)
+    backend = getattr(loaded.tokenizer, "backend_tokenizer", None)
+    add(backend.to_str() if backend is not None else loaded.tokenizer.get_vocab(), loaded.tokenizer.chat_template)
+    if adapted and loaded.adapter is not None:
+        for file in (loaded.adapter / ADAPTER_CONFIG, weight_file(loaded.adapter)):
+            found.update(file.read_bytes())
+    return found.hexdigest()[:16]
+
+
+def _weight_files(base: Path) -> list[Path]:
+    if base.is_file():
+        return [base]
+    return sorted(file for pattern in _OF_WEIGHTS for file in base.glob(pattern)) if base.is_dir() else []

@@ -1,0 +1,171 @@
+"""A language model as a judge, behind any server that speaks OpenAI's protocol for chats: asked patiently."""
+
+from __future__ import annotations
+
+import email.utils
+import http.client
+import json
+import time
+import urllib.error
+import urllib.request
+from dataclasses import dataclass
+from threading import Event
+from typing import Any
+
+from paca.messages.errors import PacaError
+
+_RETRIED = (408, 409, 425, 429, 500, 502, 503, 504, 529)
+"""Statuses that may be different the next time."""
+
+LONGEST_WAIT = 120.0
+"""Seconds; a server that asks for more is taken at its word only up to here."""
+
+
+@dataclass(frozen=True)
+class Usage:
+    """What answers took."""
+
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    requests: int = 0
+    """Sent, those that had to be repeated included."""
+
+    def __add__(self, other: Usage) -> Usage:
+        return Usage(
+            self.prompt_tokens + other.prompt_tokens,
+            self.completion_tokens + other.completion_tokens,
+            self.requests + other.requests,
+        )
+
+
+@dataclass(frozen=True)
+class JudgeSettings:
+    """Which judge, and how patiently it is asked."""
+
+    url: str
+    """Where the API begins, such as `http://localhost:8000/v1`."""
+    model: str
+    key: str | None = None
+    """Sent as a bearer token."""
+    timeout: float = 120.0
+    """Seconds to wait for an answer."""
+    tries: int = 6
+    """How often one question is asked at most."""
+    first_wait: float = 1.0
+    """Seconds before the second try; doubled each time, unless the server says how long (`Retry-After`)."""
+
+    def __post_init__(self) -> None:
+        """Raises:
+        PacaError: The URL is none, or no model is named.
+        """
+        if not self.url.startswith(("http://", "https://")):
+            raise PacaError(
+                f"--judge-url is {self.url!r}; expected where an API begins, such as http://localhost:8000/v1."
+            )
+        if not self.model.strip():
+            raise PacaError("--judge-model is empty; name the judge as its server does.")
+
+
+class Judge:
+    """Asks a judge; from several threads at once, if wanted."""
+
+    def __init__(self, settings: JudgeSettings) -> None:
+        self.settings = settings
+        self._stopped = Event()
+
+    def stop(self) -> None:
+        """Have those that wait for another try give up."""
+        self._stopped.set()
+
+    @property
+    def stopped(self) -> bool:
+        """Whether nobody waits for it any more."""
+        return self._stopped.is_set()
+
+    def ask(self, messages: list[dict[str, str]]) -> tuple[str, Usage]:
+        """The judge's answer, and what it took.
+
+        Args:
+            messages: The conversation, as the protocol has it.
+
+        Raises:
+            PacaError: The server refuses, cannot be reached, or did not answer properly in all tries.
+        """
+        body = {"model": self.settings.model, "messages": messages, "temperature": 0, "max_tokens": 1024}
+        failure, asked_for = "", None
+        for attempt in range(self.settings.tries):
+            if attempt and self._stopped.wait(
+                self.settings.first_wait * 2 ** (attempt - 1) if asked_for is None else min(asked_for, LONGEST_WAIT)
+            ):
+                raise PacaError("Judging was stopped.")
+            asked_for = None
+            try:
+                answer = self._send(body)
+                return _content(answer), _usage(answer, attempt + 1)
+            except urllib.error.HTTPError as error:
+                failure = f"HTTP {error.code} {error.reason}: {_beginning(error.read())}"
+                if error.code not in _RETRIED:
+                    raise PacaError(f"The judge at {self.settings.url} refuses: {failure}") from error
+                asked_for = _retry_after(error.headers.get("Retry-After"))
+            # OSError: nobody there, no answer in time, a connection that breaks.
+            except (OSError, http.client.HTTPException, _MalformedError) as error:
+                failure = str(error) or type(error).__name__
+        raise PacaError(
+            f"The judge at {self.settings.url} did not answer in {self.settings.tries} tries; the last time: {failure}."
+            " Verdicts so far are kept; the same command goes on."
+        )
+
+    def _send(self, body: dict[str, Any]) -> Any:
+        headers = {"Content-Type": "application/json"}
+        if self.settings.key:
+            headers["Authorization"] = f"Bearer {self.settings.key}"
+        url = self.settings.url.rstrip("/") + "/chat/completions"
+        request = urllib.request.Request(url, json.dumps(body).encode(), headers)
+        with urllib.request.urlopen(request, timeout=self.settings.timeout) as response:
+            content = response.read()
+        try:
+            return json.loads(content)
+        except ValueError as error:
+            raise _MalformedError(f"not JSON: {_beginning(content)}") from error
+
+
+def _content(answer: Any) -> str:
+    try:
+        text = answer["choices"][0]["message"]["content"]
+    except (KeyError, IndexError, TypeError) as error:
+        found = _beginning(json.dumps(answer).encode())
+        raise _MalformedError(f"no choices[0].message.content in {found}") from error
+    if not isinstance(text, str):
+        raise _MalformedError(f"content is {text!r}; expected text")
+    return text
+
+
+def _usage(answer: Any, requests: int) -> Usage:
+    used = answer.get("usage")
+    counts = [used.get(key) if isinstance(used, dict) else None for key in ("prompt_tokens", "completion_tokens")]
+    # Not every server counts.
+    prompt, completion = (count if isinstance(count, int) else 0 for count in counts)
+    return Usage(prompt, completion, requests)
+
+
+class _MalformedError(Exception):
+    """An answer that is none of the protocol's."""
+
+
+def _retry_after(value: str | None) -> float | None:
+    """Seconds that `Retry-After` asks for: a number, or a date (RFC 9110, section 10.2.3)."""
+    if value is None:
+        return None
+    try:
+        return max(0.0, float(value))
+    except ValueError:
+        pass
+    try:
+        return max(0.0, email.utils.parsedate_to_datetime(value).timestamp() - time.time())
+    except ValueError:
+        return None
+
+
+def _beginning(content: bytes) -> str:
+    text = " ".join(content.decode(errors="replace").split())
+    return text if len(text) <= 200 else text[:200] + "…"

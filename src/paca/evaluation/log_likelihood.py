@@ -1,0 +1,114 @@
+"""How likely a model finds given answers: batches of prompts and answers, padded on the right."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from paca.messages.errors import PacaError
+
+IGNORED = -100
+
+
+@dataclass(frozen=True)
+class Continuation:
+    """A prompt and what is to follow it, as tokens."""
+
+    prompt: list[int]
+    """At least one token: the first token of an answer is predicted from what is before it."""
+    answer: list[int]
+    """At least one token."""
+
+
+@dataclass(frozen=True)
+class Likelihood:
+    """What a model says of one answer."""
+
+    log_probability: float
+    """Of the whole answer given the prompt, in nats."""
+    tokens: int
+    """Tokens of the answer."""
+    correct: int
+    """How many of them were the model's first guess."""
+
+    @property
+    def per_token(self) -> float:
+        """The log-probability divided by the number of tokens."""
+        return self.log_probability / self.tokens
+
+
+def likelihoods(model: Any, continuations: Sequence[Continuation], *, batch_size: int = 8) -> list[Likelihood]:
+    """Score answers. The longest come first, so that memory that does not suffice shows at once.
+
+    Args:
+        model: A causal language model in evaluation mode, with or without an adapter.
+        continuations: What to score. A prompt that is too long for the model loses its beginning.
+        batch_size: How many at a time.
+
+    Returns:
+        One for each, in the order given. Sums are taken in float32.
+
+    Raises:
+        PacaError: An answer alone is longer than the model's context.
+    """
+    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    fitted = [_fitted(continuation, context) for continuation in continuations]
+    order = sorted(range(len(fitted)), key=lambda index: -len(fitted[index].prompt) - len(fitted[index].answer))
+    found: dict[int, Likelihood] = {}
+    for start in range(0, len(order), batch_size):
+        chosen = order[start : start + batch_size]
+        found.update(zip(chosen, _score(model, [fitted[index] for index in chosen]), strict=True))
+    return [found[index] for index in range(len(fitted))]
+
+
+def _fitted(continuation: Continuation, context: int | None) -> Continuation:
+    assert continuation.prompt
+    assert continuation.answer
+    # The last token is predicted and never read, so one more than the context fits.
+    if context is None or len(continuation.prompt) + len(continuation.answer) <= context + 1:
+        return continuation
+    room = context + 1 - len(continuation.answer)
+    if room < 1:
+        raise PacaError(
+            f"An answer is {len(continuation.answer):,} tokens long; the model's context is {context:,}. Shorten it, "
+            "or leave the example out."
+        )
+    return Continuation(continuation.prompt[-room:], continuation.answer)
+
+
+@torch.no_grad()
+def _score(model: Any, batch: list[Continuation]) -> list[Likelihood]:
+    lengths = [len(entry.prompt) + len(entry.answer) - 1 for entry in batch]
+    width = max(lengths)
+    tokens = torch.zeros(len(batch), width, dtype=torch.long)
+    targets = torch.full_like(tokens, IGNORED)
+    for row, (entry, length) in enumerate(zip(batch, lengths, strict=True)):
+        tokens[row, :length] = torch.tensor((entry.prompt + entry.answer)[:-1])
+        targets[row, len(entry.prompt) - 1 : length] = torch.tensor(entry.answer)
+    mask = (torch.arange(width) < torch.tensor(lengths)[:, None]).long()
+    # Only the positions from the first answer on: at 128k words, logits of all would be the largest tensor by far.
+    kept = width - min(len(entry.prompt) - 1 for entry in batch)
+    only = {"logits_to_keep": kept} if _takes_logits_to_keep(model) else {}
+    logits = model(
+        input_ids=tokens.to(model.device), attention_mask=mask.to(model.device), use_cache=False, **only
+    ).logits[:, -kept:]
+    targets = targets[:, -kept:].to(logits.device)
+    counted = targets != IGNORED
+    # One row at a time: a float32 copy of all logits would take twice the memory of 16-bit ones again.
+    return [_likelihood(logits[row][counted[row]], targets[row][counted[row]]) for row in range(len(batch))]
+
+
+def _likelihood(logits: torch.Tensor, answer: torch.Tensor) -> Likelihood:
+    """Of `logits` `(tokens, words)` and `answer` `(tokens,)`."""
+    log_probabilities = torch.log_softmax(logits.float(), dim=-1).gather(1, answer[:, None])
+    correct = (logits.argmax(dim=-1) == answer).sum()
+    return Likelihood(float(log_probabilities.sum()), len(answer), int(correct))
+
+
+def _takes_logits_to_keep(model: Any) -> bool:
+    plain = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return "logits_to_keep" in inspect.signature(plain.forward).parameters

@@ -1,0 +1,124 @@
+"""MT-Bench (Zheng et al., "Judging LLM-as-a-Judge with MT-Bench and Chatbot Arena", NeurIPS 2023): two-turn questions,
+answered by a model and rated from 1 to 10 by a judge, each turn by itself.
+
+The files are laid out as FastChat's: questions, answers and judgments, one JSON object a line. The judge's prompts are
+paca's own, so ratings compare with each other, not with published ones.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from paca.evaluation.completions import completions
+from paca.evaluation.encoding import question_of
+from paca.evaluation.identity import identity
+from paca.evaluation.judge import Judge, Usage
+from paca.evaluation.kept_lines import append, lines_of
+from paca.evaluation.mt_bench_questions import Question
+from paca.evaluation.mt_bench_ratings import ratings_of, scores_of
+from paca.evaluation.sides import ADAPTER, BASE, MODEL, Watcher
+from paca.messages.errors import PacaError
+from paca.pretrained.generation import LoadedModel
+
+
+def run_mt_bench(
+    loaded: LoadedModel,
+    questions: list[Question],
+    judge: Judge,
+    output: Path,
+    watcher: Watcher,
+    *,
+    max_new_tokens: int = 1024,
+    batch_size: int = 8,
+) -> dict[str, Any]:
+    """Answer and judge, and write `answers-*.jsonl`, `judgments-*.jsonl` and `results.json`.
+
+    Answers take the likeliest token each time, so that they can be repeated.
+
+    Args:
+        loaded: The model.
+        questions: From `read_questions`.
+        judge: Whom to ask.
+        output: A folder; answers and verdicts of an earlier run in it are used.
+        watcher: Told how far it is.
+        max_new_tokens: Length at which an answer is cut.
+        batch_size: Answers at a time.
+
+    Returns:
+        The content of `results.json`: `models`, each with its scores, and what the judge took.
+
+    Raises:
+        PacaError: The model cannot chat, or the judge does not answer.
+    """
+    if loaded.tokenizer.chat_template is None:
+        raise PacaError("MT-Bench is a conversation, and this model's tokenizer has no chat template.")
+    output.mkdir(parents=True, exist_ok=True)
+    sides = [MODEL] if loaded.adapter is None else [BASE, ADAPTER]
+    answers = {}
+    for side in sides:
+        with loaded.model.disable_adapter() if side == BASE else contextlib.nullcontext():
+            answers[side] = _answers(loaded, side, questions, output, watcher, max_new_tokens, batch_size)
+    models, used = {}, Usage()
+    for side in sides:
+        ratings = ratings_of(judge, side, questions, answers[side], output, watcher)
+        models[side] = scores_of(ratings)
+        used = sum((rating.usage for rating in ratings), used)
+    results = {
+        "models": models,
+        "questions": len(questions),
+        "judge": {"model": judge.settings.model, "url": judge.settings.url, **asdict(used)},
+    }
+    (output / "results.json").write_text(json.dumps(results, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    return results
+
+
+def _answers(
+    loaded: LoadedModel,
+    side: str,
+    questions: list[Question],
+    output: Path,
+    watcher: Watcher,
+    max_new_tokens: int,
+    batch_size: int,
+) -> list[list[str]]:
+    """What the model says to each question, turn by turn; kept in a file as whole batches are done."""
+    name = f"{identity(loaded, adapted=side != BASE)}-{max_new_tokens}"
+    file = output / f"answers-{side}-{name}.jsonl"
+    kept = {row["question_key"]: row["choices"][0]["turns"] for row in lines_of(file)}
+    missing = [question for question in questions if question.key not in kept]
+    if missing:
+        watcher.begin(side, "answers written", sum(len(question.turns) for question in missing))
+    for start in range(0, len(missing), batch_size):
+        batch = missing[start : start + batch_size]
+        said: list[list[str]] = [[] for _ in batch]
+        for turn in range(max(len(question.turns) for question in batch)):
+            going_on = [index for index, question in enumerate(batch) if turn < len(question.turns)]
+            prompts = []
+            for index in going_on:
+                conversation = _conversation(batch[index].turns[: turn + 1], said[index])
+                prompts.append(question_of({"prompt": conversation, "origin": batch[index].id}, loaded.tokenizer))
+            texts = completions(
+                loaded.model, loaded.tokenizer, prompts, max_new_tokens=max_new_tokens, batch_size=batch_size
+            )
+            for index, text in zip(going_on, texts, strict=True):
+                said[index].append(text)
+                watcher.advance()
+        for question, turns in zip(batch, said, strict=True):
+            kept[question.key] = turns
+            row = {"question_id": question.id, "question_key": question.key, "model_id": side}
+            append(file, {**row, "choices": [{"index": 0, "turns": turns}], "tstamp": time.time()})
+    return [kept[question.key] for question in questions]
+
+
+def _conversation(turns: list[str], answers: list[str]) -> list[dict[str, str]]:
+    messages = []
+    for index, turn in enumerate(turns):
+        messages.append({"role": "user", "content": turn})
+        if index < len(answers):
+            messages.append({"role": "assistant", "content": answers[index]})
+    return messages

@@ -1,0 +1,204 @@
+"""What a judge says of answers to MT-Bench: a grade from 1 to 10 for each turn, asked over HTTP and kept."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import queue
+import re
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from paca.evaluation.judge import Judge, Usage
+from paca.evaluation.kept_lines import append, key_of, lines_of
+from paca.evaluation.mt_bench_questions import Question
+from paca.evaluation.sides import Watcher
+from paca.evaluation.statistics import mean_with_error
+
+_RATING = re.compile(r"\[\[(\d+(?:\.\d+)?)\]\]")
+
+_SYSTEM = """\
+You grade the answers of an AI assistant. Weigh whether an answer is correct, whether it does what the user asked, how \
+useful and how clear it is. Length alone is no merit. First name the answer's strengths and weaknesses in a few \
+sentences. Then end with your grade on a line of its own: a number from 1 (useless) to 10 (excellent) in double square \
+brackets, for example: Grade: [[6]]"""
+
+_REMINDER = "Your reply held no grade. Reply with the grade alone: a number from 1 to 10 in double square brackets."
+
+_VERDICTS_ASKED = 3
+"""How often a judge that names no grade is asked for one."""
+
+_IN_PARALLEL = 4
+"""Questions at a judge at a time."""
+
+
+@dataclass(frozen=True)
+class Rating:
+    """The grade of one turn's answer; None where the judge would not name one."""
+
+    question: int | str
+    category: str
+    turn: int
+    """1 or 2."""
+    score: float | None
+    usage: Usage = field(default_factory=Usage)
+    """What the verdict took, whenever it was given."""
+
+
+def scores_of(ratings: list[Rating]) -> dict[str, Any]:
+    """Means with standard errors, over questions: in all, by turn and by category; and how many have no grade."""
+    graded = [rating for rating in ratings if rating.score is not None]
+
+    def mean(chosen: list[Rating]) -> dict[str, float | None]:
+        by_question: dict[int | str, list[float]] = {}
+        for rating in chosen:
+            assert rating.score is not None
+            by_question.setdefault(rating.question, []).append(rating.score)
+        if not by_question:
+            return {"score": None, "stderr": None}
+        # The turns of a question are no independent draws: a question counts once.
+        value, error = mean_with_error([sum(scores) / len(scores) for scores in by_question.values()])
+        return {"score": value, "stderr": error}
+
+    categories = dict.fromkeys(rating.category for rating in ratings)
+    turns = sorted({rating.turn for rating in ratings})
+    return {
+        "all": mean(graded),
+        "turns": {str(turn): mean([rating for rating in graded if rating.turn == turn]) for turn in turns},
+        "categories": {name: mean([rating for rating in graded if rating.category == name]) for name in categories},
+        "without_grade": len(ratings) - len(graded),
+    }
+
+
+def grade_in(verdict: str) -> float | None:
+    """The last grade from 1 to 10 that a verdict names."""
+    found = [float(match) for match in _RATING.findall(verdict)]
+    return next((grade for grade in reversed(found) if 1 <= grade <= 10), None)
+
+
+def ratings_of(
+    judge: Judge, side: str, questions: list[Question], answers: list[list[str]], output: Path, watcher: Watcher
+) -> list[Rating]:
+    """Have every turn's answer graded, and keep each verdict in `judgments-*.jsonl` as it comes.
+
+    Args:
+        judge: Whom to ask.
+        side: Whose answers they are.
+        questions: What was asked.
+        answers: For each question, what was said turn by turn.
+        output: The folder of verdicts; those of the same judge on the same answers are not asked for again.
+        watcher: Told how far it is.
+
+    Raises:
+        PacaError: The judge refuses or does not answer. Verdicts until then are kept.
+    """
+    file = output / f"judgments-{side}.jsonl"
+    kept = {row["prompt_key"]: row for row in lines_of(file)}
+    wanted = [
+        (question, turn, _prompt(question, answers[index], turn))
+        for index, question in enumerate(questions)
+        for turn in range(1, len(question.turns) + 1)
+    ]
+    keys = [key_of(judge.settings.model, judge.settings.url, json.dumps(prompt)) for _, _, prompt in wanted]
+    missing = [index for index, key in enumerate(keys) if key not in kept]
+    if missing:
+        watcher.begin(side, f"answers judged by {judge.settings.model}", len(missing))
+    for index, (verdict, score, usage) in _in_parallel(judge, {index: wanted[index][2] for index in missing}):
+        (question, turn, prompt), key = wanted[index], keys[index]
+        kept[key] = {
+            "question_id": question.id,
+            "model": side,
+            "judge": [judge.settings.model, "paca-single-v1"],
+            "user_prompt": prompt[-1]["content"],
+            "judgment": verdict,
+            "score": -1 if score is None else score,  # as FastChat writes what could not be read
+            "turn": turn,
+            "tstamp": time.time(),
+            "prompt_key": key,
+            "usage": asdict(usage),
+        }
+        append(file, kept[key])
+        watcher.advance()
+    ratings = []
+    for (question, turn, _), key in zip(wanted, keys, strict=True):
+        score = None if kept[key]["score"] == -1 else kept[key]["score"]
+        ratings.append(Rating(question.id, question.category, turn, score, Usage(**kept[key]["usage"])))
+    return ratings
+
+
+Prompt = list[dict[str, str]]
+Verdict = tuple[str, float | None, Usage]
+
+
+def _in_parallel(judge: Judge, prompts: dict[int, Prompt]) -> Iterator[tuple[int, Verdict]]:
+    """Ask a few at a time, and give each verdict as it comes.
+
+    The threads end with the program: after Ctrl-C nobody waits for a judge that is still thinking.
+    """
+    waiting: queue.SimpleQueue[tuple[int, Prompt]] = queue.SimpleQueue()
+    given: queue.SimpleQueue[tuple[int, Verdict | BaseException]] = queue.SimpleQueue()
+    for entry in prompts.items():
+        waiting.put(entry)
+
+    def work() -> None:
+        with contextlib.suppress(queue.Empty):
+            while not judge.stopped:
+                index, prompt = waiting.get_nowait()
+                try:
+                    given.put((index, _verdict(judge, prompt)))
+                except BaseException as error:
+                    given.put((index, error))
+                    return
+
+    for _ in range(min(_IN_PARALLEL, len(prompts))):
+        threading.Thread(target=work, name="paca-judge", daemon=True).start()
+    try:
+        for _ in prompts:
+            index, verdict = given.get()
+            if isinstance(verdict, BaseException):
+                judge.stop()
+                yield from _given_already(given)
+                raise verdict
+            yield index, verdict
+    except BaseException:
+        judge.stop()
+        raise
+
+
+def _given_already(given: queue.SimpleQueue[tuple[int, Verdict | BaseException]]) -> Iterator[tuple[int, Verdict]]:
+    with contextlib.suppress(queue.Empty):
+        while True:
+            index, verdict = given.get_nowait()
+            if not isinstance(verdict, BaseException):
+                yield index, verdict
+
+
+def _verdict(judge: Judge, prompt: Prompt) -> Verdict:
+    messages, used, verdict = list(prompt), Usage(), ""
+    for _ in range(_VERDICTS_ASKED):
+        verdict, usage = judge.ask(messages)
+        used += usage
+        grade = grade_in(verdict)
+        if grade is not None:
+            return verdict, grade, used
+        messages = [*prompt, {"role": "assistant", "content": verdict}, {"role": "user", "content": _REMINDER}]
+    return verdict, None, used
+
+
+def _prompt(question: Question, answers: list[str], turn: int) -> list[dict[str, str]]:
+    parts = []
+    for number in range(1, turn + 1):
+        parts.append(f"<user turn={number}>\n{question.turns[number - 1]}\n</user>")
+        if number <= len(question.references):
+            parts.append(f"<reference turn={number}>\n{question.references[number - 1]}\n</reference>")
+        parts.append(f"<assistant turn={number}>\n{answers[number - 1]}\n</assistant>")
+    task = f"Grade the assistant's answer in turn {turn}."
+    if turn > 1:
+        task += " The turns before it are its context."
+    if question.references[:turn]:
+        task += " A reference is right; the assistant did not see it."
+    return [{"role": "system", "content": _SYSTEM}, {"role": "user", "content": "\n\n".join([*parts, task])}]

@@ -1,0 +1,18 @@
+"""What is evaluated beside each other, and who is told how far it is."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+BASE, ADAPTER, MODEL = "base", "adapter", "model"
+"""The names of what is evaluated: with an adapter the first two, else the third."""
+
+
+class Watcher(Protocol):
+    """Shows how far an evaluation is."""
+
+    def begin(self, who: str, what: str, total: int) -> None:
+        """So many answers of one kind are to be computed; those that were kept are not counted."""
+
+    def advance(self) -> None:
+        """One more is there."""

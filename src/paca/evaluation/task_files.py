@@ -1,0 +1,94 @@
+"""Tasks of lm-evaluation-harness, by name or as YAML files; those may point at data that lies beside them."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from lm_eval.tasks import TaskManager
+
+from paca.messages.errors import PacaError
+from paca.messages.nearest import did_you_mean
+
+_SUFFIXES = (".yaml", ".yml")
+_GROUP = re.compile(r"^group:", re.MULTILINE)
+
+
+def load_tasks(names: Sequence[str]) -> tuple[TaskManager, list[Any]]:
+    """Load tasks with their data.
+
+    Args:
+        names: Each a task, group or tag of the harness, or a YAML file of a task or of a group. Paths inside of a file
+            are relative to its folder; a group finds the tasks of its folder and those of the harness.
+
+    Returns:
+        The harness's list of all tasks, and of these the tasks and groups that were named.
+
+    Raises:
+        PacaError: There is no such task or file, or its data cannot be loaded.
+    """
+    files = {name: Path(name).expanduser() for name in names if name.lower().endswith(_SUFFIXES)}
+    for name, file in files.items():
+        if not file.is_file():
+            raise PacaError(f"There is no task file {name!r} (working folder: {Path.cwd()}). Check the path.")
+    folders = [file.resolve().parent for file in files.values() if _GROUP.search(file.read_text(encoding="utf-8"))]
+    manager = TaskManager(include_path=list(folders), include_defaults=False)
+    # The harness's own 15,000 files take seconds to read: only where something is among them.
+    if len(files) < len(names) or not _has_all_members(manager):
+        manager = TaskManager(include_path=list(folders))
+    loaded: list[Any] = []
+    for name in names:
+        if name not in files and name not in manager.all_tasks:
+            hint = did_you_mean(name, manager.all_tasks, "{}", count=3)
+            raise PacaError(
+                f"lm-evaluation-harness has no task {name!r}.{hint} `lm-eval ls tasks` lists them; a task of your own "
+                "is given as a .yaml file."
+            )
+        loaded += _load(manager, name, files.get(name))
+    return manager, loaded
+
+
+def _load(manager: TaskManager, name: str, file: Path | None) -> list[Any]:
+    try:
+        with _inside(file.resolve().parent if file else Path.cwd()):
+            found = manager.load([_group_in(manager, file.resolve()) if file else name])
+    except Exception as error:  # of the harness, of datasets, of the code that a task file brings
+        raise PacaError(
+            f"The task {name} cannot be loaded: {str(error).strip() or type(error).__name__}\n"
+            "Its data comes from the hub unless a task file points at local files (dataset_path: json, with "
+            "dataset_kwargs: data_files)."
+        ) from error
+    members = {member for group in found.get("groups", {}).values() for member in group.child_names}
+    top: list[Any] = [group for key, group in found.get("groups", {}).items() if key not in members]
+    inside = {task.task_name for group in top for task in group.get_all_tasks()}
+    return top + [task for key, task in found["tasks"].items() if key not in inside]
+
+
+def _has_all_members(manager: TaskManager) -> bool:
+    for entry in manager.task_index.values():
+        members = (entry.cfg or {}).get("task") if (entry.cfg or {}).get("group") else None
+        for member in members if isinstance(members, list) else []:
+            name = member if isinstance(member, str) else member.get("task") or member.get("group")
+            if name not in manager.task_index:
+                return False
+    return True
+
+
+def _group_in(manager: TaskManager, file: Path) -> str:
+    """The name of a file's group, for lm-eval 0.4.13 loads groups by name only; else the path."""
+    entries = manager.task_index.items()
+    return next((name for name, entry in entries if entry.yaml_path and entry.yaml_path.resolve() == file), str(file))
+
+
+@contextmanager
+def _inside(folder: Path) -> Iterator[None]:
+    before = Path.cwd()
+    os.chdir(folder)
+    try:
+        yield
+    finally:
+        os.chdir(before)

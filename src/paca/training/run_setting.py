@@ -1,0 +1,59 @@
+"""What a run's config means for its memory."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from paca.messages.errors import PacaError
+from paca.planning import Setting
+from paca.planning.optimizer_state import KNOWN_OPTIMIZERS
+from paca.training.run_config import RunConfig
+
+
+def setting_of_run(config: RunConfig, device: str, longest: int | None = None) -> Setting:
+    """The setting under which `paca train` would train `config`.
+
+    Args:
+        config: With our defaults in place (as `paca.training.plan` resolves it).
+        device: `"cpu"` or `"cuda"`.
+        longest: Tokens of the longest example, where it is known.
+
+    Raises:
+        PacaError: Neither the config nor `longest` limits the sequences.
+    """
+    train = config.train
+    limits = [limit for limit in (train["max_length"], longest) if limit is not None]
+    if not limits:
+        raise PacaError("train.max_length is null, so sequences have no limit to plan for; set it, or give --seq.")
+    batch_size, optimizer = train["per_device_train_batch_size"], str(train["optim"])
+    return Setting(
+        sequence_length=min(limits),
+        batch_size=batch_size,
+        gradient_accumulation=train["gradient_accumulation_steps"],
+        lean=config.model.lean,
+        recompute=config.model.recompute,
+        checkpointing=bool(train.get("gradient_checkpointing") or train.get("activation_checkpointing")),
+        chunked_loss=not holds_all_logits(train),
+        quantization=config.model.quantization,
+        padded=bool(train.get("packing") or train.get("padding_free") or batch_size > 1),
+        autocast=torch.bfloat16 if train.get("bf16") else torch.float16 if train.get("fp16") else None,
+        # An optimizer that is not known is taken for one that keeps two moments: few keep more.
+        optimizer=optimizer if optimizer in KNOWN_OPTIMIZERS else "adamw_torch_fused",
+        device=device,  # type: ignore[arg-type]
+    )
+
+
+def holds_all_logits(train: Mapping[str, Any]) -> bool:
+    """Whether the logits of a whole batch are ever there: tokens x vocabulary, often the largest tensor of a step.
+
+    TRL's trainer (>= 1.16) computes the loss from all of them for label smoothing alone. Otherwise its output head and
+    its loss are one function that goes through the positions with a label in tiles of at most 4096 tokens by 32768 of
+    the vocabulary, for `loss_type: nll` and `dft`, on every device, and with Liger's kernels as well.
+
+    Args:
+        train: The section of a run's config.
+    """
+    return bool(train.get("label_smoothing_factor"))

@@ -1,0 +1,76 @@
+"""The held-out data as a task: scores of the model without and with its adapter, and how a report shows them.
+
+How an answer is scored is not known here: `paca.evaluation.own_data.scorer` makes the function.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import html
+from collections.abc import Iterable
+from typing import Any, Protocol
+
+
+class Scorer(Protocol):
+    """Scores a model on rows of `paca.data.Examples`."""
+
+    def check(self, rows: Iterable[dict[str, Any]]) -> None:
+        """Refuse rows that cannot be scored, before anything is trained."""
+
+    def score(self, model: Any, tokenizer: Any, rows: Iterable[dict[str, Any]]) -> dict[str, Any]:
+        """A value and `..._stderr` for each metric, `examples` and `samples`."""
+
+
+def scores_before_and_after(
+    scorer: Scorer, model: Any, tokenizer: Any, rows: Iterable[dict[str, Any]], *, before: bool, after: bool
+) -> dict[str, Any]:
+    """Score a trained model, and what it was: itself without its adapter, bit for bit the model that came.
+
+    Args:
+        scorer: See `Scorer`.
+        model: A PEFT model after training.
+        tokenizer: The model's.
+        rows: Held-out examples.
+        before: Whether to score it without the adapter.
+        after: Whether to score it with the adapter.
+
+    Returns:
+        The scores, by `before` and `after`.
+    """
+    found = {}
+    for name, wanted, adapter in (("before", before, model.disable_adapter), ("after", after, contextlib.nullcontext)):
+        if wanted:
+            with adapter():
+                found[name] = scorer.score(model, tokenizer, rows)
+    return found
+
+
+def score_lines(scores: dict[str, Any] | None) -> list[tuple[str, str]]:
+    """Each metric and its value, before → after, as text."""
+    sides = [side for side in (scores or {}).values() if side]
+    names = [name for name in sides[0] if f"{name}_stderr" in sides[0]] if sides else []
+    return [(name.replace("_", " "), " → ".join(_with_error(side, name) for side in sides)) for name in names]
+
+
+def sample_table(scores: dict[str, Any] | None) -> str:
+    """Questions and their answers before and after, as a part of an HTML page; empty where there are none."""
+    sides = {name: side["samples"] for name, side in (scores or {}).items()}
+    samples = list(zip(*sides.values(), strict=True))
+    if not samples:
+        return ""
+    heads = "".join(f"<th>{head}</th>" for head in ("question", "reference", *sides))
+    rows = "".join(
+        "<tr>"
+        + "".join(
+            f"<td>{html.escape(text)}</td>"
+            for text in (row[0]["question"], row[0]["reference"], *(one["answer"] for one in row))
+        )
+        + "</tr>"
+        for row in samples
+    )
+    return f'<h2>Answers</h2>\n<div class="scroll"><table><tr>{heads}</tr>{rows}</table></div>'
+
+
+def _with_error(side: dict[str, Any], name: str) -> str:
+    error = side[f"{name}_stderr"]
+    return f"{side[name]:.4f}" if error is None else f"{side[name]:.4f} ± {error:.4f}"

@@ -1,0 +1,100 @@
+"""`paca evaluate`, each time as a process."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import sqlite3
+import time
+from pathlib import Path
+
+import pytest
+
+from cli.paca_process import forked_paca, fresh_paca, start_paca
+from evaluation.judge_server import judging, verdict
+from evaluation.question_tasks import save_task
+from tiny_checkpoint import save_run
+
+
+@pytest.fixture(scope="module")
+def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("evaluate")
+    save_run(folder / "run")
+    save_task(folder, "sums", 12)
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def datasets_cache(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(workspace / "datasets-cache"))
+
+
+def test_base_and_adapter_are_printed_side_by_side(workspace: Path) -> None:
+    done = fresh_paca("evaluate", "run", "--tasks", "sums.yaml", "--limit", 9, "--output", "out", cwd=workspace)
+    assert (done.returncode, done.stderr) == (0, "")
+    lines = done.stdout.splitlines()
+    assert lines[:3] == ["Loading run ...", "base: 27 answers compared", "adapter: 27 answers compared"]
+    assert re.search(r"task .* metric .* base .* adapter .* difference", done.stdout)
+    results = json.loads((workspace / "out" / "results.json").read_text())["results"]["sums"]
+    [accuracy] = [line for line in lines if re.search(r"\bacc\b", line)]
+    assert f"{results['acc,none']:.4f} ± {results['acc_stderr,none']:.4f}" in accuracy
+    assert lines[-1] == "Written: out/results.json"
+
+
+def answers_in(database: Path) -> int:
+    try:
+        with sqlite3.connect(f"file:{database}?mode=ro", uri=True) as connection:
+            return int(connection.execute("SELECT COUNT(*) FROM unnamed").fetchone()[0])
+    except sqlite3.OperationalError:  # just being made
+        return 0
+
+
+def test_ctrl_c_stops_keeps_the_answers_and_says_how_to_go_on(workspace: Path, tmp_path: Path) -> None:
+    save_task(workspace, "many", 3000)  # minutes of work: the signal comes long before its end
+    command = ("evaluate", "run", "--tasks", "many.yaml", "--output", tmp_path / "out", "--batch-size", 4)
+    process = start_paca(*command, streams=tmp_path, cwd=workspace)
+    while not any(answers_in(file) for file in (tmp_path / "out" / "answers").glob("base-*.db")):
+        assert process.exitcode is None, (tmp_path / "stderr").read_text()
+        time.sleep(0.1)
+    assert process.pid is not None
+    os.kill(process.pid, signal.SIGINT)
+    process.join(120)
+    output = (tmp_path / "stdout").read_text()
+    assert process.exitcode == 130
+    assert "Traceback" not in (tmp_path / "stderr").read_text()
+    assert "Stopped. What was answered is kept; the same command goes on from there:" in output
+    assert "--tasks many.yaml" in output.splitlines()[-1]
+    [database] = (tmp_path / "out" / "answers").glob("base-*.db")
+    assert 0 < answers_in(database) < 3 * 3000
+
+
+def test_mt_bench_prints_ratings_and_what_the_judge_took(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PACA_JUDGE_KEY", "secret")
+    rows = [{"question_id": n, "category": "maths", "turns": [f"{n}?", "Sure?"]} for n in range(3)]
+    (workspace / "question.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with judging(lambda body, number: verdict("[[4]]", {"prompt_tokens": 1000, "completion_tokens": 5})) as server:
+        judge = ("--judge-url", server.url, "--judge-model", "strict")
+        settings = ("--max-new-tokens", 4, "--limit", 2, "--output", "judged")
+        done = forked_paca("evaluate", "run", "--mt-bench", "question.jsonl", *judge, *settings, cwd=workspace)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert {headers["Authorization"] for headers, _ in server.requests} == {"Bearer secret"}
+    assert "base: 4 answers judged by strict" in done.stdout
+    assert re.search(r"maths .* 4.00 ± 0.00 .* 4.00 ± 0.00", done.stdout)
+    assert "The judge read 8,000 tokens and wrote 40, in 8 requests." in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ((), "There is nothing to evaluate"),
+        (("--mt-bench", "q.jsonl"), "--mt-bench, --judge-url and --judge-model go together"),
+        (("--tasks", "nowhere.yaml"), "There is no task file 'nowhere.yaml'"),
+    ],
+)
+def test_mistakes_are_told_in_a_line(workspace: Path, arguments: tuple[str, ...], expected: str) -> None:
+    done = forked_paca("evaluate", "run", *arguments, "--output", "mistaken", cwd=workspace)
+    assert done.returncode == 1
+    assert expected in done.stderr
+    assert "Traceback" not in done.stderr

@@ -1,0 +1,215 @@
+"""The layouts of public data sets (Oasst1, MMLU, ARC, folders of images): from a file here, and from the hub."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+from PIL import Image
+
+from data.loopback_hub import serving
+from paca.data import load_examples, load_images
+from paca.messages.errors import PacaError
+
+
+def message(name: str, parent: str | None, role: str, rank: int | None = None, deleted: bool = False) -> dict[str, Any]:
+    return {
+        "message_id": name,
+        "parent_id": parent,
+        "text": f"text of {name}",
+        "role": role,
+        "rank": rank,
+        "deleted": deleted,
+        "message_tree_id": "a",
+        "lang": "en",
+    }
+
+
+# Tree a: the answer of rank 0 is deleted, that of rank 1 goes on, and ends with a question nobody answers.
+MESSAGES = [
+    message("a1", "a", "assistant", rank=2),
+    message("a", None, "prompter"),
+    message("a2", "a", "assistant", rank=0, deleted=True),
+    message("a3", "a", "assistant", rank=1),
+    message("a4", "a", "assistant"),
+    message("a31", "a3", "prompter", rank=1),
+    message("a32", "a3", "prompter", rank=0),
+    message("a321", "a32", "assistant", rank=0),
+    message("a3211", "a321", "prompter", rank=0),
+    message("b", None, "prompter"),
+]
+BEST = [("user", "a"), ("assistant", "a3"), ("user", "a32"), ("assistant", "a321")]
+MMLU = [
+    {"question": "What is 2+2?", "subject": "arithmetic", "choices": ["3", "4", "5", "22"], "answer": 1},
+    {"question": "And 1+1?", "subject": "arithmetic", "choices": ["2", "3", "4", "11"], "answer": 0},
+]
+ARC = [
+    {
+        "id": "x",
+        "question": "Is it?",
+        "choices": {"text": ["yes", "no", "both"], "label": ["A", "B", "C"]},
+        "answerKey": "C",
+    },
+    {"id": "y", "question": "How many?", "choices": {"text": ["one", "two"], "label": ["1", "2"]}, "answerKey": "1"},
+]
+
+
+def jsonl(path: Path, rows: list[dict[str, Any]]) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return str(path)
+
+
+def conversation(example: dict[str, Any]) -> list[tuple[str, str]]:
+    return [(turn["role"], turn["content"].removeprefix("text of ")) for turn in example["messages"]]
+
+
+def nested(name: str) -> dict[str, Any]:
+    found = next(entry for entry in MESSAGES if entry["message_id"] == name)
+    replies = [nested(entry["message_id"]) for entry in MESSAGES if entry["parent_id"] == name]
+    return {key: value for key, value in found.items() if key != "parent_id"} | {"replies": replies}
+
+
+def test_single_messages_become_the_best_ranked_conversation_of_each_tree(tmp_path: Path) -> None:
+    examples = load_examples(jsonl(tmp_path / "oasst.jsonl", MESSAGES))
+    assert examples.format == "oasst-messages"
+    assert [conversation(example) for example in examples.dataset] == [BEST]
+    assert examples.dataset["origin"][:] == ["oasst.jsonl, line 2"]
+
+
+def test_nested_trees_give_the_same_conversation(tmp_path: Path) -> None:
+    trees = [{"message_tree_id": name, "tree_state": "ready", "prompt": nested(name)} for name in "ba"]
+    examples = load_examples(jsonl(tmp_path / "trees.jsonl", trees))
+    assert examples.format == "oasst-trees"
+    assert [conversation(example) for example in examples.dataset] == [BEST]
+
+
+def test_a_limit_counts_conversations_not_messages(tmp_path: Path) -> None:
+    second = [{**entry, "message_id": f"c{entry['message_id']}"} for entry in MESSAGES]
+    for entry in second:
+        entry["parent_id"] = entry["parent_id"] and f"c{entry['parent_id']}"
+    source = jsonl(tmp_path / "oasst.jsonl", MESSAGES + second)
+    assert len(load_examples(source).dataset) == 2
+    assert len(load_examples(source, limit=1).dataset) == 1
+
+
+@pytest.mark.parametrize(
+    ("changed", "expected"),
+    [
+        ({"parent_id": "lost"}, r"line 1: the parent_id 'lost' is no message of this data"),
+        ({"message_id": "a3"}, r"line 4: the message_id 'a3' stands in oasst.jsonl, line 1 as well"),
+        ({"message_id": None}, r"line 1: message_id is None"),
+        (
+            {"role": "narrator", "rank": -1},
+            r"line 2: in this tree, a message is of the role 'narrator'",
+        ),
+        ({"text": 5, "rank": -1}, r"text of a message is int; expected text"),
+    ],
+)
+def test_a_broken_tree_says_which_message(tmp_path: Path, changed: dict[str, Any], expected: str) -> None:
+    with pytest.raises(PacaError, match=expected):
+        load_examples(jsonl(tmp_path / "oasst.jsonl", [{**MESSAGES[0], **changed}, *MESSAGES[1:]]))
+
+
+def test_trees_that_nobody_answered_hold_no_example(tmp_path: Path) -> None:
+    with pytest.raises(PacaError, match="no example of the form oasst-messages: nobody answers in it"):
+        load_examples(jsonl(tmp_path / "oasst.jsonl", MESSAGES[-1:]))
+
+
+def test_mmlu_lists_the_options_and_answers_with_a_letter(tmp_path: Path) -> None:
+    source = jsonl(tmp_path / "mmlu.jsonl", [MMLU[0], {**MMLU[1], "answer": 3}])
+    examples = load_examples(source)
+    assert examples.format == "mmlu"
+    assert examples.dataset[0]["prompt"] == [{"role": "user", "content": "What is 2+2?\nA. 3\nB. 4\nC. 5\nD. 22"}]
+    assert [example["completion"][0]["content"] for example in examples.dataset] == ["B", "D"]
+    assert examples.dataset[0]["options"] == ["A", "B", "C", "D"]
+    plain = load_examples(source, conversational=False).dataset[0]
+    assert plain["prompt"] == "Question:\nWhat is 2+2?\nA. 3\nB. 4\nC. 5\nD. 22\n\nAnswer:\n"
+    assert plain["completion"] == "B"
+
+
+def test_mmlu_takes_letters_as_answers_too(tmp_path: Path) -> None:
+    examples = load_examples(jsonl(tmp_path / "mmlu.jsonl", [{**MMLU[0], "answer": "C"}]))
+    assert examples.dataset[0]["completion"][0]["content"] == "C"
+
+
+def test_arc_answers_with_its_own_labels_also_where_the_number_of_options_differs(tmp_path: Path) -> None:
+    examples = load_examples(jsonl(tmp_path / "arc.jsonl", ARC))
+    assert examples.format == "arc"
+    assert examples.dataset[0]["prompt"][0]["content"] == "Is it?\nA. yes\nB. no\nC. both"
+    assert [example["completion"][0]["content"] for example in examples.dataset] == ["C", "1"]
+    assert [example["options"] for example in examples.dataset] == [["A", "B", "C"], ["1", "2"]]
+
+
+@pytest.mark.parametrize(
+    ("row", "expected"),
+    [
+        ({**MMLU[0], "answer": 4}, r"line 1: answer is 4; expected the position of one of the 4 choices"),
+        ({**MMLU[0], "answer": True}, r"answer is True"),
+        ({**MMLU[0], "choices": "3, 4"}, r"choices is '3, 4'; expected a list of texts"),
+        ({**MMLU[0], "choices": ["4"]}, r"there are 1 choices; expected 2 to 26"),
+        ({**ARC[0], "answerKey": "D"}, r"answerKey is 'D'; expected one of the labels A, B, C"),
+        ({**ARC[0], "choices": {"text": ["yes"], "label": ["A", "B"]}}, r"lists text and label, equally long"),
+        ({**ARC[0], "question": None}, r"question is None; expected text"),
+    ],
+)
+def test_a_broken_question_says_what_was_expected(tmp_path: Path, row: dict[str, Any], expected: str) -> None:
+    with pytest.raises(PacaError, match=expected):
+        load_examples(jsonl(tmp_path / "questions.jsonl", [row]))
+
+
+@pytest.mark.parametrize(
+    ("rows", "format"), [(MESSAGES, "oasst-messages"), (MMLU, "mmlu"), (ARC, "arc")], ids=["oasst", "mmlu", "arc"]
+)
+def test_the_hub_gives_what_a_file_gives(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rows: list[dict[str, Any]], format: str
+) -> None:
+    (tmp_path / "hub" / "data").mkdir(parents=True)
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "hub" / "data" / "train-0.parquet")
+    with serving(tmp_path / "hub", "some/data", monkeypatch, tmp_path / "cache"):
+        examples = load_examples("some/data")
+    here = load_examples(jsonl(tmp_path / "here.jsonl", rows))
+    assert examples.format == here.format == format
+    assert examples.dataset.remove_columns("origin")[:] == here.dataset.remove_columns("origin")[:]
+
+
+def save_images(folder: Path) -> Path:
+    for label, shade in (("cat", 10), ("dog", 200)):
+        (folder / label).mkdir(parents=True)
+        for index in range(3):
+            Image.new("RGB", (4, 4), (shade, index, 0)).save(folder / label / f"{index}.png")
+    return folder
+
+
+def test_a_folder_of_images_gives_images_and_the_names_of_their_labels(tmp_path: Path) -> None:
+    images = load_images(str(save_images(tmp_path / "pets")))
+    assert images.names == ["cat", "dog"]
+    assert images.dataset["label"][:] == [0, 0, 0, 1, 1, 1]
+    assert [image.getpixel((0, 0))[0] for image in images.dataset["image"]] == [10, 10, 10, 200, 200, 200]
+
+
+def test_a_limit_of_images_takes_some_of_every_label(tmp_path: Path) -> None:
+    images = load_images(str(save_images(tmp_path / "pets")), limit=2)
+    assert images.dataset["label"][:] == [0, 1]
+
+
+def test_images_with_splits_and_from_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save_images(tmp_path / "hub" / "train")
+    assert load_images(str(tmp_path / "hub")).names == ["cat", "dog"]
+    with serving(tmp_path / "hub", "some/pets", monkeypatch, tmp_path / "cache"):
+        images = load_images("some/pets[train]")
+    assert images.names == ["cat", "dog"]
+    assert sorted(images.dataset["label"][:]) == [0, 0, 0, 1, 1, 1]
+
+
+def test_what_holds_no_labelled_images_says_so(tmp_path: Path) -> None:
+    with pytest.raises(PacaError, match="no folder of images '/nowhere/pets'"):
+        load_images("/nowhere/pets")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(PacaError, match="cannot be read as labelled images"):
+        load_images(str(tmp_path / "empty"))
+    with pytest.raises(PacaError, match="expected at least 1"):
+        load_images(str(tmp_path), limit=0)

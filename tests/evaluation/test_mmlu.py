@@ -1,0 +1,56 @@
+"""The harness's own MMLU, its data fetched from a hub on loopback."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import lm_eval
+import pyarrow
+import pyarrow.parquet
+import pytest
+import yaml
+
+from data.loopback_hub import serving
+from evaluation.tally import Tally
+from paca.evaluation.harness import HarnessSettings, evaluate_tasks
+from paca.evaluation.side_by_side import rows_of
+from paca.pretrained.generation import load_for_generation
+
+CATEGORIES = ["mmlu_stem", "mmlu_other", "mmlu_social_sciences", "mmlu_humanities"]
+
+
+def save_hub(folder: Path, subjects: list[str]) -> Path:
+    """A repository of the layout of `cais/mmlu`: each subject a configuration."""
+    configurations = []
+    for number, subject in enumerate(subjects):
+        (folder / subject).mkdir(parents=True)
+        for split, count in (("test", 2), ("dev", 2)):
+            rows = [
+                {"question": f"{subject} {n}?", "subject": subject, "choices": list("wxyz"), "answer": (number + n) % 4}
+                for n in range(count)
+            ]
+            pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), folder / subject / f"{split}-0.parquet")
+        files = [{"split": split, "path": f"{subject}/{split}-*"} for split in ("test", "dev")]
+        configurations.append({"config_name": subject, "data_files": files})
+    (folder / "README.md").write_text(f"---\n{yaml.safe_dump({'configs': configurations})}---\n")
+    return folder
+
+
+@pytest.mark.slow
+def test_mmlu_comes_by_category_and_subject(run_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The harness reads its 15,000 task files, and fetches 57 subjects one by one."""
+    tasks = Path(lm_eval.__file__).parent / "tasks" / "mmlu" / "default"
+    subjects = sorted(file.stem.removeprefix("mmlu_") for file in tasks.glob("mmlu_*.yaml"))
+    assert len(subjects) == 57
+    hub = save_hub(tmp_path / "hub", subjects)
+    with serving(hub, "cais/mmlu", monkeypatch, tmp_path / "cache"):
+        settings = HarnessSettings(("mmlu",), num_fewshot=1, limit=1)
+        results = evaluate_tasks(load_for_generation(run_folder), settings, tmp_path / "out", Tally())
+    rows = rows_of(results)
+    assert (rows[0].task, rows[0].depth) == ("mmlu", 0)
+    assert [row.task for row in rows if row.depth == 1] == CATEGORIES
+    leaves = [row for row in rows if row.depth == 2]
+    assert sorted(row.task for row in leaves) == [f"mmlu_{subject}" for subject in subjects]
+    assert rows[0].values["base"][0] == pytest.approx(sum(row.values["base"][0] for row in leaves) / 57)
+    assert rows[0].difference is not None
+    assert rows[0].difference[1] is not None

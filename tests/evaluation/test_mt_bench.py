@@ -1,0 +1,299 @@
+"""MT-Bench, judged over HTTP by a server on loopback: both turns, retries, kept verdicts, refusals."""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+import threading
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from evaluation.judge_server import Body, JudgeServer, Reply, judging, verdict
+from evaluation.tally import Tally
+from paca.evaluation import judge as judge_module
+from paca.evaluation.judge import Judge, JudgeSettings, Usage
+from paca.evaluation.mt_bench import run_mt_bench
+from paca.evaluation.mt_bench_questions import Question, read_questions
+from paca.evaluation.mt_bench_ratings import Rating, grade_in, ratings_of, scores_of
+from paca.messages.errors import PacaError
+from paca.pretrained.generation import LoadedModel, load_for_generation, stream_reply
+
+QUESTIONS = [
+    Question(1, "writing", ["Say a.", "Again."], []),
+    Question(2, "maths", ["2+2?", "And 1 more?"], ["It is 4.", "It is 5."]),
+    Question(3, "maths", ["Only this turn."], []),
+]
+HELLO = [{"role": "user", "content": "hello"}]
+SHARED = Path("/work/shared/data/mt_bench_question.jsonl")
+
+
+@pytest.fixture(scope="module")
+def loaded(run_folder: Path) -> LoadedModel:
+    return load_for_generation(run_folder)
+
+
+@pytest.fixture
+def waits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """What judges would have waited; nobody waits."""
+    found: list[float] = []
+
+    class Event(threading.Event):
+        def wait(self, timeout: float | None = None) -> bool:
+            found.append(timeout or 0.0)
+            return self.is_set()
+
+    monkeypatch.setattr(judge_module, "Event", Event)
+    return found
+
+
+def judge_of(server: JudgeServer, **settings: Any) -> Judge:
+    return Judge(replace(JudgeSettings(server.url, "strict", timeout=30), **settings))
+
+
+def graded(body: Body, number: int) -> Reply:
+    """A grade that depends on the question and the turn alone, so that the order of requests does not matter."""
+    asked = body["messages"][1]["content"]
+    grade = 3 + asked.count("<user turn=") + 2 * ("Say a." in asked)
+    return verdict(f"Fine.\nGrade: [[{grade}]]", {"prompt_tokens": 10, "completion_tokens": 2})
+
+
+def test_the_judge_is_asked_by_openai_s_protocol() -> None:
+    with judging(lambda body, number: verdict("yes", {"prompt_tokens": 7, "completion_tokens": 3})) as server:
+        assert judge_of(server, key="secret").ask(HELLO) == ("yes", Usage(7, 3, 1))
+        assert judge_of(server).ask(HELLO)[0] == "yes"
+    (headers, body), (without_key, _) = server.requests
+    assert headers["path"] == "/v1/chat/completions"
+    assert headers["Authorization"] == "Bearer secret"
+    assert "Authorization" not in without_key
+    assert (body["model"], body["messages"], body["temperature"]) == ("strict", HELLO, 0)
+
+
+BAD_ONCE: dict[str, tuple[Reply, float]] = {
+    "busy, says when": ((429, {"Retry-After": "7"}, b"slow down"), 7.0),
+    "busy, says a date long gone": ((503, {"Retry-After": "Wed, 21 Oct 2015 07:28:00 GMT"}, b""), 0.0),
+    "busy, asks for a day": ((429, {"Retry-After": "86400"}, b""), 120.0),
+    "busy, says nonsense": ((429, {"Retry-After": "soon"}, b""), 1.0),
+    "broken": ((500, {}, b"oops"), 1.0),
+    "not JSON": ((200, {}, b"<html>"), 1.0),
+    "no choices": ((200, {}, b'{"choices": []}'), 1.0),
+    "a list": ((200, {}, b"[]"), 1.0),
+    "no text": (verdict(None), 1.0),
+    "cut short": ((200, {"Content-Length": "999"}, b'{"choices"'), 1.0),
+    "hangs up": ((0, {}, b""), 1.0),
+}
+
+
+@pytest.mark.parametrize("case", BAD_ONCE)
+def test_what_may_pass_is_tried_again(case: str, waits: list[float]) -> None:
+    bad, expected = BAD_ONCE[case]
+    with judging(lambda body, number: bad if number == 1 else verdict("yes")) as server:
+        assert judge_of(server).ask(HELLO) == ("yes", Usage(0, 0, 2))
+    assert waits == [expected]
+
+
+def test_waits_double_and_end(waits: list[float]) -> None:
+    with judging(lambda body, number: (503, {}, b"down for\nnow")) as server:
+        with pytest.raises(PacaError, match=r"not answer in 4 tries; the last time: HTTP 503 .*: down for now\. Ver"):
+            judge_of(server, tries=4).ask(HELLO)
+        assert len(server.requests) == 4
+    assert waits == [1.0, 2.0, 4.0]
+
+
+def test_a_slow_judge_is_not_waited_for_beyond_the_timeout(waits: list[float]) -> None:
+    answer_late = threading.Event()
+
+    def reply(body: Body, number: int) -> Reply:
+        if number == 1:
+            answer_late.wait(60)
+        return verdict("yes")
+
+    with judging(reply) as server:
+        try:
+            assert judge_of(server, timeout=0.2).ask(HELLO) == ("yes", Usage(0, 0, 2))
+        finally:
+            answer_late.set()
+
+
+@pytest.mark.parametrize("status", [400, 401, 404])
+def test_a_refusal_is_final(status: int, waits: list[float]) -> None:
+    with judging(lambda body, number: (status, {}, b'{"error": "no such key"}')) as server:
+        with pytest.raises(PacaError, match=rf"refuses: HTTP {status} .*no such key"):
+            judge_of(server).ask(HELLO)
+        assert len(server.requests) == 1
+    assert waits == []
+
+
+def test_nobody_there_is_said(waits: list[float]) -> None:
+    with judging(graded) as server:
+        pass
+    with pytest.raises(PacaError, match=r"did not answer in 2 tries; .*refused"):
+        judge_of(server, tries=2).ask(HELLO)
+
+
+def test_settings_of_a_judge_are_checked() -> None:
+    with pytest.raises(PacaError, match="--judge-url is 'localhost:8000'; expected"):
+        JudgeSettings("localhost:8000", "m")
+    with pytest.raises(PacaError, match="--judge-model is empty"):
+        JudgeSettings("http://localhost:8000/v1", " ")
+
+
+@pytest.mark.parametrize(
+    ("text", "grade"),
+    [("[[5]]", 5), ("[[3]], no, [[7.5]]", 7.5), ("[[11]]", None), ("[[0]]", None), ("[5]", None), ("[[2]][[99]]", 2)],
+)
+def test_the_last_grade_that_can_be_one_counts(text: str, grade: float | None) -> None:
+    assert grade_in(text) == grade
+
+
+def test_both_turns_of_base_and_adapter_are_answered_and_judged(loaded: LoadedModel, tmp_path: Path) -> None:
+    with judging(graded) as server:
+        results = run_mt_bench(loaded, QUESTIONS, judge_of(server), tmp_path, Tally(), max_new_tokens=5, batch_size=2)
+    asked = [body["messages"][1]["content"] for _, body in server.requests]
+    assert len(asked) == 2 * 5
+    model = results["models"]["adapter"]
+    # By turn: 3 + turn, and 2 more for the question that says "Say a.".
+    assert model["turns"]["1"]["score"] == pytest.approx((6 + 4 + 4) / 3)
+    assert model["turns"]["2"]["score"] == pytest.approx((7 + 5) / 2)
+    assert model["categories"]["writing"] == {"score": 6.5, "stderr": None}
+    assert model["all"]["score"] == pytest.approx((6.5 + 4.5 + 4) / 3)
+    assert model["all"]["stderr"] == pytest.approx(statistics.stdev([6.5, 4.5, 4]) / math.sqrt(3))
+    assert model["without_grade"] == 0
+    assert results["judge"] == {
+        "model": "strict",
+        "url": server.url,
+        "prompt_tokens": 100,
+        "completion_tokens": 20,
+        "requests": 10,
+    }
+    assert json.loads((tmp_path / "results.json").read_text()) == results
+
+
+def test_answers_are_the_model_s_own_and_the_second_turn_knows_the_first(loaded: LoadedModel, tmp_path: Path) -> None:
+    with judging(graded) as server:
+        run_mt_bench(loaded, QUESTIONS, judge_of(server), tmp_path, Tally(), max_new_tokens=5)
+    [file] = tmp_path.glob("answers-adapter-*.jsonl")
+    lines = map(json.loads, file.read_text().split("\n")[:-1])
+    rows = {row["question_id"]: row["choices"][0]["turns"] for row in lines}
+    first = "".join(stream_reply(loaded, [{"role": "user", "content": "Say a."}], max_new_tokens=5))
+    conversation = [
+        {"role": "user", "content": "Say a."},
+        {"role": "assistant", "content": first},
+        {"role": "user", "content": "Again."},
+    ]
+    assert rows[1] == [first, "".join(stream_reply(loaded, conversation, max_new_tokens=5))]
+    [base] = tmp_path.glob("answers-base-*.jsonl")
+    assert base.read_text() != file.read_text()
+    seconds = [b["messages"][1]["content"] for _, b in server.requests if "turn 2" in b["messages"][1]["content"]]
+    assert any(first in text and rows[1][1] in text for text in seconds)
+    assert sum("It is 5." in text for text in seconds) == 2
+    [judged] = tmp_path.glob("judgments-adapter.jsonl")
+    row = json.loads(judged.read_text().split("\n")[0])
+    assert {"question_id", "model", "judge", "user_prompt", "judgment", "score", "turn", "tstamp"} <= row.keys()
+
+
+def test_what_is_answered_and_judged_is_not_asked_again(loaded: LoadedModel, tmp_path: Path) -> None:
+    with judging(graded) as server:
+        first = run_mt_bench(loaded, QUESTIONS, judge_of(server), tmp_path, Tally(), max_new_tokens=5)
+        tally = Tally()
+        assert run_mt_bench(loaded, QUESTIONS, judge_of(server), tmp_path, tally, max_new_tokens=5) == first
+        assert (tally.begun, len(server.requests)) == ([], 10)
+        run_mt_bench(loaded, QUESTIONS, judge_of(server, model="other"), tmp_path, tally, max_new_tokens=5)
+    assert tally.begun == [("base", 5), ("adapter", 5)]  # another judge's verdicts; the answers stay
+
+
+def test_a_judge_that_fails_midway_loses_no_verdict(loaded: LoadedModel, tmp_path: Path, waits: list[float]) -> None:
+    with judging(lambda body, number: graded(body, number) if number <= 6 else (401, {}, b"out of credit")) as server:
+        with pytest.raises(PacaError, match="out of credit"):
+            run_mt_bench(loaded, QUESTIONS, judge_of(server), tmp_path, Tally(), max_new_tokens=5)
+        kept = judgments(tmp_path)
+        assert len(kept) >= 5  # all of the base model's
+        with (tmp_path / "judgments-base.jsonl").open("a") as file:
+            file.write('{"cut short')
+        server.reply = graded
+        run_mt_bench(loaded, QUESTIONS, judge_of(server), tmp_path, Tally(), max_new_tokens=5)
+    now = judgments(tmp_path)
+    assert len(now) == len({row["prompt_key"] for row in now}) == 10
+    assert all(row in now for row in kept)
+
+
+def judgments(folder: Path) -> list[Body]:
+    texts = [file.read_text() for file in sorted(folder.glob("judgments-*"))]
+    return [json.loads(line) for text in texts for line in text.split("\n") if line]
+
+
+def test_a_verdict_without_a_grade_is_asked_for_one_then_left_out(loaded: LoadedModel, tmp_path: Path) -> None:
+    def reply(body: Body, number: int) -> Reply:
+        if "Only this turn." in body["messages"][1]["content"]:
+            return verdict("I like it.")
+        return verdict("[[8]]") if len(body["messages"]) > 2 else verdict("Hm.")
+
+    with judging(reply) as server:
+        results = run_mt_bench(loaded, QUESTIONS, judge_of(server), tmp_path, Tally(), max_new_tokens=5)
+    for model in results["models"].values():
+        assert model["without_grade"] == 1
+        assert model["all"]["score"] == 8.0
+    assert len(server.requests) == 2 * (4 * 2 + 3)
+    scores = [json.loads(line)["score"] for line in (tmp_path / "judgments-base.jsonl").read_text().split("\n") if line]
+    assert sorted(scores) == [-1, 8, 8, 8, 8]
+
+
+def test_no_grade_at_all_is_no_score() -> None:
+    scores = scores_of([Rating(1, "maths", 1, None)])
+    assert scores["all"] == {"score": None, "stderr": None}
+    assert scores["without_grade"] == 1
+
+
+@pytest.mark.parametrize(
+    ("row", "expected"),
+    [
+        ({"question_id": 1, "turns": ["a"]}, "line 1: expected question_id, category and turns"),
+        ({"question_id": 1, "category": "x", "turns": "a"}, "line 1: turns is 'a'; expected a list of texts"),
+        ({"question_id": 1, "category": "x", "turns": []}, "line 1: turns is empty"),
+        ({"question_id": 1, "category": "x", "turns": ["a"], "reference": [1]}, "reference is "),
+    ],
+)
+def test_a_broken_question_is_named(tmp_path: Path, row: Body, expected: str) -> None:
+    file = tmp_path / "question.jsonl"
+    file.write_text(json.dumps(row))
+    with pytest.raises(PacaError, match=expected):
+        read_questions(file)
+    with pytest.raises(PacaError, match="There is no file of questions"):
+        read_questions(tmp_path / "missing.jsonl")
+
+
+@pytest.mark.skipif(not SHARED.is_file(), reason="the 80 questions are not part of the project")
+def test_the_80_questions_of_mt_bench_are_read() -> None:
+    questions = read_questions(SHARED)
+    assert len(questions) == 80
+    assert {len(question.turns) for question in questions} == {2}
+    assert len({question.category for question in questions}) == 8
+    assert any(question.references for question in questions)
+
+
+def test_verdicts_that_came_before_a_failure_was_noticed_are_kept(tmp_path: Path) -> None:
+    failed = threading.Event()
+
+    class Failing(Judge):
+        def ask(self, messages: list[dict[str, str]]) -> tuple[str, Usage]:
+            if "2+2" in messages[1]["content"]:
+                failed.set()
+                raise PacaError("out of credit")
+            if "Only" in messages[1]["content"]:
+                assert failed.wait(60)
+            return "[[5]]", Usage()
+
+    class Late(Tally):
+        def advance(self) -> None:
+            for thread in threading.enumerate():
+                if thread.name == "paca-judge":
+                    thread.join(60)
+
+    questions = [Question(row.id, row.category, row.turns[:1], []) for row in QUESTIONS]
+    judge = Failing(JudgeSettings("http://localhost:1/v1", "strict"))
+    with pytest.raises(PacaError, match="out of credit"):
+        ratings_of(judge, "base", questions, [["a"], ["b"], ["c"]], tmp_path, Late())
+    assert {row["question_id"] for row in judgments(tmp_path)} == {1, 3}

@@ -1,0 +1,103 @@
+"""A run's held-out data as a task: scored without and with the adapter, and shown."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from paca.data import load_examples
+from paca.evaluation.own_data import Measurement, measure, scorer
+from paca.messages.errors import PacaError
+from paca.pretrained.generation import load_for_generation
+from paca.training import RunResult, load_run_config, train
+from training.tiny_run import save_workspace
+
+CHOICE = ("eval.metric=choice", "data.eval=4", "train.max_steps=3")
+
+
+def trained(folder: Path, rows: list[dict[str, Any]], *overrides: str) -> RunResult:
+    """A run on these records."""
+    config = save_workspace(folder)
+    (folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "eval.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[:6]))
+    loaded = load_run_config(config, [f"output.dir={folder / 'run'}", *overrides])
+    return train(loaded, console=Console(quiet=True), scorer=scorer(loaded.eval))
+
+
+QUESTIONS = [{"question": f"Is it {n}?", "choices": ["yes", "no"], "answer": n % 2} for n in range(16)]
+SUMS = [{"prompt": f"{n}+1=", "completion": f"#### {n + 1}"} for n in range(16)]
+
+
+def test_scores_before_and_after_are_those_of_base_and_adapter(tmp_path: Path) -> None:
+    heldout = str(tmp_path / "eval.jsonl")
+    overrides = ("eval.metric=loss", "eval.max_new_tokens=4", "train.max_steps=4", f"data.eval={heldout}")
+    result = trained(tmp_path, SUMS, *overrides)
+    assert result.summary is not None
+    scores = result.summary["scores"]
+    loaded = load_for_generation(result.folder)
+    rows = load_examples(heldout).dataset
+    expected = measure(loaded.model, loaded.tokenizer, rows, Measurement("loss", max_new_tokens=4)).as_dict()
+    with loaded.model.disable_adapter():
+        before = measure(loaded.model, loaded.tokenizer, rows, Measurement("loss", max_new_tokens=4)).as_dict()
+    assert scores == {"before": before, "after": expected}
+    assert scores["after"]["loss"] < scores["before"]["loss"]
+    assert len(scores["after"]["samples"]) == 5
+    assert json.loads((result.folder / "summary.json").read_text())["scores"] == scores
+
+
+def test_questions_with_options_train_and_are_scored_by_choice(tmp_path: Path) -> None:
+    result = trained(tmp_path, QUESTIONS, *CHOICE)
+    assert result.summary is not None
+    assert result.summary["data"]["format"] == "mmlu"
+    assert result.summary["eval_loss_after"] != result.summary["eval_loss_before"]
+    for side in ("before", "after"):
+        assert {"choice", "choice_stderr", "choice_normalized"} <= result.summary["scores"][side].keys()
+        assert result.summary["scores"][side]["examples"] == 4
+
+
+def test_the_report_shows_scores_and_answers_as_text(tmp_path: Path) -> None:
+    rows = [{"prompt": f"{n} <b>?</b>", "completion": f"#### {n}"} for n in range(16)]
+    pattern = "eval.answer_pattern='####\\s*(.+)'"
+    result = trained(tmp_path, rows, "eval.metric=exact_match", pattern, "eval.max_new_tokens=4", "data.eval=6")
+    page = (result.folder / "report.html").read_text()
+    assert "exact match, held-out data" in page
+    assert re.search(r"<th>question</th><th>reference</th><th>before</th><th>after</th>", page)
+    assert page.count("&lt;b&gt;?&lt;/b&gt;</td><td>#### ") == 5
+    assert "<b>?</b>" not in page
+
+
+def test_one_side_alone_is_measured_where_the_other_is_not_wanted(tmp_path: Path) -> None:
+    result = trained(tmp_path, QUESTIONS, *CHOICE, "eval.before=false")
+    assert result.summary is not None
+    assert list(result.summary["scores"]) == ["after"]
+
+
+@pytest.mark.parametrize(
+    ("rows", "overrides", "expected"),
+    [
+        (SUMS, ("eval.metric=choice",), "there are no options to choose from"),
+        (SUMS, ("eval.metric=exact_match", "eval.answer_pattern=x(.)"), "finds no answer in the reference"),
+        ([{"text": "a b c"}] * 16, ("eval.metric=exact_match",), "plain text has no question"),
+        (SUMS, ("eval.metric=loss", "data.eval=null"), "eval.metric is measured on held-out data; give data.eval too"),
+        (SUMS, ("eval.metric=loss", "eval.answer_pattern=x"), "it goes with eval.metric: exact_match"),
+        (SUMS, ("eval.metric=loss", "eval.max_new_tokens=0"), "eval.max_new_tokens is 0; it must be 1 or more"),
+        (SUMS, ("eval.metric=acuracy",), "must be"),
+    ],
+)
+def test_what_cannot_be_scored_is_refused_before_training(
+    tmp_path: Path, rows: list[dict[str, Any]], overrides: tuple[str, ...], expected: str
+) -> None:
+    with pytest.raises(PacaError, match=expected):
+        trained(tmp_path, rows, *overrides)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_metric_needs_a_scorer(tmp_path: Path) -> None:
+    config = load_run_config(save_workspace(tmp_path), ["eval.metric=loss"])
+    with pytest.raises(PacaError, match=r"go together: train\(config, scorer=own_data.scorer\(config.eval\)\)"):
+        train(config, console=Console(quiet=True))
