@@ -21,6 +21,22 @@ def is_sharded(value: object) -> bool:
     return isinstance(value, DTensor)
 
 
+def check_not_flattened(weight: Tensor) -> None:
+    """Raise for a weight that is a piece of FSDP1's flat parameter: what is written there is lost, and it has no
+    version counter and no memory of its own by which others' writes could be seen.
+
+    Raises:
+        RuntimeError: naming FSDP2.
+    """
+    # Two attributes of FSDP1 that are not public (torch 2.13): of the parameter, and of what it is a view of in a pass.
+    flat: Any = weight if isinstance(weight, nn.Parameter) else weight._base
+    if hasattr(flat, "_fsdp_flattened") or hasattr(flat, "_is_flat_param"):
+        raise RuntimeError(
+            "A layer that PaCA adapts is wrapped by FSDP1 (FullyShardedDataParallel), which keeps weights flattened. "
+            "PaCA can't write columns there. Use FSDP2 (fully_shard, or fsdp_version: 2 for accelerate)."
+        )
+
+
 class WholeWeight:
     """The columns live in the parameter that the layer multiplies with.
 
@@ -40,6 +56,7 @@ class WholeWeight:
 
     def home_to_write(self, weight: Tensor) -> Tensor:
         """`home`, for a call that may write it."""
+        check_not_flattened(weight)
         return weight
 
     def replaced(self, value: Any) -> None:
@@ -56,6 +73,7 @@ class WholeWeight:
 
     def check_writable(self, weight: Tensor) -> None:
         """`check`, for a call that may write the weight."""
+        check_not_flattened(weight)
         if weight.dim() < 2:
             raise RuntimeError(
                 f"A weight that PaCA trains columns of has the shape {tuple(weight.shape)}: DeepSpeed's ZeRO-3 and "

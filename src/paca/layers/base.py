@@ -130,7 +130,8 @@ class PacaLayer(nn.Module, BaseTunerLayer):
 
     def _weight_replaced(self) -> bool:
         base: Any = self._modules["base_layer"]
-        return not base.columns.sealed(base.place.home(base._parameters["weight"]))
+        weight = base._parameters.get("weight")
+        return weight is None or not base.columns.sealed(base.place.home(weight))
 
     def _differs(self) -> bool:
         columns, wanted = self.base_layer.columns, self.wanted()
@@ -152,7 +153,9 @@ class PacaLayer(nn.Module, BaseTunerLayer):
             compare: deltas may have been written in a way that no version counter shows.
         """
         base: Any = self._modules["base_layer"]
-        weight = base._parameters["weight"]
+        weight = base._parameters.get("weight")
+        if weight is None:  # FSDP1 puts a plain tensor in its place
+            weight = base.weight
         base.place.check_writable(weight)
         columns, home = base.columns, base.place.home_to_write(weight)
         for c in columns.state.columns:  # a parameter may have been replaced (a move, a load)

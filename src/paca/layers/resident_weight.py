@@ -132,8 +132,10 @@ class ResidentWeight(nn.Module):
         Returns:
             What the weight holds.
         """
-        owner, weight = self.owner(), self._parameters["weight"]
-        assert weight is not None
+        owner = self.owner()
+        weight: Tensor | None = self._parameters.get("weight")
+        if weight is None:  # FSDP1 puts a plain tensor in its place
+            weight = self.weight
         self.place.check(weight)
         if owner is not None and owner.stale() and not others_step():
             entry = self.columns.entry
