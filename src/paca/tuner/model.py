@@ -119,8 +119,8 @@ class PacaModel(BaseTuner):
         else:
             self._check_target(target, current_key)
             plain = type(target) in RESIDENT_CLASSES and type(target.weight) is nn.Parameter
-            elsewhere = hasattr(target, "_hf_hook") or hasattr(self.model, "hf_device_map")
-            mode = "resident" if plain and not elsewhere else mode_of(target, current_key, self.model)
+            here = not _may_be_elsewhere(target, self.model)
+            mode = "resident" if plain and here else mode_of(target, current_key, self.model)
             if mode == "resident":
                 resident_class = self._resident_class(target, current_key)
                 in_features = target.weight.shape[resident_class.input_dim]
@@ -210,7 +210,7 @@ class PacaModel(BaseTuner):
         problem = resident_class.problem(target)
         if problem:
             raise ValueError(f"{key} {problem}")
-        if is_offloaded(target, self.model):
+        if _may_be_elsewhere(target, self.model) and is_offloaded(target, self.model):
             raise ValueError(
                 f"{key} is offloaded by accelerate, and of the layers that PaCA adapts only linear ones can be. Load "
                 "the model with a device_map that keeps this layer on one device, or leave it out of target_modules."
@@ -339,6 +339,11 @@ class PacaModel(BaseTuner):
                 if isinstance(layer, OverlaidLinear) and adapter_name in layer.paca_delta:
                     layer.loaded_deltas[adapter_name] = checked[f"{name}.{DELTA}.{adapter_name}"]
         return checked
+
+
+def _may_be_elsewhere(target: nn.Module, model: nn.Module) -> bool:
+    """Whether accelerate has a hand in where a module's weight is."""
+    return hasattr(target, "_hf_hook") or hasattr(model, "hf_device_map")
 
 
 def _knows_quantized(model: nn.Module, config: PacaConfig) -> bool:
