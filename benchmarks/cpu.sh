@@ -31,6 +31,21 @@ part logits 300 --model llama3-8b --layers 2 --hidden 1024 --device cpu --method
     --measure memory,saved --loss logits --output benchmarks/cpu-loss.csv
 part fused-loss 300 --model llama3-8b --layers 2 --hidden 1024 --device cpu --methods frozen,paca,lora --seq 2048 \
     --measure memory,saved --loss fused --output benchmarks/cpu-loss.csv
+# What issue-sized targets are held against: two blocks, every method's freed memory kept.
+CORE="--model llama3-8b --scope blocks --layers 2 --hidden 1024 --vocab 1024 --device cpu --rank 16 --dtype bfloat16"
+part core 480 $CORE --methods frozen,paca,paca+lean,lora,lora-tuned --seq 64,512,2048 --rounds 15 --measure time \
+    --output benchmarks/cpu-core.csv
+part core-wide 480 $CORE --layers 1 --hidden 4096 --methods frozen,paca,lora,lora-tuned --seq 512 --rounds 8 \
+    --measure time --output benchmarks/cpu-core.csv
+part core-four-bit 300 $CORE --methods frozen,paca,qpaca,qlora --seq 64 --rounds 15 --measure time \
+    --output benchmarks/cpu-core.csv
+part core-compiled 480 $CORE --methods frozen,paca,paca+lean,lora-tuned --seq 512 --rounds 15 --measure time --compile \
+    --output benchmarks/cpu-core.csv
+if [ -d "${SMOLLM2:-}" ]; then # a folder with SmolLM2-135M-Instruct, such as the demo makes
+    part core-real 600 --model "$SMOLLM2" --device cpu --dtype bfloat16 --batch 8 --tokens 112 --rank 16 --rounds 8 \
+        --methods frozen,paca,paca:r=72:target_modules=o_proj+down_proj,lora,lora-tuned --measure time \
+        --output benchmarks/cpu-core.csv
+fi
 part four-bit 480 $BLOCKS --layers 2 --dtype bfloat16 --methods frozen,paca,qpaca,qlora --seq 64,512 --rounds 10 \
     --measure time,memory --output benchmarks/cpu-four-bit.csv
 part compiled 480 $BLOCKS --layers 2 --dtype bfloat16 --methods frozen,paca,paca+lean,lora-tuned --seq 512 --rounds 15 \
