@@ -227,7 +227,7 @@ class ResidentColumns(ActiveColumns):
         if self.state is state and saved_tag is state.tag and state.base == self.base and state.unchanged():
             current = all(self.revisions.get(c.name, 0) == c.revision for c in state.columns)
             if current and self._seal == _identity(weight):  # as it is nearly always
-                self.unaccounted = not self.trusted
+                self.passed_back(state)
                 return
         self.check_backward(state, saved_tag)
         if self.state.key != state.key or not self.sealed(weight):

@@ -145,11 +145,19 @@ def _same_tensors(one: tuple[AdapterColumns, ...], other: tuple[AdapterColumns, 
 
 
 class _Thread(threading.local):
-    records = True
-    """Whether the model's forward pass that this thread entered last was to be followed by a backward pass."""
+    def __init__(self) -> None:
+        self.recording: list[bool] = []
+        """Of each adapted model whose forward pass runs: whether a backward pass is to follow."""
 
 
 THREAD = _Thread()
+
+
+def may_be_recorded() -> bool:
+    """Whether what runs now may be a part of a graph: with gradients, or within an autograd function's forward."""
+    if torch.is_grad_enabled():
+        return True
+    return not torch._C._is_fwd_grad_enabled() and not torch.is_inference_mode_enabled()
 
 
 class ActiveColumns:
@@ -158,15 +166,15 @@ class ActiveColumns:
     Attributes:
         state: what the next forward pass sees.
         revisions: of each adapter of the layer.
-        trusted: an optimizer whose steps are seen trains the columns. Otherwise every backward pass may be followed by
-            a write that nobody sees, and `unaccounted` says that there was one.
+        trusted: the adapters that an optimizer trains whose steps are seen. With others, every backward pass may be
+            followed by a write that nobody sees, and `unaccounted` says that there was one.
     """
 
     def __init__(self) -> None:
         self.base = next_revision()
         self.state = State((), self.base)
         self.revisions: dict[str, int] = {}
-        self.trusted = False
+        self.trusted: set[str] = set()
         self.unaccounted = False
         self._awaited: Counter[Any] = Counter()  # re-entrant checkpointing: first passes that are still to be repeated
 
@@ -197,14 +205,14 @@ class ActiveColumns:
         Raises:
             RuntimeError: if a pass is repeated with columns that no first pass ran with.
         """
-        recording, repeated = torch.is_grad_enabled(), torch._C._current_graph_task_id() != -1
-        if not recording:
-            if THREAD.records and not repeated:
-                if self.state.key not in self._awaited:
-                    self._awaited = Counter({key: n for key, n in self._awaited.items() if self._is_current(key)})
-                self._awaited[self.state.key] += 1
-        elif repeated and self.state.key[1]:
-            self._repeated()
+        if torch.is_grad_enabled():
+            if self.state.columns and torch._C._current_graph_task_id() != -1:
+                self._repeated()
+        # A first pass runs within an autograd function; so does an evaluation's pass through checkpointing.
+        elif may_be_recorded() and (not THREAD.recording or THREAD.recording[-1]):
+            if self.state.key not in self._awaited:
+                self._awaited = Counter({key: n for key, n in self._awaited.items() if self._is_current(key)})
+            self._awaited[self.state.key] += 1
 
     def _is_current(self, key: Any) -> bool:
         return key[0] == self.base and all(self.revisions.get(name, 0) == revision for name, revision, _ in key[1])
@@ -242,7 +250,17 @@ class ActiveColumns:
                 f"The columns of {names_of(state.columns)} were modified between forward and backward (by an optimizer "
                 "step or an in-place operation), so the gradient can't be computed. Run backward() first."
             )
-        self.unaccounted = not self.trusted  # an optimizer step may follow that nobody sees
+        self.passed_back(state)
+
+    def passed_back(self, state: State) -> None:
+        """Note that a backward pass of `state` runs: an optimizer's step may follow that nobody sees."""
+        for c in state.columns:
+            if c.name not in self.trusted:
+                self.unaccounted = True
+
+    def has_trust(self) -> bool:
+        """Whether optimizers whose steps are seen train all that is active."""
+        return all(c.name in self.trusted for c in self.state.columns)
 
 
 _REPEATED = (

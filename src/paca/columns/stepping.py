@@ -33,6 +33,10 @@ class HasDeltas(Protocol):
         """
         ...
 
+    def doubted(self, adapter_name: str) -> None:
+        """Note that an optimizer may have changed this adapter's delta."""
+        ...
+
 
 _LAYERS: dict[int, tuple[weakref.ref[Tensor], weakref.ref[Any], str]] = {}  # by the id of a delta
 _STEPPING: dict[int, list[tuple[weakref.ref[Any], str]]] = {}  # by thread: whose deltas an optimizer is writing
@@ -50,8 +54,11 @@ def others_step() -> bool:
     if not _STEPPING:
         return False
     for thread in list(_STEPPING):
-        if not _is_in_a_step(thread):
-            _STEPPING.pop(thread, None)  # it raised, so that its hook did not run
+        if not _is_in_a_step(thread):  # it raised, so that its hook did not run
+            for layer_of, adapter_name in _STEPPING.pop(thread, []):
+                layer = layer_of()
+                if layer is not None:
+                    layer.doubted(adapter_name)
     return bool(_STEPPING.keys() - {threading.get_ident()})
 
 
@@ -64,8 +71,8 @@ def _is_in_a_step(thread: int) -> bool:
     return False
 
 
-def _held(optimizer: torch.optim.Optimizer) -> list[tuple[weakref.ref[Any], str]]:
-    """The layers and adapters whose deltas `optimizer` holds and has gradients of; it leaves others alone.
+def _held(optimizer: torch.optim.Optimizer, with_gradients: bool) -> list[tuple[weakref.ref[Any], str]]:
+    """The layers and adapters whose deltas `optimizer` holds, and has gradients of or not.
 
     This is the thread that trains: nobody replaces gradients meanwhile.
     """
@@ -73,26 +80,35 @@ def _held(optimizer: torch.optim.Optimizer) -> list[tuple[weakref.ref[Any], str]
     for group in optimizer.param_groups:
         for parameter in cast("list[Tensor]", group["params"]):
             found = _LAYERS.get(id(parameter))
-            if found is not None and found[0]() is parameter and parameter.grad is not None:
+            if found is not None and found[0]() is parameter and (parameter.grad is not None) == with_gradients:
                 held.append(found[1:])
     return held
 
 
+@torch.compiler.disable
 def _before_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-    _STEPPING[threading.get_ident()] = _held(optimizer)
+    others_step()  # forgets a step of this thread that raised
+    _STEPPING.setdefault(threading.get_ident(), _held(optimizer, True))
 
 
+@torch.compiler.disable
 def _after_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
     before = _STEPPING.pop(threading.get_ident(), [])
     jobs: dict[ResidentColumns, Job] = {}  # one per weight, also if several adapters are in it: the last knows them all
     # Gradients may come within the step (closures), or go (zeroed by the optimizer itself).
-    for layer_of, adapter_name in dict.fromkeys([*before, *_held(optimizer)]):
+    stepped = dict.fromkeys([*before, *_held(optimizer, True)])
+    for layer_of, adapter_name in stepped:
         layer = layer_of()
         job = None if layer is None else layer.stepped(adapter_name)
         if job is not None:
             jobs[job[0]] = job
     if jobs:
         write_together(jobs.values())
+    # Most optimizers leave a parameter alone that has no gradient; those that estimate it themselves don't.
+    for layer_of, adapter_name in _held(optimizer, False):
+        layer = None if (layer_of, adapter_name) in stepped else layer_of()
+        if layer is not None:
+            layer.doubted(adapter_name)
 
 
 register_optimizer_step_pre_hook(_before_step)

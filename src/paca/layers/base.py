@@ -189,10 +189,17 @@ class PacaLayer(nn.Module, BaseTunerLayer):
         base: Any = self._modules["base_layer"]
         columns = base.columns
         columns.changed(adapter_name)
-        columns.trusted, columns.unaccounted = True, False
+        columns.trusted.add(adapter_name)
+        columns.unaccounted = False
         if self._disable_adapters or self.merged_adapters or adapter_name not in self._active_adapter:
             return None
         return self.job()
+
+    def doubted(self, adapter_name: str) -> None:
+        """Note that an optimizer may have changed this adapter's delta: the next pass compares."""
+        columns = self.base_layer.columns
+        if any(c.name == adapter_name for c in columns.state.columns):
+            columns.unaccounted = True
 
     # -- adapters -----------------------------------------------------------------------------------------------
 
@@ -236,6 +243,7 @@ class PacaLayer(nn.Module, BaseTunerLayer):
     def delete_adapter(self, adapter_name: str) -> None:
         super().delete_adapter(adapter_name)
         self.base_layer.columns.revisions.pop(adapter_name, None)
+        self.base_layer.columns.trusted.discard(adapter_name)
         self.write()
 
     def set_scale(self, adapter: str, scale: float) -> None:
@@ -414,10 +422,12 @@ class PacaLayer(nn.Module, BaseTunerLayer):
             self.write()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PacaLayer:
+        before = {name: (id(delta), delta.dtype, delta.device) for name, delta in self.paca_delta.items()}
         super()._apply(fn, recurse)
         self._own()
-        for name in self.paca_delta:
-            self.base_layer.columns.changed(name)
+        for name, delta in self.paca_delta.items():
+            if before[name] != (id(delta), delta.dtype, delta.device):
+                self.base_layer.columns.changed(name)
         self.write()
         return self
 

@@ -79,7 +79,8 @@ def find_blocks(model: nn.Module) -> RepeatedBlocks | None:
 
 def copy_with_blocks(model: Model, blocks: RepeatedBlocks | None, chosen: tuple[int, ...]) -> Model:
     """A copy of `model`, a model without PEFT's wrapper, that has only the `chosen` of its blocks (all if None)."""
-    hooks, with_kwargs = dict(model._forward_pre_hooks), dict(model._forward_pre_hooks_with_kwargs)
+    places = (model._forward_pre_hooks, model._forward_hooks, model._forward_hooks_always_called)
+    hooks = [dict(place) for place in places]
     entry.remove(model)  # it lists all adapted layers, which would be copied along
     modules: dict[str, Any] = {}
     if blocks is not None:
@@ -91,9 +92,9 @@ def copy_with_blocks(model: Model, blocks: RepeatedBlocks | None, chosen: tuple[
     finally:
         if blocks is not None:
             block_list._modules = modules
-        model._forward_pre_hooks.clear()
-        model._forward_pre_hooks.update(hooks)
-        model._forward_pre_hooks_with_kwargs.update(with_kwargs)
+        for place, kept in zip(places, hooks, strict=True):
+            place.clear()
+            place.update(kept)
     if blocks is not None:
         _shorten_config(small, len(blocks.kinds), chosen)
     if paca_layers(small):

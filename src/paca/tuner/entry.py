@@ -9,16 +9,15 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch._dynamo.eval_frame import skip_code
 from torch.nn.modules.module import register_module_module_registration_hook
 
 from paca.columns.resident import Entry, write_together
-from paca.columns.state import THREAD
+from paca.columns.state import THREAD, may_be_recorded
 from paca.columns.stepping import others_step
 from paca.layers.base import PacaLayer, paca_layers
 from paca.layers.mixed_batch import Running, current_mixed_batch
@@ -67,41 +66,30 @@ class ModelEntry(Entry):
     def take(self, layers: list[PacaLayer]) -> None:
         """Look after these layers from now on: those whose weights hold columns. The others look when they run."""
         self.layers = [layer for layer in layers if layer.mode == "resident"]
-        self._trusted = False
         for layer in self.layers:
             layer.base_layer.columns.entry = self
 
     @torch.compiler.disable
-    def look(self, model: nn.Module, inputs: Iterable[Any] = (), *, at_all: bool = False) -> None:
-        """Find what only a model can find: what may have been written through `.data`, or by a step that nobody saw.
+    def look(self, model: nn.Module) -> None:
+        """Write what is stale, and find what no version counter shows. Reads only, if there is nothing.
 
-        Args:
-            model: is about to run.
-            inputs: what it is given.
-            at_all: its layers run in a compiled graph, and can't look for themselves.
+        Here for all layers, though each looks when it runs eagerly: some run in compiled graphs, or have their weights
+        read by others (torch's fast path of its transformer layers).
         """
-        recording = torch.is_grad_enabled()
-        # Re-entrant checkpointing has inputs that require grad, and runs a first pass without gradients.
-        THREAD.records = recording or any(isinstance(x, Tensor) and x.requires_grad for x in inputs)
         if others_step():
             return
-        thread, mode = threading.get_ident(), (recording, model.training)
-        compare = self._modes.get(thread) != mode or (recording and not self._is_trusted())
+        thread, mode = threading.get_ident(), (torch.is_grad_enabled(), model.training)
+        compare = self._modes.get(thread) != mode
         self._modes[thread] = mode
         if self.sharded:
             for layer in self.layers:
                 layer.base_layer.place.entered(model, self.layers)
         if compare:
             write_layers(self.layers, compare=True)
-        elif at_all or self.unwritten:
-            self.write_stale()
+        else:
+            unseen = mode[0] and not all(layer.base_layer.columns.has_trust() for layer in self.layers)
+            write_layers(self.layers if unseen else [layer for layer in self.layers if layer.stale()], compare=unseen)
         self.unwritten = bool(self.unwritten and Running.count) and current_mixed_batch() is not None
-
-    def _is_trusted(self) -> bool:
-        """Whether optimizers whose steps are seen train all layers."""
-        if not self._trusted:
-            self._trusted = all(layer.base_layer.columns.trusted for layer in self.layers)
-        return self._trusted
 
     def write_stale(self) -> None:
         """Write the layers that are stale, together: the first of them to run asks for it."""
@@ -110,9 +98,9 @@ class ModelEntry(Entry):
     @torch.compiler.disable(reason="weights of the adapted model are parked: call paca.refresh(model) before this call")
     def look_from_a_graph(self, model: nn.Module) -> None:
         """`look`, where a compiled graph has to be left for it."""
-        self.look(model, at_all=True)
+        self.look(model)
 
-    def enter(self, model: nn.Module, args: Any, kwargs: Any) -> None:
+    def enter(self, model: nn.Module, args: Any) -> None:
         """The forward pre-hook of the adapted model.
 
         Within a graph that is traced it only leaves a guard: whoever compiled a function around the model has it run
@@ -122,8 +110,13 @@ class ModelEntry(Entry):
             if self.unwritten:
                 self.look_from_a_graph(model)
             return
-        compiled = torch._C._dynamo.eval_frame.get_eval_frame_callback() is not None
-        self.look(model, (*args, *kwargs.values()), at_all=compiled)
+        THREAD.recording.append(may_be_recorded())
+        self.look(model)
+
+    def leave(self, model: nn.Module, args: Any, output: Any) -> None:
+        """The forward hook of the adapted model, also after an exception."""
+        if not torch.compiler.is_compiling() and THREAD.recording:
+            THREAD.recording.pop()
 
     def enter_compiled(self, holder: nn.Module, args: Any) -> None:
         """The forward pre-hook of the `PeftModel`: where that is what was compiled, its hooks run outside of the graph,
@@ -133,7 +126,7 @@ class ModelEntry(Entry):
                 self.look_from_a_graph(holder)
             return
         if torch._C._dynamo.eval_frame.get_eval_frame_callback() is not None:
-            self.look(holder, at_all=True)
+            self.look(holder)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -145,6 +138,7 @@ class ModelEntry(Entry):
 
 # Dynamo neither compiles these hooks by themselves, nor leaves the graph when it traces a model that has them.
 skip_code(ModelEntry.enter.__code__)
+skip_code(ModelEntry.leave.__code__)
 skip_code(ModelEntry.enter_compiled.__code__)
 
 
@@ -152,17 +146,20 @@ def install(model: nn.Module) -> None:
     """Let `model`, which has adapted layers, look when it is entered."""
     entry = _entry_of(model)
     if entry is None:
-        model.register_forward_pre_hook(ModelEntry(paca_layers(model)).enter, prepend=True, with_kwargs=True)
+        entry = ModelEntry(paca_layers(model))
+        model.register_forward_pre_hook(entry.enter, prepend=True)
+        model.register_forward_hook(entry.leave, always_call=True)
     else:
         entry.take(paca_layers(model))
 
 
 def remove(model: nn.Module) -> None:
     """Undo `install`."""
-    for key, hook in list(model._forward_pre_hooks.items()):
-        if isinstance(getattr(hook, "__self__", None), ModelEntry):
-            del model._forward_pre_hooks[key]
-            model._forward_pre_hooks_with_kwargs.pop(key, None)
+    for hooks in (model._forward_pre_hooks, model._forward_hooks):
+        for key, hook in list(hooks.items()):
+            if isinstance(getattr(hook, "__self__", None), ModelEntry):
+                del hooks[key]
+                model._forward_hooks_always_called.pop(key, None)
 
 
 def install_in_holder(tuner: nn.Module, model: nn.Module) -> None:
