@@ -49,7 +49,7 @@ def test_every_method_asked_for_has_rows_or_a_reason(monkeypatch: pytest.MonkeyP
     assert units == pytest.approx(of(rows, "saved_per_token_and_layer")["paca"].median / 192 / 2)
     switches = of(rows, "switch_time")
     assert (switches["frozen"].status, switches["paca"].status) == ("unavailable", "ok")
-    assert 1 < of(rows, "launches_per_layer")["paca"].ratio < 4
+    assert 0.5 < of(rows, "launches_per_layer")["paca"].ratio < 4
     assert {"phase: optimizer", "kind: GEMM"} <= set(rows["metric"])
     assert rows["run"].nunique() == 1
     assert "torch" in json.loads(rows["versions"][0])

@@ -79,7 +79,11 @@ def find_blocks(model: nn.Module) -> RepeatedBlocks | None:
 
 def copy_with_blocks(model: Model, blocks: RepeatedBlocks | None, chosen: tuple[int, ...]) -> Model:
     """A copy of `model`, a model without PEFT's wrapper, that has only the `chosen` of its blocks (all if None)."""
-    places = (model._forward_pre_hooks, model._forward_hooks, model._forward_hooks_always_called)
+    places: tuple[Any, ...] = (
+        model._forward_pre_hooks,
+        model._forward_hooks,
+        model._forward_hooks_always_called,
+    )
     hooks = [dict(place) for place in places]
     entry.remove(model)  # it lists all adapted layers, which would be copied along
     modules: dict[str, Any] = {}

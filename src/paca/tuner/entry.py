@@ -91,6 +91,12 @@ class ModelEntry(Entry):
             write_layers(self.layers if unseen else [layer for layer in self.layers if layer.stale()], compare=unseen)
         self.unwritten = bool(self.unwritten and Running.count) and current_mixed_batch() is not None
 
+    @torch.compiler.disable
+    def begin(self, model: nn.Module) -> None:
+        """`look`, and note whether a backward pass is to follow."""
+        THREAD.recording.append(may_be_recorded())
+        self.look(model)
+
     def write_stale(self) -> None:
         """Write the layers that are stale, together: the first of them to run asks for it."""
         write_layers([layer for layer in self.layers if layer.stale()])
@@ -110,8 +116,7 @@ class ModelEntry(Entry):
             if self.unwritten:
                 self.look_from_a_graph(model)
             return
-        THREAD.recording.append(may_be_recorded())
-        self.look(model)
+        self.begin(model)
 
     def leave(self, model: nn.Module, args: Any, output: Any) -> None:
         """The forward hook of the adapted model, also after an exception."""
