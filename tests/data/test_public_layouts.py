@@ -213,3 +213,21 @@ def test_what_holds_no_labelled_images_says_so(tmp_path: Path) -> None:
         load_images(str(tmp_path / "empty"))
     with pytest.raises(PacaError, match="expected at least 1"):
         load_images(str(tmp_path), limit=0)
+
+
+def test_options_beside_a_question_and_its_answer_travel_along(tmp_path: Path) -> None:
+    rows = [
+        {"question": "Which is red?", "answer": "a rose", "options": ["the sea", "a rose"]},
+        {"question": "Which is blue?", "answer": "the sea", "options": {"A": "the sea"}},  # of another kind: no options
+    ]
+    examples = load_examples(jsonl(tmp_path / "rows.jsonl", rows))
+    assert examples.format == "question-answer"
+    assert list(examples.dataset["options"]) == [["the sea", "a rose"], None]
+    assert "the sea" not in examples.dataset[0]["prompt"][0]["content"]
+
+
+@pytest.mark.parametrize("conversational", [True, False])
+def test_options_beside_a_prompt_and_its_completion_travel_along(tmp_path: Path, conversational: bool) -> None:
+    row = {"prompt": "2 + 2 =", "completion": " 4", "options": [" 3", " 4"]}
+    examples = load_examples(jsonl(tmp_path / "rows.jsonl", [row]), conversational=conversational)
+    assert examples.dataset[0]["options"] == [" 3", " 4"]

@@ -187,11 +187,15 @@ def _examples(source: Source, format_name: str, conversational: bool, limit: int
     kind: frozenset[tuple[str, type]] | None = None
     for place, row in itertools.islice(_rows(source, form), limit):
         example = _convert(form, place, row, conversational)
-        found = frozenset((name, type(value)) for name, value in example.items() if name not in (ORIGIN, "tools"))
+        found = frozenset((name, type(value)) for name, value in example.items() if name not in _OF_ANY_KIND)
         if kind is not None and found != kind:
             raise PacaError(f"{place}: text and lists of messages are mixed. Give all examples in one form.")
         kind = found
         yield example
+
+
+_OF_ANY_KIND = (ORIGIN, OPTIONS, "tools")
+"""These don't tell text from lists of messages."""
 
 
 def _rows(source: Source, form: Format) -> Iterator[tuple[str, rows.Row]]:

@@ -125,7 +125,7 @@ def _from_sharegpt(row: Row, conversational: bool) -> Example:
 def _from_prompt_completion(row: Row, conversational: bool) -> Example:
     prompt, completion = row["prompt"], row["completion"]
     if isinstance(prompt, str) and isinstance(completion, str):
-        return {"prompt": prompt, "completion": _answer(completion, "completion")}
+        return {"prompt": prompt, "completion": _answer(completion, "completion"), **_options(row, completion)}
     if not isinstance(prompt, list) or not isinstance(completion, list):
         raise PacaError(
             f"prompt is {_kind(prompt)} and completion is {_kind(completion)}; expected two strings, or two lists of "
@@ -137,7 +137,8 @@ def _from_prompt_completion(row: Row, conversational: bool) -> Example:
     if answer[0]["role"] != "assistant":
         raise PacaError(f"the completion begins with a message of {answer[0]['role']!r}; expected 'assistant'.")
     _require_an_answer(answer, "completion")
-    return {"prompt": question, "completion": answer, **_tools(row.get("tools"))}
+    options = _options(row, answer[-1]["content"])
+    return {"prompt": question, "completion": answer, **_tools(row.get("tools")), **options}
 
 
 def _from_alpaca(row: Row, conversational: bool) -> Example:
@@ -156,9 +157,18 @@ def _from_alpaca(row: Row, conversational: bool) -> Example:
 def _from_question_answer(row: Row, conversational: bool) -> Example:
     question = _text(row["question"], "question")
     answer = _answer(row["answer"], "answer")
+    options = _options(row, answer)
     if conversational:
-        return _question_and_answer(question, answer)
-    return {"prompt": f"Question:\n{question}\n\nAnswer:\n", "completion": answer}
+        return {**_question_and_answer(question, answer), **options}
+    return {"prompt": f"Question:\n{question}\n\nAnswer:\n", "completion": answer, **options}
+
+
+def _options(row: Row, answer: str) -> Example:
+    """What else could be answered, where the row has such a column; null if the answer is none of what it lists."""
+    if OPTIONS not in row:
+        return {}
+    options = row[OPTIONS]
+    return {OPTIONS: options if isinstance(options, list) and answer in options else None}
 
 
 def _from_text(row: Row, conversational: bool) -> Example:
@@ -170,8 +180,8 @@ def _from_choices(read: Callable[[Row], Question]) -> Callable[[Row, bool], Exam
 
     def convert(row: Row, conversational: bool) -> Example:
         question = read(row)
-        given = {"question": question.prompt(), "answer": question.labels[question.answer]}
-        return {**_from_question_answer(given, conversational), OPTIONS: question.labels}
+        given = {"question": question.prompt(), "answer": question.labels[question.answer], OPTIONS: question.labels}
+        return _from_question_answer(given, conversational)
 
     return convert
 
@@ -256,10 +266,15 @@ FORMATS = {
     form.name: form
     for form in (
         Format("messages", ("messages", "tools"), ("tools",), _from_messages),
-        Format("prompt-completion", ("prompt", "completion", "tools"), ("tools",), _from_prompt_completion),
+        Format(
+            "prompt-completion",
+            ("prompt", "completion", "tools", OPTIONS),
+            ("tools", OPTIONS),
+            _from_prompt_completion,
+        ),
         Format("alpaca", ("instruction", "input", "output"), ("input",), _from_alpaca),
         Format("sharegpt", ("conversations", "system", "tools"), ("system", "tools"), _from_sharegpt),
-        Format("question-answer", ("question", "answer"), (), _from_question_answer),
+        Format("question-answer", ("question", "answer", OPTIONS), (OPTIONS,), _from_question_answer),
         Format("mmlu", ("question", "choices", "answer"), (), _from_choices(mmlu_question)),
         Format("arc", ("question", "choices", "answerKey"), (), _from_choices(arc_question)),
         Format("oasst-messages", (*FLAT_COLUMNS, *OF_USE), OF_USE, _from_tree, trees_of_messages),

