@@ -3,13 +3,13 @@ from __future__ import annotations
 import pytest
 import torch
 
-from paca.tuner.calibration import moments
-from paca.tuner.calibration.moments import Moments
+from paca.tuner.calibration import observers
+from paca.tuner.calibration.observers import Moments
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
 def test_moments_in_pieces_are_those_of_the_whole(dtype, monkeypatch):
-    monkeypatch.setattr(moments, "_AT_ONCE", 5 * 7)
+    monkeypatch.setattr(observers, "_AT_ONCE", 5 * 7)
     torch.manual_seed(0)
     rows = (torch.randn(101, 7) * torch.arange(1, 8) + 3).to(dtype)
     stream = Moments(7)

@@ -18,7 +18,7 @@ from expert_models import STACKS, mixtral
 from models import Perceptron, gpt2, llama, perceptron, tokens
 from paca.columns.selection import FROM_BATCHES, STRATEGIES
 from paca.tuner.calibration.observers import Observer
-from paca.tuner.calibration.selecting import collect_scores
+from paca.tuner.calibration.scores import collect_scores
 from paca.tuner.calibration.targets import find_targets
 from quantized_layers import forward_only_stack, stack
 from tuner.calibration.naive import Convolutions, best, reference_gradient_norms, reference_inputs
@@ -310,9 +310,9 @@ def test_activation_strategies_allocate_nothing_of_the_weights_size(strategy):
 
 
 def test_the_gradient_of_a_layer_is_there_a_few_columns_at_a_time(monkeypatch):
-    from paca.tuner.calibration import weight_gradients
+    from paca.tuner.calibration import observers
 
-    monkeypatch.setattr(weight_gradients, "_AT_ONCE", 300 * 10)
+    monkeypatch.setattr(observers, "_AT_ONCE", 300 * 10)
     model = nn.Sequential(nn.Linear(200, 300), nn.Linear(300, 200))
     config = paca.PacaConfig(r=3, selection="gradient_norm", target_modules=["0", "1"])
     with Sizes() as sizes:

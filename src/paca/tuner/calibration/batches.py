@@ -1,4 +1,4 @@
-"""Batches as users have them: what of them the model is called with, and what its loss is."""
+"""Batches as users have them: what the model is called with, what of it is padding, and what its loss is."""
 
 from __future__ import annotations
 
@@ -7,34 +7,37 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from accelerate.utils import recursively_apply
 from peft.peft_model import PeftModel
 from torch import Tensor, nn
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from paca.tuner.calibration.padding import Padding
 from paca.tuner.model import PacaModel
 
 _IGNORED = -100  # the label of a token that does not count, in transformers
+_CAUSAL = set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
 
 
 class Batch:
     """One batch, on the model's device.
 
     Args:
-        content: a mapping of keyword arguments, a tensor, or a tuple or list whose first elements are the positional
+        content: A mapping of keyword arguments, a tensor, or a tuple or list whose first elements are the positional
             arguments: as many as the model takes, or a mapping alone.
-        model: what it is for.
-        number: of the batch, from 1, for messages.
+        model: What it is for.
+        number: Of the batch, from 1, for messages.
 
     Raises:
-        ValueError: if it is something else, or empty.
+        ValueError: It is something else, or empty, or has padding that can't be told from tokens.
     """
 
     def __init__(self, content: Any, model: nn.Module, number: int) -> None:
         self.number = number
         self.args: tuple[Any, ...] = ()
         self.kwargs: dict[str, Any] = {}
-        content = _moved(content, _device(model))
+        tensors = (t for t in (*model.parameters(), *model.buffers()) if not t.is_meta)
+        device = next((t.device for t in tensors), torch.device("cpu"))
+        content = recursively_apply(lambda tensor: tensor.detach().to(device), content)
         if isinstance(content, (tuple, list)) and content and isinstance(content[0], Mapping):
             content = content[0]
         if isinstance(content, Mapping):
@@ -49,17 +52,17 @@ class Batch:
                 "its keyword arguments (as tokenizers and collators make them), tensors, or tuples that start with "
                 "tensors."
             )
-        tensors = [value for value in (*self.args, *self.kwargs.values()) if isinstance(value, Tensor)]
-        if not tensors:
+        given = [value for value in (*self.args, *self.kwargs.values()) if isinstance(value, Tensor)]
+        if not given:
             raise ValueError(
                 f"Batch {number} holds no tensor ({', '.join(self.kwargs)}). Tokenize and collate the examples first, "
                 "with return_tensors='pt'."
             )
-        if tensors[0].numel() == 0:
-            raise ValueError(f"Batch {number} gives no tokens: it is empty, of shape {tuple(tensors[0].shape)}.")
-        self.padding = Padding(self.kwargs.get("attention_mask"), number)
-        config = getattr(model, "config", None)
-        if self.padding.real is not None and getattr(config, "is_encoder_decoder", False):
+        if given[0].numel() == 0:
+            raise ValueError(f"Batch {number} gives no tokens: it is empty, of shape {tuple(given[0].shape)}.")
+        self.real = _real_tokens(self.kwargs.get("attention_mask"), number)
+        """`(samples, tokens)`, False for padding; None for a batch without any."""
+        if self.real is not None and getattr(getattr(model, "config", None), "is_encoder_decoder", False):
             raise ValueError(
                 f"Batch {number} has padding, and its attention_mask says so for the encoder only. Give batches "
                 "without padding to a model with a decoder of its own."
@@ -68,45 +71,30 @@ class Batch:
     def add_labels(self, model: nn.Module) -> None:
         """Let a causal language model that is given no labels learn the input itself, without its padding."""
         tokens = self.kwargs.get("input_ids")
-        base = base_model(model)
-        if "labels" in self.kwargs or tokens is None or type(base).__name__ not in _CAUSAL:
+        if "labels" in self.kwargs or tokens is None or type(base_model(model)).__name__ not in _CAUSAL:
             return
         self.kwargs["labels"] = tokens
-        if self.padding.real is not None:
-            real = self.padding.real.clone()
-            real[:, 1:] &= self.padding.real[:, :-1]  # what comes after padding would be predicted from padding
+        if self.real is not None:
+            real = self.real.clone()
+            real[:, 1:] &= self.real[:, :-1]  # what comes after padding would be predicted from padding
             self.kwargs["labels"] = tokens.masked_fill(~real, _IGNORED)
 
-    def loss_of(self, output: Any) -> Tensor:
-        """The scalar among what the model returned.
 
-        Raises:
-            ValueError: if there is none.
-        """
-        found = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
-        if found is None and isinstance(output, (tuple, list)) and output:
-            found = output[0]
-        if found is None:
-            found = output
-        if not isinstance(found, Tensor) or found.numel() != 1 or not found.is_floating_point():
-            raise ValueError(
-                "gradient_norm needs a loss, and the model returned none. Give batches with labels, or "
-                "paca.select(..., loss=lambda output, batch: ...), which computes it."
-            )
-        return found
+def loss_of(output: Any) -> Tensor:
+    """The scalar among what the model returned.
 
-
-_CAUSAL = set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
-
-
-def _moved(content: Any, device: torch.device) -> Any:
-    if isinstance(content, Tensor):
-        return content.detach().to(device)
-    if isinstance(content, Mapping):
-        return {key: _moved(value, device) for key, value in content.items()}
-    if isinstance(content, (tuple, list)):
-        return type(content)(_moved(value, device) for value in content) if type(content) in (tuple, list) else content
-    return content
+    Raises:
+        ValueError: There is none.
+    """
+    found = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
+    if found is None:
+        found = output[0] if isinstance(output, (tuple, list)) and output else output
+    if not isinstance(found, Tensor) or found.numel() != 1 or not found.is_floating_point():
+        raise ValueError(
+            "gradient_norm needs a loss, and the model returned none. Give batches with labels, or "
+            "paca.select(..., loss=lambda output, batch: ...), which computes it."
+        )
+    return found
 
 
 def base_model(model: Any) -> Any:
@@ -116,9 +104,37 @@ def base_model(model: Any) -> Any:
     return model.model if isinstance(model, PacaModel) else model
 
 
-def _device(model: nn.Module) -> torch.device:
-    tensors = [*model.parameters(), *model.buffers()]
-    return next((t.device for t in tensors if not t.is_meta), torch.device("cpu"))
+def without_padding(values: Tensor, real: Tensor | None, key: str) -> Tensor:
+    """`values (..., channels)` of the layer `key` as rows `(n, channels)`, those of padding left out.
+
+    Raises:
+        ValueError: The batch has padding and the rows are not its tokens.
+    """
+    leading, rows = values.shape[:-1], values.reshape(-1, values.shape[-1])
+    if real is None or leading == real.shape[:1]:  # one row a sample, as in a classifier's head
+        return rows
+    if leading in (real.shape, (real.numel(),)):
+        return rows[real.to(values.device).flatten()]
+    raise ValueError(
+        f"{key}: its input has shape {tuple(values.shape)}, which does not fit the attention_mask {tuple(real.shape)} "
+        "of its batch, so that padding can't be told from tokens. Give batches without padding (one sequence each, or "
+        "all of one length), or leave the layer out of target_modules."
+    )
+
+
+def _real_tokens(mask: Any, number: int) -> Tensor | None:
+    if not isinstance(mask, Tensor):
+        return None
+    if mask.numel() and not bool(mask.any()):
+        raise ValueError(f"Batch {number} gives no tokens: its attention_mask is 0 everywhere.")
+    if bool(mask.all()):
+        return None
+    if mask.dim() != 2:
+        raise ValueError(
+            f"Batch {number}: its attention_mask has shape {tuple(mask.shape)}, which does not say which tokens are "
+            "padding. Give one of (samples, tokens), or batches without padding and without a mask."
+        )
+    return mask != 0
 
 
 def _positional(model: Any) -> int:

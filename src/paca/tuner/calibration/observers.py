@@ -2,47 +2,88 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from paca.columns.selection import weight_norms, widest
+from paca.functional.convolution import ConvolutionProduct, Geometry
+from paca.functional.embedding import EmbeddingProduct
+from paca.functional.linear import LinearProduct
+from paca.functional.train_columns import Product
 from paca.layers import PacaLayer
-from paca.tuner.calibration.moments import Moments
-from paca.tuner.calibration.padding import Padding
-from paca.tuner.calibration.weight_gradients import convolution_squares, embedding_squares, linear_squares
+from paca.tuner.calibration.batches import without_padding
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_AT_ONCE = 2**20  # values of a gradient, or of rows in the accumulators' type, that are there at a time: 4 or 8 MiB
+
+
+class Moments:
+    """Streaming moments of `channels` channels: two numbers each, whatever comes in.
+
+    Pieces are merged by Chan, Golub and LeVeque's update (1979), so that a channel whose mean is far from zero keeps
+    its variance.
+    """
+
+    def __init__(self, channels: int) -> None:
+        self.count = 0
+        self._mean = torch.zeros(channels, dtype=torch.float64)
+        self._centred = torch.zeros(channels, dtype=torch.float64)
+
+    @torch.no_grad()
+    def add(self, rows: Tensor) -> None:
+        """Take in `rows (n, channels)` of any dtype."""
+        if self.count == 0:
+            self._mean = self._mean.to(rows.device, widest(rows.device))
+            self._centred = self._centred.to(self._mean)
+        for piece in rows.split(max(1, _AT_ONCE // max(1, rows.shape[1]))):
+            n = piece.shape[0]
+            if n == 0:
+                continue
+            values = piece.to(self._mean)
+            mean = values.mean(0)
+            shift = mean - self._mean
+            self._centred += (values - mean).square_().sum(0)
+            self._centred += shift.square() * (self.count * n / (self.count + n))
+            self._mean += shift * (n / (self.count + n))
+            self.count += n
+
+    def norms(self) -> Tensor:
+        """The Euclidean norm of each channel over all rows, `(channels,)`."""
+        return (self._centred + self.count * self._mean.square()).sqrt()
+
+    def variances(self) -> Tensor:
+        """The mean square of each channel's distance from its mean, `(channels,)`."""
+        return self._centred / max(1, self.count)
 
 
 class Observer:
     """Collects the scores of one layer's columns.
 
     Args:
-        key: what the model calls the layer.
-        module: the layer, adapted or not.
-        in_features: how many columns it has.
-        strategy: one of ``paca.selection.FROM_BATCHES``.
+        key: What the model calls the layer.
+        module: The layer, adapted or not.
+        in_features: How many columns it has.
+        strategy: One of `FROM_BATCHES`.
     """
 
     def __init__(self, key: str, module: nn.Module, in_features: int, strategy: str) -> None:
-        self.key, self.module, self.strategy = key, module, strategy
+        self.key, self.module, self.in_features, self.strategy = key, module, in_features, strategy
         self.stock: Any = module.base_layer if isinstance(module, PacaLayer) else module
+        self.real: Tensor | None = None
+        """Which tokens of the batch that runs are no padding."""
         self.count = 0
         """Rows of its input so far, that had a gradient if one is needed: tokens, and of a convolution pixels."""
         self._ran = False
-        self.padding = Padding(None, 0)
-        """Of the batch that runs."""
-        self._in_features = in_features
         self._moments = Moments(in_features)
         self._squares = torch.zeros(in_features, dtype=torch.float64)
 
     def scores(self) -> Tensor:
-        """``(in_features,)``: what the columns are ranked by.
+        """`(in_features,)`: what the columns are ranked by.
 
         Raises:
-            ValueError: if nothing was seen.
+            ValueError: Nothing was seen.
         """
         if self.count == 0 and self._ran:
             raise ValueError(
@@ -59,62 +100,72 @@ class Observer:
             return self._squares.sqrt()
         return self._moments.norms() if self.strategy == "activation_norm" else self._moments.variances()
 
-    # -- hooks ----------------------------------------------------------------------------------------------------
-
     def see_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], y: Tensor) -> None:
         """A forward hook, for strategies that need no gradient."""
-        x = _input(args, kwargs)
-        with torch.no_grad():
-            if isinstance(self.stock, nn.Embedding):
-                rows = self.padding.without(y, self.key)
-            elif isinstance(self.stock, _CONVOLUTIONS):
-                rows = self._channel_rows(x)
-            else:
-                rows = self.padding.without(x, self.key)
-            self._moments.add(rows)
-            self.count = self._moments.count
+        self._moments.add(self._rows(y if isinstance(self.stock, nn.Embedding) else _input(args, kwargs)))
+        self.count = self._moments.count
 
-    def watch_backward(self, anchor: Tensor) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any], Tensor], Tensor]:
-        """A forward hook that lets the backward pass come by.
+    def watch_backward(
+        self, anchor: Tensor, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], y: Tensor
+    ) -> Tensor:
+        """A forward hook that lets the backward pass come by, once it has its first argument.
 
         Args:
-            anchor: a scalar that requires grad, so that gradients are computed although no weight wants any.
+            anchor: A scalar that requires grad, so that gradients are computed although no weight wants any.
         """
-
-        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], y: Tensor) -> Tensor:
-            self._ran = True
-            watched: Tensor = _Watch.apply(y, _input(args, kwargs), anchor, self)
-            return watched
-
-        return hook
+        self._ran = True
+        watched: Tensor = _Watch.apply(y, _input(args, kwargs), anchor, self)
+        return watched
 
     def see_backward(self, x: Tensor, grad_output: Tensor) -> None:
-        """Take in the gradient of one forward pass with input ``x``."""
-        if isinstance(self.stock, nn.Embedding):
-            rows = self.padding.without(grad_output, self.key)
-            tokens = self.padding.without(x[..., None], self.key).flatten()
-            if self.stock.padding_idx is not None:
-                rows = rows * (tokens != self.stock.padding_idx)[:, None]
-            squares, count = embedding_squares(tokens, rows), tokens.numel()
-        elif isinstance(self.stock, _CONVOLUTIONS):
-            count = self._channel_rows(x).shape[0]
-            squares = convolution_squares(x, grad_output, self.stock)
+        """Take in the gradient of one forward pass with input `x`: the norms of the weight gradient's columns."""
+        rows, stock, product = x, self.stock, _product_of(self.stock)
+        shape: tuple[int, ...] = grad_output.shape[-1:]
+        if isinstance(stock, nn.Embedding):
+            grad_output, tokens = self._rows(grad_output), self._rows(x[..., None]).flatten()
+            self.count += tokens.numel()
+            if stock.padding_idx is not None:
+                grad_output = grad_output * (tokens != stock.padding_idx)[:, None]
+            occurring, rows = tokens.unique(return_inverse=True)  # the others' rows are zero
+            shape = occurring.shape
+        elif isinstance(product, ConvolutionProduct):
+            self.count += self._rows(x).shape[0]
+            shape = (stock.out_channels, *stock.kernel_size)
         else:
-            rows = self.padding.without(x, self.key)
-            squares = linear_squares(rows, self.padding.without(grad_output.to(x.device), self.key))
-            count = rows.shape[0]
-        self._squares = self._squares.to(squares)
-        self._squares += squares
-        self.count += count
+            rows, grad_output = self._rows(x), self._rows(grad_output.to(x.device))
+            self.count += rows.shape[0]
+        dtype = torch.promote_types(grad_output.dtype, torch.float32)
+        dtype = torch.promote_types(rows.dtype, dtype) if rows.is_floating_point() else dtype
+        grad_output, squares = grad_output.to(dtype), []
+        columns = torch.arange(self.in_features, device=rows.device)
+        for part in columns.split(max(1, _AT_ONCE // max(1, torch.Size(shape).numel()))):
+            selected = product.select(rows, part, None)
+            selected = selected.to(dtype) if selected.is_floating_point() else selected
+            size = torch.Size((shape[0], part.numel(), *shape[1:]))
+            gradient = product.delta_gradient(selected, grad_output, part, 1.0, size, dtype)
+            squares.append(weight_norms(gradient, 1).square())
+        self._squares = self._squares.to(squares[0])
+        self._squares += torch.cat(squares)
 
-    def _channel_rows(self, x: Tensor) -> Tensor:
-        """A convolution's input as ``(positions * groups, in_channels / groups)``: a row for each place and group."""
-        channels_last = x.movedim(-1 - len(self.stock.kernel_size), -1)
-        return self.padding.without(channels_last, self.key).reshape(-1, self._in_features)
+    def _rows(self, values: Tensor) -> Tensor:
+        """Inputs or gradients as rows, `(n, channels)`; of a convolution a row for each place and group."""
+        if isinstance(self.stock, _CONVOLUTIONS):
+            values = values.movedim(-1 - len(self.stock.kernel_size), -1)
+            return without_padding(values, self.real, self.key).reshape(-1, self.in_features)
+        return without_padding(values, self.real, self.key)
+
+
+def _product_of(stock: Any) -> Product:
+    """What the layer computes, with its weight as `(out_features, in_features)`."""
+    if isinstance(stock, nn.Embedding):
+        return EmbeddingProduct(-1, stock.scale_grad_by_freq)
+    if isinstance(stock, _CONVOLUTIONS):
+        return ConvolutionProduct(Geometry.of(stock))
+    return LinearProduct(1)
 
 
 class _Watch(torch.autograd.Function):
-    """The identity of ``y``, whose backward pass shows the observer its gradient beside the layer's input.
+    """The identity of `y`, whose backward pass shows the observer its gradient beside the layer's input.
 
     The input is saved as autograd saves tensors, so that activation checkpointing recomputes it.
     """

@@ -31,12 +31,10 @@ class Target(NamedTuple):
 
 
 def find_targets(model: nn.Module, config: PacaConfig) -> dict[str, Target]:
-    """The layers that ``get_peft_model(model, config)`` would adapt, by the names that the model has for them.
-
-    Ranks and columns given by hand are checked.
+    """The layers that `get_peft_model(model, config)` would adapt, by the names that the model has for them.
 
     Raises:
-        ValueError: if a layer can't be adapted, or not with that rank or those columns; or if there is none.
+        ValueError: A layer can't be adapted, or not with that rank or those columns; or there is none.
     """
     finder = _Finder(base_model(model), copy.deepcopy(config))
     for key, target in finder.found.items():
@@ -54,15 +52,14 @@ class _Finder(PacaModel):
 
     def __init__(self, model: nn.Module, config: PacaConfig) -> None:
         nn.Module.__init__(self)
-        name = "default"
         self.found: dict[str, Target] = {}
         vars(self)["model"] = model  # not a submodule: nothing may reach the model through this
         self.targeted_module_names, self.targeted_parameter_names = [], []
-        self.peft_config, self.active_adapter = {name: config}, name
+        self.peft_config, self.active_adapter = {"default": config}, "default"
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # get_peft_model says the same again
-                BaseTuner.inject_adapter(self, model, name)
+                BaseTuner.inject_adapter(self, model, "default")
         except _AllFound:
             return
         raise AssertionError("PEFT did not activate the adapter")
