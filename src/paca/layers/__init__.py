@@ -3,7 +3,7 @@
 from torch import nn
 
 from paca.layers import convolution, embedding, experts, linear
-from paca.layers.base import PacaLayer, paca_layers, refuse_sharded
+from paca.layers.base import PacaLayer, layers_of, paca_layers, refuse_sharded
 from paca.layers.convolution import PacaConvolution
 from paca.layers.embedding import PacaEmbedding
 from paca.layers.experts import PacaExpertStack
@@ -34,6 +34,7 @@ __all__ = [
     "PacaExpertStack",
     "PacaLayer",
     "PacaLinear",
+    "layers_of",
     "paca_layers",
     "refuse_sharded",
 ]

@@ -479,6 +479,12 @@ def paca_layers(model: nn.Module) -> list[PacaLayer]:
     return [m for m in model.modules() if isinstance(m, PacaLayer)]
 
 
+def layers_of(model: nn.Module, adapter_name: str) -> dict[str, PacaLayer]:
+    """The layers of `model` that have an adapter, by their names in it."""
+    found = {name: m for name, m in model.named_modules() if isinstance(m, PacaLayer)}
+    return {name: layer for name, layer in found.items() if adapter_name in layer.paca_delta}
+
+
 def refuse_sharded(layers: Iterable[PacaLayer], what: str) -> None:
     """Raise if a layer's weight is sharded.
 

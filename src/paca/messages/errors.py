@@ -7,5 +7,5 @@ class PacaError(ValueError):
     """Something the user gave is wrong: a key, a file, a value.
 
     The text says what was wrong, what was expected and what to do. The command line prints it alone, without a
-    traceback, and exits with status 1. It is a ``ValueError``, so library callers need not know this class.
+    traceback, and exits with status 1. It is a `ValueError`, so library callers need not know this class.
     """

@@ -14,7 +14,7 @@ def nearest(name: str, valid: Iterable[str], cutoff: float = 0.5) -> str | None:
         valid: What it could be.
         cutoff: How alike the two must be, from 0 (not at all) to 1 (the same).
     """
-    return next(iter(_close(name, valid, 1, cutoff)), None)
+    return next(iter(difflib.get_close_matches(name, list(valid), 1, cutoff)), None)
 
 
 def did_you_mean(name: str, valid: Iterable[str], form: str = "{!r}", count: int = 1) -> str:
@@ -26,9 +26,5 @@ def did_you_mean(name: str, valid: Iterable[str], form: str = "{!r}", count: int
         form: How a name is shown: quoted.
         count: How many names to offer at most.
     """
-    close = _close(name, valid, count, 0.5)
+    close = difflib.get_close_matches(name, list(valid), count, 0.5)
     return f" Did you mean {' or '.join(map(form.format, close))}?" if close else ""
-
-
-def _close(name: str, valid: Iterable[str], count: int, cutoff: float) -> list[str]:
-    return difflib.get_close_matches(name, list(valid), n=count, cutoff=cutoff)

@@ -1,4 +1,4 @@
-"""What to type for the program ``paca``: its name alone works only where the environment is activated."""
+"""What to type for the program `paca`: its name alone works only where the environment is activated."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 
 
 def program() -> str:
-    """``paca`` where a shell would find this installation's, else the path to it, for a command to be typed here."""
+    """`paca` where a shell would find this installation's, else the path to it, for a command to be typed here."""
     beside = Path(sys.executable).with_name("paca")
     if not beside.is_file():
         return "paca"

@@ -13,7 +13,7 @@ PATCHABLE: tuple[QuantizedWeight, ...] = (FourBit(), EightBit(), TorchAo(), Half
 
 
 def quantization_of(module: nn.Module) -> QuantizedWeight | None:
-    """How ``module``'s weight is quantized, if it is in a way that dequantizes."""
+    """How `module`'s weight is quantized, if it is in a way that dequantizes."""
     return next((kind for kind in PATCHABLE if kind.matches(module)), None)
 
 

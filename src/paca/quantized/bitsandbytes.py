@@ -11,7 +11,7 @@ from paca.quantized.weight import QuantizedWeight, is_a
 
 
 class FourBit(QuantizedWeight):
-    """``Linear4bit``."""
+    """`Linear4bit`."""
 
     library = "bitsandbytes"
 
@@ -38,9 +38,6 @@ class FourBit(QuantizedWeight):
     def name(self, module: Any) -> str:
         state = self._state(module)
         return str(state.quant_type) + ("" if state.nested else " without double quantization")
-
-    def packed(self, module: Any) -> Tensor:
-        return module.weight
 
     def stored_dtype(self, module: Any) -> torch.dtype:
         return self._state(module).dtype
@@ -82,7 +79,7 @@ class FourBit(QuantizedWeight):
 
 
 class EightBit(QuantizedWeight):
-    """``Linear8bitLt`` with int8 weights, one scale a row."""
+    """`Linear8bitLt` with int8 weights, one scale a row."""
 
     library = "bitsandbytes"
     stock_dequantizes = False  # it rounds inputs to 8 bits too
@@ -99,9 +96,6 @@ class EightBit(QuantizedWeight):
 
     def name(self, module: Any) -> str:
         return "int8"
-
-    def packed(self, module: Any) -> Tensor:
-        return module.weight
 
     def stored_dtype(self, module: Any) -> torch.dtype:
         return torch.float32  # a code times a float32 scale

@@ -1,4 +1,4 @@
-"""HQQ, half-quadratic quantization: ``HQQLinear`` of 1 to 8 bits."""
+"""HQQ, half-quadratic quantization: `HQQLinear` of 1 to 8 bits."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from paca.quantized.weight import QuantizedWeight, is_a
 
 
 class HalfQuadratic(QuantizedWeight):
-    """``hqq.core.quantize.HQQLinear``."""
+    """`hqq.core.quantize.HQQLinear`."""
 
     library = "hqq"
 

@@ -1,4 +1,4 @@
-"""torchao: an ``nn.Linear`` whose weight is a tensor subclass (int8, int4 and other weight-only formats)."""
+"""torchao: an `nn.Linear` whose weight is a tensor subclass (int8, int4 and other weight-only formats)."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from paca.quantized.weight import QuantizedWeight
 
 
 class TorchAo(QuantizedWeight):
-    """Weight-only formats of ``torchao.quantization.quantize_`` that have ``dequantize``."""
+    """Weight-only formats of `torchao.quantization.quantize_` that have `dequantize`."""
 
     library = "torchao"
     stock_dequantizes = False  # for int8 it multiplies with the codes first, and with the scales then
 
     def matches(self, module: nn.Module) -> bool:
-        weight = getattr(module, "weight", None)
+        if not isinstance(module, nn.Linear) or not is_torchao(module.weight):
+            return False
         # Every tensor has a method `dequantize`; only torchao's own knows its formats.
-        return isinstance(module, nn.Linear) and is_torchao(weight) and is_torchao_class(_owner(weight, "dequantize"))
+        return _from_torchao(next(c for c in type(module.weight).__mro__ if "dequantize" in vars(c)))
 
     def problem(self, module: Any) -> str | None:
-        if getattr(module.weight, "act_quant_kwargs", None) is not None or getattr(
-            module.weight, "activation_quantization", None
-        ):
+        weight = module.weight
+        if getattr(weight, "act_quant_kwargs", None) is not None or getattr(weight, "activation_quantization", None):
             return "it quantizes its inputs as well, which training does not reproduce; use a weight-only config"
         return None
 
@@ -33,9 +33,6 @@ class TorchAo(QuantizedWeight):
         kind = getattr(weight, "target_dtype", weight.qdata.dtype)
         block = "x".join(str(size) for size in getattr(weight, "block_size", ()))
         return f"torchao {type(weight).__name__} {str(kind).removeprefix('torch.')}" + (f" in {block}" if block else "")
-
-    def packed(self, module: Any) -> Tensor:
-        return module.weight
 
     def stored_dtype(self, module: Any) -> torch.dtype:
         return module.weight.dtype
@@ -54,21 +51,15 @@ class TorchAo(QuantizedWeight):
 
 def is_torchao(weight: Any) -> bool:
     """Whether a tensor is one of torchao's."""
-    return isinstance(weight, Tensor) and is_torchao_class(type(weight))
+    return isinstance(weight, Tensor) and _from_torchao(type(weight))
 
 
-def is_torchao_class(kind: type) -> bool:
-    """Whether a class comes from torchao."""
+def _from_torchao(kind: type) -> bool:
     return kind.__module__.partition(".")[0] == "torchao"
 
 
-def _owner(tensor: Any, method: str) -> type:
-    """The class that defines ``method``."""
-    return next(c for c in type(tensor).__mro__ if method in vars(c))
-
-
 def _quantized_like(old: Any, weight: Tensor) -> Tensor:
-    """``weight (out_features, in_features)`` in the format of ``old``.
+    """`weight (out_features, in_features)` in the format of `old`.
 
     Raises:
         ValueError: for a format whose settings can't be read off a tensor.

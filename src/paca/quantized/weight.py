@@ -19,15 +19,11 @@ class QuantizedWeight(ABC):
 
     @abstractmethod
     def matches(self, module: nn.Module) -> bool:
-        """Whether ``module``'s weight is quantized this way. Imports nothing."""
+        """Whether `module`'s weight is quantized this way. Imports nothing."""
 
     @abstractmethod
     def name(self, module: Any) -> str:
-        """What an adapter records as the quantization of its base, such as ``"nf4"``."""
-
-    @abstractmethod
-    def packed(self, module: Any) -> Tensor:
-        """The tensor that holds the codes: it is replaced, or its version moves, when the weight does."""
+        """What an adapter records as the quantization of its base, such as `"nf4"`."""
 
     @abstractmethod
     def stored_dtype(self, module: Any) -> torch.dtype:
@@ -35,57 +31,61 @@ class QuantizedWeight(ABC):
 
     @abstractmethod
     def dequantize(self, module: Any) -> Tensor:
-        """A new ``(out_features, in_features)`` in ``stored_dtype``."""
+        """A new `(out_features, in_features)` in `stored_dtype`."""
 
     @abstractmethod
     def replace(self, module: Any, weight: Tensor) -> Any:
-        """Quantize ``weight (out_features, in_features)`` in place of the present one.
+        """Quantize `weight (out_features, in_features)` in place of the present one.
 
         Returns:
-            What ``restore`` needs to bring the present one back, bit for bit.
+            What `restore` needs to bring the present one back, bit for bit.
         """
 
     @abstractmethod
     def restore(self, module: Any, kept: Any) -> None:
-        """Undo ``replace``."""
+        """Undo `replace`."""
 
     def adopt(self, module: Any) -> None:  # noqa: B027
-        """Get ``module`` ready for being dequantized at any time."""
+        """Get `module` ready for being dequantized at any time."""
 
     def release(self, module: Any) -> None:  # noqa: B027
-        """Undo ``adopt``."""
+        """Undo `adopt`."""
+
+    def packed(self, module: Any) -> Tensor:
+        """The tensor that holds the codes: it is replaced, or its version moves, when the weight does."""
+        return module.weight
 
     def problem(self, module: Any) -> str | None:
         """Why this layer can't be adapted all the same, or None."""
         return None
 
     def shape(self, module: Any) -> tuple[int, int]:
-        """``(out_features, in_features)``."""
+        """`(out_features, in_features)`."""
         return module.out_features, module.in_features
 
     def dtypes(self, module: Any, x: Tensor) -> tuple[torch.dtype, torch.dtype]:
-        """The types of the matmul and of the result for an input ``x``."""
+        """The types of the matmul and of the result for an input `x`."""
         if torch.is_autocast_enabled(x.device.type):
             dtype = torch.get_autocast_dtype(x.device.type)
             return dtype, dtype
         return x.dtype, x.dtype
 
     def weight_and_columns(self, module: Any, dtype: torch.dtype, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """Dequantize for a matmul in ``dtype``.
+        """Dequantize for a matmul in `dtype`.
 
         Returns:
-            A new ``(out_features, in_features)`` in ``dtype``, and its columns ``(out_features, k)`` at
-            ``positions (k,)`` before they were rounded to it.
+            A new `(out_features, in_features)` in `dtype`, and its columns `(out_features, k)` at
+            `positions (k,)` before they were rounded to it.
         """
         weight = self.dequantize(module)
         return weight.to(dtype), weight.index_select(1, positions)
 
     def columns(self, module: Any, positions: Tensor) -> Tensor:
-        """The dequantized columns ``(out_features, k)``."""
+        """The dequantized columns `(out_features, k)`."""
         return self.weight_and_columns(module, self.stored_dtype(module), positions)[1]
 
     def plain(self, module: Any, weight: Tensor) -> nn.Linear:
-        """An ordinary layer with ``weight (out_features, in_features)`` and ``module``'s bias."""
+        """An ordinary layer with `weight (out_features, in_features)` and `module`'s bias."""
         out_features, in_features = weight.shape
         linear = nn.Linear(in_features, out_features, bias=module.bias is not None, device="meta")
         linear.weight = nn.Parameter(weight, requires_grad=False)
@@ -95,7 +95,7 @@ class QuantizedWeight(ABC):
 
 
 def is_a(module: nn.Module, package: str, *class_names: str) -> bool:
-    """Whether a class of ``module`` comes from ``package`` and has one of the names; without importing it."""
+    """Whether a class of `module` comes from `package` and has one of the names; without importing it."""
     return any(
         c.__name__ in class_names and (c.__module__ == package or c.__module__.startswith(f"{package}."))
         for c in type(module).__mro__

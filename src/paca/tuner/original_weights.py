@@ -52,13 +52,13 @@ class OriginalWeights:
         """Read columns of one linear layer.
 
         Args:
-            module_name: as the model calls it, such as ``model.layers.0.mlp.up_proj``.
-            indices: ``(r,)`` int64, ascending.
-            shape: ``(out_features, in_features)`` that the weight must have.
-            stored_transposed: as ``(in_features, out_features)``: the layer was a ``Conv1D`` before it was quantized.
+            module_name: as the model calls it, such as `model.layers.0.mlp.up_proj`.
+            indices: `(r,)` int64, ascending.
+            shape: `(out_features, in_features)` that the weight must have.
+            stored_transposed: as `(in_features, out_features)`: the layer was a `Conv1D` before it was quantized.
 
         Returns:
-            ``(out_features, r)`` in the type they are stored in, on CPU.
+            `(out_features, r)` in the type they are stored in, on CPU.
 
         Raises:
             PacaError: if the checkpoint holds no such weight, or one of another shape.

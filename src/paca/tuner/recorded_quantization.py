@@ -9,19 +9,19 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from paca.config import PacaConfig
-from paca.layers import PacaLayer
+from paca.layers import PacaLayer, layers_of
 from paca.layers.overlaid import OverlaidLinear
 from paca.tuner.original_weights import OriginalWeights
 
 
 def quantizations(layers: Iterable[PacaLayer]) -> str:
-    """How the weights of ``layers`` are quantized, as a config records it."""
+    """How the weights of `layers` are quantized, as a config records it."""
     found = {layer.quantization_name or "" for layer in layers if isinstance(layer, OverlaidLinear)}
     return "+".join(sorted(found - {""})) or "none"
 
 
 def warn_of_another(adapter_name: str, config: PacaConfig, found: str) -> None:
-    """Warn if the adapter was made for weights that are quantized otherwise than ``found``."""
+    """Warn if the adapter was made for weights that are quantized otherwise than `found`."""
     if config.base_quantization not in (None, found):  # other tools don't record it
         warnings.warn(
             f"Adapter {adapter_name!r} was made for weights quantized as {config.base_quantization!r}, but "
@@ -37,16 +37,12 @@ def note_quantization(model: nn.Module, adapter_name: str, config: PacaConfig) -
     Raises:
         ValueError: if `config.original_weights` are not those of the model, or no adapted layer is quantized.
     """
-    layers = {
-        name: layer
-        for name, layer in model.named_modules()
-        if isinstance(layer, OverlaidLinear) and adapter_name in layer.paca_delta and layer.quantization_name
-    }
-    found = quantizations(layers.values())
+    found = layers_of(model, adapter_name)
+    layers = {name: m for name, m in found.items() if isinstance(m, OverlaidLinear) and m.quantization_name}
     if config.loading:
-        warn_of_another(adapter_name, config, found)
+        warn_of_another(adapter_name, config, quantizations(layers.values()))
     else:
-        config.base_quantization = found
+        config.base_quantization = quantizations(layers.values())
     if config.original_weights is None:
         return
     if not layers:

@@ -18,7 +18,7 @@ REFERENCE = "ref"
 
 
 def copied_adapter(configs: Mapping[str, Any], adapter_name: str) -> str | None:
-    """The adapter that the new ``adapter_name`` is to be a copy of, or None.
+    """The adapter that the new `adapter_name` is to be a copy of, or None.
 
     Only an adapter of TRL's name, made with the very config object of another: nobody else's adapter starts as a copy.
     """
@@ -30,7 +30,7 @@ def copied_adapter(configs: Mapping[str, Any], adapter_name: str) -> str | None:
 
 @torch.no_grad()
 def copy_deltas(layers: list[PacaLayer], original: str) -> None:
-    """Give the reference the values of ``original``, whose columns it already has."""
+    """Give the reference the values of `original`, whose columns it already has."""
     for layer in layers:
         if REFERENCE in layer.paca_delta:
             layer.paca_delta[REFERENCE].copy_(layer.paca_delta[original])

@@ -16,7 +16,7 @@ PREFIX = "paca_"
 
 
 def add_peft_type() -> PeftType:
-    """Return ``PeftType.PACA``, adding it to the enum if this PEFT lacks it."""
+    """Return `PeftType.PACA`, adding it to the enum if this PEFT lacks it."""
     if NAME not in PeftType.__members__:
         member = str.__new__(PeftType, NAME)
         member._name_ = NAME

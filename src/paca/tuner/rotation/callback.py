@@ -15,26 +15,25 @@ _RECORD = "paca_trained_columns"
 
 
 class RotateColumns(TrainerCallback):
-    """Rotates the active adapter's columns every ``rotate_every`` steps (of its ``PacaConfig``).
+    """Rotates the active adapter's columns every `rotate_every` steps (of its `PacaConfig`).
 
     At the beginning of a step, so that whatever a trainer does after a step (evaluate, save, stop) sees the adapter
-    as that step left it. Which columns are trained is recorded in the trainer's state (``trainer_state.json``), from
+    as that step left it. Which columns are trained is recorded in the trainer's state (`trainer_state.json`), from
     which a resumed run takes it.
 
     Args:
-        pick: as for ``paca.rotate``.
+        pick: As for `paca.rotate`.
     """
 
     def __init__(self, pick: str | Picker | None = None) -> None:
         self.pick = pick
-        self._every = 0
-        self._rotated_at = 0
+        self._every = self._rotated_at = 0
 
     def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Check that the adapter can be rotated.
 
         Raises:
-            ValueError: if it can't.
+            ValueError: It can't.
         """
         self._every = _every(args, kwargs["model"])
 
@@ -44,13 +43,12 @@ class RotateColumns(TrainerCallback):
         """Go on with the columns that a checkpoint names, if there is one.
 
         Raises:
-            ValueError: if it does not name them, or the adapter can't be rotated.
+            ValueError: It does not name them, or the adapter can't be rotated.
         """
-        model = kwargs["model"]
+        model, records = kwargs["model"], _records(state)
         self._every, self._rotated_at = _every(args, model), 0
-        recorded = _records(state).get(_RECORD)
-        if recorded is not None:
-            columns = {key: [int(column) for column in text.split()] for key, text in recorded.items()}
+        if _RECORD in records:
+            columns = {key: [int(column) for column in text.split()] for key, text in records[_RECORD].items()}
             set_trained_columns(model, columns)
         elif state.global_step and any(layer.folded for layer in paca_layers(model)):
             raise ValueError(
@@ -58,7 +56,7 @@ class RotateColumns(TrainerCallback):
                 "were being trained, so the run can't be continued from it. Save checkpoints with RotateColumns among "
                 "the trainer's callbacks."
             )
-        self._record(state, model)
+        _record(state, model)
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -69,19 +67,19 @@ class RotateColumns(TrainerCallback):
             return
         rotate(kwargs["model"], kwargs["optimizer"], step // self._every, pick=self.pick)
         self._rotated_at = step
-        self._record(state, kwargs["model"])
-
-    @staticmethod
-    def _record(state: TrainerState, model: Any) -> None:
-        # As text: the file has a line for each number otherwise.
-        columns = {key: " ".join(map(str, numbers)) for key, numbers in trained_columns(model).items()}
-        _records(state)[_RECORD] = columns
+        _record(state, kwargs["model"])
 
 
 def _records(state: TrainerState) -> dict[str, Any]:
     """What trainer_state.json keeps for callbacks; a dict, once the state is made."""
     records: Any = state.stateful_callbacks
     return records
+
+
+def _record(state: TrainerState, model: Any) -> None:
+    # As text: the file has a line for each number otherwise.
+    columns = {key: " ".join(map(str, numbers)) for key, numbers in trained_columns(model).items()}
+    _records(state)[_RECORD] = columns
 
 
 def _every(args: TrainingArguments, model: Any) -> int:

@@ -1,8 +1,9 @@
-"""Which columns a rotation picks: a function from a layer to ``r`` of its columns."""
+"""Which columns a rotation picks: a function from a layer to `r` of its columns."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -18,12 +19,12 @@ class RotatingLayer(NamedTuple):
     name: str
     """Of the layer, in the base model."""
     layer: PacaLayer
-    """Its weight, ``layer.base_layer.weight``, holds all that was trained so far."""
+    """Its weight, `layer.base_layer.weight`, holds all that was trained so far."""
     adapter_name: str
     number: int
     """Which rotation this is, counted from 1."""
     seed: int | None
-    """``random_seed`` of the adapter; None where it was loaded from a file that has none."""
+    """`random_seed` of the adapter; None where it was loaded from a file that has none."""
 
     @property
     def r(self) -> int:
@@ -32,7 +33,7 @@ class RotatingLayer(NamedTuple):
 
     @property
     def turns(self) -> Tensor:
-        """``(in_features,)`` int64 on the CPU: 2 for columns trained now, 1 for those trained before, else 0."""
+        """`(in_features,)` int64 on the CPU: 2 for columns trained now, 1 for those trained before, else 0."""
         turns = torch.zeros(self.layer.in_features, dtype=torch.int64)
         folded = self.layer.folded.get(self.adapter_name)
         if folded is not None:
@@ -40,50 +41,40 @@ class RotatingLayer(NamedTuple):
         turns[self.layer.paca_indices[self.adapter_name].cpu()] = 2
         return turns
 
+    def first_of(self, order: Tensor) -> Tensor:
+        """The first `r` columns of `order (in_features,)`, new ones before those that had their turn."""
+        return order[self.turns[order].sort(stable=True).indices][: self.r]
+
 
 Picker = Callable[[RotatingLayer], Tensor]
-"""Gives ``(r,)`` different column numbers, in any order."""
+"""Gives `(r,)` different column numbers, in any order."""
 
 
-def pick_at_random(rotating: RotatingLayer) -> Tensor:
-    """Columns drawn from (random_seed, module name, rotation number) alone, those never trained before the others."""
-    return _drawn("random", rotating)
-
-
-def pick_random_blocks(rotating: RotatingLayer) -> Tensor:
-    """The same in whole blocks of neighbours, as far as ``r`` goes."""
-    return _drawn("random_blocks", rotating)
-
-
-def _drawn(strategy: str, rotating: RotatingLayer) -> Tensor:
+def _at_random(strategy: str, rotating: RotatingLayer) -> Tensor:
+    """Columns drawn from (random_seed, module name, rotation number) alone."""
     generator = column_generator(rotating.seed, f"{rotating.name}:rotation {rotating.number}")
-    return _first(shuffled(strategy, rotating.layer.in_features, generator), rotating)
+    return rotating.first_of(shuffled(strategy, rotating.layer.in_features, generator))
 
 
-def pick_by_weight_norm(rotating: RotatingLayer) -> Tensor:
-    """The columns with the largest norms in the weight as it is now, those never trained before the others."""
+def _by_weight_norm(rotating: RotatingLayer) -> Tensor:
+    """The columns with the largest norms in the weight as it is now."""
     base = rotating.layer.base_layer
     norms = weight_norms(base.weight, base.input_dim).cpu()
-    return _first(norms.sort(descending=True, stable=True).indices, rotating)
-
-
-def _first(order: Tensor, rotating: RotatingLayer) -> Tensor:
-    """The first ``r`` columns of ``order (in_features,)``, new ones before those that had their turn."""
-    return order[rotating.turns[order].sort(stable=True).indices][: rotating.r]
+    return rotating.first_of(norms.sort(descending=True, stable=True).indices)
 
 
 PICKERS: dict[str, Picker] = {
-    "random": pick_at_random,
-    "random_blocks": pick_random_blocks,
-    "weight_norm": pick_by_weight_norm,
+    "random": partial(_at_random, "random"),
+    "random_blocks": partial(_at_random, "random_blocks"),
+    "weight_norm": _by_weight_norm,
 }
 
 
 def picker_of(pick: str | Picker) -> Picker:
-    """The picker of that name, or ``pick`` itself.
+    """The picker of that name, or `pick` itself.
 
     Raises:
-        ValueError: if there is none of that name.
+        ValueError: There is none of that name.
     """
     if not isinstance(pick, str) and callable(pick):
         return pick

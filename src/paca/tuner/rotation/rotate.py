@@ -1,22 +1,22 @@
 """Rotation: fold the trained columns into the weight, pick others, carry on.
 
 What was trained stays in the weight, so folding writes nothing there. The adapter is the union of all columns that
-were ever trained; what it does not train at the moment lies on the CPU (``Folded``).
+were ever trained; what it does not train at the moment lies on the CPU (`Folded`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 
 from paca.columns.column_union import split, union_of
 from paca.columns.selection import explicit_columns
 from paca.columns.state import AdapterColumns
 from paca.config import PacaConfig
-from paca.layers import PacaLayer
+from paca.layers import PacaLayer, layers_of, paca_layers
 from paca.tuner.rotation.pickers import Picker, RotatingLayer, picker_of
 from paca.tuner.rotation.same_on_all_ranks import same_on_all_ranks
 
@@ -38,33 +38,32 @@ def rotate(
     the adapter's parameters, which stay the same tensors (so do its parameter groups, rates and schedule).
 
     Args:
-        model: a ``PeftModel``, compiled or in DistributedDataParallel or not, or what it wraps.
-        optimizer: the one that trains the adapter; None to leave its state to the caller.
-        number: which rotation of the run this is, counted from 1; random picks are drawn from it.
-        pick: ``"random"``, ``"weight_norm"``, or a function from a ``RotatingLayer`` to ``(r,)`` column numbers.
-            Default: ``rotate_by`` of the adapter's config. With several processes, those of the first one hold for
-            all.
-        adapter_name: default: the active one.
+        model: A `PeftModel`, compiled or in DistributedDataParallel or not, or what it wraps.
+        optimizer: The one that trains the adapter; None to leave its state to the caller.
+        number: Which rotation of the run this is, counted from 1; random picks are drawn from it.
+        pick: `"random"`, `"random_blocks"`, `"weight_norm"`, or a function from a `RotatingLayer` to `(r,)` column
+            numbers. Default: `rotate_by` of the adapter's config. With several processes, those of the first one hold
+            for all.
+        adapter_name: Default: the active one.
 
     Raises:
-        ValueError: if the adapter can't be rotated, naming the layer and the reason, if the optimizer does not hold
-            its parameters, or if ``pick`` gives columns that a layer has not, or not ``r`` of them. Nothing is changed
-            then.
+        ValueError: The adapter can't be rotated (names the layer and the reason), the optimizer does not hold its
+            parameters, or `pick` gives columns that a layer has not, or not `r` of them. Nothing is changed then.
     """
     if isinstance(number, bool) or not isinstance(number, int) or number < 1:
         raise ValueError(f"number must say which rotation this is, counted from 1; got {number!r}.")
     name, config, layers = rotating_adapter(model, adapter_name)
     parameters = [layer.paca_delta[name] for layer in layers.values()]
-    state = None if optimizer is None else _state_of(optimizer, parameters, name)
+    state = {} if optimizer is None else _state_of(optimizer, parameters, name)
     picker = picker_of(config.rotate_by if pick is None else pick)
     chosen = {
         key: _checked(picker(RotatingLayer(key, layer, name, number, config.random_seed)), key, layer, name)
         for key, layer in layers.items()
     }
-    _train_columns(layers, name, same_on_all_ranks(chosen))
-    if state is not None:
-        for parameter in parameters:
-            state.pop(parameter, None)
+    for key, indices in same_on_all_ranks(chosen).items():
+        _train_columns(layers[key], name, indices)
+    for parameter in parameters:
+        state.pop(parameter, None)
 
 
 def trained_columns(model: nn.Module, adapter_name: str | None = None) -> dict[str, list[int]]:
@@ -77,12 +76,12 @@ def trained_columns(model: nn.Module, adapter_name: str | None = None) -> dict[s
 def set_trained_columns(
     model: nn.Module, columns: Mapping[str, Sequence[int]], adapter_name: str | None = None
 ) -> None:
-    """Let an adapter train the given columns from now on, as a checkpoint recorded them (``trained_columns``).
+    """Let an adapter train the given columns from now on, as a checkpoint recorded them (`trained_columns`).
 
     The model computes the same, and an optimizer's state is left as it is: load it before or after.
 
     Raises:
-        ValueError: if the layers are not those of the adapter, or columns do not fit.
+        ValueError: The layers are not those of the adapter, or columns do not fit.
     """
     name, _, layers = rotating_adapter(model, adapter_name)
     if not isinstance(columns, Mapping):
@@ -95,26 +94,39 @@ def set_trained_columns(
             f"The columns are of other layers than those of adapter {name!r}: {different[0]} is in only one of them. "
             "Give what paca.trained_columns gave for a model like this."
         )
-    _train_columns(layers, name, {key: _checked(columns[key], key, layer, name) for key, layer in layers.items()})
+    chosen = {key: _checked(columns[key], key, layer, name) for key, layer in layers.items()}
+    for key, layer in layers.items():
+        _train_columns(layer, name, chosen[key])
 
 
 def rotating_adapter(model: nn.Module, adapter_name: str | None = None) -> tuple[str, PacaConfig, dict[str, PacaLayer]]:
     """The adapter to rotate: its name, its config and its layers by their names in the base model.
 
     Raises:
-        ValueError: if there is no such adapter, or it can't be rotated, naming the layer and the reason.
+        ValueError: There is no such adapter, or it can't be rotated; names the layer and the reason.
     """
-    model = _unwrapped(model)
+    model = getattr(model, "_orig_mod", model)  # of torch.compile
+    if isinstance(model, nn.parallel.DistributedDataParallel):
+        model = getattr(model.module, "_orig_mod", model.module)
+    name = adapter_name
+    if name is None:
+        names = next((layer.active_adapters for layer in paca_layers(model)), [])
+        if len(names) != 1:
+            found = ", ".join(names) or "none"
+            raise ValueError(f"adapter_name must say which adapter is rotated: active are {found}.")
+        name = names[0]
     configs: dict[str, Any] = getattr(model, "peft_config", {})
-    name = adapter_name if adapter_name is not None else _active(model)
     config = configs.get(name)
     if not isinstance(config, PacaConfig):
         raise ValueError(f"There is no PaCA adapter {name!r} to rotate; loaded are {', '.join(configs) or 'none'}.")
     root: nn.Module = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
-    _check_not_sharded(root)
-    layers = {
-        key: layer for key, layer in root.named_modules() if isinstance(layer, PacaLayer) and name in layer.paca_delta
-    }
+    if distributed.is_available():
+        from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
+
+        for key, module in root.named_modules():
+            if isinstance(module, (FSDPModule, FullyShardedDataParallel)):
+                raise _sharded(f"{key or 'the model'} is sharded by FSDP")
+    layers = layers_of(root, name)
     for key, layer in layers.items():
         if layer.mode != "resident":
             raise ValueError(
@@ -129,31 +141,6 @@ def rotating_adapter(model: nn.Module, adapter_name: str | None = None) -> tuple
     return name, config, layers
 
 
-def _unwrapped(model: nn.Module) -> nn.Module:
-    model = getattr(model, "_orig_mod", model)  # of torch.compile
-    if isinstance(model, nn.parallel.DistributedDataParallel):
-        model = model.module
-    return getattr(model, "_orig_mod", model)
-
-
-def _active(model: nn.Module) -> str:
-    tuner: Any = getattr(model, "base_model", model)
-    layer = next((m for m in model.modules() if isinstance(m, PacaLayer)), None)
-    names = list(getattr(tuner, "active_adapters", [] if layer is None else layer.active_adapters))
-    if len(names) != 1:
-        raise ValueError(f"adapter_name must say which adapter is rotated: active are {', '.join(names) or 'none'}.")
-    return str(names[0])
-
-
-def _check_not_sharded(model: nn.Module) -> None:
-    if torch.distributed.is_available():
-        from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
-
-        for key, module in model.named_modules():
-            if isinstance(module, (FSDPModule, FullyShardedDataParallel)):
-                raise _sharded(f"{key or 'the model'} is sharded by FSDP")
-
-
 def _sharded(what: str) -> ValueError:
     return ValueError(
         f"Rotation needs whole weights in every process, but {what}. Train with DistributedDataParallel, or leave "
@@ -161,15 +148,15 @@ def _sharded(what: str) -> ValueError:
     )
 
 
-def _state_of(optimizer: Any, parameters: Iterable[nn.Parameter], name: str) -> Any:
+def _state_of(optimizer: Any, parameters: list[nn.Parameter], name: str) -> Any:
     """The mapping from parameters to their state."""
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    missing = [p for p in parameters if id(p) not in held]
+    missing = sum(id(p) not in held for p in parameters)
     if missing:
         raise ValueError(
-            f"The optimizer does not hold the deltas of adapter {name!r} ({len(missing)} are missing), so their state "
-            "can't be cleared. Give the optimizer that trains them; one that keeps copies of its own (ZeRO) can't be "
-            "used with rotation."
+            f"The optimizer does not hold the deltas of adapter {name!r} ({missing} are missing), so their state can't "
+            "be cleared. Give the optimizer that trains them; one that keeps copies of its own (ZeRO) can't be used "
+            "with rotation."
         )
     while isinstance(getattr(optimizer, "optimizer", None), torch.optim.Optimizer):  # accelerate's wrapper
         optimizer = optimizer.optimizer
@@ -185,27 +172,19 @@ def _checked(columns: Any, key: str, layer: PacaLayer, name: str) -> Tensor:
     return indices
 
 
-def _train_columns(layers: Mapping[str, PacaLayer], name: str, chosen: Mapping[str, Tensor]) -> None:
-    for key, layer in layers.items():
-        _train_columns_of(layer, name, chosen[key])
-
-
-def _train_columns_of(layer: PacaLayer, name: str, indices: Tensor) -> None:
-    parameter, places = layer.paca_delta[name], layer.paca_indices[name]
+def _train_columns(layer: PacaLayer, name: str, indices: Tensor) -> None:
+    parameter, places, base = layer.paca_delta[name], layer.paca_indices[name], layer.base_layer
 
     def fold() -> tuple[AdapterColumns, ...]:
-        union = union_of(places, parameter, layer.folded.get(name), layer.delta_column_dim)
+        union = union_of(places, parameter, layer.folded.pop(name, None), layer.delta_column_dim)
         delta, folded = split(union, indices, layer.delta_column_dim)
         parameter.copy_(delta)
         parameter.grad = None  # of other columns
         places.copy_(indices)
-        if folded is None:
-            layer.folded.pop(name, None)
-        else:
+        if folded is not None:
             layer.folded[name] = folded
         base.columns.changed(name)
         return layer.wanted()
 
-    base = layer.base_layer
     layer.write()
     base.columns.rotate(base.weight, name, fold)

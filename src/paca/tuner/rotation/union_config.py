@@ -17,11 +17,11 @@ class UnionLayer(NamedTuple):
     r: int
     """How many columns it trained in all."""
     scale: float
-    """The factor on its delta, ``paca_alpha / r`` of the settings it was trained with."""
+    """The factor on its delta, `paca_alpha / r` of the settings it was trained with."""
 
 
 def union_settings(layers: Mapping[str, UnionLayer]) -> dict[str, Any]:
-    """Fields of ``PacaConfig``, by which an adapter with all these columns is the same.
+    """Fields of `PacaConfig`, by which an adapter with all these columns is the same.
 
     Args:
         layers: by their names in the base model; not empty.
@@ -50,7 +50,7 @@ def default_and_pattern(values: Mapping[str, Number]) -> tuple[Number, dict[str,
 
 
 def alpha_for(scale: float, r: int) -> float:
-    """The ``paca_alpha`` for which ``paca_alpha / r`` is ``scale``, exactly if there is one."""
+    """The `paca_alpha` for which `paca_alpha / r` is `scale`, exactly if there is one."""
     alpha = scale * r
     nearby = (alpha, nextafter(alpha, -inf), nextafter(alpha, inf))
     return next((candidate for candidate in nearby if candidate / r == scale), alpha)
