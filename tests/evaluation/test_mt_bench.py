@@ -274,26 +274,22 @@ def test_the_80_questions_of_mt_bench_are_read() -> None:
     assert any(question.references for question in questions)
 
 
-def test_verdicts_that_came_before_a_failure_was_noticed_are_kept(tmp_path: Path) -> None:
-    failed = threading.Event()
+def test_verdicts_that_are_on_their_way_when_a_judge_fails_are_kept(tmp_path: Path) -> None:
+    begun, failed = threading.Event(), threading.Event()
 
     class Failing(Judge):
         def ask(self, messages: list[dict[str, str]]) -> tuple[str, Usage]:
             if "2+2" in messages[1]["content"]:
+                assert begun.wait(60)
                 failed.set()
                 raise PacaError("out of credit")
             if "Only" in messages[1]["content"]:
+                begun.set()
                 assert failed.wait(60)
             return "[[5]]", Usage()
-
-    class Late(Tally):
-        def advance(self) -> None:
-            for thread in threading.enumerate():
-                if thread.name == "paca-judge":
-                    thread.join(60)
 
     questions = [Question(row.id, row.category, row.turns[:1], []) for row in QUESTIONS]
     judge = Failing(JudgeSettings("http://localhost:1/v1", "strict"))
     with pytest.raises(PacaError, match="out of credit"):
-        ratings_of(judge, "base", questions, [["a"], ["b"], ["c"]], tmp_path, Late())
+        ratings_of(judge, "base", questions, [["a"], ["b"], ["c"]], tmp_path, Tally())
     assert {row["question_id"] for row in judgments(tmp_path)} == {1, 3}

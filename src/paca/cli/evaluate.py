@@ -24,8 +24,8 @@ from paca.tuner.adapter_folder import find_adapter
 from paca_command import import_package
 
 if TYPE_CHECKING:
-    from paca.evaluation.side_by_side import Row, Value
-    from paca.pretrained.generation import LoadedModel
+    from paca.evaluation.side_by_side import Row
+    from paca.evaluation.statistics import Mean
 
 JUDGE_KEY = "PACA_JUDGE_KEY"
 
@@ -69,99 +69,43 @@ def evaluate(
     try:
         with Shown(console) as shown:
             say(console, f"Loading {path} ...")
-            if names:
-                check_harness()
+            if names and importlib.util.find_spec("lm_eval") is None:
+                raise PacaError("--tasks needs lm-evaluation-harness. Install it: pip install 'paca-tuning[evaluate]'")
             import_package()
             from paca.pretrained.generation import load_for_generation
 
             loaded = load_for_generation(path, base_model=base_model)
             if names:
-                run_tasks(loaded, names, num_fewshot, limit, batch_size, chat_template, output, console, shown)
+                logging.getLogger("lm_eval").setLevel(logging.ERROR)  # its warnings tell of defaults that it takes
+                from paca.evaluation.harness import HarnessSettings, evaluate_tasks
+                from paca.evaluation.side_by_side import rows_of
+
+                settings = HarnessSettings(names, num_fewshot, limit, batch_size, chat_template)
+                results = evaluate_tasks(loaded, settings, output, shown)
+                shown.finish()
+                console.print(table_of(rows_of(results)))
+                say(console, f"Written: {output / 'results.json'}")
             if mt_bench is not None and judge_url is not None and judge_model is not None:
-                judge = (judge_url, judge_model)
-                run_judged(loaded, mt_bench, judge, limit, batch_size, max_new_tokens, output, console, shown)
+                from paca.evaluation.judge import Judge, JudgeSettings
+                from paca.evaluation.mt_bench import run_mt_bench
+                from paca.evaluation.mt_bench_questions import read_questions
+
+                judge = Judge(JudgeSettings(judge_url, judge_model, key=os.environ.get(JUDGE_KEY)))
+                questions, folder = read_questions(mt_bench)[:limit], output / "mt_bench"
+                lengths = {"max_new_tokens": max_new_tokens, "batch_size": batch_size}
+                judged = run_mt_bench(loaded, questions, judge, folder, shown, **lengths)
+                shown.finish()
+                print_ratings(console, judged)
+                say(console, f"Written: {folder / 'results.json'}")
     except KeyboardInterrupt:
-        command = " ".join([program(), shlex.join(sys.argv[1:])])
         say(console, "\nStopped. What was answered is kept; the same command goes on from there:")
-        say(console, f"  {command}")
+        say(console, f"  {program()} {shlex.join(sys.argv[1:])}")
         raise typer.Exit(130) from None
 
 
-def check_harness() -> None:
-    """Tell at once when lm-evaluation-harness is not there.
-
-    Raises:
-        PacaError: It is not installed.
-    """
-    if importlib.util.find_spec("lm_eval") is None:
-        raise PacaError("--tasks needs lm-evaluation-harness. Install it: pip install 'paca-tuning[evaluate]'")
-
-
-def run_tasks(
-    loaded: LoadedModel,
-    names: tuple[str, ...],
-    num_fewshot: int | None,
-    limit: int | None,
-    batch_size: int,
-    chat_template: bool,
-    output: Path,
-    console: Console,
-    shown: Shown,
-) -> None:
-    """Evaluate tasks of the harness and print them side by side."""
-    logging.getLogger("lm_eval").setLevel(logging.ERROR)  # its warnings tell of defaults that it takes
-    from paca.evaluation.harness import HarnessSettings, evaluate_tasks
-    from paca.evaluation.side_by_side import rows_of
-
-    settings = HarnessSettings(names, num_fewshot, limit, batch_size, chat_template)
-    results = evaluate_tasks(loaded, settings, output, shown)
-    shown.finish()
-    console.print(table_of(rows_of(results)))
-    say(console, f"Written: {output / 'results.json'}")
-
-
-def run_judged(
-    loaded: LoadedModel,
-    file: Path,
-    judge: tuple[str, str],
-    limit: int | None,
-    batch_size: int,
-    max_new_tokens: int,
-    output: Path,
-    console: Console,
-    shown: Shown,
-) -> None:
-    """Answer MT-Bench's questions, have them judged, and print the ratings."""
-    from paca.evaluation.judge import Judge, JudgeSettings
-    from paca.evaluation.mt_bench import run_mt_bench
-    from paca.evaluation.mt_bench_questions import read_questions
-
-    settings = JudgeSettings(*judge, key=os.environ.get(JUDGE_KEY))
-    results = run_mt_bench(
-        loaded,
-        read_questions(file)[:limit],
-        Judge(settings),
-        output / "mt_bench",
-        shown,
-        max_new_tokens=max_new_tokens,
-        batch_size=batch_size,
-    )
-    shown.finish()
-    console.print(ratings_table(results["models"]))
-    ungraded = sum(scores["without_grade"] for scores in results["models"].values())
-    if ungraded:
-        say(console, f"The judge named no grade for {ungraded} answers; they are left out.", style="yellow")
-    used = results["judge"]
-    say(
-        console,
-        f"The judge read {used['prompt_tokens']:,} tokens and wrote {used['completion_tokens']:,}, in "
-        f"{used['requests']:,} requests.",
-    )
-    say(console, f"Written: {output / 'mt_bench' / 'results.json'}")
-
-
-def ratings_table(models: dict[str, dict[str, Any]]) -> Table:
-    """Ratings in all, by turn and by category."""
+def print_ratings(console: Console, results: dict[str, Any]) -> None:
+    """Ratings in all, by turn and by category, and what the judge took."""
+    models = results["models"]
     table = Table("MT-Bench", *models)
     for column in table.columns[1:]:
         column.justify, column.no_wrap = "right", True
@@ -173,7 +117,12 @@ def ratings_table(models: dict[str, dict[str, Any]]) -> Table:
         found = [functools.reduce(lambda scores, key: scores[key], keys, model) for model in models.values()]
         cells = ["-" if one["score"] is None else number((one["score"], one["stderr"]), digits=2) for one in found]
         table.add_row(escape(label), *cells)
-    return table
+    console.print(table)
+    if ungraded := sum(scores["without_grade"] for scores in models.values()):
+        say(console, f"The judge named no grade for {ungraded} answers; they are left out.", style="yellow")
+    used = results["judge"]
+    tokens = f"read {used['prompt_tokens']:,} tokens and wrote {used['completion_tokens']:,}"
+    say(console, f"The judge {tokens}, in {used['requests']:,} requests.")
 
 
 class Shown:
@@ -232,7 +181,7 @@ def table_of(rows: list[Row]) -> Table:
     return table
 
 
-def number(value: Value, *, signed: bool = False, digits: int = 4) -> str:
+def number(value: Mean, *, signed: bool = False, digits: int = 4) -> str:
     """`0.4500 ± 0.0210`."""
     text = f"{value[0]:{'+' if signed else ''}.{digits}f}"
     return text if value[1] is None else f"{text} ± {value[1]:.{digits}f}"

@@ -5,11 +5,13 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import textwrap
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+import yaml
 from rich.console import Console
 from rich.table import Table
 
@@ -114,7 +116,7 @@ def plan(
     considered = (None, "nf4") if choose else (setting.quantization,)
     here = setting.device == "cpu" or torch.cuda.is_available()
     speed = planned.dtype, planned.hidden_size
-    measured, unpacking, found = None, None, None
+    measured = unpacking = found = None
     if rate is not None:
         measured = fixed_rate(rate * 1e12)
     elif here:
@@ -234,8 +236,9 @@ def _time(outcome: Outcome) -> str:
 
 def _show_fit(console: Console, found: Fit, rate: MatmulRate | None) -> None:
     table = Table(title="What fits, fastest first", title_justify="left")
-    for heading in ("to save memory", "batch", "accumulation", "memory", "s per step"):
-        table.add_column(heading, justify="left" if heading == "to save memory" else "right")
+    table.add_column("to save memory")
+    for heading in ("batch", "accumulation", "memory", "s per step"):
+        table.add_column(heading, justify="right")
     for candidate in found.candidates:
         setting = candidate.setting
         table.add_row(
@@ -250,25 +253,21 @@ def _show_fit(console: Console, found: Fit, rate: MatmulRate | None) -> None:
         say(console, found.weights_reason)
     for reason in found.refused:
         say(console, f"Not considered: {reason}")
-    for line in yaml_lines(found.setting):
-        say(console, line)
+    say(console, "In a run's YAML:\n" + textwrap.indent(yaml_of(found.setting).rstrip(), "  "))
 
 
-def yaml_lines(setting: Setting) -> list[str]:
-    """The lines of a run's YAML that ask for `setting`."""
-    lines = ["In a run's YAML:"]
-    if setting.lean or setting.quantization:
-        lines += ["  model:"]
-        lines += [f"    quantization: {setting.quantization}"] if setting.quantization else []
-        lines += ["    lean: true"] if setting.lean else []
-        lines += ["    recompute: mlp"] if setting.recompute else []
-    lines += [
-        "  train:",
-        f"    max_length: {setting.sequence_length}",
-        f"    per_device_train_batch_size: {setting.batch_size}",
-        f"    gradient_accumulation_steps: {setting.gradient_accumulation}",
-    ]
-    return [*lines, "    gradient_checkpointing: true"] if setting.checkpointing else lines
+def yaml_of(setting: Setting) -> str:
+    """The part of a run's YAML that asks for `setting`."""
+    model: dict[str, Any] = {"quantization": setting.quantization} if setting.quantization else {}
+    model |= {"lean": True} if setting.lean else {}
+    model |= {"recompute": "mlp"} if setting.recompute else {}
+    train: dict[str, Any] = {
+        "max_length": setting.sequence_length,
+        "per_device_train_batch_size": setting.batch_size,
+        "gradient_accumulation_steps": setting.gradient_accumulation,
+    }
+    train |= {"gradient_checkpointing": True} if setting.checkpointing else {}
+    return yaml.safe_dump(({"model": model} if model else {}) | {"train": train}, sort_keys=False)
 
 
 def _as_json(outcome: Outcome) -> dict[str, Any]:

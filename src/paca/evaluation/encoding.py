@@ -22,10 +22,10 @@ def question_of(example: Example, tokenizer: PreTrainedTokenizerBase) -> list[in
     Raises:
         PacaError: The example asks nothing, or the chat template refuses it.
     """
-    if "messages" in example or isinstance(example.get("prompt"), list):
-        return _rendered(example, _question_messages(example), tokenizer, add_generation_prompt=True)
-    _require_a_question(example)
-    return list(tokenizer(example["prompt"])["input_ids"])
+    asked = _asked(example)
+    if isinstance(asked, list):
+        return _rendered(example, asked, tokenizer, add_generation_prompt=True)
+    return list(tokenizer(asked)["input_ids"])
 
 
 def question_text(example: Example) -> str:
@@ -34,19 +34,16 @@ def question_text(example: Example) -> str:
     Raises:
         PacaError: The example asks nothing.
     """
-    _require_a_question(example)
-    if isinstance(example.get("prompt"), str):
-        return str(example["prompt"])
-    asked = _question_messages(example)
+    asked = _asked(example)
+    if isinstance(asked, str):
+        return asked
     return str(next((turn["content"] for turn in reversed(asked) if turn["role"] == "user"), asked[-1]["content"]))
 
 
 def answer_of(example: Example) -> str:
     """The text of the reference answer: of a conversation, the last one."""
-    if "messages" in example:
-        return str(example["messages"][_last_answer(example["messages"])]["content"])
-    completion = example["completion"]
-    return str(completion if isinstance(completion, str) else completion[-1]["content"])
+    answer = example["completion"] if "completion" in example else [_halves(example["messages"])[1]]
+    return str(answer if isinstance(answer, str) else answer[-1]["content"])
 
 
 def continuation_of(example: Example, tokenizer: PreTrainedTokenizerBase, answer: str | None = None) -> Continuation:
@@ -60,23 +57,19 @@ def continuation_of(example: Example, tokenizer: PreTrainedTokenizerBase, answer
     Raises:
         PacaError: The chat template refuses the example, or nothing of it is an answer.
     """
-    if "messages" in example or isinstance(example.get("prompt"), list):
-        asked = _question_messages(example)
-        if answer is not None:
-            given: list[Any] = [{"role": "assistant", "content": answer}]
-        elif "messages" in example:
-            given = [example["messages"][_last_answer(example["messages"])]]
-        else:
-            given = example["completion"]
-        prompt = _rendered(example, asked, tokenizer, add_generation_prompt=True)
-        whole = _rendered(example, [*asked, *given], tokenizer)
-    elif "prompt" in example:
-        text = example["completion"] if answer is None else answer
-        prompt = list(tokenizer(example["prompt"])["input_ids"])
-        whole = list(tokenizer(example["prompt"] + text + (tokenizer.eos_token or ""))["input_ids"])
-    else:
+    if "text" in example:
         whole = list(tokenizer(example["text"] + (tokenizer.eos_token or ""))["input_ids"])
         prompt = whole[:1]
+    else:
+        asked, prompt = _asked(example), question_of(example, tokenizer)
+        if isinstance(asked, str):
+            text = example["completion"] if answer is None else answer
+            whole = list(tokenizer(asked + text + (tokenizer.eos_token or ""))["input_ids"])
+        else:
+            given: list[Any] = [{"role": "assistant", "content": answer}]
+            if answer is None:
+                given = example["completion"] if "completion" in example else [_halves(example["messages"])[1]]
+            whole = _rendered(example, [*asked, *given], tokenizer)
     # Where the tokens of the two differ sooner (a token that holds the end of one and the start of the other), the
     # answer begins there, as in TRL.
     shared = next((i for i, (one, other) in enumerate(zip(prompt, whole, strict=False)) if one != other), len(prompt))
@@ -101,25 +94,25 @@ def options_of(example: Example) -> list[str]:
     return list(example[OPTIONS])
 
 
-def _require_a_question(example: Example) -> None:
-    if "prompt" not in example and "messages" not in example:
+def _asked(example: Example) -> Any:
+    """A text, or messages."""
+    if "prompt" in example:
+        return example["prompt"]
+    if "messages" not in example:
         raise PacaError(
             f"{example[ORIGIN]}: plain text has no question, so nothing can be asked. Use eval.metric: loss or "
             "token_accuracy, or data with prompts."
         )
-
-
-def _question_messages(example: Example) -> list[Any]:
-    if "messages" not in example:
-        return list(example["prompt"])
-    asked = example["messages"][: _last_answer(example["messages"])]
+    asked, _ = _halves(example["messages"])
     if not asked:
         raise PacaError(f"{example[ORIGIN]}: the conversation begins with its only answer, so nothing is asked.")
-    return list(asked)
+    return asked
 
 
-def _last_answer(messages: list[Any]) -> int:
-    return max(index for index, message in enumerate(messages) if message["role"] == "assistant")
+def _halves(messages: list[Any]) -> tuple[list[Any], Any]:
+    """All before the last answer, and that answer."""
+    last = max(index for index, message in enumerate(messages) if message["role"] == "assistant")
+    return messages[:last], messages[last]
 
 
 def _rendered(

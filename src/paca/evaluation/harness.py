@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import lm_eval
 from lm_eval import evaluator
@@ -100,7 +100,8 @@ def _evaluate(
     model = _WatchedModel(loaded, side, settings.batch_size, watcher)
     kept = output / "answers" / f"{side}-{identity(loaded, adapted=side != BASE)}"
     try:
-        with _no_word_of_git():
+        # Outside of a repository it lets git complain on standard error; results then say null as well.
+        with patch.object(evaluator, "get_git_commit_hash", lambda: None):
             results = lm_eval.simple_evaluate(
                 model=model,
                 tasks=tasks,
@@ -169,14 +170,3 @@ class _CountingHook:
     def add_partial(self, attribute: str, request: Any, answer: Any) -> None:
         self._hook.add_partial(attribute, request, answer)
         self._watcher.advance()
-
-
-@contextlib.contextmanager
-def _no_word_of_git() -> Iterator[None]:
-    """Outside of a repository, the harness lets git complain on standard error; its results then say null as well."""
-    before = evaluator.get_git_commit_hash
-    evaluator.get_git_commit_hash = lambda: None
-    try:
-        yield
-    finally:
-        evaluator.get_git_commit_hash = before

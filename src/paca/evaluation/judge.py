@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import email.utils
-import http.client
-import json
 import time
-import urllib.error
-import urllib.request
 from dataclasses import dataclass
 from threading import Event
 from typing import Any
+
+import requests
 
 from paca.messages.errors import PacaError
 
@@ -91,73 +89,56 @@ class Judge:
         Raises:
             PacaError: The server refuses, cannot be reached, or did not answer properly in all tries.
         """
-        body = {"model": self.settings.model, "messages": messages, "temperature": 0, "max_tokens": 1024}
-        failure, asked_for = "", None
-        for attempt in range(self.settings.tries):
-            if attempt and self._stopped.wait(
-                self.settings.first_wait * 2 ** (attempt - 1) if asked_for is None else min(asked_for, LONGEST_WAIT)
-            ):
+        settings, failure, asked_for = self.settings, "", None
+        body = {"model": settings.model, "messages": messages, "temperature": 0, "max_tokens": 1024}
+        url = settings.url.rstrip("/") + "/chat/completions"
+        for attempt in range(settings.tries):
+            wait = settings.first_wait * 2 ** (attempt - 1) if asked_for is None else min(asked_for, LONGEST_WAIT)
+            if attempt and self._stopped.wait(wait):
                 raise PacaError("Judging was stopped.")
             asked_for = None
             try:
-                answer = self._send(body)
-                return _content(answer), _usage(answer, attempt + 1)
-            except urllib.error.HTTPError as error:
-                failure = f"HTTP {error.code} {error.reason}: {_beginning(error.read())}"
-                if error.code not in _RETRIED:
-                    raise PacaError(f"The judge at {self.settings.url} refuses: {failure}") from error
-                asked_for = _retry_after(error.headers.get("Retry-After"))
-            # OSError: nobody there, no answer in time, a connection that breaks.
-            except (OSError, http.client.HTTPException, _MalformedError) as error:
-                failure = str(error) or type(error).__name__
+                response = requests.post(url, json=body, timeout=settings.timeout, auth=self._sign)
+                if response.ok:
+                    return _read(response.json(), attempt + 1)
+                failure = f"HTTP {response.status_code} {response.reason}: {_beginning(response.text)}"
+                if response.status_code not in _RETRIED:
+                    raise PacaError(f"The judge at {settings.url} refuses: {failure}")
+                asked_for = _retry_after(response.headers.get("Retry-After"))
+            except requests.RequestException as error:  # nobody there, no answer in time or none of the protocol's
+                failure = str(error)
         raise PacaError(
-            f"The judge at {self.settings.url} did not answer in {self.settings.tries} tries; the last time: {failure}."
+            f"The judge at {settings.url} did not answer in {settings.tries} tries; the last time: {failure}."
             " Verdicts so far are kept; the same command goes on."
         )
 
-    def _send(self, body: dict[str, Any]) -> Any:
-        headers = {"Content-Type": "application/json"}
+    def _sign(self, request: Any) -> Any:
+        """As a function, so that no password of ~/.netrc takes the key's place."""
         if self.settings.key:
-            headers["Authorization"] = f"Bearer {self.settings.key}"
-        url = self.settings.url.rstrip("/") + "/chat/completions"
-        request = urllib.request.Request(url, json.dumps(body).encode(), headers)
-        with urllib.request.urlopen(request, timeout=self.settings.timeout) as response:
-            content = response.read()
-        try:
-            return json.loads(content)
-        except ValueError as error:
-            raise _MalformedError(f"not JSON: {_beginning(content)}") from error
+            request.headers["Authorization"] = f"Bearer {self.settings.key}"
+        return request
 
 
-def _content(answer: Any) -> str:
+def _read(answer: Any, sent: int) -> tuple[str, Usage]:
     try:
         text = answer["choices"][0]["message"]["content"]
     except (KeyError, IndexError, TypeError) as error:
-        found = _beginning(json.dumps(answer).encode())
-        raise _MalformedError(f"no choices[0].message.content in {found}") from error
+        raise requests.exceptions.InvalidJSONError(
+            f"no choices[0].message.content in {_beginning(str(answer))}"
+        ) from error
     if not isinstance(text, str):
-        raise _MalformedError(f"content is {text!r}; expected text")
-    return text
-
-
-def _usage(answer: Any, requests: int) -> Usage:
+        raise requests.exceptions.InvalidJSONError(f"content is {text!r}; expected text")
     used = answer.get("usage")
     counts = [used.get(key) if isinstance(used, dict) else None for key in ("prompt_tokens", "completion_tokens")]
     # Not every server counts.
     prompt, completion = (count if isinstance(count, int) else 0 for count in counts)
-    return Usage(prompt, completion, requests)
-
-
-class _MalformedError(Exception):
-    """An answer that is none of the protocol's."""
+    return text, Usage(prompt, completion, sent)
 
 
 def _retry_after(value: str | None) -> float | None:
     """Seconds that `Retry-After` asks for: a number, or a date (RFC 9110, section 10.2.3)."""
-    if value is None:
-        return None
     try:
-        return max(0.0, float(value))
+        return None if value is None else max(0.0, float(value))
     except ValueError:
         pass
     try:
@@ -166,6 +147,6 @@ def _retry_after(value: str | None) -> float | None:
         return None
 
 
-def _beginning(content: bytes) -> str:
-    text = " ".join(content.decode(errors="replace").split())
+def _beginning(text: str) -> str:
+    text = " ".join(text.split())
     return text if len(text) <= 200 else text[:200] + "…"

@@ -14,6 +14,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from paca.data.examples import ORIGIN
 from paca.evaluation.completions import completions
 from paca.evaluation.encoding import question_of
 from paca.evaluation.identity import identity
@@ -95,30 +96,20 @@ def _answers(
         watcher.begin(side, "answers written", sum(len(question.turns) for question in missing))
     for start in range(0, len(missing), batch_size):
         batch = missing[start : start + batch_size]
-        said: list[list[str]] = [[] for _ in batch]
+        talks: list[list[dict[str, str]]] = [[] for _ in batch]
         for turn in range(max(len(question.turns) for question in batch)):
-            going_on = [index for index, question in enumerate(batch) if turn < len(question.turns)]
-            prompts = []
-            for index in going_on:
-                conversation = _conversation(batch[index].turns[: turn + 1], said[index])
-                prompts.append(question_of({"prompt": conversation, "origin": batch[index].id}, loaded.tokenizer))
+            going_on = [pair for pair in zip(batch, talks, strict=True) if turn < len(pair[0].turns)]
+            for question, talk in going_on:
+                talk.append({"role": "user", "content": question.turns[turn]})
+            prompts = [question_of({"prompt": talk, ORIGIN: question.id}, loaded.tokenizer) for question, talk in going_on]
             texts = completions(
                 loaded.model, loaded.tokenizer, prompts, max_new_tokens=max_new_tokens, batch_size=batch_size
             )
-            for index, text in zip(going_on, texts, strict=True):
-                said[index].append(text)
+            for (_, talk), text in zip(going_on, texts, strict=True):
+                talk.append({"role": "assistant", "content": text})
                 watcher.advance()
-        for question, turns in zip(batch, said, strict=True):
-            kept[question.key] = turns
+        for question, talk in zip(batch, talks, strict=True):
+            kept[question.key] = turns = [message["content"] for message in talk[1::2]]
             row = {"question_id": question.id, "question_key": question.key, "model_id": side}
             append(file, {**row, "choices": [{"index": 0, "turns": turns}], "tstamp": time.time()})
     return [kept[question.key] for question in questions]
-
-
-def _conversation(turns: list[str], answers: list[str]) -> list[dict[str, str]]:
-    messages = []
-    for index, turn in enumerate(turns):
-        messages.append({"role": "user", "content": turn})
-        if index < len(answers):
-            messages.append({"role": "assistant", "content": answers[index]})
-    return messages

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-import queue
 import re
-import threading
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import Any
 
@@ -135,46 +133,31 @@ Verdict = tuple[str, float | None, Usage]
 
 
 def _in_parallel(judge: Judge, prompts: dict[int, Prompt]) -> Iterator[tuple[int, Verdict]]:
-    """Ask a few at a time, and give each verdict as it comes.
+    """Ask a few at a time, and give each verdict as it comes. After a failure those that are on their way are given too.
 
-    The threads end with the program: after Ctrl-C nobody waits for a judge that is still thinking.
+    The pool's threads end with the program: after Ctrl-C nobody waits for a judge that is still thinking.
     """
-    waiting: queue.SimpleQueue[tuple[int, Prompt]] = queue.SimpleQueue()
-    given: queue.SimpleQueue[tuple[int, Verdict | BaseException]] = queue.SimpleQueue()
-    for entry in prompts.items():
-        waiting.put(entry)
 
-    def work() -> None:
-        with contextlib.suppress(queue.Empty):
-            while not judge.stopped:
-                index, prompt = waiting.get_nowait()
-                try:
-                    given.put((index, _verdict(judge, prompt)))
-                except BaseException as error:
-                    given.put((index, error))
-                    return
+    def work(index: int) -> tuple[int, Verdict | BaseException | None]:
+        try:
+            return index, None if judge.stopped else _verdict(judge, prompts[index])
+        except BaseException as error:
+            return index, error
 
-    for _ in range(min(_IN_PARALLEL, len(prompts))):
-        threading.Thread(target=work, name="paca-judge", daemon=True).start()
-    try:
-        for _ in prompts:
-            index, verdict = given.get()
-            if isinstance(verdict, BaseException):
-                judge.stop()
-                yield from _given_already(given)
-                raise verdict
-            yield index, verdict
-    except BaseException:
-        judge.stop()
-        raise
-
-
-def _given_already(given: queue.SimpleQueue[tuple[int, Verdict | BaseException]]) -> Iterator[tuple[int, Verdict]]:
-    with contextlib.suppress(queue.Empty):
-        while True:
-            index, verdict = given.get_nowait()
-            if not isinstance(verdict, BaseException):
-                yield index, verdict
+    failure: BaseException | None = None
+    with ThreadPool(_IN_PARALLEL) as pool:
+        try:
+            for index, verdict in pool.imap_unordered(work, prompts):
+                if isinstance(verdict, BaseException):
+                    failure = failure or verdict
+                    judge.stop()
+                elif verdict is not None:
+                    yield index, verdict
+        except BaseException:
+            judge.stop()
+            raise
+    if failure is not None:
+        raise failure
 
 
 def _verdict(judge: Judge, prompt: Prompt) -> Verdict:

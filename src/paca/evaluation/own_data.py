@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -14,11 +13,9 @@ from paca.data.examples import ORIGIN
 from paca.evaluation.completions import completions
 from paca.evaluation.encoding import Example, answer_of, continuation_of, options_of, question_of, question_text
 from paca.evaluation.log_likelihood import Likelihood, likelihoods
-from paca.evaluation.statistics import mean_with_error, ratio_with_error
+from paca.evaluation.statistics import Mean, mean_with_error, ratio_with_error
 from paca.messages.errors import PacaError
 from paca.training.run_config import EvalSection
-
-Metric = Literal["exact_match", "choice", "token_accuracy", "loss"]
 
 SAMPLES = 5
 """Answers that are shown to people."""
@@ -26,9 +23,9 @@ SAMPLES = 5
 
 @dataclass(frozen=True)
 class Measurement:
-    """What is measured, and how."""
+    """What is measured, and how. It is what `paca.training.train` scores held-out data with."""
 
-    metric: Metric
+    metric: Literal["exact_match", "choice", "token_accuracy", "loss"]
     answer_pattern: str | None = None
     """For `exact_match`: a regular expression; its last match is the answer (its first group, where it has one)."""
     max_new_tokens: int = 256
@@ -39,14 +36,45 @@ class Measurement:
         """Raises:
         PacaError: The pattern is no regular expression.
         """
-        if self.answer_pattern is not None:
-            try:
-                re.compile(self.answer_pattern)
-            except re.error as error:
-                raise PacaError(
-                    f"The answer pattern {self.answer_pattern!r} is no regular expression: {error}. For what follows "
-                    r"#### write '####\s*(.+)'."
-                ) from error
+        try:
+            re.compile(self.answer_pattern or "")
+        except re.error as error:
+            raise PacaError(
+                f"The answer pattern {self.answer_pattern!r} is no regular expression: {error}. For what follows "
+                r"#### write '####\s*(.+)'."
+            ) from error
+
+    def check(self, rows: Iterable[Example]) -> None:
+        """Check that every row can be scored.
+
+        Raises:
+            PacaError: One lacks a question, options, or a reference answer that the pattern finds.
+        """
+        for row in rows:
+            if self.metric == "choice":
+                options_of(row)
+            elif self.metric == "exact_match":
+                question_text(row)
+                if not self.extract(answer_of(row)):
+                    raise PacaError(
+                        f"{row[ORIGIN]}: the pattern {self.answer_pattern!r} finds no answer in the reference "
+                        f"{answer_of(row)!r}. Change eval.answer_pattern, or leave the example out."
+                    )
+
+    def score(self, model: Any, tokenizer: PreTrainedTokenizerBase, rows: Iterable[Example]) -> dict[str, Any]:
+        """The content of a `Score`."""
+        return measure(model, tokenizer, rows, self).as_dict()
+
+    def extract(self, text: str) -> str | None:
+        """The answer in a text; see `extract_answer`."""
+        return extract_answer(text, self.answer_pattern)
+
+    def answers(self, model: Any, tokenizer: PreTrainedTokenizerBase, rows: list[Example]) -> list[str]:
+        """What the model says to the questions."""
+        prompts = [question_of(row, tokenizer) for row in rows]
+        return completions(
+            model, tokenizer, prompts, max_new_tokens=self.max_new_tokens, batch_size=self.batch_size
+        )
 
 
 @dataclass(frozen=True)
@@ -63,32 +91,11 @@ class Score:
 
     def as_dict(self) -> dict[str, Any]:
         """For `summary.json`."""
-        return {
-            **self.values,
-            **{f"{name}_stderr": error for name, error in self.errors.items()},
-            "examples": self.examples,
-            "samples": self.samples,
-        }
+        errors = {f"{name}_stderr": error for name, error in self.errors.items()}
+        return {**self.values, **errors, "examples": self.examples, "samples": self.samples}
 
 
-class OwnDataScorer:
-    """What `paca.training.train` scores held-out data with."""
-
-    def __init__(self, measurement: Measurement) -> None:
-        self.measurement = measurement
-
-    def check(self, rows: Iterable[Example]) -> None:
-        """Raises:
-        PacaError: A row lacks what the metric needs.
-        """
-        check_rows(rows, self.measurement)
-
-    def score(self, model: Any, tokenizer: PreTrainedTokenizerBase, rows: Iterable[Example]) -> dict[str, Any]:
-        """The content of a `Score`."""
-        return measure(model, tokenizer, rows, self.measurement).as_dict()
-
-
-def scorer(section: EvalSection) -> OwnDataScorer | None:
+def scorer(section: EvalSection) -> Measurement | None:
     """What measures the `eval.metric` of a run's config; None where it asks for none.
 
     Raises:
@@ -96,32 +103,11 @@ def scorer(section: EvalSection) -> OwnDataScorer | None:
     """
     if section.metric is None:
         return None
-    return OwnDataScorer(Measurement(section.metric, section.answer_pattern, section.max_new_tokens))
-
-
-def check_rows(rows: Iterable[Example], measurement: Measurement) -> None:
-    """Check that every row can be scored.
-
-    Raises:
-        PacaError: One lacks a question, options, or a reference answer that the pattern finds.
-    """
-    for row in rows:
-        if measurement.metric == "choice":
-            options_of(row)
-        elif measurement.metric == "exact_match":
-            question_text(row)
-            if not extract_answer(answer_of(row), measurement.answer_pattern):
-                raise PacaError(
-                    f"{row[ORIGIN]}: the pattern {measurement.answer_pattern!r} finds no answer in the reference "
-                    f"{answer_of(row)!r}. Change eval.answer_pattern, or leave the example out."
-                )
+    return Measurement(section.metric, section.answer_pattern, section.max_new_tokens)
 
 
 def measure(
-    model: Any,
-    tokenizer: PreTrainedTokenizerBase,
-    examples: Iterable[Example],
-    measurement: Measurement,
+    model: Any, tokenizer: PreTrainedTokenizerBase, examples: Iterable[Example], measurement: Measurement
 ) -> Score:
     """Score a model on examples.
 
@@ -142,13 +128,20 @@ def measure(
     rows = list(examples)
     if not rows:
         raise PacaError("There are no examples to measure on. Give held-out data (data.eval).")
-    check_rows(rows, measurement)
-    with _evaluating(model):
-        if measurement.metric == "exact_match":
-            return _exact_match(model, tokenizer, rows, measurement)
-        if measurement.metric == "choice":
-            return _choice(model, tokenizer, rows, measurement)
-        return _over_tokens(model, tokenizer, rows, measurement)
+    measurement.check(rows)
+    run = {"exact_match": _exact_match, "choice": _choice}.get(measurement.metric, _over_tokens)
+    was_training = model.training
+    model.eval()
+    try:
+        means, answers = run(model, tokenizer, rows, measurement)
+    finally:
+        model.train(was_training)
+    samples = [
+        {"question": question_text(row), "reference": answer_of(row), "answer": answer}
+        for row, answer in zip(rows[:SAMPLES], answers, strict=False)
+    ]
+    values, errors = ({name: mean[part] for name, mean in means.items()} for part in (0, 1))
+    return Score(values, errors, len(rows), samples)  # type: ignore[arg-type]
 
 
 def extract_answer(text: str, pattern: str | None) -> str | None:
@@ -161,74 +154,37 @@ def extract_answer(text: str, pattern: str | None) -> str | None:
     return re.sub(r"(?<=\d),(?=\d{3})", "", " ".join(text.split()))
 
 
-@contextmanager
-def _evaluating(model: Any) -> Iterator[None]:
-    was_training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(was_training)
+Found = tuple[dict[str, Mean], list[str]]
+"""Each metric's mean, and answers to at least the first examples."""
 
 
-def _exact_match(
-    model: Any,
-    tokenizer: PreTrainedTokenizerBase,
-    examples: Sequence[Example],
-    measurement: Measurement,
-) -> Score:
-    pattern = measurement.answer_pattern
-    references = [extract_answer(answer_of(example), pattern) for example in examples]
-    answers = _answers(model, tokenizer, examples, measurement)
-    right = [
-        float(extract_answer(answer, pattern) == reference)
-        for answer, reference in zip(answers, references, strict=True)
-    ]
-    value, error = mean_with_error(right)
-    return Score({"exact_match": value}, {"exact_match": error}, len(examples), _samples(examples, answers[:SAMPLES]))
+def _exact_match(model: Any, tokenizer: Any, rows: list[Example], measurement: Measurement) -> Found:
+    answers = measurement.answers(model, tokenizer, rows)
+    pairs = zip(answers, rows, strict=True)
+    right = [float(measurement.extract(answer) == measurement.extract(answer_of(row))) for answer, row in pairs]
+    return {"exact_match": mean_with_error(right)}, answers
 
 
-def _choice(
-    model: Any,
-    tokenizer: PreTrainedTokenizerBase,
-    examples: Sequence[Example],
-    measurement: Measurement,
-) -> Score:
-    options = [options_of(example) for example in examples]
-    asked = [
-        continuation_of(example, tokenizer, option)
-        for example, offered in zip(examples, options, strict=True)
-        for option in offered
-    ]
+def _choice(model: Any, tokenizer: Any, rows: list[Example], measurement: Measurement) -> Found:
+    asked = [continuation_of(row, tokenizer, option) for row in rows for option in options_of(row)]
     found = iter(likelihoods(model, asked, batch_size=measurement.batch_size))
     by_sum, by_token, chosen = [], [], []
-    for example, offered in zip(examples, options, strict=True):
-        scores = [next(found) for _ in offered]
-        best = max(range(len(offered)), key=lambda index: scores[index].log_probability)
-        best_per_token = max(range(len(offered)), key=lambda index: scores[index].per_token)
-        right = offered.index(answer_of(example))
+    for row in rows:
+        options = options_of(row)
+        scores, right = [next(found) for _ in options], options.index(answer_of(row))
+        best = max(range(len(options)), key=lambda index: scores[index].log_probability)
+        best_per_token = max(range(len(options)), key=lambda index: scores[index].per_token)
         by_sum.append(float(best == right))
         by_token.append(float(best_per_token == right))
-        chosen.append(offered[best])
-    (value, error), (normalized, normalized_error) = mean_with_error(by_sum), mean_with_error(by_token)
-    return Score(
-        {"choice": value, "choice_normalized": normalized},
-        {"choice": error, "choice_normalized": normalized_error},
-        len(examples),
-        _samples(examples, chosen[:SAMPLES]),
-    )
+        chosen.append(options[best])
+    return {"choice": mean_with_error(by_sum), "choice_normalized": mean_with_error(by_token)}, chosen
 
 
-def _over_tokens(
-    model: Any,
-    tokenizer: PreTrainedTokenizerBase,
-    examples: Sequence[Example],
-    measurement: Measurement,
-) -> Score:
-    asked = [continuation_of(example, tokenizer) for example in examples]
+def _over_tokens(model: Any, tokenizer: Any, rows: list[Example], measurement: Measurement) -> Found:
+    asked = [continuation_of(row, tokenizer) for row in rows]
     found = likelihoods(model, asked, batch_size=measurement.batch_size)
 
-    def per_token(of_one: Callable[[Likelihood], float]) -> tuple[float, float | None]:
+    def per_token(of_one: Callable[[Likelihood], float]) -> Mean:
         return ratio_with_error([of_one(entry) for entry in found], [entry.tokens for entry in found])
 
     scores = {
@@ -236,32 +192,5 @@ def _over_tokens(
         "loss": per_token(lambda entry: -entry.log_probability),
     }
     names = sorted(scores, key=lambda name: name != measurement.metric)
-    samples: list[dict[str, str]] = []
-    if "text" not in examples[0]:
-        first = examples[:SAMPLES]
-        samples = _samples(first, _answers(model, tokenizer, first, measurement))
-    return Score(
-        {name: scores[name][0] for name in names}, {name: scores[name][1] for name in names}, len(examples), samples
-    )
-
-
-def _answers(
-    model: Any,
-    tokenizer: PreTrainedTokenizerBase,
-    examples: Sequence[Example],
-    measurement: Measurement,
-) -> list[str]:
-    return completions(
-        model,
-        tokenizer,
-        [question_of(example, tokenizer) for example in examples],
-        max_new_tokens=measurement.max_new_tokens,
-        batch_size=measurement.batch_size,
-    )
-
-
-def _samples(examples: Sequence[Example], answers: list[str]) -> list[dict[str, str]]:
-    return [
-        {"question": question_text(example), "reference": answer_of(example), "answer": answer}
-        for example, answer in zip(examples, answers, strict=False)
-    ]
+    answers = [] if "text" in rows[0] else measurement.answers(model, tokenizer, rows[:SAMPLES])
+    return {name: scores[name] for name in names}, answers

@@ -8,10 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from paca.evaluation.sides import ADAPTER, BASE, MODEL
-from paca.evaluation.statistics import mean_with_error
-
-Value = tuple[float, float | None]
-"""A number and its standard error, where there is one."""
+from paca.evaluation.statistics import Mean, mean_with_error
 
 
 @dataclass(frozen=True)
@@ -23,9 +20,9 @@ class Row:
     """How many groups it lies in."""
     metric: str
     """With the filter behind a comma, where there is one: `exact_match,strict-match`."""
-    values: dict[str, Value]
+    values: dict[str, Mean]
     """For `base` and `adapter`, or for `model`."""
-    difference: Value | None
+    difference: Mean | None
     """Adapter less base. Its error comes from the differences question by question, since both answer the same ones."""
 
 
@@ -63,7 +60,7 @@ def _in_order(results: dict[str, Any]) -> Iterator[tuple[str, int]]:
             yield from walk(name, 0)
 
 
-def _value(results: dict[str, Any], name: str, metric: str, filter_name: str) -> Value:
+def _value(results: dict[str, Any], name: str, metric: str, filter_name: str) -> Mean:
     found = results["results"][name]
     error = found.get(f"{metric}_stderr,{filter_name}")
     return float(found[f"{metric},{filter_name}"]), _number(error)
@@ -74,7 +71,7 @@ def _number(error: Any) -> float | None:
     return float(error) if isinstance(error, int | float) and math.isfinite(error) else None
 
 
-def _difference(results: dict[str, dict[str, Any]], name: str, metric: str, filter_name: str) -> Value | None:
+def _difference(results: dict[str, dict[str, Any]], name: str, metric: str, filter_name: str) -> Mean | None:
     if BASE not in results:
         return None
     base, adapter = (_value(results[side], name, metric, filter_name)[0] for side in (BASE, ADAPTER))

@@ -5,13 +5,16 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+Mean = tuple[float, float | None]
+"""A number and its standard error, where there is one."""
 
-def mean_with_error(values: Sequence[float]) -> tuple[float, float | None]:
+
+def mean_with_error(values: Sequence[float]) -> Mean:
     """The mean, and the standard error of it: the sample's deviation (n - 1) by the root of n; None for one value."""
     return ratio_with_error(values, [1.0] * len(values))
 
 
-def ratio_with_error(sums: Sequence[float], weights: Sequence[float]) -> tuple[float, float | None]:
+def ratio_with_error(sums: Sequence[float], weights: Sequence[float]) -> Mean:
     """The ratio of two sums over examples, such as a loss per token, and its standard error.
 
     Examples are independent of each other and the tokens inside of one are not, so the error is that of a ratio
