@@ -35,14 +35,10 @@ class Outcome:
     result: MemoryEstimate
     rate: MatmulRate | None
     unpacking: DequantizeRate | None
+    seconds: float | None
+    """Time floor of a step."""
     budget: int | None
     found: Fit | None
-
-    def seconds(self) -> float | None:
-        """Time floor of a step."""
-        from paca.planning import step_seconds
-
-        return None if self.rate is None else step_seconds(self.result, self.rate, self.unpacking)
 
 
 def plan(
@@ -97,6 +93,7 @@ def plan(
         given_bandwidth,
         measure_dequantize_rate,
         measure_rate,
+        step_seconds,
     )
 
     planned = _target(target, seq, batch_size, r, dtype, device, set_ or [])
@@ -144,7 +141,8 @@ def plan(
         with contextlib.suppress(PacaError):  # a plan for a GPU that is not here
             budget = available_memory(setting.device)
     result = estimate(planned.model, setting, planned.adapter) if found is None else found.best.estimate
-    outcome = Outcome(planned, result, measured, unpacking, budget, found)
+    seconds = None if measured is None else step_seconds(result, measured, unpacking)
+    outcome = Outcome(planned, result, measured, unpacking, seconds, budget, found)
     if as_json:
         print(json.dumps(_as_json(outcome), indent=2))
         return
@@ -215,7 +213,7 @@ def _show_estimate(console: Console, outcome: Outcome) -> None:
 
 
 def _time(outcome: Outcome) -> str:
-    result, rate, unpacking, seconds = outcome.result, outcome.rate, outcome.unpacking, outcome.seconds()
+    result, rate, unpacking, seconds = outcome.result, outcome.rate, outcome.unpacking, outcome.seconds
     work = f"{result.flops / 1e12:,.2f} TFLOP per step"
     if result.dequantized:
         work += f" and {result.dequantized / 1e9:,.2f} GB to unpack weights"
@@ -288,7 +286,7 @@ def _as_json(outcome: Outcome) -> dict[str, Any]:
         "bytes_to_unpack_weights_per_step": result.dequantized,
         "unpacking": outcome.unpacking and dataclasses.asdict(outcome.unpacking),
         "rate": rate and {"flops_per_second": {**rate.measured}, "source": rate.source},
-        "seconds_per_step": outcome.seconds(),
+        "seconds_per_step": outcome.seconds,
     }
     if found is not None:
         content |= {"weights_reason": found.weights_reason, "not_considered": [*found.refused]}

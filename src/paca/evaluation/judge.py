@@ -137,8 +137,10 @@ def _read(answer: Any, sent: int) -> tuple[str, Usage]:
 
 def _retry_after(value: str | None) -> float | None:
     """Seconds that `Retry-After` asks for: a number, or a date (RFC 9110, section 10.2.3)."""
+    if value is None:
+        return None
     try:
-        return None if value is None else max(0.0, float(value))
+        return max(0.0, float(value))
     except ValueError:
         pass
     try:

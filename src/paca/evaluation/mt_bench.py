@@ -101,7 +101,7 @@ def _answers(
             going_on = [pair for pair in zip(batch, talks, strict=True) if turn < len(pair[0].turns)]
             for question, talk in going_on:
                 talk.append({"role": "user", "content": question.turns[turn]})
-            prompts = [question_of({"prompt": talk, ORIGIN: question.id}, loaded.tokenizer) for question, talk in going_on]
+            prompts = [question_of({"prompt": talk, ORIGIN: one.id}, loaded.tokenizer) for one, talk in going_on]
             texts = completions(
                 loaded.model, loaded.tokenizer, prompts, max_new_tokens=max_new_tokens, batch_size=batch_size
             )

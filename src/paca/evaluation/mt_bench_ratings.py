@@ -133,9 +133,10 @@ Verdict = tuple[str, float | None, Usage]
 
 
 def _in_parallel(judge: Judge, prompts: dict[int, Prompt]) -> Iterator[tuple[int, Verdict]]:
-    """Ask a few at a time, and give each verdict as it comes. After a failure those that are on their way are given too.
+    """Ask a few at a time, and give each verdict as it comes.
 
-    The pool's threads end with the program: after Ctrl-C nobody waits for a judge that is still thinking.
+    After a failure nothing more is asked, and what is on its way already is given too. The pool's threads end with the
+    program: after Ctrl-C nobody waits for a judge that is still thinking.
     """
 
     def work(index: int) -> tuple[int, Verdict | BaseException | None]:

@@ -72,9 +72,7 @@ class Measurement:
     def answers(self, model: Any, tokenizer: PreTrainedTokenizerBase, rows: list[Example]) -> list[str]:
         """What the model says to the questions."""
         prompts = [question_of(row, tokenizer) for row in rows]
-        return completions(
-            model, tokenizer, prompts, max_new_tokens=self.max_new_tokens, batch_size=self.batch_size
-        )
+        return completions(model, tokenizer, prompts, max_new_tokens=self.max_new_tokens, batch_size=self.batch_size)
 
 
 @dataclass(frozen=True)

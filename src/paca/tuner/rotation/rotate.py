@@ -110,7 +110,7 @@ def rotating_adapter(model: nn.Module, adapter_name: str | None = None) -> tuple
         model = getattr(model.module, "_orig_mod", model.module)
     name = adapter_name
     if name is None:
-        names = next((layer.active_adapters for layer in paca_layers(model)), [])
+        names: list[str] = next((layer.active_adapters for layer in paca_layers(model)), [])
         if len(names) != 1:
             found = ", ".join(names) or "none"
             raise ValueError(f"adapter_name must say which adapter is rotated: active are {found}.")
