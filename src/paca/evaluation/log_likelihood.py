@@ -5,10 +5,12 @@ from __future__ import annotations
 import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 
+from paca.evaluation.batches import context_of, longest_first
 from paca.messages.errors import PacaError
 
 IGNORED = -100
@@ -42,7 +44,7 @@ class Likelihood:
 
 
 def likelihoods(model: Any, continuations: Sequence[Continuation], *, batch_size: int = 8) -> list[Likelihood]:
-    """Score answers. The longest come first, so that memory that does not suffice shows at once.
+    """Score answers.
 
     Args:
         model: A causal language model in evaluation mode, with or without an adapter.
@@ -55,14 +57,9 @@ def likelihoods(model: Any, continuations: Sequence[Continuation], *, batch_size
     Raises:
         PacaError: An answer alone is longer than the model's context.
     """
-    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    context = context_of(model)
     fitted = [_fitted(continuation, context) for continuation in continuations]
-    order = sorted(range(len(fitted)), key=lambda index: -len(fitted[index].prompt) - len(fitted[index].answer))
-    found: dict[int, Likelihood] = {}
-    for start in range(0, len(order), batch_size):
-        chosen = order[start : start + batch_size]
-        found.update(zip(chosen, _score(model, [fitted[index] for index in chosen]), strict=True))
-    return [found[index] for index in range(len(fitted))]
+    return longest_first(partial(_score, model), fitted, lambda one: len(one.prompt) + len(one.answer), batch_size)
 
 
 def _fitted(continuation: Continuation, context: int | None) -> Continuation:
@@ -92,7 +89,8 @@ def _score(model: Any, batch: list[Continuation]) -> list[Likelihood]:
     mask = (torch.arange(width) < torch.tensor(lengths)[:, None]).long()
     # Only the positions from the first answer on: at 128k words, logits of all would be the largest tensor by far.
     kept = width - min(len(entry.prompt) - 1 for entry in batch)
-    only = {"logits_to_keep": kept} if _takes_logits_to_keep(model) else {}
+    plain = model.get_base_model() if hasattr(model, "get_base_model") else model
+    only = {"logits_to_keep": kept} if "logits_to_keep" in inspect.signature(plain.forward).parameters else {}
     logits = model(
         input_ids=tokens.to(model.device), attention_mask=mask.to(model.device), use_cache=False, **only
     ).logits[:, -kept:]
@@ -107,8 +105,3 @@ def _likelihood(logits: torch.Tensor, answer: torch.Tensor) -> Likelihood:
     log_probabilities = torch.log_softmax(logits.float(), dim=-1).gather(1, answer[:, None])
     correct = (logits.argmax(dim=-1) == answer).sum()
     return Likelihood(float(log_probabilities.sum()), len(answer), int(correct))
-
-
-def _takes_logits_to_keep(model: Any) -> bool:
-    plain = model.get_base_model() if hasattr(model, "get_base_model") else model
-    return "logits_to_keep" in inspect.signature(plain.forward).parameters

@@ -11,6 +11,8 @@ from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
+
 from paca.evaluation.judge import Judge, Usage
 from paca.evaluation.kept_lines import append, key_of, lines_of
 from paca.evaluation.mt_bench_questions import Question
@@ -49,26 +51,21 @@ class Rating:
 
 def scores_of(ratings: list[Rating]) -> dict[str, Any]:
     """Means with standard errors, over questions: in all, by turn and by category; and how many have no grade."""
-    graded = [rating for rating in ratings if rating.score is not None]
+    table = pd.DataFrame(ratings)
+    graded = table.dropna(subset="score").astype({"score": float})
 
-    def mean(chosen: list[Rating]) -> dict[str, float | None]:
-        by_question: dict[int | str, list[float]] = {}
-        for rating in chosen:
-            assert rating.score is not None
-            by_question.setdefault(rating.question, []).append(rating.score)
-        if not by_question:
+    def mean(chosen: pd.DataFrame) -> dict[str, float | None]:
+        if chosen.empty:
             return {"score": None, "stderr": None}
         # The turns of a question are no independent draws: a question counts once.
-        value, error = mean_with_error([sum(scores) / len(scores) for scores in by_question.values()])
+        value, error = mean_with_error(chosen.groupby("question", sort=False)["score"].mean().tolist())
         return {"score": value, "stderr": error}
 
-    categories = dict.fromkeys(rating.category for rating in ratings)
-    turns = sorted({rating.turn for rating in ratings})
     return {
         "all": mean(graded),
-        "turns": {str(turn): mean([rating for rating in graded if rating.turn == turn]) for turn in turns},
-        "categories": {name: mean([rating for rating in graded if rating.category == name]) for name in categories},
-        "without_grade": len(ratings) - len(graded),
+        "turns": {str(turn): mean(graded[graded["turn"] == turn]) for turn in sorted(table["turn"].unique())},
+        "categories": {name: mean(graded[graded["category"] == name]) for name in table["category"].unique()},
+        "without_grade": len(table) - len(graded),
     }
 
 

@@ -59,14 +59,7 @@ class Moments:
 
 
 class Observer:
-    """Collects the scores of one layer's columns.
-
-    Args:
-        key: What the model calls the layer.
-        module: The layer, adapted or not.
-        in_features: How many columns it has.
-        strategy: One of `FROM_BATCHES`.
-    """
+    """Collects the scores of one layer's columns: of `module`, adapted or not, which the model calls `key`."""
 
     def __init__(self, key: str, module: nn.Module, in_features: int, strategy: str) -> None:
         self.key, self.module, self.in_features, self.strategy = key, module, in_features, strategy
@@ -108,10 +101,9 @@ class Observer:
     def watch_backward(
         self, anchor: Tensor, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], y: Tensor
     ) -> Tensor:
-        """A forward hook that lets the backward pass come by, once it has its first argument.
+        """A forward hook that lets the backward pass come by.
 
-        Args:
-            anchor: A scalar that requires grad, so that gradients are computed although no weight wants any.
+        Its `anchor`, a scalar, requires grad, so that gradients are computed although no weight wants any.
         """
         self._ran = True
         watched: Tensor = _Watch.apply(y, _input(args, kwargs), anchor, self)

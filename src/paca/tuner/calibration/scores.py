@@ -31,18 +31,9 @@ def collect_scores(
     progress: Console | bool | None = None,
     loss: Loss | None = None,
 ) -> dict[str, Tensor]:
-    """What `strategy` ranks the columns of each target by, `(in_features,)` each.
+    """What `strategy`, one of `FROM_BATCHES`, ranks the columns of each target by, `(in_features,)` each.
 
-    Args:
-        model: Holds the targets, and is run.
-        targets: From `find_targets`.
-        strategy: One of `FROM_BATCHES`.
-        batches: As in `select`, as the others.
-        progress: See `batches`.
-        loss: See `batches`.
-
-    Raises:
-        ValueError: As in `select`.
+    The rest is as in `select`.
     """
     stacks = [key for key, target in targets.items() if target.is_parameter]
     if stacks:
@@ -101,11 +92,9 @@ def _run_backward(model: nn.Module, batch: Batch, content: Any, loss: Loss | Non
 
 @contextmanager
 def left_as_it_was(model: nn.Module, *, freeze: bool) -> Iterator[None]:
-    """Run `model` in evaluation mode, and put back its modes, what requires grad, and all random generators.
+    """Run `model` in evaluation mode, none of its parameters requiring grad if `freeze`.
 
-    Args:
-        model: Whose passes run inside.
-        freeze: Let none of its parameters require grad meanwhile.
+    Its modes, what requires grad, and all random generators are put back.
     """
     training = [(module, module.training) for module in model.modules()]
     requiring = [p for p in model.parameters() if p.requires_grad] if freeze else []

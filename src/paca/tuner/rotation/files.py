@@ -20,12 +20,8 @@ def with_unions(
 ) -> dict[str, Tensor]:
     """Put the union of the columns in the place of those trained now, and note in `config` what its file has to say.
 
-    Args:
-        model: Holds the layers of the adapter.
-        config: Of the adapter.
-        adapter_name: Which one it is.
-        state_dict: Of the model, by whichever process and device it was gathered; holds the folded columns.
-        chosen: The adapter's entries of it.
+    `chosen` are the adapter's entries of the model's `state_dict`, which holds the folded columns, by whichever process
+    and device it was gathered.
     """
     result, unions, rotated = dict(chosen), {}, False
     for key, layer in layers_of(model, adapter_name).items():

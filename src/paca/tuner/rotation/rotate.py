@@ -125,7 +125,7 @@ def rotating_adapter(model: nn.Module, adapter_name: str | None = None) -> tuple
 
         for key, module in root.named_modules():
             if isinstance(module, (FSDPModule, FullyShardedDataParallel)):
-                raise _sharded(f"{key or 'the model'} is sharded by FSDP")
+                raise sharded(f"{key or 'the model'} is sharded by FSDP")
     layers = layers_of(root, name)
     for key, layer in layers.items():
         if layer.mode != "resident":
@@ -137,11 +137,12 @@ def rotating_adapter(model: nn.Module, adapter_name: str | None = None) -> tuple
             merged = ", ".join(map(repr, layer.merged_adapters))
             raise ValueError(f"{key} can't be rotated while {merged} is merged into it. Call unmerge_adapter() first.")
         if type(layer.paca_delta[name].data) is not Tensor or hasattr(layer.paca_delta[name], "ds_id"):
-            raise _sharded(f"{key} has a delta of type {type(layer.paca_delta[name].data).__name__}")
+            raise sharded(f"{key} has a delta of type {type(layer.paca_delta[name].data).__name__}")
     return name, config, layers
 
 
-def _sharded(what: str) -> ValueError:
+def sharded(what: str) -> ValueError:
+    """The error where weights are not whole."""
     return ValueError(
         f"Rotation needs whole weights in every process, but {what}. Train with DistributedDataParallel, or leave "
         "rotate_every out."
