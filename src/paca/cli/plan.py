@@ -5,13 +5,11 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-import textwrap
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-import yaml
 from rich.console import Console
 from rich.table import Table
 
@@ -35,10 +33,14 @@ class Outcome:
     result: MemoryEstimate
     rate: MatmulRate | None
     unpacking: DequantizeRate | None
-    seconds: float | None
-    """Time floor of a step."""
     budget: int | None
     found: Fit | None
+
+    def seconds(self) -> float | None:
+        """Time floor of a step."""
+        from paca.planning import step_seconds
+
+        return None if self.rate is None else step_seconds(self.result, self.rate, self.unpacking)
 
 
 def plan(
@@ -93,7 +95,6 @@ def plan(
         given_bandwidth,
         measure_dequantize_rate,
         measure_rate,
-        step_seconds,
     )
 
     planned = _target(target, seq, batch_size, r, dtype, device, set_ or [])
@@ -113,7 +114,7 @@ def plan(
     considered = (None, "nf4") if choose else (setting.quantization,)
     here = setting.device == "cpu" or torch.cuda.is_available()
     speed = planned.dtype, planned.hidden_size
-    measured = unpacking = found = None
+    measured, unpacking, found = None, None, None
     if rate is not None:
         measured = fixed_rate(rate * 1e12)
     elif here:
@@ -141,8 +142,7 @@ def plan(
         with contextlib.suppress(PacaError):  # a plan for a GPU that is not here
             budget = available_memory(setting.device)
     result = estimate(planned.model, setting, planned.adapter) if found is None else found.best.estimate
-    seconds = None if measured is None else step_seconds(result, measured, unpacking)
-    outcome = Outcome(planned, result, measured, unpacking, seconds, budget, found)
+    outcome = Outcome(planned, result, measured, unpacking, budget, found)
     if as_json:
         print(json.dumps(_as_json(outcome), indent=2))
         return
@@ -213,7 +213,7 @@ def _show_estimate(console: Console, outcome: Outcome) -> None:
 
 
 def _time(outcome: Outcome) -> str:
-    result, rate, unpacking, seconds = outcome.result, outcome.rate, outcome.unpacking, outcome.seconds
+    result, rate, unpacking, seconds = outcome.result, outcome.rate, outcome.unpacking, outcome.seconds()
     work = f"{result.flops / 1e12:,.2f} TFLOP per step"
     if result.dequantized:
         work += f" and {result.dequantized / 1e9:,.2f} GB to unpack weights"
@@ -234,9 +234,8 @@ def _time(outcome: Outcome) -> str:
 
 def _show_fit(console: Console, found: Fit, rate: MatmulRate | None) -> None:
     table = Table(title="What fits, fastest first", title_justify="left")
-    table.add_column("to save memory")
-    for heading in ("batch", "accumulation", "memory", "s per step"):
-        table.add_column(heading, justify="right")
+    for heading in ("to save memory", "batch", "accumulation", "memory", "s per step"):
+        table.add_column(heading, justify="left" if heading == "to save memory" else "right")
     for candidate in found.candidates:
         setting = candidate.setting
         table.add_row(
@@ -251,21 +250,25 @@ def _show_fit(console: Console, found: Fit, rate: MatmulRate | None) -> None:
         say(console, found.weights_reason)
     for reason in found.refused:
         say(console, f"Not considered: {reason}")
-    say(console, "In a run's YAML:\n" + textwrap.indent(yaml_of(found.setting).rstrip(), "  "))
+    for line in yaml_lines(found.setting):
+        say(console, line)
 
 
-def yaml_of(setting: Setting) -> str:
-    """The part of a run's YAML that asks for `setting`."""
-    model: dict[str, Any] = {"quantization": setting.quantization} if setting.quantization else {}
-    model |= {"lean": True} if setting.lean else {}
-    model |= {"recompute": "mlp"} if setting.recompute else {}
-    train: dict[str, Any] = {
-        "max_length": setting.sequence_length,
-        "per_device_train_batch_size": setting.batch_size,
-        "gradient_accumulation_steps": setting.gradient_accumulation,
-    }
-    train |= {"gradient_checkpointing": True} if setting.checkpointing else {}
-    return yaml.safe_dump(({"model": model} if model else {}) | {"train": train}, sort_keys=False)
+def yaml_lines(setting: Setting) -> list[str]:
+    """The lines of a run's YAML that ask for `setting`."""
+    lines = ["In a run's YAML:"]
+    if setting.lean or setting.quantization:
+        lines += ["  model:"]
+        lines += [f"    quantization: {setting.quantization}"] if setting.quantization else []
+        lines += ["    lean: true"] if setting.lean else []
+        lines += ["    recompute: mlp"] if setting.recompute else []
+    lines += [
+        "  train:",
+        f"    max_length: {setting.sequence_length}",
+        f"    per_device_train_batch_size: {setting.batch_size}",
+        f"    gradient_accumulation_steps: {setting.gradient_accumulation}",
+    ]
+    return [*lines, "    gradient_checkpointing: true"] if setting.checkpointing else lines
 
 
 def _as_json(outcome: Outcome) -> dict[str, Any]:
@@ -286,7 +289,7 @@ def _as_json(outcome: Outcome) -> dict[str, Any]:
         "bytes_to_unpack_weights_per_step": result.dequantized,
         "unpacking": outcome.unpacking and dataclasses.asdict(outcome.unpacking),
         "rate": rate and {"flops_per_second": {**rate.measured}, "source": rate.source},
-        "seconds_per_step": outcome.seconds,
+        "seconds_per_step": outcome.seconds(),
     }
     if found is not None:
         content |= {"weights_reason": found.weights_reason, "not_considered": [*found.refused]}
