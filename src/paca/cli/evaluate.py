@@ -1,4 +1,4 @@
-"""``paca evaluate``: how good a model is, with and without its adapter."""
+"""`paca evaluate`: how good a model is, with and without its adapter."""
 
 from __future__ import annotations
 

@@ -24,16 +24,14 @@ class OriginalWeights:
     """A checkpoint in safetensors files.
 
     Args:
-        name: a folder, or a hub id; of the hub only the shards that are needed are fetched.
-        revision: branch, tag or commit of a hub id.
+        name: A folder, or a hub id; of the hub only the shards that are needed are fetched.
 
     Raises:
-        PacaError: if there is no such checkpoint, or it is not in safetensors.
+        PacaError: There is no such checkpoint, or it is not in safetensors.
     """
 
-    def __init__(self, name: str, revision: str | None = None) -> None:
-        self.name, self.revision = name, revision
-        self._local = Path(name).expanduser().is_dir()
+    def __init__(self, name: str) -> None:
+        self.name = name
         self._files: dict[str, Any] = {}
         index = self._find(INDEX)
         if index is not None:
@@ -52,16 +50,16 @@ class OriginalWeights:
         """Read columns of one linear layer.
 
         Args:
-            module_name: as the model calls it, such as `model.layers.0.mlp.up_proj`.
-            indices: `(r,)` int64, ascending.
-            shape: `(out_features, in_features)` that the weight must have.
-            stored_transposed: as `(in_features, out_features)`: the layer was a `Conv1D` before it was quantized.
+            module_name: As the model calls it, such as `model.layers.0.mlp.up_proj`.
+            indices: Int64 `(r,)`, ascending.
+            shape: The `(out_features, in_features)` that the weight must have.
+            stored_transposed: As `(in_features, out_features)`: the layer was a `Conv1D` before it was quantized.
 
         Returns:
             `(out_features, r)` in the type they are stored in, on CPU.
 
         Raises:
-            PacaError: if the checkpoint holds no such weight, or one of another shape.
+            PacaError: The checkpoint holds no such weight, or one of another shape.
         """
         key = self._key_of(module_name)
         part = self._open(self._shard_of[key]).get_slice(key)
@@ -81,11 +79,8 @@ class OriginalWeights:
             return wanted
         found = [key for key in self._shard_of if key.endswith(f".{wanted}") or wanted.endswith(f".{key}")]
         if len(found) != 1:
-            there = (
-                f"several ({', '.join(sorted(found)[:3])})"
-                if found
-                else f"only names like {next(iter(self._shard_of))}"
-            )
+            others = f"only names like {next(iter(self._shard_of))}"
+            there = f"several ({', '.join(sorted(found)[:3])})" if found else others
             raise PacaError(
                 f"The checkpoint {self.name!r} has no single weight for the layer {module_name}: there are {there}. "
                 "Give the checkpoint that the model was quantized from, or leave original_weights out."
@@ -104,11 +99,11 @@ class OriginalWeights:
         return self._files[file_name]
 
     def _find(self, file_name: str) -> Path | None:
-        if self._local:
-            path = Path(self.name).expanduser() / file_name
-            return path if path.is_file() else None
+        folder = Path(self.name).expanduser()
+        if folder.is_dir():
+            return folder / file_name if (folder / file_name).is_file() else None
         try:
-            return Path(hf_hub_download(self.name, file_name, revision=self.revision))
+            return Path(hf_hub_download(self.name, file_name))
         except LocalEntryNotFoundError as error:
             raise PacaError(
                 f"original_weights={self.name!r} is no folder here, and the hub can't be reached for it."

@@ -30,21 +30,13 @@ class RotateColumns(TrainerCallback):
         self._every = self._rotated_at = 0
 
     def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Check that the adapter can be rotated.
-
-        Raises:
-            ValueError: It can't.
-        """
+        """Check that the adapter can be rotated; raise a `ValueError` if not."""
         self._every = _every(args, kwargs["model"])
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Go on with the columns that a checkpoint names, if there is one.
-
-        Raises:
-            ValueError: It does not name them, or the adapter can't be rotated.
-        """
+        """Go on with the columns that a checkpoint names, if there is one; raise a `ValueError` if it names none."""
         model, records = kwargs["model"], _records(state)
         self._every, self._rotated_at = _every(args, model), 0
         if _RECORD in records:
