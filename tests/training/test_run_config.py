@@ -27,7 +27,7 @@ def test_a_minimal_config_gets_defaults(tmp_path: Path, monkeypatch: pytest.Monk
     config = load(tmp_path, MINIMAL)
     assert (config.model.name, config.model.dtype, config.data.eval) == ("some/model", "auto", None)
     assert config.output.dir == str(tmp_path / "runs" / "my run")  # named for the file
-    assert config.paca == config.train == {}
+    assert config.adapter == config.train == {}
 
 
 def test_set_overrides_the_file_with_values_typed_as_yaml(tmp_path: Path) -> None:
@@ -40,7 +40,7 @@ def test_set_overrides_the_file_with_values_typed_as_yaml(tmp_path: Path) -> Non
     ]
     config = load(tmp_path, text, *overrides)
     assert config.train == {"learning_rate": 1e-4, "seed": 3, "save_strategy": "no"}
-    assert config.paca == {"target_modules": ["q_proj", "v_proj"]}
+    assert config.adapter == {"target_modules": ["q_proj", "v_proj"]}
     assert config.data.eval == 0.1
 
 

@@ -26,6 +26,7 @@ train:
   max_steps: 10
   per_device_train_batch_size: 2
   gradient_accumulation_steps: 2
+  per_device_eval_batch_size: 4
   learning_rate: 1e-2
   max_length: 128
 output:

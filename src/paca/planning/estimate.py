@@ -68,7 +68,11 @@ PlannedModel = PeftModel | PreTrainedModel
 
 
 def prepare_model(
-    model: str | PreTrainedConfig | PlannedModel, adapter: PeftConfig | None = None, quantization: str | None = None
+    model: str | PreTrainedConfig | PlannedModel,
+    adapter: PeftConfig | None = None,
+    quantization: str | None = None,
+    *,
+    autocast_adapter_dtype: bool = True,
 ) -> PlannedModel:
     """The model to plan for, on the meta device.
 
@@ -77,6 +81,7 @@ def prepare_model(
         adapter: the adapter to put in. Without it the model is trained as it comes: all of it, or its own adapters.
         quantization: of its linear layers, before the adapter is put in; see `Setting.quantization`. A checkpoint that
             is quantized by bitsandbytes is planned so by itself.
+        autocast_adapter_dtype: see `Setting.autocast_adapter_dtype`.
 
     Raises:
         PacaError: the model has weights, can't be found, can't be quantized, or the adapter does not fit it.
@@ -89,7 +94,8 @@ def prepare_model(
     if made is model:
         made = copy.deepcopy(made)
     try:
-        return get_peft_model(made, copy.deepcopy(adapter))  # PEFT writes into both
+        # PEFT writes into both.
+        return get_peft_model(made, copy.deepcopy(adapter), autocast_adapter_dtype=autocast_adapter_dtype)
     except (ValueError, TypeError) as error:
         raise PacaError(f"The adapter does not fit {type(made).__name__}: {error}") from error
 
@@ -146,7 +152,8 @@ def estimate(
     Raises:
         PacaError: the model can't be found, planned, or made lean.
     """
-    prepared = prepare_model(model, adapter, setting.quantization)
+    autocast = setting.autocast_adapter_dtype
+    prepared = prepare_model(model, adapter, setting.quantization, autocast_adapter_dtype=autocast)
     root = prepared.get_base_model() if isinstance(prepared, PeftModel) else prepared
     if not isinstance(root, PreTrainedModel) or not root.can_generate():
         raise PacaError(f"Plans can be made for causal language models of transformers, not for {type(root).__name__}.")

@@ -99,7 +99,8 @@ def fit(
     candidates: list[Candidate] = []
     for quantization in quantizations:
         try:
-            prepared = prepare_model(model, adapter, quantization)
+            autocast = base.autocast_adapter_dtype
+            prepared = prepare_model(model, adapter, quantization, autocast_adapter_dtype=autocast)
         except PacaError as error:
             if not candidates:
                 raise

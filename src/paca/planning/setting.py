@@ -39,6 +39,8 @@ class Setting:
     """Dtype of `torch.autocast`, or None without it."""
     quantization: str | None = None
     """As `model.quantization` of a run: `"nf4"`, `"fp4"`, `"int8"`, or None for the weights as the model has them."""
+    autocast_adapter_dtype: bool = True
+    """As in `peft.get_peft_model`: whether an adapter on 16-bit weights is kept in float32."""
     optimizer: str = "adamw_torch_fused"
     """As `optim` of transformers' `TrainingArguments`."""
     device: Literal["cpu", "cuda"] = "cpu"

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from peft import PeftConfig
 from transformers import PreTrainedModel
 
 from paca.config import PacaConfig
@@ -24,8 +25,8 @@ class Target:
     name: str
     model: PreTrainedModel
     """On the meta device, without its adapter."""
-    adapter: PacaConfig
-    """That is put into it."""
+    adapter: PeftConfig | None
+    """Of what is put into it; None where all of it is trained."""
     setting: Setting
     lengths: str | None = None
     """Where a run's sequence length is from, for people."""

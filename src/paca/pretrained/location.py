@@ -60,6 +60,8 @@ def locate(name: str) -> Location:
             )
         return Location("gguf", str(path.resolve()))
     if path.is_dir():
+        if (path / "model" / "config.json").is_file() and not (path / "config.json").is_file():
+            path = path / "model"  # of a run that trained the whole model
         _check_folder(path, name)
         return Location("folder", str(path.resolve()))
     if _could_be_a_hub_id(name):

@@ -1,4 +1,4 @@
-"""adapter/README.md: what the adapter is, what it was trained on and how, and how to load it."""
+"""The README.md beside trained weights: what they are, what they were trained on and how, and how to load them."""
 
 from __future__ import annotations
 
@@ -27,21 +27,29 @@ _SHOWN_SETTINGS = (
 )
 
 _EXPORT = "`paca export --to peft` writes one that does, or names the layer for which there is none."
+_LOAD = """```python
+{first}
+from transformers import AutoTokenizer
+
+model = {model_class}.from_pretrained("path/to/this/folder"){comment}
+tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")
+```"""
 
 
-def write_adapter_card(folder: Path, summary: dict[str, Any], trained: nn.Module) -> None:
-    """Write the card of a finished run's adapter, in place of the empty one that PEFT leaves.
+def write_card(folder: Path, summary: dict[str, Any], trained: nn.Module) -> None:
+    """Write the card of a finished run's adapter or model, in place of the empty one that PEFT or TRL leaves.
 
     Args:
-        folder: The adapter's folder.
+        folder: Where the adapter or the model lies.
         summary: The content of `summary.json`.
         trained: The trained model, with the adapter.
     """
-    base = find_base(folder)
-    config = summary["config"]
-    model, data, adapter, train = summary["model"], summary["data"], config["paca"], config["train"]
+    model, data, train = summary["model"], summary["data"], summary["config"]["train"]
+    name = summary["method"]["name"]
+    base = model["name"] if name == "full" else find_base(folder)
     before, after = summary["eval_loss_before"], summary["eval_loss_after"]
-    head: dict[str, Any] = {"library_name": "peft", "pipeline_tag": "text-generation", "tags": ["paca", "peft"]}
+    library, tags = ("transformers", []) if name == "full" else ("peft", [name, "peft"])
+    head: dict[str, Any] = {"library_name": library, "pipeline_tag": "text-generation", "tags": tags}
     if not os.path.isabs(base):  # of a hub id the hub makes a link; it refuses a path
         head["base_model"] = base
     settings = [f"| `{name}` | {train[name]} |" for name in _SHOWN_SETTINGS if train.get(name) is not None]
@@ -50,25 +58,19 @@ def write_adapter_card(folder: Path, summary: dict[str, Any], trained: nn.Module
         held_out = f"{data['eval_examples']:,} held-out examples"
         start = "" if before is None else f"{before:.4f} before training and "
         results.append(f"Loss on {held_out}: {start}{after:.4f} after.")
-    stored = adapter_settings(folder)  # as saved: a rotated adapter has more columns than its config asked for
-    reason = why_not(stored["r"], stored["paca_alpha"], saved_layers(trained))
-    loads = "yes." if reason is None else f"no, because {reason}. {_EXPORT}"
     versions = ", ".join(f"{name} {version}" for name, version in summary["versions"].items())
+    named = f"`{model['name']}` ({model['architecture']}, {model['parameters']:,} parameters, {model['dtype']})"
     text = f"""---
 {yaml.safe_dump(head, sort_keys=False, allow_unicode=True).strip()}
 ---
 
 # {summary["name"]}
 
-A PaCA adapter (Partial Connection Adaptation, [arXiv 2503.01905](https://arxiv.org/abs/2503.01905)) for
-`{model["name"]}` ({model["architecture"]}, {model["parameters"]:,} parameters, {model["dtype"]}): of each adapted
-weight matrix a few input columns were trained, and nothing else.
+{_what_it_is(name, named)}
 
 ## Method
 
-- {summary["trainable_parameters"]:,} trained parameters ({summary["trainable_percent"]:.3f} % of the model) in
-  {summary["adapted_layers"]} layers: {", ".join(summary["targets"])}
-- r = {adapter["r"]}, paca_alpha = {adapter["paca_alpha"]}; columns chosen by `{adapter["selection"]}`
+{_method(summary)}
 
 ## Data
 
@@ -87,20 +89,57 @@ Every setting is in the run's `config.yaml`. Made with {versions}.
 
 ## How to load it
 
-```python
-import paca  # makes PaCA known to PEFT; pip install paca-tuning
-from peft import AutoPeftModelForCausalLM
-from transformers import AutoTokenizer
-
-model = AutoPeftModelForCausalLM.from_pretrained("path/to/this/folder")  # with its base, {base}
-tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")
-```
-
-Loads in the PaCA of {PEFT}, without paca: {loads}
-
-`paca export` writes it as LoRA for programs that don't know PaCA, and `paca merge` as a plain checkpoint.
+{_how_to_load(name, folder, base, trained)}
 """
     (folder / "README.md").write_text(text, encoding="utf-8")
+
+
+def _what_it_is(name: str, model: str) -> str:
+    if name == "full":
+        return f"{model}, trained further as a whole."
+    if name != "paca":
+        return f"An adapter for {model}, by the method {name.upper()} of [PEFT](https://huggingface.co/docs/peft)."
+    paper = "[arXiv 2503.01905](https://arxiv.org/abs/2503.01905)"
+    return (
+        f"A PaCA adapter (Partial Connection Adaptation, {paper}) for\n{model}: of each adapted\n"
+        "weight matrix a few input columns were trained, and nothing else."
+    )
+
+
+def _method(summary: dict[str, Any]) -> str:
+    settings = summary["method"]["settings"]
+    counted = (
+        f"- {summary['trainable_parameters']:,} trained parameters ({summary['trainable_percent']:.3f} % of the model)"
+    )
+    if summary["targets"]:
+        counted += f" in\n  {summary['adapted_layers']} layers: {', '.join(summary['targets'])}"
+    if summary["method"]["name"] == "paca":
+        columns = (
+            f"r = {settings['r']}, paca_alpha = {settings['paca_alpha']}; columns chosen by `{settings['selection']}`"
+        )
+        return f"{counted}\n- {columns}"
+    given = ", ".join(f"{key} = {value}" for key, value in settings.items() if value not in (None, False, {}, []))
+    return f"{counted}\n- {given}" if given else counted
+
+
+def _how_to_load(name: str, folder: Path, base: str, trained: nn.Module) -> str:
+    if name == "full":
+        return _LOAD.format(
+            first="from transformers import AutoModelForCausalLM", model_class="AutoModelForCausalLM", comment=""
+        )
+    first = "from peft import AutoPeftModelForCausalLM"
+    if name == "paca":
+        first = f"import paca  # makes PaCA known to PEFT; pip install paca-tuning\n{first}"
+    code = _LOAD.format(first=first, model_class="AutoPeftModelForCausalLM", comment=f"  # with its base, {base}")
+    if name != "paca":
+        return f"{code}\n\n`paca merge` writes it as a plain checkpoint."
+    stored = adapter_settings(folder)  # as saved: a rotated adapter has more columns than its config asked for
+    reason = why_not(stored["r"], stored["paca_alpha"], saved_layers(trained))
+    loads = "yes." if reason is None else f"no, because {reason}. {_EXPORT}"
+    return (
+        f"{code}\n\nLoads in the PaCA of {PEFT}, without paca: {loads}\n\n"
+        "`paca export` writes it as LoRA for programs that don't know PaCA, and `paca merge` as a plain checkpoint."
+    )
 
 
 class NoCardsOfCheckpoints(TrainerCallback):

@@ -38,7 +38,7 @@ _NOT_ABOUT_COLUMNS = {"paca_alpha", "alpha_pattern", "init_weights", "original_w
 
 def describe_columns(config: RunConfig) -> str:
     """How the run chooses its columns, in words."""
-    selection = config.paca.get("selection", PacaConfig.selection)
+    selection = config.adapter.get("selection", PacaConfig.selection)
     without_data = {
         "random": "random",
         "random_blocks": f"random_blocks: random, {BLOCK} neighbours at a time",
@@ -77,7 +77,8 @@ class ColumnChoice:
         Raises:
             PacaError: The columns can't be chosen.
         """
-        asked = adapter_settings.adapter_config(self.config.paca)
+        asked = adapter_settings.adapter_config("paca", self.config.adapter)
+        assert isinstance(asked, PacaConfig)
         if asked.selection in AT_RANDOM:
             return asked
         # By every process: TRL lets them wait for each other while it tokenizes.
@@ -113,7 +114,7 @@ class ColumnChoice:
         return selected.indices
 
     def _batches(self) -> list[dict[str, Tensor]]:
-        gradients = self.config.paca["selection"] == "gradient_norm"
+        gradients = self.config.adapter["selection"] == "gradient_norm"
         tokenizer = tokenizer_of(self.config.model, self.config.train)
         return calibration_batches(
             self.examples, tokenizer, self.arguments, self.config.calibration, with_labels=gradients
@@ -121,7 +122,7 @@ class ColumnChoice:
 
     def _key(self, model: nn.Module, batches: Iterable[dict[str, Tensor]]) -> str:
         """What the columns follow from: the weights (some of each), the tokens, the settings."""
-        settings = {k: v for k, v in self.config.paca.items() if k not in _NOT_ABOUT_COLUMNS}
+        settings = {k: v for k, v in self.config.adapter.items() if k not in _NOT_ABOUT_COLUMNS}
         about = [__version__, settings, str(self.config.model.name), str(self.config.model.dtype)]
         digest = hashlib.sha256(json.dumps(about).encode())
         for batch in batches:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from paca.messages.errors import PacaError
-from paca.messages.nearest import did_you_mean
+from paca.messages.nearest import did_you_mean, nearest
 from paca.training.typed_values import choices as named
 from paca.training.typed_values import expected, matches, shown
 
@@ -27,6 +27,22 @@ class Origins:
         line = self.lines.get(key) or self.lines.get(key.partition(".")[0])
         return f"{self.path}, line {line}" if line else str(self.path)
 
+    def of_section(self, name: str) -> str:
+        """The same for a whole section."""
+        given = name not in self.lines and any(key.startswith(f"{name}.") for key in self.overridden)
+        return "--set" if given else self.of(name)
+
+
+_OTHER_WORDS = {
+    "rank": "r",
+    "lr": "learning_rate",
+    "batch_size": "per_device_train_batch_size",
+    "epochs": "num_train_epochs",
+    "steps": "max_steps",
+    "max_seq_length": "max_length",
+}
+"""What people call some keys, where spelling alone would find another one."""
+
 
 def check_section(
     section: str,
@@ -34,6 +50,7 @@ def check_section(
     annotations: Mapping[str, Any],
     origins: Origins,
     choices: Mapping[str, Any] | None = None,
+    elsewhere: Mapping[str, Iterable[str]] | None = None,
 ) -> None:
     """Refuse keys that a section does not have, values of another type, and values that a field does not list.
 
@@ -43,6 +60,7 @@ def check_section(
         annotations: The type of each key.
         origins: Where each was given.
         choices: For some keys, the only values.
+        elsewhere: The keys of other sections, for one that is in the wrong section.
 
     Raises:
         PacaError: Names the dotted key, its place, what was expected and the nearest of it, and what was found.
@@ -50,7 +68,7 @@ def check_section(
     names = sorted(annotations)
     for name in settings:
         if name not in annotations:
-            hint = did_you_mean(name, names, f"{section}.{{}}")
+            hint = _where_it_belongs(name, {section: names, **(elsewhere or {})})
             if len(names) <= 20:
                 hint += f" The keys of {section} are {', '.join(names)}."
             raise PacaError(f"{origins.of(f'{section}.{name}')}: there is no key {section}.{name}.{hint}")
@@ -62,3 +80,16 @@ def check_section(
         allowed = (choices or {}).get(name)
         if allowed and value is not None and value not in allowed:
             raise PacaError(f"{place} must be one of {', '.join(map(str, allowed))}, not {shown(value)}.")
+
+
+def _where_it_belongs(name: str, sections: Mapping[str, Iterable[str]]) -> str:
+    """The key that was meant: the same one of another section, or the nearest of this one, which comes first."""
+    for wanted in (name, _OTHER_WORDS.get(name)):
+        for section, keys in sections.items():
+            if wanted in keys:
+                return f" Did you mean {section}.{wanted}?"
+    for number, (section, keys) in enumerate(sections.items()):
+        close = nearest(name, keys, cutoff=0.7 if number else 0.5)
+        if close is not None:
+            return f" Did you mean {section}.{close}?"
+    return ""

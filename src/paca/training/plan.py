@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from peft import get_peft_model
+from transformers import PreTrainedModel
 
 from paca.data import Examples, load_examples, split_heldout
 from paca.lean import make_lean, undo_lean
@@ -42,10 +43,14 @@ class Plan:
     parameters: int
     """Of the model without its adapter."""
     trainable_parameters: int
+    method: str
+    """``paca``, ``lora``, ``full``, or the name of another method of PEFT, such as ``ia3``."""
     targets: list[str]
-    """Kinds of module that are adapted, such as ``q_proj``."""
+    """Kinds of module that are adapted, such as ``q_proj``; none where a method has no such modules."""
     adapted_layers: int
     """How many modules are adapted."""
+    own_defaults: dict[str, Any]
+    """Settings of ``train`` that the user did not give and that are others than TRL's own."""
     train_examples: int
     eval_examples: int | None
     """None without held-out data."""
@@ -70,8 +75,8 @@ class Plan:
         lines = [
             ("model", f"{self.config.model.name} ({self.architecture}, {self.parameters:,} parameters, {dtype})"),
             ("blocks", self._blocks()),
-            ("targets", f"{', '.join(self.targets)}: {self.adapted_layers} layers"),
-            ("columns", describe_columns(self.config)),
+            ("method", f"{self.method}{self._adapted()}"),
+            *([("columns", describe_columns(self.config))] if self.method == "paca" else []),
             ("trainable parameters", f"{self.trainable_parameters:,} ({share:.3f} %)"),
             ("data", self.data_description),
             ("training examples", f"{self.train_examples:,}"),
@@ -82,9 +87,15 @@ class Plan:
             ("steps", "known once the data is packed" if self.steps is None else f"{self.steps:,}"),
             ("run folder", self.config.output.dir),
         ]
+        if self.own_defaults:
+            settings = ", ".join(f"{name} {value}" for name, value in self.own_defaults.items())
+            lines.insert(-1, ("defaults of paca", settings))
         if self.processes > 1:
             lines.insert(-1, ("processes", str(self.processes)))
         return lines
+
+    def _adapted(self) -> str:
+        return f", on {', '.join(self.targets)}: {self.adapted_layers} layers" if self.targets else ""
 
     def _blocks(self) -> str:
         if not self.config.model.lean:
@@ -126,7 +137,9 @@ def prepare(config: RunConfig) -> PreparedRun:
         PacaError: The model or the data can't be found or read, or the settings don't fit them.
     """
     config = copy.deepcopy(config)
-    named = config.model
+    named, given, method = config.model, config.train, config.method
+    if method == "full" and named.dtype == "auto":
+        named.dtype = "float32"  # as TRL loads models: in 16 bits, small steps would be lost
     outline = load_config(named.name, named.dtype, named.revision, named.trust_remote_code)
     tokenizer = tokenizer_of(named, config.train)
     train, held_out = _read_data(config, conversational=tokenizer.chat_template is not None)
@@ -136,23 +149,29 @@ def prepare(config: RunConfig) -> PreparedRun:
         undo_lean(make_lean(model, named.recompute))
     parameters = sum(parameter.numel() for parameter in model.parameters())
     dtype = next(model.parameters()).dtype
-    config.train = train_settings.with_defaults(config.train, model, has_eval=held_out is not None)
-    check_target_names(config.paca, model, named.name)
+    config.train = train_settings.with_defaults(given, model, has_eval=held_out is not None, method=method)
+    check_target_names(method, config.adapter, model, named.name)
     if named.quantization is not None:
         model = quantize_outline(model, named.quantization)
-    try:
-        adapted = get_peft_model(model, adapter_settings.outline_config(config.paca))
-    except (ValueError, TypeError) as error:
-        raise PacaError(f"The section paca does not fit {config.model.name}: {error}") from error
-    if named.quantization is not None:
-        if config.paca.get("rotate_every") is not None:
+    adapted = _adapted_outline(config, model)
+    if named.quantization is not None and method == "paca":
+        if config.adapter.get("rotate_every") is not None:
             raise PacaError(
                 "paca.rotate_every folds columns into the weights, which quantized ones can't take. Leave it out, or "
                 "leave out model.quantization."
             )
-        config.paca.setdefault("original_weights", named.name)
-    config.paca = adapter_settings.with_defaults(config.paca)
+        config.adapter.setdefault("original_weights", named.name)
+    config.adapter = adapter_settings.with_defaults(method, config.adapter)
     processes = int(os.environ.get("WORLD_SIZE", "1"))
+    steps = planned_steps(len(train.dataset), config.train, processes)
+    if "warmup_steps" not in given and steps is not None:
+        config.train["warmup_steps"] = train_settings.warm_up(steps)
+    elif steps == 1 and config.train["warmup_steps"]:
+        raise PacaError(
+            "The only step of this run would be the first of its warm-up, whose rate is 0: it would train nothing. "
+            "Leave out train.warmup_steps, or train for more steps."
+        )
+    layers = getattr(adapted.base_model, "targeted_module_names", []) if method != "full" else []
     sequences = _sequences_per_step(config.train, processes)
     longest = config.train["max_length"]
     plan = Plan(
@@ -162,8 +181,10 @@ def prepare(config: RunConfig) -> PreparedRun:
         dtype=str(dtype).removeprefix("torch."),
         parameters=parameters,
         trainable_parameters=sum(p.numel() for p in adapted.parameters() if p.requires_grad),
-        targets=_kinds(adapted.targeted_module_names),
-        adapted_layers=len(adapted.targeted_module_names),
+        method=adapter_settings.method_name(method, config.adapter),
+        targets=_kinds(layers),
+        adapted_layers=len(layers),
+        own_defaults=train_settings.own_defaults(given, config.train),
         train_examples=len(train.dataset),
         eval_examples=None if held_out is None else len(held_out.dataset),
         data_format=train.format,
@@ -172,9 +193,19 @@ def prepare(config: RunConfig) -> PreparedRun:
         processes=processes,
         sequences_per_step=sequences,
         tokens_per_step=None if longest is None else sequences * longest,
-        steps=planned_steps(len(train.dataset), config.train, processes),
+        steps=steps,
     )
     return PreparedRun(plan, scope.train, scope.eval, adapted, scope.settings)
+
+
+def _adapted_outline(config: RunConfig, model: PreTrainedModel) -> PlannedModel:
+    adapter = adapter_settings.outline_config(config.method, config.adapter)
+    if adapter is None:
+        return model
+    try:
+        return get_peft_model(model, adapter, autocast_adapter_dtype=config.train["autocast_adapter_dtype"])
+    except (ValueError, TypeError) as error:
+        raise PacaError(f"The section {config.method} does not fit {config.model.name}: {error}") from error
 
 
 def planned_steps(examples: int, train: dict[str, Any], processes: int) -> int | None:

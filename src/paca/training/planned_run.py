@@ -47,8 +47,10 @@ def target_of_run(
     """
     config = load_run_config(path, overrides)
     named = config.model
-    outline = outline_of(named.name, named.dtype, named.revision, named.trust_remote_code)
-    config.train = train_settings.with_defaults(config.train, outline, has_eval=config.data.eval is not None)
+    dtype = "float32" if config.method == "full" and named.dtype == "auto" else named.dtype  # as a run does
+    outline = outline_of(named.name, dtype, named.revision, named.trust_remote_code)
+    has_eval = config.data.eval is not None
+    config.train = train_settings.with_defaults(config.train, outline, has_eval=has_eval, method=config.method)
     longest, lengths = None, None
     if sequence_length is not None:
         config.train["max_length"] = sequence_length
@@ -61,7 +63,7 @@ def target_of_run(
         lengths = f"train.max_length, which cuts {lengths}"
     if batch_size is not None:
         setting = replace(setting, batch_size=batch_size)
-    return Target(str(path), outline, outline_config(config.paca), setting, lengths)
+    return Target(str(path), outline, outline_config(config.method, config.adapter), setting, lengths)
 
 
 def longest_example(config: RunConfig) -> tuple[int | None, str]:

@@ -14,29 +14,26 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
-from peft import load_peft_weights, set_peft_model_state_dict
+from peft import PeftModel
 from rich.console import Console
 from safetensors import SafetensorError
 from transformers import PrinterCallback, TrainerState
 from trl import SFTConfig, SFTTrainer
 
 from paca.data import check_labels
-from paca.lean import make_lean
 from paca.messages.errors import PacaError
 from paca.messages.out_of_memory import is_out_of_memory
 from paca.messages.program import program
-from paca.messages.provenance import command_line, git_state, hardware, now, versions
 from paca.messages.say import say
-from paca.pretrained import Pretrained, load_pretrained, save_trainable_copy
+from paca.pretrained import Pretrained
 from paca.training import train_settings
-from paca.training.adapter_card import NoCardsOfCheckpoints, write_adapter_card
-from paca.training.calibration import ColumnChoice
+from paca.training.adapter_card import NoCardsOfCheckpoints, write_card
 from paca.training.data_order import SetEpochOfSampler
 from paca.training.finite_loss import StopOnNonFiniteLoss
 from paca.training.interrupt import StopOnSignal
-from paca.training.memory import describe_peak_memory, peak_memory, reset_peak_memory
+from paca.training.memory import reset_peak_memory
 from paca.training.memory_check import memory_at_hand, memory_warning
-from paca.training.metrics import MetricsLog, RecordMetrics, finite_or_none
+from paca.training.metrics import MetricsLog, RecordMetrics
 from paca.training.out_of_memory import remedies
 from paca.training.plan import Plan, PreparedRun, prepare
 from paca.training.probe import ProbeLongestBatch
@@ -45,8 +42,10 @@ from paca.training.report import write_report
 from paca.training.run_config import RunConfig
 from paca.training.run_folder import RunFolder, steps_done, write_whole
 from paca.training.same_run import check_same_run
-from paca.training.scores import Scorer, scores_before_and_after
+from paca.training.scores import Scorer
 from paca.training.sharding import check_sharding, sharding_warning
+from paca.training.starting_model import keep_adapter_dtype, load_model, with_adapter
+from paca.training.summary import summary_of
 from paca.tuner.rotation.callback import RotateColumns
 
 
@@ -110,7 +109,7 @@ def train(
         # prepared after that, leaves DDP away, and each process trains on its own.
         settings["eval_on_start"] = prepared.eval is not None and config.eval.before and not resume
         arguments = train_settings.sft_config(settings, folder.checkpoints)  # also joins the other processes
-        check_sharding(arguments, plan.config.paca.get("modules_to_save"))
+        check_sharding(arguments, plan.config.method, plan.config.adapter.get("modules_to_save"))
         if probe and arguments.deepspeed:
             raise PacaError(
                 "--probe does not go with train.deepspeed, whose backward pass is also a step. Leave it out."
@@ -158,30 +157,8 @@ class _Run:
         reset_peak_memory()
         available = memory_at_hand(arguments)
         with self._busy("Loading the model ..."):
-            pretrained = self._load_model()
-            if self.config.model.lean:  # before anything wraps the blocks: an adapter, checkpointing, DDP, FSDP
-                make_lean(pretrained.model, self.config.model.recompute)
-        choice = ColumnChoice(self.config, prepared.train, arguments, folder.columns, console)
-        adapter = choice.adapter(pretrained.model)
-        rotation = [RotateColumns()] if adapter.rotate_every is not None else []
-        try:
-            self.trainer = SFTTrainer(
-                model=pretrained.model,
-                args=arguments,
-                train_dataset=prepared.train.dataset,
-                eval_dataset=None if prepared.eval is None else prepared.eval.dataset,
-                processing_class=pretrained.tokenizer,
-                peft_config=adapter,
-                callbacks=[stopper, SetEpochOfSampler(), NoCardsOfCheckpoints(), *rotation],
-            )
-        except (PacaError, torch.OutOfMemoryError):
-            raise
-        except (ValueError, RuntimeError) as error:
-            raise PacaError(f"SFTTrainer refuses this run: {error}") from error
-        if self.config.model.quantization is not None:
-            # TRL casts what is trained on quantized weights to bfloat16, where small updates would be lost.
-            adapted: Any = self.trainer.model
-            adapted.base_model._cast_adapter_dtype("default")
+            pretrained = load_model(self.config, folder, console)
+        self.trainer = self._make_trainer(prepared, pretrained, arguments)
         if scorer is not None and (self.trainer.is_fsdp_enabled or arguments.deepspeed):
             raise PacaError(
                 "eval.metric needs whole weights in one process, not FSDP's or DeepSpeed's shards. Leave it out, and "
@@ -223,34 +200,42 @@ class _Run:
         loss_after = self._loss_after(state)
         if self.trainer.is_fsdp_enabled:  # whatever the checkpoints are, the adapter is one file
             self.trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
-        self.trainer.save_model(str(self.folder.adapter))
+        trained = self.folder.model if self.config.method == "full" else self.folder.adapter
+        self.trainer.save_model(str(trained))
         if self.log is None:
             return RunResult(self.folder.path, None, None)
-        scores = self._scores()
-        (self.folder.adapter / "training_args.bin").unlink(missing_ok=True)  # a pickle; config.yaml says the same
-        result = self._summary(state, loss_after, self.log, scores)
+        (trained / "training_args.bin").unlink(missing_ok=True)  # a pickle; config.yaml says the same
+        result = summary_of(self.plan, state, self.recorder, self.trainer.args.device, loss_after)
+        result["scores"] = self._scores()
         assert self.trainer.model is not None
-        write_adapter_card(self.folder.adapter, result, self.trainer.model)
+        write_card(trained, result, self.trainer.model)
         write_report(self.folder.report, result, self.log.rows, self.config.to_yaml())
         # Last: it says that the run is finished.
         write_whole(self.folder.summary, json.dumps(result, indent=2, ensure_ascii=False) + "\n")
         return RunResult(self.folder.path, result, None)
 
-    def _load_model(self) -> Pretrained:
-        model = self.config.model
-        if not model.name.lower().endswith(".gguf"):
-            return load_pretrained(
-                model.name, model.dtype, model.revision, model.trust_remote_code, model.quantization, model.tokenizer
+    def _make_trainer(self, prepared: PreparedRun, pretrained: Pretrained, arguments: SFTConfig) -> SFTTrainer:
+        folder, console = self.folder, self.console
+        callbacks: list[Any] = [self.stopper, SetEpochOfSampler(), NoCardsOfCheckpoints()]
+        if self.config.adapter.get("rotate_every") is not None:
+            callbacks.append(RotateColumns())
+        model, adapter = with_adapter(pretrained.model, self.config, arguments, prepared.train, folder, console)
+        try:
+            trainer = SFTTrainer(
+                model=model,
+                args=arguments,
+                train_dataset=prepared.train.dataset,
+                eval_dataset=None if prepared.eval is None else prepared.eval.dataset,
+                processing_class=pretrained.tokenizer,
+                peft_config=adapter,
+                callbacks=callbacks,
             )
-        # An adapter has to name a base that stock tooling can load, so the unpacked model is kept beside it.
-        if self.main and not self.folder.base.is_dir():
-            say(self.console, f"Unpacking the weights of {Path(model.name).name} ...")
-            unpacked = load_pretrained(model.name, model.dtype, tokenizer=model.tokenizer)
-            save_trainable_copy(unpacked, self.folder.base)
-        PartialState().wait_for_everyone()
-        if model.quantization is not None and self.config.paca["original_weights"] == model.name:
-            self.config.paca["original_weights"] = str(self.folder.base)
-        return load_pretrained(str(self.folder.base), model.dtype, quantization=model.quantization)
+        except (PacaError, torch.OutOfMemoryError):
+            raise
+        except (ValueError, RuntimeError) as error:
+            raise PacaError(f"SFTTrainer refuses this run: {error}") from error
+        keep_adapter_dtype(trainer.model, self.config)
+        return trainer
 
     def _train(self) -> TrainerState:
         trainer = self.trainer
@@ -258,12 +243,12 @@ class _Run:
             state = TrainerState.load_from_json(str(self.checkpoint / "trainer_state.json"))
             if state.global_step >= state.max_steps:
                 # Every step is made and only the results are missing. The trainer would make another step.
-                if not any(self.checkpoint.glob("adapter_model.*")):
+                if not any((*self.checkpoint.glob("adapter_model.*"), *self.checkpoint.glob("model*.safetensors"))):
                     raise PacaError(
-                        f"Every step of this run is made, but {self.checkpoint} holds the adapter in shards, which "
+                        f"Every step of this run is made, but {self.checkpoint} holds the weights in shards, which "
                         "only training can read. Move it away; --resume goes on from the checkpoint before it."
                     )
-                set_peft_model_state_dict(trainer.model, load_peft_weights(str(self.checkpoint)))
+                trainer._load_from_checkpoint(str(self.checkpoint))
                 trainer.state = state
                 return state
             # What was given as a share of all steps is a number of steps in the state; the trainer would warn.
@@ -299,66 +284,19 @@ class _Run:
     def _scores(self) -> dict[str, Any] | None:
         if self.scorer is None or self.heldout is None:
             return None
-        model = self.trainer.accelerator.unwrap_model(self.trainer.model)
-        wanted = self.config.eval
-        with self._busy(f"Measuring {wanted.metric} on {len(self.heldout.dataset):,} held-out examples ..."):
-            return scores_before_and_after(
-                self.scorer,
-                model,
-                self.trainer.processing_class,
-                self.heldout.dataset,
-                before=wanted.before,
-                after=wanted.after,
-            )
-
-    def _summary(
-        self, state: TrainerState, loss_after: float | None, log: MetricsLog, scores: dict[str, Any] | None
-    ) -> dict[str, Any]:
-        plan, device = self.plan, self.trainer.args.device
-        tokens = state.num_input_tokens_seen
-        train_seconds = self.recorder.train_seconds
-        return {
-            "name": self.folder.path.name,
-            "finished": now(),
-            "command": command_line(),
-            "model": {
-                "name": self.config.model.name,
-                "source": plan.source,
-                "architecture": plan.architecture,
-                "parameters": plan.parameters,
-                "dtype": plan.dtype,
-                "lean": self.config.model.lean,
-                "recompute": self.config.model.recompute,
-            },
-            "data": {
-                "train": self.config.data.train,
-                "eval": self.config.data.eval,
-                "format": plan.data_format,
-                "description": plan.data_description,
-                "train_examples": plan.train_examples,
-                "eval_examples": plan.eval_examples,
-            },
-            "targets": plan.targets,
-            "adapted_layers": plan.adapted_layers,
-            "trainable_parameters": plan.trainable_parameters,
-            "trainable_percent": 100 * plan.trainable_parameters / plan.parameters,
-            "eval_loss_before": log.eval_loss_at(0),
-            "eval_loss_after": finite_or_none(loss_after),
-            "scores": scores,
-            "steps": state.global_step,
-            "epochs": state.epoch,
-            "tokens": tokens,
-            "seconds": round(self.recorder.seconds, 3),
-            "train_seconds": round(train_seconds, 3),
-            "tokens_per_second": round(tokens / train_seconds, 1) if train_seconds else 0.0,
-            "peak_memory_bytes": max(self.recorder.peak_memory_bytes, peak_memory(device)),
-            "peak_memory_of": describe_peak_memory(device),
-            "processes": plan.processes,
-            "versions": versions(),
-            "hardware": hardware(device),
-            "git": git_state(Path.cwd()),
-            "config": self.config.as_dict(),
-        }
+        wanted, rows = self.config.eval, self.heldout.dataset
+        trained: Any = self.trainer.accelerator.unwrap_model(self.trainer.model)
+        score = partial(self.scorer.score, tokenizer=self.trainer.processing_class, rows=rows)
+        found: dict[str, Any] = {}
+        with self._busy(f"Measuring {wanted.metric} on {len(rows):,} held-out examples ..."):
+            if wanted.before and isinstance(trained, PeftModel):
+                with trained.disable_adapter():  # bit for bit the model as it came
+                    found["before"] = score(trained)
+            elif wanted.before:
+                found["before"] = score(load_model(self.config, self.folder, self.console).model.to(trained.device))
+            if wanted.after:
+                found["after"] = score(trained)
+        return found
 
 
 @contextmanager

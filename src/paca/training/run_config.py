@@ -26,7 +26,7 @@ class ModelSection:
     name: str
     """A hub id, a folder that holds a checkpoint, or a GGUF file."""
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
-    """Type of the weights in memory; ``auto`` takes the checkpoint's own."""
+    """Type of the weights in memory. ``auto`` is the checkpoint's own; with ``full`` float32, as in TRL."""
     quantization: Literal["nf4", "fp4", "int8"] | None = None
     """Quantize the weights as they are loaded (bitsandbytes); the trained columns stay in 16 bits and more."""
     revision: str | None = None
@@ -84,7 +84,7 @@ class EvalSection:
     limit: int | None = None
     """Use only this many held-out records."""
     metric: Literal["exact_match", "choice", "token_accuracy", "loss"] | None = None
-    """Also score the held-out data as a task, without and with the adapter, after the last step."""
+    """Also score the held-out data as a task, for the model as it came and as it is trained, after the last step."""
     answer_pattern: str | None = None
     """For ``exact_match``: a regular expression that finds the answer in what the model writes."""
     max_new_tokens: int = 256
@@ -108,27 +108,32 @@ SECTIONS = {
     "eval": EvalSection,
     "output": OutputSection,
 }
-FREE_SECTIONS = ("paca", "train")  # their keys are the fields of PacaConfig and SFTConfig
+METHODS = ("paca", "lora", "peft", "full")
+"""Sections of which a run has one. Their keys are the fields of PacaConfig, of LoraConfig, of the config that
+`peft_type` names, and none."""
+_ALL = ("model", "data", *METHODS, "calibration", "train", "eval", "output")
 
 
 @dataclass
 class RunConfig:
-    """A checked run, as the user wrote it: defaults are in place except those of ``paca`` and ``train``."""
+    """A checked run, as the user wrote it: defaults are in place except those of the method and of ``train``."""
 
     model: ModelSection
     data: DataSection
     calibration: CalibrationSection
     eval: EvalSection
     output: OutputSection
-    paca: dict[str, Any] = field(default_factory=dict)
-    """Fields of :class:`paca.PacaConfig`."""
+    method: str = "paca"
+    """One of `METHODS`."""
+    adapter: dict[str, Any] = field(default_factory=dict)
+    """The section of that name."""
     train: dict[str, Any] = field(default_factory=dict)
     """Fields of ``trl.SFTConfig``."""
 
     def as_dict(self) -> dict[str, Any]:
         """The sections as plain values, in the order of the documentation."""
-        sections = dataclasses.asdict(self)
-        return {name: sections[name] for name in ("model", "data", "paca", "calibration", "train", "eval", "output")}
+        sections = {**dataclasses.asdict(self), self.method: self.adapter}
+        return {name: sections[name] for name in _ALL if name in sections}
 
     def to_yaml(self) -> str:
         """The text of a config file that gives this run again."""
@@ -139,17 +144,19 @@ def load_run_config(path: str | os.PathLike[str], overrides: Iterable[str] = ())
     """Read and check the config of a run.
 
     Args:
-        path: A YAML file with the sections model, data, paca, calibration, train, eval and output.
+        path: A YAML file with the sections model, data, one of `METHODS`, calibration, train, eval and output.
         overrides: ``"section.key=value"`` each; the value is read as YAML.
 
     Returns:
         The run. Paths that exist are made absolute, so that the resolved config runs from anywhere.
 
     Raises:
-        PacaError: A missing or unreadable file, an unknown or repeated key, a wrong type, a missing required key.
+        PacaError: A missing or unreadable file, an unknown or repeated key, a wrong type, a missing required key, two
+            methods.
     """
     path = Path(path)
     sections, origins = _read_sections(path, overrides)
+    method = _method(sections, origins)
     built: dict[str, Any] = {}
     sections["output"].setdefault("dir", os.path.join("runs", path.stem))
     for name, section_type in SECTIONS.items():
@@ -158,14 +165,16 @@ def load_run_config(path: str | os.PathLike[str], overrides: Iterable[str] = ())
     _check_metric(built["data"], built["eval"], origins)
     _check_calibration(built["calibration"], origins)
     _check_blocks(built["model"], sections["train"], origins)
+    if method == "full":
+        _check_full(built["model"], sections["train"], origins)
 
     # Only now: these two import peft and trl, which takes seconds that the mistakes above need not cost.
-    from paca.training.adapter_settings import check_adapter_settings
-    from paca.training.train_settings import check_train_settings
+    from paca.training.adapter_settings import adapter_fields, check_adapter_settings
+    from paca.training.train_settings import OWN, check_train_settings, train_fields
 
-    check_adapter_settings(sections["paca"], origins)
-    check_train_settings(sections["train"], origins)
-    config = RunConfig(**built, paca=sections["paca"], train=sections["train"])
+    check_adapter_settings(method, sections[method], origins, {"train": [*train_fields(), *OWN]})
+    check_train_settings(sections["train"], origins, {method: adapter_fields(method, sections[method])})
+    config = RunConfig(**built, method=method, adapter=sections[method], train=sections["train"])
     _make_paths_absolute(config)
     return config
 
@@ -177,13 +186,15 @@ def _read_sections(path: Path, overrides: Iterable[str]) -> tuple[dict[str, dict
         raise PacaError(f"{path} is empty; it needs at least model.name and data.train.")
     if not isinstance(content, dict):
         raise PacaError(f"{path} must hold sections (model:, data:, ...), not {shown(content)}.")
-    names = [*SECTIONS, *FREE_SECTIONS]
+    names = list(_ALL)
     for name, values in content.items():
         if name not in names:
             raise PacaError(f"{origins.of(name)}: there is no section {name!r}.{_section_hint(name, names)}")
         if values is not None and not isinstance(values, dict):
             raise PacaError(f"{origins.of(name)}: the section {name} must hold keys, not {shown(values)}.")
-    sections: dict[str, dict[str, Any]] = {name: dict(content.get(name) or {}) for name in names}
+    sections: dict[str, dict[str, Any]] = {
+        name: dict(content.get(name) or {}) for name in names if name in content or name not in METHODS
+    }
     for override in overrides:
         key, separator, text = override.partition("=")
         section, dot, name = key.strip().partition(".")
@@ -192,16 +203,28 @@ def _read_sections(path: Path, overrides: Iterable[str]) -> tuple[dict[str, dict
         if section not in names:
             raise PacaError(f"--set {override}: there is no section {section!r}.{_section_hint(section, names)}")
         try:
-            sections[section][name] = parse_value(text)
+            sections.setdefault(section, {})[name] = parse_value(text)
         except PacaError as error:
             raise PacaError(f"--set {override}: {error}") from error
         origins.overridden.add(f"{section}.{name}")
     return sections, origins
 
 
+def _method(sections: dict[str, dict[str, Any]], origins: Origins) -> str:
+    """The method whose section is there; `paca`, whose section is made, without one."""
+    given = [name for name in METHODS if name in sections]
+    if len(given) > 1:
+        places = " and ".join(f"{name} ({origins.of_section(name)})" for name in given)
+        raise PacaError(f"{origins.path}: a run has one method, and these are given: {places}. Keep one of them.")
+    if not given:
+        sections["paca"] = {}
+    return given[0] if given else "paca"
+
+
 def _build_section(name: str, section_type: type, values: dict[str, Any], origins: Origins) -> Any:
     annotations = typing.get_type_hints(section_type)
-    check_section(name, values, annotations, origins)
+    elsewhere = {other: typing.get_type_hints(kind) for other, kind in SECTIONS.items() if other != name}
+    check_section(name, values, annotations, origins, elsewhere=elsewhere)
     for option in dataclasses.fields(section_type):
         if option.name not in values and option.default is dataclasses.MISSING:
             raise PacaError(f"{origins.path}: {name}.{option.name} is missing; it must be given.")
@@ -248,6 +271,19 @@ def _check_blocks(model: ModelSection, train: Mapping[str, Any], origins: Origin
         raise PacaError(
             f"{origins.of('train.use_liger_kernel')}: train.use_liger_kernel replaces the blocks that model.lean makes "
             "lean. Choose one of them; on CUDA, lean blocks use Liger's kernels where they are installed."
+        )
+
+
+def _check_full(model: ModelSection, train: Mapping[str, Any], origins: Origins) -> None:
+    if model.quantization is not None:
+        raise PacaError(
+            f"{origins.of('model.quantization')}: model.quantization does not go with full: quantized weights can't be "
+            "trained themselves. Leave it out, or train an adapter on them: paca, lora or peft."
+        )
+    if "autocast_adapter_dtype" in train:
+        raise PacaError(
+            f"{origins.of('train.autocast_adapter_dtype')}: train.autocast_adapter_dtype is about adapters, and full "
+            "has none. Leave it out; model.dtype is the type of the weights."
         )
 
 

@@ -26,6 +26,7 @@ class RunFolder:
         self.summary = path / "summary.json"  # written last: its presence says that the run is finished
         self.report = path / "report.html"
         self.adapter = path / "adapter"  # as PEFT stores it, and the tokenizer
+        self.model = path / "model"  # in its place, where the whole model was trained
         self.columns = path / "columns.json"  # those chosen, and what they followed from: another run here uses them
         self.base = path / "base"  # the model of a GGUF file as a plain checkpoint
         self.checkpoints = path / "checkpoints"  # the trainer's own folder
@@ -69,7 +70,7 @@ class RunFolder:
             self.path.mkdir(parents=True, exist_ok=True)
             for file in (self.config, self.metrics, self.summary, self.report):
                 file.unlink(missing_ok=True)
-            for part in (self.adapter, self.base, self.checkpoints):
+            for part in (self.adapter, self.model, self.base, self.checkpoints):
                 if part.is_dir():
                     shutil.rmtree(part)
         except OSError as error:

@@ -40,6 +40,7 @@ def setting_of_run(config: RunConfig, device: str, longest: int | None = None) -
         quantization=config.model.quantization,
         padded=bool(train.get("packing") or train.get("padding_free") or batch_size > 1),
         autocast=torch.bfloat16 if train.get("bf16") else torch.float16 if train.get("fp16") else None,
+        autocast_adapter_dtype=train.get("autocast_adapter_dtype", True),
         # An optimizer that is not known is taken for one that keeps two moments: few keep more.
         optimizer=optimizer if optimizer in KNOWN_OPTIMIZERS else "adamw_torch_fused",
         device=device,  # type: ignore[arg-type]

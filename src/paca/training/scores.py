@@ -1,11 +1,10 @@
-"""The held-out data as a task: scores of the model without and with its adapter, and how a report shows them.
+"""The held-out data as a task: scores of the model before and after training, and how a report shows them.
 
 How an answer is scored is not known here: `paca.evaluation.own_data.scorer` makes the function.
 """
 
 from __future__ import annotations
 
-import contextlib
 import html
 from collections.abc import Iterable
 from typing import Any, Protocol
@@ -19,30 +18,6 @@ class Scorer(Protocol):
 
     def score(self, model: Any, tokenizer: Any, rows: Iterable[dict[str, Any]]) -> dict[str, Any]:
         """A value and `..._stderr` for each metric, `examples` and `samples`."""
-
-
-def scores_before_and_after(
-    scorer: Scorer, model: Any, tokenizer: Any, rows: Iterable[dict[str, Any]], *, before: bool, after: bool
-) -> dict[str, Any]:
-    """Score a trained model, and what it was: itself without its adapter, bit for bit the model that came.
-
-    Args:
-        scorer: See `Scorer`.
-        model: A PEFT model after training.
-        tokenizer: The model's.
-        rows: Held-out examples.
-        before: Whether to score it without the adapter.
-        after: Whether to score it with the adapter.
-
-    Returns:
-        The scores, by `before` and `after`.
-    """
-    found = {}
-    for name, wanted, adapter in (("before", before, model.disable_adapter), ("after", after, contextlib.nullcontext)):
-        if wanted:
-            with adapter():
-                found[name] = scorer.score(model, tokenizer, rows)
-    return found
 
 
 def score_lines(scores: dict[str, Any] | None) -> list[tuple[str, str]]:

@@ -1,4 +1,4 @@
-"""The names in ``paca.target_modules``, compared with the modules that the model has."""
+"""The names in a method's ``target_modules``, compared with the modules that the model has."""
 
 from __future__ import annotations
 
@@ -13,13 +13,14 @@ from paca.messages.nearest import did_you_mean
 _LISTED = 20
 
 
-def check_target_names(settings: Mapping[str, Any], model: nn.Module, model_name: str) -> None:
+def check_target_names(method: str, settings: Mapping[str, Any], model: nn.Module, model_name: str) -> None:
     """Refuse a list of targets with a name that no module of the model ends in.
 
     PEFT leaves such a name out without a word where another one fits; nobody who wrote it meant that.
 
     Args:
-        settings: The section ``paca``.
+        method: The name of the method's section.
+        settings: The section.
         model: The model, with or without weights.
         model_name: Its name, for the message.
 
@@ -42,6 +43,6 @@ def check_target_names(settings: Mapping[str, Any], model: nn.Module, model_name
     listed = ", ".join([*kinds][:_LISTED]) + (", ..." if len(kinds) > _LISTED else "")
     hint = did_you_mean(str(unknown[0]), kinds, "{}")
     raise PacaError(
-        f"The section paca does not fit {model_name}: it has no module named {', '.join(map(str, unknown))} "
-        f"(paca.target_modules).{hint} Its layers with weights are {listed}."
+        f"The section {method} does not fit {model_name}: it has no module named {', '.join(map(str, unknown))} "
+        f"({method}.target_modules).{hint} Its layers with weights are {listed}."
     )

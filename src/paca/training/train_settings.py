@@ -1,4 +1,4 @@
-"""The ``train`` section of a run: fields of ``trl.SFTConfig``, our defaults for them, and those we set ourselves."""
+"""The ``train`` section of a run: fields of ``trl.SFTConfig``, one key of ours, and our defaults."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import dataclasses
 import math
 import typing
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,9 @@ OWNED = {
     "local_rank": "the launcher (torchrun) sets it",
 }
 """Fields of SFTConfig that have another place, and which."""
+
+OWN = {"autocast_adapter_dtype": bool}
+"""Keys of ours: this one is an argument of `peft.get_peft_model`."""
 
 _RANGES: dict[str, tuple[Callable[[float], bool], str]] = {
     "above zero": (
@@ -63,8 +66,15 @@ def train_fields() -> dict[str, Any]:
     }
 
 
-def check_train_settings(settings: Mapping[str, Any], origins: Origins) -> None:
+def check_train_settings(
+    settings: Mapping[str, Any], origins: Origins, elsewhere: Mapping[str, Iterable[str]] | None = None
+) -> None:
     """Check the keys, types, choices and ranges of the section.
+
+    Args:
+        settings: What the user gave.
+        origins: Where.
+        elsewhere: The keys of other sections.
 
     Raises:
         PacaError: An unknown key, a key that has another place, a wrong type, or a value outside the choices
@@ -72,33 +82,36 @@ def check_train_settings(settings: Mapping[str, Any], origins: Origins) -> None:
     """
     for name in OWNED.keys() & settings.keys():
         raise PacaError(f"{origins.of(f'train.{name}')}: train.{name} can't be set here: {OWNED[name]}.")
-    annotations = {name: kind for name, kind in train_fields().items() if name not in OWNED}
+    annotations = {name: kind for name, kind in train_fields().items() if name not in OWNED} | OWN
     choices = {option.name: option.metadata.get("choices") for option in dataclasses.fields(SFTConfig)}
-    check_section("train", settings, annotations, origins, choices)
+    check_section("train", settings, annotations, origins, choices, elsewhere)
     for name, value in settings.items():
         for words, (holds, names) in _RANGES.items():
             if name in names.split() and isinstance(value, (int, float)) and not holds(value):
                 raise PacaError(f"{origins.of(f'train.{name}')}: train.{name} must be {words}, not {value}.")
 
 
-def with_defaults(settings: Mapping[str, Any], model: PreTrainedModel, *, has_eval: bool) -> dict[str, Any]:
-    """The section with our own defaults where the user gave nothing.
+def with_defaults(
+    settings: Mapping[str, Any], model: PreTrainedModel, *, has_eval: bool, method: str = "paca"
+) -> dict[str, Any]:
+    """The section with TRL's defaults, or our own, spelled out where the user gave nothing.
 
     Args:
         settings: What the user gave.
+        method: The run's.
         model: With or without weights; the longest sequence that it takes, and the type of its weights, count.
         has_eval: Whether there is held-out data.
     """
     context_length = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     # Numbers that change the result are spelled out even where they are TRL's own defaults today.
     defaults: dict[str, Any] = {
-        "num_train_epochs": 1,
-        "per_device_train_batch_size": 4,
-        "gradient_accumulation_steps": 4,
-        "per_device_eval_batch_size": 4,
+        "num_train_epochs": 3.0,
+        "per_device_train_batch_size": 8,
+        "gradient_accumulation_steps": 1,
+        "per_device_eval_batch_size": 8,
         "max_length": min(1024, context_length or 1024),
         "packing": False,
-        "learning_rate": 3e-4,
+        "learning_rate": 2e-5 if method == "full" else 3e-4,
         "lr_scheduler_type": "cosine",
         "warmup_steps": 0.03,  # a share of all steps
         "optim": "adamw_torch_fused",
@@ -125,7 +138,22 @@ def with_defaults(settings: Mapping[str, Any], model: PreTrainedModel, *, has_ev
     defaults["include_num_input_tokens_seen"] = "all" if packs else "non_padding"
     if settings.get("gradient_checkpointing") is not None:  # the older name of the same field
         del defaults[_checkpointing_field()]
+    if method != "full":
+        defaults["autocast_adapter_dtype"] = True
     return {**defaults, **settings}
+
+
+def warm_up(steps: int) -> int:
+    """Our default for `warmup_steps`: 3 % of all steps, rounded down, as a warm-up starts with a step at rate 0."""
+    return steps * 3 // 100
+
+
+def own_defaults(given: Mapping[str, Any], resolved: Mapping[str, Any]) -> dict[str, Any]:
+    """What the user did not give, and TRL would have otherwise: name and value."""
+    trl = {option.name: option.default for option in dataclasses.fields(SFTConfig)}
+    # What TRL leaves out in its fields and decides when it is made.
+    trl |= {"bf16": True, "report_to": "none", "eval_strategy": "no", "autocast_adapter_dtype": True}
+    return {name: value for name, value in resolved.items() if name not in given and value != trl[name]}
 
 
 def sft_config(settings: Mapping[str, Any], checkpoints: Path) -> SFTConfig:
@@ -138,6 +166,7 @@ def sft_config(settings: Mapping[str, Any], checkpoints: Path) -> SFTConfig:
     Raises:
         PacaError: TRL or transformers refuses the combination of settings.
     """
+    settings = {name: value for name, value in settings.items() if name not in OWN}
     if not torch.accelerator.is_available():
         # Several processes on CPUs, and bf16 there, work only when the CPU is asked for.
         settings = {**settings, "use_cpu": True}

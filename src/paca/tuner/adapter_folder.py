@@ -39,7 +39,7 @@ def find_adapter(path: str | Path, *, or_model: bool = True) -> Path | None:
     for candidate in (folder / "adapter", folder):
         if (candidate / ADAPTER_CONFIG).is_file():
             return candidate
-    if (folder / "config.json").is_file():
+    if any((path / "config.json").is_file() for path in (folder, folder / "model")):  # the second: of a run
         return None
     if (folder / "checkpoints").is_dir() or (folder / "metrics.jsonl").is_file():
         raise PacaError(

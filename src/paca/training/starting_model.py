@@ -1,0 +1,107 @@
+"""The model that a run starts from, and what the run's method puts into it."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from accelerate import PartialState
+from peft import PeftConfig, PeftModel, get_peft_model
+from rich.console import Console
+from torch import nn
+from transformers import set_seed
+from trl import SFTConfig
+
+from paca.data import Examples
+from paca.lean import make_lean
+from paca.messages.errors import PacaError
+from paca.messages.say import say
+from paca.pretrained import Pretrained, load_pretrained, save_trainable_copy
+from paca.training.adapter_settings import adapter_config
+from paca.training.calibration import ColumnChoice
+from paca.training.run_config import RunConfig
+from paca.training.run_folder import RunFolder
+
+
+def load_model(config: RunConfig, folder: RunFolder, console: Console) -> Pretrained:
+    """The model of a run, as it came, with its lean blocks.
+
+    Raises:
+        PacaError: It can't be loaded.
+    """
+    pretrained = _read(config, folder, console)
+    if config.model.lean:  # before anything wraps the blocks: an adapter, checkpointing, DDP, FSDP
+        make_lean(pretrained.model, config.model.recompute)
+    return pretrained
+
+
+def _read(config: RunConfig, folder: RunFolder, console: Console) -> Pretrained:
+    model = config.model
+    if not model.name.lower().endswith(".gguf"):
+        return load_pretrained(
+            model.name, model.dtype, model.revision, model.trust_remote_code, model.quantization, model.tokenizer
+        )
+    # An adapter has to name a base that stock tooling can load, so the unpacked model is kept beside it.
+    if PartialState().is_main_process and not folder.base.is_dir():
+        say(console, f"Unpacking the weights of {Path(model.name).name} ...")
+        unpacked = load_pretrained(model.name, model.dtype, tokenizer=model.tokenizer)
+        save_trainable_copy(unpacked, folder.base)
+    PartialState().wait_for_everyone()
+    if model.quantization is not None and config.adapter.get("original_weights") == model.name:
+        config.adapter["original_weights"] = str(folder.base)
+    return load_pretrained(str(folder.base), model.dtype, quantization=model.quantization)
+
+
+def with_adapter(
+    model: nn.Module, config: RunConfig, arguments: SFTConfig, examples: Examples, folder: RunFolder, console: Console
+) -> tuple[Any, PeftConfig | None]:
+    """A model for a trainer of TRL, and the config of the adapter that the trainer is to put into it, or None.
+
+    TRL makes adapters as PEFT does by default, with float32 parameters on 16-bit weights. Others are in the model
+    already.
+
+    Args:
+        model: As it came.
+        config: The resolved run.
+        arguments: Of the trainer.
+        examples: The training data, for columns that are chosen by it.
+        folder: Of the run, where such columns are kept.
+        console: Where progress is shown.
+
+    Raises:
+        PacaError: The settings don't fit each other.
+    """
+    if config.method == "paca":
+        adapter: PeftConfig | None = ColumnChoice(config, examples, arguments, folder.columns, console).adapter(model)
+    else:
+        adapter = adapter_config(config.method, config.adapter)
+    if adapter is None or config.train["autocast_adapter_dtype"]:
+        return model, adapter
+    template = config.train.get("chat_template_path")
+    if template is not None and not Path(template).is_file():
+        raise PacaError(
+            "train.autocast_adapter_dtype: false does not go with the template of another model "
+            "(train.chat_template_path): TRL trains the tokens which that adds only in adapters that it makes itself. "
+            "Give the template as a .jinja file."
+        )
+    set_seed(arguments.seed)  # as TRL does before it makes an adapter
+    return get_peft_model(model, adapter, autocast_adapter_dtype=False), None  # type: ignore[arg-type]
+
+
+def keep_adapter_dtype(model: Any, config: RunConfig) -> None:
+    """Let the adapter in the trainer's model keep the dtype that the config asks for.
+
+    Args:
+        model: Of the trainer; without an adapter nothing is done.
+        config: The resolved run.
+    """
+    if not isinstance(model, PeftModel):
+        return
+    quantized, autocast = config.model.quantization is not None, config.train["autocast_adapter_dtype"]
+    if quantized and autocast and config.method == "paca":
+        # TRL casts what is trained on quantized weights to bfloat16, where small updates would be lost.
+        model.base_model._cast_adapter_dtype("default")
+    elif quantized or not autocast:
+        # PEFT would cast to float32 what it loads from a checkpoint.
+        vars(model)["load_adapter"] = partial(model.load_adapter, autocast_adapter_dtype=False)
