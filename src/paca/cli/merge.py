@@ -31,9 +31,10 @@ def merge(
 
     logging.disable_progress_bar()
     merged = merge_to_folder(path, output, dtype, base_model=base_model, overwrite=overwrite, verify=verify)
-    print(f"Merged {merged.adapter} into {merged.base}.")
+    whole = merged.adapter is None
+    print(f"{path} is a whole model." if whole else f"Merged {merged.adapter} into {merged.base}.")
     if merged.difference is not None:
         logits = f"differ by at most {merged.difference:.1g} of the largest" if merged.difference else "are identical"
-        print(f"Read back and compared with the adapted model: the logits {logits}.")
+        print(f"Read back and compared with the {'trained' if whole else 'adapted'} model: the logits {logits}.")
     print(f"Written: {merged.output} ({str(merged.dtype).removeprefix('torch.')})")
     print(f'Load it with AutoModelForCausalLM.from_pretrained("{merged.output}"), or: {program()} chat {merged.output}')

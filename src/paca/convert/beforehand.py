@@ -38,6 +38,9 @@ def merge_output(path: str | Path, output: str | Path, base_model: str | None, o
     Raises:
         PacaError: It is in use, or the adapter names no base model, or is for something else than language models.
     """
+    whole = find_adapter(path, or_model=False) is None and (Path(path).expanduser() / "model").is_dir()
+    if whole and base_model is None:  # a run that trained the whole model: it is merged already
+        return _free_folder(output, overwrite, [path], "merge", "a model", "config.json")
     adapter = adapter_in(path)
     task = find_task(adapter)
     if task not in (None, "CAUSAL_LM"):

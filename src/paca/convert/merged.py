@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM
 
-from paca.convert.beforehand import adapter_in, merge_output
+from paca.convert.beforehand import merge_output
 from paca.messages.errors import PacaError
 from paca.pretrained.generation import LoadedModel, load_for_generation, on_accelerator
 from paca.pretrained.loading import DTYPES
 from paca.pretrained.quantizing import is_quantized
 from paca.pretrained.whole_output import whole_output
-from paca.tuner.adapter_folder import find_base
+from paca.tuner.adapter_folder import adapter_settings, find_adapter
 
 # Largest difference of a logit, as a share of the largest logit, that rounding explains: the values pass through tens
 # of layers, each of which rounds a few times (measured in tests/convert/test_merged.py on random models).
@@ -28,7 +29,8 @@ class Merged:
     """What was written."""
 
     output: Path
-    adapter: Path
+    adapter: Path | None
+    """None for a run that trained the whole model, which is written as it is."""
     base: str
     dtype: torch.dtype
 
@@ -65,28 +67,33 @@ def merge_to_folder(
     """
     if dtype is not None and dtype not in DTYPES:
         raise PacaError(f"Unknown dtype {dtype!r}. Give one of: {', '.join(DTYPES)}.")
-    adapter = adapter_in(path)
     output = merge_output(path, output, base_model, overwrite)
-    base = find_base(adapter, base_model)
-    loaded = load_for_generation(path, base_model=base_model)
+    adapter = find_adapter(path)
+    # Only PaCA's layers know how to give a quantized weight back its bits as they merge.
+    foreign = adapter is not None and adapter_settings(adapter).get("peft_type") != "PACA"
+    load = partial(load_for_generation, path, base_model=base_model, dequantize=foreign)
+    loaded = load()
     wanted = DTYPES[dtype] if dtype is not None else loaded.model.dtype
     if wanted != loaded.model.dtype:
         del loaded
-        loaded = load_for_generation(path, base_model=base_model, dtype="float32")
+        loaded = load(dtype="float32")
     expected = _probe_logits(loaded.model) if verify else None
-    with whole_output(output) as partial:
-        _write(loaded, wanted, partial)
+    base = loaded.base
+    with whole_output(output) as unfinished:
+        _write(loaded, wanted, unfinished)
         del loaded
-        difference = None if expected is None else _difference_from(expected, partial)
+        difference = None if expected is None else _difference_from(expected, unfinished)
     return Merged(output, adapter, base, wanted, difference)
 
 
 def _write(loaded: LoadedModel, dtype: torch.dtype, folder: Path) -> None:
-    try:
-        quantized = is_quantized(loaded.model.get_base_model())
-        merged = loaded.model.merge_and_unload(safe_merge=True, dequantize=quantized)
-    except ValueError as error:
-        raise PacaError(f"The adapter in {loaded.adapter} cannot be merged: {error}") from error
+    merged = loaded.model
+    if loaded.adapter is not None:
+        dequantize = {"dequantize": True} if is_quantized(merged.get_base_model()) else {}
+        try:
+            merged = merged.merge_and_unload(safe_merge=True, **dequantize)
+        except (ValueError, AttributeError, NotImplementedError) as error:  # the last two: no such method
+            raise PacaError(f"The adapter in {loaded.adapter} cannot be merged: {error}") from error
     merged.to(dtype=dtype).save_pretrained(folder)
     loaded.tokenizer.save_pretrained(folder)
 

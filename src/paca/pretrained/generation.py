@@ -23,7 +23,7 @@ from paca.messages.errors import PacaError
 from paca.pretrained import load_config, load_pretrained, load_tokenizer
 from paca.pretrained.quantizing import QUANTIZATIONS, is_quantized, method_of
 from paca.tuner.adapter_file import tensor_names
-from paca.tuner.adapter_folder import adapter_settings, find_adapter, find_base, weight_file
+from paca.tuner.adapter_folder import find_adapter, find_base, find_quantization, weight_file
 from paca.tuner.tied_weights import untie_for
 
 Message = dict[str, str]
@@ -46,13 +46,16 @@ class LoadedModel:
     """Name or path of the model without its adapter."""
 
 
-def load_for_generation(path: str | Path, *, base_model: str | None = None, dtype: str = "auto") -> LoadedModel:
+def load_for_generation(
+    path: str | Path, *, base_model: str | None = None, dtype: str = "auto", dequantize: bool = False
+) -> LoadedModel:
     """Load a run folder, an adapter folder or a plain model (a folder or a .gguf file).
 
     Args:
         path: The folder or the file.
         base_model: Hub id, folder or .gguf file to use in place of the base model that the adapter names.
         dtype: "auto" (as stored), "bfloat16", "float16" or "float32".
+        dequantize: Give quantized weights back their 16 or 32 bits, rounded as they are, before the adapter is put on.
 
     Raises:
         PacaError: No such folder, not an adapter, a broken weight file, or a base model that cannot be loaded or that
@@ -70,7 +73,7 @@ def load_for_generation(path: str | Path, *, base_model: str | None = None, dtyp
     # The one saved with the adapter is the one it was trained with; its chat template may differ from the base's.
     tokenizer = load_tokenizer(str(adapter)) if (adapter / "tokenizer_config.json").is_file() else None
     try:
-        recorded = adapter_settings(adapter).get("base_quantization")
+        recorded = find_quantization(adapter)
         as_it_lies = recorded not in QUANTIZATIONS or method_of(load_config(base).config) is not None
         pretrained = load_pretrained(
             base, dtype=dtype, quantization=None if as_it_lies else recorded, tokenizer=tokenizer
@@ -81,6 +84,8 @@ def load_for_generation(path: str | Path, *, base_model: str | None = None, dtyp
             "If that model lies elsewhere, say where: --base-model NAME_OR_FOLDER"
         ) from error
     model = on_accelerator(pretrained.model)
+    if dequantize and is_quantized(model):
+        model = model.dequantize()  # type: ignore[no-untyped-call]
     try:
         untie_for(model, tensor_names(weights))
         adapted = PeftModel.from_pretrained(model, str(adapter))

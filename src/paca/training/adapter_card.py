@@ -96,7 +96,7 @@ Every setting is in the run's `config.yaml`. Made with {versions}.
 
 def _what_it_is(name: str, model: str) -> str:
     if name == "full":
-        return f"{model}, trained further as a whole."
+        return f"{model}, trained in full: every parameter, without an adapter."
     if name != "paca":
         return f"An adapter for {model}, by the method {name.upper()} of [PEFT](https://huggingface.co/docs/peft)."
     paper = "[arXiv 2503.01905](https://arxiv.org/abs/2503.01905)"

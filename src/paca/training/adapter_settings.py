@@ -119,7 +119,11 @@ def with_defaults(method: str, settings: Mapping[str, Any]) -> dict[str, Any]:
     config = adapter_config(method, settings)
     fields = adapter_fields(method, settings)
     values = {name: plain(settings[name] if name == "peft_type" else getattr(config, name)) for name in fields}
-    return {name: value for name, value in values.items() if name in settings or matches(value, fields[name])}
+    return {
+        name: value
+        for name, value in values.items()
+        if name in settings or (matches(value, fields[name]) and not dataclasses.is_dataclass(value))
+    }
 
 
 def method_name(method: str, settings: Mapping[str, Any]) -> str:

@@ -100,6 +100,15 @@ def adapter_settings(adapter: Path) -> dict[str, Any]:
     return settings
 
 
+def find_quantization(adapter: Path) -> str | None:
+    """How the base model was quantized as it was loaded for training: PaCA's configs say so, for others their run."""
+    recorded: str | None = adapter_settings(adapter).get("base_quantization")
+    summary = adapter.parent / "summary.json"
+    if recorded is None and adapter.name == "adapter" and summary.is_file():
+        recorded = json.loads(summary.read_text(encoding="utf-8")).get("model", {}).get("quantization")
+    return recorded
+
+
 def weight_file(adapter: Path) -> Path:
     """The file with an adapter's weights.
 

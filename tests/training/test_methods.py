@@ -1,0 +1,178 @@
+"""The same run with each method: trained, stopped and resumed to the same bits, asked, and merged."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from rich.console import Console
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from paca.convert.merged import merge_to_folder
+from paca.evaluation.own_data import scorer
+from paca.messages.errors import PacaError
+from paca.pretrained.generation import load_for_generation, stream_reply
+from paca.training import RunResult, describe, load_run_config, train
+from paca.training import run as run_module
+from training.test_run import SignalAtStep
+from training.tiny_run import curve
+
+METHODS: dict[str, dict[str, Any]] = {
+    "lora": {"lora": {"r": 4, "lora_dropout": 0.1, "target_modules": "all-linear"}},
+    "lora-tuned": {
+        "lora": {"r": 4, "target_modules": ["q_proj", "v_proj"]},
+        "model": {"dtype": "bfloat16"},
+        "train": {"autocast_adapter_dtype": False},
+    },
+    "ia3": {"peft": {"peft_type": "ia3"}},
+    "loha": {"peft": {"peft_type": "LOHA", "r": 2, "target_modules": ["q_proj", "down_proj"]}},
+    "full": {"full": {}},
+}
+
+
+def write_config(config_file: Path, target: Path, method: str) -> Path:
+    """The workspace's run with another method, for `target`."""
+    sections = yaml.safe_load(config_file.read_text())
+    del sections["paca"]
+    for name, values in METHODS[method].items():
+        sections[name] = {**sections.get(name, {}), **values}
+    sections["train"] |= {"max_steps": 6, "gradient_accumulation_steps": 1}
+    sections["eval"] = {"metric": "token_accuracy", "max_new_tokens": 4}
+    sections["output"] = {"dir": str(target)}
+    target.parent.mkdir(exist_ok=True)
+    file = target.with_suffix(".yaml")
+    file.write_text(yaml.safe_dump(sections))
+    return file
+
+
+def run(file: Path, resume: bool = False, **options: Any) -> RunResult:
+    config = load_run_config(file)
+    return train(config, resume, Console(quiet=True), scorer=scorer(config.eval), **options)
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    (file,) = [*folder.glob("adapter/adapter_model.safetensors"), *folder.glob("model/model.safetensors")]
+    return load_file(file)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_run_is_resumed_bit_for_bit_answers_and_merges(
+    method: str, config_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = run(write_config(config_file, tmp_path / "whole", method), probe=True)
+    monkeypatch.setattr(run_module, "StopOnSignal", SignalAtStep)
+    monkeypatch.setattr(SignalAtStep, "step", 3)
+    parts = write_config(config_file, tmp_path / "parts", method)
+    assert run(parts).summary is None
+    resumed = run(parts, resume=True)
+
+    assert whole.summary is not None
+    assert resumed.summary is not None
+    first, second = weights(whole.folder), weights(resumed.folder)
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert curve(whole.folder) == curve(resumed.folder)
+    assert whole.summary["scores"] == resumed.summary["scores"]
+    check_summary(whole.summary, method)
+    for name in ("report.html", f"{'model' if method == 'full' else 'adapter'}/README.md"):
+        assert whole.summary["method"]["name"] in (whole.folder / name).read_text().lower()
+
+    loaded = load_for_generation(whole.folder)
+    assert "".join(stream_reply(loaded, [{"role": "user", "content": "a cat"}], max_new_tokens=4)) is not None
+    tokens = torch.arange(12)[None]
+    expected = loaded.model(tokens).logits
+    merged = merge_to_folder(whole.folder, tmp_path / "merged")
+    assert merged.difference is not None
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()
+    found = plain(tokens).logits
+    # As merge_to_folder checks: what rounding in the weights' dtype explains.
+    assert (found - expected).abs().max() <= 32 * torch.finfo(plain.dtype).eps * expected.abs().max()
+    base = AutoModelForCausalLM.from_pretrained(whole.summary["model"]["name"], dtype=plain.dtype)
+    assert not torch.equal(base(tokens).logits, found)
+
+
+def check_summary(summary: dict[str, Any], method: str) -> None:
+    assert summary["method"]["name"] == method.partition("-")[0]
+    assert summary["eval_loss_after"] < summary["eval_loss_before"]
+    assert {side["examples"] for side in summary["scores"].values()} == {8}
+    assert list(summary["scores"]) == ["before", "after"]
+    assert summary["scores"]["before"]["loss"] > summary["scores"]["after"]["loss"]
+    for name in ("trainable_parameters", "tokens", "train_seconds", "tokens_per_second", "peak_memory_bytes"):
+        assert summary[name] > 0
+    assert summary["versions"]["peft"]
+    assert (summary["trainable_parameters"] == summary["model"]["parameters"]) == (method == "full")
+    section = "peft" if method in ("ia3", "loha") else method.partition("-")[0]
+    assert summary["method"]["settings"] == summary["config"][section]
+
+
+def test_a_fast_adapter_has_the_type_of_the_weights_also_after_a_resume(config_file: Path, tmp_path: Path) -> None:
+    file = write_config(config_file, tmp_path / "run", "lora-tuned")
+    folder = run(file).folder
+    assert {tensor.dtype for tensor in weights(folder).values()} == {torch.bfloat16}
+    # Every step is made: the weights come from the checkpoint alone.
+    trained = weights(folder)
+    for name in ("summary.json", "adapter/adapter_model.safetensors"):
+        (folder / name).unlink()
+    run(file, resume=True)
+    again = weights(folder)
+    assert all(torch.equal(trained[name], again[name]) and again[name].dtype == torch.bfloat16 for name in trained)
+
+
+def test_the_plan_of_each_method_is_what_it_trains(config_file: Path, tmp_path: Path) -> None:
+    counted = {
+        method: describe(load_run_config(write_config(config_file, tmp_path / method, method))) for method in METHODS
+    }
+    assert counted["full"].trainable_parameters == counted["full"].parameters
+    assert counted["full"].targets == []
+    assert counted["lora"].targets == ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    assert counted["ia3"].method == "ia3"
+    assert "columns" not in dict(counted["lora"].lines())
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("paca: {}\nlora: {r: 8}\n", "one method, and these are given: paca (FILE, line 3) and lora (FILE, line 4)"),
+        ("lora: {rank: 8}\n", "line 3: there is no key lora.rank. Did you mean lora.r?"),
+        ("lora: {paca_alpha: 8}\n", "there is no key lora.paca_alpha. Did you mean lora.lora_alpha?"),
+        ("lora: {learning_rate: 1}\n", "there is no key lora.learning_rate. Did you mean train.learning_rate?"),
+        ("lora: {r: x}\n", "line 3: lora.r must be a whole number, not the text 'x'."),
+        ("lora: {layers_pattern: [h]}\n", "section lora: When `layers_pattern` is specified, `layers_to_transform`"),
+        ("lora: {init_lora_weights: eva}\n", "lora.init_lora_weights: eva needs a pass over data"),
+        ("paca: {rank: 8}\n", "there is no key paca.rank. Did you mean paca.r?"),
+        ("paca: {lora_alpha: 8}\n", "there is no key paca.lora_alpha. Did you mean paca.paca_alpha?"),
+        ("train: {r: 8}\n", "there is no key train.r. Did you mean paca.r?"),
+        ("lora: {}\ntrain: {rank: 8}\n", "there is no key train.rank. Did you mean lora.r?"),
+        ("data: {train: a, lean: true}\n", "there is no key data.lean. Did you mean model.lean?"),
+        ("full: {r: 8}\n", "there is no key full.r."),
+        ("full:\nmodel: {name: a, quantization: nf4}\n", "model.quantization does not go with full"),
+        ("full:\ntrain: {autocast_adapter_dtype: false}\n", "full has none. Leave it out; model.dtype is"),
+        ("peft: {r: 8}\n", "peft.peft_type is missing; it names the method, such as IA3"),
+        ("peft: {peft_type: LORA}\n", "line 3: peft.peft_type: LORA has a section of its own, lora."),
+        ("peft: {peft_type: LOHAA}\n", "method of the installed PEFT, not the text 'LOHAA'. Did you mean LOHA?"),
+        ("peft: {peft_type: IA3, r: 8}\n", "there is no key peft.r."),
+        ("lroa: {r: 8}\n", "there is no section 'lroa'. Did you mean lora?"),
+    ],
+)  # fmt: skip
+def test_a_key_in_the_wrong_place_says_where_it_belongs(tmp_path: Path, text: str, message: str) -> None:
+    file = tmp_path / "run.yaml"
+    needed = {"model": "{name: some/model}", "data": "{train: some/data}"}
+    file.write_text("".join(f"{name}: {keys}\n" for name, keys in needed.items() if f"{name}:" not in text) + text)
+    with pytest.raises(PacaError) as caught:
+        load_run_config(file)
+    assert message.replace("FILE", str(file)) in str(caught.value)
+
+
+def test_a_method_may_come_from_the_command_line(tmp_path: Path) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text("model: {name: some/model}\ndata: {train: some/data}\n")
+    config = load_run_config(file, ["lora.r=4"])
+    assert (config.method, config.adapter) == ("lora", {"r": 4})
+    assert load_run_config(file).method == "paca"
+    file.write_text(file.read_text() + "paca: {r: 4}\n")
+    with pytest.raises(PacaError, match=r"paca \(.*line 3\) and lora \(--set\)"):
+        load_run_config(file, ["lora.r=4"])
