@@ -141,8 +141,8 @@ def test_a_dry_run_says_how_columns_will_be_chosen_and_chooses_none(config_file,
         run = load_run_config(config_file, [f"output.dir={tmp_path}", *SMALL, f"paca.selection={strategy}"])
         plan = describe(run)
         assert dict(plan.lines())["columns"] == words
-        assert plan.config.paca["selection"] == strategy
-        assert plan.config.paca["indices"] is None
+        assert plan.config.adapter["selection"] == strategy
+        assert plan.config.adapter["indices"] is None
     assert passes == []
 
 

@@ -155,6 +155,7 @@ def test_the_plan_of_each_method_is_what_it_trains(config_file: Path, tmp_path: 
         ("peft: {peft_type: LORA}\n", "line 3: peft.peft_type: LORA has a section of its own, lora."),
         ("peft: {peft_type: LOHAA}\n", "method of the installed PEFT, not the text 'LOHAA'. Did you mean LOHA?"),
         ("peft: {peft_type: IA3, r: 8}\n", "there is no key peft.r."),
+        ("peft: {peft_type: ADALORA}\n", "ADALORA can't be trained here: something has to share out its ranks"),
         ("lroa: {r: 8}\n", "there is no section 'lroa'. Did you mean lora?"),
     ],
 )  # fmt: skip

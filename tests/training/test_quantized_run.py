@@ -14,7 +14,9 @@ from paca.convert.merged import merge_to_folder
 from paca.messages.errors import PacaError
 from paca.pretrained.generation import load_for_generation
 from paca.training import describe, load_run_config, train
-from training.tiny_run import adapter, rows
+from paca.training import run as run_module
+from training.test_run import SignalAtStep
+from training.tiny_run import adapter, rows, same_adapter
 
 pytest.importorskip("bitsandbytes")
 
@@ -68,3 +70,31 @@ def test_the_plan_says_so(config_file):
 def test_an_unknown_quantization_names_the_known_ones(config_file):
     with pytest.raises(PacaError, match=r"model\.quantization must be one of nf4, fp4, int8 or null"):
         load_run_config(config_file, ["model.quantization=nf5"])
+
+
+@pytest.mark.parametrize("quantization", ["nf4", "int8"])
+def test_lora_trains_on_quantized_weights_resumes_and_merges(quantization, config_file, tmp_path, monkeypatch):
+    sections = yaml.safe_load(config_file.read_text())
+    sections |= {"lora": {"r": 4}, "model": {**sections["model"], "quantization": quantization}}
+    sections["train"]["max_steps"] = 4
+    del sections["paca"]
+    file = tmp_path / "lora.yaml"
+    file.write_text(yaml.safe_dump(sections))
+    whole = run(file, tmp_path / "whole")
+    # TRL keeps adapters on quantized weights in bfloat16; so does a resume.
+    assert {tensor.dtype for tensor in adapter(whole).values()} == {torch.bfloat16}
+    monkeypatch.setattr(run_module, "StopOnSignal", SignalAtStep)
+    monkeypatch.setattr(SignalAtStep, "step", 2)
+    run(file, tmp_path / "parts")
+    config = load_run_config(file, [f"output.dir={tmp_path / 'parts'}"])
+    train(config, resume=True, console=Console(quiet=True))
+    assert same_adapter(whole, tmp_path / "parts")
+
+    loaded = load_for_generation(whole)
+    assert loaded.model.get_base_model().is_quantized
+    merge_to_folder(whole, tmp_path / "merged")
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    assert not getattr(merged.config, "quantization_config", None)
+    tokens = torch.arange(12)[None]
+    expected = loaded.model(tokens).logits
+    assert (merged(tokens).logits - expected).abs().max() < 0.02 * expected.abs().max()  # int8 rounds inputs as well

@@ -34,7 +34,7 @@ def train(
     ] = False,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint of this run.")] = False,
 ) -> None:
-    """Fine-tune a language model with PaCA and leave a run folder: adapter, metrics, summary, report."""
+    """Fine-tune a language model and leave a run folder: adapter, metrics, summary, report."""
     if settings and not dry_run:
         raise PacaError("--settings goes with --dry-run; a run writes them to the config.yaml of its folder.")
     from paca.training.run_config import load_run_config
@@ -96,7 +96,7 @@ def show_result(result: RunResult, console: Console) -> None:
         ("tokens per second", f"{summary['tokens_per_second']:,.0f}"),
         ("peak memory", f"{format_bytes(summary['peak_memory_bytes'])} ({summary['peak_memory_of']})"),
         ("time", f"{format_duration(summary['seconds'])} for {summary['steps']:,} steps"),
-        ("adapter", str(result.folder / "adapter")),
+        (weights := "model" if summary["method"]["name"] == "full" else "adapter", str(result.folder / weights)),
         ("report", str(result.folder / "report.html")),
     ]
     for label, text in lines:

@@ -89,10 +89,15 @@ def merge_to_folder(
 def _write(loaded: LoadedModel, dtype: torch.dtype, folder: Path) -> None:
     merged = loaded.model
     if loaded.adapter is not None:
+        if not hasattr(merged, "merge_and_unload"):
+            raise PacaError(
+                f"The adapter in {loaded.adapter} cannot be merged: its method adds to the model's input, not to its "
+                "weights. `paca chat` takes it as it is."
+            )
         dequantize = {"dequantize": True} if is_quantized(merged.get_base_model()) else {}
         try:
             merged = merged.merge_and_unload(safe_merge=True, **dequantize)
-        except (ValueError, AttributeError, NotImplementedError) as error:  # the last two: no such method
+        except (ValueError, NotImplementedError) as error:
             raise PacaError(f"The adapter in {loaded.adapter} cannot be merged: {error}") from error
     merged.to(dtype=dtype).save_pretrained(folder)
     loaded.tokenizer.save_pretrained(folder)

@@ -112,6 +112,7 @@ def load_pretrained(
         options["device_map"] = quantizing.device_map()
     with _explaining(location, revision), without_progress_bars(), gguf.without_unpacking_bar():
         model = AutoModelForCausalLM.from_pretrained(dtype=torch_dtype, **options)
+    quantizing.keep_trainable(model)
     if location.source == "gguf":
         gguf.check_is_plain(model, location.name_or_path)
     embeddings = cast(nn.Embedding, model.get_input_embeddings()).num_embeddings

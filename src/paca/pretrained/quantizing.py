@@ -85,3 +85,14 @@ def device_map() -> dict[str, torch.device | str]:
 def is_quantized(model: PreTrainedModel) -> bool:
     """Whether the model was quantized, now or by the checkpoint."""
     return bool(getattr(model, "is_quantized", False))
+
+
+def keep_trainable(model: PreTrainedModel) -> None:
+    """Keep 4-bit weights in the form that a backward pass can read.
+
+    For inference on CPUs with AVX512-BF16, bitsandbytes repacks them into another one: the first evaluation of a run
+    would be the end of its training.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import enum
 import re
 import typing
 from collections.abc import Iterable, Mapping
@@ -18,8 +19,19 @@ from paca.messages.nearest import did_you_mean
 from paca.training.key_checks import Origins, check_section
 from paca.training.typed_values import matches, shown
 
-_NOT_HERE: dict[str, str] = {}
-"""Methods of PEFT that a run can't train, and why."""
+_NOT_HERE = {
+    "ADALORA": "something has to share out its ranks after each step",
+    "ADAPTION_PROMPT": "TRL's trainer does not get its loss through it",
+    "ADAMSS": "it chooses by the weights, which are not there when a run is planned",
+    "CPT": "it needs all logits, which TRL's trainer never makes",
+    "FROD": "it is laid out from the weights, which are not there when a run is planned",
+    "MULTITASK_PROMPT_TUNING": "its records name a task",
+    "POLY": "its records name a task",
+    "P_TUNING": "PEFT saves what its encoder gives, not the encoder, so that a run can't be resumed",
+    "SHIRA": "it chooses by the weights, which are not there when a run is planned",
+    "XLORA": "it mixes adapters that are trained already",
+}
+"""Methods of PEFT that a run can't train, and why: each was tried (PEFT 0.21.2)."""
 
 _NEEDS_DATA = ("eva", "corda", "lora_ga")
 """Starts of LoRA that PEFT leaves to a pass over data, which a run does not make."""
@@ -132,7 +144,9 @@ def method_name(method: str, settings: Mapping[str, Any]) -> str:
 
 
 def plain(value: Any) -> Any:
-    """A value as YAML can hold it: sets and tuples become lists."""
+    """A value as YAML can hold it: sets and tuples become lists, members of enums their values."""
+    if isinstance(value, enum.Enum):
+        return value.value
     if isinstance(value, (set, frozenset)):
         return sorted(value)
     if isinstance(value, (list, tuple)):
