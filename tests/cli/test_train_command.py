@@ -41,11 +41,33 @@ def test_a_dry_run_shows_the_resolved_run_and_leaves_nothing(workspace: Path) ->
     resolved = yaml.safe_load(settings)
     assert resolved["paca"]["r"] == 4
     assert resolved["train"]["lr_scheduler_type"] == "cosine"
-    assert re.search(r"^targets +q_proj, .* 14 layers$", output, re.MULTILINE)
+    assert re.search(r"^method +paca, on q_proj, .*:\s14 layers$", output, re.MULTILINE)
     assert re.search(r"^trainable parameters +\d[\d,]+ \(", output, re.MULTILINE)
     assert re.search(r"^tokens per step +at most 512 ", output, re.MULTILINE)
     assert re.search(r"^steps +10$", output, re.MULTILINE)
     assert not (workspace / "dry").exists()
+
+
+def test_a_run_in_full_is_planned_trained_asked_and_written_elsewhere(workspace: Path) -> None:
+    file = workspace / "full.yaml"
+    sections = yaml.safe_load((workspace / "config.yaml").read_text())
+    del sections["paca"]
+    file.write_text(yaml.safe_dump({**sections, "full": {}, "output": {"dir": str(workspace / "full")}}))
+    planned = forked_paca("plan", file, "--json", cwd=workspace)
+    assert planned.returncode == 0, planned.stderr
+    content = json.loads(planned.stdout)
+    assert content["trainable"] == content["parameters"]
+    trained = forked_paca("train", file, cwd=workspace)
+    assert trained.returncode == 0, trained.stderr
+    assert re.search(rf"^model +{workspace / 'full' / 'model'}$", trained.stdout, re.MULTILINE)
+    asked = forked_paca("chat", workspace / "full", "--prompt", "a cat", "--max-new-tokens", 4, cwd=workspace)
+    assert asked.returncode == 0, asked.stderr
+    written = forked_paca("merge", workspace / "full", "--output", workspace / "full-bf16", "--dtype", "bfloat16")
+    assert written.returncode == 0, written.stderr
+    assert f"{workspace / 'full'} is a whole model." in written.stdout
+    assert (workspace / "full-bf16" / "model.safetensors").is_file()
+    refused = forked_paca("export", workspace / "full", "--to", "lora", "--output", workspace / "x")
+    assert "is a whole model, not an adapter" in refused.stderr
 
 
 def test_a_real_interrupt_saves_and_the_resumed_run_ends_as_the_uninterrupted_one(
