@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import json
 import math
 import os
 import re
@@ -88,8 +89,8 @@ class Plan:
             ("run folder", self.config.output.dir),
         ]
         if self.own_defaults:
-            settings = ", ".join(f"{name} {value}" for name, value in self.own_defaults.items())
-            lines.insert(-1, ("defaults of paca", settings))
+            settings = ", ".join(f"{name} {json.dumps(value)}" for name, value in self.own_defaults.items())
+            lines.insert(-1, ("defaults of paca", f"{settings} (TRL has others)"))
         if self.processes > 1:
             lines.insert(-1, ("processes", str(self.processes)))
         return lines
