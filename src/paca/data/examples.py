@@ -144,8 +144,8 @@ def split_heldout(examples: Examples, held_out: float, seed: int) -> tuple[Examp
     count = max(1, round(held_out * total)) if held_out < 1 else int(held_out)
     if count >= total:
         raise PacaError(
-            f"Cannot hold {count:,} of {total:,} examples out: none would be left to train on. Hold out less, or give "
-            "more data."
+            f"Cannot hold {count:,} of {total:,} examples out: none would be left to train on. Hold out less "
+            "(data.eval), or give more data."
         )
     chosen = np.zeros(total, dtype=bool)
     chosen[np.random.default_rng(seed).permutation(total)[:count]] = True

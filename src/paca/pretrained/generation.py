@@ -85,7 +85,7 @@ def load_for_generation(
         ) from error
     model = on_accelerator(pretrained.model)
     if dequantize and is_quantized(model):
-        model = model.dequantize()  # type: ignore[no-untyped-call]
+        model = model.dequantize()
     try:
         untie_for(model, tensor_names(weights))
         adapted = PeftModel.from_pretrained(model, str(adapter))

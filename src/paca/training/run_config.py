@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -161,12 +161,9 @@ def load_run_config(path: str | os.PathLike[str], overrides: Iterable[str] = ())
     sections["output"].setdefault("dir", os.path.join("runs", path.stem))
     for name, section_type in SECTIONS.items():
         built[name] = _build_section(name, section_type, sections[name], origins)
-    _check_values(built["data"], built["eval"], origins)
-    _check_metric(built["data"], built["eval"], origins)
-    _check_calibration(built["calibration"], origins)
-    _check_blocks(built["model"], sections["train"], origins)
-    if method == "full":
-        _check_full(built["model"], sections["train"], origins)
+    config = RunConfig(**built, method=method, adapter=sections[method], train=sections["train"])
+    for key, problem in _problems(config):
+        raise PacaError(f"{origins.of(key)}: {key} {problem}")
 
     # Only now: these two import peft and trl, which takes seconds that the mistakes above need not cost.
     from paca.training.adapter_settings import adapter_fields, check_adapter_settings
@@ -174,7 +171,6 @@ def load_run_config(path: str | os.PathLike[str], overrides: Iterable[str] = ())
 
     check_adapter_settings(method, sections[method], origins, {"train": [*train_fields(), *OWN]})
     check_train_settings(sections["train"], origins, {method: adapter_fields(method, sections[method])})
-    config = RunConfig(**built, method=method, adapter=sections[method], train=sections["train"])
     _make_paths_absolute(config)
     return config
 
@@ -231,59 +227,44 @@ def _build_section(name: str, section_type: type, values: dict[str, Any], origin
     return section_type(**values)
 
 
-def _check_values(data: DataSection, evaluation: EvalSection, origins: Origins) -> None:
-    heldout = data.eval
-    if isinstance(heldout, float) and not 0 < heldout < 1:
-        raise PacaError(
-            f"{origins.of('data.eval')}: data.eval is {heldout}; to hold out a part of data.train give a fraction "
-            "between 0 and 1 or a whole number of records."
+def _problems(config: RunConfig) -> Iterator[tuple[str, str]]:
+    """Values that can't work, alone or with others: the key, and what is wrong with it."""
+    model, data, evaluation, train = config.model, config.data, config.eval, config.train
+    if isinstance(data.eval, float) and not 0 < data.eval < 1:
+        yield (
+            "data.eval",
+            f"is {data.eval}; to hold out a part of data.train give a fraction between 0 and 1 or a whole number of "
+            "records.",
         )
-    for key, count in (("data.eval", heldout), ("data.limit", data.limit), ("eval.limit", evaluation.limit)):
+    for key, count in (("data.eval", data.eval), ("data.limit", data.limit), ("eval.limit", evaluation.limit)):
         if isinstance(count, int) and count < 1:
-            raise PacaError(f"{origins.of(key)}: {key} is {count}; a count of records must be 1 or more.")
-
-
-def _check_metric(data: DataSection, evaluation: EvalSection, origins: Origins) -> None:
+            yield key, f"is {count}; a count of records must be 1 or more."
     if evaluation.metric is not None and data.eval is None:
-        raise PacaError(f"{origins.of('eval.metric')}: eval.metric is measured on held-out data; give data.eval too.")
+        yield "eval.metric", "is measured on held-out data; give data.eval too."
     if evaluation.answer_pattern is not None and evaluation.metric != "exact_match":
-        raise PacaError(f"{origins.of('eval.answer_pattern')}: it goes with eval.metric: exact_match. Leave it out.")
-    if evaluation.max_new_tokens < 1:
-        raise PacaError(
-            f"{origins.of('eval.max_new_tokens')}: eval.max_new_tokens is {evaluation.max_new_tokens}; it must be 1 or "
-            "more."
-        )
-
-
-def _check_calibration(calibration: CalibrationSection, origins: Origins) -> None:
-    for name, count in dataclasses.asdict(calibration).items():
+        yield "eval.answer_pattern", "goes with eval.metric: exact_match. Leave it out."
+    counts = {f"calibration.{name}": count for name, count in dataclasses.asdict(config.calibration).items()}
+    for key, count in {"eval.max_new_tokens": evaluation.max_new_tokens, **counts}.items():
         if count < 1:
-            key = f"calibration.{name}"
-            raise PacaError(f"{origins.of(key)}: {key} is {count}; it must be 1 or more.")
-
-
-def _check_blocks(model: ModelSection, train: Mapping[str, Any], origins: Origins) -> None:
+            yield key, f"is {count}; it must be 1 or more."
     if model.recompute is not None and not model.lean:
-        raise PacaError(
-            f"{origins.of('model.recompute')}: model.recompute is a part of the lean blocks; give model.lean: true too."
-        )
+        yield "model.recompute", "is a part of the lean blocks; give model.lean: true too."
     if model.lean and train.get("use_liger_kernel"):
-        raise PacaError(
-            f"{origins.of('train.use_liger_kernel')}: train.use_liger_kernel replaces the blocks that model.lean makes "
-            "lean. Choose one of them; on CUDA, lean blocks use Liger's kernels where they are installed."
+        yield (
+            "train.use_liger_kernel",
+            "replaces the blocks that model.lean makes lean. Choose one of them; on CUDA, lean blocks use Liger's "
+            "kernels where they are installed.",
         )
-
-
-def _check_full(model: ModelSection, train: Mapping[str, Any], origins: Origins) -> None:
-    if model.quantization is not None:
-        raise PacaError(
-            f"{origins.of('model.quantization')}: model.quantization does not go with full: quantized weights can't be "
-            "trained themselves. Leave it out, or train an adapter on them: paca, lora or peft."
+    if config.method == "full" and model.quantization is not None:
+        yield (
+            "model.quantization",
+            "does not go with full: quantized weights can't be trained themselves. Leave it out, or train an adapter "
+            "on them: paca, lora or peft.",
         )
-    if "autocast_adapter_dtype" in train:
-        raise PacaError(
-            f"{origins.of('train.autocast_adapter_dtype')}: train.autocast_adapter_dtype is about adapters, and full "
-            "has none. Leave it out; model.dtype is the type of the weights."
+    if config.method == "full" and "autocast_adapter_dtype" in train:
+        yield (
+            "train.autocast_adapter_dtype",
+            "is about adapters, and full has none. Leave it out; model.dtype is the type of the weights.",
         )
 
 

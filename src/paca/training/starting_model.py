@@ -86,7 +86,7 @@ def with_adapter(
             "Give the template as a .jinja file."
         )
     set_seed(arguments.seed)  # as TRL does before it makes an adapter
-    return get_peft_model(model, adapter, autocast_adapter_dtype=False), None  # type: ignore[arg-type]
+    return get_peft_model(model, adapter, autocast_adapter_dtype=False), None
 
 
 def keep_adapter_dtype(model: Any, config: RunConfig) -> None:
@@ -98,10 +98,11 @@ def keep_adapter_dtype(model: Any, config: RunConfig) -> None:
     """
     if not isinstance(model, PeftModel):
         return
+    tuner: Any = model.base_model
     quantized, autocast = config.model.quantization is not None, config.train["autocast_adapter_dtype"]
     if quantized and autocast and config.method == "paca":
         # TRL casts what is trained on quantized weights to bfloat16, where small updates would be lost.
-        model.base_model._cast_adapter_dtype("default")
+        tuner._cast_adapter_dtype("default")
     elif quantized or not autocast:
         # PEFT would cast to float32 what it loads from a checkpoint.
         vars(model)["load_adapter"] = partial(model.load_adapter, autocast_adapter_dtype=False)
