@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,11 @@ from transformers import AutoModelForCausalLM
 from paca.convert.merged import merge_to_folder
 from paca.evaluation.own_data import scorer
 from paca.messages.errors import PacaError
+from paca.planning import estimate
 from paca.pretrained.generation import load_for_generation, stream_reply
 from paca.training import RunResult, describe, load_run_config, train
 from paca.training import run as run_module
+from paca.training.planned_run import target_of_run
 from training.test_run import SignalAtStep
 from training.tiny_run import curve
 
@@ -177,3 +180,37 @@ def test_a_method_may_come_from_the_command_line(tmp_path: Path) -> None:
     file.write_text(file.read_text() + "paca: {r: 4}\n")
     with pytest.raises(PacaError, match=r"paca \(.*line 3\) and lora \(--set\)"):
         load_run_config(file, ["lora.r=4"])
+
+
+def test_a_plan_knows_the_method(config_file: Path, tmp_path: Path) -> None:
+    fast, full = (
+        target_of_run(write_config(config_file, tmp_path / method, method), (), "cpu", 128, 4)
+        for method in ("lora-tuned", "full")
+    )
+    slow = replace(fast.setting, autocast_adapter_dtype=True)
+    # PEFT casts the input of each adapted layer for an adapter in float32, and autograd keeps the copy.
+    assert (
+        estimate(fast.model, slow, fast.adapter).activations
+        > estimate(fast.model, fast.setting, fast.adapter).activations
+    )
+    whole = estimate(full.model, full.setting, full.adapter)
+    assert (whole.trainable, whole.weights) == (whole.parameters, "float32")
+
+
+def test_a_run_in_full_is_evaluated_as_a_model(config_file: Path, tmp_path: Path) -> None:
+    folder = run(write_config(config_file, tmp_path / "run", "full")).folder
+    loaded = load_for_generation(folder)
+    assert (loaded.adapter, loaded.base) == (None, str(folder / "model"))
+    again = load_run_config(config_file, [f"model.name={folder}", f"output.dir={tmp_path / 'again'}"])
+    assert describe(again).source == "folder"  # and may be trained further
+    with pytest.raises(PacaError, match="leave --base-model out"):
+        load_for_generation(folder, base_model="some/model")
+
+
+def test_a_run_of_one_step_trains(config_file: Path, tmp_path: Path) -> None:
+    config = load_run_config(config_file, ["train.max_steps=1", f"output.dir={tmp_path / 'run'}"])
+    result = train(config, console=Console(quiet=True))
+    assert any(tensor.any() for name, tensor in weights(result.folder).items() if name.endswith("paca_delta"))
+    config.train["warmup_steps"] = 1
+    with pytest.raises(PacaError, match=r"would train nothing. Leave out train\.warmup_steps"):
+        describe(config)

@@ -84,7 +84,7 @@ def test_one_side_alone_is_measured_where_the_other_is_not_wanted(tmp_path: Path
         (SUMS, ("eval.metric=exact_match", "eval.answer_pattern=x(.)"), "finds no answer in the reference"),
         ([{"text": "a b c"}] * 16, ("eval.metric=exact_match",), "plain text has no question"),
         (SUMS, ("eval.metric=loss", "data.eval=null"), "eval.metric is measured on held-out data; give data.eval too"),
-        (SUMS, ("eval.metric=loss", "eval.answer_pattern=x"), "it goes with eval.metric: exact_match"),
+        (SUMS, ("eval.metric=loss", "eval.answer_pattern=x"), "eval.answer_pattern goes with eval.metric: exact_match"),
         (SUMS, ("eval.metric=loss", "eval.max_new_tokens=0"), "eval.max_new_tokens is 0; it must be 1 or more"),
         (SUMS, ("eval.metric=acuracy",), "must be"),
     ],
