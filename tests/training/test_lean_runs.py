@@ -14,7 +14,7 @@ from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
 from paca.lean import is_lean
 from paca.messages.errors import PacaError
-from paca.training import describe, load_run_config, train
+from paca.training import describe, load_run_config, starting_model, train
 from paca.training import run as run_module
 from pretrained.test_pretrained import mergeable_base, write_gguf  # noqa: F401 - the first is a fixture
 from training.tiny_run import adapter, curve, same_adapter
@@ -140,7 +140,7 @@ def test_a_block_that_is_not_known_is_refused_before_weights_are_loaded(
     for file in base.glob("tokenizer*"):
         (tmp_path / "neox" / file.name).write_bytes(file.read_bytes())
     config = load_run_config(config_file, [f"model.name={tmp_path / 'neox'}", f"output.dir={tmp_path / 'run'}", *LEAN])
-    monkeypatch.setattr(run_module, "load_pretrained", lambda *_: pytest.fail("loads weights"))
+    monkeypatch.setattr(starting_model, "load_pretrained", lambda *_: pytest.fail("loads weights"))
     for start in (describe, train):
         with pytest.raises(PacaError, match=r"GPTNeoXForCausalLM can't be made lean.*GPTNeoXLayer.*model\.lean: false"):
             start(config)

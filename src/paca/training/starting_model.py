@@ -86,7 +86,10 @@ def with_adapter(
             "Give the template as a .jinja file."
         )
     set_seed(arguments.seed)  # as TRL does before it makes an adapter
-    return get_peft_model(model, adapter, autocast_adapter_dtype=False), None
+    try:
+        return get_peft_model(model, adapter, autocast_adapter_dtype=False), None
+    except ValueError as error:
+        raise PacaError(f"The section {config.method} does not fit {config.model.name}: {error}") from error
 
 
 def keep_adapter_dtype(model: Any, config: RunConfig) -> None:

@@ -43,7 +43,7 @@ def find_adapter(path: str | Path, *, or_model: bool = True) -> Path | None:
         return None
     if (folder / "checkpoints").is_dir() or (folder / "metrics.jsonl").is_file():
         raise PacaError(
-            f"The run in {folder} is not finished: it has no adapter/. Continue it: "
+            f"The run in {folder} is not finished: it has no adapter/ or model/. Continue it: "
             f"{program()} train {shlex.quote(str(folder / 'config.yaml'))} --resume"
         )
     found = ", ".join(sorted(entry.name for entry in folder.iterdir())[:8]) or "nothing"
