@@ -41,6 +41,7 @@ from paca.training.out_of_memory import remedies
 from paca.training.plan import Plan, PreparedRun, prepare
 from paca.training.probe import ProbeLongestBatch
 from paca.training.progress import ShowProgress
+from paca.training.prompt_form import give_form
 from paca.training.report import write_report
 from paca.training.run_config import RunConfig
 from paca.training.run_folder import RunFolder, steps_done, write_whole
@@ -105,7 +106,7 @@ def train(
         show_plan(plan, console)
         if scorer is not None and prepared.eval is not None:
             scorer.check(prepared.eval.dataset)
-        settings = plan.config.train | prepared.loss_settings
+        settings = dict(plan.config.train)
         # Not `trainer.evaluate()` before `trainer.train()`: with several processes, accelerate 1.15 takes the model as
         # prepared after that, leaves DDP away, and each process trains on its own.
         settings["eval_on_start"] = prepared.eval is not None and config.eval.before and not resume
@@ -159,6 +160,7 @@ class _Run:
         available = memory_at_hand(arguments)
         with self._busy("Loading the model ..."):
             pretrained = self._load_model()
+            give_form(pretrained.tokenizer, self.config)
             if self.config.model.lean:  # before anything wraps the blocks: an adapter, checkpointing, DDP, FSDP
                 make_lean(pretrained.model, self.config.model.recompute)
         choice = ColumnChoice(self.config, prepared.train, arguments, folder.columns, console)
@@ -188,9 +190,9 @@ class _Run:
                 "give the finished run to `paca evaluate`."
             )
         self.trainer.remove_callback(PrinterCallback)
-        check_labels(self.trainer.train_dataset, prepared.train, arguments, pretrained.tokenizer)
+        check_labels(self.trainer.train_dataset, prepared.train, arguments)
         if prepared.eval is not None:
-            check_labels(self.trainer.eval_dataset, prepared.eval, arguments, pretrained.tokenizer)
+            check_labels(self.trainer.eval_dataset, prepared.eval, arguments)
         if self.main:
             for warning in (
                 memory_warning(prepared, self.trainer.train_dataset, arguments, available),
@@ -335,6 +337,8 @@ class _Run:
                 "eval": self.config.data.eval,
                 "format": plan.data_format,
                 "description": plan.data_description,
+                "template": plan.template,
+                "sample": plan.sample.as_dict(),
                 "train_examples": plan.train_examples,
                 "eval_examples": plan.eval_examples,
             },
