@@ -132,13 +132,13 @@ def _conversation(
         "tools": json.loads(example["tools"]) if example.get("tools") else None,
         "chat_template": None if everything else template,
     }
-    text = _render(tokenizer, messages, example[ORIGIN], **options)
+    text = render(tokenizer, messages, example[ORIGIN], **options)
     answers = [index for index in range(first, len(messages)) if messages[index]["role"] == "assistant"]
     spans: list[tuple[int, int]] = []
     for index in [] if everything else answers:
-        before = _render(tokenizer, messages[:index], example[ORIGIN], add_generation_prompt=True, **options)
+        before = render(tokenizer, messages[:index], example[ORIGIN], add_generation_prompt=True, **options)
         last = index + 1 == len(messages)
-        after = text if last else _render(tokenizer, messages[: index + 1], example[ORIGIN], **options)
+        after = text if last else render(tokenizer, messages[: index + 1], example[ORIGIN], **options)
         # Some templates open an answer otherwise than they render it, or end the last one otherwise than earlier ones.
         start, end = _shared(before, after), _shared(text, after)
         if end == len(after) or after.find(messages[index]["content"].strip() or after, start, end) >= 0:
@@ -157,7 +157,8 @@ def _shared(one: Sequence[object], other: Sequence[object]) -> int:
     return next((index for index, (a, b) in pairs if a != b), min(len(one), len(other)))
 
 
-def _render(tokenizer: PreTrainedTokenizerBase, messages: list[Message], place: str, **options: Any) -> str:
+def render(tokenizer: PreTrainedTokenizerBase, messages: list[Message], place: str, **options: Any) -> str:
+    """The text of messages in the tokenizer's chat template; `place` says in errors where they are from."""
     try:
         return str(tokenizer.apply_chat_template(messages, tokenize=False, **options))
     except (jinja2.TemplateError, TypeError, ValueError, KeyError) as error:
