@@ -84,7 +84,7 @@ class Plan:
             ("logits", self._logits()),
             ("held-out examples", "none" if self.eval_examples is None else f"{self.eval_examples:,}"),
             ("tokens per step", f"about {self.tokens_per_step:,} ({self.sequences_per_step} sequences)"),
-            ("steps", "known once the data is packed" if self.steps is None else f"{self.steps:,}"),
+            ("steps", self._steps()),
             ("run folder", self.config.output.dir),
         ]
         if self.processes > 1:
@@ -95,6 +95,13 @@ class Plan:
         if not self.config.model.lean:
             return "as in transformers"
         return "lean" if self.config.model.recompute is None else "lean; the MLP is computed again in the backward pass"
+
+    def _steps(self) -> str:
+        if self.steps is not None:
+            return f"{self.steps:,}"
+        sequences = math.ceil(self.train_examples * self.sample.mean / self.config.train["max_length"])
+        steps = planned_steps(sequences, {**self.config.train, "packing": False}, self.processes)
+        return f"about {steps:,}, known once the data is packed"
 
     def _logits(self) -> str:
         if holds_all_logits(self.config.train):
