@@ -94,7 +94,7 @@ def test_completions_of_a_padded_batch_are_those_of_each_prompt_alone(loaded: Lo
     texts = ["hi", "What is the longest of these prompts?", "x", "Count."]
     messages = [[{"role": "user", "content": text}] for text in texts]
     alone = ["".join(stream_reply(loaded, asked, max_new_tokens=12)) for asked in messages]
-    prompts = [question_of({"prompt": asked}, loaded.tokenizer) for asked in messages]
+    prompts = [question_of({"prompt": asked, "origin": ""}, loaded.tokenizer) for asked in messages]
     assert completions(loaded.model, loaded.tokenizer, prompts, max_new_tokens=12, batch_size=batch_size) == alone
     assert len(set(alone)) > 1
 
