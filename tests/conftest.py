@@ -4,12 +4,23 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 sys.path.insert(0, str(Path(__file__).parent))
 
+import huggingface_hub
+import pytest
 import torch
 
 torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _what_is_kept_of_gguf_files(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Lies below this folder: apart from the user's."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(huggingface_hub.constants, "HF_HOME", str(tmp_path_factory.mktemp("hf-home")))
+        yield

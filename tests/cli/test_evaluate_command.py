@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import re
@@ -11,10 +12,13 @@ import time
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from cli.paca_process import forked_paca, fresh_paca, start_paca
 from evaluation.judge_server import judging, verdict
 from evaluation.question_tasks import save_task
+from paca.cli.evaluate import table_of
+from paca.evaluation.side_by_side import Row
 from tiny_checkpoint import save_run
 
 
@@ -98,3 +102,22 @@ def test_mistakes_are_told_in_a_line(workspace: Path, arguments: tuple[str, ...]
     assert done.returncode == 1
     assert expected in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_a_table_with_large_numbers_is_whole_in_80_columns() -> None:
+    values = {"base": (1234567.1234, 12345.6789), "adapter": (98765432.1, 10234.5)}
+    rows = [
+        Row("a_task_of_mine", 0, "word_perplexity", values, (-246912.8, 9999.1)),
+        Row("mmlu_high_school_european_history", 2, "acc", {"base": (0.2345, 0.0123), "adapter": (12.5, None)}, None),
+    ]
+    console = Console(file=io.StringIO(), width=80)
+    console.print(table_of(rows))
+    text = console.file.getvalue()  # type: ignore[attr-defined]
+    assert "…" not in text
+    for number in ("1234567 ± 12346", "9.877e+07 ± 1.023e+04", "-246913 ± 9999", "0.2345 ± 0.0123", "12.500"):
+        assert number in text
+    lines = text.splitlines()
+    task = next(line for line in lines if "metric" in line).index("metric")
+    names = "".join(line[:task].strip() for line in lines)
+    assert "a_task_of_mine" in names
+    assert "mmlu_high_school_european_history" in names

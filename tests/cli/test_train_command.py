@@ -36,14 +36,17 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 def test_a_dry_run_shows_the_resolved_run_and_leaves_nothing(workspace: Path) -> None:
     done = fresh_paca("train", "config.yaml", "--dry-run", "--settings", "--set", "output.dir=dry", cwd=workspace)
     assert (done.returncode, done.stderr) == (0, "")
-    output, settings = done.stdout.split("\n\n")
+    output, preview = done.stdout.split("\n\nAn example of middle length (train.jsonl, line ")
     assert output.count("\n") < 16  # what is asked for comes first, and fits a screen
-    resolved = yaml.safe_load(settings)
+    preview, settings = preview.split("\nmodel:")
+    assert re.search(r"\); what the loss falls on is in ⟦ ⟧:\n\n[a-z ]+\n⟦[a-z ]+<\|im_end\|>⟧\n", preview)
+    assert re.search(r"Tokens of all 32 training examples: at least \d+, median \d+, ", preview)
+    resolved = yaml.safe_load(f"model:{settings}")
     assert resolved["paca"]["r"] == 4
     assert resolved["train"]["lr_scheduler_type"] == "cosine"
     assert re.search(r"^method +paca, on q_proj, .*:\s14 layers$", output, re.MULTILINE)
     assert re.search(r"^trainable parameters +\d[\d,]+ \(", output, re.MULTILINE)
-    assert re.search(r"^tokens per step +at most 512 ", output, re.MULTILINE)
+    assert re.search(r"^tokens per step +about \d+ \(4 sequences\)$", output, re.MULTILINE)
     assert re.search(r"^steps +10$", output, re.MULTILINE)
     assert not (workspace / "dry").exists()
 

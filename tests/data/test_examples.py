@@ -32,9 +32,10 @@ def test_the_form_and_what_became_of_it_are_said_aloud(tmp_path: Path) -> None:
         "20 examples of the form alpaca (columns instruction, input, output), taken as prompt/completion, messages "
         "(not used: id)"
     )
-    plain = load_examples(jsonl(tmp_path / "a.jsonl", ALPACA), conversational=False, limit=1)
+    pair = {"prompt": "2+2=", "completion": "4"}
+    plain = load_examples(jsonl(tmp_path / "a.jsonl", [pair, pair]), limit=1)
     assert plain.description == (
-        "1 example of the form alpaca (columns instruction, input, output), taken as prompt/completion, plain text"
+        "1 example of the form prompt-completion (columns prompt, completion), taken as prompt/completion, plain text"
     )
     assert plain.is_conversational is False
     assert examples.is_conversational is True
@@ -87,7 +88,6 @@ def test_the_same_file_read_in_another_form_is_not_taken_from_the_cache(tmp_path
     source = jsonl(tmp_path / "a.jsonl", [{**ALPACA[3], "text": "plain"}, {**ALPACA[4], "text": "text"}])
     assert "prompt" in load_examples(source).dataset.column_names
     assert load_examples(source, format="text").dataset["text"][:] == ["plain", "text"]
-    assert load_examples(source, conversational=False).is_conversational is False
     assert len(load_examples(source, limit=1).dataset) == 1
 
 
@@ -96,6 +96,15 @@ def test_the_same_file_read_in_another_form_is_not_taken_from_the_cache(tmp_path
     [
         ([*ALPACA[:2], {"instruction": "a", "output": ""}], r"a\.jsonl, line 3: output is empty"),
         ([*ALPACA[:2], {"instruction": "a"}], r"a\.jsonl, line 3: there is no output; found: instruction"),
+        (
+            [*ALPACA[:2], {"question": "a", "answer": "b"}],
+            r"a\.jsonl, line 3 is of the form question-answer: it has question and answer, but no instruction and no "
+            r"output\. The records from a\.jsonl, line 1 on are of the form alpaca",
+        ),
+        (
+            [{"question": "a", "choices": ["b", "c"], "answer": 1}, {"question": "a", "answer": "b"}],
+            r"line 2 is of the form question-answer: it has question and answer, but no choices.* of the form mmlu",
+        ),
         ([{"instruction": "a", "output": 5}], r"a\.jsonl, line 1: output is a number"),
         (
             [{"prompt": "a", "completion": "b"}, {"prompt": CONVERSATION[:1], "completion": CONVERSATION[1:]}],

@@ -14,8 +14,8 @@ USER = {"role": "user", "content": "2+2?"}
 ASSISTANT = {"role": "assistant", "content": "4"}
 
 
-def convert(name: str, row: dict[str, Any], conversational: bool = True) -> dict[str, Any]:
-    return FORMATS[name].convert(row, conversational)
+def convert(name: str, row: dict[str, Any]) -> dict[str, Any]:
+    return FORMATS[name].convert(row)
 
 
 @pytest.mark.parametrize(
@@ -57,28 +57,19 @@ def test_a_requested_form_is_checked() -> None:
         recognise(["instruction", "output"], "alpacca", "data.jsonl")
 
 
-def test_alpaca_becomes_two_messages_or_the_documented_text() -> None:
+def test_alpaca_becomes_two_messages() -> None:
     row = {"instruction": "Add.", "input": "2 and 2", "output": "4"}
     assert convert("alpaca", row) == {
         "prompt": [{"role": "user", "content": "Add.\n\n2 and 2"}],
         "completion": [{"role": "assistant", "content": "4"}],
     }
-    assert convert("alpaca", row, conversational=False) == {
-        "prompt": "Task:\nAdd.\n\nInput:\n2 and 2\n\nAnswer:\n",
-        "completion": "4",
-    }
     without_input = {"instruction": "Say hi.", "input": "", "output": "hi"}
     assert convert("alpaca", without_input)["prompt"] == [{"role": "user", "content": "Say hi."}]
-    assert convert("alpaca", without_input, conversational=False)["prompt"] == "Task:\nSay hi.\n\nAnswer:\n"
 
 
-def test_question_and_answer_become_two_messages_or_the_documented_text() -> None:
+def test_question_and_answer_become_two_messages() -> None:
     row = {"question": "2+2?", "answer": "4"}
     assert convert("question-answer", row) == {"prompt": [USER], "completion": [ASSISTANT]}
-    assert convert("question-answer", row, conversational=False) == {
-        "prompt": "Question:\n2+2?\n\nAnswer:\n",
-        "completion": "4",
-    }
 
 
 def test_sharegpt_speakers_become_roles() -> None:

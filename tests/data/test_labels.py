@@ -1,4 +1,4 @@
-"""Which tokens count in the loss, as TRL's SFTTrainer makes it, and the check that some do in every example."""
+"""What SFTTrainer makes of tokenized examples, and the check that some token of each counts in the loss."""
 
 from __future__ import annotations
 
@@ -12,15 +12,10 @@ from datasets import Dataset
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 from trl import SFTConfig, SFTTrainer
 
-from paca.data import Examples, check_labels, load_examples, loss_settings, mark_assistant_turns
+from paca.data import Examples, check_labels, load_examples, tokenize
 from paca.messages.errors import PacaError
 from tiny_checkpoint import byte_tokenizer, save_base
 
-MARKED_TEMPLATE = (
-    "{% for message in messages %}{{ message['role'] }}: {% if message['role'] == 'assistant' %}{% generation %}"
-    "{{ message['content'] }}<|im_end|>{% endgeneration %}{% else %}{{ message['content'] }}<|im_end|>{% endif %}"
-    "{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
-)
 SHORT = {"instruction": "Hi.", "output": "Hello."}
 LONG = {"instruction": "Read this. " + "Once upon a time. " * 20, "output": "Done."}
 
@@ -38,12 +33,19 @@ def load(folder: Path, rows: list[dict[str, Any]], **options: Any) -> Examples:
 
 def make_trainer(
     base: Path, folder: Path, examples: Examples, tokenizer: PreTrainedTokenizerFast, **settings: Any
-) -> SFTTrainer:
+) -> tuple[SFTTrainer, Examples]:
+    examples = tokenize(examples, tokenizer)
     config = SFTConfig(
-        output_dir=str(folder / "out"), report_to="none", use_cpu=True, disable_tqdm=True, bf16=False, **settings
+        output_dir=str(folder / "out"),
+        report_to="none",
+        use_cpu=True,
+        disable_tqdm=True,
+        bf16=False,
+        completion_only_loss=False,
+        **settings,
     )
     model = LlamaForCausalLM.from_pretrained(base)
-    return SFTTrainer(model=model, args=config, train_dataset=examples.dataset, processing_class=tokenizer)
+    return SFTTrainer(model=model, args=config, train_dataset=examples.dataset, processing_class=tokenizer), examples
 
 
 def trained_text(trainer: SFTTrainer, tokenizer: PreTrainedTokenizerFast) -> list[str]:
@@ -54,10 +56,9 @@ def trained_text(trainer: SFTTrainer, tokenizer: PreTrainedTokenizerFast) -> lis
 def test_the_loss_falls_on_the_answer_of_a_prompt(base: Path, tmp_path: Path) -> None:
     tokenizer = byte_tokenizer()
     examples = load(tmp_path, [SHORT, {"instruction": "Bye.", "output": "See you."}])
-    settings = loss_settings(examples, tokenizer)
-    trainer = make_trainer(base, tmp_path, examples, tokenizer, **settings)
+    trainer, examples = make_trainer(base, tmp_path, examples, tokenizer)
     assert trained_text(trainer, tokenizer) == ["Hello.<|im_end|>\n", "See you.<|im_end|>\n"]
-    check_labels(trainer.train_dataset, examples, trainer.args, tokenizer)
+    check_labels(trainer.train_dataset, examples, trainer.args)
 
 
 def test_the_loss_falls_on_all_assistant_turns_found_by_rendering(base: Path, tmp_path: Path) -> None:
@@ -65,32 +66,18 @@ def test_the_loss_falls_on_all_assistant_turns_found_by_rendering(base: Path, tm
     turns = [("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d")]
     rows = [{"messages": [{"role": role, "content": text} for role, text in turns]}]
     examples = load(tmp_path, rows)
-    with pytest.raises(PacaError, match="mark_assistant_turns"):
-        loss_settings(examples, tokenizer)
-    examples = mark_assistant_turns(examples, tokenizer)
-    trainer = make_trainer(base, tmp_path, examples, tokenizer, **loss_settings(examples, tokenizer))
+    trainer, examples = make_trainer(base, tmp_path, examples, tokenizer)
     assert trained_text(trainer, tokenizer) == ["b<|im_end|>\nd<|im_end|>\n"]
-    check_labels(trainer.train_dataset, examples, trainer.args, tokenizer)
-
-
-def test_the_loss_falls_on_assistant_turns_that_the_template_marks(base: Path, tmp_path: Path) -> None:
-    tokenizer = byte_tokenizer(MARKED_TEMPLATE)
-    turns = [("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d")]
-    rows = [{"messages": [{"role": role, "content": text} for role, text in turns]}]
-    examples = mark_assistant_turns(load(tmp_path, rows), tokenizer)
-    settings = loss_settings(examples, tokenizer)
-    assert settings["assistant_only_loss"] is True
-    trainer = make_trainer(base, tmp_path, examples, tokenizer, **settings)
-    assert trained_text(trainer, tokenizer) == ["b<|im_end|>d<|im_end|>"]
+    check_labels(trainer.train_dataset, examples, trainer.args)
 
 
 def test_plain_text_is_trained_whole_and_plain_answers_alone(base: Path, tmp_path: Path) -> None:
     tokenizer = byte_tokenizer()
     examples = load(tmp_path, [{"text": "abc"}])
-    trainer = make_trainer(base, tmp_path, examples, tokenizer, **loss_settings(examples, tokenizer))
+    trainer, examples = make_trainer(base, tmp_path, examples, tokenizer)
     assert trained_text(trainer, tokenizer) == ["abc<|im_end|>"]
     examples = load(tmp_path, [{"prompt": "2+2=", "completion": "4"}])
-    trainer = make_trainer(base, tmp_path, examples, tokenizer, **loss_settings(examples, tokenizer))
+    trainer, examples = make_trainer(base, tmp_path, examples, tokenizer)
     assert trained_text(trainer, tokenizer) == ["4<|im_end|>"]
 
 
@@ -99,88 +86,73 @@ def test_the_end_of_an_answer_is_trained_even_when_it_is_also_the_padding(base: 
     tokenizer = byte_tokenizer()
     tokenizer.pad_token = tokenizer.eos_token
     examples = load(tmp_path, [SHORT, {"instruction": "Count.", "output": "one, two, three, four, five"}])
-    trainer = make_trainer(base, tmp_path, examples, tokenizer, **loss_settings(examples, tokenizer))
+    trainer, examples = make_trainer(base, tmp_path, examples, tokenizer)
     batch = next(iter(trainer.get_train_dataloader()))
     assert (batch["attention_mask"] == 0).any()
     assert trained_text(trainer, tokenizer) == ["Hello.<|im_end|>\n", "one, two, three, four, five<|im_end|>\n"]
 
 
-def test_examples_that_the_tokenizer_cannot_serve_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(PacaError, match="no chat template"):
-        loss_settings(load(tmp_path, [SHORT]), byte_tokenizer(None))
-    tokenizer = byte_tokenizer()
-    tokenizer.eos_token = None
-    with pytest.raises(PacaError, match="end-of-text"):
-        loss_settings(load(tmp_path, [SHORT], conversational=False), tokenizer)
-
-
-@pytest.mark.parametrize("conversational", [True, False])
+@pytest.mark.parametrize(
+    "long", [LONG, {"prompt": LONG["instruction"], "completion": "Done."}], ids=["messages", "text"]
+)
 @pytest.mark.parametrize("packing", [False, True])
 def test_an_example_whose_answer_is_cut_off_is_named(
-    base: Path, tmp_path: Path, conversational: bool, packing: bool
+    base: Path, tmp_path: Path, long: dict[str, str], packing: bool
 ) -> None:
     tokenizer = byte_tokenizer()
-    examples = load(tmp_path, [SHORT, LONG, SHORT], conversational=conversational)
-    settings = loss_settings(examples, tokenizer)
-    trainer = make_trainer(base, tmp_path, examples, tokenizer, max_length=100, packing=packing, **settings)
-    start = "Read this. Once upon" if conversational else "Task: Read this. Once upon"
-    expected = rf"(?s)1 of 3 examples has no token.*max_length = 100 .*data\.jsonl, line 2: '{start}.*Raise"
+    short = dict(zip(long, SHORT.values(), strict=True))
+    examples = load(tmp_path, [short, long, short])
+    trainer, examples = make_trainer(base, tmp_path, examples, tokenizer, max_length=100, packing=packing)
+    expected = r"(?s)1 of 3 examples has no token.*max_length = 100 .*line 2: 'Read this\. Once upon.*Raise"
     with pytest.raises(PacaError, match=expected):
-        check_labels(trainer.train_dataset, examples, trainer.args, tokenizer)
+        check_labels(trainer.train_dataset, examples, trainer.args)
 
 
-@pytest.mark.parametrize("marked", [True, False])
 @pytest.mark.parametrize("packing", [False, True])
-def test_a_conversation_whose_answers_are_cut_off_is_named(
-    base: Path, tmp_path: Path, marked: bool, packing: bool
-) -> None:
-    tokenizer = byte_tokenizer(MARKED_TEMPLATE) if marked else byte_tokenizer()
+def test_a_conversation_whose_answers_are_cut_off_is_named(base: Path, tmp_path: Path, packing: bool) -> None:
+    tokenizer = byte_tokenizer()
     rows = [
         {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": "Yes."}]}
         for question in ("Short?", "Long? " * 50)
     ]
-    examples = mark_assistant_turns(load(tmp_path, rows), tokenizer)
-    settings = loss_settings(examples, tokenizer)
-    trainer = make_trainer(base, tmp_path, examples, tokenizer, max_length=100, packing=packing, **settings)
+    examples = load(tmp_path, rows)
+    trainer, examples = make_trainer(base, tmp_path, examples, tokenizer, max_length=100, packing=packing)
     with pytest.raises(PacaError, match=r"1 of 2 examples.*\n  data\.jsonl, line 2: 'Long\? Long\?"):
-        check_labels(trainer.train_dataset, examples, trainer.args, tokenizer)
+        check_labels(trainer.train_dataset, examples, trainer.args)
 
 
 def test_every_example_cut_off_is_counted_and_some_are_listed(base: Path, tmp_path: Path) -> None:
     tokenizer = byte_tokenizer()
     examples = load(tmp_path, [LONG] * 5)
-    trainer = make_trainer(base, tmp_path, examples, tokenizer, max_length=50, **loss_settings(examples, tokenizer))
+    trainer, examples = make_trainer(base, tmp_path, examples, tokenizer, max_length=50)
     with pytest.raises(PacaError, match=r"(?s)5 of 5 examples have.*line 1.*line 2.*line 3.*and 2 more"):
-        check_labels(trainer.train_dataset, examples, trainer.args, tokenizer)
+        check_labels(trainer.train_dataset, examples, trainer.args)
 
 
 @pytest.mark.parametrize("strategy", ["bfd_split", "wrapped"])
 def test_packing_that_loses_no_token_is_not_complained_about(base: Path, tmp_path: Path, strategy: str) -> None:
     tokenizer = byte_tokenizer()
     examples = load(tmp_path, [SHORT, LONG, SHORT])
-    settings = loss_settings(examples, tokenizer)
-    trainer = make_trainer(
-        base, tmp_path, examples, tokenizer, max_length=100, packing=True, packing_strategy=strategy, **settings
+    trainer, examples = make_trainer(
+        base, tmp_path, examples, tokenizer, max_length=100, packing=True, packing_strategy=strategy
     )
     rows = trainer.train_dataset
     assert any(all(label == -100 for label in row["labels"]) for row in rows)  # it would have been easy to complain
-    check_labels(rows, examples, trainer.args, tokenizer)
+    check_labels(rows, examples, trainer.args)
 
 
 def test_packing_of_examples_that_fit_is_not_complained_about(base: Path, tmp_path: Path) -> None:
     tokenizer = byte_tokenizer()
     examples = load(tmp_path, [SHORT] * 7)
-    settings = loss_settings(examples, tokenizer)
-    trainer = make_trainer(base, tmp_path, examples, tokenizer, max_length=200, packing=True, **settings)
-    check_labels(trainer.train_dataset, examples, trainer.args, tokenizer)
+    trainer, examples = make_trainer(base, tmp_path, examples, tokenizer, max_length=200, packing=True)
+    check_labels(trainer.train_dataset, examples, trainer.args)
 
 
 def test_an_answer_that_is_left_in_by_cutting_at_the_start_is_fine(base: Path, tmp_path: Path) -> None:
     tokenizer = byte_tokenizer()
     examples = load(tmp_path, [SHORT, LONG])
-    settings = loss_settings(examples, tokenizer)
-    trainer = make_trainer(base, tmp_path, examples, tokenizer, max_length=60, truncation_mode="keep_end", **settings)
-    check_labels(trainer.train_dataset, examples, trainer.args, tokenizer)
+    trainer, examples = make_trainer(base, tmp_path, examples, tokenizer, max_length=60, truncation_mode="keep_end")
+    check_labels(trainer.train_dataset, examples, trainer.args)
 
 
 def test_the_check_agrees_with_a_plain_loop(tmp_path: Path) -> None:
@@ -197,9 +169,9 @@ def test_the_check_agrees_with_a_plain_loop(tmp_path: Path) -> None:
     examples = load(tmp_path, [{"text": "x"}] * len(rows))
     args = SFTConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False)
     with pytest.raises(PacaError) as error:
-        check_labels(prepared, examples, args, byte_tokenizer())
+        check_labels(prepared, examples, args)
     assert str(error.value).startswith(f"{len(unlabelled):,} of 2,500 examples")
     assert all(f"  {origin}: 'x'" in str(error.value) for origin in unlabelled[:3])
     fine = prepared.select([index for index, row in enumerate(rows) if any(row["keep"][1:])])
     kept = examples.dataset.select([index for index, row in enumerate(rows) if any(row["keep"][1:])])
-    check_labels(fine, Examples(kept, examples.format, examples.source, ""), args, byte_tokenizer())
+    check_labels(fine, Examples(kept, examples.format, examples.source, ""), args)

@@ -126,9 +126,6 @@ def test_mmlu_lists_the_options_and_answers_with_a_letter(tmp_path: Path) -> Non
     assert examples.dataset[0]["prompt"] == [{"role": "user", "content": "What is 2+2?\nA. 3\nB. 4\nC. 5\nD. 22"}]
     assert [example["completion"][0]["content"] for example in examples.dataset] == ["B", "D"]
     assert examples.dataset[0]["options"] == ["A", "B", "C", "D"]
-    plain = load_examples(source, conversational=False).dataset[0]
-    assert plain["prompt"] == "Question:\nWhat is 2+2?\nA. 3\nB. 4\nC. 5\nD. 22\n\nAnswer:\n"
-    assert plain["completion"] == "B"
 
 
 def test_mmlu_takes_letters_as_answers_too(tmp_path: Path) -> None:
@@ -226,8 +223,7 @@ def test_options_beside_a_question_and_its_answer_travel_along(tmp_path: Path) -
     assert "the sea" not in examples.dataset[0]["prompt"][0]["content"]
 
 
-@pytest.mark.parametrize("conversational", [True, False])
-def test_options_beside_a_prompt_and_its_completion_travel_along(tmp_path: Path, conversational: bool) -> None:
+def test_options_beside_a_prompt_and_its_completion_travel_along(tmp_path: Path) -> None:
     row = {"prompt": "2 + 2 =", "completion": " 4", "options": [" 3", " 4"]}
-    examples = load_examples(jsonl(tmp_path / "rows.jsonl", [row]), conversational=conversational)
+    examples = load_examples(jsonl(tmp_path / "rows.jsonl", [row]))
     assert examples.dataset[0]["options"] == [" 3", " 4"]

@@ -34,10 +34,10 @@ def loaded(run_folder: Path) -> LoadedModel:
     return load_for_generation(run_folder)
 
 
-def examples(folder: Path, rows: list[dict[str, Any]], conversational: bool = True) -> Any:
+def examples(folder: Path, rows: list[dict[str, Any]]) -> Any:
     file = folder / "data.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return load_examples(str(file), conversational=conversational).dataset
+    return load_examples(str(file)).dataset
 
 
 def naive(model: Any, continuation: Continuation) -> list[tuple[float, bool]]:
@@ -94,7 +94,7 @@ def test_completions_of_a_padded_batch_are_those_of_each_prompt_alone(loaded: Lo
     texts = ["hi", "What is the longest of these prompts?", "x", "Count."]
     messages = [[{"role": "user", "content": text}] for text in texts]
     alone = ["".join(stream_reply(loaded, asked, max_new_tokens=12)) for asked in messages]
-    prompts = [question_of({"prompt": asked}, loaded.tokenizer) for asked in messages]
+    prompts = [question_of({"prompt": asked, "origin": ""}, loaded.tokenizer) for asked in messages]
     assert completions(loaded.model, loaded.tokenizer, prompts, max_new_tokens=12, batch_size=batch_size) == alone
     assert len(set(alone)) > 1
 
@@ -134,19 +134,20 @@ def test_the_normalized_choice_may_be_a_longer_option(
     assert score.errors == {"choice": None, "choice_normalized": None}
 
 
-@pytest.mark.parametrize("conversational", [True, False])
+@pytest.mark.parametrize("columns", [("instruction", "output"), ("prompt", "completion")])
 def test_loss_and_token_accuracy_are_per_answer_token_over_all_examples(
-    loaded: LoadedModel, tmp_path: Path, conversational: bool
+    loaded: LoadedModel, tmp_path: Path, columns: tuple[str, str]
 ) -> None:
-    rows = [{"instruction": f"Say {n} words.", "output": "word " * n} for n in (1, 2, 9)]
-    data = examples(tmp_path, rows, conversational)
+    asked, answered = columns
+    rows = [{asked: f"Say {n} words.", answered: "word " * n} for n in (1, 2, 9)]
+    data = examples(tmp_path, rows)
     all_tokens = [naive(loaded.model, continuation_of(example, loaded.tokenizer)) for example in data]
     flat = [entry for tokens in all_tokens for entry in tokens]
     score = measure(loaded.model, loaded.tokenizer, data, Measurement("loss", max_new_tokens=4))
     assert list(score.values) == ["loss", "token_accuracy"]
     assert score.values["loss"] == pytest.approx(-statistics.mean(value for value, _ in flat), rel=2e-5)
     assert score.values["token_accuracy"] == pytest.approx(statistics.mean(right for _, right in flat))
-    assert [sample["reference"] for sample in score.samples] == [row["output"] for row in rows]
+    assert [sample["reference"] for sample in score.samples] == [row[answered] for row in rows]
     accuracy = measure(loaded.model, loaded.tokenizer, data, Measurement("token_accuracy", max_new_tokens=4))
     assert list(accuracy.values) == ["token_accuracy", "loss"]
     assert accuracy.values == score.values

@@ -122,6 +122,35 @@ def test_a_gguf_model_can_be_trained(gguf_file: Path) -> None:
     assert all(parameter.grad is not None for parameter in model.parameters())
 
 
+def test_config_and_tokenizer_of_a_gguf_file_are_read_once(
+    mergeable_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(paca_gguf.constants, "HF_HOME", str(tmp_path / "cache"))
+    path = write_gguf(tmp_path / "tiny.gguf", mergeable_base)
+    config, tokenizer = load_config(str(path)).config, load_tokenizer(str(path))
+
+    def read(*_: object, **__: object) -> None:
+        raise OSError("the file is read")
+
+    monkeypatch.setattr(transformers.modeling_gguf_pytorch_utils, "load_gguf_checkpoint", read)
+    again, same = load_config(str(path)).config, load_tokenizer(str(path))
+    assert again.to_dict() == config.to_dict()
+    assert same.backend_tokenizer.to_str() == tokenizer.backend_tokenizer.to_str()
+    assert (same.chat_template, same.special_tokens_map) == (tokenizer.chat_template, tokenizer.special_tokens_map)
+    os.utime(path, (1, 1))
+    with pytest.raises(PacaError, match="the file is read"):
+        load_config(str(path))
+
+
+def test_a_cache_that_cannot_be_written_to_is_done_without(
+    mergeable_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "cache").write_text("no folder")
+    monkeypatch.setattr(paca_gguf.constants, "HF_HOME", str(tmp_path / "cache"))
+    tokenizer = load_tokenizer(str(write_gguf(tmp_path / "tiny.gguf", mergeable_base)))
+    assert "Digits" in tokenizer.backend_tokenizer.to_str()
+
+
 def test_the_pre_tokenizer_that_a_gguf_file_names_is_restored(gguf_file: Path) -> None:
     tokenizer = load_tokenizer(str(gguf_file))
     assert tokenizer.tokenize("a\n\n1. 12") == ["a", "ĊĊ", "1", ".", "Ġ", "1", "2"]

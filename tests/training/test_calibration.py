@@ -48,7 +48,7 @@ def start(config_file: Path, folder: Path, *overrides: str, resume: bool = False
 def batches_of(config_file: Path, folder: Path, *overrides: str, with_labels: bool) -> Any:
     config = load_run_config(config_file, [f"output.dir={folder}", *SMALL, *overrides])
     prepared = prepare(config)
-    arguments = sft_config(prepared.plan.config.train | prepared.loss_settings, folder / "checkpoints")
+    arguments = sft_config(prepared.plan.config.train, folder / "checkpoints")
     return calibration_batches(prepared.train, byte_tokenizer(), arguments, config.calibration, with_labels=with_labels)
 
 
@@ -103,7 +103,7 @@ def test_another_models_columns_are_not_used(config_file, tmp_path, passes):
     model = AutoModelForCausalLM.from_pretrained(load_run_config(config_file).model.name)
     run = load_run_config(config_file, [f"output.dir={tmp_path / 'run'}", *SMALL, "paca.selection=activation_norm"])
     prepared = prepare(run)
-    arguments = sft_config(prepared.plan.config.train | prepared.loss_settings, tmp_path / "checkpoints")
+    arguments = sft_config(prepared.plan.config.train, tmp_path / "checkpoints")
     choice = calibration.ColumnChoice(
         prepared.plan.config, prepared.train, arguments, tmp_path / "columns.json", Console(quiet=True)
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import signal
@@ -286,13 +287,17 @@ def test_the_best_model_is_kept_when_asked_for(run: Runner, tmp_path: Path) -> N
     ).read_bytes()
 
 
-def test_packing_trains_on_the_same_tokens_in_fewer_sequences(run: Runner, tmp_path: Path) -> None:
+def test_packing_trains_on_the_same_tokens_in_fewer_sequences(run: Runner, config_file: Path) -> None:
     epoch = ["train.max_steps=-1", "train.gradient_accumulation_steps=1", "train.per_device_train_batch_size=1"]
     packed, plain = run("packed", *epoch, "train.packing=true"), run("plain", *epoch)
     assert packed.summary is not None
     assert plain.summary is not None
     assert packed.summary["tokens"] == plain.summary["tokens"]
     assert packed.summary["steps"] < plain.summary["steps"] / 2
+    plan = describe(load_run_config(config_file, [*epoch, "train.packing=true"]))
+    assert plan.tokens_per_step == 128
+    at_best = math.ceil(packed.summary["tokens"] / 128)  # every sequence filled up
+    assert dict(plan.lines())["steps"] == f"about {at_best}, known once the data is packed"
 
 
 def test_conversations_train_on_the_assistants_turns_unless_told_otherwise(
@@ -363,7 +368,8 @@ def test_the_plan_counts_as_the_run_does(run: Runner, config_file: Path) -> None
     assert plan.steps == result.summary["steps"] == 12
     assert plan.trainable_parameters == result.summary["trainable_parameters"]
     assert plan.parameters == result.summary["model"]["parameters"]
-    assert (plan.sequences_per_step, plan.tokens_per_step) == (6, 6 * 128)
+    assert plan.sequences_per_step == 6
+    assert plan.tokens_per_step == round(6 * result.summary["tokens"] / (2 * 32))
     assert plan.targets == ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 

@@ -41,7 +41,10 @@ def chat(
     if loaded.tokenizer.chat_template is None:
         if system is not None:
             raise PacaError("This model has no chat template, so there is no place for a system message (--system).")
-        say("This model has no chat template: it continues each text on its own, without the ones before.")
+        unknown = "This model has no chat template"
+        if loaded.adapter is not None:
+            unknown = "In which form this adapter was trained is unknown: no chat template is saved with it"
+        say(f"{unknown}. It continues each text as it stands, without the ones before.")
     history: list[Message] = [] if system is None else [{"role": "system", "content": system}]
     with loaded.model.disable_adapter() if base else contextlib.nullcontext():
         if prompt is not None:

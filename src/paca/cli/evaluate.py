@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import logging
+import math
 import os
 import shlex
 import sys
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -164,9 +166,9 @@ class Shown:
 
 def table_of(rows: list[Row]) -> Table:
     """Tasks down, base and adapter across."""
-    table = Table()
-    table.add_column("task")
-    table.add_column("metric")
+    table = Table(box=SIMPLE_HEAD, pad_edge=False)  # three numbers with their errors leave little of 80 columns
+    table.add_column("task", overflow="fold")
+    table.add_column("metric", overflow="fold")
     sides = list(rows[0].values) if rows else []
     compared = any(row.difference is not None for row in rows)
     for side in [*sides, *(["difference"] if compared else [])]:
@@ -182,6 +184,8 @@ def table_of(rows: list[Row]) -> Table:
 
 
 def number(value: Mean, *, signed: bool = False, digits: int = 4) -> str:
-    """`0.4500 ± 0.0210`."""
-    text = f"{value[0]:{'+' if signed else ''}.{digits}f}"
-    return text if value[1] is None else f"{text} ± {value[1]:.{digits}f}"
+    """`0.4500 ± 0.0210`; large numbers have fewer digits, and more than seven before the point an exponent."""
+    size = max(abs(part) for part in value if part is not None)
+    kind = f".{digits}g" if size >= 1e7 else f".{max(0, digits - int(math.log10(max(size, 1))))}f"
+    text = f"{value[0]:{'+' if signed else ''}{kind}}"
+    return text if value[1] is None else f"{text} ± {value[1]:{kind}}"

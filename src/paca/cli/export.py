@@ -58,7 +58,9 @@ def export(
         print(f"Carried over: {', '.join(sorted(adapter.saved_whole))}")
     _say_quantization(adapter.quantization)
     if to == "gguf":
-        print(f"Use it with the GGUF file of {adapter.base}: llama-cli -m MODEL.gguf --lora {output}")
+        template = adapter_in(path) / "chat_template.jinja"
+        form = f" --jinja --chat-template-file {template}" if template.is_file() else ""
+        print(f"Use it with the GGUF file of {adapter.base}: llama-cli -m MODEL.gguf --lora {output}{form}")
     else:
         print(f'Load it onto {adapter.base} with PeftModel.from_pretrained(model, "{output}"); paca is not needed.')
 

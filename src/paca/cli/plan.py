@@ -31,6 +31,8 @@ class Outcome:
 
     target: Target
     result: MemoryEstimate
+    typical: MemoryEstimate
+    """As `result`, for sequences of typical length: what a step takes in time."""
     rate: MatmulRate | None
     unpacking: DequantizeRate | None
     budget: int | None
@@ -40,7 +42,7 @@ class Outcome:
         """Time floor of a step."""
         from paca.planning import step_seconds
 
-        return None if self.rate is None else step_seconds(self.result, self.rate, self.unpacking)
+        return None if self.rate is None else step_seconds(self.typical, self.rate, self.unpacking)
 
 
 def plan(
@@ -142,7 +144,11 @@ def plan(
         with contextlib.suppress(PacaError):  # a plan for a GPU that is not here
             budget = available_memory(setting.device)
     result = estimate(planned.model, setting, planned.adapter) if found is None else found.best.estimate
-    outcome = Outcome(planned, result, measured, unpacking, budget, found)
+    typical = result
+    if planned.typical_length is not None:
+        shorter = replace(result.setting, sequence_length=planned.typical_length)
+        typical = estimate(planned.model, shorter, planned.adapter)
+    outcome = Outcome(planned, result, typical, measured, unpacking, budget, found)
     if as_json:
         print(json.dumps(_as_json(outcome), indent=2))
         return
@@ -213,7 +219,7 @@ def _show_estimate(console: Console, outcome: Outcome) -> None:
 
 
 def _time(outcome: Outcome) -> str:
-    result, rate, unpacking, seconds = outcome.result, outcome.rate, outcome.unpacking, outcome.seconds()
+    result, rate, unpacking, seconds = outcome.typical, outcome.rate, outcome.unpacking, outcome.seconds()
     work = f"{result.flops / 1e12:,.2f} TFLOP per step"
     if result.dequantized:
         work += f" and {result.dequantized / 1e9:,.2f} GB to unpack weights"
@@ -226,8 +232,10 @@ def _time(outcome: Outcome) -> str:
             if unpacking is None
             else f"; {unpacking.bytes_per_second / 1e9:,.1f} GB/s, {unpacking.source}"
         )
+    typical = outcome.target.typical_length
+    length = "" if typical is None else f" of sequences of {typical} tokens, as batches are padded to on average"
     return (
-        f"{seconds:,.3f} s per step, at most {result.setting.tokens_per_step / seconds:,.0f} tokens/s "
+        f"{seconds:,.3f} s per step{length}, at most {result.setting.tokens_per_step / seconds:,.0f} tokens/s "
         f"({work} at {speeds})"
     )
 
@@ -285,8 +293,9 @@ def _as_json(outcome: Outcome) -> dict[str, Any]:
         "peak_moment": result.moment,
         "budget": outcome.budget,
         "saved_activations": {**result.saved},
-        "flops_per_step": result.flops,
-        "bytes_to_unpack_weights_per_step": result.dequantized,
+        "typical_sequence_length": outcome.target.typical_length,
+        "flops_per_step": outcome.typical.flops,
+        "bytes_to_unpack_weights_per_step": outcome.typical.dequantized,
         "unpacking": outcome.unpacking and dataclasses.asdict(outcome.unpacking),
         "rate": rate and {"flops_per_second": {**rate.measured}, "source": rate.source},
         "seconds_per_step": outcome.seconds(),

@@ -47,11 +47,13 @@ def train(
 
         disable_progress_bars()  # of reading and tokenizing; in a log file they are noise
     if dry_run:
+        from paca.training.data_preview import show_sample
         from paca.training.plan import describe
         from paca.training.run import show_plan
 
         plan = describe(run_config)
         show_plan(plan, console)
+        show_sample(plan.sample, console)
         if settings:
             say(console, f"\n{plan.config.to_yaml()}", end="")
         return

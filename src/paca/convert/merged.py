@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from paca.convert.beforehand import merge_output
 from paca.messages.errors import PacaError
-from paca.pretrained.generation import LoadedModel, load_for_generation, on_accelerator
+from paca.pretrained.generation import LoadedModel, load_for_generation, on_accelerator, sampling_settings
 from paca.pretrained.loading import DTYPES
 from paca.pretrained.quantizing import is_quantized
 from paca.pretrained.whole_output import whole_output
@@ -99,6 +99,8 @@ def _write(loaded: LoadedModel, dtype: torch.dtype, folder: Path) -> None:
             merged = merged.merge_and_unload(safe_merge=True, **dequantize)
         except (ValueError, NotImplementedError) as error:
             raise PacaError(f"The adapter in {loaded.adapter} cannot be merged: {error}") from error
+    # The token that ends an answer in the adapter's template may be none that ended a text of the base model.
+    merged.generation_config.eos_token_id = sampling_settings(merged, loaded.tokenizer, 0).get("eos_token_id")
     merged.to(dtype=dtype).save_pretrained(folder)
     loaded.tokenizer.save_pretrained(folder)
 

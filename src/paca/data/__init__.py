@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from paca.data.assistant_turns import mark_assistant_turns
-from paca.data.examples import Examples, load_examples, split_heldout, tokens_of
+from paca.data.chat_template import end_of_turn, set_chat_template
+from paca.data.examples import Examples, load_examples, split_heldout
 from paca.data.images import LabelledImages, load_images
-from paca.data.labels import check_labels, loss_settings
+from paca.data.labels import check_labels
+from paca.data.tokens import encode, tokenize, training_template
 
 __all__ = [
     "Examples",
     "LabelledImages",
     "check_labels",
+    "encode",
+    "end_of_turn",
     "load_examples",
     "load_images",
-    "loss_settings",
-    "mark_assistant_turns",
+    "set_chat_template",
     "split_heldout",
-    "tokens_of",
+    "tokenize",
+    "training_template",
 ]

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import itertools
-import json
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import datasets
 import numpy as np
@@ -59,7 +57,6 @@ def load_examples(
     format: str | None = None,
     split: str = "train",
     limit: int | None = None,
-    conversational: bool = True,
 ) -> Examples:
     """Load examples and bring them into the shape that TRL's SFTTrainer takes.
 
@@ -69,23 +66,11 @@ def load_examples(
             ``owner/name:config``, and with any split that datasets understands ``owner/name[train[:1000]]``.
         format: ``"messages"``, ``"prompt-completion"``, ``"alpaca"``, ``"sharegpt"``, ``"question-answer"``,
             ``"mmlu"``, ``"arc"``, ``"oasst-messages"``, ``"oasst-trees"`` or ``"text"``. Recognised from the columns
-            when absent. Of a tree of messages the best-ranked conversation is taken.
+            when absent. Alpaca and question-answer rows become a ``user`` and an ``assistant`` message; those of mmlu
+            and arc as well, the options listed below the question and the right one's label as the answer. Of a tree of
+            messages the best-ranked conversation is taken. Texts given as prompt and completion stay as they are.
         split: the split of a hub dataset whose ``source`` names none.
         limit: use only so many examples, from the start.
-        conversational: whether the tokenizer has a chat template. Then alpaca and question-answer rows become a
-            ``user`` and an ``assistant`` message; those of mmlu and arc as well, the options listed below the question
-            and the right one's label as the answer. Otherwise they become plain text, the answer last::
-
-                Task:               Question:
-                {instruction}       {question}
-
-                Input:              Answer:
-                {input}             {answer}
-
-                Answer:
-                {output}
-
-            (``Input`` is left out when it is empty.) Text that is given as prompt and completion stays as it is.
 
     Raises:
         PacaError: the source does not exist, is empty or cannot be parsed, its form is unknown or ambiguous, or an
@@ -102,15 +87,15 @@ def load_examples(
     first = next(_rows(found, form), None)
     if first is None:
         raise PacaError(f"{source} holds no example of the form {form.name}: nobody answers in it.")
-    features = _features(_convert(form, *first, conversational))
-    options = {"source": found, "format_name": form.name, "conversational": conversational, "limit": limit}
+    features = _features(_convert(form, *first))
+    options = {"source": found, "format_name": form.name, "limit": limit}
     with without_progress_bars():
         try:
             dataset = Dataset.from_generator(
                 _examples,
                 features=features,
                 gen_kwargs=options,
-                fingerprint=_fingerprint(found, form, conversational, limit),
+                fingerprint=_fingerprint(found, form, limit),
             )
         except datasets.exceptions.DatasetGenerationError as error:
             cause = _paca_error_behind(error)
@@ -158,56 +143,49 @@ def split_heldout(examples: Examples, held_out: float, seed: int) -> tuple[Examp
     return parts[0], parts[1]
 
 
-def tokens_of(example: Example, tokenizer: Any, *, start_only: bool = False) -> list[int]:
-    """The tokens of an example as TRL's SFTTrainer makes them: by the chat template, or with the end-of-text token.
-
-    Args:
-        example: A row of `Examples.dataset`.
-        tokenizer: Of the model.
-        start_only: Leave out a completion, and the end-of-text token.
-    """
-    if start_only and "input_ids" in example:
-        return list(example["input_ids"])
-    parts = [example[name] for name in ("messages", "prompt", "completion", "text") if example.get(name) is not None]
-    parts = parts[:1] if start_only else parts
-    if isinstance(parts[0], str):
-        text, end = "".join(parts), "" if start_only else str(tokenizer.eos_token or "")
-        return list(tokenizer(text if text.endswith(end) else text + end)["input_ids"])
-    rendered = tokenizer.apply_chat_template(
-        [message for part in parts for message in part],
-        tools=json.loads(example["tools"]) if example.get("tools") else None,
-        add_generation_prompt=start_only and "prompt" in example,
-        return_dict=True,
-    )
-    return list(rendered["input_ids"])
-
-
-def _examples(source: Source, format_name: str, conversational: bool, limit: int | None) -> Iterator[Example]:
+def _examples(source: Source, format_name: str, limit: int | None) -> Iterator[Example]:
     form = formats.FORMATS[format_name]
-    kind: frozenset[tuple[str, type]] | None = None
+    first: Example | None = None
     for place, row in itertools.islice(_rows(source, form), limit):
-        example = _convert(form, place, row, conversational)
-        found = frozenset((name, type(value)) for name, value in example.items() if name not in _OF_ANY_KIND)
-        if kind is not None and found != kind:
-            raise PacaError(f"{place}: text and lists of messages are mixed. Give all examples in one form.")
-        kind = found
+        if first is not None and any(column not in row for column in form.required):
+            _refuse_other_form(form, first[ORIGIN], place, row)
+        example = _convert(form, place, row)
+        if first is not None and _kinds(example) != _kinds(first):
+            raise PacaError(
+                f"{place}: text and lists of messages are mixed; {first[ORIGIN]} is of the other kind. Give all "
+                "examples in one form."
+            )
+        first = first or example
         yield example
 
 
-_OF_ANY_KIND = (ORIGIN, OPTIONS, "tools")
-"""These don't tell text from lists of messages."""
+def _kinds(example: Example) -> set[tuple[str, type]]:
+    return {(name, type(value)) for name, value in example.items() if name not in (ORIGIN, OPTIONS, "tools")}
+
+
+def _refuse_other_form(form: Format, first: str, place: str, row: rows.Row) -> None:
+    """Say so where a row is whole in another form than the first one; else it only lacks a column."""
+    try:
+        other = formats.recognise(list(row), None, place)
+    except PacaError:
+        return
+    missing = " and no ".join(column for column in form.required if column not in row)
+    raise PacaError(
+        f"{place} is of the form {other.name}: it has {' and '.join(other.required)}, but no {missing}. The records "
+        f"from {first} on are of the form {form.name}. Bring all records into one form, or take the others out."
+    )
 
 
 def _rows(source: Source, form: Format) -> Iterator[tuple[str, rows.Row]]:
     return source.rows() if form.gather is None else form.gather(source.rows())
 
 
-def _convert(form: Format, place: str, row: rows.Row, conversational: bool) -> Example:
+def _convert(form: Format, place: str, row: rows.Row) -> Example:
     missing = [column for column in form.required if column not in row]
     if missing:
         raise PacaError(f"{place}: there is no {' and no '.join(missing)}; found: {', '.join(row) or '(nothing)'}.")
     try:
-        return {**form.convert(row, conversational), ORIGIN: place}
+        return {**form.convert(row), ORIGIN: place}
     except PacaError as error:
         raise PacaError(f"{place}: {error}") from None
 
@@ -222,10 +200,10 @@ def _features(example: Example) -> Features:
     return Features({name: feature(name, value) for name, value in example.items()})
 
 
-def _fingerprint(source: Source, form: Format, conversational: bool, limit: int | None) -> str:
+def _fingerprint(source: Source, form: Format, limit: int | None) -> str:
     """Names the cached conversion: another content, another choice or another version of this code, another name."""
     content = xxhash.xxh128()
-    content.update(f"{source.fingerprint()}|{source.name}|{form.name}|{conversational}|{limit}".encode())
+    content.update(f"{source.fingerprint()}|{source.name}|{form.name}|{limit}".encode())
     for module in (choices, formats, message_trees, rows, sources):
         content.update(Path(str(module.__file__)).read_bytes())
     content.update(Path(__file__).read_bytes())

@@ -44,8 +44,8 @@ class Format:
     optional: tuple[str, ...]
     """Those of them that may be absent."""
 
-    convert: Callable[[Row, bool], Example]
-    """Turn ``(row, conversational)`` into an example; ``conversational`` matters where the form leaves it open."""
+    convert: Callable[[Row], Example]
+    """Turn a row into an example."""
 
     gather: Callable[[Iterable[tuple[str, Row]]], Iterator[tuple[str, Row]]] | None = None
     """Where several rows make one example, or some make none: turns the data's `(place, row)` into those to convert."""
@@ -100,11 +100,11 @@ def _overview() -> str:
     )
 
 
-def _from_messages(row: Row, conversational: bool) -> Example:
+def _from_messages(row: Row) -> Example:
     return _conversation(_messages(row["messages"], "messages"), row.get("tools"))
 
 
-def _from_sharegpt(row: Row, conversational: bool) -> Example:
+def _from_sharegpt(row: Row) -> Example:
     turns = _list_of_objects(row["conversations"], "conversations")
     messages: list[Message] = []
     for index, turn in enumerate(turns):
@@ -122,7 +122,7 @@ def _from_sharegpt(row: Row, conversational: bool) -> Example:
     return _conversation(messages, row.get("tools"))
 
 
-def _from_prompt_completion(row: Row, conversational: bool) -> Example:
+def _from_prompt_completion(row: Row) -> Example:
     prompt, completion = row["prompt"], row["completion"]
     if isinstance(prompt, str) and isinstance(completion, str):
         return {"prompt": prompt, "completion": _answer(completion, "completion"), **_options(row, completion)}
@@ -141,26 +141,16 @@ def _from_prompt_completion(row: Row, conversational: bool) -> Example:
     return {"prompt": question, "completion": answer, **_tools(row.get("tools")), **options}
 
 
-def _from_alpaca(row: Row, conversational: bool) -> Example:
+def _from_alpaca(row: Row) -> Example:
     instruction = _text(row["instruction"], "instruction")
     given = _text(row.get("input") or "", "input")
-    answer = _answer(row["output"], "output")
-    if conversational:
-        question = f"{instruction}\n\n{given}" if given.strip() else instruction
-        return _question_and_answer(question, answer)
-    parts = [f"Task:\n{instruction}"]
-    if given.strip():
-        parts.append(f"Input:\n{given}")
-    return {"prompt": "\n\n".join([*parts, "Answer:\n"]), "completion": answer}
+    question = f"{instruction}\n\n{given}" if given.strip() else instruction
+    return _question_and_answer(question, _answer(row["output"], "output"))
 
 
-def _from_question_answer(row: Row, conversational: bool) -> Example:
-    question = _text(row["question"], "question")
-    answer = _answer(row["answer"], "answer")
-    options = _options(row, answer)
-    if conversational:
-        return {**_question_and_answer(question, answer), **options}
-    return {"prompt": f"Question:\n{question}\n\nAnswer:\n", "completion": answer, **options}
+def _from_question_answer(row: Row) -> Example:
+    question, answer = _text(row["question"], "question"), _answer(row["answer"], "answer")
+    return {**_question_and_answer(question, answer), **_options(row, answer)}
 
 
 def _options(row: Row, answer: str) -> Example:
@@ -171,22 +161,22 @@ def _options(row: Row, answer: str) -> Example:
     return {OPTIONS: options if isinstance(options, list) and answer in options else None}
 
 
-def _from_text(row: Row, conversational: bool) -> Example:
+def _from_text(row: Row) -> Example:
     return {"text": _answer(row["text"], "text")}
 
 
-def _from_choices(read: Callable[[Row], Question]) -> Callable[[Row, bool], Example]:
+def _from_choices(read: Callable[[Row], Question]) -> Callable[[Row], Example]:
     """The labels are what is answered, and travel along: scoring by choice compares them."""
 
-    def convert(row: Row, conversational: bool) -> Example:
+    def convert(row: Row) -> Example:
         question = read(row)
         given = {"question": question.prompt(), "answer": question.labels[question.answer], OPTIONS: question.labels}
-        return _from_question_answer(given, conversational)
+        return _from_question_answer(given)
 
     return convert
 
 
-def _from_tree(row: Row, conversational: bool) -> Example:
+def _from_tree(row: Row) -> Example:
     return _conversation(best_path(row["prompt"]), None)
 
 

@@ -1,4 +1,4 @@
-"""Which tokens count in the loss: the settings that make it so, and a check that some do in every example."""
+"""A check that every example has a token that counts in the loss."""
 
 from __future__ import annotations
 
@@ -8,55 +8,16 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from datasets import Dataset
-from transformers import PreTrainedTokenizerBase
 from trl import SFTConfig
 
-from paca.data.assistant_turns import ASSISTANT_MASK, marks_assistant_turns
-from paca.data.examples import ORIGIN, Examples, tokens_of
+from paca.data.examples import ORIGIN, Examples
+from paca.data.tokens import IGNORED
 from paca.messages.errors import PacaError
 
-_IGNORED = -100  # the label of a token that does not count, in transformers and TRL
 _NAMED = 3  # examples that an error lists; the rest it counts
 
 
-def loss_settings(examples: Examples, tokenizer: PreTrainedTokenizerBase) -> dict[str, bool]:
-    """The fields of ``SFTConfig`` by which the loss falls on the answers only, where there are any.
-
-    Args:
-        examples: after :func:`paca.data.mark_assistant_turns`.
-        tokenizer: of the model to train.
-
-    Returns:
-        Values of ``completion_only_loss`` and ``assistant_only_loss``.
-
-    Raises:
-        PacaError: the tokenizer lacks what these examples need: a chat template, or an end-of-text token.
-    """
-    columns = examples.dataset.column_names
-    if ASSISTANT_MASK in columns:
-        # The mask is made; TRL applies it always, and refuses assistant_only_loss with tokenized examples.
-        return {"completion_only_loss": False, "assistant_only_loss": False}
-    if examples.is_conversational and tokenizer.chat_template is None:
-        raise PacaError(
-            f"{examples.source} holds messages, but the tokenizer has no chat template to render them with. Use an "
-            "instruction-tuned model, or name a template in train.chat_template_path."
-        )
-    if not examples.is_conversational and tokenizer.eos_token is None:
-        raise PacaError(
-            "The tokenizer has no end-of-text token, so a model trained on plain text would never learn to stop. Name "
-            "one in train.eos_token."
-        )
-    if "messages" not in columns:
-        return {"completion_only_loss": "completion" in columns, "assistant_only_loss": False}
-    if not marks_assistant_turns(tokenizer):
-        raise PacaError(
-            "The chat template does not mark assistant turns: call paca.data.mark_assistant_turns(examples, tokenizer) "
-            "first, or train on whole conversations (train.assistant_only_loss: false)."
-        )
-    return {"completion_only_loss": False, "assistant_only_loss": True}
-
-
-def check_labels(prepared: Dataset, examples: Examples, args: SFTConfig, tokenizer: PreTrainedTokenizerBase) -> None:
+def check_labels(prepared: Dataset, examples: Examples, args: SFTConfig) -> None:
     """Make sure that every example has a token that counts in the loss.
 
     TRL cuts an example to ``args.max_length`` tokens and silently drops it when no answer is left; with packing it
@@ -65,27 +26,26 @@ def check_labels(prepared: Dataset, examples: Examples, args: SFTConfig, tokeniz
     Args:
         prepared: what ``SFTTrainer`` made of the examples (its ``train_dataset`` or ``eval_dataset``): ``input_ids``
             and ``labels``, packed or not.
-        examples: what it was given.
+        examples: what it was given, tokenized.
         args: the configuration it was given.
-        tokenizer: of the model.
 
     Raises:
         PacaError: naming the examples without a label.
     """
     if ORIGIN in prepared.column_names:
         origins = _lost_origins(prepared, examples) + _masked_origins(prepared)
-        masked = [f"{origin}: {_first_words(origin, examples)}" for origin in origins[:_NAMED]]
         count = len(origins)
     elif "seq_lengths" in prepared.column_names and args.packing_strategy == "bfd":
         documents = list(_masked_documents(prepared))
-        masked = [_name_of(document, examples, tokenizer) for document in documents[:_NAMED]]
+        origins = [_origin_of(document, examples) for document in documents[:_NAMED]]
         count = len(documents)
     else:
         # Wrapped or split packing loses no token: a piece without a label is the rest of an example that has some.
         return
-    if not masked:
+    if not origins:
         return
-    listed = "\n  ".join(masked) + (f"\n  and {count - _NAMED:,} more" if count > _NAMED else "")
+    listed = "\n  ".join(f"{origin}: {_first_words(origin, examples)}" for origin in origins[:_NAMED])
+    listed += f"\n  and {count - _NAMED:,} more" if count > _NAMED else ""
     raise PacaError(
         f"{count:,} of {len(examples.dataset):,} examples {'have' if count > 1 else 'has'} no token that counts in the "
         f"loss: cut to train.max_length = {args.max_length} tokens, nothing of the answer is left.\n  {listed}\n"
@@ -126,7 +86,7 @@ def _without_label(labels: np.ndarray, lengths: np.ndarray) -> np.ndarray:
         labels: ``(tokens,)``, of all sequences.
         lengths: ``(sequences,)``, their lengths in tokens.
     """
-    counts = (labels != _IGNORED).astype(np.int64)
+    counts = (labels != IGNORED).astype(np.int64)
     ends = np.cumsum(lengths)
     starts = ends - lengths
     counts[starts[lengths > 0]] = 0  # the first token is never predicted
@@ -143,19 +103,10 @@ def _column(dataset: Dataset, name: str) -> pa.ChunkedArray:
     return dataset.select_columns(name).with_format("arrow")[:][name]
 
 
-def _name_of(document: list[int], examples: Examples, tokenizer: PreTrainedTokenizerBase) -> str:
-    origin = _origin_of(document, examples, tokenizer)
-    if origin is None:
-        return f"an example that begins {_shortened(str(tokenizer.decode(document, skip_special_tokens=True)))}"
-    return f"{origin}: {_first_words(origin, examples)}"
-
-
-def _origin_of(document: list[int], examples: Examples, tokenizer: PreTrainedTokenizerBase) -> str | None:
-    """Which example a packed document was made from: the first whose rendered start is that document."""
-    for example in examples.dataset:
-        if tokens_of(example, tokenizer, start_only=True)[: len(document)] == document:
-            return str(example[ORIGIN])
-    return None  # TRL rendered it with a template of its own
+def _origin_of(document: list[int], examples: Examples) -> str:
+    """Which example a packed document was made from: the first that begins so."""
+    rows = examples.dataset.select_columns(["input_ids", ORIGIN])
+    return next(str(row[ORIGIN]) for row in rows if row["input_ids"][: len(document)] == document)
 
 
 def _first_words(origin: str, examples: Examples) -> str:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 from typing import Any
 
-import jinja2
 from transformers import PreTrainedTokenizerBase
 
 from paca.data.choices import OPTIONS
 from paca.data.examples import ORIGIN
+from paca.data.tokens import IGNORED, encode, render
 from paca.evaluation.log_likelihood import Continuation
 from paca.messages.errors import PacaError
 
@@ -24,7 +24,9 @@ def question_of(example: Example, tokenizer: PreTrainedTokenizerBase) -> list[in
     """
     asked = _asked(example)
     if isinstance(asked, list):
-        return _rendered(example, asked, tokenizer, add_generation_prompt=True)
+        tools = json.loads(example["tools"]) if example.get("tools") else None
+        text = render(tokenizer, asked, example[ORIGIN], tools=tools, add_generation_prompt=True)
+        return list(tokenizer(text, add_special_tokens=False)["input_ids"])
     return list(tokenizer(asked)["input_ids"])
 
 
@@ -57,26 +59,18 @@ def continuation_of(example: Example, tokenizer: PreTrainedTokenizerBase, answer
     Raises:
         PacaError: The chat template refuses the example, or nothing of it is an answer.
     """
-    if "text" in example:
-        whole = list(tokenizer(example["text"] + (tokenizer.eos_token or ""))["input_ids"])
-        prompt = whole[:1]
-    else:
-        asked, prompt = _asked(example), question_of(example, tokenizer)
-        if isinstance(asked, str):
-            text = example["completion"] if answer is None else answer
-            whole = list(tokenizer(asked + text + (tokenizer.eos_token or ""))["input_ids"])
-        else:
-            given: list[Any] = [{"role": "assistant", "content": answer}]
-            if answer is None:
-                given = example["completion"] if "completion" in example else [_halves(example["messages"])[1]]
-            whole = _rendered(example, [*asked, *given], tokenizer)
-    # Where the tokens of the two differ sooner (a token that holds the end of one and the start of the other), the
-    # answer begins there, as in TRL.
-    shared = next((i for i, (one, other) in enumerate(zip(prompt, whole, strict=False)) if one != other), len(prompt))
-    shared = min(shared, len(whole))
-    if not shared or shared == len(whole):
+    if "messages" in example:
+        asked, given = _asked(example), [_halves(example["messages"])[1]]
+        example = {"prompt": asked, "completion": given, "tools": example.get("tools"), ORIGIN: example[ORIGIN]}
+    if answer is not None:
+        plain = isinstance(example["prompt"], str)
+        example = {**example, "completion": answer if plain else [{"role": "assistant", "content": answer}]}
+    found = encode(example, tokenizer)
+    # The first token is given, as nothing comes before it.
+    start = next((index for index, label in enumerate(found.labels) if index and label != IGNORED), len(found.ids))
+    if start == len(found.ids):
         raise PacaError(f"{example[ORIGIN]}: the question or the answer is empty once it is tokenized. Leave it out.")
-    return Continuation(whole[:shared], whole[shared:])
+    return Continuation(found.ids[:start], found.ids[start:])
 
 
 def options_of(example: Example) -> list[str]:
@@ -113,18 +107,3 @@ def _halves(messages: list[Any]) -> tuple[list[Any], Any]:
     """All before the last answer, and that answer."""
     last = max(index for index, message in enumerate(messages) if message["role"] == "assistant")
     return messages[:last], messages[last]
-
-
-def _rendered(
-    example: Example, messages: list[Any], tokenizer: PreTrainedTokenizerBase, add_generation_prompt: bool = False
-) -> list[int]:
-    tools = json.loads(example["tools"]) if example.get("tools") else None
-    try:
-        text = tokenizer.apply_chat_template(
-            messages, tools=tools, add_generation_prompt=add_generation_prompt, tokenize=False
-        )
-    except (jinja2.TemplateError, TypeError, ValueError, KeyError) as error:
-        raise PacaError(
-            f"{example[ORIGIN]}: the tokenizer's chat template cannot render these messages: {error}"
-        ) from error
-    return list(tokenizer(str(text), add_special_tokens=False)["input_ids"])

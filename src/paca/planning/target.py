@@ -30,6 +30,8 @@ class Target:
     setting: Setting
     lengths: str | None = None
     """Where a run's sequence length is from, for people."""
+    typical_length: int | None = None
+    """Tokens to which a run's batches are padded on average; `setting` has the longest."""
 
     @property
     def dtype(self) -> torch.dtype:

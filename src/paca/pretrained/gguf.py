@@ -4,13 +4,24 @@ from __future__ import annotations
 
 import functools
 import logging
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import transformers
+import xxhash
+from huggingface_hub import constants
 from tokenizers import pre_tokenizers
-from transformers import GgufConfig, PreTrainedModel, PreTrainedTokenizerBase, modeling_gguf_pytorch_utils
+from transformers import (
+    AutoConfig,
+    AutoTokenizer,
+    GgufConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    modeling_gguf_pytorch_utils,
+)
 
 from paca.messages.errors import PacaError
 
@@ -20,6 +31,7 @@ logger = logging.getLogger(__name__)
 # pattern of GPT-2 applies; transformers 5.24 knows none of them and keeps the pattern of GPT-2 alone.
 _DIGITS_THEN_GPT2 = ("smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b")
 _GPT2 = ("gpt-2", "phi-2", "mpt", "olmo", "jais", "trillion", "exaone4")
+_VERSION = 1  # of what is kept of a file; a change of these rules makes a new one
 
 
 def file_options(path: str) -> dict[str, Any]:
@@ -34,6 +46,46 @@ def file_options(path: str) -> dict[str, Any]:
         raise PacaError("Reading a GGUF file needs the package gguf: pip install 'paca-tuning[gguf]'.") from error
     file = Path(path)
     return {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name}
+
+
+def outline_options(path: str) -> dict[str, Any]:
+    """The arguments by which `from_pretrained` finds the config and the tokenizer of a GGUF file.
+
+    transformers reads a file's vocabulary string by string, about ten seconds each time. So both are kept in a folder
+    below Hugging Face's cache, once for each state of the file; its pre-tokenizer is restored there. Where that does
+    not work, the arguments are those of the file itself.
+
+    Raises:
+        PacaError: The package that reads such files is missing.
+    """
+    options = file_options(path)
+    file = Path(path).resolve()
+    state = file.stat()
+    key = f"{file}|{state.st_size}|{state.st_mtime_ns}|{transformers.__version__}|{_VERSION}"
+    folder = Path(constants.HF_HOME) / "paca" / "gguf" / xxhash.xxh128_hexdigest(key.encode())
+    if not folder.is_dir() and not _keep(folder, options, path):
+        return options
+    return {"pretrained_model_name_or_path": str(folder)}
+
+
+def _keep(folder: Path, options: dict[str, Any], path: str) -> bool:
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder.parent) as place:
+            beside = Path(place) / "whole"
+            AutoConfig.from_pretrained(**options).save_pretrained(beside)
+            tokenizer = AutoTokenizer.from_pretrained(**options)
+            restore_pre_tokenizer(tokenizer, path)
+            tokenizer.save_pretrained(beside)
+            # A class may build a part of its tokenizer anew when it is read.
+            read = AutoTokenizer.from_pretrained(beside)
+            if read.backend_tokenizer.to_str() != tokenizer.backend_tokenizer.to_str():
+                return False
+            beside.replace(folder)
+    except OSError as error:
+        logger.info("What is read of %s cannot be kept: %s", path, error)
+        return folder.is_dir()  # another process was faster
+    return True
 
 
 def dequantizing_config() -> GgufConfig:

@@ -154,6 +154,8 @@ def load_config(
     location, options = _open(name, revision, trust_remote_code)
     torch_dtype = _torch_dtype(dtype)
     with _explaining(location, revision), without_progress_bars():
+        if location.source == "gguf":
+            options = gguf.outline_options(location.name_or_path)
         config = AutoConfig.from_pretrained(**options)
         if torch_dtype == "auto":
             torch_dtype = getattr(config, "dtype", None) or torch.float32
@@ -188,8 +190,10 @@ def _torch_dtype(dtype: str) -> torch.dtype | str:
 
 def _tokenizer_at(location: Location, options: dict[str, Any]) -> PreTrainedTokenizerBase:
     with _explaining(location, options.get("revision"), what="tokenizer"), without_progress_bars():
+        if location.source == "gguf":
+            options = gguf.outline_options(location.name_or_path)
         tokenizer = AutoTokenizer.from_pretrained(**options)
-    if location.source == "gguf":
+    if "gguf_file" in options:
         gguf.restore_pre_tokenizer(tokenizer, location.name_or_path)
     return tokenizer
 

@@ -25,7 +25,7 @@ from paca.data import Examples
 from paca.messages.errors import PacaError
 from paca.messages.say import say
 from paca.training import adapter_settings
-from paca.training.loss_scope import tokenizer_of
+from paca.training.prompt_form import tokenizer_of
 from paca.training.run_config import CalibrationSection, RunConfig
 from paca.training.run_folder import write_whole
 from paca.tuner.calibration import select
@@ -57,7 +57,7 @@ class ColumnChoice:
 
     Args:
         config: The resolved run.
-        examples: The training data.
+        examples: The training data, tokenized.
         arguments: Of the trainer that will train.
         file: Where the columns are kept.
         console: Where progress is shown.
@@ -115,7 +115,7 @@ class ColumnChoice:
 
     def _batches(self) -> list[dict[str, Tensor]]:
         gradients = self.config.adapter["selection"] == "gradient_norm"
-        tokenizer = tokenizer_of(self.config.model, self.config.train)
+        tokenizer = tokenizer_of(self.config)
         return calibration_batches(
             self.examples, tokenizer, self.arguments, self.config.calibration, with_labels=gradients
         )
@@ -145,8 +145,8 @@ def calibration_batches(
     """Batches of training examples, as ``SFTTrainer`` tokenizes and pads them, spread evenly over the data.
 
     Args:
-        examples: The training data.
-        tokenizer: Of the model, with the run's chat template; not the one that trains.
+        examples: The training data, tokenized.
+        tokenizer: Of the model; not the one that trains.
         arguments: Of the trainer that will train.
         section: How many, how long, how many at a time.
         with_labels: Keep the end of each example, where the answer is, and its labels; else the start.
@@ -160,7 +160,6 @@ def calibration_batches(
     args: Any = copy.copy(arguments)  # not a new one, which would set up devices and processes anew
     args.max_length = min(section.max_length, arguments.max_length or section.max_length)
     args.packing = args.padding_free = args.shuffle_dataset = False
-    args.chat_template_path = None  # the tokenizer has it
     args.report_to, args.eval_strategy, args.load_best_model_at_end = [], "no", False
     args.use_liger_kernel = args.torch_compile = args.push_to_hub = False
     args.deepspeed = args.deepspeed_plugin = None
@@ -168,8 +167,7 @@ def calibration_batches(
     if with_labels:
         args.truncation_mode = "keep_end"
     else:
-        args.completion_only_loss = args.assistant_only_loss = False
-        dataset = dataset.remove_columns([name for name in ("assistant_masks",) if name in dataset.column_names])
+        dataset = dataset.remove_columns("labels")
     # A trainer of nothing: it is there for what TRL makes of the examples.
     tiny = LlamaConfig(vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1)
     trainer = SFTTrainer(model=LlamaForCausalLM(tiny), args=args, train_dataset=dataset, processing_class=tokenizer)

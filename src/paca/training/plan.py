@@ -14,7 +14,8 @@ from typing import Any
 from peft import get_peft_model
 from transformers import PreTrainedModel
 
-from paca.data import Examples, load_examples, split_heldout
+from paca.data import Examples, load_examples, split_heldout, tokenize
+from paca.data.sample import Sample, take_sample
 from paca.lean import make_lean, undo_lean
 from paca.messages.errors import PacaError
 from paca.planning.estimate import PlannedModel
@@ -23,7 +24,7 @@ from paca.pretrained.location import locate
 from paca.pretrained.quantized_outline import quantize_outline
 from paca.training import adapter_settings, train_settings
 from paca.training.calibration import describe_columns
-from paca.training.loss_scope import scope_loss, tokenizer_of
+from paca.training.prompt_form import choose_form, describe_loss, tokenizer_of, trains_everything
 from paca.training.run_config import RunConfig
 from paca.training.run_setting import holds_all_logits
 from paca.training.target_names import check_target_names
@@ -58,20 +59,23 @@ class Plan:
     data_format: str
     data_description: str
     """What was recognised in the data, in words."""
+    template: str
+    """The form of the prompts, in words."""
     loss_scope: str
     """Which tokens count in the loss, in words."""
+    sample: Sample
+    """Some of the training data as tokens."""
     processes: int
     sequences_per_step: int
     """Over all processes and accumulated batches; of packed sequences where packing is on."""
-    tokens_per_step: int | None
-    """At most: every sequence at its longest. None where train.max_length is null."""
+    tokens_per_step: int
+    """About: by the mean of the sample, or full sequences where packing is on."""
     steps: int | None
     """None where packing decides it."""
 
     def lines(self) -> list[tuple[str, str]]:
         """Label and text of each line of the description."""
         share = 100 * self.trainable_parameters / self.parameters
-        tokens = "no limit" if self.tokens_per_step is None else f"at most {self.tokens_per_step:,}"
         dtype = ", ".join(filter(None, (self.dtype, self.config.model.quantization)))
         lines = [
             ("model", f"{self.config.model.name} ({self.architecture}, {self.parameters:,} parameters, {dtype})"),
@@ -81,11 +85,12 @@ class Plan:
             ("trainable parameters", f"{self.trainable_parameters:,} ({share:.3f} %)"),
             ("data", self.data_description),
             ("training examples", f"{self.train_examples:,}"),
-            ("loss on", self.loss_scope),
+            ("template", self.template),
+            ("loss on", f"{self.loss_scope}: {100 * self.sample.share:.0f} % of the tokens"),
             ("logits", self._logits()),
             ("held-out examples", "none" if self.eval_examples is None else f"{self.eval_examples:,}"),
-            ("tokens per step", f"{tokens} ({self.sequences_per_step} sequences)"),
-            ("steps", "known once the data is packed" if self.steps is None else f"{self.steps:,}"),
+            ("tokens per step", f"about {self.tokens_per_step:,} ({self.sequences_per_step} sequences)"),
+            ("steps", self._steps()),
             ("run folder", self.config.output.dir),
         ]
         if self.own_defaults:
@@ -103,6 +108,13 @@ class Plan:
             return "as in transformers"
         return "lean" if self.config.model.recompute is None else "lean; the MLP is computed again in the backward pass"
 
+    def _steps(self) -> str:
+        if self.steps is not None:
+            return f"{self.steps:,}"
+        sequences = math.ceil(self.train_examples * self.sample.mean / self.config.train["max_length"])
+        steps = planned_steps(sequences, {**self.config.train, "packing": False}, self.processes)
+        return f"about {steps:,}, known once the data is packed"
+
     def _logits(self) -> str:
         if holds_all_logits(self.config.train):
             return "of a whole batch at once, because of train.label_smoothing_factor"
@@ -118,8 +130,6 @@ class PreparedRun:
     eval: Examples | None
     outline: PlannedModel
     """The adapted model without weights, for what is foretold of its memory."""
-    loss_settings: dict[str, bool]
-    """Fields of SFTConfig. They follow from the data, so the resolved config leaves them to be found again."""
 
 
 def describe(config: RunConfig) -> Plan:
@@ -128,11 +138,15 @@ def describe(config: RunConfig) -> Plan:
     Raises:
         PacaError: The model or the data can't be found or read, or the settings don't fit them.
     """
-    return prepare(config).plan
+    return prepare(config, whole=False).plan
 
 
-def prepare(config: RunConfig) -> PreparedRun:
+def prepare(config: RunConfig, *, whole: bool = True) -> PreparedRun:
     """As :func:`describe`, keeping the data.
+
+    Args:
+        config: Of the run.
+        whole: Tokenize the data, all of it.
 
     Raises:
         PacaError: The model or the data can't be found or read, or the settings don't fit them.
@@ -142,9 +156,10 @@ def prepare(config: RunConfig) -> PreparedRun:
     if method == "full" and named.dtype == "auto":
         named.dtype = "float32"  # as TRL loads models: in 16 bits, small steps would be lost
     outline = load_config(named.name, named.dtype, named.revision, named.trust_remote_code)
-    tokenizer = tokenizer_of(named, config.train)
-    train, held_out = _read_data(config, conversational=tokenizer.chat_template is not None)
-    scope = scope_loss(train, held_out, tokenizer, config.train)
+    tokenizer = tokenizer_of(config)
+    train, held_out = _read_data(config)
+    template = choose_form(config, train, tokenizer)
+    everything = trains_everything(config, train)
     model = outline.model
     if named.lean:  # a block that it does not know is refused here, before weights are loaded
         undo_lean(make_lean(model, named.recompute))
@@ -174,7 +189,19 @@ def prepare(config: RunConfig) -> PreparedRun:
         )
     layers = getattr(adapted.base_model, "targeted_module_names", []) if method != "full" else []
     sequences = _sequences_per_step(config.train, processes)
-    longest = config.train["max_length"]
+    sample = take_sample(
+        train,
+        tokenizer,
+        everything=everything,
+        limit=config.train["max_length"],
+        keep_end=config.train.get("truncation_mode") == "keep_end",
+        batch_size=config.train["per_device_train_batch_size"],
+    )
+    typical = config.train["max_length"] if config.train["packing"] else sample.mean
+    if whole:
+        options: Any = {"everything": everything, "processes": config.train.get("dataset_num_proc")}
+        train = tokenize(train, tokenizer, **options)
+        held_out = None if held_out is None else tokenize(held_out, tokenizer, **options)
     plan = Plan(
         config=config,
         source=locate(named.name).source,
@@ -189,14 +216,16 @@ def prepare(config: RunConfig) -> PreparedRun:
         train_examples=len(train.dataset),
         eval_examples=None if held_out is None else len(held_out.dataset),
         data_format=train.format,
-        data_description=scope.train.description,
-        loss_scope=scope.description,
+        data_description=train.description,
+        template=template,
+        loss_scope=describe_loss(config, train),
+        sample=sample,
         processes=processes,
         sequences_per_step=sequences,
-        tokens_per_step=None if longest is None else sequences * longest,
+        tokens_per_step=round(sequences * typical),
         steps=steps,
     )
-    return PreparedRun(plan, scope.train, scope.eval, adapted, scope.settings)
+    return PreparedRun(plan, train, held_out, adapted)
 
 
 def _adapted_outline(config: RunConfig, model: PreTrainedModel) -> PlannedModel:
@@ -224,18 +253,13 @@ def planned_steps(examples: int, train: dict[str, Any], processes: int) -> int |
     return math.ceil(train["num_train_epochs"] * steps_per_epoch)
 
 
-def _read_data(config: RunConfig, *, conversational: bool) -> tuple[Examples, Examples | None]:
+def _read_data(config: RunConfig) -> tuple[Examples, Examples | None]:
     data = config.data
-    train = load_examples(
-        data.train, format=data.format, split=data.split, limit=data.limit, conversational=conversational
-    )
+    train = load_examples(data.train, format=data.format, split=data.split, limit=data.limit)
     if data.eval is None:
         return train, None
     if isinstance(data.eval, str):
-        held_out = load_examples(
-            data.eval, format=data.format, split=data.eval_split, limit=config.eval.limit, conversational=conversational
-        )
-        return train, held_out
+        return train, load_examples(data.eval, format=data.format, split=data.eval_split, limit=config.eval.limit)
     train, held_out = split_heldout(train, data.eval, data.heldout_seed)
     count = min(len(held_out.dataset), config.eval.limit or len(held_out.dataset))
     return train, dataclasses.replace(held_out, dataset=held_out.dataset.select(range(count)))

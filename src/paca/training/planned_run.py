@@ -1,21 +1,21 @@
-"""A run as the target of a plan: its model, and its longest example where that is soon found."""
+"""A run as the target of a plan: its model, and how long its examples are where that is soon found."""
 
 from __future__ import annotations
 
 import heapq
 import json
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from paca.data import load_examples, tokens_of
+from paca.data import encode, load_examples, training_template
+from paca.data.sample import take_sample
 from paca.messages.errors import PacaError
 from paca.messages.units import format_bytes
 from paca.planning.target import Target, outline_of
 from paca.training import train_settings
 from paca.training.adapter_settings import outline_config
-from paca.training.loss_scope import tokenizer_of
+from paca.training.prompt_form import choose_form, tokenizer_of, trains_everything
 from paca.training.run_config import RunConfig, load_run_config
 from paca.training.run_setting import setting_of_run
 
@@ -33,7 +33,8 @@ def target_of_run(
     sequence_length: int | None,
     batch_size: int | None,
 ) -> Target:
-    """The run that a YAML file describes. Its sequences are as long as its longest example, where that is soon found.
+    """The run that a YAML file describes. Its memory is that of its longest example and its time that of typical ones,
+    where they are soon found.
 
     Args:
         path: As for `paca train`.
@@ -51,47 +52,51 @@ def target_of_run(
     outline = outline_of(named.name, dtype, named.revision, named.trust_remote_code)
     has_eval = config.data.eval is not None
     config.train = train_settings.with_defaults(config.train, outline, has_eval=has_eval, method=config.method)
-    longest, lengths = None, None
+    longest, typical, lengths = None, None, None
+    if batch_size is not None:
+        config.train["per_device_train_batch_size"] = batch_size
     if sequence_length is not None:
         config.train["max_length"] = sequence_length
     else:
-        longest, lengths = longest_example(config)
+        longest, typical, lengths = lengths_of_examples(config)
     setting = setting_of_run(config, device, longest)
     if lengths is not None and longest is None:
         lengths = f"train.max_length: {lengths}"
     elif longest is not None and setting.sequence_length < longest:
         lengths = f"train.max_length, which cuts {lengths}"
-    if batch_size is not None:
-        setting = replace(setting, batch_size=batch_size)
-    return Target(str(path), outline, outline_config(config.method, config.adapter), setting, lengths)
+    return Target(str(path), outline, outline_config(config.method, config.adapter), setting, lengths, typical)
 
 
-def longest_example(config: RunConfig) -> tuple[int | None, str]:
-    """Tokens of the longest training example before it is cut, and where that is from, for people.
+def lengths_of_examples(config: RunConfig) -> tuple[int | None, int | None, str]:
+    """Tokens of the longest training example before it is cut, those that a batch is padded to on average once they
+    are, and where that is from, for people.
 
-    Held-out examples that are split off the training data count as well. The number is None, and the text says why,
+    Held-out examples that are split off the training data count as well. The numbers are None, and the text says why,
     where the data is not in local files, is large, or is packed.
     """
     data, train = config.data, config.train
     if train.get("packing"):
-        return None, "packed sequences are filled up"
+        return None, None, "packed sequences are filled up"
     source = Path(data.train).expanduser()
     files = [source] if source.is_file() else sorted(source.iterdir()) if source.is_dir() else []
     if not files:
-        return None, f"{data.train} is not a local file, so it was not read"
+        return None, None, f"{data.train} is not a local file, so it was not read"
     size = sum(file.stat().st_size for file in files if file.is_file())
     if size > READ_AT_MOST:
-        return None, f"{data.train} has {format_bytes(size)}, so it was not read"
+        return None, None, f"{data.train} has {format_bytes(size)}, so it was not read"
     try:
-        tokenizer = tokenizer_of(config.model, train)
-        conversational = tokenizer.chat_template is not None
-        examples = load_examples(
-            data.train, format=data.format, split=data.split, limit=data.limit, conversational=conversational
-        )
+        tokenizer = tokenizer_of(config)
+        examples = load_examples(data.train, format=data.format, split=data.split, limit=data.limit)
+        choose_form(config, examples, tokenizer)
+        options: Any = {"everything": trains_everything(config, examples)}
+        template = training_template(tokenizer)
+        most = heapq.nlargest(TOKENIZED, (dict(row) for row in examples.dataset), key=_characters)
+        longest = max(len(encode(example, tokenizer, template=template, **options).ids) for example in most)
+        batch_size = train["per_device_train_batch_size"]
+        sample = take_sample(examples, tokenizer, limit=train["max_length"], batch_size=batch_size, **options)
     except PacaError as error:
-        return None, f"the examples could not be read ({error})"
-    longest = heapq.nlargest(TOKENIZED, (dict(row) for row in examples.dataset), key=_characters)
-    return max(len(tokens_of(example, tokenizer)) for example in longest), f"the longest example of {data.train}"
+        return None, None, f"the examples could not be read ({error})"
+    return longest, round(sample.padded), f"the longest example of {data.train}"
 
 
 def _characters(example: dict[str, Any]) -> int:

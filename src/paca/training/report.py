@@ -9,6 +9,7 @@ from typing import Any
 
 from paca.messages.units import format_bytes, format_duration
 from paca.training.curves import curve, loss_curves
+from paca.training.data_preview import sample_section
 from paca.training.scores import sample_table, score_lines
 
 _STYLE = """
@@ -66,6 +67,7 @@ def write_report(path: Path, summary: dict[str, Any], rows: list[dict[str, Any]]
 <figure>{loss_curves(_points(rows, "loss"), _points(rows, "eval_loss"))}</figure>
 <div class="curves">{_small_curves(rows)}</div>
 {sample_table(summary.get("scores"))}
+{sample_section(summary["data"].get("sample"))}
 <h2>Run</h2>
 <div class="scroll"><table>{_table(summary)}</table></div>
 <h2>Settings</h2>
@@ -118,7 +120,7 @@ def _table(summary: dict[str, Any]) -> str:
     return "".join(
         f"<tr><th>{html.escape(name)}</th><td>{html.escape(_cell(value))}</td></tr>"
         for name, value in _flat(summary)
-        if name not in ("name", "config", "scores") and not name.startswith(("config.", "scores."))
+        if name not in ("name", "config", "scores") and not name.startswith(("config.", "scores.", "data.sample."))
     )
 
 

@@ -38,6 +38,7 @@ from paca.training.out_of_memory import remedies
 from paca.training.plan import Plan, PreparedRun, prepare
 from paca.training.probe import ProbeLongestBatch
 from paca.training.progress import ShowProgress
+from paca.training.prompt_form import give_form
 from paca.training.report import write_report
 from paca.training.run_config import RunConfig
 from paca.training.run_folder import RunFolder, steps_done, write_whole
@@ -104,7 +105,7 @@ def train(
         show_plan(plan, console)
         if scorer is not None and prepared.eval is not None:
             scorer.check(prepared.eval.dataset)
-        settings = plan.config.train | prepared.loss_settings
+        settings = dict(plan.config.train)
         # Not `trainer.evaluate()` before `trainer.train()`: with several processes, accelerate 1.15 takes the model as
         # prepared after that, leaves DDP away, and each process trains on its own.
         settings["eval_on_start"] = prepared.eval is not None and config.eval.before and not resume
@@ -158,6 +159,7 @@ class _Run:
         available = memory_at_hand(arguments)
         with self._busy("Loading the model ..."):
             pretrained = load_model(self.config, folder, console)
+            give_form(pretrained.tokenizer, self.config)
         self.trainer = self._make_trainer(prepared, pretrained, arguments)
         if scorer is not None and (self.trainer.is_fsdp_enabled or arguments.deepspeed):
             raise PacaError(
@@ -165,9 +167,9 @@ class _Run:
                 "give the finished run to `paca evaluate`."
             )
         self.trainer.remove_callback(PrinterCallback)
-        check_labels(self.trainer.train_dataset, prepared.train, arguments, pretrained.tokenizer)
+        check_labels(self.trainer.train_dataset, prepared.train, arguments)
         if prepared.eval is not None:
-            check_labels(self.trainer.eval_dataset, prepared.eval, arguments, pretrained.tokenizer)
+            check_labels(self.trainer.eval_dataset, prepared.eval, arguments)
         if self.main:
             for warning in (
                 memory_warning(prepared, self.trainer.train_dataset, arguments, available),

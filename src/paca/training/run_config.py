@@ -51,6 +51,9 @@ class DataSection:
     """Held-out data: a file, a hub id, a fraction (0 < x < 1) or a count (≥ 1) of ``train`` to hold out, or null."""
     format: str | None = None
     """The form of the records; found out when null."""
+    template: str | None = None
+    """The chat template: ``alpaca``, ``chatml``, ``gemma``, ``llama3``, ``zephyr``, or a Jinja file. When null, the
+    tokenizer's own; ``alpaca`` where it has none."""
     split: str = "train"
     """The split of ``train`` when that is a hub id."""
     eval_split: str = "test"
@@ -273,6 +276,8 @@ def _make_paths_absolute(config: RunConfig) -> None:
     if config.model.tokenizer is not None:
         config.model.tokenizer = _absolute_where_it_exists(config.model.tokenizer)
     config.data.train = _absolute_where_it_exists(config.data.train)
+    if config.data.template is not None and Path(config.data.template).suffix:  # a file, not a name
+        config.data.template = _absolute_where_it_exists(config.data.template)
     if isinstance(config.data.eval, str):
         config.data.eval = _absolute_where_it_exists(config.data.eval)
     config.output.dir = os.path.abspath(os.path.expanduser(config.output.dir))

@@ -78,13 +78,6 @@ def with_adapter(
         adapter = adapter_config(config.method, config.adapter)
     if adapter is None or config.train["autocast_adapter_dtype"]:
         return model, adapter
-    template = config.train.get("chat_template_path")
-    if template is not None and not Path(template).is_file():
-        raise PacaError(
-            "train.autocast_adapter_dtype: false does not go with the template of another model "
-            "(train.chat_template_path): TRL trains the tokens which that adds only in adapters that it makes itself. "
-            "Give the template as a .jinja file."
-        )
     set_seed(arguments.seed)  # as TRL does before it makes an adapter
     try:
         return get_peft_model(model, adapter, autocast_adapter_dtype=False), None

@@ -46,6 +46,8 @@ def summary_of(
             "eval": config.data.eval,
             "format": plan.data_format,
             "description": plan.data_description,
+            "template": plan.template,
+            "sample": plan.sample.as_dict(),
             "train_examples": plan.train_examples,
             "eval_examples": plan.eval_examples,
         },

@@ -28,6 +28,7 @@ OWNED = {
     "disable_tqdm": "the progress line is chosen by whether the output is a terminal",
     "model_init_kwargs": "the model is described by the section model",
     "trust_remote_code": "it is model.trust_remote_code",
+    "chat_template_path": "it is data.template: a name or a Jinja file",
     "hub_token": "a secret has no place in a config file; set the environment variable HF_TOKEN",
     "parallelism_config": "it is an object; use accelerate's own config (`accelerate launch`)",
     "local_rank": "the launcher (torchrun) sets it",
@@ -170,6 +171,8 @@ def sft_config(settings: Mapping[str, Any], checkpoints: Path) -> SFTConfig:
     if not torch.accelerator.is_available():
         # Several processes on CPUs, and bf16 there, work only when the CPU is asked for.
         settings = {**settings, "use_cpu": True}
+    # What counts in the loss is in the data's labels, made beforehand; TRL refuses to look for it once more.
+    settings = {**settings, "completion_only_loss": False, "assistant_only_loss": False}
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", category=FutureWarning, message=".*gradient_checkpointing.*")

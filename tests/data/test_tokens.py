@@ -1,4 +1,4 @@
-"""Finding the assistant's tokens in conversations whose chat template does not mark them."""
+"""Examples as tokens, and which of them count in the loss."""
 
 from __future__ import annotations
 
@@ -8,10 +8,11 @@ from typing import Any
 
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from trl import SFTConfig, SFTTrainer
 
-from paca.data import Examples, load_examples, mark_assistant_turns
-from paca.data.assistant_turns import marks_assistant_turns
+from paca.data import Examples, encode, load_examples, tokenize, training_template
+from paca.data.tokens import IGNORED
 from paca.messages.errors import PacaError
 from tiny_checkpoint import CHAT_TEMPLATE, byte_tokenizer
 
@@ -85,7 +86,7 @@ CONVERSATIONS = [
     "tokenizer", [byte_tokenizer(), merging_tokenizer(), prefixing_tokenizer()], ids=["bytes", "merges", "prefix"]
 )
 def test_the_mask_is_the_one_of_a_template_with_markers(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
-    marked = mark_assistant_turns(load(tmp_path, *CONVERSATIONS), tokenizer)
+    marked = tokenize(load(tmp_path, *CONVERSATIONS), tokenizer)
     for example in marked.dataset:
         expected = tokenizer.apply_chat_template(
             example["messages"],
@@ -94,59 +95,103 @@ def test_the_mask_is_the_one_of_a_template_with_markers(tmp_path: Path, tokenize
             return_assistant_tokens_mask=True,
         )
         assert example["input_ids"] == expected["input_ids"]
-        assert example["assistant_masks"] == expected["assistant_masks"]
+        assert [int(label != IGNORED) for label in example["labels"]] == expected["assistant_masks"]
 
 
 def test_answers_are_trained_with_their_end_of_turn_token_and_nothing_else_is(tmp_path: Path) -> None:
     tokenizer = byte_tokenizer()
-    marked = mark_assistant_turns(load(tmp_path, CONVERSATIONS[1]), tokenizer)
+    marked = tokenize(load(tmp_path, CONVERSATIONS[1]), tokenizer)
     (example,) = marked.dataset
-    trained = [token for token, bit in zip(example["input_ids"], example["assistant_masks"], strict=True) if bit]
+    trained = [label for label in example["labels"] if label != IGNORED]
     assert tokenizer.decode(trained) == " ñ 漢字 😀<|im_end|>\n\n\n  the\n<|im_end|>\n"
-    assert "found by rendering each conversation" in marked.description
 
 
 def test_a_space_that_ends_a_turn_is_trained_although_it_is_trimmed_from_the_offsets(tmp_path: Path) -> None:
     tokenizer = merging_tokenizer()
     tokenizer.chat_template = CHAT_TEMPLATE.replace("<|im_end|>\n", "<|im_end|> ")
-    (example,) = mark_assistant_turns(load(tmp_path, CONVERSATIONS[2]), tokenizer).dataset
-    trained = [token for token, bit in zip(example["input_ids"], example["assistant_masks"], strict=True) if bit]
+    (example,) = tokenize(load(tmp_path, CONVERSATIONS[2]), tokenizer).dataset
+    trained = [label for label in example["labels"] if label != IGNORED]
     assert tokenizer.decode(trained) == "a  <|im_end|> é<|im_end|> "
 
 
 def test_a_turn_that_is_rendered_differently_later_on_is_left_out_and_counted(tmp_path: Path) -> None:
     tokenizer = byte_tokenizer(FORGETFUL_TEMPLATE)
     turns = [("user", "a"), ("assistant", "hm</think>b"), ("user", "c"), ("assistant", "so</think>d")]
-    marked = mark_assistant_turns(load(tmp_path, turns), tokenizer)
+    marked = tokenize(load(tmp_path, turns), tokenizer)
     (example,) = marked.dataset
-    trained = [token for token, bit in zip(example["input_ids"], example["assistant_masks"], strict=True) if bit]
+    trained = [label for label in example["labels"] if label != IGNORED]
     assert tokenizer.decode(trained) == "so</think>d<|im_end|>\n"
     assert marked.description.endswith("1 turns left out because the template renders them differently later on")
 
 
-def test_what_trl_can_mark_by_itself_comes_back_unchanged(tmp_path: Path) -> None:
-    examples = load(tmp_path, CONVERSATIONS[0])
-    assert mark_assistant_turns(examples, byte_tokenizer(MARKED_TEMPLATE)) is examples
-    path = tmp_path / "pairs.jsonl"
-    path.write_text('{"prompt": "a", "completion": "b"}\n')
-    pairs = load_examples(str(path))
-    assert mark_assistant_turns(pairs, byte_tokenizer()) is pairs
+def test_earlier_answers_count_where_the_template_closes_the_whole_conversation(tmp_path: Path) -> None:
+    closing = "{% if not add_generation_prompt %}<|pad|>{% endif %}"
+    tokenizer = byte_tokenizer(CHAT_TEMPLATE + closing)
+    turns = [("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d")]
+    (example,) = tokenize(load(tmp_path, turns), tokenizer).dataset
+    trained = [label for label in example["labels"] if label != IGNORED]
+    assert tokenizer.decode(trained) == "b<|im_end|>\nd<|im_end|>\n<|pad|>"
 
 
-def test_a_template_that_trl_has_a_marked_version_of_is_left_to_trl() -> None:
+@pytest.mark.parametrize("name", ["qwen3", "llama3", "gemma3", "phi3"])
+def test_every_answer_of_a_template_that_trl_knows_counts_with_its_end(name: str) -> None:
+    """Among them those that drop reasoning from earlier answers, or mark none themselves."""
     import trl.chat_template_utils
 
-    known = trl.chat_template_utils.qwen3_chat_template
-    assert "{% generation" not in known
-    assert marks_assistant_turns(byte_tokenizer(known)) is True
-    assert marks_assistant_turns(byte_tokenizer(CHAT_TEMPLATE)) is False
-    assert marks_assistant_turns(byte_tokenizer(None)) is False
+    tokenizer = byte_tokenizer(getattr(trl.chat_template_utils, f"{name}_chat_template"))
+    turns = ["ask one", "reply one", "ask two", "reply two"]
+    messages = [{"role": ("user", "assistant")[n % 2], "content": text} for n, text in enumerate(turns)]
+    found = encode({"messages": messages, "origin": ""}, tokenizer, template=training_template(tokenizer))
+    trained = str(tokenizer.decode([label for label in found.labels if label != IGNORED]))
+    assert found.left_out == 0
+    assert "ask" not in trained
+    for text in ("reply one", "reply two"):
+        after = trained.split(text)[1]
+        assert after.strip().startswith(("<|im_end|>", "<|eot_id|>", "<end_of_turn>", "<|end|>"))
+
+
+def test_a_completion_of_several_messages_counts_where_the_assistant_speaks() -> None:
+    messages = [("assistant", "calls"), ("tool", "result"), ("assistant", "says")]
+    completion = [{"role": role, "content": text} for role, text in messages]
+    example = {"prompt": [{"role": "user", "content": "a"}], "completion": completion, "origin": ""}
+    tokenizer = byte_tokenizer()
+    trained = [label for label in encode(example, tokenizer).labels if label != IGNORED]
+    assert tokenizer.decode(trained) == "calls<|im_end|>\nsays<|im_end|>\n"
+    assert encode(example, tokenizer, everything=True).labels == encode(example, tokenizer).ids
+
+
+@pytest.mark.parametrize("tokenizer", [merging_tokenizer(), prefixing_tokenizer()], ids=["merges", "prefix"])
+@pytest.mark.parametrize("prompt", ["the question\n", "", "é "])
+def test_plain_text_is_tokenized_as_trl_does(tokenizer: PreTrainedTokenizerFast, prompt: str, tmp_path: Path) -> None:
+    path = tmp_path / "pairs.jsonl"
+    path.write_text(json.dumps({"prompt": prompt, "completion": "the answer"}))
+    examples = load_examples(str(path))
+    config = SFTConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False, report_to="none")
+    shape = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), **shape))
+    trainer = SFTTrainer(model=model, args=config, train_dataset=examples.dataset, processing_class=tokenizer)
+    expected: Any = trainer.train_dataset[0]
+    found = encode(examples.dataset[0], tokenizer)
+    assert (found.ids, found.labels) == (expected["input_ids"], expected["labels"])
+
+
+def test_a_tokenizer_without_offsets_finds_the_same_tokens() -> None:
+    tokenizer = merging_tokenizer()
+    turns = [{"role": role, "content": text} for role, text in CONVERSATIONS[1]]
+    examples: list[dict[str, Any]] = [{"messages": turns, "origin": ""}, {"prompt": "the ", "completion": "answer"}]
+    expected = [encode(example, tokenizer) for example in examples]
+
+    class Slow(PreTrainedTokenizerFast):
+        is_fast = False
+
+    tokenizer.__class__ = Slow
+    assert [encode(example, tokenizer) for example in examples] == expected
 
 
 @pytest.mark.parametrize(
     ("template", "turns", "expected"),
     [
-        (None, [("user", "a"), ("assistant", "b")], "no chat template"),
+        (None, [("user", "a"), ("assistant", "b")], r"line 1 holds messages.*no chat template.*data\.template"),
         (CHAT_TEMPLATE, [("assistant", "hello")], r"chat\.jsonl, line 1: no assistant turn can be found"),
         ("{{ raise_exception('roles must alternate') }}", [("user", "a"), ("assistant", "b")], "line 1.*roles must"),
     ],
@@ -155,7 +200,7 @@ def test_what_cannot_be_marked_is_an_error_that_says_why(
     tmp_path: Path, template: str | None, turns: list[tuple[str, str]], expected: str
 ) -> None:
     with pytest.raises(PacaError, match=expected):
-        mark_assistant_turns(load(tmp_path, turns), byte_tokenizer(template))
+        tokenize(load(tmp_path, turns), byte_tokenizer(template))
 
 
 def test_tools_reach_the_template(tmp_path: Path) -> None:
@@ -169,5 +214,12 @@ def test_tools_reach_the_template(tmp_path: Path) -> None:
     path = tmp_path / "tools.jsonl"
     path.write_text(json.dumps(rows[0]))
     tokenizer = byte_tokenizer(template)
-    (example,) = mark_assistant_turns(load_examples(str(path)), tokenizer).dataset
+    (example,) = tokenize(load_examples(str(path)), tokenizer).dataset
     assert tokenizer.decode(example["input_ids"]).startswith("[adder]<|im_start|>user")
+
+
+def test_text_needs_a_token_that_ends_it() -> None:
+    tokenizer = byte_tokenizer()
+    tokenizer.eos_token = None
+    with pytest.raises(PacaError, match="end-of-text"):
+        encode({"text": "a"}, tokenizer)

@@ -1,0 +1,66 @@
+"""The form of prompts: a chat template by name or from a file, and the token that ends a turn in it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import jinja2
+from transformers import PreTrainedTokenizerBase
+
+from paca.messages.errors import PacaError
+from paca.messages.nearest import did_you_mean
+
+FOLDER = Path(__file__).parent / "chat_templates"
+NAMES = tuple(sorted(file.stem for file in FOLDER.glob("*.jinja")))
+
+DEFAULT = "alpaca"
+"""For tokenizers without a template: its turns end with the end-of-text token that every model has learned."""
+
+
+def set_chat_template(tokenizer: PreTrainedTokenizerBase, template: str) -> None:
+    """Give a tokenizer a chat template, which is saved with it.
+
+    A named one begins with the token that the tokenizer itself puts before each text, if it does.
+
+    Args:
+        tokenizer: Is changed.
+        template: One of `NAMES`, or a file in Jinja.
+
+    Raises:
+        PacaError: There is no such template, it fails, or no token ends an answer in it.
+    """
+    if template in NAMES:
+        text = (FOLDER / f"{template}.jinja").read_text(encoding="utf-8")
+        bos = tokenizer.bos_token_id
+        if bos is not None and list(tokenizer("a")["input_ids"])[:1] == [bos]:
+            text = "{{- bos_token -}}\n" + text
+    elif Path(template).is_file():
+        text = Path(template).read_text(encoding="utf-8")
+    else:
+        hint = did_you_mean(template, NAMES) or f" Named ones are {', '.join(NAMES)}."
+        raise PacaError(f"data.template: there is no template and no file {template!r}.{hint}")
+    before, tokenizer.chat_template = tokenizer.chat_template, text
+    if end_of_turn(tokenizer) is None:
+        tokenizer.chat_template = before
+        raise PacaError(
+            f"data.template: in {template!r} no token of this tokenizer ends an answer, so the model would never learn "
+            f"to stop. Use one that ends answers with its end-of-text token ({tokenizer.eos_token}), such as {DEFAULT}."
+        )
+
+
+def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """The token that the chat template writes after an answer; None where it is text, or there is no template.
+
+    Raises:
+        PacaError: The template fails on a question and its answer.
+    """
+    if tokenizer.chat_template is None:
+        return None
+    turns = [{"role": "user", "content": "question"}, {"role": "assistant", "content": "answer"}]
+    try:
+        text = str(tokenizer.apply_chat_template(turns, tokenize=False))
+    except (jinja2.TemplateError, TypeError, ValueError, KeyError) as error:
+        raise PacaError(f"The chat template cannot render a question and its answer: {error}") from error
+    special = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
+    rest = tokenizer(text.rpartition("answer")[2], add_special_tokens=False)["input_ids"]
+    return next((str(tokenizer.convert_ids_to_tokens(token)) for token in rest if token in special), None)

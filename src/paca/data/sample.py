@@ -1,0 +1,131 @@
+"""What a sample of the data is to the model: lengths in tokens, the share that counts in the loss, one example."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from paca.data.examples import ORIGIN, Examples
+from paca.data.tokens import IGNORED, Tokens, encode, training_template
+
+SAMPLED = 1000
+"""Examples that are tokenized, at most."""
+_CHARACTERS = 4_000_000
+"""No further example is tokenized after so many: about a million tokens, some seconds of work."""
+_BINS = 10
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Some of the examples as tokens. Plain values, so that a summary can keep them."""
+
+    sampled: int
+    examples: int
+    """In all."""
+    shortest: int
+    """Tokens before anything is cut, as the three below."""
+    median: int
+    percentile_95: int
+    longest: int
+    cut: int
+    """How many are longer than `limit`."""
+    limit: int | None
+    """`train.max_length`."""
+    unanswered: int
+    """How many have no token that counts once they are cut."""
+    left_out: int
+    """Answers within them that do not count, as the template renders them differently later on."""
+    mean: float
+    """Tokens once they are cut."""
+    padded: float
+    """Tokens to which a batch is padded, on average."""
+    share: float
+    """Of the tokens, once they are cut, that count in the loss."""
+    histogram: list[tuple[int, int, int]]
+    """`(from, to, examples)`, both ends included."""
+    origin: str
+    """Where the example of middle length is from, and its text in pieces: whether each counts in the loss."""
+    pieces: list[tuple[str, bool]]
+
+    def as_dict(self) -> dict[str, Any]:
+        """For `summary.json`, as it is read back."""
+        return dict(json.loads(json.dumps(dataclasses.asdict(self))))
+
+
+def take_sample(
+    examples: Examples,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    everything: bool = False,
+    limit: int | None = None,
+    keep_end: bool = False,
+    batch_size: int = 1,
+) -> Sample:
+    """Tokenize a sample of the examples, the same one each time.
+
+    Args:
+        examples: Not tokenized.
+        tokenizer: Of the model.
+        everything: As `encode` takes it.
+        limit: Tokens at which an example is cut.
+        keep_end: Whether its end is what stays.
+        batch_size: Examples that are padded to the longest of them.
+
+    Raises:
+        PacaError: As `encode`.
+    """
+    count = len(examples.dataset)
+    order = range(count) if count <= SAMPLED else np.random.default_rng(0).permutation(count)[:SAMPLED]
+    template, found, origins, characters = training_template(tokenizer), [], [], 0
+    for example in examples.dataset.select(order):
+        found.append(encode(example, tokenizer, everything=everything, template=template))
+        origins.append(str(example[ORIGIN]))
+        characters += sum(len(str(value)) for value in example.values())
+        if characters > _CHARACTERS:
+            break
+    lengths = np.array([len(tokens.ids) for tokens in found])
+    kept = np.sort(lengths if limit is None else np.minimum(lengths, limit))
+    stays = slice(None) if limit is None else slice(-limit, None) if keep_end else slice(limit)
+    counted = [sum(label != IGNORED for label in tokens.labels[stays][1:]) for tokens in found]
+    middle = int(np.argsort(lengths, kind="stable")[len(lengths) // 2])
+    shares = (np.arange(len(kept) + 1) / len(kept)) ** batch_size  # of batches whose longest is among the first n
+    edges = np.unique(np.linspace(lengths.min(), lengths.max() + 1, _BINS + 1).astype(int))
+    return Sample(
+        sampled=len(found),
+        examples=count,
+        shortest=int(lengths.min()),
+        median=int(np.median(lengths)),
+        percentile_95=int(np.percentile(lengths, 95)),
+        longest=int(lengths.max()),
+        cut=0 if limit is None else int((lengths > limit).sum()),
+        limit=limit,
+        unanswered=counted.count(0),
+        left_out=sum(tokens.left_out for tokens in found),
+        mean=float(kept.mean()),
+        padded=float((kept * np.diff(shares)).sum()),
+        share=sum(counted) / int(kept.sum()),
+        histogram=[
+            (int(start), int(end) - 1, int(((lengths >= start) & (lengths < end)).sum()))
+            for start, end in itertools.pairwise(edges)
+        ],
+        origin=origins[middle],
+        pieces=_pieces(found[middle], tokenizer),
+    )
+
+
+def _pieces(tokens: Tokens, tokenizer: PreTrainedTokenizerBase) -> list[tuple[str, bool]]:
+    counts = [label != IGNORED for label in tokens.labels]
+    ends = [index + 1 for index in range(len(counts)) if counts[index : index + 1] != counts[index + 1 : index + 2]]
+    pieces, shown = [], 0
+    for end in ends:
+        # The beginning each time: decoded alone, a piece would lose the space before its first word.
+        text = str(tokenizer.decode(tokens.ids[:end], clean_up_tokenization_spaces=False))
+        pieces.append((text[shown:], counts[end - 1]))
+        shown = len(text)
+    return pieces

@@ -1,0 +1,84 @@
+"""A sample of the training data, for people: one example as the model reads it, and how long examples are."""
+
+from __future__ import annotations
+
+import html
+from typing import Any
+
+from rich.console import Console
+from rich.text import Text
+
+from paca.data.sample import Sample
+from paca.messages.say import say
+
+_LONGEST_PIECE = 800
+"""Characters of a piece of the example that are shown: its beginning and its end."""
+_BAR = 32
+
+
+def show_sample(sample: Sample, console: Console) -> None:
+    """Print it. What the loss falls on is green where there are colours, else in brackets."""
+    colours = console.color_system is not None
+    marked = "green" if colours else "in ⟦ ⟧"
+    say(console, f"\nAn example of middle length ({sample.origin}); what the loss falls on is {marked}:\n")
+    text = Text()
+    for piece, counts in sample.pieces:
+        piece = _shortened(piece).replace("\x1b", "␛")
+        if counts and not colours:
+            piece = f"⟦{piece}⟧"
+        text.append(piece, style="green" if counts else None)
+    console.print(text, soft_wrap=True, highlight=False)
+    say(console, "")
+    for line in length_lines(sample):
+        say(console, line)
+
+
+def length_lines(sample: Sample) -> list[str]:
+    """The lengths in words, and as bars."""
+    which = "all" if sample.sampled == sample.examples else f"a sample of {sample.sampled:,} of the"
+    lines = [
+        f"Tokens of {which} {sample.examples:,} training examples: at least {sample.shortest:,}, median "
+        f"{sample.median:,}, 95 % up to {sample.percentile_95:,}, at most {sample.longest:,}.",
+        f"The loss falls on {100 * sample.share:.0f} % of them.",
+    ]
+    if sample.limit is not None:
+        share = f" ({100 * sample.cut / sample.sampled:.1f} %)" if sample.cut else ""
+        lines[1] += f" train.max_length = {sample.limit:,} cuts {sample.cut:,} of these examples{share}."
+    if sample.unanswered:
+        lines[1] += f" Nothing of the answer is left in {sample.unanswered:,}: a run refuses those."
+    if sample.left_out:
+        lines[1] += f" {sample.left_out:,} answers do not count: the template renders them differently later on."
+    wide = max(len(f"{end:,}") for _, end, _ in sample.histogram)
+    most = max(count for _, _, count in sample.histogram)
+    for start, end, count in sample.histogram:
+        bar = "█" * round(_BAR * count / most) or ("▏" if count else "")
+        lines.append(f"{start:>{wide},} – {end:>{wide},}  {bar:<{_BAR}} {count:,}")
+    return lines
+
+
+def sample_section(values: dict[str, Any] | None) -> str:
+    """A part of an HTML page; empty without a sample.
+
+    Args:
+        values: Of `Sample.as_dict`, perhaps read from a file.
+    """
+    if values is None:
+        return ""
+    sample = Sample(**values)
+    text = "".join(
+        f"<mark>{html.escape(_shortened(piece))}</mark>" if counts else html.escape(_shortened(piece))
+        for piece, counts in sample.pieces
+    )
+    return (
+        "<h2>Data</h2>\n<style>mark { color: inherit; background: #2e9e5b55; }</style>\n"
+        f'<p class="sub">An example of middle length ({html.escape(sample.origin)}) as the model reads it; the loss '
+        f"falls on what is <mark>marked</mark>.</p>\n<pre>{text}</pre>\n"
+        f"<pre>{html.escape(chr(10).join(length_lines(sample)))}</pre>"
+    )
+
+
+def _shortened(piece: str) -> str:
+    if len(piece) <= _LONGEST_PIECE:
+        return piece
+    left_out = len(piece) - _LONGEST_PIECE
+    return f"{piece[: _LONGEST_PIECE // 2]} … {left_out:,} characters … {piece[-_LONGEST_PIECE // 2 :]}"

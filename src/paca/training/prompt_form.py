@@ -1,0 +1,91 @@
+"""The form in which a run's model reads its data: the chat template, and the token that ends an answer."""
+
+from __future__ import annotations
+
+from transformers import PreTrainedTokenizerBase
+
+from paca.data import Examples, end_of_turn, set_chat_template
+from paca.data.chat_template import DEFAULT, NAMES
+from paca.messages.errors import PacaError
+from paca.pretrained import load_tokenizer
+from paca.training.run_config import RunConfig
+
+
+def tokenizer_of(config: RunConfig) -> PreTrainedTokenizerBase:
+    """The tokenizer of a run, in the form that its config names.
+
+    Raises:
+        PacaError: It can't be read, or is none for this form.
+    """
+    model = config.model
+    if model.tokenizer is not None:
+        tokenizer = load_tokenizer(model.tokenizer, trust_remote_code=model.trust_remote_code)
+    else:
+        tokenizer = load_tokenizer(model.name, model.revision, model.trust_remote_code)
+    give_form(tokenizer, config)
+    return tokenizer
+
+
+def give_form(tokenizer: PreTrainedTokenizerBase, config: RunConfig) -> None:
+    """Give a tokenizer the template and the end-of-text token that the config names, which are saved with it.
+
+    Raises:
+        PacaError: There is no such template or token.
+    """
+    end = config.train.get("eos_token")
+    if end is not None and end not in tokenizer.get_vocab():
+        raise PacaError(f"train.eos_token is {end!r}, which is no token of this tokenizer. Name one that it has.")
+    tokenizer.eos_token = end or tokenizer.eos_token
+    if config.data.template is not None:
+        set_chat_template(tokenizer, config.data.template)
+
+
+def choose_form(config: RunConfig, train: Examples, tokenizer: PreTrainedTokenizerBase) -> str:
+    """Decide what the config leaves open, and write it there: `data.template`, `train.eos_token`.
+
+    Args:
+        config: Of the run.
+        train: The training data.
+        tokenizer: From `tokenizer_of`; gets what is decided.
+
+    Returns:
+        The form in words, and why.
+
+    Raises:
+        PacaError: The data has no place for the template that the config names.
+    """
+    asked = config.data.template
+    if not train.is_conversational:
+        if asked is not None:
+            raise PacaError(
+                f"data.template renders messages, but {train.source} holds plain text (form {train.format}), which is "
+                "trained as it stands. Leave data.template out, or name the columns question and answer."
+            )
+        return "none: the texts are trained as they stand, and the end-of-text token after each"
+    words = "the tokenizer's own" if asked is None else f"{asked} (data.template)"
+    if tokenizer.chat_template is None:
+        others = ", ".join(name for name in NAMES if name != DEFAULT)
+        words = f"{DEFAULT}, as the tokenizer has none; data.template names another ({others}, or a Jinja file)"
+        config.data.template = DEFAULT
+        set_chat_template(tokenizer, DEFAULT)
+    end = end_of_turn(tokenizer)
+    if end is None:
+        return f"{words}; no token ends an answer in it, so the model may not learn to stop"
+    if end != tokenizer.eos_token and "eos_token" not in config.train:
+        # TRL adds it to what ends a generation, and it is saved as the tokenizer's.
+        config.train["eos_token"] = tokenizer.eos_token = end
+    return f"{words}; {end} ends an answer"
+
+
+def trains_everything(config: RunConfig, train: Examples) -> bool:
+    """Whether the loss falls on every token, because the user asks for it or the data has no answers apart."""
+    columns = train.dataset.column_names
+    deciding = "assistant_only_loss" if "messages" in columns else "completion_only_loss"
+    return "text" in columns or config.train.get(deciding) is False
+
+
+def describe_loss(config: RunConfig, train: Examples) -> str:
+    """Which tokens count in the loss, in words."""
+    if trains_everything(config, train):
+        return "every token"
+    return "the assistant's turns" if "messages" in train.dataset.column_names else "the completions"

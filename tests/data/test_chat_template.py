@@ -1,0 +1,97 @@
+"""The named chat templates, as `apply_chat_template` renders them, and the tokens that end answers in them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from tokenizers import processors
+
+from paca.data import end_of_turn, set_chat_template
+from paca.data.chat_template import DEFAULT, NAMES
+from paca.messages.errors import PacaError
+from tiny_checkpoint import byte_tokenizer
+
+TURNS = [
+    {"role": "system", "content": "Be brief."},
+    {"role": "user", "content": "2+2?"},
+    {"role": "assistant", "content": "4"},
+    {"role": "user", "content": "Sure?"},
+]
+RENDERED = {
+    "alpaca": (
+        "Be brief.\n\n### Instruction:\n2+2?\n\n### Response:\n4</s>\n\n### Instruction:\nSure?\n\n",
+        "### Response:\n",
+    ),
+    "chatml": (
+        "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\n2+2?<|im_end|>\n<|im_start|>assistant\n"
+        "4<|im_end|>\n<|im_start|>user\nSure?<|im_end|>\n",
+        "<|im_start|>assistant\n",
+    ),
+    "gemma": (
+        "<start_of_turn>user\nBe brief.\n\n2+2?<end_of_turn>\n<start_of_turn>model\n4<end_of_turn>\n"
+        "<start_of_turn>user\nSure?<end_of_turn>\n",
+        "<start_of_turn>model\n",
+    ),
+    "llama3": (
+        "<|start_header_id|>system<|end_header_id|>\n\nBe brief.<|eot_id|><|start_header_id|>user<|end_header_id|>\n\n"
+        "2+2?<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n4<|eot_id|>"
+        "<|start_header_id|>user<|end_header_id|>\n\nSure?<|eot_id|>",
+        "<|start_header_id|>assistant<|end_header_id|>\n\n",
+    ),
+    "zephyr": (
+        "<|system|>\nBe brief.</s>\n<|user|>\n2+2?</s>\n<|assistant|>\n4</s>\n<|user|>\nSure?</s>\n",
+        "<|assistant|>\n",
+    ),
+}
+ENDS = {"alpaca": "</s>", "chatml": "<|im_end|>", "gemma": "<end_of_turn>", "llama3": "<|eot_id|>", "zephyr": "</s>"}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_named_template_renders_a_conversation(name: str) -> None:
+    tokenizer = byte_tokenizer(None)
+    tokenizer.add_special_tokens({"eos_token": "</s>", "additional_special_tokens": sorted(set(ENDS.values()))})
+    set_chat_template(tokenizer, name)
+    conversation, opening = RENDERED[name]
+    assert tokenizer.apply_chat_template(TURNS, tokenize=False) == conversation
+    assert tokenizer.apply_chat_template(TURNS, tokenize=False, add_generation_prompt=True) == conversation + opening
+    assert end_of_turn(tokenizer) == ENDS[name]
+    answered = tokenizer.apply_chat_template([*TURNS, {"role": "assistant", "content": "Yes."}], tokenize=False)
+    assert answered.startswith(conversation + opening + "Yes." + ENDS[name])
+
+
+def test_a_template_begins_with_the_token_that_the_tokenizer_puts_before_a_text(tmp_path: Path) -> None:
+    tokenizer = byte_tokenizer(None)
+    set_chat_template(tokenizer, "chatml")
+    assert "bos_token" not in str(tokenizer.chat_template)
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<|im_start|> $A", special_tokens=[("<|im_start|>", tokenizer.bos_token_id)]
+    )
+    set_chat_template(tokenizer, DEFAULT)
+    ids = tokenizer.apply_chat_template(TURNS[1:2], return_dict=True)["input_ids"]
+    assert tokenizer.decode(ids) == "<|im_start|>### Instruction:\n2+2?\n\n"
+    file = tmp_path / "own.jinja"
+    file.write_text("{% for m in messages %}{{ m['content'] + eos_token }}{% endfor %}")
+    set_chat_template(tokenizer, str(file))
+    assert tokenizer.chat_template == file.read_text()
+
+
+@pytest.mark.parametrize("name", ["alpaca", "gemma", "zephyr"])
+def test_a_role_that_a_template_has_no_place_for_is_refused(name: str) -> None:
+    tokenizer = byte_tokenizer(None)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<end_of_turn>"]})
+    set_chat_template(tokenizer, name)
+    with pytest.raises(Exception, match=f"{name} has no place for a message of tool"):
+        tokenizer.apply_chat_template([{"role": "tool", "content": "x"}], tokenize=False)
+
+
+def test_a_template_whose_end_is_no_token_is_refused_and_the_old_one_stays(tmp_path: Path) -> None:
+    tokenizer = byte_tokenizer()
+    before = tokenizer.chat_template
+    with pytest.raises(PacaError, match=r"in 'llama3' no token of this tokenizer ends an answer"):
+        set_chat_template(tokenizer, "llama3")
+    assert tokenizer.chat_template == before
+    file = tmp_path / "broken.jinja"
+    file.write_text("{% for m in messages %}{{ m[")
+    with pytest.raises(PacaError, match="cannot render a question and its answer"):
+        set_chat_template(tokenizer, str(file))

@@ -1,0 +1,170 @@
+"""The form of prompts, from the YAML through a run to chatting, merging and exporting."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from cli.paca_process import forked_paca
+from paca.data import end_of_turn
+from paca.messages.errors import PacaError
+from paca.pretrained.generation import load_for_generation, stream_reply
+from paca.training import load_run_config, train
+from paca.training.plan import Plan, describe
+
+RECORD = {"instruction": "What does the cat do?", "input": "", "output": "It sleeps on a tree."}
+CONFIG = """\
+model:
+  name: {folder}/model
+data:
+  train: {folder}/alpaca.jsonl
+paca:
+  r: 64
+  paca_alpha: 64
+train:
+  max_steps: 60
+  per_device_train_batch_size: 1
+  gradient_accumulation_steps: 1
+  learning_rate: 5e-3
+  lr_scheduler_type: constant
+  max_length: 128
+output:
+  dir: {folder}/run
+"""
+
+
+def save_model(folder: Path, *special: str) -> None:
+    """A random Llama, and a byte-level tokenizer without a chat template, trained on the record."""
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=300, special_tokens=["<s>", "</s>", *special], initial_alphabet=alphabet, show_progress=False
+    )
+    backend.train_from_iterator([*RECORD.values()] * 3, trainer)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>")
+    tokenizer.save_pretrained(folder)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=256,
+        initializer_range=0.1,
+        bos_token_id=0,
+        eos_token_id=1,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+
+
+@pytest.fixture(scope="module")
+def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("form")
+    save_model(folder / "model", "<|im_start|>", "<|im_end|>")
+    (folder / "alpaca.jsonl").write_text(json.dumps(RECORD) + "\n")
+    (folder / "config.yaml").write_text(CONFIG.format(folder=folder))
+    return folder
+
+
+def plan_of(workspace: Path, *overrides: str) -> Plan:
+    return describe(load_run_config(workspace / "config.yaml", overrides))
+
+
+@pytest.fixture(scope="module")
+def run(workspace: Path) -> Path:
+    train(load_run_config(workspace / "config.yaml"), console=Console(quiet=True))
+    return workspace / "run"
+
+
+@pytest.fixture(scope="module")
+def chatml_run(workspace: Path) -> Path:
+    overrides = [f"output.dir={workspace / 'chatml'}", "data.template=chatml"]
+    train(load_run_config(workspace / "config.yaml", overrides), console=Console(quiet=True))
+    return workspace / "chatml"
+
+
+@pytest.mark.parametrize("name", ["run", "chatml_run"])
+def test_a_model_without_a_template_learns_an_answer_that_chat_gives_and_stops(
+    name: str, request: pytest.FixtureRequest
+) -> None:
+    folder = request.getfixturevalue(name)
+    done = forked_paca("chat", folder, "--prompt", RECORD["instruction"], "--max-new-tokens", 100)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == RECORD["output"] + "\n"
+    assert done.stderr == ""
+
+
+@pytest.mark.parametrize(("name", "end"), [("run", "</s>"), ("chatml_run", "<|im_end|>")])
+def test_template_and_end_of_turn_come_out_of_merge_and_export(
+    name: str, end: str, request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    folder = request.getfixturevalue(name)
+    saved = AutoTokenizer.from_pretrained(folder / "adapter")
+    assert (saved.eos_token, end_of_turn(saved)) == (end, end)
+    for form in ("merged", "lora", "peft"):
+        done = forked_paca("export", folder, "--to", form, "--output", tmp_path / form)
+        assert done.returncode == 0, done.stderr
+        found = AutoTokenizer.from_pretrained(tmp_path / form)
+        assert (found.chat_template, found.eos_token) == (saved.chat_template, end)
+    assert saved.eos_token_id in GenerationConfig.from_pretrained(tmp_path / "merged").eos_token_id
+    merged = load_for_generation(tmp_path / "merged")
+    question: dict[str, Any] = {"role": "user", "content": RECORD["instruction"]}
+    assert "".join(stream_reply(merged, [question], max_new_tokens=100)) == RECORD["output"]
+
+
+def test_the_plan_says_which_template_and_why(workspace: Path, tmp_path: Path) -> None:
+    plan = plan_of(workspace)
+    assert plan.template.startswith("alpaca, as the tokenizer has none; data.template names another (chatml, ")
+    assert plan.template.endswith("</s> ends an answer")
+    assert plan.config.data.template == "alpaca"
+    assert "eos_token" not in plan.config.train
+    chatml = plan_of(workspace, "data.template=chatml")
+    assert chatml.template == "chatml (data.template); <|im_end|> ends an answer"
+    assert chatml.config.train["eos_token"] == "<|im_end|>"
+    file = tmp_path / "own.jinja"
+    file.write_text("{% for m in messages %}{{ m['content'] }}{{ eos_token }}{% endfor %}")
+    assert plan_of(workspace, f"data.template={file}").template == f"{file} (data.template); </s> ends an answer"
+
+
+def test_text_is_trained_as_it_stands_and_has_no_place_for_a_template(workspace: Path, tmp_path: Path) -> None:
+    file = tmp_path / "pairs.jsonl"
+    file.write_text('{"prompt": "2+2=", "completion": "4"}\n')
+    plan = plan_of(workspace, f"data.train={file}")
+    assert plan.template.startswith("none: ")
+    assert plan.config.data.template is None
+    with pytest.raises(PacaError, match=r"pairs\.jsonl holds plain text .*Leave data\.template out"):
+        plan_of(workspace, f"data.train={file}", "data.template=chatml")
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("data.template=alpacca", r"no template and no file 'alpacca'\. Did you mean 'alpaca'\?"),
+        ("data.template=missing.jinja", r"no file 'missing\.jinja'\. Named ones are alpaca, chatml"),
+        ("data.template=llama3", r"in 'llama3' no token of this tokenizer ends an answer.*such as alpaca"),
+        ("train.eos_token=<end>", r"train\.eos_token is '<end>', which is no token"),
+        ("train.chat_template_path=x.jinja", r"can't be set here: it is data\.template"),
+    ],
+)
+def test_a_form_that_cannot_work_is_refused(workspace: Path, override: str, message: str) -> None:
+    with pytest.raises(PacaError, match=message):
+        plan_of(workspace, override)
+
+
+def test_chat_says_that_an_adapters_form_is_unknown(run: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "adapter"
+    folder.mkdir()
+    for file in ("adapter_config.json", "adapter_model.safetensors"):
+        (folder / file).write_bytes((run / "adapter" / file).read_bytes())
+    done = forked_paca("chat", folder, "--prompt", "a", "--max-new-tokens", 1)
+    assert done.returncode == 0, done.stderr
+    assert "In which form this adapter was trained is unknown: no chat template" in done.stderr
+    assert "continues each text as it stands" in done.stderr
