@@ -9,7 +9,7 @@ from typing import Any
 import pandas as pd
 
 from paca.bench.report import METRICS, by_setting, ratios_to
-from paca.bench.statistics import spread
+from paca.bench.rows import spread
 
 _FAMILIES = (("frozen", "#8a8f98"), ("full", "#5b5f66"), ("qpaca", "#0b7a75"), ("paca", "#12908a"))
 _OTHERS = "#d9822b"

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
-from paca.bench.statistics import round_ratios, spread
+from paca.bench.rows import round_ratios, spread
+from paca.messages.errors import PacaError
 from paca.messages.units import format_bytes
 
+BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
 SETTING = (
     *("model", "scope", "loss", "dtype", "layers", "hidden", "vocab", "image_size", "rank", "optimizer"),
     *("device", "machine", "threads"),
@@ -225,3 +228,18 @@ def _step_budget(group: pd.DataFrame, title: str, prefix: str) -> str:
 def _markdown(header: Sequence[str], lines: Iterable[Sequence[str]]) -> list[str]:
     rule = ["---", *["---:"] * (len(header) - 1)]
     return ["| " + " | ".join(cells) + " |" for cells in (header, rule, *lines)]
+
+
+def replace_block(path: Path, content: str) -> None:
+    """Put `content` between the markers of the file.
+
+    Raises:
+        PacaError: The file is missing, or doesn't have each marker once and in order.
+    """
+    if not path.is_file():
+        raise PacaError(f"There is no file {str(path)!r} to put the table into.")
+    text = path.read_text(encoding="utf-8")
+    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
+        raise PacaError(f"{str(path)!r} needs one line {BEGIN} and, below it, one line {END}: the table goes between.")
+    head, tail = text[: text.index(BEGIN) + len(BEGIN)], text[text.index(END) :]
+    path.write_text(f"{head}\n{content.strip()}\n{tail}", encoding="utf-8")

@@ -14,7 +14,7 @@ from torch import nn
 
 from paca.messages.errors import PacaError
 from paca.planning.live_memory import LiveMemory
-from paca.pretrained.quantizing import require_bitsandbytes
+from paca.pretrained.quantizing import quantized_linear, require_bitsandbytes
 from paca.quantized import quantization_of
 
 ROWS = (128, 512, 2048, 8192)
@@ -140,7 +140,8 @@ def measure_dequantize_rate(
     """
     require_bitsandbytes(quantization)
     features = min(features, LARGEST_UNPACKED)
-    layer = _layer(device, dtype, features, quantization)
+    linear = nn.Linear(features, features, bias=False, dtype=dtype, device=device)
+    layer = quantized_linear(linear, quantization)
     kind = quantization_of(layer)
     assert kind is not None
     positions = torch.zeros(1, dtype=torch.int64, device=device)
@@ -154,19 +155,3 @@ def measure_dequantize_rate(
             unpack()
         rate = memory.dequantized / shortest_time(unpack, device, seconds)
     return DequantizeRate(rate, f"measured on {device_name(device)} with {quantization}")
-
-
-def _layer(device: str, dtype: torch.dtype, features: int, quantization: str) -> nn.Module:
-    import bitsandbytes
-
-    weight = torch.randn(features, features, dtype=dtype)
-    layer: Any
-    if quantization == "int8":
-        layer = bitsandbytes.nn.Linear8bitLt(features, features, bias=False, has_fp16_weights=False)
-        layer.weight = bitsandbytes.nn.Int8Params(weight, requires_grad=False, has_fp16_weights=False)
-    else:
-        kind, _, once = quantization.partition(" without ")
-        options: dict[str, Any] = {"compress_statistics": not once, "quant_type": kind}
-        layer = bitsandbytes.nn.Linear4bit(features, features, bias=False, device="meta", **options)
-        layer.weight = bitsandbytes.nn.Params4bit(weight, requires_grad=False, module=layer, **options)
-    return layer.to(device)  # the move quantizes

@@ -6,6 +6,7 @@ import importlib.util
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import BitsAndBytesConfig, PreTrainedConfig, PreTrainedModel
 
 from paca.messages.errors import PacaError
@@ -71,6 +72,31 @@ def require_bitsandbytes(what: str) -> None:
     """
     if importlib.util.find_spec("bitsandbytes") is None:
         raise PacaError(f"{what}: quantized weights need bitsandbytes: pip install 'paca-tuning[bitsandbytes]'.")
+
+
+def quantized_linear(linear: Any, quantization: str) -> nn.Module:
+    """A layer of bitsandbytes with the weight of `linear`, on its device.
+
+    Args:
+        linear: An `nn.Linear`.
+        quantization: `"int8"`, or `"nf4"` or `"fp4"`, which may have `" without double quantization"` behind it.
+    """
+    from bitsandbytes import nn as bnb
+
+    weight, bias = linear.weight, linear.bias
+    sizes: Any = (*reversed(weight.shape), bias is not None)
+    layer: Any
+    if quantization == "int8":
+        layer = bnb.Linear8bitLt(*sizes, has_fp16_weights=False)
+        layer.weight = bnb.Int8Params(weight.data, requires_grad=False, has_fp16_weights=False)
+    else:
+        kind, _, once = quantization.partition(" without ")
+        options: Any = {"compress_statistics": not once, "quant_type": kind}
+        layer = bnb.Linear4bit(*sizes, compute_dtype=weight.dtype, device="meta", **options)
+        layer.weight = bnb.Params4bit(weight.data, requires_grad=False, module=layer, **options)
+    if bias is not None:
+        layer.bias = nn.Parameter(bias.data, requires_grad=False)
+    return layer.to(weight.device)  # the move quantizes
 
 
 def device_map() -> dict[str, torch.device | str]:
