@@ -21,7 +21,7 @@ RESIDUAL = "residual stream"
 _ACTIVATION_FILES = (nn.SiLU.__module__, transformers.activations.__name__)
 
 
-def own_kind(module: nn.Module) -> str | None:
+def _own_kind(module: nn.Module) -> str | None:
     """The kind that the module's class speaks for; None if only what it is in can tell."""
     name = type(module).__name__.lower()
     if isinstance(module, (BaseTunerLayer, nn.Linear, Conv1D)):
@@ -43,8 +43,7 @@ class ModuleStack:
 
     def kind(self) -> str:
         """The kind of the innermost running module that has one."""
-        kinds = (own_kind(module) for module in reversed(self.running))
-        return next((kind for kind in kinds if kind is not None), RESIDUAL)
+        return next(filter(None, map(_own_kind, reversed(self.running))), RESIDUAL)
 
     @contextmanager
     def following(self, after: Callable[[nn.Module, Any], None]) -> Iterator[None]:

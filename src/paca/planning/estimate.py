@@ -49,7 +49,6 @@ class MemoryEstimate:
 
     @property
     def total(self) -> int:
-        """Peak memory in bytes."""
         return sum(self.parts.values())
 
     @property
@@ -73,13 +72,13 @@ def prepare_model(
     """The model to plan for, on the meta device.
 
     Args:
-        model: a hub id or folder, a configuration, or a model on the meta device; a model stays as it is.
-        adapter: the adapter to put in. Without it the model is trained as it comes: all of it, or its own adapters.
-        quantization: of its linear layers, before the adapter is put in; see `Setting.quantization`. A checkpoint that
+        model: A hub id or folder, a configuration, or a model on the meta device; a model stays as it is.
+        adapter: The adapter to put in. Without it the model is trained as it comes: all of it, or its own adapters.
+        quantization: Of its linear layers, before the adapter is put in; see `Setting.quantization`. A checkpoint that
             is quantized by bitsandbytes is planned so by itself.
 
     Raises:
-        PacaError: the model has weights, can't be found, can't be quantized, or the adapter does not fit it.
+        PacaError: The model has weights, can't be found, can't be quantized, or the adapter does not fit it.
     """
     made = _quantized(_on_meta(model), quantization, model)
     if adapter is None:
@@ -134,17 +133,12 @@ def _on_meta(model: str | PreTrainedConfig | PlannedModel) -> PlannedModel:
 def estimate(
     model: str | PreTrainedConfig | PlannedModel, setting: Setting, adapter: PeftConfig | None = None
 ) -> MemoryEstimate:
-    """What a training step of `model` takes under `setting`.
+    """What a training step of `model` takes under `setting`, once `adapter` is in it; `model` as in `prepare_model`.
 
     The forward and backward pass are run on tensors without values; see `paca.planning.simulated_step`.
 
-    Args:
-        model: what is trained, as in :func:`prepare_model`.
-        setting: how.
-        adapter: put into the model first.
-
     Raises:
-        PacaError: the model can't be found, planned, or made lean.
+        PacaError: The model can't be found, planned, or made lean.
     """
     prepared = prepare_model(model, adapter, setting.quantization)
     root = prepared.get_base_model() if isinstance(prepared, PeftModel) else prepared
@@ -156,7 +150,8 @@ def estimate(
     parameters = {id(p): p for p in root.parameters()}.values()
     unpacked = unpacked_numel(root)
     trainable = sum(p.numel() for p in parameters if p.requires_grad)
-    added = sum(p.numel() for name, p in root.named_parameters() if _belongs_to_adapter(prepared, name))
+    marks = (getattr(prepared.base_model, "prefix", ""), ".modules_to_save.") if isinstance(prepared, PeftModel) else ()
+    added = sum(p.numel() for name, p in root.named_parameters() if any(mark in name for mark in marks))
     return MemoryEstimate(
         setting=setting,
         parameters=sum(unpacked.get(id(p), p.numel()) for p in parameters) - added,
@@ -194,9 +189,3 @@ def _simulate_blocks(
     block_list = small.get_submodule(blocks.path)
     assert isinstance(block_list, nn.ModuleList)
     return simulate(small, setting, blocks.owner(small), block_list[-2] if len(block_list) > 1 else None)
-
-
-def _belongs_to_adapter(model: PlannedModel, name: str) -> bool:
-    if not isinstance(model, PeftModel):
-        return False
-    return getattr(model.base_model, "prefix", "") in name or ".modules_to_save." in name

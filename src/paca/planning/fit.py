@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from peft import PeftConfig
@@ -32,7 +32,6 @@ class Candidate:
 
     @property
     def setting(self) -> Setting:
-        """Its setting."""
         return self.estimate.setting
 
 
@@ -77,20 +76,20 @@ def fit(
     fits among the divisors of `global_batch`; the rest of it is gradient accumulation.
 
     Args:
-        model: as in :func:`paca.planning.estimate`.
-        base: what is not searched: sequence length, padding, autocast, optimizer, device, and the loss.
-        memory: the budget in bytes, the framework's overhead included.
-        global_batch: sequences per optimizer step.
-        adapter: put into the model first.
-        rate: of the device's matrix products; without it every batch size is taken to run at the same rate.
-        dequantize: how fast it unpacks quantized weights; without it that is left out of the times.
-        any_loss: also choose between the chunked and the full loss.
-        quantizations: ways to keep the weights (see `Setting.quantization`), the preferred one first: a later one is
+        model: As in `paca.planning.estimate`.
+        base: What is not searched: sequence length, padding, autocast, optimizer, device, and the loss.
+        memory: The budget in bytes, the framework's overhead included.
+        global_batch: Sequences per optimizer step.
+        adapter: Put into the model first.
+        rate: Of the device's matrix products; without it every batch size is taken to run at the same rate.
+        dequantize: How fast it unpacks quantized weights; without it that is left out of the times.
+        any_loss: Also choose between the chunked and the full loss.
+        quantizations: Ways to keep the weights (see `Setting.quantization`), the preferred one first: a later one is
             chosen only where none before it fits. Without them, that of `base`.
-        fastest_weights: choose the fastest of them instead.
+        fastest_weights: Choose the fastest of them instead.
 
     Raises:
-        PacaError: nothing fits, or the model can't be planned.
+        PacaError: Nothing fits, or the model can't be planned.
     """
     if global_batch < 1:
         raise PacaError(f"The global batch is {global_batch} sequences; it must be 1 or more.")
@@ -119,37 +118,27 @@ def fit(
 
 
 def step_seconds(estimate_: MemoryEstimate, rate: MatmulRate, dequantize: DequantizeRate | None = None) -> float:
-    """Least time of one optimizer step in seconds: its matrix products and attention, and the unpacking of weights.
-
-    Args:
-        estimate_: of the step.
-        rate: of matrix products and attention.
-        dequantize: of unpacking quantized weights, which is left out without it.
-    """
+    """Least time of one optimizer step in seconds: its matrix products and attention, and the unpacking of weights."""
     unpacking = 0.0 if dequantize is None else estimate_.dequantized / dequantize.bytes_per_second
     return estimate_.flops / rate.at(estimate_.setting.tokens_per_pass) + unpacking
 
 
+@dataclass(frozen=True)
 class _Search:
     """For the techniques and the batch, with the weights as they are."""
 
-    def __init__(
-        self, memory: int, global_batch: int, rate: MatmulRate, dequantize: DequantizeRate | None, any_loss: bool
-    ) -> None:
-        self.memory = memory
-        self.global_batch = global_batch
-        self.rate = rate
-        self.dequantize = dequantize
-        self.any_loss = any_loss
-        self.refused: list[str] = []
+    memory: int
+    global_batch: int
+    rate: MatmulRate
+    dequantize: DequantizeRate | None
+    any_loss: bool
+    refused: list[str] = field(default_factory=list)
 
     def refuse(self, error: PacaError) -> None:
-        """Note once that something is not possible."""
         if str(error) not in self.refused:
             self.refused.append(str(error))
 
     def candidates(self, model: PlannedModel, base: Setting) -> list[Candidate]:
-        """One for each choice of techniques, best first."""
         candidates: list[Candidate] = []
         for choice in _choices(base, self.any_loss):
             try:
@@ -160,9 +149,8 @@ class _Search:
                 self.refuse(error)
                 continue
             candidates.append(candidate)
-            if _fixed(candidate.estimate) > self.memory:
-                break  # no technique changes that
-            if _at_its_fastest(candidate, self.global_batch):
+            # No technique makes weights and framework smaller, or this one faster.
+            if _fixed(candidate.estimate) > self.memory or _at_its_fastest(candidate, self.global_batch):
                 break
         return sorted(candidates, key=lambda candidate: (not candidate.fits, candidate.seconds))
 
@@ -225,17 +213,17 @@ def _weights_reason(candidates: Sequence[Candidate]) -> str:
     )
 
 
-_LEAN: tuple[tuple[bool, Literal["mlp"] | None], ...] = ((False, None), (True, None), (True, "mlp"))
+# Lean, recompute, checkpointing, from the fewest operations to the most. A checkpointed block is recomputed whole.
+_TECHNIQUES: tuple[tuple[bool, Literal["mlp"] | None, bool], ...] = (
+    *((False, None, False), (True, None, False), (True, "mlp", False)),
+    *((False, None, True), (True, None, True)),
+)
 
 
 def _choices(base: Setting, any_loss: bool) -> Iterator[Setting]:
-    """From the fewest operations to the most."""
-    for checkpointing in (False, True):
-        for lean, recompute in _LEAN:
-            if checkpointing and recompute:
-                continue  # a checkpointed block is recomputed whole already
-            for chunked in (False, True) if any_loss else (base.chunked_loss,):
-                yield replace(base, lean=lean, recompute=recompute, checkpointing=checkpointing, chunked_loss=chunked)
+    for lean, recompute, checkpointing in _TECHNIQUES:
+        for chunked in (False, True) if any_loss else (base.chunked_loss,):
+            yield replace(base, lean=lean, recompute=recompute, checkpointing=checkpointing, chunked_loss=chunked)
 
 
 def _nothing_fits(candidates: list[Candidate], memory: int) -> str:

@@ -19,7 +19,7 @@ def state_bytes(optimizer: str, trainable: Sequence[Tensor]) -> int:
     """Bytes of optimizer state for the `trainable` parameters.
 
     Raises:
-        PacaError: the optimizer is not one of `KNOWN_OPTIMIZERS`.
+        PacaError: The optimizer is not one of `KNOWN_OPTIMIZERS`.
     """
     if optimizer in _TWO_MOMENTS:
         return sum(2 * p.numel() * p.element_size() for p in trainable)

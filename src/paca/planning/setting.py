@@ -16,7 +16,7 @@ class Setting:
     """One way to train a given model.
 
     Raises:
-        PacaError: a number below 1, or settings that exclude each other.
+        PacaError: A number below 1, or settings that exclude each other.
     """
 
     sequence_length: int

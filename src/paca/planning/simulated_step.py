@@ -50,13 +50,10 @@ class StepTrace:
 
     def plus(self, more: StepTrace, less: StepTrace, times: int) -> StepTrace:
         """`self + times * (more - less)`, everywhere."""
-        none: Counter[str] = Counter()
+        stretches = [trace.peaks for trace in (self, more, less)]
         return StepTrace(
             _line(self.saved, more.saved, less.saved, times),
-            {
-                name: _line(self.peaks.get(name, none), more.peaks.get(name, none), less.peaks.get(name, none), times)
-                for name in (self.peaks | more.peaks)
-            },
+            {n: _line(*(peaks.get(n, Counter()) for peaks in stretches), times) for n in self.peaks | more.peaks},
             self.flops + times * (more.flops - less.flops),
             self.dequantized + times * (more.dequantized - less.dequantized),
         )
@@ -71,13 +68,14 @@ def simulate(model: PreTrainedModel, setting: Setting, backbone: nn.Module, befo
     """Run one forward and backward pass of `model` without values.
 
     Args:
-        model: a causal language model on the meta device, with its adapters in; it is used up.
-        backbone: the module of it that gives the last hidden states.
-        before_last: the last but one of its blocks. Where the backward pass comes to it a new stretch begins: there,
+        model: A causal language model on the meta device, with its adapters in; it is used up.
+        setting: How it is trained.
+        backbone: The module of it that gives the last hidden states.
+        before_last: The last but one of its blocks. Where the backward pass comes to it a new stretch begins: there,
             what each block frees and what it adds decides where the peak is.
 
     Raises:
-        PacaError: the forward pass depends on values (as routing to experts may), or can't be made lean.
+        PacaError: The forward pass depends on values (as routing to experts may), or can't be made lean.
     """
     model.train()
     if setting.lean:
@@ -102,12 +100,8 @@ class _Simulation:
     def __init__(
         self, model: PreTrainedModel, setting: Setting, backbone: nn.Module, before_last: nn.Module | None
     ) -> None:
-        self.model = model
-        self.setting = setting
-        self.backbone = backbone
-        self.before_last = before_last
-        self.memory = LiveMemory()
-        self.stack = ModuleStack()
+        self.model, self.setting, self.backbone, self.before_last = model, setting, backbone, before_last
+        self.memory, self.stack = LiveMemory(), ModuleStack()
 
     def run(self) -> StepTrace:
         memory, setting = self.memory, self.setting
@@ -121,7 +115,10 @@ class _Simulation:
             for parameter in trainable:
                 parameter.grad = torch.empty_like(parameter)
             memory.note([p.grad for p in trainable], GRADIENTS)
-        inputs = self._inputs()
+        shape = (setting.batch_size, setting.sequence_length)
+        inputs = {name: torch.zeros(shape, dtype=torch.int64) for name in ("input_ids", "labels")}
+        if setting.padded:
+            inputs["attention_mask"] = torch.ones(shape, dtype=torch.int64)
         with memory:
             saved = self._forward_and_backward(inputs)
         for parameter in trainable:
@@ -133,13 +130,6 @@ class _Simulation:
         for peak in peaks.values():
             peak[OPTIMIZER] += state
         return StepTrace(saved, peaks, memory.flops, memory.dequantized)
-
-    def _inputs(self) -> dict[str, Tensor]:
-        shape = (self.setting.batch_size, self.setting.sequence_length)
-        inputs = {name: torch.zeros(shape, dtype=torch.int64) for name in ("input_ids", "labels")}
-        if self.setting.padded:
-            inputs["attention_mask"] = torch.ones(shape, dtype=torch.int64)
-        return inputs
 
     def _forward_and_backward(self, inputs: dict[str, Tensor]) -> Counter[str]:
         memory, autocast = self.memory, self.setting.autocast
@@ -169,29 +159,19 @@ class _Simulation:
             _when_gradient_arrives(output, lambda: memory.begin_window("backward, other blocks"))
         if module is self.backbone:
             memory.region = LOSS
-
-            def loss_done() -> None:
-                memory.region = TEMPORARIES
-
-            _when_gradient_arrives(output, loss_done)
+            _when_gradient_arrives(output, lambda: setattr(memory, "region", TEMPORARIES))
 
 
 def _when_gradient_arrives(output: Any, action: Callable[[], None]) -> None:
     hidden_states = output if isinstance(output, Tensor) else output[0]
-
-    def hook(gradient: Tensor) -> None:
-        action()
-
     if hidden_states.requires_grad:
-        hidden_states.register_hook(hook)
+        hidden_states.register_hook(lambda gradient: action())
 
 
 def _checkpoint_blocks(model: PreTrainedModel) -> None:
-    options = {"use_reentrant": False}
-    if hasattr(model, "activation_checkpointing_enable"):  # transformers >= 5.2x; the other name is on its way out
-        model.activation_checkpointing_enable(options)
-    else:
-        model.gradient_checkpointing_enable(options)
+    # transformers >= 5.2x has the first name; the other one is on its way out.
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": False})
 
 
 def _chunk_loss(model: PreTrainedModel) -> None:

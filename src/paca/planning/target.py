@@ -12,9 +12,8 @@ from paca.messages.errors import PacaError
 from paca.planning.estimate import prepare_model
 from paca.planning.setting import Setting
 from paca.pretrained import load_config
+from paca.pretrained.loading import DTYPES
 from paca.pretrained.published_shapes import SHAPES, check_not_a_mistyped_shape
-
-_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
 @dataclass(frozen=True)
@@ -77,10 +76,10 @@ def outline_of(name: str, dtype: str, revision: str | None = None, trust_remote_
         return load_config(name, dtype, revision, trust_remote_code).model
     if shape.vision:
         raise PacaError(f"{name} is an image model; plans can be made for language models only.")
-    if dtype != "auto" and dtype not in _DTYPES:
-        raise PacaError(f"Unknown dtype {dtype!r}. Give one of: auto, {', '.join(_DTYPES)}.")
+    if dtype != "auto" and dtype not in DTYPES:
+        raise PacaError(f"Unknown dtype {dtype!r}. Give one of: auto, {', '.join(DTYPES)}.")
     config = shape.config()
-    config.dtype = _DTYPES.get(dtype, torch.bfloat16)
+    config.dtype = DTYPES.get(dtype, torch.bfloat16)
     model = prepare_model(config)
     assert isinstance(model, PreTrainedModel)
     return model
