@@ -85,16 +85,12 @@ class Adapter:
     """A checked adapter, with what its base model's config tells about the layers."""
 
     config: PacaConfig
-
     layers: dict[str, AdaptedLayer]
     """By the module's name in the base model."""
-
     saved_whole: dict[str, Tensor]
     """The other tensors of the adapter's file, by their names there: modules_to_save, resized embeddings."""
-
     module_names: set[str]
     """Names of all modules of the base model."""
-
     base_config: PreTrainedConfig | None
     """The base model's; None if it is not of transformers."""
 
@@ -121,11 +117,7 @@ class Adapter:
 
 
 def adapter_in_model(model: Any, adapter_name: str = "default") -> Adapter:
-    """Take an adapter out of a model, as it is now: deltas, and scales too where they were changed.
-
-    Args:
-        model: From `peft.get_peft_model` or `PeftModel.from_pretrained`; it is left as it is.
-        adapter_name: Which of its adapters.
+    """An adapter of a `PeftModel`, as it is now: deltas, and scales too where they were changed.
 
     Raises:
         ValueError: If it is no model with such a PaCA adapter.
@@ -267,20 +259,19 @@ def recorded_quantization(file: Path) -> str | None:
 
 def column_tensors(layers: Mapping[str, tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
     """The tensors of an adapter's file, by their names there, for `(delta, indices)` of each layer."""
-    tensors = {f"{FILE_PREFIX}{name}.{DELTA}": delta for name, (delta, _) in layers.items()}
-    return tensors | {f"{FILE_PREFIX}{name}.{INDICES}": indices for name, (_, indices) in layers.items()}
+    return {
+        f"{FILE_PREFIX}{name}.{kind}": tensor
+        for name, pair in layers.items()
+        for kind, tensor in zip((DELTA, INDICES), pair, strict=True)
+    }
 
 
 def write_adapter(
     folder: Path, settings: Mapping[str, Any], tensors: Mapping[str, Tensor], quantization: str | None = None
 ) -> None:
-    """Write an adapter's config and weights.
+    """Write an adapter's config and weights into `folder`, over files of the same names.
 
-    Args:
-        folder: Made if it is not there; existing files of the same names are replaced.
-        settings: Of the config.
-        tensors: By their names in the file.
-        quantization: Kept in the weights' metadata, where programs that do not know it pass over it.
+    `quantization` goes into the weights' metadata, where programs that do not know it pass over it.
     """
     folder.mkdir(parents=True, exist_ok=True)
     contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}

@@ -18,11 +18,9 @@ from paca.convert.adapter import (
     recorded_quantization,
     write_adapter,
 )
-from paca.convert.authors import COLUMNS, read_authors
 from paca.convert.beforehand import adapter_output, import_source
-from paca.convert.foreign import ForeignAdapter
+from paca.convert.foreign import COLUMNS, ForeignAdapter, read_authors, read_one_hot_lora
 from paca.convert.lora import LORA_A
-from paca.convert.one_hot_lora import lora_config, read_one_hot_lora
 from paca.convert.target_names import exact_targets
 from paca.messages.errors import PacaError
 from paca.pretrained import load_pretrained
@@ -97,7 +95,7 @@ def _read(
     if DELTA in endings:
         raise PacaError(f"{folder} holds a PaCA adapter already: PEFT and paca load it as it is.")
     if settings.get("peft_type") == "LORA" and any(name.endswith(f".{LORA_A}") for name in tensors):
-        return read_one_hot_lora(lora_config(settings), tensors), base_outline(base, task_type, revision).model
+        return read_one_hot_lora(settings, tensors), base_outline(base, task_type, revision).model
     raise PacaError(
         f"{folder} holds a {settings.get('peft_type')} adapter with tensors such as {min(tensors, default='(none)')}. "
         f"What can be imported: checkpoints of the original authors' PaCA (tensors ...{COLUMNS}), and LoRA adapters "

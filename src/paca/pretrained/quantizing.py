@@ -15,11 +15,7 @@ QUANTIZATIONS = ("nf4", "fp4", "int8")
 
 
 def quantization_config(quantization: str, compute_dtype: torch.dtype) -> BitsAndBytesConfig:
-    """The settings of `"nf4"`, `"fp4"` (both with double quantization) or `"int8"`.
-
-    Args:
-        quantization: One of the three.
-        compute_dtype: Of the matmuls.
+    """The settings of `"nf4"`, `"fp4"` (both with double quantization) or `"int8"`, for matmuls in `compute_dtype`.
 
     Raises:
         PacaError: An unknown name, or bitsandbytes is missing.
@@ -38,14 +34,12 @@ def quantization_config(quantization: str, compute_dtype: torch.dtype) -> BitsAn
 
 
 def check_not_quantized(config: PreTrainedConfig, name: str, quantization: str) -> None:
-    """
+    """Raise PacaError if a checkpoint is quantized already.
+
     Args:
         config: Of the checkpoint.
         name: Of it, for the message; a space, then the name in quotes, or nothing.
         quantization: What it is to be quantized to.
-
-    Raises:
-        PacaError: It is quantized already.
     """
     method = method_of(config)
     if method is not None:
@@ -63,13 +57,7 @@ def method_of(config: PreTrainedConfig) -> str | None:
 
 
 def require_bitsandbytes(what: str) -> None:
-    """
-    Args:
-        what: Is to be quantized, or how.
-
-    Raises:
-        PacaError: Bitsandbytes is not installed.
-    """
+    """Raise PacaError if bitsandbytes is not installed, by which `what` is to be quantized."""
     if importlib.util.find_spec("bitsandbytes") is None:
         raise PacaError(f"{what}: quantized weights need bitsandbytes: pip install 'paca-tuning[bitsandbytes]'.")
 
