@@ -34,11 +34,7 @@ class ChildFailed(Exception):
 
 
 class MeasuringChild:
-    """One method in a process of its own.
-
-    Args:
-        settings: With `settings.memory`, the process is stopped as soon as it holds more than that above its libraries.
-        method: Name of the method.
+    """One method in a process of its own, stopped as soon as it holds more than `settings.memory` above its libraries.
 
     Raises:
         ChildFailed: The model could not be made, or the process ended before it was ready.
@@ -60,11 +56,7 @@ class MeasuringChild:
             threading.Thread(target=self._watch, args=(limit,), daemon=True).start()
 
     def run(self, point: Point) -> Probe:
-        """Run two steps of this size.
-
-        Raises:
-            ChildFailed: The process ended, for another reason than its budget.
-        """
+        """Run two steps of this size; ChildFailed if the process ended, for another reason than its budget."""
         try:
             return self._ask(point)
         except ChildFailed:

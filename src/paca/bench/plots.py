@@ -30,9 +30,6 @@ def write_plots(rows: pd.DataFrame, folder: Path, name: str, baseline: str | Non
         folder: Where the PNG files go.
         name: The beginning of their names.
         baseline: The method that is 1; by default the one that the runs named.
-
-    Returns:
-        The files written.
     """
     import matplotlib
 

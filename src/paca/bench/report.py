@@ -74,11 +74,10 @@ def baselines_of(rows: pd.DataFrame) -> list[str]:
 
 
 def tables(rows: pd.DataFrame, baselines: Sequence[str] = ()) -> str:
-    """All rows: a heading per setting, a table per size of batch.
+    """All rows: a heading per setting, a table per size of batch; of rows that measured the same thing the last one
+    counts.
 
-    Args:
-        rows: From any number of runs; of rows that measured the same thing the last one is shown.
-        baselines: Methods to show ratios against; by default the ones that the runs named.
+    Ratios are to the methods `baselines`, by default the ones that the runs named.
     """
     parts = []
     for title, members in by_setting(rows):
@@ -98,12 +97,7 @@ def tables(rows: pd.DataFrame, baselines: Sequence[str] = ()) -> str:
 
 
 def summary_tables(rows: pd.DataFrame, baselines: Sequence[str]) -> str:
-    """Median ratios, round by round: a column per metric and number of tokens, in it the ratio to each baseline.
-
-    Args:
-        rows: From any number of runs; of rows that measured the same thing the last one is shown.
-        baselines: Methods to show ratios against.
-    """
+    """Median ratios, round by round: a column per metric and number of tokens, in it the ratio to each baseline."""
     parts = []
     for title, members in by_setting(rows[rows["variant"] == "eager"]):
         members = members[members["metric"].isin(_SUMMARY)]

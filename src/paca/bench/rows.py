@@ -91,8 +91,7 @@ def spread(samples: Sequence[float]) -> Spread:
 def round_ratios(samples: Sequence[float], baseline: Sequence[float]) -> list[float]:
     """`samples[i] / baseline[i]`: a drift of the machine that hits a whole round cancels.
 
-    Returns:
-        Nothing where the two were not measured in the same rounds, or the baseline is not above zero.
+    None where the two were not measured in the same rounds, or the baseline is not above zero.
     """
     if len(samples) != len(baseline) or any(value <= 0 for value in baseline):
         return []
@@ -108,12 +107,7 @@ def summarized(samples: Sequence[float], baseline: Sequence[float] | None) -> di
 
 
 def append_rows(path: Path, rows: Iterable[Row]) -> None:
-    """Append to the file, which is made if need be. What a row does not have stays empty.
-
-    Raises:
-        PacaError: The file has other columns.
-        ValueError: A row has other columns.
-    """
+    """Append to the file, which is made if need be; PacaError if it has other columns. What a row lacks stays empty."""
     new = not path.exists() or path.stat().st_size == 0
     if not new:
         _check_columns(path)
@@ -126,11 +120,7 @@ def append_rows(path: Path, rows: Iterable[Row]) -> None:
 
 
 def read_rows(path: Path) -> pd.DataFrame:
-    """All rows of the file.
-
-    Raises:
-        PacaError: There is no such file, it has other columns, or a number in it is none.
-    """
+    """All rows of the file; PacaError if there is none, it has other columns, or a number in it is none."""
     if not path.is_file():
         raise PacaError(f"There is no file {str(path)!r}. Rows are written by paca bench --output.")
     _check_columns(path)

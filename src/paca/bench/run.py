@@ -31,12 +31,9 @@ _Result = TypeVar("_Result")
 
 
 def run_benchmark(settings: BenchSettings, write: Callable[[list[Row]], None], say: Callable[[str], None]) -> None:
-    """Measure, and hand out the rows as they come; what was measured before an interruption is not lost.
+    """Measure, and `write` the rows as they come; what was measured before an interruption is not lost.
 
-    Args:
-        settings: What to measure.
-        write: Takes the rows of one measurement.
-        say: Takes lines about the progress.
+    Progress goes to `say`, line by line.
 
     Raises:
         PacaError: Unknown names, settings that don't go with the model, or no method that can run.

@@ -50,10 +50,6 @@ def measure_saved_activations(forward: Callable[[], Any], module: nn.Module) -> 
     that a custom function keeps as attributes of its context, and tensors packed by hooks inside `forward`, are not
     seen.
 
-    Args:
-        forward: Runs the model and returns anything that keeps the graph alive (the output or the loss).
-        module: The model, whose parameters and buffers are left out of the count.
-
     Raises:
         ValueError: The result of `forward` has no graph, so nothing was measured.
     """

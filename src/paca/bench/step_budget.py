@@ -38,15 +38,11 @@ def time_phases(step: TrainingStep) -> dict[str, float]:
 
 
 def profile_step(step: TrainingStep, rank: int, repeats: int = 3) -> dict[str, float]:
-    """Seconds per step and kind of work, from torch.profiler.
+    """Seconds per step and kind of work, from torch.profiler over `repeats` steps; `step` is eager and warmed up.
 
     On a CPU the kinds add up to the step as it ran under the profiler (which makes it slower); `Python and autograd` is
-    what no operator accounts for. On CUDA they are the kernels' times; `idle` is the rest of the step.
-
-    Args:
-        step: An eager step, warmed up.
-        rank: A matrix product with a dimension of this size is a skinny one.
-        repeats: Steps to average over.
+    what no operator accounts for. On CUDA they are the kernels' times; `idle` is the rest of the step. A matrix product
+    with a dimension of size `rank` is a skinny one.
     """
     cuda = step.device.type == "cuda"
     ours = {kind.__name__ for kind in torch.autograd.Function.__subclasses__() if kind.__module__.startswith("paca.")}

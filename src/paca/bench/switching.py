@@ -18,11 +18,7 @@ _SECOND = "second"
 
 
 def add_second_adapter(model: nn.Module, method: Method) -> None:
-    """Put a second adapter of the same settings beside the first; where columns are drawn, it draws others.
-
-    Raises:
-        MethodUnavailable: The method has no adapter.
-    """
+    """Put a second adapter of the same settings beside the first; where columns are drawn, it draws others."""
     if not isinstance(model, PeftModel):
         raise MethodUnavailable("has no adapter to switch")
     config: Any = copy.deepcopy(model.peft_config["default"])

@@ -34,15 +34,10 @@ class Timing:
 
 
 def time_rounds(steps: Mapping[str, TrainingStep], *, rounds: int, warmup: int) -> dict[str, Timing]:
-    """Time every step once per round, in an order that rotates from round to round.
+    """Time every step once per round, in an order that rotates from round to round, after `warmup` steps of each.
 
     A method that fails (out of memory, not compilable) loses its samples and says why; the others go on. Garbage is
     collected between the samples, never within one. Ctrl-C after a whole round keeps the rounds there are.
-
-    Args:
-        steps: What to time, by name.
-        rounds: Samples per method.
-        warmup: Steps per method before the first round.
     """
     timings = {name: Timing() for name in steps}
     running = list(steps)

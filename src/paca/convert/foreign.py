@@ -41,17 +41,12 @@ class ForeignAdapter(NamedTuple):
 
 
 def read_authors(config: dict[str, Any], tensors: dict[str, Tensor], base_model: nn.Module) -> ForeignAdapter:
-    """Read a checkpoint of the authors (github.com/WooSunghyeon/paca, read at commit 20570b3).
+    """Read a checkpoint of the authors (github.com/WooSunghyeon/paca, read at commit 20570b3), and its config.
 
-    Their trainable `paca_w (out_features, r)` is the columns themselves over the scale: the adapted weight is
-    `W[:, paca_indices] = s * paca_w` with `s = paca_alpha / r` (`paca_update` in their layer.py), where ours keeps the
-    difference to the pretrained columns. `delta = (s * paca_w - W0[:, paca_indices]) / s` is formed in float64 and
-    rounded once to float32.
-
-    Args:
-        config: Their `adapter_config.json`.
-        tensors: Of their file, by name.
-        base_model: With its weights, in the dtype they were stored in.
+    Their trainable `paca_w (out_features, r)` is the columns themselves over the scale: the adapted weight is `W[:,
+    paca_indices] = s * paca_w` with `s = paca_alpha / r` (`paca_update` in their layer.py), where ours keeps the
+    difference to the columns of `base_model`, which has its weights, in the dtype they were stored in. `delta = (s *
+    paca_w - W0[:, paca_indices]) / s` is formed in float64 and rounded once to float32.
 
     Raises:
         PacaError: A tensor that is missing, or does not fit the model; it is named.
@@ -100,10 +95,6 @@ def _authors_weight(base_model: nn.Module, name: str, columns: Tensor, indices: 
 
 def read_one_hot_lora(settings: dict[str, Any], tensors: dict[str, Tensor]) -> ForeignAdapter:
     """Read LoRA such as `paca export --to lora` writes: `B` as the delta, unchanged, and LoRA's scale as ours.
-
-    Args:
-        settings: Of its `adapter_config.json`.
-        tensors: Of its file, by name.
 
     Raises:
         PacaError: Settings that PEFT refuses, a variant that is more than `B A`, or an A that is not one-hot.

@@ -14,13 +14,9 @@ _ADDITIVE = "_paca_lean_additive"
 
 
 def additive_mask(mask: Tensor, dtype: torch.dtype) -> Tensor:
-    """0 where `mask` is true and -inf elsewhere, which is what SDPA makes of it.
+    """0 where the boolean `mask` is true and -inf elsewhere, which is what SDPA makes of it for a query of `dtype`.
 
     Remembered on `mask` itself, until that is changed.
-
-    Args:
-        mask: Boolean, any shape.
-        dtype: The query's.
     """
     version = None if mask.is_inference() else mask._version  # a mask may be a buffer that is filled anew
     known: tuple[int, Tensor] | None = getattr(mask, _ADDITIVE, None)

@@ -41,9 +41,6 @@ def make_lean(model: Model, recompute: Recompute | None = None) -> Model:
             two more matrix products per block. Hooks and adapters of gate and up then run twice. OPT's blocks have
             nothing left to drop with ReLU, and are refused with another activation.
 
-    Returns:
-        `model` itself.
-
     Raises:
         PacaError: A block, a norm, an MLP or an activation is not of a known class, or a module already has a forward
             of its own (from another kernel library). The model is then unchanged.
@@ -67,11 +64,7 @@ def make_lean(model: Model, recompute: Recompute | None = None) -> Model:
 
 
 def undo_lean(model: Model) -> Model:
-    """Give every module of `model` its stock forward back. A model that isn't lean stays as it is.
-
-    Returns:
-        `model` itself.
-    """
+    """Give every module of `model` its stock forward back, and return it. One that isn't lean stays as it is."""
     for module in model.modules():
         instance = vars(module)
         if isinstance(instance.get("forward"), LeanForward):

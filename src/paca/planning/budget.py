@@ -29,15 +29,12 @@ def available_memory(device: str) -> int:
 
 
 def warn_if_too_large(model: PlannedModel, setting: Setting, available: int | None = None) -> str | None:
-    """Say so if training would need more memory than there is.
+    """What to tell the user if training would need more memory than there is; None if it fits or can't be foretold.
 
     Args:
         model: On the meta device, with its adapter in.
         setting: How it is trained.
         available: Bytes; what the device has free when None.
-
-    Returns:
-        A message that says how much is missing and what would help, or None if it fits or can't be foretold.
     """
     available = available_memory(setting.device) if available is None else available
     try:
@@ -58,11 +55,7 @@ def longest_batch(lengths: Sequence[int], batch_size: int, max_length: int | Non
     """The numbers of the `batch_size` longest examples (or of all), longest first.
 
     A batch is padded to its longest example, so no batch of the training is larger: if it trains, every batch does.
-
-    Args:
-        lengths: Tokens of each example.
-        batch_size: Examples in a batch.
-        max_length: Where longer examples are cut; None where they are not.
+    `lengths` are in tokens; longer examples are cut at `max_length`.
 
     Raises:
         PacaError: There are no examples, or `batch_size` is below 1.

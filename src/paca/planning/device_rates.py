@@ -83,17 +83,15 @@ def measure_rate(device: str, dtype: torch.dtype, features: int, seconds: float 
 def measure_dequantize_rate(
     device: str, dtype: torch.dtype, features: int, quantization: str, seconds: float = 0.5
 ) -> DequantizeRate:
-    """Time the unpacking of a `(features, features)` weight to `dtype`, as a training step does it.
+    """Time the unpacking of a `(features, features)` weight to `dtype`, as a training step does it, on a device that is
+    here.
 
     Args:
-        device: `"cpu"` or `"cuda"`, which has to be there.
+        device: `"cpu"` or `"cuda"`.
         dtype: That it is unpacked to.
         features: The model's hidden size.
         quantization: As `MemoryEstimate.weights` names it: `"nf4"`, `"int8"`, `"nf4 without double quantization"`.
         seconds: How long to measure.
-
-    Raises:
-        PacaError: bitsandbytes is not installed.
     """
     require_bitsandbytes(quantization)
     features = min(features, LARGEST_UNPACKED)

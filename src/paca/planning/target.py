@@ -46,16 +46,10 @@ class Target:
 
 
 def target_of_model(name: str, dtype: str, r: int, setting: Setting) -> Target:
-    """The model `name` with PaCA of rank `r` in all linear layers.
-
-    Args:
-        name: A hub id, a folder, a `.gguf` file, or a preset of `paca bench`.
-        dtype: Of the weights; `"auto"` is the checkpoint's own, and bfloat16 for a preset.
-        r: Trained columns per layer.
-        setting: What the plan starts from.
+    """The model `name` (as for `outline_of`) with PaCA of rank `r` in all linear layers, to be planned from `setting`.
 
     Raises:
-        PacaError: There is no such model or dtype.
+        PacaError: There is no such model or dtype, or r is none.
     """
     try:
         adapter = PacaConfig(r=r, task_type="CAUSAL_LM")
@@ -65,7 +59,9 @@ def target_of_model(name: str, dtype: str, r: int, setting: Setting) -> Target:
 
 
 def outline_of(name: str, dtype: str, revision: str | None = None, trust_remote_code: bool = False) -> PreTrainedModel:
-    """A model without weights: a published shape, in bfloat16 unless `dtype` says otherwise, or a checkpoint's.
+    """A model without weights: a preset of `paca bench`, or a checkpoint (a hub id, a folder, a `.gguf` file).
+
+    `dtype` is that of the weights; `"auto"` is the checkpoint's own, and bfloat16 for a preset.
 
     Raises:
         PacaError: There is no such model or dtype.

@@ -107,18 +107,15 @@ def stream_reply(
 ) -> Iterator[str]:
     """Answer the last of `messages`, piece by piece as the text comes.
 
-    Closing the iterator, or an exception such as Ctrl-C while it waits, stops the model at its next token.
+    Closing the iterator, or an exception such as Ctrl-C while it waits, stops the model at its next token. To answer
+    without the adapter, iterate within `with loaded.model.disable_adapter():`.
 
     Args:
-        loaded: The model; switch its adapter off with `with loaded.model.disable_adapter():` around
-            the iteration.
+        loaded: The model.
         messages: The conversation, oldest first. A tokenizer without a chat template is given the text of the last
             message alone, to be continued.
         max_new_tokens: Length at which an answer is cut; the end of the model's context cuts it too.
         temperature: 0 takes the likeliest token each time; above 0 samples.
-
-    Yields:
-        Pieces of text; joined they are the answer.
 
     Raises:
         PacaError: A value out of range, or a conversation that does not fit the model's context.

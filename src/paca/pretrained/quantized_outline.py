@@ -17,15 +17,11 @@ META = torch.device("meta")
 
 
 def quantize_outline(model: PreTrainedModel, quantization: str | None) -> PreTrainedModel:
-    """Put quantized layers into `model`, which is on the meta device, in place.
+    """Put quantized layers into `model`, without adapters and on the meta device, in place.
 
     transformers chooses the layers and bitsandbytes quantizes them, as when a checkpoint is loaded. On the meta device
-    that gives every code and scale its shape and dtype, and no value.
-
-    Args:
-        model: Without adapters.
-        quantization: `"nf4"`, `"fp4"` or `"int8"`; None for what the model's configuration says of its checkpoint,
-            which may be nothing.
+    that gives every code and scale its shape and dtype, and no value. Without `quantization` it is what the model's
+    configuration says of its checkpoint, which may be nothing.
 
     Raises:
         PacaError: Bitsandbytes is missing, or the checkpoint is quantized in another way.

@@ -34,13 +34,7 @@ def quantization_config(quantization: str, compute_dtype: torch.dtype) -> BitsAn
 
 
 def check_not_quantized(config: PreTrainedConfig, name: str, quantization: str) -> None:
-    """Raise PacaError if a checkpoint is quantized already.
-
-    Args:
-        config: Of the checkpoint.
-        name: Of it, for the message; a space, then the name in quotes, or nothing.
-        quantization: What it is to be quantized to.
-    """
+    """Raise PacaError if a checkpoint is quantized already; `name`, with a space before it, is for the message."""
     method = method_of(config)
     if method is not None:
         raise PacaError(
@@ -63,11 +57,9 @@ def require_bitsandbytes(what: str) -> None:
 
 
 def quantized_linear(linear: Any, quantization: str) -> nn.Module:
-    """A layer of bitsandbytes with the weight of `linear`, on its device.
+    """A layer of bitsandbytes with the weight of `linear`, an `nn.Linear`, on its device.
 
-    Args:
-        linear: An `nn.Linear`.
-        quantization: `"int8"`, or `"nf4"` or `"fp4"`, which may have `" without double quantization"` behind it.
+    `quantization` is `"int8"`, or `"nf4"` or `"fp4"`, which may have `" without double quantization"` behind it.
     """
     from bitsandbytes import nn as bnb
 
