@@ -10,14 +10,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from paca.lean.activations import ACTIVATIONS, activation_name
 from paca.lean.blocks import BLOCKS, qualified_name
-from paca.lean.forwards import (
-    LeanActivation,
-    LeanAttention,
-    LeanForward,
-    LeanLayerNorm,
-    LeanMLP,
-    LeanRMSNorm,
-)
+from paca.lean.forwards import LeanActivation, LeanAttention, LeanForward, LeanLayerNorm, LeanMLP, LeanRMSNorm
 from paca.messages.errors import PacaError
 
 Recompute = Literal["mlp"]

@@ -5,19 +5,19 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from peft import PeftConfig, PeftModel, get_peft_model
-from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from paca.messages.errors import PacaError
 from paca.messages.units import format_bytes
 from paca.planning.quantized_layers import quantization_name, unpacked_numel
-from paca.planning.repeated_blocks import RepeatedBlocks, copy_with_blocks, find_blocks
+from paca.planning.repeated_blocks import copy_with_blocks, find_blocks
 from paca.planning.setting import Setting
 from paca.planning.simulated_step import StepTrace, simulate
-from paca.pretrained.quantized_outline import quantize_outline
+from paca.pretrained.quantizing import quantize_outline
 
 FRAMEWORK = "framework overhead"
 FRAMEWORK_BYTES = {"cpu": 500 * 2**20, "cuda": 600 * 2**20}
@@ -171,21 +171,16 @@ def trace_step(root: PreTrainedModel, setting: Setting) -> StepTrace:
     if blocks is None:
         small = copy_with_blocks(root, None, ())
         return simulate(small, setting, small.base_model, None)
+
+    def run(chosen: tuple[int, ...]) -> StepTrace:
+        small = copy_with_blocks(root, blocks, chosen)
+        block_list: Any = small.get_submodule(blocks.path)
+        return simulate(small, setting, blocks.owner(small), block_list[-2] if len(block_list) > 1 else None)
+
     sample = blocks.sample(2)
-    start = _simulate_blocks(root, setting, blocks, sample)
-    trace = start
+    trace = start = run(sample)
     for kind in dict.fromkeys(blocks.kinds):
         missing = blocks.kinds.count(kind) - sum(blocks.kinds[number] == kind for number in sample)
         if missing:
-            more = _simulate_blocks(root, setting, blocks, blocks.with_one_more(sample, kind))
-            trace = trace.plus(more, start, missing)
+            trace = trace.plus(run(blocks.with_one_more(sample, kind)), start, missing)
     return trace
-
-
-def _simulate_blocks(
-    root: PreTrainedModel, setting: Setting, blocks: RepeatedBlocks, chosen: tuple[int, ...]
-) -> StepTrace:
-    small = copy_with_blocks(root, blocks, chosen)
-    block_list = small.get_submodule(blocks.path)
-    assert isinstance(block_list, nn.ModuleList)
-    return simulate(small, setting, blocks.owner(small), block_list[-2] if len(block_list) > 1 else None)

@@ -12,12 +12,7 @@ from typing import Any
 import torch
 from peft import PeftModel
 from safetensors import SafetensorError
-from transformers import (
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    StoppingCriteriaList,
-    TextIteratorStreamer,
-)
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteriaList, TextIteratorStreamer
 
 from paca.messages.errors import PacaError
 from paca.pretrained import load_config, load_pretrained, load_tokenizer
@@ -99,11 +94,7 @@ def on_accelerator(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def stream_reply(
-    loaded: LoadedModel,
-    messages: list[Message],
-    *,
-    max_new_tokens: int = 256,
-    temperature: float = 0.0,
+    loaded: LoadedModel, messages: list[Message], *, max_new_tokens: int = 256, temperature: float = 0.0
 ) -> Iterator[str]:
     """Answer the last of `messages`, piece by piece as the text comes.
 
