@@ -79,7 +79,7 @@ def _lora(model: Any, adaptation: Adaptation, autocast_adapter_dtype: bool = Tru
 
 
 _TUNED: Any = {"autocast_adapter_dtype": False}
-_lora_tuned = partial(_lora, **_TUNED)
+_lora_tuned: Any = partial(_lora, **_TUNED)
 
 
 def _lora_fa(model: Any, adaptation: Adaptation) -> nn.Module:

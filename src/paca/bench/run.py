@@ -244,16 +244,16 @@ class _Benchmark:
         """The `count` measurements that `measure` takes of models that have two adapters."""
         found: list[dict[str, tuple[list[float], str | None]]] = [{} for _ in range(count)]
         for name, method in self.methods.items():
-            failure, samples = None, [[]] * count
             try:
                 model = self.prepared(method)
                 add_second_adapter(model, method)
             except MethodUnavailable as error:
-                failure = str(error)
-            else:
-                samples = measure(TrainingStep(model, self.base, self.settings, point, variant))
-            for number, one in enumerate(samples):
-                found[number][name] = one, failure
+                for one in found:
+                    one[name] = [], str(error)
+                continue
+            step = TrainingStep(model, self.base, self.settings, point, variant)
+            for one, samples in zip(found, measure(step), strict=True):
+                one[name] = samples, None
         return found
 
 

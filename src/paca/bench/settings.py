@@ -13,8 +13,12 @@ from paca.pretrained.published_shapes import SHAPES, Shape, check_not_a_mistyped
 if TYPE_CHECKING:
     import torch
 
-DTYPES = ("bfloat16", "float16", "float32")
-MEASUREMENTS = ("time", "memory", "saved", "switch", "launches", "max-seq", "max-batch")
+_CHOICES = {
+    "dtype": ("bfloat16", "float16", "float32"),
+    "scope": ("model", "blocks"),
+    "loss": ("logits", "fused"),
+    "measure": ("time", "memory", "saved", "switch", "launches", "max-seq", "max-batch"),
+}
 DEFAULT_METHODS = ("frozen", "paca", "paca+lean", "paca+lean+recompute", "lora", "lora-tuned")
 
 _RESIZED = ("layers", "hidden", "intermediate", "vocab", "image_size")
@@ -88,25 +92,19 @@ class BenchSettings:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        choices = [("measure", name, MEASUREMENTS) for name in self.measure]
-        for field, value, valid in (
-            ("dtype", self.dtype, DTYPES),
-            ("scope", self.scope, ("model", "blocks")),
-            ("loss", self.loss, ("logits", "fused")),
-            *choices,
-        ):
-            if value not in valid:
-                close = did_you_mean(value, valid)
-                raise PacaError(f"{field} is {value!r}; it can be {', '.join(valid)}.{close}")
+        for field, valid in _CHOICES.items():
+            given = getattr(self, field)
+            for value in [given] if isinstance(given, str) else given:
+                if value not in valid:
+                    close = did_you_mean(value, valid)
+                    raise PacaError(f"{field} is {value!r}; it can be {', '.join(valid)}.{close}")
         for field in ("methods", "measure", "seq", "batch"):
             if not getattr(self, field):
                 raise PacaError(f"{field} is empty; give at least one.")
-        for field in ("layers", "hidden", "intermediate", "vocab", "image_size", "rank", "rounds", "memory"):
+        for field, least in (*((name, 1) for name in (*_RESIZED, "rank", "rounds", "memory")), ("warmup", 0)):
             value = getattr(self, field)
-            if value is not None and value < 1:
-                raise PacaError(f"{field} is {value}; it must be 1 or more.")
-        if self.warmup < 0:
-            raise PacaError(f"warmup is {self.warmup}; it must be 0 or more.")
+            if value is not None and value < least:
+                raise PacaError(f"{field} is {value}; it must be {least} or more.")
         if self.memory is not None and self.memory < 2**20:
             raise PacaError(f"memory is {self.memory} bytes, where nothing fits; give a unit, such as 24GiB or 320MiB.")
         for field in ("seq", "batch"):

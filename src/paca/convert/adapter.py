@@ -10,20 +10,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+import transformers
 from peft import PeftModel, get_peft_model_state_dict
 from peft.utils.other import AuxiliaryTrainingWrapper
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import (
-    AutoModel,
-    AutoModelForCausalLM,
-    AutoModelForQuestionAnswering,
-    AutoModelForSeq2SeqLM,
-    AutoModelForSequenceClassification,
-    AutoModelForTokenClassification,
-    PreTrainedConfig,
-)
+from transformers import PreTrainedConfig
 from transformers.pytorch_utils import Conv1D
 
 from paca.config import PacaConfig
@@ -43,14 +36,13 @@ NAME = "default"  # of the adapter, where one is put into an outline
 FILE_PREFIX = "base_model.model."
 QUANTIZATION = "base_quantization"
 
-_AUTO_CLASSES: dict[str | None, Any] = {
-    None: AutoModelForCausalLM,
-    "CAUSAL_LM": AutoModelForCausalLM,
-    "SEQ_CLS": AutoModelForSequenceClassification,
-    "TOKEN_CLS": AutoModelForTokenClassification,
-    "QUESTION_ANS": AutoModelForQuestionAnswering,
-    "SEQ_2_SEQ_LM": AutoModelForSeq2SeqLM,
-    "FEATURE_EXTRACTION": AutoModel,
+_AUTO_CLASSES = {  # of transformers, by the task of PEFT
+    "CAUSAL_LM": "AutoModelForCausalLM",
+    "SEQ_CLS": "AutoModelForSequenceClassification",
+    "TOKEN_CLS": "AutoModelForTokenClassification",
+    "QUESTION_ANS": "AutoModelForQuestionAnswering",
+    "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
+    "FEATURE_EXTRACTION": "AutoModel",
 }
 
 
@@ -221,13 +213,14 @@ def base_outline(base: str, task_type: str | None, revision: str | None) -> Outl
     Raises:
         PacaError: A task that nobody knows, or a model whose config can't be read.
     """
-    if task_type not in _AUTO_CLASSES:
+    auto_class = _AUTO_CLASSES.get(task_type or "CAUSAL_LM")
+    if auto_class is None:
         raise PacaError(
-            f"The adapter is for the task {task_type!r}; known are {', '.join(t for t in _AUTO_CLASSES if t)}. Convert "
-            "it from Python, with its model in memory: paca.convert.lora.save_as_lora."
+            f"The adapter is for the task {task_type!r}; known are {', '.join(_AUTO_CLASSES)}. Convert it from Python, "
+            "with its model in memory: paca.convert.lora.save_as_lora."
         )
     of_hub = locate(base).source == "hub"
-    return load_config(base, revision=revision if of_hub else None, auto_class=_AUTO_CLASSES[task_type])
+    return load_config(base, revision=revision if of_hub else None, auto_class=getattr(transformers, auto_class))
 
 
 def read_tensors(file: Path) -> dict[str, Tensor]:
@@ -257,13 +250,10 @@ def recorded_quantization(file: Path) -> str | None:
         return (opened.metadata() or {}).get(QUANTIZATION)
 
 
-def column_tensors(layers: Mapping[str, tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
-    """The tensors of an adapter's file, by their names there, for `(delta, indices)` of each layer."""
-    return {
-        f"{FILE_PREFIX}{name}.{kind}": tensor
-        for name, pair in layers.items()
-        for kind, tensor in zip((DELTA, INDICES), pair, strict=True)
-    }
+def column_tensors(layers: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The tensors of an adapter's file, by their names there, for the `delta` and `indices` of each layer."""
+    tensors = {f"{FILE_PREFIX}{name}.{DELTA}": layer.delta for name, layer in layers.items()}
+    return tensors | {f"{FILE_PREFIX}{name}.{INDICES}": layer.indices for name, layer in layers.items()}
 
 
 def write_adapter(

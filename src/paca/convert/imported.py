@@ -71,9 +71,8 @@ def import_adapter(
     base = locate(base).name_or_path  # a folder by its whole path, as it is to be found from anywhere
     foreign, model = _read(folder, settings, tensors, base)
     adapter = _check(foreign, settings, base, model, recorded_quantization(file))
-    columns = column_tensors({name: (layer.delta, layer.indices) for name, layer in adapter.layers.items()})
     with whole_output(output) as partial:
-        write_adapter(partial, adapter.config.to_dict(), adapter.saved_whole | columns)
+        write_adapter(partial, adapter.config.to_dict(), adapter.saved_whole | column_tensors(adapter.layers))
         for beside in tokenizer_files(folder):
             shutil.copyfile(beside, partial / beside.name)
     return Imported(output, adapter, foreign.kind, foreign.largest_move)
@@ -119,15 +118,12 @@ def _check(
         **union_settings(sizes),
         target_modules=exact_targets(foreign.layers, {name for name, _ in model.named_modules()}),
         modules_to_save=modules_to_save or None,
-        task_type=settings.get("task_type"),
-        auto_mapping=settings.get("auto_mapping"),
         base_model_name_or_path=base,
-        revision=settings.get("revision"),
+        **{name: settings.get(name) for name in ("task_type", "auto_mapping", "revision")},
         inference_mode=True,
         base_quantization=quantization,
     )
-    columns = column_tensors({name: (layer.delta, layer.indices) for name, layer in foreign.layers.items()})
     try:
-        return put_on(model, config, foreign.others | columns)
+        return put_on(model, config, foreign.others | column_tensors(foreign.layers))
     except ValueError as error:
         raise PacaError(f"The adapter does not fit the model {base}: {error}") from error

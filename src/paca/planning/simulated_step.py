@@ -62,10 +62,14 @@ class StepTrace:
 
     def plus(self, more: StepTrace, less: StepTrace, times: int) -> StepTrace:
         """`self + times * (more - less)`, everywhere."""
-        stretches = [trace.peaks for trace in (self, more, less)]
+        nothing: Counter[str] = Counter()
+        peaks = {
+            name: _line(*(trace.peaks.get(name, nothing) for trace in (self, more, less)), times=times)
+            for name in self.peaks | more.peaks
+        }
         return StepTrace(
             _line(self.saved, more.saved, less.saved, times),
-            {n: _line(*(peaks.get(n, Counter()) for peaks in stretches), times) for n in self.peaks | more.peaks},
+            peaks,
             self.flops + times * (more.flops - less.flops),
             self.dequantized + times * (more.dequantized - less.dequantized),
         )

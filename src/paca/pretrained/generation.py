@@ -31,12 +31,9 @@ class LoadedModel:
 
     model: Any
     """A `PreTrainedModel`, inside of a `PeftModel` when there is an adapter."""
-
     tokenizer: PreTrainedTokenizerBase
-
     adapter: Path | None
     """The adapter's folder; None for a plain model."""
-
     base: str
     """Name or path of the model without its adapter."""
 

@@ -48,10 +48,8 @@ class Pretrained:
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
-
     source: Source
     """Where it came from: `"hub"`, `"folder"` or `"gguf"`."""
-
     name_or_path: str
     """The hub id, or the absolute path of the folder or file."""
 

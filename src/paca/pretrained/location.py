@@ -26,7 +26,6 @@ class Location:
     """Where a model lies."""
 
     source: Source
-
     name_or_path: str
     """A hub id, or an absolute local path."""
 

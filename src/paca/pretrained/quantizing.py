@@ -66,7 +66,7 @@ def quantized_linear(linear: Any, quantization: str) -> nn.Module:
     from bitsandbytes import nn as bnb
 
     weight, bias = linear.weight, linear.bias
-    sizes: Any = (*reversed(weight.shape), bias is not None)
+    sizes = (linear.in_features, linear.out_features, bias is not None)
     layer: Any
     if quantization == "int8":
         layer = bnb.Linear8bitLt(*sizes, has_fp16_weights=False)
