@@ -119,7 +119,9 @@ def _check(
         target_modules=exact_targets(foreign.layers, {name for name, _ in model.named_modules()}),
         modules_to_save=modules_to_save or None,
         base_model_name_or_path=base,
-        **{name: settings.get(name) for name in ("task_type", "auto_mapping", "revision")},
+        task_type=settings.get("task_type"),
+        auto_mapping=settings.get("auto_mapping"),
+        revision=settings.get("revision"),
         inference_mode=True,
         base_quantization=quantization,
     )

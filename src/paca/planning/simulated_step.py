@@ -64,18 +64,18 @@ class StepTrace:
         """`self + times * (more - less)`, everywhere."""
         nothing: Counter[str] = Counter()
         peaks = {
-            name: _line(*(trace.peaks.get(name, nothing) for trace in (self, more, less)), times=times)
+            name: _line(times, *(trace.peaks.get(name, nothing) for trace in (self, more, less)))
             for name in self.peaks | more.peaks
         }
         return StepTrace(
-            _line(self.saved, more.saved, less.saved, times),
+            _line(times, self.saved, more.saved, less.saved),
             peaks,
             self.flops + times * (more.flops - less.flops),
             self.dequantized + times * (more.dequantized - less.dequantized),
         )
 
 
-def _line(start: Counter[str], more: Counter[str], less: Counter[str], times: int) -> Counter[str]:
+def _line(times: int, start: Counter[str], more: Counter[str], less: Counter[str]) -> Counter[str]:
     keys = {*start, *more, *less}
     return Counter({key: start[key] + times * (more[key] - less[key]) for key in keys})
 
