@@ -52,11 +52,7 @@ class Method:
     """What was set so."""
 
     def apply(self, model: nn.Module, rank: int) -> nn.Module:
-        """Prepare `model`, whose parameters are all frozen, with `rank` unless the method has its own.
-
-        Raises:
-            MethodUnavailable: The method can't be put into this model, with the reason.
-        """
+        """Prepare the frozen `model`, with `rank` unless the method has its own; MethodUnavailable if it can't."""
         try:
             return self.prepare(model, replace(Adaptation(rank), **dict(self.chosen)))
         except (PacaError, ValueError, ImportError, NotImplementedError) as error:

@@ -206,11 +206,7 @@ def _markdown(header: Sequence[str], lines: Iterable[Sequence[str]]) -> list[str
 
 
 def replace_block(path: Path, content: str) -> None:
-    """Put `content` between the markers of the file.
-
-    Raises:
-        PacaError: The file is missing, or doesn't have each marker once and in order.
-    """
+    """Put `content` between the markers of the file; PacaError unless it has each of them once and in order."""
     if not path.is_file():
         raise PacaError(f"There is no file {str(path)!r} to put the table into.")
     text = path.read_text(encoding="utf-8")

@@ -35,11 +35,7 @@ class Point(NamedTuple):
 
 @dataclass(frozen=True)
 class BenchSettings:
-    """One benchmark.
-
-    Raises:
-        PacaError: For a value that can't work, naming it and what it can be.
-    """
+    """One benchmark; PacaError for a value that can't work."""
 
     model: str = "llama3-8b"
     """A preset (random weights, no hub), a folder, a GGUF file or a hub id."""
@@ -150,11 +146,7 @@ class BenchSettings:
 
     @property
     def torch_device(self) -> torch.device:
-        """The device to run on.
-
-        Raises:
-            PacaError: There is no such device here.
-        """
+        """The device to run on; PacaError if there is none such here."""
         import torch
 
         name = self.device

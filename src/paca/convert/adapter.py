@@ -109,11 +109,7 @@ class Adapter:
 
 
 def adapter_in_model(model: Any, adapter_name: str = "default") -> Adapter:
-    """An adapter of a `PeftModel`, as it is now: deltas, and scales too where they were changed.
-
-    Raises:
-        ValueError: If it is no model with such a PaCA adapter.
-    """
+    """An adapter of a `PeftModel` as it is now, changed scales included; ValueError if it has no such PaCA adapter."""
     if not isinstance(model, PeftModel) or not isinstance(model.base_model, PacaModel):
         raise ValueError(f"A PeftModel with a PaCA adapter is needed, not a {type(model).__name__}.")
     if adapter_name not in model.peft_config:
@@ -208,11 +204,7 @@ def stock_class(layer: PacaLayer) -> type[nn.Module]:
 
 
 def base_outline(base: str, task_type: str | None, revision: str | None) -> Outline:
-    """The base model of an adapter for `task_type`, without weights.
-
-    Raises:
-        PacaError: A task that nobody knows, or a model whose config can't be read.
-    """
+    """The base model of an adapter for `task_type`, without weights; PacaError for an unknown task."""
     auto_class = _AUTO_CLASSES.get(task_type or "CAUSAL_LM")
     if auto_class is None:
         raise PacaError(
@@ -224,11 +216,7 @@ def base_outline(base: str, task_type: str | None, revision: str | None) -> Outl
 
 
 def read_tensors(file: Path) -> dict[str, Tensor]:
-    """The tensors in a safetensors file, or in one of `torch.save`.
-
-    Raises:
-        PacaError: The file is broken, or holds something else than tensors by name.
-    """
+    """The tensors in a safetensors file, or in one of `torch.save`; PacaError if it is none."""
     try:
         if file.suffix == ".safetensors":
             return load_file(file)

@@ -13,11 +13,7 @@ from paca.planning.setting import Setting
 
 
 def available_memory(device: str) -> int:
-    """Bytes that this process could use on `device`: free memory of the GPU, or what the system has available.
-
-    Raises:
-        PacaError: `device` is `"cuda"` and there is none.
-    """
+    """Bytes that this process could use: free on the GPU (PacaError without one), or in the system."""
     if device == "cuda":
         if not torch.cuda.is_available():
             raise PacaError("There is no CUDA device here; say how much memory to plan for (--memory 24GiB).")

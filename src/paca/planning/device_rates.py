@@ -48,22 +48,14 @@ class DequantizeRate:
 
 
 def fixed_rate(operations_per_second: float) -> MatmulRate:
-    """A rate that was given instead of measured.
-
-    Raises:
-        PacaError: It is not positive.
-    """
+    """A rate that was given instead of measured; PacaError if it is not positive."""
     if operations_per_second <= 0:
         raise PacaError(f"A rate must be above 0 operations per second, not {operations_per_second}.")
     return MatmulRate({1: operations_per_second}, "as given")
 
 
 def given_bandwidth(bytes_per_second: float) -> DequantizeRate:
-    """A device's memory bandwidth, stated instead of measured: unpacking can't be faster.
-
-    Raises:
-        PacaError: It is not positive.
-    """
+    """A memory bandwidth, stated instead of measured: unpacking can't be faster. PacaError if it is not positive."""
     if bytes_per_second <= 0:
         raise PacaError(f"A bandwidth must be above 0 bytes per second, not {bytes_per_second}.")
     return DequantizeRate(bytes_per_second, "as given")

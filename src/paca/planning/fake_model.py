@@ -44,8 +44,7 @@ def make_fake(model: nn.Module) -> None:
 def without_values(device: str) -> Iterator[None]:
     """Tensors made in here are fake; code that looks at values, or loops over rows of them, does what fits that.
 
-    Args:
-        device: What the fake tensors, which are all on the CPU, stand for: `"cpu"` or `"cuda"`.
+    They are all on the CPU, and stand for those of `device`: `"cpu"` or `"cuda"`.
     """
     with ExitStack() as stack:
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))

@@ -46,11 +46,7 @@ class Target:
 
 
 def target_of_model(name: str, dtype: str, r: int, setting: Setting) -> Target:
-    """The model `name` (as for `outline_of`) with PaCA of rank `r` in all linear layers, to be planned from `setting`.
-
-    Raises:
-        PacaError: There is no such model or dtype, or r is none.
-    """
+    """The model `name` (as for `outline_of`) with PaCA of rank `r` in all linear layers, planned from `setting`."""
     try:
         adapter = PacaConfig(r=r, task_type="CAUSAL_LM")
     except ValueError as error:

@@ -23,11 +23,7 @@ _GPT2 = ("gpt-2", "phi-2", "mpt", "olmo", "jais", "trillion", "exaone4")
 
 
 def require_gguf(job: str = "Reading") -> Any:
-    """The package `gguf`.
-
-    Raises:
-        PacaError: It is missing; `job` is what it was needed for.
-    """
+    """The package `gguf`; PacaError without it, which says for what `job` it is needed."""
     try:
         import gguf
     except ImportError as error:

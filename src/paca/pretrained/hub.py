@@ -21,10 +21,8 @@ _ANSWER_SECONDS = 10.0
 
 @contextmanager
 def without_waiting(name: str, revision: str | None) -> Iterator[None]:
-    """A block in which a hub that does not answer is left alone, as with HF_HUB_OFFLINE=1: all comes from the cache.
-
-    Raises:
-        PacaError: The hub does not answer, and the local cache has no such model.
+    """A block in which a hub that does not answer is left alone, as with HF_HUB_OFFLINE=1: all comes from the cache
+    (errors as of `only_from_cache`).
     """
     offline = constants.HF_HUB_OFFLINE or only_from_cache(name, revision)
     with patch.object(constants, "HF_HUB_OFFLINE", offline):

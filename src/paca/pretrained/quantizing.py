@@ -17,11 +17,7 @@ META = torch.device("meta")
 
 
 def quantization_config(quantization: str, compute_dtype: torch.dtype) -> BitsAndBytesConfig:
-    """The settings of `"nf4"`, `"fp4"` (both with double quantization) or `"int8"`, for matmuls in `compute_dtype`.
-
-    Raises:
-        PacaError: An unknown name, or bitsandbytes is missing.
-    """
+    """The settings of one of `QUANTIZATIONS`, for matmuls in `compute_dtype`; those in 4 bits quantize twice."""
     if quantization not in QUANTIZATIONS:
         raise PacaError(f"Unknown quantization {quantization!r}. Give one of: {', '.join(QUANTIZATIONS)}.")
     require_bitsandbytes(quantization)
