@@ -8,8 +8,7 @@ import pytest
 
 from bench.row_maker import frame, row
 from paca.bench.plots import write_plots
-from paca.bench.readme import replace_block
-from paca.bench.report import summary_tables, tables
+from paca.bench.report import replace_block, summary_tables, tables
 from paca.messages.errors import PacaError
 
 FROZEN, PACA, LORA = (1.0, 1.1, 1.2), (1.02, 1.1, 1.26), (1.5, 1.65, 1.8)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
 from typing import Any
 
 import pandas as pd
@@ -105,8 +104,3 @@ def test_rows_before_an_interruption_are_kept(monkeypatch: pytest.MonkeyPatch) -
 def test_wrong_settings_are_named(values: dict, message: str) -> None:
     with pytest.raises(PacaError, match=message):
         BenchSettings(**values)
-
-
-def test_settings_survive_json() -> None:
-    wanted = settings(measure=("max-seq",), memory=3 * 2**29)
-    assert BenchSettings.from_dict(json.loads(json.dumps(asdict(wanted)))) == wanted

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import io
-import json
-from dataclasses import asdict
-
 import pytest
 import torch
 
 from bench.tiny_bench import settings
-from paca.bench.child import serve
-from paca.bench.child_process import ChildFailed, MeasuringChild
+from paca.bench.child_process import ChildFailed, MeasuringChild, serve
+from paca.bench.limits import Probe
 from paca.bench.memory_in_use import ResidentSet
 from paca.bench.settings import Point
 
@@ -44,11 +40,11 @@ def test_a_child_measures_grows_with_the_batch_and_is_stopped_above_its_budget()
     with MeasuringChild(wanted, "lora") as child:
         assert 0 < child.libraries <= child.weights
         small, large = child.run(Point(1, 64)), child.run(Point(1, 1024))
-        assert small["fits"]
-        assert large["fits"]
-        assert large["peak"] - small["peak"] > 10 * MIB
+        assert small.fits
+        assert large.fits
+        assert large.peak - small.peak > 10 * MIB
         watched = child.run(Point(8, 2000))  # 500 MiB of activations: stopped on the way, so there is no peak
-        assert watched == {"fits": False, "peak": None, "reason": "over the budget"}
+        assert watched == Probe(False, None, "over the budget")
 
 
 def test_a_child_that_can_not_make_the_model_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -58,17 +54,17 @@ def test_a_child_that_can_not_make_the_model_says_why(monkeypatch: pytest.Monkey
         torch.empty(2**45, dtype=torch.float64)
 
     kept: list[bool] = []
-    monkeypatch.setattr("paca.bench.child.build_base_model", too_large)
-    monkeypatch.setattr("paca.bench.child.keep_freed_memory", lambda: kept.append(True))
-    answers: list[dict] = []
-    serve(io.StringIO(json.dumps({"settings": asdict(settings()), "method": "lora"}) + "\n"), answers.append)
-    assert answers == [{"failed": "while the model was made: out of memory"}]
+    monkeypatch.setattr("paca.bench.child_process.build_base_model", too_large)
+    monkeypatch.setattr("paca.bench.child_process.keep_freed_memory", lambda: kept.append(True))
+    answers: list[object] = []
+    serve(settings(), "lora", [], answers.append)
+    assert answers == ["while the model was made: out of memory"]
     assert kept == [True]  # as in training, so that the peaks are training's
 
 
 def test_a_failure_in_the_child_arrives_here(monkeypatch: pytest.MonkeyPatch) -> None:
     """The answers are played, so that no process is started for them."""
-    monkeypatch.setattr(MeasuringChild, "_ask", lambda self, message: {"failed": "out of memory"})
+    monkeypatch.setattr(MeasuringChild, "_ask", lambda self, message: "out of memory")
     monkeypatch.setattr("paca.bench.child_process.sys.executable", "/bin/true")
     with pytest.raises(ChildFailed, match="out of memory"):
         MeasuringChild(settings(), "lora")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from paca.bench.statistics import round_ratios, spread
+from paca.bench.rows import round_ratios, spread
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 4, 7, 10])

@@ -8,8 +8,7 @@ import pytest
 import torch
 
 from bench.tiny_bench import POINT, prepared, settings, step
-from paca.bench.base_model import BaseModel, build_base_model
-from paca.bench.per_layer import per_layer
+from paca.bench.base_model import build_base_model
 from paca.bench.saved_activations import measure_saved_activations
 from paca.bench.settings import Point
 from paca.bench.step import TrainingStep, inner_model
@@ -59,8 +58,8 @@ def test_images_are_classified() -> None:
     assert 5 < loss.item() < 9  # ln(1000) = 6.9
 
 
-def saved_per_token(one: TrainingStep, base: BaseModel) -> float:
-    found = per_layer(lambda: measure_saved_activations(one.forward, one.model).bytes, one, base)
+def saved_per_token(one: TrainingStep) -> float:
+    found = one.per_block(lambda: measure_saved_activations(one.forward, one.model).bytes)
     assert found is not None
     return found / POINT.seq
 
@@ -70,17 +69,16 @@ def test_one_block_keeps_the_same_whatever_the_depth() -> None:
     for layers in (2, 4):
         one = step("lora", layers=layers)
         blocks = inner_model(one.model).layers
-        found.append(saved_per_token(one, build_base_model(settings(layers=layers))))
+        found.append(saved_per_token(one))
         assert len(inner_model(one.model).layers) == layers  # put back
         assert inner_model(one.model).layers is blocks
     assert found[0] == found[1]
-    assert per_layer(lambda: 1, step("lora", layers=1), build_base_model(settings(layers=1))) is None
+    assert step("lora", layers=1).per_block(lambda: 1) is None
 
 
 def test_saved_activations_rank_as_the_design_says() -> None:
     order = ("paca+lean+recompute", "paca+lean", "paca", "lora-tuned", "lora")
-    base = build_base_model(settings())
-    saved = {name: saved_per_token(step(name), base) for name in (*order, "frozen")}
+    saved = {name: saved_per_token(step(name)) for name in (*order, "frozen")}
     kept = [saved[name] for name in order]
     assert kept == sorted(kept)
     assert len(set(kept)) == len(kept)
@@ -108,7 +106,7 @@ def test_rounds_rotate_and_a_failing_method_does_not_stop_the_others() -> None:
             self.abandoned = True
 
     steps = {"a": Logged("a"), "b": Logged("b"), "c": Logged("c", fails_at=3)}
-    timings = time_rounds(steps, rounds=4, warmup=1, steps_per_round=1)  # type: ignore[arg-type]
+    timings = time_rounds(steps, rounds=4, warmup=1)  # type: ignore[arg-type]
     assert "".join(ran) == "abc" + "abc" + "bca" + "cab" + "ba"
     assert [len(timings[name].seconds) for name in "abc"] == [4, 4, 0]
     assert timings["c"].failure == "out of memory"
@@ -130,7 +128,7 @@ def test_ctrl_c_keeps_whole_rounds(pressed_at: int, kept: int) -> None:
                 raise KeyboardInterrupt
 
     steps = {"a": Pressed(), "b": Pressed()}
-    options = {"rounds": 9, "warmup": 2, "steps_per_round": 1}
+    options = {"rounds": 9, "warmup": 2}
     if not kept:
         with pytest.raises(KeyboardInterrupt):
             time_rounds(steps, **options)  # type: ignore[arg-type]
@@ -152,14 +150,13 @@ def test_the_budget_of_a_step_names_its_parts() -> None:
 
 def test_what_a_step_launches_is_counted_by_block() -> None:
     """On a CPU, operators: PaCA has other ones than a frozen layer in each block, the optimizer adds to the step."""
-    base = build_base_model(settings(dtype="float32"))
     counts, layers = {}, {}
     for method in ("frozen", "paca"):
         one = step(method, dtype="float32")
         counts[method] = count_launches(one)
         passes = count_launches(one, optimizer=False)
         assert passes <= counts[method]
-        layers[method] = per_layer(lambda one=one: count_launches(one, optimizer=False), one, base)
+        layers[method] = one.per_block(lambda one=one: count_launches(one, optimizer=False))
         assert 0 < layers[method] < passes / 2
         assert all(p.grad is None for p in one.model.parameters())
     assert layers["frozen"] != layers["paca"]  # one product where autograd has a transpose besides, and the columns'

@@ -8,17 +8,8 @@ import torch
 from architectures import config
 
 import paca
-from paca.planning import (
-    MatmulRate,
-    Setting,
-    estimate,
-    fit,
-    fixed_rate,
-    longest_batch,
-    measure_rate,
-    step_seconds,
-    warn_if_too_large,
-)
+from paca.planning import Setting, estimate, fit, longest_batch, step_seconds, warn_if_too_large
+from paca.planning.device_rates import MatmulRate, fixed_rate, measure_rate
 from paca.planning.estimate import FRAMEWORK, prepare_model
 
 BASE = Setting(sequence_length=256, chunked_loss=False)

@@ -16,16 +16,8 @@ from torch import Tensor
 from transformers import BitsAndBytesConfig
 
 import paca
-from paca.planning import (
-    MatmulRate,
-    Setting,
-    estimate,
-    fit,
-    fixed_rate,
-    given_bandwidth,
-    measure_dequantize_rate,
-    step_seconds,
-)
+from paca.planning import Setting, estimate, fit, step_seconds
+from paca.planning.device_rates import MatmulRate, fixed_rate, given_bandwidth, measure_dequantize_rate
 from paca.planning.estimate import prepare_model
 from paca.quantized import quantization_of
 

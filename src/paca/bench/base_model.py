@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import copy
 import importlib.util
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +15,7 @@ from paca.bench.methods import MethodUnavailable
 from paca.bench.settings import BenchSettings
 from paca.pretrained import load_pretrained
 from paca.pretrained.published_shapes import Shape
+from paca.pretrained.quantizing import quantized_linear
 
 
 @dataclass(frozen=True)
@@ -40,21 +39,15 @@ class BaseModel:
         PaCA writes its columns into the shared weights and `full` trains them, so what another method computes
         changes a little over the rounds; what it costs does not.
         """
-        memo: dict[int, Any] = {}
+        memo: dict[int, Any] = {id(buffer): buffer for buffer in self.model.buffers()}
         for parameter in self.model.parameters():
             plain = type(parameter) is nn.Parameter
             memo[id(parameter)] = nn.Parameter(parameter.data, requires_grad=False) if plain else parameter
-        for buffer in self.model.buffers():
-            memo[id(buffer)] = buffer
         return copy.deepcopy(self.model, memo)
 
 
 def build_base_model(settings: BenchSettings, four_bit: bool = False) -> BaseModel:
-    """Make or load the model on its device.
-
-    Args:
-        settings: The model, its sizes, dtype and device.
-        four_bit: Quantize its linear layers, one by one, so that no more than one is ever held in full.
+    """Make or load the model on its device; `four_bit`: as QLoRA does, one layer at a time is held in full.
 
     Raises:
         PacaError: The model is unknown, or a size does not go with it.
@@ -65,94 +58,62 @@ def build_base_model(settings: BenchSettings, four_bit: bool = False) -> BaseMod
     shape = settings.shape()
     if shape is None:
         model: Any = load_pretrained(settings.model, settings.dtype).model
-        if settings.scope == "blocks":
-            model = model.base_model
-        model.to(settings.torch_device)
-        if four_bit:
-            for name, module in list(model.named_modules()):
-                _quantize_if_linear(model, name, module)
+        model = (model.base_model if settings.scope == "blocks" else model).to(settings.torch_device)
     else:
         model = _outline(shape, settings)
-        _fill(model, settings, four_bit)
+    generator = torch.Generator(settings.torch_device).manual_seed(settings.seed)
+    made: dict[nn.Parameter, nn.Parameter] = {}  # tied weights are one parameter
+    for name, module in list(model.named_modules()):
+        if shape is not None:
+            _fill(module, generator, made)
+        if four_bit and _is_quantized_by_qlora(model, module):
+            parent, _, child = name.rpartition(".")
+            setattr(model.get_submodule(parent), child, quantized_linear(module, "nf4"))
     model.requires_grad_(False)
     model.train()
     config = model.config.get_text_config()
     image_size = getattr(config, "image_size", 0)
-    return BaseModel(
-        model=model,
-        vision=bool(image_size),
-        vocab_size=config.num_labels if image_size else config.vocab_size,
-        image_size=image_size,
-        hidden_size=config.hidden_size,
-        layers=config.num_hidden_layers,
-    )
+    vocab_size = config.num_labels if image_size else config.vocab_size
+    return BaseModel(model, bool(image_size), vocab_size, image_size, config.hidden_size, config.num_hidden_layers)
 
 
 def _outline(shape: Shape, settings: BenchSettings) -> nn.Module:
     """The model without weights: parameters on the meta device, buffers real."""
     from transformers import AutoModel, AutoModelForCausalLM, AutoModelForImageClassification
+    from transformers.utils import logging
 
     kind: Any = AutoModel if settings.scope == "blocks" else AutoModelForCausalLM
     if shape.vision:
         kind = AutoModelForImageClassification
-    with _quiet(), init_empty_weights(include_buffers=False):
-        model: Any = kind.from_config(shape.config(), dtype=settings.torch_dtype)
+    level = logging.get_verbosity()
+    logging.set_verbosity_warning()  # else the generation config of every causal model is printed
+    try:
+        with init_empty_weights(include_buffers=False):
+            model: Any = kind.from_config(shape.config(), dtype=settings.torch_dtype)
+    finally:
+        logging.set_verbosity(level)
     model.tie_weights()
     return model
 
 
-def _fill(model: nn.Module, settings: BenchSettings, four_bit: bool) -> None:
-    """Give a model without weights random ones, module by module, on the device: matrices N(0, 0.02²), norms 1."""
-    device, generator = settings.torch_device, torch.Generator(settings.torch_device).manual_seed(settings.seed)
-    made: dict[int, nn.Parameter] = {}  # tied weights are one parameter
-    for name, module in list(model.named_modules()):
-        for key, parameter in list(module._parameters.items()):
-            if parameter is None:
-                continue
-            if id(parameter) not in made:
-                data = torch.empty(parameter.shape, dtype=parameter.dtype, device=device)
-                if parameter.dim() > 1:
-                    data.normal_(0, 0.02, generator=generator)
-                else:
-                    data.fill_(0 if key == "bias" else 1)
-                made[id(parameter)] = nn.Parameter(data, requires_grad=False)
-            module._parameters[key] = made[id(parameter)]
-        for key, buffer in list(module._buffers.items()):
-            module._buffers[key] = None if buffer is None else buffer.to(device)
-        if four_bit:
-            _quantize_if_linear(model, name, module)
+def _fill(module: nn.Module, generator: torch.Generator, made: dict[nn.Parameter, nn.Parameter]) -> None:
+    """Give a module without weights random ones on the generator's device: matrices N(0, 0.02²), norms 1, biases 0."""
+    for key, parameter in list(module.named_parameters(recurse=False)):
+        if parameter not in made:
+            data = torch.empty_like(parameter, device=generator.device, requires_grad=False)
+            if parameter.dim() > 1:
+                data.normal_(0, 0.02, generator=generator)
+            else:
+                data.fill_(0 if key == "bias" else 1)
+            made[parameter] = nn.Parameter(data, requires_grad=False)
+        setattr(module, key, made[parameter])
+    for key, buffer in list(module.named_buffers(recurse=False)):
+        setattr(module, key, buffer.to(generator.device))
 
 
-def _quantize_if_linear(model: Any, name: str, module: nn.Module) -> None:
-    """To NF4 with double quantization, as QLoRA does: every linear layer but the output layer."""
-    if type(module) is not nn.Linear or module in (model.get_output_embeddings(), getattr(model, "classifier", None)):
-        return
-    import bitsandbytes
-
-    nf4: dict[str, Any] = {"compress_statistics": True, "quant_type": "nf4"}
-    layer: Any = bitsandbytes.nn.Linear4bit(
-        module.in_features,
-        module.out_features,
-        bias=module.bias is not None,
-        compute_dtype=module.weight.dtype,
-        device="meta",
-        **nf4,
+def _is_quantized_by_qlora(model: Any, module: nn.Module) -> bool:
+    """Every linear layer is, but the output layer."""
+    return type(module) is nn.Linear and module not in (
+        model.get_output_embeddings(),
+        getattr(model, "classifier", None),
     )
-    layer.weight = bitsandbytes.nn.Params4bit(module.weight.data, requires_grad=False, module=layer, **nf4)
-    if module.bias is not None:
-        layer.bias = nn.Parameter(module.bias.data, requires_grad=False)
-    parent, _, child = name.rpartition(".")
-    setattr(model.get_submodule(parent), child, layer.to(module.weight.device))  # the move quantizes
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Without the generation config that transformers prints for every causal model made from a config."""
-    from transformers.utils import logging
-
-    level = logging.get_verbosity()
-    logging.set_verbosity_warning()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(level)

@@ -11,7 +11,9 @@ class Probe(NamedTuple):
 
     fits: bool
     peak: int | None
-    """Bytes that count against the budget, where they are known."""
+    """Bytes, where they are known."""
+    reason: str | None = None
+    """Why it does not fit."""
 
 
 class Limit(NamedTuple):
@@ -42,19 +44,21 @@ def largest_that_fits(
         budget: Bytes, what `Probe.peak` counts against.
         tolerance: How fine the answer has to be, as a fraction of it.
     """
-    peaks: dict[int, int | None] = {}
+    peaks: dict[int, int] = {}
     low, high = 0, None
     guess = max(step, start // step * step)
+    highest = highest // step * step
     count = 0
     while True:
         count += 1
         result = probe(guess)
         if result.fits:
-            peaks[guess] = result.peak
             low = guess
+            if result.peak is not None:
+                peaks[guess] = result.peak
         else:
             high = guess
-        if low >= highest // step * step:
+        if low >= highest:
             return Limit(low, None, count)
         gap = max(step, int(tolerance * low) // step * step)
         if high is not None and high - low <= gap:
@@ -62,7 +66,7 @@ def largest_that_fits(
         predicted = _predict(peaks, budget)
         if high is None:
             guess = 2 * low if predicted is None else min(max(predicted // step * step, low + gap), 8 * low)
-            guess = min(guess, highest // step * step)
+            guess = min(guess, highest)
         elif predicted is None or count % 2:
             guess = (low + high) // 2 // step * step
         else:
@@ -70,12 +74,11 @@ def largest_that_fits(
         guess = max(guess, low + step)
 
 
-def _predict(peaks: dict[int, int | None], budget: int) -> int | None:
+def _predict(peaks: dict[int, int], budget: int) -> int | None:
     """Where a line through the two largest known peaks meets the budget."""
-    known = sorted((size, peak) for size, peak in peaks.items() if peak is not None)
-    if len(known) < 2:
+    if len(peaks) < 2:
         return None
-    (small, low_peak), (large, high_peak) = known[-2:]
+    (small, low_peak), (large, high_peak) = sorted(peaks.items())[-2:]
     if high_peak <= low_peak:
         return None
     return int(large + (budget - high_peak) * (large - small) / (high_peak - low_peak))

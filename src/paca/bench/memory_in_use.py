@@ -14,12 +14,7 @@ from paca.training.memory import peak_resident_set
 
 
 class AllocatedOnCuda:
-    """What the CUDA allocator has handed out.
-
-    Args:
-        device: The device.
-        budget: The allocator's limit in bytes.
-    """
+    """What the CUDA allocator has handed out, of which it may hand out `budget` bytes."""
 
     source = "CUDA allocator"
 
@@ -48,7 +43,13 @@ class ResidentSet:
     """The resident set of this process. Its peak is the kernel's own, and starts anew only where the kernel lets it."""
 
     def __init__(self) -> None:
-        self.source = "resident set" if self._resets() else "resident set, peak since the process began"
+        block = torch.ones(2**24)  # 64 MiB
+        before = self.peak()
+        del block
+        self.now()
+        self.reset()
+        resets = self.peak() < before - 32 * 2**20
+        self.source = "resident set" if resets else "resident set, peak since the process began"
 
     def now(self) -> int:
         """Bytes resident, after garbage is collected and freed memory is given back."""
@@ -65,11 +66,3 @@ class ResidentSet:
     def peak(self) -> int:
         """The most bytes resident since `reset`."""
         return peak_resident_set()
-
-    def _resets(self) -> bool:
-        block = torch.ones(2**24)  # 64 MiB
-        before = self.peak()
-        del block
-        self.now()
-        self.reset()
-        return self.peak() < before - 32 * 2**20

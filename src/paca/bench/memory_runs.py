@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from paca.bench.child_process import ChildFailed, MeasuringChild
 from paca.bench.limits import Limit, Probe, largest_that_fits
-from paca.bench.recorder import Measured, Recorder
+from paca.bench.recorder import Recorder
 from paca.bench.settings import BenchSettings, Point
 
 
@@ -21,28 +21,24 @@ def measure_peaks(
     """Record the peak of two steps per method and size, small ones first: absolute, and above the model's weights."""
     settings = replace(settings, memory=None, measure=("memory",))
     ordered = sorted(points, key=lambda point: point.batch * max(1, point.seq))
-    peaks = {point: Measured("peak_memory", "B", point) for point in ordered}
-    above = {point: Measured("peak_above_weights", "B", point) for point in ordered}
+    found: dict[Point, dict[str, tuple[Probe, int]]] = {point: {} for point in ordered}
     for name in names:
         say(f"peak memory of {name}")
-        measured = set()
         try:
             with MeasuringChild(settings, name) as child:
                 for point in ordered:
-                    found = child.run(point)
-                    note = found["reason"] or child.source
-                    for kind, below in ((peaks, 0), (above, child.weights)):
-                        values = [] if found["peak"] is None else [float(found["peak"] - below)]
-                        kind[point].add(name, values, note)
-                    measured.add(point)
+                    probe = child.run(point)
+                    found[point][name] = probe._replace(reason=probe.reason or child.source), child.weights
         except ChildFailed as error:
             for point in ordered:
-                if point not in measured:
-                    peaks[point].add(name, [], str(error))
-                    above[point].add(name, [], str(error))
-    for point in ordered:
-        recorder.record(peaks[point])
-        recorder.record(above[point])
+                found[point].setdefault(name, (Probe(False, None, str(error)), 0))
+    for point, by_method in found.items():
+        for metric, above in (("peak_memory", False), ("peak_above_weights", True)):
+            peaks = {
+                name: ([] if probe.peak is None else [float(probe.peak - above * weights)], probe.reason)
+                for name, (probe, weights) in by_method.items()
+            }
+            recorder.record(metric, "B", point, peaks)
 
 
 def measure_limits(
@@ -64,17 +60,16 @@ def measure_limits(
         points = [Point(0, seq) for seq in ((0,) if vision else settings.seq)]
         metric, unit = "largest_batch", "images" if vision else "sequences"
     for point in points:
-        found = Measured(metric, unit, point, budget=settings.memory)
+        found: dict[str, tuple[list[float], str]] = {}
         for name in names:
             try:
                 limit = _search(settings, name, measure, point)
             except ChildFailed as error:
-                found.add(name, [], str(error))
+                found[name] = [], str(error)
                 continue
-            note = f"{limit.smallest_too_large} did not fit; {limit.probes} probes"
-            found.add(name, [float(limit.largest)], note)
+            found[name] = [float(limit.largest)], f"{limit.smallest_too_large} did not fit; {limit.probes} probes"
             say(f"{metric.replace('_', ' ')} of {name}: {limit.largest}")
-        recorder.record(found)
+        recorder.record(metric, unit, point, found, budget=settings.memory)
 
 
 def _search(settings: BenchSettings, name: str, measure: str, point: Point) -> Limit:
@@ -91,7 +86,7 @@ def _search(settings: BenchSettings, name: str, measure: str, point: Point) -> L
                 child.close()
             child = MeasuringChild(settings, name)
         found = child.run(point._replace(**{"seq" if by_seq else "batch": size}))
-        return Probe(found["fits"], None if found["peak"] is None else found["peak"] - child.libraries)
+        return found if found.peak is None else found._replace(peak=found.peak - child.libraries)
 
     try:
         return largest_that_fits(

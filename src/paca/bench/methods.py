@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import peft
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel
 
 from paca.config import PacaConfig
@@ -51,33 +52,17 @@ class Method:
     """What was set so."""
 
     def apply(self, model: nn.Module, rank: int) -> nn.Module:
-        """Prepare `model`.
-
-        Args:
-            model: All of its parameters are frozen.
-            rank: r, unless the method has its own.
-
-        Raises:
-            MethodUnavailable: The method can't be put into this model, with the reason.
-        """
+        """Prepare the frozen `model`, with `rank` unless the method has its own; MethodUnavailable if it can't."""
         try:
             return self.prepare(model, replace(Adaptation(rank), **dict(self.chosen)))
         except (PacaError, ValueError, ImportError, NotImplementedError) as error:
             raise MethodUnavailable(str(error).strip().splitlines()[0]) from error
 
 
-def _require_grad(module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
-    return output.requires_grad_(True)
-
-
 def _frozen(model: Any, adaptation: Adaptation) -> nn.Module:
     # The backward pass then goes through the whole model.
-    model.get_input_embeddings().register_forward_hook(_require_grad)
+    model.get_input_embeddings().register_forward_hook(lambda module, inputs, output: output.requires_grad_(True))
     return model
-
-
-def _full(model: nn.Module, adaptation: Adaptation) -> nn.Module:
-    return model.requires_grad_(True)
 
 
 def _paca(model: Any, adaptation: Adaptation, **more: Any) -> nn.Module:
@@ -89,8 +74,8 @@ def _lora(model: Any, adaptation: Adaptation, autocast_adapter_dtype: bool = Tru
     return peft.get_peft_model(model, config, autocast_adapter_dtype=autocast_adapter_dtype)
 
 
-def _lora_tuned(model: Any, adaptation: Adaptation) -> nn.Module:
-    return _lora(model, adaptation, autocast_adapter_dtype=False)
+_TUNED: Any = {"autocast_adapter_dtype": False}
+_lora_tuned: Any = partial(_lora, **_TUNED)
 
 
 def _lora_fa(model: Any, adaptation: Adaptation) -> nn.Module:
@@ -133,42 +118,36 @@ METHODS = {
     method.name: method
     for method in (
         Method("frozen", "the floor: all frozen, the first layer's output requires grad", _frozen, options=()),
-        Method("full", "every parameter is trained", _full, options=()),
+        Method("full", "every parameter is trained", lambda model, a: model.requires_grad_(True), options=()),
         Method("paca", "PaCA, stock blocks", _paca),
         Method(
             "paca-random",
             "PaCA, stock blocks, columns drawn one by one, as the paper and PEFT draw them",
-            lambda model, adaptation: _paca(model, adaptation, selection="random"),
+            partial(_paca, selection="random"),
         ),
         Method("paca+lean", "PaCA, lean RMSNorm and MLP", lambda model, a: _paca(make_lean(model), a)),
         Method(
             "paca+lean+recompute",
             "PaCA, lean blocks, gate and up computed twice",
-            lambda model, adaptation: _paca(make_lean(model, recompute="mlp"), adaptation),
+            lambda model, a: _paca(make_lean(model, recompute="mlp"), a),
         ),
         Method("qpaca", "PaCA on NF4 weights, patched columns", _paca, four_bit=True),
         Method("lora", "LoRA, PEFT's defaults, same rank", _lora),
-        Method(
-            "lora-tuned", "LoRA, adapters in the weights' dtype, same rank", _lora_tuned, autocast_adapter_dtype=False
-        ),
+        Method("lora-tuned", "LoRA, adapters in the weights' dtype, same rank", _lora_tuned, **_TUNED),
         Method(
             "lora-same-parameters",
             "LoRA, PEFT's defaults, as many parameters as PaCA",
-            lambda model, adaptation: _lora(model, _equal(model, adaptation)),
+            lambda model, a: _lora(model, _equal(model, a)),
         ),
         Method(
             "lora-tuned-same-parameters",
             "LoRA, adapters in the weights' dtype, as many parameters as PaCA",
-            lambda model, adaptation: _lora_tuned(model, _equal(model, adaptation)),
-            autocast_adapter_dtype=False,
+            lambda model, a: _lora_tuned(model, _equal(model, a)),
+            **_TUNED,
         ),
         # Zhang et al. 2023, arXiv 2308.03303: A stays at its random start, so its input is not kept.
         Method("lora-fa", "LoRA with A frozen, PEFT's defaults", _lora_fa),
-        Method(
-            "dora",
-            "DoRA, PEFT's defaults, same rank",
-            lambda model, adaptation: _lora(model, adaptation, use_dora=True),
-        ),
+        Method("dora", "DoRA, PEFT's defaults, same rank", partial(_lora, use_dora=True)),
         Method("vera", "VeRA, PEFT's defaults (r=256)", _vera, options=("target_modules",)),
         Method("qlora", "LoRA on NF4 weights, PEFT's defaults, same rank", _qlora, four_bit=True),
     )

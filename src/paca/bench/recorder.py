@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from paca.bench.base_model import BaseModel
@@ -12,46 +11,20 @@ from paca.bench.rows import Row, summarized
 from paca.bench.settings import BenchSettings, Point
 from paca.messages.provenance import row_provenance
 
-
-@dataclass
-class Measured:
-    """One metric of several methods, at one size."""
-
-    metric: str
-    unit: str
-    point: Point
-    """Size of the batch; 0 for what was searched."""
-    variant: str = "eager"
-    budget: int = 0
-    """Bytes, for a search."""
-    compare: bool = True
-    """Whether a ratio to the baseline says anything."""
-    missing: str = "failed"
-    """Status of a method without samples; `unavailable` where it could not have had any."""
-    samples: dict[str, Sequence[float]] = field(default_factory=dict)
-    """By method; empty where there is no value, the reason is then in `notes`."""
-    notes: dict[str, str] = field(default_factory=dict)
-
-    def add(self, method: str, samples: Sequence[float], note: str | None = None) -> None:
-        """Note what one method gave."""
-        self.samples[method], self.notes[method] = samples, note or ""
+Found = Mapping[str, tuple[Sequence[float], str | None]]
+"""By method: its samples, none where there is no value, and a note: the reason, or how they were counted."""
 
 
 class Recorder:
-    """Knows what the rows of one run share.
-
-    Args:
-        settings: Of the run.
-        base: The model.
-        write: Takes rows as they are made.
-    """
+    """Knows what the rows of one run share, and gives rows to `write` as they are made."""
 
     def __init__(self, settings: BenchSettings, base: BaseModel, write: Callable[[list[Row]], None]) -> None:
         self._write = write
         self._shared: dict[str, Any] = {
             "run": secrets.token_hex(4),
             **row_provenance(settings.torch_device),
-            **{name: getattr(settings, name) for name in ("model", "scope", "loss", "dtype", "rank", "optimizer")},
+            **{name: getattr(settings, name) for name in ("model", "scope", "loss", "dtype", "rank")},
+            "optimizer": "adamw",  # torch's fused one, the Trainer's default
             "layers": base.layers,
             "hidden": base.hidden_size,
             "vocab": base.vocab_size,
@@ -62,24 +35,38 @@ class Recorder:
         self.trainable: dict[str, int] = {}
         """Trainable parameters by method, where they are known."""
 
-    def record(self, *measured: Measured) -> None:
-        """Write one row per method of each."""
-        self._write([row for one in measured for row in self._rows(one)])
+    def record(
+        self,
+        metric: str,
+        unit: str,
+        point: Point,
+        found: Found,
+        *,
+        variant: str = "eager",
+        budget: int = 0,
+        compare: bool = True,
+        missing: str = "failed",
+    ) -> None:
+        """Write one row per method.
 
-    def _rows(self, measured: Measured) -> Iterable[Row]:
-        baseline = (measured.samples.get(self.baseline) or None) if measured.compare else None
-        for method, values in measured.samples.items():
-            found = summarized(values, baseline) if values else {"status": measured.missing}
-            yield {
-                **self._shared,
-                **measured.point._asdict(),
-                "budget": measured.budget,
-                "method": method,
-                "variant": measured.variant,
-                "trainable": self.trainable.get(method, 0),
-                "metric": measured.metric,
-                "unit": measured.unit,
-                "baseline": self.baseline if values and baseline else "",
-                "note": measured.notes.get(method, ""),
-                **found,
-            }
+        Args:
+            metric: What was measured.
+            unit: Of the samples.
+            point: Size of the batch; 0 for what was searched.
+            found: The samples.
+            variant: How the models ran.
+            budget: Bytes, for a search.
+            compare: Whether a ratio to the baseline says anything.
+            missing: Status of a method without samples; `unavailable` where it could not have had any.
+        """
+        baseline = found.get(self.baseline, ((), None))[0] if compare else ()
+        shared = self._shared | point._asdict() | {"budget": budget, "variant": variant, "metric": metric, "unit": unit}
+        self._write(
+            [
+                shared
+                | {"method": method, "trainable": self.trainable.get(method, 0), "note": note or ""}
+                | {"baseline": self.baseline if samples and baseline else ""}
+                | (summarized(samples, baseline or None) if samples else {"status": missing})
+                for method, (samples, note) in found.items()
+            ]
+        )

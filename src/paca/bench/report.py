@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
-from paca.bench.statistics import round_ratios, spread
+from paca.bench.rows import round_ratios, spread
+from paca.messages.errors import PacaError
 from paca.messages.units import format_bytes
 
+BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
 SETTING = (
     *("model", "scope", "loss", "dtype", "layers", "hidden", "vocab", "image_size", "rank", "optimizer"),
     *("device", "machine", "threads"),
 )
 """What the rows of one table have in common."""
-
 
 METRICS: dict[str, tuple[str, Callable[[float], str]]] = {
     "step_time": ("step, ms", lambda value: f"{value * 1e3:.1f}"),
@@ -44,7 +46,6 @@ _SUMMARY = {
 _COMPARED = (*_SUMMARY, "saved", "largest_batch")
 _SAME_AT_ALL_LENGTHS = ("saved_per_token_and_layer", "longest_sequence")
 _BUDGETS = {"phase: ": "Phases of a step", "kind: ": "Kinds of work in a step, under the profiler"}
-_NOISY = " noisy"
 _NOISY_NOTE = (
     "noisy: the middle half of the rounds differs by more than a quarter, so the ratio decides nothing; measure on a "
     "quieter machine, or with more --rounds"
@@ -73,11 +74,10 @@ def baselines_of(rows: pd.DataFrame) -> list[str]:
 
 
 def tables(rows: pd.DataFrame, baselines: Sequence[str] = ()) -> str:
-    """All rows: a heading per setting, a table per size of batch.
+    """All rows: a heading per setting, a table per size of batch; of rows that measured the same thing the last one
+    counts.
 
-    Args:
-        rows: From any number of runs; of rows that measured the same thing the last one is shown.
-        baselines: Methods to show ratios against; by default the ones that the runs named.
+    Ratios are to the methods `baselines`, by default the ones that the runs named.
     """
     parts = []
     for title, members in by_setting(rows):
@@ -90,58 +90,49 @@ def tables(rows: pd.DataFrame, baselines: Sequence[str] = ()) -> str:
             kinds = members[members["metric"].str.startswith(prefix)]
             for (batch, seq), group in kinds.groupby(["batch", "seq"], sort=False):
                 parts.append(_step_budget(group, f"{heading}, {_size(batch, seq).lower()}, ms (share)", prefix))
-        missing = [f"- `{row.method}` was not available: {row.note}" for row in _records(members, "method")]
+        unavailable = _records(members[members["metric"] == "method"])
+        missing = [f"- `{row.method}` was not available: {row.note}" for row in unavailable]
         parts.extend([*missing, ""] if missing else [])
     return "\n".join(parts)
 
 
 def summary_tables(rows: pd.DataFrame, baselines: Sequence[str]) -> str:
-    """Median ratios, round by round: a column per metric and number of tokens, in it the ratio to each baseline.
-
-    Args:
-        rows: From any number of runs; of rows that measured the same thing the last one is shown.
-        baselines: Methods to show ratios against.
-    """
+    """Median ratios, round by round: a column per metric and number of tokens, in it the ratio to each baseline."""
     parts = []
     for title, members in by_setting(rows[rows["variant"] == "eager"]):
+        members = members[members["metric"].isin(_SUMMARY)]
         compared = members[members["method"].isin(baselines)]
-        columns = []
-        for metric in _SUMMARY:
+        header: dict[tuple[str, int], str] = {}
+        for metric, name in _SUMMARY.items():
             lengths = sorted(members.loc[members["metric"] == metric, "seq"].unique())
-            wanted = lengths[-1:] if metric in _SAME_AT_ALL_LENGTHS else lengths
-            there = set(compared.loc[compared["metric"] == metric, "seq"])
-            columns += [(metric, seq) for seq in wanted if seq in there]
-        if not columns:
+            once = metric in _SAME_AT_ALL_LENGTHS
+            for seq in lengths[-1:] if once else lengths:
+                if seq in set(compared.loc[compared["metric"] == metric, "seq"]):
+                    header[metric, seq] = name if once or not seq else f"{name}, {seq} tokens"
+        if not header:
             continue
         cells = {(row.method, row.metric, row.seq): row for row in _records(members)}
-        header = [""]
-        for metric, seq in columns:
-            size = "" if metric in _SAME_AT_ALL_LENGTHS or not seq else f", {seq} tokens"
-            header.append(f"{_SUMMARY[metric]}{size}")
         lines = []
-        for method in members.loc[members["metric"].isin(_SUMMARY), "method"].unique():
-            values = []
-            for column in columns:
+        for method in members["method"].unique():
+            line = [f"`{method}`"]
+            for column in header:
                 row = cells.get((method, *column))
-                ratios = [_short_ratio(ratios_to(row, cells.get((name, *column)))) for name in baselines]
-                values.append(" / ".join(ratio or "–" for ratio in ratios) if any(ratios) else "")
-            lines.append([f"`{method}`", *values])
+                ratios = [_ratio(ratios_to(row, cells.get((name, *column))), short=True) for name in baselines]
+                line.append(" / ".join(ratio or "–" for ratio in ratios) if any(ratios) else "")
+            lines.append(line)
         against = " / ".join(f"× `{baseline}`" for baseline in baselines)
-        parts.append("\n".join([f"**{title}** ({against})", "", *_markdown(header, lines), ""]))
+        parts.append("\n".join([f"**{title}** ({against})", "", *_markdown(["", *header.values()], lines), ""]))
     return "\n".join(parts)
 
 
-def _records(rows: pd.DataFrame, metric: str | None = None) -> list[Any]:
-    chosen = rows if metric is None else rows[rows["metric"] == metric]
-    return list(chosen.itertuples(index=False, name="Row"))
+def _records(rows: pd.DataFrame) -> list[Any]:
+    return list(rows.itertuples(index=False, name="Row"))
 
 
 def _title(row: Any) -> str:
     layers = "1 layer" if row.layers == 1 else f"{row.layers} layers"
     size = f"{layers} of width {row.hidden}" if row.layers else f"{row.image_size} pixels"
-    what = f"{row.model} blocks" if row.scope == "blocks" else row.model
-    if row.loss == "fused":
-        what += " with the fused loss"
+    what = row.model + " blocks" * (row.scope == "blocks") + " with the fused loss" * (row.loss == "fused")
     where = row.device
     if row.device == "cpu":
         where = f"{row.machine.split(',')[0]} with {row.threads} thread{'' if row.threads == '1' else 's'}"
@@ -173,7 +164,7 @@ def _table(group: pd.DataFrame, baselines: Sequence[str]) -> str:
             if name in _COMPARED:
                 line.extend(_ratio(ratios_to(row, cells.get((base, variant, name)))) for base in baselines)
         lines.append(line)
-    notes = [_NOISY_NOTE] if any(cell.endswith(_NOISY) for line in lines for cell in line) else []
+    notes = [_NOISY_NOTE] if any(cell.endswith(" noisy") for line in lines for cell in line) else []
     notes += [f"`{row.method}`: {row.metric.replace('_', ' ')}: {row.note}" for row in rows if row.status == "failed"]
     below = ["", *(f"- {note}" for note in notes), *([""] if notes else [])]
     return "\n".join([f"**{_size(rows[0].batch, rows[0].seq, rows[0].budget)}**\n", *_markdown(header, lines), *below])
@@ -188,40 +179,38 @@ def _value(row: Any) -> str:
     return show(row.median) + (f" ({show(row.q1)}–{show(row.q3)})" if len(row.samples) > 1 else "")
 
 
-def _ratio(ratios: Sequence[float]) -> str:
+def _ratio(ratios: Sequence[float], short: bool = False) -> str:
     if not ratios:
         return ""
     found = spread(ratios)
+    if short:
+        return f"{found.median:.2f}{' (noisy)' if found.noisy else ''}"
     if len(ratios) == 1:
         return f"{found.median:.3f}"
-    return f"{found.median:.3f} ({found.q1:.3f}–{found.q3:.3f}){_NOISY if found.noisy else ''}"
-
-
-def _short_ratio(ratios: Sequence[float]) -> str:
-    if not ratios:
-        return ""
-    found = spread(ratios)
-    return f"{found.median:.2f}{' (noisy)' if found.noisy else ''}"
+    return f"{found.median:.3f} ({found.q1:.3f}–{found.q3:.3f}){' noisy' if found.noisy else ''}"
 
 
 def _step_budget(group: pd.DataFrame, title: str, prefix: str) -> str:
     """Phases or kinds by method, in milliseconds and shares of the step."""
     values = group.pivot_table(index="metric", columns="method", values="median", sort=False)
     values = values[group["method"].unique()]
-    shares = values / values.sum()
-    lines = [
-        [
-            str(metric).removeprefix(prefix),
-            *(
-                f"{value * 1e3:.2f} ({share:.1%})" if share == share else ""
-                for value, share in zip(values.loc[metric], shares.loc[metric], strict=True)
-            ),
-        ]
-        for metric in values.index
-    ]
+    shown = (values * 1e3).map("{:.2f}".format) + (values / values.sum()).map(" ({:.1%})".format)
+    shown = shown.where(values.notna(), "")
+    lines = [[str(metric).removeprefix(prefix), *cells] for metric, *cells in shown.itertuples()]
     return "\n".join([f"**{title}**\n", *_markdown(["", *(f"`{method}`" for method in values)], lines), ""])
 
 
 def _markdown(header: Sequence[str], lines: Iterable[Sequence[str]]) -> list[str]:
     rule = ["---", *["---:"] * (len(header) - 1)]
     return ["| " + " | ".join(cells) + " |" for cells in (header, rule, *lines)]
+
+
+def replace_block(path: Path, content: str) -> None:
+    """Put `content` between the markers of the file; PacaError unless it has each of them once and in order."""
+    if not path.is_file():
+        raise PacaError(f"There is no file {str(path)!r} to put the table into.")
+    text = path.read_text(encoding="utf-8")
+    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
+        raise PacaError(f"{str(path)!r} needs one line {BEGIN} and, below it, one line {END}: the table goes between.")
+    head, tail = text[: text.index(BEGIN) + len(BEGIN)], text[text.index(END) :]
+    path.write_text(f"{head}\n{content.strip()}\n{tail}", encoding="utf-8")

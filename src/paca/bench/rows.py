@@ -1,15 +1,14 @@
-"""Results as rows of CSV, each complete in itself."""
+"""Results as rows of CSV, each complete in itself: medians with their spread, and ratios taken round by round."""
 
 from __future__ import annotations
 
 import csv
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pandas as pd
 
-from paca.bench.statistics import round_ratios, spread
 from paca.messages.errors import PacaError
 
 Row = Mapping[str, Any]
@@ -67,6 +66,38 @@ COLUMNS: dict[str, Callable[[str], Any]] = {
 """Each column, with what reads it from text."""
 
 
+class Spread(NamedTuple):
+    """Order statistics of some samples, in their unit."""
+
+    median: float
+    q1: float
+    """First quartile: a quarter of the samples lies below."""
+    q3: float
+    minimum: float
+    maximum: float
+
+    @property
+    def noisy(self) -> bool:
+        """Whether the middle half of the samples is spread over more than a quarter of the median: it then says little
+        about a difference of that size."""
+        return self.q3 - self.q1 > 0.25 * abs(self.median)
+
+
+def spread(samples: Sequence[float]) -> Spread:
+    """Summarize `samples`, at least one; quantiles between two are interpolated linearly."""
+    return Spread(*pd.Series(samples, dtype=float).quantile([0.5, 0.25, 0.75, 0, 1]).tolist())
+
+
+def round_ratios(samples: Sequence[float], baseline: Sequence[float]) -> list[float]:
+    """`samples[i] / baseline[i]`: a drift of the machine that hits a whole round cancels.
+
+    None where the two were not measured in the same rounds, or the baseline is not above zero.
+    """
+    if len(samples) != len(baseline) or any(value <= 0 for value in baseline):
+        return []
+    return [sample / base for sample, base in zip(samples, baseline, strict=True)]
+
+
 def summarized(samples: Sequence[float], baseline: Sequence[float] | None) -> dict[str, Any]:
     """The columns that follow from samples, at least one, and those of the baseline in the same rounds."""
     found: dict[str, Any] = {**spread(samples)._asdict(), "samples": tuple(samples), "status": "ok"}
@@ -76,12 +107,7 @@ def summarized(samples: Sequence[float], baseline: Sequence[float] | None) -> di
 
 
 def append_rows(path: Path, rows: Iterable[Row]) -> None:
-    """Append to the file, which is made if need be. What a row does not have stays empty.
-
-    Raises:
-        PacaError: The file has other columns.
-        ValueError: A row has other columns.
-    """
+    """Append to the file, which is made if need be; PacaError if it has other columns. What a row lacks stays empty."""
     new = not path.exists() or path.stat().st_size == 0
     if not new:
         _check_columns(path)
@@ -94,11 +120,7 @@ def append_rows(path: Path, rows: Iterable[Row]) -> None:
 
 
 def read_rows(path: Path) -> pd.DataFrame:
-    """All rows of the file.
-
-    Raises:
-        PacaError: There is no such file, it has other columns, or a number in it is none.
-    """
+    """All rows of the file; PacaError if there is none, it has other columns, or a number in it is none."""
     if not path.is_file():
         raise PacaError(f"There is no file {str(path)!r}. Rows are written by paca bench --output.")
     _check_columns(path)

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any, TypeVar
 
 import torch
+import torch._dynamo
 from torch import nn
 
 from paca.bench.base_model import BaseModel, build_base_model
-from paca.bench.compilation import room_for_many_models
 from paca.bench.memory_runs import measure_limits, measure_peaks
 from paca.bench.methods import Method, MethodUnavailable, find_methods
-from paca.bench.per_layer import per_layer
-from paca.bench.recorder import Measured, Recorder
+from paca.bench.recorder import Recorder
 from paca.bench.rows import Row
 from paca.bench.saved_activations import measure_saved_activations
 from paca.bench.settings import BenchSettings, Point
@@ -32,12 +31,9 @@ _Result = TypeVar("_Result")
 
 
 def run_benchmark(settings: BenchSettings, write: Callable[[list[Row]], None], say: Callable[[str], None]) -> None:
-    """Measure, and hand out the rows as they come; what was measured before an interruption is not lost.
+    """Measure, and `write` the rows as they come; what was measured before an interruption is not lost.
 
-    Args:
-        settings: What to measure.
-        write: Takes the rows of one measurement.
-        say: Takes lines about the progress.
+    Progress goes to `say`, line by line.
 
     Raises:
         PacaError: Unknown names, settings that don't go with the model, or no method that can run.
@@ -51,9 +47,10 @@ def run_benchmark(settings: BenchSettings, write: Callable[[list[Row]], None], s
         )
     say(f"making {settings.model} on {settings.torch_device}")
     base = build_base_model(settings)
-    recorder = Recorder(settings, base, write)
-    with room_for_many_models() if settings.variants[1:] else nullcontext():
-        _Benchmark(settings, base, recorder, methods, say).run()
+    # By default dynamo gives up after 8 graphs of one function and runs it eagerly from then on, without an error.
+    limits: Any = {"recompile_limit": 1024, "accumulated_recompile_limit": 4096, "fail_on_recompile_limit_hit": True}
+    with torch._dynamo.config.patch(limits) if settings.variants[1:] else nullcontext():
+        _Benchmark(settings, base, Recorder(settings, base, write), methods, say).run()
 
 
 class _Benchmark:
@@ -70,20 +67,20 @@ class _Benchmark:
         self._four_bit: BaseModel | None = None
         self.models: dict[str, nn.Module] = {}
         self.methods: dict[str, Method] = {}
-        unavailable = Measured("method", "", Point(0, 0), missing="unavailable")
+        unavailable: dict[str, tuple[list[float], str]] = {}
         for method in methods:
             try:
                 model = self.prepared(method)
             except MethodUnavailable as error:
-                unavailable.add(method.name, [], str(error))
+                unavailable[method.name] = [], str(error)
                 say(f"{method.name} is unavailable: {error}")
                 continue
             self.methods[method.name], self.models[method.name] = method, model
             recorder.trainable[method.name] = sum(p.numel() for p in model.parameters() if p.requires_grad)
-        if unavailable.samples:
-            recorder.record(unavailable)
+        if unavailable:
+            recorder.record("method", "", Point(0, 0), unavailable, missing="unavailable")
         if not self.models:
-            raise PacaError(f"None of the methods can run here. {next(iter(unavailable.notes.values()))}")
+            raise PacaError(f"None of the methods can run here. {next(iter(unavailable.values()))[1]}")
         recorder.baseline = settings.baseline or ("frozen" if "frozen" in self.models else next(iter(self.models)))
         if settings.baseline is None and recorder.baseline != "frozen":
             say(f"ratios are to {recorder.baseline}, the first method, as frozen is not among them")
@@ -102,12 +99,9 @@ class _Benchmark:
                 if variant == "cuda-graphs" and settings.torch_device.type != "cuda":
                     self.say(f"CUDA graphs need a CUDA device, and this is {settings.torch_device}: left out")
                     continue
-                if "time" in settings.measure:
-                    self.time(point, variant)
-                if "saved" in settings.measure:
-                    self.saved(point, variant)
-                if "launches" in settings.measure:
-                    self.launches(point, variant)
+                for name, measure in (("time", self.time), ("saved", self.saved), ("launches", self.launches)):
+                    if name in settings.measure:
+                        measure(point, variant)
             if settings.profile:
                 self.profile(point)
         if "switch" in settings.measure:
@@ -123,9 +117,9 @@ class _Benchmark:
             torch.cuda.empty_cache()
         if "memory" in settings.measure:
             measure_peaks(settings, names, self.points, self.recorder, self.say)
-        for measure in ("max-seq", "max-batch"):
-            if measure in settings.measure:
-                measure_limits(measure, settings, names, self.base.vision, self.recorder, self.say)
+        for limit in ("max-seq", "max-batch"):
+            if limit in settings.measure:
+                measure_limits(limit, settings, names, self.base.vision, self.recorder, self.say)
 
     def step(self, name: str, point: Point, variant: str = "eager") -> TrainingStep:
         return TrainingStep(self.models[name], self.base, self.settings, point, variant)
@@ -134,57 +128,70 @@ class _Benchmark:
         """Step times, and what follows from them."""
         settings = self.settings
         self.say(f"timing batch {point.batch}, seq {point.seq}, {variant}: {settings.rounds} rounds")
-        timings = time_rounds(
-            {name: self.step(name, point, variant) for name in self.models},
-            rounds=settings.rounds,
-            warmup=settings.warmup,
-            steps_per_round=settings.steps,
-        )
+        steps = {name: self.step(name, point, variant) for name in self.models}
+        timings = time_rounds(steps, rounds=settings.rounds, warmup=settings.warmup)
         items, unit = (point.batch, "images/s") if self.base.vision else (point.batch * point.seq, "tokens/s")
-        seconds = Measured("step_time", "s", point, variant)
-        rates = Measured("throughput", unit, point, variant)
-        graphs = [Measured(name, "graphs", point, variant, compare=False) for name in ("graphs", "recompilations")]
-        for name, timing in timings.items():
-            seconds.add(name, timing.seconds, timing.failure)
-            rates.add(name, [items / value for value in timing.seconds], timing.failure)
-            if variant != "eager" and not timing.failure:
-                for counted in graphs:
-                    counted.add(name, [float(getattr(timing, counted.metric))])
-        self.recorder.record(seconds, rates, *graphs)
+        seconds = {name: (timing.seconds, timing.failure) for name, timing in timings.items()}
+        rates = {name: ([items / value for value in values], failure) for name, (values, failure) in seconds.items()}
+        self.recorder.record("step_time", "s", point, seconds, variant=variant)
+        self.recorder.record("throughput", unit, point, rates, variant=variant)
+        for metric in ("graphs", "recompilations") if variant != "eager" else ():
+            counts = {n: ([float(getattr(timing, metric))], None) for n, timing in timings.items() if timing.seconds}
+            self.recorder.record(metric, "graphs", point, counts, variant=variant, compare=False)
         if any(timing.interrupted for timing in timings.values()):
-            self.say(f"interrupted after {max(map(len, seconds.samples.values()))} rounds, which are kept")
+            rounds = max(len(timing.seconds) for timing in timings.values())
+            self.say(f"interrupted after {rounds} rounds, which are kept")
             raise KeyboardInterrupt
 
     def saved(self, point: Point, variant: str) -> None:
         """Saved activations: of the model, and of one block per token."""
         self.say(f"saved activations, batch {point.batch}, seq {point.seq}, {variant}")
-        total = Measured("saved", "B", point, variant)
-        per_token = Measured("saved_per_token_and_layer", "B", point, variant)
-        units = Measured("saved_units_per_layer", "hidden states", point, variant)
+
+        def measure(step: TrainingStep) -> tuple[float, float | None]:
+            def saved() -> float:
+                return float(measure_saved_activations(step.forward, step.model).bytes)
+
+            return saved(), step.per_block(saved) if variant == "eager" else None
+
+        total, blocks = self.whole_and_block(point, variant, measure)
+        self.recorder.record("saved", "B", point, total, variant=variant)
+        tokens = point.batch * max(1, point.seq)
         one_hidden_state = self.base.hidden_size * self.settings.torch_dtype.itemsize
-        for name in self.models:
-            step = self.step(name, point, variant)
-            found, failure = _attempt(step, lambda step: _saved_bytes(step, self.base, variant))
-            total.add(name, [] if found is None else [found[0]], failure)
-            if found is not None and found[1] is not None:
-                bytes_per_token = found[1] / (point.batch * max(1, point.seq))
-                per_token.add(name, [bytes_per_token])
-                units.add(name, [bytes_per_token / one_hidden_state])
-        self.recorder.record(total, per_token, units)
+        for metric, unit, share in (
+            ("saved_per_token_and_layer", "B", tokens),
+            ("saved_units_per_layer", "hidden states", tokens * one_hidden_state),
+        ):
+            found = {name: ([value / share], None) for name, value in blocks.items()}
+            self.recorder.record(metric, unit, point, found, variant=variant)
 
     def launches(self, point: Point, variant: str) -> None:
         """Kernels launched in a step, and in the forward and backward pass of one block."""
         self.say(f"kernel launches, batch {point.batch}, seq {point.seq}, {variant}")
         cuda = self.settings.torch_device.type == "cuda"
         unit, note = ("launches", "") if cuda else ("operators", "a CPU launches no kernels: operators called")
-        whole, layer = (Measured(f"launches_per_{of}", unit, point, variant) for of in ("step", "layer"))
+
+        def measure(step: TrainingStep) -> tuple[float, float | None]:
+            return count_launches(step), step.per_block(lambda: count_launches(step, optimizer=False))
+
+        total, blocks = self.whole_and_block(point, variant, measure)
+        noted = {name: (samples, failure or note) for name, (samples, failure) in total.items()}
+        self.recorder.record("launches_per_step", unit, point, noted, variant=variant)
+        per_block = {name: ([value], note) for name, value in blocks.items()}
+        self.recorder.record("launches_per_layer", unit, point, per_block, variant=variant)
+
+    def whole_and_block(
+        self, point: Point, variant: str, measure: Callable[[TrainingStep], tuple[float, float | None]]
+    ) -> tuple[dict[str, tuple[list[float], str | None]], dict[str, float]]:
+        """What `measure` gives of the whole step, or why not; and of one block, where it gives that."""
+        whole: dict[str, tuple[list[float], str | None]] = {}
+        blocks: dict[str, float] = {}
         for name in self.models:
             step = self.step(name, point, variant)
-            found, failure = _attempt(step, lambda step: _launches(step, self.base))
-            whole.add(name, [] if found is None else [found[0]], failure or note)
+            found, failure = _attempt(step, measure)
+            whole[name] = ([] if found is None else [found[0]]), failure
             if found is not None and found[1] is not None:
-                layer.add(name, [found[1]], note)
-        self.recorder.record(whole, layer)
+                blocks[name] = found[1]
+        return whole, blocks
 
     def profile(self, point: Point) -> None:
         """Phases, interleaved like the step times, then the kinds of operators."""
@@ -197,66 +204,57 @@ class _Benchmark:
                 self.say(f"{name} can't be profiled: {failure}")
             else:
                 steps[name] = step
-        samples: dict[str, dict[str, list[float]]] = {phase: {name: [] for name in steps} for phase in PHASES}
+        values: dict[str, dict[str, list[float]]] = {f"phase: {p}": {name: [] for name in steps} for p in PHASES}
         order = list(steps.items())
         for _ in range(self.settings.rounds):
-            order.append(order.pop(0))
+            order = order[1:] + order[:1]
             for name, step in order:
                 for phase, seconds in time_phases(step).items():
-                    samples[phase][name].append(seconds)
+                    values[f"phase: {phase}"][name].append(seconds)
         ranks = {name: dict(method.chosen).get("r", self.settings.rank) for name, method in self.methods.items()}
         budgets = {name: profile_step(step, ranks[name]) for name, step in steps.items()}
-        kinds = dict.fromkeys(kind for budget in budgets.values() for kind in budget)
-        values = {f"phase: {phase}": by_method for phase, by_method in samples.items()} | {
-            f"kind: {kind}": {name: [budget.get(kind, 0.0)] for name, budget in budgets.items()} for kind in kinds
-        }
-        self.recorder.record(*(Measured(m, "s", point, compare=False, samples=dict(v)) for m, v in values.items()))
+        for kind in dict.fromkeys(kind for budget in budgets.values() for kind in budget):
+            values[f"kind: {kind}"] = {name: [budget.get(kind, 0.0)] for name, budget in budgets.items()}
+        for metric, by_method in values.items():
+            found = {name: (samples, None) for name, samples in by_method.items()}
+            self.recorder.record(metric, "s", point, found, compare=False)
 
     def switches(self) -> None:
         """Time from one adapter to another."""
         self.say("switching adapters")
         point = Point(1, 0) if self.base.vision else _SWITCH_POINT
-        found = Measured("switch_time", "s", point, missing="unavailable")
-        self.with_two_adapters([found], lambda step: [time_switches(step, _SWITCH_ROUNDS)])
+        found = self.with_two_adapters(point, "eager", lambda step: [time_switches(step, _SWITCH_ROUNDS)])
+        self.recorder.record("switch_time", "s", point, found[0], missing="unavailable")
 
     def recompilations(self) -> None:
         """Graphs that a compiled model makes after its first steps and after a switch of adapters."""
         self.say("counting recompilations")
-        shared: dict[str, Any] = {"variant": "compiled", "compare": False, "missing": "unavailable"}
-        found = [Measured(f"recompilations: {kind}", "graphs", self.points[0], **shared) for kind in RECOMPILATIONS]
-        self.with_two_adapters(found, lambda step: [[float(count)] for count in count_recompilations(step)])
+        shared: Any = {"variant": "compiled", "compare": False, "missing": "unavailable"}
+
+        def measure(step: TrainingStep) -> list[list[float]]:
+            return [[float(count)] for count in count_recompilations(step)]
+
+        found = self.with_two_adapters(self.points[0], "compiled", measure, len(RECOMPILATIONS))
+        for kind, counts in zip(RECOMPILATIONS, found, strict=True):
+            self.recorder.record(f"recompilations: {kind}", "graphs", self.points[0], counts, **shared)
 
     def with_two_adapters(
-        self, found: Sequence[Measured], measure: Callable[[TrainingStep], Sequence[Sequence[float]]]
-    ) -> None:
-        """Take measurements of models that have two adapters, and record them."""
-        first = found[0]
+        self, point: Point, variant: str, measure: Callable[[TrainingStep], list[list[float]]], count: int = 1
+    ) -> list[dict[str, tuple[list[float], str | None]]]:
+        """The `count` measurements that `measure` takes of models that have two adapters."""
+        found: list[dict[str, tuple[list[float], str | None]]] = [{} for _ in range(count)]
         for name, method in self.methods.items():
             try:
                 model = self.prepared(method)
                 add_second_adapter(model, method)
             except MethodUnavailable as error:
                 for one in found:
-                    one.add(name, [], str(error))
+                    one[name] = [], str(error)
                 continue
-            step = TrainingStep(model, self.base, self.settings, first.point, first.variant)
+            step = TrainingStep(model, self.base, self.settings, point, variant)
             for one, samples in zip(found, measure(step), strict=True):
-                one.add(name, samples)
-        self.recorder.record(*found)
-
-
-def _saved_bytes(step: TrainingStep, base: BaseModel, variant: str) -> tuple[float, float | None]:
-    """Of the whole model, and of one block."""
-
-    def measure() -> float:
-        return float(measure_saved_activations(step.forward, step.model).bytes)
-
-    return measure(), per_layer(measure, step, base) if variant == "eager" else None
-
-
-def _launches(step: TrainingStep, base: BaseModel) -> tuple[float, float | None]:
-    """In a whole step, and in the forward and backward pass of one block."""
-    return count_launches(step), per_layer(lambda: count_launches(step, optimizer=False), step, base)
+                one[name] = samples, None
+        return found
 
 
 def _attempt(step: TrainingStep, measure: Callable[[TrainingStep], _Result]) -> tuple[_Result | None, str | None]:

@@ -8,7 +8,8 @@ from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 
 class SavedStorage(NamedTuple):
@@ -28,7 +29,7 @@ class SavedActivations(NamedTuple):
 
     @property
     def bytes(self) -> int:
-        """Sum over the storages, in bytes."""
+        """Sum over the storages."""
         return sum(storage.bytes for storage in self.storages)
 
 
@@ -37,8 +38,8 @@ class _Held:
 
     __slots__ = ("__weakref__", "tensor")
 
-    def __init__(self, tensor: torch.Tensor) -> None:
-        self.tensor = tensor
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor.detach()  # a saved output still has its node, which would hold itself alive
 
 
 def measure_saved_activations(forward: Callable[[], Any], module: nn.Module) -> SavedActivations:
@@ -49,44 +50,27 @@ def measure_saved_activations(forward: Callable[[], Any], module: nn.Module) -> 
     that a custom function keeps as attributes of its context, and tensors packed by hooks inside `forward`, are not
     seen.
 
-    Args:
-        forward: Runs the model and returns anything that keeps the graph alive (the output or the loss).
-        module: The model, whose parameters and buffers are left out of the count.
-
     Raises:
         ValueError: The result of `forward` has no graph, so nothing was measured.
     """
     held: weakref.WeakSet[_Held] = weakref.WeakSet()
 
-    def pack(tensor: torch.Tensor) -> _Held:
-        entry = _Held(tensor.detach())  # a saved output still has its node, which would hold itself alive
+    def pack(tensor: Tensor) -> _Held:
+        entry = _Held(tensor)
         held.add(entry)
         return entry
 
     with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, lambda entry: entry.tensor):
         result = forward()
-    if not any(tensor.requires_grad for tensor in _tensors(result)):
+    if not any(isinstance(leaf, Tensor) and leaf.requires_grad for leaf in tree_leaves(result)):
         raise ValueError(
             "no tensor in the result of forward() requires grad, so the graph holds nothing: make a parameter or the "
             "input embedding's output require grad, and return the output or the loss"
         )
-    own = {_storage_key(tensor) for tensor in chain(module.parameters(), module.buffers())}
+    own = {tensor.untyped_storage()._cdata for tensor in chain(module.parameters(), module.buffers())}
     found: dict[int, SavedStorage] = {}
-    for entry in held:
-        tensor = entry.tensor
-        key = _storage_key(tensor)
-        if key in own or tensor.untyped_storage().nbytes() == 0:
-            continue
-        storage = SavedStorage(tuple(tensor.shape), tensor.dtype, tensor.untyped_storage().nbytes())
-        known = found.get(key)
-        if known is None or tensor.numel() > torch.Size(known.shape).numel():
-            found[key] = storage
+    for tensor in sorted((entry.tensor for entry in held), key=Tensor.numel):  # of one storage the largest stays
+        storage = tensor.untyped_storage()
+        if storage._cdata not in own and storage.nbytes():
+            found[storage._cdata] = SavedStorage(tuple(tensor.shape), tensor.dtype, storage.nbytes())
     return SavedActivations(tuple(sorted(found.values(), key=lambda storage: -storage.bytes)))
-
-
-def _storage_key(tensor: torch.Tensor) -> int:
-    return tensor.untyped_storage()._cdata
-
-
-def _tensors(value: Any) -> list[torch.Tensor]:
-    return [leaf for leaf in torch.utils._pytree.tree_leaves(value) if isinstance(leaf, torch.Tensor)]

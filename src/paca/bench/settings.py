@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from paca.messages.errors import PacaError
 from paca.messages.nearest import did_you_mean
@@ -13,11 +13,12 @@ from paca.pretrained.published_shapes import SHAPES, Shape, check_not_a_mistyped
 if TYPE_CHECKING:
     import torch
 
-DTYPES = ("bfloat16", "float16", "float32")
-SCOPES = ("model", "blocks")
-LOSSES = ("logits", "fused")
-OPTIMIZERS = ("adamw", "sgd")
-MEASUREMENTS = ("time", "memory", "saved", "switch", "launches", "max-seq", "max-batch")
+_CHOICES = {
+    "dtype": ("bfloat16", "float16", "float32"),
+    "scope": ("model", "blocks"),
+    "loss": ("logits", "fused"),
+    "measure": ("time", "memory", "saved", "switch", "launches", "max-seq", "max-batch"),
+}
 DEFAULT_METHODS = ("frozen", "paca", "paca+lean", "paca+lean+recompute", "lora", "lora-tuned")
 
 _RESIZED = ("layers", "hidden", "intermediate", "vocab", "image_size")
@@ -34,11 +35,7 @@ class Point(NamedTuple):
 
 @dataclass(frozen=True)
 class BenchSettings:
-    """One benchmark.
-
-    Raises:
-        PacaError: For a value that can't work, naming it and what it can be.
-    """
+    """One benchmark; PacaError for a value that can't work."""
 
     model: str = "llama3-8b"
     """A preset (random weights, no hub), a folder, a GGUF file or a hub id."""
@@ -73,16 +70,12 @@ class BenchSettings:
     """Batch sizes."""
     rank: int = 16
     """r of PaCA and of the LoRA family (`vera` keeps PEFT's default: its r means something else)."""
-    optimizer: str = "adamw"
-    """The same for all methods: torch's fused AdamW (the Trainer's default), or plain SGD."""
     measure: tuple[str, ...] = ("time", "saved", "memory")
     """Which of the measurements to take."""
     rounds: int = 10
     """Every round times every method once, in an order that rotates."""
     warmup: int = 2
     """Steps per method before the first round."""
-    steps: int = 1
-    """Steps per method and round; their mean is the round's sample."""
     memory: int | None = None
     """The budget of `max-seq` and `max-batch` in bytes: weights, gradients, optimizer, activations; without what the
     interpreter and its libraries take before the model is made."""
@@ -95,21 +88,19 @@ class BenchSettings:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        _one_of("dtype", self.dtype, DTYPES)
-        _one_of("scope", self.scope, SCOPES)
-        _one_of("loss", self.loss, LOSSES)
-        _one_of("optimizer", self.optimizer, OPTIMIZERS)
-        for name in self.measure:
-            _one_of("measure", name, MEASUREMENTS)
+        for field, valid in _CHOICES.items():
+            given = getattr(self, field)
+            for value in [given] if isinstance(given, str) else given:
+                if value not in valid:
+                    close = did_you_mean(value, valid)
+                    raise PacaError(f"{field} is {value!r}; it can be {', '.join(valid)}.{close}")
         for field in ("methods", "measure", "seq", "batch"):
             if not getattr(self, field):
                 raise PacaError(f"{field} is empty; give at least one.")
-        for field in ("layers", "hidden", "intermediate", "vocab", "image_size", "rank", "rounds", "steps", "memory"):
+        for field, least in (*((name, 1) for name in (*_RESIZED, "rank", "rounds", "memory")), ("warmup", 0)):
             value = getattr(self, field)
-            if value is not None and value < 1:
-                raise PacaError(f"{field} is {value}; it must be 1 or more.")
-        if self.warmup < 0:
-            raise PacaError(f"warmup is {self.warmup}; it must be 0 or more.")
+            if value is not None and value < least:
+                raise PacaError(f"{field} is {value}; it must be {least} or more.")
         if self.memory is not None and self.memory < 2**20:
             raise PacaError(f"memory is {self.memory} bytes, where nothing fits; give a unit, such as 24GiB or 320MiB.")
         for field in ("seq", "batch"):
@@ -155,11 +146,7 @@ class BenchSettings:
 
     @property
     def torch_device(self) -> torch.device:
-        """The device to run on.
-
-        Raises:
-            PacaError: There is no such device here.
-        """
+        """The device to run on; PacaError if there is none such here."""
         import torch
 
         name = self.device
@@ -176,15 +163,3 @@ class BenchSettings:
     def points(self, vision: bool) -> list[Point]:
         """Every batch size with every sequence length; images have no length."""
         return [Point(b, s) for b, s in itertools.product(self.batch, (0,) if vision else self.seq)]
-
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> BenchSettings:
-        """The inverse of `dataclasses.asdict`, also after a trip through JSON."""
-        read: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
-        return cls(**read)
-
-
-def _one_of(field: str, value: str, valid: Any) -> None:
-    if value not in valid:
-        names = list(valid)
-        raise PacaError(f"{field} is {value!r}; it can be {', '.join(names)}.{did_you_mean(value, names)}")

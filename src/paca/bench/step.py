@@ -24,7 +24,7 @@ class TrainingStep:
     Args:
         model: What a method prepared.
         base: The model that the method started from.
-        settings: Scope, loss, optimizer, seed.
+        settings: Scope, loss, device, seed.
         point: The size of the batch.
         variant: `eager`, or how the inner model is compiled, for exactly this size: `compiled`, `cuda-graphs`.
     """
@@ -32,10 +32,10 @@ class TrainingStep:
     def __init__(
         self, model: nn.Module, base: BaseModel, settings: BenchSettings, point: Point, variant: str = "eager"
     ) -> None:
-        self.model, self.point = model, point
+        self.model, self.blocks = model, base.layers
         self.device = settings.torch_device
         self.trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        self.optimizer = _optimizer(self.trained, settings.optimizer)
+        self.optimizer = torch.optim.AdamW(self.trained, lr=_LEARNING_RATE, fused=True) if self.trained else None
         inner: Any = inner_model(model)
         fused = settings.scope == "model" and settings.loss == "fused" and not base.vision
         if fused:
@@ -84,18 +84,34 @@ class TrainingStep:
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 
+    def per_block(self, measure: Callable[[], float]) -> float | None:
+        """What one block adds to `measure()`; None for a model with fewer than two.
+
+        Measured with all blocks and with the first alone, so that the final norm, the loss and the rotary embeddings,
+        which a model has once, don't count.
+        """
+        if self.blocks < 2:
+            return None
+        whole = measure()
+        found = [
+            (module, name, child)
+            for module in inner_model(self.model).modules()
+            for name, child in module.named_children()
+            if isinstance(child, nn.ModuleList) and len(child) == self.blocks
+        ]
+        if len(found) != 1:
+            raise ValueError(f"expected one list of {self.blocks} blocks in {type(self.model).__name__}: {len(found)}")
+        parent, name, blocks = found[0]
+        setattr(parent, name, blocks[:1])
+        try:
+            return (whole - measure()) / (self.blocks - 1)
+        finally:
+            setattr(parent, name, blocks)
+
 
 def inner_model(model: nn.Module) -> nn.Module:
     """The transformers model inside a PEFT model, or the model itself."""
     return model.get_base_model() if isinstance(model, PeftModel) else model
-
-
-def _optimizer(parameters: list[nn.Parameter], name: str) -> torch.optim.Optimizer | None:
-    if not parameters:
-        return None
-    if name == "sgd":
-        return torch.optim.SGD(parameters, lr=_LEARNING_RATE)
-    return torch.optim.AdamW(parameters, lr=_LEARNING_RATE, fused=True)
 
 
 def _workload(
@@ -115,13 +131,9 @@ def _workload(
         images, classes = normal(point.batch, 3, base.image_size, base.image_size), integers(point.batch)
         return [], lambda: F.cross_entropy(call(pixel_values=images).logits, classes), None
     if settings.scope == "blocks":
-        hidden_states = normal(point.batch, point.seq, base.hidden_size).requires_grad_(True)
-        gradient = normal(point.batch, point.seq, base.hidden_size)
-        return (
-            [hidden_states],
-            lambda: call(inputs_embeds=hidden_states, use_cache=False).last_hidden_state,
-            gradient,
-        )
-    tokens = integers(point.batch, point.seq)
+        hidden_states = normal(*point, base.hidden_size).requires_grad_(True)
+        run = lambda: call(inputs_embeds=hidden_states, use_cache=False).last_hidden_state  # noqa: E731
+        return [hidden_states], run, normal(*point, base.hidden_size)
+    tokens = integers(*point)
     more = {"fused_lm_head": True} if fused else {}
     return [], lambda: call(input_ids=tokens, labels=tokens, use_cache=False, **more).loss, None

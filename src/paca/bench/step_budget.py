@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -22,31 +23,26 @@ _OPTIMIZER = "paca.bench: optimizer"
 
 
 def time_phases(step: TrainingStep) -> dict[str, float]:
-    """Seconds of each phase of one step.
+    """Seconds of each phase of one step; the optimizer's includes PaCA's writing of the columns.
 
-    The optimizer's phase includes what PaCA does after it: writing the columns into the weights. Waiting for the device
-    between the phases makes the sum larger than a step that is not split.
+    Waiting for the device between the phases makes the sum larger than a step that is not split.
     """
-    start = step.clock()
+    times = [step.clock()]
     result = step.forward()
-    forward = step.clock()
+    times.append(step.clock())
     step.backward(result)
-    backward = step.clock()
+    times.append(step.clock())
     step.update()
-    times = (start, forward, backward, step.clock())
-    return {name: times[i + 1] - times[i] for i, name in enumerate(PHASES)}
+    times.append(step.clock())
+    return {name: end - start for name, (start, end) in zip(PHASES, pairwise(times), strict=True)}
 
 
 def profile_step(step: TrainingStep, rank: int, repeats: int = 3) -> dict[str, float]:
-    """Seconds per step and kind of work, from torch.profiler.
+    """Seconds per step and kind of work, from torch.profiler over `repeats` steps; `step` is eager and warmed up.
 
     On a CPU the kinds add up to the step as it ran under the profiler (which makes it slower); `Python and autograd` is
-    what no operator accounts for. On CUDA they are the kernels' times; `idle` is the rest of the step.
-
-    Args:
-        step: An eager step, warmed up.
-        rank: A matrix product with a dimension of this size is a skinny one.
-        repeats: Steps to average over.
+    what no operator accounts for. On CUDA they are the kernels' times; `idle` is the rest of the step. A matrix product
+    with a dimension of size `rank` is a skinny one.
     """
     cuda = step.device.type == "cuda"
     ours = {kind.__name__ for kind in torch.autograd.Function.__subclasses__() if kind.__module__.startswith("paca.")}
@@ -73,15 +69,11 @@ def profile_step(step: TrainingStep, rank: int, repeats: int = 3) -> dict[str, f
 
 
 def count_launches(step: TrainingStep, *, optimizer: bool = True) -> float:
-    """Kernels that a warmed-up step launches on CUDA; a CUDA graph is one launch.
+    """Kernels that a step launches on CUDA, with or without its optimizer's part; a CUDA graph is one launch.
 
     A CPU launches none. There it is the number of operators that are called from outside of operators.
-
-    Args:
-        step: Eager or compiled; it is run three times before it is counted, so that everything is compiled.
-        optimizer: Whether the optimizer's part is counted along with the forward and the backward pass.
     """
-    for _ in range(3):
+    for _ in range(3):  # so that everything is compiled
         step.run()
     run = step.run if optimizer else lambda: step.backward(step.forward())
     events = _events(step, run)
@@ -106,18 +98,13 @@ def _is_operator(event: Any) -> bool:
 def _kind(event: Any, rank: int, ours: set[str]) -> str | None:
     """What the event's own time was spent on; None for what isn't an operator.
 
-    Args:
-        event: Of the profiler.
-        rank: As for `profile_step`.
-        ours: Names of the package's autograd functions. Columns that lie side by side are copied as blocks within
-            their forward pass, and so count as gathered.
+    Columns that lie side by side are copied as blocks within the forward pass of one of `ours`, the names of the
+    package's autograd functions, and so count as gathered.
     """
-    if str(event.device_type).endswith("CUDA"):
-        return None  # a kernel: counted with the operator that launched it
     name: str = event.name
-    if "::" not in name or name.startswith(("autograd::", _OPTIMIZER)):
-        return None
-    ancestor, takes_columns = event.cpu_parent, False
+    if "::" not in name or name.startswith(("autograd::", _OPTIMIZER)) or str(event.device_type).endswith("CUDA"):
+        return None  # a kernel is counted with the operator that launched it
+    ancestor, takes_columns = event.cpu_parent, name in _GATHERS
     while ancestor is not None:
         if ancestor.name == _OPTIMIZER:
             return "optimizer"
@@ -128,12 +115,8 @@ def _kind(event: Any, rank: int, ours: set[str]) -> str | None:
     if name in _MATMULS:
         sizes = {size for shape in event.input_shapes for size in shape if isinstance(size, int)}
         return "skinny GEMM" if rank in sizes else "GEMM"
-    if "scaled_dot_product" in name or "flash_attention" in name or "efficient_attention" in name:
+    if any(word in name for word in ("scaled_dot_product", "flash_attention", "efficient_attention")):
         return "attention"
     if name.startswith(_CONVOLUTIONS):
         return "convolution"
-    if name in _GATHERS:
-        return "gather"
-    if name in _CASTS:
-        return "copies and casts"
-    return "elementwise, norms, reductions"
+    return "copies and casts" if name in _CASTS else "elementwise, norms, reductions"

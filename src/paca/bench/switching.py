@@ -9,20 +9,16 @@ import torch
 from peft import PeftModel
 from torch import nn
 
-from paca.bench.compilation import graphs_compiled
 from paca.bench.methods import Method, MethodUnavailable
 from paca.bench.step import TrainingStep
+from paca.bench.timing import graphs_compiled
 
 RECOMPILATIONS = ("steps", "first_switch", "switch_back")
 _SECOND = "second"
 
 
 def add_second_adapter(model: nn.Module, method: Method) -> None:
-    """Put a second adapter of the same settings beside the first; where columns are drawn, it draws others.
-
-    Raises:
-        MethodUnavailable: The method has no adapter.
-    """
+    """Put a second adapter of the same settings beside the first; where columns are drawn, it draws others."""
     if not isinstance(model, PeftModel):
         raise MethodUnavailable("has no adapter to switch")
     config: Any = copy.deepcopy(model.peft_config["default"])
@@ -33,14 +29,10 @@ def add_second_adapter(model: nn.Module, method: Method) -> None:
 
 
 def time_switches(step: TrainingStep, rounds: int) -> list[float]:
-    """Seconds that a switch adds to a forward pass, per round.
+    """Seconds that a switch adds to a forward pass, per round; the batch of `step` should be small.
 
     A method may put work off until the next forward pass, so each round times a forward pass after `set_adapter` and
     one without, and takes the difference.
-
-    Args:
-        step: Its model has a second adapter; its batch should be small, so that the difference isn't lost in noise.
-        rounds: Samples.
     """
     model: Any = step.model
     samples = []
@@ -59,9 +51,6 @@ def time_switches(step: TrainingStep, rounds: int) -> list[float]:
 
 def count_recompilations(step: TrainingStep) -> tuple[int, int, int]:
     """Train two adapters in turn in a compiled model and count the graphs that are made after its first steps.
-
-    Args:
-        step: Compiled; its model has a second adapter.
 
     Returns:
         As `RECOMPILATIONS` says: graphs made in three more steps of the same adapter, in a step after the first switch

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
-from paca.bench.compilation import graphs_compiled
+from torch._dynamo.utils import counters
+
 from paca.bench.step import TrainingStep
 from paca.messages.out_of_memory import failure_reason
+
+
+def graphs_compiled() -> int:
+    """Graphs that torch.compile has made in this process so far."""
+    return int(counters["stats"]["unique_graphs"])
 
 
 @dataclass
@@ -27,36 +33,36 @@ class Timing:
     """Whether Ctrl-C ended the rounds early; the samples are those of the whole rounds before it."""
 
 
-def time_rounds(
-    steps: Mapping[str, TrainingStep], *, rounds: int, warmup: int, steps_per_round: int
-) -> dict[str, Timing]:
-    """Time every step once per round, in an order that rotates from round to round.
+def time_rounds(steps: Mapping[str, TrainingStep], *, rounds: int, warmup: int) -> dict[str, Timing]:
+    """Time every step once per round, in an order that rotates from round to round, after `warmup` steps of each.
 
     A method that fails (out of memory, not compilable) loses its samples and says why; the others go on. Garbage is
     collected between the samples, never within one. Ctrl-C after a whole round keeps the rounds there are.
-
-    Args:
-        steps: What to time, by name.
-        rounds: Samples per method.
-        warmup: Steps per method before the first round.
-        steps_per_round: A sample is the mean of so many steps.
     """
     timings = {name: Timing() for name in steps}
     running = list(steps)
-    for name in steps:
+
+    def attempt(name: str, work: Callable[[TrainingStep, Timing], None]) -> None:
         try:
-            before = graphs_compiled()
-            for _ in range(warmup):
-                steps[name].run()
-            timings[name].graphs = graphs_compiled() - before
+            work(steps[name], timings[name])
         except Exception as error:  # whatever one method throws, the others are measured
             timings[name] = Timing(failure=failure_reason(error))
+        if timings[name].failure:  # not in the except clause: there the error still holds the graph
             running.remove(name)
-        if timings[name].failure:
             steps[name].abandon()
+
+    def warm_up(step: TrainingStep, timing: Timing) -> None:
+        before = graphs_compiled()
+        for _ in range(warmup):
+            step.run()
+        timing.graphs = graphs_compiled() - before
+
+    for name in steps:
+        attempt(name, warm_up)
     for number in range(rounds):
         try:
-            _round(steps, running, timings, steps_per_round)
+            for name in list(running):
+                attempt(name, _sample)
         except KeyboardInterrupt:
             if number == 0:
                 raise
@@ -68,28 +74,14 @@ def time_rounds(
     return timings
 
 
-def _round(steps: Mapping[str, TrainingStep], running: list[str], timings: dict[str, Timing], count: int) -> None:
-    for name in list(running):
-        try:
-            seconds, graphs = _sample(steps[name], count)
-            timings[name].seconds.append(seconds)
-            timings[name].recompilations += graphs
-        except Exception as error:
-            timings[name] = Timing(failure=failure_reason(error))
-            running.remove(name)
-        if timings[name].failure:  # not in the except clause: there the error still holds the graph
-            steps[name].abandon()
-
-
-def _sample(step: TrainingStep, count: int) -> tuple[float, int]:
+def _sample(step: TrainingStep, timing: Timing) -> None:
     gc.collect()
     gc.disable()
     graphs = graphs_compiled()
     try:
         start = step.clock()
-        for _ in range(count):
-            step.run()
-        seconds = (step.clock() - start) / count
+        step.run()
+        timing.seconds.append(step.clock() - start)
     finally:
         gc.enable()
-    return seconds, graphs_compiled() - graphs
+    timing.recompilations += graphs_compiled() - graphs

@@ -52,13 +52,11 @@ def run(
     seq: Annotated[str, typer.Option("--seq", "--tokens", metavar="N,N,…", help="Sequence lengths.")] = "512",
     batch: Annotated[str, typer.Option(metavar="N,N,…", help="Batch sizes.")] = "1",
     rank: Annotated[int, typer.Option(help="r of PaCA and LoRA.")] = 16,
-    optimizer: Annotated[str, typer.Option(help="adamw (fused) or sgd; the same for all methods.")] = "adamw",
     measure: Annotated[
         str, typer.Option(metavar="A,B,…", help="Of: time, memory, saved, switch, launches, max-seq, max-batch.")
     ] = "time,saved,memory",
     rounds: Annotated[int, typer.Option(help="Every round times every method once.")] = 10,
     warmup: Annotated[int, typer.Option(help="Steps per method before the rounds.")] = 2,
-    steps: Annotated[int, typer.Option(help="Steps per sample.")] = 1,
     memory: Annotated[str | None, typer.Option(help="Budget of max-seq and max-batch, such as 2GiB.")] = None,
     compile_: Annotated[bool, typer.Option("--compile", help="Also measure compiled models.")] = False,
     cuda_graphs: Annotated[
@@ -157,8 +155,7 @@ def report(
     import pandas as pd
 
     from paca.bench.plots import write_plots
-    from paca.bench.readme import replace_block
-    from paca.bench.report import baselines_of, summary_tables, tables
+    from paca.bench.report import baselines_of, replace_block, summary_tables, tables
     from paca.bench.rows import read_rows
 
     rows = pd.concat([read_rows(file) for file in files], ignore_index=True)

@@ -19,7 +19,8 @@ from paca.messages.units import format_bytes, parse_bytes
 from paca_command import import_package
 
 if TYPE_CHECKING:
-    from paca.planning import DequantizeRate, Fit, MatmulRate, MemoryEstimate, Setting
+    from paca.planning import Fit, MemoryEstimate, Setting
+    from paca.planning.device_rates import DequantizeRate, MatmulRate
     from paca.planning.target import Target
 
 QUANTIZATIONS = ("nf4", "fp4", "int8")
@@ -89,15 +90,8 @@ def plan(
     import_package()
     import torch
 
-    from paca.planning import (
-        available_memory,
-        estimate,
-        fit,
-        fixed_rate,
-        given_bandwidth,
-        measure_dequantize_rate,
-        measure_rate,
-    )
+    from paca.planning import available_memory, estimate, fit
+    from paca.planning.device_rates import fixed_rate, given_bandwidth, measure_dequantize_rate, measure_rate
 
     planned = _target(target, seq, batch_size, r, dtype, device, set_ or [])
     setting = planned.setting

@@ -1,1 +1,1 @@
-"""."""
+"""Adapters for other programs, and from them."""

@@ -10,20 +10,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+import transformers
 from peft import PeftModel, get_peft_model_state_dict
 from peft.utils.other import AuxiliaryTrainingWrapper
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import (
-    AutoModel,
-    AutoModelForCausalLM,
-    AutoModelForQuestionAnswering,
-    AutoModelForSeq2SeqLM,
-    AutoModelForSequenceClassification,
-    AutoModelForTokenClassification,
-    PreTrainedConfig,
-)
+from transformers import PreTrainedConfig
 from transformers.pytorch_utils import Conv1D
 
 from paca.config import PacaConfig
@@ -43,14 +36,13 @@ NAME = "default"  # of the adapter, where one is put into an outline
 FILE_PREFIX = "base_model.model."
 QUANTIZATION = "base_quantization"
 
-_AUTO_CLASSES: dict[str | None, Any] = {
-    None: AutoModelForCausalLM,
-    "CAUSAL_LM": AutoModelForCausalLM,
-    "SEQ_CLS": AutoModelForSequenceClassification,
-    "TOKEN_CLS": AutoModelForTokenClassification,
-    "QUESTION_ANS": AutoModelForQuestionAnswering,
-    "SEQ_2_SEQ_LM": AutoModelForSeq2SeqLM,
-    "FEATURE_EXTRACTION": AutoModel,
+_AUTO_CLASSES = {  # of transformers, by the task of PEFT
+    "CAUSAL_LM": "AutoModelForCausalLM",
+    "SEQ_CLS": "AutoModelForSequenceClassification",
+    "TOKEN_CLS": "AutoModelForTokenClassification",
+    "QUESTION_ANS": "AutoModelForQuestionAnswering",
+    "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
+    "FEATURE_EXTRACTION": "AutoModel",
 }
 
 
@@ -85,16 +77,12 @@ class Adapter:
     """A checked adapter, with what its base model's config tells about the layers."""
 
     config: PacaConfig
-
     layers: dict[str, AdaptedLayer]
     """By the module's name in the base model."""
-
     saved_whole: dict[str, Tensor]
     """The other tensors of the adapter's file, by their names there: modules_to_save, resized embeddings."""
-
     module_names: set[str]
     """Names of all modules of the base model."""
-
     base_config: PreTrainedConfig | None
     """The base model's; None if it is not of transformers."""
 
@@ -121,15 +109,7 @@ class Adapter:
 
 
 def adapter_in_model(model: Any, adapter_name: str = "default") -> Adapter:
-    """Take an adapter out of a model, as it is now: deltas, and scales too where they were changed.
-
-    Args:
-        model: From `peft.get_peft_model` or `PeftModel.from_pretrained`; it is left as it is.
-        adapter_name: Which of its adapters.
-
-    Raises:
-        ValueError: If it is no model with such a PaCA adapter.
-    """
+    """An adapter of a `PeftModel` as it is now, changed scales included; ValueError if it has no such PaCA adapter."""
     if not isinstance(model, PeftModel) or not isinstance(model.base_model, PacaModel):
         raise ValueError(f"A PeftModel with a PaCA adapter is needed, not a {type(model).__name__}.")
     if adapter_name not in model.peft_config:
@@ -224,26 +204,19 @@ def stock_class(layer: PacaLayer) -> type[nn.Module]:
 
 
 def base_outline(base: str, task_type: str | None, revision: str | None) -> Outline:
-    """The base model of an adapter for `task_type`, without weights.
-
-    Raises:
-        PacaError: A task that nobody knows, or a model whose config can't be read.
-    """
-    if task_type not in _AUTO_CLASSES:
+    """The base model of an adapter for `task_type`, without weights; PacaError for an unknown task."""
+    auto_class = _AUTO_CLASSES.get(task_type or "CAUSAL_LM")
+    if auto_class is None:
         raise PacaError(
-            f"The adapter is for the task {task_type!r}; known are {', '.join(t for t in _AUTO_CLASSES if t)}. Convert "
-            "it from Python, with its model in memory: paca.convert.lora.save_as_lora."
+            f"The adapter is for the task {task_type!r}; known are {', '.join(_AUTO_CLASSES)}. Convert it from Python, "
+            "with its model in memory: paca.convert.lora.save_as_lora."
         )
     of_hub = locate(base).source == "hub"
-    return load_config(base, revision=revision if of_hub else None, auto_class=_AUTO_CLASSES[task_type])
+    return load_config(base, revision=revision if of_hub else None, auto_class=getattr(transformers, auto_class))
 
 
 def read_tensors(file: Path) -> dict[str, Tensor]:
-    """The tensors in a safetensors file, or in one of `torch.save`.
-
-    Raises:
-        PacaError: The file is broken, or holds something else than tensors by name.
-    """
+    """The tensors in a safetensors file, or in one of `torch.save`; PacaError if it is none."""
     try:
         if file.suffix == ".safetensors":
             return load_file(file)
@@ -265,22 +238,18 @@ def recorded_quantization(file: Path) -> str | None:
         return (opened.metadata() or {}).get(QUANTIZATION)
 
 
-def column_tensors(layers: Mapping[str, tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
-    """The tensors of an adapter's file, by their names there, for `(delta, indices)` of each layer."""
-    tensors = {f"{FILE_PREFIX}{name}.{DELTA}": delta for name, (delta, _) in layers.items()}
-    return tensors | {f"{FILE_PREFIX}{name}.{INDICES}": indices for name, (_, indices) in layers.items()}
+def column_tensors(layers: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The tensors of an adapter's file, by their names there, for the `delta` and `indices` of each layer."""
+    tensors = {f"{FILE_PREFIX}{name}.{DELTA}": layer.delta for name, layer in layers.items()}
+    return tensors | {f"{FILE_PREFIX}{name}.{INDICES}": layer.indices for name, layer in layers.items()}
 
 
 def write_adapter(
     folder: Path, settings: Mapping[str, Any], tensors: Mapping[str, Tensor], quantization: str | None = None
 ) -> None:
-    """Write an adapter's config and weights.
+    """Write an adapter's config and weights into `folder`, over files of the same names.
 
-    Args:
-        folder: Made if it is not there; existing files of the same names are replaced.
-        settings: Of the config.
-        tensors: By their names in the file.
-        quantization: Kept in the weights' metadata, where programs that do not know it pass over it.
+    `quantization` goes into the weights' metadata, where programs that do not know it pass over it.
     """
     folder.mkdir(parents=True, exist_ok=True)
     contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}

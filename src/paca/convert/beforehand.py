@@ -10,11 +10,7 @@ from paca.tuner.adapter_folder import ADAPTER_CONFIG, find_adapter, find_base, f
 
 
 def adapter_in(path: str | Path) -> Path:
-    """The folder of the adapter that `path`, a run or an adapter folder, stands for.
-
-    Raises:
-        PacaError: There is none.
-    """
+    """The folder of the adapter that `path`, a run or an adapter folder, stands for; PacaError without one."""
     adapter = find_adapter(path, or_model=False)
     if adapter is None:
         raise PacaError(f"{path} is a whole model, not an adapter. Give the folder of a run or of an adapter.")
@@ -24,11 +20,7 @@ def adapter_in(path: str | Path) -> Path:
 def adapter_output(
     path: str | Path, output: str | Path, base_model: str | None, overwrite: bool, job: str = "export"
 ) -> Path:
-    """The folder, absolute, for the adapter in `path` in another form.
-
-    Raises:
-        PacaError: It is in use.
-    """
+    """The folder, absolute, for the adapter in `path` in another form; PacaError if it is in use."""
     return _free_folder(output, overwrite, [path, base_model or path], job, "an adapter", ADAPTER_CONFIG)
 
 
@@ -54,11 +46,7 @@ def merge_output(path: str | Path, output: str | Path, base_model: str | None, o
 
 
 def gguf_output(path: str | Path, output: str | Path, overwrite: bool) -> Path:
-    """The file, absolute, for `path` as LoRA in GGUF.
-
-    Raises:
-        PacaError: It is in use, or not named as such a file is.
-    """
+    """The file, absolute, for `path` as LoRA in GGUF; PacaError if it is in use, or not named as such a file is."""
     output = Path(output).expanduser().absolute()
     if output.suffix != ".gguf":
         raise PacaError(f"The output {output} should be a file whose name ends in .gguf.")
@@ -71,11 +59,7 @@ def gguf_output(path: str | Path, output: str | Path, overwrite: bool) -> Path:
 
 
 def import_source(path: str | Path) -> Path:
-    """The folder of a foreign adapter's config, for the folder or the file of its tensors.
-
-    Raises:
-        PacaError: There is nothing, or no config.
-    """
+    """The folder of a foreign adapter's config, for the folder or the file of its tensors; PacaError without one."""
     given = Path(path).expanduser()
     if not given.exists():
         raise PacaError(f"No such file or folder: {given}. Give the folder of an adapter, or the file in it.")

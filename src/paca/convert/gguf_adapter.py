@@ -14,6 +14,7 @@ from torch import Tensor
 from paca.convert.adapter import Adapter
 from paca.convert.lora import lora_factors
 from paca.messages.errors import PacaError
+from paca.pretrained.gguf import require_gguf
 from paca.tuner.rotation.union_config import default_and_pattern
 
 
@@ -31,13 +32,8 @@ ARCHITECTURES = {
     "llama": _Architecture("llama", reorders_heads=True),  # SmolLM and SmolLM2 too
     "mistral": _Architecture("llama", reorders_heads=True),
     "smollm3": _Architecture("smollm3", reorders_heads=True),
-    "qwen2": _Architecture("qwen2"),
-    "qwen3": _Architecture("qwen3"),
-    "gemma": _Architecture("gemma"),
-    "gemma2": _Architecture("gemma2"),
     "gemma3_text": _Architecture("gemma3"),
-    "phi3": _Architecture("phi3"),
-    "gpt2": _Architecture("gpt2"),
+    **{name: _Architecture(name) for name in ("qwen2", "qwen3", "gemma", "gemma2", "phi3", "gpt2")},
 }
 
 
@@ -51,7 +47,7 @@ def gguf_tensors(adapter: Adapter) -> tuple[float, dict[str, Tensor]]:
         PacaError: An architecture whose names in llama.cpp are not known here, a layer that it does not have, or
             modules that were saved whole.
     """
-    gguf = _gguf()
+    gguf = require_gguf("Writing")
     known = architecture_of(adapter)
     if adapter.saved_whole:
         raise PacaError(
@@ -86,11 +82,7 @@ def pairs_of_neighbours(rows: Tensor, heads: int) -> Tensor:
 
 
 def architecture_of(adapter: Adapter) -> _Architecture:
-    """How llama.cpp stores the base model.
-
-    Raises:
-        PacaError: It is not known here.
-    """
+    """How llama.cpp stores the base model; raises PacaError where that is not known here."""
     model_type = None if adapter.base_config is None else adapter.base_config.model_type
     if model_type not in ARCHITECTURES:
         raise PacaError(
@@ -102,7 +94,7 @@ def architecture_of(adapter: Adapter) -> _Architecture:
 
 def write_gguf(adapter: Adapter, file: Path) -> None:
     """Write the adapter as LoRA for llama.cpp to `file` (errors as of `gguf_tensors`)."""
-    gguf = _gguf()
+    gguf = require_gguf("Writing")
     alpha, tensors = gguf_tensors(adapter)
     writer = gguf.GGUFWriter(file, architecture_of(adapter).name)
     writer.add_type(gguf.GGUFType.ADAPTER)
@@ -116,11 +108,3 @@ def write_gguf(adapter: Adapter, file: Path) -> None:
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-
-
-def _gguf() -> Any:
-    try:
-        import gguf
-    except ImportError as error:
-        raise PacaError("Writing a GGUF file needs the package gguf: pip install 'paca-tuning[gguf]'.") from error
-    return gguf

@@ -18,11 +18,9 @@ from paca.convert.adapter import (
     recorded_quantization,
     write_adapter,
 )
-from paca.convert.authors import COLUMNS, read_authors
 from paca.convert.beforehand import adapter_output, import_source
-from paca.convert.foreign import ForeignAdapter
+from paca.convert.foreign import COLUMNS, ForeignAdapter, read_authors, read_one_hot_lora
 from paca.convert.lora import LORA_A
-from paca.convert.one_hot_lora import lora_config, read_one_hot_lora
 from paca.convert.target_names import exact_targets
 from paca.messages.errors import PacaError
 from paca.pretrained import load_pretrained
@@ -73,9 +71,8 @@ def import_adapter(
     base = locate(base).name_or_path  # a folder by its whole path, as it is to be found from anywhere
     foreign, model = _read(folder, settings, tensors, base)
     adapter = _check(foreign, settings, base, model, recorded_quantization(file))
-    columns = column_tensors({name: (layer.delta, layer.indices) for name, layer in adapter.layers.items()})
     with whole_output(output) as partial:
-        write_adapter(partial, adapter.config.to_dict(), adapter.saved_whole | columns)
+        write_adapter(partial, adapter.config.to_dict(), adapter.saved_whole | column_tensors(adapter.layers))
         for beside in tokenizer_files(folder):
             shutil.copyfile(beside, partial / beside.name)
     return Imported(output, adapter, foreign.kind, foreign.largest_move)
@@ -97,7 +94,7 @@ def _read(
     if DELTA in endings:
         raise PacaError(f"{folder} holds a PaCA adapter already: PEFT and paca load it as it is.")
     if settings.get("peft_type") == "LORA" and any(name.endswith(f".{LORA_A}") for name in tensors):
-        return read_one_hot_lora(lora_config(settings), tensors), base_outline(base, task_type, revision).model
+        return read_one_hot_lora(settings, tensors), base_outline(base, task_type, revision).model
     raise PacaError(
         f"{folder} holds a {settings.get('peft_type')} adapter with tensors such as {min(tensors, default='(none)')}. "
         f"What can be imported: checkpoints of the original authors' PaCA (tensors ...{COLUMNS}), and LoRA adapters "
@@ -121,15 +118,14 @@ def _check(
         **union_settings(sizes),
         target_modules=exact_targets(foreign.layers, {name for name, _ in model.named_modules()}),
         modules_to_save=modules_to_save or None,
+        base_model_name_or_path=base,
         task_type=settings.get("task_type"),
         auto_mapping=settings.get("auto_mapping"),
-        base_model_name_or_path=base,
         revision=settings.get("revision"),
         inference_mode=True,
         base_quantization=quantization,
     )
-    columns = column_tensors({name: (layer.delta, layer.indices) for name, layer in foreign.layers.items()})
     try:
-        return put_on(model, config, foreign.others | columns)
+        return put_on(model, config, foreign.others | column_tensors(foreign.layers))
     except ValueError as error:
         raise PacaError(f"The adapter does not fit the model {base}: {error}") from error

@@ -74,12 +74,7 @@ def to_lora(adapter: Adapter) -> tuple[LoraConfig, dict[str, Tensor]]:
 
 
 def save_as_lora(model: Any, folder: str | Path, adapter_name: str = "default") -> None:
-    """Write a PaCA adapter that a model holds as a LoRA adapter, which PEFT loads without paca.
-
-    Args:
-        model: A `PeftModel`; it is left as it is.
-        folder: Where to write; existing files of the same names are replaced.
-        adapter_name: Which of its adapters.
+    """Write a PaCA adapter of a `PeftModel` into `folder` as a LoRA adapter, which PEFT loads without paca.
 
     Raises:
         ValueError: No such adapter, or a layer that LoRA can't express, by name.

@@ -33,7 +33,6 @@ class Merged:
     """None for a run that trained the whole model, which is written as it is."""
     base: str
     dtype: torch.dtype
-
     difference: float | None
     """Largest difference of a logit between the adapted model and the checkpoint as read back from the disk, as a
     share of the largest logit; None when it was not checked."""
@@ -115,11 +114,7 @@ def _probe_logits(model: Any) -> torch.Tensor:
 
 
 def _difference_from(expected: torch.Tensor, folder: Path) -> float:
-    """Read the checkpoint back and compare: the largest difference of a logit, as a share of the largest logit.
-
-    Raises:
-        PacaError: It is more than rounding explains.
-    """
+    """Of a logit of the checkpoint as read back, as a share of the largest; PacaError if rounding can't explain it."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto").eval()
     found = _probe_logits(on_accelerator(model))
     difference = ((found - expected).abs().max() / expected.abs().max()).item()

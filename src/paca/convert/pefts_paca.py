@@ -24,15 +24,8 @@ from paca.messages.errors import PacaError
 
 PEFT = "PEFT >= 0.22"
 FIELDS = (
-    "r",
-    "paca_alpha",
-    "target_modules",
-    "exclude_modules",
-    "layers_to_transform",
-    "layers_pattern",
-    "random_seed",
-    "init_weights",
-    "modules_to_save",
+    *("r", "paca_alpha", "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"),
+    *("random_seed", "init_weights", "modules_to_save"),
 )
 """What its config knows, besides the fields of every PEFT config."""
 
@@ -81,7 +74,7 @@ def to_pefts_paca(adapter: Adapter) -> tuple[dict[str, Any], dict[str, Tensor]]:
         PacaError: A layer that PEFT's own PaCA can't adapt, or a value that is not finite; the layer is named.
     """
     r = max(layer.r for layer in adapter.layers.values())
-    columns: dict[str, tuple[Tensor, Tensor]] = {}
+    columns: dict[str, ColumnUnion] = {}
     for name, layer in adapter.layers.items():
         if not issubclass(layer.stock_class, nn.Linear):
             raise PacaError(
@@ -93,8 +86,7 @@ def to_pefts_paca(adapter: Adapter) -> tuple[dict[str, Any], dict[str, Tensor]]:
                 f"{name} has {layer.in_features} input columns, but another layer trains {r}, and {PEFT} gives all "
                 "layers one r. Load the adapter with paca, or export another form of it (--to lora, --to merged)."
             )
-        padded = _padded(name, layer, r)
-        columns[name] = (padded.delta, padded.indices)
+        columns[name] = _padded(name, layer, r)
     config = PacaConfig(
         r=r,
         paca_alpha=r,

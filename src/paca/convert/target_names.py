@@ -7,15 +7,10 @@ from collections.abc import Collection
 
 
 def exact_targets(adapted: Collection[str], module_names: Collection[str]) -> list[str] | str:
-    """`target_modules` that match the `adapted` modules and no other.
+    """`target_modules` that match the modules named `adapted` and no other of `module_names`.
 
-    Args:
-        adapted: Their full names.
-        module_names: The full names of all modules.
-
-    Returns:
-        For each module the shortest ending of its name that no other kind of module shares ("q_proj", if all of those
-        are adapted), as a list; one regular expression, if a full name is itself the ending of another's.
+    For each module the shortest ending of its name that no other kind of module shares ("q_proj", if all of those are
+    adapted), as a list; one regular expression, if a full name is itself the ending of another's.
     """
     taken = {ending for name in set(module_names) - set(adapted) for ending in _endings(name)}
     chosen = {next((ending for ending in _endings(name) if ending not in taken), None) for name in adapted}

@@ -63,14 +63,7 @@ BLOCKS: dict[str, Block] = {
     **_gated("phi3", "Phi3", hidden="fused", first=("gate_up_proj",), activation="activation_fn"),
     **_block("opt", "OPT", mlp=False, activation="activation_fn"),
     **_block(
-        "gpt2",
-        "GPT2",
-        "Block",
-        mlp_norm="ln_2",
-        first=("c_fc",),
-        last="c_proj",
-        activation="act",
-        dropout="dropout",
+        "gpt2", "GPT2", "Block", mlp_norm="ln_2", first=("c_fc",), last="c_proj", activation="act", dropout="dropout"
     ),
     # The vision tower of Gemma 3.
     **_block(

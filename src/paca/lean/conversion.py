@@ -10,14 +10,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from paca.lean.activations import ACTIVATIONS, activation_name
 from paca.lean.blocks import BLOCKS, qualified_name
-from paca.lean.forwards import (
-    LeanActivation,
-    LeanAttention,
-    LeanForward,
-    LeanLayerNorm,
-    LeanMLP,
-    LeanRMSNorm,
-)
+from paca.lean.forwards import LeanActivation, LeanAttention, LeanForward, LeanLayerNorm, LeanMLP, LeanRMSNorm
 from paca.messages.errors import PacaError
 
 Recompute = Literal["mlp"]
@@ -40,9 +33,6 @@ def make_lean(model: Model, recompute: Recompute | None = None) -> Model:
         recompute: `"mlp"` also drops gate and up and computes them again in the backward pass, from the norm's input:
             two more matrix products per block. Hooks and adapters of gate and up then run twice. OPT's blocks have
             nothing left to drop with ReLU, and are refused with another activation.
-
-    Returns:
-        `model` itself.
 
     Raises:
         PacaError: A block, a norm, an MLP or an activation is not of a known class, or a module already has a forward
@@ -67,11 +57,7 @@ def make_lean(model: Model, recompute: Recompute | None = None) -> Model:
 
 
 def undo_lean(model: Model) -> Model:
-    """Give every module of `model` its stock forward back. A model that isn't lean stays as it is.
-
-    Returns:
-        `model` itself.
-    """
+    """Give every module of `model` its stock forward back, and return it. One that isn't lean stays as it is."""
     for module in model.modules():
         instance = vars(module)
         if isinstance(instance.get("forward"), LeanForward):

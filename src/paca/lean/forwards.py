@@ -18,13 +18,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from paca.lean.attention_mask import additive_mask, query_dtype
 from paca.lean.blocks import Block
 from paca.lean.gated_linear_unit import fused_gated_linear_unit, gated_linear_unit
 from paca.lean.pointwise import lean_activation
 from paca.lean.recompute import note_source, recomputed
 from paca.lean.rms_norm import RMSNormStyle, rms_norm
 
+_ADDITIVE = "_paca_lean_additive"
 _HIDDEN: dict[str, Callable[..., Tensor]] = {
     "gated": gated_linear_unit,
     "fused": fused_gated_linear_unit,
@@ -87,13 +87,18 @@ class LeanRMSNorm(LeanForward):
 
 
 class LeanAttention(LeanForward):
-    """The stock attention, given SDPA's boolean mask in the form that all layers can keep together."""
+    """The stock attention, given SDPA's boolean mask in the form that all layers can keep together.
+
+    transformers hands SDPA a boolean mask (batches with padding, sliding windows); SDPA turns it into an additive one
+    in the query's dtype and keeps that for the backward pass, anew in every layer: `2 * sequence` bytes per token and
+    layer in half precision, as much as a hidden state of that width. Made once, all layers keep the same one.
+    """
 
     def lean(self, *args: Any, **kwargs: Any) -> Any:
         mask = kwargs.get("attention_mask")
         if isinstance(mask, Tensor) and mask.dtype == torch.bool and self.module.config._attn_implementation == "sdpa":
             hidden_states = args[0] if args else kwargs["hidden_states"]
-            kwargs["attention_mask"] = additive_mask(mask, query_dtype(hidden_states))
+            kwargs["attention_mask"] = _additive_mask(mask, _query_dtype(hidden_states))
         return self.stock(*args, **kwargs)
 
 
@@ -133,3 +138,26 @@ class LeanMLP(LeanForward):
         hidden = recomputed(segment, x, first) if self.recompute else segment(x, False)
         output = getattr(module, block.last)(hidden)
         return output if block.dropout is None else getattr(module, block.dropout)(output)
+
+
+def _additive_mask(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """0 where the boolean `mask` is true and -inf elsewhere, which is what SDPA makes of it for a query of `dtype`.
+
+    Remembered on `mask` itself, until that is changed.
+    """
+    version = None if mask.is_inference() else mask._version  # a mask may be a buffer that is filled anew
+    known: tuple[int, Tensor] | None = getattr(mask, _ADDITIVE, None)
+    if known is not None and known[0] == version and known[1].dtype == dtype:
+        return known[1]
+    made = torch.zeros_like(mask, dtype=dtype).masked_fill_(mask.logical_not(), float("-inf"))
+    if version is not None:
+        setattr(mask, _ADDITIVE, (version, made))
+    return made
+
+
+def _query_dtype(hidden_states: Tensor) -> torch.dtype:
+    """The dtype that a projection of `hidden_states` has here: autocast's, or its own."""
+    device_type = hidden_states.device.type
+    if torch.is_autocast_enabled(device_type):
+        return torch.get_autocast_dtype(device_type)
+    return hidden_states.dtype

@@ -22,16 +22,13 @@ _ELEMENTS_PER_THREAD = 2**19
 
 
 def gated_linear_unit(gate: Tensor, up: Tensor, activation: str, save_only: bool = False) -> Tensor:
-    """`activation(gate) * up`.
+    """`activation(gate) * up`, `(..., features)` each, in the promoted dtype of `gate` and `up`.
 
     Args:
-        gate: `(..., features)`.
-        up: `(..., features)`.
+        gate: Of the activation.
+        up: Of the same shape.
         activation: A key of `ACTIVATIONS`.
         save_only: A recomputation needs what the forward pass saved, not its result: leave the result uninitialized.
-
-    Returns:
-        `(..., features)` in the promoted dtype of `gate` and `up`.
     """
     if torch.compiler.is_compiling():
         return ACTIVATIONS[activation].forward(gate) * up

@@ -21,12 +21,9 @@ _BIT_K_OF_BYTE_K = 0x8040201008040201 - 2**64
 
 
 def lean_activation(x: Tensor, activation: str, save_only: bool = False) -> Tensor:
-    """`activation(x)`, keeping one bit per element for `"relu"` and `x` for the others.
+    """`activation(x)`, keeping one bit per element for `"relu"` and `x` for the others of `ACTIVATIONS`.
 
-    Args:
-        x: Any shape.
-        activation: A key of `ACTIVATIONS`.
-        save_only: Leave the result uninitialized, for a recomputation that only needs what is saved.
+    With `save_only` the result is uninitialized, for a recomputation that only needs what is saved.
     """
     if torch.compiler.is_compiling():
         return ACTIVATIONS[activation].forward(x)

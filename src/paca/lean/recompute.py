@@ -54,8 +54,7 @@ def recomputed(
         modules: The modules that `segment` runs.
 
     Raises:
-        RuntimeError: In the backward pass, if the adapters, the trained parameters or the hooks of `modules` are not
-            those of the forward pass.
+        RuntimeError: In the backward pass, if adapters, trained parameters or hooks of `modules` are others by then.
     """
     if torch.compiler.is_compiling():
         return checkpoint(lambda x: segment(x, False), hidden_states, use_reentrant=False)

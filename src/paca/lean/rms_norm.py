@@ -23,17 +23,11 @@ _ELEMENTS_PER_THREAD = 2**17
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, style: RMSNormStyle) -> Tensor:
-    """RMSNorm over the last dimension, as transformers defines it for Llama or for Gemma.
+    """RMSNorm of `x (..., features)` over its last dimension, as transformers defines it for Llama or for Gemma.
 
-    Args:
-        x: `(..., features)`, any strides.
-        weight: `(features,)`.
-        eps: Added to the mean square.
-        style: `"llama"` rounds the normalized rows to x's dtype, then multiplies by `weight`; `"gemma"` multiplies by
-            `1 + weight` in float32, then rounds.
-
-    Returns:
-        `(..., features)`; for `"llama"` in the promoted dtype of `x` and `weight`, for `"gemma"` in x's dtype.
+    `"llama"` rounds the normalized rows to x's dtype, then multiplies by `weight (features,)`: the result has the
+    promoted dtype. `"gemma"` multiplies by `1 + weight` in float32, then rounds to x's dtype. `eps` is added to the
+    mean square.
     """
     if liger_rms_norm is not None and x.is_cuda:
         # in_place=False: Liger would write the input's gradient over the output's, which a residual branch may share.

@@ -27,7 +27,6 @@ def attention_of(device: str) -> Callable[..., Tensor]:
     attention for half precision without a mask; memory-efficient attention with a mask or in float32, unless key and
     value have fewer heads than the query; else the plain formula.
     """
-    run = _on_cuda if device == "cuda" else _on_cpu
 
     def attention(
         query: Tensor,
@@ -39,21 +38,35 @@ def attention_of(device: str) -> Callable[..., Tensor]:
         scale: float | None = None,
         enable_gqa: bool = False,
     ) -> Tensor:
-        found = run(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
-        if found is None:
-            return _stock(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
-        return found
+        operands, how = (query, key, value), (dropout_p, is_causal)
+        options: dict[str, Any] = {"scale": scale, "enable_gqa": enable_gqa}
+        if device == "cpu":
+            if _cpu_takes_the_formula(operands, attn_mask, *how, **options):
+                return _stock(*operands, attn_mask, *how, **options)
+            flash = aten._scaled_dot_product_flash_attention_for_cpu
+            return flash(*operands, *how, attn_mask=_additive(attn_mask, query.dtype), scale=scale)[0]
+        half = query.dtype in (torch.float16, torch.bfloat16)
+        same_width = query.shape[-1] == key.shape[-1] == value.shape[-1] <= 256
+        if query.dim() == 4 and half and same_width and attn_mask is None:
+            return aten._scaled_dot_product_flash_attention(*operands, *how, False, scale=scale)[0]
+        if query.dim() == 4 and query.dtype != torch.float64 and query.shape[1] == key.shape[1]:
+            mask = _additive(attn_mask, query.dtype)
+            if mask is not None:
+                mask = mask.expand(*query.shape[:-1], key.shape[-2])
+            return aten._scaled_dot_product_efficient_attention(*operands, mask, True, *how, scale=scale)[0]
+        return _stock(*operands, attn_mask, *how, **options)
 
     return attention
 
 
-def _on_cpu(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, dropout: float, causal: bool, scale: Any, gqa: bool
-) -> Tensor | None:
-    """By the fused kernel; None where torch chooses the plain formula, asked for the same shapes made short."""
+def _cpu_takes_the_formula(
+    operands: tuple[Tensor, Tensor, Tensor], mask: Tensor | None, dropout: float, causal: bool, **options: Any
+) -> bool:
+    """Whether torch chooses the plain formula, asked for the same shapes made short."""
+    query, key, _ = operands
     short = {length: min(length, 8 + rank) for rank, length in enumerate({query.shape[-2], key.shape[-2]})}
 
-    def stand_in(tensor: Tensor, sequence_dims: tuple[int, ...]) -> Tensor:
+    def stand_in(tensor: Tensor, *sequence_dims: int) -> Tensor:
         shape = list(tensor.shape)
         shape[0] = min(shape[0], 2)
         for dim in sequence_dims:
@@ -63,30 +76,8 @@ def _on_cpu(
 
     with _disable_current_modes():
         choose: Any = torch._fused_sdp_choice  # its stub is wrong
-        tensors = [stand_in(tensor, (-2,)) for tensor in (query, key, value)]
-        small_mask = None if mask is None else stand_in(mask, (-2, -1))
-        if choose(*tensors, small_mask, dropout, causal, scale=scale, enable_gqa=gqa) == 0:
-            return None
-    flash = aten._scaled_dot_product_flash_attention_for_cpu
-    return flash(query, key, value, dropout, causal, attn_mask=_additive(mask, query.dtype), scale=scale)[0]
-
-
-def _on_cuda(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, dropout: float, causal: bool, scale: Any, gqa: bool
-) -> Tensor | None:
-    """By a fused kernel; None where none fits."""
-    half = query.dtype in (torch.float16, torch.bfloat16)
-    same_width = query.shape[-1] == key.shape[-1] == value.shape[-1] <= 256
-    if query.dim() == 4 and half and same_width and mask is None:
-        flash = aten._scaled_dot_product_flash_attention
-        return flash(query, key, value, dropout, causal, False, scale=scale)[0]
-    if query.dim() == 4 and query.dtype != torch.float64 and query.shape[1] == key.shape[1]:
-        mask = _additive(mask, query.dtype)
-        if mask is not None:
-            mask = mask.expand(*query.shape[:-1], key.shape[-2])
-        efficient = aten._scaled_dot_product_efficient_attention
-        return efficient(query, key, value, mask, True, dropout, causal, scale=scale)[0]
-    return None
+        small_mask = None if mask is None else stand_in(mask, -2, -1)
+        return choose(*(stand_in(tensor, -2) for tensor in operands), small_mask, dropout, causal, **options) == 0
 
 
 def _additive(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:

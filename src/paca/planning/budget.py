@@ -1,6 +1,8 @@
-"""How much memory a device has for a run, and whether that is too little."""
+"""How much memory a device has for a run, whether that is too little, and which batch takes the most."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 
@@ -11,11 +13,7 @@ from paca.planning.setting import Setting
 
 
 def available_memory(device: str) -> int:
-    """Bytes that this process could use on `device`: free memory of the GPU, or what the system has available.
-
-    Raises:
-        PacaError: `device` is `"cuda"` and there is none.
-    """
+    """Bytes that this process could use: free on the GPU (PacaError without one), or in the system."""
     if device == "cuda":
         if not torch.cuda.is_available():
             raise PacaError("There is no CUDA device here; say how much memory to plan for (--memory 24GiB).")
@@ -27,15 +25,12 @@ def available_memory(device: str) -> int:
 
 
 def warn_if_too_large(model: PlannedModel, setting: Setting, available: int | None = None) -> str | None:
-    """Say so if training would need more memory than there is.
+    """What to tell the user if training would need more memory than there is; None if it fits or can't be foretold.
 
     Args:
         model: On the meta device, with its adapter in.
         setting: How it is trained.
         available: Bytes; what the device has free when None.
-
-    Returns:
-        A message that says how much is missing and what would help, or None if it fits or can't be foretold.
     """
     available = available_memory(setting.device) if available is None else available
     try:
@@ -50,3 +45,20 @@ def warn_if_too_large(model: PlannedModel, setting: Setting, available: int | No
         f"{setting.sequence_length} tokens at a time), and {format_bytes(available)} are available. The largest part "
         f"is {largest}: {format_bytes(needed.parts[largest])}. `paca plan` finds settings that fit."
     )
+
+
+def longest_batch(lengths: Sequence[int], batch_size: int, max_length: int | None = None) -> list[int]:
+    """The numbers of the `batch_size` longest examples (or of all), longest first.
+
+    A batch is padded to its longest example, so no batch of the training is larger: if it trains, every batch does.
+    `lengths` are in tokens; longer examples are cut at `max_length`.
+
+    Raises:
+        PacaError: There are no examples, or `batch_size` is below 1.
+    """
+    if not lengths:
+        raise PacaError("There are no examples, so there is no longest batch to try.")
+    if batch_size < 1:
+        raise PacaError(f"batch_size is {batch_size}; it must be 1 or more.")
+    cut = [length if max_length is None else min(length, max_length) for length in lengths]
+    return sorted(range(len(cut)), key=lambda number: (-cut[number], number))[:batch_size]

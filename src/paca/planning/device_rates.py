@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import itertools
 import math
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
+from torch.utils.benchmark import Timer
 
 from paca.messages.errors import PacaError
 from paca.planning.live_memory import LiveMemory
-from paca.pretrained.quantizing import require_bitsandbytes
+from paca.pretrained.quantizing import quantized_linear, require_bitsandbytes
 from paca.quantized import quantization_of
 
 ROWS = (128, 512, 2048, 8192)
@@ -33,15 +33,9 @@ class MatmulRate:
 
     def at(self, rows: int) -> float:
         """Operations per second at `rows` rows, between the measured points in proportion to the logarithm."""
-        points = sorted(self.measured.items())
-        if rows <= points[0][0]:
-            # Few rows leave the time to the reading of the weight, which does not depend on them.
-            return points[0][1] * rows / points[0][0]
-        for (low, slow), (high, fast) in itertools.pairwise(points):
-            if rows <= high:
-                share = math.log(rows / low) / math.log(high / low)
-                return slow + share * (fast - slow)
-        return points[-1][1]
+        counts, speeds = zip(*sorted(self.measured.items()), strict=True)
+        # Few rows leave the time to the reading of the weight, which does not depend on them.
+        return min(1.0, rows / counts[0]) * float(np.interp(math.log(rows), np.log(counts), speeds))
 
 
 @dataclass(frozen=True)
@@ -54,119 +48,62 @@ class DequantizeRate:
 
 
 def fixed_rate(operations_per_second: float) -> MatmulRate:
-    """A rate that was given instead of measured.
-
-    Raises:
-        PacaError: it is not positive.
-    """
+    """A rate that was given instead of measured; PacaError if it is not positive."""
     if operations_per_second <= 0:
         raise PacaError(f"A rate must be above 0 operations per second, not {operations_per_second}.")
     return MatmulRate({1: operations_per_second}, "as given")
 
 
 def given_bandwidth(bytes_per_second: float) -> DequantizeRate:
-    """A device's memory bandwidth, stated instead of measured: unpacking can't be faster.
-
-    Raises:
-        PacaError: it is not positive.
-    """
+    """A memory bandwidth, stated instead of measured: unpacking can't be faster. PacaError if it is not positive."""
     if bytes_per_second <= 0:
         raise PacaError(f"A bandwidth must be above 0 bytes per second, not {bytes_per_second}.")
     return DequantizeRate(bytes_per_second, "as given")
 
 
 def measure_rate(device: str, dtype: torch.dtype, features: int, seconds: float = 1.0) -> MatmulRate:
-    """Time `(rows, features) @ (features, features)` on `device` for some numbers of rows, `seconds` in all.
-
-    Args:
-        device: `"cpu"` or `"cuda"`, which has to be there.
-        dtype: of the operands.
-        features: the model's hidden size.
-        seconds: how long to measure.
-    """
+    """Time `(rows, features) @ (features, features)` on `device` for some numbers of rows, `seconds` in all."""
     weight = torch.randn(features, features, dtype=dtype, device=device)
     rates = {}
     for rows in ROWS:
         x = torch.randn(rows, features, dtype=dtype, device=device)
-        taken = shortest_time(lambda x=x: torch.matmul(x, weight), device, seconds / len(ROWS))  # type: ignore[misc]
+        taken = _shortest_time(lambda x=x: torch.matmul(x, weight), seconds / len(ROWS))  # type: ignore[misc]
         rates[rows] = 2 * rows * features**2 / taken
-    return MatmulRate(rates, f"measured on {device_name(device)} in {str(dtype).removeprefix('torch.')}")
-
-
-def device_name(device: str) -> str:
-    """For people."""
-    return torch.cuda.get_device_name() if device == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-
-
-def shortest_time(work: Callable[[], Any], device: str, seconds: float) -> float:
-    """The shortest time that `work` took in some repetitions: what the device can do while nothing else runs on it.
-
-    Args:
-        work: is run for `seconds`, and at least twice.
-        device: `"cpu"` or `"cuda"`.
-        seconds: for all of it.
-    """
-
-    wait = torch.cuda.synchronize if device == "cuda" else lambda: None
-
-    def timed() -> float:
-        wait()
-        start = time.perf_counter()
-        work()
-        wait()
-        return time.perf_counter() - start
-
-    timed()  # loads the library
-    shortest, end = timed(), time.perf_counter() + seconds
-    while time.perf_counter() < end:
-        shortest = min(shortest, timed())
-    return shortest
+    return MatmulRate(rates, f"measured on {_device_name(device)} in {str(dtype).removeprefix('torch.')}")
 
 
 def measure_dequantize_rate(
     device: str, dtype: torch.dtype, features: int, quantization: str, seconds: float = 0.5
 ) -> DequantizeRate:
-    """Time the unpacking of a `(features, features)` weight, as a training step does it.
+    """Time the unpacking of a `(features, features)` weight to `dtype`, as a training step does it, on a device that is
+    here.
 
     Args:
-        device: `"cpu"` or `"cuda"`, which has to be there.
-        dtype: that it is unpacked to.
-        features: the model's hidden size.
-        quantization: as `MemoryEstimate.weights` names it: `"nf4"`, `"int8"`, `"nf4 without double quantization"`.
-        seconds: how long to measure.
-
-    Raises:
-        PacaError: bitsandbytes is not installed.
+        device: `"cpu"` or `"cuda"`.
+        dtype: That it is unpacked to.
+        features: The model's hidden size.
+        quantization: As `MemoryEstimate.weights` names it: `"nf4"`, `"int8"`, `"nf4 without double quantization"`.
+        seconds: How long to measure.
     """
     require_bitsandbytes(quantization)
     features = min(features, LARGEST_UNPACKED)
-    layer = _layer(device, dtype, features, quantization)
+    layer = quantized_linear(nn.Linear(features, features, bias=False, dtype=dtype, device=device), quantization)
     kind = quantization_of(layer)
     assert kind is not None
+    unpack = kind.weight_and_columns
     positions = torch.zeros(1, dtype=torch.int64, device=device)
-
-    def unpack() -> Any:
-        assert kind is not None
-        return kind.weight_and_columns(layer, dtype, positions)
-
     with torch.no_grad():
         with LiveMemory() as memory:
-            unpack()
-        rate = memory.dequantized / shortest_time(unpack, device, seconds)
-    return DequantizeRate(rate, f"measured on {device_name(device)} with {quantization}")
+            unpack(layer, dtype, positions)
+        rate = memory.dequantized / _shortest_time(lambda: unpack(layer, dtype, positions), seconds)
+    return DequantizeRate(rate, f"measured on {_device_name(device)} with {quantization}")
 
 
-def _layer(device: str, dtype: torch.dtype, features: int, quantization: str) -> nn.Module:
-    import bitsandbytes
+def _device_name(device: str) -> str:
+    return torch.cuda.get_device_name() if device == "cuda" else f"CPU, {torch.get_num_threads()} threads"
 
-    weight = torch.randn(features, features, dtype=dtype)
-    layer: Any
-    if quantization == "int8":
-        layer = bitsandbytes.nn.Linear8bitLt(features, features, bias=False, has_fp16_weights=False)
-        layer.weight = bitsandbytes.nn.Int8Params(weight, requires_grad=False, has_fp16_weights=False)
-    else:
-        kind, _, once = quantization.partition(" without ")
-        options: dict[str, Any] = {"compress_statistics": not once, "quant_type": kind}
-        layer = bitsandbytes.nn.Linear4bit(features, features, bias=False, device="meta", **options)
-        layer.weight = bitsandbytes.nn.Params4bit(weight, requires_grad=False, module=layer, **options)
-    return layer.to(device)  # the move quantizes
+
+def _shortest_time(work: Callable[[], Any], seconds: float) -> float:
+    """The shortest of some repetitions within `seconds`: what the device can do while nothing else runs on it."""
+    timer = Timer("work()", globals={"work": work}, num_threads=torch.get_num_threads())
+    return min(timer.blocked_autorange(min_run_time=seconds).times)

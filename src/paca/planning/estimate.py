@@ -5,19 +5,19 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from peft import PeftConfig, PeftModel, get_peft_model
-from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from paca.messages.errors import PacaError
 from paca.messages.units import format_bytes
 from paca.planning.quantized_layers import quantization_name, unpacked_numel
-from paca.planning.repeated_blocks import RepeatedBlocks, copy_with_blocks, find_blocks
+from paca.planning.repeated_blocks import copy_with_blocks, find_blocks
 from paca.planning.setting import Setting
 from paca.planning.simulated_step import StepTrace, simulate
-from paca.pretrained.quantized_outline import quantize_outline
+from paca.pretrained.quantizing import quantize_outline
 
 FRAMEWORK = "framework overhead"
 FRAMEWORK_BYTES = {"cpu": 500 * 2**20, "cuda": 600 * 2**20}
@@ -49,7 +49,6 @@ class MemoryEstimate:
 
     @property
     def total(self) -> int:
-        """Peak memory in bytes."""
         return sum(self.parts.values())
 
     @property
@@ -77,14 +76,14 @@ def prepare_model(
     """The model to plan for, on the meta device.
 
     Args:
-        model: a hub id or folder, a configuration, or a model on the meta device; a model stays as it is.
-        adapter: the adapter to put in. Without it the model is trained as it comes: all of it, or its own adapters.
-        quantization: of its linear layers, before the adapter is put in; see `Setting.quantization`. A checkpoint that
+        model: A hub id or folder, a configuration, or a model on the meta device; a model stays as it is.
+        adapter: The adapter to put in. Without it the model is trained as it comes: all of it, or its own adapters.
+        quantization: Of its linear layers, before the adapter is put in; see `Setting.quantization`. A checkpoint that
             is quantized by bitsandbytes is planned so by itself.
         autocast_adapter_dtype: see `Setting.autocast_adapter_dtype`.
 
     Raises:
-        PacaError: the model has weights, can't be found, can't be quantized, or the adapter does not fit it.
+        PacaError: The model has weights, can't be found, can't be quantized, or the adapter does not fit it.
     """
     made = _quantized(_on_meta(model), quantization, model)
     if adapter is None:
@@ -140,17 +139,12 @@ def _on_meta(model: str | PreTrainedConfig | PlannedModel) -> PlannedModel:
 def estimate(
     model: str | PreTrainedConfig | PlannedModel, setting: Setting, adapter: PeftConfig | None = None
 ) -> MemoryEstimate:
-    """What a training step of `model` takes under `setting`.
+    """What a training step of `model` takes under `setting`, once `adapter` is in it; `model` as in `prepare_model`.
 
     The forward and backward pass are run on tensors without values; see `paca.planning.simulated_step`.
 
-    Args:
-        model: what is trained, as in :func:`prepare_model`.
-        setting: how.
-        adapter: put into the model first.
-
     Raises:
-        PacaError: the model can't be found, planned, or made lean.
+        PacaError: The model can't be found, planned, or made lean.
     """
     autocast = setting.autocast_adapter_dtype
     prepared = prepare_model(model, adapter, setting.quantization, autocast_adapter_dtype=autocast)
@@ -163,7 +157,8 @@ def estimate(
     parameters = {id(p): p for p in root.parameters()}.values()
     unpacked = unpacked_numel(root)
     trainable = sum(p.numel() for p in parameters if p.requires_grad)
-    added = sum(p.numel() for name, p in root.named_parameters() if _belongs_to_adapter(prepared, name))
+    marks = (getattr(prepared.base_model, "prefix", ""), ".modules_to_save.") if isinstance(prepared, PeftModel) else ()
+    added = sum(p.numel() for name, p in root.named_parameters() if any(mark in name for mark in marks))
     return MemoryEstimate(
         setting=setting,
         parameters=sum(unpacked.get(id(p), p.numel()) for p in parameters) - added,
@@ -183,27 +178,16 @@ def trace_step(root: PreTrainedModel, setting: Setting) -> StepTrace:
     if blocks is None:
         small = copy_with_blocks(root, None, ())
         return simulate(small, setting, small.base_model, None)
+
+    def run(chosen: tuple[int, ...]) -> StepTrace:
+        small = copy_with_blocks(root, blocks, chosen)
+        block_list: Any = small.get_submodule(blocks.path)
+        return simulate(small, setting, blocks.owner(small), block_list[-2] if len(block_list) > 1 else None)
+
     sample = blocks.sample(2)
-    start = _simulate_blocks(root, setting, blocks, sample)
-    trace = start
+    trace = start = run(sample)
     for kind in dict.fromkeys(blocks.kinds):
         missing = blocks.kinds.count(kind) - sum(blocks.kinds[number] == kind for number in sample)
         if missing:
-            more = _simulate_blocks(root, setting, blocks, blocks.with_one_more(sample, kind))
-            trace = trace.plus(more, start, missing)
+            trace = trace.plus(run(blocks.with_one_more(sample, kind)), start, missing)
     return trace
-
-
-def _simulate_blocks(
-    root: PreTrainedModel, setting: Setting, blocks: RepeatedBlocks, chosen: tuple[int, ...]
-) -> StepTrace:
-    small = copy_with_blocks(root, blocks, chosen)
-    block_list = small.get_submodule(blocks.path)
-    assert isinstance(block_list, nn.ModuleList)
-    return simulate(small, setting, blocks.owner(small), block_list[-2] if len(block_list) > 1 else None)
-
-
-def _belongs_to_adapter(model: PlannedModel, name: str) -> bool:
-    if not isinstance(model, PeftModel):
-        return False
-    return getattr(model.base_model, "prefix", "") in name or ".modules_to_save." in name

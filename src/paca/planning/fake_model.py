@@ -8,6 +8,7 @@ from contextlib import ExitStack, contextmanager
 from itertools import islice
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import transformers.masking_utils
@@ -43,24 +44,23 @@ def make_fake(model: nn.Module) -> None:
 def without_values(device: str) -> Iterator[None]:
     """Tensors made in here are fake; code that looks at values, or loops over rows of them, does what fits that.
 
-    Args:
-        device: what the fake tensors, which are all on the CPU, stand for: `"cpu"` or `"cuda"`.
+    They are all on the CPU, and stand for those of `device`: `"cpu"` or `"cuda"`.
     """
     with ExitStack() as stack:
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
-        stack.enter_context(_replaced(functional, "scaled_dot_product_attention", attention_of(device)))
+        stack.enter_context(patch.object(functional, "scaled_dot_product_attention", attention_of(device)))
         # All rounds of the lean blocks' loops over rows allocate the same, and a long batch has thousands of them.
         # What is written there was allocated before the loop, and without values it needs no writing.
         for module in (rms_norm, gated_linear_unit, pointwise):
-            stack.enter_context(_replaced(module, "row_blocks", _first_block))
+            stack.enter_context(patch.object(module, "row_blocks", _first_block))
         # Columns without values are those that were written.
-        stack.enter_context(_replaced(Kept, "equal", lambda kept, other: True))
+        stack.enter_context(patch.object(Kept, "equal", lambda kept, other: True))
         # Positions without values might be those of packed sequences, and transformers would make a mask for them.
-        stack.enter_context(_replaced(transformers.masking_utils, "find_packed_sequence_indices", lambda _: None))
+        stack.enter_context(patch.object(transformers.masking_utils, "find_packed_sequence_indices", lambda _: None))
         if importlib.util.find_spec("bitsandbytes") is not None:
             import bitsandbytes  # noqa: F401  # defines the operator
 
-            stack.enter_context(_replaced(torch.ops.bitsandbytes.gemm_4bit, "default", dequantized_product))
+            stack.enter_context(patch.object(torch.ops.bitsandbytes.gemm_4bit, "default", dequantized_product))
         if device == "cuda":
             _use_fused_loss_kernels(stack)
         else:
@@ -79,7 +79,7 @@ def _use_fused_loss_kernels(stack: ExitStack) -> None:
     except ImportError:  # a TRL without this loss; asking for it is refused elsewhere
         return
     for name in ("_forward_tile", "_backward_tile"):
-        stack.enter_context(_replaced(chunked_logprob, name, lambda *args, **kwargs: None))
+        stack.enter_context(patch.object(chunked_logprob, name, lambda *args, **kwargs: None))
 
 
 def _count_touched_tiles(stack: ExitStack) -> None:
@@ -97,14 +97,4 @@ def _count_touched_tiles(stack: ExitStack) -> None:
 
     if hasattr(trl.trainer.utils, "_ChunkedLogProbFunction"):
         stand_in = SimpleNamespace(apply=apply)
-        stack.enter_context(_replaced(trl.trainer.utils, "_ChunkedLogProbFunction", stand_in))
-
-
-@contextmanager
-def _replaced(module: Any, name: str, function: Any) -> Iterator[None]:
-    original = getattr(module, name)
-    setattr(module, name, function)
-    try:
-        yield
-    finally:
-        setattr(module, name, original)
+        stack.enter_context(patch.object(trl.trainer.utils, "_ChunkedLogProbFunction", stand_in))

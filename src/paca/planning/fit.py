@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from bisect import bisect
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Literal
 
 from peft import PeftConfig
@@ -32,7 +34,6 @@ class Candidate:
 
     @property
     def setting(self) -> Setting:
-        """Its setting."""
         return self.estimate.setting
 
 
@@ -77,25 +78,26 @@ def fit(
     fits among the divisors of `global_batch`; the rest of it is gradient accumulation.
 
     Args:
-        model: as in :func:`paca.planning.estimate`.
-        base: what is not searched: sequence length, padding, autocast, optimizer, device, and the loss.
-        memory: the budget in bytes, the framework's overhead included.
-        global_batch: sequences per optimizer step.
-        adapter: put into the model first.
-        rate: of the device's matrix products; without it every batch size is taken to run at the same rate.
-        dequantize: how fast it unpacks quantized weights; without it that is left out of the times.
-        any_loss: also choose between the chunked and the full loss.
-        quantizations: ways to keep the weights (see `Setting.quantization`), the preferred one first: a later one is
+        model: As in `paca.planning.estimate`.
+        base: What is not searched: sequence length, padding, autocast, optimizer, device, and the loss.
+        memory: The budget in bytes, the framework's overhead included.
+        global_batch: Sequences per optimizer step.
+        adapter: Put into the model first.
+        rate: Of the device's matrix products; without it every batch size is taken to run at the same rate.
+        dequantize: How fast it unpacks quantized weights; without it that is left out of the times.
+        any_loss: Also choose between the chunked and the full loss.
+        quantizations: Ways to keep the weights (see `Setting.quantization`), the preferred one first: a later one is
             chosen only where none before it fits. Without them, that of `base`.
-        fastest_weights: choose the fastest of them instead.
+        fastest_weights: Choose the fastest of them instead.
 
     Raises:
-        PacaError: nothing fits, or the model can't be planned.
+        PacaError: Nothing fits, or the model can't be planned.
     """
     if global_batch < 1:
         raise PacaError(f"The global batch is {global_batch} sequences; it must be 1 or more.")
     quantizations = quantizations or (base.quantization,)
-    search = _Search(memory, global_batch, rate or fixed_rate(1e12), dequantize, any_loss)
+    rate = rate or fixed_rate(1e12)
+    refused: dict[str, None] = {}
     candidates: list[Candidate] = []
     for quantization in quantizations:
         try:
@@ -104,11 +106,24 @@ def fit(
         except PacaError as error:
             if not candidates:
                 raise
-            search.refuse(error)
+            refused[str(error)] = None
             continue
-        found = search.candidates(prepared, replace(base, quantization=quantization))
+        found: list[Candidate] = []
+        for choice in _choices(replace(base, quantization=quantization), any_loss):
+            try:
+                tried = _largest_batch(prepared, choice, memory, global_batch)
+            except PacaError as error:
+                if not choice.lean:  # without lean blocks the model itself can't be planned
+                    raise
+                refused[str(error)] = None
+                continue
+            seconds = step_seconds(tried, rate, dequantize) * (_lean_time(choice) if choice.lean else 1)
+            found.append(Candidate(tried, seconds, fits=tried.total <= memory))
+            # No technique makes weights and framework smaller, or this one faster.
+            if _fixed(tried) > memory or _at_its_fastest(found[-1], global_batch):
+                break
         candidates += found
-        if found[0].fits and _at_its_fastest(found[0], global_batch):
+        if any(_at_its_fastest(candidate, global_batch) for candidate in found):
             break
     by_time = fastest_weights and (dequantize is not None or quantizations == (None,))
     ranks = {quantization: 0 if by_time else rank for rank, quantization in enumerate(quantizations)}
@@ -116,81 +131,25 @@ def fit(
     if not candidates[0].fits:
         raise PacaError(_nothing_fits(candidates, memory))
     reason = _weights_reason(candidates) if len(quantizations) > 1 else None
-    return Fit(tuple(candidates), tuple(search.refused), reason)
+    return Fit(tuple(candidates), tuple(refused), reason)
 
 
 def step_seconds(estimate_: MemoryEstimate, rate: MatmulRate, dequantize: DequantizeRate | None = None) -> float:
-    """Least time of one optimizer step in seconds: its matrix products and attention, and the unpacking of weights.
-
-    Args:
-        estimate_: of the step.
-        rate: of matrix products and attention.
-        dequantize: of unpacking quantized weights, which is left out without it.
-    """
+    """Least time of one optimizer step in seconds: its matrix products and attention, and the unpacking of weights."""
     unpacking = 0.0 if dequantize is None else estimate_.dequantized / dequantize.bytes_per_second
     return estimate_.flops / rate.at(estimate_.setting.tokens_per_pass) + unpacking
 
 
-class _Search:
-    """For the techniques and the batch, with the weights as they are."""
+def _largest_batch(model: PlannedModel, choice: Setting, memory: int, global_batch: int) -> MemoryEstimate:
+    """With as many sequences at a time as fit into `memory`; with one where not even that fits."""
 
-    def __init__(
-        self, memory: int, global_batch: int, rate: MatmulRate, dequantize: DequantizeRate | None, any_loss: bool
-    ) -> None:
-        self.memory = memory
-        self.global_batch = global_batch
-        self.rate = rate
-        self.dequantize = dequantize
-        self.any_loss = any_loss
-        self.refused: list[str] = []
+    @cache
+    def tried(size: int) -> MemoryEstimate:
+        return estimate(model, replace(choice, batch_size=size, gradient_accumulation=global_batch // size))
 
-    def refuse(self, error: PacaError) -> None:
-        """Note once that something is not possible."""
-        if str(error) not in self.refused:
-            self.refused.append(str(error))
-
-    def candidates(self, model: PlannedModel, base: Setting) -> list[Candidate]:
-        """One for each choice of techniques, best first."""
-        candidates: list[Candidate] = []
-        for choice in _choices(base, self.any_loss):
-            try:
-                candidate = self._largest_batch(model, choice)
-            except PacaError as error:
-                if not choice.lean:  # without lean blocks the model itself can't be planned
-                    raise
-                self.refuse(error)
-                continue
-            candidates.append(candidate)
-            if _fixed(candidate.estimate) > self.memory:
-                break  # no technique changes that
-            if _at_its_fastest(candidate, self.global_batch):
-                break
-        return sorted(candidates, key=lambda candidate: (not candidate.fits, candidate.seconds))
-
-    def _largest_batch(self, model: PlannedModel, choice: Setting) -> Candidate:
-        divisors = [n for n in range(1, self.global_batch + 1) if self.global_batch % n == 0]
-        found: MemoryEstimate | None = None
-        low, high = 0, len(divisors)  # those below low fit, those from high on do not
-        while low < high:
-            middle = (low + high) // 2
-            batch_size = divisors[middle]
-            setting = replace(choice, batch_size=batch_size, gradient_accumulation=self.global_batch // batch_size)
-            tried = estimate(model, setting)
-            if tried.total <= self.memory:
-                found, low = tried, middle + 1
-            else:
-                high = middle
-                if middle > 0 and _fixed(tried) > self.memory:
-                    high, middle = 0, 0  # no smaller batch fits either
-                    tried = estimate(model, replace(choice, batch_size=1, gradient_accumulation=self.global_batch))
-                if middle == 0:
-                    return Candidate(tried, self._seconds(tried), fits=False)
-        assert found is not None
-        return Candidate(found, self._seconds(found), fits=True)
-
-    def _seconds(self, tried: MemoryEstimate) -> float:
-        blocks = _lean_time(tried.setting) if tried.setting.lean else 1.0
-        return step_seconds(tried, self.rate, self.dequantize) * blocks
+    divisors = [size for size in range(1, global_batch + 1) if global_batch % size == 0]
+    fitting = bisect(divisors, memory, key=lambda size: tried(size).total)
+    return tried(divisors[max(0, fitting - 1)])
 
 
 def _at_its_fastest(candidate: Candidate, global_batch: int) -> bool:
@@ -226,17 +185,17 @@ def _weights_reason(candidates: Sequence[Candidate]) -> str:
     )
 
 
-_LEAN: tuple[tuple[bool, Literal["mlp"] | None], ...] = ((False, None), (True, None), (True, "mlp"))
+# Lean, recompute, checkpointing, from the fewest operations to the most. A checkpointed block is recomputed whole.
+_TECHNIQUES: tuple[tuple[bool, Literal["mlp"] | None, bool], ...] = (
+    *((False, None, False), (True, None, False), (True, "mlp", False)),
+    *((False, None, True), (True, None, True)),
+)
 
 
 def _choices(base: Setting, any_loss: bool) -> Iterator[Setting]:
-    """From the fewest operations to the most."""
-    for checkpointing in (False, True):
-        for lean, recompute in _LEAN:
-            if checkpointing and recompute:
-                continue  # a checkpointed block is recomputed whole already
-            for chunked in (False, True) if any_loss else (base.chunked_loss,):
-                yield replace(base, lean=lean, recompute=recompute, checkpointing=checkpointing, chunked_loss=chunked)
+    for lean, recompute, checkpointing in _TECHNIQUES:
+        for chunked in (False, True) if any_loss else (base.chunked_loss,):
+            yield replace(base, lean=lean, recompute=recompute, checkpointing=checkpointing, chunked_loss=chunked)
 
 
 def _nothing_fits(candidates: list[Candidate], memory: int) -> str:

@@ -1,4 +1,4 @@
-"""Every storage that a computation on fake tensors holds, from its allocation to its end."""
+"""Every storage that a computation on fake tensors holds, from its allocation to its end, and what it multiplies."""
 
 from __future__ import annotations
 
@@ -8,12 +8,21 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
 
-from paca.planning.flops import flops_of
 from paca.planning.quantized_layers import dequantized_bytes
+
+aten = torch.ops.aten
+
+# torch's table of formulas has the kernels of CUDA only.
+_COUNTED_AS = {
+    aten._scaled_dot_product_flash_attention_for_cpu: aten._scaled_dot_product_flash_attention,
+    aten._scaled_dot_product_flash_attention_for_cpu_backward: aten._scaled_dot_product_flash_attention_backward,
+}
 
 
 @dataclass(eq=False)
@@ -29,12 +38,6 @@ class Allocation:
 
     def lives_at(self, event: int) -> bool:
         return self.start <= event and (self.end is None or event < self.end)
-
-
-@dataclass
-class _Window:
-    peak: int = 0
-    event: int = 0
 
 
 class LiveMemory(TorchDispatchMode):
@@ -54,8 +57,8 @@ class LiveMemory(TorchDispatchMode):
         self._event = 0
         self._all: list[Allocation] = []
         self._live: dict[int, tuple[Allocation, weakref.ref[Any]]] = {}
-        self._windows: dict[str, _Window] = {}
-        self._window = _Window()
+        self._window = ""
+        self._peaks: dict[str, tuple[int, int]] = {"": (0, 0)}  # by window: bytes, and the event that began them
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -78,8 +81,8 @@ class LiveMemory(TorchDispatchMode):
             self._all.append(allocation)
             self._live[storage._cdata] = (allocation, weakref.ref(storage, self._freeing(storage._cdata)))
             self.bytes += allocation.bytes
-            if self.bytes > self._window.peak:
-                self._window.peak, self._window.event = self.bytes, self._event
+            if self.bytes > self._peaks[self._window][0]:
+                self._peaks[self._window] = (self.bytes, self._event)
 
     def categorize(self, tensors: Iterable[Tensor], category: str) -> None:
         """Count the storages of `tensors` as `category`, from their allocation on."""
@@ -94,7 +97,8 @@ class LiveMemory(TorchDispatchMode):
 
     def begin_window(self, name: str) -> None:
         """From now on, peaks are those of the window `name`."""
-        self._window = self._windows[name] = _Window(self.bytes, self._event)
+        self._window = name
+        self._peaks[name] = (self.bytes, self._event)
 
     def now(self) -> Counter[str]:
         """Bytes held at this moment, by category."""
@@ -102,7 +106,7 @@ class LiveMemory(TorchDispatchMode):
 
     def peaks(self) -> dict[str, Counter[str]]:
         """For each window, bytes by category at the moment of its peak."""
-        return {name: self._composition(window.event) for name, window in self._windows.items()}
+        return {name: self._composition(event) for name, (_, event) in self._peaks.items() if name}
 
     def _composition(self, event: int) -> Counter[str]:
         held: Counter[str] = Counter()
@@ -120,3 +124,23 @@ class LiveMemory(TorchDispatchMode):
             self.bytes -= allocation.bytes
 
         return freed
+
+
+def flops_of(operator: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> int:
+    """Operations of one call of an ATen operator, a multiplication and an addition counted as two.
+
+    Matrix products, convolutions and fused attention are counted, causal attention as the half that has to be computed;
+    everything else is 0.
+    """
+    packet = operator._overloadpacket
+    formula = flop_registry.get(_COUNTED_AS.get(packet, packet))
+    if formula is None and packet.__name__.endswith("_"):
+        formula = flop_registry.get(getattr(aten, packet.__name__[:-1], None))  # addmm_ counts as addmm
+    if formula is None:
+        return 0
+    operations = formula(*args, **kwargs, out_val=result)
+    for position, argument in enumerate(operator._schema.arguments):
+        if argument.name == "is_causal":
+            given = args[position] if position < len(args) else kwargs.get("is_causal", argument.default_value)
+            return operations // 2 if given else operations
+    return operations

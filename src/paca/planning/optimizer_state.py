@@ -16,11 +16,7 @@ KNOWN_OPTIMIZERS = (*_TWO_MOMENTS, *_EIGHT_BIT, *_STATELESS)
 
 
 def state_bytes(optimizer: str, trainable: Sequence[Tensor]) -> int:
-    """Bytes of optimizer state for the `trainable` parameters.
-
-    Raises:
-        PacaError: the optimizer is not one of `KNOWN_OPTIMIZERS`.
-    """
+    """Bytes of optimizer state for the `trainable` parameters; PacaError for none of `KNOWN_OPTIMIZERS`."""
     if optimizer in _TWO_MOMENTS:
         return sum(2 * p.numel() * p.element_size() for p in trainable)
     if optimizer in _EIGHT_BIT:

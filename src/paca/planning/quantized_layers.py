@@ -14,54 +14,48 @@ from paca.quantized import QuantizedWeight, quantization_of
 
 def quantization_name(model: nn.Module) -> str | None:
     """How the first quantized layer of `model` is quantized, such as `"nf4"`; None if there is none."""
-    found = (quantization_of(module) for module in model.modules())
-    return next((kind.name(module) for kind, module in zip(found, model.modules(), strict=True) if kind), None)
+    return next((kind.name(module) for kind, module in _quantized(model)), None)
 
 
 def unpacked_numel(model: nn.Module) -> dict[int, int]:
     """By the id of each quantized weight, how many weights its codes stand for."""
-    layers: list[tuple[QuantizedWeight, Any]] = [
-        (kind, module) for module in model.modules() if (kind := quantization_of(module)) is not None
-    ]
-    return {id(kind.packed(module)): torch.Size(kind.shape(module)).numel() for kind, module in layers}
+    return {id(kind.packed(module)): torch.Size(kind.shape(module)).numel() for kind, module in _quantized(model)}
 
 
 def states(model: nn.Module) -> Iterator[Tensor]:
     """What the quantized layers of `model` hold besides parameters: scales, and tables of codes."""
-    for module in model.modules():
-        if (state := _state(module)) is not None:
-            yield from (
-                tensor for part in _parts(state) for tensor in vars(part).values() if isinstance(tensor, Tensor)
-            )
+    for _, module in _quantized(model):
+        for part in _parts(_state(module)):
+            yield from (tensor for tensor in vars(part).values() if isinstance(tensor, Tensor))
 
 
 def fake_states(model: nn.Module, fake: Callable[[Tensor], Tensor]) -> None:
     """Turn what `states` gives into fake tensors, in place, after the parameters have become fake."""
-    for module in model.modules():
-        state, weight = _state(module), getattr(module, "weight", None)
-        if state is None:
-            continue
+    for _, module in _quantized(model):
+        state, weight = _state(module), module.weight
         for part in _parts(state):
             for name, tensor in vars(part).items():
                 if isinstance(tensor, Tensor):
-                    setattr(part, name, weight.data if name == "CB" else fake(tensor))  # type: ignore[union-attr]
+                    setattr(part, name, weight.data if name == "CB" else fake(tensor))
         if hasattr(state, "CB"):
-            weight.CB = weight.SCB = None  # type: ignore[union-attr]  # as after a layer's first forward pass
-        else:
-            weight.quant_state = state  # type: ignore[union-attr]
+            weight.CB = weight.SCB = None  # as after a layer's first forward pass
+        elif state is not None:
+            weight.quant_state = state
 
 
-def _state(module: nn.Module) -> Any:
+def _quantized(model: nn.Module) -> Iterator[tuple[QuantizedWeight, Any]]:
+    return ((kind, module) for module in model.modules() if (kind := quantization_of(module)) is not None)
+
+
+def _state(module: Any) -> Any:
     """bitsandbytes' record of a layer's 4-bit or int8 weight."""
-    if quantization_of(module) is None:
-        return None
     four_bit = getattr(module, "quant_state", None)
     return getattr(module, "state", None) if four_bit is None else four_bit
 
 
 def _parts(state: Any) -> list[Any]:
-    nested = getattr(state, "state2", None)  # double quantization
-    return [state] if nested is None else [state, nested]
+    """The record, and with double quantization the one in it."""
+    return [part for part in (state, getattr(state, "state2", None)) if part is not None]
 
 
 def dequantized_product(

@@ -9,8 +9,10 @@ from __future__ import annotations
 import copy
 from collections import Counter
 from collections.abc import Hashable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any, TypeVar
+from unittest.mock import patch
 
 from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -79,26 +81,15 @@ def find_blocks(model: nn.Module) -> RepeatedBlocks | None:
 
 def copy_with_blocks(model: Model, blocks: RepeatedBlocks | None, chosen: tuple[int, ...]) -> Model:
     """A copy of `model`, a model without PEFT's wrapper, that has only the `chosen` of its blocks (all if None)."""
-    places: tuple[Any, ...] = (
-        model._forward_pre_hooks,
-        model._forward_hooks,
-        model._forward_hooks_always_called,
-    )
-    hooks = [dict(place) for place in places]
-    entry.remove(model)  # it lists all adapted layers, which would be copied along
-    modules: dict[str, Any] = {}
-    if blocks is not None:
-        block_list = model.get_submodule(blocks.path)
-        modules = dict(block_list._modules)
-        block_list._modules = {str(place): modules[str(number)] for place, number in enumerate(chosen)}
-    try:
-        small = copy.deepcopy(model)
-    finally:
+    with ExitStack() as undo:
+        for hooks in (model._forward_pre_hooks, model._forward_hooks, model._forward_hooks_always_called):
+            undo.enter_context(patch.dict(hooks))
+        entry.remove(model)  # it lists all adapted layers, which would be copied along
         if blocks is not None:
-            block_list._modules = modules
-        for place, kept in zip(places, hooks, strict=True):
-            place.clear()
-            place.update(kept)
+            block_list = model.get_submodule(blocks.path)
+            few = {str(place): block_list._modules[str(number)] for place, number in enumerate(chosen)}
+            undo.enter_context(patch.object(block_list, "_modules", few))
+        small = copy.deepcopy(model)
     if blocks is not None:
         _shorten_config(small, len(blocks.kinds), chosen)
     if paca_layers(small):

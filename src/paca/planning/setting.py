@@ -13,11 +13,7 @@ from paca.messages.errors import PacaError
 
 @dataclass(frozen=True)
 class Setting:
-    """One way to train a given model.
-
-    Raises:
-        PacaError: a number below 1, or settings that exclude each other.
-    """
+    """One way to train a given model; PacaError for a number below 1, or settings that exclude each other."""
 
     sequence_length: int
     """Tokens in each sequence, padding included."""

@@ -8,22 +8,34 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import transformers.activations
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from paca.lean import make_lean
 from paca.messages.errors import PacaError
-from paca.planning.activation_kinds import ModuleStack
 from paca.planning.fake_model import make_fake, without_values
 from paca.planning.live_memory import LiveMemory
 from paca.planning.optimizer_state import state_bytes, step_temporaries
 from paca.planning.quantized_layers import states
 from paca.planning.setting import Setting
+
+LINEAR = "linear layers"
+ATTENTION = "attention"
+MLP = "MLP"
+NORM = "norms"
+RESIDUAL = "residual stream"
+
+_ACTIVATION_FILES = (nn.SiLU.__module__, transformers.activations.__name__)
 
 WEIGHTS = "weights"
 KEPT_COLUMNS = "kept columns"
@@ -50,19 +62,20 @@ class StepTrace:
 
     def plus(self, more: StepTrace, less: StepTrace, times: int) -> StepTrace:
         """`self + times * (more - less)`, everywhere."""
-        none: Counter[str] = Counter()
+        nothing: Counter[str] = Counter()
+        peaks = {
+            name: _line(times, *(trace.peaks.get(name, nothing) for trace in (self, more, less)))
+            for name in self.peaks | more.peaks
+        }
         return StepTrace(
-            _line(self.saved, more.saved, less.saved, times),
-            {
-                name: _line(self.peaks.get(name, none), more.peaks.get(name, none), less.peaks.get(name, none), times)
-                for name in (self.peaks | more.peaks)
-            },
+            _line(times, self.saved, more.saved, less.saved),
+            peaks,
             self.flops + times * (more.flops - less.flops),
             self.dequantized + times * (more.dequantized - less.dequantized),
         )
 
 
-def _line(start: Counter[str], more: Counter[str], less: Counter[str], times: int) -> Counter[str]:
+def _line(times: int, start: Counter[str], more: Counter[str], less: Counter[str]) -> Counter[str]:
     keys = {*start, *more, *less}
     return Counter({key: start[key] + times * (more[key] - less[key]) for key in keys})
 
@@ -71,13 +84,14 @@ def simulate(model: PreTrainedModel, setting: Setting, backbone: nn.Module, befo
     """Run one forward and backward pass of `model` without values.
 
     Args:
-        model: a causal language model on the meta device, with its adapters in; it is used up.
-        backbone: the module of it that gives the last hidden states.
-        before_last: the last but one of its blocks. Where the backward pass comes to it a new stretch begins: there,
+        model: A causal language model on the meta device, with its adapters in; it is used up.
+        setting: How it is trained.
+        backbone: The module of it that gives the last hidden states.
+        before_last: The last but one of its blocks. Where the backward pass comes to it a new stretch begins: there,
             what each block frees and what it adds decides where the peak is.
 
     Raises:
-        PacaError: the forward pass depends on values (as routing to experts may), or can't be made lean.
+        PacaError: The forward pass depends on values (as routing to experts may), or can't be made lean.
     """
     model.train()
     if setting.lean:
@@ -102,12 +116,8 @@ class _Simulation:
     def __init__(
         self, model: PreTrainedModel, setting: Setting, backbone: nn.Module, before_last: nn.Module | None
     ) -> None:
-        self.model = model
-        self.setting = setting
-        self.backbone = backbone
-        self.before_last = before_last
-        self.memory = LiveMemory()
-        self.stack = ModuleStack()
+        self.model, self.setting, self.backbone, self.before_last = model, setting, backbone, before_last
+        self.memory, self.stack = LiveMemory(), ModuleStack()
 
     def run(self) -> StepTrace:
         memory, setting = self.memory, self.setting
@@ -121,7 +131,10 @@ class _Simulation:
             for parameter in trainable:
                 parameter.grad = torch.empty_like(parameter)
             memory.note([p.grad for p in trainable], GRADIENTS)
-        inputs = self._inputs()
+        shape = (setting.batch_size, setting.sequence_length)
+        inputs = {name: torch.zeros(shape, dtype=torch.int64) for name in ("input_ids", "labels")}
+        if setting.padded:
+            inputs["attention_mask"] = torch.ones(shape, dtype=torch.int64)
         with memory:
             saved = self._forward_and_backward(inputs)
         for parameter in trainable:
@@ -133,13 +146,6 @@ class _Simulation:
         for peak in peaks.values():
             peak[OPTIMIZER] += state
         return StepTrace(saved, peaks, memory.flops, memory.dequantized)
-
-    def _inputs(self) -> dict[str, Tensor]:
-        shape = (self.setting.batch_size, self.setting.sequence_length)
-        inputs = {name: torch.zeros(shape, dtype=torch.int64) for name in ("input_ids", "labels")}
-        if self.setting.padded:
-            inputs["attention_mask"] = torch.ones(shape, dtype=torch.int64)
-        return inputs
 
     def _forward_and_backward(self, inputs: dict[str, Tensor]) -> Counter[str]:
         memory, autocast = self.memory, self.setting.autocast
@@ -169,29 +175,19 @@ class _Simulation:
             _when_gradient_arrives(output, lambda: memory.begin_window("backward, other blocks"))
         if module is self.backbone:
             memory.region = LOSS
-
-            def loss_done() -> None:
-                memory.region = TEMPORARIES
-
-            _when_gradient_arrives(output, loss_done)
+            _when_gradient_arrives(output, lambda: setattr(memory, "region", TEMPORARIES))
 
 
 def _when_gradient_arrives(output: Any, action: Callable[[], None]) -> None:
     hidden_states = output if isinstance(output, Tensor) else output[0]
-
-    def hook(gradient: Tensor) -> None:
-        action()
-
     if hidden_states.requires_grad:
-        hidden_states.register_hook(hook)
+        hidden_states.register_hook(lambda gradient: action())
 
 
 def _checkpoint_blocks(model: PreTrainedModel) -> None:
-    options = {"use_reentrant": False}
-    if hasattr(model, "activation_checkpointing_enable"):  # transformers >= 5.2x; the other name is on its way out
-        model.activation_checkpointing_enable(options)
-    else:
-        model.gradient_checkpointing_enable(options)
+    # transformers >= 5.2x has the first name; the other one is on its way out.
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": False})
 
 
 def _chunk_loss(model: PreTrainedModel) -> None:
@@ -203,3 +199,47 @@ def _chunk_loss(model: PreTrainedModel) -> None:
             "plan with the loss over full logits."
         ) from error
     add_fused_lm_head(model, outputs=("log_probs", "entropy", "is_top1"))
+
+
+def _own_kind(module: nn.Module) -> str | None:
+    """The kind that the module's class speaks for; None if only what it is in can tell."""
+    name = type(module).__name__.lower()
+    if isinstance(module, (BaseTunerLayer, nn.Linear, Conv1D)):
+        return LINEAR
+    if "norm" in name:
+        return NORM
+    if "attention" in name or "attn" in name or "rotary" in name:
+        return ATTENTION
+    if any(word in name for word in ("mlp", "feedforward", "expert")) or type(module).__module__ in _ACTIVATION_FILES:
+        return MLP
+    return None
+
+
+class ModuleStack:
+    """The modules that are running, outermost first."""
+
+    def __init__(self) -> None:
+        self.running: list[nn.Module] = []
+
+    def kind(self) -> str:
+        """The kind of the innermost running module that has one."""
+        return next(filter(None, map(_own_kind, reversed(self.running))), RESIDUAL)
+
+    @contextmanager
+    def following(self, after: Callable[[nn.Module, Any], None]) -> Iterator[None]:
+        """Keep `running` up to date, and call `after(module, output)` when a module's forward has ended."""
+
+        def enter(module: nn.Module, args: Any) -> None:
+            self.running.append(module)
+
+        def leave(module: nn.Module, args: Any, output: Any) -> None:
+            assert self.running.pop() is module
+            after(module, output)
+
+        handles = (register_module_forward_pre_hook(enter), register_module_forward_hook(leave))
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+            self.running.clear()

@@ -13,9 +13,8 @@ from paca.messages.errors import PacaError
 from paca.planning.estimate import prepare_model
 from paca.planning.setting import Setting
 from paca.pretrained import load_config
+from paca.pretrained.loading import DTYPES
 from paca.pretrained.published_shapes import SHAPES, check_not_a_mistyped_shape
-
-_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
 @dataclass(frozen=True)
@@ -50,17 +49,7 @@ class Target:
 
 
 def target_of_model(name: str, dtype: str, r: int, setting: Setting) -> Target:
-    """The model `name` with PaCA of rank `r` in all linear layers.
-
-    Args:
-        name: A hub id, a folder, a `.gguf` file, or a preset of `paca bench`.
-        dtype: Of the weights; `"auto"` is the checkpoint's own, and bfloat16 for a preset.
-        r: Trained columns per layer.
-        setting: What the plan starts from.
-
-    Raises:
-        PacaError: There is no such model or dtype.
-    """
+    """The model `name` (as for `outline_of`) with PaCA of rank `r` in all linear layers, planned from `setting`."""
     try:
         adapter = PacaConfig(r=r, task_type="CAUSAL_LM")
     except ValueError as error:
@@ -69,7 +58,9 @@ def target_of_model(name: str, dtype: str, r: int, setting: Setting) -> Target:
 
 
 def outline_of(name: str, dtype: str, revision: str | None = None, trust_remote_code: bool = False) -> PreTrainedModel:
-    """A model without weights: a published shape, in bfloat16 unless `dtype` says otherwise, or a checkpoint's.
+    """A model without weights: a preset of `paca bench`, or a checkpoint (a hub id, a folder, a `.gguf` file).
+
+    `dtype` is that of the weights; `"auto"` is the checkpoint's own, and bfloat16 for a preset.
 
     Raises:
         PacaError: There is no such model or dtype.
@@ -80,10 +71,10 @@ def outline_of(name: str, dtype: str, revision: str | None = None, trust_remote_
         return load_config(name, dtype, revision, trust_remote_code).model
     if shape.vision:
         raise PacaError(f"{name} is an image model; plans can be made for language models only.")
-    if dtype != "auto" and dtype not in _DTYPES:
-        raise PacaError(f"Unknown dtype {dtype!r}. Give one of: auto, {', '.join(_DTYPES)}.")
+    if dtype != "auto" and dtype not in DTYPES:
+        raise PacaError(f"Unknown dtype {dtype!r}. Give one of: auto, {', '.join(DTYPES)}.")
     config = shape.config()
-    config.dtype = _DTYPES.get(dtype, torch.bfloat16)
+    config.dtype = DTYPES.get(dtype, torch.bfloat16)
     model = prepare_model(config)
     assert isinstance(model, PreTrainedModel)
     return model

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -13,12 +14,7 @@ __all__ = ["Outline", "Pretrained", "load_config", "load_pretrained", "load_toke
 
 def __getattr__(name: str) -> Any:
     # Loaded on first use: they import transformers, for which a mistyped preset should not have to wait.
-    if name == "save_trainable_copy":
-        from paca.pretrained import trainable_copy
-
-        return trainable_copy.save_trainable_copy
-    if name in __all__:
-        from paca.pretrained import loading
-
-        return getattr(loading, name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    module = "trainable_copy" if name == "save_trainable_copy" else "loading"
+    return getattr(importlib.import_module(f"{__name__}.{module}"), name)

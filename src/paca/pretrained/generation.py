@@ -12,12 +12,7 @@ from typing import Any
 import torch
 from peft import PeftModel
 from safetensors import SafetensorError
-from transformers import (
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    StoppingCriteriaList,
-    TextIteratorStreamer,
-)
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteriaList, TextIteratorStreamer
 
 from paca.messages.errors import PacaError
 from paca.pretrained import load_config, load_pretrained, load_tokenizer
@@ -36,12 +31,9 @@ class LoadedModel:
 
     model: Any
     """A `PreTrainedModel`, inside of a `PeftModel` when there is an adapter."""
-
     tokenizer: PreTrainedTokenizerBase
-
     adapter: Path | None
     """The adapter's folder; None for a plain model."""
-
     base: str
     """Name or path of the model without its adapter."""
 
@@ -104,26 +96,19 @@ def on_accelerator(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def stream_reply(
-    loaded: LoadedModel,
-    messages: list[Message],
-    *,
-    max_new_tokens: int = 256,
-    temperature: float = 0.0,
+    loaded: LoadedModel, messages: list[Message], *, max_new_tokens: int = 256, temperature: float = 0.0
 ) -> Iterator[str]:
     """Answer the last of `messages`, piece by piece as the text comes.
 
-    Closing the iterator, or an exception such as Ctrl-C while it waits, stops the model at its next token.
+    Closing the iterator, or an exception such as Ctrl-C while it waits, stops the model at its next token. To answer
+    without the adapter, iterate within `with loaded.model.disable_adapter():`.
 
     Args:
-        loaded: The model; switch its adapter off with `with loaded.model.disable_adapter():` around
-            the iteration.
+        loaded: The model.
         messages: The conversation, oldest first. A tokenizer without a chat template is given the text of the last
             message alone, to be continued.
         max_new_tokens: Length at which an answer is cut; the end of the model's context cuts it too.
         temperature: 0 takes the likeliest token each time; above 0 samples.
-
-    Yields:
-        Pieces of text; joined they are the answer.
 
     Raises:
         PacaError: A value out of range, or a conversation that does not fit the model's context.

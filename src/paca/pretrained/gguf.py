@@ -5,10 +5,10 @@ from __future__ import annotations
 import functools
 import logging
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import transformers
 import xxhash
@@ -34,16 +34,18 @@ _GPT2 = ("gpt-2", "phi-2", "mpt", "olmo", "jais", "trillion", "exaone4")
 _VERSION = 1  # of what is kept of a file; a change of these rules makes a new one
 
 
-def file_options(path: str) -> dict[str, Any]:
-    """The arguments by which `from_pretrained` finds a GGUF file.
-
-    Raises:
-        PacaError: The package that reads such files is missing.
-    """
+def require_gguf(job: str = "Reading") -> Any:
+    """The package `gguf`; PacaError without it, which says for what `job` it is needed."""
     try:
-        import gguf  # noqa: F401
+        import gguf
     except ImportError as error:
-        raise PacaError("Reading a GGUF file needs the package gguf: pip install 'paca-tuning[gguf]'.") from error
+        raise PacaError(f"{job} a GGUF file needs the package gguf: pip install 'paca-tuning[gguf]'.") from error
+    return gguf
+
+
+def file_options(path: str) -> dict[str, Any]:
+    """The arguments by which `from_pretrained` finds a GGUF file (errors as of `require_gguf`)."""
+    require_gguf()
     file = Path(path)
     return {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name}
 
@@ -89,33 +91,20 @@ def _keep(folder: Path, options: dict[str, Any], path: str) -> bool:
 
 
 def dequantizing_config() -> GgufConfig:
-    """The quantization config that unpacks every weight at load.
-
-    Without it the model counts as quantized, and can be neither saved nor trained.
-    """
+    """Unpacks every weight at load: without it the model counts as quantized, and can be neither saved nor trained."""
     return GgufConfig(dequantize=True)
 
 
-@contextmanager
-def without_unpacking_bar() -> Iterator[None]:
+def without_unpacking_bar() -> AbstractContextManager[Any]:
     """Hide the bar of transformers' GGUF reader, which no switch of its logging reaches. Not for several threads."""
     bar = vars(modeling_gguf_pytorch_utils).get("tqdm")
     if bar is None:  # a transformers without that bar
-        yield
-        return
-    vars(modeling_gguf_pytorch_utils)["tqdm"] = functools.partial(bar, disable=True)
-    try:
-        yield
-    finally:
-        vars(modeling_gguf_pytorch_utils)["tqdm"] = bar
+        return nullcontext()
+    return patch.object(modeling_gguf_pytorch_utils, "tqdm", functools.partial(bar, disable=True))
 
 
 def check_is_plain(model: PreTrainedModel, path: str) -> None:
-    """Make sure that the loaded model is an ordinary float model.
-
-    Raises:
-        PacaError: A weight stayed in GGUF blocks.
-    """
+    """Raise PacaError if a weight stayed in GGUF blocks."""
     packed = [name for name, parameter in model.named_parameters() if not parameter.is_floating_point()]
     if packed or getattr(model, "is_quantized", False) or getattr(model.config, "quantization_config", None):
         raise PacaError(
@@ -133,7 +122,8 @@ def restore_pre_tokenizer(tokenizer: PreTrainedTokenizerBase, path: str) -> None
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None or not isinstance(backend.pre_tokenizer, pre_tokenizers.ByteLevel):
         return  # sentencepiece, or a rule that transformers did restore
-    name = _pre_tokenizer_name(path)
+    field = require_gguf().GGUFReader(path).get_field("tokenizer.ggml.pre")
+    name = None if field is None else str(field.contents())
     if name in _DIGITS_THEN_GPT2:
         backend.pre_tokenizer = pre_tokenizers.Sequence(
             [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
@@ -146,10 +136,3 @@ def restore_pre_tokenizer(tokenizer: PreTrainedTokenizerBase, path: str) -> None
             path,
             name,
         )
-
-
-def _pre_tokenizer_name(path: str) -> str | None:
-    from gguf import GGUFReader  # an optional dependency
-
-    field = GGUFReader(path).get_field("tokenizer.ggml.pre")
-    return None if field is None else str(field.contents())

@@ -6,6 +6,7 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
+from unittest.mock import patch
 
 import huggingface_hub
 from huggingface_hub import constants
@@ -20,17 +21,12 @@ _ANSWER_SECONDS = 10.0
 
 @contextmanager
 def without_waiting(name: str, revision: str | None) -> Iterator[None]:
-    """A block in which a hub that does not answer is left alone, as with HF_HUB_OFFLINE=1: all comes from the cache.
-
-    Raises:
-        PacaError: The hub does not answer, and the local cache has no such model.
+    """A block in which a hub that does not answer is left alone, as with HF_HUB_OFFLINE=1: all comes from the cache
+    (errors as of `only_from_cache`).
     """
-    before = constants.HF_HUB_OFFLINE
-    constants.HF_HUB_OFFLINE = before or only_from_cache(name, revision)
-    try:
+    offline = constants.HF_HUB_OFFLINE or only_from_cache(name, revision)
+    with patch.object(constants, "HF_HUB_OFFLINE", offline):
         yield
-    finally:
-        constants.HF_HUB_OFFLINE = before
 
 
 @cache
@@ -41,8 +37,9 @@ def only_from_cache(name: str, revision: str | None) -> bool:
         PacaError: The hub does not answer, and the local cache has no such model.
     """
     url = huggingface_hub.hf_hub_url(name, "config.json", revision=revision, endpoint=constants.ENDPOINT)
+    retries = logging.getLogger("huggingface_hub.utils._http")
     try:
-        with _without_retry_lines():
+        with patch.object(retries, "disabled", True):
             http_backoff("HEAD", url, max_retries=1, base_wait_time=1, timeout=_ANSWER_SECONDS)
     except Exception as error:  # of httpx or httpx2, whichever the hub's client of the day is made with
         files = ("config.json", "tokenizer_config.json")  # of a model, of a tokenizer alone
@@ -60,14 +57,3 @@ def unreachable(name: str) -> str:
         f"There is no file or folder {name!r} here. It looks like a hub id, but the hub cannot be reached and there is "
         "no copy in the local cache. Check the name; connect to the internet, or give a local folder or a .gguf file."
     )
-
-
-@contextmanager
-def _without_retry_lines() -> Iterator[None]:
-    client = logging.getLogger("huggingface_hub.utils._http")
-    level = client.level
-    client.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        client.setLevel(level)

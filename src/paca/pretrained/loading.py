@@ -48,10 +48,8 @@ class Pretrained:
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
-
     source: Source
     """Where it came from: `"hub"`, `"folder"` or `"gguf"`."""
-
     name_or_path: str
     """The hub id, or the absolute path of the folder or file."""
 
@@ -129,7 +127,8 @@ def load_pretrained(
 
 def load_tokenizer(name: str, revision: str | None = None, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
     """Load a tokenizer alone, of a model or from any folder that holds one (arguments as in `load_pretrained`)."""
-    location, options = _open(name, revision, trust_remote_code, _holds_tokenizer(name))
+    here = bool(name.strip()) and tokenizer_files(Path(name).expanduser()) != []
+    location, options = _open(name, revision, trust_remote_code, any_folder=here)
     tokenizer = _tokenizer_at(location, options)
     _choose_pad_token(tokenizer)
     return tokenizer
@@ -142,14 +141,10 @@ def load_config(
     trust_remote_code: bool = False,
     auto_class: Any = AutoModelForCausalLM,
 ) -> Outline:
-    """Read what a model looks like without its weights (arguments and errors as in `load_pretrained`).
+    """What a model looks like without its weights (arguments and errors as in `load_pretrained`).
 
-    Args:
-        auto_class: The `AutoModel...` of transformers that makes the model; the default is a language model.
-
-    Returns:
-        `(config, model)`, the model on the meta device. With `dtype="auto"` its dtype is the one the
-        configuration names, else float32.
+    `auto_class` is the `AutoModel...` of transformers that makes it. With `dtype="auto"` its dtype is the one that the
+    configuration names, else float32.
     """
     location, options = _open(name, revision, trust_remote_code)
     torch_dtype = _torch_dtype(dtype)
@@ -163,10 +158,6 @@ def load_config(
             model = auto_class.from_config(config, dtype=torch_dtype, trust_remote_code=trust_remote_code)
     model.tie_weights()
     return Outline(config, model)
-
-
-def _holds_tokenizer(name: str) -> bool:
-    return bool(name.strip()) and tokenizer_files(Path(name).expanduser()) != []
 
 
 def _open(
@@ -248,28 +239,26 @@ def _explaining(location: Location, revision: str | None, what: str = "model") -
 
 
 def _hub_message(name: str, what: str, error: BaseException) -> str:
-    causes = _causes(error)
-    if any(isinstance(cause, GatedRepoError) for cause in causes):
+    causes: list[BaseException] = [error]
+    while (cause := causes[-1].__cause__ or causes[-1].__context__) is not None and cause not in causes:
+        causes.append(cause)
+
+    def caused_by(kind: type[BaseException]) -> bool:
+        return any(isinstance(cause, kind) for cause in causes)
+
+    if caused_by(GatedRepoError):  # a kind of RepositoryNotFoundError
         return f"{name!r} is gated on the hub. Accept its terms there, then log in with `hf auth login`."
-    if any(isinstance(cause, RevisionNotFoundError) for cause in causes):
+    if caused_by(RevisionNotFoundError):
         return f"{name!r} exists on the hub, but not in this revision."
-    if any(isinstance(cause, RepositoryNotFoundError) for cause in causes):
+    if caused_by(RepositoryNotFoundError):
         return (
             f"There is no {name!r}: no such file or folder here, and no such (public) repository on the hub. Check the "
             "name; for a private repository log in with `hf auth login`."
         )
-    if "couldn't connect" in str(error).lower() or any(isinstance(cause, ConnectionError) for cause in causes):
+    if "couldn't connect" in str(error).lower() or caused_by(ConnectionError):
         return unreachable(name)
     advice = f"\n{_OTHER_TOKENIZER}" if what == "tokenizer" else ""
     return f"The {what} {name!r} on the hub cannot be loaded: {_reason(error, what)}{advice}"
-
-
-def _causes(error: BaseException | None) -> list[BaseException]:
-    causes: list[BaseException] = []
-    while error is not None and error not in causes:
-        causes.append(error)
-        error = error.__cause__ or error.__context__
-    return causes
 
 
 def _reason(error: BaseException, what: str) -> str:
@@ -281,10 +270,11 @@ def _reason(error: BaseException, what: str) -> str:
 @contextmanager
 def without_progress_bars() -> Iterator[None]:
     """Hide the bars that count parameters. Downloads keep theirs."""
-    was_enabled = transformers.utils.logging.is_progress_bar_enabled()
-    transformers.utils.logging.disable_progress_bar()
+    bars = transformers.utils.logging
+    was_enabled = bars.is_progress_bar_enabled()
+    bars.disable_progress_bar()
     try:
         yield
     finally:
         if was_enabled:
-            transformers.utils.logging.enable_progress_bar()
+            bars.enable_progress_bar()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -13,18 +14,10 @@ from paca.messages.errors import PacaError
 
 Source = Literal["hub", "folder", "gguf"]
 
-
 # What `paca train`, TRL and transformers leave to tokenize with.
 TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "tokenizer.model",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "vocab.txt",
-    "merges.txt",
-    "chat_template.jinja",
+    *("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json"),
+    *("vocab.json", "vocab.txt", "merges.txt", "chat_template.jinja"),
 )
 
 
@@ -33,7 +26,6 @@ class Location:
     """Where a model lies."""
 
     source: Source
-
     name_or_path: str
     """A hub id, or an absolute local path."""
 
@@ -64,22 +56,14 @@ def locate(name: str) -> Location:
             path = path / "model"  # of a run that trained the whole model
         _check_folder(path, name)
         return Location("folder", str(path.resolve()))
-    if _could_be_a_hub_id(name):
-        return Location("hub", name)
+    if not name.startswith(("/", ".", "~")) and not name.lower().endswith(".gguf"):
+        with suppress(HFValidationError):
+            validate_repo_id(name)
+            return Location("hub", name)
     raise PacaError(
         f"No model at {name!r}: there is no such file or folder here (working folder: {Path.cwd()}), and the name does "
         "not have the form of a hub id (owner/name). Check the path."
     )
-
-
-def _could_be_a_hub_id(name: str) -> bool:
-    if name.startswith(("/", ".", "~")) or name.lower().endswith(".gguf"):
-        return False
-    try:
-        validate_repo_id(name)
-    except HFValidationError:
-        return False
-    return True
 
 
 def _check_folder(path: Path, name: str) -> None:

@@ -69,16 +69,12 @@ class Shape:
         """The transformers config."""
         from transformers import AutoConfig
 
-        sizes: dict[str, Any] = {
-            "hidden_size": self.hidden_size,
-            "intermediate_size": self.intermediate_size,
-            "num_hidden_layers": self.num_hidden_layers,
-            "num_attention_heads": self.num_attention_heads,
-        }
-        if not self.vision:  # the published ids lie outside a shrunk vocabulary, and nothing is generated
-            sizes |= {"num_key_value_heads": self.num_key_value_heads}
+        sizes = {name: value for name, value in vars(self).items() if name != "more"} | self.more
+        if self.vision:
+            del sizes["num_key_value_heads"]
+        else:  # the published ids lie outside a shrunk vocabulary, and nothing is generated
             sizes |= dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
-        return AutoConfig.for_model(self.model_type, **sizes, **self.more)
+        return AutoConfig.for_model(**sizes)
 
 
 def _text(
@@ -109,14 +105,7 @@ SHAPES: dict[str, Shape] = {
 
 
 def check_not_a_mistyped_shape(name: str) -> None:
-    """Refuse a name that is no shape but nearly one: looking for it on the hub would only cost time.
-
-    Args:
-        name: A model's name that is no shape.
-
-    Raises:
-        PacaError: It is not here, has not the form `owner/name` and is close to a shape; names the nearest.
-    """
+    """Raise PacaError for a name that is no shape but nearly one: looking for it on the hub would only cost time."""
     if "/" in name or Path(name).expanduser().exists() or name.lower().endswith(".gguf"):
         return
     close = nearest(name.lower(), SHAPES, cutoff=0.6)

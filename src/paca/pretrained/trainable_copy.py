@@ -26,14 +26,7 @@ def save_trainable_copy(pretrained: Pretrained, folder: str | os.PathLike[str]) 
     """Save model and tokenizer to `folder`, which `from_pretrained` then reads back to the same model.
 
     The folder appears whole or not at all: it is written beside its final place and renamed. When it already holds a
-    copy of the same model in the same dtype, nothing is done.
-
-    Args:
-        pretrained: From `paca.pretrained.load_pretrained`, not yet adapted.
-        folder: Where the copy goes; its parents are made.
-
-    Returns:
-        The absolute path of the folder.
+    copy of the same model in the same dtype, nothing is done. Returns its absolute path.
 
     Raises:
         PacaError: The folder exists and holds something else, or its tokenizer would split text differently.

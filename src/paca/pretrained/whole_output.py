@@ -16,9 +16,6 @@ def whole_output(output: Path) -> Iterator[Path]:
     """A path to make a file or a folder at, which takes the place of `output` when the block ends without an error.
 
     What `output` held is deleted only once the new result stands in its place; after an error nothing has changed.
-
-    Raises:
-        PacaError: Nothing can be written there.
     """
     beside = f".{output.name}.{os.getpid()}"
     partial, replaced = output.with_name(f"{beside}.partial"), output.with_name(f"{beside}.replaced")

@@ -21,7 +21,7 @@ from paca.messages.errors import PacaError
 from paca.planning.estimate import PlannedModel
 from paca.pretrained import load_config
 from paca.pretrained.location import locate
-from paca.pretrained.quantized_outline import quantize_outline
+from paca.pretrained.quantizing import quantize_outline
 from paca.training import adapter_settings, train_settings
 from paca.training.calibration import describe_columns
 from paca.training.prompt_form import choose_form, describe_loss, tokenizer_of, trains_everything
