@@ -10,19 +10,18 @@ from typing import Any
 
 from paca.messages.errors import PacaError
 from paca.messages.nearest import did_you_mean
+from paca.training.run_config import METHODS
 from paca.training.strict_yaml import read_yaml
 
 Sections = Mapping[str, Mapping[str, Any]]
 
-METHOD_SECTIONS = ("paca", "lora", "peft", "full")
-"""The sections that name a run's method; a YAML holds at most one of them, and without any it is `paca`."""
 NAMED = ("paca", "lora", "lora-tuned", "full")
 """Methods that have a name of their own here, besides PEFT's."""
 
 _TARGETS = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save")
 """Fields of PEFT's configs that say where an adapter goes."""
 _LORA_RANK = 8  # PEFT's default
-_LAID_OVER = (*METHOD_SECTIONS, "train", "model")
+_LAID_OVER = (*METHODS, "train", "model")
 _ALPHAS = ("paca_alpha", "lora_alpha", "alpha")
 
 
@@ -37,7 +36,7 @@ class Method:
     @property
     def kind(self) -> str:
         """Name of its own section, such as `lora`."""
-        return next(name for name in METHOD_SECTIONS if name in self.sections)
+        return next(name for name in METHODS if name in self.sections)
 
     @property
     def settings(self) -> Mapping[str, Any]:
@@ -60,7 +59,7 @@ class Method:
 
     def laid_over(self, common: Sections) -> dict[str, dict[str, Any]]:
         """The sections of a run with this method."""
-        sections = {name: dict(values) for name, values in common.items() if name not in METHOD_SECTIONS}
+        sections = {name: dict(values) for name, values in common.items() if name not in METHODS}
         for name, values in self.sections.items():
             sections[name] = {**sections.get(name, {}), **values}
         return sections
@@ -93,7 +92,7 @@ def methods_of(text: str, common: Sections) -> list[Method]:
 
 def own_section(sections: Sections) -> str:
     """Which method section a run's YAML holds; `paca` where it holds none."""
-    return next((name for name in METHOD_SECTIONS if sections.get(name) is not None), "paca")
+    return next((name for name in METHODS if sections.get(name) is not None), "paca")
 
 
 def _named(name: str, common: Sections) -> Method:
@@ -167,7 +166,7 @@ def _from_file(name: str, path: Path, common: Sections) -> Method:
     for key, flag in (("learning_rate", "--lr"), ("seed", "--seeds")):
         if key in sections.get("train", {}):
             raise PacaError(f"{path}: train.{key} comes from {flag}. Leave it out of the method's file.")
-    given = [section for section in METHOD_SECTIONS if section in sections]
+    given = [section for section in METHODS if section in sections]
     if len(given) > 1:
         raise PacaError(f"{path} holds the methods {' and '.join(given)}; it must hold one.")
     if not given:

@@ -6,9 +6,11 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import chain, zip_longest
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 from paca.messages.errors import PacaError
+
+Number = TypeVar("Number", int, float)
 
 MOST_BEYOND = 8
 """Steps that a grid is extended by, at most: a score that still gets better there is no matter of the rate."""
@@ -145,7 +147,7 @@ def _words(text: str, flag: str, example: str) -> list[str]:
     return words
 
 
-def _without_repeats(values: list, flag: str) -> list:  # type: ignore[type-arg]
+def _without_repeats(values: list[Number], flag: str) -> list[Number]:
     for value in values:
         if values.count(value) > 1:
             raise PacaError(f"{flag} has {value:g} twice. Leave one out.")

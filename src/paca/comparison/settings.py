@@ -50,9 +50,15 @@ class Comparison:
         return Claim(self.path / "claims" / f"{name}.lock")
 
     def config_file(self, job: Job) -> Path:
-        """The YAML of a run; it is written if need be."""
-        sections = run_sections(self.common, self.method(job.method), job.rate, job.seed, self.folder(job).path)
-        return write_config(self.path / "configs" / f"{job.name}.yaml", sections)
+        """The YAML of a run; it is written if need be, and stays as it is once the run has begun."""
+        path, folder = self.path / "configs" / f"{job.name}.yaml", self.folder(job).path
+        if folder.is_dir() and path.is_file():
+            return path
+        sections = run_sections(self.common, self.method(job.method), job.rate, job.seed, folder)
+        first = Job(self.methods[0].name, self.rates[0], self.seeds[0])
+        if sections["eval"].get("metric") is not None and job != first:
+            sections["eval"]["before"] = False  # the model as it came is the same for all: one run scores it
+        return write_config(path, sections)
 
 
 def load_common(path: Path, overrides: Iterable[str] = ()) -> dict[str, dict[str, Any]]:
