@@ -47,6 +47,8 @@ def compare(
 ) -> None:
     """Compare methods: the same data and seeds, each at its best rate; leaves runs, rows and a page with a verdict."""
     console = Console()
+    if not console.is_terminal:
+        console.width = 200  # of a table in a log file
     signal.signal(signal.SIGTERM, _interrupt)  # ends as Ctrl-C does, so that a run in progress saves its checkpoint
     try:
         if len(what) == 1 and not what[0].is_dir():
@@ -95,7 +97,7 @@ def _train(
     disable_progress_bars()
     comparison = Comparison(output, common, chosen, rates, numbers, equal, extend)
     planned = prepare(comparison, console)
-    console.print(table_of(planned), soft_wrap=True)
+    console.print(table_of(planned))
     say(
         console,
         f"rates {', '.join(f'{rate:g}' for rate in rates)}{' and beyond while the edge is best' if extend else ''}; "
@@ -112,7 +114,7 @@ def show_result(result: ComparisonResult, output: Path, console: Console) -> Non
     table = Table(*heads[:9], box=None, header_style="dim", pad_edge=False)
     for row in rows:
         table.add_row(*row[:9])
-    console.print(table, soft_wrap=True)
+    console.print(table)
     say(console, f"\n{result.verdict}", style="bold")
     for line in result.cost:
         say(console, line)

@@ -112,12 +112,14 @@ def _notes(comparison: Comparison, planned: Sequence[PlannedMethod], methods: Se
         if method.rate is not None and method.rate in (rates[0], rates[-1]):
             notes.append(f"The best rate of {method.name}, {method.rate:g}, is at the edge of those tried.")
         notes += [f"{row['name']} failed: {row['run_info']['error_msg']}" for row in method.failed]
-    return notes + _shared_notes(row for method in methods for row in method.rows)
+    expected = ["steps"] if comparison.equal == "time" else []
+    return notes + _shared_notes((row for method in methods for row in method.rows), expected)
 
 
-def _shared_notes(rows: Iterable[Row]) -> list[str]:
+def _shared_notes(rows: Iterable[Row], expected: Sequence[str] = ()) -> list[str]:
     rows = list(rows)
-    notes = [f"Not the same for all runs: {', '.join(differing)}."] if (differing := unlike(rows)) else []
+    differing = [name for name in unlike(rows) if name not in expected]
+    notes = [f"Not the same for all runs: {', '.join(differing)}."] if differing else []
     if any((row["meta_info"]["git"] or {}).get("dirty") for row in rows):
         notes.append("The working folder had changes that were not committed.")
     return notes

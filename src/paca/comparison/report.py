@@ -114,18 +114,19 @@ def _markdown_table(table: Table) -> str:
 
 def _page(title: str, result: ComparisonResult, folders: Mapping[str, RunFolder]) -> str:
     curves = [(method, *_curves(method, folders)) for method in result.methods]
-    costs = (
+    pictures = [
         score_against(result, ("train_info", "train_time"), "seconds of training"),
         score_against(result, ("train_info", "accelerator_memory_max"), "peak memory (GiB)", 2**30),
-        score_over_rates(result),
-    )
+    ]
+    if any(len({row["learning_rate"] for row in method.tried}) > 1 for method in result.methods):
+        pictures.append(score_over_rates(result))
     notes = "".join(f"<li>{html.escape(line)}</li>" for line in [*result.cost, *result.notes])
     body = f"""<p><b>{html.escape(result.verdict)}</b></p>
 <ul>{notes}</ul>
 <h2>Methods</h2>
 <div class="scroll"><table>{_html_table(method_table(result))}</table></div>
-<h2>Score against time, memory and rate</h2>
-<div class="curves">{"".join(f"<figure>{picture}</figure>" for picture in costs)}</div>
+<h2>Score against time and memory</h2>
+<div class="curves">{"".join(f"<figure>{picture}</figure>" for picture in pictures)}</div>
 <h2>Loss over time</h2>
 <figure>{loss_over_time(curves)}</figure>
 <h2>Every run</h2>
