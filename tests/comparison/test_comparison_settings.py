@@ -18,28 +18,30 @@ KEPT = {"paca": {"sections": {"paca": {"r": 16}}, "measured": {}, "note": ""}}
 
 def begun(folder: Path, **settings: Any) -> Comparison:
     comparison = small_comparison(folder, **settings)
-    SettingsFile(folder).write(comparison, KEPT)
+    SettingsFile(comparison).write(KEPT)
     (folder / "runs").mkdir()
     return comparison
 
 
 def test_the_same_comparison_finds_what_came_out(tmp_path: Path) -> None:
-    assert SettingsFile(tmp_path).read(begun(tmp_path)) == KEPT
+    assert SettingsFile(begun(tmp_path)).read() == KEPT
 
 
 @pytest.mark.parametrize("changed", [{"rates": [5e-3]}, {"seeds": [0, 1, 2]}, {"methods": "paca,lora,full"}])
 def test_rates_seeds_and_methods_may_be_added(tmp_path: Path, changed: dict[str, Any]) -> None:
     begun(tmp_path)
-    assert SettingsFile(tmp_path).read(small_comparison(tmp_path, **changed)) == KEPT
+    assert SettingsFile(small_comparison(tmp_path, **changed)).read() == KEPT
 
 
 def test_methods_of_an_earlier_call_stay_known(tmp_path: Path) -> None:
     begun(tmp_path)
-    SettingsFile(tmp_path).write(small_comparison(tmp_path, "full"), {"full": KEPT["paca"]})
+    file = SettingsFile(small_comparison(tmp_path, "full"))
+    file.read()
+    file.write({"full": KEPT["paca"]})
     other = small_comparison(tmp_path)
     other.methods[1] = other.methods[1].with_rank(99)
     with pytest.raises(PacaError, match=r"methods\.lora\.lora\.r: 8 → 99"):
-        SettingsFile(tmp_path).read(other)
+        SettingsFile(other).read()
 
 
 def test_another_config_is_refused_with_what_differs(tmp_path: Path) -> None:
@@ -47,7 +49,7 @@ def test_another_config_is_refused_with_what_differs(tmp_path: Path) -> None:
     other = small_comparison(tmp_path, equal="time")
     other.common = {**COMMON, "train": {"max_steps": 7, "optim": "sgd"}}
     with pytest.raises(PacaError) as caught:
-        SettingsFile(tmp_path).read(other)
+        SettingsFile(other).read()
     message = str(caught.value)
     assert "  run.train.max_steps: 6 → 7" in message
     assert "  run.train.optim: None → 'sgd'" in message
@@ -55,9 +57,10 @@ def test_another_config_is_refused_with_what_differs(tmp_path: Path) -> None:
     assert "Give another --output" in message
 
 
-def test_without_runs_a_folder_is_free(tmp_path: Path) -> None:
-    SettingsFile(tmp_path).write(small_comparison(tmp_path), KEPT)
-    assert SettingsFile(tmp_path).read(small_comparison(tmp_path, equal="time")) == {}
+def test_without_runs_another_comparison_takes_the_folder_and_the_same_one_what_was_measured(tmp_path: Path) -> None:
+    SettingsFile(small_comparison(tmp_path)).write(KEPT)
+    assert SettingsFile(small_comparison(tmp_path)).read() == KEPT
+    assert SettingsFile(small_comparison(tmp_path, equal="time")).read() == {}
 
 
 def test_a_run_without_held_out_data_cannot_be_compared(tmp_path: Path) -> None:

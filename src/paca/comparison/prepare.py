@@ -36,11 +36,11 @@ def prepare(comparison: Comparison, console: Console) -> list[PlannedMethod]:
         if not claim.take():
             say(console, f"Waiting for {claim.holder()}, which prepares the same comparison ...")
             claim.take(wait=True)
-        file = SettingsFile(comparison.path)
-        before = {name: _read(name, values) for name, values in file.read(comparison).items()}
+        file = SettingsFile(comparison)
+        before = {name: _read(name, values) for name, values in file.read().items()}
         _check(comparison)
         came_out = {**_made_equal(comparison, before, claim, console), **before}
-        file.write(comparison, {name: _written(one) for name, one in came_out.items()})
+        file.write({name: _written(one) for name, one in came_out.items()})
     chosen = [came_out[method.name] for method in comparison.methods]
     comparison.methods = [one.method for one in chosen]
     return [PlannedMethod(one, plan_of(comparison, one.method)) for one in chosen]

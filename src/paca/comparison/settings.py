@@ -104,46 +104,43 @@ def write_config(path: Path, sections: Mapping[str, Any]) -> Path:
 class SettingsFile:
     """`settings.json` of the folder: what was asked for, and what each method came out as."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, asked: Comparison) -> None:
         """Args:
-        path: The folder of the comparison.
+        asked: The comparison; its folder's file is meant.
         """
-        self.path = path / "settings.json"
-        self._runs = path / "runs"
+        self.path = asked.path / "settings.json"
+        self._asked = _asked(asked)
+        self._kept: dict[str, Any] = {"methods": {}, "came_out": {}}
+        self._begun = (asked.path / "runs").is_dir()
 
-    def read(self, asked: Comparison) -> dict[str, Any]:
-        """What came out before, by method, under `came_out`; empty for a new comparison.
+    def read(self) -> dict[str, Any]:
+        """What came out before, by method; empty for a new comparison.
 
         Raises:
             PacaError: There are runs in the folder, and they were made with other settings; names what differs.
         """
-        if not self.path.is_file() or not self._runs.is_dir():
+        if not self.path.is_file():
             return {}
         before = json.loads(self.path.read_text(encoding="utf-8"))
-        now = _asked(asked)
-        shared = before["asked"]["methods"].keys() & now["methods"].keys()
-        changed = [
-            f"  {key}: {one!r} → {other!r}"
-            for key, one, other in _differences(
-                {**before["asked"], "methods": {name: before["asked"]["methods"][name] for name in shared}},
-                {**now, "methods": {name: now["methods"][name] for name in shared}},
-            )
-        ]
-        if changed:
-            raise PacaError(
-                f"{self.path.parent} holds a comparison with other settings:\n"
-                + "\n".join(changed)
-                + "\nGive another --output. Rates, seeds and further methods may be added to the same one."
-            )
-        return before["came_out"]
+        asked, now = before["asked"], self._asked
+        shared = asked["methods"].keys() & now["methods"].keys()
+        one, other = ({**each, "methods": {name: each["methods"][name] for name in shared}} for each in (asked, now))
+        changed = [f"  {key}: {was!r} → {is_now!r}" for key, was, is_now in _differences(one, other)]
+        if not changed:
+            self._kept = {"methods": asked["methods"], "came_out": before["came_out"]}
+            return before["came_out"]
+        if not self._begun:  # another was planned, by a dry run, and not trained
+            return {}
+        raise PacaError(
+            f"{self.path.parent} holds a comparison with other settings:\n"
+            + "\n".join(changed)
+            + "\nGive another --output. Rates, seeds and further methods may be added to the same one."
+        )
 
-    def write(self, asked: Comparison, came_out: Mapping[str, Any]) -> None:
-        """Keep both; methods of an earlier call stay."""
-        content = {"asked": _asked(asked), "came_out": dict(came_out)}
-        if self.path.is_file() and self._runs.is_dir():
-            before = json.loads(self.path.read_text(encoding="utf-8"))
-            content["asked"]["methods"] = {**before["asked"]["methods"], **content["asked"]["methods"]}
-            content["came_out"] = {**before["came_out"], **content["came_out"]}
+    def write(self, came_out: Mapping[str, Any]) -> None:
+        """Keep what was asked for and what came out. Methods that an earlier call had stay."""
+        asked = {**self._asked, "methods": {**self._kept["methods"], **self._asked["methods"]}}
+        content = {"asked": asked, "came_out": {**self._kept["came_out"], **came_out}}
         write_whole(self.path, json.dumps(content, indent=2) + "\n")
 
 
