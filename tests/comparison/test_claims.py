@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -71,6 +72,22 @@ def test_a_training_that_outlives_its_starter_keeps_the_claim(tmp_path: Path) ->
     finally:
         process.kill()
     assert Claim(tmp_path / "run.lock").take()
+
+
+def test_the_newest_step_is_read_from_the_end_of_a_long_file(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path / "run")
+    with Claim(tmp_path / "run.lock") as claim:
+        assert claim.take()
+        process = TrainingProcess(tmp_path / "config.yaml", folder, claim, (sys.executable, "-c", ""))
+    assert process.step() is None  # no file yet
+    rows = [{"step": step, "loss": 1.0, "train_seconds": step / 2} for step in range(1, 1001)]
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    folder.metrics.write_text(text)
+    assert process.step() == (1000, 500.0)
+    folder.metrics.write_text(text + '{"step": 1000, "eval_loss": 1.0}\n' + '{"step": 1001, "train_sec')
+    assert process.step() == (1000, 500.0)
+    while not process.ended(10):
+        pass
 
 
 @pytest.mark.parametrize(

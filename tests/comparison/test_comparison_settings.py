@@ -77,3 +77,16 @@ def test_the_model_as_it_came_is_scored_once(tmp_path: Path) -> None:
     configs = [yaml.safe_load(comparison.config_file(job).read_text()) for job in jobs]
     assert [config["eval"]["before"] for config in configs] == [True, False, False, False]
     assert all(config["eval"]["after"] for config in configs)
+
+
+def test_a_run_that_has_begun_keeps_what_it_scores_and_follows_its_folder(tmp_path: Path) -> None:
+    common = {**COMMON, "eval": {"metric": "exact_match", "before": True}}
+    before, after = small_comparison(tmp_path / "before"), small_comparison(tmp_path / "after", rates=[3e-3, 1e-3])
+    before.common = after.common = common
+    job = Job("paca", 1e-3, 0)
+    before.config_file(job)
+    before.folder(job).path.mkdir(parents=True)
+    (tmp_path / "before").rename(tmp_path / "after")
+    config = yaml.safe_load(after.config_file(job).read_text())
+    assert config["eval"]["before"]  # it was the first one, and is not any more
+    assert config["output"]["dir"] == str(after.folder(job).path)

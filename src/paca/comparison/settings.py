@@ -16,6 +16,7 @@ from paca.comparison.schedule import Job
 from paca.messages.errors import PacaError
 from paca.training.run_config import RunConfig, load_run_config
 from paca.training.run_folder import RunFolder, write_whole
+from paca.training.strict_yaml import read_yaml
 
 EQUAL = ("parameters", "time", "memory")
 """What `--equal` can make the same for all methods."""
@@ -50,15 +51,18 @@ class Comparison:
         return Claim(self.path / "claims" / f"{name}.lock")
 
     def config_file(self, job: Job) -> Path:
-        """The YAML of a run; it is written if need be, and stays as it is once the run has begun."""
+        """The YAML of a run; it is written if need be."""
         path, folder = self.path / "configs" / f"{job.name}.yaml", self.folder(job).path
-        if folder.is_dir() and path.is_file():
-            return path
         sections = run_sections(self.common, self.method(job.method), job.rate, job.seed, folder)
-        first = Job(self.methods[0].name, self.rates[0], self.seeds[0])
-        if sections["eval"].get("metric") is not None and job != first:
+        if folder.is_dir() and path.is_file():  # begun, perhaps by a call with other rates or seeds
+            sections["eval"] = read_yaml(path)[0]["eval"]
+        elif sections["eval"].get("metric") is not None and job != self._first:
             sections["eval"]["before"] = False  # the model as it came is the same for all: one run scores it
         return write_config(path, sections)
+
+    @property
+    def _first(self) -> Job:
+        return Job(self.methods[0].name, self.rates[0], self.seeds[0])
 
 
 def load_common(path: Path, overrides: Iterable[str] = ()) -> dict[str, dict[str, Any]]:

@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from paca.comparison.claims import Claim
-from paca.training.metrics import read_rows
 from paca.training.run_folder import RunFolder, write_whole
 
 PROGRAM = (sys.executable, "-m", "paca_command")
 FAILURE = "failed.json"
+_TAIL = 4096  # bytes of a metrics file with its newest rows: the training is not to wait for who looks at it
 _INTERRUPTED = 130  # of a run that saved its checkpoint and stopped
 
 
@@ -62,9 +62,11 @@ class TrainingProcess:
 
     def step(self) -> tuple[int, float] | None:
         """The newest step that was logged and the seconds in training steps until then; None before the first."""
-        with contextlib.suppress(OSError):
-            for row in reversed(read_rows(self.folder.metrics)):
-                if "train_seconds" in row:
+        with contextlib.suppress(OSError, ValueError), self.folder.metrics.open("rb") as file:
+            file.seek(max(0, file.seek(0, os.SEEK_END) - _TAIL))
+            for line in reversed(file.read().splitlines()):
+                if b'"train_seconds"' in line:
+                    row = json.loads(line)
                     return row["step"], row["train_seconds"]
         return None
 
