@@ -75,6 +75,11 @@ def test_each_other_method_has_its_clause() -> None:
     assert none.startswith(" shown between paca and full")
 
 
+def test_the_verdict_says_what_was_equal() -> None:
+    methods = result({"paca": shifted(-0.1), "lora": BASE}).methods
+    assert ComparisonResult(methods, [], "time").verdict.startswith("At equal time, paca is better than lora (loss")
+
+
 def test_one_method_has_nothing_to_be_compared_with() -> None:
     assert result({"paca": BASE}).verdict == "There is one method, paca, and nothing to compare it with."
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +16,7 @@ import pytest
 
 from comparison.small_comparison import IN_A_PROCESS, small_work
 from forked_process import start_forked
+from paca.comparison.claims import Claim
 from paca.comparison.work import seconds_left
 
 NAMES = [f"{method}-lr{rate}-seed{seed}" for method in ("paca", "lora") for rate, seed in
@@ -112,6 +115,28 @@ def test_two_processes_share_the_work(uninterrupted: Path, tmp_path: Path) -> No
     assert logs == [""] * len(NAMES)  # no run was resumed, or told anything twice
 
 
+def test_a_run_that_another_process_ends_meanwhile_is_not_started(
+    uninterrupted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "meanwhile"
+    shutil.copytree(uninterrupted, folder)
+    summary = folder / "runs" / NAMES[2] / "summary.json"
+    text = summary.read_text()
+    summary.unlink()
+    take = Claim.take
+
+    def ends_before_it_is_taken(claim: Claim) -> bool:
+        summary.write_text(text)
+        return take(claim)
+
+    monkeypatch.setattr(Claim, "take", ends_before_it_is_taken)
+    work = small_work(folder)
+    work.program = (sys.executable, "-c", "print('started')")
+    work.run()
+    assert (folder / "runs" / NAMES[2] / "log.txt").read_text() == ""
+    assert rows_in(folder) == rows_in(uninterrupted)
+
+
 def test_a_run_that_fails_is_a_row_and_the_others_go_on(tmp_path: Path) -> None:
     file = tmp_path / "bad.yaml"
     file.write_text("train: {weight_decay: 13}\n")
@@ -124,6 +149,7 @@ def test_a_run_that_fails_is_a_row_and_the_others_go_on(tmp_path: Path) -> None:
     assert failed["run_info"]["error_msg"] == "The training loss is nan at step 3."
     assert failed["score"] is None
     assert (failed["learning_rate"], failed["seed"]) == (3e-3, 0)
+    assert failed["run_info"]["config"]["train"]["weight_decay"] == 13
     assert work.schedule().chosen == {"paca": 3e-3}
     # It stays failed: the same command does not train it again.
     written = (tmp_path / "out" / "runs" / "bad-lr0.003-seed0" / "failed.json").stat().st_mtime_ns

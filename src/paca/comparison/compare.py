@@ -51,7 +51,7 @@ def compare(comparison: Comparison, planned: Sequence[PlannedMethod], console: C
         rate = plan.chosen.get(method.name)
         chosen = [row for row in tried if row["learning_rate"] == rate and row["score"] is not None]
         methods.append(MethodResult(method.name, settings_text(method), rate, chosen, tried))
-    result = ComparisonResult(methods, _notes(comparison, planned, methods))
+    result = ComparisonResult(methods, _notes(comparison, planned, methods), comparison.equal)
     write_report(comparison.path, result, {job.name: comparison.folder(job) for job in rows})
     return result
 

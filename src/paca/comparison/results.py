@@ -135,6 +135,8 @@ class ComparisonResult:
     """The first is the one that the others are compared with."""
     notes: list[str]
     """What a reader has to know of how it was made."""
+    equal: str | None = None
+    """What was made the same for all methods."""
 
     @property
     def metric(self) -> str:
@@ -166,6 +168,8 @@ class ComparisonResult:
             return f"No difference shown: the runs were not judged by the same, as they differ in {', '.join(unlike)}."
         found = "; ".join(contrast.sentence() for contrast in self.contrasts)
         found = found or f"there is one method, {self.methods[0].name}, and nothing to compare it with"
+        if self.equal is not None:
+            return f"At equal {self.equal}, {found}."
         return found[0].upper() + found[1:] + "." if found.startswith(("no ", "there ")) else found + "."
 
     @property
@@ -187,6 +191,7 @@ class ComparisonResult:
             "metric": self.metric,
             "lower_is_better": self.lower_is_better,
             "score_before": self.score_before,
+            "equal": self.equal,
             "verdict": self.verdict,
             "methods": [method.as_dict() for method in self.methods],
             "contrasts": [contrast.as_dict() for contrast in self.contrasts],

@@ -10,25 +10,26 @@ from paca.comparison.methods import own_section
 from paca.comparison.training_process import failure_of
 from paca.training.metrics import read_rows
 from paca.training.run_folder import RunFolder, write_whole
+from paca.training.strict_yaml import read_yaml
 
 Row = dict[str, Any]
 
 _LOWER_IS_BETTER = ("loss",)
 
 
-def row_of(folder: RunFolder, method: str, config: dict[str, dict[str, Any]] | None = None) -> Row | None:
+def row_of(folder: RunFolder, method: str, config_file: Path | None = None) -> Row | None:
     """The row of a run that ended; None while it is not.
 
     Args:
         folder: Of the run.
         method: What it is called in the comparison.
-        config: Its sections; those of its summary when None.
+        config_file: The YAML that it was started with, for a run that failed.
     """
     failure = failure_of(folder)
     if failure is None and not folder.finished():
         return None
     summary: dict[str, Any] = folder.read_summary() if failure is None else {}
-    config = summary.get("config") or config or {}
+    config = summary.get("config") or (read_yaml(config_file)[0] if config_file is not None else {})
     train = config.get("train", {})
     wanted = config.get("eval", {}).get("metric")
     metric, score = score_of(summary, wanted)

@@ -50,9 +50,13 @@ class Comparison:
         """On a run, by its name, or on another part of the work."""
         return Claim(self.path / "claims" / f"{name}.lock")
 
+    def config_path(self, job: Job) -> Path:
+        """Of the YAML of a run."""
+        return self.path / "configs" / f"{job.name}.yaml"
+
     def config_file(self, job: Job) -> Path:
-        """The YAML of a run; it is written if need be."""
-        path, folder = self.path / "configs" / f"{job.name}.yaml", self.folder(job).path
+        """The same; it is written if need be."""
+        path, folder = self.config_path(job), self.folder(job).path
         sections = run_sections(self.common, self.method(job.method), job.rate, job.seed, folder)
         if folder.is_dir() and path.is_file():  # begun, perhaps by a call with other rates or seeds
             sections["eval"] = read_yaml(path)[0]["eval"]

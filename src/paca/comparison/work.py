@@ -52,11 +52,9 @@ class Work:
     def row(self, job: Job) -> Row | None:
         """Of a run that ended; None while it has not."""
         if job not in self._rows:
-            method = self.comparison.method(job.method)
-            folder = self.comparison.folder(job)
-            if (row := row_of(folder, job.method, method.laid_over(self.comparison.common))) is None:
+            row = row_of(self.comparison.folder(job), job.method, self.comparison.config_path(job))
+            if row is None:
                 return None
-            row["learning_rate"], row["seed"] = job.rate, job.seed
             self._rows[job] = row
         return self._rows[job]
 
