@@ -111,9 +111,9 @@ def show_result(result: ComparisonResult, output: Path, console: Console) -> Non
     from paca.comparison.report import method_table
 
     heads, rows = method_table(result)
-    table = Table(*heads[:9], box=None, header_style="dim", pad_edge=False)
+    table = Table(*heads[:8], box=None, header_style="dim", pad_edge=False)
     for row in rows:
-        table.add_row(*row[:9])
+        table.add_row(*row[:8])
     console.print(table)
     say(console, f"\n{result.verdict}", style="bold")
     for line in result.cost:

@@ -119,7 +119,9 @@ def _notes(comparison: Comparison, planned: Sequence[PlannedMethod], methods: Se
 def _shared_notes(rows: Iterable[Row], expected: Sequence[str] = ()) -> list[str]:
     rows = list(rows)
     differing = [name for name in unlike(rows) if name not in expected]
-    notes = [f"Not the same for all runs: {', '.join(differing)}."] if differing else []
+    notes = ["After ± is half of a 95 % interval, by Student's t over the seeds."]
+    if differing:
+        notes.append(f"Not the same for all runs: {', '.join(differing)}.")
     if any((row["meta_info"]["git"] or {}).get("dirty") for row in rows):
         notes.append("The working folder had changes that were not committed.")
     return notes

@@ -32,14 +32,14 @@ def write_report(path: Path, result: ComparisonResult, folders: Mapping[str, Run
 
 
 def method_table(result: ComparisonResult) -> Table:
-    """Heads and cells: one row for the model as it came, then one a method."""
+    """Heads and cells: one row for the model as it came, then one a method. After ± is half a 95 % interval."""
     heads = [
-        "method", "rate", "seeds", f"{result.metric}, mean", "95 % interval", "difference to the first",
-        "training time", "tokens/s", "peak memory", "parameters trained", "settings",
+        "method", "rate", "seeds", result.metric, "less the first's", "training", "tokens/s", "peak memory",
+        "trained parameters", "settings",
     ]  # fmt: skip
     rows = []
     if result.score_before is not None:
-        rows.append(["as it came", "", "", f"{result.score_before:.4f}", *[""] * 7])
+        rows.append(["as it came", "", "", f"{result.score_before:.4f}", *[""] * 6])
     contrasts: list[Contrast | None] = [None, *result.contrasts]
     for method, contrast in zip(result.methods, contrasts, strict=True):
         rows.append(_method_row(method, contrast))
@@ -51,15 +51,13 @@ def _method_row(method: MethodResult, contrast: Contrast | None) -> list[str]:
     peak = method.mean("train_info", "accelerator_memory_max")
     trained, speed = method.mean("train_info", "num_trainable_params"), method.mean("tokens_per_second")
     found = None if contrast is None else contrast.difference
-    # the contrast is the first method minus this one; a row tells of its own method
-    own = None if found is None else Interval(-found.mean, found.half, found.count, found.paired)
     return [
         method.name,
         "" if method.rate is None else f"{method.rate:g}",
         str(len(method.rows)) if method.rows else "failed",
-        "" if score is None else f"{score.mean:.4f}",
-        "" if score is None else _ends(score),
-        "" if own is None else f"{own.mean:+.4f} ({_ends(own, '+')})",
+        "" if score is None else f"{score.mean:.4f}{_plus_minus(score)}",
+        # the contrast is the first method minus this one; a row tells of its own method
+        "" if found is None else f"{-found.mean:+.4f}{_plus_minus(found)}",
         "" if time is None else _time(time),
         "" if speed is None else f"{speed:,.0f}",
         "" if peak is None else format_bytes(peak),
@@ -72,10 +70,8 @@ def _time(seconds: float) -> str:
     return f"{seconds:.1f} s" if seconds < 60 else format_duration(seconds)
 
 
-def _ends(found: Interval, sign: str = "") -> str:
-    if found.low is None:
-        return "one seed: none"
-    return f"{found.low:{sign}.4f} to {found.high:{sign}.4f}"
+def _plus_minus(found: Interval) -> str:
+    return "" if found.half is None else f" ± {found.half:.4f}"
 
 
 def _run_table(result: ComparisonResult) -> Table:

@@ -41,6 +41,8 @@ class Work:
         self.steps = steps
         self.console = console
         self.program = program
+        self.took: dict[Job, float] = {}
+        """Seconds of the processes of the runs that ended here; a row has those after its imports."""
         self._rows: dict[Job, Row] = {}
 
     def schedule(self) -> Schedule:
@@ -114,6 +116,7 @@ class Work:
                     process.finish()
                     raise
             process.finish()
+            self.took[job] = time.monotonic() - progress.started
         self._say_end(job)
         return True
 
@@ -136,13 +139,14 @@ class _Progress:
         self.work, self.job, self.process = work, job, process
         self.started = self.last_plain = time.monotonic()
         plan = work.schedule()
-        rows = [row for job in plan.jobs if (row := work.row(job)) is not None]
-        self.taken = {
-            name: [row["run_info"]["total_time"] for row in rows if row["method"] == name and row["score"] is not None]
-            for name in plan.expected
-        }
-        self.left = {name: count - sum(row["method"] == name for row in rows) for name, count in plan.expected.items()}
-        self.heading = f"run {len(rows) + 1} of {sum(plan.expected.values())}: {job.name}"
+        ended = {one: row for one in plan.jobs if (row := work.row(one)) is not None}
+        self.left = dict(plan.expected)
+        self.taken: dict[str, list[float]] = {name: [] for name in plan.expected}
+        for one, row in ended.items():
+            self.left[one.method] -= 1
+            if row["score"] is not None:
+                self.taken[one.method].append(work.took.get(one, row["run_info"]["total_time"]))
+        self.heading = f"run {len(ended) + 1} of {sum(plan.expected.values())}: {job.name}"
         self.live: Live | None = None
 
     def __enter__(self) -> _Progress:
