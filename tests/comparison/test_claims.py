@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from paca.comparison.claims import Claim
-from paca.comparison.training_process import TrainingProcess
+from paca.comparison.training_process import TrainingProcess, failure_of
 from paca.training.run_folder import RunFolder
 
 HOLD = """
@@ -101,8 +101,6 @@ def test_the_newest_step_is_read_from_the_end_of_a_long_file(tmp_path: Path) -> 
     ],
 )
 def test_a_failure_is_told_by_its_last_words(tmp_path: Path, program: str, message: str) -> None:
-    from paca.comparison.training_process import failure_of
-
     folder = RunFolder(tmp_path / "run")
     with Claim(tmp_path / "run.lock") as claim:
         assert claim.take()
@@ -113,3 +111,16 @@ def test_a_failure_is_told_by_its_last_words(tmp_path: Path, program: str, messa
     failure = failure_of(folder)
     assert failure is not None
     assert failure["error_msg"] == message
+
+
+def test_a_run_that_is_stopped_while_it_starts_has_not_failed(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path / "run")
+    with Claim(tmp_path / "run.lock") as claim:
+        assert claim.take()
+        waits = (sys.executable, "-c", "import time; print('started', flush=True); time.sleep(600)")
+        process = TrainingProcess(tmp_path / "config.yaml", folder, claim, waits)
+        while process.log.read_text() != "started\n":
+            assert not process.ended(0.01)
+        process.stop()
+    process.finish()
+    assert failure_of(folder) is None

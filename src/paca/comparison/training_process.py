@@ -18,7 +18,7 @@ from paca.training.run_folder import RunFolder, write_whole
 PROGRAM = (sys.executable, "-m", "paca_command")
 FAILURE = "failed.json"
 _TAIL = 4096  # bytes of a metrics file with its newest rows: the training is not to wait for who looks at it
-_INTERRUPTED = 130  # of a run that saved its checkpoint and stopped
+_INTERRUPTED = (130, -signal.SIGINT, -signal.SIGTERM)  # with its checkpoint saved, or before it had any
 
 
 class TrainingProcess:
@@ -73,7 +73,7 @@ class TrainingProcess:
     def finish(self) -> None:
         """After its end: leave `failed.json` in the folder if it failed, and not because it was asked to stop."""
         status = self._process.returncode
-        if status != _INTERRUPTED and not self.folder.finished():
+        if status not in _INTERRUPTED and not self.folder.finished():
             failure = {"exit_status": status, "error_msg": self._last_words(status)}
             write_whole(self.folder.path / FAILURE, json.dumps(failure, indent=2) + "\n")
 

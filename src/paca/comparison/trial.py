@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from paca.comparison.claims import Claim
 from paca.comparison.methods import Method
 from paca.comparison.settings import Comparison, run_sections, write_config
-from paca.comparison.training_process import TrainingProcess, failure_of
+from paca.comparison.training_process import PROGRAM, TrainingProcess, failure_of
 from paca.training.metrics import read_rows
 from paca.training.run_folder import RunFolder
 
@@ -43,12 +43,13 @@ Try = Callable[[Method, int], Trial]
 """Makes so many steps of a method after the warm-up, on the same batches for every method; may raise `TrialFailed`."""
 
 
-def trials_of(comparison: Comparison, claim: Claim) -> Try:
+def trials_of(comparison: Comparison, claim: Claim, program: Sequence[str] = PROGRAM) -> Try:
     """What makes trials in the comparison's folder.
 
     Args:
         comparison: Whose data, first rate and first seed they take.
         claim: On the folder's preparation.
+        program: What runs `train CONFIG`.
     """
 
     def run(method: Method, steps: int) -> Trial:
@@ -57,7 +58,7 @@ def trials_of(comparison: Comparison, claim: Claim) -> Try:
         changed = {**_NOTHING_BUT_STEPS, "max_steps": WARM_UP + steps}
         sections = _only_steps(comparison, method.with_settings("train", **changed), folder)
         config = write_config(folder.path.with_suffix(".yaml"), sections)
-        process = TrainingProcess(config, folder, claim)
+        process = TrainingProcess(config, folder, claim, program)
         try:
             while not process.ended(1):
                 pass
@@ -76,6 +77,7 @@ def trials_of(comparison: Comparison, claim: Claim) -> Try:
 
 def _only_steps(comparison: Comparison, method: Method, folder: RunFolder) -> dict[str, dict[str, Any]]:
     sections = run_sections(comparison.common, method, comparison.rates[0], comparison.seeds[0], folder.path)
+    sections["train"]["learning_rate"] = 0.0  # no rate is too high to be timed
     # Held-out data stays given: where it is split off, the training data is what is left.
     sections["eval"] = {**sections["eval"], "before": False, "after": False, "metric": None, "answer_pattern": None}
     return sections

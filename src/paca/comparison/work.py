@@ -105,16 +105,14 @@ class Work:
             process = TrainingProcess(
                 self.comparison.config_file(job), self.comparison.folder(job), claim, self.program
             )
-            with _Progress(self, job, process) as progress:
-                try:
+            try:
+                with _Progress(self, job, process) as progress:
                     while not process.ended(_LOOK_EVERY):
                         progress.show()
-                except KeyboardInterrupt:
-                    progress.close()
-                    say(self.console, f"Stopping {job.name}; its checkpoint is saved (Ctrl-C again stops at once) ...")
-                    process.stop()
-                    process.finish()
-                    raise
+            except KeyboardInterrupt:
+                say(self.console, f"Stopping {job.name}; its checkpoint is saved (Ctrl-C again stops at once) ...")
+                process.stop()
+                raise
             process.finish()
             self.took[job] = time.monotonic() - progress.started
         self._say_end(job)
@@ -166,14 +164,9 @@ class _Progress:
             self.last_plain = now
             say(self.work.console, self._line(now))
 
-    def close(self) -> None:
-        """Take the live line away."""
+    def __exit__(self, *error: object) -> None:
         if self.live is not None:
             self.live.stop()
-            self.live = None
-
-    def __exit__(self, *error: object) -> None:
-        self.close()
 
     def _line(self, now: float) -> str:
         parts, current = [self.heading], None
