@@ -38,3 +38,7 @@ def import_package() -> None:
         assert package.__spec__ is not None
         assert package.__spec__.loader is not None
         package.__spec__.loader.exec_module(package)
+
+
+if __name__ == "__main__":
+    main()

@@ -29,7 +29,7 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
 
 
-@pytest.mark.parametrize("command", ["", "train", "evaluate", "chat", "merge", "plan", "bench"])
+@pytest.mark.parametrize("command", ["", "train", "compare", "evaluate", "chat", "merge", "plan", "bench"])
 def test_help_imports_nothing_heavy(command: str) -> None:
     done = run(*([command] if command else []), "--help")
     assert done.returncode == 0, done.stderr

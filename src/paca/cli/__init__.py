@@ -1,4 +1,4 @@
-"""The command line: train, evaluate, chat, merge, export, import, bench and plan, each a command of ``paca``."""
+"""The command line: each of train, compare, evaluate, chat, merge, export, import, bench and plan is a command."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from safetensors import SafetensorError
 
 from paca.cli.bench import bench
 from paca.cli.chat import chat
+from paca.cli.compare import compare
 from paca.cli.evaluate import evaluate
 from paca.cli.export import export
 from paca.cli.import_adapter import import_adapter
@@ -30,7 +31,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for command in (train, evaluate, chat, merge, export, plan):
+for command in (train, compare, evaluate, chat, merge, export, plan):
     app.command()(command)
 app.command("import")(import_adapter)
 app.add_typer(bench, name="bench")

@@ -14,7 +14,8 @@ from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-_INK = "#123456"  # stands for the text colour of the page; replaced by currentColor in the SVG
+INK = "#123456"
+"""Stands for the text colour of the page; replaced by currentColor in the SVG."""
 _TRAIN = "#3b82f6"  # blue and orange: distinct to colour-blind eyes, and on white as on black
 _HELD_OUT = "#f97316"
 _MOST_POINTS = 800  # of one curve; more only make the page heavy
@@ -33,7 +34,7 @@ def loss_curves(train: Points, held_out: Points) -> str:
     Returns:
         An ``<svg>`` element.
     """
-    figure, axes = _figure(9.0, 3.8)
+    figure, axes = figure_with_axes(9.0, 3.8)
     if train:
         thinned = thin(train)
         axes.plot(*zip(*thinned, strict=True), color=_TRAIN, alpha=0.3, linewidth=1)
@@ -54,8 +55,8 @@ def loss_curves(train: Points, held_out: Points) -> str:
     _end_at_last_step(axes, [*train, *held_out])
     axes.set_ylabel("loss (nats per token)")
     if train or held_out:
-        axes.legend(frameon=False, labelcolor=_INK)
-    return _svg(figure, "Training loss and held-out loss over steps")
+        axes.legend(frameon=False, labelcolor=INK)
+    return inline_svg(figure, "Training loss and held-out loss over steps")
 
 
 def curve(points: Points, title: str, *, from_zero: bool = False) -> str:
@@ -69,15 +70,15 @@ def curve(points: Points, title: str, *, from_zero: bool = False) -> str:
     Returns:
         An ``<svg>`` element.
     """
-    figure, axes = _figure(4.4, 2.5)
+    figure, axes = figure_with_axes(4.4, 2.5)
     if points:
         axes.plot(*zip(*thin(points), strict=True), color=_TRAIN, linewidth=1.5)
         _mark_single(axes, points, _TRAIN)
     _end_at_last_step(axes, points)
     if from_zero:
         axes.set_ylim(bottom=0)
-    axes.set_title(title, color=_INK, fontsize=11, loc="left")
-    return _svg(figure, f"{title} over steps")
+    axes.set_title(title, color=INK, fontsize=11, loc="left")
+    return inline_svg(figure, f"{title} over steps")
 
 
 def smoothed(points: Points) -> list[tuple[float, float]]:
@@ -99,19 +100,21 @@ def thin(points: Points) -> list[tuple[float, float]]:
     return kept
 
 
-def _figure(width: float, height: float) -> tuple[Figure, Any]:
+def figure_with_axes(width: float, height: float, across: str = "step") -> tuple[Figure, Any]:
+    """An empty figure in the style of all pictures, in inches, and its axes; `across` names the horizontal one."""
     figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasSVG(figure)
     axes = figure.add_subplot()
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
     for side in ("bottom", "left"):
-        axes.spines[side].set_color(_INK)
-    axes.tick_params(colors=_INK)
-    axes.grid(axis="y", color=_INK, alpha=0.15)
-    axes.set_xlabel("step", color=_INK)
-    axes.yaxis.label.set_color(_INK)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.spines[side].set_color(INK)
+    axes.tick_params(colors=INK)
+    axes.grid(axis="y", color=INK, alpha=0.15)
+    axes.set_xlabel(across, color=INK)
+    axes.yaxis.label.set_color(INK)
+    if across == "step":
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     return figure, axes
 
 
@@ -126,12 +129,13 @@ def _mark_single(axes: Any, points: Points, color: str) -> None:
         axes.plot(*points[0], marker="o", color=color)
 
 
-def _svg(figure: Figure, description: str) -> str:
+def inline_svg(figure: Figure, description: str) -> str:
+    """The figure as an ``<svg>`` element; ``description`` is what it shows, for who can't see it."""
     buffer = io.StringIO()
     # The salt keeps the ids of several pictures in one page apart, and the same from run to run.
     with matplotlib.rc_context({"svg.hashsalt": description, "svg.fonttype": "path"}):
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
     svg = buffer.getvalue()
-    svg = svg[svg.index("<svg") :].replace(_INK, "currentColor")
+    svg = svg[svg.index("<svg") :].replace(INK, "currentColor")
     svg = re.sub(r'width="[\d.]+pt" height="[\d.]+pt"', 'width="100%"', svg, count=1)
     return svg.replace("<svg", f'<svg role="img" aria-label="{description}"', 1)

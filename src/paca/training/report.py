@@ -49,20 +49,8 @@ def write_report(path: Path, summary: dict[str, Any], rows: list[dict[str, Any]]
         rows: The rows of ``metrics.jsonl``.
         config_text: The resolved config, as YAML.
     """
-    title = html.escape(summary["name"])
-    subtitle = html.escape(f"{summary['model']['name']}, trained on {summary['data']['train']}")
-    page = f"""<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{title}: paca run</title>
-<style>{_STYLE}</style>
-</head>
-<body>
-<h1>{title}</h1>
-<p class="sub">{subtitle}</p>
-<div class="cards">{_cards(summary)}</div>
+    subtitle = f"{summary['model']['name']}, trained on {summary['data']['train']}"
+    body = f"""<div class="cards">{_cards(summary)}</div>
 <h2>Loss</h2>
 <figure>{loss_curves(_points(rows, "loss"), _points(rows, "eval_loss"))}</figure>
 <div class="curves">{_small_curves(rows)}</div>
@@ -72,10 +60,33 @@ def write_report(path: Path, summary: dict[str, Any], rows: list[dict[str, Any]]
 <div class="scroll"><table>{_table(summary)}</table></div>
 <h2>Settings</h2>
 <pre>{html.escape(config_text)}</pre>
-</body>
+"""
+    path.write_text(whole_page(summary["name"], "paca run", subtitle, body), encoding="utf-8")
+
+
+def whole_page(title: str, kind: str, subtitle: str, body: str) -> str:
+    """An HTML page without outside parts.
+
+    Args:
+        title: Its heading, as text.
+        kind: What kind of page it is, for its tab, as text.
+        subtitle: Stands below the heading, as text.
+        body: All else, as HTML.
+    """
+    return f"""<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{html.escape(title)}: {html.escape(kind)}</title>
+<style>{_STYLE}</style>
+</head>
+<body>
+<h1>{html.escape(title)}</h1>
+<p class="sub">{html.escape(subtitle)}</p>
+{body}</body>
 </html>
 """
-    path.write_text(page, encoding="utf-8")
 
 
 def _points(rows: list[dict[str, Any]], key: str) -> list[tuple[float, float]]:

@@ -1,0 +1,125 @@
+"""``paca compare``: should I use this instead of LoRA, on my task?"""
+
+from __future__ import annotations
+
+import shlex
+import signal
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal, Optional
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from paca.messages.program import program
+from paca.messages.say import say
+from paca_command import import_package
+
+if TYPE_CHECKING:
+    from paca.comparison.results import ComparisonResult
+
+
+def compare(
+    what: Annotated[
+        list[Path], typer.Argument(metavar="RUN.yaml | RUN_FOLDER...", help="What to train, or runs that are there.")
+    ],
+    output: Annotated[Path, typer.Option(help="The folder for runs and report; the same one again goes on.")],
+    methods: Annotated[
+        str, typer.Option(help="Names with commas: paca, lora, lora-tuned, full, one of PEFT's, or name=FILE.yaml.")
+    ] = "paca,lora,lora-tuned",
+    lr: Annotated[str, typer.Option(help="Learning rates to choose from, with commas, for each method.")] = "",
+    seeds: Annotated[str, typer.Option(help="Seeds, with commas. Rates are chosen with the first.")] = "0,1,2",
+    equal: Annotated[
+        Optional[Literal["parameters", "time", "memory"]],  # noqa: UP045  (typer reads it at run time, on 3.10 too)
+        typer.Option(help="What to make the same for all methods, following the first one."),
+    ] = None,
+    extend: Annotated[
+        bool, typer.Option("--extend/--no-extend", help="Go beyond the rates while the first or last is the best.")
+    ] = True,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Change a setting of the YAML; may be repeated."),
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Show what would be trained, and stop. Measures for --equal.")
+    ] = False,
+) -> None:
+    """Compare methods: the same data and seeds, each at its best rate; leaves runs, rows and a page with a verdict."""
+    console = Console()
+    if not console.is_terminal:
+        console.width = 200  # of a table in a log file
+    signal.signal(signal.SIGTERM, _interrupt)  # ends as Ctrl-C does, so that a run in progress saves its checkpoint
+    try:
+        if len(what) == 1 and not what[0].is_dir():
+            result = _train(what[0], set_ or [], methods, lr, seeds, equal, extend, dry_run, output, console)
+        else:
+            import_package()
+            from paca.comparison.compare import compare_folders
+
+            result = compare_folders(what, output)
+    except KeyboardInterrupt:
+        say(console, "\nStopped. What is finished is kept; the same command goes on from there:")
+        say(console, f"  {program()} {shlex.join(sys.argv[1:])}")
+        raise typer.Exit(130) from None
+    if result is not None:
+        show_result(result, output, console)
+
+
+def _train(
+    config: Path,
+    overrides: list[str],
+    methods: str,
+    lr: str,
+    seeds: str,
+    equal: str | None,
+    extend: bool,
+    dry_run: bool,
+    output: Path,
+    console: Console,
+) -> ComparisonResult | None:
+    # What is wrong by itself comes first: the imports below take seconds.
+    from paca.comparison.schedule import rates_of, seeds_of
+
+    rates, numbers = rates_of(lr), seeds_of(seeds)
+    from paca.comparison.methods import methods_of
+    from paca.comparison.settings import Comparison, load_common
+
+    common = load_common(config, overrides)
+    import_package()
+    chosen = methods_of(methods, common)
+    from datasets import disable_progress_bars
+
+    from paca.comparison.compare import compare
+    from paca.comparison.plan_table import table_of
+    from paca.comparison.prepare import prepare
+
+    disable_progress_bars()
+    comparison = Comparison(output, common, chosen, rates, numbers, equal, extend)
+    planned = prepare(comparison, console)
+    console.print(table_of(planned))
+    say(
+        console,
+        f"rates {', '.join(f'{rate:g}' for rate in rates)}{' and beyond while the edge is best' if extend else ''}; "
+        f"seeds {', '.join(map(str, numbers))}",
+    )
+    return None if dry_run else compare(comparison, planned, console)
+
+
+def show_result(result: ComparisonResult, output: Path, console: Console) -> None:
+    """Print the table of methods, the verdict, and where the report is."""
+    from paca.comparison.report import method_table
+
+    heads, rows = method_table(result)
+    table = Table(*heads[:8], box=None, header_style="dim", pad_edge=False)
+    for row in rows:
+        table.add_row(*row[:8])
+    console.print(table)
+    say(console, f"\n{result.verdict}", style="bold")
+    for line in result.cost:
+        say(console, line)
+    say(console, f"Written: {output / 'comparison.html'}, comparison.md, comparison.json")
+
+
+def _interrupt(number: int, frame: object) -> None:
+    raise KeyboardInterrupt

@@ -1,0 +1,66 @@
+"""Several processes share the work: whoever holds the claim on a run trains it."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import socket
+from pathlib import Path
+from types import TracebackType
+
+
+class Claim:
+    """A lock on a file, held by this process and by those that it hands it to.
+
+    It is the kernel's (`flock`), on the open file: it is gone when the last of these processes has ended, however that
+    came. So a claim is never stale, no process id is ever taken for another's, and a training that outlives a killed
+    `paca compare` keeps its run until it is done.
+    """
+
+    def __init__(self, path: Path) -> None:
+        """Args:
+        path: Of the lock file; it stays, with the last holder's process id and host in it.
+        """
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self.path = path
+        self._descriptor: int | None = None
+
+    def take(self, *, wait: bool = False) -> bool:
+        """Take the claim; with `wait`, once nobody else has it. Returns whether it is ours."""
+        descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            os.close(descriptor)
+            return False
+        except BaseException:
+            os.close(descriptor)
+            raise
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
+        self._descriptor = descriptor
+        return True
+
+    @property
+    def descriptor(self) -> int:
+        """Of the open file; a process that inherits it holds the claim too."""
+        assert self._descriptor is not None
+        return self._descriptor
+
+    def holder(self) -> str:
+        """Who took it last, in words."""
+        return self.path.read_text(encoding="utf-8") or "another process"
+
+    def release(self) -> None:
+        """Let go. A process that it was handed to, and that still runs, keeps it."""
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+            self._descriptor = None
+
+    def __enter__(self) -> Claim:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.release()

@@ -1,0 +1,150 @@
+"""A comparison from its settings to its report: of runs that it trains, or of runs that are there already."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from paca.comparison.methods import Method, own_section
+from paca.comparison.plan_table import PlannedMethod, settings_text
+from paca.comparison.report import write_report
+from paca.comparison.results import ComparisonResult, MethodResult, unlike
+from paca.comparison.rows import Row, row_of
+from paca.comparison.settings import Comparison
+from paca.comparison.work import Work
+from paca.messages.errors import PacaError
+from paca.training.run_folder import RunFolder
+
+_TOLD = (
+    "peft_type", "r", "paca_alpha", "lora_alpha", "target_modules", "use_dora", "use_rslora", "selection",
+    "rotate_every",
+)  # fmt: skip
+"""Settings of a run that is there already which a table has room for."""
+
+
+def compare(comparison: Comparison, planned: Sequence[PlannedMethod], console: Console) -> ComparisonResult:
+    """Train what is not trained yet, and report.
+
+    Args:
+        comparison: As `paca.comparison.prepare` left it.
+        planned: What that found.
+        console: Where progress is shown.
+
+    Returns:
+        What the report in the comparison's folder says.
+
+    Raises:
+        KeyboardInterrupt: Ctrl-C; the same comparison goes on from there.
+    """
+    work = Work(comparison, {one.method.name: one.plan.steps for one in planned}, console)
+    work.run()
+    plan = work.schedule()
+    rows = {job: row for job in plan.jobs if (row := work.row(job)) is not None}
+    methods = []
+    for method in comparison.methods:
+        tried = [row for job, row in rows.items() if job.method == method.name]
+        rate = plan.chosen.get(method.name)
+        chosen = [row for row in tried if row["learning_rate"] == rate and row["score"] is not None]
+        methods.append(MethodResult(method.name, settings_text(method), rate, chosen, tried))
+    result = ComparisonResult(methods, _notes(comparison, planned, methods), comparison.equal)
+    write_report(comparison.path, result, {job.name: comparison.folder(job) for job in rows})
+    return result
+
+
+def compare_folders(paths: Sequence[Path], output: Path) -> ComparisonResult:
+    """Report on runs that are there already. Those that differ in the seed alone are one method.
+
+    Args:
+        paths: Their folders; the first one's method is the one that the others are compared with.
+        output: Where the report goes.
+
+    Raises:
+        PacaError: A folder holds no finished run, or one without held-out data, or all are of one method.
+    """
+    groups: dict[str, list[Row]] = {}
+    for path in paths:
+        folder = RunFolder(path)
+        if not folder.finished():
+            raise PacaError(f"{path} holds no finished run (summary.json is missing). Finish it, or leave it out.")
+        row = row_of(folder, re.sub(r"-seed\d+$", "", path.name))
+        assert row is not None
+        if row["score"] is None:
+            raise PacaError(f"{path}: the run has no {row['metric']} on held-out data, so it can't be compared.")
+        groups.setdefault(_without_seed(row["run_info"]["config"]), []).append(row)
+    if len(groups) < 2:
+        raise PacaError("These runs differ in nothing but their seeds, so there are no two methods to compare.")
+    methods = []
+    for rows in groups.values():
+        rate = rows[0]["learning_rate"]
+        methods.append(MethodResult(rows[0]["method"], _settings_told(rows[0]), rate, rows, rows))
+    every = [row for method in methods for row in method.rows]
+    notes = ["The runs were there already; nothing was chosen among them.", *_shared_notes(every)]
+    result = ComparisonResult(_apart(methods), notes)
+    write_report(output, result, {path.name: RunFolder(path) for path in paths})
+    return result
+
+
+def _notes(comparison: Comparison, planned: Sequence[PlannedMethod], methods: Sequence[MethodResult]) -> list[str]:
+    seed, notes = comparison.seeds[0], []
+    notes.append(
+        f"The rate of each method is its best of those tried, by seed {seed}. That seed's score counts as well, so it "
+        "is a little too good, for every method."
+    )
+    notes.append("All methods train on the same data. A seed gives all of them the same order.")
+    leader = planned[0].method.name
+    if comparison.equal == "time":
+        for one in planned[1:]:
+            ratio = one.came_out.measured["step_ratio"]
+            notes.append(
+                f"Equal time: a step of {one.method.name} took {ratio:.3f} × that of {leader}, so it makes "
+                f"{one.plan.steps} steps where {leader} makes {planned[0].plan.steps}."
+            )
+    elif comparison.equal is not None:
+        notes.append(f"Equal {comparison.equal}: each method's r was chosen to match {leader}.")
+    notes += [f"{one.method.name} {one.came_out.note}." for one in planned if one.came_out.note]
+    for method in methods:
+        rates = sorted({row["learning_rate"] for row in method.tried})
+        if method.rate is not None and method.rate in (rates[0], rates[-1]):
+            notes.append(f"The best rate of {method.name}, {method.rate:g}, is at the edge of those tried.")
+        notes += [f"{row['name']} failed: {row['run_info']['error_msg']}" for row in method.failed]
+    expected = ["steps"] if comparison.equal == "time" else []
+    return notes + _shared_notes((row for method in methods for row in method.rows), expected)
+
+
+def _shared_notes(rows: Iterable[Row], expected: Sequence[str] = ()) -> list[str]:
+    rows = list(rows)
+    differing = [name for name in unlike(rows) if name not in expected]
+    notes = ["After ± is half of a 95 % interval, by Student's t over the seeds."]
+    if differing:
+        notes.append(f"Not the same for all runs: {', '.join(differing)}.")
+    if any((row["meta_info"]["git"] or {}).get("dirty") for row in rows):
+        notes.append("The working folder had changes that were not committed.")
+    return notes
+
+
+def _without_seed(config: dict[str, dict[str, Any]]) -> str:
+    kept = {name: dict(values) for name, values in config.items() if name != "output"}
+    for section, key in (("train", "seed"), ("paca", "random_seed")):
+        kept.get(section, {}).pop(key, None)
+    return json.dumps(kept, sort_keys=True)
+
+
+def _settings_told(row: Row) -> str:
+    config = row["run_info"]["config"]
+    kind = own_section(config)
+    told = {name: value for name, value in config.get(kind, {}).items() if name in _TOLD}
+    return settings_text(Method(kind, {kind: told}))
+
+
+def _apart(methods: list[MethodResult]) -> list[MethodResult]:
+    """Names of methods told apart: two folders may have the same one."""
+    names = [method.name for method in methods]
+    for number, method in enumerate(methods):
+        if names.count(method.name) > 1:
+            methods[number] = MethodResult(f"{method.name} ({number + 1})", *list(vars(method).values())[1:])
+    return methods

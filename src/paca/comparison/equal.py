@@ -1,0 +1,164 @@
+"""What is made the same for all methods: trainable parameters, wall-clock time, or memory. The first method leads."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from paca.comparison.methods import Method
+from paca.comparison.trial import Trial, TrialFailed, Try
+from paca.messages.errors import PacaError
+from paca.messages.units import format_bytes
+
+ROUNDS = 3
+"""Of timing; in each, every method takes its turn, and the order rotates."""
+TIMED_STEPS = 10
+MEMORY_STEPS = 2  # the optimizer's state exists from the first step on
+
+Announce = Callable[[str], None]
+
+
+@dataclass
+class CameOut:
+    """A method after it was made equal."""
+
+    method: Method
+    measured: dict[str, Any] = field(default_factory=dict)
+    """What was measured on the way, for the table and for whoever comes later."""
+    note: str = ""
+    """What could not be made equal."""
+
+
+def same_parameters(methods: Sequence[Method], count: Callable[[Method], int]) -> list[CameOut]:
+    """Choose each method's `r`, so that it trains as many parameters as the first one, as near as can be.
+
+    Args:
+        methods: The first one leads.
+        count: Trainable parameters of a method.
+    """
+    leader, *others = methods
+    wanted = count(leader)
+    return [CameOut(leader), *(_with_parameters(method, wanted, count) for method in others)]
+
+
+def _with_parameters(method: Method, wanted: int, count: Callable[[Method], int]) -> CameOut:
+    r = method.settings.get("r")
+    if not r:
+        return CameOut(method, note="has no r to choose")
+    # Every method's parameters are linear in its r; two points give the line.
+    here, there = count(method), count(method.with_rank(2 * r))
+    if here == there:
+        return CameOut(method, note="its parameters don't follow its r")
+    nearest = round(r + (wanted - here) * r / (there - here))
+    return CameOut(method.with_rank(max(1, nearest)))
+
+
+def same_time(methods: Sequence[Method], steps: int, attempt: Try, announce: Announce) -> list[CameOut]:
+    """Choose each method's steps, so that its training takes as long as the first one's.
+
+    Step times are measured in rounds in which the methods take turns, on the same batches. Ratios to the first method
+    are taken round by round, so that a machine that drifts drifts for all.
+
+    Args:
+        methods: The first one leads.
+        steps: How many the first one makes.
+        attempt: Makes trials.
+        announce: Shows people a line.
+
+    Raises:
+        PacaError: A method can't make a step.
+    """
+    seconds: dict[str, list[float]] = {method.name: [] for method in methods}
+    for number in range(ROUNDS):
+        turn = number % len(methods)
+        for method in [*methods[turn:], *methods[:turn]]:
+            announce(f"Timing steps, round {number + 1} of {ROUNDS}: {method.name} ...")
+            seconds[method.name].append(_must(method, attempt, TIMED_STEPS).seconds / TIMED_STEPS)
+    leader = seconds[methods[0].name]
+    came_out = []
+    for method in methods:
+        ratios = [one / other for one, other in zip(seconds[method.name], leader, strict=True)]
+        ratio = statistics.median(ratios)
+        measured = {"step_seconds": statistics.median(seconds[method.name]), "step_ratio": ratio, "ratios": ratios}
+        if method is not methods[0]:
+            method = method.with_settings("train", max_steps=max(1, round(steps / ratio)))
+        came_out.append(CameOut(method, measured))
+    return came_out
+
+
+def same_memory(
+    methods: Sequence[Method], batch: int, accumulation: int, attempt: Try, announce: Announce
+) -> list[CameOut]:
+    """Choose each method's batch and `r`, so that it needs as much memory as the first one, and no more.
+
+    The weights are the same, so equal peaks are equal bytes above them. First comes the batch: the first method's, or
+    the largest part of it that fits, with more accumulation in turn, so that a step sees the same sequences. Then the
+    largest `r` that fits.
+
+    Args:
+        methods: The first one leads.
+        batch: Sequences that it has in memory at a time.
+        accumulation: How many such batches it takes for a step.
+        attempt: Makes trials.
+        announce: Shows people a line.
+
+    Raises:
+        PacaError: The first method can't make a step.
+    """
+    leader, *others = methods
+    announce(f"Measuring memory: {leader.name} ...")
+    budget = _must(leader, attempt, MEMORY_STEPS).peak
+
+    def peak_within(method: Method) -> int | None:
+        announce(f"Measuring memory: {method.name}, {_sizes(method)} ...")
+        try:
+            peak = attempt(method, MEMORY_STEPS).peak
+        except TrialFailed:  # most likely out of memory, or a rank that its layers don't have
+            return None
+        return peak if peak <= budget else None
+
+    came_out = [CameOut(leader, {"peak": budget})]
+    for method in others:
+        came_out.append(_within_memory(method, batch, accumulation, peak_within, budget))
+    return came_out
+
+
+def _within_memory(
+    method: Method, batch: int, accumulation: int, peak_within: Callable[[Method], int | None], budget: int
+) -> CameOut:
+    for part in (part for part in range(batch, 0, -1) if batch % part == 0):
+        fits = method.with_settings(
+            "train", per_device_train_batch_size=part, gradient_accumulation_steps=accumulation * batch // part
+        )
+        peak = peak_within(fits)
+        if peak is not None:
+            break
+    else:
+        return CameOut(method, note=f"does not fit {format_bytes(budget)} with one sequence at a time")
+    r = fits.settings.get("r")
+    if not r:
+        return CameOut(fits, {"peak": peak}, "has no r to choose")
+    low, low_peak, high = r, peak, None
+    while high is None or high - low > max(1, low // 16):  # to 6 %: finer than two measurements agree
+        middle = 2 * low if high is None else (low + high) // 2
+        peak = peak_within(fits.with_rank(middle))
+        if peak is None:
+            high = middle
+        else:
+            low, low_peak = middle, peak
+    return CameOut(fits.with_rank(low), {"peak": low_peak})
+
+
+def _must(method: Method, attempt: Try, steps: int) -> Trial:
+    try:
+        return attempt(method, steps)
+    except TrialFailed as error:
+        raise PacaError(f"{method.name} can't make a step: {error}") from error
+
+
+def _sizes(method: Method) -> str:
+    r = method.settings.get("r")
+    batch = method.sections.get("train", {}).get("per_device_train_batch_size")
+    return ", ".join(filter(None, (r and f"r {r}", batch and f"batch {batch}")))

@@ -1,0 +1,175 @@
+"""What is compared: each method is sections that are laid over the run's own YAML."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from paca.messages.errors import PacaError
+from paca.messages.nearest import did_you_mean
+from paca.training.run_config import METHODS
+from paca.training.strict_yaml import read_yaml
+
+Sections = Mapping[str, Mapping[str, Any]]
+
+NAMED = ("paca", "lora", "lora-tuned", "full")
+"""Methods that have a name of their own here, besides PEFT's."""
+
+_TARGETS = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save")
+"""Fields of PEFT's configs that say where an adapter goes."""
+_LORA_RANK = 8  # PEFT's default
+_LAID_OVER = (*METHODS, "train", "model")
+_ALPHAS = ("paca_alpha", "lora_alpha", "alpha")
+
+
+@dataclass(frozen=True)
+class Method:
+    """One of the methods that are compared."""
+
+    name: str
+    sections: Sections
+    """Laid over the sections that all methods share; one of them is the method's own."""
+
+    @property
+    def kind(self) -> str:
+        """Name of its own section, such as `lora`."""
+        return next(name for name in METHODS if name in self.sections)
+
+    @property
+    def settings(self) -> Mapping[str, Any]:
+        """The content of that section."""
+        return self.sections[self.kind]
+
+    def with_settings(self, section: str, **settings: Any) -> Method:
+        """The same with some settings of a section changed."""
+        changed = {**self.sections.get(section, {}), **settings}
+        return dataclasses.replace(self, sections={**self.sections, section: changed})
+
+    def with_rank(self, r: int) -> Method:
+        """The same with another `r`. Its alpha keeps its ratio to `r`."""
+        changed: dict[str, Any] = {"r": r}
+        for name in _ALPHAS:
+            if name in self.settings:
+                alpha = self.settings[name] * r / self.settings["r"]
+                changed[name] = int(alpha) if alpha == int(alpha) else alpha
+        return self.with_settings(self.kind, **changed)
+
+    def laid_over(self, common: Sections) -> dict[str, dict[str, Any]]:
+        """The sections of a run with this method."""
+        sections = {name: dict(values) for name, values in common.items() if name not in METHODS}
+        for name, values in self.sections.items():
+            sections[name] = {**sections.get(name, {}), **values}
+        return sections
+
+
+def methods_of(text: str, common: Sections) -> list[Method]:
+    """The methods that `--methods` names.
+
+    Args:
+        text: Names with commas between: `paca`, `lora`, `lora-tuned`, `full`, a method of PEFT such as `loha`, or
+            `name=FILE.yaml` for one of the user's own.
+        common: The sections of the run's YAML, its method section included.
+
+    Raises:
+        PacaError: A name that is not known or comes twice, or a file that holds other things than a method.
+    """
+    words = [word.strip() for word in text.split(",") if word.strip()]
+    if not words:
+        raise PacaError("--methods names nothing. Give names with commas between, such as paca,lora,lora-tuned.")
+    methods = []
+    for word in words:
+        name, _, file = word.partition("=")
+        methods.append(_from_file(name, Path(file), common) if file else _named(word, common))
+    names = [method.name for method in methods]
+    for name in names:
+        if names.count(name) > 1:
+            raise PacaError(f"--methods names {name!r} twice. To compare two settings of it, give name=FILE.yaml.")
+    return methods
+
+
+def own_section(sections: Sections) -> str:
+    """Which method section a run's YAML holds; `paca` where it holds none."""
+    return next((name for name in METHODS if sections.get(name) is not None), "paca")
+
+
+def _named(name: str, common: Sections) -> Method:
+    own = own_section(common)
+    kind = "lora" if name == "lora-tuned" else name
+    if kind == own:
+        section = dict(common.get(own, {}))
+    elif kind == "paca":
+        section = _targets(common, None)
+    elif kind == "lora":
+        section = {"r": _LORA_RANK, "lora_alpha": 2 * _LORA_RANK, **_targets(common, "all-linear")}
+    elif kind == "full":
+        section = {}
+    else:
+        kind, section = "peft", _of_peft(name, common)
+    if kind == "paca":  # spelled out, as the rank may have to follow another method's
+        section = {"r": 16, "paca_alpha": 16, **section}
+    sections: dict[str, Mapping[str, Any]] = {kind: section}
+    if name == "lora-tuned":
+        sections["train"] = {"autocast_adapter_dtype": False}
+    return Method(name, sections)
+
+
+def _targets(common: Sections, all_linear: str | None) -> dict[str, Any]:
+    """Where the run's own method goes, for another one to go there too; `all_linear` is that method's word for PaCA's
+    default."""
+    own = common.get(own_section(common), {})
+    targets = {name: own[name] for name in _TARGETS if own.get(name) is not None}
+    if "target_modules" not in targets and all_linear is not None:
+        targets["target_modules"] = all_linear
+    return targets
+
+
+def _of_peft(name: str, common: Sections) -> dict[str, Any]:
+    import peft
+    from peft import PeftType
+
+    types = {kind.value.lower().replace("_", "-"): kind for kind in PeftType}
+    kind = types.get(name.lower().replace("_", "-"))
+    if kind is None:
+        known = [*NAMED, *(name for name in types if name not in NAMED)]
+        raise PacaError(
+            f"There is no method {name!r}.{did_you_mean(name.lower(), known)} It can be {', '.join(NAMED)}, a method "
+            "of PEFT by its name (loha, ia3, ...), or name=FILE.yaml with a section of your own."
+        )
+    own = common.get("peft") or {}
+    if str(own.get("peft_type", "")).upper() == kind.value:
+        return dict(own)
+    defaults = {option.name: option.default for option in dataclasses.fields(peft.PEFT_TYPE_TO_CONFIG_MAPPING[kind])}
+    section: dict[str, Any] = {"peft_type": kind.value}
+    if defaults.get("r"):  # spelled out, as for PaCA
+        section |= {name: defaults[name] for name in ("r", *_ALPHAS) if name in defaults}
+    if "feedforward_modules" not in defaults:  # IA3's two lists go together; PEFT knows both for each architecture
+        section |= {name: value for name, value in _targets(common, "all-linear").items() if name in defaults}
+    return section
+
+
+def _from_file(name: str, path: Path, common: Sections) -> Method:
+    if not name:
+        raise PacaError(f"--methods ={path}: the name is missing. Give name={path}.")
+    content = read_yaml(path)[0] or {}
+    if not isinstance(content, dict) or not all(isinstance(values, (dict, type(None))) for values in content.values()):
+        raise PacaError(f"{path} must hold sections of a run, such as lora: and train:.")
+    for section in content:
+        if section not in _LAID_OVER:
+            raise PacaError(
+                f"{path}: a method can't have the section {section!r}. It is laid over the run's YAML and can hold "
+                f"{', '.join(_LAID_OVER)}; all else is the same for all methods."
+            )
+    sections: dict[str, dict[str, Any]] = {section: dict(values or {}) for section, values in content.items()}
+    for key, flag in (("learning_rate", "--lr"), ("seed", "--seeds")):
+        if key in sections.get("train", {}):
+            raise PacaError(f"{path}: train.{key} comes from {flag}. Leave it out of the method's file.")
+    given = [section for section in METHODS if section in sections]
+    if len(given) > 1:
+        raise PacaError(f"{path} holds the methods {' and '.join(given)}; it must hold one.")
+    if not given:
+        own = own_section(common)
+        sections[own] = dict(common.get(own, {}))
+    return Method(name, sections)

@@ -1,0 +1,83 @@
+"""What will be trained, as a table: printed before anything is."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from rich.table import Table
+
+from paca.comparison.equal import CameOut
+from paca.comparison.methods import Method
+from paca.messages.units import format_bytes
+from paca.training.plan import Plan
+
+
+@dataclass(frozen=True)
+class PlannedMethod:
+    """A method and what its runs will be."""
+
+    came_out: CameOut
+    plan: Plan
+
+    @property
+    def method(self) -> Method:
+        """The method, made equal."""
+        return self.came_out.method
+
+
+def table_of(planned: Sequence[PlannedMethod]) -> Table:
+    """One row for each method; the first is what the others are compared with."""
+    table = Table(box=None, header_style="dim", pad_edge=False)
+    leader = planned[0]
+    measured = [one.came_out.measured for one in planned]
+    columns = {
+        "method": [one.method.name for one in planned],
+        "settings": [settings_text(one.method) for one in planned],
+        "trained": [_compared(one.plan.trainable_parameters, leader.plan.trainable_parameters) for one in planned],
+        "steps": ["?" if one.plan.steps is None else f"{one.plan.steps:,}" for one in planned],
+        "sequences a step": [_sequences(one.plan) for one in planned],
+    }
+    if any("step_seconds" in one for one in measured):
+        columns["seconds a step"] = [
+            f"{one['step_seconds']:.3g} ({one['step_ratio']:.2f} ×)" if one else "" for one in measured
+        ]
+    if any("peak" in one for one in measured):
+        columns["peak memory"] = [format_bytes(one["peak"]) if one else "" for one in measured]
+    if any(one.came_out.note for one in planned):
+        columns["note"] = [one.came_out.note for one in planned]
+    for name in columns:
+        table.add_column(name)
+    for cells in zip(*columns.values(), strict=True):
+        table.add_row(*cells)
+    return table
+
+
+def settings_text(method: Method) -> str:
+    """The settings of a method on one line; what is null or empty is left out."""
+    shown: dict[str, Any] = dict(method.settings)
+    for section in ("train", "model"):
+        values: Mapping[str, Any] = method.sections.get(section, {})
+        shown |= {name: value for name, value in values.items() if name not in _IN_OTHER_COLUMNS}
+    parts = [f"{name} {_value(value)}" for name, value in shown.items() if value not in (None, [], {}, "")]
+    return ", ".join(parts) or "defaults"
+
+
+_IN_OTHER_COLUMNS = ("max_steps", "per_device_train_batch_size", "gradient_accumulation_steps")
+
+
+def _value(value: Any) -> str:
+    if isinstance(value, list):
+        return "/".join(map(str, value))
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _compared(count: int, leader: int) -> str:
+    return f"{count:,}" if count == leader else f"{count:,} ({count / leader:.3g} ×)"
+
+
+def _sequences(plan: Plan) -> str:
+    train = plan.config.train
+    batch, accumulation = train["per_device_train_batch_size"], train["gradient_accumulation_steps"]
+    return f"{plan.sequences_per_step} ({batch} × {accumulation})" if accumulation > 1 else str(plan.sequences_per_step)

@@ -1,0 +1,102 @@
+"""Before anything is trained: settings are checked, methods made equal, and what will be trained is known."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich.console import Console
+
+from paca.comparison.claims import Claim
+from paca.comparison.equal import CameOut, same_memory, same_parameters, same_time
+from paca.comparison.methods import Method
+from paca.comparison.plan_table import PlannedMethod
+from paca.comparison.schedule import Job
+from paca.comparison.settings import Comparison, SettingsFile, run_sections, write_config
+from paca.comparison.trial import trials_of
+from paca.messages.errors import PacaError
+from paca.messages.say import say
+from paca.training import load_run_config
+from paca.training.plan import Plan, describe
+
+
+def prepare(comparison: Comparison, console: Console) -> list[PlannedMethod]:
+    """Make the methods equal, as `comparison.equal` asks, and find out what each will train.
+
+    What was measured is kept in the folder, so the same command takes it from there. While one process prepares, others
+    wait.
+
+    Args:
+        comparison: Its methods become those that were made equal.
+        console: Where is told what is measured.
+
+    Raises:
+        PacaError: A setting is wrong, the folder holds another comparison, or a method can't make a step.
+    """
+    with comparison.claim("preparation") as claim:
+        if not claim.take():
+            say(console, f"Waiting for {claim.holder()}, which prepares the same comparison ...")
+            claim.take(wait=True)
+        file = SettingsFile(comparison)
+        before = {name: _read(name, values) for name, values in file.read().items()}
+        _check(comparison)
+        came_out = {**_made_equal(comparison, before, claim, console), **before}
+        file.write({name: _written(one) for name, one in came_out.items()})
+    chosen = [came_out[method.name] for method in comparison.methods]
+    comparison.methods = [one.method for one in chosen]
+    return [PlannedMethod(one, plan_of(comparison, one.method)) for one in chosen]
+
+
+def plan_of(comparison: Comparison, method: Method) -> Plan:
+    """What a run of the method trains.
+
+    Raises:
+        PacaError: Its settings don't fit the model or the data.
+    """
+    folder = comparison.path / "trials" / method.name
+    sections = run_sections(comparison.common, method, comparison.rates[0], comparison.seeds[0], folder)
+    try:
+        return describe(load_run_config(write_config(comparison.path / "configs" / f"{method.name}.yaml", sections)))
+    except PacaError as error:
+        raise PacaError(f"The method {method.name}: {error}") from error
+
+
+def _check(comparison: Comparison) -> None:
+    for method in comparison.methods:
+        try:
+            load_run_config(comparison.config_file(Job(method.name, comparison.rates[0], comparison.seeds[0])))
+        except PacaError as error:
+            raise PacaError(f"The method {method.name}: {error}") from error
+
+
+def _made_equal(
+    comparison: Comparison, before: dict[str, CameOut], claim: Claim, console: Console
+) -> dict[str, CameOut]:
+    leader, *others = comparison.methods
+    methods = [leader, *(method for method in others if method.name not in before)]
+    if comparison.equal is None or all(method.name in before for method in comparison.methods):
+        found = [CameOut(method) for method in methods]
+    elif comparison.equal == "parameters":
+        found = same_parameters(methods, lambda method: plan_of(comparison, method).trainable_parameters)
+    else:
+        plan, attempt = plan_of(comparison, leader), trials_of(comparison, claim)
+
+        def announce(line: str) -> None:
+            say(console, line)
+
+        if comparison.equal == "time":
+            if plan.steps is None:
+                raise PacaError("--equal time needs a number of steps, and packing hides it. Give train.max_steps.")
+            found = same_time(methods, plan.steps, attempt, announce)
+        else:
+            train = plan.config.train
+            batch, accumulation = train["per_device_train_batch_size"], train["gradient_accumulation_steps"]
+            found = same_memory(methods, batch, accumulation, attempt, announce)
+    return {one.method.name: one for one in found}
+
+
+def _read(name: str, values: dict[str, Any]) -> CameOut:
+    return CameOut(Method(name, values["sections"]), values["measured"], values["note"])
+
+
+def _written(one: CameOut) -> dict[str, Any]:
+    return {"sections": one.method.sections, "measured": one.measured, "note": one.note}

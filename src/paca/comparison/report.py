@@ -1,0 +1,151 @@
+"""`comparison.json`, `.html` and `.md`: what a comparison came to, for programs, for a browser and for a forge."""
+
+from __future__ import annotations
+
+import html
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from paca.comparison.pictures import Curve, loss_over_time, score_against, score_over_rates
+from paca.comparison.results import ComparisonResult, Contrast, MethodResult
+from paca.comparison.statistics import Interval
+from paca.messages.units import format_bytes, format_duration
+from paca.training.metrics import read_rows
+from paca.training.report import whole_page
+from paca.training.run_folder import RunFolder, write_whole
+
+Table = tuple[list[str], list[list[str]]]
+
+
+def write_report(path: Path, result: ComparisonResult, folders: Mapping[str, RunFolder]) -> None:
+    """Write the three files.
+
+    Args:
+        path: The folder they go to.
+        result: What to tell.
+        folders: Of the runs, by the name in their rows: their curves are drawn.
+    """
+    write_whole(path / "comparison.json", json.dumps(result.as_dict(), indent=2, ensure_ascii=False) + "\n")
+    write_whole(path / "comparison.md", _markdown(path.name, result))
+    write_whole(path / "comparison.html", _page(path.name, result, folders))
+
+
+def method_table(result: ComparisonResult) -> Table:
+    """Heads and cells: one row for the model as it came, then one a method. After ± is half a 95 % interval."""
+    heads = [
+        "method", "rate", "seeds", result.metric, "less the first's", "training", "tokens/s", "peak memory",
+        "trained parameters", "settings",
+    ]  # fmt: skip
+    rows = []
+    if result.score_before is not None:
+        rows.append(["as it came", "", "", f"{result.score_before:.4f}", *[""] * 6])
+    contrasts: list[Contrast | None] = [None, *result.contrasts]
+    for method, contrast in zip(result.methods, contrasts, strict=True):
+        rows.append(_method_row(method, contrast))
+    return heads, rows
+
+
+def _method_row(method: MethodResult, contrast: Contrast | None) -> list[str]:
+    score, time = method.score, method.mean("train_info", "train_time")
+    peak = method.mean("train_info", "accelerator_memory_max")
+    trained, speed = method.mean("train_info", "num_trainable_params"), method.mean("tokens_per_second")
+    found = None if contrast is None else contrast.difference
+    return [
+        method.name,
+        "" if method.rate is None else f"{method.rate:g}",
+        str(len(method.rows)) if method.rows else "failed",
+        "" if score is None else f"{score.mean:.4f}{_plus_minus(score)}",
+        # the contrast is the first method minus this one; a row tells of its own method
+        "" if found is None else f"{-found.mean:+.4f}{_plus_minus(found)}",
+        "" if time is None else _time(time),
+        "" if speed is None else f"{speed:,.0f}",
+        "" if peak is None else format_bytes(peak),
+        "" if trained is None else f"{trained:,.0f}",
+        method.settings,
+    ]
+
+
+def _time(seconds: float) -> str:
+    return f"{seconds:.1f} s" if seconds < 60 else format_duration(seconds)
+
+
+def _plus_minus(found: Interval) -> str:
+    return "" if found.half is None else f" ± {found.half:.4f}"
+
+
+def _run_table(result: ComparisonResult) -> Table:
+    heads = ["run", "rate", "seed", result.metric, "held-out loss", "steps", "training time", "peak memory"]
+    rows = []
+    for row in (row for method in result.methods for row in method.tried):
+        info, loss = row["train_info"], row["loss"]
+        failed = f"failed: {row['run_info']['error_msg']}" if info["status"] == "failed" else "not finite"
+        time, peak = info["train_time"], info["accelerator_memory_max"]
+        rows.append([
+            row["name"],
+            "" if row["learning_rate"] is None else f"{row['learning_rate']:g}",
+            str(row["seed"]),
+            failed if row["score"] is None else f"{row['score']:.4f}",
+            "" if loss is None else f"{loss:.4f}",
+            str(row["steps"] or ""),
+            "" if time is None else _time(time),
+            "" if peak is None else format_bytes(peak),
+        ])  # fmt: skip
+    return heads, rows
+
+
+def _markdown(title: str, result: ComparisonResult) -> str:
+    notes = "".join(f"- {line}\n" for line in [*result.cost, *result.notes])
+    return (
+        f"# {title}\n\n**{result.verdict}**\n\n{_markdown_table(method_table(result))}\n{notes}\n"
+        f"## Every run\n\n{_markdown_table(_run_table(result))}"
+    )
+
+
+def _markdown_table(table: Table) -> str:
+    heads, rows = table
+    lines = [heads, ["---"] * len(heads), *rows]
+    return "".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |\n" for line in lines)
+
+
+def _page(title: str, result: ComparisonResult, folders: Mapping[str, RunFolder]) -> str:
+    curves = [(method, *_curves(method, folders)) for method in result.methods]
+    pictures = [
+        score_against(result, ("train_info", "train_time"), "seconds of training"),
+        score_against(result, ("train_info", "accelerator_memory_max"), "peak memory (GiB)", 2**30),
+    ]
+    if any(len({row["learning_rate"] for row in method.tried}) > 1 for method in result.methods):
+        pictures.append(score_over_rates(result))
+    notes = "".join(f"<li>{html.escape(line)}</li>" for line in [*result.cost, *result.notes])
+    body = f"""<p><b>{html.escape(result.verdict)}</b></p>
+<ul>{notes}</ul>
+<h2>Methods</h2>
+<div class="scroll"><table>{_html_table(method_table(result))}</table></div>
+<h2>Score against time and memory</h2>
+<div class="curves">{"".join(f"<figure>{picture}</figure>" for picture in pictures)}</div>
+<h2>Loss over time</h2>
+<figure>{loss_over_time(curves)}</figure>
+<h2>Every run</h2>
+<div class="scroll"><table>{_html_table(_run_table(result))}</table></div>
+"""
+    return whole_page(title, "paca comparison", ", ".join(method.name for method in result.methods), body)
+
+
+def _html_table(table: Table) -> str:
+    heads, rows = table
+    lines = ["".join(f"<th>{html.escape(head)}</th>" for head in heads)]
+    lines += ["".join(f"<td>{html.escape(cell)}</td>" for cell in row) for row in rows]
+    return "".join(f"<tr>{line}</tr>" for line in lines)
+
+
+def _curves(method: MethodResult, folders: Mapping[str, RunFolder]) -> tuple[Curve, Curve]:
+    """(seconds, loss) of the first seed: in training, and on held-out data at the seconds trained until then."""
+    train: list[tuple[float, float]] = []
+    held_out: list[tuple[float, float]] = []
+    names: Sequence[str] = [row["name"] for row in method.rows]
+    for row in read_rows(folders[names[0]].metrics) if names else []:
+        if row.get("loss") is not None and "train_seconds" in row:
+            train.append((row["train_seconds"], row["loss"]))
+        elif row.get("eval_loss") is not None:
+            held_out.append((train[-1][0] if train else 0.0, row["eval_loss"]))
+    return train, held_out

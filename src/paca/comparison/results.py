@@ -1,0 +1,253 @@
+"""What the rows say: each method at its rate over the seeds, the first one against the others, and the verdict."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from paca.comparison.rows import Row
+from paca.comparison.statistics import Interval, difference, mean_interval
+
+Finding = Literal["better", "worse", "none", "unknown"]
+
+
+@dataclass(frozen=True)
+class MethodResult:
+    """One method over its seeds."""
+
+    name: str
+    settings: str
+    rate: float | None
+    """The best one; None where all runs failed, or the runs have several."""
+    rows: list[Row]
+    """Of its seeds at that rate; those that failed are not among them."""
+    tried: list[Row]
+    """Of every run."""
+
+    @property
+    def scores(self) -> dict[int, float]:
+        """By seed."""
+        return {row["seed"]: row["score"] for row in self.rows}
+
+    @property
+    def score(self) -> Interval | None:
+        """Over the seeds."""
+        return mean_interval(list(self.scores.values())) if self.rows else None
+
+    @property
+    def failed(self) -> list[Row]:
+        """The runs that failed."""
+        return [row for row in self.tried if row["score"] is None]
+
+    def mean(self, *path: str) -> float | None:
+        """Over the seeds, of a number in the rows, such as `mean("train_info", "train_time")`."""
+        values = [value for row in self.rows if (value := _at(row, path)) is not None]
+        return statistics.fmean(values) if values else None
+
+    def as_dict(self) -> dict[str, Any]:
+        """For `comparison.json`."""
+        score = self.score
+        return {
+            "method": self.name,
+            "settings": self.settings,
+            "learning_rate": self.rate,
+            "scores": {str(seed): value for seed, value in self.scores.items()},
+            "score": None if score is None else _interval(score),
+            "loss": self.mean("loss"),
+            "num_trainable_params": self.mean("train_info", "num_trainable_params"),
+            "train_time": self.mean("train_info", "train_time"),
+            "tokens_per_second": self.mean("tokens_per_second"),
+            "tokens": self.mean("tokens"),
+            "steps": self.mean("steps"),
+            "accelerator_memory_max": self.mean("train_info", "accelerator_memory_max"),
+            "file_size": self.mean("train_info", "file_size"),
+            "failed": {row["name"]: row["run_info"]["error_msg"] for row in self.failed},
+        }
+
+
+@dataclass(frozen=True)
+class Contrast:
+    """The first method against another one."""
+
+    leader: MethodResult
+    other: MethodResult
+    metric: str
+    lower_is_better: bool
+
+    @property
+    def difference(self) -> Interval | None:
+        """The leader's score minus the other's; None where one has none."""
+        if not (self.leader.rows and self.other.rows):
+            return None
+        return difference(self.leader.scores, self.other.scores)
+
+    @property
+    def finding(self) -> Finding:
+        """What it shows of the leader; `none` where the interval has zero in it, `unknown` where there is none."""
+        found = self.difference
+        if found is None or found.low is None or found.high is None:
+            return "unknown"
+        if found.low <= 0 <= found.high:
+            return "none"
+        return "better" if (found.high < 0) == self.lower_is_better else "worse"
+
+    def sentence(self) -> str:
+        """The finding in words, without a full stop."""
+        leader, other = self.leader.name, self.other.name
+        found = self.difference
+        if found is None:
+            missing = " and ".join(one.name for one in (self.leader, self.other) if not one.rows)
+            return f"no difference shown between {leader} and {other}, as every run of {missing} failed"
+        scores = f"{self.metric} {self.leader.score.mean:.4f} against {self.other.score.mean:.4f}"  # type: ignore[union-attr]
+        if found.half is None:
+            return f"no difference shown between {leader} and {other}, as one seed gives no interval ({scores})"
+        by = f"{scores}; difference {found.mean:+.4f}, 95 % interval {found.low:+.4f} to {found.high:+.4f}"
+        if self.finding == "none":
+            return f"no difference shown between {leader} and {other} ({by})"
+        return f"{leader} is {self.finding} than {other} ({by})"
+
+    def as_dict(self) -> dict[str, Any]:
+        """For `comparison.json`."""
+        found = self.difference
+        return {
+            "method": self.leader.name,
+            "against": self.other.name,
+            "finding": self.finding,
+            "difference": None if found is None else {**_interval(found), "paired": found.paired},
+            "cost": {name: ratio for name, ratio in self.cost().items() if ratio is not None},
+        }
+
+    def cost(self) -> dict[str, float | None]:
+        """What the leader takes, as a multiple of what the other one does."""
+        return {
+            name: ratio(self.leader.mean("train_info", name), self.other.mean("train_info", name))
+            for name in ("train_time", "accelerator_memory_max", "num_trainable_params")
+        }
+
+
+@dataclass(frozen=True)
+class ComparisonResult:
+    """All of it."""
+
+    methods: list[MethodResult]
+    """The first is the one that the others are compared with."""
+    notes: list[str]
+    """What a reader has to know of how it was made."""
+    equal: str | None = None
+    """What was made the same for all methods."""
+
+    @property
+    def metric(self) -> str:
+        """What the runs are judged by."""
+        return self._first["metric"]
+
+    @property
+    def lower_is_better(self) -> bool:
+        """Whether a lower score is the better one."""
+        return self._first["lower_is_better"]
+
+    @property
+    def score_before(self) -> float | None:
+        """Of the model as it came, where it was measured."""
+        found = (row["score_before"] for method in self.methods for row in method.tried)
+        return next((value for value in found if value is not None), None)
+
+    @property
+    def contrasts(self) -> list[Contrast]:
+        """The first method against each of the others."""
+        leader, *others = self.methods
+        return [Contrast(leader, other, self.metric, self.lower_is_better) for other in others]
+
+    @property
+    def verdict(self) -> str:
+        """One sentence."""
+        unlike = incomparable(row for method in self.methods for row in method.rows)
+        if unlike:
+            return f"No difference shown: the runs were not judged by the same, as they differ in {', '.join(unlike)}."
+        found = "; ".join(contrast.sentence() for contrast in self.contrasts)
+        found = found or f"there is one method, {self.methods[0].name}, and nothing to compare it with"
+        if self.equal is not None:
+            return f"At equal {self.equal}, {found}."
+        return found[0].upper() + found[1:] + "." if found.startswith(("no ", "there ")) else found + "."
+
+    @property
+    def cost(self) -> list[str]:
+        """What the first method takes next to the others, a sentence each."""
+        sentences = []
+        for contrast in self.contrasts:
+            time, memory, parameters = contrast.cost().values()
+            if time is not None and memory is not None and parameters is not None:
+                sentences.append(
+                    f"{contrast.leader.name} takes {time:.2f} × the training time of {contrast.other.name} and "
+                    f"{memory:.2f} × its peak memory (weights included); it trains {parameters:.2f} × the parameters."
+                )
+        return sentences
+
+    def as_dict(self) -> dict[str, Any]:
+        """For `comparison.json`."""
+        return {
+            "metric": self.metric,
+            "lower_is_better": self.lower_is_better,
+            "score_before": self.score_before,
+            "equal": self.equal,
+            "verdict": self.verdict,
+            "methods": [method.as_dict() for method in self.methods],
+            "contrasts": [contrast.as_dict() for contrast in self.contrasts],
+            "notes": self.notes,
+        }
+
+    @property
+    def _first(self) -> Row:
+        return next(row for method in self.methods for row in method.tried)
+
+
+_JUDGED_BY = ("metric", "model.name", "data.eval", "data.eval_split", "data.heldout_seed", "eval.limit")
+
+
+def incomparable(rows: Iterable[Row]) -> list[str]:
+    """The settings in which runs differ so that their scores can't be compared; empty for none."""
+    rows = list(rows)
+    split_off = any(not isinstance(_at(row["run_info"]["config"], ("data", "eval")), str) for row in rows)
+    return _differing(rows, (*_JUDGED_BY, *(("data.train", "data.limit") if split_off else ())))
+
+
+def ratio(one: float | None, other: float | None) -> float | None:
+    """`one / other`, where both are known."""
+    return one / other if one is not None and other else None
+
+
+def unlike(rows: Iterable[Row]) -> list[str]:
+    """What else is not the same for all runs, and a reader has to know."""
+    named = {
+        "data.train": "training data",
+        "data.limit": "limit of the training data",
+        "steps": "steps",
+        "meta_info.system_info.cpu": "processor",
+        "meta_info.system_info.device_name": "device",
+        "meta_info.package_info": "versions of libraries",
+        "meta_info.git": "state of the code",
+    }
+    return [named[key] for key in _differing(rows, tuple(named))]
+
+
+def _differing(rows: Iterable[Row], keys: Sequence[str]) -> list[str]:
+    found: dict[str, list[Any]] = {key: [] for key in keys}
+    for row in rows:
+        for key, values in found.items():
+            path = key.split(".")
+            value = _at(row, path) if path[0] in row else _at(row["run_info"]["config"], path)
+            if value not in values:
+                values.append(value)
+    return [key for key, values in found.items() if len(values) > 1]
+
+
+def _at(values: Any, path: Sequence[str]) -> Any:
+    for name in path:
+        values = values.get(name) if isinstance(values, Mapping) else None
+    return values
+
+
+def _interval(found: Interval) -> dict[str, Any]:
+    return {"mean": found.mean, "low": found.low, "high": found.high, "count": found.count}

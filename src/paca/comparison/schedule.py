@@ -1,0 +1,154 @@
+"""Which runs are needed: for each method its best rate by the first seed, then the other seeds at that rate."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import chain, zip_longest
+from typing import NamedTuple, TypeVar
+
+from paca.messages.errors import PacaError
+
+Number = TypeVar("Number", int, float)
+
+MOST_BEYOND = 8
+"""Steps that a grid is extended by, at most: a score that still gets better there is no matter of the rate."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run."""
+
+    method: str
+    rate: float
+    seed: int
+
+    @property
+    def name(self) -> str:
+        """Of its folder."""
+        return f"{self.method}-lr{self.rate:g}-seed{self.seed}"
+
+
+class Outcome(NamedTuple):
+    """How a run did: lower is better for both, whatever the score is."""
+
+    score: float
+    loss: float
+    """On held-out data: where two scores are the same, the lower loss is better."""
+
+
+FAILED = Outcome(math.inf, math.inf)
+
+Outcomes = Callable[[Job], Outcome | None]
+"""The outcome of a run; None while it has not ended."""
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """What the outcomes so far ask for."""
+
+    jobs: list[Job]
+    """Every run that is known to be needed, those that ended included. Methods take turns, so that a machine that
+    drifts drifts for all of them."""
+    chosen: dict[str, float]
+    """The rate of each method that is found; a method is missing while it is searched, and where all rates failed."""
+    expected: dict[str, int]
+    """How many runs of each method there will be, as far as is known."""
+
+
+def schedule(
+    methods: Sequence[str], rates: Sequence[float], seeds: Sequence[int], outcomes: Outcomes, *, extend: bool
+) -> Schedule:
+    """The runs that a comparison needs by now.
+
+    Args:
+        methods: Their names.
+        rates: The grid of rates.
+        seeds: The first one is the one that rates are searched with.
+        outcomes: Of the runs that ended.
+        extend: Go beyond the grid while its first or last rate is the best.
+    """
+    columns, chosen, expected = [], {}, {}
+    for method in methods:
+        tried, best = _search(method, rates, seeds[0], outcomes, extend)
+        jobs = [Job(method, rate, seeds[0]) for rate in tried]
+        hopeless = best is None and all(outcomes(job) is not None for job in jobs)
+        expected[method] = len(tried) + (0 if hopeless else len(seeds) - 1)
+        if best is not None:
+            chosen[method] = best
+            jobs += [Job(method, best, seed) for seed in seeds[1:]]
+        columns.append(jobs)
+    turns = chain.from_iterable(zip_longest(*columns))
+    return Schedule([job for job in turns if job is not None], chosen, expected)
+
+
+def _search(
+    method: str, rates: Sequence[float], seed: int, outcomes: Outcomes, extend: bool
+) -> tuple[list[float], float | None]:
+    """The rates to try, in the order in which they came up, and the best of them if it is known."""
+    tried = list(rates)
+    while True:
+        ended = [(outcome, rate) for rate in tried if (outcome := outcomes(Job(method, rate, seed))) is not None]
+        scored = [(outcome, rate) for outcome, rate in ended if outcome != FAILED]
+        if len(ended) < len(tried) or not scored:
+            return tried, None
+        best = min(scored)[1]
+        beyond = _beyond(sorted(tried), best)
+        if not extend or beyond is None or len(tried) >= len(rates) + MOST_BEYOND:
+            return tried, best
+        tried.append(beyond)
+
+
+def _beyond(grid: Sequence[float], best: float) -> float | None:
+    """One step of the grid's ratio beyond the best rate, where that is the grid's first or last."""
+    if len(grid) < 2 or best not in (grid[0], grid[-1]):
+        return None
+    found = best * best / (grid[1] if best == grid[0] else grid[-2])
+    return float(f"{found:.3g}")
+
+
+def rates_of(text: str) -> list[float]:
+    """The rates of `--lr`.
+
+    Raises:
+        PacaError: One is no number above zero, or comes twice.
+    """
+    rates = []
+    for word in _words(text, "--lr", "1e-3,3e-3"):
+        try:
+            rate = float(word)
+        except ValueError:
+            rate = math.nan
+        if not 0 < rate < math.inf:
+            raise PacaError(f"--lr: {word!r} is no rate; a number above zero was expected, such as 1e-3.")
+        rates.append(rate)
+    return _without_repeats(rates, "--lr")
+
+
+def seeds_of(text: str) -> list[int]:
+    """The seeds of `--seeds`.
+
+    Raises:
+        PacaError: One is no whole number of zero or more, or comes twice.
+    """
+    seeds = []
+    for word in _words(text, "--seeds", "0,1,2"):
+        if not word.isdecimal():
+            raise PacaError(f"--seeds: {word!r} is no seed; a whole number of zero or more was expected.")
+        seeds.append(int(word))
+    return _without_repeats(seeds, "--seeds")
+
+
+def _words(text: str, flag: str, example: str) -> list[str]:
+    words = [word.strip() for word in text.split(",") if word.strip()]
+    if not words:
+        raise PacaError(f"{flag} is empty. Give numbers with commas between, such as {example}.")
+    return words
+
+
+def _without_repeats(values: list[Number], flag: str) -> list[Number]:
+    for value in values:
+        if values.count(value) > 1:
+            raise PacaError(f"{flag} has {value:g} twice. Leave one out.")
+    return values

@@ -1,0 +1,173 @@
+"""What a comparison is, and its folder: who comes again with other settings is told what differs."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from paca.comparison.claims import Claim
+from paca.comparison.methods import Method, own_section
+from paca.comparison.schedule import Job
+from paca.messages.errors import PacaError
+from paca.training.run_config import RunConfig, load_run_config
+from paca.training.run_folder import RunFolder, write_whole
+from paca.training.strict_yaml import read_yaml
+
+EQUAL = ("parameters", "time", "memory")
+"""What `--equal` can make the same for all methods."""
+
+
+@dataclass
+class Comparison:
+    """Methods, rates and seeds, and the folder that it all goes to."""
+
+    path: Path
+    common: dict[str, dict[str, Any]]
+    """The sections of the run's YAML."""
+    methods: list[Method]
+    """As asked for; the first is the one that the others follow and are measured against."""
+    rates: list[float]
+    seeds: list[int]
+    equal: str | None = None
+    """One of `EQUAL`, or None."""
+    extend: bool = True
+    """Go beyond the grid of rates while its edge is the best."""
+
+    def method(self, name: str) -> Method:
+        """The method of that name."""
+        return next(method for method in self.methods if method.name == name)
+
+    def folder(self, job: Job) -> RunFolder:
+        """Of a run."""
+        return RunFolder(self.path / "runs" / job.name)
+
+    def claim(self, name: str) -> Claim:
+        """On a run, by its name, or on another part of the work."""
+        return Claim(self.path / "claims" / f"{name}.lock")
+
+    def config_path(self, job: Job) -> Path:
+        """Of the YAML of a run."""
+        return self.path / "configs" / f"{job.name}.yaml"
+
+    def config_file(self, job: Job) -> Path:
+        """The same; it is written if need be."""
+        path, folder = self.config_path(job), self.folder(job).path
+        sections = run_sections(self.common, self.method(job.method), job.rate, job.seed, folder)
+        if folder.is_dir() and path.is_file():  # begun, perhaps by a call with other rates or seeds
+            sections["eval"] = read_yaml(path)[0]["eval"]
+        elif sections["eval"].get("metric") is not None and job != self._first:
+            sections["eval"]["before"] = False  # the model as it came is the same for all: one run scores it
+        return write_config(path, sections)
+
+    @property
+    def _first(self) -> Job:
+        return Job(self.methods[0].name, self.rates[0], self.seeds[0])
+
+
+def load_common(path: Path, overrides: Iterable[str] = ()) -> dict[str, dict[str, Any]]:
+    """The sections that all runs share.
+
+    Args:
+        path: The YAML of a run, as for `paca train`.
+        overrides: `"section.key=value"` each.
+
+    Raises:
+        PacaError: The config is wrong, or has no held-out data.
+    """
+    config = load_run_config(path, overrides)
+    if config.data.eval is None:
+        raise PacaError(
+            f"{path}: data.eval is missing. Methods are compared by held-out data: give a file, a fraction such as 0.1 "
+            "or a count of records."
+        )
+    return _plain(config)
+
+
+def run_sections(
+    common: Mapping[str, Mapping[str, Any]], method: Method, rate: float, seed: int, folder: Path
+) -> dict[str, dict[str, Any]]:
+    """The sections of one run. A seed sets the data's order, what is drawn at the start, and PaCA's columns."""
+    sections = method.laid_over(common)
+    sections["train"] = {**sections.get("train", {}), "learning_rate": rate, "seed": seed}
+    if method.kind == "paca":
+        sections["paca"]["random_seed"] = seed
+    sections["eval"] = {**sections.get("eval", {}), "after": True}
+    sections["output"] = {"dir": str(folder.absolute())}
+    return sections
+
+
+def write_config(path: Path, sections: Mapping[str, Any]) -> Path:
+    """Write the YAML of a run; one that is there with the same text stays."""
+    text = yaml.safe_dump(dict(sections), sort_keys=False, allow_unicode=True, width=120)
+    if not path.is_file() or path.read_text(encoding="utf-8") != text:
+        write_whole(path, text)
+    return path
+
+
+class SettingsFile:
+    """`settings.json` of the folder: what was asked for, and what each method came out as."""
+
+    def __init__(self, asked: Comparison) -> None:
+        """Args:
+        asked: The comparison; its folder's file is meant.
+        """
+        self.path = asked.path / "settings.json"
+        self._asked = _asked(asked)
+        self._kept: dict[str, Any] = {"methods": {}, "came_out": {}}
+        self._begun = (asked.path / "runs").is_dir()
+
+    def read(self) -> dict[str, Any]:
+        """What came out before, by method; empty for a new comparison.
+
+        Raises:
+            PacaError: There are runs in the folder, and they were made with other settings; names what differs.
+        """
+        if not self.path.is_file():
+            return {}
+        before = json.loads(self.path.read_text(encoding="utf-8"))
+        asked, now = before["asked"], self._asked
+        shared = asked["methods"].keys() & now["methods"].keys()
+        one, other = ({**each, "methods": {name: each["methods"][name] for name in shared}} for each in (asked, now))
+        changed = [f"  {key}: {was!r} → {is_now!r}" for key, was, is_now in _differences(one, other)]
+        if not changed:
+            self._kept = {"methods": asked["methods"], "came_out": before["came_out"]}
+            return before["came_out"]
+        if not self._begun:  # another was planned, by a dry run, and not trained
+            return {}
+        raise PacaError(
+            f"{self.path.parent} holds a comparison with other settings:\n"
+            + "\n".join(changed)
+            + "\nGive another --output. Rates, seeds and further methods may be added to the same one."
+        )
+
+    def write(self, came_out: Mapping[str, Any]) -> None:
+        """Keep what was asked for and what came out. Methods that an earlier call had stay."""
+        asked = {**self._asked, "methods": {**self._kept["methods"], **self._asked["methods"]}}
+        content = {"asked": asked, "came_out": {**self._kept["came_out"], **came_out}}
+        write_whole(self.path, json.dumps(content, indent=2) + "\n")
+
+
+def _asked(comparison: Comparison) -> dict[str, Any]:
+    # With nothing to be made equal, methods don't follow the first one, and any may come first.
+    first = None if comparison.equal is None else comparison.methods[0].name
+    methods = {method.name: method.sections for method in comparison.methods}
+    return {"run": comparison.common, "equal": comparison.equal, "follow": first, "methods": methods}
+
+
+def _differences(one: Any, other: Any, key: str = "") -> list[tuple[str, Any, Any]]:
+    if isinstance(one, dict) and isinstance(other, dict):
+        names: Sequence[str] = sorted(one.keys() | other.keys())
+        found = (_differences(one.get(n), other.get(n), f"{key}.{n}" if key else n) for n in names)
+        return [difference for differences in found for difference in differences]
+    return [] if one == other else [(key, one, other)]
+
+
+def _plain(config: RunConfig) -> dict[str, dict[str, Any]]:
+    sections = config.as_dict()
+    sections.pop("output")  # each run has its own
+    return {name: values for name, values in sections.items() if values or name == own_section(sections)}

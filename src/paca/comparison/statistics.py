@@ -1,0 +1,75 @@
+"""Means over seeds and differences between methods, with the intervals that few seeds allow."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+CONFIDENCE = 0.95
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A mean and its confidence interval by Student's t."""
+
+    mean: float
+    half: float | None
+    """Half the interval's width; None where too few values tell nothing about chance."""
+    count: int
+    """Of values, or of pairs."""
+    paired: bool = False
+    """Whether it is the mean of differences seed by seed."""
+
+    @property
+    def low(self) -> float | None:
+        """The lower end."""
+        return None if self.half is None else self.mean - self.half
+
+    @property
+    def high(self) -> float | None:
+        """The upper end."""
+        return None if self.half is None else self.mean + self.half
+
+
+def mean_interval(values: Sequence[float], *, paired: bool = False) -> Interval:
+    """The mean of at least one value."""
+    count = len(values)
+    half = None if count < 2 else _half(statistics.variance(values) / count, count - 1)
+    return Interval(math.fsum(values) / count, half, count, paired)
+
+
+def difference(one: Mapping[int, float], other: Mapping[int, float]) -> Interval:
+    """The mean of `one` minus that of `other`, by seed.
+
+    With two seeds in common it is that of the pairs: a seed draws the same data order for both, so part of its luck
+    cancels. Without them it is Welch's, for two samples of unequal variance; None of its half-width where a sample has
+    one value.
+    """
+    shared = one.keys() & other.keys()
+    if len(shared) > 1 or (shared and len(one) == len(other) == 1):
+        return mean_interval([one[seed] - other[seed] for seed in sorted(shared)], paired=True)
+    mean = statistics.fmean(one.values()) - statistics.fmean(other.values())
+    if min(len(one), len(other)) < 2:
+        return Interval(mean, None, min(len(one), len(other)))
+    parts = [(statistics.variance(sample.values()) / len(sample), len(sample)) for sample in (one, other)]
+    variance = sum(part for part, _ in parts)
+    # Welch-Satterthwaite: the degrees of freedom of a sum of two estimated variances
+    freedom = variance**2 / sum(part**2 / (count - 1) for part, count in parts) if variance else 1.0
+    return Interval(mean, _half(variance, freedom), min(len(one), len(other)))
+
+
+def pareto(points: Sequence[tuple[float, float]]) -> list[int]:
+    """The points that no other one beats in one coordinate without losing in the other; lower is better in both."""
+    return [
+        index
+        for index, (x, y) in enumerate(points)
+        if not any(a <= x and b <= y and (a, b) != (x, y) for a, b in points)
+    ]
+
+
+def _half(variance_of_mean: float, freedom: float) -> float:
+    from scipy.stats import t  # takes half a second, which a run need not wait for
+
+    return float(t.ppf((1 + CONFIDENCE) / 2, freedom)) * math.sqrt(variance_of_mean)

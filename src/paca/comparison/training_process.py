@@ -1,0 +1,117 @@
+"""`paca train` in a process of its own, so that its memory is its own and its crash ends nothing else."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from paca.comparison.claims import Claim
+from paca.training.run_folder import RunFolder, write_whole
+
+PROGRAM = (sys.executable, "-m", "paca_command")
+FAILURE = "failed.json"
+_TAIL = 4096  # bytes of a metrics file with its newest rows: the training is not to wait for who looks at it
+_INTERRUPTED = (130, -signal.SIGINT, -signal.SIGTERM)  # with its checkpoint saved, or before it had any
+
+
+class TrainingProcess:
+    """One run, going.
+
+    It has a session of its own: Ctrl-C reaches this process alone, which passes it on once. `paca train` takes a
+    second one for impatience.
+    """
+
+    def __init__(self, config: Path, folder: RunFolder, claim: Claim, program: Sequence[str] = PROGRAM) -> None:
+        """Start it, or continue it from its newest checkpoint.
+
+        Args:
+            config: Its YAML, with `folder` as its `output.dir`.
+            folder: Of the run. What the process prints is added to its `log.txt`.
+            claim: On the run; the process holds it too.
+            program: What runs `train CONFIG`.
+        """
+        self.folder = folder
+        self.log = folder.path / "log.txt"
+        resume = ["--resume"] if folder.newest_checkpoint() is not None else []
+        folder.path.mkdir(parents=True, exist_ok=True)
+        with self.log.open("ab") as log:
+            self._said_before = log.tell()
+            self._process = subprocess.Popen(
+                [*program, "train", str(config), *resume],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+                pass_fds=(claim.descriptor,),
+            )
+
+    def ended(self, seconds: float) -> bool:
+        """Wait for its end, no longer than this; whether it came."""
+        try:
+            self._process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            return False
+        return True
+
+    def step(self) -> tuple[int, float] | None:
+        """The newest step that was logged and the seconds in training steps until then; None before the first."""
+        with contextlib.suppress(OSError, ValueError), self.folder.metrics.open("rb") as file:
+            file.seek(max(0, file.seek(0, os.SEEK_END) - _TAIL))
+            for line in reversed(file.read().splitlines()):
+                if b'"train_seconds"' in line:
+                    row = json.loads(line)
+                    return row["step"], row["train_seconds"]
+        return None
+
+    def finish(self) -> None:
+        """After its end: leave `failed.json` in the folder if it failed, and not because it was asked to stop."""
+        status = self._process.returncode
+        if status not in _INTERRUPTED and not self.folder.finished():
+            failure = {"exit_status": status, "error_msg": self._last_words(status)}
+            write_whole(self.folder.path / FAILURE, json.dumps(failure, indent=2) + "\n")
+
+    def stop(self) -> None:
+        """Let it save a checkpoint and end; a further Ctrl-C stops it at once."""
+        self._signal(signal.SIGINT)
+        while True:
+            try:
+                self._process.wait()
+                return
+            except KeyboardInterrupt:
+                self._signal(signal.SIGKILL)
+
+    def kill(self) -> None:
+        """End it at once, without a checkpoint."""
+        self._signal(signal.SIGKILL)
+        self._process.wait()
+
+    def _signal(self, number: int) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._process.pid, number)
+
+    def _last_words(self, status: int) -> str:
+        with self.log.open("rb") as log:
+            log.seek(self._said_before)
+            lines = [line.strip() for line in log.read().decode(errors="replace").splitlines() if line.strip()]
+        if status < 0:
+            hint = ", most likely because the machine ran out of memory" if -status == signal.SIGKILL else ""
+            return f"killed by {signal.Signals(-status).name}{hint}"
+        told = [line for line in lines if line.startswith("Error: ")]
+        return (told or lines or [f"no message; exit status {status}"])[-1].removeprefix("Error: ")
+
+
+def failure_of(folder: RunFolder) -> dict[str, Any] | None:
+    """What `failed.json` says of a run that did not finish; None where there is none."""
+    if folder.finished():
+        return None
+    try:
+        return json.loads((folder.path / FAILURE).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None

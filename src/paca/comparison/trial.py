@@ -1,0 +1,83 @@
+"""A few steps of a method, in a process of its own, to see what they take: time and memory."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from paca.comparison.claims import Claim
+from paca.comparison.methods import Method
+from paca.comparison.settings import Comparison, run_sections, write_config
+from paca.comparison.training_process import PROGRAM, TrainingProcess, failure_of
+from paca.training.metrics import read_rows
+from paca.training.run_folder import RunFolder
+
+WARM_UP = 2
+"""Steps that are not timed: the first ones also fill caches and make the optimizer's state."""
+
+_NOTHING_BUT_STEPS = {
+    "eval_strategy": "no",
+    "save_strategy": "no",
+    "load_best_model_at_end": False,
+    "logging_steps": 1,
+}
+
+
+@dataclass(frozen=True)
+class Trial:
+    """What some steps of a method took."""
+
+    seconds: float
+    """For the steps after the warm-up, together."""
+    peak: int
+    """Bytes, of the whole process or of the CUDA allocator."""
+
+
+class TrialFailed(Exception):
+    """The steps could not be made; the text says why."""
+
+
+Try = Callable[[Method, int], Trial]
+"""Makes so many steps of a method after the warm-up, on the same batches for every method; may raise `TrialFailed`."""
+
+
+def trials_of(comparison: Comparison, claim: Claim, program: Sequence[str] = PROGRAM) -> Try:
+    """What makes trials in the comparison's folder.
+
+    Args:
+        comparison: Whose data, first rate and first seed they take.
+        claim: On the folder's preparation.
+        program: What runs `train CONFIG`.
+    """
+
+    def run(method: Method, steps: int) -> Trial:
+        folder = RunFolder(comparison.path / "trials" / method.name)
+        shutil.rmtree(folder.path, ignore_errors=True)
+        changed = {**_NOTHING_BUT_STEPS, "max_steps": WARM_UP + steps}
+        sections = _only_steps(comparison, method.with_settings("train", **changed), folder)
+        config = write_config(folder.path.with_suffix(".yaml"), sections)
+        process = TrainingProcess(config, folder, claim, program)
+        try:
+            while not process.ended(1):
+                pass
+        except KeyboardInterrupt:
+            process.kill()
+            raise
+        process.finish()
+        failure = failure_of(folder)
+        if failure is not None:
+            raise TrialFailed(failure["error_msg"])
+        ends = [row["train_seconds"] for row in read_rows(folder.metrics) if "train_seconds" in row]
+        return Trial(ends[-1] - ends[WARM_UP - 1], folder.read_summary()["peak_memory_bytes"])
+
+    return run
+
+
+def _only_steps(comparison: Comparison, method: Method, folder: RunFolder) -> dict[str, dict[str, Any]]:
+    sections = run_sections(comparison.common, method, comparison.rates[0], comparison.seeds[0], folder.path)
+    sections["train"]["learning_rate"] = 0.0  # no rate is too high to be timed
+    # Held-out data stays given: where it is split off, the training data is what is left.
+    sections["eval"] = {**sections["eval"], "before": False, "after": False, "metric": None, "answer_pattern": None}
+    return sections

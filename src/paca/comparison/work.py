@@ -1,0 +1,212 @@
+"""Trains the runs of a comparison, one after the other, and shares them with whoever else works on the same folder."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping, Sequence
+
+from rich.console import Console
+from rich.live import Live
+from rich.text import Text
+
+from paca.comparison.rows import Row, row_of, write_rows
+from paca.comparison.schedule import FAILED, Job, Outcome, Schedule, schedule
+from paca.comparison.settings import Comparison
+from paca.comparison.training_process import PROGRAM, TrainingProcess
+from paca.messages.say import say
+from paca.messages.units import format_duration
+
+_LOOK_EVERY = 0.5  # seconds
+_PLAIN_LINE_EVERY = 60.0
+
+
+class Work:
+    """The runs of a comparison, on disk and to be done."""
+
+    def __init__(
+        self,
+        comparison: Comparison,
+        steps: Mapping[str, int | None],
+        console: Console,
+        program: Sequence[str] = PROGRAM,
+    ) -> None:
+        """Args:
+        comparison: With its methods made equal.
+        steps: How many a run of each method makes, where that is known.
+        console: Where progress is shown.
+        program: What runs `train CONFIG`.
+        """
+        self.comparison = comparison
+        self.steps = steps
+        self.console = console
+        self.program = program
+        self.took: dict[Job, float] = {}
+        """Seconds of the processes of the runs that ended here; a row has those after its imports."""
+        self._rows: dict[Job, Row] = {}
+
+    def schedule(self) -> Schedule:
+        """What is needed by now."""
+        c = self.comparison
+        names = [method.name for method in c.methods]
+        return schedule(names, c.rates, c.seeds, self.outcome, extend=c.extend)
+
+    def row(self, job: Job) -> Row | None:
+        """Of a run that ended; None while it has not."""
+        if job not in self._rows:
+            row = row_of(self.comparison.folder(job), job.method, self.comparison.config_path(job))
+            if row is None:
+                return None
+            self._rows[job] = row
+        return self._rows[job]
+
+    def outcome(self, job: Job) -> Outcome | None:
+        """How a run did; None while it has not ended."""
+        row = self.row(job)
+        if row is None:
+            return None
+        if row["score"] is None:
+            return FAILED
+        loss = math.inf if row["loss"] is None else row["loss"]
+        return Outcome(row["score"] if row["lower_is_better"] else -row["score"], loss)
+
+    def rows(self) -> list[Row]:
+        """Of all runs that ended and are needed."""
+        return [row for job in self.schedule().jobs if (row := self.row(job)) is not None]
+
+    def run(self) -> None:
+        """Train what is needed until nothing is left, here or elsewhere.
+
+        Raises:
+            KeyboardInterrupt: Ctrl-C; the run that was going on has saved a checkpoint.
+        """
+        told = None
+        while todo := [job for job in self.schedule().jobs if self.outcome(job) is None]:
+            if any(self._trained(job) for job in todo):
+                self._write_rows()
+                continue
+            holder = self.comparison.claim(todo[0].name).holder()
+            if holder != told:
+                say(self.console, f"Waiting for {todo[0].name}, which {holder} trains ...")
+                told = holder
+            time.sleep(_LOOK_EVERY)
+        self._write_rows()
+
+    def _write_rows(self) -> None:
+        write_rows(self.comparison.path / "runs.jsonl", self.rows())
+
+    def _trained(self, job: Job) -> bool:
+        """Train a run, unless another process does. Whether it has ended by now."""
+        with self.comparison.claim(job.name) as claim:
+            if not claim.take():
+                return False
+            if self.row(job) is not None:  # ended by another process since it was looked for
+                return True
+            process = TrainingProcess(
+                self.comparison.config_file(job), self.comparison.folder(job), claim, self.program
+            )
+            try:
+                with _Progress(self, job, process) as progress:
+                    while not process.ended(_LOOK_EVERY):
+                        progress.show()
+            except KeyboardInterrupt:
+                say(self.console, f"Stopping {job.name}; its checkpoint is saved (Ctrl-C again stops at once) ...")
+                process.stop()
+                raise
+            process.finish()
+            self.took[job] = time.monotonic() - progress.started
+        self._say_end(job)
+        return True
+
+    def _say_end(self, job: Job) -> None:
+        row = self.row(job)
+        if row is None:  # stopped by a signal of its own, with a checkpoint; it is taken up again
+            return
+        if row["train_info"]["status"] == "failed":
+            log = self.comparison.folder(job).path / "log.txt"
+            say(self.console, f"{job.name} failed: {row['run_info']['error_msg']} (all it said: {log})", "yellow")
+        else:
+            time_taken = format_duration(row["run_info"]["total_time"])
+            say(self.console, f"{job.name}: {row['metric']} {_number(row['score'])} in {time_taken}")
+
+
+class _Progress:
+    """How far a run and the whole comparison are: a live line in a terminal, plain lines now and then elsewhere."""
+
+    def __init__(self, work: Work, job: Job, process: TrainingProcess) -> None:
+        self.work, self.job, self.process = work, job, process
+        self.started = self.last_plain = time.monotonic()
+        plan = work.schedule()
+        ended = {one: row for one in plan.jobs if (row := work.row(one)) is not None}
+        self.left = dict(plan.expected)
+        self.taken: dict[str, list[float]] = {name: [] for name in plan.expected}
+        for one, row in ended.items():
+            self.left[one.method] -= 1
+            if row["score"] is not None:
+                self.taken[one.method].append(work.took.get(one, row["run_info"]["total_time"]))
+        self.heading = f"run {len(ended) + 1} of {sum(plan.expected.values())}: {job.name}"
+        self.live: Live | None = None
+
+    def __enter__(self) -> _Progress:
+        if self.work.console.is_terminal:
+            self.live = Live(Text(self.heading), console=self.work.console, refresh_per_second=4, transient=True)
+            self.live.start()
+        else:
+            say(self.work.console, f"{self.heading} ...")
+        return self
+
+    def show(self) -> None:
+        """Bring the line up to date."""
+        now = time.monotonic()
+        if self.live is not None:
+            self.live.update(Text(self._line(now), no_wrap=True, overflow="ellipsis"))
+        elif now - self.last_plain > _PLAIN_LINE_EVERY:
+            self.last_plain = now
+            say(self.work.console, self._line(now))
+
+    def __exit__(self, *error: object) -> None:
+        if self.live is not None:
+            self.live.stop()
+
+    def _line(self, now: float) -> str:
+        parts, current = [self.heading], None
+        total = self.work.steps.get(self.job.method)
+        step = self.process.step()
+        if step is not None:
+            parts.append(f"step {step[0]}" + (f"/{total}" if total else ""))
+            if total:
+                current = step[1] / step[0] * total
+        left = seconds_left(self.left, self.taken, self.job.method, now - self.started, current)
+        if left is not None:
+            parts.append(f"about {format_duration(left)} left")
+        return "  ".join(parts)
+
+
+def seconds_left(
+    left: Mapping[str, int],
+    taken: Mapping[str, Sequence[float]],
+    current: str,
+    elapsed: float,
+    expected: float | None,
+) -> float | None:
+    """How long one process alone will be busy.
+
+    Args:
+        left: How many runs of each method have not ended, the current one included.
+        taken: Seconds of the runs of each method that ended.
+        current: The method of the run that is going on.
+        elapsed: Seconds since that began.
+        expected: Seconds that it will take, as its own steps foretell it; None before its first step.
+    """
+    means = {method: sum(seconds) / len(seconds) for method, seconds in taken.items() if seconds}
+    if expected is not None:
+        means.setdefault(current, max(expected, elapsed))
+    if not means:
+        return None
+    overall = sum(means.values()) / len(means)
+    whole = sum(count * means.get(method, overall) for method, count in left.items())
+    return max(0.0, whole - min(elapsed, means.get(current, overall)))
+
+
+def _number(value: float | None) -> str:
+    return "not finite" if value is None else f"{value:.4f}"

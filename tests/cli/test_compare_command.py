@@ -1,0 +1,136 @@
+"""`paca compare`, each time as a process."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cli.paca_process import forked_paca, fresh_paca, start_paca
+from training.tiny_run import save_workspace
+
+COMPARE = (
+    "compare",
+    "config.yaml",
+    "--methods",
+    "paca,lora-tuned",
+    "--seeds",
+    "0,1",
+    "--no-extend",
+    "--lr",
+    "1e-2,3e-2",
+)
+
+
+@pytest.fixture(scope="module")
+def workspace(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    folder = tmp_path_factory.mktemp("compare")
+    save_workspace(folder)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HF_DATASETS_CACHE", str(folder / "datasets-cache"))
+        patch.setenv("OMP_NUM_THREADS", "1")
+        yield folder
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["config.yaml"], "--lr is empty. Give numbers with commas between"),
+        (["config.yaml", "--lr", "1e-3,x"], "--lr: 'x' is no rate; a number above zero was expected"),
+        (["config.yaml", "--lr", "1e-3", "--seeds", "a"], "--seeds: 'a' is no seed"),
+        (["config.yaml", "--lr", "1e-3", "--methods", "lorra"], "There is no method 'lorra'. Did you mean 'lora'?"),
+        (["config.yaml", "--lr", "1e-3", "--set", "data.eval=null"], "data.eval is missing"),
+        (["missing.yaml", "--lr", "1e-3"], "There is no file missing.yaml"),
+        (["config.yaml", "--lr", "1e-3", "--set", "paca.rr=1"], "there is no key paca.rr"),
+        (["model"], "model holds no finished run"),
+    ],
+)
+def test_a_mistake_is_one_message_on_standard_error(workspace: Path, arguments: list[str], message: str) -> None:
+    done = forked_paca("compare", *arguments, "--output", "wrong", cwd=workspace)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert message in done.stderr
+    assert done.stderr.count("\n") == 1
+    assert not (workspace / "wrong" / "runs").exists()
+
+
+def test_a_dry_run_shows_what_came_out_equal_and_trains_nothing(workspace: Path) -> None:
+    done = fresh_paca(*COMPARE, "--equal", "parameters", "--output", "dry", "--dry-run", cwd=workspace)
+    assert (done.returncode, done.stderr) == (0, "")
+    head, paca, lora, rates = done.stdout.splitlines()
+    assert head.split()[:3] == ["method", "settings", "trained"]
+    assert "r 4, paca_alpha 16" in paca
+    assert "1,920" in paca
+    assert "r 2, lora_alpha 4, target_modules all-linear, autocast_adapter_dtype false" in lora
+    assert "1,952 (1.02 ×)" in lora
+    assert rates == "rates 0.01, 0.03; seeds 0, 1"
+    assert not (workspace / "dry" / "runs").exists()
+
+
+def compared(folder: Path) -> list[dict[str, Any]]:
+    """The rows, without times, memory and places."""
+    rows = []
+    for line in (folder / "runs.jsonl").read_text().splitlines():
+        row = json.loads(line.replace(str(folder), "FOLDER"))
+        del row["tokens_per_second"], row["meta_info"]["command"]
+        for group, names in (("run_info", ("created_at", "total_time")), ("train_info", ("train_time",))):
+            for name in names:
+                del row[group][name]
+        del row["train_info"]["accelerator_memory_max"]
+        for entry in row["train_info"]["metrics"]:
+            entry.pop("train time", None)
+        rows.append(row)
+    return rows
+
+
+def wait_until(holds: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 300
+    while not holds():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+@pytest.mark.slow
+def test_two_processes_of_which_one_is_killed_and_one_stopped_come_to_the_same_rows(
+    workspace: Path, tmp_path: Path
+) -> None:
+    """Trains a dozen tiny runs, each in a process that imports everything anew: minutes."""
+    done = forked_paca(*COMPARE, "--output", "whole", cwd=workspace)
+    assert done.returncode == 0, done.stderr
+    whole = workspace / "whole"
+    assert sum(row["train_info"]["status"] == "success" for row in compared(whole)) == 6
+    assert "loss" in (whole / "comparison.md").read_text()
+
+    shared, processes = workspace / "shared", []
+    for number in range(2):
+        streams = tmp_path / str(number)
+        streams.mkdir()
+        processes.append(start_paca(*COMPARE, "--output", "shared", cwd=workspace, streams=streams))
+    # Both train: one is killed in the middle of its run, the other asked to stop.
+    wait_until(lambda: len(list((shared / "runs").glob("*/metrics.jsonl"))) >= 2)
+    killed, stopped = processes
+    assert killed.pid is not None
+    assert stopped.pid is not None
+    os.kill(killed.pid, signal.SIGKILL)
+    os.kill(stopped.pid, signal.SIGINT)
+    killed.join(300)
+    stopped.join(300)
+    assert stopped.exitcode == 130, (tmp_path / "1" / "stderr").read_text()
+    told = (tmp_path / "1" / "stdout").read_text()
+    assert "the same command goes on from there:" in told
+    assert not list((shared / "runs").glob("*/failed.json"))
+
+    done = forked_paca(*COMPARE, "--output", "shared", cwd=workspace)
+    assert done.returncode == 0, done.stderr
+    assert compared(shared) == compared(whole)
+    verdicts = [json.loads((folder / "comparison.json").read_text())["verdict"] for folder in (whole, shared)]
+    assert verdicts[0] == verdicts[1]
+
+    done = forked_paca(*COMPARE, "--set", "train.max_steps=11", "--output", "whole", cwd=workspace)
+    assert done.returncode == 1
+    assert "run.train.max_steps: 10 → 11" in done.stderr

@@ -1,0 +1,103 @@
+"""What `--methods` names becomes sections of a run's YAML."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from paca.comparison.methods import Method, methods_of
+from paca.messages.errors import PacaError
+
+COMMON: dict[str, Any] = {
+    "model": {"name": "m"},
+    "paca": {"r": 32, "paca_alpha": 64, "exclude_modules": ["down_proj"]},
+    "train": {"max_steps": 5},
+}
+
+
+def sections(text: str, common: dict[str, Any] = COMMON) -> dict[str, Any]:
+    (method,) = methods_of(text, common)
+    assert method.name == text.partition("=")[0]
+    return dict(method.sections)
+
+
+def test_paca_is_the_runs_own_section() -> None:
+    assert sections("paca") == {"paca": COMMON["paca"]}
+
+
+def test_lora_has_pefts_rank_twice_that_as_alpha_and_the_same_targets() -> None:
+    expected = {"r": 8, "lora_alpha": 16, "target_modules": "all-linear", "exclude_modules": ["down_proj"]}
+    assert sections("lora") == {"lora": expected}
+    assert sections("lora-tuned") == {"lora": expected, "train": {"autocast_adapter_dtype": False}}
+
+
+def test_lora_of_the_runs_own_section_leads_and_paca_goes_where_it_goes() -> None:
+    common = {"model": {"name": "m"}, "lora": {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj"]}}
+    assert sections("lora", common) == {"lora": common["lora"]}
+    assert sections("lora-tuned", common)["lora"] == common["lora"]
+    assert sections("paca", common) == {"paca": {"r": 16, "paca_alpha": 16, "target_modules": ["q_proj"]}}
+
+
+def test_full_and_methods_of_peft_by_their_names() -> None:
+    assert sections("full") == {"full": {}}
+    assert sections("loha")["peft"] == {
+        "peft_type": "LOHA", "r": 8, "alpha": 8, "target_modules": "all-linear", "exclude_modules": ["down_proj"],
+    }  # fmt: skip
+    assert sections("ia3")["peft"] == {"peft_type": "IA3"}
+    assert sections("prefix-tuning")["peft"]["peft_type"] == "PREFIX_TUNING"
+
+
+def test_a_file_brings_a_method_of_ones_own(tmp_path: Path) -> None:
+    file = tmp_path / "dora.yaml"
+    file.write_text("lora: {r: 4, use_dora: true}\ntrain: {optim: sgd}\n")
+    assert sections(f"dora={file}") == {"lora": {"r": 4, "use_dora": True}, "train": {"optim": "sgd"}}
+    file.write_text("train: {optim: muon}\n")
+    assert sections(f"muon={file}") == {"paca": COMMON["paca"], "train": {"optim": "muon"}}
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("data: {train: x}\n", "can't have the section 'data'"),
+        ("train: {learning_rate: 1}\n", "train.learning_rate comes from --lr"),
+        ("train: {seed: 1}\n", "train.seed comes from --seeds"),
+        ("lora: {}\nfull: {}\n", "holds the methods lora and full"),
+        ("lora: 3\n", "must hold sections"),
+    ],
+)
+def test_a_file_that_holds_other_things_is_refused(tmp_path: Path, content: str, message: str) -> None:
+    file = tmp_path / "method.yaml"
+    file.write_text(content)
+    with pytest.raises(PacaError, match=message):
+        methods_of(f"mine={file}", COMMON)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("paca,lara", "no method 'lara'. Did you mean 'lora'"),
+        ("lora,lora", "names 'lora' twice"),
+        (" ,", "--methods names nothing"),
+        ("=x.yaml", "the name is missing"),
+        ("mine=missing.yaml", "There is no file missing.yaml"),
+    ],
+)
+def test_names_that_cannot_be_are_refused(text: str, message: str) -> None:
+    with pytest.raises(PacaError, match=message):
+        methods_of(text, COMMON)
+
+
+def test_alpha_keeps_its_ratio_to_r() -> None:
+    method = Method("paca", {"paca": {"r": 16, "paca_alpha": 32}})
+    assert method.with_rank(24).settings == {"r": 24, "paca_alpha": 48}
+    assert method.with_rank(3).settings == {"r": 3, "paca_alpha": 6}
+    assert method.settings["r"] == 16
+
+
+def test_sections_are_laid_over_the_common_ones() -> None:
+    laid = Method("lora-tuned", {"lora": {"r": 8}, "train": {"autocast_adapter_dtype": False}}).laid_over(COMMON)
+    assert laid == {
+        "model": {"name": "m"}, "lora": {"r": 8}, "train": {"max_steps": 5, "autocast_adapter_dtype": False},
+    }  # fmt: skip

@@ -1,0 +1,82 @@
+"""The three files of a comparison."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from comparison.result_maker import result
+from comparison.small_comparison import small_work
+from paca.comparison.compare import compare_folders
+from paca.comparison.report import write_report
+from paca.comparison.results import ComparisonResult
+from paca.messages.errors import PacaError
+from paca.training.run_folder import RunFolder
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("trained")
+    small_work(folder, seeds=[0, 1, 2]).run()
+    return folder
+
+
+def report_of(folder: Path, found: ComparisonResult, runs: Path) -> tuple[str, str]:
+    write_report(folder, found, {path.name: RunFolder(path) for path in runs.iterdir()})
+    return (folder / "comparison.html").read_text(), (folder / "comparison.md").read_text()
+
+
+def test_runs_that_are_there_are_reported_on(trained: Path, tmp_path: Path) -> None:
+    runs = sorted((trained / "runs").glob("*lr0.003*"), reverse=True)  # paca first
+    found = compare_folders(runs, tmp_path / "report")
+    assert [method.name for method in found.methods] == ["paca-lr0.003", "lora-lr0.003"]
+    assert [sorted(method.scores) for method in found.methods] == [[0, 1, 2], [0, 1, 2]]
+    assert found.verdict.startswith("paca-lr0.003 is better than lora-lr0.003")
+    page = (tmp_path / "report" / "comparison.html").read_text()
+    assert page.count("<svg") == 3  # no rates: nothing was searched
+    assert not re.search(r"""(src|href)=["']?(http|//)|@import|<script""", page)  # nothing from elsewhere
+    assert found.verdict.split(";")[0] in page.replace("&#x27;", "'")
+    written = json.loads((tmp_path / "report" / "comparison.json").read_text())
+    assert written["verdict"] == found.verdict
+    text = (tmp_path / "report" / "comparison.md").read_text()
+    assert f"**{found.verdict}**" in text
+    table = [line for line in text.splitlines() if line.startswith("|")]
+    assert len({line.count("|") for line in table[:5]}) == 1
+
+
+def test_runs_that_differ_in_their_seed_alone_are_one_method(trained: Path, tmp_path: Path) -> None:
+    with pytest.raises(PacaError, match="differ in nothing but their seeds"):
+        compare_folders(sorted((trained / "runs").glob("paca-lr0.003-*")), tmp_path)
+
+
+def test_a_folder_without_a_finished_run_is_refused(trained: Path, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(PacaError, match="empty holds no finished run"):
+        compare_folders([trained / "runs" / "paca-lr0.003-seed0", tmp_path / "empty"], tmp_path)
+
+
+@pytest.mark.parametrize(
+    "scores",
+    [
+        {"paca": {0: 1.0}, "lora": {0: None}},
+        {"paca": {0: None}, "lora": {0: None}},
+        {"a|b": {0: 1.0, 1: 1.1}, "<i>": {0: 1.0, 1: 1.2}},
+    ],
+    ids=["one failed", "all failed", "odd names"],
+)
+def test_reports_stand_whatever_came_out(scores: dict[str, dict[int, float | None]], tmp_path: Path) -> None:
+    found = result(scores)
+    for method in found.methods:
+        for row in method.rows:
+            folder = RunFolder(tmp_path / row["name"])
+            folder.path.mkdir(parents=True)
+            folder.metrics.write_text('{"step": 0, "eval_loss": 2.0}\n')
+    page, text = report_of(tmp_path / "report", found, tmp_path)
+    assert "<i>" not in page
+    for row in (row for method in found.methods for row in method.failed):
+        assert f"| {row['name']} | 0.001 | 0 | failed: out of memory |" in text
+    if "a|b" in scores:
+        assert "| a\\|b | 0.001 | 2 |" in text

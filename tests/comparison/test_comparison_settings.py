@@ -1,0 +1,92 @@
+"""A folder holds one comparison: who comes with another is told what differs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from comparison.small_comparison import COMMON, small_comparison
+from paca.comparison.schedule import Job
+from paca.comparison.settings import Comparison, SettingsFile, load_common
+from paca.messages.errors import PacaError
+
+KEPT = {"paca": {"sections": {"paca": {"r": 16}}, "measured": {}, "note": ""}}
+
+
+def begun(folder: Path, **settings: Any) -> Comparison:
+    comparison = small_comparison(folder, **settings)
+    SettingsFile(comparison).write(KEPT)
+    (folder / "runs").mkdir()
+    return comparison
+
+
+def test_the_same_comparison_finds_what_came_out(tmp_path: Path) -> None:
+    assert SettingsFile(begun(tmp_path)).read() == KEPT
+
+
+@pytest.mark.parametrize("changed", [{"rates": [5e-3]}, {"seeds": [0, 1, 2]}, {"methods": "paca,lora,full"}])
+def test_rates_seeds_and_methods_may_be_added(tmp_path: Path, changed: dict[str, Any]) -> None:
+    begun(tmp_path)
+    assert SettingsFile(small_comparison(tmp_path, **changed)).read() == KEPT
+
+
+def test_methods_of_an_earlier_call_stay_known(tmp_path: Path) -> None:
+    begun(tmp_path)
+    file = SettingsFile(small_comparison(tmp_path, "full"))
+    file.read()
+    file.write({"full": KEPT["paca"]})
+    other = small_comparison(tmp_path)
+    other.methods[1] = other.methods[1].with_rank(99)
+    with pytest.raises(PacaError, match=r"methods\.lora\.lora\.r: 8 → 99"):
+        SettingsFile(other).read()
+
+
+def test_another_config_is_refused_with_what_differs(tmp_path: Path) -> None:
+    begun(tmp_path)
+    other = small_comparison(tmp_path, equal="time")
+    other.common = {**COMMON, "train": {"max_steps": 7, "optim": "sgd"}}
+    with pytest.raises(PacaError) as caught:
+        SettingsFile(other).read()
+    message = str(caught.value)
+    assert "  run.train.max_steps: 6 → 7" in message
+    assert "  run.train.optim: None → 'sgd'" in message
+    assert "  equal: None → 'time'" in message
+    assert "Give another --output" in message
+
+
+def test_without_runs_another_comparison_takes_the_folder_and_the_same_one_what_was_measured(tmp_path: Path) -> None:
+    SettingsFile(small_comparison(tmp_path)).write(KEPT)
+    assert SettingsFile(small_comparison(tmp_path)).read() == KEPT
+    assert SettingsFile(small_comparison(tmp_path, equal="time")).read() == {}
+
+
+def test_a_run_without_held_out_data_cannot_be_compared(tmp_path: Path) -> None:
+    config = tmp_path / "run.yaml"
+    config.write_text("model: {name: some/model}\ndata: {train: some/data}\n")
+    with pytest.raises(PacaError, match=r"data\.eval is missing"):
+        load_common(config)
+
+
+def test_the_model_as_it_came_is_scored_once(tmp_path: Path) -> None:
+    comparison = small_comparison(tmp_path)
+    comparison.common = {**COMMON, "eval": {"metric": "exact_match", "before": True}}
+    jobs = [Job("paca", 1e-3, 0), Job("paca", 3e-3, 0), Job("lora", 1e-3, 0), Job("paca", 1e-3, 1)]
+    configs = [yaml.safe_load(comparison.config_file(job).read_text()) for job in jobs]
+    assert [config["eval"]["before"] for config in configs] == [True, False, False, False]
+    assert all(config["eval"]["after"] for config in configs)
+
+
+def test_a_run_that_has_begun_keeps_what_it_scores_and_follows_its_folder(tmp_path: Path) -> None:
+    common = {**COMMON, "eval": {"metric": "exact_match", "before": True}}
+    before, after = small_comparison(tmp_path / "before"), small_comparison(tmp_path / "after", rates=[3e-3, 1e-3])
+    before.common = after.common = common
+    job = Job("paca", 1e-3, 0)
+    before.config_file(job)
+    before.folder(job).path.mkdir(parents=True)
+    (tmp_path / "before").rename(tmp_path / "after")
+    config = yaml.safe_load(after.config_file(job).read_text())
+    assert config["eval"]["before"]  # it was the first one, and is not any more
+    assert config["output"]["dir"] == str(after.folder(job).path)

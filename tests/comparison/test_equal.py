@@ -1,0 +1,126 @@
+"""Parameters, time and memory made equal, with made-up measurements."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+
+from paca.comparison.equal import ROUNDS, same_memory, same_parameters, same_time
+from paca.comparison.methods import Method
+from paca.comparison.trial import Trial, TrialFailed, Try
+from paca.messages.errors import PacaError
+
+PACA = Method("paca", {"paca": {"r": 16, "paca_alpha": 32}})
+LORA = Method("lora", {"lora": {"r": 8, "lora_alpha": 16}})
+FULL = Method("full", {"full": {}})
+
+
+def quiet(line: str) -> None:
+    pass
+
+
+def parameters(method: Method) -> int:
+    r = method.settings.get("r")
+    return {"paca": lambda: 100 * r, "lora": lambda: 150 * r + 40, "full": lambda: 10**6}[method.name]()
+
+
+def test_ranks_follow_so_that_parameters_are_as_near_as_can_be() -> None:
+    paca, lora, full = same_parameters([PACA, LORA, FULL], parameters)
+    assert paca.method == PACA
+    assert lora.method.settings == {"r": 10, "lora_alpha": 20}  # 1540 for 1600; 11 has 1690
+    assert full.method == FULL
+    assert "no r" in full.note
+
+
+def test_a_rank_is_at_least_one() -> None:
+    small = PACA.with_rank(1)
+    _, lora = same_parameters([small, LORA], parameters)
+    assert lora.method.settings["r"] == 1
+
+
+def test_parameters_that_do_not_follow_r_are_told() -> None:
+    _, odd = same_parameters([PACA, LORA], lambda method: 100 if method.name == "paca" else 7)
+    assert odd.method == LORA
+    assert "don't follow" in odd.note
+
+
+def drifting(step_seconds: dict[str, float]) -> tuple[Try, list[str]]:
+    """A machine that takes half as long again in each round."""
+    order: list[str] = []
+
+    def attempt(method: Method, steps: int) -> Trial:
+        drift = 1.5 ** (len(order) // len(step_seconds))
+        order.append(method.name)
+        return Trial(step_seconds[method.name] * steps * drift, 0)
+
+    return attempt, order
+
+
+def test_steps_follow_from_step_times_whatever_the_machine_drifts() -> None:
+    attempt, order = drifting({"paca": 0.75, "lora": 1.0, "full": 3.0})
+    paca, lora, full = same_time([PACA, LORA, FULL], 120, attempt, quiet)
+    assert paca.method == PACA  # it leads: its steps are the YAML's
+    assert lora.method.sections["train"]["max_steps"] == 90
+    assert full.method.sections["train"]["max_steps"] == 30
+    assert lora.measured["step_ratio"] == pytest.approx(4 / 3)
+    assert len(order) == 3 * ROUNDS
+    assert order[:3] == ["paca", "lora", "full"]
+    assert order[3:6] == ["lora", "full", "paca"]  # turns rotate
+
+
+def test_a_method_that_makes_no_step_is_told() -> None:
+    def attempt(method: Method, steps: int) -> Trial:
+        if method.name == "lora":
+            raise TrialFailed("out of memory")
+        return Trial(1.0, 1)
+
+    with pytest.raises(PacaError, match="lora can't make a step: out of memory"):
+        same_time([PACA, LORA], 10, attempt, quiet)
+    (_, lora) = same_memory([PACA, LORA], 4, 1, attempt, quiet)
+    assert lora.method == LORA
+    assert "does not fit" in lora.note
+
+
+def memory(per_sequence: dict[str, int], most_r: int = 10**9) -> Callable[[Method, int], Trial]:
+    def attempt(method: Method, steps: int) -> Trial:
+        r, batch = method.settings.get("r", 0), method.sections.get("train", {}).get("per_device_train_batch_size", 4)
+        if r > most_r:
+            raise TrialFailed("r is too large")
+        return Trial(1.0, 1000 + batch * per_sequence[method.name] + 2 * r)
+
+    return attempt
+
+
+def sizes(method: Method) -> tuple[int, int, int]:
+    train = method.sections["train"]
+    return method.settings["r"], train["per_device_train_batch_size"], train["gradient_accumulation_steps"]
+
+
+def test_a_method_that_needs_more_takes_smaller_batches_and_accumulates() -> None:
+    paca, lora = same_memory([PACA, LORA], 4, 2, memory({"paca": 100, "lora": 190}), quiet)
+    assert paca.measured == {"peak": 1432}
+    r, batch, accumulation = sizes(lora.method)
+    assert (batch, accumulation) == (2, 4)
+    # 1432 - 1000 - 2 x 190 leaves 52 bytes, for r 26; the search ends at 6 % of it
+    assert 25 <= r <= 26
+    assert lora.method.settings["lora_alpha"] == 2 * r
+    assert lora.measured["peak"] == 1000 + 2 * 190 + 2 * r <= 1432
+
+
+def test_a_method_that_needs_less_gets_more_columns() -> None:
+    _, paca = same_memory([LORA, PACA], 4, 1, memory({"paca": 60, "lora": 100}), quiet)
+    r, batch, accumulation = sizes(paca.method)
+    assert (batch, accumulation) == (4, 1)
+    assert 82 <= r <= 88
+
+
+def test_r_grows_no_further_than_the_layers_have_it() -> None:
+    _, paca = same_memory([LORA, PACA], 4, 1, memory({"paca": 60, "lora": 100}, most_r=40), quiet)
+    assert 38 <= paca.method.settings["r"] <= 40
+
+
+def test_memory_of_a_method_without_r_is_equalled_by_its_batch_alone() -> None:
+    _, full = same_memory([PACA, FULL], 4, 1, memory({"paca": 100, "full": 300}), quiet)
+    assert full.method.sections["train"]["per_device_train_batch_size"] == 1
+    assert "no r" in full.note

@@ -1,0 +1,127 @@
+"""What is said of runs: the verdict claims no more than they show."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from comparison.result_maker import result, row
+from paca.comparison.results import ComparisonResult, MethodResult, unlike
+
+BASE = {0: 1.00, 1: 1.02, 2: 0.99}
+
+
+def shifted(by: float, noise: float = 0.001) -> dict[int, float | None]:
+    return {seed: score + by + noise * (seed - 1) for seed, score in BASE.items()}
+
+
+def test_a_lower_loss_on_every_seed_is_better() -> None:
+    found = result({"paca": shifted(-0.1), "lora": BASE})
+    assert [contrast.finding for contrast in found.contrasts] == ["better"]
+    assert found.verdict.startswith("paca is better than lora (loss 0.9033 against 1.0033; difference -0.1000, 95 %")
+    assert found.verdict.count(".") - found.verdict.count("0.") - found.verdict.count("1.") == 1  # one sentence
+
+
+def test_a_higher_loss_on_every_seed_is_worse() -> None:
+    found = result({"paca": shifted(0.1), "lora": BASE})
+    assert found.verdict.startswith("paca is worse than lora (")
+
+
+def test_a_higher_score_is_better_where_higher_is_better() -> None:
+    changed = {"metric": "exact_match", "lower_is_better": False}
+    assert result({"paca": shifted(0.1), "lora": BASE}, **changed).contrasts[0].finding == "better"
+    assert result({"paca": shifted(-0.1), "lora": BASE}, **changed).contrasts[0].finding == "worse"
+
+
+@pytest.mark.parametrize("by", [-0.01, 0.0, 0.01])
+def test_a_difference_within_the_spread_shows_nothing(by: float) -> None:
+    found = result({"paca": shifted(by, noise=0.02), "lora": BASE})
+    assert found.contrasts[0].finding == "none"
+    assert found.verdict.startswith("No difference shown between paca and lora (loss ")
+    assert "95 % interval -" in found.verdict
+
+
+def test_one_seed_shows_nothing_and_says_so() -> None:
+    found = result({"paca": {0: 0.5}, "lora": {0: 1.0}})
+    assert found.contrasts[0].finding == "unknown"
+    assert found.verdict == (
+        "No difference shown between paca and lora, as one seed gives no interval (loss 0.5000 against 1.0000)."
+    )
+
+
+def test_a_method_whose_runs_all_failed_has_no_result() -> None:
+    found = result({"paca": BASE, "lora": {0: None, 1: None}})
+    assert found.contrasts[0].finding == "unknown"
+    assert found.verdict == "No difference shown between paca and lora, as every run of lora failed."
+    assert found.as_dict()["methods"][1]["failed"] == {
+        "lora-lr0.001-seed0": "out of memory",
+        "lora-lr0.001-seed1": "out of memory",
+    }
+    assert found.cost == []
+
+
+def test_a_failed_seed_leaves_the_others_paired() -> None:
+    found = result({"paca": shifted(-0.1), "lora": {**BASE, 2: None}})
+    difference = found.contrasts[0].difference
+    assert difference is not None
+    assert (difference.count, difference.paired) == (2, True)
+
+
+def test_each_other_method_has_its_clause() -> None:
+    found = result({"paca": shifted(-0.1), "lora": BASE, "full": shifted(-0.1, noise=0.05)})
+    better, none = found.verdict.split("; no difference")
+    assert better.startswith("paca is better than lora")
+    assert none.startswith(" shown between paca and full")
+
+
+def test_the_verdict_says_what_was_equal() -> None:
+    methods = result({"paca": shifted(-0.1), "lora": BASE}).methods
+    assert ComparisonResult(methods, [], "time").verdict.startswith("At equal time, paca is better than lora (loss")
+
+
+def test_one_method_has_nothing_to_be_compared_with() -> None:
+    assert result({"paca": BASE}).verdict == "There is one method, paca, and nothing to compare it with."
+
+
+def test_runs_judged_by_different_data_are_not_compared() -> None:
+    good, bad = result({"paca": shifted(-0.1), "lora": BASE}).methods
+    for one in bad.rows:
+        one["run_info"]["config"]["data"]["eval"] = "other"
+    found = ComparisonResult([good, bad], [])
+    assert found.verdict == "No difference shown: the runs were not judged by the same, as they differ in data.eval."
+
+
+def test_held_out_data_that_was_split_off_depends_on_the_training_data() -> None:
+    good, bad = result({"paca": shifted(-0.1), "lora": BASE}).methods
+    for number, method in enumerate((good, bad)):
+        for one in method.rows:
+            one["run_info"]["config"]["data"] = {"train": f"t{number}", "eval": 8}
+    assert "data.train" in ComparisonResult([good, bad], []).verdict
+
+
+def test_cost_is_told_as_a_multiple() -> None:
+    paca = row("paca", 0, 1.0)
+    paca["train_info"] |= {"train_time": 15.0, "accelerator_memory_max": 2**29, "num_trainable_params": 2000}
+    methods = [MethodResult("paca", "", 1e-3, [paca], [paca]), *result({"lora": {0: 1.0}}).methods]
+    found = ComparisonResult(methods, [])
+    assert found.cost == [
+        "paca takes 0.75 × the training time of lora and 0.50 × its peak memory (weights included); it trains 2.00 × "
+        "the parameters."
+    ]
+
+
+def test_what_else_differs_is_named() -> None:
+    rows = [row("paca", 0, 1.0), row("lora", 0, 1.0, steps=9)]
+    rows[1]["meta_info"] = {**rows[1]["meta_info"], "package_info": {"torch": "3"}}
+    assert unlike(rows) == ["steps", "versions of libraries"]
+    assert unlike(rows[:1]) == []
+
+
+def test_it_all_goes_into_json() -> None:
+    found = json.loads(json.dumps(result({"paca": shifted(-0.1), "lora": BASE, "bad": {0: None}}).as_dict()))
+    assert found["contrasts"][0]["finding"] == "better"
+    assert found["contrasts"][0]["difference"]["paired"] is True
+    assert found["methods"][0]["score"]["mean"] == pytest.approx(0.9033, abs=1e-4)
+    assert found["methods"][2]["score"] is None
+    assert found["score_before"] == 2.0

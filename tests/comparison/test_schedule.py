@@ -1,0 +1,123 @@
+"""Which runs are needed, and in which order."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from paca.comparison.schedule import FAILED, MOST_BEYOND, Job, Outcome, Schedule, rates_of, schedule, seeds_of
+from paca.messages.errors import PacaError
+
+RATES, SEEDS = [1e-3, 3e-3, 9e-3], [0, 1, 2]
+
+
+def worked_off(best_at: dict[str, float], *, extend: bool = True, failing: tuple[float, ...] = ()) -> Schedule:
+    """The schedule at the end, where each method's loss is lowest at its rate."""
+    ended: dict[Job, Outcome] = {}
+
+    def now() -> Schedule:
+        return schedule(list(best_at), RATES, SEEDS, ended.get, extend=extend)
+
+    while todo := [job for job in now().jobs if job not in ended]:
+        job = todo[0]
+        loss = abs(math.log(job.rate / best_at[job.method])) + 0.001 * job.seed
+        ended[job] = FAILED if any(math.isclose(job.rate, rate) for rate in failing) else Outcome(loss, loss)
+    return now()
+
+
+def runs(plan: Schedule, method: str) -> list[tuple[float, int]]:
+    return [(job.rate, job.seed) for job in plan.jobs if job.method == method]
+
+
+def test_rates_are_searched_with_the_first_seed_and_the_best_goes_on_with_the_others() -> None:
+    plan = worked_off({"paca": 3e-3})
+    assert runs(plan, "paca") == [(1e-3, 0), (3e-3, 0), (9e-3, 0), (3e-3, 1), (3e-3, 2)]
+    assert plan.chosen == {"paca": 3e-3}
+    assert plan.expected == {"paca": 5}
+
+
+def test_each_method_has_its_own_rate_and_methods_take_turns() -> None:
+    plan = worked_off({"paca": 3e-3, "lora": 1e-3}, extend=False)
+    assert plan.chosen == {"paca": 3e-3, "lora": 1e-3}
+    assert [job.method for job in plan.jobs] == ["paca", "lora"] * 5
+
+
+@pytest.mark.parametrize(
+    ("best", "beyond"),
+    [(2.7e-2, [2.7e-2, 8.1e-2]), (8.1e-2, [2.7e-2, 8.1e-2, 0.243]), (1e-3, [0.000333]), (3.3e-4, [0.000333, 0.000111])],
+)
+def test_a_grid_whose_edge_is_best_grows_by_its_ratio_until_it_is_not(best: float, beyond: list[float]) -> None:
+    plan = worked_off({"paca": best})
+    tried = [rate for rate, seed in runs(plan, "paca") if seed == 0]
+    assert tried == [*RATES, *beyond]
+    assert plan.chosen["paca"] == pytest.approx(best, rel=0.02)
+
+
+def test_without_extending_the_edge_is_taken() -> None:
+    plan = worked_off({"paca": 1.0}, extend=False)
+    assert plan.chosen == {"paca": 9e-3}
+    assert len(plan.jobs) == 5
+
+
+def test_a_grid_does_not_grow_forever() -> None:
+    plan = worked_off({"paca": 1e9})
+    assert len({rate for rate, _ in runs(plan, "paca")}) == len(RATES) + MOST_BEYOND
+    assert "paca" in plan.chosen
+
+
+def test_rates_that_fail_are_passed_over() -> None:
+    plan = worked_off({"paca": 9e-3}, failing=(9e-3,))
+    assert plan.chosen == {"paca": 3e-3}
+
+
+def test_a_method_whose_rates_all_fail_has_none_and_no_further_runs() -> None:
+    plan = worked_off({"paca": 3e-3}, failing=tuple(RATES))
+    assert plan.chosen == {}
+    assert plan.expected == {"paca": 3}
+    assert runs(plan, "paca") == [(rate, 0) for rate in RATES]
+
+
+def test_the_lower_loss_decides_among_equal_scores() -> None:
+    losses = {1e-3: 2.0, 3e-3: 1.5, 9e-3: 1.8}
+    plan = schedule(["paca"], RATES, [0], lambda job: Outcome(0.0, losses[job.rate]), extend=True)
+    assert plan.chosen == {"paca": 3e-3}
+
+
+def test_one_rate_is_taken_as_it_is() -> None:
+    plan = schedule(["paca"], [1e-3], [5], lambda job: Outcome(1.0, 1.0), extend=True)
+    assert plan.chosen == {"paca": 1e-3}
+    assert [job.name for job in plan.jobs] == ["paca-lr0.001-seed5"]
+
+
+def test_while_a_run_is_missing_no_rate_is_chosen() -> None:
+    ended = {Job("paca", rate, 0): Outcome(rate, rate) for rate in RATES[:2]}
+    plan = schedule(["paca"], RATES, SEEDS, ended.get, extend=True)
+    assert plan.chosen == {}
+    assert plan.expected == {"paca": 5}
+    assert len(plan.jobs) == 3
+
+
+def test_rates_and_seeds_are_read() -> None:
+    assert rates_of(" 1e-3, 0.003,") == [0.001, 0.003]
+    assert seeds_of("0,1, 7") == [0, 1, 7]
+
+
+@pytest.mark.parametrize(
+    ("read", "text", "message"),
+    [
+        (rates_of, "1e-3,fast", "--lr: 'fast' is no rate; a number above zero was expected"),
+        (rates_of, "0", "--lr: '0' is no rate"),
+        (rates_of, "nan", "--lr: 'nan' is no rate"),
+        (rates_of, "inf", "--lr: 'inf' is no rate"),
+        (rates_of, "", "--lr is empty"),
+        (rates_of, "1e-3,0.001", "--lr has 0.001 twice"),
+        (seeds_of, "1.5", "--seeds: '1.5' is no seed"),
+        (seeds_of, "-1", "--seeds: '-1' is no seed"),
+        (seeds_of, ",", "--seeds is empty"),
+        (seeds_of, "1,1", "--seeds has 1 twice"),
+    ],
+)
+def test_what_is_no_rate_or_seed_is_refused(read: object, text: str, message: str) -> None:
+    with pytest.raises(PacaError, match=message):
+        read(text)  # type: ignore[operator]

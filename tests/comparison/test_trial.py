@@ -1,0 +1,39 @@
+"""A few steps of a method, to see what they take; a fake stands in for the training itself."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from comparison.fake_trainer import PER_STEP, STEPS
+from comparison.small_comparison import COMMON, FAKE, small_comparison
+from paca.comparison.trial import WARM_UP, Trial, TrialFailed, trials_of
+
+
+def test_a_trial_times_the_steps_after_the_warm_up_and_does_nothing_else(tmp_path: Path) -> None:
+    comparison = small_comparison(tmp_path)
+    comparison.common = {**COMMON, "eval": {"metric": "exact_match", "answer_pattern": "x"}}
+    with comparison.claim("preparation") as claim:
+        assert claim.take()
+        found = trials_of(comparison, claim, FAKE)(comparison.methods[1], STEPS - WARM_UP)
+    assert found == Trial((STEPS - WARM_UP) * PER_STEP, 2**30)
+    config = yaml.safe_load((tmp_path / "trials" / "lora.yaml").read_text())
+    assert config["train"] == {
+        "max_steps": STEPS, "eval_strategy": "no", "save_strategy": "no", "load_best_model_at_end": False,
+        "logging_steps": 1, "learning_rate": 0.0, "seed": 0,
+    }  # fmt: skip
+    assert config["eval"] == {"metric": None, "answer_pattern": None, "before": False, "after": False}
+    assert config["data"] == COMMON["data"]  # the same training data as in the runs
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_trial_that_fails_says_why_and_the_next_one_is_new(tmp_path: Path) -> None:
+    comparison = small_comparison(tmp_path)
+    with comparison.claim("preparation") as claim:
+        assert claim.take()
+        attempt = trials_of(comparison, claim, FAKE)
+        with pytest.raises(TrialFailed, match="The training loss is nan"):
+            attempt(comparison.methods[0].with_settings("train", weight_decay=13), STEPS)
+        assert attempt(comparison.methods[0], STEPS - WARM_UP).peak == 2**30

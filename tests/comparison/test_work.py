@@ -1,0 +1,191 @@
+"""Runs are trained, shared, stopped and taken up again; a fake stands in for the training itself."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from comparison.small_comparison import IN_A_PROCESS, small_work
+from forked_process import start_forked
+from paca.comparison.claims import Claim
+from paca.comparison.work import seconds_left
+
+NAMES = [f"{method}-lr{rate}-seed{seed}" for method in ("paca", "lora") for rate, seed in
+         (("0.001", 0), ("0.003", 0), ("0.003", 1))]  # fmt: skip
+
+
+def rows_in(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "runs.jsonl").read_text().splitlines()]
+
+
+def comparable(folder: Path) -> list[dict[str, Any]]:
+    """The rows without what differs by place."""
+    return json.loads(json.dumps(rows_in(folder)).replace(str(folder), "FOLDER"))
+
+
+def wait_until(holds: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 300
+    while not holds():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("uninterrupted")
+    small_work(folder).run()
+    return folder
+
+
+def test_every_run_is_a_run_folder_and_a_row(uninterrupted: Path) -> None:
+    assert sorted(row["name"] for row in rows_in(uninterrupted)) == sorted(NAMES)
+    assert sorted(path.name for path in (uninterrupted / "runs").iterdir()) == sorted(NAMES)
+    assert all((uninterrupted / "runs" / name / "adapter").is_dir() for name in NAMES)
+
+
+def test_finished_runs_are_kept(uninterrupted: Path) -> None:
+    def written() -> list[int]:
+        return [(uninterrupted / "runs" / name / "summary.json").stat().st_mtime_ns for name in NAMES]
+
+    before, rows = written(), rows_in(uninterrupted)
+    small_work(uninterrupted).run()
+    assert written() == before
+    assert rows_in(uninterrupted) == rows
+
+
+def test_further_seeds_add_their_runs_alone(uninterrupted: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "more"
+    small_work(folder, seeds=[0]).run()
+    assert len(rows_in(folder)) == 4
+    small_work(folder, seeds=[0, 1]).run()
+    assert comparable(folder) == comparable(uninterrupted)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
+def test_a_comparison_that_was_stopped_ends_as_one_that_was_not(
+    uninterrupted: Path, tmp_path: Path, number: int
+) -> None:
+    folder = tmp_path / "stopped"
+    folder.mkdir()
+    (folder / "hold").touch()
+    process = start_forked(IN_A_PROCESS, folder, streams=tmp_path)
+    metrics = folder / "runs" / NAMES[0] / "metrics.jsonl"
+    wait_until(lambda: metrics.is_file() and '"step": 4' in metrics.read_text())
+    assert process.pid is not None
+    os.kill(process.pid, number)
+    process.join(300)
+    if number == signal.SIGINT:
+        assert process.exitcode == 130
+        assert (folder / "runs" / NAMES[0] / "checkpoints" / "checkpoint-4").is_dir()
+        assert not (folder / "runs" / NAMES[0] / "failed.json").exists()
+    assert not (folder / "runs.jsonl").exists()
+    (folder / "hold").unlink()
+    small_work(folder).run()
+    assert comparable(folder) == comparable(uninterrupted)
+    if number == signal.SIGINT:
+        assert "Resuming after step 4." in (folder / "runs" / NAMES[0] / "log.txt").read_text()
+
+
+def test_two_processes_share_the_work(uninterrupted: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "shared"
+    folder.mkdir()
+    (folder / "hold").touch()
+    processes = []
+    for number in range(2):
+        streams = tmp_path / str(number)
+        streams.mkdir()
+        processes.append(start_forked(IN_A_PROCESS, folder, streams=streams))
+    # Both hold a run at its fourth step, so they work at the same time, and not on the same.
+    wait_until(lambda: len(list((folder / "runs").glob("*/metrics.jsonl"))) == 2)
+    (folder / "hold").unlink()
+    for number, process in enumerate(processes):
+        process.join(300)
+        assert process.exitcode == 0, (tmp_path / str(number) / "stderr").read_text()
+    assert comparable(folder) == comparable(uninterrupted)
+    logs = [(folder / "runs" / name / "log.txt").read_text() for name in NAMES]
+    assert logs == [""] * len(NAMES)  # no run was resumed, or told anything twice
+
+
+def test_a_run_that_another_process_ends_meanwhile_is_not_started(
+    uninterrupted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "meanwhile"
+    shutil.copytree(uninterrupted, folder)
+    summary = folder / "runs" / NAMES[2] / "summary.json"
+    text = summary.read_text()
+    summary.unlink()
+    take = Claim.take
+
+    def ends_before_it_is_taken(claim: Claim) -> bool:
+        summary.write_text(text)
+        return take(claim)
+
+    monkeypatch.setattr(Claim, "take", ends_before_it_is_taken)
+    work = small_work(folder)
+    work.program = (sys.executable, "-c", "print('started')")
+    work.run()
+    assert (folder / "runs" / NAMES[2] / "log.txt").read_text() == ""
+    assert rows_in(folder) == rows_in(uninterrupted)
+
+
+def test_a_run_that_fails_is_a_row_and_the_others_go_on(tmp_path: Path) -> None:
+    file = tmp_path / "bad.yaml"
+    file.write_text("train: {weight_decay: 13}\n")
+    work = small_work(tmp_path / "out", f"paca,bad={file}")
+    work.run()
+    rows = {row["name"]: row for row in rows_in(tmp_path / "out")}
+    assert sorted(rows) == sorted(["bad-lr0.001-seed0", "bad-lr0.003-seed0", *NAMES[:3]])
+    failed = rows["bad-lr0.003-seed0"]
+    assert failed["train_info"]["status"] == "failed"
+    assert failed["run_info"]["error_msg"] == "The training loss is nan at step 3."
+    assert failed["score"] is None
+    assert (failed["learning_rate"], failed["seed"]) == (3e-3, 0)
+    assert failed["run_info"]["config"]["train"]["weight_decay"] == 13
+    assert work.schedule().chosen == {"paca": 3e-3}
+    # It stays failed: the same command does not train it again.
+    written = (tmp_path / "out" / "runs" / "bad-lr0.003-seed0" / "failed.json").stat().st_mtime_ns
+    small_work(tmp_path / "out", f"paca,bad={file}").run()
+    assert (tmp_path / "out" / "runs" / "bad-lr0.003-seed0" / "failed.json").stat().st_mtime_ns == written
+
+
+def test_rows_have_the_names_of_pefts_method_comparison(uninterrupted: Path) -> None:
+    row = next(row for row in rows_in(uninterrupted) if row["name"] == "lora-lr0.003-seed1")
+    assert (row["method"], row["learning_rate"], row["seed"], row["metric"]) == ("lora", 3e-3, 1, "loss")
+    assert row["score"] == row["loss"] == pytest.approx(1.2 + 1 / 7, abs=0.02)
+    assert row["loss_before"] == row["score_before"] > row["loss"]
+    info = row["run_info"]
+    assert info["train_config"]["optimizer_kwargs"]["lr"] == 3e-3
+    assert info["train_config"]["model_id"] == "some/model"
+    assert info["peft_config"] == {"peft_type": "LORA", "r": 8, "lora_alpha": 16, "target_modules": "all-linear"}
+    train = row["train_info"]
+    assert (train["status"], train["train_time"], train["accelerator_memory_max"]) == ("success", 12.0, 2**30)
+    assert (train["file_size"], train["num_trainable_params"], train["num_total_params"]) == (64, 10, 1000)
+    assert [entry["step"] for entry in train["metrics"]] == [0, 6]
+    assert train["metrics"][1]["valid loss"] == row["loss"]
+    assert row["meta_info"]["package_info"] == {"torch-version": "2.13.0"}
+    assert row["meta_info"]["git"] == {"commit": "abc", "dirty": False}
+
+
+def test_a_seed_sets_the_data_order_and_the_columns(uninterrupted: Path) -> None:
+    configs = {row["name"]: row["run_info"]["config"] for row in rows_in(uninterrupted)}
+    assert configs["paca-lr0.003-seed1"]["train"] == {"max_steps": 6, "learning_rate": 3e-3, "seed": 1}
+    assert configs["paca-lr0.003-seed1"]["paca"] == {"r": 16, "paca_alpha": 32, "random_seed": 1}
+    assert "random_seed" not in configs["lora-lr0.003-seed1"]["lora"]
+    assert "paca" not in configs["lora-lr0.003-seed1"]
+
+
+def test_time_left_goes_by_the_runs_of_each_method() -> None:
+    left = {"paca": 2, "lora": 1}
+    assert seconds_left(left, {}, "paca", 5.0, None) is None
+    assert seconds_left(left, {}, "paca", 5.0, 20.0) == 2 * 20 + 20 - 5
+    assert seconds_left(left, {"paca": [10.0, 30.0], "lora": [100.0]}, "paca", 5.0, 1.0) == 2 * 20 + 100 - 5
+    assert seconds_left({"paca": 1}, {"paca": [10.0]}, "paca", 50.0, None) == 0
