@@ -16,7 +16,7 @@ import numpy as np
 import xxhash
 from datasets import Dataset, Features, Json, List, Value
 
-from paca.data import choices, formats, message_trees, rows, sources
+from paca.data import choices, formats, labelled_texts, message_trees, preferences, prompts, rows, sources
 from paca.data.choices import OPTIONS
 from paca.data.formats import Example, Format
 from paca.data.sources import Source
@@ -24,8 +24,18 @@ from paca.messages.errors import PacaError
 
 logger = logging.getLogger(__name__)
 
+_RENDERED = ("messages", "prompt", "completion", "chosen", "rejected", "text")
+"""The columns that are text, or messages that a chat template renders."""
 ORIGIN = "origin"
 """The column that says where an example comes from. TRL carries it along (except when packing) and ignores it."""
+
+FAMILIES = {
+    "text": formats.FORMATS,
+    "preferences": preferences.PREFERENCES,
+    "prompts": prompts.PROMPTS,
+    "labels": labelled_texts.LABELLED_TEXTS,
+}
+"""The forms that each kind of trainer learns from."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +45,8 @@ class Examples:
     dataset: Dataset
     """One of: ``messages`` (list of messages), ``prompt`` and ``completion`` (two texts, or two lists of messages),
     or ``text``; beside them ``tools`` (JSON text or null) where messages may use them, ``options`` (texts, of which the
-    completion is one) where the data lists them, and ``origin`` (``"train.jsonl, line 7"``, unique)."""
+    completion is one) where the data lists them, and ``origin`` (``"train.jsonl, line 7"``, unique). Of other families:
+    ``prompt``, ``chosen`` and ``rejected``; ``prompt`` and any other columns; ``label`` and ``text`` or ``image``."""
 
     format: str
     """The name of the form that the data had, such as ``"alpaca"``."""
@@ -60,8 +71,9 @@ def load_examples(
     split: str = "train",
     limit: int | None = None,
     conversational: bool = True,
+    family: str = "text",
 ) -> Examples:
-    """Load examples and bring them into the shape that TRL's SFTTrainer takes.
+    """Load examples and bring them into the shape that a trainer takes.
 
     Args:
         source: a ``.jsonl``, ``.json`` (an array of objects), ``.csv`` or ``.parquet`` file, a folder of such files
@@ -86,6 +98,8 @@ def load_examples(
                 {output}
 
             (``Input`` is left out when it is empty.) Text that is given as prompt and completion stays as it is.
+        family: what they are to be: ``"text"`` for SFT, ``"preferences"``, ``"prompts"`` or ``"labels"``, each with
+            forms of its own.
 
     Raises:
         PacaError: the source does not exist, is empty or cannot be parsed, its form is unknown or ambiguous, or an
@@ -98,12 +112,20 @@ def load_examples(
     if first is None:
         raise PacaError(f"{source} holds no examples: it is empty.")
     columns = list(first[1])
-    form = formats.recognise(columns, format, source)
+    form = formats.recognise(columns, format, source, FAMILIES[family])
     first = next(_rows(found, form), None)
     if first is None:
         raise PacaError(f"{source} holds no example of the form {form.name}: nobody answers in it.")
-    features = _features(_convert(form, *first, conversational))
-    options = {"source": found, "format_name": form.name, "conversational": conversational, "limit": limit}
+    features = _features(_convert(form, *first, conversational), family)
+    options = {
+        "source": found,
+        "family": family,
+        "format_name": form.name,
+        "conversational": conversational,
+        "limit": limit,
+        "columns": tuple(features),  # a list would be taken for sources, to be read by several processes
+        "rendered": tuple(name for name in _RENDERED if not isinstance(features.get(name), Json)),
+    }
     with without_progress_bars():
         try:
             dataset = Dataset.from_generator(
@@ -182,20 +204,24 @@ def tokens_of(example: Example, tokenizer: Any, *, start_only: bool = False) -> 
     return list(rendered["input_ids"])
 
 
-def _examples(source: Source, format_name: str, conversational: bool, limit: int | None) -> Iterator[Example]:
-    form = formats.FORMATS[format_name]
+def _examples(
+    source: Source,
+    family: str,
+    format_name: str,
+    conversational: bool,
+    limit: int | None,
+    columns: tuple[str, ...],
+    rendered: tuple[str, ...],
+) -> Iterator[Example]:
+    form = FAMILIES[family][format_name]
     kind: frozenset[tuple[str, type]] | None = None
     for place, row in itertools.islice(_rows(source, form), limit):
         example = _convert(form, place, row, conversational)
-        found = frozenset((name, type(value)) for name, value in example.items() if name not in _OF_ANY_KIND)
+        found = frozenset((name, type(value)) for name, value in example.items() if name in rendered)
         if kind is not None and found != kind:
             raise PacaError(f"{place}: text and lists of messages are mixed. Give all examples in one form.")
         kind = found
-        yield example
-
-
-_OF_ANY_KIND = (ORIGIN, OPTIONS, "tools")
-"""These don't tell text from lists of messages."""
+        yield {name: example.get(name) for name in columns}
 
 
 def _rows(source: Source, form: Format) -> Iterator[tuple[str, rows.Row]]:
@@ -212,11 +238,13 @@ def _convert(form: Format, place: str, row: rows.Row, conversational: bool) -> E
         raise PacaError(f"{place}: {error}") from None
 
 
-def _features(example: Example) -> Features:
+def _features(example: Example, family: str) -> Features:
     # Messages are kept as JSON: as a struct, each would get every field of every other one, null where it has none.
-    def feature(name: str, value: object) -> List | Value:
+    def feature(name: str, value: object) -> List | Value | Json:
         if name == OPTIONS:
             return List(Value("string"))
+        if family == "prompts" and name not in ("prompt", ORIGIN):
+            return Json()  # for reward functions, of whatever type
         return List(Json()) if isinstance(value, list) else Value("string")
 
     return Features({name: feature(name, value) for name, value in example.items()})
@@ -226,7 +254,7 @@ def _fingerprint(source: Source, form: Format, conversational: bool, limit: int 
     """Names the cached conversion: another content, another choice or another version of this code, another name."""
     content = xxhash.xxh128()
     content.update(f"{source.fingerprint()}|{source.name}|{form.name}|{conversational}|{limit}".encode())
-    for module in (choices, formats, message_trees, rows, sources):
+    for module in (choices, formats, labelled_texts, message_trees, preferences, prompts, rows, sources):
         content.update(Path(str(module.__file__)).read_bytes())
     content.update(Path(__file__).read_bytes())
     return content.hexdigest()
@@ -242,14 +270,19 @@ def _describe(form: Format, columns: list[str], dataset: Dataset) -> str:
     used = [column for column in form.columns if column in columns]
     if "messages" in dataset.features:
         result = "conversations"
+    elif "label" in dataset.features:
+        result = "text and label"
     elif "text" in dataset.features:
         result = "plain text"
+    elif "completion" not in dataset.features:
+        what = "prompts and pairs of answers" if "chosen" in dataset.features else "prompts"
+        result = f"{what}, {'plain text' if dataset.features['prompt'] == Value('string') else 'messages'}"
     elif dataset.features["prompt"] == Value("string"):
         result = "prompt/completion, plain text"
     else:
         result = "prompt/completion, messages"
     count = f"{len(dataset):,} example{'s' if len(dataset) != 1 else ''}"
-    left_out = [column for column in columns if column not in used]
+    left_out = [column for column in columns if column not in (*used, *dataset.features)]
     ending = f" (not used: {', '.join(left_out)})" if left_out else ""
     column = "columns" if len(used) > 1 else "column"
     return f"{count} of the form {form.name} ({column} {', '.join(used)}), taken as {result}{ending}"
