@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 import json
-import math
 import os
 import re
 from dataclasses import dataclass
 from typing import Any
 
 from peft import get_peft_model
+from torch import nn
 from transformers import PreTrainedModel
 
-from paca.data import Examples, load_examples, split_heldout
+from paca.columns.selection import FROM_BATCHES
 from paca.lean import make_lean, undo_lean
 from paca.messages.errors import PacaError
 from paca.planning.estimate import PlannedModel
@@ -23,10 +22,10 @@ from paca.pretrained.location import locate
 from paca.pretrained.quantized_outline import quantize_outline
 from paca.training import adapter_settings, train_settings
 from paca.training.calibration import describe_columns
-from paca.training.loss_scope import scope_loss, tokenizer_of
 from paca.training.run_config import RunConfig
-from paca.training.run_setting import holds_all_logits
 from paca.training.target_names import check_target_names
+from paca.training.trainers import trainer_kind
+from paca.training.trainers.kind import RunData, TrainerKind
 
 
 @dataclass
@@ -71,20 +70,25 @@ class Plan:
     def lines(self) -> list[tuple[str, str]]:
         """Label and text of each line of the description."""
         share = 100 * self.trainable_parameters / self.parameters
-        tokens = "no limit" if self.tokens_per_step is None else f"at most {self.tokens_per_step:,}"
+        kind, whole = trainer_kind(self.config.train), self.config.adapter.get("modules_to_save")
+        per_step = f"{self.sequences_per_step:,}"
+        if kind.counts == "tokens":
+            most = "no limit" if self.tokens_per_step is None else f"at most {self.tokens_per_step:,}"
+            per_step = f"{most} ({per_step} sequences)"
         dtype = ", ".join(filter(None, (self.dtype, self.config.model.quantization)))
         lines = [
             ("model", f"{self.config.model.name} ({self.architecture}, {self.parameters:,} parameters, {dtype})"),
             ("blocks", self._blocks()),
             ("method", f"{self.method}{self._adapted()}"),
             *([("columns", describe_columns(self.config))] if self.method == "paca" else []),
+            *([("trained whole", ", ".join(whole))] if whole else []),
             ("trainable parameters", f"{self.trainable_parameters:,} ({share:.3f} %)"),
             ("data", self.data_description),
             ("training examples", f"{self.train_examples:,}"),
             ("loss on", self.loss_scope),
-            ("logits", self._logits()),
+            *kind.lines(self.config),
             ("held-out examples", "none" if self.eval_examples is None else f"{self.eval_examples:,}"),
-            ("tokens per step", f"{tokens} ({self.sequences_per_step} sequences)"),
+            (f"{kind.counts} per step", per_step),
             ("steps", "known once the data is packed" if self.steps is None else f"{self.steps:,}"),
             ("run folder", self.config.output.dir),
         ]
@@ -103,23 +107,16 @@ class Plan:
             return "as in transformers"
         return "lean" if self.config.model.recompute is None else "lean; the MLP is computed again in the backward pass"
 
-    def _logits(self) -> str:
-        if holds_all_logits(self.config.train):
-            return "of a whole batch at once, because of train.label_smoothing_factor"
-        return "tile by tile (TRL's fused output head), never of a whole batch at once"
-
 
 @dataclass
 class PreparedRun:
     """A plan and the data that was read for it."""
 
     plan: Plan
-    train: Examples
-    eval: Examples | None
+    data: RunData
+    """With fields of the trainer's settings that follow from it; the resolved config leaves them to be found again."""
     outline: PlannedModel
     """The adapted model without weights, for what is foretold of its memory."""
-    loss_settings: dict[str, bool]
-    """Fields of SFTConfig. They follow from the data, so the resolved config leaves them to be found again."""
 
 
 def describe(config: RunConfig) -> Plan:
@@ -139,12 +136,16 @@ def prepare(config: RunConfig) -> PreparedRun:
     """
     config = copy.deepcopy(config)
     named, given, method = config.model, config.train, config.method
+    kind = trainer_kind(given)
+    _check_model_settings(config, kind)
     if method == "full" and named.dtype == "auto":
         named.dtype = "float32"  # as TRL loads models: in 16 bits, small steps would be lost
-    outline = load_config(named.name, named.dtype, named.revision, named.trust_remote_code)
-    tokenizer = tokenizer_of(named, config.train)
-    train, held_out = _read_data(config, conversational=tokenizer.chat_template is not None)
-    scope = scope_loss(train, held_out, tokenizer, config.train)
+    locate(named.name)  # before its tokenizer is looked for
+    data = kind.read(config)
+    train, held_out = data.train, data.eval
+    outline = load_config(
+        named.name, named.dtype, named.revision, named.trust_remote_code, kind.auto_class, data.labels
+    )
     model = outline.model
     if named.lean:  # a block that it does not know is refused here, before weights are loaded
         undo_lean(make_lean(model, named.recompute))
@@ -154,7 +155,9 @@ def prepare(config: RunConfig) -> PreparedRun:
     check_target_names(method, config.adapter, model, named.name)
     if named.quantization is not None:
         model = quantize_outline(model, named.quantization)
-    adapted = _adapted_outline(config, model)
+    if data.labels is not None and method != "full":
+        config.adapter["modules_to_save"] = sorted({*(config.adapter.get("modules_to_save") or ()), *heads_of(model)})
+    adapted = _adapted_outline(config, model, kind.task_type)
     if named.quantization is not None and method == "paca":
         if config.adapter.get("rotate_every") is not None:
             raise PacaError(
@@ -174,7 +177,7 @@ def prepare(config: RunConfig) -> PreparedRun:
         )
     layers = getattr(adapted.base_model, "targeted_module_names", []) if method != "full" else []
     sequences = _sequences_per_step(config.train, processes)
-    longest = config.train["max_length"]
+    longest = config.train.get("max_length")
     plan = Plan(
         config=config,
         source=locate(named.name).source,
@@ -189,18 +192,18 @@ def prepare(config: RunConfig) -> PreparedRun:
         train_examples=len(train.dataset),
         eval_examples=None if held_out is None else len(held_out.dataset),
         data_format=train.format,
-        data_description=scope.train.description,
-        loss_scope=scope.description,
+        data_description=train.description,
+        loss_scope=data.loss,
         processes=processes,
         sequences_per_step=sequences,
         tokens_per_step=None if longest is None else sequences * longest,
         steps=steps,
     )
-    return PreparedRun(plan, scope.train, scope.eval, adapted, scope.settings)
+    return PreparedRun(plan, data, adapted)
 
 
-def _adapted_outline(config: RunConfig, model: PreTrainedModel) -> PlannedModel:
-    adapter = adapter_settings.outline_config(config.method, config.adapter)
+def _adapted_outline(config: RunConfig, model: PreTrainedModel, task_type: str | None) -> PlannedModel:
+    adapter = adapter_settings.outline_config(config.method, config.adapter, task_type)
     if adapter is None:
         return model
     try:
@@ -216,29 +219,29 @@ def planned_steps(examples: int, train: dict[str, Any], processes: int) -> int |
     """
     if train.get("max_steps", -1) > 0:
         return train["max_steps"]
-    if train["packing"]:
-        return None
-    batches = examples / (train["per_device_train_batch_size"] * processes)
-    batches = math.floor(batches) if train.get("dataloader_drop_last") else math.ceil(batches)
-    steps_per_epoch = max(1, math.ceil(batches / train["gradient_accumulation_steps"]))
-    return math.ceil(train["num_train_epochs"] * steps_per_epoch)
+    return trainer_kind(train).steps(examples, train, processes)
 
 
-def _read_data(config: RunConfig, *, conversational: bool) -> tuple[Examples, Examples | None]:
-    data = config.data
-    train = load_examples(
-        data.train, format=data.format, split=data.split, limit=data.limit, conversational=conversational
-    )
-    if data.eval is None:
-        return train, None
-    if isinstance(data.eval, str):
-        held_out = load_examples(
-            data.eval, format=data.format, split=data.eval_split, limit=config.eval.limit, conversational=conversational
+def heads_of(model: nn.Module) -> list[str]:
+    """The modules of a classifier that a pretrained model need not have: those beside its trunk, with weights."""
+    trunk = getattr(model, "base_model_prefix", None)
+    return [name for name, module in model.named_children() if name != trunk and any(True for _ in module.parameters())]
+
+
+def _check_model_settings(config: RunConfig, kind: TrainerKind) -> None:
+    if config.eval.metric is not None and kind.score is not None:
+        raise PacaError(f"eval.metric goes with train.trainer: sft; {kind.name} measures {kind.score}. Leave it out.")
+    selection = config.adapter.get("selection") if config.method == "paca" else None
+    if selection in FROM_BATCHES and kind.name != "sft":
+        raise PacaError(
+            f"paca.selection: {selection} goes by batches as train.trainer: sft makes them. For {kind.name} choose "
+            "random_blocks, random or weight_norm, or give paca.indices."
         )
-        return train, held_out
-    train, held_out = split_heldout(train, data.eval, data.heldout_seed)
-    count = min(len(held_out.dataset), config.eval.limit or len(held_out.dataset))
-    return train, dataclasses.replace(held_out, dataset=held_out.dataset.select(range(count)))
+    if config.model.quantization is not None and kind.task_type != "CAUSAL_LM":
+        raise PacaError(
+            f"model.quantization does not go with train.trainer: {kind.name}, whose new head would be quantized "
+            "before it is trained. Leave it out."
+        )
 
 
 def _sequences_per_step(train: dict[str, Any], processes: int) -> int:
