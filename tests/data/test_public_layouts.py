@@ -9,10 +9,9 @@ from typing import Any
 import pyarrow
 import pyarrow.parquet
 import pytest
-from PIL import Image
 
 from data.loopback_hub import serving
-from paca.data import load_examples, load_images
+from paca.data import load_examples
 from paca.messages.errors import PacaError
 
 
@@ -171,45 +170,6 @@ def test_the_hub_gives_what_a_file_gives(
     here = load_examples(jsonl(tmp_path / "here.jsonl", rows))
     assert examples.format == here.format == format
     assert examples.dataset.remove_columns("origin")[:] == here.dataset.remove_columns("origin")[:]
-
-
-def save_images(folder: Path) -> Path:
-    for label, shade in (("cat", 10), ("dog", 200)):
-        (folder / label).mkdir(parents=True)
-        for index in range(3):
-            Image.new("RGB", (4, 4), (shade, index, 0)).save(folder / label / f"{index}.png")
-    return folder
-
-
-def test_a_folder_of_images_gives_images_and_the_names_of_their_labels(tmp_path: Path) -> None:
-    images = load_images(str(save_images(tmp_path / "pets")))
-    assert images.names == ["cat", "dog"]
-    assert images.dataset["label"][:] == [0, 0, 0, 1, 1, 1]
-    assert [image.getpixel((0, 0))[0] for image in images.dataset["image"]] == [10, 10, 10, 200, 200, 200]
-
-
-def test_a_limit_of_images_takes_some_of_every_label(tmp_path: Path) -> None:
-    images = load_images(str(save_images(tmp_path / "pets")), limit=2)
-    assert images.dataset["label"][:] == [0, 1]
-
-
-def test_images_with_splits_and_from_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    save_images(tmp_path / "hub" / "train")
-    assert load_images(str(tmp_path / "hub")).names == ["cat", "dog"]
-    with serving(tmp_path / "hub", "some/pets", monkeypatch, tmp_path / "cache"):
-        images = load_images("some/pets[train]")
-    assert images.names == ["cat", "dog"]
-    assert sorted(images.dataset["label"][:]) == [0, 0, 0, 1, 1, 1]
-
-
-def test_what_holds_no_labelled_images_says_so(tmp_path: Path) -> None:
-    with pytest.raises(PacaError, match="no folder of images '/nowhere/pets'"):
-        load_images("/nowhere/pets")
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(PacaError, match="cannot be read as labelled images"):
-        load_images(str(tmp_path / "empty"))
-    with pytest.raises(PacaError, match="expected at least 1"):
-        load_images(str(tmp_path), limit=0)
 
 
 def test_options_beside_a_question_and_its_answer_travel_along(tmp_path: Path) -> None:

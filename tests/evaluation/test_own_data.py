@@ -12,11 +12,12 @@ import pytest
 import torch
 
 from paca.data import load_examples
+from paca.data.answers import extract_answer
 from paca.evaluation import own_data
 from paca.evaluation.completions import completions
 from paca.evaluation.encoding import continuation_of, question_of
 from paca.evaluation.log_likelihood import Continuation, Likelihood, likelihoods
-from paca.evaluation.own_data import Measurement, Score, extract_answer, measure
+from paca.evaluation.own_data import Measurement, Score, measure
 from paca.evaluation.statistics import mean_with_error, ratio_with_error
 from paca.messages.errors import PacaError
 from paca.pretrained.generation import LoadedModel, load_for_generation, stream_reply

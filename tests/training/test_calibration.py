@@ -18,7 +18,7 @@ from paca.messages.errors import PacaError
 from paca.training import calibration, describe, load_run_config, train
 from paca.training.calibration import calibration_batches
 from paca.training.plan import prepare
-from paca.training.train_settings import sft_config
+from paca.training.train_settings import training_arguments
 from paca.tuner.calibration import selecting
 from tiny_checkpoint import byte_tokenizer
 from training.tiny_run import adapter
@@ -48,8 +48,10 @@ def start(config_file: Path, folder: Path, *overrides: str, resume: bool = False
 def batches_of(config_file: Path, folder: Path, *overrides: str, with_labels: bool) -> Any:
     config = load_run_config(config_file, [f"output.dir={folder}", *SMALL, *overrides])
     prepared = prepare(config)
-    arguments = sft_config(prepared.plan.config.train, folder / "checkpoints")
-    return calibration_batches(prepared.train, byte_tokenizer(), arguments, config.calibration, with_labels=with_labels)
+    arguments = training_arguments(prepared.plan.config.train, folder / "checkpoints")
+    return calibration_batches(
+        prepared.data.train, byte_tokenizer(), arguments, config.calibration, with_labels=with_labels
+    )
 
 
 def test_batches_are_what_the_trainer_would_make_cut_and_spread(config_file, tmp_path):
@@ -103,9 +105,9 @@ def test_another_models_columns_are_not_used(config_file, tmp_path, passes):
     model = AutoModelForCausalLM.from_pretrained(load_run_config(config_file).model.name)
     run = load_run_config(config_file, [f"output.dir={tmp_path / 'run'}", *SMALL, "paca.selection=activation_norm"])
     prepared = prepare(run)
-    arguments = sft_config(prepared.plan.config.train, tmp_path / "checkpoints")
+    arguments = training_arguments(prepared.plan.config.train, tmp_path / "checkpoints")
     choice = calibration.ColumnChoice(
-        prepared.plan.config, prepared.train, arguments, tmp_path / "columns.json", Console(quiet=True)
+        prepared.plan.config, prepared.data.train, arguments, tmp_path / "columns.json", Console(quiet=True)
     )
     found = choice.adapter(model)
     assert choice.adapter(model).indices == found.indices

@@ -15,7 +15,7 @@ from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 from paca.lean import is_lean
 from paca.messages.errors import PacaError
 from paca.training import describe, load_run_config, starting_model, train
-from paca.training import run as run_module
+from paca.training.trainers.sft import Sft
 from pretrained.test_pretrained import mergeable_base, write_gguf  # noqa: F401 - the first is a fixture
 from training.tiny_run import adapter, curve, same_adapter
 
@@ -25,7 +25,7 @@ RECOMPUTED = ("model.lean=true", "model.recompute=mlp")
 
 def watch_models(patch: pytest.MonkeyPatch) -> list[torch.nn.Module]:
     seen: list[torch.nn.Module] = []
-    trainer = run_module.SFTTrainer
+    trainer = Sft.trainer
 
     class Watched(trainer):  # type: ignore[misc, valid-type]
         def training_step(self, model, *args, **kwargs):  # type: ignore[no-untyped-def]
@@ -33,7 +33,7 @@ def watch_models(patch: pytest.MonkeyPatch) -> list[torch.nn.Module]:
                 seen.append(model)
             return super().training_step(model, *args, **kwargs)
 
-    patch.setattr(run_module, "SFTTrainer", Watched)
+    patch.setattr(Sft, "trainer", Watched)
     return seen
 
 

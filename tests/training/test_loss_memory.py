@@ -10,8 +10,8 @@ from torch.utils._pytree import tree_leaves
 from trl.kernels import chunked_logprob
 
 from paca.training import describe, load_run_config, train
-from paca.training import run as run_module
 from paca.training.run_setting import setting_of_run
+from paca.training.trainers.sft import Sft
 
 VOCABULARY = 259
 HEAD = (32, VOCABULARY)  # the head's weight, transposed for its product
@@ -49,7 +49,7 @@ def test_what_is_said_about_the_logits_is_what_happens(
     monkeypatch.setattr(chunked_logprob, "TOKEN_CHUNK_SIZE", tile)
     batches: list[tuple[int, int]] = []
 
-    class Watched(run_module.SFTTrainer):
+    class Watched(Sft.trainer):
         def training_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
             tokens = inputs["input_ids"].numel()
             with LogitTensors() as seen:
@@ -57,7 +57,7 @@ def test_what_is_said_about_the_logits_is_what_happens(
             batches.append((seen.positions, tokens))
             return loss
 
-    monkeypatch.setattr(run_module, "SFTTrainer", Watched)
+    monkeypatch.setattr(Sft, "trainer", Watched)
     overrides = [f"output.dir={tmp_path / 'run'}", "train.max_steps=1", "data.eval=null", *settings]
     config = load_run_config(config_file, overrides)
     plan = describe(config)

@@ -8,7 +8,7 @@ from datasets import Dataset
 from rich.console import Console
 
 from paca.training import load_run_config, memory_check, train
-from paca.training.memory_check import sequence_lengths
+from paca.training.trainers import TRAINERS
 
 
 def output_of_run(config_file: Path, folder: Path, *overrides: str) -> str:
@@ -20,8 +20,8 @@ def output_of_run(config_file: Path, folder: Path, *overrides: str) -> str:
 
 def test_lengths_are_those_of_the_rows() -> None:
     rows = [[1, 2, 3], [1], []] * 700
-    assert sequence_lengths(Dataset.from_dict({"input_ids": rows, "other": rows})) == [3, 1, 0] * 700
-    assert sequence_lengths(Dataset.from_dict({"input_ids": rows}).select([1, 0])) == [1, 3]
+    assert TRAINERS["sft"].lengths(Dataset.from_dict({"input_ids": rows, "other": rows})) == [3, 1, 0] * 700
+    assert TRAINERS["sft"].lengths(Dataset.from_dict({"input_ids": rows}).select([1, 0])) == [1, 3]
 
 
 def test_a_run_that_needs_more_than_there_is_says_so_and_trains_all_the_same(

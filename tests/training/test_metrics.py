@@ -20,7 +20,11 @@ def test_rows_are_in_the_file_at_once(tmp_path: Path) -> None:
     assert read_rows(log.path) == log.rows
     assert MetricsLog(log.path).rows == log.rows
     assert log.last_training_row() == {"step": 3, "loss": 2.7}
-    assert (log.eval_loss_at(0), log.eval_loss_at(1), log.eval_loss_at(3)) == (3.0, None, 2.5)
+    assert (log.eval_metric_at(0, "loss"), log.eval_metric_at(1, "loss"), log.eval_metric_at(3, "loss")) == (
+        3.0,
+        None,
+        2.5,
+    )
 
 
 def test_rewinding_drops_what_comes_after_a_step(tmp_path: Path) -> None:

@@ -13,8 +13,8 @@ from rich.console import Console
 
 from paca.messages.errors import PacaError
 from paca.training import RunResult, load_run_config, train
-from paca.training import run as run_module
 from paca.training.run_folder import RunFolder
+from paca.training.trainers.sft import Sft
 from training.tiny_run import curve, same_adapter
 
 
@@ -30,7 +30,7 @@ def passes(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
     """Shapes of the batches that runs train on, in order."""
     shapes: list[tuple[int, ...]] = []
 
-    class Watched(run_module.SFTTrainer):
+    class Watched(Sft.trainer):
         limit = 10**9
 
         def training_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
@@ -39,7 +39,7 @@ def passes(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
                 raise torch.OutOfMemoryError("out of memory")
             return super().training_step(model, inputs, *args, **kwargs)
 
-    monkeypatch.setattr(run_module, "SFTTrainer", Watched)
+    monkeypatch.setattr(Sft, "trainer", Watched)
     return shapes
 
 
@@ -114,7 +114,7 @@ def test_a_run_goes_on_after_a_probe(config_file: Path, tmp_path: Path) -> None:
 def test_a_batch_that_does_not_fit_is_told_before_the_first_step(
     config_file: Path, tmp_path: Path, passes: list[tuple[int, ...]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(run_module.SFTTrainer, "limit", 10)
+    monkeypatch.setattr(Sft.trainer, "limit", 10)
     with pytest.raises(PacaError) as caught:
         run(config_file, tmp_path / "run", probe=True)
     message = str(caught.value)
@@ -132,7 +132,7 @@ def test_a_batch_that_does_not_fit_is_told_before_the_first_step(
 def test_what_is_done_already_is_no_advice(
     config_file: Path, tmp_path: Path, passes: list[tuple[int, ...]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(run_module.SFTTrainer, "limit", 10)
+    monkeypatch.setattr(Sft.trainer, "limit", 10)
     settings = ("model.lean=true", "model.recompute=mlp", "train.gradient_checkpointing=true")
     with pytest.raises(PacaError, match=r"^Memory ran out\. In this order, try: a smaller") as caught:
         run(config_file, tmp_path / "run", *settings)
@@ -144,7 +144,7 @@ def test_another_error_stays_what_it_is(config_file: Path, tmp_path: Path, monke
     def broken(*args: Any, **kwargs: Any) -> None:
         raise RuntimeError("shapes differ")
 
-    monkeypatch.setattr(run_module.SFTTrainer, "training_step", broken)
+    monkeypatch.setattr(Sft.trainer, "training_step", broken)
     with pytest.raises(RuntimeError, match="shapes differ"):
         run(config_file, tmp_path / "run", probe=True)
 

@@ -54,6 +54,9 @@ SUMMARY = {
     "tokens_per_second": 20.0,
     "peak_memory_bytes": 3 * 2**30,
     "peak_memory_of": "resident set of the process",
+    "trainer": "sft",
+    "counts": "tokens",
+    "metrics": {"learning_rate": 1e-3, "mean_token_accuracy": 0.5},
     "config": {"train": {"seed": 1}},
 }
 ROWS = [

@@ -8,7 +8,7 @@ from transformers import BloomConfig, BloomForCausalLM, LlamaConfig, LlamaForCau
 from trl import SFTConfig
 
 from paca.messages.errors import PacaError
-from paca.training.train_settings import OWNED, sft_config, train_fields, with_defaults
+from paca.training.train_settings import OWNED, train_fields, training_arguments, with_defaults
 
 
 def defaults(has_eval: bool = True, context_length: int | None = 8192, **settings: object) -> dict[str, object]:
@@ -52,19 +52,19 @@ def test_tokens_are_counted_without_padding_where_there_is_any() -> None:
 
 
 def test_either_name_of_checkpointing_reaches_the_trainer(tmp_path: Path) -> None:
-    assert sft_config(defaults(), tmp_path).gradient_checkpointing is False
-    assert sft_config(defaults(gradient_checkpointing=True), tmp_path).gradient_checkpointing is True
+    assert training_arguments(defaults(), tmp_path).gradient_checkpointing is False
+    assert training_arguments(defaults(gradient_checkpointing=True), tmp_path).gradient_checkpointing is True
     if "activation_checkpointing" in train_fields():
-        assert sft_config(defaults(activation_checkpointing=True), tmp_path).gradient_checkpointing is True
+        assert training_arguments(defaults(activation_checkpointing=True), tmp_path).gradient_checkpointing is True
 
 
 @pytest.mark.parametrize("settings", [{}, {"eval_strategy": "epoch"}, {"eval_steps": 5}])
 def test_keeping_the_best_model_needs_no_further_settings(tmp_path: Path, settings: dict[str, object]) -> None:
-    config = sft_config(defaults(load_best_model_at_end=True, **settings), tmp_path)
+    config = training_arguments(defaults(load_best_model_at_end=True, **settings), tmp_path)
     assert isinstance(config, SFTConfig)
     assert config.save_strategy.value == config.eval_strategy.value
 
 
 def test_settings_that_do_not_go_together_are_an_error_of_the_section(tmp_path: Path) -> None:
     with pytest.raises(PacaError, match=r"The section train does not work out: .*fp16 and bf16"):
-        sft_config(defaults(bf16=True, fp16=True), tmp_path)
+        training_arguments(defaults(bf16=True, fp16=True), tmp_path)

@@ -9,6 +9,7 @@ import typer
 
 from paca.convert.beforehand import merge_output
 from paca.messages.program import program
+from paca.pretrained.purpose import classifier_in
 from paca_command import import_package
 
 
@@ -37,4 +38,8 @@ def merge(
         logits = f"differ by at most {merged.difference:.1g} of the largest" if merged.difference else "are identical"
         print(f"Read back and compared with the {'trained' if whole else 'adapted'} model: the logits {logits}.")
     print(f"Written: {merged.output} ({str(merged.dtype).removeprefix('torch.')})")
+    classifier = classifier_in(merged.output)
+    if classifier is not None:
+        print(f'Load it with {classifier.auto_class}.from_pretrained("{merged.output}").')
+        return
     print(f'Load it with AutoModelForCausalLM.from_pretrained("{merged.output}"), or: {program()} chat {merged.output}')

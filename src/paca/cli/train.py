@@ -37,7 +37,7 @@ def train(
     """Fine-tune a language model and leave a run folder: adapter, metrics, summary, report."""
     if settings and not dry_run:
         raise PacaError("--settings goes with --dry-run; a run writes them to the config.yaml of its folder.")
-    from paca.training.run_config import load_run_config
+    from paca.training.config_file import load_run_config
 
     run_config = load_run_config(config, set_ or ())
     import_package()
@@ -53,7 +53,8 @@ def train(
 
         plan = describe(run_config)
         show_plan(plan, console)
-        show_sample(plan.sample, console)
+        if plan.sample is not None:
+            show_sample(plan.sample, console)
         if settings:
             say(console, f"\n{plan.config.to_yaml()}", end="")
         return
@@ -95,7 +96,7 @@ def show_result(result: RunResult, console: Console) -> None:
         lines.append(("held-out loss", f"{after:.4f}" if before is None else f"{before:.4f} → {after:.4f}"))
     lines += score_lines(summary["scores"])
     lines += [
-        ("tokens per second", f"{summary['tokens_per_second']:,.0f}"),
+        (f"{summary['counts']} per second", f"{summary['tokens_per_second']:,.0f}"),
         ("peak memory", f"{format_bytes(summary['peak_memory_bytes'])} ({summary['peak_memory_of']})"),
         ("time", f"{format_duration(summary['seconds'])} for {summary['steps']:,} steps"),
         (weights := "model" if summary["method"]["name"] == "full" else "adapter", str(result.folder / weights)),

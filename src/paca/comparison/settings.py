@@ -14,7 +14,8 @@ from paca.comparison.claims import Claim
 from paca.comparison.methods import Method, own_section
 from paca.comparison.schedule import Job
 from paca.messages.errors import PacaError
-from paca.training.run_config import RunConfig, load_run_config
+from paca.training.config_file import load_run_config
+from paca.training.run_config import RunConfig
 from paca.training.run_folder import RunFolder, write_whole
 from paca.training.strict_yaml import read_yaml
 

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from paca.messages.errors import PacaError
+from paca.pretrained.purpose import classifier_in
 from paca.tuner.adapter_folder import ADAPTER_CONFIG, find_adapter, find_base, find_task
 
 
@@ -28,16 +29,17 @@ def merge_output(path: str | Path, output: str | Path, base_model: str | None, o
     """The folder, absolute, for `path` merged into its base model.
 
     Raises:
-        PacaError: It is in use, or the adapter names no base model, or is for something else than language models.
+        PacaError: It is in use, or the adapter names no base model, or is for a task whose head is not known.
     """
     whole = find_adapter(path, or_model=False) is None and (Path(path).expanduser() / "model").is_dir()
     if whole and base_model is None:  # a run that trained the whole model: it is merged already
         return _free_folder(output, overwrite, [path], "merge", "a model", "config.json")
     adapter = adapter_in(path)
     task = find_task(adapter)
-    if task not in (None, "CAUSAL_LM"):
+    if task not in (None, "CAUSAL_LM") and classifier_in(adapter) is None:
         raise PacaError(
-            f"The adapter in {adapter} was trained for the task {task}; only causal language models are merged here. "
+            f"The adapter in {adapter} was trained for the task {task}, and no config.json beside it says with which "
+            "labels. "
             "In Python: load the base model with the transformers class of that task, the adapter with "
             "PeftModel.from_pretrained, then merge_and_unload().save_pretrained(folder)."
         )

@@ -8,12 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from transformers import AutoModelForCausalLM
 
 from paca.convert.beforehand import merge_output
 from paca.messages.errors import PacaError
-from paca.pretrained.generation import LoadedModel, load_for_generation, on_accelerator, sampling_settings
+from paca.pretrained.generation import LoadedModel, load_saved, on_accelerator, sampling_settings
 from paca.pretrained.loading import DTYPES
+from paca.pretrained.purpose import classifier_in
 from paca.pretrained.quantizing import is_quantized
 from paca.pretrained.whole_output import whole_output
 from paca.tuner.adapter_folder import adapter_settings, find_adapter
@@ -22,6 +24,7 @@ from paca.tuner.adapter_folder import adapter_settings, find_adapter
 # of layers, each of which rounds a few times (measured in tests/convert/test_merged.py on random models).
 TOLERANCE_IN_EPS = 32
 PROBE_SHAPE = (2, 16)
+_IMAGE_SIZE = 224  # of a model whose config names none
 
 
 @dataclass
@@ -70,7 +73,7 @@ def merge_to_folder(
     adapter = find_adapter(path)
     # Only PaCA's layers know how to give a quantized weight back its bits as they merge.
     foreign = adapter is not None and adapter_settings(adapter).get("peft_type") != "PACA"
-    load = partial(load_for_generation, path, base_model=base_model, dequantize=foreign)
+    load = partial(load_saved, path, base_model=base_model, dequantize=foreign)
     loaded = load()
     wanted = DTYPES[dtype] if dtype is not None else loaded.model.dtype
     if wanted != loaded.model.dtype:
@@ -105,17 +108,27 @@ def _write(loaded: LoadedModel, dtype: torch.dtype, folder: Path) -> None:
 
 
 def _probe_logits(model: Any) -> torch.Tensor:
-    """Logits `(2, 16, vocabulary)` in float32 on the CPU, for token ids that are always the same."""
+    """Logits in float32 on the CPU, for token ids or images that are always the same.
+
+    Those of a language model are `(2, 16, vocabulary)`, a classifier's `(2, labels)`.
+    """
     generator = torch.Generator().manual_seed(0)
+    if model.main_input_name == "pixel_values":
+        size = getattr(model.config, "image_size", None) or _IMAGE_SIZE
+        images = torch.randn(2, getattr(model.config, "num_channels", 3), size, size, generator=generator)
+        with torch.no_grad():
+            return model(pixel_values=images.to(model.device, model.dtype)).logits.float().cpu()
     vocabulary = model.get_input_embeddings().weight.shape[0]
     tokens = torch.randint(vocabulary, PROBE_SHAPE, generator=generator)
     with torch.no_grad():
-        return model(input_ids=tokens.to(model.device), use_cache=False).logits.float().cpu()
+        return model(input_ids=tokens.to(model.device)).logits.float().cpu()
 
 
 def _difference_from(expected: torch.Tensor, folder: Path) -> float:
     """Of a logit of the checkpoint as read back, as a share of the largest; PacaError if rounding can't explain it."""
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto").eval()
+    classifier = classifier_in(folder)
+    auto_class = AutoModelForCausalLM if classifier is None else getattr(transformers, classifier.auto_class)
+    model = auto_class.from_pretrained(folder, dtype="auto").eval()
     found = _probe_logits(on_accelerator(model))
     difference = ((found - expected).abs().max() / expected.abs().max()).item()
     tolerance = TOLERANCE_IN_EPS * torch.finfo(model.dtype).eps

@@ -14,7 +14,7 @@ import numpy as np
 import xxhash
 from datasets import Dataset, Features, Json, List, Value
 
-from paca.data import choices, formats, message_trees, rows, sources
+from paca.data import choices, formats, labelled_texts, message_trees, preferences, prompts, rows, sources
 from paca.data.choices import OPTIONS
 from paca.data.formats import Example, Format
 from paca.data.sources import Source
@@ -22,8 +22,18 @@ from paca.messages.errors import PacaError
 
 logger = logging.getLogger(__name__)
 
+_RENDERED = ("messages", "prompt", "completion", "chosen", "rejected", "text")
+"""The columns that are text, or messages that a chat template renders."""
 ORIGIN = "origin"
 """The column that says where an example comes from. TRL carries it along (except when packing) and ignores it."""
+
+FAMILIES = {
+    "text": formats.FORMATS,
+    "preferences": preferences.PREFERENCES,
+    "prompts": prompts.PROMPTS,
+    "labels": labelled_texts.LABELLED_TEXTS,
+}
+"""The forms that each kind of trainer learns from."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +43,8 @@ class Examples:
     dataset: Dataset
     """One of: ``messages`` (list of messages), ``prompt`` and ``completion`` (two texts, or two lists of messages),
     or ``text``; beside them ``tools`` (JSON text or null) where messages may use them, ``options`` (texts, of which the
-    completion is one) where the data lists them, and ``origin`` (``"train.jsonl, line 7"``, unique)."""
+    completion is one) where the data lists them, and ``origin`` (``"train.jsonl, line 7"``, unique). Of other families:
+    ``prompt``, ``chosen`` and ``rejected``; ``prompt`` and any other columns; ``label`` and ``text`` or ``image``."""
 
     format: str
     """The name of the form that the data had, such as ``"alpaca"``."""
@@ -57,8 +68,9 @@ def load_examples(
     format: str | None = None,
     split: str = "train",
     limit: int | None = None,
+    family: str = "text",
 ) -> Examples:
-    """Load examples and bring them into the shape that TRL's SFTTrainer takes.
+    """Load examples and bring them into the shape that a trainer takes.
 
     Args:
         source: a ``.jsonl``, ``.json`` (an array of objects), ``.csv`` or ``.parquet`` file, a folder of such files
@@ -71,6 +83,8 @@ def load_examples(
             messages the best-ranked conversation is taken. Texts given as prompt and completion stay as they are.
         split: the split of a hub dataset whose ``source`` names none.
         limit: use only so many examples, from the start.
+        family: what they are to be: ``"text"`` for SFT, ``"preferences"``, ``"prompts"`` or ``"labels"``, each with
+            forms of its own.
 
     Raises:
         PacaError: the source does not exist, is empty or cannot be parsed, its form is unknown or ambiguous, or an
@@ -83,12 +97,19 @@ def load_examples(
     if first is None:
         raise PacaError(f"{source} holds no examples: it is empty.")
     columns = list(first[1])
-    form = formats.recognise(columns, format, source)
+    form = formats.recognise(columns, format, source, FAMILIES[family])
     first = next(_rows(found, form), None)
     if first is None:
         raise PacaError(f"{source} holds no example of the form {form.name}: nobody answers in it.")
-    features = _features(_convert(form, *first))
-    options = {"source": found, "format_name": form.name, "limit": limit}
+    features = _features(_convert(form, *first), family)
+    options = {
+        "source": found,
+        "family": family,
+        "format_name": form.name,
+        "limit": limit,
+        "columns": tuple(features),  # a list would be taken for sources, to be read by several processes
+        "rendered": tuple(name for name in _RENDERED if not isinstance(features.get(name), Json)),
+    }
     with without_progress_bars():
         try:
             dataset = Dataset.from_generator(
@@ -143,30 +164,33 @@ def split_heldout(examples: Examples, held_out: float, seed: int) -> tuple[Examp
     return parts[0], parts[1]
 
 
-def _examples(source: Source, format_name: str, limit: int | None) -> Iterator[Example]:
-    form = formats.FORMATS[format_name]
+def _examples(
+    source: Source,
+    family: str,
+    format_name: str,
+    limit: int | None,
+    columns: tuple[str, ...],
+    rendered: tuple[str, ...],
+) -> Iterator[Example]:
+    form = FAMILIES[family][format_name]
     first: Example | None = None
     for place, row in itertools.islice(_rows(source, form), limit):
         if first is not None and any(column not in row for column in form.required):
-            _refuse_other_form(form, first[ORIGIN], place, row)
+            _refuse_other_form(form, family, first[ORIGIN], place, row)
         example = _convert(form, place, row)
-        if first is not None and _kinds(example) != _kinds(first):
+        if first is not None and any(type(example.get(name)) is not type(first.get(name)) for name in rendered):
             raise PacaError(
                 f"{place}: text and lists of messages are mixed; {first[ORIGIN]} is of the other kind. Give all "
                 "examples in one form."
             )
         first = first or example
-        yield example
+        yield {name: example.get(name) for name in columns}
 
 
-def _kinds(example: Example) -> set[tuple[str, type]]:
-    return {(name, type(value)) for name, value in example.items() if name not in (ORIGIN, OPTIONS, "tools")}
-
-
-def _refuse_other_form(form: Format, first: str, place: str, row: rows.Row) -> None:
+def _refuse_other_form(form: Format, family: str, first: str, place: str, row: rows.Row) -> None:
     """Say so where a row is whole in another form than the first one; else it only lacks a column."""
     try:
-        other = formats.recognise(list(row), None, place)
+        other = formats.recognise(list(row), None, place, FAMILIES[family])
     except PacaError:
         return
     missing = " and no ".join(column for column in form.required if column not in row)
@@ -190,11 +214,13 @@ def _convert(form: Format, place: str, row: rows.Row) -> Example:
         raise PacaError(f"{place}: {error}") from None
 
 
-def _features(example: Example) -> Features:
+def _features(example: Example, family: str) -> Features:
     # Messages are kept as JSON: as a struct, each would get every field of every other one, null where it has none.
-    def feature(name: str, value: object) -> List | Value:
+    def feature(name: str, value: object) -> List | Value | Json:
         if name == OPTIONS:
             return List(Value("string"))
+        if family == "prompts" and name not in ("prompt", ORIGIN):
+            return Json()  # for reward functions, of whatever type
         return List(Json()) if isinstance(value, list) else Value("string")
 
     return Features({name: feature(name, value) for name, value in example.items()})
@@ -204,7 +230,7 @@ def _fingerprint(source: Source, form: Format, limit: int | None) -> str:
     """Names the cached conversion: another content, another choice or another version of this code, another name."""
     content = xxhash.xxh128()
     content.update(f"{source.fingerprint()}|{source.name}|{form.name}|{limit}".encode())
-    for module in (choices, formats, message_trees, rows, sources):
+    for module in (choices, formats, labelled_texts, message_trees, preferences, prompts, rows, sources):
         content.update(Path(str(module.__file__)).read_bytes())
     content.update(Path(__file__).read_bytes())
     return content.hexdigest()
@@ -220,14 +246,19 @@ def _describe(form: Format, columns: list[str], dataset: Dataset) -> str:
     used = [column for column in form.columns if column in columns]
     if "messages" in dataset.features:
         result = "conversations"
+    elif "label" in dataset.features:
+        result = "text and label"
     elif "text" in dataset.features:
         result = "plain text"
+    elif "completion" not in dataset.features:
+        what = "prompts and pairs of answers" if "chosen" in dataset.features else "prompts"
+        result = f"{what}, {'plain text' if dataset.features['prompt'] == Value('string') else 'messages'}"
     elif dataset.features["prompt"] == Value("string"):
         result = "prompt/completion, plain text"
     else:
         result = "prompt/completion, messages"
     count = f"{len(dataset):,} example{'s' if len(dataset) != 1 else ''}"
-    left_out = [column for column in columns if column not in used]
+    left_out = [column for column in columns if column not in (*used, *dataset.features)]
     ending = f" (not used: {', '.join(left_out)})" if left_out else ""
     column = "columns" if len(used) > 1 else "column"
     return f"{count} of the form {form.name} ({column} {', '.join(used)}), taken as {result}{ending}"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -56,7 +56,9 @@ class Format:
         return tuple(column for column in self.columns if column not in self.optional)
 
 
-def recognise(columns: Collection[str], requested: str | None, source: str) -> Format:
+def recognise(
+    columns: Collection[str], requested: str | None, source: str, forms: Mapping[str, Format] | None = None
+) -> Format:
     """Choose the form of the data.
 
     Args:
@@ -65,21 +67,23 @@ def recognise(columns: Collection[str], requested: str | None, source: str) -> F
             that another does and more comes before it. ``text`` is the last resort: many data sets carry a ready-made
             ``text`` beside the columns that it was made from.
         source: names the data in errors.
+        forms: those to choose among; ``FORMATS`` when absent.
 
     Raises:
         PacaError: the form is unknown or ambiguous, or the requested one lacks a column.
     """
+    forms = FORMATS if forms is None else forms
     found = f"{source} has the columns: {', '.join(columns) or '(none)'}."
     if requested is not None:
-        if requested not in FORMATS:
-            hint = did_you_mean(requested, FORMATS)
-            raise PacaError(f"Unknown data format {requested!r}.{hint} Understood are:\n{_overview()}")
-        chosen = FORMATS[requested]
+        if requested not in forms:
+            hint = did_you_mean(requested, forms)
+            raise PacaError(f"Unknown data format {requested!r}.{hint} Understood are:\n{_overview(forms)}")
+        chosen = forms[requested]
         missing = [column for column in chosen.required if column not in columns]
         if missing:
             raise PacaError(f"Data in the format {requested!r} needs {' and '.join(missing)}. {found}")
         return chosen
-    fitting = [form for form in FORMATS.values() if all(column in columns for column in form.required)]
+    fitting = [form for form in forms.values() if all(column in columns for column in form.required)]
     needs = {form.name: set(form.required) for form in fitting}
     fitting = [form for form in fitting if not any(needs[form.name] < other for other in needs.values())]
     if len(fitting) > 1:
@@ -89,14 +93,14 @@ def recognise(columns: Collection[str], requested: str | None, source: str) -> F
     if fitting:
         names = " and ".join(repr(form.name) for form in fitting)
         raise PacaError(f"{found} They fit the formats {names}: choose one with data.format.")
-    raise PacaError(f"{found} That is no form of training data known here. Understood are:\n{_overview()}")
+    raise PacaError(f"{found} That is no form of training data known here. Understood are:\n{_overview(forms)}")
 
 
-def _overview() -> str:
+def _overview(forms: Mapping[str, Format]) -> str:
     return "\n".join(
         f"  {form.name}: {', '.join(form.required)}"
         + (f" (optional: {', '.join(form.optional)})" if form.optional else "")
-        for form in FORMATS.values()
+        for form in forms.values()
     )
 
 

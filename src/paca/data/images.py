@@ -1,52 +1,74 @@
-"""Labelled images for training a vision model: a folder with one folder a label, or a dataset on the hub."""
+"""Labelled images for training a vision model: a folder with one folder a label, a Parquet file, or the hub."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import io
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import datasets
+from PIL import Image, UnidentifiedImageError
 
+from paca.data.examples import ORIGIN, Examples, without_progress_bars
 from paca.data.sources import HUB_SOURCE, is_hub_id, load_from_hub
 from paca.messages.errors import PacaError
 
 
-@dataclass(frozen=True)
-class LabelledImages:
-    """Images and what is on them."""
-
-    dataset: datasets.Dataset
-    """The columns `image` (a PIL image once it is read) and `label` (a number)."""
-
-    names: list[str]
-    """What each number stands for."""
-
-
-def load_images(source: str, *, split: str = "train", limit: int | None = None) -> LabelledImages:
-    """Load labelled images.
+def load_images(source: str, *, split: str = "train", limit: int | None = None) -> Examples:
+    """Load labelled images. They stay in their files until `open_image` opens them.
 
     Args:
-        source: A folder that holds a folder of images for each label (those in turn may lie in `train/`, `test/`), or a
-            dataset on the hub: `owner/name`, `owner/name:config`, `owner/name[split]`.
+        source: A folder that holds a folder of images for each label (those in turn may lie in `train/`, `test/`), a
+            Parquet file with images and labels, or a dataset on the hub: `owner/name`, `owner/name:config`,
+            `owner/name[split]`.
         split: The split of `source` when it names none.
         limit: Use only so many, spread evenly: folders are read label by label.
+
+    Returns:
+        The columns `image` (undecoded), `label` (a number, whose names are those of the feature) and `origin`.
 
     Raises:
         PacaError: The source does not exist, holds no images, or says no label with each.
     """
     if limit is not None and limit < 1:
         raise PacaError(f"The limit of images is {limit}; expected at least 1.")
-    folder = Path(source).expanduser()
-    dataset = _from_folder(folder, split) if folder.is_dir() else _from_hub(source, split)
-    image = _only_column(dataset, datasets.Image, "images", source)
-    label = _only_column(dataset, datasets.ClassLabel, "labels", source)
-    if limit is not None and limit < len(dataset):
-        dataset = dataset.select([index * len(dataset) // limit for index in range(limit)])
-    names = list(dataset.features[label].names)
-    dataset = dataset.select_columns([image, label]).rename_columns(
-        {old: new for old, new in ((image, "image"), (label, "label")) if old != new}
-    )
-    return LabelledImages(dataset, names)
+    path = Path(source).expanduser()
+    with without_progress_bars():
+        if path.is_dir():
+            dataset = _from_folder(path, split)
+        elif path.is_file():
+            dataset = _from_file(path)
+        else:
+            dataset = _from_hub(source, split)
+        image = _only_column(dataset, datasets.Image, "images", source)
+        label = _only_column(dataset, datasets.ClassLabel, "labels", source)
+        if limit is not None and limit < len(dataset):
+            dataset = dataset.select([index * len(dataset) // limit for index in range(limit)])
+        dataset = dataset.select_columns([image, label]).rename_columns(
+            {old: new for old, new in ((image, "image"), (label, "label")) if old != new}
+        )
+        dataset = dataset.cast_column("image", datasets.Image(decode=False))
+        dataset = dataset.add_column(ORIGIN, [f"{path.name}, image {n}" for n in range(len(dataset))])
+    names = dataset.features["label"].names
+    shown = ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
+    description = f"{len(dataset):,} images with {len(names)} labels: {shown}"
+    return Examples(dataset, "images", source, description)
+
+
+def open_image(row: Mapping[str, Any]) -> Image.Image:
+    """The image of a row of `load_images`, in colour.
+
+    Raises:
+        PacaError: It is none, or is broken.
+    """
+    stored = row["image"]
+    try:
+        return Image.open(io.BytesIO(stored["bytes"]) if stored["bytes"] else stored["path"]).convert("RGB")
+    except (OSError, UnidentifiedImageError, TypeError) as error:
+        raise PacaError(
+            f"{row[ORIGIN]} ({stored and stored['path']}) can't be read as an image: {error}. Remove or replace it."
+        ) from error
 
 
 def _from_folder(folder: Path, split: str) -> datasets.Dataset:
@@ -58,6 +80,22 @@ def _from_folder(folder: Path, split: str) -> datasets.Dataset:
             f"The folder {folder} cannot be read as labelled images: {str(error).strip()}\n"
             f"Expected: {folder}/LABEL/image.png, or {folder}/{split}/LABEL/image.png."
         ) from error
+
+
+def _from_file(path: Path) -> datasets.Dataset:
+    """A Parquet file, whose schema need not say that a struct of bytes and path is an image, and a number a label."""
+    if path.suffix.lower() != ".parquet":
+        raise PacaError(f"{path} holds no images that can be read. Give a folder of images, or a .parquet file.")
+    try:
+        dataset = datasets.Dataset.from_parquet(str(path))
+    except (ValueError, OSError, datasets.exceptions.DatasetsError) as error:
+        raise PacaError(f"{path} is not a readable Parquet file: {str(error).strip()}") from error
+    for name, feature in dataset.features.items():
+        if isinstance(feature, dict) and "bytes" in feature:
+            dataset = dataset.cast_column(name, datasets.Image())
+        elif name in ("label", "labels") and isinstance(feature, datasets.Value):
+            dataset = dataset.class_encode_column(name)
+    return dataset
 
 
 def _from_hub(source: str, split: str) -> datasets.Dataset:

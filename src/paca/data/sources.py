@@ -47,8 +47,10 @@ class Source:
             PacaError: a file cannot be parsed.
         """
         if self.hub is not None:
+            named = {k: f.int2str for k, f in self.hub.features.items() if isinstance(f, datasets.ClassLabel)}
             for index, row in enumerate(self.hub):
-                yield f"{self.name}, row {index}", dict(row)
+                labels = {column: name(row[column]) for column, name in named.items() if row[column] is not None}
+                yield f"{self.name}, row {index}", {**row, **labels}
             return
         for file in self.files:
             yield from rows_of(file)

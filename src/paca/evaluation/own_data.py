@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from transformers import PreTrainedTokenizerBase
 
+from paca.data.answers import check_pattern, extract_answer
 from paca.data.examples import ORIGIN
 from paca.evaluation.completions import completions
 from paca.evaluation.encoding import Example, answer_of, continuation_of, options_of, question_of, question_text
@@ -36,13 +36,7 @@ class Measurement:
         """Raises:
         PacaError: The pattern is no regular expression.
         """
-        try:
-            re.compile(self.answer_pattern or "")
-        except re.error as error:
-            raise PacaError(
-                f"The answer pattern {self.answer_pattern!r} is no regular expression: {error}. For what follows "
-                r"#### write '####\s*(.+)'."
-            ) from error
+        check_pattern(self.answer_pattern)
 
     def check(self, rows: Iterable[Example]) -> None:
         """Check that every row can be scored.
@@ -66,7 +60,7 @@ class Measurement:
         return measure(model, tokenizer, rows, self).as_dict()
 
     def extract(self, text: str) -> str | None:
-        """The answer in a text; see `extract_answer`."""
+        """The answer in a text; see `paca.data.answers.extract_answer`."""
         return extract_answer(text, self.answer_pattern)
 
     def answers(self, model: Any, tokenizer: PreTrainedTokenizerBase, rows: list[Example]) -> list[str]:
@@ -140,16 +134,6 @@ def measure(
     ]
     values, errors = ({name: mean[part] for name, mean in means.items()} for part in (0, 1))
     return Score(values, errors, len(rows), samples)  # type: ignore[arg-type]
-
-
-def extract_answer(text: str, pattern: str | None) -> str | None:
-    """The answer in a text, made comparable: spaces joined, commas between digits gone; None where nothing matches."""
-    if pattern is not None:
-        found = list(re.finditer(pattern, text))
-        if not found:
-            return None
-        text = found[-1].group(1 if found[-1].re.groups else 0) or ""
-    return re.sub(r"(?<=\d),(?=\d{3})", "", " ".join(text.split()))
 
 
 Found = tuple[dict[str, Mean], list[str]]

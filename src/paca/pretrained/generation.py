@@ -10,12 +10,14 @@ from queue import Queue
 from typing import Any
 
 import torch
+import transformers
 from peft import PeftModel
 from safetensors import SafetensorError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteriaList, TextIteratorStreamer
 
 from paca.messages.errors import PacaError
 from paca.pretrained import load_config, load_pretrained, load_tokenizer
+from paca.pretrained.purpose import check_answers, classifier_in
 from paca.pretrained.quantizing import QUANTIZATIONS, is_quantized, method_of
 from paca.tuner.adapter_file import tensor_names
 from paca.tuner.adapter_folder import find_adapter, find_base, find_quantization, weight_file
@@ -53,13 +55,23 @@ def load_for_generation(
         PacaError: No such folder, not an adapter, a broken weight file, or a base model that cannot be loaded or that
             the adapter does not fit.
     """
-    adapter = find_adapter(path)
+    check_answers(path)
+    return load_saved(path, base_model=base_model, dtype=dtype, dequantize=dequantize)
+
+
+def load_saved(
+    path: str | Path, *, base_model: str | None = None, dtype: str = "auto", dequantize: bool = False
+) -> LoadedModel:
+    """The same for a model of any kind, a classifier too (arguments and errors as in `load_for_generation`)."""
+    adapter, classifier = find_adapter(path), classifier_in(path)
+    made: dict[str, Any] = {}
+    if classifier is not None:
+        made = {"auto_class": getattr(transformers, classifier.auto_class), "labels": classifier.labels}
     if adapter is None:
         if base_model is not None:
             raise PacaError(f"{path} is a whole model, not an adapter; leave --base-model out.")
-        plain = load_pretrained(str(path), dtype=dtype)
+        plain = load_pretrained(str(path), dtype=dtype, **made)
         return LoadedModel(on_accelerator(plain.model).eval(), plain.tokenizer, None, plain.name_or_path)
-
     base = find_base(adapter, base_model)
     weights = weight_file(adapter)
     # The one saved with the adapter is the one it was trained with; its chat template may differ from the base's.
@@ -68,7 +80,7 @@ def load_for_generation(
         recorded = find_quantization(adapter)
         as_it_lies = recorded not in QUANTIZATIONS or method_of(load_config(base).config) is not None
         pretrained = load_pretrained(
-            base, dtype=dtype, quantization=None if as_it_lies else recorded, tokenizer=tokenizer
+            base, dtype=dtype, quantization=None if as_it_lies else recorded, tokenizer=tokenizer, **made
         )
     except PacaError as error:
         raise PacaError(

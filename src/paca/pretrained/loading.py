@@ -1,22 +1,23 @@
-"""Load a causal language model and its tokenizer, trainable, whatever they are stored as."""
+"""Load a model and its tokenizer (or image processor), trainable, whatever they are stored as."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 import torch
-import transformers
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
 from safetensors import SafetensorError
 from torch import nn
 from transformers import (
     AutoConfig,
+    AutoImageProcessor,
     AutoModelForCausalLM,
+    AutoModelForImageClassification,
     AutoTokenizer,
     PreTrainedConfig,
     PreTrainedModel,
@@ -27,6 +28,7 @@ from paca.messages.errors import PacaError
 from paca.pretrained import gguf, quantizing
 from paca.pretrained.hub import unreachable, without_waiting
 from paca.pretrained.location import TOKENIZER_FILES, Location, Source, locate, tokenizer_files
+from paca.pretrained.quiet import without_load_report, without_progress_bars
 
 logger = logging.getLogger(__name__)
 
@@ -47,7 +49,9 @@ class Pretrained:
     """A model with its tokenizer."""
 
     model: PreTrainedModel
-    tokenizer: PreTrainedTokenizerBase
+    tokenizer: Any
+    """A `PreTrainedTokenizerBase`; for images, their processor."""
+
     source: Source
     """Where it came from: `"hub"`, `"folder"` or `"gguf"`."""
     name_or_path: str
@@ -69,8 +73,10 @@ def load_pretrained(
     trust_remote_code: bool = False,
     quantization: str | None = None,
     tokenizer: str | PreTrainedTokenizerBase | None = None,
+    auto_class: Any = AutoModelForCausalLM,
+    labels: Sequence[str] | None = None,
 ) -> Pretrained:
-    """Load a causal language model and its tokenizer, ready to be trained.
+    """Load a model and its tokenizer, ready to be trained.
 
     Args:
         name: A hub id, a local folder with a `config.json`, or a `.gguf` file. A GGUF file is dequantized.
@@ -81,6 +87,8 @@ def load_pretrained(
         quantization: Quantize the linear layers as they are loaded, by bitsandbytes: `"nf4"`, `"fp4"` or
             `"int8"`. The rest keeps `dtype`, and nothing is cast to float32.
         tokenizer: In place of the model's own: as `name`, any folder that holds one, or a loaded one.
+        auto_class: The `AutoModel...` of transformers that makes the model.
+        labels: For a classifier, what its outputs stand for. A checkpoint without a head for as many gets a new one.
 
     The tokenizer always has a padding token afterwards; one that had to be chosen is logged.
 
@@ -90,7 +98,10 @@ def load_pretrained(
     location, options = _open(name, revision, trust_remote_code)
     torch_dtype = _torch_dtype(dtype)
     named = tokenizer if isinstance(tokenizer, str) else None
-    if tokenizer is None:
+    if tokenizer is None and auto_class is AutoModelForImageClassification:
+        with _explaining(location, revision, what="image processor"), without_progress_bars():
+            tokenizer = AutoImageProcessor.from_pretrained(**options)
+    elif tokenizer is None:
         tokenizer = _tokenizer_at(location, options)
     elif isinstance(tokenizer, str):
         tokenizer = load_tokenizer(tokenizer, trust_remote_code=trust_remote_code)
@@ -108,11 +119,17 @@ def load_pretrained(
         compute = torch_dtype if isinstance(torch_dtype, torch.dtype) else getattr(config, "dtype", None)
         options["quantization_config"] = quantizing.quantization_config(quantization, compute or torch.float32)
         options["device_map"] = quantizing.device_map()
-    with _explaining(location, revision), without_progress_bars(), gguf.without_unpacking_bar():
-        model = AutoModelForCausalLM.from_pretrained(dtype=torch_dtype, **options)
+    quietly = nullcontext() if labels is None else without_load_report()
+    with _explaining(location, revision), without_progress_bars(), gguf.without_unpacking_bar(), quietly:
+        if labels is not None:
+            config = AutoConfig.from_pretrained(**options, **_label_settings(labels))
+            options |= {"config": config, "ignore_mismatched_sizes": True}
+        model = auto_class.from_pretrained(dtype=torch_dtype, **options)
     quantizing.keep_trainable(model)
     if location.source == "gguf":
         gguf.check_is_plain(model, location.name_or_path)
+    if not isinstance(tokenizer, PreTrainedTokenizerBase):
+        return Pretrained(model, tokenizer, location.source, location.name_or_path)
     embeddings = cast(nn.Embedding, model.get_input_embeddings()).num_embeddings
     if named is not None and len(tokenizer) > embeddings:
         raise PacaError(
@@ -140,24 +157,30 @@ def load_config(
     revision: str | None = None,
     trust_remote_code: bool = False,
     auto_class: Any = AutoModelForCausalLM,
+    labels: Sequence[str] | None = None,
 ) -> Outline:
     """What a model looks like without its weights (arguments and errors as in `load_pretrained`).
 
     `auto_class` is the `AutoModel...` of transformers that makes it. With `dtype="auto"` its dtype is the one that the
     configuration names, else float32.
+    `labels` are those of a classifier, which gets an output for each.
     """
     location, options = _open(name, revision, trust_remote_code)
     torch_dtype = _torch_dtype(dtype)
     with _explaining(location, revision), without_progress_bars():
         if location.source == "gguf":
             options = gguf.outline_options(location.name_or_path)
-        config = AutoConfig.from_pretrained(**options)
+        config = AutoConfig.from_pretrained(**options, **({} if labels is None else _label_settings(labels)))
         if torch_dtype == "auto":
             torch_dtype = getattr(config, "dtype", None) or torch.float32
         with torch.device("meta"):
             model = auto_class.from_config(config, dtype=torch_dtype, trust_remote_code=trust_remote_code)
     model.tie_weights()
     return Outline(config, model)
+
+
+def _label_settings(labels: Sequence[str]) -> dict[str, Any]:
+    return {"id2label": dict(enumerate(labels)), "label2id": {label: number for number, label in enumerate(labels)}}
 
 
 def _open(
@@ -265,16 +288,3 @@ def _reason(error: BaseException, what: str) -> str:
     """The first line of the error; for a tokenizer all of it, as transformers lists there what it looked for."""
     text = str(error).strip() or type(error).__name__
     return " ".join(text.split()) if what == "tokenizer" else text.splitlines()[0]
-
-
-@contextmanager
-def without_progress_bars() -> Iterator[None]:
-    """Hide the bars that count parameters. Downloads keep theirs."""
-    bars = transformers.utils.logging
-    was_enabled = bars.is_progress_bar_enabled()
-    bars.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if was_enabled:
-            bars.enable_progress_bar()

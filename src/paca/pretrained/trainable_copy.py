@@ -11,7 +11,8 @@ import transformers
 from transformers import AutoTokenizer
 
 from paca.messages.errors import PacaError
-from paca.pretrained.loading import Pretrained, without_progress_bars
+from paca.pretrained.loading import Pretrained
+from paca.pretrained.quiet import without_progress_bars
 from paca.pretrained.whole_output import whole_output
 
 logger = logging.getLogger(__name__)

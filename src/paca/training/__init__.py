@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from paca.training.run_config import RunConfig, load_run_config
+from paca.training.config_file import load_run_config
+from paca.training.run_config import RunConfig
 
 if TYPE_CHECKING:
     from paca.training.plan import Plan, describe

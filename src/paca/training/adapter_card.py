@@ -11,6 +11,8 @@ from torch import nn
 from transformers import TrainerCallback, TrainerState, TrainingArguments
 
 from paca.convert.pefts_paca import PEFT, saved_layers, why_not
+from paca.pretrained.purpose import Classifier, classifier_in
+from paca.training.scores import score_lines
 from paca.tuner.adapter_folder import adapter_settings, find_base
 
 _SHOWN_SETTINGS = (
@@ -36,6 +38,14 @@ tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")
 ```"""
 
 
+_PIPELINES = {
+    "reward": "text-classification",
+    "classification": "text-classification",
+    "image_classification": "image-classification",
+}
+_HERE = "path/to/this/folder"
+
+
 def write_card(folder: Path, summary: dict[str, Any], trained: nn.Module) -> None:
     """Write the card of a finished run's adapter or model, in place of the empty one that PEFT or TRL leaves.
 
@@ -49,15 +59,22 @@ def write_card(folder: Path, summary: dict[str, Any], trained: nn.Module) -> Non
     base = model["name"] if name == "full" else find_base(folder)
     before, after = summary["eval_loss_before"], summary["eval_loss_after"]
     library, tags = ("transformers", []) if name == "full" else ("peft", [name, "peft"])
-    head: dict[str, Any] = {"library_name": library, "pipeline_tag": "text-generation", "tags": tags}
+    head: dict[str, Any] = {
+        "library_name": library,
+        "pipeline_tag": _PIPELINES.get(summary["trainer"], "text-generation"),
+        "tags": tags,
+    }
     if not os.path.isabs(base):  # of a hub id the hub makes a link; it refuses a path
         head["base_model"] = base
     settings = [f"| `{name}` | {train[name]} |" for name in _SHOWN_SETTINGS if train.get(name) is not None]
-    results = [f"{summary['steps']:,} steps over {summary['tokens']:,} tokens ({summary['epochs']:.3g} epochs)."]
+    seen = f"{summary['tokens']:,} {summary['counts']}"
+    results = [f"{summary['steps']:,} steps over {seen} ({summary['epochs']:.3g} epochs)."]
     if after is not None:
         held_out = f"{data['eval_examples']:,} held-out examples"
         start = "" if before is None else f"{before:.4f} before training and "
         results.append(f"Loss on {held_out}: {start}{after:.4f} after.")
+    results += [f"Held-out {metric}: {values}." for metric, values in score_lines(summary["scores"])]
+    classifier = classifier_in(folder)
     versions = ", ".join(f"{name} {version}" for name, version in summary["versions"].items())
     named = f"`{model['name']}` ({model['architecture']}, {model['parameters']:,} parameters, {model['dtype']})"
     text = f"""---
@@ -89,7 +106,7 @@ Every setting is in the run's `config.yaml`. Made with {versions}.
 
 ## How to load it
 
-{_how_to_load(name, folder, base, trained)}
+{_how_to_load(name, folder, base, trained) if classifier is None else _how_to_load_classifier(classifier, name, base)}
 """
     (folder / "README.md").write_text(text, encoding="utf-8")
 
@@ -120,6 +137,24 @@ def _method(summary: dict[str, Any]) -> str:
         return f"{counted}\n- {columns}"
     given = ", ".join(f"{key} = {value}" for key, value in settings.items() if value not in (None, False, {}, []))
     return f"{counted}\n- {given}" if given else counted
+
+
+def _how_to_load_classifier(classifier: Classifier, name: str, base: str) -> str:
+    auto = classifier.auto_class
+    labels = f"Its labels: {', '.join(classifier.labels)}.\n\n"
+    if name == "full":
+        return f'{labels}```python\nfrom transformers import {auto}\n\nmodel = {auto}.from_pretrained("{_HERE}")\n```'
+    return f"""{labels}```python
+{"import paca  # makes PaCA known to PEFT; pip install paca-tuning" if name == "paca" else ""}
+from peft import PeftModel
+from transformers import AutoConfig, {auto}
+
+config = AutoConfig.from_pretrained("{_HERE}")  # with the labels
+model = {auto}.from_pretrained("{base}", config=config, ignore_mismatched_sizes=True)
+model = PeftModel.from_pretrained(model, "{_HERE}")
+```
+
+`paca merge` writes it as a plain checkpoint."""
 
 
 def _how_to_load(name: str, folder: Path, base: str, trained: nn.Module) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import enum
 import re
@@ -109,21 +110,22 @@ def _peft_type(settings: Mapping[str, Any], origins: Origins) -> str:
     return kind
 
 
-def adapter_config(method: str, settings: Mapping[str, Any]) -> PeftConfig | None:
-    """The config of a causal language model's adapter with the given settings; None where there is none."""
+def adapter_config(method: str, settings: Mapping[str, Any], task_type: str | None = "CAUSAL_LM") -> PeftConfig | None:
+    """The config of an adapter with the given settings, for a task by PEFT's names; None where there is none."""
     if method == "full":
         return None
-    given = {name: value for name, value in settings.items() if name != "peft_type"}
-    return config_type(method, settings)(task_type="CAUSAL_LM", **given)
+    # A copy: PEFT adds to its lists.
+    given = {name: copy.deepcopy(value) for name, value in settings.items() if name != "peft_type"}
+    return config_type(method, settings)(task_type=task_type, **given)
 
 
-def outline_config(method: str, settings: Mapping[str, Any]) -> PeftConfig | None:
+def outline_config(method: str, settings: Mapping[str, Any], task_type: str | None = "CAUSAL_LM") -> PeftConfig | None:
     """The same for a model without weights: nothing can be chosen or computed from them."""
     if method == "paca":
         settings = {**settings, "selection": "random", "random_seed": 0, "original_weights": None}
     elif "init_lora_weights" in settings:
         settings = {**settings, "init_lora_weights": True}
-    return adapter_config(method, settings)
+    return adapter_config(method, settings, task_type)
 
 
 def with_defaults(method: str, settings: Mapping[str, Any]) -> dict[str, Any]:

@@ -15,8 +15,8 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from rich.console import Console
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM
-from trl import SFTConfig, SFTTrainer
+from transformers import LlamaConfig, LlamaForCausalLM, TrainingArguments
+from trl import SFTTrainer
 
 from paca import __version__
 from paca.columns.selection import AT_RANDOM, BLOCK, FROM_BATCHES
@@ -28,6 +28,7 @@ from paca.training import adapter_settings
 from paca.training.prompt_form import tokenizer_of
 from paca.training.run_config import CalibrationSection, RunConfig
 from paca.training.run_folder import write_whole
+from paca.training.trainers import trainer_kind
 from paca.tuner.calibration import select
 from paca.tuner.calibration.selecting import with_indices
 
@@ -65,7 +66,7 @@ class ColumnChoice:
 
     config: RunConfig
     examples: Examples
-    arguments: SFTConfig
+    arguments: TrainingArguments
     file: Path
     console: Console
 
@@ -77,7 +78,8 @@ class ColumnChoice:
         Raises:
             PacaError: The columns can't be chosen.
         """
-        asked = adapter_settings.adapter_config("paca", self.config.adapter)
+        task = trainer_kind(self.config.train).task_type
+        asked = adapter_settings.adapter_config("paca", self.config.adapter, task)
         assert isinstance(asked, PacaConfig)
         if asked.selection in AT_RANDOM:
             return asked
@@ -140,7 +142,7 @@ class ColumnChoice:
 
 
 def calibration_batches(
-    examples: Examples, tokenizer: Any, arguments: SFTConfig, section: CalibrationSection, *, with_labels: bool
+    examples: Examples, tokenizer: Any, arguments: TrainingArguments, section: CalibrationSection, *, with_labels: bool
 ) -> list[dict[str, Tensor]]:
     """Batches of training examples, as ``SFTTrainer`` tokenizes and pads them, spread evenly over the data.
 
@@ -158,7 +160,7 @@ def calibration_batches(
     taken = min(section.sequences, count)
     dataset = examples.dataset.select([number * count // taken for number in range(taken)])
     args: Any = copy.copy(arguments)  # not a new one, which would set up devices and processes anew
-    args.max_length = min(section.max_length, arguments.max_length or section.max_length)
+    args.max_length = min(section.max_length, args.max_length or section.max_length)
     args.packing = args.padding_free = args.shuffle_dataset = False
     args.report_to, args.eval_strategy, args.load_best_model_at_end = [], "no", False
     args.use_liger_kernel = args.torch_compile = args.push_to_hub = False
@@ -186,7 +188,7 @@ def calibration_batches(
     return batches
 
 
-def _place(model: Any, arguments: SFTConfig) -> None:
+def _place(model: Any, arguments: TrainingArguments) -> None:
     """Move the model where the trainer would, if it would."""
     sharded = arguments.fsdp or arguments.deepspeed
     if arguments.place_model_on_device and not sharded and not hasattr(model, "hf_device_map"):

@@ -24,12 +24,13 @@ _WINDOWS = 25  # the smoothed curve averages over a 25th of the run
 Points = Sequence[tuple[float, float]]
 
 
-def loss_curves(train: Points, held_out: Points) -> str:
+def loss_curves(train: Points, held_out: Points, unit: str | None = "nats per token") -> str:
     """The training loss (as logged, and smoothed) and the held-out loss.
 
     Args:
         train: (step, loss) of the logged steps.
         held_out: (step, loss) of the evaluations; may be empty.
+        unit: Of the loss, where it has one that people know.
 
     Returns:
         An ``<svg>`` element.
@@ -53,18 +54,19 @@ def loss_curves(train: Points, held_out: Points) -> str:
                 f"{loss:.3f}", (step, loss), color=_HELD_OUT, fontsize=10, fontweight="bold", zorder=5, **place
             )
     _end_at_last_step(axes, [*train, *held_out])
-    axes.set_ylabel("loss (nats per token)")
+    axes.set_ylabel("loss" if unit is None else f"loss ({unit})")
     if train or held_out:
         axes.legend(frameon=False, labelcolor=INK)
     return inline_svg(figure, "Training loss and held-out loss over steps")
 
 
-def curve(points: Points, title: str, *, from_zero: bool = False) -> str:
+def curve(points: Points, title: str, *, held_out: Points = (), from_zero: bool = False) -> str:
     """One quantity over steps.
 
     Args:
         points: (step, value); may be empty.
         title: Stands above the curve.
+        held_out: The same quantity at the evaluations, where there are any.
         from_zero: Let the vertical axis begin at zero.
 
     Returns:
@@ -74,7 +76,10 @@ def curve(points: Points, title: str, *, from_zero: bool = False) -> str:
     if points:
         axes.plot(*zip(*thin(points), strict=True), color=_TRAIN, linewidth=1.5)
         _mark_single(axes, points, _TRAIN)
-    _end_at_last_step(axes, points)
+    if held_out:
+        axes.plot(*zip(*held_out, strict=True), color=_HELD_OUT, marker="o", markersize=3, label="held out")
+        axes.legend(frameon=False, labelcolor=INK, fontsize=8)
+    _end_at_last_step(axes, [*points, *held_out])
     if from_zero:
         axes.set_ylim(bottom=0)
     axes.set_title(title, color=INK, fontsize=11, loc="left")

@@ -5,19 +5,19 @@ from __future__ import annotations
 import logging
 import os
 
-import pyarrow.compute as pc
 from datasets import Dataset
-from trl import SFTConfig
+from transformers import TrainingArguments
 
 from paca.messages.errors import PacaError
 from paca.planning import available_memory, warn_if_too_large
 from paca.training.plan import PreparedRun
 from paca.training.run_setting import setting_of_run
+from paca.training.trainers import trainer_kind
 
 logger = logging.getLogger(__name__)
 
 
-def memory_at_hand(arguments: SFTConfig) -> int | None:
+def memory_at_hand(arguments: TrainingArguments) -> int | None:
     """Bytes that this process may use where it will train; ask before the model is loaded.
 
     None where no plan is made: for devices that the planner does not know, and for weights that are sharded.
@@ -33,7 +33,9 @@ def memory_at_hand(arguments: SFTConfig) -> int | None:
     return available // int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if device == "cpu" else available
 
 
-def memory_warning(prepared: PreparedRun, dataset: Dataset, arguments: SFTConfig, available: int | None) -> str | None:
+def memory_warning(
+    prepared: PreparedRun, dataset: Dataset, arguments: TrainingArguments, available: int | None
+) -> str | None:
     """What to tell the user if the longest batch needs more than there is; None if it fits or can't be foretold.
 
     Args:
@@ -42,9 +44,10 @@ def memory_warning(prepared: PreparedRun, dataset: Dataset, arguments: SFTConfig
         arguments: Of the trainer.
         available: From `memory_at_hand`.
     """
-    if available is None:
+    kind = trainer_kind(prepared.plan.config.train)
+    if available is None or kind.name != "sft":  # the only one whose steps the planner knows
         return None
-    longest = max(sequence_lengths(dataset), default=1)
+    longest = max(kind.lengths(dataset), default=1)
     try:
         setting = setting_of_run(prepared.plan.config, arguments.device.type, longest)
         return warn_if_too_large(prepared.outline, setting, available)
@@ -53,11 +56,3 @@ def memory_warning(prepared: PreparedRun, dataset: Dataset, arguments: SFTConfig
             "What this run needs can't be foretold (%s: %s). --probe measures it.", type(error).__name__, error
         )
         return None
-
-
-def sequence_lengths(dataset: Dataset) -> list[int]:
-    """Tokens of each row of a tokenized data set."""
-    lengths: list[int] = []
-    for batch in dataset.select_columns("input_ids").with_format("arrow").iter(batch_size=1000):
-        lengths.extend(pc.list_value_length(batch["input_ids"]).to_pylist())
-    return lengths

@@ -14,8 +14,13 @@ from transformers import TrainerCallback, TrainerControl, TrainerState
 from paca.training.memory import peak_memory
 from paca.training.run_folder import write_whole
 
-_TRAIN_KEYS = ("loss", "grad_norm", "learning_rate", "mean_token_accuracy", "entropy", "aux_loss")
-_EVAL_KEYS = ("eval_loss", "eval_mean_token_accuracy", "eval_entropy", "eval_aux_loss")
+_HOUSEKEEPING = {"epoch", "num_tokens", "num_input_tokens_seen", "step_time", "train_tokens_per_second"}
+"""What trainers log besides, and a row has under names of its own."""
+_SPEEDS = ("_runtime", "_per_second", "_time", "_num_tokens")
+_OF_A_ROW = {
+    *("step", "epoch", "loss", "tokens", "tokens_per_second", "train_seconds", "seconds", "peak_memory_bytes"),
+    *("eval_loss", "eval_seconds"),
+}
 
 
 class MetricsLog:
@@ -23,7 +28,8 @@ class MetricsLog:
 
     A training row has ``step, epoch, loss, grad_norm, learning_rate, tokens`` (seen so far), ``tokens_per_second``,
     ``train_seconds`` (time in training steps so far), ``seconds`` (time in the run so far) and ``peak_memory_bytes``;
-    an evaluation row has ``step`` and ``eval_loss``. Step 0 is the model as it came.
+    an evaluation row has ``step`` and ``eval_loss``. Each has what the trainer logs besides, such as
+    ``rewards/margins``. Step 0 is the model as it came. Of images, ``tokens`` counts the images.
     """
 
     def __init__(self, path: Path) -> None:
@@ -38,7 +44,7 @@ class MetricsLog:
         An evaluation repeated at its step (a run resumed just after it) takes the place of the earlier one.
         """
         row = {name: finite_or_none(value) for name, value in row.items()}
-        if "eval_loss" in row and self.eval_loss_at(row["step"]) is not None:
+        if "eval_loss" in row and self.eval_metric_at(row["step"], "loss") is not None:
             self.rows = [old for old in self.rows if "eval_loss" not in old or old["step"] != row["step"]]
             self._rewrite()
         self.rows.append(row)
@@ -54,11 +60,18 @@ class MetricsLog:
         """The newest row of a training step."""
         return next((row for row in reversed(self.rows) if "loss" in row), None)
 
-    def eval_loss_at(self, step: int) -> float | None:
-        """The held-out loss measured after ``step`` steps, if it was."""
-        return next(
-            (row["eval_loss"] for row in reversed(self.rows) if "eval_loss" in row and row["step"] == step), None
-        )
+    def metrics(self) -> list[str]:
+        """What the trainer logs of its own, by name; with ``eval_`` before it, of held-out data."""
+        return list(dict.fromkeys(name for row in self.rows for name in row if name not in _OF_A_ROW))
+
+    def last(self, name: str) -> float | None:
+        """The newest value of a metric; None where there is none."""
+        return next((row[name] for row in reversed(self.rows) if row.get(name) is not None), None)
+
+    def eval_metric_at(self, step: int, name: str) -> float | None:
+        """A metric of the held-out data after ``step`` steps, if it was measured."""
+        found = (row.get(f"eval_{name}") for row in reversed(self.rows) if row["step"] == step)
+        return next((value for value in found if value is not None), None)
 
     def _rewrite(self) -> None:
         write_whole(self.path, "".join(json.dumps(row) + "\n" for row in self.rows))
@@ -67,6 +80,14 @@ class MetricsLog:
 def finite_or_none(value: Any) -> Any:
     """The value itself, or None for NaN and infinities."""
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _metrics_of(logs: dict[str, Any]) -> dict[str, float]:
+    return {
+        name: value
+        for name, value in logs.items()
+        if isinstance(value, (int, float)) and name not in _HOUSEKEEPING and not name.endswith(_SPEEDS)
+    }
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
@@ -132,7 +153,7 @@ class RecordMetrics(TrainerCallback):
             self.log.append(self._training_row(state, logs))
         elif "eval_loss" in logs:
             row: dict[str, Any] = {"step": state.global_step, "epoch": state.epoch}
-            row |= {key: logs[key] for key in _EVAL_KEYS if key in logs}
+            row |= _metrics_of(logs)
             row["eval_seconds"] = logs.get("eval_runtime")
             row["seconds"] = round(self.seconds, 3)
             self.log.append(row)
@@ -153,7 +174,7 @@ class RecordMetrics(TrainerCallback):
         self._tokens_logged, self._train_seconds_logged = tokens, self.train_seconds
         self.peak_memory_bytes = max(self.peak_memory_bytes, peak_memory(self.device))
         row: dict[str, Any] = {"step": state.global_step, "epoch": state.epoch}
-        row |= {key: logs[key] for key in _TRAIN_KEYS if key in logs}
+        row |= _metrics_of(logs)
         row["tokens"] = tokens
         row["tokens_per_second"] = round(speed, 1)
         row["train_seconds"] = round(self.train_seconds, 3)

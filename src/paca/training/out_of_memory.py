@@ -19,7 +19,9 @@ def remedies(config: RunConfig) -> str:
         tries.append("model.recompute=mlp (with model.lean=true)")
     if not (train.get("gradient_checkpointing") or train.get("activation_checkpointing")):
         tries.append("train.gradient_checkpointing=true")
-    tries.append(f"a smaller train.max_length (now {train['max_length']})")
+    for name in ("max_length", "max_completion_length"):
+        if name in train:
+            tries.append(f"a smaller train.{name} (now {train[name]})")
     if model.dtype != "bfloat16":
         tries.append("model.dtype=bfloat16")
     return f"In this order, try: {', '.join(tries)}. `paca plan` finds settings that fit."

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 import json
 import math
 import os
@@ -12,10 +11,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from peft import get_peft_model
+from torch import nn
 from transformers import PreTrainedModel
 
-from paca.data import Examples, load_examples, split_heldout, tokenize
-from paca.data.sample import Sample, take_sample
+from paca.columns.selection import FROM_BATCHES
+from paca.data.sample import Sample
 from paca.lean import make_lean, undo_lean
 from paca.messages.errors import PacaError
 from paca.planning.estimate import PlannedModel
@@ -24,10 +24,10 @@ from paca.pretrained.location import locate
 from paca.pretrained.quantizing import quantize_outline
 from paca.training import adapter_settings, train_settings
 from paca.training.calibration import describe_columns
-from paca.training.prompt_form import choose_form, describe_loss, tokenizer_of, trains_everything
 from paca.training.run_config import RunConfig
-from paca.training.run_setting import holds_all_logits
 from paca.training.target_names import check_target_names
+from paca.training.trainers import trainer_kind
+from paca.training.trainers.kind import RunData, TrainerKind
 
 
 @dataclass
@@ -59,37 +59,45 @@ class Plan:
     data_format: str
     data_description: str
     """What was recognised in the data, in words."""
-    template: str
-    """The form of the prompts, in words."""
+    template: str | None
+    """The form of the prompts, in words; None where no text is generated."""
     loss_scope: str
     """Which tokens count in the loss, in words."""
-    sample: Sample
-    """Some of the training data as tokens."""
+    sample: Sample | None
+    """Some of the training data as tokens, where a language model learns whole texts."""
     processes: int
     sequences_per_step: int
     """Over all processes and accumulated batches; of packed sequences where packing is on."""
-    tokens_per_step: int
-    """About: by the mean of the sample, or full sequences where packing is on."""
+    tokens_per_step: int | None
+    """About: by the mean of the sample, or full sequences where packing is on; None where there is no sample."""
     steps: int | None
     """None where packing decides it."""
 
     def lines(self) -> list[tuple[str, str]]:
         """Label and text of each line of the description."""
         share = 100 * self.trainable_parameters / self.parameters
+        kind, whole = trainer_kind(self.config.train), self.config.adapter.get("modules_to_save")
+        per_step = f"{self.sequences_per_step:,}"
+        if kind.counts == "tokens" and self.tokens_per_step is not None:
+            per_step = f"about {self.tokens_per_step:,} ({per_step} sequences)"
+        elif kind.counts == "tokens":
+            per_step = f"those of {per_step} sequences"
+        scope = self.loss_scope if self.sample is None else f"{self.loss_scope}: {self.sample.share:.0%} of the tokens"
         dtype = ", ".join(filter(None, (self.dtype, self.config.model.quantization)))
         lines = [
             ("model", f"{self.config.model.name} ({self.architecture}, {self.parameters:,} parameters, {dtype})"),
             ("blocks", self._blocks()),
             ("method", f"{self.method}{self._adapted()}"),
             *([("columns", describe_columns(self.config))] if self.method == "paca" else []),
+            *([("trained whole", ", ".join(whole))] if whole else []),
             ("trainable parameters", f"{self.trainable_parameters:,} ({share:.3f} %)"),
             ("data", self.data_description),
             ("training examples", f"{self.train_examples:,}"),
-            ("template", self.template),
-            ("loss on", f"{self.loss_scope}: {100 * self.sample.share:.0f} % of the tokens"),
-            ("logits", self._logits()),
+            *([] if self.template is None else [("template", self.template)]),
+            ("loss on", scope),
+            *kind.lines(self.config),
             ("held-out examples", "none" if self.eval_examples is None else f"{self.eval_examples:,}"),
-            ("tokens per step", f"about {self.tokens_per_step:,} ({self.sequences_per_step} sequences)"),
+            (f"{kind.counts} per step", per_step),
             ("steps", self._steps()),
             ("run folder", self.config.output.dir),
         ]
@@ -111,14 +119,10 @@ class Plan:
     def _steps(self) -> str:
         if self.steps is not None:
             return f"{self.steps:,}"
+        assert self.sample is not None
         sequences = math.ceil(self.train_examples * self.sample.mean / self.config.train["max_length"])
         steps = planned_steps(sequences, {**self.config.train, "packing": False}, self.processes)
         return f"about {steps:,}, known once the data is packed"
-
-    def _logits(self) -> str:
-        if holds_all_logits(self.config.train):
-            return "of a whole batch at once, because of train.label_smoothing_factor"
-        return "tile by tile (TRL's fused output head), never of a whole batch at once"
 
 
 @dataclass
@@ -126,8 +130,8 @@ class PreparedRun:
     """A plan and the data that was read for it."""
 
     plan: Plan
-    train: Examples
-    eval: Examples | None
+    data: RunData
+    """With fields of the trainer's settings that follow from it; the resolved config leaves them to be found again."""
     outline: PlannedModel
     """The adapted model without weights, for what is foretold of its memory."""
 
@@ -153,13 +157,16 @@ def prepare(config: RunConfig, *, whole: bool = True) -> PreparedRun:
     """
     config = copy.deepcopy(config)
     named, given, method = config.model, config.train, config.method
+    kind = trainer_kind(given)
+    _check_model_settings(config, kind)
     if method == "full" and named.dtype == "auto":
         named.dtype = "float32"  # as TRL loads models: in 16 bits, small steps would be lost
-    outline = load_config(named.name, named.dtype, named.revision, named.trust_remote_code)
-    tokenizer = tokenizer_of(config)
-    train, held_out = _read_data(config)
-    template = choose_form(config, train, tokenizer)
-    everything = trains_everything(config, train)
+    locate(named.name)  # before its tokenizer is looked for
+    data = kind.read(config)
+    train, held_out = data.train, data.eval
+    outline = load_config(
+        named.name, named.dtype, named.revision, named.trust_remote_code, kind.auto_class, data.labels
+    )
     model = outline.model
     if named.lean:  # a block that it does not know is refused here, before weights are loaded
         undo_lean(make_lean(model, named.recompute))
@@ -169,7 +176,9 @@ def prepare(config: RunConfig, *, whole: bool = True) -> PreparedRun:
     check_target_names(method, config.adapter, model, named.name)
     if named.quantization is not None:
         model = quantize_outline(model, named.quantization)
-    adapted = _adapted_outline(config, model)
+    if data.labels is not None and method != "full":
+        config.adapter["modules_to_save"] = sorted({*(config.adapter.get("modules_to_save") or ()), *heads_of(model)})
+    adapted = _adapted_outline(config, model, kind.task_type)
     if named.quantization is not None and method == "paca":
         if config.adapter.get("rotate_every") is not None:
             raise PacaError(
@@ -189,19 +198,10 @@ def prepare(config: RunConfig, *, whole: bool = True) -> PreparedRun:
         )
     layers = getattr(adapted.base_model, "targeted_module_names", []) if method != "full" else []
     sequences = _sequences_per_step(config.train, processes)
-    sample = take_sample(
-        train,
-        tokenizer,
-        everything=everything,
-        limit=config.train["max_length"],
-        keep_end=config.train.get("truncation_mode") == "keep_end",
-        batch_size=config.train["per_device_train_batch_size"],
-    )
-    typical = config.train["max_length"] if config.train["packing"] else sample.mean
-    if whole:
-        options: Any = {"everything": everything, "processes": config.train.get("dataset_num_proc")}
-        train = tokenize(train, tokenizer, **options)
-        held_out = None if held_out is None else tokenize(held_out, tokenizer, **options)
+    data = kind.shape(config, data, whole=whole)
+    typical = None if data.sample is None else data.sample.mean
+    if config.train.get("packing"):
+        typical = config.train["max_length"]
     plan = Plan(
         config=config,
         source=locate(named.name).source,
@@ -217,19 +217,19 @@ def prepare(config: RunConfig, *, whole: bool = True) -> PreparedRun:
         eval_examples=None if held_out is None else len(held_out.dataset),
         data_format=train.format,
         data_description=train.description,
-        template=template,
-        loss_scope=describe_loss(config, train),
-        sample=sample,
+        template=data.template,
+        loss_scope=data.loss,
+        sample=data.sample,
         processes=processes,
         sequences_per_step=sequences,
-        tokens_per_step=round(sequences * typical),
+        tokens_per_step=None if typical is None else round(sequences * typical),
         steps=steps,
     )
-    return PreparedRun(plan, train, held_out, adapted)
+    return PreparedRun(plan, data, adapted)
 
 
-def _adapted_outline(config: RunConfig, model: PreTrainedModel) -> PlannedModel:
-    adapter = adapter_settings.outline_config(config.method, config.adapter)
+def _adapted_outline(config: RunConfig, model: PreTrainedModel, task_type: str | None) -> PlannedModel:
+    adapter = adapter_settings.outline_config(config.method, config.adapter, task_type)
     if adapter is None:
         return model
     try:
@@ -245,24 +245,29 @@ def planned_steps(examples: int, train: dict[str, Any], processes: int) -> int |
     """
     if train.get("max_steps", -1) > 0:
         return train["max_steps"]
-    if train["packing"]:
-        return None
-    batches = examples / (train["per_device_train_batch_size"] * processes)
-    batches = math.floor(batches) if train.get("dataloader_drop_last") else math.ceil(batches)
-    steps_per_epoch = max(1, math.ceil(batches / train["gradient_accumulation_steps"]))
-    return math.ceil(train["num_train_epochs"] * steps_per_epoch)
+    return trainer_kind(train).steps(examples, train, processes)
 
 
-def _read_data(config: RunConfig) -> tuple[Examples, Examples | None]:
-    data = config.data
-    train = load_examples(data.train, format=data.format, split=data.split, limit=data.limit)
-    if data.eval is None:
-        return train, None
-    if isinstance(data.eval, str):
-        return train, load_examples(data.eval, format=data.format, split=data.eval_split, limit=config.eval.limit)
-    train, held_out = split_heldout(train, data.eval, data.heldout_seed)
-    count = min(len(held_out.dataset), config.eval.limit or len(held_out.dataset))
-    return train, dataclasses.replace(held_out, dataset=held_out.dataset.select(range(count)))
+def heads_of(model: nn.Module) -> list[str]:
+    """The modules of a classifier that a pretrained model need not have: those beside its trunk, with weights."""
+    trunk = getattr(model, "base_model_prefix", None)
+    return [name for name, module in model.named_children() if name != trunk and any(True for _ in module.parameters())]
+
+
+def _check_model_settings(config: RunConfig, kind: TrainerKind) -> None:
+    if config.eval.metric is not None and kind.score is not None:
+        raise PacaError(f"eval.metric goes with train.trainer: sft; {kind.name} measures {kind.score}. Leave it out.")
+    selection = config.adapter.get("selection") if config.method == "paca" else None
+    if selection in FROM_BATCHES and kind.name != "sft":
+        raise PacaError(
+            f"paca.selection: {selection} goes by batches as train.trainer: sft makes them. For {kind.name} choose "
+            "random_blocks, random or weight_norm, or give paca.indices."
+        )
+    if config.model.quantization is not None and kind.task_type != "CAUSAL_LM":
+        raise PacaError(
+            f"model.quantization does not go with train.trainer: {kind.name}, whose new head would be quantized "
+            "before it is trained. Leave it out."
+        )
 
 
 def _sequences_per_step(train: dict[str, Any], processes: int) -> int:

@@ -15,9 +15,11 @@ from paca.messages.units import format_bytes
 from paca.planning.target import Target, outline_of
 from paca.training import train_settings
 from paca.training.adapter_settings import outline_config
+from paca.training.config_file import load_run_config
 from paca.training.prompt_form import choose_form, tokenizer_of, trains_everything
-from paca.training.run_config import RunConfig, load_run_config
+from paca.training.run_config import RunConfig
 from paca.training.run_setting import setting_of_run
+from paca.training.trainers import trainer_kind
 
 READ_AT_MOST = 64 * 2**20
 """Bytes of data files; more would take more than a few seconds."""
@@ -47,6 +49,12 @@ def target_of_run(
         PacaError: The config is wrong, the model can't be found, or nothing limits its sequences.
     """
     config = load_run_config(path, overrides)
+    kind = trainer_kind(config.train)
+    if kind.name != "sft":
+        raise PacaError(
+            f"{path} has train.trainer: {kind.name}, whose memory is not foretold. Give the model instead of the run, "
+            "or let `paca train --probe` measure it."
+        )
     named = config.model
     dtype = "float32" if config.method == "full" and named.dtype == "auto" else named.dtype  # as a run does
     outline = outline_of(named.name, dtype, named.revision, named.trust_remote_code)

@@ -19,9 +19,9 @@ from paca.messages.units import format_bytes
 from paca.planning import longest_batch
 from paca.planning.optimizer_state import state_bytes
 from paca.training.memory import describe_peak_memory, peak_memory, reset_peak_memory
-from paca.training.memory_check import sequence_lengths
 from paca.training.out_of_memory import remedies
 from paca.training.run_config import RunConfig
+from paca.training.trainers import trainer_kind
 
 _KEPT = ("_metrics", "_total_train_tokens")
 """What TRL's trainer counts in each forward pass, for its next log."""
@@ -51,11 +51,14 @@ class ProbeLongestBatch(TrainerCallback):
     def on_train_begin(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
         """Probe."""
         dataset: Any = self.trainer.train_dataset
-        chosen = longest_batch(
-            sequence_lengths(dataset), args.per_device_train_batch_size, self.config.train["max_length"]
-        )
-        batch = self.trainer.data_collator([dataset[number] for number in chosen])
-        what = "{} x {} tokens".format(*batch["input_ids"].shape)
+        kind = trainer_kind(self.config.train)
+        longest = self.config.train.get("max_length")
+        chosen = longest_batch(kind.lengths(dataset), args.per_device_train_batch_size, longest)
+        if args.remove_unused_columns:
+            dataset = self.trainer._remove_unused_columns(dataset)
+        batch = dict(self.trainer.data_collator([dataset[number] for number in chosen]))
+        shape = next(iter(batch[name] for name in ("input_ids", "pixel_values") if name in batch)).shape
+        what = f"{' x '.join(map(str, shape))} {'tokens' if kind.counts == 'tokens' else 'values of pixels'}"
         reset_peak_memory()
         try:
             with self._nothing_changed():
@@ -73,9 +76,9 @@ class ProbeLongestBatch(TrainerCallback):
     def _passes(self, batch: dict[str, Tensor], count: int) -> None:
         trainer = self.trainer
         in_place_of_optimizer_state = self._ballast()
-        labels = batch["labels"]
         vars(trainer)["current_gradient_accumulation_steps"] = 1  # the loop sets it anew with each batch
-        tokens = torch.tensor(int((labels != -100).sum()), device=trainer.args.device)
+        labels = batch.get("labels")
+        tokens = None if labels is None else torch.tensor(int((labels != -100).sum()), device=trainer.args.device)
         for _ in range(count):
             trainer.training_step(trainer.model_wrapped, dict(batch), tokens)
         del in_place_of_optimizer_state
@@ -97,7 +100,7 @@ class ProbeLongestBatch(TrainerCallback):
     @contextmanager
     def _nothing_changed(self) -> Iterator[None]:
         trainer: Any = self.trainer
-        kept = {name: copy.deepcopy(getattr(trainer, name)) for name in _KEPT}
+        kept = {name: copy.deepcopy(getattr(trainer, name)) for name in _KEPT if hasattr(trainer, name)}
         python, numpy = random.getstate(), np.random.get_state()
         devices = [trainer.args.device] if trainer.args.device.type == "cuda" else []
         try:

@@ -22,7 +22,23 @@ _PLAIN_EVALUATION_SECONDS = 60.0  # and a line so often while it evaluates
 class ShowProgress(TrainerCallback):
     """Shows step, loss, tokens/s, peak memory and time left. Comes after :class:`RecordMetrics` among the callbacks."""
 
-    def __init__(self, console: Console, log: MetricsLog, recorder: RecordMetrics) -> None:
+    def __init__(
+        self,
+        console: Console,
+        log: MetricsLog,
+        recorder: RecordMetrics,
+        counts: str = "tokens",
+        score: str | None = None,
+    ) -> None:
+        """Args:
+        console: Where it is shown.
+        log: What `recorder` writes.
+        recorder: Measures speed and memory.
+        counts: What the speed is measured in.
+        score: A metric of evaluations that is shown besides the loss.
+        """
+        self.counts = counts
+        self.score = score
         self.console = console
         self.log = log
         self.recorder = recorder
@@ -78,7 +94,9 @@ class ShowProgress(TrainerCallback):
         self._evaluated = 0
         loss = (metrics or {}).get("eval_loss")
         if loss is not None:
-            say(self.console, f"step {state.global_step}: held-out loss {loss:.4f}")
+            value = (metrics or {}).get(f"eval_{self.score}")
+            besides = "" if value is None else f", {self.score} {value:.4f}"
+            say(self.console, f"step {state.global_step}: held-out loss {loss:.4f}{besides}")
 
     def on_train_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         """Close the live line and leave its last state behind."""
@@ -102,7 +120,7 @@ class ShowProgress(TrainerCallback):
         if row is not None:
             loss = row["loss"]
             parts.append("loss not finite (NaN or infinite)" if loss is None else f"loss {loss:.4f}")
-            parts.append(f"{row['tokens_per_second']:,.0f} tokens/s")
+            parts.append(f"{row['tokens_per_second']:,.0f} {self.counts}/s")
             parts.append(f"peak {format_bytes(row['peak_memory_bytes'])}")
         done = state.global_step - self._first_step
         if done:

@@ -49,11 +49,12 @@ def write_report(path: Path, summary: dict[str, Any], rows: list[dict[str, Any]]
         rows: The rows of ``metrics.jsonl``.
         config_text: The resolved config, as YAML.
     """
+    unit = "nats per token" if summary["trainer"] == "sft" else None
     subtitle = f"{summary['model']['name']}, trained on {summary['data']['train']}"
     body = f"""<div class="cards">{_cards(summary)}</div>
 <h2>Loss</h2>
-<figure>{loss_curves(_points(rows, "loss"), _points(rows, "eval_loss"))}</figure>
-<div class="curves">{_small_curves(rows)}</div>
+<figure>{loss_curves(_points(rows, "loss"), _points(rows, "eval_loss"), unit)}</figure>
+<div class="curves">{_small_curves(rows, summary)}</div>
 {sample_table(summary.get("scores"))}
 {sample_section(summary["data"].get("sample"))}
 <h2>Run</h2>
@@ -93,17 +94,18 @@ def _points(rows: list[dict[str, Any]], key: str) -> list[tuple[float, float]]:
     return [(row["step"], row[key]) for row in rows if row.get(key) is not None]
 
 
-def _small_curves(rows: list[dict[str, Any]]) -> str:
-    wanted = (
-        ("learning_rate", "learning rate", True),
-        ("grad_norm", "gradient norm", True),
-        ("tokens_per_second", "tokens per second", True),
-        ("mean_token_accuracy", "share of tokens guessed right", False),
-    )
-    drawn = ((_points(rows, key), title, from_zero) for key, title, from_zero in wanted)
-    return "".join(
-        f"<figure>{curve(points, title, from_zero=from_zero)}</figure>" for points, title, from_zero in drawn if points
-    )
+def _small_curves(rows: list[dict[str, Any]], summary: dict[str, Any]) -> str:
+    named = {"mean_token_accuracy": "share of tokens guessed right", "grad_norm": "gradient norm"}
+    named |= {"learning_rate": "learning rate", "tokens_per_second": f"{summary['counts']} per second"}
+    first = ["learning_rate", "grad_norm", "tokens_per_second"]
+    others = (name.removeprefix("eval_") for name in summary["metrics"] if name not in first)
+    figures = []
+    for name in (*first, *dict.fromkeys(others)):
+        train, held_out = _points(rows, name), _points(rows, f"eval_{name}")
+        if train or held_out:
+            picture = curve(train, named.get(name, name), held_out=held_out, from_zero=name in first)
+            figures.append(f"<figure>{picture}</figure>")
+    return "".join(figures)
 
 
 def _cards(summary: dict[str, Any]) -> str:
@@ -112,14 +114,17 @@ def _cards(summary: dict[str, Any]) -> str:
     if after is not None:
         start = f"{before:.4f} → " if before is not None else ""
         cards.append((f"{start}{after:.4f}", "held-out loss before → after" if start else "held-out loss after"))
-    if before is not None and after is not None and max(before, after) < 50:
+    if summary["trainer"] == "sft" and before is not None and after is not None and max(before, after) < 50:
         cards.append((f"{math.exp(before):,.2f} → {math.exp(after):,.2f}", "held-out perplexity"))
     cards += [(text, f"{name}, held-out data") for name, text in score_lines(summary.get("scores"))]
     cards += [
-        (f"{summary['tokens_per_second']:,.0f}", "tokens per second"),
+        (f"{summary['tokens_per_second']:,.0f}", f"{summary['counts']} per second"),
         (format_bytes(summary["peak_memory_bytes"]), f"peak memory ({summary['peak_memory_of']})"),
         (f"{summary['trainable_parameters']:,}", f"trained parameters ({summary['trainable_percent']:.3f} %)"),
-        (format_duration(summary["seconds"]), f"for {summary['steps']:,} steps, {summary['tokens']:,} tokens"),
+        (
+            format_duration(summary["seconds"]),
+            f"for {summary['steps']:,} steps, {summary['tokens']:,} {summary['counts']}",
+        ),
     ]
     return "".join(
         f'<div class="card"><b>{html.escape(value)}</b><span>{html.escape(label)}</span></div>'
@@ -131,7 +136,8 @@ def _table(summary: dict[str, Any]) -> str:
     return "".join(
         f"<tr><th>{html.escape(name)}</th><td>{html.escape(_cell(value))}</td></tr>"
         for name, value in _flat(summary)
-        if name not in ("name", "config", "scores") and not name.startswith(("config.", "scores.", "data.sample."))
+        if name not in ("name", "config", "scores")
+        and not name.startswith(("config.", "scores.", "metrics.", "data.sample."))
     )
 
 

@@ -17,15 +17,14 @@ from accelerate import PartialState
 from peft import PeftModel
 from rich.console import Console
 from safetensors import SafetensorError
-from transformers import PrinterCallback, TrainerState
-from trl import SFTConfig, SFTTrainer
+from transformers import PrinterCallback, TrainerState, TrainingArguments
 
-from paca.data import check_labels
 from paca.messages.errors import PacaError
 from paca.messages.out_of_memory import is_out_of_memory
 from paca.messages.program import program
 from paca.messages.say import say
 from paca.pretrained import Pretrained
+from paca.pretrained.purpose import save_classifier_config
 from paca.training import train_settings
 from paca.training.adapter_card import NoCardsOfCheckpoints, write_card
 from paca.training.data_order import SetEpochOfSampler
@@ -43,10 +42,11 @@ from paca.training.report import write_report
 from paca.training.run_config import RunConfig
 from paca.training.run_folder import RunFolder, steps_done, write_whole
 from paca.training.same_run import check_same_run
-from paca.training.scores import Scorer
+from paca.training.scores import Scorer, trainers_scores
 from paca.training.sharding import check_sharding, sharding_warning
 from paca.training.starting_model import keep_adapter_dtype, load_model, with_adapter
 from paca.training.summary import summary_of
+from paca.training.trainers import trainer_kind
 from paca.tuner.rotation.callback import RotateColumns
 
 
@@ -103,13 +103,13 @@ def train(
         prepared = prepare(config)
         plan = prepared.plan
         show_plan(plan, console)
-        if scorer is not None and prepared.eval is not None:
-            scorer.check(prepared.eval.dataset)
+        if scorer is not None and prepared.data.eval is not None:
+            scorer.check(prepared.data.eval.dataset)
         settings = dict(plan.config.train)
         # Not `trainer.evaluate()` before `trainer.train()`: with several processes, accelerate 1.15 takes the model as
         # prepared after that, leaves DDP away, and each process trains on its own.
-        settings["eval_on_start"] = prepared.eval is not None and config.eval.before and not resume
-        arguments = train_settings.sft_config(settings, folder.checkpoints)  # also joins the other processes
+        settings["eval_on_start"] = prepared.data.eval is not None and config.eval.before and not resume
+        arguments = train_settings.training_arguments(settings, folder.checkpoints)  # also joins the other processes
         check_sharding(arguments, plan.config.method, plan.config.adapter.get("modules_to_save"))
         if probe and arguments.deepspeed:
             raise PacaError(
@@ -139,7 +139,7 @@ class _Run:
         self,
         prepared: PreparedRun,
         folder: RunFolder,
-        arguments: SFTConfig,
+        arguments: TrainingArguments,
         checkpoint: Path | None,
         stopper: StopOnSignal,
         console: Console,
@@ -147,9 +147,10 @@ class _Run:
         scorer: Scorer | None,
     ) -> None:
         self.scorer = scorer
-        self.heldout = prepared.eval
+        self.heldout, self.labels = prepared.data.eval, prepared.data.labels
         self.plan = prepared.plan
         self.config = prepared.plan.config
+        self.kind = trainer_kind(self.config.train)
         self.folder = folder
         self.checkpoint = checkpoint
         self.stopper = stopper
@@ -158,8 +159,9 @@ class _Run:
         reset_peak_memory()
         available = memory_at_hand(arguments)
         with self._busy("Loading the model ..."):
-            pretrained = load_model(self.config, folder, console)
-            give_form(pretrained.tokenizer, self.config)
+            pretrained = load_model(self.config, folder, console, prepared.data.labels)
+            if prepared.data.template is not None:
+                give_form(pretrained.tokenizer, self.config)
         self.trainer = self._make_trainer(prepared, pretrained, arguments)
         if scorer is not None and (self.trainer.is_fsdp_enabled or arguments.deepspeed):
             raise PacaError(
@@ -167,9 +169,7 @@ class _Run:
                 "give the finished run to `paca evaluate`."
             )
         self.trainer.remove_callback(PrinterCallback)
-        check_labels(self.trainer.train_dataset, prepared.train, arguments)
-        if prepared.eval is not None:
-            check_labels(self.trainer.eval_dataset, prepared.eval, arguments)
+        self.kind.check_prepared(self.trainer, prepared.data)
         if self.main:
             for warning in (
                 memory_warning(prepared, self.trainer.train_dataset, arguments, available),
@@ -179,14 +179,14 @@ class _Run:
                     say(console, f"Warning: {warning}", style="yellow")
         if probe:
             self.trainer.add_callback(ProbeLongestBatch(self.trainer, self.config, partial(say, console)))
-        self.has_eval = prepared.eval is not None
+        self.has_eval = prepared.data.eval is not None
         self.log: MetricsLog | None = None
         if self.main:
             self.log = MetricsLog(folder.metrics)
             if checkpoint is not None:
                 self.log.rewind(steps_done(checkpoint))
             self.recorder = RecordMetrics(self.log, self.trainer.args.device)
-            self.progress = ShowProgress(console, self.log, self.recorder)
+            self.progress = ShowProgress(console, self.log, self.recorder, self.kind.counts, self.kind.score)
             self.trainer.add_callback(self.recorder)
             self.trainer.add_callback(self.progress)
             folder.config.write_text(self.config.to_yaml(), encoding="utf-8")
@@ -206,9 +206,11 @@ class _Run:
         self.trainer.save_model(str(trained))
         if self.log is None:
             return RunResult(self.folder.path, None, None)
+        if self.labels is not None:  # which the adapter's own files don't say, and whoever loads it must know
+            save_classifier_config(trained, self.trainer.accelerator.unwrap_model(self.trainer.model))
         (trained / "training_args.bin").unlink(missing_ok=True)  # a pickle; config.yaml says the same
         result = summary_of(self.plan, state, self.recorder, self.trainer.args.device, loss_after)
-        result["scores"] = self._scores()
+        result["scores"] = self._scores(_kept_step(state, self.trainer.args))
         assert self.trainer.model is not None
         write_card(trained, result, self.trainer.model)
         write_report(self.folder.report, result, self.log.rows, self.config.to_yaml())
@@ -216,26 +218,26 @@ class _Run:
         write_whole(self.folder.summary, json.dumps(result, indent=2, ensure_ascii=False) + "\n")
         return RunResult(self.folder.path, result, None)
 
-    def _make_trainer(self, prepared: PreparedRun, pretrained: Pretrained, arguments: SFTConfig) -> SFTTrainer:
+    def _make_trainer(self, prepared: PreparedRun, pretrained: Pretrained, arguments: TrainingArguments) -> Any:
         folder, console = self.folder, self.console
         callbacks: list[Any] = [self.stopper, SetEpochOfSampler(), NoCardsOfCheckpoints()]
         if self.config.adapter.get("rotate_every") is not None:
             callbacks.append(RotateColumns())
-        model, adapter = with_adapter(pretrained.model, self.config, arguments, prepared.train, folder, console)
+        model, adapter = with_adapter(pretrained.model, self.config, arguments, prepared.data.train, folder, console)
         try:
-            trainer = SFTTrainer(
+            trainer = self.kind.make(
+                self.config,
+                adapter,
+                prepared.data,
                 model=model,
                 args=arguments,
-                train_dataset=prepared.train.dataset,
-                eval_dataset=None if prepared.eval is None else prepared.eval.dataset,
                 processing_class=pretrained.tokenizer,
-                peft_config=adapter,
                 callbacks=callbacks,
             )
         except (PacaError, torch.OutOfMemoryError):
             raise
         except (ValueError, RuntimeError) as error:
-            raise PacaError(f"SFTTrainer refuses this run: {error}") from error
+            raise PacaError(f"{self.kind.trainer.__name__} refuses this run: {error}") from error
         keep_adapter_dtype(trainer.model, self.config)
         return trainer
 
@@ -268,9 +270,7 @@ class _Run:
     def _loss_after(self, state: TrainerState) -> float | None:
         if not self.has_eval or not self.config.eval.after:
             return None
-        step = state.global_step
-        if self.trainer.args.load_best_model_at_end and state.best_global_step:
-            step = state.best_global_step
+        step = _kept_step(state, self.trainer.args)
         for entry in reversed(state.log_history):
             if entry.get("step") == step and "eval_loss" in entry:  # the last evaluation of the training loop
                 return entry["eval_loss"]
@@ -283,7 +283,11 @@ class _Run:
         say(self.console, message)  # in a log file, so that minutes without a line don't look like a standstill
         return nullcontext()
 
-    def _scores(self) -> dict[str, Any] | None:
+    def _scores(self, step: int) -> dict[str, Any] | None:
+        if self.heldout is not None and self.log is not None and self.kind.score is not None:
+            before, after = (self.log.eval_metric_at(at, self.kind.score) for at in (0, step))
+            before = before if self.kind.scored_before else None
+            return trainers_scores(self.kind.score, len(self.heldout.dataset), before, after) or None
         if self.scorer is None or self.heldout is None:
             return None
         wanted, rows = self.config.eval, self.heldout.dataset
@@ -299,6 +303,11 @@ class _Run:
             if wanted.after:
                 found["after"] = score(trained)
         return found
+
+
+def _kept_step(state: TrainerState, arguments: TrainingArguments) -> int:
+    """The step whose weights are the result."""
+    return state.best_global_step if arguments.load_best_model_at_end and state.best_global_step else state.global_step
 
 
 @contextmanager

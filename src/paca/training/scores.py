@@ -6,6 +6,7 @@ How an answer is scored is not known here: `paca.evaluation.own_data.scorer` mak
 from __future__ import annotations
 
 import html
+import math
 from collections.abc import Iterable
 from typing import Any, Protocol
 
@@ -18,6 +19,24 @@ class Scorer(Protocol):
 
     def score(self, model: Any, tokenizer: Any, rows: Iterable[dict[str, Any]]) -> dict[str, Any]:
         """A value and `..._stderr` for each metric, `examples` and `samples`."""
+
+
+def trainers_scores(metric: str, examples: int, before: float | None, after: float | None) -> dict[str, Any]:
+    """What a trainer measured on held-out data itself, in the form of a `Scorer`'s.
+
+    Args:
+        metric: Its name, such as `accuracy`.
+        examples: How many were measured.
+        before: The value before training, where it was measured.
+        after: And after.
+    """
+    found: dict[str, Any] = {}
+    for name, value in (("before", before), ("after", after)):
+        if value is not None:
+            is_share = metric.endswith(("accuracy", "accuracies"))
+            error = math.sqrt(value * (1 - value) / examples) if is_share else None
+            found[name] = {metric: value, f"{metric}_stderr": error, "examples": examples, "samples": []}
+    return found
 
 
 def score_lines(scores: dict[str, Any] | None) -> list[tuple[str, str]]:

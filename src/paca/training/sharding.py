@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
+from transformers import TrainingArguments
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
-from trl import SFTConfig
 
 from paca.messages.errors import PacaError
 
 
-def check_sharding(arguments: SFTConfig, method: str = "paca", modules_to_save: object = None) -> None:
+def check_sharding(arguments: TrainingArguments, method: str = "paca", modules_to_save: object = None) -> None:
     """Refuse settings that would fail, or train wrongly, later.
 
     Args:
@@ -62,7 +62,7 @@ def check_sharding(arguments: SFTConfig, method: str = "paca", modules_to_save: 
         )
 
 
-def sharding_warning(arguments: SFTConfig, is_sharded: bool) -> str | None:
+def sharding_warning(arguments: TrainingArguments, is_sharded: bool) -> str | None:
     """What to tell the user if ``train.fsdp`` was asked for and is not done."""
     if not arguments.fsdp or is_sharded:
         return None

@@ -10,8 +10,7 @@ from accelerate import PartialState
 from peft import PeftConfig, PeftModel, get_peft_model
 from rich.console import Console
 from torch import nn
-from transformers import set_seed
-from trl import SFTConfig
+from transformers import TrainingArguments, set_seed
 
 from paca.data import Examples
 from paca.lean import make_lean
@@ -22,25 +21,40 @@ from paca.training.adapter_settings import adapter_config
 from paca.training.calibration import ColumnChoice
 from paca.training.run_config import RunConfig
 from paca.training.run_folder import RunFolder
+from paca.training.trainers import trainer_kind
 
 
-def load_model(config: RunConfig, folder: RunFolder, console: Console) -> Pretrained:
+def load_model(config: RunConfig, folder: RunFolder, console: Console, labels: list[str] | None = None) -> Pretrained:
     """The model of a run, as it came, with its lean blocks.
+
+    Args:
+        config: The resolved run.
+        folder: Where the weights of a GGUF file are unpacked.
+        console: Where that is said.
+        labels: Of a classifier, which may get a new head for them: the same one each time.
 
     Raises:
         PacaError: It can't be loaded.
     """
-    pretrained = _read(config, folder, console)
+    pretrained = _read(config, folder, console, labels)
     if config.model.lean:  # before anything wraps the blocks: an adapter, checkpointing, DDP, FSDP
         make_lean(pretrained.model, config.model.recompute)
     return pretrained
 
 
-def _read(config: RunConfig, folder: RunFolder, console: Console) -> Pretrained:
+def _read(config: RunConfig, folder: RunFolder, console: Console, labels: list[str] | None) -> Pretrained:
     model = config.model
+    made: dict[str, Any] = {"auto_class": trainer_kind(config.train).auto_class, "labels": labels}
+    set_seed(config.train["seed"])
     if not model.name.lower().endswith(".gguf"):
         return load_pretrained(
-            model.name, model.dtype, model.revision, model.trust_remote_code, model.quantization, model.tokenizer
+            model.name,
+            model.dtype,
+            model.revision,
+            model.trust_remote_code,
+            model.quantization,
+            model.tokenizer,
+            **made,
         )
     # An adapter has to name a base that stock tooling can load, so the unpacked model is kept beside it.
     if PartialState().is_main_process and not folder.base.is_dir():
@@ -50,11 +64,16 @@ def _read(config: RunConfig, folder: RunFolder, console: Console) -> Pretrained:
     PartialState().wait_for_everyone()
     if model.quantization is not None and config.adapter.get("original_weights") == model.name:
         config.adapter["original_weights"] = str(folder.base)
-    return load_pretrained(str(folder.base), model.dtype, quantization=model.quantization)
+    return load_pretrained(str(folder.base), model.dtype, quantization=model.quantization, **made)
 
 
 def with_adapter(
-    model: nn.Module, config: RunConfig, arguments: SFTConfig, examples: Examples, folder: RunFolder, console: Console
+    model: nn.Module,
+    config: RunConfig,
+    arguments: TrainingArguments,
+    examples: Examples,
+    folder: RunFolder,
+    console: Console,
 ) -> tuple[Any, PeftConfig | None]:
     """A model for a trainer of TRL, and the config of the adapter that the trainer is to put into it, or None.
 
@@ -75,7 +94,7 @@ def with_adapter(
     if config.method == "paca":
         adapter: PeftConfig | None = ColumnChoice(config, examples, arguments, folder.columns, console).adapter(model)
     else:
-        adapter = adapter_config(config.method, config.adapter)
+        adapter = adapter_config(config.method, config.adapter, trainer_kind(config.train).task_type)
     if adapter is None or config.train["autocast_adapter_dtype"]:
         return model, adapter
     set_seed(arguments.seed)  # as TRL does before it makes an adapter

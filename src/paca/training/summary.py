@@ -12,6 +12,7 @@ from paca.messages.provenance import command_line, git_state, hardware, now, ver
 from paca.training.memory import describe_peak_memory, peak_memory
 from paca.training.metrics import RecordMetrics, finite_or_none
 from paca.training.plan import Plan
+from paca.training.trainers import trainer_kind
 
 
 def summary_of(
@@ -27,6 +28,7 @@ def summary_of(
         loss_after: The held-out loss, where it was measured.
     """
     config, tokens, train_seconds = plan.config, state.num_input_tokens_seen, recorder.train_seconds
+    kind, log = trainer_kind(config.train), recorder.log
     return {
         "name": Path(config.output.dir).name,
         "finished": now(),
@@ -47,10 +49,11 @@ def summary_of(
             "format": plan.data_format,
             "description": plan.data_description,
             "template": plan.template,
-            "sample": plan.sample.as_dict(),
+            "sample": None if plan.sample is None else plan.sample.as_dict(),
             "train_examples": plan.train_examples,
             "eval_examples": plan.eval_examples,
         },
+        "trainer": kind.name,
         "method": {
             "name": plan.method,
             "settings": config.adapter,
@@ -60,12 +63,14 @@ def summary_of(
         "adapted_layers": plan.adapted_layers,
         "trainable_parameters": plan.trainable_parameters,
         "trainable_percent": 100 * plan.trainable_parameters / plan.parameters,
-        "eval_loss_before": recorder.log.eval_loss_at(0),
+        "eval_loss_before": recorder.log.eval_metric_at(0, "loss"),
         "eval_loss_after": finite_or_none(loss_after),
         "scores": None,
+        "metrics": {name: log.last(name) for name in log.metrics()},
         "steps": state.global_step,
         "epochs": state.epoch,
         "tokens": tokens,
+        "counts": kind.counts,
         "seconds": round(recorder.seconds, 3),
         "train_seconds": round(train_seconds, 3),
         "tokens_per_second": round(tokens / train_seconds, 1) if train_seconds else 0.0,

@@ -1,4 +1,4 @@
-"""The ``train`` section of a run: fields of ``trl.SFTConfig``, one key of ours, and our defaults."""
+"""The ``train`` section of a run: fields of its trainer's settings, our defaults, and those we set ourselves."""
 
 from __future__ import annotations
 
@@ -9,14 +9,15 @@ import warnings
 from collections.abc import Callable, Iterable, Mapping
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from transformers import PreTrainedModel
-from trl import SFTConfig
 
 from paca.messages.errors import PacaError
 from paca.training.key_checks import Origins, check_section
+from paca.training.trainers import TRAINERS, trainer_kind
+from paca.training.trainers.kind import TrainerKind
 
 OWNED = {
     "output_dir": "the run folder is output.dir",
@@ -33,10 +34,13 @@ OWNED = {
     "parallelism_config": "it is an object; use accelerate's own config (`accelerate launch`)",
     "local_rank": "the launcher (torchrun) sets it",
 }
-"""Fields of SFTConfig that have another place, and which."""
+"""Fields of the trainers' settings that have another place, and which."""
 
-OWN = {"autocast_adapter_dtype": bool}
-"""Keys of ours: this one is an argument of `peft.get_peft_model`."""
+OWN: dict[str, Any] = {"trainer": str, "autocast_adapter_dtype": bool}
+"""Keys of ours: which trainer, and an argument of `peft.get_peft_model`."""
+
+_WITHOUT_EFFECT = ("trainer", "include_num_input_tokens_seen", "remove_unused_columns")
+"""On the result, whatever our default for them."""
 
 _RANGES: dict[str, tuple[Callable[[float], bool], str]] = {
     "above zero": (
@@ -56,15 +60,21 @@ word."""
 
 
 @cache
-def train_fields() -> dict[str, Any]:
-    """Name and type of each field of ``SFTConfig``."""
-    annotations = typing.get_type_hints(SFTConfig)
+def train_fields(trainer: str = "sft") -> dict[str, Any]:
+    """Name and type of each field of a trainer's settings (``SFTConfig`` for ``"sft"``)."""
+    arguments = TRAINERS[trainer].arguments
+    annotations = typing.get_type_hints(arguments)
     return {
         # transformers 5 takes true for fsdp as well
         option.name: bool | annotations[option.name] if option.name == "fsdp" else annotations[option.name]
-        for option in dataclasses.fields(SFTConfig)
+        for option in dataclasses.fields(arguments)
         if option.init
     }
+
+
+def keys_of(trainer: str) -> dict[str, Any]:
+    """Name and type of each key that the section may have."""
+    return train_fields(trainer) | TRAINERS[trainer].own_keys | OWN
 
 
 def check_train_settings(
@@ -81,11 +91,22 @@ def check_train_settings(
         PacaError: An unknown key, a key that has another place, a wrong type, or a value outside the choices
             or the range that can work.
     """
-    for name in OWNED.keys() & settings.keys():
-        raise PacaError(f"{origins.of(f'train.{name}')}: train.{name} can't be set here: {OWNED[name]}.")
-    annotations = {name: kind for name, kind in train_fields().items() if name not in OWNED} | OWN
-    choices = {option.name: option.metadata.get("choices") for option in dataclasses.fields(SFTConfig)}
+    check_section("train", {"trainer": settings.get("trainer", "sft")}, {"trainer": Literal[tuple(TRAINERS)]}, origins)
+    kind = trainer_kind(settings)
+    annotations = keys_of(kind.name)
+    for name in settings:
+        place = f"{origins.of(f'train.{name}')}: train.{name}"
+        if name in annotations:
+            if name in OWNED:
+                raise PacaError(f"{place} can't be set here: {OWNED[name]}.")
+            continue
+        takers = [other for other in TRAINERS if name in keys_of(other)]
+        if takers:
+            raise PacaError(f"{place} is a setting of train.trainer: {' or '.join(takers)}, not of {kind.name}.")
+    annotations = {name: annotation for name, annotation in annotations.items() if name not in OWNED}
+    choices = {option.name: option.metadata.get("choices") for option in dataclasses.fields(kind.arguments)}
     check_section("train", settings, annotations, origins, choices, elsewhere)
+    kind.check(settings, origins)
     for name, value in settings.items():
         for words, (holds, names) in _RANGES.items():
             if name in names.split() and isinstance(value, (int, float)) and not holds(value):
@@ -103,16 +124,17 @@ def with_defaults(
         model: With or without weights; the longest sequence that it takes, and the type of its weights, count.
         has_eval: Whether there is held-out data.
     """
+    kind = trainer_kind(settings)
     context_length = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     # Numbers that change the result are spelled out even where they are TRL's own defaults today.
     defaults: dict[str, Any] = {
+        "trainer": kind.name,
         "num_train_epochs": 3.0,
         "per_device_train_batch_size": 8,
         "gradient_accumulation_steps": 1,
         "per_device_eval_batch_size": 8,
         "max_length": min(1024, context_length or 1024),
-        "packing": False,
-        "learning_rate": 2e-5 if method == "full" else 3e-4,
+        "learning_rate": kind.learning_rate if method != "full" else _own_defaults_of(kind)["learning_rate"],
         "lr_scheduler_type": "cosine",
         "warmup_steps": 0.03,  # a share of all steps
         "optim": "adamw_torch_fused",
@@ -134,14 +156,12 @@ def with_defaults(
     if settings.get("load_best_model_at_end"):  # which needs a checkpoint at each evaluation
         defaults["save_strategy"] = settings.get("eval_strategy", defaults["eval_strategy"])
         defaults["save_steps"] = settings.get("eval_steps", 0.2)
-    packs = settings.get("packing", False) or settings.get("padding_free", False)
-    # Without padding there is no attention mask to count by, and every position is a token.
-    defaults["include_num_input_tokens_seen"] = "all" if packs else "non_padding"
     if settings.get("gradient_checkpointing") is not None:  # the older name of the same field
         del defaults[_checkpointing_field()]
     if method != "full":
         defaults["autocast_adapter_dtype"] = True
-    return {**defaults, **settings}
+    known = keys_of(kind.name)
+    return {**{k: v for k, v in defaults.items() if k in known}, **kind.defaults(settings), **settings}
 
 
 def warm_up(steps: int) -> int:
@@ -150,15 +170,23 @@ def warm_up(steps: int) -> int:
 
 
 def own_defaults(given: Mapping[str, Any], resolved: Mapping[str, Any]) -> dict[str, Any]:
-    """What the user did not give, and TRL would have otherwise: name and value."""
-    trl = {option.name: option.default for option in dataclasses.fields(SFTConfig)}
+    """What the user did not give, and the trainer would have otherwise: name and value."""
+    theirs = _own_defaults_of(trainer_kind(resolved))
     # What TRL leaves out in its fields and decides when it is made.
-    trl |= {"bf16": True, "report_to": "none", "eval_strategy": "no", "autocast_adapter_dtype": True}
-    return {name: value for name, value in resolved.items() if name not in given and value != trl[name]}
+    theirs |= {"bf16": True, "report_to": "none", "eval_strategy": "no", "autocast_adapter_dtype": True}
+    return {
+        name: value
+        for name, value in resolved.items()
+        if name not in (*given, *_WITHOUT_EFFECT) and value != theirs.get(name)
+    }
 
 
-def sft_config(settings: Mapping[str, Any], checkpoints: Path) -> SFTConfig:
-    """The ``SFTConfig`` of a run.
+def _own_defaults_of(kind: TrainerKind) -> dict[str, Any]:
+    return {option.name: option.default for option in dataclasses.fields(kind.arguments)}
+
+
+def training_arguments(settings: Mapping[str, Any], checkpoints: Path) -> Any:
+    """The settings of a run's trainer, as it takes them: an ``SFTConfig``, or another ``TrainingArguments``.
 
     Args:
         settings: The section with its defaults.
@@ -167,16 +195,16 @@ def sft_config(settings: Mapping[str, Any], checkpoints: Path) -> SFTConfig:
     Raises:
         PacaError: TRL or transformers refuses the combination of settings.
     """
-    settings = {name: value for name, value in settings.items() if name not in OWN}
+    kind = trainer_kind(settings)
+    settings = {name: value for name, value in settings.items() if name in train_fields(kind.name)}
     if not torch.accelerator.is_available():
         # Several processes on CPUs, and bf16 there, work only when the CPU is asked for.
         settings = {**settings, "use_cpu": True}
-    # What counts in the loss is in the data's labels, made beforehand; TRL refuses to look for it once more.
-    settings = {**settings, "completion_only_loss": False, "assistant_only_loss": False}
+    settings = {**settings, **kind.forced}
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", category=FutureWarning, message=".*gradient_checkpointing.*")
-            return SFTConfig(output_dir=str(checkpoints), disable_tqdm=True, **settings)
+            return kind.arguments(output_dir=str(checkpoints), disable_tqdm=True, **settings)
     except (ValueError, TypeError) as error:
         raise PacaError(f"The section train does not work out: {error}") from error
 

@@ -1,0 +1,73 @@
+"""What a saved model or adapter is for, by the class that the config beside it names, before it is loaded."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from paca.messages.errors import PacaError
+
+_CLASSIFIERS = {"ForSequenceClassification": "texts", "ForImageClassification": "images"}
+
+
+class Classifier(NamedTuple):
+    """A model whose outputs are labels."""
+
+    of: str
+    """`"texts"` or `"images"`."""
+    auto_class: str
+    """The class of transformers that loads it."""
+    labels: list[str]
+    """In the order of its outputs."""
+
+
+def classifier_in(folder: str | Path) -> Classifier | None:
+    """What a folder holds, if that is a classifier: a run, a model, or an adapter with its model's config beside it.
+
+    Raises:
+        PacaError: The config is no JSON.
+    """
+    places = (Path(folder).expanduser() / part / "config.json" for part in ("adapter", "model", ""))
+    file = next((place for place in places if place.is_file()), None)
+    if file is None:
+        return None
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise PacaError(f"{file} is broken: {error}. It should be a JSON object; copy or save it again.") from error
+    name = (config.get("architectures") or [""])[0]
+    for ending, of in _CLASSIFIERS.items():
+        if name.endswith(ending):
+            labels = config.get("id2label") or {"0": "LABEL_0", "1": "LABEL_1"}
+            return Classifier(of, f"AutoModel{ending}", [labels[number] for number in sorted(labels, key=int)])
+    return None
+
+
+def save_classifier_config(folder: Path, model: Any) -> None:
+    """Write what `classifier_in` reads.
+
+    Args:
+        folder: Of an adapter.
+        model: The classifier, with or without its adapter.
+    """
+    plain = model.get_base_model() if hasattr(model, "get_base_model") else model
+    plain.config.architectures = [type(plain).__name__]
+    plain.config.save_pretrained(folder)
+
+
+def check_answers(path: str | Path) -> None:
+    """Refuse a classifier where a language model is needed.
+
+    Raises:
+        PacaError: Says what it is, and how it is used.
+    """
+    found = classifier_in(path)
+    if found is None:
+        return
+    what = "a reward model" if found.labels == ["reward"] else f"a classifier of {found.of}"
+    raise PacaError(
+        f"{path} is {what} (labels: {', '.join(found.labels[:8])}{', ...' if len(found.labels) > 8 else ''}), which "
+        "writes no text. `paca merge` makes it a plain checkpoint, which transformers loads by "
+        f"{found.auto_class}.from_pretrained."
+    )

@@ -1,0 +1,103 @@
+"""`train.trainer: classification`: a model with a head for each label learns which label a text has."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from typing import Any, ClassVar
+
+import numpy as np
+from datasets import ClassLabel, Dataset
+from peft import get_peft_model
+from transformers import (
+    AutoModelForSequenceClassification,
+    DataCollatorWithPadding,
+    EvalPrediction,
+    Trainer,
+    TrainingArguments,
+)
+
+from paca.data import Examples, load_examples
+from paca.data.examples import ORIGIN, without_progress_bars
+from paca.data.labelled_texts import label_names
+from paca.messages.errors import PacaError
+from paca.training.run_config import RunConfig
+from paca.training.trainers.kind import RunData, TrainerKind, datasets_of, read_split
+
+
+class Classification(TrainerKind):
+    """transformers' `Trainer`."""
+
+    name = "classification"
+    arguments = TrainingArguments
+    own_keys: ClassVar[dict[str, Any]] = {"max_length": int | None}
+    trainer = Trainer
+    auto_class: ClassVar[Any] = AutoModelForSequenceClassification
+    task_type: ClassVar[str | None] = "SEQ_CLS"
+    score = "accuracy"
+
+    def read(self, config: RunConfig) -> RunData:
+        """Records of `text` and `label`."""
+        train, held_out = read_split(config, partial(load_examples, format=config.data.format, family="labels"))
+        sources = [train] if held_out is None or isinstance(config.data.eval, str) else [train, held_out]
+        names = label_names(label for source in sources for label in source.dataset["label"])
+        return with_labels(train, held_out, names)
+
+    def make(self, config: RunConfig, adapter: Any, data: RunData, **parts: Any) -> Trainer:
+        """With the adapter in the model, and accuracy measured at each evaluation."""
+        if adapter is not None:
+            parts["model"] = get_peft_model(parts["model"], adapter)
+        processor = parts["processing_class"]
+        for name, dataset in datasets_of(data).items():
+            parts[name] = None if dataset is None else self.encode(dataset, processor, config)
+        return Trainer(data_collator=self.collator(processor), compute_metrics=accuracy, **parts)
+
+    def encode(self, dataset: Dataset, processor: Any, config: RunConfig) -> Dataset:
+        """The rows as the trainer takes them."""
+        length = config.train["max_length"]
+
+        def tokens(batch: dict[str, list[Any]]) -> dict[str, Any]:
+            return dict(processor(batch["text"], truncation=length is not None, max_length=length))
+
+        with without_progress_bars():
+            return dataset.map(tokens, batched=True, remove_columns=["text"])
+
+    def collator(self, processor: Any) -> Callable[[list[dict[str, Any]]], dict[str, Any]]:
+        """What makes a batch of rows."""
+        return DataCollatorWithPadding(processor)
+
+
+def with_labels(train: Examples, held_out: Examples | None, names: list[str]) -> RunData:
+    """The data of a classifier: its labels are numbers, which count `names`.
+
+    Raises:
+        PacaError: There are not two labels to tell apart, or an example has none of them.
+    """
+    if len(names) < 2:
+        raise PacaError(f"{train.source} has one label, {names}; a classifier needs two or more to tell apart.")
+    train = replace(train, dataset=_numbered(train.dataset, names))
+    if held_out is not None:
+        held_out = replace(held_out, dataset=_numbered(held_out.dataset, names))
+    return RunData(train, held_out, f"the right one of {len(names)} labels", labels=names)
+
+
+def _numbered(dataset: Dataset, names: list[str]) -> Dataset:
+    feature, labels = dataset.features["label"], list(dataset["label"])
+    if isinstance(feature, ClassLabel):
+        labels = [feature.names[label] if label is not None and label >= 0 else None for label in labels]
+    numbers = {name: number for number, name in enumerate(names)}
+    for origin, label in zip(dataset[ORIGIN], labels, strict=True):
+        if label not in numbers:
+            raise PacaError(
+                f"{origin}: its label is {label!r}, which is none of the training data's: {', '.join(names)}. Correct "
+                "it, or leave the record out."
+            )
+    return dataset.remove_columns("label").add_column("labels", [numbers[label] for label in labels])
+
+
+def accuracy(prediction: EvalPrediction) -> dict[str, float]:
+    """The share of examples whose label has the highest of the logits `(examples, labels)`."""
+    logits: Any = prediction.predictions
+    logits = logits[0] if isinstance(logits, tuple) else logits
+    return {"accuracy": float(np.mean(logits.argmax(-1) == prediction.label_ids))}

@@ -1,0 +1,65 @@
+"""`train.trainer: dpo`: a language model learns to prefer one answer to another.
+
+The reference is the model with its adapter disabled, so there is no second copy of it.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+from datasets import Dataset
+from trl import DPOConfig, DPOTrainer
+
+from paca.data.examples import ORIGIN
+from paca.messages.errors import PacaError
+from paca.training.run_config import RunConfig
+from paca.training.trainers.kind import RunData, TrainerKind, read_texts
+
+
+class Dpo(TrainerKind):
+    """TRL's `DPOTrainer`."""
+
+    name = "dpo"
+    arguments = DPOConfig
+    own_keys: ClassVar[dict[str, Any]] = {"eos_token": str | None}
+    trainer = DPOTrainer
+    learning_rate = 1e-5  # ten times TRL's, which is for training in full
+    score = "rewards/accuracies"
+    scored_before = False  # the reference itself prefers neither
+
+    def read(self, config: RunConfig) -> RunData:
+        """Pairs: `prompt`, `chosen` and `rejected`."""
+        train, held_out, template = read_texts(config, "preferences")
+        return RunData(train, held_out, "chosen answers against rejected ones", template)
+
+    def lines(self, config: RunConfig) -> list[tuple[str, str]]:
+        """What the model is compared with."""
+        return [("reference", "the model without its adapter; no second copy is held")]
+
+    def check_prepared(self, trainer: DPOTrainer, data: RunData) -> None:
+        """No pair was dropped because its prompt fills `train.max_length`."""
+        check_all_kept(trainer, data, "the prompt alone fills")
+
+    def lengths(self, dataset: Dataset) -> list[int]:
+        """Of each pair, the longer one with its prompt."""
+        return [
+            len(row["prompt_ids"]) + max(len(row["chosen_ids"]), len(row["rejected_ids"]))
+            for row in dataset.select_columns(["prompt_ids", "chosen_ids", "rejected_ids"])
+        ]
+
+
+def check_all_kept(trainer: Any, data: RunData, why: str) -> None:
+    """Refuse a run for which TRL dropped examples.
+
+    Raises:
+        PacaError: Names the first of them.
+    """
+    for kept, given in ((trainer.train_dataset, data.train), (trainer.eval_dataset, data.eval)):
+        if given is None or len(kept) == len(given.dataset):
+            continue
+        there = set(kept[ORIGIN])
+        lost = [origin for origin in given.dataset[ORIGIN] if origin not in there]
+        raise PacaError(
+            f"{lost[0]}: {why} train.max_length = {trainer.args.max_length} tokens. {len(lost):,} of "
+            f"{len(given.dataset):,} pairs would be left out so. Raise train.max_length, or remove them."
+        )

@@ -1,0 +1,83 @@
+"""`train.trainer: grpo`: a language model answers, and learns from what reward functions say of its answers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+from datasets import Dataset
+from transformers import Trainer
+from trl import GRPOConfig, GRPOTrainer
+
+from paca.data.answers import check_pattern
+from paca.messages.errors import PacaError
+from paca.training.key_checks import Origins
+from paca.training.run_config import RunConfig
+from paca.training.trainers.kind import RunData, TrainerKind, read_texts, steps_of
+from paca.training.trainers.reward_functions import BUILT_IN, check_columns, find_rewards, load_reward_models
+
+
+class Grpo(TrainerKind):
+    """TRL's `GRPOTrainer`."""
+
+    name = "grpo"
+    arguments = GRPOConfig
+    trainer = GRPOTrainer
+    own_keys: ClassVar[dict[str, Any]] = {
+        "reward_funcs": str | list[str],
+        "answer_pattern": str | None,
+        "eos_token": str | None,
+    }
+    learning_rate = 1e-5  # ten times TRL's, which is for training in full
+    score = "reward"
+
+    def check(self, settings: Mapping[str, Any], origins: Origins) -> None:
+        """There are rewards, and the pattern is one."""
+        if not settings.get("reward_funcs"):
+            raise PacaError(
+                f"{origins.of('train')}: train.trainer: grpo needs train.reward_funcs, one or a list of: "
+                f"{', '.join(BUILT_IN)}, package.module:function, or a reward model (a run of train.trainer: reward, a "
+                "folder or a hub id)."
+            )
+        check_pattern(settings.get("answer_pattern"))
+
+    def defaults(self, settings: Mapping[str, Any]) -> dict[str, Any]:
+        """Held-out batches hold whole groups of answers to a prompt. The trainer counts tokens itself."""
+        generations = settings.get("num_generations", 8)
+        return {
+            "num_generations": generations,
+            "per_device_eval_batch_size": settings.get("num_generations_eval", generations),
+            "max_completion_length": 256,
+            "include_num_input_tokens_seen": "no",
+        }
+
+    def read(self, config: RunConfig) -> RunData:
+        """Prompts, and whatever the reward functions need."""
+        train, held_out, template = read_texts(config, "prompts")
+        rewards = find_rewards(config.train)
+        for examples in (train, held_out):
+            if examples is not None:
+                check_columns(rewards, examples)
+        names = ", ".join(reward.name for reward in rewards)
+        return RunData(train, held_out, f"the model's own answers, by {names}", template)
+
+    def make(self, config: RunConfig, adapter: Any, data: RunData, **parts: Any) -> Trainer:
+        """With the reward functions, and the models among them loaded."""
+        rewards = load_reward_models(find_rewards(config.train))
+        return super().make(config, adapter, data, **rewards, **parts)
+
+    def lengths(self, dataset: Dataset) -> list[int]:
+        """Refused.
+
+        Raises:
+            PacaError: Always: the answers are not there yet.
+        """
+        raise PacaError("--probe does not go with train.trainer: grpo, whose answers are yet to be made. Leave it out.")
+
+    def steps(self, examples: int, train: Mapping[str, Any], processes: int) -> int | None:
+        """Batches are of answers: `num_generations` to a prompt, made for `steps_per_generation` batches at a time."""
+        per_batch = train["per_device_train_batch_size"] * processes
+        at_a_time = train.get("steps_per_generation") or train["gradient_accumulation_steps"]
+        answers = train.get("generation_batch_size") or per_batch * at_a_time
+        blocks = examples // max(1, answers // train["num_generations"])
+        return steps_of(blocks * train.get("num_iterations", 1) * (answers // per_batch), train)

@@ -1,0 +1,56 @@
+"""`train.trainer: image_classification`: a vision model learns which label an image has."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar
+
+import torch
+from datasets import Dataset
+from transformers import AutoModelForImageClassification, Trainer
+
+from paca.data import load_images, open_image
+from paca.training.run_config import RunConfig
+from paca.training.trainers.classification import Classification, with_labels
+from paca.training.trainers.kind import RunData, read_split
+
+
+class ImageClassification(Classification):
+    """transformers' `Trainer`."""
+
+    name = "image_classification"
+    own_keys: ClassVar[dict[str, Any]] = {}
+    auto_class = AutoModelForImageClassification
+    task_type = None
+    counts = "images"
+
+    def defaults(self, settings: Mapping[str, Any]) -> dict[str, Any]:
+        """Images are counted; their files are opened as they are needed, so that the rows must keep them."""
+        return {"include_num_input_tokens_seen": "all", "remove_unused_columns": False}
+
+    def read(self, config: RunConfig) -> RunData:
+        """Images, each with a label."""
+        train, held_out = read_split(config, load_images)
+        return with_labels(train, held_out, train.dataset.features["label"].names)
+
+    def make(self, config: RunConfig, adapter: Any, data: RunData, **parts: Any) -> Trainer:
+        """With the adapter in the model, and images counted by their labels."""
+        parts["model"].main_input_name = "labels"
+        return super().make(config, adapter, data, **parts)
+
+    def encode(self, dataset: Dataset, processor: Any, config: RunConfig) -> Dataset:
+        """As they are: a batch opens its images."""
+        return dataset
+
+    def collator(self, processor: Any) -> Callable[[list[dict[str, Any]]], dict[str, Any]]:
+        """Opens images, and makes them what the model's own processor makes of them."""
+
+        def collate(rows: list[dict[str, Any]]) -> dict[str, Any]:
+            pixels = processor([open_image(row) for row in rows], return_tensors="pt")["pixel_values"]
+            return {"pixel_values": pixels, "labels": torch.tensor([row["labels"] for row in rows])}
+
+        return collate
+
+    def lengths(self, dataset: Dataset) -> list[int]:
+        """One each: all images become the same size."""
+        return [1] * len(dataset)

@@ -1,0 +1,171 @@
+"""What a run does differently for each value of `train.trainer`."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, ClassVar
+
+import pyarrow.compute as pc
+from datasets import Dataset
+from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
+
+from paca.data import Examples, load_examples, split_heldout
+from paca.data.sample import Sample
+from paca.training.key_checks import Origins
+from paca.training.prompt_form import choose_form, tokenizer_of
+from paca.training.run_config import RunConfig
+
+
+@dataclass
+class RunData:
+    """The data of a run, in the shape that its trainer takes."""
+
+    train: Examples
+    eval: Examples | None
+    loss: str
+    """What the loss is about, for people."""
+    template: str | None = None
+    """The form in which a language model reads it, in words."""
+    sample: Sample | None = None
+    """Some of the training data as tokens, once `TrainerKind.shape` has looked at it."""
+    labels: list[str] | None = None
+    """Of a classifier."""
+
+
+class TrainerKind:
+    """One value of `train.trainer`: its settings, its model, its data and how its trainer is made.
+
+    A subclass fills in the first four, and overrides what differs from supervised training of a language model.
+    """
+
+    name: ClassVar[str]
+    arguments: ClassVar[type[TrainingArguments]]
+    """Its fields are keys of `train:`."""
+    own_keys: ClassVar[dict[str, Any]] = {}
+    """Further keys of `train:`, with their types."""
+    forced: ClassVar[dict[str, Any]] = {}
+    """Fields of `arguments` that a run decides itself."""
+    trainer: ClassVar[type[Trainer]]
+    auto_class: ClassVar[Any] = AutoModelForCausalLM
+    """The `AutoModel...` of transformers that makes the model."""
+    task_type: ClassVar[str | None] = "CAUSAL_LM"
+    """By PEFT's names."""
+    learning_rate: ClassVar[float] = 3e-4
+    """Our default for adapters."""
+    counts: ClassVar[str] = "tokens"
+    """What the speed is measured in."""
+    score: ClassVar[str | None] = None
+    """The metric of an evaluation that says how good the model is, besides its loss."""
+    scored_before: ClassVar[bool] = True
+    """Whether that tells anything before training."""
+
+    def check(self, settings: Mapping[str, Any], origins: Origins) -> None:
+        """Refuse values of `own_keys` that cannot work.
+
+        Raises:
+            PacaError: Names the key.
+        """
+
+    def defaults(self, settings: Mapping[str, Any]) -> dict[str, Any]:
+        """Defaults of its own, where the user gave nothing: tokens are counted without padding."""
+        return {"include_num_input_tokens_seen": "non_padding"}
+
+    def read(self, config: RunConfig) -> RunData:
+        """Read the data, and see that each record has what the loss needs.
+
+        Raises:
+            PacaError: Names the data and the first record that is wrong.
+        """
+        raise NotImplementedError
+
+    def shape(self, config: RunConfig, data: RunData, *, whole: bool) -> RunData:
+        """Look at some of the data as tokens, and make it what the trainer takes.
+
+        Args:
+            config: With its defaults.
+            data: From `read`.
+            whole: Also tokenize all of it, where that is not the trainer's work.
+        """
+        return data
+
+    def lines(self, config: RunConfig) -> list[tuple[str, str]]:
+        """What the plan says besides, as labels and texts."""
+        return []
+
+    def make(self, config: RunConfig, adapter: Any, data: RunData, **parts: Any) -> Trainer:
+        """The trainer.
+
+        Args:
+            config: The resolved run.
+            adapter: A `PeftConfig` to put in; None where the model has one already, or gets none.
+            data: Of the run.
+            parts: Further arguments of the trainer: model, args, processing_class, callbacks.
+        """
+        trainer: Any = self.trainer(peft_config=adapter, **datasets_of(data), **parts)  # type: ignore[call-arg]
+        if "ref" in getattr(trainer.model, "peft_config", ()):
+            # TRL's copy of an adapter that is in the model already and changes nothing yet: disabled it is the same.
+            trainer.model.delete_adapter("ref")
+        return trainer
+
+    def check_prepared(self, trainer: Any, data: RunData) -> None:
+        """Look at what the trainer made of the data.
+
+        Raises:
+            PacaError: Examples from which nothing can be learned are in it, or were dropped.
+        """
+
+    def lengths(self, dataset: Dataset) -> list[int]:
+        """How large each row of the trainer's dataset is, in tokens."""
+        found: list[int] = []
+        for batch in dataset.select_columns("input_ids").with_format("arrow").iter(batch_size=1000):
+            found.extend(pc.list_value_length(batch["input_ids"]).to_pylist())
+        return found
+
+    def steps(self, examples: int, train: Mapping[str, Any], processes: int) -> int | None:
+        """Optimizer steps over so many examples, counted as the trainer counts them; None where data decides it."""
+        batches = examples / (train["per_device_train_batch_size"] * processes)
+        batches = math.floor(batches) if train.get("dataloader_drop_last") else math.ceil(batches)
+        return steps_of(batches, train)
+
+
+def steps_of(batches: int, train: Mapping[str, Any]) -> int:
+    """Optimizer steps of all epochs, for the batches of one."""
+    steps_per_epoch = max(1, math.ceil(batches / train["gradient_accumulation_steps"]))
+    return math.ceil(train["num_train_epochs"] * steps_per_epoch)
+
+
+def datasets_of(data: RunData) -> dict[str, Any]:
+    """The arguments of a trainer that are data."""
+    return {"train_dataset": data.train.dataset, "eval_dataset": None if data.eval is None else data.eval.dataset}
+
+
+def read_texts(config: RunConfig, family: str) -> tuple[Examples, Examples | None, str]:
+    """Training data, held-out data and the form in which they are read, in words.
+
+    Args:
+        config: The run.
+        family: As in `load_examples`.
+
+    Raises:
+        PacaError: They can't be read.
+    """
+    tokenizer = tokenizer_of(config)
+    train, held_out = read_split(config, partial(load_examples, format=config.data.format, family=family))
+    return train, held_out, choose_form(config, train, tokenizer)
+
+
+def read_split(config: RunConfig, load: Callable[..., Examples]) -> tuple[Examples, Examples | None]:
+    """Training data and held-out data, from two sources or from one."""
+    data = config.data
+    train = load(data.train, split=data.split, limit=data.limit)
+    if data.eval is None:
+        return train, None
+    if isinstance(data.eval, str):
+        return train, load(data.eval, split=data.eval_split, limit=config.eval.limit)
+    train, held_out = split_heldout(train, data.eval, data.heldout_seed)
+    count = min(len(held_out.dataset), config.eval.limit or len(held_out.dataset))
+    return train, dataclasses.replace(held_out, dataset=held_out.dataset.select(range(count)))

@@ -1,0 +1,39 @@
+"""`train.trainer: reward`: a model with one output learns to score the chosen answer above the rejected one."""
+
+from __future__ import annotations
+
+from datasets import Dataset
+from transformers import AutoModelForSequenceClassification
+from trl import RewardConfig, RewardTrainer
+
+from paca.training.run_config import RunConfig
+from paca.training.trainers.dpo import check_all_kept
+from paca.training.trainers.kind import RunData, TrainerKind, read_texts
+
+
+class Reward(TrainerKind):
+    """TRL's `RewardTrainer`."""
+
+    name = "reward"
+    arguments = RewardConfig
+    trainer = RewardTrainer
+    auto_class = AutoModelForSequenceClassification
+    task_type = "SEQ_CLS"
+    score = "accuracy"
+
+    def read(self, config: RunConfig) -> RunData:
+        """Pairs, as for DPO."""
+        train, held_out, template = read_texts(config, "preferences")
+        loss = "the score of chosen answers above that of rejected ones"
+        return RunData(train, held_out, loss, template, labels=["reward"])
+
+    def check_prepared(self, trainer: RewardTrainer, data: RunData) -> None:
+        """No pair was dropped because it is longer than `train.max_length`."""
+        check_all_kept(trainer, data, "an answer with its prompt is longer than")
+
+    def lengths(self, dataset: Dataset) -> list[int]:
+        """Of each pair, the longer one."""
+        return [
+            max(len(row["chosen_ids"]), len(row["rejected_ids"]))
+            for row in dataset.select_columns(["chosen_ids", "rejected_ids"])
+        ]

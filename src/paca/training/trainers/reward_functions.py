@@ -1,0 +1,171 @@
+"""The rewards of GRPO by name: ours, TRL's, a function of the user's, or a reward model."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import os
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import trl.rewards
+from transformers import AutoModelForSequenceClassification
+from trl.import_utils import is_math_verify_available
+
+from paca.data import Examples
+from paca.data.answers import extract_answer
+from paca.data.examples import ORIGIN
+from paca.messages.errors import PacaError
+from paca.messages.nearest import did_you_mean
+from paca.pretrained import load_pretrained
+from paca.pretrained.generation import load_saved
+from paca.pretrained.purpose import classifier_in
+
+BY_TRL = ("accuracy_reward", "reasoning_accuracy_reward", "think_format_reward")
+BUILT_IN = ("exact_match", *BY_TRL)
+_FROM_THE_TRAINER = {"prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric"}
+
+
+@dataclass(frozen=True)
+class Reward:
+    """Something that says how good an answer is."""
+
+    name: str
+    """As the user wrote it."""
+    function: Callable[..., list[float]] | None
+    """As TRL calls it; None for a reward model."""
+
+
+class ExactMatch:
+    """1 for an answer that is the record's `answer`, else 0."""
+
+    __name__ = "exact_match"
+
+    def __init__(self, pattern: str | None) -> None:
+        self.pattern = pattern
+
+    def __call__(self, completions: list[Any], answer: list[Any], **kwargs: Any) -> list[float]:
+        """Args:
+        completions: Texts, or lists of one message.
+        answer: For each the right answer, alone or in a text in which the pattern finds it.
+        """
+        return [
+            float(extract_answer(text_of(completion), self.pattern) == self._reference(str(right)))
+            for completion, right in zip(completions, answer, strict=True)
+        ]
+
+    def _reference(self, right: str) -> str | None:
+        found = extract_answer(right, self.pattern)
+        return extract_answer(right, None) if found is None else found
+
+
+def text_of(completion: str | list[dict[str, str]]) -> str:
+    """What the model wrote."""
+    return completion if isinstance(completion, str) else completion[-1]["content"]
+
+
+def find_rewards(settings: Mapping[str, Any]) -> list[Reward]:
+    """What `train.reward_funcs` names.
+
+    Raises:
+        PacaError: A name stands for nothing, or a function cannot be imported.
+    """
+    names = settings["reward_funcs"]
+    return [_find(name, settings.get("answer_pattern")) for name in ([names] if isinstance(names, str) else names)]
+
+
+def _find(name: str, pattern: str | None) -> Reward:
+    if name == "exact_match":
+        return Reward(name, ExactMatch(pattern))
+    if name in BY_TRL:
+        if name != "think_format_reward" and not is_math_verify_available():
+            raise PacaError(f"train.reward_funcs: {name} needs the package math-verify: pip install math-verify")
+        return Reward(name, getattr(trl.rewards, name))
+    module, colon, function = name.partition(":")
+    if colon:
+        return Reward(name, _imported(name, module, function))
+    if "/" not in name and not Path(name).exists():
+        raise PacaError(
+            f"train.reward_funcs: there is no {name!r}.{did_you_mean(name, BUILT_IN)} Built in are "
+            f"{', '.join(BUILT_IN)}; others are package.module:function, or a reward model's folder or hub id."
+        )
+    return Reward(name, None)
+
+
+def _imported(name: str, module: str, function: str) -> Callable[..., list[float]]:
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())  # as `python -m` has it, where a program's own folder stands instead
+    try:
+        found = getattr(importlib.import_module(module), function)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise PacaError(
+            f"train.reward_funcs: {name} can't be imported: {error}. Give package.module:function, of a package that "
+            f"is installed or of a file in the working folder, {os.getcwd()}."
+        ) from error
+    if not callable(found):
+        raise PacaError(f"train.reward_funcs: {name} is no function, but {type(found).__name__}.")
+    return found
+
+
+def check_columns(rewards: list[Reward], examples: Examples) -> None:
+    """Refuse data that lacks what a function must be given.
+
+    Raises:
+        PacaError: Names the function, the column, and the first record where that is empty.
+    """
+    dataset = examples.dataset
+    for reward in rewards:
+        if reward.function is None:
+            continue
+        if reward.name in BY_TRL and not examples.is_conversational:
+            raise PacaError(
+                f"train.reward_funcs: {reward.name} reads answers that are messages, and the prompts of "
+                f"{examples.source} are text. Give them as messages, or as the column question."
+            )
+        for name, parameter in inspect.signature(reward.function).parameters.items():
+            needed = parameter.default is parameter.empty and parameter.kind not in (
+                parameter.VAR_KEYWORD,
+                parameter.VAR_POSITIONAL,
+            )
+            if not needed or name in _FROM_THE_TRAINER:
+                continue
+            if name not in dataset.column_names:
+                raise PacaError(
+                    f"train.reward_funcs: {reward.name} needs the column {name}, which {examples.source} has not. It "
+                    f"has: {', '.join(dataset.column_names)}."
+                )
+            empty = next((o for o, v in zip(dataset[ORIGIN], dataset[name], strict=True) if v is None), None)
+            if empty is not None and reward.name in BUILT_IN:
+                raise PacaError(f"{empty}: {name} is missing, which the reward {reward.name} needs.")
+
+
+def load_reward_models(rewards: list[Reward]) -> dict[str, list[Any]]:
+    """The arguments of `GRPOTrainer` that are rewards.
+
+    Raises:
+        PacaError: A reward model can't be loaded, or has not one output.
+    """
+    loaded = [(reward.function, None) if reward.function else _load(reward.name) for reward in rewards]
+    return {
+        "reward_funcs": [function for function, _ in loaded],
+        "reward_processing_classes": [tokenizer for _, tokenizer in loaded],
+    }
+
+
+def _load(name: str) -> tuple[Any, Any]:
+    if Path(name).is_dir() and classifier_in(name) is not None:
+        saved = load_saved(name)
+        model = saved.model if saved.adapter is None else saved.model.merge_and_unload()
+        tokenizer = saved.tokenizer
+    else:
+        pretrained = load_pretrained(name, auto_class=AutoModelForSequenceClassification)
+        model, tokenizer = pretrained.model, pretrained.tokenizer
+    if getattr(model.config, "num_labels", None) != 1:
+        raise PacaError(
+            f"train.reward_funcs: {name} has {getattr(model.config, 'num_labels', 'no')} outputs; a reward model has "
+            "one. Train it with train.trainer: reward."
+        )
+    return model.eval(), tokenizer

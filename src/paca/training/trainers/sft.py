@@ -1,0 +1,70 @@
+"""`train.trainer: sft`: a language model learns texts, or the answers in them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any, ClassVar
+
+from trl import SFTConfig, SFTTrainer
+
+from paca.data import check_labels, tokenize
+from paca.data.sample import take_sample
+from paca.training.prompt_form import describe_loss, tokenizer_of, trains_everything
+from paca.training.run_config import RunConfig
+from paca.training.run_setting import holds_all_logits
+from paca.training.trainers.kind import RunData, TrainerKind, read_texts
+
+
+class Sft(TrainerKind):
+    """TRL's `SFTTrainer`."""
+
+    name = "sft"
+    arguments = SFTConfig
+    # What counts in the loss is in the data's labels, made beforehand; TRL refuses to look for it once more.
+    forced: ClassVar[dict[str, Any]] = {"completion_only_loss": False, "assistant_only_loss": False}
+    trainer = SFTTrainer
+
+    def defaults(self, settings: Mapping[str, Any]) -> dict[str, Any]:
+        """Padding is not counted; without padding there is no attention mask to count by, and all positions are."""
+        packs = settings.get("packing", False) or settings.get("padding_free", False)
+        return {"packing": False, "include_num_input_tokens_seen": "all" if packs else "non_padding"}
+
+    def read(self, config: RunConfig) -> RunData:
+        """Texts, conversations, or prompts with their answers."""
+        train, held_out, template = read_texts(config, "text")
+        return RunData(train, held_out, describe_loss(config, train), template)
+
+    def shape(self, config: RunConfig, data: RunData, *, whole: bool) -> RunData:
+        """The tokens of the data, and which of them count in the loss."""
+        tokenizer, train, settings = tokenizer_of(config), data.train, config.train
+        everything = trains_everything(config, train)
+        sample = take_sample(
+            train,
+            tokenizer,
+            everything=everything,
+            limit=settings["max_length"],
+            keep_end=settings.get("truncation_mode") == "keep_end",
+            batch_size=settings["per_device_train_batch_size"],
+        )
+        if not whole:
+            return replace(data, sample=sample)
+        options: Any = {"everything": everything, "processes": settings.get("dataset_num_proc")}
+        held_out = None if data.eval is None else tokenize(data.eval, tokenizer, **options)
+        return replace(data, sample=sample, train=tokenize(train, tokenizer, **options), eval=held_out)
+
+    def lines(self, config: RunConfig) -> list[tuple[str, str]]:
+        """How the logits are held."""
+        if holds_all_logits(config.train):
+            return [("logits", "of a whole batch at once, because of train.label_smoothing_factor")]
+        return [("logits", "tile by tile (TRL's fused output head), never of a whole batch at once")]
+
+    def check_prepared(self, trainer: Any, data: RunData) -> None:
+        """Every example has a token that counts in the loss."""
+        check_labels(trainer.train_dataset, data.train, trainer.args)
+        if data.eval is not None:
+            check_labels(trainer.eval_dataset, data.eval, trainer.args)
+
+    def steps(self, examples: int, train: Mapping[str, Any], processes: int) -> int | None:
+        """None where packing decides how many sequences there are."""
+        return None if train["packing"] else super().steps(examples, train, processes)

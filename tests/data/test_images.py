@@ -1,0 +1,109 @@
+"""Labelled images from folders and Parquet files, opened when they are needed."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from data.loopback_hub import serving
+from paca.data import load_images, open_image
+from paca.messages.errors import PacaError
+
+COLOURS = {"blue": (10, 20, 200), "red": (200, 20, 10)}
+
+
+def save_folder(folder: Path, count: int = 3) -> Path:
+    for label, colour in COLOURS.items():
+        (folder / label).mkdir(parents=True)
+        for number in range(count):
+            Image.new("RGB", (5, 4), colour).save(folder / label / f"{number}.png")
+    return folder
+
+
+def png(colour: tuple[int, int, int]) -> bytes:
+    buffer = io.BytesIO()
+    Image.new("RGB", (5, 4), colour).save(buffer, format="PNG")
+    return buffer.getvalue()
+
+
+def test_a_folder_of_folders_is_labelled_by_their_names(tmp_path: Path) -> None:
+    images = load_images(str(save_folder(tmp_path / "pictures")))
+    names = images.dataset.features["label"].names
+    assert names == ["blue", "red"]
+    for row in images.dataset:
+        image = open_image(row)
+        assert image.mode == "RGB"
+        assert image.getpixel((0, 0)) == COLOURS[names[row["label"]]]
+    assert images.description == "6 images with 2 labels: blue, red"
+
+
+def test_the_hub_gives_what_a_folder_gives(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save_folder(tmp_path / "hub" / "train")
+    with serving(tmp_path / "hub", "some/pets", monkeypatch, tmp_path / "cache"):
+        images = load_images("some/pets[train]")
+    names = images.dataset.features["label"].names
+    assert names == ["blue", "red"]
+    for row in images.dataset:
+        assert open_image(row).getpixel((0, 0)) == COLOURS[names[row["label"]]]
+
+
+def test_a_split_is_a_folder_within(tmp_path: Path) -> None:
+    save_folder(tmp_path / "pictures" / "train")
+    save_folder(tmp_path / "pictures" / "test", count=1)
+    assert len(load_images(str(tmp_path / "pictures"), split="test").dataset) == 2
+    assert len(load_images(str(tmp_path / "pictures")).dataset) == 6
+
+
+def test_a_limit_takes_images_of_every_label(tmp_path: Path) -> None:
+    labels = load_images(str(save_folder(tmp_path / "pictures")), limit=2).dataset["label"]
+    assert sorted(labels) == [0, 1]
+
+
+@pytest.mark.parametrize(
+    ("column", "labels", "names"), [("label", [3, 1], ["1", "3"]), ("labels", ["b", "a"], ["a", "b"])]
+)
+def test_a_parquet_file_needs_no_schema_of_images(
+    tmp_path: Path, column: str, labels: list[object], names: list[str]
+) -> None:
+    colours = list(COLOURS.values())
+    stored = [{"bytes": png(colour), "path": None} for colour in colours]
+    pq.write_table(pa.table({"img": stored, column: labels}), tmp_path / "images.parquet")
+    images = load_images(str(tmp_path / "images.parquet"))
+    assert images.dataset.features["label"].names == names
+    assert [open_image(row).getpixel((0, 0)) for row in images.dataset] == colours
+
+
+def test_grey_images_become_colour(tmp_path: Path) -> None:
+    for label in ("a", "b"):
+        (tmp_path / "grey" / label).mkdir(parents=True)
+        Image.new("L", (3, 3), 100).save(tmp_path / "grey" / label / "1.png")
+    assert open_image(load_images(str(tmp_path / "grey")).dataset[0]).getpixel((0, 0)) == (100, 100, 100)
+
+
+def test_a_broken_image_is_named(tmp_path: Path) -> None:
+    folder = save_folder(tmp_path / "pictures")
+    (folder / "blue" / "1.png").write_bytes(b"no image")
+    rows = list(load_images(str(folder)).dataset)
+    with pytest.raises(PacaError, match=r"pictures, image 1 \(.*blue/1.png\) can't be read as an image"):
+        [open_image(row) for row in rows]
+
+
+def test_what_holds_no_images_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(PacaError, match="cannot be read as labelled images"):
+        load_images(str(tmp_path / "empty"))
+    (tmp_path / "data.csv").write_text("a,b\n")
+    with pytest.raises(PacaError, match=r"Give a folder of images, or a .parquet file"):
+        load_images(str(tmp_path / "data.csv"))
+    with pytest.raises(PacaError, match="no folder of images '/nowhere/pets'"):
+        load_images("/nowhere/pets")
+    with pytest.raises(PacaError, match="expected at least 1"):
+        load_images(str(tmp_path), limit=0)
+    pq.write_table(pa.table({"text": ["a"], "label": [1]}), tmp_path / "text.parquet")
+    with pytest.raises(PacaError, match="has 0 columns of images; expected one"):
+        load_images(str(tmp_path / "text.parquet"))

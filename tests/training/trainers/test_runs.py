@@ -1,0 +1,261 @@
+"""Runs by `train.trainer: dpo | grpo | reward | classification | image_classification`, from config to folder."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from peft import PeftModel
+from rich.console import Console
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+import paca
+from paca.pretrained import load_pretrained
+from paca.training import RunResult, load_run_config, run, train
+from paca.training.interrupt import StopOnSignal
+from paca.training.trainers import TRAINERS
+from training.tiny_run import adapter, rows, same_adapter
+
+Finished = Callable[..., RunResult]
+OTHERS = ("dpo", "grpo", "reward", "classification", "image_classification")
+
+
+def logged(folder: Path) -> list[dict[str, Any]]:
+    """What of the metrics must be the same in the same run: all but times and memory."""
+    measured = ("seconds", "tokens_per_second", "train_seconds", "peak_memory_bytes", "eval_seconds")
+    return [{name: value for name, value in row.items() if name not in measured} for row in rows(folder)]
+
+
+def summary_of(result: RunResult) -> dict[str, Any]:
+    assert result.summary is not None
+    return result.summary
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_a_run_leaves_a_whole_folder(finished: Finished, name: str) -> None:
+    folder = finished(name).folder
+    assert {"adapter", "checkpoints", "config.yaml", "metrics.jsonl", "report.html", "summary.json"} <= {
+        entry.name for entry in folder.iterdir()
+    }
+    losses = [row["loss"] for row in rows(folder) if "loss" in row]
+    assert len(losses) == summary_of(finished(name))["steps"] > 2
+    assert all(math.isfinite(loss) for loss in losses)
+    assert summary_of(finished(name))["tokens"] > 0
+    assert any(delta.any() for key, delta in adapter(folder).items() if key.endswith("paca_delta"))
+
+
+@pytest.mark.parametrize("name", ["dpo", "reward", "image_classification"])
+def test_what_can_be_learned_is_learned(finished: Finished, name: str) -> None:
+    summary = summary_of(finished(name))
+    assert summary["eval_loss_after"] < 0.8 * summary["eval_loss_before"]
+    score = TRAINERS[name].score
+    assert summary["scores"]["after"][score] == 1.0
+
+
+@pytest.mark.parametrize(
+    ("name", "logged"),
+    [
+        ("dpo", "rewards/accuracies rewards/margins rewards/chosen eval_rewards/margins"),
+        ("grpo", "reward rewards/exact_match/mean completions/mean_length eval_reward"),
+        ("reward", "accuracy margin mean_reward eval_accuracy"),
+        ("classification", "eval_accuracy"),
+        ("image_classification", "eval_accuracy"),
+    ],
+)
+def test_what_the_trainer_logs_is_in_the_summary_and_drawn_in_the_report(
+    finished: Finished, name: str, logged: str
+) -> None:
+    folder, summary = finished(name).folder, summary_of(finished(name))
+    page = (folder / "report.html").read_text()
+    for metric in logged.split():
+        values = [row[metric] for row in rows(folder) if metric in row]
+        assert summary["metrics"][metric] == values[-1]
+        assert f'aria-label="{metric.removeprefix("eval_")} over steps"' in page
+    assert "loss (nats per token)" not in page
+    assert TRAINERS[name].score in summary["scores"]["after"]
+
+
+def originals_of(folder: Path) -> dict[str, torch.Tensor]:
+    """The weights of a run's base model, as a run of it loads them."""
+    config = load_run_config(folder / "config.yaml")
+    kind = TRAINERS[config.train["trainer"]]
+    labels = None
+    if kind.task_type != "CAUSAL_LM":
+        stored = json.loads((folder / "adapter" / "config.json").read_text())["id2label"]
+        labels = [stored[number] for number in sorted(stored)]
+    transformers.set_seed(config.train["seed"])
+    model = load_pretrained(config.model.name, auto_class=kind.auto_class, labels=labels).model
+    return {name: value.clone() for name, value in model.state_dict().items()}
+
+
+class Watched(TrainerCallback):
+    """At the end, whether the columns moved, and whether the base is there bit for bit with the adapter disabled."""
+
+    def __init__(self, originals: dict[str, torch.Tensor]) -> None:
+        self.originals = originals
+        self.moved: list[str] = []
+        self.restored: list[bool] = []
+
+    def on_train_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        assert isinstance(model, PeftModel)
+        paca.refresh(model)  # a checkpoint parked them
+        weights = {self._plain(name): value for name, value in model.named_parameters()}
+        for name, original in self.originals.items():
+            if name in weights and not torch.equal(weights[name], original):
+                self.moved.append(name)
+        with model.disable_adapter():
+            self.restored = [
+                torch.equal(weights[name], value) for name, value in self.originals.items() if name in weights
+            ]
+
+    @staticmethod
+    def _plain(name: str) -> str:
+        return name.removeprefix("base_model.model.").replace(".base_layer", "").replace(".original_module", "")
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_columns_move_and_the_base_comes_back_bitwise(
+    workspace: Path, finished: Finished, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    watched = Watched(originals_of(finished(name).folder))
+    monkeypatch.setattr(run, "NoCardsOfCheckpoints", lambda: watched)  # in the place of another callback
+    train(load_run_config(workspace / f"{name}.yaml", [f"output.dir={tmp_path / 'a'}"]), console=Console(quiet=True))
+    assert len(watched.moved) >= 12
+    assert len(watched.restored) > len(watched.moved)
+    assert all(watched.restored)
+
+
+class SignalAtStep(StopOnSignal):
+    """Sends this process a signal at the end of a step, as a user might."""
+
+    step = -1
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if state.global_step == self.step:
+            os.kill(os.getpid(), signal.SIGINT)
+        super().on_step_end(args, state, control, **kwargs)
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_a_stopped_and_resumed_run_is_the_uninterrupted_one_bit_for_bit(
+    workspace: Path, finished: Finished, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    whole = finished(name).folder
+    config = [f"output.dir={tmp_path / name}"]
+    monkeypatch.setattr(run, "StopOnSignal", SignalAtStep)
+    monkeypatch.setattr(SignalAtStep, "step", 2)
+    stopped = train(load_run_config(workspace / f"{name}.yaml", config), console=Console(quiet=True))
+    assert stopped.summary is None
+    monkeypatch.setattr(SignalAtStep, "step", -1)
+    resumed = train(load_run_config(workspace / f"{name}.yaml", config), resume=True, console=Console(quiet=True))
+    assert resumed.summary is not None
+    assert same_adapter(whole, tmp_path / name)
+    assert logged(whole) == logged(tmp_path / name)
+
+
+def test_grpo_samples_from_the_columns_as_they_are(
+    workspace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whenever a token is generated, the weight that multiplies holds the deltas of that moment."""
+    kind, seen, generating = TRAINERS["grpo"], [], []
+    make = kind.make
+
+    def watching(*args: Any, **parts: Any) -> Any:
+        trainer: Any = make(*args, **parts)
+        generate = trainer._generate_single_turn
+        layer = trainer.model.base_model.model.model.layers[0].self_attn.q_proj
+        original = layer.base_layer.weight.detach().clone()
+
+        def generate_watched(*inner: Any, **settings: Any) -> Any:
+            generating.append(True)
+            try:
+                return generate(*inner, **settings)
+            finally:
+                generating.pop()
+
+        def look(*_: Any) -> None:
+            if generating:
+                delta, indices = layer.paca_delta["default"].detach(), layer.paca_indices["default"]
+                expected = original.clone()
+                expected[:, indices] += layer.scaling["default"] * delta
+                seen.append((torch.equal(layer.base_layer.weight, expected), bool(delta.any())))
+
+        layer.register_forward_hook(look)
+        trainer._generate_single_turn = generate_watched
+        return trainer
+
+    monkeypatch.setattr(kind, "make", watching)
+    train(load_run_config(workspace / "grpo.yaml", [f"output.dir={tmp_path / 'a'}"]), console=Console(quiet=True))
+    assert all(current for current, _ in seen)
+    assert {trained for _, trained in seen} == {False, True}
+
+
+def test_a_reward_run_is_a_reward_of_grpo(workspace: Path, finished: Finished, tmp_path: Path) -> None:
+    judge = finished("reward").folder
+    overrides = [f"output.dir={tmp_path / 'a'}", f"train.reward_funcs={judge}", f"model.name={workspace / 'qwen'}"]
+    result = train(load_run_config(workspace / "grpo.yaml", overrides), console=Console(quiet=True))
+    assert math.isfinite(summary_of(result)["metrics"]["reward"])
+
+
+def test_a_convolutional_network_learns_images(finished: Finished, workspace: Path) -> None:
+    settings = [f"model.name={workspace / 'efficientnet'}", "paca.target_modules=.*(expand|project)_conv"]
+    result = finished("image_classification", *settings)
+    assert math.isfinite(summary_of(result)["eval_loss_after"])
+    deltas = {name: value for name, value in adapter(result.folder).items() if name.endswith("paca_delta")}
+    assert deltas
+    assert all(value.any() and "_conv" in name for name, value in deltas.items())
+
+
+@pytest.mark.parametrize("name", ["dpo", "reward"])
+def test_lean_blocks_train_the_same_way(finished: Finished, name: str) -> None:
+    lean, plain = (summary_of(finished(name, *more)) for more in (["model.lean=true"], []))
+    assert lean["eval_loss_after"] == pytest.approx(plain["eval_loss_after"], rel=1e-3)
+
+
+@pytest.mark.parametrize("name", ["dpo", "reward", "classification", "image_classification"])
+def test_the_probe_changes_nothing(workspace: Path, finished: Finished, tmp_path: Path, name: str) -> None:
+    config = load_run_config(workspace / f"{name}.yaml", [f"output.dir={tmp_path / 'a'}"])
+    lines = Console(file=(tmp_path / "out").open("w"), width=200)
+    train(config, console=lines, probe=True)
+    assert "fits: peak memory" in (tmp_path / "out").read_text()
+    assert same_adapter(finished(name).folder, tmp_path / "a")
+    assert logged(finished(name).folder) == logged(tmp_path / "a")
+
+
+@pytest.mark.parametrize("method", ["lora: {r: 4}", "full: {}"])
+@pytest.mark.parametrize("name", ["dpo", "classification", "image_classification"])
+def test_other_methods_train_by_the_same_config(workspace: Path, tmp_path: Path, name: str, method: str) -> None:
+    text = (workspace / f"{name}.yaml").read_text().replace("paca: {r: 4}", method)
+    if name == "image_classification" and method.startswith("lora"):
+        text = text.replace("{r: 4}", "{r: 4, target_modules: [q_proj, v_proj]}")
+    (tmp_path / "run.yaml").write_text(text)
+    config = load_run_config(tmp_path / "run.yaml", [f"output.dir={tmp_path / 'run'}", "train.learning_rate=1e-3"])
+    result = train(config, console=Console(quiet=True))
+    assert math.isfinite(summary_of(result)["eval_loss_after"])
+    assert summary_of(result)["method"]["name"] == method.partition(":")[0]
+
+
+def test_an_adapter_in_the_weights_dtype_has_the_model_as_reference(finished: Finished) -> None:
+    """Not TRL's copy of it, which would be saved too."""
+    fast = finished("dpo", "train.autocast_adapter_dtype=false")
+    assert not (fast.folder / "adapter" / "ref").exists()
+    assert same_adapter(fast.folder, finished("dpo").folder)  # in float32 both forms are the same
+
+
+def test_texts_are_cut_to_the_models_length_unless_told_otherwise(workspace: Path, tmp_path: Path) -> None:
+    records = [{"text": "word " * 100, "label": label} for label in ("a", "b")] * 2  # 500 tokens; the model takes 256
+    (tmp_path / "long.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    overrides = [f"data.train={tmp_path / 'long.jsonl'}", "data.eval=null", "train.max_steps=1"]
+    for name, given, tokens in (("default", [], 2 * 256), ("shorter", ["train.max_length=10"], 2 * 10)):
+        config = load_run_config(
+            workspace / "classification.yaml", [f"output.dir={tmp_path / name}", *overrides, *given]
+        )
+        assert summary_of(train(config, console=Console(quiet=True)))["tokens"] == tokens
