@@ -102,7 +102,8 @@ def _write(loaded: LoadedModel, dtype: torch.dtype, folder: Path) -> None:
         except (ValueError, NotImplementedError) as error:
             raise PacaError(f"The adapter in {loaded.adapter} cannot be merged: {error}") from error
     # The token that ends an answer in the adapter's template may be none that ended a text of the base model.
-    merged.generation_config.eos_token_id = sampling_settings(merged, loaded.tokenizer, 0).get("eos_token_id")
+    if getattr(merged, "generation_config", None) is not None:
+        merged.generation_config.eos_token_id = sampling_settings(merged, loaded.tokenizer, 0).get("eos_token_id")
     merged.to(dtype=dtype).save_pretrained(folder)
     loaded.tokenizer.save_pretrained(folder)
 
