@@ -83,7 +83,7 @@ def test_a_real_interrupt_saves_and_the_resumed_run_ends_as_the_uninterrupted_on
     assert re.search(r"^step 0: held-out loss \d\.\d+$", output, re.MULTILINE)
     assert re.search(r"^step 150/150  loss \d\.\d+  [\d,]+ tokens/s  peak .*iB  0:00 left$", output, re.MULTILINE)
     assert re.search(r"^held-out loss +\d\.\d+ → \d\.\d+$", output, re.MULTILINE)
-    assert (workspace / "whole" / "report.html").read_text().count("<svg") == 5
+    assert (workspace / "whole" / "report.html").read_text().count("<svg") == 6
     assert "it/s]" not in output + done.stderr  # no progress bars in a log file
 
     process = start_paca("train", "config.yaml", *steps, "output.dir=parts", cwd=workspace, streams=tmp_path)
