@@ -10,8 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from paca.columns.kept import common
-from paca.columns.state import Folded
+from paca.columns.folded import Folded
+from paca.columns.merging import common
 
 
 class ColumnUnion(NamedTuple):

@@ -19,7 +19,8 @@ from torch import Tensor
 from paca.columns.state import State
 from paca.functional.grouped import GroupedMatmul, GroupedProduct
 from paca.functional.linear import LinearProduct
-from paca.functional.train_columns import Trained, train_columns
+from paca.functional.product import Trained
+from paca.functional.train_columns import train_columns
 from paca.layers.resident_weight import ResidentPass, ResidentWeight
 
 

@@ -22,8 +22,7 @@ from transformers import (
 from paca.messages.errors import PacaError
 from paca.pretrained import load_config, load_pretrained, load_tokenizer
 from paca.pretrained.quantizing import QUANTIZATIONS, is_quantized, method_of
-from paca.tuner.adapter_file import tensor_names
-from paca.tuner.adapter_folder import adapter_settings, find_adapter, find_base, weight_file
+from paca.tuner.adapter_folder import adapter_settings, find_adapter, find_base, tensor_names, weight_file
 from paca.tuner.tied_weights import untie_for
 
 Message = dict[str, str]

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from paca.config import PacaConfig
 from paca.layers import PacaLayer, refuse_sharded
 from paca.tuner.adapter_checks import DELTA, INDICES, check_adapter_tensors
+from paca.tuner.adapter_file import shapes_in
 from paca.tuner.recorded_quantization import quantizations, warn_of_another
 from paca.tuner.registration import NAME
 
@@ -102,6 +103,7 @@ def _config_of(folder: str | os.PathLike[str]) -> PacaConfig:
         raise ValueError(
             f"{folder} holds a {peft_type} adapter; a {NAME} adapter can be replaced by a {NAME} adapter only."
         )
+    shapes_in(Path(folder))
     return PacaConfig.from_pretrained(str(folder))
 
 

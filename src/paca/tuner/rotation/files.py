@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from paca.columns.column_union import ColumnUnion, split, trained_of, union_of
-from paca.columns.state import Folded
+from paca.columns.folded import Folded
 from paca.config import PacaConfig
 from paca.layers import layers_of
 from paca.layers.base import FOLDED_DELTA, FOLDED_INDICES
