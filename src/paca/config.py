@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import re
 from dataclasses import dataclass, field
+from math import inf
 from pathlib import Path
 from typing import Any, Literal
 
@@ -101,8 +102,6 @@ class PacaConfig(PeftConfig):
                     if not of_one(one):
                         raise ValueError(f"{name}[{key!r}] must {words_of_one}; got {one!r}.")
         check_strategy(self.selection)
-        if self.rotate_by not in ROTATIONS:
-            raise ValueError(f"rotate_by={self.rotate_by!r} is unknown; choose one of {', '.join(ROTATIONS)}.")
         targets = self.target_modules
         if isinstance(targets, str) and targets != "all-linear" and self.layers_to_transform is not None:
             raise ValueError(
@@ -139,14 +138,6 @@ def _is(value: Any, *kinds: type) -> bool:
     return isinstance(value, kinds) and (not isinstance(value, bool) or bool in kinds)
 
 
-def _is_count(value: Any) -> bool:
-    return _is(value, int) and value >= 1
-
-
-def _is_positive(value: Any) -> bool:
-    return _is(value, int, float) and 0 < value < float("inf")
-
-
 def _is_list_of(kind: type, value: Any) -> bool:
     return isinstance(value, (list, tuple, set, frozenset)) and all(_is(one, kind) for one in value)
 
@@ -160,10 +151,10 @@ _TEXT_OR_NAMES = "be a list of names (or one text), such as "
 _FORMS: tuple[tuple[str, Any, str], ...] = (
     ("rank_pattern", lambda v: isinstance(v, dict), "map names of modules to numbers, such as {'q_proj': 8}"),
     ("alpha_pattern", lambda v: isinstance(v, dict), "map names of modules to numbers, such as {'q_proj': 8}"),
-    ("r", _is_count, "be a whole number of columns, 1 or more"),
-    ("paca_alpha", _is_positive, "be a positive number"),
+    ("r", lambda v: _is(v, int) and v > 0, "be a whole number of columns, 1 or more"),
+    ("paca_alpha", lambda v: _is(v, int, float) and 0 < v < inf, "be a positive number"),
     ("random_seed", lambda v: v is None or _is(v, int), "be a whole number, or null for one that is drawn"),
-    ("rotate_every", lambda v: v is None or _is_count(v), "be a whole number of steps, 1 or more, or null"),
+    ("rotate_every", lambda v: v is None or (_is(v, int) and v > 0), "be a whole number of steps, 1 or more, or null"),
     ("target_modules", lambda v: _is(v, str) or _is_names(v), _TEXT_OR_NAMES + "['q_proj', 'down_proj']"),
     ("exclude_modules", lambda v: _is(v, str) or _is_names(v), _TEXT_OR_NAMES + "['lm_head']"),
     ("layers_pattern", lambda v: _is(v, str) or _is_names(v), _TEXT_OR_NAMES + "['layers']"),
@@ -179,6 +170,7 @@ _FORMS: tuple[tuple[str, Any, str], ...] = (
         lambda v: v is None or (v and isinstance(v, dict)),
         "map module names to lists, such as {'q_proj': [5]}",
     ),
+    ("rotate_by", lambda v: v in ROTATIONS, f"be one of {', '.join(ROTATIONS)}"),
     ("init_weights", lambda v: isinstance(v, bool), "be true or false"),
     ("inference_mode", lambda v: isinstance(v, bool), "be true or false"),
     ("original_weights", lambda v: v is None or _is(v, str), "be a folder or hub id, or null"),
@@ -187,8 +179,8 @@ _FORMS: tuple[tuple[str, Any, str], ...] = (
 """What form each setting must have: its name, a test, and the words for a message."""
 
 _ENTRIES: dict[str, tuple[Any, str]] = {
-    "rank_pattern": (_is_count, "be a whole number of columns, 1 or more"),
-    "alpha_pattern": (_is_positive, "be a positive number"),
+    "rank_pattern": (lambda v: _is(v, int) and v > 0, "be a whole number of columns, 1 or more"),
+    "alpha_pattern": (lambda v: _is(v, int, float) and 0 < v < inf, "be a positive number"),
     "indices": (lambda v: not isinstance(v, (str, int, type(None))), "be a list of column numbers, such as [0, 5]"),
 }
 
@@ -198,5 +190,5 @@ def _check_expression(name: str, key: Any) -> None:
         re.compile(key)
     except (re.error, TypeError) as error:
         raise ValueError(
-            f"{name} has the key {key!r}, which is neither the name of a module nor a regular expression: {error}."
+            f"{name} has the key {key!r}, no name of a module nor a regular expression: {error}."
         ) from error

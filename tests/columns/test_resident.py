@@ -12,10 +12,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from paca.columns import resident as resident_module
+from paca.columns.entry import Entry
 from paca.columns.folded import Folded
 from paca.columns.kept import Kept, add_scaled, sum_of
 from paca.columns.merging import MergeableColumns
-from paca.columns.resident import Entry, write_together
+from paca.columns.resident import write_together
 from paca.columns.state import AdapterColumns, State
 from paca.functional.column_blocks import runs_of
 from reference import dense_weight, nearest
@@ -618,7 +619,8 @@ def test_a_change_of_the_weight_between_forward_and_backward_raises(change):
             resident.park(weight)
             resident.reloaded()
         else:
-            resident.let_go(weight)
+            resident.park(weight)
+            resident.base_changed()
     before = weight.clone()
     with pytest.raises(RuntimeError, match=r"merged, unmerged or loaded.*or its adapter unloaded"):
         resident.before_backward(weight, state, state.tag)

@@ -10,12 +10,9 @@ from paca.functional.product import WeightSource
 
 
 class AddedPass(WeightSource):
-    """There is no weight, but the columns must stay as they are until the backward pass.
+    """There is no weight, but the columns of `state` must stay as they are until the backward pass.
 
-    Args:
-        columns: What is active.
-        state: What this pass adds.
-        batch_tag: Says which samples of a mixed batch have which adapter.
+    `batch_tag` says which samples of a mixed batch have which adapter.
     """
 
     __slots__ = ("_tag", "columns", "state")

@@ -50,10 +50,7 @@ def write_columns(weight: Tensor, dim: int, positions: Tensor, values: Tensor) -
 def sum_of(kept: Kept, columns: tuple[AdapterColumns, ...], dim: int) -> Tensor:
     """`W0 + sum_a scale_a * scatter(delta_a, indices_a)` at the kept positions, in float32 (float64 for float64).
 
-    Args:
-        kept: Original columns, which need not be all that `columns` have.
-        columns: Where several have a column, they are added in order.
-        dim: The dimension of `kept.values` that runs over the columns.
+    `columns` may have other positions as well. Where several have one, they are added in order.
     """
     positions, values = kept
     wide = torch.promote_types(values.dtype, torch.float32)

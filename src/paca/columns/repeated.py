@@ -11,10 +11,7 @@ from collections.abc import Callable
 from types import FrameType
 from typing import Any
 
-REPEATED = (
-    "Activation checkpointing repeats a forward pass with {now} active, but it first ran with other adapters or other "
-    "values. Make the same adapters active again before backward(), or run backward() before switching or stepping."
-)
+from paca.columns.lost import REPEATED
 
 
 def note_first(passes: dict[Any, list[Any]], state: Any, can_come_back: Callable[[Any], bool]) -> None:

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from paca.columns.entry import Entry
 from paca.columns.foreign_writes import holds, refuse_overwritten
 from paca.columns.kept import Kept, add_scaled, oriented, positions_of, sum_of, write_columns
 from paca.columns.not_whole import refuse_flattened, refuse_part, refuse_sharded_delta
@@ -25,18 +26,6 @@ from paca.functional.column_blocks import blocks_in, blocks_of, read_columns
 from paca.functional.product import Trained
 
 WRITING = threading.RLock()  # writers are rare (once per optimizer step); readers never take it
-
-
-class Entry:
-    """What a compiled graph looks at before it reads the weights of a model (`paca.tuner.entry`)."""
-
-    unwritten = False
-    """Some weight does not hold what is active just now: a state dict or a copy was taken, or a backward pass put the
-    columns of its forward pass back."""
-    sharded = False  # FSDP2 shards some of its weights
-
-    def write_stale(self) -> None:
-        """Write what the model's layers want and their weights do not hold."""
 
 
 class ResidentColumns(ActiveColumns):
@@ -61,8 +50,6 @@ class ResidentColumns(ActiveColumns):
         self._seal: tuple[int, int] | None = None  # the weight's version and memory as we left them
         self._lent: int | None = None  # users of the weight's memory before a state dict shared it
         self._handed_out: list[weakref.ref[Any]] = []  # what state dicts got
-
-    # -- where the columns live: here in the parameter itself, for `ShardedColumns` in FSDP2's rows of it ------------
 
     def home_to_write(self, weight: Tensor) -> Tensor:
         """What columns are written into, given the module's weight, for a call that may write it."""
@@ -90,8 +77,6 @@ class ResidentColumns(ActiveColumns):
         """The columns of `state` that gradients go to."""
         return state.trained
 
-    # -- writing and parking ------------------------------------------------------------------------------------
-
     def sealed(self, weight: Tensor | None) -> bool:
         """Whether the weight is as we left it: written or replaced by nobody else."""
         return self._seal is None or (weight is not None and self._seal == identity(weight))
@@ -111,11 +96,6 @@ class ResidentColumns(ActiveColumns):
                     self.entry.unwritten = True
             elif not for_now:
                 self._parked_for_now = False
-
-    def let_go(self, weight: Tensor) -> None:
-        """Park for good: backward passes that are pending may not write columns into the weight any more."""
-        self.park(weight)
-        self.base_changed()
 
     def _take_out(self, weight: Tensor) -> None:
         self._parked = self.state, self._current(weight)
@@ -218,20 +198,14 @@ class ResidentColumns(ActiveColumns):
                 if self.entry is not None:
                     self.entry.unwritten = True
 
-    # -- the weight as others see it ----------------------------------------------------------------------------
-
     def lend(self, weight: Tensor) -> None:
-        """Note that a state dict is about to share the (parked) weight's memory.
-
-        Should the weight be written while anyone still holds that memory (the state dict's tensor, a view of it, a
-        numpy array), the weight moves to a copy first: memory is spent only if what was handed out is kept.
-        """
+        """Note that a state dict is about to share the (parked) weight's memory: should that be written while anyone
+        still holds it (the tensor, a view of it, a numpy array), the weight moves to a copy first."""
         if self._lent is None:
             self._lent = _memory_users(weight)
 
     def handed_out(self, shared: Any) -> None:
-        """Note what a state dict got after `lend`: the count of users alone would not show it any more once one of
-        those that were there before is gone."""
+        """Note what a state dict got: once a user from before is gone, their count alone would not show it."""
         self._handed_out = [alive for alive in self._handed_out if alive() is not None] + [weakref.ref(shared)]
 
     def _part_from_lent(self, weight: Tensor) -> None:
@@ -242,8 +216,6 @@ class ResidentColumns(ActiveColumns):
             if kept or _memory_users(weight) > self._lent:
                 weight.data = weight.data.clone()
         self._lent, self._handed_out = None, []
-
-    # -- inside -------------------------------------------------------------------------------------------------
 
     def _current(self, weight: Tensor) -> Tensor:
         return read_columns(weight.detach(), self.dim, self.kept.positions.to(weight.device))
@@ -263,11 +235,7 @@ class ResidentColumns(ActiveColumns):
 
 
 def write_together(jobs: Iterable[tuple[ResidentColumns, Tensor, tuple[AdapterColumns, ...]]]) -> None:
-    """Make many weights hold what is wanted of each: in two kernels, where columns lie in blocks.
-
-    Args:
-        jobs: The columns of a weight, the weight, and what it has to hold.
-    """
+    """Make many weights hold what is wanted of each: in two kernels, where columns lie in blocks."""
     with WRITING, torch.inference_mode(False), torch.no_grad():
         written = []
         groups: dict[Any, tuple[list[Tensor], list[Tensor], list[Tensor]]] = defaultdict(lambda: ([], [], []))

@@ -20,18 +20,7 @@ def select_columns(
     module_name: str,
     scores: Tensor,
 ) -> Tensor:
-    """Choose the `r` columns with the largest scores; of equal ones the first.
-
-    Args:
-        strategy: One of `STRATEGIES` that are not `AT_RANDOM`.
-        r: How many.
-        in_features: How many columns the layer has.
-        module_name: Of the layer, for messages.
-        scores: `(in_features,)`: the norm of each column of the weight (`weight_norms`), or what calibration batches
-            gave for it.
-
-    Returns:
-        `(r,)` int64, sorted, on CPU.
+    """Choose the `r` columns `(r,)` of the module with the largest `scores (in_features,)`; of equal ones the first.
 
     Raises:
         ValueError: For an unknown strategy, a rank that the layer has not, or scores that are NaN or infinite.
@@ -52,14 +41,9 @@ def select_columns(
 
 
 def weight_norms(weight: Tensor, input_dim: int) -> Tensor:
-    """The Euclidean norm of each column, over all dimensions but `input_dim`.
+    """The Euclidean norm of each column, `(in_features,)`, over all dimensions but `input_dim`.
 
-    Args:
-        weight: two or more dimensions, any float type.
-        input_dim: the one that runs over the input features.
-
-    Returns:
-        `(in_features,)` in float64 (float32 where the device has no float64), computed piece by piece.
+    In float64 (float32 where the device has no float64), computed piece by piece.
     """
     columns = weight.detach().movedim(input_dim, -1)  # (..., in_features)
     total = torch.zeros(columns.shape[-1], dtype=widest(weight.device), device=weight.device)
@@ -74,13 +58,10 @@ def widest(device: torch.device) -> torch.dtype:
 
 
 def explicit_columns(columns: Sequence[int] | Tensor, in_features: int, module_name: str) -> Tensor:
-    """Check and sort columns that the user names.
-
-    Returns:
-        `(r,)` int64, sorted, on CPU.
+    """Check and sort columns that the user names: `(r,)` int64, on CPU.
 
     Raises:
-        ValueError: if there are none, one is repeated, or one is outside `[0, in_features)`.
+        ValueError: If there are none, one is repeated, or one is outside `[0, in_features)`.
     """
     try:
         indices = torch.as_tensor(columns, device="cpu")

@@ -47,8 +47,7 @@ def random_columns(in_features: int, r: int, seed: int | None, module_name: str,
 def shuffled(strategy: str, in_features: int, generator: torch.Generator) -> Tensor:
     """All columns `(in_features,)` in an order drawn from `generator`; the first `r` are a choice of `r`.
 
-    `"random"`: any order, so that every choice is as likely. `"random_blocks"`: the blocks of `BLOCK` columns
-    (0 to 15, 16 to 31, ...) in any order, each of them whole.
+    `"random_blocks"`: whole blocks of `BLOCK` columns (0 to 15, 16 to 31, ...) in any order; `"random"`: single ones.
     """
     if strategy == "random":
         return torch.randperm(in_features, generator=generator, device="cpu")

@@ -38,8 +38,8 @@ class ShardedColumns(MergeableColumns):
     def of(cls, columns: Any, parameter: Any) -> ShardedColumns:
         """Turn the columns of a weight into these, in place."""
         columns.__class__ = cls
-        columns._begin(parameter)
         sharded: ShardedColumns = columns
+        sharded._begin(parameter)
         return sharded
 
     def _begin(self, parameter: Any) -> None:

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from paca.columns.folded import Folded
-from paca.columns.repeated import REPEATED, check_repeated, note_first
+from paca.columns.lost import refuse_backward
+from paca.columns.repeated import check_repeated, note_first
 from paca.functional.column_blocks import runs_of
 from paca.functional.product import Trained
 
@@ -67,12 +68,9 @@ def is_sharded(value: object) -> bool:
 
 
 class State:
-    """What is active over one weight: some adapters' columns, over one revision of the weight. Never changed.
+    """What is active over one weight: some adapters' columns, over one revision of it. Never changed.
 
-    Args:
-        columns: Of the active adapters; none for the pretrained weight.
-        base: Revision of the weight beneath.
-        like: A state whose tensors are reused if they are the same, which an optimizer step leaves them.
+    What is made of the tensors is taken from the state `like`, if they are the same: an optimizer's step leaves them.
     """
 
     __slots__ = ("_tag", "base", "columns", "key", "places", "trained", "watched")
@@ -132,14 +130,7 @@ def may_be_recorded() -> bool:
 
 
 class ActiveColumns:
-    """What is active over one weight. Knows tensors only; the layer above says what is wanted.
-
-    Attributes:
-        state: What the next forward pass sees.
-        revisions: Of each adapter of the layer.
-        trusted: The adapters that an optimizer trains whose steps are seen. With others, every backward pass may be
-            followed by a write that nobody sees, and `unaccounted` says that there was one.
-    """
+    """What is active over one weight. Knows tensors only; the layer above says what is wanted."""
 
     whole = True  # whether this process holds all rows, as compiled graphs, hot swaps and the like need
 
@@ -149,10 +140,10 @@ class ActiveColumns:
 
     def __init__(self) -> None:
         self.base = next(_REVISIONS)
-        self.state = State((), self.base)
-        self.revisions: dict[str, int] = {}
-        self.trusted: set[str] = set()
-        self.unaccounted = False
+        self.state = State((), self.base)  # what the next forward pass sees
+        self.revisions: dict[str, int] = {}  # of each adapter of the layer
+        self.trusted: set[str] = set()  # the adapters that an optimizer trains whose steps are seen
+        self.unaccounted = False  # a backward pass ran with others, which a write may have followed that nobody saw
         self._first_passes: dict[Any, list[State]] = {}  # of re-entrant checkpointing, by the key of their state
 
     def local(self, layer: Any, adapter_name: str) -> tuple[Tensor, Tensor | None]:
@@ -174,10 +165,9 @@ class ActiveColumns:
 
     def notice(self) -> None:
         """Move the revisions of adapters whose version counters show a change."""
-        if not self.state.unchanged():
-            for c in self.state.moved():
-                if self.is_current(c):
-                    self.changed(c.name)
+        for c in self.state.moved():
+            if self.is_current(c):
+                self.changed(c.name)
 
     def note_forward(self) -> None:
         """Note that a forward pass runs with the present state. Raises if that repeats a pass that ran with others."""
@@ -192,28 +182,16 @@ class ActiveColumns:
         return state.base == self.base and all(map(self.is_current, state.columns))
 
     def check_backward(self, state: State, saved_tag: Tensor) -> None:
-        """Check that the columns of a forward pass are still known in its backward pass.
+        """Raise `RuntimeError` if the columns or the weight of a forward pass changed before its backward pass.
 
         Args:
             state: Of the forward pass.
             saved_tag: Its tag as autograd kept it: another one if activation checkpointing repeated the pass.
-
-        Raises:
-            RuntimeError: If its columns or the weight were changed since, or the repeated pass had others.
         """
-        if saved_tag is not state.tag and int(saved_tag) != hash(state.key):
-            raise RuntimeError(REPEATED.format(now=names_of(self.state.columns)))
-        if state.base != self.base:
-            raise RuntimeError(
-                "The weight of an adapted layer was merged, unmerged or loaded between forward and backward, or "
-                "written by somebody else, or its columns rotated, or its adapter unloaded, so the gradient can't be "
-                "computed. Run backward() first."
-            )
-        if not (state.unchanged() and all(map(self.is_current, state.columns))):
-            raise RuntimeError(
-                f"The columns of {names_of(state.columns)} were modified between forward and backward (by an optimizer "
-                "step or an in-place operation), so the gradient can't be computed. Run backward() first."
-            )
+        repeated = saved_tag is not state.tag and int(saved_tag) != hash(state.key)
+        if repeated or not self._can_come_back(state) or not state.unchanged():
+            then, now = names_of(state.columns), names_of(self.state.columns)
+            refuse_backward(repeated=repeated, base_changed=state.base != self.base, then=then, now=now)
         if not self.has_trust(state):
             self.unaccounted = True  # an optimizer's step may follow that nobody sees
 

@@ -19,7 +19,6 @@ from paca.columns.resident import ResidentColumns, write_together
 from paca.columns.state import AdapterColumns, is_sharded
 
 Job = tuple[ResidentColumns, Tensor, tuple[AdapterColumns, ...]]
-
 _LAYERS: dict[int, tuple[weakref.ref[Any], str]] = {}  # by the id of a delta: its layer, and the adapter
 _STEPPING: dict[int, list[tuple[weakref.ref[Any], str]]] = {}  # by thread: whose deltas an optimizer is writing
 
@@ -33,11 +32,8 @@ def others_step() -> bool:
 
 
 def _held(optimizer: torch.optim.Optimizer, with_gradients: bool) -> list[tuple[weakref.ref[Any], str]]:
-    """The layers and adapters whose deltas `optimizer` holds, and has gradients of or not.
-
-    This is the thread that trains: nobody replaces gradients meanwhile.
-    """
-    held = []
+    """The layers and adapters whose deltas `optimizer` holds, and has gradients of or not."""
+    held = []  # this is the thread that trains: nobody replaces gradients meanwhile
     for group in optimizer.param_groups:
         for parameter in cast("list[Tensor]", group["params"]):
             found = _LAYERS.get(id(parameter))

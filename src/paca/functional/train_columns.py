@@ -29,21 +29,12 @@ def train_columns(
     """Apply a weight to `x`, and send gradients to `x`, `bias` and the deltas of the trained columns.
 
     Args:
-        product: Of the kind of layer.
         x: The layer's input, any strides, may be empty.
         weight: Already holds the trained columns. Autograd checks its version: if it is written before the backward
             pass, that raises. None if `source` gives it, or if columns are added.
-        bias: Or None. Gets a gradient if it requires one.
-        trained: The columns; may be none.
         source: Gives the weight in the forward pass, and again in the backward pass.
         added_to: The output of a layer whose weight does not hold the columns: their contribution is added to it. Then
             `source` only checks, in the backward pass, that the columns are the same.
-
-    Returns:
-        What the stock module returns for such a weight; `added_to`'s dtype if that is given.
-
-    Raises:
-        ValueError: If `weight` requires grad.
     """
     if weight is not None:
         check_frozen(weight)

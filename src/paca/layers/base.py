@@ -4,20 +4,17 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft.tuners._buffer_dict import BufferDict
 from torch import Tensor, nn
 
-from paca.columns.folded import Folded
+from paca.columns.folded import FOLDED_DELTA, FOLDED_INDICES, Folded
 from paca.columns.state import AdapterColumns
 from paca.columns.stepping import Deltas, Job
 from paca.layers.mixed_batch import MixingLayer, Running, current_mixed_batch
 from paca.layers.peft_calls import PeftCalls, refuse_late_adapter
-
-FOLDED_DELTA, FOLDED_INDICES = "paca_delta.paca_folded", "paca_indices.paca_folded"
-"""What a whole model's state dict calls folded columns, so that PEFT takes them for an adapter's, not the base's."""
 
 
 class PacaLayer(nn.Module, PeftCalls, MixingLayer):  # nn.Module first: FSDP2 makes subclasses of it
@@ -25,8 +22,7 @@ class PacaLayer(nn.Module, PeftCalls, MixingLayer):  # nn.Module first: FSDP2 ma
 
     Attributes:
         base_layer: The adapted module, a `ResidentWeight` (or, in a subclass, an `OverlaidWeight`).
-        paca_delta: Per adapter, `(out_features, r)`, the trainable parameter; float32 unless asked otherwise. For a
-            convolution `(out_channels, r, *kernel)`, for an embedding `(num_embeddings, r)`.
+        paca_delta: Per adapter, `(out_features, r)`, the trainable parameter; float32 unless asked otherwise.
         paca_indices: Per adapter, `(r,)` int64, the input columns it belongs to; saved with the adapter.
         scaling: Per adapter, the factor `paca_alpha / r` on its delta.
         folded: Per adapter whose columns were rotated, those it trained before; on the CPU.
@@ -36,7 +32,6 @@ class PacaLayer(nn.Module, PeftCalls, MixingLayer):  # nn.Module first: FSDP2 ma
     delta_axes = "(out_features, r)"  # what the dimensions of a delta are, for messages
     delta_column_dim = 1  # the dimension of a delta that runs over its columns
     mode = "resident"
-
     adapter_layer_names = ("paca_delta",)
     other_param_names = ("paca_indices", "r", "paca_alpha", "scaling", "folded")
 
@@ -60,8 +55,6 @@ class PacaLayer(nn.Module, PeftCalls, MixingLayer):  # nn.Module first: FSDP2 ma
         self.base_layer.owner = weakref.ref(self)
         self.paca_delta.belong_to(self)
 
-    # -- the base weight ----------------------------------------------------------------------------------------
-
     def weight_shape(self) -> tuple[int, int]:
         """`(out_features, in_features)` of the weight, however it is stored."""
         shape, dim = self.base_layer.weight.shape, self.base_layer.input_dim
@@ -74,8 +67,6 @@ class PacaLayer(nn.Module, PeftCalls, MixingLayer):  # nn.Module first: FSDP2 ma
     def delta_shape(self, r: int) -> tuple[int, ...]:
         """That of `weight[:, indices]`, for a `Conv1D` of its transpose."""
         return self.out_features, r, *self.base_layer.weight.shape[2:]
-
-    # -- what is active: every call that changes it writes it ---------------------------------------------------------
 
     def wanted_names(self) -> list[str]:
         """The adapters whose columns the weight has to hold now."""
@@ -135,10 +126,6 @@ class PacaLayer(nn.Module, PeftCalls, MixingLayer):  # nn.Module first: FSDP2 ma
         if not any(c.delta.is_meta for c in wanted) and not home.is_meta:
             columns.write(home, wanted)
 
-    def park(self) -> None:
-        """Give the base weight its pretrained columns back for the moment, bit for bit."""
-        self.base_layer.columns.park(self.base_layer.home(), for_now=True)
-
     def stepped(self, adapter_name: str) -> Job | None:
         """Note that an optimizer changed this adapter's delta."""
         columns = self.base_layer.columns
@@ -154,8 +141,6 @@ class PacaLayer(nn.Module, PeftCalls, MixingLayer):  # nn.Module first: FSDP2 ma
         columns = self.base_layer.columns
         if any(c.name == adapter_name for c in columns.state.columns):
             columns.unaccounted = True
-
-    # -- adapters -----------------------------------------------------------------------------------------------
 
     def update_layer(
         self, adapter_name: str, indices: Tensor, paca_alpha: float, init_weights: bool, inference_mode: bool
@@ -205,12 +190,9 @@ class PacaLayer(nn.Module, PeftCalls, MixingLayer):  # nn.Module first: FSDP2 ma
             self.merge_for_good(safe_merge, adapter_names)
         elif self.merged:
             self.unmerge()
-        base: Any = self.base_layer
-        base.release()
-        stock: nn.Module = base
-        return stock
-
-    # -- forward ------------------------------------------------------------------------------------------------
+        stock: Any = self.base_layer
+        stock.release()
+        return cast("nn.Module", stock)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if torch.compiler.is_compiling():
@@ -223,8 +205,6 @@ class PacaLayer(nn.Module, PeftCalls, MixingLayer):  # nn.Module first: FSDP2 ma
     @torch.compiler.disable
     def _run(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         return self.forward(x, *args, **kwargs)
-
-    # -- moves, copies, and what is folded in state dicts -------------------------------------------------------------
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PacaLayer:
         before = {name: (id(delta), delta.dtype, delta.device) for name, delta in self.paca_delta.items()}
@@ -247,10 +227,8 @@ class PacaLayer(nn.Module, PeftCalls, MixingLayer):  # nn.Module first: FSDP2 ma
             if f"{prefix}paca_delta.{name}" in state_dict:  # the whole adapter: without folded columns it has none
                 self.base_layer.columns.changed(name)
                 self.folded.pop(name, None)
-                delta = state_dict.pop(f"{prefix}{FOLDED_DELTA}.{name}", None)
-                indices = state_dict.pop(f"{prefix}{FOLDED_INDICES}.{name}", None)
-                if delta is not None and indices is not None:
-                    self.folded[name] = Folded(indices.cpu().clone(), delta.detach().cpu().clone())
+                if f"{prefix}{FOLDED_DELTA}.{name}" in state_dict:
+                    self.folded[name] = Folded.taken_from(state_dict, f"{prefix}{FOLDED_DELTA}.{name}")
         super()._load_from_state_dict(state_dict, prefix, *rest)
 
     def __setstate__(self, state: dict[str, Any]) -> None:

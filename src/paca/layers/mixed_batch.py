@@ -112,12 +112,7 @@ class MixingLayer:
     _disable_adapters: bool
 
     def add_mixed_batch(self, y: Tensor, x: Tensor, batch: MixedBatch) -> Tensor:
-        """Add what each sample's adapter contributes; adapters that are not in this layer add nothing.
-
-        Args:
-            y: The pretrained layer's output for `x`, one sample per row.
-            x: The layer's input, one sample per row.
-            batch: Which sample has which adapter.
+        """Add to `y`, the pretrained layer's output for `x`, what each sample's adapter contributes.
 
         Raises:
             ValueError: If `x` does not have one sample per name.

@@ -183,15 +183,7 @@ class OverlaidLinear(PacaLayer):
 
 
 def check_writable(model: nn.Module, adapter_names: list[str] | None) -> None:
-    """Check that adapters can be merged, before anything is.
-
-    Args:
-        model: holds the adapted layers.
-        adapter_names: default: the active ones.
-
-    Raises:
-        ValueError: naming a layer whose weight can't be written.
-    """
+    """Raise `ValueError` naming a layer whose weight adapters (default: the active ones) can't be merged into."""
     for name, layer in model.named_modules():
         if isinstance(layer, OverlaidLinear) and layer.mode != "patched":
             for adapter in adapter_names or layer.active_adapters:

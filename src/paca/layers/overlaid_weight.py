@@ -179,13 +179,7 @@ class PatchedWeight(OverlaidWeight):
 
 
 class PatchedPass(WeightSource):
-    """One pass on a dequantized weight: it is made anew for the backward pass, and none is kept.
-
-    Args:
-        module: the quantized layer.
-        state: the columns that are written into the weight.
-        dtype: of the matmuls.
-    """
+    """One pass on a dequantized weight: it is made anew for the backward pass, and none is kept."""
 
     __slots__ = ("columns", "dtype", "module", "packed", "state", "version")
 

@@ -25,7 +25,6 @@ class PeftCalls(BaseTunerLayer):
     scaling: dict[str, float]
     merged_adapters: list[str]
     write: Any
-    park: Any
     columns_of: Any
     weight_placement: Any
     cast_deltas: Any
@@ -35,6 +34,10 @@ class PeftCalls(BaseTunerLayer):
         self.base_layer.columns.revisions.pop(adapter_name, None)
         self.base_layer.columns.trusted.discard(adapter_name)
         self.write()
+
+    def park(self) -> None:
+        """Give the base weight its pretrained columns back for the moment, bit for bit."""
+        self.base_layer.columns.park(self.base_layer.home(), for_now=True)
 
     def change(self, adapter_name: str, change: Callable[[], None]) -> None:
         """Call `change`, which replaces the adapter's delta and indices in place, while they are not in the weight."""
@@ -69,11 +72,7 @@ class PeftCalls(BaseTunerLayer):
     # -- merging ------------------------------------------------------------------------------------------------
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Put the adapters' columns into the base weight until `unmerge`, which is bitwise.
-
-        Args:
-            safe_merge: Check first that every value is finite.
-            adapter_names: Default: the active ones.
+        """Put the adapters' columns (default: the active ones') into the base weight until `unmerge`, which is bitwise.
 
         Raises:
             ValueError: If the weight can't be written, or `safe_merge` finds NaN or Inf.
@@ -152,15 +151,7 @@ class PeftCalls(BaseTunerLayer):
 
 
 def refuse_sharded(layers: Iterable[PeftCalls], what: str) -> None:
-    """Raise if a layer's weight is sharded.
-
-    Args:
-        layers: Adapted layers.
-        what: Can't be done to them.
-
-    Raises:
-        ValueError: Saying so.
-    """
+    """Raise `ValueError` if a layer's weight is sharded: `what` can't be done to it."""
     if not all(layer.base_layer.columns.whole for layer in layers):
         raise ValueError(f"{what} needs whole weights, and these are sharded (FSDP2). Do it before fully_shard.")
 

@@ -75,7 +75,6 @@ class ResidentWeight(nn.Module):
     @classmethod
     def adopt(cls, module: nn.Module) -> ResidentWeight:
         """Turn `module`, an instance of `stock_class`, into an instance of this class, in place."""
-        assert type(module) is cls.stock_class
         module.__class__ = cls
         assert isinstance(module, cls)
         module.columns = MergeableColumns(cls.input_dim)
@@ -95,13 +94,12 @@ class ResidentWeight(nn.Module):
 
     def release(self) -> None:
         """Park, and turn back into the stock module, in place."""
-        self.columns.let_go(self.home())
+        self.columns.park(self.home())
+        self.columns.base_changed()  # backward passes that are pending may not write into the weight any more
         self.columns.bring_up_to_date(self.weight)
         del self.columns, self.owner
         self.__class__ = self.stock_class  # type: ignore[assignment]
         rebind_forward(self)
-
-    # -- forward ------------------------------------------------------------------------------------------------
 
     def forward(self, x: Tensor) -> Tensor:
         if torch.compiler.is_compiling():  # whoever changes what is active has written it by now
@@ -135,8 +133,6 @@ class ResidentWeight(nn.Module):
     @torch.compiler.disable  # FSDP2's own hooks break the graph around the layer anyway
     def _run_apart(self, x: Tensor) -> Tensor:
         return self.forward(x)
-
-    # -- the weight as others see it: always the pretrained one ---------------------------------------------------
 
     def _park(self) -> None:
         self.columns.park(self.home(), for_now=True)

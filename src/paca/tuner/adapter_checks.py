@@ -26,16 +26,12 @@ def check_name(adapter_name: str) -> None:
 def check_adapter_tensors(
     model: nn.Module, adapter_name: str, tensors: dict[str, Tensor], *, rotating: bool = False
 ) -> dict[str, Tensor]:
-    """Check the tensors of an adapter against the layers they are to be loaded into, and sort the columns.
+    """Check an adapter's tensors, by their names in `model.state_dict()`, against the layers they are loaded into.
 
-    Args:
-        model: Holds the layers, with `adapter_name` already in them.
-        adapter_name: Which adapter is loaded.
-        tensors: By the names they have in `model.state_dict()`; those that belong to no layer keep the file's name.
-        rotating: The adapter's columns rotate, so there may be more of them than it trains at a time.
+    Where the adapter's columns rotate, there may be more of them than it trains at a time.
 
     Returns:
-        The same tensors, each adapter's columns in ascending order (other tools need not sort them).
+        The same tensors, each layer's columns in ascending order (other tools need not sort them).
 
     Raises:
         ValueError: For an unknown target, a missing tensor, a wrong shape or type, indices that are out of range or
@@ -88,7 +84,6 @@ def _problem(name: str, tensor: Tensor, wanted: tuple[int, ...], r: int, axes: s
 
 def check_finite(name: str, tensor: Tensor) -> None:
     """Raise `ValueError` if `tensor`, of an adapter's file, holds NaN or Inf."""
-    if tensor.is_floating_point() and not bool(
-        torch.isfinite(tensor if tensor.element_size() > 1 else tensor.float()).all()
-    ):
+    wide = tensor if tensor.element_size() > 1 else tensor.float()
+    if tensor.is_floating_point() and not bool(torch.isfinite(wide).all()):
         raise ValueError(f"{name} holds NaN or Inf: the adapter is broken.")

@@ -27,14 +27,10 @@ def scores_of(layer: Any, key: str, selection: str) -> Tensor:
 
 @torch.no_grad()
 def column_norms(layer: Any, key: str) -> Tensor:
-    """The norms `(in_features,)` of the columns of a layer's pretrained weight.
-
-    Args:
-        layer: A module that PaCA adapts, or has adapted; its columns are parked then.
-        key: What the model calls it, for messages.
+    """The norms `(in_features,)` of the columns of a layer's pretrained weight; an adapted layer is parked.
 
     Raises:
-        ValueError: If the weight can't be read.
+        ValueError: If the weight can't be read, naming `key`.
     """
     module: Any = layer
     if isinstance(layer, PacaLayer):

@@ -16,7 +16,8 @@ from torch import nn
 from torch._dynamo.eval_frame import skip_code
 from torch.nn.modules.module import register_module_module_registration_hook
 
-from paca.columns.resident import Entry, write_together
+from paca.columns.entry import Entry
+from paca.columns.resident import write_together
 from paca.columns.state import THREAD, may_be_recorded
 from paca.columns.stepping import others_step
 from paca.layers.base import PacaLayer, paca_layers
@@ -40,11 +41,7 @@ def in_mixed_batch() -> bool:
 
 
 class ModelEntry(Entry):
-    """What happens when an adapted model is entered.
-
-    Args:
-        layers: The adapted layers of the model.
-    """
+    """What happens when the adapted model that has these layers is entered."""
 
     def __init__(self, layers: list[PacaLayer]) -> None:
         self._modes: dict[int, tuple[bool, bool]] = {}  # by thread: whether gradients were on, and training
@@ -72,7 +69,10 @@ class ModelEntry(Entry):
             if not layer.base_layer.columns.whole:
                 layer.base_layer.columns.entered(model, self.layers)
         compare = changed or (mode[0] and not all(layer.base_layer.columns.has_trust() for layer in self.layers))
-        write_layers(self.layers if compare else [layer for layer in self.layers if layer.stale()], compare=compare)
+        if compare:
+            write_layers(self.layers, compare=True)
+        else:
+            self.write_stale()
         self.unwritten = self.unwritten and in_mixed_batch()
 
     def write_stale(self) -> None:
@@ -90,11 +90,8 @@ class ModelEntry(Entry):
         self.look(model)
 
     def enter(self, model: nn.Module, args: Any) -> None:
-        """The forward pre-hook of the adapted model.
-
-        Within a graph that is traced it only leaves a guard: whoever compiled a function around the model has it run
-        outside of the graph when weights are parked.
-        """
+        """The forward pre-hook of the adapted model. Within a graph that is traced it only leaves a guard: whoever
+        compiled a function around the model has it run outside of the graph when weights are parked."""
         if not torch.compiler.is_compiling():
             self._begin(model)
         elif self.unwritten:
@@ -148,10 +145,7 @@ def remove(model: nn.Module) -> None:
 
 
 def install_in_holder(tuner: nn.Module, model: nn.Module) -> None:
-    """Let the `PeftModel` that is going to hold `tuner` look too, if it is what is compiled.
-
-    PEFT makes the tuner within the constructor of the `PeftModel`, and hands the one to nobody.
-    """
+    """Let the `PeftModel` whose constructor makes `tuner`, and hands it to nobody, look too: it may be compiled."""
 
     def found(holder: nn.Module, name: str, module: nn.Module) -> None:
         entry = entry_of(model)

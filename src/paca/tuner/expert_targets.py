@@ -52,16 +52,12 @@ class ExpertTarget(NamedTuple):
 
 
 def expert_targets(model: nn.Module, config: Any) -> list[ExpertTarget]:
-    """Find the stacks that ``config.target_parameters`` (full names or endings of names) selects.
+    """Find the stacks that `config.target_parameters` (full names or endings of names) selects.
 
-    ``exclude_modules``, ``layers_to_transform`` and ``layers_pattern`` apply to them as they do to modules.
-
-    Args:
-        model: the base model, or one that other adapters are in already.
-        config: a ``PacaConfig``.
+    `exclude_modules`, `layers_to_transform` and `layers_pattern` apply to them as they do to modules.
 
     Raises:
-        ValueError: if a name matches nothing, or something that is no stack of experts; nothing has been changed then.
+        ValueError: If a name matches nothing, or something that is no stack of experts; nothing has been changed then.
     """
     places = {
         f"{module_name}.{name}": ExpertTarget(f"{module_name}.{name}", module, name)

@@ -25,7 +25,7 @@ from paca.tuner.merging import MergesAdapters
 from paca.tuner.recorded_quantization import note_quantization
 from paca.tuner.reference import REFERENCE, columns_of_original, copy_original
 from paca.tuner.registration import PREFIX
-from paca.tuner.removal import remove_adapter
+from paca.tuner.removal import remove_adapter, remove_unloaded
 from paca.tuner.rotation.files import with_unions, without_unions
 from paca.tuner.saved_modules import check_saved_modules
 from paca.tuner.targets import adapted_after_all
@@ -33,10 +33,7 @@ from paca.tuner.unused_names import check_indices_used, warn_of_unused
 
 
 class PacaModel(AdaptsStacks, MergesAdapters):
-    """A model whose target layers train some of their input columns in place.
-
-    Made by `peft.get_peft_model(model, PacaConfig(...))`; see `PacaConfig`.
-    """
+    """A model whose target layers train some of their input columns in place: `get_peft_model(model, PacaConfig())`."""
 
     prefix = PREFIX
     tuner_layer_cls = PacaLayer
@@ -46,17 +43,15 @@ class PacaModel(AdaptsStacks, MergesAdapters):
         super().__init__(model, *args, **kwargs)
         entry.install_in_holder(self, model)
 
-    # -- putting adapters in ------------------------------------------------------------------------------------
-
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         config = self.peft_config[adapter_name]
         if not isinstance(config, PacaConfig):
             config = self.peft_config[adapter_name] = PacaConfig.from_peft(config)
         config.trainable_before = {name: p.requires_grad for name, p in model.named_parameters()}
         # How many names a module has, and how many parameters lie in one memory.
-        self._uses: Counter[Any] = Counter(map(id, dict(model.named_modules(remove_duplicate=False)).values()))
-        parameters = [p for m in model.modules() for p in m._parameters.values() if type(p) is nn.Parameter]
-        self._uses.update(map(_memory_of, parameters))
+        self._uses: Counter[Any] = Counter(id(m) for _, m in model.named_modules(remove_duplicate=False))
+        modules = model.modules()
+        self._uses.update(_memory_of(p) for m in modules for p in m._parameters.values() if type(p) is nn.Parameter)
         try:
             check_name(adapter_name)
             if config.loading and config.folder is not None:
@@ -85,16 +80,14 @@ class PacaModel(AdaptsStacks, MergesAdapters):
             warn_of_unused(model, adapter_name, config)
 
     def _prepare_adapter_config(self, peft_config: Any, model_config: dict[str, Any]) -> Any:
-        if peft_config.target_modules is None and peft_config.target_parameters:
-            peft_config.target_modules = set()
         if peft_config.target_modules is None:
-            chosen = "|".join(peft_config.indices or ())
-            peft_config.target_modules = rf"(.*\.)?({chosen})" if chosen else "all-linear"
+            named = "|".join(peft_config.indices or ())
+            by_default = rf"(.*\.)?({named})" if named else "all-linear"
+            peft_config.target_modules = set() if peft_config.target_parameters else by_default
         if peft_config.layers_to_transform is not None and peft_config.target_modules == "all-linear":
-            config: Any = copy.copy(peft_config)
             # PEFT filters blocks only where the targets are endings of names.
-            config = _maybe_include_all_linear_layers(config, self.model)
-            peft_config.target_modules = {name.rpartition(".")[2] for name in config.target_modules}
+            chosen: Any = _maybe_include_all_linear_layers(copy.copy(peft_config), self.model)
+            peft_config.target_modules = {name.rpartition(".")[2] for name in chosen.target_modules}
         return peft_config
 
     def _create_and_replace(
@@ -160,8 +153,6 @@ class PacaModel(AdaptsStacks, MergesAdapters):
         names = kwargs.get("adapter_names")
         return contextlib.nullcontext() if names is None else mixed_batch(self.model, names, kwargs)
 
-    # -- taking adapters out ------------------------------------------------------------------------------------
-
     def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> Any:
         model: Any = super()._unload_and_optionally_merge(*args, **kwargs)
         entry.remove(model)
@@ -179,16 +170,13 @@ class PacaModel(AdaptsStacks, MergesAdapters):
         for layer in paca_layers(self.model):
             layer.cast_deltas(adapter_name, autocast_adapter_dtype)
 
-    # -- saving and loading -------------------------------------------------------------------------------------
-
     @classmethod
     def _get_adapter_state_dict(
         cls, model: Any, config: Any, adapter_name: str, state_dict: dict[str, Tensor], *args: Any, **kwargs: Any
     ) -> dict[str, Tensor]:
         chosen = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, *args, **kwargs)
-        if getattr(config, "union", None) is None and not _is_rotated(model, adapter_name):
-            return chosen
-        return with_unions(model, config, adapter_name, state_dict, chosen)
+        rotated = getattr(config, "union", None) is not None or _is_rotated(model, adapter_name)
+        return with_unions(model, config, adapter_name, state_dict, chosen) if rotated else chosen
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
@@ -201,11 +189,8 @@ class PacaModel(AdaptsStacks, MergesAdapters):
             if rotating or _is_rotated(model, adapter_name):
                 checked = without_unions(model, adapter_name, checked)
         except BaseException:
-            if getattr(config, "loading", False):  # the adapter was only just put in, to be loaded into
-                tuner = getattr(model, "base_model", None)
-                root = tuner.model if isinstance(tuner, PacaModel) else model
-                model.peft_config.pop(adapter_name, None)
-                remove_adapter(root, adapter_name, config.trainable_before)
+            if getattr(config, "loading", False):
+                remove_unloaded(model, adapter_name, config.trainable_before)
             raise
         config.loading, config.trainable_before = False, {}
         if hasattr(model, "hf_device_map"):

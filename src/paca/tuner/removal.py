@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+from peft.tuners.tuners_utils import BaseTuner
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
@@ -40,6 +43,13 @@ def remove_adapter(model: nn.Module, adapter_name: str, trainable_before: dict[s
     for name, parameter in model.named_parameters():
         if name in trainable_before:
             parameter.requires_grad_(trainable_before[name])
+
+
+def remove_unloaded(model: Any, adapter_name: str, trainable_before: dict[str, bool]) -> None:
+    """Take out an adapter that was only just put into a `PeftModel`, or a model without one, to be loaded into."""
+    tuner = getattr(model, "base_model", None)
+    model.peft_config.pop(adapter_name, None)
+    remove_adapter(tuner.model if isinstance(tuner, BaseTuner) else model, adapter_name, trainable_before)
 
 
 def give_back(parent: nn.Module, child_name: str, stock: nn.Module) -> None:

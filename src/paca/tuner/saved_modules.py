@@ -18,11 +18,6 @@ _TASKS_WITH_HEADS = ("SEQ_CLS", "TOKEN_CLS")
 def check_saved_modules(model: nn.Module, adapter_name: str, config: PacaConfig) -> None:
     """Check what PEFT is going to train or load whole, while the model can still be given back as it was.
 
-    Args:
-        model: The base model, with the adapter's layers in it or not yet.
-        adapter_name: Of the adapter.
-        config: Of it.
-
     Raises:
         ValueError: For a module in `modules_to_save` that has to do with adapted layers, or that the adapter's file
             lacks, as a whole or a tensor of it.

@@ -14,15 +14,10 @@ from paca.layers.resident_weight import ResidentWeight
 
 
 def adapted_after_all(target: Any, key: str, model: nn.Module) -> PacaLayer:
-    """Make a layer of a module that needs a closer look; it is left as it is if it can't be adapted.
-
-    Args:
-        target: The module.
-        key: Its name in `model`.
-        model: Holds it.
+    """Make a layer of a module that `model` calls `key` and that needs a closer look.
 
     Raises:
-        ValueError: If it can't be adapted, with the reason.
+        ValueError: If it can't be adapted, with the reason; it is left as it is.
     """
     check_module(target, key, model)
     mode = mode_of(target, key, model)
