@@ -9,12 +9,12 @@ from collections.abc import Iterable
 from torch import nn
 
 from paca.config import PacaConfig
-from paca.layers import PacaLayer
+from paca.layers import layers_of
 
 
 def check_indices_used(model: nn.Module, adapter_name: str, named: Iterable[str]) -> None:
     """Raise `ValueError` if columns were `named` for a layer that the adapter does not have."""
-    layers = _layers_of(model, adapter_name)
+    layers = list(layers_of(model, adapter_name))
     for unused in _unused(named, layers):
         others = f" and {len(layers) - 3} more" if len(layers) > 3 else ""
         raise ValueError(
@@ -25,13 +25,9 @@ def check_indices_used(model: nn.Module, adapter_name: str, named: Iterable[str]
 
 def warn_of_unused(model: nn.Module, adapter_name: str, config: PacaConfig) -> None:
     """Warn of patterns without a layer; PEFT does it itself where there are no stacks of experts."""
-    unused = _unused({**config.rank_pattern, **config.alpha_pattern}, _layers_of(model, adapter_name))
+    unused = _unused({**config.rank_pattern, **config.alpha_pattern}, list(layers_of(model, adapter_name)))
     if unused:
         warnings.warn(f"rank_pattern or alpha_pattern: no adapted layer is called {unused}.", stacklevel=3)
-
-
-def _layers_of(model: nn.Module, adapter_name: str) -> list[str]:
-    return [n for n, m in model.named_modules() if isinstance(m, PacaLayer) and adapter_name in m.paca_delta]
 
 
 def _unused(patterns: Iterable[str], layers: list[str]) -> list[str]:
