@@ -67,7 +67,7 @@ def test_a_config_written_by_a_newer_peft_loads_with_a_warning(tmp_path):
         ({"alpha_pattern": {"q": "x"}}, r"^alpha_pattern\['q'\] must be"),
         ({"selection": "best"}, r"selection='best' is unknown; choose one of random"),
         ({"target_modules": "q.*", "layers_to_transform": [0]}, "target_modules given as one string"),
-        ({"layers_pattern": "layers"}, "layers_to_transform is not set"),
+        ({"layers_pattern": "layers"}, "layers_to_transform counts, but that is not set"),
         ({"indices": [1, 2]}, "indices must map"),
         ({"indices": {}}, "indices must map"),
         ({"indices": {"q": None}}, r"^indices\['q'\] must be a list of column numbers"),

@@ -510,3 +510,37 @@ def test_an_interrupted_write_is_made_up_for(monkeypatch, call, copied):
     state, base = model.state_dict(), Wide()
     for number, stock in enumerate((base.lin1, base.lin2), 1):
         assert torch.equal(state[f"base_model.model.lin{number}.base_layer.weight"], stock.weight)
+
+
+# -- tensors in the parameters' places ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["linear", "conv1d"])
+def test_a_loss_is_pending_while_the_model_runs_with_other_deltas(kind):
+    model = adapted_perceptron(kind)
+    model(X).pow(2).sum().backward()
+    expected = [delta.grad.clone() for delta in deltas_of(model)]
+    model.zero_grad()
+    pending = model(X).pow(2).sum()
+    others = {name: torch.randn_like(p) for name, p in model.named_parameters() if p.requires_grad}
+    with torch.no_grad():
+        assert not torch.allclose(torch.func.functional_call(model, others, X), model(X))
+    pending.backward()
+    for delta, gradient in zip(deltas_of(model), expected, strict=True):
+        assert torch.equal(delta.grad, gradient)
+
+
+def test_a_model_is_converted_where_torch_swaps_parameters():
+    model, expected = adapted_perceptron(), adapted_perceptron().double()
+    deltas = deltas_of(model)
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    try:
+        model.double()
+    finally:
+        torch.__future__.set_swap_module_params_on_conversion(False)
+    assert all(now is before for now, before in zip(deltas_of(model), deltas, strict=True))
+    for twin in (model, expected):
+        optimizer = torch.optim.AdamW(deltas_of(twin), lr=0.1, fused=True)
+        twin(X.double()).pow(2).sum().backward()
+        optimizer.step()
+    assert torch.equal(model(X.double()), expected(X.double()))

@@ -3,8 +3,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from paca.columns import selection
-from paca.columns.selection import check_strategy, explicit_columns, random_columns, select_columns, weight_norms
+from paca.columns import scores as scores_module
+from paca.columns.scores import explicit_columns, select_columns, weight_norms
+from paca.columns.selection import check_strategy, random_columns
 
 
 @pytest.mark.parametrize(("in_features", "r"), [(1, 1), (7, 7), (1000, 1), (1000, 64)])
@@ -107,7 +108,7 @@ def test_the_largest_scores_win_and_of_equal_ones_the_first(r, expected):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
 def test_weight_norms_are_those_of_float64(dtype, monkeypatch):
-    monkeypatch.setattr(selection, "_ROWS_AT_ONCE", 40)
+    monkeypatch.setattr(scores_module, "_ROWS_AT_ONCE", 40)
     torch.manual_seed(0)
     weight = torch.randn(9, 7, 3).to(dtype) * 200  # their squares overflow float16
     expected = weight.double().square().sum((0, 2)).sqrt()

@@ -515,7 +515,7 @@ def values_written_without_a_trace_are_seen_by_refresh():
             layer.paca_delta.shard("default").to_local().mul_(3)  # this one leaves a trace
         torch.testing.assert_close(together(input_ids=batch()).logits, alone(input_ids=batch()).logits)
         for layer in (*paca_layers(together), *paca_layers(alone)):
-            delta = layer.paca_delta["default"] if layer.base_layer.place.whole else None
+            delta = layer.paca_delta["default"] if layer.base_layer.columns.whole else None
             (layer.paca_delta.shard("default")._local_tensor if delta is None else delta).data.mul_(2)
         paca.refresh(together)
         paca.refresh(alone)

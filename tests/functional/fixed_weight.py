@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from paca.functional.column_blocks import runs_of
-from paca.functional.train_columns import Trained, WeightSource
+from paca.functional.product import Trained, WeightSource
 
 
 class FixedWeight(WeightSource):

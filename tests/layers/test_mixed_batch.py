@@ -10,7 +10,8 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from functional.fixed_weight import FixedWeight, columns
-from paca.columns.state import ActiveColumns, AdapterColumns
+from paca.columns.added import AddedPass
+from paca.columns.state import ActiveColumns, AdapterColumns, State
 from paca.functional.linear import LinearProduct
 from paca.functional.train_columns import train_columns
 from paca.layers.mixed_batch import BASE, MixedBatch, current_mixed_batch, running
@@ -153,7 +154,7 @@ def checkpointed(tags, groups):
     its = columns_of(groups, active)
 
     def run(y, x):
-        return add(y, x, groups, active.pass_of_batch(its, batch_tag=next(tags)))
+        return add(y, x, groups, AddedPass(active, State(its, active.base), next(tags)))
 
     return checkpoint(run, torch.randn(SAMPLES, OUT), torch.randn(SAMPLES, IN), use_reentrant=False).sum()
 
@@ -178,7 +179,7 @@ def test_checkpointing_that_repeats_it_for_the_same_samples_gives_the_gradients(
 @pytest.mark.parametrize("needs_x", [True, False])
 def test_columns_that_change_before_backward_raise(change, needs_x):
     groups, active = groups_of(requires_grad=True), ActiveColumns()
-    source = active.pass_of_batch(columns_of(groups, active), batch_tag=1)
+    source = AddedPass(active, State(columns_of(groups, active), active.base), 1)
     x = torch.randn(SAMPLES, IN, requires_grad=needs_x)
     loss = add(torch.randn(SAMPLES, OUT), x, groups, source).sum()
     if change == "revision":

@@ -288,7 +288,8 @@ def test_the_best_model_is_kept_when_asked_for(run: Runner, tmp_path: Path) -> N
 
 
 def test_packing_trains_on_the_same_tokens_in_fewer_sequences(run: Runner, config_file: Path) -> None:
-    epoch = ["train.max_steps=-1", "train.gradient_accumulation_steps=1", "train.per_device_train_batch_size=1"]
+    epoch = ["train.max_steps=-1", "train.num_train_epochs=1"]
+    epoch += ["train.gradient_accumulation_steps=1", "train.per_device_train_batch_size=1"]
     packed, plain = run("packed", *epoch, "train.packing=true"), run("plain", *epoch)
     assert packed.summary is not None
     assert plain.summary is not None

@@ -371,25 +371,6 @@ def test_states_that_can_not_run_a_mixed_batch_are_refused():
 
 
 @torch.no_grad()
-def test_a_kind_of_layer_that_can_not_run_mixed_batches_is_refused_by_name(monkeypatch):
-    model = perceptron_with_three()
-    x = torch.randn(2, 7)
-    want = model(x, adapter_names=[BASE, BASE])
-
-    class Other(type(model.base_model.model.lin2)):
-        runs_mixed_batches = False
-
-    monkeypatch.setattr(model.base_model.model.lin2, "__class__", Other)
-    for names in (["default", BASE], ["other", "small"]):
-        with pytest.raises(ValueError, match=r"^lin2 \(Other\) can't run different adapters within one batch"):
-            model(x, adapter_names=names)
-    assert torch.equal(model(x, adapter_names=[BASE, BASE]), want)
-    other = model(x, adapter_names=["other", BASE])  # is in lin1 only
-    assert torch.equal(other[1], want[1])
-    assert not torch.equal(other[0], want[0])
-
-
-@torch.no_grad()
 def test_layers_that_are_switched_off_run_the_base_model():
     model = perceptron_with_three()
     x = torch.randn(2, 7)

@@ -10,8 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from paca.columns.kept import common
-from paca.columns.state import Folded
+from paca.columns.folded import Folded
+from paca.columns.merging import common
 
 
 class ColumnUnion(NamedTuple):
@@ -24,11 +24,7 @@ class ColumnUnion(NamedTuple):
 def union_of(indices: Tensor, delta: Tensor, folded: Folded | None, column_dim: int) -> ColumnUnion:
     """The columns trained now together with the folded ones, on the CPU; no value is changed.
 
-    Args:
-        indices: `(r,)`, trained now.
-        delta: with `r` columns along `column_dim`.
-        folded: the columns that were trained before, if there are any.
-        column_dim: 1, or 2 for a stack of experts.
+    The deltas have their columns along `column_dim`: 1, or 2 for a stack of experts.
     """
     indices, delta = indices.detach().cpu(), delta.detach().cpu()
     if folded is None:

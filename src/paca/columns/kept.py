@@ -17,10 +17,8 @@ _VALUES_AT_ONCE = 2**20  # of a weight on their way from and to the CPU: a few M
 class Kept(NamedTuple):
     """Values of some columns of a weight, and where they belong. They may lie on another device than the weight."""
 
-    positions: Tensor
-    """`(k,)` int64, sorted and unique: a copy, since an adapter's indices may be loaded over."""
-    values: Tensor
-    """`(out_features, k)` or `(k, out_features)`, as the weight is stored, in its dtype."""
+    positions: Tensor  # (k,) int64, sorted and unique: a copy, since an adapter's indices may be loaded over
+    values: Tensor  # (out_features, k) or (k, out_features), as the weight is stored, in its dtype
 
     @classmethod
     def of(cls, weight: Tensor, dim: int, positions: Tensor) -> Kept:
@@ -34,27 +32,7 @@ class Kept(NamedTuple):
 
     def equal(self, other: Tensor) -> bool:
         """Whether `other`, of the same columns, has the same bits (NaN is equal to itself)."""
-        return torch.equal(bits_of(self.values.to(other)), bits_of(other))
-
-    def at(self, places: Tensor, dim: int) -> Kept:
-        """Those of the columns that are in the given places of `positions`."""
-        return Kept(self.positions[places], self.values.index_select(dim, places.to(self.values.device)))
-
-    def joined(self, other: Kept, dim: int) -> Kept:
-        """The columns of both, which have none in common, where these are."""
-        positions = torch.cat([self.positions, other.positions.to(self.positions.device)])
-        values = torch.cat([self.values, other.values.to(self.values)], dim)
-        order = positions.argsort()
-        return Kept(positions[order], values.index_select(dim, order.to(values.device)))
-
-    def corrected(self, known: Kept | None, dim: int) -> Kept:
-        """The same columns, with the values of `known` where that has any."""
-        if known is not None:
-            here, there = common(self.positions.cpu(), known.positions.cpu())
-            if here.numel():
-                values = known.values.index_select(dim, there.to(known.values.device)).to(self.values)
-                self.values.index_copy_(dim, here.to(self.values.device), values)
-        return self
+        return torch.equal(_bits_of(self.values.to(other)), _bits_of(other))
 
     def pieces(self, weight: Tensor, dim: int) -> Iterator[Kept]:
         """The columns a few at a time: folded ones pass the weight's device so."""
@@ -69,16 +47,14 @@ def write_columns(weight: Tensor, dim: int, positions: Tensor, values: Tensor) -
         put_columns(weight, dim, positions, values)
 
 
-def sum_of(kept: Kept, parts: tuple[AdapterColumns, ...], dim: int) -> Tensor:
+def sum_of(kept: Kept, columns: tuple[AdapterColumns, ...], dim: int) -> Tensor:
     """`W0 + sum_a scale_a * scatter(delta_a, indices_a)` at the kept positions, in float32 (float64 for float64).
 
-    Args:
-        kept: original columns, which need not be all that the parts have.
-        parts: without folded columns (`AdapterColumns.parts`). Where several have a column, they are added in order.
-        dim: the dimension of `kept.values` that runs over the columns.
+    `columns` may have other positions as well. Where several have one, they are added in order.
     """
     positions, values = kept
     wide = torch.promote_types(values.dtype, torch.float32)
+    parts = tuple(part for c in columns for part in c.parts())
     if len(parts) == 1 and parts[0].indices.shape == positions.shape and parts[0].delta.device == values.device:
         return add_scaled([values], [oriented(parts[0].delta.detach(), dim).to(wide)], parts[0].scale)[0]
     total = values.to(wide, copy=True)
@@ -114,15 +90,5 @@ def positions_of(columns: tuple[AdapterColumns, ...], device: torch.device) -> T
     return torch.cat([c.indices.to(device) for c in columns]).unique(sorted=True)
 
 
-def common(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
-    """Where the values are that two sorted, unique `(k,)` have in common: places in `first`, and in `second`."""
-    if not first.numel() or not second.numel():
-        return first.new_empty(0), first.new_empty(0)
-    places = torch.searchsorted(second, first).clamp_(max=second.numel() - 1)
-    here = (second[places] == first).nonzero().flatten()
-    return here, places[here]
-
-
-def bits_of(tensor: Tensor) -> Tensor:
-    """`tensor` as integers."""
+def _bits_of(tensor: Tensor) -> Tensor:
     return tensor.view(getattr(torch, f"int{8 * tensor.element_size()}"))

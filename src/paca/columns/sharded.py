@@ -11,53 +11,56 @@ Of FSDP2 it reads three attributes that are not public (torch 2.13): a DTensor's
 
 from __future__ import annotations
 
-import weakref
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from paca.columns.place import WholeWeight, is_sharded
-from paca.columns.resident import ResidentColumns
-from paca.columns.state import State
+from paca.columns.kept import Kept, write_columns
+from paca.columns.merging import MergeableColumns
+from paca.columns.state import State, is_sharded, names_of
 from paca.functional.column_blocks import put_columns, read_columns
-from paca.functional.train_columns import Trained
+from paca.functional.product import Trained
 
 _ADVICE = "Train with DistributedDataParallel, or leave the layer out of target_modules."
 
 
-class ShardedWeight(WholeWeight):
-    """What FSDP2 makes of one weight.
-
-    Args:
-        parameter: the sharded weight, a `DTensor`.
-        columns: those in its rows.
-    """
+class ShardedColumns(MergeableColumns):
+    """The columns of one weight that FSDP2 shards; its module has the rows and the gathered copy in turn."""
 
     whole = False
+    parameter: Any
+    """The sharded weight, a `DTensor`."""
+    group: Any
+    """The FSDP2 group that gathers it, if `find_groups` has found it."""
 
-    def __init__(self, parameter: Any, columns: ResidentColumns) -> None:
-        super().__init__(columns)
-        self.parameter = parameter
-        self.group: Any = None
-        """The FSDP2 group that gathers it, if `find_groups` has found it."""
+    @classmethod
+    def of(cls, columns: Any, parameter: Any) -> ShardedColumns:
+        """Turn the columns of a weight into these, in place."""
+        columns.__class__ = cls
+        sharded: ShardedColumns = columns
+        sharded._begin(parameter)
+        return sharded
+
+    def _begin(self, parameter: Any) -> None:
+        self.parameter, self.group = parameter, None
         # How often the rows may have been written. Not whether they changed: processes must agree on who communicates.
         self._writes = 0
         self._copied_at = -1  # `_writes` when the rows were gathered
         self._old_positions: list[Tensor] = []  # of columns that may be in the copy, and are not in the rows any more
         self._gathered_before = False  # the next copy was gathered before the last write, or from a piece of a copy
-        self._handed_out: list[weakref.ref[Any]] = []
         self._entered = False
-        if columns.entry is not None:
-            columns.entry.sharded = True
+        if self.entry is not None:
+            self.entry.sharded = True
 
     def entered(self, model: nn.Module, layers: list[Any]) -> None:
-        """Find the groups and compare the columns of all processes, once."""
+        """Note that a forward pass of `model` begins, which has these adapted layers: find the groups and compare the
+        columns of all processes, once."""
         if not self._entered:
             find_groups(model)
-            sharded = [layer for layer in layers if isinstance(layer.base_layer.place, ShardedWeight)]
+            sharded = [layer for layer in layers if not layer.base_layer.columns.whole]
             for layer in sharded:
-                layer.base_layer.place._entered = True
+                layer.base_layer.columns._entered = True
             check_same_columns([i for layer in sharded for i in layer.paca_indices.values()], self.rows.device)
 
     @property
@@ -77,8 +80,8 @@ class ShardedWeight(WholeWeight):
                 whole = pieces[mine] if mine < len(pieces) else whole[:0]
         return whole
 
-    def home(self, weight: Tensor) -> Tensor:
-        return self.rows
+    def sealed(self, weight: Tensor | None) -> bool:
+        return super().sealed(self.rows)
 
     def replaced(self, value: Any) -> None:
         """Note that `value` takes the weight's place: a shard, or all rows gathered."""
@@ -101,7 +104,7 @@ class ShardedWeight(WholeWeight):
 
         kinds = {type(placement) for placement in self.parameter.placements}
         dims = {placement.dim for placement in self.parameter.placements if isinstance(placement, Shard)}
-        inputs = self.columns.dim % self.parameter.dim()
+        inputs = self.dim % self.parameter.dim()
         if kinds - {Replicate, Shard} or dims - {0} or (dims and inputs == 0):
             where = ", ".join(map(str, self.parameter.placements))
             raise RuntimeError(
@@ -110,10 +113,28 @@ class ShardedWeight(WholeWeight):
                 f"not run along it, so that every process holds whole columns of its rows. {_ADVICE}"
             )
 
+    @torch.no_grad()
     def take_over(self) -> None:
-        """Begin to keep the columns of a weight that was whole until now."""
+        """Note that these rows, copied as they were, took the place of a whole weight; park them.
+
+        Raises:
+            RuntimeError: If columns can't live in these rows, or folded columns are in the weight.
+        """
         self.check_rows()
-        self.columns.sharded(self.rows, self.rows_of)
+        if self._folded is not None and self.state.columns:
+            raise RuntimeError(
+                f"The columns of {names_of(self.state.columns)} were rotated (paca.rotate): beneath those that are "
+                "trained lie others, which can't be taken out of a sharded weight. Merge the adapter, or train it with "
+                "DistributedDataParallel."
+            )
+        self._lent, self._handed_out = None, []  # no state dict shares the rows' memory
+        if self.state.columns:
+            write_columns(self.rows, self.dim, self.kept.positions, self.rows_of(self.kept.values))
+        if self._originals_of_merged is not None:
+            positions, values = self._originals_of_merged
+            self._originals_of_merged = Kept(positions, self.rows_of(values))
+        self.moved()
+        self.base_changed()
 
     def check_writable(self, weight: Tensor) -> None:
         """Its rows are there in any case."""
@@ -121,7 +142,7 @@ class ShardedWeight(WholeWeight):
     def home_to_write(self, weight: Tensor) -> Tensor:
         """The rows, which may be written now, in every process."""
         self._writes += 1
-        positions = self.columns.positions
+        positions = self.positions
         if positions is not None and not any(positions is old for old in self._old_positions):
             self._old_positions.append(positions)
         if self.group is not None and getattr(self.group, "_all_gather_result", self.group) is not None:
@@ -139,22 +160,22 @@ class ShardedWeight(WholeWeight):
     def handed_out(self, shared: Any) -> None:
         """Note that a state dict got a `DTensor` of these (parked) rows: it keeps them as they are now."""
         if is_sharded(shared):
-            self._handed_out = [alive for alive in self._handed_out if alive() is not None] + [weakref.ref(shared)]
+            super().handed_out(shared)
 
     @torch.no_grad()
     def bring_up_to_date(self, copy: Tensor) -> None:
         """Make the gathered `copy` what the rows of all processes are, by their columns. A collective, if needed."""
         if is_sharded(copy) or self._copied_at == self._writes:
             return
-        now = self.columns.positions
+        now = self.positions
         concerned = self._old_positions if now is None else [*self._old_positions, now]
         if concerned:
             from torch.distributed.tensor import DTensor
 
             positions = torch.cat([p.to(copy.device) for p in concerned]).unique()
-            mine = read_columns(self.rows, self.columns.dim, positions.to(self.rows.device)).to(copy.device)
+            mine = read_columns(self.rows, self.dim, positions.to(self.rows.device)).to(copy.device)
             size = list(self.parameter.shape)
-            size[self.columns.dim] = positions.numel()
+            size[self.dim] = positions.numel()
             sharded = DTensor.from_local(
                 mine,
                 self.parameter.device_mesh,
@@ -164,7 +185,7 @@ class ShardedWeight(WholeWeight):
                 stride=torch.empty(size, device="meta").stride(),
             )
             columns: Tensor = sharded.full_tensor().to(copy.dtype)
-            put_columns(copy, self.columns.dim, positions.to(copy.device), columns)
+            put_columns(copy, self.dim, positions.to(copy.device), columns)
         self._copied()
 
     def local(self, layer: Any, adapter_name: str) -> tuple[Tensor, Tensor | None]:
@@ -187,9 +208,9 @@ class ShardedWeight(WholeWeight):
         return state.trained._replace(deltas=tuple(layer.paca_delta[c.name] for c in state.columns))
 
     def before_backward(self, weight: Tensor, state: State, saved_tag: Tensor) -> None:
-        if self.columns.state.key != state.key:
+        if self.state.key != state.key:
             self.home_to_write(weight)
-        self.columns.before_backward(self.rows, state, saved_tag)
+        super().before_backward(self.rows, state, saved_tag)
         self.bring_up_to_date(weight)
 
     def _copied(self) -> None:
@@ -207,9 +228,9 @@ def find_groups(model: nn.Module) -> None:
         if isinstance(module, FSDPModule):
             for group in getattr(module._get_fsdp_state(), "_fsdp_param_groups", ()):
                 for parameter in group.fsdp_params:
-                    place = getattr(parameter._module_info.module, "place", None)
-                    if isinstance(place, ShardedWeight):
-                        place.group = group
+                    columns = getattr(parameter._module_info.module, "columns", None)
+                    if isinstance(columns, ShardedColumns):
+                        columns.group = group
 
 
 def check_same_columns(indices: list[Tensor], device: torch.device) -> None:

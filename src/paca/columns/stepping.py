@@ -6,82 +6,41 @@ Muon, Adafactor and whatever else is a subclass, also where a step runs inside o
 
 from __future__ import annotations
 
-import sys
 import threading
 import weakref
-from typing import Any, Protocol, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
-from paca.columns.place import is_sharded
+from paca.columns.raised_steps import forget_raised
 from paca.columns.resident import ResidentColumns, write_together
-from paca.columns.state import AdapterColumns
+from paca.columns.state import AdapterColumns, is_sharded
 
 Job = tuple[ResidentColumns, Tensor, tuple[AdapterColumns, ...]]
-
-
-class HasDeltas(Protocol):
-    """An adapted layer."""
-
-    def stepped(self, adapter_name: str) -> Job | None:
-        """Note that an optimizer changed this adapter's delta.
-
-        Returns:
-            What has to be written now, for `write_together`; None if nothing has.
-        """
-        ...
-
-    def doubted(self, adapter_name: str) -> None:
-        """Note that an optimizer may have changed this adapter's delta."""
-        ...
-
-
-_LAYERS: dict[int, tuple[weakref.ref[Tensor], weakref.ref[Any], str]] = {}  # by the id of a delta
+_LAYERS: dict[int, tuple[weakref.ref[Any], str]] = {}  # by the id of a delta: its layer, and the adapter
 _STEPPING: dict[int, list[tuple[weakref.ref[Any], str]]] = {}  # by thread: whose deltas an optimizer is writing
-_WRAPPER = torch.optim.Optimizer.profile_hook_step.__code__  # wraps every optimizer's step
-
-
-def register_delta(delta: Tensor, layer: HasDeltas, adapter_name: str) -> None:
-    """Let optimizers that hold `delta` tell `layer` about their steps."""
-    key = id(delta)
-    _LAYERS[key] = (weakref.ref(delta, lambda _: _LAYERS.pop(key, None)), weakref.ref(layer), adapter_name)
 
 
 def others_step() -> bool:
     """Whether another thread is in an optimizer's step: then columns are left as they are, those of before it."""
     if not _STEPPING:
         return False
-    for thread in list(_STEPPING):
-        if not _is_in_a_step(thread):  # it raised, so that its hook did not run
-            for layer_of, adapter_name in _STEPPING.pop(thread, []):
-                layer = layer_of()
-                if layer is not None:
-                    layer.doubted(adapter_name)
+    forget_raised(_STEPPING)
     return bool(_STEPPING.keys() - {threading.get_ident()})
 
 
-def _is_in_a_step(thread: int) -> bool:
-    frame = sys._current_frames().get(thread)
-    while frame is not None:
-        if frame.f_code.co_name == "wrapper" and frame.f_code.co_filename == _WRAPPER.co_filename:
-            return True
-        frame = frame.f_back
-    return False
-
-
 def _held(optimizer: torch.optim.Optimizer, with_gradients: bool) -> list[tuple[weakref.ref[Any], str]]:
-    """The layers and adapters whose deltas `optimizer` holds, and has gradients of or not.
-
-    This is the thread that trains: nobody replaces gradients meanwhile.
-    """
-    held = []
+    """The layers and adapters whose deltas `optimizer` holds, and has gradients of or not."""
+    held = []  # this is the thread that trains: nobody replaces gradients meanwhile
     for group in optimizer.param_groups:
         for parameter in cast("list[Tensor]", group["params"]):
             found = _LAYERS.get(id(parameter))
-            if found is not None and found[0]() is parameter and (parameter.grad is not None) == with_gradients:
-                held.append(found[1:])
+            if found is not None and (parameter.grad is not None) == with_gradients:
+                layer = found[0]()
+                if layer is not None and layer.paca_delta.is_now(found[1], parameter):
+                    held.append(found)
     return held
 
 
@@ -121,24 +80,38 @@ class Deltas(nn.ParameterDict):
     It also knows the shards while FSDP2 has put gathered parameters in their place.
     """
 
-    def belong_to(self, layer: HasDeltas) -> None:
-        """Say whose deltas these are; also after they were moved or copied."""
-        self.__dict__["_layer"] = weakref.ref(layer)
+    def belong_to(self, layer: Any) -> None:
+        """Say whose deltas these are, an adapted layer's; also after they were moved or copied."""
+        # By their ids: parameters that weak references point to can't be swapped (torch.__future__).
+        ids: set[int] = set()
+
+        def forget(gone: weakref.ref[Any]) -> None:
+            for key in ids:
+                if _LAYERS.get(key, (None,))[0] is gone:
+                    del _LAYERS[key]
+
+        self.__dict__["_ids"], self.__dict__["_layer"] = ids, weakref.ref(layer, forget)
         for name, delta in self._parameters.items():
-            if delta is not None:
-                register_delta(delta, layer, name)
+            self._register(name, delta)
+
+    def _register(self, name: str, value: Any) -> None:
+        if "_layer" in self.__dict__ and isinstance(value, nn.Parameter):
+            self.__dict__["_ids"].add(id(value))
+            _LAYERS[id(value)] = self.__dict__["_layer"], name
+
+    def is_now(self, name: str, parameter: Tensor) -> bool:
+        """Whether this is the delta of adapter `name`, or what FSDP2 shards it as."""
+        return self._parameters.get(name) is parameter or self.shard(name) is parameter
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name in self.__dict__.get("_deleted", ()):
             return  # FSDP2 goes on putting it back
         if is_sharded(value):
             shards = self.__dict__.setdefault("_shards", {})
-            if name not in shards or shards[name].device_mesh == value.device_mesh:  # else ShardedWeight.replaced
+            if name not in shards or shards[name].device_mesh == value.device_mesh:  # else ShardedColumns.replaced
                 shards[name] = value
         super().__setattr__(name, value)
-        layer = self.__dict__.get("_layer", lambda: None)()
-        if layer is not None and isinstance(value, nn.Parameter):
-            register_delta(value, layer, name)
+        self._register(name, value)
 
     def __delattr__(self, name: str) -> None:
         if self.__dict__.get("_shards", {}).pop(name, None) is not None:
@@ -146,7 +119,7 @@ class Deltas(nn.ParameterDict):
         super().__delattr__(name)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {key: value for key, value in self.__dict__.items() if key != "_layer"}
+        return {key: value for key, value in self.__dict__.items() if key not in ("_layer", "_ids")}
 
     def shard(self, name: str) -> Any:
         """The `DTensor` of which this process owns a part, or None if that parameter is not sharded."""

@@ -35,29 +35,14 @@ def runs_of(indices: Tensor) -> Runs | None:
 
 
 def _find_runs(columns: list[int]) -> Runs | None:
-    most = len(columns) // _MEAN_LENGTH
-    runs: list[tuple[int, int]] = []
-    first = previous = -2
-    for column in columns:
-        if column != previous + 1:
-            if len(runs) == most:
-                return None
-            runs.append((column, 1))
-            first = column
-        else:
-            runs[-1] = (first, column - first + 1)
-        previous = column
-    return tuple(runs)
+    starts = [n for n, column in enumerate(columns) if n == 0 or column != columns[n - 1] + 1]
+    if len(starts) > len(columns) // _MEAN_LENGTH:
+        return None
+    return tuple((columns[n], end - n) for n, end in zip(starts, [*starts[1:], len(columns)], strict=True))
 
 
 def take_columns(x: Tensor, indices: Tensor, runs: Runs | None) -> Tensor:
-    """`x.index_select(-1, indices)`: a copy, `(..., k)`.
-
-    Args:
-        x: any shape.
-        indices: `(k,)` int64.
-        runs: `runs_of(indices)`.
-    """
+    """`x.index_select(-1, indices)` for `indices (k,)` with these `runs_of` them: a copy, `(..., k)`."""
     if runs is None:
         return x.index_select(-1, indices)
     if len(runs) == 1:
@@ -78,10 +63,9 @@ def put_columns(weight: Tensor, dim: int, indices: Tensor, values: Tensor) -> No
     runs = runs_of(indices) if _is_plain(weight) else None
     if runs is None:
         weight.index_copy_(dim, indices, values.to(weight))
-        return
-    views, parts = blocks_of(weight, dim, runs), blocks_in(values, dim, runs)
-    for view, part in zip(views, parts, strict=True):
-        view.copy_(part)
+    else:
+        for block, part in zip(blocks_of(weight, dim, runs), blocks_in(values, dim, runs), strict=True):
+            block.copy_(part)
 
 
 def blocks_of(weight: Tensor, dim: int, runs: Runs) -> list[Tensor]:
@@ -91,8 +75,6 @@ def blocks_of(weight: Tensor, dim: int, runs: Runs) -> list[Tensor]:
 
 def blocks_in(values: Tensor, dim: int, runs: Runs) -> list[Tensor]:
     """Views of the same blocks in a tensor that holds these columns only."""
-    if len(runs) == 1:
-        return [values]
     return list(values.split([length for _, length in runs], dim))
 
 

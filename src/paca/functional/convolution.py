@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from paca.functional.column_blocks import Runs
-from paca.functional.train_columns import Product, scaled
+from paca.functional.product import Product
+from paca.functional.train_columns import scaled
 
 _CONVOLUTIONS: dict[int, Callable[..., Tensor]] = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 

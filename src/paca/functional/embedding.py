@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from paca.functional.column_blocks import Runs
-from paca.functional.train_columns import Product
+from paca.functional.product import Product
 
 
 class EmbeddingProduct(Product):

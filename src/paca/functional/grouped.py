@@ -11,7 +11,8 @@ from torch import Tensor
 
 from paca.functional.column_blocks import Runs, take_columns
 from paca.functional.linear import column_gradient
-from paca.functional.train_columns import Product, scaled
+from paca.functional.product import Product
+from paca.functional.train_columns import scaled
 
 GroupedMatmul = Callable[..., Tensor]
 """`(rows (tokens, k), matrices (experts, k, n), offs=(experts,)) -> (tokens, n)`, such as `torch._grouped_mm`."""

@@ -8,16 +8,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from paca.functional.added import AddedLinear
 from paca.functional.column_blocks import Runs, take_columns
-from paca.functional.train_columns import HALF_DTYPES, Product, in_dtype, scaled
+from paca.functional.train_columns import in_dtype, scaled
 
 
-class LinearProduct(Product):
+class LinearProduct(AddedLinear):
     """`x (..., in_features)` times a weight.
 
     Args:
-        input_dim: the dimension of the weight that runs over the input features: 1 for `(out_features, in_features)`
-            (`nn.Linear`), 0 for `(in_features, out_features)` (transformers' `Conv1D`).
+        input_dim: 1 for a weight `(out_features, in_features)` (`nn.Linear`), 0 for `(in_features, out_features)`
+            (transformers' `Conv1D`).
     """
 
     def __init__(self, input_dim: int) -> None:
@@ -31,7 +32,6 @@ class LinearProduct(Product):
         return torch.addmm(bias, x.reshape(-1, x.shape[-1]), weight).reshape(*x.shape[:-1], weight.shape[1])
 
     def select(self, x: Tensor, indices: Tensor, runs: Runs | None) -> Tensor:
-        """`x[..., indices]`, `(..., r)`."""
         return take_columns(x, indices, runs)
 
     def input_gradient(self, grad_output: Tensor, weight: Tensor, input_size: torch.Size) -> Tensor:
@@ -44,31 +44,17 @@ class LinearProduct(Product):
     ) -> Tensor:
         return column_gradient(selected, grad_output.reshape(-1, grad_output.shape[-1]), scale, dtype)
 
-    def add_contribution(self, y: Tensor, selected: Tensor, indices: Tensor, delta: Tensor, scale: float) -> Tensor:
-        columns = selected.reshape(-1, selected.shape[-1])
-        flat = torch.addmm(y.reshape(-1, y.shape[-1]), columns, delta.to(y.dtype).t(), alpha=scale)
-        return torch.ops.aten._unsafe_view(flat, y.shape)
-
-    def add_input_gradient(
-        self, grad_x: Tensor, grad_output: Tensor, indices: Tensor, delta: Tensor, scale: float
-    ) -> None:
-        rows = grad_output.reshape(-1, grad_output.shape[-1])
-        part = torch.mm(rows, delta.to(rows.dtype)).mul_(scale)
-        grad_x.index_add_(-1, indices, part.view(*grad_x.shape[:-1], indices.numel()))
-
 
 def column_gradient(selected: Tensor, grad_rows: Tensor, scale: Any, dtype: torch.dtype) -> Tensor:
-    """`scale * grad_rows.T @ selected`, accumulated in float32 where the backend can, as `(out_features, r)`.
+    """`scale * grad_rows.T @ selected` in `dtype`, accumulated in float32 where the backend can: `(out_features, r)`.
 
     Args:
         selected: `(..., r)` input columns.
         grad_rows: `(tokens, out_features)`.
-        scale: `paca_alpha / r`.
-        dtype: of the delta.
     """
     # (r, tokens) @ (tokens, out): 1.4x the rate of (out, tokens) @ (tokens, r) on CPU (bf16, out 1024-3584, r 16).
     columns = selected.reshape(-1, selected.shape[-1]).t()
-    if columns.dtype in HALF_DTYPES and dtype == torch.float32 and columns.device.type == "cuda":
+    if columns.element_size() == 2 and dtype == torch.float32 and columns.device.type == "cuda":
         product = torch.mm(columns, grad_rows, out_dtype=torch.float32)  # CPU has no such kernel in torch 2.13
     else:
         product = torch.mm(columns, grad_rows)

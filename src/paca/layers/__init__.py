@@ -3,12 +3,14 @@
 from torch import nn
 
 from paca.layers import convolution, embedding, experts, linear
-from paca.layers.base import PacaLayer, layers_of, paca_layers, refuse_sharded
+from paca.layers.base import PacaLayer, paca_layers
 from paca.layers.convolution import PacaConvolution
 from paca.layers.embedding import PacaEmbedding
 from paca.layers.experts import PacaExpertStack
 from paca.layers.linear import PacaLinear
+from paca.layers.peft_calls import refuse_sharded
 from paca.layers.resident_weight import ResidentWeight
+from paca.layers.with_adapter import layers_of
 
 RESIDENT_CLASSES: dict[type[nn.Module], type[ResidentWeight]] = {
     **linear.RESIDENT_CLASSES,

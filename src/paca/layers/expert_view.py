@@ -8,6 +8,7 @@ with products that send gradients to the columns; anything else it refuses, sinc
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -19,7 +20,8 @@ from torch import Tensor
 from paca.columns.state import State
 from paca.functional.grouped import GroupedMatmul, GroupedProduct
 from paca.functional.linear import LinearProduct
-from paca.functional.train_columns import Trained, train_columns
+from paca.functional.product import Trained
+from paca.functional.train_columns import train_columns
 from paca.layers.resident_weight import ResidentPass, ResidentWeight
 
 
@@ -34,34 +36,21 @@ class ExpertPass(ResidentPass):
         return self.module.weight.select(0, self.expert)
 
 
+@dataclass(frozen=True, eq=False, repr=False, slots=True)
 class StackView:
-    """The stack, or the part of it that was indexed, with the columns that one forward pass uses.
+    """The stack, or the part of it that was indexed, with the columns that one forward pass uses."""
 
-    Args:
-        stack: whose weight it is.
-        trained: the columns that gradients go to.
-        deltas_by_expert: gives each adapter's delta, cut into `(out_features, r)` per expert.
-        state: what the weight holds now; a backward pass puts it back if need be.
-        index: None for the whole stack, a number for one expert, `(rows,)` int64 for one expert per row.
-        flipped: whether the last two dimensions are swapped against how the stack is stored.
-    """
-
-    __slots__ = ("deltas_by_expert", "flipped", "index", "stack", "state", "trained")
-
-    def __init__(
-        self,
-        stack: ResidentWeight,
-        trained: Trained,
-        deltas_by_expert: Callable[[], list[tuple[Tensor, ...]]],
-        state: State,
-        index: int | Tensor | None = None,
-        flipped: bool = False,
-    ) -> None:
-        self.stack, self.trained, self.deltas_by_expert, self.state = stack, trained, deltas_by_expert, state
-        self.index, self.flipped = index, flipped
-
-    def _with(self, index: int | Tensor | None, flipped: bool = False) -> StackView:
-        return StackView(self.stack, self.trained, self.deltas_by_expert, self.state, index, flipped)
+    stack: ResidentWeight
+    trained: Trained
+    """The columns that gradients go to."""
+    deltas_by_expert: Callable[[], list[tuple[Tensor, ...]]]
+    """Gives each adapter's delta, cut into `(out_features, r)` per expert."""
+    state: State
+    """What the weight holds now; a backward pass puts it back if need be."""
+    index: int | Tensor | None = None
+    """None for the whole stack, a number for one expert, `(rows,)` int64 for one expert per row."""
+    flipped: bool = False
+    """Whether the last two dimensions are swapped against how the stack is stored."""
 
     # -- what the model's code asks of a weight -------------------------------------------------------------------
 
@@ -69,16 +58,16 @@ class StackView:
         if self.index is not None or self.flipped:
             raise ValueError(_refusal(f"indexing of {self!r}"))
         if isinstance(index, int) or (isinstance(index, Tensor) and index.dim() == 0):
-            return self._with(int(index))
+            return replace(self, index=int(index))
         if isinstance(index, Tensor) and index.dim() == 1 and index.dtype in (torch.int64, torch.int32):
-            return self._with(index)
+            return replace(self, index=index)
         raise ValueError(_refusal(f"indexing with {index!r}"))
 
     def transpose(self, first: int, second: int) -> StackView:
         dims = len(self.shape)
         if {first % dims, second % dims} != {dims - 2, dims - 1}:
             raise ValueError(_refusal(f"transpose({first}, {second})"))
-        return self._with(self.index, not self.flipped)
+        return replace(self, flipped=not self.flipped)
 
     @property
     def mT(self) -> StackView:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from paca.columns.state import AdapterColumns, State
+from paca.columns.state import State
 from paca.layers.base import PacaLayer
 from paca.layers.expert_view import StackView
 from paca.layers.mixed_batch import current_mixed_batch
@@ -46,10 +46,6 @@ class ResidentStack(ResidentWeight, ExpertStack):
 
     _cut: tuple[State, tuple[bool, ...], list[tuple[Tensor, ...]]] | None = None
 
-    @property
-    def output_dim(self) -> int:
-        return -3 - self.input_dim
-
     def forward(self) -> StackView | Tensor:  # type: ignore[override]
         """The stack as one forward pass sees it: the plain weight if it holds no column and no gradient is wanted.
 
@@ -58,7 +54,7 @@ class ResidentStack(ResidentWeight, ExpertStack):
         state = self.state_now()
         if not torch.is_grad_enabled() and not state.columns:
             return self.weight
-        return StackView(self, self.place.trained(state, self.owner()), self._deltas_by_expert(state), state)
+        return StackView(self, self.columns.trained(state, self.owner()), self._deltas_by_expert(state), state)
 
     def _deltas_by_expert(self, state: State) -> Callable[[], list[tuple[Tensor, ...]]]:
         """Gives, for each adapter of `state`, its delta cut into `(out_features, r)` per expert.
@@ -68,10 +64,10 @@ class ResidentStack(ResidentWeight, ExpertStack):
         """
 
         def cut() -> list[tuple[Tensor, ...]]:
-            deltas = self.place.trained(state, self.owner()).deltas
+            deltas = self.columns.trained(state, self.owner()).deltas
             requiring = tuple(delta.requires_grad for delta in deltas)
             # What FSDP2 gathers is another graph's leaf in each pass: its parts must not be kept.
-            if not torch.is_grad_enabled() or not self.place.whole:
+            if not torch.is_grad_enabled() or not self.columns.whole:
                 return [delta.unbind(0) for delta in deltas]
             if self._cut is None or self._cut[0] is not state or self._cut[1] != requiring:
                 self._cut = (state, requiring, [delta.unbind(0) for delta in deltas])
@@ -117,19 +113,22 @@ class PacaExpertStack(PacaLayer):
     delta_column_dim = 2
     runs_adapters_in_turn = True
 
+    def weight_shape(self) -> tuple[int, int]:
+        shape, dim = self.base_layer.weight.shape, self.base_layer.input_dim
+        return shape[-3 - dim], shape[dim]
+
     def delta_shape(self, r: int) -> tuple[int, ...]:
         return self.base_layer.weight.shape[0], self.out_features, r
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         return False  # PEFT's conversion knows matrices only
 
-    def wanted(self) -> tuple[AdapterColumns, ...]:
+    def wanted_names(self) -> list[str]:
         batch = current_mixed_batch()
         if batch is None:
-            return super().wanted()
+            return super().wanted_names()
         # The rows of one adapter are run by themselves.
-        runs = batch.adapter in self.paca_delta and not self._disable_adapters
-        return (self.columns_of(batch.adapter),) if runs else ()
+        return [batch.adapter] if batch.adapter in self.paca_delta and not self._disable_adapters else []
 
     @torch.compiler.disable  # a graph must not be specialized on what is resident while it is traced
     def forward(self) -> StackView | Tensor:

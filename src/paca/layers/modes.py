@@ -25,15 +25,10 @@ FORWARD_ONLY = {
 
 
 def mode_of(target: nn.Module, key: str, model: Any) -> str:
-    """``"resident"``, ``"patched"`` or ``"additive"``.
-
-    Args:
-        target: the module to adapt.
-        key: its name in ``model``.
-        model: holds it.
+    """`"resident"`, `"patched"` or `"additive"`, for a module that `model` calls `key`.
 
     Raises:
-        ValueError: if ``target`` is quantized in a way that can't be trained, with the reason.
+        ValueError: If it is quantized in a way that can't be trained, with the reason.
     """
     quantization = quantization_of(target)
     if quantization is not None:

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import warnings
 from collections import ChainMap
 from typing import Any
 
 import torch
 from accelerate.hooks import remove_hook_from_module
-from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from paca.columns.state import State
+from paca.columns.state import AdapterColumns, State
 from paca.layers.base import PacaLayer
+from paca.layers.modes import offloads
 from paca.layers.overlaid_weight import OverlaidWeight, PatchedWeight
 
 
@@ -27,13 +26,10 @@ class OverlaidLinear(PacaLayer):
 
     def __init__(self, base_layer: OverlaidWeight) -> None:
         super().__init__(base_layer)
+        self.mode = "patched" if isinstance(base_layer, PatchedWeight) else "additive"
         self._before_merge: Any = None
         self.loaded_deltas: dict[str, Tensor] = {}
         """What was just loaded into a dispatched model, until it has been dispatched anew."""
-
-    @property
-    def mode(self) -> str:
-        return "patched" if isinstance(self.base_layer, PatchedWeight) else "additive"
 
     def weight_shape(self) -> tuple[int, int]:
         return self.base_layer.weight_shape()
@@ -60,9 +56,6 @@ class OverlaidLinear(PacaLayer):
 
     def park(self) -> None:
         """Nothing is in the weight."""
-
-    def _weight_replaced(self) -> bool:
-        return False
 
     @torch.compiler.disable  # which columns there are is a matter of run time
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -116,24 +109,17 @@ class OverlaidLinear(PacaLayer):
 
     # -- merging ------------------------------------------------------------------------------------------------
 
-    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Dequantize, write the adapters' columns, quantize again: until `unmerge`, which is bitwise.
+    def _merge(self, columns: tuple[AdapterColumns, ...], safe: bool) -> None:
+        """Dequantize, write the columns, quantize again: until `unmerge`, which is bitwise.
 
         The merged columns lose their 16 bits: they are quantized like the rest. `dequantized_linear` keeps them.
-
-        Raises:
-            ValueError: if the weight can't be written, or `safe_merge` finds NaN or Inf.
         """
-        names = [n for n in check_adapters_to_merge(self, adapter_names) if n in self.paca_delta]
-        if not names:
-            return
         base = self.base_layer
         if not isinstance(base, PatchedWeight):
-            raise self.unwritable(names[0])
-        columns = tuple(self.columns_of(n) for n in names)
-        if safe_merge and not all(bool(c.delta.isfinite().all()) for c in columns):
+            raise self.unwritable(columns[0].name)
+        if safe and not all(bool(c.delta.isfinite().all()) for c in columns):
             raise ValueError(
-                f"Merging adapter {names[0]!r} would put NaN or Inf into the weight, so nothing was merged. The "
+                f"Merging adapter {columns[0].name!r} would put NaN or Inf into the weight, so nothing was merged. The "
                 "adapter is broken: train it again with a smaller learning rate, or use an earlier checkpoint."
             )
         together = tuple(self.columns_of(n) for n in self.merged_adapters) + columns
@@ -142,8 +128,16 @@ class OverlaidLinear(PacaLayer):
         weight = base.patched_weight(base.quantization.stored_dtype(base), together)
         self._before_merge = base.quantization.replace(base, weight)
         base.columns.base_changed()
-        self.merged_adapters.extend(names)
-        self.write()
+
+    def _unmerge(self) -> None:
+        base = self.base_layer
+        assert isinstance(base, PatchedWeight)
+        base.quantization.restore(base, self._before_merge)
+        base.columns.base_changed()
+        self._before_merge = None
+
+    def _keep_merged(self) -> None:
+        """The quantized weight from before is kept by nobody else."""
 
     def unwritable(self, adapter_name: str) -> ValueError:
         """Why an adapter can't be merged here."""
@@ -157,30 +151,6 @@ class OverlaidLinear(PacaLayer):
             "model in a form that can be written."
         )
 
-    def unmerge(self) -> None:
-        """Bring the quantized weight from before the merge back, bit for bit."""
-        if not self.merged:
-            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
-            return
-        base = self.base_layer
-        assert isinstance(base, PatchedWeight)
-        base.quantization.restore(base, self._before_merge)
-        base.columns.base_changed()
-        self._before_merge = None
-        self.merged_adapters.clear()
-        self.write()
-
-    def unload_and_optionally_merge_module(
-        self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
-    ) -> nn.Module:
-        if merge:
-            if not self.has_merged(adapter_names):
-                self.merge(safe_merge=safe_merge, adapter_names=adapter_names)
-        elif self.merged:
-            self.unmerge()
-        self.base_layer.release()
-        return self.base_layer
-
     def dequantized_linear(self, dtype: torch.dtype, adapter_names: list[str] | None) -> nn.Linear:
         """An ordinary layer in `dtype` with the adapters' columns in it, rounded once."""
         base = self.base_layer
@@ -193,11 +163,8 @@ class OverlaidLinear(PacaLayer):
         weight = base.patched_weight(dtype, columns) if columns else quantization.dequantize(base).to(dtype)
         return quantization.plain(base, weight)
 
-    def get_delta_weight(self, adapter: str) -> Tensor:
-        columns = self.columns_of(adapter)
-        values = columns.delta.detach() * columns.scale
-        dense = torch.zeros(self.out_features, self.in_features, dtype=values.dtype, device=values.device)
-        return dense.index_copy_(1, columns.indices, values)
+    def _dense_shape(self) -> tuple[torch.Size, int]:
+        return torch.Size((self.out_features, self.in_features)), 1
 
     # -- devices ------------------------------------------------------------------------------------------------
 
@@ -216,17 +183,17 @@ class OverlaidLinear(PacaLayer):
 
 
 def check_writable(model: nn.Module, adapter_names: list[str] | None) -> None:
-    """Check that adapters can be merged, before anything is.
-
-    Args:
-        model: holds the adapted layers.
-        adapter_names: default: the active ones.
-
-    Raises:
-        ValueError: naming a layer whose weight can't be written.
-    """
+    """Raise `ValueError` naming a layer whose weight adapters (default: the active ones) can't be merged into."""
     for name, layer in model.named_modules():
         if isinstance(layer, OverlaidLinear) and layer.mode != "patched":
             for adapter in adapter_names or layer.active_adapters:
                 if adapter in layer.paca_delta:
                     raise ValueError(f"{name}: {layer.unwritable(adapter)}")
+
+
+def keep_for_dispatch(model: nn.Module, adapter_name: str, tensors: dict[str, Tensor]) -> None:
+    """Keep what is being loaded into a model that accelerate offloads a part of, until it is dispatched anew."""
+    if offloads(model):
+        for name, layer in model.named_modules():
+            if isinstance(layer, OverlaidLinear) and adapter_name in layer.paca_delta:
+                layer.loaded_deltas[adapter_name] = tensors[f"{name}.paca_delta.{adapter_name}"]

@@ -13,26 +13,18 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from paca.columns.added import AddedPass
 from paca.columns.kept import Kept, positions_of, sum_of, write_columns
-from paca.columns.state import ActiveColumns, AdapterColumns, AddedPass, State
+from paca.columns.state import ActiveColumns, AdapterColumns, State
 from paca.functional.linear import LinearProduct
-from paca.functional.train_columns import WeightSource, train_columns
+from paca.functional.product import WeightSource
+from paca.functional.train_columns import train_columns
 from paca.layers.mixed_batch import current_mixed_batch
 from paca.layers.resident_weight import rebind_forward
 from paca.quantized import QuantizedWeight, quantization_of
 
 _PRODUCT = LinearProduct(1)
 _SUBCLASSES: dict[tuple[type, type], type[nn.Module]] = {}
-
-
-class NoPlace:
-    """Where the columns live that no weight holds: nowhere. It does not matter who holds which part of the weight."""
-
-    whole = True
-
-    def local(self, layer: Any, adapter_name: str) -> tuple[Tensor, None]:
-        """The adapter's delta."""
-        return layer.paca_delta[adapter_name], None
 
 
 class OverlaidWeight(nn.Module):
@@ -42,7 +34,6 @@ class OverlaidWeight(nn.Module):
     """What the module was, and becomes again."""
 
     columns: ActiveColumns
-    place: NoPlace
     owner: Callable[[], Any]
 
     @classmethod
@@ -54,14 +45,13 @@ class OverlaidWeight(nn.Module):
         return module
 
     def _settle_in(self) -> None:
-        self.place = NoPlace()
         self.owner = lambda: None  # the adapted layer above makes itself known
         self._rebind_forward()
 
     def release(self) -> None:
         """Turn back into the stock module, in place."""
         self.columns.base_changed()
-        del self.columns, self.place, self.owner
+        del self.columns, self.owner
         self.__class__ = self.stock_class  # type: ignore[assignment]
         OverlaidWeight._rebind_forward(self)
 
@@ -94,7 +84,7 @@ class OverlaidWeight(nn.Module):
         # Pickling finds classes by name, and a class that was made here has none that can be imported.
         kind = next(c for c in (PatchedWeight, AdditiveWeight) if isinstance(self, c))
         state = self.__dict__.copy()
-        del state["owner"], state["columns"], state["place"]
+        del state["owner"], state["columns"]
         return _rebuild, (kind, self.stock_class), state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -189,13 +179,7 @@ class PatchedWeight(OverlaidWeight):
 
 
 class PatchedPass(WeightSource):
-    """One pass on a dequantized weight: it is made anew for the backward pass, and none is kept.
-
-    Args:
-        module: the quantized layer.
-        state: the columns that are written into the weight.
-        dtype: of the matmuls.
-    """
+    """One pass on a dequantized weight: it is made anew for the backward pass, and none is kept."""
 
     __slots__ = ("columns", "dtype", "module", "packed", "state", "version")
 

@@ -14,12 +14,10 @@ _MARKS = ("is_quantized", "is_loaded_in_4bit", "is_loaded_in_8bit", "quantizatio
 
 @torch.no_grad()
 def dequantize_model(model: Any, adapter_names: list[str] | None) -> None:
-    """Put ordinary ``nn.Linear`` layers in place of all quantized ones, in place, in the model's dtype.
+    """Put ordinary `nn.Linear` layers in place of all quantized ones, in place, in the model's dtype.
 
-    Args:
-        model: the model that holds the adapted layers.
-        adapter_names: whose columns are written into the new weights, rounded once; default: the active ones. The
-            layers have passed ``check_writable``.
+    Columns of the adapters (default: the active ones) are written into the new weights, rounded once. The layers have
+    passed `check_writable`.
     """
     layers = {name: m for name, m in model.named_modules() if isinstance(m, OverlaidLinear)}
     inside = {id(layer.base_layer) for layer in layers.values()}

@@ -12,27 +12,22 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from paca.columns.place import WholeWeight, is_sharded
-from paca.columns.resident import ResidentColumns
-from paca.columns.sharded import ShardedWeight
-from paca.columns.state import State
+from paca.columns.merging import MergeableColumns
+from paca.columns.sharded import ShardedColumns
+from paca.columns.state import State, is_sharded
 from paca.columns.stepping import others_step
-from paca.functional.train_columns import Product, WeightSource, check_frozen, train_columns
+from paca.functional.product import Product, WeightSource
+from paca.functional.train_columns import check_frozen, train_columns
 
 
 class ResidentPass(WeightSource):
-    """One forward pass on a resident weight, for its backward pass.
+    """One forward pass on the resident weight of `module`, which holds `state`, for its backward pass."""
 
-    Args:
-        module: holds the weight.
-        state: what the weight holds.
-    """
-
-    __slots__ = ("module", "place", "state")
+    __slots__ = ("columns", "module", "state")
 
     def __init__(self, module: ResidentWeight, state: State) -> None:
         check_frozen(module.weight)
-        self.module, self.state, self.place = module, state, module.place
+        self.module, self.state, self.columns = module, state, module.columns
 
     @property
     def tag(self) -> Tensor:
@@ -43,29 +38,22 @@ class ResidentPass(WeightSource):
 
     def weight_again(self, saved_tag: Tensor, wanted: bool) -> Tensor | None:
         if not wanted:
-            self.place.columns.check_backward(self.state, saved_tag)
+            self.columns.check_backward(self.state, saved_tag)
             return None
-        self.place.before_backward(self.module.weight, self.state, saved_tag)
+        self.columns.before_backward(self.module.weight, self.state, saved_tag)
         return self.weight()
 
 
 class ResidentWeight(nn.Module):
     """Mixin in front of a stock module class, for `weight` (and `bias`)."""
 
-    stock_class: ClassVar[type[nn.Module]]
-    """What the module was, and becomes again."""
-    input_dim: ClassVar[int]
-    """The dimension of `weight` that runs over the input features."""
-
+    stock_class: ClassVar[type[nn.Module]]  # what the module was, and becomes again
+    input_dim: ClassVar[int]  # the dimension of `weight` that runs over the input features
+    fixed_product: ClassVar[Product]  # what this kind of layer computes, where that does not depend on the module
     weight: Tensor
     bias: Any  # a parameter or None
-    columns: ResidentColumns
-    place: WholeWeight
-    owner: Callable[[], Any]
-    """Gives the adapted layer above, which knows what is wanted; a weak reference."""
-
-    fixed_product: ClassVar[Product]
-    """What this kind of layer computes, where that does not depend on the module."""
+    columns: MergeableColumns
+    owner: Callable[[], Any]  # gives the adapted layer above, which knows what is wanted; a weak reference
 
     def product(self) -> Product:
         """What this layer computes."""
@@ -73,32 +61,29 @@ class ResidentWeight(nn.Module):
 
     def __setattr__(self, name: str, value: Any) -> None:
         # FSDP2 puts the shard and the gathered weight into each other's place with setattr.
-        if name == "weight" and "place" in self.__dict__:
-            if self.place.whole and is_sharded(value):
-                self.place = ShardedWeight(value, self.columns)
-                self.place.take_over()
+        if name == "weight" and "columns" in self.__dict__:
+            if self.columns.whole and is_sharded(value):
+                ShardedColumns.of(self.columns, value).take_over()
             else:
-                self.place.replaced(value)
+                self.columns.replaced(value)
         super().__setattr__(name, value)
 
-    @property
-    def output_dim(self) -> int:
-        """The dimension of `weight` that runs over the output features."""
-        return 1 - self.input_dim
+    def home(self) -> Tensor:
+        """What columns are written into, for a call that may write it."""
+        return self.columns.home_to_write(self.weight)
 
     @classmethod
     def adopt(cls, module: nn.Module) -> ResidentWeight:
         """Turn `module`, an instance of `stock_class`, into an instance of this class, in place."""
-        assert type(module) is cls.stock_class
         module.__class__ = cls
         assert isinstance(module, cls)
-        module.columns = ResidentColumns(cls.input_dim)
+        module.columns = MergeableColumns(cls.input_dim)
         module._settle_in()
         return module
 
     def _settle_in(self) -> None:
-        place = ShardedWeight if is_sharded(self.weight) else WholeWeight
-        self.place = place(self.weight, self.columns) if place is ShardedWeight else WholeWeight(self.columns)
+        if is_sharded(self.weight):
+            ShardedColumns.of(self.columns, self.weight)
         self.owner = lambda: None  # the adapted layer above makes itself known
         rebind_forward(self)
 
@@ -109,58 +94,48 @@ class ResidentWeight(nn.Module):
 
     def release(self) -> None:
         """Park, and turn back into the stock module, in place."""
-        self.columns.let_go(self.place.home_to_write(self.weight))
-        self.place.bring_up_to_date(self.weight)
-        del self.columns, self.place, self.owner
+        self.columns.park(self.home())
+        self.columns.base_changed()  # backward passes that are pending may not write into the weight any more
+        self.columns.bring_up_to_date(self.weight)
+        del self.columns, self.owner
         self.__class__ = self.stock_class  # type: ignore[assignment]
         rebind_forward(self)
 
-    # -- forward ------------------------------------------------------------------------------------------------
-
     def forward(self, x: Tensor) -> Tensor:
-        if torch.compiler.is_compiling():
-            return self._trace(x) if self.place.whole else self._run_apart(x)
+        if torch.compiler.is_compiling():  # whoever changes what is active has written it by now
+            if not self.columns.whole:
+                return self._run_apart(x)
+            traced = self.columns.traced
+            recorded = torch.is_grad_enabled()
+            return train_columns(self.product(), x, self.weight, self.bias, traced) if recorded else super().forward(x)
         state = self.state_now()
         if not torch.is_grad_enabled():
             return super().forward(x)
-        trained = self.place.trained(state, self.owner())
+        trained = self.columns.trained(state, self.owner())
         return train_columns(self.product(), x, None, self.bias, trained, ResidentPass(self, state))
 
     def state_now(self) -> State:
-        """Make the weight hold what is active, where something changed that nobody wrote; usually it does.
-
-        Returns:
-            What the weight holds.
-        """
+        """Make the weight hold what is active, where something changed that nobody wrote; usually it does."""
         owner = self.owner()
-        weight: Tensor | None = self._parameters.get("weight")
-        if weight is None:  # FSDP1 puts a plain tensor in its place
-            weight = self.weight
-        self.place.check(weight)
+        weight: Any = self._parameters.get("weight")
+        weight = self.weight if weight is None else weight  # FSDP1 puts a plain tensor in its place
+        self.columns.check_writable(weight)
         if owner is not None and owner.stale() and not others_step():
             entry = self.columns.entry
             if entry is not None and torch._C._current_graph_task_id() == -1:
                 entry.write_stale()  # with it, the model's other layers; a backward pass needs this one alone
             if owner.stale():
                 owner.write()
-        self.place.bring_up_to_date(weight)
+        self.columns.bring_up_to_date(weight)
         self.columns.note_forward()
         return self.columns.state
-
-    def _trace(self, x: Tensor) -> Tensor:
-        """Run within a graph that is being compiled: whoever changes what is active has written it by now."""
-        if not torch.is_grad_enabled():
-            return super().forward(x)
-        return train_columns(self.product(), x, self.weight, self.bias, self.columns.traced)
 
     @torch.compiler.disable  # FSDP2's own hooks break the graph around the layer anyway
     def _run_apart(self, x: Tensor) -> Tensor:
         return self.forward(x)
 
-    # -- the weight as others see it: always the pretrained one ---------------------------------------------------
-
     def _park(self) -> None:
-        self.columns.park(self.place.home_to_write(self.weight), for_now=True)
+        self.columns.park(self.home(), for_now=True)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ResidentWeight:
         self._park()
@@ -170,25 +145,22 @@ class ResidentWeight(nn.Module):
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         self._park()
         if not keep_vars:  # with it, the caller asks for the parameter itself
-            self.place.lend(self.weight)
+            self.columns.lend(self.weight)
         super()._save_to_state_dict(destination, prefix, keep_vars)
         if not keep_vars:
-            self.place.handed_out(destination[prefix + "weight"])
+            self.columns.handed_out(destination[prefix + "weight"])
 
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, local_metadata: Any, strict: bool, *rest: Any
     ) -> None:
         if prefix + "weight" in state_dict:
-            if self.columns.merged:
-                names = ", ".join(repr(c.name) for c in self.columns.merged)
-                raise RuntimeError(f"{prefix}weight can't be loaded while {names} is merged into it: unmerge first.")
             self._park()
-            self.columns.reloaded()
+            self.columns.reloaded(f"{prefix}weight")
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, *rest)
 
     def __getstate__(self) -> dict[str, Any]:
         self._park()
-        return {key: value for key, value in self.__dict__.items() if key not in ("owner", "place")}
+        return {key: value for key, value in self.__dict__.items() if key != "owner"}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)

@@ -19,8 +19,7 @@ from paca.messages.errors import PacaError
 from paca.pretrained import load_config, load_pretrained, load_tokenizer
 from paca.pretrained.purpose import check_answers, classifier_in
 from paca.pretrained.quantizing import QUANTIZATIONS, is_quantized, method_of
-from paca.tuner.adapter_file import tensor_names
-from paca.tuner.adapter_folder import find_adapter, find_base, find_quantization, weight_file
+from paca.tuner.adapter_folder import find_adapter, find_base, find_quantization, tensor_names, weight_file
 from paca.tuner.tied_weights import untie_for
 
 Message = dict[str, str]

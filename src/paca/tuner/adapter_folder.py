@@ -8,6 +8,8 @@ import shlex
 from pathlib import Path
 from typing import Any
 
+from safetensors import safe_open
+
 from paca.messages.errors import PacaError
 from paca.messages.program import program
 
@@ -119,3 +121,15 @@ def weight_file(adapter: Path) -> Path:
         if (adapter / name).is_file():
             return adapter / name
     raise PacaError(f"The adapter in {adapter} has no {ADAPTER_WEIGHTS[0]}: its weights are missing. Copy it again.")
+
+
+def tensor_names(path: Path) -> list[str]:
+    """The names in an adapter's safetensors file; none for a file of another kind.
+
+    Raises:
+        SafetensorError: If it can't be read.
+    """
+    if path.suffix != ".safetensors":
+        return []
+    with safe_open(path, framework="pt") as file:
+        return list(file.keys())

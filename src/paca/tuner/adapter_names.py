@@ -11,10 +11,10 @@ from typing import Any
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
-from paca.layers import PacaLayer, paca_layers
+from paca.layers import paca_layers
 from paca.layers.experts_by_adapter import run_together, split_by_adapter, tokens_known
 from paca.layers.mixed_batch import BASE, MixedBatch, current_mixed_batch, running
-from paca.tuner.entry import leave_unwritten
+from paca.tuner.entry import entry_of
 
 _COUNTING = threading.Lock()
 _RUNNING: weakref.WeakKeyDictionary[nn.Module, int] = weakref.WeakKeyDictionary()
@@ -22,19 +22,17 @@ _RUNNING: weakref.WeakKeyDictionary[nn.Module, int] = weakref.WeakKeyDictionary(
 
 @contextmanager
 def mixed_batch(model: nn.Module, adapter_names: Sequence[str], arguments: Mapping[str, Any]) -> Iterator[None]:
-    """Run the forward passes within with one adapter per sample.
+    """Run the forward passes within with one adapter per sample, `"__base__"` for none.
 
     The weights are parked by the first of them; afterwards, the next ordinary forward pass sees the active adapters.
     Several threads may run mixed batches of one model at once, but no ordinary forward pass meanwhile.
 
     Args:
-        model: holds the adapted layers.
-        adapter_names: one name per sample, ``"__base__"`` for none.
-        arguments: what the model is called with; ``generate`` says there how often it repeats each sample.
+        arguments: What the model is called with; `generate` says there how often it repeats each sample.
 
     Raises:
-        ValueError: for names that are no list of loaded adapters, in training mode, while adapters are merged, if an
-            adapter was rotated, or if a layer with one of them can't run mixed batches.
+        ValueError: For names that are no list of loaded adapters, in training mode, while adapters are merged, or if
+            an adapter was rotated.
     """
     names = _check(model, adapter_names)
     batch = MixedBatch(names, repeats=_repeats(arguments))
@@ -54,7 +52,9 @@ def mixed_batch(model: nn.Module, adapter_names: Sequence[str], arguments: Mappi
             _RUNNING[model] -= 1
             if _RUNNING[model] == 0:  # a thread that still runs needs the weights as they are
                 run_together(model)
-                leave_unwritten(model)
+                entry = entry_of(model)
+                if entry is not None:
+                    entry.unwritten = True  # the weights are parked; the next pass may well want them so again
 
 
 def _check(model: nn.Module, adapter_names: Sequence[str]) -> tuple[str, ...]:
@@ -86,12 +86,6 @@ def _check(model: nn.Module, adapter_names: Sequence[str]) -> tuple[str, ...]:
             f"adapter_names can't hold {rotated[0]!r}, whose columns were rotated: most of them are not at hand. Save "
             "the adapter, load the saved one under a name of its own (load_adapter), and give that."
         )
-    for name, layer in model.named_modules():
-        if isinstance(layer, PacaLayer) and not layer.runs_mixed_batches and set(adapter_names) & set(layer.paca_delta):
-            raise ValueError(
-                f"{name} ({type(layer).__name__}) can't run different adapters within one batch (adapter_names) yet. "
-                "Run one batch per adapter, with set_adapter in between, or leave such layers out of target_modules."
-            )
     return tuple(adapter_names)
 
 

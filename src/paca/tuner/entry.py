@@ -16,35 +16,18 @@ from torch import nn
 from torch._dynamo.eval_frame import skip_code
 from torch.nn.modules.module import register_module_module_registration_hook
 
-from paca.columns.resident import Entry, write_together
+from paca.columns.entry import Entry
+from paca.columns.resident import write_together
 from paca.columns.state import THREAD, may_be_recorded
 from paca.columns.stepping import others_step
 from paca.layers.base import PacaLayer, paca_layers
 from paca.layers.mixed_batch import Running, current_mixed_batch
 
 
-def refresh(model: nn.Module) -> None:
-    """Write the deltas into the weights now, whatever their version counters say.
-
-    Needed only after a delta was written through `.data` (or by a foreign kernel) with neither a step, a backward pass
-    nor a change of mode around it; and before a call of a function of your own that you compiled around the model,
-    after deltas were written by hand.
-
-    Args:
-        model: the adapted model, or any module that holds adapted layers.
-    """
-    layers = paca_layers(model)
-    write_layers(layers, compare=True)
-    for entry in {layer.base_layer.columns.entry for layer in layers if layer.mode == "resident"}:
-        if isinstance(entry, ModelEntry) and set(entry.layers) <= set(layers):
-            entry.unwritten = False
-
-
 def write_layers(layers: list[PacaLayer], *, compare: bool = False) -> None:
     """Make the weights of many layers hold what is active."""
-    # Whose stacks of experts hold one adapter after the other.
-    in_mixed_batch = bool(Running.count) and current_mixed_batch() is not None
-    layers = [layer for layer in layers if not (in_mixed_batch and layer.runs_adapters_in_turn)]
+    if in_mixed_batch():  # whose stacks of experts hold one adapter after the other
+        layers = [layer for layer in layers if not layer.runs_adapters_in_turn]
     jobs = [layer.job(compare=compare) for layer in layers if layer.mode == "resident"]
     write_together(job for job in jobs if not any(c.delta.is_meta for c in job[2]))
     for layer in layers:
@@ -52,12 +35,13 @@ def write_layers(layers: list[PacaLayer], *, compare: bool = False) -> None:
             layer.write()
 
 
-class ModelEntry(Entry):
-    """What happens when an adapted model is entered.
+def in_mixed_batch() -> bool:
+    """Whether this thread runs a mixed batch; other threads' cost nothing here."""
+    return Running.count > 0 and current_mixed_batch() is not None
 
-    Args:
-        layers: the adapted layers of the model.
-    """
+
+class ModelEntry(Entry):
+    """What happens when the adapted model that has these layers is entered."""
 
     def __init__(self, layers: list[PacaLayer]) -> None:
         self._modes: dict[int, tuple[bool, bool]] = {}  # by thread: whether gradients were on, and training
@@ -79,23 +63,17 @@ class ModelEntry(Entry):
         if others_step():
             return
         thread, mode = threading.get_ident(), (torch.is_grad_enabled(), model.training)
-        compare = self._modes.get(thread) != mode
+        changed = self._modes.get(thread) != mode
         self._modes[thread] = mode
-        if self.sharded:
-            for layer in self.layers:
-                layer.base_layer.place.entered(model, self.layers)
+        for layer in self.layers if self.sharded else ():
+            if not layer.base_layer.columns.whole:
+                layer.base_layer.columns.entered(model, self.layers)
+        compare = changed or (mode[0] and not all(layer.base_layer.columns.has_trust() for layer in self.layers))
         if compare:
             write_layers(self.layers, compare=True)
         else:
-            unseen = mode[0] and not all(layer.base_layer.columns.has_trust() for layer in self.layers)
-            write_layers(self.layers if unseen else [layer for layer in self.layers if layer.stale()], compare=unseen)
-        self.unwritten = bool(self.unwritten and Running.count) and current_mixed_batch() is not None
-
-    @torch.compiler.disable
-    def begin(self, model: nn.Module) -> None:
-        """`look`, and note whether a backward pass is to follow."""
-        THREAD.recording.append(may_be_recorded())
-        self.look(model)
+            self.write_stale()
+        self.unwritten = self.unwritten and in_mixed_batch()
 
     def write_stale(self) -> None:
         """Write the layers that are stale, together: the first of them to run asks for it."""
@@ -106,17 +84,18 @@ class ModelEntry(Entry):
         """`look`, where a compiled graph has to be left for it."""
         self.look(model)
 
-    def enter(self, model: nn.Module, args: Any) -> None:
-        """The forward pre-hook of the adapted model.
+    @torch.compiler.disable
+    def _begin(self, model: nn.Module) -> None:
+        THREAD.recording.append(may_be_recorded())
+        self.look(model)
 
-        Within a graph that is traced it only leaves a guard: whoever compiled a function around the model has it run
-        outside of the graph when weights are parked.
-        """
-        if torch.compiler.is_compiling():
-            if self.unwritten:
-                self.look_from_a_graph(model)
-            return
-        self.begin(model)
+    def enter(self, model: nn.Module, args: Any) -> None:
+        """The forward pre-hook of the adapted model. Within a graph that is traced it only leaves a guard: whoever
+        compiled a function around the model has it run outside of the graph when weights are parked."""
+        if not torch.compiler.is_compiling():
+            self._begin(model)
+        elif self.unwritten:
+            self.look_from_a_graph(model)
 
     def leave(self, model: nn.Module, args: Any, output: Any) -> None:
         """The forward hook of the adapted model, also after an exception."""
@@ -129,8 +108,7 @@ class ModelEntry(Entry):
         if torch.compiler.is_compiling():
             if self.unwritten:
                 self.look_from_a_graph(holder)
-            return
-        if torch._C._dynamo.eval_frame.get_eval_frame_callback() is not None:
+        elif torch._C._dynamo.eval_frame.get_eval_frame_callback() is not None:
             self.look(holder)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -142,14 +120,13 @@ class ModelEntry(Entry):
 
 
 # Dynamo neither compiles these hooks by themselves, nor leaves the graph when it traces a model that has them.
-skip_code(ModelEntry.enter.__code__)
-skip_code(ModelEntry.leave.__code__)
-skip_code(ModelEntry.enter_compiled.__code__)
+for hook in (ModelEntry.enter, ModelEntry.leave, ModelEntry.enter_compiled):
+    skip_code(hook.__code__)
 
 
 def install(model: nn.Module) -> None:
     """Let `model`, which has adapted layers, look when it is entered."""
-    entry = _entry_of(model)
+    entry = entry_of(model)
     if entry is None:
         entry = ModelEntry(paca_layers(model))
         model.register_forward_pre_hook(entry.enter, prepend=True)
@@ -168,13 +145,10 @@ def remove(model: nn.Module) -> None:
 
 
 def install_in_holder(tuner: nn.Module, model: nn.Module) -> None:
-    """Let the `PeftModel` that is going to hold `tuner` look too, if it is what is compiled.
-
-    PEFT makes the tuner within the constructor of the `PeftModel`, and hands the one to nobody.
-    """
+    """Let the `PeftModel` whose constructor makes `tuner`, and hands it to nobody, look too: it may be compiled."""
 
     def found(holder: nn.Module, name: str, module: nn.Module) -> None:
-        entry = _entry_of(model)
+        entry = entry_of(model)
         if module is waiting() and entry is not None:
             handle.remove()
             holder.register_forward_pre_hook(entry.enter_compiled, prepend=True)
@@ -183,17 +157,7 @@ def install_in_holder(tuner: nn.Module, model: nn.Module) -> None:
     waiting = weakref.ref(tuner, lambda _: handle.remove())
 
 
-def leave_unwritten(model: nn.Module) -> None:
-    """Note that the weights are parked, and are to be written when the model is entered next: where the next pass may
-    well want them parked again."""
-    entry = _entry_of(model)
-    if entry is not None:
-        entry.unwritten = True
-
-
-def _entry_of(model: nn.Module) -> ModelEntry | None:
-    for hook in model._forward_pre_hooks.values():
-        entry = getattr(hook, "__self__", None)
-        if isinstance(entry, ModelEntry):
-            return entry
-    return None
+def entry_of(model: nn.Module) -> ModelEntry | None:
+    """The entry of an adapted model."""
+    owners = (getattr(hook, "__self__", None) for hook in model._forward_pre_hooks.values())
+    return next((owner for owner in owners if isinstance(owner, ModelEntry)), None)

@@ -3,17 +3,42 @@
 from __future__ import annotations
 
 import copy
-import re
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple
 
-from peft.tuners.tuners_utils import check_target_module_exists
+from peft.tuners.tuners_utils import BaseTuner, check_target_module_exists
+from peft.utils.integrations import init_empty_weights
 from torch import nn
 
-from paca.layers.base import PacaLayer
-from paca.layers.experts import PacaExpertStack
+from paca.layers.experts import PacaExpertStack, stack_of
 from paca.messages.nearest import did_you_mean
 
 IMPLEMENTATIONS = (None, "eager", "grouped_mm", "batched_mm")
+
+
+class AdaptsStacks(BaseTuner):
+    """Mixin for `PacaModel`."""
+
+    def _inject_parameters(
+        self, peft_config: Any, model: nn.Module, adapter_name: str, low_cpu_mem_usage: bool
+    ) -> list[str]:
+        targets = expert_targets(model, peft_config)
+        for key, experts, name in targets:
+            target = experts._modules.get(name) or stack_of(experts, name)
+            with init_empty_weights() if low_cpu_mem_usage else nullcontext():
+                self._create_and_replace(peft_config, adapter_name, target, name, experts, key, parameter_name=name)
+        return [target.key for target in targets]
+
+
+@contextmanager
+def quiet_about_stacks() -> Iterator[None]:
+    """Without warnings of PEFT's that count modules only."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The following (rank|alpha)_pattern keys", RuntimeWarning)
+        warnings.filterwarnings("ignore", "You have passed exclude_modules", UserWarning)
+        yield
 
 
 class ExpertTarget(NamedTuple):
@@ -27,16 +52,12 @@ class ExpertTarget(NamedTuple):
 
 
 def expert_targets(model: nn.Module, config: Any) -> list[ExpertTarget]:
-    """Find the stacks that ``config.target_parameters`` (full names or endings of names) selects.
+    """Find the stacks that `config.target_parameters` (full names or endings of names) selects.
 
-    ``exclude_modules``, ``layers_to_transform`` and ``layers_pattern`` apply to them as they do to modules.
-
-    Args:
-        model: the base model, or one that other adapters are in already.
-        config: a ``PacaConfig``.
+    `exclude_modules`, `layers_to_transform` and `layers_pattern` apply to them as they do to modules.
 
     Raises:
-        ValueError: if a name matches nothing, or something that is no stack of experts; nothing has been changed then.
+        ValueError: If a name matches nothing, or something that is no stack of experts; nothing has been changed then.
     """
     places = {
         f"{module_name}.{name}": ExpertTarget(f"{module_name}.{name}", module, name)
@@ -91,12 +112,6 @@ def _check(target: ExpertTarget) -> None:
             f"{target.key} is offloaded by accelerate, which PaCA can't adapt yet. Load the model with a device_map "
             "that keeps the experts on one device, or without one."
         )
-
-
-def unused_patterns(model: nn.Module, adapter_name: str, patterns: dict[str, Any]) -> list[str]:
-    """The keys of ``rank_pattern`` and the like that name none of the adapter's layers, stacks among them."""
-    names = [n for n, m in model.named_modules() if isinstance(m, PacaLayer) and adapter_name in m.paca_delta]
-    return [key for key in patterns if not any(re.match(rf"(.*\.)?({key})$", name) for name in names)]
 
 
 def _advice(wanted: str, places: dict[str, ExpertTarget]) -> str:

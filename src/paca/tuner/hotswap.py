@@ -19,8 +19,9 @@ from peft.utils.save_and_load import load_peft_weights
 from torch import Tensor, nn
 
 from paca.config import PacaConfig
-from paca.layers import PacaLayer, refuse_sharded
+from paca.layers import PacaLayer, layers_of, refuse_sharded
 from paca.tuner.adapter_checks import DELTA, INDICES, check_adapter_tensors
+from paca.tuner.adapter_file import shapes_in
 from paca.tuner.recorded_quantization import quantizations, warn_of_another
 from paca.tuner.registration import NAME
 
@@ -56,11 +57,7 @@ def hotswap_adapter(model: nn.Module, folder: str | os.PathLike[str], adapter_na
         )
     config = _config_of(folder)
     root: nn.Module = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
-    layers = {
-        name: layer
-        for name, layer in root.named_modules()
-        if isinstance(layer, PacaLayer) and adapter_name in layer.paca_delta
-    }
+    layers = layers_of(root, adapter_name)
     refuse_sharded(layers.values(), "A hot swap")
     if any(adapter_name in layer.merged_adapters for layer in layers.values()):
         raise ValueError(
@@ -102,6 +99,7 @@ def _config_of(folder: str | os.PathLike[str]) -> PacaConfig:
         raise ValueError(
             f"{folder} holds a {peft_type} adapter; a {NAME} adapter can be replaced by a {NAME} adapter only."
         )
+    shapes_in(Path(folder))
     return PacaConfig.from_pretrained(str(folder))
 
 

@@ -11,28 +11,30 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from paca.layers import PacaLayer
 
 REFERENCE = "ref"
 
 
-def copied_adapter(configs: Mapping[str, Any], adapter_name: str) -> str | None:
-    """The adapter that the new `adapter_name` is to be a copy of, or None.
+def _original(configs: Mapping[str, Any]) -> str | None:
+    """The adapter that the new "ref" is to be a copy of: made with the very config object; nobody else's starts so."""
+    return next((name for name, other in configs.items() if name != REFERENCE and other is configs[REFERENCE]), None)
 
-    Only an adapter of TRL's name, made with the very config object of another: nobody else's adapter starts as a copy.
-    """
-    if adapter_name != REFERENCE:
-        return None
-    config = configs[adapter_name]
-    return next((name for name, other in configs.items() if name != adapter_name and other is config), None)
+
+def columns_of_original(configs: Mapping[str, Any], layer: PacaLayer) -> Tensor | None:
+    """The columns that the reference has in `layer`, if it is a copy."""
+    original = _original(configs)
+    return layer.paca_indices[original].clone() if original in layer.paca_indices else None
 
 
 @torch.no_grad()
-def copy_deltas(layers: list[PacaLayer], original: str) -> None:
-    """Give the reference the values of `original`, whose columns it already has."""
+def copy_original(configs: Mapping[str, Any], layers: list[PacaLayer]) -> None:
+    """Give the reference, if it is a copy, the original's values; it has its columns already."""
+    original: Any = _original(configs)
     for layer in layers:
-        if REFERENCE in layer.paca_delta:
+        if REFERENCE in layer.paca_delta and original in layer.paca_delta:
             layer.paca_delta[REFERENCE].copy_(layer.paca_delta[original])
             if original in layer.folded:
                 layer.folded[REFERENCE] = layer.folded[original]

@@ -50,14 +50,10 @@ def untie_embeddings(model: Any) -> bool:
 
 
 def untie_for(model: Any, tensor_names: Iterable[str]) -> bool:
-    """Untie the embeddings of a base model for an adapter that has columns in one of them: it was trained so.
-
-    Args:
-        model: the adapter's base model, not adapted yet; it may be on the meta device.
-        tensor_names: of the adapter's file.
+    """Untie the embeddings of a base model (it may be on meta) for an adapter that has columns in one of them.
 
     Returns:
-        Whether they were tied, and the adapter needs them untied.
+        Whether they were tied, and an adapter with these tensors needs them untied.
     """
     try:
         inputs, outputs = model.get_input_embeddings(), model.get_output_embeddings()

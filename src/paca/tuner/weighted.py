@@ -38,16 +38,10 @@ class WeightedSum(NamedTuple):
 def weighted_sum(
     columns: Sequence[AdapterColumns], weights: Sequence[float], dtype: torch.dtype, column_dim: int = 1
 ) -> WeightedSum:
-    """The union of ``columns``, with ``delta = sum_i weights[i] * scale_i * delta_i``.
+    """The union of `columns`, with `delta = sum_i weights[i] * scale_i * delta_i` (columns along `column_dim`).
 
-    Taken in float64 (float32 on devices without it) and rounded once to ``dtype``. So where no two adapters share a
-    column, and ``weights[i] * scale_i`` is a power of two, no value is rounded at all.
-
-    Args:
-        columns: one adapter's each, of one layer; ranks and selections may differ, columns may be shared.
-        weights: one number each, of any sign.
-        dtype: of the result.
-        column_dim: the dimension of the deltas that runs over their columns.
+    Taken in float64 (float32 on devices without it) and rounded once to `dtype`. So where no two adapters share a
+    column, and `weights[i] * scale_i` is a power of two, no value is rounded at all.
     """
     device = columns[0].delta.device
     wide = torch.float32 if device.type == "mps" else torch.float64

@@ -7,11 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from paca.columns.selection import weight_norms, widest
+from paca.columns.scores import weight_norms, widest
 from paca.functional.convolution import ConvolutionProduct, Geometry
 from paca.functional.embedding import EmbeddingProduct
 from paca.functional.linear import LinearProduct
-from paca.functional.train_columns import Product
+from paca.functional.product import Product
 from paca.layers import PacaLayer
 from paca.tuner.calibration.batches import without_padding
 

@@ -9,7 +9,8 @@ from typing import Any
 from rich.console import Console
 from torch import Tensor, nn
 
-from paca.columns.selection import FROM_BATCHES, select_columns
+from paca.columns.scores import select_columns
+from paca.columns.selection import FROM_BATCHES
 from paca.config import PacaConfig
 from paca.tuner.calibration.scores import Loss, collect_scores
 from paca.tuner.calibration.targets import find_targets

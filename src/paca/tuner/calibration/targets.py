@@ -18,6 +18,7 @@ from paca.quantized import quantization_of
 from paca.tuner.calibration.batches import base_model
 from paca.tuner.column_choice import given_columns, rank_of
 from paca.tuner.model import PacaModel
+from paca.tuner.targets import check_module, resident_class_of
 
 
 class Target(NamedTuple):
@@ -80,9 +81,9 @@ class _Finder(PacaModel):
         if isinstance(target, PacaLayer):
             in_features = target.in_features
         else:
-            self._check_target(target, current_key)
+            check_module(target, current_key, self.model)
             if mode_of(target, current_key, self.model) == "resident":
-                in_features = target.weight.shape[self._resident_class(target, current_key).input_dim]
+                in_features = target.weight.shape[resident_class_of(target, current_key, self.model).input_dim]
             else:
                 quantization = quantization_of(target)
                 in_features = (features(target) if quantization is None else quantization.shape(target))[1]

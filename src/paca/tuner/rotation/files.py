@@ -7,10 +7,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from paca.columns.column_union import ColumnUnion, split, trained_of, union_of
-from paca.columns.state import Folded
+from paca.columns.folded import FOLDED_DELTA, FOLDED_INDICES, Folded
 from paca.config import PacaConfig
 from paca.layers import layers_of
-from paca.layers.base import FOLDED_DELTA, FOLDED_INDICES
 from paca.tuner.adapter_checks import DELTA, INDICES
 from paca.tuner.rotation.union_config import UnionLayer, union_settings
 

@@ -9,7 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from paca.columns.selection import column_generator, shuffled, weight_norms
+from paca.columns.scores import weight_norms
+from paca.columns.selection import column_generator, shuffled
 from paca.layers import PacaLayer
 
 

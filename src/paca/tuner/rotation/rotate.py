@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, distributed, nn
 
 from paca.columns.column_union import split, union_of
-from paca.columns.selection import explicit_columns
+from paca.columns.scores import explicit_columns
 from paca.columns.state import AdapterColumns
 from paca.config import PacaConfig
 from paca.layers import PacaLayer, layers_of, paca_layers

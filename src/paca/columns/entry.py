@@ -1,0 +1,15 @@
+"""What the columns of a weight know of the model they are in."""
+
+from __future__ import annotations
+
+
+class Entry:
+    """What a compiled graph looks at before it reads the weights of a model (`paca.tuner.entry`)."""
+
+    unwritten = False
+    """Some weight does not hold what is active just now: a state dict or a copy was taken, or a backward pass put the
+    columns of its forward pass back."""
+    sharded = False  # FSDP2 shards some of its weights
+
+    def write_stale(self) -> None:
+        """Write what the model's layers want and their weights do not hold."""

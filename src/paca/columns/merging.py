@@ -1,0 +1,149 @@
+"""Columns that become part of the weight beneath: merged ones until they are taken out, folded ones by rotation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from paca.columns.kept import Kept, positions_of, sum_of, write_columns
+from paca.columns.resident import WRITING, ResidentColumns, identity
+from paca.columns.state import AdapterColumns, State, names_of
+
+
+class MergeableColumns(ResidentColumns):
+    """Resident columns, and what was merged into the weight; while there is any of that, nothing is resident."""
+
+    merged: tuple[AdapterColumns, ...] = ()
+    _originals_of_merged: Kept | None = None
+
+    @property
+    def positions(self) -> Tensor | None:
+        """`(k,)`, the columns of the weight that are not its own now; None if all are."""
+        if self._originals_of_merged is not None:
+            return self._originals_of_merged.positions
+        return self._kept.positions if self.state.columns and self._kept is not None else None
+
+    @torch.no_grad()
+    def merge(self, weight: Tensor, columns: tuple[AdapterColumns, ...], *, safe: bool) -> None:
+        """Make `columns` part of the weight until `unmerge`; same values, bit for bit, as when resident.
+
+        Raises:
+            ValueError: If `safe` and a merged value would not be finite; nothing is written then.
+        """
+        with WRITING:
+            self.park(weight)
+            self._part_from_lent(weight)
+            together = self.merged + columns
+            parts = tuple(part for c in together for part in c.parts())
+            kept = Kept.of(weight, self.dim, positions_of(parts, weight.device))
+            correct(kept, self._originals_of_merged, self.dim)
+            values = sum_of(kept, together, self.dim).to(weight.dtype)
+            if safe and not bool(torch.isfinite(values).all()):
+                raise ValueError(
+                    f"Merging {names_of(columns)} would put NaN or Inf into the weight, so nothing was merged. The "
+                    "adapter is broken: train it again with a smaller learning rate, or use an earlier checkpoint."
+                )
+            write_columns(weight, self.dim, kept.positions, values)
+            self.merged, self._originals_of_merged = together, kept
+            self.base_changed()
+            self._seal = identity(weight)
+
+    @torch.no_grad()
+    def unmerge(self, weight: Tensor) -> None:
+        """Undo `merge`, bit for bit."""
+        with WRITING:
+            if self._originals_of_merged is not None:
+                self._part_from_lent(weight)
+                self._originals_of_merged.put_into(weight, self.dim)
+            self.keep_merged()
+            self.base_changed()
+            self._seal = identity(weight)
+
+    def keep_merged(self) -> None:
+        """Forget the originals of a merge: what is merged becomes the weight."""
+        self.merged, self._originals_of_merged = (), None
+
+    @torch.no_grad()
+    def rotate(self, weight: Tensor, name: str, fold: Callable[[], tuple[AdapterColumns, ...]]) -> None:
+        """Call `fold`, which folds the columns of an adapter and makes others the trained ones, in place, and gives
+        what the weight has to hold then.
+
+        A weight that holds this adapter alone stays as it is: what was trained is in it already.
+        """
+        with WRITING:
+            alone = [c.name for c in self.state.columns] == [name]
+            if not alone:
+                self.park(weight, for_now=True)
+            wanted = fold()
+            if not alone:
+                self.write(weight, wanted)
+                return
+            positions, values = (tensor.cpu() for tensor in self.kept)
+            if self._folded is not None:
+                positions = torch.cat([positions, self._folded.positions])
+                values = torch.cat([values, self._folded.values], self.dim)
+            order = positions.argsort()
+            known = Kept(positions[order], values.index_select(self.dim, order))
+            trained = positions_of(wanted, torch.device("cpu"))
+            self._kept = Kept.of(weight, self.dim, trained)
+            correct(self._kept, known, self.dim)
+            self._folded = None
+            if wanted[0].folded is not None:
+                stay = (~torch.isin(known.positions, trained)).nonzero().flatten()
+                self._folded = Kept(known.positions[stay], known.values.index_select(self.dim, stay))
+            self.base_changed()
+            self.wrote(weight, State(wanted, self.base))
+
+    def _write_folded(self, weight: Tensor, columns: tuple[AdapterColumns, ...]) -> None:
+        folded = tuple(part for c in columns for part in c.parts()[1:])
+        kept = Kept.of(weight, self.dim, positions_of(folded, weight.device))
+        self._folded = Kept(kept.positions.cpu(), kept.values.cpu())
+        self._part_from_lent(weight)
+        self._half_written = True
+        for piece in self._folded.pieces(weight, self.dim):
+            write_columns(weight, self.dim, piece.positions, sum_of(piece, columns, self.dim))
+
+    def moved(self) -> None:
+        """Note that the (parked) weight is about to be moved, or cast."""
+        self._parked, self._seal, self._parked_for_now = None, None, False
+
+    def reloaded(self, name: str = "A weight") -> None:
+        """Note that new values come into the (parked) weight. Raises while anything is merged into it."""
+        if self.merged:
+            raise RuntimeError(
+                f"{name} can't be loaded while {names_of(self.merged)} is merged into it: unmerge first."
+            )
+        self.moved()
+        self.base_changed()
+
+    def __getstate__(self) -> dict[str, Any]:
+        if self.state.columns:
+            raise RuntimeError("resident columns must be parked before they are copied or pickled")
+        return {"dim": self.dim, "revisions": dict(self.revisions), "merged": (self.merged, self._originals_of_merged)}
+
+    def __setstate__(self, kept: dict[str, Any]) -> None:
+        self.__class__ = MergeableColumns  # the module says whether its weight is sharded
+        self.__init__(kept["dim"])  # type: ignore[misc]
+        self.revisions = kept["revisions"]
+        self.merged, self._originals_of_merged = kept["merged"]
+
+
+def correct(kept: Kept, known: Kept | None, dim: int) -> None:
+    """Put the values of `known` into `kept`, in place, where it has any."""
+    if known is not None:
+        here, there = common(kept.positions.cpu(), known.positions.cpu())
+        if here.numel():
+            values = known.values.index_select(dim, there.to(known.values.device)).to(kept.values)
+            kept.values.index_copy_(dim, here.to(kept.values.device), values)
+
+
+def common(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
+    """Where the values are that two sorted, unique `(k,)` have in common: places in `first`, and in `second`."""
+    if not first.numel() or not second.numel():
+        return first.new_empty(0), first.new_empty(0)
+    places = torch.searchsorted(second, first).clamp_(max=second.numel() - 1)
+    here = (second[places] == first).nonzero().flatten()
+    return here, places[here]

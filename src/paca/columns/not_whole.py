@@ -1,0 +1,53 @@
+"""Weights that columns can't be written into, since they are a part of one, or a piece of something larger."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from paca.columns.state import is_sharded
+
+
+def refuse_flattened(weight: Tensor) -> None:
+    """Raise under FSDP1: what is written into a piece of its flat parameter is lost, and it has no version counter and
+    no memory of its own by which others' writes could be seen.
+
+    Raises:
+        RuntimeError: Naming FSDP2.
+    """
+    # Two attributes that are not public (torch 2.13): of the parameter, and of what it is a view of in a pass.
+    flat: Any = weight if isinstance(weight, nn.Parameter) else weight._base
+    if hasattr(flat, "_fsdp_flattened") or hasattr(flat, "_is_flat_param"):
+        raise RuntimeError(
+            "A layer that PaCA adapts is wrapped by FSDP1 (FullyShardedDataParallel), which keeps weights flattened. "
+            "PaCA can't write columns there. Use FSDP2 (fully_shard, or fsdp_version: 2 for accelerate)."
+        )
+
+
+def refuse_part(weight: Tensor) -> None:
+    """Raise if a layer is about to run on a part of its weight.
+
+    Raises:
+        RuntimeError: Under tensor parallelism, ZeRO-3 and FSDP1.
+    """
+    refuse_flattened(weight)
+    if weight.dim() < 2:
+        raise RuntimeError(
+            f"A weight that PaCA trains columns of has the shape {tuple(weight.shape)}: DeepSpeed's ZeRO-3 and FSDP1 "
+            "take weights away between uses, or flatten them. Use ZeRO stage 1 or 2, or FSDP2 (fully_shard)."
+        )
+    if is_sharded(weight):
+        raise RuntimeError(
+            "A layer that PaCA adapts runs on a sharded weight (a DTensor), as tensor parallelism does it. That is not "
+            "supported: its gradients would be wrong. FSDP2 (fully_shard) is. Train with DistributedDataParallel, or "
+            "leave the layer out of target_modules."
+        )
+
+
+def refuse_sharded_delta(adapter_name: str) -> None:
+    """Raise `RuntimeError`: a delta is sharded, over a weight that is not."""
+    raise RuntimeError(
+        f"The deltas of adapter {adapter_name!r} are sharded, and the weight below them is not. Shard both, or none "
+        "(ignored_params)."
+    )

@@ -1,0 +1,44 @@
+"""Activation checkpointing that is re-entrant: which first passes ran, so that a repeated one is known to be the same.
+
+Its first pass runs without gradients, which keeps nothing that the repeated one could be compared with; so first passes
+are counted, by the key of their state. (Checkpointing that is not re-entrant is checked exactly.)
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from types import FrameType
+from typing import Any
+
+from paca.columns.lost import REPEATED
+
+
+def note_first(passes: dict[Any, list[Any]], state: Any, can_come_back: Callable[[Any], bool]) -> None:
+    """Count a first pass, and forget those whose state can't come back."""
+    if state.key not in passes:
+        for old in [key for key, states in passes.items() if not states or not can_come_back(states[0])]:
+            del passes[old]
+    passes.setdefault(state.key, []).append(state)  # the state itself: its key has ids of its tensors
+
+
+def check_repeated(passes: dict[Any, list[Any]], key: Any, now: str) -> None:
+    """Note that a pass runs within a backward pass.
+
+    Raises:
+        RuntimeError: If checkpointing repeats it with columns that no first pass ran with.
+    """
+    if passes.get(key):
+        passes[key].pop()
+    elif any(passes.values()) and _is_reentrant():
+        raise RuntimeError(REPEATED.format(now=now))
+
+
+def _is_reentrant() -> bool:
+    """Whether re-entrant checkpointing, torch's or DeepSpeed's, repeats this pass: a backward of theirs runs it."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code.co_name == "backward" and "checkpoint" in frame.f_code.co_filename.rpartition("/")[2]:
+            return True
+        frame = frame.f_back
+    return False

@@ -1,0 +1,164 @@
+"""What PEFT may ask of an adapted layer besides what every training does: scales, merging, deletion, a dense change."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
+from torch import Tensor
+
+from paca.columns.kept import oriented
+from paca.columns.state import AdapterColumns
+
+
+class PeftCalls(BaseTunerLayer):
+    """Mixin for `PacaLayer`, which has these."""
+
+    base_layer: Any
+    paca_delta: Any
+    paca_indices: Any
+    r: dict[str, int]
+    paca_alpha: dict[str, float]
+    scaling: dict[str, float]
+    merged_adapters: list[str]
+    write: Any
+    columns_of: Any
+    weight_placement: Any
+    cast_deltas: Any
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        super().delete_adapter(adapter_name)
+        self.base_layer.columns.revisions.pop(adapter_name, None)
+        self.base_layer.columns.trusted.discard(adapter_name)
+        self.write()
+
+    def park(self) -> None:
+        """Give the base weight its pretrained columns back for the moment, bit for bit."""
+        self.base_layer.columns.park(self.base_layer.home(), for_now=True)
+
+    def change(self, adapter_name: str, change: Callable[[], None]) -> None:
+        """Call `change`, which replaces the adapter's delta and indices in place, while they are not in the weight."""
+        self.park()
+        change()
+        self.base_layer.columns.changed(adapter_name)
+        self.write()
+
+    # -- scales -------------------------------------------------------------------------------------------------
+
+    def set_scale(self, adapter: str, scale: float) -> None:
+        """Scale `adapter` to `scale` times its own `paca_alpha / r`."""
+        if adapter in self.scaling:
+            self.scaling[adapter] = scale * self.paca_alpha[adapter] / self.r[adapter]
+            self.write()
+
+    def scale_layer(self, scale: float) -> None:
+        """Multiply the scale of the active adapters by `scale`."""
+        for adapter in self.active_adapters:
+            if adapter in self.scaling:
+                self.scaling[adapter] *= scale
+        self.write()
+
+    def unscale_layer(self, scale: float | None = None) -> None:
+        """Undo `scale_layer(scale)`; without `scale`, go back to `paca_alpha / r`."""
+        for adapter in self.active_adapters:
+            if adapter in self.scaling:
+                own = self.paca_alpha[adapter] / self.r[adapter]
+                self.scaling[adapter] = own if scale is None else self.scaling[adapter] / scale
+        self.write()
+
+    # -- merging ------------------------------------------------------------------------------------------------
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Put the adapters' columns (default: the active ones') into the base weight until `unmerge`, which is bitwise.
+
+        Raises:
+            ValueError: If the weight can't be written, or `safe_merge` finds NaN or Inf.
+        """
+        names = [n for n in check_adapters_to_merge(self, adapter_names) if n in self.paca_delta]
+        if not names:
+            return
+        try:
+            self._merge(tuple(self.columns_of(n) for n in names), safe_merge)
+        except ValueError:
+            self.write()
+            raise
+        self.merged_adapters.extend(names)
+        self.write()
+
+    def _merge(self, columns: tuple[AdapterColumns, ...], safe: bool) -> None:
+        self.base_layer.columns.merge(self.base_layer.home(), columns, safe=safe)
+
+    def unmerge(self) -> None:
+        """Take merged columns out of the base weight again, bit for bit."""
+        if not self.merged:
+            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
+            return
+        self._unmerge()
+        self.merged_adapters.clear()
+        self.write()
+
+    def _unmerge(self) -> None:
+        self.base_layer.columns.unmerge(self.base_layer.home())
+
+    def merge_for_good(self, safe_merge: bool, adapter_names: list[str] | None) -> None:
+        """Merge what is not merged yet; it can't be taken out again."""
+        wanted = {name for name in adapter_names or self.active_adapters if name in self.paca_delta}
+        if not wanted or not wanted <= set(self.merged_adapters):
+            self.merge(safe_merge, adapter_names)
+        self._keep_merged()
+
+    def _keep_merged(self) -> None:
+        self.base_layer.columns.bring_up_to_date(self.base_layer.weight)
+        self.base_layer.columns.keep_merged()
+
+    # -- the adapter's values -----------------------------------------------------------------------------------
+
+    def all_columns_of(self, adapter_name: str) -> tuple[AdapterColumns, ...]:
+        """The columns that the adapter trains now, and, if it was rotated, those it trained before."""
+        return self.columns_of(adapter_name).parts()
+
+    def get_delta_weight(self, adapter: str) -> Tensor:
+        """The adapter's whole change of the weight, in the weight's shape; float32 or wider, mostly zeros."""
+        refuse_sharded([self], "get_delta_weight")
+        shape, dim = self._dense_shape()
+        delta = self.paca_delta[adapter]
+        dense = torch.zeros(shape, dtype=delta.dtype, device=delta.device)
+        for columns in self.all_columns_of(adapter):
+            values = oriented(columns.delta.detach().to(delta) * columns.scale, dim)
+            dense.index_copy_(dim, columns.indices.to(delta.device), values)
+        return dense
+
+    def _dense_shape(self) -> tuple[torch.Size, int]:
+        """The weight's shape, and the dimension of it that runs over its columns."""
+        return self.base_layer.weight.shape, self.base_layer.input_dim
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        return True
+
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+        # PEFT's own would also cast the deltas to the weight's dtype, which loses what training in float32 gained.
+        device = device or self.weight_placement()[0]
+        meta = torch.device("meta")
+        if adapter_name not in self.paca_delta or self.paca_delta[adapter_name].device == meta:
+            return
+        for stored in (self.paca_delta, self.paca_indices):
+            if stored[adapter_name].device != device:
+                stored[adapter_name] = stored[adapter_name].to(device)
+        self.cast_deltas(adapter_name, autocast_adapter_dtype=True)
+
+
+def refuse_sharded(layers: Iterable[PeftCalls], what: str) -> None:
+    """Raise `ValueError` if a layer's weight is sharded: `what` can't be done to it."""
+    if not all(layer.base_layer.columns.whole for layer in layers):
+        raise ValueError(f"{what} needs whole weights, and these are sharded (FSDP2). Do it before fully_shard.")
+
+
+def refuse_late_adapter(adapter_name: str) -> None:
+    """Raise `RuntimeError`: an adapter comes too late to be sharded."""
+    raise RuntimeError(
+        f"Adapter {adapter_name!r} can't be added: the weights are sharded already (FSDP2), and its deltas would not "
+        "be. Adapt the model first, then shard it (fully_shard, Accelerator.prepare)."
+    )

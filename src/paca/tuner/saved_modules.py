@@ -1,0 +1,95 @@
+"""What an adapter holds besides columns: modules trained whole, checked before any of it reaches the model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from peft.utils.other import AuxiliaryTrainingWrapper
+from torch import Tensor, nn
+
+from paca.config import PacaConfig
+from paca.layers import PacaLayer
+
+# PEFT adds both names to modules_to_save for these tasks, whichever of them the model has.
+_HEADS = frozenset({"classifier", "score"})
+_TASKS_WITH_HEADS = ("SEQ_CLS", "TOKEN_CLS")
+
+
+def check_saved_modules(model: nn.Module, adapter_name: str, config: PacaConfig) -> None:
+    """Check what PEFT is going to train or load whole, while the model can still be given back as it was.
+
+    Raises:
+        ValueError: For a module in `modules_to_save` that has to do with adapted layers, or that the adapter's file
+            lacks, as a whole or a tensor of it.
+    """
+    shapes = config.shapes if config.loading else None
+    for wanted in config.modules_to_save or () if shapes is not None else ():
+        either = _HEADS if wanted in _HEADS and config.task_type in _TASKS_WITH_HEADS else {wanted}
+        if not any(f".{one}." in f".{name}" for one in either for name in shapes or ()):
+            raise ValueError(
+                f"The adapter in {config.folder} holds no tensor of {wanted}, which its modules_to_save promises."
+            )
+    modules = dict(model.named_modules(remove_duplicate=False))
+    adapted = [name for name, module in modules.items() if isinstance(module, PacaLayer)]
+    for name, module in modules.items():
+        if not any(f"base_model.model.{name}".endswith(ending) for ending in config.modules_to_save or ()):  # as PEFT
+            continue
+        for layer in adapted:
+            if f"{layer}.".startswith(f"{name}.") or name.startswith(f"{layer}."):
+                raise ValueError(
+                    f"modules_to_save names {name}, and columns of {layer} are trained. A module is trained whole or "
+                    "by its columns: leave it out of modules_to_save or of target_modules."
+                )
+        if shapes is None or getattr(model, "_checkpoint_conversion_mapping", None):
+            continue
+        whole = module.original_module if isinstance(module, AuxiliaryTrainingWrapper) else module
+        for tensor in whole.state_dict():
+            if f"base_model.model.{name}.{tensor}" not in shapes:
+                raise ValueError(
+                    f"The adapter has no tensor base_model.model.{name}.{tensor}, which its modules_to_save promises."
+                )
+
+
+def check_whole_tensors(model: nn.Module, adapter_name: str, tensors: dict[str, Tensor]) -> None:
+    """Check the tensors of an adapter that are no columns.
+
+    Raises:
+        ValueError: For one that belongs to nothing in the model, or has another shape.
+    """
+    # Not from a state dict: taking one would park every weight.
+    saved_whole = _saved_whole(model, adapter_name)
+    places = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
+    unknown = sorted(name for name in tensors if name not in places or not name.startswith(saved_whole))
+    for name in tensors.keys() - set(unknown):
+        if tensors[name].shape != places[name].shape:
+            raise ValueError(
+                f"{name} has shape {tuple(tensors[name].shape)}; this model's has {tuple(places[name].shape)}."
+            )
+    if unknown:
+        others = f" and {len(unknown) - 1} more" if len(unknown) > 1 else ""
+        raise ValueError(
+            f"The adapter holds {unknown[0]}{others}, but the model has no such layer among the adapter's targets and "
+            "modules_to_save: it was trained on another model, its config was changed, or its file was."
+        )
+
+
+def _saved_whole(model: nn.Module, adapter_name: str) -> tuple[str, ...]:
+    """How the names begin of what an adapter may hold besides columns: modules_to_save, and embeddings (PEFT saves them
+    whole when the vocabulary grew). Nothing else of the base model may be loaded over."""
+    base: Any = getattr(model, "get_base_model", lambda: model)()
+    embeddings = [module for kind in ("input", "output") if (module := _embeddings(base, kind)) is not None]
+    beginnings = []
+    for name, module in model.named_modules():
+        if isinstance(module, AuxiliaryTrainingWrapper):
+            beginnings.append(f"{name}.modules_to_save.{adapter_name}.")
+        elif any(module is embedding for embedding in embeddings):
+            beginnings.append(f"{name}.")
+    return tuple(beginnings)
+
+
+def _embeddings(base: Any, kind: str) -> Any:
+    getter = getattr(base, f"get_{kind}_embeddings", None)
+    try:
+        return None if getter is None else getter()
+    except NotImplementedError:  # transformers' models of images have the method, but nothing to give
+        return None

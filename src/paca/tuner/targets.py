@@ -1,0 +1,92 @@
+"""Target modules that are no plain ones: adapted in another way (quantized, offloaded), or refused with the reason."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+
+from paca.layers import PACA_CLASSES, RESIDENT_CLASSES, PacaLayer
+from paca.layers.modes import OVERLAID, is_offloaded, known_quantizations, mode_of
+from paca.layers.overlaid import OverlaidLinear
+from paca.layers.resident_weight import ResidentWeight
+
+
+def adapted_after_all(target: Any, key: str, model: nn.Module) -> PacaLayer:
+    """Make a layer of a module that `model` calls `key` and that needs a closer look.
+
+    Raises:
+        ValueError: If it can't be adapted, with the reason; it is left as it is.
+    """
+    check_module(target, key, model)
+    mode = mode_of(target, key, model)
+    if mode != "resident":
+        return OverlaidLinear(OVERLAID[mode].adopt(target))
+    resident_class = resident_class_of(target, key, model)
+    return PACA_CLASSES[type(target)](resident_class.adopt(target))
+
+
+def check_module(target: nn.Module, key: str, model: nn.Module) -> None:
+    """Raise `ValueError` for a module that is shared, or runs something else than its class says."""
+    if isinstance(target, BaseTunerLayer):
+        raise ValueError(f"{key} is already adapted by another method ({type(target).__name__}); unload that first.")
+    names = [name for name, m in model.named_modules(remove_duplicate=False) if m is target]
+    if len(names) > 1:
+        raise ValueError(
+            f"{key} is one module under {len(names)} names ({', '.join(names)}), which would all be trained. Leave "
+            "it out of target_modules."
+        )
+    own = vars(target).get("forward")
+    if own is not None and own == type(target).forward.__get__(target):
+        del target.forward  # accelerate leaves the class's own on the instance when it takes a hook off
+    if "forward" in vars(target) and "_old_forward" not in vars(target):
+        raise ValueError(
+            f"{key} has a forward of its own ({vars(target)['forward']!r}) in place of its class's, which would "
+            "bypass PaCA. Undo that, or leave the layer out of target_modules."
+        )
+
+
+def resident_class_of(target: Any, key: str, model: nn.Module) -> type[ResidentWeight]:
+    """The class that a module gets while columns are resident in its weight.
+
+    Raises:
+        ValueError: If they can't be.
+    """
+    resident_class = RESIDENT_CLASSES.get(type(target))
+    if resident_class is None:
+        above = next((c.__name__ for c in RESIDENT_CLASSES if isinstance(target, c)), None)
+        reason = f" (a subclass of {above}, which may use the weight in a way of its own)" if above else ""
+        raise ValueError(
+            f"{key} is a {type(target).__module__}.{type(target).__qualname__}{reason}, which PaCA can't adapt "
+            f"yet; it adapts {', '.join(c.__name__ for c in RESIDENT_CLASSES)} and {known_quantizations()}. Leave "
+            "it out through target_modules or exclude_modules."
+        )
+    problem = resident_class.problem(target)
+    if problem:
+        raise ValueError(f"{key} {problem}")
+    if is_offloaded(target, model):
+        raise ValueError(
+            f"{key} is offloaded by accelerate, and of the layers that PaCA adapts only linear ones can be. Load "
+            "the model with a device_map that keeps this layer on one device, or leave it out of target_modules."
+        )
+    weight: Any = target.weight
+    if not type(weight).__module__.startswith("torch."):
+        raise ValueError(
+            f"{key} has a weight of type {type(weight).__module__}.{type(weight).__qualname__}, which PaCA can't "
+            f"write columns into; it adapts plain weights and {known_quantizations()}."
+        )
+    if not weight.is_floating_point() or weight.element_size() < 2:
+        raise ValueError(f"{key} has a weight of type {weight.dtype}; PaCA needs a float of 16 bits or more.")
+    places = [_place_of(p) for m in model.modules() for p in m._parameters.values() if p is not None]
+    if places.count(_place_of(weight)) > 1:
+        raise ValueError(
+            f"{key} shares its weight with another module (tied weights), which would silently be trained along. "
+            "Leave it out of target_modules, or, if they are a language model's input embedding and output layer, "
+            "give each its own weight first: paca.untie_embeddings(model)."
+        )
+    return resident_class
+
+
+def _place_of(parameter: nn.Parameter) -> Any:
+    return parameter.untyped_storage()._cdata, parameter.storage_offset()
