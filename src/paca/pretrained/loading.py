@@ -180,7 +180,9 @@ def load_config(
 
 
 def _label_settings(labels: Sequence[str]) -> dict[str, Any]:
-    return {"id2label": dict(enumerate(labels)), "label2id": {label: number for number, label in enumerate(labels)}}
+    numbers = {label: number for number, label in enumerate(labels)}
+    # Most configurations count the names themselves; timm's has a number of its own, and keeps it unless it is told.
+    return {"id2label": dict(enumerate(labels)), "label2id": numbers, "num_labels": len(labels)}
 
 
 def _open(
