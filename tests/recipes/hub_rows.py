@@ -48,6 +48,38 @@ def _preference(number: int) -> dict[str, Any]:
     return {"chosen": [question, answer], "rejected": [question, wrong], "score_chosen": 8.5, "score_rejected": 3.0}
 
 
+def _oasst(number: int) -> dict[str, Any]:
+    tree, answer = divmod(number, 2)
+    return {
+        "message_id": f"m{number}",
+        "parent_id": f"m{number - 1}" if answer else None,
+        "user_id": "u",
+        "created_date": "2023-02-05T14:23:50.983374+00:00",
+        "text": f"Answer {tree}." if answer else f"Question {tree}?",
+        "role": "assistant" if answer else "prompter",
+        "lang": "en",
+        "review_count": 3,
+        "review_result": True,
+        "deleted": False,
+        "rank": 0 if answer else None,
+        "synthetic": False,
+        "message_tree_id": f"m{2 * tree}",
+        "tree_state": "ready_for_export",
+    }
+
+
+_OASST_FEATURES = {
+    **dict.fromkeys(("message_id", "parent_id", "user_id", "created_date", "text", "role", "lang"), TEXT),
+    "review_count": Value("int32"),
+    "review_result": Value("bool"),
+    "deleted": Value("bool"),
+    "rank": Value("int32"),
+    "synthetic": Value("bool"),
+    "message_tree_id": TEXT,
+    "tree_state": TEXT,
+}
+
+
 def _picture(number: int) -> Pictures.Image:
     return Pictures.new("RGB", (20, 24), (40 * number, 120, 255 - 40 * number))
 
@@ -75,6 +107,7 @@ HUB = {
         },
         "all",
     ),
+    "OpenAssistant/oasst1": Hub(("train", "validation"), _OASST_FEATURES, _oasst),
     "timdettmers/openassistant-guanaco": Hub(
         ("train", "test"),
         {"text": TEXT},

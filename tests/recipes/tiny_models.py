@@ -45,6 +45,7 @@ MODELS = {
     "meta-llama/Llama-2-7b-hf": _BASE,
     "meta-llama/Llama-2-13b-hf": _BASE,
     "meta-llama/Meta-Llama-3-8B": _BASE,
+    "meta-llama/Llama-3.1-70B": _BASE,
     "meta-llama/Llama-3.2-1B": _BASE,
     "meta-llama/Llama-3.2-3B": _BASE,
     "meta-llama/Llama-3.1-8B-Instruct": _LLAMA,
