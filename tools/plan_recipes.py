@@ -7,6 +7,7 @@ published shape in place of the model's, so that no hub is needed. `tests/recipe
 
 from __future__ import annotations
 
+import json
 import re
 import sys
 from collections import Counter
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from typer.testing import CliRunner
 
 ROOT = Path(__file__).resolve().parents[1]
 RECIPES = ROOT / "recipes"
@@ -25,9 +27,7 @@ BEGIN, END = "<!-- recipes:begin -->", "<!-- recipes:end -->"
 LISTED = 3
 """How many parts of a plan are listed, the largest first; the others are summed up."""
 
-_PLAN = re.compile(
-    r"^# Memory: (?P<memory>.*)\n#   paca plan (?P<path>\S+) --set model\.name=(?P<shape>\S+) --device cuda\n", re.M
-)
+_PLAN = re.compile(r"^# Memory(?P<nearly>, nearly)?: (?P<memory>.*)\n#   paca plan (?P<arguments>.*)\n", re.M)
 
 
 @dataclass(frozen=True)
@@ -61,6 +61,13 @@ class Recipe:
         """The lines of its header with the memory, and the command for it."""
         return _PLAN.search(self.text)
 
+    @property
+    def shape(self) -> str:
+        """The published shape that the plan is made for."""
+        assert self.plan is not None
+        target, *rest = self.plan["arguments"].split()
+        return next((word.removeprefix("model.name=") for word in rest if word.startswith("model.name=")), target)
+
     def row(self) -> str:
         """Its row of the table."""
         sections, folder = self.content, self.path.relative_to(RECIPES)
@@ -69,10 +76,11 @@ class Recipe:
             method += f", {sections['model']['quantization']}"
         r = sections.get(method.partition(",")[0], {}).get("r", "")
         memory = self.plan["memory"].partition(" GiB")[0] + " GiB" if self.plan else ""
+        about = "about " if self.plan and self.plan["nearly"] else ""
         trainer = sections["train"].get("trainer", "sft")
         return (
             f"| [{folder.as_posix().removesuffix('.yaml')}]({folder.as_posix()}) | {self.title} | {trainer} | {method} "
-            f"| {r} | {memory} |"
+            f"| {r} | {about}{memory} |"
         )
 
 
@@ -89,19 +97,22 @@ def planned_memory(recipe: Recipe) -> str:
     Args:
         recipe: One whose header has the command.
     """
-    from paca.planning import estimate
-    from paca.training.planned_run import target_of_run
+    from paca.cli import app
 
     assert recipe.plan is not None
-    target = target_of_run(recipe.path, [f"model.name={recipe.plan['shape']}"], "cuda", None, None)
-    planned = estimate(target.model, target.setting, target.adapter)
+    # A rate is given so that a device that is here is not measured.
+    printed = CliRunner().invoke(app, ["plan", *recipe.plan["arguments"].split(), "--json", "--rate", "1"])
+    if printed.exception is not None:
+        raise printed.exception
+    planned = json.loads(printed.stdout)
     parts: Counter[str] = Counter()
-    for name, size in planned.parts.items():
+    for name, size in planned["memory"].items():
         parts[name.partition(":")[0]] += size
     largest = dict(parts.most_common(LISTED))
-    largest["the rest"] = planned.total - sum(largest.values())
+    total = planned["total"]
+    largest["the rest"] = total - sum(largest.values())
     listed = ", ".join(f"{name} {size / 2**30:.1f}" for name, size in largest.items())
-    return f"{planned.total / 2**30:.1f} GiB on a GPU: {listed}"
+    return f"{total / 2**30:.1f} GiB on a GPU: {listed}"
 
 
 def with_memory(recipe: Recipe, memory: str) -> str:

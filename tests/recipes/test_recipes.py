@@ -101,7 +101,7 @@ def test_stand_ins_have_the_architecture_that_is_planned_for() -> None:
     for recipe in RECIPES.values():
         if recipe.plan is not None:
             stand_in = MODELS[recipe.content["model"]["name"]]
-            assert SHAPES[recipe.plan["shape"]].model_type == stand_in.model_type, recipe.name
+            assert SHAPES[recipe.shape].model_type == stand_in.model_type, recipe.name
 
 
 def test_there_are_no_stand_ins_without_a_recipe() -> None:
@@ -119,7 +119,10 @@ def test_a_header_names_its_own_file_and_recipes_that_exist(name: str) -> None:
     assert all(line.startswith("# ") for line in header.splitlines())
     assert "\n# Source: " in header
     assert ("\n# Licence: " in header) == bool(GATED.match(recipe.content["model"]["name"]))
-    assert re.search(r"^# Memory: (\d|not planned)", header, re.M)
+    assert re.search(r"^# Memory(, nearly)?: (\d|not planned)", header, re.M)
+    if recipe.content["train"].get("trainer", "sft") == "sft":
+        assert recipe.plan is not None
+        assert recipe.plan["arguments"].startswith(f"{name} --set model.name=")
     assert set(re.findall(r"recipes/\S+[.]yaml", header)) <= {name}
     stems = {other.path.stem for other in RECIPES.values()}
     assert set(re.findall(r"runs/([^\s`]+)", header)) <= stems
