@@ -29,6 +29,7 @@ def convert(name: str, row: dict[str, Any]) -> dict[str, Any]:
         (["instruction", "input", "output", "text"], "alpaca"),
         (["id", "conversations"], "sharegpt"),
         (["question", "answer"], "question-answer"),
+        (["type", "query", "original_question", "response"], "query-response"),
         (["text", "url"], "text"),
     ],
 )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 from pathlib import Path
 
+import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -91,6 +92,21 @@ def test_a_broken_image_is_named(tmp_path: Path) -> None:
     rows = list(load_images(str(folder)).dataset)
     with pytest.raises(PacaError, match=r"pictures, image 1 \(.*blue/1.png\) can't be read as an image"):
         [open_image(row) for row in rows]
+
+
+def test_of_several_labels_one_is_named(tmp_path: Path) -> None:
+    names = {"fine": ["oak", "rose", "elm"], "coarse": ["tree", "flower"]}
+    labels = {column: datasets.ClassLabel(names=names[column]) for column in names}
+    features = datasets.Features({"img": datasets.Image(), **labels})
+    rows = [{"img": {"bytes": png((0, 90, 0)), "path": None}, "fine": 2, "coarse": 0}] * 2
+    source = str(tmp_path / "plants.parquet")
+    datasets.Dataset.from_list(rows, features=features).to_parquet(source)
+    images = load_images(source, label="fine").dataset
+    assert (images.features["label"].names, images["label"][0]) == (names["fine"], 2)
+    with pytest.raises(PacaError, match=r"has 2 columns of labels; expected one.*Name one of them with data\.label"):
+        load_images(source)
+    with pytest.raises(PacaError, match="has 0 columns of labels named 'kind'; expected one"):
+        load_images(source, label="kind")
 
 
 def test_what_holds_no_images_is_refused(tmp_path: Path) -> None:

@@ -165,6 +165,10 @@ def _options(row: Row, answer: str) -> Example:
     return {OPTIONS: options if isinstance(options, list) and answer in options else None}
 
 
+def _from_query_response(row: Row) -> Example:
+    return _from_question_answer({"question": row["query"], "answer": row["response"]})
+
+
 def _from_text(row: Row) -> Example:
     return {"text": _answer(row["text"], "text")}
 
@@ -269,6 +273,7 @@ FORMATS = {
         Format("alpaca", ("instruction", "input", "output"), ("input",), _from_alpaca),
         Format("sharegpt", ("conversations", "system", "tools"), ("system", "tools"), _from_sharegpt),
         Format("question-answer", ("question", "answer", OPTIONS), (OPTIONS,), _from_question_answer),
+        Format("query-response", ("query", "response"), (), _from_query_response),
         Format("mmlu", ("question", "choices", "answer"), (), _from_choices(mmlu_question)),
         Format("arc", ("question", "choices", "answerKey"), (), _from_choices(arc_question)),
         Format("oasst-messages", (*FLAT_COLUMNS, *OF_USE), OF_USE, _from_tree, trees_of_messages),

@@ -15,7 +15,7 @@ from paca.data.sources import HUB_SOURCE, is_hub_id, load_from_hub
 from paca.messages.errors import PacaError
 
 
-def load_images(source: str, *, split: str = "train", limit: int | None = None) -> Examples:
+def load_images(source: str, *, split: str = "train", limit: int | None = None, label: str | None = None) -> Examples:
     """Load labelled images. They stay in their files until `open_image` opens them.
 
     Args:
@@ -24,6 +24,7 @@ def load_images(source: str, *, split: str = "train", limit: int | None = None) 
             `owner/name[split]`.
         split: The split of `source` when it names none.
         limit: Use only so many, spread evenly: folders are read label by label.
+        label: The column with the label, where several could be it.
 
     Returns:
         The columns `image` (undecoded), `label` (a number, whose names are those of the feature) and `origin`.
@@ -42,7 +43,7 @@ def load_images(source: str, *, split: str = "train", limit: int | None = None) 
         else:
             dataset = _from_hub(source, split)
         image = _only_column(dataset, datasets.Image, "images", source)
-        label = _only_column(dataset, datasets.ClassLabel, "labels", source)
+        label = _only_column(dataset, datasets.ClassLabel, "labels", source, label)
         if limit is not None and limit < len(dataset):
             dataset = dataset.select([index * len(dataset) // limit for index in range(limit)])
         dataset = dataset.select_columns([image, label]).rename_columns(
@@ -105,11 +106,14 @@ def _from_hub(source: str, split: str) -> datasets.Dataset:
     return load_from_hub(source, match["id"], match["config"], match["split"] or split)
 
 
-def _only_column(dataset: datasets.Dataset, kind: type, what: str, source: str) -> str:
-    found = [name for name, feature in dataset.features.items() if isinstance(feature, kind)]
+def _only_column(dataset: datasets.Dataset, kind: type, what: str, source: str, named: str | None = None) -> str:
+    """The one column of that kind, which has the name `named` if it is given."""
+    found = [name for name, feature in dataset.features.items() if isinstance(feature, kind) and named in (None, name)]
     if len(found) != 1:
         listed = ", ".join(f"{name} ({type(feature).__name__})" for name, feature in dataset.features.items())
+        advice = " Name one of them with data.label." if len(found) > 1 and what == "labels" else ""
         raise PacaError(
-            f"{source} has {len(found)} columns of {what}; expected one. Its columns: {listed or '(none)'}."
+            f"{source} has {len(found)} columns of {what}{f' named {named!r}' if named else ''}; expected one. Its "
+            f"columns: {listed or '(none)'}.{advice}"
         )
     return found[0]

@@ -50,6 +50,8 @@ class DataSection:
     """The split of ``eval`` when that is a hub id."""
     limit: int | None = None
     """Use only this many records of ``train`` (before any are held out)."""
+    label: str | None = None
+    """For ``train.trainer: image_classification``: the column with the label, where the data has several."""
     heldout_seed: int = 0
     """Which records a fraction or a count picks."""
 

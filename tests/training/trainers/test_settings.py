@@ -119,6 +119,7 @@ def test_trls_rewards_read_messages_only(workspace: Path, tmp_path: Path) -> Non
     ("name", "override", "message"),
     [
         ("reward", "model.quantization=nf4", "model.quantization does not go with train.trainer: reward"),
+        ("dpo", "data.label=kind", "data.label goes with train.trainer: image_classification, not dpo"),
         ("dpo", "eval.metric=exact_match", "eval.metric goes with train.trainer: sft; dpo measures rewards/acc"),
         ("dpo", "paca.selection=activation_norm", "goes by batches as train.trainer: sft makes them"),
         ("image_classification", "model.lean=true", "lean"),

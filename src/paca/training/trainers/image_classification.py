@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -30,7 +31,7 @@ class ImageClassification(Classification):
 
     def read(self, config: RunConfig) -> RunData:
         """Images, each with a label."""
-        train, held_out = read_split(config, load_images)
+        train, held_out = read_split(config, partial(load_images, label=config.data.label))
         return with_labels(train, held_out, train.dataset.features["label"].names)
 
     def make(self, config: RunConfig, adapter: Any, data: RunData, **parts: Any) -> Trainer:
