@@ -48,8 +48,7 @@ def train(
         disable_progress_bars()  # of reading and tokenizing; in a log file they are noise
     if dry_run:
         from paca.training.data_preview import show_sample
-        from paca.training.plan import describe
-        from paca.training.run import show_plan
+        from paca.training.plan import describe, show_plan
 
         plan = describe(run_config)
         show_plan(plan, console)

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from peft import get_peft_model
+from rich.console import Console
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -18,6 +19,7 @@ from paca.columns.selection import FROM_BATCHES
 from paca.data.sample import Sample
 from paca.lean import make_lean, undo_lean
 from paca.messages.errors import PacaError
+from paca.messages.say import say
 from paca.planning.estimate import PlannedModel
 from paca.pretrained import load_config
 from paca.pretrained.location import locate
@@ -123,6 +125,13 @@ class Plan:
         sequences = math.ceil(self.train_examples * self.sample.mean / self.config.train["max_length"])
         steps = planned_steps(sequences, {**self.config.train, "packing": False}, self.processes)
         return f"about {steps:,}, known once the data is packed"
+
+
+def show_plan(plan: Plan, console: Console) -> None:
+    """Print what is going to be trained."""
+    width = max(len(label) for label, _ in plan.lines())
+    for label, text in plan.lines():
+        say(console, f"{label:<{width}}  {text}")
 
 
 @dataclass

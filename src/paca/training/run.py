@@ -5,8 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shlex
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -16,11 +15,9 @@ import torch
 from accelerate import PartialState
 from peft import PeftModel
 from rich.console import Console
-from safetensors import SafetensorError
 from transformers import PrinterCallback, TrainerState, TrainingArguments
 
 from paca.messages.errors import PacaError
-from paca.messages.out_of_memory import is_out_of_memory
 from paca.messages.program import program
 from paca.messages.say import say
 from paca.pretrained import Pretrained
@@ -28,13 +25,13 @@ from paca.pretrained.purpose import save_classifier_config
 from paca.training import train_settings
 from paca.training.adapter_card import NoCardsOfCheckpoints, write_card
 from paca.training.data_order import SetEpochOfSampler
+from paca.training.failures import explained
 from paca.training.finite_loss import StopOnNonFiniteLoss
 from paca.training.interrupt import StopOnSignal
 from paca.training.memory import reset_peak_memory
 from paca.training.memory_check import memory_at_hand, memory_warning
 from paca.training.metrics import MetricsLog, RecordMetrics
-from paca.training.out_of_memory import remedies
-from paca.training.plan import Plan, PreparedRun, prepare
+from paca.training.plan import PreparedRun, prepare, show_plan
 from paca.training.probe import ProbeLongestBatch
 from paca.training.progress import ShowProgress
 from paca.training.prompt_form import give_form
@@ -121,15 +118,8 @@ def train(
             folder.clear()
         PartialState().wait_for_everyone()
         checkpoint = folder.newest_checkpoint() if resume else None
-        with _explained(plan.config):
+        with explained(plan.config):
             return _Run(prepared, folder, arguments, checkpoint, stopper, console, probe, scorer).result()
-
-
-def show_plan(plan: Plan, console: Console) -> None:
-    """Print what is going to be trained."""
-    width = max(len(label) for label, _ in plan.lines())
-    for label, text in plan.lines():
-        say(console, f"{label:<{width}}  {text}")
 
 
 class _Run:
@@ -308,22 +298,3 @@ class _Run:
 def _kept_step(state: TrainerState, arguments: TrainingArguments) -> int:
     """The step whose weights are the result."""
     return state.best_global_step if arguments.load_best_model_at_end and state.best_global_step else state.global_step
-
-
-@contextmanager
-def _explained(config: RunConfig) -> Iterator[None]:
-    """Turn a lack of memory, and of an optional package, into messages for the user."""
-    try:
-        yield
-    except PacaError:
-        raise
-    except SafetensorError as error:
-        raise PacaError(
-            f"A weights file of the run can't be read: {error}. Remove that checkpoint and resume."
-        ) from error
-    except ImportError as error:  # of a tracker, an optimizer, a kernel that the settings name
-        raise PacaError(f"A setting needs a package that is not installed: {error}") from error
-    except (RuntimeError, MemoryError) as error:
-        if not is_out_of_memory(error):
-            raise
-        raise PacaError(f"Memory ran out. {remedies(config)}") from error
