@@ -99,18 +99,19 @@ def wait_until(holds: Callable[[], bool]) -> None:
 def test_two_processes_of_which_one_is_killed_and_one_stopped_come_to_the_same_rows(
     workspace: Path, tmp_path: Path
 ) -> None:
-    """Trains a dozen tiny runs, each in a process that imports everything anew: minutes."""
-    done = forked_paca(*COMPARE, "--output", "whole", cwd=workspace)
+    """Trains eight tiny runs, each in a process that imports everything anew."""
+    compare = (*COMPARE[:-1], "1e-2")
+    done = forked_paca(*compare, "--output", "whole", cwd=workspace)
     assert done.returncode == 0, done.stderr
     whole = workspace / "whole"
-    assert sum(row["train_info"]["status"] == "success" for row in compared(whole)) == 6
+    assert sum(row["train_info"]["status"] == "success" for row in compared(whole)) == 4
     assert "loss" in (whole / "comparison.md").read_text()
 
     shared, processes = workspace / "shared", []
     for number in range(2):
         streams = tmp_path / str(number)
         streams.mkdir()
-        processes.append(start_paca(*COMPARE, "--output", "shared", cwd=workspace, streams=streams))
+        processes.append(start_paca(*compare, "--output", "shared", cwd=workspace, streams=streams))
     # Both train: one is killed in the middle of its run, the other asked to stop.
     wait_until(lambda: len(list((shared / "runs").glob("*/metrics.jsonl"))) >= 2)
     killed, stopped = processes
@@ -125,12 +126,12 @@ def test_two_processes_of_which_one_is_killed_and_one_stopped_come_to_the_same_r
     assert "the same command goes on from there:" in told
     assert not list((shared / "runs").glob("*/failed.json"))
 
-    done = forked_paca(*COMPARE, "--output", "shared", cwd=workspace)
+    done = forked_paca(*compare, "--output", "shared", cwd=workspace)
     assert done.returncode == 0, done.stderr
     assert compared(shared) == compared(whole)
     verdicts = [json.loads((folder / "comparison.json").read_text())["verdict"] for folder in (whole, shared)]
     assert verdicts[0] == verdicts[1]
 
-    done = forked_paca(*COMPARE, "--set", "train.max_steps=11", "--output", "whole", cwd=workspace)
+    done = forked_paca(*compare, "--set", "train.max_steps=11", "--output", "whole", cwd=workspace)
     assert done.returncode == 1
     assert "run.train.max_steps: 10 → 11" in done.stderr
