@@ -84,6 +84,7 @@ def test_a_run_is_as_long_as_its_longest_example(base: Path, tmp_path: Path) -> 
     data.write_text("".join(json.dumps({"text": "x" * length}) + "\n" for length in (5, 40, 17)))
     path = tmp_path / "run.yaml"
     content = {"model": {"name": str(base)}, "data": {"train": str(data)}, "train": {"max_length": 128}}
+    content["train"]["per_device_train_batch_size"] = 4
     path.write_text(yaml.safe_dump(content))
     planned = plan_json(str(path), "--rate", "1", "--set", "model.quantization=nf4")
     assert planned["setting"]["sequence_length"] == 40 + 1  # bytes, and the end of the text

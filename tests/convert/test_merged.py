@@ -169,7 +169,7 @@ def test_an_adapter_for_another_task_is_refused_by_it(run: Path, tmp_path: Path)
     adapter = tmp_path / "classifier"
     adapter.mkdir()
     (adapter / "adapter_config.json").write_text('{"task_type": "SEQ_CLS", "base_model_name_or_path": "x"}')
-    with pytest.raises(PacaError, match=r"trained for the task SEQ_CLS; only causal .* merge_and_unload"):
+    with pytest.raises(PacaError, match=r"trained for the task SEQ_CLS, and no config.json .* merge_and_unload"):
         merge_to_folder(adapter, tmp_path / "merged")
 
 
