@@ -31,11 +31,12 @@ def load_tasks(names: Sequence[str]) -> tuple[TaskManager, list[Any]]:
     Raises:
         PacaError: There is no such task or file, or its data cannot be loaded.
     """
-    files = {name: Path(name).expanduser() for name in names if name.lower().endswith(_SUFFIXES)}
+    # Whole paths, since a task is loaded in its own folder.
+    files = {name: Path(name).expanduser().resolve() for name in names if name.lower().endswith(_SUFFIXES)}
     for name, file in files.items():
         if not file.is_file():
             raise PacaError(f"There is no task file {name!r} (working folder: {Path.cwd()}). Check the path.")
-    folders = [file.resolve().parent for file in files.values() if _GROUP.search(file.read_text(encoding="utf-8"))]
+    folders = [file.parent for file in files.values() if _GROUP.search(file.read_text(encoding="utf-8"))]
     manager = TaskManager(include_path=list(folders), include_defaults=False)
     # The harness's own 15,000 files take seconds to read: only where something is among them.
     if len(files) < len(names) or not _has_all_members(manager):
@@ -54,8 +55,8 @@ def load_tasks(names: Sequence[str]) -> tuple[TaskManager, list[Any]]:
 
 def _load(manager: TaskManager, name: str, file: Path | None) -> list[Any]:
     try:
-        with _inside(file.resolve().parent if file else Path.cwd()):
-            found = manager.load([_group_in(manager, file.resolve()) if file else name])
+        with _inside(file.parent if file else Path.cwd()):
+            found = manager.load([_group_in(manager, file) if file else name])
     except Exception as error:  # of the harness, of datasets, of the code that a task file brings
         raise PacaError(
             f"The task {name} cannot be loaded: {str(error).strip() or type(error).__name__}\n"
