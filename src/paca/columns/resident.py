@@ -143,6 +143,17 @@ class ResidentColumns(ActiveColumns):
     def _write_folded(self, weight: Tensor, columns: tuple[AdapterColumns, ...]) -> None:
         raise NotImplementedError
 
+    def parked_columns(self, weight: Tensor, state: State) -> Tensor | None:
+        """The columns that a park took out, if `state` is what they were of; else None.
+
+        They go back as they were. If they were computed anew, a write through `.data` that nobody saw would come into
+        the weight under the old revision, and no later comparison would find it.
+        """
+        if self._parked is None or self._parked[0].key != state.key or not self._parked[0].unchanged():
+            return None
+        columns = self._parked[1]
+        return columns if (columns.dtype, columns.device) == (weight.dtype, weight.device) else None
+
     def wrote(self, weight: Tensor, state: State) -> None:
         """Note that the columns of `state` were written."""
         self._set_state(state)
@@ -237,7 +248,7 @@ class ResidentColumns(ActiveColumns):
 def write_together(jobs: Iterable[tuple[ResidentColumns, Tensor, tuple[AdapterColumns, ...]]]) -> None:
     """Make many weights hold what is wanted of each: in two kernels, where columns lie in blocks."""
     with WRITING, torch.inference_mode(False), torch.no_grad():
-        written = []
+        written, restored, places = [], [], []
         groups: dict[Any, tuple[list[Tensor], list[Tensor], list[Tensor]]] = defaultdict(lambda: ([], [], []))
         for columns, weight, wanted in jobs:
             state = columns.prepare(weight, wanted)
@@ -245,7 +256,13 @@ def write_together(jobs: Iterable[tuple[ResidentColumns, Tensor, tuple[AdapterCo
                 continue
             written.append((columns, weight, state))
             only, runs, originals = state.columns[0], state.trained.runs[0], columns.kept.values
-            if len(state.columns) > 1 or only.folded is not None or runs is None or weight.is_inference():
+            parked = columns.parked_columns(weight, state)
+            if parked is not None and runs is not None and len(state.columns) == 1 and not weight.is_inference():
+                restored.extend(blocks_in(parked, columns.dim, runs))
+                places.extend(blocks_of(weight, columns.dim, runs))
+            elif parked is not None:
+                write_columns(weight, columns.dim, columns.kept.positions, parked)
+            elif len(state.columns) > 1 or only.folded is not None or runs is None or weight.is_inference():
                 sums = sum_of(columns.kept, wanted, columns.dim)
                 write_columns(weight, columns.dim, columns.kept.positions, sums)
             else:
@@ -257,6 +274,8 @@ def write_together(jobs: Iterable[tuple[ResidentColumns, Tensor, tuple[AdapterCo
                 group[2].extend(blocks_of(weight, columns.dim, runs))
         for (scale, _, _), (originals_of, deltas, views) in groups.items():
             torch._foreach_copy_(views, add_scaled(originals_of, deltas, scale))
+        if restored:
+            torch._foreach_copy_(places, restored)
         for columns, weight, state in written:
             columns.wrote(weight, state)
 

@@ -163,7 +163,7 @@ class PacaLayer(nn.Module, PeftCalls, MixingLayer):  # nn.Module first: FSDP2 ma
 
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
         super().set_adapter(adapter_names, inference_mode=inference_mode)
-        self.write()
+        self.write(compare=True)
 
     def enable_adapters(self, enabled: bool) -> None:
         super().enable_adapters(enabled)
@@ -241,7 +241,7 @@ class PacaLayer(nn.Module, PeftCalls, MixingLayer):  # nn.Module first: FSDP2 ma
 
 
 def _write_what_was_loaded(layer: PacaLayer, incompatible_keys: Any) -> None:
-    layer.write()
+    layer.write(compare=True)
 
 
 def paca_layers(model: nn.Module) -> list[PacaLayer]:

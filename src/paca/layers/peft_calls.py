@@ -52,14 +52,14 @@ class PeftCalls(BaseTunerLayer):
         """Scale `adapter` to `scale` times its own `paca_alpha / r`."""
         if adapter in self.scaling:
             self.scaling[adapter] = scale * self.paca_alpha[adapter] / self.r[adapter]
-            self.write()
+            self.write(compare=True)
 
     def scale_layer(self, scale: float) -> None:
         """Multiply the scale of the active adapters by `scale`."""
         for adapter in self.active_adapters:
             if adapter in self.scaling:
                 self.scaling[adapter] *= scale
-        self.write()
+        self.write(compare=True)
 
     def unscale_layer(self, scale: float | None = None) -> None:
         """Undo `scale_layer(scale)`; without `scale`, go back to `paca_alpha / r`."""
@@ -67,7 +67,7 @@ class PeftCalls(BaseTunerLayer):
             if adapter in self.scaling:
                 own = self.paca_alpha[adapter] / self.r[adapter]
                 self.scaling[adapter] = own if scale is None else self.scaling[adapter] / scale
-        self.write()
+        self.write(compare=True)
 
     # -- merging ------------------------------------------------------------------------------------------------
 

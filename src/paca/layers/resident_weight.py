@@ -138,7 +138,9 @@ class ResidentWeight(nn.Module):
         self.columns.park(self.home(), for_now=True)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ResidentWeight:
-        self._park()
+        home = self.home()
+        self.columns.compare(home)  # later there is nothing left to compare with
+        self.columns.park(home, for_now=True)
         self.columns.moved()
         return super()._apply(fn, recurse)
 

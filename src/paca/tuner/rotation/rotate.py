@@ -187,5 +187,5 @@ def _train_columns(layer: PacaLayer, name: str, indices: Tensor) -> None:
         base.columns.changed(name)
         return layer.wanted()
 
-    layer.write()
+    layer.write(compare=True)
     base.columns.rotate(base.weight, name, fold)
