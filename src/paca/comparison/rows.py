@@ -11,6 +11,7 @@ from paca.comparison.training_process import failure_of
 from paca.training.metrics import read_rows
 from paca.training.run_folder import RunFolder, write_whole
 from paca.training.strict_yaml import read_yaml
+from paca.training.trainers import trainer_kind
 
 Row = dict[str, Any]
 
@@ -31,7 +32,7 @@ def row_of(folder: RunFolder, method: str, config_file: Path | None = None) -> R
     summary: dict[str, Any] = folder.read_summary() if failure is None else {}
     config = summary.get("config") or (read_yaml(config_file)[0] if config_file is not None else {})
     train = config.get("train", {})
-    wanted = config.get("eval", {}).get("metric")
+    wanted = config.get("eval", {}).get("metric") or trainer_kind(train).score
     metric, score = score_of(summary, wanted)
     return {
         "name": folder.path.name,
@@ -89,11 +90,11 @@ def row_of(folder: RunFolder, method: str, config_file: Path | None = None) -> R
 
 
 def score_of(summary: dict[str, Any], metric: str | None, when: str = "after") -> tuple[str, float | None]:
-    """What a run is judged by, and its value: `eval.metric` where the run has one, else the held-out loss.
+    """What a run is judged by, and its value.
 
     Args:
         summary: Of the run; empty where it failed.
-        metric: Its `eval.metric`.
+        metric: Its `eval.metric`, or what its trainer measures; None means the held-out loss.
         when: `"before"` or `"after"` training.
     """
     if metric is None:
