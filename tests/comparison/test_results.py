@@ -89,7 +89,43 @@ def test_runs_judged_by_different_data_are_not_compared() -> None:
     for one in bad.rows:
         one["run_info"]["config"]["data"]["eval"] = "other"
     found = ComparisonResult([good, bad], [])
-    assert found.verdict == "No difference shown: the runs were not judged by the same, as they differ in data.eval."
+    assert found.verdict == (
+        "No difference shown between paca and lora, as they were not judged by the same: data.eval (e or other)."
+    )
+    assert found.contrasts[0].finding == "unknown"
+    assert found.as_dict()["contrasts"][0]["difference"] is None
+
+
+@pytest.mark.parametrize(
+    ("section", "key", "value"),
+    [
+        ("data", "template", "zephyr"),
+        ("train", "trainer", "dpo"),
+        ("train", "max_length", 38),
+        ("train", "completion_only_loss", False),
+        ("eval", "answer_pattern", "x"),
+    ],
+)
+def test_runs_whose_losses_mean_something_else_are_not_compared(section: str, key: str, value: object) -> None:
+    good, bad = result({"paca": shifted(-0.1), "lora": BASE}).methods
+    for one in bad.rows:
+        one["run_info"]["config"][section][key] = value
+    shown = "false" if value is False else value
+    assert f"judged by the same: {section}.{key} (none or {shown})." in ComparisonResult([good, bad], []).verdict
+
+
+def test_runs_scored_on_another_number_of_examples_are_not_compared() -> None:
+    good, bad = result({"paca": shifted(-0.1), "lora": BASE}).methods
+    for one in bad.rows:
+        one["eval_examples"] = 10
+    assert "eval_examples (none or 10)" in ComparisonResult([good, bad], []).verdict
+
+
+def test_answers_are_compared_wherever_the_training_loss_falls() -> None:
+    good, other = result({"paca": shifted(0.1), "lora": BASE}, metric="exact_match", lower_is_better=False).methods
+    for one in other.rows:
+        one["run_info"]["config"]["train"]["completion_only_loss"] = False
+    assert ComparisonResult([good, other], []).contrasts[0].finding == "better"
 
 
 def test_held_out_data_that_was_split_off_depends_on_the_training_data() -> None:

@@ -22,6 +22,14 @@ _TARGETS = ("target_modules", "exclude_modules", "layers_to_transform", "layers_
 """Fields of PEFT's configs that say where an adapter goes."""
 _LORA_RANK = 8  # PEFT's default
 _LAID_OVER = (*METHODS, "train", "model")
+LOSS_SCOPE = ("completion_only_loss", "assistant_only_loss", "max_length")
+JUDGING = {
+    "train": (*LOSS_SCOPE, "trainer", "loss_type", "label_smoothing_factor", "answer_pattern", "reward_funcs",
+              "max_completion_length"),
+    "model": ("name", "revision", "tokenizer"),
+    "data": ("template",),
+}  # fmt: skip
+"""Settings that change what a score means, by section. No method can have its own."""
 _ALPHAS = ("paca_alpha", "lora_alpha", "alpha")
 
 
@@ -163,6 +171,13 @@ def _from_file(name: str, path: Path, common: Sections) -> Method:
                 f"{', '.join(_LAID_OVER)}; all else is the same for all methods."
             )
     sections: dict[str, dict[str, Any]] = {section: dict(values or {}) for section, values in content.items()}
+    for section, names in JUDGING.items():
+        for key in names:
+            if key in sections.get(section, {}):
+                raise PacaError(
+                    f"{path}: {section}.{key} changes what a method is judged by, so scores would not be comparable. "
+                    "Set it in the run's YAML, for all methods."
+                )
     for key, flag in (("learning_rate", "--lr"), ("seed", "--seeds")):
         if key in sections.get("train", {}):
             raise PacaError(f"{path}: train.{key} comes from {flag}. Leave it out of the method's file.")

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from paca.comparison.methods import JUDGING, LOSS_SCOPE
 from paca.comparison.rows import Row
 from paca.comparison.statistics import Interval, difference, mean_interval
 
@@ -77,9 +78,14 @@ class Contrast:
     lower_is_better: bool
 
     @property
+    def judged_apart(self) -> list[str]:
+        """The settings in which their runs differ so that their scores can't be compared; empty for none."""
+        return incomparable([*self.leader.rows, *self.other.rows])
+
+    @property
     def difference(self) -> Interval | None:
-        """The leader's score minus the other's; None where one has none."""
-        if not (self.leader.rows and self.other.rows):
+        """The leader's score minus the other's; None where one has none, or they can't be compared."""
+        if not (self.leader.rows and self.other.rows) or self.judged_apart:
             return None
         return difference(self.leader.scores, self.other.scores)
 
@@ -96,7 +102,10 @@ class Contrast:
     def sentence(self) -> str:
         """The finding in words, without a full stop."""
         leader, other = self.leader.name, self.other.name
-        found = self.difference
+        found, apart = self.difference, self.judged_apart
+        if apart:
+            what = ", ".join(apart)
+            return f"no difference shown between {leader} and {other}, as they were not judged by the same: {what}"
         if found is None:
             missing = " and ".join(one.name for one in (self.leader, self.other) if not one.rows)
             return f"no difference shown between {leader} and {other}, as every run of {missing} failed"
@@ -163,9 +172,6 @@ class ComparisonResult:
     @property
     def verdict(self) -> str:
         """One sentence."""
-        unlike = incomparable(row for method in self.methods for row in method.rows)
-        if unlike:
-            return f"No difference shown: the runs were not judged by the same, as they differ in {', '.join(unlike)}."
         found = "; ".join(contrast.sentence() for contrast in self.contrasts)
         found = found or f"there is one method, {self.methods[0].name}, and nothing to compare it with"
         if self.equal is not None:
@@ -203,14 +209,24 @@ class ComparisonResult:
         return next(row for method in self.methods for row in method.tried)
 
 
-_JUDGED_BY = ("metric", "model.name", "data.eval", "data.eval_split", "data.heldout_seed", "eval.limit")
+_JUDGED_BY = (
+    "metric", "eval_examples", "model.name", "data.eval", "data.eval_split", "data.heldout_seed", "eval.limit",
+    "data.format", "data.label", "eval.answer_pattern", "eval.max_new_tokens",
+    *(f"{section}.{name}" for section, names in JUDGING.items() for name in names),
+)  # fmt: skip
 
 
 def incomparable(rows: Iterable[Row]) -> list[str]:
-    """The settings in which runs differ so that their scores can't be compared; empty for none."""
+    """The settings in which runs differ so that their scores can't be compared, each with its values; empty for none.
+
+    What is scored by its answers is not touched by where the training loss falls.
+    """
     rows = list(rows)
     split_off = any(not isinstance(_at(row["run_info"]["config"], ("data", "eval")), str) for row in rows)
-    return _differing(rows, (*_JUDGED_BY, *(("data.train", "data.limit") if split_off else ())))
+    keys = [*_JUDGED_BY, *(("data.train", "data.limit") if split_off else ())]
+    if all(row["metric"] in ("exact_match", "choice") for row in rows):
+        keys = [key for key in keys if key.removeprefix("train.") not in LOSS_SCOPE]
+    return [f"{key} ({' or '.join(map(_shown, values))})" for key, values in _differing(rows, keys).items()]
 
 
 def ratio(one: float | None, other: float | None) -> float | None:
@@ -232,7 +248,11 @@ def unlike(rows: Iterable[Row]) -> list[str]:
     return [named[key] for key in _differing(rows, tuple(named))]
 
 
-def _differing(rows: Iterable[Row], keys: Sequence[str]) -> list[str]:
+def _shown(value: Any) -> str:
+    return "none" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _differing(rows: Iterable[Row], keys: Sequence[str]) -> dict[str, list[Any]]:
     found: dict[str, list[Any]] = {key: [] for key in keys}
     for row in rows:
         for key, values in found.items():
@@ -240,7 +260,7 @@ def _differing(rows: Iterable[Row], keys: Sequence[str]) -> list[str]:
             value = _at(row, path) if path[0] in row else _at(row["run_info"]["config"], path)
             if value not in values:
                 values.append(value)
-    return [key for key, values in found.items() if len(values) > 1]
+    return {key: values for key, values in found.items() if len(values) > 1}
 
 
 def _at(values: Any, path: Sequence[str]) -> Any:

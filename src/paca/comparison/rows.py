@@ -45,6 +45,7 @@ def row_of(folder: RunFolder, method: str, config_file: Path | None = None) -> R
         "score_before": score_of(summary, wanted, "before")[1],
         "loss": summary.get("eval_loss_after"),
         "loss_before": summary.get("eval_loss_before"),
+        "eval_examples": summary.get("data", {}).get("eval_examples"),
         "steps": summary.get("steps"),
         "tokens": summary.get("tokens"),
         "tokens_per_second": summary.get("tokens_per_second"),
