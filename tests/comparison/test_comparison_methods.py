@@ -100,6 +100,18 @@ def test_alpha_keeps_its_ratio_to_r() -> None:
     assert method.settings["r"] == 16
 
 
+def test_r_and_alpha_that_are_not_given_are_those_of_the_config_class() -> None:
+    lora = Method("mine", {"lora": {"target_modules": "all-linear"}})
+    assert lora.rank == 8
+    assert lora.with_rank(16).settings == {"target_modules": "all-linear", "r": 16, "lora_alpha": 16}
+    two = Method("rs", {"lora": {"r": 2, "use_rslora": True}})
+    assert two.with_rank(4).settings == {"r": 4, "use_rslora": True, "lora_alpha": 16}
+    assert Method("mine", {"paca": {}}).with_rank(8).settings == {"r": 8, "paca_alpha": 8}
+    assert Method("mine", {"peft": {"peft_type": "LOHA"}}).rank == 8
+    assert Method("mine", {"peft": {"peft_type": "IA3"}}).rank is None
+    assert Method("full", {"full": {}}).rank is None
+
+
 def test_sections_are_laid_over_the_common_ones() -> None:
     laid = Method("lora-tuned", {"lora": {"r": 8}, "train": {"autocast_adapter_dtype": False}}).laid_over(COMMON)
     assert laid == {

@@ -80,6 +80,19 @@ def test_the_verdict_says_what_was_equal() -> None:
     assert ComparisonResult(methods, [], "time").verdict.startswith("At equal time, paca is better than lora (loss")
 
 
+@pytest.mark.parametrize(("equal", "name"), [("parameters", "num_trainable_params"), ("time", "train_time"),
+                                              ("memory", "accelerator_memory_max")])
+def test_the_verdict_says_how_far_from_equal_it_was(equal: str, name: str) -> None:
+    paca, lora, ia3 = result({"paca": shifted(-0.1), "lora": BASE, "ia3": BASE}).methods
+    for one in ia3.rows:
+        one["train_info"][name] /= 40
+    verdict = ComparisonResult([paca, lora, ia3], [], equal).verdict
+    assert verdict.startswith(f"At equal {equal}, paca is better than lora (loss")
+    assert f"; at 40.00 × the {equal} of ia3, paca is better than ia3 (loss" in verdict
+    only = ComparisonResult([paca, ia3], [], equal).verdict
+    assert only.startswith(f"At 40.00 × the {equal} of ia3, paca is better than ia3")
+
+
 def test_one_method_has_nothing_to_be_compared_with() -> None:
     assert result({"paca": BASE}).verdict == "There is one method, paca, and nothing to compare it with."
 

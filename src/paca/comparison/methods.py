@@ -10,6 +10,7 @@ from typing import Any
 
 from paca.messages.errors import PacaError
 from paca.messages.nearest import did_you_mean
+from paca.training.adapter_settings import config_type
 from paca.training.run_config import METHODS
 from paca.training.strict_yaml import read_yaml
 
@@ -56,12 +57,19 @@ class Method:
         changed = {**self.sections.get(section, {}), **settings}
         return dataclasses.replace(self, sections={**self.sections, section: changed})
 
+    @property
+    def rank(self) -> int | None:
+        """Its `r`, or the default of its config class; None where it has none."""
+        r = {**_defaults(self.kind, self.settings), **self.settings}.get("r")
+        return r if isinstance(r, int) and r > 0 else None
+
     def with_rank(self, r: int) -> Method:
-        """The same with another `r`. Its alpha keeps its ratio to `r`."""
+        """The same with another `r`. Its alpha, also where it is the default, keeps its ratio to `r`."""
+        before = {**_defaults(self.kind, self.settings), **self.settings}
         changed: dict[str, Any] = {"r": r}
         for name in _ALPHAS:
-            if name in self.settings:
-                alpha = self.settings[name] * r / self.settings["r"]
+            if isinstance(before.get(name), (int, float)):
+                alpha = before[name] * r / before["r"]
                 changed[name] = int(alpha) if alpha == int(alpha) else alpha
         return self.with_settings(self.kind, **changed)
 
@@ -134,8 +142,15 @@ def _targets(common: Sections, all_linear: str | None) -> dict[str, Any]:
     return targets
 
 
+def _defaults(kind: str, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Of the config class behind a method's section; a full training has none."""
+    if kind == "full":
+        return {}
+    return {option.name: option.default for option in dataclasses.fields(config_type(kind, settings))}
+
+
+
 def _of_peft(name: str, common: Sections) -> dict[str, Any]:
-    import peft
     from peft import PeftType
 
     types = {kind.value.lower().replace("_", "-"): kind for kind in PeftType}
@@ -149,8 +164,8 @@ def _of_peft(name: str, common: Sections) -> dict[str, Any]:
     own = common.get("peft") or {}
     if str(own.get("peft_type", "")).upper() == kind.value:
         return dict(own)
-    defaults = {option.name: option.default for option in dataclasses.fields(peft.PEFT_TYPE_TO_CONFIG_MAPPING[kind])}
     section: dict[str, Any] = {"peft_type": kind.value}
+    defaults = _defaults("peft", section)
     if defaults.get("r"):  # spelled out, as for PaCA
         section |= {name: defaults[name] for name in ("r", *_ALPHAS) if name in defaults}
     if "feedforward_modules" not in defaults:  # IA3's two lists go together; PEFT knows both for each architecture

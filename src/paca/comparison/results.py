@@ -11,6 +11,10 @@ from paca.comparison.methods import JUDGING, LOSS_SCOPE
 from paca.comparison.rows import Row
 from paca.comparison.statistics import Interval, difference, mean_interval
 
+_COST_OF = {"parameters": "num_trainable_params", "time": "train_time", "memory": "accelerator_memory_max"}
+_STILL_EQUAL = 1.1
+"""A ratio beyond this one is not called equal."""
+
 Finding = Literal["better", "worse", "none", "unknown"]
 
 
@@ -117,6 +121,15 @@ class Contrast:
             return f"no difference shown between {leader} and {other} ({by})"
         return f"{leader} is {self.finding} than {other} ({by})"
 
+    def terms(self, equal: str | None) -> str:
+        """What was equal, as the start of a sentence, or how far it was not; empty where that is not known."""
+        ratio = None if equal is None else self.cost()[_COST_OF[equal]]
+        if ratio is None:
+            return ""
+        if 1 / _STILL_EQUAL <= ratio <= _STILL_EQUAL:
+            return f"at equal {equal}, "
+        return f"at {ratio:.2f} × the {equal} of {self.other.name}, "
+
     def as_dict(self) -> dict[str, Any]:
         """For `comparison.json`."""
         found = self.difference
@@ -172,11 +185,16 @@ class ComparisonResult:
     @property
     def verdict(self) -> str:
         """One sentence."""
-        found = "; ".join(contrast.sentence() for contrast in self.contrasts)
-        found = found or f"there is one method, {self.methods[0].name}, and nothing to compare it with"
-        if self.equal is not None:
-            return f"At equal {self.equal}, {found}."
-        return found[0].upper() + found[1:] + "." if found.startswith(("no ", "there ")) else found + "."
+        contrasts = self.contrasts
+        if not contrasts:
+            return f"There is one method, {self.methods[0].name}, and nothing to compare it with."
+        terms = [contrast.terms(self.equal) for contrast in contrasts]
+        sentences = [contrast.sentence() for contrast in contrasts]
+        if len(set(terms)) == 1:  # said once, for all
+            found = terms[0] + "; ".join(sentences)
+        else:
+            found = "; ".join(term + sentence for term, sentence in zip(terms, sentences, strict=True))
+        return found[0].upper() + found[1:] + "." if found.startswith(("no ", "at ")) else found + "."
 
     @property
     def cost(self) -> list[str]:
