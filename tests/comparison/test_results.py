@@ -61,6 +61,27 @@ def test_a_method_whose_runs_all_failed_has_no_result() -> None:
     assert found.cost == []
 
 
+def counted(error: float | None) -> ComparisonResult:
+    changed = {"metric": "exact_match", "lower_is_better": False, "score_stderr": error}
+    return result({"paca": {0: 0.5, 1: 0.6}, "lora": {0: 0.4, 1: 0.5}}, **changed)
+
+
+def test_the_number_of_examples_is_a_floor_of_the_interval() -> None:
+    found = counted(0.15).contrasts[0]
+    assert found.finding == "none"  # one more of ten right, twice
+    assert found.difference is not None
+    assert found.difference.half == pytest.approx(1.959964 * 0.15 * 2**0.5)
+    assert counted(0.01).contrasts[0].finding == "better"
+    assert counted(0.01).contrasts[0].difference.half == pytest.approx(1.959964 * 0.01 * 2**0.5)  # type: ignore[union-attr]
+
+
+def test_equal_differences_of_all_seeds_are_no_certainty() -> None:
+    found = result({"paca": {0: 0.5, 1: 0.75}, "lora": {0: 0.25, 1: 0.5}}, metric="reward", lower_is_better=False)
+    assert found.contrasts[0].finding == "unknown"
+    assert counted(None).contrasts[0].finding == "unknown"  # 0.1 twice, but for rounding
+    assert "the seeds differ in nothing, which is no interval" in found.verdict
+
+
 def test_a_failed_seed_leaves_the_others_paired() -> None:
     found = result({"paca": shifted(-0.1), "lora": {**BASE, 2: None}})
     difference = found.contrasts[0].difference

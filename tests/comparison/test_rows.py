@@ -34,6 +34,7 @@ def test_a_trainer_that_measures_more_than_its_loss_is_judged_by_that(
     after = {metric: 0.75, f"{metric}_stderr": 0.1, "examples": 16, "samples": []}
     found = row_with(tmp_path, train={"trainer": trainer}, scores={"after": after})
     assert (found["metric"], found["score"], found["lower_is_better"]) == (metric, 0.75, False)
+    assert found["score_stderr"] == 0.1
     without = row_with(tmp_path, train={"trainer": trainer}, scores=None)
     assert (without["metric"], without["score"]) == (metric, None)  # never by its loss
 

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from paca.comparison.methods import JUDGING, LOSS_SCOPE
-from paca.comparison.rows import Row
-from paca.comparison.statistics import Interval, difference, mean_interval
+from paca.comparison.rows import SHARES, Row
+from paca.comparison.statistics import Interval, difference, mean_interval, normal_half
 
 _COST_OF = {"parameters": "num_trainable_params", "time": "train_time", "memory": "accelerator_memory_max"}
+_ROUNDING = 1e-9
 _STILL_EQUAL = 1.1
 """A ratio beyond this one is not called equal."""
 
@@ -40,6 +43,15 @@ class MethodResult:
     def score(self) -> Interval | None:
         """Over the seeds."""
         return mean_interval(list(self.scores.values())) if self.rows else None
+
+    @property
+    def examples_error(self) -> list[float]:
+        """The standard error of its score for the number of held-out examples, where each counts as right or wrong.
+
+        More seeds don't make it smaller: all of them are scored on the same examples.
+        """
+        known = [row["score_stderr"] for row in self.rows if row["metric"] in SHARES and row["score_stderr"] is not None]
+        return [statistics.fmean(known)] if known else []
 
     @property
     def failed(self) -> list[Row]:
@@ -91,7 +103,14 @@ class Contrast:
         """The leader's score minus the other's; None where one has none, or they can't be compared."""
         if not (self.leader.rows and self.other.rows) or self.judged_apart:
             return None
-        return difference(self.leader.scores, self.other.scores)
+        found = difference(self.leader.scores, self.other.scores)
+        if found.half is None:
+            return found
+        errors = [error for one in (self.leader, self.other) for error in one.examples_error]
+        half = max(found.half, normal_half(math.hypot(*errors)) if errors else 0.0)
+        # Seeds that all differ by the very same, but for rounding, tell nothing about chance.
+        certain = half < _ROUNDING < abs(found.mean)
+        return dataclasses.replace(found, half=None if certain else half)
 
     @property
     def finding(self) -> Finding:
@@ -115,7 +134,8 @@ class Contrast:
             return f"no difference shown between {leader} and {other}, as every run of {missing} failed"
         scores = f"{self.metric} {self.leader.score.mean:.4f} against {self.other.score.mean:.4f}"  # type: ignore[union-attr]
         if found.half is None:
-            return f"no difference shown between {leader} and {other}, as one seed gives no interval ({scores})"
+            why = "one seed gives no interval" if found.count < 2 else "the seeds differ in nothing, which is no interval"
+            return f"no difference shown between {leader} and {other}, as {why} ({scores})"
         by = f"{scores}; difference {found.mean:+.4f}, 95 % interval {found.low:+.4f} to {found.high:+.4f}"
         if self.finding == "none":
             return f"no difference shown between {leader} and {other} ({by})"

@@ -16,6 +16,8 @@ from paca.training.trainers import trainer_kind
 Row = dict[str, Any]
 
 _LOWER_IS_BETTER = ("loss",)
+SHARES = ("exact_match", "choice", "accuracy", "rewards/accuracies")
+"""Metrics that count each example as right or wrong."""
 
 
 def row_of(folder: RunFolder, method: str, config_file: Path | None = None) -> Row | None:
@@ -42,6 +44,7 @@ def row_of(folder: RunFolder, method: str, config_file: Path | None = None) -> R
         "metric": metric,
         "lower_is_better": metric in _LOWER_IS_BETTER,
         "score": score,
+        "score_stderr": _side(summary, "after").get(f"{metric}_stderr"),
         "score_before": score_of(summary, wanted, "before")[1],
         "loss": summary.get("eval_loss_after"),
         "loss_before": summary.get("eval_loss_before"),
@@ -100,7 +103,11 @@ def score_of(summary: dict[str, Any], metric: str | None, when: str = "after") -
     """
     if metric is None:
         return "loss", summary.get(f"eval_loss_{when}")
-    return metric, ((summary.get("scores") or {}).get(when) or {}).get(metric)
+    return metric, _side(summary, when).get(metric)
+
+
+def _side(summary: dict[str, Any], when: str) -> dict[str, Any]:
+    return (summary.get("scores") or {}).get(when) or {}
 
 
 def write_rows(path: Path, rows: list[Row]) -> None:
