@@ -64,9 +64,12 @@ def compare_folders(paths: Sequence[Path], output: Path) -> ComparisonResult:
         output: Where the report goes.
 
     Raises:
-        PacaError: A folder holds no finished run, or one without held-out data, or all are of one method.
+        PacaError: A folder holds no finished run, or one without held-out data, or two hold the same method and seed,
+            or all are of one method.
     """
     groups: dict[str, list[Row]] = {}
+    names = [path.name for path in paths]
+    folders: dict[str, RunFolder] = {}
     for path in paths:
         folder = RunFolder(path)
         if not folder.finished():
@@ -75,7 +78,14 @@ def compare_folders(paths: Sequence[Path], output: Path) -> ComparisonResult:
         assert row is not None
         if row["score"] is None:
             raise PacaError(f"{path}: the run has no {row['metric']} on held-out data, so it can't be compared.")
-        groups.setdefault(_without_seed(row["run_info"]["config"]), []).append(row)
+        if names.count(path.name) > 1:  # in two parents
+            row["name"] = str(path)
+        rows = groups.setdefault(_without_seed(row["run_info"]["config"]), [])
+        twin = next((one["name"] for one in rows if one["seed"] == row["seed"]), None)
+        if twin is not None:
+            raise PacaError(f"{twin} and {path} hold the same settings and the same seed, {row['seed']}. Leave one out.")
+        rows.append(row)
+        folders[row["name"]] = folder
     if len(groups) < 2:
         raise PacaError("These runs differ in nothing but their seeds, so there are no two methods to compare.")
     methods = []
@@ -85,7 +95,7 @@ def compare_folders(paths: Sequence[Path], output: Path) -> ComparisonResult:
     every = [row for method in methods for row in method.rows]
     notes = ["The runs were there already; nothing was chosen among them.", *_shared_notes(every)]
     result = ComparisonResult(_apart(methods), notes)
-    write_report(output, result, {path.name: RunFolder(path) for path in paths})
+    write_report(output, result, folders)
     return result
 
 
