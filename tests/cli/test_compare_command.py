@@ -59,6 +59,12 @@ def test_a_mistake_is_one_message_on_standard_error(workspace: Path, arguments: 
     assert not (workspace / "wrong" / "runs").exists()
 
 
+def test_an_output_that_is_a_file_is_refused(workspace: Path) -> None:
+    done = forked_paca("compare", "config.yaml", "--lr", "1e-3", "--output", "config.yaml", cwd=workspace)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert "--output config.yaml is a file; a folder was expected" in done.stderr
+
+
 def test_a_dry_run_shows_what_came_out_equal_and_trains_nothing(workspace: Path) -> None:
     done = fresh_paca(*COMPARE, "--equal", "parameters", "--output", "dry", "--dry-run", cwd=workspace)
     assert (done.returncode, done.stderr) == (0, "")

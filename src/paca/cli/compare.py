@@ -12,6 +12,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from paca.messages.errors import PacaError
 from paca.messages.program import program
 from paca.messages.say import say
 from paca_command import import_package
@@ -49,6 +50,8 @@ def compare(
     console = Console()
     if not console.is_terminal:
         console.width = 200  # of a table in a log file
+    if output.exists() and not output.is_dir():
+        raise PacaError(f"--output {output} is a file; a folder was expected, which may be new. Give another name.")
     signal.signal(signal.SIGTERM, _interrupt)  # ends as Ctrl-C does, so that a run in progress saves its checkpoint
     try:
         if len(what) == 1 and not what[0].is_dir():

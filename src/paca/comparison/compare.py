@@ -77,7 +77,7 @@ def compare_folders(paths: Sequence[Path], output: Path) -> ComparisonResult:
         row = row_of(folder, re.sub(r"-seed\d+$", "", path.name))
         assert row is not None
         if row["score"] is None:
-            raise PacaError(f"{path}: the run has no {row['metric']} on held-out data, so it can't be compared.")
+            raise PacaError(f"{path}: the run has no finite {row['metric']} on held-out data, so it can't be compared.")
         if names.count(path.name) > 1:  # in two parents
             row["name"] = str(path)
         rows = groups.setdefault(_without_seed(row["run_info"]["config"]), [])
