@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +32,7 @@ JUDGING = {
     "data": ("template",),
 }  # fmt: skip
 """Settings that change what a score means, by section. No method can have its own."""
+_PLAIN = re.compile(r"[^\W_][\w.+-]*")
 _ALPHAS = ("paca_alpha", "lora_alpha", "alpha")
 
 
@@ -98,6 +100,11 @@ def methods_of(text: str, common: Sections) -> list[Method]:
     methods = []
     for word in words:
         name, _, file = word.partition("=")
+        if file and name and not _PLAIN.fullmatch(name):
+            raise PacaError(
+                f"--methods: {name!r} can't be the name of a method, as folders are named by it. Use letters, digits, "
+                "'.', '_', '+' and '-', and begin with a letter or digit."
+            )
         methods.append(_from_file(name, Path(file), common) if file else _named(word, common))
     names = [method.name for method in methods]
     for name in names:
