@@ -28,9 +28,7 @@ def run(folder: Path, rank: int, seed: int = 0, **changed: Any) -> Path:
 
 def test_folders_of_the_same_name_keep_their_own_curves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     drawn: dict[str, Path] = {}
-    monkeypatch.setattr(
-        "paca.comparison.compare.write_report", lambda output, result, folders: drawn.update(folders)
-    )
+    monkeypatch.setattr("paca.comparison.compare.write_report", lambda output, result, folders: drawn.update(folders))
     paths = [run(tmp_path / parent / "run", rank) for parent, rank in (("x", 4), ("y", 8))]
     found = compare_folders(paths, tmp_path / "report")
     assert [drawn[method.rows[0]["name"]].path for method in found.methods] == paths  # type: ignore[attr-defined]

@@ -101,8 +101,10 @@ def test_the_verdict_says_what_was_equal() -> None:
     assert ComparisonResult(methods, [], "time").verdict.startswith("At equal time, paca is better than lora (loss")
 
 
-@pytest.mark.parametrize(("equal", "name"), [("parameters", "num_trainable_params"), ("time", "train_time"),
-                                              ("memory", "accelerator_memory_max")])
+@pytest.mark.parametrize(
+    ("equal", "name"),
+    [("parameters", "num_trainable_params"), ("time", "train_time"), ("memory", "accelerator_memory_max")],
+)
 def test_the_verdict_says_how_far_from_equal_it_was(equal: str, name: str) -> None:
     paca, lora, ia3 = result({"paca": shifted(-0.1), "lora": BASE, "ia3": BASE}).methods
     for one in ia3.rows:

@@ -83,7 +83,9 @@ def compare_folders(paths: Sequence[Path], output: Path) -> ComparisonResult:
         rows = groups.setdefault(_without_seed(row["run_info"]["config"]), [])
         twin = next((one["name"] for one in rows if one["seed"] == row["seed"]), None)
         if twin is not None:
-            raise PacaError(f"{twin} and {path} hold the same settings and the same seed, {row['seed']}. Leave one out.")
+            raise PacaError(
+                f"{twin} and {path} hold the same settings and the same seed, {row['seed']}. Leave one out."
+            )
         rows.append(row)
         folders[row["name"]] = folder
     if len(groups) < 2:

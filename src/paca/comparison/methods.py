@@ -156,7 +156,6 @@ def _defaults(kind: str, settings: Mapping[str, Any]) -> dict[str, Any]:
     return {option.name: option.default for option in dataclasses.fields(config_type(kind, settings))}
 
 
-
 def _of_peft(name: str, common: Sections) -> dict[str, Any]:
     from peft import PeftType
 

@@ -50,7 +50,9 @@ class MethodResult:
 
         More seeds don't make it smaller: all of them are scored on the same examples.
         """
-        known = [row["score_stderr"] for row in self.rows if row["metric"] in SHARES and row["score_stderr"] is not None]
+        known = [
+            row["score_stderr"] for row in self.rows if row["metric"] in SHARES and row["score_stderr"] is not None
+        ]
         return [statistics.fmean(known)] if known else []
 
     @property
@@ -134,7 +136,9 @@ class Contrast:
             return f"no difference shown between {leader} and {other}, as every run of {missing} failed"
         scores = f"{self.metric} {self.leader.score.mean:.4f} against {self.other.score.mean:.4f}"  # type: ignore[union-attr]
         if found.half is None:
-            why = "one seed gives no interval" if found.count < 2 else "the seeds differ in nothing, which is no interval"
+            why = (
+                "one seed gives no interval" if found.count < 2 else "the seeds differ in nothing, which is no interval"
+            )
             return f"no difference shown between {leader} and {other}, as {why} ({scores})"
         by = f"{scores}; difference {found.mean:+.4f}, 95 % interval {found.low:+.4f} to {found.high:+.4f}"
         if self.finding == "none":
