@@ -7,7 +7,8 @@ import json
 import pytest
 
 from comparison.result_maker import result, row
-from paca.comparison.results import ComparisonResult, MethodResult, unlike
+from paca.comparison.comparable import unlike
+from paca.comparison.results import ComparisonResult, MethodResult
 
 BASE = {0: 1.00, 1: 1.02, 2: 0.99}
 
@@ -79,7 +80,7 @@ def test_equal_differences_of_all_seeds_are_no_certainty() -> None:
     found = result({"paca": {0: 0.5, 1: 0.75}, "lora": {0: 0.25, 1: 0.5}}, metric="reward", lower_is_better=False)
     assert found.contrasts[0].finding == "unknown"
     assert counted(None).contrasts[0].finding == "unknown"  # 0.1 twice, but for rounding
-    assert "the seeds differ in nothing, which is no interval" in found.verdict
+    assert "all seeds differ by the same, which gives no interval" in found.verdict
 
 
 def test_a_failed_seed_leaves_the_others_paired() -> None:

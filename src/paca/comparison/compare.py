@@ -10,10 +10,11 @@ from typing import Any
 
 from rich.console import Console
 
+from paca.comparison.comparable import unlike
 from paca.comparison.methods import Method, own_section
 from paca.comparison.plan_table import PlannedMethod, settings_text
 from paca.comparison.report import write_report
-from paca.comparison.results import ComparisonResult, MethodResult, unlike
+from paca.comparison.results import ComparisonResult, MethodResult
 from paca.comparison.rows import Row, row_of
 from paca.comparison.settings import Comparison
 from paca.comparison.work import Work

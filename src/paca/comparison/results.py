@@ -5,11 +5,10 @@ from __future__ import annotations
 import dataclasses
 import math
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from paca.comparison.methods import JUDGING, LOSS_SCOPE
+from paca.comparison.comparable import at, incomparable
 from paca.comparison.rows import SHARES, Row
 from paca.comparison.statistics import Interval, difference, mean_interval, normal_half
 
@@ -62,7 +61,7 @@ class MethodResult:
 
     def mean(self, *path: str) -> float | None:
         """Over the seeds, of a number in the rows, such as `mean("train_info", "train_time")`."""
-        values = [value for row in self.rows if (value := _at(row, path)) is not None]
+        values = [value for row in self.rows if (value := at(row, path)) is not None]
         return statistics.fmean(values) if values else None
 
     def as_dict(self) -> dict[str, Any]:
@@ -137,7 +136,9 @@ class Contrast:
         scores = f"{self.metric} {self.leader.score.mean:.4f} against {self.other.score.mean:.4f}"  # type: ignore[union-attr]
         if found.half is None:
             why = (
-                "one seed gives no interval" if found.count < 2 else "the seeds differ in nothing, which is no interval"
+                "one seed gives no interval"
+                if found.count < 2
+                else "all seeds differ by the same, which gives no interval"
             )
             return f"no difference shown between {leader} and {other}, as {why} ({scores})"
         by = f"{scores}; difference {found.mean:+.4f}, 95 % interval {found.low:+.4f} to {found.high:+.4f}"
@@ -251,64 +252,9 @@ class ComparisonResult:
         return next(row for method in self.methods for row in method.tried)
 
 
-_JUDGED_BY = (
-    "metric", "eval_examples", "model.name", "data.eval", "data.eval_split", "data.heldout_seed", "eval.limit",
-    "data.format", "data.label", "eval.answer_pattern", "eval.max_new_tokens",
-    *(f"{section}.{name}" for section, names in JUDGING.items() for name in names),
-)  # fmt: skip
-
-
-def incomparable(rows: Iterable[Row]) -> list[str]:
-    """The settings in which runs differ so that their scores can't be compared, each with its values; empty for none.
-
-    What is scored by its answers is not touched by where the training loss falls.
-    """
-    rows = list(rows)
-    split_off = any(not isinstance(_at(row["run_info"]["config"], ("data", "eval")), str) for row in rows)
-    keys = [*_JUDGED_BY, *(("data.train", "data.limit") if split_off else ())]
-    if all(row["metric"] in ("exact_match", "choice") for row in rows):
-        keys = [key for key in keys if key.removeprefix("train.") not in LOSS_SCOPE]
-    return [f"{key} ({' or '.join(map(_shown, values))})" for key, values in _differing(rows, keys).items()]
-
-
 def ratio(one: float | None, other: float | None) -> float | None:
     """`one / other`, where both are known."""
     return one / other if one is not None and other else None
-
-
-def unlike(rows: Iterable[Row]) -> list[str]:
-    """What else is not the same for all runs, and a reader has to know."""
-    named = {
-        "data.train": "training data",
-        "data.limit": "limit of the training data",
-        "steps": "steps",
-        "meta_info.system_info.cpu": "processor",
-        "meta_info.system_info.device_name": "device",
-        "meta_info.package_info": "versions of libraries",
-        "meta_info.git": "state of the code",
-    }
-    return [named[key] for key in _differing(rows, tuple(named))]
-
-
-def _shown(value: Any) -> str:
-    return "none" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
-
-
-def _differing(rows: Iterable[Row], keys: Sequence[str]) -> dict[str, list[Any]]:
-    found: dict[str, list[Any]] = {key: [] for key in keys}
-    for row in rows:
-        for key, values in found.items():
-            path = key.split(".")
-            value = _at(row, path) if path[0] in row else _at(row["run_info"]["config"], path)
-            if value not in values:
-                values.append(value)
-    return {key: values for key, values in found.items() if len(values) > 1}
-
-
-def _at(values: Any, path: Sequence[str]) -> Any:
-    for name in path:
-        values = values.get(name) if isinstance(values, Mapping) else None
-    return values
 
 
 def _interval(found: Interval) -> dict[str, Any]:
