@@ -47,6 +47,8 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         (["config.yaml", "--lr", "1e-3", "--methods", "lorra"], "There is no method 'lorra'. Did you mean 'lora'?"),
         (["config.yaml", "--lr", "1e-3", "--set", "data.eval=null"], "data.eval is missing"),
         (["missing.yaml", "--lr", "1e-3"], "There is no file missing.yaml"),
+        (["nosuch"], "There is no file nosuch and no folder of that name"),
+        (["model", "config.yaml", "--dry-run", "--lr", "1"], "--lr, --dry-run would change nothing"),
         (["config.yaml", "--lr", "1e-3", "--set", "paca.rr=1"], "there is no key paca.rr"),
         (["model"], "model holds no finished run"),
     ],
@@ -57,6 +59,18 @@ def test_a_mistake_is_one_message_on_standard_error(workspace: Path, arguments: 
     assert message in done.stderr
     assert done.stderr.count("\n") == 1
     assert not (workspace / "wrong" / "runs").exists()
+
+
+def test_one_rate_is_not_said_to_go_beyond(workspace: Path) -> None:
+    one = ("compare", "config.yaml", "--methods", "paca", "--lr", "1e-2", "--output", "one", "--dry-run")
+    done = forked_paca(*one, cwd=workspace)
+    assert done.stdout.splitlines()[-1] == "rates 0.01; seeds 0, 1, 2", done.stderr
+
+
+def test_an_output_that_is_a_file_is_refused(workspace: Path) -> None:
+    done = forked_paca("compare", "config.yaml", "--lr", "1e-3", "--output", "config.yaml", cwd=workspace)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert "--output config.yaml is a file; a folder was expected" in done.stderr
 
 
 def test_a_dry_run_shows_what_came_out_equal_and_trains_nothing(workspace: Path) -> None:

@@ -20,6 +20,7 @@ def row(method: str, seed: int, score: float | None, **changed: Any) -> dict[str
         "metric": "loss",
         "lower_is_better": True,
         "score": score,
+        "score_stderr": None,
         "score_before": None if failed else 2.0,
         "loss": score,
         "loss_before": None if failed else 2.0,

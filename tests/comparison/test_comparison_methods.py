@@ -63,6 +63,10 @@ def test_a_file_brings_a_method_of_ones_own(tmp_path: Path) -> None:
         ("data: {train: x}\n", "can't have the section 'data'"),
         ("train: {learning_rate: 1}\n", "train.learning_rate comes from --lr"),
         ("train: {seed: 1}\n", "train.seed comes from --seeds"),
+        ("train: {max_length: 38}\n", "train.max_length changes what a method is judged by"),
+        ("train: {completion_only_loss: false}\n", "train.completion_only_loss changes what"),
+        ("train: {trainer: dpo}\n", "train.trainer changes what"),
+        ("model: {name: other}\n", "model.name changes what"),
         ("lora: {}\nfull: {}\n", "holds the methods lora and full"),
         ("lora: 3\n", "must hold sections"),
     ],
@@ -81,6 +85,9 @@ def test_a_file_that_holds_other_things_is_refused(tmp_path: Path, content: str,
         ("lora,lora", "names 'lora' twice"),
         (" ,", "--methods names nothing"),
         ("=x.yaml", "the name is missing"),
+        ("../../x=f.yaml", "can't be the name of a method"),
+        (".x=f.yaml", "can't be the name of a method"),
+        ("a/b=f.yaml", "can't be the name of a method"),
         ("mine=missing.yaml", "There is no file missing.yaml"),
     ],
 )
@@ -94,6 +101,18 @@ def test_alpha_keeps_its_ratio_to_r() -> None:
     assert method.with_rank(24).settings == {"r": 24, "paca_alpha": 48}
     assert method.with_rank(3).settings == {"r": 3, "paca_alpha": 6}
     assert method.settings["r"] == 16
+
+
+def test_r_and_alpha_that_are_not_given_are_those_of_the_config_class() -> None:
+    lora = Method("mine", {"lora": {"target_modules": "all-linear"}})
+    assert lora.rank == 8
+    assert lora.with_rank(16).settings == {"target_modules": "all-linear", "r": 16, "lora_alpha": 16}
+    two = Method("rs", {"lora": {"r": 2, "use_rslora": True}})
+    assert two.with_rank(4).settings == {"r": 4, "use_rslora": True, "lora_alpha": 16}
+    assert Method("mine", {"paca": {}}).with_rank(8).settings == {"r": 8, "paca_alpha": 8}
+    assert Method("mine", {"peft": {"peft_type": "LOHA"}}).rank == 8
+    assert Method("mine", {"peft": {"peft_type": "IA3"}}).rank is None
+    assert Method("full", {"full": {}}).rank is None
 
 
 def test_sections_are_laid_over_the_common_ones() -> None:

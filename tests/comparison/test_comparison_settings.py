@@ -57,6 +57,22 @@ def test_another_config_is_refused_with_what_differs(tmp_path: Path) -> None:
     assert "Give another --output" in message
 
 
+@pytest.mark.parametrize("key", ["train", "eval", "template"])
+def test_data_whose_content_has_changed_is_refused_by_its_name(tmp_path: Path, key: str) -> None:
+    file = tmp_path / "file.jsonl"
+    file.write_text('{"text": "one"}\n')
+    common = {**COMMON, "data": {**COMMON["data"], key: str(file)}}
+    comparison = small_comparison(tmp_path / "compared")
+    comparison.common = common
+    SettingsFile(comparison).write(KEPT)
+    (comparison.path / "runs").mkdir()
+    assert SettingsFile(comparison).read() == KEPT
+    file.write_text('{"text": "two"}\n')
+    with pytest.raises(PacaError, match=f"the content of {file} is not what it was") as caught:
+        SettingsFile(comparison).read()
+    assert "Give another --output" in str(caught.value)
+
+
 def test_without_runs_another_comparison_takes_the_folder_and_the_same_one_what_was_measured(tmp_path: Path) -> None:
     SettingsFile(small_comparison(tmp_path)).write(KEPT)
     assert SettingsFile(small_comparison(tmp_path)).read() == KEPT

@@ -7,7 +7,8 @@ import json
 import pytest
 
 from comparison.result_maker import result, row
-from paca.comparison.results import ComparisonResult, MethodResult, unlike
+from paca.comparison.comparable import unlike
+from paca.comparison.results import ComparisonResult, MethodResult
 
 BASE = {0: 1.00, 1: 1.02, 2: 0.99}
 
@@ -61,6 +62,27 @@ def test_a_method_whose_runs_all_failed_has_no_result() -> None:
     assert found.cost == []
 
 
+def counted(error: float | None) -> ComparisonResult:
+    changed = {"metric": "exact_match", "lower_is_better": False, "score_stderr": error}
+    return result({"paca": {0: 0.5, 1: 0.6}, "lora": {0: 0.4, 1: 0.5}}, **changed)
+
+
+def test_the_number_of_examples_is_a_floor_of_the_interval() -> None:
+    found = counted(0.15).contrasts[0]
+    assert found.finding == "none"  # one more of ten right, twice
+    assert found.difference is not None
+    assert found.difference.half == pytest.approx(1.959964 * 0.15 * 2**0.5)
+    assert counted(0.01).contrasts[0].finding == "better"
+    assert counted(0.01).contrasts[0].difference.half == pytest.approx(1.959964 * 0.01 * 2**0.5)  # type: ignore[union-attr]
+
+
+def test_equal_differences_of_all_seeds_are_no_certainty() -> None:
+    found = result({"paca": {0: 0.5, 1: 0.75}, "lora": {0: 0.25, 1: 0.5}}, metric="reward", lower_is_better=False)
+    assert found.contrasts[0].finding == "unknown"
+    assert counted(None).contrasts[0].finding == "unknown"  # 0.1 twice, but for rounding
+    assert "all seeds differ by the same, which gives no interval" in found.verdict
+
+
 def test_a_failed_seed_leaves_the_others_paired() -> None:
     found = result({"paca": shifted(-0.1), "lora": {**BASE, 2: None}})
     difference = found.contrasts[0].difference
@@ -80,6 +102,21 @@ def test_the_verdict_says_what_was_equal() -> None:
     assert ComparisonResult(methods, [], "time").verdict.startswith("At equal time, paca is better than lora (loss")
 
 
+@pytest.mark.parametrize(
+    ("equal", "name"),
+    [("parameters", "num_trainable_params"), ("time", "train_time"), ("memory", "accelerator_memory_max")],
+)
+def test_the_verdict_says_how_far_from_equal_it_was(equal: str, name: str) -> None:
+    paca, lora, ia3 = result({"paca": shifted(-0.1), "lora": BASE, "ia3": BASE}).methods
+    for one in ia3.rows:
+        one["train_info"][name] /= 40
+    verdict = ComparisonResult([paca, lora, ia3], [], equal).verdict
+    assert verdict.startswith(f"At equal {equal}, paca is better than lora (loss")
+    assert f"; at 40.00 × the {equal} of ia3, paca is better than ia3 (loss" in verdict
+    only = ComparisonResult([paca, ia3], [], equal).verdict
+    assert only.startswith(f"At 40.00 × the {equal} of ia3, paca is better than ia3")
+
+
 def test_one_method_has_nothing_to_be_compared_with() -> None:
     assert result({"paca": BASE}).verdict == "There is one method, paca, and nothing to compare it with."
 
@@ -89,7 +126,43 @@ def test_runs_judged_by_different_data_are_not_compared() -> None:
     for one in bad.rows:
         one["run_info"]["config"]["data"]["eval"] = "other"
     found = ComparisonResult([good, bad], [])
-    assert found.verdict == "No difference shown: the runs were not judged by the same, as they differ in data.eval."
+    assert found.verdict == (
+        "No difference shown between paca and lora, as they were not judged by the same: data.eval (e or other)."
+    )
+    assert found.contrasts[0].finding == "unknown"
+    assert found.as_dict()["contrasts"][0]["difference"] is None
+
+
+@pytest.mark.parametrize(
+    ("section", "key", "value"),
+    [
+        ("data", "template", "zephyr"),
+        ("train", "trainer", "dpo"),
+        ("train", "max_length", 38),
+        ("train", "completion_only_loss", False),
+        ("eval", "answer_pattern", "x"),
+    ],
+)
+def test_runs_whose_losses_mean_something_else_are_not_compared(section: str, key: str, value: object) -> None:
+    good, bad = result({"paca": shifted(-0.1), "lora": BASE}).methods
+    for one in bad.rows:
+        one["run_info"]["config"][section][key] = value
+    shown = "false" if value is False else value
+    assert f"judged by the same: {section}.{key} (none or {shown})." in ComparisonResult([good, bad], []).verdict
+
+
+def test_runs_scored_on_another_number_of_examples_are_not_compared() -> None:
+    good, bad = result({"paca": shifted(-0.1), "lora": BASE}).methods
+    for one in bad.rows:
+        one["eval_examples"] = 10
+    assert "eval_examples (none or 10)" in ComparisonResult([good, bad], []).verdict
+
+
+def test_answers_are_compared_wherever_the_training_loss_falls() -> None:
+    good, other = result({"paca": shifted(0.1), "lora": BASE}, metric="exact_match", lower_is_better=False).methods
+    for one in other.rows:
+        one["run_info"]["config"]["train"]["completion_only_loss"] = False
+    assert ComparisonResult([good, other], []).contrasts[0].finding == "better"
 
 
 def test_held_out_data_that_was_split_off_depends_on_the_training_data() -> None:

@@ -12,6 +12,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from paca.messages.errors import PacaError
 from paca.messages.program import program
 from paca.messages.say import say
 from paca_command import import_package
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 
 
 def compare(
+    context: typer.Context,
     what: Annotated[
         list[Path], typer.Argument(metavar="RUN.yaml | RUN_FOLDER...", help="What to train, or runs that are there.")
     ],
@@ -49,9 +51,17 @@ def compare(
     console = Console()
     if not console.is_terminal:
         console.width = 200  # of a table in a log file
+    if output.exists() and not output.is_dir():
+        raise PacaError(f"--output {output} is a file; a folder was expected, which may be new. Give another name.")
+    for path in what:
+        if not path.exists():
+            raise PacaError(f"There is no file {path} and no folder of that name. Give a run's YAML, or run folders.")
+    train = len(what) == 1 and not what[0].is_dir()
+    if not train:
+        _refuse_options_of_training(context)
     signal.signal(signal.SIGTERM, _interrupt)  # ends as Ctrl-C does, so that a run in progress saves its checkpoint
     try:
-        if len(what) == 1 and not what[0].is_dir():
+        if train:
             result = _train(what[0], set_ or [], methods, lr, seeds, equal, extend, dry_run, output, console)
         else:
             import_package()
@@ -98,12 +108,24 @@ def _train(
     comparison = Comparison(output, common, chosen, rates, numbers, equal, extend)
     planned = prepare(comparison, console)
     console.print(table_of(planned))
+    beyond = " and beyond while the edge is best" if extend and len(rates) > 1 else ""
     say(
         console,
-        f"rates {', '.join(f'{rate:g}' for rate in rates)}{' and beyond while the edge is best' if extend else ''}; "
-        f"seeds {', '.join(map(str, numbers))}",
+        f"rates {', '.join(f'{rate:g}' for rate in rates)}{beyond}; seeds {', '.join(map(str, numbers))}",
     )
     return None if dry_run else compare(comparison, planned, console)
+
+
+def _refuse_options_of_training(context: typer.Context) -> None:
+    names = {"methods": "--methods", "lr": "--lr", "seeds": "--seeds", "equal": "--equal", "extend": "--extend",
+             "set_": "--set", "dry_run": "--dry-run"}  # fmt: skip
+    sources = {flag: context.get_parameter_source(name) for name, flag in names.items()}
+    given = [flag for flag, source in sources.items() if source is not None and source.name == "COMMANDLINE"]
+    if given:
+        raise PacaError(
+            f"{', '.join(given)} would change nothing: runs that are there already were given, not one YAML to train. "
+            "Leave it out."
+        )
 
 
 def show_result(result: ComparisonResult, output: Path, console: Console) -> None:

@@ -10,10 +10,11 @@ from typing import Any
 
 from rich.console import Console
 
+from paca.comparison.comparable import unlike
 from paca.comparison.methods import Method, own_section
 from paca.comparison.plan_table import PlannedMethod, settings_text
 from paca.comparison.report import write_report
-from paca.comparison.results import ComparisonResult, MethodResult, unlike
+from paca.comparison.results import ComparisonResult, MethodResult
 from paca.comparison.rows import Row, row_of
 from paca.comparison.settings import Comparison
 from paca.comparison.work import Work
@@ -64,9 +65,12 @@ def compare_folders(paths: Sequence[Path], output: Path) -> ComparisonResult:
         output: Where the report goes.
 
     Raises:
-        PacaError: A folder holds no finished run, or one without held-out data, or all are of one method.
+        PacaError: A folder holds no finished run, or one without held-out data, or two hold the same method and seed,
+            or all are of one method.
     """
     groups: dict[str, list[Row]] = {}
+    names = [path.name for path in paths]
+    folders: dict[str, RunFolder] = {}
     for path in paths:
         folder = RunFolder(path)
         if not folder.finished():
@@ -74,8 +78,17 @@ def compare_folders(paths: Sequence[Path], output: Path) -> ComparisonResult:
         row = row_of(folder, re.sub(r"-seed\d+$", "", path.name))
         assert row is not None
         if row["score"] is None:
-            raise PacaError(f"{path}: the run has no {row['metric']} on held-out data, so it can't be compared.")
-        groups.setdefault(_without_seed(row["run_info"]["config"]), []).append(row)
+            raise PacaError(f"{path}: the run has no finite {row['metric']} on held-out data, so it can't be compared.")
+        if names.count(path.name) > 1:  # in two parents
+            row["name"] = str(path)
+        rows = groups.setdefault(_without_seed(row["run_info"]["config"]), [])
+        twin = next((one["name"] for one in rows if one["seed"] == row["seed"]), None)
+        if twin is not None:
+            raise PacaError(
+                f"{twin} and {path} hold the same settings and the same seed, {row['seed']}. Leave one out."
+            )
+        rows.append(row)
+        folders[row["name"]] = folder
     if len(groups) < 2:
         raise PacaError("These runs differ in nothing but their seeds, so there are no two methods to compare.")
     methods = []
@@ -85,7 +98,7 @@ def compare_folders(paths: Sequence[Path], output: Path) -> ComparisonResult:
     every = [row for method in methods for row in method.rows]
     notes = ["The runs were there already; nothing was chosen among them.", *_shared_notes(every)]
     result = ComparisonResult(_apart(methods), notes)
-    write_report(output, result, {path.name: RunFolder(path) for path in paths})
+    write_report(output, result, folders)
     return result
 
 

@@ -44,8 +44,8 @@ def same_parameters(methods: Sequence[Method], count: Callable[[Method], int]) -
 
 
 def _with_parameters(method: Method, wanted: int, count: Callable[[Method], int]) -> CameOut:
-    r = method.settings.get("r")
-    if not r:
+    r = method.rank
+    if r is None:
         return CameOut(method, note="has no r to choose")
     # Every method's parameters are linear in its r; two points give the line.
     here, there = count(method), count(method.with_rank(2 * r))
@@ -137,8 +137,8 @@ def _within_memory(
             break
     else:
         return CameOut(method, note=f"does not fit {format_bytes(budget)} with one sequence at a time")
-    r = fits.settings.get("r")
-    if not r:
+    r = fits.rank
+    if r is None:
         return CameOut(fits, {"peak": peak}, "has no r to choose")
     low, low_peak, high = r, peak, None
     while high is None or high - low > max(1, low // 16):  # to 6 %: finer than two measurements agree

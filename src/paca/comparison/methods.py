@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 
 from paca.messages.errors import PacaError
 from paca.messages.nearest import did_you_mean
+from paca.training.adapter_settings import config_type
 from paca.training.run_config import METHODS
 from paca.training.strict_yaml import read_yaml
 
@@ -22,6 +24,15 @@ _TARGETS = ("target_modules", "exclude_modules", "layers_to_transform", "layers_
 """Fields of PEFT's configs that say where an adapter goes."""
 _LORA_RANK = 8  # PEFT's default
 _LAID_OVER = (*METHODS, "train", "model")
+LOSS_SCOPE = ("completion_only_loss", "assistant_only_loss", "max_length")
+JUDGING = {
+    "train": (*LOSS_SCOPE, "trainer", "loss_type", "label_smoothing_factor", "answer_pattern", "reward_funcs",
+              "max_completion_length"),
+    "model": ("name", "revision", "tokenizer"),
+    "data": ("template",),
+}  # fmt: skip
+"""Settings that change what a score means, by section. No method can have its own."""
+_PLAIN = re.compile(r"[^\W_][\w.+-]*")
 _ALPHAS = ("paca_alpha", "lora_alpha", "alpha")
 
 
@@ -48,12 +59,19 @@ class Method:
         changed = {**self.sections.get(section, {}), **settings}
         return dataclasses.replace(self, sections={**self.sections, section: changed})
 
+    @property
+    def rank(self) -> int | None:
+        """Its `r`, or the default of its config class; None where it has none."""
+        r = {**_defaults(self.kind, self.settings), **self.settings}.get("r")
+        return r if isinstance(r, int) and r > 0 else None
+
     def with_rank(self, r: int) -> Method:
-        """The same with another `r`. Its alpha keeps its ratio to `r`."""
+        """The same with another `r`. Its alpha, also where it is the default, keeps its ratio to `r`."""
+        before = {**_defaults(self.kind, self.settings), **self.settings}
         changed: dict[str, Any] = {"r": r}
         for name in _ALPHAS:
-            if name in self.settings:
-                alpha = self.settings[name] * r / self.settings["r"]
+            if isinstance(before.get(name), (int, float)):
+                alpha = before[name] * r / before["r"]
                 changed[name] = int(alpha) if alpha == int(alpha) else alpha
         return self.with_settings(self.kind, **changed)
 
@@ -82,6 +100,11 @@ def methods_of(text: str, common: Sections) -> list[Method]:
     methods = []
     for word in words:
         name, _, file = word.partition("=")
+        if file and name and not _PLAIN.fullmatch(name):
+            raise PacaError(
+                f"--methods: {name!r} can't be the name of a method, as folders are named by it. Use letters, digits, "
+                "'.', '_', '+' and '-', and begin with a letter or digit."
+            )
         methods.append(_from_file(name, Path(file), common) if file else _named(word, common))
     names = [method.name for method in methods]
     for name in names:
@@ -126,8 +149,14 @@ def _targets(common: Sections, all_linear: str | None) -> dict[str, Any]:
     return targets
 
 
+def _defaults(kind: str, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Of the config class behind a method's section; a full training has none."""
+    if kind == "full":
+        return {}
+    return {option.name: option.default for option in dataclasses.fields(config_type(kind, settings))}
+
+
 def _of_peft(name: str, common: Sections) -> dict[str, Any]:
-    import peft
     from peft import PeftType
 
     types = {kind.value.lower().replace("_", "-"): kind for kind in PeftType}
@@ -141,8 +170,8 @@ def _of_peft(name: str, common: Sections) -> dict[str, Any]:
     own = common.get("peft") or {}
     if str(own.get("peft_type", "")).upper() == kind.value:
         return dict(own)
-    defaults = {option.name: option.default for option in dataclasses.fields(peft.PEFT_TYPE_TO_CONFIG_MAPPING[kind])}
     section: dict[str, Any] = {"peft_type": kind.value}
+    defaults = _defaults("peft", section)
     if defaults.get("r"):  # spelled out, as for PaCA
         section |= {name: defaults[name] for name in ("r", *_ALPHAS) if name in defaults}
     if "feedforward_modules" not in defaults:  # IA3's two lists go together; PEFT knows both for each architecture
@@ -163,6 +192,13 @@ def _from_file(name: str, path: Path, common: Sections) -> Method:
                 f"{', '.join(_LAID_OVER)}; all else is the same for all methods."
             )
     sections: dict[str, dict[str, Any]] = {section: dict(values or {}) for section, values in content.items()}
+    for section, names in JUDGING.items():
+        for key in names:
+            if key in sections.get(section, {}):
+                raise PacaError(
+                    f"{path}: {section}.{key} changes what a method is judged by, so scores would not be comparable. "
+                    "Set it in the run's YAML, for all methods."
+                )
     for key, flag in (("learning_rate", "--lr"), ("seed", "--seeds")):
         if key in sections.get("train", {}):
             raise PacaError(f"{path}: train.{key} comes from {flag}. Leave it out of the method's file.")

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from paca.comparison.rows import Row
-from paca.comparison.statistics import Interval, difference, mean_interval
+from paca.comparison.comparable import at, incomparable
+from paca.comparison.rows import SHARES, Row
+from paca.comparison.statistics import Interval, difference, mean_interval, normal_half
+
+_COST_OF = {"parameters": "num_trainable_params", "time": "train_time", "memory": "accelerator_memory_max"}
+_ROUNDING = 1e-9
+_STILL_EQUAL = 1.1
+"""A ratio beyond this one is not called equal."""
 
 Finding = Literal["better", "worse", "none", "unknown"]
 
@@ -37,13 +44,24 @@ class MethodResult:
         return mean_interval(list(self.scores.values())) if self.rows else None
 
     @property
+    def examples_error(self) -> list[float]:
+        """The standard error of its score for the number of held-out examples, where each counts as right or wrong.
+
+        More seeds don't make it smaller: all of them are scored on the same examples.
+        """
+        known = [
+            row["score_stderr"] for row in self.rows if row["metric"] in SHARES and row["score_stderr"] is not None
+        ]
+        return [statistics.fmean(known)] if known else []
+
+    @property
     def failed(self) -> list[Row]:
         """The runs that failed."""
         return [row for row in self.tried if row["score"] is None]
 
     def mean(self, *path: str) -> float | None:
         """Over the seeds, of a number in the rows, such as `mean("train_info", "train_time")`."""
-        values = [value for row in self.rows if (value := _at(row, path)) is not None]
+        values = [value for row in self.rows if (value := at(row, path)) is not None]
         return statistics.fmean(values) if values else None
 
     def as_dict(self) -> dict[str, Any]:
@@ -77,11 +95,23 @@ class Contrast:
     lower_is_better: bool
 
     @property
+    def judged_apart(self) -> list[str]:
+        """The settings in which their runs differ so that their scores can't be compared; empty for none."""
+        return incomparable([*self.leader.rows, *self.other.rows])
+
+    @property
     def difference(self) -> Interval | None:
-        """The leader's score minus the other's; None where one has none."""
-        if not (self.leader.rows and self.other.rows):
+        """The leader's score minus the other's; None where one has none, or they can't be compared."""
+        if not (self.leader.rows and self.other.rows) or self.judged_apart:
             return None
-        return difference(self.leader.scores, self.other.scores)
+        found = difference(self.leader.scores, self.other.scores)
+        if found.half is None:
+            return found
+        errors = [error for one in (self.leader, self.other) for error in one.examples_error]
+        half = max(found.half, normal_half(math.hypot(*errors)) if errors else 0.0)
+        # Seeds that all differ by the very same, but for rounding, tell nothing about chance.
+        certain = half < _ROUNDING < abs(found.mean)
+        return dataclasses.replace(found, half=None if certain else half)
 
     @property
     def finding(self) -> Finding:
@@ -96,17 +126,34 @@ class Contrast:
     def sentence(self) -> str:
         """The finding in words, without a full stop."""
         leader, other = self.leader.name, self.other.name
-        found = self.difference
+        found, apart = self.difference, self.judged_apart
+        if apart:
+            what = ", ".join(apart)
+            return f"no difference shown between {leader} and {other}, as they were not judged by the same: {what}"
         if found is None:
             missing = " and ".join(one.name for one in (self.leader, self.other) if not one.rows)
             return f"no difference shown between {leader} and {other}, as every run of {missing} failed"
         scores = f"{self.metric} {self.leader.score.mean:.4f} against {self.other.score.mean:.4f}"  # type: ignore[union-attr]
         if found.half is None:
-            return f"no difference shown between {leader} and {other}, as one seed gives no interval ({scores})"
+            why = (
+                "one seed gives no interval"
+                if found.count < 2
+                else "all seeds differ by the same, which gives no interval"
+            )
+            return f"no difference shown between {leader} and {other}, as {why} ({scores})"
         by = f"{scores}; difference {found.mean:+.4f}, 95 % interval {found.low:+.4f} to {found.high:+.4f}"
         if self.finding == "none":
             return f"no difference shown between {leader} and {other} ({by})"
         return f"{leader} is {self.finding} than {other} ({by})"
+
+    def terms(self, equal: str | None) -> str:
+        """What was equal, as the start of a sentence, or how far it was not; empty where that is not known."""
+        ratio = None if equal is None else self.cost()[_COST_OF[equal]]
+        if ratio is None:
+            return ""
+        if 1 / _STILL_EQUAL <= ratio <= _STILL_EQUAL:
+            return f"at equal {equal}, "
+        return f"at {ratio:.2f} × the {equal} of {self.other.name}, "
 
     def as_dict(self) -> dict[str, Any]:
         """For `comparison.json`."""
@@ -163,14 +210,16 @@ class ComparisonResult:
     @property
     def verdict(self) -> str:
         """One sentence."""
-        unlike = incomparable(row for method in self.methods for row in method.rows)
-        if unlike:
-            return f"No difference shown: the runs were not judged by the same, as they differ in {', '.join(unlike)}."
-        found = "; ".join(contrast.sentence() for contrast in self.contrasts)
-        found = found or f"there is one method, {self.methods[0].name}, and nothing to compare it with"
-        if self.equal is not None:
-            return f"At equal {self.equal}, {found}."
-        return found[0].upper() + found[1:] + "." if found.startswith(("no ", "there ")) else found + "."
+        contrasts = self.contrasts
+        if not contrasts:
+            return f"There is one method, {self.methods[0].name}, and nothing to compare it with."
+        terms = [contrast.terms(self.equal) for contrast in contrasts]
+        sentences = [contrast.sentence() for contrast in contrasts]
+        if len(set(terms)) == 1:  # said once, for all
+            found = terms[0] + "; ".join(sentences)
+        else:
+            found = "; ".join(term + sentence for term, sentence in zip(terms, sentences, strict=True))
+        return found[0].upper() + found[1:] + "." if found.startswith(("no ", "at ")) else found + "."
 
     @property
     def cost(self) -> list[str]:
@@ -203,50 +252,9 @@ class ComparisonResult:
         return next(row for method in self.methods for row in method.tried)
 
 
-_JUDGED_BY = ("metric", "model.name", "data.eval", "data.eval_split", "data.heldout_seed", "eval.limit")
-
-
-def incomparable(rows: Iterable[Row]) -> list[str]:
-    """The settings in which runs differ so that their scores can't be compared; empty for none."""
-    rows = list(rows)
-    split_off = any(not isinstance(_at(row["run_info"]["config"], ("data", "eval")), str) for row in rows)
-    return _differing(rows, (*_JUDGED_BY, *(("data.train", "data.limit") if split_off else ())))
-
-
 def ratio(one: float | None, other: float | None) -> float | None:
     """`one / other`, where both are known."""
     return one / other if one is not None and other else None
-
-
-def unlike(rows: Iterable[Row]) -> list[str]:
-    """What else is not the same for all runs, and a reader has to know."""
-    named = {
-        "data.train": "training data",
-        "data.limit": "limit of the training data",
-        "steps": "steps",
-        "meta_info.system_info.cpu": "processor",
-        "meta_info.system_info.device_name": "device",
-        "meta_info.package_info": "versions of libraries",
-        "meta_info.git": "state of the code",
-    }
-    return [named[key] for key in _differing(rows, tuple(named))]
-
-
-def _differing(rows: Iterable[Row], keys: Sequence[str]) -> list[str]:
-    found: dict[str, list[Any]] = {key: [] for key in keys}
-    for row in rows:
-        for key, values in found.items():
-            path = key.split(".")
-            value = _at(row, path) if path[0] in row else _at(row["run_info"]["config"], path)
-            if value not in values:
-                values.append(value)
-    return [key for key, values in found.items() if len(values) > 1]
-
-
-def _at(values: Any, path: Sequence[str]) -> Any:
-    for name in path:
-        values = values.get(name) if isinstance(values, Mapping) else None
-    return values
 
 
 def _interval(found: Interval) -> dict[str, Any]:

@@ -8,13 +8,17 @@ from typing import Any
 
 from paca.comparison.methods import own_section
 from paca.comparison.training_process import failure_of
-from paca.training.metrics import read_rows
+from paca.messages.errors import PacaError
+from paca.training.metrics import finite_or_none, read_rows
 from paca.training.run_folder import RunFolder, write_whole
 from paca.training.strict_yaml import read_yaml
+from paca.training.trainers import trainer_kind
 
 Row = dict[str, Any]
 
 _LOWER_IS_BETTER = ("loss",)
+SHARES = ("exact_match", "choice", "accuracy", "rewards/accuracies")
+"""Metrics that count each example as right or wrong."""
 
 
 def row_of(folder: RunFolder, method: str, config_file: Path | None = None) -> Row | None:
@@ -24,16 +28,19 @@ def row_of(folder: RunFolder, method: str, config_file: Path | None = None) -> R
         folder: Of the run.
         method: What it is called in the comparison.
         config_file: The YAML that it was started with, for a run that failed.
+
+    Raises:
+        PacaError: Its summary can't be read.
     """
     failure = failure_of(folder)
     if failure is None and not folder.finished():
         return None
-    summary: dict[str, Any] = folder.read_summary() if failure is None else {}
+    summary: dict[str, Any] = _summary(folder) if failure is None else {}
     config = summary.get("config") or (read_yaml(config_file)[0] if config_file is not None else {})
     train = config.get("train", {})
-    wanted = config.get("eval", {}).get("metric")
+    wanted = config.get("eval", {}).get("metric") or trainer_kind(train).score
     metric, score = score_of(summary, wanted)
-    return {
+    row = {
         "name": folder.path.name,
         "method": method,
         "learning_rate": train.get("learning_rate"),
@@ -41,9 +48,11 @@ def row_of(folder: RunFolder, method: str, config_file: Path | None = None) -> R
         "metric": metric,
         "lower_is_better": metric in _LOWER_IS_BETTER,
         "score": score,
+        "score_stderr": _side(summary, "after").get(f"{metric}_stderr"),
         "score_before": score_of(summary, wanted, "before")[1],
         "loss": summary.get("eval_loss_after"),
         "loss_before": summary.get("eval_loss_before"),
+        "eval_examples": summary.get("data", {}).get("eval_examples"),
         "steps": summary.get("steps"),
         "tokens": summary.get("tokens"),
         "tokens_per_second": summary.get("tokens_per_second"),
@@ -86,19 +95,41 @@ def row_of(folder: RunFolder, method: str, config_file: Path | None = None) -> R
             "command": summary.get("command"),
         },
     }
+    return _finite(row)
+
+
+def _summary(folder: RunFolder) -> dict[str, Any]:
+    try:
+        found = folder.read_summary()
+    except ValueError as error:
+        raise PacaError(f"{folder.summary} is broken ({error}). Train the run again, or leave it out.") from error
+    if not isinstance(found, dict):
+        raise PacaError(f"{folder.summary} holds no JSON object. Train the run again, or leave it out.")
+    return _finite(found)
+
+
+def _finite(value: Any) -> Any:
+    """The same with null for numbers that are not finite, which JSON does not have."""
+    if isinstance(value, dict):
+        return {name: _finite(one) for name, one in value.items()}
+    return [_finite(one) for one in value] if isinstance(value, list) else finite_or_none(value)
 
 
 def score_of(summary: dict[str, Any], metric: str | None, when: str = "after") -> tuple[str, float | None]:
-    """What a run is judged by, and its value: `eval.metric` where the run has one, else the held-out loss.
+    """What a run is judged by, and its value.
 
     Args:
         summary: Of the run; empty where it failed.
-        metric: Its `eval.metric`.
+        metric: Its `eval.metric`, or what its trainer measures; None means the held-out loss.
         when: `"before"` or `"after"` training.
     """
     if metric is None:
         return "loss", summary.get(f"eval_loss_{when}")
-    return metric, ((summary.get("scores") or {}).get(when) or {}).get(metric)
+    return metric, _side(summary, when).get(metric)
+
+
+def _side(summary: dict[str, Any], when: str) -> dict[str, Any]:
+    return (summary.get("scores") or {}).get(when) or {}
 
 
 def write_rows(path: Path, rows: list[Row]) -> None:

@@ -130,12 +130,12 @@ def seeds_of(text: str) -> list[int]:
     """The seeds of `--seeds`.
 
     Raises:
-        PacaError: One is no whole number of zero or more, or comes twice.
+        PacaError: One is no whole number of zero or more that fits 32 bits, or comes twice.
     """
     seeds = []
     for word in _words(text, "--seeds", "0,1,2"):
-        if not word.isdecimal():
-            raise PacaError(f"--seeds: {word!r} is no seed; a whole number of zero or more was expected.")
+        if not word.isdecimal() or int(word) >= 2**32:
+            raise PacaError(f"--seeds: {word!r} is no seed; a whole number from 0 to {2**32 - 1} was expected.")
         seeds.append(int(word))
     return _without_repeats(seeds, "--seeds")
 
@@ -148,7 +148,9 @@ def _words(text: str, flag: str, example: str) -> list[str]:
 
 
 def _without_repeats(values: list[Number], flag: str) -> list[Number]:
-    for value in values:
-        if values.count(value) > 1:
-            raise PacaError(f"{flag} has {value:g} twice. Leave one out.")
+    # Folders are named by a rate's first six digits.
+    shown = [f"{value:g}" if isinstance(value, float) else str(value) for value in values]
+    for value in shown:
+        if shown.count(value) > 1:
+            raise PacaError(f"{flag} has {value} twice. Leave one out.")
     return values

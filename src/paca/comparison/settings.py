@@ -13,6 +13,7 @@ import yaml
 from paca.comparison.claims import Claim
 from paca.comparison.methods import Method, own_section
 from paca.comparison.schedule import Job
+from paca.data.sources import Source
 from paca.messages.errors import PacaError
 from paca.training.config_file import load_run_config
 from paca.training.run_config import RunConfig
@@ -134,7 +135,13 @@ class SettingsFile:
         asked, now = before["asked"], self._asked
         shared = asked["methods"].keys() & now["methods"].keys()
         one, other = ({**each, "methods": {name: each["methods"][name] for name in shared}} for each in (asked, now))
+        before_files, now_files = one.pop("content", {}), other.pop("content", {})
         changed = [f"  {key}: {was!r} → {is_now!r}" for key, was, is_now in _differences(one, other)]
+        changed += [
+            f"  the content of {name} is not what it was"
+            for name, content in now_files.items()
+            if before_files.get(name, content) != content
+        ]
         if not changed:
             self._kept = {"methods": asked["methods"], "came_out": before["came_out"]}
             return before["came_out"]
@@ -157,7 +164,24 @@ def _asked(comparison: Comparison) -> dict[str, Any]:
     # With nothing to be made equal, methods don't follow the first one, and any may come first.
     first = None if comparison.equal is None else comparison.methods[0].name
     methods = {method.name: method.sections for method in comparison.methods}
-    return {"run": comparison.common, "equal": comparison.equal, "follow": first, "methods": methods}
+    return {
+        "run": comparison.common,
+        "content": _content(comparison.common.get("data", {})),
+        "equal": comparison.equal,
+        "follow": first,
+        "methods": methods,
+    }
+
+
+def _content(data: Mapping[str, Any]) -> dict[str, str]:
+    """Fingerprints of the local files and folders that the section `data` names."""
+    found = {}
+    for name in (data.get("train"), data.get("eval"), data.get("template")):
+        path = Path(name).expanduser() if isinstance(name, str) else None
+        if path is not None and path.exists():
+            files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
+            found[str(name)] = Source(str(name), tuple(files)).fingerprint()
+    return found
 
 
 def _differences(one: Any, other: Any, key: str = "") -> list[tuple[str, Any, Any]]:

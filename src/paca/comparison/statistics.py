@@ -60,6 +60,11 @@ def difference(one: Mapping[int, float], other: Mapping[int, float]) -> Interval
     return Interval(mean, _half(variance, freedom), min(len(one), len(other)))
 
 
+def normal_half(error: float) -> float:
+    """Half the width of an interval around what has this standard error."""
+    return statistics.NormalDist().inv_cdf((1 + CONFIDENCE) / 2) * error
+
+
 def pareto(points: Sequence[tuple[float, float]]) -> list[int]:
     """The points that no other one beats in one coordinate without losing in the other; lower is better in both."""
     return [

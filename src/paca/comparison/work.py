@@ -67,7 +67,8 @@ class Work:
             return None
         if row["score"] is None:
             return FAILED
-        loss = math.inf if row["loss"] is None else row["loss"]
+        # A policy's loss says nothing of its answers.
+        loss = math.inf if row["loss"] is None or row["metric"] == "reward" else row["loss"]
         return Outcome(row["score"] if row["lower_is_better"] else -row["score"], loss)
 
     def rows(self) -> list[Row]:

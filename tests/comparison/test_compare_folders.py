@@ -1,0 +1,55 @@
+"""A report on runs that are there already, whatever their folders are called and hold."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from comparison.fake_trainer import summary
+from comparison.small_comparison import COMMON
+from paca.comparison.compare import compare_folders
+from paca.comparison.rows import row_of
+from paca.messages.errors import PacaError
+from paca.training.run_folder import RunFolder
+
+
+def run(folder: Path, rank: int, seed: int = 0, **changed: Any) -> Path:
+    """A finished one."""
+    folder.mkdir(parents=True)
+    config = {**COMMON, "paca": {"r": rank}, "train": {"learning_rate": 1e-3, "seed": seed}}
+    (folder / "summary.json").write_text(json.dumps({**summary(config, float(rank)), **changed}))
+    (folder / "metrics.jsonl").write_text(json.dumps({"step": 0, "eval_loss": float(rank)}) + "\n")
+    return folder
+
+
+def test_folders_of_the_same_name_keep_their_own_curves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: dict[str, Path] = {}
+    monkeypatch.setattr("paca.comparison.compare.write_report", lambda output, result, folders: drawn.update(folders))
+    paths = [run(tmp_path / parent / "run", rank) for parent, rank in (("x", 4), ("y", 8))]
+    found = compare_folders(paths, tmp_path / "report")
+    assert [drawn[method.rows[0]["name"]].path for method in found.methods] == paths  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("text", ['{"name": "a", ', "[1]"])
+def test_a_broken_summary_is_told_by_its_path(tmp_path: Path, text: str) -> None:
+    paths = [run(tmp_path / "a", 4), run(tmp_path / "b", 8)]
+    (paths[1] / "summary.json").write_text(text)
+    with pytest.raises(PacaError, match=r"b.summary\.json (is broken|holds no JSON object)"):
+        compare_folders(paths, tmp_path / "report")
+
+
+def test_what_is_not_finite_is_null_in_the_rows(tmp_path: Path) -> None:
+    row = row_of(RunFolder(run(tmp_path / "a", 4, eval_loss_after=math.nan, tokens_per_second=math.inf)), "paca")
+    assert row is not None
+    assert (row["score"], row["loss"], row["tokens_per_second"]) == (None, None, None)
+    json.dumps(row, allow_nan=False)
+
+
+def test_two_folders_of_one_method_and_seed_are_refused(tmp_path: Path) -> None:
+    paths = [run(tmp_path / name, rank) for name, rank in (("a", 4), ("b", 8), ("again", 4))]
+    with pytest.raises(PacaError, match=r"a and .*again hold the same settings and the same seed, 0\. Leave one out"):
+        compare_folders(paths, tmp_path / "report")
