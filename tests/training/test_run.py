@@ -398,3 +398,11 @@ def test_a_gguf_model_leaves_a_base_that_the_adapter_names(
     assert settings["base_model_name_or_path"] == str(base)
     run("whole", f"model.name={source}", "train.max_steps=4")
     assert same_adapter(tmp_path / "a", tmp_path / "whole")
+
+
+def test_fields_of_messages_that_are_not_used_are_in_the_plan(config_file: Path, tmp_path: Path) -> None:
+    answer = {"role": "assistant", "content": "b", "weight": 0}
+    record = {"messages": [{"role": "user", "content": "a"}, answer]}
+    (tmp_path / "chat.jsonl").write_text(json.dumps(record))
+    plan = describe(load_run_config(config_file, [f"data.train={tmp_path / 'chat.jsonl'}", "data.eval=null"]))
+    assert plan.data_description.endswith("; the template does not use these fields of messages: weight")

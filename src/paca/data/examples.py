@@ -22,7 +22,7 @@ from paca.messages.errors import PacaError
 
 logger = logging.getLogger(__name__)
 
-_RENDERED = ("messages", "prompt", "completion", "chosen", "rejected", "text")
+RENDERED = ("messages", "prompt", "completion", "chosen", "rejected", "text")
 """The columns that are text, or messages that a chat template renders."""
 ORIGIN = "origin"
 """The column that says where an example comes from. TRL carries it along (except when packing) and ignores it."""
@@ -108,7 +108,7 @@ def load_examples(
         "format_name": form.name,
         "limit": limit,
         "columns": tuple(features),  # a list would be taken for sources, to be read by several processes
-        "rendered": tuple(name for name in _RENDERED if not isinstance(features.get(name), Json)),
+        "rendered": tuple(name for name in RENDERED if not isinstance(features.get(name), Json)),
     }
     with without_progress_bars():
         try:
