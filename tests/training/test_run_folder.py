@@ -66,7 +66,8 @@ def test_clearing_removes_the_run_and_nothing_else(tmp_path: Path) -> None:
     for file in (folder.config, folder.metrics, folder.summary, folder.report, folder.path / "notes.txt"):
         file.touch()
     folder.clear({})
-    assert [path.name for path in folder.path.iterdir()] == ["notes.txt"]
+    assert [path.name for path in sorted(folder.path.iterdir())] == ["inputs.json", "notes.txt"]
+    assert folder.inputs.read_text() == "{}"
 
 
 def test_a_folder_that_cannot_be_made_is_an_error(tmp_path: Path) -> None:
