@@ -270,6 +270,8 @@ def heads_of(model: nn.Module) -> list[str]:
 def _check_model_settings(config: RunConfig, kind: TrainerKind) -> None:
     if config.data.label is not None and kind.name != "image_classification":
         raise PacaError(f"data.label goes with train.trainer: image_classification, not {kind.name}. Leave it out.")
+    if config.data.template is not None and not kind.renders:
+        raise PacaError(f"data.template has no effect with train.trainer: {kind.name}. Leave it out.")
     if config.eval.metric is not None and kind.score is not None:
         raise PacaError(f"eval.metric goes with train.trainer: sft; {kind.name} measures {kind.score}. Leave it out.")
     selection = config.adapter.get("selection") if config.method == "paca" else None

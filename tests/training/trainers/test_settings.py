@@ -123,6 +123,8 @@ def test_trls_rewards_read_messages_only(workspace: Path, tmp_path: Path) -> Non
         ("dpo", "eval.metric=exact_match", "eval.metric goes with train.trainer: sft; dpo measures rewards/acc"),
         ("dpo", "paca.selection=activation_norm", "goes by batches as train.trainer: sft makes them"),
         ("image_classification", "model.lean=true", "lean"),
+        ("classification", "data.template=chatml", "data.template has no effect with train.trainer: classification"),
+        ("image_classification", "data.template=nosuch", "data.template has no effect with train.trainer: image"),
     ],
 )
 def test_what_does_not_go_together_is_refused(workspace: Path, name: str, override: str, message: str) -> None:

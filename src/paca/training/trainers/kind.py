@@ -55,6 +55,8 @@ class TrainerKind:
     """The `AutoModel...` of transformers that makes the model."""
     task_type: ClassVar[str | None] = "CAUSAL_LM"
     """By PEFT's names."""
+    renders: ClassVar[bool] = True
+    """Whether a chat template can render its data."""
     learning_rate: ClassVar[float] = 3e-4
     """Our default for adapters."""
     counts: ClassVar[str] = "tokens"
