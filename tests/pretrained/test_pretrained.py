@@ -138,7 +138,7 @@ def test_config_and_tokenizer_of_a_gguf_file_are_read_once(
     def read(*_: object, **__: object) -> None:
         raise OSError("the file is read")
 
-    monkeypatch.setattr(transformers.modeling_gguf_pytorch_utils, "load_gguf_checkpoint", read)
+    monkeypatch.setattr(modeling_gguf_pytorch_utils, "load_gguf_checkpoint", read)
     again, same = load_config(str(path)).config, load_tokenizer(str(path))
     assert again.to_dict() == config.to_dict()
     assert same.backend_tokenizer.to_str() == tokenizer.backend_tokenizer.to_str()
