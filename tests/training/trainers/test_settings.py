@@ -124,7 +124,7 @@ def test_trls_rewards_read_messages_only(workspace: Path, tmp_path: Path) -> Non
         ("dpo", "eval.metric=exact_match", "eval.metric goes with train.trainer: sft; dpo measures rewards/acc"),
         ("dpo", "paca.selection=activation_norm", "goes by batches as train.trainer: sft makes them"),
         ("image_classification", "model.lean=true", "lean"),
-        ("grpo", "train.num_generations=3", "4 answers are made at a time .* train.num_generations: 3 does not divide"),
+        ("grpo", "train.num_generations=3", "4 answers are made .* train.num_generations: 3 does not divide it"),
         ("classification", "data.template=chatml", "data.template has no effect with train.trainer: classification"),
         ("image_classification", "data.template=nosuch", "data.template has no effect with train.trainer: image"),
     ],

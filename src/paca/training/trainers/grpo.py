@@ -72,7 +72,7 @@ class Grpo(TrainerKind):
         if answers % config.train["num_generations"]:
             raise PacaError(
                 f"{answers} answers are made at a time (train.per_device_train_batch_size × accumulated batches, in "
-                f"{processes} processes), which train.num_generations: {config.train['num_generations']} does not divide. "
+                f"{processes} processes). train.num_generations: {config.train['num_generations']} does not divide it. "
                 "Change one of them."
             )
         return data
