@@ -62,6 +62,7 @@ def test_a_run_in_full_is_planned_trained_asked_and_written_elsewhere(workspace:
     assert content["trainable"] == content["parameters"]
     trained = forked_paca("train", file, cwd=workspace)
     assert trained.returncode == 0, trained.stderr
+    assert "Writing model shards" not in trained.stderr
     assert re.search(rf"^model +{workspace / 'full' / 'model'}$", trained.stdout, re.MULTILINE)
     asked = forked_paca("chat", workspace / "full", "--prompt", "a cat", "--max-new-tokens", 4, cwd=workspace)
     assert asked.returncode == 0, asked.stderr

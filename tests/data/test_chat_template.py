@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 from tokenizers import processors
 
-from paca.data import end_of_turn, set_chat_template
-from paca.data.chat_template import DEFAULT, NAMES
+from paca.data import end_of_turn, load_examples, set_chat_template
+from paca.data.chat_template import DEFAULT, NAMES, unused_fields
 from paca.messages.errors import PacaError
 from tiny_checkpoint import byte_tokenizer
 
@@ -95,3 +96,13 @@ def test_a_template_whose_end_is_no_token_is_refused_and_the_old_one_stays(tmp_p
     file.write_text("{% for m in messages %}{{ m[")
     with pytest.raises(PacaError, match="cannot render a question and its answer"):
         set_chat_template(tokenizer, str(file))
+
+
+def test_fields_of_messages_that_the_template_does_not_name_are_found(tmp_path: Path) -> None:
+    answer = {"role": "assistant", "content": "b", "reasoning_content": "because", "weight": 0}
+    record = {"messages": [{"role": "user", "content": "a"}, answer], "tools": [{"name": "look"}]}
+    (tmp_path / "data.jsonl").write_text(json.dumps(record))
+    examples, tokenizer = load_examples(str(tmp_path / "data.jsonl")), byte_tokenizer()
+    assert unused_fields(examples, tokenizer) == ["reasoning_content", "weight", "tools"]
+    tokenizer.chat_template += "{{ messages[-1].reasoning_content }}"
+    assert unused_fields(examples, tokenizer) == ["weight", "tools"]

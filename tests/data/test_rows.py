@@ -65,6 +65,12 @@ def test_a_csv_field_may_be_long(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "content", "expected"),
     [
+        (
+            "a.jsonl",
+            '{"text": "\\ud83d\\ude00"}\n{"text": "\\ud800"}\n',
+            ["a.jsonl, line 2", r"holds \ud800, one half"],
+        ),
+        ("a.json", '[{"text": "\\ud83d\\ude00"}, {"\\uD800": 1}]', ["a.json, record 1", r"holds \ud800, one half"]),
         ("a.jsonl", '{"text": "x"}\n{"text": \n', ["a.jsonl, line 2", "not valid JSON"]),
         ("a.jsonl", '{"text": "x"}\n["y"]\n', ["a.jsonl, line 2", "a list", "JSON object"]),
         ("a.json", '[{"text": "x"},\n {"text": "y"},\n {"text" "z"}]', ["a.json, line 3", "record 2"]),

@@ -223,3 +223,19 @@ def test_text_needs_a_token_that_ends_it() -> None:
     tokenizer.eos_token = None
     with pytest.raises(PacaError, match="end-of-text"):
         encode({"text": "a"}, tokenizer)
+
+
+CALL = [{"type": "function", "function": {"name": "look", "arguments": {"at": "sky"}}}]
+
+
+@pytest.mark.parametrize("content", ["", "I look."])
+def test_a_template_that_leaves_tool_calls_out_is_refused(tmp_path: Path, content: str) -> None:
+    messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": content, "tool_calls": CALL}]
+    (tmp_path / "calls.jsonl").write_text(json.dumps({"messages": messages}))
+    example = load_examples(str(tmp_path / "calls.jsonl")).dataset[0]
+    tokenizer = byte_tokenizer()
+    with pytest.raises(PacaError, match=r"^calls.jsonl, line 1: an answer calls a tool.* begins \W+% for message in"):
+        encode(example, tokenizer)
+    named = "{{ message.tool_calls[0].function.name if message.tool_calls else message['content'] }}"
+    tokenizer.chat_template = CHAT_TEMPLATE.replace("{{ message['content'] }}", named)
+    assert "look<|im_end|>" in tokenizer.decode(encode(example, tokenizer).ids)

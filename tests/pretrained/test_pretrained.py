@@ -16,7 +16,13 @@ import torch
 import transformers
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
 from tokenizers import pre_tokenizers
-from transformers import AutoModelForCausalLM, AutoTokenizer, modeling_gguf_pytorch_utils
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForSequenceClassification,
+    modeling_gguf_pytorch_utils,
+)
 
 from paca.messages.errors import PacaError
 from paca.pretrained import gguf as paca_gguf
@@ -132,7 +138,7 @@ def test_config_and_tokenizer_of_a_gguf_file_are_read_once(
     def read(*_: object, **__: object) -> None:
         raise OSError("the file is read")
 
-    monkeypatch.setattr(transformers.modeling_gguf_pytorch_utils, "load_gguf_checkpoint", read)
+    monkeypatch.setattr(modeling_gguf_pytorch_utils, "load_gguf_checkpoint", read)
     again, same = load_config(str(path)).config, load_tokenizer(str(path))
     assert again.to_dict() == config.to_dict()
     assert same.backend_tokenizer.to_str() == tokenizer.backend_tokenizer.to_str()
@@ -428,6 +434,14 @@ def test_the_whole_reason_is_given_why_a_tokenizer_cannot_be_loaded(base: Path, 
     reason = " ".join(str(caught.value.__cause__).split())
     assert len(str(caught.value.__cause__).splitlines()) > 1  # else this says nothing
     assert reason in str(caught.value)
+
+
+def test_a_checkpoint_without_an_output_head_is_refused(base: Path, tmp_path: Path) -> None:
+    config = LlamaConfig.from_pretrained(base, tie_word_embeddings=False)
+    LlamaForSequenceClassification(config).save_pretrained(tmp_path)
+    byte_tokenizer().save_pretrained(tmp_path)
+    with pytest.raises(PacaError, match=r"lacks weights of LlamaForCausalLM.*at random: lm_head.weight\. Is it"):
+        load_pretrained(str(tmp_path))
 
 
 def test_a_tokenizer_of_another_model_is_refused(base: Path, tmp_path: Path) -> None:

@@ -54,10 +54,10 @@ def test_lengths_are_said_and_drawn(sample: Sample) -> None:
 
 def test_a_long_piece_is_shortened_and_control_characters_reach_no_terminal(tmp_path: Path) -> None:
     path = tmp_path / "data.jsonl"
-    path.write_text(json.dumps({"prompt": "begin\x1b[2J" + "x" * 3000 + "end", "completion": "yes"}) + "\n")
+    path.write_text(json.dumps({"prompt": "begin\x1b[2J\x07\u202e" + "x" * 3000 + "end", "completion": "yes"}) + "\n")
     text = shown(take_sample(load_examples(str(path)), byte_tokenizer()))
     assert "\x1b" not in text
-    assert "begin␛[2J" in text
+    assert r"begin␛[2J␇\u202e" in text
     assert "xend⟦yes" in text
     assert "characters …" in text
     assert len(text) < 3000

@@ -259,6 +259,25 @@ def test_a_run_is_not_continued_under_other_settings(run: Runner) -> None:
     assert run("a", "train.save_total_limit=1", resume=True).summary is not None
 
 
+@pytest.mark.parametrize("changed", ["data.train", "data.eval", "data.template"])
+def test_a_run_is_not_continued_on_other_content(run: Runner, tmp_path: Path, changed: str) -> None:
+    record = {"instruction": "Say a.", "output": "a"}
+    settings = {}
+    for key in ("data.train", "data.eval"):
+        settings[key] = tmp_path / f"{key}.jsonl"
+        settings[key].write_text((json.dumps(record) + "\n") * 4)
+    settings["data.template"] = tmp_path / "own.jinja"
+    settings["data.template"].write_text(str(byte_tokenizer().chat_template))
+    overrides = [f"{key}={file}" for key, file in settings.items()]
+    run("a", *overrides, stop_at=1)
+    before = settings[changed].read_text()
+    settings[changed].write_text(before.replace("Say a.", "Say b.") + "{# other #}\n" * (changed == "data.template"))
+    with pytest.raises(PacaError, match=rf"content of {changed} \({settings[changed]}\) is no longer what the run"):
+        run("a", *overrides, resume=True)
+    settings[changed].write_text(before)
+    assert run("a", *overrides, resume=True, stop_at=2).resume_command is not None
+
+
 def test_a_finished_run_is_neither_repeated_nor_overwritten(run: Runner, tmp_path: Path) -> None:
     first = run("a", "train.max_steps=2")
     changed = (tmp_path / "a" / "summary.json").stat().st_mtime_ns
@@ -398,3 +417,11 @@ def test_a_gguf_model_leaves_a_base_that_the_adapter_names(
     assert settings["base_model_name_or_path"] == str(base)
     run("whole", f"model.name={source}", "train.max_steps=4")
     assert same_adapter(tmp_path / "a", tmp_path / "whole")
+
+
+def test_fields_of_messages_that_are_not_used_are_in_the_plan(config_file: Path, tmp_path: Path) -> None:
+    answer = {"role": "assistant", "content": "b", "weight": 0}
+    record = {"messages": [{"role": "user", "content": "a"}, answer]}
+    (tmp_path / "chat.jsonl").write_text(json.dumps(record))
+    plan = describe(load_run_config(config_file, [f"data.train={tmp_path / 'chat.jsonl'}", "data.eval=null"]))
+    assert plan.data_description.endswith("; the template does not use these fields of messages: weight")

@@ -83,6 +83,19 @@ def test_the_written_config_reads_back_as_the_same_run(tmp_path: Path) -> None:
         ("train: {weight_decay: .nan}\n", "train.weight_decay must be zero or more, not nan."),
         ("train: {save_steps: .inf}\n", "train.save_steps must be above zero, not inf."),
         ("paca: {ranc: 4}\n", "line 3: there is no key paca.ranc. The keys of paca are "),
+        ("data: {train: x, max_length: 9}\n", "no key data.max_length. Did you mean train.max_length?"),
+        ("model: {name: x, max_length: 9}\n", "no key model.max_length. Did you mean train.max_length?"),
+        ("model: {name: x, r: 9}\n", "no key model.r. Did you mean paca.r?"),
+        ("lora: {}\ndata: {train: x, r: 9}\n", "no key data.r. Did you mean lora.r?"),
+        ("eval: {eval_steps: 9}\n", "no key eval.eval_steps. Did you mean train.eval_steps?"),
+        ("train: {dtype: float32}\n", "no key train.dtype. Did you mean model.dtype?"),
+        ("train: {template: x}\n", "no key train.template. Did you mean data.template?"),
+        ("train: {quantization: nf4}\n", "no key train.quantization. Did you mean model.quantization?"),
+        ("train: {limit: 4}\n", "no key train.limit. Did you mean data.limit?"),
+        ("paca: {template: x}\n", "no key paca.template. Did you mean data.template?"),
+        ("lora: {dtype: x}\n", "no key lora.dtype. Did you mean model.dtype?"),
+        ("full: {r: 4}\n", "no key full.r. Did you mean paca.r? The section full has no keys."),
+        ("peft: {peft_type: nosuch}\ndata: {train: x, r: 4}\n", "no key data.r."),
         ("paca: {rotate_by: norm}\n", "paca.rotate_by must be one of random, random_blocks, weight_norm, not the text"),
         ("paca: {indices: {}}\n", "line 3: paca.indices must map module names to lists, such as {'q_proj': [5]}"),
         ("paca: {r: 0}\n", "line 3: paca.r must be a whole number of columns, 1 or more; got 0."),
@@ -91,8 +104,9 @@ def test_the_written_config_reads_back_as_the_same_run(tmp_path: Path) -> None:
     ],
 )  # fmt: skip
 def test_a_wrong_key_or_value_is_refused_with_its_place(tmp_path: Path, addition: str, message: str) -> None:
+    given = "".join(line for line in MINIMAL.splitlines(True) if line.partition(" ")[0] not in addition)
     with pytest.raises(PacaError) as caught:
-        load(tmp_path, MINIMAL + addition)
+        load(tmp_path, given + addition)
     assert str(caught.value).startswith(str(tmp_path / "my run.yaml"))
     assert message in str(caught.value)
 
@@ -133,6 +147,13 @@ def test_what_a_config_needs_is_named(tmp_path: Path, text: str, message: str) -
     with pytest.raises(PacaError, match=r"my run\.yaml") as caught:
         load(tmp_path, text)
     assert message in str(caught.value)
+
+
+def test_set_gives_a_whole_section(tmp_path: Path) -> None:
+    assert load(tmp_path, MINIMAL, "full={}").method == "full"
+    assert load(tmp_path, MINIMAL + "lora: {r: 4, lora_alpha: 9}\n", "lora={r: 2}").adapter == {"r": 2}
+    with pytest.raises(PacaError, match=r"these are given: paca \(.*line 3\) and full \(--set\)"):
+        load(tmp_path, MINIMAL + "paca: {}\n", "full={}")
 
 
 def test_our_own_sections_are_checked_before_the_trainer_is_imported(

@@ -60,16 +60,17 @@ def test_a_used_folder_is_refused_unless_it_may_be_overwritten(tmp_path: Path) -
 
 def test_clearing_removes_the_run_and_nothing_else(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path / "new" / "run")
-    folder.clear()
+    folder.clear({})
     checkpoint(folder, 1)
     folder.adapter.mkdir()
     for file in (folder.config, folder.metrics, folder.summary, folder.report, folder.path / "notes.txt"):
         file.touch()
-    folder.clear()
-    assert [path.name for path in folder.path.iterdir()] == ["notes.txt"]
+    folder.clear({})
+    assert [path.name for path in sorted(folder.path.iterdir())] == ["inputs.json", "notes.txt"]
+    assert folder.inputs.read_text() == "{}"
 
 
 def test_a_folder_that_cannot_be_made_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(PacaError, match=r"output\.dir"):
-        RunFolder(tmp_path / "file" / "run").clear()
+        RunFolder(tmp_path / "file" / "run").clear({})

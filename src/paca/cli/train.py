@@ -44,8 +44,10 @@ def train(
     console = Console(quiet=os.environ.get("RANK", "0") != "0")
     if console.quiet or not console.is_terminal:
         from datasets import disable_progress_bars
+        from transformers.utils.logging import disable_progress_bar
 
         disable_progress_bars()  # of reading and tokenizing; in a log file they are noise
+        disable_progress_bar()  # of writing a whole model
     if dry_run:
         from paca.training.data_preview import show_sample
         from paca.training.plan import describe, show_plan

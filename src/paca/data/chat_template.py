@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import jinja2
 from transformers import PreTrainedTokenizerBase
 
+from paca.data.examples import RENDERED, Examples
 from paca.messages.errors import PacaError
 from paca.messages.nearest import did_you_mean
 
@@ -46,6 +48,21 @@ def set_chat_template(tokenizer: PreTrainedTokenizerBase, template: str) -> None
             f"data.template: in {template!r} no token of this tokenizer ends an answer, so the model would never learn "
             f"to stop. Use one that ends answers with its end-of-text token ({tokenizer.eos_token}), such as {DEFAULT}."
         )
+
+
+def unused_fields(examples: Examples, tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """Fields of messages that the chat template does not name, among the first 1,000 examples.
+
+    Args:
+        examples: Of any form.
+        tokenizer: With the template that renders them.
+    """
+    found: dict[str, None] = {}
+    for example in examples.dataset.select(range(min(1000, len(examples.dataset)))):
+        lists = [value for name, value in example.items() if name in RENDERED and isinstance(value, list)]
+        found.update((field, None) for messages in lists for message in messages for field in message)
+        found.update({"tools": None} if lists and example.get("tools") else {})
+    return [field for field in found if not re.search(rf"\b{re.escape(field)}\b", str(tokenizer.chat_template))]
 
 
 def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> str | None:

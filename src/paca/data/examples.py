@@ -22,7 +22,7 @@ from paca.messages.errors import PacaError
 
 logger = logging.getLogger(__name__)
 
-_RENDERED = ("messages", "prompt", "completion", "chosen", "rejected", "text")
+RENDERED = ("messages", "prompt", "completion", "chosen", "rejected", "text")
 """The columns that are text, or messages that a chat template renders."""
 ORIGIN = "origin"
 """The column that says where an example comes from. TRL carries it along (except when packing) and ignores it."""
@@ -60,6 +60,14 @@ class Examples:
         """Whether the examples are messages, which a chat template renders."""
         columns = self.dataset.features
         return "messages" in columns or ("prompt" in columns and columns["prompt"] != Value("string"))
+
+    def content(self) -> str:
+        """A hash of the rows. Images that lie in files count by their names."""
+        content = xxhash.xxh128()
+        for batch in self.dataset.with_format("arrow").iter(batch_size=1000):
+            for part in batch.combine_chunks().to_batches():
+                content.update(part.serialize())
+        return content.hexdigest()
 
 
 def load_examples(
@@ -108,7 +116,7 @@ def load_examples(
         "format_name": form.name,
         "limit": limit,
         "columns": tuple(features),  # a list would be taken for sources, to be read by several processes
-        "rendered": tuple(name for name in _RENDERED if not isinstance(features.get(name), Json)),
+        "rendered": tuple(name for name in RENDERED if not isinstance(features.get(name), Json)),
     }
     with without_progress_bars():
         try:

@@ -22,6 +22,8 @@ def _pair(form: str, answer: str) -> Callable[[Row], Example]:
                 made[name] = FORMATS[form].convert({**row, answer: row[name]})
             except PacaError as error:
                 raise PacaError(f"with {name} as the {answer}: {error}") from None
+        if made["chosen"] == made["rejected"]:
+            raise PacaError("chosen and rejected are the same, so there is nothing to prefer. Remove the record.")
         prompt = made["chosen"]["prompt"]
         if row.get("system") and isinstance(prompt, list):
             prompt = [{"role": "system", "content": str(row["system"])}, *prompt]

@@ -57,7 +57,21 @@ def _json_object(text: str, place: str) -> Row:
         ) from error
     if not isinstance(row, dict):
         raise PacaError(f"{place} holds {_kind(row)}; expected a JSON object with named fields.")
+    if "\\ud" in text.lower():
+        _check_characters(row, place)
     return row
+
+
+def _check_characters(row: Row, place: str) -> None:
+    """Refuse halves of characters: JSON can escape them, and no text can hold them."""
+    try:
+        json.dumps(row, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        half = f"\\u{ord(error.object[error.start]):04x}"
+        raise PacaError(
+            f"{place} holds {half}, one half of a character that JSON writes as two escapes. Correct the text, or take "
+            "the record out."
+        ) from None
 
 
 def _json_rows(file: Path) -> Iterator[tuple[str, Row]]:
@@ -69,7 +83,7 @@ def _json_rows(file: Path) -> Iterator[tuple[str, Row]]:
         return
     decoder = json.JSONDecoder()
     position = _skip_space(text, position + 1)
-    index = 0
+    index, has_halves = 0, "\\ud" in text.lower()
     while text[position : position + 1] != "]":
         try:
             row, position = decoder.raw_decode(text, position)
@@ -84,6 +98,8 @@ def _json_rows(file: Path) -> Iterator[tuple[str, Row]]:
             ) from error
         if not isinstance(row, dict):
             raise PacaError(f"{file}, record {index} is {_kind(row)}; expected a JSON object with named fields.")
+        if has_halves:
+            _check_characters(row, f"{file}, record {index}")
         yield f"{file.name}, record {index}", row
         index += 1
 

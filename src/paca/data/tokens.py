@@ -133,6 +133,8 @@ def _conversation(
         "chat_template": None if everything else template,
     }
     text = render(tokenizer, messages, example[ORIGIN], **options)
+    if any(message.get("tool_calls") for message in messages):
+        _require_tool_calls(text, messages, tokenizer, example[ORIGIN], options)
     answers = [index for index in range(first, len(messages)) if messages[index]["role"] == "assistant"]
     spans: list[tuple[int, int]] = []
     for index in [] if everything else answers:
@@ -149,6 +151,23 @@ def _conversation(
             "the chat template renders it differently each time). Give the example as prompt and completion."
         )
     return text, spans, 0 if everything else len(answers) - len(spans)
+
+
+def _require_tool_calls(
+    text: str, messages: list[Message], tokenizer: PreTrainedTokenizerBase, place: str, options: dict[str, Any]
+) -> None:
+    """Refuse a template for which the messages might as well call no tool: the model would learn to say nothing."""
+    without = [{name: field for name, field in message.items() if name != "tool_calls"} for message in messages]
+    try:
+        dropped = render(tokenizer, without, place, **options) == text
+    except PacaError:  # without its call, the template can't make sense of what a tool said
+        return
+    if dropped:
+        raise PacaError(
+            f"{place}: an answer calls a tool, and the chat template leaves tool_calls out, so the call would not be "
+            f"learned. The template begins {str(tokenizer.chat_template).strip()[:60]!r}. Name one in data.template "
+            "that renders tool_calls (a Jinja file), or take such records out."
+        )
 
 
 def _shared(one: Sequence[object], other: Sequence[object]) -> int:

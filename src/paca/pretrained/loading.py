@@ -124,7 +124,13 @@ def load_pretrained(
         if labels is not None:
             config = AutoConfig.from_pretrained(**options, **_label_settings(labels))
             options |= {"config": config, "ignore_mismatched_sizes": True}
-        model = auto_class.from_pretrained(dtype=torch_dtype, **options)
+        model, found = auto_class.from_pretrained(dtype=torch_dtype, output_loading_info=True, **options)
+    if auto_class is AutoModelForCausalLM and (missing := sorted(found["missing_keys"] & _names(model))):
+        listed = ", ".join(missing[:4]) + (f" and {len(missing) - 4:,} more" if len(missing) > 4 else "")
+        raise PacaError(
+            f"The checkpoint {location.name_or_path!r} lacks weights of {type(model).__name__}, which would be made at "
+            f"random: {listed}. Is it of another kind, such as a classifier? Give a language model's checkpoint."
+        )
     quantizing.keep_trainable(model)
     if location.source == "gguf":
         gguf.check_is_plain(model, location.name_or_path)
@@ -177,6 +183,10 @@ def load_config(
             model = auto_class.from_config(config, dtype=torch_dtype, trust_remote_code=trust_remote_code)
     model.tie_weights()
     return Outline(config, model)
+
+
+def _names(model: nn.Module) -> set[str]:
+    return {name for name, _ in model.named_parameters()}
 
 
 def _label_settings(labels: Sequence[str]) -> dict[str, Any]:

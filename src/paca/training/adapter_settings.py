@@ -7,7 +7,7 @@ import dataclasses
 import enum
 import re
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from peft import LoraConfig, PeftConfig
@@ -61,7 +61,10 @@ def config_type(method: str, settings: Mapping[str, Any]) -> type[PeftConfig]:
 
 
 def check_adapter_settings(
-    method: str, settings: dict[str, Any], origins: Origins, elsewhere: Mapping[str, Iterable[str]] | None = None
+    method: str,
+    settings: dict[str, Any],
+    origins: Origins,
+    elsewhere: Callable[[], Mapping[str, Iterable[str]]] | None = None,
 ) -> None:
     """Check the keys, types and values of the section.
 
@@ -69,7 +72,7 @@ def check_adapter_settings(
         method: Its name.
         settings: What was given; `peft_type` becomes upper case.
         origins: Where.
-        elsewhere: The keys of other sections.
+        elsewhere: As for `check_section`.
 
     Raises:
         PacaError: An unknown key, a wrong type, or a value that the config refuses.

@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 import os
 import typing
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,19 +36,20 @@ def load_run_config(path: str | os.PathLike[str], overrides: Iterable[str] = ())
     sections, origins = _read_sections(path, overrides)
     method = _method(sections, origins)
     built: dict[str, Any] = {}
+    elsewhere = partial(_keys_of_all, method, sections)
     sections["output"].setdefault("dir", os.path.join("runs", path.stem))
     for name, section_type in SECTIONS.items():
-        built[name] = _build_section(name, section_type, sections[name], origins)
+        built[name] = _build_section(name, section_type, sections[name], origins, elsewhere)
     config = RunConfig(**built, method=method, adapter=sections[method], train=sections["train"])
     for key, problem in _problems(config):
         raise PacaError(f"{origins.of(key)}: {key} {problem}")
 
     # Only now: these two import peft and trl, which takes seconds that the mistakes above need not cost.
-    from paca.training.adapter_settings import adapter_fields, check_adapter_settings
-    from paca.training.train_settings import OWN, check_train_settings, train_fields
+    from paca.training.adapter_settings import check_adapter_settings
+    from paca.training.train_settings import check_train_settings
 
-    check_adapter_settings(method, sections[method], origins, {"train": [*train_fields(), *OWN]})
-    check_train_settings(sections["train"], origins, {method: adapter_fields(method, sections[method])})
+    check_adapter_settings(method, sections[method], origins, elsewhere)
+    check_train_settings(sections["train"], origins, elsewhere)
     _make_paths_absolute(config)
     return config
 
@@ -71,6 +73,10 @@ def _read_sections(path: Path, overrides: Iterable[str]) -> tuple[dict[str, dict
     for override in overrides:
         key, separator, text = override.partition("=")
         section, dot, name = key.strip().partition(".")
+        if section in names and separator and not dot and isinstance(whole := parse_value(text), dict):  # full={}
+            sections[section] = whole
+            origins.overridden |= {section, *(f"{section}.{name}" for name in whole)}
+            continue
         if not separator or not dot or not name:
             raise PacaError(f"--set {override}: expected section.key=value, such as --set train.learning_rate=1e-4.")
         if section not in names:
@@ -94,9 +100,32 @@ def _method(sections: dict[str, dict[str, Any]], origins: Origins) -> str:
     return given[0] if given else "paca"
 
 
-def _build_section(name: str, section_type: type, values: dict[str, Any], origins: Origins) -> Any:
+def _keys_of_all(method: str, sections: dict[str, dict[str, Any]]) -> dict[str, Iterable[str]]:
+    """The keys of each section, those first that are meant more often."""
+    from paca.training.adapter_settings import adapter_fields
+    from paca.training.train_settings import keys_of
+    from paca.training.trainers import TRAINERS
+
+    try:
+        fields = adapter_fields(method, sections[method])
+    except (KeyError, ValueError):  # `peft_type` is missing or wrong, which is not yet checked
+        fields = {}
+    adapter: dict[str, Iterable[str]] = {"paca": adapter_fields("paca", {})} if method == "full" else {method: fields}
+    trainer = sections["train"].get("trainer")
+    others: dict[str, Iterable[str]] = {name: typing.get_type_hints(kind) for name, kind in SECTIONS.items()}
+    calibration = others.pop("calibration")
+    train = keys_of(trainer if trainer in TRAINERS else "sft")
+    return {**adapter, **others, "train": train, "calibration": calibration}
+
+
+def _build_section(
+    name: str,
+    section_type: type,
+    values: dict[str, Any],
+    origins: Origins,
+    elsewhere: Callable[[], Mapping[str, Iterable[str]]],
+) -> Any:
     annotations = typing.get_type_hints(section_type)
-    elsewhere = {other: typing.get_type_hints(kind) for other, kind in SECTIONS.items() if other != name}
     check_section(name, values, annotations, origins, elsewhere=elsewhere)
     for option in dataclasses.fields(section_type):
         if option.name not in values and option.default is dataclasses.MISSING:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import re
 from typing import Any
 
 from rich.console import Console
@@ -14,6 +15,8 @@ from paca.messages.say import say
 _LONGEST_PIECE = 800
 """Characters of a piece of the example that are shown: its beginning and its end."""
 _BAR = 32
+_CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]")
+"""What a terminal would obey: control characters, and those that turn the direction of writing."""
 
 
 def show_sample(sample: Sample, console: Console) -> None:
@@ -23,7 +26,7 @@ def show_sample(sample: Sample, console: Console) -> None:
     say(console, f"\nAn example of middle length ({sample.origin}); what the loss falls on is {marked}:\n")
     text = Text()
     for piece, counts in sample.pieces:
-        piece = _shortened(piece).replace("\x1b", "␛")
+        piece = _CONTROLS.sub(_visible, _shortened(piece))
         if counts and not colours:
             piece = f"⟦{piece}⟧"
         text.append(piece, style="green" if counts else None)
@@ -75,6 +78,11 @@ def sample_section(values: dict[str, Any] | None) -> str:
         f"falls on what is <mark>marked</mark>.</p>\n<pre>{text}</pre>\n"
         f"<pre>{html.escape(chr(10).join(length_lines(sample)))}</pre>"
     )
+
+
+def _visible(found: re.Match[str]) -> str:
+    number = ord(found[0])
+    return chr(0x2400 + number) if number < 0x20 else f"\\u{number:04x}"
 
 
 def _shortened(piece: str) -> str:

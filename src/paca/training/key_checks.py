@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ class Origins:
 
     def of_section(self, name: str) -> str:
         """The same for a whole section."""
-        given = name not in self.lines and any(key.startswith(f"{name}.") for key in self.overridden)
+        given = name not in self.lines and any(key.partition(".")[0] == name for key in self.overridden)
         return "--set" if given else self.of(name)
 
 
@@ -50,7 +50,7 @@ def check_section(
     annotations: Mapping[str, Any],
     origins: Origins,
     choices: Mapping[str, Any] | None = None,
-    elsewhere: Mapping[str, Iterable[str]] | None = None,
+    elsewhere: Callable[[], Mapping[str, Iterable[str]]] | None = None,
 ) -> None:
     """Refuse keys that a section does not have, values of another type, and values that a field does not list.
 
@@ -60,7 +60,7 @@ def check_section(
         annotations: The type of each key.
         origins: Where each was given.
         choices: For some keys, the only values.
-        elsewhere: The keys of other sections, for one that is in the wrong section.
+        elsewhere: Finds the keys of all sections, for one that is in the wrong section.
 
     Raises:
         PacaError: Names the dotted key, its place, what was expected and the nearest of it, and what was found.
@@ -68,8 +68,12 @@ def check_section(
     names = sorted(annotations)
     for name in settings:
         if name not in annotations:
-            hint = _where_it_belongs(name, {section: names, **(elsewhere or {})})
-            if len(names) <= 20:
+            # A plain misspelling needs no look at the others, for which libraries are imported.
+            misspelt = nearest(name, names, cutoff=0.8) is not None or elsewhere is None
+            hint = _where_it_belongs(name, {section: names, **({} if misspelt or not elsewhere else elsewhere())})
+            if not names:
+                hint += f" The section {section} has no keys."
+            elif len(names) <= 20:
                 hint += f" The keys of {section} are {', '.join(names)}."
             raise PacaError(f"{origins.of(f'{section}.{name}')}: there is no key {section}.{name}.{hint}")
     for name, value in settings.items():

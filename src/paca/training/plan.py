@@ -27,6 +27,7 @@ from paca.pretrained.quantizing import quantize_outline
 from paca.training import adapter_settings, train_settings
 from paca.training.calibration import describe_columns
 from paca.training.run_config import RunConfig
+from paca.training.same_run import inputs_of
 from paca.training.target_names import check_target_names
 from paca.training.trainers import trainer_kind
 from paca.training.trainers.kind import RunData, TrainerKind
@@ -141,6 +142,8 @@ class PreparedRun:
     plan: Plan
     data: RunData
     """With fields of the trainer's settings that follow from it; the resolved config leaves them to be found again."""
+    inputs: dict[str, str]
+    """From `inputs_of`."""
     outline: PlannedModel
     """The adapted model without weights, for what is foretold of its memory."""
 
@@ -207,6 +210,7 @@ def prepare(config: RunConfig, *, whole: bool = True) -> PreparedRun:
         )
     layers = getattr(adapted.base_model, "targeted_module_names", []) if method != "full" else []
     sequences = _sequences_per_step(config.train, processes)
+    inputs = inputs_of(config, train, held_out) if whole else {}
     data = kind.shape(config, data, whole=whole)
     typical = None if data.sample is None else data.sample.mean
     if config.train.get("packing"):
@@ -234,7 +238,7 @@ def prepare(config: RunConfig, *, whole: bool = True) -> PreparedRun:
         tokens_per_step=None if typical is None else round(sequences * typical),
         steps=steps,
     )
-    return PreparedRun(plan, data, adapted)
+    return PreparedRun(plan, data, inputs, adapted)
 
 
 def _adapted_outline(config: RunConfig, model: PreTrainedModel, task_type: str | None) -> PlannedModel:
@@ -266,6 +270,8 @@ def heads_of(model: nn.Module) -> list[str]:
 def _check_model_settings(config: RunConfig, kind: TrainerKind) -> None:
     if config.data.label is not None and kind.name != "image_classification":
         raise PacaError(f"data.label goes with train.trainer: image_classification, not {kind.name}. Leave it out.")
+    if config.data.template is not None and not kind.renders:
+        raise PacaError(f"data.template has no effect with train.trainer: {kind.name}. Leave it out.")
     if config.eval.metric is not None and kind.score is not None:
         raise PacaError(f"eval.metric goes with train.trainer: sft; {kind.name} measures {kind.score}. Leave it out.")
     selection = config.adapter.get("selection") if config.method == "paca" else None

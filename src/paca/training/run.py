@@ -113,9 +113,9 @@ def train(
                 "--probe does not go with train.deepspeed, whose backward pass is also a step. Leave it out."
             )
         if main and resume:
-            check_same_run(folder.config, plan.config)
+            check_same_run(folder, plan.config, prepared.inputs)
         elif main:
-            folder.clear()
+            folder.clear(prepared.inputs)
         PartialState().wait_for_everyone()
         checkpoint = folder.newest_checkpoint() if resume else None
         with explained(plan.config):

@@ -22,6 +22,7 @@ class RunFolder:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.config = path / "config.yaml"  # resolved; it runs again as it is
+        self.inputs = path / "inputs.json"  # hashes of the data and the template, for a run that is continued
         self.metrics = path / "metrics.jsonl"
         self.summary = path / "summary.json"  # written last: its presence says that the run is finished
         self.report = path / "report.html"
@@ -60,8 +61,11 @@ class RunFolder:
             f"{self.path} already holds {state}. {remedy} another output.dir, or output.overwrite=true to start over."
         )
 
-    def clear(self) -> None:
+    def clear(self, inputs: dict[str, str]) -> None:
         """Make the folder, without the parts of an earlier run; other files in it stay.
+
+        Args:
+            inputs: Of the run that begins, from `inputs_of`.
 
         Raises:
             PacaError: It can't be made, or not be emptied.
@@ -73,6 +77,7 @@ class RunFolder:
             for part in (self.adapter, self.model, self.base, self.checkpoints):
                 if part.is_dir():
                     shutil.rmtree(part)
+            write_whole(self.inputs, json.dumps(inputs))
         except OSError as error:
             raise PacaError(f"The run folder {self.path} (output.dir) can't be made ready: {error}.") from error
 

@@ -78,14 +78,14 @@ def keys_of(trainer: str) -> dict[str, Any]:
 
 
 def check_train_settings(
-    settings: Mapping[str, Any], origins: Origins, elsewhere: Mapping[str, Iterable[str]] | None = None
+    settings: Mapping[str, Any], origins: Origins, elsewhere: Callable[[], Mapping[str, Iterable[str]]] | None = None
 ) -> None:
     """Check the keys, types, choices and ranges of the section.
 
     Args:
         settings: What the user gave.
         origins: Where.
-        elsewhere: The keys of other sections.
+        elsewhere: As for `check_section`.
 
     Raises:
         PacaError: An unknown key, a key that has another place, a wrong type, or a value outside the choices

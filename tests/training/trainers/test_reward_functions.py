@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
+from pathlib import Path
+
 import pytest
 import trl.rewards
 
-from paca.training.trainers.reward_functions import BY_TRL, ExactMatch
+from paca.messages.errors import PacaError
+from paca.training.trainers.reward_functions import BY_TRL, ExactMatch, find_rewards
 
 
 @pytest.mark.parametrize(
@@ -31,3 +35,41 @@ def test_an_answer_counts_if_it_is_the_records(
 
 def test_trls_rewards_are_there() -> None:
     assert all(callable(getattr(trl.rewards, name)) for name in BY_TRL)
+
+
+FUNCTIONS = """
+def fails(completions, **kwargs):
+    return [1 / 0 for _ in completions]
+def writes(completions, **kwargs):
+    return ["good" for _ in completions]
+def stops(completions, **kwargs):
+    return [1.0]
+def nothing(completions, **kwargs):
+    return None
+def works(completions, answer, **kwargs):
+    return [1, None]
+"""
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("fails", r"own_rewards:fails fails with ZeroDivisionError: division by zero \(.*own_rewards.py, line 3\)"),
+        ("nothing", "own_rewards:nothing fails with TypeError"),
+        ("writes", "a number or None for each of 2 completions; it returned 'good' among them"),
+        ("stops", "for each of 2 completions; it returned 1 values"),
+    ],
+)
+def test_a_function_that_gives_no_numbers_is_one_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, message: str
+) -> None:
+    (tmp_path / "own_rewards.py").write_text(FUNCTIONS)
+    monkeypatch.syspath_prepend(tmp_path)
+    failing, working = find_rewards({"reward_funcs": [f"own_rewards:{name}", "own_rewards:works"]})
+    assert failing.function is not None
+    with pytest.raises(PacaError, match=message):
+        failing.function(prompts=["?", "?"], completions=["a", "b"])
+    assert working.function is not None
+    assert working.function(completions=["a", "b"], answer=["", ""]) == [1, None]
+    assert list(inspect.signature(working.function).parameters) == ["completions", "answer", "kwargs"]
+    assert working.function.__name__ == "works"

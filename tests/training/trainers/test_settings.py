@@ -74,6 +74,7 @@ def test_the_arguments_are_the_trainers_own(tmp_path: Path) -> None:
         ("grpo", [{"text": "a", "answer": "b"}], "columns: text, answer.*\n.*prompt: prompt"),
         ("grpo", [{"prompt": "a"}], "exact_match needs the column answer, which .*data.jsonl has not"),
         ("grpo", [{"prompt": "a", "answer": "b"}, {"prompt": "c"}], "data.jsonl, line 2: answer is missing"),
+        ("dpo", [{"prompt": "a", "chosen": "b", "rejected": "b"}], "line 1: chosen and rejected are the same"),
         ("classification", [{"text": "a", "label": "x"}] * 2, "has one label, \\['x'\\]; a classifier needs two"),
         ("classification", [{"text": "a"}], "columns: text.*\n.*text-label: text, label"),
     ],
@@ -123,6 +124,9 @@ def test_trls_rewards_read_messages_only(workspace: Path, tmp_path: Path) -> Non
         ("dpo", "eval.metric=exact_match", "eval.metric goes with train.trainer: sft; dpo measures rewards/acc"),
         ("dpo", "paca.selection=activation_norm", "goes by batches as train.trainer: sft makes them"),
         ("image_classification", "model.lean=true", "lean"),
+        ("grpo", "train.num_generations=3", "4 answers are made .* train.num_generations: 3 does not divide it"),
+        ("classification", "data.template=chatml", "data.template has no effect with train.trainer: classification"),
+        ("image_classification", "data.template=nosuch", "data.template has no effect with train.trainer: image"),
     ],
 )
 def test_what_does_not_go_together_is_refused(workspace: Path, name: str, override: str, message: str) -> None:

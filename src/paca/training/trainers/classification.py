@@ -35,6 +35,7 @@ class Classification(TrainerKind):
     trainer = Trainer
     auto_class: ClassVar[Any] = AutoModelForSequenceClassification
     task_type: ClassVar[str | None] = "SEQ_CLS"
+    renders = False
     score = "accuracy"
 
     def read(self, config: RunConfig) -> RunData:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
@@ -61,6 +62,21 @@ class Grpo(TrainerKind):
         names = ", ".join(reward.name for reward in rewards)
         return RunData(train, held_out, f"the model's own answers, by {names}", template)
 
+    def shape(self, config: RunConfig, data: RunData, *, whole: bool) -> RunData:
+        """As it is; the answers that are made at a time must be whole groups.
+
+        Raises:
+            PacaError: They are not.
+        """
+        answers = answers_at_a_time(config.train, processes := int(os.environ.get("WORLD_SIZE", "1")))
+        if answers % config.train["num_generations"]:
+            raise PacaError(
+                f"{answers} answers are made at a time (train.per_device_train_batch_size × accumulated batches, in "
+                f"{processes} processes). train.num_generations: {config.train['num_generations']} does not divide it. "
+                "Change one of them."
+            )
+        return data
+
     def make(self, config: RunConfig, adapter: Any, data: RunData, **parts: Any) -> Trainer:
         """With the reward functions, and the models among them loaded."""
         rewards = load_reward_models(find_rewards(config.train))
@@ -77,7 +93,12 @@ class Grpo(TrainerKind):
     def steps(self, examples: int, train: Mapping[str, Any], processes: int) -> int | None:
         """Batches are of answers: `num_generations` to a prompt, made for `steps_per_generation` batches at a time."""
         per_batch = train["per_device_train_batch_size"] * processes
-        at_a_time = train.get("steps_per_generation") or train["gradient_accumulation_steps"]
-        answers = train.get("generation_batch_size") or per_batch * at_a_time
+        answers = answers_at_a_time(train, processes)
         blocks = examples // max(1, answers // train["num_generations"])
         return steps_of(blocks * train.get("num_iterations", 1) * (answers // per_batch), train)
+
+
+def answers_at_a_time(train: Mapping[str, Any], processes: int) -> int:
+    """Answers that are made before any is learned from, as TRL counts them."""
+    batches = train.get("steps_per_generation") or train["gradient_accumulation_steps"]
+    return train.get("generation_batch_size") or train["per_device_train_batch_size"] * processes * batches

@@ -14,6 +14,7 @@ from datasets import Dataset
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 from paca.data import Examples, load_examples, split_heldout
+from paca.data.chat_template import unused_fields
 from paca.data.sample import Sample
 from paca.training.key_checks import Origins
 from paca.training.prompt_form import choose_form, tokenizer_of
@@ -54,6 +55,8 @@ class TrainerKind:
     """The `AutoModel...` of transformers that makes the model."""
     task_type: ClassVar[str | None] = "CAUSAL_LM"
     """By PEFT's names."""
+    renders: ClassVar[bool] = True
+    """Whether a chat template can render its data."""
     learning_rate: ClassVar[float] = 3e-4
     """Our default for adapters."""
     counts: ClassVar[str] = "tokens"
@@ -155,7 +158,11 @@ def read_texts(config: RunConfig, family: str) -> tuple[Examples, Examples | Non
     """
     tokenizer = tokenizer_of(config)
     train, held_out = read_split(config, partial(load_examples, format=config.data.format, family=family))
-    return train, held_out, choose_form(config, train, tokenizer)
+    form = choose_form(config, train, tokenizer)
+    if unused := unused_fields(train, tokenizer) if train.is_conversational else []:
+        note = f"; the template does not use these fields of messages: {', '.join(unused)}"
+        train = dataclasses.replace(train, description=train.description + note)
+    return train, held_out, form
 
 
 def read_split(config: RunConfig, load: Callable[..., Examples]) -> tuple[Examples, Examples | None]:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import inspect
 import os
 import sys
+import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +22,7 @@ from paca.data.answers import extract_answer
 from paca.data.examples import ORIGIN
 from paca.messages.errors import PacaError
 from paca.messages.nearest import did_you_mean
+from paca.messages.out_of_memory import is_out_of_memory
 from paca.pretrained import load_pretrained
 from paca.pretrained.generation import load_saved
 from paca.pretrained.purpose import classifier_in
@@ -107,7 +110,34 @@ def _imported(name: str, module: str, function: str) -> Callable[..., list[float
         ) from error
     if not callable(found):
         raise PacaError(f"train.reward_funcs: {name} is no function, but {type(found).__name__}.")
-    return found
+    return found if inspect.iscoroutinefunction(found) else _checked(name, found)
+
+
+def _checked(name: str, function: Callable[..., Any]) -> Callable[..., list[float]]:
+    """The function; one error says what is wrong where it fails, or gives something else than numbers."""
+
+    @functools.wraps(function)
+    def reward(*args: Any, completions: list[Any], **kwargs: Any) -> list[float]:
+        try:
+            rewards = list(function(*args, completions=completions, **kwargs))
+        except Exception as error:  # whatever the user's code raises
+            if is_out_of_memory(error):
+                raise
+            place = traceback.extract_tb(error.__traceback__)[-1]
+            raise PacaError(
+                f"train.reward_funcs: {name} fails with {type(error).__name__}: {error} ({place.filename}, line "
+                f"{place.lineno}). Correct the function."
+            ) from error
+        wrong = [value for value in rewards if value is not None and not hasattr(value, "__float__")]
+        if wrong or len(rewards) != len(completions):
+            given = f"{wrong[0]!r} among them" if wrong else f"{len(rewards)} values"
+            raise PacaError(
+                f"train.reward_funcs: {name} must return a number or None for each of {len(completions)} completions; "
+                f"it returned {given}. Correct the function."
+            )
+        return rewards
+
+    return reward
 
 
 def check_columns(rewards: list[Reward], examples: Examples) -> None:
