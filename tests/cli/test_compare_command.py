@@ -113,12 +113,12 @@ def wait_until(holds: Callable[[], bool]) -> None:
 def test_two_processes_of_which_one_is_killed_and_one_stopped_come_to_the_same_rows(
     workspace: Path, tmp_path: Path
 ) -> None:
-    """Trains eight tiny runs, each in a process that imports everything anew."""
-    compare = (*COMPARE[:-1], "1e-2")
+    """Trains four tiny runs, each in a process that imports everything anew."""
+    compare = tuple({"0,1": "0", "1e-2,3e-2": "1e-2"}.get(word, word) for word in COMPARE)
     done = forked_paca(*compare, "--output", "whole", cwd=workspace)
     assert done.returncode == 0, done.stderr
     whole = workspace / "whole"
-    assert sum(row["train_info"]["status"] == "success" for row in compared(whole)) == 4
+    assert sum(row["train_info"]["status"] == "success" for row in compared(whole)) == 2
     assert "loss" in (whole / "comparison.md").read_text()
 
     shared, processes = workspace / "shared", []

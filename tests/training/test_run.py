@@ -85,7 +85,7 @@ def test_a_run_leaves_its_folder(run: Runner, tmp_path: Path, config_file: Path)
     assert result.folder == folder
     assert result.resume_command is None
     assert {path.name for path in folder.iterdir()} == {
-        "config.yaml", "metrics.jsonl", "summary.json", "report.html", "adapter", "checkpoints",
+        "config.yaml", "inputs.json", "metrics.jsonl", "summary.json", "report.html", "adapter", "checkpoints",
     }  # fmt: skip
     summary = json.loads((folder / "summary.json").read_text())
     assert summary == result.summary
