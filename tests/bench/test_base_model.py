@@ -66,5 +66,5 @@ def test_settings_that_do_not_go_with_the_model_are_refused() -> None:
 
 def test_four_bit_weights_say_what_they_need(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(MethodUnavailable, match=r"pip install 'paca-tuning\[bitsandbytes\]'"):
+    with pytest.raises(MethodUnavailable, match="pip install bitsandbytes"):
         build_base_model(settings(), four_bit=True)

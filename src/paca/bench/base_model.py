@@ -54,7 +54,7 @@ def build_base_model(settings: BenchSettings, four_bit: bool = False) -> BaseMod
         MethodUnavailable: bitsandbytes is not installed.
     """
     if four_bit and importlib.util.find_spec("bitsandbytes") is None:
-        raise MethodUnavailable("needs bitsandbytes for its 4-bit weights: pip install 'paca-tuning[bitsandbytes]'")
+        raise MethodUnavailable("needs bitsandbytes for its 4-bit weights: pip install bitsandbytes")
     shape = settings.shape()
     if shape is None:
         model: Any = load_pretrained(settings.model, settings.dtype).model

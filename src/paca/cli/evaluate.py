@@ -72,7 +72,7 @@ def evaluate(
         with Shown(console) as shown:
             say(console, f"Loading {path} ...")
             if names and importlib.util.find_spec("lm_eval") is None:
-                raise PacaError("--tasks needs lm-evaluation-harness. Install it: pip install 'paca-tuning[evaluate]'")
+                raise PacaError("--tasks needs lm-evaluation-harness. Install it: pip install lm-eval")
             import_package()
             from paca.pretrained.generation import load_for_generation
 

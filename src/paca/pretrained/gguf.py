@@ -39,7 +39,7 @@ def require_gguf(job: str = "Reading") -> Any:
     try:
         import gguf
     except ImportError as error:
-        raise PacaError(f"{job} a GGUF file needs the package gguf: pip install 'paca-tuning[gguf]'.") from error
+        raise PacaError(f"{job} a GGUF file needs the package gguf: pip install gguf.") from error
     return gguf
 
 

@@ -51,7 +51,7 @@ def method_of(config: PreTrainedConfig) -> str | None:
 def require_bitsandbytes(what: str) -> None:
     """Raise PacaError if bitsandbytes is not installed, by which `what` is to be quantized."""
     if importlib.util.find_spec("bitsandbytes") is None:
-        raise PacaError(f"{what}: quantized weights need bitsandbytes: pip install 'paca-tuning[bitsandbytes]'.")
+        raise PacaError(f"{what}: quantized weights need bitsandbytes: pip install bitsandbytes.")
 
 
 def quantized_linear(linear: Any, quantization: str) -> nn.Module:

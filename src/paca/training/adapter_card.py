@@ -145,7 +145,7 @@ def _how_to_load_classifier(classifier: Classifier, name: str, base: str) -> str
     if name == "full":
         return f'{labels}```python\nfrom transformers import {auto}\n\nmodel = {auto}.from_pretrained("{_HERE}")\n```'
     return f"""{labels}```python
-{"import paca  # makes PaCA known to PEFT; pip install paca-tuning" if name == "paca" else ""}
+{"import paca  # makes PaCA known to PEFT; the package paca-tuning, not the paca on PyPI" if name == "paca" else ""}
 from peft import PeftModel
 from transformers import AutoConfig, {auto}
 
@@ -164,7 +164,7 @@ def _how_to_load(name: str, folder: Path, base: str, trained: nn.Module) -> str:
         )
     first = "from peft import AutoPeftModelForCausalLM"
     if name == "paca":
-        first = f"import paca  # makes PaCA known to PEFT; pip install paca-tuning\n{first}"
+        first = f"import paca  # makes PaCA known to PEFT; the package paca-tuning, not the paca on PyPI\n{first}"
     code = _LOAD.format(first=first, model_class="AutoPeftModelForCausalLM", comment=f"  # with its base, {base}")
     if name != "paca":
         return f"{code}\n\n`paca merge` writes it as a plain checkpoint."
