@@ -46,7 +46,7 @@ def test_methods_of_an_earlier_call_stay_known(tmp_path: Path) -> None:
 
 def test_another_config_is_refused_with_what_differs(tmp_path: Path) -> None:
     begun(tmp_path)
-    other = small_comparison(tmp_path, equal="time")
+    other = small_comparison(tmp_path, equal=("time",))
     other.common = {**COMMON, "train": {"max_steps": 7, "optim": "sgd"}}
     with pytest.raises(PacaError) as caught:
         SettingsFile(other).read()
@@ -76,7 +76,7 @@ def test_data_whose_content_has_changed_is_refused_by_its_name(tmp_path: Path, k
 def test_without_runs_another_comparison_takes_the_folder_and_the_same_one_what_was_measured(tmp_path: Path) -> None:
     SettingsFile(small_comparison(tmp_path)).write(KEPT)
     assert SettingsFile(small_comparison(tmp_path)).read() == KEPT
-    assert SettingsFile(small_comparison(tmp_path, equal="time")).read() == {}
+    assert SettingsFile(small_comparison(tmp_path, equal=("time",))).read() == {}
 
 
 def test_a_run_without_held_out_data_cannot_be_compared(tmp_path: Path) -> None:

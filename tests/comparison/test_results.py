@@ -99,7 +99,7 @@ def test_each_other_method_has_its_clause() -> None:
 
 def test_the_verdict_says_what_was_equal() -> None:
     methods = result({"paca": shifted(-0.1), "lora": BASE}).methods
-    assert ComparisonResult(methods, [], "time").verdict.startswith("At equal time, paca is better than lora (loss")
+    assert ComparisonResult(methods, [], ("time",)).verdict.startswith("At equal time, paca is better than lora (loss")
 
 
 @pytest.mark.parametrize(
@@ -110,11 +110,21 @@ def test_the_verdict_says_how_far_from_equal_it_was(equal: str, name: str) -> No
     paca, lora, ia3 = result({"paca": shifted(-0.1), "lora": BASE, "ia3": BASE}).methods
     for one in ia3.rows:
         one["train_info"][name] /= 40
-    verdict = ComparisonResult([paca, lora, ia3], [], equal).verdict
+    verdict = ComparisonResult([paca, lora, ia3], [], (equal,)).verdict
     assert verdict.startswith(f"At equal {equal}, paca is better than lora (loss")
     assert f"; at 40.00 × the {equal} of ia3, paca is better than ia3 (loss" in verdict
-    only = ComparisonResult([paca, ia3], [], equal).verdict
+    only = ComparisonResult([paca, ia3], [], (equal,)).verdict
     assert only.startswith(f"At 40.00 × the {equal} of ia3, paca is better than ia3")
+
+
+def test_the_verdict_says_of_each_thing_whether_it_was_equal() -> None:
+    paca, lora = result({"paca": shifted(-0.1), "lora": BASE}).methods
+    both = ("parameters", "time")
+    assert ComparisonResult([paca, lora], [], both).verdict.startswith("At equal parameters and time, paca is better")
+    for one in lora.rows:
+        one["train_info"]["train_time"] *= 2
+    verdict = ComparisonResult([paca, lora], [], both).verdict
+    assert verdict.startswith("At equal parameters and 0.50 × the time of lora, paca is better than lora")
 
 
 def test_one_method_has_nothing_to_be_compared_with() -> None:

@@ -33,7 +33,7 @@ def compare(
     lr: Annotated[str, typer.Option(help="Learning rates to choose from, with commas, for each method.")] = "",
     seeds: Annotated[str, typer.Option(help="Seeds, with commas. Rates are chosen with the first.")] = "0,1,2",
     equal: Annotated[
-        Optional[Literal["parameters", "time", "memory"]],  # noqa: UP045  (typer reads it at run time, on 3.10 too)
+        Optional[Literal["parameters", "time", "memory", "parameters,time"]],  # noqa: UP045  (typer reads it on 3.10 too)
         typer.Option(help="What to make the same for all methods, following the first one."),
     ] = None,
     extend: Annotated[
@@ -105,7 +105,8 @@ def _train(
     from paca.comparison.prepare import prepare
 
     disable_progress_bars()
-    comparison = Comparison(output, common, chosen, rates, numbers, equal, extend)
+    same = tuple(equal.split(",")) if equal else ()
+    comparison = Comparison(output, common, chosen, rates, numbers, same, extend)
     planned = prepare(comparison, console)
     console.print(table_of(planned))
     beyond = " and beyond while the edge is best" if extend and len(rates) > 1 else ""

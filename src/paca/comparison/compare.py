@@ -110,22 +110,23 @@ def _notes(comparison: Comparison, planned: Sequence[PlannedMethod], methods: Se
     )
     notes.append("All methods train on the same data. A seed gives all of them the same order.")
     leader = planned[0].method.name
-    if comparison.equal == "time":
+    if "time" in comparison.equal:
         for one in planned[1:]:
             ratio = one.came_out.measured["step_ratio"]
             notes.append(
                 f"Equal time: a step of {one.method.name} took {ratio:.3f} × that of {leader}, so it makes "
                 f"{one.plan.steps} steps where {leader} makes {planned[0].plan.steps}."
             )
-    elif comparison.equal is not None:
-        notes.append(f"Equal {comparison.equal}: each method's r was chosen to match {leader}.")
+    for what in ("parameters", "memory"):
+        if what in comparison.equal:
+            notes.append(f"Equal {what}: each method's r was chosen to match {leader}.")
     notes += [f"{one.method.name} {one.came_out.note}." for one in planned if one.came_out.note]
     for method in methods:
         rates = sorted({row["learning_rate"] for row in method.tried})
         if method.rate is not None and method.rate in (rates[0], rates[-1]):
             notes.append(f"The best rate of {method.name}, {method.rate:g}, is at the edge of those tried.")
         notes += [f"{row['name']} failed: {row['run_info']['error_msg']}" for row in method.failed]
-    expected = ["steps"] if comparison.equal == "time" else []
+    expected = ["steps"] if "time" in comparison.equal else []
     return notes + _shared_notes((row for method in methods for row in method.rows), expected)
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
+import torch
 from rich.console import Console
 
 from paca.comparison.claims import Claim
@@ -73,24 +75,27 @@ def _made_equal(
 ) -> dict[str, CameOut]:
     leader, *others = comparison.methods
     methods = [leader, *(method for method in others if method.name not in before)]
-    if comparison.equal is None or all(method.name in before for method in comparison.methods):
-        found = [CameOut(method) for method in methods]
-    elif comparison.equal == "parameters":
+    found = [CameOut(method) for method in methods]
+    if all(method.name in before for method in comparison.methods):
+        return {one.method.name: one for one in found}
+    attempt = trials_of(comparison, claim)
+
+    def announce(line: str) -> None:
+        say(console, line)
+
+    if "parameters" in comparison.equal:
         found = same_parameters(methods, lambda method: plan_of(comparison, method).trainable_parameters)
-    else:
-        plan, attempt = plan_of(comparison, leader), trials_of(comparison, claim)
-
-        def announce(line: str) -> None:
-            say(console, line)
-
-        if comparison.equal == "time":
-            if plan.steps is None:
-                raise PacaError("--equal time needs a number of steps, and packing hides it. Give train.max_steps.")
-            found = same_time(methods, plan.steps, attempt, announce)
-        else:
-            train = plan.config.train
-            batch, accumulation = train["per_device_train_batch_size"], train["gradient_accumulation_steps"]
-            found = same_memory(methods, batch, accumulation, attempt, announce)
+    if "time" in comparison.equal:
+        steps = plan_of(comparison, leader).steps
+        if steps is None:
+            raise PacaError("--equal time needs a number of steps, and packing hides it. Give train.max_steps.")
+        timed = same_time([one.method for one in found], steps, attempt, announce)
+        found = [replace(one, note=sized.note) for one, sized in zip(timed, found, strict=True)]
+    if "memory" in comparison.equal:
+        train = plan_of(comparison, leader).config.train
+        batch, accumulation = train["per_device_train_batch_size"], train["gradient_accumulation_steps"]
+        counting = trials_of(comparison, claim, count_memory=not torch.cuda.is_available())
+        found = same_memory(methods, batch, accumulation, counting, announce)
     return {one.method.name: one for one in found}
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import statistics
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -146,14 +147,13 @@ class Contrast:
             return f"no difference shown between {leader} and {other} ({by})"
         return f"{leader} is {self.finding} than {other} ({by})"
 
-    def terms(self, equal: str | None) -> str:
+    def terms(self, equal: Sequence[str]) -> str:
         """What was equal, as the start of a sentence, or how far it was not; empty where that is not known."""
-        ratio = None if equal is None else self.cost()[_COST_OF[equal]]
-        if ratio is None:
-            return ""
-        if 1 / _STILL_EQUAL <= ratio <= _STILL_EQUAL:
-            return f"at equal {equal}, "
-        return f"at {ratio:.2f} × the {equal} of {self.other.name}, "
+        ratios = {what: found for what in equal if (found := self.cost()[_COST_OF[what]]) is not None}
+        same = [what for what, ratio in ratios.items() if 1 / _STILL_EQUAL <= ratio <= _STILL_EQUAL]
+        terms = [f"equal {' and '.join(same)}"] if same else []
+        terms += [f"{ratios[what]:.2f} × the {what} of {self.other.name}" for what in ratios if what not in same]
+        return f"at {' and '.join(terms)}, " if terms else ""
 
     def as_dict(self) -> dict[str, Any]:
         """For `comparison.json`."""
@@ -182,7 +182,7 @@ class ComparisonResult:
     """The first is the one that the others are compared with."""
     notes: list[str]
     """What a reader has to know of how it was made."""
-    equal: str | None = None
+    equal: tuple[str, ...] = ()
     """What was made the same for all methods."""
 
     @property
@@ -240,7 +240,7 @@ class ComparisonResult:
             "metric": self.metric,
             "lower_is_better": self.lower_is_better,
             "score_before": self.score_before,
-            "equal": self.equal,
+            "equal": list(self.equal),
             "verdict": self.verdict,
             "methods": [method.as_dict() for method in self.methods],
             "contrasts": [contrast.as_dict() for contrast in self.contrasts],

@@ -20,8 +20,8 @@ from paca.training.run_config import RunConfig
 from paca.training.run_folder import RunFolder, write_whole
 from paca.training.strict_yaml import read_yaml
 
-EQUAL = ("parameters", "time", "memory")
-"""What `--equal` can make the same for all methods."""
+EQUAL = (("parameters",), ("time",), ("memory",), ("parameters", "time"))
+"""What can be made the same for all methods, by itself or together."""
 
 
 @dataclass
@@ -35,8 +35,8 @@ class Comparison:
     """As asked for; the first is the one that the others follow and are measured against."""
     rates: list[float]
     seeds: list[int]
-    equal: str | None = None
-    """One of `EQUAL`, or None."""
+    equal: tuple[str, ...] = ()
+    """One of `EQUAL`, or nothing."""
     extend: bool = True
     """Go beyond the grid of rates while its edge is the best."""
 
@@ -162,12 +162,12 @@ class SettingsFile:
 
 def _asked(comparison: Comparison) -> dict[str, Any]:
     # With nothing to be made equal, methods don't follow the first one, and any may come first.
-    first = None if comparison.equal is None else comparison.methods[0].name
+    first = comparison.methods[0].name if comparison.equal else None
     methods = {method.name: method.sections for method in comparison.methods}
     return {
         "run": comparison.common,
         "content": _content(comparison.common.get("data", {})),
-        "equal": comparison.equal,
+        "equal": ",".join(comparison.equal) or None,
         "follow": first,
         "methods": methods,
     }

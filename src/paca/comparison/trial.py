@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from paca.comparison import counted_memory
 from paca.comparison.claims import Claim
 from paca.comparison.methods import Method
 from paca.comparison.settings import Comparison, run_sections, write_config
@@ -32,7 +33,7 @@ class Trial:
     seconds: float
     """For the steps after the warm-up, together."""
     peak: int
-    """Bytes, of the whole process or of the CUDA allocator."""
+    """Bytes of the tensors, of the CUDA allocator, or of the whole process."""
 
 
 class TrialFailed(Exception):
@@ -43,13 +44,17 @@ Try = Callable[[Method, int], Trial]
 """Makes so many steps of a method after the warm-up, on the same batches for every method; may raise `TrialFailed`."""
 
 
-def trials_of(comparison: Comparison, claim: Claim, program: Sequence[str] = PROGRAM) -> Try:
+def trials_of(
+    comparison: Comparison, claim: Claim, program: Sequence[str] = PROGRAM, *, count_memory: bool = False
+) -> Try:
     """What makes trials in the comparison's folder.
 
     Args:
         comparison: Whose data, first rate and first seed they take.
         claim: On the folder's preparation.
         program: What runs `train CONFIG`.
+        count_memory: Count the bytes of CPU tensors, which takes time: what the run itself knows there is the resident
+            set, and that is never twice the same.
     """
 
     def run(method: Method, steps: int) -> Trial:
@@ -58,7 +63,7 @@ def trials_of(comparison: Comparison, claim: Claim, program: Sequence[str] = PRO
         changed = {**_NOTHING_BUT_STEPS, "max_steps": WARM_UP + steps}
         sections = _only_steps(comparison, method.with_settings("train", **changed), folder)
         config = write_config(folder.path.with_suffix(".yaml"), sections)
-        process = TrainingProcess(config, folder, claim, program)
+        process = TrainingProcess(config, folder, claim, counted_memory.PROGRAM if count_memory else program)
         try:
             while not process.ended(1):
                 pass
@@ -70,7 +75,8 @@ def trials_of(comparison: Comparison, claim: Claim, program: Sequence[str] = PRO
         if failure is not None:
             raise TrialFailed(failure["error_msg"])
         ends = [row["train_seconds"] for row in read_rows(folder.metrics) if "train_seconds" in row]
-        return Trial(ends[-1] - ends[WARM_UP - 1], folder.read_summary()["peak_memory_bytes"])
+        peak = counted_memory.peak_of(config) if count_memory else folder.read_summary()["peak_memory_bytes"]
+        return Trial(ends[-1] - ends[WARM_UP - 1], peak)
 
     return run
 

@@ -1,0 +1,54 @@
+"""Real trainings whose tensors' bytes are counted."""
+
+from __future__ import annotations
+
+import subprocess
+from pathlib import Path
+
+import pytest
+import yaml
+from safetensors.torch import load_file
+
+from paca.comparison import counted_memory
+from training.tiny_run import save_workspace
+
+
+@pytest.fixture(scope="module")
+def counted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, int]:
+    """Peaks of three runs; two of them are the same."""
+    folder = tmp_path_factory.mktemp("counted")
+    save_workspace(folder)
+    sections = yaml.safe_load((folder / "config.yaml").read_text())
+    sections["train"] |= {"max_steps": 3, "eval_strategy": "no", "save_strategy": "no"}
+    sections["eval"] = {"before": False, "after": False}
+    running = {}
+    for name, r in {"once": 4, "again": 4, "wide": 8}.items():
+        sections["paca"]["r"] = r
+        sections["output"] = {"dir": str(folder / name)}
+        config = folder / f"{name}.yaml"
+        config.write_text(yaml.safe_dump(sections))
+        running[config] = subprocess.Popen([*counted_memory.PROGRAM, "train", str(config)], cwd=folder)
+    assert [process.wait() for process in running.values()] == [0, 0, 0]
+    weights = load_file(folder / "model" / "model.safetensors")
+    return {
+        "weights": sum(tensor.nbytes for tensor in weights.values()),
+        **{config.stem: counted_memory.peak_of(config) for config in running},
+    }
+
+
+def test_the_same_run_has_the_same_peak(counted: dict[str, int]) -> None:
+    assert counted["once"] == counted["again"]
+
+
+def test_more_columns_take_more_and_weights_count(counted: dict[str, int]) -> None:
+    assert counted["weights"] < counted["once"] < counted["wide"]
+
+
+def test_a_run_that_fails_leaves_no_peak(tmp_path: Path) -> None:
+    config = tmp_path / "broken.yaml"
+    config.write_text("model: {}\n")
+    counted_memory.peak_file(config).write_text('{"peak_bytes": 1}')
+    done = subprocess.run([*counted_memory.PROGRAM, "train", str(config)], capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "Error: " in done.stderr
+    assert not counted_memory.peak_file(config).exists()

@@ -1,0 +1,40 @@
+"""What a comparison is prepared to; measurements are made up."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from rich.console import Console
+
+from comparison.small_comparison import small_comparison
+from paca.comparison import prepare
+from paca.comparison.methods import Method
+from paca.comparison.settings import Comparison
+from paca.comparison.trial import Trial, Try
+
+
+def made_up_plan(comparison: Comparison, method: Method) -> SimpleNamespace:
+    assert method.rank is not None
+    each = {"paca": 100, "lora": 200}[method.kind]
+    return SimpleNamespace(trainable_parameters=each * method.rank, steps=60)
+
+
+def made_up_trials(comparison: Comparison, claim: object) -> Try:
+    def attempt(method: Method, steps: int) -> Trial:
+        assert method.rank is not None
+        return Trial(steps * {"paca": 1.0, "lora": method.rank / 4}[method.kind], 0)
+
+    return attempt
+
+
+def test_parameters_and_time_are_made_equal_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prepare, "plan_of", made_up_plan)
+    monkeypatch.setattr(prepare, "trials_of", made_up_trials)
+    comparison = small_comparison(tmp_path, equal=("parameters", "time"))
+    comparison.methods[0] = comparison.methods[0].with_rank(32)
+    _, lora = prepare.prepare(comparison, Console(quiet=True))
+    assert lora.method.rank == 16  # as many parameters as paca's 32
+    assert lora.method.sections["train"]["max_steps"] == 15  # at that r a step takes four times as long
+    assert comparison.methods[1] == lora.method
