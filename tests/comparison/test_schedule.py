@@ -54,6 +54,16 @@ def test_a_grid_whose_edge_is_best_grows_by_its_ratio_until_it_is_not(best: floa
     assert plan.chosen["paca"] == pytest.approx(best, rel=0.02)
 
 
+def test_among_level_scores_the_lower_loss_decides_and_may_lead_beyond_the_grid() -> None:
+    by_rate = {
+        1e-3: Outcome(-0.90, 0.3, 0.02), 3e-3: Outcome(-0.95, 0.2, 0.015), 9e-3: Outcome(-0.94, 0.1, 0.015),
+        2.7e-2: Outcome(-0.93, 0.05, 0.015),
+    }  # fmt: skip
+    plan = schedule(["paca"], RATES, [0], lambda job: by_rate[job.rate], extend=True)
+    assert [job.rate for job in plan.jobs] == [1e-3, 3e-3, 9e-3, 2.7e-2]  # 9e-3 is level with 3e-3, and at the edge
+    assert plan.chosen == {"paca": 9e-3}  # 2.7e-2 is not
+
+
 def test_without_extending_the_edge_is_taken() -> None:
     plan = worked_off({"paca": 1.0}, extend=False)
     assert plan.chosen == {"paca": 9e-3}

@@ -35,7 +35,9 @@ class Outcome(NamedTuple):
 
     score: float
     loss: float
-    """On held-out data: where two scores are the same, the lower loss is better."""
+    """On held-out data."""
+    error: float = 0.0
+    """The standard error of a score that is a share. Scores that lie within it are level, and the loss decides."""
 
 
 FAILED = Outcome(math.inf, math.inf)
@@ -93,7 +95,9 @@ def _search(
         scored = [(outcome, rate) for outcome, rate in ended if outcome != FAILED]
         if len(ended) < len(tried) or not scored:
             return tried, None
-        best = min(scored)[1]
+        top = min(scored)[0]
+        level = [(outcome.loss, rate) for outcome, rate in scored if outcome.score <= top.score + top.error]
+        best = min(level)[1]
         beyond = _beyond(sorted(tried), best)
         if not extend or beyond is None or len(tried) >= len(rates) + MOST_BEYOND:
             return tried, best

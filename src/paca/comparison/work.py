@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
-from paca.comparison.rows import Row, row_of, write_rows
+from paca.comparison.rows import SHARES, Row, row_of, write_rows
 from paca.comparison.schedule import FAILED, Job, Outcome, Schedule, schedule
 from paca.comparison.settings import Comparison
 from paca.comparison.training_process import PROGRAM, TrainingProcess
@@ -69,7 +69,8 @@ class Work:
             return FAILED
         # A policy's loss says nothing of its answers.
         loss = math.inf if row["loss"] is None or row["metric"] == "reward" else row["loss"]
-        return Outcome(row["score"] if row["lower_is_better"] else -row["score"], loss)
+        error = row["score_stderr"] if row["metric"] in SHARES else None
+        return Outcome(row["score"] if row["lower_is_better"] else -row["score"], loss, error or 0.0)
 
     def rows(self) -> list[Row]:
         """Of all runs that ended and are needed."""
