@@ -68,7 +68,7 @@ def test_the_written_config_reads_back_as_the_same_run(tmp_path: Path) -> None:
         ("paca: {peft_type: LORA}\n", "line 3: there is no key paca.peft_type."),
         ("evla: {before: true}\n", "line 3: there is no section 'evla'. Did you mean eval?"),
         ("train: 3\n", "line 3: the section train must hold keys, not the number 3."),
-        ("train: {learning_rate: fast}\n", "line 3: train.learning_rate must be a number, not the text 'fast'."),
+        ("train: {learning_rate: fast}\n", "train.learning_rate must be a number or auto, not the text 'fast'."),
         ("train: {max_steps: 10.5}\n", "line 3: train.max_steps must be a whole number, not the number 10.5."),
         ("train: {packing: 1}\n", "line 3: train.packing must be true or false, not the number 1."),
         ("train: {eval_strategy: step}\n", "must be one of no, steps, epoch, not the text 'step'. Did you mean steps?"),
@@ -125,7 +125,7 @@ def test_a_wrong_key_or_value_is_refused_with_its_place(tmp_path: Path, addition
         ("data.limit=-1", "--set: data.limit is -1;"),
         ("model.lean=1", "--set: model.lean must be true or false, not the number 1."),
         ("model.recompute=mlp", "--set: model.recompute is a part of the lean blocks; give model.lean: true too."),
-        ("model.recompute=all", "--set: model.recompute must be one of mlp or null, not the text 'all'."),
+        ("model.recompute=all", "--set: model.recompute must be mlp or null, not the text 'all'."),
     ],
 )  # fmt: skip
 def test_a_wrong_override_is_refused(tmp_path: Path, override: str, message: str) -> None:

@@ -26,6 +26,7 @@ from paca.pretrained.location import locate
 from paca.pretrained.quantizing import quantize_outline
 from paca.training import adapter_settings, train_settings
 from paca.training.calibration import describe_columns
+from paca.training.learning_rate import AUTO, automatic_rate
 from paca.training.run_config import RunConfig
 from paca.training.same_run import inputs_of
 from paca.training.target_names import check_target_names
@@ -54,6 +55,8 @@ class Plan:
     """Kinds of module that are adapted, such as ``q_proj``; none where a method has no such modules."""
     adapted_layers: int
     """How many modules are adapted."""
+    rate_rule: str | None
+    """Where the rate is from, in words; None where the user gave it."""
     own_defaults: dict[str, Any]
     """Settings of ``train`` that the user did not give and that are others than TRL's own."""
     train_examples: int
@@ -102,14 +105,19 @@ class Plan:
             ("held-out examples", "none" if self.eval_examples is None else f"{self.eval_examples:,}"),
             (f"{kind.counts} per step", per_step),
             ("steps", self._steps()),
+            ("learning rate", f"{self.config.train['learning_rate']:g}{self._rate_rule()}"),
             ("run folder", self.config.output.dir),
         ]
-        if self.own_defaults:
-            settings = ", ".join(f"{name} {json.dumps(value)}" for name, value in self.own_defaults.items())
+        others = {name: value for name, value in self.own_defaults.items() if name != "learning_rate"}
+        if others:
+            settings = ", ".join(f"{name} {json.dumps(value)}" for name, value in others.items())
             lines.insert(-1, ("defaults of paca", f"{settings} (TRL has others)"))
         if self.processes > 1:
             lines.insert(-1, ("processes", str(self.processes)))
         return lines
+
+    def _rate_rule(self) -> str:
+        return "" if self.rate_rule is None else f" (auto: {self.rate_rule})"
 
     def _adapted(self) -> str:
         return f", on {', '.join(self.targets)}: {self.adapted_layers} layers" if self.targets else ""
@@ -184,7 +192,11 @@ def prepare(config: RunConfig, *, whole: bool = True) -> PreparedRun:
         undo_lean(make_lean(model, named.recompute))
     parameters = sum(parameter.numel() for parameter in model.parameters())
     dtype = next(model.parameters()).dtype
-    config.train = train_settings.with_defaults(given, model, has_eval=held_out is not None, method=method)
+    config.train = train_settings.with_defaults(
+        given, model, has_eval=held_out is not None, method=method, adapter=config.adapter
+    )
+    automatic = given.get("learning_rate", AUTO) == AUTO
+    rate_rule = automatic_rate(kind, method, config.adapter)[1] if automatic else None
     check_target_names(method, config.adapter, model, named.name)
     if named.quantization is not None:
         model = quantize_outline(model, named.quantization)
@@ -225,6 +237,7 @@ def prepare(config: RunConfig, *, whole: bool = True) -> PreparedRun:
         method=adapter_settings.method_name(method, config.adapter),
         targets=_kinds(layers),
         adapted_layers=len(layers),
+        rate_rule=rate_rule,
         own_defaults=train_settings.own_defaults(given, config.train),
         train_examples=len(train.dataset),
         eval_examples=None if held_out is None else len(held_out.dataset),

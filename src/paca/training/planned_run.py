@@ -59,7 +59,9 @@ def target_of_run(
     dtype = "float32" if config.method == "full" and named.dtype == "auto" else named.dtype  # as a run does
     outline = outline_of(named.name, dtype, named.revision, named.trust_remote_code)
     has_eval = config.data.eval is not None
-    config.train = train_settings.with_defaults(config.train, outline, has_eval=has_eval, method=config.method)
+    config.train = train_settings.with_defaults(
+        config.train, outline, has_eval=has_eval, method=config.method, adapter=config.adapter
+    )
     longest, typical, lengths = None, None, None
     if batch_size is not None:
         config.train["per_device_train_batch_size"] = batch_size

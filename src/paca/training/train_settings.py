@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 
 from paca.messages.errors import PacaError
 from paca.training.key_checks import Origins, check_section
+from paca.training.learning_rate import AUTO, automatic_rate
 from paca.training.trainers import TRAINERS, trainer_kind
 from paca.training.trainers.kind import TrainerKind
 
@@ -74,7 +75,8 @@ def train_fields(trainer: str = "sft") -> dict[str, Any]:
 
 def keys_of(trainer: str) -> dict[str, Any]:
     """Name and type of each key that the section may have."""
-    return train_fields(trainer) | TRAINERS[trainer].own_keys | OWN
+    rate = {"learning_rate": float | Literal[AUTO]}
+    return train_fields(trainer) | rate | TRAINERS[trainer].own_keys | OWN
 
 
 def check_train_settings(
@@ -114,17 +116,25 @@ def check_train_settings(
 
 
 def with_defaults(
-    settings: Mapping[str, Any], model: PreTrainedModel, *, has_eval: bool, method: str = "paca"
+    settings: Mapping[str, Any],
+    model: PreTrainedModel,
+    *,
+    has_eval: bool,
+    method: str = "paca",
+    adapter: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """The section with TRL's defaults, or our own, spelled out where the user gave nothing.
 
     Args:
         settings: What the user gave.
         method: The run's.
+        adapter: Settings of the method's section; none by default.
         model: With or without weights; the longest sequence that it takes, and the type of its weights, count.
         has_eval: Whether there is held-out data.
     """
     kind = trainer_kind(settings)
+    if settings.get("learning_rate") == AUTO:
+        settings = {name: value for name, value in settings.items() if name != "learning_rate"}
     context_length = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     # Numbers that change the result are spelled out even where they are TRL's own defaults today.
     defaults: dict[str, Any] = {
@@ -134,7 +144,7 @@ def with_defaults(
         "gradient_accumulation_steps": 1,
         "per_device_eval_batch_size": 8,
         "max_length": min(1024, context_length or 1024),
-        "learning_rate": kind.learning_rate if method != "full" else _own_defaults_of(kind)["learning_rate"],
+        "learning_rate": automatic_rate(kind, method, adapter or {})[0],
         "lr_scheduler_type": "cosine",
         "warmup_steps": 0.03,  # a share of all steps
         "optim": "adamw_torch_fused",

@@ -54,7 +54,7 @@ def expected(annotation: Any) -> str:
         options.sort(key=lambda option: option is type(None))
         return " or ".join(dict.fromkeys(expected(option) for option in options))
     if origin is Literal:
-        return "one of " + ", ".join(str(option) for option in arguments)
+        return ("one of " if len(arguments) > 1 else "") + ", ".join(str(option) for option in arguments)
     if origin in (list, tuple, set):
         return f"a list of {_plural(arguments[0])}" if arguments else "a list"
     if origin is dict or annotation is dict:
