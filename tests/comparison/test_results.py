@@ -194,6 +194,15 @@ def test_cost_is_told_as_a_multiple() -> None:
     ]
 
 
+def test_training_time_has_an_interval_over_the_seeds() -> None:
+    found = result({"paca": shifted(-0.1), "lora": BASE})
+    for method, times in zip(found.methods, ((15.0, 16.0, 14.0), (20.0, 20.0, 20.0)), strict=True):
+        for one, time in zip(method.rows, times, strict=True):
+            one["train_info"]["train_time"] = time
+    # ln(0.75), ln(0.8), ln(0.7): mean -0.2892, standard error 0.0386, t = 4.303
+    assert "takes 0.75 × the training time of lora (95 % interval 0.63 to 0.88) and" in found.cost[0]
+
+
 def test_what_else_differs_is_named() -> None:
     rows = [row("paca", 0, 1.0), row("lora", 0, 1.0, steps=9)]
     rows[1]["meta_info"] = {**rows[1]["meta_info"], "package_info": {"torch": "3"}}

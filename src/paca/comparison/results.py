@@ -173,6 +173,17 @@ class Contrast:
             for name in ("train_time", "accelerator_memory_max", "num_trainable_params")
         }
 
+    def time_range(self) -> str:
+        """The 95 % interval of the ratio of training times over the seeds, in words; empty where there is none."""
+        logs = [
+            {row["seed"]: math.log(time) for row in one.rows if (time := row["train_info"]["train_time"])}
+            for one in (self.leader, self.other)
+        ]
+        found = difference(*logs) if all(logs) else None
+        if found is None or found.low is None or found.high is None:
+            return ""
+        return f" (95 % interval {math.exp(found.low):.2f} to {math.exp(found.high):.2f})"
+
 
 @dataclass(frozen=True)
 class ComparisonResult:
@@ -229,8 +240,9 @@ class ComparisonResult:
             time, memory, parameters = contrast.cost().values()
             if time is not None and memory is not None and parameters is not None:
                 sentences.append(
-                    f"{contrast.leader.name} takes {time:.2f} × the training time of {contrast.other.name} and "
-                    f"{memory:.2f} × its peak memory (weights included); it trains {parameters:.2f} × the parameters."
+                    f"{contrast.leader.name} takes {time:.2f} × the training time of {contrast.other.name}"
+                    f"{contrast.time_range()} and {memory:.2f} × its peak memory (weights included); it trains "
+                    f"{parameters:.2f} × the parameters."
                 )
         return sentences
 
