@@ -5,13 +5,15 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from paca.data.examples import ORIGIN, Examples
+from paca.data.formats import Example
 from paca.data.tokens import IGNORED, Tokens, encode, training_template
 
 SAMPLED = 1000
@@ -45,13 +47,15 @@ class Sample:
     """Tokens once they are cut."""
     padded: float
     """Tokens to which a batch is padded, on average."""
-    share: float
-    """Of the tokens, once they are cut, that count in the loss."""
+    share: float | None
+    """Of the tokens, once they are cut, that count in the loss; None where it does not fall on tokens one by one."""
     histogram: list[tuple[int, int, int]]
     """`(from, to, examples)`, both ends included."""
     origin: str
     """Where the example of middle length is from, and its text in pieces: whether each counts in the loss."""
     pieces: list[tuple[str, bool]]
+    rejected: list[tuple[str, bool]] = field(default_factory=list)
+    """The same of the answer that is worse, where pairs are compared."""
 
     def as_dict(self) -> dict[str, Any]:
         """For `summary.json`, as it is read back."""
@@ -61,6 +65,7 @@ class Sample:
 def take_sample(
     examples: Examples,
     tokenizer: PreTrainedTokenizerBase,
+    forms: Callable[[Example], Sequence[Tokens]] | None = None,
     *,
     everything: bool = False,
     limit: int | None = None,
@@ -72,6 +77,8 @@ def take_sample(
     Args:
         examples: Not tokenized.
         tokenizer: Of the model.
+        forms: What the model reads of an example: one sequence, or a better and a worse one. By default what `encode`
+            makes of it.
         everything: As `encode` takes it.
         limit: Tokens at which an example is cut.
         keep_end: Whether its end is what stays.
@@ -82,17 +89,24 @@ def take_sample(
     """
     count = len(examples.dataset)
     order = range(count) if count <= SAMPLED else np.random.default_rng(0).permutation(count)[:SAMPLED]
-    template, found, origins, characters = training_template(tokenizer), [], [], 0
+    template, sequences, origins, characters = training_template(tokenizer), [], [], 0
+    if forms is None:
+
+        def forms(example: Example) -> Sequence[Tokens]:
+            return [encode(example, tokenizer, everything=everything, template=template)]
+
     for example in examples.dataset.select(order):
-        found.append(encode(example, tokenizer, everything=everything, template=template))
+        sequences.append(forms(example))
         origins.append(str(example[ORIGIN]))
         characters += sum(len(str(value)) for value in example.values())
         if characters > _CHARACTERS:
             break
+    found = [max(each, key=lambda tokens: len(tokens.ids)) for each in sequences]  # what a batch is padded to
     lengths = np.array([len(tokens.ids) for tokens in found])
     kept = np.sort(lengths if limit is None else np.minimum(lengths, limit))
     stays = slice(None) if limit is None else slice(-limit, None) if keep_end else slice(limit)
-    counted = [sum(label != IGNORED for label in tokens.labels[stays][1:]) for tokens in found]
+    by_token = all(len(each) == 1 for each in sequences) and any(_counting(tokens.labels) for tokens in found)
+    counted = [_counting(tokens.labels[stays][1:]) for tokens in found] if by_token else []
     middle = int(np.argsort(lengths, kind="stable")[len(lengths) // 2])
     shares = (np.arange(len(kept) + 1) / len(kept)) ** batch_size  # of batches whose longest is among the first n
     edges = np.unique(np.linspace(lengths.min(), lengths.max() + 1, _BINS + 1).astype(int))
@@ -109,14 +123,19 @@ def take_sample(
         left_out=sum(tokens.left_out for tokens in found),
         mean=float(kept.mean()),
         padded=float((kept * np.diff(shares)).sum()),
-        share=sum(counted) / int(kept.sum()),
+        share=sum(counted) / int(kept.sum()) if by_token else None,
         histogram=[
             (int(start), int(end) - 1, int(((lengths >= start) & (lengths < end)).sum()))
             for start, end in itertools.pairwise(edges)
         ],
         origin=origins[middle],
-        pieces=_pieces(found[middle], tokenizer),
+        pieces=_pieces(sequences[middle][0], tokenizer),
+        rejected=[piece for tokens in sequences[middle][1:] for piece in _pieces(tokens, tokenizer)],
     )
+
+
+def _counting(labels: Sequence[int]) -> int:
+    return sum(label != IGNORED for label in labels)
 
 
 def _pieces(tokens: Tokens, tokenizer: PreTrainedTokenizerBase) -> list[tuple[str, bool]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import re
+from collections.abc import Sequence
 from typing import Any
 
 from rich.console import Console
@@ -24,16 +25,23 @@ def show_sample(sample: Sample, console: Console) -> None:
     colours = console.color_system is not None
     marked = "green" if colours else "in ⟦ ⟧"
     say(console, f"\nAn example of middle length ({sample.origin}); what the loss falls on is {marked}:\n")
+    _show_pieces(sample.pieces, console, colours)
+    if sample.rejected:
+        say(console, "\nThe same with the answer that is rejected:\n")
+        _show_pieces(sample.rejected, console, colours)
+    say(console, "")
+    for line in length_lines(sample):
+        say(console, line)
+
+
+def _show_pieces(pieces: Sequence[tuple[str, bool]], console: Console, colours: bool) -> None:
     text = Text()
-    for piece, counts in sample.pieces:
+    for piece, counts in pieces:
         piece = _CONTROLS.sub(_visible, _shortened(piece))
         if counts and not colours:
             piece = f"⟦{piece}⟧"
         text.append(piece, style="green" if counts else None)
     console.print(text, soft_wrap=True, highlight=False)
-    say(console, "")
-    for line in length_lines(sample):
-        say(console, line)
 
 
 def length_lines(sample: Sample) -> list[str]:
@@ -42,15 +50,16 @@ def length_lines(sample: Sample) -> list[str]:
     lines = [
         f"Tokens of {which} {sample.examples:,} training examples: at least {sample.shortest:,}, median "
         f"{sample.median:,}, 95 % up to {sample.percentile_95:,}, at most {sample.longest:,}.",
-        f"The loss falls on {100 * sample.share:.0f} % of them.",
     ]
+    notes = [] if sample.share is None else [f"The loss falls on {100 * sample.share:.0f} % of them."]
     if sample.limit is not None:
         share = f" ({100 * sample.cut / sample.sampled:.1f} %)" if sample.cut else ""
-        lines[1] += f" train.max_length = {sample.limit:,} cuts {sample.cut:,} of these examples{share}."
+        notes.append(f"train.max_length = {sample.limit:,} cuts {sample.cut:,} of these examples{share}.")
     if sample.unanswered:
-        lines[1] += f" Nothing of the answer is left in {sample.unanswered:,}: a run refuses those."
+        notes.append(f"Nothing of the answer is left in {sample.unanswered:,}: a run refuses those.")
     if sample.left_out:
-        lines[1] += f" {sample.left_out:,} answers do not count: the template renders them differently later on."
+        notes.append(f"{sample.left_out:,} answers do not count: the template renders them differently later on.")
+    lines += [" ".join(notes)] if notes else []
     wide = max(len(f"{end:,}") for _, end, _ in sample.histogram)
     most = max(count for _, _, count in sample.histogram)
     for start, end, count in sample.histogram:
@@ -68,15 +77,21 @@ def sample_section(values: dict[str, Any] | None) -> str:
     if values is None:
         return ""
     sample = Sample(**values)
-    text = "".join(
-        f"<mark>{html.escape(_shortened(piece))}</mark>" if counts else html.escape(_shortened(piece))
-        for piece, counts in sample.pieces
-    )
+    text = _marked(sample.pieces)
+    if sample.rejected:
+        text += f"</pre>\n<p>The same with the answer that is rejected:</p>\n<pre>{_marked(sample.rejected)}"
     return (
         "<h2>Data</h2>\n<style>mark { color: inherit; background: #2e9e5b55; }</style>\n"
         f'<p class="sub">An example of middle length ({html.escape(sample.origin)}) as the model reads it; the loss '
         f"falls on what is <mark>marked</mark>.</p>\n<pre>{text}</pre>\n"
         f"<pre>{html.escape(chr(10).join(length_lines(sample)))}</pre>"
+    )
+
+
+def _marked(pieces: Sequence[tuple[str, bool]]) -> str:
+    return "".join(
+        f"<mark>{html.escape(_shortened(piece))}</mark>" if counts else html.escape(_shortened(piece))
+        for piece, counts in pieces
     )
 
 

@@ -15,7 +15,6 @@ from rich.console import Console
 from torch import nn
 from transformers import PreTrainedModel
 
-from paca.columns.selection import FROM_BATCHES
 from paca.data.sample import Sample
 from paca.lean import make_lean, undo_lean
 from paca.messages.errors import PacaError
@@ -31,7 +30,8 @@ from paca.training.run_config import RunConfig
 from paca.training.same_run import inputs_of
 from paca.training.target_names import check_target_names
 from paca.training.trainers import trainer_kind
-from paca.training.trainers.kind import RunData, TrainerKind
+from paca.training.trainers.kind import RunData
+from paca.training.trainers.sections import check_sections_fit
 
 
 @dataclass
@@ -88,7 +88,9 @@ class Plan:
             per_step = f"about {self.tokens_per_step:,} ({per_step} sequences)"
         elif kind.counts == "tokens":
             per_step = f"those of {per_step} sequences"
-        scope = self.loss_scope if self.sample is None else f"{self.loss_scope}: {self.sample.share:.0%} of the tokens"
+        scope = self.loss_scope
+        if self.sample is not None and self.sample.share is not None:
+            scope += f": {self.sample.share:.0%} of the tokens"
         dtype = ", ".join(filter(None, (self.dtype, self.config.model.quantization)))
         lines = [
             ("model", f"{self.config.model.name} ({self.architecture}, {self.parameters:,} parameters, {dtype})"),
@@ -178,7 +180,7 @@ def prepare(config: RunConfig, *, whole: bool = True) -> PreparedRun:
     config = copy.deepcopy(config)
     named, given, method = config.model, config.train, config.method
     kind = trainer_kind(given)
-    _check_model_settings(config, kind)
+    check_sections_fit(config, kind)
     if method == "full" and named.dtype == "auto":
         named.dtype = "float32"  # as TRL loads models: in 16 bits, small steps would be lost
     locate(named.name)  # before its tokenizer is looked for
@@ -224,7 +226,7 @@ def prepare(config: RunConfig, *, whole: bool = True) -> PreparedRun:
     sequences = _sequences_per_step(config.train, processes)
     inputs = inputs_of(config, train, held_out) if whole else {}
     data = kind.shape(config, data, whole=whole)
-    typical = None if data.sample is None else data.sample.mean
+    typical = None if data.sample is None or data.sample.share is None else data.sample.mean
     if config.train.get("packing"):
         typical = config.train["max_length"]
     plan = Plan(
@@ -278,26 +280,6 @@ def heads_of(model: nn.Module) -> list[str]:
     """The modules of a classifier that a pretrained model need not have: those beside its trunk, with weights."""
     trunk = getattr(model, "base_model_prefix", None)
     return [name for name, module in model.named_children() if name != trunk and any(True for _ in module.parameters())]
-
-
-def _check_model_settings(config: RunConfig, kind: TrainerKind) -> None:
-    if config.data.label is not None and kind.name != "image_classification":
-        raise PacaError(f"data.label goes with train.trainer: image_classification, not {kind.name}. Leave it out.")
-    if config.data.template is not None and not kind.renders:
-        raise PacaError(f"data.template has no effect with train.trainer: {kind.name}. Leave it out.")
-    if config.eval.metric is not None and kind.score is not None:
-        raise PacaError(f"eval.metric goes with train.trainer: sft; {kind.name} measures {kind.score}. Leave it out.")
-    selection = config.adapter.get("selection") if config.method == "paca" else None
-    if selection in FROM_BATCHES and kind.name != "sft":
-        raise PacaError(
-            f"paca.selection: {selection} goes by batches as train.trainer: sft makes them. For {kind.name} choose "
-            "random_blocks, random or weight_norm, or give paca.indices."
-        )
-    if config.model.quantization is not None and kind.task_type != "CAUSAL_LM":
-        raise PacaError(
-            f"model.quantization does not go with train.trainer: {kind.name}, whose new head would be quantized "
-            "before it is trained. Leave it out."
-        )
 
 
 def _sequences_per_step(train: dict[str, Any], processes: int) -> int:

@@ -20,8 +20,12 @@ from transformers import (
 
 from paca.data import Examples, load_examples
 from paca.data.examples import ORIGIN, without_progress_bars
+from paca.data.formats import Example
 from paca.data.labelled_texts import label_names
+from paca.data.sample import take_sample
+from paca.data.tokens import IGNORED, Tokens
 from paca.messages.errors import PacaError
+from paca.training.prompt_form import tokenizer_of
 from paca.training.run_config import RunConfig
 from paca.training.trainers.kind import RunData, TrainerKind, datasets_of, read_split
 
@@ -44,6 +48,20 @@ class Classification(TrainerKind):
         sources = [train] if held_out is None or isinstance(config.data.eval, str) else [train, held_out]
         names = label_names(label for source in sources for label in source.dataset["label"])
         return with_labels(train, held_out, names)
+
+    def shape(self, config: RunConfig, data: RunData, *, whole: bool) -> RunData:
+        """With a sample of the texts as tokens."""
+        tokenizer, texts = tokenizer_of(config), data.train
+
+        def forms(example: Example) -> list[Tokens]:
+            ids = tokenizer(example["text"])["input_ids"]
+            return [Tokens(ids, [IGNORED] * len(ids))]
+
+        limit, batch = config.train["max_length"], config.train["per_device_train_batch_size"]
+        sample = take_sample(texts, tokenizer, forms, limit=limit, batch_size=batch)
+        assert data.labels is not None
+        label = data.labels[texts.dataset["labels"][list(texts.dataset[ORIGIN]).index(sample.origin)]]
+        return replace(data, sample=replace(sample, pieces=[*sample.pieces, ("\n→ ", False), (label, True)]))
 
     def make(self, config: RunConfig, adapter: Any, data: RunData, **parts: Any) -> Trainer:
         """With the adapter in the model, and accuracy measured at each evaluation."""

@@ -5,13 +5,18 @@ The reference is the model with its adapter disabled, so there is no second copy
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, ClassVar
 
 from datasets import Dataset
 from trl import DPOConfig, DPOTrainer
 
 from paca.data.examples import ORIGIN
+from paca.data.formats import Example
+from paca.data.sample import take_sample
+from paca.data.tokens import Tokens, encode
 from paca.messages.errors import PacaError
+from paca.training.prompt_form import tokenizer_of
 from paca.training.run_config import RunConfig
 from paca.training.trainers.kind import RunData, TrainerKind, read_texts
 
@@ -32,6 +37,10 @@ class Dpo(TrainerKind):
         train, held_out, template = read_texts(config, "preferences")
         return RunData(train, held_out, "chosen answers against rejected ones", template)
 
+    def shape(self, config: RunConfig, data: RunData, *, whole: bool) -> RunData:
+        """With a sample of the pairs as tokens."""
+        return with_pairs_sampled(config, data)
+
     def lines(self, config: RunConfig) -> list[tuple[str, str]]:
         """What the model is compared with."""
         return [("reference", "the model without its adapter; no second copy is held")]
@@ -46,6 +55,22 @@ class Dpo(TrainerKind):
             len(row["prompt_ids"]) + max(len(row["chosen_ids"]), len(row["rejected_ids"]))
             for row in dataset.select_columns(["prompt_ids", "chosen_ids", "rejected_ids"])
         ]
+
+
+def with_pairs_sampled(config: RunConfig, data: RunData) -> RunData:
+    """The data with a sample of its pairs as tokens."""
+    tokenizer, settings = tokenizer_of(config), config.train
+
+    def forms(example: Example) -> list[Tokens]:
+        prompt = {"prompt": example["prompt"]} if "prompt" in example else {}
+        name = "completion" if prompt else "messages"
+        return [
+            encode({**prompt, name: example[answer], ORIGIN: example[ORIGIN]}, tokenizer)
+            for answer in ("chosen", "rejected")
+        ]
+
+    limit, batch = settings["max_length"], settings["per_device_train_batch_size"]
+    return replace(data, sample=take_sample(data.train, tokenizer, forms, limit=limit, batch_size=batch))
 
 
 def check_all_kept(trainer: Any, data: RunData, why: str) -> None:

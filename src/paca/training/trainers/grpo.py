@@ -4,15 +4,22 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from dataclasses import replace
+from functools import partial
 from typing import Any, ClassVar
 
 from datasets import Dataset
-from transformers import Trainer
+from transformers import PreTrainedTokenizerBase, Trainer
 from trl import GRPOConfig, GRPOTrainer
 
 from paca.data.answers import check_pattern
+from paca.data.examples import ORIGIN
+from paca.data.formats import Example
+from paca.data.sample import take_sample
+from paca.data.tokens import IGNORED, Tokens, render
 from paca.messages.errors import PacaError
 from paca.training.key_checks import Origins
+from paca.training.prompt_form import tokenizer_of
 from paca.training.run_config import RunConfig
 from paca.training.trainers.kind import RunData, TrainerKind, read_texts, steps_of
 from paca.training.trainers.reward_functions import BUILT_IN, check_columns, find_rewards, load_reward_models
@@ -63,7 +70,7 @@ class Grpo(TrainerKind):
         return RunData(train, held_out, f"the model's own answers, by {names}", template)
 
     def shape(self, config: RunConfig, data: RunData, *, whole: bool) -> RunData:
-        """As it is; the answers that are made at a time must be whole groups.
+        """With a sample of the prompts as tokens; the answers that are made at a time must be whole groups.
 
         Raises:
             PacaError: They are not.
@@ -75,7 +82,9 @@ class Grpo(TrainerKind):
                 f"{processes} processes). train.num_generations: {config.train['num_generations']} does not divide it. "
                 "Change one of them."
             )
-        return data
+        tokenizer = tokenizer_of(config)
+        sample = take_sample(data.train, tokenizer, partial(_prompt, tokenizer))
+        return replace(data, sample=replace(sample, pieces=[*sample.pieces, ("… the model's own answer", True)]))
 
     def make(self, config: RunConfig, adapter: Any, data: RunData, **parts: Any) -> Trainer:
         """With the reward functions, and the models among them loaded."""
@@ -96,6 +105,14 @@ class Grpo(TrainerKind):
         answers = answers_at_a_time(train, processes)
         blocks = examples // max(1, answers // train["num_generations"])
         return steps_of(blocks * train.get("num_iterations", 1) * (answers // per_batch), train)
+
+
+def _prompt(tokenizer: PreTrainedTokenizerBase, example: Example) -> list[Tokens]:
+    prompt = example["prompt"]
+    chat = not isinstance(prompt, str)
+    text = render(tokenizer, prompt, example[ORIGIN], add_generation_prompt=True) if chat else prompt
+    ids = tokenizer(text, add_special_tokens=not chat)["input_ids"]
+    return [Tokens(ids, [IGNORED] * len(ids))]
 
 
 def answers_at_a_time(train: Mapping[str, Any], processes: int) -> int:

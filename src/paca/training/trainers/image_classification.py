@@ -34,6 +34,10 @@ class ImageClassification(Classification):
         train, held_out = read_split(config, partial(load_images, label=config.data.label))
         return with_labels(train, held_out, train.dataset.features["label"].names)
 
+    def shape(self, config: RunConfig, data: RunData, *, whole: bool) -> RunData:
+        """As it is: an image is no text to be shown."""
+        return data
+
     def make(self, config: RunConfig, adapter: Any, data: RunData, **parts: Any) -> Trainer:
         """With the adapter in the model, and images counted by their labels."""
         parts["model"].main_input_name = "labels"

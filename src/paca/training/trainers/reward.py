@@ -7,7 +7,7 @@ from transformers import AutoModelForSequenceClassification
 from trl import RewardConfig, RewardTrainer
 
 from paca.training.run_config import RunConfig
-from paca.training.trainers.dpo import check_all_kept
+from paca.training.trainers.dpo import check_all_kept, with_pairs_sampled
 from paca.training.trainers.kind import RunData, TrainerKind, read_texts
 
 
@@ -26,6 +26,10 @@ class Reward(TrainerKind):
         train, held_out, template = read_texts(config, "preferences")
         loss = "the score of chosen answers above that of rejected ones"
         return RunData(train, held_out, loss, template, labels=["reward"])
+
+    def shape(self, config: RunConfig, data: RunData, *, whole: bool) -> RunData:
+        """With a sample of the pairs as tokens."""
+        return with_pairs_sampled(config, data)
 
     def check_prepared(self, trainer: RewardTrainer, data: RunData) -> None:
         """No pair was dropped because it is longer than `train.max_length`."""

@@ -1,0 +1,98 @@
+"""The example that a dry run shows, for trainers other than SFT."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+from transformers import AutoTokenizer
+
+from paca.messages.errors import PacaError
+from paca.training import describe, load_run_config, train
+from paca.training.data_preview import sample_section, show_sample
+from paca.training.plan import Plan
+from paca.training.trainers import TRAINERS
+from training.trainers.tiny_runs import CONFIGS, save_workspace
+
+
+@pytest.fixture(scope="module")
+def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_workspace(tmp_path_factory.mktemp("previews"))
+
+
+def preview(plan: Plan) -> str:
+    assert plan.sample is not None
+    console = Console(file=io.StringIO(), width=200)
+    show_sample(plan.sample, console)
+    return console.file.getvalue()  # type: ignore[attr-defined,no-any-return]
+
+
+@pytest.mark.parametrize("trainer", ["dpo", "reward"])
+def test_a_pair_is_shown_with_both_answers_marked(
+    workspace: Path, trainer: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(workspace)
+    plan = describe(load_run_config(workspace / f"{trainer}.yaml"))
+    chosen, rejected = preview(plan).split("The same with the answer that is rejected:")
+    (question,) = (line.partition("?")[0] for line in chosen.splitlines() if "?" in line)
+    assert "⟦yes" in chosen
+    assert f"⟦no {question}" in rejected
+    assert f"{question}?" in rejected
+    assert "% of them" not in rejected
+    assert plan.tokens_per_step is None
+    page = sample_section(plan.sample.as_dict())  # type: ignore[union-attr]
+    assert page.count("<mark>") == 3  # one of them in the words above
+    assert "The same with the answer that is rejected" in page
+
+
+@pytest.mark.parametrize("trainer", ["dpo", "reward"])
+def test_lengths_of_pairs_are_those_of_the_trainer(
+    workspace: Path, trainer: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(workspace)
+    kind, made = TRAINERS[trainer], []
+
+    def stop(trainer: Any, data: object) -> None:
+        made.extend(kind.lengths(trainer.train_dataset))
+        raise PacaError("enough")
+
+    monkeypatch.setattr(kind, "check_prepared", stop)
+    config = load_run_config(
+        workspace / f"{trainer}.yaml", ["eval.before=false", f"output.dir={workspace / 'stopped'}"]
+    )
+    with pytest.raises(PacaError, match="enough"):
+        train(config)
+    sample = describe(config).sample
+    assert sample is not None
+    assert (sample.shortest, sample.longest) == (min(made), max(made))
+
+
+def test_a_prompt_is_shown_whose_answer_the_model_writes(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(workspace)
+    plan = describe(load_run_config(workspace / "grpo.yaml"))
+    text = preview(plan)
+    assert "?" in text
+    assert text.index("⟦… the model's own answer⟧") > text.index("assistant")
+    assert plan.sample is not None
+    assert (plan.sample.share, plan.sample.unanswered, plan.sample.limit) == (None, 0, None)
+
+
+def test_a_text_is_shown_with_its_label(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(workspace)
+    plan = describe(load_run_config(workspace / "classification.yaml"))
+    shown = preview(plan).splitlines()
+    at = next(number for number, line in enumerate(shown) if "→" in line)
+    text, label = shown[at - 1], shown[at]
+    assert label == ("→ ⟦animal⟧" if "cat" in text or "dog" in text else "→ ⟦other⟧")
+    tokenizer = AutoTokenizer.from_pretrained(workspace / "llama")
+    assert plan.sample is not None
+    assert 0 <= len(tokenizer(text)["input_ids"]) - plan.sample.median <= 1  # the middle of an even number of texts
+
+
+def test_images_are_not_shown(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(workspace)
+    assert "image_classification" in CONFIGS
+    assert describe(load_run_config(workspace / "image_classification.yaml")).sample is None
