@@ -51,6 +51,12 @@ def test_a_dry_run_shows_the_resolved_run_and_leaves_nothing(workspace: Path) ->
     assert not (workspace / "dry").exists()
 
 
+def test_a_dry_run_finds_held_out_data_that_cannot_be_scored(workspace: Path) -> None:
+    done = forked_paca("train", "config.yaml", "--dry-run", "--set", "eval.metric=choice", cwd=workspace)
+    assert done.returncode == 1
+    assert "there are no options to choose from" in done.stderr
+
+
 def test_a_run_in_full_is_planned_trained_asked_and_written_elsewhere(workspace: Path) -> None:
     file = workspace / "full.yaml"
     sections = yaml.safe_load((workspace / "config.yaml").read_text())
@@ -70,6 +76,10 @@ def test_a_run_in_full_is_planned_trained_asked_and_written_elsewhere(workspace:
     assert written.returncode == 0, written.stderr
     assert f"{workspace / 'full'} is a whole model." in written.stdout
     assert (workspace / "full-bf16" / "model.safetensors").is_file()
+    again = forked_paca("train", file, "--dry-run", cwd=workspace)
+    assert (again.returncode, again.stderr) == (0, "")
+    taken = f"Before it is trained: {workspace / 'full'} already holds a finished run. Give another output.dir"
+    assert taken in again.stdout.splitlines()[-1]
     refused = forked_paca("export", workspace / "full", "--to", "lora", "--output", workspace / "x")
     assert "is a whole model, not an adapter" in refused.stderr
 

@@ -16,7 +16,9 @@ from paca.messages.units import format_bytes, format_duration
 from paca_command import import_package
 
 if TYPE_CHECKING:
+    from paca.evaluation.own_data import Measurement
     from paca.training import RunResult
+    from paca.training.run_config import RunConfig
 
 
 def train(
@@ -48,21 +50,14 @@ def train(
 
         disable_progress_bars()  # of reading and tokenizing; in a log file they are noise
         disable_progress_bar()  # of writing a whole model
-    if dry_run:
-        from paca.training.data_preview import show_sample
-        from paca.training.plan import describe, show_plan
+    from paca.evaluation.own_data import scorer
 
-        plan = describe(run_config)
-        show_plan(plan, console)
-        if plan.sample is not None:
-            show_sample(plan.sample, console)
-        if settings:
-            say(console, f"\n{plan.config.to_yaml()}", end="")
+    if dry_run:
+        _show_dry_run(run_config, settings, scorer(run_config.eval), console)
         return
 
     import torch
 
-    from paca.evaluation.own_data import scorer
     from paca.training.freed_memory import keep_freed_memory
     from paca.training.run import train as run
 
@@ -82,6 +77,26 @@ def train(
         say(console, f"  {result.resume_command}")
         raise typer.Exit(130)
     show_result(result, console)
+
+
+def _show_dry_run(config: RunConfig, settings: bool, measurement: Measurement | None, console: Console) -> None:
+    from paca.training.data_preview import show_sample
+    from paca.training.plan import prepare, show_plan
+    from paca.training.run_folder import RunFolder
+
+    prepared = prepare(config, whole=False)
+    plan, held_out = prepared.plan, prepared.data.eval
+    show_plan(plan, console)
+    if measurement is not None and held_out is not None:
+        measurement.check(held_out.dataset)
+    if plan.sample is not None:
+        show_sample(plan.sample, console)
+    if settings:
+        say(console, f"\n{plan.config.to_yaml()}", end="")
+    try:
+        RunFolder(Path(config.output.dir)).check_free(overwrite=config.output.overwrite)
+    except PacaError as taken:  # no mistake in the file
+        say(console, f"\nBefore it is trained: {taken}", "yellow")
 
 
 def show_result(result: RunResult, console: Console) -> None:
