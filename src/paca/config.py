@@ -160,16 +160,8 @@ _FORMS: tuple[tuple[str, Any, str], ...] = (
     ("layers_pattern", lambda v: _is(v, str) or _is_names(v), _TEXT_OR_NAMES + "['layers']"),
     ("target_parameters", _is_names, _NAMES + "['experts.gate_up_proj', 'experts.down_proj']"),
     ("modules_to_save", _is_names, _NAMES + "['classifier']"),
-    (
-        "layers_to_transform",
-        lambda v: v is None or _is(v, int) or _is_list_of(int, v),
-        "be a list of numbers of blocks",
-    ),
-    (
-        "indices",
-        lambda v: v is None or (v and isinstance(v, dict)),
-        "map module names to lists, such as {'q_proj': [5]}",
-    ),
+    ("layers_to_transform", lambda v: v is None or _is(v, int) or _is_list_of(int, v), "be a list of block numbers"),
+    ("indices", lambda v: v is None or (v and isinstance(v, dict)), "map modules to lists, such as {'q_proj': [5]}"),
     ("rotate_by", lambda v: v in ROTATIONS, f"be one of {', '.join(ROTATIONS)}"),
     ("init_weights", lambda v: isinstance(v, bool), "be true or false"),
     ("inference_mode", lambda v: isinstance(v, bool), "be true or false"),
@@ -189,6 +181,4 @@ def _check_expression(name: str, key: Any) -> None:
     try:
         re.compile(key)
     except (re.error, TypeError) as error:
-        raise ValueError(
-            f"{name} has the key {key!r}, no name of a module nor a regular expression: {error}."
-        ) from error
+        raise ValueError(f"{name} has the key {key!r}, no module's name nor a regular expression: {error}.") from error

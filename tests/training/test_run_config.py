@@ -97,7 +97,7 @@ def test_the_written_config_reads_back_as_the_same_run(tmp_path: Path) -> None:
         ("full: {r: 4}\n", "no key full.r. Did you mean paca.r? The section full has no keys."),
         ("peft: {peft_type: nosuch}\ndata: {train: x, r: 4}\n", "no key data.r."),
         ("paca: {rotate_by: norm}\n", "paca.rotate_by must be one of random, random_blocks, weight_norm, not the text"),
-        ("paca: {indices: {}}\n", "line 3: paca.indices must map module names to lists, such as {'q_proj': [5]}"),
+        ("paca: {indices: {}}\n", "line 3: paca.indices must map modules to lists, such as {'q_proj': [5]}"),
         ("paca: {r: 0}\n", "line 3: paca.r must be a whole number of columns, 1 or more; got 0."),
         ("paca: {r: many}\n", "line 3: paca.r must be a whole number, not the text 'many'."),
         ("eval: {before: 1}\n", "line 3: eval.before must be true or false, not the number 1."),

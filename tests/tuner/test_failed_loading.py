@@ -231,7 +231,7 @@ INTERRUPTED = {
     "update_layer": ("paca.layers.base.PacaLayer", 0),
     "update_layer, later": ("paca.layers.base.PacaLayer", 3),
     "set_adapter": ("paca.layers.base.PacaLayer", 1),
-    "_all_resident": ("paca.tuner.model", 0),
+    "paca_layers": ("paca.tuner.model", 0),
     "check_saved_modules": ("paca.tuner.model", 0),
     "check_adapter_tensors": ("paca.tuner.model", 0),
     "check_finite": ("paca.tuner.adapter_checks", 2),

@@ -57,9 +57,8 @@ def check_adapter_tensors(
             check_finite(f"{name}.{DELTA}", delta.to(layer.paca_delta[adapter_name].dtype))
             order = indices.argsort()
             if not torch.equal(indices[order], indices):  # a delta that is sharded can't be sorted here, and is ours
-                checked[f"{name}.{DELTA}.{adapter_name}"] = delta.index_select(
-                    layer.delta_column_dim, order
-                ).contiguous()
+                in_order = delta.index_select(layer.delta_column_dim, order)
+                checked[f"{name}.{DELTA}.{adapter_name}"] = in_order.contiguous()
             checked[f"{name}.{INDICES}.{adapter_name}"] = indices[order].to(torch.int64)
     if others:
         check_whole_tensors(model, adapter_name, others)
@@ -71,10 +70,8 @@ def check_adapter_tensors(
 def _problem(name: str, tensor: Tensor, wanted: tuple[int, ...], r: int, axes: str = "") -> str | None:
     """What is wrong with the shape or type of a delta, which has `axes`, or of indices."""
     if tuple(tensor.shape) != wanted:
-        return (
-            f"{name} has shape {tuple(tensor.shape)}; in this model, with r={r}, it must have {wanted} {axes}".rstrip()
-            + "."
-        )
+        must = f"{wanted} {axes}".rstrip()
+        return f"{name} has shape {tuple(tensor.shape)}; in this model, with r={r}, it must have {must}."
     if axes and not tensor.is_floating_point():
         return f"{name} is {tensor.dtype}; it must be a float type."
     if not axes and (tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool):

@@ -61,7 +61,8 @@ class PacaModel(AdaptsStacks, MergesAdapters):
             with quiet_about_stacks() if config.target_parameters else contextlib.nullcontext():
                 super().inject_adapter(model, adapter_name, *args, **kwargs)
             made_for = config.base_quantization if config.loading else None
-            if config.original_weights or made_for not in (None, "none") or not _all_resident(model):
+            others = any(layer.mode != "resident" for layer in paca_layers(model))
+            if config.original_weights or made_for not in (None, "none") or others:
                 note_quantization(model, adapter_name, config)
             else:
                 config.base_quantization = "none"
@@ -108,17 +109,12 @@ class PacaModel(AdaptsStacks, MergesAdapters):
         else:
             layer = adapted_after_all(target, current_key, self.model)
         alpha_key = get_pattern_key(list(peft_config.alpha_pattern), current_key)
+        alpha = peft_config.alpha_pattern.get(alpha_key, peft_config.paca_alpha)
         try:
             indices = columns_of_original(self.peft_config, layer) if adapter_name == REFERENCE else None
             if indices is None:
                 indices = choose_columns(peft_config, layer, layer.in_features, current_key)
-            layer.update_layer(
-                adapter_name,
-                indices,
-                paca_alpha=peft_config.alpha_pattern.get(alpha_key, peft_config.paca_alpha),
-                init_weights=peft_config.init_weights,
-                inference_mode=peft_config.inference_mode,
-            )
+            layer.update_layer(adapter_name, indices, alpha, peft_config.init_weights, peft_config.inference_mode)
         except BaseException:
             if layer is not target:  # not in the model yet, where it would be found and taken out
                 layer.base_layer.release()
@@ -196,10 +192,6 @@ class PacaModel(AdaptsStacks, MergesAdapters):
         if hasattr(model, "hf_device_map"):
             keep_for_dispatch(model, adapter_name, checked)
         return checked
-
-
-def _all_resident(model: nn.Module) -> bool:
-    return all(layer.mode == "resident" for layer in paca_layers(model))
 
 
 def _is_rotated(model: nn.Module, adapter_name: str) -> bool:
