@@ -121,9 +121,10 @@ def _on_meta(model: str | PreTrainedConfig | PlannedModel) -> PlannedModel:
 
         return load_config(model).model
     if isinstance(model, PreTrainedConfig):
+        ran_before = type(model).__module__.startswith("transformers_modules")  # its code was let run, to make it
         try:
             with torch.device("meta"):
-                made = AutoModelForCausalLM.from_config(copy.deepcopy(model))
+                made = AutoModelForCausalLM.from_config(copy.deepcopy(model), trust_remote_code=ran_before)
         except ValueError as error:
             raise PacaError(f"{type(model).__name__} is not the configuration of a causal language model.") from error
         made.tie_weights()

@@ -47,7 +47,7 @@ def file_options(path: str) -> dict[str, Any]:
     """The arguments by which `from_pretrained` finds a GGUF file (errors as of `require_gguf`)."""
     require_gguf()
     file = Path(path)
-    return {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name}
+    return {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name, "trust_remote_code": False}
 
 
 def outline_options(path: str) -> dict[str, Any]:
@@ -67,7 +67,7 @@ def outline_options(path: str) -> dict[str, Any]:
     folder = Path(constants.HF_HOME) / "paca" / "gguf" / xxhash.xxh128_hexdigest(key.encode())
     if not folder.is_dir() and not _keep(folder, options, path):
         return options
-    return {"pretrained_model_name_or_path": str(folder)}
+    return {"pretrained_model_name_or_path": str(folder), "trust_remote_code": False}
 
 
 def _keep(folder: Path, options: dict[str, Any], path: str) -> bool:
@@ -80,7 +80,7 @@ def _keep(folder: Path, options: dict[str, Any], path: str) -> bool:
             restore_pre_tokenizer(tokenizer, path)
             tokenizer.save_pretrained(beside)
             # A class may build a part of its tokenizer anew when it is read.
-            read = AutoTokenizer.from_pretrained(beside)
+            read = AutoTokenizer.from_pretrained(beside, trust_remote_code=False)
             if read.backend_tokenizer.to_str() != tokenizer.backend_tokenizer.to_str():
                 return False
             beside.replace(folder)

@@ -47,7 +47,7 @@ def _write(pretrained: Pretrained, folder: Path, record: dict[str, object]) -> N
     with without_progress_bars():
         pretrained.model.save_pretrained(folder)
     pretrained.tokenizer.save_pretrained(folder)
-    reread = AutoTokenizer.from_pretrained(folder)
+    reread = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     if reread(_PROBE)["input_ids"] != pretrained.tokenizer(_PROBE)["input_ids"]:
         raise PacaError(
             f"The tokenizer of {pretrained.name_or_path!r} splits text differently after saving and loading it with "
