@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from paca.comparison.claims import Claim
 from paca.comparison.training_process import TrainingProcess, failure_of
+from paca.messages.claims import Claim
 from paca.training.run_folder import RunFolder
 
 HOLD = """

@@ -1,12 +1,39 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
 from paca.messages.errors import PacaError
-from paca.training.run_folder import RunFolder, steps_done
+from paca.training.run_folder import RunFolder, steps_done, write_whole
+from paca.tuner.adapter_folder import find_adapter
+
+TRAIN = """
+import sys
+from pathlib import Path
+from paca.training.run_folder import RunFolder
+with RunFolder(Path(sys.argv[1])).in_use():
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
+@contextmanager
+def trained_elsewhere(folder: Path) -> Iterator[subprocess.Popen[str]]:
+    """A process that has the folder in use."""
+    program = [sys.executable, "-c", TRAIN, str(folder)]
+    process = subprocess.Popen(program, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "held\n"
+    yield process
+    process.kill()
+    process.communicate()
 
 
 def checkpoint(folder: RunFolder, step: int, state: str | None = None) -> Path:
@@ -74,3 +101,43 @@ def test_a_folder_that_cannot_be_made_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(PacaError, match=r"output\.dir"):
         RunFolder(tmp_path / "file" / "run").clear({})
+
+
+def test_a_folder_in_use_is_refused_and_says_by_whom(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path / "run")
+    with trained_elsewhere(folder.path) as process:
+        message = rf"run is in use: process {process.pid} on .+ trains there\. Wait"
+        with pytest.raises(PacaError, match=message), folder.in_use():
+            pass
+        folder.metrics.touch()
+        with pytest.raises(PacaError, match=rf"is still going: process {process.pid} on .+ trains it\."):
+            find_adapter(folder.path)
+    with pytest.raises(PacaError, match=r"is not finished: .* --resume"):
+        find_adapter(folder.path)
+    with folder.in_use():  # the lock that a killed process left is nobody's
+        assert str(os.getpid()) in folder.lock.read_text()
+
+
+def test_a_folder_made_in_vain_goes(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path / "deep" / "run")
+    with pytest.raises(PacaError, match="a wrong setting"), folder.in_use():
+        raise PacaError("a wrong setting")
+    assert not folder.path.exists()
+    with folder.in_use():
+        folder.config.touch()
+    assert folder.config.exists()
+
+
+def test_a_folder_that_can_not_be_made_is_told(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(PacaError, match=r"can't be made ready"), RunFolder(tmp_path / "file" / "run").in_use():
+        pass
+
+
+def test_a_write_that_fails_leaves_what_was_there(tmp_path: Path) -> None:
+    file = tmp_path / "config.yaml"
+    write_whole(file, "whole")
+    with pytest.raises(UnicodeEncodeError):
+        write_whole(file, "half \ud800")
+    assert file.read_text() == "whole"
+    assert list(tmp_path.iterdir()) == [file]

@@ -8,13 +8,13 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from paca.comparison.claims import Claim
 from paca.comparison.equal import CameOut, same_memory, same_parameters, same_time
 from paca.comparison.methods import Method
 from paca.comparison.plan_table import PlannedMethod
 from paca.comparison.schedule import Job
 from paca.comparison.settings import Comparison, SettingsFile, run_sections, write_config
 from paca.comparison.trial import trials_of
+from paca.messages.claims import Claim
 from paca.messages.errors import PacaError
 from paca.messages.say import say
 from paca.training import load_run_config

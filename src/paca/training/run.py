@@ -91,12 +91,11 @@ def train(
     if resume and folder.finished():
         say(console, f"The run in {folder.path} is finished; there is nothing to resume.")
         return RunResult(folder.path, folder.read_summary(), None)
-    if main and not resume:
-        folder.check_free(overwrite=config.output.overwrite)
-    if main and resume:
-        folder.reopen()
-
-    with StopOnSignal(partial(say, console)) as stopper:
+    with folder.in_use() if main else nullcontext(), StopOnSignal(partial(say, console)) as stopper:
+        if main and not resume:
+            folder.check_free(overwrite=config.output.overwrite)
+        if main and resume:
+            folder.reopen()
         prepared = prepare(config)
         plan = prepared.plan
         show_plan(plan, console)
@@ -179,7 +178,7 @@ class _Run:
             self.progress = ShowProgress(console, self.log, self.recorder, self.kind.counts, self.kind.score)
             self.trainer.add_callback(self.recorder)
             self.trainer.add_callback(self.progress)
-            folder.config.write_text(self.config.to_yaml(), encoding="utf-8")
+            write_whole(folder.config, self.config.to_yaml())
         self.trainer.add_callback(StopOnNonFiniteLoss())
 
     def result(self) -> RunResult:

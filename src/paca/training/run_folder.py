@@ -6,9 +6,12 @@ import json
 import os
 import re
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from paca.messages.claims import Claim
 from paca.messages.errors import PacaError
 
 _NEEDED_TO_RESUME = ("trainer_state.json", "scheduler.pt")
@@ -31,6 +34,7 @@ class RunFolder:
         self.columns = path / "columns.json"  # those chosen, and what they followed from: another run here uses them
         self.base = path / "base"  # the model of a GGUF file as a plain checkpoint
         self.checkpoints = path / "checkpoints"  # the trainer's own folder
+        self.lock = path / ".lock"  # held by the process that trains here
 
     def finished(self) -> bool:
         """Whether a run came to its end here."""
@@ -44,6 +48,32 @@ class RunFolder:
         """The complete checkpoint of the highest step; one cut short while it was written does not count."""
         complete = [(step, path) for step, path in self._checkpoints() if _is_complete(path)]
         return max(complete)[1] if complete else None
+
+    @contextmanager
+    def in_use(self) -> Iterator[None]:
+        """Keep other processes from training here meanwhile. A folder that is made for it goes if nothing came into it.
+
+        Raises:
+            PacaError: Another process trains here, or the folder can't be made.
+        """
+        made = not self.path.exists()
+        try:
+            claim = Claim(self.lock)
+            taken = claim.take()
+        except OSError as error:
+            raise PacaError(f"The run folder {self.path} (output.dir) can't be made ready: {error}.") from error
+        if not taken:
+            raise PacaError(
+                f"{self.path} is in use: {claim.holder()} trains there. Wait for its end, stop it, or give another "
+                "output.dir."
+            )
+        with claim:
+            try:
+                yield
+            finally:
+                if made and list(self.path.iterdir()) == [self.lock]:
+                    self.lock.unlink()
+                    self.path.rmdir()
 
     def check_free(self, *, overwrite: bool) -> None:
         """Refuse to start a run over another one.
@@ -111,8 +141,14 @@ def write_whole(path: Path, text: str) -> None:
     """Write a file in place of the one that is there, whole or not at all; make its folder if need be."""
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f".{path.name}.{os.getpid()}")
-    beside.write_text(text, encoding="utf-8")
-    beside.replace(path)
+    try:
+        with beside.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())  # or a power cut might leave the new name with nothing in it
+        beside.replace(path)
+    finally:
+        beside.unlink(missing_ok=True)
 
 
 def steps_done(checkpoint: Path) -> int:

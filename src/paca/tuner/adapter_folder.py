@@ -10,6 +10,7 @@ from typing import Any
 
 from safetensors import safe_open
 
+from paca.messages.claims import holder_of
 from paca.messages.errors import PacaError
 from paca.messages.program import program
 
@@ -44,6 +45,9 @@ def find_adapter(path: str | Path, *, or_model: bool = True) -> Path | None:
     if any((path / "config.json").is_file() for path in (folder, folder / "model")):  # the second: of a run
         return None
     if (folder / "checkpoints").is_dir() or (folder / "metrics.jsonl").is_file():
+        trainer = holder_of(folder / ".lock")
+        if trainer is not None:
+            raise PacaError(f"The run in {folder} is still going: {trainer} trains it. Its adapter comes at the end.")
         raise PacaError(
             f"The run in {folder} is not finished: it has no adapter/ or model/. Continue it: "
             f"{program()} train {shlex.quote(str(folder / 'config.yaml'))} --resume"

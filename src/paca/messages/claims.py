@@ -1,12 +1,16 @@
-"""Several processes share the work: whoever holds the claim on a run trains it."""
+"""Which process uses a folder: whoever holds the claim on it, and who that is in words."""
 
 from __future__ import annotations
 
-import fcntl
 import os
 import socket
 from pathlib import Path
 from types import TracebackType
+
+try:
+    import fcntl
+except ImportError:  # Windows has no such locks: there a claim is always free
+    fcntl = None  # type: ignore[assignment]
 
 
 class Claim:
@@ -25,19 +29,24 @@ class Claim:
         self.path = path
         self._descriptor: int | None = None
 
-    def take(self, *, wait: bool = False) -> bool:
-        """Take the claim; with `wait`, once nobody else has it. Returns whether it is ours."""
+    def take(self, *, wait: bool = False, look_only: bool = False) -> bool:
+        """Take the claim; with `wait`, once nobody else has it. Returns whether it is ours.
+
+        With `look_only` the file keeps the last holder's name.
+        """
         descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644)
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            if fcntl is not None:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError:
             os.close(descriptor)
             return False
         except BaseException:
             os.close(descriptor)
             raise
-        os.ftruncate(descriptor, 0)
-        os.pwrite(descriptor, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
+        if not look_only:
+            os.ftruncate(descriptor, 0)
+            os.pwrite(descriptor, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
         self._descriptor = descriptor
         return True
 
@@ -64,3 +73,11 @@ class Claim:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self.release()
+
+
+def holder_of(path: Path) -> str | None:
+    """Who holds the claim of this lock file, in words; None if nobody does."""
+    if not path.is_file():
+        return None
+    with Claim(path) as claim:
+        return None if claim.take(look_only=True) else claim.holder()
