@@ -91,7 +91,7 @@ class Step:
 
 
 def allocations(step: Step) -> tuple[int, int]:
-    """The peak of what was allocated within ``step`` and its largest single allocation, in bytes."""
+    """The peak of what was allocated within `step` and its largest single allocation, in bytes."""
     gc.collect()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         step()

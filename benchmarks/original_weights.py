@@ -8,7 +8,7 @@ held-out loss on the answers: before any training, for several ranks and draws o
 training from both starts with the same columns, batches and rate. The samples of a row are one per draw, and both
 starts of a draw are compared with each other (the ratios).
 
-Data are JSONL with ``messages`` (the last one is the answer), or with ``question`` and ``answer``.
+Data are JSONL with `messages` (the last one is the answer), or with `question` and `answer`.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class Example(NamedTuple):
 
 
 def read_examples(path: Path, tokenizer: Any, limit: int, longest: int) -> list[Example]:
-    """The first ``limit`` examples of the file that have at most ``longest`` tokens."""
+    """The first `limit` examples of the file that have at most `longest` tokens."""
     examples: list[Example] = []
     with path.open(encoding="utf-8") as file:
         for line in file:
@@ -69,7 +69,7 @@ def read_examples(path: Path, tokenizer: Any, limit: int, longest: int) -> list[
 
 
 def batches(examples: Sequence[Example], size: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Tokens, attention mask and labels ``(size, longest)``, padded on the right; -100 is no label."""
+    """Tokens, attention mask and labels `(size, longest)`, padded on the right; -100 is no label."""
     for start in range(0, len(examples), size):
         chosen = examples[start : start + size]
         longest = max(len(e.tokens) for e in chosen)
@@ -151,7 +151,7 @@ def train(model: Any, examples: Sequence[Example], steps: int, size: int, rate: 
 
 @torch.no_grad()
 def relative_errors(folder: Path, double: bool) -> tuple[list[float], float]:
-    """``|W_4bit - W| / |W|`` of each linear layer, and of a normally distributed weight as the yardstick."""
+    """`|W_4bit - W| / |W|` of each linear layer, and of a normally distributed weight as the yardstick."""
     plain = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
     model = adapted(quantized(folder, double), 1, 0, None)
     errors = []

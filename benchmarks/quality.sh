@@ -1,11 +1,13 @@
 #!/usr/bin/env bash
-# PaCA against LoRA at equal parameters, time and memory, on four tasks with real weights (docs/guides/comparing.md).
+# PaCA against LoRA at equal parameters, time and memory, on four tasks with real weights (docs/notes/quality.md).
 #
 #   .venv/bin/python -m benchmarks.quality.prepare --data FOLDER    once; without --data from the hub
 #   bash benchmarks/quality.sh digits arc gsm8k encyclopedia        or some of them
+#   EQUAL=parameters JOBS=2 OMP_NUM_THREADS=1 bash benchmarks/quality.sh arc
 #
-# A part that was stopped goes on where it was. Times count, so keep nothing else running. What it leaves for the
-# repository lies in benchmarks/quality/TASK-EQUAL/: the rows, and the page as HTML and as Markdown.
+# JOBS processes share the work; with more than one, leave `time` out of EQUAL, as they slow each other down. A part
+# that was stopped goes on where it was. What it leaves for the repository lies in benchmarks/quality/TASK-EQUAL/: the
+# rows, and the page as HTML and as Markdown.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 PACA=${PACA:-.venv/bin/paca}
@@ -13,16 +15,27 @@ METHODS=${METHODS:-paca,lora,lora-tuned}
 SEEDS=${SEEDS:-0,1,2}
 EQUAL=${EQUAL:-parameters time memory}
 RUNS=${RUNS:-runs/quality}
+JOBS=${JOBS:-1}
+trap 'kill -TERM $(jobs -p) 2>/dev/null; exit 130' INT TERM # Ctrl-C does not reach what runs in the background
+export MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=-1
 
 for task in "$@"; do
-    # Steps of 1.6; the grid grows by itself where the best rate is at an end of it.
-    case $task in
-        digits) rates=3.2e-3,5e-3,8e-3,1.25e-2 ;;
-        *) rates=2e-3,3.2e-3,5e-3 ;;
-    esac
     for equal in $EQUAL; do
-        "$PACA" compare "benchmarks/quality/$task.yaml" --methods "$METHODS" --lr "$rates" --seeds "$SEEDS" \
-            --equal "$equal" --output "$RUNS/$task-$equal"
+        # Steps of 1.6; the grid grows by itself where the best rate is at an end of it.
+        changed=()
+        case $task-$equal in
+            digits-parameters) rates=3.2e-3,5e-3,8e-3,1.25e-2 ;;
+            digits-*) rates=5e-3,8e-3,1.25e-2,2e-2 changed=(--set paca.r=16 --set paca.paca_alpha=16) ;;
+            arc-*) rates=1.25e-3,2e-3,3.2e-3 ;;
+            *) rates=2e-3,3.2e-3,5e-3 ;;
+        esac
+        same=$equal
+        [ "$equal" = time ] && same=parameters,time
+        compare=("$PACA" compare "benchmarks/quality/$task.yaml" "${changed[@]}" --methods "$METHODS" --lr "$rates"
+            --seeds "$SEEDS" --equal "$same" --output "$RUNS/$task-$equal")
+        for ((job = 1; job < JOBS; job++)); do "${compare[@]}" & done
+        "${compare[@]}"
+        wait
         mkdir -p "benchmarks/quality/$task-$equal"
         cp "$RUNS/$task-$equal"/{runs.jsonl,comparison.html,comparison.md} "benchmarks/quality/$task-$equal/"
     done

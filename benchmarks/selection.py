@@ -108,7 +108,7 @@ class Experiment:
         return total / tokens
 
     def batches(self, run: Run, examples: int) -> list[dict[str, Tensor]]:
-        """The first ``examples`` of the training data in the order of the run's seed."""
+        """The first `examples` of the training data in the order of the run's seed."""
         train, size = self.data[run.data].train, self.settings.batch
         order = torch.randperm(len(train), generator=torch.Generator().manual_seed(run.seed))[:examples].tolist()
         return [collated([train[i] for i in order[s : s + size]], self.pad) for s in range(0, examples, size)]

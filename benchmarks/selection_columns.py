@@ -1,4 +1,4 @@
-"""Ways of choosing PaCA's columns that are being tried out; those that paca has itself come from ``paca.select``.
+"""Ways of choosing PaCA's columns that are being tried out; those that paca has itself come from `paca.select`.
 
 All look at one thing: how the inputs of a linear layer vary together, over the tokens that matter. A channel that
 hardly varies acts like a bias; two that vary together give the trained columns one direction instead of two.
@@ -23,7 +23,7 @@ class Covariance:
         self.shift: Tensor | None = None  # near the mean, so that nothing cancels in float32
 
     def add(self, rows: Tensor, weights: Tensor) -> None:
-        """Take in ``rows (n, channels)``, each counted ``weights (n,)`` times."""
+        """Take in `rows (n, channels)`, each counted `weights (n,)` times."""
         rows, weights = rows.float(), weights.double()
         if self.shift is None:
             self.shift = rows.mean(0)
@@ -37,13 +37,13 @@ class Covariance:
         self.second += (weighted.T @ rows).double()
 
     def matrix(self) -> Tensor:
-        """``(channels, channels)``, float64."""
+        """`(channels, channels)`, float64."""
         mean = self.first / self.total
         return self.second / self.total - torch.outer(mean, mean)
 
 
 def pivoted(covariance: Tensor, r: int) -> list[int]:
-    """``r`` of the ``8 r`` channels of the largest variance, none of which the others foretell.
+    """`r` of the `8 r` channels of the largest variance, none of which the others foretell.
 
     Each is the one with the most variance left once the channels taken before it have explained what they can: a
     Cholesky factorization with pivoting, r steps of it.
@@ -63,8 +63,8 @@ def pivoted(covariance: Tensor, r: int) -> list[int]:
 
 
 STRATEGIES = {"pivoted_answer_variance": "answers", "pivoted_gradient_variance": "gradients"}
-"""Name: what a token counts in the covariance. ``answers``: 1 if the loss falls on what the model says there, else 0,
-which leaves out the first tokens with their outsized activations; ``gradients``: the squared norm of the loss's
+"""Name: what a token counts in the covariance. `answers`: 1 if the loss falls on what the model says there, else 0,
+which leaves out the first tokens with their outsized activations; `gradients`: the squared norm of the loss's
 gradient in the layer's output at that token."""
 
 
@@ -72,7 +72,7 @@ def choose(strategy: str, model: Any, r: int, batches: Iterable[Batch], loss: Lo
     """The columns of every linear layer but the output layer, by name.
 
     Args:
-        strategy: one of ``STRATEGIES``.
+        strategy: one of `STRATEGIES`.
         model: a causal language model, without adapters.
         r: columns a layer.
         batches: for calibration, with labels.
@@ -83,7 +83,7 @@ def choose(strategy: str, model: Any, r: int, batches: Iterable[Batch], loss: Lo
 
 
 def covariances_of(model: Any, weights: str, batches: Iterable[Batch], loss: Loss) -> dict[str, Covariance]:
-    """Run the batches through ``model``; arguments as in ``choose``, ``weights`` of ``STRATEGIES``."""
+    """Run the batches through `model`; arguments as in `choose`, `weights` of `STRATEGIES`."""
     output_layer = model.get_output_embeddings()
     layers = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear) and m is not output_layer}
     covariances = {name: Covariance() for name in layers}

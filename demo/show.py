@@ -1,6 +1,6 @@
 """Show what the demo's run changed: the numbers, one answer before and after, and what to do next.
 
-Run as ``python -m demo.show`` from the project's folder. The answers are made once and kept in the run folder.
+Run as `python -m demo.show` from the project's folder. The answers are made once and kept in the run folder.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def held_out_question() -> tuple[str, str]:
 
 
 def answers(run: Path, prompt: str) -> dict[str, str]:
-    """The model's answers to ``prompt`` without and with the run's adapter, likeliest token each time."""
+    """The model's answers to `prompt` without and with the run's adapter, likeliest token each time."""
     file = run / "answers.json"
     if file.is_file() and file.stat().st_mtime >= (run / "summary.json").stat().st_mtime:
         kept = json.loads(file.read_text(encoding="utf-8"))

@@ -23,7 +23,7 @@ FORKS.set_forkserver_preload(
 def run_forked(
     program: str, *arguments: object, typed: str = "", cwd: Path | None = None
 ) -> subprocess.CompletedProcess[str]:
-    """Run to the end; ``typed`` is what standard input holds."""
+    """Run to the end; `typed` is what standard input holds."""
     with tempfile.TemporaryDirectory() as folder:
         streams = Path(folder)
         process = start_forked(program, *arguments, streams=streams, typed=typed, cwd=cwd)
@@ -39,7 +39,7 @@ def run_forked(
 def start_forked(
     program: str, *arguments: object, streams: Path, typed: str = "", cwd: Path | None = None
 ) -> BaseProcess:
-    """Leave it running; its ``stdin``, ``stdout`` and ``stderr`` are files of the folder ``streams``."""
+    """Leave it running; its `stdin`, `stdout` and `stderr` are files of the folder `streams`."""
     (streams / "stdin").write_text(typed)
     words = [*map(str, arguments)]
     process = FORKS.Process(target=_run, args=(program, words, streams, cwd or Path.cwd(), dict(os.environ)))

@@ -14,7 +14,7 @@ import paca
 
 
 class Perceptron(nn.Module):
-    """``lin1`` (a Linear or Conv1D), tanh, ``lin2``: odd sizes, with bias."""
+    """`lin1` (a Linear or Conv1D), tanh, `lin2`: odd sizes, with bias."""
 
     def __init__(self, kind: str = "linear", width: int = 13) -> None:
         super().__init__()
@@ -62,7 +62,7 @@ def tokens(batch: int = 2, length: int = 9, seed: int = 0) -> Tensor:
 
 
 def adapt(model: nn.Module, adapter_name: str = "default", **settings: Any) -> Any:
-    """Put PaCA into ``model``, with random deltas unless told otherwise (zero ones would hide mistakes), and columns
+    """Put PaCA into `model`, with random deltas unless told otherwise (zero ones would hide mistakes), and columns
     drawn one by one (a small layer is a single block)."""
     config = paca.PacaConfig(**{"r": 3, "paca_alpha": 6, "init_weights": False, "selection": "random", **settings})
     return peft.get_peft_model(model, config, adapter_name=adapter_name)

@@ -62,7 +62,7 @@ def read_config(folder: Path) -> TheirConfig:
 
 
 def load(base_model: nn.Module, folder: Path) -> nn.Module:
-    """Put the adapter in ``folder`` into ``base_model``, as ``PeftModel.from_pretrained`` does."""
+    """Put the adapter in `folder` into `base_model`, as `PeftModel.from_pretrained` does."""
     config, tensors = read_config(folder), load_file(folder / "adapter_model.safetensors")
     for name, module in list(base_model.named_modules()):
         if not check_target_module_exists(config, name):

@@ -15,7 +15,7 @@ REAL = ("nf4", "nf4-double", "fp4", "int8", "torchao-int8", "torchao-int8-group"
 
 
 def quantized_linear(kind: str, linear: nn.Linear) -> nn.Module:
-    """``linear`` quantized for real; skips the test if the library is missing."""
+    """`linear` quantized for real; skips the test if the library is missing."""
     linear.requires_grad_(False)
     if kind.startswith("torchao"):
         return _torchao(kind, linear)
@@ -65,7 +65,7 @@ def _hqq(linear: nn.Linear) -> nn.Module:
 
 
 class Stack(nn.Module):
-    """``lin1``, tanh, ``lin2``; sizes that every library takes, 64 → 128 → 64."""
+    """`lin1`, tanh, `lin2`; sizes that every library takes, 64 → 128 → 64."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -77,7 +77,7 @@ class Stack(nn.Module):
 
 
 def stack(kind: str, dtype: torch.dtype = torch.bfloat16, seed: int = 0) -> Any:
-    """A ``Stack`` with both layers quantized."""
+    """A `Stack` with both layers quantized."""
     torch.manual_seed(seed)
     model = Stack().to(dtype)
     for name in ("lin1", "lin2"):
@@ -121,12 +121,12 @@ class ForwardOnlyLinear(nn.Module):
 
 
 class _StandIn(type):
-    """The type of the classes that ``stand_in`` makes, by which they are pickled."""
+    """The type of the classes that `stand_in` makes, by which they are pickled."""
 
 
 @cache
 def stand_in(package: str) -> type[ForwardOnlyLinear]:
-    """A class of layers that pretends to come from ``package``."""
+    """A class of layers that pretends to come from `package`."""
     return _StandIn("QuantLinear", (ForwardOnlyLinear,), {"__module__": package})
 
 
@@ -134,7 +134,7 @@ copyreg.pickle(_StandIn, lambda kind: (stand_in, (kind.__module__,)))  # type: i
 
 
 def forward_only_stack(package: str, trainable: bool = True, dtype: torch.dtype = torch.float32) -> Any:
-    """A ``Stack`` of layers whose class pretends to come from ``package``."""
+    """A `Stack` of layers whose class pretends to come from `package`."""
     torch.manual_seed(0)
     kind = stand_in(package)
     model = Stack()

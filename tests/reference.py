@@ -12,7 +12,7 @@ Adapter = tuple[Tensor, Tensor, float]
 
 
 def dense_weight(weight: Tensor, adapters: Sequence[Adapter]) -> Tensor:
-    """``W0 + sum_a s_a * scatter(delta_a, indices_a)`` in float64, for a weight ``(out, in)``."""
+    """`W0 + sum_a s_a * scatter(delta_a, indices_a)` in float64, for a weight `(out, in)`."""
     total = weight.detach().double().clone()
     for delta, indices, scale in adapters:
         for column, position in enumerate(indices.tolist()):
@@ -34,7 +34,7 @@ def rounded_sum(weight: Tensor, adapters: Sequence[Adapter]) -> Tensor:
 
 
 def nearest(total: Tensor, dtype: torch.dtype) -> Tensor:
-    """The value of ``dtype`` nearest to each float64 value, ties to even: found by comparing neighbours."""
+    """The value of `dtype` nearest to each float64 value, ties to even: found by comparing neighbours."""
     if dtype not in (torch.float16, torch.bfloat16):
         return total.to(dtype)
     bits = total.to(dtype).view(torch.int16)
@@ -51,7 +51,7 @@ def reference_gradients(
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
     """Output, gradient of x, and gradients of the deltas, all in float64, from a weight whose columns are read as is.
 
-    ``weight`` already holds the adapters' columns (so that its rounding is not the matter here).
+    `weight` already holds the adapters' columns (so that its rounding is not the matter here).
     """
     x64 = x.detach().double().requires_grad_()
     w64 = weight.detach().double().requires_grad_()
@@ -65,7 +65,7 @@ def reference_gradients(
 
 
 def tolerance(dtype: torch.dtype, terms: int) -> dict[str, float]:
-    """Error bound of a dot product of ``terms`` terms in ``dtype`` whose accumulation is at least float32."""
+    """Error bound of a dot product of `terms` terms in `dtype` whose accumulation is at least float32."""
     unit = torch.finfo(dtype).eps
     wide = torch.finfo(torch.float64 if dtype == torch.float64 else torch.float32).eps
     return {"rtol": 2 * unit, "atol": (2 * unit + wide * terms) * 4 * terms**0.5}

@@ -38,7 +38,7 @@ def train(model, inputs, steps=1, optimizer=None, every=0, done=0, **rotation):
 
 
 def rotated(model, inputs, rotations=3, **settings):
-    """``model`` with as many rotations as asked for, trained before and after each; the last forward is up to date."""
+    """`model` with as many rotations as asked for, trained before and after each; the last forward is up to date."""
     train(model, inputs, steps=2 * rotations + 1, every=2, **settings)
     with torch.no_grad():
         model(inputs)

@@ -44,7 +44,7 @@ def output_of(model):
 
 
 def naive_output(base, deltas, layers):
-    """What ``base``, a stock model, gives for ``X`` once it is ``W0 + scale * delta``."""
+    """What `base`, a stock model, gives for `X` once it is `W0 + scale * delta`."""
     base = copy.deepcopy(base)
     with torch.no_grad():
         for stock, delta, layer in zip((base.lin1, base.lin2), deltas, layers, strict=True):

@@ -1,4 +1,4 @@
-"""``docs/support-matrix.md`` says what is so: every cell of it is run, and the page is made of the outcomes."""
+"""`docs/support-matrix.md` says what is so: every cell of it is run, and the page is made of the outcomes."""
 
 from __future__ import annotations
 

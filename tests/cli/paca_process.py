@@ -31,19 +31,19 @@ PACA = (sys.executable, "-c", MAIN)
 
 
 def forked_paca(*arguments: object, typed: str = "", cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
-    """Run to the end; ``typed`` is what standard input holds."""
+    """Run to the end; `typed` is what standard input holds."""
     return run_forked(MAIN, *arguments, typed=typed, cwd=cwd)
 
 
 def start_paca(*arguments: object, streams: Path, cwd: Path | None = None) -> BaseProcess:
-    """Fork and leave it running; its ``stdout`` and ``stderr`` are files of the folder ``streams``."""
+    """Fork and leave it running; its `stdout` and `stderr` are files of the folder `streams`."""
     return start_forked(MAIN, *arguments, streams=streams, cwd=cwd)
 
 
 def fresh_paca(
     *arguments: object, cwd: Path | None = None, program: Sequence[str] = PACA
 ) -> subprocess.CompletedProcess[str]:
-    """Start from nothing, and run to the end; ``program`` may be a launcher of several processes."""
+    """Start from nothing, and run to the end; `program` may be a launcher of several processes."""
     command = [*program, *map(str, arguments)]
     with tempfile.TemporaryFile() as output, tempfile.TemporaryFile() as errors:
         process = subprocess.Popen(

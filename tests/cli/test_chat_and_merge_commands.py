@@ -68,7 +68,7 @@ class Terminal:
         self.shown = b""
 
     def wait_for(self, text: bytes, seconds: float = 240) -> bytes:
-        """What appeared up to ``text``, which is taken away."""
+        """What appeared up to `text`, which is taken away."""
         deadline = time.monotonic() + seconds
         while text not in self.shown:
             ready, _, _ = select.select([self.file], [], [], max(0, deadline - time.monotonic()))
@@ -81,7 +81,7 @@ class Terminal:
         return before
 
     def wait_for_output(self, count: int) -> None:
-        """Until ``count`` bytes are there that nothing waited for."""
+        """Until `count` bytes are there that nothing waited for."""
         while len(self.shown) < count:
             assert select.select([self.file], [], [], 240)[0], f"there is only {self.shown!r}"
             self.shown += os.read(self.file, 65536)

@@ -12,7 +12,7 @@ from models import adapt
 
 
 def save_adapted(folder: Path, base_model: nn.Module, **settings: Any) -> Any:
-    """Save ``base/`` and ``adapter/`` and give back the adapted model; its deltas visibly move the outputs."""
+    """Save `base/` and `adapter/` and give back the adapted model; its deltas visibly move the outputs."""
     base_model.save_pretrained(folder / "base")
     torch.manual_seed(3)
     model = adapt(base_model, **{"task_type": "CAUSAL_LM", **settings}).eval()
@@ -31,7 +31,7 @@ def logits(model: nn.Module, tokens: Tensor) -> Tensor:
 
 
 def change(delta: Tensor, indices: Tensor, scale: float, in_features: int) -> Tensor:
-    """``scale * delta`` in its columns of a weight, ``(out_features, in_features)`` float64."""
+    """`scale * delta` in its columns of a weight, `(out_features, in_features)` float64."""
     dense = torch.zeros(delta.shape[0], in_features, dtype=torch.float64)
     for place, column in enumerate(indices.tolist()):
         dense[:, column] = scale * delta[:, place].double()

@@ -49,7 +49,7 @@ def authors_tensors(base: Any) -> dict[str, Tensor]:
 
 
 def half_a_unit(values: Tensor, dtype: torch.dtype) -> Tensor:
-    """Half of the distance between the neighbours of ``values`` in ``dtype``: the largest error of one rounding."""
+    """Half of the distance between the neighbours of `values` in `dtype`: the largest error of one rounding."""
     return torch.ldexp(
         torch.full(values.shape, torch.finfo(dtype).eps / 4, dtype=torch.float64), torch.frexp(values).exponent
     )

@@ -37,7 +37,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 
 
 def answer(folder: Path) -> str | None:
-    """What the card says, for the model and the config that are in ``folder``."""
+    """What the card says, for the model and the config that are in `folder`."""
     model = peft.PeftModel.from_pretrained(llama(), str(folder))
     config = json.loads((folder / "adapter_config.json").read_text())
     return why_not(config["r"], config["paca_alpha"], saved_layers(model))

@@ -1,4 +1,4 @@
-"""What each process of a group does with a model that FSDP2 shards; each scenario is a test of ``test_fully_sharded``.
+"""What each process of a group does with a model that FSDP2 shards; each scenario is a test of `test_fully_sharded`.
 
 Every scenario builds the same adapted model twice, shards one of them, and compares: with the other one, which sees the
 whole batch in one process, or with itself before. All processes check.
@@ -38,7 +38,7 @@ def of(world):
 
 
 def run_all(rank: int, world: int, port: int, folder: str) -> None:
-    """Run the scenarios of ``world`` processes, and leave what went wrong in ``folder``: empty files if nothing."""
+    """Run the scenarios of `world` processes, and leave what went wrong in `folder`: empty files if nothing."""
     torch.set_num_threads(1)
     store = dist.TCPStore("127.0.0.1", port, is_master=False)  # the test keeps it
     for name in SCENARIOS[world]:
@@ -64,7 +64,7 @@ def mesh(*shape: int):
 
 
 def sharded(model, parts="blocks", **settings):
-    """Shard ``model``, part by part; the root, which keeps what it gathers until the backward pass, has the rest."""
+    """Shard `model`, part by part; the root, which keeps what it gathers until the backward pass, has the rest."""
     settings.setdefault("mesh", mesh())
     if parts == "blocks":
         for block in model.get_base_model().model.layers:

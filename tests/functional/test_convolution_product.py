@@ -75,7 +75,7 @@ def float64_twin(module):
 
 
 def check(got, want, dtype, terms):
-    """Within the error of a sum of ``terms`` products, accumulated in float32 or wider and rounded once."""
+    """Within the error of a sum of `terms` products, accumulated in float32 or wider and rounded once."""
     unit = torch.finfo(dtype).eps
     wide = torch.finfo(torch.float64 if dtype == torch.float64 else torch.float32).eps
     size = float(want.abs().max()) if want.numel() else 0.0

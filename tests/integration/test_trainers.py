@@ -92,7 +92,7 @@ def check_trained(model, before):
 
 
 def check_references(seen, who, stock, policy):
-    """Each reference pass gave ``stock``'s log-probabilities bit for bit, and the policy now gives others."""
+    """Each reference pass gave `stock`'s log-probabilities bit for bit, and the policy now gives others."""
     assert seen
     assert {name for name, _, _ in seen} == {who}
     with torch.no_grad():

@@ -53,7 +53,7 @@ def loss_of(model, batch=None):
 
 
 def original(model, name):
-    """A stack as pretrained, ``(experts, out, in)``, from the model's state dict."""
+    """A stack as pretrained, `(experts, out, in)`, from the model's state dict."""
     return out_by_in(model.state_dict()[f"{name}.base_layer"], stacks(model)[name])
 
 
@@ -62,7 +62,7 @@ def out_by_in(tensor, layer):
 
 
 def dense_twin(model, family, names=("default",)):
-    """The stock model in float64 with dense stacks that hold the adapters ``names``; its stacks require grad."""
+    """The stock model in float64 with dense stacks that hold the adapters `names`; its stacks require grad."""
     twin = FAMILIES[family]("eager").double()
     places = dict(twin.named_parameters())
     for parameter in places.values():

@@ -27,7 +27,7 @@ FORWARD_ONLY = "gptqmodel.nn_modules.qlinear.torch"
 
 
 def with_three(model: nn.Module, targets: list[str], fewer: list[str], rank: int, **settings):
-    """Adapters of rank 2, 1 and ``rank``, the last one in ``fewer`` layers only; ``default`` is active."""
+    """Adapters of rank 2, 1 and `rank`, the last one in `fewer` layers only; `default` is active."""
     key = settings.pop("key", "target_modules")
     torch.manual_seed(5)
     adapted = adapt(model, r=2, paca_alpha=4, **{key: targets}, **settings)
@@ -60,7 +60,7 @@ def experts(family: str, implementation: str = "grouped_mm", dtype: torch.dtype 
 
 
 def alone(model, names, run):
-    """``run(sample)`` of each sample, with its adapter made the active one."""
+    """`run(sample)` of each sample, with its adapter made the active one."""
     results = []
     for sample, name in enumerate(names):
         if name == BASE:
@@ -74,7 +74,7 @@ def alone(model, names, run):
 
 
 def gradients(model, losses, *inputs):
-    """The gradients of every delta and of ``inputs``; ``losses`` yields after it has made an adapter active."""
+    """The gradients of every delta and of `inputs`; `losses` yields after it has made an adapter active."""
     deltas = {name: p for name, p in model.named_parameters() if "paca_delta" in name}
     for p in (*deltas.values(), *inputs):
         p.grad = None
@@ -135,7 +135,7 @@ def test_a_small_network_gives_each_sample_its_adapter_and_each_adapter_its_grad
 
 
 def dense_conv(x, layer, groups):
-    """A convolution of ``x`` per group with a dense weight, float64."""
+    """A convolution of `x` per group with a dense weight, float64."""
     base, result = layer.base_layer, []
     for n in range(len(x)):
         weight = base.state_dict()["weight"].double().clone()
@@ -211,7 +211,7 @@ def test_only_the_chosen_channels_of_an_adapters_samples_are_kept():
 
 
 def kept(run, *known):
-    """The sizes of the float tensors that autograd keeps, those of ``known`` storages left out."""
+    """The sizes of the float tensors that autograd keeps, those of `known` storages left out."""
     there = {t.untyped_storage().data_ptr() for t in known}
     found = []
 

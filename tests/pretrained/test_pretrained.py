@@ -51,7 +51,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def mergeable_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkpoint whose vocabulary has the two merged tokens that ``write_gguf`` lists merges for."""
+    """A checkpoint whose vocabulary has the two merged tokens that `write_gguf` lists merges for."""
     folder = tmp_path_factory.mktemp("mergeable")
     tokenizer = byte_tokenizer()
     backend = json.loads(tokenizer.backend_tokenizer.to_str())

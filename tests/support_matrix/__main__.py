@@ -1,4 +1,4 @@
-"""``make matrix``: run every cell, or those of ``ROWS="..."``, then write the outcomes and the page."""
+"""`make matrix`: run every cell, or those of `ROWS="..."`, then write the outcomes and the page."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from support_matrix.table import CELLS, DOCUMENT, OUTCOMES_FILE, Outcomes, missi
 
 
 def main(rows: list[str]) -> int:
-    """Run the cells of ``rows`` (all of them if none is named) and keep the committed outcomes of the others.
+    """Run the cells of `rows` (all of them if none is named) and keep the committed outcomes of the others.
 
     Returns 1, and writes nothing, if a cell crashes, is wrong, or can't be run here and never was.
     """

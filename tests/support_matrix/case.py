@@ -23,7 +23,7 @@ class Explained(Exception):
 
 
 class Case:
-    """A fresh model of ``subject``, with the adapter ``default``."""
+    """A fresh model of `subject`, with the adapter `default`."""
 
     def __init__(self, subject: Subject, folder: Path) -> None:
         self.subject = subject
@@ -40,7 +40,7 @@ class Case:
         return model
 
     def add_second(self) -> None:
-        """Add the adapter ``second``, of another rank, with other columns; it is not active."""
+        """Add the adapter `second`, of another rank, with other columns; it is not active."""
         config: Any = self.model.peft_config["default"]
         self.model.add_adapter("second", dataclasses.replace(config, r=1, paca_alpha=1, random_seed=7))
         self.model.eval()
@@ -54,7 +54,7 @@ class Case:
     # -- the reference --------------------------------------------------------------------------------------------
 
     def dense(self, adapters: dict[str, float], dtype: torch.dtype = torch.float64) -> nn.Module:
-        """The stock model with ``adapters``' columns, times a factor each, in its weights, which require grad."""
+        """The stock model with `adapters`' columns, times a factor each, in its weights, which require grad."""
         twin = self.subject.plain().to(dtype)
         twin.requires_grad_(False)
         for name, layer in self.layers().items():
@@ -80,7 +80,7 @@ class Case:
     def reference(
         self, rows: list[int] | None = None, **adapters: float
     ) -> tuple[Tensor, dict[tuple[str, str], Tensor]]:
-        """Output in float64, and the gradients of the deltas for the mean (of ``rows``: the sum) of its squares.
+        """Output in float64, and the gradients of the deltas for the mean (of `rows`: the sum) of its squares.
 
         Args:
             rows: only these samples count for the loss.
@@ -135,7 +135,7 @@ def gradients(model: nn.Module) -> list[Tensor]:
 
 
 def close(found: Tensor | None, want: Tensor, tolerance: float = 2e-5) -> None:
-    """Check that the relative error over the whole tensor is within ``tolerance``, some hundred float32 roundings."""
+    """Check that the relative error over the whole tensor is within `tolerance`, some hundred float32 roundings."""
     assert found is not None
     assert found.shape == want.shape
     error = (found.detach().double() - want.detach().double()).norm()

@@ -22,7 +22,7 @@ ACCEPTABLE = ("works", "refused", "explained")
 
 
 class Outcome(NamedTuple):
-    """Of a cell: one of ``ACCEPTABLE``, or a "crash" or a "wrong" result."""
+    """Of a cell: one of `ACCEPTABLE`, or a "crash" or a "wrong" result."""
 
     kind: str
     reason: str = ""
@@ -32,13 +32,13 @@ class Outcome(NamedTuple):
 
     @classmethod
     def of(cls, text: str) -> Outcome:
-        """Undo ``str``."""
+        """Undo `str`."""
         kind, _, reason = text.partition(": ")
         return cls(kind, reason)
 
 
 def run_cell(subject: Subject, operation: str, folder: Path) -> Outcome:
-    """Do ``operation`` on a fresh model of ``subject``."""
+    """Do `operation` on a fresh model of `subject`."""
     case: Case | None = None
     before = None
     here = Path.cwd()

@@ -1,4 +1,4 @@
-"""``docs/support-matrix.md``, from the outcomes of the cells and from nothing else."""
+"""`docs/support-matrix.md`, from the outcomes of the cells and from nothing else."""
 
 from __future__ import annotations
 

@@ -185,7 +185,7 @@ def offloaded_llama(folder: Path) -> nn.Module:
 
 
 def dispatched(folder: Path) -> nn.Module:
-    """``first`` on the CPU, ``second`` in a safetensors file."""
+    """`first` on the CPU, `second` in a safetensors file."""
     model: Any = linear_pair()
     model._no_split_modules = []  # PEFT asks for what transformers' models have
     folder.mkdir(exist_ok=True)
@@ -199,7 +199,7 @@ def dispatched(folder: Path) -> nn.Module:
 
 
 def dispatch_again(folder: Path) -> dict[str, Any]:
-    """How ``PeftModel.from_pretrained`` is told to dispatch the model with its adapter."""
+    """How `PeftModel.from_pretrained` is told to dispatch the model with its adapter."""
     return {"device_map": {f"base_model.model.{name}": place for name, place in DEVICE_MAP.items()}}
 
 

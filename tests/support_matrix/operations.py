@@ -1,6 +1,6 @@
 """The columns of the matrix: what users do with an adapted model, each with the check that it did so.
 
-An operation raises ``AssertionError`` if the result is wrong, and ``Explained`` if there is nothing that it could do.
+An operation raises `AssertionError` if the result is wrong, and `Explained` if there is nothing that it could do.
 Whatever else it raises must be paca's refusal.
 """
 
@@ -321,4 +321,4 @@ WITH_GRADIENTS = {
     "FSDP2",
     "train on a mixed batch",
 }
-"""The others run under ``no_grad``."""
+"""The others run under `no_grad`."""

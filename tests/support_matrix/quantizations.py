@@ -37,7 +37,7 @@ STAND_INS = {
 
 
 def plain_of(model: Any) -> nn.Module:
-    """The ``Stack`` that a quantized one computes."""
+    """The `Stack` that a quantized one computes."""
     plain = Stack().eval()
     for name in ("lin1", "lin2"):
         layer, quantized = getattr(plain, name), getattr(model, name)

@@ -31,7 +31,7 @@ class Subject:
     inputs: Callable[[], Tensor]
     """Three samples."""
     targets: dict[str, Any]
-    """The settings of a ``PacaConfig`` that select the layers."""
+    """The settings of a `PacaConfig` that select the layers."""
     column_dim: int = 1
     """The dimension of the weight that runs over its columns."""
     package: str | None = None
@@ -41,10 +41,10 @@ class Subject:
     compiled: Callable[[Any], list[nn.Module]] = field(default=lambda model: [])
     """The parts of the base model that are compiled; the whole of it if there are none (a whole one takes seconds)."""
     loading: Callable[[Path], dict[str, Any]] = field(default=lambda folder: {})
-    """What ``PeftModel.from_pretrained`` is told on top, on this kind of model."""
+    """What `PeftModel.from_pretrained` is told on top, on this kind of model."""
 
     language_model: Callable[[Path], nn.Module] | None = None
-    """A Llama or GPT-2 model whose layers are of this kind, if ``base`` is no language model, but could be one."""
+    """A Llama or GPT-2 model whose layers are of this kind, if `base` is no language model, but could be one."""
 
     def missing(self) -> str | None:
         """What it needs that is not here, or None."""
@@ -67,7 +67,7 @@ class Refused:
 
 
 class Pair(nn.Module):
-    """``first``, tanh, ``second``."""
+    """`first`, tanh, `second`."""
 
     def __init__(self, first: nn.Module, second: nn.Module) -> None:
         super().__init__()

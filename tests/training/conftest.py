@@ -16,7 +16,7 @@ from training.tiny_run import save_workspace
 
 @pytest.fixture(scope="session")
 def config_file(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A config whose run takes about a second; tests give it an ``output.dir`` of their own."""
+    """A config whose run takes about a second; tests give it an `output.dir` of their own."""
     folder = tmp_path_factory.mktemp("workspace")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(datasets.config, "HF_DATASETS_CACHE", folder / "datasets-cache")

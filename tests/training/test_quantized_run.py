@@ -1,4 +1,4 @@
-"""``model.quantization``: runs on bitsandbytes weights, from the YAML to the merged checkpoint."""
+"""`model.quantization`: runs on bitsandbytes weights, from the YAML to the merged checkpoint."""
 
 from __future__ import annotations
 

@@ -45,7 +45,7 @@ class SignalAtStep(StopOnSignal):
 
 @pytest.fixture
 def run(config_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Runner:
-    """Trains into ``tmp_path / name`` with some settings changed; optionally stopped by a signal after a step."""
+    """Trains into `tmp_path / name` with some settings changed; optionally stopped by a signal after a step."""
     monkeypatch.setattr(run_module, "StopOnSignal", SignalAtStep)
 
     def start(name: str, *overrides: str, resume: bool = False, stop_at: int = -1) -> RunResult:

@@ -35,8 +35,8 @@ output:
 
 
 def save_workspace(folder: Path) -> Path:
-    """Write ``model/`` (with dropout, so that the random generators matter), ``train.jsonl`` (32 + 8 records: 8 steps
-    an epoch under CONFIG) and ``config.yaml``.
+    """Write `model/` (with dropout, so that the random generators matter), `train.jsonl` (32 + 8 records: 8 steps
+    an epoch under CONFIG) and `config.yaml`.
 
     Returns:
         The config file.
@@ -56,7 +56,7 @@ def save_workspace(folder: Path) -> Path:
 
 
 def rows(run: Path) -> list[dict[str, Any]]:
-    """The rows of ``metrics.jsonl``."""
+    """The rows of `metrics.jsonl`."""
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 

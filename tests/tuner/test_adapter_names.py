@@ -1,4 +1,4 @@
-"""Mixed batches of a whole model: ``adapter_names`` in ``forward`` and ``generate``."""
+"""Mixed batches of a whole model: `adapter_names` in `forward` and `generate`."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ NAMES = ["default", "small", BASE, "other", "small", "default"]
 
 
 def add_others(model):
-    """A rank-1 adapter, and one of other targets, rank and columns; ``default`` stays active."""
+    """A rank-1 adapter, and one of other targets, rank and columns; `default` stays active."""
     paca_linear = {type(m).__name__ for m in model.modules()}
     other = ["c_fc"] if "ResidentConv1D" in paca_linear else ["q_proj", "down_proj"]
     model.add_adapter("small", paca.PacaConfig(r=1, paca_alpha=3, init_weights=False, random_seed=1))
@@ -39,7 +39,7 @@ def perceptron_with_three(kind="linear", dtype=torch.float32):
 
 
 def alone(model, names, run):
-    """What ``run(sample)`` gives for each sample's adapter, run in turn through the ordinary, resident way."""
+    """What `run(sample)` gives for each sample's adapter, run in turn through the ordinary, resident way."""
     active = model.active_adapters
     results = []
     for sample, name in enumerate(names):

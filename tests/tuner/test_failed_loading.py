@@ -24,7 +24,7 @@ SHARED = {"attention_bias": True, "mlp_bias": True}
 
 
 def save(folder, **settings):
-    """An adapter in ``folder``, with modules and embeddings that were saved whole."""
+    """An adapter in `folder`, with modules and embeddings that were saved whole."""
     settings = {"target_modules": ["q_proj", "down_proj"], "modules_to_save": ["up_proj"], **settings}
     model = adapt(llama(**SHARED), task_type="CAUSAL_LM", **settings)
     model.save_pretrained(folder, save_embedding_layers=True)

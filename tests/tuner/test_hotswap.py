@@ -23,7 +23,7 @@ TARGETS = ["lin1", "lin2"]
 
 @pytest.fixture
 def folder(tmp_path):
-    """An adapter of rank 3 with other columns, values and scale than ``adapted_perceptron``'s."""
+    """An adapter of rank 3 with other columns, values and scale than `adapted_perceptron`'s."""
     return saved(tmp_path / "other", random_seed=5, paca_alpha=1.5)
 
 

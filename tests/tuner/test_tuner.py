@@ -162,7 +162,7 @@ def two_adapters():
 
 
 def output_of(model, names, x):
-    """The output with the adapters ``names``, from dense weights."""
+    """The output with the adapters `names`, from dense weights."""
     h = x
     for name in ("lin1", "lin2"):
         layer = model.base_model.model.get_submodule(name)

@@ -18,7 +18,7 @@ from paca.tuner.weighted import weighted_sum
 
 
 def three_adapters(kind="linear", dtype=torch.float32, scales=(2.0, 0.5, 1.0)):
-    """Ranks 3, 5 and 2; ``second`` shares columns with ``default``, ``third`` is in lin2 only and shares none there."""
+    """Ranks 3, 5 and 2; `second` shares columns with `default`, `third` is in lin2 only and shares none there."""
     columns = {
         "default": {"lin1": [0, 2, 5], "lin2": [0, 1, 2]},
         "second": {"lin1": [1, 2, 3, 4, 5], "lin2": [2, 3, 4, 5, 6]},

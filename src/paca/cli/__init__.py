@@ -55,9 +55,9 @@ def options(
 
 
 def main() -> None:
-    """The program ``paca``: what the user got wrong becomes one message on standard error and exit status 1.
+    """The program `paca`: what the user got wrong becomes one message on standard error and exit status 1.
 
-    With the environment variable ``PACA_DEBUG=1`` the traceback is shown instead.
+    With the environment variable `PACA_DEBUG=1` the traceback is shown instead.
     """
     let_waiting_threads_sleep()
     hide_library_notes()

@@ -1,4 +1,4 @@
-"""``paca bench``: measure methods against each other, and show what was measured."""
+"""`paca bench`: measure methods against each other, and show what was measured."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``paca chat``: talk to a trained model in a terminal."""
+"""`paca chat`: talk to a trained model in a terminal."""
 
 from __future__ import annotations
 

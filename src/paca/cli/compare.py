@@ -1,4 +1,4 @@
-"""``paca compare``: should I use this instead of LoRA, on my task?"""
+"""`paca compare`: should I use this instead of LoRA, on my task?"""
 
 from __future__ import annotations
 

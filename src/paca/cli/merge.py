@@ -1,4 +1,4 @@
-"""``paca merge``: write the adapted model as a plain checkpoint."""
+"""`paca merge`: write the adapted model as a plain checkpoint."""
 
 from __future__ import annotations
 

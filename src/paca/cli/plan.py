@@ -1,4 +1,4 @@
-"""``paca plan``: memory and time of a training run, before anything is loaded."""
+"""`paca plan`: memory and time of a training run, before anything is loaded."""
 
 from __future__ import annotations
 

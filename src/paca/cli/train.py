@@ -1,4 +1,4 @@
-"""``paca train``: run what a YAML file describes."""
+"""`paca train`: run what a YAML file describes."""
 
 from __future__ import annotations
 

@@ -26,7 +26,7 @@ def score_against(result: ComparisonResult, path: tuple[str, ...], across: str, 
         unit: What a row's number is divided by.
 
     Returns:
-        An ``<svg>`` element.
+        An `<svg>` element.
     """
     figure, axes = figure_with_axes(4.4, 3.4, across)
     means = []
@@ -50,7 +50,7 @@ def score_against(result: ComparisonResult, path: tuple[str, ...], across: str, 
 
 
 def score_over_rates(result: ComparisonResult) -> str:
-    """The score of each rate that was tried, by the first seed, as an ``<svg>`` element."""
+    """The score of each rate that was tried, by the first seed, as an `<svg>` element."""
     figure, axes = figure_with_axes(4.4, 3.4, "learning rate")
     drawn = []
     for number, method in enumerate(result.methods):
@@ -77,7 +77,7 @@ def loss_over_time(curves: Sequence[tuple[MethodResult, Curve, Curve]]) -> str:
         curves: For each method (seconds, loss) in training and on held-out data.
 
     Returns:
-        An ``<svg>`` element.
+        An `<svg>` element.
     """
     figure, axes = figure_with_axes(9.0, 3.8, "seconds of training")
     for number, (method, train, held_out) in enumerate(curves):

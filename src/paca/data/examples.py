@@ -41,13 +41,13 @@ class Examples:
     """Training examples and where they come from."""
 
     dataset: Dataset
-    """One of: ``messages`` (list of messages), ``prompt`` and ``completion`` (two texts, or two lists of messages),
-    or ``text``; beside them ``tools`` (JSON text or null) where messages may use them, ``options`` (texts, of which the
-    completion is one) where the data lists them, and ``origin`` (``"train.jsonl, line 7"``, unique). Of other families:
-    ``prompt``, ``chosen`` and ``rejected``; ``prompt`` and any other columns; ``label`` and ``text`` or ``image``."""
+    """One of: `messages` (list of messages), `prompt` and `completion` (two texts, or two lists of messages),
+    or `text`; beside them `tools` (JSON text or null) where messages may use them, `options` (texts, of which the
+    completion is one) where the data lists them, and `origin` (`"train.jsonl, line 7"`, unique). Of other families:
+    `prompt`, `chosen` and `rejected`; `prompt` and any other columns; `label` and `text` or `image`."""
 
     format: str
-    """The name of the form that the data had, such as ``"alpaca"``."""
+    """The name of the form that the data had, such as `"alpaca"`."""
 
     source: str
     """The source as the user wrote it."""
@@ -81,17 +81,17 @@ def load_examples(
     """Load examples and bring them into the shape that a trainer takes.
 
     Args:
-        source: a ``.jsonl``, ``.json`` (an array of objects), ``.csv`` or ``.parquet`` file, a folder of such files
-            (read in the order of their names), or a dataset on the hub: ``owner/name``, with a configuration
-            ``owner/name:config``, and with any split that datasets understands ``owner/name[train[:1000]]``.
-        format: ``"messages"``, ``"prompt-completion"``, ``"alpaca"``, ``"sharegpt"``, ``"question-answer"``,
-            ``"mmlu"``, ``"arc"``, ``"oasst-messages"``, ``"oasst-trees"`` or ``"text"``. Recognised from the columns
-            when absent. Alpaca and question-answer rows become a ``user`` and an ``assistant`` message; those of mmlu
+        source: a `.jsonl`, `.json` (an array of objects), `.csv` or `.parquet` file, a folder of such files
+            (read in the order of their names), or a dataset on the hub: `owner/name`, with a configuration
+            `owner/name:config`, and with any split that datasets understands `owner/name[train[:1000]]`.
+        format: `"messages"`, `"prompt-completion"`, `"alpaca"`, `"sharegpt"`, `"question-answer"`,
+            `"mmlu"`, `"arc"`, `"oasst-messages"`, `"oasst-trees"` or `"text"`. Recognised from the columns
+            when absent. Alpaca and question-answer rows become a `user` and an `assistant` message; those of mmlu
             and arc as well, the options listed below the question and the right one's label as the answer. Of a tree of
             messages the best-ranked conversation is taken. Texts given as prompt and completion stay as they are.
-        split: the split of a hub dataset whose ``source`` names none.
+        split: the split of a hub dataset whose `source` names none.
         limit: use only so many examples, from the start.
-        family: what they are to be: ``"text"`` for SFT, ``"preferences"``, ``"prompts"`` or ``"labels"``, each with
+        family: what they are to be: `"text"` for SFT, `"preferences"`, `"prompts"` or `"labels"`, each with
             forms of its own.
 
     Raises:
@@ -144,7 +144,7 @@ def split_heldout(examples: Examples, held_out: float, seed: int) -> tuple[Examp
         seed: decides which ones.
 
     Returns:
-        ``(train, eval)``, both in the order of the source.
+        `(train, eval)`, both in the order of the source.
 
     Raises:
         PacaError: there would be nothing left on one side.

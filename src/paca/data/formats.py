@@ -63,11 +63,11 @@ def recognise(
 
     Args:
         columns: the names found in the data.
-        requested: the name of a form, which is then only checked; ``None`` to recognise it. A form that needs all
-            that another does and more comes before it. ``text`` is the last resort: many data sets carry a ready-made
-            ``text`` beside the columns that it was made from.
+        requested: the name of a form, which is then only checked; `None` to recognise it. A form that needs all
+            that another does and more comes before it. `text` is the last resort: many data sets carry a ready-made
+            `text` beside the columns that it was made from.
         source: names the data in errors.
-        forms: those to choose among; ``FORMATS`` when absent.
+        forms: those to choose among; `FORMATS` when absent.
 
     Raises:
         PacaError: the form is unknown or ambiguous, or the requested one lacks a column.

@@ -20,12 +20,12 @@ _NAMED = 3  # examples that an error lists; the rest it counts
 def check_labels(prepared: Dataset, examples: Examples, args: SFTConfig) -> None:
     """Make sure that every example has a token that counts in the loss.
 
-    TRL cuts an example to ``args.max_length`` tokens and silently drops it when no answer is left; with packing it
+    TRL cuts an example to `args.max_length` tokens and silently drops it when no answer is left; with packing it
     keeps it without any label. Either way the run would learn from less than it was given.
 
     Args:
-        prepared: what ``SFTTrainer`` made of the examples (its ``train_dataset`` or ``eval_dataset``): ``input_ids``
-            and ``labels``, packed or not.
+        prepared: what `SFTTrainer` made of the examples (its `train_dataset` or `eval_dataset`): `input_ids`
+            and `labels`, packed or not.
         examples: what it was given, tokenized.
         args: the configuration it was given.
 
@@ -80,11 +80,11 @@ def _masked_documents(prepared: Dataset) -> Iterator[list[int]]:
 
 
 def _without_label(labels: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-    """Whether each of the sequences that follow one another in ``labels`` has no token that counts.
+    """Whether each of the sequences that follow one another in `labels` has no token that counts.
 
     Args:
-        labels: ``(tokens,)``, of all sequences.
-        lengths: ``(sequences,)``, their lengths in tokens.
+        labels: `(tokens,)`, of all sequences.
+        lengths: `(sequences,)`, their lengths in tokens.
     """
     counts = (labels != IGNORED).astype(np.int64)
     ends = np.cumsum(lengths)

@@ -22,7 +22,7 @@ _CSV_FIELD_LIMIT = 2**31 - 1
 
 
 def rows_of(file: Path) -> Iterator[tuple[str, Row]]:
-    """Yield ``(place, row)``; the place names file and line, as in ``"train.jsonl, line 7"``.
+    """Yield `(place, row)`; the place names file and line, as in `"train.jsonl, line 7"`.
 
     Raises:
         PacaError: the file cannot be parsed.

@@ -41,7 +41,7 @@ class Source:
         return content.hexdigest()
 
     def rows(self) -> Iterator[tuple[str, Row]]:
-        """Yield ``(place, row)``; the place names file and line, as in ``"train.jsonl, line 7"``.
+        """Yield `(place, row)`; the place names file and line, as in `"train.jsonl, line 7"`.
 
         Raises:
             PacaError: a file cannot be parsed.
@@ -57,7 +57,7 @@ class Source:
 
 
 def find_source(name: str, split: str) -> Source:
-    """Find what ``name`` stands for (see :func:`paca.data.load_examples`). What exists locally comes first.
+    """Find what `name` stands for (see `paca.data.load_examples`). What exists locally comes first.
 
     Raises:
         PacaError: there is no such file, the type of file is unknown, or the hub has no such dataset.

@@ -71,7 +71,7 @@ class ColumnChoice:
     console: Console
 
     def adapter(self, model: nn.Module) -> PacaConfig:
-        """The adapter's config, with the columns in it that the run's settings choose for ``model``.
+        """The adapter's config, with the columns in it that the run's settings choose for `model`.
 
         The first process chooses; the others are told.
 
@@ -144,7 +144,7 @@ class ColumnChoice:
 def calibration_batches(
     examples: Examples, tokenizer: Any, arguments: TrainingArguments, section: CalibrationSection, *, with_labels: bool
 ) -> list[dict[str, Tensor]]:
-    """Batches of training examples, as ``SFTTrainer`` tokenizes and pads them, spread evenly over the data.
+    """Batches of training examples, as `SFTTrainer` tokenizes and pads them, spread evenly over the data.
 
     Args:
         examples: The training data, tokenized.

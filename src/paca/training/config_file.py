@@ -23,7 +23,7 @@ def load_run_config(path: str | os.PathLike[str], overrides: Iterable[str] = ())
 
     Args:
         path: A YAML file with the sections model, data, one of `METHODS`, calibration, train, eval and output.
-        overrides: ``"section.key=value"`` each; the value is read as YAML.
+        overrides: `"section.key=value"` each; the value is read as YAML.
 
     Returns:
         The run. Paths that exist are made absolute, so that the resolved config runs from anywhere.

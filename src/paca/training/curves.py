@@ -33,7 +33,7 @@ def loss_curves(train: Points, held_out: Points, unit: str | None = "nats per to
         unit: Of the loss, where it has one that people know.
 
     Returns:
-        An ``<svg>`` element.
+        An `<svg>` element.
     """
     figure, axes = figure_with_axes(9.0, 3.8)
     if train:
@@ -70,7 +70,7 @@ def curve(points: Points, title: str, *, held_out: Points = (), from_zero: bool 
         from_zero: Let the vertical axis begin at zero.
 
     Returns:
-        An ``<svg>`` element.
+        An `<svg>` element.
     """
     figure, axes = figure_with_axes(4.4, 2.5)
     if points:
@@ -135,7 +135,7 @@ def _mark_single(axes: Any, points: Points, color: str) -> None:
 
 
 def inline_svg(figure: Figure, description: str) -> str:
-    """The figure as an ``<svg>`` element; ``description`` is what it shows, for who can't see it."""
+    """The figure as an `<svg>` element; `description` is what it shows, for who can't see it."""
     buffer = io.StringIO()
     # The salt keeps the ids of several pictures in one page apart, and the same from run to run.
     with matplotlib.rc_context({"svg.hashsalt": description, "svg.fonttype": "path"}):

@@ -11,8 +11,8 @@ class SetEpochOfSampler(TrainerCallback):
     """Tells the sampler which epoch begins.
 
     With several processes the trainer can't: where a resumed run skips the first batches of its epoch, the sampler
-    lies one wrapper deeper than accelerate 1.15 and transformers 5.24 look (``SkipBatchSampler`` around
-    ``BatchSamplerShard``), and the rest of the epoch comes in the order of the first one.
+    lies one wrapper deeper than accelerate 1.15 and transformers 5.24 look (`SkipBatchSampler` around
+    `BatchSamplerShard`), and the rest of the epoch comes in the order of the first one.
     """
 
     def on_epoch_begin(

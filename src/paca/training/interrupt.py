@@ -25,7 +25,7 @@ class StopOnSignal(TrainerCallback):
     """Turns the first signal into a checkpoint at the end of the current step.
 
     Use as a context manager around the run and give it to the trainer as a callback. Outside the training loop
-    (loading, evaluating, writing results) there is nothing to save, and a signal raises ``KeyboardInterrupt``.
+    (loading, evaluating, writing results) there is nothing to save, and a signal raises `KeyboardInterrupt`.
     With several processes all of them stop at the same step, whichever got the signal.
     """
 
@@ -91,7 +91,7 @@ class StopOnSignal(TrainerCallback):
         control.should_training_stop = True
 
     def on_epoch_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Keep strategies of ``epoch`` from acting in the middle of one.
+        """Keep strategies of `epoch` from acting in the middle of one.
 
         The trainer reports the end of an epoch also where it stops inside of it; an evaluation there would be one that
         the uninterrupted run never makes. At a true end it is made, and the checkpoint written anew, since it draws

@@ -13,7 +13,7 @@ from paca.training.typed_values import expected, matches, shown
 
 
 class Origins:
-    """Where each key was given, for messages: a file and line, or ``--set``."""
+    """Where each key was given, for messages: a file and line, or `--set`."""
 
     def __init__(self, path: Path, lines: Mapping[str, int]) -> None:
         self.path = path
@@ -21,7 +21,7 @@ class Origins:
         self.overridden: set[str] = set()
 
     def of(self, key: str) -> str:
-        """``"runs/a.yaml, line 7"`` or ``"--set"``, for a dotted key such as ``train.optim``."""
+        """`"runs/a.yaml, line 7"` or `"--set"`, for a dotted key such as `train.optim`."""
         if key in self.overridden:
             return "--set"
         line = self.lines.get(key) or self.lines.get(key.partition(".")[0])

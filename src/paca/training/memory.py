@@ -27,7 +27,7 @@ def peak_memory(device: torch.device) -> int:
 
 
 def describe_peak_memory(device: torch.device) -> str:
-    """What :func:`peak_memory` counts on this device, in words."""
+    """What `peak_memory` counts on this device, in words."""
     return "CUDA allocator" if device.type == "cuda" else "resident set of the process"
 
 

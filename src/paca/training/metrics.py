@@ -26,10 +26,10 @@ _OF_A_ROW = {
 class MetricsLog:
     """The rows of a run, in memory and in the file.
 
-    A training row has ``step, epoch, loss, grad_norm, learning_rate, tokens`` (seen so far), ``tokens_per_second``,
-    ``train_seconds`` (time in training steps so far), ``seconds`` (time in the run so far) and ``peak_memory_bytes``;
-    an evaluation row has ``step`` and ``eval_loss``. Each has what the trainer logs besides, such as
-    ``rewards/margins``. Step 0 is the model as it came. Of images, ``tokens`` counts the images.
+    A training row has `step, epoch, loss, grad_norm, learning_rate, tokens` (seen so far), `tokens_per_second`,
+    `train_seconds` (time in training steps so far), `seconds` (time in the run so far) and `peak_memory_bytes`;
+    an evaluation row has `step` and `eval_loss`. Each has what the trainer logs besides, such as
+    `rewards/margins`. Step 0 is the model as it came. Of images, `tokens` counts the images.
     """
 
     def __init__(self, path: Path) -> None:
@@ -52,7 +52,7 @@ class MetricsLog:
             file.write(json.dumps(row) + "\n")
 
     def rewind(self, step: int) -> None:
-        """Drop the rows beyond ``step``: the run goes on from there and will write them again."""
+        """Drop the rows beyond `step`: the run goes on from there and will write them again."""
         self.rows = [row for row in self.rows if row["step"] <= step]
         self._rewrite()
 
@@ -61,7 +61,7 @@ class MetricsLog:
         return next((row for row in reversed(self.rows) if "loss" in row), None)
 
     def metrics(self) -> list[str]:
-        """What the trainer logs of its own, by name; with ``eval_`` before it, of held-out data."""
+        """What the trainer logs of its own, by name; with `eval_` before it, of held-out data."""
         return list(dict.fromkeys(name for row in self.rows for name in row if name not in _OF_A_ROW))
 
     def last(self, name: str) -> float | None:
@@ -69,7 +69,7 @@ class MetricsLog:
         return next((row[name] for row in reversed(self.rows) if row.get(name) is not None), None)
 
     def eval_metric_at(self, step: int, name: str) -> float | None:
-        """A metric of the held-out data after ``step`` steps, if it was measured."""
+        """A metric of the held-out data after `step` steps, if it was measured."""
         found = (row.get(f"eval_{name}") for row in reversed(self.rows) if row["step"] == step)
         return next((value for value in found if value is not None), None)
 
@@ -102,9 +102,9 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 
 
 class RecordMetrics(TrainerCallback):
-    """Writes what the trainer logs to a :class:`MetricsLog`, and measures speed and memory.
+    """Writes what the trainer logs to a `MetricsLog`, and measures speed and memory.
 
-    The clock of ``tokens_per_second`` covers forward, backward, optimizer and data loading; evaluations, checkpoints
+    The clock of `tokens_per_second` covers forward, backward, optimizer and data loading; evaluations, checkpoints
     and logging stand outside it.
     """
 
@@ -142,7 +142,7 @@ class RecordMetrics(TrainerCallback):
             control.should_log = True
 
     def on_epoch_end(self, args: Any, state: Any, control: TrainerControl, **kwargs: Any) -> None:
-        """As :meth:`on_step_end`, for ``save_strategy: epoch``."""
+        """As `on_step_end`, for `save_strategy: epoch`."""
         if control.should_save:
             control.should_log = True
 

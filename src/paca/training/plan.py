@@ -1,4 +1,4 @@
-"""What a run will be, found out without loading weights: for ``--dry-run``, and as the first half of a run."""
+"""What a run will be, found out without loading weights: for `--dry-run`, and as the first half of a run."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class Plan:
     config: RunConfig
     """The resolved config, every default of ours spelled out."""
     source: str
-    """Where the model comes from: ``hub``, ``folder`` or ``gguf``."""
+    """Where the model comes from: `hub`, `folder` or `gguf`."""
     architecture: str
     """Class of the model."""
     dtype: str
@@ -50,15 +50,15 @@ class Plan:
     """Of the model without its adapter."""
     trainable_parameters: int
     method: str
-    """``paca``, ``lora``, ``full``, or the name of another method of PEFT, such as ``ia3``."""
+    """`paca`, `lora`, `full`, or the name of another method of PEFT, such as `ia3`."""
     targets: list[str]
-    """Kinds of module that are adapted, such as ``q_proj``; none where a method has no such modules."""
+    """Kinds of module that are adapted, such as `q_proj`; none where a method has no such modules."""
     adapted_layers: int
     """How many modules are adapted."""
     rate_rule: str | None
     """Where the rate is from, in words; None where the user gave it."""
     own_defaults: dict[str, Any]
-    """Settings of ``train`` that the user did not give and that are others than TRL's own."""
+    """Settings of `train` that the user did not give and that are others than TRL's own."""
     train_examples: int
     eval_examples: int | None
     """None without held-out data."""
@@ -159,7 +159,7 @@ class PreparedRun:
 
 
 def describe(config: RunConfig) -> Plan:
-    """What ``config`` will do; reads the data and the model's shapes, not its weights.
+    """What `config` will do; reads the data and the model's shapes, not its weights.
 
     Raises:
         PacaError: The model or the data can't be found or read, or the settings don't fit them.
@@ -168,7 +168,7 @@ def describe(config: RunConfig) -> Plan:
 
 
 def prepare(config: RunConfig, *, whole: bool = True) -> PreparedRun:
-    """As :func:`describe`, keeping the data.
+    """As `describe`, keeping the data.
 
     Args:
         config: Of the run.
@@ -267,7 +267,7 @@ def _adapted_outline(config: RunConfig, model: PreTrainedModel, task_type: str |
 
 
 def planned_steps(examples: int, train: dict[str, Any], processes: int) -> int | None:
-    """Optimizer steps over ``examples`` examples, counted as transformers' Trainer counts them.
+    """Optimizer steps over `examples` examples, counted as transformers' Trainer counts them.
 
     None where that depends on how many sequences packing makes of them.
     """
@@ -287,5 +287,5 @@ def _sequences_per_step(train: dict[str, Any], processes: int) -> int:
 
 
 def _kinds(names: list[str]) -> list[str]:
-    """``model.layers.3.self_attn.q_proj`` of every layer → ``q_proj``, in the order of the model."""
+    """`model.layers.3.self_attn.q_proj` of every layer → `q_proj`, in the order of the model."""
     return list(dict.fromkeys(re.sub(r"^.*\.", "", name) for name in names))

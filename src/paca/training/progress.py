@@ -20,7 +20,7 @@ _PLAIN_EVALUATION_SECONDS = 60.0  # and a line so often while it evaluates
 
 
 class ShowProgress(TrainerCallback):
-    """Shows step, loss, tokens/s, peak memory and time left. Comes after :class:`RecordMetrics` among the callbacks."""
+    """Shows step, loss, tokens/s, peak memory and time left. Comes after `RecordMetrics` among the callbacks."""
 
     def __init__(
         self,

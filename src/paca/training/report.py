@@ -45,8 +45,8 @@ def write_report(path: Path, summary: dict[str, Any], rows: list[dict[str, Any]]
 
     Args:
         path: The page.
-        summary: The content of ``summary.json``.
-        rows: The rows of ``metrics.jsonl``.
+        summary: The content of `summary.json`.
+        rows: The rows of `metrics.jsonl`.
         config_text: The resolved config, as YAML.
     """
     unit = "nats per token" if summary["trainer"] == "sft" else None

@@ -53,7 +53,7 @@ class RunResult:
 
     folder: Path
     summary: dict[str, Any] | None
-    """The content of ``summary.json``; None when a signal stopped the run."""
+    """The content of `summary.json`; None when a signal stopped the run."""
     resume_command: str | None
     """What continues the run; None when it is finished."""
 
@@ -69,7 +69,7 @@ def train(
     """Train.
 
     Args:
-        config: From :func:`paca.training.load_run_config`.
+        config: From `paca.training.load_run_config`.
         resume: Continue from the newest checkpoint in the run folder, to the same weights as if the run had not
             stopped (bit for bit on a CPU). A run that is finished already is left as it is.
         console: Where progress is shown; standard output when None. Only the first process shows anything.

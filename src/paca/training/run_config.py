@@ -16,7 +16,7 @@ class ModelSection:
     name: str
     """A hub id, a folder that holds a checkpoint, or a GGUF file."""
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
-    """Type of the weights in memory. ``auto`` is the checkpoint's own; with ``full`` float32, as in TRL."""
+    """Type of the weights in memory. `auto` is the checkpoint's own; with `full` float32, as in TRL."""
     quantization: Literal["nf4", "fp4", "int8"] | None = None
     """Quantize the weights as they are loaded (bitsandbytes); the trained columns stay in 16 bits and more."""
     revision: str | None = None
@@ -26,9 +26,9 @@ class ModelSection:
     trust_remote_code: bool = False
     """Let a model from the hub run the Python code that it brings."""
     lean: bool = False
-    """Blocks that keep less for the backward pass and compute the same: :func:`paca.make_lean`."""
+    """Blocks that keep less for the backward pass and compute the same: `paca.make_lean`."""
     recompute: Literal["mlp"] | None = None
-    """With ``lean``: also compute gate and up of each MLP again in the backward pass."""
+    """With `lean`: also compute gate and up of each MLP again in the backward pass."""
 
 
 @dataclass
@@ -38,39 +38,39 @@ class DataSection:
     train: str
     """A JSONL, JSON, CSV or Parquet file, or a hub id."""
     eval: str | int | float | None = None
-    """Held-out data: a file, a hub id, a fraction (0 < x < 1) or a count (≥ 1) of ``train`` to hold out, or null."""
+    """Held-out data: a file, a hub id, a fraction (0 < x < 1) or a count (≥ 1) of `train` to hold out, or null."""
     format: str | None = None
     """The form of the records; found out when null."""
     template: str | None = None
-    """The chat template: ``alpaca``, ``chatml``, ``gemma``, ``llama3``, ``zephyr``, or a Jinja file. When null, the
-    tokenizer's own; ``alpaca`` where it has none."""
+    """The chat template: `alpaca`, `chatml`, `gemma`, `llama3`, `zephyr`, or a Jinja file. When null, the
+    tokenizer's own; `alpaca` where it has none."""
     split: str = "train"
-    """The split of ``train`` when that is a hub id."""
+    """The split of `train` when that is a hub id."""
     eval_split: str = "test"
-    """The split of ``eval`` when that is a hub id."""
+    """The split of `eval` when that is a hub id."""
     limit: int | None = None
-    """Use only this many records of ``train`` (before any are held out)."""
+    """Use only this many records of `train` (before any are held out)."""
     label: str | None = None
-    """For ``train.trainer: image_classification``: the column with the label, where the data has several."""
+    """For `train.trainer: image_classification`: the column with the label, where the data has several."""
     heldout_seed: int = 0
     """Which records a fraction or a count picks."""
 
 
 @dataclass
 class CalibrationSection:
-    """What columns are chosen by, where ``paca.selection`` goes by activations or gradients."""
+    """What columns are chosen by, where `paca.selection` goes by activations or gradients."""
 
     sequences: int = 128
     """At most so many examples of the training data, spread evenly over it."""
     max_length: int = 128
-    """Each cut to so many tokens: the first ones, or for ``gradient_norm`` the last, where the answer is."""
+    """Each cut to so many tokens: the first ones, or for `gradient_norm` the last, where the answer is."""
     batch_size: int = 8
     """How many run through the model at a time."""
 
 
 @dataclass
 class EvalSection:
-    """When the held-out loss is measured, besides ``train.eval_strategy``."""
+    """When the held-out loss is measured, besides `train.eval_strategy`."""
 
     before: bool = True
     """Before the first step: the loss of the model as it came."""
@@ -81,9 +81,9 @@ class EvalSection:
     metric: Literal["exact_match", "choice", "token_accuracy", "loss"] | None = None
     """Also score the held-out data as a task, for the model as it came and as it is trained, after the last step."""
     answer_pattern: str | None = None
-    """For ``exact_match``: a regular expression that finds the answer in what the model writes."""
+    """For `exact_match`: a regular expression that finds the answer in what the model writes."""
     max_new_tokens: int = 256
-    """With ``metric``: the length at which an answer is cut."""
+    """With `metric`: the length at which an answer is cut."""
 
 
 @dataclass
@@ -91,7 +91,7 @@ class OutputSection:
     """Where the results go."""
 
     dir: str
-    """The run folder; ``runs/`` and the name of the config file when absent."""
+    """The run folder; `runs/` and the name of the config file when absent."""
     overwrite: bool = False
     """Start over in a folder that holds a run already, removing that run."""
 
@@ -111,7 +111,7 @@ ALL = ("model", "data", *METHODS, "calibration", "train", "eval", "output")
 
 @dataclass
 class RunConfig:
-    """A checked run, as the user wrote it: defaults are in place except those of the method and of ``train``."""
+    """A checked run, as the user wrote it: defaults are in place except those of the method and of `train`."""
 
     model: ModelSection
     data: DataSection
@@ -123,7 +123,7 @@ class RunConfig:
     adapter: dict[str, Any] = field(default_factory=dict)
     """The section of that name."""
     train: dict[str, Any] = field(default_factory=dict)
-    """``trainer``, and fields of the settings of that trainer, such as ``trl.SFTConfig``."""
+    """`trainer`, and fields of the settings of that trainer, such as `trl.SFTConfig`."""
 
     def as_dict(self) -> dict[str, Any]:
         """The sections as plain values, in the order of the documentation."""

@@ -79,7 +79,7 @@ class RunFolder:
         """Refuse to start a run over another one.
 
         Raises:
-            PacaError: The folder holds a finished run or checkpoints, and ``overwrite`` is false.
+            PacaError: The folder holds a finished run or checkpoints, and `overwrite` is false.
         """
         if overwrite or not (self.finished() or self.newest_checkpoint() is not None):
             return

@@ -63,7 +63,7 @@ def check_sharding(arguments: TrainingArguments, method: str = "paca", modules_t
 
 
 def sharding_warning(arguments: TrainingArguments, is_sharded: bool) -> str | None:
-    """What to tell the user if ``train.fsdp`` was asked for and is not done."""
+    """What to tell the user if `train.fsdp` was asked for and is not done."""
     if not arguments.fsdp or is_sharded:
         return None
     return (

@@ -1,7 +1,7 @@
 """YAML as its 1.2 core schema reads it, with the place of every key.
 
-PyYAML follows YAML 1.1, where ``1e-4`` is text, ``no`` is false and ``1:30`` is ninety. In a training config each of
-these changes a run silently (``learning_rate: 1e-4``, ``save_strategy: no``), so the 1.2 rules are set here.
+PyYAML follows YAML 1.1, where `1e-4` is text, `no` is false and `1:30` is ninety. In a training config each of
+these changes a run silently (`learning_rate: 1e-4`, `save_strategy: no`), so the 1.2 rules are set here.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def read_yaml(path: Path) -> tuple[Any, dict[str, int]]:
         path: The file.
 
     Returns:
-        Its content, and the line (from 1) of each key of the two upper levels, by dotted path (``"train.optim"``).
+        Its content, and the line (from 1) of each key of the two upper levels, by dotted path (`"train.optim"`).
 
     Raises:
         PacaError: The file is missing, unreadable, not UTF-8, not valid YAML or has a key twice.
@@ -90,7 +90,7 @@ def read_yaml(path: Path) -> tuple[Any, dict[str, int]]:
 
 
 def parse_value(text: str) -> Any:
-    """The value of ``--set key=TEXT``: what the text would mean in a YAML file.
+    """The value of `--set key=TEXT`: what the text would mean in a YAML file.
 
     Raises:
         PacaError: The text is not valid YAML.

@@ -1,4 +1,4 @@
-"""The names in a method's ``target_modules``, compared with the modules that the model has."""
+"""The names in a method's `target_modules`, compared with the modules that the model has."""
 
 from __future__ import annotations
 

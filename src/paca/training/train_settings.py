@@ -1,4 +1,4 @@
-"""The ``train`` section of a run: fields of its trainer's settings, our defaults, and those we set ourselves."""
+"""The `train` section of a run: fields of its trainer's settings, our defaults, and those we set ourselves."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ word."""
 
 @cache
 def train_fields(trainer: str = "sft") -> dict[str, Any]:
-    """Name and type of each field of a trainer's settings (``SFTConfig`` for ``"sft"``)."""
+    """Name and type of each field of a trainer's settings (`SFTConfig` for `"sft"`)."""
     arguments = TRAINERS[trainer].arguments
     annotations = typing.get_type_hints(arguments)
     return {
@@ -196,7 +196,7 @@ def _own_defaults_of(kind: TrainerKind) -> dict[str, Any]:
 
 
 def training_arguments(settings: Mapping[str, Any], checkpoints: Path) -> Any:
-    """The settings of a run's trainer, as it takes them: an ``SFTConfig``, or another ``TrainingArguments``.
+    """The settings of a run's trainer, as it takes them: an `SFTConfig`, or another `TrainingArguments`.
 
     Args:
         settings: The section with its defaults.

@@ -9,10 +9,10 @@ from typing import Any, Literal, Union
 
 
 def matches(value: Any, annotation: Any) -> bool:
-    """Whether ``value``, as YAML gives it, can be given to a field annotated with ``annotation``.
+    """Whether `value`, as YAML gives it, can be given to a field annotated with `annotation`.
 
-    ``int`` does not take true/false or 2.0; ``float`` takes whole numbers; an ``Enum`` takes its members' values; a
-    union that has an ``Enum`` beside ``str`` takes only the text that is a member's value.
+    `int` does not take true/false or 2.0; `float` takes whole numbers; an `Enum` takes its members' values; a
+    union that has an `Enum` beside `str` takes only the text that is a member's value.
     """
     if annotation is Any:
         return True
@@ -45,7 +45,7 @@ def matches(value: Any, annotation: Any) -> bool:
 
 
 def expected(annotation: Any) -> str:
-    """The kind of value an annotation takes, in words: ``"a whole number or null"``."""
+    """The kind of value an annotation takes, in words: `"a whole number or null"`."""
     origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
     if origin in (Union, types.UnionType):
         has_enum = any(_is_enum(option) for option in arguments)

@@ -1,4 +1,4 @@
-"""The ``adapter_names`` that PEFT passes from a model's ``forward`` and ``generate``: checked, and made to be seen."""
+"""The `adapter_names` that PEFT passes from a model's `forward` and `generate`: checked, and made to be seen."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ def _wrappers(model: nn.Module) -> list[AuxiliaryTrainingWrapper]:
 
 
 def _repeats(arguments: Mapping[str, Any]) -> int:
-    """How often ``generate(**arguments)`` repeats each sample."""
+    """How often `generate(**arguments)` repeats each sample."""
     config = arguments.get("generation_config")
     counts = [arguments.get(key) or getattr(config, key, None) or 1 for key in ("num_beams", "num_return_sequences")]
     return max(counts)

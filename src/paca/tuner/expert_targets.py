@@ -1,4 +1,4 @@
-"""Which stacks of experts a config's ``target_parameters`` name."""
+"""Which stacks of experts a config's `target_parameters` name."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class ExpertTarget(NamedTuple):
     """The parameter's full name in the model."""
     experts: nn.Module
     name: str
-    """The parameter's name in ``experts``."""
+    """The parameter's name in `experts`."""
 
 
 def expert_targets(model: nn.Module, config: Any) -> list[ExpertTarget]:

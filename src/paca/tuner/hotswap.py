@@ -1,6 +1,6 @@
 """Hot swap: put another adapter's values in the place of a loaded one's, within the same tensors.
 
-PEFT's own ``hotswap_adapter`` takes LoRA only. For PaCA a swap moves ``r`` columns per layer, allocates nothing of the
+PEFT's own `hotswap_adapter` takes LoRA only. For PaCA a swap moves `r` columns per layer, allocates nothing of the
 model's size, and lets compiled graphs go on as they are.
 """
 
@@ -32,21 +32,21 @@ _FROM_THE_FILE = ("r", "rank_pattern", "paca_alpha", "alpha_pattern", "random_se
 
 @torch.no_grad()
 def hotswap_adapter(model: nn.Module, folder: str | os.PathLike[str], adapter_name: str) -> None:
-    """Replace the values of ``adapter_name`` by those of the adapter in ``folder``, in place.
+    """Replace the values of `adapter_name` by those of the adapter in `folder`, in place.
 
     Deltas, columns and scales are replaced, and the modules that were trained whole. What was in the weights is taken
     out first, bit for bit, so the next forward pass sees the pretrained weights with the new columns. Costs
-    ``O(r * out_features)`` per layer; no tensor is replaced by another, so nothing is compiled again. Gradients that
+    `O(r * out_features)` per layer; no tensor is replaced by another, so nothing is compiled again. Gradients that
     were accumulated belong to other columns and are dropped. A forward pass that another thread runs meanwhile does no
     harm, but may see some layers before and some after the swap.
 
     Args:
-        model: a ``PeftModel``, compiled or not, or a model that ``peft.inject_adapter_in_model`` adapted.
-        folder: of an adapter of the same layers and ranks; its columns and its ``paca_alpha`` may differ.
+        model: a `PeftModel`, compiled or not, or a model that `peft.inject_adapter_in_model` adapted.
+        folder: of an adapter of the same layers and ranks; its columns and its `paca_alpha` may differ.
         adapter_name: a loaded adapter, active or not. Keeps its name.
 
     Raises:
-        ValueError: if there is no such adapter, if it is merged or sharded, or if the one in ``folder`` is no PaCA
+        ValueError: if there is no such adapter, if it is merged or sharded, or if the one in `folder` is no PaCA
             adapter, is broken, or has other layers or ranks. Nothing is changed then.
     """
     model = getattr(model, "_orig_mod", model)  # of torch.compile
@@ -106,7 +106,7 @@ def _config_of(folder: str | os.PathLike[str]) -> PacaConfig:
 def _named_as_in(
     root: nn.Module, layers: dict[str, PacaLayer], adapter_name: str, from_file: dict[str, Tensor]
 ) -> dict[str, Tensor]:
-    """The file's tensors by the names that they have in ``root``; unknown ones keep the file's name."""
+    """The file's tensors by the names that they have in `root`; unknown ones keep the file's name."""
     in_model = {}
     for name in layers:
         for kind in (DELTA, INDICES):

@@ -11,11 +11,11 @@ from paca.layers import PacaLayer
 
 
 def untie_embeddings(model: Any) -> bool:
-    """Give the output layer of ``model`` a weight of its own: a copy of the input embedding's, which it shared.
+    """Give the output layer of `model` a weight of its own: a copy of the input embedding's, which it shared.
 
     PaCA refuses to adapt a weight that two modules share, since training one would silently train the other. After
     this both are targets like any others, and the model computes what it did. Loading such a model with
-    ``tie_word_embeddings=False`` is *not* the same: where the checkpoint has no output weight, transformers then
+    `tie_word_embeddings=False` is *not* the same: where the checkpoint has no output weight, transformers then
     starts it at random.
 
     Whoever loads an adapter that was trained so with PEFT has to untie its base model first, or is refused; the command

@@ -30,9 +30,9 @@ class WeightedSum(NamedTuple):
     """Columns that change a weight as much as others do together, with a scale of 1."""
 
     delta: Tensor
-    """``(out_features, r)``, for a convolution ``(out_channels, r, *kernel)``; r is the number of different columns."""
+    """`(out_features, r)`, for a convolution `(out_channels, r, *kernel)`; r is the number of different columns."""
     indices: Tensor
-    """``(r,)`` int64, ascending."""
+    """`(r,)` int64, ascending."""
 
 
 def weighted_sum(
@@ -93,7 +93,7 @@ def add_weighted_adapter(
 def _check(
     model: BaseTuner, adapters: Sequence[str], weights: Sequence[float], adapter_name: str, combination_type: str
 ) -> dict[str, str]:
-    """Raise ``ValueError`` for what can't be summed; return which module (by name) which adapter trained whole."""
+    """Raise `ValueError` for what can't be summed; return which module (by name) which adapter trained whole."""
     if combination_type not in EXACT:
         raise ValueError(
             f"combination_type={combination_type!r} is not there for PaCA, whose columns can be summed exactly: use "

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 
 def reference_inputs(model: Any, name: str, batches: list[dict[str, Tensor]]) -> Tensor:
-    """All inputs ``(n, in_features)`` of a layer in float64, without padding."""
+    """All inputs `(n, in_features)` of a layer in float64, without padding."""
     rows: list[Tensor] = []
     handle = model.get_submodule(name).register_forward_hook(lambda _, args, y: rows.append(args[0].detach().double()))
     model.eval()
@@ -40,7 +40,7 @@ def reference_gradient_norms(model: Any, name: str, batches: list[dict[str, Tens
 
 
 def best(scores: Tensor, r: int) -> list[int]:
-    """The numbers of the ``r`` largest scores; of equal ones the first."""
+    """The numbers of the `r` largest scores; of equal ones the first."""
     order = sorted(range(scores.numel()), key=lambda column: (-float(scores[column]), column))
     return sorted(order[:r])
 

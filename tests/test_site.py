@@ -1,0 +1,51 @@
+"""The documentation site is built from `docs/` and the code, without network."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+NOWHERE = "http://127.0.0.1:9"
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("site")
+    environment = {**os.environ, "http_proxy": NOWHERE, "https_proxy": NOWHERE, "NO_MKDOCS_2_WARNING": "1"}
+    # Strict: a link that leads nowhere, or a page that is in no menu, is an error.
+    command = [sys.executable, "-m", "mkdocs", "build", "--quiet", "--strict", "--site-dir", str(folder)]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+def test_every_page_is_there_and_needs_nothing_from_elsewhere(site: Path) -> None:
+    for page in (ROOT / "docs").rglob("*.md"):
+        assert (site / page.relative_to(ROOT / "docs").with_suffix(".html")).is_file()
+    for page in site.rglob("*.html"):
+        text = page.read_text(encoding="utf-8")
+        assert not re.search(r"<(script|link|img)[^>]*(src|href)=.?https?://(?!squidfunk)", text), page
+
+
+def test_commands_and_settings_are_those_of_the_code(site: Path) -> None:
+    commands = (site / "reference" / "commands.html").read_text(encoding="utf-8")
+    for word in ("paca train", "paca bench report", "--baseline", "--dry-run", "--equal", "RUN.yaml"):
+        assert word in commands
+    settings = (site / "reference" / "settings.html").read_text(encoding="utf-8")
+    for word in ("paca_alpha", "rotate_every", "heldout_seed", "answer_pattern", "trust_remote_code"):
+        assert f"<code>{word}</code>" in settings
+    assert "Settings of a PaCA adapter" in (site / "reference" / "python.html").read_text(encoding="utf-8")
+
+
+def test_what_pages_link_to_beside_docs_comes_along(site: Path) -> None:
+    assert (site / "repository" / "benchmarks" / "cpu-core.csv").is_file()
+    home = (site / "index.html").read_text(encoding="utf-8")
+    links = re.findall(r'href="([^"#:]+)"', home)
+    assert len(links) > 30
+    assert not [link for link in links if not (site / link).exists()]
