@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -48,6 +49,27 @@ def test_the_claim_of_a_killed_process_is_free(tmp_path: Path) -> None:
     process.kill()
     process.wait()
     assert Claim(path).take()
+
+
+def test_a_lock_on_a_file_that_was_removed_meanwhile_does_not_count(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "run.lock"
+    opened, real = [], os.open
+
+    def open_and_lose_the_first(*arguments: Any, **options: Any) -> int:
+        descriptor = real(*arguments, **options)
+        if not opened:
+            path.unlink()
+        opened.append(descriptor)
+        return descriptor
+
+    monkeypatch.setattr(os, "open", open_and_lose_the_first)
+    with Claim(path) as claim:
+        assert claim.take()
+        monkeypatch.undo()
+        assert len(opened) == 2
+        assert not Claim(path).take()
 
 
 def test_waiting_for_a_claim_ends_when_it_is_released(tmp_path: Path) -> None:

@@ -116,6 +116,7 @@ def test_a_folder_in_use_is_refused_and_says_by_whom(tmp_path: Path) -> None:
         find_adapter(folder.path)
     with folder.in_use():  # the lock that a killed process left is nobody's
         assert str(os.getpid()) in folder.lock.read_text()
+    assert not folder.lock.exists()
 
 
 def test_a_folder_made_in_vain_goes(tmp_path: Path) -> None:

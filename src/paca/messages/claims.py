@@ -34,21 +34,32 @@ class Claim:
 
         With `look_only` the file keeps the last holder's name.
         """
-        descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644)
-        try:
-            if fcntl is not None:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        except BlockingIOError:
-            os.close(descriptor)
+        descriptor = self._locked(wait)
+        if descriptor is None:
             return False
-        except BaseException:
-            os.close(descriptor)
-            raise
         if not look_only:
             os.ftruncate(descriptor, 0)
             os.pwrite(descriptor, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
         self._descriptor = descriptor
         return True
+
+    def _locked(self, wait: bool) -> int | None:
+        while True:
+            descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644)
+            try:
+                if fcntl is not None:
+                    fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+                if os.path.samestat(os.fstat(descriptor), self.path.stat()):
+                    return descriptor
+                os.close(descriptor)
+            except FileNotFoundError:  # its last holder removed the file meanwhile: this lock is on nothing
+                os.close(descriptor)
+            except BlockingIOError:
+                os.close(descriptor)
+                return None
+            except BaseException:
+                os.close(descriptor)
+                raise
 
     @property
     def descriptor(self) -> int:
@@ -58,7 +69,10 @@ class Claim:
 
     def holder(self) -> str:
         """Who took it last, in words."""
-        return self.path.read_text(encoding="utf-8") or "another process"
+        try:
+            return self.path.read_text(encoding="utf-8") or "another process"
+        except FileNotFoundError:
+            return "another process"
 
     def release(self) -> None:
         """Let go. A process that it was handed to, and that still runs, keeps it."""

@@ -71,8 +71,8 @@ class RunFolder:
             try:
                 yield
             finally:
-                if made and list(self.path.iterdir()) == [self.lock]:
-                    self.lock.unlink()
+                self.lock.unlink(missing_ok=True)
+                if made and not any(self.path.iterdir()):
                     self.path.rmdir()
 
     def check_free(self, *, overwrite: bool) -> None:
