@@ -8,6 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import json
+import signal
+import threading
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -166,7 +169,27 @@ class _CountingHook:
         self._hook = hook
         self._watcher = watcher
         self.dbdict = hook.dbdict
+        # Ctrl-C within a request to its writing thread can lose it, and closing would wait for it without end.
+        self.dbdict.conn.execute = _uninterrupted(self.dbdict.conn.execute)
 
     def add_partial(self, attribute: str, request: Any, answer: Any) -> None:
         self._hook.add_partial(attribute, request, answer)
         self._watcher.advance()
+
+
+def _uninterrupted(call: Callable[..., Any]) -> Callable[..., Any]:
+    """The same; Ctrl-C that comes within it takes effect after it."""
+
+    def run(*arguments: Any, **options: Any) -> Any:
+        if threading.current_thread() is not threading.main_thread():
+            return call(*arguments, **options)
+        came: list[Any] = []
+        before = signal.signal(signal.SIGINT, lambda *signalled: came.append(signalled))
+        try:
+            return call(*arguments, **options)
+        finally:
+            signal.signal(signal.SIGINT, before)
+            if came and callable(before):
+                before(*came[0])
+
+    return run

@@ -1,0 +1,29 @@
+"""Ctrl-C within a request to the answers' writing thread takes effect after it."""
+
+from __future__ import annotations
+
+import os
+import signal
+
+import pytest
+
+from paca.evaluation.harness import _uninterrupted
+
+
+def test_an_interrupt_waits_for_the_end_of_the_call() -> None:
+    ended = []
+
+    def call(value: int) -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+        signal.getsignal(signal.SIGINT)  # Python runs handlers between instructions
+        ended.append(value)
+
+    with pytest.raises(KeyboardInterrupt):
+        _uninterrupted(call)(3)
+    assert ended == [3]
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_without_an_interrupt_nothing_changes() -> None:
+    assert _uninterrupted(lambda value: value + 1)(2) == 3
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
