@@ -275,8 +275,44 @@ def test_copies_and_pickles_compute_the_same(kind, pickled):
     x = inputs()
     again = pickle.loads(pickle.dumps(model)) if pickled else copy.deepcopy(model)
     assert torch.equal(again(x), model(x))
-    layers(again)[0].paca_delta["default"].data.zero_()
+    with torch.no_grad():
+        layers(again)[0].paca_delta["default"].zero_()
     assert not torch.equal(again(x), model(x))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("noticed", ["refresh", "eval", "backward"])
+def test_what_no_version_counter_shows_is_seen_as_with_plain_weights(kind, noticed):
+    model = adapted(kind)
+    x = inputs()
+    before = model(x)
+    before.sum().backward()  # no optimizer is known: the next pass with gradients looks again
+    layers(model)[0].paca_delta["default"].data.zero_()
+    if noticed == "refresh":
+        paca.refresh(model)
+    elif noticed == "eval":
+        model.eval()
+    assert not torch.equal(model(x), before)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_pass_after_the_first_dequantizes_and_copies_the_columns_alone(kind):
+    model = adapted(kind)
+    x = inputs()
+    deltas = [layer.paca_delta["default"] for layer in layers(model)]
+    optimizer = torch.optim.SGD(deltas, lr=0.5)
+    for _ in range(2):
+        model(x).square().sum().backward()
+        kept = [getattr(layer.base_layer, "_columns_kept", None) for layer in layers(model)]
+        optimizer.step()
+        model(x)
+        for layer, delta, old in zip(layers(model), deltas, kept, strict=True):
+            if layer.mode == "patched":
+                now = layer.base_layer._columns_kept
+                assert now.originals is old.originals
+                wanted = now.originals.values.float() + layer.scaling["default"] * delta.detach()
+                assert torch.equal(now.columns, wanted.to(now.columns.dtype))
+                assert not torch.equal(now.columns, old.columns)
 
 
 @pytest.mark.parametrize("kind", KINDS)

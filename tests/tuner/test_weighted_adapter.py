@@ -141,7 +141,7 @@ def test_one_adapter_can_be_copied_scaled_and_taken_away_again():
     model.set_adapter("nothing")
     assert torch.equal(model(x), base)
     model.base_model.set_adapter(["minus", "second"])
-    assert torch.equal(model(x), base)
+    torch.testing.assert_close(model(x), base)  # (W - d) + d in float32: not always W to the last bit
 
 
 @torch.no_grad()

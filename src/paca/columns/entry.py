@@ -10,6 +10,3 @@ class Entry:
     """Some weight does not hold what is active just now: a state dict or a copy was taken, or a backward pass put the
     columns of its forward pass back."""
     sharded = False  # FSDP2 shards some of its weights
-
-    def write_stale(self) -> None:
-        """Write what the model's layers want and their weights do not hold."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -10,8 +10,6 @@ from torch import Tensor
 
 from paca.columns.state import AdapterColumns
 from paca.functional.column_blocks import put_columns, read_columns
-
-_VALUES_AT_ONCE = 2**20  # of a weight on their way from and to the CPU: a few MiB
 
 
 class Kept(NamedTuple):
@@ -33,12 +31,6 @@ class Kept(NamedTuple):
     def equal(self, other: Tensor) -> bool:
         """Whether `other`, of the same columns, has the same bits (NaN is equal to itself)."""
         return torch.equal(_bits_of(self.values.to(other)), _bits_of(other))
-
-    def pieces(self, weight: Tensor, dim: int) -> Iterator[Kept]:
-        """The columns a few at a time: folded ones pass the weight's device so."""
-        size = max(1, _VALUES_AT_ONCE * weight.shape[dim] // max(1, weight.numel()))
-        for positions, values in zip(self.positions.split(size), self.values.split(size, dim), strict=True):
-            yield Kept(positions.to(weight.device), values.to(weight.device))
 
 
 def write_columns(weight: Tensor, dim: int, positions: Tensor, values: Tensor) -> None:

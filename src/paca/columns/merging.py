@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from paca.columns.folded import Folded
 from paca.columns.kept import Kept, positions_of, sum_of, write_columns
 from paca.columns.resident import WRITING, ResidentColumns, identity
 from paca.columns.state import AdapterColumns, State, names_of
@@ -103,7 +104,7 @@ class MergeableColumns(ResidentColumns):
         self._folded = Kept(kept.positions.cpu(), kept.values.cpu())
         self._part_from_lent(weight)
         self._half_written = True
-        for piece in self._folded.pieces(weight, self.dim):
+        for piece in (Kept(*piece) for piece in Folded.pieces(*self._folded, weight, self.dim)):
             write_columns(weight, self.dim, piece.positions, sum_of(piece, columns, self.dim))
 
     def moved(self) -> None:

@@ -18,10 +18,11 @@ import torch
 from torch import Tensor, nn
 
 from paca.columns.entry import Entry
+from paca.columns.folded import Folded
 from paca.columns.foreign_writes import holds, refuse_overwritten
 from paca.columns.kept import Kept, add_scaled, oriented, positions_of, sum_of, write_columns
 from paca.columns.not_whole import refuse_flattened, refuse_part, refuse_sharded_delta
-from paca.columns.state import ActiveColumns, AdapterColumns, State, is_sharded, version_of
+from paca.columns.state import THREAD, ActiveColumns, AdapterColumns, State, is_sharded
 from paca.functional.column_blocks import blocks_in, blocks_of, read_columns
 from paca.functional.product import Trained
 
@@ -63,9 +64,10 @@ class ResidentColumns(ActiveColumns):
             refuse_part(weight)
 
     def local(self, layer: Any, adapter_name: str) -> tuple[Tensor, Tensor | None]:
-        if is_sharded(layer.paca_delta[adapter_name]):
+        found = super().local(layer, adapter_name)
+        if is_sharded(found[0]):
             refuse_sharded_delta(adapter_name)
-        return super().local(layer, adapter_name)
+        return found
 
     def replaced(self, value: Any) -> None:
         """Note that `value` takes the weight's place in the module."""
@@ -76,6 +78,26 @@ class ResidentColumns(ActiveColumns):
     def trained(self, state: State, layer: Any) -> Trained:
         """The columns of `state` that gradients go to."""
         return state.trained
+
+    def looked_after(self, weight: Tensor | None) -> State | None:
+        """What the weight holds, if this thread has entered the model, which looked after it; else None."""
+        passes, entry = THREAD.passes, self.entry
+        if not passes or entry is not passes[-1][0] or entry.unwritten or not self.whole:
+            return None
+        if type(weight) is not nn.Parameter or weight.dim() < 2 or torch._C._current_graph_task_id() != -1:
+            return None
+        if not torch.is_grad_enabled():
+            self.note_forward()
+        return self.state
+
+    def untouched(self, weight: Tensor | None, state: State, saved_tag: Tensor) -> bool:
+        """Whether nothing happened since the forward pass with `state`, so that its backward pass may go on."""
+        if self.state is not state or saved_tag is not state.tag or weight is None or not self.whole:
+            return False
+        for c in state.columns:
+            if self.revisions.get(c.name, 0) != c.revision or c.name not in self.trusted:
+                return False
+        return state.unchanged() and self._seal == identity(weight)
 
     def sealed(self, weight: Tensor | None) -> bool:
         """Whether the weight is as we left it: written or replaced by nobody else."""
@@ -111,7 +133,7 @@ class ResidentColumns(ActiveColumns):
     def _all_kept(self, weight: Tensor) -> Iterator[Kept]:
         yield self.kept
         if self._folded is not None:
-            yield from self._folded.pieces(weight, self.dim)
+            yield from (Kept(*piece) for piece in Folded.pieces(*self._folded, weight, self.dim))
 
     def prepare(self, weight: Tensor, wanted: tuple[AdapterColumns, ...]) -> State | None:
         """Keep the originals of the columns of `wanted`, and put those of other columns back.
@@ -201,7 +223,7 @@ class ResidentColumns(ActiveColumns):
     def before_backward(self, weight: Tensor, state: State, saved_tag: Tensor) -> None:
         """Make the weight hold what the forward pass with `state` saw. Raises as `check_backward` and `check_seal`."""
         self.check_backward(state, saved_tag)
-        if self.state.key != state.key or not self.sealed(weight):
+        if (self.state is not state and self.state.key != state.key) or not self.sealed(weight):
             with WRITING:
                 self.check_seal(weight)
                 self.check_backward(state, saved_tag)
@@ -282,7 +304,7 @@ def write_together(jobs: Iterable[tuple[ResidentColumns, Tensor, tuple[AdapterCo
 
 def identity(weight: Tensor) -> tuple[int, int]:
     """What changes when somebody writes or replaces a weight."""
-    return version_of(weight), weight.untyped_storage()._cdata
+    return -1 if weight.is_inference() else weight._version, weight.untyped_storage()._cdata
 
 
 def _memory_users(weight: Tensor) -> int:

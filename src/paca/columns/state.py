@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from paca.columns.entry import Entry
 from paca.columns.folded import Folded
 from paca.columns.lost import refuse_backward
 from paca.columns.repeated import check_repeated, note_first
@@ -109,14 +110,17 @@ class State:
     def tag(self) -> Tensor:
         """A scalar tensor that stands for this state, for autograd to save; its value is the same for equal states."""
         if self._tag is None:
-            with torch.inference_mode(False):  # autograd saves it, also if the first forward pass was inference
-                self._tag = torch.tensor(hash(self.key), dtype=torch.int64, device="cpu")
+            if torch.is_inference_mode_enabled():  # autograd saves it, also if the first forward pass was inference
+                with torch.inference_mode(False):
+                    return self.tag
+            self._tag = torch.scalar_tensor(hash(self.key), dtype=torch.int64, device="cpu")
         return self._tag
 
 
 class _Thread(threading.local):
     def __init__(self) -> None:
-        self.recording: list[bool] = []  # of each adapted model whose forward pass runs: is a backward pass to follow
+        # Of each adapted model whose forward pass runs: what looks after it, and whether a backward pass is to follow.
+        self.passes: list[tuple[Entry, bool]] = []
 
 
 THREAD = _Thread()
@@ -148,7 +152,7 @@ class ActiveColumns:
 
     def local(self, layer: Any, adapter_name: str) -> tuple[Tensor, Tensor | None]:
         """What of an adapter's delta belongs here, and the parameter it is a part of, if it is one."""
-        return layer.paca_delta[adapter_name], None
+        return layer._modules["paca_delta"]._parameters[adapter_name], None
 
     def changed(self, name: str) -> None:
         """Note that the columns of an adapter changed: backward passes that are pending can't have them any more."""
@@ -175,7 +179,7 @@ class ActiveColumns:
             if self.state.columns and torch._C._current_graph_task_id() != -1:
                 check_repeated(self._first_passes, self.state.key, names_of(self.state.columns))
         # A first pass runs within an autograd function; so does an evaluation's pass through checkpointing.
-        elif may_be_recorded() and (not THREAD.recording or THREAD.recording[-1]):
+        elif may_be_recorded() and (not THREAD.passes or THREAD.passes[-1][1]):
             note_first(self._first_passes, self.state, self._can_come_back)
 
     def _can_come_back(self, state: State) -> bool:
@@ -197,4 +201,4 @@ class ActiveColumns:
 
     def has_trust(self, state: State | None = None) -> bool:
         """Whether optimizers whose steps are seen train all that is active."""
-        return all(c.name in self.trusted for c in (state or self.state).columns)
+        return all([c.name in self.trusted for c in (state or self.state).columns])  # noqa: C419  (faster)

@@ -19,8 +19,9 @@ from paca.columns.resident import ResidentColumns, write_together
 from paca.columns.state import AdapterColumns, is_sharded
 
 Job = tuple[ResidentColumns, Tensor, tuple[AdapterColumns, ...]]
-_LAYERS: dict[int, tuple[weakref.ref[Any], str]] = {}  # by the id of a delta: its layer, and the adapter
-_STEPPING: dict[int, list[tuple[weakref.ref[Any], str]]] = {}  # by thread: whose deltas an optimizer is writing
+Held = tuple[weakref.ref[Any], str]  # whose delta it is: a layer's, and the adapter
+_LAYERS: dict[int, Held] = {}  # by the id of a delta
+_STEPPING: dict[int, list[Held]] = {}  # by thread: whose deltas an optimizer is writing
 
 
 def others_step() -> bool:
@@ -31,23 +32,24 @@ def others_step() -> bool:
     return bool(_STEPPING.keys() - {threading.get_ident()})
 
 
-def _held(optimizer: torch.optim.Optimizer, with_gradients: bool) -> list[tuple[weakref.ref[Any], str]]:
-    """The layers and adapters whose deltas `optimizer` holds, and has gradients of or not."""
-    held = []  # this is the thread that trains: nobody replaces gradients meanwhile
+def _held(optimizer: torch.optim.Optimizer) -> tuple[list[Held], list[Held]]:
+    """The deltas that `optimizer` holds: those that have gradients, and those that have none."""
+    with_gradients: list[Held] = []
+    without: list[Held] = []
     for group in optimizer.param_groups:
         for parameter in cast("list[Tensor]", group["params"]):
             found = _LAYERS.get(id(parameter))
-            if found is not None and (parameter.grad is not None) == with_gradients:
-                layer = found[0]()
-                if layer is not None and layer.paca_delta.is_now(found[1], parameter):
-                    held.append(found)
-    return held
+            layer = found and found[0]()
+            if found and layer is not None and layer._modules["paca_delta"].is_now(found[1], parameter):
+                # This is the thread that trains: nobody replaces gradients meanwhile.
+                (without if parameter.grad is None else with_gradients).append(found)
+    return with_gradients, without
 
 
 @torch.compiler.disable
 def _before_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
     others_step()  # forgets a step of this thread that raised
-    _STEPPING.setdefault(threading.get_ident(), _held(optimizer, True))
+    _STEPPING.setdefault(threading.get_ident(), _held(optimizer)[0])
 
 
 @torch.compiler.disable
@@ -55,7 +57,8 @@ def _after_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> Non
     before = _STEPPING.pop(threading.get_ident(), [])
     jobs: dict[ResidentColumns, Job] = {}  # one per weight, also if several adapters are in it: the last knows them all
     # Gradients may come within the step (closures), or go (zeroed by the optimizer itself).
-    stepped = dict.fromkeys([*before, *_held(optimizer, True)])
+    now, without = _held(optimizer)
+    stepped = dict.fromkeys([*before, *now])
     for layer_of, adapter_name in stepped:
         layer = layer_of()
         job = None if layer is None else layer.stepped(adapter_name)
@@ -64,7 +67,7 @@ def _after_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> Non
     if jobs:
         write_together(jobs.values())
     # Most optimizers leave a parameter alone that has no gradient; those that estimate it themselves don't.
-    for layer_of, adapter_name in _held(optimizer, False):
+    for layer_of, adapter_name in without:
         layer = None if (layer_of, adapter_name) in stepped else layer_of()
         if layer is not None:
             layer.doubted(adapter_name)

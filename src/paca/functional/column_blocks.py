@@ -70,12 +70,12 @@ def put_columns(weight: Tensor, dim: int, indices: Tensor, values: Tensor) -> No
 
 def blocks_of(weight: Tensor, dim: int, runs: Runs) -> list[Tensor]:
     """Views of the blocks of columns in `weight`."""
-    return [weight.narrow(dim, first, length) for first, length in runs]
+    return [weight.narrow(dim, *run) for run in runs]
 
 
 def blocks_in(values: Tensor, dim: int, runs: Runs) -> list[Tensor]:
     """Views of the same blocks in a tensor that holds these columns only."""
-    return list(values.split([length for _, length in runs], dim))
+    return [values] if len(runs) == 1 else list(values.split([length for _, length in runs], dim))
 
 
 def _is_plain(tensor: Tensor) -> bool:

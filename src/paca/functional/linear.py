@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from paca.functional.added import AddedLinear
-from paca.functional.column_blocks import Runs, take_columns
+from paca.functional.column_blocks import take_columns
 from paca.functional.train_columns import in_dtype, scaled
 
 
@@ -31,8 +31,7 @@ class LinearProduct(AddedLinear):
             return torch.matmul(x, weight)
         return torch.addmm(bias, x.reshape(-1, x.shape[-1]), weight).reshape(*x.shape[:-1], weight.shape[1])
 
-    def select(self, x: Tensor, indices: Tensor, runs: Runs | None) -> Tensor:
-        return take_columns(x, indices, runs)
+    select = staticmethod(take_columns)
 
     def input_gradient(self, grad_output: Tensor, weight: Tensor, input_size: torch.Size) -> Tensor:
         matrix = weight if self.input_dim == 1 else weight.t()  # (out_features, in_features)
@@ -59,4 +58,6 @@ def column_gradient(selected: Tensor, grad_rows: Tensor, scale: Any, dtype: torc
     else:
         product = torch.mm(columns, grad_rows)
     # Autograd wants the delta's own layout: converting and transposing in one pass saves it another.
-    return scaled(product.t().to(dtype, memory_format=torch.contiguous_format, copy=True), scale)
+    gradient = torch.empty((product.shape[1], product.shape[0]), dtype=dtype, device=product.device)
+    gradient.t().copy_(product)  # in the order that the product lies in: faster than .t().to(dtype)
+    return scaled(gradient, scale)

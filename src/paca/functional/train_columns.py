@@ -30,13 +30,13 @@ def train_columns(
 
     Args:
         x: The layer's input, any strides, may be empty.
-        weight: Already holds the trained columns. Autograd checks its version: if it is written before the backward
-            pass, that raises. None if `source` gives it, or if columns are added.
-        source: Gives the weight in the forward pass, and again in the backward pass.
+        weight: Already holds the trained columns. Without a `source` autograd checks its version: if it is written
+            before the backward pass, that raises. None if `source` gives it, or if columns are added.
+        source: Gives the weight in the backward pass, and, if `weight` is None, in the forward pass.
         added_to: The output of a layer whose weight does not hold the columns: their contribution is added to it. Then
             `source` only checks, in the backward pass, that the columns are the same.
     """
-    if weight is not None:
+    if weight is not None and weight.requires_grad:
         check_frozen(weight)
     deltas, indices, *settings = trained
     # Few arguments: torch looks at each of them.
@@ -71,10 +71,11 @@ class _TrainColumns(torch.autograd.Function):
         if adds:
             y: Any = add_contributions(product, added_to, selected, indices, deltas, scales, rows)
         else:
-            y = product.apply(x, source.weight() if source is not None else weight, bias)
-            if not torch.compiler.is_compiling() and y._is_view():  # autograd forbids to write into views
+            y = product.apply(x, source.weight() if source is not None and weight is None else weight, bias)
+            eager = source is not None or not torch.compiler.is_compiling()
+            if eager and y._is_view():  # autograd forbids to write into views
                 y = torch.ops.aten._unsafe_view(y, y.shape)
-            selected = [s if s is None else in_dtype(s, y.dtype) for s in selected]
+            selected = [s if s is None or s.dtype == y.dtype else in_dtype(s, y.dtype) for s in selected]
         ctx.product, ctx.source, ctx.scales, ctx.rows, ctx.needed = product, source, scales, rows, needed
         ctx.input_size, ctx.input_dtype, ctx.compute_dtype = x.shape, x.dtype, y.dtype
         ctx.bias_dtype = None if bias is None else bias.dtype
@@ -89,8 +90,9 @@ class _TrainColumns(torch.autograd.Function):
         return y
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Any, ...]:
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # create_graph=True
+            return once_differentiable(_TrainColumns.backward)(ctx, grad_output)
         if torch.is_autocast_enabled(grad_output.device.type):
             with torch.autocast(grad_output.device.type, enabled=False):
                 return _gradients(ctx, grad_output)
@@ -104,7 +106,7 @@ def _gradients(ctx: Any, grad_output: Tensor) -> tuple[Any, ...]:
     weight = first if ctx.source is None else ctx.source.weight_again(first, multiplies)
     product, count = ctx.product, len(ctx.scales)
     indices = saved[-count:] if ctx.source is None and count and product.reads_indices else ctx.indices
-    grad_y = in_dtype(grad_output, ctx.compute_dtype)
+    grad_y = grad_output if grad_output.dtype == ctx.compute_dtype else in_dtype(grad_output, ctx.compute_dtype)
     # Columns first: grad_y was just written, and the large matmul would drive it out of cache.
     grad_deltas: list[Tensor | None] = [None] * count
     remaining = iter(saved)
@@ -118,7 +120,8 @@ def _gradients(ctx: Any, grad_output: Tensor) -> tuple[Any, ...]:
         grad_x = product.input_gradient(grad_y, weight, ctx.input_size)
     elif needs_x:
         grad_x = input_gradient_of_added(product, grad_y, ctx.input_size, indices, ctx.added, ctx.scales, ctx.rows)
-    grad_x = None if grad_x is None else in_dtype(grad_x, ctx.input_dtype)
+    if grad_x is not None and grad_x.dtype != ctx.input_dtype:
+        grad_x = in_dtype(grad_x, ctx.input_dtype)
     return None, grad_x, None, grad_bias, grad_output if ctx.adds else None, *([None] * count), *grad_deltas
 
 

@@ -78,9 +78,10 @@ class PacaLayer(nn.Module, PeftCalls, MixingLayer):  # nn.Module first: FSDP2 ma
 
     def columns_of(self, adapter_name: str) -> AdapterColumns:
         """The adapter's delta, indices and scale as they are now, with what is folded."""
-        columns = self.base_layer.columns
+        kept: dict[str, Any] = self._modules
+        columns = kept["base_layer"].columns
         delta, source = columns.local(self, adapter_name)
-        indices, scale = self.paca_indices[adapter_name], self.scaling[adapter_name]
+        indices, scale = kept["paca_indices"]._buffers[adapter_name], self.scaling[adapter_name]
         revision = columns.revisions.get(adapter_name, 0)
         return AdapterColumns(adapter_name, delta, indices, scale, revision, self.folded.get(adapter_name), source)
 
@@ -128,7 +129,7 @@ class PacaLayer(nn.Module, PeftCalls, MixingLayer):  # nn.Module first: FSDP2 ma
 
     def stepped(self, adapter_name: str) -> Job | None:
         """Note that an optimizer changed this adapter's delta."""
-        columns = self.base_layer.columns
+        columns: Any = self._modules["base_layer"].columns  # type: ignore[union-attr]
         columns.changed(adapter_name)
         columns.trusted.add(adapter_name)
         columns.unaccounted = False
@@ -195,11 +196,12 @@ class PacaLayer(nn.Module, PeftCalls, MixingLayer):  # nn.Module first: FSDP2 ma
         return cast("nn.Module", stock)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if torch.compiler.is_compiling():
-            # In a mixed batch the layer runs by itself: what it does depends on the batch.
-            return self._run(x, *args, **kwargs) if Running.count else self.base_layer(x, *args, **kwargs)
-        y: Tensor = self._modules["base_layer"](x, *args, **kwargs)  # type: ignore[misc]
-        batch = current_mixed_batch() if Running.count else None
+        if not Running.count:
+            return self._modules["base_layer"](x, *args, **kwargs)  # type: ignore[misc]
+        if torch.compiler.is_compiling():  # the layer runs by itself: what it does depends on the batch
+            return self._run(x, *args, **kwargs)
+        y: Tensor = self.base_layer(x, *args, **kwargs)
+        batch = current_mixed_batch()
         return y if batch is None else self.add_mixed_batch(y, x, batch)
 
     @torch.compiler.disable

@@ -7,7 +7,8 @@ on it go on running. The subclass is made when it is needed: most of the stock c
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, ClassVar, cast
+from contextlib import nullcontext
+from typing import Any, ClassVar, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +19,7 @@ from paca.columns.kept import Kept, positions_of, sum_of, write_columns
 from paca.columns.state import ActiveColumns, AdapterColumns, State
 from paca.functional.linear import LinearProduct
 from paca.functional.product import WeightSource
-from paca.functional.train_columns import train_columns
+from paca.functional.train_columns import in_dtype, train_columns
 from paca.layers.mixed_batch import current_mixed_batch
 from paca.layers.resident_weight import rebind_forward
 from paca.quantized import QuantizedWeight, quantization_of
@@ -84,7 +85,8 @@ class OverlaidWeight(nn.Module):
         # Pickling finds classes by name, and a class that was made here has none that can be imported.
         kind = next(c for c in (PatchedWeight, AdditiveWeight) if isinstance(self, c))
         state = self.__dict__.copy()
-        del state["owner"], state["columns"]
+        for made_anew in ("owner", "columns", "quantization", "_columns_kept"):
+            state.pop(made_anew, None)
         return _rebuild, (kind, self.stock_class), state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -109,8 +111,21 @@ def _rebuild(kind: type[OverlaidWeight], stock: type[nn.Module]) -> nn.Module:
     return cls.__new__(cls)
 
 
+class ColumnsKept(NamedTuple):
+    """What the last pass on a quantized weight put into it, 4 bytes a trained value."""
+
+    packed: Tensor
+    source: tuple[Any, ...]
+    originals: Kept  # of `packed`, while that and `source` are the same
+    state: State | None = None
+    columns: Any = None  # those of `state`: every write makes another one
+
+
 class PatchedWeight(OverlaidWeight):
     """A quantized layer whose columns are written into what each matmul dequantizes."""
+
+    quantization: QuantizedWeight
+    _columns_kept: ColumnsKept | None = None
 
     @classmethod
     def adopt(cls, module: Any) -> Any:
@@ -119,9 +134,17 @@ class PatchedWeight(OverlaidWeight):
         quantization.adopt(module)
         return super().adopt(module)
 
+    def _settle_in(self) -> None:
+        super()._settle_in()
+        quantization = quantization_of(self)
+        assert quantization is not None
+        self.quantization = quantization
+
     def release(self) -> None:
         quantization = self.quantization
         super().release()
+        del self.quantization
+        self.__dict__.pop("_columns_kept", None)
         quantization.release(self)
 
     def weight_shape(self) -> tuple[int, int]:
@@ -129,13 +152,6 @@ class PatchedWeight(OverlaidWeight):
 
     def weight_placement(self) -> tuple[torch.device, torch.dtype]:
         return self.quantization.packed(self).device, self.quantization.stored_dtype(self)
-
-    @property
-    def quantization(self) -> QuantizedWeight:
-        """How the weight is quantized."""
-        found = quantization_of(self)
-        assert found is not None
-        return found
 
     def forward(self, x: Tensor) -> Tensor:
         state = self.state_now()
@@ -161,16 +177,37 @@ class PatchedWeight(OverlaidWeight):
         """Multiply with the dequantized weight and the columns of `state`; nothing else of `x` is kept."""
         dtype, output_dtype = self.quantization.dtypes(self, x)
         bias: Any = None if self.bias is None else self.bias.to(dtype)
-        with torch.autocast(x.device.type, enabled=False):
+        autocast = torch.is_autocast_enabled(x.device.type)
+        with torch.autocast(x.device.type, enabled=False) if autocast else nullcontext():
             source = PatchedPass(self, state, dtype)
-            return train_columns(_PRODUCT, x.to(dtype), None, bias, state.trained, source).to(output_dtype)
+            return train_columns(_PRODUCT, in_dtype(x, dtype), None, bias, state.trained, source).to(output_dtype)
+
+    @torch.no_grad()
+    def weight_of_pass(self, dtype: torch.dtype, state: State) -> Tensor:
+        """`patched_weight` for `state`; what it puts in is kept for the passes to come."""
+        quantization, kept = self.quantization, self._columns_kept
+        if not state.columns:
+            return quantization.weight(self, dtype)
+        packed = quantization.packed(self)
+        source = (None if packed.is_inference() else packed._version, packed.device, state.places, dtype)
+        if kept is None or kept.packed is not packed or kept.source != source:
+            positions = positions_of(state.columns, packed.device)
+            weight, values = quantization.weight_and_columns(self, dtype, positions)
+            kept = ColumnsKept(packed, source, Kept(positions, values.to(torch.promote_types(values.dtype, dtype))))
+        else:
+            weight = quantization.weight(self, dtype)
+        if kept.state is not state:
+            kept = kept._replace(state=state, columns=sum_of(kept.originals, state.columns, 1).to(dtype))
+        self._columns_kept = kept  # at once: other threads may read it
+        write_columns(weight, 1, kept.originals.positions, kept.columns)
+        return weight
 
     @torch.no_grad()
     def patched_weight(self, dtype: torch.dtype, columns: tuple[AdapterColumns, ...]) -> Tensor:
         """The dequantized weight `(out_features, in_features)` in `dtype`, with `columns` in it, rounded once."""
         quantization = self.quantization
         if not columns:
-            return quantization.dequantize(self).to(dtype)
+            return quantization.weight(self, dtype)
         positions = positions_of(columns, quantization.packed(self).device)
         weight, originals = quantization.weight_and_columns(self, dtype, positions)
         originals = originals.to(torch.promote_types(originals.dtype, dtype))
@@ -193,7 +230,7 @@ class PatchedPass(WeightSource):
         return self.state.tag
 
     def weight(self) -> Tensor:
-        return self.module.patched_weight(self.dtype, self.state.columns)
+        return self.module.weight_of_pass(self.dtype, self.state)
 
     def weight_again(self, saved_tag: Tensor, wanted: bool) -> Tensor | None:
         self.columns.check_backward(self.state, saved_tag)

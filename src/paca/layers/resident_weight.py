@@ -26,7 +26,6 @@ class ResidentPass(WeightSource):
     __slots__ = ("columns", "module", "state")
 
     def __init__(self, module: ResidentWeight, state: State) -> None:
-        check_frozen(module.weight)
         self.module, self.state, self.columns = module, state, module.columns
 
     @property
@@ -34,9 +33,13 @@ class ResidentPass(WeightSource):
         return self.state.tag
 
     def weight(self) -> Tensor:
+        check_frozen(self.module.weight)
         return self.module.weight
 
     def weight_again(self, saved_tag: Tensor, wanted: bool) -> Tensor | None:
+        weight = self.module._parameters.get("weight")
+        if self.columns.untouched(weight, self.state, saved_tag):
+            return self.weight() if wanted else None
         if not wanted:
             self.columns.check_backward(self.state, saved_tag)
             return None
@@ -108,24 +111,25 @@ class ResidentWeight(nn.Module):
             traced = self.columns.traced
             recorded = torch.is_grad_enabled()
             return train_columns(self.product(), x, self.weight, self.bias, traced) if recorded else super().forward(x)
-        state = self.state_now()
+        weight: Any = self._parameters.get("weight")
+        state = self.columns.looked_after(weight)
+        if state is not None:
+            trained = state.trained
+        else:
+            weight, state = None, self.state_now()
+            trained = self.columns.trained(state, self.owner())
         if not torch.is_grad_enabled():
             return super().forward(x)
-        trained = self.columns.trained(state, self.owner())
-        return train_columns(self.product(), x, None, self.bias, trained, ResidentPass(self, state))
+        return train_columns(self.product(), x, weight, self.bias, trained, ResidentPass(self, state))
 
     def state_now(self) -> State:
-        """Make the weight hold what is active, where something changed that nobody wrote; usually it does."""
+        """What the weight holds, for a layer that has to look after itself: it is written if it is stale."""
         owner = self.owner()
         weight: Any = self._parameters.get("weight")
         weight = self.weight if weight is None else weight  # FSDP1 puts a plain tensor in its place
         self.columns.check_writable(weight)
         if owner is not None and owner.stale() and not others_step():
-            entry = self.columns.entry
-            if entry is not None and torch._C._current_graph_task_id() == -1:
-                entry.write_stale()  # with it, the model's other layers; a backward pass needs this one alone
-            if owner.stale():
-                owner.write()
+            owner.write()
         self.columns.bring_up_to_date(weight)
         self.columns.note_forward()
         return self.columns.state

@@ -104,11 +104,14 @@ class EightBit(QuantizedWeight):
         codes, scales = self._codes_and_scales(module)
         return codes.to(torch.float32).mul_((scales / 127).unsqueeze(1))
 
-    def weight_and_columns(self, module: Any, dtype: torch.dtype, positions: Tensor) -> tuple[Tensor, Tensor]:
+    def weight(self, module: Any, dtype: torch.dtype) -> Tensor:
         # Straight to the matmul's type: by way of float32 three times the memory would be in use at once.
         codes, scales = self._codes_and_scales(module)
-        per_row = (scales / 127).unsqueeze(1)
-        return codes.to(dtype).mul_(per_row), codes.index_select(1, positions) * per_row
+        return codes.to(dtype).mul_((scales / 127).unsqueeze(1))
+
+    def weight_and_columns(self, module: Any, dtype: torch.dtype, positions: Tensor) -> tuple[Tensor, Tensor]:
+        codes, scales = self._codes_and_scales(module)
+        return self.weight(module, dtype), codes.index_select(1, positions) * (scales / 127).unsqueeze(1)
 
     def replace(self, module: Any, weight: Tensor) -> Any:
         from bitsandbytes.nn import Int8Params

@@ -70,13 +70,12 @@ class QuantizedWeight(ABC):
             return dtype, dtype
         return x.dtype, x.dtype
 
-    def weight_and_columns(self, module: Any, dtype: torch.dtype, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """Dequantize for a matmul in `dtype`.
+    def weight(self, module: Any, dtype: torch.dtype) -> Tensor:
+        """Dequantize for a matmul in `dtype`: a new `(out_features, in_features)`."""
+        return self.dequantize(module).to(dtype)
 
-        Returns:
-            A new `(out_features, in_features)` in `dtype`, and its columns `(out_features, k)` at
-            `positions (k,)` before they were rounded to it.
-        """
+    def weight_and_columns(self, module: Any, dtype: torch.dtype, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """The same, and its columns `(out_features, k)` at `positions (k,)` before they were rounded to `dtype`."""
         weight = self.dequantize(module)
         return weight.to(dtype), weight.index_select(1, positions)
 

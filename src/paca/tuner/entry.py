@@ -1,7 +1,7 @@
 """The third door: what no optimizer's hook and no call has written is noticed when a model is entered.
 
-Each layer looks at its version counters when it runs, and the first that is stale has all of them written together.
-What no counter shows is looked for when the model is entered: in a new mode, which is when averages and schedule-free
+It looks at the version counters of all layers, and writes those that are stale together. A layer that runs outside of
+such a pass looks for itself. What no counter shows is looked for in a new mode, when averages and schedule-free
 optimizers swap values through `.data`, and where gradients are taken while no optimizer is known whose steps are seen.
 """
 
@@ -48,18 +48,15 @@ class ModelEntry(Entry):
         self.take(layers)
 
     def take(self, layers: list[PacaLayer]) -> None:
-        """Look after these layers from now on: those whose weights hold columns. The others look when they run."""
+        """Look after these layers from now on. Those whose weights hold no columns look for themselves as well."""
         self.layers = [layer for layer in layers if layer.mode == "resident"]
+        self.others = [layer for layer in layers if layer.mode != "resident"]
         for layer in self.layers:
             layer.base_layer.columns.entry = self
 
     @torch.compiler.disable
     def look(self, model: nn.Module) -> None:
-        """Write what is stale, and find what no version counter shows. Reads only, if there is nothing.
-
-        Here for all layers, though each looks when it runs eagerly: some run in compiled graphs, or have their weights
-        read by others (torch's fast path of its transformer layers).
-        """
+        """Write what is stale, and find what no version counter shows. Reads only, if there is nothing."""
         if others_step():
             return
         thread, mode = threading.get_ident(), (torch.is_grad_enabled(), model.training)
@@ -70,14 +67,10 @@ class ModelEntry(Entry):
                 layer.base_layer.columns.entered(model, self.layers)
         compare = changed or (mode[0] and not all(layer.base_layer.columns.has_trust() for layer in self.layers))
         if compare:
-            write_layers(self.layers, compare=True)
+            write_layers([*self.layers, *self.others], compare=True)
         else:
-            self.write_stale()
+            write_layers([layer for layer in self.layers if layer.stale()])
         self.unwritten = self.unwritten and in_mixed_batch()
-
-    def write_stale(self) -> None:
-        """Write the layers that are stale, together: the first of them to run asks for it."""
-        write_layers([layer for layer in self.layers if layer.stale()])
 
     @torch.compiler.disable(reason="weights of the adapted model are parked: call paca.refresh(model) before this call")
     def look_from_a_graph(self, model: nn.Module) -> None:
@@ -86,7 +79,7 @@ class ModelEntry(Entry):
 
     @torch.compiler.disable
     def _begin(self, model: nn.Module) -> None:
-        THREAD.recording.append(may_be_recorded())
+        THREAD.passes.append((self, may_be_recorded()))
         self.look(model)
 
     def enter(self, model: nn.Module, args: Any) -> None:
@@ -99,8 +92,8 @@ class ModelEntry(Entry):
 
     def leave(self, model: nn.Module, args: Any, output: Any) -> None:
         """The forward hook of the adapted model, also after an exception."""
-        if not torch.compiler.is_compiling() and THREAD.recording:
-            THREAD.recording.pop()
+        if not torch.compiler.is_compiling() and THREAD.passes:
+            THREAD.passes.pop()
 
     def enter_compiled(self, holder: nn.Module, args: Any) -> None:
         """The forward pre-hook of the `PeftModel`: where that is what was compiled, its hooks run outside of the graph,
@@ -113,7 +106,7 @@ class ModelEntry(Entry):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self.take(self.layers)  # a copied or unpickled model's own
+        self.take([*self.layers, *self.others])  # a copied or unpickled model's own
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_modes": {}}
