@@ -17,6 +17,7 @@ from transformers.pytorch_utils import Conv1D
 from paca.columns.added import AddedPass
 from paca.columns.kept import Kept, positions_of, sum_of, write_columns
 from paca.columns.state import ActiveColumns, AdapterColumns, State
+from paca.functional.column_blocks import Runs, blocks_in, blocks_of, runs_of
 from paca.functional.linear import LinearProduct
 from paca.functional.product import WeightSource
 from paca.functional.train_columns import in_dtype, train_columns
@@ -117,6 +118,7 @@ class ColumnsKept(NamedTuple):
     packed: Tensor
     source: tuple[Any, ...]
     originals: Kept  # of `packed`, while that and `source` are the same
+    runs: Runs | None  # of their positions
     state: State | None = None
     columns: Any = None  # those of `state`: every write makes another one
 
@@ -180,11 +182,11 @@ class PatchedWeight(OverlaidWeight):
         autocast = torch.is_autocast_enabled(x.device.type)
         with torch.autocast(x.device.type, enabled=False) if autocast else nullcontext():
             source = PatchedPass(self, state, dtype)
-            return train_columns(_PRODUCT, in_dtype(x, dtype), None, bias, state.trained, source).to(output_dtype)
+            y = train_columns(_PRODUCT, in_dtype(x, dtype), None, bias, state.trained, source)
+            return in_dtype(y, output_dtype)
 
-    @torch.no_grad()
     def weight_of_pass(self, dtype: torch.dtype, state: State) -> Tensor:
-        """`patched_weight` for `state`; what it puts in is kept for the passes to come."""
+        """`patched_weight` for `state`; what it puts in is kept for the passes to come. Nothing of it is recorded."""
         quantization, kept = self.quantization, self._columns_kept
         if not state.columns:
             return quantization.weight(self, dtype)
@@ -193,13 +195,17 @@ class PatchedWeight(OverlaidWeight):
         if kept is None or kept.packed is not packed or kept.source != source:
             positions = positions_of(state.columns, packed.device)
             weight, values = quantization.weight_and_columns(self, dtype, positions)
-            kept = ColumnsKept(packed, source, Kept(positions, values.to(torch.promote_types(values.dtype, dtype))))
+            originals = Kept(positions, values.to(torch.promote_types(values.dtype, dtype)))
+            kept = ColumnsKept(packed, source, originals, runs_of(positions))
         else:
             weight = quantization.weight(self, dtype)
         if kept.state is not state:
             kept = kept._replace(state=state, columns=sum_of(kept.originals, state.columns, 1).to(dtype))
         self._columns_kept = kept  # at once: other threads may read it
-        write_columns(weight, 1, kept.originals.positions, kept.columns)
+        if kept.runs is None:
+            return weight.index_copy_(1, kept.originals.positions, kept.columns)
+        for block, part in zip(blocks_of(weight, 1, kept.runs), blocks_in(kept.columns, 1, kept.runs), strict=True):
+            block.copy_(part)
         return weight
 
     @torch.no_grad()
