@@ -25,7 +25,7 @@ class MergeableColumns(ResidentColumns):
         """`(k,)`, the columns of the weight that are not its own now; None if all are."""
         if self._originals_of_merged is not None:
             return self._originals_of_merged.positions
-        return self._kept.positions if self.state.columns and self._kept is not None else None
+        return self.kept.positions if self.state.columns and self.kept is not None else None
 
     @torch.no_grad()
     def merge(self, weight: Tensor, columns: tuple[AdapterColumns, ...], *, safe: bool) -> None:
@@ -89,8 +89,8 @@ class MergeableColumns(ResidentColumns):
             order = positions.argsort()
             known = Kept(positions[order], values.index_select(self.dim, order))
             trained = positions_of(wanted, torch.device("cpu"))
-            self._kept = Kept.of(weight, self.dim, trained)
-            correct(self._kept, known, self.dim)
+            self.kept = Kept.of(weight, self.dim, trained)
+            correct(self.kept, known, self.dim)
             self._folded = None
             if wanted[0].folded is not None:
                 stay = (~torch.isin(known.positions, trained)).nonzero().flatten()

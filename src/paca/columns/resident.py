@@ -43,7 +43,7 @@ class ResidentColumns(ActiveColumns):
         self.entry: Entry | None = None
         self.traced = Trained()  # the active columns as a compiled graph takes them
         self._traced_from = self.state.trained
-        self._kept: Kept | None = None  # the originals of the trained columns of `state`
+        self.kept: Any = None  # `Kept`: the originals of the trained columns of `state`
         self._folded: Kept | None = None  # those of folded columns beneath them, on the CPU
         self._parked: tuple[State, Tensor] | None = None  # the state that a park took out, and its columns
         self._parked_for_now = False
@@ -157,7 +157,7 @@ class ResidentColumns(ActiveColumns):
         return state
 
     def _keep(self, weight: Tensor, columns: tuple[AdapterColumns, ...]) -> None:
-        self._kept = Kept.of(weight, self.dim, positions_of(columns, weight.device))
+        self.kept = Kept.of(weight, self.dim, positions_of(columns, weight.device))
         self._folded = None
         if any(c.folded is not None for c in columns):
             self._write_folded(weight, columns)
@@ -181,12 +181,6 @@ class ResidentColumns(ActiveColumns):
         self._set_state(state)
         self._parked, self._half_written = None, False
         self._seal = identity(weight)
-
-    @property
-    def kept(self) -> Kept:
-        """The originals of the trained columns of the state that is prepared or there."""
-        assert self._kept is not None
-        return self._kept
 
     def compare(self, weight: Tensor) -> None:
         """Look whether deltas were written in a way that nobody saw: whether they still give what was written."""
@@ -235,7 +229,7 @@ class ResidentColumns(ActiveColumns):
         """Note that a state dict is about to share the (parked) weight's memory: should that be written while anyone
         still holds it (the tensor, a view of it, a numpy array), the weight moves to a copy first."""
         if self._lent is None:
-            self._lent = _memory_users(weight)
+            self._lent = torch._C._storage_Use_Count(weight.untyped_storage()._cdata)
 
     def handed_out(self, shared: Any) -> None:
         """Note what a state dict got: once a user from before is gone, their count alone would not show it."""
@@ -246,7 +240,7 @@ class ResidentColumns(ActiveColumns):
             memory = weight.untyped_storage()._cdata
             shared = (alive() for alive in self._handed_out)
             kept = any(tensor is not None and tensor.untyped_storage()._cdata == memory for tensor in shared)
-            if kept or _memory_users(weight) > self._lent:
+            if kept or torch._C._storage_Use_Count(memory) > self._lent:
                 weight.data = weight.data.clone()
         self._lent, self._handed_out = None, []
 
@@ -277,16 +271,14 @@ def write_together(jobs: Iterable[tuple[ResidentColumns, Tensor, tuple[AdapterCo
             if state is None:
                 continue
             written.append((columns, weight, state))
-            only, runs, originals = state.columns[0], state.trained.runs[0], columns.kept.values
-            parked = columns.parked_columns(weight, state)
-            if parked is not None and runs is not None and len(state.columns) == 1 and not weight.is_inference():
+            only, originals, parked = state.columns[0], columns.kept.values, columns.parked_columns(weight, state)
+            runs = state.trained.runs[0] if len(state.columns) == 1 and not weight.is_inference() else None
+            if parked is not None and runs is not None:
                 restored.extend(blocks_in(parked, columns.dim, runs))
                 places.extend(blocks_of(weight, columns.dim, runs))
-            elif parked is not None:
-                write_columns(weight, columns.dim, columns.kept.positions, parked)
-            elif len(state.columns) > 1 or only.folded is not None or runs is None or weight.is_inference():
-                sums = sum_of(columns.kept, wanted, columns.dim)
-                write_columns(weight, columns.dim, columns.kept.positions, sums)
+            elif runs is None or parked is not None or only.folded is not None:
+                values = sum_of(columns.kept, wanted, columns.dim) if parked is None else parked
+                write_columns(weight, columns.dim, columns.kept.positions, values)
             else:
                 group = groups[only.scale, weight.device, weight.dtype]
                 wide = torch.promote_types(weight.dtype, torch.float32)
@@ -305,7 +297,3 @@ def write_together(jobs: Iterable[tuple[ResidentColumns, Tensor, tuple[AdapterCo
 def identity(weight: Tensor) -> tuple[int, int]:
     """What changes when somebody writes or replaces a weight."""
     return -1 if weight.is_inference() else weight._version, weight.untyped_storage()._cdata
-
-
-def _memory_users(weight: Tensor) -> int:
-    return torch._C._storage_Use_Count(weight.untyped_storage()._cdata)

@@ -23,7 +23,7 @@ class PacaLayer(nn.Module, PeftCalls, MixingLayer):  # nn.Module first: FSDP2 ma
     Attributes:
         base_layer: The adapted module, a `ResidentWeight` (or, in a subclass, an `OverlaidWeight`).
         paca_delta: Per adapter, `(out_features, r)`, the trainable parameter; float32 unless asked otherwise.
-        paca_indices: Per adapter, `(r,)` int64, the input columns it belongs to; saved with the adapter.
+        paca_indices: Per adapter, `(r,)` int64, the input columns it belongs to.
         scaling: Per adapter, the factor `paca_alpha / r` on its delta.
         folded: Per adapter whose columns were rotated, those it trained before; on the CPU.
         mode: How the columns take effect: "resident", "patched" or "additive" (added).

@@ -37,7 +37,8 @@ class PeftCalls(BaseTunerLayer):
 
     def park(self) -> None:
         """Give the base weight its pretrained columns back for the moment, bit for bit."""
-        self.base_layer.columns.park(self.base_layer.home(), for_now=True)
+        columns = self.base_layer.columns
+        columns.park(columns.home_to_write(self.base_layer.weight), for_now=True)
 
     def change(self, adapter_name: str, change: Callable[[], None]) -> None:
         """Call `change`, which replaces the adapter's delta and indices in place, while they are not in the weight."""
@@ -89,7 +90,8 @@ class PeftCalls(BaseTunerLayer):
         self.write()
 
     def _merge(self, columns: tuple[AdapterColumns, ...], safe: bool) -> None:
-        self.base_layer.columns.merge(self.base_layer.home(), columns, safe=safe)
+        base = self.base_layer
+        base.columns.merge(base.columns.home_to_write(base.weight), columns, safe=safe)
 
     def unmerge(self) -> None:
         """Take merged columns out of the base weight again, bit for bit."""
@@ -101,7 +103,8 @@ class PeftCalls(BaseTunerLayer):
         self.write()
 
     def _unmerge(self) -> None:
-        self.base_layer.columns.unmerge(self.base_layer.home())
+        base = self.base_layer
+        base.columns.unmerge(base.columns.home_to_write(base.weight))
 
     def merge_for_good(self, safe_merge: bool, adapter_names: list[str] | None) -> None:
         """Merge what is not merged yet; it can't be taken out again."""

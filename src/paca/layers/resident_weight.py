@@ -38,13 +38,12 @@ class ResidentPass(WeightSource):
 
     def weight_again(self, saved_tag: Tensor, wanted: bool) -> Tensor | None:
         weight = self.module._parameters.get("weight")
-        if self.columns.untouched(weight, self.state, saved_tag):
-            return self.weight() if wanted else None
-        if not wanted:
-            self.columns.check_backward(self.state, saved_tag)
-            return None
-        self.columns.before_backward(self.module.weight, self.state, saved_tag)
-        return self.weight()
+        if not self.columns.untouched(weight, self.state, saved_tag):
+            if wanted:
+                self.columns.before_backward(self.module.weight, self.state, saved_tag)
+            else:
+                self.columns.check_backward(self.state, saved_tag)
+        return self.weight() if wanted else None
 
 
 class ResidentWeight(nn.Module):
@@ -71,10 +70,6 @@ class ResidentWeight(nn.Module):
                 self.columns.replaced(value)
         super().__setattr__(name, value)
 
-    def home(self) -> Tensor:
-        """What columns are written into, for a call that may write it."""
-        return self.columns.home_to_write(self.weight)
-
     @classmethod
     def adopt(cls, module: nn.Module) -> ResidentWeight:
         """Turn `module`, an instance of `stock_class`, into an instance of this class, in place."""
@@ -97,7 +92,7 @@ class ResidentWeight(nn.Module):
 
     def release(self) -> None:
         """Park, and turn back into the stock module, in place."""
-        self.columns.park(self.home())
+        self.columns.park(self.columns.home_to_write(self.weight))
         self.columns.base_changed()  # backward passes that are pending may not write into the weight any more
         self.columns.bring_up_to_date(self.weight)
         del self.columns, self.owner
@@ -108,18 +103,16 @@ class ResidentWeight(nn.Module):
         if torch.compiler.is_compiling():  # whoever changes what is active has written it by now
             if not self.columns.whole:
                 return self._run_apart(x)
-            traced = self.columns.traced
-            recorded = torch.is_grad_enabled()
-            return train_columns(self.product(), x, self.weight, self.bias, traced) if recorded else super().forward(x)
+            if not torch.is_grad_enabled():
+                return super().forward(x)
+            return train_columns(self.product(), x, self.weight, self.bias, self.columns.traced)
         weight: Any = self._parameters.get("weight")
         state = self.columns.looked_after(weight)
-        if state is not None:
-            trained = state.trained
-        else:
+        if state is None:
             weight, state = None, self.state_now()
-            trained = self.columns.trained(state, self.owner())
         if not torch.is_grad_enabled():
             return super().forward(x)
+        trained = self.columns.trained(state, self.owner()) if weight is None else state.trained
         return train_columns(self.product(), x, weight, self.bias, trained, ResidentPass(self, state))
 
     def state_now(self) -> State:
@@ -139,10 +132,10 @@ class ResidentWeight(nn.Module):
         return self.forward(x)
 
     def _park(self) -> None:
-        self.columns.park(self.home(), for_now=True)
+        self.columns.park(self.columns.home_to_write(self.weight), for_now=True)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ResidentWeight:
-        home = self.home()
+        home = self.columns.home_to_write(self.weight)
         self.columns.compare(home)  # later there is nothing left to compare with
         self.columns.park(home, for_now=True)
         self.columns.moved()

@@ -26,18 +26,13 @@ from paca.layers.mixed_batch import Running, current_mixed_batch
 
 def write_layers(layers: list[PacaLayer], *, compare: bool = False) -> None:
     """Make the weights of many layers hold what is active."""
-    if in_mixed_batch():  # whose stacks of experts hold one adapter after the other
+    if Running.count and current_mixed_batch() is not None:  # whose stacks of experts hold one adapter after the other
         layers = [layer for layer in layers if not layer.runs_adapters_in_turn]
     jobs = [layer.job(compare=compare) for layer in layers if layer.mode == "resident"]
     write_together(job for job in jobs if not any(c.delta.is_meta for c in job[2]))
     for layer in layers:
         if layer.mode != "resident":
             layer.write()
-
-
-def in_mixed_batch() -> bool:
-    """Whether this thread runs a mixed batch; other threads' cost nothing here."""
-    return Running.count > 0 and current_mixed_batch() is not None
 
 
 class ModelEntry(Entry):
@@ -70,7 +65,7 @@ class ModelEntry(Entry):
             write_layers([*self.layers, *self.others], compare=True)
         else:
             write_layers([layer for layer in self.layers if layer.stale()])
-        self.unwritten = self.unwritten and in_mixed_batch()
+        self.unwritten = self.unwritten and Running.count > 0 and current_mixed_batch() is not None
 
     @torch.compiler.disable(reason="weights of the adapted model are parked: call paca.refresh(model) before this call")
     def look_from_a_graph(self, model: nn.Module) -> None:
