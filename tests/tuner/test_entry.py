@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import paca
 from models import adapted_perceptron, perceptron
+from paca.columns.state import THREAD
 from paca.layers import paca_layers
 from paca.tuner.entry import ModelEntry
 
@@ -408,6 +409,46 @@ def test_another_threads_step_leaves_the_columns_of_before_it():
     assert seen == [True]
     assert all(now == then + 1 for now, then in zip(versions(model), before, strict=True))
     assert holds(model)
+
+
+@pytest.mark.parametrize("ends", [KeyboardInterrupt, ValueError])
+def test_after_a_pass_that_was_broken_off_layers_and_models_look_again(ends):
+    model = adapted_perceptron()
+    train(model, torch.optim.AdamW(deltas_of(model), lr=0.1, fused=True))
+
+    def break_off(*_):
+        raise ends
+
+    handle = paca_layers(model)[1].register_forward_hook(break_off)
+    with pytest.raises(ends):
+        model(X)
+    handle.remove()
+    layer, x = paca_layers(model)[0], X
+    before = layer(x)
+    with torch.no_grad():
+        deltas_of(model)[0].add_(1)
+    assert not torch.equal(layer(x), before)  # called by itself: nobody looked for it
+    assert holds(model)
+    with torch.no_grad():
+        deltas_of(model)[1].add_(1)
+    model(X)
+    assert holds(model)
+    assert THREAD.passes == []
+
+
+def test_what_is_written_while_the_model_runs_is_seen_by_the_layers_to_come():
+    model = adapted_perceptron()
+    train(model, torch.optim.AdamW(deltas_of(model), lr=0.1, fused=True))
+
+    def write_the_next(*_):
+        with torch.no_grad():
+            deltas_of(model)[1].add_(1)
+
+    handle = paca_layers(model)[0].register_forward_hook(write_the_next)
+    first = model(X)
+    handle.remove()
+    assert holds(model)
+    assert torch.equal(model(X), first)
 
 
 # -- copies ---------------------------------------------------------------------------------------------------------

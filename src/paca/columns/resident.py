@@ -88,7 +88,7 @@ class ResidentColumns(ActiveColumns):
             return None
         if not torch.is_grad_enabled():
             self.note_forward()
-        return self.state
+        return self.state if self.state.unchanged() else None
 
     def untouched(self, weight: Tensor | None, state: State, saved_tag: Tensor) -> bool:
         """Whether nothing happened since the forward pass with `state`, so that its backward pass may go on."""

@@ -119,8 +119,7 @@ class State:
 
 class _Thread(threading.local):
     def __init__(self) -> None:
-        # Of each adapted model whose forward pass runs: what looks after it, and whether a backward pass is to follow.
-        self.passes: list[tuple[Entry, bool]] = []
+        self.passes: list[tuple[Entry, bool]] = []  # of models that run: who looks after each; is a backward to follow
 
 
 THREAD = _Thread()

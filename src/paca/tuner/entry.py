@@ -74,6 +74,7 @@ class ModelEntry(Entry):
 
     @torch.compiler.disable
     def _begin(self, model: nn.Module) -> None:
+        self.leave(model, (), None)  # a pass that Ctrl-C ended: torch ran no hook then
         THREAD.passes.append((self, may_be_recorded()))
         self.look(model)
 
@@ -87,7 +88,7 @@ class ModelEntry(Entry):
 
     def leave(self, model: nn.Module, args: Any, output: Any) -> None:
         """The forward hook of the adapted model, also after an exception."""
-        if not torch.compiler.is_compiling() and THREAD.passes:
+        while not torch.compiler.is_compiling() and THREAD.passes and THREAD.passes[-1][0] is self:
             THREAD.passes.pop()
 
     def enter_compiled(self, holder: nn.Module, args: Any) -> None:
