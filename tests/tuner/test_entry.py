@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import gc
 import io
 import threading
+import weakref
 
 import pytest
 import torch
@@ -434,6 +436,14 @@ def test_after_a_pass_that_was_broken_off_layers_and_models_look_again(ends):
     model(X)
     assert holds(model)
     assert THREAD.passes == []
+    handle = paca_layers(model)[1].register_forward_hook(break_off)
+    with pytest.raises(ends):
+        model(X)
+    gone = weakref.ref(model)
+    del model, layer, handle
+    gc.collect()
+    assert gone() is None  # nothing of the pass keeps it
+    THREAD.passes.clear()
 
 
 def test_what_is_written_while_the_model_runs_is_seen_by_the_layers_to_come():

@@ -82,7 +82,7 @@ class ResidentColumns(ActiveColumns):
     def looked_after(self, weight: Tensor | None) -> State | None:
         """What the weight holds, if this thread has entered the model, which looked after it; else None."""
         passes, entry = THREAD.passes, self.entry
-        if not passes or entry is not passes[-1][0] or entry.unwritten or not self.whole:
+        if not passes or entry is None or entry.mark is not passes[-1][0] or entry.unwritten or not self.whole:
             return None
         if type(weight) is not nn.Parameter or weight.dim() < 2 or torch._C._current_graph_task_id() != -1:
             return None

@@ -15,7 +15,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from paca.columns.entry import Entry
 from paca.columns.folded import Folded
 from paca.columns.lost import refuse_backward
 from paca.columns.repeated import check_repeated, note_first
@@ -119,7 +118,7 @@ class State:
 
 class _Thread(threading.local):
     def __init__(self) -> None:
-        self.passes: list[tuple[Entry, bool]] = []  # of models that run: who looks after each; is a backward to follow
+        self.passes: list[tuple[object, bool]] = []  # of models that run: the entry's mark; is a backward to follow
 
 
 THREAD = _Thread()

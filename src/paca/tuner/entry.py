@@ -44,6 +44,7 @@ class ModelEntry(Entry):
 
     def take(self, layers: list[PacaLayer]) -> None:
         """Look after these layers from now on. Those whose weights hold no columns look for themselves as well."""
+        self.mark = object()
         self.layers = [layer for layer in layers if layer.mode == "resident"]
         self.others = [layer for layer in layers if layer.mode != "resident"]
         for layer in self.layers:
@@ -75,7 +76,7 @@ class ModelEntry(Entry):
     @torch.compiler.disable
     def _begin(self, model: nn.Module) -> None:
         self.leave(model, (), None)  # a pass that Ctrl-C ended: torch ran no hook then
-        THREAD.passes.append((self, may_be_recorded()))
+        THREAD.passes.append((self.mark, may_be_recorded()))
         self.look(model)
 
     def enter(self, model: nn.Module, args: Any) -> None:
@@ -88,7 +89,7 @@ class ModelEntry(Entry):
 
     def leave(self, model: nn.Module, args: Any, output: Any) -> None:
         """The forward hook of the adapted model, also after an exception."""
-        while not torch.compiler.is_compiling() and THREAD.passes and THREAD.passes[-1][0] is self:
+        while not torch.compiler.is_compiling() and THREAD.passes and THREAD.passes[-1][0] is self.mark:
             THREAD.passes.pop()
 
     def enter_compiled(self, holder: nn.Module, args: Any) -> None:
