@@ -29,7 +29,7 @@ YAML = [block for block in RUN if block.language == "yaml"]
 SHELL = [block for block in RUN if block.language == "sh" or (not block.language and block.page == "README.md")]
 NOT_RUN = 2
 """How many blocks say that they are not run. One more is a decision."""
-ELSEWHERE = {"llama-cli": "llama.cpp", "lm-eval": "the harness' own"}
+ELSEWHERE = {"llama-cli": "llama.cpp"}
 """Programs of others, which are not here to be asked."""
 
 
@@ -37,7 +37,15 @@ def test_every_block_has_a_language_and_few_are_not_run() -> None:
     known = {"python", "yaml", "sh", "text"}
     assert not [block.name for block in ALL if block.language not in known and block.page != "README.md"]
     assert len([block for block in ALL if block.skipped is not None]) == NOT_RUN
-    assert (len(PYTHON), len(YAML), len(SHELL)) > (20, 10, 20)
+    assert len(PYTHON) > 20
+    assert len(YAML) > 10
+    assert len(SHELL) > 20
+    code = re.compile(r"^(paca|make|pip|python|import|from) ", re.M)
+    assert not [block.name for block in ALL if block.language == "text" and code.search(block.text)]
+
+
+def test_programs_of_others_are_named_by_a_page() -> None:
+    assert ELSEWHERE.keys() <= {words[0] for block in SHELL for words in commands_of(block.text)}
 
 
 @pytest.mark.parametrize("page", sorted({block.page for block in PYTHON}))
@@ -101,13 +109,18 @@ def test_commands_are_known(block: Block, tmp_path: Path) -> None:
             assert program in ELSEWHERE, f"{block.name}: {program} is no program that is known"
 
 
-def check_paca(words: list[str], folder: Path) -> None:
-    """Parse the arguments as `paca` does, and what stands in them where that is quick."""
+def parsed(words: list[str]) -> tuple[str, dict[str, Any]]:
+    """Which command `paca` finds, and the arguments it reads."""
     group: Any = typer.main.get_command(app)
     name, command, rest = group.resolve_command(group.context_class(group, info_name="paca"), list(words))
     if getattr(command, "commands", None) and rest and rest[0] in command.commands:
         name, command, rest = command.resolve_command(command.context_class(command, info_name=name), rest)
-    given = command.make_context(name, list(rest)).params
+    return name, command.make_context(name, list(rest)).params
+
+
+def check_paca(words: list[str], folder: Path) -> None:
+    """Parse the arguments as `paca` does, and what stands in them where that is quick."""
+    name, given = parsed(words)
     run = folder / "run.yaml"
     run.write_text("model: {name: llama}\ndata: {train: train.jsonl, eval: 0.1}\n")
     file = given.get("config") or given.get("target") or ""
@@ -118,6 +131,14 @@ def check_paca(words: list[str], folder: Path) -> None:
         assert given["model"] in SHAPES or given["model"].startswith("SmolLM2")
     if name == "compare" and given["methods"] and "=" not in given["methods"]:
         assert methods_of(given["methods"], yaml.safe_load(run.read_text()))
+
+
+def test_commands_in_recipes_are_known() -> None:
+    for recipe in (ROOT / "recipes").rglob("*.yaml"):
+        header = recipe.read_text().partition("\nmodel:")[0].replace("\n#   ", "\n")
+        found = re.findall(r"^paca (?:.*\\\n)*.*$", header, re.M)
+        for words in commands_of("\n".join(found)):
+            parsed(words[1:])
 
 
 def check_pip(words: list[str]) -> None:

@@ -56,12 +56,13 @@ def _trained_layer() -> tuple[Tensor, list[int]]:
     torch.manual_seed(0)
     model: Any = nn.Sequential(nn.Linear(IN, OUT))
     before = model[0].weight.detach().clone()
-    config = paca.PacaConfig(r=COLUMNS, paca_alpha=COLUMNS, target_modules=["0"], selection="random", random_seed=1)
+    config = paca.PacaConfig(r=COLUMNS, paca_alpha=COLUMNS, target_modules=["0"], selection="random", random_seed=2)
     model = peft.get_peft_model(model, config)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.05)
+    teacher = torch.randn(IN, OUT) / IN**0.5
     for _ in range(20):
         x = torch.randn(64, IN)
-        (model(x) - x[:, :OUT]).square().mean().backward()
+        (model(x) - x @ teacher).square().mean().backward()
         optimizer.step()
         optimizer.zero_grad()
     layer = model.base_model.model[0]
@@ -112,6 +113,7 @@ def draw(found: Facts, path: Path) -> None:
     left.set_title(f"How far each number of a weight moved ({COLUMNS} of {IN} columns trained)", fontsize=10)
     left.set(xlabel="input", ylabel="output")
     left.set_xticks(found.columns)
+    left.tick_params(labelsize=8)
     names = list(found.kept)
     bars = right.barh(names, list(found.kept.values()), color=[GREEN if name == "PaCA" else GREY for name in names])
     right.bar_label(bars, fmt="%.1f", padding=3)
