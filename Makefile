@@ -51,6 +51,7 @@ matrix: $(STAMP)
 	@OMP_NUM_THREADS=1 PYTHONPATH=tests $(BIN)/python -m support_matrix $(ROWS)
 
 notebooks: $(STAMP)
+	@$(BIN)/python -m pip install --quiet --editable ".[notebooks]"
 	@$(BIN)/python tools/run_notebooks.py $(if $(MODEL),--model $(MODEL))
 
 docs: $(STAMP)

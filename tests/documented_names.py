@@ -42,7 +42,10 @@ def stand_ins(folder: Path) -> Path:
 
 
 def do_one_step(patch: pytest.MonkeyPatch) -> None:
-    """TRL's trainers do one step, on the CPU; compiled models are not compiled to machine code, which takes long."""
+    """TRL's trainers do one step, on the CPU, and models are not compiled to machine code.
+
+    A page's code may be for a GPU, as TRL's defaults are.
+    """
     for kind in (trl.SFTConfig, trl.DPOConfig, trl.GRPOConfig, trl.RewardConfig):
         patch.setattr(kind, "__init__", _of_one_step(kind.__init__))
     patch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))

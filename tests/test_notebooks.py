@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tools.run_notebooks import CODE, code_of
 
 ROOT = Path(__file__).parents[1]
 NOTEBOOKS = sorted((ROOT / "docs" / "notebooks").glob("*.ipynb"))
@@ -36,6 +37,7 @@ def test_it_runs(notebook: Path, named_here: Path, capsys: pytest.CaptureFixture
 @pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda notebook: notebook.stem)
 def test_it_was_run_as_it_stands(notebook: Path) -> None:
     code = cells(notebook, "code")
+    assert json.loads(notebook.read_text())["metadata"].get(CODE) == code_of(code), ADVICE
     assert [cell["execution_count"] for cell in code] == [*range(1, len(code) + 1)], ADVICE
     assert not [output for cell in code for output in cell["outputs"] if output["output_type"] == "error"], ADVICE
     assert sum(bool(cell["outputs"]) for cell in code) > len(code) / 2, ADVICE

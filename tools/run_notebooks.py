@@ -9,13 +9,24 @@ minutes. The tests run the same code with a tiny model.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import tempfile
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 FOLDER = Path(__file__).resolve().parents[1] / "docs" / "notebooks"
 NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
+CODE = "run_of"
+"""The key of a notebook's metadata that says which code the outputs are of."""
 HIDDEN = {"stderr"}
 """Streams that are not kept: progress and warnings of libraries."""
+
+
+def code_of(cells: Iterable[Mapping[str, Any]]) -> str:
+    """A hash of the code of a notebook's cells."""
+    sources = ("".join(cell["source"]) for cell in cells if cell["cell_type"] == "code")
+    return hashlib.sha256("\0".join(sources).encode()).hexdigest()[:16]
 
 
 def run(file: Path, model: Path | None) -> None:
@@ -34,11 +45,14 @@ def run(file: Path, model: Path | None) -> None:
             place = Path(folder, NAME)
             place.parent.mkdir(parents=True)
             place.symlink_to(model.resolve())
-        NotebookClient(notebook, timeout=3600, resources={"metadata": {"path": folder}}).execute()
+        NotebookClient(
+            notebook, timeout=3600, coalesce_streams=True, resources={"metadata": {"path": folder}}
+        ).execute()
     for cell in notebook.cells:
         cell.metadata.pop("execution", None)  # times of day
         if cell.cell_type == "code":
             cell.outputs = [output for output in cell.outputs if output.get("name") not in HIDDEN]
+    notebook.metadata[CODE] = code_of(notebook.cells)
     nbformat.write(notebook, file)
     print(file.name)
 

@@ -43,20 +43,20 @@ def recipes_page() -> str:
 
 def _entry(recipe: Recipe) -> str:
     header = recipe.text.partition("\nmodel:")[0]
-    lines = [f"### {recipe.path.stem}", "", f"[{recipe.name}](../{recipe.name}): {recipe.title}", ""]
+    parts = [f"### {recipe.path.stem}", f"[{recipe.name}](../{recipe.name}): {recipe.title}"]
     for found in _ENTRY.finditer(header):
         said, commands = _parted(found["text"])
-        lines += [f"- *{found['name']}*: {said}", *(f"\n        {command}" for command in commands)]
-    return "\n".join([*lines, ""])
+        parts.append(f"*{found['name']}*: {said}")
+        if commands:
+            parts.append("\n".join(["```sh", *commands, "```"]))
+    return "\n\n".join([*parts, ""])
 
 
 def _parted(text: str) -> tuple[str, list[str]]:
-    """What an entry says in words, and its commands."""
+    """What an entry says in words, and the lines of its command."""
     said: list[str] = []
     commands: list[str] = []
     for line in text.replace("\n#   ", "\n").split("\n"):
-        if line.startswith("paca ") or (commands and commands[-1].endswith("\\")):
-            commands.append(line if line.startswith("paca ") else f"    {line.strip()}")
-        else:
-            said.append(line.strip())
-    return " ".join(said), ["\n        ".join(commands)] if commands else []
+        is_command = line.startswith("paca ") or (commands and commands[-1].endswith("\\"))
+        (commands if is_command else said).append(line)
+    return " ".join(said), commands
