@@ -31,7 +31,7 @@ def test_it_runs(notebook: Path, named_here: Path, capsys: pytest.CaptureFixture
     else:
         kept = {name: size / names["saved"]["paca"] for name, size in names["saved"].items()}
         assert kept["lora"] > kept["lora, tuned"] > 1
-        assert len(names["rounds"]) == 5
+        assert len(names["rounds"]) == 9
 
 
 @pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda notebook: notebook.stem)
