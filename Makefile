@@ -12,7 +12,7 @@ PYTEST_ARGS ?= -n 2 --dist worksteal
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help install demo test matrix docs lint clean demo-clean
+.PHONY: help install demo test matrix docs notebooks lint clean demo-clean
 .DEFAULT_GOAL := help
 
 help:
@@ -20,6 +20,7 @@ help:
 	@echo "make test        run the tests"
 	@echo "make matrix      run every cell of docs/support-matrix.md and write the page anew"
 	@echo "make docs        the documentation as a site in build/site, from docs/ and the code"
+	@echo "make notebooks   run docs/notebooks and keep what they print"
 	@echo "make lint        ruff and mypy"
 	@echo "make install     only set up $(VENV)"
 	@echo "make demo-clean  remove the demo's run and its data; downloaded packages stay in .cache"
@@ -48,6 +49,10 @@ test: $(STAMP)
 
 matrix: $(STAMP)
 	@OMP_NUM_THREADS=1 PYTHONPATH=tests $(BIN)/python -m support_matrix $(ROWS)
+
+notebooks: $(STAMP)
+	@$(BIN)/python -m pip install --quiet --editable ".[notebooks]"
+	@$(BIN)/python tools/run_notebooks.py $(if $(MODEL),--model $(MODEL))
 
 docs: $(STAMP)
 	@NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet

@@ -27,3 +27,23 @@ def _what_is_kept_of_gguf_files(tmp_path_factory: pytest.TempPathFactory) -> Ite
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(huggingface_hub.constants, "HF_HOME", str(tmp_path_factory.mktemp("hf-home")))
         yield
+
+
+@pytest.fixture(scope="session")
+def named_models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a tiny model of each name that pages name, and data."""
+    from documented_names import stand_ins
+
+    return stand_ins(tmp_path_factory.mktemp("named"))
+
+
+@pytest.fixture
+def named_here(named_models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The working folder, with these models and data in it. Trainers do one step, on the CPU."""
+    from documented_names import do_one_step
+
+    for file in named_models.iterdir():
+        (tmp_path / file.name).symlink_to(file)
+    monkeypatch.chdir(tmp_path)
+    do_one_step(monkeypatch)
+    return tmp_path

@@ -49,3 +49,16 @@ def test_what_pages_link_to_beside_docs_comes_along(site: Path) -> None:
     links = re.findall(r'href="([^"#:]+)"', home)
     assert len(links) > 30
     assert not [link for link in links if not (site / link).exists()]
+
+
+def test_lists_are_lists(site: Path) -> None:
+    """Where a list follows a line of text at once, GitHub sees a list, and the site does not."""
+    for page in site.rglob("*.html"):
+        text = re.sub(r"<pre.*?</pre>", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
+        assert not re.search(r"^(-|\d+\.) .*", text, re.M), page
+
+
+def test_recipes_and_notebooks_are_pages(site: Path) -> None:
+    recipes = (site / "recipes.html").read_text(encoding="utf-8")
+    assert recipes.count("<em>Source</em>") == len(list((ROOT / "recipes").glob("*/*.yaml")))
+    assert "the same answers as before: True" in (site / "notebooks" / "first-run.html").read_text(encoding="utf-8")

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import copy
 import functools
-import re
-from pathlib import Path
 
 import peft
 import pytest
@@ -19,7 +17,7 @@ from trl.trainer.utils import add_fused_lm_head
 
 import paca
 from models import base_state, llama
-from tiny_checkpoint import byte_tokenizer, save_adapter, save_base
+from tiny_checkpoint import byte_tokenizer
 
 PAIRS = Dataset.from_list(
     [
@@ -274,15 +272,3 @@ def test_sequence_classification_with_its_head(tmp_path):
     before = deltas(model)
     trainer.train()
     check_head(trainer, tmp_path, 3, before)
-
-
-def test_the_guides_snippets_run(tmp_path, monkeypatch):
-    guide = (Path(__file__).parents[2] / "docs" / "guides" / "trainers.md").read_text()
-    base = save_base(tmp_path / "base")
-    save_adapter(tmp_path / "runs" / "sft" / "adapter", base)
-    monkeypatch.chdir(tmp_path)
-    code = "\n".join(re.findall(r"```python\n(.*?)```", guide, re.DOTALL))
-    code = code.replace("HuggingFaceTB/SmolLM2-135M-Instruct", str(base))
-    code = re.sub(r"max_steps=\d+", "max_steps=1, report_to=[], use_cpu=True, disable_tqdm=True", code)
-    exec(compile(code, "trainers.md", "exec"), {})
-    assert {f.name for f in (tmp_path / "runs").iterdir()} == {"sft", "dpo", "grpo", "reward"}

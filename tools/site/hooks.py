@@ -1,4 +1,5 @@
-"""Hooks of mkdocs: the README is the home page, and files beside `docs/` that a page links to come with the site."""
+"""Hooks of mkdocs: the README is the home page, some pages are made from code, recipes and notebooks, and files beside
+`docs/` that a page links to come with the site."""
 
 from __future__ import annotations
 
@@ -17,21 +18,31 @@ _LINK = re.compile(r"(\]\(\s*)([^)\s#]+)(#[^)\s]*)?(\s*\))")
 _TEXT = {".csv", ".sh", ".py", ".yaml", ".jsonl", ".toml"}
 
 sys.path.insert(0, str(Path(__file__).parent))
+from notebooks import notebook_page  # noqa: E402
+from recipe_list import recipes_page  # noqa: E402
+
 from reference import commands_page, settings_page  # noqa: E402
 
 
 def on_files(files: Files, config: Any) -> Files:
     """Add the home page, the reference, and what pages link to beside `docs/`."""
-    made = {"index.md": _home(), "reference/commands.md": commands_page(), "reference/settings.md": settings_page()}
-    for name, content in made.items():
-        files.append(File.generated(config, name, content=content))
-    waiting = [ROOT / "README.md", *(ROOT / "docs" / file.src_uri for file in files.documentation_pages())]
+    made = {
+        "reference/commands.md": commands_page(),
+        "reference/settings.md": settings_page(),
+        "recipes.md": recipes_page(),
+        **{f"notebooks/{file.stem}.md": notebook_page(file) for file in (ROOT / "docs" / "notebooks").glob("*.ipynb")},
+    }
+    pages = [ROOT / "docs" / file.src_uri for file in files.documentation_pages()]
+    waiting = [(ROOT / "docs" / name, text) for name, text in made.items()]
+    waiting += [(page, page.read_text(encoding="utf-8")) for page in (ROOT / "README.md", *pages)]
+    for page, text in waiting[: len(made)]:
+        name = str(page.relative_to(ROOT / "docs"))
+        files.append(File.generated(config, name, content=_with_links(text, page, name)))
+    files.append(File.generated(config, "index.md", content=_home()))
     seen: set[Path] = set()
     while waiting:
-        page = waiting.pop()
-        if not page.is_file():
-            continue
-        for _, link, _, _ in _LINK.findall(page.read_text(encoding="utf-8")):
+        page, text = waiting.pop()
+        for _, link, _, _ in _LINK.findall(text):
             target = (page.parent / link).resolve()
             if ":" in link or target in seen or not _is_beside(target):
                 continue
@@ -40,7 +51,7 @@ def on_files(files: Files, config: Any) -> Files:
                 continue
             name = f"{BESIDE}/{target.relative_to(ROOT)}"
             if target.suffix == ".md":
-                waiting.append(target)
+                waiting.append((target, target.read_text(encoding="utf-8")))
                 files.append(File.generated(config, name, content=_rewritten(target)))
             else:
                 files.append(File.generated(config, name, abs_src_path=str(target)))
