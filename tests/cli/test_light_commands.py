@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from paca.cli import main
-from paca.cli.waiting_threads import SPIN_COUNT
+from paca.cli.waiting_threads import ON_A_BUSY_ONE, ON_A_FREE_MACHINE
 
 HEAVY = ("torch", "transformers", "peft", "trl", "datasets", "accelerate", "matplotlib")
 RUN = f"""
@@ -115,12 +115,25 @@ def test_what_can_not_work_is_refused_before_anything_heavy_is_imported(
 
 
 @pytest.mark.parametrize(
-    ("given", "expected"),
-    [({}, SPIN_COUNT), ({"OMP_WAIT_POLICY": "active"}, None), ({"GOMP_SPINCOUNT": "7"}, "7")],
+    ("given", "load", "expected"),
+    [
+        ({}, 0.2, ON_A_FREE_MACHINE),
+        ({}, 3.0, ON_A_BUSY_ONE),
+        ({}, None, ON_A_BUSY_ONE),
+        ({"OMP_WAIT_POLICY": "active"}, 0.2, None),
+        ({"GOMP_SPINCOUNT": "7"}, 0.2, "7"),
+    ],
 )
 def test_waiting_threads_soon_sleep_unless_the_user_says_otherwise(
-    monkeypatch: pytest.MonkeyPatch, given: dict[str, str], expected: str | None
+    monkeypatch: pytest.MonkeyPatch, given: dict[str, str], load: float | None, expected: str | None
 ) -> None:
+    def load_average() -> tuple[float, float, float]:
+        if load is None:
+            raise OSError("not known")
+        return load, load, load
+
+    monkeypatch.setattr(os, "getloadavg", load_average)
+    monkeypatch.setattr(os, "cpu_count", lambda: 2)
     for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT"):
         monkeypatch.setenv(name, "")  # so that it is put back as it was
         monkeypatch.delenv(name)
