@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from paca.messages.errors import PacaError
 from paca.training.key_checks import Origins, check_section
 from paca.training.learning_rate import AUTO, automatic_rate
+from paca.training.tracking import check_trackers
 from paca.training.trainers import TRAINERS, trainer_kind
 from paca.training.trainers.kind import TrainerKind
 
@@ -109,6 +110,7 @@ def check_train_settings(
     choices = {option.name: option.metadata.get("choices") for option in dataclasses.fields(kind.arguments)}
     check_section("train", settings, annotations, origins, choices, elsewhere)
     kind.check(settings, origins)
+    check_trackers(settings.get("report_to"), f"{origins.of('train.report_to')}: train.report_to")
     for name, value in settings.items():
         for words, (holds, names) in _RANGES.items():
             if name in names.split() and isinstance(value, (int, float)) and not holds(value):
