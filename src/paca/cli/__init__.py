@@ -1,4 +1,4 @@
-"""The command line: each of train, compare, evaluate, chat, merge, export, import, bench and plan is a command."""
+"""The command line: each of train, compare, evaluate, chat, merge, export, push, import, bench, plan is a command."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from paca.cli.export import export
 from paca.cli.import_adapter import import_adapter
 from paca.cli.merge import merge
 from paca.cli.plan import plan
+from paca.cli.push import push
 from paca.cli.quiet import hide_library_notes
 from paca.cli.train import train
 from paca.cli.waiting_threads import let_waiting_threads_sleep
@@ -31,7 +32,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for command in (train, compare, evaluate, chat, merge, export, plan):
+for command in (train, compare, evaluate, chat, merge, export, push, plan):
     app.command()(command)
 app.command("import")(import_adapter)
 app.add_typer(bench, name="bench")

@@ -124,8 +124,8 @@ class Trackers(TrainerCallback):
         whole = {f"run_{name}": summary[name] for name in ("tokens_per_second", "seconds", "train_seconds")}
         whole["run_peak_memory_gib"] = summary["peak_memory_bytes"] / 2**30
         for side, values in scores.items():
-            numbers = {name: value for name, value in values.items() if isinstance(value, (int, float))}
-            whole |= {f"eval_{name}_{side}": value for name, value in numbers.items()}
+            metrics = [name for name in values if f"{name}_stderr" in values]
+            whole |= {f"eval_{name}_{side}": values[name] for name in metrics}
         answers = _answers(scores)
         args, state, control = self.trainer.args, self.trainer.state, self.trainer.control
         try:
