@@ -14,9 +14,11 @@ from transformers import TrainerCallback
 from transformers.integrations import integration_utils
 
 from paca.messages.errors import PacaError
-from paca.training import RunResult, load_run_config, run, tracking, train
+from paca.training import RunResult, load_run_config, run, runs_page, tracking, train
+from paca.training.runs_page import _Page, find_runs, show_runs
 from training.test_run import SignalAtStep
 from training.tiny_run import rows
+from training.written_run import write_run
 
 QUESTION = {"question": "Is | it?", "reference": "yes"}
 
@@ -164,7 +166,9 @@ def test_tensorboard_shows_the_run(start: Start, tmp_path: Path) -> None:
     assert b"| Is \\| it? | yes | no | yes |" in text.tensor_proto.string_val[0]
 
 
-def test_trackio_shows_the_run(start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def storage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Trackio's, in a folder of this test."""
     pytest.importorskip("trackio", reason="the extra trackio is not installed")
     from trackio import utils
     from trackio.sqlite_storage import SQLiteStorage
@@ -174,14 +178,49 @@ def test_trackio_shows_the_run(start: Start, tmp_path: Path, monkeypatch: pytest
             if hasattr(sys.modules[name], folder):
                 monkeypatch.setattr(sys.modules[name], folder, tmp_path / folder)
     assert tmp_path in utils.TRACKIO_DIR.parents
+    return SQLiteStorage
+
+
+def test_trackio_shows_the_run(start: Start, storage: Any) -> None:
     result = start("trackio", "train.run_name=tried")
-    (record,) = SQLiteStorage.get_run_records("paca")
+    (record,) = storage.get_run_records("paca")
     assert record["name"] == "tried"
-    logs = SQLiteStorage.get_logs("paca", "tried")
+    logs = storage.get_logs("paca", "tried")
     told = {(log["train/global_step"], log["train/tokens"]) for log in logs if "train/tokens" in log}
     assert told == {(row["step"], row["tokens"]) for row in rows(result.folder) if "loss" in row}
     assert any(log.get("eval/choice_after") == 1.0 for log in logs)
     assert any("eval/answers" in log for log in logs)
+
+
+def test_the_page_of_runs_follows_what_they_write(storage: Any, tmp_path: Path) -> None:
+    import trackio
+
+    run = write_run(tmp_path / "all" / "one", steps=3)
+    page = _Page(tmp_path / "all", trackio)
+    page.update()
+    write_run(run, steps=5, scores={"after": {"choice": 1.0, "choice_stderr": None, "samples": []}})
+    write_run(tmp_path / "all" / "more" / "two", steps=2)
+    page.update()
+    page.update()
+    assert {record["name"] for record in storage.get_run_records("all")} == {"one", "more/two"}
+    logs = storage.get_logs("all", "one")
+    assert [log["step"] for log in logs if "train/loss" in log] == [1, 2, 3, 4, 5]
+    assert [log["eval/loss"] for log in logs if "eval/loss" in log] == [3.0]
+    assert [log["train/peak_memory_gib"] for log in logs if "train/peak_memory_gib" in log] == [0.5] * 5
+    assert [log["eval/choice_after"] for log in logs if "eval/choice_after" in log] == [1.0]
+
+
+def test_runs_are_found_in_their_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = [write_run(tmp_path / name, steps=1) for name in ("a", "compared/runs/b", "compared/runs/c")]
+    (tmp_path / "a" / "adapter").mkdir()
+    assert find_runs(tmp_path) == found
+    assert find_runs(tmp_path / "a") == found[:1]
+    monkeypatch.setattr(runs_page, "find_spec", lambda name: None)
+    with pytest.raises(PacaError, match=r'paca runs needs trackio\. Install .* pip install "\./paca\[trackio\]"'):
+        show_runs(tmp_path, port=None, say=print, browser=False)
+    monkeypatch.setattr(runs_page, "find_spec", lambda name: True)
+    with pytest.raises(PacaError, match=r"There are no runs in .*adapter"):
+        show_runs(tmp_path / "a" / "adapter", port=None, say=print, browser=False)
 
 
 def test_wandb_keeps_the_run_offline(start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -25,7 +25,8 @@ EXTRAS = ("tensorboard", "wandb", "trackio")
 """Trackers that are tested here; each is a package, and an extra of ours, of its name."""
 PROJECT = "paca"
 """The name of the project in W&B and Trackio where the user gives none."""
-_ANSWERS = ("question", "reference", "before", "after")
+ANSWERS = ("question", "reference", "before", "after")
+"""Columns of the table of sampled answers."""
 
 
 def check_trackers(report_to: str | list[str] | None, place: str) -> None:
@@ -104,8 +105,7 @@ class Trackers(TrainerCallback):
         row = self.log.rows[-1] if self.log.rows else {}
         own = {}
         if "loss" in (logs or {}) and row.get("step") == state.global_step and "peak_memory_bytes" in row:
-            own = {name: row[name] for name in ("tokens", "tokens_per_second")}
-            own["peak_memory_gib"] = row["peak_memory_bytes"] / 2**30
+            own = figures_of(row)
         self._tell({**(logs or {}), **own}, args, state, control, **kwargs)
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -120,16 +120,10 @@ class Trackers(TrainerCallback):
             summary: The content of `summary.json`.
             warn: Shows the user a line. The run is finished, whatever a tracker does.
         """
-        scores: dict[str, Any] = summary["scores"] or {}
-        whole = {f"run_{name}": summary[name] for name in ("tokens_per_second", "seconds", "train_seconds")}
-        whole["run_peak_memory_gib"] = summary["peak_memory_bytes"] / 2**30
-        for side, values in scores.items():
-            metrics = [name for name in values if f"{name}_stderr" in values]
-            whole |= {f"eval_{name}_{side}": values[name] for name in metrics}
-        answers = _answers(scores)
+        answers = answers_of(summary["scores"] or {})
         args, state, control = self.trainer.args, self.trainer.state, self.trainer.control
         try:
-            self._tell(whole, args, state, control, model=self.trainer.model)
+            self._tell(results_of(summary), args, state, control, model=self.trainer.model)
             for name, callback in self.callbacks.items() if answers else ():
                 _show_answers(name, callback, answers, state.global_step)
         except Exception as error:
@@ -182,8 +176,27 @@ def _recorded(folder: RunFolder) -> dict[str, str]:
     return json.loads(folder.tracking.read_text(encoding="utf-8")) if folder.tracking.is_file() else {}
 
 
-def _answers(scores: dict[str, Any]) -> list[list[str]]:
-    """A row of `_ANSWERS` for each sampled question; a side that was not measured is empty."""
+def figures_of(row: dict[str, Any]) -> dict[str, float]:
+    """Paca's own figures of a training step, from its row of `metrics.jsonl`."""
+    return {
+        "tokens": row["tokens"],
+        "tokens_per_second": row["tokens_per_second"],
+        "peak_memory_gib": row["peak_memory_bytes"] / 2**30,
+    }
+
+
+def results_of(summary: dict[str, Any]) -> dict[str, float]:
+    """The numbers that came out of a run, from its `summary.json`."""
+    found = {f"run_{name}": summary[name] for name in ("tokens_per_second", "seconds", "train_seconds")}
+    found["run_peak_memory_gib"] = summary["peak_memory_bytes"] / 2**30
+    for side, values in (summary["scores"] or {}).items():
+        metrics = [name for name in values if f"{name}_stderr" in values]
+        found |= {f"eval_{name}_{side}": values[name] for name in metrics}
+    return found
+
+
+def answers_of(scores: dict[str, Any]) -> list[list[str]]:
+    """A row of `ANSWERS` for each sampled question; a side that was not measured is empty."""
     sides = {name: side["samples"] for name, side in scores.items() if side["samples"]}
     count = max(map(len, sides.values()), default=0)
     rows = []
@@ -197,12 +210,12 @@ def _answers(scores: dict[str, Any]) -> list[list[str]]:
 
 def _show_answers(name: str, callback: Any, answers: list[list[str]], step: int) -> None:
     if name == "tensorboard":
-        lines = [_ANSWERS, ["---"] * len(_ANSWERS), *answers]
+        lines = [ANSWERS, ["---"] * len(ANSWERS), *answers]
         cells = [[text.replace("|", "\\|").replace("\n", "<br>") for text in line] for line in lines]
         callback.tb_writer.add_text("eval/answers", "\n".join(f"| {' | '.join(line)} |" for line in cells), step)
     elif name == "wandb":
-        table = callback._wandb.Table(columns=list(_ANSWERS), data=answers)
+        table = callback._wandb.Table(columns=list(ANSWERS), data=answers)
         callback._wandb.log({"eval/answers": table, "train/global_step": step})
     elif name == "trackio":
-        table = callback._trackio.Table(columns=list(_ANSWERS), data=answers)
+        table = callback._trackio.Table(columns=list(ANSWERS), data=answers)
         callback._trackio.log({"eval/answers": table, "train/global_step": step})
