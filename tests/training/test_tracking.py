@@ -66,11 +66,12 @@ def start(config_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     """Trains two steps with a tracker."""
     monkeypatch.setattr(run, "StopOnSignal", SignalAtStep)
 
-    def begin(tracker: str, *overrides: str, resume: bool = False, stop_at: int = -1) -> RunResult:
+    def begin(tracker: str, *overrides: str, scored: bool = True, resume: bool = False, stop_at: int = -1) -> RunResult:
         monkeypatch.setattr(SignalAtStep, "step", stop_at)
         settings = [f"output.dir={tmp_path / 'answers'}", "train.max_steps=2", f"train.report_to={tracker}"]
-        config = load_run_config(config_file, [*settings, "eval.metric=choice", *overrides])
-        return train(config, resume=resume, console=Console(quiet=True), scorer=Scores())
+        settings += ["eval.metric=choice", "data.eval=2"] if scored else ["data.eval=null"]
+        config = load_run_config(config_file, [*settings, *overrides])
+        return train(config, resume=resume, console=Console(quiet=True), scorer=Scores() if scored else None)
 
     return begin
 
@@ -106,9 +107,9 @@ def test_a_tracker_gets_one_row_a_step_with_pacas_figures_and_the_results(start:
 
 
 def test_a_stopped_run_closes_its_tracker_and_goes_on_under_the_same_name(start: Start, recorder: Any) -> None:
-    assert start("mlflow", stop_at=1).summary is None
+    assert start("mlflow", scored=False, stop_at=1).summary is None
     assert recorder.events[1:] == ["end"]
-    start("mlflow", resume=True)
+    start("mlflow", scored=False, resume=True)
     assert recorder.events[2:] == recorder.events[:2]
     assert [row["step"] for row in recorder.logs if "loss" in row] == [1, 2]
 
@@ -118,14 +119,14 @@ def test_a_tracker_that_cannot_start_is_one_message(
 ) -> None:
     monkeypatch.setattr(recorder, "fails_at", "begin")
     with pytest.raises(PacaError, match=r"^train\.report_to: mlflow can't be started: no login See to it, or leave"):
-        start("mlflow")
+        start("mlflow", scored=False)
 
 
 def test_a_run_is_finished_though_a_tracker_does_not_take_its_results(
     start: Start, recorder: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(recorder, "fails_at", "finish")
-    assert (start("mlflow").folder / "summary.json").is_file()
+    assert (start("mlflow", "train.max_steps=1", scored=False).folder / "summary.json").is_file()
     assert recorder.events[1:] == ["end"]
 
 
