@@ -34,11 +34,11 @@ def check_apart(trainer: Any) -> None:
     try:
         gradient = gradient_by_the_first(trainer.model, trainer.data_collator)
     except ValueError as error:
-        raise PacaError(f"train.{key} does not go with this {name} here: {error} Or leave out train.{key}.") from error
+        raise PacaError(f"train.{key} does not go with {name} here: {error} Or leave out train.{key}.") from error
     if bool(gradient.abs().max() > 0):
         raise PacaError(
-            f"train.{key} would let the examples of a sequence read each other: this {name} takes no notice of where "
-            f"one begins. Leave out train.{key}."
+            f"train.{key} would let the examples of a sequence read each other: as it is set up here, {name} "
+            f"takes no notice of where one begins. Leave out train.{key}."
         )
 
 
