@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import shutil
 import signal
 from collections.abc import Callable
@@ -111,6 +112,7 @@ def test_a_run_leaves_its_folder(run: Runner, tmp_path: Path, config_file: Path)
         assert str(known) in card
     assert f"{summary['eval_loss_after']:.4f} after" in card
     assert "Loads in the PaCA of PEFT >= 0.22, without paca: yes.\n" in card
+    assert re.findall("pip install (.*?)`", card) == ["./paca"]  # no name that is not on PyPI, or is another's there
     assert "\n```python\n" in card
     assert "\n```\n" in card
     assert "More Information Needed" not in card

@@ -1,4 +1,4 @@
-"""The command line: each of train, compare, evaluate, chat, merge, export, import, bench and plan is a command."""
+"""The command line: each of train, runs, compare, evaluate, chat, merge, export, import, push, bench, plan is one."""
 
 from __future__ import annotations
 
@@ -18,7 +18,9 @@ from paca.cli.export import export
 from paca.cli.import_adapter import import_adapter
 from paca.cli.merge import merge
 from paca.cli.plan import plan
+from paca.cli.push import push
 from paca.cli.quiet import hide_library_notes
+from paca.cli.runs import runs
 from paca.cli.train import train
 from paca.cli.waiting_threads import let_waiting_threads_sleep
 from paca.messages.errors import PacaError
@@ -31,7 +33,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for command in (train, compare, evaluate, chat, merge, export, plan):
+for command in (train, compare, evaluate, chat, merge, export, push, runs, plan):
     app.command()(command)
 app.command("import")(import_adapter)
 app.add_typer(bench, name="bench")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import signal
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -11,6 +12,7 @@ import typer
 from rich.console import Console
 
 from paca.messages.errors import PacaError
+from paca.messages.program import program
 from paca.messages.say import say
 from paca.messages.units import format_bytes, format_duration
 from paca_command import import_package
@@ -35,6 +37,10 @@ def train(
         bool, typer.Option("--probe", help="First try the longest batch; memory that does not suffice shows at once.")
     ] = False,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint of this run.")] = False,
+    push_to_hub: Annotated[
+        str | None,
+        typer.Option(metavar="OWNER/NAME", help="Put the result on the hub, into a private repository (`paca push`)."),
+    ] = None,
 ) -> None:
     """Fine-tune a language model and leave a run folder: adapter, metrics, summary, report."""
     if settings and not dry_run:
@@ -42,8 +48,12 @@ def train(
     from paca.training.config_file import load_run_config
 
     run_config = load_run_config(config, set_ or ())
-    import_package()
     console = Console(quiet=os.environ.get("RANK", "0") != "0")
+    if push_to_hub is not None and not console.quiet:
+        from paca.pretrained.upload import check_login
+
+        check_login(push_to_hub)
+    import_package()
     if console.quiet or not console.is_terminal:
         from datasets import disable_progress_bars
         from transformers.utils.logging import disable_progress_bar
@@ -77,6 +87,18 @@ def train(
         say(console, f"  {result.resume_command}")
         raise typer.Exit(130)
     show_result(result, console)
+    if push_to_hub is not None and not console.quiet:
+        _push(result.folder, push_to_hub, console)
+
+
+def _push(run: Path, repo: str, console: Console) -> None:
+    from paca.cli.push import put_on_hub
+
+    try:
+        put_on_hub(str(run), repo, console)
+    except PacaError as error:
+        again = f"{program()} push {shlex.quote(str(run))} --to {repo}"
+        raise PacaError(f"The run is finished, but not on the hub. {error} To try again: {again}") from error
 
 
 def _show_dry_run(config: RunConfig, settings: bool, measurement: Measurement | None, console: Console) -> None:

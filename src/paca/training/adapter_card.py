@@ -28,6 +28,16 @@ _SHOWN_SETTINGS = (
     "seed",
 )
 
+_INSTALL = (
+    "It needs the Python package `paca-tuning`, which is not on PyPI yet; the `paca` there is another package. Install "
+    "it\nfrom the folder of its source: `pip install ./paca`. PEFT up to 0.21 knows PaCA through `import paca` alone, "
+    "and\nwithout it raises `KeyError: 'PACA'`.\n\n"
+)
+_LACKS = (
+    "That PaCA adapts linear layers alone, gives all layers one rank and one scale, chooses columns at random, and has "
+    "no\nbatches of several adapters. (Read in its source: no release with it was on PyPI when this was written.)"
+)
+_IMPORT = "import paca  # makes PaCA known to PEFT\n"
 _EXPORT = "`paca export --to peft` writes one that does, or names the layer for which there is none."
 _LOAD = """```python
 {first}
@@ -144,9 +154,9 @@ def _how_to_load_classifier(classifier: Classifier, name: str, base: str) -> str
     labels = f"Its labels: {', '.join(classifier.labels)}.\n\n"
     if name == "full":
         return f'{labels}```python\nfrom transformers import {auto}\n\nmodel = {auto}.from_pretrained("{_HERE}")\n```'
-    return f"""{labels}```python
-{"import paca  # makes PaCA known to PEFT; the package paca-tuning, not the paca on PyPI" if name == "paca" else ""}
-from peft import PeftModel
+    of_paca = name == "paca"
+    return f"""{_INSTALL if of_paca else ""}{labels}```python
+{_IMPORT if of_paca else ""}from peft import PeftModel
 from transformers import AutoConfig, {auto}
 
 config = AutoConfig.from_pretrained("{_HERE}")  # with the labels
@@ -164,7 +174,7 @@ def _how_to_load(name: str, folder: Path, base: str, trained: nn.Module) -> str:
         )
     first = "from peft import AutoPeftModelForCausalLM"
     if name == "paca":
-        first = f"import paca  # makes PaCA known to PEFT; the package paca-tuning, not the paca on PyPI\n{first}"
+        first = _IMPORT + first
     code = _LOAD.format(first=first, model_class="AutoPeftModelForCausalLM", comment=f"  # with its base, {base}")
     if name != "paca":
         return f"{code}\n\n`paca merge` writes it as a plain checkpoint."
@@ -172,7 +182,7 @@ def _how_to_load(name: str, folder: Path, base: str, trained: nn.Module) -> str:
     reason = why_not(stored["r"], stored["paca_alpha"], saved_layers(trained))
     loads = "yes." if reason is None else f"no, because {reason}. {_EXPORT}"
     return (
-        f"{code}\n\nLoads in the PaCA of {PEFT}, without paca: {loads}\n\n"
+        f"{_INSTALL}{code}\n\nLoads in the PaCA of {PEFT}, without paca: {loads}\n{_LACKS}\n\n"
         "`paca export` writes it as LoRA for programs that don't know PaCA, and `paca merge` as a plain checkpoint."
     )
 

@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
-from peft import PeftModel
 from rich.console import Console
 from transformers import PrinterCallback, TrainerState, TrainingArguments
 
@@ -26,6 +25,7 @@ from paca.training import train_settings
 from paca.training.adapter_card import NoCardsOfCheckpoints, write_card
 from paca.training.data_order import SetEpochOfSampler
 from paca.training.failures import explained
+from paca.training.final_scores import scores_by, scores_by_trainer
 from paca.training.finite_loss import StopOnNonFiniteLoss
 from paca.training.interrupt import StopOnSignal
 from paca.training.memory import reset_peak_memory
@@ -39,10 +39,11 @@ from paca.training.report import write_report
 from paca.training.run_config import RunConfig
 from paca.training.run_folder import RunFolder, steps_done, write_whole
 from paca.training.same_run import check_same_run
-from paca.training.scores import Scorer, trainers_scores
+from paca.training.scores import Scorer
 from paca.training.sharding import check_sharding, sharding_warning
 from paca.training.starting_model import keep_adapter_dtype, load_model, with_adapter
 from paca.training.summary import summary_of
+from paca.training.tracking import Trackers, names_for_trackers
 from paca.training.trainers import trainer_kind
 from paca.tuner.rotation.callback import RotateColumns
 
@@ -101,7 +102,7 @@ def train(
         show_plan(plan, console)
         if scorer is not None and prepared.data.eval is not None:
             scorer.check(prepared.data.eval.dataset)
-        settings = dict(plan.config.train)
+        settings = {**names_for_trackers(folder, resume=resume), **plan.config.train}
         # Not `trainer.evaluate()` before `trainer.train()`: with several processes, accelerate 1.15 takes the model as
         # prepared after that, leaves DDP away, and each process trains on its own.
         settings["eval_on_start"] = prepared.data.eval is not None and config.eval.before and not resume
@@ -170,19 +171,28 @@ class _Run:
             self.trainer.add_callback(ProbeLongestBatch(self.trainer, self.config, partial(say, console)))
         self.has_eval = prepared.data.eval is not None
         self.log: MetricsLog | None = None
+        self.trackers: Trackers | None = None
         if self.main:
             self.log = MetricsLog(folder.metrics)
             if checkpoint is not None:
                 self.log.rewind(steps_done(checkpoint))
             self.recorder = RecordMetrics(self.log, self.trainer.args.device)
             self.progress = ShowProgress(console, self.log, self.recorder, self.kind.counts, self.kind.score)
-            self.trainer.add_callback(self.recorder)
-            self.trainer.add_callback(self.progress)
+            self.trackers = Trackers(self.trainer, folder, self.log, checkpoint)
+            for callback in (self.recorder, self.progress, self.trackers):
+                self.trainer.add_callback(callback)
             write_whole(folder.config, self.config.to_yaml())
         self.trainer.add_callback(StopOnNonFiniteLoss())
 
     def result(self) -> RunResult:
         """Evaluate, train, evaluate, and write the results."""
+        try:
+            return self._result()
+        finally:
+            if self.trackers is not None:
+                self.trackers.close()
+
+    def _result(self) -> RunResult:
         state = self._train()
         if self.stopper.stopped:
             return RunResult(
@@ -205,6 +215,8 @@ class _Run:
         write_report(self.folder.report, result, self.log.rows, self.config.to_yaml())
         # Last: it says that the run is finished.
         write_whole(self.folder.summary, json.dumps(result, indent=2, ensure_ascii=False) + "\n")
+        assert self.trackers is not None
+        self.trackers.finish(result, partial(say, self.console, style="yellow"))
         return RunResult(self.folder.path, result, None)
 
     def _make_trainer(self, prepared: PreparedRun, pretrained: Pretrained, arguments: TrainingArguments) -> Any:
@@ -273,25 +285,14 @@ class _Run:
         return nullcontext()
 
     def _scores(self, step: int) -> dict[str, Any] | None:
-        if self.heldout is not None and self.log is not None and self.kind.score is not None:
-            before, after = (self.log.eval_metric_at(at, self.kind.score) for at in (0, step))
-            before = before if self.kind.scored_before else None
-            return trainers_scores(self.kind.score, len(self.heldout.dataset), before, after) or None
-        if self.scorer is None or self.heldout is None:
+        if self.heldout is None or self.log is None:
             return None
-        wanted, rows = self.config.eval, self.heldout.dataset
-        trained: Any = self.trainer.accelerator.unwrap_model(self.trainer.model)
-        score = partial(self.scorer.score, tokenizer=self.trainer.processing_class, rows=rows)
-        found: dict[str, Any] = {}
-        with self._busy(f"Measuring {wanted.metric} on {len(rows):,} held-out examples ..."):
-            if wanted.before and isinstance(trained, PeftModel):
-                with trained.disable_adapter():  # bit for bit the model as it came
-                    found["before"] = score(trained)
-            elif wanted.before:
-                found["before"] = score(load_model(self.config, self.folder, self.console).model.to(trained.device))
-            if wanted.after:
-                found["after"] = score(trained)
-        return found
+        rows = self.heldout.dataset
+        if self.kind.score is not None:
+            return scores_by_trainer(self.kind, self.log, len(rows), step)
+        if self.scorer is None:
+            return None
+        return scores_by(self.scorer, self.trainer, rows, self.config, self.folder, self.console, self._busy)
 
 
 def _kept_step(state: TrainerState, arguments: TrainingArguments) -> int:

@@ -34,6 +34,8 @@ class RunFolder:
         self.columns = path / "columns.json"  # those chosen, and what they followed from: another run here uses them
         self.base = path / "base"  # the model of a GGUF file as a plain checkpoint
         self.checkpoints = path / "checkpoints"  # the trainer's own folder
+        self.tracking = path / "tracking.json"  # the name that trackers know the run by, for one that is continued
+        self.tensorboard = path / "tensorboard"
         self.lock = path / ".lock"  # held by the process that trains here
 
     def finished(self) -> bool:
@@ -102,9 +104,9 @@ class RunFolder:
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            for file in (self.config, self.metrics, self.summary, self.report):
+            for file in (self.config, self.metrics, self.summary, self.report, self.tracking):
                 file.unlink(missing_ok=True)
-            for part in (self.adapter, self.model, self.base, self.checkpoints):
+            for part in (self.adapter, self.model, self.base, self.checkpoints, self.tensorboard):
                 if part.is_dir():
                     shutil.rmtree(part)
             write_whole(self.inputs, json.dumps(inputs))

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from paca.messages.errors import PacaError
 from paca.training.key_checks import Origins, check_section
 from paca.training.learning_rate import AUTO, automatic_rate
+from paca.training.tracking import check_trackers
 from paca.training.trainers import TRAINERS, trainer_kind
 from paca.training.trainers.kind import TrainerKind
 
@@ -31,6 +32,9 @@ OWNED = {
     "model_init_kwargs": "the model is described by the section model",
     "trust_remote_code": "it is model.trust_remote_code",
     "chat_template_path": "it is data.template: a name or a Jinja file",
+    "push_to_hub": "put the finished run on the hub with `paca train CONFIG --push-to-hub OWNER/NAME`",
+    "hub_model_id": "it is `paca train CONFIG --push-to-hub OWNER/NAME`",
+    "hub_strategy": "checkpoints are not put on the hub; the finished run is, with --push-to-hub",
     "hub_token": "a secret has no place in a config file; set the environment variable HF_TOKEN",
     "parallelism_config": "it is an object; use accelerate's own config (`accelerate launch`)",
     "local_rank": "the launcher (torchrun) sets it",
@@ -109,6 +113,7 @@ def check_train_settings(
     choices = {option.name: option.metadata.get("choices") for option in dataclasses.fields(kind.arguments)}
     check_section("train", settings, annotations, origins, choices, elsewhere)
     kind.check(settings, origins)
+    check_trackers(settings.get("report_to"), f"{origins.of('train.report_to')}: train.report_to")
     for name, value in settings.items():
         for words, (holds, names) in _RANGES.items():
             if name in names.split() and isinstance(value, (int, float)) and not holds(value):

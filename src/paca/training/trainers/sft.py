@@ -10,6 +10,9 @@ from trl import SFTConfig, SFTTrainer
 
 from paca.data import check_labels, tokenize
 from paca.data.sample import take_sample
+from paca.messages.errors import PacaError
+from paca.training.key_checks import Origins
+from paca.training.packed_samples import check_apart
 from paca.training.prompt_form import describe_loss, tokenizer_of, trains_everything
 from paca.training.run_config import RunConfig
 from paca.training.run_setting import holds_all_logits
@@ -25,6 +28,20 @@ class Sft(TrainerKind):
     # What counts in the loss is in the data's labels, made beforehand; TRL refuses to look for it once more.
     forced: ClassVar[dict[str, Any]] = {"completion_only_loss": False, "assistant_only_loss": False}
     trainer = SFTTrainer
+
+    def check(self, settings: Mapping[str, Any], origins: Origins) -> None:
+        """Packing keeps examples apart."""
+        if settings.get("packing") and settings.get("packing_strategy") == "wrapped":
+            raise PacaError(
+                f"{origins.of('train.packing_strategy')}: train.packing_strategy: wrapped would let the examples of a "
+                "sequence read each other. Give bfd, or bfd_split to cut long examples instead of leaving out their "
+                "ends."
+            )
+        if settings.get("eval_packing") and not settings.get("packing"):
+            raise PacaError(
+                f"{origins.of('train.eval_packing')}: train.eval_packing goes with train.packing: true; alone, TRL "
+                "lets the held-out examples of a sequence read each other. Leave it out."
+            )
 
     def defaults(self, settings: Mapping[str, Any]) -> dict[str, Any]:
         """Padding is not counted; without padding there is no attention mask to count by, and all positions are."""
@@ -61,7 +78,8 @@ class Sft(TrainerKind):
         return [("logits", "tile by tile (TRL's fused output head), never of a whole batch at once")]
 
     def check_prepared(self, trainer: Any, data: RunData) -> None:
-        """Every example has a token that counts in the loss."""
+        """Every example has a token that counts in the loss, and packed ones stay apart."""
+        check_apart(trainer)
         check_labels(trainer.train_dataset, data.train, trainer.args)
         if data.eval is not None:
             check_labels(trainer.eval_dataset, data.eval, trainer.args)

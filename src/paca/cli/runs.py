@@ -1,0 +1,25 @@
+"""`paca runs`: the curves of runs on one local page."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from paca.messages.say import say
+from paca_command import import_package
+
+
+def runs(
+    folder: Annotated[Path, typer.Argument(help="A folder with runs, or one run.")] = Path("runs"),
+    port: Annotated[int | None, typer.Option(help="Of the page. Default: the first free one from 7860.")] = None,
+    browser: Annotated[bool, typer.Option(help="Open the page in the browser.")] = True,
+) -> None:
+    """Show the curves of runs over each other on a local page, also of those that are going (needs trackio)."""
+    import_package()
+    from paca.training.runs_page import show_runs
+
+    console = Console()
+    show_runs(folder, port=port, say=lambda line: say(console, line), browser=browser)

@@ -1,0 +1,108 @@
+"""Trackio's pages in a real headless browser. Skipped without trackio, playwright and a Chromium on the PATH:
+
+pip install "./paca[trackio]" playwright, apt install chromium, pytest tests/training/test_runs_in_browser.py
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from training.tiny_run import save_workspace
+from training.written_run import write_run
+
+# A job in the background of a shell is started with Ctrl-C ignored, and so are its children.
+CTRL_C = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
+MAIN = f"{CTRL_C}from paca_command import main; main()"
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
+WAIT = 120_000  # ms, at most
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    """A headless Chromium."""
+    pytest.importorskip("trackio", reason="the extra trackio is not installed")
+    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    if CHROMIUM is None:
+        pytest.skip("there is no chromium here")
+    with playwright.sync_playwright() as started:
+        chromium = started.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield chromium
+        chromium.close()
+
+
+@contextmanager
+def served(command: list[str], folder: Path, address: Callable[[str], bool]) -> Iterator[str]:
+    """A server as a process, until it is interrupted; gives the line that says where it is."""
+    environment = os.environ | {"TRACKIO_DIR": str(folder), "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
+    assert process.stdout is not None
+    try:
+        yield next(line for line in process.stdout if address(line))
+    finally:
+        process.send_signal(signal.SIGINT)
+        output = process.communicate(timeout=60)[0]
+    assert process.returncode == 0, output
+
+
+def free_port() -> int:
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        return int(one.getsockname()[1])
+
+
+def test_the_page_of_runs_shows_one_that_is_going(browser: Any, tmp_path: Path) -> None:
+    """Slow: two processes and a browser start."""
+    going = write_run(tmp_path / "runs" / "going", steps=4)
+    finished = {
+        "choice": 1.0,
+        "choice_stderr": 0.1,
+        "samples": [{"question": "Is it?", "reference": "y", "answer": "n"}],
+    }
+    write_run(tmp_path / "runs" / "done", steps=7, scores={"after": finished})
+    port = free_port()
+    command = [sys.executable, "-c", MAIN, "runs", str(tmp_path / "runs"), "--no-browser", "--port", str(port)]
+    with served(command, tmp_path / "none", lambda line: "Ctrl-C" in line) as line:
+        assert line.startswith(f"2 runs: http://127.0.0.1:{port}/?project=runs ")
+        page = browser.new_page(viewport={"width": 1500, "height": 1600})
+        page.goto(line.split()[2])
+        for curve in ("tokens_per_second", "peak_memory_gib", "choice_after"):
+            page.get_by_text(curve, exact=True).first.wait_for(timeout=WAIT)
+        page.get_by_role("button", name="Media & Tables").click()
+        page.get_by_text("Is it?").first.wait_for(timeout=WAIT)
+        write_run(going, steps=9)
+        page.wait_for_timeout(6000)  # the page is filled every two seconds
+        page.get_by_role("button", name="Runs", exact=True).click()
+        page.get_by_role("row", name="going").get_by_role("cell", name="9", exact=True).wait_for(timeout=WAIT)
+    assert not (tmp_path / "none").exists()  # the user's own Trackio
+
+
+def test_trackios_page_shows_a_run_that_reports_to_it(browser: Any, tmp_path: Path) -> None:
+    """Slow: a training, a server and a browser start."""
+    config = save_workspace(tmp_path)
+    settings = [
+        "train.report_to=trackio",
+        "train.run_name=reported",
+        "train.max_steps=2",
+        f"output.dir={tmp_path / 'run'}",
+    ]
+    command = [sys.executable, "-c", MAIN, "train", str(config), *(part for one in settings for part in ("--set", one))]
+    folder = tmp_path / "trackio"
+    subprocess.run(command, check=True, env=os.environ | {"TRACKIO_DIR": str(folder)}, timeout=600)
+    show = [sys.executable, "-c", f"{CTRL_C}from trackio.cli import main; main()", "show", "--project", "paca"]
+    with served([*show, "--host", "127.0.0.1"], folder, lambda line: "launched at" in line) as line:
+        page = browser.new_page(viewport={"width": 1500, "height": 1600})
+        page.goto(line[line.index("http") :].split("\x1b")[0].strip())
+        for text in ("reported", "tokens_per_second", "peak_memory_gib"):
+            page.get_by_text(text, exact=True).first.wait_for(timeout=WAIT)
