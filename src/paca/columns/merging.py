@@ -103,7 +103,7 @@ class MergeableColumns(ResidentColumns):
         kept = Kept.of(weight, self.dim, positions_of(folded, weight.device))
         self._folded = Kept(kept.positions.cpu(), kept.values.cpu())
         self._part_from_lent(weight)
-        self._half_written = True
+        self.half_written = True
         for piece in (Kept(*piece) for piece in Folded.pieces(*self._folded, weight, self.dim)):
             write_columns(weight, self.dim, piece.positions, sum_of(piece, columns, self.dim))
 

@@ -26,7 +26,8 @@ from paca.columns.state import THREAD, ActiveColumns, AdapterColumns, State, is_
 from paca.functional.column_blocks import blocks_in, blocks_of, read_columns
 from paca.functional.product import Trained
 
-WRITING = threading.RLock()  # writers are rare (once per optimizer step); readers never take it
+WRITING = threading.RLock()
+"""Writers are rare (once per optimizer step). Readers take it only if columns were written while they multiplied."""
 
 
 class ResidentColumns(ActiveColumns):
@@ -47,7 +48,7 @@ class ResidentColumns(ActiveColumns):
         self._folded: Kept | None = None  # those of folded columns beneath them, on the CPU
         self._parked: tuple[State, Tensor] | None = None  # the state that a park took out, and its columns
         self._parked_for_now = False
-        self._half_written = False  # a write began, and did not end
+        self.half_written = False  # a write began, and did not end: another thread is at it, or an exception came
         self._seal: tuple[int, int] | None = None  # the weight's version and memory as we left them
         self._lent: int | None = None  # users of the weight's memory before a state dict shared it
         self._handed_out: list[weakref.ref[Any]] = []  # what state dicts got
@@ -125,10 +126,11 @@ class ResidentColumns(ActiveColumns):
 
     def _put_back(self, weight: Tensor) -> None:
         self._part_from_lent(weight)
+        self.half_written = True
         for kept in self._all_kept(weight):
             kept.put_into(weight, self.dim)
         self._set_state(State((), self.base))
-        self._seal, self._half_written = identity(weight), False
+        self._seal, self.half_written = identity(weight), False
 
     def _all_kept(self, weight: Tensor) -> Iterator[Kept]:
         yield self.kept
@@ -153,7 +155,7 @@ class ResidentColumns(ActiveColumns):
                 return None
             self._keep(weight, state.columns)
         self._part_from_lent(weight)
-        self._half_written = True
+        self.half_written = True
         return state
 
     def _keep(self, weight: Tensor, columns: tuple[AdapterColumns, ...]) -> None:
@@ -179,7 +181,7 @@ class ResidentColumns(ActiveColumns):
     def wrote(self, weight: Tensor, state: State) -> None:
         """Note that the columns of `state` were written."""
         self._set_state(state)
-        self._parked, self._half_written = None, False
+        self._parked, self.half_written = None, False
         self._seal = identity(weight)
 
     def compare(self, weight: Tensor) -> None:
@@ -198,7 +200,7 @@ class ResidentColumns(ActiveColumns):
 
     def check_seal(self, weight: Tensor) -> None:
         """Raise if somebody else wrote or replaced the weight while columns were in it, or parked for the moment."""
-        if self._half_written:  # an exception came in the middle
+        if self.half_written:  # an exception came in the middle
             self._put_back(weight)
         if self.sealed(weight):
             return

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from paca.columns.raised_steps import forget_raised
-from paca.columns.resident import ResidentColumns, write_together
+from paca.columns.resident import WRITING, ResidentColumns, write_together
 from paca.columns.state import AdapterColumns, is_sharded
 
 Job = tuple[ResidentColumns, Tensor, tuple[AdapterColumns, ...]]
@@ -49,11 +49,18 @@ def _held(optimizer: torch.optim.Optimizer) -> tuple[list[Held], list[Held]]:
 @torch.compiler.disable
 def _before_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
     others_step()  # forgets a step of this thread that raised
-    _STEPPING.setdefault(threading.get_ident(), _held(optimizer)[0])
+    held = _held(optimizer)[0]
+    with WRITING:  # a write that another thread has begun reads deltas
+        _STEPPING.setdefault(threading.get_ident(), held)
 
 
 @torch.compiler.disable
 def _after_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+    with WRITING:
+        _write_stepped(optimizer)
+
+
+def _write_stepped(optimizer: torch.optim.Optimizer) -> None:
     before = _STEPPING.pop(threading.get_ident(), [])
     jobs: dict[ResidentColumns, Job] = {}  # one per weight, also if several adapters are in it: the last knows them all
     # Gradients may come within the step (closures), or go (zeroed by the optimizer itself).

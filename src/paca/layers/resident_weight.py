@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from paca.columns.merging import MergeableColumns
+from paca.columns.resident import WRITING
 from paca.columns.sharded import ShardedColumns
 from paca.columns.state import State, is_sharded
 from paca.columns.stepping import others_step
@@ -106,14 +107,25 @@ class ResidentWeight(nn.Module):
             if not torch.is_grad_enabled():
                 return super().forward(x)
             return train_columns(self.product(), x, self.weight, self.bias, self.columns.traced)
-        weight: Any = self._parameters.get("weight")
-        state = self.columns.looked_after(weight)
+        columns, weight = self.columns, self._parameters.get("weight")
+        state = columns.looked_after(weight)
         if state is None:
             weight, state = None, self.state_now()
-        if not torch.is_grad_enabled():
-            return super().forward(x)
-        trained = self.columns.trained(state, self.owner()) if weight is None else state.trained
-        return train_columns(self.product(), x, weight, self.bias, trained, ResidentPass(self, state))
+        if torch.is_grad_enabled():
+            trained = columns.trained(state, self.owner()) if weight is None else state.trained
+            y = train_columns(self.product(), x, weight, self.bias, trained, ResidentPass(self, state))
+        else:
+            y = super().forward(x)
+        # Whether another thread wrote meanwhile.
+        return y if columns.state is state and not columns.half_written else self._once_more(x)
+
+    def _once_more(self, x: Tensor) -> Tensor:
+        with WRITING:  # the others wait
+            state = self.state_now()
+            if not torch.is_grad_enabled():
+                return super().forward(x)
+            trained = self.columns.trained(state, self.owner())
+            return train_columns(self.product(), x, None, self.bias, trained, ResidentPass(self, state))
 
     def state_now(self) -> State:
         """What the weight holds, for a layer that has to look after itself: it is written if it is stale."""
@@ -121,8 +133,10 @@ class ResidentWeight(nn.Module):
         weight: Any = self._parameters.get("weight")
         weight = self.weight if weight is None else weight  # FSDP1 puts a plain tensor in its place
         self.columns.check_writable(weight)
-        if owner is not None and owner.stale() and not others_step():
-            owner.write()
+        if owner is not None and owner.stale():
+            with WRITING:  # steps and writes of other threads wait
+                if not others_step():
+                    owner.write()
         self.columns.bring_up_to_date(weight)
         self.columns.note_forward()
         return self.columns.state

@@ -17,7 +17,7 @@ from torch._dynamo.eval_frame import skip_code
 from torch.nn.modules.module import register_module_module_registration_hook
 
 from paca.columns.entry import Entry
-from paca.columns.resident import write_together
+from paca.columns.resident import WRITING, write_together
 from paca.columns.state import THREAD, may_be_recorded
 from paca.columns.stepping import others_step
 from paca.layers.base import PacaLayer, paca_layers
@@ -53,20 +53,20 @@ class ModelEntry(Entry):
     @torch.compiler.disable
     def look(self, model: nn.Module) -> None:
         """Write what is stale, and find what no version counter shows. Reads only, if there is nothing."""
-        if others_step():
-            return
-        thread, mode = threading.get_ident(), (torch.is_grad_enabled(), model.training)
-        changed = self._modes.get(thread) != mode
-        self._modes[thread] = mode
         for layer in self.layers if self.sharded else ():
             if not layer.base_layer.columns.whole:
                 layer.base_layer.columns.entered(model, self.layers)
-        compare = changed or (mode[0] and not all(layer.base_layer.columns.has_trust() for layer in self.layers))
-        if compare:
-            write_layers([*self.layers, *self.others], compare=True)
-        else:
-            write_layers([layer for layer in self.layers if layer.stale()])
-        self.unwritten = self.unwritten and Running.count > 0 and current_mixed_batch() is not None
+        with WRITING:  # steps and writes of other threads wait
+            if others_step():
+                return
+            thread, mode = threading.get_ident(), (torch.is_grad_enabled(), model.training)
+            changed = self._modes.get(thread) != mode
+            self._modes[thread] = mode
+            if changed or (mode[0] and not all(layer.base_layer.columns.has_trust() for layer in self.layers)):
+                write_layers([*self.layers, *self.others], compare=True)
+            else:
+                write_layers([layer for layer in self.layers if layer.stale()])
+            self.unwritten = self.unwritten and Running.count > 0 and current_mixed_batch() is not None
 
     @torch.compiler.disable(reason="weights of the adapted model are parked: call paca.refresh(model) before this call")
     def look_from_a_graph(self, model: nn.Module) -> None:

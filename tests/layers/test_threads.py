@@ -1,0 +1,204 @@
+"""Threads: inference in many, at once, also while another one trains (docs/reliability.md, "Threads and processes").
+
+Where it matters when something happens, a product is torn by hand: half of its rows, then what another thread does
+meanwhile, then the other half. The long form, with real races, is `python -m distributed.threads`.
+"""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import paca
+from distributed.threads import Counting, outputs_at_once, race
+from models import adapted_perceptron, perceptron
+from paca.layers import paca_layers
+
+
+def in_a_thread(action):
+    trouble = []
+
+    def run():
+        try:
+            action()
+        except BaseException as error:
+            trouble.append(error)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join(10)
+    assert not thread.is_alive()
+    assert trouble == []
+
+
+def tear(monkeypatch, meanwhile):
+    """Let the next linear product be half done when another thread does `meanwhile`."""
+    linear, todo = F.linear, [meanwhile]
+
+    def torn(x, weight, bias=None):
+        if not todo:
+            return linear(x, weight, bias)
+        action, half = todo.pop(), weight.shape[0] // 2
+        first = linear(x, weight[:half])
+        in_a_thread(action)
+        return torch.cat([first, linear(x, weight[half:])], -1) + bias
+
+    monkeypatch.setattr(F, "linear", torn)
+    return todo
+
+
+@pytest.mark.parametrize("gradients", [False, True])
+@pytest.mark.parametrize("what", ["a step", "a switch", "disabling", "a scale"])
+def test_a_pass_during_which_another_thread_writes_sees_no_mixture(monkeypatch, what, gradients):
+    training = Counting()
+    model = training.model
+    x = torch.ones(2, 16, dtype=torch.float64)
+    actions = {
+        "a step": training.step,
+        "a switch": lambda: model.set_adapter("other"),
+        "disabling": model.base_model.disable_adapter_layers,
+        "a scale": lambda: [layer.set_scale("default", 3.0) for layer in paca_layers(model)],
+    }
+    training.step()
+    with torch.set_grad_enabled(gradients):
+        before = model(x).detach()
+        todo = tear(monkeypatch, actions[what])
+        y = model(x).detach()
+        assert not todo
+        after = model(x).detach()
+    assert not torch.equal(before, after)
+    assert torch.equal(y, before) or torch.equal(y, after)
+
+
+def test_a_pass_that_began_in_the_middle_of_a_write_sees_no_mixture(monkeypatch):
+    """The write is stopped when half of the columns are in; the reader has to wait for the rest."""
+    training = Counting()
+    model, x = training.model, torch.ones(2, 16, dtype=torch.float64)
+    training.step()
+    with torch.no_grad():
+        before = model(x)
+    half_written, seen, go_on = threading.Event(), [], threading.Event()
+    copy = torch._foreach_copy_
+
+    def in_halves(targets, sources):
+        for target, source in zip(targets, sources, strict=True):
+            half = len(target) // 2
+            target[:half].copy_(source[:half])
+            half_written.set()
+            go_on.wait(10)
+        copy(targets, sources)
+
+    def read():
+        assert half_written.wait(10)
+        # The reader comes to a lock that the writer holds, and the writer waits for it: so the writer goes on.
+        threading.Timer(0.05, go_on.set).start()
+        with torch.no_grad():
+            seen.append(model(x))
+
+    monkeypatch.setattr(torch, "_foreach_copy_", in_halves)
+    reader = threading.Thread(target=read)
+    reader.start()
+    with torch.no_grad():
+        training.write_by_hand()
+        model(x)
+    reader.join(10)
+    monkeypatch.undo()
+    with torch.no_grad():
+        after = model(x)
+    assert not torch.equal(before, after)
+    assert len(seen) == 1
+    assert torch.equal(seen[0], before) or torch.equal(seen[0], after)
+
+
+def test_a_step_waits_for_a_write_that_another_thread_has_begun():
+    """Else the write might read deltas that are half of before and half of after the step."""
+    training = Counting()
+    model, x = training.model, torch.ones(2, 16, dtype=torch.float64)
+    training.step()
+    layer, order = paca_layers(model)[0], []
+
+    def step():
+        training.optimizer.step()
+        order.append("step")
+
+    thread = threading.Thread(target=step)
+    (-model(x)).sum().backward()
+
+    class Watched(dict):
+        def __getitem__(self, name):  # read in the middle of a write, which asks what is wanted
+            if not order:
+                thread.start()
+                thread.join(0.2)
+                order.append("write")
+            return super().__getitem__(name)
+
+    with torch.no_grad():
+        training.write_by_hand()
+        layer.scaling = Watched(layer.scaling)
+        model(x)
+    thread.join(10)
+    assert order == ["write", "step"]
+
+
+@pytest.mark.parametrize("stale", ["written in place", "parked", "written through .data"])
+def test_threads_that_start_with_stale_columns_give_what_one_after_the_other_gives(stale):
+    def build():
+        model = adapted_perceptron(dtype=torch.float64).eval()
+        with torch.no_grad():
+            model(torch.zeros(1, 7, dtype=torch.float64))
+        if stale == "parked":
+            model.kept = model.state_dict()
+        else:
+            for layer in paca_layers(model):
+                delta = layer.paca_delta["default"]
+                with torch.no_grad():
+                    (delta if stale == "written in place" else delta.data).mul_(2)
+        return model
+
+    xs = torch.randn(8, 5, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    alone = build()
+    paca.refresh(alone)  # by itself each new thread compares, since it has not run the model before
+    with torch.no_grad():
+        want = [alone(x) for x in xs]
+    for _ in range(5):
+        got = outputs_at_once(build(), list(xs))
+        assert all(map(torch.equal, got, want))
+
+
+def test_disabling_holds_for_all_threads_and_ends_for_all_with_the_first_to_leave():
+    """As PEFT has it; docs/method.md says so."""
+    model, base = adapted_perceptron(dtype=torch.float64).eval(), perceptron(dtype=torch.float64)
+    x = torch.randn(3, 7, dtype=torch.float64)
+    with torch.no_grad():
+        adapted = model(x)
+        first, second = model.disable_adapter(), model.disable_adapter()
+        in_a_thread(first.__enter__)
+        assert torch.equal(model(x), base(x))
+        second.__enter__()
+        in_a_thread(lambda: first.__exit__(None, None, None))
+        assert torch.equal(model(x), adapted)
+        second.__exit__(None, None, None)
+        assert torch.equal(model(x), adapted)
+
+
+def test_inference_during_training_sees_whole_steps():
+    outcome = race(readers=4, steps=40)
+    assert outcome.trouble == []
+    assert outcome.mixed == 0
+    assert outcome.passes >= 4
+
+
+def test_a_stock_model_would_show_that_the_race_finds_mixtures(monkeypatch):
+    """The check itself: without the columns' own care a torn product is a mixture."""
+    linear = nn.Linear(4, 6, bias=True, dtype=torch.float64).requires_grad_(False)
+    x = torch.ones(1, 4, dtype=torch.float64)
+    before = linear(x)
+    tear(monkeypatch, lambda: linear.weight.add_(1))
+    y = linear(x)
+    after = linear(x)
+    assert not torch.equal(y, before)
+    assert not torch.equal(y, after)
