@@ -25,6 +25,15 @@ def refuse_flattened(weight: Tensor) -> None:
         )
 
 
+def refuse_partitioned() -> None:
+    """Raise `RuntimeError`: DeepSpeed took weights apart that columns are in."""
+    raise RuntimeError(
+        "DeepSpeed's ZeRO-3 took weights apart that PaCA keeps columns in: the model was adapted before ZeRO-3 was "
+        "known. Make the Accelerator or the TrainingArguments first, then load and adapt the model (columns are added "
+        "to outputs then); or use FSDP2, or ZeRO stage 1 or 2."
+    )
+
+
 def refuse_part(weight: Tensor) -> None:
     """Raise if a layer is about to run on a part of its weight.
 
@@ -32,10 +41,12 @@ def refuse_part(weight: Tensor) -> None:
         RuntimeError: Under tensor parallelism, ZeRO-3 and FSDP1.
     """
     refuse_flattened(weight)
+    if hasattr(weight, "ds_id"):
+        refuse_partitioned()
     if weight.dim() < 2:
         raise RuntimeError(
-            f"A weight that PaCA trains columns of has the shape {tuple(weight.shape)}: DeepSpeed's ZeRO-3 and FSDP1 "
-            "take weights away between uses, or flatten them. Use ZeRO stage 1 or 2, or FSDP2 (fully_shard)."
+            f"A weight that PaCA trains columns of has the shape {tuple(weight.shape)}: something takes weights away "
+            "between uses, or flattens them. Use FSDP2 (fully_shard), or ZeRO stage 1 or 2."
         )
     if is_sharded(weight):
         raise RuntimeError(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from torch import nn
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.pytorch_utils import Conv1D
 
 from paca.layers.overlaid_weight import AdditiveWeight, OverlaidWeight, PatchedWeight, features
@@ -50,9 +51,14 @@ def mode_of(target: nn.Module, key: str, model: Any) -> str:
         return "additive"
     if isinstance(target, nn.Linear) and is_torchao(target.weight):
         return "additive"
-    if type(target) in (nn.Linear, Conv1D) and is_offloaded(target, model):
+    if type(target) in (nn.Linear, Conv1D) and (is_offloaded(target, model) or is_partitioned(target)):
         return "additive"
     return "resident"
+
+
+def is_partitioned(module: nn.Module) -> bool:
+    """Whether DeepSpeed's ZeRO-3 takes the module's weight apart, or is going to: it is whole only while it runs."""
+    return hasattr(module._parameters.get("weight"), "ds_id") or is_deepspeed_zero3_enabled()
 
 
 def is_offloaded(module: nn.Module, model: Any) -> bool:

@@ -276,7 +276,9 @@ class AdditiveWeight(OverlaidWeight):
         if not state.columns:
             return y
         source = AddedPass(self.columns, state)
-        return train_columns(_PRODUCT, x, None, None, state.trained, source, added_to=y)
+        # Asked for by name in this module's pass: then DeepSpeed's ZeRO-3 gathers them, here and in the backward pass.
+        trained = state.trained._replace(deltas=tuple(self.owner().paca_delta[c.name] for c in state.columns))
+        return train_columns(_PRODUCT, x, None, None, trained, source, added_to=y)
 
 
 def features(module: Any) -> tuple[int, int]:

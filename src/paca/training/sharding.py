@@ -57,7 +57,7 @@ def check_sharding(arguments: TrainingArguments, method: str = "paca", modules_t
             )
     if arguments.deepspeed and is_deepspeed_zero3_enabled() and method == "paca":
         raise PacaError(
-            "train.deepspeed shards weights (ZeRO-3), and PaCA writes columns into them. Use ZeRO stage 1 or 2, or "
+            "train.deepspeed shards weights (ZeRO-3), which paca train was not tried with. Use ZeRO stage 1 or 2, or "
             "FSDP2 (train.fsdp: true), under which every process keeps the columns of its rows."
         )
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from paca.config import PacaConfig
 from paca.layers import PACA_CLASSES, RESIDENT_CLASSES, PacaExpertStack, PacaLayer, paca_layers
 from paca.layers.experts import ExpertStack, put_parameter_back
+from paca.layers.modes import is_partitioned
 from paca.layers.overlaid import keep_for_dispatch
 from paca.tuner import entry
 from paca.tuner.adapter_checks import check_adapter_tensors, check_name
@@ -137,6 +138,7 @@ class PacaModel(AdaptsStacks, MergesAdapters):
             and self._uses[id(target)] < 2
             and self._uses[_memory_of(target.weight)] < 2
             and not hasattr(self.model, "hf_device_map")
+            and not is_partitioned(target)
             and not vars(target).keys() & {"forward", "_hf_hook"}
         )
 

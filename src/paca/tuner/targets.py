@@ -7,8 +7,9 @@ from typing import Any
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
+from paca.columns.state import is_sharded
 from paca.layers import PACA_CLASSES, RESIDENT_CLASSES, PacaLayer
-from paca.layers.modes import OVERLAID, is_offloaded, known_quantizations, mode_of
+from paca.layers.modes import OVERLAID, is_offloaded, is_partitioned, known_quantizations, mode_of
 from paca.layers.overlaid import OverlaidLinear
 from paca.layers.resident_weight import ResidentWeight
 
@@ -40,6 +41,12 @@ def check_module(target: nn.Module, key: str, model: nn.Module) -> None:
     own = vars(target).get("forward")
     if own is not None and own == type(target).forward.__get__(target):
         del target.forward  # accelerate leaves the class's own on the instance when it takes a hook off
+    if "forward" in vars(target) and is_sharded(target._parameters.get("weight")):
+        raise ValueError(
+            f"{key} is split over processes by a tensor-parallel plan, which PaCA can't adapt. Load the model without "
+            "tp_plan, and train with DistributedDataParallel or FSDP2 (fully_shard); or leave the layer out of "
+            "target_modules."
+        )
     if "forward" in vars(target) and "_old_forward" not in vars(target):
         raise ValueError(
             f"{key} has a forward of its own ({vars(target)['forward']!r}) in place of its class's, which would "
@@ -65,6 +72,11 @@ def resident_class_of(target: Any, key: str, model: nn.Module) -> type[ResidentW
     problem = resident_class.problem(target)
     if problem:
         raise ValueError(f"{key} {problem}")
+    if is_partitioned(target):
+        raise ValueError(
+            f"{key} is a {type(target).__name__}, and under DeepSpeed's ZeRO-3 only linear layers can be adapted. "
+            "Leave it out of target_modules, or use FSDP2 or ZeRO stage 1 or 2."
+        )
     if is_offloaded(target, model):
         raise ValueError(
             f"{key} is offloaded by accelerate, and of the layers that PaCA adapts only linear ones can be. Load "
