@@ -87,7 +87,8 @@ class Recipe:
 def recipes() -> list[Recipe]:
     """All recipes, the paper's first."""
     order = ("demo.yaml", "paper", "peft", "24gb", "80gb")
-    found = [Recipe(path) for path in sorted(RECIPES.rglob("*.yaml"))]
+    paths = sorted(path for path in RECIPES.rglob("*.yaml") if path.parent.name != "launch")  # of accelerate's launcher
+    found = [Recipe(path) for path in paths]
     return sorted(found, key=lambda recipe: order.index(recipe.path.relative_to(RECIPES).parts[0]))
 
 

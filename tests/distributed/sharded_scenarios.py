@@ -692,6 +692,50 @@ def different_columns_are_refused():
 
 
 @of(2)
+def processes_that_disagree_on_what_is_active_are_told():
+    together, first = sharded(two_adapters()), dist.get_rank() == 0
+    with torch.no_grad():
+        expected = together(input_ids=batch()).logits
+
+        def changes(mine):
+            if mine == "scale":
+                for layer in paca_layers(together):
+                    layer.set_scale("default", 3.0)
+            elif mine == "off":
+                together.base_model.disable_adapter_layers()
+            else:
+                together.set_adapter(mine)
+
+        for one, other in (("other", "off"), ("default", "scale")):
+            together.base_model.enable_adapter_layers()
+            changes(one if first else other)
+            with pytest.raises(RuntimeError, match="The processes disagree on what is active: this one has"):
+                together(input_ids=batch())
+        together.base_model.enable_adapter_layers()
+        together.set_adapter("default")
+        for layer in paca_layers(together):
+            layer.set_scale("default", 1.0)
+        assert torch.equal(together(input_ids=batch()).logits, expected)
+
+
+@of(2)
+def a_process_that_switches_alone_is_told():
+    together = sharded(two_adapters())
+    with torch.no_grad():
+        together(input_ids=batch())
+        dist.distributed_c10d._get_default_store().set_timeout(timedelta(seconds=1))
+        if dist.get_rank() == 0:
+            together.set_adapter("other")
+            with pytest.raises(RuntimeError, match=r"has the adapters other, others have what they had before"):
+                together(input_ids=batch())
+            dist.destroy_process_group()
+            dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)  # `run_all` ends it
+        else:
+            with pytest.raises(RuntimeError):  # the first one left
+                together(input_ids=batch())
+
+
+@of(2)
 def rotated_adapters_are_refused():
     model = adapted_perceptron(dtype=torch.float64)
     optimizer = optimizer_of(model)

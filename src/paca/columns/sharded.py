@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from paca.columns.kept import Kept, write_columns
 from paca.columns.merging import MergeableColumns
+from paca.columns.same_everywhere import SameState, check_same_columns
 from paca.columns.state import State, is_sharded, names_of
 from paca.functional.column_blocks import put_columns, read_columns
 from paca.functional.product import Trained
@@ -49,19 +50,18 @@ class ShardedColumns(MergeableColumns):
         self._copied_at = -1  # `_writes` when the rows were gathered
         self._old_positions: list[Tensor] = []  # of columns that may be in the copy, and are not in the rows any more
         self._gathered_before = False  # the next copy was gathered before the last write, or from a piece of a copy
-        self._entered = False
+        self._same: SameState | None = None
         if self.entry is not None:
             self.entry.sharded = True
 
-    def entered(self, model: nn.Module, layers: list[Any]) -> None:
-        """Note that a forward pass of `model` begins, which has these adapted layers: find the groups and compare the
-        columns of all processes, once."""
-        if not self._entered:
+    def entered(self, model: nn.Module, sharded: list[Any]) -> None:
+        """Note that a forward pass of `model` begins, which has these layers, all sharded: find the groups and compare
+        the columns of all processes, once, and what is active, once for each change."""
+        if self._same is None:
             find_groups(model)
-            sharded = [layer for layer in layers if not layer.base_layer.columns.whole]
-            for layer in sharded:
-                layer.base_layer.columns._entered = True
+            self._same = SameState(self.parameter.device_mesh.mesh.flatten().tolist())
             check_same_columns([i for layer in sharded for i in layer.paca_indices.values()], self.rows.device)
+        self._same.check(sharded)
 
     @property
     def rows(self) -> Tensor:
@@ -231,21 +231,3 @@ def find_groups(model: nn.Module) -> None:
                     columns = getattr(parameter._module_info.module, "columns", None)
                     if isinstance(columns, ShardedColumns):
                         columns.group = group
-
-
-def check_same_columns(indices: list[Tensor], device: torch.device) -> None:
-    """Raise unless all processes train the same columns. A collective.
-
-    Raises:
-        RuntimeError: naming the remedy.
-    """
-    import torch.distributed as dist
-
-    digest = hash(tuple(tuple(i.tolist()) for i in indices))
-    both = torch.tensor([digest, ~digest], dtype=torch.int64, device=device)  # ~: the smallest by the largest
-    dist.all_reduce(both, op=dist.ReduceOp.MAX)
-    if int(both[0]) != ~int(both[1]):
-        raise RuntimeError(
-            "The processes train different columns of the same weights, so the rows that they own don't fit together. "
-            "Choose the columns in one process and give them to all, or choose them from the same data."
-        )

@@ -53,9 +53,10 @@ class ModelEntry(Entry):
     @torch.compiler.disable
     def look(self, model: nn.Module) -> None:
         """Write what is stale, and find what no version counter shows. Reads only, if there is nothing."""
-        for layer in self.layers if self.sharded else ():
-            if not layer.base_layer.columns.whole:
-                layer.base_layer.columns.entered(model, self.layers)
+        if self.sharded:
+            sharded = [layer for layer in self.layers if not layer.base_layer.columns.whole]
+            for layer in sharded[:1]:
+                layer.base_layer.columns.entered(model, sharded)
         with WRITING:  # steps and writes of other threads wait
             if others_step():
                 return

@@ -1,0 +1,234 @@
+"""What `torchrun` and `accelerate launch` start: one training in every process, against the same one in one process.
+
+PYTHONPATH=src:tests accelerate launch --config_file recipes/launch/KIND.yaml --num_processes N \
+    tests/distributed/launched.py KIND OUTPUT [VARIANT ...]
+
+It trains each variant in all processes, and writes to `OUTPUT-RANK.json` how far columns, the gathered adapter and the
+losses are from those of one process. Models are in float64 where the library can (DeepSpeed: float32).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import traceback
+from pathlib import Path
+from typing import Any
+
+import peft
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator, DeepSpeedPlugin
+from accelerate.state import AcceleratorState, GradientState, PartialState
+from accelerate.utils import DistributedType
+from peft.utils import get_peft_model_state_dict
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from models import adapt, llama, tokens
+from paca.layers import paca_layers
+
+STEPS = 3
+LENGTH = 7
+VARIANTS = (
+    "plain",
+    "odd rows",
+    "accumulation",
+    "clipping",
+    "checkpointing",
+    "all at once",
+    "bf16",
+    "nf4",
+    "collectives",
+)
+TARGETS = ["q_proj", "gate_proj", "up_proj", "down_proj"]
+
+
+def build(variant: str, double: bool) -> Any:
+    """An adapted model, the same in every process."""
+    odd = variant in ("odd rows", "all at once")
+    # 49 rows are 25 and 24 in two processes; 13, 13, 13 and 10 in four. 33 tokens as well.
+    model = llama(intermediate_size=49, vocab_size=65) if odd else llama()
+    model = model.double() if double and variant not in ("bf16", "nf4") else model
+    if variant == "nf4":
+        from quantized_layers import quantized_linear
+
+        for block in model.model.layers:
+            block.mlp.up_proj = quantized_linear("nf4", block.mlp.up_proj)
+    model = adapt(model, target_modules=TARGETS, r=5, paca_alpha=10)
+    if variant in ("checkpointing", "all at once"):
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.enable_input_require_grads()
+    return model.train()
+
+
+def accumulates(variant: str) -> int:
+    """How many passes a step has."""
+    return 2 if variant in ("accumulation", "all at once") else 1
+
+
+def clips(variant: str) -> float | None:
+    """The largest norm of the gradients, where it is bounded: far below what they have."""
+    return 1e-3 if variant in ("clipping", "all at once") else None
+
+
+def batch(number: int, world: int) -> Tensor:
+    """`(2 * world, LENGTH)` tokens."""
+    return tokens(2 * world, LENGTH, seed=number)
+
+
+def loss_of(model: nn.Module, ids: Tensor) -> Tensor:
+    return model(input_ids=ids).logits.square().mean()
+
+
+def optimizer_of(model: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.02)
+
+
+def one_process(variant: str, world: int, double: bool) -> tuple[Any, list[float]]:
+    """The training as one process does it, which sees the whole batch. In the order of `world` processes' sums."""
+    model = build(variant, double)
+    optimizer, losses = optimizer_of(model), []
+    for number in range(STEPS):
+        for part in range(accumulates(variant)):
+            ids = batch(number * accumulates(variant) + part, world)
+            for rank in range(world):
+                with torch.autocast("cpu", torch.bfloat16, enabled=variant == "bf16"):
+                    loss = loss_of(model, ids[rank::world])
+                (loss / world / accumulates(variant)).backward()
+                losses.append(loss.item())
+        if clips(variant):
+            nn.utils.clip_grad_norm_(model.parameters(), clips(variant))
+        optimizer.step()
+        optimizer.zero_grad()
+    return model, losses
+
+
+class Collectives(TorchDispatchMode):
+    """Counts the collectives that run below it, by name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: dict[str, int] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = str(func)
+        if "c10d" in name and "wait" not in name:
+            self.counts[name] = self.counts.get(name, 0) + 1
+        return func(*args, **(kwargs or {}))
+
+
+def collectives(kind: str) -> dict[str, Any]:
+    """Those of one step, the third, with PaCA and with LoRA on the same layers."""
+    counts = {}
+    for method in ("paca", "lora"):
+        accelerator = accelerator_of(kind, "plain")
+        model = build("plain", True)
+        if method == "lora":
+            model = peft.get_peft_model(llama().double(), peft.LoraConfig(r=5, target_modules=TARGETS)).train()
+        model, optimizer = accelerator.prepare(model, optimizer_of(model))
+        for number in range(3):
+            with Collectives() as seen:
+                accelerator.backward(loss_of(model, batch(number, 1)))
+                optimizer.step()
+                optimizer.zero_grad()
+        counts[method] = dict(sorted(seen.counts.items()))
+    if not counts["lora"] or counts["paca"] != counts["lora"]:
+        raise AssertionError(f"the collectives of a step: {counts}")
+    return {"collectives": counts["paca"]}
+
+
+def accelerator_of(kind: str, variant: str) -> Accelerator:
+    """As the launcher's environment asks for it. accelerate shards on accelerators only: to it each process has one."""
+    AcceleratorState._reset_state(True)
+    GradientState._reset_state()
+    precision = "bf16" if variant == "bf16" else "no"
+    if kind == "ddp":
+        return Accelerator(cpu=True, gradient_accumulation_steps=accumulates(variant), mixed_precision=precision)
+    PartialState._prepare_backend = lambda *_, **__: ("gloo", DistributedType.MULTI_GPU)  # type: ignore[method-assign]
+    PartialState.set_device = lambda self: setattr(self, "device", torch.device("cpu"))  # type: ignore[method-assign]
+    if kind == "fsdp2":
+        return Accelerator(gradient_accumulation_steps=accumulates(variant), mixed_precision=precision)
+    plugin = DeepSpeedPlugin()  # reads what the launcher got from the file
+    plugin.deepspeed_config.update(
+        train_micro_batch_size_per_gpu=2,
+        gradient_accumulation_steps=accumulates(variant),
+        gradient_clipping=clips(variant) or 0.0,
+        zero_allow_untested_optimizer=True,
+    )
+    if plugin.zero_stage == 3:
+        plugin.deepspeed_config["zero_optimization"].update(stage3_param_persistence_threshold=0)
+    return Accelerator(deepspeed_plugin=plugin, mixed_precision=precision)
+
+
+def together(kind: str, variant: str) -> dict[str, float]:
+    """Train in all processes, and compare with one."""
+    world, rank, double = dist.get_world_size(), dist.get_rank(), not kind.startswith("deepspeed")
+    accelerator = accelerator_of(kind, variant)
+    alone, expected = one_process(variant, world, double)  # after it: under ZeRO-3 it adds its columns as well
+    model = build(variant, double)
+    layers = paca_layers(model)
+    model, optimizer = accelerator.prepare(model, optimizer_of(model))
+    losses = []
+    for number in range(STEPS):
+        for part in range(accumulates(variant)):
+            ids = batch(number * accumulates(variant) + part, world)[rank::world]
+            with accelerator.accumulate(model):
+                loss = loss_of(model, ids)
+                accelerator.backward(loss)
+                if clips(variant) and accelerator.sync_gradients:
+                    accelerator.clip_grad_norm_(model.parameters(), clips(variant))
+                optimizer.step()
+                optimizer.zero_grad()
+            losses.append(loss.item())
+    with torch.no_grad():  # the columns of every process, through what it computes with them
+        ids = batch(99, world)
+        got, want = model(input_ids=ids).logits, alone(input_ids=ids).logits
+    outputs = difference(got.to(want), want)
+    state = accelerator.get_state_dict(model)
+    adapter = 0.0
+    if kind == "ddp" or rank == 0:
+        unwrapped = accelerator.unwrap_model(model)
+        mine = get_peft_model_state_dict(unwrapped, state_dict=state)
+        theirs = get_peft_model_state_dict(alone)
+        if mine.keys() != theirs.keys():
+            raise AssertionError(f"the adapter has {sorted(mine)[:3]}, not {sorted(theirs)[:3]}")
+        adapter = max(difference(mine[name].to(value), value) for name, value in theirs.items())
+        base = build(variant, double).state_dict()
+        wrong = [n for n, v in base.items() if n.endswith("base_layer.weight") and not torch.equal(v, state[n].to(v))]
+        if wrong and variant != "bf16":
+            raise AssertionError(f"not the pretrained weights: {wrong}")
+    mine_of_all = expected[rank::world]
+    loss = max(abs(a - b) / abs(b) for a, b in zip(losses, mine_of_all, strict=True))
+    return {"outputs": outputs, "adapter": adapter, "losses": loss, "modes": sorted({layer.mode for layer in layers})}
+
+
+def difference(got: Tensor, want: Tensor) -> float:
+    """The largest one, as a part of the largest value."""
+    return float((got.double() - want.double()).abs().max() / want.double().abs().max().clamp(min=1e-30))
+
+
+def main() -> None:
+    kind, output, *variants = sys.argv[1:]
+    torch.set_num_threads(1)
+    if not dist.is_initialized() and not kind.startswith("deepspeed"):
+        dist.init_process_group("gloo")
+    elif kind.startswith("deepspeed"):
+        from deepspeed import comm
+
+        comm.init_distributed("gloo", auto_mpi_discovery=False, verbose=False)
+    results: dict[str, Any] = {}
+    for variant in variants or VARIANTS:
+        try:
+            results[variant] = collectives(kind) if variant == "collectives" else together(kind, variant)
+        except Exception:
+            results[variant] = {"trouble": traceback.format_exc()}
+            break  # processes may be at different places now
+    rank = os.environ["RANK"]
+    Path(f"{output}-{rank}.json").write_text(json.dumps(results))
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
