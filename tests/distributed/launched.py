@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 from accelerate import Accelerator, DeepSpeedPlugin
 from accelerate.state import AcceleratorState, GradientState, PartialState
-from accelerate.utils import DistributedType
+from accelerate.utils import DistributedDataParallelKwargs, DistributedType
 from peft.utils import get_peft_model_state_dict
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -123,7 +123,7 @@ def collectives(kind: str) -> dict[str, Any]:
     """Those of one step, the third, with PaCA and with LoRA on the same layers."""
     counts = {}
     for method in ("paca", "lora"):
-        accelerator = accelerator_of(kind, "plain")
+        accelerator = accelerator_of(kind, "collectives")
         model = build("plain", True)
         if method == "lora":
             model = peft.get_peft_model(llama().double(), peft.LoraConfig(r=5, target_modules=TARGETS)).train()
@@ -145,7 +145,10 @@ def accelerator_of(kind: str, variant: str) -> Accelerator:
     GradientState._reset_state()
     precision = "bf16" if variant == "bf16" else "no"
     if kind == "ddp":
-        return Accelerator(cpu=True, gradient_accumulation_steps=accumulates(variant), mixed_precision=precision)
+        # DDP sends buffers before each forward pass unless told otherwise: the numbers of the columns too.
+        quiet = [DistributedDataParallelKwargs(broadcast_buffers=variant != "collectives")]
+        settings = {"gradient_accumulation_steps": accumulates(variant), "mixed_precision": precision}
+        return Accelerator(cpu=True, kwargs_handlers=quiet, **settings)
     PartialState._prepare_backend = lambda *_, **__: ("gloo", DistributedType.MULTI_GPU)  # type: ignore[method-assign]
     PartialState.set_device = lambda self: setattr(self, "device", torch.device("cpu"))  # type: ignore[method-assign]
     if kind == "fsdp2":

@@ -651,6 +651,44 @@ def gathers_in_a_narrower_type():
             assert torch.equal(whole(value), base[name]), name
 
 
+@of(2)
+def modules_that_are_trained_whole():
+    """In blocks of their own and in the root's; by calling them, and by their weight as fused losses read it."""
+
+    def build():
+        return adapt(llama().double(), target_modules=["q_proj"], modules_to_save=["lm_head"])
+
+    def by_weight(model, ids):
+        base = model.get_base_model()
+        base.forward = lambda input_ids: base.model(input_ids=input_ids).last_hidden_state @ base.lm_head.weight.T
+        return model(input_ids=ids).square().mean()
+
+    for parts in ("blocks", "root"):
+        for loss in (loss_of, by_weight):
+            alone, together = pair(build, parts)
+            loss(alone, batch()).backward()
+            loss(together, mine(batch())).backward()
+            check_gradients(alone, together)
+
+
+@of(2)
+def a_weight_that_is_gathered_by_hand_gets_the_gradient_of_one_process():
+    """Why `paca train` refuses modules_to_save: TRL's loss gathers an output layer so, if it is sharded by itself. Its
+    gradient should be the average over the processes; each gets its rows of its own. Without PaCA."""
+    torch.manual_seed(0)
+    weight = torch.distributed.tensor.distribute_tensor(torch.randn(6, 4), mesh(), [torch.distributed.tensor.Shard(0)])
+    weight.requires_grad_()
+    gradients = []
+    for rank in range(2):
+        whole_weight = whole(weight.detach()).requires_grad_()
+        (torch.full((3, 4), rank + 1.0) @ whole_weight.T).square().mean().backward()
+        gradients.append(whole_weight.grad)
+    (torch.full((3, 4), dist.get_rank() + 1.0) @ weight.full_tensor().T).square().mean().backward()
+    got = whole(weight.grad)
+    torch.testing.assert_close(got, torch.cat([gradients[0][:3], gradients[1][3:]]))
+    assert not torch.allclose(got, sum(gradients) / 2)
+
+
 # -- refused -------------------------------------------------------------------------------------------------------
 
 
@@ -689,6 +727,18 @@ def different_columns_are_refused():
     model = adapt(llama().double(), target_modules=["q_proj"], random_seed=dist.get_rank())
     with pytest.raises(RuntimeError, match="train different columns of the same weights"):
         sharded(model)(input_ids=batch())
+
+
+@of(2)
+def optimizers_that_do_not_know_shards_are_named():
+    import bitsandbytes
+    from transformers.optimization import Adafactor
+
+    together = sharded(adapt(llama(), target_modules=["q_proj"]))
+    loss_of(together, mine(batch())).backward()
+    for kind in (torch.optim.Adafactor, torch.optim.Rprop, Adafactor, bitsandbytes.optim.AdamW8bit):
+        with pytest.raises(TypeError, match=rf"{kind.__name__} can't step parameters that FSDP2 shards"):
+            kind(trainable(together)).step()
 
 
 @of(2)

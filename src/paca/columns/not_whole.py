@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from paca.columns.state import is_sharded
@@ -62,3 +63,19 @@ def refuse_sharded_delta(adapter_name: str) -> None:
         f"The deltas of adapter {adapter_name!r} are sharded, and the weight below them is not. Shard both, or none "
         "(ignored_params)."
     )
+
+
+_UNFIT = ("torch.Adafactor", "torch.Rprop", "transformers.Adafactor", "bitsandbytes.")
+"""Optimizers whose first step fails on DTensors, tried with torch 2.13."""
+
+
+def refuse_unfit(optimizer: torch.optim.Optimizer) -> None:
+    """Raise `TypeError` if an optimizer that can't step sharded parameters holds some."""
+    kind = type(optimizer)
+    if not f"{kind.__module__.partition('.')[0]}.{kind.__name__}".startswith(_UNFIT):
+        return
+    if any(is_sharded(parameter) for group in optimizer.param_groups for parameter in group["params"]):
+        raise TypeError(
+            f"{kind.__module__}.{kind.__name__} can't step parameters that FSDP2 shards (DTensors). Use "
+            "torch.optim.AdamW, SGD or Muon; or train with DistributedDataParallel, which takes every optimizer."
+        )
