@@ -51,6 +51,8 @@ def build(variant: str, double: bool) -> Any:
     # 49 rows are 25 and 24 in two processes; 13, 13, 13 and 10 in four. 33 tokens as well.
     model = llama(intermediate_size=49, vocab_size=65) if odd else llama()
     model = model.double() if double and variant not in ("bf16", "nf4") else model
+    if variant == "bf16" and not double:  # DeepSpeed has no autocast: it casts parameters, also the deltas
+        model = model.bfloat16()
     if variant == "nf4":
         from quantized_layers import quantized_linear
 
@@ -82,6 +84,13 @@ def loss_of(model: nn.Module, ids: Tensor) -> Tensor:
     return model(input_ids=ids).logits.square().mean()
 
 
+def outputs_of(model: nn.Module, ids: Tensor, variant: str) -> Tensor:
+    """As accelerate wraps a model in mixed precision."""
+    with torch.autocast("cpu", torch.bfloat16, enabled=variant == "bf16"):
+        logits = model(input_ids=ids).logits
+    return logits.float() if variant == "bf16" else logits
+
+
 def optimizer_of(model: nn.Module) -> torch.optim.Optimizer:
     return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.02)
 
@@ -94,8 +103,7 @@ def one_process(variant: str, world: int, double: bool) -> tuple[Any, list[float
         for part in range(accumulates(variant)):
             ids = batch(number * accumulates(variant) + part, world)
             for rank in range(world):
-                with torch.autocast("cpu", torch.bfloat16, enabled=variant == "bf16"):
-                    loss = loss_of(model, ids[rank::world])
+                loss = outputs_of(model, ids[rank::world], variant).square().mean()
                 (loss / world / accumulates(variant)).backward()
                 losses.append(loss.item())
         if clips(variant):
@@ -187,7 +195,7 @@ def together(kind: str, variant: str) -> dict[str, float]:
             losses.append(loss.item())
     with torch.no_grad():  # the columns of every process, through what it computes with them
         ids = batch(99, world)
-        got, want = model(input_ids=ids).logits, alone(input_ids=ids).logits
+        got, want = model(input_ids=ids).logits, outputs_of(alone, ids, variant)
     outputs = difference(got.to(want), want)
     state = accelerator.get_state_dict(model)
     adapter = 0.0

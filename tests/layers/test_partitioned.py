@@ -6,14 +6,19 @@ import pytest
 import torch
 
 import paca.layers.modes
-import paca.tuner.targets
+import paca.tuner.model
 from models import adapt, adapted_perceptron, llama
 from paca.layers import paca_layers
 
 
+def tell(patch, enabled):
+    for module in (paca.layers.modes, paca.tuner.model):
+        patch.setattr(module, "is_deepspeed_zero3_enabled", lambda: enabled)
+
+
 @pytest.fixture
 def enabled(monkeypatch):
-    monkeypatch.setattr(paca.layers.modes, "is_deepspeed_zero3_enabled", lambda: True)
+    tell(monkeypatch, True)
 
 
 def test_columns_are_added_where_weights_are_taken_apart(enabled):
@@ -22,7 +27,7 @@ def test_columns_are_added_where_weights_are_taken_apart(enabled):
     x = torch.randn(4, 7, dtype=torch.float64)
     model(x).square().sum().backward()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(paca.layers.modes, "is_deepspeed_zero3_enabled", lambda: False)
+        tell(patch, False)
         plain = adapted_perceptron(dtype=torch.float64)
     plain(x).square().sum().backward()
     for one, other in zip(paca_layers(model), paca_layers(plain), strict=True):

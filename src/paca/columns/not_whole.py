@@ -65,16 +65,14 @@ def refuse_sharded_delta(adapter_name: str) -> None:
     )
 
 
-_UNFIT = ("torch.Adafactor", "torch.Rprop", "transformers.Adafactor", "bitsandbytes.")
-"""Optimizers whose first step fails on DTensors, tried with torch 2.13."""
+UNFIT = ("bitsandbytes", "torch.optim._adafactor", "torch.optim.rprop", "transformers.optimization")
+"""Modules of optimizers whose first step fails on DTensors, tried with torch 2.13."""
 
 
 def refuse_unfit(optimizer: torch.optim.Optimizer) -> None:
-    """Raise `TypeError` if an optimizer that can't step sharded parameters holds some."""
-    kind = type(optimizer)
-    if not f"{kind.__module__.partition('.')[0]}.{kind.__name__}".startswith(_UNFIT):
-        return
+    """Raise `TypeError` if an optimizer of these holds sharded parameters."""
     if any(is_sharded(parameter) for group in optimizer.param_groups for parameter in group["params"]):
+        kind = type(optimizer)
         raise TypeError(
             f"{kind.__module__}.{kind.__name__} can't step parameters that FSDP2 shards (DTensors). Use "
             "torch.optim.AdamW, SGD or Muon; or train with DistributedDataParallel, which takes every optimizer."

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
-from paca.columns.not_whole import refuse_unfit
+from paca.columns.not_whole import UNFIT, refuse_unfit
 from paca.columns.raised_steps import forget_raised
 from paca.columns.resident import WRITING, ResidentColumns, write_together
 from paca.columns.state import AdapterColumns, is_sharded
@@ -50,7 +50,8 @@ def _held(optimizer: torch.optim.Optimizer) -> tuple[list[Held], list[Held]]:
 @torch.compiler.disable
 def _before_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
     others_step()  # forgets a step of this thread that raised
-    refuse_unfit(optimizer)
+    if type(optimizer).__module__.startswith(UNFIT):
+        refuse_unfit(optimizer)
     held = _held(optimizer)[0]
     with WRITING:  # a write that another thread has begun reads deltas
         _STEPPING.setdefault(threading.get_ident(), held)

@@ -10,11 +10,11 @@ from typing import Any
 from peft.tuners.tuners_utils import _maybe_include_all_linear_layers
 from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from paca.config import PacaConfig
 from paca.layers import PACA_CLASSES, RESIDENT_CLASSES, PacaExpertStack, PacaLayer, paca_layers
 from paca.layers.experts import ExpertStack, put_parameter_back
-from paca.layers.modes import is_partitioned
 from paca.layers.overlaid import keep_for_dispatch
 from paca.tuner import entry
 from paca.tuner.adapter_checks import check_adapter_tensors, check_name
@@ -138,7 +138,8 @@ class PacaModel(AdaptsStacks, MergesAdapters):
             and self._uses[id(target)] < 2
             and self._uses[_memory_of(target.weight)] < 2
             and not hasattr(self.model, "hf_device_map")
-            and not is_partitioned(target)
+            and not hasattr(target.weight, "ds_id")  # of DeepSpeed's ZeRO-3
+            and not is_deepspeed_zero3_enabled()
             and not vars(target).keys() & {"forward", "_hf_hook"}
         )
 
