@@ -65,8 +65,8 @@ def refuse_sharded_delta(adapter_name: str) -> None:
     )
 
 
-UNFIT = ("bitsandbytes", "torch.optim._adafactor", "torch.optim.rprop", "transformers.optimization")
-"""Modules of optimizers whose first step fails on DTensors, tried with torch 2.13."""
+UNFIT = ("bitsandbytes.", "torch.optim.Adafactor", "torch.optim.rprop.Rprop", "transformers.optimization.Adafactor")
+"""Optimizers whose first step fails on DTensors, tried with torch 2.13: how their classes' full names begin."""
 
 
 def refuse_unfit(optimizer: torch.optim.Optimizer) -> None:

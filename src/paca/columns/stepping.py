@@ -50,7 +50,7 @@ def _held(optimizer: torch.optim.Optimizer) -> tuple[list[Held], list[Held]]:
 @torch.compiler.disable
 def _before_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
     others_step()  # forgets a step of this thread that raised
-    if type(optimizer).__module__.startswith(UNFIT):
+    if f"{type(optimizer).__module__}.{type(optimizer).__name__}".startswith(UNFIT):
         refuse_unfit(optimizer)
     held = _held(optimizer)[0]
     with WRITING:  # a write that another thread has begun reads deltas
