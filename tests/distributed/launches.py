@@ -44,7 +44,7 @@ divides by small gradients."""
 def bound(kind: str, variant: str) -> float:
     """What the largest difference may be."""
     if variant in ("bf16", "nf4"):
-        return 0.08  # sums of 16 (nf4: 32) bits in another order, and FSDP2 rounds deltas to 16 bits before the sum
+        return 0.2  # sums of 16 (nf4: 32) bits in another order, and FSDP2 rounds deltas to 16 bits before the sum
     return EXACT[kind.partition("-")[0]]
 
 
