@@ -140,3 +140,52 @@ def test_a_published_shape_is_planned_without_a_hub() -> None:
 def test_mistakes_are_explained(base: Path, arguments: list[str], message: str) -> None:
     with pytest.raises(paca.PacaError, match=message):
         plan(str(base), *arguments)
+
+
+def test_a_device_that_is_not_here_is_simulated_and_says_so(base: Path) -> None:
+    text = plan(str(base), "--seq", "64", "--on", "h100", "--steps", "500")
+    assert "Simulated on NVIDIA H100 80 GB SXM: nothing here was measured" in text
+    assert text.count("(simulated)") == 5
+    assert "500" in text
+    assert "Time floor" not in text
+    assert "80.00 GiB" in text
+    content = json.loads(plan(str(base), "--seq", "64", "--on", "H100", "--json"))
+    assert content["seconds_per_step"] is None
+    assert content["simulated"]["measured"] is False
+    (row,) = content["simulated"]["methods"].values()
+    assert row["tokens_per_second"] == 64 / row["seconds_per_step"]
+    assert row["hours"] == 1000 * row["seconds_per_step"] / 3600
+    assert row["fits"]
+
+
+def test_a_run_is_simulated_at_its_typical_length_for_its_steps(base: Path, tmp_path: Path) -> None:
+    pytest.importorskip("bitsandbytes")
+    data = tmp_path / "train.jsonl"
+    data.write_text("".join(json.dumps({"text": "x" * length}) + "\n" for length in (5, 40, 17)))
+    path = tmp_path / "run.yaml"
+    train = {"max_steps": 300, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 3}
+    path.write_text(yaml.safe_dump({"model": {"name": str(base)}, "data": {"train": str(data)}, "train": train}))
+    content = json.loads(plan(str(path), "--on", "l40s", "--compare", "lora", "--json"))
+    simulated = content["simulated"]
+    assert simulated["steps"] == 300
+    assert [*simulated["methods"]] == ["paca", "lora", "lora-tuned", "qpaca", "qlora"]
+    paca_row = simulated["methods"]["paca"]
+    assert paca_row["total"] == content["total"]
+    tokens = paca_row["tokens_per_second"] * paca_row["seconds_per_step"]
+    assert tokens == pytest.approx(6 * content["typical_sequence_length"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--on", "h10"], "Did you mean 'h100'"),
+        (["--on", "h100", "--rate", "3"], "--rate"),
+        (["--on", "h100", "--device", "cpu"], "--device"),
+        (["--on", "h100", "--compare", "dora"], "--compare must be lora"),
+        (["--compare", "lora"], "--on h100"),
+        (["--on", "h100", "--steps", "0"], "1 or more"),
+    ],
+)
+def test_mistakes_about_devices_are_explained(base: Path, arguments: list[str], message: str) -> None:
+    with pytest.raises(paca.PacaError, match=message):
+        plan(str(base), *arguments)

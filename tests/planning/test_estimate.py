@@ -111,16 +111,16 @@ def test_a_cuda_device_uses_its_own_attention_and_loss_kernels() -> None:
 
 
 def test_checkpointed_blocks_run_the_same_attention_kernel_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    from paca.planning import live_memory
+    from paca.planning import operators
 
     calls: list[str] = []
-    count = live_memory.flops_of
+    count = operators.flops_of
 
     def counted(operator: Any, *rest: Any) -> int:
         calls.append(operator._overloadpacket.__name__)
         return count(operator, *rest)
 
-    monkeypatch.setattr(live_memory, "flops_of", counted)
+    monkeypatch.setattr(operators, "flops_of", counted)
     planned(checkpointing=True, padded=True)
     forward = calls.count("_scaled_dot_product_flash_attention_for_cpu")
     assert forward == 2 * calls.count("_scaled_dot_product_flash_attention_for_cpu_backward") > 0

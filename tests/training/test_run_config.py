@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import yaml
 
-from paca.cli.plan import yaml_lines
+from paca.cli.plan_tables import yaml_lines
 from paca.messages.errors import PacaError
 from paca.planning import Setting
 from paca.training import load_run_config

@@ -3,47 +3,24 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import json
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
-from rich.table import Table
 
 from paca.messages.errors import PacaError
-from paca.messages.say import say
-from paca.messages.units import format_bytes, parse_bytes
+from paca.messages.units import parse_bytes
 from paca_command import import_package
 
 if TYPE_CHECKING:
-    from paca.planning import Fit, MemoryEstimate, Setting
-    from paca.planning.device_rates import DequantizeRate, MatmulRate
     from paca.planning.target import Target
 
 QUANTIZATIONS = ("nf4", "fp4", "int8")
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What was planned."""
-
-    target: Target
-    result: MemoryEstimate
-    typical: MemoryEstimate
-    """As `result`, for sequences of typical length: what a step takes in time."""
-    rate: MatmulRate | None
-    unpacking: DequantizeRate | None
-    budget: int | None
-    found: Fit | None
-
-    def seconds(self) -> float | None:
-        """Time floor of a step."""
-        from paca.planning import step_seconds
-
-        return None if self.rate is None else step_seconds(self.typical, self.rate, self.unpacking)
+STEPS = 1000
+"""Optimizer steps whose hours are shown where nothing says how many there are."""
 
 
 def plan(
@@ -74,13 +51,23 @@ def plan(
     bandwidth: Annotated[
         float | None, typer.Option(help="GB/s of the device's memory, for unpacking quantized weights.")
     ] = None,
+    on: Annotated[
+        str | None, typer.Option(metavar="DEVICE", help="Simulate a GPU that is not here, such as h100 or a100-80gb.")
+    ] = None,
+    compare: Annotated[
+        str | None, typer.Option(help="lora: with --on, also LoRA (defaults, tuned), QPaCA and QLoRA.")
+    ] = None,
+    steps: Annotated[
+        int | None, typer.Option(help="Optimizer steps, for the hours of --on; 1,000, or a run's max_steps.")
+    ] = None,
     set_: Annotated[
         list[str] | None,
         typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Change a setting of the run; may be repeated."),
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
+    json_: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
 ) -> None:
     """Show what training would take: memory by part, and the least time per step; with --memory, what would fit."""
+    _check_simulation(on, compare, steps, device, rate, bandwidth)
     if loss not in ("chunked", "full", "any"):
         raise PacaError(f"--loss must be chunked, full or any, not {loss!r}.")
     if quantization not in (None, "none", *QUANTIZATIONS, *(() if memory is None else ("auto", "any"))):
@@ -90,9 +77,15 @@ def plan(
     import_package()
     import torch
 
+    from paca.cli.plan_tables import Outcome, as_json, show_estimate, show_fit, show_simulated
     from paca.planning import available_memory, estimate, fit
     from paca.planning.device_rates import fixed_rate, given_bandwidth, measure_dequantize_rate, measure_rate
+    from paca.planning.devices import find_device
+    from paca.planning.on_device import rates_on, simulate_on
 
+    simulated_device = None if on is None else find_device(on)
+    if simulated_device is not None:
+        device = "cuda"
     planned = _target(target, seq, batch_size, r, dtype, device, set_ or [])
     setting = planned.setting
     if quantization is not None:
@@ -110,12 +103,16 @@ def plan(
     considered = (None, "nf4") if choose else (setting.quantization,)
     here = setting.device == "cpu" or torch.cuda.is_available()
     speed = planned.dtype, planned.hidden_size
-    measured, unpacking, found = None, None, None
-    if rate is not None:
+    measured, unpacking, found, simulated = None, None, None, None
+    if simulated_device is not None:
+        measured, unpacking = rates_on(simulated_device, planned.dtype)
+    elif rate is not None:
         measured = fixed_rate(rate * 1e12)
     elif here:
         measured = measure_rate(setting.device, *speed)
-    if bandwidth is not None:
+    if simulated_device is not None:
+        pass
+    elif bandwidth is not None:
         unpacking = given_bandwidth(bandwidth * 1e9)
     elif here and considered[-1] is not None:
         unpacking = measure_dequantize_rate(setting.device, *speed, considered[-1])
@@ -134,6 +131,8 @@ def plan(
             quantizations=considered,
             fastest_weights=quantization == "any",
         )
+    elif simulated_device is not None:
+        budget = simulated_device.memory
     else:
         with contextlib.suppress(PacaError):  # a plan for a GPU that is not here
             budget = available_memory(setting.device)
@@ -142,14 +141,45 @@ def plan(
     if planned.typical_length is not None:
         shorter = replace(result.setting, sequence_length=planned.typical_length)
         typical = estimate(planned.model, shorter, planned.adapter)
-    outcome = Outcome(planned, result, typical, measured, unpacking, budget, found)
-    if as_json:
-        print(json.dumps(_as_json(outcome), indent=2))
+    if simulated_device is not None:
+        lengths = planned.typical_length
+        simulated = simulate_on(
+            planned.model,
+            result.setting,
+            planned.adapter,
+            simulated_device,
+            compare=compare is not None,
+            typical_length=lengths,
+        )
+    steps = steps or planned.steps or STEPS
+    outcome = Outcome(planned, result, typical, measured, unpacking, budget, found, simulated, steps)
+    if json_:
+        print(json.dumps(as_json(outcome), indent=2))
         return
     console = Console()
-    _show_estimate(console, outcome)
+    show_estimate(console, outcome)
     if found is not None:
-        _show_fit(console, found, measured)
+        show_fit(console, found, measured)
+    if simulated is not None:
+        show_simulated(console, simulated, steps)
+
+
+def _check_simulation(
+    on: str | None,
+    compare: str | None,
+    steps: int | None,
+    device: str | None,
+    rate: float | None,
+    bandwidth: float | None,
+) -> None:
+    if compare not in (None, "lora"):
+        raise PacaError(f"--compare must be lora, not {compare!r}.")
+    if steps is not None and steps < 1:
+        raise PacaError(f"--steps is {steps}; it must be 1 or more.")
+    if on is None and (compare, steps) != (None, None):
+        raise PacaError("--compare and --steps are for a simulated device. Name it: --on h100, for example.")
+    if on is not None and (rate is not None or bandwidth is not None or device not in (None, "cuda")):
+        raise PacaError("--on brings the rates of its device along. Leave out --rate, --bandwidth and --device.")
 
 
 def _target(
@@ -177,132 +207,3 @@ def _target(
 
 def _is_run(name: str) -> bool:
     return Path(name).suffix.lower() in (".yaml", ".yml")
-
-
-def _show_estimate(console: Console, outcome: Outcome) -> None:
-    target, result, budget = outcome.target, outcome.result, outcome.budget
-    setting = result.setting
-    say(
-        console,
-        f"{target.name}: {result.parameters:,} parameters, {result.trainable:,} trained "
-        f"({100 * result.trainable / result.parameters:.2f} %), weights in {result.weights}",
-    )
-    say(
-        console,
-        f"{setting.batch_size} x {setting.sequence_length} tokens per pass, {setting.gradient_accumulation} passes per "
-        f"step, on {setting.device}; to save memory: {setting.techniques()}",
-    )
-    if target.lengths is not None:
-        say(console, f"The length is that of {target.lengths}.")
-    if target.positions is not None and setting.sequence_length > target.positions:
-        console.print(f"The model was made for sequences of at most {target.positions} tokens.", style="yellow")
-    table = Table(title=f"Peak memory ({result.moment})", title_justify="left")
-    table.add_column("part")
-    table.add_column("memory", justify="right")
-    for name, count in result.parts.items():
-        table.add_row(name, format_bytes(count))
-    table.add_section()
-    table.add_row("total", format_bytes(result.total))
-    if budget is not None:
-        table.add_row("budget", format_bytes(budget))
-    console.print(table)
-    say(console, f"The autograd graph holds {format_bytes(result.activations)} at the end of the forward pass.")
-    say(console, f"Time floor: {_time(outcome)}")
-    if budget is not None and result.total > budget:
-        console.print("This does not fit. Give --memory to find what does.", style="red")
-
-
-def _time(outcome: Outcome) -> str:
-    result, rate, unpacking, seconds = outcome.typical, outcome.rate, outcome.unpacking, outcome.seconds()
-    work = f"{result.flops / 1e12:,.2f} TFLOP per step"
-    if result.dequantized:
-        work += f" and {result.dequantized / 1e9:,.2f} GB to unpack weights"
-    if rate is None or seconds is None:
-        return f"{work}; the device is not here to be measured (give --rate)"
-    speeds = f"{rate.at(result.setting.tokens_per_pass) / 1e12:,.3f} TFLOP/s, {rate.source}"
-    if result.dequantized:
-        speeds += (
-            "; the unpacking is left out, as its speed is not known here (give --bandwidth)"
-            if unpacking is None
-            else f"; {unpacking.bytes_per_second / 1e9:,.1f} GB/s, {unpacking.source}"
-        )
-    typical = outcome.target.typical_length
-    length = "" if typical is None else f" of sequences of {typical} tokens, as batches are padded to on average"
-    return (
-        f"{seconds:,.3f} s per step{length}, at most {result.setting.tokens_per_step / seconds:,.0f} tokens/s "
-        f"({work} at {speeds})"
-    )
-
-
-def _show_fit(console: Console, found: Fit, rate: MatmulRate | None) -> None:
-    table = Table(title="What fits, fastest first", title_justify="left")
-    for heading in ("to save memory", "batch", "accumulation", "memory", "s per step"):
-        table.add_column(heading, justify="left" if heading == "to save memory" else "right")
-    for candidate in found.candidates:
-        setting = candidate.setting
-        table.add_row(
-            setting.techniques(),
-            str(setting.batch_size),
-            str(setting.gradient_accumulation),
-            format_bytes(candidate.estimate.total),
-            "does not fit" if not candidate.fits else "-" if rate is None else f"{candidate.seconds:,.3f}",
-        )
-    console.print(table)
-    if found.weights_reason is not None:
-        say(console, found.weights_reason)
-    for reason in found.refused:
-        say(console, f"Not considered: {reason}")
-    for line in yaml_lines(found.setting):
-        say(console, line)
-
-
-def yaml_lines(setting: Setting) -> list[str]:
-    """The lines of a run's YAML that ask for `setting`."""
-    lines = ["In a run's YAML:"]
-    if setting.lean or setting.quantization:
-        lines += ["  model:"]
-        lines += [f"    quantization: {setting.quantization}"] if setting.quantization else []
-        lines += ["    lean: true"] if setting.lean else []
-        lines += ["    recompute: mlp"] if setting.recompute else []
-    lines += [
-        "  train:",
-        f"    max_length: {setting.sequence_length}",
-        f"    per_device_train_batch_size: {setting.batch_size}",
-        f"    gradient_accumulation_steps: {setting.gradient_accumulation}",
-    ]
-    return [*lines, "    gradient_checkpointing: true"] if setting.checkpointing else lines
-
-
-def _as_json(outcome: Outcome) -> dict[str, Any]:
-    result, rate, found = outcome.result, outcome.rate, outcome.found
-    content: dict[str, Any] = {
-        "target": outcome.target.name,
-        "parameters": result.parameters,
-        "trainable": result.trainable,
-        "weights": result.weights,
-        "lengths": outcome.target.lengths,
-        "setting": result.setting.as_dict(),
-        "memory": {**result.parts},
-        "total": result.total,
-        "peak_moment": result.moment,
-        "budget": outcome.budget,
-        "saved_activations": {**result.saved},
-        "typical_sequence_length": outcome.target.typical_length,
-        "flops_per_step": outcome.typical.flops,
-        "bytes_to_unpack_weights_per_step": outcome.typical.dequantized,
-        "unpacking": outcome.unpacking and dataclasses.asdict(outcome.unpacking),
-        "rate": rate and {"flops_per_second": {**rate.measured}, "source": rate.source},
-        "seconds_per_step": outcome.seconds(),
-    }
-    if found is not None:
-        content |= {"weights_reason": found.weights_reason, "not_considered": [*found.refused]}
-        content["candidates"] = [
-            {
-                "setting": each.setting.as_dict(),
-                "total": each.estimate.total,
-                "fits": each.fits,
-                "seconds_per_step": rate and each.seconds,
-            }
-            for each in found.candidates
-        ]
-    return content

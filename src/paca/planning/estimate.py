@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from paca.messages.errors import PacaError
 from paca.messages.units import format_bytes
+from paca.planning.operators import Operator
 from paca.planning.quantized_layers import quantization_name, unpacked_numel
 from paca.planning.repeated_blocks import copy_with_blocks, find_blocks
 from paca.planning.setting import Setting
@@ -46,6 +47,8 @@ class MemoryEstimate:
     """How the weights are kept: a dtype, or how the linear layers are quantized."""
     dequantized: int
     """Bytes read and written in one optimizer step to unpack quantized weights."""
+    operators: Mapping[Operator, int]
+    """How often one optimizer step runs each operator; empty unless it was asked for."""
 
     @property
     def total(self) -> int:
@@ -138,11 +141,15 @@ def _on_meta(model: str | PreTrainedConfig | PlannedModel) -> PlannedModel:
 
 
 def estimate(
-    model: str | PreTrainedConfig | PlannedModel, setting: Setting, adapter: PeftConfig | None = None
+    model: str | PreTrainedConfig | PlannedModel,
+    setting: Setting,
+    adapter: PeftConfig | None = None,
+    timed: bool = False,
 ) -> MemoryEstimate:
     """What a training step of `model` takes under `setting`, once `adapter` is in it; `model` as in `prepare_model`.
 
-    The forward and backward pass are run on tensors without values; see `paca.planning.simulated_step`.
+    The forward and backward pass are run on tensors without values; see `paca.planning.simulated_step`. With `timed`
+    they run once more, and the optimizer's step with them, for `operators`.
 
     Raises:
         PacaError: The model can't be found, planned, or made lean.
@@ -152,7 +159,7 @@ def estimate(
     root = prepared.get_base_model() if isinstance(prepared, PeftModel) else prepared
     if not isinstance(root, PreTrainedModel) or not root.can_generate():
         raise PacaError(f"Plans can be made for causal language models of transformers, not for {type(root).__name__}.")
-    trace = trace_step(root, setting)
+    trace = trace_step(root, setting, timed)
     moment, peak = max(trace.peaks.items(), key=lambda item: sum(item[1].values()))
     counts = {name: count for name, count in sorted(peak.items(), key=lambda item: -item[1]) if count > 0}
     parameters = {id(p): p for p in root.parameters()}.values()
@@ -170,20 +177,28 @@ def estimate(
         flops=trace.flops * setting.gradient_accumulation,
         weights=quantization_name(root) or str(root.dtype).removeprefix("torch."),
         dequantized=trace.dequantized * setting.gradient_accumulation,
+        operators={
+            operator: count * (1 if operator.phase == "step" else setting.gradient_accumulation)
+            for operator, count in (trace.operators.items() if timed else ())
+        },
     )
 
 
-def trace_step(root: PreTrainedModel, setting: Setting) -> StepTrace:
-    """The trace of one forward and backward pass of the whole model, from runs with two and three blocks of a kind."""
+def trace_step(root: PreTrainedModel, setting: Setting, timed: bool = False) -> StepTrace:
+    """The trace of one forward and backward pass of the whole model, from runs with two and three blocks of a kind.
+
+    `timed`: see `simulate`.
+    """
     blocks = find_blocks(root)
     if blocks is None:
         small = copy_with_blocks(root, None, ())
-        return simulate(small, setting, small.base_model, None)
+        return simulate(small, setting, small.base_model, None, timed)
 
     def run(chosen: tuple[int, ...]) -> StepTrace:
         small = copy_with_blocks(root, blocks, chosen)
         block_list: Any = small.get_submodule(blocks.path)
-        return simulate(small, setting, blocks.owner(small), block_list[-2] if len(block_list) > 1 else None)
+        before_last = block_list[-2] if len(block_list) > 1 else None
+        return simulate(small, setting, blocks.owner(small), before_last, timed)
 
     sample = blocks.sample(2)
     trace = start = run(sample)

@@ -17,7 +17,9 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional
 
+from paca.columns import state
 from paca.columns.kept import Kept
+from paca.columns.selection import BLOCK
 from paca.lean import cache_blocks, gated_linear_unit, pointwise, rms_norm
 from paca.planning.attention_kernels import attention_of
 from paca.planning.quantized_layers import dequantized_product, fake_states
@@ -55,6 +57,7 @@ def without_values(device: str) -> Iterator[None]:
             stack.enter_context(patch.object(module, "row_blocks", _first_block))
         # Columns without values are those that were written.
         stack.enter_context(patch.object(Kept, "equal", lambda kept, other: True))
+        stack.enter_context(patch.object(state, "runs_of", _blocks))
         # Positions without values might be those of packed sequences, and transformers would make a mask for them.
         stack.enter_context(patch.object(transformers.masking_utils, "find_packed_sequence_indices", lambda _: None))
         if importlib.util.find_spec("bitsandbytes") is not None:
@@ -66,6 +69,12 @@ def without_values(device: str) -> Iterator[None]:
         else:
             _count_touched_tiles(stack)
         yield
+
+
+def _blocks(indices: Tensor) -> tuple[tuple[int, int], ...] | None:
+    """Columns without values are taken to lie in blocks, as they do where nothing else was asked for."""
+    count = indices.numel()
+    return tuple((first, min(BLOCK, count - first)) for first in range(0, count, BLOCK)) if count >= BLOCK else None
 
 
 def _first_block(rows: Tensor, elements_per_thread: int) -> Iterator[slice]:
@@ -80,6 +89,13 @@ def _use_fused_loss_kernels(stack: ExitStack) -> None:
         return
     for name in ("_forward_tile", "_backward_tile"):
         stack.enter_context(patch.object(chunked_logprob, name, lambda *args, **kwargs: None))
+    if hasattr(chunked_logprob, "_addmm_fp32"):
+        stack.enter_context(patch.object(chunked_logprob, "_addmm_fp32", _add_half_precision_product))
+
+
+def _add_half_precision_product(total: Tensor, first: Tensor, second: Tensor) -> None:
+    """CUDA adds a product of 16-bit matrices to a float32 one as it is; a CPU would make float32 copies of both."""
+    torch.mm(first, second, out=total.view(first.dtype)[:, : total.shape[1]])
 
 
 def _count_touched_tiles(stack: ExitStack) -> None:

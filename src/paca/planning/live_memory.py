@@ -8,21 +8,12 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import flop_registry
 
+from paca.planning.operators import Operator, operator_of
 from paca.planning.quantized_layers import dequantized_bytes
-
-aten = torch.ops.aten
-
-# torch's table of formulas has the kernels of CUDA only.
-_COUNTED_AS = {
-    aten._scaled_dot_product_flash_attention_for_cpu: aten._scaled_dot_product_flash_attention,
-    aten._scaled_dot_product_flash_attention_for_cpu_backward: aten._scaled_dot_product_flash_attention_backward,
-}
 
 
 @dataclass(eq=False)
@@ -41,29 +32,37 @@ class Allocation:
 
 
 class LiveMemory(TorchDispatchMode):
-    """While active, follows all storages that operators make, and counts floating-point operations and
-    the bytes that unpacking quantized weights moves.
+    """While active, follows all storages that operators make, and counts the operators and the bytes that unpacking
+    quantized weights moves.
 
     A storage counts whole, and once, from the operator that made it until nothing refers to it any more: what a caching
-    allocator's counter of allocated bytes would show. `region` is the category of new storages.
+    allocator's counter of allocated bytes would show. `region` is the category of new storages, `phase` the part of the
+    step that operators belong to.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self.flops = 0
+        self.operators: Counter[Operator] = Counter()
         self.dequantized = 0
         self.region = "temporaries"
         self.bytes = 0
         self._event = 0
         self._all: list[Allocation] = []
         self._live: dict[int, tuple[Allocation, weakref.ref[Any]]] = {}
+        self.phase = "forward"
         self._window = ""
         self._peaks: dict[str, tuple[int, int]] = {"": (0, 0)}  # by window: bytes, and the event that began them
+
+    @property
+    def flops(self) -> int:
+        """Floating-point operations so far."""
+        return sum(operator.flops * count for operator, count in self.operators.items())
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
-        self.flops += flops_of(func, args, kwargs, result)
+        if func.namespace in ("aten", "bitsandbytes"):
+            self.operators[operator_of(func, args, kwargs, result, self.phase)] += 1
         self.dequantized += dequantized_bytes(func, args, result)
         self.note(tree_leaves(result), self.region)
         return result
@@ -124,23 +123,3 @@ class LiveMemory(TorchDispatchMode):
             self.bytes -= allocation.bytes
 
         return freed
-
-
-def flops_of(operator: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> int:
-    """Operations of one call of an ATen operator, a multiplication and an addition counted as two.
-
-    Matrix products, convolutions and fused attention are counted, causal attention as the half that has to be computed;
-    everything else is 0.
-    """
-    packet = operator._overloadpacket
-    formula = flop_registry.get(_COUNTED_AS.get(packet, packet))
-    if formula is None and packet.__name__.endswith("_"):
-        formula = flop_registry.get(getattr(aten, packet.__name__[:-1], None))  # addmm_ counts as addmm
-    if formula is None:
-        return 0
-    operations = formula(*args, **kwargs, out_val=result)
-    for position, argument in enumerate(operator._schema.arguments):
-        if argument.name == "is_causal":
-            given = args[position] if position < len(args) else kwargs.get("is_causal", argument.default_value)
-            return operations // 2 if given else operations
-    return operations

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
+import torch
 from torch import Tensor
 
 from paca.messages.errors import PacaError
@@ -34,3 +35,23 @@ def step_temporaries(optimizer: str, device: str, trainable: Sequence[Tensor]) -
         # On CUDA its for-each form makes the denominators of all parameters at once, elsewhere of one at a time.
         return sum(sizes) if device == "cuda" else 2 * max(sizes, default=0)
     return 0
+
+
+def stepped(optimizer: str, trainable: Sequence[Tensor]) -> Callable[[], None]:
+    """What follows a backward pass: gradients are clipped, and an optimizer steps with those of `trainable`.
+
+    AdamW's fused form stands for the 8-bit kinds.
+    """
+    parameters = [p for p in trainable if p.grad is not None]
+    if optimizer in _STATELESS:
+        made: torch.optim.Optimizer = torch.optim.SGD(parameters, lr=1e-3, foreach=True)
+    elif optimizer == "adamw_torch":
+        made = torch.optim.AdamW(parameters, lr=1e-3, foreach=True)
+    else:
+        made = torch.optim.AdamW(parameters, lr=1e-3, fused=True)
+
+    def step() -> None:
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0, foreach=True)
+        made.step()
+
+    return step

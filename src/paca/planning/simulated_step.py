@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import transformers.activations
@@ -25,7 +25,8 @@ from paca.lean import make_lean
 from paca.messages.errors import PacaError
 from paca.planning.fake_model import make_fake, without_values
 from paca.planning.live_memory import LiveMemory
-from paca.planning.optimizer_state import state_bytes, step_temporaries
+from paca.planning.operators import Operator
+from paca.planning.optimizer_state import state_bytes, step_temporaries, stepped
 from paca.planning.quantized_layers import states
 from paca.planning.setting import Setting
 
@@ -55,10 +56,15 @@ class StepTrace:
     """What the graph holds when the forward pass has ended, by kind, without parameters."""
     peaks: dict[str, Counter[str]] = field(default_factory=dict)
     """For each stretch of the step, everything that is allocated at its fullest moment, by category."""
-    flops: int = 0
-    """Of the forward and the backward pass."""
+    operators: Counter[Operator] = field(default_factory=Counter)
+    """How often each operator runs. In a sum of traces a count may be negative; what is linear in it is right."""
     dequantized: int = 0
     """Bytes read and written to unpack quantized weights, in both."""
+
+    @property
+    def flops(self) -> int:
+        """Of the forward and the backward pass."""
+        return sum(operator.flops * count for operator, count in self.operators.items())
 
     def plus(self, more: StepTrace, less: StepTrace, times: int) -> StepTrace:
         """`self + times * (more - less)`, everywhere."""
@@ -70,17 +76,26 @@ class StepTrace:
         return StepTrace(
             _line(times, self.saved, more.saved, less.saved),
             peaks,
-            self.flops + times * (more.flops - less.flops),
+            _line(times, self.operators, more.operators, less.operators),
             self.dequantized + times * (more.dequantized - less.dequantized),
         )
 
 
-def _line(times: int, start: Counter[str], more: Counter[str], less: Counter[str]) -> Counter[str]:
+Key = TypeVar("Key")
+
+
+def _line(times: int, start: Counter[Key], more: Counter[Key], less: Counter[Key]) -> Counter[Key]:
     keys = {*start, *more, *less}
     return Counter({key: start[key] + times * (more[key] - less[key]) for key in keys})
 
 
-def simulate(model: PreTrainedModel, setting: Setting, backbone: nn.Module, before_last: nn.Module | None) -> StepTrace:
+def simulate(
+    model: PreTrainedModel,
+    setting: Setting,
+    backbone: nn.Module,
+    before_last: nn.Module | None,
+    timed: bool = False,
+) -> StepTrace:
     """Run one forward and backward pass of `model` without values.
 
     Args:
@@ -89,6 +104,8 @@ def simulate(model: PreTrainedModel, setting: Setting, backbone: nn.Module, befo
         backbone: The module of it that gives the last hidden states.
         before_last: The last but one of its blocks. Where the backward pass comes to it a new stretch begins: there,
             what each block frees and what it adds decides where the peak is.
+        timed: Run a second step, with the optimizer's, and take the operators from it: they are those of all later
+            ones.
 
     Raises:
         PacaError: The forward pass depends on values (as routing to experts may), or can't be made lean.
@@ -103,7 +120,7 @@ def simulate(model: PreTrainedModel, setting: Setting, backbone: nn.Module, befo
     with warnings.catch_warnings(), without_values(setting.device):
         warnings.simplefilter("ignore")
         try:
-            return _Simulation(model, setting, backbone, before_last).run()
+            return _Simulation(model, setting, backbone, before_last, timed).run()
         except RuntimeError as error:  # of which torch's errors about missing values are kinds
             reason = next(iter(str(error).splitlines()), type(error).__name__)
             raise PacaError(
@@ -114,9 +131,10 @@ def simulate(model: PreTrainedModel, setting: Setting, backbone: nn.Module, befo
 
 class _Simulation:
     def __init__(
-        self, model: PreTrainedModel, setting: Setting, backbone: nn.Module, before_last: nn.Module | None
+        self, model: PreTrainedModel, setting: Setting, backbone: nn.Module, before_last: nn.Module | None, timed: bool
     ) -> None:
         self.model, self.setting, self.backbone, self.before_last = model, setting, backbone, before_last
+        self.timed = timed
         self.memory, self.stack = LiveMemory(), ModuleStack()
 
     def run(self) -> StepTrace:
@@ -145,7 +163,21 @@ class _Simulation:
         state = state_bytes(setting.optimizer, trainable)
         for peak in peaks.values():
             peak[OPTIMIZER] += state
-        return StepTrace(saved, peaks, memory.flops, memory.dequantized)
+        operators = self._steady(inputs, trainable) if self.timed else memory.operators
+        return StepTrace(saved, peaks, operators, memory.dequantized)
+
+    def _steady(self, inputs: dict[str, Tensor], trainable: list[nn.Parameter]) -> Counter[Operator]:
+        """What a later step runs: the first one also writes columns anew and makes the optimizer's state."""
+        step = stepped(self.setting.optimizer, trainable)
+        step()
+        for parameter in trainable:
+            parameter.grad = None
+        self.memory = recorder = LiveMemory()
+        with recorder:
+            self._forward_and_backward(inputs)
+            recorder.phase = "step"
+            step()
+        return recorder.operators
 
     def _forward_and_backward(self, inputs: dict[str, Tensor]) -> Counter[str]:
         memory, autocast = self.memory, self.setting.autocast
@@ -160,6 +192,7 @@ class _Simulation:
             loss = self.model(**inputs, use_cache=False, **options).loss
         held = memory.now()
         memory.begin_window("backward, last block")
+        memory.phase = "backward"
         loss.backward()
         return Counter({name: count for name, count in held.items() if name.startswith(ACTIVATIONS) or name == LOSS})
 

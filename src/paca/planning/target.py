@@ -31,6 +31,8 @@ class Target:
     """Where a run's sequence length is from, for people."""
     typical_length: int | None = None
     """Tokens to which a run's batches are padded on average; `setting` has the longest."""
+    steps: int | None = None
+    """Optimizer steps of a run that says how many."""
 
     @property
     def dtype(self) -> torch.dtype:

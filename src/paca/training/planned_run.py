@@ -74,7 +74,9 @@ def target_of_run(
         lengths = f"train.max_length: {lengths}"
     elif longest is not None and setting.sequence_length < longest:
         lengths = f"train.max_length, which cuts {lengths}"
-    return Target(str(path), outline, outline_config(config.method, config.adapter), setting, lengths, typical)
+    steps = config.train.get("max_steps") or 0
+    adapter = outline_config(config.method, config.adapter)
+    return Target(str(path), outline, adapter, setting, lengths, typical, steps if steps > 0 else None)
 
 
 def lengths_of_examples(config: RunConfig) -> tuple[int | None, int | None, str]:

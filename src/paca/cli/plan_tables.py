@@ -1,0 +1,229 @@
+"""What `paca plan` prints: tables, or JSON."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.table import Table
+
+from paca.messages.say import say
+from paca.messages.units import format_bytes
+
+if TYPE_CHECKING:
+    from paca.planning import Fit, MemoryEstimate, Setting
+    from paca.planning.device_rates import DequantizeRate, MatmulRate
+    from paca.planning.on_device import OnDevice
+    from paca.planning.target import Target
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What was planned."""
+
+    target: Target
+    result: MemoryEstimate
+    typical: MemoryEstimate
+    """As `result`, for sequences of typical length: what a step takes in time."""
+    rate: MatmulRate | None
+    unpacking: DequantizeRate | None
+    budget: int | None
+    found: Fit | None
+    simulated: OnDevice | None
+    """With `--on`: what stands in place of the time floor. No number of it is measured."""
+    steps: int
+    """Whose hours are shown."""
+
+    def seconds(self) -> float | None:
+        """Time floor of a step."""
+        from paca.planning import step_seconds
+
+        return None if self.rate is None else step_seconds(self.typical, self.rate, self.unpacking)
+
+
+def show_estimate(console: Console, outcome: Outcome) -> None:
+    target, result, budget = outcome.target, outcome.result, outcome.budget
+    setting = result.setting
+    say(
+        console,
+        f"{target.name}: {result.parameters:,} parameters, {result.trainable:,} trained "
+        f"({100 * result.trainable / result.parameters:.2f} %), weights in {result.weights}",
+    )
+    say(
+        console,
+        f"{setting.batch_size} x {setting.sequence_length} tokens per pass, {setting.gradient_accumulation} passes per "
+        f"step, on {setting.device}; to save memory: {setting.techniques()}",
+    )
+    if target.lengths is not None:
+        say(console, f"The length is that of {target.lengths}.")
+    if target.positions is not None and setting.sequence_length > target.positions:
+        console.print(f"The model was made for sequences of at most {target.positions} tokens.", style="yellow")
+    table = Table(title=f"Peak memory ({result.moment})", title_justify="left")
+    table.add_column("part")
+    table.add_column("memory", justify="right")
+    for name, count in result.parts.items():
+        table.add_row(name, format_bytes(count))
+    table.add_section()
+    table.add_row("total", format_bytes(result.total))
+    if budget is not None:
+        table.add_row("budget", format_bytes(budget))
+    console.print(table)
+    say(console, f"The autograd graph holds {format_bytes(result.activations)} at the end of the forward pass.")
+    if outcome.simulated is None:
+        say(console, f"Time floor: {_time(outcome)}")
+    if budget is not None and result.total > budget:
+        console.print("This does not fit. Give --memory to find what does.", style="red")
+
+
+def _time(outcome: Outcome) -> str:
+    result, rate, unpacking, seconds = outcome.typical, outcome.rate, outcome.unpacking, outcome.seconds()
+    work = f"{result.flops / 1e12:,.2f} TFLOP per step"
+    if result.dequantized:
+        work += f" and {result.dequantized / 1e9:,.2f} GB to unpack weights"
+    if rate is None or seconds is None:
+        return f"{work}; the device is not here to be measured (give --rate)"
+    speeds = f"{rate.at(result.setting.tokens_per_pass) / 1e12:,.3f} TFLOP/s, {rate.source}"
+    if result.dequantized:
+        speeds += (
+            "; the unpacking is left out, as its speed is not known here (give --bandwidth)"
+            if unpacking is None
+            else f"; {unpacking.bytes_per_second / 1e9:,.1f} GB/s, {unpacking.source}"
+        )
+    typical = outcome.target.typical_length
+    length = "" if typical is None else f" of sequences of {typical} tokens, as batches are padded to on average"
+    return (
+        f"{seconds:,.3f} s per step{length}, at most {result.setting.tokens_per_step / seconds:,.0f} tokens/s "
+        f"({work} at {speeds})"
+    )
+
+
+def show_fit(console: Console, found: Fit, rate: MatmulRate | None) -> None:
+    table = Table(title="What fits, fastest first", title_justify="left")
+    for heading in ("to save memory", "batch", "accumulation", "memory", "s per step"):
+        table.add_column(heading, justify="left" if heading == "to save memory" else "right")
+    for candidate in found.candidates:
+        setting = candidate.setting
+        table.add_row(
+            setting.techniques(),
+            str(setting.batch_size),
+            str(setting.gradient_accumulation),
+            format_bytes(candidate.estimate.total),
+            "does not fit" if not candidate.fits else "-" if rate is None else f"{candidate.seconds:,.3f}",
+        )
+    console.print(table)
+    if found.weights_reason is not None:
+        say(console, found.weights_reason)
+    for reason in found.refused:
+        say(console, f"Not considered: {reason}")
+    for line in yaml_lines(found.setting):
+        say(console, line)
+
+
+def show_simulated(console: Console, simulated: OnDevice, steps: int) -> None:
+    """The table of `--on`."""
+    device = simulated.device
+    title = f"Simulated on {device.title}: nothing here was measured"
+    table = Table(title=title, title_justify="left")
+    table.add_column("method")
+    for heading in ("memory", "ms per step", "tokens/s", f"hours, {steps:,} steps", "launch-bound"):
+        table.add_column(f"{heading}\n(simulated)", justify="right")
+    for row in simulated.rows:
+        total = row.estimate.total
+        table.add_row(
+            row.method,
+            format_bytes(total) if total <= device.memory else f"{format_bytes(total)}, too much",
+            f"{1e3 * row.time.total:,.0f}",
+            f"{row.tokens_per_second:,.0f}",
+            f"{row.hours(steps):,.2f}",
+            f"{100 * row.time.launch_bound:.0f} %",
+        )
+    console.print(table)
+    for reason in simulated.refused:
+        say(console, f"Left out: {reason}")
+    waits = max(row.time.waits for row in simulated.rows)
+    waited = f" The host waits for the device {waits} times within a step." if waits else ""
+    say(
+        console,
+        f"Simulated from one traced step and a data sheet ({device.source}). Launch-bound is the share of the step in "
+        f"which the device waits for the host.{waited} How far simulations were off: docs/notes/plan-on.md.",
+    )
+
+
+def yaml_lines(setting: Setting) -> list[str]:
+    """The lines of a run's YAML that ask for `setting`."""
+    lines = ["In a run's YAML:"]
+    if setting.lean or setting.quantization:
+        lines += ["  model:"]
+        lines += [f"    quantization: {setting.quantization}"] if setting.quantization else []
+        lines += ["    lean: true"] if setting.lean else []
+        lines += ["    recompute: mlp"] if setting.recompute else []
+    lines += [
+        "  train:",
+        f"    max_length: {setting.sequence_length}",
+        f"    per_device_train_batch_size: {setting.batch_size}",
+        f"    gradient_accumulation_steps: {setting.gradient_accumulation}",
+    ]
+    return [*lines, "    gradient_checkpointing: true"] if setting.checkpointing else lines
+
+
+def as_json(outcome: Outcome) -> dict[str, Any]:
+    result, rate, found = outcome.result, outcome.rate, outcome.found
+    content: dict[str, Any] = {
+        "target": outcome.target.name,
+        "parameters": result.parameters,
+        "trainable": result.trainable,
+        "weights": result.weights,
+        "lengths": outcome.target.lengths,
+        "setting": result.setting.as_dict(),
+        "memory": {**result.parts},
+        "total": result.total,
+        "peak_moment": result.moment,
+        "budget": outcome.budget,
+        "saved_activations": {**result.saved},
+        "typical_sequence_length": outcome.target.typical_length,
+        "flops_per_step": outcome.typical.flops,
+        "bytes_to_unpack_weights_per_step": outcome.typical.dequantized,
+        "unpacking": outcome.unpacking and dataclasses.asdict(outcome.unpacking),
+        "rate": rate and {"flops_per_second": {**rate.measured}, "source": rate.source},
+        "seconds_per_step": outcome.seconds() if outcome.simulated is None else None,
+    }
+    if outcome.simulated is not None:
+        content["simulated"] = _simulated_as_json(outcome.simulated, outcome.steps)
+    if found is not None:
+        content |= {"weights_reason": found.weights_reason, "not_considered": [*found.refused]}
+        content["candidates"] = [
+            {
+                "setting": each.setting.as_dict(),
+                "total": each.estimate.total,
+                "fits": each.fits,
+                "seconds_per_step": rate and each.seconds,
+            }
+            for each in found.candidates
+        ]
+    return content
+
+
+def _simulated_as_json(simulated: OnDevice, steps: int) -> dict[str, Any]:
+    return {
+        "measured": False,
+        "device": simulated.device.name,
+        "source": simulated.device.source,
+        "steps": steps,
+        "left_out": [*simulated.refused],
+        "methods": {
+            row.method: {
+                "total": row.estimate.total,
+                "fits": row.estimate.total <= simulated.device.memory,
+                "seconds_per_step": row.time.total,
+                "device_seconds": row.time.device,
+                "host_seconds": row.time.host,
+                "tokens_per_second": row.tokens_per_second,
+                "hours": row.hours(steps),
+                "launch_bound": row.time.launch_bound,
+                "waits": row.time.waits,
+            }
+            for row in simulated.rows
+        },
+    }

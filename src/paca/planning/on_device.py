@@ -1,0 +1,139 @@
+"""One training step with several methods on a device that is not here: its memory, and its simulated time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from peft import LoraConfig, PeftConfig
+from transformers import PreTrainedModel
+
+from paca.config import PacaConfig
+from paca.messages.errors import PacaError
+from paca.planning.device_rates import DequantizeRate, MatmulRate
+from paca.planning.device_time import Efficiency, StepTime, step_time
+from paca.planning.devices import Device
+from paca.planning.estimate import MemoryEstimate, estimate
+from paca.planning.setting import Setting
+
+RANK = 16
+"""Of the methods that a full training is compared with."""
+
+
+@dataclass(frozen=True)
+class Simulated:
+    """One method on the device."""
+
+    method: str
+    estimate: MemoryEstimate
+    """At the longest sequences: what it takes in memory."""
+    time: StepTime
+    """At sequences of typical length."""
+    tokens: int
+    """Per step, of these."""
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Simulated, padding included."""
+        return self.tokens / self.time.total
+
+    def hours(self, steps: int) -> float:
+        """Simulated, of `steps` optimizer steps."""
+        return steps * self.time.total / 3600
+
+
+@dataclass(frozen=True)
+class OnDevice:
+    """What was simulated."""
+
+    device: Device
+    rows: tuple[Simulated, ...]
+    refused: tuple[str, ...] = ()
+    """Methods that can't be planned here, and why."""
+
+
+def simulate_on(
+    model: PreTrainedModel,
+    setting: Setting,
+    adapter: PeftConfig | None,
+    device: Device,
+    *,
+    compare: bool = False,
+    typical_length: int | None = None,
+    efficiency: Efficiency | None = None,
+) -> OnDevice:
+    """Simulate a step on `device`, of which nothing is measured.
+
+    Args:
+        model: On the meta device, without its adapter.
+        setting: How it is trained.
+        adapter: Of what is planned; None for a full training.
+        device: As of `find_device`.
+        compare: Also with the other methods: PaCA, LoRA with PEFT's defaults and tuned, and both on NF4 weights.
+        typical_length: Tokens to which batches are padded on average, for the time; those of `setting` if None.
+        efficiency: What the data sheet does not say.
+
+    Raises:
+        PacaError: The model can't be planned.
+    """
+    rows: list[Simulated] = []
+    refused: list[str] = []
+    for method, config, change in _methods(setting, adapter, compare):
+        wanted = replace(setting, device="cuda", **change)
+        try:
+            longest = estimate(model, wanted, config, timed=typical_length is None)
+            typical = longest
+            if typical_length is not None:
+                typical = estimate(model, replace(wanted, sequence_length=typical_length), config, timed=True)
+        except PacaError as error:
+            if not rows:
+                raise
+            refused.append(f"{method}: {error}")
+            continue
+        time = step_time(typical.operators, device, efficiency)
+        rows.append(Simulated(method, longest, time, typical.setting.tokens_per_step))
+    return OnDevice(device, tuple(rows), tuple(refused))
+
+
+def rates_on(device: Device, dtype: Any) -> tuple[MatmulRate, DequantizeRate]:
+    """What `fit` ranks settings by: the rates of the table, in place of measured ones."""
+    efficiency, source = Efficiency(), f"simulated, from the data sheet of {device.title}"
+    return (
+        MatmulRate({1: device.peak_of(dtype) * efficiency.product}, source),
+        DequantizeRate(device.bandwidth * efficiency.bandwidth, source),
+    )
+
+
+def _methods(
+    setting: Setting, adapter: PeftConfig | None, compare: bool
+) -> Iterator[tuple[str, PeftConfig | None, dict[str, Any]]]:
+    """The name, the adapter and the changes of the setting of each: what is planned first."""
+    planned = _name(adapter, setting)
+    yield planned, adapter, {}
+    if not compare:
+        return
+    rank = getattr(adapter, "r", RANK)
+    modules = getattr(adapter, "target_modules", None) or "all-linear"
+    targets: Any = modules if isinstance(modules, str) else sorted(modules)
+    paca = PacaConfig(r=rank, target_modules=targets, task_type="CAUSAL_LM")
+    lora = LoraConfig(r=rank, target_modules=targets, task_type="CAUSAL_LM")
+    plain, packed = {"quantization": None}, {"quantization": "nf4"}
+    others: Sequence[tuple[str, PeftConfig, dict[str, Any]]] = (
+        ("paca", paca, plain),
+        ("lora", lora, {**plain, "autocast_adapter_dtype": True}),
+        ("lora-tuned", lora, {**plain, "autocast_adapter_dtype": False}),
+        ("qpaca", paca, packed),
+        ("qlora", lora, {**packed, "autocast_adapter_dtype": True}),
+    )
+    yield from (other for other in others if other[0] != planned)
+
+
+def _name(adapter: PeftConfig | None, setting: Setting) -> str:
+    """As the tables of `paca bench` have it."""
+    if adapter is None:
+        return "full"
+    name = str(getattr(adapter.peft_type, "value", adapter.peft_type)).lower()
+    if setting.quantization is not None:
+        return f"q{name}"
+    return f"{name}-tuned" if name == "lora" and not setting.autocast_adapter_dtype else name

@@ -1,0 +1,168 @@
+"""Steps that are simulated on a device of the table: operators, their times, and the methods beside each other."""
+
+from __future__ import annotations
+
+from collections import Counter
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+from architectures import config
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+import paca
+from paca.planning import MemoryEstimate, Setting, estimate
+from paca.planning.device_time import Efficiency, host_seconds, step_time, tile_share
+from paca.planning.devices import DEVICES, find_device
+from paca.planning.estimate import prepare_model, trace_step
+from paca.planning.live_memory import LiveMemory
+from paca.planning.on_device import simulate_on
+from paca.planning.operators import Operator
+from paca.planning.repeated_blocks import copy_with_blocks, find_blocks
+from paca.planning.simulated_step import simulate
+
+A100 = find_device("a100-80gb")
+R, ROWS = 16, (2, 32)
+
+
+@cache
+def timed() -> MemoryEstimate:
+    setting = Setting(ROWS[1], ROWS[0], device="cuda", chunked_loss=False)
+    return estimate(config("llama", dtype=torch.bfloat16), setting, paca.PacaConfig(r=R, paca_alpha=R), timed=True)
+
+
+def operator(name: str = "add", phase: str = "forward", **more: Any) -> Operator:
+    fields = {"flops": 0, "bytes": 0, "product": None, "dtype": torch.bfloat16, "launches": True, "tensors": 1, **more}
+    return Operator(name, phase, **fields)
+
+
+def recorded(run: Any, *shapes: tuple[int, ...]) -> Operator:
+    """What `run` launches on tensors of these shapes in bfloat16."""
+    with FakeTensorMode():
+        tensors = [torch.zeros(shape, dtype=torch.bfloat16) for shape in shapes]
+        with LiveMemory() as memory:
+            run(*tensors)
+    (only,) = [found for found in memory.operators if found.launches]
+    return only
+
+
+def test_the_table_of_devices_is_well_formed() -> None:
+    assert {"a100-40gb", "a100-80gb", "h100", "h200", "b200", "l40s", "rtx3090", "rtx4090", "rtx5090", "gaudi2"} == {
+        *DEVICES
+    }
+    for name, device in DEVICES.items():
+        assert name == device.name
+        assert "data sheet" in device.source or "white paper" in device.source
+        assert 24 * 2**30 <= device.memory <= 180 * 2**30
+        assert 0.8e12 < device.bandwidth < 9e12  # bytes, not GB
+        assert device.peak_of(torch.float16) == device.peak_of(torch.bfloat16) > device.peak_of(torch.float32) > 1e13
+        assert 0 < device.attention < 1
+        assert device.cache < device.memory / 100
+        # The largest product of matrices of 8192 is bound by operations, the sum of two by the memory.
+        assert 2 * 8192 / device.peak_of(torch.bfloat16) > 6 / 8192 * 1e3 / device.bandwidth * 8192 / 1e3
+    assert A100.peak_of(torch.float64) == A100.peak_of(torch.float32)
+
+
+def test_devices_are_found_as_people_write_them() -> None:
+    assert find_device("A100") is find_device("A100-80GB") is A100
+    assert find_device("RTX 4090").name == "rtx4090"
+    with pytest.raises(paca.PacaError, match="Did you mean 'h100'"):
+        find_device("h10")
+    with pytest.raises(paca.PacaError, match="gaudi2"):
+        find_device("abacus")
+
+
+def test_the_operations_of_a_step_are_those_of_the_formula() -> None:
+    shape = config("llama")
+    tokens = ROWS[0] * ROWS[1]
+    h, m, kv = shape.hidden_size, shape.intermediate_size, shape.hidden_size // 2
+    layers = [(h, h), (h, kv), (h, kv), (h, h), (h, m), (h, m), (m, h)]  # q, k, v, o, gate, up, down
+    blocks = shape.num_hidden_layers
+    forward = blocks * sum(2 * tokens * n * k for k, n in layers)
+    no_gradient = sum(2 * tokens * n * k for k, n in layers[:3])  # nothing is trained below the first block
+    columns = blocks * sum(2 * tokens * n * R for _, n in layers)
+    head = 2 * 2 * tokens * h * shape.vocab_size
+    heads, width = shape.num_attention_heads, h // shape.num_attention_heads
+    one = 2 * ROWS[0] * heads * ROWS[1] ** 2 * width // 2  # causal
+    attention = blocks * (2 + 5) * one
+    assert timed().flops == 2 * forward - no_gradient + columns + head + attention
+    counted = sum(o.flops * count for o, count in timed().operators.items())
+    assert counted == 2 * forward - no_gradient + columns + head + attention
+
+
+def test_bytes_are_those_that_are_read_and_written() -> None:
+    product = recorded(torch.matmul, (3, 5), (5, 7))
+    assert (product.bytes, product.product) == (2 * (3 * 5 + 5 * 7 + 3 * 7), (1, 3, 7, 5))
+    assert recorded(lambda a, b: a + b.expand(8, 4), (8, 4), (1, 4)).bytes == 2 * (32 + 4 + 32)
+    assert recorded(lambda a, b: a.copy_(b), (8, 4), (8, 4)).bytes == 2 * 2 * 32
+    assert recorded(lambda a, b: a.add_(b), (8, 4), (8, 4)).bytes == 2 * 3 * 32
+    assert recorded(lambda a: a.index_select(0, torch.empty(3, dtype=torch.int64)), (800, 4)).bytes == 2 * 2 * 12
+    listed = recorded(lambda a, b: torch._foreach_add([a, b], 1), (8,), (4,))
+    assert (listed.tensors, listed.bytes) == (2, 2 * 2 * 12)
+    assert recorded(lambda a: a.t()[1:].neg(), (4, 4)).name == "neg"  # views launch nothing
+
+
+def test_a_later_step_of_paca_writes_its_columns_all_together() -> None:
+    names: Counter[str] = Counter()
+    for found, count in timed().operators.items():
+        names[f"{found.phase} {found.name}"] += count
+    assert names["step _foreach_copy_"] == names["step _foreach_add"] == names["step _fused_adamw_"] == 1
+    assert not any("index_copy" in name for name in names)
+    assert not any(name.startswith("forward _foreach") for name in names)
+    assert sum(found.waits * count for found, count in timed().operators.items()) == 0
+
+
+def test_a_few_blocks_tell_the_time_of_all() -> None:
+    setting = Setting(32, 2, device="cuda", chunked_loss=False)
+    shape = config("llama", dtype=torch.bfloat16, num_hidden_layers=5)
+    root = prepare_model(shape, paca.PacaConfig(r=R)).get_base_model()
+    few = trace_step(root, setting, timed=True)
+    everything = copy_with_blocks(root, None, ())
+    blocks = find_blocks(root)
+    whole = simulate(everything, setting, blocks.owner(everything), None, timed=True)
+    times = [step_time(trace.operators, A100) for trace in (few, whole)]
+    for name in ("device", "host", "total"):
+        assert getattr(times[0], name) == pytest.approx(getattr(times[1], name), rel=1e-9)
+
+
+def test_tiles_that_fill_the_device_reach_its_rate() -> None:
+    assert tile_share((1, 12 * 256, 9 * 128, 4096), 108) == 1  # one tile for each
+    assert tile_share((1, 12 * 256 + 1, 9 * 128, 4096), 108) < 0.9
+    assert tile_share((1, 8, 4096, 4096), 108) < 0.3  # 8 rows in tiles of at least 64
+    assert tile_share((1, 128, 128, 128), 108) < 0.03
+    assert tile_share((1, 128, 128, 8192), 108) > 5 * tile_share((1, 128, 128, 128), 108)  # the sum is split
+
+
+def test_the_slower_of_device_and_host_counts() -> None:
+    large = operator("mm", flops=10**12, product=(1, 8192, 8192, 8192), bytes=10**8)
+    small = operator("add", "backward", bytes=2)
+    time = step_time({large: 1, small: 100}, A100, Efficiency(kernel=1e-6, host_backward=1e-5))
+    assert time.device == pytest.approx(
+        10**12 / (312e12 * 0.74 * tile_share(large.product, 108)) + 1e-6 + 1e-4, rel=1e-3
+    )
+    assert time.total == pytest.approx(time.device - 1e-4 + 100 * 1e-5, rel=1e-3)
+    assert 0 < time.launch_bound < 1
+    assert step_time({operator("_local_scalar_dense"): 3}, A100).waits == 3
+    listed = operator("_foreach_add", tensors=101)
+    assert host_seconds(listed, Efficiency()) > host_seconds(operator(), Efficiency()) + 50e-6
+    held, moved = operator(bytes=A100.cache // 2), operator(bytes=A100.cache // 2 + 1)
+    assert step_time({held: 1}, A100).device < step_time({moved: 1}, A100).device
+
+
+def test_methods_stand_beside_each_other() -> None:
+    pytest.importorskip("bitsandbytes")
+    model = prepare_model(config("llama", dtype=torch.bfloat16, num_hidden_layers=2))
+    found = simulate_on(model, Setting(64), paca.PacaConfig(r=4), find_device("h100"), compare=True)  # type: ignore[arg-type]
+    rows = {row.method: row for row in found.rows}
+    assert [*rows] == ["paca", "lora", "lora-tuned", "qpaca", "qlora"]
+    assert not found.refused
+    assert (
+        rows["lora"].estimate.activations > rows["lora-tuned"].estimate.activations > rows["paca"].estimate.activations
+    )
+    assert rows["qpaca"].estimate.parts["weights"] < rows["paca"].estimate.parts["weights"]
+    assert rows["paca"].time.host < rows["lora-tuned"].time.host < rows["lora"].time.host
+    assert rows["paca"].hours(3600) == rows["paca"].time.total
+    assert rows["paca"].tokens_per_second == 64 / rows["paca"].time.total
+    (alone,) = simulate_on(model, Setting(64), None, A100).rows  # type: ignore[arg-type]
+    assert alone.method == "full"
