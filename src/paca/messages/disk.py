@@ -23,9 +23,10 @@ _WORDS = {
     errno.EACCES: ("permission denied", "os error 13"),
     errno.EROFS: ("read-only file system", "os error 30"),
     errno.ENOENT: ("os error 2) at path", "parent directory"),
-    errno.EIO: ("input/output error", "os error 5)", "unexpected pos", "pytorchstreamwriter"),
+    errno.EIO: ("input/output error", "os error 5)", "unexpected pos", "iostream error", "pytorchstreamwriter"),
 }
 """What libraries that have no errno say: torch, safetensors, tokenizers. torch's writer often gives no reason."""
+_NEXT_TO_NOTHING = 1 << 16  # bytes
 
 
 class DiskError(PacaError):
@@ -54,24 +55,25 @@ def writing(path: Path, needs: int = 0) -> Iterator[None]:
         raise told from error
 
 
-def disk_error(error: BaseException, path: Path, needs: int = 0) -> DiskError | None:
+def disk_error(error: BaseException, path: Path, needs: int = 0, left: int | None = None) -> DiskError | None:
     """What to tell the user of a write that failed; None if the error is about something else.
 
     Args:
         error: As it was raised, by whatever library.
         path: The file or the folder that was written, unless the error names a file.
         needs: Bytes that it takes, about; 0 where that is not known.
+        left: Bytes that were free when it failed, if some have been made free since.
     """
     number, named = _reason(error)
     if number is None:
         return None
     path = path if named is None else named
     folder = _nearest_folder(path)
-    room = shutil.disk_usage(folder)
-    if number == errno.EIO and needs > room.free:  # torch's writer does not say why
-        number = errno.ENOSPC
+    free = shutil.disk_usage(folder).free
+    if number == errno.EIO and min(free, free if left is None else left) < max(needs, _NEXT_TO_NOTHING):
+        number = errno.ENOSPC  # torch's writer does not say why
     if number in _FULL:
-        return DiskError(f"{_full(number)}: {path} could not be written. {_missing(needs, room.free, folder)}")
+        return DiskError(f"{_full(number)}: {path} could not be written. {_missing(needs, free, folder)}")
     if number in (errno.ENOENT, errno.ESTALE):
         if named is not None and named.absolute().parent.is_dir():  # there is room for it: it was to be read
             return None

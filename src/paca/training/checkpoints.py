@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -83,9 +84,12 @@ class WholeCheckpoints(TrainerCallback):
                 raise
             told = None
             if trainer.is_world_process_zero():
+                left, needs = None, self.bytes_of(trainer.model, trainer.optimizer)
                 with suppress(OSError):
+                    needs = max(needs, size_of(self.being_saved) + 1)
+                    left = shutil.disk_usage(self.being_saved).free
                     self.folder.drop_what_was_cut_short()
-                told = disk_error(error, self.being_saved, self.bytes_of(trainer.model, trainer.optimizer))
+                told = disk_error(error, self.being_saved, needs, left)
             if told is None:
                 raise
             raise told from error
@@ -96,6 +100,11 @@ class WholeCheckpoints(TrainerCallback):
         states = () if optimizer is None else optimizer.state.values()
         kept = (value for state in states for value in state.values() if isinstance(value, torch.Tensor))
         return trained + sum(value.nbytes for value in kept)
+
+
+def size_of(folder: Path) -> int:
+    """Bytes of all its files."""
+    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
 
 
 def load_if_finished(trainer: Any, state: TrainerState, checkpoint: Path) -> bool:
