@@ -86,9 +86,11 @@ class WholeCheckpoints(TrainerCallback):
             if trainer.is_world_process_zero():
                 left, needs = None, self.bytes_of(trainer.model, trainer.optimizer)
                 with suppress(OSError):
-                    needs = max(needs, size_of(self.being_saved) + 1)
+                    needs = max(needs, size_on_disk(self.being_saved) + 1)
                     left = shutil.disk_usage(self.being_saved).free
                     self.folder.drop_what_was_cut_short()
+                if (newest := self.folder.newest_checkpoint()) is not None:
+                    needs = max(needs, size_on_disk(newest))
                 told = disk_error(error, self.being_saved, needs, left)
             if told is None:
                 raise
@@ -102,9 +104,9 @@ class WholeCheckpoints(TrainerCallback):
         return trained + sum(value.nbytes for value in kept)
 
 
-def size_of(folder: Path) -> int:
-    """Bytes of all its files."""
-    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+def size_on_disk(folder: Path) -> int:
+    """Bytes that a folder's files take there."""
+    return sum(file.stat().st_blocks * 512 for file in folder.rglob("*") if file.is_file())
 
 
 def load_if_finished(trainer: Any, state: TrainerState, checkpoint: Path) -> bool:

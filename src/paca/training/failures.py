@@ -80,9 +80,9 @@ def told_how_to_go_on(folder: RunFolder) -> Iterator[None]:
             raise
         newest = folder.newest_checkpoint()
         if newest is None:
-            raise DiskError(f"{told} There is no checkpoint to go on from.") from error
+            raise DiskError(f"{told} No checkpoint had been saved.") from error
         command = f"{program()} train {shlex.quote(str(folder.config))} --resume"
-        raise DiskError(f"{told} {newest} is whole; then go on with: {command}") from error
+        raise DiskError(f"{told} When that is mended, go on from {newest.name}: {command}") from error
 
 
 def _fullest(folder: RunFolder) -> Path:
