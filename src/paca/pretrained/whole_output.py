@@ -65,11 +65,14 @@ def sync(path: Path) -> None:
 
 
 def put_in_place(unfinished: Path, folder: Path) -> None:
-    """Let a folder, written whole, take the place of `folder`."""
+    """Let a folder, written whole, take the place of `folder`: at no moment is a part of either there."""
     sync(unfinished)
+    replaced = folder.with_name(f".{folder.name}.replaced.partial")
+    shutil.rmtree(replaced, ignore_errors=True)
     if folder.is_dir():
-        shutil.rmtree(folder)
+        os.replace(folder, replaced)
     os.replace(unfinished, folder)
+    shutil.rmtree(replaced, ignore_errors=True)
 
 
 def _clear_what_was_killed(output: Path) -> None:
