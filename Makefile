@@ -12,13 +12,15 @@ PYTEST_ARGS ?= -n 2 --dist worksteal
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help install demo test matrix docs notebooks lint clean demo-clean
+.PHONY: help install demo test matrix kills endurance docs notebooks lint clean demo-clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo        fine-tune a small language model on encyclopedia summaries and show what changed"
 	@echo "make test        run the tests"
 	@echo "make matrix      run every cell of docs/support-matrix.md and write the page anew"
+	@echo "make kills       kill runs, merges and exports 200 times, and compare what comes out (20 minutes)"
+	@echo "make endurance   2,000 steps on a tiny model, twice; every weight is compared after each"
 	@echo "make docs        the documentation as a site in build/site, from docs/ and the code"
 	@echo "make notebooks   run docs/notebooks and keep what they print"
 	@echo "make lint        ruff and mypy"
@@ -37,7 +39,7 @@ demo: $(STAMP)
 	@if [ -n "$(REDO)" ]; then rm -rf $(DEMO_RUN); fi
 	@if [ -f $(DEMO_RUN)/summary.json ]; then \
 		echo "Trained already; here is the result. To train again: make demo REDO=1"; exit; \
-	elif compgen -G "$(DEMO_RUN)/checkpoints/checkpoint-*/trainer_state.json" >/dev/null; then \
+	elif compgen -G "$(DEMO_RUN)/checkpoints/checkpoint-*/whole.json" >/dev/null; then \
 		$(BIN)/paca train recipes/demo.yaml --resume; \
 	else \
 		$(BIN)/paca train recipes/demo.yaml; \
@@ -53,6 +55,12 @@ matrix: $(STAMP)
 notebooks: $(STAMP)
 	@$(BIN)/python -m pip install --quiet --editable ".[notebooks]"
 	@$(BIN)/python tools/run_notebooks.py $(if $(MODEL),--model $(MODEL))
+
+kills: $(STAMP)
+	@OMP_NUM_THREADS=1 PYTHONPATH=tests $(BIN)/python -m kills
+
+endurance: $(STAMP)
+	@OMP_NUM_THREADS=1 PYTHONPATH=tests $(BIN)/python -m endurance
 
 docs: $(STAMP)
 	@NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet

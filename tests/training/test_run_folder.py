@@ -36,12 +36,14 @@ def trained_elsewhere(folder: Path) -> Iterator[subprocess.Popen[str]]:
     process.communicate()
 
 
-def checkpoint(folder: RunFolder, step: int, state: str | None = None) -> Path:
-    path = folder.checkpoints / f"checkpoint-{step}"
+def checkpoint(folder: RunFolder, step: int, *, whole: bool = True) -> Path:
+    path = folder.checkpoint(step)
     path.mkdir(parents=True)
     for name in ("optimizer.pt", "scheduler.pt", "adapter_model.safetensors"):
-        (path / name).touch()
-    (path / "trainer_state.json").write_text(json.dumps({"global_step": step}) if state is None else state)
+        (path / name).write_text("whole")
+    (path / "trainer_state.json").write_text(json.dumps({"global_step": step}))
+    if whole:
+        folder.mark_whole(step)
     return path
 
 
@@ -59,13 +61,36 @@ def test_the_newest_checkpoint_is_that_of_the_highest_step(tmp_path: Path) -> No
 def test_checkpoints_cut_short_are_passed_over_and_removed(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path)
     good = checkpoint(folder, 10)
-    half_state = checkpoint(folder, 20, state='{"global_st')
-    no_optimizer = checkpoint(folder, 30)
-    (no_optimizer / "optimizer.pt").unlink()
+    (good / "added later").touch()
+    unmarked, shorter, lacking, half_marked = (
+        checkpoint(folder, 20, whole=False),
+        *(checkpoint(folder, step) for step in (30, 40, 50)),
+    )
+    (shorter / "optimizer.pt").write_text("who")
+    (lacking / "rng_state.pth").unlink(missing_ok=True)
+    (lacking / "scheduler.pt").unlink()
+    (half_marked / "whole.json").write_text("{")
+    (folder.path / ".config.yaml.123.partial").touch()
     assert folder.newest_checkpoint() == good
     assert folder.reopen() == good
-    assert not half_state.exists()
-    assert not no_optimizer.exists()
+    assert not any(path.exists() for path in (unmarked, shorter, lacking, half_marked))
+    assert sorted(path.name for path in folder.path.iterdir()) == ["checkpoints"]
+
+
+def test_a_checkpoint_that_is_written_anew_counts_until_the_new_one_is_whole(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    checkpoint(folder, 10)
+    folder.set_aside(10)
+    half = checkpoint(folder, 10, whole=False)
+    (half / "optimizer.pt").write_text("half")
+    newest = folder.newest_checkpoint()  # killed here
+    assert newest is not None
+    assert (newest / "optimizer.pt").read_text() == "whole"
+    assert folder.reopen() == folder.newest_checkpoint() == folder.checkpoint(10)
+    assert (folder.checkpoint(10) / "optimizer.pt").read_text() == "whole"
+    folder.set_aside(10)
+    (checkpoint(folder, 10) / "added").touch()  # whole again: the one aside goes
+    assert [path.name for path in folder.checkpoints.iterdir()] == ["checkpoint-10"]
 
 
 def test_nothing_to_resume_is_an_error(tmp_path: Path) -> None:

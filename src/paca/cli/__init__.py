@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from pathlib import Path
 from typing import Annotated, NoReturn
 
 import typer
@@ -23,6 +24,7 @@ from paca.cli.quiet import hide_library_notes
 from paca.cli.runs import runs
 from paca.cli.train import train
 from paca.cli.waiting_threads import let_waiting_threads_sleep
+from paca.messages.disk import disk_error
 from paca.messages.errors import PacaError
 from paca.messages.say import say
 
@@ -69,10 +71,15 @@ def main() -> None:
         if os.environ.get("PACA_DEBUG") == "1":
             raise
         _fail(str(error))
-    except SafetensorError as error:
-        if os.environ.get("PACA_DEBUG") == "1":
+    except (OSError, SafetensorError) as error:
+        told = disk_error(error, Path())
+        if os.environ.get("PACA_DEBUG") == "1" or (told is None and isinstance(error, OSError)):
             raise
-        _fail(f"A weights file (.safetensors) is damaged or cut short: {error}. Fetch or save it again.")
+        _fail(
+            str(told)
+            if told is not None
+            else f"A weights file (.safetensors) is damaged or cut short: {error}. Fetch or save it again."
+        )
 
 
 def _fail(message: str) -> NoReturn:

@@ -51,7 +51,7 @@ def export_adapter(
     else:
         output = adapter_output(path, output, base_model, overwrite)
     adapter = read_adapter(path, base_model)
-    with whole_output(output) as partial:
+    with whole_output(output, sum(layer.delta.nbytes for layer in adapter.layers.values())) as partial:
         _WRITERS[to](adapter, partial)
         for file in [] if to == "gguf" else tokenizer_files(adapter_in(path)):
             shutil.copyfile(file, partial / file.name)

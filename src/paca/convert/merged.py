@@ -81,11 +81,15 @@ def merge_to_folder(
         loaded = load(dtype="float32")
     expected = _probe_logits(loaded.model) if verify else None
     base = loaded.base
-    with whole_output(output) as unfinished:
+    with whole_output(output, _bytes_of(loaded.model, wanted)) as unfinished:
         _write(loaded, wanted, unfinished)
         del loaded
         difference = None if expected is None else _difference_from(expected, unfinished)
     return Merged(output, adapter, base, wanted, difference)
+
+
+def _bytes_of(model: torch.nn.Module, dtype: torch.dtype) -> int:
+    return sum(parameter.numel() for parameter in model.parameters()) * dtype.itemsize
 
 
 def _write(loaded: LoadedModel, dtype: torch.dtype, folder: Path) -> None:

@@ -74,6 +74,13 @@ class Claim:
         except FileNotFoundError:
             return "another process"
 
+    def in_place(self) -> bool:
+        """Whether the file that is held still lies at its path, as nobody removed it or its folder."""
+        try:
+            return os.path.samestat(os.fstat(self.descriptor), self.path.stat())
+        except OSError:
+            return False
+
     def release(self) -> None:
         """Let go. A process that it was handed to, and that still runs, keeps it."""
         if self._descriptor is not None:

@@ -6,28 +6,83 @@ import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from glob import escape
 from pathlib import Path
 
+from paca.messages.claims import Claim
+from paca.messages.disk import writing
 from paca.messages.errors import PacaError
 
 
 @contextmanager
-def whole_output(output: Path) -> Iterator[Path]:
+def whole_output(output: Path, needs: int = 0) -> Iterator[Path]:
     """A path to make a file or a folder at, which takes the place of `output` when the block ends without an error.
 
     What `output` held is deleted only once the new result stands in its place; after an error nothing has changed.
+    What a killed process left beside `output` goes first.
+
+    Args:
+        output: The file or the folder.
+        needs: Bytes that it takes, about, for the message when there is no room.
+
+    Raises:
+        PacaError: The folder can't be written to, or there is no room.
     """
     beside = f".{output.name}.{os.getpid()}"
     partial, replaced = output.with_name(f"{beside}.partial"), output.with_name(f"{beside}.replaced")
     try:
-        partial.mkdir(parents=True)
+        output.parent.mkdir(parents=True, exist_ok=True)
+        _clear_what_was_killed(output)
+        partial.mkdir()
     except OSError as error:
         raise PacaError(f"{output.parent} cannot be written to: {error}. Give another output.") from error
-    try:
-        yield partial / output.name
-        if output.is_dir():
-            os.replace(output, replaced)
-        os.replace(partial / output.name, output)
-        shutil.rmtree(replaced, ignore_errors=True)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+    with Claim(partial / ".lock") as claim:
+        try:
+            with writing(output, needs):
+                claim.take()
+                yield partial / output.name
+                sync(partial / output.name)
+                if output.is_dir():
+                    os.replace(output, replaced)
+                os.replace(partial / output.name, output)
+                shutil.rmtree(replaced, ignore_errors=True)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+
+
+def sync(path: Path) -> None:
+    """Wait until a file, or a folder with all that is in it, is on the disk: also a power cut leaves it whole then."""
+    for part in (*(path.rglob("*") if path.is_dir() else ()), path):
+        if not part.is_symlink() and (part.is_file() or part.is_dir()):
+            descriptor = os.open(part, os.O_RDONLY)
+            try:
+                os.fsync(descriptor)
+            except OSError:
+                if not part.is_dir():  # which not every system can do this with
+                    raise
+            finally:
+                os.close(descriptor)
+
+
+def put_in_place(unfinished: Path, folder: Path) -> None:
+    """Let a folder, written whole, take the place of `folder`: at no moment is a part of either there."""
+    sync(unfinished)
+    replaced = folder.with_name(f".{folder.name}.replaced.partial")
+    shutil.rmtree(replaced, ignore_errors=True)
+    if folder.is_dir():
+        os.replace(folder, replaced)
+    os.replace(unfinished, folder)
+    shutil.rmtree(replaced, ignore_errors=True)
+
+
+def _clear_what_was_killed(output: Path) -> None:
+    """Remove what processes left that were killed while they wrote `output`; what one had replaced comes back."""
+    for partial in output.parent.glob(f".{escape(output.name)}.*.partial"):
+        with Claim(partial / ".lock") as claim:
+            if not claim.take(look_only=True):  # it is still at work
+                continue
+            replaced = partial.with_suffix(".replaced")
+            if replaced.is_dir() and not output.exists():
+                os.replace(replaced, output)
+            shutil.rmtree(replaced, ignore_errors=True)
+            shutil.rmtree(partial, ignore_errors=True)

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from rich.console import Console
@@ -24,6 +23,7 @@ from paca.config import PacaConfig
 from paca.data import Examples
 from paca.messages.errors import PacaError
 from paca.messages.say import say
+from paca.pretrained.content import model_content
 from paca.training import adapter_settings
 from paca.training.prompt_form import tokenizer_of
 from paca.training.run_config import CalibrationSection, RunConfig
@@ -32,8 +32,6 @@ from paca.training.trainers import trainer_kind
 from paca.tuner.calibration import select
 from paca.tuner.calibration.selecting import with_indices
 
-_VALUES_COMPARED = 1024
-"""Of each tensor of the model."""
 _NOT_ABOUT_COLUMNS = {"paca_alpha", "alpha_pattern", "init_weights", "original_weights"}
 
 
@@ -123,7 +121,7 @@ class ColumnChoice:
         )
 
     def _key(self, model: nn.Module, batches: Iterable[dict[str, Tensor]]) -> str:
-        """What the columns follow from: the weights (some of each), the tokens, the settings."""
+        """What the columns follow from: the model, the tokens, the settings."""
         settings = {k: v for k, v in self.config.adapter.items() if k not in _NOT_ABOUT_COLUMNS}
         about = [__version__, settings, str(self.config.model.name), str(self.config.model.dtype)]
         digest = hashlib.sha256(json.dumps(about).encode())
@@ -131,13 +129,7 @@ class ColumnChoice:
             for name in sorted(batch):
                 digest.update(f"{name}{tuple(batch[name].shape)}".encode())
                 digest.update(batch[name].numpy().tobytes())
-        for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-            digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
-            values = tensor.detach().reshape(-1)
-            # A stride that shares a factor with the width would look at some columns only.
-            places = torch.arange(_VALUES_COMPARED, dtype=torch.int64) * 2654435761 % max(1, values.numel())
-            some = values[places.to(values.device)].to("cpu", torch.float64) if values.numel() else values
-            digest.update(some.numpy().tobytes())
+        digest.update(model_content(model).encode())
         return digest.hexdigest()
 
 

@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import shlex
+import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
+import datasets
 from safetensors import SafetensorError
 
+from paca.messages.disk import DiskError, disk_error
 from paca.messages.errors import PacaError
 from paca.messages.out_of_memory import is_out_of_memory
+from paca.messages.program import program
 from paca.training.run_config import RunConfig
+from paca.training.run_folder import RunFolder
 
 
 def remedies(config: RunConfig) -> str:
@@ -42,6 +50,8 @@ def explained(config: RunConfig) -> Iterator[None]:
     except PacaError:
         raise
     except SafetensorError as error:
+        if disk_error(error, Path()) is not None:
+            raise
         raise PacaError(
             f"A weights file of the run can't be read: {error}. Remove that checkpoint and resume."
         ) from error
@@ -51,3 +61,32 @@ def explained(config: RunConfig) -> Iterator[None]:
         if not is_out_of_memory(error):
             raise
         raise PacaError(f"Memory ran out. {remedies(config)}") from error
+
+
+@contextmanager
+def told_how_to_go_on(folder: RunFolder) -> Iterator[None]:
+    """A block that writes into a run folder: what can't be written becomes one message, with what is left to resume.
+
+    Raises:
+        DiskError: A file could not be written.
+    """
+    try:
+        yield
+    except Exception as error:
+        told = error if isinstance(error, DiskError) else None
+        if not isinstance(error, PacaError):
+            told = disk_error(error, _fullest(folder))
+        if told is None:
+            raise
+        newest = folder.newest_checkpoint()
+        if newest is None:
+            raise DiskError(f"{told} No checkpoint had been saved.") from error
+        command = f"{program()} train {shlex.quote(str(folder.config))} --resume"
+        raise DiskError(f"{told} When that is mended, go on from {newest.name}: {command}") from error
+
+
+def _fullest(folder: RunFolder) -> Path:
+    """Of the folders that a run writes to, the one with the least room: most likely what a nameless error is about."""
+    places = [folder.path, Path(datasets.config.HF_DATASETS_CACHE), Path(tempfile.gettempdir())]
+    there = [place for place in places if place.is_dir()]
+    return min(there, key=lambda place: shutil.disk_usage(place).free, default=folder.path)

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState
 
+from paca.messages.disk import writing
 from paca.training.memory import peak_memory
 from paca.training.run_folder import write_whole
 
@@ -36,7 +37,8 @@ class MetricsLog:
         """Open the log of a new run (the file is made) or of one that goes on (its rows are read)."""
         self.path = path
         self.rows: list[dict[str, Any]] = read_rows(path) if path.is_file() else []
-        path.touch()
+        with writing(path):
+            path.touch()
 
     def append(self, row: dict[str, Any]) -> None:
         """Add a row; numbers that are not finite are stored as null, which JSON has and NaN it has not.
@@ -48,8 +50,9 @@ class MetricsLog:
             self.rows = [old for old in self.rows if "eval_loss" not in old or old["step"] != row["step"]]
             self._rewrite()
         self.rows.append(row)
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
+        line = json.dumps(row) + "\n"
+        with writing(self.path, len(line)), self.path.open("a", encoding="utf-8") as file:
+            file.write(line)
 
     def rewind(self, step: int) -> None:
         """Drop the rows beyond `step`: the run goes on from there and will write them again."""

@@ -16,15 +16,18 @@ from accelerate import PartialState
 from rich.console import Console
 from transformers import PrinterCallback, TrainerState, TrainingArguments
 
+from paca.messages.disk import writing
 from paca.messages.errors import PacaError
 from paca.messages.program import program
 from paca.messages.say import say
 from paca.pretrained import Pretrained
 from paca.pretrained.purpose import save_classifier_config
+from paca.pretrained.whole_output import put_in_place
 from paca.training import train_settings
 from paca.training.adapter_card import NoCardsOfCheckpoints, write_card
+from paca.training.checkpoints import WholeCheckpoints, load_if_finished
 from paca.training.data_order import SetEpochOfSampler
-from paca.training.failures import explained
+from paca.training.failures import explained, told_how_to_go_on
 from paca.training.final_scores import scores_by, scores_by_trainer
 from paca.training.finite_loss import StopOnNonFiniteLoss
 from paca.training.interrupt import StopOnSignal
@@ -38,7 +41,7 @@ from paca.training.prompt_form import give_form
 from paca.training.report import write_report
 from paca.training.run_config import RunConfig
 from paca.training.run_folder import RunFolder, steps_done, write_whole
-from paca.training.same_run import check_same_run
+from paca.training.same_run import check_same_model, check_same_run
 from paca.training.scores import Scorer
 from paca.training.sharding import check_sharding, sharding_warning
 from paca.training.starting_model import keep_adapter_dtype, load_model, with_adapter
@@ -81,7 +84,7 @@ def train(
         The folder and the summary.
 
     Raises:
-        PacaError: Settings, model and data don't fit each other, the folder is taken, or memory runs out.
+        PacaError: Settings, model and data don't fit each other, the folder is taken, or memory or the disk runs out.
         KeyboardInterrupt: A signal came while nothing was being trained, or twice.
     """
     if (config.eval.metric is None) != (scorer is None):
@@ -92,7 +95,8 @@ def train(
     if resume and folder.finished():
         say(console, f"The run in {folder.path} is finished; there is nothing to resume.")
         return RunResult(folder.path, folder.read_summary(), None)
-    with folder.in_use() if main else nullcontext(), StopOnSignal(partial(say, console)) as stopper:
+    held = folder.in_use() if main else nullcontext()
+    with held, StopOnSignal(partial(say, console)) as stopper, told_how_to_go_on(folder):
         if main and not resume:
             folder.check_free(overwrite=config.output.overwrite)
         if main and resume:
@@ -143,6 +147,7 @@ class _Run:
         self.kind = trainer_kind(self.config.train)
         self.folder = folder
         self.checkpoint = checkpoint
+        self.checkpoints = WholeCheckpoints(folder, arguments)
         self.stopper = stopper
         self.console = console
         self.main = PartialState().is_main_process
@@ -150,6 +155,8 @@ class _Run:
         available = memory_at_hand(arguments)
         with self._busy("Loading the model ..."):
             pretrained = load_model(self.config, folder, console, prepared.data.labels)
+            if self.main:
+                check_same_model(folder, self.config, pretrained, resume=checkpoint is not None)
             if prepared.data.template is not None:
                 give_form(pretrained.tokenizer, self.config)
         self.trainer = self._make_trainer(prepared, pretrained, arguments)
@@ -183,6 +190,7 @@ class _Run:
                 self.trainer.add_callback(callback)
             write_whole(folder.config, self.config.to_yaml())
         self.trainer.add_callback(StopOnNonFiniteLoss())
+        self.trainer.add_callback(self.checkpoints)
 
     def result(self) -> RunResult:
         """Evaluate, train, evaluate, and write the results."""
@@ -202,16 +210,19 @@ class _Run:
         if self.trainer.is_fsdp_enabled:  # whatever the checkpoints are, the adapter is one file
             self.trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
         trained = self.folder.model if self.config.method == "full" else self.folder.adapter
-        self.trainer.save_model(str(trained))
+        unfinished = trained.with_name(f".{trained.name}.partial")
+        with writing(trained, self.checkpoints.bytes_of(self.trainer.model)):
+            self.trainer.save_model(str(unfinished))
         if self.log is None:
             return RunResult(self.folder.path, None, None)
         if self.labels is not None:  # which the adapter's own files don't say, and whoever loads it must know
-            save_classifier_config(trained, self.trainer.accelerator.unwrap_model(self.trainer.model))
-        (trained / "training_args.bin").unlink(missing_ok=True)  # a pickle; config.yaml says the same
+            save_classifier_config(unfinished, self.trainer.accelerator.unwrap_model(self.trainer.model))
+        (unfinished / "training_args.bin").unlink(missing_ok=True)  # a pickle; config.yaml says the same
         result = summary_of(self.plan, state, self.recorder, self.trainer.args.device, loss_after)
         result["scores"] = self._scores(_kept_step(state, self.trainer.args))
         assert self.trainer.model is not None
-        write_card(trained, result, self.trainer.model)
+        write_card(unfinished, result, self.trainer.model)
+        put_in_place(unfinished, trained)
         write_report(self.folder.report, result, self.log.rows, self.config.to_yaml())
         # Last: it says that the run is finished.
         write_whole(self.folder.summary, json.dumps(result, indent=2, ensure_ascii=False) + "\n")
@@ -246,23 +257,12 @@ class _Run:
         trainer = self.trainer
         if self.checkpoint is not None:
             state = TrainerState.load_from_json(str(self.checkpoint / "trainer_state.json"))
-            if state.global_step >= state.max_steps:
-                # Every step is made and only the results are missing. The trainer would make another step.
-                if not any((*self.checkpoint.glob("adapter_model.*"), *self.checkpoint.glob("model*.safetensors"))):
-                    raise PacaError(
-                        f"Every step of this run is made, but {self.checkpoint} holds the weights in shards, which "
-                        "only training can read. Move it away; --resume goes on from the checkpoint before it."
-                    )
-                trainer._load_from_checkpoint(str(self.checkpoint))
-                trainer.state = state
+            if load_if_finished(trainer, state, self.checkpoint):
                 return state
-            # What was given as a share of all steps is a number of steps in the state; the trainer would warn.
-            for name in ("logging_steps", "eval_steps", "save_steps"):
-                if getattr(trainer.args, name) is not None:
-                    setattr(trainer.args, name, getattr(state, name))
             say(self.console, f"Resuming after step {state.global_step} of {state.max_steps}.")
         try:
-            trainer.train(resume_from_checkpoint=None if self.checkpoint is None else str(self.checkpoint))
+            with self.checkpoints.explained(trainer):
+                trainer.train(resume_from_checkpoint=None if self.checkpoint is None else str(self.checkpoint))
         finally:
             if self.main:
                 self.progress.close()

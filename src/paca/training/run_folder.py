@@ -7,16 +7,17 @@ import os
 import re
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from paca.messages.claims import Claim
+from paca.messages.disk import DiskError, writing
 from paca.messages.errors import PacaError
+from paca.pretrained.whole_output import sync
 
-_NEEDED_TO_RESUME = ("trainer_state.json", "scheduler.pt")
-_OPTIMIZER = ("optimizer.pt", "optimizer.bin", "optimizer_0", "latest")
-"""By who saves it: one process or DDP, FSDP whole or in shards (a folder), DeepSpeed."""
+_MARK = "whole.json"  # in a checkpoint: the sizes of its files, written when they are on the disk
+_NAME = re.compile(r"(\.)?checkpoint-(\d+)(?(1)\.before)")  # with dot and ending: set aside
 
 
 class RunFolder:
@@ -37,6 +38,7 @@ class RunFolder:
         self.tracking = path / "tracking.json"  # the name that trackers know the run by, for one that is continued
         self.tensorboard = path / "tensorboard"
         self.lock = path / ".lock"  # held by the process that trains here
+        self._claim: Claim | None = None
 
     def finished(self) -> bool:
         """Whether a run came to its end here."""
@@ -48,8 +50,8 @@ class RunFolder:
 
     def newest_checkpoint(self) -> Path | None:
         """The complete checkpoint of the highest step; one cut short while it was written does not count."""
-        complete = [(step, path) for step, path in self._checkpoints() if _is_complete(path)]
-        return max(complete)[1] if complete else None
+        whole = [(step, path) for step, path in self._checkpoints() if _is_whole(path)]
+        return max(whole)[1] if whole else None
 
     @contextmanager
     def in_use(self) -> Iterator[None]:
@@ -70,12 +72,24 @@ class RunFolder:
                 "output.dir."
             )
         with claim:
+            self._claim = claim
             try:
                 yield
             finally:
-                self.lock.unlink(missing_ok=True)
-                if made and not any(self.path.iterdir()):
+                there, self._claim = claim.in_place(), None
+                if there:
+                    self.lock.unlink(missing_ok=True)
+                if there and made and not any(self.path.iterdir()):
                     self.path.rmdir()
+
+    def check_there(self) -> None:
+        """Refuse to go on in a folder that was deleted or moved while it is in use: what is written would make another.
+
+        Raises:
+            DiskError: It is not there any more.
+        """
+        if self._claim is not None and not self._claim.in_place():
+            raise DiskError(f"The run folder {self.path} is gone: it was moved or deleted while the run was going.")
 
     def check_free(self, *, overwrite: bool) -> None:
         """Refuse to start a run over another one.
@@ -109,6 +123,7 @@ class RunFolder:
             for part in (self.adapter, self.model, self.base, self.checkpoints, self.tensorboard):
                 if part.is_dir():
                     shutil.rmtree(part)
+            self.drop_what_was_cut_short()
             write_whole(self.inputs, json.dumps(inputs))
         except OSError as error:
             raise PacaError(f"The run folder {self.path} (output.dir) can't be made ready: {error}.") from error
@@ -122,35 +137,78 @@ class RunFolder:
         Raises:
             PacaError: There is nothing to continue.
         """
+        if self.newest_checkpoint() is not None:
+            self.drop_what_was_cut_short()
         newest = self.newest_checkpoint()
         if newest is None:
             raise PacaError(
                 f"There is nothing to resume: {self.path} has no complete checkpoint. Run it without --resume."
             )
-        for _, path in self._checkpoints():
-            if not _is_complete(path):
-                shutil.rmtree(path)
         return newest
+
+    def drop_what_was_cut_short(self) -> None:
+        """Remove what is no whole checkpoint, and files that were written beside their place."""
+        for _, path in self._checkpoints():
+            if not _is_whole(path):
+                shutil.rmtree(path)
+        for _, path in self._checkpoints():
+            if path == _aside(path):
+                continue
+            shutil.rmtree(_aside(path), ignore_errors=True)
+        for step, path in self._checkpoints():
+            os.replace(path, self.checkpoint(step))
+        for path in self.path.glob(".*.partial"):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+    def checkpoint(self, step: int) -> Path:
+        """Where the trainer saves after `step` steps."""
+        return self.checkpoints / f"checkpoint-{step}"
+
+    def set_aside(self, step: int) -> None:
+        """Keep the checkpoint of `step`, if there is one, while it is written anew: until then it is the newest."""
+        path = self.checkpoint(step)
+        if _is_whole(path):
+            os.replace(path, _aside(path))
+
+    def mark_whole(self, step: int, *, to_resume: bool = True) -> None:
+        """Say that the checkpoint of `step` is all there, once it is on the disk.
+
+        One that can't be resumed from, since it lacks the optimizer, is not marked.
+        """
+        path = self.checkpoint(step)
+        sync(path)
+        if not to_resume:
+            return
+        files = [file for file in path.rglob("*") if file.is_file() and file.name != _MARK]
+        sizes = {str(file.relative_to(path)): file.stat().st_size for file in files}
+        write_whole(path / _MARK, json.dumps(sizes, indent=2) + "\n")
+        shutil.rmtree(_aside(path), ignore_errors=True)
 
     def _checkpoints(self) -> list[tuple[int, Path]]:
         if not self.checkpoints.is_dir():
             return []
-        found = ((re.fullmatch(r"checkpoint-(\d+)", path.name), path) for path in self.checkpoints.iterdir())
-        return [(int(match[1]), path) for match, path in found if match and path.is_dir()]
+        found = ((_NAME.fullmatch(path.name), path) for path in self.checkpoints.iterdir())
+        return [(int(match[2]), path) for match, path in found if match and path.is_dir()]
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Write a file in place of the one that is there, whole or not at all; make its folder if need be."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with beside.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())  # or a power cut might leave the new name with nothing in it
-        beside.replace(path)
-    finally:
-        beside.unlink(missing_ok=True)
+    """Write a file in place of the one that is there, whole or not at all; make its folder if need be.
+
+    Raises:
+        DiskError: It could not be written.
+    """
+    beside = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    with writing(path, len(text)):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with beside.open("w", encoding="utf-8") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())  # or a power cut might leave the new name with nothing in it
+            beside.replace(path)
+        finally:
+            with suppress(OSError):  # of a folder that is gone
+                beside.unlink(missing_ok=True)
 
 
 def steps_done(checkpoint: Path) -> int:
@@ -158,14 +216,14 @@ def steps_done(checkpoint: Path) -> int:
     return int(json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))["global_step"])
 
 
-def _is_complete(checkpoint: Path) -> bool:
-    # The trainer writes its state last; a cut-off write leaves no such file or half a JSON document.
-    if not all((checkpoint / name).is_file() for name in _NEEDED_TO_RESUME):
-        return False
-    if not any((checkpoint / name).exists() for name in _OPTIMIZER):
-        return False
+def _is_whole(checkpoint: Path) -> bool:
+    """Whether every file is there that was there when the checkpoint was complete, and as long as it was."""
     try:
-        steps_done(checkpoint)
-    except (ValueError, KeyError):
+        sizes = json.loads((checkpoint / _MARK).read_text(encoding="utf-8"))
+        return all((checkpoint / name).stat().st_size == size for name, size in sizes.items())
+    except (OSError, ValueError, AttributeError):
         return False
-    return True
+
+
+def _aside(checkpoint: Path) -> Path:
+    return checkpoint.with_name(f".{checkpoint.name.removeprefix('.').removesuffix('.before')}.before")

@@ -1,0 +1,67 @@
+"""Results take their place whole; what a killed process left beside it goes, and what it had replaced comes back."""
+
+from __future__ import annotations
+
+import errno
+import os
+from pathlib import Path
+
+import pytest
+
+from paca.messages.claims import Claim
+from paca.messages.disk import DiskError
+from paca.pretrained.whole_output import whole_output
+
+
+def write(output: Path, text: str) -> None:
+    with whole_output(output) as partial:
+        partial.mkdir()
+        (partial / "model").write_text(text)
+
+
+def left_behind(output: Path) -> tuple[Path, Path]:
+    """As a process leaves it that is killed between the two renames."""
+    partial, replaced = (output.with_name(f".{output.name}.123.{end}") for end in ("partial", "replaced"))
+    partial.mkdir()
+    (partial / ".lock").touch()
+    os.replace(output, replaced)
+    return partial, replaced
+
+
+def test_an_error_leaves_what_was_there(tmp_path: Path) -> None:
+    write(tmp_path / "out", "first")
+    full = OSError(errno.ENOSPC, "")
+    with pytest.raises(DiskError, match="The disk is full"), whole_output(tmp_path / "out"):
+        raise full
+    assert (tmp_path / "out" / "model").read_text() == "first"
+    assert [*tmp_path.iterdir()] == [tmp_path / "out"]
+
+
+def test_what_a_killed_process_replaced_comes_back_and_its_rest_goes(tmp_path: Path) -> None:
+    write(tmp_path / "out", "first")
+    left_behind(tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(KeyError), whole_output(tmp_path / "out"):
+        raise KeyError
+    assert (tmp_path / "out" / "model").read_text() == "first"
+    write(tmp_path / "out", "second")
+    assert (tmp_path / "out" / "model").read_text() == "second"
+    assert [*tmp_path.iterdir()] == [tmp_path / "out"]
+
+
+def test_what_another_process_is_writing_stays(tmp_path: Path) -> None:
+    write(tmp_path / "out", "first")
+    partial, _ = left_behind(tmp_path / "out")
+    with Claim(partial / ".lock") as claim:
+        claim.take()
+        write(tmp_path / "out", "second")
+        assert partial.is_dir()
+
+
+def test_all_of_it_is_on_the_disk_before_it_takes_its_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    done: list[str] = []
+    replace = os.replace
+    monkeypatch.setattr(os, "fsync", lambda number: done.append(os.readlink(f"/proc/self/fd/{number}").split("/")[-1]))
+    monkeypatch.setattr(os, "replace", lambda old, new: (done.append("in place"), replace(old, new)))
+    write(tmp_path / "out", "first")
+    assert done == ["model", "out", "in place"]

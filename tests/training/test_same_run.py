@@ -1,0 +1,102 @@
+"""What a run may not be continued with, each named: another model by content, data, columns, seed, or steps."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+from safetensors.torch import load_file, save_file
+
+from paca.messages.errors import PacaError
+from paca.training import RunResult, load_run_config, train
+from paca.training.run_folder import RunFolder
+
+Resume = Callable[..., RunResult]
+
+
+@pytest.fixture(scope="module")
+def begun(config_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A workspace with a model of its own, and a run that died after its two steps."""
+    place = tmp_path_factory.mktemp("begun")
+    shutil.copytree(config_file.parent / "model", place / "model")
+    resume_in(place, config_file, resume=False)
+    return place
+
+
+def resume_in(place: Path, config_file: Path, *overrides: str, resume: bool = True) -> RunResult:
+    settings = [
+        "train.max_steps=2",
+        "train.save_steps=1",
+        f"model.name={place / 'model'}",
+        f"output.dir={place / 'run'}",
+    ]
+    return train(load_run_config(config_file, [*settings, *overrides]), resume=resume, console=Console(quiet=True))
+
+
+@pytest.fixture
+def resume(begun: Path, config_file: Path) -> Iterator[Resume]:
+    kept = {file: file.read_bytes() for file in (begun / "model").iterdir()}
+    (begun / "run" / "summary.json").unlink(missing_ok=True)
+    yield lambda *overrides: resume_in(begun, config_file, *overrides)
+    for file, content in kept.items():
+        file.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    ("override", "named"),
+    [
+        ("paca.selection=weight_norm", r"paca\.selection: 'random_blocks' → 'weight_norm'"),
+        ("paca.random_seed=5", r"paca\.random_seed: \S+ → 5"),
+        ("train.seed=5", r"train\.seed: 42 → 5"),
+        ("data.eval=4", r"data\.eval: 8 → 4"),
+    ],
+)
+def test_another_selection_seed_or_share_of_the_data_is_refused(resume: Resume, override: str, named: str) -> None:
+    with pytest.raises(PacaError, match=rf"(?m)^  {named}$"):
+        resume(override)
+
+
+def change_a_weight(model: Path) -> None:
+    tensors = load_file(model / "model.safetensors")
+    tensors["model.layers.1.mlp.up_proj.weight"][3, 5] += 0.5
+    save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
+
+
+def change_the_config(model: Path) -> None:
+    settings = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({**settings, "attention_dropout": 0.1}))
+
+
+def change_the_tokenizer(model: Path) -> None:
+    file = model / "tokenizer.json"
+    file.write_text(file.read_text().replace('"a":', '"?":').replace('"b":', '"a":').replace('"?":', '"b":'))
+
+
+@pytest.mark.parametrize("change", [change_a_weight, change_the_config, change_the_tokenizer])
+def test_another_model_of_the_same_name_is_refused(resume: Resume, begun: Path, change: Callable[[Path], None]) -> None:
+    change(begun / "model")
+    with pytest.raises(PacaError, match=r"The content of model\.name \(.*model: .*\) is no longer what the run in"):
+        resume()
+
+
+def test_the_number_of_processes_may_change_if_a_step_stays_what_it_is(resume: Resume, begun: Path) -> None:
+    file = RunFolder(begun / "run").inputs
+    began = file.read_text()
+    file.write_text(json.dumps({**json.loads(began), "processes": "2"}))
+    with pytest.raises(PacaError, match=r"began with 2 processes and 8 sequences per step; with 1 this would be 4"):
+        resume()
+    assert resume("train.gradient_accumulation_steps=4").summary is not None
+    file.write_text(began)
+
+
+def test_without_its_config_a_run_is_not_continued(resume: Resume, begun: Path) -> None:
+    config = RunFolder(begun / "run").config
+    kept = config.read_text()
+    config.unlink()
+    with pytest.raises(PacaError, match=r"config\.yaml is not there"):
+        resume()
+    config.write_text(kept)
