@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import pty
 import select
+import signal
 import time
 from pathlib import Path
 
@@ -12,8 +13,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from cli.paca_process import MAIN, forked_paca, fresh_paca
-from forked_process import start_forked
+from cli.paca_process import PACA, forked_paca, fresh_paca
 from paca.pretrained.generation import load_for_generation, stream_reply
 from tiny_checkpoint import byte_tokenizer, save_run
 
@@ -57,36 +57,26 @@ def test_piped_turns_share_a_history_until_reset(run: Path) -> None:
     assert "New conversation." in done.stderr
 
 
-IN_A_TERMINAL = """
-import os, signal, sys
-os.setsid()
-terminal = os.open(sys.argv.pop(1), os.O_RDWR)  # the first that a session's leader opens is the session's
-for number, (name, mode) in enumerate((("stdin", "r"), ("stdout", "w"), ("stderr", "w"))):
-    os.dup2(terminal, number)
-    setattr(sys, name, open(number, mode, closefd=False))
-os.close(terminal)
-signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job, such as a CI run, ignores it
-"""
-
-
 class Terminal:
     """A pseudo-terminal with a process in it."""
 
-    def __init__(self, streams: Path, *arguments: object) -> None:
-        self.file, self.inner = pty.openpty()
-        program = IN_A_TERMINAL + MAIN
-        self.process = start_forked(program, os.ttyname(self.inner), *arguments, streams=streams)
+    def __init__(self, *arguments: object) -> None:
+        self.pid, self.file = pty.fork()
+        if self.pid == 0:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)  # a shell's background job, such as a CI run, ignores it
+            os.execv(PACA[0], [*PACA, *map(str, arguments)])
         self.shown = b""
 
     def wait_for(self, text: bytes, seconds: float = 240) -> bytes:
         """What appeared up to `text`, which is taken away."""
         deadline = time.monotonic() + seconds
         while text not in self.shown:
-            ready: list[int] = []
-            while not ready and time.monotonic() < deadline and self.process.exitcode is None:
-                ready, _, _ = select.select([self.file], [], [], 1)
+            ready, _, _ = select.select([self.file], [], [], max(0, deadline - time.monotonic()))
             assert ready, f"{text!r} did not appear within {seconds} s; there is {self.shown!r}"
-            self.shown += os.read(self.file, 65536)
+            try:
+                self.shown += os.read(self.file, 65536)
+            except OSError as error:  # the process is gone
+                raise AssertionError(f"ended without {text!r}; there is {self.shown!r}") from error
         before, _, self.shown = self.shown.partition(text)
         return before
 
@@ -111,15 +101,17 @@ class Terminal:
         self.wait_for(text, 0)
 
     def exit_status(self) -> int:
-        self.process.join(240)
-        os.close(self.inner)
+        try:
+            while os.read(self.file, 65536):
+                pass
+        except OSError:  # how Linux reports the end of a pseudo-terminal
+            pass
         os.close(self.file)
-        assert self.process.exitcode is not None
-        return self.process.exitcode
+        return os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
 
 
-def test_ctrl_c_stops_an_answer_and_ctrl_d_ends_the_session(run: Path, tmp_path: Path) -> None:
-    terminal = Terminal(tmp_path, "chat", run, "--max-new-tokens", 90_000)
+def test_ctrl_c_stops_an_answer_and_ctrl_d_ends_the_session(run: Path) -> None:
+    terminal = Terminal("chat", run, "--max-new-tokens", 90_000)
     terminal.wait_for(b"Ctrl-D")
     terminal.wait_for(b"> ")
     terminal.type(b"Hello\n")
