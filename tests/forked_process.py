@@ -6,6 +6,7 @@ while they are imported, and whether a program imports them at all, only a proce
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import subprocess
@@ -49,6 +50,7 @@ def start_forked(
 
 
 def _run(program: str, arguments: list[str], streams: Path, cwd: Path, environment: dict[str, str]) -> None:
+    gc.freeze()  # so that collecting neither walks through what the server imported nor copies its pages
     os.environ.clear()
     os.environ.update(environment)
     os.chdir(cwd)

@@ -11,7 +11,6 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
@@ -40,11 +39,9 @@ def start_paca(*arguments: object, streams: Path, cwd: Path | None = None) -> Ba
     return start_forked(MAIN, *arguments, streams=streams, cwd=cwd)
 
 
-def fresh_paca(
-    *arguments: object, cwd: Path | None = None, program: Sequence[str] = PACA
-) -> subprocess.CompletedProcess[str]:
-    """Start from nothing, and run to the end; `program` may be a launcher of several processes."""
-    command = [*program, *map(str, arguments)]
+def fresh_paca(*arguments: object, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    """Start from nothing, and run to the end."""
+    command = [*PACA, *map(str, arguments)]
     with tempfile.TemporaryFile() as output, tempfile.TemporaryFile() as errors:
         process = subprocess.Popen(
             command, cwd=cwd, stdin=subprocess.DEVNULL, stdout=output, stderr=errors, start_new_session=True
@@ -52,7 +49,7 @@ def fresh_paca(
         try:
             process.wait(300)
         finally:
-            with contextlib.suppress(ProcessLookupError):  # of a launcher, or of what it left behind
+            with contextlib.suppress(ProcessLookupError):  # or of what it left behind
                 os.killpg(process.pid, signal.SIGKILL)
         output.seek(0)
         errors.seek(0)

@@ -47,14 +47,14 @@ def test_json_adds_up(base: Path) -> None:
 
 
 def test_a_budget_finds_a_setting_that_fits(base: Path) -> None:
-    roomy = plan_json(str(base), "--seq", "256", "--memory", "100GiB", "--global-batch", "8", "--loss", "full")
-    assert roomy["setting"]["batch_size"] == 8
+    roomy = plan_json(str(base), "--seq", "256", "--memory", "100GiB", "--global-batch", "2", "--loss", "full")
+    assert roomy["setting"]["batch_size"] == 2
     tight = plan_json(
-        str(base), "--seq", "256", "--memory", str(roomy["total"] - 1), "--global-batch", "8", "--loss", "full"
+        str(base), "--seq", "256", "--memory", str(roomy["total"] - 1), "--global-batch", "2", "--loss", "full"
     )
     assert tight["total"] < roomy["total"]
     assert tight["total"] == tight["candidates"][0]["total"]
-    assert tight["setting"]["batch_size"] * tight["setting"]["gradient_accumulation"] == 8
+    assert tight["setting"]["batch_size"] * tight["setting"]["gradient_accumulation"] == 2
     assert tight["weights"] == "float32"
     assert "nf4" in tight["weights_reason"]
     text = plan(str(base), "--seq", "256", "--memory", "100GiB", "--device", "cpu", "--rate", "1")

@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import sys
 import time
 from collections.abc import Iterator
@@ -16,7 +17,7 @@ import pytest
 import yaml
 from rich.console import Console
 
-from cli.paca_process import MAIN, forked_paca, fresh_paca, start_paca
+from cli.paca_process import forked_paca, fresh_paca, start_paca
 from paca.cli import main
 from paca.messages.errors import PacaError
 from paca.training import load_run_config, train
@@ -87,12 +88,12 @@ def test_a_run_in_full_is_planned_trained_asked_and_written_elsewhere(workspace:
 def test_a_real_interrupt_saves_and_the_resumed_run_ends_as_the_uninterrupted_one(
     workspace: Path, tmp_path: Path
 ) -> None:
-    steps = ["--set", "train.max_steps=150", "--set"]
+    steps = ["--set", "train.max_steps=100", "--set"]
     done = forked_paca("train", "config.yaml", *steps, "output.dir=whole", cwd=workspace)
     assert done.returncode == 0, done.stderr
     output = done.stdout
     assert re.search(r"^step 0: held-out loss \d\.\d+$", output, re.MULTILINE)
-    assert re.search(r"^step 150/150  loss \d\.\d+  [\d,]+ tokens/s  peak .*iB  0:00 left$", output, re.MULTILINE)
+    assert re.search(r"^step 100/100  loss \d\.\d+  [\d,]+ tokens/s  peak .*iB  0:00 left$", output, re.MULTILINE)
     assert re.search(r"^held-out loss +\d\.\d+ → \d\.\d+$", output, re.MULTILINE)
     assert (workspace / "whole" / "report.html").read_text().count("<svg") == 6
     assert "it/s]" not in output + done.stderr  # no progress bars in a log file
@@ -111,7 +112,7 @@ def test_a_real_interrupt_saves_and_the_resumed_run_ends_as_the_uninterrupted_on
     assert process.exitcode == 130, errors
     assert "Traceback" not in errors
     stopped_at = rows(workspace / "parts")[-1]["step"]
-    assert stopped_at < 150
+    assert stopped_at < 100
     assert (workspace / "parts" / "checkpoints" / f"checkpoint-{stopped_at}").is_dir()
     command = re.search(r"Continue with:\n  \S*paca (train .* --resume)\n", output)
     assert command is not None
@@ -119,29 +120,45 @@ def test_a_real_interrupt_saves_and_the_resumed_run_ends_as_the_uninterrupted_on
 
     done = forked_paca(*command[1].split(), cwd=workspace)
     assert done.returncode == 0, done.stderr
-    assert f"Resuming after step {stopped_at} of 150." in done.stdout
+    assert f"Resuming after step {stopped_at} of 100." in done.stdout
     assert same_adapter(workspace / "whole", workspace / "parts")
     assert curve(workspace / "whole") == curve(workspace / "parts")
     summary = json.loads((workspace / "parts" / "summary.json").read_text())
     assert summary["command"].endswith("config.yaml --resume")
 
 
-def test_two_processes_train_as_one_on_the_whole_batch_and_only_the_first_speaks(workspace: Path) -> None:
+def in_two_processes(streams: Path, cwd: Path, *arguments: object) -> str:
+    """What both show, started with the environment that torchrun gives them."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    given = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2}
+    processes = []
+    with pytest.MonkeyPatch.context() as environment:
+        for rank in range(2):
+            for name, value in {**given, "RANK": rank, "LOCAL_RANK": rank}.items():
+                environment.setenv(name, str(value))
+            (streams / str(rank)).mkdir()
+            processes.append(start_paca(*arguments, streams=streams / str(rank), cwd=cwd))
+    for rank, process in enumerate(processes):
+        process.join(300)
+        assert process.exitcode == 0, (streams / str(rank) / "stderr").read_text()
+    return "".join((streams / str(rank) / "stdout").read_text() for rank in range(2))
+
+
+def test_two_processes_train_as_one_on_the_whole_batch_and_only_the_first_speaks(
+    workspace: Path, tmp_path: Path
+) -> None:
     # Plain SGD without dropout: nothing amplifies the rounding by which the two sums differ.
     model_config = workspace / "model" / "config.json"
     before = model_config.read_text()
     model_config.write_text(json.dumps(json.loads(before) | {"attention_dropout": 0.0}))
     common = ["--set", "train.optim=sgd", "--set", "train.learning_rate=1.0", "--set", "train.max_steps=10"]
-    program = workspace / "paca_program.py"
-    program.write_text(MAIN)
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(program)]
     try:
-        done = fresh_paca(
-            "train", "config.yaml", "--probe", *common, "--set", "output.dir=two", cwd=workspace, program=torchrun
-        )
-        assert done.returncode == 0, done.stderr
-        assert done.stdout.count("step 10/10") == 1
-        assert done.stdout.count("The longest batch (2 x ") == 1
+        two = ("train", "config.yaml", "--probe", *common, "--set", "output.dir=two")
+        shown = in_two_processes(tmp_path, workspace, *two)
+        assert shown.count("step 10/10") == 1
+        assert shown.count("The longest batch (2 x ") == 1
         settings = [*common[1::2], "train.per_device_train_batch_size=4", f"output.dir={workspace / 'one'}"]
         train(load_run_config(workspace / "config.yaml", settings), console=Console(quiet=True))
     finally:

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
-import subprocess
 from pathlib import Path
 
 import pytest
 import yaml
 from safetensors.torch import load_file
 
+from forked_process import run_forked
 from paca.comparison import counted_memory
 from training.tiny_run import save_workspace
+
+PROGRAM = "import runpy\nrunpy.run_module('paca.comparison.counted_memory', run_name='__main__', alter_sys=True)"
+
+
+def test_the_program_is_the_module() -> None:
+    assert counted_memory.PROGRAM[1:] == ("-m", "paca.comparison.counted_memory")
 
 
 @pytest.fixture(scope="module")
@@ -21,18 +27,19 @@ def counted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, int]:
     sections = yaml.safe_load((folder / "config.yaml").read_text())
     sections["train"] |= {"max_steps": 3, "eval_strategy": "no", "save_strategy": "no"}
     sections["eval"] = {"before": False, "after": False}
-    running = {}
+    configs = []
     for name, r in {"once": 4, "again": 4, "wide": 8}.items():
         sections["paca"]["r"] = r
         sections["output"] = {"dir": str(folder / name)}
         config = folder / f"{name}.yaml"
         config.write_text(yaml.safe_dump(sections))
-        running[config] = subprocess.Popen([*counted_memory.PROGRAM, "train", str(config)], cwd=folder)
-    assert [process.wait() for process in running.values()] == [0, 0, 0]
+        done = run_forked(PROGRAM, "train", config, cwd=folder)
+        assert done.returncode == 0, done.stderr
+        configs.append(config)
     weights = load_file(folder / "model" / "model.safetensors")
     return {
         "weights": sum(tensor.nbytes for tensor in weights.values()),
-        **{config.stem: counted_memory.peak_of(config) for config in running},
+        **{config.stem: counted_memory.peak_of(config) for config in configs},
     }
 
 
@@ -48,7 +55,7 @@ def test_a_run_that_fails_leaves_no_peak(tmp_path: Path) -> None:
     config = tmp_path / "broken.yaml"
     config.write_text("model: {}\n")
     counted_memory.peak_file(config).write_text('{"peak_bytes": 1}')
-    done = subprocess.run([*counted_memory.PROGRAM, "train", str(config)], capture_output=True, text=True)
+    done = run_forked(PROGRAM, "train", config)
     assert done.returncode == 1
     assert "Error: " in done.stderr
     assert not counted_memory.peak_file(config).exists()

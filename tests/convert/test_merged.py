@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import shutil
 import stat
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import paca.convert.merged as merged_module
+from forked_process import run_forked
 from paca.convert.merged import merge_to_folder
 from paca.messages.errors import PacaError
 from paca.pretrained.generation import load_for_generation
@@ -65,8 +64,7 @@ assert torch.equal(found, torch.load(sys.argv[2])), "logits differ"
 turn = [{"role": "user", "content": "hi"}]
 print(tokenizer.apply_chat_template(turn, tokenize=False))
 """
-    command = [sys.executable, "-c", script, str(tmp_path / "merged"), str(tmp_path / "expected.pt")]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = run_forked(script, tmp_path / "merged", tmp_path / "expected.pt")
     assert done.returncode == 0, done.stderr
     assert done.stdout == "<|im_start|>user\nhi<|im_end|>\n\n"
 

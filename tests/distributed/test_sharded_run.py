@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import io
 import os
 import shutil
@@ -16,8 +17,8 @@ from trl import SFTConfig
 
 from forked_process import FORKS
 from paca.messages.errors import PacaError
-from paca.training import load_run_config, train
-from training.tiny_run import adapter, curve, save_workspace
+from paca.training import curves, load_run_config, train
+from training.tiny_run import adapter, curve, place_of_picture, save_workspace
 
 ONE = ["train.per_device_train_batch_size=4", "train.max_steps=4", "train.save_steps=2"]
 SHARDED = [
@@ -34,6 +35,8 @@ def worker(
 ) -> None:
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), WORLD_SIZE=str(world))
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank))
+    gc.freeze()  # what was imported is not walked through again each time that garbage is collected
+    curves.inline_svg = place_of_picture
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo")
     from accelerate.state import PartialState

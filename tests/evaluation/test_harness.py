@@ -186,13 +186,18 @@ def test_few_shot_examples_and_the_chat_template_reach_the_prompt(loaded: Loaded
     ("task", "expected"),
     [
         ("missing.yaml", "no task file 'missing.yaml'"),
-        ("arc_esy", "no task 'arc_esy'. Did you mean .*arc_easy"),
         ("arc_easy", r"arc_easy cannot be loaded: .*\n.*comes from the hub unless a task file points at local files"),
     ],
 )
+@pytest.mark.usefixtures("few_tasks")
 def test_a_task_that_cannot_be_had_is_explained(loaded: LoadedModel, tmp_path: Path, task: str, expected: str) -> None:
     with pytest.raises(PacaError, match=expected):
         evaluated(loaded, tmp_path / "out", Path(task))
+
+
+def test_a_name_that_no_task_has_is_looked_for_among_all_of_the_harness_s(loaded: LoadedModel, tmp_path: Path) -> None:
+    with pytest.raises(PacaError, match=r"no task 'arc_esy'\. Did you mean .*arc_easy"):
+        evaluated(loaded, tmp_path / "out", Path("arc_esy"))
 
 
 def test_a_chat_template_is_needed_to_ask_in_its_form(loaded: LoadedModel, tmp_path: Path) -> None:

@@ -10,8 +10,21 @@ import datasets
 import pytest
 from rich.console import Console
 
-from paca.training import RunResult, load_run_config, train
-from training.tiny_run import save_workspace
+from paca.training import RunResult, curves, load_run_config, train
+from paca.training import run as run_module
+from training.tiny_run import place_of_picture, save_workspace
+
+
+@pytest.fixture(autouse=True)
+def bare_runs() -> Iterator[None]:
+    """Left out: the pictures of reports and the forecast of memory, most of the time of a run this short.
+
+    `test_report.py` and `test_memory_check.py`, which are about them, have a fixture of this name that leaves them in.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(curves, "inline_svg", place_of_picture)
+        patch.setattr(run_module, "memory_warning", lambda *_: None)
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -11,6 +11,11 @@ from paca.training import load_run_config, memory_check, train
 from paca.training.trainers import TRAINERS
 
 
+@pytest.fixture(autouse=True)
+def bare_runs() -> None:
+    """Here memory is foretold."""
+
+
 def output_of_run(config_file: Path, folder: Path, *overrides: str) -> str:
     output = io.StringIO()
     config = load_run_config(config_file, [f"output.dir={folder}", "train.max_steps=1", *overrides])

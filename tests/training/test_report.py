@@ -13,6 +13,11 @@ from paca.training.report import write_report
 VOID = {"meta"}
 
 
+@pytest.fixture(autouse=True)
+def bare_runs() -> None:
+    """Here reports are drawn."""
+
+
 class Balance(HTMLParser):
     """Collects tags, checks that they nest, and notes everything that would be fetched."""
 

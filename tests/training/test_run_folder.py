@@ -2,38 +2,39 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import pytest
 
+from forked_process import start_forked
 from paca.messages.errors import PacaError
 from paca.training.run_folder import RunFolder, steps_done, write_whole
 from paca.tuner.adapter_folder import find_adapter
 
 TRAIN = """
-import sys
+import sys, time
 from pathlib import Path
 from paca.training.run_folder import RunFolder
 with RunFolder(Path(sys.argv[1])).in_use():
     print("held", flush=True)
-    sys.stdin.read()
+    time.sleep(600)
 """
 
 
 @contextmanager
-def trained_elsewhere(folder: Path) -> Iterator[subprocess.Popen[str]]:
+def trained_elsewhere(folder: Path, streams: Path) -> Iterator[BaseProcess]:
     """A process that has the folder in use."""
-    program = [sys.executable, "-c", TRAIN, str(folder)]
-    process = subprocess.Popen(program, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    assert process.stdout is not None
-    assert process.stdout.readline() == "held\n"
+    process = start_forked(TRAIN, folder, streams=streams)
+    while not (streams / "stdout").exists() or (streams / "stdout").read_text() != "held\n":
+        assert process.exitcode is None, (streams / "stderr").read_text()
+        time.sleep(0.01)
     yield process
     process.kill()
-    process.communicate()
+    process.join()
 
 
 def checkpoint(folder: RunFolder, step: int, *, whole: bool = True) -> Path:
@@ -130,7 +131,7 @@ def test_a_folder_that_cannot_be_made_is_an_error(tmp_path: Path) -> None:
 
 def test_a_folder_in_use_is_refused_and_says_by_whom(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path / "run")
-    with trained_elsewhere(folder.path) as process:
+    with trained_elsewhere(folder.path, tmp_path) as process:
         message = rf"run is in use: process {process.pid} on .+ trains there\. Wait"
         with pytest.raises(PacaError, match=message), folder.in_use():
             pass
