@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from paca.messages.errors import PacaError
+from paca.messages.shown import printable, without_controls
 from paca.tuner.adapter_folder import find_adapter
 from paca_command import import_package
 
@@ -54,7 +55,7 @@ def chat(
                 max_new_tokens=max_new_tokens,
                 temperature=temperature,
             ):
-                print(piece, end="", flush=True)
+                print(shown_piece(piece), end="", flush=True)
             print()
             return
         who = loaded.base if base or loaded.adapter is None else f"{loaded.base} with {loaded.adapter}"
@@ -92,7 +93,7 @@ def answer(loaded: LoadedModel, messages: list[Message], max_new_tokens: int, te
     try:
         for piece in stream:
             pieces.append(piece)
-            print(piece, end="", flush=True)
+            print(shown_piece(piece), end="", flush=True)
     except KeyboardInterrupt:
         say(" (stopped)", end="")
     print(flush=True)
@@ -119,4 +120,9 @@ def typed_lines() -> Iterator[str]:
 
 def say(text: str, end: str = "\n") -> None:
     """A remark of the program, apart from the model's answers."""
-    print(text, end=end, file=sys.stderr, flush=True)
+    print(printable(text), end=end, file=sys.stderr, flush=True)
+
+
+def shown_piece(piece: str) -> str:
+    """A piece of an answer; in a terminal without escape sequences, which a model can be trained to write."""
+    return without_controls(piece) if sys.stdout.isatty() else piece

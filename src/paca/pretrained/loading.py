@@ -11,7 +11,6 @@ from typing import Any, NamedTuple, cast
 
 import torch
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
-from safetensors import SafetensorError
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -24,7 +23,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from paca.messages.errors import PacaError
+from paca.messages.errors import PacaError, is_failure
 from paca.pretrained import gguf, quantizing
 from paca.pretrained.hub import unreachable, without_waiting
 from paca.pretrained.location import TOKENIZER_FILES, Location, Source, locate, tokenizer_files
@@ -260,7 +259,9 @@ def _explaining(location: Location, revision: str | None, what: str = "model") -
             yield
     except PacaError:
         raise
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
+    except BaseException as error:
+        if not is_failure(error):
+            raise
         name = location.name_or_path
         if location.source == "hub":
             raise PacaError(_hub_message(name, what, error)) from error
