@@ -12,13 +12,14 @@ PYTEST_ARGS ?= -n 2 --dist worksteal
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help install demo test matrix docs notebooks lint clean demo-clean
+.PHONY: help install demo test matrix fuzz docs notebooks lint clean demo-clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo        fine-tune a small language model on encyclopedia summaries and show what changed"
 	@echo "make test        run the tests"
 	@echo "make matrix      run every cell of docs/support-matrix.md and write the page anew"
+	@echo "make fuzz        10,000 adapters that were damaged or made to do harm (an hour of one core); CASES=, SEED="
 	@echo "make docs        the documentation as a site in build/site, from docs/ and the code"
 	@echo "make notebooks   run docs/notebooks and keep what they print"
 	@echo "make lint        ruff and mypy"
@@ -53,6 +54,9 @@ matrix: $(STAMP)
 notebooks: $(STAMP)
 	@$(BIN)/python -m pip install --quiet --editable ".[notebooks]"
 	@$(BIN)/python tools/run_notebooks.py $(if $(MODEL),--model $(MODEL))
+
+fuzz: $(STAMP)
+	@PYTHONPATH=tests $(BIN)/python -m hostile_adapters --cases $(or $(CASES),10000) --seed $(or $(SEED),0)
 
 docs: $(STAMP)
 	@NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet

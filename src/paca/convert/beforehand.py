@@ -8,7 +8,7 @@ from pathlib import Path
 
 from paca.messages.errors import PacaError
 from paca.pretrained.purpose import classifier_in
-from paca.tuner.adapter_folder import ADAPTER_CONFIG, expanded, find_adapter, find_base, find_task
+from paca.tuner.adapter_folder import ADAPTER_CONFIG, checked, expanded, find_adapter, find_base, find_task
 
 
 def adapter_in(path: str | Path) -> Path:
@@ -72,7 +72,7 @@ def import_source(path: str | Path) -> Path:
             f"{folder} has no {ADAPTER_CONFIG}, which gives r and alpha: without them the tensors mean nothing. Put "
             "the one that was saved with them beside them."
         )
-    return folder
+    return checked(folder)
 
 
 def _free_folder(

@@ -20,7 +20,7 @@ def shapes_in(folder: Path, most: int = 100_000) -> dict[str, torch.Size] | None
     """
     if not folder.is_dir():
         return None
-    if any(entry.is_symlink() or not (entry.is_file() or entry.is_dir()) for entry in folder.iterdir()):
+    if any(entry.is_symlink() or not entry.is_file() for entry in folder.iterdir()):
         check_entries(folder)
     path = folder / SAFETENSORS_WEIGHTS_NAME
     if not path.is_file():

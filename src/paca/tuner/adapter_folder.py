@@ -33,7 +33,7 @@ def find_adapter(path: str | Path, *, or_model: bool = True) -> Path | None:
         or_model: Whether a plain model is of use too; messages then say so.
 
     Raises:
-        PacaError: There is no such folder, or it is neither a run, an adapter nor a model.
+        PacaError: There is no such folder, it is neither a run, an adapter nor a model, or a file is none of its own.
     """
     folder = expanded(path)
     if not os.path.exists(folder):
@@ -46,7 +46,7 @@ def find_adapter(path: str | Path, *, or_model: bool = True) -> Path | None:
         raise PacaError(f"{folder} is a file. Give the folder of a run{wanted}.")
     for candidate in (folder / "adapter", folder):
         if (candidate / ADAPTER_CONFIG).is_file():
-            return candidate
+            return checked(candidate)
     if any((path / "config.json").is_file() for path in (folder, folder / "model")):  # the second: of a run
         return None
     if (folder / "checkpoints").is_dir() or (folder / "metrics.jsonl").is_file():
@@ -62,6 +62,15 @@ def find_adapter(path: str | Path, *, or_model: bool = True) -> Path | None:
         f"{folder} is not an adapter: it has no {ADAPTER_CONFIG}, nor adapter/{ADAPTER_CONFIG} as a run does"
         f"{', nor the config.json of a model' if or_model else ''}. It holds: {found}."
     )
+
+
+def checked(adapter: Path) -> Path:
+    """The folder; PacaError if one of its files is none of its own, such as a pipe, or a link to elsewhere."""
+    try:
+        check_entries(adapter)
+    except ValueError as error:
+        raise PacaError(str(error)) from error
+    return adapter
 
 
 def expanded(path: str | Path) -> Path:
@@ -120,12 +129,8 @@ def adapter_settings(adapter: Path) -> dict[str, Any]:
     """The content of an adapter's config.
 
     Raises:
-        PacaError: It can't be read, or a file of the adapter is no file of its own (`check_entries`).
+        PacaError: It is no JSON object.
     """
-    try:
-        check_entries(adapter)
-    except ValueError as error:
-        raise PacaError(str(error)) from error
     return json_object(adapter / ADAPTER_CONFIG)
 
 

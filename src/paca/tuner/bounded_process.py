@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -12,8 +13,8 @@ from typing import Any
 
 SECONDS = 1.0
 """Of processor time, for one request."""
-_STARTING = 60.0  # seconds on the clock, with the imports of its program
-_PATIENCE = 20  # times as many seconds on the clock: the machine may be busy
+_PATIENCE = 300.0 if hasattr(signal, "setitimer") else 10.0
+"""Seconds on the clock, where the system counts those of the processor too: the machine may be busy."""
 _BYTES = 2**29  # that the process may take for its work
 _LONGEST = 2**24  # characters of an answer
 
@@ -103,10 +104,10 @@ class BoundedProcess:
         with self._lock:
             self._start()
             if not self._ready:
-                if self._answer(_STARTING) != "ready":
+                if self._answer(300) != "ready":
                     raise OSError(f"{sys.executable} does not run as Python in a process of its own")
                 self._ready = True
-            answer = self._answer(_PATIENCE * seconds, json.dumps({"work": work, "seconds": seconds}))
+            answer = self._answer(_PATIENCE, json.dumps({"work": work, "seconds": seconds}))
         if answer is None or answer.get("error", "").startswith("MemoryError"):
             raise TookTooLong
         if "error" in answer:

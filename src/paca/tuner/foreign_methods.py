@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from peft.utils import PeftType
 from torch import nn
 
 from paca.messages.errors import PacaError
+from paca.messages.shown import shown
 from paca.tuner.adapter_folder import ADAPTER_CONFIG, adapter_settings, weight_file
 from paca.tuner.pickled_adapter import tensors_in_pickle
 from paca.tuner.registration import NAME
@@ -26,9 +28,12 @@ def check_method(adapter: Path, model: nn.Module) -> None:
         ValueError: A regular expression that takes too long, or a file that is none of tensors; names it.
     """
     settings, file = adapter_settings(adapter), adapter / ADAPTER_CONFIG
-    if settings.get("peft_type") == NAME:
+    kind = settings.get("peft_type")
+    if kind == NAME:
         return
-    if settings.get("peft_type") == "XLORA":
+    if not isinstance(kind, str) or kind not in PeftType.__members__:
+        raise PacaError(f"{file} names no method that this PEFT knows: peft_type is {shown(kind)}.")
+    if kind == "XLORA":
         raise PacaError(f"{file} is for XLORA, which loads other adapters, from wherever it says. Load it with PEFT.")
     for setting, reason in _REFUSED.items():
         if settings.get(setting):
