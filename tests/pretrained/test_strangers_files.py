@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import json
+import logging
 import os
 import shutil
 import sys
+import warnings
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -21,6 +24,7 @@ from transformers import LlamaForCausalLM
 
 from hostile_adapters.damage import Bomb
 from hostile_adapters.watch import watching
+from paca.cli import quiet
 from paca.cli.chat import shown_piece
 from paca.convert.exported import export_adapter
 from paca.convert.merged import merge_to_folder
@@ -209,6 +213,21 @@ def test_a_tokenizer_that_lets_texts_grow_is_refused(adapter: Path) -> None:
         adapter_tokenizer.load_adapter_tokenizer(adapter)
 
 
+def test_labels_that_are_none(adapter: Path, run: Path) -> None:
+    for config in (
+        {"architectures": 5},
+        {"architectures": ["LlamaForSequenceClassification"], "id2label": [1]},
+        {"architectures": ["LlamaForSequenceClassification"], "id2label": {"a": 1}},
+        {"architectures": ["LlamaForSequenceClassification"], "id2label": {str(n): "a" for n in range(200_000)}},
+    ):
+        (adapter / "config.json").write_text(json.dumps(config))
+        if config["architectures"] == 5:
+            assert answer(adapter, run)
+            continue
+        with pytest.raises(PacaError, match=r"config\.json (is broken|names 200,000 labels)"):
+            answer(adapter, run)
+
+
 def test_a_tokenizer_of_another_model_is_an_error(adapter: Path, run: Path) -> None:
     content = json.loads((adapter / "tokenizer.json").read_text())
     content["added_tokens"] += [{**content["added_tokens"][0], "id": 5_000, "content": "Hi"}]
@@ -258,3 +277,18 @@ def test_a_terminal_obeys_no_name_nor_answer(
     assert len(printable("x" * 10**6)) < 5_000
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
     assert shown_piece("a\x1b[2Jb\x9bc\r\n😀\u200d") == "a�[2Jb�c�\n😀\u200d"
+
+
+def test_notes_and_warnings_of_libraries_show_escapes() -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(warnings, "formatwarning", warnings.formatwarning)
+        factory, written = logging.getLogRecordFactory(), io.StringIO()
+        try:
+            quiet.show_escapes()
+            logger = logging.Logger("a library")
+            logger.addHandler(logging.StreamHandler(written))
+            logger.warning("a name: %s", "\x1b[2J")
+            assert written.getvalue() == "a name: \\x1b[2J\n"
+            assert "\x1b" not in warnings.formatwarning("\x1b[2J", UserWarning, "file.py", 3)
+        finally:
+            logging.setLogRecordFactory(factory)

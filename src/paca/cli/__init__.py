@@ -18,7 +18,7 @@ from paca.cli.export import export
 from paca.cli.import_adapter import import_adapter
 from paca.cli.merge import merge
 from paca.cli.plan import plan
-from paca.cli.quiet import hide_library_notes
+from paca.cli.quiet import hide_library_notes, show_escapes
 from paca.cli.train import train
 from paca.cli.waiting_threads import let_waiting_threads_sleep
 from paca.messages.errors import PacaError
@@ -61,6 +61,7 @@ def main() -> None:
     """
     let_waiting_threads_sleep()
     hide_library_notes()
+    show_escapes()
     try:
         app()
     except PacaError as error:

@@ -25,7 +25,7 @@ from paca.layers import PacaLayer
 from paca.layers.overlaid import OverlaidLinear
 from paca.messages.errors import PacaError
 from paca.messages.program import program
-from paca.messages.shown import shown
+from paca.messages.shown import printable
 from paca.pretrained import Outline, load_config
 from paca.pretrained.location import locate
 from paca.tuner.adapter_checks import DELTA, INDICES, check_finite
@@ -152,7 +152,9 @@ def _read(folder: Path, base: str) -> Adapter:
     tensors = read_tensors(weight_file(folder))
     kind = adapter_settings(folder).get("peft_type")
     if kind != "PACA":
-        raise PacaError(f"{folder} holds a {shown(kind)} adapter; only PaCA adapters can be exported.")
+        raise PacaError(
+            f"{folder} holds a {printable(str(kind), longest=99)} adapter; only PaCA adapters can be exported."
+        )
     if any(name.endswith(".paca_w") for name in tensors):
         raise PacaError(
             f"{folder} is a checkpoint of the original authors' PaCA. First: {program()} import {folder} ..."

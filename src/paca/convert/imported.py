@@ -24,7 +24,7 @@ from paca.convert.foreign import COLUMNS, ForeignAdapter, read_authors, read_one
 from paca.convert.lora import LORA_A
 from paca.convert.target_names import exact_targets
 from paca.messages.errors import PacaError
-from paca.messages.shown import shown
+from paca.messages.shown import printable
 from paca.pretrained import load_pretrained
 from paca.pretrained.location import locate, tokenizer_files
 from paca.pretrained.whole_output import whole_output
@@ -102,7 +102,7 @@ def _read(
         try_expressions(settings, outline, folder / ADAPTER_CONFIG)
         return read_one_hot_lora(settings, tensors), outline
     raise PacaError(
-        f"{folder} holds a {shown(settings.get('peft_type'))} adapter with tensors such as "
+        f"{folder} holds a {printable(str(settings.get('peft_type')), longest=99)} adapter with tensors such as "
         f"{min(tensors, default='(none)')}. "
         f"What can be imported: checkpoints of the original authors' PaCA (tensors ...{COLUMNS}), and LoRA adapters "
         "that `paca export --to lora` wrote."

@@ -7,6 +7,7 @@ text that fills the memory.
 from __future__ import annotations
 
 import functools
+import json
 from collections.abc import Sequence
 
 from transformers import PreTrainedTokenizerBase
@@ -37,9 +38,10 @@ def conversation_text(tokenizer: PreTrainedTokenizerBase, messages: Sequence[dic
         raise PacaError(f"The chat template of {where} can't be used: {error}") from error
     if not isinstance(template, str) or len(template) > LARGEST:
         raise PacaError(f"The chat template of {where} is no text, or has over {LARGEST:,} characters.")
+    special = json.loads(json.dumps(tokenizer.special_tokens_map, default=str))
     request = {"conversations": [list(messages)], "chat_template": template, "add_generation_prompt": True}
     try:
-        text: str = renderer().ask({**tokenizer.special_tokens_map, **request})
+        text: str = renderer().ask({**special, **request})
     except TookTooLong:
         raise PacaError(
             f"The chat template of {where} does not come to an end for this conversation, or its text fills the "

@@ -35,8 +35,6 @@ DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch
 
 # Tokens that exist for padding alone in well-known vocabularies. Anything else might occur in a text.
 _PAD_TOKENS = ("<|pad|>", "<pad>", "[PAD]", "<PAD>", "<|finetune_right_pad_id|>", "<|padding|>", "<unused0>")
-
-
 _OTHER_TOKENIZER = (
     "To take a tokenizer from elsewhere, name its folder or hub id: as model.tokenizer in the YAML of a run, or as the "
     "argument tokenizer of load_pretrained."
@@ -257,10 +255,8 @@ def _explaining(location: Location, revision: str | None, what: str = "model") -
     try:
         with nullcontext() if location.source != "hub" else without_waiting(location.name_or_path, revision):
             yield
-    except PacaError:
-        raise
     except BaseException as error:
-        if not is_failure(error):
+        if isinstance(error, PacaError) or not is_failure(error):
             raise
         name = location.name_or_path
         if location.source == "hub":

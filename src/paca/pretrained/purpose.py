@@ -9,6 +9,7 @@ from paca.messages.errors import PacaError
 from paca.tuner.adapter_folder import json_object
 
 _CLASSIFIERS = {"ForSequenceClassification": "texts", "ForImageClassification": "images"}
+_MOST_LABELS = 100_000
 
 
 class Classifier(NamedTuple):
@@ -37,6 +38,8 @@ def classifier_in(folder: str | Path) -> Classifier | None:
     name = architectures[0] if isinstance(architectures, list) and architectures else ""
     if not isinstance(name, str) or not isinstance(labels, dict) or not all(map(_is_number, labels)):
         raise PacaError(f"{file} is broken: architectures or id2label are no names. Copy or save it again.")
+    if len(labels) > _MOST_LABELS:
+        raise PacaError(f"{file} names {len(labels):,} labels; {_MOST_LABELS:,} are the most.")
     for ending, of in _CLASSIFIERS.items():
         if name.endswith(ending):
             return Classifier(of, f"AutoModel{ending}", [str(labels[number]) for number in sorted(labels, key=int)])
