@@ -17,7 +17,7 @@ from paca.tuner.registration import add_peft_type
 from paca.tuner.strange_expressions import NAMED, check_unusual
 
 _PEFT_TYPE = add_peft_type()
-_EXPRESSION = re.compile(r"[*+?({^$|\\]")  # one of these is in all that are more than names
+_UNUSUAL = re.compile(r"[^\w.\- ]")  # one of these is in all that are more than names
 ROTATIONS = ("random", "random_blocks", "weight_norm")
 
 
@@ -101,8 +101,8 @@ class PacaConfig(PeftConfig):
                 for key, one in value.items():
                     if not of_one(one):
                         raise ValueError(f"{name}[{shown(key)}] must {words_of_one}; got {shown(one)}.")
-        named = [value if isinstance(value := getattr(self, name), str) else [*(value or ())] for name in NAMED]
-        if len(text := str(named)) > 2_000 or _EXPRESSION.search(text):
+        values = [[value] if isinstance(value := getattr(self, name), str) else value or () for name in NAMED]
+        if len(named := " ".join(str(one) for value in values for one in value)) > 2_000 or _UNUSUAL.search(named):
             check_unusual(self)
         check_strategy(self.selection)
         targets = self.target_modules

@@ -35,6 +35,7 @@ def work(seed: int, first: int, last: int) -> None:
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     results = os.fdopen(os.dup(1), "w")
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what libraries print
     with tempfile.TemporaryDirectory() as folder:
         world = World(Path(folder))
         print(json.dumps("ready"), file=results, flush=True)

@@ -134,7 +134,7 @@ def change_header(random: Random, files: Files) -> None:
             "data_offsets": [[0, 2**50], [5, 3], [-1, 4], [0, 0], [3]],
         }
         entry[key] = random.choice(wrong[key])
-    except (ValueError, IndexError, TypeError, AttributeError):
+    except (ValueError, IndexError, TypeError, AttributeError, RecursionError):
         return
     text = json.dumps(header).encode()
     size = random.choice([len(text), len(text), 2**40, 0]) if random.random() < 0.3 else len(text)

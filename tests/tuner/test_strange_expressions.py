@@ -64,6 +64,7 @@ REFUSED: dict[str, dict[str, Any]] = {
     "nor a regular expression": {"target_modules": "(" * 3_000 + ")" * 3_000},
     "regular expressions, such as": {"target_modules": "|".join(f"(a{number}|b)" for number in range(3_000))},
     "is no regular expression": {"rank_pattern": {"(?i)q_proj": 3}},
+    "modules_to_save has the key": {"modules_to_save": ["[", "lm_head"]},
     "flat mapping": {"auto_mapping": {"a": [[1]]}},
     "base_model_name_or_path must be": {"base_model_name_or_path": 5},
     "revision must be": {"revision": [1]},

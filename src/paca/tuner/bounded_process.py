@@ -120,6 +120,8 @@ class BoundedProcess:
         if self._process is not None and self._process.poll() is None:
             return
         self.close()
+        if getattr(sys, "frozen", False):  # it would start the program that we are in
+            raise OSError("this program has no Python of its own to start")
         self._ready = False
         self._process = subprocess.Popen(
             [sys.executable, "-I", "-S", "-c", self._program],
