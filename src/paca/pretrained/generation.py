@@ -170,9 +170,9 @@ def stream_reply(
         thread.join()
     if not failures.empty():
         error = failures.get()
-        if isinstance(error, PacaError) or not is_failure(error):
+        if isinstance(error, Exception) or not is_failure(error):
             raise error
-        raise PacaError(f"The model can't answer: {type(error).__name__}: {error}") from error
+        raise PacaError(f"The tokenizer can't write this answer: {error}") from error  # a panic in Rust
 
 
 def _encode(loaded: LoadedModel, messages: list[Message]) -> tuple[dict[str, torch.Tensor], int | None]:
