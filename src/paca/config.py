@@ -166,7 +166,7 @@ _FORMS: tuple[tuple[str, Any, str], ...] = (
     ("init_weights", lambda v: isinstance(v, bool), "be true or false"),
     ("inference_mode", lambda v: isinstance(v, bool), "be true or false"),
     ("auto_mapping", lambda v: v is None or (_is(v, dict) and sum(map(str(v).count, "[{")) == 1), "be a flat mapping"),
-    *((name, lambda v: _is(v, str, type(None)), "be a text, or null") for name in _TEXTS),
+    *((name, lambda v: _is(v, str, type(None)) and str(v).isprintable(), "be a text, or null") for name in _TEXTS),
     ("selection", lambda v: isinstance(v, str) and len(v) < 99, f"be one of {', '.join(STRATEGIES)}"),
 )
 """What form each setting must have: its name, a test, and the words for a message."""

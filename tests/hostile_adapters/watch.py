@@ -36,6 +36,8 @@ class _Watch:
             self.seen.append(f"{event} {arguments[0]!r}")
 
     def _changed(self, event: str, path: str) -> None:
+        if not os.path.isabs(path):  # below an open folder, as `shutil.rmtree` does; the listing shows what is gone
+            return
         if not os.path.abspath(path).startswith((*(self.allowed or ()), "/dev/null")):
             self.seen.append(f"{event} {path}")
 
