@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import re
 from dataclasses import dataclass, field
 from math import inf
@@ -10,11 +9,15 @@ from pathlib import Path
 from typing import Any, Literal
 
 from peft.config import PeftConfig
+from peft.utils import CONFIG_NAME
 
-from paca.columns.selection import check_strategy
+from paca.columns.selection import STRATEGIES, check_strategy
+from paca.messages.shown import shown
 from paca.tuner.registration import add_peft_type
+from paca.tuner.strange_expressions import NAMED, check_unusual
 
 _PEFT_TYPE = add_peft_type()
+_UNUSUAL = re.compile(r"[^\w.\- ]")  # one of these is in all that are more than names
 ROTATIONS = ("random", "random_blocks", "weight_norm")
 
 
@@ -81,26 +84,26 @@ class PacaConfig(PeftConfig):
         self.folder: Path | None = None
         self.shapes: dict[str, Any] | None = None  # of the tensors in its file
         self.trainable_before: dict[str, bool] = {}
+        self.unusual = False  # names that are many, long, or expressions
         self.union: dict[str, Any] | None = None  # a rotated adapter's fields, as its file has them
         self.peft_type = _PEFT_TYPE
         self.rank_pattern, self.alpha_pattern = self.rank_pattern or {}, self.alpha_pattern or {}
         for name in ("target_modules", "exclude_modules"):
             value = getattr(self, name)
-            if isinstance(value, (list, tuple)):
+            if isinstance(value, (list, tuple)) and _is_names(value):
                 setattr(self, name, set(value))
         for name, right, words in _FORMS:
             value = getattr(self, name)
             if not right(value):
-                raise ValueError(f"{name} must {words}; got {value!r}.")
-            entries = value if isinstance(value, dict) else [value] if isinstance(value, str) else ()
-            if name.endswith(("pattern", "indices", "modules")) and value != "all-linear":
-                for key in entries:
-                    _check_expression(name, key)
-            if isinstance(value, dict):
+                raise ValueError(f"{name} must {words}; got {shown(value)}.")
+            if value and name in _ENTRIES:
                 of_one, words_of_one = _ENTRIES[name]
                 for key, one in value.items():
                     if not of_one(one):
-                        raise ValueError(f"{name}[{key!r}] must {words_of_one}; got {one!r}.")
+                        raise ValueError(f"{name}[{shown(key)}] must {words_of_one}; got {shown(one)}.")
+        values = [[value] if isinstance(value := getattr(self, name), str) else value or () for name in NAMED]
+        if len(named := " ".join(str(one) for value in values for one in value)) > 2_000 or _UNUSUAL.search(named):
+            check_unusual(self)
         check_strategy(self.selection)
         targets = self.target_modules
         if isinstance(targets, str) and targets != "all-linear" and self.layers_to_transform is not None:
@@ -121,17 +124,13 @@ class PacaConfig(PeftConfig):
 
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> PacaConfig:
-        config: PacaConfig = super().from_pretrained(*args, **kwargs)
-        config.loading = True
-        folder = Path(str(args[0] if args else kwargs["pretrained_model_name_or_path"]))
-        config.folder = folder / (kwargs.get("subfolder") or "")
+        folder = Path(args[0] if args else kwargs["pretrained_model_name_or_path"], kwargs.get("subfolder") or "")
+        try:
+            config: PacaConfig = super().from_pretrained(*args, **kwargs)
+        except (ValueError, TypeError, RecursionError) as error:
+            raise ValueError(f"{folder / CONFIG_NAME}: {error}") from error
+        config.loading, config.folder = True, folder
         return config
-
-    @classmethod
-    def from_peft(cls, config: PeftConfig) -> PacaConfig:
-        """Read another class's PaCA config (PEFT's own, >= 0.22); fields of the same name mean the same."""
-        known = {f.name for f in dataclasses.fields(cls) if f.init} - {"peft_type"}
-        return cls(**{k: v for k, v in dataclasses.asdict(config).items() if k in known})
 
 
 def _is(value: Any, *kinds: type) -> bool:
@@ -148,6 +147,7 @@ def _is_names(value: Any) -> bool:
 
 _NAMES = "be a list of names, such as "
 _TEXT_OR_NAMES = "be a list of names (or one text), such as "
+_TEXTS = ("base_model_name_or_path", "revision", "peft_version", "original_weights", "base_quantization")
 _FORMS: tuple[tuple[str, Any, str], ...] = (
     ("rank_pattern", lambda v: isinstance(v, dict), "map names of modules to numbers, such as {'q_proj': 8}"),
     ("alpha_pattern", lambda v: isinstance(v, dict), "map names of modules to numbers, such as {'q_proj': 8}"),
@@ -165,8 +165,9 @@ _FORMS: tuple[tuple[str, Any, str], ...] = (
     ("rotate_by", lambda v: v in ROTATIONS, f"be one of {', '.join(ROTATIONS)}"),
     ("init_weights", lambda v: isinstance(v, bool), "be true or false"),
     ("inference_mode", lambda v: isinstance(v, bool), "be true or false"),
-    ("original_weights", lambda v: v is None or _is(v, str), "be a folder or hub id, or null"),
-    ("base_quantization", lambda v: v is None or _is(v, str), "be a text, or null"),
+    ("auto_mapping", lambda v: v is None or (_is(v, dict) and sum(map(str(v).count, "[{")) == 1), "be a flat mapping"),
+    *((name, lambda v: _is(v, str, type(None)) and str(v).isprintable(), "be a text, or null") for name in _TEXTS),
+    ("selection", lambda v: isinstance(v, str) and len(v) < 99, f"be one of {', '.join(STRATEGIES)}"),
 )
 """What form each setting must have: its name, a test, and the words for a message."""
 
@@ -175,10 +176,3 @@ _ENTRIES: dict[str, tuple[Any, str]] = {
     "alpha_pattern": (lambda v: _is(v, int, float) and 0 < v < inf, "be a positive number"),
     "indices": (lambda v: not isinstance(v, (str, int, type(None))), "be a list of column numbers, such as [0, 5]"),
 }
-
-
-def _check_expression(name: str, key: Any) -> None:
-    try:
-        re.compile(key)
-    except (re.error, TypeError) as error:
-        raise ValueError(f"{name} has the key {key!r}, no module's name nor a regular expression: {error}.") from error

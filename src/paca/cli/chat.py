@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from paca.messages.errors import PacaError
+from paca.messages.shown import printable, without_controls
 from paca.tuner.adapter_folder import find_adapter
 from paca_command import import_package
 
@@ -46,7 +47,7 @@ def chat(
             unknown = "In which form this adapter was trained is unknown: no chat template is saved with it"
         say(f"{unknown}. It continues each text as it stands, without the ones before.")
     history: list[Message] = [] if system is None else [{"role": "system", "content": system}]
-    with loaded.model.disable_adapter() if base else contextlib.nullcontext():
+    with loaded.model.disable_adapter() if base else contextlib.nullcontext(), explaining():
         if prompt is not None:
             for piece in stream_reply(
                 loaded,
@@ -54,12 +55,21 @@ def chat(
                 max_new_tokens=max_new_tokens,
                 temperature=temperature,
             ):
-                print(piece, end="", flush=True)
+                print(shown_piece(piece), end="", flush=True)
             print()
             return
         who = loaded.base if base or loaded.adapter is None else f"{loaded.base} with {loaded.adapter}"
         say(f"{who}\n{HELP}")
         converse(loaded, history, max_new_tokens, temperature)
+
+
+@contextlib.contextmanager
+def explaining() -> Iterator[None]:
+    """One line for what torch says of a model that can't answer, such as one whose adapter gives NaN."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise PacaError(f"The model can't answer: {error}") from error
 
 
 def converse(loaded: LoadedModel, opening: list[Message], max_new_tokens: int, temperature: float) -> None:
@@ -92,7 +102,7 @@ def answer(loaded: LoadedModel, messages: list[Message], max_new_tokens: int, te
     try:
         for piece in stream:
             pieces.append(piece)
-            print(piece, end="", flush=True)
+            print(shown_piece(piece), end="", flush=True)
     except KeyboardInterrupt:
         say(" (stopped)", end="")
     print(flush=True)
@@ -119,4 +129,9 @@ def typed_lines() -> Iterator[str]:
 
 def say(text: str, end: str = "\n") -> None:
     """A remark of the program, apart from the model's answers."""
-    print(text, end=end, file=sys.stderr, flush=True)
+    print(printable(text), end=end, file=sys.stderr, flush=True)
+
+
+def shown_piece(piece: str) -> str:
+    """A piece of an answer; in a terminal without escape sequences, which a model can be trained to write."""
+    return without_controls(piece) if sys.stdout.isatty() else piece

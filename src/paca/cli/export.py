@@ -9,6 +9,7 @@ import typer
 
 from paca.convert.beforehand import adapter_in, adapter_output, gguf_output
 from paca.messages.errors import PacaError
+from paca.messages.say import put
 from paca_command import import_package
 
 FORMS = ("lora", "merged", "gguf", "peft")
@@ -49,25 +50,25 @@ def export(
     output, adapter = export_adapter(path, output, form, base_model=base_model, overwrite=overwrite)
     layers, ranks = f"{len(adapter.layers)} layers", ", ".join(map(str, adapter.ranks))
     if to == "gguf":
-        print(f"Written: {output} (LoRA, {layers}, for {architecture_of(adapter).name!r} models of llama.cpp)")
+        put(f"Written: {output} (LoRA, {layers}, for {architecture_of(adapter).name!r} models of llama.cpp)")
     elif to == "lora":
-        print(f"Written: {output} (LoRA, exact: {layers} of rank {ranks}, each at scale 1)")
+        put(f"Written: {output} (LoRA, exact: {layers} of rank {ranks}, each at scale 1)")
     else:
-        print(f"Written: {output} (PaCA for PEFT >= 0.22: {layers} of rank {adapter.ranks[-1]}, each at scale 1)")
+        put(f"Written: {output} (PaCA for PEFT >= 0.22: {layers} of rank {adapter.ranks[-1]}, each at scale 1)")
     if adapter.saved_whole:
-        print(f"Carried over: {', '.join(sorted(adapter.saved_whole))}")
+        put(f"Carried over: {', '.join(sorted(adapter.saved_whole))}")
     _say_quantization(adapter.quantization)
     if to == "gguf":
         template = adapter_in(path) / "chat_template.jinja"
         form = f" --jinja --chat-template-file {template}" if template.is_file() else ""
-        print(f"Use it with the GGUF file of {adapter.base}: llama-cli -m MODEL.gguf --lora {output}{form}")
+        put(f"Use it with the GGUF file of {adapter.base}: llama-cli -m MODEL.gguf --lora {output}{form}")
     else:
-        print(f'Load it onto {adapter.base} with PeftModel.from_pretrained(model, "{output}"); paca is not needed.')
+        put(f'Load it onto {adapter.base} with PeftModel.from_pretrained(model, "{output}"); paca is not needed.')
 
 
 def _say_quantization(kind: str | None) -> None:
     if kind is not None:
-        print(
+        put(
             f"It was made for weights quantized as {kind}, and is exact on those alone. On others, the 16-bit "
             "originals too, results differ a little; --to merged writes a model that is exact by itself."
         )

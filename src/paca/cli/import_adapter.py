@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from paca.convert.beforehand import adapter_output, import_source
+from paca.messages.say import put
 from paca_command import import_package
 
 
@@ -26,7 +27,7 @@ def import_adapter(
 
     result = imported.import_adapter(path, output, base_model=base, overwrite=overwrite)
     adapter, ranks = result.adapter, ", ".join(map(str, result.adapter.ranks))
-    print(f"Read: {result.kind}, {len(adapter.layers)} layers of rank {ranks}, on {adapter.base}")
+    put(f"Read: {result.kind}, {len(adapter.layers)} layers of rank {ranks}, on {adapter.base}")
     if result.largest_move is not None:
-        print(f"Their columns moved by at most {result.largest_move:.2g} of their size in any layer.")
-    print(f"Written: {result.output}")
+        put(f"Their columns moved by at most {result.largest_move:.2g} of their size in any layer.")
+    put(f"Written: {result.output}")

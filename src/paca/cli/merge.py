@@ -9,6 +9,7 @@ import typer
 
 from paca.convert.beforehand import merge_output
 from paca.messages.program import program
+from paca.messages.say import put
 from paca.pretrained.purpose import classifier_in
 from paca_command import import_package
 
@@ -33,13 +34,13 @@ def merge(
     logging.disable_progress_bar()
     merged = merge_to_folder(path, output, dtype, base_model=base_model, overwrite=overwrite, verify=verify)
     whole = merged.adapter is None
-    print(f"{path} is a whole model." if whole else f"Merged {merged.adapter} into {merged.base}.")
+    put(f"{path} is a whole model." if whole else f"Merged {merged.adapter} into {merged.base}.")
     if merged.difference is not None:
         logits = f"differ by at most {merged.difference:.1g} of the largest" if merged.difference else "are identical"
-        print(f"Read back and compared with the {'trained' if whole else 'adapted'} model: the logits {logits}.")
-    print(f"Written: {merged.output} ({str(merged.dtype).removeprefix('torch.')})")
+        put(f"Read back and compared with the {'trained' if whole else 'adapted'} model: the logits {logits}.")
+    put(f"Written: {merged.output} ({str(merged.dtype).removeprefix('torch.')})")
     classifier = classifier_in(merged.output)
     if classifier is not None:
-        print(f'Load it with {classifier.auto_class}.from_pretrained("{merged.output}").')
+        put(f'Load it with {classifier.auto_class}.from_pretrained("{merged.output}").')
         return
-    print(f'Load it with AutoModelForCausalLM.from_pretrained("{merged.output}"), or: {program()} chat {merged.output}')
+    put(f'Load it with AutoModelForCausalLM.from_pretrained("{merged.output}"), or: {program()} chat {merged.output}')

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import warnings
+from typing import Any
+
+from paca.messages.shown import printable
 
 _NOTES = ("torchao", "torch.utils._pytree", "bitsandbytes.backends.cpu.ops")
 """Loggers that tell, while their library is imported, which kernels of other machines it does without."""
@@ -14,3 +18,20 @@ def hide_library_notes() -> None:
     warnings.filterwarnings("ignore", category=FutureWarning)
     for name in _NOTES:
         logging.getLogger(name).setLevel(logging.ERROR)
+
+
+def show_escapes() -> None:
+    """Let libraries' notes and warnings show what a terminal would obey: they quote names from files of others."""
+    make, write = logging.getLogRecordFactory(), warnings.formatwarning
+
+    def record(*args: Any, **options: Any) -> logging.LogRecord:
+        made = make(*args, **options)
+        with contextlib.suppress(TypeError, ValueError):  # a message that does not fit its arguments
+            made.msg, made.args = printable(made.getMessage()), ()
+        return made
+
+    def line(*args: Any, **options: Any) -> str:
+        return printable(write(*args, **options))
+
+    logging.setLogRecordFactory(record)
+    warnings.formatwarning = line

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
 import transformers
 from peft import PeftModel, get_peft_model_state_dict
 from peft.utils.other import AuxiliaryTrainingWrapper
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
@@ -25,11 +25,14 @@ from paca.layers import PacaLayer
 from paca.layers.overlaid import OverlaidLinear
 from paca.messages.errors import PacaError
 from paca.messages.program import program
+from paca.messages.shown import printable
 from paca.pretrained import Outline, load_config
 from paca.pretrained.location import locate
 from paca.tuner.adapter_checks import DELTA, INDICES, check_finite
 from paca.tuner.adapter_folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS, adapter_settings, find_base, weight_file
 from paca.tuner.model import PacaModel
+from paca.tuner.pickled_adapter import tensors_in_pickle
+from paca.tuner.strange_expressions import try_expressions
 from paca.tuner.tied_weights import untie_for
 
 NAME = "default"  # of the adapter, where one is put into an outline
@@ -129,22 +132,39 @@ def read_adapter(path: str | Path, base_model: str | None = None) -> Adapter:
         PacaError: No adapter, not one of PaCA's, a broken file, or one that does not fit the base model.
     """
     folder = adapter_in(path)
-    base = find_base(folder, base_model)
+    with explaining(folder):
+        return _read(folder, find_base(folder, base_model))
+
+
+@contextmanager
+def explaining(folder: Path) -> Iterator[None]:
+    """Turn whatever fails while an adapter is read into an error that names its folder."""
+    try:
+        yield
+    except PacaError:
+        raise
+    except Exception as error:
+        reason = error if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
+        raise PacaError(f"The adapter in {folder} cannot be read: {reason}") from error
+
+
+def _read(folder: Path, base: str) -> Adapter:
     tensors = read_tensors(weight_file(folder))
     kind = adapter_settings(folder).get("peft_type")
     if kind != "PACA":
-        raise PacaError(f"{folder} holds a {kind} adapter; only PaCA adapters can be exported.")
+        raise PacaError(
+            f"{folder} holds a {printable(str(kind), longest=99)} adapter; only PaCA adapters can be exported."
+        )
     if any(name.endswith(".paca_w") for name in tensors):
         raise PacaError(
             f"{folder} is a checkpoint of the original authors' PaCA. First: {program()} import {folder} ..."
         )
-    try:
-        config = PacaConfig.from_pretrained(str(folder))
-    except (ValueError, TypeError) as error:
-        raise PacaError(f"The adapter in {folder} cannot be read: {error}") from error
+    config = PacaConfig.from_pretrained(str(folder))
     config.base_model_name_or_path = base
     outline = base_outline(base, config.task_type, config.revision)
     untie_for(outline.model, tensors)
+    if config.unusual:
+        try_expressions(vars(config), outline.model, folder / ADAPTER_CONFIG)
     try:
         return put_on(outline.model, config, tensors)
     except ValueError as error:
@@ -218,16 +238,17 @@ def base_outline(base: str, task_type: str | None, revision: str | None) -> Outl
 def read_tensors(file: Path) -> dict[str, Tensor]:
     """The tensors in a safetensors file, or in one of `torch.save`; PacaError if it is none."""
     try:
-        if file.suffix == ".safetensors":
-            return load_file(file)
-        tensors = torch.load(file, map_location="cpu", weights_only=True)
-    except (SafetensorError, OSError, EOFError, RuntimeError, ValueError) as error:
+        if file.suffix != ".safetensors":
+            return tensors_in_pickle(file)
+        if not file.is_file():
+            raise PacaError(f"{file} is no file: a folder, a pipe or a device.")
+        return load_file(file)
+    except PacaError:
+        raise
+    except ValueError as error:
+        raise PacaError(str(error)) from error
+    except Exception as error:  # what safetensors and torch raise for damaged files is of many kinds
         raise PacaError(f"{file} is broken: {error}. Copy the file again, or train again.") from error
-    except Exception as error:  # pickle's own, and what torch makes of them
-        raise PacaError(f"{file} is no file of tensors: {error}") from error
-    if not isinstance(tensors, dict) or not all(isinstance(value, Tensor) for value in tensors.values()):
-        raise PacaError(f"{file} holds something else than tensors by name. Give an adapter as PEFT saves it.")
-    return tensors
 
 
 def recorded_quantization(file: Path) -> str | None:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
 from pathlib import Path
 
 from paca.messages.errors import PacaError
 from paca.pretrained.purpose import classifier_in
-from paca.tuner.adapter_folder import ADAPTER_CONFIG, find_adapter, find_base, find_task
+from paca.tuner.adapter_folder import ADAPTER_CONFIG, checked, expanded, find_adapter, find_base, find_task
 
 
 def adapter_in(path: str | Path) -> Path:
@@ -62,8 +63,8 @@ def gguf_output(path: str | Path, output: str | Path, overwrite: bool) -> Path:
 
 def import_source(path: str | Path) -> Path:
     """The folder of a foreign adapter's config, for the folder or the file of its tensors; PacaError without one."""
-    given = Path(path).expanduser()
-    if not given.exists():
+    given = expanded(path)
+    if not os.path.exists(given):
         raise PacaError(f"No such file or folder: {given}. Give the folder of an adapter, or the file in it.")
     folder = given.parent if given.is_file() else given
     if not (folder / ADAPTER_CONFIG).is_file():
@@ -71,7 +72,7 @@ def import_source(path: str | Path) -> Path:
             f"{folder} has no {ADAPTER_CONFIG}, which gives r and alpha: without them the tensors mean nothing. Put "
             "the one that was saved with them beside them."
         )
-    return folder
+    return checked(folder)
 
 
 def _free_folder(
@@ -93,5 +94,5 @@ def _free_folder(
 
 def _check_apart(output: Path, reads: Iterable[str | Path], job: str, kind: str) -> None:
     for path in map(Path, reads):
-        if path.exists() and path.resolve().is_relative_to(output.resolve()):
+        if os.path.exists(path) and path.resolve().is_relative_to(output.resolve()):
             raise PacaError(f"The output {output} holds {path}, which the {job} reads. Give another output {kind}.")

@@ -13,6 +13,7 @@ from paca.convert.adapter import (
     Adapter,
     base_outline,
     column_tensors,
+    explaining,
     put_on,
     read_tensors,
     recorded_quantization,
@@ -23,12 +24,14 @@ from paca.convert.foreign import COLUMNS, ForeignAdapter, read_authors, read_one
 from paca.convert.lora import LORA_A
 from paca.convert.target_names import exact_targets
 from paca.messages.errors import PacaError
+from paca.messages.shown import printable
 from paca.pretrained import load_pretrained
 from paca.pretrained.location import locate, tokenizer_files
 from paca.pretrained.whole_output import whole_output
 from paca.tuner.adapter_checks import DELTA
-from paca.tuner.adapter_folder import ADAPTER_CONFIG, adapter_settings, weight_file
+from paca.tuner.adapter_folder import ADAPTER_CONFIG, adapter_settings, text_setting, weight_file
 from paca.tuner.rotation.union_config import UnionLayer, union_settings
+from paca.tuner.strange_expressions import try_expressions
 
 
 class Imported(NamedTuple):
@@ -65,12 +68,13 @@ def import_adapter(
     output = adapter_output(folder, output, base_model, overwrite, "import")
     file = given if given.is_file() else weight_file(folder)
     settings, tensors = adapter_settings(folder), read_tensors(file)
-    base = base_model if base_model is not None else settings.get("base_model_name_or_path")
+    base = base_model if base_model is not None else text_setting(folder, "base_model_name_or_path")
     if not base:
         raise PacaError(f"{folder / ADAPTER_CONFIG} does not name the base model. Give it: --base NAME_OR_FOLDER")
     base = locate(base).name_or_path  # a folder by its whole path, as it is to be found from anywhere
-    foreign, model = _read(folder, settings, tensors, base)
-    adapter = _check(foreign, settings, base, model, recorded_quantization(file))
+    with explaining(folder):
+        foreign, model = _read(folder, settings, tensors, base)
+        adapter = _check(foreign, settings, base, model, recorded_quantization(file))
     with whole_output(output) as partial:
         write_adapter(partial, adapter.config.to_dict(), adapter.saved_whole | column_tensors(adapter.layers))
         for beside in tokenizer_files(folder):
@@ -83,7 +87,7 @@ def _read(
 ) -> tuple[ForeignAdapter, nn.Module]:
     """The adapter, and its base model: with weights where they were needed."""
     endings = {name.rpartition(".")[2] for name in tensors}
-    task_type, revision = settings.get("task_type"), settings.get("revision")
+    task_type, revision = text_setting(folder, "task_type"), text_setting(folder, "revision")
     if COLUMNS in endings:
         if task_type not in (None, "CAUSAL_LM"):
             raise PacaError(
@@ -94,9 +98,12 @@ def _read(
     if DELTA in endings:
         raise PacaError(f"{folder} holds a PaCA adapter already: PEFT and paca load it as it is.")
     if settings.get("peft_type") == "LORA" and any(name.endswith(f".{LORA_A}") for name in tensors):
-        return read_one_hot_lora(settings, tensors), base_outline(base, task_type, revision).model
+        outline = base_outline(base, task_type, revision).model
+        try_expressions(settings, outline, folder / ADAPTER_CONFIG)
+        return read_one_hot_lora(settings, tensors), outline
     raise PacaError(
-        f"{folder} holds a {settings.get('peft_type')} adapter with tensors such as {min(tensors, default='(none)')}. "
+        f"{folder} holds a {printable(str(settings.get('peft_type')), longest=99)} adapter with tensors such as "
+        f"{min(tensors, default='(none)')}. "
         f"What can be imported: checkpoints of the original authors' PaCA (tensors ...{COLUMNS}), and LoRA adapters "
         "that `paca export --to lora` wrote."
     )
@@ -107,6 +114,8 @@ def _check(
 ) -> Adapter:
     """The adapter as ours, tried on the base model."""
     modules_to_save = settings.get("modules_to_save") or []
+    if not isinstance(modules_to_save, list) or not all(isinstance(name, str) for name in modules_to_save):
+        raise PacaError(f"modules_to_save of the checkpoint's config must be a list of names; got {modules_to_save!r}.")
     for name in foreign.others:
         if not any(f".{module}." in f".{name}" for module in modules_to_save):
             raise PacaError(

@@ -103,7 +103,7 @@ def _write(loaded: LoadedModel, dtype: torch.dtype, folder: Path) -> None:
         dequantize = {"dequantize": True} if is_quantized(merged.get_base_model()) else {}
         try:
             merged = merged.merge_and_unload(safe_merge=True, **dequantize)
-        except (ValueError, NotImplementedError) as error:
+        except Exception as error:  # what the methods of PEFT raise differs
             raise PacaError(f"The adapter in {loaded.adapter} cannot be merged: {error}") from error
     # The token that ends an answer in the adapter's template may be none that ended a text of the base model.
     if getattr(merged, "generation_config", None) is not None:

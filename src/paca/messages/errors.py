@@ -9,3 +9,8 @@ class PacaError(ValueError):
     The text says what was wrong, what was expected and what to do. The command line prints it alone, without a
     traceback, and exits with status 1. It is a `ValueError`, so library callers need not know this class.
     """
+
+
+def is_failure(error: BaseException) -> bool:
+    """Whether this is an error of some code, not somebody's wish to stop: Rust's panics are no `Exception`."""
+    return isinstance(error, Exception) or type(error).__name__ == "PanicException"

@@ -4,7 +4,14 @@ from __future__ import annotations
 
 from rich.console import Console
 
+from paca.messages.shown import printable
+
 
 def say(console: Console, line: str, style: str | None = None, end: str = "\n") -> None:
-    """Print `line`, in the colour `style` if given."""
-    console.print(line, style=style, end=end, highlight=False, markup=False, soft_wrap=True)
+    """Print `line`, in the colour `style` if given; what a terminal would obey is shown as it is written."""
+    console.print(printable(line, longest=10_000), style=style, end=end, highlight=False, markup=False, soft_wrap=True)
+
+
+def put(line: str) -> None:
+    """Print `line` on standard output; what a terminal would obey is shown as it is written."""
+    print(printable(line))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from queue import Queue
@@ -15,8 +16,11 @@ from peft import PeftModel
 from safetensors import SafetensorError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteriaList, TextIteratorStreamer
 
-from paca.messages.errors import PacaError
-from paca.pretrained import load_config, load_pretrained, load_tokenizer
+from paca.messages.errors import PacaError, is_failure
+from paca.pretrained import load_config, load_pretrained
+from paca.pretrained.adapter_tokenizer import load_adapter_tokenizer
+from paca.pretrained.bounded_template import conversation_text, renderer
+from paca.pretrained.foreign_methods import check_method
 from paca.pretrained.purpose import check_answers, classifier_in
 from paca.pretrained.quantizing import QUANTIZATIONS, is_quantized, method_of
 from paca.tuner.adapter_folder import find_adapter, find_base, find_quantization, tensor_names, weight_file
@@ -55,6 +59,8 @@ def load_for_generation(
             the adapter does not fit.
     """
     check_answers(path)
+    with suppress(OSError):  # told when it is asked
+        renderer().start()  # while the model loads
     return load_saved(path, base_model=base_model, dtype=dtype, dequantize=dequantize)
 
 
@@ -74,7 +80,7 @@ def load_saved(
     base = find_base(adapter, base_model)
     weights = weight_file(adapter)
     # The one saved with the adapter is the one it was trained with; its chat template may differ from the base's.
-    tokenizer = load_tokenizer(str(adapter)) if (adapter / "tokenizer_config.json").is_file() else None
+    tokenizer = load_adapter_tokenizer(adapter) if (adapter / "tokenizer_config.json").is_file() else None
     try:
         recorded = find_quantization(adapter)
         as_it_lies = recorded not in QUANTIZATIONS or method_of(load_config(base).config) is not None
@@ -91,11 +97,13 @@ def load_saved(
         model = model.dequantize()
     try:
         untie_for(model, tensor_names(weights))
+        check_method(adapter, model)
         adapted = PeftModel.from_pretrained(model, str(adapter))
     except (SafetensorError, EOFError) as error:
         raise PacaError(f"{weights} is broken: {error}. Copy the file again, or train again.") from error
-    except (ValueError, KeyError, TypeError, RuntimeError) as error:
-        raise PacaError(f"The adapter in {adapter} cannot be put on the model {base}: {error}") from error
+    except Exception as error:  # whatever PEFT raises where a config or a file is not what it expects
+        reason = error if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
+        raise PacaError(f"The adapter in {adapter} cannot be put on the model {base}: {reason}") from error
     return LoadedModel(adapted.eval(), pretrained.tokenizer, adapter, pretrained.name_or_path)
 
 
@@ -161,24 +169,30 @@ def stream_reply(
         stop.set()
         thread.join()
     if not failures.empty():
-        raise failures.get()
+        error = failures.get()
+        if isinstance(error, Exception) or not is_failure(error):
+            raise error
+        raise PacaError(f"The tokenizer can't write this answer: {error}") from error  # a panic in Rust
 
 
 def _encode(loaded: LoadedModel, messages: list[Message]) -> tuple[dict[str, torch.Tensor], int | None]:
     """The prompt as tensors `(1, tokens)`, and how many more tokens the model's context holds, if it has an end."""
     tokenizer = loaded.tokenizer
     if tokenizer.chat_template is None:
-        encoded = tokenizer(messages[-1]["content"], return_tensors="pt")
+        encoded = _tokens(tokenizer, messages[-1]["content"])
     else:
-        try:
-            text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-        except Exception as error:  # jinja raises what the template's author chose
-            raise PacaError(f"The model's chat template refuses this conversation: {error}") from error
+        text = conversation_text(tokenizer, messages)
         # The template writes the special tokens itself.
-        encoded = tokenizer(text, add_special_tokens=False, return_tensors="pt")
+        encoded = _tokens(tokenizer, text, add_special_tokens=False)
     length = encoded["input_ids"].shape[1]
     if length == 0:
         raise PacaError("The prompt is empty. Write something for the model to answer.")
+    embeddings = loaded.model.get_input_embeddings().weight.shape[0]
+    if int(encoded["input_ids"].max()) >= embeddings:
+        raise PacaError(
+            f"The tokenizer of {tokenizer.name_or_path} gives token {int(encoded['input_ids'].max())}, but the model "
+            f"embeds {embeddings}. It belongs to another model."
+        )
     context = getattr(loaded.model.config.get_text_config(), "max_position_embeddings", None)
     if context is not None and length >= context:
         raise PacaError(
@@ -187,6 +201,15 @@ def _encode(loaded: LoadedModel, messages: list[Message]) -> tuple[dict[str, tor
         )
     inputs = {name: encoded[name].to(loaded.model.device) for name in ("input_ids", "attention_mask")}
     return inputs, None if context is None else context - length
+
+
+def _tokens(tokenizer: Any, text: str, **options: Any) -> Any:
+    try:
+        return tokenizer(text, return_tensors="pt", **options)
+    except BaseException as error:
+        if not is_failure(error):
+            raise
+        raise PacaError(f"The tokenizer of {tokenizer.name_or_path} can't split this text: {error}") from error
 
 
 def sampling_settings(model: Any, tokenizer: PreTrainedTokenizerBase, temperature: float) -> dict[str, Any]:

@@ -11,7 +11,6 @@ from typing import Any, NamedTuple, cast
 
 import torch
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
-from safetensors import SafetensorError
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -24,7 +23,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from paca.messages.errors import PacaError
+from paca.messages.errors import PacaError, is_failure
 from paca.pretrained import gguf, quantizing
 from paca.pretrained.hub import unreachable, without_waiting
 from paca.pretrained.location import TOKENIZER_FILES, Location, Source, locate, tokenizer_files
@@ -36,8 +35,6 @@ DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch
 
 # Tokens that exist for padding alone in well-known vocabularies. Anything else might occur in a text.
 _PAD_TOKENS = ("<|pad|>", "<pad>", "[PAD]", "<PAD>", "<|finetune_right_pad_id|>", "<|padding|>", "<unused0>")
-
-
 _OTHER_TOKENIZER = (
     "To take a tokenizer from elsewhere, name its folder or hub id: as model.tokenizer in the YAML of a run, or as the "
     "argument tokenizer of load_pretrained."
@@ -258,9 +255,9 @@ def _explaining(location: Location, revision: str | None, what: str = "model") -
     try:
         with nullcontext() if location.source != "hub" else without_waiting(location.name_or_path, revision):
             yield
-    except PacaError:
-        raise
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
+    except BaseException as error:
+        if isinstance(error, PacaError) or not is_failure(error):
+            raise
         name = location.name_or_path
         if location.source == "hub":
             raise PacaError(_hub_message(name, what, error)) from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,7 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
 from paca.messages.errors import PacaError
+from paca.messages.shown import shown
 
 Source = Literal["hub", "folder", "gguf"]
 
@@ -32,7 +34,7 @@ class Location:
 
 def tokenizer_files(folder: Path) -> list[Path]:
     """The files of the tokenizer that lies in `folder`; none if there is none."""
-    return [folder / name for name in TOKENIZER_FILES if (folder / name).is_file()]
+    return [folder / name for name in TOKENIZER_FILES if os.path.isfile(folder / name)]
 
 
 def locate(name: str) -> Location:
@@ -43,7 +45,11 @@ def locate(name: str) -> Location:
     """
     if not name.strip():
         raise PacaError("The model name is empty. Give a hub id, a local folder or a .gguf file.")
-    path = Path(name).expanduser()
+    try:
+        path = Path(name).expanduser()
+        path.is_dir()
+    except (OSError, RuntimeError, ValueError) as error:  # a name that is too long, `~` of nobody
+        raise PacaError(f"There is no model {shown(name)}: {error}. Check the name.") from error
     if path.is_file():
         if path.suffix.lower() != ".gguf":
             raise PacaError(

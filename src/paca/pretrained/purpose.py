@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from paca.messages.errors import PacaError
+from paca.tuner.adapter_folder import json_object
 
 _CLASSIFIERS = {"ForSequenceClassification": "texts", "ForImageClassification": "images"}
+_MOST_LABELS = 100_000
 
 
 class Classifier(NamedTuple):
@@ -26,22 +27,27 @@ def classifier_in(folder: str | Path) -> Classifier | None:
     """What a folder holds, if that is a classifier: a run, a model, or an adapter with its model's config beside it.
 
     Raises:
-        PacaError: The config is no JSON.
+        PacaError: The config is broken.
     """
     places = (Path(folder).expanduser() / part / "config.json" for part in ("adapter", "model", ""))
     file = next((place for place in places if place.is_file()), None)
     if file is None:
         return None
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise PacaError(f"{file} is broken: {error}. It should be a JSON object; copy or save it again.") from error
-    name = (config.get("architectures") or [""])[0]
+    config = json_object(file)
+    architectures, labels = config.get("architectures"), config.get("id2label") or {"0": "LABEL_0", "1": "LABEL_1"}
+    name = architectures[0] if isinstance(architectures, list) and architectures else ""
+    if not isinstance(name, str) or not isinstance(labels, dict) or not all(map(_is_number, labels)):
+        raise PacaError(f"{file} is broken: architectures or id2label are no names. Copy or save it again.")
+    if len(labels) > _MOST_LABELS:
+        raise PacaError(f"{file} names {len(labels):,} labels; {_MOST_LABELS:,} are the most.")
     for ending, of in _CLASSIFIERS.items():
         if name.endswith(ending):
-            labels = config.get("id2label") or {"0": "LABEL_0", "1": "LABEL_1"}
-            return Classifier(of, f"AutoModel{ending}", [labels[number] for number in sorted(labels, key=int)])
+            return Classifier(of, f"AutoModel{ending}", [str(labels[number]) for number in sorted(labels, key=int)])
     return None
+
+
+def _is_number(text: str) -> bool:
+    return text.isdecimal() and len(text) < 10
 
 
 def save_classifier_config(folder: Path, model: Any) -> None:

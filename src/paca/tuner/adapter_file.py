@@ -8,24 +8,27 @@ import torch
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
 
+from paca.tuner.adapter_entries import check_entries
 from paca.tuner.pickled_adapter import shapes_in_pickle
 
 
-def shapes_in(folder: Path) -> dict[str, torch.Size] | None:
+def shapes_in(folder: Path, most: int = 100_000) -> dict[str, torch.Size] | None:
     """The shapes of the tensors in a local adapter's file, by their names; None for a hub id, which is left to PEFT.
 
     Raises:
-        ValueError: If there is no file, or it is damaged, or is none of tensors; names it.
+        ValueError: If there is no file, or it is damaged, is none of tensors, or has over `most` of them; names it.
     """
     if not folder.is_dir():
         return None
+    if any(entry.is_symlink() or not entry.is_file() for entry in folder.iterdir()):
+        check_entries(folder)
     path = folder / SAFETENSORS_WEIGHTS_NAME
     if not path.is_file():
         return shapes_in_pickle(folder)
     try:
         with safe_open(path, framework="pt") as file:
-            return {name: torch.Size(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
-    except SafetensorError as error:
-        raise ValueError(
-            f"{path} can't be read ({error}): the file is broken. Copy it again, or train again."
-        ) from error
+            if len(names := file.keys()) > most:
+                raise ValueError(f"there are {len(names):,} tensors, more than this model could take")
+            return {name: file.get_tensor(name).shape for name in names}  # as PEFT will: mapped, not read
+    except (SafetensorError, ValueError, TypeError, AttributeError, RuntimeError, OSError) as error:
+        raise ValueError(f"{path} can't be read ({error}): the file is broken. Copy it again.") from error

@@ -4,20 +4,25 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import shlex
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 from paca.messages.claims import holder_of
 from paca.messages.errors import PacaError
 from paca.messages.program import program
+from paca.messages.shown import shown
+from paca.tuner.adapter_entries import check_entries
 
 logger = logging.getLogger(__name__)
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
+_LARGEST = 64 * 2**20  # bytes of a JSON file: the columns of 50,000 layers, listed one by one, have 20 million
+_LONGEST = 1_000  # characters of a name
 
 
 def find_adapter(path: str | Path, *, or_model: bool = True) -> Path | None:
@@ -28,10 +33,10 @@ def find_adapter(path: str | Path, *, or_model: bool = True) -> Path | None:
         or_model: Whether a plain model is of use too; messages then say so.
 
     Raises:
-        PacaError: There is no such folder, or it is neither a run, an adapter nor a model.
+        PacaError: There is no such folder, it is neither a run, an adapter nor a model, or a file is none of its own.
     """
-    folder = Path(path).expanduser()
-    if not folder.exists():
+    folder = expanded(path)
+    if not os.path.exists(folder):
         wanted = ", an adapter's folder or a model's" if or_model else " or an adapter's folder"
         raise PacaError(f"No such folder: {folder}. Give a run of `paca train`{wanted}.")
     if not folder.is_dir():
@@ -41,7 +46,7 @@ def find_adapter(path: str | Path, *, or_model: bool = True) -> Path | None:
         raise PacaError(f"{folder} is a file. Give the folder of a run{wanted}.")
     for candidate in (folder / "adapter", folder):
         if (candidate / ADAPTER_CONFIG).is_file():
-            return candidate
+            return checked(candidate)
     if any((path / "config.json").is_file() for path in (folder, folder / "model")):  # the second: of a run
         return None
     if (folder / "checkpoints").is_dir() or (folder / "metrics.jsonl").is_file():
@@ -59,6 +64,23 @@ def find_adapter(path: str | Path, *, or_model: bool = True) -> Path | None:
     )
 
 
+def checked(adapter: Path) -> Path:
+    """The folder; PacaError if one of its files is none of its own, such as a pipe, or a link to elsewhere."""
+    try:
+        check_entries(adapter)
+    except ValueError as error:
+        raise PacaError(str(error)) from error
+    return adapter
+
+
+def expanded(path: str | Path) -> Path:
+    """The path with the home folder for `~`; as it is where there is none."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:  # the home of nobody
+        return Path(path)
+
+
 def find_base(adapter: Path, given: str | None = None) -> str:
     """Name or path of the model that an adapter was trained on: the `given` one, or the one that its config names.
 
@@ -70,14 +92,14 @@ def find_base(adapter: Path, given: str | None = None) -> str:
     """
     if given is not None:
         return given
-    base, file = adapter_settings(adapter).get("base_model_name_or_path"), adapter / ADAPTER_CONFIG
+    base, file = text_setting(adapter, "base_model_name_or_path"), adapter / ADAPTER_CONFIG
     if not base:
         raise PacaError(f"{file} does not name the model it was trained on. Give it: --base-model NAME_OR_FOLDER")
     beside = adapter.resolve().parent / "base"
-    if Path(base).name == "base" and not Path(base).exists() and (beside / "config.json").is_file():
-        logger.warning("%s is gone; taking the base model that lies beside the adapter, %s.", base, beside)
+    if Path(base).name == "base" and not os.path.exists(base) and (beside / "config.json").is_file():
+        logger.warning("%r is gone; taking the base model that lies beside the adapter, %s.", base, beside)
         return str(beside)
-    return str(base)
+    return base
 
 
 def find_task(adapter: Path) -> str | None:
@@ -86,8 +108,21 @@ def find_task(adapter: Path) -> str | None:
     Raises:
         PacaError: The config cannot be read.
     """
-    task: str | None = adapter_settings(adapter).get("task_type")
-    return task
+    return text_setting(adapter, "task_type")
+
+
+def text_setting(adapter: Path, name: str) -> str | None:
+    """A text in an adapter's config, or None.
+
+    Raises:
+        PacaError: It is something else, is longer than any name, or holds what can't be seen.
+    """
+    value = adapter_settings(adapter).get(name)
+    if value is None:
+        return None
+    if not isinstance(value, str) or len(value) > _LONGEST or not value.isprintable():
+        raise PacaError(f"{adapter / ADAPTER_CONFIG} is broken: {name} must be a text or null; it is {shown(value)}.")
+    return value
 
 
 def adapter_settings(adapter: Path) -> dict[str, Any]:
@@ -96,23 +131,39 @@ def adapter_settings(adapter: Path) -> dict[str, Any]:
     Raises:
         PacaError: It is no JSON object.
     """
-    file = adapter / ADAPTER_CONFIG
+    return json_object(adapter / ADAPTER_CONFIG)
+
+
+def json_object(file: Path) -> dict[str, Any]:
+    """The content of a JSON file that somebody may have made to do harm.
+
+    Raises:
+        PacaError: It is too large, can't be read, or is no JSON object; names it.
+    """
     try:
-        settings = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise PacaError(f"{file} is broken: {error}. It should be a JSON object; copy or save it again.") from error
-    if not isinstance(settings, dict):
+        if file.stat().st_size > _LARGEST:
+            raise PacaError(f"{file} has {file.stat().st_size:,} bytes; {_LARGEST:,} are the most.")
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, RecursionError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        reason = "it is nested too deeply" if isinstance(error, RecursionError) else error
+        raise PacaError(f"{file} is broken: {reason}. It should be a JSON object; copy or save it again.") from error
+    except PacaError:
+        raise
+    except ValueError as error:  # a number of thousands of digits
+        raise PacaError(f"{file} is broken: {error}. Copy or save it again.") from error
+    if not isinstance(content, dict):
         raise PacaError(f"{file} is broken: it should hold a JSON object. Copy or save it again.")
-    return settings
+    return content
 
 
 def find_quantization(adapter: Path) -> str | None:
     """How the base model was quantized as it was loaded for training: PaCA's configs say so, for others their run."""
-    recorded: str | None = adapter_settings(adapter).get("base_quantization")
+    recorded = text_setting(adapter, "base_quantization")
     summary = adapter.parent / "summary.json"
     if recorded is None and adapter.name == "adapter" and summary.is_file():
-        recorded = json.loads(summary.read_text(encoding="utf-8")).get("model", {}).get("quantization")
-    return recorded
+        model = json_object(summary).get("model")
+        recorded = model.get("quantization") if isinstance(model, dict) else None
+    return recorded if isinstance(recorded, str) else None
 
 
 def weight_file(adapter: Path) -> Path:
@@ -131,9 +182,12 @@ def tensor_names(path: Path) -> list[str]:
     """The names in an adapter's safetensors file; none for a file of another kind.
 
     Raises:
-        SafetensorError: If it can't be read.
+        PacaError: It can't be read.
     """
     if path.suffix != ".safetensors":
         return []
-    with safe_open(path, framework="pt") as file:
-        return list(file.keys())
+    try:
+        with safe_open(path, framework="pt") as file:
+            return list(file.keys())
+    except (SafetensorError, OSError) as error:
+        raise PacaError(f"{path} is broken: {error}. Copy the file again, or train again.") from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from peft.utils.other import get_pattern_key
@@ -36,17 +37,17 @@ def choose_columns(config: PacaConfig, layer: Any, in_features: int, key: str) -
 
 def rank_of(config: PacaConfig, key: str) -> int:
     """How many columns `config` wants in the layer that the model calls `key`."""
-    return config.rank_pattern.get(_pattern_for(key, config.rank_pattern), config.r)
+    return for_layer(key, config.rank_pattern, config.r)
 
 
 def given_columns(config: PacaConfig, in_features: int, key: str) -> Tensor | None:
     """The columns that `config.indices` lists for a layer, checked, or None."""
-    if not config.indices:
-        return None
-    given = config.indices.get(_pattern_for(key, config.indices))
+    given = for_layer(key, config.indices or {}, None)
     return None if given is None else explicit_columns(given, in_features, key)
 
 
-def _pattern_for(key: str, patterns: dict[str, Any]) -> str:
-    # paca.select lists every layer by its full name: no patterns to try
-    return key if key in patterns else get_pattern_key(list(patterns), key)
+def for_layer(key: str, patterns: dict[str, Any], default: Any) -> Any:
+    """What `patterns`, of a config, give the layer that the model calls `key`."""
+    whole = f"^{re.escape(key)}"  # as rotation lists layers; paca.select gives their names: no patterns to try
+    found = key if key in patterns else whole if whole in patterns else get_pattern_key(list(patterns), key)
+    return patterns.get(found, default)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from peft.config import PeftConfig
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
-from peft.utils.other import AuxiliaryTrainingWrapper, get_pattern_key
+from peft.utils.other import AuxiliaryTrainingWrapper
 from peft.utils.save_and_load import load_peft_weights
 from torch import Tensor, nn
 
@@ -22,8 +22,10 @@ from paca.config import PacaConfig
 from paca.layers import PacaLayer, layers_of, refuse_sharded
 from paca.tuner.adapter_checks import DELTA, INDICES, check_adapter_tensors
 from paca.tuner.adapter_file import shapes_in
+from paca.tuner.column_choice import for_layer
 from paca.tuner.recorded_quantization import quantizations, warn_of_another
 from paca.tuner.registration import NAME
+from paca.tuner.strange_expressions import try_expressions
 
 _FILE_PREFIX = "base_model.model."
 _FROM_THE_FILE = ("r", "rank_pattern", "paca_alpha", "alpha_pattern", "random_seed", "selection", "indices")
@@ -55,7 +57,7 @@ def hotswap_adapter(model: nn.Module, folder: str | os.PathLike[str], adapter_na
         raise ValueError(
             f"There is no PaCA adapter {adapter_name!r} to replace; loaded are {', '.join(configs) or 'none'}."
         )
-    config = _config_of(folder)
+    config = _config_of(folder, model)
     root: nn.Module = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
     layers = layers_of(root, adapter_name)
     refuse_sharded(layers.values(), "A hot swap")
@@ -90,7 +92,7 @@ def hotswap_adapter(model: nn.Module, folder: str | os.PathLike[str], adapter_na
     configs[adapter_name] = dataclasses.replace(configs[adapter_name], **own)
 
 
-def _config_of(folder: str | os.PathLike[str]) -> PacaConfig:
+def _config_of(folder: str | os.PathLike[str], root: nn.Module) -> PacaConfig:
     for names in ((CONFIG_NAME,), (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME)):
         if not any((Path(folder) / name).is_file() for name in names):
             raise ValueError(f"{folder} holds no adapter: it has no {names[0]}. Give the folder that was saved.")
@@ -100,7 +102,10 @@ def _config_of(folder: str | os.PathLike[str]) -> PacaConfig:
             f"{folder} holds a {peft_type} adapter; a {NAME} adapter can be replaced by a {NAME} adapter only."
         )
     shapes_in(Path(folder))
-    return PacaConfig.from_pretrained(str(folder))
+    config = PacaConfig.from_pretrained(str(folder))
+    if config.unusual:
+        try_expressions(vars(config), root, Path(folder))
+    return config
 
 
 def _named_as_in(
@@ -137,7 +142,8 @@ def _check_ranks(layers: dict[str, PacaLayer], adapter_name: str, tensors: dict[
 
 
 def _alpha_of(config: PacaConfig, module_name: str) -> float:
-    return config.alpha_pattern.get(get_pattern_key(list(config.alpha_pattern), module_name), config.paca_alpha)
+    alpha: float = for_layer(module_name, config.alpha_pattern, config.paca_alpha)
+    return alpha
 
 
 def _swap(layer: PacaLayer, adapter_name: str, delta: Tensor, indices: Tensor, alpha: float) -> None:

@@ -8,7 +8,6 @@ from collections import Counter
 from typing import Any
 
 from peft.tuners.tuners_utils import _maybe_include_all_linear_layers
-from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
@@ -20,15 +19,17 @@ from paca.tuner import entry
 from paca.tuner.adapter_checks import check_adapter_tensors, check_name
 from paca.tuner.adapter_file import shapes_in
 from paca.tuner.adapter_names import mixed_batch
-from paca.tuner.column_choice import choose_columns
+from paca.tuner.column_choice import choose_columns, for_layer
 from paca.tuner.expert_targets import AdaptsStacks, quiet_about_stacks
 from paca.tuner.merging import MergesAdapters
+from paca.tuner.own_config import own_config
 from paca.tuner.recorded_quantization import note_quantization
 from paca.tuner.reference import REFERENCE, columns_of_original, copy_original
 from paca.tuner.registration import PREFIX
 from paca.tuner.removal import remove_adapter, remove_unloaded
 from paca.tuner.rotation.files import with_unions, without_unions
 from paca.tuner.saved_modules import check_saved_modules
+from paca.tuner.strange_expressions import try_expressions
 from paca.tuner.targets import adapted_after_all
 from paca.tuner.unused_names import check_indices_used, warn_of_unused
 
@@ -47,7 +48,7 @@ class PacaModel(AdaptsStacks, MergesAdapters):
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         config = self.peft_config[adapter_name]
         if not isinstance(config, PacaConfig):
-            config = self.peft_config[adapter_name] = PacaConfig.from_peft(config)
+            config = self.peft_config[adapter_name] = own_config(config)
         config.trainable_before = {name: p.requires_grad for name, p in model.named_parameters()}
         # How many names a module has, and how many parameters lie in one memory.
         self._uses: Counter[Any] = Counter(id(m) for _, m in model.named_modules(remove_duplicate=False))
@@ -56,7 +57,9 @@ class PacaModel(AdaptsStacks, MergesAdapters):
         try:
             check_name(adapter_name)
             if config.loading and config.folder is not None:
-                config.shapes = shapes_in(config.folder)
+                config.shapes = shapes_in(config.folder, 3 * len(self._uses) + 100)
+                if config.unusual:
+                    try_expressions(vars(config), model, config.folder)
             if config.modules_to_save:
                 check_saved_modules(model, adapter_name, config)
             with quiet_about_stacks() if config.target_parameters else contextlib.nullcontext():
@@ -109,8 +112,7 @@ class PacaModel(AdaptsStacks, MergesAdapters):
             layer = PACA_CLASSES[type(target)](RESIDENT_CLASSES[type(target)].adopt(target))
         else:
             layer = adapted_after_all(target, current_key, self.model)
-        alpha_key = get_pattern_key(list(peft_config.alpha_pattern), current_key)
-        alpha = peft_config.alpha_pattern.get(alpha_key, peft_config.paca_alpha)
+        alpha = for_layer(current_key, peft_config.alpha_pattern, peft_config.paca_alpha)
         try:
             indices = columns_of_original(self.peft_config, layer) if adapter_name == REFERENCE else None
             if indices is None:

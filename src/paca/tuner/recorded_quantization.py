@@ -11,6 +11,7 @@ from transformers.pytorch_utils import Conv1D
 from paca.config import PacaConfig
 from paca.layers import PacaLayer, layers_of
 from paca.layers.overlaid import OverlaidLinear
+from paca.messages.shown import shown
 from paca.tuner.original_weights import OriginalWeights
 
 
@@ -45,6 +46,11 @@ def note_quantization(model: nn.Module, adapter_name: str, config: PacaConfig) -
         config.base_quantization = quantizations(layers.values())
     if config.original_weights is None:
         return
+    if config.loading:  # a file may not send us anywhere
+        raise ValueError(
+            f"{config.folder} asks for original_weights={shown(config.original_weights)}, but a saved adapter has its "
+            "columns. Set it to null in its config."
+        )
     if not layers:
         raise ValueError(
             "original_weights is for quantized models: none of the adapted layers is quantized, so their columns are "

@@ -1,0 +1,44 @@
+"""Adapters of PEFT's other methods: what is checked before PEFT loads one that somebody else made."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from peft.utils import PeftType
+from torch import nn
+
+from paca.messages.errors import PacaError
+from paca.messages.shown import shown
+from paca.tuner.adapter_folder import ADAPTER_CONFIG, adapter_settings, weight_file
+from paca.tuner.pickled_adapter import tensors_in_pickle
+from paca.tuner.registration import NAME
+from paca.tuner.strange_expressions import try_expressions
+
+_REFUSED = {
+    "megatron_config": "PEFT imports a module that it names",
+    "layer_replication": "it copies layers of the model as often as it likes",
+}
+
+
+def check_method(adapter: Path, model: nn.Module) -> None:
+    """Check an adapter that is not PaCA's, before PEFT puts it on `model`; PaCA's are checked as they are put on.
+
+    Raises:
+        PacaError: Its method or a setting could do more than adapt the model; names it.
+        ValueError: A regular expression that takes too long, or a file that is none of tensors; names it.
+    """
+    settings, file = adapter_settings(adapter), adapter / ADAPTER_CONFIG
+    kind = settings.get("peft_type")
+    if kind == NAME:
+        return
+    if not isinstance(kind, str) or kind not in PeftType.__members__:
+        raise PacaError(f"{file} names no method that this PEFT knows: peft_type is {shown(kind)}.")
+    if kind == "XLORA":
+        raise PacaError(f"{file} is for XLORA, which loads other adapters, from wherever it says. Load it with PEFT.")
+    for setting, reason in _REFUSED.items():
+        if settings.get(setting):
+            raise PacaError(f"{file} sets {setting}, which paca does not load: {reason}. Load it with PEFT.")
+    try_expressions(settings, model, file)
+    weights = weight_file(adapter)
+    if weights.suffix == ".bin":
+        tensors_in_pickle(weights)

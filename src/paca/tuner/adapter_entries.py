@@ -1,0 +1,38 @@
+"""The files in an adapter's folder: of the usual kind, and its own."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+_READ = (".json", ".safetensors", ".bin", ".jinja", ".model", ".txt", ".gguf")
+"""Endings of what paca, PEFT or transformers may read."""
+_FOLDERS = ("chat_templates", "additional_chat_templates")
+
+
+def check_entries(folder: Path) -> None:
+    """Check the files of an adapter that are read, or copied along with its tokenizer.
+
+    Raises:
+        ValueError: One is no file (a pipe, a device), or a link out of the folder; names it. Links of the hub's cache
+            are fine: from a snapshot to the blobs beside it.
+    """
+    for file in _files(folder):
+        own = folder.resolve()
+        target = file.resolve()
+        blobs = own.parent.parent / "blobs" if own.parent.name == "snapshots" else None
+        if file.is_symlink() and not target.is_relative_to(own) and target.parent != blobs:
+            raise ValueError(
+                f"{file} is a link out of its folder, to {target}. An adapter brings its own files: put a copy there, "
+                "or delete the link."
+            )
+        if file.exists() and not file.is_file():
+            raise ValueError(f"{file} is no file: a folder, a pipe or a device. Copy the adapter again.")
+
+
+def _files(folder: Path) -> Iterable[Path]:
+    for entry in folder.iterdir():
+        if entry.name in _FOLDERS and entry.is_dir():
+            yield from entry.iterdir()
+        if entry.suffix in _READ or (entry.name in _FOLDERS and entry.is_symlink()):
+            yield entry

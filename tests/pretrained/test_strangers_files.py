@@ -1,0 +1,294 @@
+"""The files of an adapter's folder, as chat, merge, export and import take them from somebody else."""
+
+from __future__ import annotations
+
+import io
+import json
+import logging
+import os
+import shutil
+import sys
+import warnings
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub.constants
+import pytest
+import torch
+from peft import PeftModel
+from rich.console import Console
+from safetensors.torch import load_file
+from transformers import LlamaForCausalLM
+
+from hostile_adapters.damage import Bomb
+from hostile_adapters.watch import watching
+from paca.cli import quiet
+from paca.cli.chat import shown_piece
+from paca.convert.exported import export_adapter
+from paca.convert.merged import merge_to_folder
+from paca.messages.errors import PacaError
+from paca.messages.say import put, say
+from paca.messages.shown import printable
+from paca.pretrained import adapter_tokenizer, hub
+from paca.pretrained.bounded_template import conversation_text
+from paca.pretrained.generation import load_for_generation, stream_reply
+from paca.tuner import bounded_process, strange_expressions
+from paca.tuner.adapter_entries import check_entries
+from paca.tuner.pickled_adapter import tensors_in_pickle
+from tiny_checkpoint import save_run
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_run(tmp_path_factory.mktemp("run"))
+
+
+@pytest.fixture
+def adapter(run: Path, tmp_path: Path) -> Path:
+    """A copy, to be changed."""
+    return Path(shutil.copytree(run / "adapter", tmp_path / "adapter"))
+
+
+def answer(adapter: Path, run: Path) -> str:
+    loaded = load_for_generation(adapter, base_model=str(run / "base"))
+    return "".join(stream_reply(loaded, [{"role": "user", "content": "Hi"}], max_new_tokens=3))
+
+
+TEMPLATES = {
+    "nested loops": "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
+    "a gigantic string": "{{ 'x' * 10 ** 11 }}",
+    "doubled": "{% set n = namespace(s='x') %}{% for i in range(70) %}{% set n.s = n.s ~ n.s %}{% endfor %}",
+    "a gigantic number": "{{ 10 ** (10 ** 9) }}",
+}
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_a_template_without_end_is_an_error_that_names_it(
+    adapter: Path, run: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bounded_process, "SECONDS", 0.3)
+    (adapter / "chat_template.jinja").write_text(TEMPLATES[name])
+    with pytest.raises(PacaError, match=r"chat template of .*adapter does not come to an end.*chat_template\.jinja"):
+        answer(adapter, run)
+
+
+def test_a_template_says_the_same_as_in_this_process(run: Path) -> None:
+    loaded = load_for_generation(run)
+    messages = [{"role": "system", "content": "s <|im_end|>"}, {"role": "user", "content": "Ünï 😀\x1b"}]
+    expected = loaded.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    assert conversation_text(loaded.tokenizer, messages) == expected
+    refusing = "{{ raise_exception('never') if messages|length > 1 }}"
+    loaded.tokenizer.chat_template = "{{ bos_token }}|{{ eos_token }}|" + refusing
+    assert conversation_text(loaded.tokenizer, messages[:1]) == "<|im_start|>|<|im_end|>|"
+    with pytest.raises(PacaError, match="refuses this conversation: never"):
+        conversation_text(loaded.tokenizer, messages)
+
+
+def put_pipe(place: Path) -> None:
+    os.mkfifo(place)
+
+
+PLACES: dict[str, Callable[[Path], None]] = {
+    "pipe": put_pipe,
+    "folder": lambda place: place.mkdir(),
+    "endless": lambda place: place.symlink_to("/dev/zero"),
+    "elsewhere": lambda place: place.symlink_to("/etc/hostname"),
+    "beside": lambda place: place.symlink_to("../secret"),
+}
+
+
+@pytest.mark.parametrize("name", ["adapter_model.safetensors", "adapter_model.bin", "tokenizer.json"])
+@pytest.mark.parametrize("what", PLACES)
+def test_what_is_no_file_of_the_folder_is_refused(adapter: Path, run: Path, what: str, name: str) -> None:
+    (adapter.parent / "secret").write_text("a key")
+    (adapter / name).unlink(missing_ok=True)
+    PLACES[what](adapter / name)
+    with pytest.raises(ValueError, match=rf"{name} is (no file|a link out of its folder)"):
+        PeftModel.from_pretrained(LlamaForCausalLM.from_pretrained(run / "base"), adapter)
+    base, output = str(run / "base"), adapter.parent / "output"
+    for take in (
+        lambda: answer(adapter, run),
+        lambda: merge_to_folder(adapter, output, base_model=base),
+        lambda: export_adapter(adapter, output, "lora", base_model=base),
+    ):
+        with pytest.raises(PacaError, match=name):
+            take()
+    assert not output.exists()
+
+
+def test_links_of_the_hubs_cache_and_within_the_folder_are_fine(adapter: Path, tmp_path: Path) -> None:
+    snapshot, blobs = tmp_path / "models--a--b" / "snapshots" / "0123", tmp_path / "models--a--b" / "blobs"
+    blobs.mkdir(parents=True)
+    snapshot.mkdir(parents=True)
+    for number, file in enumerate(adapter.iterdir()):
+        shutil.copyfile(file, blobs / str(number))
+        (snapshot / file.name).symlink_to(f"../../blobs/{number}")
+    check_entries(snapshot)
+    (adapter / "again.json").symlink_to("tokenizer.json")
+    check_entries(adapter)
+    (tmp_path / "link").symlink_to(adapter)
+    check_entries(tmp_path / "link")
+
+
+PICKLES: dict[str, Callable[[dict[str, Any]], Any]] = {
+    "memory": lambda tensors: tensors | {"a": Bomb(bytearray, 10**12)},
+    "a program": lambda tensors: tensors | {"a": Bomb(os.system, "true")},
+    "one number, repeated": lambda tensors: {"a": torch.zeros(1).expand(10**6, 10**6)},
+    "a list": lambda tensors: list(tensors.values()),
+    "numbers": lambda tensors: dict.fromkeys(tensors, 3),
+}
+
+
+@pytest.mark.parametrize("what", PICKLES)
+def test_a_pickle_that_is_more_than_its_tensors(adapter: Path, what: str) -> None:
+    file = adapter / "adapter_model.bin"
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    torch.save(tensors, file)
+    assert tensors_in_pickle(file).keys() == tensors.keys()
+    torch.save(PICKLES[what](tensors), file)
+    with pytest.raises(ValueError, match=r"adapter_model\.bin"):
+        tensors_in_pickle(file)
+
+
+def test_a_compressed_pickle_is_refused(adapter: Path) -> None:
+    file = adapter / "adapter_model.bin"
+    torch.save({"a": torch.zeros(2**22)}, file)
+    with zipfile.ZipFile(file) as whole:
+        content = {entry: whole.read(entry) for entry in whole.namelist()}
+    with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as small:
+        for name, data in content.items():
+            small.writestr(name, data)
+    with pytest.raises(ValueError, match="compressed"):
+        tensors_in_pickle(file)
+
+
+SETTINGS: dict[str, Any] = {
+    "holds a JSON object|hold a JSON object": "[]",
+    "nested too deeply": '{"a":' * 100_000,
+    "Expecting property name": "{",
+}
+
+
+@pytest.mark.parametrize("name", ["adapter_config.json", "tokenizer_config.json"])
+@pytest.mark.parametrize("message", SETTINGS)
+def test_json_that_is_none(adapter: Path, run: Path, message: str, name: str) -> None:
+    (adapter / name).write_text(SETTINGS[message])
+    with pytest.raises(PacaError, match=rf"{name} is broken.*({message})"):
+        answer(adapter, run)
+
+
+def change(adapter: Path, **settings: Any) -> None:
+    file = adapter / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | settings))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"peft_type": "LORA", "target_modules": "(.+)+!"},
+        {"peft_type": "LORA", "megatron_config": {"a": 1}, "megatron_core": "hostile"},
+        {"peft_type": "LORA", "layer_replication": [[0, 2]] * 99},
+        {"peft_type": "XLORA", "adapters": {"a": "somebody/else"}},
+        {"peft_type": "NONE"},
+        {"peft_type": [1]},
+    ],
+    ids=str,
+)
+def test_other_methods_may_not_do_more_than_adapt(adapter: Path, run: Path, settings: dict[str, Any]) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(strange_expressions, "SECONDS", 0.1)
+        change(adapter, **settings)
+        with pytest.raises(PacaError, match=r"adapter_config\.json"):
+            answer(adapter, run)
+
+
+def test_a_tokenizer_that_lets_texts_grow_is_refused(adapter: Path) -> None:
+    content = json.loads((adapter / "tokenizer.json").read_text())
+    step = {"type": "Replace", "pattern": {"String": "a"}, "content": "aa"}
+    content["normalizer"] = {"type": "Sequence", "normalizers": [step] * 60}
+    (adapter / "tokenizer.json").write_text(json.dumps(content))
+    with pytest.raises(PacaError, match=r"tokenizer\.json makes texts"):
+        adapter_tokenizer.load_adapter_tokenizer(adapter)
+
+
+def test_labels_that_are_none(adapter: Path, run: Path) -> None:
+    for config in (
+        {"architectures": 5},
+        {"architectures": ["LlamaForSequenceClassification"], "id2label": [1]},
+        {"architectures": ["LlamaForSequenceClassification"], "id2label": {"a": 1}},
+        {"architectures": ["LlamaForSequenceClassification"], "id2label": {str(n): "a" for n in range(200_000)}},
+    ):
+        (adapter / "config.json").write_text(json.dumps(config))
+        if config["architectures"] == 5:
+            assert answer(adapter, run)
+            continue
+        with pytest.raises(PacaError, match=r"config\.json (is broken|names 200,000 labels)"):
+            answer(adapter, run)
+
+
+def test_a_tokenizer_of_another_model_is_an_error(adapter: Path, run: Path) -> None:
+    content = json.loads((adapter / "tokenizer.json").read_text())
+    content["added_tokens"] += [{**content["added_tokens"][0], "id": 5_000, "content": "Hi"}]
+    (adapter / "tokenizer.json").write_text(json.dumps(content))
+    with pytest.raises(PacaError, match=r"embeds|cannot be loaded"):
+        answer(adapter, run)
+
+
+NAMES = [
+    *("x" * 300, "~nobody9/x", "/" + "y" * 5_000, "a\0b", "../" * 99, "\x1b]0;title\x07", "a/b/c"),
+    *("", 5, ["a"], {"a": 1}),
+]
+
+
+@pytest.mark.parametrize("base", NAMES, ids=lambda base: repr(base)[:20])
+def test_a_base_model_that_is_no_name_is_one_message_without_network(
+    adapter: Path, base: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    change(adapter, base_model_name_or_path=base)
+    for take in (load_for_generation, lambda path: export_adapter(path, path.parent / "output", "lora")):
+        with watching(adapter.parent) as watch, pytest.raises(PacaError, match=r"adapter|model"):
+            take(adapter)
+        assert watch.asked == []
+
+
+def test_the_network_is_asked_for_a_hubs_name_and_never_offline(adapter: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    change(adapter, base_model_name_or_path="somebody/model")
+    monkeypatch.setattr("time.sleep", lambda seconds: None)
+    for offline in (True, False):
+        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", offline)
+        hub.only_from_cache.cache_clear()
+        with watching(adapter.parent) as watch, pytest.raises(PacaError, match="somebody/model"):
+            load_for_generation(adapter)
+        assert bool(watch.asked) is not offline
+    hub.only_from_cache.cache_clear()
+
+
+def test_a_terminal_obeys_no_name_nor_answer(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hostile = "a\x1b]0;title\x07b\x9b2Jc\u202ed\ud800\x00é😀 f\ng"
+    told = "a\\x1b]0;title\\x07b\\x9b2Jc\\u202ed\\ud800\\x00é😀 f\ng"
+    say(Console(file=sys.stdout, force_terminal=False, width=200), hostile)
+    put(hostile)
+    assert capsys.readouterr().out == f"{told}\n{told}\n"
+    assert len(printable("x" * 10**6)) < 5_000
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+    assert shown_piece("a\x1b[2Jb\x9bc\r\n😀\u200d") == "a�[2Jb�c�\n😀\u200d"
+
+
+def test_notes_and_warnings_of_libraries_show_escapes() -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(warnings, "formatwarning", warnings.formatwarning)
+        factory, written = logging.getLogRecordFactory(), io.StringIO()
+        try:
+            quiet.show_escapes()
+            logger = logging.Logger("a library")
+            logger.addHandler(logging.StreamHandler(written))
+            logger.warning("a name: %s", "\x1b[2J")
+            assert written.getvalue() == "a name: \\x1b[2J\n"
+            assert "\x1b" not in warnings.formatwarning("\x1b[2J", UserWarning, "file.py", 3)
+        finally:
+            logging.setLogRecordFactory(factory)
