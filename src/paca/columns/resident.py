@@ -26,8 +26,7 @@ from paca.columns.state import THREAD, ActiveColumns, AdapterColumns, State, is_
 from paca.functional.column_blocks import blocks_in, blocks_of, read_columns
 from paca.functional.product import Trained
 
-WRITING = threading.RLock()
-"""Writers are rare (once per optimizer step). Readers take it only if columns were written while they multiplied."""
+WRITING = threading.RLock()  # writers are rare; a reader takes it if columns were written while it multiplied
 
 
 class ResidentColumns(ActiveColumns):

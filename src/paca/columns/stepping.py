@@ -60,27 +60,25 @@ def _before_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> No
 @torch.compiler.disable
 def _after_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
     with WRITING:
-        _write_stepped(optimizer)
-
-
-def _write_stepped(optimizer: torch.optim.Optimizer) -> None:
-    before = _STEPPING.pop(threading.get_ident(), [])
-    jobs: dict[ResidentColumns, Job] = {}  # one per weight, also if several adapters are in it: the last knows them all
-    # Gradients may come within the step (closures), or go (zeroed by the optimizer itself).
-    now, without = _held(optimizer)
-    stepped = dict.fromkeys([*before, *now])
-    for layer_of, adapter_name in stepped:
-        layer = layer_of()
-        job = None if layer is None else layer.stepped(adapter_name)
-        if job is not None:
-            jobs[job[0]] = job
-    if jobs:
-        write_together(jobs.values())
-    # Most optimizers leave a parameter alone that has no gradient; those that estimate it themselves don't.
-    for layer_of, adapter_name in without:
-        layer = None if (layer_of, adapter_name) in stepped else layer_of()
-        if layer is not None:
-            layer.doubted(adapter_name)
+        before = _STEPPING.pop(threading.get_ident(), [])
+        jobs: dict[
+            ResidentColumns, Job
+        ] = {}  # one per weight, also if several adapters are in it: the last knows them all
+        # Gradients may come within the step (closures), or go (zeroed by the optimizer itself).
+        now, without = _held(optimizer)
+        stepped = dict.fromkeys([*before, *now])
+        for layer_of, adapter_name in stepped:
+            layer = layer_of()
+            job = None if layer is None else layer.stepped(adapter_name)
+            if job is not None:
+                jobs[job[0]] = job
+        if jobs:
+            write_together(jobs.values())
+        # Most optimizers leave a parameter alone that has no gradient; those that estimate it themselves don't.
+        for layer_of, adapter_name in without:
+            layer = None if (layer_of, adapter_name) in stepped else layer_of()
+            if layer is not None:
+                layer.doubted(adapter_name)
 
 
 register_optimizer_step_pre_hook(_before_step)

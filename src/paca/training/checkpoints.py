@@ -39,9 +39,9 @@ class WholeCheckpoints(TrainerCallback):
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Make ready for the checkpoint of this step, if there will be one.
 
-        At the end of an epoch that is evaluated it waits for the evaluation: a run that is resumed before it would leave
-        it out. (One kill in an early trial of such runs led to another adapter. The cause was not found; it may have been
-        the random numbers that evaluation draws. It did not come again in 51 kills with this order.)
+        At the end of an epoch that is evaluated it waits for the evaluation: a run that is resumed before it would
+        leave it out. (One kill in an early trial of such runs led to another adapter. The cause was not found; it may
+        have been the random numbers that evaluation draws. It did not come again in 51 kills with this order.)
         """
         self._waits = control.should_save and args.eval_strategy == "epoch" and state.epoch == round(state.epoch or 0)
         if self._waits:
