@@ -9,14 +9,18 @@ from torch import Tensor, nn
 
 from paca.columns.state import is_sharded
 
+TAKEN_APART = {"_fsdp_flattened", "ds_id"}  # what FSDP1 and DeepSpeed's ZeRO-3 set on parameters
+
 
 def refuse_flattened(weight: Tensor) -> None:
-    """Raise under FSDP1: what is written into a piece of its flat parameter is lost, and it has no version counter and
-    no memory of its own by which others' writes could be seen.
+    """Raise under ZeRO-3 and under FSDP1. What is written into a piece of FSDP1's flat parameter is lost, and it has no
+    version counter and no memory of its own by which others' writes could be seen.
 
     Raises:
         RuntimeError: Naming FSDP2.
     """
+    if hasattr(weight, "ds_id"):
+        refuse_partitioned()
     # Two attributes that are not public (torch 2.13): of the parameter, and of what it is a view of in a pass.
     flat: Any = weight if isinstance(weight, nn.Parameter) else weight._base
     if hasattr(flat, "_fsdp_flattened") or hasattr(flat, "_is_flat_param"):

@@ -21,7 +21,7 @@ from paca.columns.entry import Entry
 from paca.columns.folded import Folded
 from paca.columns.foreign_writes import holds, refuse_overwritten
 from paca.columns.kept import Kept, add_scaled, oriented, positions_of, sum_of, write_columns
-from paca.columns.not_whole import refuse_flattened, refuse_part, refuse_partitioned, refuse_sharded_delta
+from paca.columns.not_whole import TAKEN_APART, refuse_flattened, refuse_part, refuse_sharded_delta
 from paca.columns.state import THREAD, ActiveColumns, AdapterColumns, State, is_sharded
 from paca.functional.column_blocks import blocks_in, blocks_of, read_columns
 from paca.functional.product import Trained
@@ -54,10 +54,8 @@ class ResidentColumns(ActiveColumns):
 
     def home_to_write(self, weight: Tensor) -> Tensor:
         """What columns are written into, given the module's weight, for a call that may write it."""
-        if type(weight) is not nn.Parameter or weight.dim() < 2 or hasattr(weight, "_fsdp_flattened"):
+        if type(weight) is not nn.Parameter or weight.dim() < 2 or vars(weight).keys() & TAKEN_APART:
             refuse_flattened(weight)
-        if hasattr(weight, "ds_id"):
-            refuse_partitioned()
         return weight
 
     def check_writable(self, weight: Tensor) -> None:

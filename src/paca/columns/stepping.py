@@ -52,18 +52,16 @@ def _before_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> No
     others_step()  # forgets a step of this thread that raised
     if f"{type(optimizer).__module__}.{type(optimizer).__name__}".startswith(UNFIT):
         refuse_unfit(optimizer)
-    held = _held(optimizer)[0]
     with WRITING:  # a write that another thread has begun reads deltas
-        _STEPPING.setdefault(threading.get_ident(), held)
+        _STEPPING.setdefault(threading.get_ident(), _held(optimizer)[0])
 
 
 @torch.compiler.disable
 def _after_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
     with WRITING:
         before = _STEPPING.pop(threading.get_ident(), [])
-        jobs: dict[
-            ResidentColumns, Job
-        ] = {}  # one per weight, also if several adapters are in it: the last knows them all
+        # One job per weight, also if several adapters are in it: the last knows them all.
+        jobs: dict[ResidentColumns, Job] = {}
         # Gradients may come within the step (closures), or go (zeroed by the optimizer itself).
         now, without = _held(optimizer)
         stepped = dict.fromkeys([*before, *now])

@@ -137,12 +137,6 @@ class PacaLayer(nn.Module, PeftCalls, MixingLayer):  # nn.Module first: FSDP2 ma
             return None
         return self.job()
 
-    def doubted(self, adapter_name: str) -> None:
-        """Note that an optimizer may have changed this adapter's delta: the next pass compares."""
-        columns = self.base_layer.columns
-        if any(c.name == adapter_name for c in columns.state.columns):
-            columns.unaccounted = True
-
     def update_layer(
         self, adapter_name: str, indices: Tensor, paca_alpha: float, init_weights: bool, inference_mode: bool
     ) -> None:

@@ -47,6 +47,12 @@ class PeftCalls(BaseTunerLayer):
         self.base_layer.columns.changed(adapter_name)
         self.write()
 
+    def doubted(self, adapter_name: str) -> None:
+        """Note that an optimizer may have changed this adapter's delta: the next pass compares."""
+        columns = self.base_layer.columns
+        if any(c.name == adapter_name for c in columns.state.columns):
+            columns.unaccounted = True
+
     # -- scales -------------------------------------------------------------------------------------------------
 
     def set_scale(self, adapter: str, scale: float) -> None:

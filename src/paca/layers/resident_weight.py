@@ -16,9 +16,9 @@ from paca.columns.merging import MergeableColumns
 from paca.columns.resident import WRITING
 from paca.columns.sharded import ShardedColumns
 from paca.columns.state import State, is_sharded
-from paca.columns.stepping import others_step
 from paca.functional.product import Product, WeightSource
 from paca.functional.train_columns import check_frozen, train_columns
+from paca.layers.looks_for_itself import LooksForItself
 
 
 class ResidentPass(WeightSource):
@@ -47,7 +47,7 @@ class ResidentPass(WeightSource):
         return self.weight() if wanted else None
 
 
-class ResidentWeight(nn.Module):
+class ResidentWeight(LooksForItself):
     """Mixin in front of a stock module class, for `weight` (and `bias`)."""
 
     stock_class: ClassVar[type[nn.Module]]  # what the module was, and becomes again
@@ -55,7 +55,6 @@ class ResidentWeight(nn.Module):
     fixed_product: ClassVar[Product]  # what this kind of layer computes, where that does not depend on the module
     weight: Tensor
     bias: Any  # a parameter or None
-    columns: MergeableColumns
     owner: Callable[[], Any]  # gives the adapted layer above, which knows what is wanted; a weak reference
 
     def product(self) -> Product:
@@ -126,24 +125,6 @@ class ResidentWeight(nn.Module):
                 return super().forward(x)
             trained = self.columns.trained(state, self.owner())
             return train_columns(self.product(), x, None, self.bias, trained, ResidentPass(self, state))
-
-    def state_now(self) -> State:
-        """What the weight holds, for a layer that has to look after itself: it is written if it is stale."""
-        owner = self.owner()
-        weight: Any = self._parameters.get("weight")
-        weight = self.weight if weight is None else weight  # FSDP1 puts a plain tensor in its place
-        self.columns.check_writable(weight)
-        if owner is not None and owner.stale():
-            with WRITING:  # steps and writes of other threads wait
-                if not others_step():
-                    owner.write()
-        self.columns.bring_up_to_date(weight)
-        self.columns.note_forward()
-        return self.columns.state
-
-    @torch.compiler.disable  # FSDP2's own hooks break the graph around the layer anyway
-    def _run_apart(self, x: Tensor) -> Tensor:
-        return self.forward(x)
 
     def _park(self) -> None:
         self.columns.park(self.columns.home_to_write(self.weight), for_now=True)
