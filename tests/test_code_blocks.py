@@ -29,7 +29,7 @@ YAML = [block for block in RUN if block.language == "yaml"]
 SHELL = [block for block in RUN if block.language == "sh" or (not block.language and block.page == "README.md")]
 NOT_RUN = 2
 """How many blocks say that they are not run. One more is a decision."""
-ELSEWHERE = {"llama-cli": "llama.cpp"}
+ELSEWHERE = {"llama-cli": "llama.cpp", "accelerate": "accelerate"}
 """Programs of others, which are not here to be asked."""
 
 

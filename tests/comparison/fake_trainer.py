@@ -103,7 +103,10 @@ def _save_checkpoint(path: Path, step: int) -> None:
     path.mkdir(parents=True, exist_ok=True)
     for name in ("optimizer.pt", "scheduler.pt"):
         (path / name).touch()
-    (path / "trainer_state.json").write_text(json.dumps({"global_step": step}))
+    state = json.dumps({"global_step": step})
+    (path / "trainer_state.json").write_text(state)
+    sizes = {"optimizer.pt": 0, "scheduler.pt": 0, "trainer_state.json": len(state)}
+    (path / "whole.json").write_text(json.dumps(sizes))  # as `RunFolder.mark_whole`
 
 
 if __name__ == "__main__":
