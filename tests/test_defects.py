@@ -544,3 +544,21 @@ def test_a_model_is_converted_where_torch_swaps_parameters():
         twin(X.double()).pow(2).sum().backward()
         optimizer.step()
     assert torch.equal(model(X.double()), expected(X.double()))
+
+
+def test_ctrl_c_after_a_layer_was_merged_leaves_a_model_that_can_be_unmerged(monkeypatch):
+    model, plain = adapted_perceptron(), perceptron()
+    first = paca_layers(model)[0]
+    merge = first.base_layer.columns.merge
+
+    def interrupted(*args, **kwargs):
+        merge(*args, **kwargs)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(first.base_layer.columns, "merge", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            model.merge_adapter()
+    model.unmerge_adapter()
+    with model.disable_adapter():
+        assert torch.equal(output_of(model), plain(X))

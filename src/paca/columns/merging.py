@@ -47,20 +47,22 @@ class MergeableColumns(ResidentColumns):
                     f"Merging {names_of(columns)} would put NaN or Inf into the weight, so nothing was merged. The "
                     "adapter is broken: train it again with a smaller learning rate, or use an earlier checkpoint."
                 )
-            write_columns(weight, self.dim, kept.positions, values)
-            self.merged, self._originals_of_merged = together, kept
             self.base_changed()
+            self.merged, self._originals_of_merged = together, kept  # first: Ctrl-C may come in the middle
+            write_columns(weight, self.dim, kept.positions, values)
             self._seal = identity(weight)
 
     @torch.no_grad()
     def unmerge(self, weight: Tensor) -> None:
         """Undo `merge`, bit for bit."""
         with WRITING:
+            if self._originals_of_merged is None:
+                self.park(weight)  # the merge did not come so far
+            self.base_changed()
             if self._originals_of_merged is not None:
                 self._part_from_lent(weight)
                 self._originals_of_merged.put_into(weight, self.dim)
             self.keep_merged()
-            self.base_changed()
             self._seal = identity(weight)
 
     def keep_merged(self) -> None:
