@@ -93,11 +93,12 @@ class Deltas(nn.ParameterDict):
         """Say whose deltas these are, an adapted layer's; also after they were moved or copied."""
         # By their ids: parameters that weak references point to can't be swapped (torch.__future__).
         ids: set[int] = set()
+        layers = _LAYERS  # when Python ends, modules lose their names before the last layers go
 
         def forget(gone: weakref.ref[Any]) -> None:
             for key in ids:
-                if _LAYERS.get(key, (None,))[0] is gone:
-                    del _LAYERS[key]
+                if layers.get(key, (None,))[0] is gone:
+                    del layers[key]
 
         self.__dict__["_ids"], self.__dict__["_layer"] = ids, weakref.ref(layer, forget)
         for name, delta in self._parameters.items():
