@@ -91,12 +91,12 @@ class MergeableColumns(ResidentColumns):
             order = positions.argsort()
             known = Kept(positions[order], values.index_select(self.dim, order))
             trained = positions_of(wanted, torch.device("cpu"))
-            self.kept = Kept.of(weight, self.dim, trained)
-            correct(self.kept, known, self.dim)
-            self._folded = None
+            kept, folded = Kept.of(weight, self.dim, trained), None
+            correct(kept, known, self.dim)
             if wanted[0].folded is not None:
                 stay = (~torch.isin(known.positions, trained)).nonzero().flatten()
-                self._folded = Kept(known.positions[stay], known.values.index_select(self.dim, stay))
+                folded = Kept(known.positions[stay], known.values.index_select(self.dim, stay))
+            self.kept, self._folded, self.half_written = kept, folded, True  # at once: Ctrl-C may come in the middle
             self.base_changed()
             self.wrote(weight, State(wanted, self.base))
 

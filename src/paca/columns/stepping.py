@@ -126,7 +126,8 @@ class Deltas(nn.ParameterDict):
     def __delattr__(self, name: str) -> None:
         if self.__dict__.get("_shards", {}).pop(name, None) is not None:
             self.__dict__.setdefault("_deleted", set()).add(name)
-        super().__delattr__(name)
+        if name in self._parameters or name in self.__dict__:  # neither, if Ctrl-C came while it was put in
+            super().__delattr__(name)
 
     def __getstate__(self) -> dict[str, Any]:
         return {key: value for key, value in self.__dict__.items() if key not in ("_layer", "_ids")}
