@@ -143,6 +143,9 @@ class Training(Checked):
         if pending.checkpointed and pending.checkpointed.endswith("re-entrant") and self.passes != pending.passes:
             return  # what can't be told apart there is documented
         before = dict(self.gradients)
+        frozen = [p for key, p in self.deltas() if key in pending.gradients and not p.requires_grad]
+        for parameter in frozen:  # by PEFT, when it was switched away from, or disabled
+            parameter.requires_grad_(True)
         try:
             pending.loss.backward()
         except RuntimeError:
@@ -158,6 +161,9 @@ class Training(Checked):
             else:
                 self.compare_gradients()
             COUNTS["backward passes compared that came later"] += 1
+        finally:
+            for parameter in frozen:
+                parameter.requires_grad_(False)
         self.at_once = False  # the weights hold what the forward pass saw, until the next one
 
     # -- steps ---------------------------------------------------------------------------------------------------------

@@ -40,6 +40,8 @@ class Values(Checked):
     @rule(number=st.integers(0, 3), scale=st.sampled_from([0.5, 1.0, -2.0]), how=st.sampled_from(["set", "times"]))
     def scale(self, number: int, scale: float, how: str) -> None:
         name = self.name(number)
+        if self.pending is not None:
+            self.pending.held = ("another scale",)  # a checkpointed pass can't be repeated then
         for key, layer in self.layers().items():
             if how == "set" and name in layer.scaling:
                 layer.set_scale(name, scale)
