@@ -544,3 +544,37 @@ def test_a_model_is_converted_where_torch_swaps_parameters():
         twin(X.double()).pow(2).sum().backward()
         optimizer.step()
     assert torch.equal(model(X.double()), expected(X.double()))
+
+
+def test_ctrl_c_after_a_layer_was_merged_leaves_a_model_that_can_be_unmerged(monkeypatch):
+    model, plain = adapted_perceptron(), perceptron()
+    first = paca_layers(model)[0]
+    merge = first.base_layer.columns.merge
+
+    def interrupted(*args, **kwargs):
+        merge(*args, **kwargs)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(first.base_layer.columns, "merge", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            model.merge_adapter()
+    model.unmerge_adapter()
+    with model.disable_adapter():
+        assert torch.equal(output_of(model), plain(X))
+
+
+def test_a_checkpointed_pass_that_is_repeated_with_adapters_disabled_raises():
+    model = adapted_perceptron()
+    y = checkpoint(model, X.clone().requires_grad_(), use_reentrant=True)  # the other kind raises by itself
+    model.base_model.disable_adapter_layers()
+    with pytest.raises(RuntimeError, match="repeats a forward pass with no adapter active"):
+        y.sum().backward()
+
+
+def test_a_checkpointed_pass_with_adapters_disabled_is_repeated():
+    model = adapted_perceptron()
+    model.base_model.disable_adapter_layers()
+    x = X.clone().requires_grad_()
+    checkpoint(model, x, use_reentrant=True).sum().backward()
+    assert x.grad is not None

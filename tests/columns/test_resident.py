@@ -11,10 +11,11 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
+from paca.columns import merging as merging_module
 from paca.columns import resident as resident_module
 from paca.columns.entry import Entry
 from paca.columns.folded import Folded
-from paca.columns.kept import Kept, add_scaled, sum_of
+from paca.columns.kept import Kept, add_scaled, sum_of, write_columns
 from paca.columns.merging import MergeableColumns
 from paca.columns.resident import write_together
 from paca.columns.state import AdapterColumns, State
@@ -927,6 +928,28 @@ def test_merged_columns_can_be_unmerged_in_a_copy():
     assert not torch.equal(weight, original)
 
 
+@pytest.mark.parametrize("active", [False, True])
+@pytest.mark.parametrize("where", ["park", "write_columns"])
+def test_a_merge_that_ctrl_c_interrupts_can_be_undone_bit_for_bit(monkeypatch, active, where):
+    weight, resident, columns = make()
+    original = weight.clone()
+    if active:
+        write(resident, weight, columns)
+
+    def interrupted(*args, **kwargs):
+        if where == "write_columns":
+            write_columns(*args)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        place = (resident, "park") if where == "park" else (merging_module, "write_columns")
+        patch.setattr(*place, interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            resident.merge(weight, columns, safe=False)
+    resident.unmerge(weight)
+    assert torch.equal(weight, original)
+
+
 # -- a weight that somebody else writes -------------------------------------------------------------------------------
 
 REFUSED = "written or replaced while the adapter was active"
@@ -1000,6 +1023,19 @@ def test_a_weight_without_active_columns_is_its_owners_to_change(active_before):
     if active_before:
         with pytest.raises(RuntimeError, match="written by somebody else"):
             resident.before_backward(weight, pending, pending.tag)
+    resident.park(weight)
+    assert torch.equal(weight, changed)
+
+
+def test_a_weight_parked_for_a_moment_and_then_disabled_is_its_owners_to_change():
+    weight, resident, columns = make()
+    write(resident, weight, columns)
+    resident.park(weight, for_now=True)  # a state dict, or a copy
+    write(resident, weight, ())  # disabled
+    weight.add_(1)
+    changed = weight.clone()
+    write(resident, weight, columns)
+    assert_holds(weight, changed, columns)
     resident.park(weight)
     assert torch.equal(weight, changed)
 

@@ -47,20 +47,22 @@ class MergeableColumns(ResidentColumns):
                     f"Merging {names_of(columns)} would put NaN or Inf into the weight, so nothing was merged. The "
                     "adapter is broken: train it again with a smaller learning rate, or use an earlier checkpoint."
                 )
-            write_columns(weight, self.dim, kept.positions, values)
-            self.merged, self._originals_of_merged = together, kept
             self.base_changed()
+            self.merged, self._originals_of_merged = together, kept  # first: Ctrl-C may come in the middle
+            write_columns(weight, self.dim, kept.positions, values)
             self._seal = identity(weight)
 
     @torch.no_grad()
     def unmerge(self, weight: Tensor) -> None:
         """Undo `merge`, bit for bit."""
         with WRITING:
+            if self._originals_of_merged is None:
+                self.park(weight)  # the merge did not come so far
+            self.base_changed()
             if self._originals_of_merged is not None:
                 self._part_from_lent(weight)
                 self._originals_of_merged.put_into(weight, self.dim)
             self.keep_merged()
-            self.base_changed()
             self._seal = identity(weight)
 
     def keep_merged(self) -> None:
@@ -89,12 +91,12 @@ class MergeableColumns(ResidentColumns):
             order = positions.argsort()
             known = Kept(positions[order], values.index_select(self.dim, order))
             trained = positions_of(wanted, torch.device("cpu"))
-            self.kept = Kept.of(weight, self.dim, trained)
-            correct(self.kept, known, self.dim)
-            self._folded = None
+            kept, folded = Kept.of(weight, self.dim, trained), None
+            correct(kept, known, self.dim)
             if wanted[0].folded is not None:
                 stay = (~torch.isin(known.positions, trained)).nonzero().flatten()
-                self._folded = Kept(known.positions[stay], known.values.index_select(self.dim, stay))
+                folded = Kept(known.positions[stay], known.values.index_select(self.dim, stay))
+            self.kept, self._folded, self.half_written = kept, folded, True  # at once: Ctrl-C may come in the middle
             self.base_changed()
             self.wrote(weight, State(wanted, self.base))
 

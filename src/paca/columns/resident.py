@@ -145,6 +145,7 @@ class ResidentColumns(ActiveColumns):
         self.check_seal(weight)
         state = State(wanted, self.base, like=self.state)
         if state.key == self.state.key:
+            self._parked_for_now = self._parked_for_now and bool(state.columns)  # disabled now: parked for good
             return None
         if not self.state.columns or state.places != self.state.places:
             if self.state.columns:

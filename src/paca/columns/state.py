@@ -174,7 +174,7 @@ class ActiveColumns:
     def note_forward(self) -> None:
         """Note that a forward pass runs with the present state. Raises if that repeats a pass that ran with others."""
         if torch.is_grad_enabled():
-            if self.state.columns and torch._C._current_graph_task_id() != -1:
+            if torch._C._current_graph_task_id() != -1:  # also with none active: their gradients would be lost
                 check_repeated(self._first_passes, self.state.key, names_of(self.state.columns))
         # A first pass runs within an autograd function; so does an evaluation's pass through checkpointing.
         elif may_be_recorded() and (not THREAD.passes or THREAD.passes[-1][1]):

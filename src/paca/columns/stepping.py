@@ -93,11 +93,12 @@ class Deltas(nn.ParameterDict):
         """Say whose deltas these are, an adapted layer's; also after they were moved or copied."""
         # By their ids: parameters that weak references point to can't be swapped (torch.__future__).
         ids: set[int] = set()
+        layers = _LAYERS  # when Python ends, modules lose their names before the last layers go
 
         def forget(gone: weakref.ref[Any]) -> None:
             for key in ids:
-                if _LAYERS.get(key, (None,))[0] is gone:
-                    del _LAYERS[key]
+                if layers.get(key, (None,))[0] is gone:
+                    del layers[key]
 
         self.__dict__["_ids"], self.__dict__["_layer"] = ids, weakref.ref(layer, forget)
         for name, delta in self._parameters.items():
@@ -125,7 +126,8 @@ class Deltas(nn.ParameterDict):
     def __delattr__(self, name: str) -> None:
         if self.__dict__.get("_shards", {}).pop(name, None) is not None:
             self.__dict__.setdefault("_deleted", set()).add(name)
-        super().__delattr__(name)
+        if name in self._parameters or name in self.__dict__:  # neither, if Ctrl-C came while it was put in
+            super().__delattr__(name)
 
     def __getstate__(self) -> dict[str, Any]:
         return {key: value for key, value in self.__dict__.items() if key not in ("_layer", "_ids")}

@@ -128,6 +128,7 @@ class OverlaidLinear(PacaLayer):
             base.quantization.restore(base, self._before_merge)
         weight = base.patched_weight(base.quantization.stored_dtype(base), together)
         self._before_merge = base.quantization.replace(base, weight)
+        self.merged_adapters.extend(c.name for c in columns)
         base.columns.base_changed()
 
     def _unmerge(self) -> None:

@@ -87,15 +87,17 @@ class PeftCalls(BaseTunerLayer):
         names = [n for n in check_adapters_to_merge(self, adapter_names) if n in self.paca_delta]
         if not names:
             return
+        before = len(self.merged_adapters)
         try:
             self._merge(tuple(self.columns_of(n) for n in names), safe_merge)
         except ValueError:
+            del self.merged_adapters[before:]
             self.write()
             raise
-        self.merged_adapters.extend(names)
         self.write()
 
     def _merge(self, columns: tuple[AdapterColumns, ...], safe: bool) -> None:
+        self.merged_adapters.extend(c.name for c in columns)  # first: after Ctrl-C, unmerge() puts all back
         base = self.base_layer
         base.columns.merge(base.columns.home_to_write(base.weight), columns, safe=safe)
 

@@ -50,7 +50,7 @@ class PacaModel(AdaptsStacks, MergesAdapters):
         if not isinstance(config, PacaConfig):
             config = self.peft_config[adapter_name] = own_config(config)
         config.trainable_before = {name: p.requires_grad for name, p in model.named_parameters()}
-        # How many names a module has, and how many parameters lie in one memory.
+        # How many names a module has, and how many parameters are in one memory.
         self._uses: Counter[Any] = Counter(id(m) for _, m in model.named_modules(remove_duplicate=False))
         modules = model.modules()
         self._uses.update(_memory_of(p) for m in modules for p in m._parameters.values() if type(p) is nn.Parameter)
@@ -139,6 +139,7 @@ class PacaModel(AdaptsStacks, MergesAdapters):
             and resident_class.problem(target) is None
             and self._uses[id(target)] < 2
             and self._uses[_memory_of(target.weight)] < 2
+            and 0 not in target.weight.stride()
             and not hasattr(self.model, "hf_device_map")
             and not hasattr(target.weight, "ds_id")  # of DeepSpeed's ZeRO-3
             and not is_deepspeed_zero3_enabled()
@@ -204,5 +205,5 @@ def _is_rotated(model: nn.Module, adapter_name: str) -> bool:
 
 
 def _memory_of(parameter: nn.Parameter) -> Any:
-    """What two parameters have in common that share memory."""
-    return parameter.untyped_storage()._cdata, parameter.storage_offset()
+    """What two parameters have in common that share memory, or are views of the same."""
+    return parameter.untyped_storage()._cdata

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
@@ -90,8 +91,14 @@ def resident_class_of(target: Any, key: str, model: nn.Module) -> type[ResidentW
         )
     if not weight.is_floating_point() or weight.element_size() < 2:
         raise ValueError(f"{key} has a weight of type {weight.dtype}; PaCA needs a float of 16 bits or more.")
-    places = [_place_of(p) for m in model.modules() for p in m._parameters.values() if p is not None]
-    if places.count(_place_of(weight)) > 1:
+    if any(stride == 0 and size > 1 for stride, size in zip(weight.stride(), weight.shape, strict=True)):
+        raise ValueError(
+            f"{key} has a weight in which several values are the same memory (an expanded tensor), so that a column "
+            "can't be written. Give it memory of its own first: layer.weight = nn.Parameter(layer.weight.clone())."
+        )
+    others = [p for m in model.modules() for p in m._parameters.values() if p is not None]
+    places = [_place_of(p) for p in others]
+    if places.count(_place_of(weight)) > 1 or any(_overlap(weight, p) for p in others if p is not weight):
         raise ValueError(
             f"{key} shares its weight with another module (tied weights), which would silently be trained along. "
             "Leave it out of target_modules, or, if they are a language model's input embedding and output layer, "
@@ -102,3 +109,22 @@ def resident_class_of(target: Any, key: str, model: nn.Module) -> type[ResidentW
 
 def _place_of(parameter: nn.Parameter) -> Any:
     return parameter.untyped_storage()._cdata, parameter.storage_offset()
+
+
+def _overlap(weight: nn.Parameter, other: nn.Parameter) -> bool:
+    """Whether two parameters have memory in common; views of one tensor need not."""
+    if weight.untyped_storage()._cdata != other.untyped_storage()._cdata or weight.is_meta:
+        return False
+    (first, end), (other_first, other_end) = map(_range_of, (weight, other))
+    if end <= other_first or other_end <= first or weight.dtype != other.dtype:
+        return weight.dtype != other.dtype
+    start = min(first, other_first)
+    taken = torch.zeros(max(end, other_end) - start, dtype=torch.bool)
+    taken.as_strided(weight.shape, weight.stride(), first - start).fill_(True)
+    return bool(taken.as_strided(other.shape, other.stride(), other_first - start).any())
+
+
+def _range_of(parameter: nn.Parameter) -> tuple[int, int]:
+    """The first value's place in its memory, and the place after the last one's."""
+    first = parameter.storage_offset()
+    return first, first + 1 + sum((n - 1) * s for n, s in zip(parameter.shape, parameter.stride(), strict=True))

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, distributed, nn
 
 from paca.columns.column_union import split, union_of
+from paca.columns.folded import Folded
 from paca.columns.scores import explicit_columns
 from paca.columns.state import AdapterColumns
 from paca.config import PacaConfig
@@ -177,11 +178,20 @@ def _train_columns(layer: PacaLayer, name: str, indices: Tensor) -> None:
     parameter, places, base = layer.paca_delta[name], layer.paca_indices[name], layer.base_layer
 
     def fold() -> tuple[AdapterColumns, ...]:
-        union = union_of(places, parameter, layer.folded.pop(name, None), layer.delta_column_dim)
-        delta, folded = split(union, indices, layer.delta_column_dim)
+        before = places.clone(), parameter.clone(), layer.folded.get(name)
+        try:
+            return fold_into(
+                *split(union_of(*before, layer.delta_column_dim), indices, layer.delta_column_dim), indices
+            )
+        except BaseException:  # Ctrl-C, too
+            fold_into(before[1], before[2], before[0])
+            raise
+
+    def fold_into(delta: Tensor, folded: Folded | None, trained: Tensor) -> tuple[AdapterColumns, ...]:
         parameter.copy_(delta)
         parameter.grad = None  # of other columns
-        places.copy_(indices)
+        places.copy_(trained)
+        layer.folded.pop(name, None)
         if folded is not None:
             layer.folded[name] = folded
         base.columns.changed(name)

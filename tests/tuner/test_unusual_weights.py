@@ -1,0 +1,85 @@
+"""Weights that are no plain memory of their own: expanded ones, views, inference tensors, other strides."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from models import adapt
+from paca.layers import paca_layers
+
+X = torch.randn(3, 8, generator=torch.Generator().manual_seed(1))
+
+
+def layer_with(weight):
+    layer = nn.Linear(8, 6)
+    layer.weight = nn.Parameter(weight, requires_grad=False)
+    return nn.Sequential(layer, nn.Linear(6, 4))
+
+
+def random(*shape):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(0))
+
+
+WORK = {
+    "transposed": lambda: random(8, 6).T,
+    "a view of rows": lambda: random(10, 8)[2:8],
+    "a view of columns": lambda: random(6, 12)[:, 3:11],
+    "every second column": lambda: random(6, 16)[:, ::2],
+}
+
+
+@pytest.mark.parametrize("kind", WORK)
+def test_views_and_other_strides_are_adapted_and_restored_bit_for_bit(kind):
+    weight = WORK[kind]()
+    memory = weight._base if weight._base is not None else weight
+    before, original = memory.clone(), weight.clone()
+    model = adapt(layer_with(weight), target_modules=["0"])
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], 0.1)
+    for _ in range(2):
+        model(X).square().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    (layer,) = paca_layers(model)
+    want = original.clone()
+    want[:, layer.paca_indices["default"]] += layer.scaling["default"] * layer.paca_delta["default"].detach()
+    torch.testing.assert_close(layer.base_layer.weight, nn.Parameter(want, False))
+    model.unload()
+    assert torch.equal(memory, before)
+
+
+@pytest.mark.parametrize("shape", [(1, 8), (6, 1)], ids=["rows", "columns"])
+def test_a_weight_that_is_the_same_memory_many_times_is_refused(shape):
+    model = layer_with(random(*shape).expand(6, 8))
+    before = model[0].weight.clone()
+    with pytest.raises(ValueError, match=r"several values.*same memory.*clone\(\)"):
+        adapt(model, target_modules=["0"])
+    assert type(model[0]) is nn.Linear
+    assert torch.equal(model[0].weight, before)
+
+
+def test_weights_that_overlap_in_memory_are_refused():
+    memory = random(10, 8)
+    model = nn.Sequential(nn.Linear(8, 6), nn.Linear(8, 6))
+    for layer, start in zip(model, (0, 3), strict=True):
+        layer.weight = nn.Parameter(memory[start : start + 6], requires_grad=False)
+    with pytest.raises(ValueError, match="shares"):
+        adapt(model, target_modules=["0"])
+
+
+def test_inference_tensors_are_adapted_for_inference():
+    with torch.inference_mode():
+        model = layer_with(random(6, 8))
+        original = model[0].weight.clone()
+    model = adapt(model, target_modules=["0"]).eval()
+    with torch.inference_mode():
+        (layer,) = paca_layers(model)
+        y = model(X)
+        want = original.clone()
+        want[:, layer.paca_indices["default"]] += layer.scaling["default"] * layer.paca_delta["default"]
+        torch.testing.assert_close(
+            y, model.get_base_model()[1](torch.nn.functional.linear(X, want, layer.base_layer.bias))
+        )
+        model.unload()
+        assert torch.equal(model.get_base_model()[0].weight, original)
