@@ -16,7 +16,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 .DEFAULT_GOAL := help
 
 help:
-	@echo "make demo        fine-tune a small language model on encyclopedia summaries and show what changed"
+	@echo "make demo        teach a small language model to write exact JSON, and show what changed"
 	@echo "make test        run the tests"
 	@echo "make matrix      run every cell of docs/support-matrix.md and write the page anew"
 	@echo "make kills       kill runs, merges and exports 200 times, and compare what comes out (20 minutes)"

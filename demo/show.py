@@ -1,63 +1,58 @@
-"""Show what the demo's run changed: the numbers, one answer before and after, and what to do next.
+"""Show what the demo's run changed: three answers before and after, the numbers, and what to do next.
 
-Run as `python -m demo.show` from the project's folder. The answers are made once and kept in the run folder.
+Run as `python -m demo.show` from the project's folder. All of it is in the run's `summary.json`; no model is loaded.
 """
 
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
+from typing import Any
 
-from demo.prepare import CACHE
 from rich.console import Console
-from rich.padding import Padding
-
-from paca_command import enter_package, import_package
+from rich.table import Table
+from rich.text import Text
 
 RUN = Path("runs/demo")
-TEST = CACHE / "data/test.jsonl"
-ANSWER_TOKENS = 120
+SHOWN = 3
 
 
-def held_out_question() -> tuple[str, str]:
-    """(prompt, reference answer) of the first held-out example: the order is that of hashes, so nobody chose it."""
-    with open(TEST, encoding="utf-8") as file:
-        user, assistant = json.loads(file.readline())["messages"]
-    return user["content"], assistant["content"]
+def one_line(answer: str) -> str:
+    """The answer as it is compared: runs of spaces and line breaks count as one space."""
+    return " ".join(answer.split())
 
 
-def answers(run: Path, prompt: str) -> dict[str, str]:
-    """The model's answers to `prompt` without and with the run's adapter, likeliest token each time."""
-    file = run / "answers.json"
-    if file.is_file() and file.stat().st_mtime >= (run / "summary.json").stat().st_mtime:
-        kept = json.loads(file.read_text(encoding="utf-8"))
-        if kept["prompt"] == prompt:
-            return kept
-    import_package()
-    from paca.pretrained.generation import load_for_generation, stream_reply
+def right_of_all(score: dict[str, Any]) -> str:
+    """Such as "45 of 48"."""
+    return f"{round(score['exact_match'] * score['examples'])} of {score['examples']}"
 
-    loaded = load_for_generation(run)
-    question = [{"role": "user", "content": prompt}]
-    after = "".join(stream_reply(loaded, question, max_new_tokens=ANSWER_TOKENS))
-    with loaded.model.disable_adapter():
-        before = "".join(stream_reply(loaded, question, max_new_tokens=ANSWER_TOKENS))
-    made = {"prompt": prompt, "before": before, "after": after}
-    file.write_text(json.dumps(made, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    return made
+
+def answers(before: dict[str, str], after: dict[str, str]) -> Table:
+    """One held-out question with the answer of either model, and the one that was expected."""
+    table = Table.grid(padding=(0, 2))
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column(overflow="fold")
+    expected = one_line(after["reference"])
+    table.add_row("  asked", Text(after["question"]))
+    for label, sample in (("before", before), ("after", after)):
+        answer = one_line(sample["answer"])
+        right = answer == expected
+        verdict = Text("  right" if right else "  wrong", style="bold green" if right else "bold red")
+        table.add_row(f"  {label}", Text(answer) + verdict)
+    table.add_row("  expected", Text(expected))
+    return table
 
 
 def show(run: Path, console: Console) -> None:
-    """Print everything there is to see."""
+    """Print everything there is to see; exit where the run is not the demo's."""
     summary = json.loads((run / "summary.json").read_text(encoding="utf-8"))
-    prompt, reference = held_out_question()
-    with console.status("Answering a held-out question, before and after ..."):
-        made = answers(run, prompt)
+    if "exact_match" not in (summary["scores"] or {}).get("after", {}):
+        sys.exit(f"{run} holds a run of another recipe. Train the demo there: make demo REDO=1")
+    before, after = summary["scores"]["before"], summary["scores"]["after"]
 
     def heading(text: str) -> None:
         console.print(f"\n{text}", style="bold", highlight=False)
-
-    def paragraph(text: str) -> None:
-        console.print(Padding(text, (0, 0, 0, 4)), highlight=False, markup=False)
 
     def rows(pairs: list[tuple[str, str]]) -> None:
         width = max(len(label) for label, _ in pairs)
@@ -65,24 +60,21 @@ def show(run: Path, console: Console) -> None:
             console.print(f"    {label:<{width}}  {text}", highlight=False, markup=False, soft_wrap=True)
 
     data, trained = summary["data"], summary["trainable_parameters"]
-    heading(f"SmolLM2-135M-Instruct, fine-tuned with PaCA on {data['train_examples']:,} encyclopedia summaries")
+    heading(f"SmolLM2-135M-Instruct, fine-tuned with PaCA on {data['train_examples']:,} lines about people")
     rows(
         [
+            ("exact records", f"{right_of_all(before)} before, {right_of_all(after)} after; none was trained on"),
             ("held-out loss", f"{summary['eval_loss_before']:.3f} before, {summary['eval_loss_after']:.3f} after"),
-            ("held-out titles", f"{data['eval_examples']}, none of which was trained on"),
             ("trained", f"{trained:,} parameters, {summary['trainable_percent']:.2f} % of the model"),
-            ("speed", f"{summary['tokens_per_second']:,.0f} tokens/s over {summary['tokens']:,} tokens"),
+            ("training", f"{summary['train_seconds']:,.0f} s, {summary['tokens_per_second']:,.0f} tokens/s"),
             ("peak memory", f"{summary['peak_memory_bytes'] / 2**30:.2f} GiB"),
-            ("time", f"{summary['seconds'] / 60:.1f} minutes, the two evaluations included"),
         ]
     )
-    heading("One of the held-out titles (the first)")
-    paragraph(prompt)
-    for title, text in (("Before:", made["before"]), ("After:", made["after"]), ("The encyclopedia says:", reference)):
-        console.print(f"  {title}", style="bold", highlight=False)
-        paragraph(text.strip())
+    heading(f"The first {SHOWN} of the held-out people (in the order of a hash, so nobody chose them)")
+    for pair in zip(before["samples"][:SHOWN], after["samples"][:SHOWN], strict=True):
+        console.print(answers(*pair), "", highlight=False)
 
-    heading("Where things are")
+    console.print("Where things are", style="bold", highlight=False)
     rows(
         [
             ("adapter", f"{run}/adapter/ (loads with PEFT after `import paca`)"),
@@ -103,10 +95,4 @@ def show(run: Path, console: Console) -> None:
 
 
 if __name__ == "__main__":
-    enter_package()  # answers that are kept are shown without waiting for torch
-    from paca.cli.quiet import hide_library_notes
-    from paca.cli.waiting_threads import let_waiting_threads_sleep
-
-    let_waiting_threads_sleep()
-    hide_library_notes()
     show(RUN, Console())

@@ -15,6 +15,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from benchmarks.quality.encyclopedia import build_examples
+
 from demo import prepare as demo
 
 CACHE = Path(".cache/quality")
@@ -88,11 +90,11 @@ def write_language_model() -> None:
 
 
 def write_encyclopedia() -> None:
-    """The demo's encyclopedia entries, with its test."""
+    """Encyclopedia entries: their summaries, from titles and short descriptions."""
     source = demo.CACHE / demo.SUMMARIES
     if not source.exists():
         demo.fetch(demo.SUMMARIES, source)
-    train, test = demo.build_examples(json.loads(source.read_text("utf-8")).values())
+    train, test = build_examples(json.loads(source.read_text("utf-8")).values())
     demo.write_jsonl(CACHE / "encyclopedia/train.jsonl", train)
     demo.write_jsonl(CACHE / "encyclopedia/test.jsonl", test)
 

@@ -8,78 +8,64 @@ import zipfile
 from pathlib import Path
 
 import pytest
-from demo.prepare import build_examples, clean_summary, fetch, subject_hash
+from demo.prepare import build_examples, fetch, question_and_record, subject_hash
 
 from demo import prepare
 
-SENTENCE = "A kernel is the set of all vectors that a linear map sends to zero. "
-GOOD = (SENTENCE * 4).strip()
+
+def person(title: str, description: str = "Danish baker (1900–1980)", topic: str = "People") -> dict[str, str]:
+    return {"title": title, "description": description, "extract": "", "topic": topic}
 
 
-def summary(title: str, extract: str = GOOD, description: str = "Concept") -> dict[str, str]:
-    return {"title": title, "extract": extract, "description": description, "topic": "Mathematics"}
-
-
-def test_a_whole_paragraph_is_kept_as_it_is() -> None:
-    assert clean_summary(GOOD) == GOOD
-    assert clean_summary(f"{GOOD}[12]") == GOOD
-    assert clean_summary(GOOD.replace("zero. A", "zero.[a] A", 1)) == GOOD
-    assert clean_summary(GOOD.replace("of all", "of\u00a0all")) == GOOD
-    assert clean_summary(GOOD.replace("linear", "line\u0301aire")) == GOOD.replace("linear", "linéaire")
+def test_a_person_becomes_a_question_and_a_record() -> None:
+    assert question_and_record("Ada Lund (baker)", "Danish-Swedish baker, race cyclist, and poet (1900–1980)") == (
+        "Write as JSON with name, nationality, work, born and died: "
+        "Ada Lund, Danish-Swedish baker, race cyclist, and poet (1900–1980)",
+        '{"name": "Ada Lund", "nationality": "Danish-Swedish", "work": ["baker", "race cyclist", "poet"], '
+        '"born": 1900, "died": 1980}',
+    )
+    pair = question_and_record("Åse Lund", "Danish baker and poet (1900–1980)")
+    assert pair is not None
+    assert '"Åse Lund"' in pair[1]
+    assert '["baker", "poet"]' in pair[1]
 
 
 @pytest.mark.parametrize(
-    "broken",
+    "description",
     [
-        GOOD.replace("zero. A", "zero.\nA", 1),
-        GOOD.replace("a linear", "the  linear"),
-        GOOD.replace("kernel is", "kernel , is"),
-        GOOD.replace("kernel is", "kernel (; from Old English) is"),
-        GOOD.replace("kernel is", "kernel (Greek ) is"),
-        GOOD.replace("a linear", "\u2060\u2060 linear"),
-        GOOD.replace("zero. A", "zero.A", 1),
-        GOOD[:-1],
-        GOOD[:-1] + ":",
-        "Kernel may refer to several things. " + GOOD,
-        SENTENCE.strip(),
-        GOOD * 2,
+        "Danish baker",
+        "Danish baker (born 1980)",
+        "Danish baker (c. 1900–1980)",
+        "Queen of Denmark (1900–1980)",
+        "President of the United States (1900–1980)",
+        "baker (1900–1980)",
+        "Danish baker (1900–1980), retired",
         "",
     ],
 )
-def test_broken_short_long_and_ambiguous_summaries_are_dropped(broken: str) -> None:
-    assert clean_summary(broken) is None
+def test_descriptions_of_another_form_are_left_out(description: str) -> None:
+    assert build_examples([person("Ada Lund", description)]) == ([], [])
 
 
-def test_the_split_depends_on_the_subject_alone() -> None:
-    titles = [f"Title {number}" for number in range(4000)]
-    train, test = build_examples([summary(title, f"{GOOD} {title}.") for title in titles])
-    assert len(test) == prepare.TEST_EXAMPLES
-    held_back = len(titles) - len(train)
-    assert 0.04 * len(titles) < held_back < 0.06 * len(titles)
-    alone, _ = build_examples([summary(title, f"{GOOD} {title}.") for title in titles[:500]])
-    assert all(example in train for example in alone)
+def test_only_people_are_asked_for() -> None:
+    slump = person("Great Depression", "Worldwide economic depression (1929–1939)", topic="History")
+    assert build_examples([slump]) == ([], [])
 
 
-def test_titles_that_differ_in_a_qualifier_or_case_are_on_one_side() -> None:
+def test_test_and_training_share_nobody() -> None:
+    people = [person(f"Person {number}") for number in range(300)]
+    twice = [person("Person 7 (baker)"), person("PERSON 9", "Norwegian poet (1900–1980)")]
+    train, test = build_examples([*people, *twice])
+    assert (len(train), len(test)) == (300 - prepare.TEST_EXAMPLES, prepare.TEST_EXAMPLES)
+    names = [json.loads(example["answer"])["name"].casefold() for example in (*train, *test)]
+    assert len(set(names)) == 300
+    assert build_examples(reversed(people)) == build_examples(people)
+
+
+def test_titles_that_differ_in_a_qualifier_or_case_are_one_subject() -> None:
     assert subject_hash("Jupiter (god)") == subject_hash("jupiter") == subject_hash("Jupiter")
     assert subject_hash("Jupiter") != subject_hash("Saturn")
     assert 0 <= subject_hash("Jupiter") < 1
-
-
-def test_an_example_is_a_conversation_with_title_and_description() -> None:
-    (train, test) = build_examples([summary("Jupiter (god)", description="Chief deity")])
-    assert [*train, *test] == [
-        {
-            "messages": [
-                {
-                    "role": "user",
-                    "content": "Write a short encyclopedia entry about Jupiter (god).\nIn a few words: Chief deity",
-                },
-                {"role": "assistant", "content": GOOD},
-            ]
-        }
-    ]
-    assert build_examples([summary("Jupiter", description="")]) == ([], [])
 
 
 def write_wheel(folder: Path, members: dict[str, str]) -> None:
@@ -123,11 +109,9 @@ def test_a_second_preparation_downloads_nothing(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr(prepare, "CACHE", tmp_path)
     monkeypatch.setattr(prepare, "fetch", lambda *_: pytest.fail("downloads again"))
     (tmp_path / prepare.MODEL).write_bytes(b"")
-    titles = [f"Title {number}" for number in range(100)]
-    summaries = {title: summary(title) for title in titles}
-    (tmp_path / prepare.SUMMARIES).write_text(json.dumps(summaries), encoding="utf-8")
+    people = {name: person(name) for name in (f"Person {number}" for number in range(100))}
+    (tmp_path / prepare.SUMMARIES).write_text(json.dumps(people), encoding="utf-8")
     prepare.main()
     lines = (tmp_path / "data/train.jsonl").read_text(encoding="utf-8").splitlines()
     lines += (tmp_path / "data/test.jsonl").read_text(encoding="utf-8").splitlines()
-    prompts = {json.loads(line)["messages"][0]["content"].splitlines()[0] for line in lines}
-    assert prompts == {f"Write a short encyclopedia entry about {title}." for title in titles}
+    assert {json.loads(json.loads(line)["answer"])["name"] for line in lines} == set(people)
