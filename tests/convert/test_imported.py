@@ -351,6 +351,6 @@ def test_a_failure_while_writing_leaves_nothing(lora: Path, tmp_path: Path, monk
 
     before = sorted(path.name for path in tmp_path.iterdir())
     monkeypatch.setattr(adapter_module, "save_file", full_disk)
-    with pytest.raises(PacaError, match="The disk is full: .*back could not be written"):
+    with pytest.raises(PacaError, match=r"The disk is full: .*back could not be written"):
         import_adapter(lora, tmp_path / "back")
     assert sorted(path.name for path in tmp_path.iterdir()) == before

@@ -158,7 +158,7 @@ def test_a_failure_while_writing_leaves_nothing(run: Path, tmp_path: Path, monke
         raise OSError("No space left on device")
 
     monkeypatch.setattr(merged_module, "_write", full_disk)
-    with pytest.raises(PacaError, match="The disk is full: .*merged could not be written"):
+    with pytest.raises(PacaError, match=r"The disk is full: .*merged could not be written"):
         merge_to_folder(run, tmp_path / "merged")
     assert list(tmp_path.iterdir()) == []
 

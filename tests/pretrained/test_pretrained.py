@@ -238,7 +238,7 @@ def test_a_copy_that_fails_leaves_nothing_behind(
         raise OSError("no space left")
 
     monkeypatch.setattr(pretrained.tokenizer, "save_pretrained", fail)
-    with pytest.raises(PacaError, match="The disk is full: .*base could not be written"):
+    with pytest.raises(PacaError, match=r"The disk is full: .*base could not be written"):
         save_trainable_copy(pretrained, tmp_path / "base")
     assert list(tmp_path.iterdir()) == []
 

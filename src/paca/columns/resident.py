@@ -228,8 +228,7 @@ class ResidentColumns(ActiveColumns):
                     self.entry.unwritten = True
 
     def lend(self, weight: Tensor) -> None:
-        """Note that a state dict is about to share the (parked) weight's memory: should that be written while anyone
-        still holds it (the tensor, a view of it, a numpy array), the weight moves to a copy first."""
+        """Note that a state dict will share the (parked) weight: a write while anyone holds it goes to a copy."""
         if self._lent is None:
             self._lent = torch._C._storage_Use_Count(weight.untyped_storage()._cdata)
 

@@ -39,7 +39,6 @@ def train_columns(
     if weight is not None and weight.requires_grad:
         check_frozen(weight)
     deltas, indices, *settings = trained
-    # Few arguments: torch looks at each of them.
     return _TrainColumns.apply((product, source, *settings), x, weight, bias, added_to, *indices, *deltas)
 
 

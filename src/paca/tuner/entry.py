@@ -1,8 +1,7 @@
 """The third door: what no optimizer's hook and no call has written is noticed when a model is entered.
 
-It looks at the version counters of all layers, and writes those that are stale together. A layer that runs outside of
-such a pass looks for itself. What no counter shows is looked for in a new mode, when averages and schedule-free
-optimizers swap values through `.data`, and where gradients are taken while no optimizer is known whose steps are seen.
+It looks at the version counters of all layers. What no counter shows it looks for in a new mode, when averages and
+schedule-free optimizers swap values through `.data`, and while no optimizer is known whose steps are seen.
 """
 
 from __future__ import annotations

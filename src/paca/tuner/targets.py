@@ -126,5 +126,5 @@ def _overlap(weight: nn.Parameter, other: nn.Parameter) -> bool:
 
 def _range_of(parameter: nn.Parameter) -> tuple[int, int]:
     """The first value's place in its memory, and the place after the last one's."""
-    first = parameter.storage_offset()
-    return first, first + 1 + sum((n - 1) * s for n, s in zip(parameter.shape, parameter.stride(), strict=True))
+    first = int(parameter.storage_offset())
+    return first, first + 1 + sum(int(n - 1) * int(s) for n, s in zip(parameter.shape, parameter.stride(), strict=True))
