@@ -453,3 +453,22 @@ def test_a_moved_model_is_known_to_the_hook():
     loss_of(model).backward()
     optimizer.step()
     assert holds(model)
+
+
+def test_a_step_without_gradients_is_found_also_where_the_weights_are_parked():
+    class Estimates(torch.optim.Optimizer):
+        """As MeZO does: writes parameters that have no gradient, here through `.data`."""
+
+        def step(self):
+            for parameter in self.param_groups[0]["params"]:
+                parameter.data.add_(0.1)
+
+    model = adapted().eval()
+    optimizer = Estimates(deltas_of(model), {})
+    with torch.no_grad():
+        loss_of(model)
+        model.state_dict()  # parks
+        optimizer.step()
+        loss_of(model)
+    for layer, want in zip(paca_layers(model), wanted_weights(model), strict=True):
+        assert torch.equal(layer.base_layer.weight, want)

@@ -49,9 +49,8 @@ class PeftCalls(BaseTunerLayer):
 
     def doubted(self, adapter_name: str) -> None:
         """Note that an optimizer may have changed this adapter's delta: the next pass compares."""
-        columns = self.base_layer.columns
-        if any(c.name == adapter_name for c in columns.state.columns):
-            columns.unaccounted = True
+        if adapter_name in self.active_adapters:  # also if its columns are parked just now
+            self.base_layer.columns.unaccounted = True
 
     # -- scales -------------------------------------------------------------------------------------------------
 
