@@ -64,9 +64,17 @@ class Expected:
 
     def held(self) -> dict[str, Adapter]:
         """What the weights hold now."""
-        if self.merged or self.disabled:
-            return self.merged  # disabling unmerges; who merges after that has it in the weight
-        return {name: self.adapters[name] for name in self.active}
+        held = {name: dict(adapter) for name, adapter in self.merged.items()}
+        for name, adapter in self.trained().items():
+            held[name] = {**adapter, **held.get(name, {})}
+        return held
+
+    def trained(self) -> dict[str, Adapter]:
+        """What of the active adapters is in the weights as columns that get gradients: not in layers where something
+        is merged. (Disabling unmerges; who merges after that has it in the weight.)"""
+        merged = {layer for adapter in self.merged.values() for layer in adapter}
+        active = [] if self.disabled else self.active
+        return {n: {layer: c for layer, c in self.adapters[n].items() if layer not in merged} for n in active}
 
     def layers(self) -> set[str]:
         """All that any adapter has."""
@@ -138,9 +146,7 @@ class Expected:
         self, x: Tensor, trainable: Iterable[tuple[str, str]], names: Sequence[str] | None = None
     ) -> tuple[Tensor, Gradients]:
         """The logits, and the gradients of `loss_of` them for the deltas that are `trainable`."""
-        held = self.held() if names is None else {n: self.adapters[n] for n in set(names) & self.adapters.keys()}
-        if names is None and self.merged:
-            held = {}  # merged values are no parameters
+        held = self.trained() if names is None else {n: self.adapters[n] for n in set(names) & self.adapters.keys()}
         leaves = self._leaves(held, trainable)
         with torch.enable_grad():
             logits = self._forward(x, names, leaves)
