@@ -120,15 +120,21 @@ class Adapters(Checked):
         self.model.merge_adapter(names if numbers else None, safe_merge=safe)
         self.expected.merge(names)
         self.touched[""] += 1
+        self._wrote_merged_layers()
+
+    def _wrote_merged_layers(self) -> None:
+        """Other layers may be parked for the moment as before."""
+        parked, merged = self.may_be_parked, {layer for adapter in self.expected.merged.values() for layer in adapter}
         self.written()
+        self.may_be_parked = parked and merged != set(self.layers())
 
     @rule()
     def unmerge(self) -> None:
         self.model.unmerge_adapter()
         if self.expected.merged:
             self.touched[""] += 1
+            self._wrote_merged_layers()
             self.expected.merged = {}
-            self.written()
 
     # -- rotation ------------------------------------------------------------------------------------------------------
 
