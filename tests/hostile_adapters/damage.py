@@ -8,6 +8,7 @@ import math
 import os
 import pickle
 import struct
+from contextlib import suppress
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -94,7 +95,8 @@ def change_json(random: Random, files: Files, name: str) -> None:
             )
         else:
             owner[key] = any_value(random)
-    files[name] = json.dumps(content).encode()
+    with suppress(RecursionError):  # nested deeper than Python writes: it stays as it was
+        files[name] = json.dumps(content).encode()
 
 
 def change_text(random: Random, files: Files, name: str) -> None:

@@ -11,10 +11,13 @@ import os
 import resource
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
+
+from tqdm import tqdm
 
 _CALLS = {"open", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate", "shutil.rmtree"}
 
@@ -68,6 +71,7 @@ def run_and_kill(work: Callable[[], Any], below: Path, point: Point | None, log:
 
 def _be_the_child(work: Callable[[], Any], below: Path, point: Point | None, log: Path, tell: int) -> None:
     status = 1
+    tqdm.set_lock(threading.RLock())  # its own is one of all processes: killed with it, the others would wait for ever
     try:
         with log.open("w") as file:
             os.dup2(file.fileno(), 1)
