@@ -9,30 +9,34 @@ import torch
 from torch import Tensor, optim
 
 
-class SignStep(optim.Optimizer):
+class ByHand(optim.Optimizer):
+    """Changes each parameter that has a gradient by `change`."""
+
+    def __init__(self, params: Any, lr: float) -> None:
+        super().__init__(params, {"lr": lr})
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    self.change(parameter, parameter.grad, group["lr"])
+
+    def change(self, parameter: Tensor, gradient: Tensor, lr: float) -> None:
+        raise NotImplementedError
+
+
+class SignStep(ByHand):
     """Writes through `.data`, which moves no version counter, as some optimizers of others do."""
 
-    def __init__(self, params: Any, lr: float) -> None:
-        super().__init__(params, {"lr": lr})
-
-    def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        for group in self.param_groups:
-            for parameter in group["params"]:
-                if parameter.grad is not None:
-                    parameter.data.sub_(parameter.grad.sign(), alpha=group["lr"])
+    def change(self, parameter: Tensor, gradient: Tensor, lr: float) -> None:
+        parameter.data.sub_(gradient.sign(), alpha=lr)
 
 
-class ReplacesData(optim.Optimizer):
+class ReplacesData(ByHand):
     """Gives each parameter new memory."""
 
-    def __init__(self, params: Any, lr: float) -> None:
-        super().__init__(params, {"lr": lr})
-
-    def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        for group in self.param_groups:
-            for parameter in group["params"]:
-                if parameter.grad is not None:
-                    parameter.data = parameter.data - group["lr"] * parameter.grad
+    def change(self, parameter: Tensor, gradient: Tensor, lr: float) -> None:
+        parameter.data = parameter.data - lr * gradient
 
 
 class Perturbs(optim.Optimizer):

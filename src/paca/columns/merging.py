@@ -25,7 +25,7 @@ class MergeableColumns(ResidentColumns):
         """`(k,)`, the columns of the weight that are not its own now; None if all are."""
         if self._originals_of_merged is not None:
             return self._originals_of_merged.positions
-        return self.kept.positions if self.state.columns and self.kept is not None else None
+        return self.kept.positions if self.state.columns else None
 
     @torch.no_grad()
     def merge(self, weight: Tensor, columns: tuple[AdapterColumns, ...], *, safe: bool) -> None:

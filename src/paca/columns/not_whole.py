@@ -46,8 +46,6 @@ def refuse_part(weight: Tensor) -> None:
         RuntimeError: Under tensor parallelism, ZeRO-3 and FSDP1.
     """
     refuse_flattened(weight)
-    if hasattr(weight, "ds_id"):
-        refuse_partitioned()
     if weight.dim() < 2:
         raise RuntimeError(
             f"A weight that PaCA trains columns of has the shape {tuple(weight.shape)}: something takes weights away "

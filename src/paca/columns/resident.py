@@ -37,13 +37,14 @@ class ResidentColumns(ActiveColumns):
             experts -1, or -2 if it is stored transposed).
     """
 
+    kept: Kept  # the originals of the trained columns of `state`; there from the first write on
+
     def __init__(self, dim: int) -> None:
         super().__init__()
         self.dim = dim
         self.entry: Entry | None = None
         self.traced = Trained()  # the active columns as a compiled graph takes them
         self._traced_from = self.state.trained
-        self.kept: Any = None  # `Kept`: the originals of the trained columns of `state`
         self._folded: Kept | None = None  # those of folded columns beneath them, on the CPU
         self._parked: tuple[State, Tensor] | None = None  # the state that a park took out, and its columns
         self._parked_for_now = False
@@ -170,8 +171,7 @@ class ResidentColumns(ActiveColumns):
     def parked_columns(self, weight: Tensor, state: State) -> Tensor | None:
         """The columns that a park took out, if `state` is what they were of; else None.
 
-        They go back as they were. If they were computed anew, a write through `.data` that nobody saw would come into
-        the weight under the old revision, and no later comparison would find it.
+        They go back as they were: computed anew, they would bring in a write through `.data`, under the old revision.
         """
         if self._parked is None or self._parked[0].key != state.key or not self._parked[0].unchanged():
             return None

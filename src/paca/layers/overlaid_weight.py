@@ -193,10 +193,8 @@ class PatchedWeight(OverlaidWeight):
         packed = quantization.packed(self)
         source = (None if packed.is_inference() else packed._version, packed.device, state.places, dtype)
         if kept is None or kept.packed is not packed or kept.source != source:
-            positions = positions_of(state.columns, packed.device)
-            weight, values = quantization.weight_and_columns(self, dtype, positions)
-            originals = Kept(positions, values.to(torch.promote_types(values.dtype, dtype)))
-            kept = ColumnsKept(packed, source, originals, runs_of(positions))
+            weight, originals = self._weight_and_originals(dtype, state.columns)
+            kept = ColumnsKept(packed, source, originals, runs_of(originals.positions))
         else:
             weight = quantization.weight(self, dtype)
         if kept.state is not state:
@@ -214,11 +212,14 @@ class PatchedWeight(OverlaidWeight):
         quantization = self.quantization
         if not columns:
             return quantization.weight(self, dtype)
-        positions = positions_of(columns, quantization.packed(self).device)
-        weight, originals = quantization.weight_and_columns(self, dtype, positions)
-        originals = originals.to(torch.promote_types(originals.dtype, dtype))
-        write_columns(weight, 1, positions, sum_of(Kept(positions, originals), columns, 1))
+        weight, originals = self._weight_and_originals(dtype, columns)
+        write_columns(weight, 1, originals.positions, sum_of(originals, columns, 1))
         return weight
+
+    def _weight_and_originals(self, dtype: torch.dtype, columns: tuple[AdapterColumns, ...]) -> tuple[Tensor, Kept]:
+        positions = positions_of(columns, self.quantization.packed(self).device)
+        weight, values = self.quantization.weight_and_columns(self, dtype, positions)
+        return weight, Kept(positions, values.to(torch.promote_types(values.dtype, dtype)))
 
 
 class PatchedPass(WeightSource):
