@@ -156,8 +156,9 @@ def findings(rows: list[dict[str, str]]) -> list[str]:
         f"{_range(long, 'elementwise')} of a step. That bounds what fused kernels (Liger's, or `torch.compile`) can "
         "gain; how much of it they do was not measured on a GPU.",
         "- **QPaCA** launched ten operators per layer more than PaCA when these rows were made: three unpack the "
-        "weight in each pass, three put the trained columns into it in the forward pass (sum, cast, write), and one in "
-        f"the backward pass. To sum and cast once per step saves {_range(four_bit, 'columns_once')}, as simulated. That "
+        "weight in each pass, three put the trained columns into it in the forward pass (sum, cast, write), and one "
+        "in the backward pass. To sum and cast once per step "
+        f"saves {_range(four_bit, 'columns_once')}, as simulated. That "
         "is done since (docs/notes/speed.md has what it gave on a CPU); the rows were not made anew.",
         "- **PaCA's own operators** are three per layer, and four with a scale that is not 1: the columns' copy, their "
         "gradient's product, its transpose in float32, and the scale. They are small next to the layer's own products.",
