@@ -88,13 +88,15 @@ def _score(model: Any, batch: list[Continuation]) -> list[Likelihood]:
         targets[row, len(entry.prompt) - 1 : length] = torch.tensor(entry.answer)
     mask = (torch.arange(width) < torch.tensor(lengths)[:, None]).long()
     # Only the positions from the first answer on: at 128k words, logits of all would be the largest tensor by far.
-    kept = width - min(len(entry.prompt) - 1 for entry in batch)
+    # By their indices: of a slice, which isn't contiguous, a CPU makes the logits with a copy of the head for each row.
+    kept = torch.arange(min(len(entry.prompt) - 1 for entry in batch), width)
     plain = model.get_base_model() if hasattr(model, "get_base_model") else model
-    only = {"logits_to_keep": kept} if "logits_to_keep" in inspect.signature(plain.forward).parameters else {}
+    takes = inspect.signature(plain.forward).parameters
+    only = {"logits_to_keep": kept.to(model.device)} if "logits_to_keep" in takes else {}
     logits = model(
         input_ids=tokens.to(model.device), attention_mask=mask.to(model.device), use_cache=False, **only
-    ).logits[:, -kept:]
-    targets = targets[:, -kept:].to(logits.device)
+    ).logits[:, -len(kept) :]
+    targets = targets[:, -len(kept) :].to(logits.device)
     counted = targets != IGNORED
     # One row at a time: a float32 copy of all logits would take twice the memory of 16-bit ones again.
     return [_likelihood(logits[row][counted[row]], targets[row][counted[row]]) for row in range(len(batch))]
