@@ -21,20 +21,21 @@ class Endured:
     hash: str = ""
     """Of all losses and of the deltas at the end."""
     tensor_bytes: list[int] = field(default_factory=list)
-    """Of all live tensors, at ten moments spread over the run; the first is before the tenth part of it."""
+    """Of all live tensors, at moments spread evenly over the run."""
     process_bytes: list[int] = field(default_factory=list)
     """Resident memory of the process, then."""
     layers: int = 0
 
 
-def train_and_look(steps: int, dtype: torch.dtype = torch.bfloat16) -> Endured:
+def train_and_look(steps: int, dtype: torch.dtype = torch.bfloat16, *, moments: int = 10) -> Endured:
     """Train with AdamW, the learning rate constant.
 
     Between steps: a pass with the adapter disabled (every 10 steps), and a state dict (every 25).
 
     Args:
-        steps: How many; at least 20.
+        steps: How many.
         dtype: Of the weights.
+        moments: How often memory is measured, which takes long in a process with many objects.
 
     Raises:
         AssertionError: After a step, a column is not `round(W0 + s * delta)`, or another one has changed.
@@ -60,7 +61,7 @@ def train_and_look(steps: int, dtype: torch.dtype = torch.bfloat16) -> Endured:
                 model(input_ids=ids)
         if step % 25 == 0:
             model.state_dict()
-        if step % (steps // 10) == 0:
+        if step % (steps // moments) == 0:
             _measure(found)
     for parameter in trained:
         digest.update(parameter.detach().numpy().tobytes())

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import peft
@@ -18,6 +19,7 @@ from paca.planning.simulated_step import simulate
 PACA = paca.PacaConfig(r=8)
 
 
+@functools.cache
 def planned(architecture: str = "llama", adapter: Any = PACA, **settings: Any) -> MemoryEstimate:
     setting = Setting(**{"sequence_length": 32, "batch_size": 2, **settings})
     return estimate(config(architecture, dtype=torch.bfloat16), setting, adapter)
@@ -121,7 +123,7 @@ def test_checkpointed_blocks_run_the_same_attention_kernel_again(monkeypatch: py
         return count(operator, *rest)
 
     monkeypatch.setattr(operators, "flops_of", counted)
-    planned(checkpointing=True, padded=True)
+    planned.__wrapped__(checkpointing=True, padded=True)
     forward = calls.count("_scaled_dot_product_flash_attention_for_cpu")
     assert forward == 2 * calls.count("_scaled_dot_product_flash_attention_for_cpu_backward") > 0
     assert "bmm" not in calls
@@ -166,7 +168,7 @@ def test_models_that_can_not_be_planned_are_refused() -> None:
     with pytest.raises(paca.PacaError, match="meta device"):
         estimate(real, Setting(8))
     with pytest.raises(paca.PacaError, match="does not fit"):
-        planned(adapter=paca.PacaConfig(target_modules=["nothing"]))
+        planned.__wrapped__(adapter=paca.PacaConfig(target_modules=["nothing"]))
     with pytest.raises(paca.PacaError, match=r"can.t be made lean"):
         estimate(config("bloom"), Setting(8, lean=True), PACA)
     with pytest.raises(paca.PacaError, match="not the configuration of a causal language model"):

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from paca.planning.operators import Operator, operator_of
+from paca.planning.operators import Operator, formula_of, operator_of
 from paca.planning.quantized_layers import dequantized_bytes
 
 
@@ -38,10 +38,14 @@ class LiveMemory(TorchDispatchMode):
     A storage counts whole, and once, from the operator that made it until nothing refers to it any more: what a caching
     allocator's counter of allocated bytes would show. `region` is the category of new storages, `phase` the part of the
     step that operators belong to.
+
+    Args:
+        every_operator: Count all of them; else those alone that do arithmetic worth counting, which is faster.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, every_operator: bool = True) -> None:
         super().__init__()
+        self.every_operator = every_operator
         self.operators: Counter[Operator] = Counter()
         self.dequantized = 0
         self.region = "temporaries"
@@ -61,7 +65,7 @@ class LiveMemory(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
-        if func.namespace in ("aten", "bitsandbytes"):
+        if func.namespace in ("aten", "bitsandbytes") and (self.every_operator or formula_of(func)):
             self.operators[operator_of(func, args, kwargs, result, self.phase)] += 1
         self.dequantized += dequantized_bytes(func, args, result)
         self.note(tree_leaves(result), self.region)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -78,16 +79,23 @@ def operator_of(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result
     )
 
 
+@functools.cache
+def formula_of(operator: Any) -> Callable[..., int] | None:
+    """What counts the operations of an ATen operator; None where they are 0."""
+    packet = operator._overloadpacket
+    formula = flop_registry.get(_COUNTED_AS.get(packet, packet))
+    if formula is None and packet.__name__.endswith("_"):
+        formula = flop_registry.get(getattr(aten, packet.__name__[:-1], None))  # addmm_ counts as addmm
+    return formula
+
+
 def flops_of(operator: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> int:
     """Operations of one call of an ATen operator, a multiplication and an addition counted as two.
 
     Matrix products, convolutions and fused attention are counted, causal attention as the half that has to be computed;
     everything else is 0.
     """
-    packet = operator._overloadpacket
-    formula = flop_registry.get(_COUNTED_AS.get(packet, packet))
-    if formula is None and packet.__name__.endswith("_"):
-        formula = flop_registry.get(getattr(aten, packet.__name__[:-1], None))  # addmm_ counts as addmm
+    formula = formula_of(operator)
     if formula is None:
         return 0
     operations = formula(*args, **kwargs, out_val=result)

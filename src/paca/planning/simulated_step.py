@@ -57,7 +57,8 @@ class StepTrace:
     peaks: dict[str, Counter[str]] = field(default_factory=dict)
     """For each stretch of the step, everything that is allocated at its fullest moment, by category."""
     operators: Counter[Operator] = field(default_factory=Counter)
-    """How often each operator runs. In a sum of traces a count may be negative; what is linear in it is right."""
+    """How often each operator runs; without `timed`, those alone that have `flops`. In a sum of traces a count may be
+    negative; what is linear in it is right."""
     dequantized: int = 0
     """Bytes read and written to unpack quantized weights, in both."""
 
@@ -135,7 +136,7 @@ class _Simulation:
     ) -> None:
         self.model, self.setting, self.backbone, self.before_last = model, setting, backbone, before_last
         self.timed = timed
-        self.memory, self.stack = LiveMemory(), ModuleStack()
+        self.memory, self.stack = LiveMemory(every_operator=False), ModuleStack()
 
     def run(self) -> StepTrace:
         memory, setting = self.memory, self.setting
