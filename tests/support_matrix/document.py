@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import textwrap
 from collections.abc import Iterable
 
 from support_matrix.cell import Outcome
@@ -117,9 +118,15 @@ def document(outcomes: Outcomes) -> str:
 
 
 def _table(rows: Iterable[Subject], outcomes: Outcomes, notes: Notes) -> list[str]:
-    lines = [f"| | mode | {' | '.join(OPERATIONS)} |", "|---|---|" + ":-:|" * len(OPERATIONS)]
+    """A column for each operation that does not work everywhere, below a line that names the others."""
+    rows = tuple(rows)
+    found = {name: [Outcome.of(outcomes[row.key][name]) for row in rows] for name in OPERATIONS}
+    always = [name for name, cells in found.items() if all(cell.kind == "works" for cell in cells)]
+    shown = [name for name in OPERATIONS if name not in always]
+    lines = [textwrap.fill(f"**✓ in every row**: {'; '.join(always)}.", 120, break_on_hyphens=False), ""]
+    lines += [f"| | mode | {' | '.join(shown)} |", "|---|---|" + ":-:|" * len(shown)]
     for row in rows:
-        cells = [notes.mark(Outcome.of(outcomes[row.key][operation])) for operation in OPERATIONS]
+        cells = [notes.mark(Outcome.of(outcomes[row.key][name])) for name in shown]
         lines.append(f"| {row.title} | {', '.join(sorted(row.modes))} | {' | '.join(cells)} |")
     return lines
 
