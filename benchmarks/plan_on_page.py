@@ -138,14 +138,13 @@ def findings(rows: list[dict[str, str]]) -> list[str]:
     slower = [row for row in rows if float(row["ratio"]) > 1]
     four_bit = [row for row in rows if row["method"] == "qpaca"]
     long = [row for row in rows if row["method"] == "paca" and row["length"] == "1024"]
-    where = ", ".join(f"`{row['method']}` on {row['model']} at {row['batch']} × {row['length']}" for row in bound)
     slow = ", ".join(
         f"`{row['method']}` on {row['model']} at {row['batch']} × {row['length']} ({float(row['ratio']):.2f})"
         for row in slower
     )
     return [
-        f"- **Launch-bound** (more than 5 %): {where or 'nowhere'}. Capture into CUDA graphs takes the host out of it: "
-        f"up to {_most(bound, 'launch_bound')} of the step. Larger batches do the same without any change.",
+        f"- **Launch-bound** (more than 5 %) are {len(bound)} of the {len(rows)} rows. Capture into CUDA graphs takes "
+        f"the host out of it: up to {_most(bound, 'launch_bound')} of the step. Larger batches do the same.",
         f"- **Slower than LoRA**: {slow or 'nowhere here'}.",
         f"- **4 bits**: unpacking is {_range(four_bit, 'unpacking')} of a step, and the same for QLoRA. Scales "
         "that are not quantized once more (`bnb_4bit_use_double_quant: false`) save "
@@ -154,11 +153,8 @@ def findings(rows: list[dict[str, str]]) -> list[str]:
         f"- **Large batches**: operators that are no product (norms, activations, residuals) are "
         f"{_range(long, 'elementwise')} of a step. That bounds what fused kernels (Liger's, or `torch.compile`) can "
         "gain; how much of it they do was not measured on a GPU.",
-        "- **QPaCA** launched ten operators per layer more than PaCA when these rows were made. To sum and cast the "
-        f"columns once per step saves {_range(four_bit, 'columns_once')}, as simulated. That is done since; the rows "
-        "were not made anew.",
-        "- **PaCA's own operators** are three per layer, and four with a scale that is not 1: the columns' copy, their "
-        "gradient's product, its transpose in float32, and the scale. They are small next to the layer's own products.",
+        "- **QPaCA** sums and casts its columns once per step since these rows were made, which saves "
+        f"{_range(four_bit, 'columns_once')} as simulated. The rows were not made anew.",
     ]
 
 
