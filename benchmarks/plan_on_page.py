@@ -17,24 +17,22 @@ PAGE = Path(__file__).parents[1] / "docs/notes/plan-on.md"
 _HEAD = """# Simulated steps: how far they are off
 
 `paca plan llama3-8b --on h100 --compare lora` says how long a step would take on a GPU that is not here. **It is a
-simulation. Nothing on this page was measured by us on a GPU**, and the command says "simulated" wherever such a number
-stands. This page compares it with measurements that others published. `python benchmarks/plan_on.py` writes it, from
+simulation. Nothing on this page was measured by us on a GPU**, and the command says "simulated" beside such a number.
+This page compares it with measurements that others published. `python benchmarks/plan_on.py` writes it, from
 `benchmarks/plan_on.csv` (published) and `benchmarks/plan_on_simulated.csv`; the tests compute the errors again.
 
 ## How it works
 
 One forward pass, one backward pass and one step of the optimizer are traced on tensors without values: two blocks, then
-three; the difference stands for each further one. Each operator takes the longer of two times, and a fixed time more:
+three. The difference stands for each further one. Each operator takes a fixed time, and the longer of these two:
 
 - its operations over the rate of the device: peak × `product` × the share that its tiles fill. A tile is what one
-  multiprocessor computes at a time, and the last round of tiles leaves some of them idle. Fused attention reaches at
-  most a share of its own.
+  multiprocessor computes at a time. The last round of tiles leaves some of them idle.
 - its bytes over the bandwidth × `bandwidth`. What fits into half of the last cache moves at `cache_bandwidth`.
 
 The host launches one operator after the other, in `host_forward` or `host_backward` seconds each. In each phase
-(forward, backward, step) the slower of device and host counts. *Launch-bound* is the share of the
-step in which the device waits. Operators that make the host wait for a result are counted, and the command says how
-many there are; PaCA and LoRA have none.
+(forward, backward, step) the slower of device and host counts. *Launch-bound* is the share of the step in which the
+device waits. The command also says how many operators make the host wait for a result; PaCA and LoRA have none.
 
 | parameter | value | where it is from |
 | --- | ---: | --- |
@@ -52,40 +50,41 @@ _PARAMETERS = (
 )
 
 _AFTER_PARAMETERS = """
-Attention: at most 0.5 of the peak, and 0.35 on H100, H200 and B200. The papers of FlashAttention-2 (arXiv 2307.08691:
-50 to 73 % on an A100) and FlashAttention-3 (arXiv 2407.08608: FlashAttention-2 reaches 35 % on an H100) say so; torch's
-kernel is FlashAttention-2.
+Attention reaches at most 0.5 of the peak, and 0.35 on H100, H200 and B200. torch's kernel is FlashAttention-2, which
+reaches 50 to 73 % on an A100 (arXiv 2307.08691) and 35 % on an H100 (arXiv 2407.08608).
 
 **Checked are the A100 and the L40S.** For the other devices the same shares are assumed: their error is not known.
 
 ## Published and simulated
 
-A time is *off* beyond 15 %, memory beyond 10 %. Four rows of the A100 and one of the L40S fitted the parameters; all
+A time is *off* beyond 15 %, memory beyond 10 %. Four rows of the A100 and one of the L40S fitted the parameters. All
 others were held out.
 
 """
 
 _AFTER_TABLE = """
-Sources: *authors' log* is `throughput/*_results.txt` of github.com/WooSunghyeon/paca (commit 9209009; 512 tokens,
-padded, bfloat16 through DeepSpeed). *paper* is the abstract of arXiv 2503.01905. *PEFT's comparison* is
-`method_comparison/MetaMathQA/results` of github.com/huggingface/peft (June and August 2025): the sum of its
-`train time` over 5,000 steps, and its largest reserved memory. 20,000 examples have 4,198,051 tokens, so a step has
-4 × 210; 215 with some padding. *PEFT's table* is what its leaderboard showed later.
+Sources:
+
+- *authors' log*: `throughput/*_results.txt` of github.com/WooSunghyeon/paca (commit 9209009; 512 tokens, padded,
+  bfloat16 through DeepSpeed).
+- *paper*: the abstract of arXiv 2503.01905.
+- *PEFT's comparison*: `method_comparison/MetaMathQA/results` of github.com/huggingface/peft (June and August 2025): the
+  sum of its `train time` over 5,000 steps, and its largest reserved memory. 20,000 examples have 4,198,051 tokens, so a
+  step has 4 × 210; 215 with some padding.
+- *PEFT's table*: what its leaderboard showed later.
 
 Where it is off, and why:
 
-- **Seconds per 5,000 steps of PEFT's table.** That `train_time` is not the time of the steps: PEFT's script stops its
-  clock after the answers to the 1,319 test questions were generated. The rows *ms* above are the same runs without
-  that.
-- **DoRA on the L40S** is 26 % too fast, where DoRA on the A100 is within 10 %. The runs used PEFT of June 2025; what
-  differs was not found. The host may have been the limit: it is the row with the most operators per token.
-- **Largest batches** come out one or two too high. An A100 of 80 GB has 79.2 GiB for programs, DeepSpeed keeps float32
-  copies and buffers of its own, and the allocator fragments; none of it is simulated. So leave 5 to 10 % of the memory
-  free.
+- **Seconds per 5,000 steps of PEFT's table** include the answers to the 1,319 test questions: PEFT's script stops its
+  clock after them. The rows *ms* above are the same runs without that.
+- **DoRA on the L40S** is 26 % too fast, where DoRA on the A100 is within 10 %. Why was not found. The host may have
+  been the limit: it is the row with the most operators per token.
+- **Largest batches** come out one or two too high. Not simulated are fragmentation, DeepSpeed's float32 copies and
+  buffers, and that an A100 of 80 GB has 79.2 GiB for programs. So leave 5 to 10 % of the memory free.
 - **One sequence of 512 tokens on the A100** is 12 % too slow for PaCA and 6 % too fast for MosLoRA: the differences
   that small operators make are not resolved.
-- **Time against LoRA** depends on LoRA's dropout. The paper's training scripts leave it at LMFlow's 0.1, so LoRA has it
-  here too. Columns are drawn one by one, as the authors draw them.
+- **Time against LoRA** depends on LoRA's dropout. Here it is LMFlow's 0.1, where the paper's training scripts leave it.
+  Columns are drawn one by one, as the authors draw them.
 
 ## On ourselves: an H100
 
@@ -139,14 +138,13 @@ def findings(rows: list[dict[str, str]]) -> list[str]:
     slower = [row for row in rows if float(row["ratio"]) > 1]
     four_bit = [row for row in rows if row["method"] == "qpaca"]
     long = [row for row in rows if row["method"] == "paca" and row["length"] == "1024"]
-    where = ", ".join(f"`{row['method']}` on {row['model']} at {row['batch']} × {row['length']}" for row in bound)
     slow = ", ".join(
         f"`{row['method']}` on {row['model']} at {row['batch']} × {row['length']} ({float(row['ratio']):.2f})"
         for row in slower
     )
     return [
-        f"- **Launch-bound** (more than 5 %): {where or 'nowhere'}. Capture into CUDA graphs takes the host out of it: "
-        f"up to {_most(bound, 'launch_bound')} of the step. Larger batches do the same without any change.",
+        f"- **Launch-bound** (more than 5 %) are {len(bound)} of the {len(rows)} rows. Capture into CUDA graphs takes "
+        f"the host out of it: up to {_most(bound, 'launch_bound')} of the step. Larger batches do the same.",
         f"- **Slower than LoRA**: {slow or 'nowhere here'}.",
         f"- **4 bits**: unpacking is {_range(four_bit, 'unpacking')} of a step, and the same for QLoRA. Scales "
         "that are not quantized once more (`bnb_4bit_use_double_quant: false`) save "
@@ -155,13 +153,8 @@ def findings(rows: list[dict[str, str]]) -> list[str]:
         f"- **Large batches**: operators that are no product (norms, activations, residuals) are "
         f"{_range(long, 'elementwise')} of a step. That bounds what fused kernels (Liger's, or `torch.compile`) can "
         "gain; how much of it they do was not measured on a GPU.",
-        "- **QPaCA** launched ten operators per layer more than PaCA when these rows were made: three unpack the "
-        "weight in each pass, three put the trained columns into it in the forward pass (sum, cast, write), and one "
-        "in the backward pass. To sum and cast once per step "
-        f"saves {_range(four_bit, 'columns_once')}, as simulated. That "
-        "is done since (docs/notes/speed.md has what it gave on a CPU); the rows were not made anew.",
-        "- **PaCA's own operators** are three per layer, and four with a scale that is not 1: the columns' copy, their "
-        "gradient's product, its transpose in float32, and the scale. They are small next to the layer's own products.",
+        "- **QPaCA** sums and casts its columns once per step since these rows were made, which saves "
+        f"{_range(four_bit, 'columns_once')} as simulated. The rows were not made anew.",
     ]
 
 

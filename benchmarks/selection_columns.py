@@ -72,11 +72,11 @@ def choose(strategy: str, model: Any, r: int, batches: Iterable[Batch], loss: Lo
     """The columns of every linear layer but the output layer, by name.
 
     Args:
-        strategy: one of `STRATEGIES`.
-        model: a causal language model, without adapters.
-        r: columns a layer.
-        batches: for calibration, with labels.
-        loss: of the model on a batch.
+        strategy: One of `STRATEGIES`.
+        model: A causal language model, without adapters.
+        r: Columns a layer.
+        batches: For calibration, with labels.
+        loss: Of the model on a batch.
     """
     covariances = covariances_of(model, STRATEGIES[strategy], batches, loss)
     return {name: pivoted(found.matrix(), r) for name, found in covariances.items()}

@@ -24,12 +24,12 @@ def print_report(
     """Print a markdown table for each data set, and what is missing.
 
     Args:
-        path: the rows.
-        names: of the planned data sets; those of the rows if empty.
-        strategies: in the order of the table.
-        seeds: planned, the one that rates were tried with first.
-        settings: the columns that a row must have to count.
-        missing: how many of the planned runs are.
+        path: The rows.
+        names: Of the planned data sets; those of the rows if empty.
+        strategies: In the order of the table.
+        seeds: Planned, the one that rates were tried with first.
+        settings: The columns that a row must have to count.
+        missing: How many of the planned runs are.
     """
     rows = [row for row in _rows(path) if all(int(row[name]) == value for name, value in settings.items())]
     if not rows:

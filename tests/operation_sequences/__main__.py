@@ -27,8 +27,7 @@ AT_ONCE = 25
 def run(kind: str, sequences: int, operations: int, number: int, compiled: float, *, shrink: bool = True) -> None:
     """Run `sequences` of up to `operations` operations on models of one kind; a share `compiled` of them compiled.
 
-    Raises:
-        Whatever a check raised, with the shortest sequence that does.
+    Raises whatever a check raised, with the shortest sequence that does.
     """
     choices = [True] * round(10 * compiled) + [False] * (10 - round(10 * compiled))
     once = settings(

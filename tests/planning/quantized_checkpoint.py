@@ -16,8 +16,8 @@ def quantized_model(shape: PreTrainedConfig, quantization: str | BitsAndBytesCon
     """The model with random weights, on the CPU.
 
     Args:
-        shape: of the model, with its dtype.
-        quantization: a name as in `model.quantization`, or bitsandbytes' settings.
+        shape: Of the model, with its dtype.
+        quantization: A name as in `model.quantization`, or bitsandbytes' settings.
     """
     if isinstance(quantization, str):
         quantization = quantization_config(quantization, shape.dtype)

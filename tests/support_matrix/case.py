@@ -83,8 +83,8 @@ class Case:
         """Output in float64, and the gradients of the deltas for the mean (of `rows`: the sum) of its squares.
 
         Args:
-            rows: only these samples count for the loss.
-            adapters: the factor of each.
+            rows: Only these samples count for the loss.
+            adapters: The factor of each.
         """
         twin = self.dense(adapters)
         x = self.x.double() if self.x.is_floating_point() else self.x

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import textwrap
 from collections.abc import Iterable
 
 from support_matrix.cell import Outcome
@@ -15,27 +17,26 @@ INTRODUCTION = """\
 
 <!-- Written by `make matrix`. Don't edit: tests/test_support_matrix.py compares. -->
 
-Every cell is run by the tests, on a tiny model on a CPU, and its outcome is compared with this page.
+The tests run every cell on a tiny model on a CPU, and compare its outcome with this page.
 
-- **✓** it works; the [last section](#what-is-checked) says what is checked.
-- **no** paca refuses it, with the message in the note, and the model then computes what it did before.
+- **✓** it works; [what is checked](#what-is-checked).
+- **no** paca refuses it, with the message in the note. The model then computes what it did before.
 - **–** there is nothing to do, for the reason in the note.
 
-The layers are real ones of the libraries, unless the row says *stand-in*. GPTQ, AWQ, EETQ and AQLM multiply on GPUs
-only, so a layer with their interface (integer codes that multiply, no float weight) takes their place.
+In messages, LAYER, CLASS, CHOICE and TYPE stand for the names. Layers are the libraries' own, unless the row says
+*stand-in*: GPTQ, AWQ, EETQ and AQLM multiply on GPUs only, so a layer with their interface takes their place.
 """
 
 LAYERS_TEXT = """\
 ## Layers
 
-*Resident*, *patched* and *additive* are the three ways in which columns take effect; paca chooses
-([which and why](guides/quantized.md)). Quantized layers are in the next table.
+*Resident*, *patched* and *additive* are [the ways in which columns take effect](guides/quantized.md).
 """
 
 QUANTIZATIONS_TEXT = """\
 ## Quantized weights
 
-Linear layers. What the libraries' other layers do is in the last table.
+Linear layers. The libraries' other layers are in the last table.
 """
 
 REFUSED_TEXT = """\
@@ -52,6 +53,19 @@ CHECKED_TEXT = """\
 ## What is checked
 """
 
+NAMES = (
+    (r"^(first|second|lin1|target|body\.target|lm_head|transformer\.wte|model\.[\w.]+)(?=:? )", "LAYER"),
+    (r"\ban? [\w.]+(?= can't give| \(a subclass|, (whose|which) | of \w+ that accelerate)", "a CLASS"),
+    (r"(a CLASS) \(a subclass of \w+,", r"\1 (a subclass of CLASS,"),
+    (r"(a CLASS) of \w+ that", r"\1 that"),
+    (r"(?<=for which selection=)'\w+'", "CHOICE"),
+    (r"(?<=The adapter also holds ).*?(?=, trained whole)", "LAYER"),
+    (r"(?<=Models of type )'\w+'", "TYPE"),
+    (r"(?<=it adapts )Linear, .*? aqlm\.", "the layers above."),
+    (r"Leave it out through target_modules or exclude_modules\.", "Leave it out."),
+)
+"""What a message names, and what stands for it here, so that messages which differ in names alone are one."""
+
 MARKS = {"works": "✓", "refused": "no", "explained": "–"}
 
 
@@ -66,7 +80,7 @@ class Notes:
         sign = MARKS[outcome.kind]
         if not outcome.reason:
             return sign
-        number = self._numbers.setdefault(outcome.reason, len(self._numbers) + 1)
+        number = self._numbers.setdefault(_general(outcome.reason), len(self._numbers) + 1)
         return f"{sign}[^{number}]"
 
     def lines(self) -> list[str]:
@@ -95,7 +109,7 @@ def document(outcomes: Outcomes) -> str:
         *(f"- **{title}**: {' '.join((check.__doc__ or '').split())}" for title, check in OPERATIONS.items()),
         "",
         "The models are in float32. Where results are not equal bit for bit, the relative error is within 2e-5.",
-        "Compiled models run with the backend `aot_eager`; of language models the adapted layers are compiled, of",
+        "Compiled models run with the backend `aot_eager`. Of language models the adapted layers are compiled, of",
         "mixtures of experts the block that holds them.",
         "",
         *notes.lines(),
@@ -104,17 +118,31 @@ def document(outcomes: Outcomes) -> str:
 
 
 def _table(rows: Iterable[Subject], outcomes: Outcomes, notes: Notes) -> list[str]:
-    lines = [f"| | mode | {' | '.join(OPERATIONS)} |", "|---|---|" + ":-:|" * len(OPERATIONS)]
+    """A column for each operation that does not work everywhere, below a line that names the others."""
+    rows = tuple(rows)
+    found = {name: [Outcome.of(outcomes[row.key][name]) for row in rows] for name in OPERATIONS}
+    always = [name for name, cells in found.items() if all(cell.kind == "works" for cell in cells)]
+    shown = [name for name in OPERATIONS if name not in always]
+    lines = [textwrap.fill(f"**✓ in every row**: {'; '.join(always)}.", 120, break_on_hyphens=False), ""]
+    lines += [f"| | mode | {' | '.join(shown)} |", "|---|---|" + ":-:|" * len(shown)]
     for row in rows:
-        cells = [notes.mark(Outcome.of(outcomes[row.key][operation])) for operation in OPERATIONS]
+        cells = [notes.mark(Outcome.of(outcomes[row.key][name])) for name in shown]
         lines.append(f"| {row.title} | {', '.join(sorted(row.modes))} | {' | '.join(cells)} |")
     return lines
 
 
 def _refusals(rows: Iterable[Refused], outcomes: Outcomes) -> list[str]:
+    titles: dict[str, list[str]] = {}
+    for row in rows:
+        titles.setdefault(_general(Outcome.of(outcomes[row.key][ADAPT]).reason), []).append(row.title)
     lines = ["| | the message |", "|---|---|"]
-    lines += [f"| {row.title} | {_escaped(Outcome.of(outcomes[row.key][ADAPT]).reason)} |" for row in rows]
-    return lines
+    return lines + [f"| {'; '.join(rows)} | {_escaped(message)} |" for message, rows in titles.items()]
+
+
+def _general(message: str) -> str:
+    for name, sign in NAMES:
+        message = re.sub(name, sign, message)
+    return message
 
 
 def _escaped(text: str) -> str:

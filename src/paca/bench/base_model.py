@@ -51,7 +51,7 @@ def build_base_model(settings: BenchSettings, four_bit: bool = False) -> BaseMod
 
     Raises:
         PacaError: The model is unknown, or a size does not go with it.
-        MethodUnavailable: bitsandbytes is not installed.
+        MethodUnavailable: The package bitsandbytes is not installed.
     """
     if four_bit and importlib.util.find_spec("bitsandbytes") is None:
         raise MethodUnavailable("needs bitsandbytes for its 4-bit weights: pip install bitsandbytes")

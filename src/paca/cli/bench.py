@@ -24,7 +24,9 @@ bench = typer.Typer(
 _Names = Annotated[
     str | None,
     typer.Option(
-        metavar="A,B,…", help="Which, or 'all'; see paca bench methods. [default: frozen, paca, lora and variants]"
+        metavar="A,B,…",
+        help="Methods, or all. `paca bench methods` lists them.",
+        show_default="frozen, paca, lora and variants",
     ),
 ]
 
@@ -36,26 +38,28 @@ def run(
         "llama3-8b"
     ),
     layers: Annotated[int | None, typer.Option(help="Shrink a preset to so many blocks.")] = None,
-    hidden: Annotated[int | None, typer.Option(help="Shrink a preset to this width; heads and MLP follow.")] = None,
-    intermediate: Annotated[int | None, typer.Option(help="Width of the MLP, if not the one that follows.")] = None,
+    hidden: Annotated[int | None, typer.Option(help="Shrink a preset to this width. Heads and MLP follow.")] = None,
+    intermediate: Annotated[
+        int | None, typer.Option(help="Width of the MLP.", show_default="follows from the width")
+    ] = None,
     vocab: Annotated[int | None, typer.Option(help="Shrink a preset's vocabulary.")] = None,
     image_size: Annotated[int | None, typer.Option(help="Pixels, for vision presets.")] = None,
-    scope: Annotated[str, typer.Option(help="model (with its loss) or blocks (the decoder alone).")] = "model",
-    loss: Annotated[str, typer.Option(help="logits (the model's own) or fused (TRL's, never all logits).")] = "logits",
-    dtype: Annotated[str, typer.Option(help="bfloat16, float16 or float32.")] = "bfloat16",
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, …")] = "auto",
+    scope: Annotated[str, typer.Option(help="What runs: model (with its loss) or blocks (alone).")] = "model",
+    loss: Annotated[str, typer.Option(help="Loss: logits (the model's own) or fused (TRL's).")] = "logits",
+    dtype: Annotated[str, typer.Option(help="Dtype: bfloat16, float16 or float32.")] = "bfloat16",
+    device: Annotated[str, typer.Option(help="Device: auto, cpu, cuda, cuda:1, …")] = "auto",
     methods: _Names = None,
     baseline: Annotated[
         str | None,
-        typer.Option(help="The method that ratios are taken against. [default: frozen, or without it the first]"),
+        typer.Option(help="The method that ratios are taken against.", show_default="frozen, else the first"),
     ] = None,
     seq: Annotated[str, typer.Option("--seq", "--tokens", metavar="N,N,…", help="Sequence lengths.")] = "512",
     batch: Annotated[str, typer.Option(metavar="N,N,…", help="Batch sizes.")] = "1",
-    rank: Annotated[int, typer.Option(help="r of PaCA and LoRA.")] = 16,
+    rank: Annotated[int, typer.Option(help="Rank r of PaCA and LoRA.")] = 16,
     measure: Annotated[
-        str, typer.Option(metavar="A,B,…", help="Of: time, memory, saved, switch, launches, max-seq, max-batch.")
+        str, typer.Option(metavar="A,B,…", help="What: time, memory, saved, switch, launches, max-seq, max-batch.")
     ] = "time,saved,memory",
-    rounds: Annotated[int, typer.Option(help="Every round times every method once.")] = 10,
+    rounds: Annotated[int, typer.Option(help="Rounds; each times every method once.")] = 10,
     warmup: Annotated[int, typer.Option(help="Steps per method before the rounds.")] = 2,
     memory: Annotated[str | None, typer.Option(help="Budget of max-seq and max-batch, such as 2GiB.")] = None,
     compile_: Annotated[bool, typer.Option("--compile", help="Also measure compiled models.")] = False,
@@ -67,7 +71,7 @@ def run(
     output: Annotated[Path, typer.Option(help="The CSV file that the rows are appended to.")] = Path(
         "benchmarks/results.csv"
     ),
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check the settings, show them, and stop.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check and show the settings, and stop.")] = False,
 ) -> None:
     """Measure methods against each other and append the results to a CSV file."""
     if context.invoked_subcommand is not None:
@@ -138,15 +142,17 @@ def methods() -> None:
 
 @bench.command()
 def report(
-    files: Annotated[list[Path], typer.Argument(metavar="ROWS.csv…", help="What paca bench wrote.")],
+    files: Annotated[list[Path], typer.Argument(metavar="ROWS.csv…", help="What `paca bench` wrote.")],
     baseline: Annotated[
-        str | None, typer.Option(metavar="A,B,…", help="Methods to show ratios against. Default: the runs' own.")
+        str | None, typer.Option(metavar="A,B,…", help="Methods to show ratios against.", show_default="the runs' own")
     ] = None,
     plots: Annotated[Path, typer.Option(help="The folder for the pictures.")] = Path("benchmarks/plots"),
-    name: Annotated[str | None, typer.Option(help="Beginning of the pictures' names. Default: the file's.")] = None,
-    markdown: Annotated[Path | None, typer.Option(help="Write the tables to this file instead of the screen.")] = None,
+    name: Annotated[
+        str | None, typer.Option(help="Beginning of the pictures' names.", show_default="the file's")
+    ] = None,
+    markdown: Annotated[Path | None, typer.Option(help="Write the tables to this file, not to the screen.")] = None,
     readme: Annotated[
-        Path | None, typer.Option(help="Put a table of ratios and the first picture between this file's bench markers.")
+        Path | None, typer.Option(help="Put ratios and a picture between this file's bench markers.")
     ] = None,
 ) -> None:
     """Turn rows into tables and pictures."""

@@ -21,15 +21,17 @@ HELP = "/reset starts a new conversation, /exit (or Ctrl-D) ends, Ctrl-C stops a
 
 
 def chat(
-    path: Annotated[str, typer.Argument(metavar="RUN_OR_ADAPTER", help="A run, an adapter or a model: its folder.")],
+    path: Annotated[str, typer.Argument(metavar="RUN_OR_ADAPTER", help="The folder of a run, an adapter or a model.")],
     prompt: Annotated[str | None, typer.Option(help="Answer this once, on standard output, and stop.")] = None,
     system: Annotated[str | None, typer.Option(help="The system message of each conversation.")] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.")] = 256,
-    temperature: Annotated[float, typer.Option(help="0: the likeliest token each time; above 0: sampled.")] = 0.0,
+    temperature: Annotated[float, typer.Option(help="Above 0: sample. At 0: the likeliest token each time.")] = 0.0,
     base: Annotated[bool, typer.Option("--base", help="Answer without the adapter, for comparison.")] = False,
-    base_model: Annotated[str | None, typer.Option(help="The base model, if not where the adapter says.")] = None,
+    base_model: Annotated[
+        str | None, typer.Option(help="The base model.", show_default="where the adapter says")
+    ] = None,
 ) -> None:
-    """Talk to a trained model: with --prompt once, else in the terminal until /exit."""
+    """Talk to a trained model in the terminal, until /exit; with --prompt once."""
     find_adapter(path)  # before what it takes to load one: a wrong path is no reason to wait
     import_package()
     from paca.pretrained.generation import load_for_generation, stream_reply

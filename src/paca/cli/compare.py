@@ -23,31 +23,32 @@ if TYPE_CHECKING:
 
 def compare(
     context: typer.Context,
-    what: Annotated[
-        list[Path], typer.Argument(metavar="RUN.yaml | RUN_FOLDER...", help="What to train, or runs that are there.")
-    ],
-    output: Annotated[Path, typer.Option(help="The folder for runs and report; the same one again goes on.")],
+    what: Annotated[list[Path], typer.Argument(metavar="RUN.yaml|RUN_FOLDER", help="What to train, or finished runs.")],
+    output: Annotated[Path, typer.Option(help="The folder for runs and report. The same one again goes on.")],
     methods: Annotated[
-        str, typer.Option(help="Names with commas: paca, lora, lora-tuned, full, one of PEFT's, or name=FILE.yaml.")
+        str,
+        typer.Option(metavar="A,B,…", help="Methods: paca, lora, lora-tuned, full, one of PEFT's, or name=FILE.yaml."),
     ] = "paca,lora,lora-tuned",
-    lr: Annotated[str, typer.Option(help="Learning rates to choose from, with commas, for each method.")] = "",
-    seeds: Annotated[str, typer.Option(help="Seeds, with commas. Rates are chosen with the first.")] = "0,1,2",
+    lr: Annotated[
+        str, typer.Option(metavar="RATE,RATE,…", help="Learning rates to choose from, for each method.")
+    ] = "",
+    seeds: Annotated[str, typer.Option(metavar="N,N,…", help="Seeds. Rates are chosen with the first.")] = "0,1,2",
     equal: Annotated[
         Optional[Literal["parameters", "time", "memory", "parameters,time"]],  # noqa: UP045  (typer reads it on 3.10 too)
-        typer.Option(help="What to make the same for all methods, following the first one."),
+        typer.Option(help="What to make the same for all methods; the first one leads."),
     ] = None,
     extend: Annotated[
         bool, typer.Option("--extend/--no-extend", help="Go beyond the rates while the first or last is the best.")
     ] = True,
     set_: Annotated[
         list[str] | None,
-        typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Change a setting of the YAML; may be repeated."),
+        typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Change a setting of the YAML. May be repeated."),
     ] = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Show what would be trained, and stop. Measures for --equal.")
+        bool, typer.Option("--dry-run", help="Show what would be trained, and stop. With --equal it measures.")
     ] = False,
 ) -> None:
-    """Compare methods: the same data and seeds, each at its best rate; leaves runs, rows and a page with a verdict."""
+    """Compare methods on the same data and seeds, each at its best rate, and give a verdict."""
     console = Console()
     if not console.is_terminal:
         console.width = 200  # of a table in a log file

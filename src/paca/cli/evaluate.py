@@ -33,32 +33,34 @@ JUDGE_KEY = "PACA_JUDGE_KEY"
 
 
 def evaluate(
-    path: Annotated[str, typer.Argument(metavar="RUN_OR_ADAPTER", help="A run, an adapter or a model: its folder.")],
-    output: Annotated[Path, typer.Option(help="The folder for results; the same one again goes on where it stopped.")],
+    path: Annotated[str, typer.Argument(metavar="RUN_OR_ADAPTER", help="The folder of a run, an adapter or a model.")],
+    output: Annotated[Path, typer.Option(help="The folder for results. The same one again goes on.")],
     tasks: Annotated[
-        str, typer.Option(help="Names of lm-evaluation-harness and .yaml files of your own, with commas between.")
+        str, typer.Option(metavar="A,B,…", help="Names of lm-evaluation-harness, and .yaml files of yours.")
     ] = "",
     num_fewshot: Annotated[
-        int | None, typer.Option(min=0, help="Examples before each question. Default: as the task says.")
+        int | None, typer.Option(min=0, help="Examples before each question.", show_default="as the task says")
     ] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Only so many questions of each task.")] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Questions at a time.")] = 8,
     chat_template: Annotated[
-        bool, typer.Option("--chat-template", help="Ask tasks in the form of the tokenizer's chat template.")
+        bool, typer.Option("--chat-template", help="Ask in the form of the tokenizer's chat template.")
     ] = False,
     mt_bench: Annotated[
         Path | None, typer.Option(metavar="QUESTIONS.jsonl", help="MT-Bench: FastChat's file of questions.")
     ] = None,
     judge_url: Annotated[
-        str | None, typer.Option(help="MT-Bench's judge: where an API like OpenAI's begins (http://host:8000/v1).")
+        str | None, typer.Option(help="MT-Bench: the judge's API, like OpenAI's (http://host:8000/v1).")
     ] = None,
     judge_model: Annotated[
-        str | None, typer.Option(help=f"The judge's name there. Its key is read from the environment: {JUDGE_KEY}.")
+        str | None, typer.Option(help=f"MT-Bench: the judge's name there. Its key is read from {JUDGE_KEY}.")
     ] = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer of MT-Bench, in tokens.")] = 1024,
-    base_model: Annotated[str | None, typer.Option(help="The base model, if not where the adapter says.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="MT-Bench: longest answer, in tokens.")] = 1024,
+    base_model: Annotated[
+        str | None, typer.Option(help="The base model.", show_default="where the adapter says")
+    ] = None,
 ) -> None:
-    """Evaluate on public benchmarks, tasks of your own or MT-Bench: base and adapter side by side."""
+    """Evaluate base and adapter side by side: public benchmarks, tasks of your own, MT-Bench."""
     names = tuple(name.strip() for name in tasks.split(",") if name.strip())
     if not names and mt_bench is None:
         raise PacaError("There is nothing to evaluate. Give --tasks, such as arc_easy,my_task.yaml, or --mt-bench.")

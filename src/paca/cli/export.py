@@ -21,12 +21,14 @@ def export(
         str,
         typer.Option(
             metavar="|".join(FORMS),
-            help="lora: an adapter for PEFT, vLLM and others. merged: a plain checkpoint. gguf: llama.cpp. peft: an "
-            "adapter for the PaCA of PEFT >= 0.22.",
+            help="The form: lora (PEFT, vLLM and others), merged (a plain checkpoint), gguf (llama.cpp), or peft (the "
+            "PaCA of PEFT >= 0.22).",
         ),
     ],
-    output: Annotated[Path, typer.Option(help="The folder to write; for gguf, the file.")],
-    base_model: Annotated[str | None, typer.Option(help="The base model, if not where the adapter says.")] = None,
+    output: Annotated[Path, typer.Option(help="The folder to write, for gguf the file.")],
+    base_model: Annotated[
+        str | None, typer.Option(help="The base model.", show_default="where the adapter says")
+    ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what the output holds.")] = False,
 ) -> None:
     """Write an adapter as LoRA, as a merged model, for llama.cpp or for PEFT's own PaCA."""

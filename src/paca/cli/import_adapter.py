@@ -15,12 +15,10 @@ from paca_command import import_package
 def import_adapter(
     path: Annotated[str, typer.Argument(metavar="FILE_OR_FOLDER", help="The adapter's folder, or the file in it.")],
     output: Annotated[Path, typer.Option(help="The folder to write.")],
-    base: Annotated[
-        str | None, typer.Option(help="The base model: hub id, folder or .gguf file. Default: the one it names.")
-    ] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an adapter that the output holds.")] = False,
+    base: Annotated[str | None, typer.Option(help="The base model.", show_default="where the adapter says")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what the output holds.")] = False,
 ) -> None:
-    """Make a PaCA adapter of a checkpoint of the original authors' PaCA, or of a LoRA adapter exported from PaCA."""
+    """Make a PaCA adapter of the original authors' checkpoint, or of a LoRA export of ours."""
     adapter_output(import_source(path), output, base, overwrite, "import")  # before torch is imported
     import_package()
     from paca.convert import imported

@@ -18,13 +18,16 @@ def merge(
     path: Annotated[str, typer.Argument(metavar="RUN_OR_ADAPTER", help="The folder of a run or of an adapter.")],
     output: Annotated[Path, typer.Option(help="The folder to write.")],
     dtype: Annotated[
-        str | None, typer.Option(help="bfloat16, float16 or float32. Default: that of the base model.")
+        str | None,
+        typer.Option(help="Dtype: bfloat16, float16 or float32.", show_default="that of the base model"),
     ] = None,
-    base_model: Annotated[str | None, typer.Option(help="The base model, if not where the adapter says.")] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a model that the output holds.")] = False,
+    base_model: Annotated[
+        str | None, typer.Option(help="The base model.", show_default="where the adapter says")
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what the output holds.")] = False,
     verify: Annotated[bool, typer.Option(help="Read the result back and compare its logits.")] = True,
 ) -> None:
-    """Fold an adapter into its base model and write a checkpoint that loads without paca."""
+    """Fold an adapter into its base model: a checkpoint that loads without paca."""
     merge_output(path, output, base_model, overwrite)  # before torch is imported: a wrong path is no reason to wait
     import_package()
     from transformers.utils import logging

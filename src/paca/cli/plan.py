@@ -25,48 +25,50 @@ STEPS = 1000
 
 def plan(
     target: Annotated[
-        str, typer.Argument(metavar="RUN.yaml|MODEL", help="A run, a hub id, a folder, or a preset of paca bench.")
+        str, typer.Argument(metavar="RUN.yaml|MODEL", help="A run, a hub id, a folder, or a preset of `paca bench`.")
     ],
     memory: Annotated[
-        str | None, typer.Option(help="A budget, such as 24GiB: find the fastest setting that fits.")
+        str | None, typer.Option(help="A budget, such as 24GiB. Finds the fastest setting that fits.")
     ] = None,
     seq: Annotated[int | None, typer.Option(help="Tokens in each sequence.")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Sequences in one forward pass.")] = None,
-    global_batch: Annotated[int | None, typer.Option(help="Sequences per optimizer step, for --memory.")] = None,
-    r: Annotated[int, typer.Option(help="Trained columns per layer (a run's YAML has its own).")] = 16,
-    dtype: Annotated[str, typer.Option(help="Dtype of the weights (a run's YAML has its own).")] = "auto",
-    device: Annotated[str | None, typer.Option(help="cpu or cuda; what this machine has when absent.")] = None,
+    global_batch: Annotated[int | None, typer.Option(help="With --memory: sequences in one optimizer step.")] = None,
+    r: Annotated[int, typer.Option(help="Trained columns per layer. A run's YAML has its own.")] = 16,
+    dtype: Annotated[str, typer.Option(help="Dtype of the weights. A run's YAML has its own.")] = "auto",
+    device: Annotated[
+        str | None, typer.Option(help="Whose kernels: cpu or cuda.", show_default="what this machine has")
+    ] = None,
     lean: Annotated[bool, typer.Option("--lean", help="With lean blocks.")] = False,
-    recompute: Annotated[bool, typer.Option("--recompute", help="With lean blocks whose MLP is recomputed.")] = False,
+    recompute: Annotated[bool, typer.Option("--recompute", help="With lean blocks and recomputed MLPs.")] = False,
     checkpointing: Annotated[bool, typer.Option("--checkpointing", help="With activation checkpointing.")] = False,
     quantization: Annotated[
         str | None,
         typer.Option(
-            help="none, nf4, fp4 or int8. With --memory, auto (16 bits where they fit, else nf4) and any (the faster)."
+            help="Weights: none, nf4, fp4 or int8. With --memory also auto (16 bits if they fit) and any (the faster)."
         ),
     ] = None,
-    padded: Annotated[bool, typer.Option("--padded", help="With an attention mask: padding or packing.")] = False,
-    loss: Annotated[str, typer.Option(help="chunked (as paca train), full, or any (for --memory).")] = "chunked",
-    rate: Annotated[float | None, typer.Option(help="TFLOP/s of the device, instead of measuring them.")] = None,
+    padded: Annotated[bool, typer.Option("--padded", help="With the mask of padding or packing.")] = False,
+    loss: Annotated[str, typer.Option(help="Loss: chunked (as `paca train`), full, or with --memory any.")] = "chunked",
+    rate: Annotated[float | None, typer.Option(help="TFLOP/s of the device.", show_default="measured")] = None,
     bandwidth: Annotated[
-        float | None, typer.Option(help="GB/s of the device's memory, for unpacking quantized weights.")
+        float | None, typer.Option(help="GB/s of its memory, for unpacking weights.", show_default="measured")
     ] = None,
     on: Annotated[
-        str | None, typer.Option(metavar="DEVICE", help="Simulate a GPU that is not here, such as h100 or a100-80gb.")
+        str | None, typer.Option(metavar="DEVICE", help="Simulate a GPU that is not here, such as h100.")
     ] = None,
     compare: Annotated[
-        str | None, typer.Option(help="lora: with --on, also LoRA (defaults, tuned), QPaCA and QLoRA.")
+        str | None, typer.Option(help="With --on: lora also shows LoRA (defaults, tuned), QPaCA and QLoRA.")
     ] = None,
     steps: Annotated[
-        int | None, typer.Option(help="Optimizer steps, for the hours of --on; 1,000, or a run's max_steps.")
+        int | None, typer.Option(help="With --on: optimizer steps.", show_default="a run's max_steps, else 1,000")
     ] = None,
     set_: Annotated[
         list[str] | None,
-        typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Change a setting of the run; may be repeated."),
+        typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Change a setting of the YAML. May be repeated."),
     ] = None,
     json_: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
 ) -> None:
-    """Show what training would take: memory by part, and the least time per step; with --memory, what would fit."""
+    """Show the memory and the least time of a training, before anything is loaded."""
     _check_simulation(on, compare, steps, device, rate, bandwidth)
     if loss not in ("chunked", "full", "any"):
         raise PacaError(f"--loss must be chunked, full or any, not {loss!r}.")

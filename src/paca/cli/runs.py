@@ -13,11 +13,13 @@ from paca_command import import_package
 
 
 def runs(
-    folder: Annotated[Path, typer.Argument(help="A folder with runs, or one run.")] = Path("runs"),
-    port: Annotated[int | None, typer.Option(help="Of the page. Default: the first free one from 7860.")] = None,
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="A folder with runs, or one run.")] = Path("runs"),
+    port: Annotated[
+        int | None, typer.Option(help="Port of the page.", show_default="the first free one from 7860")
+    ] = None,
     browser: Annotated[bool, typer.Option(help="Open the page in the browser.")] = True,
 ) -> None:
-    """Show the curves of runs over each other on a local page, also of those that are going (needs trackio)."""
+    """Show the curves of runs on one local page, also while they go (needs trackio)."""
     import_package()
     from paca.training.runs_page import show_runs
 

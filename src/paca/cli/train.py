@@ -24,25 +24,25 @@ if TYPE_CHECKING:
 
 
 def train(
-    config: Annotated[Path, typer.Argument(metavar="CONFIG.yaml", help="What to train, on what, and how.")],
+    config: Annotated[Path, typer.Argument(metavar="RUN.yaml", help="What to train, on what, and how.")],
     set_: Annotated[
         list[str] | None,
-        typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Change a setting of the file; may be repeated."),
+        typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Change a setting of the YAML. May be repeated."),
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be trained, and stop.")] = False,
     settings: Annotated[
-        bool, typer.Option("--settings", help="With --dry-run: also show every setting, defaults too, as YAML.")
+        bool, typer.Option("--settings", help="With --dry-run: also show every setting as YAML.")
     ] = False,
     probe: Annotated[
-        bool, typer.Option("--probe", help="First try the longest batch; memory that does not suffice shows at once.")
+        bool, typer.Option("--probe", help="First try the longest batch: does the memory suffice?")
     ] = False,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint of this run.")] = False,
     push_to_hub: Annotated[
         str | None,
-        typer.Option(metavar="OWNER/NAME", help="Put the result on the hub, into a private repository (`paca push`)."),
+        typer.Option(metavar="OWNER/NAME", help="Put the result into a private repository on the hub."),
     ] = None,
 ) -> None:
-    """Fine-tune a language model and leave a run folder: adapter, metrics, summary, report."""
+    """Fine-tune a model and leave a run folder: adapter, metrics, summary, report."""
     if settings and not dry_run:
         raise PacaError("--settings goes with --dry-run; a run writes them to the config.yaml of its folder.")
     from paca.training.config_file import load_run_config

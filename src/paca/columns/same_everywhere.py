@@ -72,7 +72,7 @@ def check_same_columns(indices: list[Tensor], device: torch.device) -> None:
     """Raise unless all processes train the same columns. A collective.
 
     Raises:
-        RuntimeError: naming the remedy.
+        RuntimeError: Naming the remedy.
     """
     import torch.distributed as dist
 

@@ -98,7 +98,7 @@ class ShardedColumns(MergeableColumns):
         """Raise if columns can't live in these rows.
 
         Raises:
-            RuntimeError: if anything but the dimension of the output features is sharded.
+            RuntimeError: If anything but the dimension of the output features is sharded.
         """
         from torch.distributed.tensor import Replicate, Shard
 

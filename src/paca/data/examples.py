@@ -81,7 +81,7 @@ def load_examples(
     """Load examples and bring them into the shape that a trainer takes.
 
     Args:
-        source: a `.jsonl`, `.json` (an array of objects), `.csv` or `.parquet` file, a folder of such files
+        source: A `.jsonl`, `.json` (an array of objects), `.csv` or `.parquet` file, a folder of such files
             (read in the order of their names), or a dataset on the hub: `owner/name`, with a configuration
             `owner/name:config`, and with any split that datasets understands `owner/name[train[:1000]]`.
         format: `"messages"`, `"prompt-completion"`, `"alpaca"`, `"sharegpt"`, `"question-answer"`,
@@ -89,13 +89,13 @@ def load_examples(
             when absent. Alpaca and question-answer rows become a `user` and an `assistant` message; those of mmlu
             and arc as well, the options listed below the question and the right one's label as the answer. Of a tree of
             messages the best-ranked conversation is taken. Texts given as prompt and completion stay as they are.
-        split: the split of a hub dataset whose `source` names none.
-        limit: use only so many examples, from the start.
-        family: what they are to be: `"text"` for SFT, `"preferences"`, `"prompts"` or `"labels"`, each with
+        split: The split of a hub dataset whose `source` names none.
+        limit: Use only so many examples, from the start.
+        family: What they are to be: `"text"` for SFT, `"preferences"`, `"prompts"` or `"labels"`, each with
             forms of its own.
 
     Raises:
-        PacaError: the source does not exist, is empty or cannot be parsed, its form is unknown or ambiguous, or an
+        PacaError: The source does not exist, is empty or cannot be parsed, its form is unknown or ambiguous, or an
             example has a field of the wrong type or an empty answer; the text names the file and the line.
     """
     if limit is not None and limit < 1:
@@ -139,15 +139,15 @@ def split_heldout(examples: Examples, held_out: float, seed: int) -> tuple[Examp
     """Hold examples out for evaluation, at random but the same for the same seed.
 
     Args:
-        examples: all examples.
-        held_out: a fraction between 0 and 1 (at least one example is held out), or a whole number of examples.
-        seed: decides which ones.
+        examples: All examples.
+        held_out: A fraction between 0 and 1 (at least one example is held out), or a whole number of examples.
+        seed: Decides which ones.
 
     Returns:
         `(train, eval)`, both in the order of the source.
 
     Raises:
-        PacaError: there would be nothing left on one side.
+        PacaError: There would be nothing left on one side.
     """
     total = len(examples.dataset)
     if isinstance(held_out, bool) or held_out <= 0 or (held_out >= 1 and held_out != int(held_out)):

@@ -62,15 +62,15 @@ def recognise(
     """Choose the form of the data.
 
     Args:
-        columns: the names found in the data.
-        requested: the name of a form, which is then only checked; `None` to recognise it. A form that needs all
+        columns: The names found in the data.
+        requested: The name of a form, which is then only checked; `None` to recognise it. A form that needs all
             that another does and more comes before it. `text` is the last resort: many data sets carry a ready-made
             `text` beside the columns that it was made from.
-        source: names the data in errors.
-        forms: those to choose among; `FORMATS` when absent.
+        source: Names the data in errors.
+        forms: Those to choose among; `FORMATS` when absent.
 
     Raises:
-        PacaError: the form is unknown or ambiguous, or the requested one lacks a column.
+        PacaError: The form is unknown or ambiguous, or the requested one lacks a column.
     """
     forms = FORMATS if forms is None else forms
     found = f"{source} has the columns: {', '.join(columns) or '(none)'}."

@@ -24,13 +24,13 @@ def check_labels(prepared: Dataset, examples: Examples, args: SFTConfig) -> None
     keeps it without any label. Either way the run would learn from less than it was given.
 
     Args:
-        prepared: what `SFTTrainer` made of the examples (its `train_dataset` or `eval_dataset`): `input_ids`
+        prepared: What `SFTTrainer` made of the examples (its `train_dataset` or `eval_dataset`): `input_ids`
             and `labels`, packed or not.
-        examples: what it was given, tokenized.
-        args: the configuration it was given.
+        examples: What it was given, tokenized.
+        args: The configuration it was given.
 
     Raises:
-        PacaError: naming the examples without a label.
+        PacaError: Naming the examples without a label.
     """
     if ORIGIN in prepared.column_names:
         origins = _lost_origins(prepared, examples) + _masked_origins(prepared)

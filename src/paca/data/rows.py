@@ -25,7 +25,7 @@ def rows_of(file: Path) -> Iterator[tuple[str, Row]]:
     """Yield `(place, row)`; the place names file and line, as in `"train.jsonl, line 7"`.
 
     Raises:
-        PacaError: the file cannot be parsed.
+        PacaError: The file cannot be parsed.
     """
     yield from _READERS[file.suffix.lower()](file)
 

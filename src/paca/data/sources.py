@@ -44,7 +44,7 @@ class Source:
         """Yield `(place, row)`; the place names file and line, as in `"train.jsonl, line 7"`.
 
         Raises:
-            PacaError: a file cannot be parsed.
+            PacaError: A file cannot be parsed.
         """
         if self.hub is not None:
             named = {k: f.int2str for k, f in self.hub.features.items() if isinstance(f, datasets.ClassLabel)}
@@ -60,7 +60,7 @@ def find_source(name: str, split: str) -> Source:
     """Find what `name` stands for (see `paca.data.load_examples`). What exists locally comes first.
 
     Raises:
-        PacaError: there is no such file, the type of file is unknown, or the hub has no such dataset.
+        PacaError: There is no such file, the type of file is unknown, or the hub has no such dataset.
     """
     if not name.strip():
         raise PacaError(f"The data source is empty. Give a file ({', '.join(SUFFIXES)}), a folder or a hub id.")

@@ -58,7 +58,7 @@ class ConvolutionProduct(Product):
     `weight (out_channels, in_channels / groups, *kernel)`; deltas are `(out_channels, r, *kernel)`.
 
     Args:
-        geometry: of the layer.
+        geometry: Of the layer.
     """
 
     def __init__(self, geometry: Geometry) -> None:

@@ -16,8 +16,8 @@ class EmbeddingProduct(Product):
     """Looks tokens, of any shape, up in `weight (num_embeddings, embedding_dim)`; deltas are `(num_embeddings, r)`.
 
     Args:
-        padding_idx: the token whose row gets no gradient, -1 for none.
-        scale_grad_by_freq: whether each token's gradient is divided by how often it occurs.
+        padding_idx: The token whose row gets no gradient, -1 for none.
+        scale_grad_by_freq: Whether each token's gradient is divided by how often it occurs.
     """
 
     reads_indices = True

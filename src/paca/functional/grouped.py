@@ -23,10 +23,10 @@ class GroupedProduct(Product):
     same columns in every expert. An expert that got no rows gets a gradient of zeros.
 
     Args:
-        input_dim: of the stack that runs over the input features: -1 for `(experts, out_features, in_features)`, -2 for
+        input_dim: Of the stack that runs over the input features: -1 for `(experts, out_features, in_features)`, -2 for
             `(experts, in_features, out_features)`.
         offsets: `(experts,)` int: where each expert's rows end. Rows past the last are nobody's.
-        matmul: multiplies the groups; its results are the stock model's bit for bit.
+        matmul: Multiplies the groups; its results are the stock model's bit for bit.
     """
 
     def __init__(self, input_dim: int, offsets: Tensor, matmul: GroupedMatmul) -> None:

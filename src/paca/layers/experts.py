@@ -23,8 +23,8 @@ class ExpertStack(nn.Module):
     """Holds a stack `weight (experts, out_features, in_features)` that was a parameter of its experts module.
 
     Args:
-        weight: the parameter itself.
-        places: names of all parameters of the experts module, in the order in which they go back.
+        weight: The parameter itself.
+        places: Names of all parameters of the experts module, in the order in which they go back.
     """
 
     def __init__(self, weight: nn.Parameter, places: tuple[str, ...]) -> None:

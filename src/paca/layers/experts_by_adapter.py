@@ -25,8 +25,8 @@ class ExpertsByAdapter:
     """The forward of an experts module while mixed batches run.
 
     Args:
-        experts: whose parameters are stacks.
-        name: of `experts` in the model, for messages.
+        experts: Whose parameters are stacks.
+        name: Of `experts` in the model, for messages.
     """
 
     def __init__(self, experts: nn.Module, name: str) -> None:
@@ -78,7 +78,7 @@ class ExpertsByAdapter:
         """Per adapter, the numbers of its samples' tokens, ascending; those without columns here are `"__base__"`'s.
 
         Raises:
-            ValueError: if it can't be told which token is whose.
+            ValueError: If it can't be told which token is whose.
         """
         tokens = hidden_states.shape[0]
         here = {name for stack in stacks if not stack._disable_adapters for name in stack.paca_delta}

@@ -24,8 +24,8 @@ class MixedBatch:
     """Which sample of a batch runs with which adapter.
 
     Args:
-        names: one adapter's name per sample; `"__base__"` for none.
-        repeats: how often generation repeats each sample (beams, several answers); then the samples of a layer's
+        names: One adapter's name per sample; `"__base__"` for none.
+        repeats: How often generation repeats each sample (beams, several answers); then the samples of a layer's
             input may be repeated so, or not (an encoder's are not).
     """
 
@@ -43,7 +43,7 @@ class MixedBatch:
         """The adapters of a layer's input that has `samples` of them, in its order.
 
         Raises:
-            ValueError: if there are not as many names.
+            ValueError: If there are not as many names.
         """
         if samples == len(self.names):
             return self.names

@@ -79,7 +79,7 @@ class OverlaidLinear(PacaLayer):
         The difference goes into the delta, so that the adapter needs nothing besides to be the same elsewhere.
 
         Raises:
-            ValueError: if they have nothing to do with the quantized weight.
+            ValueError: If they have nothing to do with the quantized weight.
         """
         delta, indices = self.paca_delta[adapter_name], self.paca_indices[adapter_name]
         present = self.base_columns(indices).double()

@@ -286,7 +286,7 @@ def features(module: Any) -> tuple[int, int]:
     """`(out_features, in_features)` of a linear layer of any library.
 
     Raises:
-        ValueError: if it says so by none of the names in use.
+        ValueError: If it says so by none of the names in use.
     """
     if isinstance(module, Conv1D):
         return module.nf, module.nx

@@ -83,7 +83,7 @@ def prepare_model(
         adapter: The adapter to put in. Without it the model is trained as it comes: all of it, or its own adapters.
         quantization: Of its linear layers, before the adapter is put in; see `Setting.quantization`. A checkpoint that
             is quantized by bitsandbytes is planned so by itself.
-        autocast_adapter_dtype: see `Setting.autocast_adapter_dtype`.
+        autocast_adapter_dtype: See `Setting.autocast_adapter_dtype`.
 
     Raises:
         PacaError: The model has weights, can't be found, can't be quantized, or the adapter does not fit it.

@@ -62,7 +62,7 @@ def _quantized_like(old: Any, weight: Tensor) -> Tensor:
     """`weight (out_features, in_features)` in the format of `old`.
 
     Raises:
-        ValueError: for a format whose settings can't be read off a tensor.
+        ValueError: For a format whose settings can't be read off a tensor.
     """
     from torchao.quantization import Int8Tensor, IntxUnpackedToInt8Tensor, PerGroup, PerRow, PerTensor
 

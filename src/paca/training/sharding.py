@@ -19,7 +19,7 @@ def check_sharding(arguments: TrainingArguments, method: str = "paca", modules_t
         modules_to_save: Its key of that name.
 
     Raises:
-        PacaError: one process, FSDP1, settings of FSDP2 under which results were wrong or lost, or ZeRO-3.
+        PacaError: One process, FSDP1, settings of FSDP2 under which results were wrong or lost, or ZeRO-3.
     """
     if arguments.fsdp:
         if arguments.world_size == 1:

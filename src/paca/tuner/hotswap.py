@@ -43,12 +43,12 @@ def hotswap_adapter(model: nn.Module, folder: str | os.PathLike[str], adapter_na
     harm, but may see some layers before and some after the swap.
 
     Args:
-        model: a `PeftModel`, compiled or not, or a model that `peft.inject_adapter_in_model` adapted.
-        folder: of an adapter of the same layers and ranks; its columns and its `paca_alpha` may differ.
-        adapter_name: a loaded adapter, active or not. Keeps its name.
+        model: A `PeftModel`, compiled or not, or a model that `peft.inject_adapter_in_model` adapted.
+        folder: Of an adapter of the same layers and ranks; its columns and its `paca_alpha` may differ.
+        adapter_name: A loaded adapter, active or not. Keeps its name.
 
     Raises:
-        ValueError: if there is no such adapter, if it is merged or sharded, or if the one in `folder` is no PaCA
+        ValueError: If there is no such adapter, if it is merged or sharded, or if the one in `folder` is no PaCA
             adapter, is broken, or has other layers or ranks. Nothing is changed then.
     """
     model = getattr(model, "_orig_mod", model)  # of torch.compile

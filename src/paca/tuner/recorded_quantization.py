@@ -36,7 +36,7 @@ def note_quantization(model: nn.Module, adapter_name: str, config: PacaConfig) -
     """Record in `config` how the adapted weights are quantized, and let the columns start from original values.
 
     Raises:
-        ValueError: if `config.original_weights` are not those of the model, or no adapted layer is quantized.
+        ValueError: If `config.original_weights` are not those of the model, or no adapted layer is quantized.
     """
     found = layers_of(model, adapter_name)
     layers = {name: m for name, m in found.items() if isinstance(m, OverlaidLinear) and m.quantization_name}

@@ -22,14 +22,14 @@ def untie_embeddings(model: Any) -> bool:
     line does it by itself.
 
     Args:
-        model: a transformers model, not adapted yet. Its config is changed, so that it is saved and loaded untied.
+        model: A transformers model, not adapted yet. Its config is changed, so that it is saved and loaded untied.
 
     Returns:
         Whether they were tied.
 
     Raises:
-        TypeError: if the model does not say which its embeddings are.
-        ValueError: if it has no output layer with a weight, or is adapted already.
+        TypeError: If the model does not say which its embeddings are.
+        ValueError: If it has no output layer with a weight, or is adapted already.
     """
     if not hasattr(model, "get_output_embeddings") or not hasattr(model, "config"):
         raise TypeError(f"untie_embeddings needs a transformers model; got {type(model).__name__}.")

@@ -24,7 +24,7 @@ def union_settings(layers: Mapping[str, UnionLayer]) -> dict[str, Any]:
     """Fields of `PacaConfig`, by which an adapter with all these columns is the same.
 
     Args:
-        layers: by their names in the base model; not empty.
+        layers: By their names in the base model; not empty.
     """
     r, rank_pattern = default_and_pattern({name: layer.r for name, layer in layers.items()})
     alpha, alpha_pattern = default_and_pattern({n: alpha_for(layer.scale, layer.r) for n, layer in layers.items()})
