@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -144,6 +145,22 @@ def test_text_is_trained_as_it_stands_and_has_no_place_for_a_template(workspace:
         plan_of(workspace, f"data.train={file}", "data.template=chatml")
 
 
+def test_texts_with_prompts_are_saved_without_the_models_template(workspace: Path, tmp_path: Path) -> None:
+    model = workspace / "with-a-template"
+    shutil.copytree(workspace / "model", model)
+    (model / "chat_template.jinja").write_text("{% for m in messages %}{{ m['content'] }}{{ eos_token }}{% endfor %}")
+    pairs, documents = tmp_path / "pairs.jsonl", tmp_path / "documents.jsonl"
+    pairs.write_text('{"prompt": "2+2=", "completion": "4"}\n')
+    documents.write_text('{"text": "2+2=4"}\n')
+    for file, kept in ((pairs, False), (documents, True)):
+        settings = (f"model.name={model}", f"data.train={file}", f"output.dir={tmp_path / file.stem}")
+        assert ("left out, and not saved" in plan_of(workspace, *settings).template) is not kept
+        train(load_run_config(workspace / "config.yaml", (*settings, "train.max_steps=1")), console=Console(quiet=True))
+        loaded = load_for_generation(tmp_path / file.stem)
+        assert (loaded.tokenizer.chat_template is not None) is kept
+    assert AutoTokenizer.from_pretrained(model).chat_template is not None
+
+
 @pytest.mark.parametrize(
     ("override", "message"),
     [
@@ -166,5 +183,5 @@ def test_chat_says_that_an_adapters_form_is_unknown(run: Path, tmp_path: Path) -
         (folder / file).write_bytes((run / "adapter" / file).read_bytes())
     done = forked_paca("chat", folder, "--prompt", "a", "--max-new-tokens", 1)
     assert done.returncode == 0, done.stderr
-    assert "In which form this adapter was trained is unknown: no chat template" in done.stderr
+    assert "No chat template is saved with this adapter" in done.stderr
     assert "continues each text as it stands" in done.stderr

@@ -46,7 +46,10 @@ def chat(
             raise PacaError("This model has no chat template, so there is no place for a system message (--system).")
         unknown = "This model has no chat template"
         if loaded.adapter is not None:
-            unknown = "In which form this adapter was trained is unknown: no chat template is saved with it"
+            unknown = (
+                "No chat template is saved with this adapter: it was trained on texts as they stand, or in a form that "
+                "is unknown"
+            )
         say(f"{unknown}. It continues each text as it stands, without the ones before.")
     history: list[Message] = [] if system is None else [{"role": "system", "content": system}]
     with loaded.model.disable_adapter() if base else contextlib.nullcontext(), explaining():

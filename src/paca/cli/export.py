@@ -61,8 +61,11 @@ def export(
         put(f"Carried over: {', '.join(sorted(adapter.saved_whole))}")
     _say_quantization(adapter.quantization)
     if to == "gguf":
-        template = adapter_in(path) / "chat_template.jinja"
+        folder = adapter_in(path)
+        template = folder / "chat_template.jinja"
         form = f" --jinja --chat-template-file {template}" if template.is_file() else ""
+        if not form and (folder / "tokenizer_config.json").is_file():
+            form = " -no-cnv"  # trained on texts as they stand: not in the form that the GGUF file has
         put(f"Use it with the GGUF file of {adapter.base}: llama-cli -m MODEL.gguf --lora {output}{form}")
     else:
         put(f'Load it onto {adapter.base} with PeftModel.from_pretrained(model, "{output}"); paca is not needed.')

@@ -53,7 +53,7 @@ def _json_object(text: str, place: str) -> Row:
         row = json.loads(text)
     except json.JSONDecodeError as error:
         raise PacaError(
-            f"{place} is not valid JSON: {error.msg} (column {error.colno}). Expected one JSON object a line."
+            f"{place} is not valid JSON: {error.msg} (column {error.pos + 1}). Expected one JSON object a line."
         ) from error
     if not isinstance(row, dict):
         raise PacaError(f"{place} holds {_kind(row)}; expected a JSON object with named fields.")

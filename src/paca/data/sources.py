@@ -14,6 +14,7 @@ from huggingface_hub.utils import validate_repo_id
 
 from paca.data.rows import SUFFIXES, Row, rows_of
 from paca.messages.errors import PacaError
+from paca.messages.nearest import did_you_mean
 
 HUB_SOURCE = re.compile(r"(?P<id>[^\[\]:]+)(:(?P<config>[^\[\]]+))?(\[(?P<split>.+)\])?")
 
@@ -83,7 +84,11 @@ def find_source(name: str, split: str) -> Source:
         or match is None
         or not is_hub_id(match["id"])
     ):
-        raise PacaError(f"There is no data file or folder {name!r} (working folder: {Path.cwd()}). Check the path.")
+        beside = [str(path.with_name(file.name)) for file in path.parent.iterdir()] if path.parent.is_dir() else []
+        raise PacaError(
+            f"There is no data file or folder {name!r} (working folder: {Path.cwd()}).{did_you_mean(name, beside)} "
+            "Check the path (data.train, data.eval)."
+        )
     return Source(name, hub=load_from_hub(name, match["id"], match["config"], match["split"] or split))
 
 

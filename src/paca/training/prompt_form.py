@@ -26,8 +26,11 @@ def tokenizer_of(config: RunConfig) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def give_form(tokenizer: PreTrainedTokenizerBase, config: RunConfig) -> None:
+def give_form(tokenizer: PreTrainedTokenizerBase, config: RunConfig, train: Examples | None = None) -> None:
     """Give a tokenizer the template and the end-of-text token that the config names, which are saved with it.
+
+    Without its template, where `train` holds prompts that are texts: whoever asks the trained model asks in the form of
+    training then. Plain documents leave it, as they have no form to ask in.
 
     Raises:
         PacaError: There is no such template or token.
@@ -38,6 +41,8 @@ def give_form(tokenizer: PreTrainedTokenizerBase, config: RunConfig) -> None:
     tokenizer.eos_token = end or tokenizer.eos_token
     if config.data.template is not None:
         set_chat_template(tokenizer, config.data.template)
+    elif train is not None and train.format == "prompt-completion" and not train.is_conversational:
+        tokenizer.chat_template = None
 
 
 def choose_form(config: RunConfig, train: Examples, tokenizer: PreTrainedTokenizerBase) -> str:
@@ -60,6 +65,11 @@ def choose_form(config: RunConfig, train: Examples, tokenizer: PreTrainedTokeniz
             raise PacaError(
                 f"data.template renders messages, but {train.source} holds plain text (form {train.format}), which is "
                 "trained as it stands. Leave data.template out, or name the columns question and answer."
+            )
+        if train.format == "prompt-completion" and tokenizer.chat_template is not None:
+            return (
+                "none: the texts are trained as they stand, with the end-of-text token after each; the model's own "
+                "template is left out, and not saved. Columns named question and answer are put into it"
             )
         return "none: the texts are trained as they stand, and the end-of-text token after each"
     words = "the tokenizer's own" if asked is None else f"{asked} (data.template)"

@@ -158,7 +158,7 @@ class _Run:
             if self.main:
                 check_same_model(folder, self.config, pretrained, resume=checkpoint is not None)
             if prepared.data.template is not None:
-                give_form(pretrained.tokenizer, self.config)
+                give_form(pretrained.tokenizer, self.config, prepared.data.train)
         self.trainer = self._make_trainer(prepared, pretrained, arguments)
         if scorer is not None and (self.trainer.is_fsdp_enabled or arguments.deepspeed):
             raise PacaError(

@@ -14,6 +14,8 @@ import yaml
 
 from paca.messages.errors import PacaError
 
+_DATA = (".jsonl", ".csv", ".parquet")
+
 
 class _CoreSchemaLoader(yaml.SafeLoader):
     """The safe loader with the scalar types of YAML 1.2 and without duplicate keys."""
@@ -76,6 +78,8 @@ def read_yaml(path: Path) -> tuple[Any, dict[str, int]]:
     """
     if path.is_dir():
         raise PacaError(f"{path} is a folder; a YAML file was expected.")
+    if path.suffix.lower() in _DATA:
+        raise PacaError(f"{path} is data, by its name; a run's YAML file was expected, which names it as data.train.")
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
