@@ -92,7 +92,7 @@ def test_mt_bench_prints_ratings_and_what_the_judge_took(workspace: Path, monkey
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        ((), "There is nothing to evaluate"),
+        ((), "it is no folder of a run, which has data of its own"),
         (("--mt-bench", "q.jsonl"), "--mt-bench, --judge-url and --judge-model go together"),
         (("--tasks", "nowhere.yaml"), "There is no task file 'nowhere.yaml'"),
     ],

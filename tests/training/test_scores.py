@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from paca.cli.evaluate import evaluate
 from paca.data import load_examples
 from paca.evaluation.own_data import Measurement, measure, scorer
 from paca.messages.errors import PacaError
@@ -33,7 +34,9 @@ QUESTIONS = [{"question": f"Is it {n}?", "choices": ["yes", "no"], "answer": n %
 SUMS = [{"prompt": f"{n}+1=", "completion": f"#### {n + 1}"} for n in range(16)]
 
 
-def test_scores_before_and_after_are_those_of_base_and_adapter(tmp_path: Path) -> None:
+def test_scores_before_and_after_are_those_of_base_and_adapter(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     heldout = str(tmp_path / "eval.jsonl")
     overrides = ("eval.metric=loss", "eval.max_new_tokens=4", "train.max_steps=4", f"data.eval={heldout}")
     result = trained(tmp_path, SUMS, *overrides)
@@ -48,6 +51,13 @@ def test_scores_before_and_after_are_those_of_base_and_adapter(tmp_path: Path) -
     assert scores["after"]["loss"] < scores["before"]["loss"]
     assert len(scores["after"]["samples"]) == 5
     assert json.loads((result.folder / "summary.json").read_text())["scores"] == scores
+    capsys.readouterr()
+    evaluate(str(result.folder), output=tmp_path / "again")  # the finished run, measured once more
+    again = json.loads((tmp_path / "again/own_data.json").read_text())
+    assert again == {"base": before, "adapter": expected}
+    assert f"{expected['loss']:.4f}" in capsys.readouterr().out
+    evaluate(str(result.folder), limit=2, output=tmp_path / "again")
+    assert json.loads((tmp_path / "again/own_data.json").read_text())["base"]["examples"] == 2
 
 
 def test_questions_with_options_train_and_are_scored_by_choice(tmp_path: Path) -> None:

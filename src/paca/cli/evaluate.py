@@ -34,7 +34,10 @@ JUDGE_KEY = "PACA_JUDGE_KEY"
 
 def evaluate(
     path: Annotated[str, typer.Argument(metavar="RUN_OR_ADAPTER", help="The folder of a run, an adapter or a model.")],
-    output: Annotated[Path, typer.Option(help="The folder for results. The same one again goes on.")],
+    output: Annotated[
+        Path | None,
+        typer.Option(help="The folder for results. The same one again goes on.", show_default="none is kept"),
+    ] = None,
     tasks: Annotated[
         str, typer.Option(metavar="A,B,…", help="Names of lm-evaluation-harness, and .yaml files of yours.")
     ] = "",
@@ -60,10 +63,14 @@ def evaluate(
         str | None, typer.Option(help="The base model.", show_default="where the adapter says")
     ] = None,
 ) -> None:
-    """Evaluate base and adapter side by side: public benchmarks, tasks of your own, MT-Bench."""
+    """Evaluate base and adapter side by side: public benchmarks, tasks of your own, MT-Bench, a run's own data.
+
+    Without --tasks and --mt-bench it measures a run's eval.metric on its data.eval.
+    """
     names = tuple(name.strip() for name in tasks.split(",") if name.strip())
-    if not names and mt_bench is None:
-        raise PacaError("There is nothing to evaluate. Give --tasks, such as arc_easy,my_task.yaml, or --mt-bench.")
+    own_data = not names and mt_bench is None
+    if output is None and not own_data:
+        raise PacaError("--tasks and --mt-bench need a folder for their results. Give one: --output DIR.")
     if (mt_bench is None) != (judge_url is None) or (mt_bench is None) != (judge_model is None):
         raise PacaError("--mt-bench, --judge-url and --judge-model go together: questions, and who rates the answers.")
     find_adapter(path)  # before what it takes to load one: a wrong path is no reason to wait
@@ -78,6 +85,18 @@ def evaluate(
             import_package()
             from paca.pretrained.generation import load_for_generation
 
+            if own_data:
+                from paca.evaluation.own_run import config_of_run, evaluate_run, rows_of_run, write_scores
+
+                config = config_of_run(path)
+                loaded = load_for_generation(path, base_model=base_model)
+                say(console, f"Measuring {config.eval.metric or 'loss'} on {config.data.eval} ...")
+                scores = evaluate_run(loaded, config, limit, batch_size)
+                console.print(table_of(rows_of_run(scores)))
+                if output is not None:
+                    say(console, f"Written: {write_scores(output, scores)}")
+                return
+            assert output is not None
             loaded = load_for_generation(path, base_model=base_model)
             if names:
                 logging.getLogger("lm_eval").setLevel(logging.ERROR)  # its warnings tell of defaults that it takes

@@ -162,8 +162,8 @@ class _Run:
         self.trainer = self._make_trainer(prepared, pretrained, arguments)
         if scorer is not None and (self.trainer.is_fsdp_enabled or arguments.deepspeed):
             raise PacaError(
-                "eval.metric needs whole weights in one process, not FSDP's or DeepSpeed's shards. Leave it out, and "
-                "give the finished run to `paca evaluate`."
+                "eval.metric needs whole weights in one process, not FSDP's or DeepSpeed's shards. Leave it out, add "
+                "it to the finished run's config.yaml, and give the run to `paca evaluate`."
             )
         self.trainer.remove_callback(PrinterCallback)
         self.kind.check_prepared(self.trainer, prepared.data)

@@ -1,0 +1,86 @@
+"""The held-out data of a finished run as a task: its base and its adapter beside each other."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+from paca.evaluation.own_data import Measurement, Score, measure, scorer
+from paca.evaluation.side_by_side import Row
+from paca.evaluation.sides import ADAPTER, BASE, MODEL
+from paca.messages.errors import PacaError
+from paca.pretrained.generation import LoadedModel
+from paca.training.config_file import load_run_config
+from paca.training.run_config import RunConfig
+from paca.training.run_folder import RunFolder, write_whole
+from paca.training.trainers import trainer_kind
+
+
+def config_of_run(path: str | Path) -> RunConfig:
+    """The config of a run whose held-out data can be measured.
+
+    Raises:
+        PacaError: It is no folder of a run, or of one of another kind, or the run had no held-out data.
+    """
+    file = RunFolder(Path(path)).config
+    if not file.is_file():
+        raise PacaError(
+            f"There is nothing to evaluate {path} on: it is no folder of a run, which has data of its own. Give "
+            "--tasks, such as arc_easy,my_task.yaml, or --mt-bench."
+        )
+    config = load_run_config(file)
+    if trainer_kind(config.train).name != "sft":
+        raise PacaError(
+            f"{path} is a run of train.trainer: {trainer_kind(config.train).name}, whose held-out data has no "
+            "reference answers. Give --tasks or --mt-bench."
+        )
+    if config.data.eval is None:
+        raise PacaError(f"{path} was trained without held-out data (data.eval). Give --tasks or --mt-bench.")
+    return config
+
+
+def evaluate_run(loaded: LoadedModel, config: RunConfig, limit: int | None, batch_size: int) -> dict[str, Score]:
+    """Measure a run's `eval.metric`, the loss where it names none, on its held-out data.
+
+    Args:
+        loaded: The run's model.
+        config: Of the run; see `config_of_run`.
+        limit: Only so many examples; else as many as `eval.limit` says.
+        batch_size: Examples at a time.
+
+    Returns:
+        By side: `base` and `adapter`, or `model`.
+
+    Raises:
+        PacaError: The data is gone, or lacks what the metric needs.
+    """
+    measurement = dataclasses.replace(scorer(config.eval) or Measurement("loss"), batch_size=batch_size)
+    held_out = trainer_kind(config.train).read(config).eval
+    assert held_out is not None
+    rows = list(held_out.dataset)[:limit]
+    found = {}
+    for side in (MODEL,) if loaded.adapter is None else (BASE, ADAPTER):
+        with loaded.model.disable_adapter() if side == BASE else contextlib.nullcontext():
+            found[side] = measure(loaded.model, loaded.tokenizer, rows, measurement)
+    return found
+
+
+def rows_of_run(scores: dict[str, Score]) -> list[Row]:
+    """For the table: every metric, base and adapter beside each other."""
+    first = next(iter(scores.values()))
+    rows = []
+    for name in first.values:
+        values = {side: (score.values[name], score.errors[name]) for side, score in scores.items()}
+        rows.append(Row(f"held-out data, {first.examples:,} examples", 0, name, values, None))
+    return rows
+
+
+def write_scores(output: Path, scores: dict[str, Score]) -> Path:
+    """Write `own_data.json` in the folder `output`: by side what `summary.json` says of a score."""
+    output.mkdir(parents=True, exist_ok=True)
+    content: dict[str, Any] = {side: score.as_dict() for side, score in scores.items()}
+    write_whole(output / "own_data.json", json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+    return output / "own_data.json"
