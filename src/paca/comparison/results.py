@@ -17,6 +17,8 @@ _COST_OF = {"parameters": "num_trainable_params", "time": "train_time", "memory"
 _ROUNDING = 1e-9
 _STILL_EQUAL = 1.1
 """A ratio beyond this one is not called equal."""
+_STEADY = 1.5
+"""Where equal work takes up to so many times as long, a machine is idle enough for its times to be quoted alone."""
 
 Finding = Literal["better", "worse", "none", "unknown"]
 
@@ -59,6 +61,14 @@ class MethodResult:
     def failed(self) -> list[Row]:
         """The runs that failed."""
         return [row for row in self.tried if row["score"] is None]
+
+    @property
+    def step_seconds(self) -> tuple[float, float] | None:
+        """The fastest and the slowest run's, over the rates and seeds, which ask for the same work."""
+        steps = [
+            time / row["steps"] for row in self.tried if (time := row["train_info"]["train_time"]) and row["steps"]
+        ]
+        return (min(steps), max(steps)) if steps else None
 
     def mean(self, *path: str) -> float | None:
         """Over the seeds, of a number in the rows, such as `mean("train_info", "train_time")`."""
@@ -244,6 +254,16 @@ class ComparisonResult:
                     f"{contrast.time_range()} and {memory:.2f} × its peak memory (weights included); it trains "
                     f"{parameters:.2f} × the parameters."
                 )
+        ranges = [
+            f"{method.name} {found[0]:.3g} to {found[1]:.3g} s"
+            for method in self.methods
+            if (found := method.step_seconds) is not None and found[1] > _STEADY * found[0]
+        ]
+        if ranges and sentences:
+            sentences.append(
+                f"These times tell little: steps of the same work took {', '.join(ranges)}, so the machine did "
+                "something else meanwhile. Steps that are timed in turn tell more: paca bench, or --equal time."
+            )
         return sentences
 
     def as_dict(self) -> dict[str, Any]:
