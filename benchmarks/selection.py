@@ -37,8 +37,8 @@ from transformers import get_cosine_schedule_with_warmup
 
 import paca
 from paca.columns.selection import FROM_BATCHES
-from paca.messages.provenance import now, row_provenance
 from paca.pretrained import load_pretrained
+from paca.training.provenance import now, row_provenance
 
 STRATEGIES = (
     "random",

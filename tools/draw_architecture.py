@@ -33,7 +33,7 @@ ROOMS = {
     "lean": "blocks of transformers that keep less for the backward pass",
     "messages": "what paca tells people: its error, and the words that messages share",
     "planning": "memory and time of a training, before anything is loaded",
-    "pretrained": "models and tokenizers from the hub, a folder or a GGUF file",
+    "pretrained": "models, tokenizers, adapters: found, read and written whole, in folders, on the hub, as GGUF",
     "quantized": "quantized weights, one file per library",
     "training": "a run: from a YAML file to a folder with adapter, curves and report",
     "tuner": "the method as PEFT knows it: puts adapters in, saves, loads, switches and rotates them",

@@ -19,6 +19,7 @@ import peft  # noqa: F401  # isort: skip
 from paca.config import PacaConfig
 from paca.lean import make_lean, undo_lean
 from paca.messages.errors import PacaError
+from paca.pretrained.tied_weights import untie_embeddings
 from paca.tuner.calibration import select
 from paca.tuner.hotswap import hotswap_adapter
 from paca.tuner.model import PacaModel
@@ -26,7 +27,6 @@ from paca.tuner.refresh import refresh
 from paca.tuner.registration import register
 from paca.tuner.rotation.callback import RotateColumns
 from paca.tuner.rotation.rotate import rotate, set_trained_columns, trained_columns
-from paca.tuner.tied_weights import untie_embeddings
 
 __version__ = version("paca-tuning")
 __all__ = [

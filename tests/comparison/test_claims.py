@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from paca.comparison.training_process import TrainingProcess, failure_of
-from paca.messages.claims import Claim
+from paca.pretrained.claims import Claim
 from paca.training.run_folder import RunFolder
 
 HOLD = """

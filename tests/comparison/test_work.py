@@ -17,7 +17,7 @@ import pytest
 from comparison.small_comparison import IN_A_PROCESS, small_work
 from forked_process import start_forked
 from paca.comparison.work import seconds_left
-from paca.messages.claims import Claim
+from paca.pretrained.claims import Claim
 
 NAMES = [f"{method}-lr{rate}-seed{seed}" for method in ("paca", "lora") for rate, seed in
          (("0.001", 0), ("0.003", 0), ("0.003", 1))]  # fmt: skip

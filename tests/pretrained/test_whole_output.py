@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from paca.messages.claims import Claim
 from paca.messages.disk import DiskError
+from paca.pretrained.claims import Claim
 from paca.pretrained.whole_output import whole_output
 
 

@@ -12,8 +12,8 @@ import pytest
 
 from forked_process import start_forked
 from paca.messages.errors import PacaError
+from paca.pretrained.adapter_folder import find_adapter
 from paca.training.run_folder import RunFolder, steps_done, write_whole
-from paca.tuner.adapter_folder import find_adapter
 
 TRAIN = """
 import sys, time

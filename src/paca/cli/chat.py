@@ -11,7 +11,7 @@ import typer
 
 from paca.messages.errors import PacaError
 from paca.messages.shown import printable, without_controls
-from paca.tuner.adapter_folder import find_adapter
+from paca.pretrained.adapter_folder import find_adapter
 from paca_command import import_package
 
 if TYPE_CHECKING:

@@ -22,7 +22,7 @@ from rich.table import Table
 from paca.messages.errors import PacaError
 from paca.messages.program import program
 from paca.messages.say import say
-from paca.tuner.adapter_folder import find_adapter
+from paca.pretrained.adapter_folder import find_adapter
 from paca_command import import_package
 
 if TYPE_CHECKING:

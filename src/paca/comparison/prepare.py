@@ -14,9 +14,9 @@ from paca.comparison.plan_table import PlannedMethod
 from paca.comparison.schedule import Job
 from paca.comparison.settings import Comparison, SettingsFile, run_sections, write_config
 from paca.comparison.trial import trials_of
-from paca.messages.claims import Claim
 from paca.messages.errors import PacaError
 from paca.messages.say import say
+from paca.pretrained.claims import Claim
 from paca.training import load_run_config
 from paca.training.plan import Plan, describe
 

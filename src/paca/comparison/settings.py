@@ -13,8 +13,8 @@ import yaml
 from paca.comparison.methods import Method, own_section
 from paca.comparison.schedule import Job
 from paca.data.sources import Source
-from paca.messages.claims import Claim
 from paca.messages.errors import PacaError
+from paca.pretrained.claims import Claim
 from paca.training.config_file import load_run_config
 from paca.training.run_config import RunConfig
 from paca.training.run_folder import RunFolder, write_whole

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from paca.messages.claims import Claim
+from paca.pretrained.claims import Claim
 from paca.training.run_folder import RunFolder, write_whole
 
 PROGRAM = (sys.executable, "-m", "paca_command")

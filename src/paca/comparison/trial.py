@@ -11,7 +11,7 @@ from paca.comparison import counted_memory
 from paca.comparison.methods import Method
 from paca.comparison.settings import Comparison, run_sections, write_config
 from paca.comparison.training_process import PROGRAM, TrainingProcess, failure_of
-from paca.messages.claims import Claim
+from paca.pretrained.claims import Claim
 from paca.training.metrics import read_rows
 from paca.training.run_folder import RunFolder
 

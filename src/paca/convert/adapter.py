@@ -27,13 +27,13 @@ from paca.messages.errors import PacaError
 from paca.messages.program import program
 from paca.messages.shown import printable
 from paca.pretrained import Outline, load_config
+from paca.pretrained.adapter_folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS, adapter_settings, find_base, weight_file
 from paca.pretrained.location import locate
+from paca.pretrained.tied_weights import untie_for
 from paca.tuner.adapter_checks import DELTA, INDICES, check_finite
-from paca.tuner.adapter_folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS, adapter_settings, find_base, weight_file
 from paca.tuner.model import PacaModel
 from paca.tuner.pickled_adapter import tensors_in_pickle
 from paca.tuner.strange_expressions import try_expressions
-from paca.tuner.tied_weights import untie_for
 
 NAME = "default"  # of the adapter, where one is put into an outline
 FILE_PREFIX = "base_model.model."

@@ -7,8 +7,8 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from paca.messages.errors import PacaError
+from paca.pretrained.adapter_folder import ADAPTER_CONFIG, checked, expanded, find_adapter, find_base, find_task
 from paca.pretrained.purpose import classifier_in
-from paca.tuner.adapter_folder import ADAPTER_CONFIG, checked, expanded, find_adapter, find_base, find_task
 
 
 def adapter_in(path: str | Path) -> Path:

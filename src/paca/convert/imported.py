@@ -26,10 +26,10 @@ from paca.convert.target_names import exact_targets
 from paca.messages.errors import PacaError
 from paca.messages.shown import printable
 from paca.pretrained import load_pretrained
+from paca.pretrained.adapter_folder import ADAPTER_CONFIG, adapter_settings, text_setting, weight_file
 from paca.pretrained.location import locate, tokenizer_files
 from paca.pretrained.whole_output import whole_output
 from paca.tuner.adapter_checks import DELTA
-from paca.tuner.adapter_folder import ADAPTER_CONFIG, adapter_settings, text_setting, weight_file
 from paca.tuner.rotation.union_config import UnionLayer, union_settings
 from paca.tuner.strange_expressions import try_expressions
 

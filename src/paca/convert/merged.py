@@ -13,12 +13,12 @@ from transformers import AutoModelForCausalLM
 
 from paca.convert.beforehand import merge_output
 from paca.messages.errors import PacaError
+from paca.pretrained.adapter_folder import adapter_settings, find_adapter
 from paca.pretrained.generation import LoadedModel, load_saved, on_accelerator, sampling_settings
 from paca.pretrained.loading import DTYPES
 from paca.pretrained.purpose import classifier_in
 from paca.pretrained.quantizing import is_quantized
 from paca.pretrained.whole_output import whole_output
-from paca.tuner.adapter_folder import adapter_settings, find_adapter
 
 # Largest difference of a logit, as a share of the largest logit, that rounding explains: the values pass through tens
 # of layers, each of which rounds a few times (measured in tests/convert/test_merged.py on random models).

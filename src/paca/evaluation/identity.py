@@ -6,8 +6,8 @@ import hashlib
 from pathlib import Path
 from typing import Any
 
+from paca.pretrained.adapter_folder import ADAPTER_CONFIG, weight_file
 from paca.pretrained.generation import LoadedModel
-from paca.tuner.adapter_folder import ADAPTER_CONFIG, weight_file
 
 _OF_WEIGHTS = ("*.safetensors", "*.bin", "*.gguf")
 

@@ -8,8 +8,8 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from paca.messages.errors import PacaError
+from paca.pretrained.adapter_folder import json_object
 from paca.pretrained.loading import load_tokenizer
-from paca.tuner.adapter_folder import json_object
 
 MOST_GROWTH = 1_000
 """How much longer a text may become before it is split into tokens."""

@@ -9,7 +9,7 @@ from torch import nn
 
 from paca.messages.errors import PacaError
 from paca.messages.shown import shown
-from paca.tuner.adapter_folder import ADAPTER_CONFIG, adapter_settings, weight_file
+from paca.pretrained.adapter_folder import ADAPTER_CONFIG, adapter_settings, weight_file
 from paca.tuner.pickled_adapter import tensors_in_pickle
 from paca.tuner.registration import NAME
 from paca.tuner.strange_expressions import try_expressions

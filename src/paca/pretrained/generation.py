@@ -18,13 +18,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, StoppingCrite
 
 from paca.messages.errors import PacaError, is_failure
 from paca.pretrained import load_config, load_pretrained
+from paca.pretrained.adapter_folder import find_adapter, find_base, find_quantization, tensor_names, weight_file
 from paca.pretrained.adapter_tokenizer import load_adapter_tokenizer
 from paca.pretrained.bounded_template import conversation_text, renderer
 from paca.pretrained.foreign_methods import check_method
 from paca.pretrained.purpose import check_answers, classifier_in
 from paca.pretrained.quantizing import QUANTIZATIONS, is_quantized, method_of
-from paca.tuner.adapter_folder import find_adapter, find_base, find_quantization, tensor_names, weight_file
-from paca.tuner.tied_weights import untie_for
+from paca.pretrained.tied_weights import untie_for
 
 Message = dict[str, str]
 """`{"role": "user" | "assistant" | "system", "content": text}`"""

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from paca.messages.errors import PacaError
-from paca.tuner.adapter_folder import json_object
+from paca.pretrained.adapter_folder import json_object
 
 _CLASSIFIERS = {"ForSequenceClassification": "texts", "ForImageClassification": "images"}
 _MOST_LABELS = 100_000

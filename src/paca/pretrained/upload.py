@@ -15,7 +15,7 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
 from paca.messages.errors import PacaError
-from paca.tuner.adapter_folder import ADAPTER_CONFIG, adapter_settings, find_adapter
+from paca.pretrained.adapter_folder import ADAPTER_CONFIG, adapter_settings, find_adapter
 
 CARD = "README.md"
 LOGIN = "Log in with `hf auth login`, or set the environment variable HF_TOKEN to a token that may write."

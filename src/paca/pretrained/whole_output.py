@@ -9,9 +9,9 @@ from contextlib import contextmanager
 from glob import escape
 from pathlib import Path
 
-from paca.messages.claims import Claim
 from paca.messages.disk import writing
 from paca.messages.errors import PacaError
+from paca.pretrained.claims import Claim
 
 
 @contextmanager

@@ -11,9 +11,9 @@ from torch import nn
 from transformers import TrainerCallback, TrainerState, TrainingArguments
 
 from paca.convert.pefts_paca import PEFT, saved_layers, why_not
+from paca.pretrained.adapter_folder import adapter_settings, find_base
 from paca.pretrained.purpose import Classifier, classifier_in
 from paca.training.scores import score_lines
-from paca.tuner.adapter_folder import adapter_settings, find_base
 
 _SHOWN_SETTINGS = (
     "learning_rate",

@@ -11,9 +11,9 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from paca.messages.claims import Claim
 from paca.messages.disk import DiskError, writing
 from paca.messages.errors import PacaError
+from paca.pretrained.claims import Claim
 from paca.pretrained.whole_output import sync
 
 _MARK = "whole.json"  # in a checkpoint: the sizes of its files, written when they are on the disk

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from transformers import TrainerState
 
-from paca.messages.provenance import command_line, git_state, hardware, now, versions
 from paca.training.memory import describe_peak_memory, peak_memory
 from paca.training.metrics import RecordMetrics, finite_or_none
 from paca.training.plan import Plan
+from paca.training.provenance import command_line, git_state, hardware, now, versions
 from paca.training.trainers import trainer_kind
 
 

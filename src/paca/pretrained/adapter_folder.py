@@ -11,10 +11,10 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from paca.messages.claims import holder_of
 from paca.messages.errors import PacaError
 from paca.messages.program import program
 from paca.messages.shown import shown
+from paca.pretrained.claims import holder_of
 from paca.tuner.adapter_entries import check_entries
 
 logger = logging.getLogger(__name__)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from paca.messages.provenance import git_state, row_provenance, versions
+from paca.training.provenance import git_state, row_provenance, versions
 
 
 def test_a_repository_is_dirty_by_what_counts(tmp_path: Path) -> None:
