@@ -1,10 +1,15 @@
-"""Folded columns: those that an adapter trained before others took their turn (`paca.rotate`)."""
+"""Folded columns: those that an adapter trained before others took their turn (`paca.rotate`).
+
+An adapter's file holds the union of them with the columns that it trains now.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 FOLDED_DELTA, FOLDED_INDICES = "paca_delta.paca_folded", "paca_indices.paca_folded"
@@ -35,3 +40,61 @@ class Folded:
         """Take the two tensors out of a state dict."""
         delta, indices = state_dict.pop(delta_name), state_dict.pop(delta_name.replace(FOLDED_DELTA, FOLDED_INDICES))
         return cls(indices.cpu().clone(), delta.detach().cpu().clone())
+
+
+class ColumnUnion(NamedTuple):
+    """All columns of an adapter, or of several, in one layer."""
+
+    indices: Tensor  # (k,) int64, ascending
+    delta: Tensor  # as the adapter's delta, with k columns
+
+
+def union_of(indices: Tensor, delta: Tensor, folded: Folded | None, column_dim: int) -> ColumnUnion:
+    """The columns trained now together with the folded ones, on the CPU; no value is changed.
+
+    The deltas have their columns along `column_dim`: 1, or -1 for a stack of experts.
+    """
+    indices, delta = indices.detach().cpu(), delta.detach().cpu()
+    if folded is None:
+        return ColumnUnion(indices, delta)
+    together = torch.cat([folded.indices, indices])
+    order = together.argsort()
+    return ColumnUnion(together[order], torch.cat([folded.delta, delta], column_dim).index_select(column_dim, order))
+
+
+def split(union: ColumnUnion, trained: Tensor, column_dim: int) -> tuple[Tensor, Folded | None]:
+    """Divide `union` into the columns `trained (r,)` and the others.
+
+    Returns:
+        The delta of `trained` (zero for columns that are not in the union), and the others as folded columns.
+    """
+    here, there = common(trained, union.indices)
+    shape = list(union.delta.shape)
+    shape[column_dim] = trained.numel()
+    delta = union.delta.new_zeros(shape)
+    delta.index_copy_(column_dim, here, union.delta.index_select(column_dim, there))
+    rest = torch.ones(union.indices.shape, dtype=torch.bool)
+    rest[there] = False
+    places = rest.nonzero().flatten()
+    if not places.numel():
+        return delta, None
+    return delta, Folded(union.indices[places], union.delta.index_select(column_dim, places))
+
+
+def trained_of(union: Tensor, trained: Tensor) -> Tensor:
+    """Which `r` columns of a loaded `union (k,)` to go on with: those trained now, as far as it has them.
+
+    The others of `trained (r,)` were never trained by the loaded adapter; columns of it take their places.
+    """
+    have = torch.isin(union, trained)
+    chosen = torch.cat([union[have], union[~have][: trained.numel() - int(have.sum())]])
+    return chosen.sort().values
+
+
+def common(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
+    """Where the values are that two sorted, unique `(k,)` have in common: places in `first`, and in `second`."""
+    if not first.numel() or not second.numel():
+        return first.new_empty(0), first.new_empty(0)
+    places = torch.searchsorted(second, first).clamp_(max=second.numel() - 1)
+    here = (second[places] == first).nonzero().flatten()
+    return here, places[here]

@@ -30,7 +30,8 @@ class Kept(NamedTuple):
 
     def equal(self, other: Tensor) -> bool:
         """Whether `other`, of the same columns, has the same bits (NaN is equal to itself)."""
-        return torch.equal(_bits_of(self.values.to(other)), _bits_of(other))
+        bits = getattr(torch, f"int{8 * other.element_size()}")
+        return torch.equal(self.values.to(other).view(bits), other.view(bits))
 
 
 def write_columns(weight: Tensor, dim: int, positions: Tensor, values: Tensor) -> None:
@@ -80,7 +81,3 @@ def positions_of(columns: tuple[AdapterColumns, ...], device: torch.device) -> T
     if len(columns) == 1:
         return columns[0].indices.to(device)
     return torch.cat([c.indices.to(device) for c in columns]).unique(sorted=True)
-
-
-def _bits_of(tensor: Tensor) -> Tensor:
-    return tensor.view(getattr(torch, f"int{8 * tensor.element_size()}"))

@@ -1,8 +1,18 @@
-"""Why a backward pass can't have the columns of its forward pass."""
+"""Why a backward pass can't have the columns of its forward pass, and how a repeated forward pass is known to differ.
+
+Re-entrant activation checkpointing runs its first pass without gradients, which keeps nothing that the repeated one
+could be compared with; so first passes are counted, by the key of their state. (Checkpointing that is not re-entrant is
+checked exactly.)
+"""
 
 from __future__ import annotations
 
-REPEATED = (
+import sys
+from collections.abc import Callable
+from types import FrameType
+from typing import Any
+
+_REPEATED = (
     "Activation checkpointing repeats a forward pass with {now} active, but it first ran with other adapters or other "
     "values. Make the same adapters active again before backward(), or run backward() before switching or stepping."
 )
@@ -11,7 +21,7 @@ REPEATED = (
 def refuse_backward(*, repeated: bool, base_changed: bool, then: str, now: str) -> None:
     """Raise `RuntimeError` with the reason; `then` and `now` name the forward pass's adapters and the active ones."""
     if repeated:
-        raise RuntimeError(REPEATED.format(now=now))
+        raise RuntimeError(_REPEATED.format(now=now))
     if base_changed:
         raise RuntimeError(
             "The weight of an adapted layer was merged, unmerged or loaded between forward and backward, or written by "
@@ -22,3 +32,33 @@ def refuse_backward(*, repeated: bool, base_changed: bool, then: str, now: str) 
         f"The columns of {then} were modified between forward and backward (by an optimizer step or an in-place "
         "operation), so the gradient can't be computed. Run backward() first."
     )
+
+
+def note_first(passes: dict[Any, list[Any]], state: Any, can_come_back: Callable[[Any], bool]) -> None:
+    """Count a first pass, and forget those whose state can't come back."""
+    if state.key not in passes:
+        for old in [key for key, states in passes.items() if not states or not can_come_back(states[0])]:
+            del passes[old]
+    passes.setdefault(state.key, []).append(state)  # the state itself: its key has ids of its tensors
+
+
+def check_repeated(passes: dict[Any, list[Any]], key: Any, now: str) -> None:
+    """Note that a pass runs within a backward pass.
+
+    Raises:
+        RuntimeError: If checkpointing repeats it with columns that no first pass ran with.
+    """
+    if passes.get(key):
+        passes[key].pop()
+    elif any(passes.values()) and _is_reentrant():
+        raise RuntimeError(_REPEATED.format(now=now))
+
+
+def _is_reentrant() -> bool:
+    """Whether re-entrant checkpointing, torch's or DeepSpeed's, repeats this pass: a backward of theirs runs it."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code.co_name == "backward" and "checkpoint" in frame.f_code.co_filename.rpartition("/")[2]:
+            return True
+        frame = frame.f_back
+    return False

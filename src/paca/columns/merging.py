@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from paca.columns.folded import Folded
+from paca.columns.folded import Folded, common
 from paca.columns.kept import Kept, positions_of, sum_of, write_columns
 from paca.columns.resident import WRITING, ResidentColumns, identity
 from paca.columns.state import AdapterColumns, State, names_of
@@ -141,12 +141,3 @@ def correct(kept: Kept, known: Kept | None, dim: int) -> None:
         if here.numel():
             values = known.values.index_select(dim, there.to(known.values.device)).to(kept.values)
             kept.values.index_copy_(dim, here.to(kept.values.device), values)
-
-
-def common(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
-    """Where the values are that two sorted, unique `(k,)` have in common: places in `first`, and in `second`."""
-    if not first.numel() or not second.numel():
-        return first.new_empty(0), first.new_empty(0)
-    places = torch.searchsorted(second, first).clamp_(max=second.numel() - 1)
-    here = (second[places] == first).nonzero().flatten()
-    return here, places[here]

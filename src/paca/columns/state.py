@@ -16,8 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from paca.columns.folded import Folded
-from paca.columns.lost import refuse_backward
-from paca.columns.repeated import check_repeated, note_first
+from paca.columns.lost import check_repeated, note_first, refuse_backward
 from paca.functional.column_blocks import runs_of
 from paca.functional.product import Trained
 

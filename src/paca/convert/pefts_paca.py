@@ -15,7 +15,7 @@ import torch
 from peft.config import PeftConfig
 from torch import Tensor, nn
 
-from paca.columns.column_union import ColumnUnion
+from paca.columns.folded import ColumnUnion
 from paca.config import PacaConfig
 from paca.convert.adapter import AdaptedLayer, Adapter, column_tensors, stock_class, write_adapter
 from paca.convert.target_names import exact_targets

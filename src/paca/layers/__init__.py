@@ -10,7 +10,6 @@ from paca.layers.experts import PacaExpertStack
 from paca.layers.linear import PacaLinear
 from paca.layers.peft_calls import refuse_sharded
 from paca.layers.resident_weight import ResidentWeight
-from paca.layers.with_adapter import layers_of
 
 RESIDENT_CLASSES: dict[type[nn.Module], type[ResidentWeight]] = {
     **linear.RESIDENT_CLASSES,
@@ -27,6 +26,13 @@ PACA_CLASSES: dict[type[nn.Module], type[PacaLayer]] = {
     **dict.fromkeys(experts.RESIDENT_CLASSES, PacaExpertStack),
 }
 """The layer that is put above it."""
+
+
+def layers_of(model: nn.Module, adapter_name: str) -> dict[str, PacaLayer]:
+    """The layers of `model` that have an adapter, by their names in it."""
+    found = {name: m for name, m in model.named_modules() if isinstance(m, PacaLayer)}
+    return {name: layer for name, layer in found.items() if adapter_name in layer.paca_delta}
+
 
 __all__ = [
     "PACA_CLASSES",

@@ -12,7 +12,7 @@ from paca.columns.scores import explicit_columns, select_columns
 from paca.columns.selection import AT_RANDOM, random_columns
 from paca.config import PacaConfig
 from paca.tuner.column_norms import scores_of
-from paca.tuner.drawn_seed import drawn_seed
+from paca.tuner.same_on_all_ranks import drawn_seed
 
 
 def choose_columns(config: PacaConfig, layer: Any, in_features: int, key: str) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import dataclasses
 from collections import Counter
 from typing import Any
 
@@ -22,7 +23,6 @@ from paca.tuner.adapter_names import mixed_batch
 from paca.tuner.column_choice import choose_columns, for_layer
 from paca.tuner.expert_targets import AdaptsStacks, quiet_about_stacks
 from paca.tuner.merging import MergesAdapters
-from paca.tuner.own_config import own_config
 from paca.tuner.recorded_quantization import note_quantization
 from paca.tuner.reference import REFERENCE, columns_of_original, copy_original
 from paca.tuner.registration import PREFIX
@@ -47,8 +47,10 @@ class PacaModel(AdaptsStacks, MergesAdapters):
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         config = self.peft_config[adapter_name]
-        if not isinstance(config, PacaConfig):
-            config = self.peft_config[adapter_name] = own_config(config)
+        if not isinstance(config, PacaConfig):  # PEFT's own (>= 0.22): fields of the same name mean the same
+            known = {f.name for f in dataclasses.fields(PacaConfig) if f.init} - {"peft_type"}
+            own = {key: value for key, value in dataclasses.asdict(config).items() if key in known}
+            config = self.peft_config[adapter_name] = PacaConfig(**own)
         config.trainable_before = {name: p.requires_grad for name, p in model.named_parameters()}
         # How many names a module has, and how many parameters are in one memory.
         self._uses: Counter[Any] = Counter(id(m) for _, m in model.named_modules(remove_duplicate=False))

@@ -6,8 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from paca.columns.column_union import ColumnUnion, split, trained_of, union_of
-from paca.columns.folded import FOLDED_DELTA, FOLDED_INDICES, Folded
+from paca.columns.folded import FOLDED_DELTA, FOLDED_INDICES, ColumnUnion, Folded, split, trained_of, union_of
 from paca.config import PacaConfig
 from paca.layers import layers_of
 from paca.tuner.adapter_checks import DELTA, INDICES

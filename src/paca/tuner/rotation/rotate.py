@@ -12,14 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor, distributed, nn
 
-from paca.columns.column_union import split, union_of
-from paca.columns.folded import Folded
+from paca.columns.folded import Folded, split, union_of
 from paca.columns.scores import explicit_columns
 from paca.columns.state import AdapterColumns
 from paca.config import PacaConfig
 from paca.layers import PacaLayer, layers_of, paca_layers
 from paca.tuner.rotation.pickers import Picker, RotatingLayer, picker_of
-from paca.tuner.rotation.same_on_all_ranks import same_on_all_ranks
+from paca.tuner.same_on_all_ranks import same_on_all_ranks
 
 
 @torch.no_grad()
