@@ -99,10 +99,10 @@ def test_a_rank_outside_the_layer_is_refused(r):
 def test_the_largest_scores_win_and_of_equal_ones_the_first(r, expected):
     scores = torch.tensor([2.0, 3.0, 3.0, 1.0, 1.5])
     scores[4] = 2.0 - 1e-7
-    found = select_columns("weight_norm", r, in_features=5, scores=scores, module_name="x")
+    found = select_columns("weight_norm", r, scores, "x")
     assert found.dtype == torch.int64
     assert found.tolist() == expected
-    flat = select_columns("activation_norm", r, in_features=5, scores=torch.ones(5), module_name="x")
+    flat = select_columns("activation_norm", r, torch.ones(5), "x")
     assert flat.tolist() == list(range(r))
 
 

@@ -12,22 +12,14 @@ from paca.columns.selection import check_rank, check_strategy, column_problem
 _ROWS_AT_ONCE = 2**20  # values converted to float64 at a time
 
 
-def select_columns(
-    strategy: str,
-    r: int,
-    *,
-    in_features: int,
-    module_name: str,
-    scores: Tensor,
-) -> Tensor:
+def select_columns(strategy: str, r: int, scores: Tensor, module_name: str) -> Tensor:
     """Choose the `r` columns `(r,)` of the module with the largest `scores (in_features,)`; of equal ones the first.
 
     Raises:
         ValueError: For an unknown strategy, a rank that the layer has not, or scores that are NaN or infinite.
     """
     check_strategy(strategy)
-    check_rank(r, in_features, module_name)
-    assert scores.shape == (in_features,)
+    check_rank(r, scores.numel(), module_name)
     on_cpu = scores.detach().to("cpu", torch.float64)
     wrong = (~on_cpu.isfinite()).nonzero().flatten()
     if wrong.numel():

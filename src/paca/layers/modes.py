@@ -11,6 +11,7 @@ from transformers.pytorch_utils import Conv1D
 from paca.layers.overlaid_weight import AdditiveWeight, OverlaidWeight, PatchedWeight, features
 from paca.quantized import quantization_of
 from paca.quantized.torchao import is_torchao
+from paca.quantized.weight import comes_from
 
 OVERLAID: dict[str, type[OverlaidWeight]] = {"patched": PatchedWeight, "additive": AdditiveWeight}
 
@@ -43,7 +44,7 @@ def mode_of(target: nn.Module, key: str, model: Any) -> str:
                 "adapted), or leave this layer out of target_modules."
             )
         return "additive" if is_offloaded(target, model) else "patched"
-    if any(_from(c, package) for c in type(target).__mro__ for package in FORWARD_ONLY):
+    if any(comes_from(c, package) for c in type(target).__mro__ for package in FORWARD_ONLY):
         try:
             features(target)
         except ValueError as error:
@@ -82,7 +83,3 @@ def offloads(model: Any) -> bool:
 def known_quantizations() -> str:
     """For messages: what can be adapted besides plain weights."""
     return f"quantized layers of bitsandbytes, torchao, hqq, {', '.join(FORWARD_ONLY)}"
-
-
-def _from(c: type, package: str) -> bool:
-    return c.__module__ == package or c.__module__.startswith(f"{package}.")

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from paca.quantized.weight import QuantizedWeight
+from paca.quantized.weight import QuantizedWeight, comes_from
 
 
 class TorchAo(QuantizedWeight):
@@ -20,7 +20,7 @@ class TorchAo(QuantizedWeight):
         if not isinstance(module, nn.Linear) or not is_torchao(module.weight):
             return False
         # Every tensor has a method `dequantize`; only torchao's own knows its formats.
-        return _from_torchao(next(c for c in type(module.weight).__mro__ if "dequantize" in vars(c)))
+        return comes_from(next(c for c in type(module.weight).__mro__ if "dequantize" in vars(c)), "torchao")
 
     def problem(self, module: Any) -> str | None:
         weight = module.weight
@@ -51,11 +51,7 @@ class TorchAo(QuantizedWeight):
 
 def is_torchao(weight: Any) -> bool:
     """Whether a tensor is one of torchao's."""
-    return isinstance(weight, Tensor) and _from_torchao(type(weight))
-
-
-def _from_torchao(kind: type) -> bool:
-    return kind.__module__.partition(".")[0] == "torchao"
+    return isinstance(weight, Tensor) and comes_from(type(weight), "torchao")
 
 
 def _quantized_like(old: Any, weight: Tensor) -> Tensor:

@@ -93,9 +93,11 @@ class QuantizedWeight(ABC):
         return linear.train(module.training)
 
 
-def is_a(module: nn.Module, package: str, *class_names: str) -> bool:
-    """Whether a class of `module` comes from `package` and has one of the names; without importing it."""
-    return any(
-        c.__name__ in class_names and (c.__module__ == package or c.__module__.startswith(f"{package}."))
-        for c in type(module).__mro__
-    )
+def is_a(module: nn.Module, package: str, class_name: str) -> bool:
+    """Whether a class of `module` comes from `package` and has this name; without importing it."""
+    return any(c.__name__ == class_name and comes_from(c, package) for c in type(module).__mro__)
+
+
+def comes_from(kind: type, package: str) -> bool:
+    """Whether a class is defined in `package`, or in a part of it."""
+    return f"{kind.__module__}.".startswith(f"{package}.")

@@ -32,7 +32,7 @@ def choose_columns(config: PacaConfig, layer: Any, in_features: int, key: str) -
     if config.loading:  # the file brings its columns along
         return random_columns(in_features, r, config.random_seed, key)
     scores = scores_of(layer, key, config.selection)
-    return select_columns(config.selection, r, in_features=in_features, scores=scores, module_name=key)
+    return select_columns(config.selection, r, scores, key)
 
 
 def rank_of(config: PacaConfig, key: str) -> int:

@@ -14,24 +14,20 @@ from paca.layers import RESIDENT_CLASSES, PacaLayer
 from paca.quantized import quantization_of
 
 
+@torch.no_grad()
 def scores_of(layer: Any, key: str, selection: str) -> Tensor:
-    """What a selection that is not at random ranks the columns by, if the weight alone shows it."""
+    """What a selection that is not at random ranks the columns by, if the weight alone shows it: the norms
+    `(in_features,)` of the columns of a layer's pretrained weight; an adapted layer is parked.
+
+    Raises:
+        ValueError: If batches have to show it, or the weight can't be read; names `key`.
+    """
     if selection in FROM_BATCHES:
         raise ValueError(
             f"{key}: selection={selection!r} chooses columns by what batches of data show, and config.indices has none "
             "for this layer. Call config = paca.select(model, config, batches) first, then put the adapter in with "
             "that config."
         )
-    return column_norms(layer, key)
-
-
-@torch.no_grad()
-def column_norms(layer: Any, key: str) -> Tensor:
-    """The norms `(in_features,)` of the columns of a layer's pretrained weight; an adapted layer is parked.
-
-    Raises:
-        ValueError: If the weight can't be read, naming `key`.
-    """
     module: Any = layer
     if isinstance(layer, PacaLayer):
         layer.park()

@@ -6,7 +6,7 @@ import copy
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from typing import Any, NamedTuple
+from typing import Any
 
 from peft.tuners.tuners_utils import BaseTuner, check_target_module_exists
 from peft.utils.integrations import init_empty_weights
@@ -25,11 +25,11 @@ class AdaptsStacks(BaseTuner):
         self, peft_config: Any, model: nn.Module, adapter_name: str, low_cpu_mem_usage: bool
     ) -> list[str]:
         targets = expert_targets(model, peft_config)
-        for key, experts, name in targets:
+        for key, (experts, name) in targets.items():
             target = experts._modules.get(name) or stack_of(experts, name)
             with init_empty_weights() if low_cpu_mem_usage else nullcontext():
                 self._create_and_replace(peft_config, adapter_name, target, name, experts, key, parameter_name=name)
-        return [target.key for target in targets]
+        return list(targets)
 
 
 @contextmanager
@@ -41,17 +41,11 @@ def quiet_about_stacks() -> Iterator[None]:
         yield
 
 
-class ExpertTarget(NamedTuple):
-    """A stack to be adapted."""
-
-    key: str
-    """The parameter's full name in the model."""
-    experts: nn.Module
-    name: str
-    """The parameter's name in `experts`."""
+Stacks = dict[str, tuple[nn.Module, str]]
+"""By a parameter's full name in the model: the module that has it, and its name there."""
 
 
-def expert_targets(model: nn.Module, config: Any) -> list[ExpertTarget]:
+def expert_targets(model: nn.Module, config: Any) -> Stacks:
     """Find the stacks that `config.target_parameters` (full names or endings of names) selects.
 
     `exclude_modules`, `layers_to_transform` and `layers_pattern` apply to them as they do to modules.
@@ -60,7 +54,7 @@ def expert_targets(model: nn.Module, config: Any) -> list[ExpertTarget]:
         ValueError: If a name matches nothing, or something that is no stack of experts; nothing has been changed then.
     """
     places = {
-        f"{module_name}.{name}": ExpertTarget(f"{module_name}.{name}", module, name)
+        f"{module_name}.{name}": (module, name)
         for module_name, module in model.named_modules()
         for name in (
             *(n for n, p in module._parameters.items() if p is not None),
@@ -73,56 +67,49 @@ def expert_targets(model: nn.Module, config: Any) -> list[ExpertTarget]:
             raise ValueError(f"target_parameters: the model has no parameter {wanted!r}. {_advice(wanted, places)}")
     as_modules = copy.copy(config)
     as_modules.target_modules = set(config.target_parameters)
-    found = [target for key, target in places.items() if check_target_module_exists(as_modules, key)]
+    found = {key: place for key, place in places.items() if check_target_module_exists(as_modules, key)}
     if not found:
         raise ValueError(
             f"exclude_modules, modules_to_save or layers_to_transform leave none of the parameters that "
             f"target_parameters={sorted(config.target_parameters)} names."
         )
-    for target in found:
-        _check(target)
+    for key, (experts, name) in found.items():
+        _check(key, experts, name)
     return found
 
 
-def _check(target: ExpertTarget) -> None:
-    weight: Any = getattr(target.experts, target.name)
+def _check(key: str, experts: nn.Module, name: str) -> None:
+    weight: Any = getattr(experts, name)
     if isinstance(weight, PacaExpertStack):
         return
     if len(weight.shape) != 3:
         raise ValueError(
-            f"{target.key} has shape {tuple(weight.shape)}, but target_parameters takes stacks of experts, which have "
+            f"{key} has shape {tuple(weight.shape)}, but target_parameters takes stacks of experts, which have "
             "three dimensions. A linear layer's weight is adapted through target_modules, by the layer's name."
         )
-    kind = type(target.experts)
-    if not hasattr(target.experts, "is_transposed"):
+    kind = type(experts)
+    if not hasattr(experts, "is_transposed"):
         raise ValueError(
-            f"{target.key} belongs to a {kind.__module__}.{kind.__qualname__}, which takes no part in transformers' "
+            f"{key} belongs to a {kind.__module__}.{kind.__qualname__}, which takes no part in transformers' "
             "experts interface (use_experts_implementation): it does not say which dimension of its weights runs over "
             "the inputs, so PaCA can't adapt it."
         )
-    implementation = getattr(getattr(target.experts, "config", None), "_experts_implementation", None)
+    implementation = getattr(getattr(experts, "config", None), "_experts_implementation", None)
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(
-            f"{target.key}: the experts run with experts_implementation={implementation!r}, whose kernels PaCA can't "
+            f"{key}: the experts run with experts_implementation={implementation!r}, whose kernels PaCA can't "
             "train columns through. Call model.set_experts_implementation('grouped_mm') first; 'batched_mm' and "
             "'eager' work too."
         )
-    if getattr(getattr(target.experts, "_hf_hook", None), "offload", False):
+    if getattr(getattr(experts, "_hf_hook", None), "offload", False):
         raise ValueError(
-            f"{target.key} is offloaded by accelerate, which PaCA can't adapt yet. Load the model with a device_map "
+            f"{key} is offloaded by accelerate, which PaCA can't adapt yet. Load the model with a device_map "
             "that keeps the experts on one device, or without one."
         )
 
 
-def _advice(wanted: str, places: dict[str, ExpertTarget]) -> str:
-    stacks = sorted(
-        {
-            target.name
-            for target in places.values()
-            if isinstance(target.experts._modules.get(target.name), PacaExpertStack)
-            or len(getattr(target.experts, target.name).shape) == 3
-        }
-    )
+def _advice(wanted: str, places: Stacks) -> str:
+    stacks = sorted({name for experts, name in places.values() if len(getattr(experts, name).shape) == 3})
     if not stacks:
         return "It has no stacks of experts at all; linear layers are adapted through target_modules."
     hint = did_you_mean(wanted.rpartition(".")[2], stacks)

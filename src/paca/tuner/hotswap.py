@@ -75,16 +75,18 @@ def hotswap_adapter(model: nn.Module, folder: str | os.PathLike[str], adapter_na
     _check_ranks(layers, adapter_name, tensors)
     tensors = check_adapter_tensors(root, adapter_name, tensors)
     warn_of_another(adapter_name, config, quantizations(layers.values()))
-    scales = {name: _alpha_of(config, name) for name in layers}
+    alphas = {name: for_layer(name, config.alpha_pattern, config.paca_alpha) for name in layers}
 
     for name, layer in layers.items():
-        _swap(
-            layer,
-            adapter_name,
-            tensors.pop(f"{name}.{DELTA}.{adapter_name}"),
-            tensors.pop(f"{name}.{INDICES}.{adapter_name}"),
-            scales[name],
-        )
+        delta, indices = layer.paca_delta[adapter_name], layer.paca_indices[adapter_name]
+        layer.park()
+        _write(delta, tensors.pop(f"{name}.{DELTA}.{adapter_name}"))
+        delta.grad = None  # of other columns
+        _write(indices, tensors.pop(f"{name}.{INDICES}.{adapter_name}"))
+        layer.paca_alpha[adapter_name] = alphas[name]
+        layer.scaling[adapter_name] = alphas[name] / layer.r[adapter_name]
+        layer.base_layer.columns.changed(adapter_name)
+        layer.write()
     places = dict(root.named_parameters(remove_duplicate=False)) | dict(root.named_buffers(remove_duplicate=False))
     for name, tensor in tensors.items():
         _write(places[name], tensor)
@@ -112,10 +114,7 @@ def _named_as_in(
     root: nn.Module, layers: dict[str, PacaLayer], adapter_name: str, from_file: dict[str, Tensor]
 ) -> dict[str, Tensor]:
     """The file's tensors by the names that they have in `root`; unknown ones keep the file's name."""
-    in_model = {}
-    for name in layers:
-        for kind in (DELTA, INDICES):
-            in_model[f"{name}.{kind}"] = f"{name}.{kind}.{adapter_name}"
+    in_model = {f"{name}.{kind}": f"{name}.{kind}.{adapter_name}" for name in layers for kind in (DELTA, INDICES)}
     for name, module in root.named_modules():
         if isinstance(module, AuxiliaryTrainingWrapper):
             for in_file, in_wrapper in module.adapter_state_dict_load_map(adapter_name).items():
@@ -139,22 +138,6 @@ def _check_ranks(layers: dict[str, PacaLayer], adapter_name: str, tensors: dict[
                 "swap in place needs equal ranks. Load it under a name of its own (load_adapter), and switch with "
                 "set_adapter."
             )
-
-
-def _alpha_of(config: PacaConfig, module_name: str) -> float:
-    alpha: float = for_layer(module_name, config.alpha_pattern, config.paca_alpha)
-    return alpha
-
-
-def _swap(layer: PacaLayer, adapter_name: str, delta: Tensor, indices: Tensor, alpha: float) -> None:
-    def change() -> None:
-        _write(layer.paca_delta[adapter_name], delta)
-        layer.paca_delta[adapter_name].grad = None  # of other columns
-        _write(layer.paca_indices[adapter_name], indices)
-        layer.paca_alpha[adapter_name] = alpha
-        layer.scaling[adapter_name] = alpha / layer.r[adapter_name]
-
-    layer.change(adapter_name, change)
 
 
 def _write(place: Tensor, values: Tensor) -> None:

@@ -31,9 +31,12 @@ def remove_adapter(model: nn.Module, adapter_name: str, trainable_before: dict[s
             continue
         if empty:
             parent_name, _, child = name.rpartition(".")
-            give_back(
-                model.get_submodule(parent_name), child, module.unload_and_optionally_merge_module(False, False, None)
-            )
+            parent = model.get_submodule(parent_name)
+            stock = module.unload_and_optionally_merge_module(False, False, None)
+            if isinstance(stock, ExpertStack):
+                put_parameter_back(parent, child, stock)
+            else:
+                setattr(parent, child, stock)
     if paca_layers(model):
         entry.install(model)  # without the layers that went
     else:
@@ -50,11 +53,3 @@ def remove_unloaded(model: Any, adapter_name: str, trainable_before: dict[str, b
     tuner = getattr(model, "base_model", None)
     model.peft_config.pop(adapter_name, None)
     remove_adapter(tuner.model if isinstance(tuner, BaseTuner) else model, adapter_name, trainable_before)
-
-
-def give_back(parent: nn.Module, child_name: str, stock: nn.Module) -> None:
-    """Put a stock module, or the parameter that it holds, in the place of its adapted layer."""
-    if isinstance(stock, ExpertStack):
-        put_parameter_back(parent, child_name, stock)
-    else:
-        setattr(parent, child_name, stock)

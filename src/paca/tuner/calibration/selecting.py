@@ -60,13 +60,7 @@ def select(
     columns = {}
     for key, (module, in_features, _) in targets.items():
         if key in scores:
-            columns[key] = select_columns(
-                selected.selection,
-                rank_of(selected, key),
-                in_features=in_features,
-                scores=scores[key],
-                module_name=key,
-            ).tolist()
+            columns[key] = select_columns(selected.selection, rank_of(selected, key), scores[key], key).tolist()
         else:
             columns[key] = choose_columns(selected, module, in_features, key).tolist()
     return with_indices(selected, columns)

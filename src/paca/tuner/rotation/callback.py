@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from typing import Any
+from typing import Any, cast
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
@@ -37,7 +37,7 @@ class RotateColumns(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Go on with the columns that a checkpoint names, if there is one; raise a `ValueError` if it names none."""
-        model, records = kwargs["model"], _records(state)
+        model, records = kwargs["model"], cast("dict[str, Any]", state.stateful_callbacks)
         self._every, self._rotated_at = _every(args, model), 0
         if _RECORD in records:
             columns = {key: [int(column) for column in text.split()] for key, text in records[_RECORD].items()}
@@ -62,16 +62,10 @@ class RotateColumns(TrainerCallback):
         _record(state, kwargs["model"])
 
 
-def _records(state: TrainerState) -> dict[str, Any]:
-    """What trainer_state.json keeps for callbacks; a dict, once the state is made."""
-    records: Any = state.stateful_callbacks
-    return records
-
-
 def _record(state: TrainerState, model: Any) -> None:
     # As text: the file has a line for each number otherwise.
     columns = {key: " ".join(map(str, numbers)) for key, numbers in trained_columns(model).items()}
-    _records(state)[_RECORD] = columns
+    cast("dict[str, Any]", state.stateful_callbacks)[_RECORD] = columns
 
 
 def _every(args: TrainingArguments, model: Any) -> int:

@@ -57,9 +57,6 @@ def without_unions(model: nn.Module, adapter_name: str, tensors: dict[str, Tenso
     return result
 
 
-def _names(key: str, adapter_name: str) -> tuple[str, str, str, str]:
+def _names(key: str, adapter_name: str) -> list[str]:
     """Of a layer's delta and indices, and of the folded ones, in a state dict."""
-    delta, indices, folded_delta, folded_indices = (
-        f"{key}.{kind}.{adapter_name}" for kind in (DELTA, INDICES, FOLDED_DELTA, FOLDED_INDICES)
-    )
-    return delta, indices, folded_delta, folded_indices
+    return [f"{key}.{kind}.{adapter_name}" for kind in (DELTA, INDICES, FOLDED_DELTA, FOLDED_INDICES)]
