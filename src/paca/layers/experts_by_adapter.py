@@ -8,15 +8,14 @@ when that adapter runs alone; a backward pass finds the columns of each of these
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from paca.layers import PacaExpertStack
-from paca.layers.mixed_batch import BASE, MixedBatch, current_mixed_batch
+from paca.layers.mixed_batch import BASE, MixedBatch, current_mixed_batch, refuse_other_thread
 
 _ONE_AT_A_TIME = threading.RLock()  # the stacks hold one adapter's columns at a time
 
@@ -27,12 +26,23 @@ class ExpertsByAdapter:
     Args:
         experts: Whose parameters are stacks.
         name: Of `experts` in the model, for messages.
+        parent: The block around them, which gets `(samples, length, hidden)`.
     """
 
-    def __init__(self, experts: nn.Module, name: str) -> None:
+    def __init__(self, experts: nn.Module, name: str, parent: nn.Module) -> None:
         self.experts, self.name = experts, name
         self.own = vars(experts).get("forward")  # accelerate's, if there is one
         self.forward: Callable[..., Tensor] = experts.forward
+        self.hook = parent.register_forward_pre_hook(self._note_samples, with_kwargs=True)
+
+    def _note_samples(self, parent: nn.Module, args: Any, kwargs: Any) -> None:
+        """Note how the tokens that the experts will get are shared out among samples."""
+        batch = current_mixed_batch()
+        if batch is not None:
+            given = next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None)
+            shape: Sequence[int] = () if given is None else given.shape
+            samples, length, _ = shape if len(shape) == 3 else (0, 0, 0)
+            batch.samples_before[self.name] = samples, length
 
     @torch.compiler.disable  # which adapters there are is a matter of run time
     def __call__(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -105,39 +115,7 @@ class ExpertsByAdapter:
     def _check_columns(self, stacks: list[PacaExpertStack], adapter: str) -> None:
         for stack in stacks:
             if any(columns.name != adapter for columns in stack.base_layer.columns.state.columns):
-                raise RuntimeError(
-                    "Another thread ran the model with its active adapters while this one ran a mixed batch, so the "
-                    "result would be wrong. Give adapter_names in every thread, or in none."
-                )
-
-
-@contextmanager
-def tokens_known(model: nn.Module) -> Iterator[None]:
-    """Note, for each experts module, how the tokens that it gets are shared out among samples.
-
-    The block around it gets `(samples, length, hidden)`.
-    """
-    handles = []
-    for name, _ in adapted_experts(model):
-        parent = model.get_submodule(name.rpartition(".")[0])
-        handles.append(parent.register_forward_pre_hook(_noting(name), with_kwargs=True))
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def _noting(name: str) -> Callable[..., None]:
-    def note(module: nn.Module, args: Any, kwargs: Any) -> None:
-        batch = current_mixed_batch()
-        if batch is not None:
-            given = next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None)
-            shape: Sequence[int] = () if given is None else given.shape
-            samples, length, _ = shape if len(shape) == 3 else (0, 0, 0)
-            batch.samples_before[name] = samples, length
-
-    return note
+                refuse_other_thread()
 
 
 def adapted_experts(model: nn.Module) -> list[tuple[str, nn.Module]]:
@@ -152,7 +130,7 @@ def adapted_experts(model: nn.Module) -> list[tuple[str, nn.Module]]:
 def split_by_adapter(model: nn.Module) -> None:
     """Let experts run once per adapter when a mixed batch comes."""
     for name, experts in adapted_experts(model):
-        experts.forward = ExpertsByAdapter(experts, name)
+        experts.forward = ExpertsByAdapter(experts, name, model.get_submodule(name.rpartition(".")[0]))
 
 
 def run_together(model: nn.Module) -> None:
@@ -160,6 +138,7 @@ def run_together(model: nn.Module) -> None:
     for _, experts in adapted_experts(model):
         splitting = experts.forward
         if isinstance(splitting, ExpertsByAdapter):
+            splitting.hook.remove()
             del experts.forward
             if splitting.own is not None:
                 experts.forward = splitting.own

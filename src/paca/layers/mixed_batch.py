@@ -97,6 +97,14 @@ def running(batch: MixedBatch) -> Iterator[None]:
         _CURRENT.reset(token)
 
 
+def refuse_other_thread() -> None:
+    """Raise `RuntimeError`: columns came into a weight during a mixed batch."""
+    raise RuntimeError(
+        "Another thread ran the model with its active adapters while this one ran a mixed batch, so the result would "
+        "be wrong. Give adapter_names in every thread, or in none."
+    )
+
+
 class MixingLayer:
     """Mixin for `PacaLayer`: how it adds to each sample what that sample's adapter contributes."""
 
@@ -122,10 +130,7 @@ class MixingLayer:
             return y  # as PEFT's LoRA does
         active = self.base_layer.columns
         if self.mode == "resident" and active.state.columns:
-            raise RuntimeError(
-                "Another thread ran the model with its active adapters while this one ran a mixed batch, so the result "
-                "would be wrong. Give adapter_names in every thread, or in none."
-            )
+            refuse_other_thread()
         rows = self.rows_of(x, batch)
         columns = tuple(self.columns_of(name) for name in rows)
         trained = Trained(

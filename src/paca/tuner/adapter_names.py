@@ -12,7 +12,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
 from paca.layers import paca_layers
-from paca.layers.experts_by_adapter import run_together, split_by_adapter, tokens_known
+from paca.layers.experts_by_adapter import run_together, split_by_adapter
 from paca.layers.mixed_batch import BASE, MixedBatch, current_mixed_batch, running
 from paca.tuner.entry import entry_of
 
@@ -42,7 +42,6 @@ def mixed_batch(model: nn.Module, adapter_names: Sequence[str], arguments: Mappi
             split_by_adapter(model)
     try:
         with ExitStack() as stack:
-            stack.enter_context(tokens_known(model))
             for wrapper in _wrappers(model):
                 stack.callback(wrapper.register_forward_pre_hook(_pass_names, with_kwargs=True).remove)
             with running(batch):
