@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from functional.fixed_weight import FixedWeight, columns
-from paca.functional.convolution import ConvolutionProduct, Geometry
+from paca.functional.convolution import ConvolutionProduct
 from paca.functional.train_columns import train_columns
 
 MODULES = {
@@ -32,7 +32,7 @@ SPACE = {1: (11,), 2: (9, 8), 3: (3, 4, 5)}
 
 
 def product(module):
-    return ConvolutionProduct(Geometry.of(module))
+    return ConvolutionProduct.of(module)
 
 
 def run(module, x, deltas, indices, scales):

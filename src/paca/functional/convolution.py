@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -16,8 +17,11 @@ from paca.functional.train_columns import scaled
 _CONVOLUTIONS: dict[int, Callable[..., Tensor]] = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 
 
-class Geometry(NamedTuple):
-    """How a convolution moves over its input."""
+@dataclass(eq=False)
+class ConvolutionProduct(Product):
+    """Convolves `x (batch, in_channels, *space)`, or one sample without `batch`, with
+    `weight (out_channels, in_channels / groups, *kernel)`; deltas are `(out_channels, r, *kernel)`.
+    """
 
     stride: tuple[int, ...]
     padding: tuple[int, ...]
@@ -30,8 +34,8 @@ class Geometry(NamedTuple):
     """Of `F.pad`."""
 
     @classmethod
-    def of(cls, module: Any) -> Geometry:
-        """The geometry of an `nn.Conv1d`, `Conv2d` or `Conv3d`, which it computes with the same operators."""
+    def of(cls, module: Any) -> ConvolutionProduct:
+        """What an `nn.Conv1d`, `Conv2d` or `Conv3d` computes, by the same operators."""
         assert isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d))
         rank = len(module.kernel_size)
         edges = tuple(module._reversed_padding_repeated_twice)
@@ -52,30 +56,18 @@ class Geometry(NamedTuple):
         """The dimension of the channels, counted from the end: an input may lack the batch dimension."""
         return -1 - len(self.stride)
 
-
-class ConvolutionProduct(Product):
-    """Convolves `x (batch, in_channels, *space)`, or one sample without `batch`, with
-    `weight (out_channels, in_channels / groups, *kernel)`; deltas are `(out_channels, r, *kernel)`.
-
-    Args:
-        geometry: Of the layer.
-    """
-
-    def __init__(self, geometry: Geometry) -> None:
-        self.geometry = geometry
-
     def apply(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        stride, padding, dilation, groups, _, _ = self.geometry
-        return _CONVOLUTIONS[len(stride)](self._padded(x), weight, bias, stride, padding, dilation, groups)
+        convolve = _CONVOLUTIONS[len(self.stride)]
+        return convolve(self._padded(x), weight, bias, self.stride, self.padding, self.dilation, self.groups)
 
     def select(self, x: Tensor, indices: Tensor, runs: Runs | None) -> Tensor:
         """The channels that the columns read, `(batch, groups * r, *space)`, before padding."""
-        dim = self.geometry.channel_dim
+        dim = self.channel_dim
         return x.index_select(dim, self._channels(indices, x.shape[dim]))
 
     def input_gradient(self, grad_output: Tensor, weight: Tensor, input_size: torch.Size) -> Tensor:
-        geometry, rank = self.geometry, len(self.geometry.stride)
-        low_and_high = list(zip(geometry.edges[::2], geometry.edges[1::2], strict=True))[::-1] or [(0, 0)] * rank
+        rank = len(self.stride)
+        low_and_high = list(zip(self.edges[::2], self.edges[1::2], strict=True))[::-1] or [(0, 0)] * rank
         space = [size + low + high for size, (low, high) in zip(input_size[-rank:], low_and_high, strict=True)]
         rows = grad_output if grad_output.dim() == rank + 2 else grad_output[None]
         # The input's values do not matter to its own gradient, only its size does.
@@ -84,20 +76,20 @@ class ConvolutionProduct(Product):
         gradient = padded if grad_output.dim() == rank + 2 else padded[0]
         for n, (size, (low, high)) in enumerate(zip(input_size[-rank:], low_and_high, strict=True)):
             if low or high:
-                gradient = _unpad(gradient, n - rank, size, low, high, geometry.mode)
+                gradient = _unpad(gradient, n - rank, size, low, high, self.mode)
         return gradient
 
     def delta_gradient(
         self, selected: Tensor, grad_output: Tensor, indices: Tensor, scale: Any, size: torch.Size, dtype: torch.dtype
     ) -> Tensor:
-        if selected.dim() == len(self.geometry.stride) + 1:
+        if selected.dim() == len(self.stride) + 1:
             grad_output, selected = grad_output[None], selected[None]
         weight = grad_output.new_empty(1).expand(size)
         gradient = self._backward(grad_output, self._padded(selected), weight, (False, True, False))[1]
         return scaled(gradient.to(dtype), scale)
 
     def bias_gradient(self, grad_output: Tensor) -> Tensor:
-        channels = grad_output.movedim(self.geometry.channel_dim, -1)
+        channels = grad_output.movedim(self.channel_dim, -1)
         return channels.reshape(-1, channels.shape[-1]).sum(0)
 
     def add_contribution(self, y: Tensor, selected: Tensor, indices: Tensor, delta: Tensor, scale: float) -> Tensor:
@@ -108,7 +100,7 @@ class ConvolutionProduct(Product):
     def add_input_gradient(
         self, grad_x: Tensor, grad_output: Tensor, indices: Tensor, delta: Tensor, scale: float
     ) -> None:
-        dim = self.geometry.channel_dim
+        dim = self.channel_dim
         channels = self._channels(indices, grad_x.shape[dim])
         size = list(grad_x.shape)
         size[dim] = channels.numel()
@@ -116,23 +108,21 @@ class ConvolutionProduct(Product):
 
     def _channels(self, indices: Tensor, in_channels: int) -> Tensor:
         """The numbers of the channels that the columns read, `(groups * r,)`, group by group."""
-        groups = self.geometry.groups
-        if groups == 1:
+        if self.groups == 1:
             return indices
-        first = torch.arange(groups, device=indices.device) * (in_channels // groups)
+        first = torch.arange(self.groups, device=indices.device) * (in_channels // self.groups)
         return (first[:, None] + indices).reshape(-1)
 
     def _padded(self, x: Tensor) -> Tensor:
         """`x` with the edges that the convolution does not add itself."""
-        return F.pad(x, self.geometry.edges, self.geometry.mode) if self.geometry.edges else x
+        return F.pad(x, self.edges, self.mode) if self.edges else x
 
     def _backward(
         self, grad_output: Tensor, x: Tensor, weight: Tensor, mask: tuple[bool, bool, bool]
     ) -> tuple[Tensor, Tensor, Tensor]:
-        stride, padding, dilation, groups, _, _ = self.geometry
-        nothing = (0,) * len(stride)
+        moves, nothing = (self.stride, self.padding, self.dilation), (0,) * len(self.stride)
         return torch.ops.aten.convolution_backward(
-            grad_output, x, weight, None, stride, padding, dilation, False, nothing, groups, mask
+            grad_output, x, weight, None, *moves, False, nothing, self.groups, mask
         )
 
 

@@ -2,29 +2,23 @@
 
 from torch import nn
 
-from paca.layers import convolution, embedding, experts, linear
 from paca.layers.base import PacaLayer, paca_layers
-from paca.layers.convolution import PacaConvolution
-from paca.layers.embedding import PacaEmbedding
-from paca.layers.experts import PacaExpertStack
-from paca.layers.linear import PacaLinear
+from paca.layers.convolution import PacaConvolution, ResidentConv1d, ResidentConv2d, ResidentConv3d
+from paca.layers.embedding import PacaEmbedding, ResidentEmbedding
+from paca.layers.experts import PacaExpertStack, ResidentStack, ResidentTransposedStack
+from paca.layers.linear import PacaLinear, ResidentConv1D, ResidentLinear
 from paca.layers.peft_calls import refuse_sharded
 from paca.layers.resident_weight import ResidentWeight
 
-RESIDENT_CLASSES: dict[type[nn.Module], type[ResidentWeight]] = {
-    **linear.RESIDENT_CLASSES,
-    **convolution.RESIDENT_CLASSES,
-    **embedding.RESIDENT_CLASSES,
-    **experts.RESIDENT_CLASSES,
+_KINDS: dict[type[PacaLayer], tuple[type[ResidentWeight], ...]] = {
+    PacaLinear: (ResidentLinear, ResidentConv1D),
+    PacaConvolution: (ResidentConv1d, ResidentConv2d, ResidentConv3d),
+    PacaEmbedding: (ResidentEmbedding,),
+    PacaExpertStack: (ResidentStack, ResidentTransposedStack),
 }
+RESIDENT_CLASSES = {resident.stock_class: resident for kinds in _KINDS.values() for resident in kinds}
 """What each stock class becomes while it is adapted."""
-
-PACA_CLASSES: dict[type[nn.Module], type[PacaLayer]] = {
-    **dict.fromkeys(linear.RESIDENT_CLASSES, PacaLinear),
-    **dict.fromkeys(convolution.RESIDENT_CLASSES, PacaConvolution),
-    **dict.fromkeys(embedding.RESIDENT_CLASSES, PacaEmbedding),
-    **dict.fromkeys(experts.RESIDENT_CLASSES, PacaExpertStack),
-}
+PACA_CLASSES = {resident.stock_class: layer for layer, kinds in _KINDS.items() for resident in kinds}
 """The layer that is put above it."""
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from paca.functional.convolution import ConvolutionProduct, Geometry
+from paca.functional.convolution import ConvolutionProduct
 from paca.layers.base import PacaLayer
 from paca.layers.resident_weight import ResidentWeight
 
@@ -31,7 +31,7 @@ class ResidentConvolution(ResidentWeight):
         return None
 
     def product(self) -> ConvolutionProduct:
-        return ConvolutionProduct(Geometry.of(self))
+        return ConvolutionProduct.of(self)
 
 
 class ResidentConv1d(ResidentConvolution, nn.Conv1d):
@@ -52,36 +52,15 @@ class ResidentConv3d(ResidentConvolution, nn.Conv3d):
     stock_class = nn.Conv3d
 
 
-RESIDENT_CLASSES: dict[type[nn.Module], type[ResidentWeight]] = {
-    nn.Conv1d: ResidentConv1d,
-    nn.Conv2d: ResidentConv2d,
-    nn.Conv3d: ResidentConv3d,
-}
-
-
-_OF_A_CONVOLUTION = {
-    "dilation",
-    "groups",
-    "in_channels",
-    "kernel_size",
-    "out_channels",
-    "output_padding",
-    "padding",
-    "padding_mode",
-    "stride",
-}
-
-
 class PacaConvolution(PacaLayer):
     """The adapted convolution: keeps each adapter's deltas `(out_channels, r, *kernel)` and indices."""
 
     delta_axes = "(out_channels, r, *kernel)"
-
     input_axes = "(samples, in_channels, *space)"
 
     def __getattr__(self, name: str) -> Any:
         # Models read these of their convolutions, Whisper's encoder for one.
-        return getattr(self.base_layer, name) if name in _OF_A_CONVOLUTION else super().__getattr__(name)
+        return getattr(self.base_layer, name) if name in nn.Conv1d.__constants__ else super().__getattr__(name)
 
     @property
     def input_dims(self) -> int:

@@ -37,9 +37,6 @@ class ResidentEmbedding(ResidentWeight, nn.Embedding):
         return EmbeddingProduct(-1 if self.padding_idx is None else self.padding_idx, self.scale_grad_by_freq)
 
 
-RESIDENT_CLASSES: dict[type[nn.Module], type[ResidentWeight]] = {nn.Embedding: ResidentEmbedding}
-
-
 class PacaEmbedding(PacaLayer):
     """The adapted embedding: keeps each adapter's deltas `(num_embeddings, r)` and indices."""
 

@@ -26,8 +26,5 @@ class ResidentConv1D(ResidentWeight, Conv1D):
     fixed_product = LinearProduct(0)
 
 
-RESIDENT_CLASSES: dict[type[nn.Module], type[ResidentWeight]] = {nn.Linear: ResidentLinear, Conv1D: ResidentConv1D}
-
-
 class PacaLinear(PacaLayer):
     """The adapted layer: keeps each adapter's deltas and indices, and runs the base layer, which holds them."""

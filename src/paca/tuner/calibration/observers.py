@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from paca.columns.scores import weight_norms, widest
-from paca.functional.convolution import ConvolutionProduct, Geometry
+from paca.functional.convolution import ConvolutionProduct
 from paca.functional.embedding import EmbeddingProduct
 from paca.functional.linear import LinearProduct
 from paca.functional.product import Product
@@ -42,10 +42,9 @@ class Moments:
             if n == 0:
                 continue
             values = piece.to(self._mean)
-            mean = values.mean(0)
+            variance, mean = torch.var_mean(values, 0, correction=0)
             shift = mean - self._mean
-            self._centred += (values - mean).square_().sum(0)
-            self._centred += shift.square() * (self.count * n / (self.count + n))
+            self._centred += variance * n + shift.square() * (self.count * n / (self.count + n))
             self._mean += shift * (n / (self.count + n))
             self.count += n
 
@@ -152,7 +151,7 @@ def _product_of(stock: Any) -> Product:
     if isinstance(stock, nn.Embedding):
         return EmbeddingProduct(-1, stock.scale_grad_by_freq)
     if isinstance(stock, _CONVOLUTIONS):
-        return ConvolutionProduct(Geometry.of(stock))
+        return ConvolutionProduct.of(stock)
     return LinearProduct(1)
 
 
