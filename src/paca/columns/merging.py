@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -42,11 +42,8 @@ class MergeableColumns(ResidentColumns):
             kept = Kept.of(weight, self.dim, positions_of(parts, weight.device))
             correct(kept, self._originals_of_merged, self.dim)
             values = sum_of(kept, together, self.dim).to(weight.dtype)
-            if safe and not bool(torch.isfinite(values).all()):
-                raise ValueError(
-                    f"Merging {names_of(columns)} would put NaN or Inf into the weight, so nothing was merged. The "
-                    "adapter is broken: train it again with a smaller learning rate, or use an earlier checkpoint."
-                )
+            if safe:
+                check_merged(columns, [values])
             self.base_changed()
             self.merged, self._originals_of_merged = together, kept  # first: Ctrl-C may come in the middle
             write_columns(weight, self.dim, kept.positions, values)
@@ -132,6 +129,15 @@ class MergeableColumns(ResidentColumns):
         self.__init__(kept["dim"])  # type: ignore[misc]
         self.revisions = kept["revisions"]
         self.merged, self._originals_of_merged = kept["merged"]
+
+
+def check_merged(columns: tuple[AdapterColumns, ...], values: Iterable[Tensor]) -> None:
+    """Raise `ValueError` if a value of what is merged is NaN or Inf."""
+    if not all(bool(value.isfinite().all()) for value in values):
+        raise ValueError(
+            f"Merging {names_of(columns)} would put NaN or Inf into the weight, so nothing was merged. The adapter is "
+            "broken: train it again with a smaller learning rate, or use an earlier checkpoint."
+        )
 
 
 def correct(kept: Kept, known: Kept | None, dim: int) -> None:

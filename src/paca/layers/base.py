@@ -49,20 +49,11 @@ class PacaLayer(nn.Module, PeftCalls, MixingLayer):  # nn.Module first: FSDP2 ma
         self._active_adapter = []
         self._own()
         self.register_load_state_dict_post_hook(_write_what_was_loaded)
-        self.out_features, self.in_features = self.weight_shape()
+        self.out_features, self.in_features = base_layer.weight_shape()
 
     def _own(self) -> None:
         self.base_layer.owner = weakref.ref(self)
         self.paca_delta.belong_to(self)
-
-    def weight_shape(self) -> tuple[int, int]:
-        """`(out_features, in_features)` of the weight, however it is stored."""
-        shape, dim = self.base_layer.weight.shape, self.base_layer.input_dim
-        return shape[1 - dim], shape[dim]
-
-    def weight_placement(self) -> tuple[torch.device, torch.dtype]:
-        """Where the layer computes, and the type of its weight."""
-        return self.base_layer.weight.device, self.base_layer.weight.dtype
 
     def delta_shape(self, r: int) -> tuple[int, ...]:
         """That of `weight[:, indices]`, for a `Conv1D` of its transpose."""
@@ -142,7 +133,7 @@ class PacaLayer(nn.Module, PeftCalls, MixingLayer):  # nn.Module first: FSDP2 ma
         """Add an adapter that trains the columns `indices (r,)`: from zero, or, for tests, small random values."""
         if not self.base_layer.columns.whole:
             refuse_late_adapter(adapter_name)
-        device, weight_dtype = self.weight_placement()
+        device, weight_dtype = self.base_layer.weight_placement()
         dtype = torch.promote_types(weight_dtype, torch.float32)  # float64 weights get float64 deltas
         self.r[adapter_name] = r = indices.numel()
         delta = torch.zeros(self.delta_shape(r), dtype=dtype, device=device)
@@ -169,7 +160,7 @@ class PacaLayer(nn.Module, PeftCalls, MixingLayer):  # nn.Module first: FSDP2 ma
         """Give the deltas float32 (or the weight's dtype if that is wider), or exactly the weight's dtype."""
         if adapter_name not in self.paca_delta:
             return
-        delta, dtype = self.paca_delta[adapter_name], self.weight_placement()[1]
+        delta, dtype = self.paca_delta[adapter_name], self.base_layer.weight_placement()[1]
         if autocast_adapter_dtype:
             dtype = torch.promote_types(dtype, torch.float32)
         if delta.dtype != dtype:

@@ -40,11 +40,9 @@ class ExpertPass(ResidentPass):
 class StackView:
     """The stack, or the part of it that was indexed, with the columns that one forward pass uses."""
 
-    stack: ResidentWeight
+    stack: Any  # a `ResidentStack`
     trained: Trained
     """The columns that gradients go to."""
-    deltas_by_expert: Callable[[], list[tuple[Tensor, ...]]]
-    """Gives each adapter's delta, cut into `(out_features, r)` per expert."""
     state: State
     """What the weight holds now; a backward pass puts it back if need be."""
     index: int | Tensor | None = None
@@ -117,7 +115,7 @@ class StackView:
     @torch.compiler.disable
     def _one_expert(self, x: Tensor, expert: int, bias: Tensor | None = None) -> Tensor:
         """`x (..., in_features)` times one expert's weight."""
-        deltas = tuple(cut[expert] for cut in self.deltas_by_expert())
+        deltas = tuple(cut[expert] for cut in self.stack.deltas_by_expert(self.trained.deltas, self.state))
         product = LinearProduct(self.stack.input_dim + 2)
         source = ExpertPass(self.stack, self.state, expert)
         return train_columns(product, x, None, bias, self.trained._replace(deltas=deltas), source)

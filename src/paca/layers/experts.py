@@ -46,6 +46,9 @@ class ResidentStack(ResidentWeight, ExpertStack):
 
     _cut: tuple[State, tuple[bool, ...], list[tuple[Tensor, ...]]] | None = None
 
+    def weight_shape(self) -> tuple[int, int]:
+        return self.weight.shape[-3 - self.input_dim], self.weight.shape[self.input_dim]
+
     def forward(self) -> StackView | Tensor:  # type: ignore[override]
         """The stack as one forward pass sees it: the plain weight if it holds no column and no gradient is wanted.
 
@@ -54,26 +57,21 @@ class ResidentStack(ResidentWeight, ExpertStack):
         state = self.state_now()
         if not torch.is_grad_enabled() and not state.columns:
             return self.weight
-        return StackView(self, self.columns.trained(state, self.owner()), self._deltas_by_expert(state), state)
+        return StackView(self, self.columns.trained(state, self.owner()), state)
 
-    def _deltas_by_expert(self, state: State) -> Callable[[], list[tuple[Tensor, ...]]]:
-        """Gives, for each adapter of `state`, its delta cut into `(out_features, r)` per expert.
+    def deltas_by_expert(self, deltas: tuple[Tensor, ...], state: State) -> list[tuple[Tensor, ...]]:
+        """The deltas of `state`, cut into `(out_features, r)` per expert.
 
         Cut once and kept until the deltas change: taken one by one, each expert's backward would make a gradient of the
         whole delta's size.
         """
-
-        def cut() -> list[tuple[Tensor, ...]]:
-            deltas = self.columns.trained(state, self.owner()).deltas
-            requiring = tuple(delta.requires_grad for delta in deltas)
-            # What FSDP2 gathers is another graph's leaf in each pass: its parts must not be kept.
-            if not torch.is_grad_enabled() or not self.columns.whole:
-                return [delta.unbind(0) for delta in deltas]
-            if self._cut is None or self._cut[0] is not state or self._cut[1] != requiring:
-                self._cut = (state, requiring, [delta.unbind(0) for delta in deltas])
-            return self._cut[2]
-
-        return cut
+        requiring = tuple(delta.requires_grad for delta in deltas)
+        # What FSDP2 gathers is another graph's leaf in each pass: its parts must not be kept.
+        if not torch.is_grad_enabled() or not self.columns.whole:
+            return [delta.unbind(0) for delta in deltas]
+        if self._cut is None or self._cut[0] is not state or self._cut[1] != requiring:
+            self._cut = (state, requiring, [delta.unbind(0) for delta in deltas])
+        return self._cut[2]
 
     def release(self) -> None:
         self._cut = None
@@ -96,12 +94,6 @@ class ResidentTransposedStack(ResidentStack, TransposedExpertStack):
     input_dim = -2
 
 
-RESIDENT_CLASSES: dict[type[nn.Module], type[ResidentWeight]] = {
-    ExpertStack: ResidentStack,
-    TransposedExpertStack: ResidentTransposedStack,
-}
-
-
 class PacaExpertStack(PacaLayer):
     """The adapted stack: stands where the parameter was, and is used by the experts' forward as the parameter was.
 
@@ -110,12 +102,8 @@ class PacaExpertStack(PacaLayer):
     """
 
     delta_axes = "(experts, out_features, r)"
-    delta_column_dim = 2
+    delta_column_dim = -1
     runs_adapters_in_turn = True
-
-    def weight_shape(self) -> tuple[int, int]:
-        shape, dim = self.base_layer.weight.shape, self.base_layer.input_dim
-        return shape[-3 - dim], shape[dim]
 
     def delta_shape(self, r: int) -> tuple[int, ...]:
         return self.base_layer.weight.shape[0], self.out_features, r
@@ -146,20 +134,9 @@ class PacaExpertStack(PacaLayer):
     def mT(self) -> StackView | Tensor:
         return self().mT
 
-    @property
-    def shape(self) -> torch.Size:
-        return self.base_layer.weight.shape
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.base_layer.weight.dtype
-
-    @property
-    def device(self) -> torch.device:
-        return self.base_layer.weight.device
-
-    def data_ptr(self) -> int:
-        return self.base_layer.weight.data_ptr()
+    def __getattr__(self, name: str) -> Any:
+        of_the_weight = name in ("shape", "dtype", "device", "data_ptr")
+        return getattr(self.base_layer.weight, name) if of_the_weight else super().__getattr__(name)
 
     @classmethod
     def __torch_function__(

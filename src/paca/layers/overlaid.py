@@ -10,10 +10,14 @@ from accelerate.hooks import remove_hook_from_module
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from paca.columns.merging import check_merged
 from paca.columns.state import AdapterColumns, State
 from paca.layers.base import PacaLayer
 from paca.layers.modes import offloads
 from paca.layers.overlaid_weight import OverlaidWeight, PatchedWeight
+from paca.quantized import quantization_of
+
+_MARKS = ("is_quantized", "is_loaded_in_4bit", "is_loaded_in_8bit", "quantization_method", "hf_quantizer")
 
 
 class OverlaidLinear(PacaLayer):
@@ -31,14 +35,8 @@ class OverlaidLinear(PacaLayer):
         self.loaded_deltas: dict[str, Tensor] = {}
         """What was just loaded into a dispatched model, until it has been dispatched anew."""
 
-    def weight_shape(self) -> tuple[int, int]:
-        return self.base_layer.weight_shape()
-
     def delta_shape(self, r: int) -> tuple[int, ...]:
         return self.out_features, r
-
-    def weight_placement(self) -> tuple[torch.device, torch.dtype]:
-        return self.base_layer.weight_placement()
 
     def write(self, *, compare: bool = False) -> None:
         """Let the next pass see what is active; nothing is in the weight."""
@@ -98,7 +96,7 @@ class OverlaidLinear(PacaLayer):
         if isinstance(base, PatchedWeight):
             return base.quantization.columns(base, indices)
         # A weight that only multiplies shows its columns when it multiplies unit vectors.
-        device, dtype = self.weight_placement()
+        device, dtype = self.base_layer.weight_placement()
         units = torch.zeros(indices.numel() + 1, self.in_features, device=device, dtype=dtype)
         units[torch.arange(indices.numel(), device=device), indices] = 1
         active, self._disable_adapters = self._disable_adapters, True
@@ -118,11 +116,8 @@ class OverlaidLinear(PacaLayer):
         base = self.base_layer
         if not isinstance(base, PatchedWeight):
             raise self.unwritable(columns[0].name)
-        if safe and not all(bool(c.delta.isfinite().all()) for c in columns):
-            raise ValueError(
-                f"Merging adapter {columns[0].name!r} would put NaN or Inf into the weight, so nothing was merged. The "
-                "adapter is broken: train it again with a smaller learning rate, or use an earlier checkpoint."
-            )
+        if safe:
+            check_merged(columns, [c.delta for c in columns])
         together = tuple(self.columns_of(n) for n in self.merged_adapters) + columns
         if self.merged_adapters:
             base.quantization.restore(base, self._before_merge)
@@ -165,9 +160,6 @@ class OverlaidLinear(PacaLayer):
         weight = base.patched_weight(dtype, columns) if columns else quantization.dequantize(base).to(dtype)
         return quantization.plain(base, weight)
 
-    def _dense_shape(self) -> tuple[torch.Size, int]:
-        return torch.Size((self.out_features, self.in_features)), 1
-
     # -- devices ------------------------------------------------------------------------------------------------
 
     def cast_deltas(self, adapter_name: str, autocast_adapter_dtype: bool) -> None:
@@ -179,7 +171,7 @@ class OverlaidLinear(PacaLayer):
                 # PEFT 0.21 puts what it loaded into the new disk index by LoRA's names, where nobody finds a delta.
                 hook.weights_map = ChainMap(hook.weights_map, self.loaded_deltas)
             remove_hook_from_module(self.paca_delta)
-            self.paca_delta.to(self.weight_placement()[0])
+            self.paca_delta.to(self.base_layer.weight_placement()[0])
         self.loaded_deltas.clear()
         super().cast_deltas(adapter_name, autocast_adapter_dtype)
 
@@ -199,3 +191,30 @@ def keep_for_dispatch(model: nn.Module, adapter_name: str, tensors: dict[str, Te
         for name, layer in model.named_modules():
             if isinstance(layer, OverlaidLinear) and adapter_name in layer.paca_delta:
                 layer.loaded_deltas[adapter_name] = tensors[f"{name}.paca_delta.{adapter_name}"]
+
+
+@torch.no_grad()
+def dequantize_model(model: Any, adapter_names: list[str] | None) -> None:
+    """Put ordinary `nn.Linear` layers in place of all quantized ones, in place, in the model's dtype.
+
+    Columns of the adapters (default: the active ones) are written into the new weights, rounded once. The layers have
+    passed `check_writable`.
+    """
+    inside = {id(m.base_layer) for m in model.modules() if isinstance(m, OverlaidLinear)}
+    own = getattr(model, "dtype", None)  # of a transformers model; else what the weight dequantizes to
+    for name, module in list(model.named_modules()):
+        quantization = quantization_of(module)
+        if isinstance(module, OverlaidLinear):
+            plain = module.dequantized_linear(own or module.base_layer.weight_placement()[1], adapter_names)
+        elif quantization is not None and id(module) not in inside:
+            weight = quantization.dequantize(module)
+            plain = quantization.plain(module, weight.to(own or weight.dtype))
+        else:
+            continue
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, plain)
+    for mark in _MARKS:
+        if mark in vars(model):
+            delattr(model, mark)
+    if hasattr(getattr(model, "config", None), "quantization_config"):
+        del model.config.quantization_config

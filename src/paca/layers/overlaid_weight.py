@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from paca.columns.added import AddedPass
-from paca.columns.kept import Kept, positions_of, sum_of, write_columns
+from paca.columns.kept import Kept, positions_of, sum_of
 from paca.columns.state import ActiveColumns, AdapterColumns, State
 from paca.functional.column_blocks import Runs, blocks_in, blocks_of, runs_of
 from paca.functional.linear import LinearProduct
@@ -32,9 +32,8 @@ _SUBCLASSES: dict[tuple[type, type], type[nn.Module]] = {}
 class OverlaidWeight(nn.Module):
     """Mixin in front of a stock module class."""
 
-    stock_class: ClassVar[type[nn.Module]]
-    """What the module was, and becomes again."""
-
+    stock_class: ClassVar[type[nn.Module]]  # what the module was, and becomes again
+    input_dim = 1  # the dimension that runs over the input features, of the weight that it stands for
     columns: ActiveColumns
     owner: Callable[[], Any]
 
@@ -98,13 +97,10 @@ class OverlaidWeight(nn.Module):
 
 def _subclass(kind: type[OverlaidWeight], stock: type[nn.Module]) -> type[nn.Module]:
     if (kind, stock) not in _SUBCLASSES:
-        _SUBCLASSES[kind, stock] = _make_subclass(kind, stock)
+        name = f"{kind.__name__.removesuffix('Weight')}{stock.__name__}"
+        content = {"stock_class": stock, "__module__": kind.__module__}
+        _SUBCLASSES[kind, stock] = type(name, (kind, stock), content)
     return _SUBCLASSES[kind, stock]
-
-
-def _make_subclass(kind: type[OverlaidWeight], stock: type[nn.Module]) -> type[nn.Module]:
-    prefix = kind.__name__.removesuffix("Weight")
-    return type(f"{prefix}{stock.__name__}", (kind, stock), {"stock_class": stock, "__module__": kind.__module__})
 
 
 def _rebuild(kind: type[OverlaidWeight], stock: type[nn.Module]) -> nn.Module:
@@ -186,15 +182,18 @@ class PatchedWeight(OverlaidWeight):
             return in_dtype(y, output_dtype)
 
     def weight_of_pass(self, dtype: torch.dtype, state: State) -> Tensor:
-        """`patched_weight` for `state`; what it puts in is kept for the passes to come. Nothing of it is recorded."""
+        """The dequantized weight `(out_features, in_features)` in `dtype`, with the columns of `state` in it, rounded
+        once. What it puts in is kept for the passes to come. Nothing of it is recorded."""
         quantization, kept = self.quantization, self._columns_kept
         if not state.columns:
             return quantization.weight(self, dtype)
         packed = quantization.packed(self)
         source = (None if packed.is_inference() else packed._version, packed.device, state.places, dtype)
         if kept is None or kept.packed is not packed or kept.source != source:
-            weight, originals = self._weight_and_originals(dtype, state.columns)
-            kept = ColumnsKept(packed, source, originals, runs_of(originals.positions))
+            positions = positions_of(state.columns, packed.device)
+            weight, values = quantization.weight_and_columns(self, dtype, positions)
+            originals = Kept(positions, values.to(torch.promote_types(values.dtype, dtype)))
+            kept = ColumnsKept(packed, source, originals, runs_of(positions))
         else:
             weight = quantization.weight(self, dtype)
         if kept.state is not state:
@@ -206,20 +205,9 @@ class PatchedWeight(OverlaidWeight):
             block.copy_(part)
         return weight
 
-    @torch.no_grad()
     def patched_weight(self, dtype: torch.dtype, columns: tuple[AdapterColumns, ...]) -> Tensor:
-        """The dequantized weight `(out_features, in_features)` in `dtype`, with `columns` in it, rounded once."""
-        quantization = self.quantization
-        if not columns:
-            return quantization.weight(self, dtype)
-        weight, originals = self._weight_and_originals(dtype, columns)
-        write_columns(weight, 1, originals.positions, sum_of(originals, columns, 1))
-        return weight
-
-    def _weight_and_originals(self, dtype: torch.dtype, columns: tuple[AdapterColumns, ...]) -> tuple[Tensor, Kept]:
-        positions = positions_of(columns, self.quantization.packed(self).device)
-        weight, values = self.quantization.weight_and_columns(self, dtype, positions)
-        return weight, Kept(positions, values.to(torch.promote_types(values.dtype, dtype)))
+        """The same for any `columns`."""
+        return self.weight_of_pass(dtype, State(columns, self.columns.base))
 
 
 class PatchedPass(WeightSource):

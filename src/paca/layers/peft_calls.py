@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -26,8 +26,10 @@ class PeftCalls(BaseTunerLayer):
     merged_adapters: list[str]
     write: Any
     columns_of: Any
-    weight_placement: Any
+    delta_shape: Any
     cast_deltas: Any
+    delta_column_dim: int
+    in_features: int
 
     def delete_adapter(self, adapter_name: str) -> None:
         super().delete_adapter(adapter_name)
@@ -39,13 +41,6 @@ class PeftCalls(BaseTunerLayer):
         """Give the base weight its pretrained columns back for the moment, bit for bit."""
         columns = self.base_layer.columns
         columns.park(columns.home_to_write(self.base_layer.weight), for_now=True)
-
-    def change(self, adapter_name: str, change: Callable[[], None]) -> None:
-        """Call `change`, which replaces the adapter's delta and indices in place, while they are not in the weight."""
-        self.park()
-        change()
-        self.base_layer.columns.changed(adapter_name)
-        self.write()
 
     def doubted(self, adapter_name: str) -> None:
         """Note that an optimizer may have changed this adapter's delta: the next pass compares."""
@@ -126,31 +121,22 @@ class PeftCalls(BaseTunerLayer):
 
     # -- the adapter's values -----------------------------------------------------------------------------------
 
-    def all_columns_of(self, adapter_name: str) -> tuple[AdapterColumns, ...]:
-        """The columns that the adapter trains now, and, if it was rotated, those it trained before."""
-        return self.columns_of(adapter_name).parts()
-
     def get_delta_weight(self, adapter: str) -> Tensor:
         """The adapter's whole change of the weight, in the weight's shape; float32 or wider, mostly zeros."""
         refuse_sharded([self], "get_delta_weight")
-        shape, dim = self._dense_shape()
-        delta = self.paca_delta[adapter]
-        dense = torch.zeros(shape, dtype=delta.dtype, device=delta.device)
-        for columns in self.all_columns_of(adapter):
-            values = oriented(columns.delta.detach().to(delta) * columns.scale, dim)
-            dense.index_copy_(dim, columns.indices.to(delta.device), values)
-        return dense
-
-    def _dense_shape(self) -> tuple[torch.Size, int]:
-        """The weight's shape, and the dimension of it that runs over its columns."""
-        return self.base_layer.weight.shape, self.base_layer.input_dim
+        delta = self.paca_delta[adapter].detach()
+        dense = delta.new_zeros(self.delta_shape(self.in_features))
+        for columns in self.columns_of(adapter).parts():
+            values = columns.delta.detach().to(delta) * columns.scale
+            dense.index_copy_(self.delta_column_dim, columns.indices.to(delta.device), values)
+        return oriented(dense, self.base_layer.input_dim)
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         return True
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         # PEFT's own would also cast the deltas to the weight's dtype, which loses what training in float32 gained.
-        device = device or self.weight_placement()[0]
+        device = device or self.base_layer.weight_placement()[0]
         meta = torch.device("meta")
         if adapter_name not in self.paca_delta or self.paca_delta[adapter_name].device == meta:
             return

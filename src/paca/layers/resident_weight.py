@@ -61,6 +61,14 @@ class ResidentWeight(LooksForItself):
         """What this layer computes."""
         return self.fixed_product
 
+    def weight_shape(self) -> tuple[int, int]:
+        """`(out_features, in_features)`, however the weight is stored."""
+        return self.weight.shape[1 - self.input_dim], self.weight.shape[self.input_dim]
+
+    def weight_placement(self) -> tuple[torch.device, torch.dtype]:
+        """Where the layer computes, and the type of its weight."""
+        return self.weight.device, self.weight.dtype
+
     def __setattr__(self, name: str, value: Any) -> None:
         # FSDP2 puts the shard and the gathered weight into each other's place with setattr.
         if name == "weight" and "columns" in self.__dict__:

@@ -9,85 +9,87 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from collections import Counter
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTuner
 from peft.utils.other import ModulesToSaveWrapper
-from torch import Tensor, nn
+from torch import nn
 
+from paca.columns.folded import ColumnUnion
+from paca.columns.kept import Kept, positions_of, sum_of
+from paca.columns.scores import widest
 from paca.columns.state import AdapterColumns
 from paca.config import PacaConfig
-from paca.layers import PacaLayer, refuse_sharded
+from paca.layers import PacaLayer, paca_layers, refuse_sharded
+from paca.tuner.rotation.union_config import UnionLayer, union_settings
 
 EXACT = ("cat", "linear")
 """PEFT's names for sums; for PaCA both are the same."""
 
 
-class WeightedSum(NamedTuple):
-    """Columns that change a weight as much as others do together, with a scale of 1."""
-
-    delta: Tensor
-    """`(out_features, r)`, for a convolution `(out_channels, r, *kernel)`; r is the number of different columns."""
-    indices: Tensor
-    """`(r,)` int64, ascending."""
-
-
 def weighted_sum(
     columns: Sequence[AdapterColumns], weights: Sequence[float], dtype: torch.dtype, column_dim: int = 1
-) -> WeightedSum:
-    """The union of `columns`, with `delta = sum_i weights[i] * scale_i * delta_i` (columns along `column_dim`).
+) -> ColumnUnion:
+    """The union of `columns`, with `delta = sum_i weights[i] * scale_i * delta_i` (columns along `column_dim`) to be
+    scaled by 1.
 
     Taken in float64 (float32 on devices without it) and rounded once to `dtype`. So where no two adapters share a
     column, and `weights[i] * scale_i` is a power of two, no value is rounded at all.
     """
     device = columns[0].delta.device
-    wide = torch.float32 if device.type == "mps" else torch.float64
-    union = torch.cat([c.indices.to(device) for c in columns]).unique(sorted=True)
+    weighted = tuple(c._replace(scale=weight * c.scale) for c, weight in zip(columns, weights, strict=True))
+    union = positions_of(weighted, device)
     shape = list(columns[0].delta.shape)
     shape[column_dim] = union.numel()
-    total = torch.zeros(shape, dtype=wide, device=device)
-    for c, weight in zip(columns, weights, strict=True):
-        places = torch.searchsorted(union, c.indices.to(device))
-        total.index_add_(column_dim, places, c.delta.detach().to(device=device, dtype=wide), alpha=weight * c.scale)
-    return WeightedSum(total.to(dtype), union)
+    nothing = Kept(union, torch.zeros(shape, dtype=widest(device), device=device))
+    return ColumnUnion(union, sum_of(nothing, weighted, column_dim).to(dtype))
 
 
-@torch.no_grad()
-def add_weighted_adapter(
-    model: BaseTuner, adapters: Sequence[str], weights: Sequence[float], adapter_name: str, combination_type: str
-) -> None:
-    """What `PacaModel.add_weighted_adapter` does."""
-    holders = _check(model, adapters, weights, adapter_name, combination_type)
-    refuse_sharded((m for m in model.model.modules() if isinstance(m, PacaLayer)), "add_weighted_adapter")
-    sums: dict[str, WeightedSum] = {}
-    for name, layer in model.model.named_modules():
-        if isinstance(layer, PacaLayer):
-            present = [
-                (columns, w)
-                for a, w in zip(adapters, weights, strict=True)
-                if a in layer.paca_delta
-                for columns in layer.all_columns_of(a)
-            ]
-            if present:
-                dtype = torch.promote_types(layer.weight_placement()[1], torch.float32)
-                sums[name] = weighted_sum(
-                    [c for c, _ in present], [w for _, w in present], dtype, layer.delta_column_dim
-                )
+class SumsAdapters(BaseTuner):
+    """Mixin for `PacaModel`."""
 
-    model.peft_config[adapter_name] = _config(model, adapters[0], sums, sorted(holders))
-    model.inject_adapter(model.model, adapter_name)
-    for name, layer in model.model.named_modules():
-        if name in sums:
-            assert isinstance(layer, PacaLayer)
-            layer.paca_delta[adapter_name].copy_(sums[name].delta)
-            layer.paca_indices[adapter_name].copy_(sums[name].indices)
-        elif name in holders:
-            assert isinstance(layer, ModulesToSaveWrapper)
-            whole = layer.modules_to_save
-            whole[adapter_name].load_state_dict(whole[holders[name]].state_dict())
+    @torch.no_grad()
+    def add_weighted_adapter(
+        self, adapters: list[str], weights: list[float], adapter_name: str, combination_type: str = "cat"
+    ) -> None:
+        """Add the weighted sum of adapters as a new adapter, which is exact: it has the union of their columns.
+
+        With the sum active, the weights are what `W0 + sum_i weights[i] * scale_i * delta_i` rounds to, once the
+        deltas' sums are rounded to float32; columns of one adapter only, with `weights[i] * scale_i` a power of two,
+        need no such rounding. The new adapter is not active.
+
+        Args:
+            adapters: Names of loaded adapters, whose ranks, columns and layers may differ.
+            weights: One per adapter; negative ones subtract.
+            adapter_name: Of the sum.
+            combination_type: `"cat"` or `"linear"`, PEFT's names for sums: both are the same here.
+
+        Raises:
+            ValueError: For an unknown adapter, a name that is taken, weights that are no finite numbers, another kind
+                of combination, or a module that several of the adapters trained whole.
+        """
+        holders = _check(self, adapters, weights, adapter_name, combination_type)
+        refuse_sharded(paca_layers(self.model), "add_weighted_adapter")
+        modules: dict[str, Any] = dict(self.model.named_modules())
+        sums: dict[str, ColumnUnion] = {}
+        for name, layer in modules.items():
+            if isinstance(layer, PacaLayer):
+                of_layer = [(a, w) for a, w in zip(adapters, weights, strict=True) if a in layer.paca_delta]
+                present = [(part, w) for a, w in of_layer for part in layer.columns_of(a).parts()]
+                if present:
+                    dtype = torch.promote_types(layer.base_layer.weight_placement()[1], torch.float32)
+                    columns, factors = zip(*present, strict=True)
+                    sums[name] = weighted_sum(columns, factors, dtype, layer.delta_column_dim)
+        self.peft_config[adapter_name] = _config(self, adapters[0], sums, sorted(holders))
+        self.inject_adapter(self.model, adapter_name)
+        for name, sum_ in sums.items():
+            modules[name].paca_delta[adapter_name].copy_(sum_.delta)
+            modules[name].paca_indices[adapter_name].copy_(sum_.indices)
+        for name, holder in holders.items():
+            whole = modules[name].modules_to_save
+            whole[adapter_name].load_state_dict(whole[holder].state_dict())
 
 
 def _check(
@@ -125,24 +127,17 @@ def _check(
     return holders
 
 
-def _config(model: BaseTuner, first: str, sums: dict[str, WeightedSum], modules_to_save: list[str]) -> PacaConfig:
+def _config(model: BaseTuner, first: str, sums: dict[str, ColumnUnion], modules_to_save: list[str]) -> PacaConfig:
     """The settings of the sum: PEFT's format, from which any PEFT can load it; every layer's scale is 1."""
-    ranks = {name: sum_.indices.numel() for name, sum_ in sums.items()}
-    r = Counter(ranks.values()).most_common(1)[0][0]
-    pattern = {f"^{re.escape(name)}": rank for name, rank in ranks.items() if rank != r}
+    sizes = {name: UnionLayer(sum_.indices.numel(), 1.0) for name, sum_ in sums.items()}
     config: Any = model.peft_config[first]
     summed: PacaConfig = dataclasses.replace(
         config,
-        r=r,
-        paca_alpha=r,
-        rank_pattern=pattern,
-        alpha_pattern=dict(pattern),
+        **union_settings(sizes),
         target_modules=_targets(model.model, set(sums)),
         exclude_modules=None,
         layers_to_transform=None,
         layers_pattern=None,
-        selection="random",  # another might want calibration data; the columns are put in afterwards
-        indices=None,
         rotate_every=None,
         init_weights=True,
         modules_to_save=modules_to_save or None,

@@ -30,7 +30,7 @@ def test_the_saved_adapter_is_the_union_and_computes_the_same_bits(tmp_path, dty
     with torch.no_grad():
         assert torch.equal(loaded(x).logits, logits)
     for layer, source in zip(paca_layers(loaded), paca_layers(model), strict=True):
-        columns = source.all_columns_of("default")
+        columns = source.columns_of("default").parts()
         union = torch.cat([c.indices for c in columns])
         assert torch.equal(layer.paca_indices["default"], union.sort().values)
         assert union.unique().numel() == union.numel() == 4 * source.r["default"]
@@ -121,7 +121,7 @@ def test_columns_that_a_loaded_adapter_never_trained_make_room_for_its_own(tmp_p
     x = torch.randn(6, 7)
     model = rotated(adapted_perceptron(rotate_every=2), x, rotations=1)
     model.save_pretrained(tmp_path / "one")
-    trained = torch.cat([c.indices for c in paca_layers(model)[1].all_columns_of("default")]).tolist()
+    trained = torch.cat([c.indices for c in paca_layers(model)[1].columns_of("default").parts()]).tolist()
     free = sorted(set(range(13)) - set(trained))
     other = adapted_perceptron(rotate_every=2, indices={"lin2": [trained[0], *free[:2]]})
     other.load_adapter(str(tmp_path / "one"), "default")

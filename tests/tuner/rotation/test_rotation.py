@@ -143,7 +143,7 @@ def test_the_weight_is_the_sum_over_all_columns_ever_trained_rounded_once(dtype)
     x = torch.randn(6, 7).to(dtype)
     model = rotated(adapted_perceptron(dtype=dtype, paca_alpha=5), x)
     for name, layer in named_layers(model).items():
-        columns = [(c.delta, c.indices, c.scale) for c in layer.all_columns_of("default")]
+        columns = [(c.delta, c.indices, c.scale) for c in layer.columns_of("default").parts()]
         assert torch.equal(layer.base_layer.weight, rounded_sum(stock.get_submodule(name).weight, columns))
 
 
@@ -256,7 +256,7 @@ def test_several_adapters_with_folded_columns_add_up(dtype):
         with torch.no_grad():
             model(x)
         for name, layer in named_layers(model).items():
-            parts = [c for adapter in ("default", "second") for c in layer.all_columns_of(adapter)]
+            parts = [c for adapter in ("default", "second") for c in layer.columns_of(adapter).parts()]
             columns = [(c.delta, c.indices, c.scale) for c in parts]
             assert torch.equal(layer.base_layer.weight, rounded_sum(stock.get_submodule(name).weight, columns))
         held.append(weights(model))
