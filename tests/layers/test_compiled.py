@@ -73,6 +73,7 @@ def test_a_language_model_compiles_whole_with_inductor():
 
 
 def test_steps_and_switches_of_adapters_of_one_rank_recompile_nothing():
+    counters.clear()  # of whatever ran before in this process
     model = adapted_perceptron(paca_alpha=6)
     model.add_adapter(
         "second", paca.PacaConfig(r=3, paca_alpha=1, init_weights=False, random_seed=9, target_modules=["lin1", "lin2"])
