@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from paca.columns.folded import FOLDED_DELTA, FOLDED_INDICES, Folded
 from paca.columns.state import AdapterColumns
 from paca.columns.stepping import Deltas, Job
-from paca.layers.mixed_batch import MixingLayer, Running, current_mixed_batch
+from paca.layers.mixed_batch import Running, current_mixed_batch
 from paca.layers.peft_calls import PeftCalls, refuse_late_adapter
 
 
-class PacaLayer(nn.Module, PeftCalls, MixingLayer):  # nn.Module first: FSDP2 makes subclasses of it
+class PacaLayer(nn.Module, PeftCalls):  # nn.Module first: FSDP2 makes subclasses of it
     """Deltas and indices per adapter, above a base layer whose weight holds those of the active ones.
 
     Attributes:

@@ -79,16 +79,10 @@ class StackView:
             experts = () if isinstance(self.index, int) else (self.index.shape[0],)
         return torch.Size((*experts, stored[2], stored[1]) if self.flipped else (*experts, stored[1], stored[2]))
 
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.stack.weight.dtype
-
-    @property
-    def device(self) -> torch.device:
-        return self.stack.weight.device
-
-    def data_ptr(self) -> int:
-        return self.stack.weight.data_ptr()
+    def __getattr__(self, name: str) -> Any:
+        if name in ("dtype", "device", "data_ptr"):
+            return getattr(self.stack.weight, name)
+        raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")
 
     def size(self, dim: int) -> int:
         return self.shape[dim]

@@ -6,15 +6,9 @@ import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-
-from paca.columns.added import AddedPass
-from paca.columns.state import State
-from paca.functional.product import Trained
-from paca.functional.train_columns import train_columns
 
 BASE = "__base__"
 """The name that PEFT gives to the model without an adapter."""
@@ -103,59 +97,3 @@ def refuse_other_thread() -> None:
         "Another thread ran the model with its active adapters while this one ran a mixed batch, so the result would "
         "be wrong. Give adapter_names in every thread, or in none."
     )
-
-
-class MixingLayer:
-    """Mixin for `PacaLayer`: how it adds to each sample what that sample's adapter contributes."""
-
-    runs_adapters_in_turn: ClassVar[bool] = False
-    """Whether its weight holds one adapter's columns after the other's in a mixed batch; nobody else may write then."""
-    input_axes = "(samples, ..., in_features)"
-    """What the dimensions of the input are, for messages."""
-
-    base_layer: Any
-    paca_delta: Any
-    mode: str
-    columns_of: Any
-    _disable_adapters: bool
-
-    def add_mixed_batch(self, y: Tensor, x: Tensor, batch: MixedBatch) -> Tensor:
-        """Add to `y`, the pretrained layer's output for `x`, what each sample's adapter contributes.
-
-        Raises:
-            ValueError: If `x` does not have one sample per name.
-            RuntimeError: If another thread put columns into the weight meanwhile.
-        """
-        if self._disable_adapters:
-            return y  # as PEFT's LoRA does
-        active = self.base_layer.columns
-        if self.mode == "resident" and active.state.columns:
-            refuse_other_thread()
-        rows = self.rows_of(x, batch)
-        columns = tuple(self.columns_of(name) for name in rows)
-        trained = Trained(
-            tuple(self.paca_delta[name] for name in rows),
-            tuple(c.indices for c in columns),
-            tuple(c.scale for c in columns),
-            (None,) * len(rows),
-            tuple(rows.values()),
-        )
-        source = AddedPass(active, State(columns, active.base), batch.tag)
-        return train_columns(self.base_layer.product(), x, None, None, trained, source, added_to=y)
-
-    @property
-    def input_dims(self) -> int:
-        """How many dimensions the input has at least."""
-        return 2
-
-    def rows_of(self, x: Tensor, batch: MixedBatch) -> dict[str, Tensor]:
-        """The samples in `x` of each adapter of `batch` that this layer has; none if disabled.
-
-        Raises:
-            ValueError: If `x` does not have one sample per name.
-        """
-        if self._disable_adapters:
-            return {}
-        if x.dim() < self.input_dims:
-            raise ValueError(f"A mixed batch needs inputs {self.input_axes}; this one is {tuple(x.shape)}.")
-        return {name: rows for name, rows in batch.rows_of(x.shape[0], x.device).items() if name in self.paca_delta}

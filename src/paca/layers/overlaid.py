@@ -154,11 +154,9 @@ class OverlaidLinear(PacaLayer):
         assert isinstance(base, PatchedWeight)
         if self.merged:
             self.unmerge()
-        names = [n for n in adapter_names or self.active_adapters if n in self.paca_delta]
-        columns = tuple(self.columns_of(n) for n in names)
-        quantization = base.quantization
-        weight = base.patched_weight(dtype, columns) if columns else quantization.dequantize(base).to(dtype)
-        return quantization.plain(base, weight)
+        columns = tuple(self.columns_of(n) for n in adapter_names or self.active_adapters if n in self.paca_delta)
+        weight = base.patched_weight(dtype, columns) if columns else base.quantization.dequantize(base).to(dtype)
+        return base.quantization.plain(base, weight)
 
     # -- devices ------------------------------------------------------------------------------------------------
 

@@ -1,21 +1,31 @@
-"""What PEFT may ask of an adapted layer besides what every training does: scales, merging, deletion, a dense change."""
+"""What PEFT may ask of an adapted layer besides what every training does: scales, merging, a dense change, batches with
+several adapters."""
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor
 
+from paca.columns.added import AddedPass
 from paca.columns.kept import oriented
-from paca.columns.state import AdapterColumns
+from paca.columns.state import AdapterColumns, State
+from paca.functional.product import Trained
+from paca.functional.train_columns import train_columns
+from paca.layers.mixed_batch import MixedBatch, refuse_other_thread
 
 
 class PeftCalls(BaseTunerLayer):
     """Mixin for `PacaLayer`, which has these."""
+
+    runs_adapters_in_turn: ClassVar[bool] = False
+    """Whether its weight holds one adapter's columns after the other's in a mixed batch; nobody else may write then."""
+    input_axes = "(samples, ..., in_features)"
+    """What the dimensions of the input are, for messages."""
 
     base_layer: Any
     paca_delta: Any
@@ -24,6 +34,7 @@ class PeftCalls(BaseTunerLayer):
     paca_alpha: dict[str, float]
     scaling: dict[str, float]
     merged_adapters: list[str]
+    mode: str
     write: Any
     columns_of: Any
     delta_shape: Any
@@ -144,6 +155,49 @@ class PeftCalls(BaseTunerLayer):
             if stored[adapter_name].device != device:
                 stored[adapter_name] = stored[adapter_name].to(device)
         self.cast_deltas(adapter_name, autocast_adapter_dtype=True)
+
+    # -- mixed batches ------------------------------------------------------------------------------------------
+
+    def add_mixed_batch(self, y: Tensor, x: Tensor, batch: MixedBatch) -> Tensor:
+        """Add to `y`, the pretrained layer's output for `x`, what each sample's adapter contributes.
+
+        Raises:
+            ValueError: If `x` does not have one sample per name.
+            RuntimeError: If another thread put columns into the weight meanwhile.
+        """
+        if self._disable_adapters:
+            return y  # as PEFT's LoRA does
+        active = self.base_layer.columns
+        if self.mode == "resident" and active.state.columns:
+            refuse_other_thread()
+        rows = self.rows_of(x, batch)
+        columns = tuple(self.columns_of(name) for name in rows)
+        trained = Trained(
+            tuple(self.paca_delta[name] for name in rows),
+            tuple(c.indices for c in columns),
+            tuple(c.scale for c in columns),
+            (None,) * len(rows),
+            tuple(rows.values()),
+        )
+        source = AddedPass(active, State(columns, active.base), batch.tag)
+        return train_columns(self.base_layer.product(), x, None, None, trained, source, added_to=y)
+
+    @property
+    def input_dims(self) -> int:
+        """How many dimensions the input has at least."""
+        return 2
+
+    def rows_of(self, x: Tensor, batch: MixedBatch) -> dict[str, Tensor]:
+        """The samples in `x` of each adapter of `batch` that this layer has; none if disabled.
+
+        Raises:
+            ValueError: If `x` does not have one sample per name.
+        """
+        if self._disable_adapters:
+            return {}
+        if x.dim() < self.input_dims:
+            raise ValueError(f"A mixed batch needs inputs {self.input_axes}; this one is {tuple(x.shape)}.")
+        return {name: rows for name, rows in batch.rows_of(x.shape[0], x.device).items() if name in self.paca_delta}
 
 
 def refuse_sharded(layers: Iterable[PeftCalls], what: str) -> None:
