@@ -101,8 +101,7 @@ class EightBit(QuantizedWeight):
         return torch.float32  # a code times a float32 scale
 
     def dequantize(self, module: Any) -> Tensor:
-        codes, scales = self._codes_and_scales(module)
-        return codes.to(torch.float32).mul_((scales / 127).unsqueeze(1))
+        return self.weight(module, torch.float32)
 
     def weight(self, module: Any, dtype: torch.dtype) -> Tensor:
         # Straight to the matmul's type: by way of float32 three times the memory would be in use at once.

@@ -77,11 +77,8 @@ class BoundedProcess:
         process, self._process = self._process, None
         if process is not None:
             process.kill()
-            for stream in (process.stdin, process.stdout):
-                if stream is not None:
-                    with contextlib.suppress(OSError):
-                        stream.close()
-            process.wait()
+            with contextlib.suppress(OSError), process:
+                pass  # leaving it closes the pipes, and waits
 
     def start(self) -> None:
         """Start the process, and don't wait until it is ready.
