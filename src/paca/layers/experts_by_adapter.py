@@ -101,16 +101,11 @@ class ExpertsByAdapter:
                 "another, so it can't be told which adapter each has (adapter_names). Run one batch per adapter, with "
                 "set_adapter in between."
             )
+        samples_of: dict[str, list[int]] = {}
+        for sample, name in enumerate(batch.names_of(samples)):
+            samples_of.setdefault(name if name in here else BASE, []).append(sample)
         numbers = torch.arange(tokens, device=hidden_states.device).view(samples, length)
-        rows_of = {name: rows for name, rows in batch.rows_of(samples, numbers.device).items() if name in here}
-        groups = {name: numbers[rows].reshape(-1) for name, rows in rows_of.items()}
-        rest = torch.ones_like(numbers, dtype=torch.bool)
-        for rows in rows_of.values():
-            rest[rows] = False
-        others = numbers[rest]
-        if others.numel() or not groups:
-            groups[BASE] = others
-        return groups
+        return {name: numbers[of_it].reshape(-1) for name, of_it in samples_of.items()}
 
     def _check_columns(self, stacks: list[PacaExpertStack], adapter: str) -> None:
         for stack in stacks:

@@ -156,9 +156,7 @@ class PatchedWeight(OverlaidWeight):
         if state.columns:
             return self._run_dequantized(x, state)
         batch, owner = current_mixed_batch(), self.owner()
-        if batch is None or owner is None:
-            return super().forward(x)
-        rows = list(owner.rows_of(x, batch).values())
+        rows = [] if batch is None or owner is None else list(owner.rows_of(x, batch).values())
         if not rows:
             return super().forward(x)
         if self.quantization.stock_dequantizes:
