@@ -52,7 +52,7 @@ class ColumnUnion(NamedTuple):
 def union_of(indices: Tensor, delta: Tensor, folded: Folded | None, column_dim: int) -> ColumnUnion:
     """The columns trained now together with the folded ones, on the CPU; no value is changed.
 
-    The deltas have their columns along `column_dim`: 1, or -1 for a stack of experts.
+    The deltas (or a weight's own values there) have their columns along `column_dim`: 1, or -1 for a stack of experts.
     """
     indices, delta = indices.detach().cpu(), delta.detach().cpu()
     if folded is None:
@@ -73,9 +73,7 @@ def split(union: ColumnUnion, trained: Tensor, column_dim: int) -> tuple[Tensor,
     shape[column_dim] = trained.numel()
     delta = union.delta.new_zeros(shape)
     delta.index_copy_(column_dim, here, union.delta.index_select(column_dim, there))
-    rest = torch.ones(union.indices.shape, dtype=torch.bool)
-    rest[there] = False
-    places = rest.nonzero().flatten()
+    places = (~torch.isin(union.indices, trained)).nonzero().flatten()
     if not places.numel():
         return delta, None
     return delta, Folded(union.indices[places], union.delta.index_select(column_dim, places))

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from paca.columns.folded import Folded, common
+from paca.columns.folded import Folded, common, split, union_of
 from paca.columns.kept import Kept, positions_of, sum_of, write_columns
 from paca.columns.resident import WRITING, ResidentColumns, identity
 from paca.columns.state import AdapterColumns, State, names_of
@@ -81,18 +81,12 @@ class MergeableColumns(ResidentColumns):
             if not alone:
                 self.write(weight, wanted)
                 return
-            positions, values = (tensor.cpu() for tensor in self.kept)
-            if self._folded is not None:
-                positions = torch.cat([positions, self._folded.positions])
-                values = torch.cat([values, self._folded.values], self.dim)
-            order = positions.argsort()
-            known = Kept(positions[order], values.index_select(self.dim, order))
+            known = union_of(*self.kept, None if self._folded is None else Folded(*self._folded), self.dim)
             trained = positions_of(wanted, torch.device("cpu"))
-            kept, folded = Kept.of(weight, self.dim, trained), None
-            correct(kept, known, self.dim)
-            if wanted[0].folded is not None:
-                stay = (~torch.isin(known.positions, trained)).nonzero().flatten()
-                folded = Kept(known.positions[stay], known.values.index_select(self.dim, stay))
+            kept = Kept.of(weight, self.dim, trained)
+            correct(kept, Kept(*known), self.dim)
+            _, others = split(known, trained, self.dim)
+            folded = None if others is None else Kept(others.indices, others.delta)
             self.kept, self._folded, self.half_written = kept, folded, True  # at once: Ctrl-C may come in the middle
             self.base_changed()
             self.wrote(weight, State(wanted, self.base))
