@@ -174,15 +174,6 @@ class OverlaidLinear(PacaLayer):
         super().cast_deltas(adapter_name, autocast_adapter_dtype)
 
 
-def check_writable(model: nn.Module, adapter_names: list[str] | None) -> None:
-    """Raise `ValueError` naming a layer whose weight adapters (default: the active ones) can't be merged into."""
-    for name, layer in model.named_modules():
-        if isinstance(layer, OverlaidLinear) and layer.mode != "patched":
-            for adapter in adapter_names or layer.active_adapters:
-                if adapter in layer.paca_delta:
-                    raise ValueError(f"{name}: {layer.unwritable(adapter)}")
-
-
 def keep_for_dispatch(model: nn.Module, adapter_name: str, tensors: dict[str, Tensor]) -> None:
     """Keep what is being loaded into a model that accelerate offloads a part of, until it is dispatched anew."""
     if offloads(model):
@@ -196,7 +187,7 @@ def dequantize_model(model: Any, adapter_names: list[str] | None) -> None:
     """Put ordinary `nn.Linear` layers in place of all quantized ones, in place, in the model's dtype.
 
     Columns of the adapters (default: the active ones) are written into the new weights, rounded once. The layers have
-    passed `check_writable`.
+    passed `check_mergeable` (tuner/merging.py).
     """
     inside = {id(m.base_layer) for m in model.modules() if isinstance(m, OverlaidLinear)}
     own = getattr(model, "dtype", None)  # of a transformers model; else what the weight dequantizes to

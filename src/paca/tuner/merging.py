@@ -7,7 +7,7 @@ import warnings
 from torch import nn
 
 from paca.layers import PacaLayer, paca_layers
-from paca.layers.overlaid import check_writable, dequantize_model
+from paca.layers.overlaid import OverlaidLinear, dequantize_model
 from paca.tuner.weighted import SumsAdapters
 
 
@@ -33,9 +33,7 @@ class MergesAdapters(SumsAdapters):
         Raises:
             ValueError: If a weight can't be written, or `safe_merge` finds NaN or Inf.
         """
-        check_writable(self.model, adapter_names)
-        if safe_merge:
-            _check_deltas(self.model, adapter_names)
+        check_mergeable(self.model, adapter_names, safe_merge)
         if dequantize:
             dequantize_model(self.model, adapter_names)
         if safe_merge:
@@ -47,9 +45,7 @@ class MergesAdapters(SumsAdapters):
 
         Finite deltas can make a sum that is not: float16 ends at 65504.
         """
-        check_writable(self.model, adapter_names)
-        if safe_merge:
-            _check_deltas(self.model, adapter_names)
+        check_mergeable(self.model, adapter_names, safe_merge)
         before = {layer: list(layer.merged_adapters) for layer in paca_layers(self.model)}
         try:
             super().merge_adapter(adapter_names, safe_merge=safe_merge)
@@ -64,13 +60,19 @@ class MergesAdapters(SumsAdapters):
             raise
 
 
-def _check_deltas(model: nn.Module, adapter_names: list[str] | None) -> None:
-    """Raise `ValueError` naming the layer if a delta to be merged is not finite."""
-    for name, layer in model.named_modules():
-        if isinstance(layer, PacaLayer):
-            for adapter in adapter_names or layer.active_adapters:
-                if adapter in layer.paca_delta and not bool(layer.paca_delta[adapter].isfinite().all()):
-                    raise ValueError(
-                        f"Adapter {adapter!r} holds NaN or Inf in {name}, so nothing was merged. The adapter is "
-                        "broken: train it again with a smaller learning rate, or use an earlier checkpoint."
-                    )
+def check_mergeable(model: nn.Module, adapter_names: list[str] | None, safe_merge: bool) -> None:
+    """Check adapters (default: the active ones) before any of them is merged.
+
+    Raises:
+        ValueError: If a weight can't be written, or, with `safe_merge`, a delta is not finite; names the layer.
+    """
+    layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, PacaLayer)}
+    for name, layer in layers.items():
+        for adapter in [a for a in adapter_names or layer.active_adapters if a in layer.paca_delta]:
+            if isinstance(layer, OverlaidLinear) and layer.mode == "additive":
+                raise ValueError(f"{name}: {layer.unwritable(adapter)}")
+            if safe_merge and not bool(layer.paca_delta[adapter].isfinite().all()):
+                raise ValueError(
+                    f"Adapter {adapter!r} holds NaN or Inf in {name}, so nothing was merged. The adapter is broken: "
+                    "train it again with a smaller learning rate, or use an earlier checkpoint."
+                )
