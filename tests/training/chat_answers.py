@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 
 from paca.pretrained.generation import answering, load_for_generation, opening, stream_reply
 
 
+@functools.cache
 def chats(path: Path, *, length: int = 256, system: str | None = None, base: bool = False) -> str:
     """The answer to `Hello` of a run or an adapter that is loaded alone; with `base` without its adapter."""
     loaded = load_for_generation(path)

@@ -1,6 +1,6 @@
-"""The page of `paca runs`, and Trackio's own, in a real headless browser. Without one they are skipped; to run them:
+"""The page of `paca runs`, and Trackio's own, in a real headless browser: `make browser`.
 
-apt install chromium; pip install "./paca[runs]" playwright; pytest tests/training/test_runs_in_browser.py
+It installs playwright and Gradio, 250 MB that `make test` does not need. Without them these tests are skipped.
 """
 
 from __future__ import annotations
@@ -36,10 +36,12 @@ pytestmark = pytest.mark.slow
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
     """A headless Chromium."""
-    pytest.importorskip("trackio", reason="the extra trackio is not installed")
-    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    how = "to run it: apt install chromium, make browser"
+    for package in ("trackio", "gradio"):
+        pytest.importorskip(package, reason=f"{package} is not installed; {how}")
+    playwright = pytest.importorskip("playwright.sync_api", reason=f"playwright is not installed; {how}")
     if CHROMIUM is None:
-        pytest.skip("there is no chromium here")
+        pytest.skip(f"there is no chromium here; {how}")
     with playwright.sync_playwright() as started:
         chromium = started.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
         yield chromium
