@@ -9,14 +9,13 @@ from typing import Any
 
 import torch
 import yaml
-from peft import PeftConfig
-from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from torch import nn
 from transformers import TrainerCallback, TrainerState, TrainingArguments
 
 from paca.convert.pefts_paca import PEFT, saved_layers, why_not
 from paca.pretrained.purpose import Classifier, classifier_in
 from paca.pretrained.quantizing import quantization_config
+from paca.training.adapter_settings import config_type
 from paca.training.scores import score_lines
 from paca.tuner.adapter_folder import adapter_settings, find_base
 
@@ -166,7 +165,9 @@ def _method(summary: dict[str, Any]) -> str:
             f"r = {settings['r']}, paca_alpha = {settings['paca_alpha']}; columns chosen by `{settings['selection']}`"
         )
         return f"{counted}\n- {columns}"
-    known = PEFT_TYPE_TO_CONFIG_MAPPING.get(settings.get("peft_type") or summary["method"]["name"].upper(), PeftConfig)
+    if summary["method"]["name"] == "full":
+        return counted
+    known = config_type("peft" if "peft_type" in settings else "lora", settings)
     usual = {field.name: field.default for field in dataclasses.fields(known)}
     given = ", ".join(
         f"{key} = {value}"

@@ -47,8 +47,9 @@ def page_of(sides: SideBySide, curves: str) -> Any:
         def answers(
             left: str, right: str, prompt: str, system: str, length: int, temperature: float
         ) -> Iterator[tuple[str, ...]]:
-            settings = {"system": system, "max_new_tokens": int(length), "temperature": temperature}
-            for one, other in sides.answers(left, right, prompt, **settings):
+            for one, other in sides.answers(
+                left, right, prompt, system=system, max_new_tokens=int(length), temperature=temperature
+            ):
                 yield *one, *other
 
         given = [*chosen, prompt, system, length, temperature]
