@@ -12,7 +12,7 @@ PYTEST_ARGS ?= -n 2 --dist worksteal
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help install demo test matrix sequences kills endurance fuzz docs notebooks lint clean demo-clean
+.PHONY: help install demo test matrix sequences kills endurance fuzz docs notebooks browser lint clean demo-clean
 .DEFAULT_GOAL := help
 
 help:
@@ -24,6 +24,7 @@ help:
 	@echo "make fuzz        10,000 adapters that were damaged or made to do harm (an hour of one core); CASES=, SEED="
 	@echo "make sequences   2,000 random sequences of operations beside a float64 model (docs/reliability.md)"
 	@echo "make docs        the documentation as a site in build/site, from docs/ and the code"
+	@echo "make browser     the tests that need a browser (a minute; needs a Chromium: apt install chromium)"
 	@echo "make notebooks   run docs/notebooks and keep what they print"
 	@echo "make lint        ruff and mypy"
 	@echo "make install     only set up $(VENV)"
@@ -57,6 +58,11 @@ matrix: $(STAMP)
 notebooks: $(STAMP)
 	@$(BIN)/python -m pip install --quiet --editable ".[notebooks]"
 	@$(BIN)/python tools/run_notebooks.py $(if $(MODEL),--model $(MODEL))
+
+browser: $(STAMP)
+	@command -v chromium chromium-browser >/dev/null || { echo "There is no chromium here. Debian, Ubuntu: apt install chromium"; exit 1; }
+	@$(BIN)/python -m pip install --quiet --editable ".[browser]"
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/training/test_runs_in_browser.py
 
 kills: $(STAMP)
 	@OMP_NUM_THREADS=1 PYTHONPATH=tests $(BIN)/python -m kills

@@ -58,9 +58,9 @@ def save_base(folder: Path, dtype: torch.dtype = torch.float32, context: int = C
     return folder
 
 
-def save_adapter(folder: Path, base: Path) -> Path:
+def save_adapter(folder: Path, base: Path, seed: int = 1) -> Path:
     """An adapter with random deltas, as `save_pretrained` leaves it."""
-    torch.manual_seed(1)
+    torch.manual_seed(seed)
     model = LlamaForCausalLM.from_pretrained(base, dtype="auto")
     config = paca.PacaConfig(r=5, paca_alpha=5, task_type="CAUSAL_LM", selection="random")
     adapted = peft.get_peft_model(model, config)

@@ -1,11 +1,12 @@
-"""Trackio's pages in a real headless browser. Skipped without trackio, playwright and a Chromium on the PATH:
+"""The page of `paca runs`, and Trackio's own, in a real headless browser: `make browser`.
 
-pip install "./paca[trackio]" playwright, apt install chromium, pytest tests/training/test_runs_in_browser.py
+It installs playwright and Gradio, 250 MB that `make test` does not need. Without them these tests are skipped.
 """
 
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import signal
 import socket
@@ -18,6 +19,9 @@ from typing import Any
 
 import pytest
 
+from paca.messages.claims import Claim
+from tiny_checkpoint import save_adapter, save_run
+from training.chat_answers import chats
 from training.tiny_run import save_workspace
 from training.written_run import write_run
 
@@ -32,10 +36,12 @@ pytestmark = pytest.mark.slow
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
     """A headless Chromium."""
-    pytest.importorskip("trackio", reason="the extra trackio is not installed")
-    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    how = "to run it: apt install chromium, make browser"
+    for package in ("trackio", "gradio"):
+        pytest.importorskip(package, reason=f"{package} is not installed; {how}")
+    playwright = pytest.importorskip("playwright.sync_api", reason=f"playwright is not installed; {how}")
     if CHROMIUM is None:
-        pytest.skip("there is no chromium here")
+        pytest.skip(f"there is no chromium here; {how}")
     with playwright.sync_playwright() as started:
         chromium = started.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
         yield chromium
@@ -62,29 +68,73 @@ def free_port() -> int:
         return int(one.getsockname()[1])
 
 
-def test_the_page_of_runs_shows_one_that_is_going(browser: Any, tmp_path: Path) -> None:
-    """Slow: two processes and a browser start."""
-    going = write_run(tmp_path / "runs" / "going", steps=4)
+def choose(page: Any, side: str, choice: str) -> None:
+    page.get_by_label(side, exact=True).click()
+    option = page.get_by_role("option", name=choice, exact=True)
+    option.click()
+    option.wait_for(state="detached")  # the list is open for a moment longer, and the other one holds the same
+
+
+def asked(page: Any) -> tuple[str, str]:
+    """What both sides answer, in full."""
+    from playwright.sync_api import expect
+
+    note = page.get_by_label("Right note")
+    note.evaluate("note => { note.value = '' }")  # of the prompt before
+    page.get_by_label("Prompt").fill("Hello")
+    page.get_by_role("button", name="Ask").click()
+    expect(note).to_have_value(re.compile(r"^(?!.*\.\.\.$).+", re.DOTALL), timeout=WAIT)
+    left, right = (page.locator(f"#{side}-answer textarea").input_value() for side in ("Left", "Right"))
+    return left, right
+
+
+def test_the_page_of_runs_shows_curves_of_one_that_is_going_and_answers_side_by_side(
+    browser: Any, tmp_path: Path
+) -> None:
+    """Slow: a process that imports all of it, and a browser."""
+    folder = tmp_path / "runs"
+    going = write_run(folder / "going", steps=4)
     finished = {
         "choice": 1.0,
         "choice_stderr": 0.1,
         "samples": [{"question": "Is it?", "reference": "y", "answer": "n"}],
     }
-    write_run(tmp_path / "runs" / "done", steps=7, scores={"after": finished})
+    for name in ("other", "done"):
+        write_run(folder / name, steps=7, scores={"after": finished})
+    save_run(folder / "done")
+    save_adapter(folder / "other" / "adapter", folder / "done" / "base", seed=2)
     port = free_port()
-    command = [sys.executable, "-c", MAIN, "runs", str(tmp_path / "runs"), "--no-browser", "--port", str(port)]
-    with served(command, tmp_path / "none", lambda line: "Ctrl-C" in line) as line:
-        assert line.startswith(f"2 runs: http://127.0.0.1:{port}/?project=runs ")
+    command = [sys.executable, "-c", MAIN, "runs", str(folder), "--no-browser", "--port", str(port)]
+    with (
+        Claim(going / ".lock") as claim,
+        served(command, tmp_path / "none", lambda line: "Ctrl-C" in line) as line,
+    ):
+        assert claim.take()
+        assert line.startswith(f"3 runs: http://127.0.0.1:{port}/paca/ ")
         page = browser.new_page(viewport={"width": 1500, "height": 1600})
         page.goto(line.split()[2])
+        curves = page.frame_locator("iframe[title=Curves]")
         for curve in ("tokens_per_second", "peak_memory_gib", "choice_after"):
-            page.get_by_text(curve, exact=True).first.wait_for(timeout=WAIT)
-        page.get_by_role("button", name="Media & Tables").click()
-        page.get_by_text("Is it?").first.wait_for(timeout=WAIT)
+            curves.get_by_text(curve, exact=True).first.wait_for(timeout=WAIT)
+        curves.get_by_role("button", name="Media & Tables").click()
+        curves.get_by_text("Is it?").first.wait_for(timeout=WAIT)
         write_run(going, steps=9)
-        page.wait_for_timeout(6000)  # the page is filled every two seconds
-        page.get_by_role("button", name="Runs", exact=True).click()
-        page.get_by_role("row", name="going").get_by_role("cell", name="9", exact=True).wait_for(timeout=WAIT)
+        last_step = curves.get_by_role("row", name="going").get_by_role("cell", name="9", exact=True)
+        for _ in range(WAIT // 1000):  # the page is filled every two seconds, and this list when it is opened
+            curves.get_by_role("button", name="Metrics", exact=True).click()
+            curves.get_by_role("button", name="Runs", exact=True).click()
+            curves.get_by_role("row", name="going").wait_for(timeout=WAIT)
+            if last_step.count():
+                break
+            page.wait_for_timeout(1000)
+        assert last_step.count() == 1
+
+        page.get_by_role("tab", name="Answers").click()
+        assert asked(page) == (chats(folder / "other"), chats(folder / "other", base=True))  # the newest, and its base
+        choose(page, "Left", "done")
+        choose(page, "Right", "going (still in training)")
+        assert asked(page) == (chats(folder / "done"), "")
+        assert "is still going" in page.get_by_label("Right note").input_value()
     assert not (tmp_path / "none").exists()  # the user's own Trackio
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +16,8 @@ from transformers.integrations import integration_utils
 
 from paca.messages.errors import PacaError
 from paca.training import RunResult, load_run_config, run, runs_page, tracking, train
-from paca.training.runs_page import _Page, find_runs, show_runs
+from paca.training.found_runs import find_runs
+from paca.training.runs_page import _Page, show_runs
 from training.test_run import SignalAtStep
 from training.tiny_run import rows
 from training.written_run import write_run
@@ -217,11 +219,16 @@ def test_runs_are_found_in_their_folders(tmp_path: Path, monkeypatch: pytest.Mon
     assert find_runs(tmp_path) == found
     assert find_runs(tmp_path / "a") == found[:1]
     monkeypatch.setattr(runs_page, "find_spec", lambda name: None)
-    with pytest.raises(PacaError, match=r'paca runs needs trackio\. Install .* pip install "\./paca\[trackio\]"'):
+    with pytest.raises(PacaError, match=r'needs trackio and gradio\. Install .* pip install "\./paca\[runs\]"'):
         show_runs(tmp_path, port=None, say=print, browser=False)
     monkeypatch.setattr(runs_page, "find_spec", lambda name: True)
     with pytest.raises(PacaError, match=r"There are no runs in .*adapter"):
         show_runs(tmp_path / "a" / "adapter", port=None, say=print, browser=False)
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        with pytest.raises(PacaError, match=r"Port \d+ is taken\. Give another: --port NUMBER"):
+            show_runs(tmp_path, port=taken.getsockname()[1], say=print, browser=False)
 
 
 def test_wandb_keeps_the_run_offline(start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -34,25 +34,22 @@ def chat(
     """Talk to a trained model in the terminal, until /exit; with --prompt once."""
     find_adapter(path)  # before what it takes to load one: a wrong path is no reason to wait
     import_package()
-    from paca.pretrained.generation import load_for_generation, stream_reply
+    from paca.pretrained.generation import (
+        answering,
+        load_for_generation,
+        opening,
+        speaker,
+        stream_reply,
+        unknown_form,
+    )
 
     if path.lower().endswith(".gguf"):
         say(f"Unpacking the weights of {path} ...")
     loaded = load_for_generation(path, base_model=base_model)
-    if base and loaded.adapter is None:
-        raise PacaError(f"{path} is a plain model: it has no adapter that --base could leave out.")
-    if loaded.tokenizer.chat_template is None:
-        if system is not None:
-            raise PacaError("This model has no chat template, so there is no place for a system message (--system).")
-        unknown = "This model has no chat template"
-        if loaded.adapter is not None:
-            unknown = (
-                "No chat template is saved with this adapter: it was trained on texts as they stand, or in a form that "
-                "is unknown"
-            )
-        say(f"{unknown}. It continues each text as it stands, without the ones before.")
-    history: list[Message] = [] if system is None else [{"role": "system", "content": system}]
-    with loaded.model.disable_adapter() if base else contextlib.nullcontext(), explaining():
+    history = opening(loaded, system)
+    if remark := unknown_form(loaded):
+        say(remark)
+    with answering(loaded, base):
         if prompt is not None:
             for piece in stream_reply(
                 loaded,
@@ -63,18 +60,8 @@ def chat(
                 print(shown_piece(piece), end="", flush=True)
             print()
             return
-        who = loaded.base if base or loaded.adapter is None else f"{loaded.base} with {loaded.adapter}"
-        say(f"{who}\n{HELP}")
+        say(f"{speaker(loaded, base)}\n{HELP}")
         converse(loaded, history, max_new_tokens, temperature)
-
-
-@contextlib.contextmanager
-def explaining() -> Iterator[None]:
-    """One line for what torch says of a model that can't answer, such as one whose adapter gives NaN."""
-    try:
-        yield
-    except RuntimeError as error:
-        raise PacaError(f"The model can't answer: {error}") from error
 
 
 def converse(loaded: LoadedModel, opening: list[Message], max_new_tokens: int, temperature: float) -> None:

@@ -1,4 +1,4 @@
-"""`paca runs`: the curves of runs on one local page."""
+"""`paca runs`: the curves of runs on one local page, where two of them answer side by side."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def runs(
     ] = None,
     browser: Annotated[bool, typer.Option(help="Open the page in the browser.")] = True,
 ) -> None:
-    """Show the curves of runs on one local page, also while they go (needs trackio)."""
+    """Show the curves of runs on one local page, also while they go, and let two answer side by side."""
     import_package()
     from paca.training.runs_page import show_runs
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from queue import Queue
@@ -78,9 +78,8 @@ def load_saved(
         plain = load_pretrained(str(path), dtype=dtype, **made)
         return LoadedModel(on_accelerator(plain.model).eval(), plain.tokenizer, None, plain.name_or_path)
     base = find_base(adapter, base_model)
-    weights = weight_file(adapter)
-    # The one saved with the adapter is the one it was trained with; its chat template may differ from the base's.
-    tokenizer = load_adapter_tokenizer(adapter) if (adapter / "tokenizer_config.json").is_file() else None
+    weight_file(adapter)  # one that is missing is told before the base model is loaded
+    tokenizer = saved_tokenizer(adapter)
     try:
         recorded = find_quantization(adapter)
         as_it_lies = recorded not in QUANTIZATIONS or method_of(load_config(base).config) is not None
@@ -95,16 +94,41 @@ def load_saved(
     model = on_accelerator(pretrained.model)
     if dequantize and is_quantized(model):
         model = model.dequantize()
+    adapted = put_adapter_on(model, adapter, base)
+    return LoadedModel(adapted, pretrained.tokenizer, adapter, pretrained.name_or_path)
+
+
+def saved_tokenizer(adapter: Path) -> PreTrainedTokenizerBase | None:
+    """The one saved with an adapter, which it was trained with: its chat template may differ from the base model's."""
+    return load_adapter_tokenizer(adapter) if (adapter / "tokenizer_config.json").is_file() else None
+
+
+def put_adapter_on(model: PreTrainedModel | PeftModel, adapter: Path, base: str, name: str = "default") -> PeftModel:
+    """Put an adapter on its base model, beside those that are on it already, and make it the active one.
+
+    Args:
+        model: The base model, or the same one with other adapters.
+        adapter: Its folder.
+        base: What messages call the model.
+        name: What the model calls the adapter.
+
+    Raises:
+        PacaError: A broken file, or an adapter that does not fit the model, or not beside the others.
+    """
+    weights = weight_file(adapter)
     try:
         untie_for(model, tensor_names(weights))
         check_method(adapter, model)
-        adapted = PeftModel.from_pretrained(model, str(adapter))
+        if not isinstance(model, PeftModel):
+            return PeftModel.from_pretrained(model, str(adapter), adapter_name=name).eval()
+        model.load_adapter(str(adapter), name)
+        model.set_adapter(name)
+        return model.eval()
     except (SafetensorError, EOFError) as error:
         raise PacaError(f"{weights} is broken: {error}. Copy the file again, or train again.") from error
     except Exception as error:  # whatever PEFT raises where a config or a file is not what it expects
         reason = error if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
         raise PacaError(f"The adapter in {adapter} cannot be put on the model {base}: {reason}") from error
-    return LoadedModel(adapted.eval(), pretrained.tokenizer, adapter, pretrained.name_or_path)
 
 
 def on_accelerator(model: PreTrainedModel) -> PreTrainedModel:
@@ -112,6 +136,52 @@ def on_accelerator(model: PreTrainedModel) -> PreTrainedModel:
     if not is_quantized(model) and torch.accelerator.is_available():
         model.to(torch.accelerator.current_accelerator())  # type: ignore[arg-type]
     return model
+
+
+def opening(loaded: LoadedModel, system: str | None) -> list[Message]:
+    """The messages that a conversation starts with: none, or the system message.
+
+    Raises:
+        PacaError: There is one, and the model has no place for it.
+    """
+    if system is not None and loaded.tokenizer.chat_template is None:
+        raise PacaError("This model has no chat template, so there is no place for a system message.")
+    return [] if system is None else [{"role": "system", "content": system}]
+
+
+def unknown_form(loaded: LoadedModel) -> str | None:
+    """What a person should know of a model that no chat template says how to ask."""
+    if loaded.tokenizer.chat_template is not None:
+        return None
+    unknown = "This model has no chat template"
+    if loaded.adapter is not None:
+        unknown = (
+            "No chat template is saved with this adapter: it was trained on texts as they stand, or in a form that is "
+            "unknown"
+        )
+    return f"{unknown}. It continues each text as it stands, without the ones before."
+
+
+def speaker(loaded: LoadedModel, base: bool) -> str:
+    """Who answers: the model with its adapter, or with `base` without it."""
+    return loaded.base if base or loaded.adapter is None else f"{loaded.base} with {loaded.adapter}"
+
+
+@contextmanager
+def answering(loaded: LoadedModel, base: bool) -> Iterator[None]:
+    """Answer within this, with `base` without the adapter.
+
+    Raises:
+        PacaError: There is no adapter to leave out; or for what torch says of a model that can't answer, such as one
+            whose adapter gives NaN.
+    """
+    if base and loaded.adapter is None:
+        raise PacaError(f"{loaded.base} is a plain model: it has no adapter that could be left out.")
+    try:
+        with loaded.model.disable_adapter() if base else nullcontext():
+            yield
+    except RuntimeError as error:
+        raise PacaError(f"The model can't answer: {error}") from error
 
 
 def stream_reply(

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 from torch import nn
 from transformers import TrainerCallback, TrainerState, TrainingArguments
@@ -13,6 +15,8 @@ from transformers import TrainerCallback, TrainerState, TrainingArguments
 from paca.convert.pefts_paca import PEFT, saved_layers, why_not
 from paca.pretrained.adapter_folder import adapter_settings, find_base
 from paca.pretrained.purpose import Classifier, classifier_in
+from paca.pretrained.quantizing import quantization_config
+from paca.training.adapter_settings import config_type
 from paca.training.scores import score_lines
 
 _SHOWN_SETTINGS = (
@@ -38,14 +42,22 @@ _LACKS = (
     "no\nbatches of several adapters. (Read in its source: no release with it was on PyPI when this was written.)"
 )
 _IMPORT = "import paca  # makes PaCA known to PEFT\n"
-_EXPORT = "`paca export --to peft` writes one that does, or names the layer for which there is none."
-_LOAD = """```python
-{first}
-from transformers import AutoTokenizer
+_EXPORT = (
+    "`paca export path/to/this/folder --to peft --output FOLDER` writes one that does, or names the layer for which "
+    "there is none."
+)
+_HERE = "path/to/this/folder"
+_WHOLE = f"""```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
-model = {model_class}.from_pretrained("path/to/this/folder"){comment}
-tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")
+model = AutoModelForCausalLM.from_pretrained("{_HERE}")
+tokenizer = AutoTokenizer.from_pretrained("{_HERE}")
 ```"""
+_COMMANDS = {
+    "chat": f"paca chat {_HERE}",
+    "lora": f"paca export {_HERE} --to lora --output as-lora  # an adapter for programs that don't know PaCA",
+    "merge": f"paca merge {_HERE} --output merged  # a plain checkpoint",
+}
 
 
 _PIPELINES = {
@@ -53,7 +65,6 @@ _PIPELINES = {
     "classification": "text-classification",
     "image_classification": "image-classification",
 }
-_HERE = "path/to/this/folder"
 
 
 def write_card(folder: Path, summary: dict[str, Any], trained: nn.Module) -> None:
@@ -76,7 +87,9 @@ def write_card(folder: Path, summary: dict[str, Any], trained: nn.Module) -> Non
     }
     if not os.path.isabs(base):  # of a hub id the hub makes a link; it refuses a path
         head["base_model"] = base
-    settings = [f"| `{name}` | {train[name]} |" for name in _SHOWN_SETTINGS if train.get(name) is not None]
+    ignored = "max_steps" if (train.get("max_steps") or -1) < 1 else "num_train_epochs"  # the other one ends a run
+    shown = [key for key in _SHOWN_SETTINGS if train.get(key) is not None and key != ignored]
+    settings = [f"| `{key}` | {train[key]} |" for key in shown]
     seen = f"{summary['tokens']:,} {summary['counts']}"
     results = [f"{summary['steps']:,} steps over {seen} ({summary['epochs']:.3g} epochs)."]
     if after is not None:
@@ -86,7 +99,14 @@ def write_card(folder: Path, summary: dict[str, Any], trained: nn.Module) -> Non
     results += [f"Held-out {metric}: {values}." for metric, values in score_lines(summary["scores"])]
     classifier = classifier_in(folder)
     versions = ", ".join(f"{name} {version}" for name, version in summary["versions"].items())
-    named = f"`{model['name']}` ({model['architecture']}, {model['parameters']:,} parameters, {model['dtype']})"
+    stored = (
+        model["dtype"] if model["quantization"] is None else f"{model['dtype']}, quantized to {model['quantization']}"
+    )
+    named = f"`{model['name']}` ({model['architecture']}, {model['parameters']:,} parameters, {stored})"
+    if classifier is not None:
+        load = _how_to_load_classifier(classifier, name, base)
+    else:
+        load = _WHOLE if name == "full" else _how_to_load(name, folder, base, model, trained)
     text = f"""---
 {yaml.safe_dump(head, sort_keys=False, allow_unicode=True).strip()}
 ---
@@ -112,11 +132,11 @@ def write_card(folder: Path, summary: dict[str, Any], trained: nn.Module) -> Non
 |---|---|
 {chr(10).join(settings)}
 
-Every setting is in the run's `config.yaml`. Made with {versions}.
+Every setting is in the `config.yaml` of the run, which is not part of this folder. Made with {versions}.
 
 ## How to load it
 
-{_how_to_load(name, folder, base, trained) if classifier is None else _how_to_load_classifier(classifier, name, base)}
+{load}
 """
     (folder / "README.md").write_text(text, encoding="utf-8")
 
@@ -145,7 +165,15 @@ def _method(summary: dict[str, Any]) -> str:
             f"r = {settings['r']}, paca_alpha = {settings['paca_alpha']}; columns chosen by `{settings['selection']}`"
         )
         return f"{counted}\n- {columns}"
-    given = ", ".join(f"{key} = {value}" for key, value in settings.items() if value not in (None, False, {}, []))
+    if summary["method"]["name"] == "full":
+        return counted
+    known = config_type("peft" if "peft_type" in settings else "lora", settings)
+    usual = {field.name: field.default for field in dataclasses.fields(known)}
+    given = ", ".join(
+        f"{key} = {value}"
+        for key, value in settings.items()
+        if value not in (None, False, {}, []) and (value != usual.get(key) or key == "r" or key.endswith("_alpha"))
+    )
     return f"{counted}\n- {given}" if given else counted
 
 
@@ -164,27 +192,40 @@ model = {auto}.from_pretrained("{base}", config=config, ignore_mismatched_sizes=
 model = PeftModel.from_pretrained(model, "{_HERE}")
 ```
 
-`paca merge` writes it as a plain checkpoint."""
+`paca merge {_HERE} --output merged` writes it as a plain checkpoint."""
 
 
-def _how_to_load(name: str, folder: Path, base: str, trained: nn.Module) -> str:
-    if name == "full":
-        return _LOAD.format(
-            first="from transformers import AutoModelForCausalLM", model_class="AutoModelForCausalLM", comment=""
-        )
-    first = "from peft import AutoPeftModelForCausalLM"
-    if name == "paca":
-        first = _IMPORT + first
-    code = _LOAD.format(first=first, model_class="AutoPeftModelForCausalLM", comment=f"  # with its base, {base}")
-    if name != "paca":
-        return f"{code}\n\n`paca merge` writes it as a plain checkpoint."
-    stored = adapter_settings(folder)  # as saved: a rotated adapter has more columns than its config asked for
-    reason = why_not(stored["r"], stored["paca_alpha"], saved_layers(trained))
-    loads = "yes." if reason is None else f"no, because {reason}. {_EXPORT}"
-    return (
-        f"{_INSTALL}{code}\n\nLoads in the PaCA of {PEFT}, without paca: {loads}\n{_LACKS}\n\n"
-        "`paca export` writes it as LoRA for programs that don't know PaCA, and `paca merge` as a plain checkpoint."
-    )
+def _how_to_load(name: str, folder: Path, base: str, model: dict[str, Any], trained: nn.Module) -> str:
+    of_paca, quantization, dtype = name == "paca", model["quantization"], model["dtype"]
+    imported, before, options = "AutoTokenizer", "", ""
+    if quantization is not None:
+        imported, options = "AutoTokenizer, BitsAndBytesConfig", ", quantization_config=as_trained"
+        given = quantization_config(quantization, getattr(torch, dtype)).to_diff_dict().items()
+        kept = [f"{key}={value!r}" for key, value in given if not key.startswith("_") and key != "quant_method"]
+        before = f"as_trained = BitsAndBytesConfig({', '.join(kept)})\n"
+    code = f"""{_INSTALL if of_paca else ""}```python
+{_IMPORT if of_paca else ""}from peft import AutoPeftModelForCausalLM
+from transformers import {imported}
+
+{before}model = AutoPeftModelForCausalLM.from_pretrained("{_HERE}"{options})  # with its base, {base}
+tokenizer = AutoTokenizer.from_pretrained("{_HERE}")
+```"""
+    if of_paca:
+        stored = adapter_settings(folder)  # as saved: a rotated adapter has more columns than its config asked for
+        reason = why_not(stored["r"], stored["paca_alpha"], saved_layers(trained))
+        loads = "yes." if reason is None else f"no, because {reason}. {_EXPORT}"
+        code += f"\n\nLoads in the PaCA of {PEFT}, without paca: {loads}\n{_LACKS}"
+    lines = [line for key, line in _COMMANDS.items() if of_paca or key != "lora"]
+    return f"""{code}
+
+On the command line, with paca:
+
+```sh
+{chr(10).join(lines)}
+```
+
+The base model is looked for by the name in `adapter_config.json`. If it lies elsewhere, add `--base-model
+NAME_OR_FOLDER` to each; in Python, load it and give it to `PeftModel.from_pretrained`."""
 
 
 class NoCardsOfCheckpoints(TrainerCallback):

@@ -1,11 +1,17 @@
-"""The runs of a folder on one local page: Trackio's, filled from what each run writes, also while it goes."""
+"""The runs of a folder on one local page.
+
+Its curves are Trackio's page, filled from what each run writes, also while it goes; beside them two runs answer.
+"""
 
 from __future__ import annotations
 
 import json
 import os
+import socket
 import tempfile
+import threading
 import time
+import webbrowser
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout
 from importlib.util import find_spec
@@ -16,10 +22,14 @@ from typing import Any
 import yaml
 
 from paca.messages.errors import PacaError
+from paca.training.answers import SideBySide
+from paca.training.found_runs import find_runs, name_in
 from paca.training.metrics import read_rows
 from paca.training.tracking import ANSWERS, answers_of, figures_of, results_of
 
-_DEEPEST = 3  # below the folder: a comparison keeps its runs two folders down
+_HOST = "127.0.0.1"
+_PORTS = range(7860, 7960)
+_PAGE = "/paca"  # Trackio's own page takes it that it lies at the root
 
 
 def show_runs(folder: Path, *, port: int | None, say: Callable[[str], None], browser: bool) -> None:
@@ -27,42 +37,77 @@ def show_runs(folder: Path, *, port: int | None, say: Callable[[str], None], bro
 
     Args:
         folder: Of a run, or of runs.
-        port: Of the page; the first free one from 7860 when None.
+        port: Of the page, on this machine's own address; the first free one from 7860 when None.
         say: Shows the user a line.
         browser: Open the page in the user's browser.
 
     Raises:
-        PacaError: There are no runs, or Trackio is not installed.
+        PacaError: There are no runs, the port is taken, or Trackio or Gradio is not installed.
     """
-    if find_spec("trackio") is None:
+    missing = [package for package in ("trackio", "gradio") if find_spec(package) is None]
+    if missing:
         raise PacaError(
-            'paca runs needs trackio. Install paca\'s extra of that name, as in pip install "./paca[trackio]", or: pip '
-            "install trackio"
+            f"paca runs needs {' and '.join(missing)}. Install paca's extra runs, as in pip install "
+            f'"./paca[runs]", or: pip install {" ".join(missing)}'
         )
     found = find_runs(folder)
     if not found:
         raise PacaError(f"There are no runs in {folder}: no metrics.jsonl in it, nor in its folders. Give another one.")
+    listening = _listen(port)
     with tempfile.TemporaryDirectory() as place:
         os.environ["TRACKIO_DIR"] = place  # before its import, which reads it
         import trackio
 
         page = _Page(folder, trackio)
         page.update()
-        with _quiet():
-            served = trackio.show(page.project, open_browser=browser, block_thread=False, share=False, server_port=port)
-        say(f"{len(found)} runs: {served[1].rstrip('/')}/?project={page.project} (Ctrl-C ends it)")
+        server = _serve(folder, page.project, listening)
+        address = f"http://{_HOST}:{listening.getsockname()[1]}{_PAGE}/"
+        say(f"{len(found)} runs: {address} (Ctrl-C ends it)")
+        if browser:
+            webbrowser.open(address)
         try:
-            while True:
+            while not server.should_exit:
                 time.sleep(2)
                 page.update()
         except KeyboardInterrupt:
-            served[0].close()
+            server.should_exit = True
+        else:
+            raise PacaError("The page can't be served; the server's message is above.")
 
 
-def find_runs(folder: Path) -> list[Path]:
-    """The folders of runs in `folder`, itself among them."""
-    depths = ("/".join(["*"] * depth + ["metrics.jsonl"]) for depth in range(_DEEPEST + 1))
-    return sorted(file.parent for pattern in depths for file in folder.glob(pattern))
+def _listen(port: int | None) -> socket.socket:
+    """A socket that waits for browsers of this machine."""
+    for one in _PORTS if port is None else [port]:
+        listening = socket.socket()
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            listening.bind((_HOST, one))
+            listening.listen()
+        except OSError:
+            listening.close()
+        else:
+            return listening
+    taken = f"Port {port} is" if port is not None else f"All ports from {_PORTS[0]} to {_PORTS[-1]} are"
+    raise PacaError(f"{taken} taken. Give another: --port NUMBER")
+
+
+def _serve(folder: Path, project: str, listening: socket.socket) -> Any:
+    """Serve the page from a thread that ends with the program. Returns its server."""
+    import gradio
+    import uvicorn
+    from fastapi import FastAPI
+    from trackio.server import make_trackio_server
+
+    from paca.training.answers_page import page_of
+
+    app = FastAPI()
+    page = page_of(SideBySide(folder), f"/?project={project}")
+    gradio.mount_gradio_app(app, page, path=_PAGE, footer_links=[], run_history=False, ssr_mode=False, pwa=False)
+    with _quiet():
+        app.mount("/", make_trackio_server().app)
+    server = uvicorn.Server(uvicorn.Config(app, log_level="warning"))
+    threading.Thread(target=server.run, kwargs={"sockets": [listening]}, daemon=True).start()
+    return server
 
 
 class _Page:
@@ -86,7 +131,7 @@ class _Page:
             with _quiet():
                 log = self.trackio.init(
                     project=self.project,
-                    name=str(run.relative_to(self.folder)) if run != self.folder else run.resolve().name,
+                    name=name_in(self.folder, run),
                     config=_settings(run),
                     resume="allow",
                     embed=False,
@@ -101,7 +146,7 @@ class _Page:
                         table = self.trackio.Table(columns=list(ANSWERS), data=answers)
                         log.log({"eval/answers": table}, step=summary["steps"])
                     self.finished.add(run)
-                log.finish()
+                self.trackio.finish()  # not the run's own, after which Trackio ends it once more, aloud
             shown.update(map(_key, rows))
 
 
