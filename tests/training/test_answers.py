@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from peft import PeftModelForCausalLM
 
-from paca.messages.claims import Claim
+from paca.pretrained.claims import Claim
 from paca.training import answers as answers_module
 from paca.training.answers import BASE, Shown, SideBySide
 from tiny_checkpoint import save_adapter, save_run

@@ -19,7 +19,7 @@ from typing import Any
 
 import pytest
 
-from paca.messages.claims import Claim
+from paca.pretrained.claims import Claim
 from tiny_checkpoint import save_adapter, save_run
 from training.chat_answers import chats
 from training.tiny_run import save_workspace

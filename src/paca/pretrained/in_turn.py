@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 from paca.messages.errors import PacaError
+from paca.pretrained.adapter_folder import adapter_settings, expanded, find_adapter, find_base, find_quantization
 from paca.pretrained.generation import LoadedModel, load_for_generation, put_adapter_on, saved_tokenizer
 from paca.pretrained.loading import load_tokenizer
 from paca.pretrained.purpose import check_answers
 from paca.pretrained.quantizing import QUANTIZATIONS
-from paca.tuner.adapter_folder import adapter_settings, expanded, find_adapter, find_base, find_quantization
 from paca.tuner.registration import NAME
 
 logger = logging.getLogger(__name__)

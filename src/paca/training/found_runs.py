@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from paca.messages.claims import holder_of
+from paca.pretrained.adapter_folder import ADAPTER_CONFIG
+from paca.pretrained.claims import holder_of
 from paca.training.run_folder import RunFolder
-from paca.tuner.adapter_folder import ADAPTER_CONFIG
 
 _DEEPEST = 3  # below the folder: a comparison keeps its runs two folders down
 
