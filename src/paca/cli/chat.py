@@ -52,7 +52,7 @@ def chat(
             )
         say(f"{unknown}. It continues each text as it stands, without the ones before.")
     history: list[Message] = [] if system is None else [{"role": "system", "content": system}]
-    with loaded.model.disable_adapter() if base else contextlib.nullcontext(), explaining():
+    with loaded.model.disable_adapter() if base else contextlib.nullcontext():
         if prompt is not None:
             for piece in stream_reply(
                 loaded,
@@ -66,15 +66,6 @@ def chat(
         who = loaded.base if base or loaded.adapter is None else f"{loaded.base} with {loaded.adapter}"
         say(f"{who}\n{HELP}")
         converse(loaded, history, max_new_tokens, temperature)
-
-
-@contextlib.contextmanager
-def explaining() -> Iterator[None]:
-    """One line for what torch says of a model that can't answer, such as one whose adapter gives NaN."""
-    try:
-        yield
-    except RuntimeError as error:
-        raise PacaError(f"The model can't answer: {error}") from error
 
 
 def converse(loaded: LoadedModel, opening: list[Message], max_new_tokens: int, temperature: float) -> None:

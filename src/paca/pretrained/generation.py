@@ -17,6 +17,7 @@ from safetensors import SafetensorError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteriaList, TextIteratorStreamer
 
 from paca.messages.errors import PacaError, is_failure
+from paca.messages.out_of_memory import failure_reason, is_out_of_memory
 from paca.pretrained import load_config, load_pretrained
 from paca.pretrained.adapter_tokenizer import load_adapter_tokenizer
 from paca.pretrained.bounded_template import conversation_text, renderer
@@ -130,7 +131,8 @@ def stream_reply(
         temperature: 0 takes the likeliest token each time; above 0 samples.
 
     Raises:
-        PacaError: A value out of range, or a conversation that does not fit the model's context.
+        PacaError: A value out of range, a conversation that does not fit the model's context, or a model, an adapter
+            or a tokenizer that fails to answer.
     """
     if max_new_tokens < 1:
         raise PacaError(f"max_new_tokens is {max_new_tokens}; it must be 1 or more.")
@@ -170,9 +172,22 @@ def stream_reply(
         thread.join()
     if not failures.empty():
         error = failures.get()
-        if isinstance(error, Exception) or not is_failure(error):
+        if isinstance(error, PacaError) or not is_failure(error):
             raise error
-        raise PacaError(f"The tokenizer can't write this answer: {error}") from error  # a panic in Rust
+        raise PacaError(_no_answer(loaded, error)) from error
+
+
+def _no_answer(loaded: LoadedModel, error: BaseException) -> str:
+    """What to say when the model fails: for want of memory, or of whatever in an adapter's or a tokenizer's files."""
+    reason = failure_reason(error)
+    if is_out_of_memory(error):
+        return f"The model can't answer: {reason}. Start a new conversation (/reset), or ask for fewer new tokens."
+    if loaded.adapter is None:
+        return f"The model {loaded.base}, or its tokenizer, can't answer: {reason}. Are all its files of one model?"
+    return (
+        f"The adapter in {loaded.adapter}, or the tokenizer there, can't answer on {loaded.base}: {reason}. It may be "
+        f"broken, or need what only PEFT can be told. Give {loaded.base} in its place to talk to the model without it."
+    )
 
 
 def _encode(loaded: LoadedModel, messages: list[Message]) -> tuple[dict[str, torch.Tensor], int | None]:
