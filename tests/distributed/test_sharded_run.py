@@ -160,6 +160,8 @@ def test_settings_of_deepspeed_that_are_not_the_runs_are_refused_at_once(runs):
     )
     with pytest.raises(PacaError, match=message):
         check_sharding(deepspeed("- ds bf16.enabled=True vs hf bf16=False"), config)
+    with pytest.raises(PacaError, match=r"rotate_every does not go with DeepSpeed"):
+        check_sharding(deepspeed(), load_run_config(runs / "config.yaml", ["paca.rotate_every=2"]))
 
 
 @pytest.mark.parametrize("setting", ["paca.selection=weight_norm", "model.quantization=nf4"])

@@ -83,6 +83,11 @@ def _check_deepspeed(arguments: TrainingArguments, config: RunConfig) -> None:
             "What DeepSpeed is told (by accelerate launch, or by train.deepspeed) is not what the run's config says: "
             f"{'; '.join(differing)}. Make them the same, or give DeepSpeed the value auto."
         )
+    if config.method == "paca" and config.adapter.get("rotate_every") is not None:
+        raise PacaError(
+            "paca.rotate_every does not go with DeepSpeed, whose optimizer keeps copies of what is trained. Leave it "
+            "out, or train with DistributedDataParallel."
+        )
     if config.method != "paca" or not is_deepspeed_zero3_enabled():
         return
     selection = config.adapter.get("selection", PacaConfig.selection)
