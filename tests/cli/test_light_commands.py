@@ -16,9 +16,10 @@ import pytest
 
 import paca_command
 from paca.cli import main
+from paca.cli.quiet import send_no_telemetry
 from paca.cli.waiting_threads import ON_A_BUSY_ONE, ON_A_FREE_MACHINE
 
-HEAVY = ("torch", "transformers", "peft", "trl", "datasets", "accelerate", "matplotlib")
+HEAVY = ("torch", "transformers", "huggingface_hub", "peft", "trl", "datasets", "accelerate", "matplotlib")
 SERVER = f"""
 import json, os, sys, traceback
 from paca_command import enter_package, main
@@ -39,7 +40,8 @@ for line in sys.stdin:
         except BaseException:
             traceback.print_exc()
             status = 99
-        print("\\nimported:", [name for name in {HEAVY!r} if name in sys.modules])
+        print("\\ntelemetry off:", os.environ.get("HF_HUB_DISABLE_TELEMETRY"))
+        print("imported:", [name for name in {HEAVY!r} if name in sys.modules])
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)
@@ -83,6 +85,14 @@ def test_help_imports_nothing_heavy(run: Run, command: str) -> None:
     assert done.returncode == 0, done.stderr
     assert "Usage" in done.stdout
     assert done.stdout.endswith("imported: []\n")
+
+
+def test_no_library_is_to_tell_its_makers_unless_the_user_says_so(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    # What counts is what huggingface_hub finds when it is imported, after this.
+    assert run("--version").stdout.endswith("telemetry off: 1\nimported: []\n")
+    monkeypatch.setenv("HF_HUB_DISABLE_TELEMETRY", "0")
+    send_no_telemetry()
+    assert os.environ["HF_HUB_DISABLE_TELEMETRY"] == "0"
 
 
 @pytest.mark.parametrize(

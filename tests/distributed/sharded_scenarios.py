@@ -13,12 +13,15 @@ from datetime import timedelta
 import pytest
 import torch
 import torch.distributed as dist
+from safetensors.torch import save_file
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Shard
 from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
+from transformers import LlamaForCausalLM
+from transformers.distributed import DistributedConfig
 
 import paca
 from expert_models import STACKS, mixtral
@@ -817,6 +820,29 @@ def tensor_parallel_layers_are_refused():
     parallelize_module(module, mesh(), ColwiseParallel())
     with pytest.raises(RuntimeError, match=r"as tensor parallelism does it\. That is not supported"):
         model(torch.randn(4, 7))
+
+
+@of(2)
+def plans_of_transformers_are_refused():
+    """What `tp_plan="auto"` makes of a model, which is right as long as nothing is adapted."""
+    alone, ids = llama().double(), batch()
+    with tempfile.TemporaryDirectory() as folder:
+        alone.config.save_pretrained(folder)
+        save_file(alone.state_dict(), f"{folder}/model.safetensors", {"format": "pt"})  # in every process
+        plan = DistributedConfig(tp_size=2, tp_plan="auto")
+        model = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float64, distributed_config=plan)
+    loss_of(alone, ids).backward()
+    loss_of(model, ids).backward()
+    layers = alone.model.layers[0].self_attn, model.model.layers[0].self_attn
+    for name, dim in (("q_proj", 0), ("o_proj", 1)):
+        expected, layer = (getattr(attention, name) for attention in layers)
+        assert layer.weight.placements == (Shard(dim),)  # rows, or columns: half of them are in each process
+        assert "forward" in vars(layer)  # in place of its class's
+        torch.testing.assert_close(whole(layer.weight.grad), expected.weight.grad, rtol=1e-12, atol=1e-15)
+        with pytest.raises(ValueError, match=rf"{name} is split over processes by a tensor-parallel plan"):
+            adapt(model, target_modules=[name])
+        with pytest.raises(RuntimeError, match=r"mixed torch\.Tensor and DTensor"):  # how columns are read and written
+            layer.weight.detach().index_select(1, torch.tensor([0, 5]))
 
 
 # -- four processes --------------------------------------------------------------------------------------------------

@@ -5,19 +5,25 @@ from __future__ import annotations
 import gc
 import io
 import os
+import re
 import shutil
 import socket
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.multiprocessing as mp
 from rich.console import Console
+from torch.nn.parallel import DistributedDataParallel
+from transformers import TrainerState
 from trl import SFTConfig
 
 from forked_process import FORKS
 from paca.messages.errors import PacaError
-from paca.training import curves, load_run_config, train
+from paca.training import curves, load_run_config, sharding, train
+from paca.training.checkpoints import load_if_finished
+from paca.training.sharding import check_sharding, spare_buffers
 from training.tiny_run import adapter, curve, place_of_picture, save_workspace
 
 ONE = ["train.per_device_train_batch_size=4", "train.max_steps=4", "train.save_steps=2"]
@@ -46,8 +52,11 @@ def worker(
     if accelerated:
         PartialState._prepare_backend = lambda *_, **__: ("gloo", DistributedType.MULTI_GPU)
         PartialState.set_device = lambda self: setattr(self, "device", torch.device("cpu"))
+    sends, asked = DistributedDataParallel.will_sync_module_buffers, []
+    DistributedDataParallel.will_sync_module_buffers = lambda self: asked.append(sends(self)) or asked[-1]
     with open(f"{output}-{rank}.txt", "w") as file:
         train(load_run_config(Path(config), settings), resume=resume, console=Console(file=file, width=300))
+        print("DDP sent buffers in", sum(asked), "of", len(asked), "passes", file=file)
     torch.distributed.destroy_process_group()
 
 
@@ -127,10 +136,67 @@ def test_what_would_fail_later_is_refused_at_once(runs, tmp_path, monkeypatch, s
     assert not (tmp_path / "run").exists()
 
 
+def test_what_accelerates_launcher_asks_for_is_looked_at_too(runs, tmp_path, monkeypatch):
+    config = load_run_config(runs / "config.yaml", [f"output.dir={tmp_path}/run"])
+    monkeypatch.setattr(SFTConfig, "world_size", 2)
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    monkeypatch.setenv("FSDP_CPU_RAM_EFFICIENT_LOADING", "false")  # transformers leaves it behind
+    monkeypatch.setenv("FSDP_ACTIVATION_CHECKPOINTING", "true")
+    with pytest.raises(PacaError, match="the saved adapter would be empty"):
+        train(config, console=Console(file=io.StringIO()))
+
+
+def deepspeed(*mismatches):
+    """Settings of a trainer that DeepSpeed works for, as far as they are looked at: it need not be installed."""
+    told = SimpleNamespace(mismatches=list(mismatches))
+    return SimpleNamespace(fsdp=None, deepspeed_plugin=object(), hf_deepspeed_config=told)
+
+
+def test_settings_of_deepspeed_that_are_not_the_runs_are_refused_at_once(runs):
+    config = load_run_config(runs / "config.yaml", [])
+    check_sharding(deepspeed(), config)
+    message = (
+        r"DeepSpeed's bf16.enabled=True vs train.bf16=False\. Make them the same, or give DeepSpeed the value auto"
+    )
+    with pytest.raises(PacaError, match=message):
+        check_sharding(deepspeed("- ds bf16.enabled=True vs hf bf16=False"), config)
+    with pytest.raises(PacaError, match=r"rotate_every does not go with DeepSpeed"):
+        check_sharding(deepspeed(), load_run_config(runs / "config.yaml", ["paca.rotate_every=2"]))
+
+
+@pytest.mark.parametrize("setting", ["paca.selection=weight_norm", "model.quantization=nf4"])
+def test_what_needs_whole_weights_is_refused_under_zero_3(runs, monkeypatch, setting):
+    config = load_run_config(runs / "config.yaml", [setting])
+    check_sharding(deepspeed(), config)
+    monkeypatch.setattr(sharding, "is_deepspeed_zero3_enabled", lambda: True)
+    with pytest.raises(PacaError, match=f"{setting.split('=')[0]}.* ZeRO-3.* ZeRO stage 1 or 2"):
+        check_sharding(deepspeed(), config)
+    check_sharding(deepspeed(), load_run_config(runs / "config.yaml", []))
+
+
+def test_a_last_checkpoint_of_deepspeed_is_one_message(tmp_path):
+    (tmp_path / "adapter_model.safetensors").touch()
+    trainer, state = SimpleNamespace(is_deepspeed_enabled=True), TrainerState(global_step=4, max_steps=4)
+    with pytest.raises(PacaError, match=r"is one of shards or of DeepSpeed's.* Move it away; --resume goes on"):
+        load_if_finished(trainer, state, tmp_path)
+
+
 def test_processes_without_accelerators_say_that_nothing_is_sharded(runs, tmp_path):
     settings = [*SHARDED, "train.max_steps=1", f"output.dir={tmp_path}/run"]
     output = run_in_two(runs / "config.yaml", settings, tmp_path / "whole", accelerated=False)
     assert "Warning: train.fsdp has no effect" in output
+    assert re.search(r"DDP sent buffers in 0 of [1-9]\d* passes", output)
+
+
+def test_buffers_are_sent_where_the_user_says_so_or_batches_are_normalized():
+    for given, layer, expected in (
+        (None, torch.nn.Linear(2, 2), False),
+        (None, torch.nn.BatchNorm1d(2), None),
+        (True, torch.nn.Linear(2, 2), True),
+    ):
+        arguments = SFTConfig(output_dir="unused", use_cpu=True, report_to="none", ddp_broadcast_buffers=given)
+        spare_buffers(arguments, torch.nn.Sequential(layer))
+        assert arguments.ddp_broadcast_buffers is expected
 
 
 def test_one_process_is_refused(runs, tmp_path):

@@ -203,28 +203,45 @@ def test_sampling_differs_from_the_greedy_answer_and_follows_the_seed(loaded: Lo
 def test_closing_the_stream_stops_the_model(loaded: LoadedModel) -> None:
     steps = 0
 
+    def running() -> int:  # a timer that was cancelled may be there for a moment
+        return sum(not isinstance(thread, threading.Timer) for thread in threading.enumerate())
+
     def count(*_: object) -> None:
         nonlocal steps
         steps += 1
 
     hook = loaded.model.get_base_model().register_forward_pre_hook(count)
-    threads = threading.active_count()
+    threads = running()
     stream = stream_reply(loaded, QUESTION, max_new_tokens=200)
     next(stream)
-    assert threading.active_count() == threads + 1
+    assert running() == threads + 1
     stream.close()
     hook.remove()
-    assert threading.active_count() == threads
+    assert running() == threads
     assert 0 < steps < 150
 
 
-def test_an_error_while_generating_reaches_the_caller(loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (RuntimeError("probabilities contain nan\nat line 3"), "RuntimeError: probabilities contain nan"),
+        (TypeError("expected str"), "TypeError: expected str"),
+        (MemoryError(), "out of memory"),
+    ],
+)
+def test_an_error_while_generating_is_one_line(
+    loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch, error: Exception, words: str
+) -> None:
     def broken(*args: object, **kwargs: object) -> None:
-        raise RuntimeError("out of memory")
+        raise error
 
     monkeypatch.setattr(loaded.model, "generate", broken)
-    with pytest.raises(RuntimeError, match="out of memory"):
+    with pytest.raises(PacaError, match=words) as caught:
         list(stream_reply(loaded, QUESTION))
+    assert "\n" not in str(caught.value)
+    assert (str(loaded.adapter) in str(caught.value)) == (words != "out of memory")
+    with pytest.raises(PacaError, match=f"The model .*{words}"):
+        list(stream_reply(LoadedModel(loaded.model, loaded.tokenizer, None, loaded.base), QUESTION))
 
 
 def test_earlier_turns_change_the_answer(loaded: LoadedModel) -> None:

@@ -190,6 +190,8 @@ def change(adapter: Path, **settings: Any) -> None:
         {"peft_type": "LORA", "target_modules": "(.+)+!"},
         {"peft_type": "LORA", "megatron_config": {"a": 1}, "megatron_core": "hostile"},
         {"peft_type": "LORA", "layer_replication": [[0, 2]] * 99},
+        {"peft_type": "LORA", "alora_invocation_tokens": {"a": 1}},
+        {"peft_type": "LORA", "alora_invocation_tokens": [[1]]},
         {"peft_type": "XLORA", "adapters": {"a": "somebody/else"}},
         {"peft_type": "NONE"},
         {"peft_type": [1]},
@@ -210,6 +212,17 @@ def test_a_tokenizer_that_lets_texts_grow_is_refused(adapter: Path) -> None:
     content["normalizer"] = {"type": "Sequence", "normalizers": [step] * 60}
     (adapter / "tokenizer.json").write_text(json.dumps(content))
     with pytest.raises(PacaError, match=r"tokenizer\.json makes texts"):
+        adapter_tokenizer.load_adapter_tokenizer(adapter)
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "vocab.json", "added_tokens.json"])
+def test_a_token_of_a_huge_number_is_refused(adapter: Path, name: str) -> None:
+    content: dict[str, Any] = {"a": 2**31}  # who writes such a vocabulary fills gigabytes with the numbers below
+    if name == "tokenizer.json":
+        content = json.loads((adapter / name).read_text())
+        content["model"]["vocab"]["a"] = 2**31
+    (adapter / name).write_text(json.dumps(content))
+    with pytest.raises(PacaError, match=rf"{name} has a token of number 2,147,483,648.*Delete the tokenizer's files"):
         adapter_tokenizer.load_adapter_tokenizer(adapter)
 
 

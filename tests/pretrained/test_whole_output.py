@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ import pytest
 from paca.messages.disk import DiskError
 from paca.pretrained.claims import Claim
 from paca.pretrained.whole_output import whole_output
+from paca.training.run_folder import RunFolder
 
 
 def write(output: Path, text: str) -> None:
@@ -58,10 +60,32 @@ def test_what_another_process_is_writing_stays(tmp_path: Path) -> None:
         assert partial.is_dir()
 
 
-def test_all_of_it_is_on_the_disk_before_it_takes_its_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    done: list[str] = []
-    replace = os.replace
-    monkeypatch.setattr(os, "fsync", lambda number: done.append(os.readlink(f"/proc/self/fd/{number}").split("/")[-1]))
-    monkeypatch.setattr(os, "replace", lambda old, new: (done.append("in place"), replace(old, new)))
+def test_all_of_it_is_on_the_disk_before_the_old_one_goes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write(tmp_path / "out", "first")
-    assert done == ["model", "out", "in place"]
+    done = disk_calls(monkeypatch)
+    write(tmp_path / "out", "second")
+    # The old one moves away, the new one takes its name, and the name is on the disk before the old one is deleted.
+    assert done[: done.index("gone")] == ["model", "out", "renamed", "renamed", tmp_path.name]
+
+
+def test_a_checkpoint_is_on_the_disk_with_its_name_and_its_mark_when_it_counts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = RunFolder(tmp_path)
+    folder.checkpoint(4).mkdir(parents=True)
+    (folder.checkpoint(4) / "optimizer.pt").touch()
+    done = disk_calls(monkeypatch)
+    folder.mark_whole(4)
+    assert done[:3] == ["optimizer.pt", "checkpoint-4", "checkpoints"]
+    assert "whole.json" in done[3]
+    assert done[4:6] == ["renamed", "checkpoint-4"]
+
+
+def disk_calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """From now on, in their order: names of what is flushed to the disk, renamings and removals of folders."""
+    done: list[str] = []
+    replace, rmtree = os.replace, shutil.rmtree
+    monkeypatch.setattr(os, "fsync", lambda number: done.append(os.readlink(f"/proc/self/fd/{number}").split("/")[-1]))
+    monkeypatch.setattr(os, "replace", lambda old, new: (done.append("renamed"), replace(old, new)))
+    monkeypatch.setattr(shutil, "rmtree", lambda path, **how: (done.append("gone"), rmtree(path, **how)))
+    return done

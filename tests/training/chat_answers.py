@@ -5,7 +5,8 @@ from __future__ import annotations
 import functools
 from pathlib import Path
 
-from paca.pretrained.generation import answering, load_for_generation, opening, stream_reply
+from paca.pretrained.conversation import answering, opening
+from paca.pretrained.generation import load_for_generation, stream_reply
 
 
 @functools.cache

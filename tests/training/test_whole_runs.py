@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from rich.console import Console
-from transformers import TrainerControl, TrainerState
+from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from endurance.steps import train_and_look
 from kills.jobs import Chances, KilledRun, outputs
@@ -54,6 +54,19 @@ def test_killed_again_and_again_everything_is_whole_and_ends_the_same(config_fil
     for points.points in ([("byte", 0.5)], [("call", 0.95)]):
         kills += lora.kill()
     assert kills >= 5, counts
+
+
+def test_a_checkpoint_at_the_end_of_an_evaluated_epoch_comes_after_the_evaluation(tmp_path: Path) -> None:
+    """Evaluation draws from the random state that a checkpoint holds, and a resumed run does not repeat it."""
+    arguments = TrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to="none", eval_strategy="epoch")
+    checkpoints = WholeCheckpoints(RunFolder(tmp_path), arguments)
+    for epoch, waits in ((0.5, False), (1.0, True), (1.5, False), (2.0, True)):
+        state, control = TrainerState(epoch=epoch, global_step=8), TrainerControl(should_save=True)
+        checkpoints.on_step_end(arguments, state, control)
+        assert control.should_save is not waits
+        if waits:
+            checkpoints.on_epoch_end(arguments, state, control)
+            assert control.should_save
 
 
 def fill_the_disk(monkeypatch: pytest.MonkeyPatch, step: int) -> None:

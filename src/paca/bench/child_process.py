@@ -21,8 +21,8 @@ from paca.bench.memory_in_use import AllocatedOnCuda, ResidentSet
 from paca.bench.methods import MethodUnavailable, find_methods
 from paca.bench.settings import BenchSettings, Point
 from paca.bench.step import TrainingStep
+from paca.pretrained.out_of_memory import failure_reason, is_out_of_memory
 from paca.training.freed_memory import keep_freed_memory
-from paca.training.out_of_memory import failure_reason, is_out_of_memory
 
 _WATCH_PERIOD = 0.005  # seconds
 _STEPS = 2  # the optimizer's state exists from the first step on, so the second one has the peak

@@ -23,7 +23,7 @@ from paca.bench.step_budget import PHASES, count_launches, profile_step, time_ph
 from paca.bench.switching import RECOMPILATIONS, add_second_adapter, count_recompilations, time_switches
 from paca.bench.timing import time_rounds
 from paca.messages.errors import PacaError
-from paca.training.out_of_memory import failure_reason
+from paca.pretrained.out_of_memory import failure_reason
 
 _SWITCH_POINT = Point(1, 8)  # small, so that the forward pass beside the switch is short
 _SWITCH_ROUNDS = 20

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from torch._dynamo.utils import counters
 
 from paca.bench.step import TrainingStep
-from paca.training.out_of_memory import failure_reason
+from paca.pretrained.out_of_memory import failure_reason
 
 
 def graphs_compiled() -> int:

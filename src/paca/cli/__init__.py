@@ -20,7 +20,7 @@ from paca.cli.import_adapter import import_adapter
 from paca.cli.merge import merge
 from paca.cli.plan import plan
 from paca.cli.push import push
-from paca.cli.quiet import hide_library_notes, show_escapes
+from paca.cli.quiet import hide_library_notes, send_no_telemetry, show_escapes
 from paca.cli.runs import runs
 from paca.cli.train import train
 from paca.cli.waiting_threads import let_waiting_threads_sleep
@@ -64,6 +64,7 @@ def main() -> None:
     With the environment variable `PACA_DEBUG=1` the traceback is shown instead.
     """
     let_waiting_threads_sleep()
+    send_no_telemetry()
     hide_library_notes()
     show_escapes()
     try:

@@ -34,14 +34,8 @@ def chat(
     """Talk to a trained model in the terminal, until /exit; with --prompt once."""
     find_adapter(path)  # before what it takes to load one: a wrong path is no reason to wait
     import_package()
-    from paca.pretrained.generation import (
-        answering,
-        load_for_generation,
-        opening,
-        speaker,
-        stream_reply,
-        unknown_form,
-    )
+    from paca.pretrained.conversation import answering, opening, speaker, unknown_form
+    from paca.pretrained.generation import load_for_generation, stream_reply
 
     if path.lower().endswith(".gguf"):
         say(f"Unpacking the weights of {path} ...")

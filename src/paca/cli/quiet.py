@@ -1,9 +1,10 @@
-"""What no command shows: notes from one library to another."""
+"""What no command shows, or sends: notes from one library to another, and to its makers."""
 
 from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import warnings
 from typing import Any
 
@@ -18,6 +19,12 @@ def hide_library_notes() -> None:
     warnings.filterwarnings("ignore", category=FutureWarning)
     for name in _NOTES:
         logging.getLogger(name).setLevel(logging.ERROR)
+
+
+def send_no_telemetry() -> None:
+    """Let no library tell its makers what is run (TRL does, for each trainer it makes), unless the user said so by
+    `HF_HUB_DISABLE_TELEMETRY=0`. Before huggingface_hub is imported, which reads that once; processes inherit it."""
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 
 
 def show_escapes() -> None:

@@ -38,6 +38,12 @@ def check_method(adapter: Path, model: nn.Module) -> None:
     for setting, reason in _REFUSED.items():
         if settings.get(setting):
             raise PacaError(f"{file} sets {setting}, which paca does not load: {reason}. Load it with PEFT.")
+    tokens = settings.get("alora_invocation_tokens")  # PEFT looks at them when it generates, and not before
+    if tokens is not None and not (isinstance(tokens, list) and all(type(token) is int for token in tokens)):
+        raise PacaError(
+            f"{file} is broken: alora_invocation_tokens must be a list of tokens' numbers or null; it is "
+            f"{shown(tokens)}. Copy the file again, or train again."
+        )
     try_expressions(settings, model, file)
     weights = weight_file(adapter)
     if weights.suffix == ".bin":

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from queue import Queue
@@ -22,6 +22,7 @@ from paca.pretrained.adapter_folder import find_adapter, find_base, find_quantiz
 from paca.pretrained.adapter_tokenizer import load_adapter_tokenizer
 from paca.pretrained.bounded_template import conversation_text, renderer
 from paca.pretrained.foreign_methods import check_method
+from paca.pretrained.out_of_memory import failure_reason, is_out_of_memory
 from paca.pretrained.purpose import check_answers, classifier_in
 from paca.pretrained.quantizing import QUANTIZATIONS, is_quantized, method_of
 from paca.pretrained.tied_weights import untie_for
@@ -138,52 +139,6 @@ def on_accelerator(model: PreTrainedModel) -> PreTrainedModel:
     return model
 
 
-def opening(loaded: LoadedModel, system: str | None) -> list[Message]:
-    """The messages that a conversation starts with: none, or the system message.
-
-    Raises:
-        PacaError: There is one, and the model has no place for it.
-    """
-    if system is not None and loaded.tokenizer.chat_template is None:
-        raise PacaError("This model has no chat template, so there is no place for a system message.")
-    return [] if system is None else [{"role": "system", "content": system}]
-
-
-def unknown_form(loaded: LoadedModel) -> str | None:
-    """What a person should know of a model that no chat template says how to ask."""
-    if loaded.tokenizer.chat_template is not None:
-        return None
-    unknown = "This model has no chat template"
-    if loaded.adapter is not None:
-        unknown = (
-            "No chat template is saved with this adapter: it was trained on texts as they stand, or in a form that is "
-            "unknown"
-        )
-    return f"{unknown}. It continues each text as it stands, without the ones before."
-
-
-def speaker(loaded: LoadedModel, base: bool) -> str:
-    """Who answers: the model with its adapter, or with `base` without it."""
-    return loaded.base if base or loaded.adapter is None else f"{loaded.base} with {loaded.adapter}"
-
-
-@contextmanager
-def answering(loaded: LoadedModel, base: bool) -> Iterator[None]:
-    """Answer within this, with `base` without the adapter.
-
-    Raises:
-        PacaError: There is no adapter to leave out; or for what torch says of a model that can't answer, such as one
-            whose adapter gives NaN.
-    """
-    if base and loaded.adapter is None:
-        raise PacaError(f"{loaded.base} is a plain model: it has no adapter that could be left out.")
-    try:
-        with loaded.model.disable_adapter() if base else nullcontext():
-            yield
-    except RuntimeError as error:
-        raise PacaError(f"The model can't answer: {error}") from error
-
-
 def stream_reply(
     loaded: LoadedModel, messages: list[Message], *, max_new_tokens: int = 256, temperature: float = 0.0
 ) -> Iterator[str]:
@@ -200,7 +155,8 @@ def stream_reply(
         temperature: 0 takes the likeliest token each time; above 0 samples.
 
     Raises:
-        PacaError: A value out of range, or a conversation that does not fit the model's context.
+        PacaError: A value out of range, a conversation that does not fit the model's context, or a model, an adapter
+            or a tokenizer that fails to answer.
     """
     if max_new_tokens < 1:
         raise PacaError(f"max_new_tokens is {max_new_tokens}; it must be 1 or more.")
@@ -240,9 +196,22 @@ def stream_reply(
         thread.join()
     if not failures.empty():
         error = failures.get()
-        if isinstance(error, Exception) or not is_failure(error):
+        if isinstance(error, PacaError) or not is_failure(error):
             raise error
-        raise PacaError(f"The tokenizer can't write this answer: {error}") from error  # a panic in Rust
+        raise PacaError(_no_answer(loaded, error)) from error
+
+
+def _no_answer(loaded: LoadedModel, error: BaseException) -> str:
+    """What to say when the model fails: for want of memory, or of whatever in an adapter's or a tokenizer's files."""
+    reason = failure_reason(error)
+    if is_out_of_memory(error):
+        return f"The model can't answer: {reason}. Start a new conversation (/reset), or ask for fewer new tokens."
+    if loaded.adapter is None:
+        return f"The model {loaded.base}, or its tokenizer, can't answer: {reason}. Are all its files of one model?"
+    return (
+        f"The adapter in {loaded.adapter}, or the tokenizer there, can't answer on {loaded.base}: {reason}. It may be "
+        f"broken, or need what only PEFT can be told. Give {loaded.base} in its place to talk to the model without it."
+    )
 
 
 def _encode(loaded: LoadedModel, messages: list[Message]) -> tuple[dict[str, torch.Tensor], int | None]:

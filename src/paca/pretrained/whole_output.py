@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from glob import escape
 from pathlib import Path
 
@@ -45,6 +45,7 @@ def whole_output(output: Path, needs: int = 0) -> Iterator[Path]:
                 if output.is_dir():
                     os.replace(output, replaced)
                 os.replace(partial / output.name, output)
+                sync_names(output.parent)
                 shutil.rmtree(replaced, ignore_errors=True)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
@@ -53,15 +54,25 @@ def whole_output(output: Path, needs: int = 0) -> Iterator[Path]:
 def sync(path: Path) -> None:
     """Wait until a file, or a folder with all that is in it, is on the disk: also a power cut leaves it whole then."""
     for part in (*(path.rglob("*") if path.is_dir() else ()), path):
-        if not part.is_symlink() and (part.is_file() or part.is_dir()):
+        if not part.is_symlink() and part.is_file():
             descriptor = os.open(part, os.O_RDONLY)
             try:
                 os.fsync(descriptor)
-            except OSError:
-                if not part.is_dir():  # which not every system can do this with
-                    raise
             finally:
                 os.close(descriptor)
+        elif not part.is_symlink() and part.is_dir():
+            sync_names(part)
+
+
+def sync_names(folder: Path) -> None:
+    """Wait until the names in a folder are on the disk: after a power cut what was renamed into it is there. Call it
+    before what the new name stands in for is removed."""
+    with suppress(OSError):  # not every system can do this
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 def put_in_place(unfinished: Path, folder: Path) -> None:
@@ -72,6 +83,7 @@ def put_in_place(unfinished: Path, folder: Path) -> None:
     if folder.is_dir():
         os.replace(folder, replaced)
     os.replace(unfinished, folder)
+    sync_names(folder.parent)
     shutil.rmtree(replaced, ignore_errors=True)
 
 

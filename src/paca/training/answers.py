@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from paca.messages.errors import PacaError
-from paca.pretrained.generation import answering, opening, speaker, stream_reply, unknown_form
+from paca.pretrained.conversation import answering, opening, speaker, unknown_form
+from paca.pretrained.generation import stream_reply
 from paca.pretrained.in_turn import ModelsInTurn
 from paca.training.found_runs import find_answering, name_in, state_of
 

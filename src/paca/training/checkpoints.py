@@ -39,9 +39,8 @@ class WholeCheckpoints(TrainerCallback):
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Make ready for the checkpoint of this step, if there will be one.
 
-        At the end of an epoch that is evaluated it waits for the evaluation: a run that is resumed before it would
-        leave it out. (One kill in an early trial of such runs led to another adapter. The cause was not found; it may
-        have been the random numbers that evaluation draws. It did not come again in 51 kills with this order.)
+        At the end of an epoch that is evaluated it waits for the evaluation, which draws a random number (torch's
+        `DataLoader` does). A run that is resumed from before it would leave it out, and drop out other values.
         """
         self._waits = control.should_save and args.eval_strategy == "epoch" and state.epoch == round(state.epoch or 0)
         if self._waits:
@@ -130,10 +129,12 @@ def load_if_finished(trainer: Any, state: TrainerState, checkpoint: Path) -> boo
             if getattr(trainer.args, name) is not None:
                 setattr(trainer.args, name, getattr(state, name))
         return False
-    if not any((*checkpoint.glob("adapter_model.*"), *checkpoint.glob("model*.safetensors"))):
+    if trainer.is_deepspeed_enabled or not any(
+        (*checkpoint.glob("adapter_model.*"), *checkpoint.glob("model*.safetensors"))
+    ):
         raise PacaError(
-            f"Every step of this run is made, but {checkpoint} holds the weights in shards, which only training can "
-            "read. Move it away; --resume goes on from the checkpoint before it."
+            f"Every step of this run is made, but {checkpoint} is one of shards or of DeepSpeed's, which only training "
+            "can read. Move it away; --resume goes on from the checkpoint before it."
         )
     trainer._load_from_checkpoint(str(checkpoint))
     trainer.state = state

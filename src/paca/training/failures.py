@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from paca.messages.disk import DiskError, disk_error
 from paca.messages.errors import PacaError
 from paca.messages.program import program
-from paca.training.out_of_memory import is_out_of_memory
+from paca.pretrained.out_of_memory import is_out_of_memory
 from paca.training.run_config import RunConfig
 from paca.training.run_folder import RunFolder
 

@@ -23,7 +23,7 @@ def memory_at_hand(arguments: TrainingArguments) -> int | None:
     None where no plan is made: for devices that the planner does not know, and for weights that are sharded.
     """
     device = arguments.device.type
-    if device not in ("cpu", "cuda") or arguments.fsdp or arguments.deepspeed:
+    if device not in ("cpu", "cuda") or arguments.fsdp or arguments.deepspeed_plugin:
         return None
     try:
         available = available_memory(device)

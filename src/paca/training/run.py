@@ -111,11 +111,9 @@ def train(
         # prepared after that, leaves DDP away, and each process trains on its own.
         settings["eval_on_start"] = prepared.data.eval is not None and config.eval.before and not resume
         arguments = train_settings.training_arguments(settings, folder.checkpoints)  # also joins the other processes
-        check_sharding(arguments, plan.config.method, plan.config.adapter.get("modules_to_save"))
-        if probe and arguments.deepspeed:
-            raise PacaError(
-                "--probe does not go with train.deepspeed, whose backward pass is also a step. Leave it out."
-            )
+        check_sharding(arguments, plan.config)
+        if probe and arguments.deepspeed_plugin is not None:
+            raise PacaError("--probe does not go with DeepSpeed, whose backward pass is also a step. Leave it out.")
         if main and resume:
             check_same_run(folder, plan.config, prepared.inputs)
         elif main:
@@ -160,7 +158,7 @@ class _Run:
             if prepared.data.template is not None:
                 give_form(pretrained.tokenizer, self.config, prepared.data.train)
         self.trainer = self._make_trainer(prepared, pretrained, arguments)
-        if scorer is not None and (self.trainer.is_fsdp_enabled or arguments.deepspeed):
+        if scorer is not None and (self.trainer.is_fsdp_enabled or arguments.deepspeed_plugin):
             raise PacaError(
                 "eval.metric needs whole weights in one process, not FSDP's or DeepSpeed's shards. Leave it out, add "
                 "it to the finished run's config.yaml, and give the run to `paca evaluate`."

@@ -14,7 +14,7 @@ from typing import Any
 from paca.messages.disk import DiskError, writing
 from paca.messages.errors import PacaError
 from paca.pretrained.claims import Claim
-from paca.pretrained.whole_output import sync
+from paca.pretrained.whole_output import sync, sync_names
 
 _MARK = "whole.json"  # in a checkpoint: the sizes of its files, written when they are on the disk
 _NAME = re.compile(r"(\.)?checkpoint-(\d+)(?(1)\.before)")  # with dot and ending: set aside
@@ -177,6 +177,7 @@ class RunFolder:
         """
         path = self.checkpoint(step)
         sync(path)
+        sync_names(self.checkpoints)  # the folder's own name: older checkpoints go once this one is marked
         if not to_resume:
             return
         files = [file for file in path.rglob("*") if file.is_file() and file.name != _MARK]
@@ -205,7 +206,8 @@ def write_whole(path: Path, text: str) -> None:
                 file.write(text)
                 file.flush()
                 os.fsync(file.fileno())  # or a power cut might leave the new name with nothing in it
-            beside.replace(path)
+            os.replace(beside, path)
+            sync_names(path.parent)
         finally:
             with suppress(OSError):  # of a folder that is gone
                 beside.unlink(missing_ok=True)

@@ -21,6 +21,7 @@ from paca.training.adapter_settings import adapter_config
 from paca.training.calibration import ColumnChoice
 from paca.training.run_config import RunConfig
 from paca.training.run_folder import RunFolder
+from paca.training.sharding import spare_buffers
 from paca.training.trainers import trainer_kind
 
 
@@ -91,6 +92,7 @@ def with_adapter(
     Raises:
         PacaError: The settings don't fit each other.
     """
+    spare_buffers(arguments, model)
     if config.method == "paca":
         adapter: PeftConfig | None = ColumnChoice(config, examples, arguments, folder.columns, console).adapter(model)
     else:

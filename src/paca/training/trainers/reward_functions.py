@@ -24,8 +24,8 @@ from paca.messages.errors import PacaError
 from paca.messages.nearest import did_you_mean
 from paca.pretrained import load_pretrained
 from paca.pretrained.generation import load_saved
+from paca.pretrained.out_of_memory import is_out_of_memory
 from paca.pretrained.purpose import classifier_in
-from paca.training.out_of_memory import is_out_of_memory
 
 BY_TRL = ("accuracy_reward", "reasoning_accuracy_reward", "think_format_reward")
 BUILT_IN = ("exact_match", *BY_TRL)

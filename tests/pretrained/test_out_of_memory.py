@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from paca.training.out_of_memory import failure_reason, is_out_of_memory
+from paca.pretrained.out_of_memory import failure_reason, is_out_of_memory
 
 
 def test_the_error_of_the_cpu_allocator_is_recognised() -> None:

@@ -1,0 +1,51 @@
+"""How a conversation with a loaded model begins: with which messages, in which form, and with whom."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+
+from paca.messages.errors import PacaError
+from paca.pretrained.generation import LoadedModel, Message
+
+
+def opening(loaded: LoadedModel, system: str | None) -> list[Message]:
+    """The messages that a conversation starts with: none, or the system message.
+
+    Raises:
+        PacaError: There is one, and the model has no place for it.
+    """
+    if system is not None and loaded.tokenizer.chat_template is None:
+        raise PacaError("This model has no chat template, so there is no place for a system message.")
+    return [] if system is None else [{"role": "system", "content": system}]
+
+
+def unknown_form(loaded: LoadedModel) -> str | None:
+    """What a person should know of a model that no chat template says how to ask."""
+    if loaded.tokenizer.chat_template is not None:
+        return None
+    unknown = "This model has no chat template"
+    if loaded.adapter is not None:
+        unknown = (
+            "No chat template is saved with this adapter: it was trained on texts as they stand, or in a form that is "
+            "unknown"
+        )
+    return f"{unknown}. It continues each text as it stands, without the ones before."
+
+
+def speaker(loaded: LoadedModel, base: bool) -> str:
+    """Who answers: the model with its adapter, or with `base` without it."""
+    return loaded.base if base or loaded.adapter is None else f"{loaded.base} with {loaded.adapter}"
+
+
+@contextmanager
+def answering(loaded: LoadedModel, base: bool) -> Iterator[None]:
+    """Answer within this, with `base` without the adapter.
+
+    Raises:
+        PacaError: There is no adapter to leave out.
+    """
+    if base and loaded.adapter is None:
+        raise PacaError(f"{loaded.base} is a plain model: it has no adapter that could be left out.")
+    with loaded.model.disable_adapter() if base else nullcontext():
+        yield
