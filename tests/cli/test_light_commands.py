@@ -143,7 +143,7 @@ OUTPUT = ["--output", "written"]
     [
         (["chat", "missing"], "No such folder: missing. Give a run of `paca train`, an adapter's folder or a model's."),
         (["evaluate", "missing", "--tasks", "arc_easy", *OUTPUT], "No such folder: missing."),
-        (["evaluate", "adapter", *OUTPUT], "There is nothing to evaluate."),
+        (["evaluate", "adapter", *OUTPUT], "There is nothing to evaluate adapter on: it is no folder of a run"),
         (["merge", "missing", *OUTPUT], "No such folder: missing. Give a run of `paca train` or an adapter's folder."),
         (["export", "missing", "--to", "lora", *OUTPUT], "Give a run of `paca train` or an adapter's folder."),
         (["export", "adapter", "--to", "foo", *OUTPUT], "--to is 'foo'; it can be lora, merged, gguf, peft."),

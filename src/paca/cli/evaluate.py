@@ -74,6 +74,11 @@ def evaluate(
     if (mt_bench is None) != (judge_url is None) or (mt_bench is None) != (judge_model is None):
         raise PacaError("--mt-bench, --judge-url and --judge-model go together: questions, and who rates the answers.")
     find_adapter(path)  # before what it takes to load one: a wrong path is no reason to wait
+    if own_data and not (Path(path) / "config.yaml").is_file():
+        raise PacaError(
+            f"There is nothing to evaluate {path} on: it is no folder of a run, which has data of its own. Give "
+            "--tasks, such as arc_easy,my_task.yaml, or --mt-bench."
+        )
     # Read as tqdm is imported: one progress line instead of the five of the libraries.
     os.environ.setdefault("TQDM_DISABLE", "1")
     console = Console()

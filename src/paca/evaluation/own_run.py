@@ -23,14 +23,9 @@ def config_of_run(path: str | Path) -> RunConfig:
     """The config of a run whose held-out data can be measured.
 
     Raises:
-        PacaError: It is no folder of a run, or of one of another kind, or the run had no held-out data.
+        PacaError: It is no folder of a run, or the run is of another kind, or the run had no held-out data.
     """
     file = RunFolder(Path(path)).config
-    if not file.is_file():
-        raise PacaError(
-            f"There is nothing to evaluate {path} on: it is no folder of a run, which has data of its own. Give "
-            "--tasks, such as arc_easy,my_task.yaml, or --mt-bench."
-        )
     config = load_run_config(file)
     if trainer_kind(config.train).name != "sft":
         raise PacaError(
