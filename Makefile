@@ -1,5 +1,5 @@
 # The two commands that matter: `make demo` and `make test`. Each sets up .venv first; the second time is fast.
-#   make demo PYTHON=/path/to/python3    make .venv with this one (3.10 or newer; once it is made: after `make clean`)
+#   make demo PYTHON=/path/to/python3    make .venv with this one (3.11 or newer; once it is made: after `make clean`)
 #   make demo REDO=1                     train the demo again from the start
 
 SHELL := /bin/bash
@@ -12,7 +12,7 @@ PYTEST_ARGS ?= -n 2 --dist worksteal
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help install demo test matrix sequences kills endurance fuzz docs notebooks browser lint clean demo-clean
+.PHONY: help install demo test matrix sequences kills endurance fuzz docs notebooks browser wheel release lint clean demo-clean
 .DEFAULT_GOAL := help
 
 help:
@@ -26,6 +26,8 @@ help:
 	@echo "make docs        the documentation as a site in build/site, from docs/ and the code"
 	@echo "make browser     the tests that need a browser (a minute; needs a Chromium: apt install chromium)"
 	@echo "make notebooks   run docs/notebooks and keep what they print"
+	@echo "make wheel       dist/ for upload; checked, and tried with each Python that is here (a minute)"
+	@echo "make release     the same, trained with, also with the oldest libraries allowed (an hour, 12 GB); how to upload"
 	@echo "make lint        ruff and mypy"
 	@echo "make install     only set up $(VENV)"
 	@echo "make demo-clean  remove the demo's run and its data; downloaded packages stay in .cache"
@@ -79,6 +81,18 @@ sequences: $(STAMP)
 docs: $(STAMP)
 	@NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet
 	@echo "build/site/index.html"
+
+wheel: $(STAMP)
+	@$(BIN)/python -m pip install --quiet --editable ".[release]"
+	@rm -rf dist && $(BIN)/python -m build --outdir dist . >build.log 2>&1 || { cat build.log; exit 1; }
+	@rm build.log
+	@$(BIN)/python -m twine check --strict dist/*
+	@$(BIN)/python tools/try_wheel.py dist/*.whl
+
+release: wheel
+	@$(BIN)/python tools/try_wheel.py dist/*.whl --train
+	@$(BIN)/python tools/try_wheel.py dist/*.whl --lowest
+	@echo "All of it passed. To publish: git tag, then $(BIN)/python -m twine upload dist/* (CONTRIBUTING.md)"
 
 lint: $(STAMP)
 	@$(BIN)/ruff check .

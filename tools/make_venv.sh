@@ -4,7 +4,7 @@
 set -euo pipefail
 venv=$1
 wanted=${2:-}
-new_enough='import sys; sys.exit(sys.version_info < (3, 10))'
+new_enough='import sys; sys.exit(sys.version_info < (3, 11))'
 
 fail() {
     printf '\n%s\n' "$1" >&2
@@ -12,20 +12,20 @@ fail() {
 }
 
 if [ -n "$wanted" ]; then
-    command -v "$wanted" >/dev/null || fail "PYTHON=$wanted: no such program. Give the path of a Python 3.10 or newer."
+    command -v "$wanted" >/dev/null || fail "PYTHON=$wanted: no such program. Give the path of a Python 3.11 or newer."
     "$wanted" -c "$new_enough" 2>/dev/null \
-        || fail "PYTHON=$wanted is $("$wanted" --version 2>&1); paca needs Python 3.10 or newer."
+        || fail "PYTHON=$wanted is $("$wanted" --version 2>&1); paca needs Python 3.11 or newer."
     python=$wanted
 else
     python=
     # Asking each for its version also skips pyenv's shims of versions that are not active.
-    for name in python3.11 python3.12 python3.10 python3.13 python3 python; do
+    for name in python3.11 python3.12 python3.13 python3 python; do
         if "$name" -c "$new_enough" 2>/dev/null; then
             python=$name
             break
         fi
     done
-    [ -n "$python" ] || fail "paca needs Python 3.10 or newer and found none (python3 here: $(python3 --version 2>&1 || true)).
+    [ -n "$python" ] || fail "paca needs Python 3.11 or newer and found none (python3 here: $(python3 --version 2>&1 || true)).
 Install one (Debian, Ubuntu: apt install python3 python3-venv), or say where it is: make demo PYTHON=/path/to/python3"
 fi
 

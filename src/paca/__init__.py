@@ -10,11 +10,14 @@ from __future__ import annotations
 
 from importlib.metadata import version
 
-# These two before anything of ours, and in this order: where another thread is importing one of them, this waits for
+# These two before the rest of ours, and in this order: where another thread is importing one of them, this waits for
 # the whole of it. (`transformers` takes another module's place at the end of its import: who imports names from it
 # while it is not done, as `peft` would, finds none of them.)
-import transformers  # noqa: F401  # isort: skip
-import peft  # noqa: F401  # isort: skip
+from paca.messages.import_notes import hold_import_notes  # isort: skip
+
+with hold_import_notes():
+    import transformers  # noqa: F401  # isort: skip
+    import peft  # noqa: F401  # isort: skip
 
 from paca.config import PacaConfig
 from paca.lean import make_lean, undo_lean

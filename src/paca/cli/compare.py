@@ -6,7 +6,7 @@ import shlex
 import signal
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal, Optional
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 from rich.console import Console
@@ -34,7 +34,7 @@ def compare(
     ] = "",
     seeds: Annotated[str, typer.Option(metavar="N,N,…", help="Seeds. Rates are chosen with the first.")] = "0,1,2",
     equal: Annotated[
-        Optional[Literal["parameters", "time", "memory", "parameters,time"]],  # noqa: UP045  (typer reads it on 3.10 too)
+        Literal["parameters", "time", "memory", "parameters,time"] | None,
         typer.Option(help="What to make the same for all methods; the first one leads."),
     ] = None,
     extend: Annotated[

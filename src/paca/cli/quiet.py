@@ -8,16 +8,14 @@ import os
 import warnings
 from typing import Any
 
+from paca.messages.import_notes import NOTING
 from paca.messages.shown import printable
-
-_NOTES = ("torchao", "torch.utils._pytree", "bitsandbytes.backends.cpu.ops")
-"""Loggers that tell, while their library is imported, which kernels of other machines it does without."""
 
 
 def hide_library_notes() -> None:
     """Hide warnings about the next releases of libraries; nothing a user of a command can act on."""
     warnings.filterwarnings("ignore", category=FutureWarning)
-    for name in _NOTES:
+    for name in NOTING:
         logging.getLogger(name).setLevel(logging.ERROR)
 
 

@@ -9,7 +9,7 @@ import platform
 import shlex
 import subprocess
 import sys
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +41,7 @@ def versions() -> dict[str, str]:
             found[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             continue
-    return found
+    return found | {"torch": torch.__version__}  # with the build, which the package's own number may lack
 
 
 def hardware(device: torch.device) -> dict[str, Any]:
@@ -80,7 +80,7 @@ def command_line() -> str:
 
 def now() -> str:
     """The time, UTC, ISO 8601."""
-    return datetime.now(timezone.utc).isoformat(timespec="seconds")
+    return datetime.now(UTC).isoformat(timespec="seconds")
 
 
 def row_provenance(device: torch.device) -> dict[str, str]:
