@@ -7,8 +7,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 DEMO_RUN := runs/demo
-# Neighbours go to one worker, so that what a module's tests share is seldom made twice.
-PYTEST_ARGS ?= -n 2 --dist worksteal
+# Three for two cores, as tests wait for processes. Neighbours go to one worker, which makes what they share once.
+PYTEST_ARGS ?= -n 3 --dist worksteal
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
