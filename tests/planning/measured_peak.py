@@ -22,6 +22,7 @@ from trl.trainer.utils import add_fused_lm_head
 
 import paca
 from paca.lean import make_lean
+from paca.lean.loss import loss_for
 
 
 def resident(field: str) -> int:
@@ -53,7 +54,9 @@ def train(architecture: str, options: dict[str, Any], setting: dict[str, Any]) -
         if setting.get("padded"):
             mask[0, -3:] = 0
         for _ in range(setting.get("gradient_accumulation", 1)):
-            model(input_ids=ids, attention_mask=mask, labels=ids, use_cache=False, **loss_options).loss.backward()
+            with loss_for(ids.device):
+                loss = model(input_ids=ids, attention_mask=mask, labels=ids, use_cache=False, **loss_options).loss
+            loss.backward()
         optimizer.step()
         optimizer.zero_grad()
 

@@ -4,6 +4,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+import trl.trainer.utils
 from rich.console import Console
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -68,3 +70,28 @@ def test_what_is_said_about_the_logits_is_what_happens(
     for positions, tokens in batches:
         assert tokens > 2 * tile
         assert (positions >= tokens - 2) if whole else (0 < positions <= tile)  # the last position predicts nothing
+
+
+def test_a_run_projects_no_prompts(config_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected: list[int] = []
+    projected: list[int] = []
+
+    class Watched(Sft.trainer):
+        def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+            labelled = int((inputs["labels"][:, 1:] != -100).sum())
+            assert labelled < inputs["labels"].numel() - inputs["labels"].shape[0]
+            expected.append(labelled)
+            return super().compute_loss(model, inputs, *args, **kwargs)
+
+    class Counting:
+        @staticmethod
+        def apply(hidden: torch.Tensor, *rest: Any) -> Any:
+            projected.append(hidden.shape[0])
+            return chunked_logprob.ChunkedLogProbFunction.apply(hidden, *rest)
+
+    monkeypatch.setattr(Sft, "trainer", Watched)
+    monkeypatch.setattr(trl.trainer.utils, "_ChunkedLogProbFunction", Counting)
+    overrides = [f"output.dir={tmp_path / 'run'}", "train.max_steps=2"]
+    train(load_run_config(config_file, overrides), console=Console(quiet=True))
+    assert expected
+    assert projected == expected

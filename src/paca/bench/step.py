@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from paca.bench.base_model import BaseModel
 from paca.bench.settings import BenchSettings, Point
+from paca.lean.loss import loss_for
 
 _LEARNING_RATE = 1e-5  # nothing is learned from random tokens; small, so that values stay finite over a long run
 
@@ -136,4 +137,9 @@ def _workload(
         return [hidden_states], run, normal(*point, base.hidden_size)
     tokens = integers(*point)
     more = {"fused_lm_head": True} if fused else {}
-    return [], lambda: call(input_ids=tokens, labels=tokens, use_cache=False, **more).loss, None
+
+    def loss() -> Tensor:
+        with loss_for(device):
+            return call(input_ids=tokens, labels=tokens, use_cache=False, **more).loss
+
+    return [], loss, None

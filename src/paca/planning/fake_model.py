@@ -6,13 +6,10 @@ import importlib.util
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from itertools import islice
-from types import SimpleNamespace
-from typing import Any
 from unittest.mock import patch
 
 import torch
 import transformers.masking_utils
-import trl.trainer.utils
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional
@@ -21,6 +18,7 @@ from paca.columns import state
 from paca.columns.kept import Kept
 from paca.columns.selection import BLOCK
 from paca.lean import cache_blocks, gated_linear_unit, pointwise, rms_norm
+from paca.lean.loss import narrow_tiles
 from paca.planning.attention_kernels import attention_of
 from paca.planning.quantized_layers import dequantized_product, fake_states
 
@@ -67,7 +65,7 @@ def without_values(device: str) -> Iterator[None]:
         if device == "cuda":
             _use_fused_loss_kernels(stack)
         else:
-            _count_touched_tiles(stack)
+            stack.enter_context(narrow_tiles(torch.device(device)))
         yield
 
 
@@ -96,21 +94,3 @@ def _use_fused_loss_kernels(stack: ExitStack) -> None:
 def _add_half_precision_product(total: Tensor, first: Tensor, second: Tensor) -> None:
     """CUDA adds a product of 16-bit matrices to a float32 one as it is; a CPU would make float32 copies of both."""
     torch.mm(first, second, out=total.view(first.dtype)[:, : total.shape[1]])
-
-
-def _count_touched_tiles(stack: ExitStack) -> None:
-    """TRL's chunked loss allocates tiles as wide as 32768 tokens; an operating system counts what is written to."""
-    try:
-        from trl.kernels.chunked_logprob import ChunkedLogProbFunction
-    except ImportError:
-        return
-
-    def apply(hidden: Tensor, weight: Tensor, bias: Any, targets: Tensor, *rest: Any) -> Any:
-        temperature, width, *others = rest
-        return ChunkedLogProbFunction.apply(
-            hidden, weight, bias, targets, temperature, min(width, weight.shape[0]), *others
-        )
-
-    if hasattr(trl.trainer.utils, "_ChunkedLogProbFunction"):
-        stand_in = SimpleNamespace(apply=apply)
-        stack.enter_context(patch.object(trl.trainer.utils, "_ChunkedLogProbFunction", stand_in))

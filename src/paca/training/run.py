@@ -16,6 +16,7 @@ from accelerate import PartialState
 from rich.console import Console
 from transformers import PrinterCallback, TrainerState, TrainingArguments
 
+from paca.lean.loss import loss_for
 from paca.messages.disk import writing
 from paca.messages.errors import PacaError
 from paca.messages.program import program
@@ -120,7 +121,7 @@ def train(
             folder.clear(prepared.inputs)
         PartialState().wait_for_everyone()
         checkpoint = folder.newest_checkpoint() if resume else None
-        with explained(plan.config):
+        with explained(plan.config), loss_for(arguments.device):
             return _Run(prepared, folder, arguments, checkpoint, stopper, console, probe, scorer).result()
 
 
