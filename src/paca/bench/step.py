@@ -47,7 +47,7 @@ class TrainingStep:
         call: Callable[..., Any] = model
         if variant != "eager":
             call = torch.compile(inner, dynamic=False, mode="reduce-overhead" if self._graphs else None)
-        self._inputs, self._forward, self._gradient = _workload(call, base, settings, point, fused)
+        self._inputs, self._forward, self._gradient = _workload(call, base, settings, point, fused, variant != "eager")
 
     def forward(self) -> Tensor:
         """The forward pass: the loss, or with scope `blocks` the hidden states `(batch, seq, hidden)`."""
@@ -116,7 +116,7 @@ def inner_model(model: nn.Module) -> nn.Module:
 
 
 def _workload(
-    call: Callable[..., Any], base: BaseModel, settings: BenchSettings, point: Point, fused: bool
+    call: Callable[..., Any], base: BaseModel, settings: BenchSettings, point: Point, fused: bool, compiled: bool
 ) -> tuple[list[Tensor], Callable[[], Tensor], Tensor | None]:
     """The inputs that require grad, the forward pass, and the gradient that the backward pass starts from."""
     device, dtype = settings.torch_device, settings.torch_dtype
@@ -139,7 +139,7 @@ def _workload(
     more = {"fused_lm_head": True} if fused else {}
 
     def loss() -> Tensor:
-        with loss_for(device):
+        with loss_for(device, compiled):
             return call(input_ids=tokens, labels=tokens, use_cache=False, **more).loss
 
     return [], loss, None

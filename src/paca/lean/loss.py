@@ -15,7 +15,7 @@ TILE = 512
 
 
 @contextmanager
-def loss_for(device: torch.device) -> Iterator[None]:
+def loss_for(device: torch.device, compiled: bool = False) -> Iterator[None]:
     """On a CPU, let TRL's fused output head skip what has no label, and take narrow tiles.
 
     Where there is no Triton, TRL 1.16 projects prompts and padding onto the vocabulary too and drops the result: shapes
@@ -24,7 +24,12 @@ def loss_for(device: torch.device) -> Iterator[None]:
 
     Args:
         device: Where the loss is computed.
+        compiled: By `torch.compile`, which would unroll the tiles, and compile anew for each number of labels: nothing
+            changes.
     """
+    if compiled:
+        yield
+        return
     with narrow_tiles(device), _instead(device, "_use_triton", lambda _: True):
         yield
 

@@ -121,7 +121,7 @@ def train(
             folder.clear(prepared.inputs)
         PartialState().wait_for_everyone()
         checkpoint = folder.newest_checkpoint() if resume else None
-        with explained(plan.config), loss_for(arguments.device):
+        with explained(plan.config), loss_for(arguments.device, arguments.torch_compile):
             return _Run(prepared, folder, arguments, checkpoint, stopper, console, probe, scorer).result()
 
 
