@@ -211,16 +211,12 @@ class PatchedWeight(OverlaidWeight):
 class PatchedPass(WeightSource):
     """One pass on a dequantized weight: it is made anew for the backward pass, and none is kept."""
 
-    __slots__ = ("columns", "dtype", "module", "packed", "state", "version")
+    __slots__ = ("columns", "dtype", "module", "packed", "state", "tag", "version")
 
     def __init__(self, module: PatchedWeight, state: State, dtype: torch.dtype) -> None:
-        self.module, self.state, self.dtype, self.columns = module, state, dtype, module.columns
+        self.module, self.state, self.dtype, self.columns, self.tag = module, state, dtype, module.columns, state.tag
         self.packed = module.quantization.packed(module)
         self.version = self.packed._version
-
-    @property
-    def tag(self) -> Tensor:
-        return self.state.tag
 
     def weight(self) -> Tensor:
         return self.module.weight_of_pass(self.dtype, self.state)

@@ -24,14 +24,10 @@ from paca.layers.looks_for_itself import LooksForItself
 class ResidentPass(WeightSource):
     """One forward pass on the resident weight of `module`, which holds `state`, for its backward pass."""
 
-    __slots__ = ("columns", "module", "state")
+    __slots__ = ("columns", "module", "state", "tag")
 
     def __init__(self, module: ResidentWeight, state: State) -> None:
-        self.module, self.state, self.columns = module, state, module.columns
-
-    @property
-    def tag(self) -> Tensor:
-        return self.state.tag
+        self.module, self.state, self.columns, self.tag = module, state, module.columns, state.tag
 
     def weight(self) -> Tensor:
         check_frozen(self.module.weight)
