@@ -13,12 +13,8 @@ class FixedWeight(WeightSource):
     """Gives the same weight in both passes, and notes the tags that the backward pass brings back."""
 
     def __init__(self, weight: Tensor | None, tag: int = 0) -> None:
-        self.fixed, self._tag = weight, torch.tensor(tag)
+        self.fixed, self.tag = weight, torch.tensor(tag)
         self.seen: list[int] = []
-
-    @property
-    def tag(self) -> Tensor:
-        return self._tag
 
     def weight(self) -> Tensor:
         return self.fixed

@@ -15,19 +15,15 @@ class AddedPass(WeightSource):
     `batch_tag` says which samples of a mixed batch have which adapter.
     """
 
-    __slots__ = ("_tag", "columns", "state")
+    __slots__ = ("columns", "state", "tag")
 
     def __init__(self, columns: ActiveColumns, state: State, batch_tag: int | None = None) -> None:
         self.columns, self.state = columns, state
-        self._tag = state.tag if batch_tag is None else torch.tensor(hash((state.key, batch_tag)), device="cpu")
-
-    @property
-    def tag(self) -> Tensor:
-        return self._tag
+        self.tag = state.tag if batch_tag is None else torch.tensor(hash((state.key, batch_tag)), device="cpu")
 
     def weight(self) -> Tensor:
         raise AssertionError("columns are added to an output")
 
     def weight_again(self, saved_tag: Tensor, wanted: bool) -> None:
-        same = saved_tag is self._tag or int(saved_tag) == int(self._tag)
+        same = saved_tag is self.tag or int(saved_tag) == int(self.tag)
         self.columns.check_backward(self.state, self.state.tag if same else saved_tag)

@@ -70,9 +70,6 @@ class ResidentColumns(ActiveColumns):
             refuse_sharded_delta(adapter_name)
         return found
 
-    def replaced(self, value: Any) -> None:
-        """Note that `value` takes the weight's place in the module."""
-
     def bring_up_to_date(self, weight: Tensor) -> None:
         """Make the weight that the layer multiplies with what was written."""
 

@@ -41,21 +41,18 @@ def _find_runs(columns: list[int]) -> Runs | None:
     return tuple((columns[n], end - n) for n, end in zip(starts, [*starts[1:], len(columns)], strict=True))
 
 
-def take_columns(x: Tensor, indices: Tensor, runs: Runs | None) -> Tensor:
-    """`x.index_select(-1, indices)` for `indices (k,)` with these `runs_of` them: a copy, `(..., k)`."""
+def take_columns(x: Tensor, indices: Tensor, runs: Runs | None, dim: int = -1) -> Tensor:
+    """`x.index_select(dim, indices)` for `indices (k,)` with these `runs_of` them: a copy."""
     if runs is None:
-        return x.index_select(-1, indices)
+        return x.index_select(dim, indices)
     if len(runs) == 1:
-        return x.narrow(-1, *runs[0]).clone(memory_format=torch.contiguous_format)
-    return torch.cat([x.narrow(-1, *run) for run in runs], -1)
+        return x.narrow(dim, *runs[0]).clone(memory_format=torch.contiguous_format)
+    return torch.cat(blocks_of(x, dim, runs), dim)
 
 
 def read_columns(weight: Tensor, dim: int, indices: Tensor) -> Tensor:
     """`weight.index_select(dim, indices)`: a copy."""
-    runs = runs_of(indices) if _is_plain(weight) else None
-    if runs is None:
-        return weight.index_select(dim, indices)
-    return torch.cat([weight.narrow(dim, *run) for run in runs], dim)
+    return take_columns(weight, indices, runs_of(indices) if _is_plain(weight) else None, dim)
 
 
 def put_columns(weight: Tensor, dim: int, indices: Tensor, values: Tensor) -> None:
@@ -69,7 +66,7 @@ def put_columns(weight: Tensor, dim: int, indices: Tensor, values: Tensor) -> No
 
 
 def blocks_of(weight: Tensor, dim: int, runs: Runs) -> list[Tensor]:
-    """Views of the blocks of columns in `weight`."""
+    """Views of the blocks of columns in `weight`, which run along `dim`."""
     return [weight.narrow(dim, *run) for run in runs]
 
 

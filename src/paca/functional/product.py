@@ -70,11 +70,9 @@ class Product(ABC):
 class WeightSource(ABC):
     """Where the weight of one forward pass comes from, and how its backward pass finds it again."""
 
-    @property
-    @abstractmethod
-    def tag(self) -> Tensor:
-        """A scalar tensor that stands for the columns this pass uses. It is saved with the activations, so that a pass
-        repeated by activation checkpointing replaces it together with them."""
+    tag: Tensor
+    """A scalar that stands for the columns this pass uses. It is saved with the activations, so that a pass repeated by
+    activation checkpointing replaces it together with them."""
 
     @abstractmethod
     def weight(self) -> Tensor:

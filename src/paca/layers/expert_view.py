@@ -131,16 +131,11 @@ class StackView:
         return train_columns(product, x, None, None, self.trained, ResidentPass(self.stack, self.state))
 
 
-def _linear(x: Any, weight: Any, bias: Tensor | None = None) -> Tensor:
-    if isinstance(weight, StackView) and isinstance(weight.index, int) and weight._out_by_in:
+def _one(operation: str, out_by_in: bool, x: Any, weight: Any, bias: Tensor | None = None) -> Tensor:
+    """One expert by `F.linear`, which takes its weight as `(out, in)`, or by `matmul`, which takes `(in, out)`."""
+    if isinstance(weight, StackView) and isinstance(weight.index, int) and weight._out_by_in == out_by_in:
         return weight._one_expert(x, weight.index, bias)
-    raise ValueError(_refusal("linear", x, weight))
-
-
-def _matmul(x: Any, weight: Any) -> Tensor:
-    if isinstance(weight, StackView) and isinstance(weight.index, int) and not weight._out_by_in:
-        return weight._one_expert(x, weight.index)
-    raise ValueError(_refusal("matmul", x, weight))
+    raise ValueError(_refusal(operation, x, weight))
 
 
 def _bmm(first: Any, second: Any) -> Tensor:
@@ -162,9 +157,9 @@ def _grouped_mm(matmul: GroupedMatmul, x: Any, weight: Any, offs: Any = None, **
 
 _FALLBACK = torch.ops.transformers.grouped_mm_fallback
 _PRODUCTS: dict[Any, Callable[..., Tensor]] = {
-    F.linear: _linear,
-    torch.matmul: _matmul,
-    torch.Tensor.matmul: _matmul,
+    F.linear: partial(_one, "linear", True),
+    torch.matmul: partial(_one, "matmul", False),
+    torch.Tensor.matmul: partial(_one, "matmul", False),
     torch.bmm: _bmm,
     torch._grouped_mm: partial(_grouped_mm, torch._grouped_mm),
     _FALLBACK: partial(_grouped_mm, _FALLBACK),

@@ -17,7 +17,7 @@ from transformers.pytorch_utils import Conv1D
 from paca.columns.added import AddedPass
 from paca.columns.kept import Kept, positions_of, sum_of
 from paca.columns.state import ActiveColumns, AdapterColumns, State
-from paca.functional.column_blocks import Runs, blocks_in, blocks_of, runs_of
+from paca.functional.column_blocks import put_columns
 from paca.functional.linear import LinearProduct
 from paca.functional.product import WeightSource
 from paca.functional.train_columns import in_dtype, train_columns
@@ -114,7 +114,6 @@ class ColumnsKept(NamedTuple):
     packed: Tensor
     source: tuple[Any, ...]
     originals: Kept  # of `packed`, while that and `source` are the same
-    runs: Runs | None  # of their positions
     state: State | None = None
     columns: Any = None  # those of `state`: every write makes another one
 
@@ -188,19 +187,17 @@ class PatchedWeight(OverlaidWeight):
         packed = quantization.packed(self)
         source = (None if packed.is_inference() else packed._version, packed.device, state.places, dtype)
         if kept is None or kept.packed is not packed or kept.source != source:
-            positions = positions_of(state.columns, packed.device)
+            with torch.inference_mode(False):  # so that where they lie side by side is found once
+                positions = positions_of(state.columns, packed.device)
             weight, values = quantization.weight_and_columns(self, dtype, positions)
             originals = Kept(positions, values.to(torch.promote_types(values.dtype, dtype)))
-            kept = ColumnsKept(packed, source, originals, runs_of(positions))
+            kept = ColumnsKept(packed, source, originals)
         else:
             weight = quantization.weight(self, dtype)
         if kept.state is not state:
             kept = kept._replace(state=state, columns=sum_of(kept.originals, state.columns, 1).to(dtype))
         self._columns_kept = kept  # at once: other threads may read it
-        if kept.runs is None:
-            return weight.index_copy_(1, kept.originals.positions, kept.columns)
-        for block, part in zip(blocks_of(weight, 1, kept.runs), blocks_in(kept.columns, 1, kept.runs), strict=True):
-            block.copy_(part)
+        put_columns(weight, 1, kept.originals.positions, kept.columns)
         return weight
 
     def patched_weight(self, dtype: torch.dtype, columns: tuple[AdapterColumns, ...]) -> Tensor:
@@ -211,16 +208,12 @@ class PatchedWeight(OverlaidWeight):
 class PatchedPass(WeightSource):
     """One pass on a dequantized weight: it is made anew for the backward pass, and none is kept."""
 
-    __slots__ = ("columns", "dtype", "module", "packed", "state", "version")
+    __slots__ = ("columns", "dtype", "module", "packed", "state", "tag", "version")
 
     def __init__(self, module: PatchedWeight, state: State, dtype: torch.dtype) -> None:
-        self.module, self.state, self.dtype, self.columns = module, state, dtype, module.columns
+        self.module, self.state, self.dtype, self.columns, self.tag = module, state, dtype, module.columns, state.tag
         self.packed = module.quantization.packed(module)
         self.version = self.packed._version
-
-    @property
-    def tag(self) -> Tensor:
-        return self.state.tag
 
     def weight(self) -> Tensor:
         return self.module.weight_of_pass(self.dtype, self.state)

@@ -16,22 +16,18 @@ from paca.columns.merging import MergeableColumns
 from paca.columns.resident import WRITING
 from paca.columns.sharded import ShardedColumns
 from paca.columns.state import State, is_sharded
+from paca.columns.stepping import others_step
 from paca.functional.product import Product, WeightSource
 from paca.functional.train_columns import check_frozen, train_columns
-from paca.layers.looks_for_itself import LooksForItself
 
 
 class ResidentPass(WeightSource):
     """One forward pass on the resident weight of `module`, which holds `state`, for its backward pass."""
 
-    __slots__ = ("columns", "module", "state")
+    __slots__ = ("columns", "module", "state", "tag")
 
     def __init__(self, module: ResidentWeight, state: State) -> None:
-        self.module, self.state, self.columns = module, state, module.columns
-
-    @property
-    def tag(self) -> Tensor:
-        return self.state.tag
+        self.module, self.state, self.columns, self.tag = module, state, module.columns, state.tag
 
     def weight(self) -> Tensor:
         check_frozen(self.module.weight)
@@ -47,7 +43,7 @@ class ResidentPass(WeightSource):
         return self.weight() if wanted else None
 
 
-class ResidentWeight(LooksForItself):
+class ResidentWeight(nn.Module):
     """Mixin in front of a stock module class, for `weight` (and `bias`)."""
 
     stock_class: ClassVar[type[nn.Module]]  # what the module was, and becomes again
@@ -55,6 +51,7 @@ class ResidentWeight(LooksForItself):
     fixed_product: ClassVar[Product]  # what this kind of layer computes, where that does not depend on the module
     weight: Tensor
     bias: Any  # a parameter or None
+    columns: MergeableColumns
     owner: Callable[[], Any]  # gives the adapted layer above, which knows what is wanted; a weak reference
 
     def product(self) -> Product:
@@ -72,17 +69,16 @@ class ResidentWeight(LooksForItself):
     def __setattr__(self, name: str, value: Any) -> None:
         # FSDP2 puts the shard and the gathered weight into each other's place with setattr.
         if name == "weight" and "columns" in self.__dict__:
-            if self.columns.whole and is_sharded(value):
-                ShardedColumns.of(self.columns, value).take_over()
-            else:
+            if isinstance(self.columns, ShardedColumns):
                 self.columns.replaced(value)
+            elif is_sharded(value):
+                ShardedColumns.of(self.columns, value).take_over()
         super().__setattr__(name, value)
 
     @classmethod
-    def adopt(cls, module: nn.Module) -> ResidentWeight:
+    def adopt(cls, module: Any) -> ResidentWeight:
         """Turn `module`, an instance of `stock_class`, into an instance of this class, in place."""
         module.__class__ = cls
-        assert isinstance(module, cls)
         module.columns = MergeableColumns(cls.input_dim)
         module._settle_in()
         return module
@@ -118,21 +114,34 @@ class ResidentWeight(LooksForItself):
         state = columns.looked_after(weight)
         if state is None:
             weight, state = None, self.state_now()
-        if torch.is_grad_enabled():
-            trained = columns.trained(state, self.owner()) if weight is None else state.trained
-            y = train_columns(self.product(), x, weight, self.bias, trained, ResidentPass(self, state))
-        else:
-            y = super().forward(x)
-        # Whether another thread wrote meanwhile.
-        return y if columns.state is state and not columns.half_written else self._once_more(x)
+        y = self._multiply(x, weight, state)
+        if columns.state is state and not columns.half_written:
+            return y
+        with WRITING:  # another thread wrote meanwhile; now the others wait
+            return self._multiply(x, None, self.state_now())
 
-    def _once_more(self, x: Tensor) -> Tensor:
-        with WRITING:  # the others wait
-            state = self.state_now()
-            if not torch.is_grad_enabled():
-                return super().forward(x)
-            trained = self.columns.trained(state, self.owner())
-            return train_columns(self.product(), x, None, self.bias, trained, ResidentPass(self, state))
+    def _multiply(self, x: Tensor, weight: Tensor | None, state: State) -> Tensor:
+        """The product of `x` with the weight that holds `state`; without `weight`, the pass finds it itself."""
+        if not torch.is_grad_enabled():
+            return super().forward(x)
+        trained = self.columns.trained(state, self.owner()) if weight is None else state.trained
+        return train_columns(self.product(), x, weight, self.bias, trained, ResidentPass(self, state))
+
+    def state_now(self) -> State:
+        """What the weight holds; it is written before, if it is stale: the model did not look for this layer."""
+        owner, weight = self.owner(), self.weight
+        self.columns.check_writable(weight)
+        if owner is not None and owner.stale():
+            with WRITING:  # steps and writes of other threads wait
+                if not others_step():
+                    owner.write()
+        self.columns.bring_up_to_date(weight)
+        self.columns.note_forward()
+        return self.columns.state
+
+    @torch.compiler.disable  # FSDP2's own hooks break the graph around the layer anyway
+    def _run_apart(self, x: Tensor) -> Any:
+        return self.forward(x)
 
     def _park(self) -> None:
         self.columns.park(self.columns.home_to_write(self.weight), for_now=True)

@@ -7,13 +7,7 @@ from collections.abc import Iterable
 
 
 def nearest(name: str, valid: Iterable[str], cutoff: float = 0.5) -> str | None:
-    """The valid name closest in spelling to `name`, or None where nothing is close.
-
-    Args:
-        name: As it was given.
-        valid: What it could be.
-        cutoff: How alike the two must be, from 0 (not at all) to 1 (the same).
-    """
+    """The valid name closest in spelling to `name`, or None if none is as alike as `cutoff`: 0 (not at all) to 1."""
     return next(iter(difflib.get_close_matches(name, list(valid), 1, cutoff)), None)
 
 
@@ -23,7 +17,7 @@ def did_you_mean(name: str, valid: Iterable[str], form: str = "{!r}", count: int
     Args:
         name: As it was given.
         valid: What it could be.
-        form: How a name is shown: quoted.
+        form: How a name is shown.
         count: How many names to offer at most.
     """
     close = difflib.get_close_matches(name, list(valid), count, 0.5)

@@ -49,11 +49,10 @@ def check_adapter_tensors(
             r = layer.r[adapter_name]
             if (rotating or adapter_name in layer.folded) and indices.dim() == 1:
                 r = max(r, indices.numel())
-            problem = _problem(f"{name}.{DELTA}", delta, layer.delta_shape(r), r, layer.delta_axes)
-            problem = problem or _problem(f"{name}.{INDICES}", indices, (r,), r)
-            columns = None if problem else column_problem(indices, layer.in_features)
-            if problem or columns:
-                raise ValueError(problem or f"{name}.{INDICES}: {columns}.")
+            _check_form(f"{name}.{DELTA}", delta, layer.delta_shape(r), r, layer.delta_axes)
+            _check_form(f"{name}.{INDICES}", indices, (r,), r)
+            if problem := column_problem(indices, layer.in_features):
+                raise ValueError(f"{name}.{INDICES}: {problem}.")
             check_finite(f"{name}.{DELTA}", delta.to(layer.paca_delta[adapter_name].dtype))
             order = indices.argsort()
             if not torch.equal(indices[order], indices):  # a delta that is sharded can't be sorted here, and is ours
@@ -67,16 +66,15 @@ def check_adapter_tensors(
     return checked
 
 
-def _problem(name: str, tensor: Tensor, wanted: tuple[int, ...], r: int, axes: str = "") -> str | None:
-    """What is wrong with the shape or type of a delta, which has `axes`, or of indices."""
+def _check_form(name: str, tensor: Tensor, wanted: tuple[int, ...], r: int, axes: str = "") -> None:
+    """Raise `ValueError` for a wrong shape or type of a delta, which has `axes`, or of indices."""
     if tuple(tensor.shape) != wanted:
         must = f"{wanted} {axes}".rstrip()
-        return f"{name} has shape {tuple(tensor.shape)}; in this model, with r={r}, it must have {must}."
+        raise ValueError(f"{name} has shape {tuple(tensor.shape)}; in this model, with r={r}, it must have {must}.")
     if axes and not tensor.is_floating_point():
-        return f"{name} is {tensor.dtype}; it must be a float type."
+        raise ValueError(f"{name} is {tensor.dtype}; it must be a float type.")
     if not axes and (tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool):
-        return f"{name} is {tensor.dtype}; it must be int64."
-    return None
+        raise ValueError(f"{name} is {tensor.dtype}; it must be int64.")
 
 
 def check_finite(name: str, tensor: Tensor) -> None:

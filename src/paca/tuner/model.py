@@ -107,7 +107,6 @@ class PacaModel(AdaptsStacks, MergesAdapters):
         current_key: str,
         parameter_name: str | None = None,
     ) -> None:
-        layer: PacaLayer
         if isinstance(target, PacaLayer):
             layer = target
         elif self._is_plain(target):

@@ -125,5 +125,4 @@ def _shown(batches: Iterable[Any], progress: Console | bool | None) -> Iterable[
     console = progress if isinstance(progress, Console) else Console(stderr=True)
     if progress is False or (progress is not True and not console.is_terminal) or console.quiet:
         return batches
-    total = len(batches) if hasattr(batches, "__len__") else None  # type: ignore[arg-type]
-    return track(batches, "Choosing columns", total, console=console, transient=True)
+    return track(batches, "Choosing columns", console=console, transient=True)
