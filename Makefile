@@ -79,7 +79,7 @@ sequences: $(STAMP)
 	@OMP_NUM_THREADS=1 PYTHONPATH=tests $(BIN)/python -m operation_sequences --ctrl-c 1 $(ARGS)
 
 docs: $(STAMP)
-	@NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build  # with --quiet its strict mode sees no warning
 	@echo "build/site/index.html"
 
 wheel: $(STAMP)

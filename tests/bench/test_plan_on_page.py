@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[2]
 KNOWN_OFF = {
     ("PEFT's table", "s per 5000 steps"),
     ("authors' log", "largest batch"),
-    ("PEFT's comparison", "ms"),  # DoRA
+    ("PEFT's comparison", "ms"),  # DoRA, while the cache was emptied in each step
 }
 """Where the page says why."""
 

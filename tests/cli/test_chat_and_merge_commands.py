@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import io
 import os
 import pty
 import select
 import signal
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 from transformers import AutoModelForCausalLM
 
 from cli.paca_process import PACA, forked_paca, fresh_paca
+from paca.cli.chat_beside import SideBySide
 from paca.pretrained.generation import load_for_generation, stream_reply
-from tiny_checkpoint import byte_tokenizer, save_run
+from tiny_checkpoint import byte_tokenizer, save_adapter, save_run
+from training.chat_answers import chats
 
 
 @pytest.fixture(scope="module")
@@ -55,6 +60,25 @@ def test_piped_turns_share_a_history_until_reset(run: Path) -> None:
     assert done.stdout == f"{first}\n{second}\n{fresh}\n"
     assert "No such command: /unknown" in done.stderr
     assert "New conversation." in done.stderr
+
+
+def test_two_answer_side_by_side_and_share_their_base_model(run: Path, tmp_path: Path) -> None:
+    other = save_adapter(tmp_path / "other", run / "base", seed=2)
+    for beside, expected in ((str(other), chats(other, length=20)), ("base", chats(run, length=20, base=True))):
+        console = Console(file=io.StringIO(), width=600)
+        both = SideBySide(str(run), beside, None, console, max_new_tokens=20)
+        both.ask("Hello")
+        assert [history[1]["content"] for history in both.histories] == [chats(run, length=20), expected]
+        assert expected != chats(run, length=20)
+        shown: Any = console.file
+        assert all(title in shown.getvalue() for title in both.titles)
+        assert len(both._models._held) == 1  # of what is in memory
+    first = both.histories
+    both.begin()
+    both.ask("Hello")
+    assert both.histories == first
+    done = forked_paca("chat", run, "--beside", "base", "--base", "--prompt", "Hello")
+    assert "Leave out --base and --base-model" in done.stderr
 
 
 class Terminal:

@@ -158,6 +158,14 @@ def test_a_device_that_is_not_here_is_simulated_and_says_so(base: Path) -> None:
     assert row["fits"]
 
 
+def test_for_a_device_without_bfloat16_a_model_is_planned_in_float16(base: Path, tmp_path: Path) -> None:
+    config = json.loads((base / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"dtype": "bfloat16"}))
+    text = plan(str(tmp_path), "--seq", "64", "--on", "t4")
+    assert "weights in float16" in text
+    assert "The NVIDIA T4 16 GB has no units for bfloat16. This is planned in float16." in " ".join(text.split())
+
+
 def test_a_run_is_simulated_at_its_typical_length_for_its_steps(base: Path, tmp_path: Path) -> None:
     pytest.importorskip("bitsandbytes")
     data = tmp_path / "train.jsonl"

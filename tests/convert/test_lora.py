@@ -10,6 +10,7 @@ from typing import Any
 import peft
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForCausalLM, LlamaForSequenceClassification
@@ -20,6 +21,7 @@ from models import adapt, adapted_perceptron, gpt2, llama, tokens
 from paca.convert.adapter import AdaptedLayer, Adapter, adapter_in_model
 from paca.convert.exported import export_adapter
 from paca.convert.lora import save_as_lora, to_lora
+from paca.convert.lora_card import lora_card
 from paca.messages.errors import PacaError
 
 UNEVEN = {
@@ -109,6 +111,11 @@ for folder in sys.argv[1:]:
     with torch.no_grad():
         found = model(input_ids=tokens, use_cache=False).logits
     assert (found - expected).abs().max() < 1e-5 * expected.abs().max(), folder
+    card = open(folder + "/lora/README.md").read()
+    scope = {}
+    exec(card.split("```python\\n")[1].split("```")[0].replace("path/to/this/folder", folder + "/lora"), scope)
+    with torch.no_grad():
+        assert torch.equal(scope["model"].eval()(input_ids=tokens, use_cache=False).logits, found), folder
     with torch.no_grad(), model.disable_adapter():
         base = model(input_ids=tokens, use_cache=False).logits
     assert (base - expected).abs().max() > 1e-2 * expected.abs().max(), folder
@@ -188,8 +195,23 @@ def test_the_tokenizer_goes_along_and_nothing_else(uneven: Path, tmp_path: Path)
         (uneven / "adapter" / name).write_text(name)
     export_adapter(uneven / "adapter", tmp_path / "lora", "lora")
     found = {file.name for file in (tmp_path / "lora").iterdir()}
-    assert found == {"adapter_config.json", "adapter_model.safetensors", "tokenizer.json", "chat_template.jinja"}
+    written = {"adapter_config.json", "adapter_model.safetensors", "README.md"}
+    assert found == written | {"tokenizer.json", "chat_template.jinja"}
     assert (tmp_path / "lora/tokenizer.json").read_text() == "tokenizer.json"
+
+
+def test_its_card_names_layers_ranks_and_the_weights_that_it_is_exact_on() -> None:
+    adapter = adapter_in_model(adapted_perceptron(r=2, rank_pattern={"lin1": 3}))
+    card = lora_card(adapter)
+    assert "2 layers (lin1, lin2) of rank 2, 3, each at scale 1" in card
+    assert "base_model:" not in card
+    assert "```" not in card  # nobody knows how to load that model
+    config: Any = adapter.config
+    config.base_model_name_or_path, config.revision, config.base_quantization = "owner/model", "v2", "nf4"
+    card = lora_card(adapter)
+    assert yaml.safe_load(card.split("---\n")[1])["base_model"] == "owner/model"
+    assert 'from_pretrained("owner/model", dtype="auto", revision="v2")' in card
+    assert "quantized as nf4, and is exact on those alone" in card
 
 
 def test_a_layer_that_lora_cannot_express_is_refused_by_name() -> None:

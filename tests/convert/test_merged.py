@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, TorchAoConfig
 
 import paca.convert.merged as merged_module
 from forked_process import run_forked
@@ -93,6 +93,20 @@ def test_an_adapter_on_an_explicit_base_model(run: Path, tmp_path: Path) -> None
     merge_to_folder(adapter, tmp_path / "merged", base_model=str(base))
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     assert torch.equal(logits(merged), logits(load_for_generation(run).model))
+
+
+@pytest.mark.filterwarnings("ignore:Adapter 'default' was made for weights quantized as 'none'")
+def test_a_checkpoint_that_torchao_quantized_becomes_a_plain_one(run: Path, tmp_path: Path) -> None:
+    ao = pytest.importorskip("torchao.quantization")
+    quantized = tmp_path / "quantized"
+    config = TorchAoConfig(ao.Int8WeightOnlyConfig())
+    AutoModelForCausalLM.from_pretrained(run / "base", quantization_config=config).save_pretrained(quantized)
+    AutoTokenizer.from_pretrained(run / "base").save_pretrained(quantized)
+    adapted = load_for_generation(run, base_model=str(quantized)).model
+    assert merge_to_folder(run, tmp_path / "merged", base_model=str(quantized)).difference == 0
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    assert not hasattr(merged.config, "quantization_config")
+    assert torch.equal(logits(merged), logits(adapted))
 
 
 def test_an_output_in_use_is_refused_and_left_alone(run: Path, tmp_path: Path) -> None:

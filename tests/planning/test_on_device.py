@@ -17,7 +17,7 @@ from paca.planning.device_time import Efficiency, host_seconds, step_time, tile_
 from paca.planning.devices import DEVICES, find_device
 from paca.planning.estimate import prepare_model, trace_step
 from paca.planning.live_memory import LiveMemory
-from paca.planning.on_device import simulate_on
+from paca.planning.on_device import OnDevice, simulate_on
 from paca.planning.operators import Operator
 from paca.planning.repeated_blocks import copy_with_blocks, find_blocks
 from paca.planning.simulated_step import simulate
@@ -48,25 +48,39 @@ def recorded(run: Any, *shapes: tuple[int, ...]) -> Operator:
 
 
 def test_the_table_of_devices_is_well_formed() -> None:
-    assert {"a100-40gb", "a100-80gb", "h100", "h200", "b200", "l40s", "rtx3090", "rtx4090", "rtx5090", "gaudi2"} == {
-        *DEVICES
-    }
+    assert len(DEVICES) == 25
     for name, device in DEVICES.items():
         assert name == device.name
         assert "data sheet" in device.source or "white paper" in device.source
-        assert 24 * 2**30 <= device.memory <= 180 * 2**30
-        assert 0.8e12 < device.bandwidth < 9e12  # bytes, not GB
-        assert device.peak_of(torch.float16) == device.peak_of(torch.bfloat16) > device.peak_of(torch.float32) > 1e13
+        assert 10 * 2**30 <= device.memory <= 192 * 2**30
+        assert 0.3e12 <= device.bandwidth < 9e12  # bytes, not GB
+        half = device.peak[torch.float16]
+        assert device.peak.get(torch.bfloat16, half) == half > device.peak[torch.float32] > 8e12
         assert 0 < device.attention < 1
         assert device.cache < device.memory / 100
-        # The largest product of matrices of 8192 is bound by operations, the sum of two by the memory.
-        assert 2 * 8192 / device.peak_of(torch.bfloat16) > 6 / 8192 * 1e3 / device.bandwidth * 8192 / 1e3
+        # The product of matrices of 8192 is bound by operations, the sum of two by the memory.
+        assert 2 * 8192**3 / half > 3 * 2 * 8192**2 / device.bandwidth
     assert A100.peak_of(torch.float64) == A100.peak_of(torch.float32)
+
+
+def test_without_units_for_bfloat16_the_rate_is_that_of_float32() -> None:
+    old = {name for name, device in DEVICES.items() if not device.has_bfloat16}
+    assert old == {"t4", "v100-16gb", "v100-32gb"}
+    for name in old:
+        device = find_device(name)
+        assert device.peak_of(torch.bfloat16) == device.peak_of(torch.float32) < device.peak_of(torch.float16) / 7
+    product = {"flops": 10**12, "product": (1, 8192, 8192, 8192), "bytes": 10**8}
+    slow, fast = (operator("mm", dtype=dtype, **product) for dtype in (torch.bfloat16, torch.float16))
+    t4 = find_device("t4")
+    assert step_time({slow: 1}, t4).device > 7 * step_time({fast: 1}, t4).device
+    assert "counted at its rate in float32" in OnDevice(t4, (), torch.bfloat16).notes[0]
+    assert not OnDevice(A100, (), torch.bfloat16).notes
 
 
 def test_devices_are_found_as_people_write_them() -> None:
     assert find_device("A100") is find_device("A100-80GB") is A100
     assert find_device("RTX 4090").name == "rtx4090"
+    assert find_device("RTX A6000").name == "a6000"
     with pytest.raises(paca.PacaError, match="Did you mean 'h100'"):
         find_device("h10")
     with pytest.raises(paca.PacaError, match="gaudi2"):

@@ -15,6 +15,7 @@ from paca.pretrained.adapter_folder import find_adapter
 from paca_command import import_package
 
 if TYPE_CHECKING:
+    from paca.cli.chat_beside import SideBySide
     from paca.pretrained.generation import LoadedModel, Message
 
 HELP = "/reset starts a new conversation, /exit (or Ctrl-D) ends, Ctrl-C stops an answer."
@@ -27,13 +28,34 @@ def chat(
     max_new_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.")] = 256,
     temperature: Annotated[float, typer.Option(help="Above 0: sample. At 0: the likeliest token each time.")] = 0.0,
     base: Annotated[bool, typer.Option("--base", help="Answer without the adapter, for comparison.")] = False,
+    beside: Annotated[
+        str | None,
+        typer.Option(metavar="RUN_OR_ADAPTER|base", help="Who answers side by side with it; base: without adapter."),
+    ] = None,
     base_model: Annotated[
         str | None, typer.Option(help="The base model.", show_default="where the adapter says")
     ] = None,
 ) -> None:
     """Talk to a trained model in the terminal, until /exit; with --prompt once."""
+    if beside is not None and (base or base_model is not None):
+        raise PacaError("--beside names both that answer. Leave out --base and --base-model.")
     find_adapter(path)  # before what it takes to load one: a wrong path is no reason to wait
+    if beside not in (None, "base"):
+        find_adapter(str(beside))
     import_package()
+    if beside is not None:
+        from rich.console import Console
+
+        from paca.cli.chat_beside import SideBySide
+
+        sampling = {"max_new_tokens": max_new_tokens, "temperature": temperature}
+        both = SideBySide(path, beside, system, Console(), **sampling)
+        if prompt is not None:
+            both.ask(prompt)
+            return
+        say(HELP)
+        converse(both)
+        return
     from paca.pretrained.conversation import answering, opening, speaker, unknown_form
     from paca.pretrained.generation import load_for_generation, stream_reply
 
@@ -55,28 +77,43 @@ def chat(
             print()
             return
         say(f"{speaker(loaded, base)}\n{HELP}")
-        converse(loaded, history, max_new_tokens, temperature)
+        converse(Conversation(loaded, history, max_new_tokens, temperature))
 
 
-def converse(loaded: LoadedModel, opening: list[Message], max_new_tokens: int, temperature: float) -> None:
-    """Read lines and answer them until the end of the input."""
-    history = list(opening)
+def converse(conversation: Conversation | SideBySide) -> None:
+    """Read lines and have them answered until the end of the input."""
     for line in typed_lines():
         if line == "/exit":
             return
         if line == "/reset":
-            history = list(opening)
+            conversation.begin()
             say("New conversation.")
         elif line.startswith("/"):
             say(f"No such command: {line}. {HELP}")
         else:
-            question: Message = {"role": "user", "content": line}
             try:
-                reply = answer(loaded, [*history, question], max_new_tokens, temperature)
+                conversation.ask(line)
             except PacaError as error:
                 say(str(error))
-            else:
-                history += [question, {"role": "assistant", "content": reply}]
+
+
+class Conversation:
+    """Questions, and the answers of one model."""
+
+    def __init__(self, loaded: LoadedModel, opening: list[Message], max_new_tokens: int, temperature: float) -> None:
+        self.loaded, self.opening = loaded, opening
+        self.max_new_tokens, self.temperature = max_new_tokens, temperature
+        self.begin()
+
+    def begin(self) -> None:
+        """Start a new conversation."""
+        self.history = list(self.opening)
+
+    def ask(self, line: str) -> None:
+        """Print the answer as it comes."""
+        question: Message = {"role": "user", "content": line}
+        reply = answer(self.loaded, [*self.history, question], self.max_new_tokens, self.temperature)
+        self.history += [question, {"role": "assistant", "content": reply}]
 
 
 def answer(loaded: LoadedModel, messages: list[Message], max_new_tokens: int, temperature: float) -> str:

@@ -89,6 +89,9 @@ def plan(
     if simulated_device is not None:
         device = "cuda"
     planned = _target(target, seq, batch_size, r, dtype, device, set_ or [])
+    lacks_it = simulated_device is not None and not simulated_device.has_bfloat16 and planned.dtype == torch.bfloat16
+    if lacks_it and dtype == "auto" and not _is_run(target):
+        planned = _target(target, seq, batch_size, r, "float16", device, set_ or [])
     setting = planned.setting
     if quantization is not None:
         setting = replace(setting, quantization=quantization if quantization in QUANTIZATIONS else None)

@@ -142,6 +142,8 @@ def show_simulated(console: Console, simulated: OnDevice, steps: int) -> None:
     console.print(table)
     for reason in simulated.refused:
         say(console, f"Left out: {reason}")
+    for note in simulated.notes:
+        console.print(note, style="yellow")
     waits = max(row.time.waits for row in simulated.rows)
     waited = f" The host waits for the device {waits} times within a step." if waits else ""
     say(
@@ -212,6 +214,7 @@ def _simulated_as_json(simulated: OnDevice, steps: int) -> dict[str, Any]:
         "source": simulated.device.source,
         "steps": steps,
         "left_out": [*simulated.refused],
+        "notes": [*simulated.notes],
         "methods": {
             row.method: {
                 "total": row.estimate.total,

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from paca.convert.adapter import FILE_PREFIX, AdaptedLayer, Adapter, adapter_in_model, write_adapter
+from paca.convert.lora_card import lora_card
 from paca.convert.target_names import exact_targets
 from paca.messages.errors import PacaError
 from paca.tuner.rotation.union_config import default_and_pattern
@@ -74,7 +75,7 @@ def to_lora(adapter: Adapter) -> tuple[LoraConfig, dict[str, Tensor]]:
 
 
 def save_as_lora(model: Any, folder: str | Path, adapter_name: str = "default") -> None:
-    """Write a PaCA adapter of a `PeftModel` into `folder` as a LoRA adapter, which PEFT loads without paca.
+    """Write a PaCA adapter of a `PeftModel` into `folder` as a LoRA adapter with a card; PEFT loads it without paca.
 
     Raises:
         ValueError: No such adapter, or a layer that LoRA can't express, by name.
@@ -83,6 +84,7 @@ def save_as_lora(model: Any, folder: str | Path, adapter_name: str = "default") 
 
 
 def write_lora(adapter: Adapter, folder: Path) -> None:
-    """Write the adapter as LoRA into `folder` (errors as of `to_lora`)."""
+    """Write the adapter as LoRA into `folder`, with a card (errors as of `to_lora`)."""
     config, tensors = to_lora(adapter)
     write_adapter(folder, config.to_dict(), tensors, adapter.config.base_quantization)
+    (folder / "README.md").write_text(lora_card(adapter), encoding="utf-8")

@@ -17,7 +17,8 @@ from paca.layers.modes import offloads
 from paca.layers.overlaid_weight import OverlaidWeight, PatchedWeight
 from paca.quantized import quantization_of
 
-_MARKS = ("is_quantized", "is_loaded_in_4bit", "is_loaded_in_8bit", "quantization_method", "hf_quantizer")
+_MARKS = ("is_quantized", "is_loaded_in_4bit", "is_loaded_in_8bit", "quantization_method", "hf_quantizer",
+          "_weight_conversions")  # fmt: skip
 
 
 class OverlaidLinear(PacaLayer):

@@ -37,19 +37,27 @@ class Device:
     """Data sheet that the numbers are from."""
 
     def peak_of(self, dtype: torch.dtype) -> float:
-        """Operations per second in `dtype`; that of float32 where nothing else is stated."""
+        """Operations per second in `dtype`; that of float32 where nothing else is stated, as without units for it."""
         return self.peak.get(dtype, self.peak[torch.float32])
+
+    @property
+    def has_bfloat16(self) -> bool:
+        """Whether it multiplies bfloat16. Volta and Turing don't: torch's products go through float32 there."""
+        return torch.bfloat16 in self.peak
 
 
 def _device(
     name: str, title: str, memory: float, bandwidth: float, half: float, single: float, cache: float, units: int,
-    source: str, attention: float = 0.5,
+    source: str, attention: float = 0.5, halves: tuple[torch.dtype, ...] = _HALF,
 ) -> Device:  # fmt: skip
-    """Memory in GiB, bandwidth in GB/s, peaks in TFLOP/s: of 16 bits, and of float32 without TF32 (torch's default);
-    the cache in MB."""
-    peak = {**dict.fromkeys(_HALF, half * 1e12), torch.float32: single * 1e12}
+    """Memory in GiB, bandwidth in GB/s, peaks in TFLOP/s: of 16 bits (`halves`: which of them it multiplies), and of
+    float32 without TF32 (torch's default); the cache in MB."""
+    peak = {**dict.fromkeys(halves, half * 1e12), torch.float32: single * 1e12}
     return Device(name, title, int(memory * 2**30), bandwidth * GB, peak, int(cache * 1e6), units, attention, source)
 
+
+_ECC = 15 / 16
+"""Of GDDR6 that keeps its error correction in itself, as these cards are delivered: nvidia-smi shows that much."""
 
 DEVICES = {
     device.name: device
@@ -62,22 +70,53 @@ DEVICES = {
                 "NVIDIA H100 Tensor Core GPU data sheet: half of the 1,979 TFLOPS with sparsity", 0.35),
         _device("h200", "NVIDIA H200 141 GB SXM", 141, 4800, 989.5, 67, 50, 132,
                 "NVIDIA H200 Tensor Core GPU data sheet: half of the 1,979 TFLOPS with sparsity", 0.35),
+        _device("gh200", "NVIDIA GH200 96 GB", 96, 4000, 989.5, 67, 50, 132,
+                "NVIDIA GH200 Grace Hopper Superchip data sheet, with HBM3: half of the figures with sparsity", 0.35),
         _device("b200", "NVIDIA B200 180 GB", 180, 8000, 2250, 75, 126, 148,
                 "NVIDIA DGX B200 data sheet: an eighth of it, half of the figures with sparsity", 0.35),
-        _device("l40s", "NVIDIA L40S 48 GB", 48, 864, 362, 91.6, 96, 142,
+        _device("a10", "NVIDIA A10 24 GB", 24 * _ECC, 600, 125, 31.2, 6, 72,
+                "NVIDIA A10 Tensor Core GPU data sheet"),
+        _device("a10g", "NVIDIA A10G 24 GB (of AWS)", 24 * _ECC, 600, 70, 35, 6, 80,
+                "NVIDIA A10G data sheet, by AWS"),
+        _device("l4", "NVIDIA L4 24 GB", 24 * _ECC, 300, 121, 30.3, 48, 58,
+                "NVIDIA L4 Tensor Core GPU data sheet: half of the 242 TFLOPS with sparsity"),
+        _device("l40", "NVIDIA L40 48 GB", 48 * _ECC, 864, 181, 90.5, 96, 142,
+                "NVIDIA L40 data sheet"),
+        _device("l40s", "NVIDIA L40S 48 GB", 48 * _ECC, 864, 362, 91.6, 96, 142,
                 "NVIDIA L40S data sheet"),
+        _device("t4", "NVIDIA T4 16 GB", 16 * _ECC, 300, 65, 8.1, 4, 40,
+                "NVIDIA T4 Tensor Core GPU data sheet", halves=(torch.float16,)),
+        _device("v100-16gb", "NVIDIA V100 16 GB SXM2", 16, 900, 125, 15.7, 6, 80,
+                "NVIDIA V100 Tensor Core GPU data sheet", halves=(torch.float16,)),
+        _device("v100-32gb", "NVIDIA V100 32 GB SXM2", 32, 900, 125, 15.7, 6, 80,
+                "NVIDIA V100 Tensor Core GPU data sheet", halves=(torch.float16,)),
+        _device("rtx6000ada", "NVIDIA RTX 6000 Ada 48 GB", 48, 960, 364.2, 91.1, 96, 142,
+                "NVIDIA RTX 6000 Ada Generation data sheet: a quarter of the 1,457 TFLOPS of 8 bits with sparsity"),
+        _device("a6000", "NVIDIA RTX A6000 48 GB", 48, 768, 154.8, 38.7, 6, 84,
+                "NVIDIA RTX A6000 data sheet: half of the 309.7 TFLOPS with sparsity"),
+        _device("a5000", "NVIDIA RTX A5000 24 GB", 24, 768, 111.1, 27.8, 6, 64,
+                "NVIDIA RTX A5000 data sheet: half of the 222.2 TFLOPS with sparsity"),
+        _device("rtx3080", "NVIDIA GeForce RTX 3080 10 GB", 10, 760, 59.5, 29.8, 5, 68,
+                "NVIDIA Ampere GA102 GPU architecture white paper: sums in float32"),
         _device("rtx3090", "NVIDIA GeForce RTX 3090 24 GB", 24, 936, 71, 35.6, 6, 82,
                 "NVIDIA Ampere GA102 GPU architecture white paper: sums in float32"),
+        _device("rtx4080", "NVIDIA GeForce RTX 4080 16 GB", 16, 717, 97.5, 48.7, 64, 76,
+                "NVIDIA Ada GPU architecture white paper: sums in float32"),
         _device("rtx4090", "NVIDIA GeForce RTX 4090 24 GB", 24, 1008, 165.2, 82.6, 72, 128,
                 "NVIDIA Ada GPU architecture white paper: sums in float32"),
         _device("rtx5090", "NVIDIA GeForce RTX 5090 32 GB", 32, 1792, 209.5, 104.8, 96, 170,
                 "NVIDIA RTX Blackwell GPU architecture white paper: sums in float32"),
+        _device("mi300x", "AMD Instinct MI300X 192 GB", 192, 5300, 1307.4, 163.4, 256, 304,
+                "AMD Instinct MI300X accelerator data sheet", 0.35),
+        _device("mi250x", "AMD Instinct MI250X, one of its two dies, 64 GB", 64, 1600, 191.5, 47.9, 8, 110,
+                "AMD Instinct MI250X data sheet: half of it, as torch sees two devices; matrix units", 0.35),
         _device("gaudi2", "Intel Gaudi 2 96 GB", 96, 2460, 432, 108, 48, 1,
                 "Intel Gaudi 2 white paper: 16 bits and memory; float32 is not stated, a quarter is assumed"),
     )
 }  # fmt: skip
 
-_ALSO = {"a100": "a100-80gb", "h100-80gb": "h100", "h200-141gb": "h200", "3090": "rtx3090", "4090": "rtx4090",
+_ALSO = {"a100": "a100-80gb", "h100-80gb": "h100", "h200-141gb": "h200", "v100": "v100-16gb", "rtxa6000": "a6000",
+         "rtxa5000": "a5000", "3080": "rtx3080", "3090": "rtx3090", "4080": "rtx4080", "4090": "rtx4090",
          "5090": "rtx5090"}  # fmt: skip
 
 

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from peft import LoraConfig, PeftConfig
 from transformers import PreTrainedModel
 
@@ -49,8 +50,26 @@ class OnDevice:
 
     device: Device
     rows: tuple[Simulated, ...]
+    dtype: torch.dtype
+    """What its matrix products are computed in."""
     refused: tuple[str, ...] = ()
     """Methods that can't be planned here, and why."""
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What the device lacks, for people: nothing, or bfloat16 and what is older than it."""
+        if self.device.has_bfloat16:
+            return ()
+        units = f"The {self.device.title} has no units for bfloat16."
+        if self.dtype == torch.bfloat16:
+            units += " Products are counted at its rate in float32. float16 is faster: --dtype, or a run's model.dtype."
+        else:
+            units += f" This is planned in {str(self.dtype).removeprefix('torch.')}."
+        return (
+            units,
+            "torch has no flash attention for it. It is simulated as if it had: attention takes longer, and without a "
+            "mask (--padded) also more memory, where heads are grouped.",
+        )
 
 
 def simulate_on(
@@ -93,7 +112,8 @@ def simulate_on(
             continue
         time = step_time(typical.operators, device, efficiency)
         rows.append(Simulated(method, longest, time, typical.setting.tokens_per_step))
-    return OnDevice(device, tuple(rows), tuple(refused))
+    dtype = setting.autocast or next(model.parameters()).dtype
+    return OnDevice(device, tuple(rows), dtype, tuple(refused))
 
 
 def rates_on(device: Device, dtype: Any) -> tuple[MatmulRate, DequantizeRate]:

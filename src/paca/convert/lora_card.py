@@ -1,0 +1,81 @@
+"""The README.md beside an adapter written as LoRA: what it is, how exact it is, and how PEFT loads it without paca."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import yaml
+
+from paca.convert.adapter import Adapter
+
+_HERE = "path/to/this/folder"
+_PAPER = "[arXiv 2503.01905](https://arxiv.org/abs/2503.01905)"
+
+
+def lora_card(adapter: Adapter) -> str:
+    """The card of `adapter` as `to_lora` writes it; one of a language model says with code how to load it."""
+    config = adapter.config
+    base, revision = config.base_model_name_or_path, config.revision
+    generates = base is not None and config.task_type in (None, "CAUSAL_LM")
+    head: dict[str, Any] = {"library_name": "peft", "tags": ["lora", "paca", "peft"]}
+    if generates:
+        head["pipeline_tag"] = "text-generation"
+    if base is not None and not os.path.isabs(base):  # of a hub id the hub makes a link; it refuses a path
+        head["base_model"] = base
+    kinds = sorted({name.rpartition(".")[2] for name in adapter.layers})
+    ranks = ", ".join(map(str, adapter.ranks))
+    lines = [f"- {len(adapter.layers)} layers ({', '.join(kinds)}) of rank {ranks}, each at scale 1"]
+    if adapter.saved_whole:
+        lines.append("- besides them whole modules, which PEFT loads, and other programs may not")
+    return f"""---
+{yaml.safe_dump(head, sort_keys=False, allow_unicode=True).strip()}
+---
+
+# LoRA adapter for {"its base model" if base is None else base}
+
+A PaCA adapter (Partial Connection Adaptation, {_PAPER}), written as LoRA by `paca export --to lora`.
+
+{chr(10).join(lines)}
+
+## How exact it is
+
+PaCA trains a few input columns of a weight. LoRA says the same: `lora_A` picks these inputs (a single 1 in each row),
+and `lora_B` is the change of their columns, rounded once to float32. With float32 weights the outputs agree to the last
+digits. With 16-bit weights they differ by rounding: PaCA rounds the changed weight, LoRA adds a product that is rounded
+on its own.{_quantized(adapter.quantization)}
+
+## How to load it
+
+{_code(str(base), revision) if generates else _WITHOUT_CODE}
+"""
+
+
+_WITHOUT_CODE = (
+    f'Load the base model as for training, and give it to PEFT: `PeftModel.from_pretrained(model, "{_HERE}")`. paca is '
+    "not\nneeded."
+)
+
+
+def _quantized(kind: str | None) -> str:
+    if kind is None:
+        return ""
+    return (
+        f"\n\nIt was trained on weights quantized as {kind}, and is exact on those alone. Load the base model quantized"
+        "\nin the same way (`quantization_config`). On others, the 16-bit originals too, results differ a little."
+    )
+
+
+def _code(base: str, revision: str | None) -> str:
+    options = 'dtype="auto"' if revision is None else f'dtype="auto", revision="{revision}"'
+    return f"""PEFT is enough; paca is not needed.
+
+```python
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+model = AutoModelForCausalLM.from_pretrained("{base}", {options})
+model = PeftModel.from_pretrained(model, "{_HERE}")
+```
+
+`paca import {_HERE} --base {base} --output FOLDER` makes it a PaCA adapter again."""
