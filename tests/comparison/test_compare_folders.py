@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,10 @@ from paca.messages.errors import PacaError
 from paca.training.run_folder import RunFolder
 
 
-def run(folder: Path, rank: int, seed: int = 0, **changed: Any) -> Path:
+def run(folder: Path, rank: int, seed: int = 0, sections: Mapping[str, Any] | None = None, **changed: Any) -> Path:
     """A finished one."""
     folder.mkdir(parents=True)
-    config = {**COMMON, "paca": {"r": rank}, "train": {"learning_rate": 1e-3, "seed": seed}}
+    config = {**COMMON, "paca": {"r": rank}, "train": {"learning_rate": 1e-3, "seed": seed}, **(sections or {})}
     (folder / "summary.json").write_text(json.dumps({**summary(config, float(rank)), **changed}))
     (folder / "metrics.jsonl").write_text(json.dumps({"step": 0, "eval_loss": float(rank)}) + "\n")
     return folder
@@ -32,6 +33,16 @@ def test_folders_of_the_same_name_keep_their_own_curves(tmp_path: Path, monkeypa
     paths = [run(tmp_path / parent / "run", rank) for parent, rank in (("x", 4), ("y", 8))]
     found = compare_folders(paths, tmp_path / "report")
     assert [drawn[method.rows[0]["name"]].path for method in found.methods] == paths  # type: ignore[attr-defined]
+
+
+def test_seeds_of_a_comparison_are_one_method_though_one_run_alone_scored_the_model_as_it_came(tmp_path: Path) -> None:
+    paths = [
+        run(tmp_path / f"{rank}-seed{seed}", rank, seed, {"eval": {"before": rank + seed == 4}})
+        for rank in (4, 8)
+        for seed in (0, 1)
+    ]
+    found = compare_folders(paths, tmp_path / "report")
+    assert [len(method.rows) for method in found.methods] == [2, 2]
 
 
 @pytest.mark.parametrize("text", ['{"name": "a", ', "[1]"])

@@ -25,6 +25,7 @@ def sections(text: str, common: dict[str, Any] = COMMON) -> dict[str, Any]:
 
 def test_paca_is_the_runs_own_section() -> None:
     assert sections("paca") == {"paca": COMMON["paca"]}
+    assert [method.name for method in methods_of("PaCA,LoRA", COMMON)] == ["paca", "lora"]
 
 
 def test_lora_has_pefts_rank_twice_that_as_alpha_and_the_same_targets() -> None:

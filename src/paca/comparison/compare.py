@@ -143,7 +143,8 @@ def _shared_notes(rows: Iterable[Row], expected: Sequence[str] = ()) -> list[str
 
 def _without_seed(config: dict[str, dict[str, Any]]) -> str:
     kept = {name: dict(values) for name, values in config.items() if name != "output"}
-    for section, key in (("train", "seed"), ("paca", "random_seed")):
+    # Of a comparison's runs one alone scores the model as it came.
+    for section, key in (("train", "seed"), ("paca", "random_seed"), ("eval", "before")):
         kept.get(section, {}).pop(key, None)
     return json.dumps(kept, sort_keys=True)
 

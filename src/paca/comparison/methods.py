@@ -119,6 +119,7 @@ def own_section(sections: Sections) -> str:
 
 
 def _named(name: str, common: Sections) -> Method:
+    name = name.lower() if name.lower() in NAMED else name
     own = own_section(common)
     kind = "lora" if name == "lora-tuned" else name
     if kind == own:
