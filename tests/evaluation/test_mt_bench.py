@@ -81,7 +81,6 @@ BAD_ONCE: dict[str, tuple[Reply, float]] = {
     "not JSON": ((200, {}, b"<html>"), 1.0),
     "no choices": ((200, {}, b'{"choices": []}'), 1.0),
     "a list": ((200, {}, b"[]"), 1.0),
-    "no text": (verdict(None), 1.0),
     "cut short": ((200, {"Content-Length": "999"}, b'{"choices"'), 1.0),
     "hangs up": ((0, {}, b""), 1.0),
 }
@@ -116,6 +115,32 @@ def test_a_slow_judge_is_not_waited_for_beyond_the_timeout(waits: list[float]) -
             assert judge_of(server, timeout=0.2).ask(HELLO) == ("yes", Usage(0, 0, 2))
         finally:
             answer_late.set()
+
+
+def test_a_judge_that_refuses_a_setting_is_asked_without_it(waits: list[float]) -> None:
+    def reply(body: Body, number: int) -> Reply:
+        refused = next((name for name in ("max_tokens", "temperature") if name in body), None)
+        error = {"error": {"message": f"Unsupported parameter: '{refused}'.", "param": refused}}
+        return verdict("yes") if refused is None else (400, {}, json.dumps(error).encode())
+
+    with judging(reply) as server:
+        judge = judge_of(server)
+        assert judge.ask(HELLO) == ("yes", Usage(0, 0, 3))
+        assert judge.ask(HELLO) == ("yes", Usage(0, 0, 1))  # it is remembered
+    assert waits == []
+    assert server.requests[-1][1]["max_completion_tokens"] > 1024
+
+
+def test_an_answer_without_text_has_no_grade_and_ends_nothing(tmp_path: Path, waits: list[float]) -> None:
+    def reply(body: Body, number: int) -> Reply:
+        return verdict(None if "2+2" in body["messages"][1]["content"] else "[[7]]")
+
+    with judging(reply) as server:
+        answers = [["a", "b"], ["c", "d"], ["e"]]
+        ratings = ratings_of(judge_of(server), "base", QUESTIONS, answers, tmp_path, Tally())
+    assert [rating.score for rating in ratings] == [7, 7, None, None, 7]
+    assert len(server.requests) == 3 + 2 * 3
+    assert waits == []
 
 
 @pytest.mark.parametrize("status", [400, 401, 404])

@@ -15,6 +15,9 @@ from paca.messages.errors import PacaError
 _RETRIED = (408, 409, 425, 429, 500, 502, 503, 504, 529)
 """Statuses that may be different the next time."""
 
+_INSTEAD: dict[str, dict[str, Any]] = {"max_tokens": {"max_completion_tokens": 8192}, "temperature": {}}
+"""Settings that some judges refuse, and what they take. Those that reason count their thoughts as tokens."""
+
 LONGEST_WAIT = 120.0
 """Seconds; a server that asks for more is taken at its word only up to here."""
 
@@ -70,6 +73,7 @@ class Judge:
     def __init__(self, settings: JudgeSettings) -> None:
         self.settings = settings
         self._stopped = Event()
+        self._how: dict[str, Any] = {"temperature": 0, "max_tokens": 1024}
 
     def stop(self) -> None:
         """Have those that wait for another try give up."""
@@ -81,7 +85,7 @@ class Judge:
         return self._stopped.is_set()
 
     def ask(self, messages: list[dict[str, str]]) -> tuple[str, Usage]:
-        """The judge's answer, and what it took.
+        """The judge's answer, and what it took. One that gives no text, as where it declines, answers with none.
 
         Args:
             messages: The conversation, as the protocol has it.
@@ -89,8 +93,8 @@ class Judge:
         Raises:
             PacaError: The server refuses, cannot be reached, or did not answer properly in all tries.
         """
-        settings, failure, asked_for = self.settings, "", None
-        body = {"model": settings.model, "messages": messages, "temperature": 0, "max_tokens": 1024}
+        settings, failure, asked_for, sent = self.settings, "", None, 0
+        asked = {"model": settings.model, "messages": messages}
         url = settings.url.rstrip("/") + "/chat/completions"
         for attempt in range(settings.tries):
             wait = settings.first_wait * 2 ** (attempt - 1) if asked_for is None else min(asked_for, LONGEST_WAIT)
@@ -98,9 +102,13 @@ class Judge:
                 raise PacaError("Judging was stopped.")
             asked_for = None
             try:
-                response = requests.post(url, json=body, timeout=settings.timeout, auth=self._sign)
+                while True:
+                    body, sent = {**asked, **self._how}, sent + 1
+                    response = requests.post(url, json=body, timeout=settings.timeout, auth=self._sign)
+                    if response.status_code != 400 or not self._gives_way(body, response.text):
+                        break
                 if response.ok:
-                    return _read(response.json(), attempt + 1)
+                    return _read(response.json(), sent)
                 failure = f"HTTP {response.status_code} {response.reason}: {_beginning(response.text)}"
                 if response.status_code not in _RETRIED:
                     raise PacaError(f"The judge at {settings.url} refuses: {failure}")
@@ -111,6 +119,15 @@ class Judge:
             f"The judge at {settings.url} did not answer in {settings.tries} tries; the last time: {failure}."
             " Verdicts so far are kept; the same command goes on."
         )
+
+    def _gives_way(self, body: dict[str, Any], refusal: str) -> bool:
+        """Whether a refusal is of a setting that can be left out; it is, from here on."""
+        refused = next((name for name in _INSTEAD if name in body and name in refusal), None)
+        if refused is None:
+            return False
+        # As a whole, as other threads read it.
+        self._how = {name: value for name, value in self._how.items() if name != refused} | _INSTEAD[refused]
+        return True
 
     def _sign(self, request: Any) -> Any:
         """As a function, so that no password of ~/.netrc takes the key's place."""
@@ -126,6 +143,7 @@ def _read(answer: Any, sent: int) -> tuple[str, Usage]:
         raise requests.exceptions.InvalidJSONError(
             f"no choices[0].message.content in {_beginning(str(answer))}"
         ) from error
+    text = "" if text is None else text
     if not isinstance(text, str):
         raise requests.exceptions.InvalidJSONError(f"content is {text!r}; expected text")
     used = answer.get("usage")

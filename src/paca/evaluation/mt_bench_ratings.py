@@ -166,7 +166,8 @@ def _verdict(judge: Judge, prompt: Prompt) -> Verdict:
         grade = grade_in(verdict)
         if grade is not None:
             return verdict, grade, used
-        messages = [*prompt, {"role": "assistant", "content": verdict}, {"role": "user", "content": _REMINDER}]
+        said = [{"role": "assistant", "content": verdict}, {"role": "user", "content": _REMINDER}] if verdict else []
+        messages = [*prompt, *said]
     return verdict, None, used
 
 
