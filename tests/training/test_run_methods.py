@@ -150,6 +150,8 @@ def test_the_plan_of_each_method_is_what_it_trains(config_file: Path, tmp_path: 
         ("paca: {lora_alpha: 8}\n", "there is no key paca.lora_alpha. Did you mean paca.paca_alpha?"),
         ("train: {r: 8}\n", "there is no key train.r. Did you mean paca.r?"),
         ("lora: {}\ntrain: {rank: 8}\n", "there is no key train.rank. Did you mean lora.r?"),
+        ("train: {batch_size: 2}\n", "train.batch_size. Did you mean train.per_device_train_batch_size?"),
+        ("lora: {batch_size: 2}\n", "lora.batch_size. Did you mean train.per_device_train_batch_size?"),
         ("data: {train: a, lean: true}\n", "there is no key data.lean. Did you mean model.lean?"),
         ("full: {r: 8}\n", "there is no key full.r."),
         ("full:\nmodel: {name: a, quantization: nf4}\n", "model.quantization does not go with full"),
