@@ -58,7 +58,9 @@ def evaluate(
     judge_model: Annotated[
         str | None, typer.Option(help=f"MT-Bench: the judge's name there. Its key is read from {JUDGE_KEY}.")
     ] = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="MT-Bench: longest answer, in tokens.")] = 1024,
+    max_new_tokens: Annotated[
+        int | None, typer.Option(min=1, help="MT-Bench: longest answer, in tokens.", show_default="1024")
+    ] = None,
     base_model: Annotated[
         str | None, typer.Option(help="The base model.", show_default="where the adapter says")
     ] = None,
@@ -73,6 +75,11 @@ def evaluate(
         raise PacaError("--tasks and --mt-bench need a folder for their results. Give one: --output DIR.")
     if (mt_bench is None) != (judge_url is None) or (mt_bench is None) != (judge_model is None):
         raise PacaError("--mt-bench, --judge-url and --judge-model go together: questions, and who rates the answers.")
+    for flag, given in (("--num-fewshot", num_fewshot is not None), ("--chat-template", chat_template)):
+        if given and not names:
+            raise PacaError(f"{flag} goes with --tasks; a run's own data is asked as it was trained on. Leave it out.")
+    if max_new_tokens is not None and mt_bench is None:
+        raise PacaError("--max-new-tokens goes with --mt-bench. Of a run's own data it is eval.max_new_tokens.")
     find_adapter(path)  # before what it takes to load one: a wrong path is no reason to wait
     if own_data and not (Path(path) / "config.yaml").is_file():
         raise PacaError(
@@ -120,7 +127,7 @@ def evaluate(
 
                 judge = Judge(JudgeSettings(judge_url, judge_model, key=os.environ.get(JUDGE_KEY)))
                 questions, folder = read_questions(mt_bench)[:limit], output / "mt_bench"
-                lengths = {"max_new_tokens": max_new_tokens, "batch_size": batch_size}
+                lengths = {"max_new_tokens": max_new_tokens or 1024, "batch_size": batch_size}
                 judged = run_mt_bench(loaded, questions, judge, folder, shown, **lengths)
                 shown.finish()
                 print_ratings(console, judged)

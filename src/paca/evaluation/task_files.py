@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from datasets.exceptions import DatasetsError
 from lm_eval.tasks import TaskManager
 
 from paca.messages.errors import PacaError
@@ -58,11 +59,15 @@ def _load(manager: TaskManager, name: str, file: Path | None) -> list[Any]:
         with _inside(file.parent if file else Path.cwd()):
             found = manager.load([_group_in(manager, file) if file else name])
     except Exception as error:  # of the harness, of datasets, of the code that a task file brings
-        raise PacaError(
-            f"The task {name} cannot be loaded: {str(error).strip() or type(error).__name__}\n"
-            "Its data comes from the hub unless a task file points at local files (dataset_path: json, with "
-            "dataset_kwargs: data_files)."
-        ) from error
+        said = str(error).strip()
+        reason = type(error).__name__ if said in ("", "None") else said
+        advice = "The file, or the harness, names a field, a metric or a filter that is not there."
+        if isinstance(error, (OSError, DatasetsError)):
+            advice = (
+                "Its data comes from the hub unless a task file points at local files (dataset_path: json, with "
+                "dataset_kwargs: data_files)."
+            )
+        raise PacaError(f"The task {name} cannot be loaded: {reason}\n{advice}") from error
     members = {member for group in found.get("groups", {}).values() for member in group.child_names}
     top: list[Any] = [group for key, group in found.get("groups", {}).items() if key not in members]
     inside = {task.task_name for group in top for task in group.get_all_tasks()}
