@@ -23,6 +23,8 @@ class Hub:
     row: Callable[[int], dict[str, Any]]
     """Makes row number so and so."""
     config: str | None = None
+    useless: Callable[[], list[dict[str, Any]]] = list
+    """Makes rows that such public data holds too, and nothing can be learned from."""
 
     def load(self, config: str | None, split: str) -> Dataset:
         """What `datasets.load_dataset` gives.
@@ -32,7 +34,12 @@ class Hub:
         """
         if config != self.config or split not in self.splits:
             raise ValueError(f"Unknown split {split!r} of configuration {config!r}.")
-        return Dataset.from_list([self.row(number) for number in range(ROWS)], features=Features(self.features))
+        rows = [self.row(number) for number in range(ROWS)] + self.useless()
+        return Dataset.from_list(rows, features=Features(self.features))
+
+
+LONG = "Too long. " * 900
+"""Longer than `train.max_length` of any recipe, by a tokenizer of bytes."""
 
 
 def _turns(number: int) -> list[dict[str, str]]:
@@ -106,8 +113,14 @@ HUB = {
             "answer": number % 4,
         },
         "all",
+        lambda: [{"question": LONG, "subject": "", "choices": ["one", "two", "three", "four"], "answer": 0}],
     ),
-    "OpenAssistant/oasst1": Hub(("train", "validation"), _OASST_FEATURES, _oasst),
+    "OpenAssistant/oasst1": Hub(
+        ("train", "validation"),
+        _OASST_FEATURES,
+        _oasst,
+        useless=lambda: [{**_oasst(ROWS), "text": LONG}, _oasst(ROWS + 1)],
+    ),
     "timdettmers/openassistant-guanaco": Hub(
         ("train", "test"),
         {"text": TEXT},
@@ -133,6 +146,10 @@ HUB = {
         ("train_sft", "test_sft", "train_gen", "test_gen"),
         {"prompt": TEXT, "prompt_id": TEXT, "messages": MESSAGES},
         lambda number: {"prompt": "What?", "prompt_id": str(number), "messages": _turns(number)},
+        useless=lambda: [
+            {"prompt": "What?", "prompt_id": "7", "messages": [{"content": LONG, "role": "user"}, _turns(7)[1]]},
+            {"prompt": "What?", "prompt_id": "8", "messages": [_turns(8)[0], {"content": "", "role": "assistant"}]},
+        ],
     ),
     "mlabonne/FineTome-100k": Hub(
         ("train",),
@@ -145,6 +162,13 @@ HUB = {
             "source": "a",
             "score": 4.8,
         },
+        useless=lambda: [
+            {
+                "conversations": [{"from": "human", "value": LONG}, {"from": "gpt", "value": "A number."}],
+                "source": "a",
+                "score": 4.8,
+            }
+        ],
     ),
     "tatsu-lab/alpaca": Hub(
         ("train",),
@@ -155,11 +179,16 @@ HUB = {
             "output": str(2 * number),
             "text": "Below is an instruction. ### Response: ...",
         },
+        useless=lambda: [{"instruction": "Double the number.", "input": "", "output": "", "text": "Below ..."}],
     ),
     "trl-lib/ultrafeedback_binarized": Hub(
         ("train", "test"),
         {"chosen": MESSAGES, "rejected": MESSAGES, "score_chosen": NUMBER, "score_rejected": NUMBER},
         _preference,
+        useless=lambda: [
+            {**_preference(7), "rejected": _preference(7)["chosen"]},
+            {name: [{"content": LONG, "role": "user"}, _preference(8)[name][1]] for name in ("chosen", "rejected")},
+        ],
     ),
     "stanfordnlp/imdb": Hub(
         ("train", "test", "unsupervised"),

@@ -354,6 +354,21 @@ def test_examples_without_a_label_are_named(run: Runner) -> None:
         run("a", "train.max_length=5")
 
 
+def test_examples_without_a_label_may_be_left_out(run: Runner, config_file: Path, tmp_path: Path) -> None:
+    source = config_file.parent / "train.jsonl"
+    lines = [json.loads(line) for line in source.read_text().splitlines()]
+    lines += [{"prompt": "x" * 200, "completion": "y"}] * 3 + [{"prompt": "x", "completion": ""}] * 2
+    file = tmp_path / "long.jsonl"
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    given = (f"data.train={file}", f"data.eval={source}", "train.max_steps=1")
+    summary = run("a", *given, "data.unusable=leave_out").summary
+    assert summary is not None
+    assert (summary["data"]["train_examples"], summary["data"]["eval_examples"]) == (40, 40)
+    assert "; 2 left out, as nothing can be learned from them" in summary["data"]["description"]
+    with pytest.raises(PacaError, match="line 44: completion is empty"):
+        run("b", *given)
+
+
 def test_a_loss_that_is_not_a_number_ends_the_run(run: Runner, tmp_path: Path) -> None:
     with pytest.raises(PacaError, match=r"The training loss is (nan|inf) at step \d+.*now 1e\+30"):
         run("a", "train.learning_rate=1e30", "train.max_grad_norm=0")

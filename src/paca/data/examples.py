@@ -18,7 +18,7 @@ from paca.data import choices, formats, labelled_texts, message_trees, preferenc
 from paca.data.choices import OPTIONS
 from paca.data.formats import Example, Format
 from paca.data.sources import Source
-from paca.messages.errors import PacaError
+from paca.messages.errors import NothingToLearn, PacaError
 
 logger = logging.getLogger(__name__)
 
@@ -77,6 +77,7 @@ def load_examples(
     split: str = "train",
     limit: int | None = None,
     family: str = "text",
+    leave_out: bool = False,
 ) -> Examples:
     """Load examples and bring them into the shape that a trainer takes.
 
@@ -93,6 +94,7 @@ def load_examples(
         limit: Use only so many examples, from the start.
         family: What they are to be: `"text"` for SFT, `"preferences"`, `"prompts"` or `"labels"`, each with
             forms of its own.
+        leave_out: Leave out records from which nothing can be learned, such as those with an empty answer.
 
     Raises:
         PacaError: The source does not exist, is empty or cannot be parsed, its form is unknown or ambiguous, or an
@@ -106,15 +108,16 @@ def load_examples(
         raise PacaError(f"{source} holds no examples: it is empty.")
     columns = list(first[1])
     form = formats.recognise(columns, format, source, FAMILIES[family])
-    first = next(_rows(found, form), None)
-    if first is None:
+    example = next(filter(None, (_convert(form, *one, leave_out) for one in _rows(found, form))), None)
+    if example is None:
         raise PacaError(f"{source} holds no example of the form {form.name}: nobody answers in it.")
-    features = _features(_convert(form, *first), family)
+    features = _features(example, family)
     options = {
         "source": found,
         "family": family,
         "format_name": form.name,
         "limit": limit,
+        "leave_out": leave_out,
         "columns": tuple(features),  # a list would be taken for sources, to be read by several processes
         "rendered": tuple(name for name in RENDERED if not isinstance(features.get(name), Json)),
     }
@@ -124,15 +127,20 @@ def load_examples(
                 _examples,
                 features=features,
                 gen_kwargs=options,
-                fingerprint=_fingerprint(found, form, limit),
+                fingerprint=_fingerprint(found, form, limit, leave_out),
             )
         except datasets.exceptions.DatasetGenerationError as error:
             cause = _paca_error_behind(error)
             if cause is None:
                 raise
             raise cause from None
-    description = _describe(form, columns, dataset)
-    return Examples(dataset, form.name, source, description)
+    usable, note = dataset, ""
+    if leave_out:
+        first = dataset.select_columns(next(iter(features))).with_format("arrow")[:]
+        usable = dataset.select(np.flatnonzero(first.column(0).is_valid()))
+    if count := len(dataset) - len(usable):
+        note = f"; {count:,} left out, as nothing can be learned from them"
+    return Examples(usable, form.name, source, _describe(form, columns, usable) + note)
 
 
 def split_heldout(examples: Examples, held_out: float, seed: int) -> tuple[Examples, Examples]:
@@ -177,6 +185,7 @@ def _examples(
     family: str,
     format_name: str,
     limit: int | None,
+    leave_out: bool,
     columns: tuple[str, ...],
     rendered: tuple[str, ...],
 ) -> Iterator[Example]:
@@ -185,7 +194,10 @@ def _examples(
     for place, row in itertools.islice(_rows(source, form), limit):
         if first is not None and any(column not in row for column in form.required):
             _refuse_other_form(form, family, first[ORIGIN], place, row)
-        example = _convert(form, place, row)
+        example = _convert(form, place, row, leave_out)
+        if example is None:
+            yield {**dict.fromkeys(columns), ORIGIN: place}
+            continue
         if first is not None and any(type(example.get(name)) is not type(first.get(name)) for name in rendered):
             raise PacaError(
                 f"{place}: text and lists of messages are mixed; {first[ORIGIN]} is of the other kind. Give all "
@@ -212,13 +224,15 @@ def _rows(source: Source, form: Format) -> Iterator[tuple[str, rows.Row]]:
     return source.rows() if form.gather is None else form.gather(source.rows())
 
 
-def _convert(form: Format, place: str, row: rows.Row) -> Example:
+def _convert(form: Format, place: str, row: rows.Row, leave_out: bool) -> Example | None:
     missing = [column for column in form.required if column not in row]
     if missing:
         raise PacaError(f"{place}: there is no {' and no '.join(missing)}; found: {', '.join(row) or '(nothing)'}.")
     try:
         return {**form.convert(row), ORIGIN: place}
     except PacaError as error:
+        if leave_out and isinstance(error, NothingToLearn):
+            return None
         raise PacaError(f"{place}: {error}") from None
 
 
@@ -234,10 +248,10 @@ def _features(example: Example, family: str) -> Features:
     return Features({name: feature(name, value) for name, value in example.items()})
 
 
-def _fingerprint(source: Source, form: Format, limit: int | None) -> str:
+def _fingerprint(source: Source, form: Format, limit: int | None, leave_out: bool) -> str:
     """Names the cached conversion: another content, another choice or another version of this code, another name."""
     content = xxhash.xxh128()
-    content.update(f"{source.fingerprint()}|{source.name}|{form.name}|{limit}".encode())
+    content.update(f"{source.fingerprint()}|{source.name}|{form.name}|{limit}|{leave_out}".encode())
     for module in (choices, formats, labelled_texts, message_trees, preferences, prompts, rows, sources):
         content.update(Path(str(module.__file__)).read_bytes())
     content.update(Path(__file__).read_bytes())

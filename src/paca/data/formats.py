@@ -10,7 +10,7 @@ from typing import Any
 from paca.data.choices import OPTIONS, Question, arc_question, mmlu_question
 from paca.data.message_trees import FLAT_COLUMNS, OF_USE, TREE_COLUMNS, answered_trees, best_path, trees_of_messages
 from paca.data.rows import Row
-from paca.messages.errors import PacaError
+from paca.messages.errors import NothingToLearn, PacaError
 from paca.messages.nearest import did_you_mean
 
 Example = dict[str, Any]
@@ -194,7 +194,7 @@ def _question_and_answer(question: str, answer: str) -> Example:
 
 def _conversation(messages: list[Message], tools: object) -> Example:
     if not any(message["role"] == "assistant" for message in messages):
-        raise PacaError("the conversation has no message of 'assistant', so there is nothing to learn.")
+        raise NothingToLearn("the conversation has no message of 'assistant', so there is nothing to learn.")
     _require_an_answer(messages, "conversation")
     return {"messages": messages, **_tools(tools)}
 
@@ -202,7 +202,7 @@ def _conversation(messages: list[Message], tools: object) -> Example:
 def _require_an_answer(messages: list[Message], name: str) -> None:
     for message in messages:
         if message["role"] == "assistant" and not message["content"].strip() and not message.get("tool_calls"):
-            raise PacaError(f"the {name} has an empty message of 'assistant'. Remove the example, or fill it in.")
+            raise NothingToLearn(f"the {name} has an empty message of 'assistant'. Remove the example, or fill it in.")
 
 
 def _messages(value: object, name: str) -> list[Message]:
@@ -249,7 +249,7 @@ def _text(value: object, name: str) -> str:
 def _answer(value: object, name: str) -> str:
     text = _text(value, name)
     if not text.strip():
-        raise PacaError(f"{name} is empty, so there is nothing to learn. Remove the example, or fill it in.")
+        raise NothingToLearn(f"{name} is empty, so there is nothing to learn. Remove the example, or fill it in.")
     return text
 
 

@@ -17,7 +17,7 @@ from paca.messages.errors import PacaError
 _NAMED = 3  # examples that an error lists; the rest it counts
 
 
-def check_labels(prepared: Dataset, examples: Examples, args: SFTConfig) -> None:
+def check_labels(prepared: Dataset, examples: Examples, args: SFTConfig, *, leave_out: bool = False) -> int:
     """Make sure that every example has a token that counts in the loss.
 
     TRL cuts an example to `args.max_length` tokens and silently drops it when no answer is left; with packing it
@@ -28,6 +28,10 @@ def check_labels(prepared: Dataset, examples: Examples, args: SFTConfig) -> None
             and `labels`, packed or not.
         examples: What it was given, tokenized.
         args: The configuration it was given.
+        leave_out: Count those without one, unless all are.
+
+    Returns:
+        How many have none.
 
     Raises:
         PacaError: Naming the examples without a label.
@@ -41,15 +45,18 @@ def check_labels(prepared: Dataset, examples: Examples, args: SFTConfig) -> None
         count = len(documents)
     else:
         # Wrapped or split packing loses no token: a piece without a label is the rest of an example that has some.
-        return
+        return 0
     if not origins:
-        return
+        return 0
+    if leave_out and count < len(examples.dataset):
+        return count
     listed = "\n  ".join(f"{origin}: {_first_words(origin, examples)}" for origin in origins[:_NAMED])
     listed += f"\n  and {count - _NAMED:,} more" if count > _NAMED else ""
     raise PacaError(
         f"{count:,} of {len(examples.dataset):,} examples {'have' if count > 1 else 'has'} no token that counts in the "
         f"loss: cut to train.max_length = {args.max_length} tokens, nothing of the answer is left.\n  {listed}\n"
-        f"Raise train.max_length, or shorten or remove {'these examples' if count > 1 else 'this example'}."
+        f"Raise train.max_length, or shorten or remove {'these examples' if count > 1 else 'this example'}; "
+        "data.unusable: leave_out does without."
     )
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from paca.data.formats import FORMATS, Example, Format, _messages
 from paca.data.rows import Row
-from paca.messages.errors import PacaError
+from paca.messages.errors import NothingToLearn, PacaError
 
 PAIR = ("chosen", "rejected")
 
@@ -21,9 +21,9 @@ def _pair(form: str, answer: str) -> Callable[[Row], Example]:
             try:
                 made[name] = FORMATS[form].convert({**row, answer: row[name]})
             except PacaError as error:
-                raise PacaError(f"with {name} as the {answer}: {error}") from None
+                raise type(error)(f"with {name} as the {answer}: {error}") from None
         if made["chosen"] == made["rejected"]:
-            raise PacaError("chosen and rejected are the same, so there is nothing to prefer. Remove the record.")
+            raise NothingToLearn("chosen and rejected are the same, so there is nothing to prefer. Remove the record.")
         prompt = made["chosen"]["prompt"]
         if row.get("system") and isinstance(prompt, list):
             prompt = [{"role": "system", "content": str(row["system"])}, *prompt]

@@ -11,6 +11,10 @@ class PacaError(ValueError):
     """
 
 
+class NothingToLearn(PacaError):
+    """A record of the training data is whole, and nothing can be learned from it: its answer is empty, say."""
+
+
 def is_failure(error: BaseException) -> bool:
     """Whether this is an error of some code, not somebody's wish to stop: Rust's panics are no `Exception`."""
     return isinstance(error, Exception) or type(error).__name__ == "PanicException"

@@ -56,7 +56,10 @@ def length_lines(sample: Sample) -> list[str]:
         share = f" ({100 * sample.cut / sample.sampled:.1f} %)" if sample.cut else ""
         notes.append(f"train.max_length = {sample.limit:,} cuts {sample.cut:,} of these examples{share}.")
     if sample.unanswered:
-        notes.append(f"Nothing of the answer is left in {sample.unanswered:,}: a run refuses those.")
+        notes.append(
+            f"Nothing of the answer is left in {sample.unanswered:,}: a run refuses those, or leaves them out "
+            "(data.unusable: leave_out)."
+        )
     if sample.left_out:
         notes.append(f"{sample.left_out:,} answers do not count: the template renders them differently later on.")
     lines += [" ".join(notes)] if notes else []

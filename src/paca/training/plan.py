@@ -7,7 +7,7 @@ import json
 import math
 import os
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from peft import get_peft_model
@@ -78,6 +78,15 @@ class Plan:
     """About: by the mean of the sample, or full sequences where packing is on; None where there is no sample."""
     steps: int | None
     """None where packing decides it."""
+    left_out: str | None = None
+    """What is said of examples that are left out, as `train.max_length` leaves nothing of them to learn."""
+
+    def without(self, train: int, held_out: int) -> Plan:
+        """The same run without so many training and held-out examples."""
+        if not train and not held_out:
+            return self
+        said = f"{train:,} training and {held_out:,} held-out examples are too long for train.max_length, and left out."
+        return replace(self, train_examples=self.train_examples - train, left_out=said)
 
     def lines(self) -> list[tuple[str, str]]:
         """Label and text of each line of the description."""

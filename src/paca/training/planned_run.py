@@ -98,7 +98,8 @@ def lengths_of_examples(config: RunConfig) -> tuple[int | None, int | None, str]
         return None, None, f"{data.train} has {format_bytes(size)}, so it was not read"
     try:
         tokenizer = tokenizer_of(config)
-        examples = load_examples(data.train, format=data.format, split=data.split, limit=data.limit)
+        reading: Any = {"format": data.format, "leave_out": data.unusable == "leave_out"}
+        examples = load_examples(data.train, split=data.split, limit=data.limit, **reading)
         choose_form(config, examples, tokenizer)
         options: Any = {"everything": trains_everything(config, examples)}
         template = training_template(tokenizer)

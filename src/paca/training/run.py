@@ -165,9 +165,10 @@ class _Run:
                 "it to the finished run's config.yaml, and give the run to `paca evaluate`."
             )
         self.trainer.remove_callback(PrinterCallback)
-        self.kind.check_prepared(self.trainer, prepared.data)
+        self.plan = self.plan.without(*self.kind.check_prepared(self.config, self.trainer, prepared.data))
         if self.main:
             for warning in (
+                self.plan.left_out,
                 memory_warning(prepared, self.trainer.train_dataset, arguments, available),
                 sharding_warning(arguments, self.trainer.is_fsdp_enabled),
             ):
@@ -288,7 +289,7 @@ class _Run:
             return None
         rows = self.heldout.dataset
         if self.kind.score is not None:
-            return scores_by_trainer(self.kind, self.log, len(rows), step)
+            return scores_by_trainer(self.kind, self.log, len(self.trainer.eval_dataset), step)
         if self.scorer is None:
             return None
         return scores_by(self.scorer, self.trainer, rows, self.config, self.folder, self.console, self._busy)

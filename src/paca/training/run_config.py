@@ -50,6 +50,9 @@ class DataSection:
     """The split of `eval` when that is a hub id."""
     limit: int | None = None
     """Use only this many records of `train` (before any are held out)."""
+    unusable: Literal["refuse", "leave_out"] = "refuse"
+    """What becomes of records from which nothing can be learned: an empty answer, two equal ones, or one of which
+    `train.max_length` leaves nothing."""
     label: str | None = None
     """For `train.trainer: image_classification`: the column with the label, where the data has several."""
     heldout_seed: int = 0

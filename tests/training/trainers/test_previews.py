@@ -55,7 +55,7 @@ def test_lengths_of_pairs_are_those_of_the_trainer(
     monkeypatch.chdir(workspace)
     kind, made = TRAINERS[trainer], []
 
-    def stop(trainer: Any, data: object) -> None:
+    def stop(config: object, trainer: Any, data: object) -> None:
         made.extend(kind.lengths(trainer.train_dataset))
         raise PacaError("enough")
 

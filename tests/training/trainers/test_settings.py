@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
 from typing import Any
@@ -192,3 +193,17 @@ def test_pairs_that_trl_would_drop_are_named(workspace: Path, tmp_path: Path) ->
         config = with_data(workspace, tmp_path, name, records, "train.max_length=20", f"output.dir={tmp_path / name}")
         with pytest.raises(PacaError, match=r"data.jsonl, line 2: .* 20 tokens. 1 of 2 pairs would be left out"):
             train(config, console=Console(quiet=True))
+
+
+@pytest.mark.parametrize("name", ["dpo", "reward"])
+def test_pairs_that_teach_nothing_may_be_left_out(workspace: Path, tmp_path: Path, name: str) -> None:
+    records = [{"prompt": "a", "chosen": "b", "rejected": other} for other in ("c", "d", "b", "")]
+    records.append({"prompt": "a" * 50, "chosen": "b", "rejected": "c"})
+    changed = ("train.max_length=20", "train.max_steps=1", "data.eval=null", f"output.dir={tmp_path / name}")
+    config = with_data(workspace, tmp_path, name, records, *changed, "data.unusable=leave_out")
+    text = io.StringIO()
+    summary = train(config, console=Console(file=text, width=200)).summary
+    assert summary is not None
+    assert summary["data"]["train_examples"] == 2
+    assert "2 left out, as nothing can be learned from them" in text.getvalue()
+    assert "1 training and 0 held-out examples are too long for train.max_length, and left out." in text.getvalue()

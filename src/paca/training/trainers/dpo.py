@@ -45,9 +45,9 @@ class Dpo(TrainerKind):
         """What the model is compared with."""
         return [("reference", "the model without its adapter; no second copy is held")]
 
-    def check_prepared(self, trainer: DPOTrainer, data: RunData) -> None:
+    def check_prepared(self, config: RunConfig, trainer: DPOTrainer, data: RunData) -> tuple[int, int]:
         """No pair was dropped because its prompt fills `train.max_length`."""
-        check_all_kept(trainer, data, "the prompt alone fills")
+        return check_all_kept(config, trainer, data, "the prompt alone fills")
 
     def lengths(self, dataset: Dataset) -> list[int]:
         """Of each pair, the longer one with its prompt."""
@@ -73,18 +73,22 @@ def with_pairs_sampled(config: RunConfig, data: RunData) -> RunData:
     return replace(data, sample=take_sample(data.train, tokenizer, forms, limit=limit, batch_size=batch))
 
 
-def check_all_kept(trainer: Any, data: RunData, why: str) -> None:
-    """Refuse a run for which TRL dropped examples.
+def check_all_kept(config: RunConfig, trainer: Any, data: RunData, why: str) -> tuple[int, int]:
+    """Refuse a run for which TRL dropped examples, unless they are to be left out: then count them.
 
     Raises:
         PacaError: Names the first of them.
     """
+    counts = []
     for kept, given in ((trainer.train_dataset, data.train), (trainer.eval_dataset, data.eval)):
-        if given is None or len(kept) == len(given.dataset):
+        counts.append(0 if given is None else len(given.dataset) - len(kept))
+        if given is None or not counts[-1] or (config.data.unusable == "leave_out" and len(kept)):
             continue
         there = set(kept[ORIGIN])
         lost = [origin for origin in given.dataset[ORIGIN] if origin not in there]
         raise PacaError(
             f"{lost[0]}: {why} train.max_length = {trainer.args.max_length} tokens. {len(lost):,} of "
-            f"{len(given.dataset):,} pairs would be left out so. Raise train.max_length, or remove them."
+            f"{len(given.dataset):,} pairs would be left out so. Raise train.max_length, or remove them; "
+            "data.unusable: leave_out does without."
         )
+    return counts[0], counts[1]

@@ -116,12 +116,16 @@ class TrainerKind:
             trainer.model.delete_adapter("ref")
         return trainer
 
-    def check_prepared(self, trainer: Any, data: RunData) -> None:
+    def check_prepared(self, config: RunConfig, trainer: Any, data: RunData) -> tuple[int, int]:
         """Look at what the trainer made of the data.
 
+        Returns:
+            How many training and held-out examples are left out, as nothing can be learned from them.
+
         Raises:
-            PacaError: Examples from which nothing can be learned are in it, or were dropped.
+            PacaError: There are such examples, and `data.unusable` is not `leave_out`.
         """
+        return 0, 0
 
     def lengths(self, dataset: Dataset) -> list[int]:
         """How large each row of the trainer's dataset is, in tokens."""
@@ -159,12 +163,17 @@ def read_texts(config: RunConfig, family: str) -> tuple[Examples, Examples | Non
         PacaError: They can't be read.
     """
     tokenizer = tokenizer_of(config)
-    train, held_out = read_split(config, partial(load_examples, format=config.data.format, family=family))
+    train, held_out = read_split(config, _reader(config, family))
     form = choose_form(config, train, tokenizer)
     if unused := unused_fields(train, tokenizer) if train.is_conversational else []:
         note = f"; the template does not use these fields of messages: {', '.join(unused)}"
         train = dataclasses.replace(train, description=train.description + note)
     return train, held_out, form
+
+
+def _reader(config: RunConfig, family: str) -> Callable[..., Examples]:
+    leave_out = config.data.unusable == "leave_out"
+    return partial(load_examples, format=config.data.format, family=family, leave_out=leave_out)
 
 
 def read_split(config: RunConfig, load: Callable[..., Examples]) -> tuple[Examples, Examples | None]:

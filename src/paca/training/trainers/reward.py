@@ -31,9 +31,9 @@ class Reward(TrainerKind):
         """With a sample of the pairs as tokens."""
         return with_pairs_sampled(config, data)
 
-    def check_prepared(self, trainer: RewardTrainer, data: RunData) -> None:
+    def check_prepared(self, config: RunConfig, trainer: RewardTrainer, data: RunData) -> tuple[int, int]:
         """No pair was dropped because it is longer than `train.max_length`."""
-        check_all_kept(trainer, data, "an answer with its prompt is longer than")
+        return check_all_kept(config, trainer, data, "an answer with its prompt is longer than")
 
     def lengths(self, dataset: Dataset) -> list[int]:
         """Of each pair, the longer one."""

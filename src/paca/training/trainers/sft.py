@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any, ClassVar
 
 from trl import SFTConfig, SFTTrainer
@@ -77,12 +78,12 @@ class Sft(TrainerKind):
             return [("logits", "of a whole batch at once, because of train.label_smoothing_factor")]
         return [("logits", "tile by tile (TRL's fused output head), never of a whole batch at once")]
 
-    def check_prepared(self, trainer: Any, data: RunData) -> None:
+    def check_prepared(self, config: RunConfig, trainer: Any, data: RunData) -> tuple[int, int]:
         """Every example has a token that counts in the loss, and packed ones stay apart."""
         check_apart(trainer)
-        check_labels(trainer.train_dataset, data.train, trainer.args)
-        if data.eval is not None:
-            check_labels(trainer.eval_dataset, data.eval, trainer.args)
+        check = partial(check_labels, args=trainer.args, leave_out=config.data.unusable == "leave_out")
+        left_out = check(trainer.train_dataset, data.train)
+        return left_out, 0 if data.eval is None else check(trainer.eval_dataset, data.eval)
 
     def steps(self, examples: int, train: Mapping[str, Any], processes: int) -> int | None:
         """None where packing decides how many sequences there are."""
