@@ -161,6 +161,26 @@ def test_texts_with_prompts_are_saved_without_the_models_template(workspace: Pat
     assert AutoTokenizer.from_pretrained(model).chat_template is not None
 
 
+@pytest.mark.parametrize(("trainer", "kept"), [("dpo", False), ("reward", True)])
+def test_pairs_of_texts_are_learned_without_the_models_template(
+    workspace: Path, tmp_path: Path, trainer: str, kept: bool
+) -> None:
+    model, pairs = workspace / "with-a-template", tmp_path / "pairs.jsonl"
+    shutil.copytree(workspace / "model", model, dirs_exist_ok=True)
+    (model / "chat_template.jinja").write_text("{% for m in messages %}{{ m['content'] }}{{ eos_token }}{% endfor %}")
+    pairs.write_text('{"prompt": "2+2=", "chosen": "4", "rejected": "5"}\n')
+    settings = (
+        f"model.name={model}",
+        f"data.train={pairs}",
+        f"train.trainer={trainer}",
+        f"output.dir={tmp_path / 'run'}",
+    )
+    config = load_run_config(workspace / "config.yaml", (*settings, "train.max_steps=1"))
+    assert ("left out, and not saved" in describe(config).template) is not kept  # type: ignore[operator]
+    folder = train(config, console=Console(quiet=True)).folder
+    assert (AutoTokenizer.from_pretrained(folder / "adapter").chat_template is not None) is kept
+
+
 @pytest.mark.parametrize(
     ("override", "message"),
     [

@@ -41,8 +41,14 @@ def give_form(tokenizer: PreTrainedTokenizerBase, config: RunConfig, train: Exam
     tokenizer.eos_token = end or tokenizer.eos_token
     if config.data.template is not None:
         set_chat_template(tokenizer, config.data.template)
-    elif train is not None and train.format == "prompt-completion" and not train.is_conversational:
+    elif train is not None and _asks_in_plain_text(config, train):
         tokenizer.chat_template = None
+
+
+def _asks_in_plain_text(config: RunConfig, train: Examples) -> bool:
+    """Whether the model learns to answer prompts that are texts. A reward model answers nothing."""
+    prompts = "prompt" in train.dataset.column_names and not train.is_conversational
+    return prompts and config.train.get("trainer") != "reward"
 
 
 def choose_form(config: RunConfig, train: Examples, tokenizer: PreTrainedTokenizerBase) -> str:
@@ -66,7 +72,7 @@ def choose_form(config: RunConfig, train: Examples, tokenizer: PreTrainedTokeniz
                 f"data.template renders messages, but {train.source} holds plain text (form {train.format}), which is "
                 "trained as it stands. Leave data.template out, or name the columns question and answer."
             )
-        if train.format == "prompt-completion" and tokenizer.chat_template is not None:
+        if _asks_in_plain_text(config, train) and tokenizer.chat_template is not None:
             return (
                 "none: the texts are trained as they stand, with the end-of-text token after each; the model's own "
                 "template is left out, and not saved. Columns named question and answer are put into it"
