@@ -22,7 +22,9 @@ HELP = "/reset starts a new conversation, /exit (or Ctrl-D) ends, Ctrl-C stops a
 
 
 def chat(
-    path: Annotated[str, typer.Argument(metavar="RUN_OR_ADAPTER", help="The folder of a run, an adapter or a model.")],
+    path: Annotated[
+        str, typer.Argument(metavar="RUN_OR_ADAPTER", help="Folder of a run, an adapter or a model; or hub id.")
+    ],
     prompt: Annotated[str | None, typer.Option(help="Answer this once, on standard output, and stop.")] = None,
     system: Annotated[str | None, typer.Option(help="The system message of each conversation.")] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.")] = 256,
@@ -39,7 +41,7 @@ def chat(
     """Talk to a trained model in the terminal, until /exit; with --prompt once."""
     if beside is not None and (base or base_model is not None):
         raise PacaError("--beside names both that answer. Leave out --base and --base-model.")
-    find_adapter(path)  # before what it takes to load one: a wrong path is no reason to wait
+    find_adapter(path, or_hub=beside is None)  # before what it takes to load one: a wrong path is no reason to wait
     if beside not in (None, "base"):
         find_adapter(str(beside))
     import_package()

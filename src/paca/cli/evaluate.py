@@ -33,7 +33,9 @@ JUDGE_KEY = "PACA_JUDGE_KEY"
 
 
 def evaluate(
-    path: Annotated[str, typer.Argument(metavar="RUN_OR_ADAPTER", help="The folder of a run, an adapter or a model.")],
+    path: Annotated[
+        str, typer.Argument(metavar="RUN_OR_ADAPTER", help="Folder of a run, an adapter or a model; or hub id.")
+    ],
     output: Annotated[
         Path | None,
         typer.Option(help="The folder for results. The same one again goes on.", show_default="none is kept"),
@@ -80,7 +82,7 @@ def evaluate(
             raise PacaError(f"{flag} goes with --tasks; a run's own data is asked as it was trained on. Leave it out.")
     if max_new_tokens is not None and mt_bench is None:
         raise PacaError("--max-new-tokens goes with --mt-bench. Of a run's own data it is eval.max_new_tokens.")
-    find_adapter(path)  # before what it takes to load one: a wrong path is no reason to wait
+    find_adapter(path, or_hub=True)  # before what it takes to load one: a wrong path is no reason to wait
     if own_data and not (Path(path) / "config.yaml").is_file():
         raise PacaError(
             f"There is nothing to evaluate {path} on: it is no folder of a run, which has data of its own. Give "

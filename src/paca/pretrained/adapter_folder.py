@@ -25,18 +25,24 @@ _LARGEST = 64 * 2**20  # bytes of a JSON file: the columns of 50,000 layers, lis
 _LONGEST = 1_000  # characters of a name
 
 
-def find_adapter(path: str | Path, *, or_model: bool = True) -> Path | None:
+def find_adapter(path: str | Path, *, or_model: bool = True, or_hub: bool = False) -> Path | None:
     """The adapter folder that `path` (a run or an adapter folder) stands for; None when it is a plain model.
 
     Args:
         path: As given by the user.
         or_model: Whether a plain model is of use too; messages then say so.
+        or_hub: Whether it may be the hub id of one: a name like `owner/name`, where there is no folder `owner` here.
 
     Raises:
         PacaError: There is no such folder, it is neither a run, an adapter nor a model, or a file is none of its own.
     """
     folder = expanded(path)
     if not os.path.exists(folder):
+        if or_hub and len(folder.parts) == 2 and not folder.parent.exists():
+            from paca.pretrained.location import locate  # the hub's client, which most commands need not wait for
+
+            if locate(str(path)).source == "hub":
+                return None
         wanted = ", an adapter's folder or a model's" if or_model else " or an adapter's folder"
         raise PacaError(f"No such folder: {folder}. Give a run of `paca train`{wanted}.")
     if not folder.is_dir():

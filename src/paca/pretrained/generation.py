@@ -47,10 +47,10 @@ class LoadedModel:
 def load_for_generation(
     path: str | Path, *, base_model: str | None = None, dtype: str = "auto", dequantize: bool = False
 ) -> LoadedModel:
-    """Load a run folder, an adapter folder or a plain model (a folder or a .gguf file).
+    """Load a run folder, an adapter folder or a plain model (a folder, a .gguf file or a hub id).
 
     Args:
-        path: The folder or the file.
+        path: The folder, the file or the hub id.
         base_model: Hub id, folder or .gguf file to use in place of the base model that the adapter names.
         dtype: "auto" (as stored), "bfloat16", "float16" or "float32".
         dequantize: Give quantized weights back their 16 or 32 bits, rounded as they are, before the adapter is put on.
@@ -69,7 +69,7 @@ def load_saved(
     path: str | Path, *, base_model: str | None = None, dtype: str = "auto", dequantize: bool = False
 ) -> LoadedModel:
     """The same for a model of any kind, a classifier too (arguments and errors as in `load_for_generation`)."""
-    adapter, classifier = find_adapter(path), classifier_in(path)
+    adapter, classifier = find_adapter(path, or_hub=True), classifier_in(path)
     made: dict[str, Any] = {}
     if classifier is not None:
         made = {"auto_class": getattr(transformers, classifier.auto_class), "labels": classifier.labels}
