@@ -131,6 +131,8 @@ class RunConfig:
     def as_dict(self) -> dict[str, Any]:
         """The sections as plain values, in the order of the documentation."""
         sections = {**dataclasses.asdict(self), self.method: self.adapter}
+        if self.data.unusable == "refuse":  # runs and comparisons from before it was there go on
+            del sections["data"]["unusable"]
         return {name: sections[name] for name in ALL if name in sections}
 
     def to_yaml(self) -> str:
