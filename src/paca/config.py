@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
-from math import inf
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,13 +11,14 @@ from peft.config import PeftConfig
 from peft.utils import CONFIG_NAME
 
 from paca.columns.selection import STRATEGIES, check_strategy
-from paca.messages.shown import shown
+from paca.messages.shown import printable, shown
 from paca.tuner.registration import add_peft_type
-from paca.tuner.strange_expressions import NAMED, check_unusual
+from paca.tuner.strange_expressions import MOST_NAMES, NAMED, check_unusual
 
 _PEFT_TYPE = add_peft_type()
 _UNUSUAL = re.compile(r"[^\w.\- ]")  # one of these is in all that are more than names
 ROTATIONS = ("random", "random_blocks", "weight_norm")
+LARGEST = 1e30  # of a scale: float32 ends at 3e38
 
 
 @dataclass
@@ -128,7 +128,7 @@ class PacaConfig(PeftConfig):
         try:
             config: PacaConfig = super().from_pretrained(*args, **kwargs)
         except (ValueError, TypeError, RecursionError) as error:
-            raise ValueError(f"{folder / CONFIG_NAME}: {error}") from error
+            raise ValueError(printable(f"{folder / CONFIG_NAME}: {error}")) from error
         config.loading, config.folder = True, folder
         return config
 
@@ -145,6 +145,11 @@ def _is_names(value: Any) -> bool:
     return value is None or _is_list_of(str, value)
 
 
+def _is_blocks(value: Any) -> bool:
+    some = isinstance(value, (list, tuple, set, frozenset)) and len(value) <= MOST_NAMES
+    return value is None or _is(value, int) or (some and _is_list_of(int, value))
+
+
 _NAMES = "be a list of names, such as "
 _TEXT_OR_NAMES = "be a list of names (or one text), such as "
 _TEXTS = ("base_model_name_or_path", "revision", "peft_version", "original_weights", "base_quantization")
@@ -152,7 +157,7 @@ _FORMS: tuple[tuple[str, Any, str], ...] = (
     ("rank_pattern", lambda v: isinstance(v, dict), "map names of modules to numbers, such as {'q_proj': 8}"),
     ("alpha_pattern", lambda v: isinstance(v, dict), "map names of modules to numbers, such as {'q_proj': 8}"),
     ("r", lambda v: _is(v, int) and v > 0, "be a whole number of columns, 1 or more"),
-    ("paca_alpha", lambda v: _is(v, int, float) and 0 < v < inf, "be a positive number"),
+    ("paca_alpha", lambda v: _is(v, int, float) and 0 < v < LARGEST, "be a positive number, below 1e30"),
     ("random_seed", lambda v: v is None or _is(v, int), "be a whole number, or null for one that is drawn"),
     ("rotate_every", lambda v: v is None or (_is(v, int) and v > 0), "be a whole number of steps, 1 or more, or null"),
     ("target_modules", lambda v: _is(v, str) or _is_names(v), _TEXT_OR_NAMES + "['q_proj', 'down_proj']"),
@@ -160,7 +165,7 @@ _FORMS: tuple[tuple[str, Any, str], ...] = (
     ("layers_pattern", lambda v: _is(v, str) or _is_names(v), _TEXT_OR_NAMES + "['layers']"),
     ("target_parameters", _is_names, _NAMES + "['experts.gate_up_proj', 'experts.down_proj']"),
     ("modules_to_save", _is_names, _NAMES + "['classifier']"),
-    ("layers_to_transform", lambda v: v is None or _is(v, int) or _is_list_of(int, v), "be a list of block numbers"),
+    ("layers_to_transform", _is_blocks, f"be a list of block numbers, {MOST_NAMES:,} at most"),
     ("indices", lambda v: v is None or (v and isinstance(v, dict)), "map modules to lists, such as {'q_proj': [5]}"),
     ("rotate_by", lambda v: v in ROTATIONS, f"be one of {', '.join(ROTATIONS)}"),
     ("init_weights", lambda v: isinstance(v, bool), "be true or false"),
@@ -173,6 +178,6 @@ _FORMS: tuple[tuple[str, Any, str], ...] = (
 
 _ENTRIES: dict[str, tuple[Any, str]] = {
     "rank_pattern": (lambda v: _is(v, int) and v > 0, "be a whole number of columns, 1 or more"),
-    "alpha_pattern": (lambda v: _is(v, int, float) and 0 < v < inf, "be a positive number"),
+    "alpha_pattern": (lambda v: _is(v, int, float) and 0 < v < LARGEST, "be a positive number, below 1e30"),
     "indices": (lambda v: not isinstance(v, (str, int, type(None))), "be a list of column numbers, such as [0, 5]"),
 }

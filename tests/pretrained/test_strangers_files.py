@@ -19,7 +19,7 @@ import pytest
 import torch
 from peft import PeftModel
 from rich.console import Console
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import LlamaForCausalLM
 
 from hostile_adapters.damage import Bomb
@@ -118,6 +118,17 @@ def test_what_is_no_file_of_the_folder_is_refused(adapter: Path, run: Path, what
     assert not output.exists()
 
 
+def test_a_link_of_any_name_is_refused(adapter: Path, run: Path) -> None:
+    """Tokenizers that are written in Python bring files of other endings, which merging would copy."""
+    (adapter / "tokenizer.json").unlink()
+    change_json(adapter / "tokenizer_config.json", tokenizer_class="PhobertTokenizer")
+    (adapter / "vocab.txt").write_text("a 1\n")
+    (adapter.parent / "secret").write_text("a key\n")
+    (adapter / "bpe.codes").symlink_to("../secret")
+    with pytest.raises(PacaError, match=r"bpe\.codes is a link out of its folder"):
+        merge_to_folder(adapter, adapter.parent / "output", base_model=str(run / "base"))
+
+
 def test_links_of_the_hubs_cache_and_within_the_folder_are_fine(adapter: Path, tmp_path: Path) -> None:
     snapshot, blobs = tmp_path / "models--a--b" / "snapshots" / "0123", tmp_path / "models--a--b" / "blobs"
     blobs.mkdir(parents=True)
@@ -180,7 +191,10 @@ def test_json_that_is_none(adapter: Path, run: Path, message: str, name: str) ->
 
 
 def change(adapter: Path, **settings: Any) -> None:
-    file = adapter / "adapter_config.json"
+    change_json(adapter / "adapter_config.json", **settings)
+
+
+def change_json(file: Path, **settings: Any) -> None:
     file.write_text(json.dumps(json.loads(file.read_text()) | settings))
 
 
@@ -192,11 +206,14 @@ def change(adapter: Path, **settings: Any) -> None:
         {"peft_type": "LORA", "layer_replication": [[0, 2]] * 99},
         {"peft_type": "LORA", "alora_invocation_tokens": {"a": 1}},
         {"peft_type": "LORA", "alora_invocation_tokens": [[1]]},
+        {"peft_type": "LORA", "target_modules": ["q_proj"], "layers_to_transform": list(range(6_000))},
+        {"peft_type": "MULTITASK_PROMPT_TUNING", "prompt_tuning_init_state_dict_path": "/dev/zero"},
+        {"peft_type": "SHADOW", "shadow_model": "somebody/else"},
         {"peft_type": "XLORA", "adapters": {"a": "somebody/else"}},
         {"peft_type": "NONE"},
         {"peft_type": [1]},
     ],
-    ids=str,
+    ids=lambda settings: str(settings)[:60],
 )
 def test_other_methods_may_not_do_more_than_adapt(adapter: Path, run: Path, settings: dict[str, Any]) -> None:
     with pytest.MonkeyPatch.context() as patch:
@@ -267,6 +284,14 @@ def test_a_base_model_that_is_no_name_is_one_message_without_network(
         assert watch.asked == []
 
 
+def test_a_base_model_that_holds_an_adapter_is_refused(adapter: Path, run: Path) -> None:
+    """Transformers would put it on, and nobody has checked it: here, the expression would never end."""
+    shutil.copytree(run / "base", adapter, dirs_exist_ok=True)
+    change(adapter, base_model_name_or_path=str(adapter), peft_type="LORA", target_modules="(.+)+!")
+    with pytest.raises(PacaError, match="holds a model and an adapter"):
+        load_for_generation(adapter)
+
+
 def test_the_network_is_asked_for_a_hubs_name_and_never_offline(adapter: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     change(adapter, base_model_name_or_path="somebody/model")
     monkeypatch.setattr("time.sleep", lambda seconds: None)
@@ -290,6 +315,18 @@ def test_a_terminal_obeys_no_name_nor_answer(
     assert len(printable("x" * 10**6)) < 5_000
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
     assert shown_piece("a\x1b[2Jb\x9bc\r\n😀\u200d") == "a�[2Jb�c�\n😀\u200d"
+
+
+@pytest.mark.parametrize("place", ["a tensor", "a setting"])
+def test_no_error_of_loading_holds_an_escape_sequence(adapter: Path, run: Path, place: str) -> None:
+    if place == "a tensor":
+        file = adapter / "adapter_model.safetensors"
+        save_file({**load_file(file), "\x1b[2J": torch.zeros(1)}, file)
+    else:
+        change(adapter, task_type="\x1b[2J")
+    with pytest.raises(ValueError, match=r"\\x1b\[2J") as raised:
+        PeftModel.from_pretrained(LlamaForCausalLM.from_pretrained(run / "base"), adapter)
+    assert "\x1b" not in str(raised.value)
 
 
 def test_notes_and_warnings_of_libraries_show_escapes() -> None:

@@ -11,6 +11,9 @@ import pytest
 
 import paca
 from cli.paca_process import forked_paca
+from paca.messages.errors import PacaError
+from paca.pretrained import foreign_methods
+from paca.pretrained.generation import load_for_generation
 from tiny_checkpoint import save_adapter, save_base
 
 SOURCES = Path(paca.__file__).parent
@@ -79,3 +82,24 @@ def test_a_yes_on_standard_input_runs_nothing(tmp_path: Path, which: str, comman
     assert "[y/N]" not in done.stdout + done.stderr  # nobody was asked
     assert "Traceback" not in done.stderr
     assert done.returncode in (0, 1)
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_a_method_that_loads_another_model_runs_none_of_its_code(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, known: bool
+) -> None:
+    """PEFT's SHADOW does, without saying whether code may run. `known`: whether paca knows that of the method."""
+    base, adapter, mark = tmp_path / "base", tmp_path / "adapter", tmp_path / "mark"
+    save_adapter(adapter, save_base(base))
+    settings = {"peft_type": "SHADOW", "shadow_model": str(adapter), "target_modules": ["q_proj"]}
+    settings |= {"task_type": "CAUSAL_LM", "base_model_name_or_path": str(base)}
+    (adapter / "adapter_config.json").write_text(json.dumps(settings))
+    (adapter / "hostile.py").write_text(CODE.format(mark=str(mark)))
+    named = {"AutoConfig": "hostile.Hostile", "AutoModel": "hostile.Hostile"}
+    (adapter / "config.json").write_text(json.dumps({"model_type": "hostile", "auto_map": named}))
+    monkeypatch.setattr("builtins.input", lambda question: pytest.fail(question))
+    if not known:
+        monkeypatch.setattr(foreign_methods, "_REFUSED", {})
+    with pytest.raises(PacaError, match="shadow_model" if known else "adapter"):
+        load_for_generation(adapter)
+    assert not mark.exists()

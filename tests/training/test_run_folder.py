@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import json
 import os
 import time
@@ -7,12 +8,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from forked_process import start_forked
 from paca.messages.errors import PacaError
 from paca.pretrained.adapter_folder import find_adapter
+from paca.pretrained.claims import holder_of
 from paca.training.run_folder import RunFolder, steps_done, write_whole
 
 TRAIN = """
@@ -143,6 +146,25 @@ def test_a_folder_in_use_is_refused_and_says_by_whom(tmp_path: Path) -> None:
     with folder.in_use():  # the lock that a killed process left is nobody's
         assert str(os.getpid()) in folder.lock.read_text()
     assert not folder.lock.exists()
+
+
+def test_who_trains_is_told_where_one_may_only_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = RunFolder(tmp_path / "run")
+    assert holder_of(folder.lock) is None
+    assert not folder.path.exists()
+    with trained_elsewhere(folder.path, tmp_path) as process:
+        real = os.open
+
+        def only_reading(path: Any, flags: int, *rest: Any, **more: Any) -> int:
+            if flags & (os.O_WRONLY | os.O_RDWR):
+                raise PermissionError(errno.EACCES, "Permission denied", path)
+            return real(path, flags, *rest, **more)
+
+        folder.metrics.touch()
+        monkeypatch.setattr(os, "open", only_reading)
+        with pytest.raises(PacaError, match=rf"is still going: process {process.pid} on"):
+            find_adapter(folder.path)
+        monkeypatch.undo()
 
 
 def test_a_folder_made_in_vain_goes(tmp_path: Path) -> None:

@@ -10,8 +10,11 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import PhobertTokenizer
 
 from paca.messages.errors import PacaError
+from paca.pretrained.content import model_content
 from paca.training import RunResult, load_run_config, train
 from paca.training.run_folder import RunFolder
 
@@ -81,6 +84,16 @@ def test_another_model_of_the_same_name_is_refused(resume: Resume, begun: Path, 
     change(begun / "model")
     with pytest.raises(PacaError, match=r"The content of model\.name \(.*model: .*\) is no longer what the run in"):
         resume()
+
+
+def test_a_tokenizer_that_is_written_in_python_counts(tmp_path: Path) -> None:
+    (tmp_path / "bpe.codes").write_text("a b 1\n")
+    found = set()
+    for words in ("a 1\nb 1\n", "b 1\na 1\n"):
+        (tmp_path / "vocab.txt").write_text(words)
+        tokenizer = PhobertTokenizer(str(tmp_path / "vocab.txt"), str(tmp_path / "bpe.codes"))
+        found.add(model_content(nn.Linear(1, 1, device="meta"), tokenizer))
+    assert len(found) == 2
 
 
 def test_the_number_of_processes_may_change_if_a_step_stays_what_it_is(resume: Resume, begun: Path) -> None:

@@ -203,6 +203,11 @@ def test_the_page_of_runs_follows_what_they_write(storage: Any, tmp_path: Path) 
     page.update()
     write_run(run, steps=5, scores={"after": {"choice": 1.0, "choice_stderr": None, "samples": []}})
     write_run(tmp_path / "all" / "more" / "two", steps=2)
+    for number, broken in enumerate(("[1]\n", '{"a": 1}\n')):
+        (tmp_path / "all" / f"broken{number}").mkdir()
+        (tmp_path / "all" / f"broken{number}" / "metrics.jsonl").write_text(broken)
+    (tmp_path / "all" / "gone").mkdir()
+    (tmp_path / "all" / "gone" / "metrics.jsonl").symlink_to("removed")
     page.update()
     page.update()
     assert {record["name"] for record in storage.get_run_records("all")} == {"one", "more/two"}

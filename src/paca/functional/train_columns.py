@@ -91,7 +91,8 @@ class _TrainColumns(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Any, ...]:
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # create_graph=True
-            return once_differentiable(_TrainColumns.backward)(ctx, grad_output)
+            # Also where `grad_output` is a constant: the gradients depend on the deltas all the same.
+            return once_differentiable(_TrainColumns.backward)(ctx, grad_output.detach().requires_grad_())
         if torch.is_autocast_enabled(grad_output.device.type):
             with torch.autocast(grad_output.device.type, enabled=False):
                 return _gradients(ctx, grad_output)

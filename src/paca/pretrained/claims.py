@@ -97,8 +97,16 @@ class Claim:
 
 
 def holder_of(path: Path) -> str | None:
-    """Who holds the claim of this lock file, in words; None if nobody does."""
-    if not path.is_file():
+    """Who holds the claim of this lock file, in words; None if nobody does, or if it is somebody else's to know.
+
+    Nothing is written: a run may lie where only its owner can.
+    """
+    try:
+        with path.open(encoding="utf-8") as file:
+            if fcntl is not None:
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            return None
+    except BlockingIOError:
+        return path.read_text(encoding="utf-8") or "another process"
+    except OSError:
         return None
-    with Claim(path) as claim:
-        return None if claim.take(look_only=True) else claim.holder()

@@ -35,6 +35,9 @@ def model_content(model: Any, tokenizer: Any = None) -> str:
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is not None:
         digest.update(f"{backend.to_str()}{tokenizer.special_tokens_map}{tokenizer.chat_template}".encode())
+    elif hasattr(tokenizer, "get_vocab"):  # one that is written in Python
+        tokens = sorted(tokenizer.get_vocab().items())
+        digest.update(f"{tokens}{tokenizer.special_tokens_map}{tokenizer.chat_template}".encode())
     elif hasattr(tokenizer, "to_json_string"):
         digest.update(tokenizer.to_json_string().encode())
     return digest.hexdigest()

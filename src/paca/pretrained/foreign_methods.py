@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from unittest.mock import patch
 
 from peft.utils import PeftType
 from torch import nn
+from transformers import dynamic_module_utils
 
 from paca.messages.errors import PacaError
 from paca.messages.shown import shown
@@ -17,7 +21,17 @@ from paca.tuner.strange_expressions import try_expressions
 _REFUSED = {
     "megatron_config": "PEFT imports a module that it names",
     "layer_replication": "it copies layers of the model as often as it likes",
+    "shadow_model": "PEFT loads another model, and asks whether its code may run",
+    "prompt_tuning_init_state_dict_path": "PEFT reads a file that it names, wherever that is",
 }
+_HARMLESS = {"shadow_model": "mirror"}  # made of the model itself
+
+
+@contextmanager
+def without_asking() -> Iterator[None]:
+    """A block in which transformers runs no code of a folder that PEFT gives it, and asks nobody whether it may."""
+    with patch.object(dynamic_module_utils, "TIME_OUT_REMOTE_CODE", 0):  # seconds that it waits for an answer
+        yield
 
 
 def check_method(adapter: Path, model: nn.Module) -> None:
@@ -36,7 +50,7 @@ def check_method(adapter: Path, model: nn.Module) -> None:
     if kind == "XLORA":
         raise PacaError(f"{file} is for XLORA, which loads other adapters, from wherever it says. Load it with PEFT.")
     for setting, reason in _REFUSED.items():
-        if settings.get(setting):
+        if settings.get(setting) and settings[setting] != _HARMLESS.get(setting):
             raise PacaError(f"{file} sets {setting}, which paca does not load: {reason}. Load it with PEFT.")
     tokens = settings.get("alora_invocation_tokens")  # PEFT looks at them when it generates, and not before
     if tokens is not None and not (isinstance(tokens, list) and all(type(token) is int for token in tokens)):

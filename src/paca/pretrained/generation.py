@@ -21,7 +21,7 @@ from paca.pretrained import load_config, load_pretrained
 from paca.pretrained.adapter_folder import find_adapter, find_base, find_quantization, tensor_names, weight_file
 from paca.pretrained.adapter_tokenizer import load_adapter_tokenizer
 from paca.pretrained.bounded_template import conversation_text, renderer
-from paca.pretrained.foreign_methods import check_method
+from paca.pretrained.foreign_methods import check_method, without_asking
 from paca.pretrained.out_of_memory import failure_reason, is_out_of_memory
 from paca.pretrained.purpose import check_answers, classifier_in
 from paca.pretrained.quantizing import QUANTIZATIONS, is_quantized, method_of
@@ -120,9 +120,10 @@ def put_adapter_on(model: PreTrainedModel | PeftModel, adapter: Path, base: str,
     try:
         untie_for(model, tensor_names(weights))
         check_method(adapter, model)
-        if not isinstance(model, PeftModel):
-            return PeftModel.from_pretrained(model, str(adapter), adapter_name=name).eval()
-        model.load_adapter(str(adapter), name)
+        with without_asking():
+            if not isinstance(model, PeftModel):
+                return PeftModel.from_pretrained(model, str(adapter), adapter_name=name).eval()
+            model.load_adapter(str(adapter), name)
         model.set_adapter(name)
         return model.eval()
     except (SafetensorError, EOFError) as error:

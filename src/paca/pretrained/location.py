@@ -73,9 +73,15 @@ def locate(name: str) -> Location:
 
 
 def _check_folder(path: Path, name: str) -> None:
+    adapted = (path / "adapter_config.json").is_file()
     if (path / "config.json").is_file():
+        if adapted:
+            raise PacaError(
+                f"The folder {name!r} holds a model and an adapter, which transformers would put on it unasked. Nobody "
+                "has checked it. Move adapter_config.json and the adapter's weights to a folder of their own."
+            )
         return
-    if (path / "adapter_config.json").is_file():
+    if adapted:
         raise PacaError(
             f"The folder {name!r} holds an adapter, not a model. Give the model it was trained on "
             "(base_model_name_or_path in its adapter_config.json)."

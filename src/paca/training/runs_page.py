@@ -6,6 +6,7 @@ Its curves are Trackio's page, filled from what each run writes, also while it g
 from __future__ import annotations
 
 import json
+import logging
 import os
 import socket
 import tempfile
@@ -26,6 +27,8 @@ from paca.training.answers import SideBySide
 from paca.training.found_runs import find_runs, name_in
 from paca.training.metrics import read_rows
 from paca.training.tracking import ANSWERS, answers_of, figures_of, results_of
+
+logger = logging.getLogger(__name__)
 
 _HOST = "127.0.0.1"
 _PORTS = range(7860, 7960)
@@ -124,15 +127,20 @@ class _Page:
         """Add what the runs have written since."""
         for run in find_runs(self.folder):
             shown = self.shown.setdefault(run, set())
-            rows = [row for row in read_rows(run / "metrics.jsonl") if _key(row) not in shown]
-            summary = _read(run / "summary.json") if run not in self.finished else {}
+            try:
+                rows = [row for row in read_rows(run / "metrics.jsonl") if _key(row) not in shown]
+                summary = _read(run / "summary.json") if run not in self.finished else {}
+                settings = _settings(run)
+            except Exception as error:  # it was removed, is begun anew, or is somebody else's; the others are shown
+                logger.debug("%s can't be read: %r", run, error)
+                continue
             if not rows and not summary:
                 continue
             with _quiet():
                 log = self.trackio.init(
                     project=self.project,
                     name=name_in(self.folder, run),
-                    config=_settings(run),
+                    config=settings,
                     resume="allow",
                     embed=False,
                     auto_log_gpu=False,

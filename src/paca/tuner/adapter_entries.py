@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 _READ = (".json", ".safetensors", ".bin", ".jinja", ".model", ".txt", ".gguf")
-"""Endings of what paca, PEFT or transformers may read."""
+"""Endings of what is read."""
 _FOLDERS = ("chat_templates", "additional_chat_templates")
 
 
@@ -34,5 +34,6 @@ def _files(folder: Path) -> Iterable[Path]:
     for entry in folder.iterdir():
         if entry.name in _FOLDERS and entry.is_dir():
             yield from entry.iterdir()
-        if entry.suffix in _READ or (entry.name in _FOLDERS and entry.is_symlink()):
+        linked = entry.is_symlink() and not entry.is_dir()  # there are tokenizers that copy files of other endings
+        if linked or entry.suffix in _READ or (entry.name in _FOLDERS and entry.is_symlink()):
             yield entry

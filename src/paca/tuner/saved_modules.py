@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from paca.config import PacaConfig
 from paca.layers import PacaLayer
+from paca.messages.shown import printable
 
 # PEFT adds both names to modules_to_save for these tasks, whichever of them the model has.
 _HEADS = frozenset({"classifier", "score"})
@@ -66,9 +67,10 @@ def check_whole_tensors(model: nn.Module, adapter_name: str, tensors: dict[str, 
                 f"{name} has shape {tuple(tensors[name].shape)}; this model's has {tuple(places[name].shape)}."
             )
     if unknown:
+        first = printable(unknown[0], longest=300)
         others = f" and {len(unknown) - 1} more" if len(unknown) > 1 else ""
         raise ValueError(
-            f"The adapter holds {unknown[0]}{others}, but the model has no such layer among the adapter's targets and "
+            f"The adapter holds {first}{others}, but the model has no such layer among the adapter's targets and "
             "modules_to_save: it was trained on another model, its config was changed, or its file was."
         )
 

@@ -87,7 +87,7 @@ def try_expressions(settings: Mapping[str, Any], model: nn.Module, place: str | 
         ValueError: There are too many names or expressions, or one is none, is too long, or takes too long; names it,
             its setting and `place`.
     """
-    for setting in (*_FORMS, "target_parameters"):
+    for setting in (*_FORMS, "target_parameters", "layers_to_transform"):
         value = settings.get(setting)
         entries = value if isinstance(value, (list, tuple, set)) else ()
         longest = max((len(one) for one in entries if isinstance(one, str)), default=0)
