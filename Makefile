@@ -12,7 +12,7 @@ PYTEST_ARGS ?= -n 3 --dist worksteal
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help install demo test matrix sequences kills endurance fuzz docs notebooks browser wheel release lint clean demo-clean
+.PHONY: help install demo test matrix sequences kills endurance fuzz launches docs notebooks browser wheel release lint clean demo-clean
 .DEFAULT_GOAL := help
 
 help:
@@ -22,6 +22,7 @@ help:
 	@echo "make kills       kill runs, merges and exports 200 times, and compare what comes out (20 minutes)"
 	@echo "make endurance   2,000 steps on a tiny model, twice; every weight is compared after each"
 	@echo "make fuzz        10,000 adapters that were damaged or made to do harm (an hour of one core); CASES=, SEED="
+	@echo "make launches    DDP, FSDP2 and ZeRO by torchrun and accelerate launch, with 2 and 4 processes, against one process"
 	@echo "make sequences   2,000 random sequences of operations beside a float64 model (docs/reliability.md)"
 	@echo "make docs        the documentation as a site in build/site, from docs/ and the code"
 	@echo "make browser     the tests that need a browser (a minute; needs a Chromium: apt install chromium)"
@@ -74,6 +75,10 @@ endurance: $(STAMP)
 
 fuzz: $(STAMP)
 	@PYTHONPATH=tests $(BIN)/python -m hostile_adapters --cases $(or $(CASES),10000) --seed $(or $(SEED),0)
+
+launches: $(STAMP)
+	@OMP_NUM_THREADS=1 PYTHONPATH=tests $(BIN)/python -m distributed.launches $(ARGS); one=$$?; \
+		OMP_NUM_THREADS=1 PYTHONPATH=tests $(BIN)/python -m distributed.launched_runs && exit $$one
 
 sequences: $(STAMP)
 	@OMP_NUM_THREADS=1 PYTHONPATH=tests $(BIN)/python -m operation_sequences --ctrl-c 1 $(ARGS)

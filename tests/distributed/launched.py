@@ -3,8 +3,9 @@
 PYTHONPATH=src:tests accelerate launch --config_file recipes/launch/KIND.yaml --num_processes N \
     tests/distributed/launched.py KIND OUTPUT [VARIANT ...]
 
-It trains each variant in all processes, and writes to `OUTPUT-RANK.json` how far columns, the gathered adapter and the
-losses are from those of one process. Models are in float64 where the library can (DeepSpeed: float32).
+It trains each variant in all processes, and writes to `OUTPUT-RANK.json` how far this process' columns, the gathered
+adapter, outputs and losses are from those of one process. Models are in float64 where the library can (DeepSpeed:
+float32). What has to be refused is tried, too.
 """
 
 from __future__ import annotations
@@ -19,19 +20,22 @@ from typing import Any
 import peft
 import torch
 import torch.distributed as dist
-from accelerate import Accelerator, DeepSpeedPlugin
-from accelerate.state import AcceleratorState, GradientState, PartialState
-from accelerate.utils import DistributedDataParallelKwargs, DistributedType
+from accelerate import Accelerator, DeepSpeedPlugin, FullyShardedDataParallelPlugin
+from accelerate.state import AcceleratorState, GradientState
+from accelerate.utils import DistributedDataParallelKwargs
 from peft.utils import get_peft_model_state_dict
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
+from distributed.as_accelerators import shard_on_cpus
 from models import adapt, llama, tokens
 from paca.layers import paca_layers
 
 STEPS = 3
 LENGTH = 7
-VARIANTS = (
+TRAINED = (
     "plain",
     "odd rows",
     "accumulation",
@@ -42,6 +46,17 @@ VARIANTS = (
     "nf4",
     "collectives",
 )
+REFUSED = {
+    "fsdp2": {"Adafactor": "Adafactor can't step parameters that FSDP2 shards"},
+    "deepspeed-zero1": {"cast to bf16": "its columns"},
+    "deepspeed-zero2": {"cast to bf16": "its columns"},
+    "deepspeed-zero3": {"adapted before": "ZeRO-3 took weights apart that PaCA keeps columns in"},
+}
+"""By kind: variants that have to fail, and what the error has to say."""
+VARIANTS = {kind: (*TRAINED, *REFUSED.get(kind, ())) for kind in ("ddp", *REFUSED)}
+"""By kind: the variants."""
+FSDP2 = {"fsdp_version": 2, "auto_wrap_policy": "transformer_based_wrap", "state_dict_type": "FULL_STATE_DICT"}
+"""What `recipes/launch/fsdp2.yaml` says."""
 TARGETS = ["q_proj", "gate_proj", "up_proj", "down_proj"]
 
 
@@ -91,14 +106,18 @@ def outputs_of(model: nn.Module, ids: Tensor, variant: str) -> Tensor:
     return logits.float() if variant == "bf16" else logits
 
 
-def optimizer_of(model: nn.Module) -> torch.optim.Optimizer:
-    return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.02)
+def optimizer_of(model: nn.Module, variant: str) -> torch.optim.Optimizer:
+    """In 16 bits SGD: AdamW makes whole steps of gradients that are rounding alone."""
+    kind, rate = {"bf16": (torch.optim.SGD, 50.0), "Adafactor": (torch.optim.Adafactor, 0.02)}.get(
+        variant, (torch.optim.AdamW, 0.02)
+    )
+    return kind([p for p in model.parameters() if p.requires_grad], lr=rate)
 
 
 def one_process(variant: str, world: int, double: bool) -> tuple[Any, list[float]]:
     """The training as one process does it, which sees the whole batch. In the order of `world` processes' sums."""
     model = build(variant, double)
-    optimizer, losses = optimizer_of(model), []
+    optimizer, losses = optimizer_of(model, variant), []
     for number in range(STEPS):
         for part in range(accumulates(variant)):
             ids = batch(number * accumulates(variant) + part, world)
@@ -135,7 +154,7 @@ def collectives(kind: str) -> dict[str, Any]:
         model = build("plain", True)
         if method == "lora":
             model = peft.get_peft_model(llama().double(), peft.LoraConfig(r=5, target_modules=TARGETS)).train()
-        model, optimizer = accelerator.prepare(model, optimizer_of(model))
+        model, optimizer = accelerator.prepare(model, optimizer_of(model, "plain"))
         for number in range(3):
             with Collectives() as seen:
                 accelerator.backward(loss_of(model, batch(number, 1)))
@@ -157,30 +176,61 @@ def accelerator_of(kind: str, variant: str) -> Accelerator:
         quiet = [DistributedDataParallelKwargs(broadcast_buffers=variant != "collectives")]
         settings = {"gradient_accumulation_steps": accumulates(variant), "mixed_precision": precision}
         return Accelerator(cpu=True, kwargs_handlers=quiet, **settings)
-    PartialState._prepare_backend = lambda *_, **__: ("gloo", DistributedType.MULTI_GPU)  # type: ignore[method-assign]
-    PartialState.set_device = lambda self: setattr(self, "device", torch.device("cpu"))  # type: ignore[method-assign]
+    shard_on_cpus()
+    # accelerate's launcher tells what the file says. For torchrun the script says the same.
     if kind == "fsdp2":
-        return Accelerator(gradient_accumulation_steps=accumulates(variant), mixed_precision=precision)
-    plugin = DeepSpeedPlugin()  # reads what the launcher got from the file
+        fsdp = None if "FSDP_VERSION" in os.environ else FullyShardedDataParallelPlugin(**FSDP2)
+        return Accelerator(
+            gradient_accumulation_steps=accumulates(variant), mixed_precision=precision, fsdp_plugin=fsdp
+        )
+    stage = int(kind[-1])
+    told = "ACCELERATE_DEEPSPEED_ZERO_STAGE" in os.environ
+    plugin = DeepSpeedPlugin() if told else DeepSpeedPlugin(zero_stage=stage, zero3_save_16bit_model=stage == 3)
+    assert plugin.zero_stage == stage
     plugin.deepspeed_config.update(
         train_micro_batch_size_per_gpu=2,
         gradient_accumulation_steps=accumulates(variant),
         gradient_clipping=clips(variant) or 0.0,
         zero_allow_untested_optimizer=True,
     )
-    if plugin.zero_stage == 3:
+    if stage == 3:
         plugin.deepspeed_config["zero_optimization"].update(stage3_param_persistence_threshold=0)
     return Accelerator(deepspeed_plugin=plugin, mixed_precision=precision)
+
+
+def columns(layers: list[Any], alone: list[Any]) -> float:
+    """How far this process' columns are: its rows of the weights, or the deltas where weights don't hold them."""
+    far = 0.0
+    for layer, other in zip(layers, alone, strict=True):
+        got, want = layer.paca_delta["default"], other.paca_delta["default"].detach()
+        if layer.mode == "resident":
+            got, want = layer.base_layer.weight, other.base_layer.weight.detach()
+            want = want[:, other.paca_indices["default"]]
+        elif hasattr(got, "ds_id"):
+            from deepspeed.zero import GatheredParameters
+
+            with GatheredParameters([got]):
+                got = got.detach().clone()
+        if isinstance(got, DTensor):
+            want = distribute_tensor(want, got.device_mesh, got.placements, src_data_rank=None).to_local()
+            got = got.to_local()
+        if layer.mode == "resident":
+            got = got[:, layer.paca_indices["default"]]
+        far = max(far, difference(got.detach(), want))
+    return far
 
 
 def together(kind: str, variant: str) -> dict[str, float]:
     """Train in all processes, and compare with one."""
     world, rank, double = dist.get_world_size(), dist.get_rank(), not kind.startswith("deepspeed")
+    if variant == "adapted before":
+        unset_hf_deepspeed_config()
+        early = build(variant, double)
     accelerator = accelerator_of(kind, variant)
     alone, expected = one_process(variant, world, double)  # after it: under ZeRO-3 it adds its columns as well
-    model = build(variant, double)
+    model = early if variant == "adapted before" else build(variant, double)
     layers = paca_layers(model)
-    model, optimizer = accelerator.prepare(model, optimizer_of(model))
+    model, optimizer = accelerator.prepare(model, optimizer_of(model, variant))
     losses = []
     for number in range(STEPS):
         for part in range(accumulates(variant)):
@@ -196,27 +246,28 @@ def together(kind: str, variant: str) -> dict[str, float]:
     with torch.no_grad():  # the columns of every process, through what it computes with them
         ids = batch(99, world)
         got, want = model(input_ids=ids).logits, outputs_of(alone, ids, variant)
-    outputs = difference(got.to(want), want)
+    found = {"outputs": difference(got.to(want), want), "columns": columns(layers, paca_layers(alone))}
     state = accelerator.get_state_dict(model)
-    adapter = 0.0
     if kind == "ddp" or rank == 0:
         unwrapped = accelerator.unwrap_model(model)
         mine = get_peft_model_state_dict(unwrapped, state_dict=state)
         theirs = get_peft_model_state_dict(alone)
         if mine.keys() != theirs.keys():
             raise AssertionError(f"the adapter has {sorted(mine)[:3]}, not {sorted(theirs)[:3]}")
-        adapter = max(difference(mine[name].to(value), value) for name, value in theirs.items())
+        found["adapter"] = max(difference(mine[name].to(value), value) for name, value in theirs.items())
         base = build(variant, double).state_dict()
         wrong = [n for n, v in base.items() if n.endswith("base_layer.weight") and not torch.equal(v, state[n].to(v))]
         if wrong and variant != "bf16":
             raise AssertionError(f"not the pretrained weights: {wrong}")
     mine_of_all = expected[rank::world]
-    loss = max(abs(a - b) / abs(b) for a, b in zip(losses, mine_of_all, strict=True))
-    return {"outputs": outputs, "adapter": adapter, "losses": loss, "modes": sorted({layer.mode for layer in layers})}
+    found["losses"] = max(abs(a - b) / abs(b) for a, b in zip(losses, mine_of_all, strict=True))
+    return found
 
 
 def difference(got: Tensor, want: Tensor) -> float:
-    """The largest one, as a part of the largest value."""
+    """The largest one, as a part of the largest value; 0 if there is none."""
+    if want.numel() == 0 == got.numel():
+        return 0.0
     return float((got.double() - want.double()).abs().max() / want.double().abs().max().clamp(min=1e-30))
 
 
@@ -230,12 +281,13 @@ def main() -> None:
 
         comm.init_distributed("gloo", auto_mpi_discovery=False, verbose=False)
     results: dict[str, Any] = {}
-    for variant in variants or VARIANTS:
+    for variant in variants or VARIANTS[kind]:
         try:
             results[variant] = collectives(kind) if variant == "collectives" else together(kind, variant)
-        except Exception:
-            results[variant] = {"trouble": traceback.format_exc()}
-            break  # processes may be at different places now
+        except Exception as error:
+            results[variant] = {"trouble": traceback.format_exc(), "said": f"{type(error).__name__}: {error}"}
+            if variant not in REFUSED.get(kind, {}):
+                break  # processes may be at different places now
     rank = os.environ["RANK"]
     Path(f"{output}-{rank}.json").write_text(json.dumps(results))
     dist.destroy_process_group()

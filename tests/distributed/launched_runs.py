@@ -18,10 +18,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.state import PartialState
-from accelerate.utils import DistributedType
 from rich.console import Console
 
+from distributed.as_accelerators import shard_on_cpus
 from distributed.launches import ROOT, from_file
 from forked_process import FORKS
 from paca.training import curves, load_run_config, train
@@ -55,9 +54,7 @@ def run_launched(made: dict[str, str], *arguments: Any) -> None:
     else:
         torch.distributed.init_process_group("gloo")
     if "ACCELERATE_USE_DEEPSPEED" in made or "ACCELERATE_USE_FSDP" in made:
-        # accelerate shards on accelerators only. To it each process has one; what they have is gloo and a CPU.
-        PartialState._prepare_backend = lambda *_, **__: ("gloo", DistributedType.MULTI_GPU)  # type: ignore[method-assign]
-        PartialState.set_device = lambda self: setattr(self, "device", torch.device("cpu"))  # type: ignore[method-assign]
+        shard_on_cpus()
     run(*arguments)
 
 

@@ -19,6 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import TrainerState
 from trl import SFTConfig
 
+from distributed.as_accelerators import shard_on_cpus
 from forked_process import FORKS
 from paca.messages.errors import PacaError
 from paca.training import curves, load_run_config, sharding, train
@@ -45,13 +46,8 @@ def worker(
     curves.inline_svg = place_of_picture
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo")
-    from accelerate.state import PartialState
-    from accelerate.utils import DistributedType
-
-    # accelerate shards on accelerators only. To it these processes have one each; what they have is gloo and a CPU.
     if accelerated:
-        PartialState._prepare_backend = lambda *_, **__: ("gloo", DistributedType.MULTI_GPU)
-        PartialState.set_device = lambda self: setattr(self, "device", torch.device("cpu"))
+        shard_on_cpus()
     sends, asked = DistributedDataParallel.will_sync_module_buffers, []
     DistributedDataParallel.will_sync_module_buffers = lambda self: asked.append(sends(self)) or asked[-1]
     with open(f"{output}-{rank}.txt", "w") as file:
