@@ -48,8 +48,8 @@ TRAINED = (
 )
 REFUSED = {
     "fsdp2": {"Adafactor": "Adafactor can't step parameters that FSDP2 shards"},
-    "deepspeed-zero1": {"cast to bf16": "its columns"},
-    "deepspeed-zero2": {"cast to bf16": "its columns"},
+    "deepspeed-zero1": {"cast to bf16": "DeepSpeed's bf16 and fp16 cast weights: load the model in that type"},
+    "deepspeed-zero2": {"cast to bf16": "DeepSpeed's bf16 and fp16 cast weights: load the model in that type"},
     "deepspeed-zero3": {"adapted before": "ZeRO-3 took weights apart that PaCA keeps columns in"},
 }
 """By kind: variants that have to fail, and what the error has to say."""
@@ -170,7 +170,7 @@ def accelerator_of(kind: str, variant: str) -> Accelerator:
     """As the launcher's environment asks for it. accelerate shards on accelerators only: to it each process has one."""
     AcceleratorState._reset_state(True)
     GradientState._reset_state()
-    precision = "bf16" if variant == "bf16" else "no"
+    precision = "bf16" if variant in ("bf16", "cast to bf16") else "no"
     if kind == "ddp":
         # DDP sends buffers before each forward pass unless told otherwise: the numbers of the columns too.
         quiet = [DistributedDataParallelKwargs(broadcast_buffers=variant != "collectives")]
@@ -207,9 +207,9 @@ def columns(layers: list[Any], alone: list[Any]) -> float:
             got, want = layer.base_layer.weight, other.base_layer.weight.detach()
             want = want[:, other.paca_indices["default"]]
         elif hasattr(got, "ds_id"):
-            from deepspeed.zero import GatheredParameters
+            import deepspeed
 
-            with GatheredParameters([got]):
+            with deepspeed.zero.GatheredParameters([got]):
                 got = got.detach().clone()
         if isinstance(got, DTensor):
             want = distribute_tensor(want, got.device_mesh, got.placements, src_data_rank=None).to_local()

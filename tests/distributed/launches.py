@@ -36,8 +36,12 @@ WAIT = 1800
 
 def bound(kind: str, variant: str) -> float:
     """How far the results may be from one process's, as a part of the largest value."""
-    if variant == "bf16":
-        return 0.03  # 8 units of the last place: sums in another order, FSDP2 rounds deltas before they are added
+    if (
+        variant == "bf16"
+    ):  # 8 units of the last place: other orders of sums, and FSDP2 rounds deltas before they are added
+        return (
+            0.06 if kind.startswith("deepspeed") else 0.03
+        )  # DeepSpeed keeps float32 copies, which one process has not
     if variant == "nf4" or kind.startswith("deepspeed"):
         return 1e-3  # float32, and Adam divides by small gradients
     return 1e-12
