@@ -10,7 +10,7 @@ from typing import Any
 
 from paca.data import encode, load_examples, training_template
 from paca.data.sample import take_sample
-from paca.messages.errors import PacaError
+from paca.messages.errors import PacaError, about
 from paca.messages.units import format_bytes
 from paca.planning.target import Target, outline_of
 from paca.training import train_settings
@@ -57,7 +57,8 @@ def target_of_run(
         )
     named = config.model
     dtype = "float32" if config.method == "full" and named.dtype == "auto" else named.dtype  # as a run does
-    outline = outline_of(named.name, dtype, named.revision, named.trust_remote_code)
+    with about("model.name"):
+        outline = outline_of(named.name, dtype, named.revision, named.trust_remote_code)
     has_eval = config.data.eval is not None
     config.train = train_settings.with_defaults(
         config.train, outline, has_eval=has_eval, method=config.method, adapter=config.adapter
