@@ -81,6 +81,16 @@ def test_the_kept_columns_are_counted() -> None:
     assert columns <= result.parts["kept columns"] <= 1.1 * columns
 
 
+def test_an_evaluation_with_a_large_batch_makes_the_peak() -> None:
+    step, small, large = planned(), planned(eval_batch_size=1), planned(eval_batch_size=64)
+    assert small.parts == step.parts
+    assert (small.moment, large.moment) == (step.moment, "evaluation")
+    assert large.total > step.total
+    assert not {"gradients", "activations: MLP", "activations: attention"} & large.parts.keys()
+    assert large.parts["optimizer state"] == step.parts["optimizer state"]
+    assert (large.saved, large.flops) == (step.saved, step.flops)
+
+
 def test_a_cpu_keeps_programs_for_each_length_of_products_in_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
     def programs(**settings: Any) -> int:
         return planned.__wrapped__(**settings).parts.get(PROGRAMS, 0) // PROGRAM_BYTES

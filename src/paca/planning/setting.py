@@ -41,6 +41,8 @@ class Setting:
     """As `optim` of transformers' `TrainingArguments`."""
     device: Literal["cpu", "cuda"] = "cpu"
     """Whose attention kernels are assumed."""
+    eval_batch_size: int | None = None
+    """Sequences in a forward pass of an evaluation between steps; None without one."""
     lengths: int = 1
     """How many different lengths batches have; `sequence_length` is the longest."""
 

@@ -34,6 +34,7 @@ def setting_of_run(config: RunConfig, device: str, longest: int | None = None, l
     return Setting(
         sequence_length=min(limits),
         batch_size=batch_size,
+        eval_batch_size=train["per_device_eval_batch_size"] if config.data.eval is not None else None,
         gradient_accumulation=train["gradient_accumulation_steps"],
         lean=config.model.lean,
         recompute=config.model.recompute,
