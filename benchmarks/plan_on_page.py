@@ -17,7 +17,7 @@ PAGE = Path(__file__).parents[1] / "docs/notes/plan-on.md"
 _HEAD = """# Simulated steps: how far they are off
 
 `paca plan llama3-8b --on h100 --compare lora` says how long a step would take on a GPU that is not here. **It is a
-simulation. Nothing on this page was measured by us on a GPU**, and the command says "simulated" beside such a number.
+simulation. Nothing on this page was measured by us on a GPU**, and the command says "simulated" above such numbers.
 This page compares it with measurements that others published. `python benchmarks/plan_on.py` writes it, from
 `benchmarks/plan_on.csv` (published) and `benchmarks/plan_on_simulated.csv`; the tests compute the errors again.
 

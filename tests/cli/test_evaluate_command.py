@@ -94,9 +94,14 @@ def test_mt_bench_prints_ratings_and_what_the_judge_took(workspace: Path, monkey
     [
         ((), "it is no folder of a run, which has data of its own"),
         (("--mt-bench", "q.jsonl"), "--mt-bench, --judge-url and --judge-model go together"),
-        (("--tasks", "nowhere.yaml"), "There is no task file 'nowhere.yaml'"),
         (("--num-fewshot", 5), "--num-fewshot goes with --tasks"),
         (("--max-new-tokens", 5), "--max-new-tokens goes with --mt-bench"),
+        # Before the model is loaded, which would fail here.
+        (("--tasks", "nowhere.yaml", "--base-model", "./nowhere"), "There is no task file 'nowhere.yaml'"),
+        (
+            ("--mt-bench", "q.jsonl", "--judge-url", "http://x", "--judge-model", "j", "--base-model", "./nowhere"),
+            "There is no file of questions q.jsonl",
+        ),
     ],
 )
 def test_mistakes_are_told_in_a_line(workspace: Path, arguments: tuple[str, ...], expected: str) -> None:

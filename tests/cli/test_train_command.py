@@ -38,7 +38,7 @@ def test_a_dry_run_shows_the_resolved_run_and_leaves_nothing(workspace: Path) ->
     done = fresh_paca("train", "config.yaml", "--dry-run", "--settings", "--set", "output.dir=dry", cwd=workspace)
     assert (done.returncode, done.stderr) == (0, "")
     output, preview = done.stdout.split("\n\nAn example of middle length (train.jsonl, line ")
-    assert output.count("\n") < 16  # what is asked for comes first, and fits a screen
+    assert output.count("\n") < 17  # what is asked for comes first, and fits a screen
     preview, settings = preview.split("\nmodel:")
     assert re.search(r"\); what the loss falls on is in ⟦ ⟧:\n\n[a-z ]+\n⟦[a-z ]+<\|im_end\|>⟧\n", preview)
     assert re.search(r"Tokens of all 32 training examples: at least \d+, median \d+, ", preview)
@@ -49,7 +49,15 @@ def test_a_dry_run_shows_the_resolved_run_and_leaves_nothing(workspace: Path) ->
     assert re.search(r"^trainable parameters +\d[\d,]+ \(", output, re.MULTILINE)
     assert re.search(r"^tokens per step +about \d+ \(4 sequences\)$", output, re.MULTILINE)
     assert re.search(r"^steps +10$", output, re.MULTILINE)
+    assert re.search(r"^disk space +about \d.* \(result .*, 3 checkpoints of ", output, re.MULTILINE)
     assert not (workspace / "dry").exists()
+
+
+def test_a_dry_run_tries_the_run_folder_first(workspace: Path) -> None:
+    settings = ("--set", "output.dir=config.yaml/run", "--set", "model.name=./nowhere")
+    done = forked_paca("train", "config.yaml", "--dry-run", *settings, cwd=workspace)
+    assert done.returncode == 1
+    assert "config.yaml/run (output.dir) can't be made or written: not a directory" in done.stderr
 
 
 def test_a_dry_run_finds_held_out_data_that_cannot_be_scored(workspace: Path) -> None:

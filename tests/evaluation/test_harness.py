@@ -22,6 +22,7 @@ from evaluation.tally import Tally
 from paca.convert.merged import merge_to_folder
 from paca.evaluation.harness import HarnessSettings, evaluate_tasks
 from paca.evaluation.side_by_side import rows_of
+from paca.evaluation.task_files import load_tasks
 from paca.messages.errors import PacaError
 from paca.pretrained.generation import LoadedModel, load_for_generation
 from tiny_checkpoint import save_base
@@ -33,8 +34,8 @@ def loaded(run_folder: Path) -> LoadedModel:
 
 
 def evaluated(loaded: LoadedModel, output: Path, *tasks: Path, tally: Tally | None = None, **settings: Any) -> Any:
-    chosen = HarnessSettings(tuple(map(str, tasks)), **settings)
-    return evaluate_tasks(loaded, chosen, output, tally or Tally())
+    found = load_tasks(list(map(str, tasks)))
+    return evaluate_tasks(loaded, found, HarnessSettings(**settings), output, tally or Tally())
 
 
 def alone(model: Path, task: Path) -> dict[str, Any]:
@@ -190,14 +191,14 @@ def test_few_shot_examples_and_the_chat_template_reach_the_prompt(loaded: Loaded
     ],
 )
 @pytest.mark.usefixtures("few_tasks")
-def test_a_task_that_cannot_be_had_is_explained(loaded: LoadedModel, tmp_path: Path, task: str, expected: str) -> None:
+def test_a_task_that_cannot_be_had_is_explained(task: str, expected: str) -> None:
     with pytest.raises(PacaError, match=expected):
-        evaluated(loaded, tmp_path / "out", Path(task))
+        load_tasks([task])
 
 
-def test_a_name_that_no_task_has_is_looked_for_among_all_of_the_harness_s(loaded: LoadedModel, tmp_path: Path) -> None:
+def test_a_name_that_no_task_has_is_looked_for_among_all_of_the_harness_s() -> None:
     with pytest.raises(PacaError, match=r"no task 'arc_esy'\. Did you mean .*arc_easy"):
-        evaluated(loaded, tmp_path / "out", Path("arc_esy"))
+        load_tasks(["arc_esy"])
 
 
 def test_a_chat_template_is_needed_to_ask_in_its_form(loaded: LoadedModel, tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from data.loopback_hub import serving
 from evaluation.tally import Tally
 from paca.evaluation.harness import HarnessSettings, evaluate_tasks
 from paca.evaluation.side_by_side import rows_of
+from paca.evaluation.task_files import load_tasks
 from paca.pretrained.generation import load_for_generation
 
 CATEGORIES = ["mmlu_stem", "mmlu_other", "mmlu_social_sciences", "mmlu_humanities"]
@@ -56,8 +57,9 @@ def test_mmlu_comes_by_category_and_subject(
     assert len(subjects) == 8
     hub = save_hub(tmp_path / "hub", subjects)
     with serving(hub, "cais/mmlu", monkeypatch, tmp_path / "cache"):
-        settings = HarnessSettings(("mmlu",), num_fewshot=1, limit=1)
-        results = evaluate_tasks(load_for_generation(run_folder), settings, tmp_path / "out", Tally())
+        settings = HarnessSettings(num_fewshot=1, limit=1)
+        loaded, found = load_for_generation(run_folder), load_tasks(["mmlu"])
+        results = evaluate_tasks(loaded, found, settings, tmp_path / "out", Tally())
     rows = rows_of(results)
     assert (rows[0].task, rows[0].depth) == ("mmlu", 0)
     assert [row.task for row in rows if row.depth == 1] == CATEGORIES

@@ -12,7 +12,8 @@ from transformers import AutoModelForCausalLM
 
 import paca
 from paca.planning import MemoryEstimate, Setting, estimate
-from paca.planning.estimate import FRAMEWORK, prepare_model, trace_step
+from paca.planning.compiled_products import PROGRAM_BYTES
+from paca.planning.estimate import FRAMEWORK, PROGRAMS, prepare_model, trace_step
 from paca.planning.repeated_blocks import copy_with_blocks, find_blocks
 from paca.planning.simulated_step import simulate
 
@@ -78,6 +79,33 @@ def test_the_kept_columns_are_counted() -> None:
     result = planned()
     columns = result.trainable * 2  # per trained value the original, in the weight's dtype
     assert columns <= result.parts["kept columns"] <= 1.1 * columns
+
+
+def test_an_evaluation_with_a_large_batch_makes_the_peak() -> None:
+    step, small, large = planned(), planned(eval_batch_size=1), planned(eval_batch_size=64)
+    assert small.parts == step.parts
+    assert (small.moment, large.moment) == (step.moment, "evaluation")
+    assert large.total > step.total
+    assert not {"gradients", "activations: MLP", "activations: attention"} & large.parts.keys()
+    assert large.parts["optimizer state"] == step.parts["optimizer state"]
+    assert (large.saved, large.flops) == (step.saved, step.flops)
+
+
+def test_a_cpu_keeps_programs_for_each_length_of_products_in_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
+    def programs(**settings: Any) -> int:
+        return planned.__wrapped__(**settings).parts.get(PROGRAMS, 0) // PROGRAM_BYTES
+
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
+    monkeypatch.delenv("ONEDNN_PRIMITIVE_CACHE_CAPACITY", raising=False)
+    # Products with 4 shapes of weights and with the output's; their gradients; and those of 3 heights of deltas.
+    assert programs(chunked_loss=False) == 5 + 5 + 3
+    assert programs(chunked_loss=False, lengths=10) == 130
+    assert programs(lengths=2000) == 1024
+    assert programs(lengths=2000, device="cuda") == 0
+    monkeypatch.setenv("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
+    assert programs(lengths=2000) == 64
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
+    assert programs() == 0
 
 
 def test_accumulation_keeps_gradients_and_multiplies_the_work() -> None:

@@ -28,6 +28,7 @@ from paca.messages.errors import PacaError
 from paca.pretrained import gguf as paca_gguf
 from paca.pretrained import load_config, load_pretrained, load_tokenizer, save_trainable_copy
 from paca.pretrained.hub import only_from_cache
+from paca.pretrained.location import neighbour_hint
 from tiny_checkpoint import byte_tokenizer, save_base
 from tiny_gguf import write_gguf
 
@@ -306,6 +307,15 @@ def test_a_name_that_stands_for_nothing_says_so(name: str, expected: str) -> Non
     for load in (load_pretrained, load_config, load_tokenizer):
         with pytest.raises(PacaError, match=expected):
             load(name)
+
+
+def test_a_misspelt_path_is_told_with_its_neighbour(tmp_path: Path) -> None:
+    (tmp_path / "models" / "smol-135m").mkdir(parents=True)
+    wrong = str(tmp_path / "models" / "smol-153m")
+    with pytest.raises(PacaError, match=r"No model at '.*smol-153m'.*Did you mean '.*/models/smol-135m'\? Check"):
+        load_config(wrong)
+    assert neighbour_hint(str(tmp_path / "models" / "nothing like it")) == ""
+    assert neighbour_hint(str(tmp_path / "nowhere" / "smol-135m")) == ""
 
 
 def cache_model(base: Path, cache: Path) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from rich.console import Console
 
 from paca.data import load_examples
 from paca.data.sample import Sample, take_sample
-from paca.training.data_preview import length_lines, sample_section, show_sample
+from paca.training.data_preview import cut_warning, length_lines, sample_section, show_sample
 from tiny_checkpoint import byte_tokenizer
 
 
@@ -50,6 +51,18 @@ def test_lengths_are_said_and_drawn(sample: Sample) -> None:
     assert "Nothing of the answer is left in 2: a run refuses those, or leaves them out" in lines[1]
     assert lines[2].split() == ["23", "–", "522", "█" * 32, "3"]
     assert lines[-1].split()[-1] == "1"
+
+
+def test_examples_that_are_cut_are_warned_of(sample: Sample) -> None:
+    told = str(cut_warning(sample, {"packing_strategy": "bfd_split"}))
+    assert "max_length = 60 cuts 2 of 4 examples (50.0 %), and leaves nothing of the answer in 2 of them. The" in told
+    assert "The longest has 5,023 tokens: set train.max_length=5023 if " in told
+    assert cut_warning(sample, {"packing": True, "packing_strategy": "bfd_split"}) is None
+    few = replace(sample, sampled=1000, examples=5000, cut=30, unanswered=0)
+    assert cut_warning(few, {}) is None
+    assert "cuts 31 of 1,000 examples that were looked at (3.1 %). The" in str(cut_warning(replace(few, cut=31), {}))
+    assert "nothing of the answer in 1 of them" in str(cut_warning(replace(few, unanswered=1), {}))
+    assert cut_warning(None, {}) is None
 
 
 def test_a_long_piece_is_shortened_and_control_characters_reach_no_terminal(tmp_path: Path) -> None:

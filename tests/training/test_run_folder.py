@@ -179,8 +179,16 @@ def test_a_folder_made_in_vain_goes(tmp_path: Path) -> None:
 
 def test_a_folder_that_can_not_be_made_is_told(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(PacaError, match=r"can't be made ready"), RunFolder(tmp_path / "file" / "run").in_use():
+    folder = RunFolder(tmp_path / "file" / "run")
+    with pytest.raises(PacaError, match=r"can't be made or written: not a directory.*another output.dir"):
+        folder.check_writable()
+    with pytest.raises(PacaError, match=r"can't be made or written: .*another output.dir"), folder.in_use():
         pass
+
+
+def test_trying_to_write_leaves_nothing(tmp_path: Path) -> None:
+    RunFolder(tmp_path / "deep" / "run").check_writable()
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_write_that_fails_leaves_what_was_there(tmp_path: Path) -> None:

@@ -45,6 +45,9 @@ def test_a_run_becomes_the_setting_that_it_trains_under(tmp_path: Path) -> None:
         optimizer="sgd",
     )
     assert setting_of_run(run, "cpu", longest=100).sequence_length == 100
+    assert setting_of_run(run, "cpu", longest=100, lengths=65).lengths == 65
+    run.train["pad_to_multiple_of"] = 64
+    assert setting_of_run(run, "cpu", longest=100, lengths=65).lengths == 2
 
 
 def test_one_sequence_at_a_time_needs_no_mask_unless_it_is_packed(tmp_path: Path) -> None:

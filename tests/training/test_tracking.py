@@ -184,8 +184,11 @@ def storage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     return SQLiteStorage
 
 
-def test_trackio_shows_the_run(start: Start, storage: Any) -> None:
+def test_trackio_shows_the_run(start: Start, storage: Any, capsys: pytest.CaptureFixture[str]) -> None:
     result = start("trackio", "train.run_name=tried")
+    printed = capsys.readouterr().out
+    assert "logged to" in printed
+    assert "Uploading" not in printed  # nothing leaves this machine
     (record,) = storage.get_run_records("paca")
     assert record["name"] == "tried"
     logs = storage.get_logs("paca", "tried")

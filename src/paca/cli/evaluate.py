@@ -111,24 +111,31 @@ def evaluate(
                     say(console, f"Written: {write_scores(output, scores)}")
                 return
             assert output is not None
+            if names:  # a wrong name is no reason to wait for the model
+                logging.getLogger("lm_eval").setLevel(logging.ERROR)  # its warnings tell of defaults that it takes
+                from paca.evaluation.task_files import load_tasks
+
+                found = load_tasks(names)
+            if mt_bench is not None:
+                from paca.evaluation.mt_bench_questions import read_questions
+
+                questions = read_questions(mt_bench)[:limit]
             loaded = load_for_generation(path, base_model=base_model)
             if names:
-                logging.getLogger("lm_eval").setLevel(logging.ERROR)  # its warnings tell of defaults that it takes
                 from paca.evaluation.harness import HarnessSettings, evaluate_tasks
                 from paca.evaluation.side_by_side import rows_of
 
-                settings = HarnessSettings(names, num_fewshot, limit, batch_size, chat_template)
-                results = evaluate_tasks(loaded, settings, output, shown)
+                settings = HarnessSettings(num_fewshot, limit, batch_size, chat_template)
+                results = evaluate_tasks(loaded, found, settings, output, shown)
                 shown.finish()
                 console.print(table_of(rows_of(results)))
                 say(console, f"Written: {output / 'results.json'}")
             if mt_bench is not None and judge_url is not None and judge_model is not None:
                 from paca.evaluation.judge import Judge, JudgeSettings
                 from paca.evaluation.mt_bench import run_mt_bench
-                from paca.evaluation.mt_bench_questions import read_questions
 
                 judge = Judge(JudgeSettings(judge_url, judge_model, key=os.environ.get(JUDGE_KEY)))
-                questions, folder = read_questions(mt_bench)[:limit], output / "mt_bench"
+                folder = output / "mt_bench"
                 lengths = {"max_new_tokens": max_new_tokens or 1024, "batch_size": batch_size}
                 judged = run_mt_bench(loaded, questions, judge, folder, shown, **lengths)
                 shown.finish()

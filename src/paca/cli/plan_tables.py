@@ -122,18 +122,18 @@ def show_fit(console: Console, found: Fit, rate: MatmulRate | None) -> None:
 
 
 def show_simulated(console: Console, simulated: OnDevice, steps: int) -> None:
-    """The table of `--on`."""
+    """The table of `--on`. It fits 80 columns."""
     device = simulated.device
     title = f"Simulated on {device.title}: nothing here was measured"
     table = Table(title=title, title_justify="left")
     table.add_column("method")
-    for heading in ("memory", "ms per step", "tokens/s", f"hours, {steps:,} steps", "launch-bound"):
-        table.add_column(f"{heading}\n(simulated)", justify="right")
+    for heading in ("memory", "ms per\nstep", "tokens/s", f"hours of\n{steps:,} steps", "launch-\nbound"):
+        table.add_column(heading, justify="right", no_wrap=True)
     for row in simulated.rows:
         total = row.estimate.total
         table.add_row(
             row.method,
-            format_bytes(total) if total <= device.memory else f"{format_bytes(total)}, too much",
+            format_bytes(total) if total <= device.memory else f"{format_bytes(total)}\n(too much)",
             f"{1e3 * row.time.total:,.0f}",
             f"{row.tokens_per_second:,.0f}",
             f"{row.hours(steps):,.2f}",

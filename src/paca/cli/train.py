@@ -106,6 +106,8 @@ def _show_dry_run(config: RunConfig, settings: bool, measurement: Measurement | 
     from paca.training.plan import prepare, show_plan
     from paca.training.run_folder import RunFolder
 
+    folder = RunFolder(Path(config.output.dir))
+    folder.check_writable()
     prepared = prepare(config, whole=False)
     plan, held_out = prepared.plan, prepared.data.eval
     show_plan(plan, console)
@@ -116,7 +118,7 @@ def _show_dry_run(config: RunConfig, settings: bool, measurement: Measurement | 
     if settings:
         say(console, f"\n{plan.config.to_yaml()}", end="")
     try:
-        RunFolder(Path(config.output.dir)).check_free(overwrite=config.output.overwrite)
+        folder.check_free(overwrite=config.output.overwrite)
     except PacaError as taken:  # no mistake in the file
         say(console, f"\nBefore it is trained: {taken}", "yellow")
 

@@ -24,7 +24,6 @@ from lm_eval.utils import handle_non_serializable
 
 from paca.evaluation.identity import identity
 from paca.evaluation.sides import ADAPTER, BASE, MODEL, Watcher
-from paca.evaluation.task_files import load_tasks
 from paca.messages.errors import PacaError
 from paca.pretrained.generation import LoadedModel
 from paca.training.run_folder import write_whole
@@ -34,7 +33,6 @@ from paca.training.run_folder import write_whole
 class HarnessSettings:
     """How tasks are evaluated."""
 
-    tasks: tuple[str, ...]
     num_fewshot: int | None = None
     """Examples before each question; None leaves it to the task."""
     limit: int | None = None
@@ -45,13 +43,14 @@ class HarnessSettings:
 
 
 def evaluate_tasks(
-    loaded: LoadedModel, settings: HarnessSettings, output: Path, watcher: Watcher
+    loaded: LoadedModel, found: tuple[TaskManager, list[Any]], settings: HarnessSettings, output: Path, watcher: Watcher
 ) -> dict[str, dict[str, Any]]:
     """Evaluate, and write the harness's results: `results.json`, and for the base model `base/results.json`.
 
     Args:
         loaded: From `paca.pretrained.generation.load_for_generation`.
-        settings: What to evaluate.
+        found: The tasks, from `paca.evaluation.task_files.load_tasks`.
+        settings: How.
         output: A folder; answers of an earlier, interrupted evaluation in it are used.
         watcher: Told how far it is.
 
@@ -59,13 +58,13 @@ def evaluate_tasks(
         The harness's results for `base` and `adapter`, or for `model`, with the `samples` that the files leave out.
 
     Raises:
-        PacaError: A task that does not exist or does not fit the model, or a folder with another model's results.
+        PacaError: A task that does not fit the model, or a folder with another model's results.
     """
     sides = [MODEL] if loaded.adapter is None else [BASE, ADAPTER]
     if settings.chat_template and loaded.tokenizer.chat_template is None:
         raise PacaError("--chat-template needs a tokenizer with a chat template, and this model's has none.")
     _claim(output, identity(loaded, adapted=True))
-    manager, tasks = load_tasks(settings.tasks)
+    manager, tasks = found
     results = {}
     for side in sides:
         with loaded.model.disable_adapter() if side == BASE else contextlib.nullcontext():

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 class PacaError(ValueError):
     """Something the user gave is wrong: a key, a file, a value.
@@ -13,6 +16,15 @@ class PacaError(ValueError):
 
 class NothingToLearn(PacaError):
     """A record of the training data is whole, and nothing can be learned from it: its answer is empty, say."""
+
+
+@contextmanager
+def about(setting: str) -> Iterator[None]:
+    """A block whose `PacaError`s are about one setting, which their text then begins with."""
+    try:
+        yield
+    except PacaError as error:
+        raise PacaError(f"{setting}: {error}") from error
 
 
 def is_failure(error: BaseException) -> bool:

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from paca.messages.errors import PacaError
 from paca.messages.units import format_bytes
+from paca.planning.compiled_products import program_bytes
 from paca.planning.operators import Operator
 from paca.planning.quantized_layers import quantization_name, unpacked_numel
 from paca.planning.repeated_blocks import copy_with_blocks, find_blocks
@@ -24,6 +25,7 @@ FRAMEWORK = "framework overhead"
 FRAMEWORK_BYTES = {"cpu": 500 * 2**20, "cuda": 600 * 2**20}
 """What a process holds before there is a model: on a CPU the resident libraries, on CUDA the context and the
 workspaces of the matrix libraries. See docs/guides/planning.md for where the numbers come from."""
+PROGRAMS = "compiled products"
 
 
 @dataclass(frozen=True)
@@ -162,6 +164,8 @@ def estimate(
     trace = trace_step(root, setting, timed)
     moment, peak = max(trace.peaks.items(), key=lambda item: sum(item[1].values()))
     counts = {name: count for name, count in sorted(peak.items(), key=lambda item: -item[1]) if count > 0}
+    compiled = program_bytes(trace.operators, setting.lengths) if setting.device == "cpu" else 0
+    programs = {PROGRAMS: compiled} if compiled else {}
     parameters = {id(p): p for p in root.parameters()}.values()
     unpacked = unpacked_numel(root)
     trainable = sum(p.numel() for p in parameters if p.requires_grad)
@@ -171,7 +175,7 @@ def estimate(
         setting=setting,
         parameters=sum(unpacked.get(id(p), p.numel()) for p in parameters) - added,
         trainable=trainable,
-        parts={**counts, FRAMEWORK: FRAMEWORK_BYTES[setting.device]},
+        parts={**counts, **programs, FRAMEWORK: FRAMEWORK_BYTES[setting.device]},
         moment=moment,
         saved={name: count for name, count in trace.saved.most_common() if count > 0},
         flops=trace.flops * setting.gradient_accumulation,

@@ -41,9 +41,13 @@ class Setting:
     """As `optim` of transformers' `TrainingArguments`."""
     device: Literal["cpu", "cuda"] = "cpu"
     """Whose attention kernels are assumed."""
+    eval_batch_size: int | None = None
+    """Sequences in a forward pass of an evaluation between steps; None without one."""
+    lengths: int = 1
+    """How many different lengths batches have; `sequence_length` is the longest."""
 
     def __post_init__(self) -> None:
-        for name in ("sequence_length", "batch_size", "gradient_accumulation"):
+        for name in ("sequence_length", "lengths", "batch_size", "gradient_accumulation"):
             value = getattr(self, name)
             if value < 1:
                 raise PacaError(f"{name} is {value}; it must be 1 or more.")

@@ -150,10 +150,7 @@ class _Simulation:
             for parameter in trainable:
                 parameter.grad = torch.empty_like(parameter)
             memory.note([p.grad for p in trainable], GRADIENTS)
-        shape = (setting.batch_size, setting.sequence_length)
-        inputs = {name: torch.zeros(shape, dtype=torch.int64) for name in ("input_ids", "labels")}
-        if setting.padded:
-            inputs["attention_mask"] = torch.ones(shape, dtype=torch.int64)
+        inputs = self._inputs(setting.batch_size, setting.padded)
         with memory:
             saved = self._forward_and_backward(inputs)
         for parameter in trainable:
@@ -164,8 +161,27 @@ class _Simulation:
         state = state_bytes(setting.optimizer, trainable)
         for peak in peaks.values():
             peak[OPTIMIZER] += state
-        operators = self._steady(inputs, trainable) if self.timed else memory.operators
-        return StepTrace(saved, peaks, operators, memory.dequantized)
+        operators = self._steady(inputs, trainable) if self.timed else memory.operators.copy()
+        dequantized = memory.dequantized
+        if setting.eval_batch_size is not None:
+            self.memory = memory
+            peaks["evaluation"] = self._evaluation(setting.eval_batch_size, trainable)
+            peaks["evaluation"][OPTIMIZER] += state
+        return StepTrace(saved, peaks, operators, dequantized)
+
+    def _inputs(self, batch_size: int, padded: bool) -> dict[str, Tensor]:
+        names = ("input_ids", "labels", "attention_mask") if padded else ("input_ids", "labels")
+        return {name: torch.zeros(batch_size, self.setting.sequence_length, dtype=torch.int64) for name in names}
+
+    def _evaluation(self, batch_size: int, trainable: list[nn.Parameter]) -> Counter[str]:
+        """What a forward pass between two steps holds at its fullest: no gradients, and nothing is kept for any."""
+        for parameter in trainable:
+            parameter.grad = None
+        self.model.eval()
+        self.memory.begin_window("evaluation")
+        with self.memory, torch.no_grad():
+            self._forward(self._inputs(batch_size, padded=batch_size > 1))
+        return self.memory.peaks()["evaluation"]
 
     def _steady(self, inputs: dict[str, Tensor], trainable: list[nn.Parameter]) -> Counter[Operator]:
         """What a later step runs: the first one also writes columns anew and makes the optimizer's state."""
@@ -181,21 +197,26 @@ class _Simulation:
         return recorder.operators
 
     def _forward_and_backward(self, inputs: dict[str, Tensor]) -> Counter[str]:
-        memory, autocast = self.memory, self.setting.autocast
-        memory.region = TEMPORARIES
+        memory = self.memory
         memory.begin_window("forward")
+        loss = self._forward(inputs)
+        held = memory.now()
+        memory.begin_window("backward, last block")
+        memory.phase = "backward"
+        loss.backward()
+        return Counter({name: count for name, count in held.items() if name.startswith(ACTIVATIONS) or name == LOSS})
+
+    def _forward(self, inputs: dict[str, Tensor]) -> Tensor:
+        """The loss."""
+        autocast = self.setting.autocast
+        self.memory.region = TEMPORARIES
         options: dict[str, Any] = {"fused_lm_head": True} if self.setting.chunked_loss else {}
         with (
             self.stack.following(self._after_module),
             torch.autograd.graph.saved_tensors_hooks(self._note_saved, lambda tensor: tensor),
             torch.autocast("cpu", dtype=autocast, enabled=autocast is not None),
         ):
-            loss = self.model(**inputs, use_cache=False, **options).loss
-        held = memory.now()
-        memory.begin_window("backward, last block")
-        memory.phase = "backward"
-        loss.backward()
-        return Counter({name: count for name, count in held.items() if name.startswith(ACTIVATIONS) or name == LOSS})
+            return self.model(**inputs, use_cache=False, **options).loss
 
     def _note_saved(self, tensor: Tensor) -> Tensor:
         allocation = self.memory.allocation_of(tensor)

@@ -13,6 +13,7 @@ from huggingface_hub import constants
 from huggingface_hub.utils import http_backoff
 
 from paca.messages.errors import PacaError
+from paca.pretrained.location import neighbour_hint
 
 logger = logging.getLogger(__name__)
 
@@ -54,6 +55,7 @@ def only_from_cache(name: str, revision: str | None) -> bool:
 def unreachable(name: str) -> str:
     """The message for a model that is neither here nor to be fetched."""
     return (
-        f"There is no file or folder {name!r} here. It looks like a hub id, but the hub cannot be reached and there is "
-        "no copy in the local cache. Check the name; connect to the internet, or give a local folder or a .gguf file."
+        f"There is no file or folder {name!r} here.{neighbour_hint(name)} It looks like a hub id, but the hub cannot "
+        "be reached and there is no copy in the local cache. Check the name; connect to the internet, or give a local "
+        "folder or a .gguf file."
     )

@@ -26,7 +26,7 @@ from transformers import (
 from paca.messages.errors import PacaError, is_failure
 from paca.pretrained import gguf, quantizing
 from paca.pretrained.hub import unreachable, without_waiting
-from paca.pretrained.location import TOKENIZER_FILES, Location, Source, locate, tokenizer_files
+from paca.pretrained.location import TOKENIZER_FILES, Location, Source, locate, neighbour_hint, tokenizer_files
 from paca.pretrained.quiet import without_load_report, without_progress_bars
 
 logger = logging.getLogger(__name__)
@@ -284,8 +284,8 @@ def _hub_message(name: str, what: str, error: BaseException) -> str:
         return f"{name!r} exists on the hub, but not in this revision."
     if caused_by(RepositoryNotFoundError):
         return (
-            f"There is no {name!r}: no such file or folder here, and no such (public) repository on the hub. Check the "
-            "name; for a private repository log in with `hf auth login`."
+            f"There is no {name!r}: no such file or folder here, and no such (public) repository on the hub."
+            f"{neighbour_hint(name)} Check the name; for a private repository log in with `hf auth login`."
         )
     if "couldn't connect" in str(error).lower() or caused_by(ConnectionError):
         return unreachable(name)

@@ -12,6 +12,7 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
 from paca.messages.errors import PacaError
+from paca.messages.nearest import nearest
 from paca.messages.shown import shown
 
 Source = Literal["hub", "folder", "gguf"]
@@ -62,14 +63,30 @@ def locate(name: str) -> Location:
             path = path / "model"  # of a run that trained the whole model
         _check_folder(path, name)
         return Location("folder", str(path.resolve()))
-    if not name.startswith(("/", ".", "~")) and not name.lower().endswith(".gguf"):
+    is_path = name.startswith(("/", ".", "~")) or name.lower().endswith(".gguf")
+    if not is_path:
         with suppress(HFValidationError):
             validate_repo_id(name)
             return Location("hub", name)
+    form = "" if is_path else ", and the name does not have the form of a hub id (owner/name)"
     raise PacaError(
-        f"No model at {name!r}: there is no such file or folder here (working folder: {Path.cwd()}), and the name does "
-        "not have the form of a hub id (owner/name). Check the path."
+        f"No model at {name!r}: there is no such file or folder (working folder: {Path.cwd()}){form}."
+        f"{neighbour_hint(name)} Check the path."
     )
+
+
+def neighbour_hint(name: str) -> str:
+    """`" Did you mean ...?"` for a path that is not there, where its folder holds something of nearly that name."""
+    path = Path(name).expanduser()
+    try:
+        close = nearest(path.name, [each.name for each in path.parent.iterdir() if _may_be_model(each)])
+    except OSError:  # no such folder either
+        return ""
+    return "" if close is None else f" Did you mean {str(path.parent / close)!r}?"
+
+
+def _may_be_model(path: Path) -> bool:
+    return path.is_dir() or path.suffix.lower() == ".gguf"
 
 
 def _check_folder(path: Path, name: str) -> None:

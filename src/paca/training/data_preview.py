@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import html
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
@@ -16,6 +16,8 @@ from paca.messages.say import say
 _LONGEST_PIECE = 800
 """Characters of a piece of the example that are shown: its beginning and its end."""
 _BAR = 32
+_FEW = 0.03
+"""Share of examples that may be cut without a warning."""
 _CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]")
 """What a terminal would obey: control characters, and those that turn the direction of writing."""
 
@@ -69,6 +71,31 @@ def length_lines(sample: Sample) -> list[str]:
         bar = "█" * round(_BAR * count / most) or ("▏" if count else "")
         lines.append(f"{start:>{wide},} – {end:>{wide},}  {bar:<{_BAR}} {count:,}")
     return lines
+
+
+def cut_warning(sample: Sample | None, train: Mapping[str, Any]) -> str | None:
+    """What to tell the user if more than a few examples are cut, or any is of no use; None otherwise.
+
+    Args:
+        sample: Of the training data, where one was taken.
+        train: The section of the config.
+    """
+    if sample is None or not sample.cut or _splits(train):
+        return None
+    if sample.cut <= _FEW * sample.sampled and not sample.unanswered:
+        return None
+    looked = "" if sample.sampled == sample.examples else " that were looked at"
+    lost = f", and leaves nothing of the answer in {sample.unanswered:,} of them" if sample.unanswered else ""
+    return (
+        f"train.max_length = {sample.limit:,} cuts {sample.cut:,} of {sample.sampled:,} examples{looked} "
+        f"({100 * sample.cut / sample.sampled:.1f} %){lost}. The longest has {sample.longest:,} tokens: set "
+        f"train.max_length={sample.longest} if the memory suffices, or shorten or remove long examples."
+    )
+
+
+def _splits(train: Mapping[str, Any]) -> bool:
+    """Whether what is too long goes on in the next sequence, so that nothing is cut off."""
+    return bool(train.get("packing")) and train.get("packing_strategy") == "bfd_split"
 
 
 def sample_section(values: dict[str, Any] | None) -> str:

@@ -47,9 +47,9 @@ def memory_warning(
     kind = trainer_kind(prepared.plan.config.train)
     if available is None or kind.name != "sft":  # the only one whose steps the planner knows
         return None
-    longest = max(kind.lengths(dataset), default=1)
+    lengths = set(kind.lengths(dataset)) or {1}
     try:
-        setting = setting_of_run(prepared.plan.config, arguments.device.type, longest)
+        setting = setting_of_run(prepared.plan.config, arguments.device.type, max(lengths), len(lengths))
         return warn_if_too_large(prepared.outline, setting, available)
     except Exception as error:  # a model's own code, run on tensors without values; a forecast never stops a run
         logger.warning(

@@ -8,11 +8,11 @@ import math
 import os
 import re
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from peft import get_peft_model
 from rich.console import Console
-from torch import nn
 from transformers import PreTrainedModel
 
 from paca.data.sample import Sample
@@ -20,12 +20,13 @@ from paca.lean import make_lean, undo_lean
 from paca.messages.errors import PacaError
 from paca.messages.say import say
 from paca.planning.estimate import PlannedModel
-from paca.pretrained import load_config
-from paca.pretrained.location import locate
 from paca.pretrained.quantizing import quantize_outline
 from paca.training import adapter_settings, train_settings
 from paca.training.calibration import describe_columns
+from paca.training.data_preview import cut_warning
+from paca.training.disk_need import DiskNeed, disk_need, tell_of_disk
 from paca.training.learning_rate import AUTO, automatic_rate
+from paca.training.named_model import heads_of, outline_of, source_of
 from paca.training.run_config import RunConfig
 from paca.training.same_run import inputs_of
 from paca.training.target_names import check_target_names
@@ -78,6 +79,8 @@ class Plan:
     """About: by the mean of the sample, or full sequences where packing is on; None where there is no sample."""
     steps: int | None
     """None where packing decides it."""
+    disk: DiskNeed
+    """What it writes."""
     left_out: str | None = None
     """What is said of examples that are left out, as `train.max_length` leaves nothing of them to learn."""
 
@@ -118,13 +121,14 @@ class Plan:
             ("steps", self._steps()),
             ("learning rate", f"{self.config.train['learning_rate']:g}{self._rate_rule()}"),
             ("run folder", self.config.output.dir),
+            ("disk space", str(self.disk)),
         ]
         others = {name: value for name, value in self.own_defaults.items() if name != "learning_rate"}
         if others:
             settings = ", ".join(f"{name} {json.dumps(value)}" for name, value in others.items())
-            lines.insert(-1, ("defaults of paca", f"{settings} (TRL has others)"))
+            lines.insert(-2, ("defaults of paca", f"{settings} (TRL has others)"))
         if self.processes > 1:
-            lines.insert(-1, ("processes", str(self.processes)))
+            lines.insert(-2, ("processes", str(self.processes)))
         return lines
 
     def _rate_rule(self) -> str:
@@ -148,10 +152,13 @@ class Plan:
 
 
 def show_plan(plan: Plan, console: Console) -> None:
-    """Print what is going to be trained."""
+    """Print what is going to be trained; PacaError if its result does not fit on the disk."""
     width = max(len(label) for label, _ in plan.lines())
     for label, text in plan.lines():
         say(console, f"{label:<{width}}  {text}")
+    if (warning := cut_warning(plan.sample, plan.config.train)) is not None:
+        say(console, f"Warning: {warning}", style="yellow")
+    tell_of_disk(plan.disk, Path(plan.config.output.dir), console)
 
 
 @dataclass
@@ -192,13 +199,10 @@ def prepare(config: RunConfig, *, whole: bool = True) -> PreparedRun:
     check_sections_fit(config, kind)
     if method == "full" and named.dtype == "auto":
         named.dtype = "float32"  # as TRL loads models: in 16 bits, small steps would be lost
-    locate(named.name)  # before its tokenizer is looked for
+    source = source_of(named)  # before its tokenizer is looked for
     data = kind.read(config)
     train, held_out = data.train, data.eval
-    outline = load_config(
-        named.name, named.dtype, named.revision, named.trust_remote_code, kind.auto_class, data.labels
-    )
-    model = outline.model
+    model = outline_of(named, kind.auto_class, data.labels).model
     if named.lean:  # a block that it does not know is refused here, before weights are loaded
         undo_lean(make_lean(model, named.recompute))
     parameters = sum(parameter.numel() for parameter in model.parameters())
@@ -240,7 +244,7 @@ def prepare(config: RunConfig, *, whole: bool = True) -> PreparedRun:
         typical = config.train["max_length"]
     plan = Plan(
         config=config,
-        source=locate(named.name).source,
+        source=source,
         architecture=type(model).__name__,
         dtype=str(dtype).removeprefix("torch."),
         parameters=parameters,
@@ -261,6 +265,7 @@ def prepare(config: RunConfig, *, whole: bool = True) -> PreparedRun:
         sequences_per_step=sequences,
         tokens_per_step=None if typical is None else round(sequences * typical),
         steps=steps,
+        disk=disk_need(config, adapted, steps, base=parameters * dtype.itemsize if source == "gguf" else 0),
     )
     return PreparedRun(plan, data, inputs, adapted)
 
@@ -283,12 +288,6 @@ def planned_steps(examples: int, train: dict[str, Any], processes: int) -> int |
     if train.get("max_steps", -1) > 0:
         return train["max_steps"]
     return trainer_kind(train).steps(examples, train, processes)
-
-
-def heads_of(model: nn.Module) -> list[str]:
-    """The modules of a classifier that a pretrained model need not have: those beside its trunk, with weights."""
-    trunk = getattr(model, "base_model_prefix", None)
-    return [name for name, module in model.named_children() if name != trunk and any(True for _ in module.parameters())]
 
 
 def _sequences_per_step(train: dict[str, Any], processes: int) -> int:

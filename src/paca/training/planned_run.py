@@ -10,7 +10,7 @@ from typing import Any
 
 from paca.data import encode, load_examples, training_template
 from paca.data.sample import take_sample
-from paca.messages.errors import PacaError
+from paca.messages.errors import PacaError, about
 from paca.messages.units import format_bytes
 from paca.planning.target import Target, outline_of
 from paca.training import train_settings
@@ -57,19 +57,20 @@ def target_of_run(
         )
     named = config.model
     dtype = "float32" if config.method == "full" and named.dtype == "auto" else named.dtype  # as a run does
-    outline = outline_of(named.name, dtype, named.revision, named.trust_remote_code)
+    with about("model.name"):
+        outline = outline_of(named.name, dtype, named.revision, named.trust_remote_code)
     has_eval = config.data.eval is not None
     config.train = train_settings.with_defaults(
         config.train, outline, has_eval=has_eval, method=config.method, adapter=config.adapter
     )
-    longest, typical, lengths = None, None, None
+    longest, typical, different, lengths = None, None, 1, None
     if batch_size is not None:
         config.train["per_device_train_batch_size"] = batch_size
     if sequence_length is not None:
         config.train["max_length"] = sequence_length
     else:
-        longest, typical, lengths = lengths_of_examples(config)
-    setting = setting_of_run(config, device, longest)
+        longest, typical, different, lengths = lengths_of_examples(config)
+    setting = setting_of_run(config, device, longest, different)
     if lengths is not None and longest is None:
         lengths = f"train.max_length: {lengths}"
     elif longest is not None and setting.sequence_length < longest:
@@ -79,23 +80,23 @@ def target_of_run(
     return Target(str(path), outline, adapter, setting, lengths, typical, steps if steps > 0 else None)
 
 
-def lengths_of_examples(config: RunConfig) -> tuple[int | None, int | None, str]:
+def lengths_of_examples(config: RunConfig) -> tuple[int | None, int | None, int, str]:
     """Tokens of the longest training example before it is cut, those that a batch is padded to on average once they
-    are, and where that is from, for people.
+    are, how many different lengths batches may have, and where that is from, for people.
 
-    Held-out examples that are split off the training data count as well. The numbers are None, and the text says why,
-    where the data is not in local files, is large, or is packed.
+    Held-out examples that are split off the training data count as well. The first two are None and the third is 1, and
+    the text says why, where the data is not in local files, is large, or is packed.
     """
     data, train = config.data, config.train
     if train.get("packing"):
-        return None, None, "packed sequences are filled up"
+        return None, None, 1, "packed sequences are filled up"
     source = Path(data.train).expanduser()
     files = [source] if source.is_file() else sorted(source.iterdir()) if source.is_dir() else []
     if not files:
-        return None, None, f"{data.train} is not a local file, so it was not read"
+        return None, None, 1, f"{data.train} is not a local file, so it was not read"
     size = sum(file.stat().st_size for file in files if file.is_file())
     if size > READ_AT_MOST:
-        return None, None, f"{data.train} has {format_bytes(size)}, so it was not read"
+        return None, None, 1, f"{data.train} has {format_bytes(size)}, so it was not read"
     try:
         tokenizer = tokenizer_of(config)
         reading: Any = {"format": data.format, "leave_out": data.unusable == "leave_out"}
@@ -108,8 +109,10 @@ def lengths_of_examples(config: RunConfig) -> tuple[int | None, int | None, str]
         batch_size = train["per_device_train_batch_size"]
         sample = take_sample(examples, tokenizer, limit=train["max_length"], batch_size=batch_size, **options)
     except PacaError as error:
-        return None, None, f"the examples could not be read ({error})"
-    return longest, round(sample.padded), f"the longest example of {data.train}"
+        return None, None, 1, f"the examples could not be read ({error})"
+    cut = min(longest, train["max_length"] or longest)
+    different = min(sample.examples, max(1, cut - sample.shortest + 1))
+    return longest, round(sample.padded), different, f"the longest example of {data.train}"
 
 
 def _characters(example: dict[str, Any]) -> int:

@@ -6,7 +6,7 @@ from transformers import PreTrainedTokenizerBase
 
 from paca.data import Examples, end_of_turn, set_chat_template
 from paca.data.chat_template import DEFAULT, NAMES
-from paca.messages.errors import PacaError
+from paca.messages.errors import PacaError, about
 from paca.pretrained import load_tokenizer
 from paca.training.run_config import RunConfig
 
@@ -19,9 +19,11 @@ def tokenizer_of(config: RunConfig) -> PreTrainedTokenizerBase:
     """
     model = config.model
     if model.tokenizer is not None:
-        tokenizer = load_tokenizer(model.tokenizer, trust_remote_code=model.trust_remote_code)
+        with about("model.tokenizer"):
+            tokenizer = load_tokenizer(model.tokenizer, trust_remote_code=model.trust_remote_code)
     else:
-        tokenizer = load_tokenizer(model.name, model.revision, model.trust_remote_code)
+        with about("model.name"):
+            tokenizer = load_tokenizer(model.name, model.revision, model.trust_remote_code)
     give_form(tokenizer, config)
     return tokenizer
 

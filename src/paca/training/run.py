@@ -176,7 +176,6 @@ class _Run:
                     say(console, f"Warning: {warning}", style="yellow")
         if probe:
             self.trainer.add_callback(ProbeLongestBatch(self.trainer, self.config, partial(say, console)))
-        self.has_eval = prepared.data.eval is not None
         self.log: MetricsLog | None = None
         self.trackers: Trackers | None = None
         if self.main:
@@ -269,7 +268,7 @@ class _Run:
         return trainer.state
 
     def _loss_after(self, state: TrainerState) -> float | None:
-        if not self.has_eval or not self.config.eval.after:
+        if self.heldout is None or not self.config.eval.after:
             return None
         step = _kept_step(state, self.trainer.args)
         for entry in reversed(state.log_history):

@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -65,7 +66,7 @@ class RunFolder:
             claim = Claim(self.lock)
             taken = claim.take()
         except OSError as error:
-            raise PacaError(f"The run folder {self.path} (output.dir) can't be made ready: {error}.") from error
+            raise self._no_place(error) from error
         if not taken:
             raise PacaError(
                 f"{self.path} is in use: {claim.holder()} trains there. Wait for its end, stop it, or give another "
@@ -81,6 +82,26 @@ class RunFolder:
                     self.lock.unlink(missing_ok=True)
                 if there and made and not any(self.path.iterdir()):
                     self.path.rmdir()
+
+    def check_writable(self) -> None:
+        """Try to write where the folder is, or would be made, and leave nothing behind.
+
+        Raises:
+            PacaError: Nothing can be written there.
+        """
+        path = self.path.absolute()
+        try:
+            with tempfile.TemporaryFile(dir=next(place for place in (path, *path.parents) if place.exists())):
+                pass
+        except OSError as error:
+            raise self._no_place(error) from error
+
+    def _no_place(self, error: OSError) -> PacaError:
+        reason = error.strerror or str(error)
+        return PacaError(
+            f"The run folder {self.path} (output.dir) can't be made or written: {reason[:1].lower()}{reason[1:]}. Give "
+            "another output.dir, in a folder that you may write into."
+        )
 
     def check_there(self) -> None:
         """Refuse to go on in a folder that was deleted or moved while it is in use: what is written would make another.
@@ -126,7 +147,7 @@ class RunFolder:
             self.drop_what_was_cut_short()
             write_whole(self.inputs, json.dumps(inputs))
         except OSError as error:
-            raise PacaError(f"The run folder {self.path} (output.dir) can't be made ready: {error}.") from error
+            raise self._no_place(error) from error
 
     def reopen(self) -> Path:
         """Find where to continue, and remove checkpoints that were cut short while they were written.

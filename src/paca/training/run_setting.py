@@ -13,13 +13,14 @@ from paca.planning.optimizer_state import KNOWN_OPTIMIZERS
 from paca.training.run_config import RunConfig
 
 
-def setting_of_run(config: RunConfig, device: str, longest: int | None = None) -> Setting:
+def setting_of_run(config: RunConfig, device: str, longest: int | None = None, lengths: int = 1) -> Setting:
     """The setting under which `paca train` would train `config`.
 
     Args:
         config: With our defaults in place (as `paca.training.plan` resolves it).
         device: `"cpu"` or `"cuda"`.
         longest: Tokens of the longest example, where it is known.
+        lengths: How many different lengths its batches may have before they are padded to a multiple.
 
     Raises:
         PacaError: Neither the config nor `longest` limits the sequences.
@@ -29,9 +30,11 @@ def setting_of_run(config: RunConfig, device: str, longest: int | None = None) -
     if not limits:
         raise PacaError("train.max_length is null, so sequences have no limit to plan for; set it, or give --seq.")
     batch_size, optimizer = train["per_device_train_batch_size"], str(train["optim"])
+    multiple = train.get("pad_to_multiple_of")
     return Setting(
         sequence_length=min(limits),
         batch_size=batch_size,
+        eval_batch_size=train["per_device_eval_batch_size"] if config.data.eval is not None else None,
         gradient_accumulation=train["gradient_accumulation_steps"],
         lean=config.model.lean,
         recompute=config.model.recompute,
@@ -44,6 +47,7 @@ def setting_of_run(config: RunConfig, device: str, longest: int | None = None) -
         # An optimizer that is not known is taken for one that keeps two moments: few keep more.
         optimizer=optimizer if optimizer in KNOWN_OPTIMIZERS else "adamw_torch_fused",
         device=device,  # type: ignore[arg-type]
+        lengths=-(-lengths // multiple) if isinstance(multiple, int) else lengths,
     )
 
 

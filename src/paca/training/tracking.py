@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import secrets
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext, redirect_stdout
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -134,9 +136,9 @@ class Trackers(TrainerCallback):
         callbacks, self.callbacks = self.callbacks, {}
         args, state, control = self.trainer.args, self.trainer.state, self.trainer.control
         for name, callback in callbacks.items():
-            callback.on_train_end(
-                args, state, control, model=self.trainer.model, processing_class=self.trainer.processing_class
-            )
+            parts = {"model": self.trainer.model, "processing_class": self.trainer.processing_class}
+            with _without_false_line(name, callback):
+                callback.on_train_end(args, state, control, **parts)
             if name == "wandb":
                 callback._wandb.finish()
 
@@ -158,6 +160,12 @@ class Trackers(TrainerCallback):
                 resume="allow",
                 dir=os.environ.get("WANDB_DIR", str(self.folder.path)),
             )
+
+
+def _without_false_line(name: str, callback: Any) -> AbstractContextManager[object]:
+    """Trackio says at the end that it uploads, also where all of it stays on this machine."""
+    run = callback._trackio.context_vars.current_run.get() if name == "trackio" else None
+    return redirect_stdout(io.StringIO()) if getattr(run, "_is_local", False) else nullcontext()
 
 
 def names_for_trackers(folder: RunFolder, *, resume: bool) -> dict[str, str]:

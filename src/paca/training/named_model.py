@@ -1,0 +1,32 @@
+"""The model that a run's config names, before its weights are loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import nn
+
+from paca.messages.errors import about
+from paca.pretrained import load_config
+from paca.pretrained.loading import Outline
+from paca.pretrained.location import Source, locate
+from paca.training.run_config import ModelSection
+
+
+def source_of(named: ModelSection) -> Source:
+    """Where it comes from; PacaError, which names the setting, if it is not there."""
+    with about("model.name"):
+        return locate(named.name).source
+
+
+def outline_of(named: ModelSection, auto_class: Any, labels: Sequence[str] | None) -> Outline:
+    """Its configuration and its modules without weights; arguments and errors as in `paca.pretrained.load_config`."""
+    with about("model.name"):
+        return load_config(named.name, named.dtype, named.revision, named.trust_remote_code, auto_class, labels)
+
+
+def heads_of(model: nn.Module) -> list[str]:
+    """The modules of a classifier that a pretrained model need not have: those beside its trunk, with weights."""
+    trunk = getattr(model, "base_model_prefix", None)
+    return [name for name, module in model.named_children() if name != trunk and any(True for _ in module.parameters())]
