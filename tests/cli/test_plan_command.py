@@ -182,7 +182,8 @@ def test_the_table_of_a_simulation_is_whole_in_80_columns(width: int) -> None:
     )
     device = SimpleNamespace(title="AMD", memory=2**30, source="a sheet")
     console = Console(file=io.StringIO(), width=width)
-    show_simulated(console, SimpleNamespace(device=device, rows=[row], refused=()), 100_000)  # type: ignore[arg-type]
+    simulated: Any = SimpleNamespace(device=device, rows=[row], refused=(), notes=())
+    show_simulated(console, simulated, 100_000)
     text = console.file.getvalue()  # type: ignore[attr-defined]
     cells = [[cell.strip() for cell in re.split("[│┃]", line)[1:-1]] for line in text.splitlines()[2:]]
     assert cells[0] == ["", "", "ms per", "", "hours of", "launch-"]
