@@ -172,19 +172,23 @@ METHODS: dict[str, tuple[Any, Callable[[nn.Module], None]]] = {
 
 
 def table(simulated: list[float]) -> list[str]:
-    """The lines of the page's table, whose errors are computed here and nowhere else."""
-    lines = [
-        "| source | device | what | published | simulated | error | |",
-        "| --- | --- | --- | ---: | ---: | ---: | --- |",
-    ]
-    for row, number in zip(published(), simulated, strict=True):
-        size = " × ".join(str(n) for n in (row.batch, row.length) if n) + " tokens" if row.length else "one sequence"
-        off = "" if within(row, number) else ", **off**"
-        lines.append(
-            f"| {row.source} | {row.device} | `{row.method}`{f' r {row.rank}' if row.rank else ''}, {size}, "
-            f"{row.quantity} | {row.published:g} | {number:.4g} | {100 * error(row, number):+.0f} % | {row.use}{off} |"
-        )
+    """The lines of the page's tables, one a source and device, whose errors are computed here and nowhere else."""
+    lines: list[str] = []
+    pairs = [*zip(published(), simulated, strict=True)]
+    for of in dict.fromkeys((row.source, row.device) for row, _ in pairs):
+        lines += [*([""] if lines else []), f"**{of[0]}, {of[1]}**", ""]
+        lines += ["| what | published | simulated | error | |", "| --- | ---: | ---: | ---: | --- |"]
+        lines += [_line(row, number) for row, number in pairs if (row.source, row.device) == of]
     return lines
+
+
+def _line(row: Row, number: float) -> str:
+    size = " × ".join(str(n) for n in (row.batch, row.length) if n) if row.length else "one sequence"
+    notes = [*(["fitted"] if row.use == "fitted" else []), *([] if within(row, number) else ["**off**"])]
+    return (
+        f"| `{row.method}`{f' r {row.rank}' if row.rank else ''}, {size}, {row.quantity} | {row.published:g} | "
+        f"{number:.4g} | {100 * error(row, number):+.0f} % | {', '.join(notes)} |"
+    )
 
 
 def read_simulated() -> list[float]:

@@ -17,22 +17,23 @@ PAGE = Path(__file__).parents[1] / "docs/notes/plan-on.md"
 _HEAD = """# Simulated steps: how far they are off
 
 `paca plan llama3-8b --on h100 --compare lora` says how long a step would take on a GPU that is not here. **It is a
-simulation. Nothing on this page was measured by us on a GPU**, and the command says "simulated" above such numbers.
-This page compares it with measurements that others published. `python benchmarks/plan_on.py` writes it, from
-`benchmarks/plan_on.csv` (published) and `benchmarks/plan_on_simulated.csv`; the tests compute the errors again.
+simulation. Nothing on this page was measured by us on a GPU**, and the command says
+"simulated" above such numbers. This page compares it with what others published.
+`python benchmarks/plan_on.py` writes it, from `benchmarks/plan_on.csv` (published) and
+`benchmarks/plan_on_simulated.csv`; the tests compute the errors again.
 
 ## How it works
 
 One forward pass, one backward pass and one step of the optimizer are traced on tensors without values: two blocks, then
 three. The difference stands for each further one. Each operator takes a fixed time, and the longer of these two:
 
-- its operations over the rate of the device: peak × `product` × the share that its tiles fill. A tile is what one
-  multiprocessor computes at a time. The last round of tiles leaves some of them idle.
+- its operations over peak × `product` × the share that its tiles fill (a tile is what one multiprocessor computes at a
+  time; the last round leaves some idle).
 - its bytes over the bandwidth × `bandwidth`. What fits into half of the last cache moves at `cache_bandwidth`.
 
 The host launches one operator after the other, in `host_forward` or `host_backward` seconds each. In each phase
 (forward, backward, step) the slower of device and host counts. *Launch-bound* is the share of the step in which the
-device waits. The command also says how many operators make the host wait for a result; PaCA and LoRA have none.
+device waits. The command also counts the operators that make the host wait for a result; PaCA and LoRA have none.
 
 | parameter | value | where it is from |
 | --- | ---: | --- |
@@ -57,8 +58,8 @@ FlashAttention-2, which reaches 50 to 73 % on an A100 (arXiv 2307.08691) and 35 
 
 ## Published and simulated
 
-A time is *off* beyond 15 %, memory beyond 10 %. Four rows of the A100 and one of the L40S fitted the parameters. All
-others were held out.
+A time is *off* beyond 15 %, memory beyond 10 %. All rows but the *fitted* ones were held out. `19 × 512` is
+batch and tokens.
 
 """
 
@@ -150,11 +151,11 @@ def findings(rows: list[dict[str, str]]) -> list[str]:
         f"- **Slower than LoRA**: {slow or 'nowhere here'}.",
         f"- **4 bits**: unpacking is {_range(four_bit, 'unpacking')} of a step, and the same for QLoRA. Scales "
         "that are not quantized once more (`bnb_4bit_use_double_quant: false`) save "
-        f"{_range(four_bit, 'plain_scales')}, for 0.4 bits more per weight. To unpack once per step, instead of in "
-        "both passes, takes a 16-bit copy in memory.",
+        f"{_range(four_bit, 'plain_scales')}, for 0.4 bits more per weight. Unpacking once per step takes a 16-bit "
+        "copy in memory.",
         f"- **Large batches**: operators that are no product (norms, activations, residuals) are "
         f"{_range(long, 'elementwise')} of a step. That bounds what fused kernels (Liger's, or `torch.compile`) can "
-        "gain; how much of it they do was not measured on a GPU.",
+        "gain.",
         "- **QPaCA** sums and casts its columns once per step since these rows were made, which saves "
         f"{_range(four_bit, 'columns_once')} as simulated. The rows were not made anew.",
     ]

@@ -84,6 +84,7 @@ def test_help_imports_nothing_heavy(run: Run, command: str) -> None:
     done = run(*([command] if command else []), "--help")
     assert done.returncode == 0, done.stderr
     assert "Usage" in done.stdout
+    assert "<bool>" not in done.stdout  # a switch takes no value
     assert done.stdout.endswith("imported: []\n")
 
 

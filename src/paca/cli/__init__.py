@@ -22,6 +22,7 @@ from paca.cli.plan import plan
 from paca.cli.push import push
 from paca.cli.quiet import hide_library_notes, send_no_telemetry, show_escapes
 from paca.cli.runs import runs
+from paca.cli.switches import Command, Group
 from paca.cli.train import train
 from paca.cli.waiting_threads import let_waiting_threads_sleep
 from paca.messages.disk import disk_error
@@ -30,14 +31,15 @@ from paca.messages.say import say
 
 app = typer.Typer(
     name="paca",
+    cls=Group,
     help="Partial Connection Adaptation: fine-tune large models at the speed and memory of the frozen model.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
 )
 for command in (train, compare, evaluate, chat, merge, export, push, runs, plan):
-    app.command()(command)
-app.command("import")(import_adapter)
+    app.command(cls=Command)(command)
+app.command("import", cls=Command)(import_adapter)
 app.add_typer(bench, name="bench")
 
 

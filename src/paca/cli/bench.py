@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from paca.cli.switches import Command, Group
 from paca.messages.errors import PacaError
 from paca.messages.say import say
 from paca.messages.units import parse_bytes
@@ -17,6 +18,7 @@ from paca_command import import_package
 
 bench = typer.Typer(
     help="Measure methods against each other: step time, memory, longest sequence, largest batch.",
+    cls=Group,
     invoke_without_command=True,
     no_args_is_help=False,
 )
@@ -37,16 +39,16 @@ def run(
     model: Annotated[str, typer.Option(help="A preset (random weights), a folder, a GGUF file or a hub id.")] = (
         "llama3-8b"
     ),
-    layers: Annotated[int | None, typer.Option(help="Shrink a preset to so many blocks.")] = None,
+    layers: Annotated[int | None, typer.Option(help="Shrink a preset to this many blocks.")] = None,
     hidden: Annotated[int | None, typer.Option(help="Shrink a preset to this width. Heads and MLP follow.")] = None,
     intermediate: Annotated[
         int | None, typer.Option(help="Width of the MLP.", show_default="follows from the width")
     ] = None,
     vocab: Annotated[int | None, typer.Option(help="Shrink a preset's vocabulary.")] = None,
     image_size: Annotated[int | None, typer.Option(help="Pixels, for vision presets.")] = None,
-    scope: Annotated[str, typer.Option(help="What runs: model (with its loss) or blocks (alone).")] = "model",
+    scope: Annotated[str, typer.Option(help="What to run: model (with its loss) or blocks (alone).")] = "model",
     loss: Annotated[str, typer.Option(help="Loss: logits (the model's own) or fused (TRL's).")] = "logits",
-    dtype: Annotated[str, typer.Option(help="Dtype: bfloat16, float16 or float32.")] = "bfloat16",
+    dtype: Annotated[str, typer.Option(help="Type of the weights: bfloat16, float16 or float32.")] = "bfloat16",
     device: Annotated[str, typer.Option(help="Device: auto, cpu, cuda, cuda:1, …")] = "auto",
     methods: _Names = None,
     baseline: Annotated[
@@ -57,7 +59,10 @@ def run(
     batch: Annotated[str, typer.Option(metavar="N,N,…", help="Batch sizes.")] = "1",
     rank: Annotated[int, typer.Option(help="Rank r of PaCA and LoRA.")] = 16,
     measure: Annotated[
-        str, typer.Option(metavar="A,B,…", help="What: time, memory, saved, switch, launches, max-seq, max-batch.")
+        str,
+        typer.Option(
+            metavar="A,B,…", help="What to measure: time, memory, saved, switch, launches, max-seq, max-batch."
+        ),
     ] = "time,saved,memory",
     rounds: Annotated[int, typer.Option(help="Rounds; each times every method once.")] = 10,
     warmup: Annotated[int, typer.Option(help="Steps per method before the rounds.")] = 2,
@@ -127,7 +132,7 @@ def run(
     say(console, f"{len(rows)} rows appended to {output}")
 
 
-@bench.command()
+@bench.command(cls=Command)
 def methods() -> None:
     """List the methods and the presets."""
     import_package()
@@ -140,7 +145,7 @@ def methods() -> None:
     print(f"\npresets: {', '.join(SHAPES)}")
 
 
-@bench.command()
+@bench.command(cls=Command)
 def report(
     files: Annotated[list[Path], typer.Argument(metavar="ROWS.csv…", help="What `paca bench` wrote.")],
     baseline: Annotated[
@@ -152,7 +157,8 @@ def report(
     ] = None,
     markdown: Annotated[Path | None, typer.Option(help="Write the tables to this file, not to the screen.")] = None,
     readme: Annotated[
-        Path | None, typer.Option(help="Put ratios and a picture between this file's bench markers.")
+        Path | None,
+        typer.Option(help="Write ratios and a picture into this file, between its bench:begin and bench:end."),
     ] = None,
 ) -> None:
     """Turn rows into tables and pictures."""

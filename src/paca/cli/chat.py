@@ -32,13 +32,16 @@ def chat(
     base: Annotated[bool, typer.Option("--base", help="Answer without the adapter, for comparison.")] = False,
     beside: Annotated[
         str | None,
-        typer.Option(metavar="RUN_OR_ADAPTER|base", help="Who answers side by side with it; base: without adapter."),
+        typer.Option(
+            metavar="RUN_OR_ADAPTER|base",
+            help="Also show the answers of this one, side by side. base: the model without the adapter.",
+        ),
     ] = None,
     base_model: Annotated[
-        str | None, typer.Option(help="The base model.", show_default="where the adapter says")
+        str | None, typer.Option(help="The base model: a folder or a hub id.", show_default="where the adapter says")
     ] = None,
 ) -> None:
-    """Talk to a trained model in the terminal, until /exit; with --prompt once."""
+    """Talk to a trained model in the terminal. /exit ends it; --prompt asks once."""
     if beside is not None and (base or base_model is not None):
         raise PacaError("--beside names both that answer. Leave out --base and --base-model.")
     find_adapter(path, or_hub=beside is None)  # before what it takes to load one: a wrong path is no reason to wait

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 def compare(
     context: typer.Context,
     what: Annotated[list[Path], typer.Argument(metavar="RUN.yaml|RUN_FOLDER", help="What to train, or finished runs.")],
-    output: Annotated[Path, typer.Option(help="The folder for runs and report. The same one again goes on.")],
+    output: Annotated[Path, typer.Option(help="The folder for runs and report. Give it again to go on.")],
     methods: Annotated[
         str,
         typer.Option(metavar="A,B,…", help="Methods: paca, lora, lora-tuned, full, one of PEFT's, or name=FILE.yaml."),
@@ -38,14 +38,14 @@ def compare(
         typer.Option(help="What to make the same for all methods; the first one leads."),
     ] = None,
     extend: Annotated[
-        bool, typer.Option("--extend/--no-extend", help="Go beyond the rates while the first or last is the best.")
+        bool, typer.Option("--extend/--no-extend", help="Try further rates while the first or last one is the best.")
     ] = True,
     set_: Annotated[
         list[str] | None,
         typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Change a setting of the YAML. May be repeated."),
     ] = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Show what would be trained, and stop. With --equal it measures.")
+        bool, typer.Option("--dry-run", help="Show what would be trained, and stop. With --equal it measures first.")
     ] = False,
 ) -> None:
     """Compare methods on the same data and seeds, each at its best rate, and give a verdict."""
@@ -125,8 +125,8 @@ def _refuse_options_of_training(context: typer.Context) -> None:
     given = [flag for flag, source in sources.items() if source is not None and source.name == "COMMANDLINE"]
     if given:
         raise PacaError(
-            f"{', '.join(given)} would change nothing: runs that are there already were given, not one YAML to train. "
-            "Leave it out."
+            f"{', '.join(given)} would change nothing: run folders are not trained again. Leave it out, or give the "
+            "YAML of a run."
         )
 
 

@@ -38,16 +38,16 @@ def evaluate(
     ],
     output: Annotated[
         Path | None,
-        typer.Option(help="The folder for results. The same one again goes on.", show_default="none is kept"),
+        typer.Option(help="The folder for results. Give it again to go on.", show_default="none is kept"),
     ] = None,
     tasks: Annotated[
-        str, typer.Option(metavar="A,B,…", help="Names of lm-evaluation-harness, and .yaml files of yours.")
+        str, typer.Option(metavar="A,B,…", help="Tasks of lm-evaluation-harness by name, and your own .yaml files.")
     ] = "",
     num_fewshot: Annotated[
         int | None, typer.Option(min=0, help="Examples before each question.", show_default="as the task says")
     ] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Only so many questions of each task.")] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Questions at a time.")] = 8,
+    limit: Annotated[int | None, typer.Option(min=1, help="At most this many questions of each task.")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Questions in one forward pass.")] = 8,
     chat_template: Annotated[
         bool, typer.Option("--chat-template", help="Ask in the form of the tokenizer's chat template.")
     ] = False,
@@ -55,7 +55,8 @@ def evaluate(
         Path | None, typer.Option(metavar="QUESTIONS.jsonl", help="MT-Bench: FastChat's file of questions.")
     ] = None,
     judge_url: Annotated[
-        str | None, typer.Option(help="MT-Bench: the judge's API, like OpenAI's (http://host:8000/v1).")
+        str | None,
+        typer.Option(help="MT-Bench: address of the judge, which speaks OpenAI's protocol (http://host:8000/v1)."),
     ] = None,
     judge_model: Annotated[
         str | None, typer.Option(help=f"MT-Bench: the judge's name there. Its key is read from {JUDGE_KEY}.")
@@ -64,7 +65,7 @@ def evaluate(
         int | None, typer.Option(min=1, help="MT-Bench: longest answer, in tokens.", show_default="1024")
     ] = None,
     base_model: Annotated[
-        str | None, typer.Option(help="The base model.", show_default="where the adapter says")
+        str | None, typer.Option(help="The base model: a folder or a hub id.", show_default="where the adapter says")
     ] = None,
 ) -> None:
     """Evaluate base and adapter side by side: public benchmarks, tasks of your own, MT-Bench, a run's own data.

@@ -25,13 +25,13 @@ def export(
             "PaCA of PEFT >= 0.22).",
         ),
     ],
-    output: Annotated[Path, typer.Option(help="The folder to write, for gguf the file.")],
+    output: Annotated[Path, typer.Option(help="The folder to write; for gguf the file.")],
     base_model: Annotated[
-        str | None, typer.Option(help="The base model.", show_default="where the adapter says")
+        str | None, typer.Option(help="The base model: a folder or a hub id.", show_default="where the adapter says")
     ] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what the output holds.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier result at --output.")] = False,
 ) -> None:
-    """Write an adapter as LoRA, as a merged model, for llama.cpp or for PEFT's own PaCA."""
+    """Write an adapter for other programs: LoRA, a merged model, llama.cpp, or PEFT's own PaCA."""
     if to not in FORMS:
         raise PacaError(f"--to is {to!r}; it can be {', '.join(FORMS)}.")
     adapter_in(path)  # before what it takes to convert one: a wrong path is no reason to wait

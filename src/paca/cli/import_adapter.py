@@ -15,10 +15,12 @@ from paca_command import import_package
 def import_adapter(
     path: Annotated[str, typer.Argument(metavar="FILE_OR_FOLDER", help="The adapter's folder, or the file in it.")],
     output: Annotated[Path, typer.Option(help="The folder to write.")],
-    base: Annotated[str | None, typer.Option(help="The base model.", show_default="where the adapter says")] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what the output holds.")] = False,
+    base: Annotated[
+        str | None, typer.Option(help="The base model: a folder or a hub id.", show_default="where the adapter says")
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier result at --output.")] = False,
 ) -> None:
-    """Make a PaCA adapter of the original authors' checkpoint, or of a LoRA export of ours."""
+    """Make a PaCA adapter from a checkpoint of the original authors' code, or from a LoRA that paca exported."""
     adapter_output(import_source(path), output, base, overwrite, "import")  # before torch is imported
     import_package()
     from paca.convert import imported

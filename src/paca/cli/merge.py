@@ -19,13 +19,15 @@ def merge(
     output: Annotated[Path, typer.Option(help="The folder to write.")],
     dtype: Annotated[
         str | None,
-        typer.Option(help="Dtype: bfloat16, float16 or float32.", show_default="that of the base model"),
+        typer.Option(help="Type of the weights: bfloat16, float16 or float32.", show_default="that of the base model"),
     ] = None,
     base_model: Annotated[
-        str | None, typer.Option(help="The base model.", show_default="where the adapter says")
+        str | None, typer.Option(help="The base model: a folder or a hub id.", show_default="where the adapter says")
     ] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what the output holds.")] = False,
-    verify: Annotated[bool, typer.Option(help="Read the result back and compare its logits.")] = True,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier result at --output.")] = False,
+    verify: Annotated[
+        bool, typer.Option(help="Read the result back, and compare its outputs with the adapter's.")
+    ] = True,
 ) -> None:
     """Fold an adapter into its base model: a checkpoint that loads without paca."""
     merge_output(path, output, base_model, overwrite)  # before torch is imported: a wrong path is no reason to wait

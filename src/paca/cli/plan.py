@@ -36,28 +36,38 @@ def plan(
     r: Annotated[int, typer.Option(help="Trained columns per layer. A run's YAML has its own.")] = 16,
     dtype: Annotated[str, typer.Option(help="Dtype of the weights. A run's YAML has its own.")] = "auto",
     device: Annotated[
-        str | None, typer.Option(help="Whose kernels: cpu or cuda.", show_default="what this machine has")
+        str | None,
+        typer.Option(help="Plan for cpu or cuda. It need not be here.", show_default="what this machine has"),
     ] = None,
-    lean: Annotated[bool, typer.Option("--lean", help="With lean blocks.")] = False,
-    recompute: Annotated[bool, typer.Option("--recompute", help="With lean blocks and recomputed MLPs.")] = False,
-    checkpointing: Annotated[bool, typer.Option("--checkpointing", help="With activation checkpointing.")] = False,
+    lean: Annotated[
+        bool, typer.Option("--lean", help="Plan with lean blocks, which keep less for the backward pass.")
+    ] = False,
+    recompute: Annotated[bool, typer.Option("--recompute", help="Plan with lean blocks and recomputed MLPs.")] = False,
+    checkpointing: Annotated[bool, typer.Option("--checkpointing", help="Plan with activation checkpointing.")] = False,
     quantization: Annotated[
         str | None,
         typer.Option(
             help="Weights: none, nf4, fp4 or int8. With --memory also auto (16 bits if they fit) and any (the faster)."
         ),
     ] = None,
-    padded: Annotated[bool, typer.Option("--padded", help="With the mask of padding or packing.")] = False,
-    loss: Annotated[str, typer.Option(help="Loss: chunked (as `paca train`), full, or with --memory any.")] = "chunked",
-    rate: Annotated[float | None, typer.Option(help="TFLOP/s of the device.", show_default="measured")] = None,
+    padded: Annotated[
+        bool, typer.Option("--padded", help="Batches hold padding or packed examples: attention gets a mask.")
+    ] = False,
+    loss: Annotated[
+        str, typer.Option(help="Loss: chunked (as in `paca train`) or full. With --memory also any.")
+    ] = "chunked",
+    rate: Annotated[
+        float | None, typer.Option(help="Speed of the device, in TFLOP/s.", show_default="measured")
+    ] = None,
     bandwidth: Annotated[
-        float | None, typer.Option(help="GB/s of its memory, for unpacking weights.", show_default="measured")
+        float | None,
+        typer.Option(help="Memory bandwidth in GB/s, for unpacking quantized weights.", show_default="measured"),
     ] = None,
     on: Annotated[
         str | None, typer.Option(metavar="DEVICE", help="Simulate a GPU that is not here, such as h100.")
     ] = None,
     compare: Annotated[
-        str | None, typer.Option(help="With --on: lora also shows LoRA (defaults, tuned), QPaCA and QLoRA.")
+        str | None, typer.Option(help="With --on, lora: also show LoRA (default and tuned), QPaCA and QLoRA.")
     ] = None,
     steps: Annotated[
         int | None, typer.Option(help="With --on: optimizer steps.", show_default="a run's max_steps, else 1,000")
@@ -68,7 +78,7 @@ def plan(
     ] = None,
     json_: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
 ) -> None:
-    """Show the memory and the least time of a training, before anything is loaded."""
+    """Estimate the memory and the least time of a training, before anything is loaded."""
     _check_simulation(on, compare, steps, device, rate, bandwidth)
     if loss not in ("chunked", "full", "any"):
         raise PacaError(f"--loss must be chunked, full or any, not {loss!r}.")

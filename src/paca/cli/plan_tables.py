@@ -70,7 +70,7 @@ def show_estimate(console: Console, outcome: Outcome) -> None:
     if budget is not None:
         table.add_row("budget", format_bytes(budget))
     console.print(table)
-    say(console, f"The autograd graph holds {format_bytes(result.activations)} at the end of the forward pass.")
+    say(console, f"Kept from the forward pass for the backward pass: {format_bytes(result.activations)}.")
     if outcome.simulated is None:
         say(console, f"Time floor: {_time(outcome)}")
     if budget is not None and result.total > budget:

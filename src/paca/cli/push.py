@@ -13,12 +13,12 @@ from paca.messages.units import format_bytes
 
 def push(
     path: Annotated[str, typer.Argument(metavar="RUN_OR_FOLDER", help="The folder of a run, an adapter or a model.")],
-    to: Annotated[str, typer.Option(metavar="OWNER/NAME", help="The repository. It is made if need be.")],
+    to: Annotated[str, typer.Option(metavar="OWNER/NAME", help="The repository. A new one is private.")],
     public: Annotated[
         bool, typer.Option("--public", help="Make a new repository public. One that exists stays as it is.")
     ] = False,
     base_model: Annotated[
-        str | None, typer.Option(help="The base model on the hub.", show_default="where the adapter says")
+        str | None, typer.Option(help="The base model's id on the hub.", show_default="where the adapter says")
     ] = None,
 ) -> None:
     """Put a run's adapter or model on the Hugging Face hub, with its card."""

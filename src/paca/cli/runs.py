@@ -19,7 +19,7 @@ def runs(
     ] = None,
     browser: Annotated[bool, typer.Option(help="Open the page in the browser.")] = True,
 ) -> None:
-    """Show the curves of runs on one local page, also while they go, and let two answer side by side."""
+    """Open a local page with the curves of all runs, also of running ones. Two of them can answer side by side."""
     import_package()
     from paca.training.runs_page import show_runs
 

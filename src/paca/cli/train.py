@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 def train(
-    config: Annotated[Path, typer.Argument(metavar="RUN.yaml", help="What to train, on what, and how.")],
+    config: Annotated[Path, typer.Argument(metavar="RUN.yaml", help="The run: its model, data and method.")],
     set_: Annotated[
         list[str] | None,
         typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Change a setting of the YAML. May be repeated."),
@@ -34,12 +34,15 @@ def train(
         bool, typer.Option("--settings", help="With --dry-run: also show every setting as YAML.")
     ] = False,
     probe: Annotated[
-        bool, typer.Option("--probe", help="First try the longest batch: does the memory suffice?")
+        bool, typer.Option("--probe", help="First run the longest batch, to see whether the memory suffices.")
     ] = False,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint of this run.")] = False,
     push_to_hub: Annotated[
         str | None,
-        typer.Option(metavar="OWNER/NAME", help="Put the result into a private repository on the hub."),
+        typer.Option(
+            metavar="OWNER/NAME",
+            help="When finished, put the result into a private repository on the Hugging Face hub.",
+        ),
     ] = None,
 ) -> None:
     """Fine-tune a model and leave a run folder: adapter, metrics, summary, report."""
