@@ -137,20 +137,16 @@ def _is(value: Any, *kinds: type) -> bool:
     return isinstance(value, kinds) and (not isinstance(value, bool) or bool in kinds)
 
 
-def _is_list_of(kind: type, value: Any) -> bool:
-    return isinstance(value, (list, tuple, set, frozenset)) and all(_is(one, kind) for one in value)
+def _is_list_of(kind: type, value: Any, most: float = 1e9) -> bool:
+    return isinstance(value, (list, tuple, set, frozenset)) and len(value) <= most and all(_is(v, kind) for v in value)
 
 
 def _is_names(value: Any) -> bool:
     return value is None or _is_list_of(str, value)
 
 
-def _is_blocks(value: Any) -> bool:
-    some = isinstance(value, (list, tuple, set, frozenset)) and len(value) <= MOST_NAMES
-    return value is None or _is(value, int) or (some and _is_list_of(int, value))
-
-
 _NAMES = "be a list of names, such as "
+_BLOCKS = f"be a list of block numbers, {MOST_NAMES:,} at most"
 _TEXT_OR_NAMES = "be a list of names (or one text), such as "
 _TEXTS = ("base_model_name_or_path", "revision", "peft_version", "original_weights", "base_quantization")
 _FORMS: tuple[tuple[str, Any, str], ...] = (
@@ -165,7 +161,7 @@ _FORMS: tuple[tuple[str, Any, str], ...] = (
     ("layers_pattern", lambda v: _is(v, str) or _is_names(v), _TEXT_OR_NAMES + "['layers']"),
     ("target_parameters", _is_names, _NAMES + "['experts.gate_up_proj', 'experts.down_proj']"),
     ("modules_to_save", _is_names, _NAMES + "['classifier']"),
-    ("layers_to_transform", _is_blocks, f"be a list of block numbers, {MOST_NAMES:,} at most"),
+    ("layers_to_transform", lambda v: v is None or _is(v, int) or _is_list_of(int, v, MOST_NAMES), _BLOCKS),
     ("indices", lambda v: v is None or (v and isinstance(v, dict)), "map modules to lists, such as {'q_proj': [5]}"),
     ("rotate_by", lambda v: v in ROTATIONS, f"be one of {', '.join(ROTATIONS)}"),
     ("init_weights", lambda v: isinstance(v, bool), "be true or false"),
