@@ -55,9 +55,24 @@ ARC = [
     },
     {"id": "y", "question": "How many?", "choices": {"text": ["one", "two"], "label": ["1", "2"]}, "answerKey": "1"},
 ]
+ARC_OF_AI2 = [  # ARC as in the files of its makers, which nest the hub's columns in another way
+    {
+        "id": row["id"],
+        "question": {
+            "stem": row["question"],
+            "choices": [
+                {"text": text, "label": label}
+                for text, label in zip(row["choices"]["text"], row["choices"]["label"], strict=True)
+            ],
+        },
+        "answerKey": row["answerKey"],
+    }
+    for row in ARC
+]
 
 
 def jsonl(path: Path, rows: list[dict[str, Any]]) -> str:
+    path.parent.mkdir(exist_ok=True)
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return str(path)
 
@@ -140,6 +155,13 @@ def test_arc_answers_with_its_own_labels_also_where_the_number_of_options_differ
     assert [example["options"] for example in examples.dataset] == [["A", "B", "C"], ["1", "2"]]
 
 
+def test_arc_as_its_makers_publish_it_is_read_like_the_hubs(tmp_path: Path) -> None:
+    examples = load_examples(jsonl(tmp_path / "arc.jsonl", ARC))
+    of_ai2 = load_examples(jsonl(tmp_path / "ai2" / "arc.jsonl", ARC_OF_AI2))
+    assert of_ai2.format == "arc"
+    assert of_ai2.dataset[:] == examples.dataset[:]
+
+
 @pytest.mark.parametrize(
     ("row", "expected"),
     [
@@ -150,6 +172,8 @@ def test_arc_answers_with_its_own_labels_also_where_the_number_of_options_differ
         ({**ARC[0], "answerKey": "D"}, r"answerKey is 'D'; expected one of the labels A, B, C"),
         ({**ARC[0], "choices": {"text": ["yes"], "label": ["A", "B"]}}, r"lists text and label, equally long"),
         ({**ARC[0], "question": None}, r"question is None; expected text"),
+        ({**ARC_OF_AI2[0], "question": "Is it?"}, r"choices is None; expected an object with the lists text and label"),
+        ({**ARC_OF_AI2[0], "question": {"stem": "?", "choices": [{"text": "yes"}]}}, r"or a list of objects with text"),
     ],
 )
 def test_a_broken_question_says_what_was_expected(tmp_path: Path, row: dict[str, Any], expected: str) -> None:

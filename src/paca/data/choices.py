@@ -46,29 +46,40 @@ def mmlu_question(row: Row) -> Question:
             f"answer is {answer!r}; expected the position of one of the {len(options)} choices, counted from 0, or its "
             "letter."
         )
-    return Question(_question(row), labels, options, position)
+    return Question(_text(row["question"]), labels, options, position)
 
 
 def arc_question(row: Row) -> Question:
     """Read `question`, `choices` (with the lists `text` and `label`) and `answerKey`, one of the labels.
 
+    That is the hub's layout. In AI2's own files `question` holds both: `stem`, and `choices`, a list of objects with
+    `text` and `label`.
+
     Raises:
         PacaError: A field is of another kind, or the answer is none of the labels.
     """
-    choices = row["choices"]
-    given = choices if isinstance(choices, dict) else {}
-    texts, labels = given.get("text"), given.get("label")
+    question, choices = row["question"], row.get("choices")
+    if isinstance(question, dict):
+        question, choices = question.get("stem"), question.get("choices")
+    if isinstance(choices, dict):
+        texts, labels = choices.get("text"), choices.get("label")
+    else:
+        listed = choices if isinstance(choices, list) and all(isinstance(one, dict) for one in choices) else []
+        texts, labels = ([one.get(name) for one in listed] or None for name in ("text", "label"))
     if not _is_texts(texts) or not _is_texts(labels) or len(texts) != len(labels):
-        raise PacaError(f"choices is {choices!r}; expected an object with the lists text and label, equally long.")
+        raise PacaError(
+            f"choices is {choices!r}; expected an object with the lists text and label, equally long, or a list of "
+            "objects with text and label."
+        )
     if row["answerKey"] not in labels:
         raise PacaError(f"answerKey is {row['answerKey']!r}; expected one of the labels {', '.join(labels)}.")
-    return Question(_question(row), labels, texts, labels.index(row["answerKey"]))
+    return Question(_text(question), labels, texts, labels.index(row["answerKey"]))
 
 
-def _question(row: Row) -> str:
-    if not isinstance(row["question"], str):
-        raise PacaError(f"question is {row['question']!r}; expected text.")
-    return row["question"]
+def _text(question: object) -> str:
+    if not isinstance(question, str):
+        raise PacaError(f"question is {question!r}; expected text.")
+    return question
 
 
 def _is_texts(value: object) -> TypeGuard[list[str]]:

@@ -275,7 +275,7 @@ FORMATS = {
         Format("question-answer", ("question", "answer", OPTIONS), (OPTIONS,), _from_question_answer),
         Format("query-response", ("query", "response"), (), _from_query_response),
         Format("mmlu", ("question", "choices", "answer"), (), _from_choices(mmlu_question)),
-        Format("arc", ("question", "choices", "answerKey"), (), _from_choices(arc_question)),
+        Format("arc", ("question", "choices", "answerKey"), ("choices",), _from_choices(arc_question)),
         Format("oasst-messages", (*FLAT_COLUMNS, *OF_USE), OF_USE, _from_tree, trees_of_messages),
         Format("oasst-trees", TREE_COLUMNS, (), _from_tree, answered_trees),
         Format("text", ("text",), (), _from_text),
