@@ -29,6 +29,14 @@ def report_of(folder: Path, found: ComparisonResult, runs: Path) -> tuple[str, s
     return (folder / "comparison.html").read_text(), (folder / "comparison.md").read_text()
 
 
+def made_folders(found: ComparisonResult, runs: Path) -> Path:
+    for row in (row for method in found.methods for row in method.rows):
+        folder = RunFolder(runs / row["name"])
+        folder.path.mkdir(parents=True)
+        folder.metrics.write_text('{"step": 0, "eval_loss": 2.0}\n')
+    return runs
+
+
 def test_runs_that_are_there_are_reported_on(trained: Path, tmp_path: Path) -> None:
     runs = sorted((trained / "runs").glob("*lr0.003*"), reverse=True)  # paca first
     found = compare_folders(runs, tmp_path / "report")
@@ -69,14 +77,18 @@ def test_a_folder_without_a_finished_run_is_refused(trained: Path, tmp_path: Pat
 )
 def test_reports_stand_whatever_came_out(scores: dict[str, dict[int, float | None]], tmp_path: Path) -> None:
     found = result(scores)
-    for method in found.methods:
-        for row in method.rows:
-            folder = RunFolder(tmp_path / row["name"])
-            folder.path.mkdir(parents=True)
-            folder.metrics.write_text('{"step": 0, "eval_loss": 2.0}\n')
-    page, text = report_of(tmp_path / "report", found, tmp_path)
+    page, text = report_of(tmp_path / "report", found, made_folders(found, tmp_path))
     assert "<i>" not in page
     for row in (row for method in found.methods for row in method.failed):
         assert f"| {row['name']} | 0.001 | 0 | failed: out of memory |" in text
     if "a|b" in scores:
         assert "| a\\|b | 0.001 | 2 |" in text
+
+
+def test_a_difference_that_rounds_to_nothing_has_no_sign(tmp_path: Path) -> None:
+    found = result({"paca": {0: 1.0, 1: 1.0}, "lora": {0: 1.00001, 1: 0.99997}})  # PaCA minus LoRA: 0.00001
+    page, text = report_of(tmp_path / "report", found, made_folders(found, tmp_path))
+    assert "| 0.0000 ± " in text
+    assert "difference 0.0000, " in found.verdict
+    for told in (page, text, found.verdict):
+        assert not re.search(r"[-+]0\.0000", told)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from paca.comparison.pictures import Curve, loss_over_time, score_against, score_over_rates
 from paca.comparison.results import ComparisonResult, Contrast, MethodResult
-from paca.comparison.statistics import Interval
+from paca.comparison.statistics import Interval, signed
 from paca.messages.units import format_bytes, format_duration
 from paca.training.metrics import read_rows
 from paca.training.report import whole_page
@@ -57,7 +57,7 @@ def _method_row(method: MethodResult, contrast: Contrast | None) -> list[str]:
         str(len(method.rows)) if method.rows else "failed",
         "" if score is None else f"{score.mean:.4f}{_plus_minus(score)}",
         # the contrast is the first method minus this one; a row tells of its own method
-        "" if found is None else f"{-found.mean:+.4f}{_plus_minus(found)}",
+        "" if found is None else f"{signed(-found.mean)}{_plus_minus(found)}",
         "" if time is None else _time(time),
         "" if speed is None else f"{speed:,.0f}",
         "" if peak is None else format_bytes(peak),

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from paca.comparison.comparable import at, incomparable
 from paca.comparison.rows import SHARES, Row
-from paca.comparison.statistics import Interval, difference, mean_interval, normal_half
+from paca.comparison.statistics import Interval, difference, mean_interval, normal_half, signed
 
 _COST_OF = {"parameters": "num_trainable_params", "time": "train_time", "memory": "accelerator_memory_max"}
 _ROUNDING = 1e-9
@@ -152,7 +152,7 @@ class Contrast:
                 else "all seeds differ by the same, which gives no interval"
             )
             return f"no difference shown between {leader} and {other}, as {why} ({scores})"
-        by = f"{scores}; difference {found.mean:+.4f}, 95 % interval {found.low:+.4f} to {found.high:+.4f}"
+        by = f"{scores}; difference {signed(found.mean)}, 95 % interval {signed(found.low)} to {signed(found.high)}"
         if self.finding == "none":
             return f"no difference shown between {leader} and {other} ({by})"
         return f"{leader} is {self.finding} than {other} ({by})"

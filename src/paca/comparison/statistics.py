@@ -65,6 +65,12 @@ def normal_half(error: float) -> float:
     return statistics.NormalDist().inv_cdf((1 + CONFIDENCE) / 2) * error
 
 
+def signed(value: float) -> str:
+    """A difference, for people: `+0.0012`; what rounds to nothing has no sign."""
+    text = f"{value:+.4f}"
+    return text[1:] if float(text) == 0 else text
+
+
 def pareto(points: Sequence[tuple[float, float]]) -> list[int]:
     """The points that no other one beats in one coordinate without losing in the other; lower is better in both."""
     return [
