@@ -106,7 +106,8 @@ def evaluate(
                 config = config_of_run(path)
                 loaded = load_for_generation(path, base_model=base_model)
                 say(console, f"Measuring {config.eval.metric or 'loss'} on {config.data.eval} ...")
-                scores = evaluate_run(loaded, config, limit, batch_size)
+                scores = evaluate_run(loaded, config, limit, batch_size, output, shown)
+                shown.finish()
                 console.print(table_of(rows_of_run(scores)))
                 if output is not None:
                     say(console, f"Written: {write_scores(output, scores)}")
@@ -143,6 +144,9 @@ def evaluate(
                 print_ratings(console, judged)
                 say(console, f"Written: {folder / 'results.json'}")
     except KeyboardInterrupt:
+        if output is None:
+            say(console, "\nStopped. Nothing is kept without a folder for it: --output DIR")
+            raise typer.Exit(130) from None
         say(console, "\nStopped. What was answered is kept; the same command goes on from there:")
         say(console, f"  {program()} {shlex.join(sys.argv[1:])}")
         raise typer.Exit(130) from None

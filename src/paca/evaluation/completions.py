@@ -9,6 +9,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from paca.evaluation.batches import context_of, longest_first
+from paca.evaluation.kept_lines import KeptAnswers
 from paca.messages.errors import PacaError
 from paca.pretrained.generation import sampling_settings
 
@@ -21,6 +22,7 @@ def completions(
     *,
     max_new_tokens: int,
     batch_size: int = 8,
+    kept: KeptAnswers | None = None,
 ) -> list[str]:
     """Answer prompts.
 
@@ -30,6 +32,7 @@ def completions(
         prompts: The tokens of each. One that leaves no room for an answer loses its beginning.
         max_new_tokens: Length at which an answer is cut.
         batch_size: How many at a time.
+        kept: Where answers of this length are kept, if anywhere.
 
     Returns:
         One answer for each prompt, in the order given.
@@ -63,4 +66,4 @@ def completions(
         return [str(tokenizer.decode(said, skip_special_tokens=True)) for said in generated]
 
     fitted = [prompt if context is None else prompt[-(context - max_new_tokens) :] for prompt in prompts]
-    return longest_first(answer, fitted, len, batch_size)
+    return longest_first(answer, fitted, len, batch_size, "answers written", kept)

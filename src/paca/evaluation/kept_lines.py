@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+from paca.evaluation.sides import Watcher
 
 
 def key_of(*parts: str) -> str:
@@ -17,6 +20,37 @@ def append(file: Path, row: dict[str, Any]) -> None:
     """Add a line."""
     with file.open("a", encoding="utf-8") as stream:
         stream.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+
+class KeptAnswers:
+    """What one side of an evaluation answered: told to a watcher as it comes, and kept in a file where there is one."""
+
+    def __init__(self, side: str, watcher: Watcher, file: Path | None) -> None:
+        self._side, self._watcher, self._file = side, watcher, file
+        self._kept = {} if file is None else {row["key"]: row["answer"] for row in lines_of(file)}
+
+    def begin(self, what: str, asked: Sequence[Any]) -> dict[int, Any]:
+        """The answers that are kept already, as JSON has them, by position in `asked`.
+
+        Args:
+            what: What the answers are, for people.
+            asked: What is to be answered, as JSON can hold it.
+        """
+        keys = [_key(what, one) for one in asked]
+        found = {index: self._kept[key] for index, key in enumerate(keys) if key in self._kept}
+        if missing := len(asked) - len(found):
+            self._watcher.begin(self._side, what, missing)
+        return found
+
+    def add(self, what: str, asked: Any, answer: Any) -> None:
+        """Keep one more."""
+        if self._file is not None:
+            append(self._file, {"key": _key(what, asked), "answer": answer})
+        self._watcher.advance()
+
+
+def _key(what: str, asked: Any) -> str:
+    return key_of(what, json.dumps(asked))
 
 
 def lines_of(file: Path) -> list[dict[str, Any]]:

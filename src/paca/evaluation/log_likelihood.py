@@ -4,20 +4,19 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from paca.evaluation.batches import context_of, longest_first
+from paca.evaluation.kept_lines import KeptAnswers
 from paca.messages.errors import PacaError
 
 IGNORED = -100
 
 
-@dataclass(frozen=True)
-class Continuation:
+class Continuation(NamedTuple):
     """A prompt and what is to follow it, as tokens."""
 
     prompt: list[int]
@@ -26,8 +25,7 @@ class Continuation:
     """At least one token."""
 
 
-@dataclass(frozen=True)
-class Likelihood:
+class Likelihood(NamedTuple):
     """What a model says of one answer."""
 
     log_probability: float
@@ -43,13 +41,16 @@ class Likelihood:
         return self.log_probability / self.tokens
 
 
-def likelihoods(model: Any, continuations: Sequence[Continuation], *, batch_size: int = 8) -> list[Likelihood]:
+def likelihoods(
+    model: Any, continuations: Sequence[Continuation], *, batch_size: int = 8, kept: KeptAnswers | None = None
+) -> list[Likelihood]:
     """Score answers.
 
     Args:
         model: A causal language model in evaluation mode, with or without an adapter.
         continuations: What to score. A prompt that is too long for the model loses its beginning.
         batch_size: How many at a time.
+        kept: Where the scores are kept, if anywhere.
 
     Returns:
         One for each, in the order given. Sums are taken in float32.
@@ -59,7 +60,12 @@ def likelihoods(model: Any, continuations: Sequence[Continuation], *, batch_size
     """
     context = context_of(model)
     fitted = [_fitted(continuation, context) for continuation in continuations]
-    return longest_first(partial(_score, model), fitted, lambda one: len(one.prompt) + len(one.answer), batch_size)
+
+    def length(one: Continuation) -> int:
+        return len(one.prompt) + len(one.answer)
+
+    found = longest_first(partial(_score, model), fitted, length, batch_size, "answers compared", kept)
+    return [Likelihood(*one) for one in found]
 
 
 def _fitted(continuation: Continuation, context: int | None) -> Continuation:

@@ -12,6 +12,7 @@ from paca.data.answers import check_pattern, extract_answer
 from paca.data.examples import ORIGIN
 from paca.evaluation.completions import completions
 from paca.evaluation.encoding import Example, answer_of, continuation_of, options_of, question_of, question_text
+from paca.evaluation.kept_lines import KeptAnswers
 from paca.evaluation.log_likelihood import Likelihood, likelihoods
 from paca.evaluation.statistics import Mean, mean_with_error, ratio_with_error
 from paca.messages.errors import PacaError
@@ -63,10 +64,13 @@ class Measurement:
         """The answer in a text; see `paca.data.answers.extract_answer`."""
         return extract_answer(text, self.answer_pattern)
 
-    def answers(self, model: Any, tokenizer: PreTrainedTokenizerBase, rows: list[Example]) -> list[str]:
+    def answers(
+        self, model: Any, tokenizer: PreTrainedTokenizerBase, rows: list[Example], kept: KeptAnswers | None = None
+    ) -> list[str]:
         """What the model says to the questions."""
         prompts = [question_of(row, tokenizer) for row in rows]
-        return completions(model, tokenizer, prompts, max_new_tokens=self.max_new_tokens, batch_size=self.batch_size)
+        length, size = self.max_new_tokens, self.batch_size
+        return completions(model, tokenizer, prompts, max_new_tokens=length, batch_size=size, kept=kept)
 
 
 @dataclass(frozen=True)
@@ -99,7 +103,11 @@ def scorer(section: EvalSection) -> Measurement | None:
 
 
 def measure(
-    model: Any, tokenizer: PreTrainedTokenizerBase, examples: Iterable[Example], measurement: Measurement
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    examples: Iterable[Example],
+    measurement: Measurement,
+    kept: KeptAnswers | None = None,
 ) -> Score:
     """Score a model on examples.
 
@@ -108,6 +116,7 @@ def measure(
         tokenizer: The model's.
         examples: Rows of `paca.data.Examples.dataset`.
         measurement: What to measure.
+        kept: Where the model's answers are kept, if anywhere; those that it has are not asked for again.
 
     Returns:
         `exact_match`, a share; `choice` and `choice_normalized` (each option's log-probability divided by its tokens),
@@ -125,7 +134,7 @@ def measure(
     was_training = model.training
     model.eval()
     try:
-        means, answers = run(model, tokenizer, rows, measurement)
+        means, answers = run(model, tokenizer, rows, measurement, kept)
     finally:
         model.train(was_training)
     samples = [
@@ -140,16 +149,20 @@ Found = tuple[dict[str, Mean], list[str]]
 """Each metric's mean, and answers to at least the first examples."""
 
 
-def _exact_match(model: Any, tokenizer: Any, rows: list[Example], measurement: Measurement) -> Found:
-    answers = measurement.answers(model, tokenizer, rows)
+def _exact_match(
+    model: Any, tokenizer: Any, rows: list[Example], measurement: Measurement, kept: KeptAnswers | None
+) -> Found:
+    answers = measurement.answers(model, tokenizer, rows, kept)
     pairs = zip(answers, rows, strict=True)
     right = [float(measurement.extract(answer) == measurement.extract(answer_of(row))) for answer, row in pairs]
     return {"exact_match": mean_with_error(right)}, answers
 
 
-def _choice(model: Any, tokenizer: Any, rows: list[Example], measurement: Measurement) -> Found:
+def _choice(
+    model: Any, tokenizer: Any, rows: list[Example], measurement: Measurement, kept: KeptAnswers | None
+) -> Found:
     asked = [continuation_of(row, tokenizer, option) for row in rows for option in options_of(row)]
-    found = iter(likelihoods(model, asked, batch_size=measurement.batch_size))
+    found = iter(likelihoods(model, asked, batch_size=measurement.batch_size, kept=kept))
     by_sum, by_token, chosen = [], [], []
     for row in rows:
         options = options_of(row)
@@ -162,9 +175,11 @@ def _choice(model: Any, tokenizer: Any, rows: list[Example], measurement: Measur
     return {"choice": mean_with_error(by_sum), "choice_normalized": mean_with_error(by_token)}, chosen
 
 
-def _over_tokens(model: Any, tokenizer: Any, rows: list[Example], measurement: Measurement) -> Found:
+def _over_tokens(
+    model: Any, tokenizer: Any, rows: list[Example], measurement: Measurement, kept: KeptAnswers | None
+) -> Found:
     asked = [continuation_of(row, tokenizer) for row in rows]
-    found = likelihoods(model, asked, batch_size=measurement.batch_size)
+    found = likelihoods(model, asked, batch_size=measurement.batch_size, kept=kept)
 
     def per_token(of_one: Callable[[Likelihood], float]) -> Mean:
         return ratio_with_error([of_one(entry) for entry in found], [entry.tokens for entry in found])
@@ -174,5 +189,5 @@ def _over_tokens(model: Any, tokenizer: Any, rows: list[Example], measurement: M
         "loss": per_token(lambda entry: -entry.log_probability),
     }
     names = sorted(scores, key=lambda name: name != measurement.metric)
-    answers = [] if "text" in rows[0] else measurement.answers(model, tokenizer, rows[:SAMPLES])
+    answers = [] if "text" in rows[0] else measurement.answers(model, tokenizer, rows[:SAMPLES], kept)
     return {name: scores[name] for name in names}, answers

@@ -8,9 +8,11 @@ import json
 from pathlib import Path
 from typing import Any
 
+from paca.evaluation.identity import identity
+from paca.evaluation.kept_lines import KeptAnswers
 from paca.evaluation.own_data import Measurement, Score, measure, scorer
 from paca.evaluation.side_by_side import Row
-from paca.evaluation.sides import ADAPTER, BASE, MODEL
+from paca.evaluation.sides import ADAPTER, BASE, MODEL, Watcher
 from paca.messages.errors import PacaError
 from paca.pretrained.generation import LoadedModel
 from paca.training.config_file import load_run_config
@@ -37,7 +39,14 @@ def config_of_run(path: str | Path) -> RunConfig:
     return config
 
 
-def evaluate_run(loaded: LoadedModel, config: RunConfig, limit: int | None, batch_size: int) -> dict[str, Score]:
+def evaluate_run(
+    loaded: LoadedModel,
+    config: RunConfig,
+    limit: int | None,
+    batch_size: int,
+    output: Path | None,
+    watcher: Watcher,
+) -> dict[str, Score]:
     """Measure a run's `eval.metric`, the loss where it names none, on its held-out data.
 
     Args:
@@ -45,6 +54,9 @@ def evaluate_run(loaded: LoadedModel, config: RunConfig, limit: int | None, batc
         config: Of the run; see `config_of_run`.
         limit: Only so many examples; else as many as `eval.limit` says.
         batch_size: Examples at a time.
+        output: A folder, where answers are kept as they come, and those of an earlier, interrupted evaluation are
+            used; None keeps nothing.
+        watcher: Told how far it is.
 
     Returns:
         By side: `base` and `adapter`, or `model`.
@@ -59,8 +71,22 @@ def evaluate_run(loaded: LoadedModel, config: RunConfig, limit: int | None, batc
     found = {}
     for side in (MODEL,) if loaded.adapter is None else (BASE, ADAPTER):
         with loaded.model.disable_adapter() if side == BASE else contextlib.nullcontext():
-            found[side] = measure(loaded.model, loaded.tokenizer, rows, measurement)
+            kept = KeptAnswers(side, watcher, _file_of_answers(loaded, side, measurement, output))
+            found[side] = measure(loaded.model, loaded.tokenizer, rows, measurement, kept)
     return found
+
+
+def _file_of_answers(loaded: LoadedModel, side: str, measurement: Measurement, output: Path | None) -> Path | None:
+    """Another one for each model, and for each length at which answers are cut."""
+    if output is None:
+        return None
+    folder = output / "answers"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise PacaError(f"{output} cannot be written: {error}. Give another --output.") from error
+    name = f"own_data-{side}-{identity(loaded, adapted=side != BASE)}-{measurement.max_new_tokens}"
+    return folder / f"{name}.jsonl"
 
 
 def rows_of_run(scores: dict[str, Score]) -> list[Row]:

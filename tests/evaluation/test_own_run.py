@@ -1,0 +1,67 @@
+"""A run's own data, base and adapter: told as it goes, and resumed."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import yaml
+
+from evaluation.tally import Tally
+from paca.evaluation.own_run import config_of_run, evaluate_run
+from paca.pretrained.generation import LoadedModel, load_for_generation
+from paca.training.run_config import RunConfig
+
+ROWS = [{"question": f"Which, of {n}?", "choices": ["a", "b", "c"], "answer": n % 3} for n in range(4)]
+
+
+@pytest.fixture
+def run(run_folder: Path, tmp_path: Path) -> Path:
+    folder = shutil.copytree(run_folder, tmp_path / "run")
+    data = tmp_path / "data.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    content = {"model": {"name": str(folder / "base")}, "data": {"train": str(data), "eval": str(data)}}
+    (folder / "config.yaml").write_text(yaml.safe_dump(content))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def loaded(run_folder: Path) -> LoadedModel:
+    return load_for_generation(run_folder)
+
+
+def config_with(run: Path, metric: str) -> RunConfig:
+    config = config_of_run(run)
+    config.eval.metric, config.eval.max_new_tokens = metric, 3  # type: ignore[assignment]
+    return config
+
+
+@pytest.mark.parametrize(
+    ("metric", "asked"),
+    [("choice", [12, 12]), ("exact_match", [4, 4]), ("loss", [4, 4, 4, 4])],  # the loss, then answers to show
+)
+def test_what_was_answered_before_ctrl_c_is_not_asked_again(
+    run: Path, loaded: LoadedModel, metric: str, asked: list[int]
+) -> None:
+    config = config_with(run, metric)
+    whole = Tally()
+    expected = evaluate_run(loaded, config, None, 2, None, whole)
+    assert [total for _, total in whole.begun] == asked
+    assert [who for who, _ in whole.begun] == ["base"] * (len(asked) // 2) + ["adapter"] * (len(asked) // 2)
+    assert whole.done == sum(asked)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate_run(loaded, config, None, 2, run / "out", Tally(stop_after=asked[0] + 3))
+    rest = Tally()
+    assert evaluate_run(loaded, config, None, 2, run / "out", rest) == expected
+    assert rest.done == sum(asked) - asked[0] - 3
+    again = Tally()
+    assert evaluate_run(loaded, config, None, 2, run / "out", again) == expected
+    assert again.begun == []
+
+
+def test_without_a_folder_nothing_is_kept(run: Path, loaded: LoadedModel) -> None:
+    before = sorted(run.rglob("*"))
+    evaluate_run(loaded, config_with(run, "choice"), 2, 2, None, Tally())
+    assert sorted(run.rglob("*")) == before
