@@ -19,12 +19,14 @@ COMMIT = "a" * 40
 
 
 @contextmanager
-def serving(folder: Path, name: str, monkeypatch: pytest.MonkeyPatch, cache: Path) -> Iterator[None]:
-    """Serve the files of `folder` as the dataset `name`, and point the hub's client there."""
+def serving(
+    folder: Path, name: str, monkeypatch: pytest.MonkeyPatch, cache: Path, kind: str = "datasets"
+) -> Iterator[None]:
+    """Serve the files of `folder` as the dataset `name`, or the repository of `"models"`, to the hub's client."""
 
     class Hub(_Hub):
         root = folder
-        dataset = name
+        dataset, api_of = name, kind
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
     threading.Thread(target=server.serve_forever, daemon=True).start()
@@ -46,6 +48,7 @@ class _Hub(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     root: Path
     dataset: str
+    api_of: str
 
     def do_GET(self) -> None:
         self._answer(with_body=True)
@@ -58,7 +61,8 @@ class _Hub(BaseHTTPRequestHandler):
 
     def _answer(self, with_body: bool) -> None:
         path = self.path.partition("?")[0]
-        api, files = f"/api/datasets/{self.dataset}", f"/datasets/{self.dataset}/resolve/"
+        place = f"{self.api_of}/{self.dataset}"
+        api, files = f"/api/{place}", f"/{place.removeprefix('models/')}/resolve/"
         if path.startswith(f"{api}/tree/"):
             folder = self.root / path.removeprefix(f"{api}/tree/").partition("/")[2]
             if not folder.is_dir():

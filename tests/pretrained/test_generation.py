@@ -7,7 +7,6 @@ import shutil
 import threading
 from pathlib import Path
 
-import huggingface_hub.constants
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -54,22 +53,6 @@ def test_a_plain_model_loads_without_an_adapter(run: Path) -> None:
     loaded = load_for_generation(run / "base")
     assert loaded.adapter is None
     assert torch.equal(logits(loaded.model), logits(AutoModelForCausalLM.from_pretrained(run / "base")))
-
-
-def test_a_plain_model_may_be_a_hub_id_and_a_run_that_is_missing_is_none(
-    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    repository = tmp_path / "models--tiny--llama"
-    shutil.copytree(run / "base", repository / "snapshots" / "0123")
-    (repository / "refs").mkdir()
-    (repository / "refs" / "main").write_text("0123")
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
-    monkeypatch.chdir(tmp_path)
-    loaded = load_for_generation("tiny/llama")
-    assert (loaded.adapter, loaded.base) == (None, "tiny/llama")
-    (tmp_path / "runs").mkdir()
-    with pytest.raises(PacaError, match="No such folder: runs/lama"):
-        load_for_generation("runs/lama")
 
 
 def test_adapters_of_other_methods_load_too(run: Path, tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ from paca.pretrained.adapter_folder import find_adapter, find_base, find_quantiz
 from paca.pretrained.adapter_tokenizer import load_adapter_tokenizer
 from paca.pretrained.bounded_template import conversation_text, renderer
 from paca.pretrained.foreign_methods import check_method, without_asking
+from paca.pretrained.hub_adapter import adapter_of_hub
 from paca.pretrained.out_of_memory import failure_reason, is_out_of_memory
 from paca.pretrained.purpose import check_answers, classifier_in
 from paca.pretrained.quantizing import QUANTIZATIONS, is_quantized, method_of
@@ -47,10 +48,10 @@ class LoadedModel:
 def load_for_generation(
     path: str | Path, *, base_model: str | None = None, dtype: str = "auto", dequantize: bool = False
 ) -> LoadedModel:
-    """Load a run folder, an adapter folder or a plain model (a folder, a .gguf file or a hub id).
+    """Load a run folder, an adapter (a folder or a hub id) or a plain model (a folder, a .gguf file or a hub id).
 
     Args:
-        path: The folder, the file or the hub id.
+        path: The folder, the file or the hub id. An adapter on the hub is fetched, and checked as a folder is.
         base_model: Hub id, folder or .gguf file to use in place of the base model that the adapter names.
         dtype: "auto" (as stored), "bfloat16", "float16" or "float32".
         dequantize: Give quantized weights back their 16 or 32 bits, rounded as they are, before the adapter is put on.
@@ -59,6 +60,7 @@ def load_for_generation(
         PacaError: No such folder, not an adapter, a broken weight file, or a base model that cannot be loaded or that
             the adapter does not fit.
     """
+    path = adapter_of_hub(path) or path
     check_answers(path)
     with suppress(OSError):  # told when it is asked
         renderer().start()  # while the model loads
@@ -69,6 +71,7 @@ def load_saved(
     path: str | Path, *, base_model: str | None = None, dtype: str = "auto", dequantize: bool = False
 ) -> LoadedModel:
     """The same for a model of any kind, a classifier too (arguments and errors as in `load_for_generation`)."""
+    path = adapter_of_hub(path) or path
     adapter, classifier = find_adapter(path, or_hub=True), classifier_in(path)
     made: dict[str, Any] = {}
     if classifier is not None:

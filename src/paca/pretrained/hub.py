@@ -10,10 +10,11 @@ from unittest.mock import patch
 
 import huggingface_hub
 from huggingface_hub import constants
+from huggingface_hub.errors import EntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError
 from huggingface_hub.utils import http_backoff
 
 from paca.messages.errors import PacaError
-from paca.pretrained.location import neighbour_hint
+from paca.pretrained.location import Location, neighbour_hint
 
 logger = logging.getLogger(__name__)
 
@@ -43,13 +44,47 @@ def only_from_cache(name: str, revision: str | None) -> bool:
         with patch.object(retries, "disabled", True):
             http_backoff("HEAD", url, max_retries=1, base_wait_time=1, timeout=_ANSWER_SECONDS)
     except Exception as error:  # of httpx or httpx2, whichever the hub's client of the day is made with
-        files = ("config.json", "tokenizer_config.json")  # of a model, of a tokenizer alone
+        files = ("config.json", "tokenizer_config.json", "adapter_config.json")  # of a model, a tokenizer, an adapter
         cached = [huggingface_hub.try_to_load_from_cache(name, file, revision=revision) for file in files]
         if not any(isinstance(file, str) for file in cached):
             raise PacaError(unreachable(name)) from error
         logger.warning("The hub cannot be reached (%s); reading %r from the local cache.", error, name)
         return True
     return False  # whatever it answered: the loaders tell a missing repository from a gated one
+
+
+def has_adapter(name: str, revision: str | None) -> bool:
+    """Whether a repository of the hub holds an adapter; as far as the local cache knows, where the hub isn't asked.
+
+    Raises:
+        PacaError: The hub does not say.
+    """
+    with without_waiting(name, revision):
+        try:
+            huggingface_hub.hf_hub_download(name, "adapter_config.json", revision=revision)
+        except (EntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError):
+            return False  # of a repository that is missing or gated, a model's loader tells
+        except Exception as error:  # of the hub's client, and of whichever HTTP library it is made with
+            raise PacaError(f"The repository {name!r} on the hub cannot be read: {first_line(error)}") from error
+    return True
+
+
+def check_holds_no_adapter(location: Location, revision: str | None) -> None:
+    """Refuse an adapter where a model is needed: transformers would load what it names, and put it on, unchecked.
+
+    Raises:
+        PacaError: It is a hub id with an adapter.
+    """
+    if location.source == "hub" and has_adapter(location.name_or_path, revision):
+        raise PacaError(
+            f"The repository {location.name_or_path!r} on the hub holds an adapter, which nobody has checked. Give the "
+            "model it was trained on; `paca chat` and `paca evaluate` take the adapter itself."
+        )
+
+
+def first_line(error: Exception) -> str:
+    """Of an error's text, else its kind."""
+    return next(iter(str(error).splitlines()), type(error).__name__)
 
 
 def unreachable(name: str) -> str:

@@ -25,7 +25,7 @@ from transformers import (
 
 from paca.messages.errors import PacaError, is_failure
 from paca.pretrained import gguf, quantizing
-from paca.pretrained.hub import unreachable, without_waiting
+from paca.pretrained.hub import check_holds_no_adapter, unreachable, without_waiting
 from paca.pretrained.location import TOKENIZER_FILES, Location, Source, locate, neighbour_hint, tokenizer_files
 from paca.pretrained.quiet import without_load_report, without_progress_bars
 
@@ -93,6 +93,7 @@ def load_pretrained(
         PacaError: The name stands for no model, the checkpoint cannot be read, or the hub cannot be reached.
     """
     location, options = _open(name, revision, trust_remote_code)
+    check_holds_no_adapter(location, revision)
     torch_dtype = _torch_dtype(dtype)
     named = tokenizer if isinstance(tokenizer, str) else None
     if tokenizer is None and auto_class is AutoModelForImageClassification:
