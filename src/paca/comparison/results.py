@@ -152,7 +152,7 @@ class Contrast:
                 else "all seeds differ by the same, which gives no interval"
             )
             return f"no difference shown between {leader} and {other}, as {why} ({scores})"
-        by = f"{scores}; difference {signed(found.mean)}, 95 % interval {signed(found.low)} to {signed(found.high)}"
+        by = f"{scores}; difference {signed(found.mean)}, 95 % interval {signed(found.low)} to {signed(found.high)}"  # type: ignore[arg-type]
         if self.finding == "none":
             return f"no difference shown between {leader} and {other} ({by})"
         return f"{leader} is {self.finding} than {other} ({by})"

@@ -60,11 +60,13 @@ def arc_question(row: Row) -> Question:
     """
     question, choices = row["question"], row.get("choices")
     if isinstance(question, dict):
-        question, choices = question.get("stem"), question.get("choices")
+        choices, question = question.get("choices"), question.get("stem")
     if isinstance(choices, dict):
         texts, labels = choices.get("text"), choices.get("label")
     else:
-        listed = choices if isinstance(choices, list) and all(isinstance(one, dict) for one in choices) else []
+        listed: list[Row] = (
+            choices if isinstance(choices, list) and all(isinstance(one, dict) for one in choices) else []
+        )
         texts, labels = ([one.get(name) for one in listed] or None for name in ("text", "label"))
     if not _is_texts(texts) or not _is_texts(labels) or len(texts) != len(labels):
         raise PacaError(
