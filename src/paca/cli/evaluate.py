@@ -105,7 +105,7 @@ def evaluate(
 
                 config = config_of_run(path)
                 loaded = load_for_generation(path, base_model=base_model)
-                say(console, f"Measuring {config.eval.metric or 'loss'} on {config.data.eval} ...")
+                say(console, f"Measuring {config.eval.metric or 'loss'} on the run's held-out data ...")
                 scores = evaluate_run(loaded, config, limit, batch_size, output, shown)
                 shown.finish()
                 console.print(table_of(rows_of_run(scores)))
