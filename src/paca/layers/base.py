@@ -108,7 +108,7 @@ class PacaLayer(nn.Module, PeftCalls):  # nn.Module first: FSDP2 makes subclasse
         columns.check_writable(weight)
         home = columns.home_to_write(weight)
         if type(weight) is not nn.Parameter and "weight" not in base._parameters:
-            refuse_computed(self._active_adapter)
+            refuse_computed(self.active_adapters)
         columns.notice()
         if compare or columns.unaccounted:
             columns.compare(home)
