@@ -3,20 +3,33 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from datasets import Dataset
+from PIL import Image
 from rich.console import Console
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import PhobertTokenizer
 
+from paca.data import Examples, load_images
 from paca.messages.errors import PacaError
 from paca.pretrained.content import model_content
 from paca.training import RunResult, load_run_config, train
+from paca.training.run_config import (
+    CalibrationSection,
+    DataSection,
+    EvalSection,
+    ModelSection,
+    OutputSection,
+    RunConfig,
+)
 from paca.training.run_folder import RunFolder
+from paca.training.same_run import check_same_run, inputs_of
 
 Resume = Callable[..., RunResult]
 
@@ -113,3 +126,58 @@ def test_without_its_config_a_run_is_not_continued(resume: Resume, begun: Path) 
     with pytest.raises(PacaError, match=r"config\.yaml is not there"):
         resume()
     config.write_text(kept)
+
+
+@pytest.mark.parametrize("left", [None, "", "[]", "{}", '{"data.train": "0", "processes": "1"}'])
+def test_without_its_hashes_a_run_is_not_continued(resume: Resume, begun: Path, left: str | None) -> None:
+    hashes = RunFolder(begun / "run").inputs
+    kept = hashes.read_text()
+    hashes.unlink()
+    if left is not None:
+        hashes.write_text(left)
+    with pytest.raises(PacaError, match=r"inputs\.json is not there or damaged.*Put it back, or start anew"):
+        resume()
+    hashes.write_text(kept)
+
+
+def test_images_in_files_count_by_their_bytes(tmp_path: Path) -> None:
+    for label in ("a", "b"):
+        (tmp_path / label).mkdir()
+        Image.new("RGB", (2, 2)).save(tmp_path / label / "0.bmp")
+
+    def content() -> str:
+        return load_images(str(tmp_path)).content()
+
+    before, file = content(), tmp_path / "b" / "0.bmp"
+    assert content() == before
+    kept = file.read_bytes()
+    file.write_bytes(kept[:-1] + b"1")  # as long as before, and as old
+    os.utime(file, ns=(0, 0))
+    assert content() != before
+    file.write_bytes(kept)
+    assert content() == before
+
+
+def test_the_file_of_a_reward_function_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(tmp_path)
+    rewards = tmp_path / "rewards_that_change.py"
+    rewards.write_text("def short(completions): return [1.0 for _ in completions]\n")
+    examples = Examples(Dataset.from_dict({"prompt": ["a"]}), "prompts", "a.jsonl", "")
+    config = RunConfig(
+        model=ModelSection("llama"),
+        data=DataSection("a.jsonl"),
+        calibration=CalibrationSection(),
+        eval=EvalSection(),
+        output=OutputSection(str(tmp_path / "run")),
+        train={"reward_funcs": ["exact_match", "rewards_that_change:short"]},
+    )
+    folder = RunFolder(tmp_path / "run")
+    began = {**inputs_of(config, examples, None), "model.name": "0"}
+    folder.clear(began)
+    folder.config.write_text(config.to_yaml())
+    check_same_run(folder, config, began)
+    rewards.write_text("def short(completions): return [2.0 for _ in completions]\n")
+    with pytest.raises(
+        PacaError, match=r"content of train\.reward_funcs \(rewards_that_change:short, .*change\.py\) is"
+    ):
+        check_same_run(folder, config, inputs_of(config, examples, None))

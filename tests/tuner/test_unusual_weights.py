@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import parametrizations, parametrize, prune
 
 from models import adapt
 from paca.layers import paca_layers
@@ -83,3 +86,40 @@ def test_inference_tensors_are_adapted_for_inference():
         )
         model.unload()
         assert torch.equal(model.get_base_model()[0].weight, original)
+
+
+class Copied(nn.Module):
+    def forward(self, weight):
+        return weight.clone()
+
+
+@pytest.mark.parametrize("compute", [
+    lambda layer: parametrize.register_parametrization(layer, "weight", Copied()),
+    parametrizations.weight_norm,
+    lambda layer: prune.random_unstructured(layer, "weight", 0.5),
+])  # fmt: skip
+@pytest.mark.parametrize("active", [True, False])
+def test_a_weight_that_is_computed_at_each_use_is_refused_by_name(compute, active):
+    model = adapt(layer_with(random(6, 8)), target_modules=["0"])
+    (layer,) = paca_layers(model)
+
+    def use():
+        with nullcontext() if active else model.disable_adapter():
+            compute(layer.base_layer)
+        with torch.no_grad():
+            layer.paca_delta["default"].add_(1)
+        model(X)
+
+    with pytest.raises(RuntimeError, match=r"adapted by 'default' is computed anew at each use .*parametrize"):
+        use()
+
+
+def test_a_computed_weight_that_is_a_parameter_again_works():
+    model = adapt(layer_with(random(6, 8)), target_modules=["0"])
+    before, (layer,) = model(X), paca_layers(model)
+    parametrize.register_parametrization(layer.base_layer, "weight", Copied())
+    with pytest.raises(RuntimeError, match="computed anew"):
+        model(X)
+    parametrize.remove_parametrizations(layer.base_layer, "weight")
+    layer.base_layer.weight.requires_grad_(False)
+    torch.testing.assert_close(model(X), before)

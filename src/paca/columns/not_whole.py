@@ -59,6 +59,15 @@ def refuse_part(weight: Tensor) -> None:
         )
 
 
+def refuse_computed(adapters: list[str]) -> None:
+    """Raise `RuntimeError`: the weight is no parameter any more, so that what is written into it is lost."""
+    raise RuntimeError(
+        f"The weight of a layer adapted by {', '.join(map(repr, adapters))} is computed anew at each use "
+        "(torch.nn.utils.parametrize, weight_norm, prune), so PaCA can't write columns into it. Take that off "
+        "(remove_parametrizations, remove_weight_norm, prune.remove), or leave the layer out of target_modules."
+    )
+
+
 def refuse_sharded_delta(adapter_name: str) -> None:
     """Raise `RuntimeError`: a delta is sharded, over a weight that is not."""
     raise RuntimeError(

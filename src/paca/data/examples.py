@@ -16,6 +16,7 @@ from datasets import Dataset, Features, Json, List, Value
 
 from paca.data import choices, formats, labelled_texts, message_trees, preferences, prompts, rows, sources
 from paca.data.choices import OPTIONS
+from paca.data.file_content import add_image_files
 from paca.data.formats import Example, Format
 from paca.data.sources import Source
 from paca.messages.errors import NothingToLearn, PacaError
@@ -62,11 +63,12 @@ class Examples:
         return "messages" in columns or ("prompt" in columns and columns["prompt"] != Value("string"))
 
     def content(self) -> str:
-        """A hash of the rows. Images that lie in files count by their names."""
+        """A hash of the rows, and of all bytes of images that lie in files."""
         content = xxhash.xxh128()
         for batch in self.dataset.with_format("arrow").iter(batch_size=1000):
             for part in batch.combine_chunks().to_batches():
                 content.update(part.serialize())
+                add_image_files(content, part, self.dataset.features)
         return content.hexdigest()
 
 

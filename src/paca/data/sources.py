@@ -12,6 +12,7 @@ import xxhash
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
+from paca.data.file_content import add_file
 from paca.data.rows import SUFFIXES, Row, rows_of
 from paca.messages.errors import PacaError
 from paca.messages.nearest import did_you_mean
@@ -36,9 +37,7 @@ class Source:
         content = xxhash.xxh128()
         for file in self.files:
             content.update(f"\n{file.name}\n".encode())
-            with file.open("rb") as stream:
-                while block := stream.read(1 << 20):
-                    content.update(block)
+            add_file(content, file)
         return content.hexdigest()
 
     def rows(self) -> Iterator[tuple[str, Row]]:

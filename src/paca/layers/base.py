@@ -11,6 +11,7 @@ from peft.tuners._buffer_dict import BufferDict
 from torch import Tensor, nn
 
 from paca.columns.folded import FOLDED_DELTA, FOLDED_INDICES, Folded
+from paca.columns.not_whole import refuse_computed
 from paca.columns.state import AdapterColumns
 from paca.columns.stepping import Deltas, Job
 from paca.layers.mixed_batch import Running, current_mixed_batch
@@ -106,6 +107,8 @@ class PacaLayer(nn.Module, PeftCalls):  # nn.Module first: FSDP2 makes subclasse
         columns, weight = base.columns, base.weight
         columns.check_writable(weight)
         home = columns.home_to_write(weight)
+        if type(weight) is not nn.Parameter and "weight" not in base._parameters:
+            refuse_computed(self.active_adapters)
         columns.notice()
         if compare or columns.unaccounted:
             columns.compare(home)

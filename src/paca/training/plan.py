@@ -169,7 +169,7 @@ class PreparedRun:
     data: RunData
     """With fields of the trainer's settings that follow from it; the resolved config leaves them to be found again."""
     inputs: dict[str, str]
-    """From `inputs_of`."""
+    """From `inputs_of`, in the first process."""
     outline: PlannedModel
     """The adapted model without weights, for what is foretold of its memory."""
 
@@ -237,7 +237,7 @@ def prepare(config: RunConfig, *, whole: bool = True) -> PreparedRun:
         )
     layers = getattr(adapted.base_model, "targeted_module_names", []) if method != "full" else []
     sequences = _sequences_per_step(config.train, processes)
-    inputs = inputs_of(config, train, held_out) if whole else {}
+    inputs = inputs_of(config, train, held_out) if whole and os.environ.get("RANK", "0") == "0" else {}
     data = kind.shape(config, data, whole=whole)
     typical = None if data.sample is None or data.sample.share is None else data.sample.mean
     if config.train.get("packing"):

@@ -5,18 +5,19 @@ from __future__ import annotations
 import json
 import math
 import os
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import xxhash
-
 from paca.data import Examples
+from paca.data.file_content import hash_of
 from paca.messages.errors import PacaError
 from paca.pretrained import Pretrained
 from paca.pretrained.content import model_content
 from paca.training.run_config import RunConfig
 from paca.training.run_folder import RunFolder, write_whole
 from paca.training.strict_yaml import read_yaml
+from paca.training.trainers.reward_functions import reward_files
 
 _FREE_TO_CHANGE = {
     "output.dir",  # a run folder may be moved
@@ -50,7 +51,7 @@ def check_same_run(folder: RunFolder, config: RunConfig, inputs: dict[str, str])
     if not recorded.is_file():
         raise PacaError(f"{recorded} is not there, so {folder.path} can't be continued. Put it back, or start anew.")
     before, now = _flat(read_yaml(recorded)[0]), _flat(config.as_dict())
-    contents = _recorded_inputs(folder)
+    contents = _recorded_inputs(folder, {"data.train", _PROCESSES, _MODEL})
     free = set(_FREE_TO_CHANGE)
     processes = (contents.get(_PROCESSES, inputs[_PROCESSES]), inputs[_PROCESSES])
     if processes[0] != processes[1]:
@@ -68,8 +69,8 @@ def check_same_run(folder: RunFolder, config: RunConfig, inputs: dict[str, str])
             f"To continue it, use its own config ({recorded}); to train with the new settings, give another output.dir."
         )
     files = [key for key, content in contents.items() if key not in (_MODEL, _PROCESSES) and content != inputs.get(key)]
-    if files:
-        raise _other_content(folder, [f"{key} ({now[key]})" for key in files])
+    if files:  # the key of a reward names its function and its file itself
+        raise _other_content(folder, [f"{key} ({now[key]})" if key in now else key for key in files])
 
 
 def check_same_model(folder: RunFolder, config: RunConfig, found: Pretrained, *, resume: bool) -> None:
@@ -84,15 +85,27 @@ def check_same_model(folder: RunFolder, config: RunConfig, found: Pretrained, *,
     Raises:
         PacaError: The weights, the settings or the tokenizer are others than the run began with.
     """
-    inputs, content = _recorded_inputs(folder), model_content(found.model, found.tokenizer)
-    if resume and inputs.get(_MODEL, content) != content:
+    inputs, content = _recorded_inputs(folder, set()), model_content(found.model, found.tokenizer)
+    if resume and inputs.get(_MODEL) != content:
         raise _other_content(folder, [f"{_MODEL} ({config.model.name}: its weights, its config or its tokenizer)"])
     if inputs.get(_MODEL) != content:
         write_whole(folder.inputs, json.dumps({**inputs, _MODEL: content}))
 
 
-def _recorded_inputs(folder: RunFolder) -> dict[str, str]:
-    return json.loads(folder.inputs.read_text(encoding="utf-8")) if folder.inputs.is_file() else {}
+def _recorded_inputs(folder: RunFolder, needed: set[str]) -> dict[str, str]:
+    """What the file of hashes says, of the keys in `needed` at least.
+
+    Raises:
+        PacaError: It is not there or damaged, so that there is nothing to compare with.
+    """
+    with suppress(OSError, ValueError, RecursionError):
+        found = json.loads(folder.inputs.read_text(encoding="utf-8"))
+        if isinstance(found, dict) and needed <= found.keys() and all(isinstance(v, str) for v in found.values()):
+            return found
+    raise PacaError(
+        f"{folder.inputs} is not there or damaged, and it says what {folder.path} was trained on: --resume can't know "
+        "whether data and model are still the same. Put it back, or start anew."
+    )
 
 
 def _other_content(folder: RunFolder, what: list[str]) -> PacaError:
@@ -113,7 +126,7 @@ def _check_sequences(folder: RunFolder, each: list[int], processes: int, process
 
 
 def inputs_of(config: RunConfig, train: Examples, held_out: Examples | None) -> dict[str, str]:
-    """The number of processes, and a hash of the content of each key that names data or a template file.
+    """The number of processes, and a hash of the content of each key that names data, a template file or functions.
 
     Args:
         config: Of the run.
@@ -126,7 +139,9 @@ def inputs_of(config: RunConfig, train: Examples, held_out: Examples | None) -> 
         key = "data.eval" if isinstance(data.eval, str) else "data.train"
         found[key] = found.get(key, "") + held_out.content()
     if data.template is not None and Path(data.template).is_file():
-        found["data.template"] = xxhash.xxh128_hexdigest(Path(data.template).read_bytes())
+        found["data.template"] = hash_of(Path(data.template))
+    for name, file in reward_files(config.train):
+        found[f"train.reward_funcs ({name}, {file})"] = hash_of(file)
     return found
 
 

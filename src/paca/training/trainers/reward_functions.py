@@ -8,7 +8,7 @@ import inspect
 import os
 import sys
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -96,6 +96,18 @@ def _find(name: str, pattern: str | None) -> Reward:
             f"{', '.join(BUILT_IN)}; others are package.module:function, or a reward model's folder or hub id."
         )
     return Reward(name, None)
+
+
+def reward_files(settings: Mapping[str, Any]) -> Iterator[tuple[str, Path]]:
+    """The name of each function of the user's, with the file of the module that the name gives."""
+    names = settings.get("reward_funcs") or []
+    for name in [names] if isinstance(names, str) else names:
+        module, colon, function = name.partition(":")
+        if colon:
+            _imported(name, module, function)
+            file = getattr(sys.modules[module], "__file__", None)
+            if file is not None:
+                yield name, Path(file)
 
 
 def _imported(name: str, module: str, function: str) -> Callable[..., list[float]]:
