@@ -1,7 +1,6 @@
 """The first door: after an optimizer's step, the columns of the deltas that it holds are written, all layers together.
 
-The hook is torch's own for every `torch.optim.Optimizer`: it runs after fused and foreach steps, 8-bit optimizers,
-Muon, Adafactor and whatever else is a subclass, also where a step runs inside of a backward pass.
+The hook is torch's own, of every `torch.optim.Optimizer`: also fused, 8-bit, or stepping inside a backward pass.
 """
 
 from __future__ import annotations
@@ -34,7 +33,7 @@ def others_step() -> bool:
 
 
 def _held(optimizer: torch.optim.Optimizer) -> tuple[list[Held], list[Held]]:
-    """The deltas that `optimizer` holds: those that have gradients, and those that have none."""
+    """The deltas that `optimizer` holds, with gradients and without. In the thread that trains: they stay meanwhile."""
     with_gradients: list[Held] = []
     without: list[Held] = []
     for group in optimizer.param_groups:
@@ -42,7 +41,6 @@ def _held(optimizer: torch.optim.Optimizer) -> tuple[list[Held], list[Held]]:
             found = _LAYERS.get(id(parameter))
             layer = found and found[0]()
             if found and layer is not None and layer._modules["paca_delta"].is_now(found[1], parameter):
-                # This is the thread that trains: nobody replaces gradients meanwhile.
                 (without if parameter.grad is None else with_gradients).append(found)
     return with_gradients, without
 
