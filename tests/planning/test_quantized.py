@@ -137,7 +137,7 @@ def test_sixteen_bits_come_first_and_four_where_they_do_not_fit() -> None:
     assert fit(shape, base, memory=budget, fastest_weights=True, **options).setting.quantization == "nf4"
 
     least = min(c.estimate.total for c in fit(shape, base, memory=2**40, **{**options, "global_batch": 1}).candidates)
-    smallest = estimate(shape, replace(base, checkpointing=True, lean=True), PACA).total
+    smallest = estimate(shape, replace(base, lean=True, recompute="mlp"), PACA).total
     none_left = fit(shape, base, memory=min(least, smallest) - 2**16, **{**options, "global_batch": 1})
     assert none_left.setting.quantization == "nf4"
     assert "fits in no way" in str(none_left.weights_reason)

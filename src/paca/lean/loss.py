@@ -41,6 +41,13 @@ def narrow_tiles(device: torch.device) -> Iterator[None]:
         yield
 
 
+@contextmanager
+def every_position() -> Iterator[None]:
+    """For tensors without values, which can't say where labels are: project all of them, also within `loss_for`."""
+    with _instead(torch.device("cpu"), "_use_triton", lambda _: False):
+        yield
+
+
 def _instead(device: torch.device, name: str, value: Any) -> Any:
     known = device.type == "cpu" and hasattr(trl.trainer.utils, name)
     return patch.object(trl.trainer.utils, name, value) if known else nullcontext()

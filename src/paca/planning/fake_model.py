@@ -18,7 +18,7 @@ from paca.columns import state
 from paca.columns.kept import Kept
 from paca.columns.selection import BLOCK
 from paca.lean import cache_blocks, gated_linear_unit, pointwise, rms_norm
-from paca.lean.loss import narrow_tiles
+from paca.lean.loss import every_position, narrow_tiles
 from paca.planning.attention_kernels import attention_of
 from paca.planning.quantized_layers import dequantized_product, fake_states
 
@@ -62,6 +62,7 @@ def without_values(device: str) -> Iterator[None]:
             import bitsandbytes  # noqa: F401  # defines the operator
 
             stack.enter_context(patch.object(torch.ops.bitsandbytes.gemm_4bit, "default", dequantized_product))
+        stack.enter_context(every_position())
         if device == "cuda":
             _use_fused_loss_kernels(stack)
         else:
