@@ -16,6 +16,7 @@ from trl.trainer.utils import add_fused_lm_head
 import paca
 from paca.bench.saved_activations import measure_saved_activations
 from paca.lean import make_lean
+from paca.lean.loss import loss_for
 from paca.planning import Setting, estimate
 
 PACA = paca.PacaConfig(r=8)
@@ -45,7 +46,8 @@ def measured(setting: Setting, adapter: Any, shape: Any) -> int:
         mask[0, -3:] = 0
 
     def loss() -> torch.Tensor:
-        with torch.autocast("cpu", dtype=setting.autocast, enabled=setting.autocast is not None):
+        autocast = torch.autocast("cpu", dtype=setting.autocast, enabled=setting.autocast is not None)
+        with autocast, loss_for(ids.device):
             return model(input_ids=ids, attention_mask=mask, labels=ids, use_cache=False, **options).loss
 
     return measure_saved_activations(loss, model).bytes

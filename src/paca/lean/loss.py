@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -10,13 +11,19 @@ from unittest.mock import patch
 import torch
 import trl.trainer.utils
 
+from paca.lean.token_log_probs import TokenLogProbs
+
 TILE = 512
-"""Tokens of the vocabulary whose logits are computed at a time. The dozen passes over them stay in the cache."""
+"""Tokens of the vocabulary at a time, where TRL's own function is used. The passes over them stay in the cache."""
+
+PARAMETERS = ["hidden", "weight", "bias", "targets", "temperature", "chunk_size"]
+PARAMETERS += ["final_logit_softcapping", "logit_scale", "outputs"]
+"""Of TRL's function, as `TokenLogProbs` knows them."""
 
 
 @contextmanager
 def loss_for(device: torch.device, compiled: bool = False) -> Iterator[None]:
-    """On a CPU, let TRL's fused output head skip what has no label, and take narrow tiles.
+    """On a CPU, let TRL's fused output head skip what has no label, and compute the rest by `TokenLogProbs`.
 
     Where there is no Triton, TRL 1.16 projects prompts and padding onto the vocabulary too and drops the result: shapes
     stay the same from batch to batch, for accelerators that compile by shape. On a CPU that is lost work (measured:
@@ -24,20 +31,23 @@ def loss_for(device: torch.device, compiled: bool = False) -> Iterator[None]:
 
     Args:
         device: Where the loss is computed.
-        compiled: By `torch.compile`, which would unroll the tiles, and compile anew for each number of labels: nothing
+        compiled: By `torch.compile`, which would unroll the loops, and compile anew for each number of labels: nothing
             changes.
     """
     if compiled:
         yield
         return
-    with narrow_tiles(device), _instead(device, "_use_triton", lambda _: True):
+    with in_blocks(device), _instead(device, "_use_triton", lambda _: True):
         yield
 
 
 @contextmanager
-def narrow_tiles(device: torch.device) -> Iterator[None]:
-    """On a CPU, the tiles alone. TRL's are 32,768 tokens wide, for kernels that read each of them once."""
-    with _instead(device, "_CHUNKED_LOGPROB_CHUNK_SIZE", TILE):
+def in_blocks(device: torch.device) -> Iterator[None]:
+    """On a CPU, `TokenLogProbs` alone, and narrow tiles where it leaves the work to TRL's function."""
+    theirs = trl.trainer.utils._ChunkedLogProbFunction.forward
+    known = list(inspect.signature(theirs).parameters)[1:] == PARAMETERS
+    function = _instead(device, "_ChunkedLogProbFunction", TokenLogProbs) if known else nullcontext()
+    with _instead(device, "_CHUNKED_LOGPROB_CHUNK_SIZE", TILE), function:
         yield
 
 

@@ -17,8 +17,8 @@ from torch.nn import functional
 from paca.columns import state
 from paca.columns.kept import Kept
 from paca.columns.selection import BLOCK
-from paca.lean import cache_blocks, gated_linear_unit, pointwise, rms_norm
-from paca.lean.loss import every_position, narrow_tiles
+from paca.lean import cache_blocks, gated_linear_unit, pointwise, rms_norm, token_log_probs
+from paca.lean.loss import every_position, in_blocks
 from paca.planning.attention_kernels import attention_of
 from paca.planning.quantized_layers import dequantized_product, fake_states
 
@@ -66,7 +66,8 @@ def without_values(device: str) -> Iterator[None]:
         if device == "cuda":
             _use_fused_loss_kernels(stack)
         else:
-            stack.enter_context(narrow_tiles(torch.device(device)))
+            stack.enter_context(in_blocks(torch.device(device)))
+            stack.enter_context(patch.object(token_log_probs, "pieces", _first_piece))
         yield
 
 
@@ -78,6 +79,10 @@ def _blocks(indices: Tensor) -> tuple[tuple[int, int], ...] | None:
 
 def _first_block(rows: Tensor, elements_per_thread: int) -> Iterator[slice]:
     return islice(cache_blocks.row_blocks(rows, elements_per_thread), 1)
+
+
+def _first_piece(length: int, size: int) -> Iterator[slice]:
+    return iter([slice(0, min(size, length))])
 
 
 def _use_fused_loss_kernels(stack: ExitStack) -> None:

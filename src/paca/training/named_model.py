@@ -9,6 +9,7 @@ from torch import nn
 
 from paca.messages.errors import about
 from paca.pretrained import load_config
+from paca.pretrained.attention import set_attention
 from paca.pretrained.loading import Outline
 from paca.pretrained.location import Source, locate
 from paca.training.run_config import ModelSection
@@ -23,7 +24,10 @@ def source_of(named: ModelSection) -> Source:
 def outline_of(named: ModelSection, auto_class: Any, labels: Sequence[str] | None) -> Outline:
     """Its configuration and its modules without weights; arguments and errors as in `paca.pretrained.load_config`."""
     with about("model.name"):
-        return load_config(named.name, named.dtype, named.revision, named.trust_remote_code, auto_class, labels)
+        outline = load_config(named.name, named.dtype, named.revision, named.trust_remote_code, auto_class, labels)
+    with about("model.attn_implementation"):
+        set_attention(outline.model, named.attn_implementation)
+    return outline
 
 
 def heads_of(model: nn.Module) -> list[str]:

@@ -13,6 +13,7 @@ from paca.data.sample import take_sample
 from paca.messages.errors import PacaError, about
 from paca.messages.units import format_bytes
 from paca.planning.target import Target, outline_of
+from paca.pretrained.attention import set_attention
 from paca.training import train_settings
 from paca.training.adapter_settings import outline_config
 from paca.training.config_file import load_run_config
@@ -59,6 +60,8 @@ def target_of_run(
     dtype = "float32" if config.method == "full" and named.dtype == "auto" else named.dtype  # as a run does
     with about("model.name"):
         outline = outline_of(named.name, dtype, named.revision, named.trust_remote_code)
+    with about("model.attn_implementation"):
+        set_attention(outline, named.attn_implementation)
     has_eval = config.data.eval is not None
     config.train = train_settings.with_defaults(
         config.train, outline, has_eval=has_eval, method=config.method, adapter=config.adapter

@@ -25,6 +25,9 @@ class ModelSection:
     """A hub id or a folder to take the tokenizer from, where it is not the model's own."""
     trust_remote_code: bool = False
     """Let a model from the hub run the Python code that it brings."""
+    attn_implementation: str | None = None
+    """How attention is computed, in transformers' words: `eager`, `sdpa`, `flash_attention_2`, ... When null,
+    transformers chooses. On a CPU, `eager` may take a third of the time at short sequences, and more memory."""
     lean: bool = False
     """Blocks that keep less for the backward pass and compute the same: `paca.make_lean`."""
     recompute: Literal["mlp"] | None = None

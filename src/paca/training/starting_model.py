@@ -17,6 +17,7 @@ from paca.lean import make_lean
 from paca.messages.errors import PacaError
 from paca.messages.say import say
 from paca.pretrained import Pretrained, load_pretrained, save_trainable_copy
+from paca.pretrained.attention import set_attention
 from paca.training.adapter_settings import adapter_config
 from paca.training.calibration import ColumnChoice
 from paca.training.run_config import RunConfig
@@ -38,6 +39,7 @@ def load_model(config: RunConfig, folder: RunFolder, console: Console, labels: l
         PacaError: It can't be loaded.
     """
     pretrained = _read(config, folder, console, labels)
+    set_attention(pretrained.model, config.model.attn_implementation)
     if config.model.lean:  # before anything wraps the blocks: an adapter, checkpointing, DDP, FSDP
         make_lean(pretrained.model, config.model.recompute)
     return pretrained
