@@ -1,9 +1,11 @@
 """The short form of `launches.py`: DDP and FSDP2 by their files in `recipes/launch`, two processes, against one.
 
-DeepSpeed is no dependency of the tests: the long form runs it where it is installed.
+DeepSpeed is no dependency of the tests: it runs where it is installed, all of it in the long form.
 """
 
 from __future__ import annotations
+
+import importlib.util
 
 import pytest
 
@@ -12,7 +14,11 @@ from distributed.launches import ROOT, forked, from_file, verdict
 VARIANTS = ("plain", "all at once", "collectives")
 
 
-@pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
+HAS_DEEPSPEED = importlib.util.find_spec("deepspeed") is not None
+ZERO3 = pytest.param("deepspeed-zero3", marks=pytest.mark.skipif(not HAS_DEEPSPEED, reason="needs DeepSpeed"))
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp2", ZERO3])
 def test_two_processes_are_one_and_a_step_has_no_collective_of_pacas(kind, tmp_path):
     """ "all at once": odd numbers of rows, accumulation, clipping, checkpointing."""
     results = forked(kind, 2, tmp_path / "result", VARIANTS)

@@ -7,8 +7,9 @@ import torch
 
 import paca.layers.modes
 import paca.tuner.model
-from models import adapt, adapted_perceptron, llama
+from models import adapt, adapted_perceptron, llama, perceptron
 from paca.layers import paca_layers
+from quantized_layers import quantized_linear
 
 
 def tell(patch, enabled):
@@ -33,6 +34,36 @@ def test_columns_are_added_where_weights_are_taken_apart(enabled):
     for one, other in zip(paca_layers(model), paca_layers(plain), strict=True):
         assert other.mode == "resident"
         torch.testing.assert_close(one.paca_delta["default"].grad, other.paca_delta["default"].grad)
+
+
+@pytest.mark.parametrize("mode", ["additive", "patched"])
+def test_a_delta_is_asked_for_in_its_layers_pass_alone(mode, enabled):
+    """ZeRO-3 gathers a parameter that is asked for in a pass, and from then on in every pass of the module that ran."""
+    model = perceptron()
+    if mode == "patched":
+        model.lin1, model.lin2 = quantized_linear("int8", model.lin1), quantized_linear("int8", model.lin2)
+    model = adapt(model, target_modules=["lin1", "lin2"])
+    assert [layer.mode for layer in paca_layers(model)] == [mode, mode]
+    running, asked = [], []
+
+    class Parameters(dict):
+        def __getitem__(self, name):
+            asked.extend(running[-1:])
+            return super().__getitem__(name)
+
+    def leave(*_):
+        running.pop()
+
+    for module in model.modules():
+        module.register_forward_pre_hook(lambda module, _: running.append(module), prepend=True)
+        module.register_forward_hook(leave)
+    for layer in paca_layers(model):
+        layer.paca_delta._parameters = Parameters(layer.paca_delta._parameters)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad])
+    for _ in range(2):
+        model(torch.randn(2, 7)).square().sum().backward()
+        optimizer.step()
+    assert asked == [layer.base_layer for layer in paca_layers(model)] * 2
 
 
 def test_a_weight_that_is_apart_already_is_known_by_its_mark():

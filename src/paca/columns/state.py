@@ -149,7 +149,7 @@ class ActiveColumns:
 
     def local(self, layer: Any, adapter_name: str) -> tuple[Tensor, Tensor | None]:
         """What of an adapter's delta belongs here, and the parameter it is a part of, if it is one."""
-        return layer._modules["paca_delta"]._parameters[adapter_name], None
+        return layer._modules["paca_delta"]._parameters.get(adapter_name), None  # under ZeRO-3 [] would gather it
 
     def changed(self, name: str) -> None:
         """Note that the columns of an adapter changed: backward passes that are pending can't have them any more."""

@@ -19,7 +19,7 @@ from paca.columns.kept import Kept, positions_of, sum_of
 from paca.columns.state import ActiveColumns, AdapterColumns, State
 from paca.functional.column_blocks import put_columns
 from paca.functional.linear import LinearProduct
-from paca.functional.product import WeightSource
+from paca.functional.product import Trained, WeightSource
 from paca.functional.train_columns import in_dtype, train_columns
 from paca.layers.mixed_batch import current_mixed_batch
 from paca.layers.resident_weight import rebind_forward
@@ -72,6 +72,11 @@ class OverlaidWeight(nn.Module):
             owner.write()
         self.columns.note_forward()
         return self.columns.state
+
+    def trained_by(self, state: State) -> Trained:
+        """What gradients go to. Asked for by name in this module's pass: then ZeRO-3 gathers the deltas, here and in
+        the backward pass."""
+        return state.trained._replace(deltas=tuple(self.owner().paca_delta[c.name] for c in state.columns))
 
     def weight_shape(self) -> tuple[int, int]:
         """`(out_features, in_features)`."""
@@ -175,7 +180,7 @@ class PatchedWeight(OverlaidWeight):
         autocast = torch.is_autocast_enabled(x.device.type)
         with torch.autocast(x.device.type, enabled=False) if autocast else nullcontext():
             source = PatchedPass(self, state, dtype)
-            y = train_columns(_PRODUCT, in_dtype(x, dtype), None, bias, state.trained, source)
+            y = train_columns(_PRODUCT, in_dtype(x, dtype), None, bias, self.trained_by(state), source)
             return in_dtype(y, output_dtype)
 
     def weight_of_pass(self, dtype: torch.dtype, state: State) -> Tensor:
@@ -256,9 +261,7 @@ class AdditiveWeight(OverlaidWeight):
         if not state.columns:
             return y
         source = AddedPass(self.columns, state)
-        # Asked for by name in this module's pass: then DeepSpeed's ZeRO-3 gathers them, here and in the backward pass.
-        trained = state.trained._replace(deltas=tuple(self.owner().paca_delta[c.name] for c in state.columns))
-        return train_columns(_PRODUCT, x, None, None, trained, source, added_to=y)
+        return train_columns(_PRODUCT, x, None, None, self.trained_by(state), source, added_to=y)
 
 
 def features(module: Any) -> tuple[int, int]:
