@@ -103,6 +103,8 @@ def plan(
     if lacks_it and dtype == "auto" and not _is_run(target):
         planned = _target(target, seq, batch_size, r, "float16", device, set_ or [])
     setting = planned.setting
+    if compare is not None and planned.adapter is not None and planned.adapter.task_type != "CAUSAL_LM":
+        raise PacaError("--compare goes with language models and runs of train.trainer: sft. Leave it out.")
     if quantization is not None:
         setting = replace(setting, quantization=quantization if quantization in QUANTIZATIONS else None)
     setting = replace(
@@ -174,9 +176,9 @@ def plan(
     console = Console()
     show_estimate(console, outcome)
     if found is not None:
-        show_fit(console, found, measured)
+        show_fit(console, found, measured, planned.counts)
     if simulated is not None:
-        show_simulated(console, simulated, steps)
+        show_simulated(console, simulated, steps, planned.counts)
 
 
 def _check_simulation(
