@@ -160,7 +160,7 @@ def estimate(
     they run once more, and the optimizer's step with them, for `operators`.
 
     Raises:
-        PacaError: The model can't be found, planned, or made lean.
+        PacaError: The model can't be found, planned, or made lean, or the adapter adds to its input.
     """
     autocast = setting.autocast_adapter_dtype
     prepared = prepare_model(model, adapter, setting.quantization, autocast_adapter_dtype=autocast)
@@ -170,6 +170,11 @@ def estimate(
         raise PacaError(
             "Plans can be made for causal language models and classifiers of transformers, not for "
             f"{type(root).__name__}."
+        )
+    if isinstance(prepared, PeftModel) and prepared.active_peft_config.is_prompt_learning:
+        raise PacaError(
+            f"{prepared.active_peft_config.peft_type.value} adds to the model's input, and no plan is made for that. "
+            "`paca train --probe` measures such a run."
         )
     if task != "text":
         setting = replace(setting, chunked_loss=False)  # which is that of a vocabulary
