@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -140,6 +141,16 @@ def test_a_plan_of_images_counts_images(workspace: Path) -> None:
     assert "images/s" in printed.stdout
     refused = CliRunner().invoke(app, [*command, "--set", "model.name=llama3-8b"])
     assert "llama3-8b is a language model" in str(refused.exception)
+
+
+def test_a_search_for_what_fits_leaves_a_classifiers_weights_as_they_are(workspace: Path) -> None:
+    """In 4 bits they might fit sooner, but the new head would be quantized before it is trained."""
+    command = ["plan", str(workspace / "image_classification.yaml"), "--rate", "1"]
+    found = CliRunner().invoke(app, [*command, "--memory", "601MiB", "--json"])
+    assert found.exception is None
+    assert {one["setting"]["quantization"] for one in json.loads(found.stdout)["candidates"]} == {None}
+    refused = CliRunner().invoke(app, [*command, "--quantization", "nf4"])
+    assert "not with classifiers" in str(refused.exception)
 
 
 @pytest.mark.parametrize("name", ["dpo", "grpo"])
