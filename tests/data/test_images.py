@@ -94,6 +94,14 @@ def test_a_broken_image_is_named(tmp_path: Path) -> None:
         [open_image(row) for row in rows]
 
 
+def test_an_image_of_too_many_pixels_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pillow takes it for an attack, with an error of its own kind."""
+    rows = list(load_images(str(save_folder(tmp_path / "pictures"))).dataset)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 2)
+    with pytest.raises(PacaError, match=r"pictures, image 0 .* can't be read as an image: Image size"):
+        open_image(rows[0])
+
+
 def test_of_several_labels_one_is_named(tmp_path: Path) -> None:
     names = {"fine": ["oak", "rose", "elm"], "coarse": ["tree", "flower"]}
     labels = {column: datasets.ClassLabel(names=names[column]) for column in names}

@@ -101,6 +101,20 @@ def test_nested_trees_give_the_same_conversation(tmp_path: Path) -> None:
     assert [conversation(example) for example in examples.dataset] == [BEST]
 
 
+@pytest.mark.parametrize("replies", [{"text": "a"}, ["a"], "a"])
+def test_replies_that_are_no_messages_are_named(tmp_path: Path, replies: Any) -> None:
+    tree = {"message_tree_id": "b", "prompt": {"text": "q", "role": "prompter", "replies": replies}}
+    with pytest.raises(PacaError, match=r"line 1: in this tree, replies is .*; expected a list of messages"):
+        load_examples(jsonl(tmp_path / "trees.jsonl", [tree]))
+
+
+def test_a_rank_that_pandas_left_empty_comes_last(tmp_path: Path) -> None:
+    rows = [{**entry, "rank": float("nan") if entry["rank"] is None else entry["rank"]} for entry in MESSAGES]
+    rows.insert(0, {**message("z", "a", "assistant"), "rank": float("nan")})
+    examples = load_examples(jsonl(tmp_path / "oasst.jsonl", rows))
+    assert [conversation(example) for example in examples.dataset] == [BEST]
+
+
 def test_a_limit_counts_conversations_not_messages(tmp_path: Path) -> None:
     second = [{**entry, "message_id": f"c{entry['message_id']}"} for entry in MESSAGES]
     for entry in second:
@@ -121,6 +135,10 @@ def test_a_limit_counts_conversations_not_messages(tmp_path: Path) -> None:
             r"line 2: in this tree, a message is of the role 'narrator'",
         ),
         ({"text": 5, "rank": -1}, r"text of a message is int; expected text"),
+        ({"parent_id": ["b"]}, r"line 1: the parent_id \['b'\] is no message of this data"),
+        ({"role": ["assistant"], "rank": -1}, r"line 2: in this tree, a message is of the role \['assistant'\]"),
+        ({"rank": "best"}, r"line 2: in this tree, the rank of a message is 'best'; expected a number or null"),
+        ({"message_id": "x", "parent_id": "x"}, r"line 1: the parents of the message 'x' go in a circle"),
     ],
 )
 def test_a_broken_tree_says_which_message(tmp_path: Path, changed: dict[str, Any], expected: str) -> None:

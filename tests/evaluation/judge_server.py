@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -14,7 +16,10 @@ Reply = tuple[int, dict[str, str], bytes]
 
 
 class JudgeServer:
-    """Answers with what `reply` makes of a request's body and its number, and remembers the requests."""
+    """Answers with what `reply` makes of a request's body and its number, and remembers the requests.
+
+    A header `Pause` has seconds between the bytes of an answer.
+    """
 
     def __init__(self, reply: Callable[[Body, int], Reply]) -> None:
         self.requests: list[tuple[dict[str, str], Body]] = []
@@ -49,7 +54,14 @@ def judging(reply: Callable[[Body, int], Reply]) -> Iterator[JudgeServer]:
             for name, value in {"Content-Length": str(len(content)), **headers}.items():
                 self.send_header(name, value)
             self.end_headers()
-            self.wfile.write(content)
+            pause = float(headers.get("Pause", 0))
+            if not pause:
+                self.wfile.write(content)
+                return
+            with contextlib.suppress(OSError):  # the one who asked has gone
+                for start in range(len(content)):
+                    self.wfile.write(content[start : start + 1])
+                    time.sleep(pause)
 
         def log_message(self, *arguments: Any) -> None:
             """Nothing on standard error."""

@@ -83,11 +83,15 @@ BAD_ONCE: dict[str, tuple[Reply, float]] = {
     "a list": ((200, {}, b"[]"), 1.0),
     "cut short": ((200, {"Content-Length": "999"}, b'{"choices"'), 1.0),
     "hangs up": ((0, {}, b""), 1.0),
+    "nested too deeply": ((200, {}, b"[" * 20_000), 1.0),
+    "a number of 10,000 digits": ((200, {}, b'{"usage": ' + b"9" * 10_000 + b"}"), 1.0),
+    "too long": ((200, {}, b" " * 2_000), 1.0),
 }
 
 
 @pytest.mark.parametrize("case", BAD_ONCE)
-def test_what_may_pass_is_tried_again(case: str, waits: list[float]) -> None:
+def test_what_may_pass_is_tried_again(case: str, waits: list[float], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(judge_module, "_LARGEST", 1_000 if case == "too long" else 2**20)
     bad, expected = BAD_ONCE[case]
     with judging(lambda body, number: bad if number == 1 else verdict("yes")) as server:
         assert judge_of(server).ask(HELLO) == ("yes", Usage(0, 0, 2))
@@ -115,6 +119,31 @@ def test_a_slow_judge_is_not_waited_for_beyond_the_timeout(waits: list[float]) -
             assert judge_of(server, timeout=0.2).ask(HELLO) == ("yes", Usage(0, 0, 2))
         finally:
             answer_late.set()
+
+
+def test_an_answer_that_trickles_in_ends_in_time_too(waits: list[float]) -> None:
+    content = verdict("yes")[2]
+    with judging(lambda body, number: (200, {"Pause": "0.01"} if number == 1 else {}, content)) as server:
+        assert judge_of(server, timeout=0.3).ask(HELLO) == ("yes", Usage(0, 0, 2))
+    assert waits == [1.0]
+
+
+def test_half_a_character_of_a_judge_is_kept_as_none(tmp_path: Path) -> None:
+    cut = b'{"choices": [{"message": {"content": "Fine \\ud83d [[6]]"}}]}'
+    with judging(lambda body, number: (200, {}, cut)) as server:
+        ratings = ratings_of(judge_of(server), "base", QUESTIONS[2:], [["e"]], tmp_path, Tally())
+    assert [rating.score for rating in ratings] == [6]
+    assert judgments(tmp_path)[0]["judgment"] == "Fine ? [[6]]"
+
+
+def test_a_verdict_that_was_cut_within_a_character_is_asked_for_again(tmp_path: Path) -> None:
+    with judging(graded) as server:
+        judge = judge_of(server)
+        ratings_of(judge, "base", QUESTIONS[2:], [["e"]], tmp_path, Tally())
+        with (tmp_path / "judgments-base.jsonl").open("ab") as file:
+            file.write('{"question_id": "é'.encode()[:-1])
+        assert [rating.score for rating in ratings_of(judge, "base", QUESTIONS[2:], [["e"]], tmp_path, Tally())] == [4]
+        assert len(server.requests) == 1
 
 
 def test_a_judge_that_refuses_a_setting_is_asked_without_it(waits: list[float]) -> None:

@@ -10,8 +10,12 @@ from typing import Any
 import huggingface_hub.constants
 import pytest
 import torch
+from rich.console import Console
+from typer.testing import CliRunner
 
 from data.loopback_hub import serving
+from paca.cli import app
+from paca.cli.chat_beside import SideBySide
 from paca.messages.errors import PacaError
 from paca.pretrained.generation import load_for_generation
 from tiny_checkpoint import save_run
@@ -64,6 +68,28 @@ def test_an_adapter_may_be_a_hub_id(run: Path, tmp_path: Path, monkeypatch: pyte
     assert {file.name for file in loaded.adapter.rglob("*")}.isdisjoint({"checkpoint-1", "optimizer.pt"})
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
     assert load_for_generation("tiny/adapter").adapter == loaded.adapter  # from the cache
+
+
+def test_an_adapter_and_a_model_of_the_hub_answer_side_by_side(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(run / "adapter", cached(tmp_path, "tiny/adapter"))
+    shutil.copytree(run / "base", cached(tmp_path, "tiny/llama"))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+
+    def answers(path: str, beside: str) -> list[str]:
+        both = SideBySide(path, beside, None, Console(quiet=True), max_new_tokens=12)
+        both.ask("Hello")
+        return [history[1]["content"] for history in both.histories]
+
+    adapted, plain = answers(str(run), "base")
+    assert adapted != plain
+    assert answers("tiny/adapter", "base") == [adapted, plain]
+    assert answers("tiny/llama", "tiny/adapter") == [plain, adapted]
+    chat = ["chat", "tiny/adapter", "--beside", "tiny/none", "--prompt", "Hello"]
+    told = CliRunner().invoke(app, chat)
+    assert "'tiny/none'" in str(told.exception)  # not that it is no folder
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ from accelerate import init_empty_weights
 from transformers import AutoModelForCausalLM, AutoModelForImageClassification
 
 from paca.messages.errors import PacaError
-from paca.pretrained.published_shapes import SHAPES, check_not_a_mistyped_shape
+from paca.pretrained.published_shapes import SHAPES, check_not_a_mistyped_shape, timm_config
 
 PARAMETERS = {
     "llama2-7b": 6_738_415_616,
@@ -15,9 +15,11 @@ PARAMETERS = {
     "llama3-8b": 8_030_261_248,
     "llama3.1-8b": 8_030_261_248,
     "llama3.1-70b": 70_553_706_496,
+    "llama3.2-1b": 1_235_814_400,
     "llama3.2-3b": 3_212_749_824,
     "mistral-7b": 7_248_023_552,
     "gemma3-1b": 999_885_952,
+    "qwen3-0.6b": 596_049_920,
     "qwen3-4b": 4_022_468_096,
     "qwen3-8b": 8_190_735_360,
     "qwen3-14b": 14_768_307_200,
@@ -33,9 +35,11 @@ POSITIONS = {
     "llama3-8b": 8192,
     "llama3.1-8b": 131072,
     "llama3.1-70b": 131072,
+    "llama3.2-1b": 131072,
     "llama3.2-3b": 131072,
     "mistral-7b": 32768,
     "gemma3-1b": 32768,
+    "qwen3-0.6b": 40960,
     "qwen3-4b": 40960,
     "qwen3-8b": 40960,
     "qwen3-14b": 40960,
@@ -62,6 +66,16 @@ def test_parameters_are_those_of_the_published_model(name: str) -> None:
     model.tie_weights()
     assert sum(parameter.numel() for parameter in model.parameters()) == PARAMETERS[name]
     assert set(SHAPES) == set(PARAMETERS)
+
+
+def test_the_parameters_of_a_shape_of_timm_are_the_published_ones() -> None:
+    config = timm_config("efficientnetv2-l")
+    config.num_labels = 1000
+    with init_empty_weights():
+        model = AutoModelForImageClassification.from_config(config)
+    # 118.52 million with ImageNet's labels: results-imagenet.csv of timm.
+    assert round(sum(parameter.numel() for parameter in model.parameters()) / 1e6, 2) == 118.52
+    assert config.pretrained_cfg["input_size"] == [3, 384, 384]
 
 
 def test_a_narrower_shape_keeps_its_heads_and_their_grouping() -> None:

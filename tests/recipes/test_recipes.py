@@ -17,8 +17,9 @@ from tools.plan_recipes import PAGE, Recipe, page_with, planned_memory, recipes,
 
 from paca.data.sources import HUB_SOURCE
 from paca.evaluation.own_data import scorer
-from paca.pretrained.published_shapes import SHAPES
+from paca.pretrained.published_shapes import SHAPES, TIMM, timm_config
 from paca.training import load_run_config, train
+from paca.training.trainers import trainer_kind
 from recipes.hub_rows import HUB
 from recipes.tiny_models import MODELS, save_stand_in
 
@@ -101,7 +102,8 @@ def test_stand_ins_have_the_architecture_that_is_planned_for() -> None:
     for recipe in RECIPES.values():
         if recipe.plan is not None:
             stand_in = MODELS[recipe.content["model"]["name"]]
-            assert SHAPES[recipe.shape].model_type == stand_in.model_type, recipe.name
+            planned_for = timm_config(recipe.shape) if recipe.shape in TIMM else SHAPES[recipe.shape]
+            assert planned_for.model_type == stand_in.model_type, recipe.name
 
 
 def test_there_are_no_stand_ins_without_a_recipe() -> None:
@@ -119,9 +121,9 @@ def test_a_header_names_its_own_file_and_recipes_that_exist(name: str) -> None:
     assert all(line.startswith("# ") for line in header.splitlines())
     assert "\n# Source: " in header
     assert ("\n# Licence: " in header) == bool(GATED.match(recipe.content["model"]["name"]))
-    assert re.search(r"^# Memory(, nearly)?: (\d|not planned)", header, re.M)
-    if recipe.content["train"].get("trainer", "sft") == "sft":
-        assert recipe.plan is not None
+    assert recipe.plan is not None
+    if trainer_kind(recipe.content["train"]).planned:
+        assert not recipe.plan["nearly"]
         assert recipe.plan["arguments"].startswith(f"{name} --set model.name=")
     assert set(re.findall(r"recipes/\S+[.]yaml", header)) <= {name}
     stems = {other.path.stem for other in RECIPES.values()}
@@ -134,7 +136,23 @@ def test_no_two_recipes_write_into_one_run_folder() -> None:
     assert len(set(stems)) == len(stems)
 
 
-@pytest.mark.parametrize("name", ["recipes/24gb/gemma3-1b-sft.yaml", "recipes/paper/mmlu-llama3-8b-lora.yaml"])
+@pytest.mark.parametrize(("folder", "card"), [("24gb", 24), ("80gb", 80)])
+def test_a_recipe_for_a_card_fits_it_by_its_plan(folder: str, card: int) -> None:
+    of_card = [recipe for recipe in RECIPES.values() if recipe.path.parent.name == folder]
+    assert of_card
+    for recipe in of_card:
+        assert recipe.plan is not None
+        assert float(recipe.plan["memory"].partition(" GiB")[0]) < card, recipe.name
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "recipes/24gb/gemma3-1b-sft.yaml",
+        "recipes/paper/mmlu-llama3-8b-lora.yaml",
+        "recipes/24gb/llama3.2-1b-classification.yaml",
+    ],
+)
 def test_the_memory_in_a_header_is_what_is_planned(name: str) -> None:
     plan = RECIPES[name].plan
     assert plan is not None

@@ -34,7 +34,7 @@ def chat(
         str | None,
         typer.Option(
             metavar="RUN_OR_ADAPTER|base",
-            help="Also show the answers of this one, side by side. base: the model without the adapter.",
+            help="Also show the answers of this one (folder or hub id) side by side. base: without the adapter.",
         ),
     ] = None,
     base_model: Annotated[
@@ -44,9 +44,9 @@ def chat(
     """Talk to a trained model in the terminal. /exit ends it; --prompt asks once."""
     if beside is not None and (base or base_model is not None):
         raise PacaError("--beside names both that answer. Leave out --base and --base-model.")
-    find_adapter(path, or_hub=beside is None)  # before what it takes to load one: a wrong path is no reason to wait
+    find_adapter(path, or_hub=True)  # before what it takes to load one: a wrong path is no reason to wait
     if beside not in (None, "base"):
-        find_adapter(str(beside))
+        find_adapter(str(beside), or_hub=True)
     import_package()
     if beside is not None:
         from rich.console import Console

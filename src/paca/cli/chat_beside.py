@@ -13,6 +13,7 @@ from rich.text import Text
 from paca.messages.shown import without_controls
 from paca.pretrained.conversation import answering, opening, unknown_form
 from paca.pretrained.generation import Message, stream_reply
+from paca.pretrained.hub_adapter import adapter_of_hub
 from paca.pretrained.in_turn import ModelsInTurn
 
 
@@ -22,6 +23,7 @@ class SideBySide:
     def __init__(self, path: str, other: str, system: str | None, console: Console, **sampling: Any) -> None:
         self.system, self.console, self.sampling = system, console, sampling
         self.sides = ((path, False), (path, True) if other == "base" else (other, False))
+        self._places = [str(adapter_of_hub(name) or name) for name, _ in self.sides]
         self._models = ModelsInTurn()
         self.titles: list[str] = []
         for side, (name, base) in enumerate(self.sides):
@@ -51,7 +53,7 @@ class SideBySide:
             history += [question, {"role": "assistant", "content": answer}]
 
     def _load(self, side: int) -> Any:
-        return self._models.load(self.sides[side][0], beside=self.sides[1 - side][0])
+        return self._models.load(self._places[side], beside=self._places[1 - side])
 
     def _table(self, answers: list[str]) -> Table:
         table = Table(*(Column(Text(title), ratio=1) for title in self.titles), expand=True)

@@ -94,6 +94,7 @@ def plan(
     from paca.planning.device_rates import fixed_rate, given_bandwidth, measure_dequantize_rate, measure_rate
     from paca.planning.devices import find_device
     from paca.planning.on_device import rates_on, simulate_on
+    from paca.planning.passes import task_of
 
     simulated_device = None if on is None else find_device(on)
     if simulated_device is not None:
@@ -103,6 +104,9 @@ def plan(
     if lacks_it and dtype == "auto" and not _is_run(target):
         planned = _target(target, seq, batch_size, r, "float16", device, set_ or [])
     setting = planned.setting
+    classifies = task_of(planned.model) != "text"
+    if classifies and (compare is not None or quantization not in (None, "none")):
+        raise PacaError("--compare and --quantization go with language models, not with classifiers. Leave them out.")
     if quantization is not None:
         setting = replace(setting, quantization=quantization if quantization in QUANTIZATIONS else None)
     setting = replace(
@@ -115,6 +119,7 @@ def plan(
     )
     # The ways to keep the weights that a search tries, the preferred one first; without a search, the only one.
     choose = memory is not None and quantization in (None, "auto", "any") and setting.quantization is None
+    choose = choose and not classifies  # whose heads would be quantized before they are trained
     considered = (None, "nf4") if choose else (setting.quantization,)
     here = setting.device == "cpu" or torch.cuda.is_available()
     speed = planned.dtype, planned.hidden_size
@@ -174,9 +179,9 @@ def plan(
     console = Console()
     show_estimate(console, outcome)
     if found is not None:
-        show_fit(console, found, measured)
+        show_fit(console, found, measured, planned.counts)
     if simulated is not None:
-        show_simulated(console, simulated, steps)
+        show_simulated(console, simulated, steps, planned.counts)
 
 
 def _check_simulation(

@@ -53,8 +53,9 @@ def show_estimate(console: Console, outcome: Outcome) -> None:
     )
     say(
         console,
-        f"{setting.batch_size} x {setting.sequence_length} tokens per pass, {setting.gradient_accumulation} passes per "
-        f"step, on {setting.device}; to save memory: {setting.techniques()}",
+        f"{setting.batch_size} {'images' if target.counts == 'images' else f'x {setting.sequence_length} tokens'} per "
+        f"pass, {setting.gradient_accumulation} passes per step, on {setting.device}; to save memory: "
+        f"{setting.techniques()}",
     )
     if target.lengths is not None:
         say(console, f"The length is that of {target.lengths}.")
@@ -93,13 +94,11 @@ def _time(outcome: Outcome) -> str:
         )
     typical = outcome.target.typical_length
     length = "" if typical is None else f" of sequences of {typical} tokens, as batches are padded to on average"
-    return (
-        f"{seconds:,.3f} s per step{length}, at most {result.setting.tokens_per_step / seconds:,.0f} tokens/s "
-        f"({work} at {speeds})"
-    )
+    most = f"{result.setting.tokens_per_step / seconds:,.0f} {outcome.target.counts}/s"
+    return f"{seconds:,.3f} s per step{length}, at most {most} ({work} at {speeds})"
 
 
-def show_fit(console: Console, found: Fit, rate: MatmulRate | None) -> None:
+def show_fit(console: Console, found: Fit, rate: MatmulRate | None, counts: str = "tokens") -> None:
     table = Table(title="What fits, fastest first", title_justify="left")
     for heading in ("to save memory", "batch", "accumulation", "memory", "s per step"):
         table.add_column(heading, justify="left" if heading == "to save memory" else "right")
@@ -117,17 +116,17 @@ def show_fit(console: Console, found: Fit, rate: MatmulRate | None) -> None:
         say(console, found.weights_reason)
     for reason in found.refused:
         say(console, f"Not considered: {reason}")
-    for line in yaml_lines(found.setting):
+    for line in yaml_lines(found.setting, counts):
         say(console, line)
 
 
-def show_simulated(console: Console, simulated: OnDevice, steps: int) -> None:
+def show_simulated(console: Console, simulated: OnDevice, steps: int, counts: str = "tokens") -> None:
     """The table of `--on`. It fits 80 columns."""
     device = simulated.device
     title = f"Simulated on {device.title}: nothing here was measured"
     table = Table(title=title, title_justify="left")
     table.add_column("method")
-    for heading in ("memory", "ms per\nstep", "tokens/s", f"hours of\n{steps:,} steps", "launch-\nbound"):
+    for heading in ("memory", "ms per\nstep", f"{counts}/s", f"hours of\n{steps:,} steps", "launch-\nbound"):
         table.add_column(heading, justify="right", no_wrap=True)
     for row in simulated.rows:
         total = row.estimate.total
@@ -153,7 +152,7 @@ def show_simulated(console: Console, simulated: OnDevice, steps: int) -> None:
     )
 
 
-def yaml_lines(setting: Setting) -> list[str]:
+def yaml_lines(setting: Setting, counts: str = "tokens") -> list[str]:
     """The lines of a run's YAML that ask for `setting`."""
     lines = ["In a run's YAML:"]
     if setting.lean or setting.quantization:
@@ -163,7 +162,7 @@ def yaml_lines(setting: Setting) -> list[str]:
         lines += ["    recompute: mlp"] if setting.recompute else []
     lines += [
         "  train:",
-        f"    max_length: {setting.sequence_length}",
+        *([f"    max_length: {setting.sequence_length}"] if counts == "tokens" else []),
         f"    per_device_train_batch_size: {setting.batch_size}",
         f"    gradient_accumulation_steps: {setting.gradient_accumulation}",
     ]

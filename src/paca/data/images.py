@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from paca.data.examples import ORIGIN, Examples, without_progress_bars
 from paca.data.sources import HUB_SOURCE, is_hub_id, load_from_hub
@@ -66,7 +66,7 @@ def open_image(row: Mapping[str, Any]) -> Image.Image:
     stored = row["image"]
     try:
         return Image.open(io.BytesIO(stored["bytes"]) if stored["bytes"] else stored["path"]).convert("RGB")
-    except (OSError, UnidentifiedImageError, TypeError) as error:
+    except Exception as error:  # whatever Pillow's readers raise; of its own kinds, not all are OSErrors
         raise PacaError(
             f"{row[ORIGIN]} ({stored and stored['path']}) can't be read as an image: {error}. Remove or replace it."
         ) from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -30,7 +31,7 @@ def trees_of_messages(rows: Iterable[tuple[str, Row]]) -> Iterator[tuple[str, Ro
         `(place, tree)`: the tree's first message and its place, with the columns of the nested layout added.
 
     Raises:
-        PacaError: A message has no id, two have the same one, or a reply's parent is nowhere.
+        PacaError: A message has no id, two have the same one, a reply's parent is nowhere, or parents go in a circle.
     """
     places: dict[str, str] = {}
     messages: dict[str, dict[str, Any]] = {}
@@ -43,12 +44,22 @@ def trees_of_messages(rows: Iterable[tuple[str, Row]]) -> Iterator[tuple[str, Ro
         places[name], messages[name] = place, {**row, "replies": []}
     for name, message in messages.items():
         parent = message.get("parent_id")
-        if parent and parent not in messages:
+        if parent and (not isinstance(parent, str) or parent not in messages):
             raise PacaError(f"{places[name]}: the parent_id {parent!r} is no message of this data. Give whole trees.")
         if parent:
             messages[parent]["replies"].append(message)
-    for name, message in messages.items():
-        if not message.get("parent_id") and _is_answered(places[name], message):
+    roots = {name: message for name, message in messages.items() if not message.get("parent_id")}
+    found, reached = list(roots.values()), set(roots)
+    for message in found:  # which grows
+        found += message["replies"]
+        reached |= {reply["message_id"] for reply in message["replies"]}
+    if len(reached) < len(messages):
+        name = next(name for name in messages if name not in reached)
+        raise PacaError(
+            f"{places[name]}: the parents of the message {name!r} go in a circle. A tree has a first message."
+        )
+    for name, message in roots.items():
+        if _is_answered(places[name], message):
             yield places[name], {**message, "message_tree_id": name, "prompt": message}
 
 
@@ -65,19 +76,22 @@ def best_path(root: dict[str, Any]) -> list[dict[str, str]]:
         Messages with `role` and `content`; empty when nobody answered.
 
     Raises:
-        PacaError: A message is neither of the prompter nor of the assistant, or has no text.
+        PacaError: A message is neither of the prompter nor of the assistant, has no text or a rank that is no number,
+            or its replies are no messages.
     """
     path: list[dict[str, str]] = []
     message: dict[str, Any] | None = None if root.get("deleted") else root
     while message is not None:
         role, text = message.get("role"), message.get("text")
-        if role not in SPEAKERS:
+        if not isinstance(role, str) or role not in SPEAKERS:
             raise PacaError(f"a message is of the role {role!r}; known are: {', '.join(SPEAKERS)}.")
         if not isinstance(text, str):
             raise PacaError(f"the text of a message is {type(text).__name__}; expected text.")
         path.append({"role": SPEAKERS[role], "content": text})
-        kept = [reply for reply in message.get("replies") or [] if not reply.get("deleted")]
-        message = min(kept, key=_rank, default=None)
+        replies = message.get("replies") or []
+        if not isinstance(replies, list) or not all(isinstance(reply, dict) for reply in replies):
+            raise PacaError(f"replies is {replies!r}; expected a list of messages.")
+        message = min((reply for reply in replies if not reply.get("deleted")), key=_rank, default=None)
     while path and path[-1]["role"] != "assistant":
         path.pop()
     return path
@@ -85,7 +99,9 @@ def best_path(root: dict[str, Any]) -> list[dict[str, str]]:
 
 def _rank(reply: dict[str, Any]) -> float:
     rank = reply.get("rank")
-    return float("inf") if rank is None else float(rank)
+    if rank is not None and (isinstance(rank, bool) or not isinstance(rank, (int, float))):
+        raise PacaError(f"the rank of a message is {rank!r}; expected a number or null.")
+    return math.inf if rank is None or math.isnan(rank) else rank  # pandas writes NaN for what is not there
 
 
 def answered_trees(rows: Iterable[tuple[str, Row]]) -> Iterator[tuple[str, Row]]:

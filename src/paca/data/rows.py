@@ -55,6 +55,8 @@ def _json_object(text: str, place: str) -> Row:
         raise PacaError(
             f"{place} is not valid JSON: {error.msg} (column {error.pos + 1}). Expected one JSON object a line."
         ) from error
+    except (ValueError, RecursionError) as error:
+        raise PacaError(f"{place} can't be read as JSON: {error}.") from error
     if not isinstance(row, dict):
         raise PacaError(f"{place} holds {_kind(row)}; expected a JSON object with named fields.")
     if "\\ud" in text.lower():
@@ -96,6 +98,8 @@ def _json_rows(file: Path) -> Iterator[tuple[str, Row]]:
             raise PacaError(
                 f"{file}, line {error.lineno} is not valid JSON: {error.msg} (column {error.colno}, in record {index})."
             ) from error
+        except (ValueError, RecursionError) as error:  # nested too deeply, or a number of thousands of digits
+            raise PacaError(f"{file}, record {index} can't be read as JSON: {error}.") from error
         if not isinstance(row, dict):
             raise PacaError(f"{file}, record {index} is {_kind(row)}; expected a JSON object with named fields.")
         if has_halves:

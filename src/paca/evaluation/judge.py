@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import email.utils
+import json
 import time
 from dataclasses import dataclass
 from threading import Event
@@ -17,6 +18,9 @@ _RETRIED = (408, 409, 425, 429, 500, 502, 503, 504, 529)
 
 _INSTEAD: dict[str, dict[str, Any]] = {"max_tokens": {"max_completion_tokens": 8192}, "temperature": {}}
 """Settings that some judges refuse, and what they take. Those that reason count their thoughts as tokens."""
+
+_LARGEST = 4 * 2**20
+"""Bytes of an answer; a verdict has some thousands."""
 
 LONGEST_WAIT = 120.0
 """Seconds; a server that asks for more is taken at its word only up to here."""
@@ -49,7 +53,7 @@ class JudgeSettings:
     key: str | None = None
     """Sent as a bearer token."""
     timeout: float = 120.0
-    """Seconds to wait for an answer."""
+    """Seconds to wait for an answer, all of it."""
     tries: int = 6
     """How often one question is asked at most."""
     first_wait: float = 1.0
@@ -104,12 +108,13 @@ class Judge:
             try:
                 while True:
                     body, sent = {**asked, **self._how}, sent + 1
-                    response = requests.post(url, json=body, timeout=settings.timeout, auth=self._sign)
-                    if response.status_code != 400 or not self._gives_way(body, response.text):
+                    response, content = self._post(url, body)
+                    said = content.decode(errors="replace")
+                    if response.status_code != 400 or not self._gives_way(body, said):
                         break
                 if response.ok:
-                    return _read(response.json(), sent)
-                failure = f"HTTP {response.status_code} {response.reason}: {_beginning(response.text)}"
+                    return _read(said, sent)
+                failure = f"HTTP {response.status_code} {response.reason}: {_beginning(said)}"
                 if response.status_code not in _RETRIED:
                     raise PacaError(f"The judge at {settings.url} refuses: {failure}")
                 asked_for = _retry_after(response.headers.get("Retry-After"))
@@ -119,6 +124,19 @@ class Judge:
             f"The judge at {settings.url} did not answer in {settings.tries} tries; the last time: {failure}."
             " Verdicts so far are kept; the same command goes on."
         )
+
+    def _post(self, url: str, body: dict[str, Any]) -> tuple[requests.Response, bytes]:
+        """Send a question, and wait for the whole answer: one that trickles in must end in time too."""
+        timeout, content = self.settings.timeout, bytearray()
+        end = time.monotonic() + timeout
+        with requests.post(url, json=body, timeout=timeout, auth=self._sign, stream=True) as response:
+            for byte in response.iter_content(1):  # reading more would wait for more
+                content += byte
+                if time.monotonic() > end:
+                    raise requests.Timeout(f"the answer did not end in {timeout:g} s")
+                if len(content) > _LARGEST:
+                    raise requests.exceptions.InvalidJSONError(f"the answer is longer than {_LARGEST:,} bytes")
+        return response, bytes(content)
 
     def _gives_way(self, body: dict[str, Any], refusal: str) -> bool:
         """Whether a refusal is of a setting that can be left out; it is, from here on."""
@@ -136,16 +154,18 @@ class Judge:
         return request
 
 
-def _read(answer: Any, sent: int) -> tuple[str, Usage]:
+def _read(said: str, sent: int) -> tuple[str, Usage]:
     try:
+        answer = json.loads(said)
         text = answer["choices"][0]["message"]["content"]
     except (KeyError, IndexError, TypeError) as error:
-        raise requests.exceptions.InvalidJSONError(
-            f"no choices[0].message.content in {_beginning(str(answer))}"
-        ) from error
+        raise requests.exceptions.InvalidJSONError(f"no choices[0].message.content in {_beginning(said)}") from error
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits is none of the decoder's own errors
+        raise requests.exceptions.InvalidJSONError(f"{error}: {_beginning(said)}") from error
     text = "" if text is None else text
     if not isinstance(text, str):
         raise requests.exceptions.InvalidJSONError(f"content is {text!r}; expected text")
+    text = text.encode(errors="replace").decode()  # JSON can hold halves of characters, and no file can
     used = answer.get("usage")
     counts = [used.get(key) if isinstance(used, dict) else None for key in ("prompt_tokens", "completion_tokens")]
     # Not every server counts.

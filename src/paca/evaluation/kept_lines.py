@@ -57,8 +57,8 @@ def lines_of(file: Path) -> list[dict[str, Any]]:
     """The rows of a file that is appended to; a last line that was cut short is left out, and taken away."""
     if not file.is_file():
         return []
-    text = file.read_text(encoding="utf-8")
-    whole = text[: text.rfind("\n") + 1]
-    if whole != text:
-        file.write_text(whole, encoding="utf-8")
-    return [json.loads(line) for line in whole.split("\n") if line]
+    content = file.read_bytes()  # the cut may lie within a character
+    whole = content[: content.rfind(b"\n") + 1]
+    if whole != content:
+        file.write_bytes(whole)
+    return [json.loads(line) for line in whole.split(b"\n") if line]

@@ -8,7 +8,8 @@ import torch
 
 from paca.messages.errors import PacaError
 from paca.messages.units import format_bytes
-from paca.planning.estimate import PlannedModel, estimate
+from paca.planning.estimate import PlannedModel, estimate, root_of
+from paca.planning.passes import task_of
 from paca.planning.setting import Setting
 
 
@@ -40,10 +41,12 @@ def warn_if_too_large(model: PlannedModel, setting: Setting, available: int | No
     if needed.total <= available:
         return None
     largest = next(iter(needed.parts))
+    images = task_of(root_of(model)) == "images"
+    batch = f"{setting.batch_size} {'images' if images else f'sequences of {setting.sequence_length} tokens'}"
     return (
-        f"This run needs about {format_bytes(needed.total)} ({setting.batch_size} sequences of "
-        f"{setting.sequence_length} tokens at a time), and {format_bytes(available)} are available. The largest part "
-        f"is {largest}: {format_bytes(needed.parts[largest])}. `paca plan` finds settings that fit."
+        f"This run needs about {format_bytes(needed.total)} ({batch} at a time), and {format_bytes(available)} are "
+        f"available. The largest part is {largest}: {format_bytes(needed.parts[largest])}. `paca plan` finds settings "
+        "that fit."
     )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from paca.messages.errors import PacaError
 from paca.messages.units import format_bytes
 from paca.planning.compiled_products import program_bytes
 from paca.planning.operators import Operator
+from paca.planning.passes import task_of
 from paca.planning.quantized_layers import quantization_name, unpacked_numel
 from paca.planning.repeated_blocks import copy_with_blocks, find_blocks
 from paca.planning.setting import Setting
@@ -104,6 +105,11 @@ def prepare_model(
         raise PacaError(f"The adapter does not fit {type(made).__name__}: {error}") from error
 
 
+def root_of(model: PlannedModel) -> PreTrainedModel:
+    """The model without PEFT's wrapper; an adapter stays in it."""
+    return model.get_base_model() if isinstance(model, PeftModel) else model  # type: ignore[return-value]
+
+
 def _quantized(
     made: PlannedModel, quantization: str | None, given: str | PreTrainedConfig | PlannedModel
 ) -> PlannedModel:
@@ -154,13 +160,24 @@ def estimate(
     they run once more, and the optimizer's step with them, for `operators`.
 
     Raises:
-        PacaError: The model can't be found, planned, or made lean.
+        PacaError: The model can't be found, planned, or made lean, or the adapter adds to its input.
     """
     autocast = setting.autocast_adapter_dtype
     prepared = prepare_model(model, adapter, setting.quantization, autocast_adapter_dtype=autocast)
-    root = prepared.get_base_model() if isinstance(prepared, PeftModel) else prepared
-    if not isinstance(root, PreTrainedModel) or not root.can_generate():
-        raise PacaError(f"Plans can be made for causal language models of transformers, not for {type(root).__name__}.")
+    root = root_of(prepared)
+    task = task_of(root)
+    if task is None:
+        raise PacaError(
+            "Plans can be made for causal language models and classifiers of transformers, not for "
+            f"{type(root).__name__}."
+        )
+    if isinstance(prepared, PeftModel) and prepared.active_peft_config.is_prompt_learning:
+        raise PacaError(
+            f"{prepared.active_peft_config.peft_type.value} adds to the model's input, and no plan is made for that. "
+            "`paca train --probe` measures such a run."
+        )
+    if task != "text":
+        setting = replace(setting, chunked_loss=False)  # which is that of a vocabulary
     trace = trace_step(root, setting, timed)
     moment, peak = max(trace.peaks.items(), key=lambda item: sum(item[1].values()))
     counts = {name: count for name, count in sorted(peak.items(), key=lambda item: -item[1]) if count > 0}

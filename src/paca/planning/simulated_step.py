@@ -27,6 +27,7 @@ from paca.planning.fake_model import make_fake, without_values
 from paca.planning.live_memory import LiveMemory
 from paca.planning.operators import Operator
 from paca.planning.optimizer_state import state_bytes, step_temporaries, stepped
+from paca.planning.passes import inputs_of, loss_of
 from paca.planning.quantized_layers import states
 from paca.planning.setting import Setting
 
@@ -100,7 +101,7 @@ def simulate(
     """Run one forward and backward pass of `model` without values.
 
     Args:
-        model: A causal language model on the meta device, with its adapters in; it is used up.
+        model: One that has a task (`passes.task_of`), on the meta device, with its adapters in; it is used up.
         setting: How it is trained.
         backbone: The module of it that gives the last hidden states.
         before_last: The last but one of its blocks. Where the backward pass comes to it a new stretch begins: there,
@@ -150,7 +151,7 @@ class _Simulation:
             for parameter in trainable:
                 parameter.grad = torch.empty_like(parameter)
             memory.note([p.grad for p in trainable], GRADIENTS)
-        inputs = self._inputs(setting.batch_size, setting.padded)
+        inputs = inputs_of(self.model, setting, setting.batch_size, setting.padded)
         with memory:
             saved = self._forward_and_backward(inputs)
         for parameter in trainable:
@@ -169,10 +170,6 @@ class _Simulation:
             peaks["evaluation"][OPTIMIZER] += state
         return StepTrace(saved, peaks, operators, dequantized)
 
-    def _inputs(self, batch_size: int, padded: bool) -> dict[str, Tensor]:
-        names = ("input_ids", "labels", "attention_mask") if padded else ("input_ids", "labels")
-        return {name: torch.zeros(batch_size, self.setting.sequence_length, dtype=torch.int64) for name in names}
-
     def _evaluation(self, batch_size: int, trainable: list[nn.Parameter]) -> Counter[str]:
         """What a forward pass between two steps holds at its fullest: no gradients, and nothing is kept for any."""
         for parameter in trainable:
@@ -180,7 +177,7 @@ class _Simulation:
         self.model.eval()
         self.memory.begin_window("evaluation")
         with self.memory, torch.no_grad():
-            self._forward(self._inputs(batch_size, padded=batch_size > 1))
+            self._forward(inputs_of(self.model, self.setting, batch_size, padded=batch_size > 1))
         return self.memory.peaks()["evaluation"]
 
     def _steady(self, inputs: dict[str, Tensor], trainable: list[nn.Parameter]) -> Counter[Operator]:
@@ -210,13 +207,12 @@ class _Simulation:
         """The loss."""
         autocast = self.setting.autocast
         self.memory.region = TEMPORARIES
-        options: dict[str, Any] = {"fused_lm_head": True} if self.setting.chunked_loss else {}
         with (
             self.stack.following(self._after_module),
             torch.autograd.graph.saved_tensors_hooks(self._note_saved, lambda tensor: tensor),
             torch.autocast("cpu", dtype=autocast, enabled=autocast is not None),
         ):
-            return self.model(**inputs, use_cache=False, **options).loss
+            return loss_of(self.model, inputs, self.setting.chunked_loss)
 
     def _note_saved(self, tensor: Tensor) -> Tensor:
         allocation = self.memory.allocation_of(tensor)
@@ -259,7 +255,7 @@ def _chunk_loss(model: PreTrainedModel) -> None:
 def _own_kind(module: nn.Module) -> str | None:
     """The kind that the module's class speaks for; None if only what it is in can tell."""
     name = type(module).__name__.lower()
-    if isinstance(module, (BaseTunerLayer, nn.Linear, Conv1D)):
+    if isinstance(module, (BaseTunerLayer, nn.Linear, Conv1D, nn.Conv2d)):
         return LINEAR
     if "norm" in name:
         return NORM

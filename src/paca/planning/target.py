@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from peft import PeftConfig
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoModelForImageClassification, PreTrainedModel
 
 from paca.config import PacaConfig
 from paca.messages.errors import PacaError
-from paca.planning.estimate import prepare_model
 from paca.planning.setting import Setting
 from paca.pretrained import load_config
 from paca.pretrained.loading import DTYPES
-from paca.pretrained.published_shapes import SHAPES, check_not_a_mistyped_shape
+from paca.pretrained.published_shapes import SHAPES, TIMM, check_not_a_mistyped_shape, timm_config
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,8 @@ class Target:
     """Tokens to which a run's batches are padded on average; `setting` has the longest."""
     steps: int | None = None
     """Optimizer steps of a run that says how many."""
+    counts: str = "tokens"
+    """What passes are counted in: tokens, or images, each of which has the length 1 in `setting`."""
 
     @property
     def dtype(self) -> torch.dtype:
@@ -41,8 +44,10 @@ class Target:
 
     @property
     def hidden_size(self) -> int:
-        """Width of its hidden states."""
-        return int(self.model.config.get_text_config().hidden_size)
+        """Width of its hidden states; of a network of convolutions, which has many, that of the last."""
+        model: Any = self.model
+        width = getattr(model.config.get_text_config(), "hidden_size", None)
+        return int(width if width is not None else model.timm_model.num_features)
 
     @property
     def positions(self) -> int | None:
@@ -59,24 +64,39 @@ def target_of_model(name: str, dtype: str, r: int, setting: Setting) -> Target:
     return Target(name, outline_of(name, dtype), adapter, setting)
 
 
-def outline_of(name: str, dtype: str, revision: str | None = None, trust_remote_code: bool = False) -> PreTrainedModel:
+def outline_of(
+    name: str,
+    dtype: str,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    auto_class: Any = AutoModelForCausalLM,
+    labels: Sequence[str] | None = None,
+) -> PreTrainedModel:
     """A model without weights: a preset of `paca bench`, or a checkpoint (a hub id, a folder, a `.gguf` file).
 
-    `dtype` is that of the weights; `"auto"` is the checkpoint's own, and bfloat16 for a preset.
+    `dtype` is that of the weights; `"auto"` is the checkpoint's own, and for a preset bfloat16 (of an image model
+    float32). `auto_class` and `labels` are as in `paca.pretrained.load_config`.
 
     Raises:
         PacaError: There is no such model or dtype.
     """
     shape = SHAPES.get(name)
-    if shape is None:
+    if shape is None and name not in TIMM:
         check_not_a_mistyped_shape(name)
-        return load_config(name, dtype, revision, trust_remote_code).model
-    if shape.vision:
-        raise PacaError(f"{name} is an image model; plans can be made for language models only.")
+        return load_config(name, dtype, revision, trust_remote_code, auto_class, labels).model
+    vision = shape is None or shape.vision
+    if vision != (auto_class is AutoModelForImageClassification):
+        raise PacaError(
+            f"{name} is {'an image' if vision else 'a language'} model. Give one that goes with what is planned: image "
+            "models are planned for runs of train.trainer: image_classification, and for no others."
+        )
     if dtype != "auto" and dtype not in DTYPES:
         raise PacaError(f"Unknown dtype {dtype!r}. Give one of: auto, {', '.join(DTYPES)}.")
-    config = shape.config()
-    config.dtype = DTYPES.get(dtype, torch.bfloat16)
-    model = prepare_model(config)
-    assert isinstance(model, PreTrainedModel)
+    config = timm_config(name) if shape is None else shape.config()
+    config.dtype = DTYPES.get(dtype, torch.float32 if vision else torch.bfloat16)
+    if labels is not None:
+        config.num_labels = len(labels)
+    with torch.device("meta"):
+        model: PreTrainedModel = auto_class.from_config(config, dtype=config.dtype)
+    model.tie_weights()
     return model

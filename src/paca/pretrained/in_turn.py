@@ -44,7 +44,7 @@ class ModelsInTurn:
         """Load a run, an adapter or a model, or make it the active one of those in memory.
 
         Args:
-            path: Its folder, or a .gguf file.
+            path: Its folder, or a .gguf file; a text may be a model's hub id.
             beside: Another, which stays in memory if it is there. All else is dropped.
 
         Raises:
@@ -80,7 +80,7 @@ def _base_if_any(path: str | Path | None) -> list[_Base]:
 
 
 def _base_of(path: str | Path) -> tuple[_Base, Path | None]:
-    adapter = find_adapter(path)
+    adapter = find_adapter(path, or_hub=isinstance(path, str))  # a `Path` was found here
     if adapter is None:
         plain = expanded(path).resolve()
         return _Base(str(plain), None, plain), None

@@ -103,6 +103,15 @@ SHAPES: dict[str, Shape] = {
     "llama3-8b": _text("llama", (4096, 14336, 32, 32, 8), 128256, 8192, 5e5),
     "llama3.1-8b": _text("llama", (4096, 14336, 32, 32, 8), 128256, 131072, 5e5, rope=_LLAMA_31_ROPE),
     "llama3.1-70b": _text("llama", (8192, 28672, 80, 64, 8), 128256, 131072, 5e5, rope=_LLAMA_31_ROPE),
+    "llama3.2-1b": _text(
+        "llama",
+        (2048, 8192, 16, 32, 8),
+        128256,
+        131072,
+        5e5,
+        rope={**_LLAMA_31_ROPE, "factor": 32.0},
+        tie_word_embeddings=True,
+    ),
     "llama3.2-3b": _text(
         "llama",
         (3072, 8192, 28, 24, 8),
@@ -128,6 +137,7 @@ SHAPES: dict[str, Shape] = {
             "rope_parameters": _GEMMA_3_ROPE,
         },
     ),
+    "qwen3-0.6b": _text("qwen3", (1024, 3072, 28, 16, 8), 151936, 40960, 1e6, head_dim=128, tie_word_embeddings=True),
     "qwen3-4b": _text("qwen3", (2560, 9728, 36, 32, 8), 151936, 40960, 1e6, head_dim=128, tie_word_embeddings=True),
     "qwen3-8b": _text("qwen3", (4096, 12288, 36, 32, 8), 151936, 40960, 1e6, head_dim=128),
     "qwen3-14b": _text("qwen3", (5120, 17408, 40, 40, 8), 151936, 40960, 1e6, head_dim=128),
@@ -148,6 +158,28 @@ SHAPES: dict[str, Shape] = {
     "smollm2-135m": _text("llama", (576, 1536, 30, 9, 3), 49152, 8192, 1e5, tie_word_embeddings=True),
     "vit-b16": Shape("vit", 768, 3072, 12, 12, 12, {"image_size": 224, "num_labels": 1000}),
 }
+
+TIMM = {"efficientnetv2-l": "tf_efficientnetv2_l.in21k"}
+"""Image models whose shapes the package timm knows by its own name for them; they are only planned for."""
+
+
+def timm_config(name: str) -> Any:
+    """The transformers config of a model of `TIMM`, as its checkpoint on the hub has it.
+
+    Raises:
+        PacaError: The package timm is not installed.
+    """
+    try:
+        from timm.models import get_pretrained_cfg
+    except ImportError as error:
+        raise PacaError(f"The shape of {name} is timm's. Install it: pip install timm") from error
+    from transformers import AutoConfig
+
+    published = get_pretrained_cfg(TIMM[name])
+    assert published is not None
+    return AutoConfig.for_model(
+        "timm_wrapper", architecture=published.architecture, pretrained_cfg={"input_size": list(published.input_size)}
+    )
 
 
 def check_not_a_mistyped_shape(name: str) -> None:

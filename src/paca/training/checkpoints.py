@@ -16,6 +16,7 @@ from transformers.trainer_utils import rotate_checkpoints
 
 from paca.messages.disk import disk_error
 from paca.messages.errors import PacaError
+from paca.training.checkpoint_names import own_names, refuse_missing_weights
 from paca.training.run_folder import RunFolder
 
 
@@ -78,7 +79,8 @@ class WholeCheckpoints(TrainerCallback):
             DiskError: It could not be written.
         """
         try:
-            yield
+            with own_names(trainer.model):
+                yield
         except Exception as error:
             if self.being_saved is None or isinstance(error, PacaError):
                 raise
@@ -123,6 +125,7 @@ def load_if_finished(trainer: Any, state: TrainerState, checkpoint: Path) -> boo
     Raises:
         PacaError: Its weights can't be read here.
     """
+    refuse_missing_weights(trainer, checkpoint)
     if state.global_step < state.max_steps:
         # What was given as a share of all steps is a number of steps in the state; the trainer would warn.
         for name in ("logging_steps", "eval_steps", "save_steps"):

@@ -12,7 +12,7 @@ from paca.pretrained import load_config
 from paca.pretrained.attention import set_attention
 from paca.pretrained.loading import Outline
 from paca.pretrained.location import Source, locate
-from paca.training.run_config import ModelSection
+from paca.training.run_config import ModelSection, RunConfig
 
 
 def source_of(named: ModelSection) -> Source:
@@ -34,3 +34,9 @@ def heads_of(model: nn.Module) -> list[str]:
     """The modules of a classifier that a pretrained model need not have: those beside its trunk, with weights."""
     trunk = getattr(model, "base_model_prefix", None)
     return [name for name, module in model.named_children() if name != trunk and any(True for _ in module.parameters())]
+
+
+def train_heads(config: RunConfig, model: nn.Module) -> None:
+    """Have the heads of a classifier trained whole, beside the adapter of `config`, if it has one."""
+    if config.method != "full":
+        config.adapter["modules_to_save"] = sorted({*(config.adapter.get("modules_to_save") or ()), *heads_of(model)})

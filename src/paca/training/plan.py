@@ -26,7 +26,7 @@ from paca.training.calibration import describe_columns
 from paca.training.data_preview import cut_warning
 from paca.training.disk_need import DiskNeed, disk_need, tell_of_disk
 from paca.training.learning_rate import AUTO, automatic_rate
-from paca.training.named_model import heads_of, outline_of, source_of
+from paca.training.named_model import outline_of, source_of, train_heads
 from paca.training.run_config import RunConfig
 from paca.training.same_run import inputs_of
 from paca.training.target_names import check_target_names
@@ -215,8 +215,8 @@ def prepare(config: RunConfig, *, whole: bool = True) -> PreparedRun:
     check_target_names(method, config.adapter, model, named.name)
     if named.quantization is not None:
         model = quantize_outline(model, named.quantization)
-    if data.labels is not None and method != "full":
-        config.adapter["modules_to_save"] = sorted({*(config.adapter.get("modules_to_save") or ()), *heads_of(model)})
+    if data.labels is not None:
+        train_heads(config, model)
     adapted = _adapted_outline(config, model, kind.task_type)
     if named.quantization is not None and method == "paca":
         if config.adapter.get("rotate_every") is not None:

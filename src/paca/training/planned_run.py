@@ -17,16 +17,27 @@ from paca.pretrained.attention import set_attention
 from paca.training import train_settings
 from paca.training.adapter_settings import outline_config
 from paca.training.config_file import load_run_config
+from paca.training.named_model import train_heads
 from paca.training.prompt_form import choose_form, tokenizer_of, trains_everything
 from paca.training.run_config import RunConfig
 from paca.training.run_setting import setting_of_run
 from paca.training.trainers import trainer_kind
+from paca.training.trainers.kind import RunData, TrainerKind
 
 READ_AT_MOST = 64 * 2**20
 """Bytes of data files; more would take more than a few seconds."""
 TOKENIZED = 256
 """Examples that are tokenized, those with the most characters: the one with the most tokens is among them, or about as
 long as the longest of them."""
+
+
+_UNKNOWN_LABELS: dict[str, list[str] | None] = {
+    "sft": None,
+    "reward": ["reward"],
+    "classification": ["", " "],
+    "image_classification": ["", " "],
+}
+"""Labels of a head whose data was not read: two, as a hundred would hardly take more."""
 
 
 def target_of_run(
@@ -51,36 +62,66 @@ def target_of_run(
     """
     config = load_run_config(path, overrides)
     kind = trainer_kind(config.train)
-    if kind.name != "sft":
+    if not kind.planned:
         raise PacaError(
             f"{path} has train.trainer: {kind.name}, whose memory is not foretold. Give the model instead of the run, "
             "or let `paca train --probe` measure it."
         )
+    data, unread = (None, None) if kind.name == "sft" else _labelled(config, kind)
+    labels = _UNKNOWN_LABELS[kind.name] if data is None else data.labels
     named = config.model
     dtype = "float32" if config.method == "full" and named.dtype == "auto" else named.dtype  # as a run does
     with about("model.name"):
-        outline = outline_of(named.name, dtype, named.revision, named.trust_remote_code)
+        outline = outline_of(
+            named.name, dtype, named.revision, named.trust_remote_code, auto_class=kind.auto_class, labels=labels
+        )
     with about("model.attn_implementation"):
         set_attention(outline, named.attn_implementation)
     has_eval = config.data.eval is not None
     config.train = train_settings.with_defaults(
-        config.train, outline, has_eval=has_eval, method=config.method, adapter=config.adapter
+        config.train, outline, has_eval=has_eval, method=config.method, adapter=config.adapter, device=device
     )
-    longest, typical, different, lengths = None, None, 1, None
+    longest, typical, different, lengths = (1 if kind.counts == "images" else None), None, 1, None
     if batch_size is not None:
         config.train["per_device_train_batch_size"] = batch_size
     if sequence_length is not None:
         config.train["max_length"] = sequence_length
-    else:
-        longest, typical, different, lengths = lengths_of_examples(config)
+    elif kind.counts == "tokens" and unread is not None:
+        lengths = unread
+    elif kind.counts == "tokens":
+        longest, typical, different, lengths = (
+            lengths_of_examples(config) if data is None else _lengths_of_sample(config, kind, data)
+        )
     setting = setting_of_run(config, device, longest, different)
     if lengths is not None and longest is None:
         lengths = f"train.max_length: {lengths}"
     elif longest is not None and setting.sequence_length < longest:
         lengths = f"train.max_length, which cuts {lengths}"
     steps = config.train.get("max_steps") or 0
-    adapter = outline_config(config.method, config.adapter)
-    return Target(str(path), outline, adapter, setting, lengths, typical, steps if steps > 0 else None)
+    if labels is not None:
+        train_heads(config, outline)
+    adapter = outline_config(config.method, config.adapter, kind.task_type)
+    return Target(str(path), outline, adapter, setting, lengths, typical, steps if steps > 0 else None, kind.counts)
+
+
+def _labelled(config: RunConfig, kind: TrainerKind) -> tuple[RunData | None, str | None]:
+    """The data of a classifier or a reward model, with its labels; else None, and why it was not read."""
+    if (unread := _unread(config)) is not None:
+        return None, unread
+    try:
+        return kind.read(config), None
+    except PacaError as error:
+        return None, f"the examples could not be read ({error})"
+
+
+def _lengths_of_sample(config: RunConfig, kind: TrainerKind, data: RunData) -> tuple[int | None, int | None, int, str]:
+    """As `lengths_of_examples`, by the sample that a dry run shows."""
+    sample = kind.shape(config, data, whole=False).sample
+    assert sample is not None
+    cut = min(sample.longest, config.train["max_length"] or sample.longest)
+    different = min(sample.examples, max(1, cut - sample.shortest + 1))
+    which = "the longest" + (f" of {sample.sampled:,} examples" if sample.sampled < sample.examples else " example")
+    return sample.longest, round(sample.padded), different, f"{which} of {config.data.train}"
 
 
 def lengths_of_examples(config: RunConfig) -> tuple[int | None, int | None, int, str]:
@@ -93,13 +134,8 @@ def lengths_of_examples(config: RunConfig) -> tuple[int | None, int | None, int,
     data, train = config.data, config.train
     if train.get("packing"):
         return None, None, 1, "packed sequences are filled up"
-    source = Path(data.train).expanduser()
-    files = [source] if source.is_file() else sorted(source.iterdir()) if source.is_dir() else []
-    if not files:
-        return None, None, 1, f"{data.train} is not a local file, so it was not read"
-    size = sum(file.stat().st_size for file in files if file.is_file())
-    if size > READ_AT_MOST:
-        return None, None, 1, f"{data.train} has {format_bytes(size)}, so it was not read"
+    if (unread := _unread(config)) is not None:
+        return None, None, 1, unread
     try:
         tokenizer = tokenizer_of(config)
         reading: Any = {"format": data.format, "leave_out": data.unusable == "leave_out"}
@@ -116,6 +152,16 @@ def lengths_of_examples(config: RunConfig) -> tuple[int | None, int | None, int,
     cut = min(longest, train["max_length"] or longest)
     different = min(sample.examples, max(1, cut - sample.shortest + 1))
     return longest, round(sample.padded), different, f"the longest example of {data.train}"
+
+
+def _unread(config: RunConfig) -> str | None:
+    """Why the training data is not read for a plan: it may take long."""
+    source = Path(config.data.train).expanduser()
+    files = [source] if source.is_file() else sorted(source.rglob("*")) if source.is_dir() else []
+    if not files:
+        return f"{config.data.train} is not a local file, so it was not read"
+    size = sum(file.stat().st_size for file in files if file.is_file())
+    return f"{config.data.train} has {format_bytes(size)}, so it was not read" if size > READ_AT_MOST else None
 
 
 def _characters(example: dict[str, Any]) -> int:

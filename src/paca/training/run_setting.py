@@ -19,14 +19,14 @@ def setting_of_run(config: RunConfig, device: str, longest: int | None = None, l
     Args:
         config: With our defaults in place (as `paca.training.plan` resolves it).
         device: `"cpu"` or `"cuda"`.
-        longest: Tokens of the longest example, where it is known.
+        longest: Tokens of the longest example, where it is known; 1 for each image.
         lengths: How many different lengths its batches may have before they are padded to a multiple.
 
     Raises:
         PacaError: Neither the config nor `longest` limits the sequences.
     """
     train = config.train
-    limits = [limit for limit in (train["max_length"], longest) if limit is not None]
+    limits = [limit for limit in (train.get("max_length"), longest) if limit is not None]
     if not limits:
         raise PacaError("train.max_length is null, so sequences have no limit to plan for; set it, or give --seq.")
     batch_size, optimizer = train["per_device_train_batch_size"], str(train["optim"])

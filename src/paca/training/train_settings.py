@@ -127,6 +127,7 @@ def with_defaults(
     has_eval: bool,
     method: str = "paca",
     adapter: Mapping[str, Any] | None = None,
+    device: str | None = None,
 ) -> dict[str, Any]:
     """The section with TRL's defaults, or our own, spelled out where the user gave nothing.
 
@@ -136,6 +137,7 @@ def with_defaults(
         adapter: Settings of the method's section; none by default.
         model: With or without weights; the longest sequence that it takes, and the type of its weights, count.
         has_eval: Whether there is held-out data.
+        device: `"cpu"` or `"cuda"`, for a plan; what is here by default.
     """
     kind = trainer_kind(settings)
     if settings.get("learning_rate") == AUTO:
@@ -156,7 +158,7 @@ def with_defaults(
         "weight_decay": 0.0,
         "max_grad_norm": 1.0,
         "seed": 42,
-        "bf16": _wants_autocast(settings, next(model.parameters()).dtype),
+        "bf16": _wants_autocast(settings, next(model.parameters()).dtype, device),
         _checkpointing_field(): False,
         "logging_steps": 1,
         "logging_nan_inf_filter": False,  # true would replace a NaN loss by the mean of the losses before it
@@ -228,8 +230,10 @@ def _checkpointing_field() -> str:
     return "activation_checkpointing" if "activation_checkpointing" in train_fields() else "gradient_checkpointing"
 
 
-def _wants_autocast(settings: Mapping[str, Any], weights_dtype: torch.dtype) -> bool:
+def _wants_autocast(settings: Mapping[str, Any], weights_dtype: torch.dtype, device: str | None) -> bool:
     # 16-bit weights multiply in their own type already, and on a CPU autocast costs more than it saves.
     if weights_dtype != torch.float32 or settings.get("fp16") or settings.get("use_cpu"):
         return False
+    if device is not None:
+        return device == "cuda"
     return torch.cuda.is_available() and torch.cuda.is_bf16_supported()

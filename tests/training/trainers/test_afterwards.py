@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,9 +17,12 @@ from transformers import (
     AutoModelForImageClassification,
     AutoModelForSequenceClassification,
 )
+from typer.testing import CliRunner
 
+from paca.cli import app
 from paca.convert.merged import merge_to_folder
 from paca.messages.errors import PacaError
+from paca.planning import estimate
 from paca.pretrained.generation import load_for_generation, load_saved, stream_reply
 from paca.pretrained.purpose import classifier_in
 from paca.training import RunResult, load_run_config, train
@@ -93,6 +97,63 @@ def test_a_whole_model_of_a_full_run_says_what_it_is(workspace: Path, tmp_path: 
         load_for_generation(tmp_path / "run")
 
 
-def test_a_plan_of_memory_is_for_sft_alone(workspace: Path) -> None:
-    with pytest.raises(PacaError, match=r"train\.trainer: dpo, whose memory is not foretold"):
-        target_of_run(workspace / "dpo.yaml", [], "cpu", None, None)
+@pytest.mark.parametrize(
+    ("name", "batch", "lengths"),
+    [
+        ("reward", (2, None), "the longest example of"),
+        ("classification", (2, None), "the longest example of"),
+        ("image_classification", (2, 1), None),
+    ],
+)
+def test_a_plan_of_memory_is_of_the_run_that_is_trained(
+    workspace: Path, finished: Finished, name: str, batch: tuple[int, int | None], lengths: str | None
+) -> None:
+    target = target_of_run(workspace / f"{name}.yaml", [], "cpu", None, None)
+    summary = finished(name).summary
+    assert summary is not None
+    assert estimate(target.model, target.setting, target.adapter).trainable == summary["trainable_parameters"]
+    assert target.setting.batch_size == batch[0]
+    assert batch[1] is None or target.setting.sequence_length == batch[1]
+    assert (target.lengths or "").startswith(lengths or "")
+    assert target.counts == ("images" if lengths is None else "tokens")
+
+
+def test_what_is_planned_for_a_gpu_multiplies_as_it_does_there(workspace: Path) -> None:
+    """With weights in float32 a run there has autocast, also where the plan is made without a GPU."""
+    settings = [target_of_run(workspace / "reward.yaml", [], device, 32, 2).setting for device in ("cpu", "cuda")]
+    assert [setting.autocast for setting in settings] == [None, torch.bfloat16]
+
+
+def test_data_that_is_not_here_leaves_the_length_and_the_labels_open(workspace: Path) -> None:
+    changes = ["data.train=stanfordnlp/imdb", "data.eval=stanfordnlp/imdb[test]", "train.max_length=40"]
+    target = target_of_run(workspace / "classification.yaml", changes, "cpu", None, None)
+    assert target.setting.sequence_length == 40
+    assert target.lengths == "train.max_length: stanfordnlp/imdb is not a local file, so it was not read"
+    assert target.model.config.num_labels == 2
+    images = target_of_run(workspace / "image_classification.yaml", changes[:2], "cpu", None, None)
+    assert images.lengths is None
+
+
+def test_a_plan_of_images_counts_images(workspace: Path) -> None:
+    command = ["plan", str(workspace / "image_classification.yaml"), "--rate", "1"]
+    printed = CliRunner().invoke(app, command)
+    assert "2 images per pass" in printed.stdout
+    assert "images/s" in printed.stdout
+    refused = CliRunner().invoke(app, [*command, "--set", "model.name=llama3-8b"])
+    assert "llama3-8b is a language model" in str(refused.exception)
+
+
+def test_a_search_for_what_fits_leaves_a_classifiers_weights_as_they_are(workspace: Path) -> None:
+    """In 4 bits they might fit sooner, but the new head would be quantized before it is trained."""
+    command = ["plan", str(workspace / "image_classification.yaml"), "--rate", "1"]
+    found = CliRunner().invoke(app, [*command, "--memory", "601MiB", "--json"])
+    assert found.exception is None
+    assert {one["setting"]["quantization"] for one in json.loads(found.stdout)["candidates"]} == {None}
+    refused = CliRunner().invoke(app, [*command, "--quantization", "nf4"])
+    assert "not with classifiers" in str(refused.exception)
+
+
+@pytest.mark.parametrize("name", ["dpo", "grpo"])
+def test_a_plan_of_memory_is_not_made_for_every_trainer(workspace: Path, name: str) -> None:
+    with pytest.raises(PacaError, match=rf"train\.trainer: {name}, whose memory is not foretold"):
+        target_of_run(workspace / f"{name}.yaml", [], "cpu", None, None)

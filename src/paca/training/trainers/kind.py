@@ -67,6 +67,8 @@ class TrainerKind:
     """The metric of an evaluation that says how good the model is, besides its loss."""
     scored_before: ClassVar[bool] = True
     """Whether that tells anything before training."""
+    planned: ClassVar[bool] = True
+    """Whether its memory is foretold."""
 
     def check(self, settings: Mapping[str, Any], origins: Origins) -> None:
         """Refuse values of `own_keys` that cannot work.
