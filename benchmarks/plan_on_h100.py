@@ -52,11 +52,6 @@ def unpacks(operator: Operator) -> bool:
     return operator.name.startswith("dequantize")
 
 
-def sums_columns(operator: Operator) -> bool:
-    """QPaCA: each pass sums the trained columns anew; a cast of the same size follows."""
-    return operator.name == "_foreach_add" and operator.phase != "step"
-
-
 def is_elementwise(operator: Operator) -> bool:
     """Neither a product nor attention nor an unpacking: what a compiler can fuse."""
     return operator.launches and operator.flops == 0 and not unpacks(operator) and operator.phase != "step"
@@ -83,7 +78,6 @@ def row_of(model: str, batch: int, length: int, method: str) -> dict[str, object
         time.device - step_time(without(operators, dropped), DEVICE).device for dropped in (is_elementwise, unpacks)
     )
     scales = step_time(without(operators, unpacks_scales), DEVICE)
-    once = step_time(without(operators, sums_columns), DEVICE)
     return {
         "model": model,
         "batch": batch,
@@ -99,7 +93,6 @@ def row_of(model: str, batch: int, length: int, method: str) -> dict[str, object
         "elementwise": f"{elementwise / time.total:.3f}",
         "unpacking": f"{unpacking / time.total:.3f}",
         "plain_scales": f"{1 - scales.total / time.total:.3f}",
-        "columns_once": f"{2 * (1 - once.total / time.total):.3f}",
     }
 
 

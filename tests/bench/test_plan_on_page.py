@@ -13,6 +13,8 @@ KNOWN_OFF = {
     ("PEFT's table", "s per 5000 steps"),
     ("authors' log", "largest batch"),
     ("PEFT's comparison", "ms"),  # DoRA, while the cache was emptied in each step
+    ("paper", "time against LoRA"),
+    ("paper", "longest sequence against LoRA with dropout"),
 }
 """Where the page says why."""
 

@@ -97,13 +97,16 @@ def test_a_cpu_keeps_programs_for_each_length_of_products_in_bfloat16(monkeypatc
 
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
     monkeypatch.delenv("ONEDNN_PRIMITIVE_CACHE_CAPACITY", raising=False)
+    monkeypatch.delenv("LRU_CACHE_CAPACITY", raising=False)
     # Products with 4 shapes of weights and with the output's; their gradients; and those of 3 heights of deltas.
     assert programs(chunked_loss=False) == 5 + 5 + 3
     assert programs(chunked_loss=False, lengths=10) == 130
     assert programs(lengths=2000) == 1024
     assert programs(lengths=2000, device="cuda") == 0
     monkeypatch.setenv("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
-    assert programs(lengths=2000) == 64
+    assert programs(lengths=2000) == 1024  # torch's own cache keeps them
+    monkeypatch.setenv("LRU_CACHE_CAPACITY", "100")
+    assert programs(lengths=2000) == 100
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
     assert programs() == 0
 
