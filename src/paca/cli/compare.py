@@ -142,6 +142,8 @@ def show_result(result: ComparisonResult, output: Path, console: Console) -> Non
     say(console, f"\n{result.verdict}", style="bold")
     for line in result.cost:
         say(console, line)
+    for line in result.edges:
+        say(console, line, style="yellow")
     say(console, f"Written: {output / 'comparison.html'}, comparison.md, comparison.json")
 
 
