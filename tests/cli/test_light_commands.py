@@ -101,6 +101,7 @@ def test_no_library_is_to_tell_its_makers_unless_the_user_says_so(run: Run, monk
     [
         (None, "There is no file"),
         ("model: {name: some/model}\n", "data.train is missing"),
+        ("model: some/model\n", "must hold keys, not the text 'some/model'. Give it as model: {name: some/model}"),
         (MODEL_AND_DATA + "trian: {seed: 1}\n", "there is no section 'trian'. Did you mean train?"),
         (MODEL_AND_DATA + "eval: {befor: true}\n", "there is no key eval.befor. Did you mean eval.before?"),
         ("model: [\n", "line 2, column 1: not valid YAML"),
@@ -125,6 +126,9 @@ def test_a_config_that_is_wrong_by_itself_is_refused_before_anything_heavy_is_im
         (["train"], "Missing argument"),
         (["train", "--stpes"], "No such option"),
         (["trian"], "No such command"),
+        (["train", "answers.yaml", "--set"], "--set needs a value: SECTION.KEY=VALUE."),
+        (["chat", "runs/answers", "--beside"], "--beside needs a value: RUN_OR_ADAPTER|base. Also show the answers of"),
+        (["chat", "runs/answers", "--beside", "--prompt", "hi"], "--beside needs a value"),
     ],
 )
 def test_a_wrong_command_line_is_refused_before_anything_heavy_is_imported(
@@ -143,6 +147,12 @@ OUTPUT = ["--output", "written"]
     ("command", "message"),
     [
         (["chat", "missing"], "No such folder: missing. Give a run of `paca train`, an adapter's folder or a model's."),
+        (["chat", "answer"], "No such folder: answer. Did you mean 'runs/answers'? Give a run"),
+        (["chat", "answers"], "No such folder: answers. Did you mean 'runs/answers'? Give a run"),
+        (["chat", "runs/answer"], "No such folder: runs/answer. Did you mean 'runs/answers'? Give a run"),
+        (["train", "runs/answers"], "is a folder; a YAML file was expected. Did you mean 'runs/answers/config.yaml'?"),
+        (["train", "run.yml"], "There is no file run.yml. Did you mean 'run.yaml'?"),
+        (["compare", "rum.yaml", *OUTPUT], "no folder of that name. Did you mean 'run.yaml'? Give a run's YAML"),
         (["evaluate", "missing", "--tasks", "arc_easy", *OUTPUT], "No such folder: missing."),
         (["evaluate", "adapter", *OUTPUT], "There is nothing to evaluate adapter on: it is no folder of a run"),
         (["merge", "missing", *OUTPUT], "No such folder: missing. Give a run of `paca train` or an adapter's folder."),
@@ -168,6 +178,9 @@ def test_what_can_not_work_is_refused_before_anything_heavy_is_imported(
     (tmp_path / "adapter" / "adapter_config.json").write_text('{"base_model_name_or_path": "base"}')
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "config.json").write_text("{}")
+    (tmp_path / "runs" / "answers").mkdir(parents=True)
+    for name in ("run.yaml", "runs/answers/config.yaml"):
+        (tmp_path / name).touch()
     done = run(*command)
     assert done.returncode == 1
     assert message in done.stderr

@@ -49,7 +49,9 @@ def test_a_dry_run_shows_the_resolved_run_and_leaves_nothing(workspace: Path) ->
     assert re.search(r"^trainable parameters +\d[\d,]+ \(", output, re.MULTILINE)
     assert re.search(r"^tokens per step +about \d+ \(4 sequences\)$", output, re.MULTILINE)
     assert re.search(r"^steps +10$", output, re.MULTILINE)
-    assert re.search(r"^disk space +about \d.* \(result .*, 3 checkpoints of ", output, re.MULTILINE)
+    assert re.search(
+        r"^disk space +about \d.* \(result .*, at most 3 checkpoints at a time, each ", output, re.MULTILINE
+    )
     assert not (workspace / "dry").exists()
 
 

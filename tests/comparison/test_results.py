@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
+import io
 import json
+from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from comparison.result_maker import result, row
+from paca.cli.compare import show_result
 from paca.comparison.comparable import unlike
+from paca.comparison.compare import edge_of
 from paca.comparison.results import ComparisonResult, MethodResult
 
 BASE = {0: 1.00, 1: 1.02, 2: 0.99}
@@ -226,3 +232,36 @@ def test_it_all_goes_into_json() -> None:
     assert found["methods"][0]["score"]["mean"] == pytest.approx(0.9033, abs=1e-4)
     assert found["methods"][2]["score"] is None
     assert found["score_before"] == 2.0
+
+
+@pytest.mark.parametrize(
+    ("best", "rates", "told"),
+    [
+        (3e-3, [1e-3, 3e-3, 9e-3], None),
+        (
+            1e-3,
+            [3e-3, 1e-3, 9e-3],
+            "The best rate of paca, 0.001, is the lowest that was tried; lower ones may be better.",
+        ),
+        (
+            9e-3,
+            [1e-3, 3e-3, 9e-3],
+            "0.009, is the highest that was tried; higher ones may be better. Add some to --lr.",
+        ),
+        (1e-3, [1e-3, 1e-3], "paca was tried at one rate, 0.001; others may be better. Add some to --lr."),
+        (None, [1e-3, 3e-3], None),  # all failed
+    ],
+)
+def test_a_best_rate_at_the_edge_of_those_tried_is_told(
+    best: float | None, rates: list[float], told: str | None
+) -> None:
+    tried = [row("paca", 0, 1.0, learning_rate=rate) for rate in rates]
+    edge = edge_of(MethodResult("paca", "r 8", best, tried[:1], tried))
+    assert (edge is None) if told is None else (told in str(edge))
+
+
+def test_the_terminal_tells_of_the_edge_too() -> None:
+    output = io.StringIO()
+    found = dataclasses.replace(result({"paca": BASE, "lora": BASE}), edges=["The best rate of paca is the lowest."])
+    show_result(found, Path("compared"), Console(file=output, width=200))
+    assert "\nThe best rate of paca is the lowest.\n" in output.getvalue()

@@ -28,7 +28,7 @@ from paca.messages.errors import PacaError
 from paca.pretrained import gguf as paca_gguf
 from paca.pretrained import load_config, load_pretrained, load_tokenizer, save_trainable_copy
 from paca.pretrained.hub import only_from_cache
-from paca.pretrained.location import neighbour_hint
+from paca.pretrained.location import locate, neighbour_hint
 from tiny_checkpoint import byte_tokenizer, save_base
 from tiny_gguf import write_gguf
 
@@ -316,6 +316,17 @@ def test_a_misspelt_path_is_told_with_its_neighbour(tmp_path: Path) -> None:
         load_config(wrong)
     assert neighbour_hint(str(tmp_path / "models" / "nothing like it")) == ""
     assert neighbour_hint(str(tmp_path / "nowhere" / "smol-135m")) == ""
+
+
+def test_a_folder_of_models_names_them(tmp_path: Path) -> None:
+    (tmp_path / "smol").mkdir()
+    (tmp_path / "smol" / "config.json").touch()
+    with pytest.raises(PacaError, match=r"has no config\.json\. Did you mean '.*/smol'\? A model folder"):
+        locate(str(tmp_path))
+    (tmp_path / "tiny").mkdir()
+    (tmp_path / "tiny" / "config.json").touch()
+    with pytest.raises(PacaError, match=r"It holds models: \['.*/smol', '.*/tiny'\]\. A model folder"):
+        locate(str(tmp_path))
 
 
 def cache_model(base: Path, cache: Path) -> str:

@@ -71,7 +71,10 @@ def test_a_disk_that_may_get_full_is_told(tmp_path: Path, monkeypatch: pytest.Mo
     free(monkeypatch, 99 * MIB)
     tell_of_disk(need, tmp_path / "run", Console(file=output, width=300))
     assert "99.00 MiB is free" in output.getvalue()
-    assert "writes about 100.00 MiB (result 10.00 MiB, 3 checkpoints of 30.00 MiB)" in output.getvalue()
+    assert (
+        "writes about 100.00 MiB (result 10.00 MiB, at most 3 checkpoints at a time, each 30.00 MiB)"
+        in output.getvalue()
+    )
     assert "train.save_total_limit" in output.getvalue()
 
 

@@ -50,7 +50,7 @@ def test_the_plan_says_the_rate_and_its_rule(tmp_path: Path, given: str) -> None
 def test_a_rate_that_is_given_stays(tmp_path: Path) -> None:
     plan = describe(load_run_config(save_workspace(tmp_path)))
     assert plan.config.train["learning_rate"] == 0.01
-    assert dict(plan.lines())["learning rate"] == "0.01"
+    assert dict(plan.lines())["learning rate"] == "0.01 (auto would be 0.0031)"
 
 
 def test_another_word_than_auto_is_refused(tmp_path: Path) -> None:

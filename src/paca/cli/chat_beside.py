@@ -49,6 +49,8 @@ class SideBySide:
                     for piece in stream_reply(loaded, messages, **self.sampling):
                         answers[side] += piece
                         live.update(self._table(answers), refresh=True)
+        if not self.console.is_terminal:
+            self.console.line()  # rich ends the last line in a terminal alone
         for history, answer in zip(self.histories, answers, strict=True):
             history += [question, {"role": "assistant", "content": answer}]
 

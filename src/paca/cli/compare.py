@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from paca.messages.errors import PacaError
+from paca.messages.nearest import did_you_mean_path
 from paca.messages.program import program
 from paca.messages.say import say
 from paca_command import import_package
@@ -56,7 +57,10 @@ def compare(
         raise PacaError(f"--output {output} is a file; a folder was expected, which may be new. Give another name.")
     for path in what:
         if not path.exists():
-            raise PacaError(f"There is no file {path} and no folder of that name. Give a run's YAML, or run folders.")
+            raise PacaError(
+                f"There is no file {path} and no folder of that name.{did_you_mean_path(path, _is_run)} Give a run's "
+                "YAML, or run folders."
+            )
     train = len(what) == 1 and not what[0].is_dir()
     if not train:
         _refuse_options_of_training(context)
@@ -142,7 +146,13 @@ def show_result(result: ComparisonResult, output: Path, console: Console) -> Non
     say(console, f"\n{result.verdict}", style="bold")
     for line in result.cost:
         say(console, line)
+    for line in result.edges:
+        say(console, line, style="yellow")
     say(console, f"Written: {output / 'comparison.html'}, comparison.md, comparison.json")
+
+
+def _is_run(path: Path) -> bool:
+    return path.is_dir() or path.suffix.lower() in (".yaml", ".yml")
 
 
 def _interrupt(number: int, frame: object) -> None:

@@ -52,7 +52,9 @@ def compare(comparison: Comparison, planned: Sequence[PlannedMethod], console: C
         rate = plan.chosen.get(method.name)
         chosen = [row for row in tried if row["learning_rate"] == rate and row["score"] is not None]
         methods.append(MethodResult(method.name, settings_text(method), rate, chosen, tried))
-    result = ComparisonResult(methods, _notes(comparison, planned, methods), comparison.equal)
+    edges = [edge for method in methods if (edge := edge_of(method)) is not None]
+    notes = [*_notes(comparison, planned, methods), *edges]
+    result = ComparisonResult(methods, notes, comparison.equal, edges)
     write_report(comparison.path, result, {job.name: comparison.folder(job) for job in rows})
     return result
 
@@ -122,12 +124,23 @@ def _notes(comparison: Comparison, planned: Sequence[PlannedMethod], methods: Se
             notes.append(f"Equal {what}: each method's r was chosen to match {leader}.")
     notes += [f"{one.method.name} {one.came_out.note}." for one in planned if one.came_out.note]
     for method in methods:
-        rates = sorted({row["learning_rate"] for row in method.tried})
-        if method.rate is not None and method.rate in (rates[0], rates[-1]):
-            notes.append(f"The best rate of {method.name}, {method.rate:g}, is at the edge of those tried.")
         notes += [f"{row['name']} failed: {row['run_info']['error_msg']}" for row in method.failed]
     expected = ["steps"] if "time" in comparison.equal else []
     return notes + _shared_notes((row for method in methods for row in method.rows), expected)
+
+
+def edge_of(method: MethodResult) -> str | None:
+    """A sentence on a method whose best rate is the lowest or the highest that was tried; None for another."""
+    rates = sorted({row["learning_rate"] for row in method.tried})
+    if method.rate not in (rates[0], rates[-1]):
+        return None
+    if len(rates) == 1:
+        return f"{method.name} was tried at one rate, {method.rate:g}; others may be better. Add some to --lr."
+    which, further = ("lowest", "lower") if method.rate == rates[0] else ("highest", "higher")
+    return (
+        f"The best rate of {method.name}, {method.rate:g}, is the {which} that was tried; {further} ones may be "
+        "better. Add some to --lr."
+    )
 
 
 def _shared_notes(rows: Iterable[Row], expected: Sequence[str] = ()) -> list[str]:

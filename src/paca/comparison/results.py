@@ -205,6 +205,8 @@ class ComparisonResult:
     """What a reader has to know of how it was made."""
     equal: tuple[str, ...] = ()
     """What was made the same for all methods."""
+    edges: Sequence[str] = ()
+    """Those notes that say of a method that its best rate may lie beyond those tried."""
 
     @property
     def metric(self) -> str:

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from paca.messages.errors import PacaError
+from paca.messages.nearest import did_you_mean_path
 from paca.pretrained.adapter_folder import ADAPTER_CONFIG, checked, expanded, find_adapter, find_base, find_task
 from paca.pretrained.purpose import classifier_in
 
@@ -65,7 +66,8 @@ def import_source(path: str | Path) -> Path:
     """The folder of a foreign adapter's config, for the folder or the file of its tensors; PacaError without one."""
     given = expanded(path)
     if not os.path.exists(given):
-        raise PacaError(f"No such file or folder: {given}. Give the folder of an adapter, or the file in it.")
+        hint = did_you_mean_path(given, Path.exists)
+        raise PacaError(f"No such file or folder: {given}.{hint} Give the folder of an adapter, or the file in it.")
     folder = given.parent if given.is_file() else given
     if not (folder / ADAPTER_CONFIG).is_file():
         raise PacaError(

@@ -15,7 +15,7 @@ from huggingface_hub.utils import validate_repo_id
 from paca.data.file_content import add_file
 from paca.data.rows import SUFFIXES, Row, rows_of
 from paca.messages.errors import PacaError
-from paca.messages.nearest import did_you_mean
+from paca.messages.nearest import did_you_mean_path
 
 HUB_SOURCE = re.compile(r"(?P<id>[^\[\]:]+)(:(?P<config>[^\[\]]+))?(\[(?P<split>.+)\])?")
 
@@ -83,12 +83,15 @@ def find_source(name: str, split: str) -> Source:
         or match is None
         or not is_hub_id(match["id"])
     ):
-        beside = [str(path.with_name(file.name)) for file in path.parent.iterdir()] if path.parent.is_dir() else []
         raise PacaError(
-            f"There is no data file or folder {name!r} (working folder: {Path.cwd()}).{did_you_mean(name, beside)} "
-            "Check the path (data.train, data.eval)."
+            f"There is no data file or folder {name!r} (working folder: {Path.cwd()}).{_neighbour_hint(path)} Check "
+            "the path (data.train, data.eval)."
         )
     return Source(name, hub=load_from_hub(name, match["id"], match["config"], match["split"] or split))
+
+
+def _neighbour_hint(path: Path) -> str:
+    return did_you_mean_path(path, lambda there: there.is_dir() or there.suffix.lower() in SUFFIXES)
 
 
 def is_hub_id(name: str) -> bool:
@@ -110,8 +113,9 @@ def load_from_hub(name: str, hub_id: str, config: str | None, split: str) -> dat
         return datasets.load_dataset(hub_id, config, split=split)
     except ConnectionError as error:
         raise PacaError(
-            f"There is no data file or folder {name!r} here. It looks like a dataset on the hub, but the hub cannot be "
-            "reached and there is no copy in the local cache. Connect to the internet, or give a file."
+            f"There is no data file or folder {name!r} here.{_neighbour_hint(Path(name))} It looks like a dataset on "
+            "the hub, but the hub cannot be reached and there is no copy in the local cache. Connect to the internet, "
+            "or give a file."
         ) from error
     except datasets.exceptions.DatasetNotFoundError as error:
         raise PacaError(

@@ -1,14 +1,15 @@
-"""The name that somebody who misspelt one most likely meant."""
+"""The name or the path that somebody who misspelt one most likely meant."""
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from pathlib import Path
 
 
 def nearest(name: str, valid: Iterable[str], cutoff: float = 0.5) -> str | None:
     """The valid name closest in spelling to `name`, or None if none is as alike as `cutoff`: 0 (not at all) to 1."""
-    return next(iter(difflib.get_close_matches(name, list(valid), 1, cutoff)), None)
+    return next(iter(_closest(name, valid, 1, cutoff)), None)
 
 
 def did_you_mean(name: str, valid: Iterable[str], form: str = "{!r}", count: int = 1) -> str:
@@ -20,5 +21,31 @@ def did_you_mean(name: str, valid: Iterable[str], form: str = "{!r}", count: int
         form: How a name is shown.
         count: How many names to offer at most.
     """
-    close = difflib.get_close_matches(name, list(valid), count, 0.5)
+    close = _closest(name, valid, count, 0.5)
     return f" Did you mean {' or '.join(map(form.format, close))}?" if close else ""
+
+
+def did_you_mean_path(path: str | Path, meant: Callable[[Path], bool]) -> str:
+    """The same for a path that is not there, of which one part may be misspelt.
+
+    Args:
+        path: As it was given.
+        meant: Whether a path that is there is of the wanted kind.
+    """
+    path = missing = Path(path)
+    try:
+        while not missing.parent.is_dir():
+            missing = missing.parent
+        rest = path.relative_to(missing)
+        there = [entry.name for entry in missing.parent.iterdir() if meant(entry / rest)]
+    except (OSError, ValueError):  # a folder that can't be read, a name that no file can have
+        return ""
+    close = nearest(missing.name, there)
+    return "" if close is None else f" Did you mean {str(missing.parent / close / rest)!r}?"
+
+
+def _closest(name: str, valid: Iterable[str], count: int, cutoff: float) -> list[str]:
+    """Names in another case are the nearest, after `name` itself."""
+    valid = list(valid)
+    same = [each for each in valid if each.lower() == name.lower()]
+    return difflib.get_close_matches(name, same, 1, 0.0) or difflib.get_close_matches(name, valid, count, cutoff)

@@ -12,6 +12,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from paca.messages.errors import PacaError
+from paca.messages.nearest import did_you_mean_path
 from paca.messages.program import program
 from paca.messages.shown import shown
 from paca.pretrained.claims import holder_of
@@ -44,7 +45,7 @@ def find_adapter(path: str | Path, *, or_model: bool = True, or_hub: bool = Fals
             if locate(str(path)).source == "hub":
                 return None
         wanted = ", an adapter's folder or a model's" if or_model else " or an adapter's folder"
-        raise PacaError(f"No such folder: {folder}. Give a run of `paca train`{wanted}.")
+        raise PacaError(f"No such folder: {folder}.{run_hint(folder)} Give a run of `paca train`{wanted}.")
     if not folder.is_dir():
         if folder.suffix.lower() == ".gguf":
             return None
@@ -68,6 +69,14 @@ def find_adapter(path: str | Path, *, or_model: bool = True, or_hub: bool = Fals
         f"{folder} is not an adapter: it has no {ADAPTER_CONFIG}, nor adapter/{ADAPTER_CONFIG} as a run does"
         f"{', nor the config.json of a model' if or_model else ''}. It holds: {found}."
     )
+
+
+def run_hint(folder: Path) -> str:
+    """`" Did you mean ...?"` for a folder that is not there: one of nearly that name, also in `runs/`."""
+    in_runs = Path("runs", folder)
+    if in_runs.is_dir():
+        return f" Did you mean {str(in_runs)!r}?"
+    return did_you_mean_path(folder, Path.is_dir) or did_you_mean_path(in_runs, Path.is_dir)
 
 
 def checked(adapter: Path) -> Path:

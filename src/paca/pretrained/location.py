@@ -12,7 +12,7 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
 from paca.messages.errors import PacaError
-from paca.messages.nearest import nearest
+from paca.messages.nearest import did_you_mean_path
 from paca.messages.shown import shown
 
 Source = Literal["hub", "folder", "gguf"]
@@ -76,13 +76,8 @@ def locate(name: str) -> Location:
 
 
 def neighbour_hint(name: str) -> str:
-    """`" Did you mean ...?"` for a path that is not there, where its folder holds something of nearly that name."""
-    path = Path(name).expanduser()
-    try:
-        close = nearest(path.name, [each.name for each in path.parent.iterdir() if _may_be_model(each)])
-    except OSError:  # no such folder either
-        return ""
-    return "" if close is None else f" Did you mean {str(path.parent / close)!r}?"
+    """`" Did you mean ...?"` for a path that is not there, where something of nearly that name is."""
+    return did_you_mean_path(Path(name).expanduser(), _may_be_model)
 
 
 def _may_be_model(path: Path) -> bool:
@@ -106,7 +101,9 @@ def _check_folder(path: Path, name: str) -> None:
     gguf_files = sorted(file.name for file in path.glob("*.gguf"))
     if gguf_files:
         raise PacaError(f"The folder {name!r} holds GGUF files; give one of them, not the folder: {gguf_files}.")
+    models = sorted(str(Path(name, each.parent.name)) for each in path.glob("*/config.json"))
+    hint = f" Did you mean {models[0]!r}?" if len(models) == 1 else f" It holds models: {models}." if models else ""
     raise PacaError(
-        f"The folder {name!r} is not a model: it has no config.json. A model folder holds config.json, the weights "
-        "(*.safetensors) and the tokenizer's files."
+        f"The folder {name!r} is not a model: it has no config.json.{hint} A model folder holds config.json, the "
+        "weights (*.safetensors) and the tokenizer's files."
     )

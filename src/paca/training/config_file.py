@@ -54,6 +54,10 @@ def load_run_config(path: str | os.PathLike[str], overrides: Iterable[str] = ())
     return config
 
 
+_FIRST = {"model": "name", "data": "train", "output": "dir"}
+"""The key that is meant where a section is given as one value."""
+
+
 def _read_sections(path: Path, overrides: Iterable[str]) -> tuple[dict[str, dict[str, Any]], Origins]:
     content, lines = read_yaml(path)
     origins = Origins(path, lines)
@@ -66,7 +70,8 @@ def _read_sections(path: Path, overrides: Iterable[str]) -> tuple[dict[str, dict
         if name not in names:
             raise PacaError(f"{origins.of(name)}: there is no section {name!r}.{_section_hint(name, names)}")
         if values is not None and not isinstance(values, dict):
-            raise PacaError(f"{origins.of(name)}: the section {name} must hold keys, not {shown(values)}.")
+            form = f" Give it as {name}: {{{_FIRST[name]}: {values}}}" if name in _FIRST else ""
+            raise PacaError(f"{origins.of(name)}: the section {name} must hold keys, not {shown(values)}.{form}")
     sections: dict[str, dict[str, Any]] = {
         name: dict(content.get(name) or {}) for name in names if name in content or name not in METHODS
     }

@@ -40,7 +40,9 @@ class DiskNeed:
     def __str__(self) -> str:
         parts = [f"result {format_bytes(self.result)}"]
         if self.checkpoints:
-            count = f"{self.checkpoints} checkpoints of" if self.checkpoints > 1 else "a checkpoint of"
+            count = (
+                f"at most {self.checkpoints} checkpoints at a time, each" if self.checkpoints > 1 else "a checkpoint of"
+            )
             parts.append(f"{count} {format_bytes(self.checkpoint)}")
         if self.base:
             parts.append(f"the base as a checkpoint {format_bytes(self.base)}")

@@ -56,8 +56,8 @@ class Plan:
     """Kinds of module that are adapted, such as `q_proj`; none where a method has no such modules."""
     adapted_layers: int
     """How many modules are adapted."""
-    rate_rule: str | None
-    """Where the rate is from, in words; None where the user gave it."""
+    rate_rule: str
+    """Where the rate is from, in words; what `auto` would be, where the user gave another."""
     own_defaults: dict[str, Any]
     """Settings of `train` that the user did not give and that are others than TRL's own."""
     train_examples: int
@@ -119,7 +119,7 @@ class Plan:
             ("held-out examples", "none" if self.eval_examples is None else f"{self.eval_examples:,}"),
             (f"{kind.counts} per step", per_step),
             ("steps", self._steps()),
-            ("learning rate", f"{self.config.train['learning_rate']:g}{self._rate_rule()}"),
+            ("learning rate", f"{self.config.train['learning_rate']:g} ({self.rate_rule})"),
             ("run folder", self.config.output.dir),
             ("disk space", str(self.disk)),
         ]
@@ -130,9 +130,6 @@ class Plan:
         if self.processes > 1:
             lines.insert(-2, ("processes", str(self.processes)))
         return lines
-
-    def _rate_rule(self) -> str:
-        return "" if self.rate_rule is None else f" (auto: {self.rate_rule})"
 
     def _adapted(self) -> str:
         return f", on {', '.join(self.targets)}: {self.adapted_layers} layers" if self.targets else ""
@@ -211,7 +208,8 @@ def prepare(config: RunConfig, *, whole: bool = True) -> PreparedRun:
         given, model, has_eval=held_out is not None, method=method, adapter=config.adapter
     )
     automatic = given.get("learning_rate", AUTO) == AUTO
-    rate_rule = automatic_rate(kind, method, config.adapter)[1] if automatic else None
+    rate, rule = automatic_rate(kind, method, config.adapter)
+    rate_rule = f"auto: {rule}" if automatic else f"auto would be {rate:g}"
     check_target_names(method, config.adapter, model, named.name)
     if named.quantization is not None:
         model = quantize_outline(model, named.quantization)

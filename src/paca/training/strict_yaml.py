@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 import yaml
 
 from paca.messages.errors import PacaError
+from paca.messages.nearest import did_you_mean_path
 
 _DATA = (".jsonl", ".csv", ".parquet")
 
@@ -77,13 +78,15 @@ def read_yaml(path: Path) -> tuple[Any, dict[str, int]]:
         PacaError: The file is missing, unreadable, not UTF-8, not valid YAML or has a key twice.
     """
     if path.is_dir():
-        raise PacaError(f"{path} is a folder; a YAML file was expected.")
+        of_run = path / "config.yaml"
+        hint = f" Did you mean {str(of_run)!r}?" if of_run.is_file() else ""
+        raise PacaError(f"{path} is a folder; a YAML file was expected.{hint}")
     if path.suffix.lower() in _DATA:
         raise PacaError(f"{path} is data, by its name; a run's YAML file was expected, which names it as data.train.")
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
-        raise PacaError(f"There is no file {path}.") from None
+        raise PacaError(f"There is no file {path}.{did_you_mean_path(path, _is_yaml)}") from None
     except (OSError, UnicodeDecodeError) as error:
         raise PacaError(f"{path} can't be read: {error}.") from error
     try:
@@ -91,6 +94,10 @@ def read_yaml(path: Path) -> tuple[Any, dict[str, int]]:
     except yaml.YAMLError as error:
         raise PacaError(f"{path}{_place(error)}: not valid YAML: {_problem(error)}.{_advice(error)}") from error
     return content, _lines(root)
+
+
+def _is_yaml(path: Path) -> bool:
+    return path.suffix.lower() in (".yaml", ".yml") and path.is_file()
 
 
 def parse_value(text: str) -> Any:

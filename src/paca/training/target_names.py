@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,9 +15,10 @@ _LISTED = 20
 
 
 def check_target_names(method: str, settings: Mapping[str, Any], model: nn.Module, model_name: str) -> None:
-    """Refuse a list of targets with a name that no module of the model ends in.
+    """Refuse a list of targets with a name that no module of the model ends in, and a single name without a list.
 
-    PEFT leaves such a name out without a word where another one fits; nobody who wrote it meant that.
+    Of a list PEFT leaves such a name out without a word where another one fits; nobody who wrote it meant that. A text
+    is a regular expression to PEFT, which has to match whole names.
 
     Args:
         method: The name of the method's section.
@@ -28,10 +30,20 @@ def check_target_names(method: str, settings: Mapping[str, Any], model: nn.Modul
         PacaError: Names the target, the nearest module and those that there are.
     """
     targets = settings.get("target_modules")
-    if not isinstance(targets, (list, tuple, set)):
-        return  # a regular expression, or 'all-linear'
     names = [name for name, _ in model.named_modules()]
+    if isinstance(targets, str) and re.fullmatch(r"\w+", targets) and targets not in names:
+        single: str | None = targets  # neither 'all-linear' nor a pattern
+        targets = [targets]
+    elif isinstance(targets, (list, tuple, set)):
+        single = None
+    else:
+        return
     unknown = [target for target in targets if not any(f".{name}".endswith(f".{target}") for name in names)]
+    if not unknown and single is not None:
+        raise PacaError(
+            f"The section {method} does not fit {model_name}: {method}.target_modules is the text {single!r}, a "
+            f"pattern that matches no whole name. Give a list of the ends of names: [{single}]."
+        )
     if not unknown:
         return
     # Layers that hold weights in their last dimension(s); norms and activations are none that can be adapted.
