@@ -20,12 +20,12 @@ from io import StringIO
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from paca.messages.errors import PacaError
+from paca.messages.shown import shown
 from paca.training.answers import SideBySide
 from paca.training.found_runs import find_runs, name_in
 from paca.training.metrics import read_rows
+from paca.training.strict_yaml import read_yaml
 from paca.training.tracking import ANSWERS, answers_of, figures_of, results_of
 
 logger = logging.getLogger(__name__)
@@ -178,8 +178,10 @@ def _named(row: dict[str, Any]) -> dict[str, Any]:
 def _settings(run: Path) -> dict[str, Any]:
     """The settings of a run, each by its dotted key."""
     file = run / "config.yaml"
-    sections = yaml.safe_load(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    return {f"{section}.{key}": value for section, values in sections.items() for key, value in (values or {}).items()}
+    sections = read_yaml(file)[0] if file.is_file() else {}
+    found = {f"{section}.{key}": value for section, values in sections.items() for key, value in (values or {}).items()}
+    # A list may repeat another one by its name, and grow beyond all bounds where it is written out.
+    return {key: shown(value) if isinstance(value, (list, dict)) else value for key, value in found.items()}
 
 
 def _read(file: Path) -> dict[str, Any]:
