@@ -39,9 +39,9 @@ class _CoreSchemaLoader(yaml.SafeLoader):
         return super().construct_mapping(node, deep=deep)
 
     def fetch_flow_collection_start(self, token_class: Any) -> None:
-        if self.flow_level >= _DEEPEST:  # type: ignore[has-type]
+        if self.flow_level >= _DEEPEST:
             raise yaml.scanner.ScannerError(None, None, "it is nested too deeply", self.get_mark())
-        super().fetch_flow_collection_start(token_class)  # type: ignore[misc]
+        super().fetch_flow_collection_start(token_class)
 
 
 def _construct_int(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> int:
