@@ -211,6 +211,9 @@ def test_the_page_of_runs_follows_what_they_write(storage: Any, tmp_path: Path) 
     for number, broken in enumerate(("[1]\n", '{"a": 1}\n')):
         (tmp_path / "all" / f"broken{number}").mkdir()
         (tmp_path / "all" / f"broken{number}" / "metrics.jsonl").write_text(broken)
+    for number, broken in enumerate(("[1]", '{"steps": 3}', "[" * 100_000)):
+        damaged = write_run(tmp_path / "all" / f"damaged{number}", steps=1)
+        (damaged / "summary.json").write_text(broken)
     (tmp_path / "all" / "gone").mkdir()
     (tmp_path / "all" / "gone" / "metrics.jsonl").symlink_to("removed")
     page.update()
