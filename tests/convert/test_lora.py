@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import shutil
 from pathlib import Path
@@ -268,3 +269,13 @@ def test_an_output_in_use_is_refused_and_left_alone(uneven: Path, tmp_path: Path
     with pytest.raises(PacaError, match="which the export reads"):
         export_adapter(uneven / "adapter", uneven / "adapter", "lora", overwrite=True)
     assert AutoModelForCausalLM.from_pretrained(uneven / "base").dtype == torch.float32
+
+
+def test_the_code_on_its_card_is_ours_whatever_the_adapter_names() -> None:
+    evil = 'main"); __import__("os").system("evil"); ("'
+    adapter = adapter_in_model(adapted_perceptron())
+    adapter.config.task_type, adapter.config.base_model_name_or_path, adapter.config.revision = "CAUSAL_LM", evil, evil
+    code = lora_card(adapter).split("```python\n")[1].split("```")[0]
+    calls = [node for node in ast.walk(ast.parse(code)) if isinstance(node, ast.Call)]
+    assert [ast.unparse(call.func).rpartition(".")[2] for call in calls] == ["from_pretrained", "from_pretrained"]
+    assert ast.literal_eval(calls[0].args[0]) == evil

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import pickle
+import resource
+import sqlite3
 import statistics
 from pathlib import Path
 from typing import Any
@@ -226,3 +229,49 @@ def test_an_adapter_of_untied_embeddings_stays_on_untied_ones(tmp_path: Path) ->
     results = evaluated(loaded, tmp_path / "out", save_task(tmp_path, "sums", 8))
     assert torch.equal(loaded.model(tokens).logits, before)
     assert results["base"]["samples"] != results["adapter"]["samples"]
+
+
+class Touch:
+    """Runs code when it is unpickled."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+
+    def __reduce__(self) -> Any:
+        return open, (str(self.file), "w")
+
+
+def test_a_strangers_kept_answers_run_no_code(loaded: LoadedModel, tmp_path: Path) -> None:
+    task, ran, output = save_task(tmp_path, "letters", 2), tmp_path / "ran", tmp_path / "out"
+    evaluated(loaded, output, task)
+    for bad in (pickle.dumps(Touch(ran)), b"damaged"):
+        for file in (output / "answers").glob("*.db"):
+            with sqlite3.connect(file) as connection:
+                connection.execute("UPDATE unnamed SET value = ?", (bad,))
+            connection.close()
+        with pytest.raises(PacaError, match=r"Answers can't be kept in .*db: (it names|could not find)"):
+            evaluated(loaded, output, task)
+    assert not ran.exists()
+
+
+def test_answers_for_which_there_is_no_room_are_told_in_one_message(
+    loaded: LoadedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    task, output = save_task(tmp_path, "letters", 2), tmp_path / "out"
+    found, limit = load_tasks([str(task)]), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, limit[1]))
+    try:
+        with pytest.raises(PacaError, match="model could not be written"):
+            evaluate_tasks(loaded, found, HarnessSettings(), output, Tally())
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+
+    def full(*_: Any) -> None:
+        raise sqlite3.OperationalError("database or disk is full")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("sqlitedict.SqliteDict.__setitem__", full)
+        with pytest.raises(PacaError, match=r"Answers can't be kept in .*: database or disk is full\. .*make room"):
+            evaluated(loaded, output, task)
+    evaluated(loaded, output, task)
+    assert (output / "results.json").is_file()

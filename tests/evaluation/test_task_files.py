@@ -25,3 +25,27 @@ def test_a_file_that_is_wrong_is_not_taken_for_data_that_is_missing(tmp_path: Pa
     file.write_text(file.read_text().replace("{{question}}", "{{query}}"))
     with pytest.raises(PacaError, match=r"cannot be loaded: 'query' is undefined\n.*names a field, a metric"):
         load_tasks([str(file)])
+
+
+def test_a_task_file_that_came_with_the_adapter_is_not_run(tmp_path: Path) -> None:
+    adapter, ran = tmp_path / "adapter", tmp_path / "ran"
+    adapter.mkdir()
+    file = save_task(adapter, "mine", 3)
+    (adapter / "functions.py").write_text(f"open({str(ran)!r}, 'w')\ndef same(rows):\n    return rows\n")
+    file.write_text(file.read_text() + "\nprocess_docs: !function functions.same\n")
+    (tmp_path / "link.yaml").symlink_to(file)
+    for path in (file, tmp_path / "adapter" / ".." / "adapter" / file.name, tmp_path / "link.yaml"):
+        with pytest.raises(PacaError, match="runs the code that is in such a file"):
+            load_tasks([str(path)], strangers=adapter)
+    assert not ran.exists()
+    load_tasks([str(file)])
+    assert ran.exists()  # which is why
+
+
+@pytest.mark.parametrize("content", [b"\xff\xfe", b"group: 3\ntask: [a]\n", b"group: [x]\n", b"[1]", b"task: x\n"])
+def test_a_file_that_is_no_task_is_told_in_one_message(tmp_path: Path, content: bytes) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_bytes(content)
+    (tmp_path / "other.yaml").write_text("task: other\n")  # whose name cannot be sorted with a number
+    with pytest.raises(PacaError, match=r"mine\.yaml|cannot be listed"):
+        load_tasks([str(file)])

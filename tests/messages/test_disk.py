@@ -67,3 +67,11 @@ def test_other_errors_stay_what_they_are(error: Exception, tmp_path: Path) -> No
     with pytest.raises(type(error)), writing(tmp_path):
         raise error
     assert not isinstance(error, DiskError)
+
+
+def test_of_a_copy_the_file_that_could_not_be_written_is_named(tmp_path: Path) -> None:
+    error = OSError(errno.ENOSPC, "No space left on device", "/elsewhere/source", None, str(tmp_path / "copy"))
+    told = disk_error(error, tmp_path)
+    assert told is not None
+    assert f"{tmp_path / 'copy'} could not be written" in str(told)
+    assert "/elsewhere" not in str(told)

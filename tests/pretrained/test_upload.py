@@ -163,3 +163,35 @@ def test_nothing_is_trained_where_nothing_could_be_pushed(hub: Hub, config_file:
     assert status == 1
     assert output.startswith("me/trained can't be put on the hub")
     assert not (tmp_path / "run").exists()
+
+
+def test_no_file_of_elsewhere_is_pushed_for_a_link_to_it(hub: Hub, run: Path, tmp_path: Path) -> None:
+    secret, model = tmp_path / "id_rsa", tmp_path / "model"
+    secret.write_text("a key")
+    model.mkdir()
+    (model / "config.json").write_text("{}")
+    for link in (run / "adapter/notes/key.txt", run / "adapter/notes/deep/key", model / "key.json"):
+        link.parent.mkdir(parents=True, exist_ok=True)
+        link.symlink_to(secret)
+        with pytest.raises(PacaError, match=f"{link.name} is a link out of its folder, to {secret}"):
+            upload(model if link.parent == model else run, "me/answers")
+        assert "me/answers" not in hub.files
+        link.unlink()
+    (model / "own.json").symlink_to(model / "config.json")
+    assert upload(model, "me/answers").files == ["config.json", "own.json"]
+
+
+def test_a_card_that_is_none_is_named(hub: Hub, run: Path) -> None:
+    for card in (
+        b"---\n- a\n---\nx",
+        b"---\nno end",
+        b"---\n{\n---\nx",
+        b"---\n" + b"- " * 2_000 + b"\n---\n",
+        b"\xff",
+    ):
+        (run / "adapter" / "README.md").write_bytes(card)
+        with pytest.raises(PacaError, match=r"README\.md is no card"):
+            upload(run, "me/answers", base_model="org/base")
+    (run / "adapter" / "adapter_config.json").write_text('{"base_model_name_or_path": [1]}')
+    with pytest.raises(PacaError, match="base_model_name_or_path must be a text"):
+        upload(run, "me/answers")

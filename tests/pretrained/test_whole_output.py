@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from paca.messages.disk import DiskError
+from paca.messages.errors import PacaError
 from paca.pretrained.claims import Claim
 from paca.pretrained.whole_output import whole_output
 from paca.training.run_folder import RunFolder
@@ -89,3 +90,62 @@ def disk_calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     monkeypatch.setattr(os, "replace", lambda old, new: (done.append("renamed"), replace(old, new)))
     monkeypatch.setattr(shutil, "rmtree", lambda path, **how: (done.append("gone"), rmtree(path, **how)))
     return done
+
+
+def test_what_came_meanwhile_is_not_replaced_unasked(tmp_path: Path) -> None:
+    for name in ("folder", "file"):
+        output = tmp_path / name
+        refused = pytest.raises(PacaError, match="was not there when this began")
+        with refused, whole_output(output, overwrite=False) as new:
+            for place, text in ((new, "new"), (output, "mine")):
+                if name == "folder":
+                    place.mkdir()
+                (place / "model" if name == "folder" else place).write_text(text)
+        assert (output / "model" if name == "folder" else output).read_text() == "mine"
+    assert sorted(tmp_path.iterdir()) == [tmp_path / "file", tmp_path / "folder"]
+
+
+def test_ctrl_c_between_the_renames_puts_back_what_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(tmp_path / "out", "first")
+    replace = os.replace
+
+    def stopped(source: Path, target: Path) -> None:
+        replace(source, target)
+        if target.suffix == ".replaced":
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            write(tmp_path / "out", "second")
+    assert (tmp_path / "out" / "model").read_text() == "first"
+    assert [*tmp_path.iterdir()] == [tmp_path / "out"]
+
+
+def test_two_processes_that_replace_one_folder_both_end_well(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The other one puts its result there after this one took the old result away, and before this one's is there."""
+    write(tmp_path / "out", "first")
+    replace, others = os.replace, ["other"]
+
+    def raced(source: Path, target: Path) -> None:
+        replace(source, target)
+        if target.suffix == ".replaced" and others:
+            (tmp_path / "out").mkdir()
+            (tmp_path / "out" / "model").write_text(others.pop())
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", raced)
+        write(tmp_path / "out", "second")
+    assert others == []
+    assert (tmp_path / "out" / "model").read_text() == "second"
+    assert [*tmp_path.iterdir()] == [tmp_path / "out"]
+
+
+def test_a_link_is_followed(tmp_path: Path) -> None:
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    write(tmp_path / "link", "first")
+    write(tmp_path / "link", "second")
+    assert (tmp_path / "real" / "model").read_text() == "second"
+    assert (tmp_path / "link").is_symlink()
+    assert sorted(tmp_path.iterdir()) == [tmp_path / "link", tmp_path / "real"]

@@ -91,3 +91,10 @@ def test_unreadable_files_are_errors_that_name_them(tmp_path: Path) -> None:
         with pytest.raises(PacaError, match=problem) as caught:
             read_yaml(tmp_path / name)
         assert str(tmp_path / name) in str(caught.value)
+
+
+@pytest.mark.parametrize("text", ["model: " + "[" * 20_000, "- " * 20_000 + "a", "a: " + "{a: " * 20_000])
+def test_what_is_nested_too_deeply_is_refused_at_once(tmp_path: Path, text: str) -> None:
+    (tmp_path / "config.yaml").write_text(text)
+    with pytest.raises(PacaError, match=r"config\.yaml.*: not valid YAML: it is nested too deeply"):
+        read_yaml(tmp_path / "config.yaml")

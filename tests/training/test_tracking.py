@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import socket
 import sys
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -209,6 +211,9 @@ def test_the_page_of_runs_follows_what_they_write(storage: Any, tmp_path: Path) 
     for number, broken in enumerate(("[1]\n", '{"a": 1}\n')):
         (tmp_path / "all" / f"broken{number}").mkdir()
         (tmp_path / "all" / f"broken{number}" / "metrics.jsonl").write_text(broken)
+    for number, broken in enumerate(("[1]", '{"steps": 3}', "[" * 100_000)):
+        damaged = write_run(tmp_path / "all" / f"damaged{number}", steps=1)
+        (damaged / "summary.json").write_text(broken)
     (tmp_path / "all" / "gone").mkdir()
     (tmp_path / "all" / "gone" / "metrics.jsonl").symlink_to("removed")
     page.update()
@@ -221,9 +226,20 @@ def test_the_page_of_runs_follows_what_they_write(storage: Any, tmp_path: Path) 
     assert [log["eval/choice_after"] for log in logs if "eval/choice_after" in log] == [1.0]
 
 
+def test_a_runs_settings_are_bounded_where_they_are_shown(tmp_path: Path) -> None:
+    names = "abcdefghij"
+    lines = ["  a: &a [x, x]\n", *(f"  {b}: &{b} [{', '.join([f'*{a}'] * 9)}]\n" for a, b in pairwise(names))]
+    (tmp_path / "config.yaml").write_text("train:\n  lr: 0.1\n" + "".join(lines))  # 2 * 9**9 values in all
+    found = runs_page._settings(tmp_path)
+    assert found["train.lr"] == 0.1
+    assert len(json.dumps(found)) < 2**22
+
+
 def test_runs_are_found_in_their_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     found = [write_run(tmp_path / name, steps=1) for name in ("a", "compared/runs/b", "compared/runs/c")]
     (tmp_path / "a" / "adapter").mkdir()
+    (tmp_path / "d").mkdir()
+    os.mkfifo(tmp_path / "d" / "metrics.jsonl")
     assert find_runs(tmp_path) == found
     assert find_runs(tmp_path / "a") == found[:1]
     monkeypatch.setattr(runs_page, "find_spec", lambda name: None)

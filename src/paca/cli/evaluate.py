@@ -19,6 +19,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from paca.evaluation.kept_lines import alone_in
 from paca.messages.errors import PacaError
 from paca.messages.program import program
 from paca.messages.say import say
@@ -93,7 +94,7 @@ def evaluate(
     os.environ.setdefault("TQDM_DISABLE", "1")
     console = Console()
     try:
-        with Shown(console) as shown:
+        with alone_in(output), Shown(console) as shown:
             say(console, f"Loading {path} ...")
             if names and importlib.util.find_spec("lm_eval") is None:
                 raise PacaError("--tasks needs lm-evaluation-harness. Install it: pip install lm-eval")
@@ -117,7 +118,7 @@ def evaluate(
                 logging.getLogger("lm_eval").setLevel(logging.ERROR)  # its warnings tell of defaults that it takes
                 from paca.evaluation.task_files import load_tasks
 
-                found = load_tasks(names)
+                found = load_tasks(names, Path(path))
             if mt_bench is not None:
                 from paca.evaluation.mt_bench_questions import read_questions
 

@@ -51,8 +51,10 @@ def export_adapter(
     else:
         output = adapter_output(path, output, base_model, overwrite)
     adapter = read_adapter(path, base_model)
-    with whole_output(output, sum(layer.delta.nbytes for layer in adapter.layers.values())) as partial:
+    beside = [] if to == "gguf" else tokenizer_files(adapter_in(path))
+    needs = sum(layer.delta.nbytes for layer in adapter.layers.values()) + sum(file.stat().st_size for file in beside)
+    with whole_output(output, needs, overwrite=overwrite) as partial:
         _WRITERS[to](adapter, partial)
-        for file in [] if to == "gguf" else tokenizer_files(adapter_in(path)):
+        for file in beside:
             shutil.copyfile(file, partial / file.name)
     return Exported(output, adapter)

@@ -75,7 +75,7 @@ def import_adapter(
     with explaining(folder):
         foreign, model = _read(folder, settings, tensors, base)
         adapter = _check(foreign, settings, base, model, recorded_quantization(file))
-    with whole_output(output) as partial:
+    with whole_output(output, overwrite=overwrite) as partial:
         write_adapter(partial, adapter.config.to_dict(), adapter.saved_whole | column_tensors(adapter.layers))
         for beside in tokenizer_files(folder):
             shutil.copyfile(beside, partial / beside.name)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shlex
 from typing import Any
 
 import yaml
@@ -67,15 +69,20 @@ def _quantized(kind: str | None) -> str:
 
 
 def _code(base: str, revision: str | None) -> str:
-    options = 'dtype="auto"' if revision is None else f'dtype="auto", revision="{revision}"'
+    # Quoted: whoever made the adapter chose these texts, and people run this code.
+    options = 'dtype="auto"' if revision is None else f'dtype="auto", revision={_quoted(revision)}'
     return f"""PEFT is enough; paca is not needed.
 
 ```python
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-model = AutoModelForCausalLM.from_pretrained("{base}", {options})
+model = AutoModelForCausalLM.from_pretrained({_quoted(base)}, {options})
 model = PeftModel.from_pretrained(model, "{_HERE}")
 ```
 
-`paca import {_HERE} --base {base} --output FOLDER` makes it a PaCA adapter again."""
+`paca import {_HERE} --base {shlex.quote(base)} --output FOLDER` makes it a PaCA adapter again."""
+
+
+def _quoted(text: str) -> str:
+    return json.dumps(text, ensure_ascii=False)

@@ -81,7 +81,7 @@ def merge_to_folder(
         loaded = load(dtype="float32")
     expected = _probe_logits(loaded.model) if verify else None
     base = loaded.base
-    with whole_output(output, _bytes_of(loaded.model, wanted)) as unfinished:
+    with whole_output(output, _bytes_of(loaded.model, wanted), overwrite=overwrite) as unfinished:
         _write(loaded, wanted, unfinished)
         del loaded
         difference = None if expected is None else _difference_from(expected, unfinished)

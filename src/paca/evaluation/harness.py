@@ -7,10 +7,13 @@ is finished is read back, not computed.
 from __future__ import annotations
 
 import contextlib
+import io
 import json
+import pickle
 import signal
+import sqlite3
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -83,11 +86,7 @@ def _claim(output: Path, name: str) -> None:
         )
     if not marker.is_file() and (output / "results.json").exists():
         raise PacaError(f"{output} holds results of something else (results.json). Give another --output.")
-    try:
-        marker.parent.mkdir(parents=True, exist_ok=True)
-        marker.write_text(name, encoding="utf-8")
-    except OSError as error:
-        raise PacaError(f"{output} cannot be written: {error}. Give another --output.") from error
+    write_whole(marker, name)  # half of it would be another model's name
 
 
 def _evaluate(
@@ -101,9 +100,9 @@ def _evaluate(
 ) -> dict[str, Any]:
     model = _WatchedModel(loaded, side, settings.batch_size, watcher)
     kept = output / "answers" / f"{side}-{identity(loaded, adapted=side != BASE)}"
-    try:
-        # Outside of a repository it lets git complain on standard error; results then say null as well.
-        with patch.object(evaluator, "get_git_commit_hash", lambda: None):
+    # Outside of a repository it lets git complain on standard error; results then say null as well.
+    with _explained(kept), patch.object(evaluator, "get_git_commit_hash", lambda: None):
+        try:
             results = lm_eval.simple_evaluate(
                 model=model,
                 tasks=tasks,
@@ -115,16 +114,30 @@ def _evaluate(
                 apply_chat_template=settings.chat_template,
                 fewshot_as_multiturn=settings.chat_template,
             )
-    except (ValueError, AssertionError) as error:
-        raise PacaError(f"lm-evaluation-harness cannot evaluate these tasks: {error}") from error
-    finally:
-        model.close()
+        finally:
+            model.close()
     assert results is not None  # None comes from other processes than the first
     name = loaded.base if side == BASE else str(loaded.adapter or loaded.base)
     results["config"]["model"] = "hf"
     results["config"]["model_args"] = {"pretrained": loaded.base} | ({} if name == loaded.base else {"peft": name})
     results["model_source"], results["model_name"] = "hf", name
     return dict(results)
+
+
+@contextlib.contextmanager
+def _explained(kept: Path) -> Iterator[None]:
+    """Errors of the harness, and of the file in which it keeps answers, as one message."""
+    try:
+        yield
+    except PacaError:
+        raise
+    except (sqlite3.Error, pickle.UnpicklingError) as error:
+        raise PacaError(
+            f"Answers can't be kept in {kept}_rank0.db: {error}. If the disk is full, make room and give the same "
+            "command again. If the file is damaged, remove it."
+        ) from error
+    except (ValueError, AssertionError) as error:
+        raise PacaError(f"lm-evaluation-harness cannot evaluate these tasks: {error}") from error
 
 
 def _write(path: Path, results: dict[str, Any]) -> None:
@@ -168,12 +181,28 @@ class _CountingHook:
         self._hook = hook
         self._watcher = watcher
         self.dbdict = hook.dbdict
+        self.dbdict.decode = _answer_in
         # Ctrl-C within a request to its writing thread can lose it, and closing would wait for it without end.
         self.dbdict.conn.execute = _uninterrupted(self.dbdict.conn.execute)
 
     def add_partial(self, attribute: str, request: Any, answer: Any) -> None:
         self._hook.add_partial(attribute, request, answer)
         self._watcher.advance()
+
+
+class _NoObjects(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        raise pickle.UnpicklingError(f"it names {module}.{name}, which is no part of an answer")
+
+
+def _answer_in(stored: Any) -> Any:
+    """An answer that was kept: numbers and texts. The file may be a stranger's, and a pickle can run anything."""
+    try:
+        return _NoObjects(io.BytesIO(bytes(stored))).load()
+    except pickle.UnpicklingError:
+        raise
+    except Exception as error:  # what a damaged pickle raises is of all kinds
+        raise pickle.UnpicklingError(f"{type(error).__name__}: {error}") from error
 
 
 def _uninterrupted(call: Callable[..., Any]) -> Callable[..., Any]:

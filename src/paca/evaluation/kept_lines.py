@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from paca.evaluation.sides import Watcher
+from paca.messages.disk import writing
+from paca.messages.errors import PacaError
+from paca.pretrained.claims import Claim
 
 
 def key_of(*parts: str) -> str:
@@ -17,8 +21,8 @@ def key_of(*parts: str) -> str:
 
 
 def append(file: Path, row: dict[str, Any]) -> None:
-    """Add a line."""
-    with file.open("a", encoding="utf-8") as stream:
+    """Add a line; DiskError if there is no room."""
+    with writing(file), file.open("a", encoding="utf-8") as stream:
         stream.write(json.dumps(row, ensure_ascii=False) + "\n")
 
 
@@ -27,7 +31,8 @@ class KeptAnswers:
 
     def __init__(self, side: str, watcher: Watcher, file: Path | None) -> None:
         self._side, self._watcher, self._file = side, watcher, file
-        self._kept = {} if file is None else {row["key"]: row["answer"] for row in lines_of(file)}
+        rows = [] if file is None else lines_of(file)
+        self._kept = {row["key"]: row["answer"] for row in rows if isinstance(row.get("key"), str) and "answer" in row}
 
     def begin(self, what: str, asked: Sequence[Any]) -> dict[int, Any]:
         """The answers that are kept already, as JSON has them, by position in `asked`.
@@ -54,11 +59,42 @@ def _key(what: str, asked: Any) -> str:
 
 
 def lines_of(file: Path) -> list[dict[str, Any]]:
-    """The rows of a file that is appended to; a last line that was cut short is left out, and taken away."""
-    if not file.is_file():
+    """The rows of a file that is appended to; a last line that was cut short is left out, and taken away.
+
+    Raises:
+        PacaError: It is no file, or another line is no row.
+    """
+    if not file.exists():
         return []
-    content = file.read_bytes()  # the cut may lie within a character
-    whole = content[: content.rfind(b"\n") + 1]
+    if not file.is_file():
+        raise PacaError(f"{file} is no file: a folder, a pipe or a device. Remove it.")
+    content = file.read_bytes()
+    whole = content[: content.rfind(b"\n") + 1]  # before it is read as text: it may be cut within a character
     if whole != content:
         file.write_bytes(whole)
-    return [json.loads(line) for line in whole.split(b"\n") if line]
+    try:
+        rows = [json.loads(line) for line in whole.split(b"\n") if line]
+    except (ValueError, RecursionError) as error:
+        raise PacaError(f"{file} is damaged: {error}. Remove it; what it held is asked again.") from error
+    if not all(isinstance(row, dict) for row in rows):
+        raise PacaError(f"{file} is damaged: a line is no JSON object. Remove it; what it held is asked again.")
+    return rows
+
+
+@contextmanager
+def alone_in(output: Path | None) -> Iterator[None]:
+    """A block in which this process alone evaluates into a folder.
+
+    Raises:
+        PacaError: Another process does, or the folder can't be written to.
+    """
+    if output is None:
+        yield
+        return
+    with writing(output):
+        claim = Claim(output / ".evaluate.lock")
+        free = claim.take()
+    if not free:
+        raise PacaError(f"{claim.holder()} evaluates into {output}. Wait for its end, or give another --output.")
+    with claim:
+        yield

@@ -19,29 +19,32 @@ _SUFFIXES = (".yaml", ".yml")
 _GROUP = re.compile(r"^group:", re.MULTILINE)
 
 
-def load_tasks(names: Sequence[str]) -> tuple[TaskManager, list[Any]]:
+def load_tasks(names: Sequence[str], strangers: Path | None = None) -> tuple[TaskManager, list[Any]]:
     """Load tasks with their data.
 
     Args:
         names: Each a task, group or tag of the harness, or a YAML file of a task or of a group. Paths inside of a file
             are relative to its folder; a group finds the tasks of its folder and those of the harness.
+        strangers: The folder of what is evaluated, which somebody else may have made. No file in it is a task: the
+            harness runs Python functions that a task file names, and its templates can run anything.
 
     Returns:
         The harness's list of all tasks, and of these the tasks and groups that were named.
 
     Raises:
-        PacaError: There is no such task or file, or its data cannot be loaded.
+        PacaError: There is no such task or file, it is a stranger's, or its data cannot be loaded.
     """
     # Whole paths, since a task is loaded in its own folder.
     files = {name: Path(name).expanduser().resolve() for name in names if name.lower().endswith(_SUFFIXES)}
     for name, file in files.items():
         if not file.is_file():
             raise PacaError(f"There is no task file {name!r} (working folder: {Path.cwd()}). Check the path.")
-    folders = [file.parent for file in files.values() if _GROUP.search(file.read_text(encoding="utf-8"))]
-    manager = TaskManager(include_path=list(folders), include_defaults=False)
-    # The harness's own 15,000 files take seconds to read: only where something is among them.
-    if len(files) < len(names) or not _has_all_members(manager):
-        manager = TaskManager(include_path=list(folders))
+        if strangers is not None and file.is_relative_to(strangers.expanduser().resolve()):
+            raise PacaError(
+                f"The task file {name!r} came with what is evaluated, and lm-evaluation-harness runs the code that is "
+                "in such a file. Read it. If you trust it, copy it with its data to a folder of your own."
+            )
+    manager = _manager(list(files.values()), all_files=len(files) == len(names))
     loaded: list[Any] = []
     for name in names:
         if name not in files and name not in manager.all_tasks:
@@ -52,6 +55,21 @@ def load_tasks(names: Sequence[str]) -> tuple[TaskManager, list[Any]]:
             )
         loaded += _load(manager, name, files.get(name))
     return manager, loaded
+
+
+def _manager(files: list[Path], all_files: bool) -> TaskManager:
+    """The list of tasks in which groups of `files` find their members."""
+    groups = [file for file in files if _GROUP.search(file.read_text(encoding="utf-8", errors="replace"))]
+    folders = [file.parent for file in groups]
+    try:
+        manager = TaskManager(include_path=list(folders), include_defaults=False)
+        # The harness's own 15,000 files take seconds to read: only where something is among them.
+        if not all_files or not _has_all_members(manager):
+            manager = TaskManager(include_path=list(folders))
+    except Exception as error:  # what the harness raises for a file beside a group depends on what is in it
+        said = f"{type(error).__name__}: {error}"
+        raise PacaError(f"The task files in {', '.join(map(str, folders))} cannot be listed: {said}") from error
+    return manager
 
 
 def _load(manager: TaskManager, name: str, file: Path | None) -> list[Any]:

@@ -89,7 +89,7 @@ def _reason(error: BaseException | None) -> tuple[int | None, Path | None]:
     while error is not None and error not in seen:
         seen.append(error)
         if isinstance(error, OSError) and error.errno in (*_FULL, *_OTHER):
-            named = error.filename
+            named = error.filename if error.filename2 is None else error.filename2  # of a copy, where it goes
             return error.errno, Path(os.fsdecode(named)) if isinstance(named, (str, bytes)) else None
         if isinstance(error, (OSError, RuntimeError, SafetensorError)) or type(error) is Exception:  # of tokenizers
             text = str(error).lower()

@@ -8,6 +8,7 @@ from typing import Any
 _LONGEST = 4_000  # characters of a message: two screens
 
 _short = reprlib.Repr()
+_short.maxlevel = 4  # eight values in each of eight, and so on: 6 levels are megabytes
 _short.maxstring = _short.maxother = 200
 _short.maxlist = _short.maxdict = _short.maxset = _short.maxtuple = 8
 

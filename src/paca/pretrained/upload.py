@@ -15,7 +15,8 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
 from paca.messages.errors import PacaError
-from paca.pretrained.adapter_folder import ADAPTER_CONFIG, adapter_settings, find_adapter
+from paca.pretrained.adapter_folder import ADAPTER_CONFIG, adapter_settings, find_adapter, text_setting
+from paca.tuner.adapter_entries import check_link
 
 CARD = "README.md"
 LOGIN = "Log in with `hf auth login`, or set the environment variable HF_TOKEN to a token that may write."
@@ -60,10 +61,10 @@ def upload(path: str | Path, repo: str, *, public: bool = False, base_model: str
         base_model: What the adapter's config and card shall name as its base model; the folder here stays as it is.
 
     Raises:
-        PacaError: There is nothing to put there, or the hub refuses it.
+        PacaError: There is nothing to put there, a file of it is a link to elsewhere, or the hub refuses it.
     """
     folder, is_adapter = _folder_of(path)
-    base: str | None = adapter_settings(folder).get("base_model_name_or_path") if is_adapter else None
+    base = text_setting(folder, "base_model_name_or_path") if is_adapter else None
     if base_model is not None and not is_adapter:
         raise PacaError(f"{folder} is a whole model; --base-model goes with an adapter. Leave it out.")
     check_login(repo)
@@ -98,7 +99,13 @@ def _folder_of(path: str | Path) -> tuple[Path, bool]:
 
 def _is_meant(file: Path, folder: Path) -> bool:
     hidden = any(part.startswith(".") for part in file.relative_to(folder).parts)
-    return file.is_file() and not hidden and file.name != "training_args.bin"  # a pickle
+    meant = file.is_file() and not hidden and file.name != "training_args.bin"  # a pickle
+    if meant:
+        try:
+            check_link(file, folder)  # whoever made the folder may want a file of this user's on the hub
+        except ValueError as error:
+            raise PacaError(str(error)) from error
+    return meant
 
 
 def _naming(base_model: str, folder: Path, old: str | None) -> dict[str, str]:
@@ -107,11 +114,17 @@ def _naming(base_model: str, folder: Path, old: str | None) -> dict[str, str]:
     texts = {ADAPTER_CONFIG: json.dumps(settings, indent=2, sort_keys=True) + "\n"}
     card = folder / CARD
     if card.is_file():
-        text = card.read_text(encoding="utf-8")
-        if old:
-            text = text.replace(old, base_model)
-        begin, head, rest = text.split("---\n", 2) if text.startswith("---\n") else ("", "", text)
-        data: dict[str, Any] = {**(yaml.safe_load(head) or {}), "base_model": base_model}
+        try:
+            text = card.read_text(encoding="utf-8")
+            if old:
+                text = text.replace(old, base_model)
+            begin, head, rest = text.split("---\n", 2) if text.startswith("---\n") else ("", "", text)
+            data: dict[str, Any] = {**(yaml.safe_load(head) or {}), "base_model": base_model}
+        except (ValueError, TypeError, RecursionError, yaml.YAMLError) as error:
+            reason = " ".join(str(error).split())
+            raise PacaError(
+                f"{card} is no card that can name another base model: {reason}. Mend or delete it."
+            ) from error
         texts[CARD] = f"{begin}---\n{yaml.safe_dump(data, sort_keys=False, allow_unicode=True)}---\n{rest}"
     return texts
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 from collections.abc import Iterator
@@ -13,21 +14,25 @@ from paca.messages.disk import writing
 from paca.messages.errors import PacaError
 from paca.pretrained.claims import Claim
 
+_IN_THE_WAY = (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR, errno.EISDIR)
+
 
 @contextmanager
-def whole_output(output: Path, needs: int = 0) -> Iterator[Path]:
+def whole_output(output: Path, needs: int = 0, *, overwrite: bool = True) -> Iterator[Path]:
     """A path to make a file or a folder at, which takes the place of `output` when the block ends without an error.
 
     What `output` held is deleted only once the new result stands in its place; after an error nothing has changed.
     What a killed process left beside `output` goes first.
 
     Args:
-        output: The file or the folder.
+        output: The file or the folder; of a link, what it leads to.
         needs: Bytes that it takes, about, for the message when there is no room.
+        overwrite: Whether something may be replaced; else what came there meanwhile stays, and the new result goes.
 
     Raises:
-        PacaError: The folder can't be written to, or there is no room.
+        PacaError: The folder can't be written to, there is no room, or something is in the way.
     """
+    output = output.resolve() if output.is_symlink() else output
     beside = f".{output.name}.{os.getpid()}"
     partial, replaced = output.with_name(f"{beside}.partial"), output.with_name(f"{beside}.replaced")
     try:
@@ -42,13 +47,35 @@ def whole_output(output: Path, needs: int = 0) -> Iterator[Path]:
                 claim.take()
                 yield partial / output.name
                 sync(partial / output.name)
-                if output.is_dir():
-                    os.replace(output, replaced)
-                os.replace(partial / output.name, output)
+                _put(partial / output.name, output, replaced, overwrite)
                 sync_names(output.parent)
-                shutil.rmtree(replaced, ignore_errors=True)
         finally:
-            shutil.rmtree(partial, ignore_errors=True)
+            if replaced.is_dir() and not output.exists():  # stopped between the two renames
+                os.replace(replaced, output)
+            shutil.rmtree(replaced, ignore_errors=True)
+            shutil.rmtree(partial, ignore_errors=True)  # at last: the next call looks for it
+
+
+def _put(made: Path, output: Path, replaced: Path, overwrite: bool) -> None:
+    """Rename `made` to `output`, while other processes may do the same."""
+    for last in (False, False, False, True):
+        try:
+            if overwrite and output.is_dir():
+                if replaced.is_dir():  # of the try before: another process's result has taken its place since
+                    shutil.rmtree(replaced, ignore_errors=True)
+                os.replace(output, replaced)
+            if not overwrite and output.is_file():
+                raise FileExistsError(errno.EEXIST, "")
+            os.replace(made, output)
+            return
+        except OSError as error:
+            if not overwrite and error.errno in _IN_THE_WAY:
+                raise PacaError(
+                    f"{output} was not there when this began, and is now. It stays as it is; nothing was written. Give "
+                    "another output, or --overwrite to replace it."
+                ) from error
+            if last or error.errno not in (*_IN_THE_WAY, errno.ENOENT):
+                raise
 
 
 def sync(path: Path) -> None:

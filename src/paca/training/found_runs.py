@@ -38,4 +38,5 @@ def state_of(found: Path) -> str | None:
 
 def _folders_with(name: str, folder: Path) -> list[Path]:
     depths = ("/".join(["*"] * depth + [name]) for depth in range(_DEEPEST + 1))
-    return sorted(file.parent for pattern in depths for file in folder.glob(pattern))
+    found = (file for pattern in depths for file in folder.glob(pattern))
+    return sorted(file.parent for file in found if file.is_file())  # a pipe would be waited for

@@ -20,12 +20,12 @@ from io import StringIO
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from paca.messages.errors import PacaError
+from paca.messages.shown import shown
 from paca.training.answers import SideBySide
 from paca.training.found_runs import find_runs, name_in
 from paca.training.metrics import read_rows
+from paca.training.strict_yaml import read_yaml
 from paca.training.tracking import ANSWERS, answers_of, figures_of, results_of
 
 logger = logging.getLogger(__name__)
@@ -131,10 +131,13 @@ class _Page:
                 rows = [row for row in read_rows(run / "metrics.jsonl") if _key(row) not in shown]
                 summary = _read(run / "summary.json") if run not in self.finished else {}
                 settings = _settings(run)
+                steps = [(_named(row), row["step"]) for row in rows]
+                results = (_named(results_of(summary)), summary["steps"]) if summary else None
+                answers = answers_of(summary["scores"] or {}) if summary else []
             except Exception as error:  # it was removed, is begun anew, or is somebody else's; the others are shown
                 logger.debug("%s can't be read: %r", run, error)
                 continue
-            if not rows and not summary:
+            if not steps and results is None:
                 continue
             with _quiet():
                 log = self.trackio.init(
@@ -146,13 +149,12 @@ class _Page:
                     auto_log_gpu=False,
                     auto_log_cpu=False,
                 )
-                for row in rows:
-                    log.log(_named(row), step=row["step"])
-                if summary:
-                    log.log(_named(results_of(summary)), step=summary["steps"])
-                    if answers := answers_of(summary["scores"] or {}):
+                for values, step in [*steps, *([] if results is None else [results])]:
+                    log.log(values, step=step)
+                if results is not None:
+                    if answers:
                         table = self.trackio.Table(columns=list(ANSWERS), data=answers)
-                        log.log({"eval/answers": table}, step=summary["steps"])
+                        log.log({"eval/answers": table}, step=results[1])
                     self.finished.add(run)
                 self.trackio.finish()  # not the run's own, after which Trackio ends it once more, aloud
             shown.update(map(_key, rows))
@@ -178,8 +180,10 @@ def _named(row: dict[str, Any]) -> dict[str, Any]:
 def _settings(run: Path) -> dict[str, Any]:
     """The settings of a run, each by its dotted key."""
     file = run / "config.yaml"
-    sections = yaml.safe_load(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    return {f"{section}.{key}": value for section, values in sections.items() for key, value in (values or {}).items()}
+    sections = read_yaml(file)[0] if file.is_file() else {}
+    found = {f"{section}.{key}": value for section, values in sections.items() for key, value in (values or {}).items()}
+    # A list may repeat another one by its name, and grow beyond all bounds where it is written out.
+    return {key: shown(value) if isinstance(value, (list, dict)) else value for key, value in found.items()}
 
 
 def _read(file: Path) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from paca.messages.errors import PacaError
 from paca.messages.nearest import did_you_mean_path
 
 _DATA = (".jsonl", ".csv", ".parquet")
+_DEEPEST = 100  # brackets within brackets: the parser takes minutes for thousands
 
 
 class _CoreSchemaLoader(yaml.SafeLoader):
@@ -37,6 +38,11 @@ class _CoreSchemaLoader(yaml.SafeLoader):
                 raise yaml.constructor.ConstructorError(None, None, problem, key_node.start_mark)
             first_lines[key_node.value] = key_node.start_mark.line + 1
         return super().construct_mapping(node, deep=deep)
+
+    def fetch_flow_collection_start(self, token_class: Any) -> None:
+        if self.flow_level >= _DEEPEST:
+            raise yaml.scanner.ScannerError(None, None, "it is nested too deeply", self.get_mark())
+        super().fetch_flow_collection_start(token_class)
 
 
 def _construct_int(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> int:
@@ -117,6 +123,8 @@ def _parse(text: str) -> tuple[yaml.Node | None, Any]:
     try:
         root = loader.get_single_node()
         return root, None if root is None else loader.construct_document(root)
+    except RecursionError:
+        raise yaml.YAMLError("it is nested too deeply") from None
     finally:
         loader.dispose()
 

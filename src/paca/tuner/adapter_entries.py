@@ -18,16 +18,20 @@ def check_entries(folder: Path) -> None:
             are fine: from a snapshot to the blobs beside it.
     """
     for file in _files(folder):
-        own = folder.resolve()
-        target = file.resolve()
-        blobs = own.parent.parent / "blobs" if own.parent.name == "snapshots" else None
-        if file.is_symlink() and not target.is_relative_to(own) and target.parent != blobs:
-            raise ValueError(
-                f"{file} is a link out of its folder, to {target}. An adapter brings its own files: put a copy there, "
-                "or delete the link."
-            )
+        check_link(file, folder)
         if file.exists() and not file.is_file():
             raise ValueError(f"{file} is no file: a folder, a pipe or a device. Copy the adapter again.")
+
+
+def check_link(file: Path, folder: Path) -> None:
+    """Raise ValueError if a file of an adapter or a model, anywhere below `folder`, is a link to elsewhere."""
+    own, target = folder.resolve(), file.resolve()
+    blobs = own.parent.parent / "blobs" if own.parent.name == "snapshots" else None
+    if file.is_symlink() and not target.is_relative_to(own) and target.parent != blobs:
+        raise ValueError(
+            f"{file} is a link out of its folder, to {target}. An adapter or a model brings its own files: put a copy "
+            "there, or delete the link."
+        )
 
 
 def _files(folder: Path) -> Iterable[Path]:
