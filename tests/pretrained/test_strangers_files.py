@@ -6,6 +6,7 @@ import io
 import json
 import logging
 import os
+import re
 import shutil
 import sys
 import warnings
@@ -22,6 +23,7 @@ from rich.console import Console
 from safetensors.torch import load_file, save_file
 from transformers import LlamaForCausalLM
 
+from cli.paca_process import forked_paca
 from hostile_adapters.damage import Bomb
 from hostile_adapters.watch import watching
 from paca.cli import quiet
@@ -32,7 +34,7 @@ from paca.messages.errors import PacaError
 from paca.messages.say import put, say
 from paca.messages.shown import printable
 from paca.pretrained import adapter_tokenizer, hub
-from paca.pretrained.bounded_template import conversation_text
+from paca.pretrained.bounded_template import check_template_ends, conversation_text
 from paca.pretrained.generation import load_for_generation, stream_reply
 from paca.tuner import bounded_process, strange_expressions
 from paca.tuner.adapter_entries import check_entries
@@ -72,6 +74,35 @@ def test_a_template_without_end_is_an_error_that_names_it(
     (adapter / "chat_template.jinja").write_text(TEMPLATES[name])
     with pytest.raises(PacaError, match=r"chat template of .*adapter does not come to an end.*chat_template\.jinja"):
         answer(adapter, run)
+
+
+def test_evaluate_tries_a_template_before_it_is_run_on_data(
+    adapter: Path, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bounded_process, "SECONDS", 0.3)
+    (adapter / "chat_template.jinja").write_text(TEMPLATES["doubled"])
+    question = {"question_id": 81, "category": "writing", "turns": ["Hello", "Again"]}
+    (tmp_path / "questions.jsonl").write_text(json.dumps(question))
+    asked = (
+        "--mt-bench",
+        "questions.jsonl",
+        "--judge-url",
+        "http://127.0.0.1:9",
+        "--judge-model",
+        "j",
+        "--output",
+        "out",
+    )
+    done = forked_paca("evaluate", adapter, *asked, "--base-model", run / "base", cwd=tmp_path)
+    assert done.returncode == 1
+    assert re.search(r"^Error: The chat template of .*adapter does not come to an end", done.stderr, flags=re.MULTILINE)
+
+
+@pytest.mark.parametrize("template", ["{{ raise_exception('a system message first') }}", None])
+def test_a_template_that_wants_another_conversation_is_none_without_end(run: Path, template: str | None) -> None:
+    loaded = load_for_generation(run)
+    loaded.tokenizer.chat_template = template
+    check_template_ends(loaded.tokenizer)
 
 
 def test_a_template_says_the_same_as_in_this_process(run: Path) -> None:

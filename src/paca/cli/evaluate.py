@@ -99,6 +99,7 @@ def evaluate(
             if names and importlib.util.find_spec("lm_eval") is None:
                 raise PacaError("--tasks needs lm-evaluation-harness. Install it: pip install lm-eval")
             import_package()
+            from paca.pretrained.bounded_template import check_template_ends
             from paca.pretrained.generation import load_for_generation
 
             if own_data:
@@ -106,6 +107,7 @@ def evaluate(
 
                 config = config_of_run(path)
                 loaded = load_for_generation(path, base_model=base_model)
+                check_template_ends(loaded.tokenizer)
                 say(console, f"Measuring {config.eval.metric or 'loss'} on the run's held-out data ...")
                 scores = evaluate_run(loaded, config, limit, batch_size, output, shown)
                 shown.finish()
@@ -124,6 +126,7 @@ def evaluate(
 
                 questions = read_questions(mt_bench)[:limit]
             loaded = load_for_generation(path, base_model=base_model)
+            check_template_ends(loaded.tokenizer)
             if names:
                 from paca.evaluation.harness import HarnessSettings, evaluate_tasks
                 from paca.evaluation.side_by_side import rows_of

@@ -25,11 +25,32 @@ def work(request):
 """
 
 
+class EndlessTemplate(PacaError):
+    """A chat template that takes too long, or too much memory."""
+
+
+def check_template_ends(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Try the chat template, if there is one, on one question, before it is run on many in this process.
+
+    Raises:
+        EndlessTemplate: It does not come to an end.
+    """
+    if tokenizer.chat_template is None:
+        return
+    try:
+        conversation_text(tokenizer, [{"role": "user", "content": "Hello"}])
+    except EndlessTemplate:
+        raise
+    except PacaError:  # it wants a conversation of another kind, and may like those to come
+        return
+
+
 def conversation_text(tokenizer: PreTrainedTokenizerBase, messages: Sequence[dict[str, str]]) -> str:
     """What the tokenizer's chat template makes of `messages`, up to where the answer begins.
 
     Raises:
-        PacaError: The template is too large, refuses the conversation, or does not come to an end.
+        PacaError: The template is too large, or refuses the conversation.
+        EndlessTemplate: It does not come to an end.
     """
     where = printable(str(tokenizer.name_or_path), longest=300)
     try:
@@ -43,7 +64,7 @@ def conversation_text(tokenizer: PreTrainedTokenizerBase, messages: Sequence[dic
     try:
         text: str = renderer().ask({**special, **request})
     except TookTooLong:
-        raise PacaError(
+        raise EndlessTemplate(
             f"The chat template of {where} does not come to an end for this conversation, or its text fills the "
             "memory. It is broken, or made to do harm: replace chat_template.jinja (or chat_template in "
             "tokenizer_config.json) by that of the base model."
