@@ -127,6 +127,8 @@ def test_a_config_that_is_wrong_by_itself_is_refused_before_anything_heavy_is_im
         (["train", "--stpes"], "No such option"),
         (["trian"], "No such command"),
         (["train", "answers.yaml", "--set"], "--set needs a value: SECTION.KEY=VALUE."),
+        (["compare", "answers.yaml", "--seeds", "0"], "--output is missing: The folder for runs and report."),
+        (["compare", "answers.yaml", "--output"], "--output needs a value: The folder for runs and report."),
         (["chat", "runs/answers", "--beside"], "--beside needs a value: RUN_OR_ADAPTER|base. Also show the answers of"),
         (["chat", "runs/answers", "--beside", "--prompt", "hi"], "--beside needs a value"),
     ],

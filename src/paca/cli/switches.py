@@ -1,7 +1,7 @@
 """Switches as `--help` shows them, and options without their value.
 
-Of a switch typer writes `--dry-run <bool>`, and `--dry-run true` is an error. Of an option that lacks its value it does
-not say what that would be; where another option follows, it takes that one's name for the value.
+Of a switch typer writes `--dry-run <bool>`, and `--dry-run true` is an error. Of an option that lacks its value, or is
+missing, it does not say what that would be; where another option follows, it takes that one's name for the value.
 """
 
 from __future__ import annotations
@@ -16,6 +16,10 @@ def _without_values(parameters: list[Any]) -> list[Any]:
         if getattr(parameter, "is_flag", False):
             parameter.metavar = ""
     return parameters
+
+
+def _value_of(option: Any) -> str:
+    return ". ".join(words for words in (option.metavar, option.help) if words)
 
 
 class Command(TyperCommand):
@@ -40,7 +44,11 @@ class Command(TyperCommand):
             if option is None or getattr(option, "is_flag", False):
                 continue
             if next(words, "--help") in ("--help", *(flag for flag in options if flag.startswith("--"))):
-                ctx.fail(f"{word} needs a value: {option.metavar or option.type.name}. {option.help}")
+                ctx.fail(f"{word} needs a value: {_value_of(option)}")
+        given = {word.partition("=")[0] for word in args}
+        for flag, option in options.items():
+            if option.required and flag.startswith("--") and given.isdisjoint({*option.opts, "--help"}):
+                ctx.fail(f"{flag} is missing: {_value_of(option)}")
 
 
 class Group(TyperGroup):

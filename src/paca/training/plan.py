@@ -96,10 +96,11 @@ class Plan:
         share = 100 * self.trainable_parameters / self.parameters
         kind, whole = trainer_kind(self.config.train), self.config.adapter.get("modules_to_save")
         per_step = f"{self.sequences_per_step:,}"
+        sequences = f"{per_step} sequence{'' if self.sequences_per_step == 1 else 's'}"
         if kind.counts == "tokens" and self.tokens_per_step is not None:
-            per_step = f"about {self.tokens_per_step:,} ({per_step} sequences)"
+            per_step = f"about {self.tokens_per_step:,} ({sequences})"
         elif kind.counts == "tokens":
-            per_step = f"those of {per_step} sequences"
+            per_step = f"those of {sequences}"
         scope = self.loss_scope
         if self.sample is not None and self.sample.share is not None:
             scope += f": {self.sample.share:.0%} of the tokens"
