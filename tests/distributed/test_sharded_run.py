@@ -172,7 +172,8 @@ def test_what_needs_whole_weights_is_refused_under_zero_3(runs, monkeypatch, set
 
 def test_a_last_checkpoint_of_deepspeed_is_one_message(tmp_path):
     (tmp_path / "adapter_model.safetensors").touch()
-    trainer, state = SimpleNamespace(is_deepspeed_enabled=True), TrainerState(global_step=4, max_steps=4)
+    model = SimpleNamespace()
+    trainer, state = SimpleNamespace(is_deepspeed_enabled=True, model=model), TrainerState(global_step=4, max_steps=4)
     with pytest.raises(PacaError, match=r"is one of shards or of DeepSpeed's.* Move it away; --resume goes on"):
         load_if_finished(trainer, state, tmp_path)
 

@@ -31,7 +31,7 @@ def projected(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int, int]]:
             counts.append((name, hidden.shape[0], rest[4]))
             return function.apply(hidden, *rest)
 
-        return SimpleNamespace(apply=apply, forward=getattr(function, "forward", None))
+        return SimpleNamespace(apply=apply)
 
     theirs = trl.trainer.utils._ChunkedLogProbFunction
     monkeypatch.setattr(trl.trainer.utils, "_ChunkedLogProbFunction", counting("trl", theirs))
@@ -75,11 +75,16 @@ def test_on_cpus_labels_alone_are_projected_in_blocks_and_nothing_else_changes(
         assert torch.equal(restored, whole)
 
 
-def test_a_trl_whose_function_takes_something_else_is_left_alone(projected: Any, monkeypatch: Any) -> None:
-    monkeypatch.setattr(trl.trainer.utils._ChunkedLogProbFunction, "forward", lambda ctx, hidden: None)
-    before = trl.trainer.utils._ChunkedLogProbFunction
+def test_a_trl_whose_function_takes_something_else_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ChunkedLogProbFunction, "forward", staticmethod(lambda ctx, hidden: None))
     with loss.loss_for(torch.device("cpu")):
-        assert trl.trainer.utils._ChunkedLogProbFunction is before
+        assert trl.trainer.utils._ChunkedLogProbFunction is ChunkedLogProbFunction
+
+
+def test_a_plan_may_be_made_within_a_run() -> None:
+    with loss.loss_for(torch.device("cpu")), loss.in_blocks(torch.device("cpu")), loss.every_position():
+        assert trl.trainer.utils._ChunkedLogProbFunction is loss.TokenLogProbs
+    assert trl.trainer.utils._ChunkedLogProbFunction is ChunkedLogProbFunction
 
 
 def values_and_gradients(

@@ -5,12 +5,11 @@ from typing import Any
 
 import pytest
 import torch
-import trl.trainer.utils
 from rich.console import Console
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from trl.kernels import chunked_logprob
 
+from paca.lean import loss, token_log_probs
 from paca.training import describe, load_run_config, train
 from paca.training.run_setting import setting_of_run
 from paca.training.trainers.sft import Sft
@@ -47,8 +46,9 @@ class LogitTensors(TorchDispatchMode):
 def test_what_is_said_about_the_logits_is_what_happens(
     config_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, settings: tuple[str, ...], whole: bool
 ) -> None:
-    tile = 8  # smaller than the tiny batches here, as TRL's own tile is smaller than real ones
-    monkeypatch.setattr(chunked_logprob, "TOKEN_CHUNK_SIZE", tile)
+    tile = 8  # smaller than the tiny batches here, as a block of logits is smaller than real ones
+    monkeypatch.setattr(token_log_probs, "ROWS", tile)
+    monkeypatch.setattr(token_log_probs, "BLOCK", 1)
     batches: list[tuple[int, int]] = []
 
     class Watched(Sft.trainer):
@@ -87,10 +87,10 @@ def test_a_run_projects_no_prompts(config_file: Path, tmp_path: Path, monkeypatc
         @staticmethod
         def apply(hidden: torch.Tensor, *rest: Any) -> Any:
             projected.append(hidden.shape[0])
-            return chunked_logprob.ChunkedLogProbFunction.apply(hidden, *rest)
+            return token_log_probs.TokenLogProbs.apply(hidden, *rest)
 
     monkeypatch.setattr(Sft, "trainer", Watched)
-    monkeypatch.setattr(trl.trainer.utils, "_ChunkedLogProbFunction", Counting)
+    monkeypatch.setattr(loss, "TokenLogProbs", Counting)
     overrides = [f"output.dir={tmp_path / 'run'}", "train.max_steps=2"]
     train(load_run_config(config_file, overrides), console=Console(quiet=True))
     assert expected

@@ -10,6 +10,7 @@ from unittest.mock import patch
 
 import torch
 import trl.trainer.utils
+from trl.kernels import ChunkedLogProbFunction
 
 from paca.lean.token_log_probs import TokenLogProbs
 
@@ -44,8 +45,7 @@ def loss_for(device: torch.device, compiled: bool = False) -> Iterator[None]:
 @contextmanager
 def in_blocks(device: torch.device) -> Iterator[None]:
     """On a CPU, `TokenLogProbs` alone, and narrow tiles where it leaves the work to TRL's function."""
-    theirs = trl.trainer.utils._ChunkedLogProbFunction.forward
-    known = list(inspect.signature(theirs).parameters)[1:] == PARAMETERS
+    known = list(inspect.signature(ChunkedLogProbFunction.forward).parameters)[1:] == PARAMETERS
     function = _instead(device, "_ChunkedLogProbFunction", TokenLogProbs) if known else nullcontext()
     with _instead(device, "_CHUNKED_LOGPROB_CHUNK_SIZE", TILE), function:
         yield

@@ -97,6 +97,6 @@ def outline_of(
     if labels is not None:
         config.num_labels = len(labels)
     with torch.device("meta"):
-        model: PreTrainedModel = auto_class.from_config(config, dtype=config.dtype)
+        model: PreTrainedModel = auto_class.from_config(config, dtype=config.dtype, trust_remote_code=False)
     model.tie_weights()
     return model
