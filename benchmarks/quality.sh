@@ -3,6 +3,7 @@
 #
 #   .venv/bin/python -m benchmarks.quality.prepare --data FOLDER    once; without --data from the hub
 #   bash benchmarks/quality.sh digits arc gsm8k encyclopedia        or some of them
+#   EQUAL=memory bash benchmarks/quality.sh digits-wide              with 256 columns a layer
 #   EQUAL=parameters JOBS=2 OMP_NUM_THREADS=1 bash benchmarks/quality.sh arc
 #
 # JOBS processes share the work; with more than one, leave `time` out of EQUAL, as they slow each other down. A part
@@ -26,10 +27,10 @@ for task in "$@"; do
         changed=() extend=--extend
         case $task-$equal in
             digits-parameters) rates=3.2e-3,5e-3,8e-3,1.25e-2 ;;
+            digits-wide-*) rates=3.2e-3,5e-3,8e-3 ;;
             digits-*) rates=5e-3,8e-3,1.25e-2,2e-2 changed=(--set paca.r=16 --set paca.paca_alpha=16) ;;
             arc-time) rates=7.8e-4,1.25e-3 extend=--no-extend ;; # both best rates of arc-parameters
-            arc-*) rates=7.8e-4,1.25e-3,2e-3 ;;
-            *) rates=2e-3,3.2e-3,5e-3 ;;
+            *) rates=7.8e-4,1.25e-3,2e-3 ;;
         esac
         same=$equal
         [ "$equal" = time ] && same=parameters,time
