@@ -47,7 +47,9 @@ def run(
     vocab: Annotated[int | None, typer.Option(help="Shrink a preset's vocabulary.")] = None,
     image_size: Annotated[int | None, typer.Option(help="Pixels, for vision presets.")] = None,
     scope: Annotated[str, typer.Option(help="What to run: model (with its loss) or blocks (alone).")] = "model",
-    loss: Annotated[str, typer.Option(help="Loss: logits (the model's own) or fused (TRL's).")] = "logits",
+    loss: Annotated[
+        str, typer.Option(help="Loss: logits (the model's own) or fused (TRL's, as in paca train).")
+    ] = "logits",
     dtype: Annotated[str, typer.Option(help="Type of the weights: bfloat16, float16 or float32.")] = "bfloat16",
     device: Annotated[str, typer.Option(help="Device: auto, cpu, cuda, cuda:1, …")] = "auto",
     methods: _Names = None,
