@@ -29,13 +29,13 @@ def test_the_form_and_what_became_of_it_are_said_aloud(tmp_path: Path) -> None:
     examples = load_examples(jsonl(tmp_path / "a.jsonl", rows))
     assert examples.format == "alpaca"
     assert examples.description == (
-        "20 examples of the form alpaca (columns instruction, input, output), taken as prompt/completion, messages "
-        "(not used: id)"
+        "20 examples of the form alpaca (columns instruction, input, output), taken as prompts and answers, "
+        "as chat messages (not used: id)"
     )
     pair = {"prompt": "2+2=", "completion": "4"}
     plain = load_examples(jsonl(tmp_path / "a.jsonl", [pair, pair]), limit=1)
     assert plain.description == (
-        "1 example of the form prompt-completion (columns prompt, completion), taken as prompt/completion, plain text"
+        "1 example of the form prompt-completion (columns prompt, completion), taken as prompts and answers, plain text"
     )
     assert plain.is_conversational is False
     assert examples.is_conversational is True

@@ -278,9 +278,9 @@ def _describe(form: Format, columns: list[str], dataset: Dataset) -> str:
         what = "prompts and pairs of answers" if "chosen" in dataset.features else "prompts"
         result = f"{what}, {'plain text' if dataset.features['prompt'] == Value('string') else 'messages'}"
     elif dataset.features["prompt"] == Value("string"):
-        result = "prompt/completion, plain text"
+        result = "prompts and answers, plain text"
     else:
-        result = "prompt/completion, messages"
+        result = "prompts and answers, as chat messages"
     count = f"{len(dataset):,} example{'s' if len(dataset) != 1 else ''}"
     left_out = [column for column in columns if column not in (*used, *dataset.features)]
     ending = f" (not used: {', '.join(left_out)})" if left_out else ""

@@ -83,7 +83,8 @@ def _read_sections(path: Path, overrides: Iterable[str]) -> tuple[dict[str, dict
             origins.overridden |= {section, *(f"{section}.{name}" for name in whole)}
             continue
         if not separator or not dot or not name:
-            raise PacaError(f"--set {override}: expected section.key=value, such as --set train.learning_rate=1e-4.")
+            example = _with_section(key, text, sections) if separator else "train.learning_rate=1e-4"
+            raise PacaError(f"--set {override}: expected section.key=value, such as --set {example}.")
         if section not in names:
             raise PacaError(f"--set {override}: there is no section {section!r}.{_section_hint(section, names)}")
         try:
@@ -92,6 +93,13 @@ def _read_sections(path: Path, overrides: Iterable[str]) -> tuple[dict[str, dict
             raise PacaError(f"--set {override}: {error}") from error
         origins.overridden.add(f"{section}.{name}")
     return sections, origins
+
+
+def _with_section(key: str, text: str, sections: dict[str, dict[str, Any]]) -> str:
+    """What was meant, if a section has such a key; otherwise one that is right."""
+    method = next((name for name in METHODS if sections.get(name)), "paca")
+    owner = next((name for name, keys in _keys_of_all(method, sections).items() if key.strip() in keys), None)
+    return f"{owner}.{key.strip()}={text}" if owner else "train.learning_rate=1e-4"
 
 
 def _method(sections: dict[str, dict[str, Any]], origins: Origins) -> str:
