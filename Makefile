@@ -65,7 +65,7 @@ notebooks: $(STAMP)
 browser: $(STAMP)
 	@command -v chromium chromium-browser >/dev/null || { echo "There is no chromium here. Debian, Ubuntu: apt install chromium"; exit 1; }
 	@$(BIN)/python -m pip install --quiet --editable ".[browser]"
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/training/test_runs_in_browser.py
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/training/reporting/test_runs_in_browser.py
 
 kills: $(STAMP)
 	@OMP_NUM_THREADS=1 PYTHONPATH=tests $(BIN)/python -m kills

@@ -24,7 +24,7 @@ from transformers import MixtralConfig, MixtralForCausalLM
 
 import paca
 from paca.bench.rows import Row, append_rows, summarized
-from paca.training.provenance import row_provenance
+from paca.training.folder.provenance import row_provenance
 
 STACKS = ["experts.gate_up_proj", "experts.down_proj"]
 BATCH, SEQ, LAYERS, HIDDEN, MLP, EXPERTS, VOCAB = 2, 256, 2, 512, 1024, 8, 1024

@@ -33,7 +33,7 @@ from transformers.utils import logging as transformers_logging
 import paca
 from paca.bench.rows import append_rows, summarized
 from paca.layers import paca_layers
-from paca.training.provenance import row_provenance
+from paca.training.folder.provenance import row_provenance
 
 STARTS = ("dequantized", "original")
 QUANTIZATIONS = {"nf4": False, "nf4-double": True}

@@ -38,7 +38,7 @@ from transformers import get_cosine_schedule_with_warmup
 import paca
 from paca.columns.selection import FROM_BATCHES
 from paca.pretrained import load_pretrained
-from paca.training.provenance import now, row_provenance
+from paca.training.folder.provenance import now, row_provenance
 
 STRATEGIES = (
     "random",

@@ -13,7 +13,7 @@ import pytest
 
 from paca.comparison.training_process import TrainingProcess, failure_of
 from paca.pretrained.claims import Claim
-from paca.training.run_folder import RunFolder
+from paca.training.folder.run_folder import RunFolder
 
 HOLD = """
 import fcntl, sys

@@ -15,7 +15,7 @@ from comparison.small_comparison import COMMON
 from paca.comparison.compare import compare_folders
 from paca.comparison.rows import row_of
 from paca.messages.errors import PacaError
-from paca.training.run_folder import RunFolder
+from paca.training.folder.run_folder import RunFolder
 
 
 def run(folder: Path, rank: int, seed: int = 0, sections: Mapping[str, Any] | None = None, **changed: Any) -> Path:

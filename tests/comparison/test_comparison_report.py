@@ -14,7 +14,7 @@ from paca.comparison.compare import compare_folders
 from paca.comparison.report import write_report
 from paca.comparison.results import ComparisonResult
 from paca.messages.errors import PacaError
-from paca.training.run_folder import RunFolder
+from paca.training.folder.run_folder import RunFolder
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ import pytest
 from comparison.fake_trainer import summary
 from comparison.small_comparison import COMMON
 from paca.comparison.rows import Row, row_of
-from paca.training.run_folder import RunFolder
+from paca.training.folder.run_folder import RunFolder
 
 
 def row_with(folder: Path, *, train: dict[str, Any], evaluated: dict[str, Any] | None = None, **changed: Any) -> Row:

@@ -23,7 +23,8 @@ from rich.console import Console
 from distributed.as_accelerators import shard_on_cpus
 from distributed.launches import ROOT, from_file
 from forked_process import FORKS
-from paca.training import curves, load_run_config, train
+from paca.training import load_run_config, train
+from paca.training.reporting import curves
 from training.tiny_run import adapter, place_of_picture, save_workspace
 
 SETTINGS = ["train.max_steps=4", "train.save_steps=2"]

@@ -22,8 +22,9 @@ from trl import SFTConfig
 from distributed.as_accelerators import shard_on_cpus
 from forked_process import FORKS
 from paca.messages.errors import PacaError
-from paca.training import curves, load_run_config, sharding, train
-from paca.training.checkpoints import load_if_finished
+from paca.training import load_run_config, sharding, train
+from paca.training.folder.checkpoints import load_if_finished
+from paca.training.reporting import curves
 from paca.training.sharding import check_sharding, spare_buffers
 from training.tiny_run import adapter, curve, place_of_picture, save_workspace
 

@@ -12,7 +12,7 @@ import yaml
 from evaluation.tally import Tally
 from paca.evaluation.own_run import config_of_run, evaluate_run
 from paca.pretrained.generation import LoadedModel, load_for_generation
-from paca.training.run_config import RunConfig
+from paca.training.config.run_config import RunConfig
 
 ROWS = [{"question": f"Which, of {n}?", "choices": ["a", "b", "c"], "answer": n % 3} for n in range(4)]
 

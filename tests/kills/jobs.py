@@ -23,7 +23,7 @@ from paca.convert.merged import merge_to_folder
 from paca.messages.errors import PacaError
 from paca.pretrained.adapter_folder import find_adapter
 from paca.training import load_run_config, train
-from paca.training.run_folder import RunFolder
+from paca.training.folder.run_folder import RunFolder
 from training.tiny_run import curve, same_adapter
 
 RUNS = {

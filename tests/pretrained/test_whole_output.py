@@ -13,7 +13,7 @@ from paca.messages.disk import DiskError
 from paca.messages.errors import PacaError
 from paca.pretrained.claims import Claim
 from paca.pretrained.whole_output import whole_output
-from paca.training.run_folder import RunFolder
+from paca.training.folder.run_folder import RunFolder
 
 
 def write(output: Path, text: str) -> None:

@@ -10,8 +10,9 @@ import datasets
 import pytest
 from rich.console import Console
 
-from paca.training import RunResult, curves, load_run_config, train
+from paca.training import RunResult, load_run_config, train
 from paca.training import run as run_module
+from paca.training.reporting import curves
 from training.tiny_run import place_of_picture, save_workspace
 
 

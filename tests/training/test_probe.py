@@ -13,7 +13,7 @@ from rich.console import Console
 
 from paca.messages.errors import PacaError
 from paca.training import RunResult, load_run_config, train
-from paca.training.run_folder import RunFolder
+from paca.training.folder.run_folder import RunFolder
 from paca.training.trainers.sft import Sft
 from training.tiny_run import curve, same_adapter
 

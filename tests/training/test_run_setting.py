@@ -11,8 +11,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import paca
 from paca.planning import Setting
 from paca.training import load_run_config
+from paca.training.config.train_settings import with_defaults
 from paca.training.run_setting import setting_of_run
-from paca.training.train_settings import with_defaults
 
 
 def run_config(folder: Path, **train: Any) -> Any:

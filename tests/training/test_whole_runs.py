@@ -20,9 +20,9 @@ from kills.jobs import Chances, KilledRun, outputs
 from kills.killed_child import Point
 from paca.messages.disk import DiskError
 from paca.training import RunResult, load_run_config, train
-from paca.training.checkpoints import WholeCheckpoints
-from paca.training.metrics import RecordMetrics
-from paca.training.run_folder import RunFolder
+from paca.training.folder.checkpoints import WholeCheckpoints
+from paca.training.folder.run_folder import RunFolder
+from paca.training.reporting.metrics import RecordMetrics
 from training.tiny_run import curve, same_adapter
 
 SETTINGS = ("train.max_steps=6", "train.save_steps=2", "data.eval=null")

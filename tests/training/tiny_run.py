@@ -56,7 +56,7 @@ def save_workspace(folder: Path) -> Path:
 
 
 def place_of_picture(figure: object, description: str) -> str:
-    """In the place of `paca.training.curves.inline_svg`: of a run this short, half of the time is for its pictures."""
+    """In the place of `paca.training.reporting.curves.inline_svg`: they take half of the time of so short a run."""
     return f'<svg role="img" aria-label="{description}"></svg>'
 
 

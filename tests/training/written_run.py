@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from paca.training.metrics import MetricsLog
+from paca.training.reporting.metrics import MetricsLog
 
 
 def write_run(folder: Path, steps: int, scores: dict[str, Any] | None = None) -> Path:

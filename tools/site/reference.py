@@ -9,7 +9,7 @@ import griffe
 import typer
 
 from paca.cli import app
-from paca.training.run_config import METHODS, SECTIONS
+from paca.training.config.run_config import METHODS, SECTIONS
 
 SOURCES = Path(__file__).parents[2] / "src"
 CONFIGS = {"paca": "paca.config.PacaConfig"}
@@ -53,7 +53,7 @@ def settings_page() -> str:
         if name in OTHERS:
             parts.append(f"## {name}\n\n{OTHERS[name]}\n")
         else:
-            path = CONFIGS.get(name) or f"paca.training.run_config.{SECTIONS[name].__name__}"
+            path = CONFIGS.get(name) or f"paca.training.config.run_config.{SECTIONS[name].__name__}"
             parts.append(_section(name, package[path.removeprefix("paca.")]))
         if name == "calibration":
             parts.append(TRAIN)

@@ -9,7 +9,7 @@ from typing import Any
 from paca.bench.base_model import BaseModel
 from paca.bench.rows import Row, summarized
 from paca.bench.settings import BenchSettings, Point
-from paca.training.provenance import row_provenance
+from paca.training.folder.provenance import row_provenance
 
 Found = Mapping[str, tuple[Sequence[float], str | None]]
 """By method: its samples, none where there is no value, and a note: the reason, or how they were counted."""

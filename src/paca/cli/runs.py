@@ -21,7 +21,7 @@ def runs(
 ) -> None:
     """Open a local page with the curves of all runs, also of running ones. Two of them can answer side by side."""
     import_package()
-    from paca.training.runs_page import show_runs
+    from paca.training.reporting.runs_page import show_runs
 
     console = Console()
     show_runs(folder, port=port, say=lambda line: say(console, line), browser=browser)

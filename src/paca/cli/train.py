@@ -20,7 +20,7 @@ from paca_command import import_package
 if TYPE_CHECKING:
     from paca.evaluation.own_data import Measurement
     from paca.training import RunResult
-    from paca.training.run_config import RunConfig
+    from paca.training.config.run_config import RunConfig
 
 
 def train(
@@ -48,7 +48,7 @@ def train(
     """Fine-tune a model and leave a run folder: adapter, metrics, summary, report."""
     if settings and not dry_run:
         raise PacaError("--settings goes with --dry-run; a run writes them to the config.yaml of its folder.")
-    from paca.training.config_file import load_run_config
+    from paca.training.config.config_file import load_run_config
 
     run_config = load_run_config(config, set_ or ())
     console = Console(quiet=os.environ.get("RANK", "0") != "0")
@@ -105,9 +105,9 @@ def _push(run: Path, repo: str, console: Console) -> None:
 
 
 def _show_dry_run(config: RunConfig, settings: bool, measurement: Measurement | None, console: Console) -> None:
-    from paca.training.data_preview import show_sample
+    from paca.training.folder.run_folder import RunFolder
     from paca.training.plan import prepare, show_plan
-    from paca.training.run_folder import RunFolder
+    from paca.training.reporting.data_preview import show_sample
 
     folder = RunFolder(Path(config.output.dir))
     folder.check_writable()
@@ -130,7 +130,7 @@ def show_result(result: RunResult, console: Console) -> None:
     """Print what came out and where it lies."""
     if result.summary is None:  # not the first process
         return
-    from paca.training.scores import score_lines
+    from paca.training.reporting.scores import score_lines
 
     summary = result.summary
     before, after = summary["eval_loss_before"], summary["eval_loss_after"]
@@ -150,7 +150,7 @@ def show_result(result: RunResult, console: Console) -> None:
 
 
 def _newest_checkpoint(output: Path) -> str:
-    from paca.training.run_folder import RunFolder
+    from paca.training.folder.run_folder import RunFolder
 
     newest = RunFolder(output).newest_checkpoint()
     if newest is None:

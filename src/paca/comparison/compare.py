@@ -19,7 +19,7 @@ from paca.comparison.rows import Row, row_of
 from paca.comparison.settings import Comparison
 from paca.comparison.work import Work
 from paca.messages.errors import PacaError
-from paca.training.run_folder import RunFolder
+from paca.training.folder.run_folder import RunFolder
 
 _TOLD = (
     "peft_type", "r", "paca_alpha", "lora_alpha", "target_modules", "use_dora", "use_rslora", "selection",

@@ -16,7 +16,7 @@ import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.hooks import RemovableHandle
 
-from paca.training.run_folder import write_whole
+from paca.training.folder.run_folder import write_whole
 from paca_command import main as train
 
 PROGRAM = (sys.executable, "-m", "paca.comparison.counted_memory")

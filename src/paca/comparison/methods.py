@@ -11,9 +11,9 @@ from typing import Any
 
 from paca.messages.errors import PacaError
 from paca.messages.nearest import did_you_mean
-from paca.training.adapter_settings import config_type
-from paca.training.run_config import METHODS
-from paca.training.strict_yaml import read_yaml
+from paca.training.config.adapter_settings import config_type
+from paca.training.config.run_config import METHODS
+from paca.training.config.strict_yaml import read_yaml
 
 Sections = Mapping[str, Mapping[str, Any]]
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from paca.comparison.results import ComparisonResult, MethodResult
 from paca.comparison.statistics import pareto
-from paca.training.curves import INK, figure_with_axes, inline_svg, thin
+from paca.training.reporting.curves import INK, figure_with_axes, inline_svg, thin
 
 COLORS = ("#0b84a5", "#e8702a", "#6f4e9c", "#3f9c5a", "#c8432f", "#8a6d3b", "#d16ba5", "#7a7f87")
 """By the order of methods; told apart by colour-blind eyes as well, together with the markers."""

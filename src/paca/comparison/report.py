@@ -11,9 +11,9 @@ from paca.comparison.pictures import Curve, loss_over_time, score_against, score
 from paca.comparison.results import ComparisonResult, Contrast, MethodResult
 from paca.comparison.statistics import Interval, signed
 from paca.messages.units import format_bytes, format_duration
-from paca.training.metrics import read_rows
-from paca.training.report import whole_page
-from paca.training.run_folder import RunFolder, write_whole
+from paca.training.folder.run_folder import RunFolder, write_whole
+from paca.training.reporting.metrics import read_rows
+from paca.training.reporting.report import whole_page
 
 Table = tuple[list[str], list[list[str]]]
 

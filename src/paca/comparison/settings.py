@@ -15,10 +15,10 @@ from paca.comparison.schedule import Job
 from paca.data.sources import Source
 from paca.messages.errors import PacaError
 from paca.pretrained.claims import Claim
-from paca.training.config_file import load_run_config
-from paca.training.run_config import RunConfig
-from paca.training.run_folder import RunFolder, write_whole
-from paca.training.strict_yaml import read_yaml
+from paca.training.config.config_file import load_run_config
+from paca.training.config.run_config import RunConfig
+from paca.training.config.strict_yaml import read_yaml
+from paca.training.folder.run_folder import RunFolder, write_whole
 
 EQUAL = (("parameters",), ("time",), ("memory",), ("parameters", "time"))
 """What can be made the same for all methods, by itself or together."""

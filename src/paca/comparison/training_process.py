@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from paca.pretrained.claims import Claim
-from paca.training.run_folder import RunFolder, write_whole
+from paca.training.folder.run_folder import RunFolder, write_whole
 
 PROGRAM = (sys.executable, "-m", "paca_command")
 FAILURE = "failed.json"

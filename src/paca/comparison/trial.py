@@ -12,8 +12,8 @@ from paca.comparison.methods import Method
 from paca.comparison.settings import Comparison, run_sections, write_config
 from paca.comparison.training_process import PROGRAM, TrainingProcess, failure_of
 from paca.pretrained.claims import Claim
-from paca.training.metrics import read_rows
-from paca.training.run_folder import RunFolder
+from paca.training.folder.run_folder import RunFolder
+from paca.training.reporting.metrics import read_rows
 
 WARM_UP = 2
 """Steps that are not timed: the first ones also fill caches and make the optimizer's state."""

@@ -29,7 +29,7 @@ from paca.evaluation.identity import identity
 from paca.evaluation.sides import ADAPTER, BASE, MODEL, Watcher
 from paca.messages.errors import PacaError
 from paca.pretrained.generation import LoadedModel
-from paca.training.run_folder import write_whole
+from paca.training.folder.run_folder import write_whole
 
 
 @dataclass(frozen=True)

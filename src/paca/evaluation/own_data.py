@@ -16,7 +16,7 @@ from paca.evaluation.kept_lines import KeptAnswers
 from paca.evaluation.log_likelihood import Likelihood, likelihoods
 from paca.evaluation.statistics import Mean, mean_with_error, ratio_with_error
 from paca.messages.errors import PacaError
-from paca.training.run_config import EvalSection
+from paca.training.config.run_config import EvalSection
 
 SAMPLES = 5
 """Answers that are shown to people."""

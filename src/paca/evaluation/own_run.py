@@ -15,9 +15,9 @@ from paca.evaluation.side_by_side import Row
 from paca.evaluation.sides import ADAPTER, BASE, MODEL, Watcher
 from paca.messages.errors import PacaError
 from paca.pretrained.generation import LoadedModel
-from paca.training.config_file import load_run_config
-from paca.training.run_config import RunConfig
-from paca.training.run_folder import RunFolder, write_whole
+from paca.training.config.config_file import load_run_config
+from paca.training.config.run_config import RunConfig
+from paca.training.folder.run_folder import RunFolder, write_whole
 from paca.training.trainers import trainer_kind
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from paca.training.config_file import load_run_config
-from paca.training.run_config import RunConfig
+from paca.training.config.config_file import load_run_config
+from paca.training.config.run_config import RunConfig
 
 if TYPE_CHECKING:
     from paca.training.plan import Plan, describe

@@ -24,10 +24,10 @@ from paca.data import Examples
 from paca.messages.errors import PacaError
 from paca.messages.say import say
 from paca.pretrained.content import model_content
-from paca.training import adapter_settings
+from paca.training.config import adapter_settings
+from paca.training.config.run_config import CalibrationSection, RunConfig
+from paca.training.folder.run_folder import write_whole
 from paca.training.prompt_form import tokenizer_of
-from paca.training.run_config import CalibrationSection, RunConfig
-from paca.training.run_folder import write_whole
 from paca.training.trainers import trainer_kind
 from paca.tuner.calibration import select
 from paca.tuner.calibration.selecting import with_indices

@@ -16,8 +16,8 @@ from paca.messages.disk import DiskError, disk_error
 from paca.messages.errors import PacaError
 from paca.messages.program import program
 from paca.pretrained.out_of_memory import is_out_of_memory
-from paca.training.run_config import RunConfig
-from paca.training.run_folder import RunFolder
+from paca.training.config.run_config import RunConfig
+from paca.training.folder.run_folder import RunFolder
 
 
 def remedies(config: RunConfig) -> str:

@@ -12,7 +12,7 @@ from paca.pretrained import load_config
 from paca.pretrained.attention import set_attention
 from paca.pretrained.loading import Outline
 from paca.pretrained.location import Source, locate
-from paca.training.run_config import ModelSection, RunConfig
+from paca.training.config.run_config import ModelSection, RunConfig
 
 
 def source_of(named: ModelSection) -> Source:

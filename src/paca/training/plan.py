@@ -21,15 +21,15 @@ from paca.messages.errors import PacaError
 from paca.messages.say import say
 from paca.planning.estimate import PlannedModel
 from paca.pretrained.quantizing import quantize_outline
-from paca.training import adapter_settings, train_settings
 from paca.training.calibration import describe_columns
-from paca.training.data_preview import cut_warning
-from paca.training.disk_need import DiskNeed, disk_need, tell_of_disk
-from paca.training.learning_rate import AUTO, automatic_rate
+from paca.training.config import adapter_settings, train_settings
+from paca.training.config.learning_rate import AUTO, automatic_rate
+from paca.training.config.run_config import RunConfig
+from paca.training.config.target_names import check_target_names
+from paca.training.folder.disk_need import DiskNeed, disk_need, tell_of_disk
+from paca.training.folder.same_run import inputs_of
 from paca.training.named_model import outline_of, source_of, train_heads
-from paca.training.run_config import RunConfig
-from paca.training.same_run import inputs_of
-from paca.training.target_names import check_target_names
+from paca.training.reporting.data_preview import cut_warning
 from paca.training.trainers import trainer_kind
 from paca.training.trainers.kind import RunData
 from paca.training.trainers.sections import check_sections_fit

@@ -14,12 +14,12 @@ from paca.messages.errors import PacaError, about
 from paca.messages.units import format_bytes
 from paca.planning.target import Target, outline_of
 from paca.pretrained.attention import set_attention
-from paca.training import train_settings
-from paca.training.adapter_settings import outline_config
-from paca.training.config_file import load_run_config
+from paca.training.config import train_settings
+from paca.training.config.adapter_settings import outline_config
+from paca.training.config.config_file import load_run_config
+from paca.training.config.run_config import RunConfig
 from paca.training.named_model import train_heads
 from paca.training.prompt_form import choose_form, tokenizer_of, trains_everything
-from paca.training.run_config import RunConfig
 from paca.training.run_setting import setting_of_run
 from paca.training.trainers import trainer_kind
 from paca.training.trainers.kind import RunData, TrainerKind

@@ -18,9 +18,9 @@ from paca.messages.units import format_bytes
 from paca.planning import longest_batch
 from paca.planning.optimizer_state import state_bytes
 from paca.pretrained.out_of_memory import is_out_of_memory
+from paca.training.config.run_config import RunConfig
 from paca.training.failures import remedies
 from paca.training.memory import describe_peak_memory, peak_memory, reset_peak_memory
-from paca.training.run_config import RunConfig
 from paca.training.trainers import trainer_kind
 
 _KEPT = ("_metrics", "_total_train_tokens")

@@ -8,7 +8,7 @@ from paca.data import Examples, end_of_turn, set_chat_template
 from paca.data.chat_template import DEFAULT, NAMES
 from paca.messages.errors import PacaError, about
 from paca.pretrained import load_tokenizer
-from paca.training.run_config import RunConfig
+from paca.training.config.run_config import RunConfig
 
 
 def tokenizer_of(config: RunConfig) -> PreTrainedTokenizerBase:

@@ -24,30 +24,30 @@ from paca.messages.say import say
 from paca.pretrained import Pretrained
 from paca.pretrained.purpose import save_classifier_config
 from paca.pretrained.whole_output import put_in_place
-from paca.training import train_settings
-from paca.training.adapter_card import NoCardsOfCheckpoints, write_card
-from paca.training.checkpoints import WholeCheckpoints, load_if_finished
+from paca.training.config import train_settings
+from paca.training.config.run_config import RunConfig
 from paca.training.data_order import SetEpochOfSampler
 from paca.training.failures import explained, told_how_to_go_on
-from paca.training.final_scores import scores_by, scores_by_trainer
 from paca.training.finite_loss import StopOnNonFiniteLoss
+from paca.training.folder.checkpoints import WholeCheckpoints, load_if_finished
+from paca.training.folder.run_folder import RunFolder, steps_done, write_whole
+from paca.training.folder.same_run import check_same_model, check_same_run
 from paca.training.interrupt import StopOnSignal
 from paca.training.memory import reset_peak_memory
 from paca.training.memory_check import memory_at_hand, memory_warning
-from paca.training.metrics import MetricsLog, RecordMetrics
 from paca.training.plan import PreparedRun, prepare, show_plan
 from paca.training.probe import ProbeLongestBatch
-from paca.training.progress import ShowProgress
 from paca.training.prompt_form import give_form
-from paca.training.report import write_report
-from paca.training.run_config import RunConfig
-from paca.training.run_folder import RunFolder, steps_done, write_whole
-from paca.training.same_run import check_same_model, check_same_run
-from paca.training.scores import Scorer
+from paca.training.reporting.adapter_card import NoCardsOfCheckpoints, write_card
+from paca.training.reporting.final_scores import scores_by, scores_by_trainer
+from paca.training.reporting.metrics import MetricsLog, RecordMetrics
+from paca.training.reporting.progress import ShowProgress
+from paca.training.reporting.report import write_report
+from paca.training.reporting.scores import Scorer
+from paca.training.reporting.summary import summary_of
+from paca.training.reporting.tracking import Trackers, names_for_trackers
 from paca.training.sharding import check_sharding, sharding_warning
 from paca.training.starting_model import keep_adapter_dtype, load_model, with_adapter
-from paca.training.summary import summary_of
-from paca.training.tracking import Trackers, names_for_trackers
 from paca.training.trainers import trainer_kind
 from paca.tuner.rotation.callback import RotateColumns
 

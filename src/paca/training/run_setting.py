@@ -10,7 +10,7 @@ import torch
 from paca.messages.errors import PacaError
 from paca.planning import Setting
 from paca.planning.optimizer_state import KNOWN_OPTIMIZERS
-from paca.training.run_config import RunConfig
+from paca.training.config.run_config import RunConfig
 
 
 def setting_of_run(config: RunConfig, device: str, longest: int | None = None, lengths: int = 1) -> Setting:

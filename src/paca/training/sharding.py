@@ -14,7 +14,7 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from paca.columns.selection import AT_RANDOM
 from paca.config import PacaConfig
 from paca.messages.errors import PacaError
-from paca.training.run_config import RunConfig
+from paca.training.config.run_config import RunConfig
 
 
 def check_sharding(arguments: TrainingArguments, config: RunConfig) -> None:

@@ -18,10 +18,10 @@ from paca.messages.errors import PacaError
 from paca.messages.say import say
 from paca.pretrained import Pretrained, load_pretrained, save_trainable_copy
 from paca.pretrained.attention import set_attention
-from paca.training.adapter_settings import adapter_config
 from paca.training.calibration import ColumnChoice
-from paca.training.run_config import RunConfig
-from paca.training.run_folder import RunFolder
+from paca.training.config.adapter_settings import adapter_config
+from paca.training.config.run_config import RunConfig
+from paca.training.folder.run_folder import RunFolder
 from paca.training.sharding import spare_buffers
 from paca.training.trainers import trainer_kind
 

@@ -12,7 +12,8 @@ from rich.console import Console
 from safetensors.torch import load_file
 
 from paca.messages.errors import PacaError
-from paca.training import checkpoints, load_run_config, train
+from paca.training import load_run_config, train
+from paca.training.folder import checkpoints
 from training.tiny_run import rows
 
 STEPS = ["train.save_steps=2", "train.save_total_limit=null", "train.eval_steps=2", "train.learning_rate=1e-3"]

@@ -12,8 +12,8 @@ from transformers import AutoTokenizer
 
 from paca.messages.errors import PacaError
 from paca.training import describe, load_run_config, train
-from paca.training.data_preview import sample_section, show_sample
 from paca.training.plan import Plan
+from paca.training.reporting.data_preview import sample_section, show_sample
 from paca.training.trainers import TRAINERS
 from training.trainers.tiny_runs import CONFIGS, save_workspace
 

@@ -14,7 +14,7 @@ from trl import DPOConfig
 from models import llama
 from paca.messages.errors import PacaError
 from paca.training import RunConfig, describe, load_run_config, train
-from paca.training.train_settings import keys_of, training_arguments, with_defaults
+from paca.training.config.train_settings import keys_of, training_arguments, with_defaults
 from paca.training.trainers import TRAINERS
 from paca.training.trainers.kind import TrainerKind
 from tiny_checkpoint import byte_tokenizer

@@ -25,8 +25,8 @@ from paca.data.labelled_texts import label_names
 from paca.data.sample import take_sample
 from paca.data.tokens import IGNORED, Tokens
 from paca.messages.errors import PacaError
+from paca.training.config.run_config import RunConfig
 from paca.training.prompt_form import tokenizer_of
-from paca.training.run_config import RunConfig
 from paca.training.trainers.kind import RunData, TrainerKind, datasets_of, read_split
 
 

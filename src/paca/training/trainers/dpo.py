@@ -16,8 +16,8 @@ from paca.data.formats import Example
 from paca.data.sample import take_sample
 from paca.data.tokens import Tokens, encode
 from paca.messages.errors import PacaError
+from paca.training.config.run_config import RunConfig
 from paca.training.prompt_form import tokenizer_of
-from paca.training.run_config import RunConfig
 from paca.training.trainers.kind import RunData, TrainerKind, read_texts
 
 

@@ -18,9 +18,9 @@ from paca.data.formats import Example
 from paca.data.sample import take_sample
 from paca.data.tokens import IGNORED, Tokens, render
 from paca.messages.errors import PacaError
-from paca.training.key_checks import Origins
+from paca.training.config.key_checks import Origins
+from paca.training.config.run_config import RunConfig
 from paca.training.prompt_form import tokenizer_of
-from paca.training.run_config import RunConfig
 from paca.training.trainers.kind import RunData, TrainerKind, read_texts, steps_of
 from paca.training.trainers.reward_functions import BUILT_IN, check_columns, find_rewards, load_reward_models
 

@@ -11,7 +11,7 @@ from datasets import Dataset
 from transformers import AutoModelForImageClassification, Trainer
 
 from paca.data import load_images, open_image
-from paca.training.run_config import RunConfig
+from paca.training.config.run_config import RunConfig
 from paca.training.trainers.classification import Classification, with_labels
 from paca.training.trainers.kind import RunData, read_split
 

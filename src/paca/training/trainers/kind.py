@@ -16,9 +16,9 @@ from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 from paca.data import Examples, load_examples, split_heldout
 from paca.data.chat_template import unused_fields
 from paca.data.sample import Sample
-from paca.training.key_checks import Origins
+from paca.training.config.key_checks import Origins
+from paca.training.config.run_config import RunConfig
 from paca.training.prompt_form import choose_form, tokenizer_of
-from paca.training.run_config import RunConfig
 
 
 @dataclass

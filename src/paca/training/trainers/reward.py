@@ -6,7 +6,7 @@ from datasets import Dataset
 from transformers import AutoModelForSequenceClassification
 from trl import RewardConfig, RewardTrainer
 
-from paca.training.run_config import RunConfig
+from paca.training.config.run_config import RunConfig
 from paca.training.trainers.dpo import check_all_kept, with_pairs_sampled
 from paca.training.trainers.kind import RunData, TrainerKind, read_texts
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from paca.columns.selection import FROM_BATCHES
 from paca.messages.errors import PacaError
-from paca.training.run_config import RunConfig
+from paca.training.config.run_config import RunConfig
 from paca.training.trainers.kind import TrainerKind
 
 

@@ -12,10 +12,10 @@ from trl import SFTConfig, SFTTrainer
 from paca.data import check_labels, tokenize
 from paca.data.sample import take_sample
 from paca.messages.errors import PacaError
-from paca.training.key_checks import Origins
+from paca.training.config.key_checks import Origins
+from paca.training.config.run_config import RunConfig
 from paca.training.packed_samples import check_apart
 from paca.training.prompt_form import describe_loss, tokenizer_of, trains_everything
-from paca.training.run_config import RunConfig
 from paca.training.run_setting import holds_all_logits
 from paca.training.trainers.kind import RunData, TrainerKind, read_texts
 

@@ -1,0 +1,161 @@
+"""The method's section of a run: the fields of a PEFT config that a user sets, and what PEFT makes of them."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import enum
+import re
+import typing
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+from peft import LoraConfig, PeftConfig
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+from peft.utils import PeftType
+
+from paca.config import PacaConfig
+from paca.messages.errors import PacaError
+from paca.messages.nearest import did_you_mean
+from paca.training.config.key_checks import Origins, check_section
+from paca.training.config.typed_values import matches, shown
+
+_NOT_HERE = {
+    "ADALORA": "something has to share out its ranks after each step",
+    "ADAPTION_PROMPT": "TRL's trainer does not get its loss through it",
+    "ADAMSS": "it chooses by the weights, which are not there when a run is planned",
+    "CPT": "it needs all logits, which TRL's trainer never makes",
+    "FROD": "it is laid out from the weights, which are not there when a run is planned",
+    "MULTITASK_PROMPT_TUNING": "its records name a task",
+    "POLY": "its records name a task",
+    "P_TUNING": "PEFT saves what its encoder gives, not the encoder, so that a run can't be resumed",
+    "SHIRA": "it chooses by the weights, which are not there when a run is planned",
+    "XLORA": "it mixes adapters that are trained already",
+}
+"""Methods of PEFT that a run can't train, and why: each was tried (PEFT 0.21.2)."""
+
+_NEEDS_DATA = ("eva", "corda", "lora_ga")
+"""Starts of LoRA that PEFT leaves to a pass over data, which a run does not make."""
+
+
+def adapter_fields(method: str, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Name and type of each key of the section: the fields of its config that are not bookkeeping."""
+    if method == "full":
+        return {}
+    kind = config_type(method, settings)
+    bookkeeping = {option.name for option in dataclasses.fields(PeftConfig)} | {"base_quantization"}
+    annotations = typing.get_type_hints(kind)
+    fields = {
+        option.name: annotations[option.name]
+        for option in dataclasses.fields(kind)
+        if option.init and option.name not in bookkeeping
+    }
+    return {"peft_type": str, **fields} if method == "peft" else fields
+
+
+def config_type(method: str, settings: Mapping[str, Any]) -> type[PeftConfig]:
+    """The class of the config: `PacaConfig`, `LoraConfig`, or the one that `peft_type` names."""
+    if method == "peft":
+        return PEFT_TYPE_TO_CONFIG_MAPPING[PeftType(settings["peft_type"])]
+    return {"paca": PacaConfig, "lora": LoraConfig}[method]
+
+
+def check_adapter_settings(
+    method: str,
+    settings: dict[str, Any],
+    origins: Origins,
+    elsewhere: Callable[[], Mapping[str, Iterable[str]]] | None = None,
+) -> None:
+    """Check the keys, types and values of the section.
+
+    Args:
+        method: Its name.
+        settings: What was given; `peft_type` becomes upper case.
+        origins: Where.
+        elsewhere: As for `check_section`.
+
+    Raises:
+        PacaError: An unknown key, a wrong type, or a value that the config refuses.
+    """
+    if method == "peft":
+        settings["peft_type"] = _peft_type(settings, origins)
+    fields = adapter_fields(method, settings)
+    # PEFT's annotation has a pattern among the values: "pissa_niter_[number of iters]".
+    exact = {name: value for name, value in settings.items() if not str(value).startswith("pissa_niter_")}
+    check_section(method, exact, fields, origins, elsewhere=elsewhere)
+    if str(settings.get("init_lora_weights")) in _NEEDS_DATA:
+        raise PacaError(
+            f"{origins.of(f'{method}.init_lora_weights')}: {method}.init_lora_weights: {settings['init_lora_weights']} "
+            "needs a pass over data that paca does not make. Leave it out, or give one of the others."
+        )
+    try:
+        adapter_config(method, settings)
+    except (ValueError, TypeError) as error:
+        named = re.match(r"\w*", str(error))
+        if named is not None and named[0] in settings:
+            raise PacaError(f"{origins.of(f'{method}.{named[0]}')}: {method}.{error}") from error
+        raise PacaError(f"{origins.path}, section {method}: {error}") from error
+
+
+def _peft_type(settings: Mapping[str, Any], origins: Origins) -> str:
+    known = [kind.value for kind in PEFT_TYPE_TO_CONFIG_MAPPING]
+    place, given = origins.of("peft.peft_type"), settings.get("peft_type")
+    if given is None:
+        raise PacaError(f"{place}: peft.peft_type is missing; it names the method, such as IA3 or LOHA.")
+    kind = str(given).upper()
+    if kind in ("PACA", "LORA"):
+        raise PacaError(f"{place}: peft.peft_type: {given} has a section of its own, {kind.lower()}. Use that one.")
+    if kind not in known:
+        hint = did_you_mean(kind, known, "{}") or f" It knows {', '.join(known)}."
+        raise PacaError(f"{place}: peft.peft_type must be a method of the installed PEFT, not {shown(given)}.{hint}")
+    if kind in _NOT_HERE:
+        raise PacaError(f"{place}: peft.peft_type: {kind} can't be trained here: {_NOT_HERE[kind]}.")
+    return kind
+
+
+def adapter_config(method: str, settings: Mapping[str, Any], task_type: str | None = "CAUSAL_LM") -> PeftConfig | None:
+    """The config of an adapter with the given settings, for a task by PEFT's names; None where there is none."""
+    if method == "full":
+        return None
+    # A copy: PEFT adds to its lists.
+    given = {name: copy.deepcopy(value) for name, value in settings.items() if name != "peft_type"}
+    return config_type(method, settings)(task_type=task_type, **given)
+
+
+def outline_config(method: str, settings: Mapping[str, Any], task_type: str | None = "CAUSAL_LM") -> PeftConfig | None:
+    """The same for a model without weights: nothing can be chosen or computed from them."""
+    if method == "paca":
+        settings = {**settings, "selection": "random", "random_seed": 0, "original_weights": None}
+    elif "init_lora_weights" in settings:
+        settings = {**settings, "init_lora_weights": True}
+    return adapter_config(method, settings, task_type)
+
+
+def with_defaults(method: str, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings with every default spelled out that YAML can hold, for the resolved config."""
+    config = adapter_config(method, settings)
+    fields = adapter_fields(method, settings)
+    values = {name: plain(settings[name] if name == "peft_type" else getattr(config, name)) for name in fields}
+    return {
+        name: value
+        for name, value in values.items()
+        if name in settings or (matches(value, fields[name]) and not dataclasses.is_dataclass(value))
+    }
+
+
+def method_name(method: str, settings: Mapping[str, Any]) -> str:
+    """For summaries: `paca`, `lora`, `full`, or the `peft_type` in lower case, such as `ia3`."""
+    return str(settings["peft_type"]).lower() if method == "peft" else method
+
+
+def plain(value: Any) -> Any:
+    """A value as YAML can hold it: sets and tuples become lists, members of enums their values."""
+    if isinstance(value, enum.Enum):
+        return value.value
+    if isinstance(value, (set, frozenset)):
+        return sorted(value)
+    if isinstance(value, (list, tuple)):
+        return [plain(item) for item in value]
+    if isinstance(value, dict):
+        return {str(key): plain(item) for key, item in value.items()}
+    return value

@@ -1,0 +1,212 @@
+"""The YAML of a run, read and checked before anything heavy is imported."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import typing
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from paca.messages.errors import PacaError
+from paca.messages.nearest import did_you_mean
+from paca.training.config.key_checks import Origins, check_section
+from paca.training.config.run_config import ALL, METHODS, SECTIONS, RunConfig
+from paca.training.config.strict_yaml import parse_value, read_yaml
+from paca.training.config.typed_values import shown
+
+
+def load_run_config(path: str | os.PathLike[str], overrides: Iterable[str] = ()) -> RunConfig:
+    """Read and check the config of a run.
+
+    Args:
+        path: A YAML file with the sections model, data, one of `METHODS`, calibration, train, eval and output.
+        overrides: `"section.key=value"` each; the value is read as YAML.
+
+    Returns:
+        The run. Paths that exist are made absolute, so that the resolved config runs from anywhere.
+
+    Raises:
+        PacaError: A missing or unreadable file, an unknown or repeated key, a wrong type, a missing required key, two
+            methods.
+    """
+    path = Path(path)
+    sections, origins = _read_sections(path, overrides)
+    method = _method(sections, origins)
+    built: dict[str, Any] = {}
+    elsewhere = partial(_keys_of_all, method, sections)
+    sections["output"].setdefault("dir", os.path.join("runs", path.stem))
+    for name, section_type in SECTIONS.items():
+        built[name] = _build_section(name, section_type, sections[name], origins, elsewhere)
+    config = RunConfig(**built, method=method, adapter=sections[method], train=sections["train"])
+    for key, problem in _problems(config):
+        raise PacaError(f"{origins.of(key)}: {key} {problem}")
+
+    # Only now: these two import peft and trl, which takes seconds that the mistakes above need not cost.
+    from paca.training.config.adapter_settings import check_adapter_settings
+    from paca.training.config.train_settings import check_train_settings
+
+    check_adapter_settings(method, sections[method], origins, elsewhere)
+    check_train_settings(sections["train"], origins, elsewhere)
+    _make_paths_absolute(config)
+    return config
+
+
+_FIRST = {"model": "name", "data": "train", "output": "dir"}
+"""The key that is meant where a section is given as one value."""
+
+
+def _read_sections(path: Path, overrides: Iterable[str]) -> tuple[dict[str, dict[str, Any]], Origins]:
+    content, lines = read_yaml(path)
+    origins = Origins(path, lines)
+    if content is None:
+        raise PacaError(f"{path} is empty; it needs at least model.name and data.train.")
+    if not isinstance(content, dict):
+        raise PacaError(f"{path} must hold sections (model:, data:, ...), not {shown(content)}.")
+    names = list(ALL)
+    for name, values in content.items():
+        if name not in names:
+            raise PacaError(f"{origins.of(name)}: there is no section {name!r}.{_section_hint(name, names)}")
+        if values is not None and not isinstance(values, dict):
+            form = f" Give it as {name}: {{{_FIRST[name]}: {values}}}" if name in _FIRST else ""
+            raise PacaError(f"{origins.of(name)}: the section {name} must hold keys, not {shown(values)}.{form}")
+    sections: dict[str, dict[str, Any]] = {
+        name: dict(content.get(name) or {}) for name in names if name in content or name not in METHODS
+    }
+    for override in overrides:
+        key, separator, text = override.partition("=")
+        section, dot, name = key.strip().partition(".")
+        if section in names and separator and not dot and isinstance(whole := parse_value(text), dict):  # full={}
+            sections[section] = whole
+            origins.overridden |= {section, *(f"{section}.{name}" for name in whole)}
+            continue
+        if not separator or not dot or not name:
+            example = _with_section(key, text, sections) if separator else "train.learning_rate=1e-4"
+            raise PacaError(f"--set {override}: expected section.key=value, such as --set {example}.")
+        if section not in names:
+            raise PacaError(f"--set {override}: there is no section {section!r}.{_section_hint(section, names)}")
+        try:
+            sections.setdefault(section, {})[name] = parse_value(text)
+        except PacaError as error:
+            raise PacaError(f"--set {override}: {error}") from error
+        origins.overridden.add(f"{section}.{name}")
+    return sections, origins
+
+
+def _with_section(key: str, text: str, sections: dict[str, dict[str, Any]]) -> str:
+    """What was meant, if a section has such a key; otherwise one that is right."""
+    method = next((name for name in METHODS if sections.get(name)), "paca")
+    owner = next((name for name, keys in _keys_of_all(method, sections).items() if key.strip() in keys), None)
+    return f"{owner}.{key.strip()}={text}" if owner else "train.learning_rate=1e-4"
+
+
+def _method(sections: dict[str, dict[str, Any]], origins: Origins) -> str:
+    """The method whose section is there; `paca`, whose section is made, without one."""
+    given = [name for name in METHODS if name in sections]
+    if len(given) > 1:
+        places = " and ".join(f"{name} ({origins.of_section(name)})" for name in given)
+        raise PacaError(f"{origins.path}: a run has one method, and these are given: {places}. Keep one of them.")
+    if not given:
+        sections["paca"] = {}
+    return given[0] if given else "paca"
+
+
+def _keys_of_all(method: str, sections: dict[str, dict[str, Any]]) -> dict[str, Iterable[str]]:
+    """The keys of each section, those first that are meant more often."""
+    from paca.training.config.adapter_settings import adapter_fields
+    from paca.training.config.train_settings import keys_of
+    from paca.training.trainers import TRAINERS
+
+    try:
+        fields = adapter_fields(method, sections[method])
+    except (KeyError, ValueError):  # `peft_type` is missing or wrong, which is not yet checked
+        fields = {}
+    adapter: dict[str, Iterable[str]] = {"paca": adapter_fields("paca", {})} if method == "full" else {method: fields}
+    trainer = sections["train"].get("trainer")
+    others: dict[str, Iterable[str]] = {name: typing.get_type_hints(kind) for name, kind in SECTIONS.items()}
+    calibration = others.pop("calibration")
+    train = keys_of(trainer if trainer in TRAINERS else "sft")
+    return {**adapter, **others, "train": train, "calibration": calibration}
+
+
+def _build_section(
+    name: str,
+    section_type: type,
+    values: dict[str, Any],
+    origins: Origins,
+    elsewhere: Callable[[], Mapping[str, Iterable[str]]],
+) -> Any:
+    annotations = typing.get_type_hints(section_type)
+    check_section(name, values, annotations, origins, elsewhere=elsewhere)
+    for option in dataclasses.fields(section_type):
+        if option.name not in values and option.default is dataclasses.MISSING:
+            raise PacaError(f"{origins.path}: {name}.{option.name} is missing; it must be given.")
+    return section_type(**values)
+
+
+def _problems(config: RunConfig) -> Iterator[tuple[str, str]]:
+    """Values that can't work, alone or with others: the key, and what is wrong with it."""
+    model, data, evaluation, train = config.model, config.data, config.eval, config.train
+    if isinstance(data.eval, float) and not 0 < data.eval < 1:
+        yield (
+            "data.eval",
+            f"is {data.eval}; to hold out a part of data.train give a fraction between 0 and 1 or a whole number of "
+            "records.",
+        )
+    for key, count in (("data.eval", data.eval), ("data.limit", data.limit), ("eval.limit", evaluation.limit)):
+        if isinstance(count, int) and count < 1:
+            yield key, f"is {count}; a count of records must be 1 or more."
+    if evaluation.metric is not None and data.eval is None:
+        yield "eval.metric", "is measured on held-out data; give data.eval too."
+    if evaluation.answer_pattern is not None and evaluation.metric != "exact_match":
+        yield "eval.answer_pattern", "goes with eval.metric: exact_match. Leave it out."
+    counts = {f"calibration.{name}": count for name, count in dataclasses.asdict(config.calibration).items()}
+    for key, count in {"eval.max_new_tokens": evaluation.max_new_tokens, **counts}.items():
+        if count < 1:
+            yield key, f"is {count}; it must be 1 or more."
+    if model.recompute is not None and not model.lean:
+        yield "model.recompute", "is a part of the lean blocks; give model.lean: true too."
+    if model.lean and train.get("use_liger_kernel"):
+        yield (
+            "train.use_liger_kernel",
+            "replaces the blocks that model.lean makes lean. Choose one of them; on CUDA, lean blocks use Liger's "
+            "kernels where they are installed.",
+        )
+    if config.method == "full" and model.quantization is not None:
+        yield (
+            "model.quantization",
+            "does not go with full: quantized weights can't be trained themselves. Leave it out, or train an adapter "
+            "on them: paca, lora or peft.",
+        )
+    if config.method == "full" and "autocast_adapter_dtype" in train:
+        yield (
+            "train.autocast_adapter_dtype",
+            "is about adapters, and full has none. Leave it out; model.dtype is the type of the weights.",
+        )
+
+
+def _make_paths_absolute(config: RunConfig) -> None:
+    config.model.name = _absolute_where_it_exists(config.model.name)
+    if config.model.tokenizer is not None:
+        config.model.tokenizer = _absolute_where_it_exists(config.model.tokenizer)
+    config.data.train = _absolute_where_it_exists(config.data.train)
+    if config.data.template is not None and Path(config.data.template).suffix:  # a file, not a name
+        config.data.template = _absolute_where_it_exists(config.data.template)
+    if isinstance(config.data.eval, str):
+        config.data.eval = _absolute_where_it_exists(config.data.eval)
+    rewards = config.train.get("reward_funcs")
+    if rewards is not None:  # some may be folders of reward models
+        names = [rewards] if isinstance(rewards, str) else rewards
+        config.train["reward_funcs"] = [_absolute_where_it_exists(name) for name in names]
+    config.output.dir = os.path.abspath(os.path.expanduser(config.output.dir))
+
+
+def _absolute_where_it_exists(name: str) -> str:
+    expanded = os.path.expanduser(name)
+    return os.path.abspath(expanded) if os.path.exists(expanded) else name
+
+
+def _section_hint(name: str, names: list[str]) -> str:
+    return did_you_mean(name, names, "{}") or f" The sections are {', '.join(names)}."

@@ -1,0 +1,99 @@
+"""Keys and values of a config, checked: messages name the place, what was expected and the nearest valid name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from paca.messages.errors import PacaError
+from paca.messages.nearest import did_you_mean, nearest
+from paca.training.config.typed_values import choices as named
+from paca.training.config.typed_values import expected, matches, shown
+
+
+class Origins:
+    """Where each key was given, for messages: a file and line, or `--set`."""
+
+    def __init__(self, path: Path, lines: Mapping[str, int]) -> None:
+        self.path = path
+        self.lines = dict(lines)
+        self.overridden: set[str] = set()
+
+    def of(self, key: str) -> str:
+        """`"runs/a.yaml, line 7"` or `"--set"`, for a dotted key such as `train.optim`."""
+        if key in self.overridden:
+            return "--set"
+        line = self.lines.get(key) or self.lines.get(key.partition(".")[0])
+        return f"{self.path}, line {line}" if line else str(self.path)
+
+    def of_section(self, name: str) -> str:
+        """The same for a whole section."""
+        given = name not in self.lines and any(key.partition(".")[0] == name for key in self.overridden)
+        return "--set" if given else self.of(name)
+
+
+_OTHER_WORDS = {
+    "rank": "r",
+    "lr": "learning_rate",
+    "batch_size": "per_device_train_batch_size",
+    "epochs": "num_train_epochs",
+    "steps": "max_steps",
+    "max_seq_length": "max_length",
+}
+"""What people call some keys, where spelling alone would find another one."""
+
+
+def check_section(
+    section: str,
+    settings: Mapping[str, Any],
+    annotations: Mapping[str, Any],
+    origins: Origins,
+    choices: Mapping[str, Any] | None = None,
+    elsewhere: Callable[[], Mapping[str, Iterable[str]]] | None = None,
+) -> None:
+    """Refuse keys that a section does not have, values of another type, and values that a field does not list.
+
+    Args:
+        section: Its name.
+        settings: What was given.
+        annotations: The type of each key.
+        origins: Where each was given.
+        choices: For some keys, the only values.
+        elsewhere: Finds the keys of all sections, for one that is in the wrong section.
+
+    Raises:
+        PacaError: Names the dotted key, its place, what was expected and the nearest of it, and what was found.
+    """
+    names = sorted(annotations)
+    for name in settings:
+        if name not in annotations:
+            # A plain misspelling needs no look at the others, for which libraries are imported.
+            misspelt = nearest(name, names, cutoff=0.8) is not None or elsewhere is None
+            hint = _where_it_belongs(name, {section: names, **({} if misspelt or not elsewhere else elsewhere())})
+            if not names:
+                hint += f" The section {section} has no keys."
+            elif len(names) <= 20:
+                hint += f" The keys of {section} are {', '.join(names)}."
+            raise PacaError(f"{origins.of(f'{section}.{name}')}: there is no key {section}.{name}.{hint}")
+    for name, value in settings.items():
+        place, annotation = f"{origins.of(f'{section}.{name}')}: {section}.{name}", annotations[name]
+        if not matches(value, annotation):
+            hint = did_you_mean(value, named(annotation), "{}") if isinstance(value, str) else ""
+            raise PacaError(f"{place} must be {expected(annotation)}, not {shown(value)}.{hint}")
+        allowed = (choices or {}).get(name)
+        if allowed and value is not None and value not in allowed:
+            raise PacaError(f"{place} must be one of {', '.join(map(str, allowed))}, not {shown(value)}.")
+
+
+def _where_it_belongs(name: str, sections: Mapping[str, Iterable[str]]) -> str:
+    """The key that was meant: the same one of another section, or the nearest of this one, which comes first."""
+    for wanted in (_OTHER_WORDS.get(name, name), name):
+        for section, keys in sections.items():
+            if wanted in keys:
+                return f" Did you mean {section}.{wanted}?"
+    for number, (section, keys) in enumerate(sections.items()):
+        close = nearest(name, keys, cutoff=0.7 if number else 0.5)
+        if close is not None:
+            return f" Did you mean {section}.{close}?"
+    return ""

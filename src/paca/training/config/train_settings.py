@@ -1,0 +1,239 @@
+"""The `train` section of a run: fields of its trainer's settings, our defaults, and those we set ourselves."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import typing
+import warnings
+from collections.abc import Callable, Iterable, Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from transformers import PreTrainedModel
+
+from paca.messages.errors import PacaError
+from paca.training.config.key_checks import Origins, check_section
+from paca.training.config.learning_rate import AUTO, automatic_rate
+from paca.training.reporting.tracking import check_trackers
+from paca.training.trainers import TRAINERS, trainer_kind
+from paca.training.trainers.kind import TrainerKind
+
+OWNED = {
+    "output_dir": "the run folder is output.dir",
+    "resume_from_checkpoint": "continue a run with `paca train CONFIG --resume`",
+    "do_train": "this command always trains",
+    "do_eval": "held-out data is given by data.eval",
+    "do_predict": "this command does not predict",
+    "eval_on_start": "the loss before training is eval.before",
+    "disable_tqdm": "the progress line is chosen by whether the output is a terminal",
+    "model_init_kwargs": "the model is described by the section model",
+    "trust_remote_code": "it is model.trust_remote_code",
+    "chat_template_path": "it is data.template: a name or a Jinja file",
+    "push_to_hub": "put the finished run on the hub with `paca train CONFIG --push-to-hub OWNER/NAME`",
+    "hub_model_id": "it is `paca train CONFIG --push-to-hub OWNER/NAME`",
+    "hub_strategy": "checkpoints are not put on the hub; the finished run is, with --push-to-hub",
+    "hub_token": "a secret has no place in a config file; set the environment variable HF_TOKEN",
+    "parallelism_config": "it is an object; use accelerate's own config (`accelerate launch`)",
+    "local_rank": "the launcher (torchrun) sets it",
+}
+"""Fields of the trainers' settings that have another place, and which."""
+
+OWN: dict[str, Any] = {"trainer": str, "autocast_adapter_dtype": bool}
+"""Keys of ours: which trainer, and an argument of `peft.get_peft_model`."""
+
+_WITHOUT_EFFECT = ("trainer", "include_num_input_tokens_seen", "remove_unused_columns")
+"""On the result, whatever our default for them."""
+
+_RANGES: dict[str, tuple[Callable[[float], bool], str]] = {
+    "above zero": (
+        lambda value: 0 < value < math.inf,
+        "per_device_train_batch_size per_device_eval_batch_size gradient_accumulation_steps num_train_epochs "
+        "max_length logging_steps save_steps eval_steps",
+    ),
+    "zero or more": (
+        lambda value: 0 <= value < math.inf,
+        "learning_rate weight_decay max_grad_norm adam_epsilon warmup_steps seed data_seed dataloader_num_workers",
+    ),
+    "zero or more and less than 1": (lambda value: 0 <= value < 1, "adam_beta1 adam_beta2 label_smoothing_factor"),
+    "1 or more (or -1: as many as the epochs)": (lambda value: value >= 1 or value == -1, "max_steps"),
+}
+"""Numbers that surely are mistakes: most of it torch or transformers would refuse too, minutes later, or take without a
+word."""
+
+
+@cache
+def train_fields(trainer: str = "sft") -> dict[str, Any]:
+    """Name and type of each field of a trainer's settings (`SFTConfig` for `"sft"`)."""
+    arguments = TRAINERS[trainer].arguments
+    annotations = typing.get_type_hints(arguments)
+    return {
+        # transformers 5 takes true for fsdp as well
+        option.name: bool | annotations[option.name] if option.name == "fsdp" else annotations[option.name]
+        for option in dataclasses.fields(arguments)
+        if option.init
+    }
+
+
+def keys_of(trainer: str) -> dict[str, Any]:
+    """Name and type of each key that the section may have."""
+    rate = {"learning_rate": float | Literal[AUTO]}
+    return train_fields(trainer) | rate | TRAINERS[trainer].own_keys | OWN
+
+
+def check_train_settings(
+    settings: Mapping[str, Any], origins: Origins, elsewhere: Callable[[], Mapping[str, Iterable[str]]] | None = None
+) -> None:
+    """Check the keys, types, choices and ranges of the section.
+
+    Args:
+        settings: What the user gave.
+        origins: Where.
+        elsewhere: As for `check_section`.
+
+    Raises:
+        PacaError: An unknown key, a key that has another place, a wrong type, or a value outside the choices
+            or the range that can work.
+    """
+    check_section("train", {"trainer": settings.get("trainer", "sft")}, {"trainer": Literal[tuple(TRAINERS)]}, origins)
+    kind = trainer_kind(settings)
+    annotations = keys_of(kind.name)
+    for name in settings:
+        place = f"{origins.of(f'train.{name}')}: train.{name}"
+        if name in annotations:
+            if name in OWNED:
+                raise PacaError(f"{place} can't be set here: {OWNED[name]}.")
+            continue
+        takers = [other for other in TRAINERS if name in keys_of(other)]
+        if takers:
+            raise PacaError(f"{place} is a setting of train.trainer: {' or '.join(takers)}, not of {kind.name}.")
+    annotations = {name: annotation for name, annotation in annotations.items() if name not in OWNED}
+    choices = {option.name: option.metadata.get("choices") for option in dataclasses.fields(kind.arguments)}
+    check_section("train", settings, annotations, origins, choices, elsewhere)
+    kind.check(settings, origins)
+    check_trackers(settings.get("report_to"), f"{origins.of('train.report_to')}: train.report_to")
+    for name, value in settings.items():
+        for words, (holds, names) in _RANGES.items():
+            if name in names.split() and isinstance(value, (int, float)) and not holds(value):
+                raise PacaError(f"{origins.of(f'train.{name}')}: train.{name} must be {words}, not {value}.")
+
+
+def with_defaults(
+    settings: Mapping[str, Any],
+    model: PreTrainedModel,
+    *,
+    has_eval: bool,
+    method: str = "paca",
+    adapter: Mapping[str, Any] | None = None,
+    device: str | None = None,
+) -> dict[str, Any]:
+    """The section with TRL's defaults, or our own, spelled out where the user gave nothing.
+
+    Args:
+        settings: What the user gave.
+        method: The run's.
+        adapter: Settings of the method's section; none by default.
+        model: With or without weights; the longest sequence that it takes, and the type of its weights, count.
+        has_eval: Whether there is held-out data.
+        device: `"cpu"` or `"cuda"`, for a plan; what is here by default.
+    """
+    kind = trainer_kind(settings)
+    if settings.get("learning_rate") == AUTO:
+        settings = {name: value for name, value in settings.items() if name != "learning_rate"}
+    context_length = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    # Numbers that change the result are spelled out even where they are TRL's own defaults today.
+    defaults: dict[str, Any] = {
+        "trainer": kind.name,
+        "num_train_epochs": 3.0,
+        "per_device_train_batch_size": 8,
+        "gradient_accumulation_steps": 1,
+        "per_device_eval_batch_size": 8,
+        "max_length": min(1024, context_length or 1024),
+        "learning_rate": automatic_rate(kind, method, adapter or {})[0],
+        "lr_scheduler_type": "cosine",
+        "warmup_steps": 0.03,  # a share of all steps
+        "optim": "adamw_torch_fused",
+        "weight_decay": 0.0,
+        "max_grad_norm": 1.0,
+        "seed": 42,
+        "bf16": _wants_autocast(settings, next(model.parameters()).dtype, device),
+        _checkpointing_field(): False,
+        "logging_steps": 1,
+        "logging_nan_inf_filter": False,  # true would replace a NaN loss by the mean of the losses before it
+        "eval_strategy": "steps" if has_eval else "no",
+        "save_strategy": "steps",
+        "save_steps": 0.2,  # a share of all steps, as eval_steps
+        "save_total_limit": 2,
+        "report_to": "none",
+    }
+    if settings.get("eval_strategy", defaults["eval_strategy"]) == "steps":
+        defaults["eval_steps"] = 0.2
+    if settings.get("load_best_model_at_end"):  # which needs a checkpoint at each evaluation
+        defaults["save_strategy"] = settings.get("eval_strategy", defaults["eval_strategy"])
+        defaults["save_steps"] = settings.get("eval_steps", 0.2)
+    if settings.get("gradient_checkpointing") is not None:  # the older name of the same field
+        del defaults[_checkpointing_field()]
+    if method != "full":
+        defaults["autocast_adapter_dtype"] = True
+    known = keys_of(kind.name)
+    return {**{k: v for k, v in defaults.items() if k in known}, **kind.defaults(settings), **settings}
+
+
+def warm_up(steps: int) -> int:
+    """Our default for `warmup_steps`: 3 % of all steps, rounded down, as a warm-up starts with a step at rate 0."""
+    return steps * 3 // 100
+
+
+def own_defaults(given: Mapping[str, Any], resolved: Mapping[str, Any]) -> dict[str, Any]:
+    """What the user did not give, and the trainer would have otherwise: name and value."""
+    theirs = _own_defaults_of(trainer_kind(resolved))
+    # What TRL leaves out in its fields and decides when it is made.
+    theirs |= {"bf16": True, "report_to": "none", "eval_strategy": "no", "autocast_adapter_dtype": True}
+    return {
+        name: value
+        for name, value in resolved.items()
+        if name not in (*given, *_WITHOUT_EFFECT) and value != theirs.get(name)
+    }
+
+
+def _own_defaults_of(kind: TrainerKind) -> dict[str, Any]:
+    return {option.name: option.default for option in dataclasses.fields(kind.arguments)}
+
+
+def training_arguments(settings: Mapping[str, Any], checkpoints: Path) -> Any:
+    """The settings of a run's trainer, as it takes them: an `SFTConfig`, or another `TrainingArguments`.
+
+    Args:
+        settings: The section with its defaults.
+        checkpoints: The folder for checkpoints.
+
+    Raises:
+        PacaError: TRL or transformers refuses the combination of settings.
+    """
+    kind = trainer_kind(settings)
+    settings = {name: value for name, value in settings.items() if name in train_fields(kind.name)}
+    if not torch.accelerator.is_available():
+        # Several processes on CPUs, and bf16 there, work only when the CPU is asked for.
+        settings = {**settings, "use_cpu": True}
+    settings = {**settings, **kind.forced}
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", category=FutureWarning, message=".*gradient_checkpointing.*")
+            return kind.arguments(output_dir=str(checkpoints), disable_tqdm=True, **settings)
+    except (ValueError, TypeError) as error:
+        raise PacaError(f"The section train does not work out: {error}") from error
+
+
+def _checkpointing_field() -> str:
+    return "activation_checkpointing" if "activation_checkpointing" in train_fields() else "gradient_checkpointing"
+
+
+def _wants_autocast(settings: Mapping[str, Any], weights_dtype: torch.dtype, device: str | None) -> bool:
+    # 16-bit weights multiply in their own type already, and on a CPU autocast costs more than it saves.
+    if weights_dtype != torch.float32 or settings.get("fp16") or settings.get("use_cpu"):
+        return False
+    if device is not None:
+        return device == "cuda"
+    return torch.cuda.is_available() and torch.cuda.is_bf16_supported()

@@ -1,0 +1,149 @@
+"""Whether a config, and what it names, are still those of the run that is to be continued."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from paca.data import Examples
+from paca.data.file_content import hash_of
+from paca.messages.errors import PacaError
+from paca.pretrained import Pretrained
+from paca.pretrained.content import model_content
+from paca.training.config.run_config import RunConfig
+from paca.training.config.strict_yaml import read_yaml
+from paca.training.folder.run_folder import RunFolder, write_whole
+from paca.training.trainers.reward_functions import reward_files
+
+_FREE_TO_CHANGE = {
+    "output.dir",  # a run folder may be moved
+    "output.overwrite",
+    "train.report_to",
+    "train.run_name",
+    "train.save_total_limit",
+    "train.dataloader_num_workers",
+    "train.dataloader_pin_memory",
+}
+"""Keys that change neither the weights nor which steps are logged, evaluated and saved."""
+_SHARED_OUT = ("train.per_device_train_batch_size", "train.gradient_accumulation_steps")
+"""What, times the number of processes, is the number of sequences per step."""
+_MODEL, _PROCESSES = "model.name", "processes"
+
+
+def check_same_run(folder: RunFolder, config: RunConfig, inputs: dict[str, str]) -> None:
+    """Refuse to continue a run under other settings, on other data or with another template than it began with.
+
+    The number of processes may be another, as long as a step has as many sequences.
+
+    Args:
+        folder: Of the run.
+        config: The resolved config of now.
+        inputs: From `inputs_of`, of now.
+
+    Raises:
+        PacaError: Names each key that differs, with both values, or with the file whose content does.
+    """
+    recorded = folder.config
+    if not recorded.is_file():
+        raise PacaError(f"{recorded} is not there, so {folder.path} can't be continued. Put it back, or start anew.")
+    before, now = _flat(read_yaml(recorded)[0]), _flat(config.as_dict())
+    contents = _recorded_inputs(folder, {"data.train", _PROCESSES, _MODEL})
+    free = set(_FREE_TO_CHANGE)
+    processes = (contents.get(_PROCESSES, inputs[_PROCESSES]), inputs[_PROCESSES])
+    if processes[0] != processes[1]:
+        _check_sequences(
+            folder,
+            [math.prod(int(values[key]) for key in _SHARED_OUT) for values in (before, now)],
+            *map(int, processes),
+        )
+        free.update(_SHARED_OUT)
+    changed = sorted(key for key in before.keys() | now.keys() if key not in free and before.get(key) != now.get(key))
+    if changed:
+        lines = "\n".join(f"  {key}: {before.get(key)!r} → {now.get(key)!r}" for key in changed)
+        raise PacaError(
+            f"The settings differ from those that the run in {folder.path} began with:\n{lines}\n"
+            f"To continue it, use its own config ({recorded}); to train with the new settings, give another output.dir."
+        )
+    files = [key for key, content in contents.items() if key not in (_MODEL, _PROCESSES) and content != inputs.get(key)]
+    if files:  # the key of a reward names its function and its file itself
+        raise _other_content(folder, [f"{key} ({now[key]})" if key in now else key for key in files])
+
+
+def check_same_model(folder: RunFolder, config: RunConfig, found: Pretrained, *, resume: bool) -> None:
+    """Record what the model of a run is, or refuse to continue it with another one.
+
+    Args:
+        folder: Of the run.
+        config: The resolved config.
+        found: The model and its tokenizer as they came.
+        resume: Whether the run is continued.
+
+    Raises:
+        PacaError: The weights, the settings or the tokenizer are others than the run began with.
+    """
+    inputs, content = _recorded_inputs(folder, set()), model_content(found.model, found.tokenizer)
+    if resume and inputs.get(_MODEL) != content:
+        raise _other_content(folder, [f"{_MODEL} ({config.model.name}: its weights, its config or its tokenizer)"])
+    if inputs.get(_MODEL) != content:
+        write_whole(folder.inputs, json.dumps({**inputs, _MODEL: content}))
+
+
+def _recorded_inputs(folder: RunFolder, needed: set[str]) -> dict[str, str]:
+    """What the file of hashes says, of the keys in `needed` at least.
+
+    Raises:
+        PacaError: It is not there or damaged, so that there is nothing to compare with.
+    """
+    with suppress(OSError, ValueError, RecursionError):
+        found = json.loads(folder.inputs.read_text(encoding="utf-8"))
+        if isinstance(found, dict) and needed <= found.keys() and all(isinstance(v, str) for v in found.values()):
+            return found
+    raise PacaError(
+        f"{folder.inputs} is not there or damaged, and it says what {folder.path} was trained on: --resume can't know "
+        "whether data and model are still the same. Put it back, or start anew."
+    )
+
+
+def _other_content(folder: RunFolder, what: list[str]) -> PacaError:
+    return PacaError(
+        f"The content of {' and '.join(what)} is no longer what the run in {folder.path} began with. Restore it "
+        "to continue the run; to train with the new content, give another output.dir."
+    )
+
+
+def _check_sequences(folder: RunFolder, each: list[int], processes: int, processes_now: int) -> None:
+    before, now = each[0] * processes, each[1] * processes_now
+    if before != now:
+        raise PacaError(
+            f"The run in {folder.path} began with {processes} processes and {before} sequences per step; with "
+            f"{processes_now} this would be {now}, and other steps. Let {' x '.join(_SHARED_OUT)} be "
+            f"{before / processes_now:g}."
+        )
+
+
+def inputs_of(config: RunConfig, train: Examples, held_out: Examples | None) -> dict[str, str]:
+    """The number of processes, and a hash of the content of each key that names data, a template file or functions.
+
+    Args:
+        config: Of the run.
+        train: Its training data, as read.
+        held_out: Its held-out data.
+    """
+    data, found = config.data, {"data.train": train.content()}
+    found[_PROCESSES] = os.environ.get("WORLD_SIZE", "1")
+    if held_out is not None:
+        key = "data.eval" if isinstance(data.eval, str) else "data.train"
+        found[key] = found.get(key, "") + held_out.content()
+    if data.template is not None and Path(data.template).is_file():
+        found["data.template"] = hash_of(Path(data.template))
+    for name, file in reward_files(config.train):
+        found[f"train.reward_funcs ({name}, {file})"] = hash_of(file)
+    return found
+
+
+def _flat(sections: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    return {f"{section}.{name}": value for section, values in sections.items() for name, value in values.items()}

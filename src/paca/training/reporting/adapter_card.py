@@ -1,0 +1,240 @@
+"""The README.md beside trained weights: what they are, what they were trained on and how, and how to load them."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from torch import nn
+from transformers import TrainerCallback, TrainerState, TrainingArguments
+
+from paca.convert.pefts_paca import PEFT, saved_layers, why_not
+from paca.pretrained.adapter_folder import adapter_settings, find_base
+from paca.pretrained.purpose import Classifier, classifier_in
+from paca.pretrained.quantizing import quantization_config
+from paca.training.config.adapter_settings import config_type
+from paca.training.reporting.scores import score_lines
+
+_SHOWN_SETTINGS = (
+    "learning_rate",
+    "lr_scheduler_type",
+    "num_train_epochs",
+    "max_steps",
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+    "max_length",
+    "optim",
+    "weight_decay",
+    "seed",
+)
+
+_INSTALL = (
+    "It needs the Python package `paca-tuning`, which is not on PyPI yet; the `paca` there is another package. Install "
+    "it\nfrom the folder of its source: `pip install ./paca`. PEFT up to 0.21 knows PaCA through `import paca` alone, "
+    "and\nwithout it raises `KeyError: 'PACA'`.\n\n"
+)
+_LACKS = (
+    "That PaCA adapts linear layers alone, gives all layers one rank and one scale, chooses columns at random, and has "
+    "no\nbatches of several adapters. (Read in its source: no release with it was on PyPI when this was written.)"
+)
+_IMPORT = "import paca  # makes PaCA known to PEFT\n"
+_EXPORT = (
+    "`paca export path/to/this/folder --to peft --output FOLDER` writes one that does, or names the layer for which "
+    "there is none."
+)
+_HERE = "path/to/this/folder"
+_WHOLE = f"""```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("{_HERE}")
+tokenizer = AutoTokenizer.from_pretrained("{_HERE}")
+```"""
+_COMMANDS = {
+    "chat": f"paca chat {_HERE}",
+    "lora": f"paca export {_HERE} --to lora --output as-lora  # an adapter for programs that don't know PaCA",
+    "merge": f"paca merge {_HERE} --output merged  # a plain checkpoint",
+}
+
+
+_PIPELINES = {
+    "reward": "text-classification",
+    "classification": "text-classification",
+    "image_classification": "image-classification",
+}
+
+
+def write_card(folder: Path, summary: dict[str, Any], trained: nn.Module) -> None:
+    """Write the card of a finished run's adapter or model, in place of the empty one that PEFT or TRL leaves.
+
+    Args:
+        folder: Where the adapter or the model lies.
+        summary: The content of `summary.json`.
+        trained: The trained model, with the adapter.
+    """
+    model, data, train = summary["model"], summary["data"], summary["config"]["train"]
+    name = summary["method"]["name"]
+    base = model["name"] if name == "full" else find_base(folder)
+    before, after = summary["eval_loss_before"], summary["eval_loss_after"]
+    library, tags = ("transformers", []) if name == "full" else ("peft", [name, "peft"])
+    head: dict[str, Any] = {
+        "library_name": library,
+        "pipeline_tag": _PIPELINES.get(summary["trainer"], "text-generation"),
+        "tags": tags,
+    }
+    if not os.path.isabs(base):  # of a hub id the hub makes a link; it refuses a path
+        head["base_model"] = base
+    ignored = "max_steps" if (train.get("max_steps") or -1) < 1 else "num_train_epochs"  # the other one ends a run
+    shown = [key for key in _SHOWN_SETTINGS if train.get(key) is not None and key != ignored]
+    settings = [f"| `{key}` | {train[key]} |" for key in shown]
+    seen = f"{summary['tokens']:,} {summary['counts']}"
+    results = [f"{summary['steps']:,} steps over {seen} ({summary['epochs']:.3g} epochs)."]
+    if after is not None:
+        held_out = f"{data['eval_examples']:,} held-out examples"
+        start = "" if before is None else f"{before:.4f} before training and "
+        results.append(f"Loss on {held_out}: {start}{after:.4f} after.")
+    results += [f"Held-out {metric}: {values}." for metric, values in score_lines(summary["scores"])]
+    classifier = classifier_in(folder)
+    versions = ", ".join(f"{name} {version}" for name, version in summary["versions"].items())
+    stored = (
+        model["dtype"] if model["quantization"] is None else f"{model['dtype']}, quantized to {model['quantization']}"
+    )
+    named = f"`{model['name']}` ({model['architecture']}, {model['parameters']:,} parameters, {stored})"
+    if classifier is not None:
+        load = _how_to_load_classifier(classifier, name, base)
+    else:
+        load = _WHOLE if name == "full" else _how_to_load(name, folder, base, model, trained)
+    text = f"""---
+{yaml.safe_dump(head, sort_keys=False, allow_unicode=True).strip()}
+---
+
+# {summary["name"]}
+
+{_what_it_is(name, named)}
+
+## Method
+
+{_method(summary)}
+
+## Data
+
+- trained on {data["train_examples"]:,} examples of `{data["train"]}`
+- form of the records: {data["description"]}
+
+## Training
+
+{" ".join(results)}
+
+| setting | value |
+|---|---|
+{chr(10).join(settings)}
+
+Every setting is in the `config.yaml` of the run, which is not part of this folder. Made with {versions}.
+
+## How to load it
+
+{load}
+"""
+    (folder / "README.md").write_text(text, encoding="utf-8")
+
+
+def _what_it_is(name: str, model: str) -> str:
+    if name == "full":
+        return f"{model}, trained in full: every parameter, without an adapter."
+    if name != "paca":
+        return f"An adapter for {model}, by the method {name.upper()} of [PEFT](https://huggingface.co/docs/peft)."
+    paper = "[arXiv 2503.01905](https://arxiv.org/abs/2503.01905)"
+    return (
+        f"A PaCA adapter (Partial Connection Adaptation, {paper}) for\n{model}: of each adapted\n"
+        "weight matrix a few input columns were trained, and nothing else."
+    )
+
+
+def _method(summary: dict[str, Any]) -> str:
+    settings = summary["method"]["settings"]
+    counted = (
+        f"- {summary['trainable_parameters']:,} trained parameters ({summary['trainable_percent']:.3f} % of the model)"
+    )
+    if summary["targets"]:
+        counted += f" in\n  {summary['adapted_layers']} layers: {', '.join(summary['targets'])}"
+    if summary["method"]["name"] == "paca":
+        columns = (
+            f"r = {settings['r']}, paca_alpha = {settings['paca_alpha']}; columns chosen by `{settings['selection']}`"
+        )
+        return f"{counted}\n- {columns}"
+    if summary["method"]["name"] == "full":
+        return counted
+    known = config_type("peft" if "peft_type" in settings else "lora", settings)
+    usual = {field.name: field.default for field in dataclasses.fields(known)}
+    given = ", ".join(
+        f"{key} = {value}"
+        for key, value in settings.items()
+        if value not in (None, False, {}, []) and (value != usual.get(key) or key == "r" or key.endswith("_alpha"))
+    )
+    return f"{counted}\n- {given}" if given else counted
+
+
+def _how_to_load_classifier(classifier: Classifier, name: str, base: str) -> str:
+    auto = classifier.auto_class
+    labels = f"Its labels: {', '.join(classifier.labels)}.\n\n"
+    if name == "full":
+        return f'{labels}```python\nfrom transformers import {auto}\n\nmodel = {auto}.from_pretrained("{_HERE}")\n```'
+    of_paca = name == "paca"
+    return f"""{_INSTALL if of_paca else ""}{labels}```python
+{_IMPORT if of_paca else ""}from peft import PeftModel
+from transformers import AutoConfig, {auto}
+
+config = AutoConfig.from_pretrained("{_HERE}")  # with the labels
+model = {auto}.from_pretrained("{base}", config=config, ignore_mismatched_sizes=True)
+model = PeftModel.from_pretrained(model, "{_HERE}")
+```
+
+`paca merge {_HERE} --output merged` writes it as a plain checkpoint."""
+
+
+def _how_to_load(name: str, folder: Path, base: str, model: dict[str, Any], trained: nn.Module) -> str:
+    of_paca, quantization, dtype = name == "paca", model["quantization"], model["dtype"]
+    imported, before, options = "AutoTokenizer", "", ""
+    if quantization is not None:
+        imported, options = "AutoTokenizer, BitsAndBytesConfig", ", quantization_config=as_trained"
+        given = quantization_config(quantization, getattr(torch, dtype)).to_diff_dict().items()
+        kept = [f"{key}={value!r}" for key, value in given if not key.startswith("_") and key != "quant_method"]
+        before = f"as_trained = BitsAndBytesConfig({', '.join(kept)})\n"
+    code = f"""{_INSTALL if of_paca else ""}```python
+{_IMPORT if of_paca else ""}from peft import AutoPeftModelForCausalLM
+from transformers import {imported}
+
+{before}model = AutoPeftModelForCausalLM.from_pretrained("{_HERE}"{options})  # with its base, {base}
+tokenizer = AutoTokenizer.from_pretrained("{_HERE}")
+```"""
+    if of_paca:
+        stored = adapter_settings(folder)  # as saved: a rotated adapter has more columns than its config asked for
+        reason = why_not(stored["r"], stored["paca_alpha"], saved_layers(trained))
+        loads = "yes." if reason is None else f"no, because {reason}. {_EXPORT}"
+        code += f"\n\nLoads in the PaCA of {PEFT}, without paca: {loads}\n{_LACKS}"
+    lines = [line for key, line in _COMMANDS.items() if of_paca or key != "lora"]
+    return f"""{code}
+
+On the command line, with paca:
+
+```sh
+{chr(10).join(lines)}
+```
+
+The base model is looked for by the name in `adapter_config.json`. If it lies elsewhere, add `--base-model
+NAME_OR_FOLDER` to each; in Python, load it and give it to `PeftModel.from_pretrained`."""
+
+
+class NoCardsOfCheckpoints(TrainerCallback):
+    """Removes the cards that TRL and PEFT write with each checkpoint: templates with nothing filled in."""
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        """After each checkpoint."""
+        if not state.is_world_process_zero:
+            return
+        checkpoints = Path(str(args.output_dir))
+        for folder in (checkpoints, checkpoints / f"checkpoint-{state.global_step}"):
+            (folder / "README.md").unlink(missing_ok=True)

@@ -1,0 +1,60 @@
+"""The held-out data as a task, measured when the training is over."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from functools import partial
+from typing import Any
+
+from peft import PeftModel
+from rich.console import Console
+
+from paca.training.config.run_config import RunConfig
+from paca.training.folder.run_folder import RunFolder
+from paca.training.reporting.metrics import MetricsLog
+from paca.training.reporting.scores import Scorer, trainers_scores
+from paca.training.starting_model import load_model
+from paca.training.trainers.kind import TrainerKind
+
+
+def scores_by_trainer(kind: TrainerKind, log: MetricsLog, examples: int, step: int) -> dict[str, Any] | None:
+    """What the trainer measured itself, before training and at `step`; None where it did not."""
+    assert kind.score is not None
+    before, after = (log.eval_metric_at(at, kind.score) for at in (0, step))
+    return trainers_scores(kind.score, examples, before if kind.scored_before else None, after) or None
+
+
+def scores_by(
+    scorer: Scorer,
+    trainer: Any,
+    rows: Any,
+    config: RunConfig,
+    folder: RunFolder,
+    console: Console,
+    busy: Callable[[str], AbstractContextManager[object]],
+) -> dict[str, Any]:
+    """What `scorer` measures of the model as it came and as it is trained.
+
+    Args:
+        scorer: Measures `eval.metric`.
+        trainer: Whose model it is.
+        rows: The held-out examples.
+        config: Of the run.
+        folder: Of the run.
+        console: Where loading a model once more is shown.
+        busy: Shows a line while something takes its time.
+    """
+    wanted = config.eval
+    trained: Any = trainer.accelerator.unwrap_model(trainer.model)
+    score = partial(scorer.score, tokenizer=trainer.processing_class, rows=rows)
+    found: dict[str, Any] = {}
+    with busy(f"Measuring {wanted.metric} on {len(rows):,} held-out examples ..."):
+        if wanted.before and isinstance(trained, PeftModel):
+            with trained.disable_adapter():  # bit for bit the model as it came
+                found["before"] = score(trained)
+        elif wanted.before:
+            found["before"] = score(load_model(config, folder, console).model.to(trained.device))
+        if wanted.after:
+            found["after"] = score(trained)
+    return found

@@ -1,0 +1,58 @@
+"""The rate of a run that gives none."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import TrainingArguments
+
+from paca.messages.errors import PacaError
+from paca.training import describe, load_run_config
+from paca.training.config.learning_rate import automatic_rate
+from paca.training.trainers import TRAINERS
+from training.tiny_run import save_workspace
+
+
+@pytest.mark.parametrize(
+    ("adapter", "rate"),
+    [
+        ({}, 0.0049),  # r 16, alpha 16
+        ({"r": 64, "paca_alpha": 64}, 0.0019),
+        ({"r": 64}, 0.0078),  # alpha 16: the columns move by a quarter of their delta
+        ({"r": 8, "paca_alpha": 16}, 0.0039),
+    ],
+)
+def test_the_rate_of_paca_falls_with_r_and_with_alpha_by_r(adapter: dict[str, Any], rate: float) -> None:
+    assert automatic_rate(TRAINERS["sft"], "paca", adapter)[0] == rate
+
+
+@pytest.mark.parametrize(
+    ("trainer", "method", "rate"),
+    [("sft", "lora", 3e-4), ("sft", "peft", 3e-4), ("sft", "full", 2e-5), ("dpo", "paca", 1e-5),
+     ("image_classification", "paca", 3e-4), ("image_classification", "full", TrainingArguments.learning_rate)],
+)  # fmt: skip
+def test_other_methods_and_trainers_have_a_constant(trainer: str, method: str, rate: float) -> None:
+    assert automatic_rate(TRAINERS[trainer], method, {"r": 64})[0] == rate
+
+
+@pytest.mark.parametrize("given", ["", "  learning_rate: auto\n"])
+def test_the_plan_says_the_rate_and_its_rule(tmp_path: Path, given: str) -> None:
+    config = save_workspace(tmp_path)
+    config.write_text(config.read_text().replace("  learning_rate: 1e-2\n", given))
+    plan = describe(load_run_config(config, ["paca.r=8"]))
+    assert plan.config.train["learning_rate"] == 0.0039
+    assert dict(plan.lines())["learning rate"] == "0.0039 (auto: 0.031 / r^(2/3) × r / paca_alpha)"
+    assert "learning_rate" not in dict(plan.lines())["defaults of paca"]
+
+
+def test_a_rate_that_is_given_stays(tmp_path: Path) -> None:
+    plan = describe(load_run_config(save_workspace(tmp_path)))
+    assert plan.config.train["learning_rate"] == 0.01
+    assert dict(plan.lines())["learning rate"] == "0.01 (auto would be 0.0031)"
+
+
+def test_another_word_than_auto_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(PacaError, match=r"train\.learning_rate must be a number or auto, not the text 'atuo'"):
+        load_run_config(save_workspace(tmp_path), ["train.learning_rate=atuo"])

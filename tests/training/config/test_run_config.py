@@ -1,0 +1,192 @@
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from paca.cli.plan_tables import yaml_lines
+from paca.messages.errors import PacaError
+from paca.planning import Setting
+from paca.training import load_run_config
+from paca.training.config.run_config import RunConfig
+
+MINIMAL = "model: {name: some/model}\ndata: {train: some/data}\n"
+
+
+def load(tmp_path: Path, text: str, *overrides: str) -> RunConfig:
+    file = tmp_path / "my run.yaml"
+    file.write_text(text)
+    return load_run_config(file, overrides)
+
+
+def test_a_minimal_config_gets_defaults(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    config = load(tmp_path, MINIMAL)
+    assert (config.model.name, config.model.dtype, config.data.eval) == ("some/model", "auto", None)
+    assert config.output.dir == str(tmp_path / "runs" / "my run")  # named for the file
+    assert config.adapter == config.train == {}
+
+
+def test_set_overrides_the_file_with_values_typed_as_yaml(tmp_path: Path) -> None:
+    text = MINIMAL + "train: {learning_rate: 0.1, seed: 3}\n"
+    overrides = [
+        "train.learning_rate=1e-4",
+        "paca.target_modules=[q_proj, v_proj]",
+        "train.save_strategy=no",
+        "data.eval=0.1",
+    ]
+    config = load(tmp_path, text, *overrides)
+    assert config.train == {"learning_rate": 1e-4, "seed": 3, "save_strategy": "no"}
+    assert config.adapter == {"target_modules": ["q_proj", "v_proj"]}
+    assert config.data.eval == 0.1
+
+
+def test_existing_paths_become_absolute_and_names_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data.jsonl").touch()
+    config = load(tmp_path, "model: {name: org/model}\ndata: {train: data.jsonl, eval: missing.jsonl}\n")
+    assert config.model.name == "org/model"
+    assert config.data.train == str(tmp_path / "data.jsonl")
+    assert config.data.eval == "missing.jsonl"
+
+
+def test_the_written_config_reads_back_as_the_same_run(tmp_path: Path) -> None:
+    config = load(
+        tmp_path, MINIMAL + "train: {learning_rate: 1e-5, warmup_steps: 0.1}\npaca: {rank_pattern: {q_proj: 8}}\n"
+    )
+    assert load(tmp_path, config.to_yaml()) == config
+
+
+@pytest.mark.parametrize(
+    ("addition", "message"),
+    [
+        ("train:\n  learning_rat: 1\n", "line 4: there is no key train.learning_rat. Did you mean train.learning_rate"),
+        ("paca:\n  paca_alph: 4\n", "line 4: there is no key paca.paca_alph. Did you mean paca.paca_alpha?"),
+        ("paca: {peft_type: LORA}\n", "line 3: there is no key paca.peft_type."),
+        ("evla: {before: true}\n", "line 3: there is no section 'evla'. Did you mean eval?"),
+        ("train: 3\n", "line 3: the section train must hold keys, not the number 3."),
+        ("train: {learning_rate: fast}\n", "train.learning_rate must be a number or auto, not the text 'fast'."),
+        ("train: {max_steps: 10.5}\n", "line 3: train.max_steps must be a whole number, not the number 10.5."),
+        ("train: {packing: 1}\n", "line 3: train.packing must be true or false, not the number 1."),
+        ("train: {eval_strategy: step}\n", "must be one of no, steps, epoch, not the text 'step'. Did you mean steps?"),
+        ("train: {packing_strategy: best}\n", "must be one of bfd, bfd_split, wrapped, not the text 'best'."),
+        ("train: {output_dir: x}\n", "line 3: train.output_dir can't be set here: the run folder is output.dir."),
+        ("train: {hub_token: x}\n", "HF_TOKEN"),
+        ("train: {gradient_accumulation_steps: 0}\n", "train.gradient_accumulation_steps must be above zero, not 0."),
+        ("train: {optim: adamv}\n", "train.optim must be one of adamw_torch, "),
+        ("train: {learning_rate: -1}\n", "train.learning_rate must be zero or more, not -1."),
+        ("train: {max_steps: 0}\n", "train.max_steps must be 1 or more (or -1: as many as the epochs), not 0."),
+        ("train: {adam_beta2: 1}\n", "train.adam_beta2 must be zero or more and less than 1, not 1."),
+        ("train: {weight_decay: .nan}\n", "train.weight_decay must be zero or more, not nan."),
+        ("train: {save_steps: .inf}\n", "train.save_steps must be above zero, not inf."),
+        ("paca: {ranc: 4}\n", "line 3: there is no key paca.ranc. The keys of paca are "),
+        ("data: {train: x, max_length: 9}\n", "no key data.max_length. Did you mean train.max_length?"),
+        ("model: {name: x, max_length: 9}\n", "no key model.max_length. Did you mean train.max_length?"),
+        ("model: {name: x, r: 9}\n", "no key model.r. Did you mean paca.r?"),
+        ("lora: {}\ndata: {train: x, r: 9}\n", "no key data.r. Did you mean lora.r?"),
+        ("eval: {eval_steps: 9}\n", "no key eval.eval_steps. Did you mean train.eval_steps?"),
+        ("train: {dtype: float32}\n", "no key train.dtype. Did you mean model.dtype?"),
+        ("train: {template: x}\n", "no key train.template. Did you mean data.template?"),
+        ("train: {quantization: nf4}\n", "no key train.quantization. Did you mean model.quantization?"),
+        ("train: {limit: 4}\n", "no key train.limit. Did you mean data.limit?"),
+        ("paca: {template: x}\n", "no key paca.template. Did you mean data.template?"),
+        ("lora: {dtype: x}\n", "no key lora.dtype. Did you mean model.dtype?"),
+        ("full: {r: 4}\n", "no key full.r. Did you mean paca.r? The section full has no keys."),
+        ("peft: {peft_type: nosuch}\ndata: {train: x, r: 4}\n", "no key data.r."),
+        ("paca: {rotate_by: norm}\n", "paca.rotate_by must be one of random, random_blocks, weight_norm, not the text"),
+        ("paca: {indices: {}}\n", "line 3: paca.indices must map modules to lists, such as {'q_proj': [5]}"),
+        ("paca: {r: 0}\n", "line 3: paca.r must be a whole number of columns, 1 or more; got 0."),
+        ("paca: {r: many}\n", "line 3: paca.r must be a whole number, not the text 'many'."),
+        ("eval: {before: 1}\n", "line 3: eval.before must be true or false, not the number 1."),
+    ],
+)  # fmt: skip
+def test_a_wrong_key_or_value_is_refused_with_its_place(tmp_path: Path, addition: str, message: str) -> None:
+    given = "".join(line for line in MINIMAL.splitlines(True) if line.partition(" ")[0] not in addition)
+    with pytest.raises(PacaError) as caught:
+        load(tmp_path, given + addition)
+    assert str(caught.value).startswith(str(tmp_path / "my run.yaml"))
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("train.max_steps", "expected section.key=value"),
+        ("max_steps=3", "such as --set train.max_steps=3"),
+        ("trian.max_steps=3", "there is no section 'trian'. Did you mean train?"),
+        ("train.max_stps=3", "--set: there is no key train.max_stps. Did you mean train.max_steps?"),
+        ("train.max_steps={", "--set train.max_steps={: '{' is not a valid YAML value"),
+        ("model.dtype=float61", "--set: model.dtype must be one of auto, bfloat16, float16, float32, not"),
+        ("data.eval=1.5", "--set: data.eval is 1.5; to hold out a part"),
+        ("data.eval=0", "--set: data.eval is 0; a count of records must be 1 or more."),
+        ("data.limit=-1", "--set: data.limit is -1;"),
+        ("model.lean=1", "--set: model.lean must be true or false, not the number 1."),
+        ("model.recompute=mlp", "--set: model.recompute is a part of the lean blocks; give model.lean: true too."),
+        ("model.recompute=all", "--set: model.recompute must be mlp or null, not the text 'all'."),
+    ],
+)  # fmt: skip
+def test_a_wrong_override_is_refused(tmp_path: Path, override: str, message: str) -> None:
+    with pytest.raises(PacaError) as caught:
+        load(tmp_path, MINIMAL, override)
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "is empty; it needs at least model.name and data.train."),
+        ("- model\n", "must hold sections (model:, data:, ...), not a list"),
+        ("model: {name: x}\n", "data.train is missing; it must be given."),
+        ("data: {train: x}\n", "model.name is missing; it must be given."),
+    ],
+)
+def test_what_a_config_needs_is_named(tmp_path: Path, text: str, message: str) -> None:
+    with pytest.raises(PacaError, match=r"my run\.yaml") as caught:
+        load(tmp_path, text)
+    assert message in str(caught.value)
+
+
+def test_set_gives_a_whole_section(tmp_path: Path) -> None:
+    assert load(tmp_path, MINIMAL, "full={}").method == "full"
+    assert load(tmp_path, MINIMAL + "lora: {r: 4, lora_alpha: 9}\n", "lora={r: 2}").adapter == {"r": 2}
+    with pytest.raises(PacaError, match=r"these are given: paca \(.*line 3\) and full \(--set\)"):
+        load(tmp_path, MINIMAL + "paca: {}\n", "full={}")
+
+
+def test_our_own_sections_are_checked_before_the_trainer_is_imported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("adapter_settings", "train_settings"):
+        monkeypatch.setitem(sys.modules, f"paca.training.config.{name}", None)  # importing it now fails
+    with pytest.raises(PacaError, match=r"eval\.befor\. Did you mean eval\.before"):
+        load(tmp_path, MINIMAL + "eval: {befor: true}\n")
+    with pytest.raises(ImportError):
+        load(tmp_path, MINIMAL)
+
+
+def test_lean_blocks_do_not_go_with_another_librarys_blocks(tmp_path: Path) -> None:
+    with pytest.raises(PacaError, match=r"--set: train\.use_liger_kernel replaces the blocks that model\.lean"):
+        load(tmp_path, MINIMAL, "model.lean=true", "train.use_liger_kernel=true")
+
+
+@pytest.mark.parametrize("recompute", [None, "mlp"])
+def test_what_a_plan_prints_is_accepted(tmp_path: Path, recompute: Any) -> None:
+    setting = Setting(sequence_length=512, batch_size=2, lean=True, recompute=recompute, checkpointing=True)
+    printed = yaml.safe_load("\n".join(yaml_lines(setting)[1:]))
+    config = load(
+        tmp_path, yaml.safe_dump({"model": {"name": "some/model"} | printed["model"], "data": {"train": "x"}})
+    )
+    assert (config.model.lean, config.model.recompute) == (True, recompute)
+    config = load(tmp_path, MINIMAL + yaml.safe_dump({"train": printed["train"]}))
+    assert config.train["max_length"] == 512
+
+
+def test_a_key_that_came_later_is_not_written_while_it_has_no_effect(tmp_path: Path) -> None:
+    """Runs and comparisons that were begun before compare their config with today's."""
+    file = tmp_path / "run.yaml"
+    file.write_text("model: {name: some/model}\ndata: {train: some/data}\n")
+    assert "unusable" not in load_run_config(file).as_dict()["data"]
+    assert load_run_config(file, ["data.unusable=leave_out"]).as_dict()["data"]["unusable"] == "leave_out"

@@ -1,0 +1,70 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import BloomConfig, BloomForCausalLM, LlamaConfig, LlamaForCausalLM
+from trl import SFTConfig
+
+from paca.messages.errors import PacaError
+from paca.training.config.train_settings import OWNED, train_fields, training_arguments, with_defaults
+
+
+def defaults(has_eval: bool = True, context_length: int | None = 8192, **settings: object) -> dict[str, object]:
+    with torch.device("meta"):
+        if context_length is None:
+            model = BloomForCausalLM(BloomConfig(n_layer=1))
+        else:
+            model = LlamaForCausalLM(LlamaConfig(max_position_embeddings=context_length, num_hidden_layers=1))
+    return with_defaults(settings, model, has_eval=has_eval)
+
+
+def test_the_users_settings_win() -> None:
+    resolved = defaults(learning_rate=0.5, save_strategy="no", warmup_steps=7, bf16=True)
+    assert resolved["learning_rate"] == 0.5
+    assert resolved["save_strategy"] == "no"
+    assert resolved["warmup_steps"] == 7
+    assert resolved["bf16"] is True
+
+
+def test_keys_with_another_place_are_fields() -> None:
+    assert OWNED.keys() <= train_fields().keys()
+
+
+def test_evaluation_is_planned_only_with_held_out_data() -> None:
+    assert defaults(has_eval=True)["eval_strategy"] == "steps"
+    assert defaults(has_eval=True)["eval_steps"] == 0.2
+    without = defaults(has_eval=False)
+    assert without["eval_strategy"] == "no"
+    assert "eval_steps" not in without
+
+
+def test_the_length_stays_within_the_models_context() -> None:
+    assert defaults(context_length=128)["max_length"] == 128
+    assert defaults(context_length=None)["max_length"] == 1024
+    assert defaults(context_length=128, max_length=64)["max_length"] == 64
+
+
+def test_tokens_are_counted_without_padding_where_there_is_any() -> None:
+    assert defaults()["include_num_input_tokens_seen"] == "non_padding"
+    assert defaults(packing=True)["include_num_input_tokens_seen"] == "all"
+
+
+def test_either_name_of_checkpointing_reaches_the_trainer(tmp_path: Path) -> None:
+    assert training_arguments(defaults(), tmp_path).gradient_checkpointing is False
+    assert training_arguments(defaults(gradient_checkpointing=True), tmp_path).gradient_checkpointing is True
+    if "activation_checkpointing" in train_fields():
+        assert training_arguments(defaults(activation_checkpointing=True), tmp_path).gradient_checkpointing is True
+
+
+@pytest.mark.parametrize("settings", [{}, {"eval_strategy": "epoch"}, {"eval_steps": 5}])
+def test_keeping_the_best_model_needs_no_further_settings(tmp_path: Path, settings: dict[str, object]) -> None:
+    config = training_arguments(defaults(load_best_model_at_end=True, **settings), tmp_path)
+    assert isinstance(config, SFTConfig)
+    assert config.save_strategy.value == config.eval_strategy.value
+
+
+def test_settings_that_do_not_go_together_are_an_error_of_the_section(tmp_path: Path) -> None:
+    with pytest.raises(PacaError, match=r"The section train does not work out: .*fp16 and bf16"):
+        training_arguments(defaults(bf16=True, fp16=True), tmp_path)

@@ -1,0 +1,183 @@
+"""What a run may not be continued with, each named: another model by content, data, columns, seed, or steps."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from datasets import Dataset
+from PIL import Image
+from rich.console import Console
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import PhobertTokenizer
+
+from paca.data import Examples, load_images
+from paca.messages.errors import PacaError
+from paca.pretrained.content import model_content
+from paca.training import RunResult, load_run_config, train
+from paca.training.config.run_config import (
+    CalibrationSection,
+    DataSection,
+    EvalSection,
+    ModelSection,
+    OutputSection,
+    RunConfig,
+)
+from paca.training.folder.run_folder import RunFolder
+from paca.training.folder.same_run import check_same_run, inputs_of
+
+Resume = Callable[..., RunResult]
+
+
+@pytest.fixture(scope="module")
+def begun(config_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A workspace with a model of its own, and a run that died after its two steps."""
+    place = tmp_path_factory.mktemp("begun")
+    shutil.copytree(config_file.parent / "model", place / "model")
+    resume_in(place, config_file, resume=False)
+    return place
+
+
+def resume_in(place: Path, config_file: Path, *overrides: str, resume: bool = True) -> RunResult:
+    settings = [
+        "train.max_steps=2",
+        "train.save_steps=1",
+        f"model.name={place / 'model'}",
+        f"output.dir={place / 'run'}",
+    ]
+    return train(load_run_config(config_file, [*settings, *overrides]), resume=resume, console=Console(quiet=True))
+
+
+@pytest.fixture
+def resume(begun: Path, config_file: Path) -> Iterator[Resume]:
+    kept = {file: file.read_bytes() for file in (begun / "model").iterdir()}
+    (begun / "run" / "summary.json").unlink(missing_ok=True)
+    yield lambda *overrides: resume_in(begun, config_file, *overrides)
+    for file, content in kept.items():
+        file.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    ("override", "named"),
+    [
+        ("paca.selection=weight_norm", r"paca\.selection: 'random_blocks' → 'weight_norm'"),
+        ("paca.random_seed=5", r"paca\.random_seed: \S+ → 5"),
+        ("train.seed=5", r"train\.seed: 42 → 5"),
+        ("data.eval=4", r"data\.eval: 8 → 4"),
+    ],
+)
+def test_another_selection_seed_or_share_of_the_data_is_refused(resume: Resume, override: str, named: str) -> None:
+    with pytest.raises(PacaError, match=rf"(?m)^  {named}$"):
+        resume(override)
+
+
+def change_a_weight(model: Path) -> None:
+    tensors = load_file(model / "model.safetensors")
+    tensors["model.layers.1.mlp.up_proj.weight"][3, 5] += 0.5
+    save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
+
+
+def change_the_config(model: Path) -> None:
+    settings = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({**settings, "attention_dropout": 0.1}))
+
+
+def change_the_tokenizer(model: Path) -> None:
+    file = model / "tokenizer.json"
+    file.write_text(file.read_text().replace('"a":', '"?":').replace('"b":', '"a":').replace('"?":', '"b":'))
+
+
+@pytest.mark.parametrize("change", [change_a_weight, change_the_config, change_the_tokenizer])
+def test_another_model_of_the_same_name_is_refused(resume: Resume, begun: Path, change: Callable[[Path], None]) -> None:
+    change(begun / "model")
+    with pytest.raises(PacaError, match=r"The content of model\.name \(.*model: .*\) is no longer what the run in"):
+        resume()
+
+
+def test_a_tokenizer_that_is_written_in_python_counts(tmp_path: Path) -> None:
+    (tmp_path / "bpe.codes").write_text("a b 1\n")
+    found = set()
+    for words in ("a 1\nb 1\n", "b 1\na 1\n"):
+        (tmp_path / "vocab.txt").write_text(words)
+        tokenizer = PhobertTokenizer(str(tmp_path / "vocab.txt"), str(tmp_path / "bpe.codes"))
+        found.add(model_content(nn.Linear(1, 1, device="meta"), tokenizer))
+    assert len(found) == 2
+
+
+def test_the_number_of_processes_may_change_if_a_step_stays_what_it_is(resume: Resume, begun: Path) -> None:
+    file = RunFolder(begun / "run").inputs
+    began = file.read_text()
+    file.write_text(json.dumps({**json.loads(began), "processes": "2"}))
+    with pytest.raises(PacaError, match=r"began with 2 processes and 8 sequences per step; with 1 this would be 4"):
+        resume()
+    assert resume("train.gradient_accumulation_steps=4").summary is not None
+    file.write_text(began)
+
+
+def test_without_its_config_a_run_is_not_continued(resume: Resume, begun: Path) -> None:
+    config = RunFolder(begun / "run").config
+    kept = config.read_text()
+    config.unlink()
+    with pytest.raises(PacaError, match=r"config\.yaml is not there"):
+        resume()
+    config.write_text(kept)
+
+
+@pytest.mark.parametrize("left", [None, "", "[]", "{}", '{"data.train": "0", "processes": "1"}'])
+def test_without_its_hashes_a_run_is_not_continued(resume: Resume, begun: Path, left: str | None) -> None:
+    hashes = RunFolder(begun / "run").inputs
+    kept = hashes.read_text()
+    hashes.unlink()
+    if left is not None:
+        hashes.write_text(left)
+    with pytest.raises(PacaError, match=r"inputs\.json is not there or damaged.*Put it back, or start anew"):
+        resume()
+    hashes.write_text(kept)
+
+
+def test_images_in_files_count_by_their_bytes(tmp_path: Path) -> None:
+    for label in ("a", "b"):
+        (tmp_path / label).mkdir()
+        Image.new("RGB", (2, 2)).save(tmp_path / label / "0.bmp")
+
+    def content() -> str:
+        return load_images(str(tmp_path)).content()
+
+    before, file = content(), tmp_path / "b" / "0.bmp"
+    assert content() == before
+    kept = file.read_bytes()
+    file.write_bytes(kept[:-1] + b"1")  # as long as before, and as old
+    os.utime(file, ns=(0, 0))
+    assert content() != before
+    file.write_bytes(kept)
+    assert content() == before
+
+
+def test_the_file_of_a_reward_function_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(tmp_path)
+    rewards = tmp_path / "rewards_that_change.py"
+    rewards.write_text("def short(completions): return [1.0 for _ in completions]\n")
+    examples = Examples(Dataset.from_dict({"prompt": ["a"]}), "prompts", "a.jsonl", "")
+    config = RunConfig(
+        model=ModelSection("llama"),
+        data=DataSection("a.jsonl"),
+        calibration=CalibrationSection(),
+        eval=EvalSection(),
+        output=OutputSection(str(tmp_path / "run")),
+        train={"reward_funcs": ["exact_match", "rewards_that_change:short"]},
+    )
+    folder = RunFolder(tmp_path / "run")
+    began = {**inputs_of(config, examples, None), "model.name": "0"}
+    folder.clear(began)
+    folder.config.write_text(config.to_yaml())
+    check_same_run(folder, config, began)
+    rewards.write_text("def short(completions): return [2.0 for _ in completions]\n")
+    with pytest.raises(
+        PacaError, match=r"content of train\.reward_funcs \(rewards_that_change:short, .*change\.py\) is"
+    ):
+        check_same_run(folder, config, inputs_of(config, examples, None))
