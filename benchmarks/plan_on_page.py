@@ -7,7 +7,6 @@ from pathlib import Path
 
 import plan_on
 import plan_on_h100
-import torch
 
 from paca.planning.device_time import Efficiency
 from paca.planning.devices import DEVICES
@@ -34,8 +33,8 @@ An operator takes a fixed time on the device, and the longer of two:
 - its bytes over the bandwidth × `bandwidth`. What fits into half of the last cache moves at `cache_bandwidth`.
 
 The host launches one operator after the other, in `host_forward` or `host_backward` seconds each. In each phase
-(forward, backward, step) the slower of device and host counts. *Launch-bound* is the share of the step in which the
-device waits. The command also counts operators that make the host wait; PaCA and LoRA have none.
+(forward, backward, step) the slower of the two counts. *Launch-bound* is the share in which the device waits. Operators
+that make the host wait are counted too; PaCA and LoRA have none.
 
 | parameter | value | where it is from |
 | --- | ---: | --- |
@@ -101,9 +100,9 @@ What follows, with the gain that the simulation expects at most:
 
 
 _ABOUT_DEVICES = (
-    "The data sheets could not be reached. The figures were entered from memory, and compared with what others "
-    "quote; check those that you rely on ([which sheets](../../src/paca/planning/devices.py)). Rates are dense "
-    "ones. GDDR6 that corrects its errors has a sixteenth less than the sheet says. `t4`, `v100-16gb` and "
+    "Memory, bandwidth and peak rates of each, with the data sheet: "
+    "[devices.py](../../src/paca/planning/devices.py). The sheets could not be reached. The figures were entered "
+    "from memory, and compared with what others quote; check those that you rely on. `t4`, `v100-16gb` and "
     "`v100-32gb` have no bfloat16: models are planned in float16 there, and bfloat16 counts at the rate of "
     "float32. On AMD's and Intel's devices paca was never tried."
 )
@@ -122,7 +121,7 @@ def write() -> None:
     rows = plan_on_h100.read_rows()
     if rows:
         text += "\n".join(h100_table(rows)) + "\n" + _END + "\n".join(map(_wrapped, findings(rows))) + "\n"
-    text += "\n## Devices\n\n" + "\n".join(device_table()) + "\n"
+    text += "\n## Devices\n\n" + devices() + "\n"
     PAGE.write_text(text, encoding="utf-8")
 
 
@@ -181,20 +180,10 @@ def _most(rows: list[dict[str, str]], name: str) -> str:
     return f"{max((100 * float(row[name]) for row in rows), default=0):.0f} %"
 
 
-def device_table() -> list[str]:
-    """The devices of the table; the source of each stands in the code."""
-    lines = [
-        *_wrapped(_ABOUT_DEVICES, "").splitlines(),
-        "",
-        "| `--on` | memory, GiB | bandwidth, GB/s | 16 bits, TFLOP/s |",
-        "| --- | ---: | ---: | ---: |",
-    ]
-    for device in DEVICES.values():
-        lines.append(
-            f"| `{device.name}` | {device.memory / 2**30:g} | {device.bandwidth / 1e9:,.0f} | "
-            f"{device.peak[torch.float16] / 1e12:,g} |"
-        )
-    return lines
+def devices() -> str:
+    """Which devices there are. What is assumed of each, and from which sheet, stands in the code."""
+    names = ", ".join(f"`{name}`" for name in DEVICES)
+    return _wrapped(f"{len(DEVICES)}: {names}. {_ABOUT_DEVICES}", "")
 
 
 if __name__ == "__main__":
