@@ -19,9 +19,8 @@ On an A100 and an L40S most simulated times are within 15 % of published ones, a
 reason stands below. For other devices the error is not known.
 
 `paca plan llama3-8b --on h100 --compare lora` says how long a step would take on a GPU that is not here. **Nothing on
-this page was measured by us on a GPU**, and the command says "simulated" above its numbers. `python
-benchmarks/plan_on.py` writes this page from `benchmarks/plan_on.csv` (published) and
-`benchmarks/plan_on_simulated.csv`. Tests compute the errors again.
+this page was measured by us on a GPU.** `python benchmarks/plan_on.py` writes it, from `benchmarks/plan_on.csv`
+(published) and `benchmarks/plan_on_simulated.csv`.
 
 ## How it works
 
