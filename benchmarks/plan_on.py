@@ -178,23 +178,59 @@ METHODS: dict[str, tuple[Any, Callable[[nn.Module], None]]] = {
 
 
 def table(simulated: list[float]) -> list[str]:
-    """The lines of the page's tables, one a source and device, whose errors are computed here and nowhere else."""
-    lines: list[str] = []
-    pairs = [*zip(published(), simulated, strict=True)]
-    for of in dict.fromkeys((row.source, row.device) for row, _ in pairs):
-        lines += [*([""] if lines else []), f"**{of[0]}, {of[1]}**", ""]
-        lines += ["| what | published | simulated | error | |", "| --- | ---: | ---: | ---: | --- |"]
-        lines += [_line(row, number) for row, number in pairs if (row.source, row.device) == of]
+    """The lines of the page's table, whose errors are computed here and nowhere else.
+
+    A line has what differs in the batch alone, or in the method alone.
+    """
+    lines = ["| source, device | what | published | simulated | error, % |", "| --- | --- | --- | --- | --- |"]
+    source = ""
+    for group in _groups([*zip(published(), simulated, strict=True)]):
+        row = group[0][0]
+        of = f"{row.source}, {row.device}"
+        cells = [", ".join(cell(*pair) for pair in group) for cell in (_published, _simulated, _error)]
+        what = _what([row for row, _ in group])
+        lines.append(f"| {' | '.join(['' if of == source else of, what, *cells])} |")
+        source = of
     return lines
 
 
-def _line(row: Row, number: float) -> str:
-    size = " × ".join(str(n) for n in (row.batch, row.length) if n) if row.length else "one sequence"
-    notes = [*(["fitted"] if row.use == "fitted" else []), *([] if within(row, number) else ["**off**"])]
-    return (
-        f"| `{row.method}`{f' r {row.rank}' if row.rank else ''}, {size}, {row.quantity} | {row.published:g} | "
-        f"{number:.4g} | {100 * error(row, number):+.0f} % | {', '.join(notes)} |"
-    )
+def _groups(pairs: list[tuple[Row, float]]) -> list[list[tuple[Row, float]]]:
+    sources = [*dict.fromkeys(row.source for row, _ in pairs)]
+    groups: list[list[tuple[Row, float]]] = []
+    for pair in sorted(pairs, key=lambda pair: sources.index(pair[0].source)):
+        if groups and _one_line([row for row, _ in [*groups[-1], pair]]):
+            groups[-1].append(pair)
+        else:
+            groups.append([pair])
+    return groups
+
+
+def _one_line(rows: list[Row]) -> bool:
+    one_quantity = len({(row.source, row.length, row.quantity.removesuffix(DROPOUT)) for row in rows}) == 1
+    return one_quantity and (len({row.method for row in rows}) == 1 or len({row.batch for row in rows}) == 1)
+
+
+def _what(rows: list[Row]) -> str:
+    methods = dict.fromkeys(f"`{row.method}`" + (f" r {row.rank}" if row.rank else "") for row in rows)
+    batches = ", ".join(dict.fromkeys(str(row.batch) for row in rows if row.batch))
+    size = " × ".join(filter(None, (batches, str(rows[0].length)))) if rows[0].length else "one sequence"
+    quantity = rows[0].quantity + (", then" + DROPOUT if rows[-1].quantity.endswith(DROPOUT) else "")
+    return f"{quantity}; {size}: {', '.join(methods)}"
+
+
+def _published(row: Row, _: float) -> str:
+    return f"{row.published:g}"
+
+
+def _simulated(_: Row, number: float) -> str:
+    return f"{number:.4g}"
+
+
+def _error(row: Row, number: float) -> str:
+    """In percent: bold where it is off, in italics where the row was fitted."""
+    mark = "" if within(row, number) else "**"
+    text = f"{mark}{100 * error(row, number):+.0f}{mark}"
+    return f"*{text}*" if row.use == "fitted" else text
 
 
 def read_simulated() -> list[float]:

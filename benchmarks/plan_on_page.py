@@ -7,7 +7,6 @@ from pathlib import Path
 
 import plan_on
 import plan_on_h100
-import torch
 
 from paca.planning.device_time import Efficiency
 from paca.planning.devices import DEVICES
@@ -16,121 +15,127 @@ PAGE = Path(__file__).parents[1] / "docs/notes/plan-on.md"
 
 _HEAD = """# Simulated steps: how far they are off
 
-`paca plan llama3-8b --on h100 --compare lora` says how long a step would take on a GPU that is not here. **It is a
-simulation. Nothing on this page was measured by us on a GPU**, and the command says
-"simulated" above such numbers. This page compares it with what others published.
-`python benchmarks/plan_on.py` writes it, from `benchmarks/plan_on.csv` (published) and
-`benchmarks/plan_on_simulated.csv`; the tests compute the errors again.
+On an A100 and an L40S most simulated times are within 15 % of published ones, and memory within 10 %; where not, the
+reason stands below. For other devices the error is not known.
+
+`paca plan llama3-8b --on h100 --compare lora` says how long a step would take on a GPU that is not here. **Nothing on
+this page was measured by us on a GPU.** `python benchmarks/plan_on.py` writes it, from `benchmarks/plan_on.csv`
+(published) and `benchmarks/plan_on_simulated.csv`.
 
 ## How it works
 
-One forward pass, one backward pass and one step of the optimizer are traced on tensors without values: two blocks, then
-three. The difference stands for each further one. Each operator takes a fixed time, and the longer of these two:
+A step is traced on tensors without values, with two blocks and then three: the difference stands for each further one.
+An operator takes a fixed time on the device, and the longer of two:
 
 - its operations over peak × `product` × the share that its tiles fill (a tile is what one multiprocessor computes at a
   time; the last round leaves some idle).
 - its bytes over the bandwidth × `bandwidth`. What fits into half of the last cache moves at `cache_bandwidth`.
 
 The host launches one operator after the other, in `host_forward` or `host_backward` seconds each. In each phase
-(forward, backward, step) the slower of device and host counts. *Launch-bound* is the share of the step in which the
-device waits. The command also counts the operators that make the host wait for a result; PaCA and LoRA have none.
+(forward, backward, step) the slower of the two counts. *Launch-bound* is the share in which the device waits. Operators
+that make the host wait are counted too; PaCA and LoRA have none.
 
 | parameter | value | where it is from |
 | --- | ---: | --- |
 """
 
 _PARAMETERS = (
-    ("product", "{:.2f}", "fitted to the rows that are marked *fitted*"),
-    ("bandwidth", "{:.2f}", "fitted to them"),
-    ("cache_bandwidth", "{:.0e} B/s", "fitted to one of them, LoRA on the L40S"),
-    ("kernel", "{:.0e} s", "fitted to them"),
-    ("host_forward", "{:.1e} s", "assumed. No row here is launch-bound, so **none of them checks it**"),
-    ("host_backward", "{:.1e} s", "assumed, as above"),
-    ("view", "{:.1e} s", "assumed, as above"),
-    ("listed", "{:.1e} s", "assumed, as above"),
+    (("product", "bandwidth"), "{:.2f}", "fitted to what has its error in *italics* below"),
+    (("kernel",), "{:.0e} s", "fitted to them"),
+    (("cache_bandwidth",), "{:.0e} B/s", "fitted to one of them, LoRA on the L40S"),
+    (
+        ("host_forward", "host_backward", "view", "listed"),
+        "{:.1e} s",
+        "assumed. No row here is launch-bound, so **none of them checks it**",
+    ),
 )
 
 _AFTER_PARAMETERS = """
-Attention reaches at most 0.5 of the peak, and 0.35 on H100, H200, GH200, B200 and AMD's. torch's kernel is
-FlashAttention-2, which reaches 50 to 73 % on an A100 (arXiv 2307.08691) and 35 % on an H100 (arXiv 2407.08608).
-
-**Checked are the A100 and the L40S.** For the other devices the same shares are assumed: their error is not known.
+Attention reaches at most 0.5 of the peak, and 0.35 on H100, H200, GH200, B200 and AMD's. torch's FlashAttention-2
+reaches 50 to 73 % on an A100 (arXiv 2307.08691) and 35 % on an H100 (arXiv 2407.08608).
 
 ## Published and simulated
 
-A time is *off* beyond 15 %, memory beyond 10 %. All rows but the *fitted* ones were held out. `19 × 512` is
-batch and tokens.
+A line differs in its batches, or in its methods. Bold is off: a time beyond 15 %, memory beyond 10 %. Parameters were
+fitted to what is in *italics*; all else was held out. `2, 4 × 512` is batches and tokens.
 
 """
 
 _AFTER_TABLE = """
+Where it is off, and why:
+
+- **Seconds per 5,000 steps of PEFT's table** include the answers to the 1,319 test questions. The rows *ms* of PEFT's
+  comparison are the same runs without that.
+- **DoRA on the L40S in June 2025** is 26 % too fast. PEFT's script emptied torch's cache of memory after each step, so
+  each step asked the driver again, most of all for DoRA's copies of whole weights. Since PEFT's pull request 2894 it
+  does so after every tenth step, and the row of 2026 is within 1 %. Part of the -7 % of LoRA and MiSS may be that too.
+- **Largest batches** are one or two too high. Not simulated are fragmentation, DeepSpeed's float32 copies and buffers,
+  and that an A100 of 80 GB has 79.2 GiB for programs. So leave 5 to 10 % of the memory free.
+- **One sequence of 512 tokens on the A100** is 12 % too slow for PaCA and 6 % too fast for MosLoRA: what small
+  operators cost is not resolved.
+- **Against LoRA**, much depends on LoRA's dropout. The abstract names none; the paper's scripts leave it at LMFlow's
+  0.1. Neither fits all three: without it the gain in time is too small, with it the gain in length too large.
+
 Sources:
 
 - *authors' log*: `throughput/*_results.txt` of github.com/WooSunghyeon/paca (commit 9209009; 512 tokens, padded,
-  bfloat16 through DeepSpeed).
-- *paper*: the abstract of arXiv 2503.01905.
-- *PEFT's comparison*: `method_comparison/MetaMathQA/results` of github.com/huggingface/peft (June and August 2025): the
-  sum of its `train time` over 5,000 steps, and its largest reserved memory. 20,000 examples have 4,198,051 tokens, so a
-  step has 4 × 210; 215 with some padding. *2026*: the same, of 7 January 2026 (PEFT 0.18.1.dev0, torch 2.9.0).
-- *PEFT's table*: what its leaderboard showed later.
-
-Where it is off, and why:
-
-- **Seconds per 5,000 steps of PEFT's table** include the answers to the 1,319 test questions: PEFT's script stops its
-  clock after them. The rows *ms* above are the same runs without that.
-- **DoRA on the L40S in June 2025** is 26 % too fast, for a reason in PEFT's script. It emptied torch's cache of memory
-  after each step, so each step asked the driver for its memory again. DoRA makes copies of whole weights, so it asked
-  most. Since PEFT's pull request 2894 the script does so after every tenth step, and the row of 2026 is within 1 %.
-  LoRA's and MiSS's rows are of before as well. Part of their -7 % may be that. Newer ones were not found.
-- **Largest batches** come out one or two too high. Not simulated are fragmentation, DeepSpeed's float32 copies and
-  buffers, and that an A100 of 80 GB has 79.2 GiB for programs. So leave 5 to 10 % of the memory free.
-- **One sequence of 512 tokens on the A100** is 12 % too slow for PaCA and 6 % too fast for MosLoRA: the differences
-  that small operators make are not resolved.
-- **Against LoRA**, much depends on LoRA's dropout. The abstract says nothing of it. The paper's training scripts leave
-  it at LMFlow's 0.1. So both are shown, and neither fits all three: without dropout the gain in time comes out too
-  small, and with it the gain in length too large. Columns are drawn one by one, as the authors draw them.
+  bfloat16 through DeepSpeed). *Paper*: the abstract of arXiv 2503.01905. `paca-random` draws as the authors do.
+- *PEFT's comparison*: `method_comparison/MetaMathQA/results` of github.com/huggingface/peft (June and August 2025;
+  *2026*: 7 January, PEFT 0.18.1.dev0, torch 2.9.0): the sum of its `train time`, and its largest reserved memory. A
+  step has 4 × 210 tokens (20,000 examples have 4,198,051), 215 with some padding. *PEFT's table*: its leaderboard
+  later.
 
 ## On ourselves: an H100
 
 All simulated, r 16 in all linear layers, chunked loss. *Ratio* is to the tuned LoRA (QPaCA: to QLoRA). *Slow host*:
-with twice the seconds per operator. The last three columns bound what a remedy can gain, as shares of the step.
+twice the seconds per operator. *Elementwise*: what is no product; the most that fused kernels can gain.
 
 """
 
 _END = """
-What follows from it, each with the gain that the simulation expects at most:
+What follows, with the gain that the simulation expects at most:
 
 """
+
+
+_ABOUT_DEVICES = (
+    "Memory, bandwidth and peak rates of each, with the data sheet: "
+    "[devices.py](../../src/paca/planning/devices.py). The sheets could not be reached. The figures were entered "
+    "from memory, and compared with what others quote; check those that you rely on. `t4`, `v100-16gb` and "
+    "`v100-32gb` have no bfloat16: models are planned in float16 there, and bfloat16 counts at the rate of "
+    "float32. On AMD's and Intel's devices paca was never tried."
+)
 
 
 def write() -> None:
     """Write the page."""
     efficiency = Efficiency()
     lines = [
-        f"| `{name}` | {form.format(getattr(efficiency, name))} | {source} |" for name, form, source in _PARAMETERS
+        f"| {', '.join(f'`{name}`' for name in names)} | "
+        f"{', '.join(form.format(getattr(efficiency, name)) for name in names)} | {source} |"
+        for names, form, source in _PARAMETERS
     ]
     text = _HEAD + "\n".join(lines) + "\n" + _AFTER_PARAMETERS
     text += "\n".join(plan_on.table(plan_on.read_simulated())) + "\n" + _AFTER_TABLE
     rows = plan_on_h100.read_rows()
     if rows:
         text += "\n".join(h100_table(rows)) + "\n" + _END + "\n".join(map(_wrapped, findings(rows))) + "\n"
-    text += "\n## Devices\n\n" + "\n".join(device_table()) + "\n"
+    text += "\n## Devices\n\n" + devices() + "\n"
     PAGE.write_text(text, encoding="utf-8")
 
 
 def h100_table(rows: list[dict[str, str]]) -> list[str]:
     """One line for each model, shape and method."""
     lines = [
-        "| model, tokens | method | ms | ratio | launches | launch-bound | slow host | elementwise | unpacking | "
-        "scales |",
-        "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
+        "| model, tokens | method | ms | ratio | launches (LoRA's) | launch-bound, % | slow host | elementwise |",
+        "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
     for row in rows:
-        shares = ("launch_bound", "launch_bound_slow_host", "elementwise", "unpacking", "plain_scales")
+        shares = ("launch_bound", "launch_bound_slow_host", "elementwise")
         lines.append(
             f"| {row['model']}, {row['batch']} × {row['length']} | `{row['method']}` | {row['ms']} | "
-            f"{float(row['ratio']):.2f} | {row['launches']} against {row['launches_against']} | "
-            + " | ".join(f"{100 * float(row[name]):.0f} %" for name in shares)
+            f"{float(row['ratio']):.2f} | {row['launches']} ({row['launches_against']}) | "
+            + " | ".join(f"{100 * float(row[name]):.0f}" for name in shares)
             + " |"
         )
     return lines
@@ -148,24 +153,21 @@ def findings(rows: list[dict[str, str]]) -> list[str]:
     )
     return [
         f"- **Launch-bound** (more than 5 %) are {len(bound)} of the {len(rows)} rows. Capture into CUDA graphs takes "
-        f"the host out of it: up to {_most(bound, 'launch_bound')} of the step. Larger batches do the same. For the "
-        "capture set `train.torch_compile: true` and `train.torch_compile_mode: reduce-overhead`. It was not tried on "
-        "a GPU. What is tested without one: a model compiles [into one graph](../method.md#torchcompile), and steps "
-        "compile nothing again.",
+        f"the host out of it: up to {_most(bound, 'launch_bound')} of the step. Larger batches do the same. Set "
+        "`train.torch_compile: true` and `train.torch_compile_mode: reduce-overhead`. It was not tried on a GPU. "
+        "Tested without one: a model compiles [into one graph](../method.md#torchcompile), once.",
         f"- **Slower than LoRA**: {slow or 'nowhere here'}.",
         f"- **4 bits**: unpacking is {_range(four_bit, 'unpacking')} of a step, and the same for QLoRA. Scales "
         "that are not quantized once more (`bnb_4bit_use_double_quant: false`) save "
         f"{_range(four_bit, 'plain_scales')}, for 0.4 bits more per weight. Unpacking once per step takes a 16-bit "
         "copy in memory.",
-        f"- **Large batches**: operators that are no product (norms, activations, residuals) are "
-        f"{_range(long, 'elementwise')} of a step. That bounds what fused kernels (Liger's, or `torch.compile`) can "
-        "gain.",
-        "- **Done**: QPaCA sums and casts its columns once per step, not in each pass.",
+        f"- **Large batches**: norms, activations and residuals are {_range(long, 'elementwise')} of a step. That "
+        "bounds what fused kernels (Liger's, or `torch.compile`) can gain.",
     ]
 
 
-def _wrapped(line: str) -> str:
-    return textwrap.fill(line, 120, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)
+def _wrapped(line: str, indent: str = "  ") -> str:
+    return textwrap.fill(line, 120, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
 
 
 def _range(rows: list[dict[str, str]], name: str) -> str:
@@ -177,25 +179,10 @@ def _most(rows: list[dict[str, str]], name: str) -> str:
     return f"{max((100 * float(row[name]) for row in rows), default=0):.0f} %"
 
 
-def device_table() -> list[str]:
-    """The devices of the table, with the source of each."""
-    lines = [
-        "The sheets themselves could not be reached. The figures were entered from memory, and compared with what",
-        "others quote from the sheets. Check those that you rely on. Rates are dense ones. GDDR6 that keeps its error",
-        "correction in itself has a sixteenth less than the sheet says.",
-        "",
-        "`t4`, `v100-16gb` and `v100-32gb` have no units for bfloat16. A model is planned in float16 there, and a run",
-        "that says bfloat16 is counted at the rate of float32. On AMD's and Intel's devices paca was never tried.",
-        "",
-        "| `--on` | memory | bandwidth, GB/s | 16 bits, TFLOP/s | float32 | source |",
-        "| --- | ---: | ---: | ---: | ---: | --- |",
-    ]
-    for device in DEVICES.values():
-        lines.append(
-            f"| `{device.name}` | {device.memory / 2**30:g} GiB | {device.bandwidth / 1e9:,.0f} | "
-            f"{device.peak[torch.float16] / 1e12:,g} | {device.peak[torch.float32] / 1e12:g} | {device.source} |"
-        )
-    return lines
+def devices() -> str:
+    """Which devices there are. What is assumed of each, and from which sheet, stands in the code."""
+    names = ", ".join(f"`{name}`" for name in DEVICES)
+    return _wrapped(f"{len(DEVICES)}: {names}. {_ABOUT_DEVICES}", "")
 
 
 if __name__ == "__main__":

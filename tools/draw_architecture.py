@@ -21,22 +21,22 @@ PICTURE = ROOT / "docs" / "pictures" / "architecture.png"
 BEGIN, END = "<!-- rooms:begin -->", "<!-- rooms:end -->"
 
 ROOMS = {
-    "bench": "measures methods against each other: time, memory, how far a budget reaches",
+    "bench": "methods side by side: time, memory, how far a budget reaches",
     "cli": "the program `paca`, one file per command; it parses, calls and prints",
-    "columns": "what is trained: choosing columns, holding them in a weight, writing, parking and sharding them",
-    "comparison": "trains the same run with several methods and puts the results beside each other",
+    "columns": "what is trained: columns chosen, held in a weight, written, parked, sharded",
+    "comparison": "the same run trained with several methods, and their results",
     "convert": "adapters for others, and from others: LoRA, merged, GGUF, PEFT's own PaCA",
-    "data": "training data: reads it, finds out its form, shapes it for TRL",
+    "data": "training data: read, recognized, shaped for TRL",
     "evaluation": "how good a model is, with and without its adapter",
     "functional": "the one autograd function of adapted layers, and one product per kind",
     "layers": "the adapted layers, one file per kind, above one base class",
     "lean": "blocks of transformers that keep less for the backward pass",
-    "messages": "what paca tells people: its error, and the words that messages share",
+    "messages": "paca's error, and the words that messages share",
     "planning": "memory and time of a training, before anything is loaded",
-    "pretrained": "models, tokenizers, adapters: found, read and written whole, in folders, on the hub, as GGUF",
+    "pretrained": "models, tokenizers, adapters, found and written: folders, hub, GGUF",
     "quantized": "quantized weights, one file per library",
     "training": "a run: from a YAML file to a folder with adapter, curves and report",
-    "tuner": "the method as PEFT knows it: puts adapters in, saves, loads, switches and rotates them",
+    "tuner": "the method as PEFT knows it: adapters put in, saved, loaded, switched, rotated",
 }
 """What each room is for. The table has those that exist."""
 
@@ -109,7 +109,7 @@ def direct(arrows: Mapping[str, tuple[str, ...]]) -> list[tuple[str, str]]:
 
 
 def table(arrows: Mapping[str, tuple[str, ...]]) -> str:
-    """The rooms, lowest first, each with what it is for and what it imports; Markdown.
+    """The rooms, lowest first, each with what it is for; Markdown. What it imports is the picture's.
 
     Raises:
         ValueError: For a room that `ROOMS` does not describe.
@@ -118,10 +118,10 @@ def table(arrows: Mapping[str, tuple[str, ...]]) -> str:
     if unknown:
         raise ValueError(f"Say in ROOMS (tools/draw_architecture.py) what the room {unknown[0]!r} is for.")
     levels = levels_of(arrows)
-    lines = ["| room | what it is for | imports |", "|---|---|---|"]
+    lines = ["| room | what it is for |", "|---|---|"]
     for room in sorted(arrows, key=lambda room: (levels[room], room)):
         name = f"**`{room}`**" if room in CORE else f"`{room}`"
-        lines.append(f"| {name} | {ROOMS[room]} | {', '.join(arrows[room]) or '–'} |")
+        lines.append(f"| {name} | {ROOMS[room]} |")
     return "\n".join(lines)
 
 
