@@ -87,10 +87,6 @@ def _method(_: Names) -> Names:
     return {**_in_training(adapt(llama(), task_type="CAUSAL_LM")), "ids": batches[0]["input_ids"], "batches": batches}
 
 
-def _experts(_: Names) -> Names:
-    return {"model": mixtral()}
-
-
 def _one_process(_: Names) -> Names:
     torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
     return {"base": llama()}
@@ -122,13 +118,12 @@ def _scored(_: Names) -> Names:
 
 GIVEN: Mapping[str, Mapping[int, Callable[[Names], Names]]] = {
     "docs/method.md": {0: _method},
-    "docs/guides/conversion.md": {0: lambda _: {"model": adapt(llama(), task_type="CAUSAL_LM")}},
+    "docs/guides/choosing.md": {0: lambda _: {"model": llama(), "batches": _batches()}},
     "docs/guides/evaluation.md": {0: _scored},
-    "docs/guides/experts.md": {0: _experts},
-    "docs/guides/layers.md": {0: lambda _: {"vision_model": Vision()}},
+    "docs/guides/layers.md": {0: lambda _: {"vision_model": Vision(), "expert_model": mixtral()}},
     "docs/guides/processes.md": {0: _one_process},
     "docs/guides/rotation.md": {0: _trainer, 1: _loop, 2: _kept},
-    "docs/guides/selection.md": {0: lambda _: {"model": llama(), "batches": _batches()}},
+    "docs/guides/serving.md": {0: lambda _: {"model": adapt(llama(), task_type="CAUSAL_LM")}},
 }
 """By page and number of the block: names that are given before it, from those that are there."""
 
