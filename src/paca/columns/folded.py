@@ -63,11 +63,8 @@ def union_of(indices: Tensor, delta: Tensor, folded: Folded | None, column_dim: 
 
 
 def split(union: ColumnUnion, trained: Tensor, column_dim: int) -> tuple[Tensor, Folded | None]:
-    """Divide `union` into the columns `trained (r,)` and the others.
-
-    Returns:
-        The delta of `trained` (zero for columns that are not in the union), and the others as folded columns.
-    """
+    """Divide `union` into the delta of the columns `trained (r,)` (zero for columns that are not in it), and the others
+    as folded columns."""
     here, there = common(trained, union.indices)
     shape = list(union.delta.shape)
     shape[column_dim] = trained.numel()

@@ -29,11 +29,8 @@ class MergeableColumns(ResidentColumns):
 
     @torch.no_grad()
     def merge(self, weight: Tensor, columns: tuple[AdapterColumns, ...], *, safe: bool) -> None:
-        """Make `columns` part of the weight until `unmerge`; same values, bit for bit, as when resident.
-
-        Raises:
-            ValueError: If `safe` and a merged value would not be finite; nothing is written then.
-        """
+        """Make `columns` part of the weight until `unmerge`; same values, bit for bit, as when resident. If `safe`,
+        raise `ValueError` where one would not be finite; nothing is written then."""
         with WRITING:
             self.park(weight)
             self._part_from_lent(weight)

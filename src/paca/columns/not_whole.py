@@ -13,12 +13,8 @@ TAKEN_APART = {"_fsdp_flattened", "ds_id"}  # what FSDP1 and DeepSpeed's ZeRO-3 
 
 
 def refuse_flattened(weight: Tensor) -> None:
-    """Raise under ZeRO-3 and under FSDP1. What is written into a piece of FSDP1's flat parameter is lost, and it has no
-    version counter and no memory of its own by which others' writes could be seen.
-
-    Raises:
-        RuntimeError: Naming FSDP2.
-    """
+    """Raise `RuntimeError` under ZeRO-3 and under FSDP1. What is written into a piece of FSDP1's flat parameter is
+    lost, and it has no version counter and no memory of its own by which others' writes could be seen."""
     if hasattr(weight, "ds_id"):
         refuse_partitioned()
     # Two attributes that are not public (torch 2.13): of the parameter, and of what it is a view of in a pass.
@@ -40,11 +36,7 @@ def refuse_partitioned() -> None:
 
 
 def refuse_part(weight: Tensor) -> None:
-    """Raise if a layer is about to run on a part of its weight.
-
-    Raises:
-        RuntimeError: Under tensor parallelism, ZeRO-3 and FSDP1.
-    """
+    """Raise `RuntimeError` if a layer is about to run on a part of its weight: tensor parallelism, ZeRO-3, FSDP1."""
     refuse_flattened(weight)
     if weight.dim() < 2:
         raise RuntimeError(

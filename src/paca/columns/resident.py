@@ -30,12 +30,9 @@ WRITING = threading.RLock()  # writers are rare; a reader takes it if columns we
 
 
 class ResidentColumns(ActiveColumns):
-    """Keeps `weight == round(W0 + sum_a scale_a * scatter(delta_a, indices_a))` over the active adapters.
-
-    Args:
-        dim: The dimension of the weight that runs over the input features (1: `nn.Linear`, 0: `Conv1D`; for a stack of
-            experts -1, or -2 if it is stored transposed).
-    """
+    """Keeps `weight == round(W0 + sum_a scale_a * scatter(delta_a, indices_a))` over the active adapters. `dim` of the
+    weight runs over the input features (1: `nn.Linear`, 0: `Conv1D`; of a stack of experts -1, or -2 if it is stored
+    transposed)."""
 
     kept: Kept  # the originals of the trained columns of `state`; there from the first write on
 
@@ -135,11 +132,8 @@ class ResidentColumns(ActiveColumns):
             yield from (Kept(*piece) for piece in Folded.pieces(*self._folded, weight, self.dim))
 
     def prepare(self, weight: Tensor, wanted: tuple[AdapterColumns, ...]) -> State | None:
-        """Keep the originals of the columns of `wanted`, and put those of other columns back.
-
-        Returns:
-            The state to be written; None if there is nothing to write.
-        """
+        """Keep the originals of the columns of `wanted`, and put those of other columns back. Gives the state to be
+        written; None if there is nothing to write."""
         self.check_seal(weight)
         state = State(wanted, self.base, like=self.state)
         if state.key == self.state.key:

@@ -86,10 +86,7 @@ class ExpertsByAdapter:
         self, hidden_states: Tensor, batch: MixedBatch, stacks: list[PacaExpertStack]
     ) -> dict[str, Tensor]:
         """Per adapter, the numbers of its samples' tokens, ascending; those without columns here are `"__base__"`'s.
-
-        Raises:
-            ValueError: If it can't be told which token is whose.
-        """
+        Raise `ValueError` if it can't be told which token is whose."""
         tokens = hidden_states.shape[0]
         here = {name for stack in stacks if not stack._disable_adapters for name in stack.paca_delta}
         if not here & set(batch.names):

@@ -34,11 +34,8 @@ class MixedBatch:
         self._rows: dict[tuple[int, torch.device], dict[str, Tensor]] = {}
 
     def names_of(self, samples: int) -> tuple[str, ...]:
-        """The adapters of a layer's input that has `samples` of them, in its order.
-
-        Raises:
-            ValueError: If there are not as many names.
-        """
+        """The adapters of a layer's input that has `samples` of them, in its order; `ValueError` if there are not as
+        many."""
         if samples == len(self.names):
             return self.names
         if samples == len(self.names) * self.repeats:

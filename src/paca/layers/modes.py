@@ -27,11 +27,8 @@ FORWARD_ONLY = {
 
 
 def mode_of(target: nn.Module, key: str, model: Any) -> str:
-    """`"resident"`, `"patched"` or `"additive"`, for a module that `model` calls `key`.
-
-    Raises:
-        ValueError: If it is quantized in a way that can't be trained, with the reason.
-    """
+    """`"resident"`, `"patched"` or `"additive"`, for a module that `model` calls `key`. Raise `ValueError` if it is
+    quantized in a way that can't be trained, with the reason."""
     quantization = quantization_of(target)
     if quantization is not None:
         if problem := quantization.problem(target):

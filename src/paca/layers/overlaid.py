@@ -73,13 +73,9 @@ class OverlaidLinear(PacaLayer):
 
     @torch.no_grad()
     def start_from(self, adapter_name: str, originals: Tensor) -> None:
-        """Let the adapter's columns start at `originals (out_features, r)` instead of the quantized weight's.
-
-        The difference goes into the delta, so that the adapter needs nothing besides to be the same elsewhere.
-
-        Raises:
-            ValueError: If they have nothing to do with the quantized weight.
-        """
+        """Let the adapter's columns start at `originals (out_features, r)` instead of the quantized weight's;
+        `ValueError` if they have nothing to do with it. The difference goes into the delta, so that the adapter needs
+        nothing besides to be the same elsewhere."""
         delta, indices = self.paca_delta[adapter_name], self.paca_indices[adapter_name]
         present = self.base_columns(indices).double()
         wanted = originals.to(present)

@@ -265,11 +265,7 @@ class AdditiveWeight(OverlaidWeight):
 
 
 def features(module: Any) -> tuple[int, int]:
-    """`(out_features, in_features)` of a linear layer of any library.
-
-    Raises:
-        ValueError: If it says so by none of the names in use.
-    """
+    """`(out_features, in_features)` of a linear layer of any library; `ValueError` if it uses other names for them."""
     if isinstance(module, Conv1D):
         return module.nf, module.nx
     for out_name, in_name in (("out_features", "in_features"), ("outfeatures", "infeatures")):

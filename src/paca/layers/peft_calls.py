@@ -85,10 +85,7 @@ class PeftCalls(BaseTunerLayer):
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Put the adapters' columns (default: the active ones') into the base weight until `unmerge`, which is bitwise.
-
-        Raises:
-            ValueError: If the weight can't be written, or `safe_merge` finds NaN or Inf.
-        """
+        Raise `ValueError` if the weight can't be written, or `safe_merge` finds NaN or Inf."""
         names = [n for n in check_adapters_to_merge(self, adapter_names) if n in self.paca_delta]
         if not names:
             return
@@ -159,12 +156,8 @@ class PeftCalls(BaseTunerLayer):
     # -- mixed batches ------------------------------------------------------------------------------------------
 
     def add_mixed_batch(self, y: Tensor, x: Tensor, batch: MixedBatch) -> Tensor:
-        """Add to `y`, the pretrained layer's output for `x`, what each sample's adapter contributes.
-
-        Raises:
-            ValueError: If `x` does not have one sample per name.
-            RuntimeError: If another thread put columns into the weight meanwhile.
-        """
+        """Add to `y`, the pretrained layer's output for `x`, what each sample's adapter contributes. Raise as
+        `rows_of`, and `RuntimeError` if another thread put columns into the weight meanwhile."""
         if self._disable_adapters:
             return y  # as PEFT's LoRA does
         active = self.base_layer.columns
@@ -188,11 +181,8 @@ class PeftCalls(BaseTunerLayer):
         return 2
 
     def rows_of(self, x: Tensor, batch: MixedBatch) -> dict[str, Tensor]:
-        """The samples in `x` of each adapter of `batch` that this layer has; none if disabled.
-
-        Raises:
-            ValueError: If `x` does not have one sample per name.
-        """
+        """The samples in `x` of each adapter of `batch` that this layer has; none if disabled. Raise `ValueError` if
+        `x` does not have one sample per name."""
         if self._disable_adapters:
             return {}
         if x.dim() < self.input_dims:

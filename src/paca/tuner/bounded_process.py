@@ -56,12 +56,8 @@ class WorkFailed(Exception):
 
 class BoundedProcess:
     """A Python process that answers requests one by one; one that does not end in time is killed, and the next starts
-    another.
-
-    Args:
-        program: Python source that defines `work(request)`; requests and results are JSON. The bound on time is for
-            `work` alone, that on memory for all.
-    """
+    another. `program` is Python source that defines `work(request)`; requests and results are JSON. The bound on time
+    is for `work` alone, that on memory for all."""
 
     def __init__(self, program: str) -> None:
         self._program = _PROGRAM.format(program=program, bytes=_BYTES, longest=_LONGEST)
@@ -81,11 +77,7 @@ class BoundedProcess:
                 pass  # leaving it closes the pipes, and waits
 
     def start(self) -> None:
-        """Start the process, and don't wait until it is ready.
-
-        Raises:
-            OSError: No process could be started.
-        """
+        """Start the process, and don't wait until it is ready. Raise `OSError` if that can't be done."""
         with self._lock:
             self._start()
 

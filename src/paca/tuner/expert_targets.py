@@ -46,13 +46,9 @@ Stacks = dict[str, tuple[nn.Module, str]]
 
 
 def expert_targets(model: nn.Module, config: Any) -> Stacks:
-    """Find the stacks that `config.target_parameters` (full names or endings of names) selects.
-
-    `exclude_modules`, `layers_to_transform` and `layers_pattern` apply to them as they do to modules.
-
-    Raises:
-        ValueError: If a name matches nothing, or something that is no stack of experts; nothing has been changed then.
-    """
+    """Find the stacks that `config.target_parameters` (full names or endings of names) selects; `exclude_modules`,
+    `layers_to_transform` and `layers_pattern` apply to them as they do to modules. Raise `ValueError` if a name matches
+    nothing, or something that is no stack of experts."""
     places = {
         f"{module_name}.{name}": (module, name)
         for module_name, module in model.named_modules()

@@ -16,11 +16,8 @@ from paca.layers.resident_weight import ResidentWeight
 
 
 def adapted_after_all(target: Any, key: str, model: nn.Module) -> PacaLayer:
-    """Make a layer of a module that `model` calls `key` and that needs a closer look.
-
-    Raises:
-        ValueError: If it can't be adapted, with the reason; it is left as it is.
-    """
+    """Make a layer of a module that `model` calls `key` and that needs a closer look. If it can't be adapted, raise
+    `ValueError` with the reason, and leave it as it is."""
     check_module(target, key, model)
     mode = mode_of(target, key, model)
     if mode != "resident":
@@ -56,11 +53,8 @@ def check_module(target: nn.Module, key: str, model: nn.Module) -> None:
 
 
 def resident_class_of(target: Any, key: str, model: nn.Module) -> type[ResidentWeight]:
-    """The class that a module gets while columns are resident in its weight.
-
-    Raises:
-        ValueError: If they can't be.
-    """
+    """The class that a module gets while columns are resident in its weight; `ValueError`, with the reason, if they
+    can't be."""
     resident_class = RESIDENT_CLASSES.get(type(target))
     if resident_class is None:
         above = next((c.__name__ for c in RESIDENT_CLASSES if isinstance(target, c)), None)

@@ -81,11 +81,7 @@ class Batch:
 
 
 def loss_of(output: Any) -> Tensor:
-    """The scalar among what the model returned.
-
-    Raises:
-        ValueError: There is none.
-    """
+    """The scalar among what the model returned; `ValueError` if there is none."""
     found = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
     if found is None:
         found = output[0] if isinstance(output, (tuple, list)) and output else output
@@ -105,11 +101,8 @@ def base_model(model: Any) -> Any:
 
 
 def without_padding(values: Tensor, real: Tensor | None, key: str) -> Tensor:
-    """`values (..., channels)` of the layer `key` as rows `(n, channels)`, those of padding left out.
-
-    Raises:
-        ValueError: The batch has padding and the rows are not its tokens.
-    """
+    """`values (..., channels)` of the layer `key` as rows `(n, channels)`, those of padding left out; `ValueError` if
+    the batch has padding and the rows are not its tokens."""
     leading, rows = values.shape[:-1], values.reshape(-1, values.shape[-1])
     if real is None or leading == real.shape[:1]:  # one row a sample, as in a classifier's head
         return rows
