@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from paca.columns.added import AddedPass
 from paca.columns.kept import Kept, positions_of, sum_of
 from paca.columns.state import ActiveColumns, AdapterColumns, State
 from paca.functional.column_blocks import put_columns
@@ -78,14 +77,6 @@ class OverlaidWeight(nn.Module):
         the backward pass."""
         return state.trained._replace(deltas=tuple(self.owner().paca_delta[c.name] for c in state.columns))
 
-    def weight_shape(self) -> tuple[int, int]:
-        """`(out_features, in_features)`."""
-        raise NotImplementedError
-
-    def weight_placement(self) -> tuple[torch.device, torch.dtype]:
-        """Where the layer computes, and the type of the weight that it stands for."""
-        raise NotImplementedError
-
     def __reduce__(self) -> Any:
         # Pickling finds classes by name, and a class that was made here has none that can be imported.
         kind = next(c for c in (PatchedWeight, AdditiveWeight) if isinstance(self, c))
@@ -131,10 +122,9 @@ class PatchedWeight(OverlaidWeight):
 
     @classmethod
     def adopt(cls, module: Any) -> Any:
-        quantization = quantization_of(module)
-        assert quantization is not None
-        quantization.adopt(module)
-        return super().adopt(module)
+        super().adopt(module)
+        module.quantization.adopt(module)
+        return module
 
     def _settle_in(self) -> None:
         super()._settle_in()
@@ -213,8 +203,6 @@ class PatchedWeight(OverlaidWeight):
 class PatchedPass(WeightSource):
     """One pass on a dequantized weight: it is made anew for the backward pass, and none is kept."""
 
-    __slots__ = ("columns", "dtype", "module", "packed", "state", "tag", "version")
-
     def __init__(self, module: PatchedWeight, state: State, dtype: torch.dtype) -> None:
         self.module, self.state, self.dtype, self.columns, self.tag = module, state, dtype, module.columns, state.tag
         self.packed = module.quantization.packed(module)
@@ -231,6 +219,24 @@ class PatchedPass(WeightSource):
                 "backward() first."
             )
         return self.weight() if wanted else None
+
+
+class AddedPass(WeightSource):
+    """There is no weight, but the columns of `state` must stay as they are until the backward pass.
+
+    `batch_tag` says which samples of a mixed batch have which adapter.
+    """
+
+    def __init__(self, columns: ActiveColumns, state: State, batch_tag: int | None = None) -> None:
+        self.columns, self.state = columns, state
+        self.tag = state.tag if batch_tag is None else torch.tensor(hash((state.key, batch_tag)), device="cpu")
+
+    def weight(self) -> Tensor:
+        raise AssertionError("columns are added to an output")
+
+    def weight_again(self, saved_tag: Tensor, wanted: bool) -> None:
+        same = saved_tag is self.tag or int(saved_tag) == int(self.tag)
+        self.columns.check_backward(self.state, self.state.tag if same else saved_tag)
 
 
 class AdditiveWeight(OverlaidWeight):

@@ -11,12 +11,11 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor
 
-from paca.columns.added import AddedPass
 from paca.columns.kept import oriented
 from paca.columns.state import AdapterColumns, State
-from paca.functional.product import Trained
 from paca.functional.train_columns import train_columns
 from paca.layers.mixed_batch import MixedBatch, refuse_other_thread
+from paca.layers.overlaid_weight import AddedPass
 
 
 class PeftCalls(BaseTunerLayer):
@@ -164,21 +163,16 @@ class PeftCalls(BaseTunerLayer):
         if self.mode == "resident" and active.state.columns:
             refuse_other_thread()
         rows = self.rows_of(x, batch)
-        columns = tuple(self.columns_of(name) for name in rows)
-        trained = Trained(
-            tuple(self.paca_delta[name] for name in rows),
-            tuple(c.indices for c in columns),
-            tuple(c.scale for c in columns),
-            (None,) * len(rows),
-            tuple(rows.values()),
-        )
-        source = AddedPass(active, State(columns, active.base), batch.tag)
+        state = State(tuple(self.columns_of(name) for name in rows), active.base)
+        deltas = tuple(self.paca_delta[name] for name in rows)  # by name: then ZeRO-3 and FSDP2 gather them
+        trained = state.trained._replace(deltas=deltas, rows=tuple(rows.values()))
+        source = AddedPass(active, state, batch.tag)
         return train_columns(self.base_layer.product(), x, None, None, trained, source, added_to=y)
 
     @property
     def input_dims(self) -> int:
-        """How many dimensions the input has at least."""
-        return 2
+        """How many dimensions the input has at least: of a convolution, one fewer is a single sample."""
+        return len(self.delta_shape(1))
 
     def rows_of(self, x: Tensor, batch: MixedBatch) -> dict[str, Tensor]:
         """The samples in `x` of each adapter of `batch` that this layer has; none if disabled. Raise `ValueError` if

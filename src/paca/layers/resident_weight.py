@@ -24,8 +24,6 @@ from paca.functional.train_columns import check_frozen, train_columns
 class ResidentPass(WeightSource):
     """One forward pass on the resident weight of `module`, which holds `state`, for its backward pass."""
 
-    __slots__ = ("columns", "module", "state", "tag")
-
     def __init__(self, module: ResidentWeight, state: State) -> None:
         self.module, self.state, self.columns, self.tag = module, state, module.columns, state.tag
 
