@@ -88,8 +88,6 @@ def trained_of(union: Tensor, trained: Tensor) -> Tensor:
 
 def common(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
     """Where the values are that two sorted, unique `(k,)` have in common: places in `first`, and in `second`."""
-    if not first.numel() or not second.numel():
-        return first.new_empty(0), first.new_empty(0)
     places = torch.searchsorted(second, first).clamp_(max=second.numel() - 1)
     here = (second[places] == first).nonzero().flatten()
     return here, places[here]

@@ -135,6 +135,5 @@ def correct(kept: Kept, known: Kept | None, dim: int) -> None:
     """Put the values of `known` into `kept`, in place, where it has any."""
     if known is not None:
         here, there = common(kept.positions.cpu(), known.positions.cpu())
-        if here.numel():
-            values = known.values.index_select(dim, there.to(known.values.device)).to(kept.values)
-            kept.values.index_copy_(dim, here.to(kept.values.device), values)
+        values = known.values.index_select(dim, there.to(known.values.device)).to(kept.values)
+        kept.values.index_copy_(dim, here.to(kept.values.device), values)

@@ -19,9 +19,8 @@ from torch import Tensor, nn
 
 from paca.columns.entry import Entry
 from paca.columns.folded import Folded
-from paca.columns.foreign_writes import holds, refuse_overwritten
-from paca.columns.kept import Kept, add_scaled, oriented, positions_of, sum_of, write_columns
-from paca.columns.not_whole import TAKEN_APART, refuse_flattened, refuse_part, refuse_sharded_delta
+from paca.columns.kept import Kept, add_scaled, holds, oriented, positions_of, sum_of, write_columns
+from paca.columns.not_whole import TAKEN_APART, refuse_flattened, refuse_overwritten, refuse_part, refuse_sharded_delta
 from paca.columns.state import THREAD, ActiveColumns, AdapterColumns, State, is_sharded
 from paca.functional.column_blocks import blocks_in, blocks_of, read_columns
 from paca.functional.product import Trained
