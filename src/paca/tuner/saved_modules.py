@@ -16,7 +16,7 @@ _HEADS = frozenset({"classifier", "score"})
 _TASKS_WITH_HEADS = ("SEQ_CLS", "TOKEN_CLS")
 
 
-def check_saved_modules(model: nn.Module, adapter_name: str, config: PacaConfig) -> None:
+def check_saved_modules(model: nn.Module, config: PacaConfig) -> None:
     """Check what PEFT is going to train or load whole, while the model can still be given back as it was. Raise
     `ValueError` for a module that has to do with adapted layers, or that the adapter's file lacks, as a whole or a
     tensor of it."""

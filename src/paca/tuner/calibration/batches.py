@@ -38,14 +38,11 @@ class Batch:
         tensors = (t for t in (*model.parameters(), *model.buffers()) if not t.is_meta)
         device = next((t.device for t in tensors), torch.device("cpu"))
         content = recursively_apply(lambda tensor: tensor.detach().to(device), content)
-        if isinstance(content, (tuple, list)) and content and isinstance(content[0], Mapping):
-            content = content[0]
-        if isinstance(content, Mapping):
-            self.kwargs = dict(content)
-        elif isinstance(content, Tensor):
-            self.args = (content,)
-        elif isinstance(content, (tuple, list)) and content and isinstance(content[0], Tensor):
-            self.args = tuple(content[: _positional(model)])
+        first = content[0] if isinstance(content, (tuple, list)) and content else content
+        if isinstance(first, Mapping):
+            self.kwargs = dict(first)
+        elif isinstance(first, Tensor):
+            self.args = (first,) if first is content else tuple(content[: _positional(model)])
         else:
             raise ValueError(
                 f"Batch {number} is a {type(content).__name__} that the model can't be called with. Give mappings of "
