@@ -46,18 +46,13 @@ class OverlaidWeight(nn.Module):
 
     def _settle_in(self) -> None:
         self.owner = lambda: None  # the adapted layer above makes itself known
-        self._rebind_forward()
+        rebind_forward(self)
 
     def release(self) -> None:
         """Turn back into the stock module, in place."""
         self.columns.base_changed()
         del self.columns, self.owner
         self.__class__ = self.stock_class  # type: ignore[assignment]
-        OverlaidWeight._rebind_forward(self)
-
-    def _rebind_forward(self) -> None:
-        if "_old_forward" not in self.__dict__:
-            self.__dict__.pop("forward", None)  # what accelerate's hooks leave when they are taken off
         rebind_forward(self)
 
     def product(self) -> LinearProduct:
