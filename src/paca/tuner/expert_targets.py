@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
+from accelerate.utils import has_offloaded_params
 from peft.tuners.tuners_utils import BaseTuner, check_target_module_exists
 from peft.utils.integrations import init_empty_weights
 from torch import nn
@@ -97,7 +98,7 @@ def _check(key: str, experts: nn.Module, name: str) -> None:
             "train columns through. Call model.set_experts_implementation('grouped_mm') first; 'batched_mm' and "
             "'eager' work too."
         )
-    if getattr(getattr(experts, "_hf_hook", None), "offload", False):
+    if has_offloaded_params(experts):
         raise ValueError(
             f"{key} is offloaded by accelerate, which PaCA can't adapt yet. Load the model with a device_map "
             "that keeps the experts on one device, or without one."

@@ -156,8 +156,6 @@ def _state_of(optimizer: Any, parameters: list[nn.Parameter], name: str) -> Any:
             "be cleared. Give the optimizer that trains them; one that keeps copies of its own (ZeRO) can't be used "
             "with rotation."
         )
-    while isinstance(getattr(optimizer, "optimizer", None), torch.optim.Optimizer):  # accelerate's wrapper
-        optimizer = optimizer.optimizer
     return optimizer.state
 
 
