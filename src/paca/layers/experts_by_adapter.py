@@ -21,13 +21,8 @@ _ONE_AT_A_TIME = threading.RLock()  # the stacks hold one adapter's columns at a
 
 
 class ExpertsByAdapter:
-    """The forward of an experts module while mixed batches run.
-
-    Args:
-        experts: Whose parameters are stacks.
-        name: Of `experts` in the model, for messages.
-        parent: The block around them, which gets `(samples, length, hidden)`.
-    """
+    """The forward of `experts`, which the model calls `name`, while mixed batches run. The block `parent` around them
+    gets `(samples, length, hidden)`."""
 
     def __init__(self, experts: nn.Module, name: str, parent: nn.Module) -> None:
         self.experts, self.name = experts, name

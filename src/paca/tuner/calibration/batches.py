@@ -19,17 +19,10 @@ _CAUSAL = set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
 
 
 class Batch:
-    """One batch, on the model's device.
-
-    Args:
-        content: A mapping of keyword arguments, a tensor, or a tuple or list whose first elements are the positional
-            arguments: as many as the model takes, or a mapping alone.
-        model: What it is for.
-        number: Of the batch, from 1, for messages.
-
-    Raises:
-        ValueError: It is something else, or empty, or has padding that can't be told from tokens.
-    """
+    """One batch, on the device of the model that it is for; `number` counts from 1, for messages. `content` is a
+    mapping of keyword arguments, a tensor, or a tuple or list whose first elements are the positional arguments: as
+    many as the model takes, or a mapping alone. Raise `ValueError` if it is something else, or empty, or has padding
+    that can't be told from tokens."""
 
     def __init__(self, content: Any, model: nn.Module, number: int) -> None:
         self.number = number
