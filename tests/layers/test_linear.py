@@ -11,7 +11,7 @@ import weakref
 
 import pytest
 import torch
-from accelerate.hooks import AlignDevicesHook, add_hook_to_module
+from accelerate.hooks import AlignDevicesHook, add_hook_to_module, remove_hook_from_module
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -613,9 +613,12 @@ def test_a_layer_with_accelerates_hook_is_trained():
     assert torch.equal(merged(x), want(x))
 
 
-def test_a_hook_that_is_put_on_later_does_not_outlive_the_adapter():
+@pytest.mark.parametrize("taken_off", [False, True])
+def test_a_hook_that_is_put_on_later_does_not_outlive_the_adapter(taken_off):
     model = adapted_perceptron()
     add_hook_to_module(layer_of(model).base_layer, AlignDevicesHook(execution_device="cpu"))
+    if taken_off:
+        remove_hook_from_module(layer_of(model).base_layer)
     x = torch.randn(4, 7)
     want = model(x)
     assert torch.equal(model.merge_and_unload()(x), want)

@@ -10,11 +10,11 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from functional.fixed_weight import FixedWeight, columns
-from paca.columns.added import AddedPass
 from paca.columns.state import ActiveColumns, AdapterColumns, State
 from paca.functional.linear import LinearProduct
 from paca.functional.train_columns import train_columns
 from paca.layers.mixed_batch import BASE, MixedBatch, current_mixed_batch, running
+from paca.layers.overlaid_weight import AddedPass
 
 SAMPLES, IN, OUT = 5, 11, 7
 

@@ -63,11 +63,8 @@ def union_of(indices: Tensor, delta: Tensor, folded: Folded | None, column_dim: 
 
 
 def split(union: ColumnUnion, trained: Tensor, column_dim: int) -> tuple[Tensor, Folded | None]:
-    """Divide `union` into the columns `trained (r,)` and the others.
-
-    Returns:
-        The delta of `trained` (zero for columns that are not in the union), and the others as folded columns.
-    """
+    """Divide `union` into the delta of the columns `trained (r,)` (zero for columns that are not in it), and the others
+    as folded columns."""
     here, there = common(trained, union.indices)
     shape = list(union.delta.shape)
     shape[column_dim] = trained.numel()
@@ -91,8 +88,6 @@ def trained_of(union: Tensor, trained: Tensor) -> Tensor:
 
 def common(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
     """Where the values are that two sorted, unique `(k,)` have in common: places in `first`, and in `second`."""
-    if not first.numel() or not second.numel():
-        return first.new_empty(0), first.new_empty(0)
     places = torch.searchsorted(second, first).clamp_(max=second.numel() - 1)
     here = (second[places] == first).nonzero().flatten()
     return here, places[here]

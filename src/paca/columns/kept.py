@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -34,6 +34,15 @@ class Kept(NamedTuple):
         return torch.equal(self.values.to(other).view(bits), other.view(bits))
 
 
+def holds(weight: Tensor, dim: int, originals: Iterable[Kept], columns: tuple[AdapterColumns, ...]) -> bool:
+    """Whether the places of `originals` in the weight hold `columns` over them, or the originals for none."""
+    for kept in originals:
+        now = read_columns(weight.detach(), dim, kept.positions.to(weight.device))
+        if not Kept(kept.positions, now).equal(sum_of(kept, columns, dim).to(now)):
+            return False
+    return True
+
+
 def write_columns(weight: Tensor, dim: int, positions: Tensor, values: Tensor) -> None:
     """Write `values` into the columns of `weight`, each rounded once to its dtype."""
     with torch.inference_mode(weight.is_inference()), torch.no_grad():
@@ -55,8 +64,6 @@ def sum_of(kept: Kept, columns: tuple[AdapterColumns, ...], dim: int) -> Tensor:
     along[dim] = -1
     for part in parts:
         indices = part.indices.to(positions.device)
-        if not indices.numel() or not positions.numel():
-            continue
         # Without looking at values: that would wait for the device, and this runs after each step.
         places = torch.searchsorted(indices, positions).clamp_(max=indices.numel() - 1)
         here = (indices[places] == positions).to(total.device).view(along)

@@ -43,11 +43,7 @@ def note_first(passes: dict[Any, list[Any]], state: Any, can_come_back: Callable
 
 
 def check_repeated(passes: dict[Any, list[Any]], key: Any, now: str) -> None:
-    """Note that a pass runs within a backward pass.
-
-    Raises:
-        RuntimeError: If checkpointing repeats it with columns that no first pass ran with.
-    """
+    """Note a pass within a backward pass; raise if checkpointing repeats it with columns that no first pass had."""
     if passes.get(key):
         passes[key].pop()
     elif any(passes.values()) and _is_reentrant():

@@ -29,11 +29,8 @@ class MergeableColumns(ResidentColumns):
 
     @torch.no_grad()
     def merge(self, weight: Tensor, columns: tuple[AdapterColumns, ...], *, safe: bool) -> None:
-        """Make `columns` part of the weight until `unmerge`; same values, bit for bit, as when resident.
-
-        Raises:
-            ValueError: If `safe` and a merged value would not be finite; nothing is written then.
-        """
+        """Make `columns` part of the weight until `unmerge`; same values, bit for bit, as when resident. If `safe`,
+        raise `ValueError` where one would not be finite; nothing is written then."""
         with WRITING:
             self.park(weight)
             self._part_from_lent(weight)
@@ -138,6 +135,5 @@ def correct(kept: Kept, known: Kept | None, dim: int) -> None:
     """Put the values of `known` into `kept`, in place, where it has any."""
     if known is not None:
         here, there = common(kept.positions.cpu(), known.positions.cpu())
-        if here.numel():
-            values = known.values.index_select(dim, there.to(known.values.device)).to(kept.values)
-            kept.values.index_copy_(dim, here.to(kept.values.device), values)
+        values = known.values.index_select(dim, there.to(known.values.device)).to(kept.values)
+        kept.values.index_copy_(dim, here.to(kept.values.device), values)

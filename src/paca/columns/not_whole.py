@@ -1,4 +1,4 @@
-"""Weights that columns can't be written into, since they are a part of one, or a piece of something larger."""
+"""Weights that columns can't be in: a part of one, a piece of something larger, or one that somebody else wrote."""
 
 from __future__ import annotations
 
@@ -7,20 +7,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from paca.columns.state import is_sharded
+from paca.columns.state import AdapterColumns, is_sharded, names_of
 
 TAKEN_APART = {"_fsdp_flattened", "ds_id"}  # what FSDP1 and DeepSpeed's ZeRO-3 set on parameters
 
 
 def refuse_flattened(weight: Tensor) -> None:
-    """Raise under ZeRO-3 and under FSDP1. What is written into a piece of FSDP1's flat parameter is lost, and it has no
-    version counter and no memory of its own by which others' writes could be seen.
-
-    Raises:
-        RuntimeError: Naming FSDP2.
-    """
+    """Raise `RuntimeError` under ZeRO-3 and under FSDP1. What is written into a piece of FSDP1's flat parameter is
+    lost, and it has no version counter and no memory of its own by which others' writes could be seen."""
     if hasattr(weight, "ds_id"):
-        refuse_partitioned()
+        raise RuntimeError(
+            "DeepSpeed's ZeRO-3 took weights apart that PaCA keeps columns in: the model was adapted before ZeRO-3 was "
+            "known. Make the Accelerator or the TrainingArguments first, then load and adapt the model (columns are "
+            "added to outputs then); or use FSDP2, or ZeRO stage 1 or 2."
+        )
     # Two attributes that are not public (torch 2.13): of the parameter, and of what it is a view of in a pass.
     flat: Any = weight if isinstance(weight, nn.Parameter) else weight._base
     if hasattr(flat, "_fsdp_flattened") or hasattr(flat, "_is_flat_param"):
@@ -30,21 +30,8 @@ def refuse_flattened(weight: Tensor) -> None:
         )
 
 
-def refuse_partitioned() -> None:
-    """Raise `RuntimeError`: DeepSpeed took weights apart that columns are in."""
-    raise RuntimeError(
-        "DeepSpeed's ZeRO-3 took weights apart that PaCA keeps columns in: the model was adapted before ZeRO-3 was "
-        "known. Make the Accelerator or the TrainingArguments first, then load and adapt the model (columns are added "
-        "to outputs then); or use FSDP2, or ZeRO stage 1 or 2."
-    )
-
-
 def refuse_part(weight: Tensor) -> None:
-    """Raise if a layer is about to run on a part of its weight.
-
-    Raises:
-        RuntimeError: Under tensor parallelism, ZeRO-3 and FSDP1.
-    """
+    """Raise `RuntimeError` if a layer is about to run on a part of its weight: tensor parallelism, ZeRO-3, FSDP1."""
     refuse_flattened(weight)
     if weight.dim() < 2:
         raise RuntimeError(
@@ -73,6 +60,17 @@ def refuse_sharded_delta(adapter_name: str) -> None:
     raise RuntimeError(
         f"The deltas of adapter {adapter_name!r} are sharded, and the weight below them is not. Shard both, or none "
         "(ignored_params)."
+    )
+
+
+def refuse_overwritten(columns: tuple[AdapterColumns, ...]) -> None:
+    """Raise `RuntimeError`: what is beneath `columns` is not known any more."""
+    raise RuntimeError(
+        f"The weight of a layer adapted by {names_of(columns)} was written or replaced while the adapter was active, "
+        "so that its pretrained columns are not known any more. Change base weights under disable_adapter(), or "
+        "through load_state_dict(). (torch's AveragedModel averages base weights too: average the trained parameters "
+        "alone, for instance with model.load_state_dict(..., strict=False). DeepSpeed's bf16 and fp16 cast weights: "
+        "load the model in that type.)"
     )
 
 

@@ -19,9 +19,8 @@ from torch import Tensor, nn
 
 from paca.columns.entry import Entry
 from paca.columns.folded import Folded
-from paca.columns.foreign_writes import holds, refuse_overwritten
-from paca.columns.kept import Kept, add_scaled, oriented, positions_of, sum_of, write_columns
-from paca.columns.not_whole import TAKEN_APART, refuse_flattened, refuse_part, refuse_sharded_delta
+from paca.columns.kept import Kept, add_scaled, holds, oriented, positions_of, sum_of, write_columns
+from paca.columns.not_whole import TAKEN_APART, refuse_flattened, refuse_overwritten, refuse_part, refuse_sharded_delta
 from paca.columns.state import THREAD, ActiveColumns, AdapterColumns, State, is_sharded
 from paca.functional.column_blocks import blocks_in, blocks_of, read_columns
 from paca.functional.product import Trained
@@ -30,12 +29,9 @@ WRITING = threading.RLock()  # writers are rare; a reader takes it if columns we
 
 
 class ResidentColumns(ActiveColumns):
-    """Keeps `weight == round(W0 + sum_a scale_a * scatter(delta_a, indices_a))` over the active adapters.
-
-    Args:
-        dim: The dimension of the weight that runs over the input features (1: `nn.Linear`, 0: `Conv1D`; for a stack of
-            experts -1, or -2 if it is stored transposed).
-    """
+    """Keeps `weight == round(W0 + sum_a scale_a * scatter(delta_a, indices_a))` over the active adapters. `dim` of the
+    weight runs over the input features (1: `nn.Linear`, 0: `Conv1D`; of a stack of experts -1, or -2 if it is stored
+    transposed)."""
 
     kept: Kept  # the originals of the trained columns of `state`; there from the first write on
 
@@ -135,11 +131,8 @@ class ResidentColumns(ActiveColumns):
             yield from (Kept(*piece) for piece in Folded.pieces(*self._folded, weight, self.dim))
 
     def prepare(self, weight: Tensor, wanted: tuple[AdapterColumns, ...]) -> State | None:
-        """Keep the originals of the columns of `wanted`, and put those of other columns back.
-
-        Returns:
-            The state to be written; None if there is nothing to write.
-        """
+        """Keep the originals of the columns of `wanted`, and put those of other columns back. Gives the state to be
+        written; None if there is nothing to write."""
         self.check_seal(weight)
         state = State(wanted, self.base, like=self.state)
         if state.key == self.state.key:

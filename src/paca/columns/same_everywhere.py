@@ -26,12 +26,8 @@ class SameState:
         self._name, self._change = f"paca/{next(_NUMBERS)}/{min(ranks)}", 0
 
     def check(self, layers: list[Any]) -> None:
-        """Compare, if something changed since the last forward pass.
-
-        Raises:
-            RuntimeError: If another process has other adapters, or did not change anything. It is waited for as long
-                as in a collective.
-        """
+        """Compare, if something changed since the last forward pass. Raise `RuntimeError` if another process has other
+        adapters, or did not change anything (it is waited for as long as in a collective)."""
         wanted = [layer.wanted_names() for layer in layers]
         now = [
             (names, [layer.scaling[name] for name in names], layer.merged_adapters)
@@ -69,11 +65,7 @@ _DISAGREE = (
 
 
 def check_same_columns(indices: list[Tensor], device: torch.device) -> None:
-    """Raise unless all processes train the same columns. A collective.
-
-    Raises:
-        RuntimeError: Naming the remedy.
-    """
+    """Raise `RuntimeError` unless all processes train the same columns. A collective."""
     import torch.distributed as dist
 
     digest = hash(tuple(tuple(i.tolist()) for i in indices))

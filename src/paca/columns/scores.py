@@ -14,10 +14,7 @@ _ROWS_AT_ONCE = 2**20  # values converted to float64 at a time
 
 def select_columns(strategy: str, r: int, scores: Tensor, module_name: str) -> Tensor:
     """Choose the `r` columns `(r,)` of the module with the largest `scores (in_features,)`; of equal ones the first.
-
-    Raises:
-        ValueError: For an unknown strategy, a rank that the layer has not, or scores that are NaN or infinite.
-    """
+    Raise `ValueError` for an unknown strategy, a rank that the layer has not, or scores that are NaN or infinite."""
     check_strategy(strategy)
     check_rank(r, scores.numel(), module_name)
     on_cpu = scores.detach().to("cpu", torch.float64)
@@ -50,11 +47,7 @@ def widest(device: torch.device) -> torch.dtype:
 
 
 def explicit_columns(columns: Sequence[int] | Tensor, in_features: int, module_name: str) -> Tensor:
-    """Check and sort columns that the user names: `(r,)` int64, on CPU.
-
-    Raises:
-        ValueError: If there are none, one is repeated, or one is outside `[0, in_features)`.
-    """
+    """Check and sort columns that the user names: `(r,)` int64, on CPU; `ValueError` if they can't be a layer's."""
     try:
         indices = torch.as_tensor(columns, device="cpu")
     except (TypeError, ValueError, RuntimeError):  # a string, None, lists of different lengths, numbers past int64

@@ -39,7 +39,6 @@ def random_columns(in_features: int, r: int, seed: int | None, module_name: str,
     Neither the global random state nor the order in which layers are made has any influence, so a model that is
     wrapped in parts, or in several processes, gets the same columns.
     """
-    check_strategy(strategy)
     check_rank(r, in_features, module_name)
     return shuffled(strategy, in_features, column_generator(seed, module_name))[:r].sort().values
 

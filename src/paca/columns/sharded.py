@@ -95,11 +95,7 @@ class ShardedColumns(MergeableColumns):
             self._gathered_before = True
 
     def check_rows(self) -> None:
-        """Raise if columns can't live in these rows.
-
-        Raises:
-            RuntimeError: If anything but the dimension of the output features is sharded.
-        """
+        """Raise `RuntimeError` if columns can't live in these rows: anything but the output features is sharded."""
         from torch.distributed.tensor import Replicate, Shard
 
         kinds = {type(placement) for placement in self.parameter.placements}
@@ -115,11 +111,8 @@ class ShardedColumns(MergeableColumns):
 
     @torch.no_grad()
     def take_over(self) -> None:
-        """Note that these rows, copied as they were, took the place of a whole weight; park them.
-
-        Raises:
-            RuntimeError: If columns can't live in these rows, or folded columns are in the weight.
-        """
+        """Note that these rows, copied as they were, took the place of a whole weight; park them. Raise `RuntimeError`
+        if columns can't live in them, or folded columns are in the weight."""
         self.check_rows()
         if self._folded is not None and self.state.columns:
             raise RuntimeError(

@@ -13,11 +13,8 @@ from paca.functional.product import Product
 
 
 class EmbeddingProduct(Product):
-    """Looks tokens, of any shape, up in `weight (num_embeddings, embedding_dim)`; deltas are `(num_embeddings, r)`.
-
-    Args:
-        padding_idx: The token whose row gets no gradient, -1 for none.
-        scale_grad_by_freq: Whether each token's gradient is divided by how often it occurs.
+    """Looks tokens, of any shape, up in `weight (num_embeddings, embedding_dim)`; deltas are `(num_embeddings, r)`. The
+    row of `padding_idx` gets no gradient (-1 for none); `scale_grad_by_freq` divides a token's by how often it occurs.
     """
 
     reads_indices = True

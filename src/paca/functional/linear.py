@@ -8,18 +8,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from paca.functional.added import AddedLinear
 from paca.functional.column_blocks import take_columns
+from paca.functional.product import Product
 from paca.functional.train_columns import in_dtype, scaled
 
 
-class LinearProduct(AddedLinear):
-    """`x (..., in_features)` times a weight.
-
-    Args:
-        input_dim: 1 for a weight `(out_features, in_features)` (`nn.Linear`), 0 for `(in_features, out_features)`
-            (transformers' `Conv1D`).
-    """
+class LinearProduct(Product):
+    """`x (..., in_features)` times a weight: `(out_features, in_features)`, or, if `input_dim` is 0 instead of 1,
+    `(in_features, out_features)` (transformers' `Conv1D`)."""
 
     def __init__(self, input_dim: int) -> None:
         self.input_dim = input_dim
@@ -43,14 +39,22 @@ class LinearProduct(AddedLinear):
     ) -> Tensor:
         return column_gradient(selected, grad_output.reshape(-1, grad_output.shape[-1]), scale, dtype)
 
+    def add_contribution(self, y: Tensor, selected: Tensor, indices: Tensor, delta: Tensor, scale: float) -> Tensor:
+        columns = selected.reshape(-1, selected.shape[-1])
+        flat = torch.addmm(y.reshape(-1, y.shape[-1]), columns, delta.to(y.dtype).t(), alpha=scale)
+        return torch.ops.aten._unsafe_view(flat, y.shape)
+
+    def add_input_gradient(
+        self, grad_x: Tensor, grad_output: Tensor, indices: Tensor, delta: Tensor, scale: float
+    ) -> None:
+        rows = grad_output.reshape(-1, grad_output.shape[-1])
+        part = torch.mm(rows, delta.to(rows.dtype)).mul_(scale)
+        grad_x.index_add_(-1, indices, part.view(*grad_x.shape[:-1], indices.numel()))
+
 
 def column_gradient(selected: Tensor, grad_rows: Tensor, scale: Any, dtype: torch.dtype) -> Tensor:
-    """`scale * grad_rows.T @ selected` in `dtype`, accumulated in float32 where the backend can: `(out_features, r)`.
-
-    Args:
-        selected: `(..., r)` input columns.
-        grad_rows: `(tokens, out_features)`.
-    """
+    """`scale * grad_rows.T @ selected` in `dtype`, accumulated in float32 where the backend can: `(out_features, r)`,
+    of `selected (..., r)` and `grad_rows (tokens, out_features)`."""
     # (r, tokens) @ (tokens, out): 1.4x the rate of (out, tokens) @ (tokens, r) on CPU (bf16, out 1024-3584, r 16).
     columns = selected.reshape(-1, selected.shape[-1]).t()
     if columns.element_size() == 2 and dtype == torch.float32 and columns.device.type == "cuda":

@@ -80,8 +80,5 @@ class WeightSource(ABC):
 
     @abstractmethod
     def weight_again(self, saved_tag: Tensor, wanted: bool) -> Tensor | None:
-        """The same in the backward pass; None if it is not `wanted`, and the columns are only to be checked.
-
-        Raises:
-            RuntimeError: If the columns are not the same any more, or a repeated pass ran with others.
-        """
+        """The same in the backward pass; None if it is not `wanted`, and the columns are only to be checked. Raise
+        `RuntimeError` if they changed, or a repeated pass ran with others."""

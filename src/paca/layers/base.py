@@ -19,32 +19,23 @@ from paca.layers.peft_calls import PeftCalls, refuse_late_adapter
 
 
 class PacaLayer(nn.Module, PeftCalls):  # nn.Module first: FSDP2 makes subclasses of it
-    """Deltas and indices per adapter, above a base layer whose weight holds those of the active ones.
-
-    Attributes:
-        base_layer: The adapted module, a `ResidentWeight` (or, in a subclass, an `OverlaidWeight`).
-        paca_delta: Per adapter, `(out_features, r)`, the trainable parameter; float32 unless asked otherwise.
-        paca_indices: Per adapter, `(r,)` int64, the input columns it belongs to.
-        scaling: Per adapter, the factor `paca_alpha / r` on its delta.
-        folded: Per adapter whose columns were rotated, those it trained before; on the CPU.
-        mode: How the columns take effect: "resident", "patched" or "additive" (added).
-    """
+    """Deltas and indices per adapter, above a base layer whose weight holds those of the active ones."""
 
     delta_axes = "(out_features, r)"  # what the dimensions of a delta are, for messages
     delta_column_dim = 1  # the dimension of a delta that runs over its columns
-    mode = "resident"
+    mode = "resident"  # how the columns take effect: in a subclass "patched" or "additive" (added)
     adapter_layer_names = ("paca_delta",)
     other_param_names = ("paca_indices", "r", "paca_alpha", "scaling", "folded")
 
     def __init__(self, base_layer: Any) -> None:
         super().__init__()
-        self.base_layer = base_layer
-        self.paca_delta = Deltas()
-        self.paca_indices = BufferDict(persistent=True)
+        self.base_layer = base_layer  # the adapted module, a `ResidentWeight` (in a subclass an `OverlaidWeight`)
+        self.paca_delta = Deltas()  # per adapter `(out_features, r)`, the trainable parameter, float32 unless asked
+        self.paca_indices = BufferDict(persistent=True)  # per adapter `(r,)` int64, the input columns it belongs to
         self.r: dict[str, int] = {}
         self.paca_alpha: dict[str, float] = {}
-        self.scaling: dict[str, float] = {}
-        self.folded: dict[str, Folded] = {}
+        self.scaling: dict[str, float] = {}  # `paca_alpha / r`, the factor on its delta
+        self.folded: dict[str, Folded] = {}  # of an adapter whose columns were rotated, those it trained before
         self.merged_adapters: list[str] = []
         self._disable_adapters = False
         self._active_adapter = []

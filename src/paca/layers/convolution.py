@@ -61,7 +61,3 @@ class PacaConvolution(PacaLayer):
     def __getattr__(self, name: str) -> Any:
         # Models read these of their convolutions, Whisper's encoder for one.
         return getattr(self.base_layer, name) if name in nn.Conv1d.__constants__ else super().__getattr__(name)
-
-    @property
-    def input_dims(self) -> int:
-        return self.base_layer.weight.dim()  # one fewer is a single sample without a batch dimension

@@ -20,12 +20,8 @@ from paca.layers.resident_weight import ResidentWeight
 
 
 class ExpertStack(nn.Module):
-    """Holds a stack `weight (experts, out_features, in_features)` that was a parameter of its experts module.
-
-    Args:
-        weight: The parameter itself.
-        places: Names of all parameters of the experts module, in the order in which they go back.
-    """
+    """Holds a stack `weight (experts, out_features, in_features)` that was a parameter of its experts module. `places`
+    are the names of all parameters of that, in the order in which they go back."""
 
     def __init__(self, weight: nn.Parameter, places: tuple[str, ...]) -> None:
         super().__init__()

@@ -21,13 +21,8 @@ _ONE_AT_A_TIME = threading.RLock()  # the stacks hold one adapter's columns at a
 
 
 class ExpertsByAdapter:
-    """The forward of an experts module while mixed batches run.
-
-    Args:
-        experts: Whose parameters are stacks.
-        name: Of `experts` in the model, for messages.
-        parent: The block around them, which gets `(samples, length, hidden)`.
-    """
+    """The forward of `experts`, which the model calls `name`, while mixed batches run. The block `parent` around them
+    gets `(samples, length, hidden)`."""
 
     def __init__(self, experts: nn.Module, name: str, parent: nn.Module) -> None:
         self.experts, self.name = experts, name
@@ -86,10 +81,7 @@ class ExpertsByAdapter:
         self, hidden_states: Tensor, batch: MixedBatch, stacks: list[PacaExpertStack]
     ) -> dict[str, Tensor]:
         """Per adapter, the numbers of its samples' tokens, ascending; those without columns here are `"__base__"`'s.
-
-        Raises:
-            ValueError: If it can't be told which token is whose.
-        """
+        Raise `ValueError` if it can't be told which token is whose."""
         tokens = hidden_states.shape[0]
         here = {name for stack in stacks if not stack._disable_adapters for name in stack.paca_delta}
         if not here & set(batch.names):

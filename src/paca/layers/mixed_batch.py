@@ -15,12 +15,8 @@ BASE = "__base__"
 
 
 class MixedBatch:
-    """Which sample of a batch runs with which adapter.
-
-    Args:
-        names: One adapter's name per sample; `"__base__"` for none.
-        repeats: How often generation repeats each sample (beams, several answers); then the samples of a layer's
-            input may be repeated so, or not (an encoder's are not).
+    """Which sample of a batch runs with which adapter: one name per sample, `"__base__"` for none. Where generation
+    `repeats` each sample (beams, several answers), those of a layer's input may be repeated so, or not (an encoder's).
     """
 
     def __init__(self, names: Sequence[str], repeats: int = 1) -> None:
@@ -34,11 +30,8 @@ class MixedBatch:
         self._rows: dict[tuple[int, torch.device], dict[str, Tensor]] = {}
 
     def names_of(self, samples: int) -> tuple[str, ...]:
-        """The adapters of a layer's input that has `samples` of them, in its order.
-
-        Raises:
-            ValueError: If there are not as many names.
-        """
+        """The adapters of a layer's input that has `samples` of them, in its order; `ValueError` if there are not as
+        many."""
         if samples == len(self.names):
             return self.names
         if samples == len(self.names) * self.repeats:

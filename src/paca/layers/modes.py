@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from accelerate.utils import has_offloaded_params
 from torch import nn
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.pytorch_utils import Conv1D
@@ -27,16 +28,13 @@ FORWARD_ONLY = {
 
 
 def mode_of(target: nn.Module, key: str, model: Any) -> str:
-    """`"resident"`, `"patched"` or `"additive"`, for a module that `model` calls `key`.
-
-    Raises:
-        ValueError: If it is quantized in a way that can't be trained, with the reason.
-    """
+    """`"resident"`, `"patched"` or `"additive"`, for a module that `model` calls `key`. Raise `ValueError` if it is
+    quantized in a way that can't be trained, with the reason."""
     quantization = quantization_of(target)
     if quantization is not None:
         if problem := quantization.problem(target):
             raise ValueError(f"{key} is a {type(target).__qualname__} of {quantization.library}, but {problem}.")
-        if _is_lent(target) and not is_torchao(getattr(target, "weight", None)):
+        if has_offloaded_params(target) and not is_torchao(getattr(target, "weight", None)):
             raise ValueError(
                 f"{key} is a {type(target).__qualname__} of {quantization.library} that accelerate offloads, and its "
                 "weight is not there in the backward pass. Load the model with a device_map that keeps its quantized "
@@ -64,15 +62,10 @@ def is_partitioned(module: nn.Module) -> bool:
 
 def is_offloaded(module: nn.Module, model: Any) -> bool:
     """Whether accelerate keeps the module's weight elsewhere until it runs, or is going to."""
-    if _is_lent(module):
+    if has_offloaded_params(module):
         return True
     # PEFT takes the hooks off before it loads an adapter, and dispatches the model anew, by another map, after it.
     return offloads(model) and len(set(model.hf_device_map.values())) > 1 and not hasattr(module, "_hf_hook")
-
-
-def _is_lent(module: nn.Module) -> bool:
-    """Whether accelerate's hook brings the module's weight for the forward pass and takes it away after it."""
-    return bool(getattr(getattr(module, "_hf_hook", None), "offload", False))
 
 
 def offloads(model: Any) -> bool:

@@ -14,7 +14,7 @@ from paca.columns.merging import check_merged
 from paca.columns.state import AdapterColumns, State
 from paca.layers.base import PacaLayer
 from paca.layers.modes import offloads
-from paca.layers.overlaid_weight import OverlaidWeight, PatchedWeight
+from paca.layers.overlaid_weight import AdditiveWeight, PatchedWeight
 from paca.quantized import quantization_of
 
 _MARKS = ("is_quantized", "is_loaded_in_4bit", "is_loaded_in_8bit", "quantization_method", "hf_quantizer",
@@ -27,9 +27,9 @@ class OverlaidLinear(PacaLayer):
     Its base layer is what `PatchedWeight.adopt` or `AdditiveWeight.adopt` gave.
     """
 
-    base_layer: OverlaidWeight
+    base_layer: PatchedWeight | AdditiveWeight
 
-    def __init__(self, base_layer: OverlaidWeight) -> None:
+    def __init__(self, base_layer: PatchedWeight | AdditiveWeight) -> None:
         super().__init__(base_layer)
         self.mode = "patched" if isinstance(base_layer, PatchedWeight) else "additive"
         self._before_merge: Any = None
@@ -46,12 +46,9 @@ class OverlaidLinear(PacaLayer):
         columns.unaccounted = False
         columns.state = State(self.wanted(), columns.base, like=columns.state)
 
-    def stepped(self, adapter_name: str) -> None:
-        super().stepped(adapter_name)
-        self.write()
-
     def job(self, *, compare: bool = False) -> Any:
-        return None
+        """The same; there is nothing to write together with other layers."""
+        self.write()
 
     def park(self) -> None:
         """Nothing is in the weight."""
@@ -73,13 +70,9 @@ class OverlaidLinear(PacaLayer):
 
     @torch.no_grad()
     def start_from(self, adapter_name: str, originals: Tensor) -> None:
-        """Let the adapter's columns start at `originals (out_features, r)` instead of the quantized weight's.
-
-        The difference goes into the delta, so that the adapter needs nothing besides to be the same elsewhere.
-
-        Raises:
-            ValueError: If they have nothing to do with the quantized weight.
-        """
+        """Let the adapter's columns start at `originals (out_features, r)` instead of the quantized weight's;
+        `ValueError` if they have nothing to do with it. The difference goes into the delta, so that the adapter needs
+        nothing besides to be the same elsewhere."""
         delta, indices = self.paca_delta[adapter_name], self.paca_indices[adapter_name]
         present = self.base_columns(indices).double()
         wanted = originals.to(present)

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from paca.columns.added import AddedPass
 from paca.columns.kept import Kept, positions_of, sum_of
 from paca.columns.state import ActiveColumns, AdapterColumns, State
 from paca.functional.column_blocks import put_columns
@@ -47,18 +46,13 @@ class OverlaidWeight(nn.Module):
 
     def _settle_in(self) -> None:
         self.owner = lambda: None  # the adapted layer above makes itself known
-        self._rebind_forward()
+        rebind_forward(self)
 
     def release(self) -> None:
         """Turn back into the stock module, in place."""
         self.columns.base_changed()
         del self.columns, self.owner
         self.__class__ = self.stock_class  # type: ignore[assignment]
-        OverlaidWeight._rebind_forward(self)
-
-    def _rebind_forward(self) -> None:
-        if "_old_forward" not in self.__dict__:
-            self.__dict__.pop("forward", None)  # what accelerate's hooks leave when they are taken off
         rebind_forward(self)
 
     def product(self) -> LinearProduct:
@@ -77,14 +71,6 @@ class OverlaidWeight(nn.Module):
         """What gradients go to. Asked for by name in this module's pass: then ZeRO-3 gathers the deltas, here and in
         the backward pass."""
         return state.trained._replace(deltas=tuple(self.owner().paca_delta[c.name] for c in state.columns))
-
-    def weight_shape(self) -> tuple[int, int]:
-        """`(out_features, in_features)`."""
-        raise NotImplementedError
-
-    def weight_placement(self) -> tuple[torch.device, torch.dtype]:
-        """Where the layer computes, and the type of the weight that it stands for."""
-        raise NotImplementedError
 
     def __reduce__(self) -> Any:
         # Pickling finds classes by name, and a class that was made here has none that can be imported.
@@ -131,10 +117,9 @@ class PatchedWeight(OverlaidWeight):
 
     @classmethod
     def adopt(cls, module: Any) -> Any:
-        quantization = quantization_of(module)
-        assert quantization is not None
-        quantization.adopt(module)
-        return super().adopt(module)
+        super().adopt(module)
+        module.quantization.adopt(module)
+        return module
 
     def _settle_in(self) -> None:
         super()._settle_in()
@@ -213,8 +198,6 @@ class PatchedWeight(OverlaidWeight):
 class PatchedPass(WeightSource):
     """One pass on a dequantized weight: it is made anew for the backward pass, and none is kept."""
 
-    __slots__ = ("columns", "dtype", "module", "packed", "state", "tag", "version")
-
     def __init__(self, module: PatchedWeight, state: State, dtype: torch.dtype) -> None:
         self.module, self.state, self.dtype, self.columns, self.tag = module, state, dtype, module.columns, state.tag
         self.packed = module.quantization.packed(module)
@@ -231,6 +214,24 @@ class PatchedPass(WeightSource):
                 "backward() first."
             )
         return self.weight() if wanted else None
+
+
+class AddedPass(WeightSource):
+    """There is no weight, but the columns of `state` must stay as they are until the backward pass.
+
+    `batch_tag` says which samples of a mixed batch have which adapter.
+    """
+
+    def __init__(self, columns: ActiveColumns, state: State, batch_tag: int | None = None) -> None:
+        self.columns, self.state = columns, state
+        self.tag = state.tag if batch_tag is None else torch.tensor(hash((state.key, batch_tag)), device="cpu")
+
+    def weight(self) -> Tensor:
+        raise AssertionError("columns are added to an output")
+
+    def weight_again(self, saved_tag: Tensor, wanted: bool) -> None:
+        same = saved_tag is self.tag or int(saved_tag) == int(self.tag)
+        self.columns.check_backward(self.state, self.state.tag if same else saved_tag)
 
 
 class AdditiveWeight(OverlaidWeight):
@@ -265,11 +266,7 @@ class AdditiveWeight(OverlaidWeight):
 
 
 def features(module: Any) -> tuple[int, int]:
-    """`(out_features, in_features)` of a linear layer of any library.
-
-    Raises:
-        ValueError: If it says so by none of the names in use.
-    """
+    """`(out_features, in_features)` of a linear layer of any library; `ValueError` if it uses other names for them."""
     if isinstance(module, Conv1D):
         return module.nf, module.nx
     for out_name, in_name in (("out_features", "in_features"), ("outfeatures", "infeatures")):

@@ -11,12 +11,11 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor
 
-from paca.columns.added import AddedPass
 from paca.columns.kept import oriented
 from paca.columns.state import AdapterColumns, State
-from paca.functional.product import Trained
 from paca.functional.train_columns import train_columns
 from paca.layers.mixed_batch import MixedBatch, refuse_other_thread
+from paca.layers.overlaid_weight import AddedPass
 
 
 class PeftCalls(BaseTunerLayer):
@@ -85,10 +84,7 @@ class PeftCalls(BaseTunerLayer):
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Put the adapters' columns (default: the active ones') into the base weight until `unmerge`, which is bitwise.
-
-        Raises:
-            ValueError: If the weight can't be written, or `safe_merge` finds NaN or Inf.
-        """
+        Raise `ValueError` if the weight can't be written, or `safe_merge` finds NaN or Inf."""
         names = [n for n in check_adapters_to_merge(self, adapter_names) if n in self.paca_delta]
         if not names:
             return
@@ -159,40 +155,28 @@ class PeftCalls(BaseTunerLayer):
     # -- mixed batches ------------------------------------------------------------------------------------------
 
     def add_mixed_batch(self, y: Tensor, x: Tensor, batch: MixedBatch) -> Tensor:
-        """Add to `y`, the pretrained layer's output for `x`, what each sample's adapter contributes.
-
-        Raises:
-            ValueError: If `x` does not have one sample per name.
-            RuntimeError: If another thread put columns into the weight meanwhile.
-        """
+        """Add to `y`, the pretrained layer's output for `x`, what each sample's adapter contributes. Raise as
+        `rows_of`, and `RuntimeError` if another thread put columns into the weight meanwhile."""
         if self._disable_adapters:
             return y  # as PEFT's LoRA does
         active = self.base_layer.columns
         if self.mode == "resident" and active.state.columns:
             refuse_other_thread()
         rows = self.rows_of(x, batch)
-        columns = tuple(self.columns_of(name) for name in rows)
-        trained = Trained(
-            tuple(self.paca_delta[name] for name in rows),
-            tuple(c.indices for c in columns),
-            tuple(c.scale for c in columns),
-            (None,) * len(rows),
-            tuple(rows.values()),
-        )
-        source = AddedPass(active, State(columns, active.base), batch.tag)
+        state = State(tuple(self.columns_of(name) for name in rows), active.base)
+        deltas = tuple(self.paca_delta[name] for name in rows)  # by name: then ZeRO-3 and FSDP2 gather them
+        trained = state.trained._replace(deltas=deltas, rows=tuple(rows.values()))
+        source = AddedPass(active, state, batch.tag)
         return train_columns(self.base_layer.product(), x, None, None, trained, source, added_to=y)
 
     @property
     def input_dims(self) -> int:
-        """How many dimensions the input has at least."""
-        return 2
+        """How many dimensions the input has at least: of a convolution, one fewer is a single sample."""
+        return len(self.delta_shape(1))
 
     def rows_of(self, x: Tensor, batch: MixedBatch) -> dict[str, Tensor]:
-        """The samples in `x` of each adapter of `batch` that this layer has; none if disabled.
-
-        Raises:
-            ValueError: If `x` does not have one sample per name.
-        """
+        """The samples in `x` of each adapter of `batch` that this layer has; none if disabled. Raise `ValueError` if
+        `x` does not have one sample per name."""
         if self._disable_adapters:
             return {}
         if x.dim() < self.input_dims:

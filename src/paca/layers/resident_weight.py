@@ -24,8 +24,6 @@ from paca.functional.train_columns import check_frozen, train_columns
 class ResidentPass(WeightSource):
     """One forward pass on the resident weight of `module`, which holds `state`, for its backward pass."""
 
-    __slots__ = ("columns", "module", "state", "tag")
-
     def __init__(self, module: ResidentWeight, state: State) -> None:
         self.module, self.state, self.columns, self.tag = module, state, module.columns, state.tag
 
@@ -179,6 +177,9 @@ class ResidentWeight(nn.Module):
 
 
 def rebind_forward(module: nn.Module) -> None:
-    """Let accelerate's hooks, which wrap `forward` on the instance and keep what they found, run the class's own."""
+    """Let accelerate's hooks, which wrap `forward` on the instance and keep what they found, run the class's own, also
+    where they were taken off and left that on the instance."""
     if "_old_forward" in module.__dict__:
         module._old_forward = type(module).forward.__get__(module)
+    elif getattr(module.__dict__.get("forward"), "__self__", None) is module:
+        del module.forward

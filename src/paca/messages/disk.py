@@ -35,15 +35,8 @@ class DiskError(PacaError):
 
 @contextmanager
 def writing(path: Path, needs: int = 0) -> Iterator[None]:
-    """A block that writes the file or the folder `path`.
-
-    Args:
-        path: What the user is told of.
-        needs: Bytes that it takes, about; 0 where that is not known.
-
-    Raises:
-        DiskError: It could not be written.
-    """
+    """A block that writes the file or the folder `path`, of about `needs` bytes if that is known. Raise `DiskError`,
+    which tells the user of that path, if it could not be written."""
     try:
         yield
     except PacaError:

@@ -13,25 +13,13 @@ def nearest(name: str, valid: Iterable[str], cutoff: float = 0.5) -> str | None:
 
 
 def did_you_mean(name: str, valid: Iterable[str], form: str = "{!r}", count: int = 1) -> str:
-    """`" Did you mean ...?"` for the end of a message, or nothing.
-
-    Args:
-        name: As it was given.
-        valid: What it could be.
-        form: How a name is shown.
-        count: How many names to offer at most.
-    """
+    """`" Did you mean ...?"` for the end of a message, with at most `count` names shown in a `form`, or nothing."""
     close = _closest(name, valid, count, 0.5)
     return f" Did you mean {' or '.join(map(form.format, close))}?" if close else ""
 
 
 def did_you_mean_path(path: str | Path, meant: Callable[[Path], bool]) -> str:
-    """The same for a path that is not there, of which one part may be misspelt.
-
-    Args:
-        path: As it was given.
-        meant: Whether a path that is there is of the wanted kind.
-    """
+    """The same for a path that is not there, of which one part may be misspelt; `meant` knows the wanted kind."""
     path = missing = Path(path)
     try:
         while not missing.parent.is_dir():

@@ -14,11 +14,7 @@ _FACTORS = {
 
 
 def parse_bytes(text: str) -> int:
-    """`"24GiB"`, `"24 GB"` or `"500MiB"` in bytes; a unit's B may be left out.
-
-    Raises:
-        PacaError: The text is no positive amount of memory.
-    """
+    """`"24GiB"`, `"24 GB"` or `"500MiB"` in bytes; a unit's B may be left out. `PacaError` if it is no amount."""
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]i?)?b?\s*", text.lower())
     count = 0 if match is None else int(float(match[1]) * _FACTORS[match[2] or ""])
     if count <= 0:

@@ -55,11 +55,7 @@ def is_torchao(weight: Any) -> bool:
 
 
 def _quantized_like(old: Any, weight: Tensor) -> Tensor:
-    """`weight (out_features, in_features)` in the format of `old`.
-
-    Raises:
-        ValueError: For a format whose settings can't be read off a tensor.
-    """
+    """`weight (out_features, in_features)` in the format of `old`; `ValueError` if its settings can't be read off."""
     from torchao.quantization import Int8Tensor, IntxUnpackedToInt8Tensor, PerGroup, PerRow, PerTensor
 
     block = [int(size) for size in getattr(old, "block_size", ())]

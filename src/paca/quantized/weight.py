@@ -35,11 +35,8 @@ class QuantizedWeight(ABC):
 
     @abstractmethod
     def replace(self, module: Any, weight: Tensor) -> Any:
-        """Quantize `weight (out_features, in_features)` in place of the present one.
-
-        Returns:
-            What `restore` needs to bring the present one back, bit for bit.
-        """
+        """Quantize `weight (out_features, in_features)` in place of the present one. Gives what `restore` needs to
+        bring that back, bit for bit."""
 
     @abstractmethod
     def restore(self, module: Any, kept: Any) -> None:

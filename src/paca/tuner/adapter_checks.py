@@ -27,16 +27,11 @@ def check_adapter_tensors(
     model: nn.Module, adapter_name: str, tensors: dict[str, Tensor], *, rotating: bool = False
 ) -> dict[str, Tensor]:
     """Check an adapter's tensors, by their names in `model.state_dict()`, against the layers they are loaded into.
-
     Where the adapter's columns rotate, there may be more of them than it trains at a time.
 
-    Returns:
-        The same tensors, each layer's columns in ascending order (other tools need not sort them).
-
-    Raises:
-        ValueError: For an unknown target, a missing tensor, a wrong shape or type, indices that are out of range or
-            repeated, or a value that is NaN or Inf; names the tensor. Nothing has been loaded then.
-    """
+    Gives the same tensors, each layer's columns in ascending order (other tools need not sort them). Raise
+    `ValueError`, naming the tensor, for an unknown target, a missing tensor, a wrong shape or type, indices that are
+    out of range or repeated, or a value that is NaN or Inf. Nothing has been loaded then."""
     checked, others = dict(tensors), dict(tensors)
     for name, layer in model.named_modules():
         if isinstance(layer, PacaLayer) and adapter_name in layer.paca_delta:

@@ -11,12 +11,8 @@ _FOLDERS = ("chat_templates", "additional_chat_templates")
 
 
 def check_entries(folder: Path) -> None:
-    """Check the files of an adapter that are read, or copied along with its tokenizer.
-
-    Raises:
-        ValueError: One is no file (a pipe, a device), or a link out of the folder; names it. Links of the hub's cache
-            are fine: from a snapshot to the blobs beside it.
-    """
+    """Raise `ValueError` if one of the files that are read, or copied along with a tokenizer, is no file (a pipe, a
+    device), or a link out of the folder. Links of the hub's cache are fine: from a snapshot to the blobs beside it."""
     for file in _files(folder):
         check_link(file, folder)
         if file.exists() and not file.is_file():

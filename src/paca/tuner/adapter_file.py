@@ -14,10 +14,7 @@ from paca.tuner.pickled_adapter import shapes_in_pickle
 
 def shapes_in(folder: Path, most: int = 100_000) -> dict[str, torch.Size] | None:
     """The shapes of the tensors in a local adapter's file, by their names; None for a hub id, which is left to PEFT.
-
-    Raises:
-        ValueError: If there is no file, or it is damaged, is none of tensors, or has over `most` of them; names it.
-    """
+    Raise `ValueError`, naming the file, if there is none, or it is damaged, is none of tensors, or has over `most`."""
     if not folder.is_dir():
         return None
     if any(entry.is_symlink() or not entry.is_file() for entry in folder.iterdir()):

@@ -22,18 +22,11 @@ _RUNNING: weakref.WeakKeyDictionary[nn.Module, int] = weakref.WeakKeyDictionary(
 
 @contextmanager
 def mixed_batch(model: nn.Module, adapter_names: Sequence[str], arguments: Mapping[str, Any]) -> Iterator[None]:
-    """Run the forward passes within with one adapter per sample, `"__base__"` for none.
+    """Run the forward passes within, called with `arguments`, with one adapter per sample, `"__base__"` for none.
 
     The weights are parked by the first of them; afterwards, the next ordinary forward pass sees the active adapters.
-    Several threads may run mixed batches of one model at once, but no ordinary forward pass meanwhile.
-
-    Args:
-        arguments: What the model is called with; `generate` says there how often it repeats each sample.
-
-    Raises:
-        ValueError: For names that are no list of loaded adapters, in training mode, while adapters are merged, or if
-            an adapter was rotated.
-    """
+    Several threads may run mixed batches of one model at once, but no ordinary forward pass meanwhile. Raise
+    `ValueError` for names that are no list of loaded adapters, or for adapters that can't be mixed now."""
     names = _check(model, adapter_names)
     batch = MixedBatch(names, repeats=_repeats(arguments))
     with _COUNTING:

@@ -56,16 +56,12 @@ class WorkFailed(Exception):
 
 class BoundedProcess:
     """A Python process that answers requests one by one; one that does not end in time is killed, and the next starts
-    another.
-
-    Args:
-        program: Python source that defines `work(request)`; requests and results are JSON. The bound on time is for
-            `work` alone, that on memory for all.
-    """
+    another. `program` is Python source that defines `work(request)`; requests and results are JSON. The bound on time
+    is for `work` alone, that on memory for all."""
 
     def __init__(self, program: str) -> None:
         self._program = _PROGRAM.format(program=program, bytes=_BYTES, longest=_LONGEST)
-        self._process: subprocess.Popen[str] | None = None
+        self._process: Any = None  # a `subprocess.Popen`
         self._owner, self._ready = os.getpid(), False
         self._lock = threading.Lock()
 
@@ -81,11 +77,7 @@ class BoundedProcess:
                 pass  # leaving it closes the pipes, and waits
 
     def start(self) -> None:
-        """Start the process, and don't wait until it is ready.
-
-        Raises:
-            OSError: No process could be started.
-        """
+        """Start the process, and don't wait until it is ready. Raise `OSError` if that can't be done."""
         with self._lock:
             self._start()
 
@@ -131,7 +123,6 @@ class BoundedProcess:
         )
         here = os.getcwd()  # may be a stranger's folder
         places = [place for place in sys.path if os.path.isabs(place) and os.path.abspath(place) != here]
-        assert self._process.stdin is not None
         with contextlib.suppress(OSError):  # of a process that is gone: its answer will say so
             self._process.stdin.write(json.dumps(places) + "\n")
             self._process.stdin.flush()
@@ -139,9 +130,6 @@ class BoundedProcess:
     def _answer(self, seconds: float, line: str | None = None) -> Any:
         """The next line of the process, after `line` was written to it; None, and no process, if there is none."""
         process = self._process
-        assert process is not None
-        assert process.stdin is not None
-        assert process.stdout is not None
         timer = threading.Timer(seconds, process.kill)
         timer.daemon = True
         timer.start()

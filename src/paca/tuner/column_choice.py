@@ -16,11 +16,7 @@ from paca.tuner.same_on_all_ranks import drawn_seed
 
 
 def choose_columns(config: PacaConfig, layer: Any, in_features: int, key: str) -> Tensor:
-    """The columns `(r,)` that `config` selects in `layer` (adapted or not yet), which the model calls `key`.
-
-    Raises:
-        ValueError: If they can't be chosen, naming the layer.
-    """
+    """The columns `(r,)` that `config` selects in `layer` (adapted or not yet), which the model calls `key`."""
     by_hand = given_columns(config, in_features, key)
     if by_hand is not None:
         return by_hand

@@ -17,11 +17,8 @@ from paca.quantized import quantization_of
 @torch.no_grad()
 def scores_of(layer: Any, key: str, selection: str) -> Tensor:
     """What a selection that is not at random ranks the columns by, if the weight alone shows it: the norms
-    `(in_features,)` of the columns of a layer's pretrained weight; an adapted layer is parked.
-
-    Raises:
-        ValueError: If batches have to show it, or the weight can't be read; names `key`.
-    """
+    `(in_features,)` of the columns of a layer's pretrained weight; an adapted layer is parked. Raise `ValueError` if
+    batches have to show it, or the weight can't be read."""
     if selection in FROM_BATCHES:
         raise ValueError(
             f"{key}: selection={selection!r} chooses columns by what batches of data show, and config.indices has none "

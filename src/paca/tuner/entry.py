@@ -27,11 +27,8 @@ def write_layers(layers: list[PacaLayer], *, compare: bool = False) -> None:
     """Make the weights of many layers hold what is active."""
     if Running.count and current_mixed_batch() is not None:  # whose stacks of experts hold one adapter after the other
         layers = [layer for layer in layers if not layer.runs_adapters_in_turn]
-    jobs = [layer.job(compare=compare) for layer in layers if layer.mode == "resident"]
-    write_together(job for job in jobs if not any(c.delta.is_meta for c in job[2]))
-    for layer in layers:
-        if layer.mode != "resident":
-            layer.write()
+    jobs = [layer.job(compare=compare) for layer in layers]
+    write_together(job for job in jobs if job is not None and not any(c.delta.is_meta for c in job[2]))
 
 
 class ModelEntry(Entry):
@@ -151,3 +148,20 @@ def entry_of(model: nn.Module) -> ModelEntry | None:
     """The entry of an adapted model."""
     owners = (getattr(hook, "__self__", None) for hook in model._forward_pre_hooks.values())
     return next((owner for owner in owners if isinstance(owner, ModelEntry)), None)
+
+
+def refresh(model: nn.Module) -> None:
+    """Write the deltas into the weights now, whatever their version counters say.
+
+    Needed only after a delta was written through `.data` (or by a foreign kernel) with neither a step, a backward pass
+    nor a change of mode around it; and before a call of a function of your own that you compiled around the model,
+    after deltas were written by hand.
+
+    Args:
+        model: The adapted model, or any module that holds adapted layers.
+    """
+    layers = paca_layers(model)
+    write_layers(layers, compare=True)
+    for entry in {layer.base_layer.columns.entry for layer in layers if layer.mode == "resident"}:
+        if isinstance(entry, ModelEntry) and set(entry.layers) <= set(layers):
+            entry.unwritten = False

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
+from accelerate.utils import has_offloaded_params
 from peft.tuners.tuners_utils import BaseTuner, check_target_module_exists
 from peft.utils.integrations import init_empty_weights
 from torch import nn
@@ -46,13 +47,9 @@ Stacks = dict[str, tuple[nn.Module, str]]
 
 
 def expert_targets(model: nn.Module, config: Any) -> Stacks:
-    """Find the stacks that `config.target_parameters` (full names or endings of names) selects.
-
-    `exclude_modules`, `layers_to_transform` and `layers_pattern` apply to them as they do to modules.
-
-    Raises:
-        ValueError: If a name matches nothing, or something that is no stack of experts; nothing has been changed then.
-    """
+    """Find the stacks that `config.target_parameters` (full names or endings of names) selects; `exclude_modules`,
+    `layers_to_transform` and `layers_pattern` apply to them as they do to modules. Raise `ValueError` if a name matches
+    nothing, or something that is no stack of experts."""
     places = {
         f"{module_name}.{name}": (module, name)
         for module_name, module in model.named_modules()
@@ -101,7 +98,7 @@ def _check(key: str, experts: nn.Module, name: str) -> None:
             "train columns through. Call model.set_experts_implementation('grouped_mm') first; 'batched_mm' and "
             "'eager' work too."
         )
-    if getattr(getattr(experts, "_hf_hook", None), "offload", False):
+    if has_offloaded_params(experts):
         raise ValueError(
             f"{key} is offloaded by accelerate, which PaCA can't adapt yet. Load the model with a device_map "
             "that keeps the experts on one device, or without one."

@@ -61,11 +61,8 @@ class MergesAdapters(SumsAdapters):
 
 
 def check_mergeable(model: nn.Module, adapter_names: list[str] | None, safe_merge: bool) -> None:
-    """Check adapters (default: the active ones) before any of them is merged.
-
-    Raises:
-        ValueError: If a weight can't be written, or, with `safe_merge`, a delta is not finite; names the layer.
-    """
+    """Raise `ValueError` if an adapter (default: the active ones) can't be merged into a layer's weight, or, with
+    `safe_merge`, a delta is not finite; names the layer."""
     layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, PacaLayer)}
     for name, layer in layers.items():
         for adapter in [a for a in adapter_names or layer.active_adapters if a in layer.paca_delta]:

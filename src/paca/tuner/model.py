@@ -63,7 +63,7 @@ class PacaModel(AdaptsStacks, MergesAdapters):
                 if config.unusual:
                     try_expressions(vars(config), model, config.folder)
             if config.modules_to_save:
-                check_saved_modules(model, adapter_name, config)
+                check_saved_modules(model, config)
             with quiet_about_stacks() if config.target_parameters else contextlib.nullcontext():
                 super().inject_adapter(model, adapter_name, *args, **kwargs)
             made_for = config.base_quantization if config.loading else None
@@ -75,7 +75,7 @@ class PacaModel(AdaptsStacks, MergesAdapters):
             if config.indices and not config.loading:
                 check_indices_used(model, adapter_name, config.indices)
             if config.modules_to_save:
-                check_saved_modules(model, adapter_name, config)  # now with the layers of this adapter
+                check_saved_modules(model, config)  # now with the layers of this adapter
             if adapter_name == REFERENCE:
                 copy_original(self.peft_config, paca_layers(model))
             entry.install(model)

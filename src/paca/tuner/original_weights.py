@@ -21,14 +21,8 @@ INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 
 
 class OriginalWeights:
-    """A checkpoint in safetensors files.
-
-    Args:
-        name: A folder, or a hub id; of the hub only the shards that are needed are fetched.
-
-    Raises:
-        PacaError: There is no such checkpoint, or it is not in safetensors.
-    """
+    """The safetensors checkpoint `name`, a folder or a hub id; of the hub only the shards that are needed are fetched.
+    Raise `PacaError` if there is none."""
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -47,20 +41,9 @@ class OriginalWeights:
     def columns(
         self, module_name: str, indices: Tensor, shape: tuple[int, int], *, stored_transposed: bool = False
     ) -> Tensor:
-        """Read columns of one linear layer.
-
-        Args:
-            module_name: As the model calls it, such as `model.layers.0.mlp.up_proj`.
-            indices: Int64 `(r,)`, ascending.
-            shape: The `(out_features, in_features)` that the weight must have.
-            stored_transposed: As `(in_features, out_features)`: the layer was a `Conv1D` before it was quantized.
-
-        Returns:
-            `(out_features, r)` in the type they are stored in, on CPU.
-
-        Raises:
-            PacaError: The checkpoint holds no such weight, or one of another shape.
-        """
+        """Read `(out_features, r)` on CPU, as stored: the columns `indices (r,)` of the linear layer that the model
+        calls `module_name`, whose weight must have `shape`. `stored_transposed` if it was a `Conv1D` before it was
+        quantized. `PacaError` if the checkpoint holds no such weight, or one of another shape."""
         key = self._key_of(module_name)
         part = self._open(self._shard_of[key]).get_slice(key)
         if stored_transposed:

@@ -33,11 +33,8 @@ def shapes_in_pickle(folder: Path) -> dict[str, torch.Size]:
 
 
 def tensors_in_pickle(path: Path) -> dict[str, torch.Tensor]:
-    """The tensors in a file of `torch.save`, by their names.
-
-    Raises:
-        ValueError: It is damaged, or is not one of dense tensors alone, or these are larger than the file; names it.
-    """
+    """The tensors in a file of `torch.save`, by their names. Raise `ValueError`, naming the file, if it is damaged, or
+    is not one of dense tensors alone, or these are larger than the file."""
     try:
         _check_archive(path)
         content = torch.load(path, map_location="cpu", weights_only=True)  # the values too: they may be damaged

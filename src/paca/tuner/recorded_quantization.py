@@ -33,11 +33,8 @@ def warn_of_another(adapter_name: str, config: PacaConfig, found: str) -> None:
 
 
 def note_quantization(model: nn.Module, adapter_name: str, config: PacaConfig) -> None:
-    """Record in `config` how the adapted weights are quantized, and let the columns start from original values.
-
-    Raises:
-        ValueError: If `config.original_weights` are not those of the model, or no adapted layer is quantized.
-    """
+    """Record in `config` how the adapted weights are quantized, and let the columns start from original values;
+    `ValueError` if these are not the model's, or no adapted layer is quantized."""
     found = layers_of(model, adapter_name)
     layers = {name: m for name, m in found.items() if isinstance(m, OverlaidLinear) and m.quantization_name}
     if config.loading:

@@ -16,13 +16,10 @@ _HEADS = frozenset({"classifier", "score"})
 _TASKS_WITH_HEADS = ("SEQ_CLS", "TOKEN_CLS")
 
 
-def check_saved_modules(model: nn.Module, adapter_name: str, config: PacaConfig) -> None:
-    """Check what PEFT is going to train or load whole, while the model can still be given back as it was.
-
-    Raises:
-        ValueError: For a module in `modules_to_save` that has to do with adapted layers, or that the adapter's file
-            lacks, as a whole or a tensor of it.
-    """
+def check_saved_modules(model: nn.Module, config: PacaConfig) -> None:
+    """Check what PEFT is going to train or load whole, while the model can still be given back as it was. Raise
+    `ValueError` for a module that has to do with adapted layers, or that the adapter's file lacks, as a whole or a
+    tensor of it."""
     shapes = config.shapes if config.loading else None
     for wanted in config.modules_to_save or () if shapes is not None else ():
         either = _HEADS if wanted in _HEADS and config.task_type in _TASKS_WITH_HEADS else {wanted}
@@ -52,11 +49,8 @@ def check_saved_modules(model: nn.Module, adapter_name: str, config: PacaConfig)
 
 
 def check_whole_tensors(model: nn.Module, adapter_name: str, tensors: dict[str, Tensor]) -> None:
-    """Check the tensors of an adapter that are no columns.
-
-    Raises:
-        ValueError: For one that belongs to nothing in the model, or has another shape.
-    """
+    """Raise `ValueError` if one of an adapter's tensors that are no columns belongs to nothing in the model, or has
+    another shape."""
     # Not from a state dict: taking one would park every weight.
     saved_whole = _saved_whole(model, adapter_name)
     places = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))

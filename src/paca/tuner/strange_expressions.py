@@ -52,11 +52,7 @@ _NAMES = re.compile(r"\^?(?:[\w.\-|]|\\[^\w\s])*\$?")
 
 
 def check_unusual(config: Any) -> None:
-    """Check a config whose names are many, or long, or expressions, and note in it that they are unusual.
-
-    Raises:
-        ValueError: One is no expression; names the setting.
-    """
+    """Note in a config that its names are many, or long, or expressions; `ValueError` if one is no expression."""
     config.unusual = True
     for setting in NAMED:
         value = getattr(config, setting) or ()
@@ -76,17 +72,9 @@ def _compile(setting: str, expression: Any) -> None:
 
 
 def try_expressions(settings: Mapping[str, Any], model: nn.Module, place: str | Path | None) -> None:
-    """Match all expressions of an adapter's settings with all names in a model, elsewhere.
-
-    Args:
-        settings: The content of its config.
-        model: The base model.
-        place: The config's file, for messages.
-
-    Raises:
-        ValueError: There are too many names or expressions, or one is none, is too long, or takes too long; names it,
-            its setting and `place`.
-    """
+    """Match all expressions of an adapter's settings with all names in a base model, elsewhere. Raise `ValueError` if
+    there are too many names or expressions, or one is none, is too long, or takes too long; names it, its setting and
+    `place`, the config's file."""
     for setting in (*_FORMS, "target_parameters", "layers_to_transform"):
         value = settings.get(setting)
         entries = value if isinstance(value, (list, tuple, set)) else ()

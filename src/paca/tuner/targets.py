@@ -16,11 +16,8 @@ from paca.layers.resident_weight import ResidentWeight
 
 
 def adapted_after_all(target: Any, key: str, model: nn.Module) -> PacaLayer:
-    """Make a layer of a module that `model` calls `key` and that needs a closer look.
-
-    Raises:
-        ValueError: If it can't be adapted, with the reason; it is left as it is.
-    """
+    """Make a layer of a module that `model` calls `key` and that needs a closer look. If it can't be adapted, raise
+    `ValueError` with the reason, and leave it as it is."""
     check_module(target, key, model)
     mode = mode_of(target, key, model)
     if mode != "resident":
@@ -56,11 +53,8 @@ def check_module(target: nn.Module, key: str, model: nn.Module) -> None:
 
 
 def resident_class_of(target: Any, key: str, model: nn.Module) -> type[ResidentWeight]:
-    """The class that a module gets while columns are resident in its weight.
-
-    Raises:
-        ValueError: If they can't be.
-    """
+    """The class that a module gets while columns are resident in its weight; `ValueError`, with the reason, if they
+    can't be."""
     resident_class = RESIDENT_CLASSES.get(type(target))
     if resident_class is None:
         above = next((c.__name__ for c in RESIDENT_CLASSES if isinstance(target, c)), None)
@@ -97,8 +91,7 @@ def resident_class_of(target: Any, key: str, model: nn.Module) -> type[ResidentW
             "can't be written. Give it memory of its own first: layer.weight = nn.Parameter(layer.weight.clone())."
         )
     others = [p for m in model.modules() for p in m._parameters.values() if p is not None]
-    places = [_place_of(p) for p in others]
-    if places.count(_place_of(weight)) > 1 or any(_overlap(weight, p) for p in others if p is not weight):
+    if sum(p is weight for p in others) > 1 or any(_overlap(weight, p) for p in others if p is not weight):
         raise ValueError(
             f"{key} shares its weight with another module (tied weights), which would silently be trained along. "
             "Leave it out of target_modules, or, if they are a language model's input embedding and output layer, "
@@ -107,19 +100,15 @@ def resident_class_of(target: Any, key: str, model: nn.Module) -> type[ResidentW
     return resident_class
 
 
-def _place_of(parameter: nn.Parameter) -> Any:
-    return parameter.untyped_storage()._cdata, parameter.storage_offset()
-
-
 def _overlap(weight: nn.Parameter, other: nn.Parameter) -> bool:
     """Whether two parameters have memory in common; views of one tensor need not."""
-    if weight.untyped_storage()._cdata != other.untyped_storage()._cdata or weight.is_meta:
+    if weight.untyped_storage()._cdata != other.untyped_storage()._cdata:
         return False
     (first, end), (other_first, other_end) = map(_range_of, (weight, other))
     if end <= other_first or other_end <= first or weight.dtype != other.dtype:
         return weight.dtype != other.dtype
     start = min(first, other_first)
-    taken = torch.zeros(max(end, other_end) - start, dtype=torch.bool)
+    taken = torch.zeros(max(end, other_end) - start, dtype=torch.bool, device="cpu")
     taken.as_strided(weight.shape, weight.stride(), first - start).fill_(True)
     return bool(taken.as_strided(other.shape, other.stride(), other_first - start).any())
 

@@ -18,7 +18,7 @@ from expert_models import STACKS, mixtral
 from models import Perceptron, gpt2, llama, perceptron, tokens
 from paca.columns.selection import FROM_BATCHES, STRATEGIES
 from paca.tuner.calibration.observers import Observer
-from paca.tuner.calibration.scores import collect_scores
+from paca.tuner.calibration.selecting import collect_scores
 from paca.tuner.calibration.targets import find_targets
 from quantized_layers import forward_only_stack, stack
 from tuner.calibration.naive import Convolutions, best, reference_gradient_norms, reference_inputs

@@ -19,17 +19,10 @@ _CAUSAL = set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
 
 
 class Batch:
-    """One batch, on the model's device.
-
-    Args:
-        content: A mapping of keyword arguments, a tensor, or a tuple or list whose first elements are the positional
-            arguments: as many as the model takes, or a mapping alone.
-        model: What it is for.
-        number: Of the batch, from 1, for messages.
-
-    Raises:
-        ValueError: It is something else, or empty, or has padding that can't be told from tokens.
-    """
+    """One batch, on the device of the model that it is for; `number` counts from 1, for messages. `content` is a
+    mapping of keyword arguments, a tensor, or a tuple or list whose first elements are the positional arguments: as
+    many as the model takes, or a mapping alone. Raise `ValueError` if it is something else, or empty, or has padding
+    that can't be told from tokens."""
 
     def __init__(self, content: Any, model: nn.Module, number: int) -> None:
         self.number = number
@@ -38,14 +31,11 @@ class Batch:
         tensors = (t for t in (*model.parameters(), *model.buffers()) if not t.is_meta)
         device = next((t.device for t in tensors), torch.device("cpu"))
         content = recursively_apply(lambda tensor: tensor.detach().to(device), content)
-        if isinstance(content, (tuple, list)) and content and isinstance(content[0], Mapping):
-            content = content[0]
-        if isinstance(content, Mapping):
-            self.kwargs = dict(content)
-        elif isinstance(content, Tensor):
-            self.args = (content,)
-        elif isinstance(content, (tuple, list)) and content and isinstance(content[0], Tensor):
-            self.args = tuple(content[: _positional(model)])
+        first = content[0] if isinstance(content, (tuple, list)) and content else content
+        if isinstance(first, Mapping):
+            self.kwargs = dict(first)
+        elif isinstance(first, Tensor):
+            self.args = (first,) if first is content else tuple(content[: _positional(model)])
         else:
             raise ValueError(
                 f"Batch {number} is a {type(content).__name__} that the model can't be called with. Give mappings of "
@@ -81,11 +71,7 @@ class Batch:
 
 
 def loss_of(output: Any) -> Tensor:
-    """The scalar among what the model returned.
-
-    Raises:
-        ValueError: There is none.
-    """
+    """The scalar among what the model returned; `ValueError` if there is none."""
     found = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
     if found is None:
         found = output[0] if isinstance(output, (tuple, list)) and output else output
@@ -105,11 +91,8 @@ def base_model(model: Any) -> Any:
 
 
 def without_padding(values: Tensor, real: Tensor | None, key: str) -> Tensor:
-    """`values (..., channels)` of the layer `key` as rows `(n, channels)`, those of padding left out.
-
-    Raises:
-        ValueError: The batch has padding and the rows are not its tokens.
-    """
+    """`values (..., channels)` of the layer `key` as rows `(n, channels)`, those of padding left out; `ValueError` if
+    the batch has padding and the rows are not its tokens."""
     leading, rows = values.shape[:-1], values.reshape(-1, values.shape[-1])
     if real is None or leading == real.shape[:1]:  # one row a sample, as in a classifier's head
         return rows

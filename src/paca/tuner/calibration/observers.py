@@ -72,11 +72,7 @@ class Observer:
         self._squares = torch.zeros(in_features, dtype=torch.float64)
 
     def scores(self) -> Tensor:
-        """`(in_features,)`: what the columns are ranked by.
-
-        Raises:
-            ValueError: Nothing was seen.
-        """
+        """`(in_features,)`: what the columns are ranked by; `ValueError` if nothing was seen."""
         if self.count == 0 and self._ran:
             raise ValueError(
                 f"{self.key}: no gradient reached this layer, so that {self.strategy} can't rank its columns. Either "

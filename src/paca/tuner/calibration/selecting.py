@@ -1,20 +1,33 @@
-"""`paca.select`: the columns of every target layer, found before the adapter is put in."""
+"""`paca.select`: the columns of every target layer, found before the adapter is put in. Batches run through the model,
+which is left as it was.
+"""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
+import random
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
+import numpy as np
+import torch
 from rich.console import Console
+from rich.progress import track
 from torch import Tensor, nn
 
 from paca.columns.scores import select_columns
 from paca.columns.selection import FROM_BATCHES
 from paca.config import PacaConfig
-from paca.tuner.calibration.scores import Loss, collect_scores
-from paca.tuner.calibration.targets import find_targets
+from paca.layers.overlaid_weight import OverlaidWeight
+from paca.quantized import quantization_of
+from paca.tuner.calibration.batches import Batch, loss_of
+from paca.tuner.calibration.observers import Observer
+from paca.tuner.calibration.targets import Target, find_targets
 from paca.tuner.column_choice import choose_columns, given_columns, rank_of
+
+Loss = Callable[[Any, Any], Tensor]
 
 
 def select(
@@ -73,3 +86,108 @@ def with_indices(config: PacaConfig, indices: dict[str, list[int]] | None) -> Pa
         selected.target_modules = "all-linear"  # the default, which indices would be taken to narrow
     selected.indices = indices
     return selected
+
+
+def collect_scores(
+    model: nn.Module,
+    targets: dict[str, Target],
+    strategy: str,
+    batches: Iterable[Any] | None,
+    progress: Console | bool | None = None,
+    loss: Loss | None = None,
+) -> dict[str, Tensor]:
+    """What `strategy`, one of `FROM_BATCHES`, ranks the columns of each target by, `(in_features,)` each.
+
+    The rest is as in `select`.
+    """
+    stacks = [key for key, target in targets.items() if target.is_parameter]
+    if stacks:
+        raise ValueError(
+            f"{stacks[0]} is a stack of experts, for which selection={strategy!r} is not there: which rows of it are "
+            "padding is known to the router alone. Use selection='weight_norm' or 'random', or list its columns in "
+            "indices."
+        )
+    if batches is None:
+        raise ValueError(
+            f"selection={strategy!r} chooses columns by what batches of data show: call paca.select(model, config, "
+            "batches) with some."
+        )
+    observers = [Observer(key, t.module, t.in_features, strategy) for key, t in targets.items()]
+    gradients, anchor, number = strategy == "gradient_norm", torch.zeros((), requires_grad=True), 0
+    with ExitStack() as stack:
+        stack.enter_context(left_as_it_was(model, freeze=gradients))
+        for observer in observers:
+            hook = partial(observer.watch_backward, anchor) if gradients else observer.see_forward
+            stack.callback(observer.module.register_forward_hook(hook, with_kwargs=True).remove)
+        for number, content in enumerate(_shown(batches, progress), 1):
+            batch = Batch(content, model, number)
+            before = sum(observer.count for observer in observers)
+            for observer in observers:
+                observer.real = batch.real
+            if gradients:
+                _run_backward(model, batch, content, loss)
+            else:
+                with torch.no_grad():
+                    model(*batch.args, **batch.kwargs)
+            if sum(observer.count for observer in observers) == before:
+                raise ValueError(f"Batch {number} gives no tokens: none reached any of the {len(observers)} targets.")
+    if number == 0:
+        raise ValueError(f"selection={strategy!r} needs batches, and there was none in those that were given.")
+    return {observer.key: observer.scores() for observer in observers}
+
+
+def _run_backward(model: nn.Module, batch: Batch, content: Any, loss: Loss | None) -> None:
+    if loss is None:
+        batch.add_labels(model)
+    with torch.enable_grad():
+        output = model(*batch.args, **batch.kwargs)
+        value = loss_of(output) if loss is None else loss(output, content)
+    if not bool(value.detach().isfinite()):
+        raise ValueError(
+            f"Batch {batch.number}: its loss is {float(value.detach())}, so there is no gradient to go by. Are all its "
+            "labels -100, or does the model overflow on it?"
+        )
+    if not value.requires_grad:
+        raise ValueError(
+            f"Batch {batch.number}: its loss does not depend on the target layers, or the model computes it without "
+            "gradients, so that gradient_norm has none to go by."
+        )
+    value.backward()
+
+
+@contextmanager
+def left_as_it_was(model: nn.Module, *, freeze: bool) -> Iterator[None]:
+    """Run `model` in evaluation mode, none of its parameters requiring grad if `freeze`.
+
+    Its modes, what requires grad, and all random generators are put back.
+    """
+    training = [(module, module.training) for module in model.modules()]
+    requiring = [p for p in model.parameters() if p.requires_grad] if freeze else []
+    # In evaluation mode some quantized layers repack their weight, into a form without a backward pass.
+    quantized = [(q, m) for m in model.modules() if not isinstance(m, OverlaidWeight) and (q := quantization_of(m))]
+    python, numpy = random.getstate(), np.random.get_state()
+    devices = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
+    try:
+        with torch.random.fork_rng(devices):
+            for quantization, module in quantized:
+                quantization.adopt(module)
+            model.eval()
+            for parameter in requiring:
+                parameter.requires_grad_(False)
+            yield
+    finally:
+        for parameter in requiring:
+            parameter.requires_grad_(True)
+        for quantization, module in quantized:
+            quantization.release(module)
+        for module, mode in training:
+            module.training = mode
+        random.setstate(python)
+        np.random.set_state(numpy)
+
+
+def _shown(batches: Iterable[Any], progress: Console | bool | None) -> Iterable[Any]:
+    console = progress if isinstance(progress, Console) else Console(stderr=True)
+    if progress is False or (progress is not True and not console.is_terminal) or console.quiet:
+        return batches
+    return track(batches, "Choosing columns", console=console, transient=True)

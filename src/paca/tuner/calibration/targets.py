@@ -32,11 +32,8 @@ class Target(NamedTuple):
 
 
 def find_targets(model: nn.Module, config: PacaConfig) -> dict[str, Target]:
-    """The layers that `get_peft_model(model, config)` would adapt, by the names that the model has for them.
-
-    Raises:
-        ValueError: A layer can't be adapted, or not with that rank or those columns; or there is none.
-    """
+    """The layers that `get_peft_model(model, config)` would adapt, by the names that the model has for them. Raise
+    `ValueError` if one can't be adapted, or not with that rank or those columns, or if there is none."""
     finder = _Finder(base_model(model), copy.deepcopy(config))
     for key, target in finder.found.items():
         if given_columns(config, target.in_features, key) is None:

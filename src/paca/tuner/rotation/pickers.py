@@ -72,11 +72,7 @@ PICKERS: dict[str, Picker] = {
 
 
 def picker_of(pick: str | Picker) -> Picker:
-    """The picker of that name, or `pick` itself.
-
-    Raises:
-        ValueError: There is none of that name.
-    """
+    """The picker of that name, or `pick` itself; `ValueError` if there is none."""
     if not isinstance(pick, str) and callable(pick):
         return pick
     if pick not in PICKERS:

@@ -100,11 +100,8 @@ def set_trained_columns(
 
 
 def rotating_adapter(model: nn.Module, adapter_name: str | None = None) -> tuple[str, PacaConfig, dict[str, PacaLayer]]:
-    """The adapter to rotate: its name, its config and its layers by their names in the base model.
-
-    Raises:
-        ValueError: There is no such adapter, or it can't be rotated; names the layer and the reason.
-    """
+    """The adapter to rotate: its name, its config and its layers by their names in the base model. Raise `ValueError`
+    if there is none, or it can't be rotated; names the layer and the reason."""
     model = getattr(model, "_orig_mod", model)  # of torch.compile
     if isinstance(model, nn.parallel.DistributedDataParallel):
         model = getattr(model.module, "_orig_mod", model.module)
@@ -159,8 +156,6 @@ def _state_of(optimizer: Any, parameters: list[nn.Parameter], name: str) -> Any:
             "be cleared. Give the optimizer that trains them; one that keeps copies of its own (ZeRO) can't be used "
             "with rotation."
         )
-    while isinstance(getattr(optimizer, "optimizer", None), torch.optim.Optimizer):  # accelerate's wrapper
-        optimizer = optimizer.optimizer
     return optimizer.state
 
 

@@ -21,11 +21,8 @@ class UnionLayer(NamedTuple):
 
 
 def union_settings(layers: Mapping[str, UnionLayer]) -> dict[str, Any]:
-    """Fields of `PacaConfig`, by which an adapter with all these columns is the same.
-
-    Args:
-        layers: By their names in the base model; not empty.
-    """
+    """Fields of `PacaConfig`, by which an adapter with all these columns is the same. `layers`, not empty, have their
+    names in the base model."""
     r, rank_pattern = default_and_pattern({name: layer.r for name, layer in layers.items()})
     alpha, alpha_pattern = default_and_pattern({n: alpha_for(layer.scale, layer.r) for n, layer in layers.items()})
     return {
@@ -39,11 +36,7 @@ def union_settings(layers: Mapping[str, UnionLayer]) -> dict[str, Any]:
 
 
 def default_and_pattern(values: Mapping[str, Number]) -> tuple[Number, dict[str, Number]]:
-    """The commonest value, and a `rank_pattern` or `alpha_pattern` of the modules that have another one.
-
-    Args:
-        values: By full module name; not empty.
-    """
+    """The commonest of the modules' values, and a `rank_pattern` or `alpha_pattern` of the modules with another."""
     default = Counter(values.values()).most_common(1)[0][0]
     # PEFT matches a pattern as the ending of a name; anchored, it is the whole name.
     return default, {f"^{re.escape(name)}": value for name, value in values.items() if value != default}
