@@ -185,6 +185,35 @@ def test_disabling_holds_for_all_threads_and_ends_for_all_with_the_first_to_leav
         assert torch.equal(model(x), adapted)
 
 
+def test_a_mixed_batch_and_a_pass_beside_it_wait_for_the_step_of_a_third_thread():
+    training = Counting()
+    model, x = training.model.eval(), torch.ones(2, 16, dtype=torch.float64)
+    names = ["other", "__base__"]
+    with torch.no_grad():
+        mixed, before = model(x, adapter_names=names), model(x)
+    (-model(x)).sum().backward()
+    in_the_step, seen = threading.Event(), []
+
+    def infer():
+        assert in_the_step.wait(10)
+        with torch.no_grad():
+            seen.append(model(x, adapter_names=names))
+
+    def underway(optimizer, args, kwargs):
+        in_the_step.set()
+        thread.join(0.2)
+        assert not seen
+
+    thread = threading.Thread(target=infer)
+    thread.start()
+    training.optimizer.register_step_pre_hook(underway)
+    training.optimizer.step()
+    thread.join(10)
+    assert torch.equal(seen[0], mixed)
+    with torch.no_grad():
+        assert torch.equal(model(x), before + 16)
+
+
 def test_inference_during_training_sees_whole_steps():
     outcome = race(readers=4, steps=40)
     assert outcome.trouble == []

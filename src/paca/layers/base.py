@@ -187,9 +187,7 @@ class PacaLayer(nn.Module, PeftCalls):  # nn.Module first: FSDP2 makes subclasse
             return self._modules["base_layer"](x, *args, **kwargs)  # type: ignore[misc]
         if torch.compiler.is_compiling():  # the layer runs by itself: what it does depends on the batch
             return self._run(x, *args, **kwargs)
-        y: Tensor = self.base_layer(x, *args, **kwargs)
-        batch = current_mixed_batch()
-        return y if batch is None else self.add_mixed_batch(y, x, batch)
+        return self.run_beside_mixed_batches(x, *args, **kwargs)
 
     @torch.compiler.disable
     def _run(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:

@@ -129,15 +129,15 @@ class ResidentWeight(nn.Module):
 
     def state_now(self) -> State:
         """What the weight holds; it is written before, if it is stale: the model did not look for this layer."""
-        owner, weight = self.owner(), self.weight
+        owner, weight, state = self.owner(), self.weight, self.columns.state
         self.columns.check_writable(weight)
         if owner is not None and owner.stale():
             with WRITING:  # steps and writes of other threads wait
-                if not others_step():
-                    owner.write()
+                (owner.check_held if others_step() else owner.write)()
+                state = self.columns.state
         self.columns.bring_up_to_date(weight)
         self.columns.note_forward()
-        return self.columns.state
+        return state
 
     @torch.compiler.disable  # FSDP2's own hooks break the graph around the layer anyway
     def _run_apart(self, x: Tensor) -> Any:

@@ -22,4 +22,4 @@ def refresh(model: nn.Module) -> None:
     write_layers(layers, compare=True)
     for entry in {layer.base_layer.columns.entry for layer in layers if layer.mode == "resident"}:
         if isinstance(entry, ModelEntry) and set(entry.layers) <= set(layers):
-            entry.unwritten = False
+            entry.unwritten = entry.mixed_batches > 0
