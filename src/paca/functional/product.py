@@ -85,3 +85,6 @@ class WeightSource(ABC):
         Raises:
             RuntimeError: If the columns are not the same any more, or a repeated pass ran with others.
         """
+
+    def check_after(self) -> None:  # noqa: B027  (few weights are written by other threads)
+        """Raise `RuntimeError` if another thread wrote into the weight since `weight_again` gave it."""

@@ -160,6 +160,7 @@ class PeftCalls(BaseTunerLayer):
 
     # -- mixed batches ------------------------------------------------------------------------------------------
 
+    @torch.compiler.disable  # the layer runs by itself: what it does depends on the batch
     def run_beside_mixed_batches(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The layer's output while mixed batches run: this thread's, or those of others. Raises as `rows_of`."""
         while True:

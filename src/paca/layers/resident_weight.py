@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from paca.columns.lost import refuse_torn
 from paca.columns.merging import MergeableColumns
 from paca.columns.resident import WRITING
 from paca.columns.sharded import ShardedColumns
@@ -24,7 +25,7 @@ from paca.functional.train_columns import check_frozen, train_columns
 class ResidentPass(WeightSource):
     """One forward pass on the resident weight of `module`, which holds `state`, for its backward pass."""
 
-    __slots__ = ("columns", "module", "state", "tag")
+    __slots__ = ("columns", "held", "module", "state", "tag")
 
     def __init__(self, module: ResidentWeight, state: State) -> None:
         self.module, self.state, self.columns, self.tag = module, state, module.columns, state.tag
@@ -34,13 +35,18 @@ class ResidentPass(WeightSource):
         return self.module.weight
 
     def weight_again(self, saved_tag: Tensor, wanted: bool) -> Tensor | None:
-        weight = self.module._parameters.get("weight")
-        if not self.columns.untouched(weight, self.state, saved_tag):
+        if not self.columns.untouched(self.module._parameters.get("weight"), self.state, saved_tag):
             if wanted:
                 self.columns.before_backward(self.module.weight, self.state, saved_tag)
             else:
                 self.columns.check_backward(self.state, saved_tag)
+        self.held = self.columns.state
         return self.weight() if wanted else None
+
+    def check_after(self) -> None:
+        now = self.columns.state
+        if now is not self.held or now.key != self.state.key or self.columns.half_written:
+            refuse_torn()
 
 
 class ResidentWeight(nn.Module):
