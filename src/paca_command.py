@@ -16,10 +16,13 @@ from importlib.util import find_spec, module_from_spec
 
 def main() -> None:
     """Run the command line."""
-    enter_package()
-    from paca.cli import main as command_line
+    try:
+        enter_package()
+        from paca.cli import main as command_line
 
-    command_line()
+        command_line()
+    except KeyboardInterrupt:  # before a command began: it ends its work itself
+        sys.exit(130)
 
 
 def enter_package() -> None:

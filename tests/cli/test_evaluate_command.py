@@ -17,7 +17,7 @@ from rich.console import Console
 from cli.paca_process import forked_paca, fresh_paca, start_paca
 from evaluation.judge_server import judging, verdict
 from evaluation.question_tasks import save_task
-from paca.cli.evaluate import table_of
+from paca.cli.evaluate import print_ratings, table_of
 from paca.evaluation.side_by_side import Row
 from tiny_checkpoint import save_run
 
@@ -128,3 +128,14 @@ def test_a_table_with_large_numbers_is_whole_in_80_columns() -> None:
     names = "".join(line[:task].strip() for line in lines)
     assert "a_task_of_mine" in names
     assert "mmlu_high_school_european_history" in names
+
+
+def test_categories_of_a_strangers_questions_can_not_rename_the_window() -> None:
+    found = {"score": 5.0, "stderr": None}
+    model = {"all": found, "turns": {}, "categories": {"\x1b]0;mine\x07" + "x" * 5_000: found}, "without_grade": 0}
+    shown = io.StringIO()
+    judge = {"prompt_tokens": 1, "completion_tokens": 1, "requests": 1}
+    print_ratings(Console(file=shown, width=300), {"models": {"base": model}, "judge": judge})
+    assert "\\x1b]0;mine\\x07xxx" in shown.getvalue()
+    assert "\x1b" not in shown.getvalue()
+    assert len(shown.getvalue()) < 3_000

@@ -88,6 +88,16 @@ def test_help_imports_nothing_heavy(run: Run, command: str) -> None:
     assert done.stdout.endswith("imported: []\n")
 
 
+def test_ctrl_c_while_the_command_line_loads_is_no_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted() -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("paca.cli.main", interrupted)
+    with pytest.raises(SystemExit) as end:
+        paca_command.main()
+    assert end.value.code == 130
+
+
 def test_no_library_is_to_tell_its_makers_unless_the_user_says_so(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     # What counts is what huggingface_hub finds when it is imported, after this.
     assert run("--version").stdout.endswith("telemetry off: 1\nimported: []\n")

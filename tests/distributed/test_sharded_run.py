@@ -79,11 +79,11 @@ def runs(tmp_path_factory):
     return folder
 
 
-def close(one, other):
+def close(one, other, rtol=1e-3, atol=1e-4):
     first, second = adapter(one), adapter(other)
     assert first.keys() == second.keys()
     for name, value in first.items():
-        torch.testing.assert_close(second[name], value, rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(second[name], value, rtol=rtol, atol=atol)
     for row, expected in zip(curve(other), curve(one), strict=True):
         for value, other_value in zip(row, expected, strict=True):
             assert value == (other_value if other_value is None else pytest.approx(other_value, rel=1e-3))
@@ -100,10 +100,7 @@ def test_a_sharded_run_resumes(runs, tmp_path, kind):
     settings = [*SHARDED[:-1], f"train.fsdp_config={{state_dict_type: {kind}, {SHARDED[-1].split('{')[1]}"]
     run = tmp_path / "run"
     if kind == "FULL_STATE_DICT":
-        shutil.copytree(runs / "sharded", run)
-        for part in ("adapter", "checkpoints/checkpoint-4"):
-            shutil.rmtree(run / part)
-        (run / "summary.json").unlink()
+        as_after_step_2(runs / "sharded", run)
         settings = SHARDED
     else:
         run_in_two(runs / "config.yaml", [*settings, f"output.dir={run}"], tmp_path / "first")
@@ -114,6 +111,33 @@ def test_a_sharded_run_resumes(runs, tmp_path, kind):
     output = run_in_two(runs / "config.yaml", [*settings, f"output.dir={run}"], tmp_path / "again", resume=True)
     assert "Resuming after step 2 of 4." in output
     close(runs / "sharded", run)
+
+
+def as_after_step_2(run, copy):
+    shutil.copytree(run, copy)
+    for part in ("adapter", "checkpoints/checkpoint-4"):
+        shutil.rmtree(copy / part)
+    (copy / "summary.json").unlink()
+    return copy
+
+
+def test_a_run_goes_on_with_another_number_of_processes(runs, tmp_path):
+    in_two = ["train.per_device_train_batch_size=2", *ONE[1:]]
+    output = run_in_two(runs / "config.yaml", [*in_two, f"output.dir={tmp_path}/two"], tmp_path / "two", False, False)
+    assert "processes             2" in output
+    close(runs / "one", tmp_path / "two", rtol=1e-4, atol=1e-5)
+
+    more = as_after_step_2(runs / "one", tmp_path / "more")
+    output = run_in_two(runs / "config.yaml", [*in_two, f"output.dir={more}"], tmp_path / "out", True, False)
+    assert "Resuming after step 2 of 4." in output
+    close(runs / "one", more, rtol=1e-4, atol=1e-5)
+
+    fewer, output = as_after_step_2(tmp_path / "two", tmp_path / "fewer"), io.StringIO()
+    train(
+        load_run_config(runs / "config.yaml", [*ONE, f"output.dir={fewer}"]), resume=True, console=Console(file=output)
+    )
+    assert "Resuming after step 2 of 4." in output.getvalue()
+    close(runs / "one", fewer, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sys
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import peft
@@ -79,6 +80,34 @@ def outputs_at_once(model: nn.Module, xs: list[Tensor], repeats: int = 1) -> lis
     return got
 
 
+def check_at_once(passes: list[Callable[[], Tensor]], repeats: int = 8) -> None:
+    """Run each of `passes` in a thread of its own, again and again, and compare with what it gives alone, bit for bit.
+
+    Every second thread records gradients, if this one does.
+    """
+    want, trouble, start = [run().detach() for run in passes], [], threading.Barrier(len(passes))
+    assert len({str(result.tolist()) for result in want}) > 1, "all give the same alone"
+    gradients = torch.is_grad_enabled()
+
+    def again(number: int) -> None:
+        try:
+            start.wait(30)
+            with torch.set_grad_enabled(gradients and number % 2 == 0):
+                wrong = sum(not torch.equal(passes[number]().detach(), want[number]) for _ in range(repeats))
+            if wrong:
+                trouble.append(f"{wrong} of {repeats} passes of thread {number} are wrong")
+        except BaseException as error:
+            trouble.append(f"thread {number}: {error!r}")
+
+    threads = [threading.Thread(target=again, args=(number,)) for number in range(len(passes))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert not trouble
+    assert all(torch.equal(run().detach(), w) for run, w in zip(passes, want, strict=True))
+
+
 @dataclass
 class Outcome:
     """What threads saw that inferred while another one trained."""
@@ -131,9 +160,24 @@ def race(readers: int, steps: int, *, width: int = 16, out: int = 6, layers: int
     return outcome
 
 
+@torch.no_grad()
+def beside_mixed_batches(repeats: int) -> None:
+    """4 threads of ordinary passes and 4 of mixed batches of a tiny Llama. Raises if a pass is not what it is alone."""
+    from models import adapt, llama, tokens
+
+    model, ids = adapt(llama(), task_type="CAUSAL_LM"), tokens(3, 4)
+    model.add_adapter("small", paca.PacaConfig(r=1, init_weights=False, random_seed=1))
+    model.eval()
+    mixed = (["small", "__base__", "default"], ["default", "small", "__base__"], ["default"] * 3, ["small"] * 3)
+    passes = [{}] * 4 + [{"adapter_names": names} for names in mixed]
+    check_at_once([lambda names=names: model(input_ids=ids, **names).logits for names in passes], repeats)
+
+
 def main() -> int:
     """Run all, and print a table."""
     torch.set_num_threads(1)
+    beside_mixed_batches(1000)
+    print("4 threads of 1,000 ordinary passes beside 4 of 1,000 mixed batches: each pass is what it is alone")
     failed = 0
     print(f"{'layers':>24} {'readers':>7} {'steps':>6} {'passes':>7} {'seen':>5} {'between':>8} {'mixed':>6}  trouble")
     for layers, width, out in ((2, 16, 6), (8, 64, 257), (2, 512, 4001), (1, 16, 100_003)):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
+import socket
 import statistics
 import threading
 from dataclasses import replace
@@ -77,6 +79,7 @@ BAD_ONCE: dict[str, tuple[Reply, float]] = {
     "busy, says a date long gone": ((503, {"Retry-After": "Wed, 21 Oct 2015 07:28:00 GMT"}, b""), 0.0),
     "busy, asks for a day": ((429, {"Retry-After": "86400"}, b""), 120.0),
     "busy, says nonsense": ((429, {"Retry-After": "soon"}, b""), 1.0),
+    "busy, says a date of no year": ((503, {"Retry-After": "Wed, 21 Oct 9999999999 07:28:00 GMT"}, b""), 1.0),
     "broken": ((500, {}, b"oops"), 1.0),
     "not JSON": ((200, {}, b"<html>"), 1.0),
     "no choices": ((200, {}, b'{"choices": []}'), 1.0),
@@ -126,6 +129,27 @@ def test_an_answer_that_trickles_in_ends_in_time_too(waits: list[float]) -> None
     with judging(lambda body, number: (200, {"Pause": "0.01"} if number == 1 else {}, content)) as server:
         assert judge_of(server, timeout=0.3).ask(HELLO) == ("yes", Usage(0, 0, 2))
     assert waits == [1.0]
+
+
+@pytest.mark.parametrize("start", [b"HTTP/1.1 100 Continue\r\n\r\n", b"HTTP/1.1 200 OK\r\nLong: "])
+def test_an_answer_whose_text_never_begins_ends_in_time_too(start: bytes, waits: list[float]) -> None:
+    """`requests` waits for it without an end."""
+    gone = threading.Event()
+
+    def trickle() -> None:
+        connection, _ = server.accept()
+        connection.recv(1 << 16)
+        with connection, contextlib.suppress(OSError):
+            connection.sendall(start)
+            while not gone.wait(0.02):
+                connection.sendall(start if b"100" in start else b"a")
+
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        threading.Thread(target=trickle, daemon=True).start()
+        settings = JudgeSettings(f"http://127.0.0.1:{server.getsockname()[1]}/v1", "strict", timeout=0.1, tries=1)
+        with pytest.raises(PacaError, match=r"the answer did not begin in 0\.1 s\. Verdicts so far are kept"):
+            Judge(settings).ask(HELLO)
+        gone.set()
 
 
 def test_half_a_character_of_a_judge_is_kept_as_none(tmp_path: Path) -> None:
@@ -295,6 +319,35 @@ def test_a_verdict_without_a_grade_is_asked_for_one_then_left_out(loaded: Loaded
     assert sorted(scores) == [-1, 8, 8, 8, 8]
 
 
+def test_counts_that_can_not_be_are_none(tmp_path: Path) -> None:
+    with judging(lambda body, number: verdict("[[5]]", {"prompt_tokens": 10**4000, "completion_tokens": -1})) as server:
+        assert judge_of(server).ask(HELLO) == ("[[5]]", Usage(0, 0, 1))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"prompt_key": []},
+        {"score": "best"},
+        {"score": 11},
+        {"score": None},
+        {"usage": {"prompt_tokens": "many"}},
+        {"usage": {"stolen": 1}},
+        {"usage": []},
+    ],
+)
+def test_verdicts_that_somebody_else_kept_are_grades_or_an_error(tmp_path: Path, change: Body) -> None:
+    arguments = "base", QUESTIONS[2:], [["a"]], tmp_path, Tally()
+    with judging(graded) as server:
+        first = ratings_of(judge_of(server), *arguments)
+        assert ratings_of(judge_of(server), *arguments) == first
+        file = tmp_path / "judgments-base.jsonl"
+        file.write_text(json.dumps({**json.loads(file.read_text()), **change}) + "\n")
+        with pytest.raises(PacaError, match=r"judgments-base\.jsonl is damaged: .* Remove it"):
+            ratings_of(judge_of(server), *arguments)
+        assert len(server.requests) == 1
+
+
 def test_no_grade_at_all_is_no_score() -> None:
     scores = scores_of([Rating(1, "maths", 1, None)])
     assert scores["all"] == {"score": None, "stderr": None}
@@ -307,6 +360,9 @@ def test_no_grade_at_all_is_no_score() -> None:
         ({"question_id": 1, "turns": ["a"]}, "line 1: expected question_id, category and turns"),
         ({"question_id": 1, "category": "x", "turns": "a"}, "line 1: turns is 'a'; expected a list of texts"),
         ({"question_id": 1, "category": "x", "turns": []}, "line 1: turns is empty"),
+        ({"question_id": [1], "category": "x", "turns": ["a"]}, "line 1: question_id must be a number or a text"),
+        ({"question_id": None, "category": "x", "turns": ["a"]}, "line 1: question_id must be a number or a text"),
+        ({"question_id": 1, "category": {}, "turns": ["a"]}, "line 1: .* and category a text"),
         ({"question_id": 1, "category": "x", "turns": ["a"], "reference": [1]}, "reference is "),
     ],
 )

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from paca.data import load_examples
-from paca.data.answers import extract_answer
+from paca.data.examples import ORIGIN
 from paca.evaluation import own_data
 from paca.evaluation.completions import completions
 from paca.evaluation.encoding import continuation_of, question_of
@@ -20,6 +20,7 @@ from paca.evaluation.log_likelihood import Continuation, Likelihood, likelihoods
 from paca.evaluation.own_data import Measurement, Score, measure
 from paca.evaluation.statistics import mean_with_error, ratio_with_error
 from paca.messages.errors import PacaError
+from paca.pretrained.answer_pattern import extract_answers
 from paca.pretrained.generation import LoadedModel, load_for_generation, stream_reply
 
 QUESTIONS = [
@@ -217,10 +218,26 @@ def test_exact_match_asks_the_model(loaded: LoadedModel, tmp_path: Path) -> None
         ("no answer", r"####\s*(.+)", None),
         ("answer: 5", r"\d+", "5"),
         ("", None, ""),
+        ("so y", r"x(.)|y", ""),
+        ("\ud800 é 7", r"é (.)", "7"),
     ],
 )
 def test_answers_are_made_comparable(text: str, pattern: str | None, expected: str | None) -> None:
-    assert extract_answer(text, pattern) == expected
+    assert extract_answers([text, ""], pattern)[0] == expected
+
+
+@pytest.mark.parametrize(
+    ("pattern", "message"),
+    [
+        (r"(.+)+!", "takes too long on 2 texts"),
+        ("a{99999999999}", "is no regular expression .OverflowError"),
+        ("(" * 5000 + ")" * 5000, "is no regular expression .RecursionError"),
+    ],
+)
+def test_a_strangers_pattern_ends(pattern: str, message: str) -> None:
+    with pytest.raises(PacaError, match=rf"^eval\.answer_pattern: .*{message}") as error:
+        Measurement("exact_match", pattern).check([{"prompt": "?", "completion": "a" * 40, ORIGIN: "here"}] * 2)
+    assert len(str(error.value)) < 500
 
 
 def test_what_a_metric_lacks_is_said(loaded: LoadedModel, tmp_path: Path) -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import threading
-
 import pytest
 import torch
 from torch import nn
@@ -11,6 +9,7 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import paca
+from distributed.threads import check_at_once
 from expert_models import FAMILIES, IMPLEMENTATIONS, STACKS
 from layers.small_networks import NETWORKS, TARGETS, example, network
 from models import adapt, llama, tokens
@@ -335,28 +334,18 @@ def test_experts_generate_with_each_samples_adapter_and_its_beams():
     assert torch.equal(mixed, torch.stack(want))
 
 
-@torch.no_grad()
-def test_mixed_batches_through_experts_may_run_in_several_threads():
-    model, ids = experts("mixtral"), tokens(3, 4)
-    batches = [["default", "small", BASE], ["other", BASE, "default"]]
-    want = [model(input_ids=ids, adapter_names=names).logits for names in batches]
-    problems = []
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_experts_run_mixed_batches_and_ordinary_passes_in_several_threads(implementation):
+    model, ids = experts("mixtral", implementation), tokens(3, 4)
+    batches = [{}, {"adapter_names": ["default", "small", BASE]}, {"adapter_names": ["other", BASE, "default"]}]
+    check_at_once([lambda names=names: model(input_ids=ids, **names).logits for names in batches], 10)
 
-    def work(n):
-        try:
-            with torch.no_grad():
-                for _ in range(10):
-                    if not torch.equal(model(input_ids=ids, adapter_names=batches[n]).logits, want[n]):
-                        problems.append(n)
-        except Exception as error:
-            problems.append(error)
 
-    threads = [threading.Thread(target=work, args=(n,)) for n in range(2)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert not problems
+@pytest.mark.parametrize("kind", ["nf4", "int8", FORWARD_ONLY, *NETWORKS])
+def test_other_layers_run_mixed_batches_and_ordinary_passes_in_several_threads(kind):
+    model, x = (small_network(kind), samples(kind)) if kind in NETWORKS else (quantized(kind), features())
+    batches = [{}, {"adapter_names": NAMES}, {"adapter_names": list(reversed(NAMES))}]
+    check_at_once([lambda names=names: model(x, **names) for names in batches])
 
 
 @torch.no_grad()

@@ -16,6 +16,7 @@ from torch import nn
 import paca
 from distributed.threads import Counting, outputs_at_once, race
 from models import adapted_perceptron, perceptron
+from paca.functional.linear import LinearProduct
 from paca.layers import paca_layers
 
 
@@ -183,6 +184,67 @@ def test_disabling_holds_for_all_threads_and_ends_for_all_with_the_first_to_leav
         assert torch.equal(model(x), adapted)
         second.__exit__(None, None, None)
         assert torch.equal(model(x), adapted)
+
+
+def test_a_mixed_batch_and_a_pass_beside_it_wait_for_the_step_of_a_third_thread():
+    training = Counting()
+    model, x = training.model.eval(), torch.ones(2, 16, dtype=torch.float64)
+    names = ["other", "__base__"]
+    with torch.no_grad():
+        mixed, before = model(x, adapter_names=names), model(x)
+    (-model(x)).sum().backward()
+    in_the_step, seen = threading.Event(), []
+
+    def infer():
+        assert in_the_step.wait(10)
+        with torch.no_grad():
+            seen.append(model(x, adapter_names=names))
+
+    def underway(optimizer, args, kwargs):
+        in_the_step.set()
+        thread.join(0.2)
+        assert not seen
+
+    thread = threading.Thread(target=infer)
+    thread.start()
+    training.optimizer.register_step_pre_hook(underway)
+    training.optimizer.step()
+    thread.join(10)
+    assert torch.equal(seen[0], mixed)
+    with torch.no_grad():
+        assert torch.equal(model(x), before + 16)
+
+
+@pytest.mark.parametrize("meanwhile", ["nothing", "a mixed batch", "a mixed batch and a pass"])
+def test_a_backward_pass_within_which_a_mixed_batch_runs_raises_or_is_right(monkeypatch, meanwhile):
+    model = adapted_perceptron(dtype=torch.float64)
+    model.eval().set_adapter("default")
+    x = torch.randn(3, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    first = paca_layers(model)[0].paca_delta["default"]
+    want = torch.autograd.grad(model(x).square().sum(), first)[0]
+    product, todo = LinearProduct.input_gradient, []
+
+    def torn(self, grad_output, weight, input_size):
+        half = product(self, grad_output, weight, input_size)
+        while todo:
+            in_a_thread(todo.pop())
+        return half
+
+    def others():
+        with torch.no_grad():
+            model(x, adapter_names=["__base__"] * 3)
+            if meanwhile == "a mixed batch and a pass":  # the same columns are in the weight again
+                model(x)
+
+    loss = model(x).square().sum()
+    monkeypatch.setattr(LinearProduct, "input_gradient", torn)
+    if meanwhile == "nothing":
+        assert torch.equal(torch.autograd.grad(loss, first)[0], want)
+        return
+    todo.append(others)
+    with pytest.raises(RuntimeError, match=r"in the middle of this thread's backward pass \(a mixed batch"):
+        torch.autograd.grad(loss, first)
+    assert torch.equal(torch.autograd.grad(model(x).square().sum(), first)[0], want)
 
 
 def test_inference_during_training_sees_whole_steps():

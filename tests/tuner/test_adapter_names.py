@@ -7,12 +7,15 @@ import threading
 
 import pytest
 import torch
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch.utils.checkpoint import checkpoint
 from transformers import GenerationConfig, LlamaForSequenceClassification, T5Config, T5ForConditionalGeneration
 
 import paca
+from distributed.threads import check_at_once
 from models import adapt, adapted_perceptron, base_state, gpt2, llama, perceptron, tokens
 from paca.layers import paca_layers
+from paca.tuner.entry import entry_of
 
 BASE = "__base__"
 NAMES = ["default", "small", BASE, "other", "small", "default"]
@@ -420,19 +423,35 @@ def test_mixed_batches_may_run_in_several_threads():
     assert not problems
 
 
-def test_columns_that_another_thread_puts_in_are_noticed():
-    model = perceptron_with_three()
-    layer = model.base_model.model.lin1
+@pytest.mark.parametrize("make", [language_model, classifier])
+def test_ordinary_passes_beside_mixed_batches_get_what_they_get_alone(make):
+    model, ids = make(), tokens(3, 5)
+    batches = [{}, {"adapter_names": ["default", "small", BASE]}, {"adapter_names": [BASE, "small", "default"]}]
+    check_at_once([lambda names=names: model(input_ids=ids, **names).logits for names in batches])
+    assert not any(m._forward_pre_hooks for m in model.modules() if isinstance(m, AuxiliaryTrainingWrapper))
 
-    def ordinary_pass(module, args, output):
-        thread = threading.Thread(target=lambda: layer(torch.randn(1, 7)))
-        handle.remove()
-        thread.start()
-        thread.join()
 
-    handle = layer.base_layer.register_forward_hook(ordinary_pass)
-    with torch.no_grad(), pytest.raises(RuntimeError, match="Another thread ran the model"):
-        model(torch.randn(1, 7), adapter_names=["small"])
+@torch.no_grad()
+def test_threads_generate_with_their_own_adapters():
+    model, ids = language_model(), tokens(2, 4)
+    settings = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False}
+    batches = [{}, {"adapter_names": ["small", BASE]}, {"adapter_names": ["other", "default"], "num_beams": 2}]
+    check_at_once([lambda names=names: model.generate(input_ids=ids, **settings, **names) for names in batches], 5)
+
+
+@torch.no_grad()
+def test_a_mixed_batch_that_raises_leaves_other_threads_alone():
+    model, x = perceptron_with_three(), torch.randn(2, 7)
+    want = model(x)
+
+    def raises():
+        with pytest.raises(ValueError, match="gives 3 names for an input with 2 samples"):
+            model(x, adapter_names=["small"] * 3)
+        return torch.zeros(1)
+
+    check_at_once([lambda: model(x), raises])
+    assert torch.equal(model(x), want)
+    assert not entry_of(model.base_model.model).unwritten
 
 
 @pytest.fixture

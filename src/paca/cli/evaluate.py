@@ -23,6 +23,7 @@ from paca.evaluation.kept_lines import alone_in
 from paca.messages.errors import PacaError
 from paca.messages.program import program
 from paca.messages.say import say
+from paca.messages.shown import printable
 from paca.pretrained.adapter_folder import find_adapter
 from paca_command import import_package
 
@@ -169,7 +170,7 @@ def print_ratings(console: Console, results: dict[str, Any]) -> None:
     for label, keys in rows:
         found = [functools.reduce(lambda scores, key: scores[key], keys, model) for model in models.values()]
         cells = ["-" if one["score"] is None else number((one["score"], one["stderr"]), digits=2) for one in found]
-        table.add_row(escape(label), *cells)
+        table.add_row(escape(printable(label, longest=100)), *cells)
     console.print(table)
     if ungraded := sum(scores["without_grade"] for scores in models.values()):
         say(console, f"The judge named no grade for {ungraded} answers; they are left out.", style="yellow")

@@ -34,6 +34,15 @@ def refuse_backward(*, repeated: bool, base_changed: bool, then: str, now: str) 
     )
 
 
+def refuse_torn() -> None:
+    """Raise `RuntimeError`: a weight changed in the middle of a backward pass."""
+    raise RuntimeError(
+        "Another thread wrote other columns into a weight in the middle of this thread's backward pass (a mixed batch "
+        "with adapter_names, or a switch), so the gradient can't be computed. Run forward and backward again, or train "
+        "while no other thread does that."
+    )
+
+
 def note_first(passes: dict[Any, list[Any]], state: Any, can_come_back: Callable[[Any], bool]) -> None:
     """Count a first pass, and forget those whose state can't come back."""
     if state.key not in passes:

@@ -75,14 +75,14 @@ class ResidentColumns(ActiveColumns):
 
     def looked_after(self, weight: Tensor | None) -> State | None:
         """What the weight holds, if this thread has entered the model, which looked after it; else None."""
-        passes, entry = THREAD.passes, self.entry
+        passes, entry, state = THREAD.passes, self.entry, self.state  # first the state: a mixed batch may begin now
         if not passes or entry is None or entry.mark is not passes[-1][0] or entry.unwritten or not self.whole:
             return None
         if type(weight) is not nn.Parameter or weight.dim() < 2 or torch._C._current_graph_task_id() != -1:
             return None
         if not torch.is_grad_enabled():
             self.note_forward()
-        return self.state if self.state.unchanged() else None
+        return state if state.unchanged() else None
 
     def untouched(self, weight: Tensor | None, state: State, saved_tag: Tensor) -> bool:
         """Whether nothing happened since the forward pass with `state`, so that its backward pass may go on."""

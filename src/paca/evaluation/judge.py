@@ -6,7 +6,8 @@ import email.utils
 import json
 import time
 from dataclasses import dataclass
-from threading import Event
+from queue import Empty, SimpleQueue
+from threading import Event, Thread
 from typing import Any
 
 import requests
@@ -126,7 +127,28 @@ class Judge:
         )
 
     def _post(self, url: str, body: dict[str, Any]) -> tuple[requests.Response, bytes]:
-        """Send a question, and wait for the whole answer: one that trickles in must end in time too."""
+        """Send a question, and wait for the whole answer: one that trickles in must end in time too.
+
+        Also where it does so before its text begins, which `requests` waits for: then nobody waits for `requests`.
+        """
+        outcome: SimpleQueue[Any] = SimpleQueue()
+
+        def exchange() -> None:
+            try:
+                outcome.put(self._exchange(url, body))
+            except BaseException as error:
+                outcome.put(error)
+
+        Thread(target=exchange, daemon=True).start()
+        try:
+            got = outcome.get(timeout=self.settings.timeout + min(1.0, self.settings.timeout))
+        except Empty:
+            raise requests.Timeout(f"the answer did not begin in {self.settings.timeout:g} s") from None
+        if isinstance(got, BaseException):
+            raise got
+        return got
+
+    def _exchange(self, url: str, body: dict[str, Any]) -> tuple[requests.Response, bytes]:
         timeout, content = self.settings.timeout, bytearray()
         end = time.monotonic() + timeout
         with requests.post(url, json=body, timeout=timeout, auth=self._sign, stream=True) as response:
@@ -169,7 +191,7 @@ def _read(said: str, sent: int) -> tuple[str, Usage]:
     used = answer.get("usage")
     counts = [used.get(key) if isinstance(used, dict) else None for key in ("prompt_tokens", "completion_tokens")]
     # Not every server counts.
-    prompt, completion = (count if isinstance(count, int) else 0 for count in counts)
+    prompt, completion = (count if type(count) is int and 0 <= count < 2**63 else 0 for count in counts)
     return text, Usage(prompt, completion, sent)
 
 
@@ -183,7 +205,7 @@ def _retry_after(value: str | None) -> float | None:
         pass
     try:
         return max(0.0, email.utils.parsedate_to_datetime(value).timestamp() - time.time())
-    except ValueError:
+    except (ValueError, OverflowError):
         return None
 
 

@@ -82,6 +82,16 @@ def lines_of(file: Path) -> list[dict[str, Any]]:
 
 
 @contextmanager
+def as_written(file: Path) -> Iterator[None]:
+    """A block that takes from the rows of a file what paca put there. Raises `PacaError` if that is not in them."""
+    try:
+        yield
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise PacaError(f"{file} is damaged: {reason}. Remove it; what it held is asked again.") from error
+
+
+@contextmanager
 def alone_in(output: Path | None) -> Iterator[None]:
     """A block in which this process alone evaluates into a folder.
 

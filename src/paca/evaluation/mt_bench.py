@@ -19,7 +19,7 @@ from paca.evaluation.completions import completions
 from paca.evaluation.encoding import question_of
 from paca.evaluation.identity import identity
 from paca.evaluation.judge import Judge, Usage
-from paca.evaluation.kept_lines import append, lines_of
+from paca.evaluation.kept_lines import append, as_written, lines_of
 from paca.evaluation.mt_bench_questions import Question
 from paca.evaluation.mt_bench_ratings import ratings_of, scores_of
 from paca.evaluation.sides import ADAPTER, BASE, MODEL, Watcher
@@ -90,7 +90,11 @@ def _answers(
     """What the model says to each question, turn by turn; kept in a file as whole batches are done."""
     name = f"{identity(loaded, adapted=side != BASE)}-{max_new_tokens}"
     file = output / f"answers-{side}-{name}.jsonl"
-    kept = {row["question_key"]: row["choices"][0]["turns"] for row in lines_of(file)}
+    with as_written(file):
+        kept = {row["question_key"]: ["".join(text) for text in row["choices"][0]["turns"]] for row in lines_of(file)}
+        for question in questions:
+            if len(kept.get(question.key, question.turns)) != len(question.turns):
+                raise ValueError(f"question {question.id} has other turns")
     missing = [question for question in questions if question.key not in kept]
     if missing:
         watcher.begin(side, "answers written", sum(len(question.turns) for question in missing))

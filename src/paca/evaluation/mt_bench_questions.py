@@ -39,12 +39,14 @@ def read_questions(file: Path) -> list[Question]:
         turns, references = row.get("turns"), row.get("reference") or []
         if "question_id" not in row or "category" not in row:
             raise PacaError(f"{place}: expected question_id, category and turns; found: {', '.join(row)}.")
+        if type(row["question_id"]) not in (int, str) or not isinstance(row["category"], str):
+            raise PacaError(f"{place}: question_id must be a number or a text, and category a text.")
         for name, texts in (("turns", turns), ("reference", references)):
             if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
                 raise PacaError(f"{place}: {name} is {texts!r}; expected a list of texts.")
         if not turns:
             raise PacaError(f"{place}: turns is empty; expected what the user says, turn by turn.")
-        questions.append(Question(row["question_id"], str(row["category"]), turns, references))
+        questions.append(Question(row["question_id"], row["category"], turns, references))
     if not questions:
         raise PacaError(f"{file} holds no questions.")
     return questions

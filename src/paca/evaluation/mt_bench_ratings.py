@@ -14,7 +14,7 @@ from typing import Any
 import pandas as pd
 
 from paca.evaluation.judge import Judge, Usage
-from paca.evaluation.kept_lines import append, key_of, lines_of
+from paca.evaluation.kept_lines import append, as_written, key_of, lines_of
 from paca.evaluation.mt_bench_questions import Question
 from paca.evaluation.sides import Watcher
 from paca.evaluation.statistics import mean_with_error
@@ -92,7 +92,8 @@ def ratings_of(
         PacaError: The judge refuses or does not answer. Verdicts until then are kept.
     """
     file = output / f"judgments-{side}.jsonl"
-    kept = {row["prompt_key"]: row for row in lines_of(file)}
+    with as_written(file):
+        kept = {row["prompt_key"]: row for row in lines_of(file)}
     wanted = [
         (question, turn, _prompt(question, answers[index], turn))
         for index, question in enumerate(questions)
@@ -118,11 +119,19 @@ def ratings_of(
         }
         append(file, kept[key])
         watcher.advance()
-    ratings = []
-    for (question, turn, _), key in zip(wanted, keys, strict=True):
-        score = None if kept[key]["score"] == -1 else kept[key]["score"]
-        ratings.append(Rating(question.id, question.category, turn, score, Usage(**kept[key]["usage"])))
-    return ratings
+    with as_written(file):
+        return [
+            Rating(question.id, question.category, turn, *_graded(kept[key]))
+            for (question, turn, _), key in zip(wanted, keys, strict=True)
+        ]
+
+
+def _graded(row: dict[str, Any]) -> tuple[float | None, Usage]:
+    """The grade and the usage of a verdict that was kept."""
+    score, used = float(row["score"]), {name: int(count) for name, count in row["usage"].items()}
+    if not (score == -1 or 1 <= score <= 10) or max(used.values(), default=0) >= 2**63:
+        raise ValueError(f"a grade of {score} or a count that can't be")
+    return (None if score == -1 else score), Usage(**used)
 
 
 Prompt = list[dict[str, str]]

@@ -8,7 +8,6 @@ from typing import Any, Literal
 
 from transformers import PreTrainedTokenizerBase
 
-from paca.data.answers import check_pattern, extract_answer
 from paca.data.examples import ORIGIN
 from paca.evaluation.completions import completions
 from paca.evaluation.encoding import Example, answer_of, continuation_of, options_of, question_of, question_text
@@ -16,6 +15,8 @@ from paca.evaluation.kept_lines import KeptAnswers
 from paca.evaluation.log_likelihood import Likelihood, likelihoods
 from paca.evaluation.statistics import Mean, mean_with_error, ratio_with_error
 from paca.messages.errors import PacaError
+from paca.messages.shown import shown
+from paca.pretrained.answer_pattern import check_pattern, extract_answers
 from paca.training.config.run_config import EvalSection
 
 SAMPLES = 5
@@ -45,24 +46,29 @@ class Measurement:
         Raises:
             PacaError: One lacks a question, options, or a reference answer that the pattern finds.
         """
-        for row in rows:
+        for row in (rows := list(rows)):
             if self.metric == "choice":
                 options_of(row)
             elif self.metric == "exact_match":
                 question_text(row)
-                if not self.extract(answer_of(row)):
-                    raise PacaError(
-                        f"{row[ORIGIN]}: the pattern {self.answer_pattern!r} finds no answer in the reference "
-                        f"{answer_of(row)!r}. Change eval.answer_pattern, or leave the example out."
-                    )
+        for row, found in zip(rows, self.references(rows), strict=True) if self.metric == "exact_match" else ():
+            if not found:
+                raise PacaError(
+                    f"{row[ORIGIN]}: the pattern {shown(self.answer_pattern)} finds no answer in the reference "
+                    f"{answer_of(row)!r}. Change eval.answer_pattern, or leave the example out."
+                )
 
     def score(self, model: Any, tokenizer: PreTrainedTokenizerBase, rows: Iterable[Example]) -> dict[str, Any]:
         """The content of a `Score`."""
         return measure(model, tokenizer, rows, self).as_dict()
 
-    def extract(self, text: str) -> str | None:
-        """The answer in a text; see `paca.data.answers.extract_answer`."""
-        return extract_answer(text, self.answer_pattern)
+    def extract(self, texts: list[str]) -> list[str | None]:
+        """The answer in each text; see `paca.pretrained.answer_pattern.extract_answers`."""
+        return extract_answers(texts, self.answer_pattern)
+
+    def references(self, rows: list[Example]) -> list[str | None]:
+        """The answer in the reference of each row."""
+        return self.extract([answer_of(row) for row in rows])
 
     def answers(
         self, model: Any, tokenizer: PreTrainedTokenizerBase, rows: list[Example], kept: KeptAnswers | None = None
@@ -153,8 +159,8 @@ def _exact_match(
     model: Any, tokenizer: Any, rows: list[Example], measurement: Measurement, kept: KeptAnswers | None
 ) -> Found:
     answers = measurement.answers(model, tokenizer, rows, kept)
-    pairs = zip(answers, rows, strict=True)
-    right = [float(measurement.extract(answer) == measurement.extract(answer_of(row))) for answer, row in pairs]
+    pairs = zip(measurement.extract(answers), measurement.references(rows), strict=True)
+    right = [float(found == reference) for found, reference in pairs]
     return {"exact_match": mean_with_error(right)}, answers
 
 

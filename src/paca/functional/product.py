@@ -82,3 +82,6 @@ class WeightSource(ABC):
     def weight_again(self, saved_tag: Tensor, wanted: bool) -> Tensor | None:
         """The same in the backward pass; None if it is not `wanted`, and the columns are only to be checked. Raise
         `RuntimeError` if they changed, or a repeated pass ran with others."""
+
+    def check_after(self) -> None:  # noqa: B027  (few weights are written by other threads)
+        """Raise `RuntimeError` if another thread wrote into the weight since `weight_again` gave it."""

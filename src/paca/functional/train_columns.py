@@ -118,6 +118,8 @@ def _gradients(ctx: Any, grad_output: Tensor) -> tuple[Any, ...]:
     grad_x = None
     if multiplies:
         grad_x = product.input_gradient(grad_y, weight, ctx.input_size)
+        if ctx.source is not None:
+            ctx.source.check_after()
     elif needs_x:
         grad_x = input_gradient_of_added(product, grad_y, ctx.input_size, indices, ctx.added, ctx.scales, ctx.rows)
     if grad_x is not None and grad_x.dtype != ctx.input_dtype:

@@ -176,15 +176,7 @@ class PacaLayer(nn.Module, PeftCalls):  # nn.Module first: FSDP2 makes subclasse
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if not Running.count:
             return self._modules["base_layer"](x, *args, **kwargs)  # type: ignore[misc]
-        if torch.compiler.is_compiling():  # the layer runs by itself: what it does depends on the batch
-            return self._run(x, *args, **kwargs)
-        y: Tensor = self.base_layer(x, *args, **kwargs)
-        batch = current_mixed_batch()
-        return y if batch is None else self.add_mixed_batch(y, x, batch)
-
-    @torch.compiler.disable
-    def _run(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        return self.forward(x, *args, **kwargs)
+        return self.run_beside_mixed_batches(x, *args, **kwargs)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PacaLayer:
         before = {name: (id(delta), delta.dtype, delta.device) for name, delta in self.paca_delta.items()}

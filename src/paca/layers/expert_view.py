@@ -17,6 +17,7 @@ import torch.nn.functional as F
 import transformers.integrations.moe  # noqa: F401  (defines torch.ops.transformers.grouped_mm_fallback)
 from torch import Tensor
 
+from paca.columns.resident import WRITING
 from paca.columns.state import State
 from paca.functional.grouped import GroupedMatmul, GroupedProduct
 from paca.functional.linear import LinearProduct
@@ -106,13 +107,26 @@ class StackView:
         """Whether a matrix of this is `(out_features, in_features)`, and not the transpose."""
         return (self.stack.input_dim == -1) != self.flipped
 
+    def _multiply(self, product: Callable[[StackView], Tensor]) -> Tensor:
+        """`product` of this; once more if another thread wrote other columns meanwhile."""
+        y, columns = product(self), self.stack.columns
+        if columns.state is self.state and not columns.half_written:
+            return y
+        with WRITING:
+            state = self.stack.state_now()
+            return product(replace(self, state=state, trained=columns.trained(state, self.stack.owner())))
+
     @torch.compiler.disable
     def _one_expert(self, x: Tensor, expert: int, bias: Tensor | None = None) -> Tensor:
         """`x (..., in_features)` times one expert's weight."""
-        deltas = tuple(cut[expert] for cut in self.stack.deltas_by_expert(self.trained.deltas, self.state))
-        product = LinearProduct(self.stack.input_dim + 2)
-        source = ExpertPass(self.stack, self.state, expert)
-        return train_columns(product, x, None, bias, self.trained._replace(deltas=deltas), source)
+
+        def product(view: StackView) -> Tensor:
+            deltas = tuple(cut[expert] for cut in view.stack.deltas_by_expert(view.trained.deltas, view.state))
+            source = ExpertPass(view.stack, view.state, expert)
+            trained = view.trained._replace(deltas=deltas)
+            return train_columns(LinearProduct(view.stack.input_dim + 2), x, None, bias, trained, source)
+
+        return self._multiply(product)
 
     @torch.compiler.disable
     def _expert_of_each_row(self, x: Tensor, experts: Tensor) -> Tensor:
@@ -127,8 +141,10 @@ class StackView:
 
     @torch.compiler.disable
     def _grouped(self, x: Tensor, offsets: Tensor, matmul: GroupedMatmul) -> Tensor:
-        product = GroupedProduct(self.stack.input_dim, offsets, matmul)
-        return train_columns(product, x, None, None, self.trained, ResidentPass(self.stack, self.state))
+        grouped = GroupedProduct(self.stack.input_dim, offsets, matmul)
+        return self._multiply(
+            lambda view: train_columns(grouped, x, None, None, view.trained, ResidentPass(view.stack, view.state))
+        )
 
 
 def _one(operation: str, out_by_in: bool, x: Any, weight: Any, bias: Tensor | None = None) -> Tensor:

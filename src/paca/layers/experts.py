@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from paca.columns.state import State
 from paca.layers.base import PacaLayer
 from paca.layers.expert_view import StackView
-from paca.layers.mixed_batch import current_mixed_batch
+from paca.layers.mixed_batch import Running, current_mixed_batch
 from paca.layers.resident_weight import ResidentWeight
 
 
@@ -46,12 +46,13 @@ class ResidentStack(ResidentWeight, ExpertStack):
         return self.weight.shape[-3 - self.input_dim], self.weight.shape[self.input_dim]
 
     def forward(self) -> StackView | Tensor:  # type: ignore[override]
-        """The stack as one forward pass sees it: the plain weight if it holds no column and no gradient is wanted.
+        """The stack as one forward pass sees it: the plain weight if it holds no column and no gradient is wanted (and
+        no thread runs a mixed batch, which may write columns).
 
         That way a model whose adapters are disabled or merged runs the stock code on the stock parameter.
         """
         state = self.state_now()
-        if not torch.is_grad_enabled() and not state.columns:
+        if not torch.is_grad_enabled() and not state.columns and not Running.count:
             return self.weight
         return StackView(self, self.columns.trained(state, self.owner()), state)
 

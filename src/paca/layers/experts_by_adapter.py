@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from paca.layers import PacaExpertStack
-from paca.layers.mixed_batch import BASE, MixedBatch, current_mixed_batch, refuse_other_thread
+from paca.layers.mixed_batch import BASE, MixedBatch, current_mixed_batch
 
 _ONE_AT_A_TIME = threading.RLock()  # the stacks hold one adapter's columns at a time
 
@@ -30,7 +30,7 @@ class ExpertsByAdapter:
         self.forward: Callable[..., Tensor] = experts.forward
         self.hook = parent.register_forward_pre_hook(self._note_samples, with_kwargs=True)
 
-    def _note_samples(self, parent: nn.Module, args: Any, kwargs: Any) -> None:
+    def _note_samples(self, parent: nn.Module, args: Any, kwargs: Any = None) -> None:  # `_pass_names` says why
         """Note how the tokens that the experts will get are shared out among samples."""
         batch = current_mixed_batch()
         if batch is not None:
@@ -54,7 +54,6 @@ class ExpertsByAdapter:
                     parts.append(self._run(tokens, hidden_states, args, kwargs))
                 finally:
                     batch.adapter = BASE
-                self._check_columns(stacks, adapter)
         if len(parts) == 1:
             return parts[0]
         return torch.cat(parts).index_select(0, torch.cat(list(groups.values())).argsort())
@@ -98,11 +97,6 @@ class ExpertsByAdapter:
             samples_of.setdefault(name if name in here else BASE, []).append(sample)
         numbers = torch.arange(tokens, device=hidden_states.device).view(samples, length)
         return {name: numbers[of_it].reshape(-1) for name, of_it in samples_of.items()}
-
-    def _check_columns(self, stacks: list[PacaExpertStack], adapter: str) -> None:
-        for stack in stacks:
-            if any(columns.name != adapter for columns in stack.base_layer.columns.state.columns):
-                refuse_other_thread()
 
 
 def adapted_experts(model: nn.Module) -> list[tuple[str, nn.Module]]:

@@ -84,9 +84,5 @@ def running(batch: MixedBatch) -> Iterator[None]:
         _CURRENT.reset(token)
 
 
-def refuse_other_thread() -> None:
-    """Raise `RuntimeError`: columns came into a weight during a mixed batch."""
-    raise RuntimeError(
-        "Another thread ran the model with its active adapters while this one ran a mixed batch, so the result would "
-        "be wrong. Give adapter_names in every thread, or in none."
-    )
+class StepUnderway(RuntimeError):
+    """A weight holds what another thread wants, and can't be written: a third one is in an optimizer's step."""

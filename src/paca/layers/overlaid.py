@@ -58,6 +58,10 @@ class OverlaidLinear(PacaLayer):
             return self._run(x, *args, **kwargs)
         return super().forward(x, *args, **kwargs)
 
+    @torch.compiler.disable
+    def _run(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return self.forward(x, *args, **kwargs)
+
     # -- where the columns start --------------------------------------------------------------------------------
 
     @property

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from paca.columns.kept import Kept, positions_of, sum_of
+from paca.columns.resident import WRITING
 from paca.columns.state import ActiveColumns, AdapterColumns, State
 from paca.functional.column_blocks import put_columns
 from paca.functional.linear import LinearProduct
@@ -62,10 +63,11 @@ class OverlaidWeight(nn.Module):
     def state_now(self) -> State:
         """What a forward pass sees."""
         owner = self.owner()
-        if owner is not None and owner.stale():
-            owner.write()
-        self.columns.note_forward()
-        return self.columns.state
+        with WRITING:  # other threads may want other columns (mixed batches)
+            if owner is not None and owner.stale():
+                owner.write()
+            self.columns.note_forward()
+            return self.columns.state
 
     def trained_by(self, state: State) -> Trained:
         """What gradients go to. Asked for by name in this module's pass: then ZeRO-3 gathers the deltas, here and in

@@ -3,6 +3,7 @@ several adapters."""
 
 from __future__ import annotations
 
+import time
 import warnings
 from collections.abc import Iterable
 from typing import Any, ClassVar
@@ -14,7 +15,7 @@ from torch import Tensor
 from paca.columns.kept import oriented
 from paca.columns.state import AdapterColumns, State
 from paca.functional.train_columns import train_columns
-from paca.layers.mixed_batch import MixedBatch, refuse_other_thread
+from paca.layers.mixed_batch import MixedBatch, Running, StepUnderway, current_mixed_batch
 from paca.layers.overlaid_weight import AddedPass
 
 
@@ -36,6 +37,7 @@ class PeftCalls(BaseTunerLayer):
     mode: str
     write: Any
     columns_of: Any
+    wanted_names: Any
     delta_shape: Any
     cast_deltas: Any
     delta_column_dim: int
@@ -154,14 +156,33 @@ class PeftCalls(BaseTunerLayer):
 
     # -- mixed batches ------------------------------------------------------------------------------------------
 
+    @torch.compiler.disable  # the layer runs by itself: what it does depends on the batch
+    def run_beside_mixed_batches(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """The layer's output while mixed batches run: this thread's, or those of others. Raises as `rows_of`."""
+        while True:
+            try:
+                y: Tensor = self.base_layer(x, *args, **kwargs)
+                break
+            except StepUnderway:
+                time.sleep(1e-3)
+        batch = current_mixed_batch()
+        return y if batch is None else self.add_mixed_batch(y, x, batch)
+
+    def check_held(self) -> None:
+        """Raise `StepUnderway` if the weight holds other adapters than this thread wants, beside mixed batches."""
+        held = [c.name for c in self.base_layer.columns.state.columns]
+        if Running.count and held != self.wanted_names():
+            raise StepUnderway(
+                "The weights hold what another thread wants (adapter_names), and can't be written during the "
+                "optimizer's step of a third one. Run this pass again."
+            )
+
     def add_mixed_batch(self, y: Tensor, x: Tensor, batch: MixedBatch) -> Tensor:
         """Add to `y`, the pretrained layer's output for `x`, what each sample's adapter contributes. Raise as
-        `rows_of`, and `RuntimeError` if another thread put columns into the weight meanwhile."""
+        `rows_of`."""
         if self._disable_adapters:
             return y  # as PEFT's LoRA does
         active = self.base_layer.columns
-        if self.mode == "resident" and active.state.columns:
-            refuse_other_thread()
         rows = self.rows_of(x, batch)
         state = State(tuple(self.columns_of(name) for name in rows), active.base)
         deltas = tuple(self.paca_delta[name] for name in rows)  # by name: then ZeRO-3 and FSDP2 gather them

@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from paca.columns.lost import refuse_torn
 from paca.columns.merging import MergeableColumns
 from paca.columns.resident import WRITING
 from paca.columns.sharded import ShardedColumns
@@ -32,13 +33,18 @@ class ResidentPass(WeightSource):
         return self.module.weight
 
     def weight_again(self, saved_tag: Tensor, wanted: bool) -> Tensor | None:
-        weight = self.module._parameters.get("weight")
-        if not self.columns.untouched(weight, self.state, saved_tag):
+        if not self.columns.untouched(self.module._parameters.get("weight"), self.state, saved_tag):
             if wanted:
                 self.columns.before_backward(self.module.weight, self.state, saved_tag)
             else:
                 self.columns.check_backward(self.state, saved_tag)
+        self.held = self.columns.state
         return self.weight() if wanted else None
+
+    def check_after(self) -> None:
+        now = self.columns.state
+        if now is not self.held or now.key != self.state.key or self.columns.half_written:
+            refuse_torn()
 
 
 class ResidentWeight(nn.Module):
@@ -127,15 +133,15 @@ class ResidentWeight(nn.Module):
 
     def state_now(self) -> State:
         """What the weight holds; it is written before, if it is stale: the model did not look for this layer."""
-        owner, weight = self.owner(), self.weight
+        owner, weight, state = self.owner(), self.weight, self.columns.state
         self.columns.check_writable(weight)
         if owner is not None and owner.stale():
             with WRITING:  # steps and writes of other threads wait
-                if not others_step():
-                    owner.write()
+                (owner.check_held if others_step() else owner.write)()
+                state = self.columns.state
         self.columns.bring_up_to_date(weight)
         self.columns.note_forward()
-        return self.columns.state
+        return state
 
     @torch.compiler.disable  # FSDP2's own hooks break the graph around the layer anyway
     def _run_apart(self, x: Tensor) -> Any:

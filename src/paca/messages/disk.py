@@ -68,7 +68,7 @@ def disk_error(error: BaseException, path: Path, needs: int = 0, left: int | Non
     if number in _FULL:
         return DiskError(f"{_full(number)}: {path} could not be written. {_missing(needs, free, folder)}")
     if number in (errno.ENOENT, errno.ESTALE):
-        if named is not None and named.absolute().parent.is_dir():  # there is room for it: it was to be read
+        if named is not None and os.path.isdir(named.absolute().parent):  # there is room for it: it was to be read
             return None
         return DiskError(f"{path} could not be written: its folder is gone. Was it moved or deleted meanwhile?")
     reason = os.strerror(number)
@@ -112,4 +112,4 @@ def _missing(needs: int, free: int, folder: Path) -> str:
 
 def _nearest_folder(path: Path) -> Path:
     path = path.absolute()
-    return next(folder for folder in (path, *path.parents) if folder.is_dir())
+    return next(folder for folder in (path, *path.parents) if os.path.isdir(folder))  # which raises nothing

@@ -11,6 +11,7 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
+from paca.messages.disk import writing
 from paca.messages.errors import PacaError
 from paca.messages.nearest import did_you_mean_path
 from paca.messages.program import program
@@ -185,11 +186,12 @@ def weight_file(adapter: Path) -> Path:
     """The file with an adapter's weights.
 
     Raises:
-        PacaError: The folder has none.
+        PacaError: The folder has none, or it can't be opened.
     """
-    for name in ADAPTER_WEIGHTS:
-        if (adapter / name).is_file():
-            return adapter / name
+    for file in (adapter / name for name in ADAPTER_WEIGHTS):
+        if file.is_file():
+            with writing(file), file.open("rb"):  # safetensors says "no such file", whatever the reason
+                return file
     raise PacaError(f"The adapter in {adapter} has no {ADAPTER_WEIGHTS[0]}: its weights are missing. Copy it again.")
 
 

@@ -23,7 +23,7 @@ def shapes_in(folder: Path, most: int = 100_000) -> dict[str, torch.Size] | None
     if not path.is_file():
         return shapes_in_pickle(folder)
     try:
-        with safe_open(path, framework="pt") as file:
+        with path.open("rb"), safe_open(path, framework="pt") as file:
             if len(names := file.keys()) > most:
                 raise ValueError(f"there are {len(names):,} tensors, more than this model could take")
             return {name: file.get_tensor(name).shape for name in names}  # as PEFT will: mapped, not read

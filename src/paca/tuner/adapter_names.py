@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -11,13 +10,14 @@ from typing import Any
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
+from paca.columns.entry import Entry
+from paca.columns.resident import WRITING
 from paca.layers import paca_layers
 from paca.layers.experts_by_adapter import run_together, split_by_adapter
 from paca.layers.mixed_batch import BASE, MixedBatch, current_mixed_batch, running
 from paca.tuner.entry import entry_of
 
-_COUNTING = threading.Lock()
-_RUNNING: weakref.WeakKeyDictionary[nn.Module, int] = weakref.WeakKeyDictionary()
+_PREPARED: weakref.WeakKeyDictionary[nn.Module, ExitStack] = weakref.WeakKeyDictionary()
 
 
 @contextmanager
@@ -25,28 +25,34 @@ def mixed_batch(model: nn.Module, adapter_names: Sequence[str], arguments: Mappi
     """Run the forward passes within, called with `arguments`, with one adapter per sample, `"__base__"` for none.
 
     The weights are parked by the first of them; afterwards, the next ordinary forward pass sees the active adapters.
-    Several threads may run mixed batches of one model at once, but no ordinary forward pass meanwhile. Raise
+    Other threads may run mixed batches of their own meanwhile, or ordinary forward passes: each layer looks which
+    columns its thread wants, writes them, and multiplies again if another thread wrote others in between. Raise
     `ValueError` for names that are no list of loaded adapters, or for adapters that can't be mixed now."""
-    names = _check(model, adapter_names)
-    batch = MixedBatch(names, repeats=_repeats(arguments))
-    with _COUNTING:
-        _RUNNING[model] = _RUNNING.get(model, 0) + 1
-        if _RUNNING[model] == 1:
-            split_by_adapter(model)
+    batch = MixedBatch(_check(model, adapter_names), repeats=_repeats(arguments))
+    entry = entry_of(model) or Entry()
+    with WRITING:
+        if not entry.mixed_batches:
+            _PREPARED[model] = _prepare(model)
+        entry.mixed_batches += 1
+        entry.unwritten = True  # before a weight is parked: from now on each layer looks which columns are wanted
     try:
-        with ExitStack() as stack:
-            for wrapper in _wrappers(model):
-                stack.callback(wrapper.register_forward_pre_hook(_pass_names, with_kwargs=True).remove)
-            with running(batch):
-                yield
+        with running(batch):
+            yield
     finally:
-        with _COUNTING:
-            _RUNNING[model] -= 1
-            if _RUNNING[model] == 0:  # a thread that still runs needs the weights as they are
-                run_together(model)
-                entry = entry_of(model)
-                if entry is not None:
-                    entry.unwritten = True  # the weights are parked; the next pass may well want them so again
+        with WRITING:
+            entry.mixed_batches -= 1
+            if not entry.mixed_batches:
+                _PREPARED.pop(model).close()
+
+
+def _prepare(model: nn.Module) -> ExitStack:
+    """Let modules that need the names look for them; closing what this gives undoes it."""
+    undo = ExitStack()
+    split_by_adapter(model)
+    undo.callback(run_together, model)
+    for wrapper in _wrappers(model):
+        undo.callback(wrapper.register_forward_pre_hook(_pass_names, with_kwargs=True).remove)
+    return undo
 
 
 def _check(model: nn.Module, adapter_names: Sequence[str]) -> tuple[str, ...]:
@@ -92,15 +98,18 @@ def _repeats(arguments: Mapping[str, Any]) -> int:
     return max(counts)
 
 
-def _pass_names(module: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """Tell a module that is trained whole which samples are whose; other threads' calls pass unchanged."""
+def _pass_names(module: Any, args: Any, kwargs: Any = None) -> tuple[Any, dict[str, Any]] | None:
+    """Tell a module that is trained whole which samples are whose; other threads' calls pass unchanged.
+
+    They may come while the hook is put in or taken out, and torch then calls it without `kwargs`.
+    """
     batch = current_mixed_batch()
-    if batch is not None:
-        if not args:
-            raise ValueError(
-                "A module that is trained whole (modules_to_save) was called without a positional argument, so PEFT "
-                "can't run a mixed batch (adapter_names) through it."
-            )
-        names = batch.names_of(len(args[0]))
-        kwargs["adapter_names"] = [name if name in module._adapters else BASE for name in names]
-    return args, kwargs
+    if batch is None:
+        return None
+    if not args:
+        raise ValueError(
+            "A module that is trained whole (modules_to_save) was called without a positional argument, so PEFT "
+            "can't run a mixed batch (adapter_names) through it."
+        )
+    names = batch.names_of(len(args[0]))
+    return args, {**kwargs, "adapter_names": [name if name in module._adapters else BASE for name in names]}

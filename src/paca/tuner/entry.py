@@ -63,7 +63,7 @@ class ModelEntry(Entry):
                 write_layers([*self.layers, *self.others], compare=True)
             else:
                 write_layers([layer for layer in self.layers if layer.stale()])
-            self.unwritten = self.unwritten and Running.count > 0 and current_mixed_batch() is not None
+            self.unwritten = self.mixed_batches > 0  # then each layer looks which columns this thread wants
 
     @torch.compiler.disable(reason="weights of the adapted model are parked: call paca.refresh(model) before this call")
     def look_from_a_graph(self, model: nn.Module) -> None:
@@ -103,7 +103,7 @@ class ModelEntry(Entry):
         self.take([*self.layers, *self.others])  # a copied or unpickled model's own
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_modes": {}}
+        return {**self.__dict__, "_modes": {}, "mixed_batches": 0}
 
 
 # Dynamo neither compiles these hooks by themselves, nor leaves the graph when it traces a model that has them.
@@ -164,4 +164,4 @@ def refresh(model: nn.Module) -> None:
     write_layers(layers, compare=True)
     for entry in {layer.base_layer.columns.entry for layer in layers if layer.mode == "resident"}:
         if isinstance(entry, ModelEntry) and set(entry.layers) <= set(layers):
-            entry.unwritten = False
+            entry.unwritten = entry.mixed_batches > 0

@@ -12,12 +12,12 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase, Trainer
 from trl import GRPOConfig, GRPOTrainer
 
-from paca.data.answers import check_pattern
 from paca.data.examples import ORIGIN
 from paca.data.formats import Example
 from paca.data.sample import take_sample
 from paca.data.tokens import IGNORED, Tokens, render
 from paca.messages.errors import PacaError
+from paca.pretrained.answer_pattern import check_pattern
 from paca.training.config.key_checks import Origins
 from paca.training.config.run_config import RunConfig
 from paca.training.prompt_form import tokenizer_of
@@ -48,7 +48,7 @@ class Grpo(TrainerKind):
                 f"{', '.join(BUILT_IN)}, package.module:function, or a reward model (a run of train.trainer: reward, a "
                 "folder or a hub id)."
             )
-        check_pattern(settings.get("answer_pattern"))
+        check_pattern(settings.get("answer_pattern"), "train.answer_pattern")
 
     def defaults(self, settings: Mapping[str, Any]) -> dict[str, Any]:
         """Held-out batches hold whole groups of answers to a prompt. The trainer counts tokens itself."""

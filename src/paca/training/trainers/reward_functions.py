@@ -18,11 +18,11 @@ from transformers import AutoModelForSequenceClassification
 from trl.import_utils import is_math_verify_available
 
 from paca.data import Examples
-from paca.data.answers import extract_answer
 from paca.data.examples import ORIGIN
 from paca.messages.errors import PacaError
 from paca.messages.nearest import did_you_mean
 from paca.pretrained import load_pretrained
+from paca.pretrained.answer_pattern import extract_answers
 from paca.pretrained.generation import load_saved
 from paca.pretrained.out_of_memory import is_out_of_memory
 from paca.pretrained.purpose import classifier_in
@@ -55,14 +55,11 @@ class ExactMatch:
         completions: Texts, or lists of one message.
         answer: For each the right answer, alone or in a text in which the pattern finds it.
         """
-        return [
-            float(extract_answer(text_of(completion), self.pattern) == self._reference(str(right)))
-            for completion, right in zip(completions, answer, strict=True)
-        ]
-
-    def _reference(self, right: str) -> str | None:
-        found = extract_answer(right, self.pattern)
-        return extract_answer(right, None) if found is None else found
+        written, right = [text_of(completion) for completion in completions], [str(one) for one in answer]
+        key = "train.answer_pattern"
+        found, references = extract_answers(written, self.pattern, key), extract_answers(right, self.pattern, key)
+        triples = zip(found, references, extract_answers(right, None), strict=True)
+        return [float(one == (plain if reference is None else reference)) for one, reference, plain in triples]
 
 
 def text_of(completion: str | list[dict[str, str]]) -> str:
