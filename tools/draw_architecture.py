@@ -35,7 +35,7 @@ ROOMS = {
     "planning": "memory and time of a training, before anything is loaded",
     "pretrained": "models, tokenizers, adapters, found and written: folders, hub, GGUF",
     "quantized": "quantized weights, one file per library",
-    "training": "a run: from a YAML file to a folder with adapter, curves and report",
+    "training": "a run: its YAML (`training/config/`), folder (`training/folder/`) and reports (`training/reporting/`)",
     "tuner": "the method as PEFT knows it: adapters put in, saved, loaded, switched, rotated",
 }
 """What each room is for. The table has those that exist."""
