@@ -216,6 +216,8 @@ class Adapters(Checked):
             columns.indices, columns.delta = saved[key].indices.clone(), saved[key].delta.to(columns.delta.dtype)
             if swap:
                 columns.scale = saved[key].scale
+            else:  # PEFT gives all deltas of an adapter that it loads float32 or more
+                columns.delta = columns.delta.to(torch.promote_types(self.expected.dtype, torch.float32))
         self.touched[name] += 1
         self.doubtful = False
         COUNTS["hot swaps" if swap else "loads over an adapter"] += 1
