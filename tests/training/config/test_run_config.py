@@ -152,8 +152,11 @@ def test_what_a_config_needs_is_named(tmp_path: Path, text: str, message: str) -
 def test_set_gives_a_whole_section(tmp_path: Path) -> None:
     assert load(tmp_path, MINIMAL, "full={}").method == "full"
     assert load(tmp_path, MINIMAL + "lora: {r: 4, lora_alpha: 9}\n", "lora={r: 2}").adapter == {"r": 2}
-    with pytest.raises(PacaError, match=r"these are given: paca \(.*line 3\) and full \(--set\)"):
+    with pytest.raises(
+        PacaError, match=r"these are given: paca \(.*line 3\) and full \(--set\).*--set paca=null leaves"
+    ):
         load(tmp_path, MINIMAL + "paca: {}\n", "full={}")
+    assert load(tmp_path, MINIMAL + "paca: {r: 3}\n", "paca=null", "lora.r=2").adapter == {"r": 2}
 
 
 def test_our_own_sections_are_checked_before_the_trainer_is_imported(

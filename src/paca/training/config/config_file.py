@@ -23,7 +23,7 @@ def load_run_config(path: str | os.PathLike[str], overrides: Iterable[str] = ())
 
     Args:
         path: A YAML file with the sections model, data, one of `METHODS`, calibration, train, eval and output.
-        overrides: `"section.key=value"` each; the value is read as YAML.
+        overrides: `"section.key=value"` each; the value is read as YAML. `"paca=null"` leaves a method's section out.
 
     Returns:
         The run. Paths that exist are made absolute, so that the resolved config runs from anywhere.
@@ -78,6 +78,9 @@ def _read_sections(path: Path, overrides: Iterable[str]) -> tuple[dict[str, dict
     for override in overrides:
         key, separator, text = override.partition("=")
         section, dot, name = key.strip().partition(".")
+        if section in METHODS and separator and not dot and text.strip() == "null":
+            sections.pop(section, None)
+            continue
         if section in names and separator and not dot and isinstance(whole := parse_value(text), dict):  # full={}
             sections[section] = whole
             origins.overridden |= {section, *(f"{section}.{name}" for name in whole)}
@@ -107,7 +110,10 @@ def _method(sections: dict[str, dict[str, Any]], origins: Origins) -> str:
     given = [name for name in METHODS if name in sections]
     if len(given) > 1:
         places = " and ".join(f"{name} ({origins.of_section(name)})" for name in given)
-        raise PacaError(f"{origins.path}: a run has one method, and these are given: {places}. Keep one of them.")
+        raise PacaError(
+            f"{origins.path}: a run has one method, and these are given: {places}. Keep one of them; --set "
+            f"{given[0]}=null leaves {given[0]} out."
+        )
     if not given:
         sections["paca"] = {}
     return given[0] if given else "paca"
