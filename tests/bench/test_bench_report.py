@@ -48,6 +48,12 @@ def test_of_equal_measurements_the_last_counts_and_ratios_stay_within_one_run() 
     assert "1100.0 (1060.0–1180.0)" not in text.split("`paca`")[1]
 
 
+def test_a_later_run_of_the_baseline_takes_no_ratio_away() -> None:
+    text = tables(frame([*rows(), row((2.0, 2.0, 2.0), method="frozen", run="later")]), ["frozen"])
+    line = next(line for line in text.splitlines() if line.startswith("| `paca` | 1,000 | 1100.0"))
+    assert line.endswith("| 1.020 (1.010–1.035) |")
+
+
 def test_a_ratio_that_varies_widely_is_called_noisy() -> None:
     wild = row((0.92, 0.9, 2.2), FROZEN, method="paca", baseline="frozen")
     text = tables(frame([*rows(), wild]), ["frozen"])

@@ -83,9 +83,8 @@ def _bars(heading: str, rows: pd.DataFrame, baseline: str | None) -> Any:
 
 def _bar_panel(axis: Any, metric: str, rows: list[Any], labels: list[str], baseline: str) -> None:
     more = metric in _MORE_IS_BETTER
-    by_method = {(row.method, row.variant): row for row in rows}
     for row in rows:
-        ratios = ratios_to(row, by_method.get((baseline, row.variant)))
+        ratios = ratios_to(row, baseline)
         if not ratios:
             continue
         found, place = spread(ratios), labels.index(row.label)

@@ -53,19 +53,26 @@ _NOISY_NOTE = (
 
 
 def by_setting(rows: pd.DataFrame) -> Iterator[tuple[str, pd.DataFrame]]:
-    """A title and the rows of each setting; of rows that measured the same thing the last one."""
-    newest = rows.drop_duplicates(
-        [*SETTING, "batch", "seq", "budget", "method", "variant", "metric"], keep="last", ignore_index=True
-    )
+    """A title and the rows of each setting; of rows that measured the same thing the last one.
+
+    The column `beside` has the samples of each method that the same run measured so, for `ratios_to`.
+    """
+    measured = [*SETTING, "batch", "seq", "budget", "variant", "metric"]
+    beside: dict[Any, dict[str, Any]] = {}
+    together = [beside.setdefault(key, {}) for key in rows[["run", *measured]].itertuples(index=False, name=None)]
+    for found, method, samples in zip(together, rows["method"], rows["samples"], strict=True):
+        found[method] = samples
+    rows = rows.assign(beside=together)
+    newest = rows.drop_duplicates([*measured, "method"], keep="last", ignore_index=True)
     for _, members in newest.groupby(list(SETTING), sort=False):
         yield _title(_records(members)[0]), members
 
 
-def ratios_to(row: Any, baseline: Any) -> list[float]:
+def ratios_to(row: Any, baseline: str) -> list[float]:
     """The row's samples over the baseline's, round by round; empty unless one run measured both."""
-    if row is None or baseline is None or baseline.run != row.run:
+    if row is None or not row.samples or not row.beside.get(baseline):
         return []
-    return round_ratios(row.samples, baseline.samples)
+    return round_ratios(row.samples, row.beside[baseline])
 
 
 def baselines_of(rows: pd.DataFrame) -> list[str]:
@@ -113,11 +120,12 @@ def summary_tables(rows: pd.DataFrame, baselines: Sequence[str]) -> str:
             continue
         cells = {(row.method, row.metric, row.seq): row for row in _records(members)}
         lines = []
-        for method in members["method"].unique():
+        methods = members["method"].unique()
+        for method in sorted(methods, key=lambda name: name not in baselines):
             line = [f"`{method}`"]
             for column in header:
                 row = cells.get((method, *column))
-                ratios = [_ratio(ratios_to(row, cells.get((name, *column))), short=True) for name in baselines]
+                ratios = [_ratio(ratios_to(row, name), short=True) for name in baselines]
                 line.append(" / ".join(ratio or "–" for ratio in ratios) if any(ratios) else "")
             lines.append(line)
         against = " / ".join(f"× `{baseline}`" for baseline in baselines)
@@ -162,7 +170,7 @@ def _table(group: pd.DataFrame, baselines: Sequence[str]) -> str:
             row = cells.get((method, variant, name))
             line.append(_value(row))
             if name in _COMPARED:
-                line.extend(_ratio(ratios_to(row, cells.get((base, variant, name)))) for base in baselines)
+                line.extend(_ratio(ratios_to(row, base)) for base in baselines)
         lines.append(line)
     notes = [_NOISY_NOTE] if any(cell.endswith(" noisy") for line in lines for cell in line) else []
     notes += [f"`{row.method}`: {row.metric.replace('_', ' ')}: {row.note}" for row in rows if row.status == "failed"]
