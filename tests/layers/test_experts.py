@@ -728,3 +728,16 @@ def test_of_an_experts_input_only_the_selected_columns_are_kept(implementation):
     assert floats
     assert sum(t.shape[0] for t in floats) == 6
     assert all(t.shape[1] == 3 for t in floats)
+
+
+def test_a_stack_runs_the_stock_code_only_where_no_thread_may_write_columns():
+    """Else a mixed batch of another thread could write into the plain weight in the middle of a pass."""
+    model = adapt(mixtral("eager"), target_modules=["q_proj"], task_type="CAUSAL_LM")
+    settings = {"target_parameters": STACKS, "task_type": "CAUSAL_LM", "init_weights": False}
+    model.add_adapter("other", paca.PacaConfig(r=4, **settings))
+    stack = next(iter(stacks(model).values()))
+    with torch.no_grad():
+        assert not stack.base_layer.columns.state.columns
+        assert not isinstance(stack(), torch.Tensor)
+        with model.disable_adapter():
+            assert isinstance(stack(), torch.Tensor)

@@ -215,6 +215,63 @@ def test_a_mixed_batch_and_a_pass_beside_it_wait_for_the_step_of_a_third_thread(
         assert torch.equal(model(x), before + 16)
 
 
+class Halves(torch.optim.Optimizer):
+    """A step of two operations, as AdamW's decay and update, which stops between them."""
+
+    def __init__(self, parameters, wait=0.2):
+        super().__init__(parameters, {})
+        self.within, self.go_on, self.wait = threading.Event(), threading.Event(), wait
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                parameter.mul_(0.5)
+                self.within.set()
+                self.go_on.wait(self.wait)
+                parameter.add_(1.0)
+
+
+@pytest.mark.parametrize(
+    "park", [lambda model, x: model.state_dict(), lambda model, x: model(x, adapter_names=["other"])]
+)
+def test_a_step_of_another_model_leaves_parked_columns_to_be_written(park):
+    model, x = (training := Counting()).model.eval(), training.x
+    training.step()
+    other = Halves([nn.Parameter(torch.ones(2))], wait=10)
+    with torch.no_grad():
+        want = model(x)
+        park(model, x)
+        thread = threading.Thread(target=other.step)
+        thread.start()
+        other.within.wait(10)
+        found = model(x)
+        other.go_on.set()
+        thread.join(10)
+    assert want.any()
+    assert torch.equal(found, want)
+
+
+@pytest.mark.parametrize("names", [{}, {"adapter_names": ["default"]}])
+def test_a_pass_on_parked_columns_waits_for_the_step_of_its_deltas(names):
+    """Half of a step is neither before nor after it, and without its columns the model is the pretrained one."""
+    model, x = (training := Counting()).model.eval(), training.x
+    with torch.no_grad():
+        for delta in training.deltas:
+            delta.fill_(4.0)
+    (-model(x)).sum().backward()
+    optimizer = Halves(training.deltas)
+    with torch.no_grad():
+        model(x, adapter_names=["default"])  # parks
+        thread = threading.Thread(target=optimizer.step)
+        thread.start()
+        optimizer.within.wait(10)
+        found = model(x, **names)
+        thread.join(10)
+        assert torch.equal(found, model(x))
+        assert found.eq(8 * 3.0).all()
+
+
 @pytest.mark.parametrize("meanwhile", ["nothing", "a mixed batch", "a mixed batch and a pass"])
 def test_a_backward_pass_within_which_a_mixed_batch_runs_raises_or_is_right(monkeypatch, meanwhile):
     model = adapted_perceptron(dtype=torch.float64)

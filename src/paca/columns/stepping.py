@@ -21,15 +21,16 @@ from paca.columns.state import AdapterColumns, is_sharded
 Job = tuple[ResidentColumns, Tensor, tuple[AdapterColumns, ...]]
 Held = tuple[weakref.ref[Any], str]  # whose delta it is: a layer's, and the adapter
 _LAYERS: dict[int, Held] = {}  # by the id of a delta
-_STEPPING: dict[int, list[Held]] = {}  # by thread: whose deltas an optimizer is writing
+_STEPPING: dict[int, tuple[list[Held], list[Held]]] = {}  # by thread: `_held` by the optimizer that steps there
 
 
-def others_step() -> bool:
-    """Whether another thread is in an optimizer's step: then columns are left as they are, those of before it."""
+def others_step(layers: list[Any]) -> bool:
+    """Whether another thread is in a step of these layers: then columns are left as they are, those of before it."""
     if not _STEPPING:
         return False
     forget_raised(_STEPPING)
-    return bool(_STEPPING.keys() - {threading.get_ident()})
+    others = [held[0] + held[1] for thread, held in _STEPPING.items() if thread != threading.get_ident()]
+    return not {id(layer_of()) for held in others for layer_of, _ in held}.isdisjoint(map(id, layers))
 
 
 def _held(optimizer: torch.optim.Optimizer) -> tuple[list[Held], list[Held]]:
@@ -47,17 +48,17 @@ def _held(optimizer: torch.optim.Optimizer) -> tuple[list[Held], list[Held]]:
 
 @torch.compiler.disable
 def _before_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-    others_step()  # forgets a step of this thread that raised
+    others_step([])  # forgets a step of this thread that raised
     if f"{type(optimizer).__module__}.{type(optimizer).__name__}".startswith(UNFIT):
         refuse_unfit(optimizer)
     with WRITING:  # a write that another thread has begun reads deltas
-        _STEPPING.setdefault(threading.get_ident(), _held(optimizer)[0])
+        _STEPPING.setdefault(threading.get_ident(), _held(optimizer))
 
 
 @torch.compiler.disable
 def _after_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
     with WRITING:
-        before = _STEPPING.pop(threading.get_ident(), [])
+        before = _STEPPING.pop(threading.get_ident(), ([],))[0]
         # One job per weight, also if several adapters are in it: the last knows them all.
         jobs: dict[ResidentColumns, Job] = {}
         # Gradients may come within the step (closures), or go (zeroed by the optimizer itself).

@@ -14,7 +14,7 @@ from paca.columns.folded import FOLDED_DELTA, FOLDED_INDICES, Folded
 from paca.columns.not_whole import refuse_computed
 from paca.columns.state import AdapterColumns
 from paca.columns.stepping import Deltas, Job
-from paca.layers.mixed_batch import Running, current_mixed_batch
+from paca.layers.mixed_batch import Running, StepUnderway, current_mixed_batch
 from paca.layers.peft_calls import PeftCalls, refuse_late_adapter
 
 
@@ -174,9 +174,10 @@ class PacaLayer(nn.Module, PeftCalls):  # nn.Module first: FSDP2 makes subclasse
         return cast("nn.Module", stock)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if not Running.count:
-            return self._modules["base_layer"](x, *args, **kwargs)  # type: ignore[misc]
-        return self.run_beside_mixed_batches(x, *args, **kwargs)
+        try:
+            return (self.run_beside_others if Running.count else self._modules["base_layer"])(x, *args, **kwargs)  # type: ignore[misc]
+        except StepUnderway:
+            return self.run_beside_others(x, *args, **kwargs)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PacaLayer:
         before = {name: (id(delta), delta.dtype, delta.device) for name, delta in self.paca_delta.items()}

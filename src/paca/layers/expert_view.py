@@ -23,6 +23,7 @@ from paca.functional.grouped import GroupedMatmul, GroupedProduct
 from paca.functional.linear import LinearProduct
 from paca.functional.product import Trained
 from paca.functional.train_columns import train_columns
+from paca.layers.mixed_batch import after_steps
 from paca.layers.resident_weight import ResidentPass, ResidentWeight
 
 
@@ -112,9 +113,13 @@ class StackView:
         y, columns = product(self), self.stack.columns
         if columns.state is self.state and not columns.half_written:
             return y
-        with WRITING:
-            state = self.stack.state_now()
-            return product(replace(self, state=state, trained=columns.trained(state, self.stack.owner())))
+
+        def again() -> Tensor:
+            with WRITING:
+                state = self.stack.state_now()
+                return product(replace(self, state=state, trained=columns.trained(state, self.stack.owner())))
+
+        return after_steps(again)
 
     @torch.compiler.disable
     def _one_expert(self, x: Tensor, expert: int, bias: Tensor | None = None) -> Tensor:

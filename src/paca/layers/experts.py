@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from paca.columns.state import State
 from paca.layers.base import PacaLayer
 from paca.layers.expert_view import StackView
-from paca.layers.mixed_batch import Running, current_mixed_batch
+from paca.layers.mixed_batch import after_steps, current_mixed_batch
 from paca.layers.resident_weight import ResidentWeight
 
 
@@ -46,13 +46,13 @@ class ResidentStack(ResidentWeight, ExpertStack):
         return self.weight.shape[-3 - self.input_dim], self.weight.shape[self.input_dim]
 
     def forward(self) -> StackView | Tensor:  # type: ignore[override]
-        """The stack as one forward pass sees it: the plain weight if it holds no column and no gradient is wanted (and
-        no thread runs a mixed batch, which may write columns).
+        """The stack as one forward pass sees it: the plain weight if adapters are disabled or merged and no gradient is
+        wanted. Else another thread's mixed batch may write columns while it runs.
 
-        That way a model whose adapters are disabled or merged runs the stock code on the stock parameter.
+        That way such a model runs the stock code on the stock parameter.
         """
-        state = self.state_now()
-        if not torch.is_grad_enabled() and not state.columns and not Running.count:
+        state, owner = self.state_now(), self.owner()
+        if not torch.is_grad_enabled() and not state.columns and (owner._disable_adapters or owner.merged):
             return self.weight
         return StackView(self, self.columns.trained(state, self.owner()), state)
 
@@ -118,7 +118,7 @@ class PacaExpertStack(PacaLayer):
     @torch.compiler.disable  # a graph must not be specialized on what is resident while it is traced
     def forward(self) -> StackView | Tensor:
         """The stack as the running forward pass sees it."""
-        stack: StackView | Tensor = self.base_layer()
+        stack: StackView | Tensor = after_steps(self.base_layer)
         return stack
 
     def __getitem__(self, index: Any) -> StackView | Tensor:

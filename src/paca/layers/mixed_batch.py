@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor
+
+_T = TypeVar("_T")
 
 BASE = "__base__"
 """The name that PEFT gives to the model without an adapter."""
@@ -85,4 +89,22 @@ def running(batch: MixedBatch) -> Iterator[None]:
 
 
 class StepUnderway(RuntimeError):
-    """A weight holds what another thread wants, and can't be written: a third one is in an optimizer's step."""
+    """A weight that doesn't hold what a pass wants can't be written: another thread is in a step of its deltas."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            "The weights hold no or other columns (adapter_names, a state dict, a copy), and can't be written during "
+            "the optimizer's step of another thread. Run this pass again."
+        )
+
+
+def after_steps(run: Callable[[], _T], seconds: float = 60) -> _T:
+    """`run()`, again while it raises `StepUnderway`; after so many `seconds`, raise that."""
+    end = time.monotonic() + seconds
+    while True:
+        try:
+            return run()
+        except StepUnderway:
+            if time.monotonic() > end:
+                raise
+            time.sleep(1e-3)

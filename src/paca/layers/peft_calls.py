@@ -3,7 +3,6 @@ several adapters."""
 
 from __future__ import annotations
 
-import time
 import warnings
 from collections.abc import Iterable
 from typing import Any, ClassVar
@@ -14,8 +13,9 @@ from torch import Tensor
 
 from paca.columns.kept import oriented
 from paca.columns.state import AdapterColumns, State
+from paca.columns.stepping import others_step
 from paca.functional.train_columns import train_columns
-from paca.layers.mixed_batch import MixedBatch, Running, StepUnderway, current_mixed_batch
+from paca.layers.mixed_batch import MixedBatch, StepUnderway, after_steps, current_mixed_batch
 from paca.layers.overlaid_weight import AddedPass
 
 
@@ -157,29 +157,26 @@ class PeftCalls(BaseTunerLayer):
     # -- mixed batches ------------------------------------------------------------------------------------------
 
     @torch.compiler.disable  # the layer runs by itself: what it does depends on the batch
-    def run_beside_mixed_batches(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """The layer's output while mixed batches run: this thread's, or those of others. Raises as `rows_of`."""
-        while True:
-            try:
-                y: Tensor = self.base_layer(x, *args, **kwargs)
-                break
-            except StepUnderway:
-                time.sleep(1e-3)
-        batch = current_mixed_batch()
-        return y if batch is None else self.add_mixed_batch(y, x, batch)
+    def run_beside_others(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """The layer's output while mixed batches run (this thread's, or those of others), or while its weight has to be
+        written and another thread steps its deltas. Raises as `rows_of`."""
+
+        def once() -> Tensor:
+            y: Tensor = self.base_layer(x, *args, **kwargs)
+            batch = current_mixed_batch()
+            return y if batch is None else self.add_mixed_batch(y, x, batch)
+
+        return after_steps(once)
 
     def check_held(self) -> None:
-        """Raise `StepUnderway` if the weight holds other adapters than this thread wants, beside mixed batches."""
-        held = [c.name for c in self.base_layer.columns.state.columns]
-        if Running.count and held != self.wanted_names():
-            raise StepUnderway(
-                "The weights hold what another thread wants (adapter_names), and can't be written during the "
-                "optimizer's step of a third one. Run this pass again."
-            )
+        """Raise `StepUnderway` if the weight holds other adapters than this thread wants: it was parked, or another
+        thread's mixed batch wrote it."""
+        if [c.name for c in self.base_layer.columns.state.columns] != self.wanted_names():
+            raise StepUnderway
 
     def add_mixed_batch(self, y: Tensor, x: Tensor, batch: MixedBatch) -> Tensor:
         """Add to `y`, the pretrained layer's output for `x`, what each sample's adapter contributes. Raise as
-        `rows_of`."""
+        `rows_of`, and `StepUnderway` if another thread steps the deltas meanwhile."""
         if self._disable_adapters:
             return y  # as PEFT's LoRA does
         active = self.base_layer.columns
@@ -188,7 +185,10 @@ class PeftCalls(BaseTunerLayer):
         deltas = tuple(self.paca_delta[name] for name in rows)  # by name: then ZeRO-3 and FSDP2 gather them
         trained = state.trained._replace(deltas=deltas, rows=tuple(rows.values()))
         source = AddedPass(active, state, batch.tag)
-        return train_columns(self.base_layer.product(), x, None, None, trained, source, added_to=y)
+        added = train_columns(self.base_layer.product(), x, None, None, trained, source, added_to=y)
+        if others_step([self]) or any(active.revisions.get(c.name, 0) != c.revision for c in state.columns):
+            raise StepUnderway
+        return added
 
     @property
     def input_dims(self) -> int:

@@ -137,7 +137,7 @@ class ResidentWeight(nn.Module):
         self.columns.check_writable(weight)
         if owner is not None and owner.stale():
             with WRITING:  # steps and writes of other threads wait
-                (owner.check_held if others_step() else owner.write)()
+                (owner.check_held if others_step([owner]) else owner.write)()
                 state = self.columns.state
         self.columns.bring_up_to_date(weight)
         self.columns.note_forward()

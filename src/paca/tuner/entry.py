@@ -54,7 +54,7 @@ class ModelEntry(Entry):
             for layer in sharded[:1]:
                 layer.base_layer.columns.entered(model, sharded)
         with WRITING:  # steps and writes of other threads wait
-            if others_step():
+            if others_step(self.layers):  # a layer whose weight is parked waits for its end
                 return
             thread, mode = threading.get_ident(), (torch.is_grad_enabled(), model.training)
             changed = self._modes.get(thread) != mode
