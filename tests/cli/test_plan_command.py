@@ -38,7 +38,15 @@ def plan_json(*arguments: str) -> dict[str, Any]:
 
 def test_a_folder_without_weights_is_planned(base: Path) -> None:
     text = plan(str(base), "--seq", "64", "--device", "cpu", "--rate", "1")
-    for part in ("weights", "kept columns", "optimizer state", "activations: MLP", "total", "Time floor"):
+    for part in (
+        "Peak memory of paca (",
+        "weights",
+        "kept columns",
+        "optimizer state",
+        "activations: MLP",
+        "total",
+        "Time floor",
+    ):
         assert part in text
 
 
@@ -135,6 +143,7 @@ def test_a_published_shape_is_planned_without_a_hub() -> None:
     ("arguments", "message"),
     [
         (["--memory", "lots"], "24GiB"),
+        (["--memory", "24"], "Did you mean 24GiB"),
         (["--loss", "huge"], "chunked, full or any"),
         (["--dtype", "int3"], "int3"),
         (["--seq", "0"], "sequence_length"),
@@ -175,6 +184,7 @@ def test_the_table_of_a_simulation_is_whole_in_80_columns(width: int) -> None:
     time = SimpleNamespace(total=123.4567, launch_bound=1.0, waits=0)
     row = SimpleNamespace(
         method="lora-tuned",
+        adapter="r 16, alpha 16",
         estimate=SimpleNamespace(total=1023 * 2**30),
         time=time,
         tokens_per_second=1234567,
@@ -190,6 +200,11 @@ def test_the_table_of_a_simulation_is_whole_in_80_columns(width: int) -> None:
     assert cells[1] == ["method", "memory", "step", "tokens/s", "100,000 steps", "bound"]
     assert cells[3] == ["lora-tuned", "1023.00 GiB", "123,457", "1,234,567", "3,429.35", "100 %"]
     assert cells[4][1] == "(too much)"
+    assert "lora-tuned: r 16, alpha 16." in text
+    show_simulated(console, simulated, 3)
+    again = console.file.getvalue().removeprefix(text)  # type: ignore[attr-defined]
+    assert "minutes of" in again
+    assert " 6.17 " in again
 
 
 def test_a_run_is_simulated_at_its_typical_length_for_its_steps(base: Path, tmp_path: Path) -> None:
@@ -204,6 +219,10 @@ def test_a_run_is_simulated_at_its_typical_length_for_its_steps(base: Path, tmp_
     assert simulated["steps"] == 300
     assert [*simulated["methods"]] == ["paca", "lora", "lora-tuned", "qpaca", "qlora"]
     paca_row = simulated["methods"]["paca"]
+    assert (paca_row["trainable"], paca_row["layers"]) == (content["trainable"], 14)
+    assert [row["r"] for row in simulated["methods"].values()] == [16] * 5
+    assert all(row["alpha"] for row in simulated["methods"].values())
+    assert simulated["methods"]["lora"]["trainable"] > paca_row["trainable"]
     assert paca_row["total"] == content["total"]
     tokens = paca_row["tokens_per_second"] * paca_row["seconds_per_step"]
     assert tokens == pytest.approx(6 * content["typical_sequence_length"])

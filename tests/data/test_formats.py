@@ -44,6 +44,21 @@ def test_an_unknown_form_lists_what_was_found_and_what_is_understood() -> None:
         assert part in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("columns", "told"),
+    [
+        (["input", "output"], "alpaca, so rename input to instruction."),
+        (["id", "question", "reply"], "question-answer, so rename yours to answer."),
+        (["frage", "antwort"], "prompt-completion, so rename yours to prompt and completion."),
+        (["content"], "text, so rename content to text."),
+    ],
+)
+def test_columns_of_other_names_are_to_be_renamed_to_the_nearest_form(columns: list[str], told: str) -> None:
+    with pytest.raises(PacaError) as error:
+        recognise(columns, None, "data.jsonl")
+    assert str(error.value).splitlines()[-1] == f"Rename columns in the data: the nearest form is {told}"
+
+
 def test_an_ambiguous_form_asks_for_a_choice_which_is_then_taken() -> None:
     columns = ["question", "answer", "instruction", "output"]
     with pytest.raises(PacaError, match=r"'alpaca' and 'question-answer'.*data\.format"):

@@ -73,6 +73,28 @@ def test_the_example_shown_is_of_middle_length_and_marks_what_counts(tmp_path: P
     assert take_sample(load(tmp_path, [{"messages": messages}]), forgetful).left_out == 1
 
 
+def test_a_cut_example_is_shown_as_the_run_reads_it(tmp_path: Path) -> None:
+    examples = load(tmp_path, ROWS)  # of 9, 14, 10, 20, 26 and 64 tokens
+    found = take_sample(examples, byte_tokenizer(), limit=13)
+    assert found.pieces == [("ab" * 5, False), ("xyz", True), (" [train.max_length cuts off 7 tokens here] ", False)]
+    end = take_sample(examples, byte_tokenizer(), limit=13, keep_end=True)
+    assert end.pieces[0] == (" [train.max_length cuts off 7 tokens here] ", False)
+    assert end.pieces[1:] == [("bab", False), ("xyz" * 3 + "<|im_end|>", True)]
+    assert take_sample(examples, byte_tokenizer(), limit=13, cuts=False).pieces[-1][1]
+
+
+def test_what_a_run_leaves_out_is_neither_shown_nor_averaged(tmp_path: Path) -> None:
+    examples = load(tmp_path, ROWS)
+    refused = take_sample(examples, byte_tokenizer(), limit=9)
+    found = take_sample(examples, byte_tokenizer(), limit=9, leave_out=True)
+    assert (refused.unanswered, refused.unusable) == (3, 0)
+    assert (found.unanswered, found.unusable) == (3, 3)
+    assert (refused.origin, found.origin) == ("data.jsonl, line 4", "data.jsonl, line 3")
+    assert found.pieces[:2] == [("ababab", False), ("xyz", True)]
+    assert found.share == pytest.approx(2 * refused.share)  # type: ignore[operator]
+    assert take_sample(examples, byte_tokenizer(), limit=2, leave_out=True).unusable == 0  # all: that is refused
+
+
 def test_everything_counts_where_it_is_asked_for(tmp_path: Path) -> None:
     found = take_sample(load(tmp_path, ROWS[:1]), byte_tokenizer(), everything=True)
     assert found.pieces == [("abxyzxyz<|im_end|>", True)]

@@ -20,6 +20,13 @@ def test_other_texts_are_refused(text: str) -> None:
         parse_bytes(text)
 
 
+@pytest.mark.parametrize(("text", "meant"), [("24", "24GiB"), (" 1.5", "1.5GiB"), ("2048", "2048MiB")])
+def test_a_few_bytes_are_taken_for_a_forgotten_unit(text: str, meant: str) -> None:
+    with pytest.raises(PacaError, match=rf"Did you mean {meant}\?"):
+        parse_bytes(text)
+    assert parse_bytes("24B") == 24
+
+
 @pytest.mark.parametrize(
     ("count", "text"),
     [(0, "0 B"), (1023, "1023 B"), (1536, "1.50 KiB"), (-(3 * 2**30), "-3.00 GiB"), (2**52, "4096.00 TiB")],

@@ -361,6 +361,10 @@ def test_examples_without_a_label_may_be_left_out(run: Runner, config_file: Path
     file = tmp_path / "long.jsonl"
     file.write_text("".join(json.dumps(line) + "\n" for line in lines))
     given = (f"data.train={file}", f"data.eval={source}", "train.max_steps=1")
+    config = load_run_config(config_file, [*given, "data.unusable=leave_out"])
+    assert dict(describe(config).lines())["training examples"] == "40 (3 left out)"
+    config.train |= {"packing": True, "packing_strategy": "bfd_split"}
+    assert describe(config).sample.cut == 0  # type: ignore[union-attr]
     summary = run("a", *given, "data.unusable=leave_out").summary
     assert summary is not None
     assert (summary["data"]["train_examples"], summary["data"]["eval_examples"]) == (40, 40)

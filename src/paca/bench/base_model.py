@@ -13,6 +13,7 @@ from torch import nn
 
 from paca.bench.methods import MethodUnavailable
 from paca.bench.settings import BenchSettings
+from paca.messages.install import how_to_install
 from paca.pretrained import load_pretrained
 from paca.pretrained.published_shapes import Shape
 from paca.pretrained.quantizing import quantized_linear
@@ -54,7 +55,7 @@ def build_base_model(settings: BenchSettings, four_bit: bool = False) -> BaseMod
         MethodUnavailable: The package bitsandbytes is not installed.
     """
     if four_bit and importlib.util.find_spec("bitsandbytes") is None:
-        raise MethodUnavailable("needs bitsandbytes for its 4-bit weights: pip install bitsandbytes")
+        raise MethodUnavailable(f"needs bitsandbytes for its 4-bit weights. {how_to_install('bitsandbytes')}")
     shape = settings.shape()
     if shape is None:
         model: Any = load_pretrained(settings.model, settings.dtype).model

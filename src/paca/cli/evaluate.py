@@ -21,6 +21,7 @@ from rich.table import Table
 
 from paca.evaluation.kept_lines import alone_in
 from paca.messages.errors import PacaError
+from paca.messages.install import how_to_install
 from paca.messages.program import program
 from paca.messages.say import say
 from paca.messages.shown import printable
@@ -98,7 +99,7 @@ def evaluate(
         with alone_in(output), Shown(console) as shown:
             say(console, f"Loading {path} ...")
             if names and importlib.util.find_spec("lm_eval") is None:
-                raise PacaError("--tasks needs lm-evaluation-harness. Install it: pip install lm-eval")
+                raise PacaError(f"--tasks needs lm-evaluation-harness. {how_to_install('evaluate', 'lm-eval')}")
             import_package()
             from paca.pretrained.bounded_template import check_template_ends
             from paca.pretrained.generation import load_for_generation

@@ -61,7 +61,10 @@ def show_estimate(console: Console, outcome: Outcome) -> None:
         say(console, f"The length is that of {target.lengths}.")
     if target.positions is not None and setting.sequence_length > target.positions:
         console.print(f"The model was made for sequences of at most {target.positions} tokens.", style="yellow")
-    table = Table(title=f"Peak memory ({result.moment})", title_justify="left")
+    from paca.planning.on_device import method_name
+
+    method = method_name(target.adapter, setting)
+    table = Table(title=f"Peak memory of {method} ({result.moment})", title_justify="left")
     table.add_column("part")
     table.add_column("memory", justify="right")
     for name, count in result.parts.items():
@@ -126,7 +129,8 @@ def show_simulated(console: Console, simulated: OnDevice, steps: int, counts: st
     title = f"Simulated on {device.title}: nothing here was measured"
     table = Table(title=title, title_justify="left")
     table.add_column("method")
-    for heading in ("memory", "ms per\nstep", f"{counts}/s", f"hours of\n{steps:,} steps", "launch-\nbound"):
+    unit, hours_of_one = _unit_of_time(max(row.hours(steps) for row in simulated.rows))
+    for heading in ("memory", "ms per\nstep", f"{counts}/s", f"{unit} of\n{steps:,} steps", "launch-\nbound"):
         table.add_column(heading, justify="right", no_wrap=True)
     for row in simulated.rows:
         total = row.estimate.total
@@ -135,10 +139,15 @@ def show_simulated(console: Console, simulated: OnDevice, steps: int, counts: st
             format_bytes(total) if total <= device.memory else f"{format_bytes(total)}\n(too much)",
             f"{1e3 * row.time.total:,.0f}",
             f"{row.tokens_per_second:,.0f}",
-            f"{row.hours(steps):,.2f}",
+            f"{row.hours(steps) / hours_of_one:,.2f}",
             f"{100 * row.time.launch_bound:.0f} %",
         )
     console.print(table)
+    trained: dict[str, list[str]] = {}
+    for row in simulated.rows:
+        trained.setdefault(row.adapter, []).append(row.method)
+    for adapter, methods in trained.items():
+        say(console, f"{', '.join(methods)}: {adapter}.")
     for reason in simulated.refused:
         say(console, f"Left out: {reason}")
     for note in simulated.notes:
@@ -150,6 +159,12 @@ def show_simulated(console: Console, simulated: OnDevice, steps: int, counts: st
         f"Simulated from one traced step and a data sheet ({device.source}). Launch-bound is the share of the step in "
         f"which the device waits for the host.{waited} How far simulations were off: docs/notes/plan-on.md.",
     )
+
+
+def _unit_of_time(hours: float) -> tuple[str, float]:
+    """The largest unit of which `hours` are one or more, and how many hours it has."""
+    units = (("hours", 1.0), ("minutes", 1 / 60), ("seconds", 1 / 3600))
+    return next((unit for unit in units if hours >= unit[1]), units[-1])
 
 
 def yaml_lines(setting: Setting, counts: str = "tokens") -> list[str]:
@@ -216,6 +231,10 @@ def _simulated_as_json(simulated: OnDevice, steps: int) -> dict[str, Any]:
         "notes": [*simulated.notes],
         "methods": {
             row.method: {
+                "r": row.r,
+                "alpha": row.alpha,
+                "layers": row.estimate.layers,
+                "trainable": row.estimate.trainable,
                 "total": row.estimate.total,
                 "fits": row.estimate.total <= simulated.device.memory,
                 "seconds_per_step": row.time.total,

@@ -93,7 +93,23 @@ def recognise(
     if fitting:
         names = " and ".join(repr(form.name) for form in fitting)
         raise PacaError(f"{found} They fit the formats {names}: choose one with data.format.")
-    raise PacaError(f"{found} That is no form of training data known here. Understood are:\n{_overview(forms)}")
+    what = f"That is no form of training data known here. Understood are:\n{_overview(forms)}"
+    raise PacaError(f"{found} {what}\n{_renaming(columns, forms)}")
+
+
+def _renaming(columns: Collection[str], forms: Mapping[str, Format]) -> str:
+    """What to do with columns of other names, by the form that shares most of them, or has as many."""
+
+    def likeness(form: Format) -> tuple[int, int, bool]:
+        shared = sum(column in columns for column in form.required)
+        apart = len(form.required) - shared if shared else abs(len(form.required) - len(columns))
+        return shared, -apart, form.name == "text"
+
+    form = max(forms.values(), key=likeness)
+    missing = [column for column in form.required if column not in columns]
+    others = [column for column in columns if column not in form.required]
+    names = f"{others[0]} to {missing[0]}" if len(others) == len(missing) == 1 else f"yours to {' and '.join(missing)}"
+    return f"Rename columns in the data: the nearest form is {form.name}, so rename {names}."
 
 
 def _overview(forms: Mapping[str, Format]) -> str:

@@ -56,6 +56,14 @@ class Sample:
     pieces: list[tuple[str, bool]]
     rejected: list[tuple[str, bool]] = field(default_factory=list)
     """The same of the answer that is worse, where pairs are compared."""
+    leave_out: bool = False
+    """Whether a run leaves out the `unanswered`."""
+
+    @property
+    def unusable(self) -> int:
+        """How many a run leaves out, where all examples were looked at; 0 where it refuses them, or is not known."""
+        known = self.leave_out and self.sampled == self.examples
+        return self.unanswered if known and self.unanswered < self.examples else 0
 
     def as_dict(self) -> dict[str, Any]:
         """For `summary.json`, as it is read back."""
@@ -71,6 +79,8 @@ def take_sample(
     limit: int | None = None,
     keep_end: bool = False,
     batch_size: int = 1,
+    leave_out: bool = False,
+    cuts: bool = True,
 ) -> Sample:
     """Tokenize a sample of the examples, the same one each time.
 
@@ -83,6 +93,8 @@ def take_sample(
         limit: Tokens at which an example is cut.
         keep_end: Whether its end is what stays.
         batch_size: Examples that are padded to the longest of them.
+        leave_out: Whether a run leaves out what has no token that counts.
+        cuts: Whether the example that is shown is cut; the trainer may refuse those over the limit instead.
 
     Raises:
         PacaError: As `encode`.
@@ -103,11 +115,13 @@ def take_sample(
             break
     found = [max(each, key=lambda tokens: len(tokens.ids)) for each in sequences]  # what a batch is padded to
     lengths = np.array([len(tokens.ids) for tokens in found])
-    kept = np.sort(lengths if limit is None else np.minimum(lengths, limit))
     stays = slice(None) if limit is None else slice(-limit, None) if keep_end else slice(limit)
     by_token = all(len(each) == 1 for each in sequences) and any(_counting(tokens.labels) for tokens in found)
     counted = [_counting(tokens.labels[stays][1:]) for tokens in found] if by_token else []
-    middle = int(np.argsort(lengths, kind="stable")[len(lengths) // 2])
+    learned = np.flatnonzero(counted) if leave_out and any(counted) else np.arange(len(found))
+    kept = np.sort(lengths[learned] if limit is None else np.minimum(lengths[learned], limit))
+    middle = int(learned[np.argsort(lengths[learned], kind="stable")[len(learned) // 2]])
+    shown = [_pieces_kept(tokens, stays if cuts else slice(None), tokenizer) for tokens in sequences[middle]]
     shares = (np.arange(len(kept) + 1) / len(kept)) ** batch_size  # of batches whose longest is among the first n
     edges = np.unique(np.linspace(lengths.min(), lengths.max() + 1, _BINS + 1).astype(int))
     return Sample(
@@ -129,13 +143,24 @@ def take_sample(
             for start, end in itertools.pairwise(edges)
         ],
         origin=origins[middle],
-        pieces=_pieces(sequences[middle][0], tokenizer),
-        rejected=[piece for tokens in sequences[middle][1:] for piece in _pieces(tokens, tokenizer)],
+        pieces=shown[0],
+        rejected=[piece for pieces in shown[1:] for piece in pieces],
+        leave_out=leave_out,
     )
 
 
 def _counting(labels: Sequence[int]) -> int:
     return sum(label != IGNORED for label in labels)
+
+
+def _pieces_kept(tokens: Tokens, stays: slice, tokenizer: PreTrainedTokenizerBase) -> list[tuple[str, bool]]:
+    """Text of what is left of an example once it is cut, and how much is cut off."""
+    left = dataclasses.replace(tokens, ids=tokens.ids[stays], labels=tokens.labels[stays])
+    pieces, lost = _pieces(left, tokenizer), len(tokens.ids) - len(left.ids)
+    if not lost:
+        return pieces
+    mark = (f" [train.max_length cuts off {lost:,} token{'' if lost == 1 else 's'} here] ", False)
+    return [*pieces, mark] if stays.start is None else [mark, *pieces]
 
 
 def _pieces(tokens: Tokens, tokenizer: PreTrainedTokenizerBase) -> list[tuple[str, bool]]:

@@ -17,6 +17,9 @@ def parse_bytes(text: str) -> int:
     """`"24GiB"`, `"24 GB"` or `"500MiB"` in bytes; a unit's B may be left out. `PacaError` if it is no amount."""
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]i?)?b?\s*", text.lower())
     count = 0 if match is None else int(float(match[1]) * _FACTORS[match[2] or ""])
+    if 0 < count < 4096 and match is not None and text.strip()[-1].isdigit():
+        unit = "GiB" if count < 1024 else "MiB"
+        raise PacaError(f"{text.strip()!r} would be that many bytes. Did you mean {text.strip()}{unit}?")
     if count <= 0:
         raise PacaError(f"{text!r} is no amount of memory. Give a number and a unit, such as 24GiB or 80GB.")
     return count

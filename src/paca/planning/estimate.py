@@ -38,6 +38,8 @@ class MemoryEstimate:
     """Of the model without its adapters."""
     trainable: int
     """Parameters that are trained."""
+    layers: int
+    """How many modules have an adapter."""
     parts: Mapping[str, int]
     """Bytes by part, at the moment when most is allocated; their sum is `total`."""
     moment: str
@@ -192,6 +194,7 @@ def estimate(
         setting=setting,
         parameters=sum(unpacked.get(id(p), p.numel()) for p in parameters) - added,
         trainable=trainable,
+        layers=len(getattr(prepared.base_model, "targeted_module_names", ())),
         parts={**counts, **programs, FRAMEWORK: FRAMEWORK_BYTES[setting.device]},
         moment=moment,
         saved={name: count for name, count in trace.saved.most_common() if count > 0},

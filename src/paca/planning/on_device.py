@@ -27,6 +27,9 @@ class Simulated:
     """One method on the device."""
 
     method: str
+    r: int | None
+    alpha: float | None
+    """Of the adapter; None where it has no such number."""
     estimate: MemoryEstimate
     """At the longest sequences: what it takes in memory."""
     time: StepTime
@@ -38,6 +41,13 @@ class Simulated:
     def tokens_per_second(self) -> float:
         """Simulated, padding included."""
         return self.tokens / self.time.total
+
+    @property
+    def adapter(self) -> str:
+        """What is trained, in words."""
+        known = [f"{name} {value:g}" for name, value in (("r", self.r), ("alpha", self.alpha)) if value is not None]
+        layers = [f"{self.estimate.layers:,} layers"] if self.estimate.layers else []
+        return ", ".join([*known, *layers, f"{self.estimate.trainable:,} parameters trained"])
 
     def hours(self, steps: int) -> float:
         """Simulated, of `steps` optimizer steps."""
@@ -111,7 +121,10 @@ def simulate_on(
             refused.append(f"{method}: {error}")
             continue
         time = step_time(typical.operators, device, efficiency)
-        rows.append(Simulated(method, longest, time, typical.setting.tokens_per_step))
+        alpha = getattr(config, "paca_alpha", getattr(config, "lora_alpha", None))
+        rows.append(
+            Simulated(method, getattr(config, "r", None), alpha, longest, time, typical.setting.tokens_per_step)
+        )
     dtype = setting.autocast or next(model.parameters()).dtype
     return OnDevice(device, tuple(rows), dtype, tuple(refused))
 
@@ -129,7 +142,7 @@ def _methods(
     setting: Setting, adapter: PeftConfig | None, compare: bool
 ) -> Iterator[tuple[str, PeftConfig | None, dict[str, Any]]]:
     """The name, the adapter and the changes of the setting of each: what is planned first."""
-    planned = _name(adapter, setting)
+    planned = method_name(adapter, setting)
     yield planned, adapter, {}
     if not compare:
         return
@@ -149,7 +162,7 @@ def _methods(
     yield from (other for other in others if other[0] != planned)
 
 
-def _name(adapter: PeftConfig | None, setting: Setting) -> str:
+def method_name(adapter: PeftConfig | None, setting: Setting) -> str:
     """As the tables of `paca bench` have it."""
     if adapter is None:
         return "full"

@@ -24,6 +24,7 @@ from transformers import (
 )
 
 from paca.messages.errors import PacaError
+from paca.messages.install import how_to_install
 
 logger = logging.getLogger(__name__)
 
@@ -39,7 +40,7 @@ def require_gguf(job: str = "Reading") -> Any:
     try:
         import gguf
     except ImportError as error:
-        raise PacaError(f"{job} a GGUF file needs the package gguf: pip install gguf.") from error
+        raise PacaError(f"{job} a GGUF file needs the package gguf. {how_to_install('gguf')}") from error
     return gguf
 
 

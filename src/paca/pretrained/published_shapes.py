@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from paca.messages.errors import PacaError
+from paca.messages.install import how_to_install
 from paca.messages.nearest import nearest
 
 
@@ -172,7 +173,7 @@ def timm_config(name: str) -> Any:
     try:
         from timm.models import get_pretrained_cfg
     except ImportError as error:
-        raise PacaError(f"The shape of {name} is timm's. Install it: pip install timm") from error
+        raise PacaError(f"The shape of {name} is timm's. {how_to_install('vision', 'timm')}") from error
     from transformers import AutoConfig
 
     published = get_pretrained_cfg(TIMM[name])

@@ -11,6 +11,7 @@ from transformers import BitsAndBytesConfig, PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from paca.messages.errors import PacaError
+from paca.messages.install import how_to_install
 
 QUANTIZATIONS = ("nf4", "fp4", "int8")
 META = torch.device("meta")
@@ -51,7 +52,7 @@ def method_of(config: PreTrainedConfig) -> str | None:
 def require_bitsandbytes(what: str) -> None:
     """Raise PacaError if bitsandbytes is not installed, by which `what` is to be quantized."""
     if importlib.util.find_spec("bitsandbytes") is None:
-        raise PacaError(f"{what}: quantized weights need bitsandbytes: pip install bitsandbytes.")
+        raise PacaError(f"{what}: quantized weights need bitsandbytes. {how_to_install('bitsandbytes')}")
 
 
 def quantized_linear(linear: Any, quantization: str) -> nn.Module:

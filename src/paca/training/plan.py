@@ -94,6 +94,7 @@ class Plan:
     def lines(self) -> list[tuple[str, str]]:
         """Label and text of each line of the description."""
         share = 100 * self.trainable_parameters / self.parameters
+        lost = f" ({self._unusable():,} left out)" if self._unusable() else ""
         kind, whole = trainer_kind(self.config.train), self.config.adapter.get("modules_to_save")
         per_step = f"{self.sequences_per_step:,}"
         sequences = f"{per_step} sequence{'' if self.sequences_per_step == 1 else 's'}"
@@ -113,7 +114,7 @@ class Plan:
             *([("trained whole", ", ".join(whole))] if whole else []),
             ("trainable parameters", f"{self.trainable_parameters:,} ({share:.3f} %)"),
             ("data", self.data_description),
-            ("training examples", f"{self.train_examples:,}"),
+            ("training examples", f"{self.train_examples - self._unusable():,}{lost}"),
             *([] if self.template is None else [("template", self.template)]),
             ("loss on", scope),
             *kind.lines(self.config),
@@ -124,10 +125,9 @@ class Plan:
             ("run folder", self.config.output.dir),
             ("disk space", str(self.disk)),
         ]
-        others = {name: value for name, value in self.own_defaults.items() if name != "learning_rate"}
+        others = [f"{name} {json.dumps(value)}" for name, value in self.own_defaults.items() if name != "learning_rate"]
         if others:
-            settings = ", ".join(f"{name} {json.dumps(value)}" for name, value in others.items())
-            lines.insert(-2, ("defaults of paca", f"{settings} (TRL has others)"))
+            lines.insert(-2, ("defaults of paca", f"{', '.join(others)} (TRL has others)"))
         if self.processes > 1:
             lines.insert(-2, ("processes", str(self.processes)))
         return lines
@@ -140,11 +140,15 @@ class Plan:
             return "as in transformers"
         return "lean" if self.config.model.recompute is None else "lean; the MLP is computed again in the backward pass"
 
+    def _unusable(self) -> int:
+        return 0 if self.sample is None else self.sample.unusable
+
     def _steps(self) -> str:
+        examples = self.train_examples - self._unusable()
         if self.steps is not None:
-            return f"{self.steps:,}"
+            return f"{planned_steps(examples, self.config.train, self.processes):,}"
         assert self.sample is not None
-        sequences = math.ceil(self.train_examples * self.sample.mean / self.config.train["max_length"])
+        sequences = math.ceil(examples * self.sample.mean / self.config.train["max_length"])
         steps = planned_steps(sequences, {**self.config.train, "packing": False}, self.processes)
         return f"about {steps:,}, known once the data is packed"
 
@@ -154,7 +158,7 @@ def show_plan(plan: Plan, console: Console) -> None:
     width = max(len(label) for label, _ in plan.lines())
     for label, text in plan.lines():
         say(console, f"{label:<{width}}  {text}")
-    if (warning := cut_warning(plan.sample, plan.config.train)) is not None:
+    if (warning := cut_warning(plan.sample)) is not None:
         say(console, f"Warning: {warning}", style="yellow")
     tell_of_disk(plan.disk, Path(plan.config.output.dir), console)
 
@@ -235,7 +239,8 @@ def prepare(config: RunConfig, *, whole: bool = True) -> PreparedRun:
             "Leave out train.warmup_steps, or train for more steps."
         )
     layers = getattr(adapted.base_model, "targeted_module_names", []) if method != "full" else []
-    sequences = _sequences_per_step(config.train, processes)
+    accumulated = config.train["per_device_train_batch_size"] * config.train["gradient_accumulation_steps"]
+    sequences = accumulated * processes
     inputs = inputs_of(config, train, held_out) if whole and os.environ.get("RANK", "0") == "0" else {}
     data = kind.shape(config, data, whole=whole)
     typical = None if data.sample is None or data.sample.share is None else data.sample.mean
@@ -287,10 +292,6 @@ def planned_steps(examples: int, train: dict[str, Any], processes: int) -> int |
     if train.get("max_steps", -1) > 0:
         return train["max_steps"]
     return trainer_kind(train).steps(examples, train, processes)
-
-
-def _sequences_per_step(train: dict[str, Any], processes: int) -> int:
-    return train["per_device_train_batch_size"] * train["gradient_accumulation_steps"] * processes
 
 
 def _kinds(names: list[str]) -> list[str]:

@@ -176,6 +176,8 @@ def test_the_file_of_a_reward_function_counts(tmp_path: Path, monkeypatch: pytes
     folder.clear(began)
     folder.config.write_text(config.to_yaml())
     check_same_run(folder, config, began)
+    folder.config.write_text(config.to_yaml().replace("  unusable: refuse\n", ""))  # begun before the key was there
+    check_same_run(folder, config, began)
     rewards.write_text("def short(completions): return [2.0 for _ in completions]\n")
     with pytest.raises(
         PacaError, match=r"content of train\.reward_funcs \(rewards_that_change:short, .*change\.py\) is"

@@ -21,7 +21,7 @@ def sample(tmp_path: Path) -> Sample:
     rows = [{"prompt": "<b>ask</b> " + "x" * n, "completion": "[red]answer"} for n in (0, 5, 100, 5000)]
     path = tmp_path / "data.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return take_sample(load_examples(str(path)), byte_tokenizer(), limit=60)
+    return take_sample(load_examples(str(path)), byte_tokenizer(), limit=115)
 
 
 def shown(sample: Sample, **options: object) -> str:
@@ -33,13 +33,13 @@ def shown(sample: Sample, **options: object) -> str:
 def test_what_counts_is_in_brackets_where_there_are_no_colours(sample: Sample) -> None:
     text = shown(sample)
     assert "(data.jsonl, line 3); what the loss falls on is in ⟦ ⟧:" in text
-    assert "<b>ask</b> " + "x" * 100 + "⟦[red]answer<|im_end|>⟧" in text
+    assert "<b>ask</b> " + "x" * 100 + "⟦[red⟧ [train.max_length cuts off 8 tokens here] " in text
 
 
 def test_what_counts_is_green_in_a_terminal(sample: Sample) -> None:
     text = shown(sample, force_terminal=True, color_system="standard", legacy_windows=False)
     assert "what the loss falls on is green" in text
-    assert "\x1b[32m[red]answer<|im_end|>\x1b[0m" in text
+    assert "\x1b[32m[red\x1b[0m [train.max_length cuts off 8 tokens here]" in text
     assert "⟦" not in text
 
 
@@ -47,22 +47,23 @@ def test_lengths_are_said_and_drawn(sample: Sample) -> None:
     lines = length_lines(sample)
     assert lines[0].startswith("Tokens of all 4 training examples: at least 23, median 75, 95 % up to ")
     assert lines[0].endswith("at most 5,023.")
-    assert "train.max_length = 60 cuts 2 of these examples (50.0 %)." in lines[1]
-    assert "Nothing of the answer is left in 2: a run refuses those, or leaves them out" in lines[1]
+    assert "train.max_length = 115 cuts 2 of these examples (50.0 %)." in lines[1]
+    assert "Nothing of the answer is left in 1: a run refuses those, or leaves them out" in lines[1]
+    left_out = length_lines(replace(sample, leave_out=True))[1]
+    assert left_out.endswith("Nothing of the answer is left in 1: the run leaves them out.")
     assert lines[2].split() == ["23", "–", "522", "█" * 32, "3"]
     assert lines[-1].split()[-1] == "1"
 
 
 def test_examples_that_are_cut_are_warned_of(sample: Sample) -> None:
-    told = str(cut_warning(sample, {"packing_strategy": "bfd_split"}))
-    assert "max_length = 60 cuts 2 of 4 examples (50.0 %), and leaves nothing of the answer in 2 of them. The" in told
+    told = str(cut_warning(sample))
+    assert "max_length = 115 cuts 2 of 4 examples (50.0 %), and leaves nothing of the answer in 1 of them. The" in told
     assert "The longest has 5,023 tokens: set train.max_length=5023 if " in told
-    assert cut_warning(sample, {"packing": True, "packing_strategy": "bfd_split"}) is None
     few = replace(sample, sampled=1000, examples=5000, cut=30, unanswered=0)
-    assert cut_warning(few, {}) is None
-    assert "cuts 31 of 1,000 examples that were looked at (3.1 %). The" in str(cut_warning(replace(few, cut=31), {}))
-    assert "nothing of the answer in 1 of them" in str(cut_warning(replace(few, unanswered=1), {}))
-    assert cut_warning(None, {}) is None
+    assert cut_warning(few) is None
+    assert "cuts 31 of 1,000 examples that were looked at (3.1 %). The" in str(cut_warning(replace(few, cut=31)))
+    assert "nothing of the answer in 1 of them" in str(cut_warning(replace(few, unanswered=1)))
+    assert cut_warning(None) is None
 
 
 def test_a_long_piece_is_shortened_and_control_characters_reach_no_terminal(tmp_path: Path) -> None:
@@ -78,6 +79,6 @@ def test_a_long_piece_is_shortened_and_control_characters_reach_no_terminal(tmp_
 
 def test_the_report_marks_the_same_and_escapes_it(sample: Sample) -> None:
     page = sample_section(json.loads(json.dumps(sample.as_dict())))
-    assert "&lt;b&gt;ask&lt;/b&gt; " + "x" * 100 + "<mark>[red]answer&lt;|im_end|&gt;</mark>" in page
+    assert "&lt;b&gt;ask&lt;/b&gt; " + "x" * 100 + "<mark>[red</mark> [train.max_length cuts off 8 tokens" in page
     assert "cuts 2 of these examples" in page
     assert sample_section(None) == ""

@@ -133,11 +133,15 @@ class RunConfig:
 
     def as_dict(self) -> dict[str, Any]:
         """The sections as plain values, in the order of the documentation."""
-        sections = {**dataclasses.asdict(self), self.method: self.adapter}
+        sections = self._sections()
         if self.data.unusable == "refuse":  # runs and comparisons from before it was there go on
             del sections["data"]["unusable"]
-        return {name: sections[name] for name in ALL if name in sections}
+        return sections
 
     def to_yaml(self) -> str:
         """The text of a config file that gives this run again."""
-        return yaml.safe_dump(self.as_dict(), sort_keys=False, allow_unicode=True, width=120)
+        return yaml.safe_dump(self._sections(), sort_keys=False, allow_unicode=True, width=120)
+
+    def _sections(self) -> dict[str, Any]:
+        sections = {**dataclasses.asdict(self), self.method: self.adapter}
+        return {name: sections[name] for name in ALL if name in sections}

@@ -125,7 +125,8 @@ class RunFolder:
         else:
             state, remedy = "the checkpoints of an unfinished run", "Continue it with --resume, or give"
         raise PacaError(
-            f"{self.path} already holds {state}. {remedy} another output.dir, or output.overwrite=true to start over."
+            f"{self.path} already holds {state}. {remedy} another output.dir, or start over with "
+            "--set output.overwrite=true."
         )
 
     def clear(self, inputs: dict[str, str]) -> None:

@@ -50,7 +50,7 @@ def check_same_run(folder: RunFolder, config: RunConfig, inputs: dict[str, str])
     recorded = folder.config
     if not recorded.is_file():
         raise PacaError(f"{recorded} is not there, so {folder.path} can't be continued. Put it back, or start anew.")
-    before, now = _flat(read_yaml(recorded)[0]), _flat(config.as_dict())
+    before, now = ({"data.unusable": "refuse", **_flat(each)} for each in (read_yaml(recorded)[0], config.as_dict()))
     contents = _recorded_inputs(folder, {"data.train", _PROCESSES, _MODEL})
     free = set(_FREE_TO_CHANGE)
     processes = (contents.get(_PROCESSES, inputs[_PROCESSES]), inputs[_PROCESSES])

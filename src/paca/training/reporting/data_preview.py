@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import html
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from rich.console import Console
@@ -58,10 +58,7 @@ def length_lines(sample: Sample) -> list[str]:
         share = f" ({100 * sample.cut / sample.sampled:.1f} %)" if sample.cut else ""
         notes.append(f"train.max_length = {sample.limit:,} cuts {sample.cut:,} of these examples{share}.")
     if sample.unanswered:
-        notes.append(
-            f"Nothing of the answer is left in {sample.unanswered:,}: a run refuses those, or leaves them out "
-            "(data.unusable: leave_out)."
-        )
+        notes.append(f"Nothing of the answer is left in {sample.unanswered:,}: {_then(sample)}.")
     if sample.left_out:
         notes.append(f"{sample.left_out:,} answers do not count: the template renders them differently later on.")
     lines += [" ".join(notes)] if notes else []
@@ -73,14 +70,20 @@ def length_lines(sample: Sample) -> list[str]:
     return lines
 
 
-def cut_warning(sample: Sample | None, train: Mapping[str, Any]) -> str | None:
+def _then(sample: Sample) -> str:
+    """What a run does with examples of which nothing of the answer is left."""
+    if not sample.leave_out:
+        return "a run refuses those, or leaves them out (data.unusable: leave_out)"
+    return "the run leaves them out" if sample.unanswered < sample.sampled else "a run refuses that"
+
+
+def cut_warning(sample: Sample | None) -> str | None:
     """What to tell the user if more than a few examples are cut, or any is of no use; None otherwise.
 
     Args:
         sample: Of the training data, where one was taken.
-        train: The section of the config.
     """
-    if sample is None or not sample.cut or _splits(train):
+    if sample is None or not sample.cut:
         return None
     if sample.cut <= _FEW * sample.sampled and not sample.unanswered:
         return None
@@ -91,11 +94,6 @@ def cut_warning(sample: Sample | None, train: Mapping[str, Any]) -> str | None:
         f"({100 * sample.cut / sample.sampled:.1f} %){lost}. The longest has {sample.longest:,} tokens: set "
         f"train.max_length={sample.longest} if the memory suffices, or shorten or remove long examples."
     )
-
-
-def _splits(train: Mapping[str, Any]) -> bool:
-    """Whether what is too long goes on in the next sequence, so that nothing is cut off."""
-    return bool(train.get("packing")) and train.get("packing_strategy") == "bfd_split"
 
 
 def sample_section(values: dict[str, Any] | None) -> str:

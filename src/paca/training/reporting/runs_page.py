@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from paca.messages.errors import PacaError
+from paca.messages.install import how_to_install
 from paca.messages.shown import shown
 from paca.training.config.strict_yaml import read_yaml
 from paca.training.folder.found_runs import find_runs, name_in
@@ -49,10 +50,7 @@ def show_runs(folder: Path, *, port: int | None, say: Callable[[str], None], bro
     """
     missing = [package for package in ("trackio", "gradio") if find_spec(package) is None]
     if missing:
-        raise PacaError(
-            f"paca runs needs {' and '.join(missing)}. Install paca's extra runs, as in pip install "
-            f'"./paca[runs]", or: pip install {" ".join(missing)}'
-        )
+        raise PacaError(f"paca runs needs {' and '.join(missing)}. {how_to_install('runs', *missing)}")
     found = find_runs(folder)
     if not found:
         raise PacaError(f"There are no runs in {folder}: no metrics.jsonl in it, nor in its folders. Give another one.")

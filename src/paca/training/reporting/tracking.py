@@ -19,6 +19,7 @@ from transformers.integrations.integration_utils import (
 )
 
 from paca.messages.errors import PacaError
+from paca.messages.install import how_to_install
 from paca.messages.nearest import did_you_mean
 from paca.training.folder.run_folder import RunFolder, steps_done, write_whole
 from paca.training.reporting.metrics import MetricsLog
@@ -49,10 +50,7 @@ def check_trackers(report_to: str | list[str] | None, place: str) -> None:
             hint = did_you_mean(name, INTEGRATION_TO_CALLBACK, "{}")
             raise PacaError(f"{place}: there is no tracker {name}. Give {', '.join(EXTRAS)} or none.{hint}")
         if name in EXTRAS and name not in get_available_reporting_integrations():
-            raise PacaError(
-                f"{place}: {name} is not installed. Install paca's extra of that name, as in "
-                f'pip install "./paca[{name}]", or: pip install {name}'
-            )
+            raise PacaError(f"{place}: {name} is not installed. {how_to_install(name)}")
         if name not in (*get_available_reporting_integrations(), "flyte"):
             raise PacaError(f"{place}: the package for {name} is not installed. Install it, or leave {name} out.")
 

@@ -58,8 +58,8 @@ class Dpo(TrainerKind):
         ]
 
 
-def with_pairs_sampled(config: RunConfig, data: RunData) -> RunData:
-    """The data with a sample of its pairs as tokens."""
+def with_pairs_sampled(config: RunConfig, data: RunData, *, cuts: bool = True) -> RunData:
+    """The data with a sample of its pairs as tokens; `cuts` as in `take_sample`."""
     tokenizer, settings = tokenizer_of(config), config.train
 
     def forms(example: Example) -> list[Tokens]:
@@ -70,8 +70,16 @@ def with_pairs_sampled(config: RunConfig, data: RunData) -> RunData:
             for answer in ("chosen", "rejected")
         ]
 
-    limit, batch = settings["max_length"], settings["per_device_train_batch_size"]
-    return replace(data, sample=take_sample(data.train, tokenizer, forms, limit=limit, batch_size=batch))
+    sample = take_sample(
+        data.train,
+        tokenizer,
+        forms,
+        limit=settings["max_length"],
+        keep_end=settings.get("truncation_mode") == "keep_end",
+        batch_size=settings["per_device_train_batch_size"],
+        cuts=cuts,
+    )
+    return replace(data, sample=sample)
 
 
 def check_all_kept(config: RunConfig, trainer: Any, data: RunData, why: str) -> tuple[int, int]:

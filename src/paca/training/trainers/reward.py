@@ -29,7 +29,7 @@ class Reward(TrainerKind):
 
     def shape(self, config: RunConfig, data: RunData, *, whole: bool) -> RunData:
         """With a sample of the pairs as tokens."""
-        return with_pairs_sampled(config, data)
+        return with_pairs_sampled(config, data, cuts=False)
 
     def check_prepared(self, config: RunConfig, trainer: RewardTrainer, data: RunData) -> tuple[int, int]:
         """No pair was dropped because it is longer than `train.max_length`."""

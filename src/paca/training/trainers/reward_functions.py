@@ -20,6 +20,7 @@ from trl.import_utils import is_math_verify_available
 from paca.data import Examples
 from paca.data.examples import ORIGIN
 from paca.messages.errors import PacaError
+from paca.messages.install import how_to_install
 from paca.messages.nearest import did_you_mean
 from paca.pretrained import load_pretrained
 from paca.pretrained.answer_pattern import extract_answers
@@ -82,7 +83,8 @@ def _find(name: str, pattern: str | None) -> Reward:
         return Reward(name, ExactMatch(pattern))
     if name in BY_TRL:
         if name != "think_format_reward" and not is_math_verify_available():
-            raise PacaError(f"train.reward_funcs: {name} needs the package math-verify: pip install math-verify")
+            needs = f"train.reward_funcs: {name} needs the package math-verify."
+            raise PacaError(f"{needs} {how_to_install(None, 'math-verify')}")
         return Reward(name, getattr(trl.rewards, name))
     module, colon, function = name.partition(":")
     if colon:

@@ -58,13 +58,15 @@ class Sft(TrainerKind):
         """The tokens of the data, and which of them count in the loss."""
         tokenizer, train, settings = tokenizer_of(config), data.train, config.train
         everything = trains_everything(config, train)
+        splits = settings.get("packing") and settings.get("packing_strategy") == "bfd_split"
         sample = take_sample(
             train,
             tokenizer,
             everything=everything,
-            limit=settings["max_length"],
+            limit=None if splits else settings["max_length"],  # what is too long goes on in the next sequence
             keep_end=settings.get("truncation_mode") == "keep_end",
             batch_size=settings["per_device_train_batch_size"],
+            leave_out=config.data.unusable == "leave_out",
         )
         if not whole:
             return replace(data, sample=sample)
