@@ -156,8 +156,9 @@ def show_simulated(console: Console, simulated: OnDevice, steps: int, counts: st
     waited = f" The host waits for the device {waits} times within a step." if waits else ""
     say(
         console,
-        f"Simulated from one traced step and a data sheet ({device.source}). Launch-bound is the share of the step in "
-        f"which the device waits for the host.{waited} How far simulations were off: docs/notes/plan-on.md.",
+        f"Simulated from one traced step and the device's figures, entered from memory ({device.source}). Launch-bound "
+        f"is the share of the step in which the device waits for the host.{waited} How far simulations were off: "
+        "docs/notes/plan-on.md.",
     )
 
 
