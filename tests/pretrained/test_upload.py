@@ -181,6 +181,20 @@ def test_no_file_of_elsewhere_is_pushed_for_a_link_to_it(hub: Hub, run: Path, tm
     assert upload(model, "me/answers").files == ["config.json", "own.json"]
 
 
+@pytest.mark.parametrize(("name", "config"), [("adapter", "adapter_config.json"), ("model", "config.json")])
+def test_no_folder_of_elsewhere_is_pushed_for_a_link_to_it(hub: Hub, tmp_path: Path, name: str, config: str) -> None:
+    private, got = tmp_path / "private", tmp_path / "got"
+    for folder in (private, got):
+        folder.mkdir()
+    (private / config).write_text("{}")
+    (got / name).symlink_to(private)
+    with pytest.raises(PacaError, match=f"{got / name} is a link out of its folder, to {private}"):
+        upload(got, "me/answers")
+    assert "me/answers" not in hub.files
+    (tmp_path / "mine").symlink_to(private)  # the user's own link, given as such
+    assert upload(tmp_path / "mine", "me/answers").files == [config]
+
+
 def test_a_card_that_is_none_is_named(hub: Hub, run: Path) -> None:
     for card in (
         b"---\n- a\n---\nx",

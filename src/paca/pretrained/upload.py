@@ -88,24 +88,27 @@ def upload(path: str | Path, repo: str, *, public: bool = False, base_model: str
 
 def _folder_of(path: str | Path) -> tuple[Path, bool]:
     """The folder that is meant, and whether it holds an adapter."""
-    adapter = find_adapter(path)
-    if adapter is not None:
-        return adapter, True
-    folder = Path(path).expanduser()
-    if not folder.is_dir():
-        raise PacaError(f"{folder} is a file. Give the folder of a run, an adapter or a model.")
-    return (folder / "model" if (folder / "model" / "config.json").is_file() else folder), False
+    adapter, given = find_adapter(path), Path(path).expanduser()
+    if not given.is_dir():
+        raise PacaError(f"{given} is a file. Give the folder of a run, an adapter or a model.")
+    folder = adapter or (given / "model" if (given / "model" / "config.json").is_file() else given)
+    _check_own(folder, given)
+    return folder, adapter is not None
 
 
 def _is_meant(file: Path, folder: Path) -> bool:
     hidden = any(part.startswith(".") for part in file.relative_to(folder).parts)
     meant = file.is_file() and not hidden and file.name != "training_args.bin"  # a pickle
     if meant:
-        try:
-            check_link(file, folder)  # whoever made the folder may want a file of this user's on the hub
-        except ValueError as error:
-            raise PacaError(str(error)) from error
+        _check_own(file, folder)
     return meant
+
+
+def _check_own(entry: Path, folder: Path) -> None:
+    try:
+        check_link(entry, folder)  # whoever made the folder may want a file of this user's on the hub
+    except ValueError as error:
+        raise PacaError(str(error)) from error
 
 
 def _naming(base_model: str, folder: Path, old: str | None) -> dict[str, str]:
