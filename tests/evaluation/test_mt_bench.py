@@ -89,6 +89,10 @@ BAD_ONCE: dict[str, tuple[Reply, float]] = {
     "nested too deeply": ((200, {}, b"[" * 20_000), 1.0),
     "a number of 10,000 digits": ((200, {}, b'{"usage": ' + b"9" * 10_000 + b"}"), 1.0),
     "too long": ((200, {}, b" " * 2_000), 1.0),
+    "elsewhere, at half an address": ((307, {"Location": "http://["}, b""), 1.0),
+    "elsewhere, at a name without a label": ((302, {"Location": "http://.example.com/"}, b""), 1.0),
+    "elsewhere, in bytes of no text": ((302, {"Location": "http://\xff/"}, b""), 1.0),
+    "a chunk of less than no length": ((200, {"Transfer-Encoding": "chunked"}, b"-5\r\nabc\r\n0\r\n\r\n"), 1.0),
 }
 
 

@@ -119,8 +119,12 @@ class Judge:
                 if response.status_code not in _RETRIED:
                     raise PacaError(f"The judge at {settings.url} refuses: {failure}")
                 asked_for = _retry_after(response.headers.get("Retry-After"))
-            except requests.RequestException as error:  # nobody there, no answer in time or none of the protocol's
-                failure = str(error)
+            except PacaError:
+                raise
+            # Nobody there, no answer in time or none of the protocol's. The client gives plain ValueErrors too, for a
+            # redirect to no address and for a chunk of less than no length.
+            except (requests.RequestException, ValueError) as error:
+                failure = str(error).replace(settings.key or "\0", "(the key)")
         raise PacaError(
             f"The judge at {settings.url} did not answer in {settings.tries} tries; the last time: {failure}."
             " Verdicts so far are kept; the same command goes on."
