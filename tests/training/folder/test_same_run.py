@@ -128,7 +128,23 @@ def test_without_its_config_a_run_is_not_continued(resume: Resume, begun: Path) 
     config.write_text(kept)
 
 
-@pytest.mark.parametrize("left", [None, "", "[]", "{}", '{"data.train": "0", "processes": "1"}'])
+@pytest.mark.parametrize(
+    "left", ["", "[]", "train: 3", "train: {per_device_train_batch_size: many}", "model: {name: a}"]
+)
+def test_a_damaged_config_is_named(resume: Resume, begun: Path, left: str) -> None:
+    config = RunFolder(begun / "run").config
+    kept = config.read_text()
+    config.write_text(left)
+    with pytest.raises(PacaError, match=r"config\.yaml"):
+        resume()
+    config.write_text(kept)
+
+
+NUMBERS = ("two", "", "-1", "9" * 5000)
+PROCESSES = [json.dumps({"data.train": "0", "model.name": "0", "processes": number}) for number in NUMBERS]
+
+
+@pytest.mark.parametrize("left", [None, "", "[]", "{}", '{"data.train": "0", "processes": "1"}', *PROCESSES])
 def test_without_its_hashes_a_run_is_not_continued(resume: Resume, begun: Path, left: str | None) -> None:
     hashes = RunFolder(begun / "run").inputs
     kept = hashes.read_text()

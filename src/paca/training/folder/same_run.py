@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -50,14 +51,14 @@ def check_same_run(folder: RunFolder, config: RunConfig, inputs: dict[str, str])
     recorded = folder.config
     if not recorded.is_file():
         raise PacaError(f"{recorded} is not there, so {folder.path} can't be continued. Put it back, or start anew.")
-    before, now = ({"data.unusable": "refuse", **_flat(each)} for each in (read_yaml(recorded)[0], config.as_dict()))
+    before, now = _recorded_settings(recorded), _with_defaults(config.as_dict())
     contents = _recorded_inputs(folder, {"data.train", _PROCESSES, _MODEL})
     free = set(_FREE_TO_CHANGE)
     processes = (contents.get(_PROCESSES, inputs[_PROCESSES]), inputs[_PROCESSES])
     if processes[0] != processes[1]:
         _check_sequences(
             folder,
-            [math.prod(int(values[key]) for key in _SHARED_OUT) for values in (before, now)],
+            [math.prod(values.get(key, 1) for key in _SHARED_OUT) for values in (before, now)],
             *map(int, processes),
         )
         free.update(_SHARED_OUT)
@@ -92,6 +93,18 @@ def check_same_model(folder: RunFolder, config: RunConfig, found: Pretrained, *,
         write_whole(folder.inputs, json.dumps({**inputs, _MODEL: content}))
 
 
+def _recorded_settings(recorded: Path) -> dict[str, Any]:
+    """What a run's `config.yaml` says; raise `PacaError` if it is not as paca wrote it."""
+    content = read_yaml(recorded)[0]
+    try:
+        found = _with_defaults(content)
+        if all(type(found.get(key, 1)) is int for key in _SHARED_OUT):
+            return found
+    except (AttributeError, TypeError):
+        pass
+    raise PacaError(f"{recorded} is damaged: it is not as paca wrote it. Put it back, or start anew.")
+
+
 def _recorded_inputs(folder: RunFolder, needed: set[str]) -> dict[str, str]:
     """What the file of hashes says, of the keys in `needed` at least.
 
@@ -100,8 +113,9 @@ def _recorded_inputs(folder: RunFolder, needed: set[str]) -> dict[str, str]:
     """
     with suppress(OSError, ValueError, RecursionError):
         found = json.loads(folder.inputs.read_text(encoding="utf-8"))
-        if isinstance(found, dict) and needed <= found.keys() and all(isinstance(v, str) for v in found.values()):
-            return found
+        texts = isinstance(found, dict) and needed <= found.keys() and all(isinstance(v, str) for v in found.values())
+        if texts and re.fullmatch(r"[1-9]\d{0,5}", found.get(_PROCESSES, "1")):
+            return dict(found)
     raise PacaError(
         f"{folder.inputs} is not there or damaged, and it says what {folder.path} was trained on: --resume can't know "
         "whether data and model are still the same. Put it back, or start anew."
@@ -143,6 +157,10 @@ def inputs_of(config: RunConfig, train: Examples, held_out: Examples | None) -> 
     for name, file in reward_files(config.train):
         found[f"train.reward_funcs ({name}, {file})"] = hash_of(file)
     return found
+
+
+def _with_defaults(sections: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    return {"data.unusable": "refuse", **_flat(sections)}
 
 
 def _flat(sections: dict[str, dict[str, Any]]) -> dict[str, Any]:
