@@ -49,7 +49,7 @@ def sweep(step: int) -> list[str]:
     for kind in ("words", "gpt-oss"):
         with tempfile.TemporaryDirectory() as folder:
             for name, operation in operations(SUBJECTS[kind], Path(folder)).items():
-                for where, wrong in interrupt_everywhere(SUBJECTS[kind], operation, range(1, 10**6, step)):
+                for where, wrong in interrupt_everywhere(SUBJECTS[kind], name, operation, range(1, 10**6, step)):
                     COUNTS[f"lines interrupted: {name}"] += 1
                     if wrong:
                         failed.append(f"{kind}, {name}, interrupted at {where}: {wrong}")
