@@ -39,6 +39,20 @@ def _what_is_kept_of_gguf_files(tmp_path_factory: pytest.TempPathFactory) -> Ite
         yield
 
 
+@pytest.fixture
+def in_time() -> Iterator[None]:
+    """A test that would wait for ever (for a lock, for an answer) fails after two minutes."""
+
+    def late(*_: object) -> None:
+        raise TimeoutError("the test waits for something that does not come")
+
+    before = signal.signal(signal.SIGALRM, late)
+    signal.alarm(120)
+    yield
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, before)
+
+
 @pytest.fixture(scope="session")
 def named_models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a tiny model of each name that pages name, and data."""

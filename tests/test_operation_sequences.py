@@ -18,6 +18,6 @@ def test_ctrl_c_at_any_line_leaves_a_base_that_can_be_put_back(tmp_path):
     subject = SUBJECTS["words"]
     known = operations(subject, tmp_path)
     for first, name in enumerate(("merge", "unmerge", "rotate", "hot swap", "train")):
-        places = list(interrupt_everywhere(subject, known[name], range(20 + first, 5000, 61)))
+        places = list(interrupt_everywhere(subject, name, known[name], range(20 + first, 5000, 61)))
         assert len(places) > 1
         assert [(where, wrong) for where, wrong in places if wrong] == [], name

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+
 import pytest
 import torch
 from torch import nn
@@ -13,9 +15,11 @@ from distributed.threads import check_at_once
 from expert_models import FAMILIES, IMPLEMENTATIONS, STACKS
 from layers.small_networks import NETWORKS, TARGETS, example, network
 from models import adapt, llama, tokens
-from paca.layers import paca_layers
+from paca.columns.resident import WRITING
+from paca.layers import overlaid_weight, paca_layers
 from paca.layers.expert_view import StackView
 from paca.layers.mixed_batch import current_mixed_batch
+from paca.tuner import entry
 from paca.tuner.entry import write_layers
 from quantized_layers import REAL, forward_only_stack, stack
 from reference import dense_weight
@@ -346,6 +350,50 @@ def test_other_layers_run_mixed_batches_and_ordinary_passes_in_several_threads(k
     model, x = (small_network(kind), samples(kind)) if kind in NETWORKS else (quantized(kind), features())
     batches = [{}, {"adapter_names": NAMES}, {"adapter_names": list(reversed(NAMES))}]
     check_at_once([lambda names=names: model(x, **names) for names in batches])
+
+
+class Watched:
+    """`WRITING`, which tells when a thread has to wait for it."""
+
+    def __init__(self):
+        self.waited_for = threading.Event()
+
+    def __enter__(self):
+        if not WRITING.acquire(blocking=False):
+            self.waited_for.set()
+            WRITING.acquire()
+
+    def __exit__(self, *raised):
+        WRITING.release()
+
+
+@torch.no_grad()
+def test_a_quantized_layer_keeps_what_its_thread_wants_until_it_has_taken_it(monkeypatch):
+    """An ordinary pass of another thread comes after the mixed batch's write, or waits for the lock."""
+    model, x = quantized("nf4"), features()
+    want, ordinary, seen = model(x, adapter_names=NAMES), model(x), []
+    lock, columns = Watched(), paca_layers(model)[0].base_layer.columns
+    note = columns.note_forward
+
+    @torch.no_grad()
+    def run():
+        seen.append(model(x))
+        lock.waited_for.set()
+
+    def noted():
+        if other.ident is None:  # between the write and what the pass takes
+            other.start()
+            assert lock.waited_for.wait(10)
+        note()
+
+    other = threading.Thread(target=run)
+    monkeypatch.setattr(entry, "WRITING", lock)
+    monkeypatch.setattr(overlaid_weight, "WRITING", lock)
+    monkeypatch.setattr(columns, "note_forward", noted)
+    mixed = model(x, adapter_names=NAMES)
+    other.join(10)
+    assert torch.equal(mixed, want)
+    assert torch.equal(seen[0], ordinary)
 
 
 @torch.no_grad()

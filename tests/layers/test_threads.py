@@ -14,10 +14,11 @@ import torch.nn.functional as F
 from torch import nn
 
 import paca
-from distributed.threads import Counting, outputs_at_once, race
+from distributed.threads import Counting, outputs_at_once
 from models import adapted_perceptron, perceptron
+from paca.columns.resident import WRITING
 from paca.functional.linear import LinearProduct
-from paca.layers import paca_layers
+from paca.layers import paca_layers, resident_weight
 
 
 def in_a_thread(action):
@@ -36,14 +37,15 @@ def in_a_thread(action):
     assert trouble == []
 
 
-def tear(monkeypatch, meanwhile):
-    """Let the next linear product be half done when another thread does `meanwhile`."""
-    linear, todo = F.linear, [meanwhile]
+def tear(monkeypatch, meanwhile, whole=0):
+    """Let the next linear product, after so many `whole` ones, be half done when another thread does `meanwhile`."""
+    linear, todo = F.linear, [None] * whole + [meanwhile]
 
     def torn(x, weight, bias=None):
-        if not todo:
+        action = todo.pop(0) if todo else None
+        if action is None:
             return linear(x, weight, bias)
-        action, half = todo.pop(), weight.shape[0] // 2
+        half = weight.shape[0] // 2
         first = linear(x, weight[:half])
         in_a_thread(action)
         return torch.cat([first, linear(x, weight[half:])], -1) + bias
@@ -76,43 +78,55 @@ def test_a_pass_during_which_another_thread_writes_sees_no_mixture(monkeypatch, 
 
 
 def test_a_pass_that_began_in_the_middle_of_a_write_sees_no_mixture(monkeypatch):
-    """The write is stopped when half of the columns are in; the reader has to wait for the rest."""
+    """The writer stops when half of the columns are in, until the reader comes to the lock that the writer holds."""
     training = Counting()
     model, x = training.model, torch.ones(2, 16, dtype=torch.float64)
     training.step()
-    with torch.no_grad():
-        before = model(x)
-    half_written, seen, go_on = threading.Event(), [], threading.Event()
-    copy = torch._foreach_copy_
+    half_written, go_on = threading.Event(), threading.Event()
+    copy, linear = torch._foreach_copy_, F.linear
 
     def in_halves(targets, sources):
         for target, source in zip(targets, sources, strict=True):
             half = len(target) // 2
             target[:half].copy_(source[:half])
             half_written.set()
-            go_on.wait(10)
+            assert go_on.wait(10)
         copy(targets, sources)
 
-    def read():
-        assert half_written.wait(10)
-        # The reader comes to a lock that the writer holds, and the writer waits for it: so the writer goes on.
-        threading.Timer(0.05, go_on.set).start()
-        with torch.no_grad():
-            seen.append(model(x))
-
-    monkeypatch.setattr(torch, "_foreach_copy_", in_halves)
-    reader = threading.Thread(target=read)
-    reader.start()
-    with torch.no_grad():
+    @torch.no_grad()
+    def write():
         training.write_by_hand()
         model(x)
-    reader.join(10)
-    monkeypatch.undo()
+
+    def multiply(x, weight, bias=None):
+        if writer.ident is None:  # the reader's first product: it has looked what the weight holds
+            writer.start()
+            assert half_written.wait(10)
+        return linear(x, weight, bias)
+
+    class Watched:
+        def __enter__(self):
+            go_on.set()
+            WRITING.__enter__()
+
+        def __exit__(self, *raised):
+            WRITING.__exit__(*raised)
+
+    writer = threading.Thread(target=write)
     with torch.no_grad():
+        before = model(x)
+        monkeypatch.setattr(torch, "_foreach_copy_", in_halves)
+        monkeypatch.setattr(F, "linear", multiply)
+        monkeypatch.setattr(resident_weight, "WRITING", Watched())
+        seen = model(x)
+        go_on.set()
+        writer.join(10)
+        monkeypatch.undo()
         after = model(x)
+    assert half_written.is_set()
     assert not torch.equal(before, after)
-    assert len(seen) == 1
-    assert torch.equal(seen[0], before) or torch.equal(seen[0], after)
+    for of_layer, old, new in zip(seen, before, after, strict=True):
+        assert torch.equal(of_layer, old) or torch.equal(of_layer, new)
 
 
 def test_a_step_waits_for_a_write_that_another_thread_has_begun():
@@ -304,11 +318,17 @@ def test_a_backward_pass_within_which_a_mixed_batch_runs_raises_or_is_right(monk
     assert torch.equal(torch.autograd.grad(model(x).square().sum(), first)[0], want)
 
 
-def test_inference_during_training_sees_whole_steps():
-    outcome = race(readers=4, steps=40)
-    assert outcome.trouble == []
-    assert outcome.mixed == 0
-    assert outcome.passes >= 4
+@pytest.mark.parametrize("layer", [0, 1])
+def test_inference_during_training_sees_whole_steps(monkeypatch, layer):
+    """A whole step of another thread falls within the product of one layer."""
+    training = Counting(layers=2)
+    training.step()
+    todo = tear(monkeypatch, training.step, whole=layer)
+    with torch.no_grad():
+        seen = training.model(training.x).flatten(1)
+    assert not todo
+    assert all(of_layer.eq(of_layer[0]).all() for of_layer in seen)
+    assert seen[:, 0].tolist() == [8.0] * layer + [16.0] * (2 - layer)
 
 
 def test_a_stock_model_would_show_that_the_race_finds_mixtures(monkeypatch):

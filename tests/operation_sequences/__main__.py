@@ -49,7 +49,7 @@ def sweep(step: int) -> list[str]:
     for kind in ("words", "gpt-oss"):
         with tempfile.TemporaryDirectory() as folder:
             for name, operation in operations(SUBJECTS[kind], Path(folder)).items():
-                for where, wrong in interrupt_everywhere(SUBJECTS[kind], operation, range(1, 10**6, step)):
+                for where, wrong in interrupt_everywhere(SUBJECTS[kind], name, operation, range(1, 10**6, step)):
                     COUNTS[f"lines interrupted: {name}"] += 1
                     if wrong:
                         failed.append(f"{kind}, {name}, interrupted at {where}: {wrong}")
@@ -62,7 +62,7 @@ def main() -> int:
     parser.add_argument("--sequences", type=int, default=2000, help="how many in all")
     parser.add_argument("--operations", type=int, default=20, help="the most in one sequence")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--compiled", type=float, default=0.1, help="the share of Llamas and Words that is compiled")
+    parser.add_argument("--compiled", type=float, default=0.4, help="the share of Llamas and Words that is compiled")
     parser.add_argument("--kinds", nargs="*", default=list(SUBJECTS), choices=list(SUBJECTS))
     parser.add_argument("--ctrl-c", type=int, default=0, metavar="N", help="also interrupt at every Nth line")
     parser.add_argument("--counts", type=Path, help="a file for the counts, written as they grow")

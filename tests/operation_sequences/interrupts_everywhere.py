@@ -15,9 +15,13 @@ from operation_sequences.expected import loss_of
 from operation_sequences.interrupts import interrupted_at
 from operation_sequences.subjects import Subject, logits_of, tokens
 from paca.layers import PacaLayer
+from paca.layers.mixed_batch import Running
 
 Operation = tuple[Callable[[Any], Any], Callable[[Any], Any]]
 """What comes before, and what is interrupted; both get the model."""
+UNCHANGING = {"infer", "mixed batch", "mixed generation"}
+"""Operations after which no call has to say again what is to be active."""
+MIXED = ["default", "other", "__base__"]
 
 
 def two_adapters(subject: Subject) -> Any:
@@ -37,9 +41,13 @@ def _train(model: Any) -> None:
     optimizer.step()
 
 
-def _infer(model: Any, **settings: Any) -> None:
+def _infer(model: Any, **settings: Any) -> torch.Tensor:
     with torch.no_grad():
-        model(tokens(0), **settings)
+        return logits_of(model(tokens(0), **settings))
+
+
+def _generate(model: Any) -> torch.Tensor:
+    return model.generate(input_ids=tokens(0), adapter_names=MIXED, max_new_tokens=1, pad_token_id=0)
 
 
 def operations(subject: Subject, folder: Path) -> dict[str, Operation]:
@@ -52,7 +60,8 @@ def operations(subject: Subject, folder: Path) -> dict[str, Operation]:
     return {
         "train": (nothing, _train),
         "infer": (lambda m: m.state_dict(), _infer),
-        "mixed batch": (nothing, lambda m: _infer(m, adapter_names=["default", "other", "__base__"])),
+        "mixed batch": (nothing, lambda m: _infer(m, adapter_names=MIXED)),
+        "mixed generation": (nothing, _generate if subject.is_transformer else nothing),
         "switch": (nothing, lambda m: m.base_model.set_adapter(["default", "other"])),
         "disable": (nothing, lambda m: m.base_model.disable_adapter_layers()),
         "enable": (lambda m: m.base_model.disable_adapter_layers(), lambda m: m.base_model.enable_adapter_layers()),
@@ -70,8 +79,8 @@ def operations(subject: Subject, folder: Path) -> dict[str, Operation]:
     }
 
 
-def interrupt_everywhere(subject: Subject, operation: Operation, lines: range) -> Iterator[tuple[str, str]]:
-    """Interrupt the operation at each of `lines`, as far as it has so many.
+def interrupt_everywhere(subject: Subject, name: str, operation: Operation, lines: range) -> Iterator[tuple[str, str]]:
+    """Interrupt the operation `name` at each of `lines`, as far as it has so many.
 
     Yields:
         Where it was interrupted, and what was wrong when it had been recovered from (nothing: empty).
@@ -80,13 +89,37 @@ def interrupt_everywhere(subject: Subject, operation: Operation, lines: range) -
     prepared = two_adapters(subject)
     before(prepared)
     originals = {name: p.detach() for name, p in subject.stock().named_parameters()}
+    passes = ({"adapter_names": MIXED}, {}, {"adapter_names": MIXED})
+    wanted = [_infer(copy.deepcopy(prepared), **settings) for settings in passes]
     for line in lines:
         model = copy.deepcopy(prepared)
         with interrupted_at(line) as report:
             run(model)
         if report.where is None:
             return
-        yield report.where, wrong_after_recovery(model, originals)
+        wrong = ""
+        if name in UNCHANGING:
+            first = line // lines.step % 2
+            wrong = wrong_passes(model, passes[first:], wanted[first:])
+            if not wrong and patches(model) != patches(prepared):
+                wrong = "patches are left"
+        yield report.where, wrong or wrong_after_recovery(model, originals)
+
+
+def wrong_passes(model: Any, passes: Any, wanted: list[torch.Tensor]) -> str:
+    """Mixed batches and plain passes have to give what they gave before, bit for bit, and leave the model as it was."""
+    try:
+        found = [_infer(model, **settings) for settings in passes]
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    if not all(map(torch.equal, found, wanted)):
+        return "another output"
+    return "a mixed batch is left" if Running.batches or Running.count else ""
+
+
+def patches(model: Any) -> list[tuple[str, int]]:
+    """What a mixed batch may leave on modules."""
+    return [(name, len(m._forward_pre_hooks) + ("forward" in vars(m))) for name, m in model.named_modules()]
 
 
 def wrong_after_recovery(model: Any, originals: dict[str, torch.Tensor]) -> str:

@@ -16,7 +16,8 @@ from operation_sequences.optimizers import OPTIMIZERS
 from operation_sequences.subjects import SAMPLES, tokens
 
 BATCHES = st.integers(0, 3)
-ENTRIES = st.sampled_from(["model", "compiled", "compiled", "base"])
+ENTRIES = st.sampled_from(["model", "compiled", "compiled", "compiled", "compiled", "base"])
+KINDS = st.sampled_from([*sorted(OPTIMIZERS), *["AdamW fused"] * 3])  # many people train with it
 CHECKPOINTS = st.sampled_from([None, None, None, "whole", "whole, re-entrant", "blocks", "blocks, re-entrant"])
 
 
@@ -244,7 +245,7 @@ class Training(Checked):
         twin.step(again)
 
     @rule(
-        kind=st.sampled_from(sorted(OPTIMIZERS)),
+        kind=KINDS,
         batches=st.lists(BATCHES, min_size=1, max_size=2),
         entry=ENTRIES,
         checkpointing=CHECKPOINTS,
@@ -257,7 +258,7 @@ class Training(Checked):
         self.step(kind, batches[0])
         self.zero_gradients()
 
-    @rule(kind=st.sampled_from(sorted(OPTIMIZERS)))
+    @rule(kind=KINDS)
     def step_again(self, kind: str) -> None:
         """With whatever gradients there are."""
         self.step(kind)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import itertools
 import threading
 
 import pytest
@@ -13,8 +15,11 @@ from transformers import GenerationConfig, LlamaForSequenceClassification, T5Con
 
 import paca
 from distributed.threads import check_at_once
+from expert_models import STACKS, mixtral
 from models import adapt, adapted_perceptron, base_state, gpt2, llama, perceptron, tokens
+from operation_sequences.interrupts import FOLDERS, interrupted_at
 from paca.layers import paca_layers
+from paca.layers.mixed_batch import Running
 from paca.tuner.entry import entry_of
 
 BASE = "__base__"
@@ -532,3 +537,35 @@ def test_a_copy_runs_mixed_batches_of_its_own():
         layer.paca_delta["default"].zero_()
     assert torch.equal(twin(x, adapter_names=NAMES), want)
     assert not torch.equal(model(x, adapter_names=NAMES), want)
+
+
+BEGINNING_AND_END = ["mixed_batch", "running", "begin", "split_by_adapter", "_end", "end", "run_together"]
+BEGINNING_AND_END += ["_take_out_hooks", "_enable_peft_forward_hooks", "__init__", "__enter__", "__exit__"]
+
+
+@torch.no_grad()
+def test_ctrl_c_where_a_mixed_batch_begins_or_ends_changes_no_later_pass():
+    """Also in `contextlib`, and where the exception stays, as it does in a notebook: nothing is freed then."""
+    settings = {"target_modules": ["q_proj"], "target_parameters": STACKS, "modules_to_save": ["lm_head"]}
+    model = adapt(mixtral("eager", num_hidden_layers=1), **settings, task_type="CAUSAL_LM")
+    model.add_adapter("other", paca.PacaConfig(r=2, random_seed=3, init_weights=False, **settings))
+    names, kept = ["default", BASE, "other"], []
+    model, x = model.eval(), tokens(len(names), 4)
+    hooks = [m._forward_pre_hooks.copy() for m in model.modules()]
+    plain, mixed = model(x).logits, model(x, adapter_names=names).logits
+    assert not torch.allclose(plain, mixed)
+    for line in itertools.count(1, 3):
+        with interrupted_at(line, BEGINNING_AND_END, (*FOLDERS, contextlib.__file__)) as report:
+            try:
+                model(x, adapter_names=names)
+            except KeyboardInterrupt as stopped:
+                kept.append(stopped)
+                raise
+        if report.where is None:
+            break
+        assert torch.equal(model(x).logits, plain), report.where
+        assert not Running.batches, report.where
+        assert [m._forward_pre_hooks for m in model.modules()] == hooks, report.where
+        assert not any("forward" in vars(m) for m in model.modules()), report.where
+        assert torch.equal(model(x, adapter_names=names).logits, mixed), report.where
+    assert len(kept) > 20

@@ -9,6 +9,5 @@ class Entry:
     unwritten = False
     """Some weight does not hold what is active just now: a state dict or a copy was taken, or a backward pass put the
     columns of its forward pass back."""
-    mixed_batches = 0  # that threads run now, each with columns of its own
     sharded = False  # FSDP2 shards some of its weights
     mark: object  # stands for it where a pass is noted: one that Ctrl-C ended stays there, and must not keep a model

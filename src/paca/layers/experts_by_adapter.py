@@ -28,7 +28,7 @@ class ExpertsByAdapter:
         self.experts, self.name = experts, name
         self.own = vars(experts).get("forward")  # accelerate's, if there is one
         self.forward: Callable[..., Tensor] = experts.forward
-        self.hook = parent.register_forward_pre_hook(self._note_samples, with_kwargs=True)
+        parent.register_forward_pre_hook(self._note_samples, with_kwargs=True)
 
     def _note_samples(self, parent: nn.Module, args: Any, kwargs: Any = None) -> None:  # `_pass_names` says why
         """Note how the tokens that the experts will get are shared out among samples."""
@@ -111,15 +111,16 @@ def adapted_experts(model: nn.Module) -> list[tuple[str, nn.Module]]:
 def split_by_adapter(model: nn.Module) -> None:
     """Let experts run once per adapter when a mixed batch comes."""
     for name, experts in adapted_experts(model):
-        experts.forward = ExpertsByAdapter(experts, name, model.get_submodule(name.rpartition(".")[0]))
+        if not isinstance(experts.forward, ExpertsByAdapter):
+            experts.forward = ExpertsByAdapter(experts, name, model.get_submodule(name.rpartition(".")[0]))
 
 
 def run_together(model: nn.Module) -> None:
-    """Undo `split_by_adapter`."""
+    """Undo `split_by_adapter`, but for its hooks."""
     for _, experts in adapted_experts(model):
         splitting = experts.forward
         if isinstance(splitting, ExpertsByAdapter):
-            splitting.hook.remove()
-            del experts.forward
-            if splitting.own is not None:
+            if splitting.own is None:
+                del experts.forward
+            else:
                 experts.forward = splitting.own

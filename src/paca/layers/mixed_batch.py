@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from contextvars import ContextVar
+from types import FrameType
 from typing import TypeVar
 
 import torch
 from torch import Tensor
+
+from paca.columns.entry import Entry
+from paca.columns.resident import WRITING
 
 _T = TypeVar("_T")
 
@@ -32,6 +36,17 @@ class MixedBatch:
         self.samples_before: dict[str, tuple[int, int]] = {}
         """Per experts module, samples and length of what the block around it got last."""
         self._rows: dict[tuple[int, torch.device], dict[str, Tensor]] = {}
+        self.entry: Entry | None = None
+        """Of the model that it runs through."""
+        self.thread = threading.get_ident()
+        self.call: FrameType | None = None
+        """What is on its thread's stack as long as it runs."""
+
+    def begin(self) -> None:
+        """Called before it runs; writes of other threads wait."""
+
+    def end(self) -> None:
+        """Undo `begin`, also where that did only a part, and where a part is undone."""
 
     def names_of(self, samples: int) -> tuple[str, ...]:
         """The adapters of a layer's input that has `samples` of them, in its order; `ValueError` if there are not as
@@ -60,32 +75,74 @@ class MixedBatch:
 
 
 class Running:
-    """How many mixed batches run in the process: what compiled graphs look at, which are then run by the layers."""
+    """The mixed batches that run in the process."""
 
     count = 0
-
-
-_CURRENT: ContextVar[MixedBatch | None] = ContextVar("paca_mixed_batch", default=None)
-_COUNTING = threading.Lock()
+    """How many: what compiled graphs look at, which are then run by the layers."""
+    batches: tuple[MixedBatch, ...] = ()
 
 
 def current_mixed_batch() -> MixedBatch | None:
-    """The mixed batch that this thread is running, if any."""
-    return _CURRENT.get()
+    """The mixed batch that this thread is running, if any; the innermost."""
+    thread = threading.get_ident()
+    for batch in reversed(Running.batches):
+        if batch.thread == thread:
+            return batch
+    return None
 
 
 @contextmanager
 def running(batch: MixedBatch) -> Iterator[None]:
-    """Make `batch` the current one of this thread; other threads don't see it."""
-    token = _CURRENT.set(batch)
-    with _COUNTING:
-        Running.count += 1
+    """Make `batch` the current one of this thread; other threads don't see it.
+
+    Ctrl-C may come at any line. So the batch is on the list before anything else is done, and until all is undone:
+    there `end_left_over` finds it.
+    """
+    batch.call = _call_below(sys._getframe())
     try:
+        with WRITING:
+            if (
+                batch.entry is not None
+            ):  # before a weight is parked: from now on each layer looks which columns are wanted
+                batch.entry.unwritten = True
+            Running.batches = (*Running.batches, batch)
+            Running.count = len(Running.batches)
+            batch.begin()
         yield
     finally:
-        with _COUNTING:
-            Running.count -= 1
-        _CURRENT.reset(token)
+        _end(batch)
+
+
+def _end(batch: MixedBatch) -> None:
+    with WRITING:
+        batch.end()
+        left = tuple(other for other in Running.batches if other is not batch)
+        Running.count = len(left)
+        Running.batches = left
+        batch.call = None
+
+
+def end_left_over() -> None:
+    """End mixed batches of this thread whose call is over: Ctrl-C came in `running`, or on the way to it."""
+    batch = current_mixed_batch()
+    while batch is not None and not _is_on_the_stack(batch.call):
+        _end(batch)
+        batch = current_mixed_batch()
+
+
+def _call_below(frame: FrameType | None) -> FrameType | None:
+    """The call whose `with` statement enters the context manager that runs in `frame`, through PEFT's own."""
+    entering = ("running", "__enter__", "enter_context", "_enable_peft_forward_hooks")
+    while frame is not None and frame.f_code.co_name in entering:
+        frame = frame.f_back
+    return frame
+
+
+def _is_on_the_stack(call: FrameType | None) -> bool:
+    frame: FrameType | None = sys._getframe()
+    while frame is not None and frame is not call:
+        frame = frame.f_back
+    return frame is not None
 
 
 class StepUnderway(RuntimeError):

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import logging
-import os
 
 from datasets import Dataset
 from transformers import TrainingArguments
 
 from paca.messages.errors import PacaError
+from paca.messages.processes import launched_processes
 from paca.planning import available_memory, warn_if_too_large
 from paca.training.plan import PreparedRun
 from paca.training.run_setting import setting_of_run
@@ -30,7 +30,7 @@ def memory_at_hand(arguments: TrainingArguments) -> int | None:
     except PacaError:  # no such device after all
         return None
     # Processes on one machine share the CPU's memory; each has a GPU of its own.
-    return available // int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if device == "cpu" else available
+    return available // launched_processes("LOCAL_WORLD_SIZE") if device == "cpu" else available
 
 
 def memory_warning(

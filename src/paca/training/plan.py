@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from paca.data.sample import Sample
 from paca.lean import make_lean, undo_lean
 from paca.messages.errors import PacaError
+from paca.messages.processes import launched_processes
 from paca.messages.say import say
 from paca.planning.estimate import PlannedModel
 from paca.pretrained.quantizing import quantize_outline
@@ -229,7 +230,7 @@ def prepare(config: RunConfig, *, whole: bool = True) -> PreparedRun:
             )
         config.adapter.setdefault("original_weights", named.name)
     config.adapter = adapter_settings.with_defaults(method, config.adapter)
-    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    processes = launched_processes()
     steps = planned_steps(len(train.dataset), config.train, processes)
     if "warmup_steps" not in given and steps is not None:
         config.train["warmup_steps"] = train_settings.warm_up(steps)

@@ -2,57 +2,60 @@
 
 from __future__ import annotations
 
-import weakref
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
+import torch
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
-from paca.columns.entry import Entry
-from paca.columns.resident import WRITING
 from paca.layers import paca_layers
-from paca.layers.experts_by_adapter import run_together, split_by_adapter
-from paca.layers.mixed_batch import BASE, MixedBatch, current_mixed_batch, running
+from paca.layers.experts_by_adapter import ExpertsByAdapter, run_together, split_by_adapter
+from paca.layers.mixed_batch import BASE, MixedBatch, Running, current_mixed_batch, end_left_over, running
 from paca.tuner.entry import entry_of
 
-_PREPARED: weakref.WeakKeyDictionary[nn.Module, ExitStack] = weakref.WeakKeyDictionary()
 
-
-@contextmanager
-def mixed_batch(model: nn.Module, adapter_names: Sequence[str], arguments: Mapping[str, Any]) -> Iterator[None]:
+@torch.compiler.disable
+def mixed_batch(
+    model: nn.Module, adapter_names: Sequence[str], arguments: Mapping[str, Any]
+) -> AbstractContextManager[None]:
     """Run the forward passes within, called with `arguments`, with one adapter per sample, `"__base__"` for none.
 
     The weights are parked by the first of them; afterwards, the next ordinary forward pass sees the active adapters.
     Other threads may run mixed batches of their own meanwhile, or ordinary forward passes: each layer looks which
     columns its thread wants, writes them, and multiplies again if another thread wrote others in between. Raise
     `ValueError` for names that are no list of loaded adapters, or for adapters that can't be mixed now."""
-    batch = MixedBatch(_check(model, adapter_names), repeats=_repeats(arguments))
-    entry = entry_of(model) or Entry()
-    with WRITING:
-        if not entry.mixed_batches:
-            _PREPARED[model] = _prepare(model)
-        entry.mixed_batches += 1
-        entry.unwritten = True  # before a weight is parked: from now on each layer looks which columns are wanted
-    try:
-        with running(batch):
-            yield
-    finally:
-        with WRITING:
-            entry.mixed_batches -= 1
-            if not entry.mixed_batches:
-                _PREPARED.pop(model).close()
+    end_left_over()
+    return running(_BatchOfModel(model, _check(model, adapter_names), _repeats(arguments)))
 
 
-def _prepare(model: nn.Module) -> ExitStack:
-    """Let modules that need the names look for them; closing what this gives undoes it."""
-    undo = ExitStack()
-    split_by_adapter(model)
-    undo.callback(run_together, model)
-    for wrapper in _wrappers(model):
-        undo.callback(wrapper.register_forward_pre_hook(_pass_names, with_kwargs=True).remove)
-    return undo
+class _BatchOfModel(MixedBatch):
+    """While it runs, modules that need the names look for them."""
+
+    def __init__(self, model: nn.Module, names: Sequence[str], repeats: int) -> None:
+        super().__init__(names, repeats)
+        self.model, self.entry = model, entry_of(model)
+
+    def begin(self) -> None:
+        split_by_adapter(self.model)
+        for wrapper in _wrappers(self.model):
+            if _pass_names not in wrapper._forward_pre_hooks.values():
+                wrapper.register_forward_pre_hook(_pass_names, with_kwargs=True)
+
+    def end(self) -> None:
+        if not any(batch.entry is self.entry for batch in Running.batches if batch is not self):
+            run_together(self.model)
+            for module in self.model.modules():
+                _take_out_hooks(module)
+
+
+def _take_out_hooks(module: nn.Module) -> None:
+    """Those that `begin` put in: their handles may be lost (Ctrl-C)."""
+    for key, hook in list(module._forward_pre_hooks.items()):
+        if hook is _pass_names or isinstance(getattr(hook, "__self__", None), ExpertsByAdapter):
+            del module._forward_pre_hooks[key]
+            module._forward_pre_hooks_with_kwargs.pop(key, None)
 
 
 def _check(model: nn.Module, adapter_names: Sequence[str]) -> tuple[str, ...]:

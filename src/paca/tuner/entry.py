@@ -20,7 +20,7 @@ from paca.columns.resident import WRITING, write_together
 from paca.columns.state import THREAD, may_be_recorded
 from paca.columns.stepping import others_step
 from paca.layers.base import PacaLayer, paca_layers
-from paca.layers.mixed_batch import Running, current_mixed_batch
+from paca.layers.mixed_batch import Running, current_mixed_batch, end_left_over
 
 
 def write_layers(layers: list[PacaLayer], *, compare: bool = False) -> None:
@@ -49,6 +49,8 @@ class ModelEntry(Entry):
     @torch.compiler.disable
     def look(self, model: nn.Module) -> None:
         """Write what is stale, and find what no version counter shows. Reads only, if there is nothing."""
+        if Running.batches:
+            end_left_over()
         if self.sharded:
             sharded = [layer for layer in self.layers if not layer.base_layer.columns.whole]
             for layer in sharded[:1]:
@@ -63,7 +65,7 @@ class ModelEntry(Entry):
                 write_layers([*self.layers, *self.others], compare=True)
             else:
                 write_layers([layer for layer in self.layers if layer.stale()])
-            self.unwritten = self.mixed_batches > 0  # then each layer looks which columns this thread wants
+            self.unwritten = any(batch.entry is self for batch in Running.batches)  # then each layer looks itself
 
     @torch.compiler.disable(reason="weights of the adapted model are parked: call paca.refresh(model) before this call")
     def look_from_a_graph(self, model: nn.Module) -> None:
@@ -103,7 +105,7 @@ class ModelEntry(Entry):
         self.take([*self.layers, *self.others])  # a copied or unpickled model's own
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_modes": {}, "mixed_batches": 0}
+        return {**self.__dict__, "_modes": {}}
 
 
 # Dynamo neither compiles these hooks by themselves, nor leaves the graph when it traces a model that has them.
@@ -153,9 +155,8 @@ def entry_of(model: nn.Module) -> ModelEntry | None:
 def refresh(model: nn.Module) -> None:
     """Write the deltas into the weights now, whatever their version counters say.
 
-    Needed only after a delta was written through `.data` (or by a foreign kernel) with neither a step, a backward pass
-    nor a change of mode around it; and before a call of a function of your own that you compiled around the model,
-    after deltas were written by hand.
+    Needed only after a delta was written through `.data` (or by a foreign kernel), without a step, a backward pass or a
+    change of mode around it; and after you wrote deltas by hand, before calls of what you compiled around the model.
 
     Args:
         model: The adapted model, or any module that holds adapted layers.
@@ -164,4 +165,4 @@ def refresh(model: nn.Module) -> None:
     write_layers(layers, compare=True)
     for entry in {layer.base_layer.columns.entry for layer in layers if layer.mode == "resident"}:
         if isinstance(entry, ModelEntry) and set(entry.layers) <= set(layers):
-            entry.unwritten = entry.mixed_batches > 0
+            entry.unwritten = any(batch.entry is entry for batch in Running.batches)

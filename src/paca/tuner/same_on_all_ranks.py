@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from typing import TypeVar
 
 import torch
 from torch import distributed
+
+from paca.messages.processes import launched_processes
 
 Choice = TypeVar("Choice")
 
@@ -23,7 +24,7 @@ def same_on_all_ranks(choice: Choice) -> Choice:
 def drawn_seed() -> int:
     """A seed from torch's random state for a config that has none (`random_seed: null`), the same in all processes."""
     connected = distributed.is_available() and distributed.is_initialized()
-    if not connected and int(os.environ.get("WORLD_SIZE") or 1) > 1:
+    if not connected and launched_processes() > 1:
         raise ValueError(
             "random_seed is null, so a seed has to be drawn, but the processes of this run are not connected yet and "
             "would draw different ones. Give random_seed a number, or connect them (accelerate.PartialState(), "

@@ -18,6 +18,8 @@ from paca.pretrained.adapter_folder import find_adapter
 from paca.pretrained.claims import holder_of
 from paca.training.folder.run_folder import RunFolder, steps_done, write_whole
 
+pytestmark = pytest.mark.usefixtures("in_time")
+
 TRAIN = """
 import sys, time
 from pathlib import Path
@@ -32,12 +34,16 @@ with RunFolder(Path(sys.argv[1])).in_use():
 def trained_elsewhere(folder: Path, streams: Path) -> Iterator[BaseProcess]:
     """A process that has the folder in use."""
     process = start_forked(TRAIN, folder, streams=streams)
-    while not (streams / "stdout").exists() or (streams / "stdout").read_text() != "held\n":
-        assert process.exitcode is None, (streams / "stderr").read_text()
-        time.sleep(0.01)
-    yield process
-    process.kill()
-    process.join()
+    try:
+        end = time.monotonic() + 60
+        while not (streams / "stdout").exists() or (streams / "stdout").read_text() != "held\n":
+            assert process.exitcode is None, (streams / "stderr").read_text()
+            assert time.monotonic() < end, "the process does not get the folder"
+            time.sleep(0.01)
+        yield process
+    finally:
+        process.kill()
+        process.join(60)
 
 
 def checkpoint(folder: RunFolder, step: int, *, whole: bool = True) -> Path:

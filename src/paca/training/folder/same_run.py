@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import re
 from contextlib import suppress
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any
 from paca.data import Examples
 from paca.data.file_content import hash_of
 from paca.messages.errors import PacaError
+from paca.messages.processes import launched_processes
 from paca.pretrained import Pretrained
 from paca.pretrained.content import model_content
 from paca.training.config.run_config import RunConfig
@@ -148,7 +148,7 @@ def inputs_of(config: RunConfig, train: Examples, held_out: Examples | None) -> 
         held_out: Its held-out data.
     """
     data, found = config.data, {"data.train": train.content()}
-    found[_PROCESSES] = os.environ.get("WORLD_SIZE", "1")
+    found[_PROCESSES] = str(launched_processes())
     if held_out is not None:
         key = "data.eval" if isinstance(data.eval, str) else "data.train"
         found[key] = found.get(key, "") + held_out.content()

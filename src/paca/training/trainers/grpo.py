@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
@@ -17,6 +16,7 @@ from paca.data.formats import Example
 from paca.data.sample import take_sample
 from paca.data.tokens import IGNORED, Tokens, render
 from paca.messages.errors import PacaError
+from paca.messages.processes import launched_processes
 from paca.pretrained.answer_pattern import check_pattern
 from paca.training.config.key_checks import Origins
 from paca.training.config.run_config import RunConfig
@@ -76,7 +76,7 @@ class Grpo(TrainerKind):
         Raises:
             PacaError: They are not.
         """
-        answers = answers_at_a_time(config.train, processes := int(os.environ.get("WORLD_SIZE", "1")))
+        answers = answers_at_a_time(config.train, processes := launched_processes())
         if answers % config.train["num_generations"]:
             raise PacaError(
                 f"{answers} answers are made at a time (train.per_device_train_batch_size × accumulated batches, in "

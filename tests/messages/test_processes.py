@@ -1,0 +1,33 @@
+"""The number of processes that a launcher names."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+import paca
+from models import adapted_perceptron
+from paca.messages.processes import launched_processes
+
+
+@pytest.mark.parametrize(("given", "want"), [(None, 1), ("", 1), (" ", 1), ("1", 1), ("16", 16)])
+def test_an_empty_variable_counts_as_unset(monkeypatch: pytest.MonkeyPatch, given: str | None, want: int) -> None:
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    if given is not None:
+        monkeypatch.setenv("WORLD_SIZE", given)
+    assert launched_processes() == want
+
+
+@pytest.mark.parametrize("given", ["x", "0", "-1", "2.5", "²"])
+def test_nonsense_is_an_error_that_names_the_variable(monkeypatch: pytest.MonkeyPatch, given: str) -> None:
+    monkeypatch.setenv("WORLD_SIZE", given)
+    with pytest.raises(paca.PacaError, match=rf"WORLD_SIZE is '{re.escape(given)}', and has to be the number"):
+        adapted_perceptron(random_seed=None)
+
+
+def test_one_place_reads_it() -> None:
+    reads = re.compile(r"environ[^\n]*WORLD_SIZE|getenv[^\n]*WORLD_SIZE")
+    folder = Path(paca.__file__).parent
+    assert [str(p) for p in folder.rglob("*.py") if reads.search(p.read_text(encoding="utf-8"))] == []
