@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import sys
 import threading
 
 import pytest
@@ -472,3 +473,29 @@ def test_a_step_without_gradients_is_found_also_where_the_weights_are_parked():
         loss_of(model)
     for layer, want in zip(paca_layers(model), wanted_weights(model), strict=True):
         assert torch.equal(layer.base_layer.weight, want)
+
+
+def test_a_step_is_seen_though_its_thread_leaves_a_generator_meanwhile(monkeypatch):
+    """Adam asks `any(... for p in ...)`: a frame that yielded before it was looked at has no caller any more."""
+    model = adapted()
+    within, go_on = threading.Event(), threading.Event()
+
+    class Slow(torch.optim.SGD):
+        def step(self, closure=None):
+            within.set()
+            go_on.wait(20)
+
+    optimizer = Slow(deltas_of(model), lr=1e-3)
+    thread = threading.Thread(target=optimizer.step)
+    thread.start()
+    try:
+        assert within.wait(20)
+        left = (number for number in (1, 2))
+        next(left)
+        frames, real = [left.gi_frame], sys._current_frames
+        monkeypatch.setattr(sys, "_current_frames", lambda: {thread.ident: frames.pop()} if frames else real())
+        assert stepping.others_step(paca_layers(model))
+        assert not frames
+    finally:
+        go_on.set()
+        thread.join()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import pytest
 
 import paca
 from models import adapted_perceptron
-from paca.messages.processes import launched_processes
+from paca.messages.processes import forget_empty, launched_processes
 
 
 @pytest.mark.parametrize(("given", "want"), [(None, 1), ("", 1), (" ", 1), ("1", 1), ("16", 16)])
@@ -18,6 +19,15 @@ def test_an_empty_variable_counts_as_unset(monkeypatch: pytest.MonkeyPatch, give
     if given is not None:
         monkeypatch.setenv("WORLD_SIZE", given)
     assert launched_processes() == want
+
+
+def test_empty_variables_are_taken_out_and_others_stay(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in (("WORLD_SIZE", ""), ("RANK", " "), ("LOCAL_RANK", "0")):
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    forget_empty()
+    names = ("WORLD_SIZE", "RANK", "LOCAL_WORLD_SIZE", "LOCAL_RANK")
+    assert [os.environ.get(name) for name in names] == [None, None, None, "0"]
 
 
 @pytest.mark.parametrize("given", ["x", "0", "-1", "2.5", "²"])

@@ -12,6 +12,7 @@ import typer
 from rich.console import Console
 
 from paca.messages.errors import PacaError
+from paca.messages.processes import forget_empty
 from paca.messages.program import program
 from paca.messages.say import say
 from paca.messages.units import format_bytes, format_duration
@@ -50,6 +51,7 @@ def train(
         raise PacaError("--settings goes with --dry-run; a run writes them to the config.yaml of its folder.")
     from paca.training.config.config_file import load_run_config
 
+    forget_empty()
     run_config = load_run_config(config, set_ or ())
     console = Console(quiet=os.environ.get("RANK", "0") != "0")
     if push_to_hub is not None and not console.quiet:

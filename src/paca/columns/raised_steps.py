@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
 from typing import Any
 
@@ -21,9 +22,10 @@ def forget_raised(stepping: dict[int, tuple[list[Any], list[Any]]]) -> None:
 
 
 def _is_in_a_step(thread: int) -> bool:
-    frame = sys._current_frames().get(thread)
+    frame = last = sys._current_frames().get(thread)
     while frame is not None:
         if frame.f_code.co_name == "wrapper" and frame.f_code.co_filename == _WRAPPER.co_filename:
             return True
-        frame = frame.f_back
-    return False
+        last, frame = frame, frame.f_back
+    # The thread runs on: a generator that it was in may have yielded, and then has no caller. So it is asked again.
+    return last is not None and bool(last.f_code.co_flags & inspect.CO_GENERATOR) and _is_in_a_step(thread)

@@ -16,3 +16,10 @@ def launched_processes(variable: str = "WORLD_SIZE") -> int:
             "started. Unset it, or start with torchrun or accelerate launch."
         )
     return int(text[:20])
+
+
+def forget_empty() -> None:
+    """Take launchers' variables that are empty out of the environment: accelerate would read them as numbers."""
+    for variable in ("WORLD_SIZE", "RANK", "LOCAL_WORLD_SIZE", "LOCAL_RANK"):
+        if not os.environ.get(variable, "0").strip():
+            del os.environ[variable]
