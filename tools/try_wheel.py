@@ -31,7 +31,7 @@ TESTS = (
     *(f"tests/tuner/test_{name}.py" for name in ("adapter_names", "tuner", "hotswap_kinds", "hotswap")),
     *(f"tests/layers/test_{name}.py" for name in ("linear", "overlaid")),
 )
-OF_THEIR_TIME = "huggingface-hub<2\nscikit-learn<1.8\nnumpy<2.3\n"
+OF_THEIR_TIME = "dill<0.4.1\nfsspec<2026.3\nhuggingface-hub<2\nscikit-learn<1.8\nnumpy<2.3\n"
 """What our dependencies need: newer ones don't go with the lowest versions that we allow of `datasets` and `scipy`."""
 WORKSPACE = "from pathlib import Path; from training.tiny_run import save_workspace; save_workspace(Path.cwd())"
 WHERE = "import paca, torch, transformers, trl, peft; print(paca.__file__); print(torch.__version__)"
