@@ -31,7 +31,7 @@ TESTS = (
     *(f"tests/tuner/test_{name}.py" for name in ("adapter_names", "tuner", "hotswap_kinds", "hotswap")),
     *(f"tests/layers/test_{name}.py" for name in ("linear", "overlaid")),
 )
-OF_THEIR_TIME = "huggingface-hub<2\nscikit-learn<1.8\nnumpy<2.3\n"
+OF_THEIR_TIME = "dill<0.4.1\nfsspec<2026.3\nhuggingface-hub<2\nscikit-learn<1.8\nnumpy<2.3\n"
 """What our dependencies need: newer ones don't go with the lowest versions that we allow of `datasets` and `scipy`."""
 WORKSPACE = "from pathlib import Path; from training.tiny_run import save_workspace; save_workspace(Path.cwd())"
 WHERE = "import paca, torch, transformers, trl, peft; print(paca.__file__); print(torch.__version__)"
@@ -119,8 +119,11 @@ def use_the_lowest(trial: Trial, tests: list[str]) -> None:
     constraints = trial.folder / "constraints.txt"
     constraints.write_text(OF_THEIR_TIME)
     lowest = ("--resolution", "lowest-direct", "--constraints", str(constraints))
-    said = trial.install(*lowest, f"{trial.wheel}[{','.join(EXTRAS)}]")
-    direct, higher = _direct(trial, dict(re.findall(r"(?m)^ \+ (\S+?)==(\S+)", said)))
+    trial.install("--quiet", "--no-deps", str(trial.wheel))
+    requirements = _requirements(trial)
+    # One by one: what a wheel asks for is not direct to uv 0.13, which takes the newest then.
+    said = trial.install(*lowest, *(f"{one.name}{one.specifier}" for one in requirements))
+    direct, higher = _direct(requirements, dict(re.findall(r"(?m)^ \+ (\S+?)==(\S+)", said)))
     print("  " + ", ".join(direct), flush=True)
     if higher:
         sys.exit(f"The lowest that go together are {', '.join(higher)}: raise the bounds in pyproject.toml to these.")
@@ -129,14 +132,20 @@ def use_the_lowest(trial: Trial, tests: list[str]) -> None:
     print(trial.run("python", "-m", "pytest", "-W", "ignore", "-p", "no:cacheprovider", *tests, cwd=ROOT), flush=True)
 
 
-def _direct(trial: Trial, installed: dict[str, str]) -> tuple[list[str], list[str]]:
-    """What the wheel names of the versions that were installed, and which of these are above the bound it gives."""
-    direct, higher = [], []
+def _requirements(trial: Trial) -> list[Requirement]:
+    """What the installed wheel asks for, with its extras."""
     (metadata,) = (trial.folder / "venv").glob("lib/python*/site-packages/paca_tuning-*.dist-info")
-    for requirement in map(Requirement, Distribution.at(metadata).requires or ()):
+    every = map(Requirement, Distribution.at(metadata).requires or ())
+    extras = ("", *EXTRAS)
+    return [one for one in every if not one.marker or any(one.marker.evaluate({"extra": extra}) for extra in extras)]
+
+
+def _direct(requirements: list[Requirement], installed: dict[str, str]) -> tuple[list[str], list[str]]:
+    """What is asked for of the versions that were installed, and which of these are above the bound given."""
+    direct, higher = [], []
+    for requirement in requirements:
         version = installed.get(canonicalize_name(requirement.name))
-        extras = ("", *EXTRAS)
-        if version is None or not any(not (m := requirement.marker) or m.evaluate({"extra": e}) for e in extras):
+        if version is None:
             continue
         direct.append(f"{requirement.name} {version}")
         if not any(Version(version) == Version(bound.version) for bound in requirement.specifier):

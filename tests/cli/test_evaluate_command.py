@@ -85,7 +85,7 @@ def test_mt_bench_prints_ratings_and_what_the_judge_took(workspace: Path, monkey
     assert (done.returncode, done.stderr) == (0, "")
     assert {headers["Authorization"] for headers, _ in server.requests} == {"Bearer secret"}
     assert "base: 4 answers judged by strict" in done.stdout
-    assert re.search(r"maths .* 4.00 ± 0.00 .* 4.00 ± 0.00", done.stdout)
+    assert re.search(r"maths[ │]+4.00[ │]+4.00[ │]+\n", done.stdout)
     assert "The judge read 8,000 tokens and wrote 40, in 8 requests." in done.stdout
 
 

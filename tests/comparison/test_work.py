@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import shutil
@@ -11,12 +12,15 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
+from rich.console import Console
 
 from comparison.small_comparison import IN_A_PROCESS, small_work
 from forked_process import start_forked
-from paca.comparison.work import seconds_left
+from paca.comparison.schedule import Job
+from paca.comparison.work import _Progress, seconds_left
 from paca.pretrained.claims import Claim
 
 NAMES = [f"{method}-lr{rate}-seed{seed}" for method in ("paca", "lora") for rate, seed in
@@ -189,3 +193,17 @@ def test_time_left_goes_by_the_runs_of_each_method() -> None:
     assert seconds_left(left, {}, "paca", 5.0, 20.0) == 2 * 20 + 20 - 5
     assert seconds_left(left, {"paca": [10.0, 30.0], "lora": [100.0]}, "paca", 5.0, 1.0) == 2 * 20 + 100 - 5
     assert seconds_left({"paca": 1}, {"paca": [10.0]}, "paca", 50.0, None) == 0
+
+
+def test_a_log_file_says_no_line_twice_in_a_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("paca.comparison.work._PLAIN_LINE_EVERY", 0)
+    work, job = small_work(tmp_path), Job("paca", 1e-3, 0)
+    shown = work.console = Console(file=io.StringIO())  # type: ignore[assignment]
+    work.steps = {}  # so that no time left is told, which passes
+    steps = iter([None, None, (2, 1.0), (6, 3.0), (6, 3.0), (6, 3.0)])
+    with _Progress(work, job, Mock(step=lambda: next(steps))) as progress:
+        for _ in range(6):
+            progress.show()
+    heading = "run 1 of 6: paca-lr0.001-seed0"
+    lines = shown.file.getvalue().splitlines()  # type: ignore[attr-defined]
+    assert lines == [f"{heading} ...", f"{heading}  step 2", f"{heading}  step 6"]

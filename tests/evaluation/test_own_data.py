@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import scipy.stats
 import torch
 
 from paca.data import load_examples
@@ -18,7 +19,7 @@ from paca.evaluation.completions import completions
 from paca.evaluation.encoding import continuation_of, question_of
 from paca.evaluation.log_likelihood import Continuation, Likelihood, likelihoods
 from paca.evaluation.own_data import Measurement, Score, measure
-from paca.evaluation.statistics import mean_with_error, ratio_with_error
+from paca.evaluation.statistics import mean_with_error, ratio_with_error, share_may_be_off
 from paca.messages.errors import PacaError
 from paca.pretrained.answer_pattern import extract_answers
 from paca.pretrained.generation import LoadedModel, load_for_generation, stream_reply
@@ -260,6 +261,12 @@ def test_measuring_leaves_the_model_in_its_mode(loaded: LoadedModel, tmp_path: P
         assert loaded.model.training
     finally:
         loaded.model.eval()
+
+
+def test_answers_that_are_all_right_leave_room_as_wilsons_interval_says() -> None:
+    for count in (1, 20, 1000):
+        low = scipy.stats.binomtest(count, count).proportion_ci(0.95, "wilson").low
+        assert share_may_be_off(count) == pytest.approx(1 - low, rel=1e-4)
 
 
 def test_standard_errors_are_those_of_a_mean_and_of_a_ratio() -> None:

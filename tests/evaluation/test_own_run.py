@@ -10,7 +10,10 @@ import pytest
 import yaml
 
 from evaluation.tally import Tally
-from paca.evaluation.own_run import config_of_run, evaluate_run
+from paca.cli.evaluate import number
+from paca.evaluation.own_data import Score
+from paca.evaluation.own_run import config_of_run, evaluate_run, rows_of_run, write_scores
+from paca.evaluation.side_by_side import note_on_errors
 from paca.pretrained.generation import LoadedModel, load_for_generation
 from paca.training.config.run_config import RunConfig
 
@@ -59,6 +62,39 @@ def test_what_was_answered_before_ctrl_c_is_not_asked_again(
     again = Tally()
     assert evaluate_run(loaded, config, None, 2, run / "out", again) == expected
     assert again.begun == []
+
+
+@pytest.mark.parametrize("metric", ["loss", "choice"])
+def test_the_difference_has_the_error_of_the_differences_one_by_one(
+    run: Path, loaded: LoadedModel, metric: str, tmp_path: Path
+) -> None:
+    scores = evaluate_run(loaded, config_with(run, metric), None, 2, None, Tally())
+    before, after = scores["base"], scores["adapter"]
+    count, tokens = len(ROWS), after.weights
+    row = rows_of_run(scores)[0]
+    assert row.difference is not None
+    assert row.difference[0] == pytest.approx(after.values[metric] - before.values[metric])
+    one_by_one = [new - old for old, new in zip(before.sums[metric], after.sums[metric], strict=True)]
+    squares = sum((one - row.difference[0] * n) ** 2 for one, n in zip(one_by_one, tokens, strict=True))
+    assert row.difference[1] == pytest.approx((count / (count - 1) * squares) ** 0.5 / sum(tokens))
+    written = json.loads(write_scores(tmp_path, scores).read_text())
+    assert (written["difference"][metric], written["difference"][f"{metric}_stderr"]) == row.difference
+    assert written["base"] == before.as_dict()
+
+
+def test_all_right_and_all_wrong_is_said_to_be_no_certainty() -> None:
+    def score(right: float) -> Score:
+        return Score({"choice": right}, {"choice": 0.0}, 20, [], {"choice": [right] * 20}, [1.0] * 20)
+
+    rows = rows_of_run({"base": score(0), "adapter": score(1)})
+    assert rows[0].difference == (1.0, 0.0)
+    assert note_on_errors(rows) == (
+        "Without ±, all questions came out alike, which tells no standard error. Of 20, all or none, the share may be "
+        "0.16 off (95 %, Wilson)."
+    )
+    assert number((1.0, 0.0)) == "1.0000"
+    half = Score({"choice": 0.5}, {"choice": 0.5}, 2, [], {"choice": [0.0, 1.0]}, [1.0] * 2)
+    assert note_on_errors(rows_of_run({"model": half})) is None
 
 
 def test_without_a_folder_nothing_is_kept(run: Path, loaded: LoadedModel) -> None:

@@ -113,7 +113,7 @@ def evaluate(
                 say(console, f"Measuring {config.eval.metric or 'loss'} on the run's held-out data ...")
                 scores = evaluate_run(loaded, config, limit, batch_size, output, shown)
                 shown.finish()
-                console.print(table_of(rows_of_run(scores)))
+                print_table(console, rows_of_run(scores))
                 if output is not None:
                     say(console, f"Written: {write_scores(output, scores)}")
                 return
@@ -136,7 +136,7 @@ def evaluate(
                 settings = HarnessSettings(num_fewshot, limit, batch_size, chat_template)
                 results = evaluate_tasks(loaded, found, settings, output, shown)
                 shown.finish()
-                console.print(table_of(rows_of(results)))
+                print_table(console, rows_of(results))
                 say(console, f"Written: {output / 'results.json'}")
             if mt_bench is not None and judge_url is not None and judge_model is not None:
                 from paca.evaluation.judge import Judge, JudgeSettings
@@ -217,6 +217,15 @@ class Shown:
             self._progress = None
 
 
+def print_table(console: Console, rows: list[Row]) -> None:
+    """Print the numbers, and below them what the errors don't say."""
+    from paca.evaluation.side_by_side import note_on_errors
+
+    console.print(table_of(rows))
+    if note := note_on_errors(rows):
+        say(console, note)
+
+
 def table_of(rows: list[Row]) -> Table:
     """Tasks down, base and adapter across."""
     table = Table(box=SIMPLE_HEAD, pad_edge=False)  # three numbers with their errors leave little of 80 columns
@@ -237,8 +246,8 @@ def table_of(rows: list[Row]) -> Table:
 
 
 def number(value: Mean, *, signed: bool = False, digits: int = 4) -> str:
-    """`0.4500 ± 0.0210`; large numbers have fewer digits, and more than seven before the point an exponent."""
+    """`0.4500 ± 0.0210`, without an error of 0; large numbers have fewer digits, those beyond 1e7 an exponent."""
     size = max(abs(part) for part in value if part is not None)
     kind = f".{digits}g" if size >= 1e7 else f".{max(0, digits - int(math.log10(max(size, 1))))}f"
     text = f"{value[0]:{'+' if signed else ''}{kind}}"
-    return text if value[1] is None else f"{text} ± {value[1]:{kind}}"
+    return text if not value[1] else f"{text} ± {value[1]:{kind}}"

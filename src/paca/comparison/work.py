@@ -147,6 +147,7 @@ class _Progress:
             if row["score"] is not None:
                 self.taken[one.method].append(work.took.get(one, row["run_info"]["total_time"]))
         self.heading = f"run {len(ended) + 1} of {sum(plan.expected.values())}: {job.name}"
+        self.last_line = self.heading
         self.live: Live | None = None
 
     def __enter__(self) -> _Progress:
@@ -164,7 +165,9 @@ class _Progress:
             self.live.update(Text(self._line(now), no_wrap=True, overflow="ellipsis"))
         elif now - self.last_plain > _PLAIN_LINE_EVERY:
             self.last_plain = now
-            say(self.work.console, self._line(now))
+            if (line := self._line(now)) != self.last_line:  # it stays the same while held-out data is scored
+                say(self.work.console, line)
+            self.last_line = line
 
     def __exit__(self, *error: object) -> None:
         if self.live is not None:

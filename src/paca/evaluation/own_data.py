@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -12,8 +12,8 @@ from paca.data.examples import ORIGIN
 from paca.evaluation.completions import completions
 from paca.evaluation.encoding import Example, answer_of, continuation_of, options_of, question_of, question_text
 from paca.evaluation.kept_lines import KeptAnswers
-from paca.evaluation.log_likelihood import Likelihood, likelihoods
-from paca.evaluation.statistics import Mean, mean_with_error, ratio_with_error
+from paca.evaluation.log_likelihood import likelihoods
+from paca.evaluation.statistics import ratio_with_error
 from paca.messages.errors import PacaError
 from paca.messages.shown import shown
 from paca.pretrained.answer_pattern import check_pattern, extract_answers
@@ -86,10 +86,14 @@ class Score:
     values: dict[str, float]
     """By name; the first is the one asked for."""
     errors: dict[str, float | None]
-    """The standard error of each; None where a single example tells none."""
+    """The standard error of each; None where a single example tells none, 0 where all examples are alike."""
     examples: int
     samples: list[dict[str, str]] = field(default_factory=list)
     """The first examples: `question`, `reference` and `answer`, as texts."""
+    sums: dict[str, list[float]] = field(default_factory=dict, repr=False)
+    """What each example adds to a value, in order."""
+    weights: list[float] = field(default_factory=list, repr=False)
+    """What the sums are divided by: 1 for each example, or the tokens of its answer."""
 
     def as_dict(self) -> dict[str, Any]:
         """For `summary.json`."""
@@ -140,19 +144,20 @@ def measure(
     was_training = model.training
     model.eval()
     try:
-        means, answers = run(model, tokenizer, rows, measurement, kept)
+        sums, weights, answers = run(model, tokenizer, rows, measurement, kept)
     finally:
         model.train(was_training)
     samples = [
         {"question": question_text(row), "reference": answer_of(row), "answer": answer}
         for row, answer in zip(rows[:SAMPLES], answers, strict=False)
     ]
-    values, errors = ({name: mean[part] for name, mean in means.items()} for part in (0, 1))
-    return Score(values, errors, len(rows), samples)  # type: ignore[arg-type]
+    means = {name: ratio_with_error(of_examples, weights) for name, of_examples in sums.items()}
+    values, errors = {name: mean[0] for name, mean in means.items()}, {name: mean[1] for name, mean in means.items()}
+    return Score(values, errors, len(rows), samples, sums, weights)
 
 
-Found = tuple[dict[str, Mean], list[str]]
-"""Each metric's mean, and answers to at least the first examples."""
+Found = tuple[dict[str, list[float]], list[float], list[str]]
+"""`sums` and `weights` of a `Score`, and answers to at least the first examples."""
 
 
 def _exact_match(
@@ -161,7 +166,7 @@ def _exact_match(
     answers = measurement.answers(model, tokenizer, rows, kept)
     pairs = zip(measurement.extract(answers), measurement.references(rows), strict=True)
     right = [float(found == reference) for found, reference in pairs]
-    return {"exact_match": mean_with_error(right)}, answers
+    return {"exact_match": right}, [1.0] * len(rows), answers
 
 
 def _choice(
@@ -178,7 +183,7 @@ def _choice(
         by_sum.append(float(best == right))
         by_token.append(float(best_per_token == right))
         chosen.append(options[best])
-    return {"choice": mean_with_error(by_sum), "choice_normalized": mean_with_error(by_token)}, chosen
+    return {"choice": by_sum, "choice_normalized": by_token}, [1.0] * len(rows), chosen
 
 
 def _over_tokens(
@@ -186,14 +191,10 @@ def _over_tokens(
 ) -> Found:
     asked = [continuation_of(row, tokenizer) for row in rows]
     found = likelihoods(model, asked, batch_size=measurement.batch_size, kept=kept)
-
-    def per_token(of_one: Callable[[Likelihood], float]) -> Mean:
-        return ratio_with_error([of_one(entry) for entry in found], [entry.tokens for entry in found])
-
-    scores = {
-        "token_accuracy": per_token(lambda entry: entry.correct),
-        "loss": per_token(lambda entry: -entry.log_probability),
+    sums = {
+        "token_accuracy": [float(entry.correct) for entry in found],
+        "loss": [-entry.log_probability for entry in found],
     }
-    names = sorted(scores, key=lambda name: name != measurement.metric)
+    names = sorted(sums, key=lambda name: name != measurement.metric)
     answers = [] if "text" in rows[0] else measurement.answers(model, tokenizer, rows[:SAMPLES], kept)
-    return {name: scores[name] for name in names}, answers
+    return {name: sums[name] for name in names}, [float(entry.tokens) for entry in found], answers

@@ -13,6 +13,7 @@ from paca.evaluation.kept_lines import KeptAnswers
 from paca.evaluation.own_data import Measurement, Score, measure, scorer
 from paca.evaluation.side_by_side import Row
 from paca.evaluation.sides import ADAPTER, BASE, MODEL, Watcher
+from paca.evaluation.statistics import Mean, ratio_with_error
 from paca.messages.errors import PacaError
 from paca.pretrained.generation import LoadedModel
 from paca.training.config.config_file import load_run_config
@@ -95,13 +96,27 @@ def rows_of_run(scores: dict[str, Score]) -> list[Row]:
     rows = []
     for name in first.values:
         values = {side: (score.values[name], score.errors[name]) for side, score in scores.items()}
-        rows.append(Row(f"held-out data, {first.examples:,} examples", 0, name, values, None))
+        task = f"held-out data, {first.examples:,} examples"
+        rows.append(Row(task, 0, name, values, _difference(scores, name), first.examples))
     return rows
 
 
+def _difference(scores: dict[str, Score], name: str) -> Mean | None:
+    """Adapter less base; both answered the same examples, so its error comes from the differences one by one."""
+    if BASE not in scores:
+        return None
+    before, after = scores[BASE], scores[ADAPTER]
+    pairs = zip(before.sums[name], after.sums[name], strict=True)
+    return ratio_with_error([new - old for old, new in pairs], after.weights)
+
+
 def write_scores(output: Path, scores: dict[str, Score]) -> Path:
-    """Write `own_data.json` in the folder `output`: by side what `summary.json` says of a score."""
+    """Write `own_data.json` in the folder `output`: by side what `summary.json` says of a score, and the difference."""
     output.mkdir(parents=True, exist_ok=True)
     content: dict[str, Any] = {side: score.as_dict() for side, score in scores.items()}
+    if BASE in scores:
+        found = {row.metric: row.difference for row in rows_of_run(scores) if row.difference is not None}
+        values = {name: mean[0] for name, mean in found.items()}
+        content["difference"] = values | {f"{name}_stderr": mean[1] for name, mean in found.items()}
     write_whole(output / "own_data.json", json.dumps(content, indent=2, ensure_ascii=False) + "\n")
     return output / "own_data.json"

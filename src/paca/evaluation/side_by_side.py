@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from paca.evaluation.sides import ADAPTER, BASE, MODEL
-from paca.evaluation.statistics import Mean, mean_with_error
+from paca.evaluation.statistics import Mean, mean_with_error, share_may_be_off
 
 
 @dataclass(frozen=True)
@@ -24,6 +24,8 @@ class Row:
     """For `base` and `adapter`, or for `model`."""
     difference: Mean | None
     """Adapter less base. Its error comes from the differences question by question, since both answer the same ones."""
+    questions: int | None = None
+    """How many were asked, where that is known."""
 
 
 def rows_of(results: dict[str, dict[str, Any]]) -> list[Row]:
@@ -41,8 +43,22 @@ def rows_of(results: dict[str, dict[str, Any]]) -> list[Row]:
                 continue
             values = {side: _value(found, name, metric, filter_name) for side, found in results.items()}
             label = metric if filter_name == "none" else key
-            rows.append(Row(name, depth, label, values, _difference(results, name, metric, filter_name)))
+            difference = _difference(results, name, metric, filter_name)
+            rows.append(Row(name, depth, label, values, difference, _questions(shown, name)))
     return rows
+
+
+def note_on_errors(rows: list[Row]) -> str | None:
+    """What to say of numbers whose standard error is 0: it tells nothing, for all questions came out alike."""
+    alike = [row for row in rows if any(mean and mean[1] == 0 for mean in (*row.values.values(), row.difference))]
+    if not alike:
+        return None
+    note = "Without ±, all questions came out alike, which tells no standard error."
+    shares = [row for row in alike if row.questions and any(mean in ((0, 0), (1, 0)) for mean in row.values.values())]
+    if not shares:
+        return note
+    fewest = min(row.questions or 0 for row in shares)
+    return f"{note} Of {fewest:,}, all or none, the share may be {share_may_be_off(fewest):.2g} off (95 %, Wilson)."
 
 
 def _in_order(results: dict[str, Any]) -> Iterator[tuple[str, int]]:
@@ -90,6 +106,11 @@ def _by_question(results: dict[str, Any], name: str, metric: str, filter_name: s
             if sample["filter"] == filter_name and isinstance(sample.get(metric), int | float):
                 values[task, sample["doc_id"]] = float(sample[metric])
     return values
+
+
+def _questions(results: dict[str, Any], name: str) -> int | None:
+    counts = [results.get("n-samples", {}).get(task, {}).get("effective") for task in _leaves(results, name)]
+    return None if None in counts else sum(counts)
 
 
 def _leaves(results: dict[str, Any], name: str) -> list[str]:

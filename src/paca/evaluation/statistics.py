@@ -7,11 +7,21 @@ from collections.abc import Sequence
 
 Mean = tuple[float, float | None]
 """A number and its standard error, where there is one."""
+_Z = 1.96
+"""Standard deviations of a normal distribution between which 95 % of it lie."""
 
 
 def mean_with_error(values: Sequence[float]) -> Mean:
     """The mean, and the standard error of it: the sample's deviation (n - 1) by the root of n; None for one value."""
     return ratio_with_error(values, [1.0] * len(values))
+
+
+def share_may_be_off(count: int) -> float:
+    """How far the share behind `count` answers that are all right, or all wrong, may be from 1, or 0.
+
+    The standard error of such answers is 0. This is the width of their interval at 95 % (Wilson, JASA 22, 1927).
+    """
+    return _Z**2 / (count + _Z**2)
 
 
 def ratio_with_error(sums: Sequence[float], weights: Sequence[float]) -> Mean:

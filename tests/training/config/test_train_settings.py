@@ -8,7 +8,11 @@ from transformers import BloomConfig, BloomForCausalLM, LlamaConfig, LlamaForCau
 from trl import SFTConfig
 
 from paca.messages.errors import PacaError
-from paca.training.config.train_settings import OWNED, train_fields, training_arguments, with_defaults
+from paca.training.config.adapter_settings import adapter_fields
+from paca.training.config.early_checks import OWNED, paca_keys
+from paca.training.config.key_checks import WORDS_OF_TRAIN
+from paca.training.config.train_settings import keys_of, train_fields, training_arguments, with_defaults
+from paca.training.trainers import TRAINERS
 
 
 def defaults(has_eval: bool = True, context_length: int | None = 8192, **settings: object) -> dict[str, object]:
@@ -30,6 +34,13 @@ def test_the_users_settings_win() -> None:
 
 def test_keys_with_another_place_are_fields() -> None:
     assert OWNED.keys() <= train_fields().keys()
+
+
+def test_what_is_refused_before_the_libraries_come_is_what_they_say() -> None:
+    assert sorted(paca_keys()) == sorted(adapter_fields("paca", {}))
+    for trainer in TRAINERS:
+        assert not WORDS_OF_TRAIN.keys() & keys_of(trainer).keys()
+    assert set(WORDS_OF_TRAIN.values()) <= keys_of("sft").keys()
 
 
 def test_evaluation_is_planned_only_with_held_out_data() -> None:

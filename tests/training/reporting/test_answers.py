@@ -69,6 +69,7 @@ def test_choices_say_which_can_not_answer_yet(folder: Path) -> None:
         assert claim.take()
         choices = SideBySide(folder).choices()
         shown = last(SideBySide(folder), "going", "done")
+        [base, _] = last(SideBySide(folder), BASE, "going")
     assert {label for label, _ in choices[:3]} == {"done", "other", "copied"}
     assert set(choices[3:]) == {
         ("going (still in training)", "going"),
@@ -76,6 +77,7 @@ def test_choices_say_which_can_not_answer_yet(folder: Path) -> None:
     }
     assert shown[0].answer == ""
     assert "is still going" in shown[0].note
+    assert base.note.startswith("No answer: The base model is loaded with the adapter of the other side. The run in")
     assert shown[1].answer == chats(folder / "done", length=LENGTH)  # the other one answers all the same
 
 

@@ -16,6 +16,7 @@ from paca.evaluation.own_data import Measurement, measure, scorer
 from paca.messages.errors import PacaError
 from paca.pretrained.generation import load_for_generation
 from paca.training import RunResult, load_run_config, train
+from paca.training.reporting.scores import score_lines
 from training.tiny_run import save_workspace
 
 CHOICE = ("eval.metric=choice", "data.eval=4", "train.max_steps=3")
@@ -54,7 +55,8 @@ def test_scores_before_and_after_are_those_of_base_and_adapter(
     capsys.readouterr()
     evaluate(str(result.folder), output=tmp_path / "again")  # the finished run, measured once more
     again = json.loads((tmp_path / "again/own_data.json").read_text())
-    assert again == {"base": before, "adapter": expected}
+    assert {name: again[name] for name in ("base", "adapter")} == {"base": before, "adapter": expected}
+    assert again["difference"]["loss"] == pytest.approx(expected["loss"] - before["loss"])
     assert f"{expected['loss']:.4f}" in capsys.readouterr().out
     evaluate(str(result.folder), limit=2, output=tmp_path / "again")
     assert json.loads((tmp_path / "again/own_data.json").read_text())["base"]["examples"] == 2
@@ -111,3 +113,10 @@ def test_a_metric_needs_a_scorer(tmp_path: Path) -> None:
     config = load_run_config(save_workspace(tmp_path), ["eval.metric=loss"])
     with pytest.raises(PacaError, match=r"go together: train\(config, scorer=own_data.scorer\(config.eval\)\)"):
         train(config, console=Console(quiet=True))
+
+
+def test_a_score_without_spread_claims_no_error() -> None:
+    side = {"accuracy": 1.0, "accuracy_stderr": 0.0, "examples": 4, "samples": []}
+    assert score_lines({"before": side | {"accuracy_stderr": None}, "after": side}) == [
+        ("accuracy", "1.0000 → 1.0000 (all 4 alike)")
+    ]

@@ -12,6 +12,7 @@ from typing import Any
 
 from paca.messages.errors import PacaError
 from paca.messages.nearest import did_you_mean
+from paca.training.config.early_checks import check_early
 from paca.training.config.key_checks import Origins, check_section
 from paca.training.config.run_config import ALL, METHODS, SECTIONS, RunConfig
 from paca.training.config.strict_yaml import parse_value, read_yaml
@@ -44,6 +45,7 @@ def load_run_config(path: str | os.PathLike[str], overrides: Iterable[str] = ())
     for key, problem in _problems(config):
         raise PacaError(f"{origins.of(key)}: {key} {problem}")
 
+    check_early(method, sections, origins, elsewhere)
     # Only now: these two import peft and trl, which takes seconds that the mistakes above need not cost.
     from paca.training.config.adapter_settings import check_adapter_settings
     from paca.training.config.train_settings import check_train_settings

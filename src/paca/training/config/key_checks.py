@@ -33,15 +33,15 @@ class Origins:
         return "--set" if given else self.of(name)
 
 
-_OTHER_WORDS = {
-    "rank": "r",
+WORDS_OF_TRAIN = {
     "lr": "learning_rate",
     "batch_size": "per_device_train_batch_size",
     "epochs": "num_train_epochs",
     "steps": "max_steps",
     "max_seq_length": "max_length",
 }
-"""What people call some keys, where spelling alone would find another one."""
+"""What people call some keys of `train`, where spelling alone would find another one."""
+_OTHER_WORDS = {"rank": "r", **WORDS_OF_TRAIN}
 
 
 def check_section(
@@ -69,7 +69,8 @@ def check_section(
     for name in settings:
         if name not in annotations:
             # A plain misspelling needs no look at the others, for which libraries are imported.
-            misspelt = nearest(name, names, cutoff=0.8) is not None or elsewhere is None
+            meant = nearest(_OTHER_WORDS.get(name, name), names, cutoff=0.8)
+            misspelt = meant is not None or elsewhere is None
             hint = _where_it_belongs(name, {section: names, **({} if misspelt or not elsewhere else elsewhere())})
             if not names:
                 hint += f" The section {section} has no keys."

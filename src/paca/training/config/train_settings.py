@@ -15,31 +15,12 @@ import torch
 from transformers import PreTrainedModel
 
 from paca.messages.errors import PacaError
+from paca.training.config.early_checks import OWNED
 from paca.training.config.key_checks import Origins, check_section
 from paca.training.config.learning_rate import AUTO, automatic_rate
 from paca.training.reporting.tracking import check_trackers
 from paca.training.trainers import TRAINERS, trainer_kind
 from paca.training.trainers.kind import TrainerKind
-
-OWNED = {
-    "output_dir": "the run folder is output.dir",
-    "resume_from_checkpoint": "continue a run with `paca train CONFIG --resume`",
-    "do_train": "this command always trains",
-    "do_eval": "held-out data is given by data.eval",
-    "do_predict": "this command does not predict",
-    "eval_on_start": "the loss before training is eval.before",
-    "disable_tqdm": "the progress line is chosen by whether the output is a terminal",
-    "model_init_kwargs": "the model is described by the section model",
-    "trust_remote_code": "it is model.trust_remote_code",
-    "chat_template_path": "it is data.template: a name or a Jinja file",
-    "push_to_hub": "put the finished run on the hub with `paca train CONFIG --push-to-hub OWNER/NAME`",
-    "hub_model_id": "it is `paca train CONFIG --push-to-hub OWNER/NAME`",
-    "hub_strategy": "checkpoints are not put on the hub; the finished run is, with --push-to-hub",
-    "hub_token": "a secret has no place in a config file; set the environment variable HF_TOKEN",
-    "parallelism_config": "it is an object; use accelerate's own config (`accelerate launch`)",
-    "local_rank": "the launcher (torchrun) sets it",
-}
-"""Fields of the trainers' settings that have another place, and which."""
 
 OWN: dict[str, Any] = {"trainer": str, "autocast_adapter_dtype": bool}
 """Keys of ours: which trainer, and an argument of `peft.get_peft_model`."""
@@ -103,8 +84,6 @@ def check_train_settings(
     for name in settings:
         place = f"{origins.of(f'train.{name}')}: train.{name}"
         if name in annotations:
-            if name in OWNED:
-                raise PacaError(f"{place} can't be set here: {OWNED[name]}.")
             continue
         takers = [other for other in TRAINERS if name in keys_of(other)]
         if takers:

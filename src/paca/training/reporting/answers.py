@@ -91,7 +91,12 @@ class SideBySide:
             return
         yield Shown(note="Loading ...")
         path = self._path(other if base else name)
-        loaded = self._models.load(path, beside=None if other == BASE else self._path(other))
+        try:
+            loaded = self._models.load(path, beside=None if other == BASE else self._path(other))
+        except PacaError as error:
+            raise PacaError(
+                f"The base model is loaded with the adapter of the other side. {error}" if base else str(error)
+            ) from error
         who = speaker(loaded, base)
         if remark := unknown_form(loaded):
             who += f". {remark}"

@@ -67,4 +67,6 @@ def sample_table(scores: dict[str, Any] | None) -> str:
 
 def _with_error(side: dict[str, Any], name: str) -> str:
     error = side[f"{name}_stderr"]
+    if error == 0:  # of a sample without spread, which tells none
+        return f"{side[name]:.4f} (all {side['examples']:,} alike)"
     return f"{side[name]:.4f}" if error is None else f"{side[name]:.4f} ± {error:.4f}"

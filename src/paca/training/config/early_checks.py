@@ -1,0 +1,66 @@
+"""Keys of `paca` and `train` that can be refused before PEFT and TRL are imported, which takes seconds."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from paca.messages.errors import PacaError
+from paca.training.config.key_checks import WORDS_OF_TRAIN, Origins, check_section
+
+OWNED = {
+    "output_dir": "the run folder is output.dir",
+    "resume_from_checkpoint": "continue a run with `paca train CONFIG --resume`",
+    "do_train": "this command always trains",
+    "do_eval": "held-out data is given by data.eval",
+    "do_predict": "this command does not predict",
+    "eval_on_start": "the loss before training is eval.before",
+    "disable_tqdm": "the progress line is chosen by whether the output is a terminal",
+    "model_init_kwargs": "the model is described by the section model",
+    "trust_remote_code": "it is model.trust_remote_code",
+    "chat_template_path": "it is data.template: a name or a Jinja file",
+    "push_to_hub": "put the finished run on the hub with `paca train CONFIG --push-to-hub OWNER/NAME`",
+    "hub_model_id": "it is `paca train CONFIG --push-to-hub OWNER/NAME`",
+    "hub_strategy": "checkpoints are not put on the hub; the finished run is, with --push-to-hub",
+    "hub_token": "a secret has no place in a config file; set the environment variable HF_TOKEN",
+    "parallelism_config": "it is an object; use accelerate's own config (`accelerate launch`)",
+    "local_rank": "the launcher (torchrun) sets it",
+}
+"""Fields of the trainers' settings that have another place, and which."""
+
+
+def check_early(
+    method: str,
+    sections: Mapping[str, Mapping[str, Any]],
+    origins: Origins,
+    elsewhere: Callable[[], Mapping[str, Iterable[str]]],
+) -> None:
+    """Refuse unknown keys of `paca`, and keys of `train` that are surely wrong.
+
+    Args:
+        method: The name of the run's method.
+        sections: What was given.
+        origins: Where.
+        elsewhere: As for `check_section`.
+
+    Raises:
+        PacaError: There is one.
+    """
+    if method == "paca":
+        check_section("paca", sections["paca"], dict.fromkeys(paca_keys(), Any), origins, elsewhere=elsewhere)
+    for name in sections["train"]:
+        place = origins.of(f"train.{name}")
+        if name in OWNED:
+            raise PacaError(f"{place}: train.{name} can't be set here: {OWNED[name]}.")
+        if name in WORDS_OF_TRAIN:
+            raise PacaError(f"{place}: there is no key train.{name}. Did you mean train.{WORDS_OF_TRAIN[name]}?")
+
+
+def paca_keys() -> list[str]:
+    """The settings in `PacaConfig`, read from its source: with its class comes PEFT."""
+    source = Path(__file__).parents[2] / "config.py"
+    classes = [node for node in ast.parse(source.read_text(encoding="utf-8")).body if isinstance(node, ast.ClassDef)]
+    fields = [field.target for node in classes for field in node.body if isinstance(field, ast.AnnAssign)]
+    return [name.id for name in fields if isinstance(name, ast.Name) and name.id != "base_quantization"]
