@@ -62,13 +62,18 @@ def outline_options(path: str) -> dict[str, Any]:
         PacaError: The package that reads such files is missing.
     """
     options = file_options(path)
-    file = Path(path).resolve()
-    state = file.stat()
-    key = f"{file}|{state.st_size}|{state.st_mtime_ns}|{transformers.__version__}|{_VERSION}"
-    folder = Path(constants.HF_HOME) / "paca" / "gguf" / xxhash.xxh128_hexdigest(key.encode())
+    folder = kept_of(path)
     if not folder.is_dir() and not _keep(folder, options, path):
         return options
     return {"pretrained_model_name_or_path": str(folder), "trust_remote_code": False}
+
+
+def kept_of(path: str) -> Path:
+    """The folder for what is kept of a GGUF file in its present state."""
+    file = Path(path).resolve()
+    state = file.stat()
+    key = f"{file}|{state.st_size}|{state.st_mtime_ns}|{transformers.__version__}|{_VERSION}"
+    return Path(constants.HF_HOME) / "paca" / "gguf" / xxhash.xxh128_hexdigest(key.encode())
 
 
 def _keep(folder: Path, options: dict[str, Any], path: str) -> bool:

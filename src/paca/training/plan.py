@@ -24,12 +24,12 @@ from paca.planning.estimate import PlannedModel
 from paca.pretrained.quantizing import quantize_outline
 from paca.training.calibration import describe_columns
 from paca.training.config import adapter_settings, train_settings
-from paca.training.config.learning_rate import AUTO, automatic_rate
+from paca.training.config.learning_rate import AUTO, automatic_rate, follows_weights
 from paca.training.config.run_config import RunConfig
 from paca.training.config.target_names import check_target_names
 from paca.training.folder.disk_need import DiskNeed, disk_need, tell_of_disk
 from paca.training.folder.same_run import inputs_of
-from paca.training.named_model import outline_of, source_of, train_heads
+from paca.training.named_model import outline_of, size_of_weights, source_of, train_heads
 from paca.training.reporting.data_preview import cut_warning
 from paca.training.trainers import trainer_kind
 from paca.training.trainers.kind import RunData
@@ -210,12 +210,12 @@ def prepare(config: RunConfig, *, whole: bool = True) -> PreparedRun:
         undo_lean(make_lean(model, named.recompute))
     parameters = sum(parameter.numel() for parameter in model.parameters())
     dtype = next(model.parameters()).dtype
-    config.train = train_settings.with_defaults(
-        given, model, has_eval=held_out is not None, method=method, adapter=config.adapter
-    )
     automatic = given.get("learning_rate", AUTO) == AUTO
-    rate, rule = automatic_rate(kind, method, config.adapter)
-    rate_rule = f"auto: {rule}" if automatic else f"auto would be {rate:g}"
+    size = size_of_weights(named, fetch=whole and automatic) if follows_weights(kind, method) else None
+    config.train = train_settings.with_defaults(
+        given, model, has_eval=held_out is not None, method=method, adapter=config.adapter, weight_size=size
+    )
+    rate, rule = automatic_rate(kind, method, config.adapter, size)
     check_target_names(method, config.adapter, model, named.name)
     if named.quantization is not None:
         model = quantize_outline(model, named.quantization)
@@ -257,7 +257,7 @@ def prepare(config: RunConfig, *, whole: bool = True) -> PreparedRun:
         method=adapter_settings.method_name(method, config.adapter),
         targets=_kinds(layers),
         adapted_layers=len(layers),
-        rate_rule=rate_rule,
+        rate_rule=f"auto: {rule}" if automatic else f"auto would be {rate:g}",
         own_defaults=train_settings.own_defaults(given, config.train),
         train_examples=len(train.dataset),
         eval_examples=None if held_out is None else len(held_out.dataset),

@@ -106,6 +106,7 @@ def with_defaults(
     has_eval: bool,
     method: str = "paca",
     adapter: Mapping[str, Any] | None = None,
+    weight_size: float | None = None,
     device: str | None = None,
 ) -> dict[str, Any]:
     """The section with TRL's defaults, or our own, spelled out where the user gave nothing.
@@ -114,6 +115,7 @@ def with_defaults(
         settings: What the user gave.
         method: The run's.
         adapter: Settings of the method's section; none by default.
+        weight_size: Of the model's weights, for the rate; see `automatic_rate`.
         model: With or without weights; the longest sequence that it takes, and the type of its weights, count.
         has_eval: Whether there is held-out data.
         device: `"cpu"` or `"cuda"`, for a plan; what is here by default.
@@ -130,7 +132,7 @@ def with_defaults(
         "gradient_accumulation_steps": 1,
         "per_device_eval_batch_size": 8,
         "max_length": min(1024, context_length or 1024),
-        "learning_rate": automatic_rate(kind, method, adapter or {})[0],
+        "learning_rate": automatic_rate(kind, method, adapter or {}, weight_size)[0],
         "lr_scheduler_type": "cosine",
         "warmup_steps": 0.03,  # a share of all steps
         "optim": "adamw_torch_fused",

@@ -1,0 +1,123 @@
+"""How large a checkpoint's weights are, read from a few of them before anything is loaded."""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
+from pathlib import Path
+
+import huggingface_hub
+import torch
+from huggingface_hub import constants
+from safetensors import safe_open
+from torch import Tensor
+
+from paca.pretrained import gguf
+from paca.pretrained.hub import without_waiting
+from paca.pretrained.location import Location
+
+logger = logging.getLogger(__name__)
+
+_BLOCKS = 4
+"""Blocks of the model, spread evenly: each kind of layer counts alike."""
+_ROWS = 64
+"""Of each of their weights, in its middle."""
+_LEAST = 32  # rows and columns of a layer's weight, at least: smaller ones are factors, gates or convolutions
+_OTHERS = re.compile(r"embed|embd|wte|wpe|lm_head|^output|norm|router|position|score|classifier|vision|visual", re.I)
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+_INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
+_KEPT = "weight_size.json"  # beside what is kept of a GGUF file: its reader takes seconds
+
+
+def weight_size(location: Location, revision: str | None = None, *, fetch: bool = False) -> float | None:
+    """The root mean square of the values in a model's linear weights; None where its files don't tell (quantized ones
+    other than GGUF, other files than safetensors, a hub's model that is not here).
+
+    Args:
+        location: Of the model.
+        revision: Branch, tag or commit, for a hub id only.
+        fetch: Of the hub, fetch the files that are read: loading the model would fetch them too.
+    """
+    try:
+        if location.source == "gguf":
+            return _size_of_gguf(location.name_or_path)
+        find = _on_the_hub(location.name_or_path, revision, fetch) if location.source == "hub" else None
+        return _mean(_tensors(find or Path(location.name_or_path).joinpath))
+    except Exception as error:  # of files of any kind, and of the hub's client: the model's loader says more
+        logger.info("The size of the weights of %s can't be read: %s", location.name_or_path, error)
+        return None
+
+
+def _mean(weights: Iterator[Tensor]) -> float | None:
+    squares = [weight.float().square().mean() for weight in weights]
+    return float(torch.stack(squares).mean().sqrt()) if squares else None
+
+
+def _chosen(names: Iterable[str]) -> list[str]:
+    """The weights in some blocks; of a model without blocks all."""
+    blocks: dict[int, list[str]] = {}
+    for name in names:
+        number = re.search(r"(?:^|[._])(\d+)\.", name)
+        if not _OTHERS.search(name) and not name.endswith("bias"):
+            blocks.setdefault(int(number[1]) if number else -1, []).append(name)
+    numbers = sorted(blocks)
+    if len(numbers) > _BLOCKS:
+        numbers = [numbers[len(numbers) * (2 * n + 1) // (2 * _BLOCKS)] for n in range(_BLOCKS)]
+    return [name for number in numbers for name in blocks[number]]
+
+
+def _tensors(find: Callable[[str], Path]) -> Iterator[Tensor]:
+    places: dict[str, str] = {}
+    with suppress(FileNotFoundError):
+        places = json.loads(find(_INDEX).read_text(encoding="utf-8"))["weight_map"]
+    if not places:
+        with safe_open(find(_SINGLE), framework="pt") as file:
+            places = dict.fromkeys(file.keys(), _SINGLE)
+    for name in _chosen(places):
+        with safe_open(find(places[name]), framework="pt") as file:
+            weight = file.get_slice(name)
+            shape = weight.get_shape()
+            if len(shape) == 2 and min(shape) >= _LEAST:
+                rows = weight[_middle(shape[0])]
+                if rows.dtype in _FLOATS:
+                    yield rows
+
+
+def _middle(rows: int) -> slice:
+    first = max(0, rows - _ROWS) // 2
+    return slice(first, first + _ROWS)
+
+
+def _on_the_hub(name: str, revision: str | None, fetch: bool) -> Callable[[str], Path]:
+    def find(file: str) -> Path:
+        if not fetch or constants.HF_HUB_OFFLINE:
+            found = huggingface_hub.try_to_load_from_cache(name, file, revision=revision)
+            if not isinstance(found, str):
+                raise FileNotFoundError(file)
+            return Path(found)
+        with without_waiting(name, revision):
+            try:
+                return Path(huggingface_hub.hf_hub_download(name, file, revision=revision))
+            except huggingface_hub.errors.EntryNotFoundError as error:
+                raise FileNotFoundError(file) from error
+
+    return find
+
+
+def _size_of_gguf(path: str) -> float | None:
+    kept = gguf.kept_of(path) / _KEPT
+    if kept.is_file():
+        found: float | None = json.loads(kept.read_text(encoding="utf-8"))
+        return found
+    package = gguf.require_gguf()
+    tensors = {tensor.name: tensor for tensor in package.GGUFReader(path).tensors}
+    matrices = [name for name, tensor in tensors.items() if len(tensor.shape) == 2 and min(tensor.shape) >= _LEAST]
+    chosen = (tensors[name] for name in _chosen(matrices))
+    rows = ((tensor.data[_middle(len(tensor.data))], tensor.tensor_type) for tensor in chosen)
+    size = _mean(torch.from_numpy(package.quants.dequantize(*some)) for some in rows)
+    with suppress(OSError):  # for one, where nothing else is kept
+        kept.write_text(json.dumps(size), encoding="utf-8")
+    return size

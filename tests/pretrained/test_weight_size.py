@@ -1,0 +1,88 @@
+"""The size of a checkpoint's weights, read before anything is loaded."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import huggingface_hub
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from paca.pretrained.gguf import kept_of
+from paca.pretrained.location import Location, locate
+from paca.pretrained.weight_size import weight_size
+from tiny_checkpoint import save_base
+from tiny_gguf import write_gguf
+
+KINDS = {"self_attn.q_proj": 0.1, "mlp.up_proj": 0.3}
+
+
+def checkpoint() -> dict[str, Tensor]:
+    """Nine blocks of two kinds of weights, and what must not count beside them."""
+    torch.manual_seed(0)
+    weights = {
+        f"model.layers.{n}.{kind}.weight": size * torch.randn(96, 64) for n in range(9) for kind, size in KINDS.items()
+    }
+    others = {"model.embed_tokens.weight": torch.full((128, 64), 9.0), "lm_head.weight": torch.full((128, 64), 9.0)}
+    others |= {f"model.layers.{n}.input_layernorm.weight": torch.full((64,), 9.0) for n in range(9)}
+    others |= {f"model.layers.{n}.lora_A.weight": torch.full((4, 64), 9.0) for n in range(9)}
+    return {name: tensor.bfloat16() for name, tensor in (weights | others).items()}
+
+
+def in_parts(folder: Path) -> None:
+    tensors = checkpoint()
+    places = {name: f"part-{number % 3}.safetensors" for number, name in enumerate(tensors)}
+    for part in set(places.values()):
+        save_file({name: tensors[name] for name in tensors if places[name] == part}, folder / part)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": places}))
+
+
+@pytest.mark.parametrize("parts", [False, True])
+def test_it_is_the_root_mean_square_of_the_layers_weights(tmp_path: Path, parts: bool) -> None:
+    in_parts(tmp_path) if parts else save_file(checkpoint(), tmp_path / "model.safetensors")
+    assert weight_size(Location("folder", str(tmp_path))) == pytest.approx((0.1**2 / 2 + 0.3**2 / 2) ** 0.5, rel=0.02)
+
+
+def test_a_gguf_file_tells_it_too_and_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HOME", str(tmp_path / "cache"))
+    base = save_base(tmp_path / "base")
+    file = write_gguf(tmp_path / "tiny.gguf", base)
+    kept_of(str(file)).mkdir(parents=True)  # its config is kept there
+    size = weight_size(locate(str(file)))
+    assert size == pytest.approx(weight_size(locate(str(base))), rel=0.05)  # it is quantized
+    monkeypatch.setattr("paca.pretrained.gguf.require_gguf", lambda: pytest.fail("it is read again"))
+    assert weight_size(locate(str(file))) == size
+
+
+def test_what_can_not_be_read_tells_nothing(tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors").write_bytes(b"no such file")
+    assert weight_size(Location("folder", str(tmp_path))) is None
+    assert weight_size(Location("folder", str(tmp_path / "nowhere"))) is None
+    save_file(
+        {"model.layers.0.mlp.up_proj.weight": torch.ones(64, 64, dtype=torch.int8)}, tmp_path / "model.safetensors"
+    )
+    assert weight_size(Location("folder", str(tmp_path))) is None
+
+
+def test_the_hub_is_asked_for_weights_only_where_they_will_be_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_file(checkpoint(), tmp_path / "model.safetensors")
+    asked: list[str] = []
+
+    def download(name: str, file: str, **options: object) -> str:
+        asked.append(file)
+        if file.endswith("json"):
+            raise FileNotFoundError(file)
+        return str(tmp_path / file)
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    monkeypatch.setattr("paca.pretrained.hub.only_from_cache", lambda *args: False)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    assert weight_size(Location("hub", "owner/name")) is None
+    assert asked == []
+    assert weight_size(Location("hub", "owner/name"), fetch=True) == pytest.approx(0.224, rel=0.02)
+    assert set(asked) == {"model.safetensors.index.json", "model.safetensors"}
