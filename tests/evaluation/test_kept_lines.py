@@ -73,3 +73,15 @@ def watcher() -> Watcher:
     from evaluation.tally import Tally
 
     return Tally()
+
+
+def test_taking_a_cut_line_away_never_writes_the_whole_ones_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A process that is killed there would lose them."""
+    file = tmp_path / "answers.jsonl"
+    file.write_text('{"key": "a"}\n{"key": "b"}\n{"key"')
+    monkeypatch.setattr(Path, "write_bytes", lambda *given: pytest.fail("it is written anew"))
+    monkeypatch.setattr(Path, "write_text", lambda *given: pytest.fail("it is written anew"))
+    assert [row["key"] for row in lines_of(file)] == ["a", "b"]
+    assert file.read_bytes() == b'{"key": "a"}\n{"key": "b"}\n'

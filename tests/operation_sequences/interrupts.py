@@ -11,6 +11,7 @@ from typing import Any
 import peft
 
 import paca
+from paca.columns.resident import WRITING
 
 FOLDERS = (str(Path(paca.__file__).parent), str(Path(peft.__file__).parent))
 _IGNORED = {"forget", "<lambda>"}  # called back by the garbage collector, where Python drops exceptions
@@ -50,4 +51,6 @@ class interrupted_at:
 
     def __exit__(self, kind: type[BaseException] | None, *rest: object) -> bool:
         sys.settrace(self.before)
+        while WRITING._is_owned():  # a line event comes before the exit of a `with` block too, where no signal can
+            WRITING.release()
         return kind is KeyboardInterrupt and self.where is not None

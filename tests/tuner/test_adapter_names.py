@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import itertools
+import pickle
 import threading
 
 import pytest
@@ -569,3 +570,58 @@ def test_ctrl_c_where_a_mixed_batch_begins_or_ends_changes_no_later_pass():
         assert not any("forward" in vars(m) for m in model.modules()), report.where
         assert torch.equal(model(x, adapter_names=names).logits, mixed), report.where
     assert len(kept) > 20
+
+
+@pytest.mark.parametrize("samples", [2, 5])
+def test_another_model_that_is_called_within_a_mixed_batch_is_no_part_of_it(samples):
+    """As a guide that scores what is generated, or a second model that a hook asks."""
+    model, names = add_others(adapt(llama(num_hidden_layers=1), task_type="CAUSAL_LM")), ["small", BASE]
+    other = adapt(llama(seed=1, num_hidden_layers=1), "elsewhere", modules_to_save=["lm_head"], task_type="CAUSAL_LM")
+    x, theirs, found = tokens(2), tokens(samples, seed=3), []
+
+    def gradients():
+        other.zero_grad()
+        other(input_ids=theirs).logits.square().sum().backward()
+        return [p.grad for p in other.parameters() if p.grad is not None]
+
+    want = gradients()
+    want_mixed = model(input_ids=x, adapter_names=names).logits
+    model.get_base_model().model.layers[0].mlp.register_forward_pre_hook(lambda *_: found.append(gradients()))
+    assert torch.equal(model(input_ids=x, adapter_names=names).logits, want_mixed)
+    assert len(found[0]) == len(want) > 3
+    assert all(map(torch.equal, found[0], want))
+
+
+@torch.no_grad()
+def test_a_mixed_batch_lasts_as_long_as_the_context_manager_that_holds_it():
+    model, names, x = language_model(dtype=torch.float32), ["small", BASE], tokens(2)
+    want = model(input_ids=x, adapter_names=names).logits
+
+    @contextlib.contextmanager
+    def ones_own():
+        with model._enable_peft_forward_hooks(adapter_names=names):
+            yield
+
+    def opened():
+        stack = contextlib.ExitStack()
+        stack.enter_context(model._enable_peft_forward_hooks(adapter_names=names))
+        return stack
+
+    for held in (ones_own(), opened()):
+        with held:
+            assert torch.equal(model.base_model(input_ids=x).logits, want)
+    assert not Running.batches
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("duplicate", ["deepcopy", "pickle"])
+def test_a_copy_that_is_made_within_a_mixed_batch_over_experts_runs(duplicate):
+    model = adapt(mixtral("eager", num_hidden_layers=1), target_parameters=STACKS, task_type="CAUSAL_LM").eval()
+    x, names = tokens(2, 4), ["default", BASE]
+    plain, mixed = model(x).logits, model(x, adapter_names=names).logits
+    with model._enable_peft_forward_hooks(adapter_names=names):
+        assert torch.equal(model.base_model(x).logits, mixed)
+        twin = copy.deepcopy(model) if duplicate == "deepcopy" else pickle.loads(pickle.dumps(model))
+    assert torch.equal(twin(x).logits, plain)
+    assert torch.equal(twin(x, adapter_names=names).logits, mixed)
+    assert torch.equal(twin.unload()(x).logits, model.unload()(x).logits)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -71,7 +72,8 @@ def lines_of(file: Path) -> list[dict[str, Any]]:
     content = file.read_bytes()
     whole = content[: content.rfind(b"\n") + 1]  # before it is read as text: it may be cut within a character
     if whole != content:
-        file.write_bytes(whole)
+        with writing(file):
+            os.truncate(file, len(whole))  # nothing is written anew: a kill here must not cost what there is
     try:
         rows = [json.loads(line) for line in whole.split(b"\n") if line]
     except (ValueError, RecursionError) as error:

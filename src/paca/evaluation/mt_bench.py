@@ -25,6 +25,7 @@ from paca.evaluation.mt_bench_ratings import ratings_of, scores_of
 from paca.evaluation.sides import ADAPTER, BASE, MODEL, Watcher
 from paca.messages.errors import PacaError
 from paca.pretrained.generation import LoadedModel
+from paca.training.folder.run_folder import write_whole
 
 
 def run_mt_bench(
@@ -74,7 +75,7 @@ def run_mt_bench(
         "questions": len(questions),
         "judge": {"model": judge.settings.model, "url": judge.settings.url, **asdict(used)},
     }
-    (output / "results.json").write_text(json.dumps(results, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_whole(output / "results.json", json.dumps(results, indent=2, ensure_ascii=False) + "\n")
     return results
 
 

@@ -53,7 +53,7 @@ class PacaLayer(nn.Module, PeftCalls):  # nn.Module first: FSDP2 makes subclasse
 
     def wanted_names(self) -> list[str]:
         """The adapters whose columns the weight has to hold now."""
-        mixed = Running.count and current_mixed_batch() is not None
+        mixed = Running.count and current_mixed_batch(self) is not None
         if self._disable_adapters or self.merged_adapters or mixed:
             return []
         deltas: Any = self._modules["paca_delta"]

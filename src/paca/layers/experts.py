@@ -109,7 +109,7 @@ class PacaExpertStack(PacaLayer):
         return False  # PEFT's conversion knows matrices only
 
     def wanted_names(self) -> list[str]:
-        batch = current_mixed_batch()
+        batch = current_mixed_batch(self)
         if batch is None:
             return super().wanted_names()
         # The rows of one adapter are run by themselves.

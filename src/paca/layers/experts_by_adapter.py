@@ -20,6 +20,26 @@ from paca.layers.mixed_batch import BASE, MixedBatch, current_mixed_batch
 _ONE_AT_A_TIME = threading.RLock()  # the stacks hold one adapter's columns at a time
 
 
+class NoteSamples:
+    """A hook before the block around the experts `name`: notes how the tokens that these will get are shared out among
+    samples."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def __call__(self, parent: nn.Module, args: Any, kwargs: Any = None) -> None:  # `_pass_names` says why
+        batch = current_mixed_batch(parent)
+        if batch is not None:
+            given = next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None)
+            shape: Sequence[int] = () if given is None else given.shape
+            samples, length, _ = shape if len(shape) == 3 else (0, 0, 0)
+            batch.samples_before[self.name] = samples, length
+
+
+def _own_forward(own: Any, experts: Any) -> Any:
+    return own or type(experts).forward.__get__(experts)
+
+
 class ExpertsByAdapter:
     """The forward of `experts`, which the model calls `name`, while mixed batches run. The block `parent` around them
     gets `(samples, length, hidden)`."""
@@ -28,20 +48,14 @@ class ExpertsByAdapter:
         self.experts, self.name = experts, name
         self.own = vars(experts).get("forward")  # accelerate's, if there is one
         self.forward: Callable[..., Tensor] = experts.forward
-        parent.register_forward_pre_hook(self._note_samples, with_kwargs=True)
+        parent.register_forward_pre_hook(NoteSamples(name), with_kwargs=True)
 
-    def _note_samples(self, parent: nn.Module, args: Any, kwargs: Any = None) -> None:  # `_pass_names` says why
-        """Note how the tokens that the experts will get are shared out among samples."""
-        batch = current_mixed_batch()
-        if batch is not None:
-            given = next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None)
-            shape: Sequence[int] = () if given is None else given.shape
-            samples, length, _ = shape if len(shape) == 3 else (0, 0, 0)
-            batch.samples_before[self.name] = samples, length
+    def __reduce__(self) -> Any:  # a copy that is made meanwhile has the experts' own forward
+        return _own_forward, (self.own, self.experts)
 
     @torch.compiler.disable  # which adapters there are is a matter of run time
     def __call__(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        batch = current_mixed_batch()
+        batch = current_mixed_batch(self.experts)
         if batch is None:
             return self.forward(hidden_states, *args, **kwargs)
         stacks = [child for child in self.experts.children() if isinstance(child, PacaExpertStack)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
 import threading
 import time
@@ -17,6 +18,7 @@ from paca.columns.entry import Entry
 from paca.columns.resident import WRITING
 
 _T = TypeVar("_T")
+_LEFT_MEANWHILE = inspect.CO_GENERATOR | inspect.CO_COROUTINE | inspect.CO_ASYNC_GENERATOR
 
 BASE = "__base__"
 """The name that PEFT gives to the model without an adapter."""
@@ -38,6 +40,8 @@ class MixedBatch:
         self._rows: dict[tuple[int, torch.device], dict[str, Tensor]] = {}
         self.entry: Entry | None = None
         """Of the model that it runs through."""
+        self.members: frozenset[int] | None = None
+        """The ids of that model's modules: another model may be called meanwhile. None for a layer that runs alone."""
         self.thread = threading.get_ident()
         self.call: FrameType | None = None
         """What is on its thread's stack as long as it runs."""
@@ -82,11 +86,11 @@ class Running:
     batches: tuple[MixedBatch, ...] = ()
 
 
-def current_mixed_batch() -> MixedBatch | None:
-    """The mixed batch that this thread is running, if any; the innermost."""
+def current_mixed_batch(module: object = None) -> MixedBatch | None:
+    """The mixed batch that this thread is running through `module` (None: through any), the innermost, if any."""
     thread = threading.get_ident()
     for batch in reversed(Running.batches):
-        if batch.thread == thread:
+        if batch.thread == thread and (module is None or batch.members is None or id(module) in batch.members):
             return batch
     return None
 
@@ -101,9 +105,7 @@ def running(batch: MixedBatch) -> Iterator[None]:
     batch.call = _call_below(sys._getframe())
     try:
         with WRITING:
-            if (
-                batch.entry is not None
-            ):  # before a weight is parked: from now on each layer looks which columns are wanted
+            if batch.entry is not None:  # before a weight is parked: each layer looks which columns are wanted
                 batch.entry.unwritten = True
             Running.batches = (*Running.batches, batch)
             Running.count = len(Running.batches)
@@ -125,16 +127,19 @@ def _end(batch: MixedBatch) -> None:
 def end_left_over() -> None:
     """End mixed batches of this thread whose call is over: Ctrl-C came in `running`, or on the way to it."""
     batch = current_mixed_batch()
-    while batch is not None and not _is_on_the_stack(batch.call):
+    while batch is not None and batch.call is not None and not _is_on_the_stack(batch.call):
         _end(batch)
         batch = current_mixed_batch()
 
 
 def _call_below(frame: FrameType | None) -> FrameType | None:
-    """The call whose `with` statement enters the context manager that runs in `frame`, through PEFT's own."""
-    entering = ("running", "__enter__", "enter_context", "_enable_peft_forward_hooks")
+    """The call whose `with` statement enters the context manager that runs in `frame`, through PEFT's own. None where
+    its end does not end the batch: a generator is left and entered again, an exit stack may outlive who filled it."""
+    entering = ("running", "__enter__", "_enable_peft_forward_hooks")
     while frame is not None and frame.f_code.co_name in entering:
         frame = frame.f_back
+    if frame is None or frame.f_code.co_name == "enter_context" or frame.f_code.co_flags & _LEFT_MEANWHILE:
+        return None
     return frame
 
 

@@ -146,7 +146,8 @@ class PatchedWeight(OverlaidWeight):
         state = self.state_now()
         if state.columns:
             return self._run_dequantized(x, state)
-        batch, owner = current_mixed_batch(), self.owner()
+        owner = self.owner()
+        batch = current_mixed_batch(owner)
         rows = [] if batch is None or owner is None else list(owner.rows_of(x, batch).values())
         if not rows:
             return super().forward(x)

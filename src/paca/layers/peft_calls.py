@@ -163,7 +163,7 @@ class PeftCalls(BaseTunerLayer):
 
         def once() -> Tensor:
             y: Tensor = self.base_layer(x, *args, **kwargs)
-            batch = current_mixed_batch()
+            batch = current_mixed_batch(self)
             return y if batch is None else self.add_mixed_batch(y, x, batch)
 
         return after_steps(once)

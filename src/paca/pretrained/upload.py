@@ -123,7 +123,7 @@ def _naming(base_model: str, folder: Path, old: str | None) -> dict[str, str]:
                 text = text.replace(old, base_model)
             begin, head, rest = text.split("---\n", 2) if text.startswith("---\n") else ("", "", text)
             data: dict[str, Any] = {**(yaml.safe_load(head) or {}), "base_model": base_model}
-        except (ValueError, TypeError, RecursionError, yaml.YAMLError) as error:
+        except (ValueError, TypeError, LookupError, AttributeError, RecursionError, yaml.YAMLError) as error:
             reason = " ".join(str(error).split())
             raise PacaError(
                 f"{card} is no card that can name another base model: {reason}. Mend or delete it."

@@ -11,7 +11,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
 from paca.layers import paca_layers
-from paca.layers.experts_by_adapter import ExpertsByAdapter, run_together, split_by_adapter
+from paca.layers.experts_by_adapter import NoteSamples, run_together, split_by_adapter
 from paca.layers.mixed_batch import BASE, MixedBatch, Running, current_mixed_batch, end_left_over, running
 from paca.tuner.entry import entry_of
 
@@ -36,6 +36,7 @@ class _BatchOfModel(MixedBatch):
     def __init__(self, model: nn.Module, names: Sequence[str], repeats: int) -> None:
         super().__init__(names, repeats)
         self.model, self.entry = model, entry_of(model)
+        self.members = frozenset(map(id, model.modules()))
 
     def begin(self) -> None:
         split_by_adapter(self.model)
@@ -53,7 +54,7 @@ class _BatchOfModel(MixedBatch):
 def _take_out_hooks(module: nn.Module) -> None:
     """Those that `begin` put in: their handles may be lost (Ctrl-C)."""
     for key, hook in list(module._forward_pre_hooks.items()):
-        if hook is _pass_names or isinstance(getattr(hook, "__self__", None), ExpertsByAdapter):
+        if hook is _pass_names or isinstance(hook, NoteSamples):
             del module._forward_pre_hooks[key]
             module._forward_pre_hooks_with_kwargs.pop(key, None)
 
@@ -106,7 +107,7 @@ def _pass_names(module: Any, args: Any, kwargs: Any = None) -> tuple[Any, dict[s
 
     They may come while the hook is put in or taken out, and torch then calls it without `kwargs`.
     """
-    batch = current_mixed_batch()
+    batch = current_mixed_batch(module)
     if batch is None:
         return None
     if not args:

@@ -25,8 +25,8 @@ from paca.layers.mixed_batch import Running, current_mixed_batch, end_left_over
 
 def write_layers(layers: list[PacaLayer], *, compare: bool = False) -> None:
     """Make the weights of many layers hold what is active."""
-    if Running.count and current_mixed_batch() is not None:  # whose stacks of experts hold one adapter after the other
-        layers = [layer for layer in layers if not layer.runs_adapters_in_turn]
+    if Running.count:  # in a mixed batch stacks of experts hold one adapter after the other
+        layers = [layer for layer in layers if not layer.runs_adapters_in_turn or current_mixed_batch(layer) is None]
     jobs = [layer.job(compare=compare) for layer in layers]
     write_together(job for job in jobs if job is not None and not any(c.delta.is_meta for c in job[2]))
 

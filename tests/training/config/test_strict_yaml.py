@@ -98,3 +98,14 @@ def test_what_is_nested_too_deeply_is_refused_at_once(tmp_path: Path, text: str)
     (tmp_path / "config.yaml").write_text(text)
     with pytest.raises(PacaError, match=r"config\.yaml.*: not valid YAML: it is nested too deeply"):
         read_yaml(tmp_path / "config.yaml")
+
+
+@pytest.mark.parametrize(
+    "value", ["!!int abc", "!!bool maybe", "!!float x", "!!timestamp hello", "!!timestamp 2020-99-99", "7" * 5000]
+)
+def test_a_value_that_can_not_be_made_is_no_traceback(tmp_path: Path, value: str) -> None:
+    with pytest.raises(PacaError, match="not a valid YAML value: a value with a tag, or a number, can't be made"):
+        parse_value(value)
+    (tmp_path / "config.yaml").write_text(f"train: {{max_steps: {value}}}\n")
+    with pytest.raises(PacaError, match=r"config\.yaml.*: not valid YAML: a value"):
+        read_yaml(tmp_path / "config.yaml")

@@ -125,6 +125,8 @@ def _parse(text: str) -> tuple[yaml.Node | None, Any]:
         return root, None if root is None else loader.construct_document(root)
     except RecursionError:
         raise yaml.YAMLError("it is nested too deeply") from None
+    except (ValueError, LookupError, AttributeError, TypeError, OverflowError) as error:  # PyYAML's own constructors
+        raise yaml.YAMLError(f"a value with a tag, or a number, can't be made: {error}") from None
     finally:
         loader.dispose()
 
