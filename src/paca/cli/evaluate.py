@@ -19,6 +19,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from paca.cli.ending import sigterm_as_ctrl_c
 from paca.evaluation.kept_lines import alone_in
 from paca.messages.errors import PacaError
 from paca.messages.install import how_to_install
@@ -96,7 +97,7 @@ def evaluate(
     os.environ.setdefault("TQDM_DISABLE", "1")
     console = Console()
     try:
-        with alone_in(output), Shown(console) as shown:
+        with sigterm_as_ctrl_c(), alone_in(output), Shown(console) as shown:
             say(console, f"Loading {path} ...")
             if names and importlib.util.find_spec("lm_eval") is None:
                 raise PacaError(f"--tasks needs lm-evaluation-harness. {how_to_install('evaluate', 'lm-eval')}")
