@@ -136,15 +136,15 @@ def _refuse_options_of_training(context: typer.Context) -> None:
 
 def show_result(result: ComparisonResult, output: Path, console: Console) -> None:
     """Print the table of methods, the verdict, and where the report is."""
-    from paca.comparison.report import method_table
+    from paca.comparison.report import method_table, note_on_intervals
 
-    heads, rows = method_table(result)
+    heads, rows = whole = method_table(result)
     table = Table(*heads[:8], box=None, header_style="dim", pad_edge=False)
     for row in rows:
         table.add_row(*row[:8])
     console.print(table)
     say(console, f"\n{result.verdict}", style="bold")
-    for line in result.cost:
+    for line in [*result.cost, *note_on_intervals(whole)]:
         say(console, line)
     for line in result.edges:
         say(console, line, style="yellow")
