@@ -55,7 +55,10 @@ def answers_in(database: Path) -> int:
         return 0
 
 
-def test_ctrl_c_stops_keeps_the_answers_and_says_how_to_go_on(workspace: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_stops_keeps_the_answers_and_says_how_to_go_on(
+    workspace: Path, tmp_path: Path, number: signal.Signals
+) -> None:
     save_task(workspace, "many", 3000)  # minutes of work: the signal comes long before its end
     command = ("evaluate", "run", "--tasks", "many.yaml", "--output", tmp_path / "out", "--batch-size", 4)
     process = start_paca(*command, streams=tmp_path, cwd=workspace)
@@ -63,7 +66,7 @@ def test_ctrl_c_stops_keeps_the_answers_and_says_how_to_go_on(workspace: Path, t
         assert process.exitcode is None, (tmp_path / "stderr").read_text()
         time.sleep(0.1)
     assert process.pid is not None
-    os.kill(process.pid, signal.SIGINT)
+    os.kill(process.pid, number)
     process.join(120)
     output = (tmp_path / "stdout").read_text()
     assert process.exitcode == 130

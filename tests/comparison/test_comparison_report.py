@@ -7,9 +7,11 @@ import re
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from comparison.result_maker import result
 from comparison.small_comparison import small_work
+from paca.cli.compare import show_result
 from paca.comparison.compare import compare_folders
 from paca.comparison.report import write_report
 from paca.comparison.results import ComparisonResult
@@ -92,3 +94,17 @@ def test_a_difference_that_rounds_to_nothing_has_no_sign(tmp_path: Path) -> None
     assert "difference 0.0000, " in found.verdict
     for told in (page, text, found.verdict):
         assert not re.search(r"[-+]0\.0000", told)
+
+
+@pytest.mark.parametrize("seeds", [1, 2])
+def test_the_difference_is_named_for_what_it_is_to_and_intervals_are_explained_where_shown(
+    seeds: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = result(
+        {name: {seed: size + seed for seed in range(seeds)} for name, size in (("mine", 1.0), ("lora", 2.0))}
+    )
+    page, text = report_of(tmp_path / "report", found, made_folders(found, tmp_path))
+    show_result(found, tmp_path, Console(width=200))
+    for told in (page, text, capsys.readouterr().out):
+        assert "difference to mine" in told
+        assert told.count("After ± is half of a 95 % interval") == (seeds > 1)

@@ -49,7 +49,8 @@ def test_an_unknown_form_lists_what_was_found_and_what_is_understood() -> None:
     [
         (["input", "output"], "alpaca, so rename input to instruction."),
         (["id", "question", "reply"], "question-answer, so rename yours to answer."),
-        (["frage", "antwort"], "prompt-completion, so rename yours to prompt and completion."),
+        (["frage", "antwort"], "question-answer, so rename yours to question and answer."),
+        (["id", "frage", "antwort"], "question-answer, so rename yours to question and answer."),
         (["content"], "text, so rename content to text."),
     ],
 )

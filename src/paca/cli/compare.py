@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shlex
-import signal
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -12,6 +11,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from paca.cli.ending import sigterm_as_ctrl_c
 from paca.messages.errors import PacaError
 from paca.messages.nearest import did_you_mean_path
 from paca.messages.program import program
@@ -64,15 +64,15 @@ def compare(
     train = len(what) == 1 and not what[0].is_dir()
     if not train:
         _refuse_options_of_training(context)
-    signal.signal(signal.SIGTERM, _interrupt)  # ends as Ctrl-C does, so that a run in progress saves its checkpoint
     try:
-        if train:
-            result = _train(what[0], set_ or [], methods, lr, seeds, equal, extend, dry_run, output, console)
-        else:
-            import_package()
-            from paca.comparison.compare import compare_folders
+        with sigterm_as_ctrl_c():  # so that a run in progress saves its checkpoint
+            if train:
+                result = _train(what[0], set_ or [], methods, lr, seeds, equal, extend, dry_run, output, console)
+            else:
+                import_package()
+                from paca.comparison.compare import compare_folders
 
-            result = compare_folders(what, output)
+                result = compare_folders(what, output)
     except KeyboardInterrupt:
         say(console, "\nStopped. What is finished is kept; the same command goes on from there:")
         say(console, f"  {program()} {shlex.join(sys.argv[1:])}")
@@ -136,15 +136,15 @@ def _refuse_options_of_training(context: typer.Context) -> None:
 
 def show_result(result: ComparisonResult, output: Path, console: Console) -> None:
     """Print the table of methods, the verdict, and where the report is."""
-    from paca.comparison.report import method_table
+    from paca.comparison.report import method_table, note_on_intervals
 
-    heads, rows = method_table(result)
+    heads, rows = whole = method_table(result)
     table = Table(*heads[:8], box=None, header_style="dim", pad_edge=False)
     for row in rows:
         table.add_row(*row[:8])
     console.print(table)
     say(console, f"\n{result.verdict}", style="bold")
-    for line in result.cost:
+    for line in [*result.cost, *note_on_intervals(whole)]:
         say(console, line)
     for line in result.edges:
         say(console, line, style="yellow")
@@ -153,7 +153,3 @@ def show_result(result: ComparisonResult, output: Path, console: Console) -> Non
 
 def _is_run(path: Path) -> bool:
     return path.is_dir() or path.suffix.lower() in (".yaml", ".yml")
-
-
-def _interrupt(number: int, frame: object) -> None:
-    raise KeyboardInterrupt

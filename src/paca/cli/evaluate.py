@@ -16,9 +16,10 @@ import typer
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from paca.cli.counted import Counted
+from paca.cli.ending import sigterm_as_ctrl_c
 from paca.evaluation.kept_lines import alone_in
 from paca.messages.errors import PacaError
 from paca.messages.install import how_to_install
@@ -96,7 +97,7 @@ def evaluate(
     os.environ.setdefault("TQDM_DISABLE", "1")
     console = Console()
     try:
-        with alone_in(output), Shown(console) as shown:
+        with sigterm_as_ctrl_c(), alone_in(output), Counted(console) as shown:
             say(console, f"Loading {path} ...")
             if names and importlib.util.find_spec("lm_eval") is None:
                 raise PacaError(f"--tasks needs lm-evaluation-harness. {how_to_install('evaluate', 'lm-eval')}")
@@ -178,43 +179,6 @@ def print_ratings(console: Console, results: dict[str, Any]) -> None:
     used = results["judge"]
     tokens = f"read {used['prompt_tokens']:,} tokens and wrote {used['completion_tokens']:,}"
     say(console, f"The judge {tokens}, in {used['requests']:,} requests.")
-
-
-class Shown:
-    """A progress line in a terminal; in a log file a line for each kind of work."""
-
-    def __init__(self, console: Console) -> None:
-        self._console = console
-        self._progress: Progress | None = None
-
-    def __enter__(self) -> Shown:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.finish()
-
-    def begin(self, who: str, what: str, total: int) -> None:
-        """Show new work in place of the old."""
-        self.finish()
-        if not self._console.is_terminal:
-            say(self._console, f"{who}: {total:,} {what}")
-            return
-        label = TextColumn("{task.description}", markup=False)
-        columns = (label, BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        self._progress = Progress(*columns, console=self._console)
-        self._progress.add_task(f"{who}: {what}", total=total)
-        self._progress.start()
-
-    def advance(self) -> None:
-        """One more is done."""
-        if self._progress is not None:
-            self._progress.advance(self._progress.task_ids[0])
-
-    def finish(self) -> None:
-        """Leave the line as it stands."""
-        if self._progress is not None:
-            self._progress.stop()
-            self._progress = None
 
 
 def print_table(console: Console, rows: list[Row]) -> None:

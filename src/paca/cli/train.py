@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 
+from paca.cli.counted import Counted
 from paca.messages.errors import PacaError
 from paca.messages.processes import forget_empty
 from paca.messages.program import program
@@ -79,7 +80,9 @@ def train(
     if not torch.accelerator.is_available():
         keep_freed_memory()
     try:
-        result = run(run_config, resume=resume, console=console, probe=probe, scorer=scorer(run_config.eval))
+        with Counted(console) as counted:
+            wanted = scorer(run_config.eval, counted)
+            result = run(run_config, resume=resume, console=console, probe=probe, scorer=wanted)
     except KeyboardInterrupt:
         # The end is near and only has to be told: no further signal may cut the message off.
         signal.signal(signal.SIGINT, signal.SIG_IGN)

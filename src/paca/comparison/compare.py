@@ -146,9 +146,7 @@ def edge_of(method: MethodResult) -> str | None:
 def _shared_notes(rows: Iterable[Row], expected: Sequence[str] = ()) -> list[str]:
     rows = list(rows)
     differing = [name for name in unlike(rows) if name not in expected]
-    notes = ["After ± is half of a 95 % interval, by Student's t over the seeds."]
-    if differing:
-        notes.append(f"Not the same for all runs: {', '.join(differing)}.")
+    notes = [f"Not the same for all runs: {', '.join(differing)}."] if differing else []
     if any((row["meta_info"]["git"] or {}).get("dirty") for row in rows):
         notes.append("The working folder had changes that were not committed.")
     return notes

@@ -32,10 +32,11 @@ def write_report(path: Path, result: ComparisonResult, folders: Mapping[str, Run
 
 
 def method_table(result: ComparisonResult) -> Table:
-    """Heads and cells: one row for the model as it came, then one a method. After ± is half a 95 % interval."""
+    """Heads and cells: one row for the model as it came, then one a method; see `note_on_intervals`."""
+    apart = f"difference to {result.methods[0].name}"
     heads = [
-        "method", "rate", "seeds", result.metric, "less the first's", "training", "tokens/s", "peak memory",
-        "trained parameters", "settings",
+        "method", "rate", "seeds", result.metric, apart, "training", "tokens/s", "peak memory", "trained parameters",
+        "settings",
     ]  # fmt: skip
     rows = []
     if result.score_before is not None:
@@ -44,6 +45,12 @@ def method_table(result: ComparisonResult) -> Table:
     for method, contrast in zip(result.methods, contrasts, strict=True):
         rows.append(_method_row(method, contrast))
     return heads, rows
+
+
+def note_on_intervals(table: Table) -> list[str]:
+    """What ± is, where the table of methods has one."""
+    shown = any(" ± " in cell for row in table[1] for cell in row[3:5])
+    return ["After ± is half of a 95 % interval, by Student's t over the seeds."] if shown else []
 
 
 def _method_row(method: MethodResult, contrast: Contrast | None) -> list[str]:
@@ -95,9 +102,10 @@ def _run_table(result: ComparisonResult) -> Table:
 
 
 def _markdown(title: str, result: ComparisonResult) -> str:
-    notes = "".join(f"- {line}\n" for line in [*result.cost, *result.notes])
+    table = method_table(result)
+    notes = "".join(f"- {line}\n" for line in [*result.cost, *result.notes, *note_on_intervals(table)])
     return (
-        f"# {title}\n\n**{result.verdict}**\n\n{_markdown_table(method_table(result))}\n{notes}\n"
+        f"# {title}\n\n**{result.verdict}**\n\n{_markdown_table(table)}\n{notes}\n"
         f"## Every run\n\n{_markdown_table(_run_table(result))}"
     )
 
@@ -116,11 +124,13 @@ def _page(title: str, result: ComparisonResult, folders: Mapping[str, RunFolder]
     ]
     if any(len({row["learning_rate"] for row in method.tried}) > 1 for method in result.methods):
         pictures.append(score_over_rates(result))
-    notes = "".join(f"<li>{html.escape(line)}</li>" for line in [*result.cost, *result.notes])
+    table = method_table(result)
+    told = [*result.cost, *result.notes, *note_on_intervals(table)]
+    notes = "".join(f"<li>{html.escape(line)}</li>" for line in told)
     body = f"""<p><b>{html.escape(result.verdict)}</b></p>
 <ul>{notes}</ul>
 <h2>Methods</h2>
-<div class="scroll"><table>{_html_table(method_table(result))}</table></div>
+<div class="scroll"><table>{_html_table(table)}</table></div>
 <h2>Score against time and memory</h2>
 <div class="curves">{"".join(f"<figure>{picture}</figure>" for picture in pictures)}</div>
 <h2>Loss over time</h2>

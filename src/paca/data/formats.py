@@ -98,12 +98,13 @@ def recognise(
 
 
 def _renaming(columns: Collection[str], forms: Mapping[str, Format]) -> str:
-    """What to do with columns of other names, by the form that shares most of them, or has as many."""
+    """What to do with columns of other names, by the form that shares most of them, or is the usual one."""
+    usual = "text" if len(columns) < 2 else "question-answer"  # prompt and completion leave the chat template out
 
-    def likeness(form: Format) -> tuple[int, int, bool]:
+    def likeness(form: Format) -> tuple[int, bool, int]:
         shared = sum(column in columns for column in form.required)
         apart = len(form.required) - shared if shared else abs(len(form.required) - len(columns))
-        return shared, -apart, form.name == "text"
+        return shared, form.name == usual, -apart
 
     form = max(forms.values(), key=likeness)
     missing = [column for column in form.required if column not in columns]

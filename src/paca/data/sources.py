@@ -60,8 +60,14 @@ def find_source(name: str, split: str) -> Source:
     """Find what `name` stands for (see `paca.data.load_examples`). What exists locally comes first.
 
     Raises:
-        PacaError: There is no such file, the type of file is unknown, or the hub has no such dataset.
+        PacaError: It is no text, there is no such file, the type of file is unknown, or the hub has no such dataset.
     """
+    if not isinstance(name, str):
+        raise PacaError(
+            f"The data source is a {type(name).__name__}; expected a text: a file ({', '.join(SUFFIXES)}), a folder or "
+            "a hub id. Rows in memory go to the trainer themselves, as datasets.Dataset.from_list(rows); or write "
+            "them to a .jsonl file."
+        )
     if not name.strip():
         raise PacaError(f"The data source is empty. Give a file ({', '.join(SUFFIXES)}), a folder or a hub id.")
     path = Path(name).expanduser()

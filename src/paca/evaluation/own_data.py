@@ -13,6 +13,7 @@ from paca.evaluation.completions import completions
 from paca.evaluation.encoding import Example, answer_of, continuation_of, options_of, question_of, question_text
 from paca.evaluation.kept_lines import KeptAnswers
 from paca.evaluation.log_likelihood import likelihoods
+from paca.evaluation.sides import Watcher
 from paca.evaluation.statistics import ratio_with_error
 from paca.messages.errors import PacaError
 from paca.messages.shown import shown
@@ -33,6 +34,8 @@ class Measurement:
     max_new_tokens: int = 256
     """Length at which an answer is cut."""
     batch_size: int = 8
+    watcher: Watcher | None = field(default=None, compare=False)
+    """Told how far `score` is."""
 
     def __post_init__(self) -> None:
         """Raises:
@@ -58,9 +61,12 @@ class Measurement:
                     f"{answer_of(row)!r}. Change eval.answer_pattern, or leave the example out."
                 )
 
-    def score(self, model: Any, tokenizer: PreTrainedTokenizerBase, rows: Iterable[Example]) -> dict[str, Any]:
-        """The content of a `Score`."""
-        return measure(model, tokenizer, rows, self).as_dict()
+    def score(
+        self, model: Any, tokenizer: PreTrainedTokenizerBase, rows: Iterable[Example], when: str
+    ) -> dict[str, Any]:
+        """The content of a `Score`; `when` names it for the watcher."""
+        counted = None if self.watcher is None else KeptAnswers(when, self.watcher, None)
+        return measure(model, tokenizer, rows, self, counted).as_dict()
 
     def extract(self, texts: list[str]) -> list[str | None]:
         """The answer in each text; see `paca.pretrained.answer_pattern.extract_answers`."""
@@ -101,15 +107,15 @@ class Score:
         return {**self.values, **errors, "examples": self.examples, "samples": self.samples}
 
 
-def scorer(section: EvalSection) -> Measurement | None:
-    """What measures the `eval.metric` of a run's config; None where it asks for none.
+def scorer(section: EvalSection, watcher: Watcher | None = None) -> Measurement | None:
+    """What measures the `eval.metric` of a run's config, and tells `watcher`; None where it asks for none.
 
     Raises:
         PacaError: The answer pattern is no regular expression.
     """
     if section.metric is None:
         return None
-    return Measurement(section.metric, section.answer_pattern, section.max_new_tokens)
+    return Measurement(section.metric, section.answer_pattern, section.max_new_tokens, watcher=watcher)
 
 
 def measure(

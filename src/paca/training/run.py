@@ -291,7 +291,7 @@ class _Run:
             return scores_by_trainer(self.kind, self.log, len(self.trainer.eval_dataset), step)
         if self.scorer is None:
             return None
-        return scores_by(self.scorer, self.trainer, rows, self.config, self.folder, self.console, self._busy)
+        return scores_by(self.scorer, self.trainer, rows, self.config, self.folder, self.console)
 
 
 def _kept_step(state: TrainerState, arguments: TrainingArguments) -> int:

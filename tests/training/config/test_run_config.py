@@ -88,6 +88,8 @@ def test_the_written_config_reads_back_as_the_same_run(tmp_path: Path) -> None:
         ("model: {name: x, r: 9}\n", "no key model.r. Did you mean paca.r?"),
         ("lora: {}\ndata: {train: x, r: 9}\n", "no key data.r. Did you mean lora.r?"),
         ("eval: {eval_steps: 9}\n", "no key eval.eval_steps. Did you mean train.eval_steps?"),
+        ("eval: {steps: 9}\n", "no key eval.steps. Did you mean train.eval_steps?"),
+        ("eval: {strategy: no}\n", "no key eval.strategy. Did you mean train.eval_strategy?"),
         ("train: {dtype: float32}\n", "no key train.dtype. Did you mean model.dtype?"),
         ("train: {template: x}\n", "no key train.template. Did you mean data.template?"),
         ("train: {quantization: nf4}\n", "no key train.quantization. Did you mean model.quantization?"),

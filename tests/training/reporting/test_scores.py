@@ -10,7 +10,9 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from paca.cli import counted
 from paca.cli.evaluate import evaluate
+from paca.cli.train import train as train_command
 from paca.data import load_examples
 from paca.evaluation.own_data import Measurement, measure, scorer
 from paca.messages.errors import PacaError
@@ -60,6 +62,20 @@ def test_scores_before_and_after_are_those_of_base_and_adapter(
     assert f"{expected['loss']:.4f}" in capsys.readouterr().out
     evaluate(str(result.folder), limit=2, output=tmp_path / "again")
     assert json.loads((tmp_path / "again/own_data.json").read_text())["base"]["examples"] == 2
+
+
+def test_whoever_waits_for_scores_is_told_how_many_there_are(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(counted, "_SECONDS_BETWEEN_LINES", -1)
+    config = save_workspace(tmp_path)
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in SUMS))
+    settings = ("eval.metric=exact_match", "eval.max_new_tokens=2", "data.eval=3", "train.max_steps=1")
+    train_command(config, set_=[f"output.dir={tmp_path / 'run'}", *settings])
+    lines = capsys.readouterr().out.splitlines()
+    start = lines.index("Measuring exact_match on 3 held-out examples ...")
+    told = [[f"{when} training: 3 answers written", "1 of 3", "2 of 3"] for when in ("before", "after")]
+    assert lines[start + 1 : start + 7] == told[0] + told[1]
 
 
 def test_questions_with_options_train_and_are_scored_by_choice(tmp_path: Path) -> None:

@@ -36,7 +36,7 @@ class Scores:
     def check(self, rows: Any) -> None:
         """Takes all."""
 
-    def score(self, model: Any, tokenizer: Any, rows: Any) -> dict[str, Any]:
+    def score(self, model: Any, tokenizer: Any, rows: Any, when: str) -> dict[str, Any]:
         self.calls += 1
         answer = {**QUESTION, "answer": ("no", "yes")[self.calls - 1]}
         return {"choice": self.calls / 2, "choice_stderr": 0.1, "examples": 8, "samples": [answer]}

@@ -88,8 +88,11 @@ def check_section(
 
 
 def _where_it_belongs(name: str, sections: Mapping[str, Iterable[str]]) -> str:
-    """The key that was meant: the same one of another section, or the nearest of this one, which comes first."""
-    for wanted in (_OTHER_WORDS.get(name, name), name):
+    """The key that was meant: the same one of another section, or the nearest of this one, which comes first.
+
+    `eval: {steps: 9}` means `train.eval_steps`.
+    """
+    for wanted in (f"{next(iter(sections))}_{name}", _OTHER_WORDS.get(name, name), name):
         for section, keys in sections.items():
             if wanted in keys:
                 return f" Did you mean {section}.{wanted}?"

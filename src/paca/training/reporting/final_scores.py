@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any
 
 from peft import PeftModel
 from rich.console import Console
 
+from paca.messages.say import say
 from paca.training.config.run_config import RunConfig
 from paca.training.folder.run_folder import RunFolder
 from paca.training.reporting.metrics import MetricsLog
@@ -32,7 +31,6 @@ def scores_by(
     config: RunConfig,
     folder: RunFolder,
     console: Console,
-    busy: Callable[[str], AbstractContextManager[object]],
 ) -> dict[str, Any]:
     """What `scorer` measures of the model as it came and as it is trained.
 
@@ -42,19 +40,20 @@ def scores_by(
         rows: The held-out examples.
         config: Of the run.
         folder: Of the run.
-        console: Where loading a model once more is shown.
-        busy: Shows a line while something takes its time.
+        console: Where it is shown.
     """
     wanted = config.eval
     trained: Any = trainer.accelerator.unwrap_model(trainer.model)
     score = partial(scorer.score, tokenizer=trainer.processing_class, rows=rows)
     found: dict[str, Any] = {}
-    with busy(f"Measuring {wanted.metric} on {len(rows):,} held-out examples ..."):
-        if wanted.before and isinstance(trained, PeftModel):
-            with trained.disable_adapter():  # bit for bit the model as it came
-                found["before"] = score(trained)
-        elif wanted.before:
-            found["before"] = score(load_model(config, folder, console).model.to(trained.device))
-        if wanted.after:
-            found["after"] = score(trained)
+    # No line that moves: the scorer may show one, and a terminal has room for one.
+    say(console, f"Measuring {wanted.metric} on {len(rows):,} held-out examples ...")
+    if wanted.before and isinstance(trained, PeftModel):
+        with trained.disable_adapter():  # bit for bit the model as it came
+            found["before"] = score(trained, when="before training")
+    elif wanted.before:
+        before = load_model(config, folder, console).model.to(trained.device)
+        found["before"] = score(before, when="before training")
+    if wanted.after:
+        found["after"] = score(trained, when="after training")
     return found

@@ -17,8 +17,8 @@ class Scorer(Protocol):
     def check(self, rows: Iterable[dict[str, Any]]) -> None:
         """Refuse rows that cannot be scored, before anything is trained."""
 
-    def score(self, model: Any, tokenizer: Any, rows: Iterable[dict[str, Any]]) -> dict[str, Any]:
-        """A value and `..._stderr` for each metric, `examples` and `samples`."""
+    def score(self, model: Any, tokenizer: Any, rows: Iterable[dict[str, Any]], when: str) -> dict[str, Any]:
+        """A value and `..._stderr` for each metric, `examples` and `samples`; `when` tells people which model it is."""
 
 
 def trainers_scores(metric: str, examples: int, before: float | None, after: float | None) -> dict[str, Any]:

@@ -1,0 +1,35 @@
+"""How far a model's answers are, in a terminal and in a log file."""
+
+from __future__ import annotations
+
+import io
+
+import pytest
+from rich.console import Console
+
+from paca.cli import counted
+from paca.cli.counted import Counted
+
+
+def shown(console: Console) -> list[str]:
+    with Counted(console) as progress:
+        progress.begin("base", "answers written", 3)
+        for _ in range(3):
+            progress.advance()
+        console.print("after")
+    assert isinstance(console.file, io.StringIO)
+    return console.file.getvalue().splitlines()
+
+
+def test_a_log_file_gets_a_line_now_and_then_until_all_are_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert shown(Console(file=io.StringIO())) == ["base: 3 answers written", "after"]
+    monkeypatch.setattr(counted, "_SECONDS_BETWEEN_LINES", -1)
+    assert shown(Console(file=io.StringIO())) == ["base: 3 answers written", "1 of 3", "2 of 3", "after"]
+
+
+def test_a_terminal_gets_a_count_which_ends_by_itself() -> None:
+    console = Console(file=io.StringIO(), force_terminal=True, width=100)
+    lines = shown(console)
+    assert "base: answers written" in lines[0]
+    assert "3/3" in "".join(lines)
+    assert lines[-1].endswith("after")
