@@ -141,6 +141,37 @@ def test_two_processes_that_replace_one_folder_both_end_well(tmp_path: Path, mon
     assert [*tmp_path.iterdir()] == [tmp_path / "out"]
 
 
+@pytest.mark.parametrize("links", [True, False])
+def test_a_file_that_comes_at_the_last_moment_is_not_replaced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, links: bool
+) -> None:
+    link = os.link
+
+    def raced(source: Path, target: Path) -> None:
+        target.write_text("another's")
+        if not links:
+            raise OSError(errno.EPERM, "no hard links here")
+        link(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "link", raced)
+        refused = pytest.raises(PacaError, match="was not there when this began")
+        with refused, whole_output(tmp_path / "out.gguf", overwrite=False) as made:
+            made.write_text("ours")
+    assert (tmp_path / "out.gguf").read_text() == "another's"
+    assert [*tmp_path.iterdir()] == [tmp_path / "out.gguf"]
+
+
+def test_a_new_file_is_written_where_there_are_no_hard_links(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(source: Path, target: Path) -> None:
+        raise OSError(errno.EPERM, "no hard links here")
+
+    monkeypatch.setattr(os, "link", refused)
+    with whole_output(tmp_path / "out.gguf", overwrite=False) as made:
+        made.write_text("ours")
+    assert (tmp_path / "out.gguf").read_text() == "ours"
+
+
 def test_a_link_is_followed(tmp_path: Path) -> None:
     (tmp_path / "real").mkdir()
     (tmp_path / "link").symlink_to(tmp_path / "real")

@@ -15,6 +15,7 @@ from paca.messages.errors import PacaError
 from paca.pretrained.claims import Claim
 
 _IN_THE_WAY = (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR, errno.EISDIR)
+_NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)  # of file systems without hard links
 
 
 @contextmanager
@@ -64,9 +65,10 @@ def _put(made: Path, output: Path, replaced: Path, overwrite: bool) -> None:
                 if replaced.is_dir():  # of the try before: another process's result has taken its place since
                     shutil.rmtree(replaced, ignore_errors=True)
                 os.replace(output, replaced)
-            if not overwrite and output.is_file():
-                raise FileExistsError(errno.EEXIST, "")
-            os.replace(made, output)
+            if overwrite or made.is_dir():
+                os.replace(made, output)
+            else:
+                _name(made, output)
             return
         except OSError as error:
             if not overwrite and error.errno in _IN_THE_WAY:
@@ -76,6 +78,18 @@ def _put(made: Path, output: Path, replaced: Path, overwrite: bool) -> None:
                 ) from error
             if last or error.errno not in (*_IN_THE_WAY, errno.ENOENT):
                 raise
+
+
+def _name(made: Path, output: Path) -> None:
+    """Give a file its name, which nobody may have taken meanwhile: a rename would replace that."""
+    try:
+        os.link(made, output)
+    except OSError as error:
+        if error.errno not in _NO_LINKS:
+            raise
+        if output.exists():
+            raise FileExistsError(errno.EEXIST, "") from error
+        os.replace(made, output)
 
 
 def sync(path: Path) -> None:
