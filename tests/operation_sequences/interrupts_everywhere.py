@@ -90,7 +90,7 @@ def interrupt_everywhere(subject: Subject, name: str, operation: Operation, line
     before(prepared)
     originals = {name: p.detach() for name, p in subject.stock().named_parameters()}
     passes = ({"adapter_names": MIXED}, {}, {"adapter_names": MIXED})
-    wanted = [_infer(copy.deepcopy(prepared), **settings) for settings in passes]
+    wanted = [_infer(copy.deepcopy(prepared), **settings) for settings in passes if name in UNCHANGING]
     for line in lines:
         model = copy.deepcopy(prepared)
         with interrupted_at(line) as report:

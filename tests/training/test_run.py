@@ -350,7 +350,7 @@ def test_conversations_train_on_the_assistants_turns_unless_told_otherwise(
 
 
 def test_examples_without_a_label_are_named(run: Runner) -> None:
-    with pytest.raises(PacaError, match=r"train\.jsonl, line 1: .*"):
+    with pytest.raises(PacaError, match=r"The first of the 32 is train\.jsonl, line \d+; data\.unusable: leave_out"):
         run("a", "train.max_length=5")
 
 

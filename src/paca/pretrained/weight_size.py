@@ -117,7 +117,7 @@ def _size_of_gguf(path: str) -> float | None:
     matrices = [name for name, tensor in tensors.items() if len(tensor.shape) == 2 and min(tensor.shape) >= _LEAST]
     chosen = (tensors[name] for name in _chosen(matrices))
     rows = ((tensor.data[_middle(len(tensor.data))], tensor.tensor_type) for tensor in chosen)
-    size = _mean(torch.from_numpy(package.quants.dequantize(*some)) for some in rows)
+    size = _mean(torch.from_numpy(package.quants.dequantize(*some).copy()) for some in rows)
     with suppress(OSError):  # for one, where nothing else is kept
         kept.write_text(json.dumps(size), encoding="utf-8")
     return size

@@ -30,7 +30,7 @@ from paca.training.config.target_names import check_target_names
 from paca.training.folder.disk_need import DiskNeed, disk_need, tell_of_disk
 from paca.training.folder.same_run import inputs_of
 from paca.training.named_model import outline_of, size_of_weights, source_of, train_heads
-from paca.training.reporting.data_preview import cut_warning
+from paca.training.reporting.data_preview import tell_of_cuts
 from paca.training.trainers import trainer_kind
 from paca.training.trainers.kind import RunData
 from paca.training.trainers.sections import check_sections_fit
@@ -154,13 +154,12 @@ class Plan:
         return f"about {steps:,}, known once the data is packed"
 
 
-def show_plan(plan: Plan, console: Console) -> None:
-    """Print what is going to be trained; PacaError if its result does not fit on the disk."""
+def show_plan(plan: Plan, console: Console, *, run: bool = False) -> None:
+    """Print what is going to be trained; PacaError if its result does not fit on the disk, or for `tell_of_cuts`."""
     width = max(len(label) for label, _ in plan.lines())
     for label, text in plan.lines():
         say(console, f"{label:<{width}}  {text}")
-    if (warning := cut_warning(plan.sample)) is not None:
-        say(console, f"Warning: {warning}", style="yellow")
+    tell_of_cuts(plan.sample, console, run=run)
     tell_of_disk(plan.disk, Path(plan.config.output.dir), console)
 
 

@@ -104,7 +104,7 @@ def train(
             folder.reopen()
         prepared = prepare(config)
         plan = prepared.plan
-        show_plan(plan, console)
+        show_plan(plan, console, run=True)
         if scorer is not None and prepared.data.eval is not None:
             scorer.check(prepared.data.eval.dataset)
         settings = {**names_for_trackers(folder, resume=resume), **plan.config.train}
