@@ -129,13 +129,6 @@ def test_the_program_makes_the_package_whole_when_its_work_begins() -> None:
     check(PROGRAM, REGISTERED)
 
 
-def test_the_package_runs_as_the_program() -> None:
-    done = run_forked(
-        "import runpy, sys; sys.argv = ['paca', '--version']; runpy.run_module('paca', run_name='__main__')"
-    )
-    assert (done.returncode, done.stdout.split()[0]) == (0, "paca"), done.stderr
-
-
 def test_a_process_that_the_program_spawns_imports_the_whole_package(tmp_path: Path) -> None:
     script = tmp_path / "paca"
     script.write_text(
