@@ -11,6 +11,7 @@ from rich.console import Console
 from comparison.small_comparison import small_comparison
 from paca.comparison import prepare
 from paca.comparison.methods import Method
+from paca.comparison.plan_table import settings_text
 from paca.comparison.settings import Comparison
 from paca.comparison.trial import Trial, Try
 
@@ -38,3 +39,9 @@ def test_parameters_and_time_are_made_equal_together(tmp_path: Path, monkeypatch
     assert lora.method.rank == 16  # as many parameters as paca's 32
     assert lora.method.sections["train"]["max_steps"] == 15  # at that r a step takes four times as long
     assert comparison.methods[1] == lora.method
+
+
+def test_a_setting_for_many_names_is_told_by_their_number() -> None:
+    patterns = {f"blocks.{block}.conv": 16 for block in range(10)}
+    method = Method("paca", {"paca": {"r": 256, "target_modules": ["conv", "proj"], "rank_pattern": patterns}})
+    assert settings_text(method) == "r 256, target_modules conv/proj, rank_pattern for 10 names"

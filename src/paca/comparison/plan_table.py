@@ -68,6 +68,8 @@ _IN_OTHER_COLUMNS = ("max_steps", "per_device_train_batch_size", "gradient_accum
 
 
 def _value(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return f"for {len(value)} names"  # such as rank_pattern: each row of runs.jsonl has it whole
     if isinstance(value, list):
         return "/".join(map(str, value))
     return str(value).lower() if isinstance(value, bool) else str(value)
