@@ -117,6 +117,7 @@ def test_a_wrong_key_or_value_is_refused_with_its_place(tmp_path: Path, addition
     ("override", "message"),
     [
         ("train.max_steps", "expected section.key=value"),
+        ("output=runs/mine", "such as --set output.dir=runs/mine"),
         ("max_steps=3", "such as --set train.max_steps=3"),
         ("trian.max_steps=3", "there is no section 'trian'. Did you mean train?"),
         ("train.max_stps=3", "--set: there is no key train.max_stps. Did you mean train.max_steps?"),

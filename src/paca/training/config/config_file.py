@@ -101,7 +101,9 @@ def _read_sections(path: Path, overrides: Iterable[str]) -> tuple[dict[str, dict
 
 
 def _with_section(key: str, text: str, sections: dict[str, dict[str, Any]]) -> str:
-    """What was meant, if a section has such a key; otherwise one that is right."""
+    """What was meant, if a section has such a key or is one; otherwise one that is right."""
+    if key.strip() in _FIRST:
+        return f"{key.strip()}.{_FIRST[key.strip()]}={text}"
     method = next((name for name in METHODS if sections.get(name)), "paca")
     owner = next((name for name, keys in _keys_of_all(method, sections).items() if key.strip() in keys), None)
     return f"{owner}.{key.strip()}={text}" if owner else "train.learning_rate=1e-4"
