@@ -10,7 +10,7 @@ import pytest
 
 import paca
 from models import adapted_perceptron
-from paca.messages.processes import forget_empty, launched_processes
+from paca.messages.processes import check_launchers_variables, launched_processes
 
 
 @pytest.mark.parametrize(("given", "want"), [(None, 1), ("", 1), (" ", 1), ("1", 1), ("16", 16)])
@@ -25,7 +25,7 @@ def test_empty_variables_are_taken_out_and_others_stay(monkeypatch: pytest.Monke
     for name, value in (("WORLD_SIZE", ""), ("RANK", " "), ("LOCAL_RANK", "0")):
         monkeypatch.setenv(name, value)
     monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
-    forget_empty()
+    check_launchers_variables()
     names = ("WORLD_SIZE", "RANK", "LOCAL_WORLD_SIZE", "LOCAL_RANK")
     assert [os.environ.get(name) for name in names] == [None, None, None, "0"]
 
@@ -35,6 +35,15 @@ def test_nonsense_is_an_error_that_names_the_variable(monkeypatch: pytest.Monkey
     monkeypatch.setenv("WORLD_SIZE", given)
     with pytest.raises(paca.PacaError, match=rf"WORLD_SIZE is '{re.escape(given)}', and has to be the number"):
         adapted_perceptron(random_seed=None)
+
+
+@pytest.mark.parametrize("name", ["RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE"])
+def test_nonsense_in_the_others_is_an_error_too(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.setenv(name, "-1")
+    check_launchers_variables()
+    monkeypatch.setenv(name, "x")
+    with pytest.raises(paca.PacaError, match=f"{name} is 'x', and has to be "):
+        check_launchers_variables()
 
 
 def test_one_place_reads_it() -> None:

@@ -13,7 +13,7 @@ from rich.console import Console
 
 from paca.cli.counted import Counted
 from paca.messages.errors import PacaError
-from paca.messages.processes import forget_empty
+from paca.messages.processes import check_launchers_variables
 from paca.messages.program import program
 from paca.messages.say import say
 from paca.messages.units import format_bytes, format_duration
@@ -52,7 +52,7 @@ def train(
         raise PacaError("--settings goes with --dry-run; a run writes them to the config.yaml of its folder.")
     from paca.training.config.config_file import load_run_config
 
-    forget_empty()
+    check_launchers_variables()
     run_config = load_run_config(config, set_ or ())
     console = Console(quiet=os.environ.get("RANK", "0") != "0")
     if push_to_hub is not None and not console.quiet:
