@@ -274,6 +274,35 @@ def test_a_token_of_a_huge_number_is_refused(adapter: Path, name: str) -> None:
         adapter_tokenizer.load_adapter_tokenizer(adapter)
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"tokenizer_class": "BertTokenizer", "vocab": "SECRET"},
+        {"tokenizer_class": "GPT2Tokenizer", "vocab": "SECRET", "merges": "SECRET"},
+        {"tokenizer_class": "BertTokenizer", "init_inputs": ["SECRET"]},
+        {"tokenizer_class": "LlamaTokenizer", "gguf_file": "SECRET"},
+        {"tokenizer_class": "MistralCommonBackend", "tokenizer_path": "SECRET"},
+        {"tokenizer_class": "BertTokenizer", "vocab": "/dev/stdin"},
+    ],
+    ids=lambda settings: "-".join(name for name in settings if name != "tokenizer_class"),
+)
+def test_a_tokenizer_may_not_name_files_elsewhere(adapter: Path, tmp_path: Path, settings: dict[str, Any]) -> None:
+    secret = tmp_path / "secret.txt"
+    secret.write_text("[UNK]\n[CLS]\n[SEP]\n[PAD]\n[MASK]\nSECRET\n")
+    (adapter / "tokenizer.json").unlink()
+    text = json.dumps(settings).replace('"SECRET"', json.dumps(str(secret)))
+    (adapter / "tokenizer_config.json").write_text(text)
+    with pytest.raises(PacaError, match=r"tokenizer_config\.json names a file elsewhere in \w+: .*Delete the tok"):
+        adapter_tokenizer.load_adapter_tokenizer(adapter)
+
+
+@pytest.mark.parametrize("name", ["extra_ids", "offset"])
+def test_a_tokenizer_that_makes_millions_of_tokens_is_refused(adapter: Path, name: str) -> None:
+    change_json(adapter / "tokenizer_config.json", **{name: 10_000_000})
+    with pytest.raises(PacaError, match=f"{name}=10,000,000; 10,000 are the most"):
+        adapter_tokenizer.load_adapter_tokenizer(adapter)
+
+
 def test_labels_that_are_none(adapter: Path, run: Path) -> None:
     for config in (
         {"architectures": 5},
