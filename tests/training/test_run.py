@@ -296,7 +296,8 @@ def test_a_finished_run_is_neither_repeated_nor_overwritten(run: Runner, tmp_pat
 def test_the_best_model_is_kept_when_asked_for(run: Runner, tmp_path: Path) -> None:
     # "Best" is turned round to the highest loss, which is surely not the last.
     settings = ["load_best_model_at_end=true", "metric_for_best_model=loss", "greater_is_better=true"]
-    result = run("a", *(f"train.{setting}" for setting in settings))
+    asked = [f"train.{setting}" for setting in settings]
+    result = run("a", *asked)
     losses = {row["step"]: row["eval_loss"] for row in rows(tmp_path / "a") if "eval_loss" in row and row["step"]}
     best = max(losses, key=lambda step: losses[step])
     assert best == 2
@@ -306,6 +307,28 @@ def test_the_best_model_is_kept_when_asked_for(run: Runner, tmp_path: Path) -> N
     assert (checkpoint / "adapter_model.safetensors").read_bytes() == (
         tmp_path / "a" / "adapter" / "adapter_model.safetensors"
     ).read_bytes()
+
+    # Killed when all steps were made.
+    shutil.copytree(tmp_path / "a", tmp_path / "died")
+    (tmp_path / "died" / "summary.json").unlink()
+    shutil.rmtree(tmp_path / "died" / "adapter")
+    again = run("died", *asked, resume=True)
+    assert same_adapter(tmp_path / "a", tmp_path / "died")
+    assert again.summary is not None
+    assert again.summary["eval_loss_after"] == losses[best]
+
+
+def test_the_best_model_is_found_again_in_a_folder_that_was_moved(run: Runner, tmp_path: Path) -> None:
+    settings = ["load_best_model_at_end=true", "metric_for_best_model=loss", "greater_is_better=true"]
+    asked = [f"train.{setting}" for setting in (*settings, "save_strategy=best")]
+    run("a", *asked)
+    assert [path.name for path in (tmp_path / "a" / "checkpoints").iterdir()] == ["checkpoint-2"]  # no later one
+    shutil.copytree(tmp_path / "a" / "adapter", tmp_path / "whole" / "adapter")
+    (tmp_path / "a" / "summary.json").unlink()
+    shutil.rmtree(tmp_path / "a" / "adapter")
+    (tmp_path / "a").rename(tmp_path / "moved")
+    run("moved", *asked, resume=True)
+    assert same_adapter(tmp_path / "whole", tmp_path / "moved")
 
 
 def test_packing_trains_on_the_same_tokens_in_fewer_sequences(run: Runner, config_file: Path) -> None:

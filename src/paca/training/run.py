@@ -99,7 +99,7 @@ def train(
     held = folder.in_use() if main else nullcontext()
     with held, StopOnSignal(partial(say, console)) as stopper, told_how_to_go_on(folder):
         if main and not resume:
-            folder.check_free(overwrite=config.output.overwrite)
+            folder.check_free(overwrite=config.output.overwrite, used=config.names_used())
         if main and resume:
             folder.reopen()
         prepared = prepare(config)
@@ -256,7 +256,8 @@ class _Run:
         trainer = self.trainer
         if self.checkpoint is not None:
             state = TrainerState.load_from_json(str(self.checkpoint / "trainer_state.json"))
-            if load_if_finished(trainer, state, self.checkpoint):
+            result = self.folder.checkpoint(_kept_step(state, trainer.args))
+            if load_if_finished(trainer, state, self.checkpoint, result):
                 return state
             say(self.console, f"Resuming after step {state.global_step} of {state.max_steps}.")
         try:

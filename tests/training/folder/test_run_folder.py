@@ -128,8 +128,28 @@ def test_clearing_removes_the_run_and_nothing_else(tmp_path: Path) -> None:
     for file in (folder.config, folder.metrics, folder.summary, folder.report, folder.path / "notes.txt"):
         file.touch()
     folder.clear({})
-    assert [path.name for path in sorted(folder.path.iterdir())] == ["inputs.json", "notes.txt"]
+    left = ["config.yaml", "inputs.json", "notes.txt"]  # the config may be the one that was given
+    assert [path.name for path in sorted(folder.path.iterdir())] == left
     assert folder.inputs.read_text() == "{}"
+
+
+@pytest.mark.parametrize("name", ["model/model.safetensors", "adapter/a", "checkpoints/mine", "config.yaml"])
+def test_what_no_run_has_written_is_not_replaced(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).touch()
+    for overwrite in (False, True):
+        with pytest.raises(PacaError, match=rf"no folder of a run, and holds {Path(name).parts[0]}, which a run would"):
+            RunFolder(tmp_path).check_free(overwrite=overwrite)
+
+
+def test_an_earlier_run_that_the_new_one_reads_is_not_replaced(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path / "run")
+    folder.clear({})
+    folder.model.mkdir()
+    used = {"model.name": str(folder.model), "data.train": "answers.jsonl"}
+    with pytest.raises(PacaError, match=r"model\.name is .*/run/model, in the folder of an earlier run"):
+        folder.check_free(overwrite=True, used=used)
+    folder.check_free(overwrite=True, used={**used, "model.name": str(tmp_path / "model")})
 
 
 def test_a_folder_that_cannot_be_made_is_an_error(tmp_path: Path) -> None:

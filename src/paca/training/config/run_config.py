@@ -142,6 +142,12 @@ class RunConfig:
         """The text of a config file that gives this run again."""
         return yaml.safe_dump(self._sections(), sort_keys=False, allow_unicode=True, width=120)
 
+    def names_used(self) -> dict[str, str]:
+        """The texts of the sections model and data by their keys; some are paths of what the run reads."""
+        sections = {"model": dataclasses.asdict(self.model), "data": dataclasses.asdict(self.data)}
+        texts = ((f"{name}.{key}", value) for name, keys in sections.items() for key, value in keys.items())
+        return {key: value for key, value in texts if isinstance(value, str)}
+
     def _sections(self) -> dict[str, Any]:
         sections = {**dataclasses.asdict(self), self.method: self.adapter}
         return {name: sections[name] for name in ALL if name in sections}

@@ -37,6 +37,11 @@ class WholeCheckpoints(TrainerCallback):
         self._waits = False
         self._limit, arguments.save_total_limit = arguments.save_total_limit, None
 
+    def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Find the best checkpoint again: the trainer knows it by a path, and the folder may have been moved."""
+        if state.best_global_step and (best := self.folder.checkpoint(state.best_global_step)).is_dir():
+            state.best_model_checkpoint = str(best)
+
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Make ready for the checkpoint of this step, if there will be one.
 
@@ -111,13 +116,14 @@ def size_on_disk(folder: Path) -> int:
     return sum(file.stat().st_blocks * 512 for file in folder.rglob("*") if file.is_file())
 
 
-def load_if_finished(trainer: Any, state: TrainerState, checkpoint: Path) -> bool:
-    """Load the weights of a checkpoint after which no step is left; else let the trainer go on as it says.
+def load_if_finished(trainer: Any, state: TrainerState, checkpoint: Path, result: Path) -> bool:
+    """Load the weights of a run of which no step is left; else let the trainer go on from its checkpoint.
 
     Args:
         trainer: Of the run.
         state: Of the checkpoint.
-        checkpoint: Its folder.
+        checkpoint: The newest one's folder.
+        result: That of the one whose weights are the run's result: the best one's, if the trainer is to load it.
 
     Returns:
         Whether every step is made, and only the results are missing. The trainer would make another step.
@@ -132,13 +138,17 @@ def load_if_finished(trainer: Any, state: TrainerState, checkpoint: Path) -> boo
             if getattr(trainer.args, name) is not None:
                 setattr(trainer.args, name, getattr(state, name))
         return False
-    if trainer.is_deepspeed_enabled or not any(
-        (*checkpoint.glob("adapter_model.*"), *checkpoint.glob("model*.safetensors"))
-    ):
+    if not result.is_dir():
         raise PacaError(
-            f"Every step of this run is made, but {checkpoint} is one of shards or of DeepSpeed's, which only training "
+            f"Every step of this run is made, and its best weights are those of {result}, which is not there. Put it "
+            "back, or start anew."
+        )
+    if trainer.is_deepspeed_enabled or not any((*result.glob("adapter_model.*"), *result.glob("model*.safetensors"))):
+        raise PacaError(
+            f"Every step of this run is made, but {result} is one of shards or of DeepSpeed's, which only training "
             "can read. Move it away; --resume goes on from the checkpoint before it."
         )
-    trainer._load_from_checkpoint(str(checkpoint))
+    refuse_missing_weights(trainer, result)
+    trainer._load_from_checkpoint(str(result))
     trainer.state = state
     return True

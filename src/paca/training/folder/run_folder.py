@@ -7,7 +7,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -112,12 +112,18 @@ class RunFolder:
         if self._claim is not None and not self._claim.in_place():
             raise DiskError(f"The run folder {self.path} is gone: it was moved or deleted while the run was going.")
 
-    def check_free(self, *, overwrite: bool) -> None:
-        """Refuse to start a run over another one.
+    def check_free(self, *, overwrite: bool, used: Mapping[str, str] | None = None) -> None:
+        """Refuse to start a run over another one, and over what no run has written.
+
+        Args:
+            overwrite: A run that is there may go.
+            used: What the new run reads, by keys of its config: names, of which some are paths.
 
         Raises:
-            PacaError: The folder holds a finished run or checkpoints, and `overwrite` is false.
+            PacaError: The folder holds a finished run or checkpoints, and `overwrite` is false; or what `clear` would
+                remove is no run's, or is used.
         """
+        self._check_own(used or {})
         if overwrite or not (self.finished() or self.newest_checkpoint() is not None):
             return
         if self.finished():
@@ -129,8 +135,30 @@ class RunFolder:
             "--set output.overwrite=true."
         )
 
+    def _check_own(self, used: Mapping[str, str]) -> None:
+        there = [path for path in (*self._files(), self.config, *self._parts()) if path.exists()]
+        known = self.inputs.is_file() or self.finished() or self.newest_checkpoint() is not None
+        if there and not known:
+            raise PacaError(
+                f"{self.path} is no folder of a run, and holds {', '.join(path.name for path in there)}, which a run "
+                "would replace. Give another output.dir."
+            )
+        for key, name in used.items():
+            path = Path(name).expanduser().resolve()
+            if any(part.exists() and path.is_relative_to(part.resolve()) for part in self._parts()):
+                raise PacaError(
+                    f"{key} is {name}, in the folder of an earlier run that this one would replace. Give another "
+                    "output.dir."
+                )
+
+    def _files(self) -> tuple[Path, ...]:
+        return self.metrics, self.summary, self.report, self.tracking
+
+    def _parts(self) -> tuple[Path, ...]:
+        return self.adapter, self.model, self.base, self.checkpoints, self.tensorboard
+
     def clear(self, inputs: dict[str, str]) -> None:
-        """Make the folder, without the parts of an earlier run; other files in it stay.
+        """Make the folder, without the parts of an earlier run. Other files in it stay, and its config for now.
 
         Args:
             inputs: Of the run that begins, from `inputs_of`.
@@ -140,9 +168,9 @@ class RunFolder:
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            for file in (self.config, self.metrics, self.summary, self.report, self.tracking):
+            for file in self._files():
                 file.unlink(missing_ok=True)
-            for part in (self.adapter, self.model, self.base, self.checkpoints, self.tensorboard):
+            for part in self._parts():
                 if part.is_dir():
                     shutil.rmtree(part)
             self.drop_what_was_cut_short()
