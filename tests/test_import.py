@@ -48,7 +48,7 @@ def check(*scripts: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "route", ["import peft, paca", "import paca, peft", "from paca.tuner.entry import refresh", "import paca.layers"]
+    "route", ["import peft, paca", "import paca, peft", "from paca.tuner.refresh import refresh", "import paca.layers"]
 )
 def test_peft_knows_the_method_whichever_is_imported_first(route: str) -> None:
     check(route, REGISTERED)

@@ -24,9 +24,9 @@ from paca.lean import make_lean, undo_lean
 from paca.messages.errors import PacaError
 from paca.pretrained.tied_weights import untie_embeddings
 from paca.tuner.calibration import select
-from paca.tuner.entry import refresh
 from paca.tuner.hotswap import hotswap_adapter
 from paca.tuner.model import PacaModel
+from paca.tuner.refresh import refresh
 from paca.tuner.registration import register
 from paca.tuner.rotation.callback import RotateColumns
 from paca.tuner.rotation.rotate import rotate, set_trained_columns, trained_columns

@@ -942,7 +942,7 @@ def test_a_merge_that_ctrl_c_interrupts_can_be_undone_bit_for_bit(monkeypatch, a
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        place = (resident, "park") if where == "park" else (merging_module, "write_columns")
+        place = (resident, "park_within") if where == "park" else (merging_module, "write_columns")
         patch.setattr(*place, interrupted)
         with pytest.raises(KeyboardInterrupt):
             resident.merge(weight, columns, safe=False)

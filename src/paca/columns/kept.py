@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -32,15 +32,6 @@ class Kept(NamedTuple):
         """Whether `other`, of the same columns, has the same bits (NaN is equal to itself)."""
         bits = getattr(torch, f"int{8 * other.element_size()}")
         return torch.equal(self.values.to(other).view(bits), other.view(bits))
-
-
-def holds(weight: Tensor, dim: int, originals: Iterable[Kept], columns: tuple[AdapterColumns, ...]) -> bool:
-    """Whether the places of `originals` in the weight hold `columns` over them, or the originals for none."""
-    for kept in originals:
-        now = read_columns(weight.detach(), dim, kept.positions.to(weight.device))
-        if not Kept(kept.positions, now).equal(sum_of(kept, columns, dim).to(now)):
-            return False
-    return True
 
 
 def write_columns(weight: Tensor, dim: int, positions: Tensor, values: Tensor) -> None:

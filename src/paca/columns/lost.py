@@ -34,6 +34,22 @@ def refuse_backward(*, repeated: bool, base_changed: bool, then: str, now: str) 
     )
 
 
+def refuse_handler() -> None:
+    """Raise `RuntimeError`: a signal's handler came into a write."""
+    raise RuntimeError(
+        "A signal's handler, or something else that Python runs at any moment, used the adapted model while this "
+        "thread was writing its columns. Let the handler set a flag, and look at the flag between two steps or passes."
+    )
+
+
+def is_on_the_stack(call: FrameType | None) -> bool:
+    """Whether this thread is in that call."""
+    frame: FrameType | None = sys._getframe()
+    while frame is not None and frame is not call:
+        frame = frame.f_back
+    return frame is not None
+
+
 def refuse_torn() -> None:
     """Raise `RuntimeError`: a weight changed in the middle of a backward pass."""
     raise RuntimeError(

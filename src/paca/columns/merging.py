@@ -11,7 +11,7 @@ from torch import Tensor
 from paca.columns.folded import Folded, common, split, union_of
 from paca.columns.kept import Kept, positions_of, sum_of, write_columns
 from paca.columns.resident import WRITING, ResidentColumns, identity
-from paca.columns.state import AdapterColumns, State, names_of
+from paca.columns.state import ALONE, AdapterColumns, State, names_of
 
 
 class MergeableColumns(ResidentColumns):
@@ -31,8 +31,8 @@ class MergeableColumns(ResidentColumns):
     def merge(self, weight: Tensor, columns: tuple[AdapterColumns, ...], *, safe: bool) -> None:
         """Make `columns` part of the weight until `unmerge`; same values, bit for bit, as when resident. If `safe`,
         raise `ValueError` where one would not be finite; nothing is written then."""
-        with WRITING:
-            self.park(weight)
+        with WRITING, ALONE:
+            self.park_within(weight)
             self._part_from_lent(weight)
             together = self.merged + columns
             parts = tuple(part for c in together for part in c.parts())
@@ -49,9 +49,9 @@ class MergeableColumns(ResidentColumns):
     @torch.no_grad()
     def unmerge(self, weight: Tensor) -> None:
         """Undo `merge`, bit for bit."""
-        with WRITING:
+        with WRITING, ALONE:
             if self._originals_of_merged is None:
-                self.park(weight)  # the merge did not come so far
+                self.park_within(weight)  # the merge did not come so far
             self.base_changed()
             if self._originals_of_merged is not None:
                 self._part_from_lent(weight)
@@ -78,15 +78,20 @@ class MergeableColumns(ResidentColumns):
             if not alone:
                 self.write(weight, wanted)
                 return
-            known = union_of(*self.kept, None if self._folded is None else Folded(*self._folded), self.dim)
-            trained = positions_of(wanted, torch.device("cpu"))
-            kept = Kept.of(weight, self.dim, trained)
-            correct(kept, Kept(*known), self.dim)
-            _, others = split(known, trained, self.dim)
-            folded = None if others is None else Kept(others.indices, others.delta)
-            self.kept, self._folded, self.half_written = kept, folded, True  # at once: Ctrl-C may come in the middle
-            self.base_changed()
-            self.wrote(weight, State(wanted, self.base))
+            with ALONE:
+                known = union_of(*self.kept, None if self._folded is None else Folded(*self._folded), self.dim)
+                trained = positions_of(wanted, torch.device("cpu"))
+                kept = Kept.of(weight, self.dim, trained)
+                correct(kept, Kept(*known), self.dim)
+                _, others = split(known, trained, self.dim)
+                folded = None if others is None else Kept(others.indices, others.delta)
+                self.kept, self._folded, self.half_written = (
+                    kept,
+                    folded,
+                    True,
+                )  # at once: Ctrl-C may come in the middle
+                self.base_changed()
+                self.wrote(weight, State(wanted, self.base))
 
     def _write_folded(self, weight: Tensor, columns: tuple[AdapterColumns, ...]) -> None:
         folded = tuple(part for c in columns for part in c.parts()[1:])

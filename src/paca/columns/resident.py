@@ -17,11 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from paca.columns import not_whole
 from paca.columns.entry import Entry
 from paca.columns.folded import Folded
-from paca.columns.kept import Kept, add_scaled, holds, oriented, positions_of, sum_of, write_columns
-from paca.columns.not_whole import TAKEN_APART, refuse_flattened, refuse_overwritten, refuse_part, refuse_sharded_delta
-from paca.columns.state import THREAD, ActiveColumns, AdapterColumns, State, is_sharded
+from paca.columns.kept import Kept, add_scaled, oriented, positions_of, sum_of, write_columns
+from paca.columns.state import ALONE, THREAD, ActiveColumns, AdapterColumns, State, is_sharded
 from paca.functional.column_blocks import blocks_in, blocks_of, read_columns
 from paca.functional.product import Trained
 
@@ -51,19 +51,19 @@ class ResidentColumns(ActiveColumns):
 
     def home_to_write(self, weight: Tensor) -> Tensor:
         """What columns are written into, given the module's weight, for a call that may write it."""
-        if type(weight) is not nn.Parameter or weight.dim() < 2 or vars(weight).keys() & TAKEN_APART:
-            refuse_flattened(weight)
+        if type(weight) is not nn.Parameter or weight.dim() < 2 or vars(weight).keys() & not_whole.TAKEN_APART:
+            not_whole.refuse_flattened(weight)
         return weight
 
     def check_writable(self, weight: Tensor) -> None:
         """Raise if a layer is about to run on a part of its weight (tensor parallelism, ZeRO-3, FSDP1)."""
         if type(weight) is not nn.Parameter or weight.dim() < 2:
-            refuse_part(weight)
+            not_whole.refuse_part(weight)
 
     def local(self, layer: Any, adapter_name: str) -> tuple[Tensor, Tensor | None]:
         found = super().local(layer, adapter_name)
         if is_sharded(found[0]):
-            refuse_sharded_delta(adapter_name)
+            not_whole.refuse_sharded_delta(adapter_name)
         return found
 
     def bring_up_to_date(self, weight: Tensor) -> None:
@@ -103,7 +103,12 @@ class ResidentColumns(ActiveColumns):
 
     def park(self, weight: Tensor, *, for_now: bool = False) -> None:
         """Put the original columns back, bit for bit; `for_now` if they are written again before the next forward."""
-        with WRITING, torch.inference_mode(False), torch.no_grad():
+        with WRITING, ALONE:
+            self.park_within(weight, for_now=for_now)
+
+    def park_within(self, weight: Tensor, *, for_now: bool = False) -> None:
+        """The same, within such a block."""
+        with torch.inference_mode(False), torch.no_grad():
             self.check_seal(weight)
             if self.state.columns:
                 self._take_out(weight)
@@ -178,7 +183,7 @@ class ResidentColumns(ActiveColumns):
         """Look whether deltas were written in a way that nobody saw: whether they still give what was written."""
         # Without gradients nothing is accounted for: the write that a backward pass is followed by may still come.
         self.unaccounted = self.unaccounted and not torch.is_grad_enabled()
-        with WRITING, torch.inference_mode(False), torch.no_grad():
+        with WRITING, ALONE, torch.inference_mode(False), torch.no_grad():
             self.check_seal(weight)
             state, columns = (self.state, None) if self.state.columns else (self._parked or (self.state, None))
             if state.columns and all(map(self.is_current, state.columns)):
@@ -198,20 +203,21 @@ class ResidentColumns(ActiveColumns):
         if not columns and not self._parked_for_now:
             self._parked, self._seal = None, None
             self.base_changed()  # it is a pretrained weight, which its owner may change
-        elif holds(weight, self.dim, self._all_kept(weight), columns):
+        elif not_whole.holds(weight, self.dim, self._all_kept(weight), columns):
             self._seal = identity(weight)  # the same values were written, or it was moved as it is
-        elif columns and holds(weight, self.dim, self._all_kept(weight), ()):
+        elif columns and not_whole.holds(weight, self.dim, self._all_kept(weight), ()):
             self._parked, self._seal = None, None
             self._set_state(State((), self.base))  # it was replaced by its pretrained one
         else:
-            refuse_overwritten(columns or (self._parked[0].columns if self._parked else ()))
+            not_whole.refuse_overwritten(columns or (self._parked[0].columns if self._parked else ()))
 
     def before_backward(self, weight: Tensor, state: State, saved_tag: Tensor) -> None:
         """Make the weight hold what the forward pass with `state` saw. Raises as `check_backward` and `check_seal`."""
         self.check_backward(state, saved_tag)
         if (self.state is not state and self.state.key != state.key) or not self.sealed(weight):
             with WRITING:
-                self.check_seal(weight)
+                with ALONE:
+                    self.check_seal(weight)
                 self.check_backward(state, saved_tag)
                 self.write(weight, state.columns)
                 if self.entry is not None:
@@ -254,7 +260,7 @@ class ResidentColumns(ActiveColumns):
 
 def write_together(jobs: Iterable[tuple[ResidentColumns, Tensor, tuple[AdapterColumns, ...]]]) -> None:
     """Make many weights hold what is wanted of each: in two kernels, where columns lie in blocks."""
-    with WRITING, torch.inference_mode(False), torch.no_grad():
+    with WRITING, ALONE, torch.inference_mode(False), torch.no_grad():
         written, restored, places = [], [], []
         groups: dict[Any, tuple[list[Tensor], list[Tensor], list[Tensor]]] = defaultdict(lambda: ([], [], []))
         for columns, weight, wanted in jobs:

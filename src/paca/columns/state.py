@@ -7,6 +7,7 @@ revision, scale) of each active one, over one revision of the weight beneath: eq
 from __future__ import annotations
 
 import itertools
+import sys
 import threading
 from collections.abc import Iterable
 from operator import is_
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from paca.columns.folded import Folded
-from paca.columns.lost import check_repeated, note_first, refuse_backward
+from paca.columns.lost import check_repeated, is_on_the_stack, note_first, refuse_backward, refuse_handler
 from paca.functional.column_blocks import runs_of
 from paca.functional.product import Trained
 
@@ -121,6 +122,24 @@ class _Thread(threading.local):
 
 
 THREAD = _Thread()
+
+
+class _Alone:
+    """A block in which weights are written. A signal's handler runs within what it interrupts, so that no lock keeps it
+    out: if it wants to write, it is refused before anything has changed."""
+
+    _call: Any = None
+
+    def __enter__(self) -> None:
+        if self._call is not None and is_on_the_stack(self._call):  # else Ctrl-C ended it
+            refuse_handler()
+        self._call = sys._getframe(1)
+
+    def __exit__(self, *error: object) -> None:
+        self._call = None
+
+
+ALONE = _Alone()
 
 
 def may_be_recorded() -> bool:

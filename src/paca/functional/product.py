@@ -85,3 +85,13 @@ class WeightSource(ABC):
 
     def check_after(self) -> None:  # noqa: B027  (few weights are written by other threads)
         """Raise `RuntimeError` if another thread wrote into the weight since `weight_again` gave it."""
+
+
+def check_frozen(weight: Tensor) -> None:
+    """Raise `ValueError` if the weight of an adapted layer requires grad."""
+    if weight.requires_grad:
+        raise ValueError(
+            "The weight of an adapted layer requires grad, but PaCA trains its columns only: the rest of the weight "
+            "would get no gradient. Call weight.requires_grad_(False), or train the layer whole through "
+            "modules_to_save instead of target_modules."
+        )

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from paca.functional.added import add_contributions, input_gradient_of_added, of_rows
-from paca.functional.product import Product, Trained, WeightSource
+from paca.functional.product import Product, Trained, WeightSource, check_frozen
 
 
 def train_columns(
@@ -40,16 +40,6 @@ def train_columns(
         check_frozen(weight)
     deltas, indices, *settings = trained
     return _TrainColumns.apply((product, source, *settings), x, weight, bias, added_to, *indices, *deltas)
-
-
-def check_frozen(weight: Tensor) -> None:
-    """Raise `ValueError` if the weight of an adapted layer requires grad."""
-    if weight.requires_grad:
-        raise ValueError(
-            "The weight of an adapted layer requires grad, but PaCA trains its columns only: the rest of the weight "
-            "would get no gradient. Call weight.requires_grad_(False), or train the layer whole through "
-            "modules_to_save instead of target_modules."
-        )
 
 
 class _TrainColumns(torch.autograd.Function):

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from paca.columns.entry import Entry
+from paca.columns.lost import is_on_the_stack
 from paca.columns.resident import WRITING
 
 _T = TypeVar("_T")
@@ -127,7 +128,7 @@ def _end(batch: MixedBatch) -> None:
 def end_left_over() -> None:
     """End mixed batches of this thread whose call is over: Ctrl-C came in `running`, or on the way to it."""
     batch = current_mixed_batch()
-    while batch is not None and batch.call is not None and not _is_on_the_stack(batch.call):
+    while batch is not None and batch.call is not None and not is_on_the_stack(batch.call):
         _end(batch)
         batch = current_mixed_batch()
 
@@ -141,13 +142,6 @@ def _call_below(frame: FrameType | None) -> FrameType | None:
     if frame is None or frame.f_code.co_name == "enter_context" or frame.f_code.co_flags & _LEFT_MEANWHILE:
         return None
     return frame
-
-
-def _is_on_the_stack(call: FrameType | None) -> bool:
-    frame: FrameType | None = sys._getframe()
-    while frame is not None and frame is not call:
-        frame = frame.f_back
-    return frame is not None
 
 
 class StepUnderway(RuntimeError):

@@ -103,6 +103,7 @@ class PeftCalls(BaseTunerLayer):
         self.merged_adapters.extend(c.name for c in columns)  # first: after Ctrl-C, unmerge() puts all back
         base = self.base_layer
         base.columns.merge(base.columns.home_to_write(base.weight), columns, safe=safe)
+        self.merged_adapters[:] = [c.name for c in base.columns.merged]  # a signal's handler may have unmerged before
 
     def unmerge(self) -> None:
         """Take merged columns out of the base weight again, bit for bit."""

@@ -16,10 +16,10 @@ from paca.columns.lost import refuse_torn
 from paca.columns.merging import MergeableColumns
 from paca.columns.resident import WRITING
 from paca.columns.sharded import ShardedColumns
-from paca.columns.state import State, is_sharded
+from paca.columns.state import ALONE, State, is_sharded
 from paca.columns.stepping import others_step
-from paca.functional.product import Product, WeightSource
-from paca.functional.train_columns import check_frozen, train_columns
+from paca.functional.product import Product, WeightSource, check_frozen
+from paca.functional.train_columns import train_columns
 
 
 class ResidentPass(WeightSource):
@@ -158,12 +158,13 @@ class ResidentWeight(nn.Module):
         return super()._apply(fn, recurse)
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        self._park()
-        if not keep_vars:  # with it, the caller asks for the parameter itself
-            self.columns.lend(self.weight)
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-        if not keep_vars:
-            self.columns.handed_out(destination[prefix + "weight"])
+        with WRITING, ALONE:  # so that it is parked while it is handed out
+            self.columns.park_within(self.columns.home_to_write(self.weight), for_now=True)
+            if not keep_vars:  # with it, the caller asks for the parameter itself
+                self.columns.lend(self.weight)
+            super()._save_to_state_dict(destination, prefix, keep_vars)
+            if not keep_vars:
+                self.columns.handed_out(destination[prefix + "weight"])
 
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, local_metadata: Any, strict: bool, *rest: Any

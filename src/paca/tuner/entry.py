@@ -150,19 +150,3 @@ def entry_of(model: nn.Module) -> ModelEntry | None:
     """The entry of an adapted model."""
     owners = (getattr(hook, "__self__", None) for hook in model._forward_pre_hooks.values())
     return next((owner for owner in owners if isinstance(owner, ModelEntry)), None)
-
-
-def refresh(model: nn.Module) -> None:
-    """Write the deltas into the weights now, whatever their version counters say.
-
-    Needed only after a delta was written through `.data` (or by a foreign kernel), without a step, a backward pass or a
-    change of mode around it; and after you wrote deltas by hand, before calls of what you compiled around the model.
-
-    Args:
-        model: The adapted model, or any module that holds adapted layers.
-    """
-    layers = paca_layers(model)
-    write_layers(layers, compare=True)
-    for entry in {layer.base_layer.columns.entry for layer in layers if layer.mode == "resident"}:
-        if isinstance(entry, ModelEntry) and set(entry.layers) <= set(layers):
-            entry.unwritten = any(batch.entry is entry for batch in Running.batches)
