@@ -7,18 +7,20 @@ import signal
 
 import pytest
 
+from paca.cli.ending import sigterm_as_ctrl_c
 from paca.evaluation.harness import _uninterrupted
 
 
-def test_an_interrupt_waits_for_the_end_of_the_call() -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupt_waits_for_the_end_of_the_call(number: signal.Signals) -> None:
     ended = []
 
     def call(value: int) -> None:
-        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), number)
         signal.getsignal(signal.SIGINT)  # Python runs handlers between instructions
         ended.append(value)
 
-    with pytest.raises(KeyboardInterrupt):
+    with sigterm_as_ctrl_c(), pytest.raises(KeyboardInterrupt):
         _uninterrupted(call)(3)
     assert ended == [3]
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler

@@ -206,18 +206,21 @@ def _answer_in(stored: Any) -> Any:
 
 
 def _uninterrupted(call: Callable[..., Any]) -> Callable[..., Any]:
-    """The same; Ctrl-C that comes within it takes effect after it."""
+    """The same; Ctrl-C and SIGTERM that come within it take effect after it."""
 
     def run(*arguments: Any, **options: Any) -> Any:
         if threading.current_thread() is not threading.main_thread():
             return call(*arguments, **options)
-        came: list[Any] = []
-        before = signal.signal(signal.SIGINT, lambda *signalled: came.append(signalled))
+        came: list[int] = []
+        handlers: dict[int, Any] = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
+            for number in handlers:
+                signal.signal(number, lambda number, frame: came.append(number))
             return call(*arguments, **options)
         finally:
-            signal.signal(signal.SIGINT, before)
-            if came and callable(before):
-                before(*came[0])
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+            for number in came:
+                signal.raise_signal(number)
 
     return run
