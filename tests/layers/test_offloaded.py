@@ -139,6 +139,18 @@ def test_an_adapter_is_loaded_onto_a_dispatched_model(tmp_path, monkeypatch, exp
         torch.testing.assert_close(grad, want[name], msg=name)
 
 
+def test_a_base_model_that_peft_would_write_over_is_refused(tmp_path, monkeypatch, expected):
+    monkeypatch.chdir(tmp_path)
+    llama().save_pretrained("model")
+    expected.save_pretrained("saved")
+    before = Path("model/model.safetensors").read_bytes()
+    base = AutoModelForCausalLM.from_pretrained("model", device_map=DEVICE_MAP, offload_folder="off").eval()
+    inner = {f"base_model.model.{name}": place for name, place in DEVICE_MAP.items()}
+    with pytest.raises(ValueError, match="loaded from model, and is partly on the disk: PEFT would write"):
+        peft.PeftModel.from_pretrained(base, "saved", device_map=inner, offload_folder="off")
+    assert Path("model/model.safetensors").read_bytes() == before
+
+
 @pytest.mark.parametrize("layer", [torch.nn.Conv2d(4, 6, 3), torch.nn.Embedding(7, 4)])
 def test_other_kinds_of_offloaded_layers_are_refused_by_name(layer):
     model = torch.nn.ModuleDict({"body": torch.nn.ModuleDict({"target": layer})})

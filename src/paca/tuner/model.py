@@ -23,6 +23,7 @@ from paca.tuner.adapter_names import mixed_batch
 from paca.tuner.column_choice import choose_columns, for_layer
 from paca.tuner.expert_targets import AdaptsStacks, quiet_about_stacks
 from paca.tuner.merging import MergesAdapters
+from paca.tuner.offloaded_files import refuse_overwriting
 from paca.tuner.recorded_quantization import note_quantization
 from paca.tuner.reference import REFERENCE, columns_of_original, copy_original
 from paca.tuner.registration import PREFIX
@@ -60,6 +61,8 @@ class PacaModel(AdaptsStacks, MergesAdapters):
             check_name(adapter_name)
             if config.loading and config.folder is not None:
                 config.shapes = shapes_in(config.folder, 3 * len(self._uses) + 100)
+                if "disk" in getattr(model, "hf_device_map", {}).values():
+                    refuse_overwriting(model)
                 if config.unusual:
                     try_expressions(vars(config), model, config.folder)
             if config.modules_to_save:
