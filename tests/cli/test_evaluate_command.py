@@ -39,7 +39,7 @@ def test_base_and_adapter_are_printed_side_by_side(workspace: Path) -> None:
     done = fresh_paca("evaluate", "run", "--tasks", "sums.yaml", "--limit", 9, "--output", "out", cwd=workspace)
     assert (done.returncode, done.stderr) == (0, "")
     lines = done.stdout.splitlines()
-    assert lines[:3] == ["Loading run ...", "base: 27 answers compared", "adapter: 27 answers compared"]
+    assert lines[:3] == ["Loading run ...", "base: 0 of 27 answers compared", "adapter: 0 of 27 answers compared"]
     assert re.search(r"task .* metric .* base .* adapter .* difference", done.stdout)
     results = json.loads((workspace / "out" / "results.json").read_text())["results"]["sums"]
     [accuracy] = [line for line in lines if re.search(r"\bacc\b", line)]
@@ -87,7 +87,7 @@ def test_mt_bench_prints_ratings_and_what_the_judge_took(workspace: Path, monkey
         done = forked_paca("evaluate", "run", "--mt-bench", "question.jsonl", *judge, *settings, cwd=workspace)
     assert (done.returncode, done.stderr) == (0, "")
     assert {headers["Authorization"] for headers, _ in server.requests} == {"Bearer secret"}
-    assert "base: 4 answers judged by strict" in done.stdout
+    assert "base: 0 of 4 answers judged by strict" in done.stdout
     assert re.search(r"maths[ │]+4.00[ │]+4.00[ │]+\n", done.stdout)
     assert "The judge read 8,000 tokens and wrote 40, in 8 requests." in done.stdout
 

@@ -19,6 +19,7 @@ class Counted:
         self._console = console
         self._progress: Progress | None = None
         self._done = self._total = 0
+        self._who = self._what = ""
         self._told = 0.0
 
     def __enter__(self) -> Counted:
@@ -30,9 +31,9 @@ class Counted:
     def begin(self, who: str, what: str, total: int) -> None:
         """Show new work in place of the old."""
         self.finish()
-        self._done, self._total, self._told = 0, total, time.monotonic()
+        self._who, self._what, self._done, self._total, self._told = who, what, 0, total, time.monotonic()
         if not self._console.is_terminal:
-            say(self._console, f"{who}: {total:,} {what}")
+            self._say_count()
             return
         label = TextColumn("{task.description}", markup=False)
         columns = (label, BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
@@ -47,9 +48,12 @@ class Counted:
             self._progress.advance(self._progress.task_ids[0])
         elif self._done < self._total and time.monotonic() - self._told > _SECONDS_BETWEEN_LINES:
             self._told = time.monotonic()
-            say(self._console, f"{self._done:,} of {self._total:,}")
+            self._say_count()
         if self._done == self._total:
             self.finish()
+
+    def _say_count(self) -> None:
+        say(self._console, f"{self._who}: {self._done:,} of {self._total:,} {self._what}")
 
     def finish(self) -> None:
         """Leave the line as it stands."""

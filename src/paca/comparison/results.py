@@ -247,24 +247,26 @@ class ComparisonResult:
     @property
     def cost(self) -> list[str]:
         """What the first method takes next to the others, a sentence each."""
-        sentences = []
-        for contrast in self.contrasts:
-            time, memory, parameters = contrast.cost().values()
-            if time is not None and memory is not None and parameters is not None:
-                sentences.append(
-                    f"{contrast.leader.name} takes {time:.2f} × the training time of {contrast.other.name}"
-                    f"{contrast.time_range()} and {memory:.2f} × its peak memory (weights included); it trains "
-                    f"{parameters:.2f} × the parameters."
-                )
         ranges = [
             f"{method.name} {found[0]:.3g} to {found[1]:.3g} s"
             for method in self.methods
             if (found := method.step_seconds) is not None and found[1] > _STEADY * found[0]
         ]
+        sentences = []
+        for contrast in self.contrasts:
+            time, memory, parameters = contrast.cost().values()
+            if time is not None and memory is not None and parameters is not None:
+                name, its = contrast.other.name, f"{contrast.other.name}'s" if ranges else "its"
+                timed = "" if ranges else f"{time:.2f} × the training time of {name}{contrast.time_range()} and "
+                sentences.append(
+                    f"{contrast.leader.name} takes {timed}{memory:.2f} × {its} peak memory (weights included); it "
+                    f"trains {parameters:.2f} × the parameters."
+                )
         if ranges and sentences:
             sentences.append(
-                f"These times tell little: steps of the same work took {', '.join(ranges)}, so the machine did "
-                "something else meanwhile. Steps that are timed in turn tell more: paca bench, or --equal time."
+                f"Their times tell too little to be compared: steps of the same work took {', '.join(ranges)}, so the "
+                "machine did something else meanwhile. Steps that are timed in turn tell more: paca bench, or --equal "
+                "time."
             )
         return sentences
 

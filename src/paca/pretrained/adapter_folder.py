@@ -40,7 +40,7 @@ def find_adapter(path: str | Path, *, or_model: bool = True, or_hub: bool = Fals
     """
     folder = expanded(path)
     if not os.path.exists(folder):
-        if or_hub and len(folder.parts) == 2 and not folder.parent.exists():
+        if or_hub and len(folder.parts) == 2 and folder.parts[0] != "runs" and not folder.parent.exists():
             from paca.pretrained.location import locate  # the hub's client, which most commands need not wait for
 
             if locate(str(path)).source == "hub":

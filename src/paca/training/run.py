@@ -31,7 +31,7 @@ from paca.training.failures import explained, told_how_to_go_on
 from paca.training.finite_loss import StopOnNonFiniteLoss
 from paca.training.folder.checkpoints import WholeCheckpoints, load_if_finished
 from paca.training.folder.run_folder import RunFolder, steps_done, write_whole
-from paca.training.folder.same_run import check_same_model, check_same_run
+from paca.training.folder.same_run import check_same_model, check_same_run, told_of_finished
 from paca.training.interrupt import StopOnSignal
 from paca.training.memory import reset_peak_memory
 from paca.training.memory_check import memory_at_hand, memory_warning
@@ -76,7 +76,7 @@ def train(
     Args:
         config: From `paca.training.load_run_config`.
         resume: Continue from the newest checkpoint in the run folder, to the same weights as if the run had not
-            stopped (bit for bit on a CPU). A run that is finished already is left as it is.
+            stopped (bit for bit on a CPU). One that is finished is left as it is; other settings are refused.
         console: Where progress is shown; standard output when None. Only the first process shows anything.
         probe: Try the longest batch first, with no effect on the result.
         scorer: What measures `eval.metric`, from `paca.evaluation.own_data.scorer`.
@@ -94,7 +94,7 @@ def train(
     console = (console or Console()) if main else Console(quiet=True)
     folder = RunFolder(Path(config.output.dir))
     if resume and folder.finished():
-        say(console, f"The run in {folder.path} is finished; there is nothing to resume.")
+        say(console, told_of_finished(folder, config))
         return RunResult(folder.path, folder.read_summary(), None)
     held = folder.in_use() if main else nullcontext()
     with held, StopOnSignal(partial(say, console)) as stopper, told_how_to_go_on(folder):

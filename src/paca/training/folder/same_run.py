@@ -74,6 +74,30 @@ def check_same_run(folder: RunFolder, config: RunConfig, inputs: dict[str, str])
         raise _other_content(folder, [f"{key} ({now[key]})" if key in now else key for key in files])
 
 
+def told_of_finished(folder: RunFolder, config: RunConfig) -> str:
+    """What to say to somebody who continues a run that is finished.
+
+    Args:
+        folder: Of the run.
+        config: As it was given now; what it leaves out, or to paca (`auto`), is not looked at.
+
+    Raises:
+        PacaError: It asks for other settings of the method or the trainer than the run had.
+    """
+    if folder.config.is_file():
+        had, given = _recorded_settings(folder.config), _flat({config.method: config.adapter, "train": config.train})
+        other = [
+            key for key, value in given.items() if key not in _FREE_TO_CHANGE and value not in ("auto", had.get(key))
+        ]
+        if other:
+            lines = "\n".join(f"  {key}: {had.get(key)!r} → {given[key]!r}" for key in sorted(other))
+            raise PacaError(
+                f"The run in {folder.path} is finished, with other settings:\n{lines}\n"
+                "To train with the new ones, leave --resume out, and give another output.dir."
+            )
+    return f"The run in {folder.path} is finished; there is nothing to resume."
+
+
 def check_same_model(folder: RunFolder, config: RunConfig, found: Pretrained, *, resume: bool) -> None:
     """Record what the model of a run is, or refuse to continue it with another one.
 
