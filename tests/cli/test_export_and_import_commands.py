@@ -12,7 +12,9 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from cli.paca_process import forked_paca, fresh_paca
+from paca.cli.export import _prompts_form
 from paca.pretrained.generation import load_for_generation
+from paca.pretrained.trainable_copy import copied_from
 from tiny_checkpoint import save_run
 
 
@@ -24,7 +26,10 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_export_to_lora_and_import_give_the_adapter_back(run: Path, tmp_path: Path) -> None:
     done = fresh_paca("export", run, "--to", "lora", "--output", tmp_path / "lora")
     assert done.returncode == 0, done.stderr
-    assert f"Written: {tmp_path / 'lora'} (LoRA, exact: 14 layers of rank 5, each at scale 1)" in done.stdout
+    assert (
+        f"Written: {tmp_path / 'lora'} (LoRA, exact but for rounding: 14 layers of rank 5, each at scale 1)"
+        in done.stdout
+    )
     assert "quantized" not in done.stdout
     assert (tmp_path / "lora/tokenizer.json").is_file()
     done = fresh_paca("import", tmp_path / "lora", "--base", run / "base", "--output", tmp_path / "back")
@@ -46,6 +51,25 @@ def test_export_to_gguf(run: Path, tmp_path: Path) -> None:
     assert f"Written: {output} (LoRA, 14 layers, for 'llama' models of llama.cpp)" in done.stdout
     assert f"--lora {output}" in done.stdout
     assert len(gguf.GGUFReader(output).tensors) == 28
+
+
+def test_what_is_said_of_llama_cpp_names_the_file_and_only_the_options_that_are_needed(tmp_path: Path) -> None:
+    adapter, base, file = tmp_path / "adapter", tmp_path / "base", tmp_path / "model.Q4_1.gguf"
+    for folder in (adapter, base):
+        folder.mkdir()
+    assert copied_from(base) is None
+    (base / "paca_source.json").write_text(json.dumps({"model": str(file)}))
+    assert copied_from(base) is None  # it is gone
+    file.touch()
+    assert copied_from(base) == str(file)
+    assert _prompts_form(adapter, base) == ""
+    (adapter / "tokenizer_config.json").touch()
+    assert _prompts_form(adapter, base) == " -no-cnv"
+    template = adapter / "chat_template.jinja"
+    template.write_text("{{ messages }}")
+    assert _prompts_form(adapter, base) == f" --jinja --chat-template-file {template}"
+    shutil.copy(template, base)
+    assert _prompts_form(adapter, base) == ""
 
 
 def test_export_to_peft_says_what_it_wrote(run: Path, tmp_path: Path) -> None:

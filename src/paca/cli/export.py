@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -54,21 +55,30 @@ def export(
     if to == "gguf":
         put(f"Written: {output} (LoRA, {layers}, for {architecture_of(adapter).name!r} models of llama.cpp)")
     elif to == "lora":
-        put(f"Written: {output} (LoRA, exact: {layers} of rank {ranks}, each at scale 1)")
+        put(f"Written: {output} (LoRA, exact but for rounding: {layers} of rank {ranks}, each at scale 1)")
     else:
         put(f"Written: {output} (PaCA for PEFT >= 0.22: {layers} of rank {adapter.ranks[-1]}, each at scale 1)")
     if adapter.saved_whole:
         put(f"Carried over: {', '.join(sorted(adapter.saved_whole))}")
     _say_quantization(adapter.quantization)
     if to == "gguf":
-        folder = adapter_in(path)
-        template = folder / "chat_template.jinja"
-        form = f" --jinja --chat-template-file {template}" if template.is_file() else ""
-        if not form and (folder / "tokenizer_config.json").is_file():
-            form = " -no-cnv"  # trained on texts as they stand: not in the form that the GGUF file has
-        put(f"Use it with the GGUF file of {adapter.base}: llama-cli -m MODEL.gguf --lora {output}{form}")
+        from paca.pretrained.trainable_copy import copied_from
+
+        file, form = copied_from(adapter.base), _prompts_form(adapter_in(path), Path(adapter.base))
+        where = "" if file else f" with the GGUF file of {adapter.base}"
+        put(f"Use it{where}: llama-cli -m {shlex.quote(file) if file else 'MODEL.gguf'} --lora {output}{form}")
     else:
         put(f'Load it onto {adapter.base} with PeftModel.from_pretrained(model, "{output}"); paca is not needed.')
+
+
+def _prompts_form(adapter: Path, base: Path) -> str:
+    """Options of llama-cli for prompts in the adapter's form; none where the model's file has the same one."""
+    template, own = adapter / "chat_template.jinja", base / "chat_template.jinja"
+    if template.is_file():
+        same = own.is_file() and own.read_bytes() == template.read_bytes()
+        return "" if same else f" --jinja --chat-template-file {template}"
+    # Trained on texts as they stand: not in the form that the GGUF file has.
+    return " -no-cnv" if (adapter / "tokenizer_config.json").is_file() else ""
 
 
 def _say_quantization(kind: str | None) -> None:

@@ -43,6 +43,15 @@ def save_trainable_copy(pretrained: Pretrained, folder: str | os.PathLike[str]) 
     return target
 
 
+def copied_from(folder: str | os.PathLike[str]) -> str | None:
+    """The GGUF file that a folder was unpacked from; None if it was not, or that file is gone."""
+    try:
+        source = json.loads((Path(folder) / _RECORD).read_text(encoding="utf-8"))["model"]
+        return source if source.lower().endswith(".gguf") and Path(source).is_file() else None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+
+
 def _write(pretrained: Pretrained, folder: Path, record: dict[str, object]) -> None:
     with without_progress_bars():
         pretrained.model.save_pretrained(folder)
