@@ -48,37 +48,34 @@ _PARAMETERS = (
 )
 
 _AFTER_PARAMETERS = """
-Attention reaches at most 0.5 of the peak, and 0.35 on H100, H200, GH200, B200 and AMD's. torch's FlashAttention-2
-reaches 50 to 73 % on an A100 (arXiv 2307.08691) and 35 % on an H100 (arXiv 2407.08608).
+Attention reaches at most 0.5 of the peak, and 0.35 on H100, H200, GH200, B200 and AMD's (as FlashAttention-2 does:
+arXiv 2307.08691, 2407.08608).
 
 ## Published and simulated
 
-A line differs in its batches, or in its methods. Bold is off: a time beyond 15 %, memory beyond 10 %. Parameters were
-fitted to what is in *italics*; all else was held out. `2, 4 × 512` is batches and tokens.
+Bold is off: a time beyond 15 %, memory beyond 10 %. Parameters were fitted to what is in *italics*; all else was held
+out. `2, 4 × 512` is batches and tokens.
 
 """
 
 _AFTER_TABLE = """
 Where it is off, and why:
 
-- **Seconds per 5,000 steps of PEFT's table** include the answers to the 1,319 test questions. The rows *ms* of PEFT's
-  comparison are the same runs without that.
-- **DoRA on the L40S in June 2025**: PEFT's script emptied torch's cache of memory after each step, so each step asked
-  the driver again, most of all for DoRA's copies of whole weights. Since PEFT's pull request 2894 it does so after each
-  tenth step, and the row of 2026 is within 1 %.
+- **Seconds per 5,000 steps of PEFT's table** include the answers to the 1,319 test questions; the rows *ms* don't.
+- **DoRA on the L40S in June 2025**: PEFT's script emptied torch's cache of memory after each step, until its pull
+  request 2894. The row of 2026 is within 1 %.
 - **Largest batches**: not simulated are fragmentation, DeepSpeed's float32 copies and buffers, and that an A100 of
   80 GB has 79.2 GiB for programs. So leave 5 to 10 % of the memory free.
 - **One sequence of 512 tokens on the A100**: what small operators cost is not resolved.
-- **Against LoRA**, much depends on LoRA's dropout. The abstract names none; the paper's scripts leave it at LMFlow's
-  0.1. Neither fits all three.
+- **Against LoRA**, much depends on LoRA's dropout, which the abstract does not name (the scripts: 0.1).
 
 Sources:
 
 - *authors' log*: `throughput/*_results.txt` of github.com/WooSunghyeon/paca (commit 9209009; 512 tokens, padded,
-  bfloat16 through DeepSpeed). *Paper*: the abstract of arXiv 2503.01905. `paca-random` draws as the authors do.
+  bfloat16 through DeepSpeed). *Paper*: the abstract of arXiv 2503.01905.
 - *PEFT's comparison*: `method_comparison/MetaMathQA/results` of github.com/huggingface/peft (June and August 2025;
   *2026*: 7 January, PEFT 0.18.1.dev0, torch 2.9.0): the sum of its `train time`, and its largest reserved memory. A
-  step has 4 × 210 tokens, 215 with some padding. *PEFT's table*: its leaderboard later.
+  step has 4 × 210 tokens, 215 with padding. *PEFT's table*: its leaderboard later.
 
 ## On ourselves: an H100
 
