@@ -24,9 +24,9 @@ The tests run every cell on a tiny model on a CPU, and compare its outcome with 
 - **no** paca refuses it, with the message in the note. The model then computes what it did before.
 - **–** there is nothing to do, for the reason in the note.
 
-The name of a row leads to the guide that says how to adapt such layers; how to do each operation, the last section
-says. In messages, LAYER, CLASS, CHOICE and TYPE stand for the names. Layers are the libraries' own, unless the row says
-*stand-in*: GPTQ, AWQ, EETQ and AQLM multiply on GPUs only, so a layer with their interface takes their place.
+The name of a row leads to the guide on such layers. In messages, LAYER, CLASS, CHOICE and TYPE stand for the names.
+Layers are the libraries' own, unless the row says *stand-in*: GPTQ, AWQ, EETQ and AQLM multiply on GPUs only, so a
+layer with their interface takes their place.
 """
 
 LAYERS_TEXT = """\
@@ -54,7 +54,7 @@ NOT_RUN_TEXT = """\
 CHECKED_TEXT = """\
 ## What is checked
 
-The name of an operation leads to the guide that says how to do it.
+Each name leads to the guide that says how to do it.
 """
 
 NAMES = (
@@ -113,8 +113,7 @@ def document(outcomes: Outcomes) -> str:
         *(f"- {_operation(title)}: {' '.join((check.__doc__ or '').split())}" for title, check in OPERATIONS.items()),
         "",
         "The models are in float32. Where results are not equal bit for bit, the relative error is within 2e-5.",
-        "Compiled models run with the backend `aot_eager`. Of language models the adapted layers are compiled, of",
-        "mixtures of experts the block that holds them.",
+        "Compiled models run with `aot_eager`; of language models the adapted layers, or the block of experts.",
         "",
         *notes.lines(),
     ]
