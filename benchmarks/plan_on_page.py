@@ -15,25 +15,22 @@ PAGE = Path(__file__).parents[1] / "docs/notes/plan-on.md"
 
 _HEAD = """# Simulated steps: how far they are off
 
-On an A100 and an L40S most simulated times are within 15 % of published ones, and memory within 10 %; where not, the
-reason stands below. For other devices the error is not known.
+`paca plan llama3-8b --on h100 --compare lora` says how long a step would take on a GPU that is not here. On an A100 and
+an L40S most simulated times are within 15 % of published ones, and memory within 10 %; where not, the reason stands
+below. For other devices the error is not known.
 
-`paca plan llama3-8b --on h100 --compare lora` says how long a step would take on a GPU that is not here. **Nothing on
-this page was measured by us on a GPU.** `python benchmarks/plan_on.py` writes it, from `benchmarks/plan_on.csv`
-(published) and `benchmarks/plan_on_simulated.csv`.
+**Nothing on this page was measured by us on a GPU.** `python benchmarks/plan_on.py` writes it, from
+`benchmarks/plan_on.csv` (published) and `benchmarks/plan_on_simulated.csv`.
 
 ## How it works
 
 A step is traced on tensors without values, with two blocks and then three: the difference stands for each further one.
-An operator takes a fixed time on the device, and the longer of two:
-
-- its operations over peak × `product` × the share that its tiles fill (a tile is what one multiprocessor computes at a
-  time; the last round leaves some idle).
-- its bytes over the bandwidth × `bandwidth`. What fits into half of the last cache moves at `cache_bandwidth`.
+An operator takes a fixed time on the device, and the longer of two: its operations over peak × `product` × the share
+that its tiles fill, or its bytes over the bandwidth × `bandwidth`. (A tile is what one multiprocessor computes at a
+time; the last round leaves some idle.) What fits into half of the last cache moves at `cache_bandwidth`.
 
 The host launches one operator after the other, in `host_forward` or `host_backward` seconds each. In each phase
-(forward, backward, step) the slower of the two counts. *Launch-bound* is the share in which the device waits. Operators
-that make the host wait are counted too; PaCA and LoRA have none.
+(forward, backward, step) the slower of the two counts. *Launch-bound* is the share in which the device waits.
 
 | parameter | value | where it is from |
 | --- | ---: | --- |
@@ -51,44 +48,39 @@ _PARAMETERS = (
 )
 
 _AFTER_PARAMETERS = """
-Attention reaches at most 0.5 of the peak, and 0.35 on H100, H200, GH200, B200 and AMD's. torch's FlashAttention-2
-reaches 50 to 73 % on an A100 (arXiv 2307.08691) and 35 % on an H100 (arXiv 2407.08608).
+Attention reaches at most 0.5 of the peak, and 0.35 on H100, H200, GH200, B200 and AMD's (as FlashAttention-2 does:
+arXiv 2307.08691, 2407.08608).
 
 ## Published and simulated
 
-A line differs in its batches, or in its methods. Bold is off: a time beyond 15 %, memory beyond 10 %. Parameters were
-fitted to what is in *italics*; all else was held out. `2, 4 × 512` is batches and tokens.
+Bold is off: a time beyond 15 %, memory beyond 10 %. Parameters were fitted to what is in *italics*; all else was held
+out. `2, 4 × 512` is batches and tokens.
 
 """
 
 _AFTER_TABLE = """
 Where it is off, and why:
 
-- **Seconds per 5,000 steps of PEFT's table** include the answers to the 1,319 test questions. The rows *ms* of PEFT's
-  comparison are the same runs without that.
-- **DoRA on the L40S in June 2025** is 26 % too fast. PEFT's script emptied torch's cache of memory after each step, so
-  each step asked the driver again, most of all for DoRA's copies of whole weights. Since PEFT's pull request 2894 it
-  does so after every tenth step, and the row of 2026 is within 1 %. Part of the -7 % of LoRA and MiSS may be that too.
-- **Largest batches** are one or two too high. Not simulated are fragmentation, DeepSpeed's float32 copies and buffers,
-  and that an A100 of 80 GB has 79.2 GiB for programs. So leave 5 to 10 % of the memory free.
-- **One sequence of 512 tokens on the A100** is 12 % too slow for PaCA and 6 % too fast for MosLoRA: what small
-  operators cost is not resolved.
-- **Against LoRA**, much depends on LoRA's dropout. The abstract names none; the paper's scripts leave it at LMFlow's
-  0.1. Neither fits all three: without it the gain in time is too small, with it the gain in length too large.
+- **Seconds per 5,000 steps of PEFT's table** include the answers to the 1,319 test questions; the rows *ms* don't.
+- **DoRA on the L40S in June 2025**: PEFT's script emptied torch's cache of memory after each step, until its pull
+  request 2894. The row of 2026 is within 1 %.
+- **Largest batches**: not simulated are fragmentation, DeepSpeed's float32 copies and buffers, and that an A100 of
+  80 GB has 79.2 GiB for programs. So leave 5 to 10 % of the memory free.
+- **One sequence of 512 tokens on the A100**: what small operators cost is not resolved.
+- **Against LoRA**, much depends on LoRA's dropout, which the abstract does not name (the scripts: 0.1).
 
 Sources:
 
 - *authors' log*: `throughput/*_results.txt` of github.com/WooSunghyeon/paca (commit 9209009; 512 tokens, padded,
-  bfloat16 through DeepSpeed). *Paper*: the abstract of arXiv 2503.01905. `paca-random` draws as the authors do.
+  bfloat16 through DeepSpeed). *Paper*: the abstract of arXiv 2503.01905.
 - *PEFT's comparison*: `method_comparison/MetaMathQA/results` of github.com/huggingface/peft (June and August 2025;
   *2026*: 7 January, PEFT 0.18.1.dev0, torch 2.9.0): the sum of its `train time`, and its largest reserved memory. A
-  step has 4 × 210 tokens (20,000 examples have 4,198,051), 215 with some padding. *PEFT's table*: its leaderboard
-  later.
+  step has 4 × 210 tokens, 215 with padding. *PEFT's table*: its leaderboard later.
 
 ## On ourselves: an H100
 
 All simulated, r 16 in all linear layers, chunked loss. *Ratio* is to the tuned LoRA (QPaCA: to QLoRA). *Slow host*:
-twice the seconds per operator. *Elementwise*: what is no product; the most that fused kernels can gain.
+launch-bound with twice the seconds per operator.
 
 """
 
@@ -100,10 +92,10 @@ What follows, with the gain that the simulation expects at most:
 
 _ABOUT_DEVICES = (
     "Memory, bandwidth and peak rates of each, with the data sheet: "
-    "[devices.py](../../src/paca/planning/devices.py). The sheets could not be reached. The figures were entered "
-    "from memory, and compared with what others quote; check those that you rely on. `t4`, `v100-16gb` and "
-    "`v100-32gb` have no bfloat16: models are planned in float16 there, and bfloat16 counts at the rate of "
-    "float32. On AMD's and Intel's devices paca was never tried."
+    "[devices.py](../../src/paca/planning/devices.py). The figures were entered from memory, and compared with what "
+    "others quote, as the sheets could not be reached: check those that you rely on. `t4`, `v100-16gb` and "
+    "`v100-32gb` have no bfloat16: models are planned in float16 there. On AMD's and Intel's devices paca was never "
+    "tried."
 )
 
 
@@ -127,11 +119,11 @@ def write() -> None:
 def h100_table(rows: list[dict[str, str]]) -> list[str]:
     """One line for each model, shape and method."""
     lines = [
-        "| model, tokens | method | ms | ratio | launches (LoRA's) | launch-bound, % | slow host | elementwise |",
-        "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: |",
+        "| model, tokens | method | ms | ratio | launches (LoRA's) | launch-bound, % | slow host |",
+        "| --- | --- | ---: | ---: | ---: | ---: | ---: |",
     ]
     for row in rows:
-        shares = ("launch_bound", "launch_bound_slow_host", "elementwise")
+        shares = ("launch_bound", "launch_bound_slow_host")
         lines.append(
             f"| {row['model']}, {row['batch']} × {row['length']} | `{row['method']}` | {row['ms']} | "
             f"{float(row['ratio']):.2f} | {row['launches']} ({row['launches_against']}) | "
@@ -154,13 +146,11 @@ def findings(rows: list[dict[str, str]]) -> list[str]:
     return [
         f"- **Launch-bound** (more than 5 %) are {len(bound)} of the {len(rows)} rows. Capture into CUDA graphs takes "
         f"the host out of it: up to {_most(bound, 'launch_bound')} of the step. Larger batches do the same. Set "
-        "`train.torch_compile: true` and `train.torch_compile_mode: reduce-overhead`. It was not tried on a GPU. "
-        "Tested without one: a model compiles [into one graph](../method.md#torchcompile), once.",
+        "`train.torch_compile: true` and `train.torch_compile_mode: reduce-overhead` (not tried on a GPU).",
         f"- **Slower than LoRA**: {slow or 'nowhere here'}.",
         f"- **4 bits**: unpacking is {_range(four_bit, 'unpacking')} of a step, and the same for QLoRA. Scales "
         "that are not quantized once more (`bnb_4bit_use_double_quant: false`) save "
-        f"{_range(four_bit, 'plain_scales')}, for 0.4 bits more per weight. Unpacking once per step takes a 16-bit "
-        "copy in memory.",
+        f"{_range(four_bit, 'plain_scales')}, for 0.4 bits more per weight.",
         f"- **Large batches**: norms, activations and residuals are {_range(long, 'elementwise')} of a step. That "
         "bounds what fused kernels (Liger's, or `torch.compile`) can gain.",
     ]

@@ -6,6 +6,8 @@ import pytest
 
 from support_matrix.cell import ACCEPTABLE, Outcome
 from support_matrix.document import document
+from support_matrix.guides import OPERATIONS_IN_GUIDES, ROWS_IN_GUIDES
+from support_matrix.operations import OPERATIONS
 from support_matrix.table import CELLS, DOCUMENT, REFUSED, SUBJECTS, missing, read_outcomes, run
 
 COMMITTED = read_outcomes()
@@ -38,3 +40,10 @@ def test_what_is_refused_altogether_is_and_the_rest_trains_or_says_why_not():
 
 def test_the_page_is_made_of_the_outcomes():
     assert DOCUMENT.read_text(encoding="utf-8") == document(COMMITTED), "Run: make matrix"
+
+
+def test_a_guide_says_how_to_do_each_operation_and_each_row():
+    assert OPERATIONS_IN_GUIDES.keys() == OPERATIONS.keys()
+    assert ROWS_IN_GUIDES.keys() == SUBJECTS.keys() | REFUSED.keys()
+    page, places = DOCUMENT.read_text(encoding="utf-8"), {*OPERATIONS_IN_GUIDES.values(), *ROWS_IN_GUIDES.values()}
+    assert [place for place in places if f"]({place})" not in page] == []

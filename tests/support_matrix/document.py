@@ -7,6 +7,7 @@ import textwrap
 from collections.abc import Iterable
 
 from support_matrix.cell import Outcome
+from support_matrix.guides import OPERATIONS_IN_GUIDES, ROWS_IN_GUIDES
 from support_matrix.operations import OPERATIONS
 from support_matrix.quantizations import NOT_RUN, QUANTIZATIONS, REFUSED_QUANTIZATIONS
 from support_matrix.subject import Refused, Subject
@@ -23,8 +24,9 @@ The tests run every cell on a tiny model on a CPU, and compare its outcome with 
 - **no** paca refuses it, with the message in the note. The model then computes what it did before.
 - **–** there is nothing to do, for the reason in the note.
 
-In messages, LAYER, CLASS, CHOICE and TYPE stand for the names. Layers are the libraries' own, unless the row says
-*stand-in*: GPTQ, AWQ, EETQ and AQLM multiply on GPUs only, so a layer with their interface takes their place.
+The name of a row leads to the guide on such layers. In messages, LAYER, CLASS, CHOICE and TYPE stand for the names.
+Layers are the libraries' own, unless the row says *stand-in*: GPTQ, AWQ, EETQ and AQLM multiply on GPUs only, so a
+layer with their interface takes their place.
 """
 
 LAYERS_TEXT = """\
@@ -51,6 +53,8 @@ NOT_RUN_TEXT = """\
 
 CHECKED_TEXT = """\
 ## What is checked
+
+Each name leads to the guide that says how to do it.
 """
 
 NAMES = (
@@ -106,11 +110,10 @@ def document(outcomes: Outcomes) -> str:
         *(f"- {title}: {reason}" for title, reason in NOT_RUN),
         "",
         CHECKED_TEXT,
-        *(f"- **{title}**: {' '.join((check.__doc__ or '').split())}" for title, check in OPERATIONS.items()),
+        *(f"- {_operation(title)}: {' '.join((check.__doc__ or '').split())}" for title, check in OPERATIONS.items()),
         "",
         "The models are in float32. Where results are not equal bit for bit, the relative error is within 2e-5.",
-        "Compiled models run with the backend `aot_eager`. Of language models the adapted layers are compiled, of",
-        "mixtures of experts the block that holds them.",
+        "Compiled models run with `aot_eager`; of language models the adapted layers, or the block of experts.",
         "",
         *notes.lines(),
     ]
@@ -118,25 +121,46 @@ def document(outcomes: Outcomes) -> str:
 
 
 def _table(rows: Iterable[Subject], outcomes: Outcomes, notes: Notes) -> list[str]:
-    """A column for each operation that does not work everywhere, below a line that names the others."""
+    """A column for each operation that does not work everywhere, below a line that names the others.
+
+    Columns with the same outcomes are one, and rows too.
+    """
     rows = tuple(rows)
     found = {name: [Outcome.of(outcomes[row.key][name]) for row in rows] for name in OPERATIONS}
     always = [name for name, cells in found.items() if all(cell.kind == "works" for cell in cells)]
     shown = [name for name in OPERATIONS if name not in always]
     lines = [textwrap.fill(f"**✓ in every row**: {'; '.join(always)}.", 120, break_on_hyphens=False), ""]
-    lines += [f"| | mode | {' | '.join(shown)} |", "|---|---|" + ":-:|" * len(shown)]
-    for row in rows:
-        cells = [notes.mark(Outcome.of(outcomes[row.key][name])) for name in shown]
-        lines.append(f"| {row.title} | {', '.join(sorted(row.modes))} | {' | '.join(cells)} |")
-    return lines
+    marks = [[notes.mark(found[name][number]) for name in shown] for number in range(len(rows))]
+    columns = _alike(zip(zip(*marks, strict=True), shown, strict=True))
+    modes = (", ".join(sorted(row.modes)) for row in rows)
+    cells = zip(modes, *columns, strict=True)
+    lines += [f"| | mode | {' | '.join(columns.values())} |", "|---|---|" + ":-:|" * len(columns)]
+    alike = _alike(zip(cells, map(_title, rows), strict=True))
+    return lines + [f"| {titles} | {' | '.join(row)} |" for row, titles in alike.items()]
+
+
+def _alike(named: Iterable[tuple[tuple[str, ...], str]]) -> dict[tuple[str, ...], str]:
+    """The names of those that are alike, as one."""
+    names: dict[tuple[str, ...], list[str]] = {}
+    for marks, name in named:
+        names.setdefault(marks, []).append(name)
+    return {marks: "; ".join(found) for marks, found in names.items()}
 
 
 def _refusals(rows: Iterable[Refused], outcomes: Outcomes) -> list[str]:
-    titles: dict[str, list[str]] = {}
-    for row in rows:
-        titles.setdefault(_general(Outcome.of(outcomes[row.key][ADAPT]).reason), []).append(row.title)
+    alike = _alike(((_general(Outcome.of(outcomes[row.key][ADAPT]).reason),), _title(row)) for row in rows)
     lines = ["| | the message |", "|---|---|"]
-    return lines + [f"| {'; '.join(rows)} | {_escaped(message)} |" for message, rows in titles.items()]
+    return lines + [f"| {titles} | {_escaped(message)} |" for (message,), titles in alike.items()]
+
+
+def _title(row: Subject | Refused) -> str:
+    """A row's name, which leads to its guide."""
+    return f"[{row.title}]({ROWS_IN_GUIDES[row.key]})"
+
+
+def _operation(title: str) -> str:
+    """An operation's name, which leads to its guide."""
+    return f"**[{title}]({OPERATIONS_IN_GUIDES[title]})**"
 
 
 def _general(message: str) -> str:

@@ -30,8 +30,8 @@ MIXED = ["second", "__base__", "default"]
 
 
 def train(case: Case) -> None:
-    """Output and gradients of the deltas are those of autograd through dense float64 weights, before and after an \
-optimizer step, and of two adapters at once."""
+    """Output and gradients are those of autograd through dense float64 weights, before and after an optimizer step, \
+and of two adapters at once."""
     model, x = case.model, case.x
     assert {layer.mode for layer in case.layers().values()} == case.subject.modes
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
@@ -71,8 +71,8 @@ def checkpointing(case: Case) -> None:
 
 
 def autocast(case: Case) -> None:
-    """Under bfloat16 autocast, output and gradients are those of the stock model with the columns in its weights, to \
-bfloat16's precision."""
+    """In bfloat16, to its precision, output and gradients are those of the stock model with the columns in its \
+weights."""
     twin = case.dense({"default": 1.0}, torch.float32)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         want = run(twin, case.x)
@@ -86,8 +86,8 @@ bfloat16's precision."""
 
 
 def compiled(case: Case) -> None:
-    """Compiled, output and gradients of the eager model, before and after a change of the deltas; the base model's \
-output under `disable_adapter()`."""
+    """Output and gradients of the eager model, before and after a change of the deltas; the base model's output \
+under `disable_adapter()`."""
     eager, model, x = case.adapted(), case.model, case.x
     fast = model.get_base_model()
     torch._dynamo.reset()
@@ -125,7 +125,7 @@ def save_and_load(case: Case) -> None:
 
 
 def disable(case: Case) -> None:
-    """Under `disable_adapter()` the base model's output bit for bit, and the adapter's again after it."""
+    """The base model's output bit for bit, and the adapter's again after it."""
     want = run(case.model, case.x)
     with case.model.disable_adapter():
         assert torch.equal(run(case.model, case.x), stock_output(case))
@@ -147,7 +147,7 @@ def several(case: Case) -> None:
 
 
 def mixed_batch(case: Case) -> None:
-    """`adapter_names` with two adapters and `__base__`: each sample as with its adapter alone."""
+    """Two adapters and `__base__`: each sample as with its adapter alone."""
     case.add_second()
     y = run(case.model, case.x, adapter_names=MIXED)
     _close(y[1], run(stock(case), case.x[1:2])[0])
@@ -165,7 +165,7 @@ def train_mixed_batch(case: Case) -> None:
 
 
 def hot_swap(case: Case) -> None:
-    """`paca.hotswap_adapter`: other columns and values in the same tensors, nothing of the old ones left."""
+    """Other columns and values in the same tensors, nothing of the old ones left."""
     other = case.adapted(seed=5, random_seed=9, paca_alpha=8)
     want = run(other, case.x)
     other.save_pretrained(case.folder / "other")
@@ -177,7 +177,7 @@ def hot_swap(case: Case) -> None:
 
 
 def weighted_sum(case: Case) -> None:
-    """`add_weighted_adapter` with a negative weight: the exact sum."""
+    """With a negative weight: the exact sum."""
     case.add_second()
     case.model.add_weighted_adapter(["default", "second"], [1.0, -0.5], "sum")
     case.model.set_adapter("sum")
@@ -185,8 +185,8 @@ def weighted_sum(case: Case) -> None:
 
 
 def merge(case: Case) -> None:
-    """`merge_adapter`: the adapter's effect is in the weight (requantized, it is nearer to it than the base model); \
-`unmerge_adapter` is bitwise."""
+    """The adapter's effect is in the weight (requantized, it is nearer to it than the base model); unmerging is \
+bitwise."""
     model, x = case.model, case.x
     want = run(model, x)
     model.merge_adapter()
@@ -196,7 +196,7 @@ def merge(case: Case) -> None:
 
 
 def merge_and_unload(case: Case) -> None:
-    """`merge_and_unload()`: a model of stock layers with the adapter's effect."""
+    """A model of stock layers with the adapter's effect."""
     want = run(case.model, case.x)
     merged = case.model.merge_and_unload()
     _stock(merged)
@@ -211,7 +211,7 @@ def _merged(case: Case, found: Tensor, want: Tensor) -> None:
 
 
 def unload(case: Case) -> None:
-    """`unload()`: the stock model, bit for bit."""
+    """The stock model, bit for bit."""
     run(case.model, case.x)
     unloaded = case.model.unload()
     _stock(unloaded)
