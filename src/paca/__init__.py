@@ -22,6 +22,7 @@ with hold_import_notes():
 from paca.config import PacaConfig
 from paca.lean import make_lean, undo_lean
 from paca.messages.errors import PacaError
+from paca.pretrained.learning_rate import learning_rate
 from paca.pretrained.tied_weights import untie_embeddings
 from paca.tuner.calibration import select
 from paca.tuner.hotswap import hotswap_adapter
@@ -38,6 +39,7 @@ __all__ = [
     "PacaModel",
     "RotateColumns",
     "hotswap_adapter",
+    "learning_rate",
     "make_lean",
     "refresh",
     "rotate",

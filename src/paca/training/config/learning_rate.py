@@ -1,10 +1,4 @@
-"""`train.learning_rate: auto`: the rate of a run that gives none.
-
-For PaCA it follows from `r` and from the size of the weights, by a rule that was fitted to measured runs. Adam moves
-each value by about the rate, however large it is: so a model with small weights needs a small one. The width of the
-layers is not in it: an output is a sum over the `r` trained columns, however many others there are.
-docs/notes/learning-rate.md has the measurements, and where the rule was not tried.
-"""
+"""`train.learning_rate: auto`: the rate of a run that gives none."""
 
 from __future__ import annotations
 
@@ -12,12 +6,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from paca.config import PacaConfig
+from paca.pretrained.learning_rate import rate_and_rule
 from paca.training.trainers.kind import TrainerKind
 
 AUTO = "auto"
-_OF_WEIGHTS = 0.152  # the rate of one column, as a part of the weights' root mean square
-_FALLS_BY = 2 / 3
-_USUAL_SIZE = 0.03  # assumed where it can't be read; Gemma 3 270M has 0.037, SmolLM2-135M 0.2
 
 
 def follows_weights(kind: TrainerKind, method: str) -> bool:
@@ -41,9 +33,4 @@ def automatic_rate(
     if not follows_weights(kind, method):
         return kind.learning_rate, "for adapters"
     r, alpha = adapter.get("r", PacaConfig.r), adapter.get("paca_alpha", PacaConfig.paca_alpha)
-    size = weight_size or _USUAL_SIZE
-    known = "the root mean square of the weights" if weight_size else "assumed of the weights, which can't be read yet"
-    rule = f"{_OF_WEIGHTS:g} × {size:.2g} / r^(2/3)"
-    if alpha != r:
-        rule += " × r / paca_alpha"
-    return float(f"{_OF_WEIGHTS * size / r**_FALLS_BY * r / alpha:.2g}"), f"{rule}; {size:.2g} is {known}"
+    return rate_and_rule(r, alpha, weight_size)
