@@ -49,6 +49,7 @@ from paca.training.reporting.tracking import Trackers, names_for_trackers
 from paca.training.sharding import check_sharding, sharding_warning
 from paca.training.starting_model import keep_adapter_dtype, load_model, with_adapter
 from paca.training.trainers import trainer_kind
+from paca.training.untrained_layers import TellUntrainedLayers
 from paca.tuner.rotation.callback import RotateColumns
 
 
@@ -231,7 +232,7 @@ class _Run:
 
     def _make_trainer(self, prepared: PreparedRun, pretrained: Pretrained, arguments: TrainingArguments) -> Any:
         folder, console = self.folder, self.console
-        callbacks: list[Any] = [self.stopper, SetEpochOfSampler(), NoCardsOfCheckpoints()]
+        callbacks: list[Any] = [self.stopper, SetEpochOfSampler(), NoCardsOfCheckpoints(), TellUntrainedLayers(console)]
         if self.config.adapter.get("rotate_every") is not None:
             callbacks.append(RotateColumns())
         model, adapter = with_adapter(pretrained.model, self.config, arguments, prepared.data.train, folder, console)
