@@ -5,6 +5,7 @@ One process that has imported nothing but the program is forked for each command
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import subprocess
@@ -16,8 +17,10 @@ import pytest
 
 import paca_command
 from paca.cli import main
+from paca.cli.chat import chat, typed_lines
 from paca.cli.quiet import send_no_telemetry
 from paca.cli.waiting_threads import ON_A_BUSY_ONE, ON_A_FREE_MACHINE
+from paca.messages.errors import PacaError
 
 HEAVY = ("torch", "transformers", "huggingface_hub", "peft", "trl", "datasets", "accelerate", "matplotlib")
 SERVER = f"""
@@ -178,6 +181,8 @@ OUTPUT = ["--output", "written"]
         (["export", "adapter", "--to", "gguf", "--output", "model"], "should be a file whose name ends in .gguf."),
         (["export", "model", "--to", "merged", *OUTPUT], "model is a whole model, not an adapter."),
         (["merge", "adapter", "--output", "model"], "model exists and is not empty."),
+        (["merge", "adapter", "--output", "w\udcfcrde"], "has a name that is not UTF-8. Give another output."),
+        (["export", "adapter", "--to", "gguf", "--output", "w\udcfcrde.gguf"], "has a name that is not UTF-8."),
         (["import", "missing", *OUTPUT], "No such file or folder: missing."),
         (["import", "adapter", "--output", "model"], "model exists and is not empty."),
         (["plan", "model", "--memory", "much"], "'much' is no amount of memory."),
@@ -201,6 +206,30 @@ def test_what_can_not_work_is_refused_before_anything_heavy_is_imported(
     assert done.returncode == 1
     assert message in done.stderr
     assert done.stdout.endswith("imported: []\n")
+
+
+def test_a_deleted_working_folder_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "deleted").mkdir()
+    monkeypatch.chdir(tmp_path / "deleted")
+    (tmp_path / "deleted").rmdir()
+    monkeypatch.setattr("sys.argv", ["paca", "merge", "missing", *OUTPUT])
+    with pytest.raises(SystemExit) as end:
+        main()
+    assert end.value.code == 1
+    assert capsys.readouterr().err.startswith("Error: The working folder is gone: it was deleted.")
+
+
+def test_chat_needs_an_open_standard_input_with_text_in_its_encoding(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.stdin", None)
+    with pytest.raises(PacaError, match=r"Standard input is closed.* Give the question with --prompt\."):
+        chat("missing")
+    with pytest.raises(PacaError, match="No such folder: missing"):
+        chat("missing", prompt="Hi")
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO("na\nja \xfc".encode("latin-1")), encoding="utf-8"))
+    with pytest.raises(PacaError, match="What came on standard input is not text in utf-8"):
+        list(typed_lines())
 
 
 @pytest.mark.parametrize(

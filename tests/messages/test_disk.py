@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 import shutil
 from collections import namedtuple
 from pathlib import Path
@@ -75,3 +76,20 @@ def test_of_a_copy_the_file_that_could_not_be_written_is_named(tmp_path: Path) -
     assert told is not None
     assert f"{tmp_path / 'copy'} could not be written" in str(told)
     assert "/elsewhere" not in str(told)
+
+
+def test_of_a_file_that_nobody_named_no_folder_is_told() -> None:
+    told = disk_error(OSError(errno.ENOSPC, "No space left on device"))
+    assert str(told).startswith("The disk is full: standard output, or a file that the error does not name, could not")
+
+
+@pytest.mark.parametrize("path", [None, Path("merged")])
+def test_in_a_deleted_working_folder_that_is_told(
+    path: Path | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "deleted").mkdir()
+    monkeypatch.chdir(tmp_path / "deleted")
+    (tmp_path / "deleted").rmdir()
+    with pytest.raises(FileNotFoundError) as caught:
+        os.getcwd()
+    assert "The working folder is gone" in str(disk_error(caught.value, path))

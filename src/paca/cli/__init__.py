@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import sys
-from pathlib import Path
 from typing import Annotated, NoReturn
 
 import typer
@@ -25,7 +24,7 @@ from paca.cli.runs import runs
 from paca.cli.switches import Command, Group
 from paca.cli.train import train
 from paca.cli.waiting_threads import let_waiting_threads_sleep
-from paca.messages.disk import disk_error
+from paca.messages.disk import disk_error, working_folder_gone
 from paca.messages.errors import PacaError
 from paca.messages.say import say
 
@@ -70,13 +69,16 @@ def main() -> None:
     hide_library_notes()
     show_escapes()
     try:
+        gone = working_folder_gone()
+        if gone is not None:
+            raise gone
         app()
     except PacaError as error:
         if os.environ.get("PACA_DEBUG") == "1":
             raise
         _fail(str(error))
     except (OSError, SafetensorError) as error:
-        told = disk_error(error, Path())
+        told = disk_error(error)
         if os.environ.get("PACA_DEBUG") == "1" or (told is None and isinstance(error, OSError)):
             raise
         _fail(

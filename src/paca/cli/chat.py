@@ -44,6 +44,8 @@ def chat(
     """Talk to a trained model in the terminal. /exit ends it; --prompt asks once."""
     if beside is not None and (base or base_model is not None):
         raise PacaError("--beside names both that answer. Leave out --base and --base-model.")
+    if prompt is None and sys.stdin is None:
+        raise PacaError("Standard input is closed, so there is nothing to answer. Give the question with --prompt.")
     find_adapter(path, or_hub=True)  # before what it takes to load one: a wrong path is no reason to wait
     if beside not in (None, "base"):
         find_adapter(str(beside), or_hub=True)
@@ -151,6 +153,8 @@ def typed_lines() -> Iterator[str]:
         except KeyboardInterrupt:
             say("\nCtrl-D or /exit ends.")
             continue
+        except UnicodeDecodeError as error:
+            raise PacaError(f"What came on standard input is not text in {error.encoding}: {error.reason}.") from error
         if line:
             yield line
 

@@ -71,9 +71,9 @@ def refuse_overwritten(columns: tuple[AdapterColumns, ...]) -> None:
     raise RuntimeError(
         f"The weight of a layer adapted by {names_of(columns)} was written or replaced while the adapter was active, "
         "so that its pretrained columns are not known any more. Change base weights under disable_adapter(), or "
-        "through load_state_dict(). (torch's AveragedModel averages base weights too: average the trained parameters "
-        "alone, for instance with model.load_state_dict(..., strict=False). DeepSpeed's bf16 and fp16 cast weights: "
-        "load the model in that type.)"
+        "through load_state_dict(). (With several processes, load the same base model in all: DistributedDataParallel "
+        "writes the first one's weights into the others'. torch's AveragedModel averages base weights too: average the "
+        "trained parameters alone. DeepSpeed's bf16 and fp16 cast weights: load the model in that type.)"
     )
 
 

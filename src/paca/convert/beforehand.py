@@ -51,7 +51,7 @@ def merge_output(path: str | Path, output: str | Path, base_model: str | None, o
 
 def gguf_output(path: str | Path, output: str | Path, overwrite: bool) -> Path:
     """The file, absolute, for `path` as LoRA in GGUF; PacaError if it is in use, or not named as such a file is."""
-    output = Path(output).expanduser().absolute()
+    output = _named(output)
     if output.suffix != ".gguf":
         raise PacaError(f"The output {output} should be a file whose name ends in .gguf.")
     _check_apart(output, [path], "export", "file")
@@ -81,7 +81,7 @@ def _free_folder(
     output: str | Path, overwrite: bool, reads: Iterable[str | Path], job: str, holds: str, marker: str
 ) -> Path:
     """Refuse a folder whose replacement would delete something else than a predecessor, known by the file `marker`."""
-    output = Path(output).expanduser().absolute()
+    output = _named(output)
     _check_apart(output, reads, job, "folder")
     if output.exists() and not output.is_dir():
         raise PacaError(f"The output {output} is a file. Give a folder that does not exist yet.")
@@ -91,6 +91,16 @@ def _free_folder(
         raise PacaError(f"The output {output} exists and is not empty. Give another one, or --overwrite to replace it.")
     if not (output / marker).is_file():
         raise PacaError(f"The output {output} does not hold {holds} (no {marker}), so it is not overwritten.")
+    return output
+
+
+def _named(output: str | Path) -> Path:
+    """The output, absolute. `PacaError` for a name that libraries which write files can't take."""
+    output = Path(output).expanduser().absolute()
+    try:
+        str(output).encode()
+    except UnicodeEncodeError:
+        raise PacaError(f"The output {output} has a name that is not UTF-8. Give another output.") from None
     return output
 
 

@@ -26,6 +26,7 @@ _WORDS = {
     errno.EIO: ("input/output error", "os error 5)", "unexpected pos", "iostream error", "pytorchstreamwriter"),
 }
 """What libraries that have no errno say: torch, safetensors, tokenizers. torch's writer often gives no reason."""
+_UNNAMED = "standard output, or a file that the error does not name,"
 _NEXT_TO_NOTHING = 1 << 16  # bytes
 
 
@@ -48,12 +49,24 @@ def writing(path: Path, needs: int = 0) -> Iterator[None]:
         raise told from error
 
 
-def disk_error(error: BaseException, path: Path, needs: int = 0, left: int | None = None) -> DiskError | None:
+def working_folder_gone() -> DiskError | None:
+    """What to tell the user where the folder that the program runs in was deleted; else None."""
+    try:
+        os.getcwd()
+    except FileNotFoundError:
+        return DiskError("The working folder is gone: it was deleted. Change into a folder that exists, and try again.")
+    return None
+
+
+def disk_error(
+    error: BaseException, path: Path | None = None, needs: int = 0, left: int | None = None
+) -> DiskError | None:
     """What to tell the user of a write that failed; None if the error is about something else.
 
     Args:
         error: As it was raised, by whatever library.
-        path: The file or the folder that was written, unless the error names a file.
+        path: The file or the folder that was written, unless the error names a file. None where it is not known:
+            that may be standard output.
         needs: Bytes that it takes, about; 0 where that is not known.
         left: Bytes that were free when it failed, if some have been made free since.
     """
@@ -61,6 +74,12 @@ def disk_error(error: BaseException, path: Path, needs: int = 0, left: int | Non
     if number is None:
         return None
     path = path if named is None else named
+    gone = working_folder_gone() if path is None or not path.is_absolute() else None
+    if gone is not None:
+        return gone
+    if path is None:
+        reason = _full(number) if number in _FULL else os.strerror(number)
+        return DiskError(f"{reason}: {_UNNAMED} could not be opened or written.")
     folder = _nearest_folder(path)
     free = shutil.disk_usage(folder).free
     if number == errno.EIO and min(free, free if left is None else left) < max(needs, _NEXT_TO_NOTHING):

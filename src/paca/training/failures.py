@@ -50,7 +50,7 @@ def explained(config: RunConfig) -> Iterator[None]:
     except PacaError:
         raise
     except SafetensorError as error:
-        if disk_error(error, Path()) is not None:
+        if disk_error(error) is not None:
             raise
         raise PacaError(
             f"A weights file of the run can't be read: {error}. Remove that checkpoint and resume."

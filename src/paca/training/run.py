@@ -29,7 +29,7 @@ from paca.training.config.run_config import RunConfig
 from paca.training.data_order import SetEpochOfSampler
 from paca.training.failures import explained, told_how_to_go_on
 from paca.training.finite_loss import StopOnNonFiniteLoss
-from paca.training.folder.checkpoints import WholeCheckpoints, load_if_finished
+from paca.training.folder.checkpoints import WholeCheckpoints, kept_step, load_if_finished
 from paca.training.folder.run_folder import RunFolder, steps_done, write_whole
 from paca.training.folder.same_run import check_same_model, check_same_run, told_of_finished
 from paca.training.interrupt import StopOnSignal
@@ -49,6 +49,7 @@ from paca.training.reporting.tracking import Trackers, names_for_trackers
 from paca.training.sharding import check_sharding, sharding_warning
 from paca.training.starting_model import keep_adapter_dtype, load_model, with_adapter
 from paca.training.trainers import trainer_kind
+from paca.training.untrained_layers import TellUntrainedLayers
 from paca.tuner.rotation.callback import RotateColumns
 
 
@@ -218,7 +219,7 @@ class _Run:
             save_classifier_config(unfinished, self.trainer.accelerator.unwrap_model(self.trainer.model))
         (unfinished / "training_args.bin").unlink(missing_ok=True)  # a pickle; config.yaml says the same
         result = summary_of(self.plan, state, self.recorder, self.trainer.args.device, loss_after)
-        result["scores"] = self._scores(_kept_step(state, self.trainer.args))
+        result["scores"] = self._scores(kept_step(state, self.trainer.args))
         assert self.trainer.model is not None
         write_card(unfinished, result, self.trainer.model)
         put_in_place(unfinished, trained)
@@ -231,7 +232,7 @@ class _Run:
 
     def _make_trainer(self, prepared: PreparedRun, pretrained: Pretrained, arguments: TrainingArguments) -> Any:
         folder, console = self.folder, self.console
-        callbacks: list[Any] = [self.stopper, SetEpochOfSampler(), NoCardsOfCheckpoints()]
+        callbacks: list[Any] = [self.stopper, SetEpochOfSampler(), NoCardsOfCheckpoints(), TellUntrainedLayers(console)]
         if self.config.adapter.get("rotate_every") is not None:
             callbacks.append(RotateColumns())
         model, adapter = with_adapter(pretrained.model, self.config, arguments, prepared.data.train, folder, console)
@@ -256,8 +257,7 @@ class _Run:
         trainer = self.trainer
         if self.checkpoint is not None:
             state = TrainerState.load_from_json(str(self.checkpoint / "trainer_state.json"))
-            result = self.folder.checkpoint(_kept_step(state, trainer.args))
-            if load_if_finished(trainer, state, self.checkpoint, result):
+            if load_if_finished(trainer, state, self.checkpoint, self.folder):
                 return state
             say(self.console, f"Resuming after step {state.global_step} of {state.max_steps}.")
         try:
@@ -271,7 +271,7 @@ class _Run:
     def _loss_after(self, state: TrainerState) -> float | None:
         if self.heldout is None or not self.config.eval.after:
             return None
-        step = _kept_step(state, self.trainer.args)
+        step = kept_step(state, self.trainer.args)
         for entry in reversed(state.log_history):
             if entry.get("step") == step and "eval_loss" in entry:  # the last evaluation of the training loop
                 return entry["eval_loss"]
@@ -293,8 +293,3 @@ class _Run:
         if self.scorer is None:
             return None
         return scores_by(self.scorer, self.trainer, rows, self.config, self.folder, self.console)
-
-
-def _kept_step(state: TrainerState, arguments: TrainingArguments) -> int:
-    """The step whose weights are the result."""
-    return state.best_global_step if arguments.load_best_model_at_end and state.best_global_step else state.global_step

@@ -12,6 +12,7 @@ from torch import nn
 
 from paca.layers import paca_layers
 from paca.layers.experts_by_adapter import NoteSamples, run_together, split_by_adapter
+from paca.layers.fast_paths import allow_fast_paths, call_every_layer
 from paca.layers.mixed_batch import BASE, MixedBatch, Running, current_mixed_batch, end_left_over, running
 from paca.tuner.entry import entry_of
 
@@ -40,6 +41,7 @@ class _BatchOfModel(MixedBatch):
 
     def begin(self) -> None:
         split_by_adapter(self.model)
+        call_every_layer(self.model)
         for wrapper in _wrappers(self.model):
             if _pass_names not in wrapper._forward_pre_hooks.values():
                 wrapper.register_forward_pre_hook(_pass_names, with_kwargs=True)
@@ -47,6 +49,7 @@ class _BatchOfModel(MixedBatch):
     def end(self) -> None:
         if not any(batch.entry is self.entry for batch in Running.batches if batch is not self):
             run_together(self.model)
+            allow_fast_paths(self.model)
             for module in self.model.modules():
                 _take_out_hooks(module)
 

@@ -116,14 +116,19 @@ def size_on_disk(folder: Path) -> int:
     return sum(file.stat().st_blocks * 512 for file in folder.rglob("*") if file.is_file())
 
 
-def load_if_finished(trainer: Any, state: TrainerState, checkpoint: Path, result: Path) -> bool:
+def kept_step(state: TrainerState, arguments: TrainingArguments) -> int:
+    """The step whose weights are the result."""
+    return state.best_global_step if arguments.load_best_model_at_end and state.best_global_step else state.global_step
+
+
+def load_if_finished(trainer: Any, state: TrainerState, checkpoint: Path, folder: RunFolder) -> bool:
     """Load the weights of a run of which no step is left; else let the trainer go on from its checkpoint.
 
     Args:
         trainer: Of the run.
         state: Of the checkpoint.
         checkpoint: The newest one's folder.
-        result: That of the one whose weights are the run's result: the best one's, if the trainer is to load it.
+        folder: Of the run. The result is the best checkpoint's weights, if the trainer is to load these.
 
     Returns:
         Whether every step is made, and only the results are missing. The trainer would make another step.
@@ -138,6 +143,7 @@ def load_if_finished(trainer: Any, state: TrainerState, checkpoint: Path, result
             if getattr(trainer.args, name) is not None:
                 setattr(trainer.args, name, getattr(state, name))
         return False
+    result = folder.checkpoint(kept_step(state, trainer.args))
     if not result.is_dir():
         raise PacaError(
             f"Every step of this run is made, and its best weights are those of {result}, which is not there. Put it "
