@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import shutil
@@ -29,8 +30,9 @@ from paca.training.config.run_config import (
     OutputSection,
     RunConfig,
 )
+from paca.training.folder import same_run
 from paca.training.folder.run_folder import RunFolder
-from paca.training.folder.same_run import check_same_run, inputs_of
+from paca.training.folder.same_run import check_same_run, check_same_settings, inputs_of
 
 Resume = Callable[..., RunResult]
 
@@ -182,7 +184,7 @@ def begin(place: Path, settings: dict[str, Any]) -> tuple[RunFolder, RunConfig, 
     """A run folder as it is at the first step, its config and what its hashes are."""
     config = RunConfig(
         model=ModelSection("llama"),
-        data=DataSection("a.jsonl"),
+        data=DataSection("/data/a.jsonl"),
         calibration=CalibrationSection(),
         eval=EvalSection(),
         output=OutputSection(str(place / "run")),
@@ -207,6 +209,18 @@ def test_the_file_that_a_setting_names_counts(tmp_path: Path, key: str) -> None:
         check_same_run(folder, config, now)
     folder.inputs.write_text(json.dumps({name: began[name] for name in began if name != f"train.{key}"}))
     check_same_run(folder, config, now)  # begun before it was kept
+
+
+def test_processes_with_other_settings_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, config, _ = begin(tmp_path, {"learning_rate": 1e-3, "seed": 1})
+    check_same_settings(config)
+    other = copy.deepcopy(config)
+    other.output.dir, other.data.train, other.train["dataloader_num_workers"] = "b", str(tmp_path), 2
+    monkeypatch.setattr(same_run, "gather_object", lambda mine: [*mine, *mine, other.as_dict()])
+    check_same_settings(config)  # a folder may have another name on another machine
+    other.train["learning_rate"] = 2e-3
+    with pytest.raises(PacaError, match=r"train\.learning_rate is 0\.001 in process 0, and 0\.002 in process 2\."):
+        check_same_settings(config)
 
 
 def test_the_file_of_a_reward_function_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,6 +12,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from accelerate.utils import gather_object
+
 from paca.data import Examples
 from paca.data.file_content import hash_of
 from paca.messages.errors import PacaError
@@ -95,6 +97,27 @@ def check_same_model(folder: RunFolder, config: RunConfig, found: Pretrained, *,
         raise _other_content(folder, [f"{_MODEL} ({config.model.name}: its weights, its config or its tokenizer)"])
     if inputs.get(_MODEL) != content:
         write_whole(folder.inputs, json.dumps({**inputs, _MODEL: content}))
+
+
+def check_same_settings(config: RunConfig) -> None:
+    """Refuse processes that were started with other settings than each other; all of them have to call this.
+
+    Args:
+        config: The resolved config of this process. A path may be another, as on another machine.
+
+    Raises:
+        PacaError: Names a setting that differs, with both values.
+    """
+    first, *others = map(_flat, gather_object([config.as_dict()]))
+    for process, other in enumerate(others, 1):
+        for key in sorted((first.keys() | other.keys()) - _FREE_TO_CHANGE):
+            values = first.get(key), other.get(key)
+            paths = all(isinstance(value, str) and os.path.isabs(value) for value in values)
+            if values[0] != values[1] and not paths:
+                raise PacaError(
+                    f"The processes of this run have different settings: {key} is {values[0]!r} in process 0, and "
+                    f"{values[1]!r} in process {process}. Start all of them with the same config."
+                )
 
 
 def _recorded_settings(recorded: Path) -> dict[str, Any]:
