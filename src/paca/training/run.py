@@ -259,7 +259,7 @@ class _Run:
             state = TrainerState.load_from_json(str(self.checkpoint / "trainer_state.json"))
             if load_if_finished(trainer, state, self.checkpoint):
                 return state
-            say(self.console, f"Resuming after step {state.global_step} of {state.max_steps}.")
+            say(self.console, self.kind.resuming(trainer.args, state))
         try:
             with self.checkpoints.explained(trainer):
                 trainer.train(resume_from_checkpoint=None if self.checkpoint is None else str(self.checkpoint))
