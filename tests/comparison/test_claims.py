@@ -51,6 +51,28 @@ def test_the_claim_of_a_killed_process_is_free(tmp_path: Path) -> None:
     assert Claim(path).take()
 
 
+def test_a_forked_worker_neither_keeps_a_claim_nor_lets_it_go(tmp_path: Path) -> None:
+    path, (ready, started), (ends, end) = tmp_path / "run.lock", os.pipe(), os.pipe()
+    claim = Claim(path)
+    assert claim.take()
+    if (worker := os.fork()) == 0:
+        os.close(end)
+        os.write(started, b"!")
+        os.read(ends, 1)
+        os._exit(claim.in_place())
+    try:
+        os.read(ready, 1)
+        assert not Claim(path).take()
+        claim.release()  # as the end of this process would
+        with Claim(path) as another:
+            assert another.take()
+    finally:
+        os.close(end)
+        assert os.waitpid(worker, 0)[1] == 0
+        for descriptor in (ready, started, ends):
+            os.close(descriptor)
+
+
 def test_a_lock_on_a_file_that_was_removed_meanwhile_does_not_count(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import shlex
 import shutil
 from collections import Counter
 from collections.abc import Callable
@@ -116,9 +117,30 @@ def test_a_folder_that_disappears_is_one_line_and_none_is_made_in_its_place(
         before(self, args, state, control, **more)
 
     monkeypatch.setattr(kind, name, disappear)
-    with pytest.raises(DiskError, match=r"gone.* No checkpoint had been saved\.$"):
+    with pytest.raises(DiskError, match=r"gone.* Its checkpoints went with it\. If it was moved to NEW, .* --resume"):
         go(config_file, tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def test_a_folder_that_is_moved_goes_on_where_it_is(
+    config_file: Path, finished: Callable[..., RunResult], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = WholeCheckpoints.on_step_end
+
+    def move(self: Any, args: Any, state: TrainerState, control: TrainerControl, **more: Any) -> None:
+        if state.global_step == 4:
+            (tmp_path / "run").rename(tmp_path / "moved")
+        before(self, args, state, control, **more)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(WholeCheckpoints, "on_step_end", move)
+        with pytest.raises(DiskError) as caught:
+            go(config_file, tmp_path / "run")
+    told = str(caught.value).partition(" go on from there: ")[2].replace("NEW", str(tmp_path / "moved"))
+    _, _, config, resume, _, folder = shlex.split(told)
+    assert resume == "--resume"
+    train(load_run_config(config, [folder]), resume=True, console=Console(quiet=True))
+    assert same_adapter(finished(*SETTINGS).folder, tmp_path / "moved")
 
 
 def test_a_folder_without_permission_is_one_line(

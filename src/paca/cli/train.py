@@ -159,5 +159,5 @@ def _newest_checkpoint(output: Path) -> str:
 
     newest = RunFolder(output).newest_checkpoint()
     if newest is None:
-        return "No checkpoint had been saved."
+        return f"There is no checkpoint in {output}."
     return f"The newest checkpoint is {newest}; continue from it with --resume."

@@ -13,12 +13,17 @@ except ImportError:  # Windows has no such locks: there a claim is always free
     fcntl = None  # type: ignore[assignment]
 
 
+_HELD: set[Claim] = set()
+"""Those of this process."""
+
+
 class Claim:
-    """A lock on a file, held by this process and by those that it hands it to.
+    """A lock on a file, held by this process and by those that it hands its descriptor to.
 
     It is the kernel's (`flock`), on the open file: it is gone when the last of these processes has ended, however that
     came. So a claim is never stale, no process id is ever taken for another's, and a training that outlives a killed
-    `paca compare` keeps its run until it is done.
+    `paca compare` keeps its run until it is done. Forks, such as the workers of a `DataLoader`, don't hold it: they may
+    outlive a killed training by seconds.
     """
 
     def __init__(self, path: Path) -> None:
@@ -41,6 +46,7 @@ class Claim:
             os.ftruncate(descriptor, 0)
             os.pwrite(descriptor, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
         self._descriptor = descriptor
+        _HELD.add(self)
         return True
 
     def _locked(self, wait: bool) -> int | None:
@@ -77,7 +83,7 @@ class Claim:
     def in_place(self) -> bool:
         """Whether the file that is held still lies at its path, as nobody removed it or its folder."""
         try:
-            return os.path.samestat(os.fstat(self.descriptor), self.path.stat())
+            return self._descriptor is not None and os.path.samestat(os.fstat(self._descriptor), self.path.stat())
         except OSError:
             return False
 
@@ -86,6 +92,7 @@ class Claim:
         if self._descriptor is not None:
             os.close(self._descriptor)
             self._descriptor = None
+            _HELD.discard(self)
 
     def __enter__(self) -> Claim:
         return self
@@ -94,6 +101,16 @@ class Claim:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self.release()
+
+
+def _leave_to_parent() -> None:
+    """In a fork: close the copies of the descriptors. The parent's stay locked, as nothing is unlocked."""
+    for claim in list(_HELD):
+        claim.release()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_leave_to_parent)
 
 
 def holder_of(path: Path) -> str | None:

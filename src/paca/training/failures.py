@@ -78,6 +78,11 @@ def told_how_to_go_on(folder: RunFolder) -> Iterator[None]:
             told = disk_error(error, _fullest(folder))
         if told is None:
             raise
+        if folder.is_gone():
+            raise DiskError(
+                f"{told} Its checkpoints went with it. If it was moved to NEW, go on from there: {program()} train "
+                "NEW/config.yaml --resume --set output.dir=NEW"
+            ) from error
         newest = folder.newest_checkpoint()
         if newest is None:
             raise DiskError(f"{told} No checkpoint had been saved.") from error

@@ -31,7 +31,7 @@ from paca.training.failures import explained, told_how_to_go_on
 from paca.training.finite_loss import StopOnNonFiniteLoss
 from paca.training.folder.checkpoints import WholeCheckpoints, kept_step, load_if_finished
 from paca.training.folder.run_folder import RunFolder, steps_done, write_whole
-from paca.training.folder.same_run import check_same_model, check_same_run, told_of_finished
+from paca.training.folder.same_run import check_same_model, check_same_run, check_same_settings, told_of_finished
 from paca.training.interrupt import StopOnSignal
 from paca.training.memory import reset_peak_memory
 from paca.training.memory_check import memory_at_hand, memory_warning
@@ -113,6 +113,7 @@ def train(
         # prepared after that, leaves DDP away, and each process trains on its own.
         settings["eval_on_start"] = prepared.data.eval is not None and config.eval.before and not resume
         arguments = train_settings.training_arguments(settings, folder.checkpoints)  # also joins the other processes
+        check_same_settings(plan.config)
         check_sharding(arguments, plan.config)
         if probe and arguments.deepspeed_plugin is not None:
             raise PacaError("--probe does not go with DeepSpeed, whose backward pass is also a step. Leave it out.")
@@ -259,7 +260,7 @@ class _Run:
             state = TrainerState.load_from_json(str(self.checkpoint / "trainer_state.json"))
             if load_if_finished(trainer, state, self.checkpoint, self.folder):
                 return state
-            say(self.console, f"Resuming after step {state.global_step} of {state.max_steps}.")
+            say(self.console, self.kind.resuming(trainer.args, state))
         try:
             with self.checkpoints.explained(trainer):
                 trainer.train(resume_from_checkpoint=None if self.checkpoint is None else str(self.checkpoint))

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from datasets import Dataset
@@ -28,8 +30,9 @@ from paca.training.config.run_config import (
     OutputSection,
     RunConfig,
 )
+from paca.training.folder import same_run
 from paca.training.folder.run_folder import RunFolder
-from paca.training.folder.same_run import check_same_run, inputs_of
+from paca.training.folder.same_run import check_same_run, check_same_settings, inputs_of
 
 Resume = Callable[..., RunResult]
 
@@ -174,28 +177,62 @@ def test_images_in_files_count_by_their_bytes(tmp_path: Path) -> None:
     assert content() == before
 
 
+EXAMPLES = Examples(Dataset.from_dict({"prompt": ["a"]}), "prompts", "a.jsonl", "")
+
+
+def begin(place: Path, settings: dict[str, Any]) -> tuple[RunFolder, RunConfig, dict[str, str]]:
+    """A run folder as it is at the first step, its config and what its hashes are."""
+    config = RunConfig(
+        model=ModelSection("llama"),
+        data=DataSection("/data/a.jsonl"),
+        calibration=CalibrationSection(),
+        eval=EvalSection(),
+        output=OutputSection(str(place / "run")),
+        train=settings,
+    )
+    folder = RunFolder(place / "run")
+    began = {**inputs_of(config, EXAMPLES, None), "model.name": "0"}
+    folder.clear(began)
+    folder.config.write_text(config.to_yaml())
+    check_same_run(folder, config, began)
+    return folder, config, began
+
+
+@pytest.mark.parametrize("key", ["accelerator_config", "deepspeed", "fsdp_config"])
+def test_the_file_that_a_setting_names_counts(tmp_path: Path, key: str) -> None:
+    file = tmp_path / "settings.json"
+    file.write_text('{"use_seedable_sampler": true}')
+    folder, config, began = begin(tmp_path, {key: str(file), "generation_kwargs": "{}", "run_name": str(file)})
+    file.write_text('{"use_seedable_sampler": false}')
+    now = inputs_of(config, EXAMPLES, None)
+    with pytest.raises(PacaError, match=rf"The content of train\.{key} \({file}\) is no longer what the run in"):
+        check_same_run(folder, config, now)
+    folder.inputs.write_text(json.dumps({name: began[name] for name in began if name != f"train.{key}"}))
+    check_same_run(folder, config, now)  # begun before it was kept
+
+
+def test_processes_with_other_settings_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, config, _ = begin(tmp_path, {"learning_rate": 1e-3, "seed": 1})
+    check_same_settings(config)
+    other = copy.deepcopy(config)
+    other.output.dir, other.data.train, other.train["dataloader_num_workers"] = "b", str(tmp_path), 2
+    monkeypatch.setattr(same_run, "gather_object", lambda mine: [*mine, *mine, other.as_dict()])
+    check_same_settings(config)  # a folder may have another name on another machine
+    other.train["learning_rate"] = 2e-3
+    with pytest.raises(PacaError, match=r"train\.learning_rate is 0\.001 in process 0, and 0\.002 in process 2\."):
+        check_same_settings(config)
+
+
 def test_the_file_of_a_reward_function_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(tmp_path)
     rewards = tmp_path / "rewards_that_change.py"
     rewards.write_text("def short(completions): return [1.0 for _ in completions]\n")
-    examples = Examples(Dataset.from_dict({"prompt": ["a"]}), "prompts", "a.jsonl", "")
-    config = RunConfig(
-        model=ModelSection("llama"),
-        data=DataSection("a.jsonl"),
-        calibration=CalibrationSection(),
-        eval=EvalSection(),
-        output=OutputSection(str(tmp_path / "run")),
-        train={"reward_funcs": ["exact_match", "rewards_that_change:short"]},
-    )
-    folder = RunFolder(tmp_path / "run")
-    began = {**inputs_of(config, examples, None), "model.name": "0"}
-    folder.clear(began)
-    folder.config.write_text(config.to_yaml())
-    check_same_run(folder, config, began)
+    settings = {"trainer": "grpo", "reward_funcs": ["exact_match", "rewards_that_change:short"]}
+    folder, config, began = begin(tmp_path, settings)
     folder.config.write_text(config.to_yaml().replace("  unusable: refuse\n", ""))  # begun before the key was there
     check_same_run(folder, config, began)
     rewards.write_text("def short(completions): return [2.0 for _ in completions]\n")
     with pytest.raises(
         PacaError, match=r"content of train\.reward_funcs \(rewards_that_change:short, .*change\.py\) is"
     ):
-        check_same_run(folder, config, inputs_of(config, examples, None))
+        check_same_run(folder, config, inputs_of(config, EXAMPLES, None))

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from rich.console import Console
+from transformers import TrainerState
 from trl import DPOConfig
 
 from models import llama
@@ -149,6 +150,25 @@ def test_a_dry_run_says_what_is_learned(workspace: Path, name: str, expected: li
     texts = [text for _, text in describe(load(workspace, name)).lines()]
     for words in expected:
         assert any(words in text for text in texts)
+
+
+@pytest.mark.parametrize(
+    ("settings", "between"),
+    [
+        ({"gradient_accumulation_steps": 2}, []),
+        ({"steps_per_generation": 2}, [1, 3]),
+        ({"num_iterations": 3}, [1, 2, 4]),
+        ({"steps_per_generation": 4, "gradient_accumulation_steps": 2, "num_iterations": 2}, [1, 2, 3]),
+    ],
+)
+def test_a_run_of_grpo_that_is_resumed_between_two_generations_says_so(
+    tmp_path: Path, settings: dict[str, int], between: list[int]
+) -> None:
+    arguments = training_arguments({"trainer": "grpo", "num_generations": 4, **settings}, tmp_path)
+    states = [TrainerState(global_step=step, max_steps=9) for step in range(1, 5)]
+    told = [TRAINERS["grpo"].resuming(arguments, state) for state in states]
+    assert [step for step, text in enumerate(told, 1) if text.endswith("made anew.")] == between
+    assert all(text.startswith(f"Resuming after step {step} of 9.") for step, text in enumerate(told, 1))
 
 
 @pytest.mark.parametrize(

@@ -103,13 +103,17 @@ class RunFolder:
             "another output.dir, in a folder that you may write into."
         )
 
+    def is_gone(self) -> bool:
+        """Whether it was deleted or moved while this process has it in use."""
+        return self._claim is not None and not self._claim.in_place()
+
     def check_there(self) -> None:
         """Refuse to go on in a folder that was deleted or moved while it is in use: what is written would make another.
 
         Raises:
             DiskError: It is not there any more.
         """
-        if self._claim is not None and not self._claim.in_place():
+        if self.is_gone():
             raise DiskError(f"The run folder {self.path} is gone: it was moved or deleted while the run was going.")
 
     def check_free(self, *, overwrite: bool, used: Mapping[str, str] | None = None) -> None:

@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
+import typing
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
+
+from accelerate.utils import gather_object
 
 from paca.data import Examples
 from paca.data.file_content import hash_of
@@ -17,6 +22,7 @@ from paca.pretrained import Pretrained
 from paca.pretrained.content import model_content
 from paca.training.config.run_config import RunConfig
 from paca.training.config.strict_yaml import read_yaml
+from paca.training.config.train_settings import train_fields
 from paca.training.folder.run_folder import RunFolder, write_whole
 from paca.training.trainers.reward_functions import reward_files
 
@@ -117,6 +123,27 @@ def check_same_model(folder: RunFolder, config: RunConfig, found: Pretrained, *,
         write_whole(folder.inputs, json.dumps({**inputs, _MODEL: content}))
 
 
+def check_same_settings(config: RunConfig) -> None:
+    """Refuse processes that were started with other settings than each other; all of them have to call this.
+
+    Args:
+        config: The resolved config of this process. A path may be another, as on another machine.
+
+    Raises:
+        PacaError: Names a setting that differs, with both values.
+    """
+    first, *others = map(_flat, gather_object([config.as_dict()]))
+    for process, other in enumerate(others, 1):
+        for key in sorted((first.keys() | other.keys()) - _FREE_TO_CHANGE):
+            values = first.get(key), other.get(key)
+            paths = all(isinstance(value, str) and os.path.isabs(value) for value in values)
+            if values[0] != values[1] and not paths:
+                raise PacaError(
+                    f"The processes of this run have different settings: {key} is {values[0]!r} in process 0, and "
+                    f"{values[1]!r} in process {process}. Start all of them with the same config."
+                )
+
+
 def _recorded_settings(recorded: Path) -> dict[str, Any]:
     """What a run's `config.yaml` says; raise `PacaError` if it is not as paca wrote it."""
     content = read_yaml(recorded)[0]
@@ -164,7 +191,7 @@ def _check_sequences(folder: RunFolder, each: list[int], processes: int, process
 
 
 def inputs_of(config: RunConfig, train: Examples, held_out: Examples | None) -> dict[str, str]:
-    """The number of processes, and a hash of the content of each key that names data, a template file or functions.
+    """The number of processes, and a hash of the content of each key that names data, a file or functions.
 
     Args:
         config: Of the run.
@@ -178,9 +205,20 @@ def inputs_of(config: RunConfig, train: Examples, held_out: Examples | None) -> 
         found[key] = found.get(key, "") + held_out.content()
     if data.template is not None and Path(data.template).is_file():
         found["data.template"] = hash_of(Path(data.template))
+    for name, file in _named_files(config.train):
+        found[f"train.{name}"] = hash_of(file)
     for name, file in reward_files(config.train):
         found[f"train.reward_funcs ({name}, {file})"] = hash_of(file)
     return found
+
+
+def _named_files(train: Mapping[str, Any]) -> Iterator[tuple[str, Path]]:
+    """The settings that take a dictionary or a file that holds one, where it is a file."""
+    for name, annotation in train_fields(train.get("trainer", "sft")).items():
+        value = train.get(name)
+        dictionary = any(dict in (kind, typing.get_origin(kind)) for kind in typing.get_args(annotation))
+        if dictionary and isinstance(value, str) and os.path.isfile(value):
+            yield name, Path(value)
 
 
 def _with_defaults(sections: dict[str, dict[str, Any]]) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any, ClassVar
 
 from datasets import Dataset
-from transformers import PreTrainedTokenizerBase, Trainer
+from transformers import PreTrainedTokenizerBase, Trainer, TrainerState
 from trl import GRPOConfig, GRPOTrainer
 
 from paca.data.examples import ORIGIN
@@ -91,6 +91,13 @@ class Grpo(TrainerKind):
         """With the reward functions, and the models among them loaded."""
         rewards = load_reward_models(find_rewards(config.train))
         return super().make(config, adapter, data, **rewards, **parts)
+
+    def resuming(self, arguments: Any, state: TrainerState) -> str:
+        """Checkpoints don't hold answers: the trainer makes new ones for the rest of a generation that was cut."""
+        text, each = super().resuming(arguments, state), arguments.steps_per_generation * arguments.num_iterations
+        if state.global_step * arguments.gradient_accumulation_steps % each == 0:
+            return text
+        return f"{text} It stopped between two generations: answers that were not yet learned from are made anew."
 
     def lengths(self, dataset: Dataset) -> list[int]:
         """Refused.

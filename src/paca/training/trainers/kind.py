@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 
 import pyarrow.compute as pc
 from datasets import Dataset
-from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
+from transformers import AutoModelForCausalLM, Trainer, TrainerState, TrainingArguments
 
 from paca.data import Examples, load_examples, split_heldout
 from paca.data.chat_template import unused_fields
@@ -128,6 +128,15 @@ class TrainerKind:
             PacaError: There are such examples, and `data.unusable` is not `leave_out`.
         """
         return 0, 0
+
+    def resuming(self, arguments: Any, state: TrainerState) -> str:
+        """What is said when a run goes on from a checkpoint.
+
+        Args:
+            arguments: Of the trainer.
+            state: Of the checkpoint.
+        """
+        return f"Resuming after step {state.global_step} of {state.max_steps}."
 
     def lengths(self, dataset: Dataset) -> list[int]:
         """How large each row of the trainer's dataset is, in tokens."""
