@@ -73,6 +73,13 @@ def test_it_waits_for_a_transformers_that_another_thread_imports_and_prints_noth
     assert done.stdout + done.stderr == ""
 
 
+def test_what_writes_a_line_where_cuda_is_missing_is_not_imported() -> None:
+    check("""
+        import sys, paca, paca.comparison.compare, paca.planning, paca.training
+        assert "torch.utils.cpp_extension" not in sys.modules
+    """)
+
+
 def test_an_adapter_loads_without_a_name_of_ours_being_touched(tmp_path: Path) -> None:
     adapter = save_adapter(tmp_path / "adapter", save_base(tmp_path / "base"))
     check(

@@ -11,10 +11,11 @@ from contextlib import contextmanager
 _NOTES = {
     "torchao": r"Failed to load \S*/_C_(cutlass|mxfp8)",
     "torch.utils._pytree": r".* is an Enum subclass and is now natively supported",
+    "torch.utils.cpp_extension": r"No CUDA runtime is found",
     "bitsandbytes.backends.cpu.ops": r"Failed to load CPU gemm_4bit_forward",
 }
-"""By logger: the kernels for CUDA that torchao brings, torchao's way to register its types with torch, and an optional
-kernel that bitsandbytes looks for on CPUs."""
+"""By logger: the kernels for CUDA that torchao brings, torchao's way to register its types with torch, a compiler for
+CUDA where there is no such device, and an optional kernel that bitsandbytes looks for on CPUs."""
 NOTING = tuple(_NOTES)
 """The loggers that leave such notes."""
 

@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
-from torch.utils.benchmark import Timer
 
 from paca.messages.errors import PacaError
+from paca.messages.import_notes import hold_import_notes
 from paca.planning.live_memory import LiveMemory
 from paca.pretrained.quantizing import quantized_linear, require_bitsandbytes
 from paca.quantized import quantization_of
@@ -105,5 +105,7 @@ def _device_name(device: str) -> str:
 
 def _shortest_time(work: Callable[[], Any], seconds: float) -> float:
     """The shortest of some repetitions within `seconds`: what the device can do while nothing else runs on it."""
+    with hold_import_notes():  # here: where torch is built for CUDA, and there is none, its import writes a line
+        from torch.utils.benchmark import Timer
     timer = Timer("work()", globals={"work": work}, num_threads=torch.get_num_threads())
     return min(timer.blocked_autorange(min_run_time=seconds).times)
