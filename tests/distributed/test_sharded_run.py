@@ -24,6 +24,7 @@ from forked_process import FORKS
 from paca.messages.errors import PacaError
 from paca.training import load_run_config, sharding, train
 from paca.training.folder.checkpoints import load_if_finished
+from paca.training.folder.run_folder import RunFolder
 from paca.training.reporting import curves
 from paca.training.sharding import check_sharding, spare_buffers
 from training.tiny_run import adapter, curve, place_of_picture, save_workspace
@@ -196,11 +197,14 @@ def test_what_needs_whole_weights_is_refused_under_zero_3(runs, monkeypatch, set
 
 
 def test_a_last_checkpoint_of_deepspeed_is_one_message(tmp_path):
-    (tmp_path / "adapter_model.safetensors").touch()
-    model = SimpleNamespace()
-    trainer, state = SimpleNamespace(is_deepspeed_enabled=True, model=model), TrainerState(global_step=4, max_steps=4)
+    folder = RunFolder(tmp_path)
+    checkpoint = folder.checkpoint(4)
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "adapter_model.safetensors").touch()
+    args = SimpleNamespace(load_best_model_at_end=False)
+    trainer = SimpleNamespace(is_deepspeed_enabled=True, model=SimpleNamespace(), args=args)
     with pytest.raises(PacaError, match=r"is one of shards or of DeepSpeed's.* Move it away; --resume goes on"):
-        load_if_finished(trainer, state, tmp_path)
+        load_if_finished(trainer, TrainerState(global_step=4, max_steps=4), checkpoint, folder)
 
 
 def test_processes_without_accelerators_say_that_nothing_is_sharded(runs, tmp_path):
