@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,7 @@ from paca.training.config.run_config import (
 )
 from paca.training.folder import same_run
 from paca.training.folder.run_folder import RunFolder
-from paca.training.folder.same_run import check_same_run, check_same_settings, inputs_of
+from paca.training.folder.same_run import check_same_run, check_same_settings, inputs_of, told_of_finished
 
 Resume = Callable[..., RunResult]
 
@@ -236,3 +237,21 @@ def test_the_file_of_a_reward_function_counts(tmp_path: Path, monkeypatch: pytes
         PacaError, match=r"content of train\.reward_funcs \(rewards_that_change:short, .*change\.py\) is"
     ):
         check_same_run(folder, config, inputs_of(config, EXAMPLES, None))
+
+
+def test_a_finished_run_is_told_of_unless_other_settings_are_asked_for(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    config = RunConfig(
+        model=ModelSection("llama"),
+        data=DataSection("a.jsonl"),
+        calibration=CalibrationSection(),
+        eval=EvalSection(),
+        output=OutputSection(str(tmp_path)),
+        adapter={"r": 8},
+        train={"activation_checkpointing": True, "learning_rate": 1e-3, "max_steps": 2},
+    )
+    folder.config.write_text(config.to_yaml())
+    for given in ({}, {"learning_rate": "auto"}, {"gradient_checkpointing": True, "max_steps": 2}):
+        assert "nothing to resume" in told_of_finished(folder, replace(config, train=given))
+    with pytest.raises(PacaError, match=r"other settings:\n  train.max_steps: 2 → 3\n"):
+        told_of_finished(folder, replace(config, train={"max_steps": 3}))

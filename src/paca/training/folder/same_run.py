@@ -92,9 +92,8 @@ def told_of_finished(folder: RunFolder, config: RunConfig) -> str:
     """
     if folder.config.is_file():
         had, given = _recorded_settings(folder.config), _flat({config.method: config.adapter, "train": config.train})
-        other = [
-            key for key, value in given.items() if key not in _FREE_TO_CHANGE and value not in ("auto", had.get(key))
-        ]
+        left = {*_FREE_TO_CHANGE, "train.gradient_checkpointing"}  # an older name, recorded under the newer one
+        other = [key for key, value in given.items() if key not in left and value not in ("auto", had.get(key))]
         if other:
             lines = "\n".join(f"  {key}: {had.get(key)!r} → {given[key]!r}" for key in sorted(other))
             raise PacaError(
