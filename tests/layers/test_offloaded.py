@@ -139,16 +139,18 @@ def test_an_adapter_is_loaded_onto_a_dispatched_model(tmp_path, monkeypatch, exp
         torch.testing.assert_close(grad, want[name], msg=name)
 
 
-def test_a_base_model_that_peft_would_write_over_is_refused(tmp_path, monkeypatch, expected):
-    monkeypatch.chdir(tmp_path)
-    llama().save_pretrained("model")
-    expected.save_pretrained("saved")
-    before = Path("model/model.safetensors").read_bytes()
-    base = AutoModelForCausalLM.from_pretrained("model", device_map=DEVICE_MAP, offload_folder="off").eval()
+@pytest.mark.parametrize("whole", [False, True])
+def test_a_base_model_that_peft_would_write_over_is_refused(tmp_path, monkeypatch, expected, whole):
+    llama().save_pretrained(tmp_path / "model")
+    expected.save_pretrained(tmp_path / "saved")
+    file = tmp_path / "model" / "model.safetensors"
+    before, off, name = file.read_bytes(), tmp_path / "off", str(tmp_path / "model") if whole else "model"
+    monkeypatch.chdir("/" if whole else tmp_path)
+    base = AutoModelForCausalLM.from_pretrained(name, device_map=DEVICE_MAP, offload_folder=off).eval()
     inner = {f"base_model.model.{name}": place for name, place in DEVICE_MAP.items()}
-    with pytest.raises(ValueError, match="loaded from model, and is partly on the disk: PEFT would write"):
-        peft.PeftModel.from_pretrained(base, "saved", device_map=inner, offload_folder="off")
-    assert Path("model/model.safetensors").read_bytes() == before
+    with pytest.raises(ValueError, match=f"loaded from {name}, and is partly on the disk: PEFT would write"):
+        peft.PeftModel.from_pretrained(base, tmp_path / "saved", device_map=inner, offload_folder=off)
+    assert file.read_bytes() == before
 
 
 @pytest.mark.parametrize("layer", [torch.nn.Conv2d(4, 6, 3), torch.nn.Embedding(7, 4)])

@@ -212,7 +212,10 @@ def _uninterrupted(call: Callable[..., Any]) -> Callable[..., Any]:
         if threading.current_thread() is not threading.main_thread():
             return call(*arguments, **options)
         came: list[int] = []
-        handlers: dict[int, Any] = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+        found: dict[int, Any] = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+        handlers = {
+            number: handler for number, handler in found.items() if handler is not None
+        }  # else it is not Python's
         try:
             for number in handlers:
                 signal.signal(number, lambda number, frame: came.append(number))

@@ -13,15 +13,17 @@ def refuse_overwriting(model: Any) -> None:
 
     `PeftModel.from_pretrained` takes accelerate's hooks off, and writes the files that hold layers of the disk anew,
     under names of the adapted model (0.21: `_update_offload`): in the hub's cache beside them, else to the file's path
-    without a leading slash. A relative path stays what it is.
+    without a leading slash. A relative path stays what it is, and in the working folder `/` so does a whole one.
     """
     folder = str(getattr(model, "name_or_path", ""))
-    if not folder or os.path.isabs(folder) or "--" in folder or not os.path.isdir(folder):
+    written = folder.lstrip(os.sep)
+    if not os.path.isdir(folder) or "--" in folder or not os.path.isdir(written):
         return
-    if any(map(_lies_elsewhere, model.modules())):
+    if os.path.samefile(folder, written) and any(map(_lies_elsewhere, model.modules())):
         raise ValueError(
             f"The base model was loaded from {folder}, and is partly on the disk: PEFT would write the adapted model "
-            "over its files. Load it by its whole path (os.path.abspath), then the adapter."
+            "over its files. Load it by its whole path (os.path.abspath), in another working folder than /, then the "
+            "adapter."
         )
 
 
