@@ -239,6 +239,22 @@ def test_the_file_of_a_reward_function_counts(tmp_path: Path, monkeypatch: pytes
         check_same_run(folder, config, inputs_of(config, EXAMPLES, None))
 
 
+@pytest.mark.parametrize("part", ["", "adapter"])
+def test_the_files_of_a_reward_model_count(tmp_path: Path, part: str) -> None:
+    weights = tmp_path / "scorer" / part / "model.safetensors"
+    weights.parent.mkdir(parents=True)
+    weights.write_bytes(b"1")
+    (tmp_path / "scorer" / "log.txt").touch()
+    settings = {"trainer": "grpo", "reward_funcs": [str(tmp_path / "scorer"), "exact_match"]}
+    folder, config, began = begin(tmp_path, settings)
+    check_same_run(folder, config, began)
+    (tmp_path / "scorer" / "log.txt").write_text("more")
+    check_same_run(folder, config, inputs_of(config, EXAMPLES, None))
+    weights.write_bytes(b"2")
+    with pytest.raises(PacaError, match=r"content of train\.reward_funcs \(.*scorer, .*model\.safetensors\) is"):
+        check_same_run(folder, config, inputs_of(config, EXAMPLES, None))
+
+
 def test_a_finished_run_is_told_of_unless_other_settings_are_asked_for(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path)
     config = RunConfig(

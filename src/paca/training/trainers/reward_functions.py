@@ -98,7 +98,8 @@ def _find(name: str, pattern: str | None) -> Reward:
 
 
 def reward_files(settings: Mapping[str, Any]) -> Iterator[tuple[str, Path]]:
-    """The name of each function of the user's, with the file of the module that the name gives."""
+    """The name of each function of the user's, with the file of the module that the name gives; and of each reward
+    model in a folder, with the files of its weights and settings (of an adapter not those of its base model)."""
     names = settings.get("reward_funcs") or []
     for name in [names] if isinstance(names, str) else names:
         module, colon, function = name.partition(":")
@@ -107,6 +108,12 @@ def reward_files(settings: Mapping[str, Any]) -> Iterator[tuple[str, Path]]:
             file = getattr(sys.modules[module], "__file__", None)
             if file is not None:
                 yield name, Path(file)
+        elif Path(name).is_dir():
+            run = [part for part in (Path(name, "adapter"), Path(name, "model")) if part.is_dir()]
+            for folder in run or [Path(name)]:
+                for path in sorted(folder.iterdir()):
+                    if path.suffix in (".safetensors", ".bin", ".json") and path.is_file():
+                        yield name, path
 
 
 def _imported(name: str, module: str, function: str) -> Callable[..., list[float]]:
