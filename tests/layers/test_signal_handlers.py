@@ -106,8 +106,10 @@ def test_a_handler_at_any_line_changes_no_output_and_no_pretrained_weight(name: 
     handlers = {"pass": passed, "state dict": lambda model: held.append(model.state_dict())}
     lines = interrupt(adapted(), OPERATIONS[name], -1, passed)
     assert lines > 150
-    for at in range(1, lines, 11):
+    for at in range(1, lines, 9):
         model, held[:] = adapted(), []
+        if at % 2:  # the weights hold columns, and the model's look finds nothing to write
+            stepped(model)
         interrupt(model, OPERATIONS[name], at, handlers[handler])
         with torch.no_grad():
             torch.testing.assert_close(model(X), expected(model), msg=f"line {at}")

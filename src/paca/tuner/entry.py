@@ -61,11 +61,17 @@ class ModelEntry(Entry):
             thread, mode = threading.get_ident(), (torch.is_grad_enabled(), model.training)
             changed = self._modes.get(thread) != mode
             self._modes[thread] = mode
-            if changed or (mode[0] and not all(layer.base_layer.columns.has_trust() for layer in self.layers)):
-                write_layers([*self.layers, *self.others], compare=True)
-            else:
-                write_layers([layer for layer in self.layers if layer.stale()])
-            self.unwritten = any(batch.entry is self for batch in Running.batches)  # then each layer looks itself
+            # Before the look: a signal's handler that parks weights meanwhile makes each layer look itself, as here.
+            self.unwritten = any(batch.entry is self for batch in Running.batches)
+            try:
+                if changed or (mode[0] and not all(layer.base_layer.columns.has_trust() for layer in self.layers)):
+                    write_layers([*self.layers, *self.others], compare=True)
+                else:
+                    write_layers([layer for layer in self.layers if layer.stale()])
+            except BaseException:
+                self.unwritten = True
+                self._modes.pop(thread, None)
+                raise
 
     @torch.compiler.disable(reason="weights of the adapted model are parked: call paca.refresh(model) before this call")
     def look_from_a_graph(self, model: nn.Module) -> None:
@@ -89,7 +95,7 @@ class ModelEntry(Entry):
     def leave(self, model: nn.Module, args: Any, output: Any) -> None:
         """The forward hook of the adapted model, also after an exception."""
         while not torch.compiler.is_compiling() and THREAD.passes and THREAD.passes[-1][0] is self.mark:
-            THREAD.passes.pop()
+            del THREAD.passes[-1:]  # there may be none any more: a signal's handler ran the model
 
     def enter_compiled(self, holder: nn.Module, args: Any) -> None:
         """The forward pre-hook of the `PeftModel`: where that is what was compiled, its hooks run outside of the graph,
