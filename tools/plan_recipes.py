@@ -75,12 +75,14 @@ class Recipe:
         if sections["model"].get("quantization") is not None:
             method += f", {sections['model']['quantization']}"
         r = sections.get(method.partition(",")[0], {}).get("r", "")
+        if "trainer" in sections["train"]:
+            method += f", {sections['train']['trainer']}"
         memory = self.plan["memory"].partition(" GiB")[0] + " GiB" if self.plan else ""
         about = "about " if self.plan and self.plan["nearly"] else ""
-        trainer = sections["train"].get("trainer", "sft")
+        data = re.split(r"[:\[]", sections["data"]["train"])[0]  # without configuration and split
         return (
-            f"| [{folder.as_posix().removesuffix('.yaml')}]({folder.as_posix()}) | {self.title} | {trainer} | {method} "
-            f"| {r} | {about}{memory} |"
+            f"| [{folder.as_posix().removesuffix('.yaml')}]({folder.as_posix()}) | {data} | {method} | {r} "
+            f"| {about}{memory} |"
         )
 
 
@@ -125,7 +127,7 @@ def with_memory(recipe: Recipe, memory: str) -> str:
 
 def table() -> str:
     """The table of all recipes."""
-    head = "| recipe | what | trainer | method | r | memory |\n|---|---|---|---|---:|---:|\n"
+    head = "| recipe | data | method | r | memory |\n|---|---|---|---:|---:|\n"
     return head + "\n".join(recipe.row() for recipe in recipes()) + "\n"
 
 
