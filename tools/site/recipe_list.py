@@ -22,9 +22,9 @@ HEAD = """# Recipes
 Each recipe is a complete run: `paca train recipes/24gb/qwen3-8b-sft.yaml`. Add `--dry-run` to look at it first, and
 `--set SECTION.KEY=VALUE` to change any key.
 
-None of them was trained in full here: there is no such GPU. So there are no results yet. A test trains each for two
-steps, with a tiny model of the same architecture. *Memory* is what `paca plan` foretells for a GPU. It was not compared
-with a card.
+None of those for GPUs was trained in full here: there is no such GPU. So they have no results yet. A test trains each
+for two steps, with a tiny model of the same architecture. *Memory* is what `paca plan` foretells for a GPU. It was not
+compared with a card.
 """
 _ENTRY = re.compile(r"# (?P<name>[A-Z][A-Za-z]+(?:, nearly)?): (?P<text>.*(?:\n#   .*)*)")
 
