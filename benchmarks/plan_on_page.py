@@ -48,8 +48,8 @@ _PARAMETERS = (
 )
 
 _AFTER_PARAMETERS = """
-Attention reaches at most 0.5 of the peak, as FlashAttention-2 does, and 0.35 on H100, H200, GH200, B200 and AMD's
-(arXiv 2307.08691, 2407.08608).
+Attention reaches at most 0.5 of the peak, and 0.35 on H100, H200, GH200, B200 and AMD's (as FlashAttention-2 does:
+arXiv 2307.08691, 2407.08608).
 
 ## Published and simulated
 
