@@ -16,8 +16,8 @@ PAGE = Path(__file__).parents[1] / "docs/notes/plan-on.md"
 _HEAD = """# Simulated steps: how far they are off
 
 `paca plan llama3-8b --on h100 --compare lora` says how long a step would take on a GPU that is not here. On an A100 and
-an L40S most simulated times are within 15 % of published ones, and memory within 10 %; where not, the reason stands
-below. For other devices the error is not known.
+an L40S most simulated times are within 15 % of published ones, and memory within 10 %. For other devices the error is
+not known.
 
 **Nothing on this page was measured by us on a GPU.** `python benchmarks/plan_on.py` writes it, from
 `benchmarks/plan_on.csv` (published) and `benchmarks/plan_on_simulated.csv`.
@@ -25,12 +25,12 @@ below. For other devices the error is not known.
 ## How it works
 
 A step is traced on tensors without values, with two blocks and then three: the difference stands for each further one.
-An operator takes a fixed time on the device, and the longer of two: its operations over peak × `product` × the share
-that its tiles fill, or its bytes over the bandwidth × `bandwidth`. (A tile is what one multiprocessor computes at a
-time; the last round leaves some idle.) What fits into half of the last cache moves at `cache_bandwidth`.
+An operator takes a fixed time on the device (`kernel`), and the longer of two: its operations over peak × `product` ×
+the share that its tiles fill (what one multiprocessor computes at a time), or its bytes over the bandwidth ×
+`bandwidth`. What fits into half of the last cache moves at `cache_bandwidth`.
 
-The host launches one operator after the other, in `host_forward` or `host_backward` seconds each. In each phase
-(forward, backward, step) the slower of the two counts. *Launch-bound* is the share in which the device waits.
+The host launches one operator after the other. In each phase (forward, backward, step) the slower of host and device
+counts. *Launch-bound* is the share in which the device waits.
 
 | parameter | value | where it is from |
 | --- | ---: | --- |
@@ -53,8 +53,8 @@ arXiv 2307.08691, 2407.08608).
 
 ## Published and simulated
 
-Bold is off: a time beyond 15 %, memory beyond 10 %. Parameters were fitted to what is in *italics*; all else was held
-out. `2, 4 × 512` is batches and tokens.
+Bold is off: a time beyond 15 %, memory beyond 10 %. Parameters were fitted to the *italics*; all else was held out.
+`2, 4 × 512` is batches and tokens.
 
 """
 
@@ -63,7 +63,7 @@ Where it is off, and why:
 
 - **Seconds per 5,000 steps of PEFT's table** include the answers to the 1,319 test questions; the rows *ms* don't.
 - **DoRA on the L40S in June 2025**: PEFT's script emptied torch's cache of memory after each step, until its pull
-  request 2894. The row of 2026 is within 1 %.
+  request 2894.
 - **Largest batches**: not simulated are fragmentation, DeepSpeed's float32 copies and buffers, and that an A100 of
   80 GB has 79.2 GiB for programs. So leave 5 to 10 % of the memory free.
 - **One sequence of 512 tokens on the A100**: what small operators cost is not resolved.
@@ -73,14 +73,14 @@ Sources:
 
 - *authors' log*: `throughput/*_results.txt` of github.com/WooSunghyeon/paca (commit 9209009; 512 tokens, padded,
   bfloat16 through DeepSpeed). *Paper*: the abstract of arXiv 2503.01905.
-- *PEFT's comparison*: `method_comparison/MetaMathQA/results` of github.com/huggingface/peft (June and August 2025;
-  *2026*: 7 January, PEFT 0.18.1.dev0, torch 2.9.0): the sum of its `train time`, and its largest reserved memory. A
-  step has 4 × 210 tokens, 215 with padding. *PEFT's table*: its leaderboard later.
+- *PEFT's comparison*: `method_comparison/MetaMathQA/results` of github.com/huggingface/peft (2025; *2026*: PEFT
+  0.18.1.dev0, torch 2.9.0): the sum of its `train time`, and its largest reserved memory. A step has 4 × 215 tokens,
+  with padding. *PEFT's table*: its leaderboard later.
 
 ## On ourselves: an H100
 
-All simulated, r 16 in all linear layers, chunked loss. *Ratio* is to the tuned LoRA (QPaCA: to QLoRA). *Slow host*:
-launch-bound with twice the seconds per operator.
+All is simulated, with r 16 in all linear layers and the chunked loss. *Ratio* is to the tuned LoRA (QPaCA: to QLoRA).
+*Slow host* is launch-bound with twice the seconds per operator.
 
 """
 
@@ -91,11 +91,10 @@ What follows, with the gain that the simulation expects at most:
 
 
 _ABOUT_DEVICES = (
-    "Memory, bandwidth and peak rates of each, with the data sheet: "
-    "[devices.py](../../src/paca/planning/devices.py). The figures were entered from memory, and compared with what "
-    "others quote, as the sheets could not be reached: check those that you rely on. `t4`, `v100-16gb` and "
-    "`v100-32gb` have no bfloat16: models are planned in float16 there. On AMD's and Intel's devices paca was never "
-    "tried."
+    "[devices.py](../../src/paca/planning/devices.py) has memory, bandwidth and peak rates of each, and names the data "
+    "sheet. The figures were entered from memory, and compared with what others quote: check those that you rely on. "
+    "`t4`, `v100-16gb` and `v100-32gb` have no bfloat16, so models are planned in float16 there. On AMD's and Intel's "
+    "devices paca was never tried."
 )
 
 
@@ -145,7 +144,7 @@ def findings(rows: list[dict[str, str]]) -> list[str]:
     )
     return [
         f"- **Launch-bound** (more than 5 %) are {len(bound)} of the {len(rows)} rows. Capture into CUDA graphs takes "
-        f"the host out of it: up to {_most(bound, 'launch_bound')} of the step. Larger batches do the same. Set "
+        f"the host out of it: up to {_most(bound, 'launch_bound')} of the step. So do larger batches. Set "
         "`train.torch_compile: true` and `train.torch_compile_mode: reduce-overhead` (not tried on a GPU).",
         f"- **Slower than LoRA**: {slow or 'nowhere here'}.",
         f"- **4 bits**: unpacking is {_range(four_bit, 'unpacking')} of a step, and the same for QLoRA. Scales "

@@ -15,7 +15,7 @@ from tuner.calibration.naive import best
 
 
 def by_weight(case: Case) -> None:
-    """`selection="weight_norm"`: the columns with the largest norms in the unquantized weights."""
+    """`weight_norm`: the columns with the largest norms in the unquantized weights."""
     plain = case.subject.plain()
     want = {}
     for name in case.layers():
@@ -28,14 +28,13 @@ def by_weight(case: Case) -> None:
 
 
 def by_activations(case: Case) -> None:
-    """`selection="activation_norm"` and `"activation_variance"`: the columns whose inputs are largest, and vary most;
-    the model is left as it was."""
+    """`activation_norm` and `activation_variance`: the columns whose inputs are largest, and vary most; the model
+    stays as it was."""
     _by_batches(case, ("activation_norm", "activation_variance"), _largest_inputs)
 
 
 def by_gradients(case: Case) -> None:
-    """`selection="gradient_norm"`: the columns whose gradient in the unquantized weight is largest; the model is left
-    as it was."""
+    """`gradient_norm`: the columns with the largest gradients in the unquantized weight; the model stays as it was."""
     _by_batches(case, ("gradient_norm",), _largest_gradients)
 
 
@@ -102,8 +101,7 @@ def _largest_gradients(case: Case, strategy: str, batches: list[Tensor]) -> dict
 
 
 def rotate(case: Case) -> None:
-    """`paca.rotate`: the output stays the same bit for bit, other columns are trained from then on, and the saved
-    adapter is the union of all of them."""
+    """`paca.rotate`: the output stays bit for bit, other columns are trained, and the saved adapter has all of them."""
     model, x = case.model, case.x
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
     seen: dict[str, set[int]] = {name: set() for name in case.layers()}

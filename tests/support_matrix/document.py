@@ -21,12 +21,13 @@ INTRODUCTION = """\
 The tests run every cell on a tiny model on a CPU, and compare its outcome with this page.
 
 - **✓** it works; [what is checked](#what-is-checked).
-- **no** paca refuses it, with the message in the note. The model then computes what it did before.
+- **no** paca refuses it, and the model computes what it did before. The note begins paca's message, whose further
+  sentences say what to do.
 - **–** there is nothing to do, for the reason in the note.
 
-The name of a row leads to the guide on such layers. In messages, LAYER, CLASS, CHOICE and TYPE stand for the names.
-Layers are the libraries' own, unless the row says *stand-in*: GPTQ, AWQ, EETQ and AQLM multiply on GPUs only, so a
-layer with their interface takes their place.
+Rows lead to the guide on such layers. LAYER, CLASS, CHOICE and TYPE stand for names. Layers are the libraries' own,
+unless the row says *stand-in*: GPTQ, AWQ, EETQ and AQLM multiply on GPUs only, so a layer with their interface takes
+their place.
 """
 
 LAYERS_TEXT = """\
@@ -38,13 +39,13 @@ LAYERS_TEXT = """\
 QUANTIZATIONS_TEXT = """\
 ## Quantized weights
 
-Linear layers. The libraries' other layers are in the last table.
+These are linear layers. The libraries' other layers are in the last table.
 """
 
 REFUSED_TEXT = """\
 ## Refused altogether
 
-Naming such a layer in `target_modules` (or `target_parameters`) raises `ValueError`.
+Naming such a layer in `target_modules` (or `target_parameters`) raises `ValueError`, whose message begins so.
 """
 
 NOT_RUN_TEXT = """\
@@ -66,7 +67,6 @@ NAMES = (
     (r"(?<=The adapter also holds ).*?(?=, trained whole)", "LAYER"),
     (r"(?<=Models of type )'\w+'", "TYPE"),
     (r"(?<=it adapts )Linear, .*? aqlm\.", "the layers above."),
-    (r"Leave it out through target_modules or exclude_modules\.", "Leave it out."),
 )
 """What a message names, and what stands for it here, so that messages which differ in names alone are one."""
 
@@ -164,9 +164,10 @@ def _operation(title: str) -> str:
 
 
 def _general(message: str) -> str:
+    """A message's first sentence, without names. The others say what to do, as the guides do."""
     for name, sign in NAMES:
         message = re.sub(name, sign, message)
-    return message
+    return re.split(r"(?<=\.) (?=[A-Z])", message, maxsplit=1)[0]
 
 
 def _escaped(text: str) -> str:

@@ -31,8 +31,8 @@ PLACES = {
 
 
 def export(case: Case) -> None:
-    """The file holds, for each layer of a Llama or GPT-2 model, LoRA factors whose product is the change of the
-    weight, with its rows where llama.cpp has them."""
+    """For each layer of a Llama or GPT-2 model, LoRA factors whose product is the change of the weight, with its rows
+    where llama.cpp has them."""
     gguf = __import__("gguf")
     model = case.model
     if case.subject.language_model is not None:

@@ -30,8 +30,8 @@ MIXED = ["second", "__base__", "default"]
 
 
 def train(case: Case) -> None:
-    """Output and gradients are those of autograd through dense float64 weights, before and after an optimizer step, \
-and of two adapters at once."""
+    """Output and gradients are autograd's through dense float64 weights, also after a step, and of two adapters at \
+once."""
     model, x = case.model, case.x
     assert {layer.mode for layer in case.layers().values()} == case.subject.modes
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
@@ -71,8 +71,7 @@ def checkpointing(case: Case) -> None:
 
 
 def autocast(case: Case) -> None:
-    """In bfloat16, to its precision, output and gradients are those of the stock model with the columns in its \
-weights."""
+    """To bfloat16's precision, output and gradients of the stock model with the columns in its weights."""
     twin = case.dense({"default": 1.0}, torch.float32)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         want = run(twin, case.x)
@@ -86,8 +85,8 @@ weights."""
 
 
 def compiled(case: Case) -> None:
-    """Output and gradients of the eager model, before and after a change of the deltas; the base model's output \
-under `disable_adapter()`."""
+    """Output and gradients of the eager model, also after a change of the deltas; the base model's output under \
+`disable_adapter()`."""
     eager, model, x = case.adapted(), case.model, case.x
     fast = model.get_base_model()
     torch._dynamo.reset()

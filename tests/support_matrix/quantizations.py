@@ -136,7 +136,7 @@ QUANTIZATIONS = (*map(_real, REAL), *map(_offloaded, CAN_BE_OFFLOADED), *map(_st
 NOT_RUN = (
     (
         "torchao `Int4WeightOnlyConfig`",
-        "its kernels, and the tensors that they take, need a GPU. It is taken as additive, as GPTQ is.",
+        "its kernels need a GPU. It is taken as additive, as GPTQ is.",
     ),
     ("GPTQ, AWQ, EETQ and AQLM with their own kernels", "they need a GPU, and packages that are built for it."),
     ("anything on CUDA", "there is no GPU where the tests run."),

@@ -16,9 +16,8 @@ from support_matrix.case import Case, Explained, close, gradients, run, stock_ou
 
 
 def fully_sharded(case: Case) -> None:
-    """Output and gradients of the model that is whole, before and after a change of the deltas; the base model's \
-output under `disable_adapter()`. Quantized weights are left whole (`ignored_params`). Here in a group of one \
-process; tests/distributed has two and four."""
+    """As of `torch.compile`, but against the model that is whole. Quantized weights stay whole (`ignored_params`). \
+Here in a group of one process; tests/distributed has two and four."""
     whole, model, x = case.model, case.adapted(), case.x
     if any(parameter.is_meta for parameter in model.parameters()):
         raise Explained("a model is either offloaded by accelerate or sharded over processes")
