@@ -37,4 +37,3 @@ def test_the_committed_rows_began_with_the_rates_of_the_script(page: str, tmp_pa
         assert grid <= rates, method
         beyond = rates - grid
         assert not any(min(grid) < rate < max(grid) for rate in beyond), method
-        assert not beyond or "--no-extend" not in command, method

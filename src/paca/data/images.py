@@ -10,6 +10,7 @@ from typing import Any
 import datasets
 from PIL import Image
 
+from paca.data.evenly import spread_evenly
 from paca.data.examples import ORIGIN, Examples, without_progress_bars
 from paca.data.sources import HUB_SOURCE, is_hub_id, load_from_hub
 from paca.messages.errors import PacaError
@@ -44,8 +45,7 @@ def load_images(source: str, *, split: str = "train", limit: int | None = None, 
             dataset = _from_hub(source, split)
         image = _only_column(dataset, datasets.Image, "images", source)
         label = _only_column(dataset, datasets.ClassLabel, "labels", source, label)
-        if limit is not None and limit < len(dataset):
-            dataset = dataset.select([index * len(dataset) // limit for index in range(limit)])
+        dataset = spread_evenly(dataset, limit)
         dataset = dataset.select_columns([image, label]).rename_columns(
             {old: new for old, new in ((image, "image"), (label, "label")) if old != new}
         )

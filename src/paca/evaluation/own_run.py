@@ -8,6 +8,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from paca.data.evenly import spread_evenly
 from paca.evaluation.identity import identity
 from paca.evaluation.kept_lines import KeptAnswers
 from paca.evaluation.own_data import Measurement, Score, measure, scorer
@@ -53,7 +54,7 @@ def evaluate_run(
     Args:
         loaded: The run's model.
         config: Of the run; see `config_of_run`.
-        limit: Only so many examples; else as many as `eval.limit` says.
+        limit: Only so many examples, spread evenly over them; else as many as `eval.limit` says.
         batch_size: Examples at a time.
         output: A folder, where answers are kept as they come, and those of an earlier, interrupted evaluation are
             used; None keeps nothing.
@@ -68,7 +69,7 @@ def evaluate_run(
     measurement = dataclasses.replace(scorer(config.eval) or Measurement("loss"), batch_size=batch_size)
     held_out = trainer_kind(config.train).read(config).eval
     assert held_out is not None
-    rows = list(held_out.dataset)[:limit]
+    rows = list(spread_evenly(held_out.dataset, limit))
     found = {}
     for side in (MODEL,) if loaded.adapter is None else (BASE, ADAPTER):
         with loaded.model.disable_adapter() if side == BASE else contextlib.nullcontext():

@@ -83,7 +83,7 @@ class EvalSection:
     after: bool = True
     """After the last step."""
     limit: int | None = None
-    """Use only this many held-out records."""
+    """Use only this many held-out records, spread evenly over all of them."""
     metric: Literal["exact_match", "choice", "token_accuracy", "loss"] | None = None
     """Also score the held-out data as a task, for the model as it came and as it is trained, after the last step."""
     answer_pattern: str | None = None

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, Trainer, TrainerState, TrainingAr
 
 from paca.data import Examples, load_examples, split_heldout
 from paca.data.chat_template import unused_fields
+from paca.data.evenly import spread_evenly
 from paca.data.sample import Sample
 from paca.training.config.key_checks import Origins
 from paca.training.config.run_config import RunConfig
@@ -194,7 +195,7 @@ def read_split(config: RunConfig, load: Callable[..., Examples]) -> tuple[Exampl
     if data.eval is None:
         return train, None
     if isinstance(data.eval, str):
-        return train, load(data.eval, split=data.eval_split, limit=config.eval.limit)
-    train, held_out = split_heldout(train, data.eval, data.heldout_seed)
-    count = min(len(held_out.dataset), config.eval.limit or len(held_out.dataset))
-    return train, dataclasses.replace(held_out, dataset=held_out.dataset.select(range(count)))
+        held_out = load(data.eval, split=data.eval_split)
+    else:
+        train, held_out = split_heldout(train, data.eval, data.heldout_seed)
+    return train, dataclasses.replace(held_out, dataset=spread_evenly(held_out.dataset, config.eval.limit))
