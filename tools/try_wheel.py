@@ -25,7 +25,9 @@ ROOT = Path(__file__).resolve().parents[1]
 MINORS = (11, 12, 13)
 PROGRAM_ALONE = ("typer", "rich", "safetensors")
 """What the program needs until a command begins its work."""
-EXTRAS = ("gguf", "bitsandbytes", "torchao", "hqq", "vision", "tensorboard", "trackio", "wandb", "evaluate")
+EXTRAS = (
+    "gguf", "bitsandbytes", "torchao", "hqq", "vision", "tensorboard", "trackio", "wandb", "runs", "evaluate",
+)  # fmt: skip
 TESTS = (
     *(f"tests/training/test_{name}.py" for name in ("run", "loss_memory", "packed_samples", "quantized_run")),
     *(f"tests/tuner/test_{name}.py" for name in ("adapter_names", "tuner", "hotswap_kinds", "hotswap")),
