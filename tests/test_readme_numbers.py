@@ -1,0 +1,66 @@
+"""The numbers of README.md are those of the committed rows that it links."""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+from collections import defaultdict
+from pathlib import Path
+from statistics import fmean
+
+import pytest
+
+from paca.bench.rows import read_rows, round_ratios, spread
+
+ROOT = Path(__file__).resolve().parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+TEXT = re.sub(r"\s+", " ", re.sub(r"\]\([^)]*\)", "]", README))
+
+
+def row_of_table(name: str) -> list[list[str]]:
+    """The numbers in each cell behind the first of the table's row whose first cell begins so."""
+    (line,) = (line for line in README.splitlines() if line.startswith(f"| {name}"))
+    return [re.findall(r"\d+\.\d+", cell) for cell in line.split("|")[2:-1]]
+
+
+@pytest.mark.parametrize(("number", "machine"), enumerate(["cpu-core", "cpu-core-epyc"]))
+def test_step_times_are_ratios_taken_round_by_round(number: int, machine: str) -> None:
+    rows = read_rows(ROOT / "benchmarks" / f"{machine}.csv")
+    rows = rows[(rows.model == "SmolLM2-135M-Instruct") & (rows.metric == "step_time")]
+    samples = {method: rows[rows.method == method].samples.item() for method in ("paca", "lora", "lora-tuned")}
+    for cell, method in zip(row_of_table("time of a step"), ("lora", "lora-tuned"), strict=True):
+        assert cell[number] == f"{spread(round_ratios(samples['paca'], samples[method])).median:.2f}"
+
+
+def test_longest_sequences_are_those_of_the_rows() -> None:
+    rows = read_rows(ROOT / "benchmarks" / "cpu-longest.csv").set_index("method")["median"]
+    for cell, method in zip(row_of_table("longest sequence"), ("lora", "lora-tuned"), strict=True):
+        assert cell == [f"{rows[own] / rows[method]:.1f}" for own in ("paca", "paca+lean")]
+
+
+def means(page: str, value: str) -> dict[str, float]:
+    """Of each method of a comparison, at the rate that all seeds ran with."""
+    found: dict[tuple[str, float], list[float]] = defaultdict(list)
+    for line in (ROOT / "benchmarks" / "quality" / page / "runs.jsonl").read_text(encoding="utf-8").splitlines():
+        row = json.loads(line)
+        found[row["method"], row["learning_rate"]].append(row[value])
+    return {method: fmean(values) for (method, _), values in found.items() if len(values) == 3}
+
+
+def test_the_accuracy_on_arc_is_that_of_its_page() -> None:
+    accuracy = means("arc-parameters", "score")
+    for cell, method in zip(row_of_table("ARC"), ("lora", "lora-tuned"), strict=True):
+        assert cell == [f"{accuracy['paca']:.3f}", f"{accuracy[method]:.3f}"]
+
+
+def test_losses_and_answers_are_those_of_their_pages() -> None:
+    entries, problems = means("encyclopedia-time", "loss"), means("gsm8k-time", "loss")
+    assert f"{entries['paca']:.3f}, tuned LoRA {entries['lora-tuned']:.3f}; GSM8K" in TEXT
+    assert f"GSM8K {problems['paca']:.3f}, {problems['lora-tuned']:.3f}." in TEXT
+    answered: dict[str, list[float]] = defaultdict(list)
+    with (ROOT / "benchmarks" / "quality" / "gsm8k-time" / "answers.csv").open(encoding="utf-8") as file:
+        for row in csv.DictReader(file):
+            answered[row["run"].partition("-lr")[0]].append(float(row["exact_match"]))
+    tuned, paca = (100 * fmean(answered[method]) for method in ("lora-tuned", "paca"))
+    assert f"{tuned:.1f} %, PaCA {paca:.1f} %." in TEXT
