@@ -64,4 +64,6 @@ def test_recipes_and_notebooks_are_pages(site: Path) -> None:
     recipes = (site / "recipes.html").read_text(encoding="utf-8")
     runs = [path for path in (ROOT / "recipes").glob("*/*.yaml") if path.parent.name != "launch"]
     assert recipes.count("<em>Source</em>") == len(runs)
+    assert 'href="repository/benchmarks/quality/arc.yaml"' in recipes
+    assert 'href="notes/quality.html"' in recipes
     assert "the same answers as before: True" in (site / "notebooks" / "first-run.html").read_text(encoding="utf-8")
