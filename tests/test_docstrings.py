@@ -26,9 +26,24 @@ def small_entries(text: str) -> list[str]:
     return found
 
 
+def loose_lines(text: str) -> list[str]:
+    """Lines that go on from the one above without an indent: the site shows an entry of its own for each."""
+    found = []
+    for section in re.finditer(r"^( *)(Args|Raises|Returns|Yields):\n((?:\1 +.*\n)*)", text + "\n", re.M):
+        entries = re.findall(rf"^{section[1]}    (\S.*)", section[3], re.M)
+        named = section[2] in ("Args", "Raises")
+        found += [entry for entry in entries if not re.match(r"[\w*., ]+: ", entry)] if named else entries[1:]
+    return found
+
+
 def test_a_small_letter_is_found() -> None:
     text = "Do.\n\n    Args:\n        one: Which.\n            or: none.\n        two: which.\n    "
     assert small_entries(text) == ["        two: which."]
+
+
+def test_a_line_that_goes_on_without_an_indent_is_found() -> None:
+    text = "\n    Args:\n        one: Which\n        of them.\n\n    Returns:\n        What\n        is left.\n"
+    assert loose_lines(text) == ["of them.", "is left."]
 
 
 def test_docstrings_have_one_style() -> None:
@@ -36,3 +51,4 @@ def test_docstrings_have_one_style() -> None:
     assert len(texts) > 1000
     assert not [place for place, text in texts if "``" in text]
     assert not [(place, found) for place, text in texts if (found := small_entries(text))]
+    assert not [(place, found) for place, text in texts if (found := loose_lines(text))]

@@ -37,6 +37,8 @@ def test_commands_and_settings_are_those_of_the_code(site: Path) -> None:
     commands = (site / "reference" / "commands.html").read_text(encoding="utf-8")
     for word in ("paca train", "paca bench report", "--baseline", "--dry-run", "--equal", "RUN.yaml"):
         assert word in commands
+    assert "RUN.yaml|RUN_FOLDER" in commands
+    assert "\\|" not in commands + (site / "reference" / "settings.html").read_text(encoding="utf-8")
     settings = (site / "reference" / "settings.html").read_text(encoding="utf-8")
     for word in ("paca_alpha", "rotate_every", "heldout_seed", "answer_pattern", "trust_remote_code"):
         assert f"<code>{word}</code>" in settings
@@ -62,4 +64,6 @@ def test_recipes_and_notebooks_are_pages(site: Path) -> None:
     recipes = (site / "recipes.html").read_text(encoding="utf-8")
     runs = [path for path in (ROOT / "recipes").glob("*/*.yaml") if path.parent.name != "launch"]
     assert recipes.count("<em>Source</em>") == len(runs)
+    assert 'href="repository/benchmarks/quality/arc.yaml"' in recipes
+    assert 'href="notes/quality.html"' in recipes
     assert "the same answers as before: True" in (site / "notebooks" / "first-run.html").read_text(encoding="utf-8")

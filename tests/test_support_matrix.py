@@ -6,7 +6,7 @@ import pytest
 
 from support_matrix.cell import ACCEPTABLE, Outcome
 from support_matrix.document import document
-from support_matrix.guides import OPERATIONS_IN_GUIDES, ROWS_IN_GUIDES
+from support_matrix.guides import OPERATIONS_IN_GUIDES, ROWS_IN_GUIDES, unsaid
 from support_matrix.operations import OPERATIONS
 from support_matrix.table import CELLS, DOCUMENT, REFUSED, SUBJECTS, missing, read_outcomes, run
 
@@ -47,3 +47,4 @@ def test_a_guide_says_how_to_do_each_operation_and_each_row():
     assert ROWS_IN_GUIDES.keys() == SUBJECTS.keys() | REFUSED.keys()
     page, places = DOCUMENT.read_text(encoding="utf-8"), {*OPERATIONS_IN_GUIDES.values(), *ROWS_IN_GUIDES.values()}
     assert [place for place in places if f"]({place})" not in page] == []
+    assert unsaid() == []

@@ -26,7 +26,7 @@ class PacaConfig(PeftConfig):
     """Settings of a PaCA adapter (arXiv 2503.01905): `r` input columns of each target weight are trained in place.
 
     The names are those of PEFT's own PaCA (>= 0.22), whose files load. Ours load there too, unless they use what it has
-    not: the adapter's card says so, and `paca export --to peft` writes one that does.
+    not: the card that `paca train` writes says which, and `paca export --to peft` writes one that does.
 
     Raises:
         ValueError: For a setting that can't work, naming it.

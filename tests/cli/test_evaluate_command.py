@@ -121,7 +121,7 @@ def test_a_table_with_large_numbers_is_whole_in_80_columns() -> None:
         Row("mmlu_high_school_european_history", 2, "acc", {"base": (0.2345, 0.0123), "adapter": (12.5, None)}, None),
     ]
     console = Console(file=io.StringIO(), width=80)
-    console.print(table_of(rows))
+    console.print(table_of(rows, 80))
     text = console.file.getvalue()  # type: ignore[attr-defined]
     assert "…" not in text
     for number in ("1234567 ± 12346", "9.877e+07 ± 1.023e+04", "-246913 ± 9999", "0.2345 ± 0.0123", "12.500"):
@@ -131,6 +131,16 @@ def test_a_table_with_large_numbers_is_whole_in_80_columns() -> None:
     names = "".join(line[:task].strip() for line in lines)
     assert "a_task_of_mine" in names
     assert "mmlu_high_school_european_history" in names
+
+
+def test_a_metrics_name_is_not_broken_in_80_columns() -> None:
+    values = {"base": (0.1234, 0.0345), "adapter": (0.2345, 0.0345)}
+    task, metrics = "held-out data, 1,234 examples", ("token_accuracy", "choice_normalized", "exact_match,strict-match")
+    console = Console(file=io.StringIO(), width=80)
+    console.print(table_of([Row(task, 0, metric, values, (0.1, 0.02)) for metric in metrics], 80))
+    text = console.file.getvalue()  # type: ignore[attr-defined]
+    for part in ("token_accuracy ", "choice_normalized ", "exact_match, ", "strict-match ", "+0.1000 ± 0.0200"):
+        assert part in text
 
 
 def test_categories_of_a_strangers_questions_can_not_rename_the_window() -> None:

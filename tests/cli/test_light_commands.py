@@ -11,6 +11,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -160,6 +161,7 @@ def test_a_wrong_command_line_is_refused_before_anything_heavy_is_imported(
 
 
 OUTPUT = ["--output", "written"]
+WITHOUT_GRADIO = pytest.mark.skipif(find_spec("gradio") is not None, reason="gradio is installed: the page would open")
 
 
 @pytest.mark.parametrize(
@@ -187,6 +189,9 @@ OUTPUT = ["--output", "written"]
         (["import", "adapter", "--output", "model"], "model exists and is not empty."),
         (["plan", "model", "--memory", "much"], "'much' is no amount of memory."),
         (["plan", "model", "--loss", "half"], "--loss must be chunked, full or any, not 'half'."),
+        (["runs", "run"], "No such folder: run. Did you mean 'runs'? Give a folder with runs of `paca train`, or one"),
+        (["runs", "model"], "There are no runs in model: no metrics.jsonl in it, nor in its folders."),
+        pytest.param(["runs", "runs"], ': pip install "./paca[runs]"', marks=WITHOUT_GRADIO),
         (["bench", "--hidden", "300"], "hidden is 300; this shape has heads of 128 in groups of 4, so it must be a"),
         (["bench", "--model", "llama9"], "There is no model 'llama9' here, and no preset of that name. Did you mean"),
         (["bench", "--model", "./model", "--layers", "2"], "layers resizes presets only"),
@@ -200,7 +205,7 @@ def test_what_can_not_work_is_refused_before_anything_heavy_is_imported(
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "config.json").write_text("{}")
     (tmp_path / "runs" / "answers").mkdir(parents=True)
-    for name in ("run.yaml", "runs/answers/config.yaml"):
+    for name in ("run.yaml", "runs/answers/config.yaml", "runs/answers/metrics.jsonl"):
         (tmp_path / name).touch()
     done = run(*command)
     assert done.returncode == 1

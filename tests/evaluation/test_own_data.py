@@ -245,6 +245,9 @@ def test_what_a_metric_lacks_is_said(loaded: LoadedModel, tmp_path: Path) -> Non
     data = examples(tmp_path, SUMS)
     with pytest.raises(PacaError, match="line 1: there are no options to choose from"):
         measure(loaded.model, loaded.tokenizer, data, Measurement("choice"))
+    other = examples(tmp_path, [{"question": "Which?", "answer": "z", "options": ["x", "y"]}])
+    with pytest.raises(PacaError, match=r"line 1: the answer 'z' is not among the options \['x', 'y'\]\."):
+        measure(loaded.model, loaded.tokenizer, other, Measurement("choice"))
     with pytest.raises(PacaError, match=r"line 1: the pattern '= \(.\)' finds no answer in the reference"):
         exact_match(loaded, data, "= (.)")
     with pytest.raises(PacaError, match=r"'\(' is no regular expression"):

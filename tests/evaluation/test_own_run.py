@@ -89,8 +89,8 @@ def test_all_right_and_all_wrong_is_said_to_be_no_certainty() -> None:
     rows = rows_of_run({"base": score(0), "adapter": score(1)})
     assert rows[0].difference == (1.0, 0.0)
     assert note_on_errors(rows) == (
-        "Without ±, all questions came out alike, which tells no standard error. Of 20, all or none, the share may be "
-        "0.16 off (95 %, Wilson)."
+        "A number without ± has no standard error: all questions came out alike. With 20 questions, a share of 0 or "
+        "1 may be off by 0.16 (95 %, Wilson)."
     )
     assert number((1.0, 0.0)) == "1.0000"
     half = Score({"choice": 0.5}, {"choice": 0.5}, 2, [], {"choice": [0.0, 1.0]}, [1.0] * 2)

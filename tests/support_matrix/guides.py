@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
+DOCS = Path(__file__).parents[2] / "docs"
+
 _ADAPTERS, _CHOOSING = "guides/adapters.md", "guides/choosing.md"
 _LAYERS, _QUANTIZED = "guides/layers.md", "guides/quantized.md"
 _BY_DATA = f"{_CHOOSING}#columns-chosen-by-data"
@@ -42,25 +47,85 @@ _TIED, _EXPERTS = f"{_LAYERS}#output-layers-and-tied-weights", f"{_LAYERS}#mixtu
 _OFFLOADED, _OTHERS = f"{_QUANTIZED}#offloaded-weights", f"{_QUANTIZED}#torchao-hqq-and-gptq"
 
 _PLACES = {
-    _LAYERS: ("linear", "conv1d-gpt2"),
-    f"{_CHOOSING}#columns": ("linear-blocks",),
-    _CONVOLUTIONS: ("conv1d", "conv2d", "conv2d-groups", "conv3d", "depthwise", "transposed"),
-    _EMBEDDINGS: ("embedding", "max-norm", "sparse"),
-    _TIED: ("lm-head", "untied", "tied-embedding", "tied-head"),
-    _EXPERTS: ("experts-grouped-mm", "experts-batched-mm", "experts-eager", "experts-transposed"),
-    f"{_LAYERS}#what-is-refused": ("subclass", "bilinear", "unknown", "float8", "bnb-embedding"),
-    f"{_QUANTIZED}#training": ("nf4", "nf4-double", "fp4", "int8"),
-    _OTHERS: (
-        *("torchao-int8", "torchao-int8-group", "torchao-int4", "hqq", "no-sizes"),
-        *("gptq", "awq", "eetq", "aqlm", "inference-only"),
-    ),
-    _OFFLOADED: (
-        *("linear-cpu-offload", "linear-disk-offload", "conv1d-gpt2-cpu-offload", "dispatched"),
-        *("torchao-int8-cpu-offload", "torchao-int4-cpu-offload"),
-        *("nf4-cpu-offload", "int8-cpu-offload", "hqq-cpu-offload"),
-        *("conv2d-offload", "embedding-offload", "experts-offload"),
-    ),
-    _QUANTIZED: ("int8-fp16", "torchao-activations"),
+    _LAYERS: {"linear": "`nn.Linear`", "conv1d-gpt2": "`Conv1D`"},
+    f"{_CHOOSING}#columns": {"linear-blocks": "blocks"},
+    _CONVOLUTIONS: {
+        **dict.fromkeys(("conv1d", "conv2d", "conv3d"), "convolutions"),
+        "conv2d-groups": "`groups`",
+        "depthwise": "depthwise",
+        "transposed": "transposed",
+    },
+    _EMBEDDINGS: {"embedding": "embeddings", "max-norm": "`max_norm`", "sparse": "`sparse=True`"},
+    _TIED: {
+        "lm-head": "`lm_head`",
+        "untied": "paca.untie_embeddings",
+        "tied-embedding": "input embedding",
+        "tied-head": "share the output layer's weight",
+    },
+    _EXPERTS: {
+        "experts-grouped-mm": "grouped_mm",
+        "experts-batched-mm": "batched_mm",
+        "experts-eager": "`eager`",
+        "experts-transposed": "gpt-oss",
+    },
+    f"{_LAYERS}#what-is-refused": {
+        "subclass": "subclasses",
+        "bnb-embedding": "subclasses",
+        "float8": "floats of 16 bits",
+        **dict.fromkeys(("bilinear", "unknown"), "unknown class"),
+    },
+    f"{_QUANTIZED}#training": {"nf4": "nf4", "nf4-double": "double", "fp4": "fp4", "int8": "int8"},
+    _OTHERS: {
+        "torchao-int8": "Int8WeightOnlyConfig",
+        "torchao-int8-group": "PerGroup",
+        "hqq": "HQQ",
+        "torchao-int4": "IntxWeightOnlyConfig",
+        "gptq": "GPTQ",
+        "awq": "AWQ",
+        "eetq": "EETQ",
+        "aqlm": "AQLM",
+        "inference-only": "kernel",
+        "no-sizes": "`in_features`",
+    },
+    _OFFLOADED: {
+        "linear-cpu-offload": "`nn.Linear`",
+        "linear-disk-offload": "disk",
+        "conv1d-gpt2-cpu-offload": "`Conv1D`",
+        "dispatched": "device_map",
+        "nf4-cpu-offload": "bitsandbytes",
+        "int8-cpu-offload": "bitsandbytes",
+        **dict.fromkeys(("torchao-int8-cpu-offload", "torchao-int4-cpu-offload"), "torchao"),
+        "hqq-cpu-offload": "HQQ",
+        "conv2d-offload": "convolutions",
+        "embedding-offload": "embeddings",
+        "experts-offload": "experts",
+    },
+    _QUANTIZED: {"int8-fp16": "`has_fp16_weights=True`", "torchao-activations": "quantized activations"},
 }
-ROWS_IN_GUIDES = {key: place for place, keys in _PLACES.items() for key in keys}
+"""By the place, the rows that it is about, each with what the section there calls it."""
+
+ROWS_IN_GUIDES = {key: place for place, rows in _PLACES.items() for key in rows}
 """By the key of the row, refused ones too."""
+
+
+def unsaid() -> list[str]:
+    """The rows whose section does not name them."""
+    return [
+        f"{key}: {place} does not say {word!r}"
+        for place, rows in _PLACES.items()
+        for key, word in rows.items()
+        if word.lower() not in _section(place).lower()
+    ]
+
+
+def _section(place: str) -> str:
+    """The text of a section without those below it, on one line; for a page, what stands before its first."""
+    page, _, anchor = place.partition("#")
+    sections = re.split(r"^(?=#+ )", (DOCS / page).read_text(encoding="utf-8"), flags=re.M)
+    found = [text for text in sections if text.startswith("# " if not anchor else "##") and _is(text, anchor)]
+    return " ".join(found[0].split())
+
+
+def _is(section: str, anchor: str) -> bool:
+    heading = section.partition("\n")[0].lower()
+    return not anchor or re.sub(r"[^\w -]", "", heading).strip().replace(" ", "-") == anchor

@@ -25,6 +25,10 @@ Each recipe is a complete run: `paca train recipes/24gb/qwen3-8b-sft.yaml`. Add 
 None of those for GPUs was trained in full here: there is no such GPU. So they have no results yet. A test trains each
 for two steps, with a tiny model of the same architecture. *Memory* is what `paca plan` foretells for a GPU. It was not
 compared with a card.
+
+Runs with results here: [ARC](../benchmarks/quality/arc.yaml), [GSM8K](../benchmarks/quality/gsm8k.yaml), [an
+encyclopedia](../benchmarks/quality/encyclopedia.yaml), [digits](../benchmarks/quality/digits.yaml), each with PaCA and
+LoRA. [What came out](notes/quality.md).
 """
 _ENTRY = re.compile(r"# (?P<name>[A-Z][A-Za-z]+(?:, nearly)?): (?P<text>.*(?:\n#   .*)*)")
 

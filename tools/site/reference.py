@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -75,4 +76,5 @@ def _section(name: str, config: griffe.Class) -> str:
 
 
 def _cell(text: str) -> str:
-    return " ".join(text.replace("|", "\\|").split())
+    """The text for a cell: Python-Markdown shows a `|` in code as it is, and would show a backslash too."""
+    return " ".join(re.sub(r"(`[^`]*`)|\|", lambda found: found[1] or r"\|", text).split())

@@ -54,7 +54,7 @@ def count_recompilations(step: TrainingStep) -> tuple[int, int, int]:
 
     Returns:
         As `RECOMPILATIONS` says: graphs made in three more steps of the same adapter, in a step after the first switch
-        to the second one, and in a step after the switch back to the first and one after going to the second again.
+            to the second one, and in a step after the switch back to the first and one after going to the second again.
     """
     model: Any = step.model
 

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from paca.evaluation.statistics import Mean
 
 JUDGE_KEY = "PACA_JUDGE_KEY"
+_SHORTEST_TASK = 8  # columns of the table, with the space behind
 
 
 def evaluate(
@@ -185,26 +186,31 @@ def print_table(console: Console, rows: list[Row]) -> None:
     """Print the numbers, and below them what the errors don't say."""
     from paca.evaluation.side_by_side import note_on_errors
 
-    console.print(table_of(rows))
+    console.print(table_of(rows, console.width))
     if note := note_on_errors(rows):
         say(console, note)
 
 
-def table_of(rows: list[Row]) -> Table:
-    """Tasks down, base and adapter across."""
-    table = Table(box=SIMPLE_HEAD, pad_edge=False)  # three numbers with their errors leave little of 80 columns
-    table.add_column("task", overflow="fold")
-    table.add_column("metric", overflow="fold")
+def table_of(rows: list[Row], width: int) -> Table:
+    """Tasks down, base and adapter across, for so many columns of a terminal."""
     sides = list(rows[0].values) if rows else []
-    compared = any(row.difference is not None for row in rows)
-    for side in [*sides, *(["difference"] if compared else [])]:
+    compared = ["difference"] if any(row.difference is not None for row in rows) else []
+    numbers = [[number(row.values[side]) for side in sides] for row in rows]
+    for row, cells in zip(rows, numbers, strict=True):
+        cells += [number(row.difference, signed=True)] if row.difference is not None else [""] * len(compared)
+    metrics = [row.metric.replace(",", ",\n") for row in rows]  # its filter on a line of its own
+    # Three numbers with their errors leave little of 80 columns. The name of a task is broken before a metric's.
+    taken = sum(2 + max(map(len, column)) for column in zip([*sides, *compared], *numbers, strict=True))
+    longest = max(len(line) for metric in ["metric", *metrics] for line in metric.split("\n"))
+    table = Table(box=SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
+    table.add_column("task", overflow="fold")
+    table.add_column("metric", overflow="fold", width=max(1, min(longest, width - taken - _SHORTEST_TASK)))
+    for side in [*sides, *compared]:
         table.add_column(side, justify="right", no_wrap=True)
     previous = None
-    for row in rows:
-        cells = [number(row.values[side]) for side in sides]
-        if row.difference is not None:
-            cells.append(number(row.difference, signed=True))
-        table.add_row("" if row.task == previous else "  " * row.depth + escape(row.task), escape(row.metric), *cells)
+    for row, metric, cells in zip(rows, metrics, numbers, strict=True):
+        task = "" if row.task == previous else "  " * row.depth + escape(row.task)
+        table.add_row(task, escape(metric), *cells)
         previous = row.task
     return table
 

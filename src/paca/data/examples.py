@@ -43,8 +43,8 @@ class Examples:
 
     dataset: Dataset
     """One of: `messages` (list of messages), `prompt` and `completion` (two texts, or two lists of messages),
-    or `text`; beside them `tools` (JSON text or null) where messages may use them, `options` (texts, of which the
-    completion is one) where the data lists them, and `origin` (`"train.jsonl, line 7"`, unique). Of other families:
+    or `text`; beside them `tools` (JSON text or null) where messages may use them, `options` (texts, or
+    null) where the data lists what could be answered, and `origin` (`"train.jsonl, line 7"`, unique). Other families:
     `prompt`, `chosen` and `rejected`; `prompt` and any other columns; `label` and `text` or `image`."""
 
     format: str

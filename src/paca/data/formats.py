@@ -146,7 +146,7 @@ def _from_sharegpt(row: Row) -> Example:
 def _from_prompt_completion(row: Row) -> Example:
     prompt, completion = row["prompt"], row["completion"]
     if isinstance(prompt, str) and isinstance(completion, str):
-        return {"prompt": prompt, "completion": _answer(completion, "completion"), **_options(row, completion)}
+        return {"prompt": prompt, "completion": _answer(completion, "completion"), **_options(row)}
     if not isinstance(prompt, list) or not isinstance(completion, list):
         raise PacaError(
             f"prompt is {_kind(prompt)} and completion is {_kind(completion)}; expected two strings, or two lists of "
@@ -158,8 +158,7 @@ def _from_prompt_completion(row: Row) -> Example:
     if answer[0]["role"] != "assistant":
         raise PacaError(f"the completion begins with a message of {answer[0]['role']!r}; expected 'assistant'.")
     _require_an_answer(answer, "completion")
-    options = _options(row, answer[-1]["content"])
-    return {"prompt": question, "completion": answer, **_tools(row.get("tools")), **options}
+    return {"prompt": question, "completion": answer, **_tools(row.get("tools")), **_options(row)}
 
 
 def _from_alpaca(row: Row) -> Example:
@@ -171,15 +170,15 @@ def _from_alpaca(row: Row) -> Example:
 
 def _from_question_answer(row: Row) -> Example:
     question, answer = _text(row["question"], "question"), _answer(row["answer"], "answer")
-    return {**_question_and_answer(question, answer), **_options(row, answer)}
+    return {**_question_and_answer(question, answer), **_options(row)}
 
 
-def _options(row: Row, answer: str) -> Example:
-    """What else could be answered, where the row has such a column; null if the answer is none of what it lists."""
+def _options(row: Row) -> Example:
+    """What could be answered, where the row has such a column; null if that is no list of texts."""
     if OPTIONS not in row:
         return {}
     options = row[OPTIONS]
-    return {OPTIONS: options if isinstance(options, list) and answer in options else None}
+    return {OPTIONS: options if isinstance(options, list) and all(isinstance(one, str) for one in options) else None}
 
 
 def _from_query_response(row: Row) -> Example:

@@ -12,6 +12,7 @@ from paca.data.examples import ORIGIN
 from paca.data.tokens import IGNORED, encode, render
 from paca.evaluation.log_likelihood import Continuation
 from paca.messages.errors import PacaError
+from paca.messages.shown import shown
 
 Example = dict[str, Any]
 
@@ -77,13 +78,18 @@ def options_of(example: Example) -> list[str]:
     """All answers that could be given.
 
     Raises:
-        PacaError: The example lists none.
+        PacaError: The example lists none, or its answer is not among them.
     """
     if not example.get(OPTIONS):
         raise PacaError(
             f"{example[ORIGIN]}: there are no options to choose from. eval.metric: choice needs data that brings them "
             "(question, choices and answer as in MMLU, question, choices and answerKey as in ARC, or `options` beside "
             "question and answer, or prompt and completion, one of which is the answer)."
+        )
+    if (answer := answer_of(example)) not in example[OPTIONS]:
+        raise PacaError(
+            f"{example[ORIGIN]}: the answer {shown(answer)} is not among the options {shown(example[OPTIONS])}. "
+            "eval.metric: choice needs it to be one of them, letter for letter. Mend the record, or leave it out."
         )
     return list(example[OPTIONS])
 

@@ -136,7 +136,8 @@ def measure(
 
     Returns:
         `exact_match`, a share; `choice` and `choice_normalized` (each option's log-probability divided by its tokens),
-        shares; `token_accuracy`, the share of answer tokens that were the first guess; `loss`, nats per answer token.
+            shares; `token_accuracy`, the share of answer tokens that were the first guess; `loss`, nats per answer
+            token.
 
     Raises:
         PacaError: No examples, or one that lacks what the metric needs: a question, options, a reference answer that

@@ -53,12 +53,13 @@ def note_on_errors(rows: list[Row]) -> str | None:
     alike = [row for row in rows if any(mean and mean[1] == 0 for mean in (*row.values.values(), row.difference))]
     if not alike:
         return None
-    note = "Without ±, all questions came out alike, which tells no standard error."
+    note = "A number without ± has no standard error: all questions came out alike."
     shares = [row for row in alike if row.questions and any(mean in ((0, 0), (1, 0)) for mean in row.values.values())]
     if not shares:
         return note
     fewest = min(row.questions or 0 for row in shares)
-    return f"{note} Of {fewest:,}, all or none, the share may be {share_may_be_off(fewest):.2g} off (95 %, Wilson)."
+    off = f"{share_may_be_off(fewest):.2g}"
+    return f"{note} With {fewest:,} questions, a share of 0 or 1 may be off by {off} (95 %, Wilson)."
 
 
 def _in_order(results: dict[str, Any]) -> Iterator[tuple[str, int]]:

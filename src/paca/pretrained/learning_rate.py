@@ -28,7 +28,7 @@ def learning_rate(model: str | os.PathLike[str], config: PacaConfig) -> float:
 
     Returns:
         `0.152 × (root mean square of the weights) / r^(2/3) × r / paca_alpha`, to two digits. Where the weights can't
-        be read (quantized ones other than GGUF), 0.03 is taken for their size.
+            be read (quantized ones other than GGUF), 0.03 is taken for their size.
 
     Raises:
         PacaError: There is no such model.

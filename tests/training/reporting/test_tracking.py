@@ -18,6 +18,7 @@ from transformers.integrations import integration_utils
 
 from paca.messages.errors import PacaError
 from paca.training import RunResult, load_run_config, run, train
+from paca.training.folder import found_runs
 from paca.training.folder.found_runs import find_runs
 from paca.training.reporting import runs_page, tracking
 from paca.training.reporting.runs_page import _Page, show_runs
@@ -243,12 +244,14 @@ def test_runs_are_found_in_their_folders(tmp_path: Path, monkeypatch: pytest.Mon
     os.mkfifo(tmp_path / "d" / "metrics.jsonl")
     assert find_runs(tmp_path) == found
     assert find_runs(tmp_path / "a") == found[:1]
-    monkeypatch.setattr(runs_page, "find_spec", lambda name: None)
+    monkeypatch.setattr(found_runs, "find_spec", lambda name: None)
     with pytest.raises(PacaError, match=r'needs trackio and gradio\. Install .* pip install "\./paca\[runs\]"'):
         show_runs(tmp_path, port=None, say=print, browser=False)
-    monkeypatch.setattr(runs_page, "find_spec", lambda name: True)
     with pytest.raises(PacaError, match=r"There are no runs in .*adapter"):
         show_runs(tmp_path / "a" / "adapter", port=None, say=print, browser=False)
+    with pytest.raises(PacaError, match=r"No such folder: .*comparet\. Did you mean '.*compared'\? Give a folder with"):
+        show_runs(tmp_path / "comparet", port=None, say=print, browser=False)
+    monkeypatch.setattr(found_runs, "find_spec", lambda name: True)
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()

@@ -133,12 +133,13 @@ def _keys_of_all(method: str, sections: dict[str, dict[str, Any]]) -> dict[str, 
         fields = adapter_fields(method, sections[method])
     except (KeyError, ValueError):  # `peft_type` is missing or wrong, which is not yet checked
         fields = {}
-    adapter: dict[str, Iterable[str]] = {"paca": adapter_fields("paca", {})} if method == "full" else {method: fields}
+    methods: dict[str, Iterable[str]] = {name: adapter_fields(name, {}) for name in ("paca", "lora")}
+    adapter = {"paca": methods["paca"]} if method == "full" else {method: fields}
     trainer = sections["train"].get("trainer")
     others: dict[str, Iterable[str]] = {name: typing.get_type_hints(kind) for name, kind in SECTIONS.items()}
     calibration = others.pop("calibration")
     train = keys_of(trainer if trainer in TRAINERS else "sft")
-    return {**adapter, **others, "train": train, "calibration": calibration}
+    return {**adapter, **others, "train": train, "calibration": calibration, **methods}
 
 
 def _build_section(

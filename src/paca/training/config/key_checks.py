@@ -8,6 +8,7 @@ from typing import Any
 
 from paca.messages.errors import PacaError
 from paca.messages.nearest import did_you_mean, nearest
+from paca.training.config.run_config import METHODS
 from paca.training.config.typed_values import choices as named
 from paca.training.config.typed_values import expected, matches, shown
 
@@ -68,10 +69,13 @@ def check_section(
     names = sorted(annotations)
     for name in settings:
         if name not in annotations:
-            # A plain misspelling needs no look at the others, for which libraries are imported.
-            meant = nearest(_OTHER_WORDS.get(name, name), names, cutoff=0.8)
+            # A plain misspelling needs no look at the others, for which libraries are imported. Those of them that are
+            # most like a key of another section (`init_lora_weights`, `trainer`) are so by 0.83.
+            meant = nearest(_OTHER_WORDS.get(name, name), names, cutoff=0.85)
             misspelt = meant is not None or elsewhere is None
-            hint = _where_it_belongs(name, {section: names, **({} if misspelt or not elsewhere else elsewhere())})
+            others = dict({} if misspelt or elsewhere is None else elsewhere())
+            others.pop(section, None)  # `names` leaves out keys of `train` that can't be set
+            hint = _where_it_belongs(name, {section: names, **others})
             if not names:
                 hint += f" The section {section} has no keys."
             elif len(names) <= 20:
@@ -90,12 +94,15 @@ def check_section(
 def _where_it_belongs(name: str, sections: Mapping[str, Iterable[str]]) -> str:
     """The key that was meant: the same one of another section, or the nearest of this one, which comes first.
 
-    `eval: {steps: 9}` means `train.eval_steps`.
+    `eval: {steps: 9}` means `train.eval_steps`. A key of another method may mean this method's, or that method.
     """
-    for wanted in (f"{next(iter(sections))}_{name}", _OTHER_WORDS.get(name, name), name):
+    own = next(iter(sections))
+    for wanted in (f"{own}_{name}", _OTHER_WORDS.get(name, name), name):
         for section, keys in sections.items():
             if wanted in keys:
-                return f" Did you mean {section}.{wanted}?"
+                both = section != own and {own, section} <= set(METHODS)
+                close = nearest(name, sections[own]) if both else None
+                return f" Did you mean {f'{own}.{close} or ' if close else ''}{section}.{wanted}?"
     for number, (section, keys) in enumerate(sections.items()):
         close = nearest(name, keys, cutoff=0.7 if number else 0.5)
         if close is not None:

@@ -91,7 +91,8 @@ def write_card(folder: Path, summary: dict[str, Any], trained: nn.Module) -> Non
     shown = [key for key in _SHOWN_SETTINGS if train.get(key) is not None and key != ignored]
     settings = [f"| `{key}` | {train[key]} |" for key in shown]
     seen = f"{summary['tokens']:,} {summary['counts']}"
-    results = [f"{summary['steps']:,} steps over {seen} ({summary['epochs']:.3g} epochs)."]
+    epochs = f"{summary['epochs']:.3g}"
+    results = [f"{summary['steps']:,} steps over {seen} ({epochs} {'epoch' if epochs == '1' else 'epochs'})."]
     if after is not None:
         held_out = f"{data['eval_examples']:,} held-out examples"
         start = "" if before is None else f"{before:.4f} before training and "

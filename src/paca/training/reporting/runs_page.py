@@ -15,16 +15,14 @@ import time
 import webbrowser
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout
-from importlib.util import find_spec
 from io import StringIO
 from pathlib import Path
 from typing import Any
 
 from paca.messages.errors import PacaError
-from paca.messages.install import how_to_install
 from paca.messages.shown import shown
 from paca.training.config.strict_yaml import read_yaml
-from paca.training.folder.found_runs import find_runs, name_in
+from paca.training.folder.found_runs import find_runs, name_in, runs_to_show
 from paca.training.reporting.answers import SideBySide
 from paca.training.reporting.metrics import read_rows
 from paca.training.reporting.tracking import ANSWERS, answers_of, figures_of, results_of
@@ -48,12 +46,7 @@ def show_runs(folder: Path, *, port: int | None, say: Callable[[str], None], bro
     Raises:
         PacaError: There are no runs, the port is taken, or Trackio or Gradio is not installed.
     """
-    missing = [package for package in ("trackio", "gradio") if find_spec(package) is None]
-    if missing:
-        raise PacaError(f"paca runs needs {' and '.join(missing)}. {how_to_install('runs', *missing)}")
-    found = find_runs(folder)
-    if not found:
-        raise PacaError(f"There are no runs in {folder}: no metrics.jsonl in it, nor in its folders. Give another one.")
+    found = runs_to_show(folder)
     listening = _listen(port)
     with tempfile.TemporaryDirectory() as place:
         os.environ["TRACKIO_DIR"] = place  # before its import, which reads it
