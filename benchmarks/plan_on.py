@@ -104,7 +104,7 @@ def seconds(row: Row, method: str | None = None, batch: int | None = None) -> fl
 def largest_batch(row: Row, method: str) -> int:
     """Of sequences of `row.length` that fit. Memory is linear in it, so two plans say it."""
     low, high = (planned(row.model, method, row.rank, batch, row.length).total for batch in (4, 8))
-    return int(8 + (find_device(row.device).memory - high) // ((high - low) / 4))
+    return int(8 + (find_device(row.device).usable - high) // ((high - low) / 4))
 
 
 def throughput(row: Row, method: str) -> float:
@@ -116,7 +116,7 @@ def throughput(row: Row, method: str) -> float:
 def longest(row: Row, method: str) -> float:
     """Tokens of one sequence that fits, without a mask: with one, memory grows with the square."""
     low, high = (planned(row.model, method, row.rank, 1, length, padded=False).total for length in (4096, 8192))
-    return 8192 + (find_device(row.device).memory - high) / ((high - low) / 4096)
+    return 8192 + (find_device(row.device).usable - high) / ((high - low) / 4096)
 
 
 @functools.cache

@@ -7,9 +7,10 @@ from pathlib import Path
 
 import plan_on
 import plan_on_h100
+import torch
 
 from paca.planning.device_time import Efficiency
-from paca.planning.devices import DEVICES
+from paca.planning.devices import DEVICES, GB, Device
 
 PAGE = Path(__file__).parents[1] / "docs/notes/plan-on.md"
 
@@ -61,11 +62,14 @@ Bold is off: a time beyond 15 %, memory beyond 10 %. Parameters were fitted to t
 _AFTER_TABLE = """
 Where it is off, and why:
 
-- **Seconds per 5,000 steps of PEFT's table** include the answers to the 1,319 test questions; the rows *ms* don't.
-- **DoRA on the L40S in June 2025**: PEFT's script emptied torch's cache of memory after each step, until its pull
-  request 2894.
-- **Largest batches**: not simulated are fragmentation, DeepSpeed's float32 copies and buffers, and that an A100 of
-  80 GB has 79.2 GiB for programs. So leave 5 to 10 % of the memory free.
+- **Seconds per 5,000 steps of PEFT's table** are its `train_time`. In PEFT's `run.py` (commits ec4739d and 026d1e0) it
+  counts more than steps: loading the data, emptying torch's cache of memory, and answering the 1,319 test questions. In
+  the newer one a loss on Wikipedia is added, twice. The rows *ms* are steps alone: 716 of DoRA's 1,209 s in 2026.
+- **DoRA on the L40S in June 2025** is not explained. PEFT's script emptied torch's cache after each step, until its
+  pull request 2894 of November 2025. But so it did for LoRA, MiSS and full, of June and August 2025, and parameters
+  were fitted to that LoRA. What fits is DoRA's row of 2026, which has a newer PEFT and torch as well.
+- **Largest batches**: not simulated are fragmentation, and DeepSpeed's float32 copies and buffers. So leave 5 to 10 %
+  of the memory free.
 - **One sequence of 512 tokens on the A100**: what small operators cost is not resolved.
 - **Against LoRA**, much depends on LoRA's dropout, which the abstract does not name (the scripts: 0.1).
 
@@ -91,8 +95,8 @@ What follows, with the gain that the simulation expects at most:
 
 
 _ABOUT_DEVICES = (
-    "[devices.py](../../src/paca/planning/devices.py) has memory, bandwidth and peak rates of each, and names the data "
-    "sheet. The figures were entered from memory, and compared with what others quote: check those that you rely on. "
+    "The figures were entered from memory, and compared with what others quote: check those that you rely on. "
+    "*Programs* is the memory that they get: what torch says in the message that the link has, else 98 % of all. "
     "`t4`, `v100-16gb` and `v100-32gb` have no bfloat16, so models are planned in float16 there. On AMD's and Intel's "
     "devices paca was never tried."
 )
@@ -169,9 +173,24 @@ def _most(rows: list[dict[str, str]], name: str) -> str:
 
 
 def devices() -> str:
-    """Which devices there are. What is assumed of each, and from which sheet, stands in the code."""
-    names = ", ".join(f"`{name}`" for name in DEVICES)
-    return _wrapped(f"{len(DEVICES)}: {names}. {_ABOUT_DEVICES}", "")
+    """The table of devices, and what it is."""
+    lines = [
+        "| `--on` | memory, GiB | programs, GiB | GB/s | TFLOP/s in 16 bits | in float32 | data sheet |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | --- |",
+    ]
+    for device in DEVICES.values():
+        peaks = (device.peak[dtype] / 1e12 for dtype in (torch.float16, torch.float32))
+        cells = [f"{device.memory / 2**30:g}", _programs(device), f"{device.bandwidth / GB:g}"]
+        cells += [*(f"{peak:g}" for peak in peaks), device.source]
+        lines.append(f"| `{device.name}` | {' | '.join(cells)} |")
+    return "\n".join([_wrapped(_ABOUT_DEVICES, ""), "", *lines])
+
+
+def _programs(device: Device) -> str:
+    """With a link to the issue that it is from."""
+    amount = device.usable / 2**30
+    repository, issue, number = device.usable_source.rpartition(" issue ")
+    return f"[{amount:.2f}](https://github.com/{repository}/issues/{number})" if issue else f"about {amount:.0f}"
 
 
 if __name__ == "__main__":

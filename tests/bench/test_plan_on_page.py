@@ -8,11 +8,12 @@ from typing import Any
 
 import pytest
 
+from paca.planning import published_steps
+
 ROOT = Path(__file__).parents[2]
 KNOWN_OFF = {
     ("PEFT's table", "s per 5000 steps"),
-    ("authors' log", "largest batch"),
-    ("PEFT's comparison", "ms"),  # DoRA, while the cache was emptied in each step
+    ("PEFT's comparison", "ms"),  # DoRA in June 2025
     ("paper", "time against LoRA"),
     ("paper", "longest sequence against LoRA with dropout"),
 }
@@ -42,6 +43,16 @@ def test_what_is_off_is_named(script: Any) -> None:
     held_out = [row.use == "held out" for row, _ in rows]
     assert sum(held_out) > 4 * (len(rows) - sum(held_out))
     assert script.error(rows[0][0], 2 * rows[0][0].published) == 1
+
+
+def test_the_errors_that_plan_prints_are_those_of_the_rows(script: Any) -> None:
+    rows = [*zip(script.published(), script.read_simulated(), strict=True)]
+    assert {row.device for row, _ in rows} == {*published_steps.ERRORS}
+    for device, errors in published_steps.ERRORS.items():
+        for quantity, printed in (("ms", errors.time), ("GiB", errors.memory), ("largest batch", errors.batch)):
+            pairs = [pair for pair in rows if (pair[0].device, pair[0].quantity) == (device, quantity)]
+            off = [round(100 * script.error(*pair)) for pair in pairs]
+            assert printed == ((min(off), max(off)) if off else None)
 
 
 @pytest.mark.parametrize(("method", "batch", "quantity"), [("paca-random", 8, "ms"), ("lora-qv", 4, "GiB")])

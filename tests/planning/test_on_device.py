@@ -53,6 +53,8 @@ def test_the_table_of_devices_is_well_formed() -> None:
         assert name == device.name
         assert "data sheet" in device.source or "white paper" in device.source
         assert 10 * 2**30 <= device.memory <= 192 * 2**30
+        assert 0.97 <= device.usable / device.memory < 1
+        assert " issue " in device.usable_source or "an estimate: 98 %" in device.usable_source
         assert 0.3e12 <= device.bandwidth < 9e12  # bytes, not GB
         half = device.peak[torch.float16]
         assert device.peak.get(torch.bfloat16, half) == half > device.peak[torch.float32] > 8e12
@@ -74,6 +76,8 @@ def test_without_units_for_bfloat16_the_rate_is_that_of_float32() -> None:
     t4 = find_device("t4")
     assert step_time({slow: 1}, t4).device > 7 * step_time({fast: 1}, t4).device
     assert "counted at its rate in float32" in OnDevice(t4, (), torch.bfloat16).notes[0]
+    sentences = OnDevice(t4, (), torch.bfloat16).notes[1].split(". ")
+    assert len(sentences) == 2
     assert not OnDevice(A100, (), torch.bfloat16).notes
 
 

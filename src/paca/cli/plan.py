@@ -99,6 +99,7 @@ def plan(
     simulated_device = None if on is None else find_device(on)
     if simulated_device is not None:
         device = "cuda"
+        budget = None if budget is None else min(budget, simulated_device.usable)
     planned = _target(target, seq, batch_size, r, dtype, device, set_ or [])
     lacks_it = simulated_device is not None and not simulated_device.has_bfloat16 and planned.dtype == torch.bfloat16
     if lacks_it and dtype == "auto" and not _is_run(target):
@@ -152,7 +153,7 @@ def plan(
             fastest_weights=quantization == "any",
         )
     elif simulated_device is not None:
-        budget = simulated_device.memory
+        budget = simulated_device.usable
     else:
         with contextlib.suppress(PacaError):  # a plan for a GPU that is not here
             budget = available_memory(setting.device)
@@ -197,9 +198,16 @@ def _check_simulation(
     if steps is not None and steps < 1:
         raise PacaError(f"--steps is {steps}; it must be 1 or more.")
     if on is None and (compare, steps) != (None, None):
-        raise PacaError("--compare and --steps are for a simulated device. Name it: --on h100, for example.")
+        instead = "" if (rate, bandwidth) == (None, None) else " --rate and --bandwidth can't stand in for one."
+        raise PacaError(f"--compare and --steps are for a simulated device. Name it: --on h100, for example.{instead}")
     if on is not None and (rate is not None or bandwidth is not None or device not in (None, "cuda")):
         raise PacaError("--on brings the rates of its device along. Leave out --rate, --bandwidth and --device.")
+    if device not in (None, "cpu", "cuda"):
+        such = "gaudi2" if device == "hpu" else "mi300x" if device in ("hip", "rocm") else "h100"
+        raise PacaError(
+            f"--device is cpu or cuda, not {device!r}. For a GPU or an accelerator that is not here leave it out, and "
+            f"name one of the table: --on {such}, for example."
+        )
 
 
 def _target(

@@ -22,7 +22,11 @@ class Device:
     """As `--on` takes it."""
     title: str
     memory: int
-    """Bytes. What a data sheet calls 80 GB is 80 GiB on the device; its driver keeps one or two percent."""
+    """Bytes. What a data sheet calls 80 GB is 80 GiB on the device; its driver keeps one to three percent."""
+    usable: int
+    """Bytes of it that programs get."""
+    usable_source: str
+    """Where that is from: an issue on GitHub that quotes what torch says of it, or that it is an estimate."""
     bandwidth: float
     """Bytes per second of its memory."""
     peak: Mapping[torch.dtype, float]
@@ -46,6 +50,25 @@ class Device:
         return torch.bfloat16 in self.peak
 
 
+_USABLE = 0.98
+"""Share that programs get where nobody was seen to say it; of the devices below 0.97 to 0.99."""
+_CAPACITIES = {
+    "a100-40gb": (39.50, "TianheWu/CoSeR issue 10"),
+    "a100-80gb": (79.25, "HiDream-ai/VAREdit issue 6"),
+    "h100": (79.11, "vllm-project/vllm issue 27508"),
+    "a10": (21.99, "zai-org/CogVLM issue 236"),
+    "l40": (44.40, "QwenLM/Qwen3-VL issue 2097"),
+    "l40s": (44.42, "stepfun-ai/Step-Video-T2V issue 8"),
+    "t4": (14.56, "Zheng-Chong/CatVTON issue 133"),
+    "v100-32gb": (31.74, "haotian-liu/LLaVA issue 812"),
+    "a5000": (23.68, "zai-org/GLM-4 issue 730"),
+    "rtx3080": (9.78, "zai-org/CogVideo issue 34"),
+    "rtx4090": (23.64, "ali-vilab/VGen issue 104"),
+    "rtx5090": (31.36, "TrajectoryCrafter/TrajectoryCrafter issue 20"),
+}
+"""GiB that torch calls the total capacity in its message when memory is out, and an issue on GitHub that has it."""
+
+
 def _device(
     name: str, title: str, memory: float, bandwidth: float, half: float, single: float, cache: float, units: int,
     source: str, attention: float = 0.5, halves: tuple[torch.dtype, ...] = _HALF,
@@ -53,7 +76,12 @@ def _device(
     """Memory in GiB, bandwidth in GB/s, peaks in TFLOP/s: of 16 bits (`halves`: which of them it multiplies), and of
     float32 without TF32 (torch's default); the cache in MB."""
     peak = {**dict.fromkeys(halves, half * 1e12), torch.float32: single * 1e12}
-    return Device(name, title, int(memory * 2**30), bandwidth * GB, peak, int(cache * 1e6), units, attention, source)
+    estimated = _USABLE * memory, f"an estimate: {100 * _USABLE:.0f} % of it"
+    usable, seen = _CAPACITIES.get(name, estimated)
+    return Device(
+        name=name, title=title, memory=int(memory * 2**30), usable=int(usable * 2**30), usable_source=seen,
+        bandwidth=bandwidth * GB, peak=peak, cache=int(cache * 1e6), units=units, attention=attention, source=source,
+    )  # fmt: skip
 
 
 _ECC = 15 / 16
@@ -127,6 +155,7 @@ def find_device(name: str) -> Device:
     if plain not in DEVICES:
         raise PacaError(
             f"There is no device {name!r} in the table.{did_you_mean(plain, DEVICES)} Known are {', '.join(DEVICES)}. "
-            "For another one give --rate and --bandwidth."
+            "For another one leave out --on, --compare and --steps, and give its --rate, --bandwidth and --memory with "
+            "--device cuda."
         )
     return DEVICES[plain]

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import copy
+import traceback
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from peft import PeftConfig, PeftModel, get_peft_model
+from peft import PeftConfig, PeftModel, PeftType, get_peft_model
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from paca.messages.errors import PacaError
@@ -19,7 +20,7 @@ from paca.planning.passes import task_of
 from paca.planning.quantized_layers import quantization_name, unpacked_numel
 from paca.planning.repeated_blocks import copy_with_blocks, find_blocks
 from paca.planning.setting import Setting
-from paca.planning.simulated_step import StepTrace, simulate
+from paca.planning.simulated_step import StepTrace, first_line, simulate
 from paca.pretrained.quantizing import quantize_outline
 
 FRAMEWORK = "framework overhead"
@@ -105,6 +106,23 @@ def prepare_model(
         return get_peft_model(made, copy.deepcopy(adapter), autocast_adapter_dtype=autocast_adapter_dtype)
     except (ValueError, TypeError) as error:
         raise PacaError(f"The adapter does not fit {type(made).__name__}: {error}") from error
+    except RuntimeError as error:  # of which torch's errors about missing values are kinds
+        raise _unplannable(adapter, error) from error
+
+
+def _unplannable(adapter: PeftConfig, error: BaseException) -> PacaError:
+    """What to say of a method of PEFT whose code looks at values: `error` is torch's."""
+    method = PeftType(adapter.peft_type).value
+    return PacaError(
+        f"{method} can't be planned: its layers look at values ({first_line(error)}), and a plan has tensors without "
+        "any. `paca train --probe` measures the memory of a run with it. Or plan another method."
+    )
+
+
+def _within_peft(error: BaseException | None) -> bool:
+    """Whether the code of a method of PEFT was running when `error` was raised."""
+    frames = traceback.walk_tb(None if error is None else error.__traceback__)
+    return any(frame.f_globals.get("__name__", "").startswith("peft.tuners.") for frame, _ in frames)
 
 
 def root_of(model: PlannedModel) -> PreTrainedModel:
@@ -180,7 +198,12 @@ def estimate(
         )
     if task != "text":
         setting = replace(setting, chunked_loss=False)  # which is that of a vocabulary
-    trace = trace_step(root, setting, timed)
+    try:
+        trace = trace_step(root, setting, timed)
+    except PacaError as error:
+        if not isinstance(prepared, PeftModel) or not _within_peft(error.__cause__):
+            raise
+        raise _unplannable(prepared.active_peft_config, error.__cause__ or error) from error
     moment, peak = max(trace.peaks.items(), key=lambda item: sum(item[1].values()))
     counts = {name: count for name, count in sorted(peak.items(), key=lambda item: -item[1]) if count > 0}
     compiled = program_bytes(trace.operators, setting.lengths) if setting.device == "cpu" else 0

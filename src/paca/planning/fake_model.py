@@ -6,6 +6,7 @@ import importlib.util
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from itertools import islice
+from typing import Any
 from unittest.mock import patch
 
 import torch
@@ -22,6 +23,9 @@ from paca.lean.loss import every_position, in_blocks
 from paca.planning.attention_kernels import attention_of
 from paca.planning.quantized_layers import dequantized_product, fake_states
 
+_TORCH_RAND = torch.rand
+_SINGLE: tuple[Any, ...] = ((1,), ([],), ((),))
+
 
 def make_fake(model: nn.Module) -> None:
     """Turn all parameters and buffers of `model`, which is on the meta device, into fake ones on the CPU, in place.
@@ -36,8 +40,28 @@ def make_fake(model: nn.Module) -> None:
             made[id(tensor)] = (tensor, empty)
         return made[id(tensor)][1]
 
-    model._apply(fake)
+    with _each_module_once(model):
+        model._apply(fake)
     fake_states(model, fake)
+
+
+@contextmanager
+def _each_module_once(model: nn.Module) -> Iterator[None]:
+    """Layers of some methods of PEFT share modules, whose tensors can't be replaced twice."""
+    seen: set[int] = set()
+    repeated: list[tuple[nn.Module, str, nn.Module]] = []
+    for parent in model.modules():
+        for name, child in parent._modules.items():
+            if child is not None and id(child) in seen:
+                repeated.append((parent, name, child))
+            seen.add(id(child))
+    for parent, name, _ in repeated:
+        parent._modules[name] = None
+    try:
+        yield
+    finally:
+        for parent, name, child in repeated:
+            parent._modules[name] = child
 
 
 @contextmanager
@@ -58,6 +82,7 @@ def without_values(device: str) -> Iterator[None]:
         stack.enter_context(patch.object(state, "runs_of", _blocks))
         # Positions without values might be those of packed sequences, and transformers would make a mask for them.
         stack.enter_context(patch.object(transformers.masking_utils, "find_packed_sequence_indices", lambda _: None))
+        stack.enter_context(patch.object(torch, "rand", _rand))
         if importlib.util.find_spec("bitsandbytes") is not None:
             import bitsandbytes  # noqa: F401  # defines the operator
 
@@ -69,6 +94,12 @@ def without_values(device: str) -> Iterator[None]:
             stack.enter_context(in_blocks(torch.device(device)))
             stack.enter_context(patch.object(token_log_probs, "pieces", _first_piece))
         yield
+
+
+def _rand(*size: Any, **options: Any) -> Any:
+    """`torch.rand`; a single number, by which LoHa, LoKr and some models leave a layer out, is 1: it is never left
+    out."""
+    return 1.0 if size in _SINGLE and not options else _TORCH_RAND(*size, **options)
 
 
 def _blocks(indices: Tensor) -> tuple[tuple[int, int], ...] | None:

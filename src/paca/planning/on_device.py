@@ -77,8 +77,8 @@ class OnDevice:
             units += f" This is planned in {str(self.dtype).removeprefix('torch.')}."
         return (
             units,
-            "torch has no flash attention for it. It is simulated as if it had: attention takes longer, and without a "
-            "mask (--padded) also more memory, where heads are grouped.",
+            "torch has no flash attention for it, and the simulation takes it to have one. So attention takes longer "
+            "than shown, and in models with grouped heads more memory (which --padded counts).",
         )
 
 

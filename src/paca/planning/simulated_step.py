@@ -124,11 +124,15 @@ def simulate(
         try:
             return _Simulation(model, setting, backbone, before_last, timed).run()
         except RuntimeError as error:  # of which torch's errors about missing values are kinds
-            reason = next(iter(str(error).splitlines()), type(error).__name__)
             raise PacaError(
-                f"{type(model).__name__} can't be planned: without values it does not run ({reason}). Measure it "
-                "instead, with a short run."
+                f"{type(model).__name__} can't be planned: without values it does not run ({first_line(error)}). "
+                "Measure it instead, with a short run."
             ) from error
+
+
+def first_line(error: BaseException) -> str:
+    """Of what it says; its kind where it says nothing."""
+    return next(iter(str(error).splitlines()), type(error).__name__)
 
 
 class _Simulation:

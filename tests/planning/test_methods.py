@@ -1,0 +1,65 @@
+"""Every method of PEFT that a run can train is planned, or the reason names it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from architectures import config
+from peft import LoHaConfig, LoKrConfig, LoraConfig, ShiraConfig
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+from peft.utils import PeftType
+
+import paca
+from paca.planning import Setting, estimate
+from paca.training.config import adapter_settings
+
+LOOK_AT_VALUES = {"SHADOW", "VBLORA", "WAVEFT"}
+"""As docs/guides/training.md names them."""
+ADD_TO_THE_INPUT = {"CARTRIDGE", "PREFIX_TUNING", "PROMPT_TUNING"}
+SMALL: dict[str, dict[str, Any]] = {
+    "BOFT": {"boft_block_size": 4},
+    "C3A": {"block_size": 8},
+    "FOURIERFT": {"n_frequency": 8},
+    "LN_TUNING": {"target_modules": ["input_layernorm"]},
+    "OFT": {"r": 0, "oft_block_size": 4},
+    "VBLORA": {"vector_length": 8, "num_vectors": 16},
+    "WAVEFT": {"n_frequency": 8},
+    **{name: {"num_virtual_tokens": 4} for name in ADD_TO_THE_INPUT},
+}
+METHODS = sorted({kind.value for kind in PEFT_TYPE_TO_CONFIG_MAPPING} - {*adapter_settings._NOT_HERE, "LORA", "PACA"})
+SETTING = Setting(32, 2)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_method_that_a_run_can_train_is_planned_or_named(method: str) -> None:
+    adapter = PEFT_TYPE_TO_CONFIG_MAPPING[PeftType(method)](task_type="CAUSAL_LM", **SMALL.get(method, {}))
+    if method in ADD_TO_THE_INPUT | LOOK_AT_VALUES:
+        with pytest.raises(paca.PacaError, match=f"^{method} .*paca train --probe") as refused:
+            estimate(config("llama"), SETTING, adapter)
+        assert ("look at values" in str(refused.value)) == (method in LOOK_AT_VALUES)
+    else:
+        assert estimate(config("llama"), SETTING, adapter).total > 0
+
+
+@pytest.mark.parametrize("kind", [LoHaConfig, LoKrConfig])
+def test_a_layer_is_never_left_out_of_a_plan(kind: Any) -> None:
+    first, second = (
+        estimate(config("llama"), SETTING, kind(r=4, module_dropout=dropout, task_type="CAUSAL_LM"), timed=True)
+        for dropout in (0.0, 0.9)
+    )
+    assert first.parts == second.parts
+    assert first.operators == second.operators
+    assert not any(operator.waits for operator in first.operators)  # the number is drawn on the host
+    lora = estimate(config("llama"), SETTING, LoraConfig(r=4, task_type="CAUSAL_LM"), timed=True)
+    assert first.flops > lora.flops  # the product of its factors is made whole
+
+
+def test_dora_is_planned() -> None:
+    plain, dora = (LoraConfig(r=4, use_dora=wanted, task_type="CAUSAL_LM") for wanted in (False, True))
+    assert estimate(config("llama"), SETTING, dora).total > estimate(config("llama"), SETTING, plain).total
+
+
+def test_a_method_that_looks_at_the_weights_when_it_is_put_in_is_named() -> None:
+    with pytest.raises(paca.PacaError, match=r"^SHIRA can't be planned"):
+        estimate(config("llama"), SETTING, ShiraConfig(r=4, task_type="CAUSAL_LM"))
