@@ -33,6 +33,15 @@ def test_step_times_are_ratios_taken_round_by_round(number: int, machine: str) -
         assert cell[number] == f"{spread(round_ratios(samples['paca'], samples[method])).median:.2f}"
 
 
+def test_a_block_of_llama_8b_is_the_range_of_both_machines_and_loras() -> None:
+    found = []
+    for machine in ("cpu-core", "cpu-core-epyc"):
+        rows = read_rows(ROOT / "benchmarks" / f"{machine}.csv")
+        samples = rows[(rows.hidden == 4096) & (rows.metric == "step_time")].set_index("method").samples
+        found += [spread(round_ratios(samples["paca"], samples[name])).median for name in ("lora", "lora-tuned")]
+    assert f"Llama 8B's width takes [{min(found):.2f} to {max(found):.2f} ×]" in TEXT
+
+
 def test_longest_sequences_are_those_of_the_rows() -> None:
     rows = read_rows(ROOT / "benchmarks" / "cpu-longest.csv").set_index("method")["median"]
     for cell, method in zip(row_of_table("longest sequence"), ("lora", "lora-tuned"), strict=True):
@@ -56,7 +65,7 @@ def test_the_accuracy_on_arc_is_that_of_its_page() -> None:
 
 def test_losses_and_answers_are_those_of_their_pages() -> None:
     entries, problems = means("encyclopedia-time", "loss"), means("gsm8k-time", "loss")
-    assert f"{entries['paca']:.3f}, tuned LoRA {entries['lora-tuned']:.3f}; GSM8K" in TEXT
+    assert f"{entries['paca']:.3f}, tuned LoRA {entries['lora-tuned']:.3f} (just shown); GSM8K" in TEXT
     assert f"GSM8K {problems['paca']:.3f}, {problems['lora-tuned']:.3f}." in TEXT
     answered: dict[str, list[float]] = defaultdict(list)
     with (ROOT / "benchmarks" / "quality" / "gsm8k-time" / "answers.csv").open(encoding="utf-8") as file:

@@ -9,7 +9,6 @@ import typer
 from rich.console import Console
 
 from paca.messages.say import say
-from paca.training.folder.found_runs import runs_to_show
 from paca_command import import_package
 
 
@@ -21,6 +20,8 @@ def runs(
     browser: Annotated[bool, typer.Option(help="Open the page in the browser.")] = True,
 ) -> None:
     """Open a local page with the curves of all runs, also of running ones. Two of them can answer side by side."""
+    from paca.training.folder.found_runs import runs_to_show
+
     runs_to_show(folder)  # before torch is imported: a wrong path is no reason to wait
     import_package()
     from paca.training.reporting.runs_page import show_runs

@@ -42,4 +42,5 @@ def errors_in_words(device: Device) -> str:
     if device.name in ERRORS:
         return f"Against what others published of this device, simulations missed {ERRORS[device.name]}."
     others = "; ".join(f"on the {DEVICES[name].title} {errors}" for name, errors in ERRORS.items())
-    return f"No simulation was compared with a measurement on this device. Elsewhere they missed, {others}."
+    unknown = "No simulation was compared with a measurement on this device."
+    return f"{unknown} Elsewhere they missed what others published: {others}."

@@ -8,10 +8,13 @@ however many others there are. docs/notes/learning-rate.md has the measurements,
 from __future__ import annotations
 
 import os
+import warnings
+from pathlib import Path
 
 from paca.config import PacaConfig
-from paca.pretrained.location import locate
-from paca.pretrained.weight_size import weight_size
+from paca.messages.errors import PacaError
+from paca.pretrained.location import locate, neighbour_hint
+from paca.pretrained.weight_size import in_cache, weight_size
 
 _OF_WEIGHTS = 0.152  # the rate of one column, as a part of the weights' root mean square
 _FALLS_BY = 2 / 3
@@ -28,12 +31,25 @@ def learning_rate(model: str | os.PathLike[str], config: PacaConfig) -> float:
 
     Returns:
         `0.152 × (root mean square of the weights) / r^(2/3) × r / paca_alpha`, to two digits. Where the weights can't
-            be read (quantized ones other than GGUF), 0.03 is taken for their size.
+            be read (quantized ones other than GGUF), 0.03 is taken for their size, with a warning.
 
     Raises:
-        PacaError: There is no such model.
+        PacaError: There is no such model here, nor on the hub; or the hub can't be reached.
     """
-    return rate_and_rule(config.r, config.paca_alpha, weight_size(locate(str(model)), fetch=True))[0]
+    location = locate(str(model))
+    size = weight_size(location, fetch=True)
+    if size is None:
+        if location.source == "hub" and not in_cache(location.name_or_path):
+            raise PacaError(
+                f"There is no model {str(model)!r}: no such folder (working folder: {Path.cwd()}), and the hub gave "
+                f"none of its weights.{neighbour_hint(str(model))} Check the name, or get it first: hf download {model}"
+            )
+        warnings.warn(
+            f"The size of the weights of {str(model)!r} can't be read. {_USUAL_SIZE} is assumed, and the rate may be "
+            "several times too low or too high: try others beside it.",
+            stacklevel=2,
+        )
+    return rate_and_rule(config.r, config.paca_alpha, size)[0]
 
 
 def rate_and_rule(r: int, alpha: float, size: float | None) -> tuple[float, str]:

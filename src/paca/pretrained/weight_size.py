@@ -51,6 +51,12 @@ def weight_size(location: Location, revision: str | None = None, *, fetch: bool 
         return None
 
 
+def in_cache(name: str) -> bool:
+    """Whether the cache has anything of a model on the hub: its config, or a file of its weights."""
+    files = ("config.json", _INDEX, _SINGLE)
+    return any(isinstance(huggingface_hub.try_to_load_from_cache(name, file), str) for file in files)
+
+
 def _mean(weights: Iterator[Tensor]) -> float | None:
     squares = [weight.float().square().mean() for weight in weights]
     return float(torch.stack(squares).mean().sqrt()) if squares else None
