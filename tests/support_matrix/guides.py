@@ -34,7 +34,7 @@ OPERATIONS_IN_GUIDES = {
     "merge, unmerge": _OFF,
     "merge and unload": _OFF,
     "unload": _OFF,
-    "merged checkpoint": "guides/serving.md",
+    "merged checkpoint": f"{_QUANTIZED}#merging-and-export",
     "to LoRA": "guides/serving.md#lora",
     "to GGUF": "guides/serving.md#llamacpp",
     "state dict": _OFF,
