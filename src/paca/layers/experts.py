@@ -66,9 +66,10 @@ class ResidentStack(ResidentWeight, ExpertStack):
         # What FSDP2 gathers is another graph's leaf in each pass: its parts must not be kept.
         if not torch.is_grad_enabled() or not self.columns.whole:
             return [delta.unbind(0) for delta in deltas]
-        if self._cut is None or self._cut[0] is not state or self._cut[1] != requiring:
-            self._cut = (state, requiring, [delta.unbind(0) for delta in deltas])
-        return self._cut[2]
+        cut = self._cut  # read once: another thread may keep another state's
+        if cut is None or cut[0] is not state or cut[1] != requiring:
+            cut = self._cut = (state, requiring, [delta.unbind(0) for delta in deltas])
+        return cut[2]
 
     def release(self) -> None:
         self._cut = None
