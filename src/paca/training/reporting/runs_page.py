@@ -54,7 +54,7 @@ def show_runs(folder: Path, *, port: int | None, say: Callable[[str], None], bro
 
         page = _Page(folder, trackio)
         page.update()
-        server = _serve(folder, page.project, listening)
+        server, serving = _serve(folder, page.project, listening)
         address = f"http://{_HOST}:{listening.getsockname()[1]}{_PAGE}/"
         say(f"{len(found)} runs: {address} (Ctrl-C ends it)")
         if browser:
@@ -65,6 +65,7 @@ def show_runs(folder: Path, *, port: int | None, say: Callable[[str], None], bro
                 page.update()
         except KeyboardInterrupt:
             server.should_exit = True
+            serving.join(timeout=10)  # a thread at work while Python ends can crash it
         else:
             raise PacaError("The page can't be served; the server's message is above.")
 
@@ -85,8 +86,8 @@ def _listen(port: int | None) -> socket.socket:
     raise PacaError(f"{taken} taken. Give another: --port NUMBER")
 
 
-def _serve(folder: Path, project: str, listening: socket.socket) -> Any:
-    """Serve the page from a thread that ends with the program. Returns its server."""
+def _serve(folder: Path, project: str, listening: socket.socket) -> tuple[Any, threading.Thread]:
+    """Serve the page from a thread that ends with the program. Returns the server and the thread."""
     import gradio
     import uvicorn
     from fastapi import FastAPI
@@ -99,9 +100,10 @@ def _serve(folder: Path, project: str, listening: socket.socket) -> Any:
     gradio.mount_gradio_app(app, page, path=_PAGE, footer_links=[], run_history=False, ssr_mode=False, pwa=False)
     with _quiet():
         app.mount("/", make_trackio_server().app)
-    server = uvicorn.Server(uvicorn.Config(app, log_level="warning"))
-    threading.Thread(target=server.run, kwargs={"sockets": [listening]}, daemon=True).start()
-    return server
+    server = uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=1))
+    serving = threading.Thread(target=server.run, kwargs={"sockets": [listening]}, daemon=True)
+    serving.start()
+    return server, serving
 
 
 class _Page:
