@@ -113,6 +113,8 @@ def evaluate(
                 loaded = load_for_generation(path, base_model=base_model)
                 check_template_ends(loaded.tokenizer)
                 say(console, f"Measuring {config.eval.metric or 'loss'} on the run's held-out data ...")
+                if output is None:
+                    say(console, "(with --output DIR answers are kept as they come, and the same command goes on)")
                 scores = evaluate_run(loaded, config, limit, batch_size, output, shown)
                 shown.finish()
                 print_table(console, rows_of_run(scores))

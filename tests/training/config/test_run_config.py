@@ -87,6 +87,8 @@ def test_the_written_config_reads_back_as_the_same_run(tmp_path: Path) -> None:
         ("model: {name: x, max_length: 9}\n", "no key model.max_length. Did you mean train.max_length?"),
         ("model: {name: x, r: 9}\n", "no key model.r. Did you mean paca.r?"),
         ("lora: {}\ndata: {train: x, r: 9}\n", "no key data.r. Did you mean lora.r?"),
+        ("train: {lora_rank: 4}\n", "no key train.lora_rank. Did you mean lora.r?"),
+        ("data: {train: x, paca_r: 4}\n", "no key data.paca_r. Did you mean paca.r?"),
         ("train: {lora_alpha: 4}\n", "no key train.lora_alpha. Did you mean lora.lora_alpha?"),
         ("train: {target_modules: [a]}\n", "no key train.target_modules. Did you mean paca.target_modules?"),
         ("lora: {}\ntrain: {target_modules: [a]}\n", "train.target_modules. Did you mean lora.target_modules?"),

@@ -97,6 +97,10 @@ def _where_it_belongs(name: str, sections: Mapping[str, Iterable[str]]) -> str:
     `eval: {steps: 9}` means `train.eval_steps`. A key of another method may mean this method's, or that method.
     """
     own = next(iter(sections))
+    method, _, rest = name.partition("_")  # `lora_rank`, `paca_r`
+    rest = _OTHER_WORDS.get(rest, rest)
+    if method in METHODS and rest in sections.get(method, ()):
+        return f" Did you mean {method}.{rest}?"
     for wanted in (f"{own}_{name}", _OTHER_WORDS.get(name, name), name):
         for section, keys in sections.items():
             if wanted in keys:
