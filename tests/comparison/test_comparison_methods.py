@@ -54,8 +54,8 @@ def test_a_file_brings_a_method_of_ones_own(tmp_path: Path) -> None:
     file = tmp_path / "dora.yaml"
     file.write_text("lora: {r: 4, use_dora: true}\ntrain: {optim: sgd}\n")
     assert sections(f"dora={file}") == {"lora": {"r": 4, "use_dora": True}, "train": {"optim": "sgd"}}
-    file.write_text("train: {optim: muon}\n")
-    assert sections(f"muon={file}") == {"paca": COMMON["paca"], "train": {"optim": "muon"}}
+    file.write_text("train: {optim: adafactor}\n")
+    assert sections(f"adafactor={file}") == {"paca": COMMON["paca"], "train": {"optim": "adafactor"}}
 
 
 @pytest.mark.parametrize(
