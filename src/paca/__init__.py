@@ -19,6 +19,7 @@ with hold_import_notes():
     import transformers  # noqa: F401  # isort: skip
     import peft  # noqa: F401  # isort: skip
 
+from paca.columns.factored import FactoredAdamW
 from paca.config import PacaConfig
 from paca.lean import make_lean, undo_lean
 from paca.messages.errors import PacaError
@@ -34,6 +35,7 @@ from paca.tuner.rotation.rotate import rotate, set_trained_columns, trained_colu
 
 __version__ = version("paca-tuning")
 __all__ = [
+    "FactoredAdamW",
     "PacaConfig",
     "PacaError",
     "PacaModel",

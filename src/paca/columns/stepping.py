@@ -35,15 +35,18 @@ def others_step(layers: list[Any]) -> bool:
 
 def _held(optimizer: torch.optim.Optimizer) -> tuple[list[Held], list[Held]]:
     """The deltas that `optimizer` holds, with gradients and without. In the thread that trains: they stay meanwhile."""
-    with_gradients: list[Held] = []
-    without: list[Held] = []
+    held: tuple[list[Held], list[Held]] = ([], [])
     for group in optimizer.param_groups:
         for parameter in cast("list[Tensor]", group["params"]):
-            found = _LAYERS.get(id(parameter))
-            layer = found and found[0]()
-            if found and layer is not None and layer._modules["paca_delta"].is_now(found[1], parameter):
-                (without if parameter.grad is None else with_gradients).append(found)
-    return with_gradients, without
+            if layer_of_delta(parameter) is not None:
+                held[parameter.grad is None].append(_LAYERS[id(parameter)])
+    return held
+
+
+def layer_of_delta(parameter: Tensor) -> Any:
+    """Whose delta it is, or what FSDP2 shards one as: an adapted layer, or None."""
+    layer_of, name = _LAYERS.get(id(parameter), (lambda: None, ""))
+    return layer if (layer := layer_of()) is not None and layer._modules["paca_delta"].is_now(name, parameter) else None
 
 
 @torch.compiler.disable
@@ -59,15 +62,12 @@ def _before_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> No
 def _after_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
     with WRITING:
         before = _STEPPING.pop(threading.get_ident(), ([],))[0]
-        # One job per weight, also if several adapters are in it: the last knows them all.
-        jobs: dict[ResidentColumns, Job] = {}
+        jobs: dict[ResidentColumns, Job] = {}  # one per weight: the last of its adapters knows them all
         # Gradients may come within the step (closures), or go (zeroed by the optimizer itself).
         now, without = _held(optimizer)
         stepped = dict.fromkeys([*before, *now])
         for layer_of, adapter_name in stepped:
-            layer = layer_of()
-            job = None if layer is None else layer.stepped(adapter_name)
-            if job is not None:
+            if (layer := layer_of()) is not None and (job := layer.stepped(adapter_name)) is not None:
                 jobs[job[0]] = job
         if jobs:
             write_together(jobs.values())

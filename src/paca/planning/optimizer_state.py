@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,6 +13,8 @@ from paca.messages.errors import PacaError
 _TWO_MOMENTS = ("adamw_torch", "adamw_torch_fused")
 _EIGHT_BIT = ("adamw_8bit", "adamw_bnb_8bit")
 _STATELESS = ("sgd",)
+
+_FACTORED = "factored_adamw_"
 
 KNOWN_OPTIMIZERS = (*_TWO_MOMENTS, *_EIGHT_BIT, *_STATELESS)
 
@@ -25,12 +28,33 @@ def state_bytes(optimizer: str, trainable: Sequence[Tensor]) -> int:
         return sum(8 * p.numel() if p.numel() < 4096 else 2 * p.numel() + p.numel() // 32 for p in trainable)
     if optimizer in _STATELESS:
         return 0
+    if optimizer.startswith(_FACTORED):
+        return 3 * sum(_factors(optimizer, p) for p in trainable)
     raise PacaError(f"The memory of the optimizer {optimizer!r} is not known; known are {', '.join(KNOWN_OPTIMIZERS)}.")
+
+
+def optimizer_of(train: Mapping[str, Any]) -> str:
+    """What the functions here call the optimizer of a run, by the section `train` of its config."""
+    rank = train.get("factor_rank")
+    return str(train["optim"]) if rank is None else f"{_FACTORED}{rank}"
+
+
+def known(optimizer: str) -> bool:
+    """Whether the functions here know it."""
+    return optimizer in KNOWN_OPTIMIZERS or optimizer.startswith(_FACTORED)
+
+
+def _factors(optimizer: str, delta: Tensor) -> int:
+    """Bytes of both factors of a delta `(out_features, r)`, or `(experts, out_features, r)`."""
+    rank = int(optimizer.removeprefix(_FACTORED))
+    return 4 * rank * sum(delta.numel() // size for size in delta.shape[-2:])
 
 
 def step_temporaries(optimizer: str, device: str, trainable: Sequence[Tensor]) -> int:
     """Bytes that the optimizer's step allocates and frees again."""
     sizes = [p.numel() * p.element_size() for p in trainable]
+    if optimizer.startswith(_FACTORED):  # gradients of all factors and their denominators; deltas one at a time
+        return 2 * sum(_factors(optimizer, p) for p in trainable) + 2 * max(sizes, default=0)
     if optimizer == "adamw_torch":
         # On CUDA its for-each form makes the denominators of all parameters at once, elsewhere of one at a time.
         return sum(sizes) if device == "cuda" else 2 * max(sizes, default=0)

@@ -210,11 +210,15 @@ def prepare(config: RunConfig, *, whole: bool = True) -> PreparedRun:
     parameters = sum(parameter.numel() for parameter in model.parameters())
     dtype = next(model.parameters()).dtype
     automatic = given.get("learning_rate", AUTO) == AUTO
-    size = size_of_weights(named, fetch=whole and automatic) if follows_weights(kind, method) else None
+    size = (
+        size_of_weights(named, fetch=whole and automatic)
+        if follows_weights(kind, method, given.get("factor_rank"))
+        else None
+    )
     config.train = train_settings.with_defaults(
         given, model, has_eval=held_out is not None, method=method, adapter=config.adapter, weight_size=size
     )
-    rate, rule = automatic_rate(kind, method, config.adapter, size)
+    rate, rule = automatic_rate(kind, method, config.adapter, size, given.get("factor_rank"))
     check_target_names(method, config.adapter, model, named.name)
     if named.quantization is not None:
         model = quantize_outline(model, named.quantization)

@@ -16,7 +16,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from paca.messages.errors import PacaError
 from paca.messages.units import format_bytes
 from paca.planning import longest_batch
-from paca.planning.optimizer_state import state_bytes
+from paca.planning.optimizer_state import optimizer_of, state_bytes
 from paca.pretrained.out_of_memory import is_out_of_memory
 from paca.training.config.run_config import RunConfig
 from paca.training.failures import remedies
@@ -90,7 +90,7 @@ class ProbeLongestBatch(TrainerCallback):
         trained = [p for p in trainer.model.parameters() if p.requires_grad]
         local = [p.to_local() if hasattr(p, "to_local") else p for p in trained]
         try:
-            size = state_bytes(str(self.config.train["optim"]), local)
+            size = state_bytes(optimizer_of(self.config.train), local)
         except PacaError as error:
             self.announce(f"The probe leaves out the optimizer's state. {error}")
             return None

@@ -16,6 +16,7 @@ from accelerate import PartialState
 from rich.console import Console
 from transformers import PrinterCallback, TrainerState, TrainingArguments
 
+from paca.columns.factored import FactoredAdamW
 from paca.lean.loss import loss_for
 from paca.messages.disk import writing
 from paca.messages.errors import PacaError
@@ -252,6 +253,11 @@ class _Run:
         except (ValueError, RuntimeError) as error:
             raise PacaError(f"{self.kind.trainer.__name__} refuses this run: {error}") from error
         keep_adapter_dtype(trainer.model, self.config)
+        rank = self.config.train.get("factor_rank")
+        if rank is not None:
+            betas = (arguments.adam_beta1, arguments.adam_beta2)
+            settings = {"lr": arguments.learning_rate, "rank": rank, "betas": betas, "eps": arguments.adam_epsilon}
+            trainer.optimizer_cls_and_kwargs = (FactoredAdamW, settings)
         return trainer
 
     def _train(self) -> TrainerState:

@@ -9,7 +9,7 @@ import torch
 
 from paca.messages.errors import PacaError
 from paca.planning import Setting
-from paca.planning.optimizer_state import KNOWN_OPTIMIZERS
+from paca.planning.optimizer_state import known, optimizer_of
 from paca.training.config.run_config import RunConfig
 
 
@@ -29,7 +29,7 @@ def setting_of_run(config: RunConfig, device: str, longest: int | None = None, l
     limits = [limit for limit in (train.get("max_length"), longest) if limit is not None]
     if not limits:
         raise PacaError("train.max_length is null, so sequences have no limit to plan for; set it, or give --seq.")
-    batch_size, optimizer = train["per_device_train_batch_size"], str(train["optim"])
+    batch_size, optimizer = train["per_device_train_batch_size"], optimizer_of(train)
     multiple = train.get("pad_to_multiple_of")
     return Setting(
         sequence_length=min(limits),
@@ -45,7 +45,7 @@ def setting_of_run(config: RunConfig, device: str, longest: int | None = None, l
         autocast=torch.bfloat16 if train.get("bf16") else torch.float16 if train.get("fp16") else None,
         autocast_adapter_dtype=train.get("autocast_adapter_dtype", True),
         # An optimizer that is not known is taken for one that keeps two moments: few keep more.
-        optimizer=optimizer if optimizer in KNOWN_OPTIMIZERS else "adamw_torch_fused",
+        optimizer=optimizer if known(optimizer) else "adamw_torch_fused",
         device=device,  # type: ignore[arg-type]
         lengths=-(-lengths // multiple) if isinstance(multiple, int) else lengths,
     )

@@ -53,6 +53,11 @@ def check_sharding(arguments: TrainingArguments, config: RunConfig) -> None:
                 "With train.fsdp_config.activation_checkpointing the names of parameters change, and the saved adapter "
                 "would be empty. Set train.gradient_checkpointing: true instead."
             )
+        if config.train.get("factor_rank") is not None:
+            raise PacaError(
+                "train.factor_rank does not go with train.fsdp, which shards the deltas. Leave it out, or train with "
+                "DistributedDataParallel."
+            )
         if modules_to_save:
             raise PacaError(
                 f"{method}.modules_to_save does not go with train.fsdp: the gradient of an output layer that is "
@@ -83,10 +88,14 @@ def _check_deepspeed(arguments: TrainingArguments, config: RunConfig) -> None:
             "What DeepSpeed is told (by accelerate launch, or by train.deepspeed) is not what the run's config says: "
             f"{'; '.join(differing)}. Make them the same, or give DeepSpeed the value auto."
         )
-    if config.method == "paca" and config.adapter.get("rotate_every") is not None:
+    own = {
+        "paca.rotate_every": config.adapter.get("rotate_every"),
+        "train.factor_rank": config.train.get("factor_rank"),
+    }
+    for key in (key for key, value in own.items() if config.method == "paca" and value is not None):
         raise PacaError(
-            "paca.rotate_every does not go with DeepSpeed, whose optimizer keeps copies of what is trained. Leave it "
-            "out, or train with DistributedDataParallel."
+            f"{key} does not go with DeepSpeed, whose optimizer keeps copies of what is trained. Leave it out, or "
+            "train with DistributedDataParallel."
         )
     if config.method != "paca" or not is_deepspeed_zero3_enabled():
         return

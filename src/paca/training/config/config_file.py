@@ -191,6 +191,11 @@ def _problems(config: RunConfig) -> Iterator[tuple[str, str]]:
             "does not go with full: quantized weights can't be trained themselves. Leave it out, or train an adapter "
             "on them: paca, lora or peft.",
         )
+    if train.get("factor_rank") is not None:
+        if config.method != "paca":
+            yield "train.factor_rank", f"is about PaCA's deltas, and {config.method} has none. Leave it out."
+        elif train.get("optim", "adamw_torch") not in ("adamw_torch", "adamw_torch_fused"):
+            yield "train.factor_rank", f"is AdamW's, and train.optim is {train['optim']}. Leave one of them out."
     if config.method == "full" and "autocast_adapter_dtype" in train:
         yield (
             "train.autocast_adapter_dtype",

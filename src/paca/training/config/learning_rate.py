@@ -12,13 +12,17 @@ from paca.training.trainers.kind import TrainerKind
 AUTO = "auto"
 
 
-def follows_weights(kind: TrainerKind, method: str) -> bool:
+def follows_weights(kind: TrainerKind, method: str, factor_rank: int | None = None) -> bool:
     """Whether the rate depends on the model's weights."""
-    return method == "paca" and kind.rate_follows_r
+    return method == "paca" and kind.rate_follows_r and factor_rank is None
 
 
 def automatic_rate(
-    kind: TrainerKind, method: str, adapter: Mapping[str, Any], weight_size: float | None = None
+    kind: TrainerKind,
+    method: str,
+    adapter: Mapping[str, Any],
+    weight_size: float | None = None,
+    factor_rank: int | None = None,
 ) -> tuple[float, str]:
     """The rate and, in words, where it is from.
 
@@ -27,10 +31,11 @@ def automatic_rate(
         method: The run's, such as `paca`.
         adapter: Settings of its section that the user gave.
         weight_size: The root mean square of the model's linear weights; None where that is not known.
+        factor_rank: Of `train`; with it a rate is as large as LoRA's.
     """
     if method == "full":
         return kind.arguments.learning_rate, "the trainer's own default"
-    if not follows_weights(kind, method):
+    if not follows_weights(kind, method, factor_rank):
         return kind.learning_rate, "for adapters"
     r, alpha = adapter.get("r", PacaConfig.r), adapter.get("paca_alpha", PacaConfig.paca_alpha)
     return rate_and_rule(r, alpha, weight_size)

@@ -22,8 +22,8 @@ from paca.training.reporting.tracking import check_trackers
 from paca.training.trainers import TRAINERS, trainer_kind
 from paca.training.trainers.kind import TrainerKind
 
-OWN: dict[str, Any] = {"trainer": str, "autocast_adapter_dtype": bool}
-"""Keys of ours: which trainer, and an argument of `peft.get_peft_model`."""
+OWN: dict[str, Any] = {"trainer": str, "autocast_adapter_dtype": bool, "factor_rank": int | None}
+"""Keys of ours: which trainer, an argument of `peft.get_peft_model`, and one of `paca.FactoredAdamW`."""
 
 _WITHOUT_EFFECT = ("trainer", "include_num_input_tokens_seen", "remove_unused_columns")
 """On the result, whatever our default for them."""
@@ -32,7 +32,7 @@ _RANGES: dict[str, tuple[Callable[[float], bool], str]] = {
     "above zero": (
         lambda value: 0 < value < math.inf,
         "per_device_train_batch_size per_device_eval_batch_size gradient_accumulation_steps num_train_epochs "
-        "max_length logging_steps save_steps eval_steps",
+        "max_length logging_steps save_steps eval_steps factor_rank",
     ),
     "zero or more": (
         lambda value: 0 <= value < math.inf,
@@ -132,7 +132,7 @@ def with_defaults(
         "gradient_accumulation_steps": 1,
         "per_device_eval_batch_size": 8,
         "max_length": min(1024, context_length or 1024),
-        "learning_rate": automatic_rate(kind, method, adapter or {}, weight_size)[0],
+        "learning_rate": automatic_rate(kind, method, adapter or {}, weight_size, settings.get("factor_rank"))[0],
         "lr_scheduler_type": "cosine",
         "warmup_steps": 0.03,  # a share of all steps
         "optim": "adamw_torch_fused",

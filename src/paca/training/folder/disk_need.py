@@ -14,7 +14,7 @@ from torch import nn
 from paca.messages.errors import PacaError
 from paca.messages.say import say
 from paca.messages.units import format_bytes
-from paca.planning.optimizer_state import KNOWN_OPTIMIZERS, state_bytes
+from paca.planning.optimizer_state import known, optimizer_of, state_bytes
 from paca.pretrained.location import tokenizer_files
 from paca.training.config.run_config import RunConfig
 from paca.training.folder.checkpoints import size_on_disk
@@ -65,8 +65,8 @@ def disk_need(config: RunConfig, model: nn.Module, steps: int | None, base: int)
         weights = 2 * sum(parameter.numel() for parameter in trained)  # TRL casts to bfloat16
     beside = tokenizer_files(Path(config.model.tokenizer or config.model.name).expanduser())
     result = weights + sum(file.stat().st_size for file in beside)
-    optimizer = str(train["optim"])
-    state = state_bytes(optimizer if optimizer in KNOWN_OPTIMIZERS else "adamw_torch", trained)
+    optimizer = optimizer_of(train)
+    state = state_bytes(optimizer if known(optimizer) else "adamw_torch", trained)
     return DiskNeed(
         result, result if train.get("save_only_model") else result + state, _checkpoints(train, steps), base
     )

@@ -1,0 +1,176 @@
+"""`paca.FactoredAdamW`: what it computes is LoRA's step on two factors of the columns."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import peft
+import pytest
+import torch
+from torch import nn
+
+import paca
+
+
+def adapted(*, bias: bool = False, **settings: Any) -> Any:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(12, 10), nn.Tanh(), nn.Linear(10, 6))
+    if bias:
+        settings["modules_to_save"] = ["2"]
+    targets = ["0"] if bias else ["0", "2"]
+    return peft.get_peft_model(model, paca.PacaConfig(r=8, paca_alpha=8, target_modules=targets, **settings))
+
+
+def deltas(model: Any) -> list[nn.Parameter]:
+    return [p for name, p in model.named_parameters() if "paca_delta" in name]
+
+
+def trained(model: Any) -> list[nn.Parameter]:
+    return [p for p in model.parameters() if p.requires_grad]
+
+
+def steps(model: Any, optimizer: torch.optim.Optimizer, count: int, seed: int = 1) -> list[float]:
+    generator, losses = torch.Generator().manual_seed(seed), []
+    for _ in range(count):
+        x, y = torch.randn(16, 12, generator=generator), torch.randn(16, 6, generator=generator)
+        loss = (model(x) - y).square().mean()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return losses
+
+
+def test_a_delta_is_what_adamw_on_loras_factors_makes_of_it() -> None:
+    model, rate, scale = adapted(), 0.01, 2.0
+    layers = [module for module in model.modules() if hasattr(module, "paca_delta")]
+    base = [copy.deepcopy(layer.get_base_layer()).requires_grad_(False) for layer in layers]
+    places = [layer.paca_indices["default"] for layer in layers]
+    factors = []
+    for number, delta in enumerate(deltas(model), 1):
+        drawn = torch.Generator().manual_seed(number)
+        a = torch.empty(3, 8).uniform_(-(8**-0.5), 8**-0.5, generator=drawn)
+        factors += [nn.Parameter(a), nn.Parameter(torch.zeros(delta.shape[0], 3))]
+
+    def lora(x: torch.Tensor) -> torch.Tensor:
+        for at in range(2):
+            a, b = factors[2 * at : 2 * at + 2]
+            x = base[at](x) + scale * x[:, places[at]] @ a.T @ b.T
+            x = x.tanh() if at == 0 else x
+        return x
+
+    reference = torch.optim.AdamW(factors, lr=rate, weight_decay=0.1)
+    optimizer = paca.FactoredAdamW(trained(model), lr=rate, rank=3, scale=scale, weight_decay=0.1)
+    assert steps(model, optimizer, 10) == pytest.approx(steps(lora, reference, 10), rel=1e-5)
+    for at, delta in enumerate(deltas(model)):
+        torch.testing.assert_close(delta.detach(), scale * (factors[2 * at + 1] @ factors[2 * at]).detach())
+        assert torch.linalg.matrix_rank(delta.detach()) == 3
+
+
+def test_what_is_no_delta_is_stepped_by_adamw() -> None:
+    one, other = adapted(bias=True), adapted(bias=True)
+    steps(one, paca.FactoredAdamW(trained(one), lr=0.01, rank=2), 1)
+    steps(other, torch.optim.AdamW(trained(other), lr=0.01, weight_decay=0.0), 1)
+    saved = [[p for name, p in model.named_parameters() if "modules_to_save" in name] for model in (one, other)]
+    assert saved[0]
+    for ours, theirs in zip(*saved, strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_saved_optimizer_goes_on_as_if_nothing_had_been(dtype: torch.dtype) -> None:
+    model = adapted()
+    for delta in deltas(model):
+        delta.data = delta.data.to(dtype)
+    optimizer = paca.FactoredAdamW(trained(model), lr=0.01, rank=4)
+    steps(model, optimizer, 5)
+    again = copy.deepcopy(model)
+    reloaded = paca.FactoredAdamW(trained(again), lr=0.5, rank=1)
+    reloaded.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    assert {value.dtype for value in reloaded.state[deltas(again)[0]].values() if torch.is_tensor(value)} == {
+        torch.float32
+    }
+    assert steps(again, reloaded, 5, seed=2) == steps(model, optimizer, 5, seed=2)
+    assert all(torch.equal(*pair) for pair in zip(deltas(model), deltas(again), strict=True))
+
+
+def test_an_adapter_that_was_trained_before_is_where_it_starts() -> None:
+    model = adapted()
+    steps(model, torch.optim.AdamW(trained(model), lr=0.01), 3)
+    before = [delta.detach().clone() for delta in deltas(model)]
+    steps(model, paca.FactoredAdamW(trained(model), lr=0.01, rank=2), 3)
+    for start, delta in zip(before, deltas(model), strict=True):
+        assert torch.linalg.matrix_rank(delta.detach() - start, atol=1e-6) == 2
+
+
+def test_rotation_starts_new_factors() -> None:
+    model = adapted()
+    optimizer = paca.FactoredAdamW(trained(model), lr=0.01, rank=2)
+    steps(model, optimizer, 3)
+    x = torch.randn(4, 12)
+    before = model(x)
+    paca.rotate(model, optimizer, 1)
+    assert torch.equal(model(x), before)
+    assert all(not delta.any() or torch.linalg.matrix_rank(delta.detach()) <= 2 for delta in deltas(model))
+    losses = steps(model, optimizer, 20)
+    assert all(map(torch.isfinite, map(torch.tensor, losses)))
+    assert all(optimizer.state[delta]["step"] == 20 for delta in deltas(model))
+
+
+class Experts(nn.Module):
+    """Two experts as one parameter, as transformers' mixtures have them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.is_transposed = False
+        self.gate_up_proj = nn.Parameter(torch.randn(2, 6, 12))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return sum(torch.nn.functional.linear(x, self.gate_up_proj[number]) for number in range(2))  # type: ignore
+
+
+@pytest.mark.parametrize(
+    ("layer", "inputs", "rows", "columns"),
+    [
+        (nn.Conv2d(12, 6, 3), (2, 12, 5, 5), (6,), 8 * 9),
+        (nn.Conv1d(12, 6, 3), (2, 12, 5), (6,), 8 * 3),
+        (Experts(), (16, 12), (2, 6), 8),
+    ],
+)
+def test_other_layers_have_factors_of_their_matrices(
+    layer: nn.Module, inputs: tuple[int, ...], rows: tuple[int, ...], columns: int
+) -> None:
+    model = nn.Sequential(layer)
+    target: dict[str, Any] = {"target_modules": ["0"]}
+    if isinstance(layer, Experts):
+        target = {"target_modules": [], "target_parameters": ["0.gate_up_proj"]}
+    adapter: Any = peft.get_peft_model(model, paca.PacaConfig(r=8, paca_alpha=8, **target))
+    optimizer = paca.FactoredAdamW(trained(adapter), lr=0.01, rank=2)
+    losses = []
+    for _ in range(10):
+        loss = (adapter(torch.ones(inputs)) - 1).square().mean()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0]
+    [delta] = deltas(adapter)
+    state = optimizer.state[delta]
+    assert state["b"].shape == (*rows, 2)
+    assert state["a"].shape == (*rows[:-1], 2, columns)
+    assert torch.equal(torch.linalg.matrix_rank(delta.detach().reshape(*rows, columns)), torch.full(rows[:-1], 2))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"rank": 0}, "rank must be a whole number of 1 or more, not 0"),
+        ({"rank": 2.0}, "rank must be a whole number"),
+        ({"lr": -1.0}, "lr must be zero or more, not -1.0"),
+        ({"betas": (0.9, 1.0)}, "betas must be zero or more and less than 1"),
+    ],
+)
+def test_numbers_that_can_not_be_are_refused(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        paca.FactoredAdamW(trained(adapted()), **settings)
