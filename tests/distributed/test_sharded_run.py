@@ -147,6 +147,7 @@ def test_a_run_goes_on_with_another_number_of_processes(runs, tmp_path):
         ("train.fsdp_config={version: 1}", "asks for FSDP 1.*FSDP2 .* is the default"),
         ("train.fsdp_config={activation_checkpointing: true}", "the saved adapter would be empty"),
         ("paca.modules_to_save=[lm_head]", "modules_to_save does not go with train.fsdp"),
+        ("train.factor_rank=2", "factor_rank does not go with train.fsdp"),
         ("train.fsdp_config={cpu_ram_efficient_loading: true}", "cpu_ram_efficient_loading does not go with PaCA"),
     ],
 )
@@ -182,8 +183,9 @@ def test_settings_of_deepspeed_that_are_not_the_runs_are_refused_at_once(runs):
     )
     with pytest.raises(PacaError, match=message):
         check_sharding(deepspeed("- ds bf16.enabled=True vs hf bf16=False"), config)
-    with pytest.raises(PacaError, match=r"rotate_every does not go with DeepSpeed"):
-        check_sharding(deepspeed(), load_run_config(runs / "config.yaml", ["paca.rotate_every=2"]))
+    for setting in ("paca.rotate_every=2", "train.factor_rank=2"):
+        with pytest.raises(PacaError, match=f"{setting[:-2]} does not go with DeepSpeed"):
+            check_sharding(deepspeed(), load_run_config(runs / "config.yaml", [setting]))
 
 
 @pytest.mark.parametrize("setting", ["paca.selection=weight_norm", "model.quantization=nf4"])

@@ -178,8 +178,9 @@ TWO_EPOCHS = ["train.num_train_epochs=2", "train.max_steps=-1", "train.eval_stra
         ([*TWO_EPOCHS, "train.save_strategy=epoch"], [5], signal.SIGINT),
         ([*TWO_EPOCHS, "train.save_steps=3"], [8], signal.SIGINT),
         (["paca.rotate_every=3"], [4, 6], signal.SIGINT),  # 6: the columns change with the next step
+        (["train.factor_rank=2"], [4], signal.SIGINT),
     ],
-    ids=["inside an epoch", "twice", "at the end", "epochs", "at an epoch's evaluation", "rotating"],
+    ids=["inside an epoch", "twice", "at the end", "epochs", "at an epoch's evaluation", "rotating", "factors"],
 )
 def test_a_stopped_and_resumed_run_is_the_uninterrupted_one_bit_for_bit(
     run: Runner,
@@ -207,6 +208,12 @@ def test_a_stopped_and_resumed_run_is_the_uninterrupted_one_bit_for_bit(
         assert whole.summary[name] == parts.summary[name]
     ranks = {tensor.shape[1] for name, tensor in adapter(tmp_path / "parts").items() if name.endswith("paca_delta")}
     assert ranks == ({16} if overrides == ["paca.rotate_every=3"] else {4})
+
+
+def test_factors_have_the_rank_that_the_file_says(finished: Runner) -> None:
+    trained = adapter(finished("train.factor_rank=2").folder)
+    for delta in (delta for name, delta in trained.items() if name.endswith("paca_delta")):
+        assert torch.linalg.matrix_rank(delta) == 2
 
 
 def test_rotation_on_quantized_weights_is_refused_before_they_are_loaded(config_file: Path) -> None:

@@ -3,6 +3,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
 import yaml
@@ -10,6 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import paca
 from paca.planning import Setting
+from paca.planning.optimizer_state import state_bytes
 from paca.training import load_run_config
 from paca.training.config.train_settings import with_defaults
 from paca.training.run_setting import setting_of_run
@@ -23,6 +25,21 @@ def run_config(folder: Path, **train: Any) -> Any:
         model = LlamaForCausalLM(LlamaConfig(num_hidden_layers=1))
     run.train = with_defaults(run.train, model, has_eval=False)
     return run
+
+
+def test_factors_count_as_what_the_optimizer_keeps(tmp_path: Path) -> None:
+    setting = setting_of_run(run_config(tmp_path, max_length=512, factor_rank=4), "cpu")
+    model = peft.get_peft_model(
+        LlamaForCausalLM(LlamaConfig(hidden_size=64, intermediate_size=96, num_hidden_layers=1, vocab_size=32)),
+        paca.PacaConfig(r=16, paca_alpha=16),
+    )
+    deltas = [p for p in model.parameters() if p.requires_grad]
+    optimizer = paca.FactoredAdamW(deltas, rank=4)
+    for delta in deltas:
+        delta.grad = torch.ones_like(delta)
+    optimizer.step()
+    kept = [value for delta in deltas for value in optimizer.state[delta].values() if torch.is_tensor(value)]
+    assert state_bytes(setting.optimizer, deltas) == sum(value.nbytes for value in kept)
 
 
 def test_a_run_becomes_the_setting_that_it_trains_under(tmp_path: Path) -> None:
