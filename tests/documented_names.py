@@ -97,6 +97,10 @@ def _trainer(_: Names) -> Names:
     return {"model": LLAMA, "args": trl.SFTConfig("out", bf16=False), "data": data}
 
 
+def _columns(names: Names) -> Names:
+    return {**_trainer(names), "config": paca.PacaConfig(r=4, paca_alpha=4, task_type="CAUSAL_LM")}
+
+
 def _loop(_: Names) -> Names:
     rotating = adapt(llama(), task_type="CAUSAL_LM", rotate_every=100)
     return {**_in_training(rotating), "step": 100}
@@ -118,7 +122,7 @@ def _scored(_: Names) -> Names:
 
 GIVEN: Mapping[str, Mapping[int, Callable[[Names], Names]]] = {
     "docs/method.md": {0: _method},
-    "docs/guides/choosing.md": {0: lambda _: {"model": llama(), "batches": _batches()}},
+    "docs/guides/choosing.md": {0: _columns, 1: lambda _: {"model": llama(), "batches": _batches()}},
     "docs/guides/evaluation.md": {0: _scored},
     "docs/guides/layers.md": {0: lambda _: {"vision_model": Vision(), "expert_model": mixtral()}},
     "docs/guides/processes.md": {0: _one_process},

@@ -59,7 +59,7 @@ def means(page: str, value: str) -> dict[str, float]:
 
 def test_the_accuracy_on_arc_is_that_of_its_page() -> None:
     accuracy = means("arc-parameters", "score")
-    for cell, method in zip(row_of_table("ARC-Easy score"), ("lora", "lora-tuned"), strict=True):
+    for cell, method in zip(row_of_table("score on ARC"), ("lora", "lora-tuned"), strict=True):
         assert cell == [f"{accuracy['paca']:.3f}", f"{accuracy[method]:.3f}"]
 
 

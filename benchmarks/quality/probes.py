@@ -27,6 +27,7 @@ from paca.training import load_run_config, train
 ROOT = Path(__file__).parents[2]
 ROWS = Path(__file__).with_suffix(".csv")
 BASE = "lora"
+HALVES = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}
 STEPS = 200
 
 
@@ -37,9 +38,13 @@ class Way:
     rate: float
     method: dict[str, Any] | None = None
     columns: dict[str, Any] | None = None  # laid over its `paca` section
-    halves: bool = False  # batches of half the size, twice accumulated
+    train: dict[str, Any] | None = None  # laid over its `train` section
     optimizer: str | None = None  # "muon", or "shared": Adam with one second moment for a row of the columns
     frozen: str | None = None  # parameters whose name holds this
+
+
+def _columns(r: int, **settings: Any) -> dict[str, Any]:
+    return {"r": r, "paca_alpha": r, **settings}
 
 
 def _lora(r: int) -> dict[str, Any]:
@@ -47,14 +52,17 @@ def _lora(r: int) -> dict[str, Any]:
 
 
 WAYS = {
-    BASE: Way(4.87e-4, method=_lora(60), halves=True),
-    "lora-faster": Way(7.8e-4, method=_lora(60), halves=True),
+    BASE: Way(4.87e-4, method=_lora(60), train=HALVES),
+    "lora-faster": Way(7.8e-4, method=_lora(60), train=HALVES),
     "lora-a-frozen": Way(7.8e-4, method=_lora(64), frozen="lora_A"),
     "lora-a-frozen-faster": Way(1.25e-3, method=_lora(64), frozen="lora_A"),
     "paca": Way(7.8e-4),
-    "paca-r256": Way(4.87e-4, columns={"r": 256, "paca_alpha": 256}, halves=True),
+    "paca-r256": Way(4.87e-4, columns=_columns(256), train=HALVES),
     "activation-norm": Way(4.87e-4, columns={"selection": "activation_norm"}),
     "gradient-norm": Way(4.87e-4, columns={"selection": "gradient_norm"}),
+    "factors": Way(7.8e-4, columns=_columns(256), train={"factor_rank": 64, **HALVES}),
+    "factors-r128-32": Way(7.8e-4, columns=_columns(128), train={"factor_rank": 32}),
+    "factors-r64-32": Way(7.8e-4, train={"factor_rank": 32}),
     "muon": Way(1.25e-3, optimizer="muon"),
     "shared-moment": Way(4.87e-4, optimizer="shared"),
     "shared-moment-faster": Way(1.25e-3, optimizer="shared"),
@@ -105,9 +113,7 @@ def run(name: str, task: str) -> None:
     """Train one way, in `runs/probes/NAME`."""
     way, folder = WAYS[name], ROOT / "runs" / "probes" / name
     settings = yaml.safe_load((ROOT / f"benchmarks/quality/{task}.yaml").read_text())
-    settings["train"] |= {"learning_rate": way.rate, "seed": 0}
-    if way.halves:
-        settings["train"] |= {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}
+    settings["train"] |= {"learning_rate": way.rate, "seed": 0, **(way.train or {})}
     settings["output"] = {"dir": str(folder)}
     settings["eval"] = {**settings.get("eval", {}), "before": False}
     if way.method:

@@ -20,7 +20,7 @@ def test_it_is_that_of_paca_train(tmp_path: Path) -> None:
     for settings in ({"r": 8, "paca_alpha": 8}, {"r": 64}):
         rate = paca.learning_rate(tmp_path, paca.PacaConfig(**settings))
         assert rate == automatic_rate(trainer_kind({}), "paca", settings, 0.5)[0]
-    assert paca.learning_rate(tmp_path, paca.PacaConfig(r=8, paca_alpha=8)) == 0.019  # 0.152 × 0.5 / 4
+    assert paca.learning_rate(tmp_path, paca.PacaConfig(r=8, paca_alpha=8)) == 0.025  # 0.4 × 0.5 / 8
 
 
 def test_a_model_that_is_not_there_is_an_error(tmp_path: Path) -> None:

@@ -1,8 +1,9 @@
-"""The rate that suits PaCA: it follows from `r` and from the size of the model's weights.
+"""The rate that suits PaCA: it follows from `paca_alpha` and from the size of the model's weights.
 
 The rule was fitted to measured runs. Adam moves each value by about the rate, however large it is: so a model with
-small weights needs a small one. The width of the layers is not in it: an output is a sum over the `r` trained columns,
-however many others there are. docs/notes/learning-rate.md has the measurements, and where the rule was not tried.
+small weights needs a small one. An output is a sum over the `r` trained columns, however many others there are, and
+each counts `paca_alpha / r` times: so its first steps are as large as rate times `paca_alpha`, whatever `r` is.
+docs/notes/learning-rate.md has the measurements, and where the rule was not tried.
 """
 
 from __future__ import annotations
@@ -16,8 +17,7 @@ from paca.messages.errors import PacaError
 from paca.pretrained.location import locate, neighbour_hint
 from paca.pretrained.weight_size import in_cache, weight_size
 
-_OF_WEIGHTS = 0.152  # the rate of one column, as a part of the weights' root mean square
-_FALLS_BY = 2 / 3
+_OF_WEIGHTS = 0.4  # rate times paca_alpha, as a part of the weights' root mean square
 _USUAL_SIZE = 0.03  # assumed where it can't be read; Gemma 3 270M has 0.037, SmolLM2-135M 0.2
 
 
@@ -27,11 +27,11 @@ def learning_rate(model: str | os.PathLike[str], config: PacaConfig) -> float:
     Args:
         model: Folder, `.gguf` file or hub id (of which the files that are read are fetched). 64 rows of each weight in
             four blocks are read, nothing is loaded.
-        config: Its `r` and `paca_alpha` count.
+        config: Its `paca_alpha` counts.
 
     Returns:
-        `0.152 × (root mean square of the weights) / r^(2/3) × r / paca_alpha`, to two digits. Where the weights can't
-            be read (quantized ones other than GGUF), 0.03 is taken for their size, with a warning.
+        `0.4 × (root mean square of the weights) / paca_alpha`, to two digits. Where the weights can't be read
+            (quantized ones other than GGUF), 0.03 is taken for their size, with a warning.
 
     Raises:
         PacaError: There is no such model here, nor on the hub; or the hub can't be reached.
@@ -49,14 +49,12 @@ def learning_rate(model: str | os.PathLike[str], config: PacaConfig) -> float:
             "several times too low or too high: try others beside it.",
             stacklevel=2,
         )
-    return rate_and_rule(config.r, config.paca_alpha, size)[0]
+    return rate_and_rule(config.paca_alpha, size)[0]
 
 
-def rate_and_rule(r: int, alpha: float, size: float | None) -> tuple[float, str]:
+def rate_and_rule(alpha: float, size: float | None) -> tuple[float, str]:
     """The rate for weights of that root mean square (None: not known), and the rule in words."""
     known = "the root mean square of the weights" if size else "assumed of the weights, which can't be read yet"
     size = size or _USUAL_SIZE
-    rule = f"{_OF_WEIGHTS:g} × {size:.2g} / r^(2/3)"
-    if alpha != r:
-        rule += " × r / paca_alpha"
-    return float(f"{_OF_WEIGHTS * size / r**_FALLS_BY * r / alpha:.2g}"), f"{rule}; {size:.2g} is {known}"
+    rule = f"{_OF_WEIGHTS:g} × {size:.2g} / paca_alpha"
+    return float(f"{_OF_WEIGHTS * size / alpha:.2g}"), f"{rule}; {size:.2g} is {known}"

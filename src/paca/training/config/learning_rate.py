@@ -14,7 +14,7 @@ AUTO = "auto"
 
 def follows_weights(kind: TrainerKind, method: str, factor_rank: int | None = None) -> bool:
     """Whether the rate depends on the model's weights."""
-    return method == "paca" and kind.rate_follows_r and factor_rank is None
+    return method == "paca" and kind.rate_follows_weights and factor_rank is None
 
 
 def automatic_rate(
@@ -37,5 +37,4 @@ def automatic_rate(
         return kind.arguments.learning_rate, "the trainer's own default"
     if not follows_weights(kind, method, factor_rank):
         return kind.learning_rate, "for adapters"
-    r, alpha = adapter.get("r", PacaConfig.r), adapter.get("paca_alpha", PacaConfig.paca_alpha)
-    return rate_and_rule(r, alpha, weight_size)
+    return rate_and_rule(adapter.get("paca_alpha", PacaConfig.paca_alpha), weight_size)

@@ -60,8 +60,8 @@ class TrainerKind:
     """Whether a chat template can render its data."""
     learning_rate: ClassVar[float] = 3e-4
     """Our default for adapters."""
-    rate_follows_r: ClassVar[bool] = False
-    """Whether PaCA's default follows from `r` instead."""
+    rate_follows_weights: ClassVar[bool] = False
+    """Whether PaCA's default follows from the model's weights instead."""
     counts: ClassVar[str] = "tokens"
     """What the speed is measured in."""
     score: ClassVar[str | None] = None

@@ -24,7 +24,7 @@ class Sft(TrainerKind):
     """TRL's `SFTTrainer`."""
 
     name = "sft"
-    rate_follows_r = True
+    rate_follows_weights = True
     arguments = SFTConfig
     # What counts in the loss is in the data's labels, made beforehand; TRL refuses to look for it once more.
     forced: ClassVar[dict[str, Any]] = {"completion_only_loss": False, "assistant_only_loss": False}
