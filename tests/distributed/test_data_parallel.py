@@ -18,8 +18,13 @@ from paca.layers import paca_layers
 WORLD = 2
 
 
-def train(model, run, batches, pick=None):
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.05)
+KINDS = ("plain", "rotation", "factors")
+
+
+def train(model, run, batches, pick=None, kind="plain"):
+    trained = [p for p in model.parameters() if p.requires_grad]
+    factored = kind == "factors"
+    optimizer = paca.FactoredAdamW(trained, lr=0.05, rank=1) if factored else torch.optim.AdamW(trained, lr=0.05)
     for number, x in enumerate(batches):
         if number and pick is not None:
             paca.rotate(run, optimizer, number, pick=pick)
@@ -37,22 +42,23 @@ def worker(rank: int, port: int, folder: str) -> None:
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     torch.set_num_threads(1)
     dist.init_process_group("gloo", rank=rank, world_size=WORLD)
-    for rotation in (False, True):
+    for kind in KINDS:
+        torch.manual_seed(rank)  # factors are drawn alike all the same
         model = adapted_perceptron(dtype=torch.float64)
         wrapped = torch.nn.parallel.DistributedDataParallel(model)
         # What the second process picks must not matter: the first one's columns hold for both.
-        pick = None if not rotation else "random" if rank == 0 else (lambda layer: torch.arange(layer.r))
-        train(model, wrapped, [x[rank::WORLD] for x in batches()], pick)
+        pick = None if kind != "rotation" else "random" if rank == 0 else (lambda layer: torch.arange(layer.r))
+        train(model, wrapped, [x[rank::WORLD] for x in batches()], pick, kind)
         with torch.no_grad():
             wrapped(batches()[0])
         resident = [layer.base_layer.weight.detach().clone() for layer in paca_layers(model)]
-        torch.save({"model": model.state_dict(), "resident": resident}, f"{folder}/{rank}-{rotation}.pt")
+        torch.save({"model": model.state_dict(), "resident": resident}, f"{folder}/{rank}-{kind}.pt")
     dist.destroy_process_group()
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """What two processes leave that trained without and with rotation."""
+    """What two processes leave that trained in each way."""
     folder = tmp_path_factory.mktemp("ranks")
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -61,13 +67,13 @@ def folder(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("rotation", [False, True])
-def test_replicas_agree_with_one_process(folder, rotation):
-    ranks = [torch.load(folder / f"{rank}-{rotation}.pt") for rank in range(WORLD)]
+@pytest.mark.parametrize("kind", KINDS)
+def test_replicas_agree_with_one_process(folder, kind):
+    ranks = [torch.load(folder / f"{rank}-{kind}.pt") for rank in range(WORLD)]
     alone = adapted_perceptron(dtype=torch.float64)
     originals = base_state(alone)
-    train(alone, alone, batches(), "random" if rotation else None)
-    assert any("folded" in name for name in alone.state_dict()) == rotation
+    train(alone, alone, batches(), "random" if kind == "rotation" else None, kind)
+    assert any("folded" in name for name in alone.state_dict()) == (kind == "rotation")
     for name, value in alone.state_dict().items():
         assert torch.equal(ranks[0]["model"][name], ranks[1]["model"][name])
         torch.testing.assert_close(ranks[0]["model"][name], value, rtol=1e-9, atol=1e-11)
