@@ -97,7 +97,7 @@ class Plan:
         share = 100 * self.trainable_parameters / self.parameters
         lost = f" ({self._unusable():,} left out)" if self._unusable() else ""
         kind, whole = trainer_kind(self.config.train), self.config.adapter.get("modules_to_save")
-        per_step = f"{self.sequences_per_step:,}"
+        per_step, rank = f"{self.sequences_per_step:,}", self.config.train.get("factor_rank")
         sequences = f"{per_step} sequence{'' if self.sequences_per_step == 1 else 's'}"
         if kind.counts == "tokens" and self.tokens_per_step is not None:
             per_step = f"about {self.tokens_per_step:,} ({sequences})"
@@ -112,6 +112,7 @@ class Plan:
             ("blocks", self._blocks()),
             ("method", f"{self.method}{self._adapted()}"),
             *([("columns", describe_columns(self.config))] if self.method == "paca" else []),
+            *([] if rank is None else [("factors", f"of rank {rank}: AdamW steps these, and deltas follow")]),
             *([("trained whole", ", ".join(whole))] if whole else []),
             ("trainable parameters", f"{self.trainable_parameters:,} ({share:.3f} %)"),
             ("data", self.data_description),

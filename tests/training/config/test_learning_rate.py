@@ -57,6 +57,14 @@ def test_the_plan_says_the_rate_and_its_rule(tmp_path: Path, given: str) -> None
     assert "learning_rate" not in dict(plan.lines())["defaults of paca"]
 
 
+def test_factors_have_the_rate_of_adapters(tmp_path: Path) -> None:
+    config = save_workspace(tmp_path)
+    config.write_text(config.read_text().replace("learning_rate: 1e-2", "factor_rank: 2"))
+    lines = dict(describe(load_run_config(config)).lines())
+    assert lines["learning rate"] == "0.0003 (auto: for adapters)"
+    assert lines["factors"].startswith("of rank 2: ")
+
+
 def test_a_rate_that_is_given_stays(tmp_path: Path) -> None:
     plan = describe(load_run_config(save_workspace(tmp_path)))
     assert plan.config.train["learning_rate"] == 0.01
