@@ -104,6 +104,64 @@ def test_an_adapter_that_was_trained_before_is_where_it_starts() -> None:
         assert torch.linalg.matrix_rank(delta.detach() - start, atol=1e-6) == 2
 
 
+@pytest.mark.parametrize("value", [0.0, 0.5])
+def test_a_delta_that_was_written_between_steps_is_where_it_goes_on(value: float) -> None:
+    model = adapted()
+    optimizer = paca.FactoredAdamW(trained(model), lr=0.01, rank=2)
+    steps(model, optimizer, 5)
+    saved = {name: torch.full_like(x, value) for name, x in model.state_dict().items() if "paca_delta" in name}
+    model.load_state_dict(saved, strict=False)
+    steps(model, optimizer, 1)
+    for delta in deltas(model):
+        assert (delta.detach() - value).abs().max() < 0.05
+
+
+def test_factors_of_another_adapter_do_not_write_over_this_one() -> None:
+    model, other = adapted(), adapted()
+    optimizer = paca.FactoredAdamW(trained(model), lr=0.01, rank=2)
+    steps(model, optimizer, 20)
+    steps(other, torch.optim.AdamW(trained(other), lr=0.02), 20, seed=3)
+    before = [delta.detach().clone() for delta in deltas(other)]
+    loaded = paca.FactoredAdamW(trained(other), lr=0.0, rank=2)
+    loaded.load_state_dict(optimizer.state_dict() | {"param_groups": loaded.state_dict()["param_groups"]})
+    steps(other, loaded, 1)
+    for start, delta in zip(before, deltas(other), strict=True):
+        torch.testing.assert_close(delta.detach(), start)
+
+
+def test_a_step_under_autocast_is_the_step_without() -> None:
+    one, other = adapted(), adapted()
+    first, second = (paca.FactoredAdamW(trained(model), lr=0.01, rank=2) for model in (one, other))
+    for model in (one, other):
+        model(torch.ones(4, 12)).square().mean().backward()
+    first.step()
+    with torch.autocast("cpu", torch.bfloat16):
+        second.step()
+    assert all(torch.equal(*pair) for pair in zip(deltas(one), deltas(other), strict=True))
+
+
+def test_the_draws_differ_by_seed_and_by_layer() -> None:
+    drawn = []
+    for seed in (0, 1):
+        model = adapted()
+        optimizer = paca.FactoredAdamW(trained(model), lr=0.01, rank=2, seed=seed)
+        steps(model, optimizer, 1)
+        drawn += [optimizer.state[delta]["a"] for delta in deltas(model)]
+    assert not any(torch.equal(a, b) for at, a in enumerate(drawn) for b in drawn[:at])
+
+
+def test_what_holds_no_delta_and_the_state_of_another_optimizer_are_refused() -> None:
+    model = adapted()
+    copies = [delta.detach().clone().requires_grad_() for delta in deltas(model)]
+    optimizer = paca.FactoredAdamW(copies)
+    with pytest.raises(ValueError, match="holds no delta of PaCA"):
+        optimizer.step()
+    adamw = torch.optim.AdamW(trained(model), lr=0.01)
+    steps(model, adamw, 1)
+    with pytest.raises(ValueError, match="another optimizer's"):
+        paca.FactoredAdamW(trained(model)).load_state_dict(adamw.state_dict())
+
+
 def test_rotation_starts_new_factors() -> None:
     model = adapted()
     optimizer = paca.FactoredAdamW(trained(model), lr=0.01, rank=2)
@@ -168,7 +226,7 @@ def test_other_layers_have_factors_of_their_matrices(
         ({"rank": 0}, "rank must be a whole number of 1 or more, not 0"),
         ({"rank": 2.0}, "rank must be a whole number"),
         ({"lr": -1.0}, "lr must be zero or more, not -1.0"),
-        ({"betas": (0.9, 1.0)}, "betas must be zero or more and less than 1"),
+        ({"betas": (0.9, 1.0)}, "betas must be two numbers of zero or more and less than 1"),
     ],
 )
 def test_numbers_that_can_not_be_are_refused(settings: dict[str, Any], message: str) -> None:

@@ -156,8 +156,9 @@ def test_the_plan_of_each_method_is_what_it_trains(config_file: Path, tmp_path: 
         ("full: {r: 8}\n", "there is no key full.r."),
         ("full:\nmodel: {name: a, quantization: nf4}\n", "model.quantization does not go with full"),
         ("full:\ntrain: {autocast_adapter_dtype: false}\n", "full has none. Leave it out; model.dtype is"),
-        ("lora: {}\ntrain: {factor_rank: 8}\n", "factor_rank is about PaCA's deltas, and lora has none. Leave it out."),
+        ("lora: {}\ntrain: {factor_rank: 8}\n", "deltas, and lora has none. Leave it out; to compare methods,"),
         ("train: {factor_rank: 8, optim: sgd}\n", "train.factor_rank is AdamW's, and train.optim is sgd."),
+        ("train: {factor_rank: 8, optim_args: a=1}\n", "train.factor_rank takes none of train.optim_args"),
         ("train: {factor_rank: 0}\n", "train.factor_rank must be above zero, not 0."),
         ("peft: {r: 8}\n", "peft.peft_type is missing; it names the method, such as IA3"),
         ("peft: {peft_type: LORA}\n", "line 3: peft.peft_type: LORA has a section of its own, lora."),
@@ -174,6 +175,11 @@ def test_a_key_in_the_wrong_place_says_where_it_belongs(tmp_path: Path, text: st
     with pytest.raises(PacaError) as caught:
         load_run_config(file)
     assert message.replace("FILE", str(file)) in str(caught.value)
+
+
+def test_factors_as_wide_as_the_deltas_are_refused(config_file: Path) -> None:
+    with pytest.raises(PacaError, match=r"train\.factor_rank is 4 and paca\.r 4: .* Give a quarter of paca\.r\."):
+        describe(load_run_config(config_file, ["train.factor_rank=4"]))
 
 
 def test_a_method_may_come_from_the_command_line(tmp_path: Path) -> None:

@@ -27,12 +27,18 @@ def run_config(folder: Path, **train: Any) -> Any:
     return run
 
 
-def test_factors_count_as_what_the_optimizer_keeps(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["language model", "convolutions", "modules_to_save"])
+def test_factors_count_as_what_the_optimizer_keeps(tmp_path: Path, kind: str) -> None:
     setting = setting_of_run(run_config(tmp_path, max_length=512, factor_rank=4), "cpu")
-    model = peft.get_peft_model(
-        LlamaForCausalLM(LlamaConfig(hidden_size=64, intermediate_size=96, num_hidden_layers=1, vocab_size=32)),
-        paca.PacaConfig(r=16, paca_alpha=16),
-    )
+    adapter: dict[str, Any] = {"r": 16, "paca_alpha": 16}
+    if kind == "convolutions":
+        model: Any = torch.nn.Sequential(torch.nn.Conv2d(32, 8, 3), torch.nn.Conv1d(32, 8, 3))
+        adapter["target_modules"] = ["0", "1"]
+    else:
+        shape = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 1, "vocab_size": 32}
+        model = LlamaForCausalLM(LlamaConfig(**shape))
+        adapter["modules_to_save"] = ["lm_head"] if kind == "modules_to_save" else None
+    model = peft.get_peft_model(model, paca.PacaConfig(**adapter))
     deltas = [p for p in model.parameters() if p.requires_grad]
     optimizer = paca.FactoredAdamW(deltas, rank=4)
     for delta in deltas:

@@ -24,7 +24,8 @@ class FactoredAdamW(torch.optim.Optimizer):
     Factors are float32 (float64 for float64 deltas).
 
     Parameters that are no deltas of PaCA, such as those of `modules_to_save`, are stepped by AdamW. A delta that is
-    not zero at the first step (training goes on) is kept as the start that the factors add to.
+    not zero at the first step, or that was written between two steps (an adapter is loaded over it), is kept as the
+    start that the factors add to. Let `paca_alpha` be `r`: what it is over `r` multiplies `scale`.
 
     Source: the factors are those of LoRA (Hu et al., 2021, arXiv 2106.09685); why, is in docs/notes/quality.md.
     """
@@ -39,6 +40,7 @@ class FactoredAdamW(torch.optim.Optimizer):
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         weight_decay: float = 0.0,
+        seed: int = 0,
     ) -> None:
         """Args:
             params: As for any optimizer of torch.
@@ -48,27 +50,50 @@ class FactoredAdamW(torch.optim.Optimizer):
             betas: Decay of both moments.
             eps: Added to the denominator.
             weight_decay: Decoupled, of the factors.
+            seed: Of the draws of `A`. With one optimizer for each parameter, give each its own.
 
         Raises:
             ValueError: A number can't be.
         """
-        if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
-            raise ValueError(f"rank must be a whole number of 1 or more, not {rank!r}.")
-        for name, value in (("lr", lr), ("eps", eps), ("weight_decay", weight_decay)):
-            if not 0 <= value < math.inf:
-                raise ValueError(f"{name} must be zero or more, not {value!r}.")
-        if not all(0 <= beta < 1 for beta in betas):
-            raise ValueError(f"betas must be zero or more and less than 1, not {betas!r}.")
+        self.seed = seed
         defaults = {"lr": lr, "rank": rank, "scale": scale, "betas": betas, "eps": eps, "weight_decay": weight_decay}
         super().__init__(params, defaults)
 
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As of any optimizer; `ValueError` for a number that can't be."""
+        values = {**self.defaults, **param_group}
+        rank, betas = values["rank"], values["betas"]
+        if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
+            raise ValueError(f"rank must be a whole number of 1 or more, not {rank!r}.")
+        for name in ("lr", "eps", "weight_decay"):
+            if not 0 <= values[name] < math.inf:
+                raise ValueError(f"{name} must be zero or more, not {values[name]!r}.")
+        if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
+            raise ValueError(f"betas must be two numbers of zero or more and less than 1, not {betas!r}.")
+        super().add_param_group(param_group)
+
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """One step of all parameters that have gradients; returns what `closure` does."""
+        """One step of all parameters that have gradients; returns what `closure` does.
+
+        Raises:
+            ValueError: None of the parameters is a delta of PaCA.
+        """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        ours = [p for group in self.param_groups for p in group["params"]]
+        if not self.state and all(layer_of_delta(p) is None for p in ours):
+            raise ValueError(
+                "FactoredAdamW holds no delta of PaCA, so it has nothing to factor: its parameters are copies (of "
+                "DeepSpeed, or in another dtype), or another method's. Give it the adapted model's, or take AdamW."
+            )
+        with torch.autocast(ours[0].device.type, enabled=False):
+            self._step()
+        return loss
+
+    def _step(self) -> None:
         number = 0
         for group in self.param_groups:
             found: list[tuple[Tensor, Tensor, Tensor, Tensor, int]] = []
@@ -79,7 +104,9 @@ class FactoredAdamW(torch.optim.Optimizer):
                     continue
                 state = self.state[p]
                 if not state:
-                    _begin(state, p, group["rank"], number)
+                    _begin(state, p, group["rank"], self.seed * 1_000_003 + number)
+                elif "b" in state and state.get("version") != p._version:
+                    _look_at(state, p, group["scale"])
                 state["step"] += 1
                 gradient = p.grad
                 if "b" not in state:
@@ -94,24 +121,30 @@ class FactoredAdamW(torch.optim.Optimizer):
                 _adamw(found, group)
             for p in factored:
                 state = self.state[p]
-                delta = (state["b"] @ state["a"]).mul_(group["scale"]).view(p.shape)
-                p.copy_(delta + state["start"] if "start" in state else delta)
-        return loss
+                p.copy_(_delta(state, p, group["scale"]))
+                state["version"] = p._version
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Also of factors that are wider than their deltas: torch would cast them."""
-        super().load_state_dict(state_dict)
+        """Also of factors that are wider than their deltas: torch would cast them.
+
+        Raises:
+            ValueError: It is another optimizer's.
+        """
         kept = state_dict["state"]
+        if any("b" not in state and "square" not in state for state in kept.values()):
+            raise ValueError("This state is another optimizer's. FactoredAdamW goes on from its own alone.")
+        super().load_state_dict(state_dict)
         saved = [key for group in state_dict["param_groups"] for key in group["params"]]
         ours = [p for group in self.param_groups for p in group["params"]]
         for key, p in zip(saved, ours, strict=True):
             for name, value in kept.get(key, {}).items():
                 if name.startswith(_FACTORS):
                     self.state[p][name] = value.to(p.device, copy=True)
+            self.state[p].pop("version", None)  # of the parameter that it was saved with
 
 
 def _begin(state: dict[str, Any], p: Tensor, rank: int, number: int) -> None:
-    """What is kept of a parameter, the `number`-th of its optimizer."""
+    """What is kept of a parameter; the seed of its draw is `number`."""
     state["step"] = 0
     layer = layer_of_delta(p)
     if layer is None:
@@ -128,10 +161,24 @@ def _begin(state: dict[str, Any], p: Tensor, rank: int, number: int) -> None:
         state[f"{name}_mean"], state[f"{name}_square"] = (torch.zeros_like(state[name]) for _ in range(2))
 
 
+def _delta(state: dict[str, Any], p: Tensor, scale: float) -> Tensor:
+    """What the factors make of a delta, in their dtype."""
+    delta = (state["b"] @ state["a"]).mul_(scale).view(p.shape)
+    return delta + state["start"] if "start" in state else delta
+
+
+def _look_at(state: dict[str, Any], p: Tensor, scale: float) -> None:
+    """A delta was written since the last step, or its factors were loaded: is it another one than they make?"""
+    made = _delta(state, p, scale)
+    if not torch.allclose(p.to(made.dtype), made, rtol=0.01, atol=0.01 * float(made.abs().max())):
+        state.pop("start", None)
+        state["start"] = (p.to(made.dtype) - _delta(state, p, scale)).clone()
+
+
 def _adamw(found: list[tuple[Tensor, Tensor, Tensor, Tensor, int]], group: dict[str, Any]) -> None:
     """AdamW's step of values with their gradients, moments and numbers of steps."""
     values, gradients, means, squares = (list(column) for column in list(zip(*found, strict=True))[:4])
-    (first, second), rate = group["betas"], group["lr"]
+    (first, second), rate = group["betas"], float(group["lr"])
     torch._foreach_lerp_(means, gradients, 1 - first)
     torch._foreach_mul_(squares, second)
     torch._foreach_addcmul_(squares, gradients, gradients, 1 - second)

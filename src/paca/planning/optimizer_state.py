@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from paca.columns.stepping import layer_of_delta
 from paca.messages.errors import PacaError
 
 _TWO_MOMENTS = ("adamw_torch", "adamw_torch_fused")
@@ -29,7 +30,7 @@ def state_bytes(optimizer: str, trainable: Sequence[Tensor]) -> int:
     if optimizer in _STATELESS:
         return 0
     if optimizer.startswith(_FACTORED):
-        return 3 * sum(_factors(optimizer, p) for p in trainable)
+        return sum(2 * p.nbytes if layer_of_delta(p) is None else 3 * _factors(optimizer, p) for p in trainable)
     raise PacaError(f"The memory of the optimizer {optimizer!r} is not known; known are {', '.join(KNOWN_OPTIMIZERS)}.")
 
 
@@ -45,9 +46,13 @@ def known(optimizer: str) -> bool:
 
 
 def _factors(optimizer: str, delta: Tensor) -> int:
-    """Bytes of both factors of a delta `(out_features, r)`, or `(experts, out_features, r)`."""
-    rank = int(optimizer.removeprefix(_FACTORED))
-    return 4 * rank * sum(delta.numel() // size for size in delta.shape[-2:])
+    """Bytes of both factors of a delta; of what is none, those of the parameter."""
+    layer = layer_of_delta(delta)
+    if layer is None:
+        return delta.nbytes
+    rank, wide = int(optimizer.removeprefix(_FACTORED)), torch.promote_types(delta.dtype, torch.float32)
+    shape = delta.flatten(layer.delta_column_dim % delta.dim()).shape
+    return wide.itemsize * rank * sum(delta.numel() // size for size in shape[-2:])
 
 
 def step_temporaries(optimizer: str, device: str, trainable: Sequence[Tensor]) -> int:

@@ -257,7 +257,7 @@ class _Run:
         if rank is not None:
             betas = (arguments.adam_beta1, arguments.adam_beta2)
             settings = {"lr": arguments.learning_rate, "rank": rank, "betas": betas, "eps": arguments.adam_epsilon}
-            trainer.optimizer_cls_and_kwargs = (FactoredAdamW, settings)
+            trainer.optimizer_cls_and_kwargs = (FactoredAdamW, {**settings, "seed": arguments.seed})
         return trainer
 
     def _train(self) -> TrainerState:

@@ -193,7 +193,13 @@ def _problems(config: RunConfig) -> Iterator[tuple[str, str]]:
         )
     if train.get("factor_rank") is not None:
         if config.method != "paca":
-            yield "train.factor_rank", f"is about PaCA's deltas, and {config.method} has none. Leave it out."
+            yield (
+                "train.factor_rank",
+                f"is about PaCA's deltas, and {config.method} has none. Leave it out; to compare methods, give it in a "
+                "file of its own (--methods paca,factored=FILE,lora).",
+            )
+        elif train.get("optim_args") or train.get("optim_target_modules"):
+            yield "train.factor_rank", "takes none of train.optim_args and train.optim_target_modules. Leave them out."
         elif train.get("optim", "adamw_torch") not in ("adamw_torch", "adamw_torch_fused"):
             yield "train.factor_rank", f"is AdamW's, and train.optim is {train['optim']}. Leave one of them out."
     if config.method == "full" and "autocast_adapter_dtype" in train:

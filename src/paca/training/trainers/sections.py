@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from paca.columns.selection import FROM_BATCHES
+from paca.config import PacaConfig
 from paca.messages.errors import PacaError
 from paca.training.config.run_config import RunConfig
 from paca.training.trainers.kind import TrainerKind
@@ -25,6 +26,12 @@ def check_sections_fit(config: RunConfig, kind: TrainerKind) -> None:
         raise PacaError(
             f"paca.selection: {selection} goes by batches as train.trainer: sft makes them. For {kind.name} choose "
             "random_blocks, random or weight_norm, or give paca.indices."
+        )
+    rank, r = config.train.get("factor_rank"), config.adapter.get("r", PacaConfig.r)
+    if rank is not None and rank >= r:
+        raise PacaError(
+            f"train.factor_rank is {rank} and paca.r {r}: factors as wide as the deltas gain nothing. Give a quarter "
+            "of paca.r."
         )
     if config.model.quantization is not None and kind.task_type != "CAUSAL_LM":
         raise PacaError(
