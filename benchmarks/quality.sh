@@ -24,18 +24,20 @@ for task in "$@"; do
     for equal in $EQUAL; do
         # Steps of 1.6; the grid grows by itself where the best rate is at an end of it. These are the grids that the
         # committed rows began with (tests/comparison compares them).
-        changed=()
+        changed=() methods=$METHODS
         case $task-$equal in
             digits-parameters) rates=3.2e-3,5e-3,8e-3,1.25e-2 ;;
             digits-wide-*) rates=3.2e-3,5e-3,8e-3 ;;
             digits-*) rates=5e-3,8e-3,1.25e-2,2e-2 changed=(--set paca.r=16 --set paca.paca_alpha=16) ;;
             arc-*) rates=7.8e-4,1.25e-3 ;;
-            encyclopedia-memory) rates=4.87e-4,7.8e-4,1.25e-3 ;;
+            encyclopedia-memory) # in the committed rows paca-factored has the r of its file, with room for a larger one
+                rates=4.87e-4,7.8e-4,1.25e-3 methods=paca,paca-factored=benchmarks/quality/factored.yaml,lora,lora-tuned
+                ;;
             *) rates=7.8e-4,1.25e-3,2e-3 ;;
         esac
         same=$equal
         [ "$equal" = time ] && same=parameters,time
-        compare=("$PACA" compare "benchmarks/quality/$task.yaml" "${changed[@]}" --methods "$METHODS" --lr "$rates"
+        compare=("$PACA" compare "benchmarks/quality/$task.yaml" "${changed[@]}" --methods "$methods" --lr "$rates"
             --seeds "$SEEDS" --equal "$same" --output "$RUNS/$task-$equal")
         for ((job = 1; job < JOBS; job++)); do "${compare[@]}" & done
         "${compare[@]}"

@@ -69,6 +69,7 @@ def test_losses_and_answers_are_those_of_their_pages() -> None:
     assert f"GSM8K {problems['paca']:.3f}, {problems['lora-tuned']:.3f}." in TEXT
     memory = means("encyclopedia-memory", "loss")
     assert f"LoRA had {memory['lora']:.3f} on the entries" in TEXT
+    assert f"([factors]: {memory['paca-factored']:.3f})" in TEXT
     answered: dict[str, list[float]] = defaultdict(list)
     with (ROOT / "benchmarks" / "quality" / "gsm8k-time" / "answers.csv").open(encoding="utf-8") as file:
         for row in csv.DictReader(file):
