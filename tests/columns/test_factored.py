@@ -104,6 +104,30 @@ def test_an_adapter_that_was_trained_before_is_where_it_starts() -> None:
         assert torch.linalg.matrix_rank(delta.detach() - start, atol=1e-6) == 2
 
 
+def test_a_layer_that_was_never_used_has_no_state_after_loading() -> None:
+    model = adapted()
+    first, _ = deltas(model)
+    optimizer = paca.FactoredAdamW(trained(model), lr=0.01, rank=2)
+    first.grad = torch.ones_like(first)
+    optimizer.step()
+    for _ in range(2):  # also from what was loaded
+        state = optimizer.state_dict()
+        optimizer = paca.FactoredAdamW(trained(model), lr=0.01, rank=2)
+        optimizer.load_state_dict(state)
+    assert list(optimizer.state) == [first]
+
+
+def test_a_small_change_between_steps_stays() -> None:
+    model = adapted()
+    optimizer = paca.FactoredAdamW(trained(model), lr=0.0, rank=2)
+    steps(model, optimizer, 1)
+    with torch.no_grad():
+        changed = [delta.add_(1e-3).clone() for delta in deltas(model)]
+    steps(model, optimizer, 2)
+    for delta, value in zip(deltas(model), changed, strict=True):
+        torch.testing.assert_close(delta.detach(), value)
+
+
 @pytest.mark.parametrize("value", [0.0, 0.5])
 def test_a_delta_that_was_written_between_steps_is_where_it_goes_on(value: float) -> None:
     model = adapted()

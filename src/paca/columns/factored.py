@@ -131,7 +131,7 @@ class FactoredAdamW(torch.optim.Optimizer):
             ValueError: It is another optimizer's.
         """
         kept = state_dict["state"]
-        if any("b" not in state and "square" not in state for state in kept.values()):
+        if any(state and "b" not in state and "square" not in state for state in kept.values()):
             raise ValueError("This state is another optimizer's. FactoredAdamW goes on from its own alone.")
         super().load_state_dict(state_dict)
         saved = [key for group in state_dict["param_groups"] for key in group["params"]]
@@ -140,7 +140,8 @@ class FactoredAdamW(torch.optim.Optimizer):
             for name, value in kept.get(key, {}).items():
                 if name.startswith(_FACTORS):
                     self.state[p][name] = value.to(p.device, copy=True)
-            self.state[p].pop("version", None)  # of the parameter that it was saved with
+                elif name == "version":  # of the parameter that it was saved with
+                    self.state[p].pop(name, None)
 
 
 def _begin(state: dict[str, Any], p: Tensor, rank: int, number: int) -> None:
@@ -169,8 +170,8 @@ def _delta(state: dict[str, Any], p: Tensor, scale: float) -> Tensor:
 
 def _look_at(state: dict[str, Any], p: Tensor, scale: float) -> None:
     """A delta was written since the last step, or its factors were loaded: is it another one than they make?"""
-    made = _delta(state, p, scale)
-    if not torch.allclose(p.to(made.dtype), made, rtol=0.01, atol=0.01 * float(made.abs().max())):
+    made, last_bits = _delta(state, p, scale), 4 * torch.finfo(p.dtype).eps  # of another device, or of more threads
+    if not torch.allclose(p.to(made.dtype), made, rtol=last_bits, atol=last_bits * float(made.abs().max())):
         state.pop("start", None)
         state["start"] = (p.to(made.dtype) - _delta(state, p, scale)).clone()
 
