@@ -197,7 +197,7 @@ def prepare(config: RunConfig, *, whole: bool = True) -> PreparedRun:
         PacaError: The model or the data can't be found or read, or the settings don't fit them.
     """
     config = copy.deepcopy(config)
-    named, given, method = config.model, config.train, config.method
+    named, given, method, rank = config.model, config.train, config.method, config.train.get("factor_rank")
     kind = trainer_kind(given)
     check_sections_fit(config, kind)
     if method == "full" and named.dtype == "auto":
@@ -211,15 +211,11 @@ def prepare(config: RunConfig, *, whole: bool = True) -> PreparedRun:
     parameters = sum(parameter.numel() for parameter in model.parameters())
     dtype = next(model.parameters()).dtype
     automatic = given.get("learning_rate", AUTO) == AUTO
-    size = (
-        size_of_weights(named, fetch=whole and automatic)
-        if follows_weights(kind, method, given.get("factor_rank"))
-        else None
-    )
+    size = size_of_weights(named, fetch=whole and automatic) if follows_weights(kind, method, rank) else None
     config.train = train_settings.with_defaults(
         given, model, has_eval=held_out is not None, method=method, adapter=config.adapter, weight_size=size
     )
-    rate, rule = automatic_rate(kind, method, config.adapter, size, given.get("factor_rank"))
+    rate, rule = automatic_rate(kind, method, config.adapter, size, rank)
     check_target_names(method, config.adapter, model, named.name)
     if named.quantization is not None:
         model = quantize_outline(model, named.quantization)

@@ -16,7 +16,6 @@ from accelerate import PartialState
 from rich.console import Console
 from transformers import PrinterCallback, TrainerState, TrainingArguments
 
-from paca.columns.factored import FactoredAdamW
 from paca.lean.loss import loss_for
 from paca.messages.disk import writing
 from paca.messages.errors import PacaError
@@ -48,7 +47,7 @@ from paca.training.reporting.scores import Scorer
 from paca.training.reporting.summary import summary_of
 from paca.training.reporting.tracking import Trackers, names_for_trackers
 from paca.training.sharding import check_sharding, sharding_warning
-from paca.training.starting_model import keep_adapter_dtype, load_model, with_adapter
+from paca.training.starting_model import keep_adapter_dtype, load_model, use_factors, with_adapter
 from paca.training.trainers import trainer_kind
 from paca.training.untrained_layers import TellUntrainedLayers
 from paca.tuner.rotation.callback import RotateColumns
@@ -253,11 +252,7 @@ class _Run:
         except (ValueError, RuntimeError) as error:
             raise PacaError(f"{self.kind.trainer.__name__} refuses this run: {error}") from error
         keep_adapter_dtype(trainer.model, self.config)
-        rank = self.config.train.get("factor_rank")
-        if rank is not None:
-            betas = (arguments.adam_beta1, arguments.adam_beta2)
-            settings = {"lr": arguments.learning_rate, "rank": rank, "betas": betas, "eps": arguments.adam_epsilon}
-            trainer.optimizer_cls_and_kwargs = (FactoredAdamW, {**settings, "seed": arguments.seed})
+        use_factors(trainer, self.config)
         return trainer
 
     def _train(self) -> TrainerState:

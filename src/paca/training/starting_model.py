@@ -12,6 +12,7 @@ from rich.console import Console
 from torch import nn
 from transformers import TrainingArguments, set_seed
 
+from paca.columns.factored import FactoredAdamW
 from paca.data import Examples
 from paca.lean import make_lean
 from paca.messages.errors import PacaError
@@ -125,3 +126,17 @@ def keep_adapter_dtype(model: Any, config: RunConfig) -> None:
     elif quantized or not autocast:
         # PEFT would cast to float32 what it loads from a checkpoint.
         vars(model)["load_adapter"] = partial(model.load_adapter, autocast_adapter_dtype=False)
+
+
+def use_factors(trainer: Any, config: RunConfig) -> None:
+    """Let the trainer's optimizer step factors of the deltas, if the config asks for it.
+
+    Args:
+        trainer: Without its optimizer, which it makes later.
+        config: The resolved run.
+    """
+    rank, arguments = config.train.get("factor_rank"), trainer.args
+    if rank is not None:
+        betas = (arguments.adam_beta1, arguments.adam_beta2)
+        settings = {"lr": arguments.learning_rate, "rank": rank, "betas": betas, "eps": arguments.adam_epsilon}
+        trainer.optimizer_cls_and_kwargs = (FactoredAdamW, {**settings, "seed": arguments.seed})
