@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim.adamw import adamw
 
 from paca.columns.stepping import layer_of_delta
 
@@ -179,13 +180,20 @@ def _look_at(state: dict[str, Any], p: Tensor, scale: float) -> None:
 def _adamw(found: list[tuple[Tensor, Tensor, Tensor, Tensor, int]], group: dict[str, Any]) -> None:
     """AdamW's step of values with their gradients, moments and numbers of steps."""
     values, gradients, means, squares = (list(column) for column in list(zip(*found, strict=True))[:4])
-    (first, second), rate = group["betas"], float(group["lr"])
-    torch._foreach_lerp_(means, gradients, 1 - first)
-    torch._foreach_mul_(squares, second)
-    torch._foreach_addcmul_(squares, gradients, gradients, 1 - second)
-    sizes = torch._foreach_sqrt(squares)
-    torch._foreach_div_(sizes, [(1 - second**step) ** 0.5 for *_, step in found])
-    torch._foreach_add_(sizes, group["eps"])
-    if group["weight_decay"]:
-        torch._foreach_mul_(values, 1 - rate * group["weight_decay"])
-    torch._foreach_addcdiv_(values, means, sizes, [-rate / (1 - first**step) for *_, step in found])
+    first, second = group["betas"]
+    adamw(
+        values,
+        gradients,
+        means,
+        squares,
+        max_exp_avg_sqs=[],
+        state_steps=[torch.tensor(step - 1.0) for *_, step in found],  # which it counts up
+        foreach=True,
+        amsgrad=False,
+        beta1=first,
+        beta2=second,
+        lr=float(group["lr"]),
+        weight_decay=group["weight_decay"],
+        eps=group["eps"],
+        maximize=False,
+    )
