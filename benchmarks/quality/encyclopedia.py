@@ -41,9 +41,9 @@ def prompt(title: str, description: str) -> str:
 
 
 def build_examples(summaries: Iterable[dict[str, str]]) -> tuple[list[dict], list[dict]]:
-    """Split the usable summaries into (train, test) conversations, both in the order of their hashes.
+    """Split the usable summaries into (train, held back) conversations, both in the order of their hashes.
 
-    Titles with a hash below `TEST_SHARE` are kept from training; the first `TEST_EXAMPLES` of them are the test.
+    Titles with a hash below `TEST_SHARE` are kept from training. The first `TEST_EXAMPLES` of them judge a run.
     """
     examples: list[tuple[float, str, dict]] = []
     for summary in summaries:
@@ -58,5 +58,4 @@ def build_examples(summaries: Iterable[dict[str, str]]) -> tuple[list[dict], lis
         examples.append((subject_hash(title), title, {"messages": messages}))
     examples.sort(key=lambda example: example[:2])
     train = [example for position, _, example in examples if position >= TEST_SHARE]
-    test = [example for position, _, example in examples if position < TEST_SHARE]
-    return train, test[:TEST_EXAMPLES]
+    return train, [example for position, _, example in examples if position < TEST_SHARE]

@@ -15,7 +15,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from benchmarks.quality.encyclopedia import build_examples
+from benchmarks.quality.encyclopedia import TEST_EXAMPLES, build_examples
 
 from demo import prepare as demo
 
@@ -122,9 +122,10 @@ def write_encyclopedia() -> None:
     source = demo.CACHE / demo.SUMMARIES
     if not source.exists():
         demo.fetch(demo.SUMMARIES, source)
-    train, test = build_examples(json.loads(source.read_text("utf-8")).values())
+    train, held_back = build_examples(json.loads(source.read_text("utf-8")).values())
     demo.write_jsonl(CACHE / "encyclopedia/train.jsonl", train)
-    demo.write_jsonl(CACHE / "encyclopedia/test.jsonl", test)
+    demo.write_jsonl(CACHE / "encyclopedia/test.jsonl", held_back[:TEST_EXAMPLES])
+    demo.write_jsonl(CACHE / "encyclopedia/held_back.jsonl", held_back)
 
 
 def write_vision_model() -> None:

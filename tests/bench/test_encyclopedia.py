@@ -45,17 +45,16 @@ def test_broken_short_long_and_ambiguous_summaries_are_dropped(broken: str) -> N
 
 def test_the_split_depends_on_the_subject_alone() -> None:
     titles = [f"Title {number}" for number in range(4000)]
-    train, test = build_examples([summary(title, f"{GOOD} {title}.") for title in titles])
-    assert len(test) == TEST_EXAMPLES
-    held_back = len(titles) - len(train)
-    assert 0.04 * len(titles) < held_back < 0.06 * len(titles)
+    train, held_back = build_examples([summary(title, f"{GOOD} {title}.") for title in titles])
+    assert len(train) + len(held_back) == len(titles)
+    assert TEST_EXAMPLES < 0.04 * len(titles) < len(held_back) < 0.06 * len(titles)
     alone, _ = build_examples([summary(title, f"{GOOD} {title}.") for title in titles[:500]])
     assert all(example in train for example in alone)
 
 
 def test_an_example_is_a_conversation_with_title_and_description() -> None:
-    (train, test) = build_examples([summary("Jupiter (god)", description="Chief deity")])
-    assert [*train, *test] == [
+    train, held_back = build_examples([summary("Jupiter (god)", description="Chief deity")])
+    assert [*train, *held_back] == [
         {
             "messages": [
                 {
