@@ -73,6 +73,20 @@ def test_data_whose_content_has_changed_is_refused_by_its_name(tmp_path: Path, k
     assert "Give another --output" in str(caught.value)
 
 
+def test_a_model_whose_weights_have_changed_is_refused(tmp_path: Path) -> None:
+    weights = tmp_path / "model" / "model.safetensors"
+    weights.parent.mkdir()
+    weights.write_bytes(bytes(100_000))
+    comparison = small_comparison(tmp_path / "compared")
+    comparison.common = {**COMMON, "model": {"name": str(weights.parent)}}
+    SettingsFile(comparison).write(KEPT)
+    (comparison.path / "runs").mkdir()
+    assert SettingsFile(comparison).read() == KEPT
+    weights.write_bytes(bytes(50_000) + b"\1" + bytes(49_999))
+    with pytest.raises(PacaError, match=f"the content of {weights.parent} is not what it was"):
+        SettingsFile(comparison).read()
+
+
 def test_without_runs_another_comparison_takes_the_folder_and_the_same_one_what_was_measured(tmp_path: Path) -> None:
     SettingsFile(small_comparison(tmp_path)).write(KEPT)
     assert SettingsFile(small_comparison(tmp_path)).read() == KEPT

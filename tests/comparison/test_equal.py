@@ -39,6 +39,20 @@ def test_a_rank_is_at_least_one() -> None:
     assert lora.method.settings["r"] == 1
 
 
+def test_a_rank_is_found_where_twice_the_first_one_is_more_than_the_layers_have() -> None:
+    def count(method: Method) -> int:
+        if method.settings["r"] > 24:
+            raise PacaError("r=32 columns were asked for, but this layer has 24")
+        return parameters(method)
+
+    _, paca = same_parameters([LORA.with_rank(4), PACA], count)
+    assert paca.method.settings["r"] == 6  # 600 for 640
+    assert paca.note == ""
+    _, widest = same_parameters([LORA.with_rank(20), PACA], count)
+    assert widest.method.settings == {"r": 24, "paca_alpha": 48}
+    assert widest.note == "can train no more than r 24, and would need r 30"
+
+
 def test_parameters_that_do_not_follow_r_are_told() -> None:
     _, odd = same_parameters([PACA, LORA], lambda method: 100 if method.name == "paca" else 7)
     assert odd.method == LORA

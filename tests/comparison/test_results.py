@@ -6,6 +6,7 @@ import dataclasses
 import io
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from rich.console import Console
@@ -165,6 +166,62 @@ def test_runs_whose_losses_mean_something_else_are_not_compared(section: str, ke
         one["run_info"]["config"][section][key] = value
     shown = "false" if value is False else value
     assert f"judged by the same: {section}.{key} (none or {shown})." in ComparisonResult([good, bad], []).verdict
+
+
+@pytest.mark.parametrize(
+    ("changed", "told"),
+    [
+        ({"packing": True}, "a loss over batches of 8 and a loss over batches of 8 packed"),
+        ({"per_device_eval_batch_size": 1}, "a loss over batches of 1 and a loss over batches of 8"),
+        ({"packing": True, "eval_packing": False}, None),
+    ],
+)
+def test_losses_over_other_batches_are_not_compared_and_those_over_tokens_are(
+    changed: dict[str, object], told: str | None
+) -> None:
+    good, bad = result({"paca": shifted(-0.1), "lora": BASE}).methods
+    for one in bad.rows:
+        one["run_info"]["config"]["train"] |= changed
+    verdict = ComparisonResult([good, bad], []).verdict
+    assert verdict.startswith("paca is better") if told is None else f"not judged by the same: {told}." in verdict
+    for one in (*good.rows, *bad.rows):
+        one["run_info"]["config"]["eval"]["metric"] = "loss"
+    assert ComparisonResult([good, bad], []).verdict.startswith("paca is better")
+
+
+def with_contents(rows: list[dict[str, Any]], **contents: str) -> None:
+    for one in rows:
+        one["run_info"]["contents"] = {name.replace("_", ".", 1): value for name, value in contents.items()}
+
+
+@pytest.mark.parametrize("key", ["data_eval", "model_name", "data_template"])
+def test_runs_whose_files_changed_under_the_same_name_are_not_compared(key: str) -> None:
+    good, bad = result({"paca": shifted(-0.1), "lora": BASE}).methods
+    same = {"data_train": "t", "data_eval": "e", "model_name": "m", "data_template": "f"}
+    with_contents(good.rows, **same)
+    with_contents(bad.rows, **same)
+    assert ComparisonResult([good, bad], []).verdict.startswith("paca is better")
+    with_contents(bad.rows, **{**same, key: "other"})
+    told = f"not judged by the same: the content of {key.replace('_', '.', 1)}."
+    assert told in ComparisonResult([good, bad], []).verdict
+
+
+def test_a_model_may_come_quantized_and_a_head_be_drawn_by_the_seed() -> None:
+    good, bad = result({"paca": shifted(-0.1), "lora": BASE}).methods
+    for one in (*good.rows, *bad.rows):
+        one["run_info"]["contents"] = {"model.name": f"{one['method']} {one['seed']}"}
+    for one in bad.rows:
+        one["run_info"]["config"]["model"]["quantization"] = "nf4"
+    assert ComparisonResult([good, bad], []).verdict.startswith("paca is better")
+
+
+def test_held_out_data_that_was_split_off_is_known_by_all_of_it() -> None:
+    good, bad = result({"paca": shifted(-0.1), "lora": BASE}).methods
+    for one in (*good.rows, *bad.rows):
+        one["run_info"]["config"]["data"]["eval"] = 0.1
+    with_contents(good.rows, data_train="t")
+    with_contents(bad.rows, data_train="other")
+    assert "not judged by the same: the content of data.train." in ComparisonResult([good, bad], []).verdict
 
 
 def test_runs_scored_on_another_number_of_examples_are_not_compared() -> None:

@@ -161,6 +161,18 @@ def test_a_run_that_fails_is_a_row_and_the_others_go_on(tmp_path: Path) -> None:
     assert (tmp_path / "out" / "runs" / "bad-lr0.003-seed0" / "failed.json").stat().st_mtime_ns == written
 
 
+def test_a_run_that_was_killed_goes_on_with_the_next_call(tmp_path: Path, uninterrupted: Path) -> None:
+    out = tmp_path / "out"
+    shutil.copytree(uninterrupted, out)
+    killed = out / "runs" / NAMES[3]
+    (killed / "summary.json").unlink()
+    (killed / "failed.json").write_text('{"exit_status": -9, "error_msg": "killed by SIGKILL"}')
+    small_work(out).run()
+    assert not (killed / "failed.json").exists()
+    assert (killed / "log.txt").read_text().splitlines()[-1] == "Resuming after step 2."
+    assert {row["name"]: row["train_info"]["status"] for row in rows_in(out)} == dict.fromkeys(NAMES, "success")
+
+
 def test_rows_have_the_names_of_pefts_method_comparison(uninterrupted: Path) -> None:
     row = next(row for row in rows_in(uninterrupted) if row["name"] == "lora-lr0.003-seed1")
     assert (row["method"], row["learning_rate"], row["seed"], row["metric"]) == ("lora", 3e-3, 1, "loss")

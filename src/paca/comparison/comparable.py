@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -25,7 +26,41 @@ def incomparable(rows: Iterable[Row]) -> list[str]:
     keys = [*_JUDGED_BY, *(("data.train", "data.limit") if split_off else ())]
     if all(row["metric"] in ("exact_match", "choice") for row in rows):
         keys = [key for key in keys if key.removeprefix("train.") not in LOSS_SCOPE]
-    return [f"{key} ({' or '.join(map(_shown, values))})" for key, values in _differing(rows, keys).items()]
+    apart = [f"{key} ({' or '.join(map(_shown, values))})" for key, values in _differing(rows, keys).items()]
+    if any(row["metric"] == "loss" for row in rows):
+        found = {batching(row["run_info"]["config"]) for row in rows}
+        apart += [" and ".join(sorted(found))] if len(found) > 1 else []
+    return apart + [f"the content of {key}" for key in _other_contents(rows, split_off)]
+
+
+def batching(config: Mapping[str, Any]) -> str:
+    """How the held-out examples of a run come in batches, in words, where its loss is a mean over batches.
+
+    That of `eval.metric: loss` is one over tokens.
+    """
+    if at(config, ("eval", "metric")) is not None:
+        return "a loss over tokens"
+    train = config.get("train", {})
+    own = train.get("eval_packing")
+    packed = bool(train.get("packing") if own is None else own)
+    size = train.get("per_device_eval_batch_size", 8)  # transformers' default
+    return f"a loss over batches of {size}{' packed' if packed else ''}"
+
+
+def _other_contents(rows: list[Row], split_off: bool) -> list[str]:
+    """The settings that name the same in all runs, and meant other things."""
+    found = []
+    for key in ("data.train" if split_off else "data.eval", "data.template", "model.name"):
+        contents: dict[str, set[str]] = {}
+        for row in rows:
+            content = row["run_info"].get("contents", {}).get(key)  # older rows have none
+            # Quantization changes the model as it came, and a new head is drawn by the seed.
+            like = (at(row["run_info"]["config"], ("model",)), row["seed"]) if key == "model.name" else None
+            if content is not None:
+                contents.setdefault(json.dumps(like, sort_keys=True), set()).add(content)
+        if any(len(of_one) > 1 for of_one in contents.values()):
+            found.append(key)
+    return found
 
 
 def unlike(rows: Iterable[Row]) -> list[str]:

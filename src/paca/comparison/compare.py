@@ -17,6 +17,7 @@ from paca.comparison.report import write_report
 from paca.comparison.results import ComparisonResult, MethodResult
 from paca.comparison.rows import Row, row_of
 from paca.comparison.settings import Comparison
+from paca.comparison.training_process import FAILURE
 from paca.comparison.work import Work
 from paca.messages.errors import PacaError
 from paca.training.folder.run_folder import RunFolder
@@ -124,7 +125,9 @@ def _notes(comparison: Comparison, planned: Sequence[PlannedMethod], methods: Se
             notes.append(f"Equal {what}: each method's r was chosen to match {leader}.")
     notes += [f"{one.method.name} {one.came_out.note}." for one in planned if one.came_out.note]
     for method in methods:
-        notes += [f"{row['name']} failed: {row['run_info']['error_msg']}" for row in method.failed]
+        for row in method.failed:
+            again = f"to try it again, delete runs/{row['name']}/{FAILURE}"
+            notes.append(f"{row['name']} failed: {row['run_info']['error_msg']} ({again})")
     expected = ["steps"] if "time" in comparison.equal else []
     return notes + _shared_notes((row for method in methods for row in method.rows), expected)
 

@@ -48,11 +48,28 @@ def _with_parameters(method: Method, wanted: int, count: Callable[[Method], int]
     if r is None:
         return CameOut(method, note="has no r to choose")
     # Every method's parameters are linear in its r; two points give the line.
-    here, there = count(method), count(method.with_rank(2 * r))
+    other = r // 2 or 2
+    here, there = count(method), count(method.with_rank(other))
     if here == there:
         return CameOut(method, note="its parameters don't follow its r")
-    nearest = round(r + (wanted - here) * r / (there - here))
-    return CameOut(method.with_rank(max(1, nearest)))
+    nearest = max(1, round(r + (wanted - here) * (other - r) / (there - here)))
+    if _has_rank(method, nearest, count):
+        return CameOut(method.with_rank(nearest))
+    low, high = r, nearest  # a rank that its layers don't have
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if _has_rank(method, middle, count) else (low, middle)
+    return CameOut(method.with_rank(low), note=f"can train no more than r {low}, and would need r {nearest}")
+
+
+def _has_rank(method: Method, r: int, count: Callable[[Method], int]) -> bool:
+    if r <= (method.rank or 0):
+        return True
+    try:
+        count(method.with_rank(r))
+    except PacaError:
+        return False
+    return True
 
 
 def same_time(methods: Sequence[Method], steps: int, attempt: Try, announce: Announce) -> list[CameOut]:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
+from paca.comparison.comparable import batching
 from paca.comparison.equal import CameOut, same_memory, same_parameters, same_time
 from paca.comparison.methods import Method
 from paca.comparison.plan_table import PlannedMethod
@@ -19,6 +20,7 @@ from paca.messages.say import say
 from paca.pretrained.claims import Claim
 from paca.training import load_run_config
 from paca.training.plan import Plan, describe
+from paca.training.trainers import trainer_kind
 
 
 def prepare(comparison: Comparison, console: Console) -> list[PlannedMethod]:
@@ -63,11 +65,20 @@ def plan_of(comparison: Comparison, method: Method) -> Plan:
 
 
 def _check(comparison: Comparison) -> None:
+    scored: dict[str, str] = {}
     for method in comparison.methods:
         try:
-            load_run_config(comparison.config_file(Job(method.name, comparison.rates[0], comparison.seeds[0])))
+            config = load_run_config(comparison.config_file(Job(method.name, comparison.rates[0], comparison.seeds[0])))
         except PacaError as error:
             raise PacaError(f"The method {method.name}: {error}") from error
+        if trainer_kind(config.train).score is None:
+            scored[method.name] = batching(config.as_dict())
+    if len(set(scored.values())) > 1:
+        told = ", ".join(f"{name} by {how}" for name, how in scored.items())
+        raise PacaError(
+            f"The methods would not be judged by the same: {told}. Set eval.metric: loss, which is one over tokens; or "
+            "train.eval_packing: false beside packing, and one per_device_eval_batch_size for all."
+        )
 
 
 def _made_equal(

@@ -12,6 +12,7 @@ import yaml
 
 from paca.comparison.methods import Method, own_section
 from paca.comparison.schedule import Job
+from paca.data.file_content import samples_of
 from paca.data.sources import Source
 from paca.messages.errors import PacaError
 from paca.pretrained.claims import Claim
@@ -166,21 +167,23 @@ def _asked(comparison: Comparison) -> dict[str, Any]:
     methods = {method.name: method.sections for method in comparison.methods}
     return {
         "run": comparison.common,
-        "content": _content(comparison.common.get("data", {})),
+        "content": _content(comparison.common),
         "equal": ",".join(comparison.equal) or None,
         "follow": first,
         "methods": methods,
     }
 
 
-def _content(data: Mapping[str, Any]) -> dict[str, str]:
-    """Fingerprints of the local files and folders that the section `data` names."""
-    found = {}
-    for name in (data.get("train"), data.get("eval"), data.get("template")):
+def _content(common: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
+    """Fingerprints of the local files and folders that the config names: the data's, and the model's."""
+    data, found = common.get("data", {}), {}
+    model = common.get("model", {}).get("name")
+    for name in (data.get("train"), data.get("eval"), data.get("template"), model):
         path = Path(name).expanduser() if isinstance(name, str) else None
         if path is not None and path.exists():
             files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
-            found[str(name)] = Source(str(name), tuple(files)).fingerprint()
+            whole = Source(str(name), tuple(files)).fingerprint() if name != model else samples_of(files)
+            found[str(name)] = whole
     return found
 
 

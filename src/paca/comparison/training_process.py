@@ -115,3 +115,10 @@ def failure_of(folder: RunFolder) -> dict[str, Any] | None:
         return json.loads((folder.path / FAILURE).read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
+
+
+def forget_kill(folder: RunFolder) -> None:
+    """Let a run that a signal killed, as for want of memory, be taken up again from its newest checkpoint."""
+    failure = failure_of(folder)
+    if failure is not None and failure["exit_status"] < 0:
+        (folder.path / FAILURE).unlink(missing_ok=True)

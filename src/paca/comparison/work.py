@@ -13,9 +13,10 @@ from rich.text import Text
 from paca.comparison.rows import SHARES, Row, row_of, write_rows
 from paca.comparison.schedule import FAILED, Job, Outcome, Schedule, schedule
 from paca.comparison.settings import Comparison
-from paca.comparison.training_process import PROGRAM, TrainingProcess
+from paca.comparison.training_process import PROGRAM, TrainingProcess, forget_kill
 from paca.messages.say import say
 from paca.messages.units import format_duration
+from paca.training.folder.run_folder import RunFolder
 
 _LOOK_EVERY = 0.5  # seconds
 _PLAIN_LINE_EVERY = 60.0
@@ -83,6 +84,9 @@ class Work:
             KeyboardInterrupt: Ctrl-C; the run that was going on has saved a checkpoint.
         """
         told = None
+        for path in (self.comparison.path / "runs").glob("*"):  # each call tries those once more that were killed
+            forget_kill(RunFolder(path))
+        self._rows.clear()
         while todo := [job for job in self.schedule().jobs if self.outcome(job) is None]:
             if any(self._trained(job) for job in todo):
                 self._write_rows()
