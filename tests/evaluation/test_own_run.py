@@ -11,11 +11,15 @@ import yaml
 
 from evaluation.tally import Tally
 from paca.cli.evaluate import number
+from paca.data import Examples
 from paca.evaluation.own_data import Score
-from paca.evaluation.own_run import config_of_run, evaluate_run, rows_of_run, write_scores
+from paca.evaluation.own_run import config_of_run, evaluate_run, held_out_of, rows_of_run, write_scores
 from paca.evaluation.side_by_side import note_on_errors
+from paca.messages.errors import PacaError
 from paca.pretrained.generation import LoadedModel, load_for_generation
 from paca.training.config.run_config import RunConfig
+from paca.training.folder.same_run import inputs_of
+from paca.training.trainers import trainer_kind
 
 ROWS = [{"question": f"Which, of {n}?", "choices": ["a", "b", "c"], "answer": n % 3} for n in range(4)]
 
@@ -41,6 +45,10 @@ def config_with(run: Path, metric: str) -> RunConfig:
     return config
 
 
+def held_out(run: Path) -> Examples:
+    return held_out_of(run, config_of_run(run))[0]
+
+
 @pytest.mark.parametrize(
     ("metric", "asked"),
     [("choice", [12, 12]), ("exact_match", [4, 4]), ("loss", [4, 4, 4, 4])],  # the loss, then answers to show
@@ -50,17 +58,17 @@ def test_what_was_answered_before_ctrl_c_is_not_asked_again(
 ) -> None:
     config = config_with(run, metric)
     whole = Tally()
-    expected = evaluate_run(loaded, config, None, 2, None, whole)
+    expected = evaluate_run(loaded, config, held_out(run), None, 2, None, whole)
     assert [total for _, total in whole.begun] == asked
     assert [who for who, _ in whole.begun] == ["base"] * (len(asked) // 2) + ["adapter"] * (len(asked) // 2)
     assert whole.done == sum(asked)
     with pytest.raises(KeyboardInterrupt):
-        evaluate_run(loaded, config, None, 2, run / "out", Tally(stop_after=asked[0] + 3))
+        evaluate_run(loaded, config, held_out(run), None, 2, run / "out", Tally(stop_after=asked[0] + 3))
     rest = Tally()
-    assert evaluate_run(loaded, config, None, 2, run / "out", rest) == expected
+    assert evaluate_run(loaded, config, held_out(run), None, 2, run / "out", rest) == expected
     assert rest.done == sum(asked) - asked[0] - 3
     again = Tally()
-    assert evaluate_run(loaded, config, None, 2, run / "out", again) == expected
+    assert evaluate_run(loaded, config, held_out(run), None, 2, run / "out", again) == expected
     assert again.begun == []
 
 
@@ -68,7 +76,7 @@ def test_what_was_answered_before_ctrl_c_is_not_asked_again(
 def test_the_difference_has_the_error_of_the_differences_one_by_one(
     run: Path, loaded: LoadedModel, metric: str, tmp_path: Path
 ) -> None:
-    scores = evaluate_run(loaded, config_with(run, metric), None, 2, None, Tally())
+    scores = evaluate_run(loaded, config_with(run, metric), held_out(run), None, 2, None, Tally())
     before, after = scores["base"], scores["adapter"]
     count, tokens = len(ROWS), after.weights
     row = rows_of_run(scores)[0]
@@ -99,5 +107,45 @@ def test_all_right_and_all_wrong_is_said_to_be_no_certainty() -> None:
 
 def test_without_a_folder_nothing_is_kept(run: Path, loaded: LoadedModel) -> None:
     before = sorted(run.rglob("*"))
-    evaluate_run(loaded, config_with(run, "choice"), 2, 2, None, Tally())
+    evaluate_run(loaded, config_with(run, "choice"), held_out(run), 2, 2, None, Tally())
     assert sorted(run.rglob("*")) == before
+
+
+def record(run: Path) -> None:
+    """What a training leaves in the folder."""
+    config = config_of_run(run)
+    data = trainer_kind(config.train).read(config)
+    (run / "inputs.json").write_text(json.dumps(inputs_of(config, data.train, data.eval)))
+
+
+def test_held_out_data_that_is_not_what_it_was_is_told(run: Path, tmp_path: Path) -> None:
+    record(run)
+    assert held_out_of(run, config_of_run(run))[1] is None
+    data = tmp_path / "data.jsonl"
+    data.write_text(data.read_text() + json.dumps(ROWS[0]) + "\n")
+    examples, note = held_out_of(run, config_of_run(run))
+    assert len(examples.dataset) == len(ROWS) + 1
+    assert note == f"data.eval ({data}) is not what it was in training: these are other examples."
+
+
+def test_held_out_data_is_not_split_off_anew_from_other_data(run: Path, tmp_path: Path) -> None:
+    content = yaml.safe_load((run / "config.yaml").read_text())
+    (run / "config.yaml").write_text(yaml.safe_dump({**content, "data": {**content["data"], "eval": 2}}))
+    record(run)
+    config = config_of_run(run)
+    config.eval.limit = 1
+    assert held_out_of(run, config)[1] is None
+    data = tmp_path / "data.jsonl"
+    data.write_text(data.read_text() + json.dumps(ROWS[0]) + "\n")
+    with pytest.raises(PacaError, match="examples that it was trained on would be among it"):
+        held_out_of(run, config_of_run(run))
+
+
+@pytest.mark.parametrize(("trainer", "writes"), [("dpo", True), ("classification", False), ("reward", False)])
+def test_a_run_without_reference_answers_is_told_where_its_scores_are(run: Path, trainer: str, writes: bool) -> None:
+    content = yaml.safe_load((run / "config.yaml").read_text())
+    (run / "config.yaml").write_text(yaml.safe_dump({**content, "train": {"trainer": trainer}}))
+    with pytest.raises(PacaError, match="what training measured is in") as caught:
+        config_of_run(run)
+    assert str(run / "summary.json") in str(caught.value)
+    assert ("--mt-bench" in str(caught.value)) == writes

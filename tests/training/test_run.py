@@ -435,6 +435,20 @@ def test_what_does_not_fit_together_is_one_message(run: Runner, override: str, m
         run("a", override)
 
 
+def test_the_plan_tells_of_held_out_examples_that_are_trained_on(config_file: Path) -> None:
+    config = load_run_config(config_file)
+    assert "held-out examples are among them" not in describe(config).data_description
+    config.data.eval = config.data.train
+    assert describe(config).data_description.endswith("; 40 of the 40 held-out examples are among them, so trained on")
+
+
+def test_a_step_has_no_more_examples_than_there_are(config_file: Path) -> None:
+    plan = describe(load_run_config(config_file, ["train.per_device_train_batch_size=64"]))
+    assert plan.sequences_per_step == plan.train_examples
+    assert plan.sample is not None
+    assert plan.tokens_per_step == round(plan.train_examples * plan.sample.mean)
+
+
 def test_the_plan_counts_as_the_run_does(run: Runner, config_file: Path) -> None:
     overrides = ["train.max_steps=-1", "train.num_train_epochs=2", "train.per_device_train_batch_size=3"]
     plan = describe(load_run_config(config_file, overrides))

@@ -107,15 +107,18 @@ def evaluate(
             from paca.pretrained.generation import load_for_generation
 
             if own_data:
-                from paca.evaluation.own_run import config_of_run, evaluate_run, rows_of_run, write_scores
+                from paca.evaluation.own_run import config_of_run, evaluate_run, held_out_of, rows_of_run, write_scores
 
                 config = config_of_run(path)
+                held_out, note = held_out_of(path, config)
+                if note is not None:
+                    say(console, note, "yellow")
                 loaded = load_for_generation(path, base_model=base_model)
                 check_template_ends(loaded.tokenizer)
                 say(console, f"Measuring {config.eval.metric or 'loss'} on the run's held-out data ...")
                 if output is None:
                     say(console, "(with --output DIR answers are kept as they come, and the same command goes on)")
-                scores = evaluate_run(loaded, config, limit, batch_size, output, shown)
+                scores = evaluate_run(loaded, config, held_out, limit, batch_size, output, shown)
                 shown.finish()
                 print_table(console, rows_of_run(scores))
                 if output is not None:
@@ -130,7 +133,7 @@ def evaluate(
             if mt_bench is not None:
                 from paca.evaluation.mt_bench_questions import read_questions
 
-                questions = read_questions(mt_bench)[:limit]
+                questions = read_questions(mt_bench, limit)
             loaded = load_for_generation(path, base_model=base_model)
             check_template_ends(loaded.tokenizer)
             if names:

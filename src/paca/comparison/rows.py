@@ -76,7 +76,7 @@ def row_of(folder: RunFolder, method: str, config_file: Path | None = None) -> R
             },
             "peft_config": _peft_config(config),
             "config": config,
-            "contents": _contents(folder),
+            "contents": folder.recorded_inputs(),
             "error_msg": "" if failure is None else failure["error_msg"],
         },
         "train_info": {
@@ -143,15 +143,6 @@ def _peft_config(config: dict[str, dict[str, Any]]) -> dict[str, Any] | None:
     if not config or kind == "full":
         return None
     return {**({} if kind == "peft" else {"peft_type": kind.upper()}), **config.get(kind, {})}
-
-
-def _contents(folder: RunFolder) -> dict[str, str]:
-    """Hashes of what the run's settings named, its data and its model among them; empty where they are not known."""
-    try:
-        found = json.loads(folder.inputs.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}
 
 
 def _file_size(folder: RunFolder) -> int | None:

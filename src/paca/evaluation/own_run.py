@@ -8,6 +8,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from paca.data import Examples
 from paca.data.evenly import spread_evenly
 from paca.evaluation.identity import identity
 from paca.evaluation.kept_lines import KeptAnswers
@@ -20,7 +21,11 @@ from paca.pretrained.generation import LoadedModel
 from paca.training.config.config_file import load_run_config
 from paca.training.config.run_config import RunConfig
 from paca.training.folder.run_folder import RunFolder, write_whole
+from paca.training.folder.same_run import inputs_of
 from paca.training.trainers import trainer_kind
+
+_DIGITS = 32
+"""Of the hash of one part of the data."""
 
 
 def config_of_run(path: str | Path) -> RunConfig:
@@ -31,19 +36,46 @@ def config_of_run(path: str | Path) -> RunConfig:
     """
     file = RunFolder(Path(path)).config
     config = load_run_config(file)
-    if trainer_kind(config.train).name != "sft":
+    kind = trainer_kind(config.train)
+    if kind.name != "sft":
+        instead = " Give --tasks or --mt-bench." if kind.task_type == "CAUSAL_LM" else ""
         raise PacaError(
-            f"{path} is a run of train.trainer: {trainer_kind(config.train).name}, whose held-out data has no "
-            "reference answers. Give --tasks or --mt-bench."
+            f"{path} is a run of train.trainer: {kind.name}. paca evaluate scores answers to held-out questions, which "
+            f"such a run has none of; what training measured is in {RunFolder(Path(path)).summary}.{instead}"
         )
     if config.data.eval is None:
         raise PacaError(f"{path} was trained without held-out data (data.eval). Give --tasks or --mt-bench.")
     return config
 
 
+def held_out_of(path: str | Path, config: RunConfig) -> tuple[Examples, str | None]:
+    """A run's held-out data as it is now, and what to say of it if the run had other data.
+
+    Raises:
+        PacaError: It can't be read, or was split off from training data that is no longer the same: what was trained on
+            might be among it.
+    """
+    data = trainer_kind(config.train).read(config)
+    assert data.eval is not None
+    before, now = RunFolder(Path(path)).recorded_inputs(), inputs_of(config, data.train, data.eval)
+    if isinstance(config.data.eval, str):
+        if before.get("data.eval", now["data.eval"]) == now["data.eval"]:
+            return data.eval, None
+        return data.eval, f"data.eval ({config.data.eval}) is not what it was in training: these are other examples."
+    # Both parts of the split are in there, the training examples first; eval.limit changes the other one.
+    if before.get("data.train", now["data.train"])[:_DIGITS] != now["data.train"][:_DIGITS]:
+        raise PacaError(
+            f"The held-out data of {path} was split off from data.train ({config.data.train}), whose content or split "
+            "has changed: examples that it was trained on would be among it. Restore the data, or set data.eval in "
+            f"{RunFolder(Path(path)).config} to a file of others."
+        )
+    return data.eval, None
+
+
 def evaluate_run(
     loaded: LoadedModel,
     config: RunConfig,
+    held_out: Examples,
     limit: int | None,
     batch_size: int,
     output: Path | None,
@@ -54,6 +86,7 @@ def evaluate_run(
     Args:
         loaded: The run's model.
         config: Of the run; see `config_of_run`.
+        held_out: From `held_out_of`.
         limit: Only so many examples, spread evenly over them; else as many as `eval.limit` says.
         batch_size: Examples at a time.
         output: A folder, where answers are kept as they come, and those of an earlier, interrupted evaluation are
@@ -64,11 +97,9 @@ def evaluate_run(
         By side: `base` and `adapter`, or `model`.
 
     Raises:
-        PacaError: The data is gone, or lacks what the metric needs.
+        PacaError: The data lacks what the metric needs.
     """
     measurement = dataclasses.replace(scorer(config.eval) or Measurement("loss"), batch_size=batch_size)
-    held_out = trainer_kind(config.train).read(config).eval
-    assert held_out is not None
     rows = list(spread_evenly(held_out.dataset, limit))
     found = {}
     for side in (MODEL,) if loaded.adapter is None else (BASE, ADAPTER):

@@ -45,15 +45,14 @@ def load_tasks(names: Sequence[str], strangers: Path | None = None) -> tuple[Tas
                 "in such a file. Read it. If you trust it, copy it with its data to a folder of your own."
             )
     manager = _manager(list(files.values()), all_files=len(files) == len(names))
-    loaded: list[Any] = []
-    for name in names:
+    for name in names:  # all of them, before data is fetched for any
         if name not in files and name not in manager.all_tasks:
             hint = did_you_mean(name, manager.all_tasks, "{}", count=3)
             raise PacaError(
                 f"lm-evaluation-harness has no task {name!r}.{hint} `lm-eval ls tasks` lists them; a task of your own "
                 "is given as a .yaml file."
             )
-        loaded += _load(manager, name, files.get(name))
+    loaded = [task for name in names for task in _load(manager, name, files.get(name))]
     return manager, loaded
 
 

@@ -75,7 +75,7 @@ class Plan:
     """Some of the training data as tokens, where a language model learns whole texts."""
     processes: int
     sequences_per_step: int
-    """Over all processes and accumulated batches; of packed sequences where packing is on."""
+    """Over all processes and accumulated batches, no more than there are; of packed ones where packing is on."""
     tokens_per_step: int | None
     """About: by the mean of the sample, or full sequences where packing is on; None where there is no sample."""
     steps: int | None
@@ -240,13 +240,14 @@ def prepare(config: RunConfig, *, whole: bool = True) -> PreparedRun:
             "Leave out train.warmup_steps, or train for more steps."
         )
     layers = getattr(adapted.base_model, "targeted_module_names", []) if method != "full" else []
-    accumulated = config.train["per_device_train_batch_size"] * config.train["gradient_accumulation_steps"]
-    sequences = accumulated * processes
+    sequences = config.train["per_device_train_batch_size"] * config.train["gradient_accumulation_steps"] * processes
     inputs = inputs_of(config, train, held_out) if whole and os.environ.get("RANK", "0") == "0" else {}
     data = kind.shape(config, data, whole=whole)
     typical = None if data.sample is None or data.sample.share is None else data.sample.mean
     if config.train.get("packing"):
         typical = config.train["max_length"]
+    elif typical is not None:
+        sequences = min(sequences, len(train.dataset))
     plan = Plan(
         config=config,
         source=source,
@@ -255,7 +256,7 @@ def prepare(config: RunConfig, *, whole: bool = True) -> PreparedRun:
         parameters=parameters,
         trainable_parameters=sum(p.numel() for p in adapted.parameters() if p.requires_grad),
         method=adapter_settings.method_name(method, config.adapter),
-        targets=_kinds(layers),
+        targets=list(dict.fromkeys(re.sub(r"^.*\.", "", name) for name in layers)),  # in the order of the model
         adapted_layers=len(layers),
         rate_rule=f"auto: {rule}" if automatic else f"auto would be {rate:g}",
         own_defaults=train_settings.own_defaults(given, config.train),
@@ -293,8 +294,3 @@ def planned_steps(examples: int, train: dict[str, Any], processes: int) -> int |
     if train.get("max_steps", -1) > 0:
         return train["max_steps"]
     return trainer_kind(train).steps(examples, train, processes)
-
-
-def _kinds(names: list[str]) -> list[str]:
-    """`model.layers.3.self_attn.q_proj` of every layer → `q_proj`, in the order of the model."""
-    return list(dict.fromkeys(re.sub(r"^.*\.", "", name) for name in names))

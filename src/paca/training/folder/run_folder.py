@@ -49,6 +49,14 @@ class RunFolder:
         """What the finished run wrote of itself."""
         return json.loads(self.summary.read_text(encoding="utf-8"))
 
+    def recorded_inputs(self) -> dict[str, str]:
+        """Hashes of what the run's settings named, its data and its model among them; empty where they are unknown."""
+        try:
+            found = json.loads(self.inputs.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return {}
+        return found if isinstance(found, dict) else {}
+
     def newest_checkpoint(self) -> Path | None:
         """The complete checkpoint of the highest step; one cut short while it was written does not count."""
         whole = [(step, path) for step, path in self._checkpoints() if _is_whole(path)]

@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, Trainer, TrainerState, TrainingAr
 from paca.data import Examples, load_examples, split_heldout
 from paca.data.chat_template import unused_fields
 from paca.data.evenly import spread_evenly
+from paca.data.overlap import shared
 from paca.data.sample import Sample
 from paca.training.config.key_checks import Origins
 from paca.training.config.run_config import RunConfig
@@ -198,4 +199,7 @@ def read_split(config: RunConfig, load: Callable[..., Examples]) -> tuple[Exampl
         held_out = load(data.eval, split=data.eval_split)
     else:
         train, held_out = split_heldout(train, data.eval, data.heldout_seed)
+    if count := shared(train.dataset, held_out.dataset):
+        said = f"; {count:,} of the {len(held_out.dataset):,} held-out examples are among them, so trained on"
+        train = dataclasses.replace(train, description=train.description + said)
     return train, dataclasses.replace(held_out, dataset=spread_evenly(held_out.dataset, config.eval.limit))

@@ -1,0 +1,28 @@
+"""Held-out examples that are trained on as well: what they measure is how well they were learnt by heart."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+
+from datasets import Dataset, Image
+
+from paca.data.examples import ORIGIN
+
+MOST = 200_000
+"""Training examples that are gone through; with more, nothing is looked for: it would take seconds."""
+
+
+def shared(train: Dataset, held_out: Dataset) -> int:
+    """How many held-out examples are in the training data, word for word. 0 also for images and for large data."""
+    images = any(isinstance(feature, Image) for feature in train.features.values())
+    if images or train.column_names != held_out.column_names or len(train) > MOST:
+        return 0
+    seen = set(_texts(train))
+    return sum(text in seen for text in _texts(held_out))
+
+
+def _texts(dataset: Dataset) -> Iterator[int]:
+    for batch in dataset.remove_columns(ORIGIN).iter(batch_size=1000):
+        for row in zip(*batch.values(), strict=True):
+            yield hash(json.dumps(row, sort_keys=True, default=str))
