@@ -1,85 +1,111 @@
-"""The loss of trained models on all encyclopedia entries that were kept from training, entry by entry.
+"""Trained models on all that was kept from training, example by example: less noisy than what a run judges itself by.
 
-    python -m benchmarks.quality.held_back RUN [RUN ...]    adds a column for each that held_back.csv lacks
-    python -m benchmarks.quality.held_back                  prints the means, and differences to `lora` seed by seed
+    python -m benchmarks.quality.held_back encyclopedia RUN [RUN ...]    adds a column for each that the file lacks
+    python -m benchmarks.quality.held_back arc                           prints the means, and differences to `lora`
 
-A RUN is a folder of `paca train` with benchmarks/quality/encyclopedia.yaml, whose own evaluation takes the first 64 of
-them. Columns are named as the runs; `tokens` is the number of tokens of an entry's answer.
+A RUN is a folder of `paca compare` with a YAML of this folder: `.../encyclopedia-memory/runs/lora-lr0.00078-seed0` is
+the column `encyclopedia-memory/lora-lr0.00078-seed0` of held_back/encyclopedia.csv. Values are losses in nats per token
+(encyclopedia: 273 entries, of which a run takes the first 64), or 1 for a right answer (arc: 3,548 questions, of which
+a run takes 600); `weight` is the tokens of an entry's answer, or 1.
 """
 
 from __future__ import annotations
 
 import argparse
 import re
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
 from benchmarks.quality.prepare import CACHE
 
-from paca.evaluation.encoding import continuation_of
-from paca.evaluation.log_likelihood import likelihoods
+from paca.evaluation.own_data import Measurement, measure, scorer
 from paca.pretrained.generation import load_for_generation
 from paca.training import load_run_config
 from paca.training.trainers import trainer_kind
 
-ROWS = Path(__file__).with_suffix(".csv")
-ENTRIES = CACHE / "encyclopedia/held_back.jsonl"
+FOLDER = Path(__file__).with_suffix("")
+EXAMPLES = {"encyclopedia": CACHE / "encyclopedia/held_back.jsonl", "arc": CACHE / "arc/test.jsonl"}
 BATCH = 16
-RUN = re.compile(r"(?P<method>.+)-lr(?P<rate>[^-]+(?:e-\d+)?)-seed(?P<seed>\d+)")
+RUN = re.compile(r"(?P<page>[^/]+)/(?P<method>.+)-lr(?P<rate>[^-]+(?:e-\d+)?)-seed(?P<seed>\d+)")
 BASE = "lora"
-OWN = 64
-"""Entries by which the runs judged themselves: the first of the file."""
 
 
-def losses(run: Path) -> pd.DataFrame:
-    """`tokens` of each entry's answer, and their mean loss in nats under the run's name."""
-    config = load_run_config(run / "config.yaml", [f"data.eval={ENTRIES}"])
+def name_of(run: Path) -> str:
+    """Of a run's column."""
+    run = run.resolve()
+    return f"{run.parents[1].name}/{run.name}"
+
+
+def scores(run: Path, examples: Path) -> pd.DataFrame:
+    """`weight` of each example, and what the run has for it, under its name."""
+    config = load_run_config(run / "config.yaml", [f"data.eval={examples}", "eval.limit=null"])
     held_back = trainer_kind(config.train).read(config).eval
     assert held_back is not None
     loaded = load_for_generation(str(run))
-    asked = [continuation_of(row, loaded.tokenizer) for row in held_back.dataset]
-    found = likelihoods(loaded.model.eval(), asked, batch_size=BATCH)
-    return pd.DataFrame({"tokens": [one.tokens for one in found], run.name: [-one.per_token for one in found]})
+    measurement = replace(scorer(config.eval) or Measurement("loss"), batch_size=BATCH)
+    found = measure(loaded.model.eval(), loaded.tokenizer, held_back.dataset, measurement)
+    values = pd.Series(found.sums[measurement.metric]) / found.weights
+    return pd.DataFrame({"weight": found.weights, name_of(run): values})
 
 
 def table(rows: pd.DataFrame) -> pd.DataFrame:
-    """By run: the loss over all tokens, that of the first `OWN` entries, and the difference to `BASE` with its seed.
+    """By run: its weighted mean, and the difference to the run of `BASE` with its page and seed.
 
-    `error` is the standard error of that difference, entries drawn by chance.
+    `error` is the standard error of that difference, examples drawn by chance.
     """
     runs = {name: found.groupdict() for name in rows.columns if (found := RUN.fullmatch(name))}
-    bases = {run["seed"]: name for name, run in runs.items() if run["method"] == BASE}
-    weights = rows.tokens / rows.tokens.sum()
+    bases = {(run["page"], run["seed"]): name for name, run in runs.items() if run["method"] == BASE}
     lines = []
     for name, run in runs.items():
-        own = rows.iloc[:OWN]
-        difference = rows[name] - rows[bases[run["seed"]]]
-        mean = (weights * difference).sum()
-        lines.append(
-            {
-                "run": name,
-                "loss": (weights * rows[name]).sum(),
-                f"first {OWN}": (own.tokens * own[name]).sum() / own.tokens.sum(),
-                f"minus {BASE}": mean,
-                "error": ((weights * (difference - mean)) ** 2).sum() ** 0.5,
-            }
-        )
+        base = bases[run["page"], run["seed"]]
+        mean, _ = _mean(rows, [rows[name]])
+        difference, error = _mean(rows, [rows[name] - rows[base]])
+        lines.append({"run": name, "mean": mean, f"minus {BASE}": difference, "error": error})
     return pd.DataFrame(lines).set_index("run")
 
 
+def over_seeds(rows: pd.DataFrame) -> pd.DataFrame:
+    """By page and method: the same of all seeds together, which have the same examples."""
+    runs = {name: found for name in rows.columns if (found := RUN.fullmatch(name))}
+    columns: dict[tuple[str, str], list[str]] = {}
+    for name, found in runs.items():
+        columns.setdefault((found["page"], found["method"]), []).append(name)
+    lines = []
+    for (page, method), names in columns.items():
+        mean, _ = _mean(rows, [rows[name] for name in names])
+        base = [rows[name] for name in columns[page, BASE]]
+        own = rows[names].mean(axis=1)
+        difference, error = _mean(rows, [own - sum(base) / len(base)])
+        lines.append({"page": page, "method": method, "mean": mean, f"minus {BASE}": difference, "error": error})
+    return pd.DataFrame(lines).set_index(["page", "method"])
+
+
+def _mean(rows: pd.DataFrame, columns: Sequence[pd.Series]) -> tuple[float, float]:
+    """The weighted mean over the examples of the mean of columns, and its standard error."""
+    values, weights = sum(columns) / len(columns), rows.weight / rows.weight.sum()
+    mean = (weights * values).sum()
+    return mean, ((weights * (values - mean)) ** 2).sum() ** 0.5
+
+
 def main() -> None:
-    """Add the columns that are missing, and print the table."""
+    """Add the columns that are missing, and print the tables."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("task", choices=EXAMPLES)
     parser.add_argument("runs", type=Path, nargs="*")
-    rows = pd.read_csv(ROWS) if ROWS.exists() else pd.DataFrame()
-    for run in parser.parse_args().runs:
-        if run.name not in rows:
-            found = losses(run)
-            assert rows.empty or rows.tokens.equals(found.tokens)
-            rows = found if rows.empty else rows.join(found[run.name])
-            rows.to_csv(ROWS, index=False, float_format="%.5f", lineterminator="\n")
-            print(run.name, flush=True)
+    given = parser.parse_args()
+    file = FOLDER / f"{given.task}.csv"
+    rows = pd.read_csv(file) if file.exists() else pd.DataFrame()
+    for run in given.runs:
+        if name_of(run) not in rows:
+            found = scores(run, EXAMPLES[given.task])
+            assert rows.empty or rows.weight.equals(found.weight)
+            rows = found if rows.empty else rows.join(found[name_of(run)])
+            rows.to_csv(file, index=False, float_format="%.5f", lineterminator="\n")
+            print(name_of(run), flush=True)
     print(table(rows).to_string(float_format="%.4f"))
+    print(over_seeds(rows).to_string(float_format="%.4f"))
 
 
 if __name__ == "__main__":
