@@ -79,7 +79,7 @@ def test_a_signal_stops_keeps_the_answers_and_says_how_to_go_on(
 
 def test_mt_bench_prints_ratings_and_what_the_judge_took(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PACA_JUDGE_KEY", "secret")
-    rows = [{"question_id": n, "category": "maths", "turns": [f"{n}?", "Sure?"]} for n in range(3)]
+    rows = [{"question_id": n, "category": "maths", "turns": [f"{n}?", "Sure?"]} for n in range(4)]
     (workspace / "question.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     with judging(lambda body, number: verdict("[[4]]", {"prompt_tokens": 1000, "completion_tokens": 5})) as server:
         judge = ("--judge-url", server.url, "--judge-model", "strict")
@@ -88,6 +88,8 @@ def test_mt_bench_prints_ratings_and_what_the_judge_took(workspace: Path, monkey
     assert (done.returncode, done.stderr) == (0, "")
     assert {headers["Authorization"] for headers, _ in server.requests} == {"Bearer secret"}
     assert "base: 0 of 4 answers judged by strict" in done.stdout
+    asked = {body["messages"][1]["content"].split("\n")[1] for _, body in server.requests}
+    assert asked == {"0?", "2?"}  # spread over the file
     assert re.search(r"maths[ │]+4.00[ │]+4.00[ │]+\n", done.stdout)
     assert "The judge read 8,000 tokens and wrote 40, in 8 requests." in done.stdout
 

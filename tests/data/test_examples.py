@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 from pathlib import Path
 from typing import Any
@@ -47,6 +48,24 @@ def test_examples_say_where_they_come_from(tmp_path: Path) -> None:
     (tmp_path / "README.md").write_text("not data")
     examples = load_examples(str(tmp_path))
     assert examples.dataset["origin"][:] == ["a.jsonl, line 1", "a.jsonl, line 2", "b.jsonl, line 1"]
+
+
+def test_packed_files_are_data_and_not_read_twice_beside_the_unpacked_ones(tmp_path: Path) -> None:
+    for name, rows in (("a.jsonl", ALPACA[:2]), ("b.JSONL", ALPACA[2:3])):
+        packed = gzip.compress(Path(jsonl(tmp_path / name, rows)).read_bytes())
+        (tmp_path / f"{name}.gz").write_bytes(packed)
+    (tmp_path / "b.JSONL").unlink()
+    (tmp_path / "c.csv.gz").write_bytes(b"not data")
+    assert load_examples(str(tmp_path)).dataset["origin"][:] == [
+        "a.jsonl, line 1",
+        "a.jsonl, line 2",
+        "b.JSONL.gz, line 1",
+    ]
+    assert len(load_examples(str(tmp_path / "a.jsonl.gz")).dataset) == 2
+    with pytest.raises(PacaError, match=r"is of type '\.gz'\. Understood are .*\.jsonl\.gz, \.json\.gz\."):
+        load_examples(str(tmp_path / "c.csv.gz"))
+    with pytest.raises(PacaError, match=r"no data file or folder 'd\.jsonl\.gz'"):
+        load_examples("d.jsonl.gz")
 
 
 def test_every_message_keeps_its_own_fields(tmp_path: Path) -> None:

@@ -60,6 +60,22 @@ def test_a_split_is_a_folder_within(tmp_path: Path) -> None:
     assert len(load_images(str(tmp_path / "pictures")).dataset) == 6
 
 
+@pytest.mark.parametrize("split", ["train", "test", "validation", "mine"])
+def test_a_folder_without_splits_is_its_only_one(tmp_path: Path, split: str) -> None:
+    folder = str(save_folder(tmp_path / "test"))
+    assert len(load_images(folder, split=split).dataset) == 6
+    assert len(load_images(folder, split=f"{split}[:4]").dataset) == 4
+
+
+@pytest.mark.parametrize("has", [["train"], ["train", "validation"]])
+def test_a_folder_that_lacks_a_split_says_which_it_has(tmp_path: Path, has: list[str]) -> None:
+    for name in has:
+        save_folder(tmp_path / "pictures" / name)
+    with pytest.raises(PacaError, match=rf"pictures has no split 'test'; it has: {', '.join(has)}\. Name one of them"):
+        load_images(str(tmp_path / "pictures"), split="test")
+    assert len(load_images(str(tmp_path / "pictures"), split="all").dataset) == 6 * len(has)
+
+
 def test_a_limit_takes_images_of_every_label(tmp_path: Path) -> None:
     labels = load_images(str(save_folder(tmp_path / "pictures")), limit=2).dataset["label"]
     assert sorted(labels) == [0, 1]

@@ -6,8 +6,10 @@ import json
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from paca.data.examples import load_examples
+from paca.data.images import load_images
 from paca.data.overlap import shared
 
 ROWS = [{"question": f"What is {n}?", "answer": str(n)} for n in range(6)]
@@ -23,3 +25,13 @@ def test_the_same_words_count_wherever_they_stand(tmp_path: Path, held_out: list
     train = load_examples(write(tmp_path / "train.jsonl", ROWS))
     other = load_examples(write(tmp_path / "test.jsonl", [*held_out, {"question": "New?", "answer": "Yes"}]))
     assert shared(train.dataset, other.dataset) == count
+
+
+def test_images_count_by_their_files(tmp_path: Path) -> None:
+    for name in ("a/cat/1", "a/dog/2", "b/cat/3"):
+        file = tmp_path / f"{name}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (4, 4)).save(file)
+    train = load_images(str(tmp_path / "a")).dataset
+    assert shared(train, load_images(str(tmp_path / "a"), split="test").dataset) == 2
+    assert shared(train, load_images(str(tmp_path / "b")).dataset) == 0

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pandas
 import pyarrow
 import pyarrow.parquet
 import pytest
@@ -115,6 +116,21 @@ def test_a_rank_that_pandas_left_empty_comes_last(tmp_path: Path) -> None:
     assert [conversation(example) for example in examples.dataset] == [BEST]
 
 
+def test_messages_as_csv_give_the_same_conversation(tmp_path: Path) -> None:
+    source = tmp_path / "oasst.csv"
+    pandas.DataFrame(MESSAGES).to_csv(source, index=False)
+    assert "assistant,0.0,False" in source.read_text()  # what pandas makes of a rank and of false
+    examples = load_examples(str(source))
+    assert [conversation(example) for example in examples.dataset] == [BEST]
+
+
+@pytest.mark.parametrize("deleted", [None, "", "false", False, 0, float("nan")])
+def test_messages_that_are_not_deleted_are_taken(tmp_path: Path, deleted: Any) -> None:
+    rows = [{**entry, "deleted": entry["deleted"] or deleted} for entry in MESSAGES]
+    examples = load_examples(jsonl(tmp_path / "oasst.jsonl", rows))
+    assert [conversation(example) for example in examples.dataset] == [BEST]
+
+
 def test_a_limit_counts_conversations_not_messages(tmp_path: Path) -> None:
     second = [{**entry, "message_id": f"c{entry['message_id']}"} for entry in MESSAGES]
     for entry in second:
@@ -138,6 +154,10 @@ def test_a_limit_counts_conversations_not_messages(tmp_path: Path) -> None:
         ({"parent_id": ["b"]}, r"line 1: the parent_id \['b'\] is no message of this data"),
         ({"role": ["assistant"], "rank": -1}, r"line 2: in this tree, a message is of the role \['assistant'\]"),
         ({"rank": "best"}, r"line 2: in this tree, the rank of a message is 'best'; expected a number or null"),
+        (
+            {"deleted": "perhaps"},
+            r"line 2: in this tree, deleted is 'perhaps' at a message; expected true, false or null",
+        ),
         ({"message_id": "x", "parent_id": "x"}, r"line 1: the parents of the message 'x' go in a circle"),
     ],
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 from pathlib import Path
 
@@ -22,6 +23,9 @@ def write(path: Path, text: str) -> Path:
 
 def write_rows(folder: Path, suffix: str) -> Path:
     path = folder / f"rows{suffix}"
+    if suffix.endswith(".gz"):
+        path.write_bytes(gzip.compress(write_rows(folder, suffix.removesuffix(".gz")).read_bytes()))
+        return path
     if suffix == ".jsonl":
         return write(path, "".join(json.dumps(row) + "\n" for row in ROWS))
     if suffix == ".json":
@@ -32,7 +36,7 @@ def write_rows(folder: Path, suffix: str) -> Path:
     return path
 
 
-@pytest.mark.parametrize("suffix", [".jsonl", ".json", ".csv", ".parquet"])
+@pytest.mark.parametrize("suffix", [".jsonl", ".json", ".csv", ".parquet", ".jsonl.gz", ".json.gz"])
 def test_every_file_type_yields_the_same_rows(tmp_path: Path, suffix: str) -> None:
     assert [row for _, row in rows_of(write_rows(tmp_path, suffix))] == ROWS
 
@@ -94,6 +98,19 @@ def test_a_damaged_file_is_one_error_that_names_the_place(
         list(rows_of(write(tmp_path / name, content)))
     for part in expected:
         assert part in str(error.value)
+
+
+@pytest.mark.parametrize("damage", ["cut", "other bytes", "not packed"])
+@pytest.mark.parametrize("suffix", [".jsonl.gz", ".json.gz"])
+def test_a_damaged_gzip_file_is_named(tmp_path: Path, suffix: str, damage: str) -> None:
+    path = write_rows(tmp_path, suffix)
+    packed = path.read_bytes()
+    if damage == "other bytes":
+        path.write_bytes(packed[:12] + b"\xff" * 12 + packed[24:])
+    else:
+        path.write_bytes(packed[:-12] if damage == "cut" else b'{"text": "x"}')
+    with pytest.raises(PacaError, match=rf"rows{suffix} is not a whole gzip file: .*\. Fetch or pack it anew\."):
+        list(rows_of(path))
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.csv"])

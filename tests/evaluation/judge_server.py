@@ -27,9 +27,10 @@ class JudgeServer:
         self.url = ""
 
 
-def verdict(text: Any, usage: Any = None) -> Reply:
-    """A proper answer that says `text`."""
-    content: Body = {"choices": [{"index": 0, "message": {"role": "assistant", "content": text}}]}
+def verdict(text: Any, usage: Any = None, reason: str = "stop") -> Reply:
+    """A proper answer that says `text` and ends for a `reason`."""
+    message = {"role": "assistant", "content": text}
+    content: Body = {"choices": [{"index": 0, "message": message, "finish_reason": reason}]}
     if usage is not None:
         content["usage"] = usage
     return 200, {}, json.dumps(content).encode()

@@ -13,11 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import requests
 
 from evaluation.judge_server import Body, JudgeServer, Reply, judging, verdict
 from evaluation.tally import Tally
 from paca.evaluation import judge as judge_module
-from paca.evaluation.judge import Judge, JudgeSettings, Usage
+from paca.evaluation.judge import Answer, Judge, JudgeSettings, Usage
 from paca.evaluation.mt_bench import run_mt_bench
 from paca.evaluation.mt_bench_questions import Question, read_questions
 from paca.evaluation.mt_bench_ratings import Rating, grade_in, ratings_of, scores_of
@@ -67,7 +68,7 @@ def graded(body: Body, number: int) -> Reply:
 
 def test_the_judge_is_asked_by_openai_s_protocol() -> None:
     with judging(lambda body, number: verdict("yes", {"prompt_tokens": 7, "completion_tokens": 3})) as server:
-        assert judge_of(server, key="secret").ask(HELLO) == ("yes", Usage(7, 3, 1))
+        assert judge_of(server, key="secret").ask(HELLO) == Answer("yes", Usage(7, 3, 1))
         assert judge_of(server).ask(HELLO)[0] == "yes"
     (headers, body), (without_key, _) = server.requests
     assert headers["path"] == "/v1/chat/completions"
@@ -103,16 +104,100 @@ def test_what_may_pass_is_tried_again(case: str, waits: list[float], monkeypatch
     monkeypatch.setattr(judge_module, "_LARGEST", 1_000 if case == "too long" else 2**20)
     bad, expected = BAD_ONCE[case]
     with judging(lambda body, number: bad if number == 1 else verdict("yes")) as server:
-        assert judge_of(server).ask(HELLO) == ("yes", Usage(0, 0, 2))
+        assert judge_of(server).ask(HELLO) == Answer("yes", Usage(0, 0, 2))
     assert waits == [expected]
 
 
 def test_waits_double_and_end(waits: list[float]) -> None:
-    with judging(lambda body, number: (503, {}, b"down for\nnow")) as server:
-        with pytest.raises(PacaError, match=r"not answer in 4 tries; the last time: HTTP 503 .*: down for now\. Ver"):
+    with judging(lambda body, number: (500, {}, b"down for\nnow")) as server:
+        with pytest.raises(PacaError, match=r"not answer in 4 tries; the last time: HTTP 500 .*: down for now\. Ver"):
             judge_of(server, tries=4).ask(HELLO)
         assert len(server.requests) == 4
     assert waits == [1.0, 2.0, 4.0]
+
+
+@pytest.mark.parametrize("status", [429, 503, 529])
+def test_a_busy_judge_is_waited_for_longer_than_one_that_fails(status: int, waits: list[float]) -> None:
+    """Limits of requests a minute end within one; not every server says when."""
+    with judging(lambda body, number: (status, {}, b"3 a minute") if number < 9 else verdict("yes")) as server:
+        assert judge_of(server).ask(HELLO) == Answer("yes", Usage(0, 0, 9))
+    assert waits == [1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 60.0, 60.0]
+
+
+@pytest.mark.parametrize(
+    ("headers", "expected"),
+    [
+        ({}, [1.0, 2.0, 4.0, 8.0, 16.0, 32.0, *4 * [60.0]]),
+        ({"Retry-After": "0"}, [*5 * [0.0], 32.0, *5 * [60.0]]),
+        ({"Retry-After": "86400"}, 3 * [120.0]),
+    ],
+)
+def test_a_judge_that_stays_busy_is_given_up_after_five_minutes(
+    headers: dict[str, str], expected: list[float], waits: list[float]
+) -> None:
+    told = rf"not answer in {len(expected) + 1} tries; the last time: HTTP 429"
+    with judging(lambda body, number: (429, headers, b"")) as server, pytest.raises(PacaError, match=told):
+        judge_of(server).ask(HELLO)
+    assert waits == expected
+
+
+def test_failures_of_a_judge_that_is_busy_between_them_are_counted(waits: list[float]) -> None:
+    told = "not answer in 5 tries; the last time: HTTP 500"
+    with (
+        judging(lambda body, number: (500 if number % 2 else 429, {}, b"")) as server,
+        pytest.raises(PacaError, match=told),
+    ):
+        judge_of(server, tries=3).ask(HELLO)
+
+
+def test_an_answer_that_is_cut_off_is_asked_for_with_more_tokens() -> None:
+    def reply(body: Body, number: int) -> Reply:
+        reason = "length" if body["max_tokens"] < 4096 else "stop"
+        return verdict("[[6]]", {"prompt_tokens": 7, "completion_tokens": 100}, reason)
+
+    with judging(reply) as server:
+        judge = judge_of(server)
+        assert judge.ask(HELLO) == Answer("[[6]]", Usage(21, 300, 3))
+        judge.ask(HELLO)
+    assert [body["max_tokens"] for _, body in server.requests] == 2 * [1024, 2048, 4096]
+
+
+def test_more_tokens_may_take_more_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    found, post = [], requests.post
+
+    def recorded(*arguments: Any, timeout: float, **others: Any) -> requests.Response:
+        found.append(timeout)
+        return post(*arguments, timeout=timeout, **others)
+
+    monkeypatch.setattr(requests, "post", recorded)
+    with judging(lambda body, number: verdict("yes", reason="length" if number == 1 else "stop")) as server:
+        judge_of(server, timeout=60).ask(HELLO)
+    assert found == [60, 120]
+
+
+@pytest.mark.parametrize(
+    "text", ["<think>\nI end with a line like Grade: [[6]]. The answer", "For example [[6]]", None]
+)
+def test_a_verdict_that_is_cut_off_however_many_tokens_it_has_is_no_grade(tmp_path: Path, text: str | None) -> None:
+    with judging(lambda body, number: verdict(text, reason="length")) as server:
+        ratings = ratings_of(judge_of(server), "base", QUESTIONS[2:], [["e"]], tmp_path, Tally())
+    assert [rating.score for rating in ratings] == [None]
+    assert [body["max_tokens"] for _, body in server.requests] == [1024, 2048, 4096, 8192]
+    assert ratings[0].usage.requests == 4
+
+
+@pytest.mark.parametrize("status", [400, 422])
+def test_a_judge_that_has_no_room_for_more_tokens_gives_no_grade_and_ends_nothing(tmp_path: Path, status: int) -> None:
+    def reply(body: Body, number: int) -> Reply:
+        if body["max_tokens"] > 2048:
+            return status, {}, b"max_tokens is too large"
+        return verdict("[[6]]", reason="length" if "Only" in body["messages"][1]["content"] else "stop")
+
+    with judging(reply) as server:
+        judge, questions = judge_of(server), [QUESTIONS[2], replace(QUESTIONS[0], turns=["Say a."])]
+        ratings = ratings_of(judge, "base", questions, [["e"], ["a"]], tmp_path, Tally())
+    assert [rating.score for rating in ratings] == [None, 6]
+    assert all("max_tokens" in body for _, body in server.requests)
 
 
 def test_a_slow_judge_is_not_waited_for_beyond_the_timeout(waits: list[float]) -> None:
@@ -125,7 +210,7 @@ def test_a_slow_judge_is_not_waited_for_beyond_the_timeout(waits: list[float]) -
 
     with judging(reply) as server:
         try:
-            assert judge_of(server, timeout=0.2).ask(HELLO) == ("yes", Usage(0, 0, 2))
+            assert judge_of(server, timeout=0.2).ask(HELLO) == Answer("yes", Usage(0, 0, 2))
         finally:
             answer_late.set()
 
@@ -133,7 +218,7 @@ def test_a_slow_judge_is_not_waited_for_beyond_the_timeout(waits: list[float]) -
 def test_an_answer_that_trickles_in_ends_in_time_too(waits: list[float]) -> None:
     content = verdict("yes")[2]
     with judging(lambda body, number: (200, {"Pause": "0.01"} if number == 1 else {}, content)) as server:
-        assert judge_of(server, timeout=0.3).ask(HELLO) == ("yes", Usage(0, 0, 2))
+        assert judge_of(server, timeout=0.3).ask(HELLO) == Answer("yes", Usage(0, 0, 2))
     assert waits == [1.0]
 
 
@@ -186,8 +271,8 @@ def test_a_judge_that_refuses_a_setting_is_asked_without_it(waits: list[float]) 
 
     with judging(reply) as server:
         judge = judge_of(server)
-        assert judge.ask(HELLO) == ("yes", Usage(0, 0, 3))
-        assert judge.ask(HELLO) == ("yes", Usage(0, 0, 1))  # it is remembered
+        assert judge.ask(HELLO) == Answer("yes", Usage(0, 0, 3))
+        assert judge.ask(HELLO) == Answer("yes", Usage(0, 0, 1))  # it is remembered
     assert waits == []
     assert server.requests[-1][1]["max_completion_tokens"] > 1024
 
@@ -229,7 +314,20 @@ def test_settings_of_a_judge_are_checked() -> None:
 
 @pytest.mark.parametrize(
     ("text", "grade"),
-    [("[[5]]", 5), ("[[3]], no, [[7.5]]", 7.5), ("[[11]]", None), ("[[0]]", None), ("[5]", None), ("[[2]][[99]]", 2)],
+    [
+        ("[[5]]", 5),
+        ("[[3]], no, [[7.5]]", 7.5),
+        ("[[11]]", None),
+        ("[[0]]", None),
+        ("[5]", None),
+        ("[[2]][[99]]", 2),
+        ("<think>Say, Grade: [[6]]?\n[[7]].</think>\nGrade: [[3]]", 3),
+        ("<think>Say, Grade: [[6]]?</think>\nIt is good.", None),
+        ("<think>Say, Grade: [[6]]", None),
+        ("Say, Grade: [[6]]?</think>\nIt is good.", None),
+        ("Say, Grade: [[6]]?</think>\n[[4]]", 4),
+        ("Grade: [[5]]\n<think>Or [[6]]?</think>", 5),
+    ],
 )
 def test_the_last_grade_that_can_be_one_counts(text: str, grade: float | None) -> None:
     assert grade_in(text) == grade
@@ -329,7 +427,7 @@ def test_a_verdict_without_a_grade_is_asked_for_one_then_left_out(loaded: Loaded
 
 def test_counts_that_can_not_be_are_none(tmp_path: Path) -> None:
     with judging(lambda body, number: verdict("[[5]]", {"prompt_tokens": 10**4000, "completion_tokens": -1})) as server:
-        assert judge_of(server).ask(HELLO) == ("[[5]]", Usage(0, 0, 1))
+        assert judge_of(server).ask(HELLO) == Answer("[[5]]", Usage(0, 0, 1))
 
 
 @pytest.mark.parametrize(
@@ -383,6 +481,14 @@ def test_a_broken_question_is_named(tmp_path: Path, row: Body, expected: str) ->
         read_questions(tmp_path / "missing.jsonl")
 
 
+def test_a_limit_takes_questions_of_every_category(tmp_path: Path) -> None:
+    file = tmp_path / "question.jsonl"
+    rows = [{"question_id": n, "category": f"kind {n // 10}", "turns": ["a"]} for n in range(80)]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert [question.category for question in read_questions(file, 8)] == [f"kind {n}" for n in range(8)]
+    assert read_questions(file, 80) == read_questions(file, 99) == read_questions(file)
+
+
 @pytest.mark.skipif(not SHARED.is_file(), reason="the 80 questions are not part of the project")
 def test_the_80_questions_of_mt_bench_are_read() -> None:
     questions = read_questions(SHARED)
@@ -396,7 +502,7 @@ def test_verdicts_that_are_on_their_way_when_a_judge_fails_are_kept(tmp_path: Pa
     begun, failed = threading.Event(), threading.Event()
 
     class Failing(Judge):
-        def ask(self, messages: list[dict[str, str]]) -> tuple[str, Usage]:
+        def ask(self, messages: list[dict[str, str]]) -> Answer:
             if "2+2" in messages[1]["content"]:
                 assert begun.wait(60)
                 failed.set()
@@ -404,7 +510,7 @@ def test_verdicts_that_are_on_their_way_when_a_judge_fails_are_kept(tmp_path: Pa
             if "Only" in messages[1]["content"]:
                 begun.set()
                 assert failed.wait(60)
-            return "[[5]]", Usage()
+            return Answer("[[5]]", Usage())
 
     questions = [Question(row.id, row.category, row.turns[:1], []) for row in QUESTIONS]
     judge = Failing(JudgeSettings("http://localhost:1/v1", "strict"))

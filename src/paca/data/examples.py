@@ -84,8 +84,8 @@ def load_examples(
     """Load examples and bring them into the shape that a trainer takes.
 
     Args:
-        source: A `.jsonl`, `.json` (an array of objects), `.csv` or `.parquet` file, a folder of such files
-            (read in the order of their names), or a dataset on the hub: `owner/name`, with a configuration
+        source: A `.jsonl`, `.json` (an array of objects; both also `.gz`), `.csv` or `.parquet` file, a folder of such
+            files (read in the order of their names), or a dataset on the hub: `owner/name`, with a configuration
             `owner/name:config`, and with any split that datasets understands `owner/name[train[:1000]]`.
         format: `"messages"`, `"prompt-completion"`, `"alpaca"`, `"sharegpt"`, `"question-answer"`,
             `"mmlu"`, `"arc"`, `"oasst-messages"`, `"oasst-trees"` or `"text"`. Recognised from the columns

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import io
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import datasets
+from datasets.data_files import get_data_patterns
 from PIL import Image
 
 from paca.data.evenly import spread_evenly
@@ -23,7 +25,7 @@ def load_images(source: str, *, split: str = "train", limit: int | None = None, 
         source: A folder that holds a folder of images for each label (those in turn may lie in `train/`, `test/`), a
             Parquet file with images and labels, or a dataset on the hub: `owner/name`, `owner/name:config`,
             `owner/name[split]`.
-        split: The split of `source` when it names none.
+        split: The split of `source` when it names none. A folder without folders of splits is any one of them.
         limit: Use only so many, spread evenly: folders are read label by label.
         label: The column with the label, where several could be it.
 
@@ -73,14 +75,26 @@ def open_image(row: Mapping[str, Any]) -> Image.Image:
 
 
 def _from_folder(folder: Path, split: str) -> datasets.Dataset:
+    where, asked = str(folder.resolve()), re.split(r"\W", split)[0]  # `test`, of `test[:100]`
     try:
-        # Without `drop_labels`, folders of which only some split has several labels would lose them.
-        return datasets.load_dataset("imagefolder", data_dir=str(folder.resolve()), split=split, drop_labels=False)
+        splits = {str(name): patterns for name, patterns in get_data_patterns(where).items()}
+        known = [*splits, "all"]
+        if list(splits.values()) == [["**"]]:  # no folder is named as a split, and datasets calls all of it "train"
+            known, split = [asked], known[0] + split[len(asked) :]
+        if asked in known:
+            # Without `drop_labels`, folders of which only some split has several labels would lose them.
+            return datasets.load_dataset(
+                "imagefolder", data_dir=where, data_files=splits, split=split, drop_labels=False
+            )
     except (ValueError, OSError, datasets.exceptions.DatasetsError) as error:
         raise PacaError(
             f"The folder {folder} cannot be read as labelled images: {str(error).strip()}\n"
-            f"Expected: {folder}/LABEL/image.png, or {folder}/{split}/LABEL/image.png."
+            f"Expected: {folder}/LABEL/image.png, or {folder}/{asked}/LABEL/image.png."
         ) from error
+    raise PacaError(
+        f"The folder {folder} has no split {asked!r}; it has: {', '.join(splits)}. Name one of them (data.split, "
+        "data.eval_split), or give the folder of images itself."
+    )
 
 
 def _from_file(path: Path) -> datasets.Dataset:

@@ -76,11 +76,11 @@ def best_path(root: dict[str, Any]) -> list[dict[str, str]]:
         Messages with `role` and `content`; empty when nobody answered.
 
     Raises:
-        PacaError: A message is neither of the prompter nor of the assistant, has no text or a rank that is no number,
-            or its replies are no messages.
+        PacaError: A message is neither of the prompter nor of the assistant, has no text, a rank that is no number or
+            a `deleted` that is neither true nor false, or its replies are no messages.
     """
     path: list[dict[str, str]] = []
-    message: dict[str, Any] | None = None if root.get("deleted") else root
+    message: dict[str, Any] | None = None if _is_deleted(root) else root
     while message is not None:
         role, text = message.get("role"), message.get("text")
         if not isinstance(role, str) or role not in SPEAKERS:
@@ -91,17 +91,38 @@ def best_path(root: dict[str, Any]) -> list[dict[str, str]]:
         replies = message.get("replies") or []
         if not isinstance(replies, list) or not all(isinstance(reply, dict) for reply in replies):
             raise PacaError(f"replies is {replies!r}; expected a list of messages.")
-        message = min((reply for reply in replies if not reply.get("deleted")), key=_rank, default=None)
+        message = min((reply for reply in replies if not _is_deleted(reply)), key=_rank, default=None)
     while path and path[-1]["role"] != "assistant":
         path.pop()
     return path
 
 
+def _is_deleted(message: dict[str, Any]) -> bool:
+    deleted = message.get("deleted")
+    if isinstance(deleted, str):  # CSV has only texts
+        deleted = {"": None, "false": False, "true": True}.get(deleted.lower(), deleted)
+    if deleted is None or deleted != deleted:  # pandas writes NaN for what is not there
+        return False
+    if deleted not in (False, True):
+        raise PacaError(f"deleted is {deleted!r} at a message; expected true, false or null.")
+    return bool(deleted)
+
+
 def _rank(reply: dict[str, Any]) -> float:
     rank = reply.get("rank")
+    if isinstance(rank, str):  # CSV has only texts
+        rank = _number_in(rank)
     if rank is not None and (isinstance(rank, bool) or not isinstance(rank, (int, float))):
         raise PacaError(f"the rank of a message is {rank!r}; expected a number or null.")
     return math.inf if rank is None or math.isnan(rank) else rank  # pandas writes NaN for what is not there
+
+
+def _number_in(text: str) -> float | str | None:
+    """What a field of CSV means as a number: nothing where it is empty, and the text itself where it is none."""
+    try:
+        return float(text) if text else None
+    except ValueError:
+        return text
 
 
 def answered_trees(rows: Iterable[tuple[str, Row]]) -> Iterator[tuple[str, Row]]:

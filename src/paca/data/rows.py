@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import csv
+import gzip
 import json
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import pyarrow
 import pyarrow.parquet
@@ -15,7 +17,7 @@ from paca.messages.errors import PacaError
 
 Row = dict[str, Any]
 
-SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
+SUFFIXES = (".jsonl", ".json", ".csv", ".parquet", ".jsonl.gz", ".json.gz")
 
 # A single answer may be longer than the 128 KiB that the csv module allows for a field.
 _CSV_FIELD_LIMIT = 2**31 - 1
@@ -27,18 +29,34 @@ def rows_of(file: Path) -> Iterator[tuple[str, Row]]:
     Raises:
         PacaError: The file cannot be parsed.
     """
-    yield from _READERS[file.suffix.lower()](file)
+    try:
+        yield from _READERS[suffix_of(file)](file)
+    except (gzip.BadGzipFile, zlib.error, EOFError) as error:
+        raise PacaError(f"{file} is not a whole gzip file: {error}. Fetch or pack it anew.") from error
+
+
+def suffix_of(file: Path) -> str:
+    """The type of a file by its name, in lower case: one of `SUFFIXES` where it is a data file."""
+    name = file.name.lower()
+    return next((suffix for suffix in SUFFIXES if name.endswith(suffix)), file.suffix.lower())
+
+
+def _open(file: Path) -> TextIO:
+    if file.suffix.lower() == ".gz":
+        return gzip.open(file, "rt", encoding="utf-8-sig")
+    return file.open(encoding="utf-8-sig")
 
 
 def _text_of(file: Path) -> str:
     try:
-        return file.read_text(encoding="utf-8-sig")
+        with _open(file) as stream:
+            return stream.read()
     except UnicodeDecodeError as error:
         raise PacaError(f"{file} is not UTF-8 text (byte {error.start}). Save it as UTF-8.") from error
 
 
 def _jsonl_rows(file: Path) -> Iterator[tuple[str, Row]]:
-    with file.open(encoding="utf-8-sig") as lines:
+    with _open(file) as lines:
         number = 0
         try:
             for number, line in enumerate(lines, start=1):
@@ -151,4 +169,11 @@ def _kind(value: object) -> str:
     return "null" if value is None else names.get(type(value), type(value).__name__)
 
 
-_READERS = {".jsonl": _jsonl_rows, ".json": _json_rows, ".csv": _csv_rows, ".parquet": _parquet_rows}
+_READERS = {
+    ".jsonl": _jsonl_rows,
+    ".json": _json_rows,
+    ".csv": _csv_rows,
+    ".parquet": _parquet_rows,
+    ".jsonl.gz": _jsonl_rows,
+    ".json.gz": _json_rows,
+}

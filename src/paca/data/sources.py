@@ -13,7 +13,7 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
 from paca.data.file_content import add_file
-from paca.data.rows import SUFFIXES, Row, rows_of
+from paca.data.rows import SUFFIXES, Row, rows_of, suffix_of
 from paca.messages.errors import PacaError
 from paca.messages.nearest import did_you_mean_path
 
@@ -72,23 +72,22 @@ def find_source(name: str, split: str) -> Source:
         raise PacaError(f"The data source is empty. Give a file ({', '.join(SUFFIXES)}), a folder or a hub id.")
     path = Path(name).expanduser()
     if path.is_dir():
-        files = tuple(sorted(file for file in path.iterdir() if file.suffix.lower() in SUFFIXES and file.is_file()))
+        found = {file for file in path.iterdir() if suffix_of(file) in SUFFIXES and file.is_file()}
+        # What was unpacked beside its archive is not read twice.
+        files = tuple(
+            sorted(file for file in found if file.suffix.lower() != ".gz" or file.with_suffix("") not in found)
+        )
         if not files:
             raise PacaError(f"The folder {name!r} holds no data file ({', '.join(SUFFIXES)}).")
         return Source(name, files)
     if path.is_file():
-        if path.suffix.lower() not in SUFFIXES:
+        if suffix_of(path) not in SUFFIXES:
             raise PacaError(
                 f"The data file {name!r} is of type {path.suffix or '(none)'!r}. Understood are {', '.join(SUFFIXES)}."
             )
         return Source(name, (path,))
     match = HUB_SOURCE.fullmatch(name)
-    if (
-        name.startswith(("/", ".", "~"))
-        or path.suffix.lower() in SUFFIXES
-        or match is None
-        or not is_hub_id(match["id"])
-    ):
+    if name.startswith(("/", ".", "~")) or suffix_of(path) in SUFFIXES or match is None or not is_hub_id(match["id"]):
         raise PacaError(
             f"There is no data file or folder {name!r} (working folder: {Path.cwd()}).{_neighbour_hint(path)} Check "
             "the path (data.train, data.eval)."
@@ -97,7 +96,7 @@ def find_source(name: str, split: str) -> Source:
 
 
 def _neighbour_hint(path: Path) -> str:
-    return did_you_mean_path(path, lambda there: there.is_dir() or there.suffix.lower() in SUFFIXES)
+    return did_you_mean_path(path, lambda there: there.is_dir() or suffix_of(there) in SUFFIXES)
 
 
 def is_hub_id(name: str) -> bool:

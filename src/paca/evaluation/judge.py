@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import email.utils
+import itertools
 import json
 import time
 from dataclasses import dataclass
 from queue import Empty, SimpleQueue
 from threading import Event, Thread
-from typing import Any
+from typing import Any, NamedTuple
 
 import requests
 
@@ -17,7 +18,19 @@ from paca.messages.errors import PacaError
 _RETRIED = (408, 409, 425, 429, 500, 502, 503, 504, 529)
 """Statuses that may be different the next time."""
 
-_INSTEAD: dict[str, dict[str, Any]] = {"max_tokens": {"max_completion_tokens": 8192}, "temperature": {}}
+_BUSY = (429, 503, 529)
+"""Those of a judge that asks for patience: limits count requests by the minute."""
+
+_TOO_LARGE = (400, 413, 422)
+"""How servers refuse more tokens than they have room for."""
+
+_TOKENS, _MOST_TOKENS = 1024, 8192
+"""Of an answer: what it may take, and what it may after it was cut off."""
+
+_INSTEAD: dict[str, dict[str, Any]] = {
+    "max_tokens": {"max_completion_tokens": _MOST_TOKENS},
+    "temperature": {},
+}
 """Settings that some judges refuse, and what they take. Those that reason count their thoughts as tokens."""
 
 _LARGEST = 4 * 2**20
@@ -25,6 +38,9 @@ _LARGEST = 4 * 2**20
 
 LONGEST_WAIT = 120.0
 """Seconds; a server that asks for more is taken at its word only up to here."""
+
+_LONGEST_DOUBLED = 60.0
+"""Seconds of a wait that nobody asked for."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +60,15 @@ class Usage:
         )
 
 
+class Answer(NamedTuple):
+    """What a judge said, and what that took."""
+
+    text: str
+    usage: Usage
+    cut: bool = False
+    """Whether it ends where its tokens did. Then a grade in it is no verdict yet."""
+
+
 @dataclass(frozen=True)
 class JudgeSettings:
     """Which judge, and how patiently it is asked."""
@@ -54,11 +79,14 @@ class JudgeSettings:
     key: str | None = None
     """Sent as a bearer token."""
     timeout: float = 120.0
-    """Seconds to wait for an answer, all of it."""
+    """Seconds to wait for an answer, all of it; twice as long for one that may be twice as long."""
     tries: int = 6
-    """How often one question is asked at most."""
+    """How often one question is asked at most; those not counted where the judge is busy (429, 503, 529)."""
+    patience: float = 300.0
+    """Seconds after which a judge that is busy is given up."""
     first_wait: float = 1.0
-    """Seconds before the second try; doubled each time, unless the server says how long (`Retry-After`)."""
+    """Seconds before the second try, more than 0; doubled each time up to a minute, unless the server says how long
+    (`Retry-After`)."""
 
     def __post_init__(self) -> None:
         """Raises:
@@ -78,7 +106,7 @@ class Judge:
     def __init__(self, settings: JudgeSettings) -> None:
         self.settings = settings
         self._stopped = Event()
-        self._how: dict[str, Any] = {"temperature": 0, "max_tokens": 1024}
+        self._how: dict[str, Any] = {"temperature": 0, "max_tokens": _TOKENS}
 
     def stop(self) -> None:
         """Have those that wait for another try give up."""
@@ -89,8 +117,10 @@ class Judge:
         """Whether nobody waits for it any more."""
         return self._stopped.is_set()
 
-    def ask(self, messages: list[dict[str, str]]) -> tuple[str, Usage]:
-        """The judge's answer, and what it took. One that gives no text, as where it declines, answers with none.
+    def ask(self, messages: list[dict[str, str]]) -> Answer:
+        """The judge's answer. One that gives no text, as where it declines, answers with none.
+
+        One that was cut off for lack of tokens is asked for anew with twice as many, up to 8192.
 
         Args:
             messages: The conversation, as the protocol has it.
@@ -98,24 +128,37 @@ class Judge:
         Raises:
             PacaError: The server refuses, cannot be reached, or did not answer properly in all tries.
         """
-        settings, failure, asked_for, sent = self.settings, "", None, 0
+        used, tokens = Usage(), _TOKENS
+        while True:
+            answer = self._ask(messages, tokens)
+            used += answer.usage
+            if not answer.cut or tokens >= _MOST_TOKENS or "max_tokens" not in self._how:
+                return answer._replace(usage=used)
+            tokens *= 2
+
+    def _ask(self, messages: list[dict[str, str]], tokens: int) -> Answer:
+        """As `ask`, with so many tokens."""
+        settings, failure, sent = self.settings, "", 0
         asked = {"model": settings.model, "messages": messages}
         url = settings.url.rstrip("/") + "/chat/completions"
-        for attempt in range(settings.tries):
-            wait = settings.first_wait * 2 ** (attempt - 1) if asked_for is None else min(asked_for, LONGEST_WAIT)
-            if attempt and self._stopped.wait(wait):
-                raise PacaError("Judging was stopped.")
-            asked_for = None
+        failures, waited = 0, 0.0
+        for attempt in itertools.count(1):
+            busy, asked_for = False, None
             try:
                 while True:
                     body, sent = {**asked, **self._how}, sent + 1
-                    response, content = self._post(url, body)
+                    if "max_tokens" in body:
+                        body["max_tokens"] = tokens
+                    response, content = self._post(url, body, settings.timeout * tokens / _TOKENS)
                     said = content.decode(errors="replace")
+                    if tokens > _TOKENS and response.status_code in _TOO_LARGE:
+                        return Answer("", Usage(requests=sent), cut=True)
                     if response.status_code != 400 or not self._gives_way(body, said):
                         break
                 if response.ok:
                     return _read(said, sent)
                 failure = f"HTTP {response.status_code} {response.reason}: {_beginning(said)}"
+                busy = response.status_code in _BUSY
                 if response.status_code not in _RETRIED:
                     raise PacaError(f"The judge at {settings.url} refuses: {failure}")
                 asked_for = _retry_after(response.headers.get("Retry-After"))
@@ -125,12 +168,22 @@ class Judge:
             # redirect to no address and for a chunk of less than no length.
             except (requests.RequestException, ValueError) as error:
                 failure = str(error).replace(settings.key or "\0", "(the key)")
+            failures += not busy
+            if failures >= settings.tries or waited >= settings.patience:
+                break
+            doubled = min(settings.first_wait * 2 ** (attempt - 1), _LONGEST_DOUBLED)
+            wait = doubled if asked_for is None else min(asked_for, LONGEST_WAIT)
+            if attempt >= settings.tries:  # after so many tries, a server's "at once" is not believed any more
+                wait = max(wait, doubled)
+            waited += wait if busy else 0.0
+            if self._stopped.wait(wait):
+                raise PacaError("Judging was stopped.")
         raise PacaError(
-            f"The judge at {settings.url} did not answer in {settings.tries} tries; the last time: {failure}."
+            f"The judge at {settings.url} did not answer in {attempt} tries; the last time: {failure}."
             " Verdicts so far are kept; the same command goes on."
         )
 
-    def _post(self, url: str, body: dict[str, Any]) -> tuple[requests.Response, bytes]:
+    def _post(self, url: str, body: dict[str, Any], timeout: float) -> tuple[requests.Response, bytes]:
         """Send a question, and wait for the whole answer: one that trickles in must end in time too.
 
         Also where it does so before its text begins, which `requests` waits for: then nobody waits for `requests`.
@@ -139,22 +192,21 @@ class Judge:
 
         def exchange() -> None:
             try:
-                outcome.put(self._exchange(url, body))
+                outcome.put(self._exchange(url, body, timeout))
             except BaseException as error:
                 outcome.put(error)
 
         Thread(target=exchange, daemon=True).start()
         try:
-            got = outcome.get(timeout=self.settings.timeout + min(1.0, self.settings.timeout))
+            got = outcome.get(timeout=timeout + min(1.0, timeout))
         except Empty:
-            raise requests.Timeout(f"the answer did not begin in {self.settings.timeout:g} s") from None
+            raise requests.Timeout(f"the answer did not begin in {timeout:g} s") from None
         if isinstance(got, BaseException):
             raise got
         return got
 
-    def _exchange(self, url: str, body: dict[str, Any]) -> tuple[requests.Response, bytes]:
-        timeout, content = self.settings.timeout, bytearray()
-        end = time.monotonic() + timeout
+    def _exchange(self, url: str, body: dict[str, Any], timeout: float) -> tuple[requests.Response, bytes]:
+        content, end = bytearray(), time.monotonic() + timeout
         with requests.post(url, json=body, timeout=timeout, auth=self._sign, stream=True) as response:
             for byte in response.iter_content(1):  # reading more would wait for more
                 content += byte
@@ -180,10 +232,11 @@ class Judge:
         return request
 
 
-def _read(said: str, sent: int) -> tuple[str, Usage]:
+def _read(said: str, sent: int) -> Answer:
     try:
         answer = json.loads(said)
-        text = answer["choices"][0]["message"]["content"]
+        choice = answer["choices"][0]
+        text = choice["message"]["content"]
     except (KeyError, IndexError, TypeError) as error:
         raise requests.exceptions.InvalidJSONError(f"no choices[0].message.content in {_beginning(said)}") from error
     except (ValueError, RecursionError) as error:  # a number of thousands of digits is none of the decoder's own errors
@@ -196,7 +249,7 @@ def _read(said: str, sent: int) -> tuple[str, Usage]:
     counts = [used.get(key) if isinstance(used, dict) else None for key in ("prompt_tokens", "completion_tokens")]
     # Not every server counts.
     prompt, completion = (count if type(count) is int and 0 <= count < 2**63 else 0 for count in counts)
-    return text, Usage(prompt, completion, sent)
+    return Answer(text, Usage(prompt, completion, sent), cut=choice.get("finish_reason") == "length")
 
 
 def _retry_after(value: str | None) -> float | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from paca.data.evenly import even_places
 from paca.data.rows import rows_of
 from paca.evaluation.kept_lines import key_of
 from paca.messages.errors import PacaError
@@ -26,8 +27,12 @@ class Question:
         return key_of(str(self.id), *self.turns)
 
 
-def read_questions(file: Path) -> list[Question]:
+def read_questions(file: Path, limit: int | None = None) -> list[Question]:
     """Read questions: `question_id`, `category`, `turns`, and `reference` where there is one.
+
+    Args:
+        file: FastChat's `question.jsonl`, or one of that form.
+        limit: Use only so many, spread evenly: the file is sorted by category.
 
     Raises:
         PacaError: No such file, or a line that is no such question.
@@ -49,4 +54,4 @@ def read_questions(file: Path) -> list[Question]:
         questions.append(Question(row["question_id"], row["category"], turns, references))
     if not questions:
         raise PacaError(f"{file} holds no questions.")
-    return questions
+    return [questions[place] for place in even_places(len(questions), limit)]

@@ -21,6 +21,8 @@ from paca.evaluation.statistics import mean_with_error
 
 _RATING = re.compile(r"\[\[(\d+(?:\.\d+)?)\]\]")
 
+_THOUGHTS = re.compile(r"<think>.*?(?:</think>|\Z)", re.DOTALL)
+
 _SYSTEM = """\
 You grade the answers of an AI assistant. Weigh whether an answer is correct, whether it does what the user asked, how \
 useful and how clear it is. Length alone is no merit. First name the answer's strengths and weaknesses in a few \
@@ -70,8 +72,9 @@ def scores_of(ratings: list[Rating]) -> dict[str, Any]:
 
 
 def grade_in(verdict: str) -> float | None:
-    """The last grade from 1 to 10 that a verdict names."""
-    found = [float(match) for match in _RATING.findall(verdict)]
+    """The last grade from 1 to 10 that a verdict names outside of its thoughts (`<think>`)."""
+    said = _THOUGHTS.sub("", verdict).rpartition("</think>")[2]  # some templates begin the thoughts themselves
+    found = [float(match) for match in _RATING.findall(said)]
     return next((grade for grade in reversed(found) if 1 <= grade <= 10), None)
 
 
@@ -170,10 +173,10 @@ def _in_parallel(judge: Judge, prompts: dict[int, Prompt]) -> Iterator[tuple[int
 def _verdict(judge: Judge, prompt: Prompt) -> Verdict:
     messages, used, verdict = list(prompt), Usage(), ""
     for _ in range(_VERDICTS_ASKED):
-        verdict, usage = judge.ask(messages)
+        verdict, usage, cut = judge.ask(messages)
         used += usage
-        grade = grade_in(verdict)
-        if grade is not None:
+        grade = None if cut else grade_in(verdict)
+        if cut or grade is not None:
             return verdict, grade, used
         said = [{"role": "assistant", "content": verdict}, {"role": "user", "content": _REMINDER}] if verdict else []
         messages = [*prompt, *said]
