@@ -119,3 +119,9 @@ def test_text_in_another_encoding_is_named(tmp_path: Path, name: str) -> None:
     path.write_bytes("text\nÄpfel und Birnen\n".encode("latin-1"))
     with pytest.raises(PacaError, match="UTF-8"):
         list(rows_of(path))
+
+
+def test_a_file_of_another_type_is_named(tmp_path: Path) -> None:
+    (tmp_path / "questions.txt").write_text("{}")
+    with pytest.raises(PacaError, match=r"questions\.txt is no data file by its name\. Understood are \.jsonl"):
+        list(rows_of(tmp_path / "questions.txt"))

@@ -29,8 +29,11 @@ def rows_of(file: Path) -> Iterator[tuple[str, Row]]:
     Raises:
         PacaError: The file cannot be parsed.
     """
+    reader = _READERS.get(suffix_of(file))
+    if reader is None:
+        raise PacaError(f"{file} is no data file by its name. Understood are {', '.join(SUFFIXES)}.")
     try:
-        yield from _READERS[suffix_of(file)](file)
+        yield from reader(file)
     except (gzip.BadGzipFile, zlib.error, EOFError) as error:
         raise PacaError(f"{file} is not a whole gzip file: {error}. Fetch or pack it anew.") from error
 
