@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,15 +21,23 @@ from typing import Any
 import pandas as pd
 import torch
 import yaml
-from transformers import Trainer
+from benchmarks.quality.rotation import InTurns, Rotation
+from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer
 
+import paca
+from paca.evaluation.encoding import continuation_of
 from paca.training import load_run_config, train
+from paca.training.config.run_config import RunConfig
+from paca.training.trainers import trainer_kind
+from paca.tuner.calibration.selecting import collect_scores
+from paca.tuner.calibration.targets import find_targets
 
 ROOT = Path(__file__).parents[2]
 ROWS = Path(__file__).with_suffix(".csv")
 BASE = "lora"
+EXAMPLES = 32  # that columns over all layers are chosen by
 HALVES = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}
-STEPS = 200
+TWICE = {"gradient_accumulation_steps": 2, "max_steps": 100}
 
 
 @dataclass(frozen=True)
@@ -41,6 +50,8 @@ class Way:
     train: dict[str, Any] | None = None  # laid over its `train` section
     optimizer: str | None = None  # "muon", or "shared": Adam with one second moment for a row of the columns
     frozen: str | None = None  # parameters whose name holds this
+    rotation: Rotation | None = None
+    over_all_layers: bool = False  # columns with the largest gradients for their parameters, in all layers together
 
 
 def _columns(r: int, **settings: Any) -> dict[str, Any]:
@@ -64,6 +75,13 @@ WAYS = {
     "factors-r128-32": Way(7.8e-4, columns=_columns(128), train={"factor_rank": 32}),
     "factors-r64-32": Way(7.8e-4, train={"factor_rank": 32}),
     "muon": Way(1.25e-3, optimizer="muon"),
+    "rotated": Way(7.8e-4, columns={"rotate_every": 50}),
+    "rotated-in-turns": Way(7.8e-4, rotation=Rotation(every=40, groups=4, rewarm=10)),
+    "rotated-in-turns-carried": Way(7.8e-4, rotation=Rotation(every=40, groups=4, carry=True)),
+    "over-all-layers": Way(4.87e-4, over_all_layers=True),
+    "paca-batch-16": Way(1.25e-3, train=TWICE),
+    "lora-batch-16": Way(7.8e-4, method=_lora(33), train=TWICE),
+    "lora-batch-16-faster": Way(1.25e-3, method=_lora(33), train=TWICE),
     "shared-moment": Way(4.87e-4, optimizer="shared"),
     "shared-moment-faster": Way(1.25e-3, optimizer="shared"),
 }
@@ -104,9 +122,50 @@ def change_optimizer(way: Way) -> None:
             for name, parameter in self.model.named_parameters():
                 if way.frozen in name:
                     parameter.requires_grad_(False)
-        return create(self, *args, **settings)
+        optimizer = create(self, *args, **settings)
+        if way.rotation:
+            names = {
+                id(parameter): name.removeprefix("base_model.model.").rpartition(".paca_delta")[0]
+                for name, parameter in self.model.named_parameters()
+                if parameter.requires_grad
+            }
+            self.add_callback(InTurns(way.rotation, optimizer, names))
+        return optimizer
 
     Trainer.create_optimizer = created
+
+
+def over_all_layers(config: RunConfig) -> dict[str, Any]:
+    """A `paca` section with as many parameters as the run's, whose columns have the largest sums of squares of the
+    gradient for each of their parameters; every layer has some."""
+    model = AutoModelForCausalLM.from_pretrained(config.model.name, dtype="bfloat16", attn_implementation="eager")
+    tokenizer = AutoTokenizer.from_pretrained(config.model.name)
+    data = trainer_kind(config.train).read(config).train.dataset.select(range(EXAMPLES))
+    batches = []
+    for row in data:
+        prompt, answer = continuation_of(row, tokenizer)
+        tokens, labels = torch.tensor([prompt + answer]), torch.tensor([[-100] * len(prompt) + answer])
+        batches.append({"input_ids": tokens, "labels": labels})
+    targets = find_targets(model, paca.PacaConfig(r=1, target_modules="all-linear", selection="gradient_norm"))
+    scores = collect_scores(model, targets, "gradient_norm", batches)
+    heights = {name: target.module.weight.shape[0] for name, target in targets.items()}
+    budget = config.adapter["r"] * sum(heights.values())
+    of_all = [
+        (float(score) ** 2 / heights[name], name, column)
+        for name, found in scores.items()
+        for column, score in enumerate(found)
+    ]
+    columns: dict[str, list[int]] = {name: [int(found.argmax())] for name, found in scores.items()}
+    budget -= sum(heights.values())
+    for _, name, column in sorted(of_all, reverse=True):
+        if budget < heights[name]:
+            break
+        if column not in columns[name]:
+            columns[name].append(column)
+            budget -= heights[name]
+    ranks = {f"^{re.escape(name)}": len(found) for name, found in columns.items()}
+    return {"indices": {name: sorted(found) for name, found in columns.items()}, "rank_pattern": ranks,
+            "alpha_pattern": ranks}  # fmt: skip
 
 
 def run(name: str, task: str) -> None:
@@ -121,6 +180,11 @@ def run(name: str, task: str) -> None:
         settings |= way.method
     else:
         settings["paca"] |= way.columns or {}
+    if way.over_all_layers:
+        plain = folder.with_suffix(".plain.yaml")
+        plain.parent.mkdir(parents=True, exist_ok=True)
+        plain.write_text(yaml.safe_dump(settings, sort_keys=False))
+        settings["paca"] |= over_all_layers(load_run_config(plain))
     change_optimizer(way)
     file = folder.with_suffix(".yaml")
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -149,16 +213,18 @@ def add_row(name: str, task: str, folder: Path) -> None:
 
 
 def table() -> pd.DataFrame:
-    """Mean losses of 50 steps each, as differences from `BASE`, and the held-out losses."""
+    """Mean losses of each quarter of the steps, less those of `BASE`; of the last half; and on held-out data."""
     rows = pd.read_csv(ROWS)
     losses = {(row.task, row.way): torch.tensor([float(x) for x in row.losses.split()]) for row in rows.itertuples()}
-    shown = []
+    shown, tokens = [], rows.tokens.max()
     for row in rows.itertuples():
         ours, base = losses[row.task, row.way], losses.get((row.task, BASE))
         if base is not None:
-            apart = ours - base[: len(ours)]
-            parts = {f"{at + 1}-{at + 50}": f"{float(apart[at : at + 50].mean()):+.4f}" for at in range(0, STEPS, 50)}
-            last = f"{float(ours[STEPS // 2 :].mean()):.4f}"
+            if row.tokens == tokens and 2 * len(ours) == len(base):  # batches of twice the size
+                base = base.view(-1, 2).mean(1)
+            apart, size = ours - base[: len(ours)], len(base) // 4
+            parts = {f"quarter {n + 1}": f"{float(apart[n * size : (n + 1) * size].mean()):+.4f}" for n in range(4)}
+            last = f"{float(ours[len(base) // 2 :].mean()):.4f}"
             shown.append(
                 {
                     "task": row.task,
