@@ -53,13 +53,14 @@ def scores(run: Path, examples: Path) -> pd.DataFrame:
 def table(rows: pd.DataFrame) -> pd.DataFrame:
     """By run: its weighted mean, and the difference to the run of `BASE` with its page and seed.
 
-    `error` is the standard error of that difference, examples drawn by chance.
+    `error` is the standard error of that difference, examples drawn by chance. Without such a run it is compared with
+    itself.
     """
     runs = {name: found.groupdict() for name in rows.columns if (found := RUN.fullmatch(name))}
     bases = {(run["page"], run["seed"]): name for name, run in runs.items() if run["method"] == BASE}
     lines = []
     for name, run in runs.items():
-        base = bases[run["page"], run["seed"]]
+        base = bases.get((run["page"], run["seed"]), name)
         mean, _ = _mean(rows, [rows[name]])
         difference, error = _mean(rows, [rows[name] - rows[base]])
         lines.append({"run": name, "mean": mean, f"minus {BASE}": difference, "error": error})
@@ -75,7 +76,7 @@ def over_seeds(rows: pd.DataFrame) -> pd.DataFrame:
     lines = []
     for (page, method), names in columns.items():
         mean, _ = _mean(rows, [rows[name] for name in names])
-        base = [rows[name] for name in columns[page, BASE]]
+        base = [rows[name] for name in columns.get((page, BASE), names)]
         own = rows[names].mean(axis=1)
         difference, error = _mean(rows, [own - sum(base) / len(base)])
         lines.append({"page": page, "method": method, "mean": mean, f"minus {BASE}": difference, "error": error})
@@ -104,8 +105,8 @@ def main() -> None:
             rows = found if rows.empty else rows.join(found[name_of(run)])
             rows.to_csv(file, index=False, float_format="%.5f", lineterminator="\n")
             print(name_of(run), flush=True)
-    print(table(rows).to_string(float_format="%.4f"))
-    print(over_seeds(rows).to_string(float_format="%.4f"))
+    for found in (table, over_seeds) if len(rows) else ():
+        print(found(rows).to_string(float_format="%.4f"))
 
 
 if __name__ == "__main__":
