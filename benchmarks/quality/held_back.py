@@ -97,13 +97,13 @@ def main() -> None:
     parser.add_argument("runs", type=Path, nargs="*")
     given = parser.parse_args()
     file = FOLDER / f"{given.task}.csv"
-    rows = pd.read_csv(file) if file.exists() else pd.DataFrame()
+    rows = pd.read_csv(file).astype(float) if file.exists() else pd.DataFrame()
     for run in given.runs:
         if name_of(run) not in rows:
             found = scores(run, EXAMPLES[given.task])
             assert rows.empty or rows.weight.equals(found.weight)
             rows = found if rows.empty else rows.join(found[name_of(run)])
-            rows.to_csv(file, index=False, float_format="%.5f", lineterminator="\n")
+            rows.to_csv(file, index=False, float_format="%.6g", lineterminator="\n")
             print(name_of(run), flush=True)
     for found in (table, over_seeds) if len(rows) else ():
         print(found(rows).to_string(float_format="%.4f"))
