@@ -53,7 +53,7 @@ class RunFolder:
         """Hashes of what the run's settings named, its data and its model among them; empty where they are unknown."""
         try:
             found = json.loads(self.inputs.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
+        except (OSError, ValueError, RecursionError):
             return {}
         return found if isinstance(found, dict) else {}
 

@@ -8,7 +8,6 @@ import os
 import re
 import typing
 from collections.abc import Iterator, Mapping
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -161,11 +160,10 @@ def _recorded_inputs(folder: RunFolder, needed: set[str]) -> dict[str, str]:
     Raises:
         PacaError: It is not there or damaged, so that there is nothing to compare with.
     """
-    with suppress(OSError, ValueError, RecursionError):
-        found = json.loads(folder.inputs.read_text(encoding="utf-8"))
-        texts = isinstance(found, dict) and needed <= found.keys() and all(isinstance(v, str) for v in found.values())
-        if texts and re.fullmatch(r"[1-9]\d{0,5}", found.get(_PROCESSES, "1")):
-            return dict(found)
+    found = folder.recorded_inputs()
+    texts = found and needed <= found.keys() and all(isinstance(v, str) for v in found.values())
+    if texts and re.fullmatch(r"[1-9]\d{0,5}", found.get(_PROCESSES, "1")):
+        return found
     raise PacaError(
         f"{folder.inputs} is not there or damaged, and it says what {folder.path} was trained on: --resume can't know "
         "whether data and model are still the same. Put it back, or start anew."
