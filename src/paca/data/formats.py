@@ -146,7 +146,7 @@ def _from_sharegpt(row: Row) -> Example:
 def _from_prompt_completion(row: Row) -> Example:
     prompt, completion = row["prompt"], row["completion"]
     if isinstance(prompt, str) and isinstance(completion, str):
-        return {"prompt": prompt, "completion": _answer(completion, "completion"), **_options(row)}
+        return {"prompt": prompt, "completion": _some_text(completion, "completion"), **_options(row)}
     if not isinstance(prompt, list) or not isinstance(completion, list):
         raise PacaError(
             f"prompt is {_kind(prompt)} and completion is {_kind(completion)}; expected two strings, or two lists of "
@@ -165,11 +165,11 @@ def _from_alpaca(row: Row) -> Example:
     instruction = _text(row["instruction"], "instruction")
     given = _text(row.get("input") or "", "input")
     question = f"{instruction}\n\n{given}" if given.strip() else instruction
-    return _question_and_answer(question, _answer(row["output"], "output"))
+    return _question_and_answer(question, _some_text(row["output"], "output"))
 
 
 def _from_question_answer(row: Row) -> Example:
-    question, answer = _text(row["question"], "question"), _answer(row["answer"], "answer")
+    question, answer = _text(row["question"], "question"), _some_text(row["answer"], "answer")
     return {**_question_and_answer(question, answer), **_options(row)}
 
 
@@ -186,7 +186,7 @@ def _from_query_response(row: Row) -> Example:
 
 
 def _from_text(row: Row) -> Example:
-    return {"text": _answer(row["text"], "text")}
+    return {"text": _some_text(row["text"], "text")}
 
 
 def _from_choices(read: Callable[[Row], Question]) -> Callable[[Row], Example]:
@@ -262,7 +262,7 @@ def _text(value: object, name: str) -> str:
     return value
 
 
-def _answer(value: object, name: str) -> str:
+def _some_text(value: object, name: str) -> str:
     text = _text(value, name)
     if not text.strip():
         raise NothingToLearn(f"{name} is empty, so there is nothing to learn. Remove the example, or fill it in.")

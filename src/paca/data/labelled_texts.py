@@ -5,14 +5,14 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable
 
-from paca.data.formats import Example, Format, _text
+from paca.data.formats import Example, Format, _some_text
 from paca.data.rows import Row
 from paca.messages.errors import PacaError
 
 
 def _labelled(column: str) -> Callable[[Row], Example]:
     def convert(row: Row) -> Example:
-        text, label = _text(row[column], column), row["label"]
+        text, label = _some_text(row[column], column), row["label"]
         if not isinstance(label, (str, int)) or label == "":
             raise PacaError(f"label is {label!r}; expected a name or a whole number.")
         return {"text": text, "label": label if isinstance(label, str) else json.dumps(label)}

@@ -44,7 +44,7 @@ class Sample:
     left_out: int
     """Answers within them that do not count, as the template renders them differently later on."""
     mean: float
-    """Tokens once they are cut."""
+    """Tokens once they are cut; of a pair, those of both answers."""
     padded: float
     """Tokens to which a batch is padded, on average."""
     share: float | None
@@ -124,6 +124,7 @@ def take_sample(
     kept = np.sort(lengths[learned] if limit is None else np.minimum(lengths[learned], limit))
     middle = int(learned[np.argsort(lengths[learned], kind="stable")[len(learned) // 2]])
     shown = [_pieces_kept(tokens, stays if cuts else slice(None), tokenizer) for tokens in sequences[middle]]
+    read = [sum(len(tokens.ids[stays]) for tokens in sequences[index]) for index in learned]
     shares = (np.arange(len(kept) + 1) / len(kept)) ** batch_size  # of batches whose longest is among the first n
     edges = np.unique(np.linspace(lengths.min(), lengths.max() + 1, _BINS + 1).astype(int))
     return Sample(
@@ -137,7 +138,7 @@ def take_sample(
         limit=limit,
         unanswered=counted.count(0),
         left_out=sum(tokens.left_out for tokens in found),
-        mean=float(kept.mean()),
+        mean=float(np.mean(read)),
         padded=float((kept * np.diff(shares)).sum()),
         share=sum(counted) / int(kept.sum()) if by_token else None,
         histogram=[

@@ -77,7 +77,8 @@ class Plan:
     sequences_per_step: int
     """Over all processes and accumulated batches, no more than there are; of packed ones where packing is on."""
     tokens_per_step: int | None
-    """About: by the mean of the sample, or full sequences where packing is on; None where there is no sample."""
+    """About: by the mean of the sample, or full sequences where packing is on; None where examples
+    have no tokens, or some are yet to be made."""
     steps: int | None
     """None where packing decides it."""
     disk: DiskNeed
@@ -98,7 +99,8 @@ class Plan:
         lost = f" ({self._unusable():,} left out)" if self._unusable() else ""
         kind, whole = trainer_kind(self.config.train), self.config.adapter.get("modules_to_save")
         per_step, rank = f"{self.sequences_per_step:,}", self.config.train.get("factor_rank")
-        sequences = f"{per_step} sequence{'' if self.sequences_per_step == 1 else 's'}"
+        unit = "pair" if self.sample is not None and self.sample.rejected else "sequence"
+        sequences = f"{per_step} {unit}{'' if self.sequences_per_step == 1 else 's'}"
         if kind.counts == "tokens" and self.tokens_per_step is not None:
             per_step = f"about {self.tokens_per_step:,} ({sequences})"
         elif kind.counts == "tokens":
@@ -243,7 +245,7 @@ def prepare(config: RunConfig, *, whole: bool = True) -> PreparedRun:
     sequences = config.train["per_device_train_batch_size"] * config.train["gradient_accumulation_steps"] * processes
     inputs = inputs_of(config, train, held_out) if whole and os.environ.get("RANK", "0") == "0" else {}
     data = kind.shape(config, data, whole=whole)
-    typical = None if data.sample is None or data.sample.share is None else data.sample.mean
+    typical = None if data.sample is None or not kind.lengths_known else data.sample.mean
     if config.train.get("packing"):
         typical = config.train["max_length"]
     elif typical is not None:

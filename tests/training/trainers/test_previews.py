@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import statistics
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from transformers import AutoTokenizer
 
 from paca.messages.errors import PacaError
 from paca.training import describe, load_run_config, train
-from paca.training.plan import Plan
+from paca.training.plan import Plan, prepare
 from paca.training.reporting.data_preview import sample_section, show_sample
 from paca.training.trainers import TRAINERS
 from training.trainers.tiny_runs import CONFIGS, save_workspace
@@ -42,7 +43,7 @@ def test_a_pair_is_shown_with_both_answers_marked(
     assert f"⟦no {question}" in rejected
     assert f"{question}?" in rejected
     assert "% of them" not in rejected
-    assert plan.tokens_per_step is None
+    assert any(text.endswith("(2 pairs)") for _, text in plan.lines())
     page = sample_section(plan.sample.as_dict())  # type: ignore[union-attr]
     assert page.count("<mark>") == 3  # one of them in the words above
     assert "The same with the answer that is rejected" in page
@@ -53,10 +54,13 @@ def test_lengths_of_pairs_are_those_of_the_trainer(
     workspace: Path, trainer: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(workspace)
-    kind, made = TRAINERS[trainer], []
+    kind, made, both = TRAINERS[trainer], [], []
 
     def stop(config: object, trainer: Any, data: object) -> None:
         made.extend(kind.lengths(trainer.train_dataset))
+        for row in trainer.train_dataset:
+            prompt = len(row.get("prompt_ids", []))
+            both.append(2 * prompt + len(row["chosen_ids"]) + len(row["rejected_ids"]))
         raise PacaError("enough")
 
     monkeypatch.setattr(kind, "check_prepared", stop)
@@ -65,9 +69,10 @@ def test_lengths_of_pairs_are_those_of_the_trainer(
     )
     with pytest.raises(PacaError, match="enough"):
         train(config)
-    sample = describe(config).sample
-    assert sample is not None
-    assert (sample.shortest, sample.longest) == (min(made), max(made))
+    plan = describe(config)
+    assert plan.sample is not None
+    assert (plan.sample.shortest, plan.sample.longest) == (min(made), max(made))
+    assert plan.tokens_per_step == round(2 * statistics.mean(both))
 
 
 def test_a_prompt_is_shown_whose_answer_the_model_writes(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -78,11 +83,13 @@ def test_a_prompt_is_shown_whose_answer_the_model_writes(workspace: Path, monkey
     assert text.index("⟦… the model's own answer⟧") > text.index("assistant")
     assert plan.sample is not None
     assert (plan.sample.share, plan.sample.unanswered, plan.sample.limit) == (None, 0, None)
+    assert plan.tokens_per_step is None  # the answers are yet to be made
 
 
 def test_a_text_is_shown_with_its_label(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(workspace)
-    plan = describe(load_run_config(workspace / "classification.yaml"))
+    config = load_run_config(workspace / "classification.yaml")
+    plan = describe(config)
     shown = preview(plan).splitlines()
     at = next(number for number, line in enumerate(shown) if "→" in line)
     text, label = shown[at - 1], shown[at]
@@ -90,6 +97,9 @@ def test_a_text_is_shown_with_its_label(workspace: Path, monkeypatch: pytest.Mon
     tokenizer = AutoTokenizer.from_pretrained(workspace / "llama")
     assert plan.sample is not None
     assert 0 <= len(tokenizer(text)["input_ids"]) - plan.sample.median <= 1  # the middle of an even number of texts
+    texts = prepare(config, whole=False).data.train.dataset["text"]
+    lengths = [len(tokenizer(text)["input_ids"]) for text in texts]
+    assert plan.tokens_per_step == round(2 * statistics.mean(lengths))
 
 
 def test_images_are_not_shown(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:

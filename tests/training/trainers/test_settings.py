@@ -78,6 +78,7 @@ def test_the_arguments_are_the_trainers_own(tmp_path: Path) -> None:
         ("grpo", [{"prompt": "a", "answer": "b"}, {"prompt": "c"}], "data.jsonl, line 2: answer is missing"),
         ("dpo", [{"prompt": "a", "chosen": "b", "rejected": "b"}], "line 1: chosen and rejected are the same"),
         ("classification", [{"text": "a", "label": "x"}] * 2, "has one label, \\['x'\\]; a classifier needs two"),
+        ("classification", [{"text": "a", "label": "x"}, {"text": " ", "label": "y"}], "line 2: text is empty"),
         ("classification", [{"text": "a"}], "columns: text.*\n.*text-label: text, label"),
     ],
 )
@@ -213,6 +214,14 @@ def test_pairs_that_trl_would_drop_are_named(workspace: Path, tmp_path: Path) ->
         config = with_data(workspace, tmp_path, name, records, "train.max_length=20", f"output.dir={tmp_path / name}")
         with pytest.raises(PacaError, match=r"data.jsonl, line 2: .* 20 tokens. 1 of 2 pairs would be left out"):
             train(config, console=Console(quiet=True))
+
+
+def test_texts_that_teach_nothing_may_be_left_out(workspace: Path, tmp_path: Path) -> None:
+    records = [{"text": text, "label": label} for text, label in (("a", "x"), ("", "x"), ("b", "y"))]
+    changed = ("data.eval=null", "data.unusable=leave_out")
+    plan = describe(with_data(workspace, tmp_path, "classification", records, *changed))
+    assert plan.train_examples == 2
+    assert "1 left out, as nothing can be learned from them" in plan.data_description
 
 
 @pytest.mark.parametrize("name", ["dpo", "reward"])

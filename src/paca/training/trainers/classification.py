@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 from typing import Any, ClassVar
 
 import numpy as np
@@ -18,7 +17,7 @@ from transformers import (
     TrainingArguments,
 )
 
-from paca.data import Examples, load_examples
+from paca.data import Examples
 from paca.data.examples import ORIGIN, without_progress_bars
 from paca.data.formats import Example
 from paca.data.labelled_texts import label_names
@@ -27,7 +26,7 @@ from paca.data.tokens import IGNORED, Tokens
 from paca.messages.errors import PacaError
 from paca.training.config.run_config import RunConfig
 from paca.training.prompt_form import tokenizer_of
-from paca.training.trainers.kind import RunData, TrainerKind, datasets_of, read_split
+from paca.training.trainers.kind import RunData, TrainerKind, datasets_of, read_split, reader
 
 
 class Classification(TrainerKind):
@@ -44,7 +43,7 @@ class Classification(TrainerKind):
 
     def read(self, config: RunConfig) -> RunData:
         """Records of `text` and `label`."""
-        train, held_out = read_split(config, partial(load_examples, format=config.data.format, family="labels"))
+        train, held_out = read_split(config, reader(config, "labels"))
         sources = [train] if held_out is None or isinstance(config.data.eval, str) else [train, held_out]
         names = label_names(label for source in sources for label in source.dataset["label"])
         return with_labels(train, held_out, names)

@@ -69,6 +69,8 @@ class TrainerKind:
     """The metric of an evaluation that says how good the model is, besides its loss."""
     scored_before: ClassVar[bool] = True
     """Whether that tells anything before training."""
+    lengths_known: ClassVar[bool] = True
+    """Whether data tells how many tokens a model reads of an example."""
     planned: ClassVar[bool] = True
     """Whether its memory is foretold."""
 
@@ -176,7 +178,7 @@ def read_texts(config: RunConfig, family: str) -> tuple[Examples, Examples | Non
         PacaError: They can't be read.
     """
     tokenizer = tokenizer_of(config)
-    train, held_out = read_split(config, _reader(config, family))
+    train, held_out = read_split(config, reader(config, family))
     form = choose_form(config, train, tokenizer)
     if unused := unused_fields(train, tokenizer) if train.is_conversational else []:
         note = f"; the template does not use these fields of messages: {', '.join(unused)}"
@@ -184,7 +186,8 @@ def read_texts(config: RunConfig, family: str) -> tuple[Examples, Examples | Non
     return train, held_out, form
 
 
-def _reader(config: RunConfig, family: str) -> Callable[..., Examples]:
+def reader(config: RunConfig, family: str) -> Callable[..., Examples]:
+    """`load_examples` with what the run says of the data; `family` as there."""
     leave_out = config.data.unusable == "leave_out"
     return partial(load_examples, format=config.data.format, family=family, leave_out=leave_out)
 
