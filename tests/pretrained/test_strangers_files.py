@@ -194,6 +194,24 @@ def test_a_pickle_that_is_more_than_its_tensors(adapter: Path, what: str) -> Non
         tensors_in_pickle(file)
 
 
+def test_a_pickle_before_an_innocent_archive_is_refused(adapter: Path) -> None:
+    file = adapter / "adapter_model.bin"
+    torch.save({"a": torch.zeros(2)}, file)
+    innocent = file.read_bytes()
+    torch.save({"a": Bomb(bytearray, 10**6)}, file, _use_new_zipfile_serialization=False)
+    file.write_bytes(file.read_bytes() + innocent)
+    assert zipfile.is_zipfile(file)
+    with pytest.raises(ValueError, match=r"adapter_model\.bin .*no file of torch\.save"):
+        tensors_in_pickle(file)
+
+
+def test_a_pickle_that_names_things_otherwise_is_refused(adapter: Path) -> None:
+    file = adapter / "adapter_model.bin"
+    torch.save({"a": Bomb(os.system, "true")}, file, pickle_protocol=4)  # STACK_GLOBAL
+    with pytest.raises(ValueError, match=r"adapter_model\.bin"):
+        tensors_in_pickle(file)
+
+
 def test_a_compressed_pickle_is_refused(adapter: Path) -> None:
     file = adapter / "adapter_model.bin"
     torch.save({"a": torch.zeros(2**22)}, file)
