@@ -149,6 +149,7 @@ def test_a_recipe_for_a_card_fits_it_by_its_plan(folder: str, card: int) -> None
     "name",
     [
         "recipes/24gb/gemma3-1b-sft.yaml",
+        "recipes/24gb/qwen3-14b-sft.yaml",
         "recipes/paper/mmlu-llama3-8b-lora.yaml",
         "recipes/24gb/llama3.2-1b-classification.yaml",
     ],
