@@ -27,6 +27,7 @@ from paca.training.trainers import trainer_kind
 
 FOLDER = Path(__file__).with_suffix("")
 EXAMPLES = {"encyclopedia": CACHE / "encyclopedia/held_back.jsonl", "arc": CACHE / "arc/test.jsonl"}
+PARTS = {"arc": {"ARC-Easy": slice(2376), "ARC-Challenge": slice(2376, None)}}
 BATCH = 16
 RUN = re.compile(r"(?P<page>[^/]+)/(?P<method>.+)-lr(?P<rate>[^-]+(?:e-\d+)?)-seed(?P<seed>\d+)")
 BASE = "lora"
@@ -107,6 +108,8 @@ def main() -> None:
             print(name_of(run), flush=True)
     for found in (table, over_seeds) if len(rows) else ():
         print(found(rows).to_string(float_format="%.4f"))
+    for name, part in PARTS.get(given.task, {}).items() if len(rows) else ():
+        print(f"{name} alone:\n{over_seeds(rows[part]).to_string(float_format='%.4f')}")
 
 
 if __name__ == "__main__":
