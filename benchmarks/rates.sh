@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The best rate of PaCA by rank and model, on ARC, one seed (docs/notes/learning-rate.md).
+# The best rate of PaCA by rank and model, on ARC and for a classifier, one seed (docs/notes/learning-rate.md).
 #
 #   .venv/bin/python -m benchmarks.quality.prepare --data FOLDER --gemma    once; without --data from the hub
 #   bash benchmarks/rates.sh
@@ -21,3 +21,4 @@ mkdir -p benchmarks/rates
 search gemma3-270m-r64 arc-gemma 64 7.8e-4,1.25e-3,2e-3
 search gemma3-270m-r16 arc-gemma 16 5e-4,8e-4,1.25e-3
 search smollm2-135m-r16 arc 16 2e-3,3.2e-3,5e-3
+search smollm2-135m-kinds-r16 kinds 16 2e-3,3.2e-3,5e-3,8e-3

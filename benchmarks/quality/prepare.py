@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.quality.encyclopedia import TEST_EXAMPLES, build_examples
+from benchmarks.quality.kinds import kinds
 
 from demo import prepare as demo
 
@@ -118,7 +119,7 @@ def write_gemma() -> None:
 
 
 def write_encyclopedia() -> None:
-    """Encyclopedia entries: their summaries, from titles and short descriptions."""
+    """Encyclopedia entries: their summaries, from titles and short descriptions; and what each is about."""
     source = demo.CACHE / demo.SUMMARIES
     if not source.exists():
         demo.fetch(demo.SUMMARIES, source)
@@ -126,6 +127,8 @@ def write_encyclopedia() -> None:
     demo.write_jsonl(CACHE / "encyclopedia/train.jsonl", train)
     demo.write_jsonl(CACHE / "encyclopedia/test.jsonl", held_back[:TEST_EXAMPLES])
     demo.write_jsonl(CACHE / "encyclopedia/held_back.jsonl", held_back)
+    demo.write_jsonl(CACHE / "kinds/train.jsonl", list(kinds(train)))
+    demo.write_jsonl(CACHE / "kinds/test.jsonl", list(kinds(held_back)))
 
 
 def write_vision_model() -> None:

@@ -70,6 +70,8 @@ WAYS = {
     "lora-a-frozen-slower": Way(4.87e-4, method=_lora(64), frozen="lora_A"),
     "paca": Way(7.8e-4),
     "paca-faster": Way(1.25e-3),
+    "paca-r16": Way(5e-3, columns=_columns(16)),
+    "paca-r16-slower": Way(3.2e-3, columns=_columns(16)),
     "paca-r128": Way(7.8e-4, columns=_columns(128)),
     "paca-r256": Way(4.87e-4, columns=_columns(256), train=HALVES),
     "paca-r256-faster": Way(7.8e-4, columns=_columns(256), train=HALVES),

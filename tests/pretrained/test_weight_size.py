@@ -46,6 +46,19 @@ def test_it_is_the_root_mean_square_of_the_layers_weights(tmp_path: Path, parts:
     assert weight_size(Location("folder", str(tmp_path))) == pytest.approx((0.1**2 / 2 + 0.3**2 / 2) ** 0.5, rel=0.02)
 
 
+def test_convolutions_count_unless_each_channel_has_its_own(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    weights = {
+        "blocks.0.conv_pw.weight": 0.1 * torch.randn(96, 64, 1, 1),
+        "blocks.1.conv.weight": 0.3 * torch.randn(96, 8, 3, 3),
+        "blocks.1.conv_dw.weight": torch.full((96, 1, 3, 3), 9.0),
+        "conv_stem.weight": torch.full((32, 3, 3, 3), 9.0),
+    }
+    save_file(weights, tmp_path / "model.safetensors")
+    size = weight_size(Location("folder", str(tmp_path)))
+    assert size == pytest.approx((0.1**2 / 2 + 0.3**2 / 2) ** 0.5, rel=0.02)
+
+
 def test_a_gguf_file_tells_it_too_and_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HOME", str(tmp_path / "cache"))
     base = save_base(tmp_path / "base")

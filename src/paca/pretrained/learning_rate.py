@@ -17,7 +17,8 @@ from paca.messages.errors import PacaError
 from paca.pretrained.location import locate, neighbour_hint
 from paca.pretrained.weight_size import in_cache, weight_size
 
-_OF_WEIGHTS = 0.4  # rate times paca_alpha, as a part of the weights' root mean square
+RATE_OF_WEIGHTS = 0.4
+"""Rate times paca_alpha, as a part of the weights' root mean square, for language models."""
 _USUAL_SIZE = 0.03  # assumed where it can't be read; Gemma 3 270M has 0.037, SmolLM2-135M 0.2
 
 
@@ -52,9 +53,9 @@ def learning_rate(model: str | os.PathLike[str], config: PacaConfig) -> float:
     return rate_and_rule(config.paca_alpha, size)[0]
 
 
-def rate_and_rule(alpha: float, size: float | None) -> tuple[float, str]:
-    """The rate for weights of that root mean square (None: not known), and the rule in words."""
+def rate_and_rule(alpha: float, size: float | None, part: float = RATE_OF_WEIGHTS) -> tuple[float, str]:
+    """The rate for weights of that root mean square (None: not known), and the rule in words; `part` of it."""
     known = "the root mean square of the weights" if size else "assumed of the weights, which can't be read yet"
     size = size or _USUAL_SIZE
-    rule = f"{_OF_WEIGHTS:g} × {size:.2g} / paca_alpha"
-    return float(f"{_OF_WEIGHTS * size / alpha:.2g}"), f"{rule}; {size:.2g} is {known}"
+    rule = f"{part:g} × {size:.2g} / paca_alpha"
+    return float(f"{part * size / alpha:.2g}"), f"{rule}; {size:.2g} is {known}"

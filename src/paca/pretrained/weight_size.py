@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import re
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
@@ -25,7 +26,7 @@ _BLOCKS = 4
 """Blocks of the model, spread evenly: each kind of layer counts alike."""
 _ROWS = 64
 """Of each of their weights, in its middle."""
-_LEAST = 32  # rows and columns of a layer's weight, at least: smaller ones are factors, gates or convolutions
+_LEAST = 32  # rows and columns of a layer's weight, at least: smaller ones are factors, gates or depthwise
 _OTHERS = re.compile(r"embed|embd|wte|wpe|lm_head|^output|norm|router|position|score|classifier|vision|visual", re.I)
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 _INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
@@ -33,8 +34,8 @@ _KEPT = "weight_size.json"  # beside what is kept of a GGUF file: its reader tak
 
 
 def weight_size(location: Location, revision: str | None = None, *, fetch: bool = False) -> float | None:
-    """The root mean square of the values in a model's linear weights; None where its files don't tell (quantized ones
-    other than GGUF, other files than safetensors, a hub's model that is not here).
+    """The root mean square of the values in a model's linear weights and 2-D convolutions; None where its files don't
+    tell (quantized ones other than GGUF, other files than safetensors, a hub's model that is not here).
 
     Args:
         location: Of the model.
@@ -86,7 +87,7 @@ def _tensors(find: Callable[[str], Path]) -> Iterator[Tensor]:
         with safe_open(find(places[name]), framework="pt") as file:
             weight = file.get_slice(name)
             shape = weight.get_shape()
-            if len(shape) == 2 and min(shape) >= _LEAST:
+            if len(shape) in (2, 4) and min(shape[0], math.prod(shape[1:])) >= _LEAST:  # 4: of a convolution
                 rows = weight[_middle(shape[0])]
                 if rows.dtype in _FLOATS:
                     yield rows

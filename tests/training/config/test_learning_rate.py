@@ -37,10 +37,22 @@ def test_the_rate_of_paca_follows_the_weights_and_falls_with_alpha(
 @pytest.mark.parametrize(
     ("trainer", "method", "rate"),
     [("sft", "lora", 3e-4), ("sft", "peft", 3e-4), ("sft", "full", 2e-5), ("dpo", "paca", 1e-5),
-     ("image_classification", "paca", 3e-4), ("image_classification", "full", TrainingArguments.learning_rate)],
+     ("reward", "lora", 3e-4), ("image_classification", "full", TrainingArguments.learning_rate)],
 )  # fmt: skip
 def test_other_methods_and_trainers_have_a_constant(trainer: str, method: str, rate: float) -> None:
     assert automatic_rate(TRAINERS[trainer], method, {"r": 64})[0] == rate
+
+
+@pytest.mark.parametrize("trainer", ["classification", "reward"])
+def test_a_head_of_a_language_model_learns_at_the_same_rate(trainer: str) -> None:
+    same = automatic_rate(TRAINERS["sft"], "paca", {}, 0.204)
+    assert automatic_rate(TRAINERS[trainer], "paca", {}, 0.204) == same
+
+
+def test_images_are_learned_faster() -> None:
+    rate, rule = automatic_rate(TRAINERS["image_classification"], "paca", {"r": 8, "paca_alpha": 8}, 0.118)
+    assert rate == 0.018  # EfficientNet-Lite0; 0.0195 was the best of a grid
+    assert rule.startswith("1.2 × 0.12 / paca_alpha")
 
 
 @pytest.mark.parametrize("given", ["", "  learning_rate: auto\n"])

@@ -14,7 +14,7 @@ AUTO = "auto"
 
 def follows_weights(kind: TrainerKind, method: str, factor_rank: int | None = None) -> bool:
     """Whether the rate depends on the model's weights."""
-    return method == "paca" and kind.rate_follows_weights and factor_rank is None
+    return method == "paca" and kind.rate_of_weights is not None and factor_rank is None
 
 
 def automatic_rate(
@@ -35,6 +35,6 @@ def automatic_rate(
     """
     if method == "full":
         return kind.arguments.learning_rate, "the trainer's own default"
-    if not follows_weights(kind, method, factor_rank):
+    if kind.rate_of_weights is None or not follows_weights(kind, method, factor_rank):
         return kind.learning_rate, "for adapters"
-    return rate_and_rule(adapter.get("paca_alpha", PacaConfig.paca_alpha), weight_size)
+    return rate_and_rule(adapter.get("paca_alpha", PacaConfig.paca_alpha), weight_size, kind.rate_of_weights)

@@ -24,6 +24,7 @@ from paca.data.labelled_texts import label_names
 from paca.data.sample import take_sample
 from paca.data.tokens import IGNORED, Tokens
 from paca.messages.errors import PacaError
+from paca.pretrained.learning_rate import RATE_OF_WEIGHTS
 from paca.training.config.run_config import RunConfig
 from paca.training.prompt_form import tokenizer_of
 from paca.training.trainers.kind import RunData, TrainerKind, datasets_of, read_split, reader
@@ -40,6 +41,7 @@ class Classification(TrainerKind):
     task_type: ClassVar[str | None] = "SEQ_CLS"
     renders = False
     score = "accuracy"
+    rate_of_weights = RATE_OF_WEIGHTS
 
     def read(self, config: RunConfig) -> RunData:
         """Records of `text` and `label`."""

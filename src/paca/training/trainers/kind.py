@@ -61,8 +61,8 @@ class TrainerKind:
     """Whether a chat template can render its data."""
     learning_rate: ClassVar[float] = 3e-4
     """Our default for adapters."""
-    rate_follows_weights: ClassVar[bool] = False
-    """Whether PaCA's default follows from the model's weights instead."""
+    rate_of_weights: ClassVar[float | None] = None
+    """PaCA's default instead, times paca_alpha, as a part of the weights' root mean square; None where it is not."""
     counts: ClassVar[str] = "tokens"
     """What the speed is measured in."""
     score: ClassVar[str | None] = None

@@ -12,6 +12,7 @@ from trl import SFTConfig, SFTTrainer
 from paca.data import check_labels, tokenize
 from paca.data.sample import take_sample
 from paca.messages.errors import PacaError
+from paca.pretrained.learning_rate import RATE_OF_WEIGHTS
 from paca.training.config.key_checks import Origins
 from paca.training.config.run_config import RunConfig
 from paca.training.packed_samples import check_apart
@@ -24,7 +25,7 @@ class Sft(TrainerKind):
     """TRL's `SFTTrainer`."""
 
     name = "sft"
-    rate_follows_weights = True
+    rate_of_weights = RATE_OF_WEIGHTS
     arguments = SFTConfig
     # What counts in the loss is in the data's labels, made beforehand; TRL refuses to look for it once more.
     forced: ClassVar[dict[str, Any]] = {"completion_only_loss": False, "assistant_only_loss": False}
