@@ -266,6 +266,21 @@ def test_merging_into_a_weight_that_cannot_be_written_is_refused(kind):
     assert torch.equal(unloaded(x), make(kind)(x))
 
 
+@pytest.mark.parametrize("kind", REAL)
+def test_a_model_that_was_loaded_under_inference_mode_trains(kind):
+    with torch.inference_mode():
+        model = make(kind)
+    assert next(p for p in model.parameters()).is_inference()
+    torch.manual_seed(3)
+    model, other, x = adapt(model, target_modules=TARGETS), adapted(kind), inputs()
+    y, expected = model(x), other(x)
+    y.square().sum().backward()
+    expected.square().sum().backward()
+    assert torch.equal(y, expected)
+    for layer, twin in zip(layers(model), layers(other), strict=True):
+        assert torch.equal(layer.paca_delta["default"].grad, twin.paca_delta["default"].grad)
+
+
 @pytest.mark.parametrize("pickled", [False, True])
 @pytest.mark.parametrize("kind", REAL)
 def test_copies_and_pickles_compute_the_same(kind, pickled):

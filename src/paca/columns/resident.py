@@ -22,7 +22,7 @@ from paca.columns.entry import Entry
 from paca.columns.folded import Folded
 from paca.columns.kept import Kept, add_scaled, oriented, positions_of, sum_of, write_columns
 from paca.columns.state import ALONE, THREAD, ActiveColumns, AdapterColumns, State, is_sharded
-from paca.functional.column_blocks import blocks_in, blocks_of, read_columns
+from paca.functional.column_blocks import blocks_in, blocks_of, read_columns, version_of
 from paca.functional.product import Trained
 
 WRITING = threading.RLock()  # writers are rare; a reader takes it if columns were written while it multiplied
@@ -293,4 +293,4 @@ def write_together(jobs: Iterable[tuple[ResidentColumns, Tensor, tuple[AdapterCo
 
 def identity(weight: Tensor) -> tuple[int, int]:
     """What changes when somebody writes or replaces a weight."""
-    return -1 if weight.is_inference() else weight._version, weight.untyped_storage()._cdata
+    return version_of(weight), weight.untyped_storage()._cdata

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from paca.columns.folded import Folded
 from paca.columns.lost import check_repeated, is_on_the_stack, note_first, refuse_backward, refuse_handler
-from paca.functional.column_blocks import runs_of
+from paca.functional.column_blocks import runs_of, version_of
 from paca.functional.product import Trained
 
 _REVISIONS = itertools.count(1)  # unique in the process: an adapter that is deleted and added again has other ones
@@ -46,11 +46,6 @@ class AdapterColumns(NamedTuple):
         if self.folded is None:
             return (self,)
         return self._replace(folded=None), AdapterColumns(self.name, self.folded.delta, self.folded.indices, self.scale)
-
-
-def version_of(tensor: Tensor) -> int:
-    """The tensor's version counter; inference tensors have none and can't be trained, so they count as unchanged."""
-    return -1 if tensor.is_inference() else tensor._version
 
 
 def names_of(columns: Iterable[AdapterColumns]) -> str:

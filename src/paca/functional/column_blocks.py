@@ -19,6 +19,11 @@ _MEAN_LENGTH = 8
 _KNOWN: WeakIdKeyDictionary = WeakIdKeyDictionary()  # (version, runs): on accelerators, looking waits for the device
 
 
+def version_of(tensor: Tensor) -> int:
+    """The tensor's version counter; inference tensors have none and can't be trained, so they count as unchanged."""
+    return -1 if tensor.is_inference() else tensor._version
+
+
 def runs_of(indices: Tensor) -> Runs | None:
     """The runs that `indices (k,)` int64 consist of, or None if they are better taken one by one.
 
@@ -26,7 +31,7 @@ def runs_of(indices: Tensor) -> Runs | None:
     """
     if indices.numel() < _MEAN_LENGTH or type(indices) is not Tensor or indices.is_meta:
         return None
-    version = -1 if indices.is_inference() else indices._version
+    version = version_of(indices)
     known = _KNOWN.get(indices)
     if known is None or known[0] != version or version == -1:
         known = _KNOWN[indices] = (version, _find_runs(indices.tolist()))

@@ -17,7 +17,7 @@ from transformers.pytorch_utils import Conv1D
 from paca.columns.kept import Kept, positions_of, sum_of
 from paca.columns.resident import WRITING
 from paca.columns.state import ActiveColumns, AdapterColumns, State
-from paca.functional.column_blocks import put_columns
+from paca.functional.column_blocks import put_columns, version_of
 from paca.functional.linear import LinearProduct
 from paca.functional.product import Trained, WeightSource
 from paca.functional.train_columns import in_dtype, train_columns
@@ -178,7 +178,7 @@ class PatchedWeight(OverlaidWeight):
         if not state.columns:
             return quantization.weight(self, dtype)
         packed = quantization.packed(self)
-        source = (None if packed.is_inference() else packed._version, packed.device, state.places, dtype)
+        source = (version_of(packed), packed.device, state.places, dtype)
         if kept is None or kept.packed is not packed or kept.source != source:
             with torch.inference_mode(False):  # so that where they lie side by side is found once
                 positions = positions_of(state.columns, packed.device)
@@ -204,14 +204,14 @@ class PatchedPass(WeightSource):
     def __init__(self, module: PatchedWeight, state: State, dtype: torch.dtype) -> None:
         self.module, self.state, self.dtype, self.columns, self.tag = module, state, dtype, module.columns, state.tag
         self.packed = module.quantization.packed(module)
-        self.version = self.packed._version
+        self.version = version_of(self.packed)
 
     def weight(self) -> Tensor:
         return self.module.weight_of_pass(self.dtype, self.state)
 
     def weight_again(self, saved_tag: Tensor, wanted: bool) -> Tensor | None:
         self.columns.check_backward(self.state, saved_tag)
-        if self.module.quantization.packed(self.module) is not self.packed or self.packed._version != self.version:
+        if self.module.quantization.packed(self.module) is not self.packed or version_of(self.packed) != self.version:
             raise RuntimeError(
                 "A quantized weight was merged into, loaded or moved between a forward pass and its backward pass. Run "
                 "backward() first."
