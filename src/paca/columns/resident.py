@@ -261,7 +261,7 @@ class ResidentColumns(ActiveColumns):
 def write_together(jobs: Iterable[tuple[ResidentColumns, Tensor, tuple[AdapterColumns, ...]]]) -> None:
     """Make many weights hold what is wanted of each: in two kernels, where columns lie in blocks."""
     with WRITING, ALONE, torch.inference_mode(False), torch.no_grad():
-        written, restored, places = [], [], []
+        written = []
         groups: dict[Any, tuple[list[Tensor], list[Tensor], list[Tensor]]] = defaultdict(lambda: ([], [], []))
         for columns, weight, wanted in jobs:
             state = columns.prepare(weight, wanted)
@@ -270,10 +270,7 @@ def write_together(jobs: Iterable[tuple[ResidentColumns, Tensor, tuple[AdapterCo
             written.append((columns, weight, state))
             only, originals, parked = state.columns[0], columns.kept.values, columns.parked_columns(weight, state)
             runs = state.trained.runs[0] if len(state.columns) == 1 and not weight.is_inference() else None
-            if parked is not None and runs is not None:
-                restored.extend(blocks_in(parked, columns.dim, runs))
-                places.extend(blocks_of(weight, columns.dim, runs))
-            elif runs is None or parked is not None or only.folded is not None:
+            if runs is None or parked is not None or only.folded is not None:
                 values = sum_of(columns.kept, wanted, columns.dim) if parked is None else parked
                 write_columns(weight, columns.dim, columns.kept.positions, values)
             else:
@@ -285,8 +282,6 @@ def write_together(jobs: Iterable[tuple[ResidentColumns, Tensor, tuple[AdapterCo
                 group[2].extend(blocks_of(weight, columns.dim, runs))
         for (scale, _, _), (originals_of, deltas, views) in groups.items():
             torch._foreach_copy_(views, add_scaled(originals_of, deltas, scale))
-        if restored:
-            torch._foreach_copy_(places, restored)
         for columns, weight, state in written:
             columns.wrote(weight, state)
 
