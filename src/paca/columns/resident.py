@@ -11,7 +11,6 @@ import threading
 import weakref
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
-from operator import is_
 from typing import Any
 
 import torch
@@ -40,7 +39,6 @@ class ResidentColumns(ActiveColumns):
         self.dim = dim
         self.entry: Entry | None = None
         self.traced = Trained()  # the active columns as a compiled graph takes them
-        self._traced_from = self.state.trained
         self._folded: Kept | None = None  # those of folded columns beneath them, on the CPU
         self._parked: tuple[State, Tensor] | None = None  # the state that a park took out, and its columns
         self._parked_for_now = False
@@ -245,11 +243,8 @@ class ResidentColumns(ActiveColumns):
         return read_columns(weight.detach(), self.dim, self.kept.positions.to(weight.device))
 
     def _set_state(self, state: State) -> None:
-        self.state, before, now = state, self._traced_from, state.trained
-        if before is now:
-            return
-        self._traced_from = now
-        if before.scales != now.scales or not all(map(is_, before.deltas + before.indices, now.deltas + now.indices)):
+        self.state, before, now = state, self.state.trained, state.trained
+        if before is not now:
             with torch.inference_mode(False):
                 scales = tuple(
                     torch.tensor(scale, dtype=torch.float32, device=delta.device)
