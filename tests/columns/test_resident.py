@@ -15,11 +15,11 @@ from paca.columns import merging as merging_module
 from paca.columns import resident as resident_module
 from paca.columns.entry import Entry
 from paca.columns.folded import Folded
-from paca.columns.kept import Kept, add_scaled, sum_of, write_columns
+from paca.columns.kept import Kept, add_scaled, sum_of
 from paca.columns.merging import MergeableColumns
 from paca.columns.resident import write_together
 from paca.columns.state import AdapterColumns, State
-from paca.functional.column_blocks import runs_of
+from paca.functional.column_blocks import put_columns, runs_of
 from reference import dense_weight, nearest
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
@@ -290,7 +290,7 @@ def failing(monkeypatch, name, after):
         nonlocal calls
         calls += 1
         if calls > after:
-            if name == "write_columns":
+            if name == "put_columns":
                 weight, dim, positions, values = args
                 half = positions.numel() // 2
                 real(weight, dim, positions[:half], values.narrow(dim, 0, half))
@@ -303,7 +303,7 @@ def failing(monkeypatch, name, after):
 @pytest.mark.parametrize("before", ["nothing", "the same columns", "others"])
 @pytest.mark.parametrize(
     ("name", "blocks", "after"),
-    [("write_columns", False, 0), ("write_columns", False, 1), ("sum_of", False, 0), ("add_scaled", True, 0)],
+    [("put_columns", False, 0), ("put_columns", False, 1), ("sum_of", False, 0), ("add_scaled", True, 0)],
 )
 def test_an_interrupted_write_leaves_the_originals_recoverable(before, name, blocks, after, monkeypatch):
     jobs = [make(adapters=((8, 0.5), (9, 2.0)), blocks=blocks, seed=seed) for seed in range(3)]
@@ -929,7 +929,7 @@ def test_merged_columns_can_be_unmerged_in_a_copy():
 
 
 @pytest.mark.parametrize("active", [False, True])
-@pytest.mark.parametrize("where", ["park", "write_columns"])
+@pytest.mark.parametrize("where", ["park", "put_columns"])
 def test_a_merge_that_ctrl_c_interrupts_can_be_undone_bit_for_bit(monkeypatch, active, where):
     weight, resident, columns = make()
     original = weight.clone()
@@ -937,12 +937,12 @@ def test_a_merge_that_ctrl_c_interrupts_can_be_undone_bit_for_bit(monkeypatch, a
         write(resident, weight, columns)
 
     def interrupted(*args, **kwargs):
-        if where == "write_columns":
-            write_columns(*args)
+        if where == "put_columns":
+            put_columns(*args)
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        place = (resident, "park_within") if where == "park" else (merging_module, "write_columns")
+        place = (resident, "park_within") if where == "park" else (merging_module, "put_columns")
         patch.setattr(*place, interrupted)
         with pytest.raises(KeyboardInterrupt):
             resident.merge(weight, columns, safe=False)

@@ -26,18 +26,12 @@ class Kept(NamedTuple):
 
     def put_into(self, weight: Tensor, dim: int) -> None:
         """Write the values where they belong."""
-        write_columns(weight, dim, self.positions.to(weight.device), self.values)
+        put_columns(weight, dim, self.positions.to(weight.device), self.values)
 
     def equal(self, other: Tensor) -> bool:
         """Whether `other`, of the same columns, has the same bits (NaN is equal to itself)."""
         bits = getattr(torch, f"int{8 * other.element_size()}")
         return torch.equal(self.values.to(other).view(bits), other.view(bits))
-
-
-def write_columns(weight: Tensor, dim: int, positions: Tensor, values: Tensor) -> None:
-    """Write `values` into the columns of `weight`, each rounded once to its dtype."""
-    with torch.inference_mode(weight.is_inference()), torch.no_grad():
-        put_columns(weight, dim, positions, values)
 
 
 def sum_of(kept: Kept, columns: tuple[AdapterColumns, ...], dim: int) -> Tensor:

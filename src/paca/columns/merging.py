@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from paca.columns.folded import Folded, common, split, union_of
-from paca.columns.kept import Kept, positions_of, sum_of, write_columns
+from paca.columns.kept import Kept, positions_of, sum_of
 from paca.columns.resident import WRITING, ResidentColumns, identity
 from paca.columns.state import ALONE, AdapterColumns, State, names_of
+from paca.functional.column_blocks import put_columns
 
 
 class MergeableColumns(ResidentColumns):
@@ -43,7 +44,7 @@ class MergeableColumns(ResidentColumns):
                 check_merged(columns, [values])
             self.base_changed()
             self.merged, self._originals_of_merged = together, kept  # first: Ctrl-C may come in the middle
-            write_columns(weight, self.dim, kept.positions, values)
+            put_columns(weight, self.dim, kept.positions, values)
             self._seal = identity(weight)
 
     @torch.no_grad()
@@ -100,7 +101,7 @@ class MergeableColumns(ResidentColumns):
         self._part_from_lent(weight)
         self.half_written = True
         for piece in (Kept(*piece) for piece in Folded.pieces(*self._folded, weight, self.dim)):
-            write_columns(weight, self.dim, piece.positions, sum_of(piece, columns, self.dim))
+            put_columns(weight, self.dim, piece.positions, sum_of(piece, columns, self.dim))
 
     def moved(self) -> None:
         """Note that the (parked) weight is about to be moved, or cast."""

@@ -19,9 +19,9 @@ from torch import Tensor, nn
 from paca.columns import not_whole
 from paca.columns.entry import Entry
 from paca.columns.folded import Folded
-from paca.columns.kept import Kept, add_scaled, oriented, positions_of, sum_of, write_columns
+from paca.columns.kept import Kept, add_scaled, oriented, positions_of, sum_of
 from paca.columns.state import ALONE, THREAD, ActiveColumns, AdapterColumns, State, is_sharded
-from paca.functional.column_blocks import blocks_in, blocks_of, read_columns, version_of
+from paca.functional.column_blocks import blocks_in, blocks_of, put_columns, read_columns, version_of
 from paca.functional.product import Trained
 
 WRITING = threading.RLock()  # writers are rare; a reader takes it if columns were written while it multiplied
@@ -267,7 +267,7 @@ def write_together(jobs: Iterable[tuple[ResidentColumns, Tensor, tuple[AdapterCo
             runs = state.trained.runs[0] if len(state.columns) == 1 and not weight.is_inference() else None
             if runs is None or parked is not None or only.folded is not None:
                 values = sum_of(columns.kept, wanted, columns.dim) if parked is None else parked
-                write_columns(weight, columns.dim, columns.kept.positions, values)
+                put_columns(weight, columns.dim, columns.kept.positions, values)
             else:
                 group = groups[only.scale, weight.device, weight.dtype]
                 wide = torch.promote_types(weight.dtype, torch.float32)

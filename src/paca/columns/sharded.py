@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from paca.columns.kept import Kept, write_columns
+from paca.columns.kept import Kept
 from paca.columns.merging import MergeableColumns
 from paca.columns.same_everywhere import SameState, check_same_columns
 from paca.columns.state import State, is_sharded, names_of
@@ -122,7 +122,7 @@ class ShardedColumns(MergeableColumns):
             )
         self._lent, self._handed_out = None, []  # no state dict shares the rows' memory
         if self.state.columns:
-            write_columns(self.rows, self.dim, self.kept.positions, self.rows_of(self.kept.values))
+            put_columns(self.rows, self.dim, self.kept.positions, self.rows_of(self.kept.values))
         if self._originals_of_merged is not None:
             positions, values = self._originals_of_merged
             self._originals_of_merged = Kept(positions, self.rows_of(values))

@@ -61,13 +61,14 @@ def read_columns(weight: Tensor, dim: int, indices: Tensor) -> Tensor:
 
 
 def put_columns(weight: Tensor, dim: int, indices: Tensor, values: Tensor) -> None:
-    """`weight.index_copy_(dim, indices, values)`, rounded to the weight's dtype."""
+    """`weight.index_copy_(dim, indices, values)`, each rounded once to the weight's dtype; nothing is recorded."""
     runs = runs_of(indices) if _is_plain(weight) else None
-    if runs is None:
-        weight.index_copy_(dim, indices, values.to(weight))
-    else:
-        for block, part in zip(blocks_of(weight, dim, runs), blocks_in(values, dim, runs), strict=True):
-            block.copy_(part)
+    with torch.inference_mode(weight.is_inference()), torch.no_grad():
+        if runs is None:
+            weight.index_copy_(dim, indices, values.to(weight))
+        else:
+            for block, part in zip(blocks_of(weight, dim, runs), blocks_in(values, dim, runs), strict=True):
+                block.copy_(part)
 
 
 def blocks_of(weight: Tensor, dim: int, runs: Runs) -> list[Tensor]:
