@@ -86,22 +86,10 @@ class MergeableColumns(ResidentColumns):
                 correct(kept, Kept(*known), self.dim)
                 _, others = split(known, trained, self.dim)
                 folded = None if others is None else Kept(others.indices, others.delta)
-                self.kept, self._folded, self.half_written = (
-                    kept,
-                    folded,
-                    True,
-                )  # at once: Ctrl-C may come in the middle
+                # At once: Ctrl-C may come in the middle.
+                self.kept, self._folded, self.half_written = kept, folded, True
                 self.base_changed()
                 self.wrote(weight, State(wanted, self.base))
-
-    def _write_folded(self, weight: Tensor, columns: tuple[AdapterColumns, ...]) -> None:
-        folded = tuple(part for c in columns for part in c.parts()[1:])
-        kept = Kept.of(weight, self.dim, positions_of(folded, weight.device))
-        self._folded = Kept(kept.positions.cpu(), kept.values.cpu())
-        self._part_from_lent(weight)
-        self.half_written = True
-        for piece in (Kept(*piece) for piece in Folded.pieces(*self._folded, weight, self.dim)):
-            put_columns(weight, self.dim, piece.positions, sum_of(piece, columns, self.dim))
 
     def moved(self) -> None:
         """Note that the (parked) weight is about to be moved, or cast."""

@@ -18,7 +18,6 @@ from torch import Tensor, nn
 
 from paca.columns import not_whole
 from paca.columns.entry import Entry
-from paca.columns.folded import Folded
 from paca.columns.kept import Kept, add_scaled, oriented, positions_of, sum_of
 from paca.columns.state import ALONE, THREAD, ActiveColumns, AdapterColumns, State, is_sharded
 from paca.functional.column_blocks import blocks_in, blocks_of, put_columns, read_columns, version_of
@@ -131,7 +130,7 @@ class ResidentColumns(ActiveColumns):
     def _all_kept(self, weight: Tensor) -> Iterator[Kept]:
         yield self.kept
         if self._folded is not None:
-            yield from (Kept(*piece) for piece in Folded.pieces(*self._folded, weight, self.dim))
+            yield from self._folded.pieces(weight, self.dim)
 
     def prepare(self, weight: Tensor, wanted: tuple[AdapterColumns, ...]) -> State | None:
         """Keep the originals of the columns of `wanted`, and put those of other columns back. Gives the state to be
@@ -156,10 +155,13 @@ class ResidentColumns(ActiveColumns):
         self.kept = Kept.of(weight, self.dim, positions_of(columns, weight.device))
         self._folded = None
         if any(c.folded is not None for c in columns):
-            self._write_folded(weight, columns)
-
-    def _write_folded(self, weight: Tensor, columns: tuple[AdapterColumns, ...]) -> None:
-        raise NotImplementedError
+            folded = tuple(part for c in columns for part in c.parts()[1:])
+            kept = Kept.of(weight, self.dim, positions_of(folded, weight.device))
+            self._folded = Kept(kept.positions.cpu(), kept.values.cpu())
+            self._part_from_lent(weight)
+            self.half_written = True
+            for piece in self._folded.pieces(weight, self.dim):
+                put_columns(weight, self.dim, piece.positions, sum_of(piece, columns, self.dim))
 
     def parked_columns(self, weight: Tensor, state: State) -> Tensor | None:
         """The columns that a park took out, if `state` is what they were of; else None.
