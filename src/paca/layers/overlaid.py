@@ -53,14 +53,9 @@ class OverlaidLinear(PacaLayer):
     def park(self) -> None:
         """Nothing is in the weight."""
 
+    @torch.compiler.disable  # which columns there are is a matter of run time
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if torch.compiler.is_compiling():  # which columns there are is a matter of run time
-            return self._run(x, *args, **kwargs)
         return super().forward(x, *args, **kwargs)
-
-    @torch.compiler.disable
-    def _run(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        return self.forward(x, *args, **kwargs)
 
     # -- where the columns start --------------------------------------------------------------------------------
 
