@@ -430,12 +430,12 @@ def test_a_backward_pass_after_a_fused_step_raises():
 
 def test_the_hook_does_not_keep_a_model_alive():
     gc.collect()
-    before = len(stepping._LAYERS)
+    before = len(stepping._DELTAS)
     model = adapted()
-    assert len(stepping._LAYERS) == before + 2
+    assert len(stepping._DELTAS) == before + 2
     del model
     gc.collect()
-    assert len(stepping._LAYERS) == before
+    assert len(stepping._DELTAS) == before
 
 
 def test_a_delta_that_is_replaced_is_known_to_the_hook():

@@ -20,7 +20,8 @@ from paca.columns.state import AdapterColumns, is_sharded
 
 Job = tuple[ResidentColumns, Tensor, tuple[AdapterColumns, ...]]
 Held = tuple[weakref.ref[Any], str]  # whose delta it is: a layer's, and the adapter
-_LAYERS: dict[int, Held] = {}  # by the id of a delta
+# By the id of each: parameters that weak references point to can't be swapped (torch.__future__).
+_DELTAS: weakref.WeakValueDictionary[int, Deltas] = weakref.WeakValueDictionary()
 _STEPPING: dict[int, tuple[list[Held], list[Held]]] = {}  # by thread: `_held` by the optimizer that steps there
 
 
@@ -38,15 +39,20 @@ def _held(optimizer: torch.optim.Optimizer) -> tuple[list[Held], list[Held]]:
     held: tuple[list[Held], list[Held]] = ([], [])
     for group in optimizer.param_groups:
         for parameter in cast("list[Tensor]", group["params"]):
-            if layer_of_delta(parameter) is not None:
-                held[parameter.grad is None].append(_LAYERS[id(parameter)])
+            if (found := _owner_of(parameter)) is not None:
+                held[parameter.grad is None].append(found)
     return held
 
 
 def layer_of_delta(parameter: Tensor) -> Any:
     """Whose delta it is, or what FSDP2 shards one as: an adapted layer, or None."""
-    layer_of, name = _LAYERS.get(id(parameter), (lambda: None, ""))
-    return layer if (layer := layer_of()) is not None and layer._modules["paca_delta"].is_now(name, parameter) else None
+    found = _owner_of(parameter)
+    return None if found is None else found[0]()
+
+
+def _owner_of(parameter: Tensor) -> Held | None:
+    deltas = _DELTAS.get(id(parameter))
+    return None if deltas is None else deltas.owner_of(parameter)
 
 
 @torch.compiler.disable
@@ -88,29 +94,24 @@ class Deltas(nn.ParameterDict):
     It also knows the shards while FSDP2 has put gathered parameters in their place.
     """
 
+    _layer: weakref.ref[Any]
+
     def belong_to(self, layer: Any) -> None:
         """Say whose deltas these are, an adapted layer's; also after they were moved or copied."""
-        # By their ids: parameters that weak references point to can't be swapped (torch.__future__).
-        ids: set[int] = set()
-        layers = _LAYERS  # when Python ends, modules lose their names before the last layers go
+        self.__dict__["_layer"] = weakref.ref(layer)
+        for delta in self._parameters.values():
+            self._register(delta)
 
-        def forget(gone: weakref.ref[Any]) -> None:
-            for key in ids:
-                if layers.get(key, (None,))[0] is gone:
-                    del layers[key]
-
-        self.__dict__["_ids"], self.__dict__["_layer"] = ids, weakref.ref(layer, forget)
-        for name, delta in self._parameters.items():
-            self._register(name, delta)
-
-    def _register(self, name: str, value: Any) -> None:
+    def _register(self, value: Any) -> None:
         if "_layer" in self.__dict__ and isinstance(value, nn.Parameter):
-            self.__dict__["_ids"].add(id(value))
-            _LAYERS[id(value)] = self.__dict__["_layer"], name
+            _DELTAS[id(value)] = self
 
-    def is_now(self, name: str, parameter: Tensor) -> bool:
-        """Whether this is the delta of adapter `name`, or what FSDP2 shards it as."""
-        return self._parameters.get(name) is parameter or self.shard(name) is parameter
+    def owner_of(self, parameter: Tensor) -> Held | None:
+        """The layer and adapter if this is a delta, or what FSDP2 shards one as; None if it was replaced."""
+        for name, delta in self._parameters.items():
+            if parameter is delta or parameter is self.shard(name):
+                return self._layer, name
+        return None
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name in self.__dict__.get("_deleted", ()):
@@ -120,7 +121,7 @@ class Deltas(nn.ParameterDict):
             if name not in shards or shards[name].device_mesh == value.device_mesh:  # else ShardedColumns.replaced
                 shards[name] = value
         super().__setattr__(name, value)
-        self._register(name, value)
+        self._register(value)
 
     def __delattr__(self, name: str) -> None:
         if self.__dict__.get("_shards", {}).pop(name, None) is not None:
@@ -129,7 +130,7 @@ class Deltas(nn.ParameterDict):
             super().__delattr__(name)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {key: value for key, value in self.__dict__.items() if key not in ("_layer", "_ids")}
+        return {key: value for key, value in self.__dict__.items() if key != "_layer"}
 
     def shard(self, name: str) -> Any:
         """The `DTensor` of which this process owns a part, or None if that parameter is not sharded."""
