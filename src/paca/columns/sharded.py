@@ -198,7 +198,7 @@ class ShardedColumns(MergeableColumns):
 
     def trained(self, state: State, layer: Any) -> Trained:
         """All rows of the deltas, as FSDP2 gathered them."""
-        return state.trained._replace(deltas=tuple(layer.paca_delta[c.name] for c in state.columns))
+        return state.trained_through(layer.paca_delta)
 
     def before_backward(self, weight: Tensor, state: State, saved_tag: Tensor) -> None:
         if self.state.key != state.key:

@@ -100,6 +100,11 @@ class State:
         changed = {id(tensor) for tensor, version in self.watched if tensor._version != version}
         return [c for c in self.columns if changed & {id(c.delta), id(c.indices), id(c.source)}]
 
+    def trained_through(self, deltas: Any) -> Trained:
+        """What gradients go to. Asked for by name in a module's pass: then ZeRO-3 and FSDP2 gather the deltas, here and
+        in the backward pass."""
+        return self.trained._replace(deltas=tuple(deltas[c.name] for c in self.columns))
+
     @property
     def tag(self) -> Tensor:
         """A scalar tensor that stands for this state, for autograd to save; its value is the same for equal states."""

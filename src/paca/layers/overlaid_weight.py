@@ -19,7 +19,7 @@ from paca.columns.resident import WRITING
 from paca.columns.state import ActiveColumns, AdapterColumns, State
 from paca.functional.column_blocks import put_columns, version_of
 from paca.functional.linear import LinearProduct
-from paca.functional.product import Trained, WeightSource
+from paca.functional.product import WeightSource
 from paca.functional.train_columns import in_dtype, train_columns
 from paca.layers.mixed_batch import current_mixed_batch
 from paca.layers.resident_weight import rebind_forward
@@ -68,11 +68,6 @@ class OverlaidWeight(nn.Module):
                 owner.write()
             self.columns.note_forward()
             return self.columns.state
-
-    def trained_by(self, state: State) -> Trained:
-        """What gradients go to. Asked for by name in this module's pass: then ZeRO-3 gathers the deltas, here and in
-        the backward pass."""
-        return state.trained._replace(deltas=tuple(self.owner().paca_delta[c.name] for c in state.columns))
 
     def __reduce__(self) -> Any:
         # Pickling finds classes by name, and a class that was made here has none that can be imported.
@@ -168,7 +163,8 @@ class PatchedWeight(OverlaidWeight):
         autocast = torch.is_autocast_enabled(x.device.type)
         with torch.autocast(x.device.type, enabled=False) if autocast else nullcontext():
             source = PatchedPass(self, state, dtype)
-            y = train_columns(_PRODUCT, in_dtype(x, dtype), None, bias, self.trained_by(state), source)
+            trained = state.trained_through(self.owner().paca_delta)
+            y = train_columns(_PRODUCT, in_dtype(x, dtype), None, bias, trained, source)
             return in_dtype(y, output_dtype)
 
     def weight_of_pass(self, dtype: torch.dtype, state: State) -> Tensor:
@@ -265,7 +261,8 @@ class AdditiveWeight(OverlaidWeight):
         if not state.columns:
             return y
         source = AddedPass(self.columns, state)
-        return train_columns(_PRODUCT, x, None, None, self.trained_by(state), source, added_to=y)
+        trained = state.trained_through(self.owner().paca_delta)
+        return train_columns(_PRODUCT, x, None, None, trained, source, added_to=y)
 
 
 def features(module: Any) -> tuple[int, int]:

@@ -183,8 +183,7 @@ class PeftCalls(BaseTunerLayer):
         active = self.base_layer.columns
         rows = self.rows_of(x, batch)
         state = State(tuple(self.columns_of(name) for name in rows), active.base)
-        deltas = tuple(self.paca_delta[name] for name in rows)  # by name: then ZeRO-3 and FSDP2 gather them
-        trained = state.trained._replace(deltas=deltas, rows=tuple(rows.values()))
+        trained = state.trained_through(self.paca_delta)._replace(rows=tuple(rows.values()))
         source = AddedPass(active, state, batch.tag)
         added = train_columns(self.base_layer.product(), x, None, None, trained, source, added_to=y)
         if others_step([self]) or any(active.revisions.get(c.name, 0) != c.revision for c in state.columns):
