@@ -46,7 +46,7 @@ class ModelEntry(Entry):
         for layer in self.layers:
             layer.base_layer.columns.entry = self
 
-    @torch.compiler.disable
+    @torch.compiler.disable(reason="weights of the adapted model are parked: call paca.refresh(model) before this call")
     def look(self, model: nn.Module) -> None:
         """Write what is stale, and find what no version counter shows. Reads only, if there is nothing."""
         if Running.batches:
@@ -73,11 +73,6 @@ class ModelEntry(Entry):
                 self._modes.pop(thread, None)
                 raise
 
-    @torch.compiler.disable(reason="weights of the adapted model are parked: call paca.refresh(model) before this call")
-    def look_from_a_graph(self, model: nn.Module) -> None:
-        """`look`, where a compiled graph has to be left for it."""
-        self.look(model)
-
     @torch.compiler.disable
     def _begin(self, model: nn.Module) -> None:
         self.leave(model, (), None)  # a pass that Ctrl-C ended: torch ran no hook then
@@ -90,7 +85,7 @@ class ModelEntry(Entry):
         if not torch.compiler.is_compiling():
             self._begin(model)
         elif self.unwritten:
-            self.look_from_a_graph(model)
+            self.look(model)
 
     def leave(self, model: nn.Module, args: Any, output: Any) -> None:
         """The forward hook of the adapted model, also after an exception."""
@@ -102,7 +97,7 @@ class ModelEntry(Entry):
         and those of the model within can't."""
         if torch.compiler.is_compiling():
             if self.unwritten:
-                self.look_from_a_graph(holder)
+                self.look(holder)
         elif torch._C._dynamo.eval_frame.get_eval_frame_callback() is not None:
             self.look(holder)
 
