@@ -21,4 +21,4 @@ mkdir -p benchmarks/rates
 search gemma3-270m-r64 arc-gemma 64 7.8e-4,1.25e-3,2e-3
 search gemma3-270m-r16 arc-gemma 16 5e-4,8e-4,1.25e-3
 search smollm2-135m-r16 arc 16 2e-3,3.2e-3,5e-3
-search smollm2-135m-kinds-r16 kinds 16 2e-3,3.2e-3,5e-3,8e-3
+search smollm2-135m-kinds-r16 kinds 16 3e-4,2e-3,3.2e-3,5e-3,8e-3

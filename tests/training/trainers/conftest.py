@@ -21,8 +21,13 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(datasets.config, "HF_DATASETS_CACHE", folder / "datasets-cache")
         patch.syspath_prepend(folder)
-        patch.chdir(save_workspace(folder))
-        yield folder
+        yield save_workspace(folder)
+
+
+@pytest.fixture(autouse=True)
+def _in_the_workspace(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    if "workspace" in request.fixturenames:
+        monkeypatch.chdir(request.getfixturevalue("workspace"))
 
 
 @pytest.fixture(scope="session")
