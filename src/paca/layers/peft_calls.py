@@ -205,10 +205,10 @@ class PeftCalls(BaseTunerLayer):
         return {name: rows for name, rows in batch.rows_of(x.shape[0], x.device).items() if name in self.paca_delta}
 
 
-def refuse_sharded(layers: Iterable[PeftCalls], what: str, advice: str = "Do it before fully_shard.") -> None:
+def refuse_sharded(layers: Iterable[PeftCalls], what: str) -> None:
     """Raise `ValueError` if a layer's weight is sharded: `what` can't be done to it."""
     if not all(layer.base_layer.columns.whole for layer in layers):
-        raise ValueError(f"{what} needs whole weights, and these are sharded (FSDP2). {advice}")
+        raise ValueError(f"{what} needs whole weights, and these are sharded (FSDP2). Do it before fully_shard.")
 
 
 def refuse_late_adapter(adapter_name: str) -> None:

@@ -9,7 +9,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from paca.layers import paca_layers
 from paca.tuner.rotation.pickers import Picker
-from paca.tuner.rotation.rotate import ADVICE, rotate, rotating_adapter, set_trained_columns, trained_columns
+from paca.tuner.rotation.rotate import rotate, rotating_adapter, set_trained_columns, sharded, trained_columns
 
 _RECORD = "paca_trained_columns"
 
@@ -70,7 +70,7 @@ def _record(state: TrainerState, model: Any) -> None:
 
 def _every(args: TrainingArguments, model: Any) -> int:
     if args.fsdp or os.environ.get("ACCELERATE_USE_FSDP", "false").lower() in ("1", "true"):
-        raise ValueError(f"Rotation needs whole weights, and this run is to be sharded by FSDP. {ADVICE}")
+        raise sharded("this run is to be sharded by FSDP")
     name, config, _ = rotating_adapter(model)
     if config.rotate_every is None:
         raise ValueError(

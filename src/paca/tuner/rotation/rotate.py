@@ -10,18 +10,15 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 
 from paca.columns.folded import Folded, split, union_of
 from paca.columns.scores import explicit_columns
 from paca.columns.state import AdapterColumns
 from paca.config import PacaConfig
-from paca.layers import PacaLayer, layers_of, paca_layers, refuse_sharded
+from paca.layers import PacaLayer, layers_of, paca_layers
 from paca.tuner.rotation.pickers import Picker, RotatingLayer, picker_of
 from paca.tuner.same_on_all_ranks import same_on_all_ranks
-
-ADVICE = "Train with DistributedDataParallel, or leave rotate_every out."
-"""Where weights are sharded: a rotated adapter can't be sharded later either."""
 
 
 @torch.no_grad()
@@ -120,8 +117,13 @@ def rotating_adapter(model: nn.Module, adapter_name: str | None = None) -> tuple
     if not isinstance(config, PacaConfig):
         raise ValueError(f"There is no PaCA adapter {name!r} to rotate; loaded are {', '.join(configs) or 'none'}.")
     root: nn.Module = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
+    if distributed.is_available():
+        from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
+
+        for key, module in root.named_modules():
+            if isinstance(module, (FSDPModule, FullyShardedDataParallel)):
+                raise sharded(f"{key or 'the model'} is sharded by FSDP")
     layers = layers_of(root, name)
-    refuse_sharded(layers.values(), "Rotation", ADVICE)
     for key, layer in layers.items():
         if layer.mode != "resident":
             raise ValueError(
@@ -131,7 +133,17 @@ def rotating_adapter(model: nn.Module, adapter_name: str | None = None) -> tuple
         if layer.merged_adapters:
             merged = ", ".join(map(repr, layer.merged_adapters))
             raise ValueError(f"{key} can't be rotated while {merged} is merged into it. Call unmerge_adapter() first.")
+        if type(layer.paca_delta[name].data) is not Tensor or hasattr(layer.paca_delta[name], "ds_id"):
+            raise sharded(f"{key} has a delta of type {type(layer.paca_delta[name].data).__name__}")
     return name, config, layers
+
+
+def sharded(what: str) -> ValueError:
+    """The error where weights are not whole."""
+    return ValueError(
+        f"Rotation needs whole weights in every process, but {what}. Train with DistributedDataParallel, or leave "
+        "rotate_every out."
+    )
 
 
 def _state_of(optimizer: Any, parameters: list[nn.Parameter], name: str) -> Any:
