@@ -41,7 +41,8 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["config.yaml"], "--lr is empty. Give numbers with commas between"),
+        (["config.yaml", "--lr", ""], "--lr is empty. Give numbers with commas between"),
+        (["config.yaml", "--lr", "lor=1e-3"], "--lr lor=...: no method of that name is compared. Did you mean 'lora'?"),
         (["config.yaml", "--lr", "1e-3,x"], "--lr: 'x' is no rate; a number above zero was expected"),
         (["config.yaml", "--lr", "1e-3", "--seeds", "a"], "--seeds: 'a' is no seed"),
         (["config.yaml", "--lr", "1e-3", "--methods", "lorra"], "There is no method 'lorra'. Did you mean 'lora'?"),
@@ -65,6 +66,19 @@ def test_one_rate_is_not_said_to_go_beyond(workspace: Path) -> None:
     one = ("compare", "config.yaml", "--methods", "paca", "--lr", "1e-2", "--output", "one", "--dry-run")
     done = forked_paca(*one, cwd=workspace)
     assert done.stdout.splitlines()[-1] == "rates 0.01; seeds 0, 1, 2", done.stderr
+
+
+def test_without_rates_each_method_begins_around_its_own(workspace: Path) -> None:
+    command = ("compare", "config.yaml", "--methods", "paca,lora,full", "--set", "train.learning_rate=0.5")
+    rates = ("--lr", "full=1e-3", "--output", "auto", "--dry-run")
+    done = forked_paca(*command, *rates, cwd=workspace)
+    assert done.stdout.splitlines()[-1] == (
+        "rates of paca 0.312, 0.5, 0.8; of lora 0.000187, 0.0003, 0.00048; of full 0.001 and beyond while the edge is "
+        "best; seeds 0, 1, 2"
+    ), done.stdout + done.stderr
+    kept = json.loads((workspace / "auto" / "settings.json").read_text())["came_out"]
+    assert kept["paca"]["rates"] == [0.312, 0.5, 0.8]
+    assert kept["full"]["rates"] is None
 
 
 def test_an_output_that_is_a_file_is_refused(workspace: Path) -> None:

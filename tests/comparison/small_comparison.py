@@ -8,6 +8,7 @@ from typing import Any
 
 from rich.console import Console
 
+from paca.comparison.flags import Rates
 from paca.comparison.methods import methods_of
 from paca.comparison.settings import Comparison
 from paca.comparison.work import Work
@@ -34,7 +35,7 @@ except KeyboardInterrupt:
 
 def small_comparison(folder: Path, methods: str = "paca,lora", **changed: Any) -> Comparison:
     """Two methods, two rates, two seeds."""
-    settings: dict[str, Any] = {"rates": [1e-3, 3e-3], "seeds": [0, 1], "extend": False, **changed}
+    settings: dict[str, Any] = {"rates": Rates([1e-3, 3e-3]), "seeds": [0, 1], "extend": False, **changed}
     return Comparison(folder, COMMON, methods_of(methods, COMMON), **settings)
 
 

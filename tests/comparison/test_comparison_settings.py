@@ -9,8 +9,10 @@ import pytest
 import yaml
 
 from comparison.small_comparison import COMMON, small_comparison
+from paca.comparison.flags import Rates
+from paca.comparison.methods import Method
 from paca.comparison.schedule import Job
-from paca.comparison.settings import Comparison, SettingsFile, load_common
+from paca.comparison.settings import Comparison, SettingsFile, load_common, run_sections
 from paca.messages.errors import PacaError
 
 KEPT = {"paca": {"sections": {"paca": {"r": 16}}, "measured": {}, "note": ""}}
@@ -27,7 +29,7 @@ def test_the_same_comparison_finds_what_came_out(tmp_path: Path) -> None:
     assert SettingsFile(begun(tmp_path)).read() == KEPT
 
 
-@pytest.mark.parametrize("changed", [{"rates": [5e-3]}, {"seeds": [0, 1, 2]}, {"methods": "paca,lora,full"}])
+@pytest.mark.parametrize("changed", [{"rates": Rates([5e-3])}, {"seeds": [0, 1, 2]}, {"methods": "paca,lora,full"}])
 def test_rates_seeds_and_methods_may_be_added(tmp_path: Path, changed: dict[str, Any]) -> None:
     begun(tmp_path)
     assert SettingsFile(small_comparison(tmp_path, **changed)).read() == KEPT
@@ -111,7 +113,10 @@ def test_the_model_as_it_came_is_scored_once(tmp_path: Path) -> None:
 
 def test_a_run_that_has_begun_keeps_what_it_scores_and_follows_its_folder(tmp_path: Path) -> None:
     common = {**COMMON, "eval": {"metric": "exact_match", "before": True}}
-    before, after = small_comparison(tmp_path / "before"), small_comparison(tmp_path / "after", rates=[3e-3, 1e-3])
+    before, after = (
+        small_comparison(tmp_path / "before"),
+        small_comparison(tmp_path / "after", rates=Rates([3e-3, 1e-3])),
+    )
     before.common = after.common = common
     job = Job("paca", 1e-3, 0)
     before.config_file(job)
@@ -120,3 +125,20 @@ def test_a_run_that_has_begun_keeps_what_it_scores_and_follows_its_folder(tmp_pa
     config = yaml.safe_load(after.config_file(job).read_text())
     assert config["eval"]["before"]  # it was the first one, and is not any more
     assert config["output"]["dir"] == str(after.folder(job).path)
+
+
+@pytest.mark.parametrize(
+    ("method", "rate", "expected"),
+    [
+        (Method("paca", {"paca": {"r": 4, "paca_alpha": 4, "target_modules": ["q"]}}), None, 0.5),
+        (Method("wide", {"paca": {"r": 64, "paca_alpha": 4, "target_modules": ["q"]}}), None, "auto"),
+        (Method("lora", {"lora": {"r": 4}}), None, "auto"),
+        (Method("paca", {"paca": {"r": 4}}), 1e-3, 1e-3),
+    ],
+)
+def test_without_a_rate_the_yaml_s_own_method_takes_the_yaml_s(
+    tmp_path: Path, method: Method, rate: float | None, expected: float | str
+) -> None:
+    common = {**COMMON, "paca": {"r": 4, "target_modules": ["q"]}, "train": {"learning_rate": 0.5}}
+    sections = run_sections(common, method, rate, 0, tmp_path)
+    assert sections["train"]["learning_rate"] == expected

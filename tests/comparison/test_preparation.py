@@ -10,6 +10,7 @@ from rich.console import Console
 
 from comparison.small_comparison import small_comparison
 from paca.comparison import prepare
+from paca.comparison.flags import Rates
 from paca.comparison.methods import Method
 from paca.comparison.plan_table import settings_text
 from paca.comparison.settings import Comparison
@@ -19,7 +20,8 @@ from paca.comparison.trial import Trial, Try
 def made_up_plan(comparison: Comparison, method: Method) -> SimpleNamespace:
     assert method.rank is not None
     each = {"paca": 100, "lora": 200}[method.kind]
-    return SimpleNamespace(trainable_parameters=each * method.rank, steps=60)
+    config = SimpleNamespace(train={"learning_rate": 1.0 / method.rank})
+    return SimpleNamespace(trainable_parameters=each * method.rank, steps=60, config=config)
 
 
 def made_up_trials(comparison: Comparison, claim: object) -> Try:
@@ -39,6 +41,21 @@ def test_parameters_and_time_are_made_equal_together(tmp_path: Path, monkeypatch
     assert lora.method.rank == 16  # as many parameters as paca's 32
     assert lora.method.sections["train"]["max_steps"] == 15  # at that r a step takes four times as long
     assert comparison.methods[1] == lora.method
+
+
+def test_rates_that_nobody_gave_follow_the_method_made_equal_and_are_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(prepare, "plan_of", made_up_plan)
+    comparison = small_comparison(tmp_path, equal=("parameters",), rates=Rates(None, {"lora": [1e-3]}))
+    comparison.methods[0] = comparison.methods[0].with_rank(32)
+    prepare.prepare(comparison, Console(quiet=True))
+    assert comparison.grids() == {"paca": [0.0195, 0.0312, 0.05], "lora": [1e-3]}
+    again = small_comparison(tmp_path, equal=("parameters",), rates=Rates())
+    again.methods[0] = again.methods[0].with_rank(32)
+    monkeypatch.setattr(prepare, "around", lambda rate: [rate])  # another rule, of another version
+    prepare.prepare(again, Console(quiet=True))
+    assert again.grids() == {"paca": [0.0195, 0.0312, 0.05], "lora": [1 / 16]}  # lora had none yet
 
 
 def test_a_setting_for_many_names_is_told_by_their_number() -> None:

@@ -6,8 +6,7 @@ import math
 
 import pytest
 
-from paca.comparison.schedule import FAILED, MOST_BEYOND, Job, Outcome, Schedule, rates_of, schedule, seeds_of
-from paca.messages.errors import PacaError
+from paca.comparison.schedule import FAILED, MOST_BEYOND, Job, Outcome, Schedule, schedule
 
 RATES, SEEDS = [1e-3, 3e-3, 9e-3], [0, 1, 2]
 
@@ -17,7 +16,7 @@ def worked_off(best_at: dict[str, float], *, extend: bool = True, failing: tuple
     ended: dict[Job, Outcome] = {}
 
     def now() -> Schedule:
-        return schedule(list(best_at), RATES, SEEDS, ended.get, extend=extend)
+        return schedule(dict.fromkeys(best_at, RATES), SEEDS, ended.get, extend=extend)
 
     while todo := [job for job in now().jobs if job not in ended]:
         job = todo[0]
@@ -59,7 +58,7 @@ def test_among_level_scores_the_lower_loss_decides_and_may_lead_beyond_the_grid(
         1e-3: Outcome(-0.90, 0.3, 0.02), 3e-3: Outcome(-0.95, 0.2, 0.015), 9e-3: Outcome(-0.94, 0.1, 0.015),
         2.7e-2: Outcome(-0.93, 0.05, 0.015),
     }  # fmt: skip
-    plan = schedule(["paca"], RATES, [0], lambda job: by_rate[job.rate], extend=True)
+    plan = schedule({"paca": RATES}, [0], lambda job: by_rate[job.rate], extend=True)
     assert [job.rate for job in plan.jobs] == [1e-3, 3e-3, 9e-3, 2.7e-2]  # 9e-3 is level with 3e-3, and at the edge
     assert plan.chosen == {"paca": 9e-3}  # 2.7e-2 is not
 
@@ -90,46 +89,27 @@ def test_a_method_whose_rates_all_fail_has_none_and_no_further_runs() -> None:
 
 def test_the_lower_loss_decides_among_equal_scores() -> None:
     losses = {1e-3: 2.0, 3e-3: 1.5, 9e-3: 1.8}
-    plan = schedule(["paca"], RATES, [0], lambda job: Outcome(0.0, losses[job.rate]), extend=True)
+    plan = schedule({"paca": RATES}, [0], lambda job: Outcome(0.0, losses[job.rate]), extend=True)
     assert plan.chosen == {"paca": 3e-3}
 
 
 def test_one_rate_is_taken_as_it_is() -> None:
-    plan = schedule(["paca"], [1e-3], [5], lambda job: Outcome(1.0, 1.0), extend=True)
+    plan = schedule({"paca": [1e-3]}, [5], lambda job: Outcome(1.0, 1.0), extend=True)
     assert plan.chosen == {"paca": 1e-3}
     assert [job.name for job in plan.jobs] == ["paca-lr0.001-seed5"]
 
 
 def test_while_a_run_is_missing_no_rate_is_chosen() -> None:
     ended = {Job("paca", rate, 0): Outcome(rate, rate) for rate in RATES[:2]}
-    plan = schedule(["paca"], RATES, SEEDS, ended.get, extend=True)
+    plan = schedule({"paca": RATES}, SEEDS, ended.get, extend=True)
     assert plan.chosen == {}
     assert plan.expected == {"paca": 5}
     assert len(plan.jobs) == 3
 
 
-def test_rates_and_seeds_are_read() -> None:
-    assert rates_of(" 1e-3, 0.003,") == [0.001, 0.003]
-    assert seeds_of("0,1, 7") == [0, 1, 7]
-
-
-@pytest.mark.parametrize(
-    ("read", "text", "message"),
-    [
-        (rates_of, "1e-3,fast", "--lr: 'fast' is no rate; a number above zero was expected"),
-        (rates_of, "0", "--lr: '0' is no rate"),
-        (rates_of, "nan", "--lr: 'nan' is no rate"),
-        (rates_of, "inf", "--lr: 'inf' is no rate"),
-        (rates_of, "", "--lr is empty"),
-        (rates_of, "1e-3,0.001", "--lr has 0.001 twice"),
-        (rates_of, "1.2345671e-3,1.2345672e-3", "--lr has 0.00123457 twice"),
-        (seeds_of, "1.5", "--seeds: '1.5' is no seed"),
-        (seeds_of, "-1", "--seeds: '-1' is no seed"),
-        (seeds_of, "99999999999999", "is no seed; a whole number from 0 to 4294967295"),
-        (seeds_of, ",", "--seeds is empty"),
-        (seeds_of, "1,1", "--seeds has 1 twice"),
-    ],
-)
-def test_what_is_no_rate_or_seed_is_refused(read: object, text: str, message: str) -> None:
-    with pytest.raises(PacaError, match=message):
-        read(text)  # type: ignore[operator]
+def test_methods_may_have_grids_of_their_own() -> None:
+    grids = {"paca": [1e-3, 2e-3], "lora": [1e-4, 2e-4, 4e-4]}
+    plan = schedule(grids, [0], lambda job: Outcome(job.rate, job.rate), extend=False)
+    assert runs(plan, "paca") == [(1e-3, 0), (2e-3, 0)]
+    assert runs(plan, "lora") == [(1e-4, 0), (2e-4, 0), (4e-4, 0)]
+    assert plan.chosen == {"paca": 1e-3, "lora": 1e-4}

@@ -31,8 +31,13 @@ def compare(
         typer.Option(metavar="A,B,…", help="Methods: paca, lora, lora-tuned, full, one of PEFT's, or name=FILE.yaml."),
     ] = "paca,lora,lora-tuned",
     lr: Annotated[
-        str, typer.Option(metavar="RATE,RATE,…", help="Learning rates to choose from, for each method.")
-    ] = "",
+        list[str] | None,
+        typer.Option(
+            metavar="RATE,RATE,…",
+            help="Learning rates to choose from. METHOD=RATE,… gives a method its own, and may be repeated. "
+            "\\[default: auto, three around the rate of paca train]",
+        ),
+    ] = None,
     seeds: Annotated[str, typer.Option(metavar="N,N,…", help="Seeds. Rates are chosen with the first.")] = "0,1,2",
     equal: Annotated[
         Literal["parameters", "time", "memory", "parameters,time"] | None,
@@ -67,7 +72,7 @@ def compare(
     try:
         with sigterm_as_ctrl_c():  # so that a run in progress saves its checkpoint
             if train:
-                result = _train(what[0], set_ or [], methods, lr, seeds, equal, extend, dry_run, output, console)
+                result = _train(what[0], set_ or [], methods, lr or [], seeds, equal, extend, dry_run, output, console)
             else:
                 import_package()
                 from paca.comparison.compare import compare_folders
@@ -85,7 +90,7 @@ def _train(
     config: Path,
     overrides: list[str],
     methods: str,
-    lr: str,
+    lr: list[str],
     seeds: str,
     equal: str | None,
     extend: bool,
@@ -94,7 +99,7 @@ def _train(
     console: Console,
 ) -> ComparisonResult | None:
     # What is wrong by itself comes first: the imports below take seconds.
-    from paca.comparison.schedule import rates_of, seeds_of
+    from paca.comparison.flags import rates_of, seeds_of
 
     rates, numbers = rates_of(lr), seeds_of(seeds)
     from paca.comparison.methods import methods_of
@@ -106,7 +111,7 @@ def _train(
     from datasets import disable_progress_bars
 
     from paca.comparison.compare import compare
-    from paca.comparison.plan_table import table_of
+    from paca.comparison.plan_table import rates_text, table_of
     from paca.comparison.prepare import prepare
 
     disable_progress_bars()
@@ -114,11 +119,7 @@ def _train(
     comparison = Comparison(output, common, chosen, rates, numbers, same, extend)
     planned = prepare(comparison, console)
     console.print(table_of(planned))
-    beyond = " and beyond while the edge is best" if extend and len(rates) > 1 else ""
-    say(
-        console,
-        f"rates {', '.join(f'{rate:g}' for rate in rates)}{beyond}; seeds {', '.join(map(str, numbers))}",
-    )
+    say(console, f"{rates_text(comparison.grids(), extend=extend)}; seeds {', '.join(map(str, numbers))}")
     return None if dry_run else compare(comparison, planned, console)
 
 

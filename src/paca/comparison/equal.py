@@ -29,6 +29,8 @@ class CameOut:
     """What was measured on the way, for the table and for whoever comes later."""
     note: str = ""
     """What could not be made equal."""
+    rates: list[float] | None = None
+    """Those that `--lr auto` begins with."""
 
 
 def same_parameters(methods: Sequence[Method], count: Callable[[Method], int]) -> list[CameOut]:

@@ -54,6 +54,17 @@ def table_of(planned: Sequence[PlannedMethod]) -> Table:
     return table
 
 
+def rates_text(grids: Mapping[str, Sequence[float]], *, extend: bool) -> str:
+    """The rates that each method begins with, on one line; those that all have are told once."""
+    shown = {name: ", ".join(f"{rate:g}" for rate in grid) for name, grid in grids.items()}
+    if len(set(shown.values())) == 1:
+        text = next(iter(shown.values()))
+    else:
+        text = "; ".join(f"of {name} {rates}" for name, rates in shown.items())
+    grows = extend and any(len(grid) > 1 for grid in grids.values())
+    return f"rates {text}{' and beyond while the edge is best' if grows else ''}"
+
+
 def settings_text(method: Method) -> str:
     """The settings of a method on one line; what is null or empty is left out."""
     shown: dict[str, Any] = dict(method.settings)

@@ -10,15 +10,16 @@ from rich.console import Console
 
 from paca.comparison.comparable import batching
 from paca.comparison.equal import CameOut, same_memory, same_parameters, same_time
+from paca.comparison.flags import around
 from paca.comparison.methods import Method
 from paca.comparison.plan_table import PlannedMethod
-from paca.comparison.schedule import Job
 from paca.comparison.settings import Comparison, SettingsFile, run_sections, write_config
 from paca.comparison.trial import trials_of
 from paca.messages.errors import PacaError
 from paca.messages.say import say
 from paca.pretrained.claims import Claim
 from paca.training import load_run_config
+from paca.training.config.run_config import RunConfig
 from paca.training.plan import Plan, describe
 from paca.training.trainers import trainer_kind
 
@@ -30,7 +31,7 @@ def prepare(comparison: Comparison, console: Console) -> list[PlannedMethod]:
     wait.
 
     Args:
-        comparison: Its methods become those that were made equal.
+        comparison: Its methods become those that were made equal, and its rates those that `auto` stands for.
         console: Where is told what is measured.
 
     Raises:
@@ -44,10 +45,17 @@ def prepare(comparison: Comparison, console: Console) -> list[PlannedMethod]:
         before = {name: _read(name, values) for name, values in file.read().items()}
         _check(comparison)
         came_out = {**_made_equal(comparison, before, claim, console), **before}
+        file.write({name: _written(one) for name, one in came_out.items()})  # it was measured, whatever comes now
+        planned = []
+        for method in comparison.methods:
+            one = came_out[method.name]
+            planned.append(PlannedMethod(one, plan_of(comparison, one.method)))
+            if comparison.rates.of(method.name) is None:
+                one.rates = one.rates or around(planned[-1].plan.config.train["learning_rate"])
+                comparison.rates.own[method.name] = one.rates
         file.write({name: _written(one) for name, one in came_out.items()})
-    chosen = [came_out[method.name] for method in comparison.methods]
-    comparison.methods = [one.method for one in chosen]
-    return [PlannedMethod(one, plan_of(comparison, one.method)) for one in chosen]
+    comparison.methods = [one.method for one in planned]
+    return planned
 
 
 def plan_of(comparison: Comparison, method: Method) -> Plan:
@@ -56,19 +64,26 @@ def plan_of(comparison: Comparison, method: Method) -> Plan:
     Raises:
         PacaError: Its settings don't fit the model or the data.
     """
-    folder = comparison.path / "trials" / method.name
-    sections = run_sections(comparison.common, method, comparison.rates[0], comparison.seeds[0], folder)
     try:
-        return describe(load_run_config(write_config(comparison.path / "configs" / f"{method.name}.yaml", sections)))
+        return describe(_config_of(comparison, method))
     except PacaError as error:
         raise PacaError(f"The method {method.name}: {error}") from error
 
 
+def _config_of(comparison: Comparison, method: Method) -> RunConfig:
+    """Of a run with the first rate and seed."""
+    folder = comparison.path / "trials" / method.name
+    rate = next(iter(comparison.rates.of(method.name) or []), None)
+    sections = run_sections(comparison.common, method, rate, comparison.seeds[0], folder)
+    return load_run_config(write_config(comparison.path / "configs" / f"{method.name}.yaml", sections))
+
+
 def _check(comparison: Comparison) -> None:
+    comparison.rates.check([method.name for method in comparison.methods])
     scored: dict[str, str] = {}
     for method in comparison.methods:
         try:
-            config = load_run_config(comparison.config_file(Job(method.name, comparison.rates[0], comparison.seeds[0])))
+            config = _config_of(comparison, method)
         except PacaError as error:
             raise PacaError(f"The method {method.name}: {error}") from error
         if trainer_kind(config.train).score is None:
@@ -111,8 +126,8 @@ def _made_equal(
 
 
 def _read(name: str, values: dict[str, Any]) -> CameOut:
-    return CameOut(Method(name, values["sections"]), values["measured"], values["note"])
+    return CameOut(Method(name, values["sections"]), values["measured"], values["note"], values.get("rates"))
 
 
 def _written(one: CameOut) -> dict[str, Any]:
-    return {"sections": one.method.sections, "measured": one.measured, "note": one.note}
+    return {"sections": one.method.sections, "measured": one.measured, "note": one.note, "rates": one.rates}

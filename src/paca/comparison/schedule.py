@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain, zip_longest
-from typing import NamedTuple, TypeVar
-
-from paca.messages.errors import PacaError
-
-Number = TypeVar("Number", int, float)
+from typing import NamedTuple
 
 MOST_BEYOND = 8
 """Steps that a grid is extended by, at most: a score that still gets better there is no matter of the rate."""
@@ -60,19 +56,18 @@ class Schedule:
 
 
 def schedule(
-    methods: Sequence[str], rates: Sequence[float], seeds: Sequence[int], outcomes: Outcomes, *, extend: bool
+    grids: Mapping[str, Sequence[float]], seeds: Sequence[int], outcomes: Outcomes, *, extend: bool
 ) -> Schedule:
     """The runs that a comparison needs by now.
 
     Args:
-        methods: Their names.
-        rates: The grid of rates.
+        grids: The rates of each method, by its name.
         seeds: The first one is the one that rates are searched with.
         outcomes: Of the runs that ended.
-        extend: Go beyond the grid while its first or last rate is the best.
+        extend: Go beyond a grid while its first or last rate is the best.
     """
     columns, chosen, expected = [], {}, {}
-    for method in methods:
+    for method, rates in grids.items():
         tried, best = _search(method, rates, seeds[0], outcomes, extend)
         jobs = [Job(method, rate, seeds[0]) for rate in tried]
         hopeless = best is None and all(outcomes(job) is not None for job in jobs)
@@ -110,51 +105,3 @@ def _beyond(grid: Sequence[float], best: float) -> float | None:
         return None
     found = best * best / (grid[1] if best == grid[0] else grid[-2])
     return float(f"{found:.3g}")
-
-
-def rates_of(text: str) -> list[float]:
-    """The rates of `--lr`.
-
-    Raises:
-        PacaError: One is no number above zero, or comes twice.
-    """
-    rates = []
-    for word in _words(text, "--lr", "1e-3,3e-3"):
-        try:
-            rate = float(word)
-        except ValueError:
-            rate = math.nan
-        if not 0 < rate < math.inf:
-            raise PacaError(f"--lr: {word!r} is no rate; a number above zero was expected, such as 1e-3.")
-        rates.append(rate)
-    return _without_repeats(rates, "--lr")
-
-
-def seeds_of(text: str) -> list[int]:
-    """The seeds of `--seeds`.
-
-    Raises:
-        PacaError: One is no whole number of zero or more that fits 32 bits, or comes twice.
-    """
-    seeds = []
-    for word in _words(text, "--seeds", "0,1,2"):
-        if not word.isdecimal() or int(word) >= 2**32:
-            raise PacaError(f"--seeds: {word!r} is no seed; a whole number from 0 to {2**32 - 1} was expected.")
-        seeds.append(int(word))
-    return _without_repeats(seeds, "--seeds")
-
-
-def _words(text: str, flag: str, example: str) -> list[str]:
-    words = [word.strip() for word in text.split(",") if word.strip()]
-    if not words:
-        raise PacaError(f"{flag} is empty. Give numbers with commas between, such as {example}.")
-    return words
-
-
-def _without_repeats(values: list[Number], flag: str) -> list[Number]:
-    # Folders are named by a rate's first six digits.
-    shown = [f"{value:g}" if isinstance(value, float) else str(value) for value in values]
-    for value in shown:
-        if shown.count(value) > 1:
-            raise PacaError(f"{flag} has {value} twice. Leave one out.")
-    return values

@@ -10,6 +10,7 @@ from typing import Any
 
 import yaml
 
+from paca.comparison.flags import AUTO, Rates
 from paca.comparison.methods import Method, own_section
 from paca.comparison.schedule import Job
 from paca.data.file_content import samples_of
@@ -34,12 +35,12 @@ class Comparison:
     """The sections of the run's YAML."""
     methods: list[Method]
     """As asked for; the first is the one that the others follow and are measured against."""
-    rates: list[float]
+    rates: Rates
     seeds: list[int]
     equal: tuple[str, ...] = ()
     """One of `EQUAL`, or nothing."""
     extend: bool = True
-    """Go beyond the grid of rates while its edge is the best."""
+    """Go beyond a grid of rates while its edge is the best."""
 
     def method(self, name: str) -> Method:
         """The method of that name."""
@@ -67,9 +68,15 @@ class Comparison:
             sections["eval"]["before"] = False  # the model as it came is the same for all: one run scores it
         return write_config(path, sections)
 
+    def grids(self) -> dict[str, list[float]]:
+        """The rates of each method, as `paca.comparison.prepare` left them."""
+        grids = {method.name: self.rates.of(method.name) for method in self.methods}
+        return {name: grid for name, grid in grids.items() if grid is not None}
+
     @property
     def _first(self) -> Job:
-        return Job(self.methods[0].name, self.rates[0], self.seeds[0])
+        name = self.methods[0].name
+        return Job(name, self.grids()[name][0], self.seeds[0])
 
 
 def load_common(path: Path, overrides: Iterable[str] = ()) -> dict[str, dict[str, Any]]:
@@ -92,11 +99,19 @@ def load_common(path: Path, overrides: Iterable[str] = ()) -> dict[str, dict[str
 
 
 def run_sections(
-    common: Mapping[str, Mapping[str, Any]], method: Method, rate: float, seed: int, folder: Path
+    common: Mapping[str, Mapping[str, Any]], method: Method, rate: float | None, seed: int, folder: Path
 ) -> dict[str, dict[str, Any]]:
-    """The sections of one run. A seed sets the data's order, what is drawn at the start, and PaCA's columns."""
+    """The sections of one run; without a rate, the one that `paca train` would take.
+
+    A seed sets the data's order, what is drawn at the start, and PaCA's columns.
+    """
     sections = method.laid_over(common)
-    sections["train"] = {**sections.get("train", {}), "learning_rate": rate, "seed": seed}
+    train = sections.get("train", {})
+    if rate is None:
+        own = own_section(common)
+        same = method.kind == own and common.get(own, {}).items() <= dict(method.settings).items()
+        rate = train.get("learning_rate") if same else None  # the YAML's; other methods want other rates
+    sections["train"] = {**train, "learning_rate": AUTO if rate is None else rate, "seed": seed}
     if method.kind == "paca":
         sections["paca"]["random_seed"] = seed
     sections["eval"] = {**sections.get("eval", {}), "after": True}

@@ -50,7 +50,7 @@ def trials_of(
     """What makes trials in the comparison's folder.
 
     Args:
-        comparison: Whose data, first rate and first seed they take.
+        comparison: Whose data and first seed they take.
         claim: On the folder's preparation.
         program: What runs `train CONFIG`.
         count_memory: Count the bytes of CPU tensors, which takes time: what the run itself knows there is the resident
@@ -82,8 +82,8 @@ def trials_of(
 
 
 def _only_steps(comparison: Comparison, method: Method, folder: RunFolder) -> dict[str, dict[str, Any]]:
-    sections = run_sections(comparison.common, method, comparison.rates[0], comparison.seeds[0], folder.path)
-    sections["train"]["learning_rate"] = 0.0  # no rate is too high to be timed
+    no_rate = 0.0  # none is too high to be timed
+    sections = run_sections(comparison.common, method, no_rate, comparison.seeds[0], folder.path)
     # Held-out data stays given: where it is split off, the training data is what is left.
     sections["eval"] = {**sections["eval"], "before": False, "after": False, "metric": None, "answer_pattern": None}
     return sections

@@ -49,8 +49,7 @@ class Work:
     def schedule(self) -> Schedule:
         """What is needed by now."""
         c = self.comparison
-        names = [method.name for method in c.methods]
-        return schedule(names, c.rates, c.seeds, self.outcome, extend=c.extend)
+        return schedule(c.grids(), c.seeds, self.outcome, extend=c.extend)
 
     def row(self, job: Job) -> Row | None:
         """Of a run that ended; None while it has not."""
