@@ -24,21 +24,30 @@ for task in "$@"; do
     for equal in $EQUAL; do
         # Steps of 1.6; the grid grows by itself where the best rate is at an end of it. These are the grids that the
         # committed rows began with (tests/comparison compares them).
-        changed=() methods=$METHODS
+        config=$task methods=$METHODS same=$equal own=() changed=() folder=benchmarks/quality
+        [ "$equal" = time ] && same=parameters,time
         case $task-$equal in
             digits-parameters) rates=3.2e-3,5e-3,8e-3,1.25e-2 ;;
             digits-wide-*) rates=3.2e-3,5e-3,8e-3 ;;
             digits-*) rates=5e-3,8e-3,1.25e-2,2e-2 changed=(--set paca.r=16 --set paca.paca_alpha=16) ;;
             arc-*) rates=7.8e-4,1.25e-3 ;;
-            encyclopedia-memory) # in the committed rows paca-factored has the r of its file, with room for a larger one
-                rates=4.87e-4,7.8e-4,1.25e-3 methods=paca,paca-factored=benchmarks/quality/factored.yaml,lora,lora-tuned
+            encyclopedia-parameters)
+                rates=7.8e-4,1.25e-3,2e-3
+                own=(--lr lora=4.87e-4,7.8e-4,1.25e-3 --lr lora-tuned=4.87e-4,7.8e-4,1.25e-3)
+                ;;
+            encyclopedia-memory) # the committed rows of paca-wide and paca-factored have the r of their files
+                rates=4.87e-4,7.8e-4,1.25e-3 own=(--lr paca-wide=1.9e-4,3.04e-4,4.87e-4)
+                methods=paca,paca-wide=$folder/wide.yaml,paca-factored=$folder/factored.yaml,lora,lora-tuned
+                ;;
+            gsm8k-wide-time) # LoRA with r 33, as many parameters as paca's r 64
+                config=gsm8k same=time rates=7.8e-4,1.25e-3,2e-3 own=(--lr paca-256=4.87e-4,7.8e-4,1.25e-3)
+                methods=paca-256=$folder/columns256.yaml,paca,lora=$folder/lora33.yaml
+                methods+=,lora-tuned=$folder/lora33-tuned.yaml
                 ;;
             *) rates=7.8e-4,1.25e-3,2e-3 ;;
         esac
-        same=$equal
-        [ "$equal" = time ] && same=parameters,time
-        compare=("$PACA" compare "benchmarks/quality/$task.yaml" "${changed[@]}" --methods "$methods" --lr "$rates"
-            --seeds "$SEEDS" --equal "$same" --output "$RUNS/$task-$equal")
+        compare=("$PACA" compare "$folder/$config.yaml" "${changed[@]}" --methods "$methods" --lr "$rates"
+            "${own[@]}" --seeds "$SEEDS" --equal "$same" --output "$RUNS/$task-$equal")
         for ((job = 1; job < JOBS; job++)); do "${compare[@]}" & done
         "${compare[@]}"
         wait

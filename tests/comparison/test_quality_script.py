@@ -6,9 +6,12 @@ import json
 import os
 import subprocess
 from collections import defaultdict
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
+
+from paca.comparison.flags import rates_of
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = sorted(path.parent.name for path in ROOT.glob("benchmarks/quality/*/runs.jsonl"))
@@ -28,12 +31,14 @@ def command_of(page: str, folder: Path) -> list[str]:
 @pytest.mark.parametrize("page", PAGES)
 def test_the_committed_rows_began_with_the_rates_of_the_script(page: str, tmp_path: Path) -> None:
     command = command_of(page, tmp_path)
-    grid = {float(rate) for rate in command[command.index("--lr") + 1].split(",")}
+    given = rates_of(word for flag, word in pairwise(command) if flag == "--lr")
     tried: dict[str, set[float]] = defaultdict(set)
     for line in (ROOT / "benchmarks" / "quality" / page / "runs.jsonl").read_text().splitlines():
         row = json.loads(line)
         tried[row["method"]].add(row["learning_rate"])
     for method, rates in tried.items():
+        grid = set(given.of(method) or [])
+        assert grid, method
         assert grid <= rates, method
         beyond = rates - grid
         assert not any(min(grid) < rate < max(grid) for rate in beyond), method
