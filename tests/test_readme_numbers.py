@@ -53,7 +53,7 @@ def means(page: str, value: str) -> dict[str, float]:
     found: dict[tuple[str, float], list[float]] = defaultdict(list)
     for line in (ROOT / "benchmarks" / "quality" / page / "runs.jsonl").read_text(encoding="utf-8").splitlines():
         row = json.loads(line)
-        found[row["method"], row["learning_rate"]].append(row[value])
+        found[row["method"], row["learning_rate"]].append({**row, **row["train_info"]}[value])
     return {method: fmean(values) for (method, _), values in found.items() if len(values) == 3}
 
 
@@ -67,12 +67,13 @@ def test_losses_and_answers_are_those_of_their_pages() -> None:
     entries, problems = means("encyclopedia-time", "loss"), means("gsm8k-time", "loss")
     assert f"{entries['paca']:.3f}, tuned LoRA {entries['lora-tuned']:.3f} (just shown); GSM8K" in TEXT
     assert f"GSM8K {problems['paca']:.3f}, {problems['lora-tuned']:.3f}." in TEXT
-    memory = means("encyclopedia-memory", "loss")
-    assert f"LoRA had {memory['lora']:.3f} on the entries" in TEXT
-    assert f"([factors]: {memory['paca-factored']:.3f})" in TEXT
+    memory, seconds = means("encyclopedia-memory", "loss"), means("encyclopedia-memory", "train_time")
+    ratio = seconds["paca-wide"] / seconds["lora"]
+    told = f"LoRA had {memory['lora']:.3f} on the entries, 224 columns {memory['paca-wide']:.3f} in {ratio:.2f} × the"
+    assert told in TEXT
     answered: dict[str, list[float]] = defaultdict(list)
     with (ROOT / "benchmarks" / "quality" / "gsm8k-time" / "answers.csv").open(encoding="utf-8") as file:
         for row in csv.DictReader(file):
             answered[row["run"].partition("-lr")[0]].append(float(row["exact_match"]))
-    tuned, paca = (100 * fmean(answered[method]) for method in ("lora-tuned", "paca"))
-    assert f"{tuned:.1f} %, PaCA {paca:.1f} %." in TEXT
+    wide, tuned, paca = (100 * fmean(answered[method]) for method in ("paca-256", "lora-tuned", "paca"))
+    assert f"problems: {wide:.1f} %, tuned LoRA {tuned:.1f} %, 64 columns {paca:.1f} %." in TEXT
