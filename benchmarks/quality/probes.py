@@ -76,6 +76,7 @@ WAYS = {
     "paca-r256": Way(4.87e-4, columns=_columns(256), train=HALVES),
     "paca-r256-slower": Way(3.04e-4, columns=_columns(256), train=HALVES),
     "paca-r256-faster": Way(7.8e-4, columns=_columns(256), train=HALVES),
+    "paca-r448": Way(1.9e-4, columns=_columns(448), train=HALVES),
     "two-kinds": Way(1.25e-3, columns=_columns(288, target_modules=["o_proj", "down_proj"])),
     "two-kinds-slowest": Way(4.87e-4, columns=_columns(288, target_modules=["o_proj", "down_proj"])),
     "two-kinds-slower": Way(7.8e-4, columns=_columns(288, target_modules=["o_proj", "down_proj"])),
