@@ -17,7 +17,7 @@ from paca.comparison.settings import Comparison
 from paca.comparison.trial import Trial, Try
 
 
-def made_up_plan(comparison: Comparison, method: Method) -> SimpleNamespace:
+def made_up_plan(comparison: Comparison, method: Method, **_: bool) -> SimpleNamespace:
     assert method.rank is not None
     each = {"paca": 100, "lora": 200}[method.kind]
     config = SimpleNamespace(train={"learning_rate": 1.0 / method.rank})
@@ -46,16 +46,31 @@ def test_parameters_and_time_are_made_equal_together(tmp_path: Path, monkeypatch
 def test_rates_that_nobody_gave_follow_the_method_made_equal_and_are_kept(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(prepare, "plan_of", made_up_plan)
-    comparison = small_comparison(tmp_path, equal=("parameters",), rates=Rates(None, {"lora": [1e-3]}))
-    comparison.methods[0] = comparison.methods[0].with_rank(32)
-    prepare.prepare(comparison, Console(quiet=True))
-    assert comparison.grids() == {"paca": [0.0195, 0.0312, 0.05], "lora": [1e-3]}
-    again = small_comparison(tmp_path, equal=("parameters",), rates=Rates())
-    again.methods[0] = again.methods[0].with_rank(32)
+    fetched: list[bool] = []
+
+    def plan_of(comparison: Comparison, method: Method, fetch: bool = False) -> SimpleNamespace:
+        fetched.append(fetch)
+        return made_up_plan(comparison, method)
+
+    monkeypatch.setattr(prepare, "plan_of", plan_of)
+
+    def prepared(rates: Rates, *, dry_run: bool = False) -> Comparison:
+        comparison = small_comparison(tmp_path, equal=("parameters",), rates=rates)
+        comparison.methods[0] = comparison.methods[0].with_rank(32)
+        prepare.prepare(comparison, Console(quiet=True), dry_run=dry_run)
+        return comparison
+
+    with monkeypatch.context() as patch:  # as where a dry run doesn't know the size of the weights
+        patch.setattr(prepare, "around", lambda rate: [2 * rate])
+        assert prepared(Rates(), dry_run=True).grids() == {"paca": [2 / 32], "lora": [2 / 16]}
+    assert not any(fetched)
+    assert prepared(Rates(None, {"lora": [1e-3]})).grids() == {"paca": [0.0195, 0.0312, 0.05], "lora": [1e-3]}
     monkeypatch.setattr(prepare, "around", lambda rate: [rate])  # another rule, of another version
-    prepare.prepare(again, Console(quiet=True))
-    assert again.grids() == {"paca": [0.0195, 0.0312, 0.05], "lora": [1 / 16]}  # lora had none yet
+    assert prepared(Rates()).grids() == {"paca": [0.0195, 0.0312, 0.05], "lora": [1 / 16]}  # lora had none yet
+    assert fetched[-2:] == [False, True]
+    assert prepared(Rates(), dry_run=True).grids()["lora"] == [1 / 16]
+    assert prepared(Rates()).grids()["paca"] == [0.0195, 0.0312, 0.05]
+    assert not any(fetched[-4:])
 
 
 def test_a_setting_for_many_names_is_told_by_their_number() -> None:

@@ -117,7 +117,7 @@ def _train(
     disable_progress_bars()
     same = tuple(equal.split(",")) if equal else ()
     comparison = Comparison(output, common, chosen, rates, numbers, same, extend)
-    planned = prepare(comparison, console)
+    planned = prepare(comparison, console, dry_run=dry_run)
     console.print(table_of(planned))
     say(console, f"{rates_text(comparison.grids(), extend=extend)}; seeds {', '.join(map(str, numbers))}")
     return None if dry_run else compare(comparison, planned, console)

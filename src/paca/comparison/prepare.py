@@ -20,11 +20,12 @@ from paca.messages.say import say
 from paca.pretrained.claims import Claim
 from paca.training import load_run_config
 from paca.training.config.run_config import RunConfig
+from paca.training.named_model import size_of_weights, source_of
 from paca.training.plan import Plan, describe
 from paca.training.trainers import trainer_kind
 
 
-def prepare(comparison: Comparison, console: Console) -> list[PlannedMethod]:
+def prepare(comparison: Comparison, console: Console, *, dry_run: bool = False) -> list[PlannedMethod]:
     """Make the methods equal, as `comparison.equal` asks, and find out what each will train.
 
     What was measured is kept in the folder, so the same command takes it from there. While one process prepares, others
@@ -33,6 +34,7 @@ def prepare(comparison: Comparison, console: Console) -> list[PlannedMethod]:
     Args:
         comparison: Its methods become those that were made equal, and its rates those that `auto` stands for.
         console: Where is told what is measured.
+        dry_run: Nothing will be trained: for the rates that `auto` stands for, no weights are fetched from the hub.
 
     Raises:
         PacaError: A setting is wrong, the folder holds another comparison, or a method can't make a step.
@@ -49,23 +51,34 @@ def prepare(comparison: Comparison, console: Console) -> list[PlannedMethod]:
         planned = []
         for method in comparison.methods:
             one = came_out[method.name]
-            planned.append(PlannedMethod(one, plan_of(comparison, one.method)))
+            grid = comparison.rates.of(method.name) or one.rates
+            plan = plan_of(comparison, one.method, fetch=grid is None and not dry_run)
+            planned.append(PlannedMethod(one, plan))
             if comparison.rates.of(method.name) is None:
-                one.rates = one.rates or around(planned[-1].plan.config.train["learning_rate"])
-                comparison.rates.own[method.name] = one.rates
+                grid = comparison.rates.own[method.name] = grid or around(plan.config.train["learning_rate"])
+                one.rates = one.rates if dry_run else grid
         file.write({name: _written(one) for name, one in came_out.items()})
     comparison.methods = [one.method for one in planned]
     return planned
 
 
-def plan_of(comparison: Comparison, method: Method) -> Plan:
+def plan_of(comparison: Comparison, method: Method, *, fetch: bool = False) -> Plan:
     """What a run of the method trains.
+
+    Args:
+        comparison: With the rates that are known; the rate is `auto` where none are.
+        method: One of its methods.
+        fetch: Fetch the weights that `auto` depends on, as the run would, if they are on the hub.
 
     Raises:
         PacaError: Its settings don't fit the model or the data.
     """
     try:
-        return describe(_config_of(comparison, method))
+        config = _config_of(comparison, method)
+        if fetch:
+            source_of(config.model)  # says what is wrong with its name
+            size_of_weights(config.model, fetch=True)
+        return describe(config)
     except PacaError as error:
         raise PacaError(f"The method {method.name}: {error}") from error
 
