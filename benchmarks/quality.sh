@@ -3,7 +3,7 @@
 #
 #   .venv/bin/python -m benchmarks.quality.prepare --data FOLDER    once; without --data from the hub
 #   bash benchmarks/quality.sh digits arc gsm8k encyclopedia        or some of them
-#   EQUAL=memory bash benchmarks/quality.sh digits-wide              with 256 columns a layer
+#   EQUAL=time bash benchmarks/quality.sh digits-wide arc-wide gsm8k-wide    with 256 columns a layer
 #   EQUAL=parameters JOBS=2 OMP_NUM_THREADS=1 bash benchmarks/quality.sh arc
 #
 # JOBS processes share the work; with more than one, leave `time` out of EQUAL, as they slow each other down. A part
@@ -30,7 +30,6 @@ for task in "$@"; do
             digits-parameters) rates=3.2e-3,5e-3,8e-3,1.25e-2 ;;
             digits-wide-*) rates=3.2e-3,5e-3,8e-3 ;;
             digits-*) rates=5e-3,8e-3,1.25e-2,2e-2 changed=(--set paca.r=16 --set paca.paca_alpha=16) ;;
-            arc-*) rates=7.8e-4,1.25e-3 ;;
             encyclopedia-parameters)
                 rates=7.8e-4,1.25e-3,2e-3
                 own=(--lr lora=4.87e-4,7.8e-4,1.25e-3 --lr lora-tuned=4.87e-4,7.8e-4,1.25e-3)
@@ -39,11 +38,13 @@ for task in "$@"; do
                 rates=4.87e-4,7.8e-4,1.25e-3 own=(--lr paca-wide=1.9e-4,3.04e-4,4.87e-4)
                 methods=paca,paca-wide=$folder/wide.yaml,paca-factored=$folder/factored.yaml,lora,lora-tuned
                 ;;
-            gsm8k-wide-time) # LoRA with r 33, as many parameters as paca's r 64
-                config=gsm8k same=time rates=7.8e-4,1.25e-3,2e-3 own=(--lr paca-256=4.87e-4,7.8e-4,1.25e-3)
+            arc-wide-time | gsm8k-wide-time) # LoRA with r 33, as many parameters as paca's r 64
+                config=${task%-wide} same=time rates=7.8e-4,1.25e-3 own=(--lr paca-256=1.9e-4,3.04e-4,4.87e-4)
+                [ "$config" = gsm8k ] && rates=7.8e-4,1.25e-3,2e-3 own=(--lr paca-256=4.87e-4,7.8e-4,1.25e-3)
                 methods=paca-256=$folder/columns256.yaml,paca,lora=$folder/lora33.yaml
                 methods+=,lora-tuned=$folder/lora33-tuned.yaml
                 ;;
+            arc-*) rates=7.8e-4,1.25e-3 ;;
             *) rates=7.8e-4,1.25e-3,2e-3 ;;
         esac
         compare=("$PACA" compare "$folder/$config.yaml" "${changed[@]}" --methods "$methods" --lr "$rates"
