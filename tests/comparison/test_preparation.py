@@ -20,14 +20,17 @@ from paca.comparison.trial import Trial, Try
 def made_up_plan(comparison: Comparison, method: Method, **_: bool) -> SimpleNamespace:
     assert method.rank is not None
     each = {"paca": 100, "lora": 200}[method.kind]
-    config = SimpleNamespace(train={"learning_rate": 1.0 / method.rank})
+    train = {"learning_rate": 1.0 / method.rank, "per_device_train_batch_size": 8, "gradient_accumulation_steps": 1}
+    config = SimpleNamespace(train=train)
     return SimpleNamespace(trainable_parameters=each * method.rank, steps=60, config=config)
 
 
-def made_up_trials(comparison: Comparison, claim: object) -> Try:
+def made_up_trials(comparison: Comparison, claim: object, *, count_memory: bool = False) -> Try:
     def attempt(method: Method, steps: int) -> Trial:
         assert method.rank is not None
-        return Trial(steps * {"paca": 1.0, "lora": method.rank / 4}[method.kind], 0)
+        batch = method.sections.get("train", {}).get("per_device_train_batch_size", 8)
+        peak = {"paca": 100, "lora": 130}[method.kind] * batch + 10 * method.rank
+        return Trial(steps * {"paca": 1.0, "lora": method.rank / 4}[method.kind], peak)
 
     return attempt
 
@@ -41,6 +44,18 @@ def test_parameters_and_time_are_made_equal_together(tmp_path: Path, monkeypatch
     assert lora.method.rank == 16  # as many parameters as paca's 32
     assert lora.method.sections["train"]["max_steps"] == 15  # at that r a step takes four times as long
     assert comparison.methods[1] == lora.method
+
+
+def test_memory_and_time_are_made_equal_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prepare, "plan_of", made_up_plan)
+    monkeypatch.setattr(prepare, "trials_of", made_up_trials)
+    comparison = small_comparison(tmp_path, equal=("memory", "time"))
+    _, lora = prepare.prepare(comparison, Console(quiet=True))
+    train = lora.method.sections["train"]
+    assert (train["per_device_train_batch_size"], train["gradient_accumulation_steps"]) == (4, 2)
+    assert lora.method.rank == 44  # what fits into paca's 960 beside half a batch
+    assert train["max_steps"] == 5  # at that r a step takes eleven times as long
+    assert {name: lora.came_out.measured[name] for name in ("peak", "step_ratio")} == {"peak": 960, "step_ratio": 11.0}
 
 
 def test_rates_that_nobody_gave_follow_the_method_made_equal_and_are_kept(

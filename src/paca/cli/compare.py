@@ -40,7 +40,7 @@ def compare(
     ] = None,
     seeds: Annotated[str, typer.Option(metavar="N,N,…", help="Seeds. Rates are chosen with the first.")] = "0,1,2",
     equal: Annotated[
-        Literal["parameters", "time", "memory", "parameters,time"] | None,
+        Literal["parameters", "time", "memory", "parameters,time", "memory,time"] | None,
         typer.Option(help="What to make the same for all methods; the first one leads."),
     ] = None,
     extend: Annotated[

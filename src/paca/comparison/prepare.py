@@ -124,17 +124,20 @@ def _made_equal(
 
     if "parameters" in comparison.equal:
         found = same_parameters(methods, lambda method: plan_of(comparison, method).trainable_parameters)
-    if "time" in comparison.equal:
-        steps = plan_of(comparison, leader).steps
-        if steps is None:
-            raise PacaError("--equal time needs a number of steps, and packing hides it. Give train.max_steps.")
-        timed = same_time([one.method for one in found], steps, attempt, announce)
-        found = [replace(one, note=sized.note) for one, sized in zip(timed, found, strict=True)]
     if "memory" in comparison.equal:
         train = plan_of(comparison, leader).config.train
         batch, accumulation = train["per_device_train_batch_size"], train["gradient_accumulation_steps"]
         counting = trials_of(comparison, claim, count_memory=not torch.cuda.is_available())
         found = same_memory(methods, batch, accumulation, counting, announce)
+    if "time" in comparison.equal:  # last: a step's time depends on the r and the batch
+        steps = plan_of(comparison, leader).steps
+        if steps is None:
+            raise PacaError("--equal time needs a number of steps, and packing hides it. Give train.max_steps.")
+        timed = same_time([one.method for one in found], steps, attempt, announce)
+        found = [
+            replace(one, note=sized.note, measured={**sized.measured, **one.measured})
+            for one, sized in zip(timed, found, strict=True)
+        ]
     return {one.method.name: one for one in found}
 
 

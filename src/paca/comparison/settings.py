@@ -22,7 +22,7 @@ from paca.training.config.run_config import RunConfig
 from paca.training.config.strict_yaml import read_yaml
 from paca.training.folder.run_folder import RunFolder, write_whole
 
-EQUAL = (("parameters",), ("time",), ("memory",), ("parameters", "time"))
+EQUAL = (("parameters",), ("time",), ("memory",), ("parameters", "time"), ("memory", "time"))
 """What can be made the same for all methods, by itself or together."""
 
 
