@@ -27,6 +27,11 @@ def test_rates_around_one_are_steps_of_1_6_of_three_digits() -> None:
     assert around(1.3e-3) == [8.12e-4, 1.3e-3, 2.08e-3]
 
 
+def test_no_rates_lie_around_zero() -> None:
+    with pytest.raises(PacaError, match=r"train.learning_rate is 0, and no rates lie around it. Leave it out"):
+        around(0.0)
+
+
 @pytest.mark.parametrize(
     ("texts", "message"),
     [

@@ -44,7 +44,13 @@ class Rates:
 
 
 def around(rate: float) -> list[float]:
-    """Three rates, the middle one given; the search goes on beyond them while the first or last is the best."""
+    """Three rates, the middle one given; the search goes on beyond them while the first or last is the best.
+
+    Raises:
+        PacaError: It is not above zero.
+    """
+    if not rate > 0:
+        raise PacaError(f"train.learning_rate is {rate:g}, and no rates lie around it. Leave it out, or give --lr.")
     return [float(f"{each:.3g}") for each in (rate / STEP, rate, rate * STEP)]
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from paca.comparison.flags import AUTO, Rates
+from paca.comparison.flags import Rates
 from paca.comparison.methods import Method, own_section
 from paca.comparison.schedule import Job
 from paca.data.file_content import samples_of
@@ -18,6 +18,7 @@ from paca.data.sources import Source
 from paca.messages.errors import PacaError
 from paca.pretrained.claims import Claim
 from paca.training.config.config_file import load_run_config
+from paca.training.config.learning_rate import AUTO
 from paca.training.config.run_config import RunConfig
 from paca.training.config.strict_yaml import read_yaml
 from paca.training.folder.run_folder import RunFolder, write_whole
