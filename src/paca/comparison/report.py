@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import html
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
 from paca.comparison.pictures import Curve, loss_over_time, score_against, score_over_rates
@@ -24,7 +24,7 @@ def write_report(path: Path, result: ComparisonResult, folders: Mapping[str, Run
     Args:
         path: The folder they go to.
         result: What to tell.
-        folders: Of the runs, by the name in their rows: their curves are drawn.
+        folders: Of the runs, by the name in their rows: their curves are drawn, from the rows where one is gone.
     """
     write_whole(path / "comparison.json", json.dumps(result.as_dict(), indent=2, ensure_ascii=False) + "\n")
     write_whole(path / "comparison.md", _markdown(path.name, result))
@@ -152,8 +152,15 @@ def _curves(method: MethodResult, folders: Mapping[str, RunFolder]) -> tuple[Cur
     """(seconds, loss) of the first seed: in training, and on held-out data at the seconds trained until then."""
     train: list[tuple[float, float]] = []
     held_out: list[tuple[float, float]] = []
-    names: Sequence[str] = [row["name"] for row in method.rows]
-    for row in read_rows(folders[names[0]].metrics) if names else []:
+    if not method.rows:
+        return train, held_out
+    first = method.rows[0]
+    metrics = folders[first["name"]].metrics
+    if not metrics.is_file():  # deleted by hand: the row has the evaluations
+        known = [entry for entry in first["train_info"]["metrics"] if {"valid loss", "train time"} <= entry.keys()]
+        train = [(entry["train time"], entry["train loss"]) for entry in known if "train loss" in entry]
+        return train, [(entry["train time"], entry["valid loss"]) for entry in known]
+    for row in read_rows(metrics):
         if row.get("loss") is not None and "train_seconds" in row:
             train.append((row["train_seconds"], row["loss"]))
         elif row.get("eval_loss") is not None:
