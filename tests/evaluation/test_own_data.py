@@ -156,6 +156,14 @@ def test_loss_and_token_accuracy_are_per_answer_token_over_all_examples(
     assert accuracy.values == score.values
 
 
+def test_answers_that_only_people_read_fit_the_models_context(loaded: LoadedModel, tmp_path: Path) -> None:
+    data = examples(tmp_path, SUMS[:2])
+    score = measure(loaded.model, loaded.tokenizer, data, Measurement("loss", max_new_tokens=10_000))
+    assert (
+        score.samples == measure(loaded.model, loaded.tokenizer, data, Measurement("loss", max_new_tokens=128)).samples
+    )
+
+
 def test_plain_text_has_a_loss_and_no_question(loaded: LoadedModel, tmp_path: Path) -> None:
     data = examples(tmp_path, [{"text": "Once upon a time"}, {"text": "The end"}])
     score = measure(loaded.model, loaded.tokenizer, data, Measurement("loss"))
@@ -182,7 +190,7 @@ def answering(monkeypatch: pytest.MonkeyPatch, answers: list[str]) -> None:
 
 
 def exact_match(loaded: LoadedModel, data: Any, pattern: str | None) -> Score:
-    return measure(loaded.model, loaded.tokenizer, data, Measurement("exact_match", pattern))
+    return measure(loaded.model, loaded.tokenizer, data, Measurement("exact_match", pattern, max_new_tokens=9))
 
 
 def test_exact_match_compares_what_the_pattern_finds_last(
@@ -235,9 +243,10 @@ def test_answers_are_made_comparable(text: str, pattern: str | None, expected: s
         ("(" * 5000 + ")" * 5000, "is no regular expression .RecursionError"),
     ],
 )
-def test_a_strangers_pattern_ends(pattern: str, message: str) -> None:
+def test_a_strangers_pattern_ends(loaded: LoadedModel, pattern: str, message: str) -> None:
+    row = {"prompt": "?", "completion": "a" * 40, ORIGIN: "here"}
     with pytest.raises(PacaError, match=rf"^eval\.answer_pattern: .*{message}") as error:
-        Measurement("exact_match", pattern).check([{"prompt": "?", "completion": "a" * 40, ORIGIN: "here"}] * 2)
+        Measurement("exact_match", pattern).check([row] * 2, loaded.model)
     assert len(str(error.value)) < 500
 
 

@@ -120,7 +120,7 @@ def _show_dry_run(config: RunConfig, settings: bool, measurement: Measurement | 
     plan, held_out = prepared.plan, prepared.data.eval
     show_plan(plan, console)
     if measurement is not None and held_out is not None:
-        measurement.check(held_out.dataset)
+        measurement.check(held_out.dataset, prepared.outline)
     if plan.sample is not None:
         show_sample(plan.sample, console)
     if settings:

@@ -9,6 +9,7 @@ from typing import Any, Literal
 from transformers import PreTrainedTokenizerBase
 
 from paca.data.examples import ORIGIN
+from paca.evaluation.batches import context_of
 from paca.evaluation.completions import completions
 from paca.evaluation.encoding import Example, answer_of, continuation_of, options_of, question_of, question_text
 from paca.evaluation.kept_lines import KeptAnswers
@@ -43,11 +44,16 @@ class Measurement:
         """
         check_pattern(self.answer_pattern)
 
-    def check(self, rows: Iterable[Example]) -> None:
+    def check(self, rows: Iterable[Example], model: Any) -> None:
         """Check that every row can be scored.
 
+        Args:
+            rows: The examples.
+            model: What is going to answer. Only its config is read.
+
         Raises:
-            PacaError: One lacks a question, options, or a reference answer that the pattern finds.
+            PacaError: One lacks a question, options, or a reference answer that the pattern finds; or answers would
+                be as long as the model's context.
         """
         for row in (rows := list(rows)):
             if self.metric == "choice":
@@ -60,6 +66,12 @@ class Measurement:
                     f"{row[ORIGIN]}: the pattern {shown(self.answer_pattern)} finds no answer in the reference "
                     f"{answer_of(row)!r}. Change eval.answer_pattern, or leave the example out."
                 )
+        context = context_of(model)
+        if self.metric == "exact_match" and context is not None and self.max_new_tokens >= context:
+            raise PacaError(
+                f"eval.max_new_tokens is {self.max_new_tokens:,}, and the model's context has {context:,}: answers of "
+                "that length leave no room for a question. Make it smaller."
+            )
 
     def score(
         self, model: Any, tokenizer: PreTrainedTokenizerBase, rows: Iterable[Example], when: str
@@ -81,7 +93,9 @@ class Measurement:
     ) -> list[str]:
         """What the model says to the questions."""
         prompts = [question_of(row, tokenizer) for row in rows]
-        length, size = self.max_new_tokens, self.batch_size
+        length, size, context = self.max_new_tokens, self.batch_size, context_of(model)
+        if self.metric != "exact_match" and context is not None:
+            length = min(length, max(1, context // 2))  # they are for people to read
         return completions(model, tokenizer, prompts, max_new_tokens=length, batch_size=size, kept=kept)
 
 
@@ -146,7 +160,7 @@ def measure(
     rows = list(examples)
     if not rows:
         raise PacaError("There are no examples to measure on. Give held-out data (data.eval).")
-    measurement.check(rows)
+    measurement.check(rows, model)
     run = {"exact_match": _exact_match, "choice": _choice}.get(measurement.metric, _over_tokens)
     was_training = model.training
     model.eval()

@@ -107,7 +107,7 @@ def train(
         plan = prepared.plan
         show_plan(plan, console, run=True)
         if scorer is not None and prepared.data.eval is not None:
-            scorer.check(prepared.data.eval.dataset)
+            scorer.check(prepared.data.eval.dataset, prepared.outline)
         settings = {**names_for_trackers(folder, resume=resume), **plan.config.train}
         # Not `trainer.evaluate()` before `trainer.train()`: with several processes, accelerate 1.15 takes the model as
         # prepared after that, leaves DDP away, and each process trains on its own.
@@ -220,10 +220,12 @@ class _Run:
             save_classifier_config(unfinished, self.trainer.accelerator.unwrap_model(self.trainer.model))
         (unfinished / "training_args.bin").unlink(missing_ok=True)  # a pickle; config.yaml says the same
         result = summary_of(self.plan, state, self.recorder, self.trainer.args.device, loss_after)
-        result["scores"] = self._scores(kept_step(state, self.trainer.args))
         assert self.trainer.model is not None
         write_card(unfinished, result, self.trainer.model)
-        put_in_place(unfinished, trained)
+        put_in_place(unfinished, trained)  # now: answering questions takes long, and may fail
+        result["scores"] = self._scores(kept_step(state, self.trainer.args))
+        if result["scores"] is not None:
+            write_card(trained, result, self.trainer.model)
         write_report(self.folder.report, result, self.log.rows, self.config.to_yaml())
         # Last: it says that the run is finished.
         write_whole(self.folder.summary, json.dumps(result, indent=2, ensure_ascii=False) + "\n")

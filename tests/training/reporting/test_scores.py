@@ -125,6 +125,30 @@ def test_what_cannot_be_scored_is_refused_before_training(
     assert not (tmp_path / "run").exists()
 
 
+def test_answers_as_long_as_the_context_are_refused_before_training(tmp_path: Path) -> None:
+    expected = r"^eval\.max_new_tokens is 256, and the model's context has 256: .* smaller\."
+    with pytest.raises(PacaError, match=expected):
+        trained(tmp_path, SUMS, "eval.metric=exact_match", "data.eval=4", "train.max_steps=1")
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_adapter_is_there_when_scoring_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise PacaError("no memory for answers")
+
+    monkeypatch.setattr("paca.training.run.scores_by", fail)
+    overrides = ("eval.metric=exact_match", "eval.max_new_tokens=2", "data.eval=4", "train.max_steps=1")
+    with pytest.raises(PacaError, match="no memory for answers"):
+        trained(tmp_path, SUMS, *overrides)
+    loaded = load_for_generation(tmp_path / "run" / "adapter")
+    assert any(bool(p.any()) for name, p in loaded.model.named_parameters() if "paca_delta" in name)
+    monkeypatch.undo()
+    again = load_run_config(tmp_path / "run" / "config.yaml", [])
+    result = train(again, resume=True, console=Console(quiet=True), scorer=scorer(again.eval))
+    assert result.summary is not None
+    assert "Held-out exact match" in (tmp_path / "run" / "adapter" / "README.md").read_text()
+
+
 def test_a_metric_needs_a_scorer(tmp_path: Path) -> None:
     config = load_run_config(save_workspace(tmp_path), ["eval.metric=loss"])
     with pytest.raises(PacaError, match=r"go together: train\(config, scorer=own_data.scorer\(config.eval\)\)"):

@@ -14,8 +14,9 @@ from typing import Any, Protocol
 class Scorer(Protocol):
     """Scores a model on rows of `paca.data.Examples`."""
 
-    def check(self, rows: Iterable[dict[str, Any]]) -> None:
-        """Refuse rows that cannot be scored, before anything is trained."""
+    def check(self, rows: Iterable[dict[str, Any]], model: Any) -> None:
+        """Refuse rows that cannot be scored, and answers that `model` (its weights may be missing) has no room for,
+        before anything is trained."""
 
     def score(self, model: Any, tokenizer: Any, rows: Iterable[dict[str, Any]], when: str) -> dict[str, Any]:
         """A value and `..._stderr` for each metric, `examples` and `samples`; `when` tells people which model it is."""
