@@ -65,17 +65,19 @@ def test_a_mistake_is_one_message_on_standard_error(workspace: Path, arguments: 
 def test_one_rate_is_not_said_to_go_beyond(workspace: Path) -> None:
     one = ("compare", "config.yaml", "--methods", "paca", "--lr", "1e-2", "--output", "one", "--dry-run")
     done = forked_paca(*one, cwd=workspace)
-    assert done.stdout.splitlines()[-1] == "rates 0.01; seeds 0, 1, 2", done.stderr
+    told = ["rates 0.01; seeds 0, 1, 2", "at least 3 runs, 30 steps in all"]
+    assert done.stdout.splitlines()[-2:] == told, done.stderr
 
 
 def test_without_rates_each_method_begins_around_its_own(workspace: Path) -> None:
     command = ("compare", "config.yaml", "--methods", "paca,lora,full", "--set", "train.learning_rate=0.5")
     rates = ("--lr", "full=1e-3", "--output", "auto", "--dry-run")
     done = forked_paca(*command, *rates, cwd=workspace)
-    assert done.stdout.splitlines()[-1] == (
+    assert done.stdout.splitlines()[-2:] == [
         "rates of paca 0.312, 0.5, 0.8; of lora 0.000187, 0.0003, 0.00048; of full 0.001 and beyond while the edge is "
-        "best; seeds 0, 1, 2"
-    ), done.stdout + done.stderr
+        "best; seeds 0, 1, 2",
+        "at least 13 runs, 130 steps in all",  # 3 + 3 + 1 rates, and two more seeds each
+    ], done.stdout + done.stderr
 
 
 def test_an_output_that_is_a_file_is_refused(workspace: Path) -> None:
@@ -87,13 +89,14 @@ def test_an_output_that_is_a_file_is_refused(workspace: Path) -> None:
 def test_a_dry_run_shows_what_came_out_equal_and_trains_nothing(workspace: Path) -> None:
     done = fresh_paca(*COMPARE, "--equal", "parameters", "--output", "dry", "--dry-run", cwd=workspace)
     assert (done.returncode, done.stderr) == (0, "")
-    head, paca, lora, rates = done.stdout.splitlines()
+    head, paca, lora, rates, work = done.stdout.splitlines()
     assert head.split()[:3] == ["method", "settings", "trained"]
     assert "r 4, paca_alpha 16" in paca
     assert "1,920" in paca
     assert "r 2, lora_alpha 4, target_modules all-linear, autocast_adapter_dtype false" in lora
     assert "1,952 (1.02 ×)" in lora
     assert rates == "rates 0.01, 0.03; seeds 0, 1"
+    assert work == "at least 6 runs, 60 steps in all"
     assert not (workspace / "dry" / "runs").exists()
 
 

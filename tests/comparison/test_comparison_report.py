@@ -87,6 +87,13 @@ def test_reports_stand_whatever_came_out(scores: dict[str, dict[int, float | Non
         assert "| a\\|b | 0.001 | 2 |" in text
 
 
+def test_seeds_that_are_all_alike_give_no_interval(tmp_path: Path) -> None:
+    found = result({"paca": {0: 1.0, 1: 2.0}, "lora": {0: 1.5, 1: 1.5}})
+    page, text = report_of(tmp_path / "report", found, made_folders(found, tmp_path))
+    assert "± 0.0000" not in page + text
+    assert "| 1.5000 |" in text
+
+
 def test_curves_come_from_the_rows_where_a_runs_metrics_are_gone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

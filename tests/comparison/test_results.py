@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
+import statistics
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,8 @@ from comparison.result_maker import result, row
 from paca.cli.compare import show_result
 from paca.comparison.comparable import unlike
 from paca.comparison.compare import edge_of
-from paca.comparison.results import ComparisonResult, MethodResult
+from paca.comparison.results import ComparisonResult, Contrast, MethodResult
+from paca.comparison.statistics import mean_interval
 
 BASE = {0: 1.00, 1: 1.02, 2: 0.99}
 
@@ -81,6 +83,45 @@ def test_the_number_of_examples_is_a_floor_of_the_interval() -> None:
     assert found.difference.half == pytest.approx(1.959964 * 0.15 * 2**0.5)
     assert counted(0.01).contrasts[0].finding == "better"
     assert counted(0.01).contrasts[0].difference.half == pytest.approx(1.959964 * 0.01 * 2**0.5)  # type: ignore[union-attr]
+
+
+def answered(*right: str) -> dict[int, str]:
+    return dict(enumerate(right))
+
+
+def counted_one_by_one(paca: dict[int, str], lora: dict[int, str]) -> Contrast:
+    """Of methods that had these examples right, by seed."""
+    sides = {"paca": paca, "lora": lora}
+    scores: Any = {
+        name: {seed: text.count("1") / len(text) for seed, text in side.items()} for name, side in sides.items()
+    }
+    found = result(scores, metric="choice", lower_is_better=False, score_stderr=0.02)
+    for method in found.methods:
+        for one in method.rows:
+            one["right"] = sides[method.name][one["seed"]]
+    return found.contrasts[0]
+
+
+def test_examples_that_both_methods_answered_are_compared_one_by_one() -> None:
+    few, more = "1" * 300 + "0" * 300, "1" * 330 + "0" * 270
+    found = counted_one_by_one(answered(few, few, few), answered(more, more, more))
+    # 30 of 600 more, and never one fewer: the standard error of a mean of 570 zeros and 30 ones
+    error = (0.05 * 0.95 / 599) ** 0.5
+    assert found.difference is not None
+    assert found.difference.half == pytest.approx(1.959964 * error)
+    assert found.finding == "worse"
+    others = "0" * 270 + "1" * 330  # as many right, of other questions
+    assert counted_one_by_one(answered(few, few, few), answered(others, others, others)).finding == "none"
+
+
+def test_the_spread_over_seeds_and_over_examples_add_up() -> None:
+    one, other = answered("1100", "1110", "1000"), answered("0110", "1010", "0010")
+    found = counted_one_by_one(one, other).difference
+    of_seeds = mean_interval([0.0, 0.25, 0.0]).half
+    shares = [1 - 1 / 3, 2 / 3 - 1 / 3, 1 / 3 - 1, 0.0]
+    assert found is not None
+    assert of_seeds is not None
+    assert found.half == pytest.approx((of_seeds**2 + (1.959964 * statistics.stdev(shares) / 2) ** 2) ** 0.5)
 
 
 def test_equal_differences_of_all_seeds_are_no_certainty() -> None:

@@ -111,7 +111,7 @@ def _train(
     from datasets import disable_progress_bars
 
     from paca.comparison.compare import compare
-    from paca.comparison.plan_table import rates_text, table_of
+    from paca.comparison.plan_table import rates_text, table_of, work_text
     from paca.comparison.prepare import prepare
 
     disable_progress_bars()
@@ -119,7 +119,9 @@ def _train(
     comparison = Comparison(output, common, chosen, rates, numbers, same, extend)
     planned = prepare(comparison, console, dry_run=dry_run)
     console.print(table_of(planned))
-    say(console, f"{rates_text(comparison.grids(), extend=extend)}; seeds {', '.join(map(str, numbers))}")
+    grids = comparison.grids()
+    say(console, f"{rates_text(grids, extend=extend)}; seeds {', '.join(map(str, numbers))}")
+    say(console, work_text(planned, grids, len(numbers)))
     return None if dry_run else compare(comparison, planned, console)
 
 

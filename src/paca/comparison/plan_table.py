@@ -65,6 +65,14 @@ def rates_text(grids: Mapping[str, Sequence[float]], *, extend: bool) -> str:
     return f"rates {text}{' and beyond while the edge is best' if grows else ''}"
 
 
+def work_text(planned: Sequence[PlannedMethod], grids: Mapping[str, Sequence[float]], seeds: int) -> str:
+    """How many runs there will be: each rate with the first seed, and the best rate with the others."""
+    runs = {one.method.name: len(grids[one.method.name]) + seeds - 1 for one in planned}
+    steps = [one.plan.steps and one.plan.steps * runs[one.method.name] for one in planned]
+    total = "" if None in steps else f", {sum(filter(None, steps)):,} steps in all"
+    return f"at least {sum(runs.values()):,} runs{total}"
+
+
 def settings_text(method: Method) -> str:
     """The settings of a method on one line; what is null or empty is left out."""
     shown: dict[str, Any] = dict(method.settings)

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from paca.comparison.comparable import at, incomparable
 from paca.comparison.rows import SHARES, Row
-from paca.comparison.statistics import Interval, difference, mean_interval, normal_half, signed
+from paca.comparison.statistics import Interval, difference, half_with_examples, mean_interval, signed
 
 _COST_OF = {"parameters": "num_trainable_params", "time": "train_time", "memory": "accelerator_memory_max"}
 _ROUNDING = 1e-9
@@ -45,17 +45,6 @@ class MethodResult:
     def score(self) -> Interval | None:
         """Over the seeds."""
         return mean_interval(list(self.scores.values())) if self.rows else None
-
-    @property
-    def examples_error(self) -> list[float]:
-        """The standard error of its score for the number of held-out examples, where each counts as right or wrong.
-
-        More seeds don't make it smaller: all of them are scored on the same examples.
-        """
-        known = [
-            row["score_stderr"] for row in self.rows if row["metric"] in SHARES and row["score_stderr"] is not None
-        ]
-        return [statistics.fmean(known)] if known else []
 
     @property
     def failed(self) -> list[Row]:
@@ -118,8 +107,9 @@ class Contrast:
         found = difference(self.leader.scores, self.other.scores)
         if found.half is None:
             return found
-        errors = [error for one in (self.leader, self.other) for error in one.examples_error]
-        half = max(found.half, normal_half(math.hypot(*errors)) if errors else 0.0)
+        half = found.half
+        if self.metric in SHARES:
+            half = half_with_examples(half, self.leader.rows, self.other.rows)
         # Seeds that all differ by the very same, but for rounding, tell nothing about chance.
         certain = half < _ROUNDING < abs(found.mean)
         return dataclasses.replace(found, half=None if certain else half)

@@ -49,6 +49,7 @@ def row_of(folder: RunFolder, method: str, config_file: Path | None = None) -> R
         "lower_is_better": metric in _LOWER_IS_BETTER,
         "score": score,
         "score_stderr": _side(summary, "after").get(f"{metric}_stderr"),
+        "right": _side(summary, "after").get("right"),
         "score_before": score_of(summary, wanted, "before")[1],
         "loss": summary.get("eval_loss_after"),
         "loss_before": summary.get("eval_loss_before"),

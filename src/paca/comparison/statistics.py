@@ -6,6 +6,7 @@ import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 CONFIDENCE = 0.95
 
@@ -60,9 +61,26 @@ def difference(one: Mapping[int, float], other: Mapping[int, float]) -> Interval
     return Interval(mean, _half(variance, freedom), min(len(one), len(other)))
 
 
-def normal_half(error: float) -> float:
-    """Half the width of an interval around what has this standard error."""
-    return statistics.NormalDist().inv_cdf((1 + CONFIDENCE) / 2) * error
+def half_with_examples(half: float, one: Sequence[Mapping[str, Any]], other: Sequence[Mapping[str, Any]]) -> float:
+    """Half the width of a difference's interval once the held-out examples count as drawn by chance too.
+
+    Where all rows say which examples were right, both methods answered the same ones: what counts is the spread, over
+    the examples, of the difference between the shares of seeds that had one right. It adds in squares to that of the
+    seeds. Rows of before 2026-11-27 say only how many were right. Then it is at least the width for two separate draws,
+    which more seeds don't narrow.
+
+    Args:
+        half: By the seeds alone.
+        one, other: Rows of both methods, with `right` and `score_stderr`.
+    """
+    sides = [[row.get("right") for row in rows] for rows in (one, other)]
+    lengths = {len(right or "") for side in sides for right in side}
+    if len(lengths) == 1 and min(lengths) > 1:
+        shares = [[statistics.fmean(map(int, of_one)) for of_one in zip(*side, strict=True)] for side in sides]
+        differences = [a - b for a, b in zip(*shares, strict=True)]
+        return math.hypot(half, _normal_half(statistics.stdev(differences) / math.sqrt(len(differences))))
+    errors = [[row["score_stderr"] for row in rows if row["score_stderr"] is not None] for rows in (one, other)]
+    return max(half, _normal_half(math.hypot(*(statistics.fmean(side) for side in errors if side))))
 
 
 def signed(value: float) -> str:
@@ -78,6 +96,11 @@ def pareto(points: Sequence[tuple[float, float]]) -> list[int]:
         for index, (x, y) in enumerate(points)
         if not any(a <= x and b <= y and (a, b) != (x, y) for a, b in points)
     ]
+
+
+def _normal_half(error: float) -> float:
+    """Half the width of an interval around what has this standard error."""
+    return statistics.NormalDist().inv_cdf((1 + CONFIDENCE) / 2) * error
 
 
 def _half(variance_of_mean: float, freedom: float) -> float:

@@ -116,9 +116,12 @@ class Score:
     """What the sums are divided by: 1 for each example, or the tokens of its answer."""
 
     def as_dict(self) -> dict[str, Any]:
-        """For `summary.json`."""
+        """For `summary.json`; `right` has 1 or 0 for each example, where the metric asked for counts them so."""
         errors = {f"{name}_stderr": error for name, error in self.errors.items()}
-        return {**self.values, **errors, "examples": self.examples, "samples": self.samples}
+        asked, right = next(iter(self.values)), {}
+        if asked in ("exact_match", "choice"):
+            right["right"] = "".join(f"{one:.0f}" for one in self.sums[asked])
+        return {**self.values, **errors, "examples": self.examples, **right, "samples": self.samples}
 
 
 def scorer(section: EvalSection, watcher: Watcher | None = None) -> Measurement | None:
