@@ -22,9 +22,10 @@ def shown(console: Console) -> list[str]:
 
 
 def test_a_log_file_gets_a_line_now_and_then_until_all_are_there(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert shown(Console(file=io.StringIO())) == ["base: 0 of 3 answers written", "after"]
+    ends = ["base: 0 of 3 answers written", "base: 3 of 3 answers written"]
+    assert shown(Console(file=io.StringIO())) == [*ends, "after"]
     monkeypatch.setattr(counted, "_SECONDS_BETWEEN_LINES", -1)
-    counts = [f"base: {done} of 3 answers written" for done in range(3)]
+    counts = [f"base: {done} of 3 answers written" for done in range(4)]
     assert shown(Console(file=io.StringIO())) == [*counts, "after"]
 
 

@@ -39,7 +39,8 @@ def test_base_and_adapter_are_printed_side_by_side(workspace: Path) -> None:
     done = fresh_paca("evaluate", "run", "--tasks", "sums.yaml", "--limit", 9, "--output", "out", cwd=workspace)
     assert (done.returncode, done.stderr) == (0, "")
     lines = done.stdout.splitlines()
-    assert lines[:3] == ["Loading run ...", "base: 0 of 27 answers compared", "adapter: 0 of 27 answers compared"]
+    counts = [f"{side}: {done} of 27 answers compared" for side in ("base", "adapter") for done in (0, 27)]
+    assert lines[:5] == ["Loading run ...", *counts]
     assert re.search(r"task .* metric .* base .* adapter .* difference", done.stdout)
     results = json.loads((workspace / "out" / "results.json").read_text())["results"]["sums"]
     [accuracy] = [line for line in lines if re.search(r"\bacc\b", line)]

@@ -186,6 +186,10 @@ WITHOUT_GRADIO = pytest.mark.skipif(find_spec("gradio") is not None, reason="gra
         (["merge", "adapter", "--output", "w\udcfcrde"], "has a name that is not UTF-8. Give another output."),
         (["export", "adapter", "--to", "gguf", "--output", "w\udcfcrde.gguf"], "has a name that is not UTF-8."),
         (["import", "missing", *OUTPUT], "No such file or folder: missing."),
+        (
+            ["import", "run.yaml", *OUTPUT],
+            "run.yaml is a file of type '.yaml', which is no checkpoint. Give the folder",
+        ),
         (["import", "adapter", "--output", "model"], "model exists and is not empty."),
         (["plan", "model", "--memory", "much"], "'much' is no amount of memory."),
         (["plan", "model", "--loss", "half"], "--loss must be chunked, full or any, not 'half'."),

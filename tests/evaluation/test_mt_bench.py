@@ -116,6 +116,15 @@ def test_waits_double_and_end(waits: list[float]) -> None:
     assert waits == [1.0, 2.0, 4.0]
 
 
+@pytest.mark.parametrize(("said", "shown"), [(b"<html>\n<p>Hello", "<html> <p>Hello"), (b"", r"\(empty\)")])
+def test_an_address_that_answers_with_a_page_is_told_which_one_is_expected(
+    said: bytes, shown: str, waits: list[float]
+) -> None:
+    told = rf"in 2 tries; the last time: the answer was no JSON: {shown}\. --judge-url should be .* ends in /v1"
+    with judging(lambda body, number: (200, {}, said)) as server, pytest.raises(PacaError, match=told):
+        judge_of(server, tries=2).ask(HELLO)
+
+
 @pytest.mark.parametrize("status", [429, 503, 529])
 def test_a_busy_judge_is_waited_for_longer_than_one_that_fails(status: int, waits: list[float]) -> None:
     """Limits of requests a minute end within one; not every server says when."""

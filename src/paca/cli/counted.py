@@ -13,7 +13,7 @@ _SECONDS_BETWEEN_LINES = 60.0
 
 
 class Counted:
-    """A progress line in a terminal; in a log file a line for each kind of work, and one about each minute."""
+    """A progress line in a terminal; in a log file a line at both ends of each work, and one about each minute."""
 
     def __init__(self, console: Console) -> None:
         self._console = console
@@ -46,11 +46,14 @@ class Counted:
         self._done += 1
         if self._progress is not None:
             self._progress.advance(self._progress.task_ids[0])
-        elif self._done < self._total and time.monotonic() - self._told > _SECONDS_BETWEEN_LINES:
+        elif self._done == self._total or (self._done < self._total and self._line_is_due()):
             self._told = time.monotonic()
             self._say_count()
         if self._done == self._total:
             self.finish()
+
+    def _line_is_due(self) -> bool:
+        return time.monotonic() - self._told > _SECONDS_BETWEEN_LINES
 
     def _say_count(self) -> None:
         say(self._console, f"{self._who}: {self._done:,} of {self._total:,} {self._what}")

@@ -48,6 +48,7 @@ def export(
     import_package()
     from paca.convert.exported import export_adapter
     from paca.convert.gguf_adapter import architecture_of
+    from paca.pretrained.purpose import loading_code
 
     form: Any = to  # one of FORMS
     output, adapter = export_adapter(path, output, form, base_model=base_model, overwrite=overwrite)
@@ -67,6 +68,9 @@ def export(
         file, form = copied_from(adapter.base), _prompts_form(adapter_in(path), Path(adapter.base))
         where = "" if file else f" with the GGUF file of {adapter.base}"
         put(f"Use it{where}: llama-cli -m {shlex.quote(file) if file else 'MODEL.gguf'} --lora {output}{form}")
+    elif adapter.classifier is not None:
+        code = loading_code(adapter.classifier, str(output), adapter.base, adapter.config.revision)
+        put(f"Load it with its labels, in Python; paca is not needed:\n\n{code}")
     else:
         put(f'Load it onto {adapter.base} with PeftModel.from_pretrained(model, "{output}"); paca is not needed.')
 

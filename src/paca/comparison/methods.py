@@ -164,8 +164,9 @@ def _of_peft(name: str, common: Sections) -> dict[str, Any]:
     kind = types.get(name.lower().replace("_", "-"))
     if kind is None:
         known = [*NAMED, *(name for name in types if name not in NAMED)]
+        hint = did_you_mean(name.lower(), known, likelier=NAMED)
         raise PacaError(
-            f"There is no method {name!r}.{did_you_mean(name.lower(), known)} It can be {', '.join(NAMED)}, a method "
+            f"There is no method {name!r}.{hint} It can be {', '.join(NAMED)}, a method "
             "of PEFT by its name (loha, ia3, ...), or name=FILE.yaml with a section of your own."
         )
     own = common.get("peft") or {}

@@ -29,6 +29,7 @@ from paca.messages.shown import printable
 from paca.pretrained import Outline, load_config
 from paca.pretrained.adapter_folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS, adapter_settings, find_base, weight_file
 from paca.pretrained.location import locate
+from paca.pretrained.purpose import Classifier, classifier_in
 from paca.pretrained.tied_weights import untie_for
 from paca.tuner.adapter_checks import DELTA, INDICES, check_finite
 from paca.tuner.model import PacaModel
@@ -88,6 +89,8 @@ class Adapter:
     """Names of all modules of the base model."""
     base_config: PreTrainedConfig | None
     """The base model's; None if it is not of transformers."""
+    classifier: Classifier | None = None
+    """What the config beside a classifier's adapter says of its outputs."""
 
     @property
     def base(self) -> str:
@@ -166,9 +169,11 @@ def _read(folder: Path, base: str) -> Adapter:
     if config.unusual:
         try_expressions(vars(config), outline.model, folder / ADAPTER_CONFIG)
     try:
-        return put_on(outline.model, config, tensors)
+        adapter = put_on(outline.model, config, tensors)
     except ValueError as error:
         raise PacaError(f"The adapter in {folder} does not fit the model {base}: {error}") from error
+    adapter.classifier = classifier_in(folder)
+    return adapter
 
 
 def put_on(base_model: nn.Module, config: PacaConfig, tensors: dict[str, Tensor]) -> Adapter:

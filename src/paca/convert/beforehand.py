@@ -11,6 +11,9 @@ from paca.messages.nearest import did_you_mean_path
 from paca.pretrained.adapter_folder import ADAPTER_CONFIG, checked, expanded, find_adapter, find_base, find_task
 from paca.pretrained.purpose import classifier_in
 
+_CHECKPOINTS = (".safetensors", ".bin", ".pt", ".pth")
+"""How files with tensors end."""
+
 
 def adapter_in(path: str | Path) -> Path:
     """The folder of the adapter that `path`, a run or an adapter folder, stands for; PacaError without one."""
@@ -63,16 +66,25 @@ def gguf_output(path: str | Path, output: str | Path, overwrite: bool) -> Path:
 
 
 def import_source(path: str | Path) -> Path:
-    """The folder of a foreign adapter's config, for the folder or the file of its tensors; PacaError without one."""
+    """The folder of a foreign adapter's config, for the folder or the file of its tensors.
+
+    Raises:
+        PacaError: There is nothing of that name, the file is no checkpoint, or no config lies beside it.
+    """
     given = expanded(path)
     if not os.path.exists(given):
         hint = did_you_mean_path(given, Path.exists)
         raise PacaError(f"No such file or folder: {given}.{hint} Give the folder of an adapter, or the file in it.")
+    if given.is_file() and given.suffix.lower() not in _CHECKPOINTS:
+        raise PacaError(
+            f"{given} is a file of type {given.suffix or '(none)'!r}, which is no checkpoint. Give the folder of an "
+            f"adapter, or the file with its tensors ({', '.join(_CHECKPOINTS)}), with its {ADAPTER_CONFIG} beside it."
+        )
     folder = given.parent if given.is_file() else given
     if not (folder / ADAPTER_CONFIG).is_file():
         raise PacaError(
-            f"{folder} has no {ADAPTER_CONFIG}, which gives r and alpha: without them the tensors mean nothing. Put "
-            "the one that was saved with them beside them."
+            f"{folder.absolute()} has no {ADAPTER_CONFIG}, which gives r and alpha: without them the tensors mean "
+            "nothing. Put the one that was saved with them beside them."
         )
     return checked(folder)
 

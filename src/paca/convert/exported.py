@@ -8,10 +8,10 @@ from typing import Literal, NamedTuple
 
 from paca.convert.adapter import Adapter, read_adapter
 from paca.convert.beforehand import adapter_in, adapter_output, gguf_output
+from paca.convert.files_beside import files_beside
 from paca.convert.gguf_adapter import write_gguf
 from paca.convert.lora import write_lora
 from paca.convert.pefts_paca import write_pefts_paca
-from paca.pretrained.location import tokenizer_files
 from paca.pretrained.whole_output import whole_output
 
 _WRITERS = {"lora": write_lora, "gguf": write_gguf, "peft": write_pefts_paca}
@@ -32,7 +32,7 @@ def export_adapter(
     base_model: str | None = None,
     overwrite: bool = False,
 ) -> Exported:
-    """Write a run's or a folder's PaCA adapter in another form; as a folder, with its tokenizer if it has one.
+    """Write a run's or a folder's PaCA adapter in another form; as a folder, with the tokenizer and labels that it has.
 
     Reads the base model's config, not its weights. The output appears only when it is complete.
 
@@ -51,7 +51,7 @@ def export_adapter(
     else:
         output = adapter_output(path, output, base_model, overwrite)
     adapter = read_adapter(path, base_model)
-    beside = [] if to == "gguf" else tokenizer_files(adapter_in(path))
+    beside = [] if to == "gguf" else files_beside(adapter_in(path))
     needs = sum(layer.delta.nbytes for layer in adapter.layers.values()) + sum(file.stat().st_size for file in beside)
     with whole_output(output, needs, overwrite=overwrite) as partial:
         _WRITERS[to](adapter, partial)

@@ -20,6 +20,7 @@ from paca.convert.adapter import (
     write_adapter,
 )
 from paca.convert.beforehand import adapter_output, import_source
+from paca.convert.files_beside import files_beside
 from paca.convert.foreign import COLUMNS, ForeignAdapter, read_authors, read_one_hot_lora
 from paca.convert.lora import LORA_A
 from paca.convert.target_names import exact_targets
@@ -27,7 +28,7 @@ from paca.messages.errors import PacaError
 from paca.messages.shown import printable
 from paca.pretrained import load_pretrained
 from paca.pretrained.adapter_folder import ADAPTER_CONFIG, adapter_settings, text_setting, weight_file
-from paca.pretrained.location import locate, tokenizer_files
+from paca.pretrained.location import locate
 from paca.pretrained.whole_output import whole_output
 from paca.tuner.adapter_checks import DELTA
 from paca.tuner.rotation.union_config import UnionLayer, union_settings
@@ -77,7 +78,7 @@ def import_adapter(
         adapter = _check(foreign, settings, base, model, recorded_quantization(file))
     with whole_output(output, overwrite=overwrite) as partial:
         write_adapter(partial, adapter.config.to_dict(), adapter.saved_whole | column_tensors(adapter.layers))
-        for beside in tokenizer_files(folder):
+        for beside in files_beside(folder):
             shutil.copyfile(beside, partial / beside.name)
     return Imported(output, adapter, foreign.kind, foreign.largest_move)
 

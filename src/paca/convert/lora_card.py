@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shlex
 from typing import Any
@@ -10,19 +9,25 @@ from typing import Any
 import yaml
 
 from paca.convert.adapter import Adapter
+from paca.pretrained.purpose import loading_code, quoted
 
 _HERE = "path/to/this/folder"
 _PAPER = "[arXiv 2503.01905](https://arxiv.org/abs/2503.01905)"
 
 
 def lora_card(adapter: Adapter) -> str:
-    """The card of `adapter` as `to_lora` writes it; one of a language model says with code how to load it."""
+    """The card of `adapter` as `to_lora` writes it.
+
+    One of a language model, and of a classifier whose labels are known, says with code how to load it.
+    """
     config = adapter.config
-    base, revision = config.base_model_name_or_path, config.revision
-    generates = base is not None and config.task_type in (None, "CAUSAL_LM")
+    base, classifier = config.base_model_name_or_path, adapter.classifier
+    generates = base is not None and classifier is None and config.task_type in (None, "CAUSAL_LM")
     head: dict[str, Any] = {"library_name": "peft", "tags": ["lora", "paca", "peft"]}
     if generates:
         head["pipeline_tag"] = "text-generation"
+    elif classifier is not None:
+        head["pipeline_tag"] = classifier.pipeline_tag
     if base is not None and not os.path.isabs(base):  # of a hub id the hub makes a link; it refuses a path
         head["base_model"] = base
     kinds = sorted({name.rpartition(".")[2] for name in adapter.layers})
@@ -49,7 +54,7 @@ on its own.{_quantized(adapter.quantization)}
 
 ## How to load it
 
-{_code(str(base), revision) if generates else _WITHOUT_CODE}
+{_how_to_load(adapter) if generates or classifier is not None else _WITHOUT_CODE}
 """
 
 
@@ -68,21 +73,25 @@ def _quantized(kind: str | None) -> str:
     )
 
 
-def _code(base: str, revision: str | None) -> str:
-    # Quoted: whoever made the adapter chose these texts, and people run this code.
-    options = 'dtype="auto"' if revision is None else f'dtype="auto", revision={_quoted(revision)}'
-    return f"""PEFT is enough; paca is not needed.
+def _how_to_load(adapter: Adapter) -> str:
+    classifier, base = adapter.classifier, adapter.base
+    labels, code = "", _code(base, adapter.config.revision)
+    if classifier is not None:
+        labels = f" Its labels: {' '.join(', '.join(classifier.labels).split())}."  # a line, whatever they hold
+        code = loading_code(classifier, _HERE, base, adapter.config.revision)
+    return f"""PEFT is enough; paca is not needed.{labels}
 
 ```python
-from peft import PeftModel
-from transformers import AutoModelForCausalLM
-
-model = AutoModelForCausalLM.from_pretrained({_quoted(base)}, {options})
-model = PeftModel.from_pretrained(model, "{_HERE}")
+{code}
 ```
 
 `paca import {_HERE} --base {shlex.quote(base)} --output FOLDER` makes it a PaCA adapter again."""
 
 
-def _quoted(text: str) -> str:
-    return json.dumps(text, ensure_ascii=False)
+def _code(base: str, revision: str | None) -> str:
+    options = 'dtype="auto"' if revision is None else f'dtype="auto", revision={quoted(revision)}'
+    return f"""from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+model = AutoModelForCausalLM.from_pretrained({quoted(base)}, {options})
+model = PeftModel.from_pretrained(model, "{_HERE}")"""

@@ -239,6 +239,11 @@ def _read(said: str, sent: int) -> Answer:
         text = choice["message"]["content"]
     except (KeyError, IndexError, TypeError) as error:
         raise requests.exceptions.InvalidJSONError(f"no choices[0].message.content in {_beginning(said)}") from error
+    except json.JSONDecodeError as error:
+        raise requests.exceptions.InvalidJSONError(
+            f"the answer was no JSON: {_beginning(said) or '(empty)'}. --judge-url should be where an API of OpenAI's "
+            "protocol begins, an address that ends in /v1, such as http://localhost:8000/v1"
+        ) from error
     except (ValueError, RecursionError) as error:  # a number of thousands of digits is none of the decoder's own errors
         raise requests.exceptions.InvalidJSONError(f"{error}: {_beginning(said)}") from error
     text = "" if text is None else text

@@ -6,15 +6,27 @@ import difflib
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
+_ABOUT = 0.05
+"""Of a likeness between 0 and 1: less is no reason to take an unlikely name."""
+
 
 def nearest(name: str, valid: Iterable[str], cutoff: float = 0.5) -> str | None:
     """The valid name closest in spelling to `name`, or None if none is as alike as `cutoff`: 0 (not at all) to 1."""
     return next(iter(_closest(name, valid, 1, cutoff)), None)
 
 
-def did_you_mean(name: str, valid: Iterable[str], form: str = "{!r}", count: int = 1) -> str:
-    """`" Did you mean ...?"` for the end of a message, with at most `count` names shown in a `form`, or nothing."""
+def did_you_mean(
+    name: str, valid: Iterable[str], form: str = "{!r}", count: int = 1, likelier: Iterable[str] = ()
+) -> str:
+    """`" Did you mean ...?"` for the end of a message, with at most `count` names shown in a `form`, or nothing.
+
+    The nearest of the `likelier` names comes before the nearest of all where it is about as near.
+    """
     close = _closest(name, valid, count, 0.5)
+    if close:
+        alike = difflib.SequenceMatcher(None, close[0], name).ratio()
+        first = _closest(name, likelier, 1, max(0.0, alike - _ABOUT))
+        close = [*first, *(each for each in close if each not in first)][:count]
     return f" Did you mean {' or '.join(map(form.format, close))}?" if close else ""
 
 

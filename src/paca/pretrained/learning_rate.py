@@ -12,22 +12,24 @@ import os
 import warnings
 from pathlib import Path
 
+from torch import nn
+
 from paca.config import PacaConfig
 from paca.messages.errors import PacaError
 from paca.pretrained.location import locate, neighbour_hint
-from paca.pretrained.weight_size import in_cache, weight_size
+from paca.pretrained.weight_size import in_cache, size_of_loaded, weight_size
 
 RATE_OF_WEIGHTS = 0.4
 """Rate times paca_alpha, as a part of the weights' root mean square, for language models."""
 _USUAL_SIZE = 0.03  # assumed where it can't be read; Gemma 3 270M has 0.037, SmolLM2-135M 0.2
 
 
-def learning_rate(model: str | os.PathLike[str], config: PacaConfig) -> float:
+def learning_rate(model: str | os.PathLike[str] | nn.Module, config: PacaConfig) -> float:
     """The rate with which `paca train` trains a language model that gives none: for AdamW, with a cosine schedule.
 
     Args:
-        model: Folder, `.gguf` file or hub id (of which the files that are read are fetched). 64 rows of each weight in
-            four blocks are read, nothing is loaded.
+        model: Folder, `.gguf` file or hub id (of which the files that are read are fetched), or the loaded model, with
+            or without adapters. 64 rows of each weight in four blocks are read, nothing is loaded.
         config: Its `paca_alpha` counts.
 
     Returns:
@@ -36,21 +38,35 @@ def learning_rate(model: str | os.PathLike[str], config: PacaConfig) -> float:
 
     Raises:
         PacaError: There is no such model here, nor on the hub; or the hub can't be reached.
+        TypeError: `model` is neither a name nor a model.
     """
-    location = locate(str(model))
-    size = weight_size(location, fetch=True)
+    if isinstance(model, nn.Module):
+        named, size = f"the loaded {type(model).__name__}", size_of_loaded(model)
+    elif isinstance(model, (str, os.PathLike)):
+        named, size = repr(str(model)), _size_of_named(model)
+    else:
+        raise TypeError(
+            f"The model is a {type(model).__name__}; expected a folder, a .gguf file or a hub id, or a loaded model "
+            "(torch.nn.Module). Give the model that you train, or its name."
+        )
     if size is None:
-        if location.source == "hub" and not in_cache(location.name_or_path):
-            raise PacaError(
-                f"There is no model {str(model)!r}: no such folder (working folder: {Path.cwd()}), and the hub gave "
-                f"none of its weights.{neighbour_hint(str(model))} Check the name, or get it first: hf download {model}"
-            )
         warnings.warn(
-            f"The size of the weights of {str(model)!r} can't be read. {_USUAL_SIZE} is assumed, and the rate may be "
+            f"The size of the weights of {named} can't be read. {_USUAL_SIZE} is assumed, and the rate may be "
             "several times too low or too high: try others beside it.",
             stacklevel=2,
         )
     return rate_and_rule(config.paca_alpha, size)[0]
+
+
+def _size_of_named(model: str | os.PathLike[str]) -> float | None:
+    location = locate(str(model))
+    size = weight_size(location, fetch=True)
+    if size is None and location.source == "hub" and not in_cache(location.name_or_path):
+        raise PacaError(
+            f"There is no model {str(model)!r}: no such folder (working folder: {Path.cwd()}), and the hub gave "
+            f"none of its weights.{neighbour_hint(str(model))} Check the name, or get it first: hf download {model}"
+        )
+    return size
 
 
 def rate_and_rule(alpha: float, size: float | None, part: float = RATE_OF_WEIGHTS) -> tuple[float, str]:

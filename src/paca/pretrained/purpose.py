@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,6 +22,11 @@ class Classifier(NamedTuple):
     """The class of transformers that loads it."""
     labels: list[str]
     """In the order of its outputs."""
+
+    @property
+    def pipeline_tag(self) -> str:
+        """What it does, by the hub's names."""
+        return "text-classification" if self.of == "texts" else "image-classification"
 
 
 def classifier_in(folder: str | Path) -> Classifier | None:
@@ -60,6 +66,29 @@ def save_classifier_config(folder: Path, model: Any) -> None:
     plain = model.get_base_model() if hasattr(model, "get_base_model") else model
     plain.config.architectures = [type(plain).__name__]
     plain.config.save_pretrained(folder)
+
+
+def loading_code(classifier: Classifier, folder: str, base: str, revision: str | None = None) -> str:
+    """Python that puts a classifier's adapter on its base model. PEFT runs it once it knows the adapter's method.
+
+    Args:
+        classifier: What `classifier_in` found.
+        folder: Of the adapter, with the config beside it.
+        base: Name or path of the base model, whose own head may have other outputs.
+        revision: Branch, tag or commit of the base model, for a hub id only.
+    """
+    here, of_base = quoted(folder), quoted(base) + ("" if revision is None else f", revision={quoted(revision)}")
+    return f"""from peft import PeftModel
+from transformers import AutoConfig, {classifier.auto_class}
+
+config = AutoConfig.from_pretrained({here})  # with the labels
+model = {classifier.auto_class}.from_pretrained({of_base}, config=config, ignore_mismatched_sizes=True)
+model = PeftModel.from_pretrained(model, {here})"""
+
+
+def quoted(text: str) -> str:
+    """A text for Python code that people run, where somebody else chose it."""
+    return json.dumps(text, ensure_ascii=False)
 
 
 def check_answers(path: str | Path) -> None:

@@ -1,4 +1,4 @@
-"""How large a checkpoint's weights are, read from a few of them before anything is loaded."""
+"""How large a model's weights are, by a few of them: read before anything is loaded, or taken from a loaded model."""
 
 from __future__ import annotations
 
@@ -6,15 +6,18 @@ import json
 import logging
 import math
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 
 import huggingface_hub
 import torch
 from huggingface_hub import constants
+from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
 from safetensors import safe_open
-from torch import Tensor
+from torch import Tensor, nn
 
 from paca.pretrained import gguf
 from paca.pretrained.hub import without_waiting
@@ -28,7 +31,7 @@ _ROWS = 64
 """Of each of their weights, in its middle."""
 _LEAST = 32  # rows and columns of a layer's weight, at least: smaller ones are factors, gates or depthwise
 _OTHERS = re.compile(r"embed|embd|wte|wpe|lm_head|^output|norm|router|position|score|classifier|vision|visual", re.I)
-_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+_FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
 _KEPT = "weight_size.json"  # beside what is kept of a GGUF file: its reader takes seconds
 
@@ -50,6 +53,37 @@ def weight_size(location: Location, revision: str | None = None, *, fetch: bool 
     except Exception as error:  # of files of any kind, and of the hub's client: the model's loader says more
         logger.info("The size of the weights of %s can't be read: %s", location.name_or_path, error)
         return None
+
+
+def size_of_loaded(model: nn.Module) -> float | None:
+    """The same of a model in memory, as its weights are now, without those that an adapter adds.
+
+    Returns:
+        None where no weight is a plain one: they are quantized, sharded or on the meta device.
+    """
+    if isinstance(model, PeftModel):
+        model = model.get_base_model()
+    weights = dict(_base_weights(model))
+    return _mean(rows.detach().cpu() for name in _chosen(weights) for rows in _rows_of(weights[name]))
+
+
+def _base_weights(module: nn.Module, path: str = "") -> Iterator[tuple[str, nn.Parameter]]:
+    """By the names that they have without adapters."""
+    if isinstance(module, BaseTunerLayer):
+        yield from _base_weights(module.get_base_layer(), path)
+    elif isinstance(module, AuxiliaryTrainingWrapper):
+        yield from _base_weights(module.original_module, path)
+    else:
+        yield from ((path + name, parameter) for name, parameter in module.named_parameters(recurse=False))
+        for name, child in module.named_children():
+            yield from _base_weights(child, f"{path}{name}.")
+
+
+def _rows_of(weight: nn.Parameter) -> Iterator[Tensor]:
+    if type(weight) is not nn.Parameter or weight.is_meta:  # those of quantized layers are of classes of their own
+        return
+    if weight.dtype in _FLOATS:
+        yield from (weight[place] for place in _middles(weight.shape))
 
 
 def in_cache(name: str) -> bool:
@@ -86,11 +120,16 @@ def _tensors(find: Callable[[str], Path]) -> Iterator[Tensor]:
     for name in _chosen(places):
         with safe_open(find(places[name]), framework="pt") as file:
             weight = file.get_slice(name)
-            shape = weight.get_shape()
-            if len(shape) in (2, 4) and min(shape[0], math.prod(shape[1:])) >= _LEAST:  # 4: of a convolution
-                rows = weight[_middle(shape[0])]
-                if rows.dtype in _FLOATS:
-                    yield rows
+            rows = (weight[place] for place in _middles(weight.get_shape()))
+            yield from (some for some in rows if some.dtype in _FLOATS)
+
+
+def _middles(shape: Sequence[int]) -> Iterator[tuple[int | slice, ...]]:
+    """Where the rows lie in a weight that counts: in one of experts (3 dimensions), in each of them."""
+    experts = len(shape) == 3
+    rows, *others = shape[experts:] or (0,)
+    if len(shape) in (2, 3, 4) and min(rows, math.prod(others)) >= _LEAST:  # 4: of a convolution
+        yield from ((number, _middle(rows)) for number in range(shape[0])) if experts else [(_middle(rows),)]
 
 
 def _middle(rows: int) -> slice:

@@ -74,8 +74,8 @@ def test_whoever_waits_for_scores_is_told_how_many_there_are(
     train_command(config, set_=[f"output.dir={tmp_path / 'run'}", *settings])
     lines = capsys.readouterr().out.splitlines()
     start = lines.index("Measuring exact_match on 3 held-out examples ...")
-    told = [f"{when} training: {done} of 3 answers written" for when in ("before", "after") for done in range(3)]
-    assert lines[start + 1 : start + 7] == told
+    told = [f"{when} training: {done} of 3 answers written" for when in ("before", "after") for done in range(4)]
+    assert lines[start + 1 : start + 9] == told
 
 
 def test_questions_with_options_train_and_are_scored_by_choice(tmp_path: Path) -> None:

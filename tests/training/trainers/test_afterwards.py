@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
@@ -19,7 +20,10 @@ from transformers import (
 )
 from typer.testing import CliRunner
 
+from forked_process import run_forked
 from paca.cli import app
+from paca.convert.exported import export_adapter
+from paca.convert.imported import import_adapter
 from paca.convert.merged import merge_to_folder
 from paca.messages.errors import PacaError
 from paca.planning import estimate
@@ -39,6 +43,55 @@ def test_a_language_model_answers_and_merges(finished: Finished, tmp_path: Path,
     merged = merge_to_folder(folder, tmp_path / "merged")
     assert merged.difference is not None
     AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+
+
+def test_an_exported_classifier_keeps_its_labels_without_paca(
+    workspace: Path, finished: Finished, tmp_path: Path
+) -> None:
+    """By the code that `paca export` prints, and by that in the README: three labels, where a new head has two."""
+    labelled = [json.loads(line) for line in (workspace / "labelled.jsonl").read_text().splitlines()]
+    rows = [{**row, "label": "third"} if number % 3 == 0 else row for number, row in enumerate(labelled)]
+    (tmp_path / "three.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    folder, output = finished("classification", f"data.train={tmp_path / 'three.jsonl'}").folder, tmp_path / "lora"
+    done = CliRunner().invoke(app, ["export", str(folder), "--to", "lora", "--output", str(output)])
+    assert done.exit_code == 0, done.output
+    card = (output / "README.md").read_text()
+    assert "Its labels: animal, other, third." in card
+    assert "pipeline_tag: text-classification" in card
+    printed = done.output.partition("paca is not needed:\n\n")[2]
+    on_card = card.partition("```python\n")[2].partition("```")[0].replace("path/to/this/folder", str(output))
+    with torch.no_grad():
+        expected = load_saved(folder).model(input_ids=torch.tensor([[5, 6, 7]])).logits
+    script = """
+import json, sys, torch
+sys.modules["paca"] = None  # an import of it fails
+for code in sys.argv[1:]:
+    scope = {}
+    exec(code, scope)
+    with torch.no_grad():
+        found = scope["model"].eval()(input_ids=torch.tensor([[5, 6, 7]])).logits
+    print(json.dumps([list(scope["model"].config.id2label.values()), found.tolist()]))
+"""
+    run = run_forked(script, printed, on_card)
+    assert run.returncode == 0, run.stderr
+    for line in run.stdout.splitlines():
+        labels, logits = json.loads(line)
+        assert labels == ["animal", "other", "third"]
+        assert torch.allclose(torch.tensor(logits), expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("to", ["lora", "peft"])
+@pytest.mark.parametrize("name", ["reward", "classification"])
+def test_the_exported_forms_of_a_classifier_are_classifiers(
+    finished: Finished, tmp_path: Path, name: str, to: Literal["lora", "peft"]
+) -> None:
+    folder = finished(name).folder
+    export_adapter(folder, tmp_path / to, to)
+    assert classifier_in(tmp_path / to) == classifier_in(folder)
+    if to == "lora":
+        base = classifier_base((tmp_path / "lora/README.md").read_text())
+        import_adapter(tmp_path / "lora", tmp_path / "back", base_model=base)
+        assert classifier_in(tmp_path / "back") == classifier_in(folder)
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from transformers import TrainerCallback, TrainerState, TrainingArguments
 
 from paca.convert.pefts_paca import PEFT, saved_layers, why_not
 from paca.pretrained.adapter_folder import adapter_settings, find_base
-from paca.pretrained.purpose import Classifier, classifier_in
+from paca.pretrained.purpose import Classifier, classifier_in, loading_code
 from paca.pretrained.quantizing import quantization_config
 from paca.training.config.adapter_settings import config_type
 from paca.training.reporting.scores import score_lines
@@ -60,13 +60,6 @@ _COMMANDS = {
 }
 
 
-_PIPELINES = {
-    "reward": "text-classification",
-    "classification": "text-classification",
-    "image_classification": "image-classification",
-}
-
-
 def write_card(folder: Path, summary: dict[str, Any], trained: nn.Module) -> None:
     """Write the card of a finished run's adapter or model, in place of the empty one that PEFT or TRL leaves.
 
@@ -79,10 +72,11 @@ def write_card(folder: Path, summary: dict[str, Any], trained: nn.Module) -> Non
     name = summary["method"]["name"]
     base = model["name"] if name == "full" else find_base(folder)
     before, after = summary["eval_loss_before"], summary["eval_loss_after"]
+    classifier = classifier_in(folder)
     library, tags = ("transformers", []) if name == "full" else ("peft", [name, "peft"])
     head: dict[str, Any] = {
         "library_name": library,
-        "pipeline_tag": _PIPELINES.get(summary["trainer"], "text-generation"),
+        "pipeline_tag": "text-generation" if classifier is None else classifier.pipeline_tag,
         "tags": tags,
     }
     if not os.path.isabs(base):  # of a hub id the hub makes a link; it refuses a path
@@ -98,7 +92,6 @@ def write_card(folder: Path, summary: dict[str, Any], trained: nn.Module) -> Non
         start = "" if before is None else f"{before:.4f} before training and "
         results.append(f"Loss on {held_out}: {start}{after:.4f} after.")
     results += [f"Held-out {metric}: {values}." for metric, values in score_lines(summary["scores"])]
-    classifier = classifier_in(folder)
     versions = ", ".join(f"{name} {version}" for name, version in summary["versions"].items())
     stored = (
         model["dtype"] if model["quantization"] is None else f"{model['dtype']}, quantized to {model['quantization']}"
@@ -185,12 +178,7 @@ def _how_to_load_classifier(classifier: Classifier, name: str, base: str) -> str
         return f'{labels}```python\nfrom transformers import {auto}\n\nmodel = {auto}.from_pretrained("{_HERE}")\n```'
     of_paca = name == "paca"
     return f"""{_INSTALL if of_paca else ""}{labels}```python
-{_IMPORT if of_paca else ""}from peft import PeftModel
-from transformers import AutoConfig, {auto}
-
-config = AutoConfig.from_pretrained("{_HERE}")  # with the labels
-model = {auto}.from_pretrained("{base}", config=config, ignore_mismatched_sizes=True)
-model = PeftModel.from_pretrained(model, "{_HERE}")
+{_IMPORT if of_paca else ""}{loading_code(classifier, _HERE, base)}
 ```
 
 `paca merge {_HERE} --output merged` writes it as a plain checkpoint."""
