@@ -47,6 +47,15 @@ def test_a_config_survives_a_round_trip(tmp_path):
         assert cls.from_pretrained(tmp_path) == config
 
 
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [("lora_alpha", "'paca_alpha'"), ("alpha", "'paca_alpha'"), ("rank", "'r'"), ("target_module", "'target_modules'")],
+)
+def test_a_setting_under_another_name_is_refused_with_ours(name, hint):
+    with pytest.raises(TypeError, match=f"unexpected keyword argument, '{name}'. Did you mean {hint}\\?$"):
+        paca.PacaConfig(**{name: 8})
+
+
 def test_a_config_written_by_a_newer_peft_loads_with_a_warning(tmp_path):
     paca.PacaConfig(target_modules=["q"]).save_pretrained(tmp_path)
     path = tmp_path / "adapter_config.json"

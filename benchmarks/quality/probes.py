@@ -37,6 +37,7 @@ ROWS = Path(__file__).with_suffix(".csv")
 BASE = "lora"
 EXAMPLES = 32  # that columns over all layers are chosen by
 HALVES = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}
+LATE = {"lr_scheduler_type": "warmup_stable_decay", "lr_scheduler_kwargs": {"num_decay_steps": 60}}
 TWICE = {"gradient_accumulation_steps": 2, "max_steps": 100}
 
 
@@ -88,6 +89,12 @@ WAYS = {
     "factors-r128-32": Way(7.8e-4, columns=_columns(128), train={"factor_rank": 32}),
     "factors-r64-32": Way(7.8e-4, train={"factor_rank": 32}),
     "muon": Way(1.25e-3, optimizer="muon"),
+    "muon-faster": Way(3.2e-3, optimizer="muon"),
+    "muon-fastest": Way(8e-3, optimizer="muon"),
+    "linear": Way(1.25e-3, train={"lr_scheduler_type": "linear"}),
+    "late-decay": Way(1.25e-3, train=LATE),
+    "late-decay-slower": Way(7.8e-4, train=LATE),
+    "lora-late-decay": Way(7.8e-4, method=_lora(33), train=LATE),
     "rotated": Way(7.8e-4, columns={"rotate_every": 50}),
     "rotated-in-turns": Way(7.8e-4, rotation=Rotation(every=40, groups=4, rewarm=10)),
     "rotated-in-turns-carried": Way(7.8e-4, rotation=Rotation(every=40, groups=4, carry=True)),

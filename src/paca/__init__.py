@@ -3,7 +3,7 @@
 Importing this package makes PaCA a method that PEFT knows::
 
     import paca, peft
-    model = peft.get_peft_model(model, paca.PacaConfig(r=16))
+    model = peft.get_peft_model(model, paca.PacaConfig())
 """
 
 from __future__ import annotations

@@ -11,6 +11,7 @@ from peft.config import PeftConfig
 from peft.utils import CONFIG_NAME
 
 from paca.columns.selection import STRATEGIES, check_strategy
+from paca.messages.nearest import did_you_mean
 from paca.messages.shown import printable, shown
 from paca.tuner.registration import add_peft_type
 from paca.tuner.strange_expressions import MOST_NAMES, NAMED, check_unusual
@@ -18,6 +19,7 @@ from paca.tuner.strange_expressions import MOST_NAMES, NAMED, check_unusual
 _PEFT_TYPE = add_peft_type()
 _UNUSUAL = re.compile(r"[^\w.\- ]")  # one of these is in all that are more than names
 ROTATIONS = ("random", "random_blocks", "weight_norm")
+_OTHER_WORDS = {"rank": "r", "alpha": "paca_alpha"}
 LARGEST = 1e30  # of a scale: float32 ends at 3e38
 
 
@@ -32,9 +34,9 @@ class PacaConfig(PeftConfig):
         ValueError: For a setting that can't work, naming it.
     """
 
-    r: int = 16
+    r: int = 64
     """How many input columns of each target weight are trained."""
-    paca_alpha: float = 16
+    paca_alpha: float = 64
     """The columns move by `paca_alpha / r` times their delta."""
     target_modules: list[str] | set[str] | str | None = None
     """Names (or endings of names) of the modules to adapt, a regular expression if one string, or "all-linear".
@@ -77,6 +79,12 @@ class PacaConfig(PeftConfig):
     base_quantization: str | None = None
     """How the weights are quantized that the adapter was made for, or none; filled in."""
 
+    def __new__(cls, *values: Any, **settings: Any) -> PacaConfig:
+        for name in settings.keys() - cls.__dataclass_fields__.keys():
+            hint = did_you_mean(_OTHER_WORDS.get(name, name[:99]), cls.__dataclass_fields__)
+            raise TypeError(f"PacaConfig got an unexpected keyword argument, {shown(name)}.{hint}")  # PEFT reads it
+        return super().__new__(cls)
+
     def __post_init__(self) -> None:
         super().__post_init__()
         # Not settings, so neither fields nor saved: what the tuner needs to take back an adapter that fails to load.
@@ -90,7 +98,7 @@ class PacaConfig(PeftConfig):
         self.rank_pattern, self.alpha_pattern = self.rank_pattern or {}, self.alpha_pattern or {}
         for name in ("target_modules", "exclude_modules"):
             value = getattr(self, name)
-            if isinstance(value, (list, tuple)) and _is_names(value):
+            if isinstance(value, (list, tuple)) and _is_list_of(str, value):
                 setattr(self, name, set(value))
         for name, right, words in _FORMS:
             value = getattr(self, name)
@@ -138,11 +146,8 @@ def _is(value: Any, *kinds: type) -> bool:
 
 
 def _is_list_of(kind: type, value: Any, most: float = 1e9) -> bool:
-    return isinstance(value, (list, tuple, set, frozenset)) and len(value) <= most and all(_is(v, kind) for v in value)
-
-
-def _is_names(value: Any) -> bool:
-    return value is None or _is_list_of(str, value)
+    listed = isinstance(value, (list, tuple, set, frozenset)) and len(value) <= most
+    return value is None or (listed and all(_is(v, kind) for v in value))
 
 
 _NAMES = "be a list of names, such as "
@@ -156,16 +161,15 @@ _FORMS: tuple[tuple[str, Any, str], ...] = (
     ("paca_alpha", lambda v: _is(v, int, float) and 0 < v < LARGEST, "be a positive number, below 1e30"),
     ("random_seed", lambda v: v is None or _is(v, int), "be a whole number, or null for one that is drawn"),
     ("rotate_every", lambda v: v is None or (_is(v, int) and v > 0), "be a whole number of steps, 1 or more, or null"),
-    ("target_modules", lambda v: _is(v, str) or _is_names(v), _TEXT_OR_NAMES + "['q_proj', 'down_proj']"),
-    ("exclude_modules", lambda v: _is(v, str) or _is_names(v), _TEXT_OR_NAMES + "['lm_head']"),
-    ("layers_pattern", lambda v: _is(v, str) or _is_names(v), _TEXT_OR_NAMES + "['layers']"),
-    ("target_parameters", _is_names, _NAMES + "['experts.gate_up_proj', 'experts.down_proj']"),
-    ("modules_to_save", _is_names, _NAMES + "['classifier']"),
-    ("layers_to_transform", lambda v: v is None or _is(v, int) or _is_list_of(int, v, MOST_NAMES), _BLOCKS),
+    ("target_modules", lambda v: _is(v, str) or _is_list_of(str, v), _TEXT_OR_NAMES + "['q_proj', 'down_proj']"),
+    ("exclude_modules", lambda v: _is(v, str) or _is_list_of(str, v), _TEXT_OR_NAMES + "['lm_head']"),
+    ("layers_pattern", lambda v: _is(v, str) or _is_list_of(str, v), _TEXT_OR_NAMES + "['layers']"),
+    ("target_parameters", lambda v: _is_list_of(str, v), _NAMES + "['experts.gate_up_proj', 'experts.down_proj']"),
+    ("modules_to_save", lambda v: _is_list_of(str, v), _NAMES + "['classifier']"),
+    ("layers_to_transform", lambda v: _is(v, int) or _is_list_of(int, v, MOST_NAMES), _BLOCKS),
     ("indices", lambda v: v is None or (v and isinstance(v, dict)), "map modules to lists, such as {'q_proj': [5]}"),
     ("rotate_by", lambda v: v in ROTATIONS, f"be one of {', '.join(ROTATIONS)}"),
-    ("init_weights", lambda v: isinstance(v, bool), "be true or false"),
-    ("inference_mode", lambda v: isinstance(v, bool), "be true or false"),
+    *((name, lambda v: isinstance(v, bool), "be true or false") for name in ("init_weights", "inference_mode")),
     ("auto_mapping", lambda v: v is None or (_is(v, dict) and sum(map(str(v).count, "[{")) == 1), "be a flat mapping"),
     *((name, lambda v: _is(v, str, type(None)) and str(v).isprintable(), "be a text, or null") for name in _TEXTS),
     ("selection", lambda v: isinstance(v, str) and len(v) < 99, f"be one of {', '.join(STRATEGIES)}"),

@@ -33,7 +33,7 @@ def plan(
     seq: Annotated[int | None, typer.Option(help="Tokens in each sequence.")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Sequences in one forward pass.")] = None,
     global_batch: Annotated[int | None, typer.Option(help="With --memory: sequences in one optimizer step.")] = None,
-    r: Annotated[int, typer.Option(help="Trained columns per layer. A run's YAML has its own.")] = 16,
+    r: Annotated[int, typer.Option(help="Trained columns per layer. A run's YAML has its own.")] = 64,
     dtype: Annotated[str, typer.Option(help="Dtype of the weights. A run's YAML has its own.")] = "auto",
     device: Annotated[
         str | None,

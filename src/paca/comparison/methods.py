@@ -133,7 +133,9 @@ def _named(name: str, common: Sections) -> Method:
     else:
         kind, section = "peft", _of_peft(name, common)
     if kind == "paca":  # spelled out, as the rank may have to follow another method's
-        section = {"r": 16, "paca_alpha": 16, **section}
+        from paca.config import PacaConfig  # and with it PEFT
+
+        section = {"r": PacaConfig.r, "paca_alpha": PacaConfig.paca_alpha, **section}
     sections: dict[str, Mapping[str, Any]] = {kind: section}
     if name == "lora-tuned":
         sections["train"] = {"autocast_adapter_dtype": False}
