@@ -38,6 +38,10 @@ for task in "$@"; do
                 rates=4.87e-4,7.8e-4,1.25e-3 own=(--lr paca-wide=1.9e-4,3.04e-4,4.87e-4)
                 methods=paca,paca-wide=$folder/wide.yaml,paca-factored=$folder/factored.yaml,lora,lora-tuned
                 ;;
+            gsm8k-memory)
+                rates=7.8e-4,1.25e-3,2e-3
+                own=(--lr lora=4.87e-4,7.8e-4,1.25e-3 --lr lora-tuned=3.04e-4,4.87e-4,7.8e-4)
+                ;;
             arc-wide-time | gsm8k-wide-time) # LoRA with r 33, as many parameters as paca's r 64
                 config=${task%-wide} same=time rates=7.8e-4,1.25e-3 own=(--lr paca-256=1.9e-4,3.04e-4,4.87e-4)
                 [ "$config" = gsm8k ] && rates=7.8e-4,1.25e-3,2e-3 own=(--lr paca-256=4.87e-4,7.8e-4,1.25e-3)

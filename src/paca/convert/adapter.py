@@ -164,7 +164,8 @@ def _read(folder: Path, base: str) -> Adapter:
         )
     config = PacaConfig.from_pretrained(str(folder))
     config.base_model_name_or_path = base
-    outline = base_outline(base, config.task_type, config.revision)
+    classifier = classifier_in(folder)
+    outline = base_outline(base, config.task_type, config.revision, classifier)
     untie_for(outline.model, tensors)
     if config.unusual:
         try_expressions(vars(config), outline.model, folder / ADAPTER_CONFIG)
@@ -172,7 +173,7 @@ def _read(folder: Path, base: str) -> Adapter:
         adapter = put_on(outline.model, config, tensors)
     except ValueError as error:
         raise PacaError(f"The adapter in {folder} does not fit the model {base}: {error}") from error
-    adapter.classifier = classifier_in(folder)
+    adapter.classifier = classifier
     return adapter
 
 
@@ -183,13 +184,16 @@ def put_on(base_model: nn.Module, config: PacaConfig, tensors: dict[str, Tensor]
         ValueError: As loading the adapter into the model would; the tensor or layer is named.
     """
     # Only the adapted layers matter: a new head need not have the shape that the outline guesses.
-    layers_only = dataclasses.replace(config, modules_to_save=None)
+    whole, left_out = config.modules_to_save or [], config.exclude_modules or []
+    if whole:
+        left_out = rf"{left_out}|(.*\.)?({'|'.join(whole)})" if isinstance(left_out, str) else {*left_out, *whole}
+    layers_only = dataclasses.replace(config, modules_to_save=None, exclude_modules=left_out or None)
     model = PeftModel(base_model, layers_only, adapter_name=NAME)
-    whole = {n: t for n, t in tensors.items() if any(f".{m}." in f".{n}" for m in config.modules_to_save or ())}
-    for name, tensor in whole.items():
+    of_whole = {n: t for n, t in tensors.items() if any(f".{m}." in f".{n}" for m in whole)}
+    for name, tensor in of_whole.items():
         check_finite(name, tensor)
-    others = {name: tensor for name, tensor in tensors.items() if name not in whole}
-    named = whole | PacaModel._remap_adapter_state_dict_for_load(model, layers_only, NAME, others)
+    others = {name: tensor for name, tensor in tensors.items() if name not in of_whole}
+    named = of_whole | PacaModel._remap_adapter_state_dict_for_load(model, layers_only, NAME, others)
     return _collect(model, NAME, config, {name.removesuffix(f".{NAME}"): tensor for name, tensor in named.items()})
 
 
@@ -228,9 +232,13 @@ def stock_class(layer: PacaLayer) -> type[nn.Module]:
     return stock
 
 
-def base_outline(base: str, task_type: str | None, revision: str | None) -> Outline:
-    """The base model of an adapter for `task_type`, without weights; PacaError for an unknown task."""
-    auto_class = _AUTO_CLASSES.get(task_type or "CAUSAL_LM")
+def base_outline(
+    base: str, task_type: str | None, revision: str | None, classifier: Classifier | None = None
+) -> Outline:
+    """The base model of an adapter for `task_type`, without weights; PacaError for an unknown task. PEFT has none for
+    images: their `classifier`, from `classifier_in`, says it."""
+    of_images = classifier is not None and classifier.of == "images"
+    auto_class = classifier.auto_class if of_images else _AUTO_CLASSES.get(task_type or "CAUSAL_LM")  # type: ignore[union-attr]
     if auto_class is None:
         raise PacaError(
             f"The adapter is for the task {task_type!r}; known are {', '.join(_AUTO_CLASSES)}. Convert it from Python, "

@@ -29,6 +29,7 @@ from paca.messages.shown import printable
 from paca.pretrained import load_pretrained
 from paca.pretrained.adapter_folder import ADAPTER_CONFIG, adapter_settings, text_setting, weight_file
 from paca.pretrained.location import locate
+from paca.pretrained.purpose import classifier_in
 from paca.pretrained.whole_output import whole_output
 from paca.tuner.adapter_checks import DELTA
 from paca.tuner.rotation.union_config import UnionLayer, union_settings
@@ -99,7 +100,7 @@ def _read(
     if DELTA in endings:
         raise PacaError(f"{folder} holds a PaCA adapter already: PEFT and paca load it as it is.")
     if settings.get("peft_type") == "LORA" and any(name.endswith(f".{LORA_A}") for name in tensors):
-        outline = base_outline(base, task_type, revision).model
+        outline = base_outline(base, task_type, revision, classifier_in(folder)).model
         try_expressions(settings, outline, folder / ADAPTER_CONFIG)
         return read_one_hot_lora(settings, tensors), outline
     raise PacaError(

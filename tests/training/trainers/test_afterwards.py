@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -80,8 +80,25 @@ for code in sys.argv[1:]:
         assert torch.allclose(torch.tensor(logits), expected, rtol=1e-5, atol=1e-6)
 
 
+def test_an_image_classifiers_export_answers_as_the_run_without_paca(finished: Finished, tmp_path: Path) -> None:
+    folder, output = finished("image_classification").folder, tmp_path / "lora"
+    export_adapter(folder, output, "lora")
+    loaded, pixels = load_saved(folder).model, torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected = loaded(pixel_values=pixels).logits
+    code = (output / "README.md").read_text().partition("```python\n")[2].partition("```")[0]
+    scope: dict[str, Any] = {}
+    exec(code.replace("path/to/this/folder", str(output)), scope)
+    with torch.no_grad():
+        found = scope["model"].eval()(pixel_values=pixels).logits
+    assert list(scope["model"].config.id2label.values()) == ["blue", "red"]
+    assert torch.allclose(found, expected, rtol=1e-4, atol=1e-5)
+    import_adapter(output, tmp_path / "back", base_model=classifier_base((output / "README.md").read_text()))
+    assert classifier_in(tmp_path / "back") == classifier_in(folder)
+
+
 @pytest.mark.parametrize("to", ["lora", "peft"])
-@pytest.mark.parametrize("name", ["reward", "classification"])
+@pytest.mark.parametrize("name", ["reward", "classification", "image_classification"])
 def test_the_exported_forms_of_a_classifier_are_classifiers(
     finished: Finished, tmp_path: Path, name: str, to: Literal["lora", "peft"]
 ) -> None:
