@@ -19,7 +19,7 @@ import paca
 from expert_models import mixtral
 from models import adapt, llama, tokens
 from rotating import trainable
-from tiny_checkpoint import save_adapter, save_base
+from tiny_checkpoint import WIDE, save_adapter, save_base
 
 Names = dict[str, Any]
 
@@ -30,7 +30,7 @@ ALSO = ("HuggingFaceTB/SmolLM2-135M-Instruct",)
 
 def stand_ins(folder: Path) -> Path:
     """A folder with a tiny model of each of these names, an adapter of one, and data."""
-    base = save_base(folder / LLAMA, tie_word_embeddings=True)
+    base = save_base(folder / LLAMA, tie_word_embeddings=True, **WIDE)
     for name in ALSO:
         (folder / name).parent.mkdir(parents=True)
         (folder / name).symlink_to(base)

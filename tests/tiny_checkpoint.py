@@ -35,23 +35,24 @@ def byte_tokenizer(chat_template: str | None = CHAT_TEMPLATE) -> PreTrainedToken
     return tokenizer
 
 
+WIDE: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 112}
+"""Settings of `save_base` for layers that have room for the default r."""
+
+
 def save_base(folder: Path, dtype: torch.dtype = torch.float32, context: int = CONTEXT, **settings: Any) -> Path:
     """A checkpoint with random weights, large enough that an adapter visibly moves the logits."""
     torch.manual_seed(0)
     tokenizer = byte_tokenizer()
+    shape = {"hidden_size": 32, "intermediate_size": 56, "num_hidden_layers": 2, "num_attention_heads": 4}
     config = LlamaConfig(
         vocab_size=len(tokenizer),
-        hidden_size=32,
-        intermediate_size=56,
-        num_hidden_layers=2,
-        num_attention_heads=4,
         num_key_value_heads=2,
         max_position_embeddings=context,
         initializer_range=0.15,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
-        **settings,
+        **shape | settings,
     )
     LlamaForCausalLM(config).to(dtype).save_pretrained(folder)
     tokenizer.save_pretrained(folder)

@@ -36,7 +36,7 @@ class PacaConfig(PeftConfig):
 
     r: int = 64
     """How many input columns of each target weight are trained."""
-    paca_alpha: float = 64
+    paca_alpha: float = 16
     """The columns move by `paca_alpha / r` times their delta."""
     target_modules: list[str] | set[str] | str | None = None
     """Names (or endings of names) of the modules to adapt, a regular expression if one string, or "all-linear".

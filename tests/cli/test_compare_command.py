@@ -91,7 +91,7 @@ def test_a_dry_run_shows_what_came_out_equal_and_trains_nothing(workspace: Path)
     assert (done.returncode, done.stderr) == (0, "")
     head, paca, lora, rates, work = done.stdout.splitlines()
     assert head.split()[:3] == ["method", "settings", "trained"]
-    assert "r 4, paca_alpha 64" in paca
+    assert "r 4, paca_alpha 16" in paca
     assert "1,920" in paca
     assert "r 2, lora_alpha 4, target_modules all-linear, autocast_adapter_dtype false" in lora
     assert "1,952 (1.02 ×)" in lora

@@ -15,12 +15,12 @@ from typer.testing import CliRunner
 import paca
 from paca.cli import app
 from paca.cli.plan_tables import show_simulated
-from tiny_checkpoint import save_base
+from tiny_checkpoint import WIDE, save_base
 
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = save_base(tmp_path_factory.mktemp("base"))
+    folder = save_base(tmp_path_factory.mktemp("base"), **WIDE)
     for weights in folder.glob("*.safetensors"):
         weights.unlink()  # a plan needs the configuration only
     return folder
@@ -55,7 +55,7 @@ def test_json_adds_up(base: Path) -> None:
     assert content["total"] == sum(content["memory"].values())
     assert content["setting"]["lean"]
     assert content["setting"]["batch_size"] == 2
-    assert content["trainable"] == 4 * 2 * (32 + 16 + 16 + 32 + 56 + 56 + 32)  # r, blocks, outputs of each layer
+    assert content["trainable"] == 4 * 2 * (64 + 32 + 32 + 64 + 112 + 112 + 64)  # r, blocks, outputs of each layer
     assert content["seconds_per_step"] == content["flops_per_step"] / 2e12
 
 
@@ -128,7 +128,7 @@ def test_a_run_is_planned_with_its_own_settings(base: Path, tmp_path: Path) -> N
     assert (setting["sequence_length"], setting["batch_size"], setting["gradient_accumulation"]) == (128, 2, 3)
     assert setting["checkpointing"]
     assert setting["padded"]
-    assert planned["trainable"] == 2 * 2 * (32 + 16 + 16 + 32 + 56 + 56 + 32)
+    assert planned["trainable"] == 2 * 2 * (64 + 32 + 32 + 64 + 112 + 112 + 64)
     assert plan_json(str(path), "--rate", "1", "--seq", "64")["setting"]["sequence_length"] == 64
 
 
@@ -221,7 +221,7 @@ def test_a_run_is_simulated_at_its_typical_length_for_its_steps(base: Path, tmp_
     assert [*simulated["methods"]] == ["paca", "lora", "lora-tuned", "qpaca", "qlora"]
     paca_row = simulated["methods"]["paca"]
     assert (paca_row["trainable"], paca_row["layers"]) == (content["trainable"], 14)
-    assert [row["r"] for row in simulated["methods"].values()] == [16] * 5
+    assert [row["r"] for row in simulated["methods"].values()] == [64] * 5
     assert all(row["alpha"] for row in simulated["methods"].values())
     assert simulated["methods"]["lora"]["trainable"] > paca_row["trainable"]
     assert paca_row["total"] == content["total"]

@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 import paca
 from paca.cli import app
-from tiny_checkpoint import save_base
+from tiny_checkpoint import WIDE, save_base
 
 ROOT = Path(__file__).parents[2]
 GAUDI = str(ROOT / "recipes/paper/guanaco-llama3-8b-gaudi2-paca.yaml")
@@ -20,7 +20,7 @@ ADVICE = "Leave 5 to 10 % of the budget free"
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return str(save_base(tmp_path_factory.mktemp("base")))
+    return str(save_base(tmp_path_factory.mktemp("base"), **WIDE))
 
 
 def plan(*arguments: str) -> str:

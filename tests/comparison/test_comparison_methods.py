@@ -38,7 +38,7 @@ def test_lora_of_the_runs_own_section_leads_and_paca_goes_where_it_goes() -> Non
     common = {"model": {"name": "m"}, "lora": {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj"]}}
     assert sections("lora", common) == {"lora": common["lora"]}
     assert sections("lora-tuned", common)["lora"] == common["lora"]
-    assert sections("paca", common) == {"paca": {"r": 16, "paca_alpha": 16, "target_modules": ["q_proj"]}}
+    assert sections("paca", common) == {"paca": {"r": 64, "paca_alpha": 16, "target_modules": ["q_proj"]}}
 
 
 def test_full_and_methods_of_peft_by_their_names() -> None:
@@ -114,7 +114,7 @@ def test_r_and_alpha_that_are_not_given_are_those_of_the_config_class() -> None:
     assert lora.with_rank(16).settings == {"target_modules": "all-linear", "r": 16, "lora_alpha": 16}
     two = Method("rs", {"lora": {"r": 2, "use_rslora": True}})
     assert two.with_rank(4).settings == {"r": 4, "use_rslora": True, "lora_alpha": 16}
-    assert Method("mine", {"paca": {}}).with_rank(8).settings == {"r": 8, "paca_alpha": 8}
+    assert Method("mine", {"paca": {}}).with_rank(8).settings == {"r": 8, "paca_alpha": 2}
     assert Method("mine", {"peft": {"peft_type": "LOHA"}}).rank == 8
     assert Method("mine", {"peft": {"peft_type": "IA3"}}).rank is None
     assert Method("full", {"full": {}}).rank is None
