@@ -6,6 +6,7 @@ import json
 import shutil
 from pathlib import Path
 
+import peft
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -79,7 +80,8 @@ def test_export_to_peft_says_what_it_wrote(run: Path, tmp_path: Path) -> None:
     arguments = ("export", tmp_path / "adapter", "--to", "peft", "--base-model", run / "base")
     done = forked_paca(*arguments, "--output", tmp_path / "theirs")
     assert done.returncode == 0, done.stderr
-    written = f"Written: {tmp_path / 'theirs'} (PaCA for PEFT >= 0.22: 14 layers of rank 5, each at scale 1)"
+    written = f"Written: {tmp_path / 'theirs'} (PaCA for PEFT >= 0.22, here is {peft.__version__}: 14 layers of "
+    written += "rank 5, each at scale 1)"
     assert written in done.stdout
     assert "made for weights quantized as nf4" in done.stdout
 

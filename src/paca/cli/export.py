@@ -46,6 +46,8 @@ def export(
     else:
         adapter_output(path, output, base_model, overwrite)
     import_package()
+    import peft
+
     from paca.convert.exported import export_adapter
     from paca.convert.gguf_adapter import architecture_of
     from paca.pretrained.purpose import loading_code
@@ -58,7 +60,8 @@ def export(
     elif to == "lora":
         put(f"Written: {output} (LoRA, exact but for rounding: {layers} of rank {ranks}, each at scale 1)")
     else:
-        put(f"Written: {output} (PaCA for PEFT >= 0.22: {layers} of rank {adapter.ranks[-1]}, each at scale 1)")
+        form_of = f"PaCA for PEFT >= 0.22, here is {peft.__version__}"
+        put(f"Written: {output} ({form_of}: {layers} of rank {adapter.ranks[-1]}, each at scale 1)")
     if adapter.saved_whole:
         put(f"Carried over: {', '.join(sorted(adapter.saved_whole))}")
     _say_quantization(adapter.quantization)

@@ -24,7 +24,7 @@ from paca.planning.estimate import PlannedModel
 from paca.pretrained.quantizing import quantize_outline
 from paca.training.calibration import describe_columns
 from paca.training.config import adapter_settings, train_settings
-from paca.training.config.learning_rate import AUTO, automatic_rate, follows_weights
+from paca.training.config.learning_rate import AUTO, automatic_rate, beside_automatic, follows_weights
 from paca.training.config.run_config import RunConfig
 from paca.training.config.target_names import check_target_names
 from paca.training.folder.disk_need import DiskNeed, disk_need, tell_of_disk
@@ -260,7 +260,7 @@ def prepare(config: RunConfig, *, whole: bool = True) -> PreparedRun:
         method=adapter_settings.method_name(method, config.adapter),
         targets=list(dict.fromkeys(re.sub(r"^.*\.", "", name) for name in layers)),  # in the order of the model
         adapted_layers=len(layers),
-        rate_rule=f"auto: {rule}" if automatic else f"auto would be {rate:g}",
+        rate_rule=f"auto: {rule}" if automatic else beside_automatic(config.train["learning_rate"], rate),
         own_defaults=train_settings.own_defaults(given, config.train),
         train_examples=len(train.dataset),
         eval_examples=None if held_out is None else len(held_out.dataset),

@@ -83,6 +83,14 @@ def test_a_rate_that_is_given_stays(tmp_path: Path) -> None:
     assert dict(plan.lines())["learning rate"] == "0.01 (auto would be 0.0038)"
 
 
+@pytest.mark.parametrize(
+    ("rate", "told"), [(50, "is it right? It is 13,158 times as high"), (1e-5, "is it right? It is 380 times as low")]
+)
+def test_a_rate_far_from_the_automatic_one_is_asked_about(tmp_path: Path, rate: float, told: str) -> None:
+    plan = describe(load_run_config(save_workspace(tmp_path), [f"train.learning_rate={rate}"]))
+    assert dict(plan.lines())["learning rate"] == f"{rate:g} (auto would be 0.0038: {told})"
+
+
 def test_another_word_than_auto_is_refused(tmp_path: Path) -> None:
     with pytest.raises(PacaError, match=r"train\.learning_rate must be a number or auto, not the text 'atuo'"):
         load_run_config(save_workspace(tmp_path), ["train.learning_rate=atuo"])

@@ -10,6 +10,8 @@ from paca.pretrained.learning_rate import rate_and_rule
 from paca.training.trainers.kind import TrainerKind
 
 AUTO = "auto"
+_FAR = 20
+"""Times as high or as low as the automatic rate: more than any best rate was off that was found."""
 
 
 def follows_weights(kind: TrainerKind, method: str, factor_rank: int | None = None) -> bool:
@@ -38,3 +40,14 @@ def automatic_rate(
     if kind.rate_of_weights is None or not follows_weights(kind, method, factor_rank):
         return kind.learning_rate, "for adapters"
     return rate_and_rule(adapter.get("paca_alpha", PacaConfig.paca_alpha), weight_size, kind.rate_of_weights)
+
+
+def beside_automatic(given: float, automatic: float) -> str:
+    """What a user who gave a rate is told of the automatic one."""
+    told = f"auto would be {automatic:g}"
+    ratio = given / automatic
+    if ratio > _FAR:
+        return f"{told}: is it right? It is {ratio:,.0f} times as high"
+    if 0 < ratio < 1 / _FAR:
+        return f"{told}: is it right? It is {1 / ratio:,.0f} times as low"
+    return told
