@@ -34,7 +34,7 @@ class Scores:
 
     calls = 0
 
-    def check(self, rows: Any) -> None:
+    def check(self, rows: Any, model: Any) -> None:
         """Takes all."""
 
     def score(self, model: Any, tokenizer: Any, rows: Any, when: str) -> dict[str, Any]:

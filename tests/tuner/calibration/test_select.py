@@ -386,7 +386,7 @@ IDS = {"input_ids": torch.ones(2, 3, dtype=torch.int64)}
     ],
 )
 def test_what_can_not_work_is_refused_with_the_reason(settings, batches, message):
-    config = paca.PacaConfig(**{"selection": "activation_norm", "target_modules": ["q_proj"], **settings})
+    config = paca.PacaConfig(**{"r": 16, "selection": "activation_norm", "target_modules": ["q_proj"], **settings})
     with pytest.raises(ValueError, match=message):
         paca.select(llama(), config, batches)
 
