@@ -80,6 +80,13 @@ def test_what_can_not_be_read_tells_nothing(tmp_path: Path) -> None:
     assert weight_size(Location("folder", str(tmp_path))) is None
 
 
+def test_scales_of_quantized_weights_are_no_weights(tmp_path: Path) -> None:
+    names = ("scales", "weight_scale", "zeros")
+    scales = {f"model.layers.0.q_proj.{name}": torch.full((32, 64), 0.01).half() for name in names}
+    save_file({**scales, "model.layers.0.q_proj.qweight": torch.ones(64, 64).int()}, tmp_path / "model.safetensors")
+    assert weight_size(Location("folder", str(tmp_path))) is None
+
+
 def test_the_hub_is_asked_for_weights_only_where_they_will_be_loaded(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

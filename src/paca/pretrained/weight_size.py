@@ -31,6 +31,7 @@ _ROWS = 64
 """Of each of their weights, in its middle."""
 _LEAST = 32  # rows and columns of a layer's weight, at least: smaller ones are factors, gates or depthwise
 _OTHERS = re.compile(r"embed|embd|wte|wpe|lm_head|^output|norm|router|position|score|classifier|vision|visual", re.I)
+_BESIDE = ("bias", "scale", "scales", "zeros", "absmax")  # what is in float of weights that are quantized
 _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
 _KEPT = "weight_size.json"  # beside what is kept of a GGUF file: its reader takes seconds
@@ -102,7 +103,7 @@ def _chosen(names: Iterable[str]) -> list[str]:
     blocks: dict[int, list[str]] = {}
     for name in names:
         number = re.search(r"(?:^|[._])(\d+)\.", name)
-        if not _OTHERS.search(name) and not name.endswith("bias"):
+        if not _OTHERS.search(name) and not name.endswith(_BESIDE):
             blocks.setdefault(int(number[1]) if number else -1, []).append(name)
     numbers = sorted(blocks)
     if len(numbers) > _BLOCKS:
