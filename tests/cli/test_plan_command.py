@@ -221,7 +221,7 @@ def test_a_run_is_simulated_at_its_typical_length_for_its_steps(base: Path, tmp_
     assert [*simulated["methods"]] == ["paca", "lora", "lora-tuned", "qpaca", "qlora"]
     paca_row = simulated["methods"]["paca"]
     assert (paca_row["trainable"], paca_row["layers"]) == (content["trainable"], 14)
-    assert [row["r"] for row in simulated["methods"].values()] == [64] * 5
+    assert [row["r"] for row in simulated["methods"].values()] == [paca.PacaConfig().r] * 5
     assert all(row["alpha"] for row in simulated["methods"].values())
     assert simulated["methods"]["lora"]["trainable"] > paca_row["trainable"]
     assert paca_row["total"] == content["total"]

@@ -260,7 +260,9 @@ def prepare(config: RunConfig, *, whole: bool = True) -> PreparedRun:
         method=adapter_settings.method_name(method, config.adapter),
         targets=list(dict.fromkeys(re.sub(r"^.*\.", "", name) for name in layers)),  # in the order of the model
         adapted_layers=len(layers),
-        rate_rule=f"auto: {rule}" if automatic else beside_automatic(config.train["learning_rate"], rate),
+        rate_rule=f"auto: {rule}"
+        if automatic
+        else beside_automatic(config.train["learning_rate"], rate, by_rule=size is not None),
         own_defaults=train_settings.own_defaults(given, config.train),
         train_examples=len(train.dataset),
         eval_examples=None if held_out is None else len(held_out.dataset),

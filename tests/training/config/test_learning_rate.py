@@ -91,6 +91,12 @@ def test_a_rate_far_from_the_automatic_one_is_asked_about(tmp_path: Path, rate: 
     assert dict(plan.lines())["learning rate"] == f"{rate:g} (auto would be 0.0038: {told})"
 
 
+def test_no_rate_of_lora_is_far_as_its_automatic_one_follows_no_rule(tmp_path: Path) -> None:
+    config = save_workspace(tmp_path)
+    config.write_text(config.read_text().replace("paca:\n", "lora:\n"))
+    assert dict(describe(load_run_config(config)).lines())["learning rate"] == "0.01 (auto would be 0.0003)"
+
+
 def test_another_word_than_auto_is_refused(tmp_path: Path) -> None:
     with pytest.raises(PacaError, match=r"train\.learning_rate must be a number or auto, not the text 'atuo'"):
         load_run_config(save_workspace(tmp_path), ["train.learning_rate=atuo"])

@@ -11,7 +11,7 @@ from paca.training.trainers.kind import TrainerKind
 
 AUTO = "auto"
 _FAR = 20
-"""Times as high or as low as the automatic rate: more than any best rate was off that was found."""
+"""Times as high or as low as the automatic rate: more than PaCA's was off from any best rate that was found."""
 
 
 def follows_weights(kind: TrainerKind, method: str, factor_rank: int | None = None) -> bool:
@@ -42,10 +42,10 @@ def automatic_rate(
     return rate_and_rule(adapter.get("paca_alpha", PacaConfig.paca_alpha), weight_size, kind.rate_of_weights)
 
 
-def beside_automatic(given: float, automatic: float) -> str:
-    """What a user who gave a rate is told of the automatic one."""
+def beside_automatic(given: float, automatic: float, *, by_rule: bool) -> str:
+    """What a user who gave a rate is told of the automatic one; one that follows no rule is no measure of theirs."""
     told = f"auto would be {automatic:g}"
-    ratio = given / automatic
+    ratio = given / automatic if by_rule else 1.0
     if ratio > _FAR:
         return f"{told}: is it right? It is {ratio:,.0f} times as high"
     if 0 < ratio < 1 / _FAR:
