@@ -13,7 +13,7 @@ from evaluation.tally import Tally
 from paca.cli.evaluate import number
 from paca.data import Examples
 from paca.evaluation.own_data import Score
-from paca.evaluation.own_run import config_of_run, evaluate_run, held_out_of, rows_of_run, write_scores
+from paca.evaluation.own_run import config_of_run, evaluate_run, held_out_of, other_data, rows_of_run, write_scores
 from paca.evaluation.side_by_side import note_on_errors
 from paca.messages.errors import PacaError
 from paca.pretrained.generation import LoadedModel, load_for_generation
@@ -141,7 +141,19 @@ def test_held_out_data_is_not_split_off_anew_from_other_data(run: Path, tmp_path
         held_out_of(run, config_of_run(run))
 
 
-@pytest.mark.parametrize(("trainer", "writes"), [("dpo", True), ("classification", False), ("reward", False)])
+def test_other_data_than_the_runs_own_is_measured(run: Path, loaded: LoadedModel, tmp_path: Path) -> None:
+    """All of it, although the run says how much of its own; and the training data may be gone."""
+    content = yaml.safe_load((run / "config.yaml").read_text())
+    content["data"]["train"] = str(tmp_path / "gone.jsonl")
+    (run / "config.yaml").write_text(yaml.safe_dump({**content, "eval": {"metric": "choice", "limit": 1}}))
+    (tmp_path / "new.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS[:3]))
+    config = config_of_run(run, str(tmp_path / "new.jsonl"))
+    scores = evaluate_run(loaded, config, other_data(run, config), None, 2, None, Tally())
+    assert {side: score.examples for side, score in scores.items()} == {"base": 3, "adapter": 3}
+    assert scores == evaluate_run(loaded, config_with(run, "choice"), other_data(run, config), None, 2, None, Tally())
+
+
+@pytest.mark.parametrize(("trainer", "writes"), [("dpo", True), ("reward", False)])
 def test_a_run_without_reference_answers_is_told_where_its_scores_are(run: Path, trainer: str, writes: bool) -> None:
     content = yaml.safe_load((run / "config.yaml").read_text())
     (run / "config.yaml").write_text(yaml.safe_dump({**content, "train": {"trainer": trainer}}))

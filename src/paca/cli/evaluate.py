@@ -45,6 +45,14 @@ def evaluate(
         Path | None,
         typer.Option(help="The folder for results. Give it again to go on.", show_default="none is kept"),
     ] = None,
+    data: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE",
+            help="Measure a run on this in place of its data.eval: a file, a folder of images, a hub id.",
+            show_default="the run's data.eval",
+        ),
+    ] = None,
     tasks: Annotated[
         str, typer.Option(metavar="A,B,…", help="Tasks of lm-evaluation-harness by name, and your own .yaml files.")
     ] = "",
@@ -75,10 +83,15 @@ def evaluate(
 ) -> None:
     """Evaluate base and adapter side by side: public benchmarks, tasks of your own, MT-Bench, a run's own data.
 
-    Without --tasks and --mt-bench it measures a run's eval.metric on its data.eval.
+    Without --tasks and --mt-bench it measures a run's eval.metric, or a classifier's accuracy, on its data.eval or on
+    --data.
     """
     names = tuple(name.strip() for name in tasks.split(",") if name.strip())
     own_data = not names and mt_bench is None
+    if data is not None and not own_data:
+        raise PacaError(
+            "--data is measured by a run's own eval.metric; --tasks and --mt-bench bring data. Leave one out."
+        )
     if output is None and not own_data:
         raise PacaError("--tasks and --mt-bench need a folder for their results. Give one: --output DIR.")
     if (mt_bench is None) != (judge_url is None) or (mt_bench is None) != (judge_model is None):
@@ -107,22 +120,25 @@ def evaluate(
             from paca.pretrained.generation import load_for_generation
 
             if own_data:
-                from paca.evaluation.own_run import config_of_run, evaluate_run, held_out_of, rows_of_run, write_scores
+                from paca.evaluation import own_run
 
-                config = config_of_run(path)
-                held_out, note = held_out_of(path, config)
-                if note is not None:
-                    say(console, note, "yellow")
-                loaded = load_for_generation(path, base_model=base_model)
-                check_template_ends(loaded.tokenizer)
-                say(console, f"Measuring {config.eval.metric or 'loss'} on the run's held-out data ...")
+                config = own_run.config_of_run(path, data)
+                if data is None:
+                    held_out, note = own_run.held_out_of(path, config)
+                    if note is not None:
+                        say(console, note, "yellow")
+                else:
+                    held_out = own_run.other_data(path, config)
+                loaded = own_run.load_run(path, config, base_model)
+                what = "the run's held-out data" if data is None else data
+                say(console, f"Measuring {own_run.metric_of(config)} on {what} ...")
                 if output is None:
                     say(console, "(with --output DIR answers are kept as they come, and the same command goes on)")
-                scores = evaluate_run(loaded, config, held_out, limit, batch_size, output, shown)
+                scores = own_run.evaluate_run(loaded, config, held_out, limit, batch_size, output, shown)
                 shown.finish()
-                print_table(console, rows_of_run(scores))
+                print_table(console, own_run.rows_of_run(scores))
                 if output is not None:
-                    say(console, f"Written: {write_scores(output, scores)}")
+                    say(console, f"Written: {own_run.write_scores(output, scores)}")
                 return
             assert output is not None
             if names:  # a wrong name is no reason to wait for the model

@@ -66,8 +66,8 @@ def half_with_examples(half: float, one: Sequence[Mapping[str, Any]], other: Seq
 
     Where all rows say which examples were right, both methods answered the same ones: what counts is the spread, over
     the examples, of the difference between the shares of seeds that had one right. It adds in squares to that of the
-    seeds. A trainer's own accuracy, and rows of before 2026-11-27, say only how many were right. Then it is at least
-    the width for two separate draws, which more seeds don't narrow.
+    seeds. What TRL's trainers measure (rewards), and rows of before 2026-11-27, say only how many were right. Then it
+    is at least the width for two separate draws, which more seeds don't narrow.
 
     Args:
         half: By the seeds alone.

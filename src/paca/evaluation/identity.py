@@ -26,8 +26,12 @@ def identity(loaded: LoadedModel, *, adapted: bool) -> str:
     add(loaded.base, getattr(config, "_commit_hash", None), config.to_json_string(use_diff=False), loaded.model.dtype)
     for file in _weight_files(Path(loaded.base)):
         add(file.name, file.stat().st_size, file.stat().st_mtime_ns)
-    backend = getattr(loaded.tokenizer, "backend_tokenizer", None)
-    add(backend.to_str() if backend is not None else loaded.tokenizer.get_vocab(), loaded.tokenizer.chat_template)
+    tokenizer: Any = loaded.tokenizer  # or an image processor
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if not hasattr(tokenizer, "get_vocab"):
+        add(tokenizer.to_json_string())
+    else:
+        add(backend.to_str() if backend is not None else tokenizer.get_vocab(), tokenizer.chat_template)
     if adapted and loaded.adapter is not None:
         for file in (loaded.adapter / ADAPTER_CONFIG, weight_file(loaded.adapter)):
             found.update(file.read_bytes())

@@ -119,7 +119,7 @@ class Score:
         """For `summary.json`; `right` has 1 or 0 for each example, where the metric asked for counts them so."""
         errors = {f"{name}_stderr": error for name, error in self.errors.items()}
         asked, right = next(iter(self.values)), {}
-        if asked in ("exact_match", "choice"):
+        if asked in ("exact_match", "choice", "accuracy"):
             right["right"] = "".join(f"{one:.0f}" for one in self.sums[asked])
         return {**self.values, **errors, "examples": self.examples, **right, "samples": self.samples}
 

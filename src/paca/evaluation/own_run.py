@@ -1,4 +1,4 @@
-"""The held-out data of a finished run as a task: its base and its adapter beside each other."""
+"""The held-out data of a finished run, or other data, as a task: its base and its adapter beside each other."""
 
 from __future__ import annotations
 
@@ -12,40 +12,83 @@ from paca.data import Examples
 from paca.data.evenly import spread_evenly
 from paca.evaluation.identity import identity
 from paca.evaluation.kept_lines import KeptAnswers
+from paca.evaluation.labelled import measure_labels
 from paca.evaluation.own_data import Measurement, Score, measure, scorer
 from paca.evaluation.side_by_side import Row
 from paca.evaluation.sides import ADAPTER, BASE, MODEL, Watcher
 from paca.evaluation.statistics import Mean, ratio_with_error
 from paca.messages.errors import PacaError
-from paca.pretrained.generation import LoadedModel
+from paca.pretrained.bounded_template import check_template_ends
+from paca.pretrained.generation import LoadedModel, load_for_generation, load_saved
+from paca.pretrained.purpose import classifier_in, listed
 from paca.training.config.config_file import load_run_config
 from paca.training.config.run_config import RunConfig
 from paca.training.folder.run_folder import RunFolder, write_whole
 from paca.training.folder.same_run import inputs_of
 from paca.training.trainers import trainer_kind
+from paca.training.trainers.classification import Classification, numbered
+from paca.training.trainers.sft import Sft
 
 _DIGITS = 32
 """Of the hash of one part of the data."""
 
 
-def config_of_run(path: str | Path) -> RunConfig:
+def config_of_run(path: str | Path, data: str | None = None) -> RunConfig:
     """The config of a run whose held-out data can be measured.
+
+    Args:
+        path: Folder of the run.
+        data: A file, a folder of images or a hub id to measure on in place of its `data.eval`, all of it.
 
     Raises:
         PacaError: It is no folder of a run, or the run is of another kind, or the run had no held-out data.
     """
     file = RunFolder(Path(path)).config
-    config = load_run_config(file)
+    other = [] if data is None else [f"data.eval={json.dumps(data)}", "eval.limit=null"]
+    config = load_run_config(file, other)
     kind = trainer_kind(config.train)
-    if kind.name != "sft":
+    if not isinstance(kind, Sft | Classification):
         instead = " Give --tasks or --mt-bench." if kind.task_type == "CAUSAL_LM" else ""
         raise PacaError(
             f"{path} is a run of train.trainer: {kind.name}. paca evaluate scores answers to held-out questions, which "
             f"such a run has none of; what training measured is in {RunFolder(Path(path)).summary}.{instead}"
         )
     if config.data.eval is None:
-        raise PacaError(f"{path} was trained without held-out data (data.eval). Give --tasks or --mt-bench.")
+        instead = "--data" if isinstance(kind, Classification) else "--data, --tasks or --mt-bench"
+        raise PacaError(f"{path} was trained without held-out data (data.eval). Give {instead}.")
     return config
+
+
+def load_run(path: str | Path, config: RunConfig, base_model: str | None = None) -> LoadedModel:
+    """The model of a run, ready to be measured.
+
+    Raises:
+        PacaError: It can't be loaded, or its chat template does not end.
+    """
+    if isinstance(trainer_kind(config.train), Classification):
+        return load_saved(path, base_model=base_model)
+    loaded = load_for_generation(path, base_model=base_model)
+    check_template_ends(loaded.tokenizer)
+    return loaded
+
+
+def metric_of(config: RunConfig) -> str:
+    """What is measured first."""
+    return config.eval.metric or trainer_kind(config.train).score or "loss"
+
+
+def other_data(path: str | Path, config: RunConfig) -> Examples:
+    """Data that a run is measured on in place of its own, which need not be there.
+
+    Raises:
+        PacaError: It can't be read, or an example has a label that the model does not know.
+    """
+    kind, data = trainer_kind(config.train), config.data
+    assert isinstance(kind, Sft | Classification)
+    assert isinstance(data.eval, str)
+    examples = kind.loader(config)(data.eval, split=data.eval_split)
+    classifier = classifier_in(path)
+    return examples if classifier is None else numbered(examples, classifier.labels)
 
 
 def held_out_of(path: str | Path, config: RunConfig) -> tuple[Examples, str | None]:
@@ -53,10 +96,16 @@ def held_out_of(path: str | Path, config: RunConfig) -> tuple[Examples, str | No
 
     Raises:
         PacaError: It can't be read, or was split off from training data that is no longer the same: what was trained on
-            might be among it.
+            might be among it; or a classifier's labels are not those that it was trained on.
     """
     data = trainer_kind(config.train).read(config)
     assert data.eval is not None
+    classifier = classifier_in(path)
+    if classifier is not None and classifier.labels != data.labels:
+        raise PacaError(
+            f"The labels in the data of {path} are {listed(data.labels or [])}. It was trained on others: "
+            f"{listed(classifier.labels)}. Restore the data, or give other data: --data FILE."
+        )
     before, now = RunFolder(Path(path)).recorded_inputs(), inputs_of(config, data.train, data.eval)
     if isinstance(config.data.eval, str):
         if before.get("data.eval", now["data.eval"]) == now["data.eval"]:
@@ -81,12 +130,12 @@ def evaluate_run(
     output: Path | None,
     watcher: Watcher,
 ) -> dict[str, Score]:
-    """Measure a run's `eval.metric`, the loss where it names none, on its held-out data.
+    """Measure a run's `eval.metric` (the loss where it names none; of a classifier the accuracy) on held-out data.
 
     Args:
         loaded: The run's model.
         config: Of the run; see `config_of_run`.
-        held_out: From `held_out_of`.
+        held_out: From `held_out_of` or `other_data`.
         limit: Only so many examples, spread evenly over them; else as many as `eval.limit` says.
         batch_size: Examples at a time.
         output: A folder, where answers are kept as they come, and those of an earlier, interrupted evaluation are
@@ -94,23 +143,29 @@ def evaluate_run(
         watcher: Told how far it is.
 
     Returns:
-        By side: `base` and `adapter`, or `model`.
+        By side: `base` and `adapter`, or `model`. A classifier has no base: what gives labels is trained with it.
 
     Raises:
         PacaError: The data lacks what the metric needs.
     """
+    dataset = spread_evenly(held_out.dataset, limit)
+    if isinstance(trainer_kind(config.train), Classification):
+        side = MODEL if loaded.adapter is None else ADAPTER
+        kept = KeptAnswers(side, watcher, _file_of_answers(loaded, side, config.train.get("max_length"), output))
+        some = dataclasses.replace(held_out, dataset=dataset)
+        return {side: measure_labels(loaded, some, config, batch_size, kept)}
     measurement = dataclasses.replace(scorer(config.eval) or Measurement("loss"), batch_size=batch_size)
-    rows = list(spread_evenly(held_out.dataset, limit))
+    rows, cut = list(dataset), measurement.max_new_tokens
     found = {}
     for side in (MODEL,) if loaded.adapter is None else (BASE, ADAPTER):
         with loaded.model.disable_adapter() if side == BASE else contextlib.nullcontext():
-            kept = KeptAnswers(side, watcher, _file_of_answers(loaded, side, measurement, output))
+            kept = KeptAnswers(side, watcher, _file_of_answers(loaded, side, cut, output))
             found[side] = measure(loaded.model, loaded.tokenizer, rows, measurement, kept)
     return found
 
 
-def _file_of_answers(loaded: LoadedModel, side: str, measurement: Measurement, output: Path | None) -> Path | None:
-    """Another one for each model, and for each length at which answers are cut."""
+def _file_of_answers(loaded: LoadedModel, side: str, cut: int | None, output: Path | None) -> Path | None:
+    """Another one for each model, and for each length at which answers, or texts, are cut."""
     if output is None:
         return None
     folder = output / "answers"
@@ -118,7 +173,7 @@ def _file_of_answers(loaded: LoadedModel, side: str, measurement: Measurement, o
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise PacaError(f"{output} cannot be written: {error}. Give another --output.") from error
-    name = f"own_data-{side}-{identity(loaded, adapted=side != BASE)}-{measurement.max_new_tokens}"
+    name = f"own_data-{side}-{identity(loaded, adapted=side != BASE)}-{cut}"
     return folder / f"{name}.jsonl"
 
 

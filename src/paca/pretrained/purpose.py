@@ -52,6 +52,11 @@ def classifier_in(folder: str | Path) -> Classifier | None:
     return None
 
 
+def listed(labels: list[str]) -> str:
+    """The first of them, for people."""
+    return ", ".join(labels[:8]) + (", ..." if len(labels) > 8 else "")
+
+
 def _is_number(text: str) -> bool:
     return text.isdecimal() and len(text) < 10
 
@@ -102,7 +107,6 @@ def check_answers(path: str | Path) -> None:
         return
     what = "a reward model" if found.labels == ["reward"] else f"a classifier of {found.of}"
     raise PacaError(
-        f"{path} is {what} (labels: {', '.join(found.labels[:8])}{', ...' if len(found.labels) > 8 else ''}), which "
-        "writes no text. `paca merge` makes it a plain checkpoint, which transformers loads by "
-        f"{found.auto_class}.from_pretrained."
+        f"{path} is {what} (labels: {listed(found.labels)}), which writes no text. `paca merge` makes it a plain "
+        f"checkpoint, which transformers loads by {found.auto_class}.from_pretrained."
     )

@@ -293,7 +293,7 @@ class _Run:
             return None
         rows = self.heldout.dataset
         if self.kind.score is not None:
-            return scores_by_trainer(self.kind, self.log, len(self.trainer.eval_dataset), step)
+            return scores_by_trainer(self.kind, self.log, self.trainer, step)
         if self.scorer is None:
             return None
         return scores_by(self.scorer, self.trainer, rows, self.config, self.folder, self.console)

@@ -17,11 +17,12 @@ from paca.training.starting_model import load_model
 from paca.training.trainers.kind import TrainerKind
 
 
-def scores_by_trainer(kind: TrainerKind, log: MetricsLog, examples: int, step: int) -> dict[str, Any] | None:
-    """What the trainer measured itself, before training and at `step`; None where it did not."""
+def scores_by_trainer(kind: TrainerKind, log: MetricsLog, trainer: Any, step: int) -> dict[str, Any] | None:
+    """What `trainer` measured itself, before training and at `step`; None where it did not."""
     assert kind.score is not None
     before, after = (log.eval_metric_at(at, kind.score) for at in (0, step))
-    return trainers_scores(kind.score, examples, before if kind.scored_before else None, after) or None
+    before = before if kind.scored_before else None
+    return trainers_scores(kind.score, len(trainer.eval_dataset), before, after, kind.right(trainer)) or None
 
 
 def scores_by(

@@ -22,7 +22,9 @@ class Scorer(Protocol):
         """A value and `..._stderr` for each metric, `examples` and `samples`; `when` tells people which model it is."""
 
 
-def trainers_scores(metric: str, examples: int, before: float | None, after: float | None) -> dict[str, Any]:
+def trainers_scores(
+    metric: str, examples: int, before: float | None, after: float | None, right: str = ""
+) -> dict[str, Any]:
     """What a trainer measured on held-out data itself, in the form of a `Scorer`'s.
 
     Args:
@@ -30,6 +32,7 @@ def trainers_scores(metric: str, examples: int, before: float | None, after: flo
         examples: How many were measured.
         before: The value before training, where it was measured.
         after: And after.
+        right: 1 or 0 for each example after training; empty where that is not known.
     """
     found: dict[str, Any] = {}
     for name, value in (("before", before), ("after", after)):
@@ -37,6 +40,8 @@ def trainers_scores(metric: str, examples: int, before: float | None, after: flo
             is_share = metric.endswith(("accuracy", "accuracies"))
             error = math.sqrt(value * (1 - value) / examples) if is_share else None
             found[name] = {metric: value, f"{metric}_stderr": error, "examples": examples, "samples": []}
+    if right and after is not None and math.isclose(right.count("1") / len(right), after, abs_tol=1e-6):
+        found["after"]["right"] = right
     return found
 
 

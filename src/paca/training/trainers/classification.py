@@ -43,9 +43,13 @@ class Classification(TrainerKind):
     score = "accuracy"
     rate_of_weights = RATE_OF_WEIGHTS
 
-    def read(self, config: RunConfig) -> RunData:
+    def loader(self, config: RunConfig) -> Callable[..., Examples]:
         """Records of `text` and `label`."""
-        train, held_out = read_split(config, reader(config, "labels"))
+        return reader(config, "labels")
+
+    def read(self, config: RunConfig) -> RunData:
+        """The labels are those of both sources, or of the one that is split."""
+        train, held_out = read_split(config, self.loader(config))
         sources = [train] if held_out is None or isinstance(config.data.eval, str) else [train, held_out]
         names = label_names(label for source in sources for label in source.dataset["label"])
         return with_labels(train, held_out, names)
@@ -71,7 +75,7 @@ class Classification(TrainerKind):
         processor = parts["processing_class"]
         for name, dataset in datasets_of(data).items():
             parts[name] = None if dataset is None else self.encode(dataset, processor, config)
-        return Trainer(data_collator=self.collator(processor), compute_metrics=accuracy, **parts)
+        return Trainer(data_collator=self.collator(processor), compute_metrics=Accuracy(), **parts)
 
     def encode(self, dataset: Dataset, processor: Any, config: RunConfig) -> Dataset:
         """The rows as the trainer takes them."""
@@ -82,6 +86,11 @@ class Classification(TrainerKind):
 
         with without_progress_bars():
             return dataset.map(tokens, batched=True, remove_columns=["text"])
+
+    def right(self, trainer: Trainer) -> str:
+        """Examples that are grouped by length are evaluated in an order of chance."""
+        in_order = trainer.args.train_sampling_strategy != "group_by_length"
+        return trainer.compute_metrics.right if in_order and isinstance(trainer.compute_metrics, Accuracy) else ""
 
     def collator(self, processor: Any) -> Callable[[list[dict[str, Any]]], dict[str, Any]]:
         """What makes a batch of rows."""
@@ -96,13 +105,17 @@ def with_labels(train: Examples, held_out: Examples | None, names: list[str]) ->
     """
     if len(names) < 2:
         raise PacaError(f"{train.source} has one label, {names}; a classifier needs two or more to tell apart.")
-    train = replace(train, dataset=_numbered(train.dataset, names))
-    if held_out is not None:
-        held_out = replace(held_out, dataset=_numbered(held_out.dataset, names))
-    return RunData(train, held_out, f"the right one of {len(names)} labels", labels=names)
+    held_out = None if held_out is None else numbered(held_out, names)
+    return RunData(numbered(train, names), held_out, f"the right one of {len(names)} labels", labels=names)
 
 
-def _numbered(dataset: Dataset, names: list[str]) -> Dataset:
+def numbered(examples: Examples, names: list[str]) -> Examples:
+    """The same with the column `labels`, which counts `names`, in place of `label`.
+
+    Raises:
+        PacaError: An example has none of them.
+    """
+    dataset = examples.dataset
     feature, labels = dataset.features["label"], list(dataset["label"])
     if isinstance(feature, ClassLabel):
         labels = [feature.names[label] if label is not None and label >= 0 else None for label in labels]
@@ -113,11 +126,20 @@ def _numbered(dataset: Dataset, names: list[str]) -> Dataset:
                 f"{origin}: its label is {label!r}, which is none of the training data's: {', '.join(names)}. Correct "
                 "it, or leave the record out."
             )
-    return dataset.remove_columns("label").add_column("labels", [numbers[label] for label in labels])
+    dataset = dataset.remove_columns("label").add_column("labels", [numbers[label] for label in labels])
+    return replace(examples, dataset=dataset)
 
 
-def accuracy(prediction: EvalPrediction) -> dict[str, float]:
-    """The share of examples whose label has the highest of the logits `(examples, labels)`."""
-    logits: Any = prediction.predictions
-    logits = logits[0] if isinstance(logits, tuple) else logits
-    return {"accuracy": float(np.mean(logits.argmax(-1) == prediction.label_ids))}
+class Accuracy:
+    """A trainer's `compute_metrics`."""
+
+    right: str = ""
+    """1 or 0 for each example, as it was evaluated last."""
+
+    def __call__(self, prediction: EvalPrediction) -> dict[str, float]:
+        """The share of examples whose label has the highest of the logits `(examples, labels)`."""
+        logits: Any = prediction.predictions
+        logits = logits[0] if isinstance(logits, tuple) else logits
+        right = logits.argmax(-1) == prediction.label_ids
+        self.right = "".join("01"[int(one)] for one in right)
+        return {"accuracy": float(np.mean(right))}

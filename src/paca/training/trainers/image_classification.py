@@ -10,7 +10,7 @@ import torch
 from datasets import Dataset
 from transformers import AutoModelForImageClassification, Trainer
 
-from paca.data import load_images, open_image
+from paca.data import Examples, load_images, open_image
 from paca.training.config.run_config import RunConfig
 from paca.training.trainers.classification import Classification, with_labels
 from paca.training.trainers.kind import RunData, read_split
@@ -30,9 +30,13 @@ class ImageClassification(Classification):
         """Images are counted; their files are opened as they are needed, so that the rows must keep them."""
         return {"include_num_input_tokens_seen": "all", "remove_unused_columns": False}
 
-    def read(self, config: RunConfig) -> RunData:
+    def loader(self, config: RunConfig) -> Callable[..., Examples]:
         """Images, each with a label."""
-        train, held_out = read_split(config, partial(load_images, label=config.data.label))
+        return partial(load_images, label=config.data.label)
+
+    def read(self, config: RunConfig) -> RunData:
+        """The labels are those of the training data."""
+        train, held_out = read_split(config, self.loader(config))
         return with_labels(train, held_out, train.dataset.features["label"].names)
 
     def shape(self, config: RunConfig, data: RunData, *, whole: bool) -> RunData:

@@ -133,6 +133,10 @@ class TrainerKind:
         """
         return 0, 0
 
+    def right(self, trainer: Any) -> str:
+        """1 or 0 for each held-out example, in order, as the trainer evaluated them last; empty where it tells none."""
+        return ""
+
     def resuming(self, arguments: Any, state: TrainerState) -> str:
         """What is said when a run goes on from a checkpoint.
 

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 from typing import Any, ClassVar
 
 from trl import SFTConfig, SFTTrainer
 
-from paca.data import check_labels, tokenize
+from paca.data import Examples, check_labels, tokenize
 from paca.data.sample import take_sample
 from paca.messages.errors import PacaError
 from paca.pretrained.learning_rate import RATE_OF_WEIGHTS
@@ -18,7 +18,7 @@ from paca.training.config.run_config import RunConfig
 from paca.training.packed_samples import check_apart
 from paca.training.prompt_form import describe_loss, tokenizer_of, trains_everything
 from paca.training.run_setting import holds_all_logits
-from paca.training.trainers.kind import RunData, TrainerKind, read_texts
+from paca.training.trainers.kind import RunData, TrainerKind, read_texts, reader
 
 
 class Sft(TrainerKind):
@@ -50,8 +50,12 @@ class Sft(TrainerKind):
         packs = settings.get("packing", False) or settings.get("padding_free", False)
         return {"packing": False, "include_num_input_tokens_seen": "all" if packs else "non_padding"}
 
-    def read(self, config: RunConfig) -> RunData:
+    def loader(self, config: RunConfig) -> Callable[..., Examples]:
         """Texts, conversations, or prompts with their answers."""
+        return reader(config, "text")
+
+    def read(self, config: RunConfig) -> RunData:
+        """The same, with their form."""
         train, held_out, template = read_texts(config, "text")
         return RunData(train, held_out, describe_loss(config, train), template)
 
