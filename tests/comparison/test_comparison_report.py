@@ -13,7 +13,7 @@ from comparison.result_maker import result
 from comparison.small_comparison import small_work
 from paca.cli.compare import show_result
 from paca.comparison.compare import compare_folders
-from paca.comparison.report import write_report
+from paca.comparison.report import note_on_intervals, write_report
 from paca.comparison.results import ComparisonResult
 from paca.messages.errors import PacaError
 from paca.training.folder.run_folder import RunFolder
@@ -135,3 +135,12 @@ def test_the_difference_is_named_for_what_it_is_to_and_intervals_are_explained_w
     for told in (page, text, capsys.readouterr().out):
         assert "difference to mine" in told
         assert told.count("After ± is half of a 95 % interval") == (seeds > 1)
+        assert "counts the examples" not in told  # of a loss
+
+
+def test_the_difference_of_shares_is_said_to_count_examples() -> None:
+    heads, cells = (
+        ["method", "rate", "seeds", "choice", "difference to paca"],
+        ["paca", "1e-3", "2", "0.5000 ± 0.1000", ""],
+    )
+    assert "also counts the examples as drawn by chance" in note_on_intervals((heads, [cells]))[0]

@@ -13,7 +13,15 @@ from evaluation.tally import Tally
 from paca.cli.evaluate import number
 from paca.data import Examples
 from paca.evaluation.own_data import Score
-from paca.evaluation.own_run import config_of_run, evaluate_run, held_out_of, other_data, rows_of_run, write_scores
+from paca.evaluation.own_run import (
+    config_of_run,
+    evaluate_run,
+    held_out_of,
+    other_data,
+    rows_of_run,
+    trained_on,
+    write_scores,
+)
 from paca.evaluation.side_by_side import note_on_errors
 from paca.messages.errors import PacaError
 from paca.pretrained.generation import LoadedModel, load_for_generation
@@ -85,7 +93,8 @@ def test_the_difference_has_the_error_of_the_differences_one_by_one(
     one_by_one = [new - old for old, new in zip(before.sums[metric], after.sums[metric], strict=True)]
     squares = sum((one - row.difference[0] * n) ** 2 for one, n in zip(one_by_one, tokens, strict=True))
     assert row.difference[1] == pytest.approx((count / (count - 1) * squares) ** 0.5 / sum(tokens))
-    written = json.loads(write_scores(tmp_path, scores).read_text())
+    written = json.loads(write_scores(tmp_path, scores, "new.jsonl").read_text())
+    assert written["data"] == "new.jsonl"
     assert (written["difference"][metric], written["difference"][f"{metric}_stderr"]) == row.difference
     assert written["base"] == before.as_dict()
 
@@ -151,6 +160,17 @@ def test_other_data_than_the_runs_own_is_measured(run: Path, loaded: LoadedModel
     scores = evaluate_run(loaded, config, other_data(run, config), None, 2, None, Tally())
     assert {side: score.examples for side, score in scores.items()} == {"base": 3, "adapter": 3}
     assert scores == evaluate_run(loaded, config_with(run, "choice"), other_data(run, config), None, 2, None, Tally())
+    assert rows_of_run(scores, "new.jsonl")[0].task == "new.jsonl, 3 examples"
+    assert trained_on(run, other_data(run, config)) is None
+
+
+def test_other_data_that_was_trained_on_is_told(run: Path, tmp_path: Path) -> None:
+    """But not the part of it that was held out."""
+    content = yaml.safe_load((run / "config.yaml").read_text())
+    (run / "config.yaml").write_text(yaml.safe_dump({**content, "data": {**content["data"], "eval": 1}}))
+    config = config_of_run(run, content["data"]["train"])
+    told = "3 of the 4 examples are in the run's training data: it has seen their answers."
+    assert trained_on(run, other_data(run, config)) == told
 
 
 @pytest.mark.parametrize(("trainer", "writes"), [("dpo", True), ("reward", False)])

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from paca.comparison.pictures import Curve, loss_over_time, score_against, score_over_rates
 from paca.comparison.results import ComparisonResult, Contrast, MethodResult
+from paca.comparison.rows import SHARES
 from paca.comparison.statistics import Interval, signed
 from paca.messages.units import format_bytes, format_duration
 from paca.training.folder.run_folder import RunFolder, write_whole
@@ -16,6 +17,8 @@ from paca.training.reporting.metrics import read_rows
 from paca.training.reporting.report import whole_page
 
 Table = tuple[list[str], list[list[str]]]
+_SCORE = 3
+"""The column of the scores; that of their differences follows."""
 
 
 def write_report(path: Path, result: ComparisonResult, folders: Mapping[str, RunFolder]) -> None:
@@ -49,10 +52,12 @@ def method_table(result: ComparisonResult) -> Table:
 
 def note_on_intervals(table: Table) -> list[str]:
     """What ± is, where the table of methods has one."""
-    shown = any(" ± " in cell for row in table[1] for cell in row[3:5])
+    shown = any(" ± " in cell for row in table[1] for cell in row[_SCORE : _SCORE + 2])
     told = (
         "After ± is half of a 95 % interval, by Student's t over the seeds; where all seeds are alike it is left out."
     )
+    if table[0][_SCORE] in SHARES:
+        told += " That of a difference also counts the examples as drawn by chance."
     return [told] if shown else []
 
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import os
 from pathlib import Path
 from typing import Any
 
 from paca.data import Examples
 from paca.data.evenly import spread_evenly
+from paca.data.overlap import shared
 from paca.evaluation.identity import identity
 from paca.evaluation.kept_lines import KeptAnswers
 from paca.evaluation.labelled import measure_labels
@@ -89,6 +91,22 @@ def other_data(path: str | Path, config: RunConfig) -> Examples:
     examples = kind.loader(config)(data.eval, split=data.eval_split)
     classifier = classifier_in(path)
     return examples if classifier is None else numbered(examples, classifier.labels)
+
+
+def trained_on(path: str | Path, other: Examples) -> str | None:
+    """What to say of `other_data` that is trained on as well, as far as that is found: not on the hub."""
+    config = load_run_config(RunFolder(Path(path)).config)
+    if not os.path.exists(config.data.train):
+        return None
+    try:
+        count = shared(trainer_kind(config.train).read(config).train.dataset, other.dataset)
+    except PacaError:
+        return None  # as where the data is not what it was
+    if not count:
+        return None
+    return (
+        f"{count:,} of the {len(other.dataset):,} examples are in the run's training data: it has seen their answers."
+    )
 
 
 def held_out_of(path: str | Path, config: RunConfig) -> tuple[Examples, str | None]:
@@ -177,13 +195,13 @@ def _file_of_answers(loaded: LoadedModel, side: str, cut: int | None, output: Pa
     return folder / f"{name}.jsonl"
 
 
-def rows_of_run(scores: dict[str, Score]) -> list[Row]:
-    """For the table: every metric, base and adapter beside each other."""
+def rows_of_run(scores: dict[str, Score], data: str = "held-out data") -> list[Row]:
+    """For the table: every metric of what was measured on `data`, base and adapter beside each other."""
     first = next(iter(scores.values()))
     rows = []
     for name in first.values:
         values = {side: (score.values[name], score.errors[name]) for side, score in scores.items()}
-        task = f"held-out data, {first.examples:,} examples"
+        task = f"{data}, {first.examples:,} examples"
         rows.append(Row(task, 0, name, values, _difference(scores, name), first.examples))
     return rows
 
@@ -197,10 +215,11 @@ def _difference(scores: dict[str, Score], name: str) -> Mean | None:
     return ratio_with_error([new - old for old, new in pairs], after.weights)
 
 
-def write_scores(output: Path, scores: dict[str, Score]) -> Path:
-    """Write `own_data.json` in the folder `output`: by side what `summary.json` says of a score, and the difference."""
+def write_scores(output: Path, scores: dict[str, Score], data: str) -> Path:
+    """Write `own_data.json` in the folder `output`: which `data` it was, by side what `summary.json` says of a score,
+    and the difference."""
     output.mkdir(parents=True, exist_ok=True)
-    content: dict[str, Any] = {side: score.as_dict() for side, score in scores.items()}
+    content: dict[str, Any] = {"data": data, **{side: score.as_dict() for side, score in scores.items()}}
     if BASE in scores:
         found = {row.metric: row.difference for row in rows_of_run(scores) if row.difference is not None}
         values = {name: mean[0] for name, mean in found.items()}

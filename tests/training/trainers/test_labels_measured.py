@@ -35,8 +35,10 @@ def test_on_its_own_data_it_is_what_training_measured(finished: Finished, tmp_pa
     assert done.exit_code == 0, done.output
     assert "Measuring accuracy on the run's held-out data" in done.output
     found, trained = json.loads((output / "own_data.json").read_text()), scores_of(folder)
-    assert found.keys() == {"adapter"}
+    assert found.keys() == {"data", "adapter"}
+    assert found["data"] == "data.eval: 8"
     assert found["adapter"]["accuracy"] == trained["accuracy"]
+    assert found["adapter"]["accuracy_stderr"] == pytest.approx(trained["accuracy_stderr"])
     assert found["adapter"]["right"] == trained["right"]
     loss = json.loads((folder / "summary.json").read_text())["eval_loss_after"]
     assert found["adapter"]["loss"] == pytest.approx(loss, rel=1e-5)

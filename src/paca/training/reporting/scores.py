@@ -38,7 +38,7 @@ def trainers_scores(
     for name, value in (("before", before), ("after", after)):
         if value is not None:
             is_share = metric.endswith(("accuracy", "accuracies"))
-            error = math.sqrt(value * (1 - value) / examples) if is_share else None
+            error = math.sqrt(value * (1 - value) / (examples - 1)) if is_share and examples > 1 else None
             found[name] = {metric: value, f"{metric}_stderr": error, "examples": examples, "samples": []}
     if right and after is not None and math.isclose(right.count("1") / len(right), after, abs_tol=1e-6):
         found["after"]["right"] = right
