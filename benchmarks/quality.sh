@@ -38,6 +38,7 @@ for task in "$@"; do
                 rates=4.87e-4,7.8e-4,1.25e-3 own=(--lr paca-wide=1.9e-4,3.04e-4,4.87e-4)
                 methods=paca,paca-wide=$folder/wide.yaml,paca-factored=$folder/factored.yaml,lora,lora-tuned
                 ;;
+            gsm8k-parameters) rates=7.8e-4,1.25e-3,2e-3 own=(--lr lora-tuned=4.87e-4,7.8e-4,1.25e-3) ;;
             gsm8k-memory)
                 rates=7.8e-4,1.25e-3,2e-3
                 own=(--lr lora=4.87e-4,7.8e-4,1.25e-3 --lr lora-tuned=3.04e-4,4.87e-4,7.8e-4)

@@ -69,6 +69,7 @@ WAYS = {
     "lora-a-frozen": Way(7.8e-4, method=_lora(64), frozen="lora_A"),
     "lora-a-frozen-faster": Way(1.25e-3, method=_lora(64), frozen="lora_A"),
     "lora-a-frozen-slower": Way(4.87e-4, method=_lora(64), frozen="lora_A"),
+    "lora-a-frozen-slowest": Way(3.04e-4, method=_lora(64), frozen="lora_A"),
     "paca": Way(7.8e-4),
     "paca-faster": Way(1.25e-3),
     "paca-r16": Way(5e-3, columns=_columns(16)),
