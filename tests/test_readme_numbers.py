@@ -68,7 +68,8 @@ def test_losses_and_answers_are_those_of_their_pages() -> None:
     assert f"{entries['paca']:.3f}, tuned LoRA {entries['lora-tuned']:.3f} (barely shown); GSM8K" in TEXT
     assert f"GSM8K {problems['paca']:.3f}, {problems['lora-tuned']:.3f}." in TEXT
     memory = means("encyclopedia-memory", "loss")
-    told = f"the entries ({memory['lora']:.3f}, 224 columns {memory['paca-wide']:.3f}, 64 columns {memory['paca']:.3f})."
+    wide, narrow = f"224 columns {memory['paca-wide']:.3f}", f"64 columns {memory['paca']:.3f}"
+    told = f"the entries ({memory['lora']:.3f}, {wide}, {narrow})."
     assert told in TEXT
     answered: dict[str, list[float]] = defaultdict(list)
     with (ROOT / "benchmarks" / "quality" / "gsm8k-time" / "answers.csv").open(encoding="utf-8") as file:
