@@ -89,12 +89,13 @@ def test_an_output_that_is_a_file_is_refused(workspace: Path) -> None:
 def test_a_dry_run_shows_what_came_out_equal_and_trains_nothing(workspace: Path) -> None:
     done = fresh_paca(*COMPARE, "--equal", "parameters", "--output", "dry", "--dry-run", cwd=workspace)
     assert (done.returncode, done.stderr) == (0, "")
-    head, paca, lora, rates, work = done.stdout.splitlines()
+    head, paca, lora, data, rates, work = done.stdout.splitlines()
     assert head.split()[:3] == ["method", "settings", "trained"]
     assert "r 4, paca_alpha 16" in paca
     assert "1,920" in paca
     assert "r 2, lora_alpha 4, target_modules all-linear, autocast_adapter_dtype false" in lora
     assert "1,952 (1.02 ×)" in lora
+    assert data.startswith("data: ")  # and whether held-out examples are trained on
     assert rates == "rates 0.01, 0.03; seeds 0, 1"
     assert work == "at least 6 runs, 60 steps in all"
     assert not (workspace / "dry" / "runs").exists()

@@ -102,6 +102,11 @@ def evaluate(
     if max_new_tokens is not None and mt_bench is None:
         raise PacaError("--max-new-tokens goes with --mt-bench. Of a run's own data it is eval.max_new_tokens.")
     find_adapter(path, or_hub=True)  # before what it takes to load one: a wrong path is no reason to wait
+    if data is not None and not (Path(path) / "config.yaml").is_file():
+        raise PacaError(
+            f"--data measures a run, whose config.yaml says by what; {path} is no folder of a run. Give one, or use "
+            "paca.evaluation.own_data.measure in Python."
+        )
     if own_data and not (Path(path) / "config.yaml").is_file():
         raise PacaError(
             f"There is nothing to evaluate {path} on: it is no folder of a run, which has data of its own. Give "

@@ -19,7 +19,7 @@ from paca.evaluation.own_data import Measurement, Score, measure, scorer
 from paca.evaluation.side_by_side import Row
 from paca.evaluation.sides import ADAPTER, BASE, MODEL, Watcher
 from paca.evaluation.statistics import Mean, ratio_with_error
-from paca.messages.errors import PacaError
+from paca.messages.errors import PacaError, about
 from paca.pretrained.bounded_template import check_template_ends
 from paca.pretrained.generation import LoadedModel, load_for_generation, load_saved
 from paca.pretrained.purpose import classifier_in, listed
@@ -88,9 +88,10 @@ def other_data(path: str | Path, config: RunConfig) -> Examples:
     kind, data = trainer_kind(config.train), config.data
     assert isinstance(kind, Sft | Classification)
     assert isinstance(data.eval, str)
-    examples = kind.loader(config)(data.eval, split=data.eval_split)
     classifier = classifier_in(path)
-    return examples if classifier is None else numbered(examples, classifier.labels)
+    with about("--data"):
+        examples = kind.loader(config)(data.eval, split=data.eval_split)
+        return examples if classifier is None else numbered(examples, classifier.labels)
 
 
 def trained_on(path: str | Path, other: Examples) -> str | None:

@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from torch import nn
+from transformers import MODEL_FOR_MASKED_LM_MAPPING, AutoModelForCausalLM
 
-from paca.messages.errors import about
+from paca.messages.errors import PacaError, about
 from paca.pretrained import load_config
 from paca.pretrained.attention import set_attention
 from paca.pretrained.loading import Outline
@@ -31,9 +32,21 @@ def outline_of(named: ModelSection, auto_class: Any, labels: Sequence[str] | Non
     """Its configuration and its modules without weights; arguments and errors as in `paca.pretrained.load_config`."""
     with about("model.name"):
         outline = load_config(named.name, named.dtype, named.revision, named.trust_remote_code, auto_class, labels)
+        _check_causal(outline.model, auto_class)
     with about("model.attn_implementation"):
         set_attention(outline.model, named.attn_implementation)
     return outline
+
+
+def _check_causal(model: nn.Module, auto_class: Any) -> None:
+    """Refuse an encoder as a language model: transformers makes it one, and its tokens see those that they foretell."""
+    config: Any = model.config
+    causal = getattr(config, "is_decoder", False) or getattr(config, "causal", False)
+    if auto_class is AutoModelForCausalLM and type(config) in MODEL_FOR_MASKED_LM_MAPPING and not causal:
+        raise PacaError(
+            f"It is an encoder ({config.model_type}), in which each token sees those behind it, so that it learns to "
+            "copy them. Give a model that writes text, or train.trainer: classification."
+        )
 
 
 def heads_of(model: nn.Module) -> list[str]:

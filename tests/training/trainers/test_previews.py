@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from rich.console import Console
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, BertConfig, BertForMaskedLM
 
 from paca.messages.errors import PacaError
 from paca.training import describe, load_run_config, train
@@ -100,6 +100,22 @@ def test_a_text_is_shown_with_its_label(workspace: Path, monkeypatch: pytest.Mon
     texts = prepare(config, whole=False).data.train.dataset["text"]
     lengths = [len(tokenizer(text)["input_ids"]) for text in texts]
     assert plan.tokens_per_step == round(2 * statistics.mean(lengths))
+
+
+def test_an_encoder_is_no_language_model(workspace: Path, tmp_path: Path) -> None:
+    """Its tokens see those that they are to foretell, and the loss of a dry run would look like any other."""
+    size = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2}
+    encoder = BertForMaskedLM(BertConfig(vocab_size=300, **size))
+    encoder.save_pretrained(tmp_path / "bert")
+    AutoTokenizer.from_pretrained(workspace / "llama").save_pretrained(tmp_path / "bert")
+    for trainer, said in (("dpo", "model.name: It is an encoder .bert."), ("grpo", "an encoder")):
+        config = load_run_config(workspace / f"{trainer}.yaml", [f"model.name={tmp_path / 'bert'}"])
+        with pytest.raises(PacaError, match=said):
+            describe(config)
+    describe(load_run_config(workspace / "classification.yaml", [f"model.name={tmp_path / 'bert'}"]))
+    encoder.config.is_decoder = True  # with it, attention looks back alone
+    encoder.config.save_pretrained(tmp_path / "bert")
+    describe(load_run_config(workspace / "dpo.yaml", [f"model.name={tmp_path / 'bert'}"]))
 
 
 def test_images_are_not_shown(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
