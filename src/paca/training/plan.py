@@ -26,7 +26,7 @@ from paca.training.calibration import describe_columns
 from paca.training.config import adapter_settings, train_settings
 from paca.training.config.learning_rate import AUTO, automatic_rate, beside_automatic, follows_weights
 from paca.training.config.run_config import RunConfig
-from paca.training.config.target_names import check_target_names
+from paca.training.config.target_names import check_target_names, told_of_layers
 from paca.training.folder.disk_need import DiskNeed, disk_need, tell_of_disk
 from paca.training.folder.same_run import inputs_of
 from paca.training.named_model import outline_of, size_of_weights, source_of, train_heads
@@ -287,7 +287,11 @@ def _adapted_outline(config: RunConfig, model: PreTrainedModel, task_type: str |
     try:
         return get_peft_model(model, adapter, autocast_adapter_dtype=config.train["autocast_adapter_dtype"])
     except (ValueError, TypeError) as error:
-        raise PacaError(f"The section {config.method} does not fit {config.model.name}: {error}") from error
+        if "No modules were targeted" in str(error):
+            reason = f"nothing is adapted in it. Name layers with target_modules. {told_of_layers(model)}"
+        else:
+            reason = str(error)
+        raise PacaError(f"The section {config.method} does not fit {config.model.name}: {reason}") from error
 
 
 def planned_steps(examples: int, train: dict[str, Any], processes: int) -> int | None:

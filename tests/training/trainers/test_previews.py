@@ -118,6 +118,13 @@ def test_an_encoder_is_no_language_model(workspace: Path, tmp_path: Path) -> Non
     describe(load_run_config(workspace / "dpo.yaml", [f"model.name={tmp_path / 'bert'}"]))
 
 
+def test_a_network_of_convolutions_names_its_layers(workspace: Path) -> None:
+    """No layer is linear but its head, which is trained whole."""
+    changed = [f"model.name={workspace / 'efficientnet'}"]
+    with pytest.raises(PacaError, match=r"Name layers with target_modules\. Its layers with weights are .*expand_conv"):
+        describe(load_run_config(workspace / "image_classification.yaml", changed))
+
+
 def test_images_are_not_shown(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(workspace)
     assert "image_classification" in CONFIGS

@@ -46,15 +46,24 @@ def check_target_names(method: str, settings: Mapping[str, Any], model: nn.Modul
         )
     if not unknown:
         return
-    # Layers that hold weights in their last dimension(s); norms and activations are none that can be adapted.
-    kinds = dict.fromkeys(
+    hint = did_you_mean(str(unknown[0]), _layers_with_weights(model), "{}")
+    raise PacaError(
+        f"The section {method} does not fit {model_name}: it has no module named {', '.join(map(str, unknown))} "
+        f"({method}.target_modules).{hint} {told_of_layers(model)}"
+    )
+
+
+def told_of_layers(model: nn.Module) -> str:
+    """The names that `target_modules` may have, for people."""
+    kinds = _layers_with_weights(model)
+    return f"Its layers with weights are {', '.join(kinds[:_LISTED])}{', ...' if len(kinds) > _LISTED else ''}."
+
+
+def _layers_with_weights(model: nn.Module) -> list[str]:
+    """Those that hold weights in their last dimension(s); norms and activations are none that can be adapted."""
+    found = dict.fromkeys(
         name.rpartition(".")[2]
         for name, module in model.named_modules()
         if any(parameter.dim() > 1 for parameter in module.parameters(recurse=False))
     )
-    listed = ", ".join([*kinds][:_LISTED]) + (", ..." if len(kinds) > _LISTED else "")
-    hint = did_you_mean(str(unknown[0]), kinds, "{}")
-    raise PacaError(
-        f"The section {method} does not fit {model_name}: it has no module named {', '.join(map(str, unknown))} "
-        f"({method}.target_modules).{hint} Its layers with weights are {listed}."
-    )
+    return [*found]
