@@ -53,6 +53,8 @@ def worker(rank: int, port: int, folder: str) -> None:
             wrapped(batches()[0])
         resident = [layer.base_layer.weight.detach().clone() for layer in paca_layers(model)]
         torch.save({"model": model.state_dict(), "resident": resident}, f"{folder}/{rank}-{kind}.pt")
+    del model, wrapped
+    dist.barrier()  # neither leaves while the other one still uses its connections
     dist.destroy_process_group()
 
 
