@@ -37,6 +37,7 @@ ROWS = Path(__file__).with_suffix(".csv")
 BASE = "lora"
 EXAMPLES = 32  # that columns over all layers are chosen by
 HALVES = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}
+LINEAR = {"lr_scheduler_type": "linear"}
 LATE = {"lr_scheduler_type": "warmup_stable_decay", "lr_scheduler_kwargs": {"num_decay_steps": 60}}
 TWICE = {"gradient_accumulation_steps": 2, "max_steps": 100}
 
@@ -92,7 +93,9 @@ WAYS = {
     "muon": Way(1.25e-3, optimizer="muon"),
     "muon-faster": Way(3.2e-3, optimizer="muon"),
     "muon-fastest": Way(8e-3, optimizer="muon"),
-    "linear": Way(1.25e-3, train={"lr_scheduler_type": "linear"}),
+    "linear": Way(1.25e-3, train=LINEAR),
+    "lora-linear": Way(4.87e-4, method=_lora(60), train=LINEAR | HALVES),
+    "paca-r256-linear": Way(3.04e-4, columns=_columns(256), train=LINEAR | HALVES),
     "late-decay": Way(1.25e-3, train=LATE),
     "late-decay-slower": Way(7.8e-4, train=LATE),
     "lora-late-decay": Way(7.8e-4, method=_lora(33), train=LATE),
