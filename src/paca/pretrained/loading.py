@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -27,14 +26,12 @@ from paca.messages.errors import PacaError, is_failure
 from paca.pretrained import gguf, quantizing
 from paca.pretrained.hub import check_holds_no_adapter, unreachable, without_waiting
 from paca.pretrained.location import TOKENIZER_FILES, Location, Source, locate, neighbour_hint, tokenizer_files
+from paca.pretrained.missing_weights import check_nothing_missing
+from paca.pretrained.padding_token import choose_pad_token
 from paca.pretrained.quiet import without_load_report, without_progress_bars
-
-logger = logging.getLogger(__name__)
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
-# Tokens that exist for padding alone in well-known vocabularies. Anything else might occur in a text.
-_PAD_TOKENS = ("<|pad|>", "<pad>", "[PAD]", "<PAD>", "<|finetune_right_pad_id|>", "<|padding|>", "<unused0>")
 _OTHER_TOKENIZER = (
     "To take a tokenizer from elsewhere, name its folder or hub id: as model.tokenizer in the YAML of a run, or as the "
     "argument tokenizer of load_pretrained."
@@ -123,12 +120,8 @@ def load_pretrained(
             config = AutoConfig.from_pretrained(**options, **_label_settings(labels))
             options |= {"config": config, "ignore_mismatched_sizes": True}
         model, found = auto_class.from_pretrained(dtype=torch_dtype, output_loading_info=True, **options)
-    if auto_class is AutoModelForCausalLM and (missing := sorted(found["missing_keys"] & _names(model))):
-        listed = ", ".join(missing[:4]) + (f" and {len(missing) - 4:,} more" if len(missing) > 4 else "")
-        raise PacaError(
-            f"The checkpoint {location.name_or_path!r} lacks weights of {type(model).__name__}, which would be made at "
-            f"random: {listed}. Is it of another kind, such as a classifier? Give a language model's checkpoint."
-        )
+    if auto_class is AutoModelForCausalLM:
+        check_nothing_missing(model, found["missing_keys"], location.name_or_path)
     quantizing.keep_trainable(model)
     if location.source == "gguf":
         gguf.check_is_plain(model, location.name_or_path)
@@ -140,7 +133,7 @@ def load_pretrained(
             f"The tokenizer of {named!r} has {len(tokenizer)} tokens, but the model {location.name_or_path!r} embeds "
             f"{embeddings}. Give the tokenizer that belongs to this model."
         )
-    _choose_pad_token(tokenizer, embeddings)
+    choose_pad_token(tokenizer, embeddings)
     if model.config.get_text_config().pad_token_id is None:
         model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
     return Pretrained(model, tokenizer, location.source, location.name_or_path)
@@ -151,7 +144,7 @@ def load_tokenizer(name: str, revision: str | None = None, trust_remote_code: bo
     here = bool(name.strip()) and tokenizer_files(Path(name).expanduser()) != []
     location, options = _open(name, revision, trust_remote_code, any_folder=here)
     tokenizer = _tokenizer_at(location, options)
-    _choose_pad_token(tokenizer)
+    choose_pad_token(tokenizer)
     return tokenizer
 
 
@@ -183,8 +176,14 @@ def load_config(
     return Outline(config, model)
 
 
-def _names(model: nn.Module) -> set[str]:
-    return {name for name, _ in model.named_parameters()}
+def check_folder_is_whole(name: str, trust_remote_code: bool = False) -> None:
+    """Raise `PacaError` where a language model's folder lacks weights; nothing is read but names in safetensors."""
+    location, options = _open(name, None, trust_remote_code)
+    if location.source != "folder" or not any(Path(location.name_or_path).glob("*.safetensors")):
+        return
+    with _explaining(location, None), without_progress_bars(), without_load_report():
+        loaded: Any = AutoModelForCausalLM.from_pretrained(device_map="meta", output_loading_info=True, **options)
+    check_nothing_missing(loaded[0], loaded[1]["missing_keys"], location.name_or_path)
 
 
 def _label_settings(labels: Sequence[str]) -> dict[str, Any]:
@@ -220,34 +219,6 @@ def _tokenizer_at(location: Location, options: dict[str, Any]) -> PreTrainedToke
     if "gguf_file" in options:
         gguf.restore_pre_tokenizer(tokenizer, location.name_or_path)
     return tokenizer
-
-
-def _choose_pad_token(tokenizer: PreTrainedTokenizerBase, embeddings: int | None = None) -> None:
-    """Give the tokenizer a padding token when it has none, and say which.
-
-    A token made for padding is best. Failing that the end-of-text token: TRL masks padding by each sequence's length,
-    not by token id, so that a real end-of-text token in an answer keeps its label (tested in tests/data).
-    """
-    if tokenizer.pad_token is not None:
-        return
-    vocabulary = tokenizer.get_vocab()
-    for candidate in _PAD_TOKENS:
-        # A vocabulary may be larger than the embedding: such a token has no row to look up.
-        if candidate in vocabulary and (embeddings is None or vocabulary[candidate] < embeddings):
-            tokenizer.pad_token = candidate
-            logger.info("The tokenizer names no padding token; using %r, which its vocabulary has for it.", candidate)
-            return
-    if tokenizer.eos_token is None:
-        raise PacaError(
-            "The tokenizer has neither a padding nor an end-of-text token, so that batches cannot be padded. Set "
-            '"pad_token" or "eos_token" in the tokenizer_config.json of the model.'
-        )
-    tokenizer.pad_token = tokenizer.eos_token
-    logger.info(
-        "The tokenizer names no padding token; padding with %r. Padding is masked by length, so this token still "
-        "counts where it ends an answer.",
-        tokenizer.eos_token,
-    )
 
 
 @contextmanager

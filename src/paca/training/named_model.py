@@ -11,7 +11,7 @@ from transformers import MODEL_FOR_MASKED_LM_MAPPING, AutoModelForCausalLM
 from paca.messages.errors import PacaError, about
 from paca.pretrained import load_config
 from paca.pretrained.attention import set_attention
-from paca.pretrained.loading import Outline
+from paca.pretrained.loading import Outline, check_folder_is_whole
 from paca.pretrained.location import Source, locate
 from paca.pretrained.weight_size import weight_size
 from paca.training.config.run_config import ModelSection, RunConfig
@@ -32,17 +32,20 @@ def outline_of(named: ModelSection, auto_class: Any, labels: Sequence[str] | Non
     """Its configuration and its modules without weights; arguments and errors as in `paca.pretrained.load_config`."""
     with about("model.name"):
         outline = load_config(named.name, named.dtype, named.revision, named.trust_remote_code, auto_class, labels)
-        _check_causal(outline.model, auto_class)
+        if auto_class is AutoModelForCausalLM:
+            _check_causal(outline.model)
+            if getattr(outline.config, "quantization_config", None) is None:
+                check_folder_is_whole(named.name, named.trust_remote_code)
     with about("model.attn_implementation"):
         set_attention(outline.model, named.attn_implementation)
     return outline
 
 
-def _check_causal(model: nn.Module, auto_class: Any) -> None:
+def _check_causal(model: nn.Module) -> None:
     """Refuse an encoder as a language model: transformers makes it one, and its tokens see those that they foretell."""
     config: Any = model.config
     causal = getattr(config, "is_decoder", False) or getattr(config, "causal", False)
-    if auto_class is AutoModelForCausalLM and type(config) in MODEL_FOR_MASKED_LM_MAPPING and not causal:
+    if type(config) in MODEL_FOR_MASKED_LM_MAPPING and not causal:
         raise PacaError(
             f"It is an encoder ({config.model_type}), in which each token sees those behind it, so that it learns to "
             "copy them. Give a model that writes text, or train.trainer: classification."

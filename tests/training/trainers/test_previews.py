@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from rich.console import Console
-from transformers import AutoTokenizer, BertConfig, BertForMaskedLM
+from transformers import AutoConfig, AutoModel, AutoTokenizer, BertConfig, BertForMaskedLM
 
 from paca.messages.errors import PacaError
 from paca.training import describe, load_run_config, train
@@ -116,6 +116,19 @@ def test_an_encoder_is_no_language_model(workspace: Path, tmp_path: Path) -> Non
     encoder.config.is_decoder = True  # with it, attention looks back alone
     encoder.config.save_pretrained(tmp_path / "bert")
     describe(load_run_config(workspace / "dpo.yaml", [f"model.name={tmp_path / 'bert'}"]))
+
+
+def test_a_checkpoint_without_its_output_head_is_found_by_the_dry_run(workspace: Path, tmp_path: Path) -> None:
+    """Before it, the run was planned, and failed when the weights were loaded."""
+    AutoModel.from_pretrained(workspace / "llama").save_pretrained(tmp_path / "trunk")
+    config = AutoConfig.from_pretrained(workspace / "llama", tie_word_embeddings=False)
+    config.save_pretrained(tmp_path / "trunk")
+    AutoTokenizer.from_pretrained(workspace / "llama").save_pretrained(tmp_path / "trunk")
+    with pytest.raises(PacaError, match=r"model\.name: The checkpoint .*trunk.* lacks weights of .*: lm_head\.weight"):
+        describe(load_run_config(workspace / "dpo.yaml", [f"model.name={tmp_path / 'trunk'}"]))
+    (tmp_path / "trunk" / "model.safetensors").write_bytes(b"damaged")
+    with pytest.raises(PacaError, match=r"model\.name: .*trunk"):
+        describe(load_run_config(workspace / "dpo.yaml", [f"model.name={tmp_path / 'trunk'}"]))
 
 
 def test_a_network_of_convolutions_names_its_layers(workspace: Path) -> None:
