@@ -104,6 +104,7 @@ WAYS = {
     "rotated-in-turns-carried": Way(7.8e-4, rotation=Rotation(every=40, groups=4, carry=True)),
     "over-all-layers": Way(4.87e-4, over_all_layers=True),
     "paca-batch-16": Way(1.25e-3, train=TWICE),
+    "paca-batch-16-faster": Way(2e-3, train=TWICE),
     "lora-batch-16": Way(7.8e-4, method=_lora(33), train=TWICE),
     "lora-batch-16-faster": Way(1.25e-3, method=_lora(33), train=TWICE),
     "shared-moment": Way(4.87e-4, optimizer="shared"),

@@ -75,7 +75,8 @@ def export(
         code = loading_code(adapter.classifier, str(output), adapter.base, adapter.config.revision)
         put(f"Load it with its labels, in Python; paca is not needed:\n\n{code}")
     else:
-        put(f'Load it onto {adapter.base} with PeftModel.from_pretrained(model, "{output}"); paca is not needed.')
+        needs = "paca is not needed" if to == "lora" else "PEFT >= 0.22 needs no paca"
+        put(f'Load it onto {adapter.base} with PeftModel.from_pretrained(model, "{output}"); {needs}.')
 
 
 def _prompts_form(adapter: Path, base: Path) -> str:
