@@ -65,13 +65,28 @@ def open_image(row: Mapping[str, Any]) -> Image.Image:
     Raises:
         PacaError: It is none, or is broken.
     """
+    try:
+        return Image.open(io.BytesIO(image_bytes(row))).convert("RGB")
+    except PacaError:
+        raise
+    except Exception as error:  # whatever Pillow's readers raise; of its own kinds, not all are OSErrors
+        raise _unreadable(row, error) from error
+
+
+def image_bytes(row: Mapping[str, Any]) -> bytes:
+    """The file of the image, undecoded; errors as of `open_image`."""
     stored = row["image"]
     try:
-        return Image.open(io.BytesIO(stored["bytes"]) if stored["bytes"] else stored["path"]).convert("RGB")
-    except Exception as error:  # whatever Pillow's readers raise; of its own kinds, not all are OSErrors
-        raise PacaError(
-            f"{row[ORIGIN]} ({stored and stored['path']}) can't be read as an image: {error}. Remove or replace it."
-        ) from error
+        return bytes(stored["bytes"]) if stored["bytes"] else Path(stored["path"]).read_bytes()
+    except (OSError, TypeError) as error:  # an empty cell is None
+        raise _unreadable(row, error) from error
+
+
+def _unreadable(row: Mapping[str, Any], error: Exception) -> PacaError:
+    stored = row["image"]
+    return PacaError(
+        f"{row[ORIGIN]} ({stored and stored['path']}) can't be read as an image: {error}. Remove or replace it."
+    )
 
 
 def _from_folder(folder: Path, split: str) -> datasets.Dataset:

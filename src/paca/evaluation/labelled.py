@@ -8,8 +8,9 @@ from typing import Any, NamedTuple
 import torch
 from torch.nn.functional import cross_entropy
 
-from paca.data import Examples, open_image
+from paca.data import Examples
 from paca.data.examples import ORIGIN
+from paca.data.images import image_bytes
 from paca.evaluation.batches import longest_first
 from paca.evaluation.kept_lines import KeptAnswers
 from paca.evaluation.own_data import SAMPLES, Score
@@ -26,7 +27,7 @@ class Asked(NamedTuple):
 
     row: int
     content: str
-    """The text, or a hash of the image."""
+    """The text, or a hash of the image's file."""
     label: int
 
 
@@ -100,4 +101,4 @@ def _length(one: Asked) -> int:
 def _content(row: dict[str, Any]) -> str:
     if "text" in row:
         return str(row["text"])
-    return hashlib.sha256(open_image(row).tobytes()).hexdigest()
+    return hashlib.sha256(image_bytes(row)).hexdigest()
