@@ -220,6 +220,31 @@ def test_a_loss_that_is_pending_while_weights_are_parked_is_right(network, park)
     assert all(torch.equal(a.grad, b.grad) for a, b in zip(deltas_of(model), deltas_of(other), strict=True))
 
 
+def run_with_others(model):
+    others = {name: p.detach() * 1.5 for name, p in model.named_parameters() if "paca_delta.default" in name}
+    with torch.no_grad():
+        torch.func.functional_call(model, others, X)
+
+
+AWAY = {"switched": lambda model: model.set_adapter("other"), "run with other deltas": run_with_others}
+
+
+@pytest.mark.parametrize("back", [False, True])
+@pytest.mark.parametrize("away", AWAY)
+@pytest.mark.parametrize("network", NETWORKS)
+def test_deltas_that_are_written_while_others_are_in_the_weight_end_a_pending_loss_with_refresh(network, away, back):
+    model = two_adapters(NETWORKS[network])
+    pending = model(X).square().sum()
+    AWAY[away](model)
+    for delta in deltas_of(model):
+        delta.data.mul_(1.5)
+    paca.refresh(model)
+    if back:
+        model.set_adapter("default")
+    with pytest.raises(RuntimeError, match="between forward and backward"):
+        pending.backward()
+
+
 # -- writes by others --------------------------------------------------------------------------------------------------
 
 
@@ -288,6 +313,18 @@ def test_a_write_into_the_base_weight_of_an_active_adapter_raises_at_the_next_us
     PARKS[park](model)
     with torch.no_grad():
         WRITES[write](paca_layers(model)[0].base_layer.weight)
+    with pytest.raises(RuntimeError, match="written or replaced while the adapter was active"):
+        USES[use](model)
+
+
+@pytest.mark.parametrize("use", USES)
+@pytest.mark.parametrize("park", ["state dict", "copied"])
+@pytest.mark.parametrize("write", WRITES)
+def test_a_write_into_a_parked_base_weight_that_no_version_counter_shows_raises_too(write, park, use):
+    """As an average written by hand does it, with parameters' `.data`."""
+    model = adapt(perceptron(), target_modules=["lin1"], indices={"lin1": [0, 2, 5]})
+    PARKS[park](model)
+    WRITES[write](paca_layers(model)[0].base_layer.weight.data)
     with pytest.raises(RuntimeError, match="written or replaced while the adapter was active"):
         USES[use](model)
 
@@ -363,6 +400,25 @@ def test_a_pass_that_is_repeated_under_another_adapter_raises(how, between):
     elif between == "state dict":
         model.state_dict()
     with pytest.raises(RuntimeError, match="checkpointing repeats a forward pass"):
+        loss.backward()
+
+
+def scale_deltas(model):
+    with torch.no_grad():
+        for delta in deltas_of(model):
+            delta.mul_(1.2)
+
+
+@pytest.mark.parametrize("first", ["write", "park"])
+@pytest.mark.parametrize("park", ["nothing", "state dict", "copied", "switched", "run with other deltas"])
+@pytest.mark.parametrize("how", CHECKPOINTS)
+def test_a_pass_that_is_repeated_with_written_deltas_raises_whatever_is_parked(how, park, first):
+    model = blocks(**CHECKPOINTS[how])
+    loss = model(input_that_requires_grad()).sum()
+    for change in (scale_deltas, {**PARKS, **AWAY}[park])[:: 1 if first == "write" else -1]:
+        change(model)
+    model.set_adapter("default")
+    with pytest.raises(RuntimeError, match=r"checkpointing repeats|between forward and backward"):
         loss.backward()
 
 

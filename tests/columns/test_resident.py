@@ -849,7 +849,7 @@ def test_what_was_lent_keeps_the_pretrained_values(borrow, how, blocks):
     write(resident, weight, columns)
     state = resident.state
     resident.park(weight, for_now=True)
-    resident.lend(weight)
+    resident.share(weight)
     lent = borrow(weight)
     if how == "write":
         write(resident, weight, columns)
@@ -864,7 +864,7 @@ def test_what_was_lent_keeps_the_pretrained_values(borrow, how, blocks):
 def test_lending_costs_no_copy_once_the_borrower_is_gone():
     weight, resident, columns = make()
     lent = weight.detach()
-    resident.lend(lent)
+    resident.share(lent)
     pointer = weight.data_ptr()
     del lent
     write(resident, weight, columns)
@@ -874,7 +874,7 @@ def test_lending_costs_no_copy_once_the_borrower_is_gone():
 def test_what_was_handed_out_is_remembered_when_another_user_has_gone():
     weight, resident, columns = make()
     original, other = weight.clone(), weight.detach()
-    resident.lend(weight)
+    resident.share(weight)
     lent = weight.detach()
     resident.handed_out(lent)
     del other  # as many users as before
@@ -886,9 +886,9 @@ def test_what_was_handed_out_is_remembered_when_another_user_has_gone():
 def test_a_weight_that_is_lent_twice_keeps_what_was_lent_first():
     weight, resident, columns = make()
     original = weight.clone()
-    resident.lend(weight)
+    resident.share(weight)
     first = weight.detach()
-    resident.lend(weight)
+    resident.share(weight)
     write(resident, weight, columns)
     assert torch.equal(first, original)
     assert not torch.equal(weight, original)
@@ -896,7 +896,7 @@ def test_a_weight_that_is_lent_twice_keeps_what_was_lent_first():
 
 def test_a_view_that_was_not_lent_does_not_move_the_weight():
     weight, resident, columns = make()
-    resident.lend(weight)
+    resident.share(weight)
     write(resident, weight, columns)
     pointer, view = weight.data_ptr(), weight.detach()
     columns[0].delta.detach().add_(1)
@@ -969,7 +969,7 @@ def test_a_weight_that_somebody_else_writes_is_refused_wherever_it_is_met(how, p
         weight.data = torch.full_like(weight, 2.0)
     else:
         weight.add_(1)
-    assert not resident.sealed(weight)
+    assert not resident.as_left(weight)
     before, wanted = weight.clone(), now(resident, columns)
     meets = {
         "write": lambda: resident.write(weight, wanted),
@@ -1002,7 +1002,7 @@ def test_a_weight_that_is_replaced_by_its_pretrained_one_is_written():
     original = weight.clone()
     write(resident, weight, columns)
     weight.data = original.clone()
-    assert not resident.sealed(weight)
+    assert not resident.as_left(weight)
     write(resident, weight, columns)
     assert_holds(weight, original, columns)
     resident.park(weight)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -40,6 +40,12 @@ class Kept(NamedTuple):
         """Whether `other`, of the same columns, has the same bits (NaN is equal to itself)."""
         bits = getattr(torch, f"int{8 * other.element_size()}")
         return torch.equal(self.values.to(other).view(bits), other.view(bits))
+
+
+def holds(weight: Tensor, dim: int, originals: Iterable[Kept], columns: tuple[AdapterColumns, ...]) -> bool:
+    """Whether the places of `originals` in the weight hold `columns` over them, or the originals for none."""
+    now = ((kept, read_columns(weight.detach(), dim, kept.positions.to(weight.device))) for kept in originals)
+    return all(Kept(kept.positions, values).equal(sum_of(kept, columns, dim).to(values)) for kept, values in now)
 
 
 def sum_of(kept: Kept, columns: tuple[AdapterColumns, ...], dim: int) -> Tensor:

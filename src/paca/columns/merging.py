@@ -34,7 +34,7 @@ class MergeableColumns(ResidentColumns):
         raise `ValueError` where one would not be finite; nothing is written then."""
         with WRITING, ALONE:
             self.park_within(weight)
-            self._part_from_lent(weight)
+            self._part_from_shared(weight)
             together = self.merged + columns
             parts = tuple(part for c in together for part in c.parts())
             kept = Kept.of(weight, self.dim, positions_of(parts, weight.device))
@@ -45,7 +45,7 @@ class MergeableColumns(ResidentColumns):
             self.base_changed()
             self.merged, self._originals_of_merged = together, kept  # first: Ctrl-C may come in the middle
             put_columns(weight, self.dim, kept.positions, values)
-            self._seal = identity(weight)
+            self._left_as = identity(weight)
 
     @torch.no_grad()
     def unmerge(self, weight: Tensor) -> None:
@@ -55,10 +55,10 @@ class MergeableColumns(ResidentColumns):
                 self.park_within(weight)  # the merge did not come so far
             self.base_changed()
             if self._originals_of_merged is not None:
-                self._part_from_lent(weight)
+                self._part_from_shared(weight)
                 self._originals_of_merged.put_into(weight, self.dim)
             self.keep_merged()
-            self._seal = identity(weight)
+            self._left_as = identity(weight)
 
     def keep_merged(self) -> None:
         """Forget the originals of a merge: what is merged becomes the weight."""
@@ -93,7 +93,7 @@ class MergeableColumns(ResidentColumns):
 
     def moved(self) -> None:
         """Note that the (parked) weight is about to be moved, or cast."""
-        self._parked, self._seal, self._parked_for_now = None, None, False
+        self.parked, self._left_as, self._parked_for_now = None, None, False
 
     def reloaded(self, name: str = "A weight") -> None:
         """Note that new values come into the (parked) weight. Raises while anything is merged into it."""

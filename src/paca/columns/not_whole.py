@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from paca.columns.kept import Kept, sum_of
 from paca.columns.state import AdapterColumns, is_sharded, names_of
-from paca.functional.column_blocks import read_columns
 
 TAKEN_APART = {"_fsdp_flattened", "ds_id"}  # what FSDP1 and DeepSpeed's ZeRO-3 set on parameters
 
@@ -92,12 +89,3 @@ def refuse_unfit(optimizer: torch.optim.Optimizer) -> None:
             f"{kind.__module__}.{kind.__name__} can't step parameters that FSDP2 shards (DTensors). Use "
             "torch.optim.AdamW, SGD or Muon; or train with DistributedDataParallel, which takes every optimizer."
         )
-
-
-def holds(weight: Tensor, dim: int, originals: Iterable[Kept], columns: tuple[AdapterColumns, ...]) -> bool:
-    """Whether the places of `originals` in the weight hold `columns` over them, or the originals for none."""
-    for kept in originals:
-        now = read_columns(weight.detach(), dim, kept.positions.to(weight.device))
-        if not Kept(kept.positions, now).equal(sum_of(kept, columns, dim).to(now)):
-            return False
-    return True

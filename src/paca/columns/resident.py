@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from paca.columns import not_whole
 from paca.columns.entry import Entry
-from paca.columns.kept import Kept, add_scaled, oriented, positions_of, sum_of
+from paca.columns.kept import Kept, add_scaled, holds, oriented, positions_of, sum_of
 from paca.columns.state import ALONE, THREAD, ActiveColumns, AdapterColumns, State, is_sharded
 from paca.functional.column_blocks import blocks_in, blocks_of, put_columns, read_columns, version_of
 from paca.functional.product import Trained
@@ -39,11 +39,10 @@ class ResidentColumns(ActiveColumns):
         self.entry: Entry | None = None
         self.traced = Trained()  # the active columns as a compiled graph takes them
         self._folded: Kept | None = None  # those of folded columns beneath them, on the CPU
-        self._parked: tuple[State, Tensor] | None = None  # the state that a park took out, and its columns
         self._parked_for_now = False
         self.half_written = False  # a write began, and did not end: another thread is at it, or an exception came
-        self._seal: tuple[int, int] | None = None  # the weight's version and memory as we left them
-        self._lent: int | None = None  # users of the weight's memory before a state dict shared it
+        self._left_as: tuple[int, int] | None = None  # the weight's version and memory as we left them
+        self._shared_by: int | None = None  # users of the weight's memory before a state dict shared it
         self._handed_out: list[weakref.ref[Any]] = []  # what state dicts got
 
     def home_to_write(self, weight: Tensor) -> Tensor:
@@ -88,11 +87,11 @@ class ResidentColumns(ActiveColumns):
         for c in state.columns:
             if self.revisions.get(c.name, 0) != c.revision or c.name not in self.trusted:
                 return False
-        return state.unchanged() and self._seal == identity(weight)
+        return state.unchanged() and self._left_as == identity(weight)
 
-    def sealed(self, weight: Tensor | None) -> bool:
+    def as_left(self, weight: Tensor | None) -> bool:
         """Whether the weight is as we left it: written or replaced by nobody else."""
-        return self._seal is None or (weight is not None and self._seal == identity(weight))
+        return self._left_as is None or (weight is not None and self._left_as == identity(weight))
 
     def write(self, weight: Tensor, wanted: tuple[AdapterColumns, ...]) -> None:
         """Make the weight hold `wanted`, and nothing else. Writes the columns concerned, never the whole weight."""
@@ -106,7 +105,7 @@ class ResidentColumns(ActiveColumns):
     def park_within(self, weight: Tensor, *, for_now: bool = False) -> None:
         """The same, within such a block."""
         with torch.inference_mode(False), torch.no_grad():
-            self.check_seal(weight)
+            self.check_as_left(weight)
             if self.state.columns:
                 self._take_out(weight)
                 self._parked_for_now = for_now
@@ -116,16 +115,16 @@ class ResidentColumns(ActiveColumns):
                 self._parked_for_now = False
 
     def _take_out(self, weight: Tensor) -> None:
-        self._parked = self.state, self._current(weight)
+        self.parked = self.state, self._current(weight)
         self._put_back(weight)
 
     def _put_back(self, weight: Tensor) -> None:
-        self._part_from_lent(weight)
+        self._part_from_shared(weight)
         self.half_written = True
         for kept in self._all_kept(weight):
             kept.put_into(weight, self.dim)
         self._set_state(State((), self.base))
-        self._seal, self.half_written = identity(weight), False
+        self._left_as, self.half_written = identity(weight), False
 
     def _all_kept(self, weight: Tensor) -> Iterator[Kept]:
         yield self.kept
@@ -135,7 +134,7 @@ class ResidentColumns(ActiveColumns):
     def prepare(self, weight: Tensor, wanted: tuple[AdapterColumns, ...]) -> State | None:
         """Keep the originals of the columns of `wanted`, and put those of other columns back. Gives the state to be
         written; None if there is nothing to write."""
-        self.check_seal(weight)
+        self.check_as_left(weight)
         state = State(wanted, self.base, like=self.state)
         if state.key == self.state.key:
             self._parked_for_now = self._parked_for_now and bool(state.columns)  # disabled now: parked for good
@@ -147,7 +146,7 @@ class ResidentColumns(ActiveColumns):
             if not state.columns:
                 return None
             self._keep(weight, state.columns)
-        self._part_from_lent(weight)
+        self._part_from_shared(weight)
         self.half_written = True
         return state
 
@@ -158,7 +157,7 @@ class ResidentColumns(ActiveColumns):
             folded = tuple(part for c in columns for part in c.parts()[1:])
             kept = Kept.of(weight, self.dim, positions_of(folded, weight.device))
             self._folded = Kept(kept.positions.cpu(), kept.values.cpu())
-            self._part_from_lent(weight)
+            self._part_from_shared(weight)
             self.half_written = True
             for piece in self._folded.pieces(weight, self.dim):
                 put_columns(weight, self.dim, piece.positions, sum_of(piece, columns, self.dim))
@@ -168,24 +167,24 @@ class ResidentColumns(ActiveColumns):
 
         They go back as they were: computed anew, they would bring in a write through `.data`, under the old revision.
         """
-        if self._parked is None or self._parked[0].key != state.key or not self._parked[0].unchanged():
+        if self.parked is None or self.parked[0].key != state.key or not self.parked[0].unchanged():
             return None
-        columns = self._parked[1]
+        columns = self.parked[1]
         return columns if (columns.dtype, columns.device) == (weight.dtype, weight.device) else None
 
     def wrote(self, weight: Tensor, state: State) -> None:
         """Note that the columns of `state` were written."""
         self._set_state(state)
-        self._parked, self.half_written = None, False
-        self._seal = identity(weight)
+        self.parked, self.half_written = None, False
+        self._left_as = identity(weight)
 
     def compare(self, weight: Tensor) -> None:
         """Look whether deltas were written in a way that nobody saw: whether they still give what was written."""
         # Without gradients nothing is accounted for: the write that a backward pass is followed by may still come.
         self.unaccounted = self.unaccounted and not torch.is_grad_enabled()
         with WRITING, ALONE, torch.inference_mode(False), torch.no_grad():
-            self.check_seal(weight)
-            state, columns = (self.state, None) if self.state.columns else (self._parked or (self.state, None))
+            self.check_as_left(weight)
+            state, columns = (self.state, None) if self.state.columns else (self.parked or (self.state, None))
             if state.columns and all(map(self.is_current, state.columns)):
                 columns = self._current(weight) if columns is None else columns
                 sums = sum_of(self.kept, state.columns, self.dim).to(columns.dtype)
@@ -193,53 +192,53 @@ class ResidentColumns(ActiveColumns):
                     for c in state.columns:
                         self.changed(c.name)
 
-    def check_seal(self, weight: Tensor) -> None:
+    def check_as_left(self, weight: Tensor) -> None:
         """Raise if somebody else wrote or replaced the weight while columns were in it, or parked for the moment."""
         if self.half_written:  # an exception came in the middle
             self._put_back(weight)
-        if self.sealed(weight):
+        if self.as_left(weight) and not self._parked_for_now:  # then it is compared: `.data` moves no version counter
             return
         columns = self.state.columns
         if not columns and not self._parked_for_now:
-            self._parked, self._seal = None, None
+            self.parked, self._left_as = None, None
             self.base_changed()  # it is a pretrained weight, which its owner may change
-        elif not_whole.holds(weight, self.dim, self._all_kept(weight), columns):
-            self._seal = identity(weight)  # the same values were written, or it was moved as it is
-        elif columns and not_whole.holds(weight, self.dim, self._all_kept(weight), ()):
-            self._parked, self._seal = None, None
+        elif holds(weight, self.dim, self._all_kept(weight), columns):
+            self._left_as = identity(weight)  # the same values were written, or it was moved as it is
+        elif columns and holds(weight, self.dim, self._all_kept(weight), ()):
+            self.parked, self._left_as = None, None
             self._set_state(State((), self.base))  # it was replaced by its pretrained one
         else:
-            not_whole.refuse_overwritten(columns or (self._parked[0].columns if self._parked else ()))
+            not_whole.refuse_overwritten(columns or (self.parked[0].columns if self.parked else ()))
 
     def before_backward(self, weight: Tensor, state: State, saved_tag: Tensor) -> None:
-        """Make the weight hold what the forward pass with `state` saw. Raises as `check_backward` and `check_seal`."""
+        """Make the weight hold what the forward pass with `state` saw. Raises as what it calls."""
         self.check_backward(state, saved_tag)
-        if (self.state is not state and self.state.key != state.key) or not self.sealed(weight):
+        if (self.state is not state and self.state.key != state.key) or not self.as_left(weight):
             with WRITING:
                 with ALONE:
-                    self.check_seal(weight)
+                    self.check_as_left(weight)
                 self.check_backward(state, saved_tag)
                 self.write(weight, state.columns)
                 if self.entry is not None:
                     self.entry.unwritten = True
 
-    def lend(self, weight: Tensor) -> None:
+    def share(self, weight: Tensor) -> None:
         """Note that a state dict will share the (parked) weight: a write while anyone holds it goes to a copy."""
-        if self._lent is None:
-            self._lent = torch._C._storage_Use_Count(weight.untyped_storage()._cdata)
+        if self._shared_by is None:
+            self._shared_by = torch._C._storage_Use_Count(weight.untyped_storage()._cdata)
 
     def handed_out(self, shared: Any) -> None:
         """Note what a state dict got: once a user from before is gone, their count alone would not show it."""
         self._handed_out = [alive for alive in self._handed_out if alive() is not None] + [weakref.ref(shared)]
 
-    def _part_from_lent(self, weight: Tensor) -> None:
-        if self._lent is not None:
+    def _part_from_shared(self, weight: Tensor) -> None:
+        if self._shared_by is not None:
             memory = weight.untyped_storage()._cdata
             shared = (alive() for alive in self._handed_out)
             kept = any(tensor is not None and tensor.untyped_storage()._cdata == memory for tensor in shared)
-            if kept or torch._C._storage_Use_Count(memory) > self._lent:
+            if kept or torch._C._storage_Use_Count(memory) > self._shared_by:
                 weight.data = weight.data.clone()
-        self._lent, self._handed_out = None, []
+        self._shared_by, self._handed_out = None, []
 
     def _current(self, weight: Tensor) -> Tensor:
         return read_columns(weight.detach(), self.dim, self.kept.positions.to(weight.device))

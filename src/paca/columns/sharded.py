@@ -80,8 +80,8 @@ class ShardedColumns(MergeableColumns):
                 whole = pieces[mine] if mine < len(pieces) else whole[:0]
         return whole
 
-    def sealed(self, weight: Tensor | None) -> bool:
-        return super().sealed(self.rows)
+    def as_left(self, weight: Tensor | None) -> bool:
+        return super().as_left(self.rows)
 
     def replaced(self, value: Any) -> None:
         """Note that `value` takes the weight's place: a shard, or all rows gathered."""
@@ -120,7 +120,7 @@ class ShardedColumns(MergeableColumns):
                 "trained lie others, which can't be taken out of a sharded weight. Merge the adapter, or train it with "
                 "DistributedDataParallel."
             )
-        self._lent, self._handed_out = None, []  # no state dict shares the rows' memory
+        self._shared_by, self._handed_out = None, []  # no state dict shares the rows' memory
         if self.state.columns:
             put_columns(self.rows, self.dim, self.kept.positions, self.rows_of(self.kept.values))
         if self._originals_of_merged is not None:
@@ -147,7 +147,7 @@ class ShardedColumns(MergeableColumns):
         self._handed_out = []
         return self.rows
 
-    def lend(self, weight: Tensor) -> None:
+    def share(self, weight: Tensor) -> None:
         """`handed_out` is enough: the tensors of a state dict are DTensors of their own."""
 
     def handed_out(self, shared: Any) -> None:

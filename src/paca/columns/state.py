@@ -101,8 +101,7 @@ class State:
         return [c for c in self.columns if changed & {id(c.delta), id(c.indices), id(c.source)}]
 
     def trained_through(self, deltas: Any) -> Trained:
-        """What gradients go to. Asked for by name in a module's pass: then ZeRO-3 and FSDP2 gather the deltas, here and
-        in the backward pass."""
+        """What gradients go to, by name in a module's pass: so ZeRO-3 and FSDP2 gather it, in the backward pass too."""
         return self.trained._replace(deltas=tuple(deltas[c.name] for c in self.columns))
 
     @property
@@ -153,8 +152,9 @@ class ActiveColumns:
     """What is active over one weight. Knows tensors only; the layer above says what is wanted."""
 
     whole = True  # whether this process holds all rows, as compiled graphs, hot swaps and the like need
+    parked: tuple[State, Tensor] | None = None  # the state that a park took out of a weight, and its columns
 
-    def sealed(self, weight: Tensor | None) -> bool:
+    def as_left(self, weight: Tensor | None) -> bool:
         """Whether nobody else wrote or replaced the weight that holds columns."""
         return True
 
@@ -184,9 +184,9 @@ class ActiveColumns:
         return self.revisions.get(columns.name, 0) == columns.revision
 
     def notice(self) -> None:
-        """Move the revisions of adapters whose version counters show a change."""
-        for c in self.state.moved():
-            if self.is_current(c):
+        """Move the revisions of adapters whose version counters show a change, also of those that are parked now."""
+        for state in (self.state, *itertools.chain.from_iterable(self._first_passes.values())):
+            for c in filter(self.is_current, state.moved()):
                 self.changed(c.name)
 
     def note_forward(self) -> None:

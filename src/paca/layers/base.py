@@ -90,7 +90,7 @@ class PacaLayer(nn.Module, PeftCalls):  # nn.Module first: FSDP2 makes subclasse
                 or self.folded.get(name) is not folded
             ):
                 return True
-        return not state.unchanged() or not columns.sealed(base._parameters.get("weight"))
+        return not state.unchanged() or not columns.as_left(base._parameters.get("weight"))
 
     def job(self, *, compare: bool = False) -> Job:
         """What is to be written, for `write_together`; `compare` if no version counter may show what changed."""

@@ -42,10 +42,10 @@ class OverlaidWeight(nn.Module):
         """Turn `module` into an instance of a subclass of its class and this one, in place."""
         module.__class__ = _subclass(cls, type(module))
         module.columns = ActiveColumns()
-        module._settle_in()
+        module._set_up()
         return module
 
-    def _settle_in(self) -> None:
+    def _set_up(self) -> None:
         self.owner = lambda: None  # the adapted layer above makes itself known
         rebind_forward(self)
 
@@ -80,7 +80,7 @@ class OverlaidWeight(nn.Module):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self.columns = ActiveColumns()
-        self._settle_in()
+        self._set_up()
 
 
 def _subclass(kind: type[OverlaidWeight], stock: type[nn.Module]) -> type[nn.Module]:
@@ -118,8 +118,8 @@ class PatchedWeight(OverlaidWeight):
         module.quantization.adopt(module)
         return module
 
-    def _settle_in(self) -> None:
-        super()._settle_in()
+    def _set_up(self) -> None:
+        super()._set_up()
         quantization = quantization_of(self)
         assert quantization is not None
         self.quantization = quantization

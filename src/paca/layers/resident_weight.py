@@ -84,10 +84,10 @@ class ResidentWeight(nn.Module):
         """Turn `module`, an instance of `stock_class`, into an instance of this class, in place."""
         module.__class__ = cls
         module.columns = MergeableColumns(cls.input_dim)
-        module._settle_in()
+        module._set_up()
         return module
 
-    def _settle_in(self) -> None:
+    def _set_up(self) -> None:
         if is_sharded(self.weight):
             ShardedColumns.of(self.columns, self.weight)
         self.owner = lambda: None  # the adapted layer above makes itself known
@@ -161,7 +161,7 @@ class ResidentWeight(nn.Module):
         with WRITING, ALONE:  # so that it is parked while it is handed out
             self.columns.park_within(self.columns.home_to_write(self.weight), for_now=True)
             if not keep_vars:  # with it, the caller asks for the parameter itself
-                self.columns.lend(self.weight)
+                self.columns.share(self.weight)
             super()._save_to_state_dict(destination, prefix, keep_vars)
             if not keep_vars:
                 self.columns.handed_out(destination[prefix + "weight"])
@@ -180,7 +180,7 @@ class ResidentWeight(nn.Module):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._settle_in()
+        self._set_up()
 
 
 def rebind_forward(module: nn.Module) -> None:

@@ -20,7 +20,7 @@ def choose_columns(config: PacaConfig, layer: Any, in_features: int, key: str) -
     by_hand = given_columns(config, in_features, key)
     if by_hand is not None:
         return by_hand
-    r = rank_of(config, key)
+    r = for_layer(key, config.rank_pattern, config.r)
     if config.selection in AT_RANDOM:
         if config.random_seed is None and not config.loading:
             config.random_seed = drawn_seed()  # kept: the saved adapter says what its columns follow from
@@ -29,11 +29,6 @@ def choose_columns(config: PacaConfig, layer: Any, in_features: int, key: str) -
         return random_columns(in_features, r, config.random_seed, key)
     scores = scores_of(layer, key, config.selection)
     return select_columns(config.selection, r, scores, key)
-
-
-def rank_of(config: PacaConfig, key: str) -> int:
-    """How many columns `config` wants in the layer that the model calls `key`."""
-    return for_layer(key, config.rank_pattern, config.r)
 
 
 def given_columns(config: PacaConfig, in_features: int, key: str) -> Tensor | None:

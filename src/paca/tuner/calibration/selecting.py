@@ -25,7 +25,7 @@ from paca.quantized import quantization_of
 from paca.tuner.calibration.batches import Batch, loss_of
 from paca.tuner.calibration.observers import Observer
 from paca.tuner.calibration.targets import Target, find_targets
-from paca.tuner.column_choice import choose_columns, given_columns, rank_of
+from paca.tuner.column_choice import choose_columns, for_layer, given_columns
 
 Loss = Callable[[Any, Any], Tensor]
 
@@ -73,7 +73,8 @@ def select(
     columns = {}
     for key, (module, in_features, _) in targets.items():
         if key in scores:
-            columns[key] = select_columns(selected.selection, rank_of(selected, key), scores[key], key).tolist()
+            r = for_layer(key, selected.rank_pattern, selected.r)
+            columns[key] = select_columns(selected.selection, r, scores[key], key).tolist()
         else:
             columns[key] = choose_columns(selected, module, in_features, key).tolist()
     return with_indices(selected, columns)

@@ -16,7 +16,7 @@ from paca.layers.modes import mode_of
 from paca.layers.overlaid_weight import features
 from paca.quantized import quantization_of
 from paca.tuner.calibration.batches import base_model
-from paca.tuner.column_choice import given_columns, rank_of
+from paca.tuner.column_choice import for_layer, given_columns
 from paca.tuner.model import PacaModel
 from paca.tuner.targets import check_module, resident_class_of
 
@@ -37,7 +37,7 @@ def find_targets(model: nn.Module, config: PacaConfig) -> dict[str, Target]:
     finder = _Finder(base_model(model), copy.deepcopy(config))
     for key, target in finder.found.items():
         if given_columns(config, target.in_features, key) is None:
-            check_rank(rank_of(config, key), target.in_features, key)
+            check_rank(for_layer(key, config.rank_pattern, config.r), target.in_features, key)
     return finder.found
 
 
