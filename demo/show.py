@@ -66,7 +66,7 @@ def show(run: Path, console: Console) -> None:
             ("exact records", f"{right_of_all(before)} before, {right_of_all(after)} after; none was trained on"),
             ("held-out loss", f"{summary['eval_loss_before']:.3f} before, {summary['eval_loss_after']:.3f} after"),
             ("trained", f"{trained:,} parameters, {summary['trainable_percent']:.2f} % of the model"),
-            ("training", f"{summary['train_seconds']:,.0f} s, {summary['tokens_per_second']:,.0f} tokens/s"),
+            ("steps alone", f"{summary['train_seconds']:,.0f} s, {summary['tokens_per_second']:,.0f} tokens/s"),
             ("peak memory", f"{summary['peak_memory_bytes'] / 2**30:.2f} GiB"),
         ]
     )

@@ -10,11 +10,11 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from paca.cli.starting import import_libraries
 from paca.cli.switches import Command, Group
 from paca.messages.errors import PacaError
 from paca.messages.say import say
 from paca.messages.units import parse_bytes
-from paca_command import import_package
 
 bench = typer.Typer(
     help="Measure methods against each other: step time, memory, longest sequence, largest batch.",
@@ -98,7 +98,7 @@ def run(
         }
     )
     settings.shape()  # before the methods, whose libraries take seconds to import
-    import_package()
+    import_libraries()
     from paca.bench.methods import find_methods
 
     find_methods(settings.methods)
@@ -137,7 +137,7 @@ def run(
 @bench.command(cls=Command)
 def methods() -> None:
     """List the methods and the presets."""
-    import_package()
+    import_libraries()
     from paca.bench.methods import METHODS
     from paca.pretrained.published_shapes import SHAPES
 

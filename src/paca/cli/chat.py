@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from paca.cli.starting import import_libraries
 from paca.messages.errors import PacaError
 from paca.messages.shown import printable, without_controls
 from paca.pretrained.adapter_folder import find_adapter
-from paca_command import import_package
 
 if TYPE_CHECKING:
     from paca.cli.chat_beside import SideBySide
@@ -49,7 +49,7 @@ def chat(
     find_adapter(path, or_hub=True)  # before what it takes to load one: a wrong path is no reason to wait
     if beside not in (None, "base"):
         find_adapter(str(beside), or_hub=True)
-    import_package()
+    import_libraries()
     if beside is not None:
         from rich.console import Console
 

@@ -12,11 +12,11 @@ from rich.console import Console
 from rich.table import Table
 
 from paca.cli.ending import sigterm_as_ctrl_c
+from paca.cli.starting import import_libraries
 from paca.messages.errors import PacaError
 from paca.messages.nearest import did_you_mean_path
 from paca.messages.program import program
 from paca.messages.say import say
-from paca_command import import_package
 
 if TYPE_CHECKING:
     from paca.comparison.results import ComparisonResult
@@ -74,7 +74,7 @@ def compare(
             if train:
                 result = _train(what[0], set_ or [], methods, lr or [], seeds, equal, extend, dry_run, output, console)
             else:
-                import_package()
+                import_libraries()
                 from paca.comparison.compare import compare_folders
 
                 result = compare_folders(what, output)
@@ -106,7 +106,7 @@ def _train(
     from paca.comparison.settings import Comparison, load_common
 
     common = load_common(config, overrides)
-    import_package()
+    import_libraries()
     chosen = methods_of(methods, common)
     from datasets import disable_progress_bars
 

@@ -20,6 +20,7 @@ from rich.table import Table
 
 from paca.cli.counted import Counted
 from paca.cli.ending import sigterm_as_ctrl_c
+from paca.cli.starting import import_libraries
 from paca.evaluation.kept_lines import alone_in
 from paca.messages.errors import PacaError
 from paca.messages.install import how_to_install
@@ -27,7 +28,6 @@ from paca.messages.program import program
 from paca.messages.say import say
 from paca.messages.shown import printable
 from paca.pretrained.adapter_folder import find_adapter
-from paca_command import import_package
 
 if TYPE_CHECKING:
     from paca.evaluation.side_by_side import Row
@@ -120,7 +120,7 @@ def evaluate(
             say(console, f"Loading {path} ...")
             if names and importlib.util.find_spec("lm_eval") is None:
                 raise PacaError(f"--tasks needs lm-evaluation-harness. {how_to_install('evaluate', 'lm-eval')}")
-            import_package()
+            import_libraries()
             from paca.pretrained.bounded_template import check_template_ends
             from paca.pretrained.generation import load_for_generation
 

@@ -8,10 +8,10 @@ from typing import Annotated, Any
 
 import typer
 
+from paca.cli.starting import import_libraries
 from paca.convert.beforehand import adapter_in, adapter_output, gguf_output
 from paca.messages.errors import PacaError
 from paca.messages.say import put
-from paca_command import import_package
 
 FORMS = ("lora", "merged", "gguf", "peft")
 
@@ -45,7 +45,7 @@ def export(
         gguf_output(path, output, overwrite)
     else:
         adapter_output(path, output, base_model, overwrite)
-    import_package()
+    import_libraries()
     import peft
 
     from paca.convert.exported import export_adapter

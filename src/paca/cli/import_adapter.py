@@ -7,9 +7,9 @@ from typing import Annotated
 
 import typer
 
+from paca.cli.starting import import_libraries
 from paca.convert.beforehand import adapter_output, import_source
 from paca.messages.say import put
-from paca_command import import_package
 
 
 def import_adapter(
@@ -22,7 +22,7 @@ def import_adapter(
 ) -> None:
     """Make a PaCA adapter from a checkpoint of the original authors' code, or from a LoRA that paca exported."""
     adapter_output(import_source(path), output, base, overwrite, "import")  # before torch is imported
-    import_package()
+    import_libraries()
     from paca.convert import imported
 
     result = imported.import_adapter(path, output, base_model=base, overwrite=overwrite)

@@ -7,11 +7,11 @@ from typing import Annotated
 
 import typer
 
+from paca.cli.starting import import_libraries
 from paca.convert.beforehand import merge_output
 from paca.messages.program import program
 from paca.messages.say import put
 from paca.pretrained.purpose import classifier_in
-from paca_command import import_package
 
 
 def merge(
@@ -31,7 +31,7 @@ def merge(
 ) -> None:
     """Fold an adapter into its base model: a checkpoint that loads without paca."""
     merge_output(path, output, base_model, overwrite)  # before torch is imported: a wrong path is no reason to wait
-    import_package()
+    import_libraries()
     from transformers.utils import logging
 
     from paca.convert.merged import merge_to_folder

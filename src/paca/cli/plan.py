@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 
+from paca.cli.starting import import_libraries
 from paca.messages.errors import PacaError
 from paca.messages.units import parse_bytes
-from paca_command import import_package
 
 if TYPE_CHECKING:
     from paca.planning.target import Target
@@ -86,7 +86,7 @@ def plan(
         choice = "none, nf4, fp4, int8, or with --memory auto or any"
         raise PacaError(f"--quantization must be {choice}, not {quantization!r}.")
     budget = None if memory is None else parse_bytes(memory)
-    import_package()
+    import_libraries()
     import torch
 
     from paca.cli.plan_tables import Outcome, as_json, show_estimate, show_fit, show_simulated

@@ -8,8 +8,8 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from paca.cli.starting import import_libraries
 from paca.messages.say import say
-from paca_command import import_package
 
 
 def runs(
@@ -23,7 +23,7 @@ def runs(
     from paca.training.folder.found_runs import runs_to_show
 
     runs_to_show(folder)  # before torch is imported: a wrong path is no reason to wait
-    import_package()
+    import_libraries()
     from paca.training.reporting.runs_page import show_runs
 
     console = Console()

@@ -12,12 +12,12 @@ import typer
 from rich.console import Console
 
 from paca.cli.counted import Counted
+from paca.cli.starting import import_libraries, loading_libraries
 from paca.messages.errors import PacaError
 from paca.messages.processes import check_launchers_variables
 from paca.messages.program import program
 from paca.messages.say import say
 from paca.messages.units import format_bytes, format_duration
-from paca_command import import_package
 
 if TYPE_CHECKING:
     from paca.evaluation.own_data import Measurement
@@ -53,13 +53,14 @@ def train(
     from paca.training.config.config_file import load_run_config
 
     check_launchers_variables()
-    run_config = load_run_config(config, set_ or ())
+    with loading_libraries():
+        run_config = load_run_config(config, set_ or ())
     console = Console(quiet=os.environ.get("RANK", "0") != "0")
     if push_to_hub is not None and not console.quiet:
         from paca.pretrained.upload import check_login
 
         check_login(push_to_hub)
-    import_package()
+    import_libraries()
     if console.quiet or not console.is_terminal:
         from datasets import disable_progress_bars
         from transformers.utils.logging import disable_progress_bar
