@@ -4,6 +4,7 @@
 #   .venv/bin/python -m benchmarks.quality.prepare --data FOLDER    once; without --data from the hub
 #   bash benchmarks/quality.sh digits arc gsm8k encyclopedia        or some of them
 #   EQUAL=time bash benchmarks/quality.sh digits-wide arc-wide gsm8k-wide    with 256 columns a layer
+#   EQUAL=time bash benchmarks/quality.sh arc-long                           with twice the steps
 #   EQUAL=parameters JOBS=2 OMP_NUM_THREADS=1 bash benchmarks/quality.sh arc
 #
 # JOBS processes share the work; with more than one, leave `time` out of EQUAL, as they slow each other down. A part
@@ -42,6 +43,9 @@ for task in "$@"; do
             gsm8k-memory)
                 rates=7.8e-4,1.25e-3,2e-3
                 own=(--lr lora=4.87e-4,7.8e-4,1.25e-3 --lr lora-tuned=3.04e-4,4.87e-4,7.8e-4)
+                ;;
+            arc-long-time) # most of an epoch
+                config=arc rates=4.87e-4,7.8e-4,1.25e-3 changed=(--set train.max_steps=400)
                 ;;
             arc-wide-time | gsm8k-wide-time) # LoRA with r 33, as many parameters as paca's r 64
                 config=${task%-wide} same=time rates=7.8e-4,1.25e-3 own=(--lr paca-256=1.9e-4,3.04e-4,4.87e-4)
