@@ -417,7 +417,8 @@ def test_a_pass_that_is_repeated_with_written_deltas_raises_whatever_is_parked(h
     loss = model(input_that_requires_grad()).sum()
     for change in (scale_deltas, {**PARKS, **AWAY}[park])[:: 1 if first == "write" else -1]:
         change(model)
-    model.set_adapter("default")
+    if park == "switched":  # nowhere else: a call would look for what changed
+        model.set_adapter("default")
     with pytest.raises(RuntimeError, match=r"checkpointing repeats|between forward and backward"):
         loss.backward()
 
