@@ -12,7 +12,7 @@ from comparison.small_comparison import small_comparison
 from paca.comparison import prepare
 from paca.comparison.flags import Rates
 from paca.comparison.methods import Method
-from paca.comparison.plan_table import settings_text
+from paca.comparison.plan_table import settings_text, work_text
 from paca.comparison.settings import Comparison
 from paca.comparison.trial import Trial, Try
 
@@ -40,10 +40,13 @@ def test_parameters_and_time_are_made_equal_together(tmp_path: Path, monkeypatch
     monkeypatch.setattr(prepare, "trials_of", made_up_trials)
     comparison = small_comparison(tmp_path, equal=("parameters", "time"))
     comparison.methods[0] = comparison.methods[0].with_rank(32)
-    _, lora = prepare.prepare(comparison, Console(quiet=True))
+    paca, lora = prepare.prepare(comparison, Console(quiet=True))
     assert lora.method.rank == 16  # as many parameters as paca's 32
     assert lora.method.sections["train"]["max_steps"] == 15  # at that r a step takes four times as long
     assert comparison.methods[1] == lora.method
+    told = work_text([paca, lora], {"paca": [1e-2, 3e-2], "lora": [1e-2, 3e-2]}, seeds=3)
+    twenty_minutes = "about 20:00 of training by the steps just timed, without evaluations"  # 240 steps of 1 s, of 4 s
+    assert told == f"at least 8 runs, 480 steps in all, {twenty_minutes}"
 
 
 def test_memory_and_time_are_made_equal_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

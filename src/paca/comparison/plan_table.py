@@ -10,7 +10,7 @@ from rich.table import Table
 
 from paca.comparison.equal import CameOut
 from paca.comparison.methods import Method
-from paca.messages.units import format_bytes
+from paca.messages.units import format_bytes, format_duration
 from paca.training.plan import Plan
 
 
@@ -66,11 +66,17 @@ def rates_text(grids: Mapping[str, Sequence[float]], *, extend: bool) -> str:
 
 
 def work_text(planned: Sequence[PlannedMethod], grids: Mapping[str, Sequence[float]], seeds: int) -> str:
-    """How many runs there will be: each rate with the first seed, and the best rate with the others."""
+    """How many runs there will be, each rate with the first seed and the best with the others; how long, if known."""
     runs = {one.method.name: len(grids[one.method.name]) + seeds - 1 for one in planned}
-    steps = [one.plan.steps and one.plan.steps * runs[one.method.name] for one in planned]
-    total = "" if None in steps else f", {sum(filter(None, steps)):,} steps in all"
-    return f"at least {sum(runs.values()):,} runs{total}"
+    steps = [one.plan.steps * runs[one.method.name] for one in planned if one.plan.steps is not None]
+    told = [f"at least {sum(runs.values()):,} runs"]
+    if len(steps) == len(planned):
+        told.append(f"{sum(steps):,} steps in all")
+        measured = [one.came_out.measured for one in planned]
+        if all("step_seconds" in one for one in measured):
+            seconds = sum(count * one["step_seconds"] for count, one in zip(steps, measured, strict=True))
+            told.append(f"about {format_duration(seconds)} of training by the steps just timed, without evaluations")
+    return ", ".join(told)
 
 
 def settings_text(method: Method) -> str:

@@ -13,6 +13,7 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
 from paca.data.file_content import add_file
+from paca.data.hub import without_waiting_for_the_hub
 from paca.data.rows import SUFFIXES, Row, rows_of, suffix_of
 from paca.messages.errors import PacaError
 from paca.messages.nearest import did_you_mean_path
@@ -115,7 +116,8 @@ def load_from_hub(name: str, hub_id: str, config: str | None, split: str) -> dat
         PacaError: There is no such dataset, configuration or split, or the hub cannot be reached.
     """
     try:
-        return datasets.load_dataset(hub_id, config, split=split)
+        with without_waiting_for_the_hub():
+            return datasets.load_dataset(hub_id, config, split=split)
     except ConnectionError as error:
         raise PacaError(
             f"There is no data file or folder {name!r} here.{_neighbour_hint(Path(name))} It looks like a dataset on "

@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 from datasets.exceptions import DatasetsError
 from lm_eval.tasks import TaskManager
 
+from paca.data.hub import without_waiting_for_the_hub
 from paca.messages.errors import PacaError
 from paca.messages.nearest import did_you_mean
 
@@ -72,8 +73,11 @@ def _manager(files: list[Path], all_files: bool) -> TaskManager:
 
 
 def _load(manager: TaskManager, name: str, file: Path | None) -> list[Any]:
+    answers = True  # the hub, as far as it was asked
     try:
-        with _inside(file.parent if file else Path.cwd()):
+        with _inside(file.parent if file else Path.cwd()), ExitStack() as stack:
+            if file is None:  # else its data may well lie here
+                answers = stack.enter_context(without_waiting_for_the_hub())
             found = manager.load([_group_in(manager, file) if file else name])
     except Exception as error:  # of the harness, of datasets, of the code that a task file brings
         said = str(error).strip()
@@ -84,6 +88,8 @@ def _load(manager: TaskManager, name: str, file: Path | None) -> list[Any]:
                 "Its data comes from the hub unless a task file points at local files (dataset_path: json, with "
                 "dataset_kwargs: data_files)."
             )
+            if not answers:
+                reason = "the hub cannot be reached, and the local cache does not hold all of its data."
         raise PacaError(f"The task {name} cannot be loaded: {reason}\n{advice}") from error
     members = {member for group in found.get("groups", {}).values() for member in group.child_names}
     top: list[Any] = [group for key, group in found.get("groups", {}).items() if key not in members]
