@@ -18,7 +18,7 @@ from paca.messages.errors import PacaError
 from paca.training import calibration, describe, load_run_config, train
 from paca.training.calibration import calibration_batches
 from paca.training.config.train_settings import training_arguments
-from paca.training.plan import prepare
+from paca.training.prepare import prepare
 from paca.tuner.calibration import selecting
 from tiny_checkpoint import byte_tokenizer
 from training.tiny_run import adapter

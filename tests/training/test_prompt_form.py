@@ -17,7 +17,8 @@ from paca.data import end_of_turn
 from paca.messages.errors import PacaError
 from paca.pretrained.generation import load_for_generation, stream_reply
 from paca.training import load_run_config, train
-from paca.training.plan import Plan, describe
+from paca.training.plan import Plan
+from paca.training.prepare import describe
 
 RECORD = {"instruction": "What does the cat do?", "input": "", "output": "It sleeps on a tree."}
 CONFIG = """\

@@ -112,7 +112,8 @@ def _push(run: Path, repo: str, console: Console) -> None:
 
 def _show_dry_run(config: RunConfig, settings: bool, measurement: Measurement | None, console: Console) -> None:
     from paca.training.folder.run_folder import RunFolder
-    from paca.training.plan import prepare, show_plan
+    from paca.training.plan import show_plan
+    from paca.training.prepare import prepare
     from paca.training.reporting.data_preview import show_sample
 
     folder = RunFolder(Path(config.output.dir))

@@ -21,7 +21,8 @@ from paca.pretrained.claims import Claim
 from paca.training import load_run_config
 from paca.training.config.run_config import RunConfig
 from paca.training.named_model import size_of_weights, source_of
-from paca.training.plan import Plan, describe
+from paca.training.plan import Plan
+from paca.training.prepare import describe
 from paca.training.trainers import trainer_kind
 
 

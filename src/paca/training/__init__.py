@@ -8,7 +8,8 @@ from paca.training.config.config_file import load_run_config
 from paca.training.config.run_config import RunConfig
 
 if TYPE_CHECKING:
-    from paca.training.plan import Plan, describe
+    from paca.training.plan import Plan
+    from paca.training.prepare import describe
     from paca.training.run import RunResult, train
 
 __all__ = ["Plan", "RunConfig", "RunResult", "describe", "load_run_config", "train"]
@@ -17,9 +18,9 @@ __all__ = ["Plan", "RunConfig", "RunResult", "describe", "load_run_config", "tra
 def __getattr__(name: str) -> Any:
     # Loaded on first use: they import trl, which a misspelt key in a config should not have to wait for.
     if name in ("Plan", "describe"):
-        from paca.training import plan
+        from paca.training import prepare
 
-        return getattr(plan, name)
+        return getattr(prepare, name)
     if name in ("RunResult", "train"):
         from paca.training import run
 

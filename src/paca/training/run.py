@@ -35,7 +35,8 @@ from paca.training.folder.same_run import check_same_model, check_same_run, chec
 from paca.training.interrupt import StopOnSignal
 from paca.training.memory import reset_peak_memory
 from paca.training.memory_check import memory_at_hand, memory_warning
-from paca.training.plan import PreparedRun, prepare, show_plan
+from paca.training.plan import show_plan
+from paca.training.prepare import PreparedRun, prepare
 from paca.training.probe import ProbeLongestBatch
 from paca.training.prompt_form import give_form
 from paca.training.reporting.adapter_card import NoCardsOfCheckpoints, write_card

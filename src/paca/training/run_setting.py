@@ -17,7 +17,7 @@ def setting_of_run(config: RunConfig, device: str, longest: int | None = None, l
     """The setting under which `paca train` would train `config`.
 
     Args:
-        config: With our defaults in place (as `paca.training.plan` resolves it).
+        config: With our defaults in place (as `paca.training.prepare` resolves it).
         device: `"cpu"` or `"cuda"`.
         longest: Tokens of the longest example, where it is known; 1 for each image.
         lengths: How many different lengths its batches may have before they are padded to a multiple.

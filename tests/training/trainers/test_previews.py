@@ -13,7 +13,8 @@ from transformers import AutoConfig, AutoModel, AutoTokenizer, BertConfig, BertF
 
 from paca.messages.errors import PacaError
 from paca.training import describe, load_run_config, train
-from paca.training.plan import Plan, prepare
+from paca.training.plan import Plan
+from paca.training.prepare import prepare
 from paca.training.reporting.data_preview import sample_section, show_sample
 from paca.training.trainers import TRAINERS
 from training.trainers.tiny_runs import CONFIGS, save_workspace

@@ -1,0 +1,156 @@
+"""The first half of a run: its data is read and every setting decided, without loading weights."""
+
+from __future__ import annotations
+
+import copy
+import os
+import re
+from dataclasses import dataclass
+
+from peft import get_peft_model
+from transformers import PreTrainedModel
+
+from paca.lean import make_lean, undo_lean
+from paca.messages.errors import PacaError
+from paca.messages.processes import launched_processes
+from paca.planning.estimate import PlannedModel
+from paca.pretrained.quantizing import quantize_outline
+from paca.training.config import adapter_settings, train_settings
+from paca.training.config.learning_rate import AUTO, automatic_rate, beside_automatic, follows_weights
+from paca.training.config.run_config import RunConfig
+from paca.training.config.target_names import check_target_names, told_of_layers
+from paca.training.folder.disk_need import disk_need
+from paca.training.folder.same_run import inputs_of
+from paca.training.named_model import outline_of, size_of_weights, source_of, train_heads
+from paca.training.plan import Plan, planned_steps
+from paca.training.trainers import trainer_kind
+from paca.training.trainers.kind import RunData
+from paca.training.trainers.sections import check_sections_fit
+
+
+@dataclass
+class PreparedRun:
+    """A plan and the data that was read for it."""
+
+    plan: Plan
+    data: RunData
+    """With fields of the trainer's settings that follow from it; the resolved config leaves them to be found again."""
+    inputs: dict[str, str]
+    """From `inputs_of`, in the first process."""
+    outline: PlannedModel
+    """The adapted model without weights, for what is foretold of its memory."""
+
+
+def describe(config: RunConfig) -> Plan:
+    """What `config` will do; reads the data and the model's shapes, not its weights.
+
+    Raises:
+        PacaError: The model or the data can't be found or read, or the settings don't fit them.
+    """
+    return prepare(config, whole=False).plan
+
+
+def prepare(config: RunConfig, *, whole: bool = True) -> PreparedRun:
+    """As `describe`, keeping the data.
+
+    Args:
+        config: Of the run.
+        whole: Tokenize the data, all of it.
+
+    Raises:
+        PacaError: The model or the data can't be found or read, or the settings don't fit them.
+    """
+    config = copy.deepcopy(config)
+    named, given, method, rank = config.model, config.train, config.method, config.train.get("factor_rank")
+    kind = trainer_kind(given)
+    check_sections_fit(config, kind)
+    if method == "full" and named.dtype == "auto":
+        named.dtype = "float32"  # as TRL loads models: in 16 bits, small steps would be lost
+    source = source_of(named)  # before its tokenizer is looked for
+    data = kind.read(config)
+    train, held_out = data.train, data.eval
+    model = outline_of(named, kind.auto_class, data.labels).model
+    if named.lean:  # a block that it does not know is refused here, before weights are loaded
+        undo_lean(make_lean(model, named.recompute))
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    dtype = next(model.parameters()).dtype
+    automatic = given.get("learning_rate", AUTO) == AUTO
+    size = size_of_weights(named, fetch=whole and automatic) if follows_weights(kind, method, rank) else None
+    config.train = train_settings.with_defaults(
+        given, model, has_eval=held_out is not None, method=method, adapter=config.adapter, weight_size=size
+    )
+    rate, rule = automatic_rate(kind, method, config.adapter, size, rank)
+    check_target_names(method, config.adapter, model, named.name)
+    if named.quantization is not None:
+        model = quantize_outline(model, named.quantization)
+    if data.labels is not None:
+        train_heads(config, model)
+    adapted = _adapted_outline(config, model, kind.task_type)
+    if named.quantization is not None and method == "paca":
+        if config.adapter.get("rotate_every") is not None:
+            raise PacaError(
+                "paca.rotate_every folds columns into the weights, which quantized ones can't take. Leave it out, or "
+                "leave out model.quantization."
+            )
+        config.adapter.setdefault("original_weights", named.name)
+    config.adapter = adapter_settings.with_defaults(method, config.adapter)
+    processes = launched_processes()
+    steps = planned_steps(len(train.dataset), config.train, processes)
+    if "warmup_steps" not in given and steps is not None:
+        config.train["warmup_steps"] = train_settings.warm_up(steps)
+    elif steps == 1 and config.train["warmup_steps"]:
+        raise PacaError(
+            "The only step of this run would be the first of its warm-up, whose rate is 0: it would train nothing. "
+            "Leave out train.warmup_steps, or train for more steps."
+        )
+    layers = getattr(adapted.base_model, "targeted_module_names", []) if method != "full" else []
+    sequences = config.train["per_device_train_batch_size"] * config.train["gradient_accumulation_steps"] * processes
+    inputs = inputs_of(config, train, held_out) if whole and os.environ.get("RANK", "0") == "0" else {}
+    data = kind.shape(config, data, whole=whole)
+    typical = None if data.sample is None or not kind.lengths_known else data.sample.mean
+    if config.train.get("packing"):
+        typical = config.train["max_length"]
+    elif typical is not None:
+        sequences = min(sequences, len(train.dataset))
+    plan = Plan(
+        config=config,
+        source=source,
+        architecture=type(model).__name__,
+        dtype=str(dtype).removeprefix("torch."),
+        parameters=parameters,
+        trainable_parameters=sum(p.numel() for p in adapted.parameters() if p.requires_grad),
+        method=adapter_settings.method_name(method, config.adapter),
+        targets=list(dict.fromkeys(re.sub(r"^.*\.", "", name) for name in layers)),  # in the order of the model
+        adapted_layers=len(layers),
+        rate_rule=f"auto: {rule}"
+        if automatic
+        else beside_automatic(config.train["learning_rate"], rate, by_rule=size is not None),
+        own_defaults=train_settings.own_defaults(given, config.train),
+        train_examples=len(train.dataset),
+        eval_examples=None if held_out is None else len(held_out.dataset),
+        data_format=train.format,
+        data_description=train.description,
+        template=data.template,
+        loss_scope=data.loss,
+        sample=data.sample,
+        processes=processes,
+        sequences_per_step=sequences,
+        tokens_per_step=None if typical is None else round(sequences * typical),
+        steps=steps,
+        disk=disk_need(config, adapted, steps, base=parameters * dtype.itemsize if source == "gguf" else 0),
+    )
+    return PreparedRun(plan, data, inputs, adapted)
+
+
+def _adapted_outline(config: RunConfig, model: PreTrainedModel, task_type: str | None) -> PlannedModel:
+    adapter = adapter_settings.outline_config(config.method, config.adapter, task_type)
+    if adapter is None:
+        return model
+    try:
+        return get_peft_model(model, adapter, autocast_adapter_dtype=config.train["autocast_adapter_dtype"])
+    except (ValueError, TypeError) as error:
+        if "No modules were targeted" in str(error):
+            reason = f"nothing is adapted in it. Name layers with target_modules. {told_of_layers(model)}"
+        else:
+            reason = str(error)
+        raise PacaError(f"The section {config.method} does not fit {config.model.name}: {reason}") from error
