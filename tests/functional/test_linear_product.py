@@ -193,8 +193,25 @@ def test_a_second_derivative_is_refused(of):
     before = (3 * x).tanh()
     y = run(before, weight, b, [delta], [indices], [1.0])
     (gradient,) = torch.autograd.grad(of(y), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        gradient.square().sum().backward()
+    total = y.sum() + gradient.square().sum()
+    for derive in (  # with inputs that are named, autograd runs what leads to them alone
+        lambda: torch.autograd.grad(total, delta, retain_graph=True),
+        lambda: total.backward(inputs=[delta], retain_graph=True),
+        lambda: total.backward(retain_graph=True),
+    ):
+        with pytest.raises(RuntimeError, match="Second derivatives"):
+            derive()
+    assert delta.grad is None
+
+
+def test_a_step_within_a_graph_is_not_taken_for_a_constant():
+    """As in MAML: the outer loss depends on the deltas through the inner gradient, too."""
+    x, weight, b, delta, indices = make(torch.float64)
+    y = run(x, weight, b, [delta], [indices], [1.0])
+    (gradient,) = torch.autograd.grad(y.square().sum(), delta, create_graph=True)
+    again = run(x, weight, b, [delta - 0.1 * gradient], [indices], [1.0])
+    with pytest.raises(RuntimeError, match="Second derivatives"):
+        torch.autograd.grad(again.square().sum(), delta)
 
 
 def test_without_a_source_a_weight_written_in_between_raises():

@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from paca.functional.added import add_contributions, input_gradient_of_added, of_rows
+from paca.functional.first_order import first_order
 from paca.functional.product import Product, Trained, WeightSource, check_frozen
 
 
@@ -69,7 +69,7 @@ class _TrainColumns(torch.autograd.Function):
         ctx.input_size, ctx.input_dtype, ctx.compute_dtype = x.shape, x.dtype, y.dtype
         ctx.bias_dtype = None if bias is None else bias.dtype
         ctx.deltas = [(d.shape, d.dtype) for d in deltas]
-        ctx.adds, ctx.indices, ctx.added = adds, (None,) * count, deltas if adds else ()
+        ctx.adds, ctx.indices, ctx.added = adds, (None,) * count, deltas
         selected = [s for s, need in zip(selected, needed, strict=True) if need]
         if source is not None:
             ctx.indices = indices  # whether they are the same in the backward pass is the source's to check
@@ -81,8 +81,7 @@ class _TrainColumns(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Any, ...]:
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # create_graph=True
-            # Also where `grad_output` is a constant: the gradients depend on the deltas all the same.
-            return once_differentiable(_TrainColumns.backward)(ctx, grad_output.detach().requires_grad_())
+            return first_order(_TrainColumns.backward)(ctx, grad_output)
         if torch.is_autocast_enabled(grad_output.device.type):
             with torch.autocast(grad_output.device.type, enabled=False):
                 return _gradients(ctx, grad_output)

@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from paca.functional.first_order import first_order
 from paca.lean.activations import ACTIVATIONS
 from paca.lean.cache_blocks import row_blocks
 from paca.lean.liger import liger_gated
@@ -59,7 +59,7 @@ class _GatedLinearUnit(torch.autograd.Function):
         return _product(*_gate_and_up(operands), activation, save_only)
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Any, ...]:
         operands = ctx.saved_tensors
         grads = [operand.new_empty(operand.shape) for operand in operands]
@@ -113,7 +113,7 @@ class _LigerGatedLinearUnit(torch.autograd.Function):
         return liger_gated[activation][0](gate, up)[2]
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Any, ...]:
         gate, up = ctx.saved_tensors
         grad_gate, grad_up = liger_gated[ctx.activation][1](gate, up, grad_output.contiguous())

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from paca.functional.first_order import first_order
 from paca.lean.activations import ACTIVATIONS
 from paca.lean.cache_blocks import row_blocks
 
@@ -47,7 +47,7 @@ class _FromInput(torch.autograd.Function):
         return y
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Any, ...]:
         (x,) = ctx.saved_tensors
         return ACTIVATIONS[ctx.activation].backward(grad_output, x, None), None, None
@@ -61,7 +61,7 @@ class _ReLU(torch.autograd.Function):
         return y
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, grad_output: Tensor) -> Tensor:
         (blocked,) = ctx.saved_tensors
         return grad_output.masked_fill(unpack_bits(blocked, grad_output.shape), 0)

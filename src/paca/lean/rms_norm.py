@@ -11,8 +11,8 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from paca.functional.first_order import first_order
 from paca.lean.cache_blocks import RowLayout, row_blocks
 from paca.lean.liger import liger_rms_norm
 
@@ -51,7 +51,7 @@ class _RMSNorm(torch.autograd.Function):
         return y
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Any, ...]:
         x, weight, rstd = ctx.saved_tensors
         layout = RowLayout.of(x)

@@ -6,8 +6,9 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch.autograd.function import once_differentiable
 from trl.kernels import ChunkedLogProbFunction
+
+from paca.functional.first_order import first_order
 
 BLOCK = 32 * 2**20
 """Bytes of logits that are held at once: whole rows of the vocabulary, of as many positions as fit."""
@@ -100,7 +101,7 @@ class _LogProbs(torch.autograd.Function):
         return logprobs, entropy, top1
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(
         ctx: Any, of_logprobs: torch.Tensor | None, of_entropy: torch.Tensor | None, _: None
     ) -> tuple[torch.Tensor | None, ...]:
