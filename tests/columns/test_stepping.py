@@ -337,6 +337,23 @@ def test_a_step_of_an_optimizer_that_holds_none_of_ours_costs_nothing(monkeypatc
     assert [name for name in seen.names if not name.startswith("_record_function")] == ["add_"]
 
 
+def test_a_delta_that_nobody_steps_is_looked_at_alone():
+    """Each look waits for the device: the layers whose deltas are stepped need none."""
+    model = adapted()
+    deltas_of(model)[0].requires_grad_(False)
+    optimizer = torch.optim.SGD(deltas_of(model)[1:], lr=0.1)
+    looks = []
+    for _ in range(5):
+        with Operators() as seen:
+            loss_of(model).backward()
+            optimizer.step()
+        looks.append(seen.names.count("equal"))
+    assert looks == [2, 1, 1, 1, 1]
+    deltas_of(model)[0].data.add_(0.5)  # which no counter shows
+    loss_of(model)
+    assert holds(model)
+
+
 def test_a_step_that_a_gradient_scaler_skips_leaves_the_weights():
     model = adapted()
     optimizer, scaler = torch.optim.SGD(deltas_of(model), lr=0.1), torch.amp.GradScaler("cpu", init_scale=4.0)

@@ -46,7 +46,7 @@ class _Raise(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> Any:
         raise RuntimeError(
-            "Second derivatives (create_graph=True, as for gradient penalties and MAML) were asked of a layer with PaCA "
-            "columns or of a lean block, which have first ones alone. Leave them out, or train with another method, and "
-            "without lean blocks."
+            "Second derivatives (create_graph=True, as for gradient penalties and MAML) were asked of a layer with "
+            "PaCA columns or of a lean block, which have first ones alone. Leave them out, or train with another "
+            "method, and without lean blocks."
         )

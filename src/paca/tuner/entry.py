@@ -64,10 +64,10 @@ class ModelEntry(Entry):
             # Before the look: a signal's handler that parks weights meanwhile makes each layer look itself, as here.
             self.unwritten = any(batch.entry is self for batch in Running.batches)
             try:
-                if changed or (mode[0] and not all(layer.base_layer.columns.has_trust() for layer in self.layers)):
-                    write_layers([*self.layers, *self.others], compare=True)
-                else:
-                    write_layers([layer for layer in self.layers if layer.stale()])
+                doubted = [one for one in self.layers if mode[0] and not one.base_layer.columns.has_trust()]
+                if changed or doubted:
+                    write_layers([*(self.layers if changed else doubted), *self.others], compare=True)
+                write_layers([layer for layer in self.layers if layer.stale()])
             except BaseException:
                 self.unwritten = True
                 self._modes.pop(thread, None)
