@@ -64,3 +64,26 @@ def test_two_folders_of_one_method_and_seed_are_refused(tmp_path: Path) -> None:
     paths = [run(tmp_path / name, rank) for name, rank in (("a", 4), ("b", 8), ("again", 4))]
     with pytest.raises(PacaError, match=r"a and .*again hold the same settings and the same seed, 0\. Leave one out"):
         compare_folders(paths, tmp_path / "report")
+
+
+def test_runs_judged_by_different_metrics_are_refused(tmp_path: Path) -> None:
+    """One table would show an exact match as a loss of 0."""
+    judged: Any = {"sections": {"eval": {"metric": "exact_match"}}, "scores": {"after": {"exact_match": 0.0}}}
+    paths = [run(tmp_path / "a", 4), run(tmp_path / "b", 8, **judged)]
+    with pytest.raises(PacaError, match=r"different metrics \(loss of a, exact_match of b\)"):
+        compare_folders(paths, tmp_path / "report")
+    assert not (tmp_path / "report").exists()
+
+
+def test_it_is_said_that_runs_were_trained_unlike_each_other(tmp_path: Path) -> None:
+    train = {"learning_rate": 1e-3, "seed": 0}
+    others = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "optim": "sgd"}
+    small = {**others, "per_device_train_batch_size": 1}
+    paths = [run(tmp_path / name, 4, sections={"train": train | own}) for name, own in (("a", others), ("b", small))]
+    told = "\n".join(compare_folders(paths, tmp_path / "report").notes)
+    assert "Not the same for all runs: sequences in a step" in told
+    alike = {**others, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 1, "optim": "adamw_torch"}
+    paths = [paths[0], run(tmp_path / "c", 4, sections={"train": train | alike})]
+    told = "\n".join(compare_folders(paths, tmp_path / "report2").notes)
+    assert "sequences in a step" not in told
+    assert "optimizer" in told

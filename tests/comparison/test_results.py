@@ -363,6 +363,9 @@ def test_a_best_rate_at_the_edge_of_those_tried_is_told(
 
 def test_the_terminal_tells_of_the_edge_too() -> None:
     output = io.StringIO()
-    found = dataclasses.replace(result({"paca": BASE, "lora": BASE}), edges=["The best rate of paca is the lowest."])
+    found = dataclasses.replace(
+        result({"paca": BASE, "lora": BASE}), edges={"paca": "The best rate of paca is the lowest."}
+    )
     show_result(found, Path("compared"), Console(file=output, width=200))
     assert "\nThe best rate of paca is the lowest.\n" in output.getvalue()
+    assert found.verdict.endswith("; better rates of paca may lie beyond those tried.")

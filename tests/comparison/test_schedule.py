@@ -109,7 +109,19 @@ def test_while_a_run_is_missing_no_rate_is_chosen() -> None:
 
 def test_methods_may_have_grids_of_their_own() -> None:
     grids = {"paca": [1e-3, 2e-3], "lora": [1e-4, 2e-4, 4e-4]}
-    plan = schedule(grids, [0], lambda job: Outcome(job.rate, job.rate), extend=False)
+    ended = {Job(name, rate, 0): Outcome(rate, rate) for name, rates in grids.items() for rate in rates}
+    plan = schedule(grids, [0], ended.get, extend=False)
     assert runs(plan, "paca") == [(1e-3, 0), (2e-3, 0)]
     assert runs(plan, "lora") == [(1e-4, 0), (2e-4, 0), (4e-4, 0)]
     assert plan.chosen == {"paca": 1e-3, "lora": 1e-4}
+
+
+def test_without_extension_rates_that_ran_before_count_all_the_same() -> None:
+    ran = {1e-3: 0.3, 3e-3: 0.2, 9e-3: 0.1, 2.7e-2: 0.05, 8.1e-2: 0.04}
+
+    def outcome(job: Job) -> Outcome | None:
+        return Outcome(ran[job.rate], ran[job.rate]) if job.rate in ran and job.seed == 0 else None
+
+    plan = schedule({"paca": RATES}, SEEDS, outcome, extend=False)
+    assert plan.chosen == {"paca": 8.1e-2}
+    assert [job.rate for job in plan.jobs if job.seed == 0] == list(ran)

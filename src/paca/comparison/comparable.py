@@ -69,12 +69,22 @@ def unlike(rows: Iterable[Row]) -> list[str]:
         "data.train": "training data",
         "data.limit": "limit of the training data",
         "steps": "steps",
+        "train.lr_scheduler_type": "schedule of the rate",
+        "train.optim": "optimizer",
         "meta_info.system_info.cpu": "processor",
         "meta_info.system_info.device_name": "device",
         "meta_info.package_info": "versions of libraries",
         "meta_info.git": "state of the code",
     }
-    return [named[key] for key in _differing(rows, tuple(named))]
+    rows = list(rows)
+    sequences = {_sequences_per_step(row["run_info"]["config"].get("train", {})) for row in rows}
+    batches = ["sequences in a step"] if len(sequences) > 1 else []
+    return batches + [named[key] for key in _differing(rows, tuple(named))]
+
+
+def _sequences_per_step(train: Mapping[str, Any]) -> int:
+    """In each process."""
+    return train.get("per_device_train_batch_size", 8) * train.get("gradient_accumulation_steps", 1)
 
 
 def _shown(value: Any) -> str:

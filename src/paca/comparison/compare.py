@@ -53,8 +53,8 @@ def compare(comparison: Comparison, planned: Sequence[PlannedMethod], console: C
         rate = plan.chosen.get(method.name)
         chosen = [row for row in tried if row["learning_rate"] == rate and row["score"] is not None]
         methods.append(MethodResult(method.name, settings_text(method), rate, chosen, tried))
-    edges = [edge for method in methods if (edge := edge_of(method)) is not None]
-    notes = [*_notes(comparison, planned, methods), *edges]
+    edges = {method.name: edge for method in methods if (edge := edge_of(method)) is not None}
+    notes = [*_notes(comparison, planned, methods), *edges.values()]
     result = ComparisonResult(methods, notes, comparison.equal, edges)
     write_report(comparison.path, result, {job.name: comparison.folder(job) for job in rows})
     return result
@@ -69,7 +69,7 @@ def compare_folders(paths: Sequence[Path], output: Path) -> ComparisonResult:
 
     Raises:
         PacaError: A folder holds no finished run, or one without held-out data, or two hold the same method and seed,
-            or all are of one method.
+            or all are of one method, or they are judged by different metrics.
     """
     groups: dict[str, list[Row]] = {}
     names = [path.name for path in paths]
@@ -94,6 +94,13 @@ def compare_folders(paths: Sequence[Path], output: Path) -> ComparisonResult:
         folders[row["name"]] = folder
     if len(groups) < 2:
         raise PacaError("These runs differ in nothing but their seeds, so there are no two methods to compare.")
+    metrics = {row["name"]: row["metric"] for rows in groups.values() for row in rows}
+    if len(set(metrics.values())) > 1:
+        told = ", ".join(f"{metric} of {name}" for name, metric in metrics.items())
+        raise PacaError(
+            f"These runs are judged by different metrics ({told}), which one table can't show. Compare runs with the "
+            "same eval.metric."
+        )
     methods = []
     for rows in groups.values():
         rate = rows[0]["learning_rate"]

@@ -5,8 +5,8 @@ from __future__ import annotations
 import dataclasses
 import math
 import statistics
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from paca.comparison.comparable import at, incomparable
@@ -195,8 +195,8 @@ class ComparisonResult:
     """What a reader has to know of how it was made."""
     equal: tuple[str, ...] = ()
     """What was made the same for all methods."""
-    edges: Sequence[str] = ()
-    """Those notes that say of a method that its best rate may lie beyond those tried."""
+    edges: Mapping[str, str] = field(default_factory=dict)
+    """Those notes that say of a method, by its name, that its best rate may lie beyond those tried."""
 
     @property
     def metric(self) -> str:
@@ -232,6 +232,8 @@ class ComparisonResult:
             found = terms[0] + "; ".join(sentences)
         else:
             found = "; ".join(term + sentence for term, sentence in zip(terms, sentences, strict=True))
+        if self.edges:
+            found += f"; better rates of {' and '.join(self.edges)} may lie beyond those tried"
         return found[0].upper() + found[1:] + "." if found.startswith(("no ", "at ")) else found + "."
 
     @property

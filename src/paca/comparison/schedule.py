@@ -64,7 +64,7 @@ def schedule(
         grids: The rates of each method, by its name.
         seeds: The first one is the one that rates are searched with.
         outcomes: Of the runs that ended.
-        extend: Go beyond a grid while its first or last rate is the best.
+        extend: Go beyond a grid while its first or last rate is the best; else as far as such runs have ended already.
     """
     columns, chosen, expected = [], {}, {}
     for method, rates in grids.items():
@@ -94,7 +94,9 @@ def _search(
         level = [(outcome.loss, rate) for outcome, rate in scored if outcome.score <= top.score + top.error]
         best = min(level)[1]
         beyond = _beyond(sorted(tried), best)
-        if not extend or beyond is None or len(tried) >= len(rates) + MOST_BEYOND:
+        if beyond is None or len(tried) >= len(rates) + MOST_BEYOND:
+            return tried, best
+        if not extend and outcomes(Job(method, beyond, seed)) is None:  # one that ran before counts
             return tried, best
         tried.append(beyond)
 

@@ -107,6 +107,9 @@ class Work:
                 return False
             if self.row(job) is not None:  # ended by another process since it was looked for
                 return True
+            if job.seed == self.comparison.seeds[0] and job.rate not in self.comparison.grids()[job.method]:
+                why = f"the best rate of {job.method} so far is the lowest or the highest that was tried"
+                say(self.console, f"{job.rate:g} is tried as well: {why} (--no-extend would leave it at that)")
             process = TrainingProcess(
                 self.comparison.config_file(job), self.comparison.folder(job), claim, self.program
             )
