@@ -122,6 +122,7 @@ def test_no_library_is_to_tell_its_makers_unless_the_user_says_so(run: Run, monk
         (MODEL_AND_DATA + "train: {lr: 1}\n", "there is no key train.lr. Did you mean train.learning_rate?"),
         (MODEL_AND_DATA + "train: {output_dir: a}\n", "can't be set here: the run folder is output.dir."),
         (MODEL_AND_DATA + "eval: {befor: true}\n", "there is no key eval.befor. Did you mean eval.before?"),
+        (MODEL_AND_DATA + "eval: {meitrc: loss}\n", "there is no key eval.meitrc. Did you mean eval.metric?"),
         ("model: [\n", "line 2, column 1: not valid YAML"),
         (MODEL_AND_DATA + "calibration: {sequences: 0}\n", "calibration.sequences is 0; it must be 1 or more."),
     ],
@@ -199,6 +200,8 @@ WITHOUT_GRADIO = pytest.mark.skipif(find_spec("gradio") is not None, reason="gra
         (["bench", "--hidden", "300"], "hidden is 300; this shape has heads of 128 in groups of 4, so it must be a"),
         (["bench", "--model", "llama9"], "There is no model 'llama9' here, and no preset of that name. Did you mean"),
         (["bench", "--model", "./model", "--layers", "2"], "layers resizes presets only"),
+        (["bench", "--methods", "paca,nope"], "There is no method 'nope'."),
+        (["bench", "--methods", "paca:r=0"], "paca: r is '0'; give a whole number from 1 on."),
     ],
 )
 def test_what_can_not_work_is_refused_before_anything_heavy_is_imported(

@@ -20,6 +20,12 @@ def test_a_task_file_is_found_by_a_path_with_a_folder_in_it(tmp_path: Path, monk
     assert Path.cwd() == tmp_path
 
 
+def test_a_misspelt_path_is_told_with_the_nearest(tmp_path: Path) -> None:
+    file = save_task(tmp_path, "letters", 2)
+    with pytest.raises(PacaError, match=rf"no task file .*Did you mean '{file}'\? Check the path"):
+        load_tasks([str(file).replace("letters", "leters")])
+
+
 def test_a_file_that_is_wrong_is_not_taken_for_data_that_is_missing(tmp_path: Path) -> None:
     file = save_task(tmp_path, "mine", 3)
     file.write_text(file.read_text().replace("{{question}}", "{{query}}"))

@@ -5,16 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import peft
-from torch import nn
-from transformers import PreTrainedModel
-
-from paca.config import PacaConfig
-from paca.lean import make_lean
 from paca.messages.errors import PacaError
 from paca.messages.nearest import did_you_mean
+
+if TYPE_CHECKING:
+    from torch import nn  # libraries are imported where models are made: a misspelt method is found without them
 
 _OPTIONS = ("r", "target_modules")
 
@@ -66,10 +63,22 @@ def _frozen(model: Any, adaptation: Adaptation) -> nn.Module:
 
 
 def _paca(model: Any, adaptation: Adaptation, **more: Any) -> nn.Module:
+    import peft
+
+    from paca.config import PacaConfig
+
     return peft.get_peft_model(model, PacaConfig(r=adaptation.r, target_modules=adaptation.target_modules, **more))
 
 
+def _lean(model: Any, adaptation: Adaptation, recompute: Any = None) -> nn.Module:
+    from paca.lean import make_lean
+
+    return _paca(make_lean(model, recompute), adaptation)
+
+
 def _lora(model: Any, adaptation: Adaptation, autocast_adapter_dtype: bool = True, **more: Any) -> nn.Module:
+    import peft
+
     config = peft.LoraConfig(r=adaptation.r, target_modules=adaptation.target_modules, **more)
     return peft.get_peft_model(model, config, autocast_adapter_dtype=autocast_adapter_dtype)
 
@@ -87,6 +96,8 @@ def _lora_fa(model: Any, adaptation: Adaptation) -> nn.Module:
 
 
 def _vera(model: Any, adaptation: Adaptation) -> nn.Module:
+    import peft
+
     # PEFT's default r of 256 stays: it counts shared projections, not trained columns.
     return peft.get_peft_model(model, peft.VeraConfig(target_modules=adaptation.target_modules))
 
@@ -98,6 +109,9 @@ def _qlora(model: Any, adaptation: Adaptation) -> nn.Module:
 
 def _equal(model: nn.Module, adaptation: Adaptation) -> Adaptation:
     """With the rank at which LoRA, `r × (in + out)` per layer, comes closest to PaCA's `r × out`; at least 1."""
+    from torch import nn
+    from transformers import PreTrainedModel
+
     output = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
     wanted = adaptation.target_modules
     layers = [
@@ -125,11 +139,11 @@ METHODS = {
             "PaCA, stock blocks, columns drawn one by one, as the paper and PEFT draw them",
             partial(_paca, selection="random"),
         ),
-        Method("paca+lean", "PaCA, lean RMSNorm and MLP", lambda model, a: _paca(make_lean(model), a)),
+        Method("paca+lean", "PaCA, lean RMSNorm and MLP", _lean),
         Method(
             "paca+lean+recompute",
             "PaCA, lean blocks, gate and up computed twice",
-            lambda model, a: _paca(make_lean(model, recompute="mlp"), a),
+            partial(_lean, recompute="mlp"),
         ),
         Method("qpaca", "PaCA on NF4 weights, patched columns", _paca, four_bit=True),
         Method("lora", "LoRA, PEFT's defaults, same rank", _lora),

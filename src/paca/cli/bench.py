@@ -97,11 +97,11 @@ def run(
             "compile": compile_,
         }
     )
-    settings.shape()  # before the methods, whose libraries take seconds to import
-    import_libraries()
+    settings.shape()
     from paca.bench.methods import find_methods
 
     find_methods(settings.methods)
+    import_libraries()
     console = Console()
     if dry_run:
         for name, value in asdict(settings).items():
@@ -137,7 +137,6 @@ def run(
 @bench.command(cls=Command)
 def methods() -> None:
     """List the methods and the presets."""
-    import_libraries()
     from paca.bench.methods import METHODS
     from paca.pretrained.published_shapes import SHAPES
 

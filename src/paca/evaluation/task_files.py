@@ -14,7 +14,7 @@ from lm_eval.tasks import TaskManager
 
 from paca.data.hub import without_waiting_for_the_hub
 from paca.messages.errors import PacaError
-from paca.messages.nearest import did_you_mean
+from paca.messages.nearest import did_you_mean, did_you_mean_path
 
 _SUFFIXES = (".yaml", ".yml")
 _GROUP = re.compile(r"^group:", re.MULTILINE)
@@ -39,7 +39,8 @@ def load_tasks(names: Sequence[str], strangers: Path | None = None) -> tuple[Tas
     files = {name: Path(name).expanduser().resolve() for name in names if name.lower().endswith(_SUFFIXES)}
     for name, file in files.items():
         if not file.is_file():
-            raise PacaError(f"There is no task file {name!r} (working folder: {Path.cwd()}). Check the path.")
+            hint = did_you_mean_path(name, lambda there: there.suffix.lower() in _SUFFIXES and there.is_file())
+            raise PacaError(f"There is no task file {name!r} (working folder: {Path.cwd()}).{hint} Check the path.")
         if strangers is not None and file.is_relative_to(strangers.expanduser().resolve()):
             raise PacaError(
                 f"The task file {name!r} came with what is evaluated, and lm-evaluation-harness runs the code that is "

@@ -98,6 +98,7 @@ def test_the_written_config_reads_back_as_the_same_run(tmp_path: Path) -> None:
         ("data: {train: x, trainer: dpo}\n", "no key data.trainer. Did you mean train.trainer?"),
         ("eval: {eval_steps: 9}\n", "no key eval.eval_steps. Did you mean train.eval_steps?"),
         ("eval: {steps: 9}\n", "no key eval.steps. Did you mean train.eval_steps?"),
+        ("eval: {batch_size: 2}\n", "no key eval.batch_size. Did you mean train.per_device_eval_batch_size?"),
         ("eval: {strategy: no}\n", "no key eval.strategy. Did you mean train.eval_strategy?"),
         ("train: {dtype: float32}\n", "no key train.dtype. Did you mean model.dtype?"),
         ("train: {template: x}\n", "no key train.template. Did you mean data.template?"),

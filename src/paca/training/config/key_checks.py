@@ -72,7 +72,8 @@ def check_section(
             # A plain misspelling needs no look at the others, for which libraries are imported. Those of them that are
             # most like a key of another section (`init_lora_weights`, `trainer`) are so by 0.83.
             meant = nearest(_OTHER_WORDS.get(name, name), names, cutoff=0.85)
-            misspelt = meant is not None or elsewhere is None
+            swapped = any(sorted(name) == sorted(known) for known in names)  # `fromat`, alike by 0.83
+            misspelt = meant is not None or swapped or elsewhere is None
             others = dict({} if misspelt or elsewhere is None else elsewhere())
             others.pop(section, None)  # `names` leaves out keys of `train` that can't be set
             hint = _where_it_belongs(name, {section: names, **others})
@@ -101,7 +102,7 @@ def _where_it_belongs(name: str, sections: Mapping[str, Iterable[str]]) -> str:
     rest = _OTHER_WORDS.get(rest, rest)
     if method in METHODS and rest in sections.get(method, ()):
         return f" Did you mean {method}.{rest}?"
-    for wanted in (f"{own}_{name}", _OTHER_WORDS.get(name, name), name):
+    for wanted in (f"{own}_{name}", f"per_device_{own}_{name}", _OTHER_WORDS.get(name, name), name):
         for section, keys in sections.items():
             if wanted in keys:
                 both = section != own and {own, section} <= set(METHODS)
