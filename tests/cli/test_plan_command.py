@@ -221,9 +221,10 @@ def test_a_run_is_simulated_at_its_typical_length_for_its_steps(base: Path, tmp_
     assert [*simulated["methods"]] == ["paca", "lora", "lora-tuned", "qpaca", "qlora"]
     paca_row = simulated["methods"]["paca"]
     assert (paca_row["trainable"], paca_row["layers"]) == (content["trainable"], 14)
-    assert [row["r"] for row in simulated["methods"].values()] == [paca.PacaConfig().r] * 5
     assert all(row["alpha"] for row in simulated["methods"].values())
-    assert simulated["methods"]["lora"]["trainable"] > paca_row["trainable"]
+    assert [simulated["methods"][name]["r"] for name in ("paca", "qpaca")] == [paca.PacaConfig().r] * 2
+    for row in simulated["methods"].values():
+        assert row["trainable"] == pytest.approx(paca_row["trainable"], rel=0.02)
     assert paca_row["total"] == content["total"]
     tokens = paca_row["tokens_per_second"] * paca_row["seconds_per_step"]
     assert tokens == pytest.approx(6 * content["typical_sequence_length"])

@@ -175,6 +175,9 @@ def test_methods_stand_beside_each_other() -> None:
     rows = {row.method: row for row in found.rows}
     assert [*rows] == ["paca", "lora", "lora-tuned", "qpaca", "qlora"]
     assert not found.refused
+    trainable = {row.estimate.trainable for row in found.rows}
+    assert max(trainable) / min(trainable) < 1.15
+    assert rows["lora"].r == rows["qlora"].r == 2
     assert (
         rows["lora"].estimate.activations > rows["lora-tuned"].estimate.activations > rows["paca"].estimate.activations
     )

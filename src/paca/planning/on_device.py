@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -99,7 +100,8 @@ def simulate_on(
         setting: How it is trained.
         adapter: Of what is planned; None for a full training.
         device: As of `find_device`.
-        compare: Also with the other methods: PaCA, LoRA with PEFT's defaults and tuned, and both on NF4 weights.
+        compare: Also with the other methods, of as many parameters: PaCA, LoRA with PEFT's defaults and tuned, and
+            both on NF4 weights. Beside a full training they have r 16.
         typical_length: Tokens to which batches are padded on average, for the time; those of `setting` if None.
         efficiency: What the data sheet does not say.
 
@@ -111,6 +113,8 @@ def simulate_on(
     for method, config, change in _methods(setting, adapter, compare):
         wanted = replace(setting, device="cuda", **change)
         try:
+            if rows and adapter is not None and config is not None:
+                config = _with_parameters(model, wanted, config, rows[0].estimate.trainable)
             longest = estimate(model, wanted, config, timed=typical_length is None)
             typical = longest
             if typical_length is not None:
@@ -150,7 +154,7 @@ def _methods(
     modules = getattr(adapter, "target_modules", None) or "all-linear"
     targets: Any = modules if isinstance(modules, str) else sorted(modules)
     paca = PacaConfig(r=rank, target_modules=targets, task_type="CAUSAL_LM")
-    lora = LoraConfig(r=rank, target_modules=targets, task_type="CAUSAL_LM")
+    lora = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=targets, task_type="CAUSAL_LM")
     plain, packed = {"quantization": None}, {"quantization": "nf4"}
     others: Sequence[tuple[str, PeftConfig, dict[str, Any]]] = (
         ("paca", paca, plain),
@@ -160,6 +164,16 @@ def _methods(
         ("qlora", lora, {**packed, "autocast_adapter_dtype": True}),
     )
     yield from (other for other in others if other[0] != planned)
+
+
+def _with_parameters(model: PreTrainedModel, setting: Setting, config: Any, wanted: int) -> PeftConfig:
+    """With the r that comes closest to `wanted` trained parameters, of which each r has as many."""
+    each = estimate(model, setting, config).trainable / config.r
+    changed = copy.copy(config)
+    changed.r = max(1, round(wanted / each))
+    if isinstance(changed, LoraConfig):
+        changed.lora_alpha = 2 * changed.r
+    return changed
 
 
 def method_name(adapter: PeftConfig | None, setting: Setting) -> str:
