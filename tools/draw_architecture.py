@@ -163,6 +163,8 @@ def draw(arrows: Mapping[str, tuple[str, ...]], path: Path) -> None:
                 "color": "#12908a" if {room, other} <= CORE else "#b5bac2",
                 "shrinkA": 0,
                 "shrinkB": 0,
+                # Round the rooms of the levels between, on the side that it comes from.
+                "connectionstyle": f"arc3,rad={0 if y - to_y < 2 else -0.3 if x > to_x else 0.3}",
             },
         )
     for room, (x, y) in places.items():

@@ -65,7 +65,7 @@ def test_piped_turns_share_a_history_until_reset(run: Path) -> None:
 def test_two_answer_side_by_side_and_share_their_base_model(run: Path, tmp_path: Path) -> None:
     other = save_adapter(tmp_path / "other", run / "base", seed=2)
     for beside, expected in ((str(other), chats(other, length=20)), ("base", chats(run, length=20, base=True))):
-        console = Console(file=io.StringIO(), width=600)
+        console = Console(file=io.StringIO(), width=600, height=3)  # less than the answers take
         both = SideBySide(str(run), beside, None, console, max_new_tokens=20)
         both.ask("Hello")
         assert [history[1]["content"] for history in both.histories] == [chats(run, length=20), expected]
@@ -73,6 +73,7 @@ def test_two_answer_side_by_side_and_share_their_base_model(run: Path, tmp_path:
         shown: Any = console.file
         assert all(title in shown.getvalue() for title in both.titles)
         assert shown.getvalue().endswith("┘\n")
+        assert "…" not in shown.getvalue()
         assert len(both._models._held) == 1  # of what is in memory
     first = both.histories
     both.begin()

@@ -39,7 +39,7 @@ def test_base_and_adapter_are_printed_side_by_side(workspace: Path) -> None:
     done = fresh_paca("evaluate", "run", "--tasks", "sums.yaml", "--limit", 9, "--output", "out", cwd=workspace)
     assert (done.returncode, done.stderr) == (0, "")
     lines = done.stdout.splitlines()
-    counts = [f"{side}: {done} of 27 answers compared" for side in ("base", "adapter") for done in (0, 27)]
+    counts = [f"{side}: {done} of 27 options compared" for side in ("base", "adapter") for done in (0, 27)]
     assert lines[:5] == ["Loading run ...", *counts]
     assert re.search(r"task .* metric .* base .* adapter .* difference", done.stdout)
     results = json.loads((workspace / "out" / "results.json").read_text())["results"]["sums"]

@@ -66,7 +66,7 @@ def look_of(model):
 
 
 def check_unchanged(model, before, want):
-    again, now = logits(model), look_of(model)
+    now, again = look_of(model), logits(model)
     assert set(now) == set(before)
     assert not [f"{name}: {value} became {now[name]}" for name, value in before.items() if now[name] != value]
     assert torch.equal(again, want)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from typing import Any
 
 from rich.console import Console
@@ -41,16 +41,18 @@ class SideBySide:
         """Show both answers as they grow, the left one first; Ctrl-C ends them early."""
         question: Message = {"role": "user", "content": line}
         answers = ["", ""]
-        with Live(console=self.console, auto_refresh=False) as live, suppress(KeyboardInterrupt):
+        live = Live(console=self.console, auto_refresh=False) if self.console.is_terminal else None
+        with live or nullcontext(), suppress(KeyboardInterrupt):
             for side, (_, base) in enumerate(self.sides):
                 loaded = self._load(side)
                 messages = [*opening(loaded, self.system), *self.histories[side], question]
                 with answering(loaded, base):
                     for piece in stream_reply(loaded, messages, **self.sampling):
                         answers[side] += piece
-                        live.update(self._table(answers), refresh=True)
-        if not self.console.is_terminal:
-            self.console.line()  # rich ends the last line in a terminal alone
+                        if live is not None:
+                            live.update(self._table(answers), refresh=True)
+        if live is None:
+            self.console.print(self._table(answers))  # a live table is cut to the height of a terminal
         for history, answer in zip(self.histories, answers, strict=True):
             history += [question, {"role": "assistant", "content": answer}]
 

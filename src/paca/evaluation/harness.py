@@ -157,7 +157,7 @@ class _WatchedModel(HFLM):
         self.cache_hook = _CountingHook(cache_hook, self._watcher)
 
     def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
-        self._watcher.begin(self._who, "answers compared", len(requests))
+        self._watcher.begin(self._who, "options compared", len(requests))
         return list(super().loglikelihood(requests, disable_tqdm=True))
 
     def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:

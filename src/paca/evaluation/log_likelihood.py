@@ -64,7 +64,7 @@ def likelihoods(
     def length(one: Continuation) -> int:
         return len(one.prompt) + len(one.answer)
 
-    found = longest_first(partial(_score, model), fitted, length, batch_size, "answers compared", kept)
+    found = longest_first(partial(_score, model), fitted, length, batch_size, "options compared", kept)
     return [Likelihood(*one) for one in found]
 
 

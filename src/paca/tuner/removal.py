@@ -46,6 +46,7 @@ def remove_adapter(model: nn.Module, adapter_name: str, trainable_before: dict[s
     for name, parameter in model.named_parameters():
         if name in trainable_before:
             parameter.requires_grad_(trainable_before[name])
+    entry.write_layers(paca_layers(model))  # what was parked meanwhile
 
 
 def remove_unloaded(model: Any, adapter_name: str, trainable_before: dict[str, bool]) -> None:
