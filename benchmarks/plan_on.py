@@ -23,7 +23,7 @@ import paca
 from paca.planning import MemoryEstimate, Setting, estimate
 from paca.planning.device_time import step_time
 from paca.planning.devices import find_device
-from paca.planning.estimate import prepare_model
+from paca.planning.memory_estimate import prepare_model
 from paca.planning.target import outline_of
 
 HERE = Path(__file__).parent

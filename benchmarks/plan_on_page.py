@@ -7,7 +7,6 @@ from pathlib import Path
 
 import plan_on
 import plan_on_h100
-import torch
 
 from paca.planning.device_time import Efficiency
 from paca.planning.devices import DEVICES, GB, Device
@@ -179,7 +178,7 @@ def devices() -> str:
         "| --- | ---: | ---: | ---: | ---: | ---: | --- |",
     ]
     for device in DEVICES.values():
-        peaks = (device.peak[dtype] / 1e12 for dtype in (torch.float16, torch.float32))
+        peaks = (device.peak[dtype] / 1e12 for dtype in ("float16", "float32"))
         cells = [f"{device.memory / 2**30:g}", _programs(device), f"{device.bandwidth / GB:g}"]
         cells += [*(f"{peak:g}" for peak in peaks), device.source]
         lines.append(f"| `{device.name}` | {' | '.join(cells)} |")

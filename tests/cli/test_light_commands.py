@@ -193,6 +193,7 @@ WITHOUT_GRADIO = pytest.mark.skipif(find_spec("gradio") is not None, reason="gra
         ),
         (["import", "adapter", "--output", "model"], "model exists and is not empty."),
         (["plan", "model", "--memory", "much"], "'much' is no amount of memory."),
+        (["plan", "model", "--on", "h900"], "There is no device 'h900' in the table. Did you mean 'h200'?"),
         (["plan", "model", "--loss", "half"], "--loss must be chunked, full or any, not 'half'."),
         (["runs", "run"], "No such folder: run. Did you mean 'runs'? Give a folder with runs of `paca train`, or one"),
         (["runs", "model"], "There are no runs in model: no metrics.jsonl in it, nor in its folders."),

@@ -15,8 +15,8 @@ import paca
 from paca.planning import MemoryEstimate, Setting, estimate
 from paca.planning.device_time import Efficiency, host_seconds, step_time, tile_share
 from paca.planning.devices import DEVICES, find_device
-from paca.planning.estimate import prepare_model, trace_step
 from paca.planning.live_memory import LiveMemory
+from paca.planning.memory_estimate import prepare_model, trace_step
 from paca.planning.on_device import OnDevice, simulate_on
 from paca.planning.operators import Operator
 from paca.planning.repeated_blocks import copy_with_blocks, find_blocks
@@ -56,8 +56,8 @@ def test_the_table_of_devices_is_well_formed() -> None:
         assert 0.97 <= device.usable / device.memory < 1
         assert " issue " in device.usable_source or "an estimate: 98 %" in device.usable_source
         assert 0.3e12 <= device.bandwidth < 9e12  # bytes, not GB
-        half = device.peak[torch.float16]
-        assert device.peak.get(torch.bfloat16, half) == half > device.peak[torch.float32] > 8e12
+        half = device.peak["float16"]
+        assert device.peak.get("bfloat16", half) == half > device.peak["float32"] > 8e12
         assert 0 < device.attention < 1
         assert device.cache < device.memory / 100
         # The product of matrices of 8192 is bound by operations, the sum of two by the memory.

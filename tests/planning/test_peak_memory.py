@@ -13,7 +13,7 @@ from architectures import config
 
 import paca
 from paca.planning import Setting, estimate
-from paca.planning.estimate import FRAMEWORK
+from paca.planning.memory_estimate import FRAMEWORK
 
 GATED = {
     "hidden_size": 512,

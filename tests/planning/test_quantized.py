@@ -18,7 +18,7 @@ from transformers import BitsAndBytesConfig
 import paca
 from paca.planning import Setting, estimate, fit, step_seconds
 from paca.planning.device_rates import MatmulRate, fixed_rate, given_bandwidth, measure_dequantize_rate
-from paca.planning.estimate import prepare_model
+from paca.planning.memory_estimate import prepare_model
 from paca.quantized import quantization_of
 
 pytest.importorskip("bitsandbytes")

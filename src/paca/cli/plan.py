@@ -86,17 +86,18 @@ def plan(
         choice = "none, nf4, fp4, int8, or with --memory auto or any"
         raise PacaError(f"--quantization must be {choice}, not {quantization!r}.")
     budget = None if memory is None else parse_bytes(memory)
+    from paca.planning.devices import find_device
+
+    simulated_device = None if on is None else find_device(on)
     import_libraries()
     import torch
 
     from paca.cli.plan_tables import Outcome, as_json, show_estimate, show_fit, show_simulated
     from paca.planning import available_memory, estimate, fit
     from paca.planning.device_rates import fixed_rate, given_bandwidth, measure_dequantize_rate, measure_rate
-    from paca.planning.devices import find_device
     from paca.planning.on_device import rates_on, simulate_on
     from paca.planning.passes import task_of
 
-    simulated_device = None if on is None else find_device(on)
     if simulated_device is not None:
         device = "cuda"
         budget = None if budget is None else min(budget, simulated_device.usable)

@@ -8,7 +8,7 @@ import torch
 
 from paca.messages.errors import PacaError
 from paca.messages.units import format_bytes
-from paca.planning.estimate import PlannedModel, estimate, root_of
+from paca.planning.memory_estimate import PlannedModel, estimate, root_of
 from paca.planning.passes import task_of
 from paca.planning.setting import Setting
 

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-
-import torch
+from typing import TYPE_CHECKING
 
 from paca.messages.errors import PacaError
 from paca.messages.nearest import did_you_mean
 
+if TYPE_CHECKING:
+    import torch  # a misspelt name is found without it
+
 GB = 10**9
-_HALF = (torch.bfloat16, torch.float16)
+_HALF = ("bfloat16", "float16")
 
 
 @dataclass(frozen=True)
@@ -29,8 +31,8 @@ class Device:
     """Where that is from: an issue on GitHub that quotes what torch says of it, or that it is an estimate."""
     bandwidth: float
     """Bytes per second of its memory."""
-    peak: Mapping[torch.dtype, float]
-    """Floating-point operations per second of dense matrix products that are summed in float32."""
+    peak: Mapping[str, float]
+    """By the dtype's name, floating-point operations per second of dense matrix products that are summed in float32."""
     cache: int
     """Bytes of the last cache before its memory."""
     units: int
@@ -42,12 +44,12 @@ class Device:
 
     def peak_of(self, dtype: torch.dtype) -> float:
         """Operations per second in `dtype`; that of float32 where nothing else is stated, as without units for it."""
-        return self.peak.get(dtype, self.peak[torch.float32])
+        return self.peak.get(str(dtype).removeprefix("torch."), self.peak["float32"])
 
     @property
     def has_bfloat16(self) -> bool:
         """Whether it multiplies bfloat16. Volta and Turing don't: torch's products go through float32 there."""
-        return torch.bfloat16 in self.peak
+        return "bfloat16" in self.peak
 
 
 _USABLE = 0.98
@@ -71,11 +73,11 @@ _CAPACITIES = {
 
 def _device(
     name: str, title: str, memory: float, bandwidth: float, half: float, single: float, cache: float, units: int,
-    source: str, attention: float = 0.5, halves: tuple[torch.dtype, ...] = _HALF,
+    source: str, attention: float = 0.5, halves: tuple[str, ...] = _HALF,
 ) -> Device:  # fmt: skip
     """Memory in GiB, bandwidth in GB/s, peaks in TFLOP/s: of 16 bits (`halves`: which of them it multiplies), and of
     float32 without TF32 (torch's default); the cache in MB."""
-    peak = {**dict.fromkeys(halves, half * 1e12), torch.float32: single * 1e12}
+    peak = {**dict.fromkeys(halves, half * 1e12), "float32": single * 1e12}
     estimated = _USABLE * memory, f"an estimate: {100 * _USABLE:.0f} % of it"
     usable, seen = _CAPACITIES.get(name, estimated)
     return Device(
@@ -113,11 +115,11 @@ DEVICES = {
         _device("l40s", "NVIDIA L40S 48 GB", 48 * _ECC, 864, 362, 91.6, 96, 142,
                 "NVIDIA L40S data sheet"),
         _device("t4", "NVIDIA T4 16 GB", 16 * _ECC, 300, 65, 8.1, 4, 40,
-                "NVIDIA T4 Tensor Core GPU data sheet", halves=(torch.float16,)),
+                "NVIDIA T4 Tensor Core GPU data sheet", halves=("float16",)),
         _device("v100-16gb", "NVIDIA V100 16 GB SXM2", 16, 900, 125, 15.7, 6, 80,
-                "NVIDIA V100 Tensor Core GPU data sheet", halves=(torch.float16,)),
+                "NVIDIA V100 Tensor Core GPU data sheet", halves=("float16",)),
         _device("v100-32gb", "NVIDIA V100 32 GB SXM2", 32, 900, 125, 15.7, 6, 80,
-                "NVIDIA V100 Tensor Core GPU data sheet", halves=(torch.float16,)),
+                "NVIDIA V100 Tensor Core GPU data sheet", halves=("float16",)),
         _device("rtx6000ada", "NVIDIA RTX 6000 Ada 48 GB", 48, 960, 364.2, 91.1, 96, 142,
                 "NVIDIA RTX 6000 Ada Generation data sheet: a quarter of the 1,457 TFLOPS of 8 bits with sparsity"),
         _device("a6000", "NVIDIA RTX A6000 48 GB", 48, 768, 154.8, 38.7, 6, 84,

@@ -16,7 +16,7 @@ from paca.messages.errors import PacaError
 from paca.planning.device_rates import DequantizeRate, MatmulRate
 from paca.planning.device_time import Efficiency, StepTime, step_time
 from paca.planning.devices import Device
-from paca.planning.estimate import MemoryEstimate, estimate
+from paca.planning.memory_estimate import MemoryEstimate, estimate
 from paca.planning.setting import Setting
 
 RANK = 16

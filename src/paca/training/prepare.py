@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from paca.lean import make_lean, undo_lean
 from paca.messages.errors import PacaError
 from paca.messages.processes import launched_processes
-from paca.planning.estimate import PlannedModel
+from paca.planning.memory_estimate import PlannedModel
 from paca.pretrained.quantizing import quantize_outline
 from paca.training.config import adapter_settings, train_settings
 from paca.training.config.learning_rate import AUTO, automatic_rate, beside_automatic, follows_weights

@@ -14,7 +14,7 @@ from transformers import PreTrainedConfig
 from paca.messages.errors import PacaError
 from paca.messages.units import format_bytes
 from paca.planning.device_rates import DequantizeRate, MatmulRate, fixed_rate
-from paca.planning.estimate import FRAMEWORK, MemoryEstimate, PlannedModel, estimate, prepare_model
+from paca.planning.memory_estimate import FRAMEWORK, MemoryEstimate, PlannedModel, estimate, prepare_model
 from paca.planning.setting import Setting
 from paca.planning.simulated_step import WEIGHTS
 
@@ -79,7 +79,7 @@ def fit(
     fits among the divisors of `global_batch`; the rest of it is gradient accumulation.
 
     Args:
-        model: As in `paca.planning.estimate`.
+        model: As in `paca.planning.memory_estimate`.
         base: What is not searched: sequence length, padding, autocast, optimizer, device, and the loss.
         memory: The budget in bytes, the framework's overhead included.
         global_batch: Sequences per optimizer step.

@@ -10,7 +10,7 @@ from architectures import config
 import paca
 from paca.planning import Setting, estimate, fit, longest_batch, step_seconds, warn_if_too_large
 from paca.planning.device_rates import MatmulRate, fixed_rate, measure_rate
-from paca.planning.estimate import FRAMEWORK, prepare_model
+from paca.planning.memory_estimate import FRAMEWORK, prepare_model
 
 BASE = Setting(sequence_length=256, chunked_loss=False)
 SHAPE = {"dtype": torch.float32, "vocab_size": 100, "num_hidden_layers": 2}

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 import paca
 from paca.planning import MemoryEstimate, Setting, estimate
 from paca.planning.compiled_products import PROGRAM_BYTES
-from paca.planning.estimate import FRAMEWORK, PROGRAMS, prepare_model, trace_step
+from paca.planning.memory_estimate import FRAMEWORK, PROGRAMS, prepare_model, trace_step
 from paca.planning.repeated_blocks import copy_with_blocks, find_blocks
 from paca.planning.simulated_step import simulate
 
