@@ -313,3 +313,16 @@ def test_an_interrupt_while_an_adapter_is_put_in(monkeypatch, kind, beside, wher
     now = look_of(model)
     assert not [f"{name}: {value} became {now.get(name)}" for name, value in before.items() if now.get(name) != value]
     assert list(now) == list(before)
+
+
+def test_columns_of_layers_that_the_adapter_has_not_are_there_at_once(tmp_path):
+    """Loading parks all layers; those of the other adapter alone would stay so until the next pass."""
+    tensors = save(tmp_path, target_modules=["q_proj"], modules_to_save=None)
+    tensors[next(name for name in tensors if name.endswith("paca_delta"))].fill_(float("nan"))
+    save_file(tensors, tmp_path / ADAPTER)
+    model = adapt(llama(**SHARED), task_type="CAUSAL_LM", target_modules=["q_proj", "v_proj"])
+    model(input_ids=tokens()).logits.sum().backward()
+    before = look_of(model)
+    with pytest.raises(ValueError, match="NaN"):
+        model.load_adapter(tmp_path, "second")
+    assert {name for name, value in look_of(model).items() if value != before[name]} == set()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -10,9 +9,8 @@ from unittest.mock import patch
 
 import datasets
 from huggingface_hub import constants
-from huggingface_hub.utils import http_backoff
 
-_ANSWER_SECONDS = 10.0
+from paca.pretrained.hub import why_silent
 
 
 @contextmanager
@@ -28,9 +26,4 @@ def without_waiting_for_the_hub() -> Iterator[bool]:
 
 @cache
 def _answers(endpoint: str) -> bool:
-    try:
-        with patch.object(logging.getLogger("huggingface_hub.utils._http"), "disabled", True):
-            http_backoff("HEAD", endpoint, max_retries=1, base_wait_time=1, timeout=_ANSWER_SECONDS)
-    except Exception:  # of httpx or httpx2, whichever the hub's client of the day is made with
-        return False
-    return True  # whatever it answered: the loaders tell what is missing
+    return why_silent(endpoint) is None

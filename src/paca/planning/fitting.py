@@ -20,7 +20,7 @@ from paca.planning.simulated_step import WEIGHTS
 
 LEAN_TIME, LEAN_TIME_ON_CPU = 1.02, 0.97
 """Time of a step with lean blocks over one without: a preference where both fit the same batch, not a forecast. On CPUs
-0.96 to 1.02 were measured, one AMX Xeon with the least of them (docs/notes/speed.md); elsewhere nothing was, so stock
+0.96 to 1.04 were measured, an AMX Xeon with the least of them (docs/notes/speed.md); elsewhere nothing was, so stock
 blocks are preferred there."""
 
 

@@ -39,18 +39,25 @@ def only_from_cache(name: str, revision: str | None) -> bool:
         PacaError: The hub does not answer, and the local cache has no such model.
     """
     url = huggingface_hub.hf_hub_url(name, "config.json", revision=revision, endpoint=constants.ENDPOINT)
-    retries = logging.getLogger("huggingface_hub.utils._http")
+    error = why_silent(url)
+    if error is None:
+        return False  # whatever it answered: the loaders tell a missing repository from a gated one
+    files = ("config.json", "tokenizer_config.json", "adapter_config.json")  # of a model, a tokenizer, an adapter
+    cached = [huggingface_hub.try_to_load_from_cache(name, file, revision=revision) for file in files]
+    if not any(isinstance(file, str) for file in cached):
+        raise PacaError(unreachable(name)) from error
+    logger.warning("The hub cannot be reached (%s); reading %r from the local cache.", error, name)
+    return True
+
+
+def why_silent(url: str) -> Exception | None:
+    """Why the hub gives no answer at `url`, for which it has seconds; None if it gives one."""
     try:
-        with patch.object(retries, "disabled", True):
+        with patch.object(logging.getLogger("huggingface_hub.utils._http"), "disabled", True):
             http_backoff("HEAD", url, max_retries=1, base_wait_time=1, timeout=_ANSWER_SECONDS)
     except Exception as error:  # of httpx or httpx2, whichever the hub's client of the day is made with
-        files = ("config.json", "tokenizer_config.json", "adapter_config.json")  # of a model, a tokenizer, an adapter
-        cached = [huggingface_hub.try_to_load_from_cache(name, file, revision=revision) for file in files]
-        if not any(isinstance(file, str) for file in cached):
-            raise PacaError(unreachable(name)) from error
-        logger.warning("The hub cannot be reached (%s); reading %r from the local cache.", error, name)
-        return True
-    return False  # whatever it answered: the loaders tell a missing repository from a gated one
+        return error
+    return None
 
 
 def has_adapter(name: str, revision: str | None) -> bool:
