@@ -56,6 +56,15 @@ def test_every_run_is_a_run_folder_and_a_row(uninterrupted: Path) -> None:
     assert all((uninterrupted / "runs" / name / "adapter").is_dir() for name in NAMES)
 
 
+def test_a_rate_that_is_added_to_a_grid_is_told_once(tmp_path: Path) -> None:
+    work = small_work(tmp_path, "paca", extend=True)  # 3e-3 is the best, and the last of two
+    work.console = Console(file=io.StringIO(), width=200)
+    work.run()
+    text = work.console.file.getvalue()  # type: ignore[attr-defined]
+    assert text.count("0.009 is tried as well: the best rate of paca so far is the lowest or the highest") == 1
+    assert text.count("is tried as well") == 1
+
+
 def test_finished_runs_are_kept(uninterrupted: Path) -> None:
     def written() -> list[int]:
         return [(uninterrupted / "runs" / name / "summary.json").stat().st_mtime_ns for name in NAMES]
