@@ -172,6 +172,8 @@ WITHOUT_GRADIO = pytest.mark.skipif(find_spec("gradio") is not None, reason="gra
         (["chat", "answer"], "No such folder: answer. Did you mean 'runs/answers'? Give a run"),
         (["chat", "answers"], "No such folder: answers. Did you mean 'runs/answers'? Give a run"),
         (["chat", "runs/answer"], "No such folder: runs/answer. Did you mean 'runs/answers'? Give a run"),
+        (["chat", "broken"], "broken/adapter_config.json is broken: Expecting"),
+        (["merge", "broken", *OUTPUT], "It should be a JSON object; copy or save it again."),
         (["train", "runs/answers"], "is a folder; a YAML file was expected. Did you mean 'runs/answers/config.yaml'?"),
         (["train", "run.yml"], "There is no file run.yml. Did you mean 'run.yaml'?"),
         (["compare", "rum.yaml", *OUTPUT], "no folder of that name. Did you mean 'run.yaml'? Give a run's YAML"),
@@ -210,6 +212,8 @@ def test_what_can_not_work_is_refused_before_anything_heavy_is_imported(
 ) -> None:
     (tmp_path / "adapter").mkdir()
     (tmp_path / "adapter" / "adapter_config.json").write_text('{"base_model_name_or_path": "base"}')
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "adapter_config.json").write_text('{"peft_type": ')
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "config.json").write_text("{}")
     (tmp_path / "runs" / "answers").mkdir(parents=True)

@@ -81,11 +81,12 @@ def run_hint(folder: Path) -> str:
 
 
 def checked(adapter: Path) -> Path:
-    """The folder; PacaError if one of its files is none of its own, such as a pipe, or a link to elsewhere."""
+    """The folder; PacaError if its config is broken, or a file is none of its own, such as a pipe or a link."""
     try:
         check_entries(adapter)
     except ValueError as error:
         raise PacaError(str(error)) from error
+    adapter_settings(adapter)  # here, where nothing was loaded yet
     return adapter
 
 
