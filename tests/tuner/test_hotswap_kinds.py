@@ -12,7 +12,7 @@ from expert_models import FAMILIES, STACKS, mixtral
 from layers.small_networks import NETWORKS, TARGETS, example, network
 from models import adapt, llama, tokens
 from paca.layers import paca_layers
-from quantized_layers import REAL, forward_only_stack, stack
+from quantized_layers import REAL, Stack, forward_only_stack, stack
 
 FORWARD_ONLY = "gptqmodel.nn_modules.qlinear.torch"
 
@@ -64,6 +64,32 @@ def test_quantized_layers(kind, tmp_path):
         return stack(kind, torch.float32) if kind in REAL else forward_only_stack(kind)
 
     check(make, tmp_path, lambda model: model(x), target_modules=["lin1", "lin2"])
+
+
+@pytest.mark.parametrize("kind", ["plain", "nf4", "int8", "hqq"])
+def test_columns_over_those_of_inference_tensors_which_have_no_version(kind, tmp_path):
+    x = torch.randn(3, 64, generator=torch.Generator().manual_seed(0))
+
+    def make(seed):
+        torch.manual_seed(3)
+        plain = Stack() if kind == "plain" else stack(kind, torch.float32)
+        return adapt(plain, random_seed=seed, target_modules=["lin1", "lin2"])
+
+    other = make(5)
+    other.save_pretrained(tmp_path)
+    its = {name: tensor.clone() for name, tensor in other.state_dict().items() if "paca_" in name}
+    with torch.inference_mode():
+        model, swapped = make(0), make(0)
+        assert not torch.allclose(model(x), other(x))
+        assert not torch.allclose(swapped(x), other(x))
+        assert paca_layers(model)[0].paca_indices["default"].is_inference()
+        model.load_state_dict(its, strict=False)
+    paca.hotswap_adapter(swapped, tmp_path, "default")
+    with torch.inference_mode():
+        for one in (model, swapped):
+            assert torch.equal(one(x), other(x))
+            with one.disable_adapter(), other.disable_adapter():
+                assert torch.equal(one(x), other(x))
 
 
 def test_offloaded_layers(tmp_path):

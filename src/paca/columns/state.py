@@ -79,11 +79,12 @@ class State:
         tensors = [t for c in columns for t in (c.delta, c.indices, c.source) if t is not None]
         self.watched = [(t, t._version) for t in tensors if not t.is_inference()]
         # Where columns lie: trained ones anywhere by their indices, folded ones as they are scaled.
-        self.places = [(id(c.indices), version_of(c.indices), c.folded, c.folded and c.scale) for c in columns]
+        self.places = [
+            (id(c.indices), version_of(c.indices, c.revision), c.folded, c.folded and c.scale) for c in columns
+        ]
         deltas, scales = tuple([c.delta for c in columns]), tuple([c.scale for c in columns])
-        self.trained: Trained
         if like and like.places == self.places and all(map(is_, deltas + scales, like.trained[0] + like.trained[2])):
-            self.trained = like.trained
+            self.trained: Trained = like.trained
         else:
             indices = tuple([c.indices for c in columns])
             self.trained = Trained(deltas, indices, scales, tuple(map(runs_of, indices)), (None,) * len(columns))

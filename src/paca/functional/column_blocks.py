@@ -19,9 +19,9 @@ _MEAN_LENGTH = 8
 _KNOWN: WeakIdKeyDictionary = WeakIdKeyDictionary()  # (version, runs): on accelerators, looking waits for the device
 
 
-def version_of(tensor: Tensor) -> int:
-    """The tensor's version counter; inference tensors have none and can't be trained, so they count as unchanged."""
-    return -1 if tensor.is_inference() else tensor._version
+def version_of(tensor: Tensor, otherwise: int = -1) -> int:
+    """The tensor's version counter; `otherwise` for inference tensors, which have none (and can't be trained)."""
+    return otherwise if tensor.is_inference() else tensor._version
 
 
 def runs_of(indices: Tensor) -> Runs | None:
