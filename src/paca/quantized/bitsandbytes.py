@@ -5,18 +5,15 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from paca.quantized.weight import QuantizedWeight, is_a
+from paca.quantized.weight import QuantizedWeight
 
 
 class FourBit(QuantizedWeight):
     """`Linear4bit`."""
 
-    library = "bitsandbytes"
-
-    def matches(self, module: nn.Module) -> bool:
-        return is_a(module, "bitsandbytes", "Linear4bit")
+    library, layer_class = "bitsandbytes", "Linear4bit"
 
     def problem(self, module: Any) -> str | None:
         if self._state(module) is None:
@@ -81,11 +78,8 @@ class FourBit(QuantizedWeight):
 class EightBit(QuantizedWeight):
     """`Linear8bitLt` with int8 weights, one scale a row."""
 
-    library = "bitsandbytes"
+    library, layer_class = "bitsandbytes", "Linear8bitLt"
     stock_dequantizes = False  # it rounds inputs to 8 bits too
-
-    def matches(self, module: nn.Module) -> bool:
-        return is_a(module, "bitsandbytes", "Linear8bitLt")
 
     def problem(self, module: Any) -> str | None:
         if module.state.has_fp16_weights:

@@ -7,16 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from paca.quantized.weight import QuantizedWeight, is_a
+from paca.quantized.weight import QuantizedWeight
 
 
 class HalfQuadratic(QuantizedWeight):
     """`hqq.core.quantize.HQQLinear`."""
 
-    library = "hqq"
-
-    def matches(self, module: nn.Module) -> bool:
-        return is_a(module, "hqq", "HQQLinear")
+    library, layer_class = "hqq", "HQQLinear"
 
     def name(self, module: Any) -> str:
         return f"hqq {module.meta['nbits']} bits"

@@ -14,12 +14,14 @@ class QuantizedWeight(ABC):
 
     library: str
     """The package that it comes from."""
+    layer_class: str
+    """The name of its class of layers there, if these are known by their class."""
     stock_dequantizes = True
     """Whether the stock layer's product is that with the dequantized weight, bit for bit."""
 
-    @abstractmethod
     def matches(self, module: nn.Module) -> bool:
         """Whether `module`'s weight is quantized this way. Imports nothing."""
+        return any(c.__name__ == self.layer_class and comes_from(c, self.library) for c in type(module).__mro__)
 
     @abstractmethod
     def name(self, module: Any) -> str:
@@ -88,11 +90,6 @@ class QuantizedWeight(ABC):
         if module.bias is not None:
             linear.bias = nn.Parameter(module.bias.detach().to(weight.dtype, copy=True), requires_grad=False)
         return linear.train(module.training)
-
-
-def is_a(module: nn.Module, package: str, class_name: str) -> bool:
-    """Whether a class of `module` comes from `package` and has this name; without importing it."""
-    return any(c.__name__ == class_name and comes_from(c, package) for c in type(module).__mro__)
 
 
 def comes_from(kind: type, package: str) -> bool:
