@@ -112,17 +112,12 @@ class PatchedWeight(OverlaidWeight):
     quantization: QuantizedWeight
     _columns_kept: ColumnsKept | None = None
 
-    @classmethod
-    def adopt(cls, module: Any) -> Any:
-        super().adopt(module)
-        module.quantization.adopt(module)
-        return module
-
     def _set_up(self) -> None:
         super()._set_up()
         quantization = quantization_of(self)
         assert quantization is not None
         self.quantization = quantization
+        quantization.adopt(self)
 
     def release(self) -> None:
         quantization = self.quantization
