@@ -7,7 +7,6 @@ from paca.layers.convolution import PacaConvolution, ResidentConv1d, ResidentCon
 from paca.layers.embedding import PacaEmbedding, ResidentEmbedding
 from paca.layers.experts import PacaExpertStack, ResidentStack, ResidentTransposedStack
 from paca.layers.linear import PacaLinear, ResidentConv1D, ResidentLinear
-from paca.layers.peft_calls import refuse_sharded
 from paca.layers.resident_weight import ResidentWeight
 
 _KINDS: dict[type[PacaLayer], tuple[type[ResidentWeight], ...]] = {
@@ -28,15 +27,4 @@ def layers_of(model: nn.Module, adapter_name: str) -> dict[str, PacaLayer]:
     return {name: layer for name, layer in found.items() if adapter_name in layer.paca_delta}
 
 
-__all__ = [
-    "PACA_CLASSES",
-    "RESIDENT_CLASSES",
-    "PacaConvolution",
-    "PacaEmbedding",
-    "PacaExpertStack",
-    "PacaLayer",
-    "PacaLinear",
-    "layers_of",
-    "paca_layers",
-    "refuse_sharded",
-]
+__all__ = ["PACA_CLASSES", "RESIDENT_CLASSES", "PacaExpertStack", "PacaLayer", "layers_of", "paca_layers"]

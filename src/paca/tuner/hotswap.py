@@ -19,7 +19,8 @@ from peft.utils.save_and_load import load_peft_weights
 from torch import Tensor, nn
 
 from paca.config import PacaConfig
-from paca.layers import PacaLayer, layers_of, refuse_sharded
+from paca.layers import PacaLayer, layers_of
+from paca.layers.peft_calls import refuse_sharded
 from paca.tuner.adapter_checks import DELTA, INDICES, check_adapter_tensors
 from paca.tuner.adapter_file import shapes_in
 from paca.tuner.column_choice import for_layer

@@ -22,7 +22,8 @@ from paca.columns.kept import Kept, positions_of, sum_of
 from paca.columns.scores import widest
 from paca.columns.state import AdapterColumns
 from paca.config import PacaConfig
-from paca.layers import PacaLayer, paca_layers, refuse_sharded
+from paca.layers import PacaLayer, paca_layers
+from paca.layers.peft_calls import refuse_sharded
 from paca.tuner.rotation.union_config import UnionLayer, union_settings
 
 EXACT = ("cat", "linear")
