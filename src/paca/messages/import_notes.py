@@ -39,11 +39,7 @@ def hold_import_notes() -> Iterator[None]:
 
 def _is_no_note(record: logging.LogRecord) -> bool:
     message = record.getMessage()
-    if not re.match(_NOTES[record.name], message) or (record.name == "torchao" and _with_cuda()):
+    if not re.match(_NOTES[record.name], message) or (record.name == "torchao" and sys.modules["torch"].version.cuda):
         return True
     logging.getLogger("paca").info("%s, while it was imported: %s", record.name, message)
     return False
-
-
-def _with_cuda() -> bool:
-    return sys.modules["torch"].version.cuda is not None
