@@ -83,10 +83,10 @@ class OverlaidLinear(PacaLayer):
     def base_columns(self, indices: Tensor) -> Tensor:
         """The base weight's columns `(out_features, r)`, without any adapter's."""
         base = self.base_layer
+        device, dtype = base.weight_placement()
         if isinstance(base, PatchedWeight):
-            return base.quantization.columns(base, indices)
+            return base.quantization.weight_and_columns(base, dtype, indices)[1]
         # A weight that only multiplies shows its columns when it multiplies unit vectors.
-        device, dtype = self.base_layer.weight_placement()
         units = torch.zeros(indices.numel() + 1, self.in_features, device=device, dtype=dtype)
         units[torch.arange(indices.numel(), device=device), indices] = 1
         active, self._disable_adapters = self._disable_adapters, True

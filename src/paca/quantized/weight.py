@@ -78,10 +78,6 @@ class QuantizedWeight(ABC):
         weight = self.dequantize(module)
         return weight.to(dtype), weight.index_select(1, positions)
 
-    def columns(self, module: Any, positions: Tensor) -> Tensor:
-        """The dequantized columns `(out_features, k)`."""
-        return self.weight_and_columns(module, self.stored_dtype(module), positions)[1]
-
     def plain(self, module: Any, weight: Tensor) -> nn.Linear:
         """An ordinary layer with `weight (out_features, in_features)` and `module`'s bias."""
         out_features, in_features = weight.shape
