@@ -89,8 +89,7 @@ class ConvolutionProduct(Product):
         return scaled(gradient.to(dtype), scale)
 
     def bias_gradient(self, grad_output: Tensor) -> Tensor:
-        channels = grad_output.movedim(self.channel_dim, -1)
-        return channels.reshape(-1, channels.shape[-1]).sum(0)
+        return super().bias_gradient(grad_output.movedim(self.channel_dim, -1))
 
     def add_contribution(self, y: Tensor, selected: Tensor, indices: Tensor, delta: Tensor, scale: float) -> Tensor:
         if not selected.numel():

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from paca.functional.column_blocks import Runs
 from paca.functional.product import Product
+from paca.functional.train_columns import scaled
 
 
 class EmbeddingProduct(Product):
@@ -35,9 +36,8 @@ class EmbeddingProduct(Product):
         self, selected: Tensor, grad_output: Tensor, indices: Tensor, scale: Any, size: torch.Size, dtype: torch.dtype
     ) -> Tensor:
         columns = grad_output.index_select(-1, indices).to(torch.promote_types(dtype, torch.float32))
-        columns = columns if isinstance(scale, float) and scale == 1.0 else columns * scale
         gradient = torch.ops.aten.embedding_dense_backward(
-            columns, selected, size[0], self.padding_idx, self.scale_grad_by_freq
+            scaled(columns, scale), selected, size[0], self.padding_idx, self.scale_grad_by_freq
         )
         return gradient.to(dtype)
 
