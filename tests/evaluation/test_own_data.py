@@ -121,7 +121,7 @@ def test_choice_takes_the_likeliest_option_and_the_likeliest_per_token(loaded: L
         right_normalized.append(float(means.index(max(means)) == row["answer"]))
     score = measure(loaded.model, loaded.tokenizer, data, Measurement("choice", batch_size=2))
     assert score.values == {"choice": statistics.mean(right), "choice_normalized": statistics.mean(right_normalized)}
-    assert score.errors["choice"] == pytest.approx(statistics.stdev(right) / math.sqrt(3))
+    assert score.means["choice"][1] == pytest.approx(statistics.stdev(right) / math.sqrt(3))
     assert [sample["reference"] for sample in score.samples] == ["B", "A", "D"]
     assert all(sample["answer"] in "ABCD" for sample in score.samples)
 
@@ -134,7 +134,7 @@ def test_the_normalized_choice_may_be_a_longer_option(
     monkeypatch.setattr(own_data, "likelihoods", lambda *_, **__: said)
     score = measure(loaded.model, loaded.tokenizer, data, Measurement("choice"))
     assert score.values == {"choice": 0.0, "choice_normalized": 1.0}
-    assert score.errors == {"choice": None, "choice_normalized": None}
+    assert [error for _, error in score.means.values()] == [None, None]
 
 
 @pytest.mark.parametrize("columns", [("instruction", "output"), ("prompt", "completion")])
@@ -201,7 +201,7 @@ def test_exact_match_compares_what_the_pattern_finds_last(
     score = exact_match(loaded, examples(tmp_path, SUMS), r"####\s*(.+?)(?=\s*(?:no|$))")
     right = [1.0, 1.0, 0.0, 1.0, 0.0, 0.0, 1.0]
     assert score.values == {"exact_match": pytest.approx(statistics.mean(right))}
-    assert score.errors["exact_match"] == pytest.approx(statistics.stdev(right) / math.sqrt(7))
+    assert score.means["exact_match"][1] == pytest.approx(statistics.stdev(right) / math.sqrt(7))
     assert [sample["answer"] for sample in score.samples] == answers[:5]
 
 

@@ -101,7 +101,7 @@ def test_the_difference_has_the_error_of_the_differences_one_by_one(
 
 def test_all_right_and_all_wrong_is_said_to_be_no_certainty() -> None:
     def score(right: float) -> Score:
-        return Score({"choice": right}, {"choice": 0.0}, 20, [], {"choice": [right] * 20}, [1.0] * 20)
+        return Score({"choice": [right] * 20}, [1.0] * 20, [])
 
     rows = rows_of_run({"base": score(0), "adapter": score(1)})
     assert rows[0].difference == (1.0, 0.0)
@@ -110,7 +110,7 @@ def test_all_right_and_all_wrong_is_said_to_be_no_certainty() -> None:
         "1 may be off by 0.16 (95 %, Wilson)."
     )
     assert number((1.0, 0.0)) == "1.0000"
-    half = Score({"choice": 0.5}, {"choice": 0.5}, 2, [], {"choice": [0.0, 1.0]}, [1.0] * 2)
+    half = Score({"choice": [0.0, 1.0]}, [1.0] * 2, [])
     assert note_on_errors(rows_of_run({"model": half})) is None
 
 

@@ -14,7 +14,6 @@ from paca.data.images import image_bytes
 from paca.evaluation.batches import longest_first
 from paca.evaluation.kept_lines import KeptAnswers
 from paca.evaluation.own_data import SAMPLES, Score
-from paca.evaluation.statistics import ratio_with_error
 from paca.messages.errors import PacaError
 from paca.pretrained.generation import LoadedModel
 from paca.training.config.run_config import RunConfig
@@ -83,15 +82,12 @@ def measure_labels(
     asked = [Asked(index, _content(row), row["labels"]) for index, row in enumerate(rows)]
     found = [Given(*one) for one in longest_first(classify, asked, _length, batch_size, "examples labelled", kept)]
     right = [float(given.label == one.label) for given, one in zip(found, asked, strict=True)]
-    sums, weights = {"accuracy": right, "loss": [given.loss for given in found]}, [1.0] * len(found)
     names = model.config.id2label
-    means = {name: ratio_with_error(values, weights) for name, values in sums.items()}
     samples = [
         {"question": row.get("text", row[ORIGIN]), "reference": names[one.label], "answer": names[given.label]}
         for row, one, given in zip(rows.select(range(min(SAMPLES, len(rows)))), asked, found, strict=False)
     ]
-    values, errors = {name: mean[0] for name, mean in means.items()}, {name: mean[1] for name, mean in means.items()}
-    return Score(values, errors, len(found), samples, sums, weights)
+    return Score({"accuracy": right, "loss": [given.loss for given in found]}, [1.0] * len(found), samples)
 
 
 def _length(one: Asked) -> int:

@@ -9,11 +9,10 @@ from typing import Any, NamedTuple
 
 import torch
 
+from paca.data.tokens import IGNORED
 from paca.evaluation.batches import context_of, longest_first
 from paca.evaluation.kept_lines import KeptAnswers
 from paca.messages.errors import PacaError
-
-IGNORED = -100
 
 
 class Continuation(NamedTuple):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Literal
 
 from transformers import PreTrainedTokenizerBase
@@ -15,7 +16,7 @@ from paca.evaluation.encoding import Example, answer_of, continuation_of, option
 from paca.evaluation.kept_lines import KeptAnswers
 from paca.evaluation.log_likelihood import likelihoods
 from paca.evaluation.sides import Watcher
-from paca.evaluation.statistics import ratio_with_error
+from paca.evaluation.statistics import Mean, as_numbers, ratio_with_error
 from paca.messages.errors import PacaError
 from paca.messages.shown import shown
 from paca.pretrained.answer_pattern import check_pattern, extract_answers
@@ -103,25 +104,34 @@ class Measurement:
 class Score:
     """How well a model did."""
 
-    values: dict[str, float]
-    """By name; the first is the one asked for."""
-    errors: dict[str, float | None]
-    """The standard error of each; None where a single example tells none, 0 where all examples are alike."""
-    examples: int
-    samples: list[dict[str, str]] = field(default_factory=list)
-    """The first examples: `question`, `reference` and `answer`, as texts."""
-    sums: dict[str, list[float]] = field(default_factory=dict, repr=False)
-    """What each example adds to a value, in order."""
-    weights: list[float] = field(default_factory=list, repr=False)
+    sums: dict[str, list[float]] = field(repr=False)
+    """By name, the one asked for first: what each example adds to a value, in order."""
+    weights: list[float] = field(repr=False)
     """What the sums are divided by: 1 for each example, or the tokens of its answer."""
+    samples: list[dict[str, str]]
+    """The first examples: `question`, `reference` and `answer`, as texts."""
+
+    @property
+    def examples(self) -> int:
+        """How many there were."""
+        return len(self.weights)
+
+    @cached_property
+    def means(self) -> dict[str, Mean]:
+        """By name, with standard errors: None where a single example tells none, 0 where all examples are alike."""
+        return {name: ratio_with_error(of_examples, self.weights) for name, of_examples in self.sums.items()}
+
+    @property
+    def values(self) -> dict[str, float]:
+        """Those means, without their errors."""
+        return {name: mean[0] for name, mean in self.means.items()}
 
     def as_dict(self) -> dict[str, Any]:
         """For `summary.json`; `right` has 1 or 0 for each example, where the metric asked for counts them so."""
-        errors = {f"{name}_stderr": error for name, error in self.errors.items()}
-        asked, right = next(iter(self.values)), {}
+        asked, right = next(iter(self.sums)), {}
         if asked in ("exact_match", "choice", "accuracy"):
             right["right"] = "".join(f"{one:.0f}" for one in self.sums[asked])
-        return {**self.values, **errors, "examples": self.examples, **right, "samples": self.samples}
+        return {**as_numbers(self.means), "examples": self.examples, **right, "samples": self.samples}
 
 
 def scorer(section: EvalSection, watcher: Watcher | None = None) -> Measurement | None:
@@ -175,9 +185,7 @@ def measure(
         {"question": question_text(row), "reference": answer_of(row), "answer": answer}
         for row, answer in zip(rows[:SAMPLES], answers, strict=False)
     ]
-    means = {name: ratio_with_error(of_examples, weights) for name, of_examples in sums.items()}
-    values, errors = {name: mean[0] for name, mean in means.items()}, {name: mean[1] for name, mean in means.items()}
-    return Score(values, errors, len(rows), samples, sums, weights)
+    return Score(sums, weights, samples)
 
 
 Found = tuple[dict[str, list[float]], list[float], list[str]]

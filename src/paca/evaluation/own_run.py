@@ -18,7 +18,7 @@ from paca.evaluation.labelled import measure_labels
 from paca.evaluation.own_data import Measurement, Score, measure, scorer
 from paca.evaluation.side_by_side import Row
 from paca.evaluation.sides import ADAPTER, BASE, MODEL, Watcher
-from paca.evaluation.statistics import Mean, ratio_with_error
+from paca.evaluation.statistics import Mean, as_numbers, ratio_with_error
 from paca.messages.errors import PacaError, about
 from paca.pretrained.bounded_template import check_template_ends
 from paca.pretrained.generation import LoadedModel, load_for_generation, load_saved
@@ -200,8 +200,8 @@ def rows_of_run(scores: dict[str, Score], data: str = "held-out data") -> list[R
     """For the table: every metric of what was measured on `data`, base and adapter beside each other."""
     first = next(iter(scores.values()))
     rows = []
-    for name in first.values:
-        values = {side: (score.values[name], score.errors[name]) for side, score in scores.items()}
+    for name in first.sums:
+        values = {side: score.means[name] for side, score in scores.items()}
         task = f"{data}, {first.examples:,} examples"
         rows.append(Row(task, 0, name, values, _difference(scores, name), first.examples))
     return rows
@@ -223,7 +223,6 @@ def write_scores(output: Path, scores: dict[str, Score], data: str) -> Path:
     content: dict[str, Any] = {"data": data, **{side: score.as_dict() for side, score in scores.items()}}
     if BASE in scores:
         found = {row.metric: row.difference for row in rows_of_run(scores) if row.difference is not None}
-        values = {name: mean[0] for name, mean in found.items()}
-        content["difference"] = values | {f"{name}_stderr": mean[1] for name, mean in found.items()}
+        content["difference"] = as_numbers(found)
     write_whole(output / "own_data.json", json.dumps(content, indent=2, ensure_ascii=False) + "\n")
     return output / "own_data.json"

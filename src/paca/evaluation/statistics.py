@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 Mean = tuple[float, float | None]
 """A number and its standard error, where there is one."""
 _Z = 1.96
 """Standard deviations of a normal distribution between which 95 % of it lie."""
+
+
+def as_numbers(means: Mapping[str, Mean]) -> dict[str, float | None]:
+    """For files: each number by its name, then each standard error by that name and `_stderr`."""
+    values = {name: value for name, (value, _) in means.items()}
+    return values | {f"{name}_stderr": error for name, (_, error) in means.items()}
 
 
 def mean_with_error(values: Sequence[float]) -> Mean:
