@@ -26,8 +26,9 @@ from lm_eval.tasks import TaskManager
 from lm_eval.utils import handle_non_serializable
 
 from paca.evaluation.identity import identity
-from paca.evaluation.sides import ADAPTER, BASE, MODEL, Watcher
+from paca.evaluation.sides import BASE, Watcher, sides_of
 from paca.messages.errors import PacaError
+from paca.pretrained.conversation import answering
 from paca.pretrained.generation import LoadedModel
 from paca.training.folder.run_folder import write_whole
 
@@ -63,14 +64,14 @@ def evaluate_tasks(
     Raises:
         PacaError: A task that does not fit the model, or a folder with another model's results.
     """
-    sides = [MODEL] if loaded.adapter is None else [BASE, ADAPTER]
+    sides = sides_of(loaded)
     if settings.chat_template and loaded.tokenizer.chat_template is None:
         raise PacaError("--chat-template needs a tokenizer with a chat template, and this model's has none.")
-    _claim(output, identity(loaded, adapted=True))
+    _claim(output, identity(loaded, sides[-1]))
     manager, tasks = found
     results = {}
     for side in sides:
-        with loaded.model.disable_adapter() if side == BASE else contextlib.nullcontext():
+        with answering(loaded, base=side == BASE):
             results[side] = _evaluate(loaded, side, manager, tasks, settings, output, watcher)
         _write(output / "results.json" if side != BASE else output / BASE / "results.json", results[side])
     return results
@@ -99,7 +100,7 @@ def _evaluate(
     watcher: Watcher,
 ) -> dict[str, Any]:
     model = _WatchedModel(loaded, side, settings.batch_size, watcher)
-    kept = output / "answers" / f"{side}-{identity(loaded, adapted=side != BASE)}"
+    kept = output / "answers" / f"{side}-{identity(loaded, side)}"
     # Outside of a repository it lets git complain on standard error; results then say null as well.
     with _explained(kept), patch.object(evaluator, "get_git_commit_hash", lambda: None):
         try:

@@ -6,14 +6,15 @@ import hashlib
 from pathlib import Path
 from typing import Any
 
+from paca.evaluation.sides import BASE
 from paca.pretrained.adapter_folder import ADAPTER_CONFIG, weight_file
 from paca.pretrained.generation import LoadedModel
 
 _OF_WEIGHTS = ("*.safetensors", "*.bin", "*.gguf")
 
 
-def identity(loaded: LoadedModel, *, adapted: bool) -> str:
-    """A hash of all that decides the answers: base model, tokenizer, and the adapter's content where it is active.
+def identity(loaded: LoadedModel, side: str) -> str:
+    """A hash of all that decides the answers: base model, tokenizer, and the adapter's content if that answers.
 
     Weights of the base model count by the names, sizes and times of their files, or by the hub's commit.
     """
@@ -32,7 +33,7 @@ def identity(loaded: LoadedModel, *, adapted: bool) -> str:
         add(tokenizer.to_json_string())
     else:
         add(backend.to_str() if backend is not None else tokenizer.get_vocab(), tokenizer.chat_template)
-    if adapted and loaded.adapter is not None:
+    if side != BASE and loaded.adapter is not None:
         for file in (loaded.adapter / ADAPTER_CONFIG, weight_file(loaded.adapter)):
             found.update(file.read_bytes())
     return found.hexdigest()[:16]

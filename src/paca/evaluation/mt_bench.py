@@ -7,7 +7,6 @@ paca's own, so ratings compare with each other, not with published ones.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import time
 from dataclasses import asdict
@@ -22,8 +21,9 @@ from paca.evaluation.judge import Judge, Usage
 from paca.evaluation.kept_lines import append, as_written, lines_of
 from paca.evaluation.mt_bench_questions import Question
 from paca.evaluation.mt_bench_ratings import ratings_of, scores_of
-from paca.evaluation.sides import ADAPTER, BASE, MODEL, Watcher
+from paca.evaluation.sides import BASE, Watcher, sides_of
 from paca.messages.errors import PacaError
+from paca.pretrained.conversation import answering
 from paca.pretrained.generation import LoadedModel
 from paca.training.folder.run_folder import write_whole
 
@@ -60,14 +60,13 @@ def run_mt_bench(
     if loaded.tokenizer.chat_template is None:
         raise PacaError("MT-Bench is a conversation, and this model's tokenizer has no chat template.")
     output.mkdir(parents=True, exist_ok=True)
-    sides = [MODEL] if loaded.adapter is None else [BASE, ADAPTER]
     answers = {}
-    for side in sides:
-        with loaded.model.disable_adapter() if side == BASE else contextlib.nullcontext():
+    for side in sides_of(loaded):
+        with answering(loaded, base=side == BASE):
             answers[side] = _answers(loaded, side, questions, output, watcher, max_new_tokens, batch_size)
     models, used = {}, Usage()
-    for side in sides:
-        ratings = ratings_of(judge, side, questions, answers[side], output, watcher)
+    for side, said in answers.items():
+        ratings = ratings_of(judge, side, questions, said, output, watcher)
         models[side] = scores_of(ratings)
         used = sum((rating.usage for rating in ratings), used)
     results = {
@@ -89,8 +88,7 @@ def _answers(
     batch_size: int,
 ) -> list[list[str]]:
     """What the model says to each question, turn by turn; kept in a file as whole batches are done."""
-    name = f"{identity(loaded, adapted=side != BASE)}-{max_new_tokens}"
-    file = output / f"answers-{side}-{name}.jsonl"
+    file = output / f"answers-{side}-{identity(loaded, side)}-{max_new_tokens}.jsonl"
     with as_written(file):
         kept = {row["question_key"]: ["".join(text) for text in row["choices"][0]["turns"]] for row in lines_of(file)}
         for question in questions:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
 import os
@@ -17,10 +16,11 @@ from paca.evaluation.kept_lines import KeptAnswers
 from paca.evaluation.labelled import measure_labels
 from paca.evaluation.own_data import Measurement, Score, measure, scorer
 from paca.evaluation.side_by_side import Row
-from paca.evaluation.sides import ADAPTER, BASE, MODEL, Watcher
+from paca.evaluation.sides import ADAPTER, BASE, Watcher, sides_of
 from paca.evaluation.statistics import Mean, as_numbers, ratio_with_error
 from paca.messages.errors import PacaError, about
 from paca.pretrained.bounded_template import check_template_ends
+from paca.pretrained.conversation import answering
 from paca.pretrained.generation import LoadedModel, load_for_generation, load_saved
 from paca.pretrained.purpose import classifier_in, listed
 from paca.training.config.config_file import load_run_config
@@ -169,15 +169,15 @@ def evaluate_run(
     """
     dataset = spread_evenly(held_out.dataset, limit)
     if isinstance(trainer_kind(config.train), Classification):
-        side = MODEL if loaded.adapter is None else ADAPTER
+        side = sides_of(loaded)[-1]
         kept = KeptAnswers(side, watcher, _file_of_answers(loaded, side, config.train.get("max_length"), output))
         some = dataclasses.replace(held_out, dataset=dataset)
         return {side: measure_labels(loaded, some, config, batch_size, kept)}
     measurement = dataclasses.replace(scorer(config.eval) or Measurement("loss"), batch_size=batch_size)
     rows, cut = list(dataset), measurement.max_new_tokens
     found = {}
-    for side in (MODEL,) if loaded.adapter is None else (BASE, ADAPTER):
-        with loaded.model.disable_adapter() if side == BASE else contextlib.nullcontext():
+    for side in sides_of(loaded):
+        with answering(loaded, base=side == BASE):
             kept = KeptAnswers(side, watcher, _file_of_answers(loaded, side, cut, output))
             found[side] = measure(loaded.model, loaded.tokenizer, rows, measurement, kept)
     return found
@@ -192,8 +192,7 @@ def _file_of_answers(loaded: LoadedModel, side: str, cut: int | None, output: Pa
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise PacaError(f"{output} cannot be written: {error}. Give another --output.") from error
-    name = f"own_data-{side}-{identity(loaded, adapted=side != BASE)}-{cut}"
-    return folder / f"{name}.jsonl"
+    return folder / f"own_data-{side}-{identity(loaded, side)}-{cut}.jsonl"
 
 
 def rows_of_run(scores: dict[str, Score], data: str = "held-out data") -> list[Row]:

@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    from paca.pretrained.generation import LoadedModel  # imports torch
 
 BASE, ADAPTER, MODEL = "base", "adapter", "model"
 """The names of what is evaluated: with an adapter the first two, else the third."""
+
+
+def sides_of(loaded: LoadedModel) -> tuple[str, ...]:
+    """What of a model is evaluated."""
+    return (MODEL,) if loaded.adapter is None else (BASE, ADAPTER)
 
 
 class Watcher(Protocol):
