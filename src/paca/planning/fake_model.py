@@ -14,6 +14,7 @@ import transformers.masking_utils
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional
+from trl.kernels import chunked_logprob
 
 from paca.columns import state
 from paca.columns.kept import Kept
@@ -118,10 +119,6 @@ def _first_piece(length: int, size: int) -> Iterator[slice]:
 
 def _use_fused_loss_kernels(stack: ExitStack) -> None:
     """On CUDA, TRL's chunked loss works in place on each tile of logits, by Triton kernels that allocate nothing."""
-    try:
-        from trl.kernels import chunked_logprob
-    except ImportError:  # a TRL without this loss; asking for it is refused elsewhere
-        return
     for name in ("_forward_tile", "_backward_tile"):
         stack.enter_context(patch.object(chunked_logprob, name, lambda *args, **kwargs: None))
     if hasattr(chunked_logprob, "_addmm_fp32"):

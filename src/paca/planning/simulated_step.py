@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
+from trl.trainer.utils import add_fused_lm_head
 
 from paca.lean import make_lean
 from paca.messages.errors import PacaError
@@ -118,7 +119,7 @@ def simulate(
     if setting.checkpointing:
         _checkpoint_blocks(model)
     if setting.chunked_loss:
-        _chunk_loss(model)
+        add_fused_lm_head(model, outputs=("log_probs", "entropy", "is_top1"))
     with warnings.catch_warnings(), without_values(setting.device):
         warnings.simplefilter("ignore")
         try:
@@ -243,17 +244,6 @@ def _checkpoint_blocks(model: PreTrainedModel) -> None:
     # transformers >= 5.2x has the first name; the other one is on its way out.
     enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
     enable({"use_reentrant": False})
-
-
-def _chunk_loss(model: PreTrainedModel) -> None:
-    try:
-        from trl.trainer.utils import add_fused_lm_head
-    except ImportError as error:
-        raise PacaError(
-            "The chunked loss is planned as TRL >= 1.16 computes it, which is not what is installed. Upgrade TRL, or "
-            "plan with the loss over full logits."
-        ) from error
-    add_fused_lm_head(model, outputs=("log_probs", "entropy", "is_top1"))
 
 
 def _own_kind(module: nn.Module) -> str | None:
