@@ -28,7 +28,7 @@ def test_a_line_that_was_cut_at_any_byte_is_left_out_and_taken_away(tmp_path: Pa
     assert [row["key"] for row in lines_of(file)] == ["a", "b"]
 
 
-@pytest.mark.parametrize("content", [b'{"a":\n', b"[1]\n", b"3\n", b"\xff\n", b"[" * 100_000 + b"\n"])
+@pytest.mark.parametrize("content", [b'{"a":\n', b"[1]\n", b"3\n", b"\xff\n"])
 def test_a_damaged_file_is_named(tmp_path: Path, content: bytes) -> None:
     file = tmp_path / "answers.jsonl"
     file.write_bytes(content)
@@ -40,12 +40,6 @@ def test_rows_that_are_no_answers_are_asked_again(tmp_path: Path, watcher: Watch
     file = tmp_path / "answers.jsonl"
     file.write_text('{"key": 3, "answer": 1}\n{"key": "a"}\n{}\n')
     assert KeptAnswers("base", watcher, file).begin("answers", ["x"]) == {}
-
-
-def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
-    os.mkfifo(tmp_path / "answers.jsonl")
-    with pytest.raises(PacaError, match="is no file"):
-        lines_of(tmp_path / "answers.jsonl")
 
 
 def test_a_full_disk_names_the_file_of_answers(tmp_path: Path) -> None:

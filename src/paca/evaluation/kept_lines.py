@@ -63,23 +63,19 @@ def lines_of(file: Path) -> list[dict[str, Any]]:
     """The rows of a file that is appended to; a last line that was cut short is left out, and taken away.
 
     Raises:
-        PacaError: It is no file, or another line is no row.
+        PacaError: Another line is no row.
     """
     if not file.exists():
         return []
-    if not file.is_file():
-        raise PacaError(f"{file} is no file: a folder, a pipe or a device. Remove it.")
     content = file.read_bytes()
     whole = content[: content.rfind(b"\n") + 1]  # before it is read as text: it may be cut within a character
     if whole != content:
         with writing(file):
             os.truncate(file, len(whole))  # nothing is written anew: a kill here must not cost what there is
-    try:
+    with as_written(file):
         rows = [json.loads(line) for line in whole.split(b"\n") if line]
-    except (ValueError, RecursionError) as error:
-        raise PacaError(f"{file} is damaged: {error}. Remove it; what it held is asked again.") from error
-    if not all(isinstance(row, dict) for row in rows):
-        raise PacaError(f"{file} is damaged: a line is no JSON object. Remove it; what it held is asked again.")
+        if not all(isinstance(row, dict) for row in rows):
+            raise ValueError("a line is no JSON object")
     return rows
 
 
