@@ -94,26 +94,6 @@ def test_seeds_that_are_all_alike_give_no_interval(tmp_path: Path) -> None:
     assert "| 1.5000 |" in text
 
 
-def test_curves_come_from_the_rows_where_a_runs_metrics_are_gone(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    found = result({"paca": {0: 1.0}, "lora": {0: 2.0}})
-    runs = made_folders(found, tmp_path)
-    lora = found.methods[1].rows[0]
-    (runs / lora["name"] / "metrics.jsonl").unlink()
-    lora["train_info"]["metrics"] = [
-        {"step": 0, "valid loss": 9.0},
-        *({"step": step, "valid loss": 3.0, "train loss": 2.0, "train time": 5.0 * step} for step in (1, 2)),
-    ]
-    drawn = {}
-    monkeypatch.setattr(
-        "paca.comparison.report.loss_over_time",
-        lambda curves: drawn.update({method.name: parts for method, *parts in curves}) or "",
-    )
-    report_of(tmp_path / "report", found, runs)
-    assert drawn == {"paca": [[], [(0.0, 2.0)]], "lora": [[(5.0, 2.0), (10.0, 2.0)], [(5.0, 3.0), (10.0, 3.0)]]}
-
-
 def test_a_difference_that_rounds_to_nothing_has_no_sign(tmp_path: Path) -> None:
     found = result({"paca": {0: 1.0, 1: 1.0}, "lora": {0: 1.00001, 1: 0.99997}})  # PaCA minus LoRA: 0.00001
     page, text = report_of(tmp_path / "report", found, made_folders(found, tmp_path))

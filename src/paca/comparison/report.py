@@ -27,7 +27,7 @@ def write_report(path: Path, result: ComparisonResult, folders: Mapping[str, Run
     Args:
         path: The folder they go to.
         result: What to tell.
-        folders: Of the runs, by the name in their rows: their curves are drawn, from the rows where one is gone.
+        folders: Of the runs, by the name in their rows: their curves are drawn.
     """
     write_whole(path / "comparison.json", json.dumps(result.as_dict(), indent=2, ensure_ascii=False) + "\n")
     write_whole(path / "comparison.md", _markdown(path.name, result))
@@ -162,13 +162,8 @@ def _curves(method: MethodResult, folders: Mapping[str, RunFolder]) -> tuple[Cur
     held_out: list[tuple[float, float]] = []
     if not method.rows:
         return train, held_out
-    first = method.rows[0]
-    metrics = folders[first["name"]].metrics
-    if not metrics.is_file():  # deleted by hand: the row has the evaluations
-        known = [entry for entry in first["train_info"]["metrics"] if {"valid loss", "train time"} <= entry.keys()]
-        train = [(entry["train time"], entry["train loss"]) for entry in known if "train loss" in entry]
-        return train, [(entry["train time"], entry["valid loss"]) for entry in known]
-    for row in read_rows(metrics):
+    metrics = folders[method.rows[0]["name"]].metrics
+    for row in read_rows(metrics) if metrics.is_file() else []:  # deleted by hand
         if row.get("loss") is not None and "train_seconds" in row:
             train.append((row["train_seconds"], row["loss"]))
         elif row.get("eval_loss") is not None:
