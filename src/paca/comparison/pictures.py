@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from paca.comparison.comparable import at
 from paca.comparison.results import ComparisonResult, MethodResult
 from paca.comparison.statistics import pareto
 from paca.training.reporting.curves import INK, figure_with_axes, inline_svg, thin
@@ -36,7 +37,7 @@ def score_against(result: ComparisonResult, path: tuple[str, ...], across: str, 
             continue
         means.append((cost / unit, score.mean))
         style: dict[str, Any] = {"color": _color(number), "marker": _marker(number), "linestyle": "none"}
-        seeds = [(_number(row, path) / unit, row["score"]) for row in method.rows]
+        seeds = [(at(row, path) / unit, row["score"]) for row in method.rows]
         axes.plot(*zip(*seeds, strict=True), alpha=0.35, markersize=4, **style)
         axes.errorbar(*means[-1], yerr=score.half, capsize=3, markersize=8, label=method.name, **style)
     sign = 1 if result.lower_is_better else -1
@@ -107,9 +108,3 @@ def _color(number: int) -> str:
 
 def _marker(number: int) -> str:
     return _MARKERS[number % len(_MARKERS)]
-
-
-def _number(row: dict[str, Any], path: tuple[str, ...]) -> float:
-    for name in path:
-        row = row[name]
-    return float(row)  # type: ignore[arg-type]
