@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
-import pickle
-import subprocess
-import sys
+import signal
 import tempfile
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
+from multiprocessing.connection import Connection
 from types import TracebackType
-from typing import Any, BinaryIO
+from typing import Any
 
 import psutil
 import torch
@@ -41,11 +41,14 @@ class MeasuringChild:
     """
 
     def __init__(self, settings: BenchSettings, method: str) -> None:
-        self._errors = tempfile.TemporaryFile()  # noqa: SIM115  (lives as long as the process)
-        command = [sys.executable, "-m", "paca.bench.child_process"]
-        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors)
+        self._errors = tempfile.NamedTemporaryFile()  # noqa: SIM115  (lives as long as the process)
+        process = multiprocessing.get_context("spawn")
+        self._pipe, theirs = process.Pipe()
+        self._process = process.Process(target=_run, args=(settings, method, theirs, self._errors.name), daemon=True)
+        self._process.start()
+        theirs.close()
         self._over_budget = False
-        ready = self._ask((settings, method))
+        ready = self._answer()
         if isinstance(ready, str):
             self.close()
             raise ChildFailed(ready)
@@ -58,7 +61,7 @@ class MeasuringChild:
     def run(self, point: Point) -> Probe:
         """Run two steps of this size; ChildFailed if the process ended, for another reason than its budget."""
         try:
-            return self._ask(point)
+            return self._answer(point)
         except ChildFailed:
             if not self._over_budget:
                 raise
@@ -67,7 +70,8 @@ class MeasuringChild:
     def close(self) -> None:
         """End the process."""
         self._process.kill()
-        self._process.communicate()
+        self._process.join()
+        self._pipe.close()
         self._errors.close()
 
     def __enter__(self) -> MeasuringChild:
@@ -78,17 +82,18 @@ class MeasuringChild:
     ) -> None:
         self.close()
 
-    def _ask(self, message: Any) -> Any:
-        process: Any = self._process
+    def _answer(self, point: Point | None = None) -> Any:
+        """What the child says: once it is ready, and of each point."""
         try:
-            pickle.dump(message, process.stdin)
-            process.stdin.flush()
-            return pickle.load(process.stdout)
-        except (BrokenPipeError, EOFError):
-            status = process.wait()
+            if point is not None:
+                self._pipe.send(point)
+            return self._pipe.recv()
+        except (BrokenPipeError, ConnectionResetError, EOFError):
+            self._process.join()
+        status = self._process.exitcode
         self._errors.seek(0)
         said = self._errors.read().decode(errors="replace").strip().splitlines() or ["no message"]
-        how = "was killed, most likely because the machine ran out of memory" if status == -9 else "failed"
+        how = "was killed, most likely because the machine ran out of memory" if status == -signal.SIGKILL else "failed"
         raise ChildFailed(f"the measuring process {how} (exit status {status}): {said[-1]}")
 
     def _watch(self, limit: int) -> None:
@@ -162,26 +167,9 @@ def _measure(
     return Probe(fits, peak, None if fits else _OVER)
 
 
-def _main() -> None:
-    """The program: standard output is for answers; what libraries print goes to standard error."""
-    answers = os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)
-
-    def answer(message: Any) -> None:
-        pickle.dump(message, answers)
-        answers.flush()
-
-    settings, method = pickle.load(sys.stdin.buffer)
-    serve(settings, method, _points(sys.stdin.buffer), answer)
-
-
-def _points(requests: BinaryIO) -> Iterator[Point]:
-    while True:
-        try:
-            yield pickle.load(requests)
-        except EOFError:
-            return
-
-
-if __name__ == "__main__":
-    _main()
+def _run(settings: BenchSettings, method: str, pipe: Connection, errors: str) -> None:
+    """The process; what libraries print goes to the file `errors`."""
+    with open(errors, "ab") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    serve(settings, method, iter(pipe.recv, None), pipe.send)  # until it is killed
