@@ -8,7 +8,8 @@ import torch
 from architectures import config
 
 import paca
-from paca.planning import Setting, estimate, fit, longest_batch, step_seconds, warn_if_too_large
+from paca.planning import Setting, estimate, fit, step_seconds
+from paca.planning.budget import warn_if_too_large
 from paca.planning.device_rates import MatmulRate, fixed_rate, measure_rate
 from paca.planning.memory_estimate import FRAMEWORK, prepare_model
 
@@ -110,17 +111,6 @@ def test_a_rate_can_be_measured_here() -> None:
     rate = measure_rate("cpu", torch.float32, features=32, seconds=0.02)
     assert all(value > 0 for value in rate.measured.values())
     assert "float32" in rate.source
-
-
-def test_the_longest_batch_is_made_of_the_longest_examples() -> None:
-    lengths = [5, 900, 3, 40, 900, 41]
-    assert longest_batch(lengths, 3) == [1, 4, 5]
-    assert longest_batch(lengths, 3, max_length=40) == [1, 3, 4]
-    assert longest_batch(lengths, 99) == [1, 4, 5, 3, 0, 2]
-    with pytest.raises(paca.PacaError, match="no examples"):
-        longest_batch([], 2)
-    with pytest.raises(paca.PacaError, match="batch_size"):
-        longest_batch([1], 0)
 
 
 def test_a_warning_comes_exactly_when_memory_is_short() -> None:

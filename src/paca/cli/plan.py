@@ -93,7 +93,8 @@ def plan(
     import torch
 
     from paca.cli.plan_tables import Outcome, as_json, show_estimate, show_fit, show_simulated
-    from paca.planning import available_memory, estimate, fit
+    from paca.planning import estimate, fit
+    from paca.planning.budget import available_memory
     from paca.planning.device_rates import fixed_rate, given_bandwidth, measure_dequantize_rate, measure_rate
     from paca.planning.on_device import rates_on, simulate_on
     from paca.planning.passes import task_of

@@ -1,8 +1,6 @@
-"""How much memory a device has for a run, whether that is too little, and which batch takes the most."""
+"""How much memory a device has for a run, and whether that is too little."""
 
 from __future__ import annotations
-
-from collections.abc import Sequence
 
 import torch
 
@@ -48,20 +46,3 @@ def warn_if_too_large(model: PlannedModel, setting: Setting, available: int | No
         f"available. The largest part is {largest}: {format_bytes(needed.parts[largest])}. `paca plan` finds settings "
         "that fit."
     )
-
-
-def longest_batch(lengths: Sequence[int], batch_size: int, max_length: int | None = None) -> list[int]:
-    """The numbers of the `batch_size` longest examples (or of all), longest first.
-
-    A batch is padded to its longest example, so no batch of the training is larger: if it trains, every batch does.
-    `lengths` are in tokens; longer examples are cut at `max_length`.
-
-    Raises:
-        PacaError: There are no examples, or `batch_size` is below 1.
-    """
-    if not lengths:
-        raise PacaError("There are no examples, so there is no longest batch to try.")
-    if batch_size < 1:
-        raise PacaError(f"batch_size is {batch_size}; it must be 1 or more.")
-    cut = [length if max_length is None else min(length, max_length) for length in lengths]
-    return sorted(range(len(cut)), key=lambda number: (-cut[number], number))[:batch_size]

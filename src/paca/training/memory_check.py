@@ -9,7 +9,7 @@ from transformers import TrainingArguments
 
 from paca.messages.errors import PacaError
 from paca.messages.processes import launched_processes
-from paca.planning import available_memory, warn_if_too_large
+from paca.planning.budget import available_memory, warn_if_too_large
 from paca.training.prepare import PreparedRun
 from paca.training.run_setting import setting_of_run
 from paca.training.trainers import trainer_kind

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -15,7 +16,6 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from paca.messages.errors import PacaError
 from paca.messages.units import format_bytes
-from paca.planning import longest_batch
 from paca.planning.optimizer_state import optimizer_of, state_bytes
 from paca.pretrained.out_of_memory import is_out_of_memory
 from paca.training.config.run_config import RunConfig
@@ -52,8 +52,10 @@ class ProbeLongestBatch(TrainerCallback):
         """Probe."""
         dataset: Any = self.trainer.train_dataset
         kind = trainer_kind(self.config.train)
-        longest = self.config.train.get("max_length")
-        chosen = longest_batch(kind.lengths(dataset), args.per_device_train_batch_size, longest)
+        # A batch is padded to its longest example, and what is longer than max_length is cut.
+        lengths, cut = kind.lengths(dataset), self.config.train.get("max_length") or math.inf
+        by_length = sorted(range(len(lengths)), key=lambda number: -min(lengths[number], cut))
+        chosen = by_length[: args.per_device_train_batch_size]
         if args.remove_unused_columns:
             dataset = self.trainer._remove_unused_columns(dataset)
         batch = dict(self.trainer.data_collator([dataset[number] for number in chosen]))
