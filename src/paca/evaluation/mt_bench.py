@@ -18,7 +18,7 @@ from paca.evaluation.completions import completions
 from paca.evaluation.encoding import question_of
 from paca.evaluation.identity import identity
 from paca.evaluation.judge import Judge, Usage
-from paca.evaluation.kept_lines import append, as_written, lines_of
+from paca.evaluation.kept_lines import KeptAnswers
 from paca.evaluation.mt_bench_questions import Question
 from paca.evaluation.mt_bench_ratings import ratings_of, scores_of
 from paca.evaluation.sides import BASE, Watcher, sides_of
@@ -87,32 +87,24 @@ def _answers(
     max_new_tokens: int,
     batch_size: int,
 ) -> list[list[str]]:
-    """What the model says to each question, turn by turn; kept in a file as whole batches are done."""
-    file = output / f"answers-{side}-{identity(loaded, side)}-{max_new_tokens}.jsonl"
-    with as_written(file):
-        kept = {row["question_key"]: ["".join(text) for text in row["choices"][0]["turns"]] for row in lines_of(file)}
-        for question in questions:
-            if len(kept.get(question.key, question.turns)) != len(question.turns):
-                raise ValueError(f"question {question.id} has other turns")
-    missing = [question for question in questions if question.key not in kept]
-    if missing:
-        watcher.begin(side, "answers written", sum(len(question.turns) for question in missing))
-    for start in range(0, len(missing), batch_size):
-        batch = missing[start : start + batch_size]
-        talks: list[list[dict[str, str]]] = [[] for _ in batch]
-        for turn in range(max(len(question.turns) for question in batch)):
-            going_on = [pair for pair in zip(batch, talks, strict=True) if turn < len(pair[0].turns)]
-            for question, talk in going_on:
-                talk.append({"role": "user", "content": question.turns[turn]})
-            prompts = [question_of({"prompt": talk, ORIGIN: one.id}, loaded.tokenizer) for one, talk in going_on]
-            texts = completions(
-                loaded.model, loaded.tokenizer, prompts, max_new_tokens=max_new_tokens, batch_size=batch_size
-            )
-            for (_, talk), text in zip(going_on, texts, strict=True):
-                talk.append({"role": "assistant", "content": text})
-                watcher.advance()
-        for question, talk in zip(batch, talks, strict=True):
-            kept[question.key] = turns = [message["content"] for message in talk[1::2]]
-            row = {"question_id": question.id, "question_key": question.key, "model_id": side}
-            append(file, {**row, "choices": [{"index": 0, "turns": turns}], "tstamp": time.time()})
-    return [kept[question.key] for question in questions]
+    """What the model says to each question, turn by turn; each answer is kept as it comes."""
+    name = f"answers-{side}-{identity(loaded, side)}-{max_new_tokens}.jsonl"
+    (output / "kept").mkdir(exist_ok=True)
+    kept = KeptAnswers(side, watcher, output / "kept" / name)
+    talks: list[list[dict[str, str]]] = [[] for _ in questions]
+    for turn in range(max(len(question.turns) for question in questions)):
+        going_on = [pair for pair in zip(questions, talks, strict=True) if turn < len(pair[0].turns)]
+        for question, talk in going_on:
+            talk.append({"role": "user", "content": question.turns[turn]})
+        prompts = [question_of({"prompt": talk, ORIGIN: one.id}, loaded.tokenizer) for one, talk in going_on]
+        lengths = {"max_new_tokens": max_new_tokens, "batch_size": batch_size}
+        texts = completions(loaded.model, loaded.tokenizer, prompts, **lengths, kept=kept)
+        for (_, talk), text in zip(going_on, texts, strict=True):
+            talk.append({"role": "assistant", "content": text})
+    answers = [[message["content"] for message in talk[1::2]] for talk in talks]
+    rows = [
+        {"question_id": one.id, "model_id": side, "choices": [{"index": 0, "turns": turns}], "tstamp": time.time()}
+        for one, turns in zip(questions, answers, strict=True)
+    ]
+    write_whole(output / name, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    return answers

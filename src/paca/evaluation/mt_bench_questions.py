@@ -7,7 +7,6 @@ from pathlib import Path
 
 from paca.data.evenly import even_places
 from paca.data.rows import rows_of
-from paca.evaluation.kept_lines import key_of
 from paca.messages.errors import PacaError
 
 
@@ -20,11 +19,6 @@ class Question:
     turns: list[str]
     references: list[str]
     """Right answers for the judge to compare with, where the file brings them."""
-
-    @property
-    def key(self) -> str:
-        """Names its content: an answer that was kept is one to this question and no other."""
-        return key_of(str(self.id), *self.turns)
 
 
 def read_questions(file: Path, limit: int | None = None) -> list[Question]:
