@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
 from paca.evaluation.batches import context_of, longest_first
@@ -51,18 +52,15 @@ def completions(
         settings["pad_token_id"] = settings.get("eos_token_id", [0])[0]
 
     def answer(batch: list[list[int]]) -> list[str]:
-        width = max(map(len, batch))
-        tokens = torch.full((len(batch), width), settings["pad_token_id"], dtype=torch.long)
-        mask = torch.zeros_like(tokens)
-        for row, prompt in enumerate(batch):
-            tokens[row, width - len(prompt) :] = torch.tensor(prompt)
-            mask[row, width - len(prompt) :] = 1
+        rows = [torch.tensor(prompt, dtype=torch.long) for prompt in batch]
+        tokens = pad_sequence(rows, batch_first=True, padding_value=settings["pad_token_id"], padding_side="left")
+        mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True, padding_side="left")
         generated = model.generate(
             input_ids=tokens.to(model.device),
             attention_mask=mask.to(model.device),
             max_new_tokens=max_new_tokens,
             **settings,
-        )[:, width:].tolist()
+        )[:, tokens.shape[1] :].tolist()
         return [str(tokenizer.decode(said, skip_special_tokens=True)) for said in generated]
 
     fitted = [prompt if context is None else prompt[-(context - max_new_tokens) :] for prompt in prompts]

@@ -8,6 +8,7 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 from paca.data.tokens import IGNORED
 from paca.evaluation.batches import context_of, longest_first
@@ -84,17 +85,14 @@ def _fitted(continuation: Continuation, context: int | None) -> Continuation:
 
 @torch.no_grad()
 def _score(model: Any, batch: list[Continuation]) -> list[Likelihood]:
-    lengths = [len(entry.prompt) + len(entry.answer) - 1 for entry in batch]
-    width = max(lengths)
-    tokens = torch.zeros(len(batch), width, dtype=torch.long)
-    targets = torch.full_like(tokens, IGNORED)
-    for row, (entry, length) in enumerate(zip(batch, lengths, strict=True)):
-        tokens[row, :length] = torch.tensor((entry.prompt + entry.answer)[:-1])
-        targets[row, len(entry.prompt) - 1 : length] = torch.tensor(entry.answer)
-    mask = (torch.arange(width) < torch.tensor(lengths)[:, None]).long()
+    rows = [torch.tensor((entry.prompt + entry.answer)[:-1]) for entry in batch]
+    answers = [torch.tensor([IGNORED] * (len(entry.prompt) - 1) + entry.answer) for entry in batch]
+    tokens = pad_sequence(rows, batch_first=True)
+    targets = pad_sequence(answers, batch_first=True, padding_value=IGNORED)
+    mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
     # Only the positions from the first answer on: at 128k words, logits of all would be the largest tensor by far.
     # By their indices: of a slice, which isn't contiguous, a CPU makes the logits with a copy of the head for each row.
-    kept = torch.arange(min(len(entry.prompt) - 1 for entry in batch), width)
+    kept = torch.arange(min(len(entry.prompt) - 1 for entry in batch), tokens.shape[1])
     plain = model.get_base_model() if hasattr(model, "get_base_model") else model
     takes = inspect.signature(plain.forward).parameters
     only = {"logits_to_keep": kept.to(model.device)} if "logits_to_keep" in takes else {}
