@@ -22,18 +22,14 @@ def push(
     ] = None,
 ) -> None:
     """Put a run's adapter or model on the Hugging Face hub, with its card."""
-    put_on_hub(path, to, Console(), public=public, base_model=base_model)
-
-
-def put_on_hub(path: str, repo: str, console: Console, *, public: bool = False, base_model: str | None = None) -> None:
-    """Put it there, and say what and where."""
     from huggingface_hub.utils import disable_progress_bars
 
     from paca.pretrained.upload import upload
 
+    console = Console()
     if not console.is_terminal:
         disable_progress_bars()
-    done = upload(path, repo, public=public, base_model=base_model)
+    done = upload(path, to, public=public, base_model=base_model)
     say(console, f"On the hub: {done.url} ({len(done.files)} files, {format_bytes(done.bytes)})")
     if done.local_base is not None:
         say(

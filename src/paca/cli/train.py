@@ -97,14 +97,14 @@ def train(
         raise typer.Exit(130)
     show_result(result, console)
     if push_to_hub is not None and not console.quiet:
-        _push(result.folder, push_to_hub, console)
+        _push(result.folder, push_to_hub)
 
 
-def _push(run: Path, repo: str, console: Console) -> None:
-    from paca.cli.push import put_on_hub
+def _push(run: Path, repo: str) -> None:
+    from paca.cli.push import push
 
     try:
-        put_on_hub(str(run), repo, console)
+        push(str(run), repo)
     except PacaError as error:
         again = f"{program()} push {shlex.quote(str(run))} --to {repo}"
         raise PacaError(f"The run is finished, but not on the hub. {error} To try again: {again}") from error
