@@ -91,7 +91,6 @@ def simulate_on(
     *,
     compare: bool = False,
     typical_length: int | None = None,
-    efficiency: Efficiency | None = None,
 ) -> OnDevice:
     """Simulate a step on `device`, of which nothing is measured.
 
@@ -103,7 +102,6 @@ def simulate_on(
         compare: Also with the other methods, of as many parameters: PaCA, LoRA with PEFT's defaults and tuned, and
             both on NF4 weights. Beside a full training they have r 16.
         typical_length: Tokens to which batches are padded on average, for the time; those of `setting` if None.
-        efficiency: What the data sheet does not say.
 
     Raises:
         PacaError: The model can't be planned.
@@ -124,7 +122,7 @@ def simulate_on(
                 raise
             refused.append(f"{method}: {error}")
             continue
-        time = step_time(typical.operators, device, efficiency)
+        time = step_time(typical.operators, device)
         alpha = getattr(config, "paca_alpha", getattr(config, "lora_alpha", None))
         rows.append(
             Simulated(method, getattr(config, "r", None), alpha, longest, time, typical.setting.tokens_per_step)
