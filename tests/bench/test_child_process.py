@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import closing
+
 import pytest
 import torch
 
@@ -37,7 +39,7 @@ def test_a_kernel_that_keeps_its_peak_is_told_of(monkeypatch: pytest.MonkeyPatch
 def test_a_child_measures_grows_with_the_batch_and_is_stopped_above_its_budget() -> None:
     """One process, since each costs its imports."""
     wanted = settings(dtype="float32", measure=("max-seq",), memory=150 * MIB)
-    with MeasuringChild(wanted, "lora") as child:
+    with closing(MeasuringChild(wanted, "lora")) as child:
         assert 0 < child.libraries <= child.weights
         small, large = child.run(Point(1, 64)), child.run(Point(1, 1024))
         assert small.fits

@@ -9,7 +9,6 @@ import tempfile
 import threading
 from collections.abc import Callable, Iterable
 from multiprocessing.connection import Connection
-from types import TracebackType
 from typing import Any
 
 import psutil
@@ -35,6 +34,8 @@ class ChildFailed(Exception):
 
 class MeasuringChild:
     """One method in a process of its own, stopped as soon as it holds more than `settings.memory` above its libraries.
+
+    Whoever makes one has to `close` it.
 
     Raises:
         ChildFailed: The model could not be made, or the process ended before it was ready.
@@ -73,14 +74,6 @@ class MeasuringChild:
         self._process.join()
         self._pipe.close()
         self._errors.close()
-
-    def __enter__(self) -> MeasuringChild:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self.close()
 
     def _answer(self, point: Point | None = None) -> Any:
         """What the child says: once it is ready, and of each point."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import replace
 
 from paca.bench.child_process import ChildFailed, MeasuringChild
@@ -25,7 +26,7 @@ def measure_peaks(
     for name in names:
         say(f"peak memory of {name}")
         try:
-            with MeasuringChild(settings, name) as child:
+            with closing(MeasuringChild(settings, name)) as child:
                 for point in ordered:
                     probe = child.run(point)
                     found[point][name] = probe._replace(reason=probe.reason or child.source), child.weights

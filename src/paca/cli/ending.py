@@ -10,12 +10,8 @@ from contextlib import contextmanager
 @contextmanager
 def sigterm_as_ctrl_c() -> Iterator[None]:
     """A block in which SIGTERM raises `KeyboardInterrupt`."""
-    previous = signal.signal(signal.SIGTERM, _interrupt)
+    previous = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         yield
     finally:
         signal.signal(signal.SIGTERM, previous)
-
-
-def _interrupt(number: int, frame: object) -> None:
-    raise KeyboardInterrupt

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import os
 import re
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
+from contextlib import ExitStack, chdir
 from pathlib import Path
 from typing import Any
 
@@ -76,7 +75,7 @@ def _manager(files: list[Path], all_files: bool) -> TaskManager:
 def _load(manager: TaskManager, name: str, file: Path | None) -> list[Any]:
     answers = True  # the hub, as far as it was asked
     try:
-        with _inside(file.parent if file else Path.cwd()), ExitStack() as stack:
+        with chdir(file.parent if file else Path.cwd()), ExitStack() as stack:
             if file is None:  # else its data may well lie here
                 answers = stack.enter_context(without_waiting_for_the_hub())
             found = manager.load([_group_in(manager, file) if file else name])
@@ -112,13 +111,3 @@ def _group_in(manager: TaskManager, file: Path) -> str:
     """The name of a file's group, for lm-eval 0.4.13 loads groups by name only; else the path."""
     entries = manager.task_index.items()
     return next((name for name, entry in entries if entry.yaml_path and entry.yaml_path.resolve() == file), str(file))
-
-
-@contextmanager
-def _inside(folder: Path) -> Iterator[None]:
-    before = Path.cwd()
-    os.chdir(folder)
-    try:
-        yield
-    finally:
-        os.chdir(before)
