@@ -23,8 +23,10 @@ def key_of(*parts: str) -> str:
 
 def append(file: Path, row: dict[str, Any]) -> None:
     """Add a line; DiskError if there is no room."""
-    with writing(file), file.open("a", encoding="utf-8") as stream:
-        stream.write(json.dumps(row, ensure_ascii=False) + "\n")
+    with writing(file):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with file.open("a", encoding="utf-8") as stream:
+            stream.write(json.dumps(row, ensure_ascii=False) + "\n")
 
 
 class KeptAnswers:

@@ -89,8 +89,7 @@ def _answers(
 ) -> list[list[str]]:
     """What the model says to each question, turn by turn; each answer is kept as it comes."""
     name = f"answers-{side}-{identity(loaded, side)}-{max_new_tokens}.jsonl"
-    (output / "kept").mkdir(exist_ok=True)
-    kept = KeptAnswers(side, watcher, output / "kept" / name)
+    kept = KeptAnswers(side, watcher, output / "answers" / name)
     talks: list[list[dict[str, str]]] = [[] for _ in questions]
     for turn in range(max(len(question.turns) for question in questions)):
         going_on = [pair for pair in zip(questions, talks, strict=True) if turn < len(pair[0].turns)]

@@ -170,7 +170,7 @@ def evaluate_run(
     dataset = spread_evenly(held_out.dataset, limit)
     if isinstance(trainer_kind(config.train), Classification):
         side = sides_of(loaded)[-1]
-        kept = KeptAnswers(side, watcher, _file_of_answers(loaded, side, config.train.get("max_length"), output))
+        kept = _kept(loaded, side, config.train.get("max_length"), output, watcher)
         some = dataclasses.replace(held_out, dataset=dataset)
         return {side: measure_labels(loaded, some, config, batch_size, kept)}
     measurement = dataclasses.replace(scorer(config.eval) or Measurement("loss"), batch_size=batch_size)
@@ -178,21 +178,15 @@ def evaluate_run(
     found = {}
     for side in sides_of(loaded):
         with answering(loaded, base=side == BASE):
-            kept = KeptAnswers(side, watcher, _file_of_answers(loaded, side, cut, output))
+            kept = _kept(loaded, side, cut, output, watcher)
             found[side] = measure(loaded.model, loaded.tokenizer, rows, measurement, kept)
     return found
 
 
-def _file_of_answers(loaded: LoadedModel, side: str, cut: int | None, output: Path | None) -> Path | None:
-    """Another one for each model, and for each length at which answers, or texts, are cut."""
-    if output is None:
-        return None
-    folder = output / "answers"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise PacaError(f"{output} cannot be written: {error}. Give another --output.") from error
-    return folder / f"own_data-{side}-{identity(loaded, side)}-{cut}.jsonl"
+def _kept(loaded: LoadedModel, side: str, cut: int | None, output: Path | None, watcher: Watcher) -> KeptAnswers:
+    """In another file for each model, and for each length at which answers, or texts, are cut."""
+    name = f"own_data-{side}-{identity(loaded, side)}-{cut}.jsonl"
+    return KeptAnswers(side, watcher, None if output is None else output / "answers" / name)
 
 
 def rows_of_run(scores: dict[str, Score], data: str = "held-out data") -> list[Row]:
