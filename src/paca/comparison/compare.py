@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -180,7 +181,7 @@ def _settings_told(row: Row) -> str:
 def _apart(methods: list[MethodResult]) -> list[MethodResult]:
     """Names of methods told apart: two folders may have the same one."""
     names = [method.name for method in methods]
-    for number, method in enumerate(methods):
-        if names.count(method.name) > 1:
-            methods[number] = MethodResult(f"{method.name} ({number + 1})", *list(vars(method).values())[1:])
-    return methods
+    return [
+        replace(method, name=f"{method.name} ({number})") if names.count(method.name) > 1 else method
+        for number, method in enumerate(methods, start=1)
+    ]
