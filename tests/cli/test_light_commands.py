@@ -19,8 +19,7 @@ import pytest
 import paca_command
 from paca.cli import main
 from paca.cli.chat import chat, typed_lines
-from paca.cli.quiet import send_no_telemetry
-from paca.cli.waiting_threads import ON_A_BUSY_ONE, ON_A_FREE_MACHINE
+from paca.cli.starting import ON_A_BUSY_ONE, ON_A_FREE_MACHINE, send_no_telemetry
 from paca.messages.errors import PacaError
 
 HEAVY = ("torch", "transformers", "huggingface_hub", "peft", "trl", "datasets", "accelerate", "matplotlib")

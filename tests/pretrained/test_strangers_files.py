@@ -26,7 +26,7 @@ from transformers import LlamaForCausalLM
 from cli.paca_process import forked_paca
 from hostile_adapters.damage import Bomb
 from hostile_adapters.watch import watching
-from paca.cli import quiet
+from paca.cli import starting
 from paca.cli.chat import shown_piece
 from paca.convert.exported import export_adapter
 from paca.convert.merged import merge_to_folder
@@ -412,7 +412,7 @@ def test_notes_and_warnings_of_libraries_show_escapes() -> None:
         patch.setattr(warnings, "formatwarning", warnings.formatwarning)
         factory, written = logging.getLogRecordFactory(), io.StringIO()
         try:
-            quiet.show_escapes()
+            starting.show_escapes()
             logger = logging.Logger("a library")
             logger.addHandler(logging.StreamHandler(written))
             logger.warning("a name: %s", "\x1b[2J")

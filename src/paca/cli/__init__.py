@@ -19,11 +19,10 @@ from paca.cli.import_adapter import import_adapter
 from paca.cli.merge import merge
 from paca.cli.plan import plan
 from paca.cli.push import push
-from paca.cli.quiet import hide_library_notes, send_no_telemetry, show_escapes
 from paca.cli.runs import runs
+from paca.cli.starting import hide_library_notes, let_waiting_threads_sleep, send_no_telemetry, show_escapes
 from paca.cli.switches import Command, Group
 from paca.cli.train import train
-from paca.cli.waiting_threads import let_waiting_threads_sleep
 from paca.messages.disk import disk_error, working_folder_gone
 from paca.messages.errors import PacaError
 from paca.messages.say import say
