@@ -32,11 +32,11 @@ def test_a_storage_counts_once_and_whole():
     saved = measure_saved_activations(forward, frozen())
     # sigmoid's and exp's results, and y once although two views of it are kept.
     assert saved.bytes == 3 * 4 * 8 * 4
-    assert len(saved.storages) == 3
+    assert len(saved.tensors) == 3
 
     view = measure_saved_activations(lambda: (x * 1.0)[:1].pow(2), frozen())
     assert view.bytes == 4 * 8 * 4  # one row keeps all four alive
-    assert view.storages[0].shape == (1, 8)
+    assert view.tensors[0].shape == (1, 8)
 
 
 def test_what_is_freed_before_the_end_is_not_counted():
@@ -60,7 +60,7 @@ def test_half_precision_and_buffers():
     norm = frozen(nn.BatchNorm1d(6).bfloat16().eval())
     x = torch.randn(3, 6).bfloat16().requires_grad_()
     saved = measure_saved_activations(lambda: F.relu(norm(x)), norm)
-    assert {(storage.shape, storage.dtype) for storage in saved.storages} == {((3, 6), torch.bfloat16)}
+    assert {(tensor.shape, tensor.dtype) for tensor in saved.tensors} == {((3, 6), torch.bfloat16)}
 
 
 def test_result_may_be_nested_and_keeps_the_graph():

@@ -120,7 +120,7 @@ def test_one_attention_mask_for_all_layers(tiny_model):
         saved = measure_saved_activations(
             lambda: model(inputs_embeds=x, attention_mask=mask, use_cache=False).logits, model
         )
-        return sum(storage.shape == (2, 1, 64, 64) for storage in saved.storages)
+        return sum(tensor.shape == (2, 1, 64, 64) for tensor in saved.tensors)
 
     assert masks_kept() == 3
     make_lean(model)

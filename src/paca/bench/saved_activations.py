@@ -12,25 +12,16 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 
-class SavedStorage(NamedTuple):
-    """One storage that the graph holds, described by the largest tensor saved from it."""
-
-    shape: tuple[int, ...]
-    """Shape of that tensor; it may be a view of part of the storage."""
-    dtype: torch.dtype
-    bytes: int
-    """Size of the whole storage: a small view keeps all of it alive."""
-
-
 class SavedActivations(NamedTuple):
-    """The storages held by a graph, each counted once, largest first."""
+    """What a graph holds, each storage counted once, largest first."""
 
-    storages: tuple[SavedStorage, ...]
+    tensors: tuple[Tensor, ...]
+    """Of each storage the largest tensor saved from it, which may be a view of a part."""
 
     @property
     def bytes(self) -> int:
-        """Sum over the storages."""
-        return sum(storage.bytes for storage in self.storages)
+        """Of the whole storages: a small view keeps all of one alive."""
+        return sum(tensor.untyped_storage().nbytes() for tensor in self.tensors)
 
 
 class _Held:
@@ -68,9 +59,9 @@ def measure_saved_activations(forward: Callable[[], Any], module: nn.Module) -> 
             "input embedding's output require grad, and return the output or the loss"
         )
     own = {tensor.untyped_storage()._cdata for tensor in chain(module.parameters(), module.buffers())}
-    found: dict[int, SavedStorage] = {}
+    found: dict[int, Tensor] = {}
     for tensor in sorted((entry.tensor for entry in held), key=Tensor.numel):  # of one storage the largest stays
         storage = tensor.untyped_storage()
         if storage._cdata not in own and storage.nbytes():
-            found[storage._cdata] = SavedStorage(tuple(tensor.shape), tensor.dtype, storage.nbytes())
-    return SavedActivations(tuple(sorted(found.values(), key=lambda storage: -storage.bytes)))
+            found[storage._cdata] = tensor
+    return SavedActivations(tuple(sorted(found.values(), key=lambda tensor: -tensor.untyped_storage().nbytes())))
