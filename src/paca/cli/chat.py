@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import sys
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -50,12 +50,12 @@ def chat(
     if beside not in (None, "base"):
         find_adapter(str(beside), or_hub=True)
     import_libraries()
+    sampling = {"max_new_tokens": max_new_tokens, "temperature": temperature}
     if beside is not None:
         from rich.console import Console
 
         from paca.cli.chat_beside import SideBySide
 
-        sampling = {"max_new_tokens": max_new_tokens, "temperature": temperature}
         both = SideBySide(path, beside, system, Console(), **sampling)
         if prompt is not None:
             both.ask(prompt)
@@ -64,27 +64,21 @@ def chat(
         converse(both)
         return
     from paca.pretrained.conversation import answering, opening, speaker, unknown_form
-    from paca.pretrained.generation import load_for_generation, stream_reply
+    from paca.pretrained.generation import load_for_generation
 
     if path.lower().endswith(".gguf"):
         say(f"Unpacking the weights of {path} ...")
     loaded = load_for_generation(path, base_model=base_model)
-    history = opening(loaded, system)
+    conversation = Conversation(loaded, opening(loaded, system), **sampling)
     if remark := unknown_form(loaded):
         say(remark)
     with answering(loaded, base):
         if prompt is not None:
-            for piece in stream_reply(
-                loaded,
-                [*history, {"role": "user", "content": prompt}],
-                max_new_tokens=max_new_tokens,
-                temperature=temperature,
-            ):
-                print(shown_piece(piece), end="", flush=True)
-            print()
+            if not conversation.ask(prompt):
+                raise typer.Exit(130)
             return
         say(f"{speaker(loaded, base)}\n{HELP}")
-        converse(Conversation(loaded, history, max_new_tokens, temperature))
+        converse(conversation)
 
 
 def converse(conversation: Conversation | SideBySide) -> None:
@@ -107,36 +101,30 @@ def converse(conversation: Conversation | SideBySide) -> None:
 class Conversation:
     """Questions, and the answers of one model."""
 
-    def __init__(self, loaded: LoadedModel, opening: list[Message], max_new_tokens: int, temperature: float) -> None:
-        self.loaded, self.opening = loaded, opening
-        self.max_new_tokens, self.temperature = max_new_tokens, temperature
+    def __init__(self, loaded: LoadedModel, opening: list[Message], **sampling: Any) -> None:
+        self.loaded, self.opening, self.sampling = loaded, opening, sampling
         self.begin()
 
     def begin(self) -> None:
         """Start a new conversation."""
         self.history = list(self.opening)
 
-    def ask(self, line: str) -> None:
-        """Print the answer as it comes."""
+    def ask(self, line: str) -> bool:
+        """Print the answer as it comes. Whether it is whole: Ctrl-C ends it early."""
+        from paca.pretrained.generation import stream_reply
+
         question: Message = {"role": "user", "content": line}
-        reply = answer(self.loaded, [*self.history, question], self.max_new_tokens, self.temperature)
-        self.history += [question, {"role": "assistant", "content": reply}]
-
-
-def answer(loaded: LoadedModel, messages: list[Message], max_new_tokens: int, temperature: float) -> str:
-    """Print the answer as it comes; Ctrl-C ends it early."""
-    from paca.pretrained.generation import stream_reply
-
-    pieces: list[str] = []
-    stream = stream_reply(loaded, messages, max_new_tokens=max_new_tokens, temperature=temperature)
-    try:
-        for piece in stream:
-            pieces.append(piece)
-            print(shown_piece(piece), end="", flush=True)
-    except KeyboardInterrupt:
-        say(" (stopped)", end="")
-    print(flush=True)
-    return "".join(pieces)
+        pieces, whole = [], True
+        try:
+            for piece in stream_reply(self.loaded, [*self.history, question], **self.sampling):
+                pieces.append(piece)
+                print(shown_piece(piece), end="", flush=True)
+        except KeyboardInterrupt:
+            say(" (stopped)", end="")
+            whole = False
+        print(flush=True)
+        self.history += [question, {"role": "assistant", "content": "".join(pieces)}]
+        return whole
 
 
 def typed_lines() -> Iterator[str]:
