@@ -23,15 +23,14 @@ def available_memory(device: str) -> int:
     return psutil.virtual_memory().available + own
 
 
-def warn_if_too_large(model: PlannedModel, setting: Setting, available: int | None = None) -> str | None:
+def warn_if_too_large(model: PlannedModel, setting: Setting, available: int) -> str | None:
     """What to tell the user if training would need more memory than there is; None if it fits or can't be foretold.
 
     Args:
         model: On the meta device, with its adapter in.
         setting: How it is trained.
-        available: Bytes; what the device has free when None.
+        available: Bytes, from `available_memory`.
     """
-    available = available_memory(setting.device) if available is None else available
     try:
         needed = estimate(model, setting)
     except PacaError:
