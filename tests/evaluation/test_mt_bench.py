@@ -434,6 +434,11 @@ def test_a_verdict_without_a_grade_is_asked_for_one_then_left_out(loaded: Loaded
     assert sorted(scores) == [-1, 8, 8, 8, 8]
 
 
+def test_counts_that_can_not_be_are_none(tmp_path: Path) -> None:
+    with judging(lambda body, number: verdict("[[5]]", {"prompt_tokens": 10**4000, "completion_tokens": -1})) as server:
+        assert judge_of(server).ask(HELLO) == Answer("[[5]]", Usage(0, 0, 1))
+
+
 @pytest.mark.parametrize(
     "change",
     [

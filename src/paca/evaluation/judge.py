@@ -253,7 +253,7 @@ def _read(said: str, sent: int) -> Answer:
     used = answer.get("usage")
     counts = [used.get(key) if isinstance(used, dict) else None for key in ("prompt_tokens", "completion_tokens")]
     # Not every server counts.
-    prompt, completion = (count if isinstance(count, int) else 0 for count in counts)
+    prompt, completion = (count if type(count) is int and 0 <= count < 2**63 else 0 for count in counts)
     return Answer(text, Usage(prompt, completion, sent), cut=choice.get("finish_reason") == "length")
 
 
