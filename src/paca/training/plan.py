@@ -16,6 +16,7 @@ from paca.training.calibration import describe_columns
 from paca.training.config.run_config import RunConfig
 from paca.training.folder.disk_need import DiskNeed, tell_of_disk
 from paca.training.reporting.data_preview import tell_of_cuts
+from paca.training.slow_dtype import tell_of_slow_dtype
 from paca.training.trainers import trainer_kind
 
 
@@ -145,6 +146,7 @@ def show_plan(plan: Plan, console: Console, *, run: bool = False) -> None:
     width = max(len(label) for label, _ in plan.lines())
     for label, text in plan.lines():
         say(console, f"{label:<{width}}  {text}")
+    tell_of_slow_dtype(plan.config, plan.dtype, plan.parameters, console)
     tell_of_cuts(plan.sample, console, run=run)
     tell_of_disk(plan.disk, Path(plan.config.output.dir), console)
 
