@@ -103,6 +103,7 @@ def test_an_example_whose_answer_is_cut_off_is_named(
     short = dict(zip(long, SHORT.values(), strict=True))
     examples = load(tmp_path, [short, long, short])
     trainer, examples = make_trainer(base, tmp_path, examples, tokenizer, max_length=100, packing=packing)
+    assert packing or len(trainer.train_dataset) == 2  # TRL dropped it
     expected = r"(?s)1 of 3 examples has no token.*max_length = 100 .*line 2: 'Read this\. Once upon.*Raise"
     with pytest.raises(PacaError, match=expected):
         check_labels(trainer.train_dataset, examples, trainer.args)
@@ -165,13 +166,11 @@ def test_the_check_agrees_with_a_plain_loop(tmp_path: Path) -> None:
         labels = [token if kept else -100 for token, kept in zip(tokens, keep, strict=True)]
         rows.append({"input_ids": tokens, "labels": labels, "origin": f"data.jsonl, line {index + 1}", "keep": keep})
     unlabelled = [row["origin"] for row in rows if not any(row["keep"][1:])]
-    prepared = Dataset.from_list(rows).remove_columns("keep")
-    examples = load(tmp_path, [{"text": "x"}] * len(rows))
+    dataset = Dataset.from_list(rows).remove_columns("keep").add_column("text", ["x"] * len(rows))
     args = SFTConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False)
     with pytest.raises(PacaError) as error:
-        check_labels(prepared, examples, args)
+        check_labels(dataset, Examples(dataset, "text", "data.jsonl", ""), args)
     assert str(error.value).startswith(f"{len(unlabelled):,} of 2,500 examples")
     assert all(f"  {origin}: 'x'" in str(error.value) for origin in unlabelled[:3])
-    fine = prepared.select([index for index, row in enumerate(rows) if any(row["keep"][1:])])
-    kept = examples.dataset.select([index for index, row in enumerate(rows) if any(row["keep"][1:])])
-    check_labels(fine, Examples(kept, examples.format, examples.source, ""), args)
+    fine = dataset.select([index for index, row in enumerate(rows) if any(row["keep"][1:])])
+    check_labels(fine, Examples(fine, "text", "data.jsonl", ""), args)
