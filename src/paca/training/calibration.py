@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import json
 from collections.abc import Iterable
@@ -14,13 +13,15 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from rich.console import Console
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM, TrainingArguments
-from trl import SFTTrainer
+from transformers import TrainingArguments
+from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from paca import __version__
 from paca.columns.selection import AT_RANDOM, BLOCK, FROM_BATCHES
 from paca.config import PacaConfig
 from paca.data import Examples
+from paca.data.evenly import spread_evenly
+from paca.data.tokens import IGNORED
 from paca.messages.errors import PacaError
 from paca.messages.say import say
 from paca.pretrained.content import model_content
@@ -81,12 +82,10 @@ class ColumnChoice:
         assert isinstance(asked, PacaConfig)
         if asked.selection in AT_RANDOM:
             return asked
-        # By every process: TRL lets them wait for each other while it tokenizes.
-        batches = self._batches() if asked.selection in FROM_BATCHES else []
         found: list[Any] = [None]
         if PartialState().is_main_process:
             try:
-                found = [self._columns(model, asked, batches)]
+                found = [self._columns(model, asked)]
             except PacaError as error:  # which the others must hear of, or they would wait forever
                 found = [str(error)]
         broadcast_object_list(found)
@@ -94,7 +93,8 @@ class ColumnChoice:
             raise PacaError(found[0])
         return with_indices(asked, found[0])
 
-    def _columns(self, model: Any, asked: PacaConfig, batches: list[dict[str, Tensor]]) -> dict[str, list[int]]:
+    def _columns(self, model: Any, asked: PacaConfig) -> dict[str, list[int]]:
+        batches = self._batches() if asked.selection in FROM_BATCHES else []
         key = self._key(model, batches)
         kept = _read(self.file)
         if kept.get("key") == key:
@@ -136,11 +136,11 @@ class ColumnChoice:
 def calibration_batches(
     examples: Examples, tokenizer: Any, arguments: TrainingArguments, section: CalibrationSection, *, with_labels: bool
 ) -> list[dict[str, Tensor]]:
-    """Batches of training examples, as `SFTTrainer` tokenizes and pads them, spread evenly over the data.
+    """Batches of training examples, cut and padded as `SFTTrainer` does it, spread evenly over the data.
 
     Args:
         examples: The training data, tokenized.
-        tokenizer: Of the model; not the one that trains.
+        tokenizer: Of the model.
         arguments: Of the trainer that will train.
         section: How many, how long, how many at a time.
         with_labels: Keep the end of each example, where the answer is, and its labels; else the start.
@@ -148,33 +148,24 @@ def calibration_batches(
     Raises:
         PacaError: Nothing is left of the examples.
     """
-    count = len(examples.dataset)
-    taken = min(section.sequences, count)
-    dataset = examples.dataset.select([number * count // taken for number in range(taken)])
-    args: Any = copy.copy(arguments)  # not a new one, which would set up devices and processes anew
-    args.max_length = min(section.max_length, args.max_length or section.max_length)
-    args.packing = args.padding_free = args.shuffle_dataset = False
-    args.report_to, args.eval_strategy, args.load_best_model_at_end = [], "no", False
-    args.use_liger_kernel = args.torch_compile = args.push_to_hub = False
-    args.deepspeed = args.deepspeed_plugin = None
-    args.gradient_checkpointing = False
-    if with_labels:
-        args.truncation_mode = "keep_end"
-    else:
-        dataset = dataset.remove_columns("labels")
-    # A trainer of nothing: it is there for what TRL makes of the examples.
-    tiny = LlamaConfig(vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1)
-    trainer = SFTTrainer(model=LlamaForCausalLM(tiny), args=args, train_dataset=dataset, processing_class=tokenizer)
-    prepared: Any = trainer.train_dataset
-    if len(prepared) == 0:
+    dataset = spread_evenly(examples.dataset, section.sequences)
+    args: Any = arguments
+    length = min(section.max_length, args.max_length or section.max_length)
+    stays = slice(-length, None) if with_labels else slice(length)
+    rows = [{name: row[name][stays] for name in ("input_ids", "labels")} for row in dataset]
+    counting = "labels" if with_labels else "input_ids"
+    rows = [row for row in rows if any(token != IGNORED for token in row[counting])]
+    if not rows:
         raise PacaError(
-            f"Nothing to choose columns by: of {taken} training examples cut to {args.max_length} tokens, none has a "
+            f"Nothing to choose columns by: of {len(dataset)} training examples cut to {length} tokens, none has a "
             "token that counts in the loss. Raise calibration.max_length or calibration.sequences."
         )
-    order = sorted(range(len(prepared)), key=lambda number: len(prepared[number]["input_ids"]))  # little padding
+    rows.sort(key=lambda row: len(row["input_ids"]))  # little padding
+    padding = tokenizer.convert_tokens_to_ids(args.pad_token or tokenizer.pad_token)
+    collate = DataCollatorForLanguageModeling(padding, pad_to_multiple_of=args.pad_to_multiple_of)
     batches = []
-    for start in range(0, len(order), section.batch_size):
-        batch = trainer.data_collator([prepared[number] for number in order[start : start + section.batch_size]])
+    for start in range(0, len(rows), section.batch_size):
+        batch = collate(rows[start : start + section.batch_size])
         wanted = ("input_ids", "attention_mask", "labels") if with_labels else ("input_ids", "attention_mask")
         batches.append({name: batch[name] for name in wanted})
     return batches
