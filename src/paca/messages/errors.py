@@ -27,6 +27,11 @@ def about(setting: str) -> Iterator[None]:
         raise PacaError(f"{setting}: {error}") from error
 
 
+def first_line(error: BaseException) -> str:
+    """Of what an error says; its kind where it says nothing."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
 def is_failure(error: BaseException) -> bool:
     """Whether this is an error of some code, not somebody's wish to stop: Rust's panics are no `Exception`."""
     return isinstance(error, Exception) or type(error).__name__ == "PanicException"

@@ -12,7 +12,7 @@ import torch
 from peft import PeftConfig, PeftModel, PeftType, get_peft_model
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from paca.messages.errors import PacaError
+from paca.messages.errors import PacaError, first_line
 from paca.messages.units import format_bytes
 from paca.planning.compiled_products import program_bytes
 from paca.planning.operators import Operator
@@ -20,7 +20,7 @@ from paca.planning.passes import task_of
 from paca.planning.quantized_layers import quantization_name, unpacked_numel
 from paca.planning.repeated_blocks import copy_with_blocks, find_blocks
 from paca.planning.setting import Setting
-from paca.planning.simulated_step import StepTrace, first_line, simulate
+from paca.planning.simulated_step import StepTrace, simulate
 from paca.pretrained.quantizing import quantize_outline
 
 FRAMEWORK = "framework overhead"

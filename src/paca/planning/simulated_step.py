@@ -23,7 +23,7 @@ from transformers.pytorch_utils import Conv1D
 from trl.trainer.utils import add_fused_lm_head
 
 from paca.lean import make_lean
-from paca.messages.errors import PacaError
+from paca.messages.errors import PacaError, first_line
 from paca.planning.fake_model import make_fake, without_values
 from paca.planning.live_memory import LiveMemory
 from paca.planning.operators import Operator
@@ -129,11 +129,6 @@ def simulate(
                 f"{type(model).__name__} can't be planned: without values it does not run ({first_line(error)}). "
                 "Measure it instead, with a short run."
             ) from error
-
-
-def first_line(error: BaseException) -> str:
-    """Of what it says; its kind where it says nothing."""
-    return next(iter(str(error).splitlines()), type(error).__name__)
 
 
 class _Simulation:

@@ -13,7 +13,7 @@ from huggingface_hub import constants
 from huggingface_hub.errors import EntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError
 from huggingface_hub.utils import http_backoff
 
-from paca.messages.errors import PacaError
+from paca.messages.errors import PacaError, first_line
 from paca.pretrained.location import Location, neighbour_hint
 
 logger = logging.getLogger(__name__)
@@ -87,11 +87,6 @@ def check_holds_no_adapter(location: Location, revision: str | None) -> None:
             f"The repository {location.name_or_path!r} on the hub holds an adapter, which nobody has checked. Give the "
             "model it was trained on; `paca chat` and `paca evaluate` take the adapter itself."
         )
-
-
-def first_line(error: Exception) -> str:
-    """Of an error's text, else its kind."""
-    return next(iter(str(error).splitlines()), type(error).__name__)
 
 
 def unreachable(name: str) -> str:

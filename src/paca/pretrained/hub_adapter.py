@@ -7,9 +7,9 @@ from pathlib import Path
 
 import huggingface_hub
 
-from paca.messages.errors import PacaError
+from paca.messages.errors import PacaError, first_line
 from paca.pretrained.adapter_folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS, checked, expanded, find_adapter
-from paca.pretrained.hub import first_line, has_adapter, without_waiting
+from paca.pretrained.hub import has_adapter, without_waiting
 from paca.pretrained.location import TOKENIZER_FILES
 
 _FETCHED = (

@@ -22,7 +22,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from paca.messages.errors import PacaError, is_failure
+from paca.messages.errors import PacaError, first_line, is_failure
 from paca.pretrained import gguf, quantizing
 from paca.pretrained.hub import check_holds_no_adapter, unreachable, without_waiting
 from paca.pretrained.location import TOKENIZER_FILES, Location, Source, locate, neighbour_hint, tokenizer_files
@@ -267,5 +267,4 @@ def _hub_message(name: str, what: str, error: BaseException) -> str:
 
 def _reason(error: BaseException, what: str) -> str:
     """The first line of the error; for a tokenizer all of it, as transformers lists there what it looked for."""
-    text = str(error).strip() or type(error).__name__
-    return " ".join(text.split()) if what == "tokenizer" else text.splitlines()[0]
+    return " ".join(str(error).split()) or type(error).__name__ if what == "tokenizer" else first_line(error)

@@ -18,7 +18,7 @@ from transformers.integrations.integration_utils import (
     get_available_reporting_integrations,
 )
 
-from paca.messages.errors import PacaError
+from paca.messages.errors import PacaError, first_line
 from paca.messages.install import how_to_install
 from paca.messages.nearest import did_you_mean
 from paca.training.folder.run_folder import RunFolder, steps_done, write_whole
@@ -95,9 +95,8 @@ class Trackers(TrainerCallback):
                 self._prepare(name, callback)
                 callback.on_train_begin(args, state, control, **kwargs)
             except Exception as error:  # of whatever kind a tracker's own package raises: no login, no network
-                reason = (str(error).strip() or type(error).__name__).splitlines()[0]
                 raise PacaError(
-                    f"train.report_to: {name} can't be started: {reason} See to it, or leave {name} out."
+                    f"train.report_to: {name} can't be started: {first_line(error)} See to it, or leave {name} out."
                 ) from error
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
