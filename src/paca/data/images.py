@@ -14,7 +14,7 @@ from PIL import Image
 
 from paca.data.evenly import spread_evenly
 from paca.data.examples import ORIGIN, Examples, without_progress_bars
-from paca.data.sources import HUB_SOURCE, is_hub_id, load_from_hub
+from paca.data.sources import load_from_hub
 from paca.messages.errors import PacaError
 
 
@@ -43,8 +43,10 @@ def load_images(source: str, *, split: str = "train", limit: int | None = None, 
             dataset = _from_folder(path, split)
         elif path.is_file():
             dataset = _from_file(path)
+        elif (found := load_from_hub(source, split)) is not None:
+            dataset = found
         else:
-            dataset = _from_hub(source, split)
+            raise PacaError(f"There is no folder of images {source!r} (working folder: {Path.cwd()}). Check the path.")
         image = _only_column(dataset, datasets.Image, "images", source)
         label = _only_column(dataset, datasets.ClassLabel, "labels", source, label)
         dataset = spread_evenly(dataset, limit)
@@ -126,13 +128,6 @@ def _from_file(path: Path) -> datasets.Dataset:
         elif name in ("label", "labels") and isinstance(feature, datasets.Value):
             dataset = dataset.class_encode_column(name)
     return dataset
-
-
-def _from_hub(source: str, split: str) -> datasets.Dataset:
-    match = HUB_SOURCE.fullmatch(source)
-    if source.startswith(("/", ".", "~")) or match is None or not is_hub_id(match["id"]):
-        raise PacaError(f"There is no folder of images {source!r} (working folder: {Path.cwd()}). Check the path.")
-    return load_from_hub(source, match["id"], match["config"], match["split"] or split)
 
 
 def _only_column(dataset: datasets.Dataset, kind: type, what: str, source: str, named: str | None = None) -> str:

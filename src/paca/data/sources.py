@@ -87,37 +87,36 @@ def find_source(name: str, split: str) -> Source:
                 f"The data file {name!r} is of type {path.suffix or '(none)'!r}. Understood are {', '.join(SUFFIXES)}."
             )
         return Source(name, (path,))
-    match = HUB_SOURCE.fullmatch(name)
-    if name.startswith(("/", ".", "~")) or suffix_of(path) in SUFFIXES or match is None or not is_hub_id(match["id"]):
+    hub = None if suffix_of(path) in SUFFIXES else load_from_hub(name, split)
+    if hub is None:
         raise PacaError(
             f"There is no data file or folder {name!r} (working folder: {Path.cwd()}).{_neighbour_hint(path)} Check "
             "the path (data.train, data.eval)."
         )
-    return Source(name, hub=load_from_hub(name, match["id"], match["config"], match["split"] or split))
+    return Source(name, hub=hub)
 
 
 def _neighbour_hint(path: Path) -> str:
     return did_you_mean_path(path, lambda there: there.is_dir() or suffix_of(there) in SUFFIXES)
 
 
-def is_hub_id(name: str) -> bool:
-    """Whether the name has the form of a hub id."""
-    try:
-        validate_repo_id(name)
-    except HFValidationError:
-        return False
-    return True
-
-
-def load_from_hub(name: str, hub_id: str, config: str | None, split: str) -> datasets.Dataset:
-    """One split of a dataset on the hub; `name` is the whole source as the user wrote it, for messages.
+def load_from_hub(name: str, split: str) -> datasets.Dataset | None:
+    """One split of a dataset on the hub: the one that `name` gives, else `split`. None for what can be no hub id.
 
     Raises:
         PacaError: There is no such dataset, configuration or split, or the hub cannot be reached.
     """
+    match = HUB_SOURCE.fullmatch(name)
+    if name.startswith(("/", ".", "~")) or match is None:
+        return None
+    try:
+        validate_repo_id(match["id"])
+    except HFValidationError:
+        return None
+    split = match["split"] or split
     try:
         with without_waiting_for_the_hub():
-            return datasets.load_dataset(hub_id, config, split=split)
+            return datasets.load_dataset(match["id"], match["config"], split=split)
     except ConnectionError as error:
         raise PacaError(
             f"There is no data file or folder {name!r} here.{_neighbour_hint(Path(name))} It looks like a dataset on "
