@@ -8,8 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from paca.data import encode, load_examples, training_template
-from paca.data.sample import take_sample
+from paca.data import Examples, encode, training_template
 from paca.messages.errors import PacaError, about
 from paca.messages.units import format_bytes
 from paca.planning.target import Target, outline_of
@@ -19,7 +18,7 @@ from paca.training.config.adapter_settings import outline_config
 from paca.training.config.config_file import load_run_config
 from paca.training.config.run_config import RunConfig
 from paca.training.named_model import train_heads
-from paca.training.prompt_form import choose_form, tokenizer_of, trains_everything
+from paca.training.prompt_form import tokenizer_of, trains_everything
 from paca.training.run_setting import setting_of_run
 from paca.training.trainers import trainer_kind
 from paca.training.trainers.kind import RunData, TrainerKind
@@ -67,7 +66,9 @@ def target_of_run(
             f"{path} has train.trainer: {kind.name}, whose memory is not foretold. Give the model instead of the run, "
             "or let `paca train --probe` measure it."
         )
-    data, unread = (None, None) if kind.name == "sft" else _labelled(config, kind)
+    held_out, config.data.eval = config.data.eval, None  # what is split off the training data counts as well
+    data, unread = (None, None) if kind.name == "sft" and sequence_length is not None else _read(config, kind)
+    config.data.eval = held_out
     labels = _UNKNOWN_LABELS[kind.name] if data is None else data.labels
     named = config.model
     dtype = "float32" if config.method == "full" and named.dtype == "auto" else named.dtype  # as a run does
@@ -77,21 +78,18 @@ def target_of_run(
         )
     with about("model.attn_implementation"):
         set_attention(outline, named.attn_implementation)
-    has_eval = config.data.eval is not None
+    has_eval = held_out is not None
     config.train = train_settings.with_defaults(
         config.train, outline, has_eval=has_eval, method=config.method, adapter=config.adapter, device=device
     )
-    longest, typical, different, lengths = (1 if kind.counts == "images" else None), None, 1, None
     if batch_size is not None:
         config.train["per_device_train_batch_size"] = batch_size
+    longest, typical, different = (1 if kind.counts == "images" else None), None, 1
+    lengths = unread if kind.counts == "tokens" else None
     if sequence_length is not None:
-        config.train["max_length"] = sequence_length
-    elif kind.counts == "tokens" and unread is not None:
-        lengths = unread
-    elif kind.counts == "tokens":
-        longest, typical, different, lengths = (
-            lengths_of_examples(config) if data is None else _lengths_of_sample(config, kind, data)
-        )
+        config.train["max_length"], lengths = sequence_length, None
+    elif kind.counts == "tokens" and data is not None:
+        longest, typical, different, lengths = _lengths_of(config, kind, data)
     setting = setting_of_run(config, device, longest, different)
     if lengths is not None and longest is None:
         lengths = f"train.max_length: {lengths}"
@@ -104,8 +102,10 @@ def target_of_run(
     return Target(str(path), outline, adapter, setting, lengths, typical, steps if steps > 0 else None, kind.counts)
 
 
-def _labelled(config: RunConfig, kind: TrainerKind) -> tuple[RunData | None, str | None]:
-    """The data of a classifier or a reward model, with its labels; else None, and why it was not read."""
+def _read(config: RunConfig, kind: TrainerKind) -> tuple[RunData | None, str | None]:
+    """The training data; else None, and why it was not read: it is not in local files, is large, or is packed."""
+    if config.train.get("packing"):
+        return None, "packed sequences are filled up"
     if (unread := _unread(config)) is not None:
         return None, unread
     try:
@@ -114,44 +114,32 @@ def _labelled(config: RunConfig, kind: TrainerKind) -> tuple[RunData | None, str
         return None, f"the examples could not be read ({error})"
 
 
-def _lengths_of_sample(config: RunConfig, kind: TrainerKind, data: RunData) -> tuple[int | None, int | None, int, str]:
-    """As `lengths_of_examples`, by the sample that a dry run shows."""
-    sample = kind.shape(config, data, whole=False).sample
-    assert sample is not None
-    cut = min(sample.longest, config.train["max_length"] or sample.longest)
-    different = min(sample.examples, max(1, cut - sample.shortest + 1))
-    which = "the longest" + (f" of {sample.sampled:,} examples" if sample.sampled < sample.examples else " example")
-    return sample.longest, round(sample.padded), different, f"{which} of {config.data.train}"
-
-
-def lengths_of_examples(config: RunConfig) -> tuple[int | None, int | None, int, str]:
-    """Tokens of the longest training example before it is cut, those that a batch is padded to on average once they
-    are, how many different lengths batches may have, and where that is from, for people.
-
-    Held-out examples that are split off the training data count as well. The first two are None and the third is 1, and
-    the text says why, where the data is not in local files, is large, or is packed.
+def _lengths_of(config: RunConfig, kind: TrainerKind, data: RunData) -> tuple[int | None, int | None, int, str]:
+    """Tokens of the longest example before it is cut, those that a batch is padded to on average once examples are, how
+    many different lengths batches may have, and where that is from, for people. The first two are None, and the text
+    says why, where the examples can't be read as tokens.
     """
-    data, train = config.data, config.train
-    if train.get("packing"):
-        return None, None, 1, "packed sequences are filled up"
-    if (unread := _unread(config)) is not None:
-        return None, None, 1, unread
     try:
-        tokenizer = tokenizer_of(config)
-        reading: Any = {"format": data.format, "leave_out": data.unusable == "leave_out"}
-        examples = load_examples(data.train, split=data.split, limit=data.limit, **reading)
-        choose_form(config, examples, tokenizer)
-        options: Any = {"everything": trains_everything(config, examples)}
-        template = training_template(tokenizer)
-        most = heapq.nlargest(TOKENIZED, (dict(row) for row in examples.dataset), key=_characters)
-        longest = max(len(encode(example, tokenizer, template=template, **options).ids) for example in most)
-        batch_size = train["per_device_train_batch_size"]
-        sample = take_sample(examples, tokenizer, limit=train["max_length"], batch_size=batch_size, **options)
+        sample = kind.shape(config, data, whole=False).sample
+        assert sample is not None
+        longest, which = sample.longest, "the longest example"
+        if kind.name == "sft":
+            longest = _longest(config, data.train)
+        elif sample.sampled < sample.examples:
+            which = f"the longest of {sample.sampled:,} examples"
     except PacaError as error:
         return None, None, 1, f"the examples could not be read ({error})"
-    cut = min(longest, train["max_length"] or longest)
+    cut = min(longest, config.train["max_length"] or longest)
     different = min(sample.examples, max(1, cut - sample.shortest + 1))
-    return longest, round(sample.padded), different, f"the longest example of {data.train}"
+    return longest, round(sample.padded), different, f"{which} of {config.data.train}"
+
+
+def _longest(config: RunConfig, examples: Examples) -> int:
+    """Tokens of the longest example before it is cut."""
+    tokenizer, everything = tokenizer_of(config), trains_everything(config, examples)
+    template = training_template(tokenizer)
+    most = heapq.nlargest(TOKENIZED, (dict(row) for row in examples.dataset), key=_characters)
+    return max(len(encode(one, tokenizer, everything=everything, template=template).ids) for one in most)
 
 
 def _unread(config: RunConfig) -> str | None:
