@@ -50,7 +50,7 @@ def batches_of(config_file: Path, folder: Path, *overrides: str, with_labels: bo
     prepared = prepare(config)
     arguments = training_arguments(prepared.plan.config.train, folder / "checkpoints")
     return calibration_batches(
-        prepared.data.train, byte_tokenizer(), arguments, config.calibration, with_labels=with_labels
+        prepared.plan.data.train, byte_tokenizer(), arguments, config.calibration, with_labels=with_labels
     )
 
 
@@ -107,7 +107,7 @@ def test_another_models_columns_are_not_used(config_file, tmp_path, passes):
     prepared = prepare(run)
     arguments = training_arguments(prepared.plan.config.train, tmp_path / "checkpoints")
     choice = calibration.ColumnChoice(
-        prepared.plan.config, prepared.data.train, arguments, tmp_path / "columns.json", Console(quiet=True)
+        prepared.plan.config, prepared.plan.data.train, arguments, tmp_path / "columns.json", Console(quiet=True)
     )
     found = choice.adapter(model)
     assert choice.adapter(model).indices == found.indices

@@ -124,23 +124,23 @@ def test_template_and_end_of_turn_come_out_of_merge_and_export(
 
 def test_the_plan_says_which_template_and_why(workspace: Path, tmp_path: Path) -> None:
     plan = plan_of(workspace)
-    assert plan.template.startswith("alpaca, as the tokenizer has none; data.template names another (chatml, ")
-    assert plan.template.endswith("</s> ends an answer")
+    assert plan.data.template.startswith("alpaca, as the tokenizer has none; data.template names another (chatml, ")
+    assert plan.data.template.endswith("</s> ends an answer")
     assert plan.config.data.template == "alpaca"
     assert "eos_token" not in plan.config.train
     chatml = plan_of(workspace, "data.template=chatml")
-    assert chatml.template == "chatml (data.template); <|im_end|> ends an answer"
+    assert chatml.data.template == "chatml (data.template); <|im_end|> ends an answer"
     assert chatml.config.train["eos_token"] == "<|im_end|>"
     file = tmp_path / "own.jinja"
     file.write_text("{% for m in messages %}{{ m['content'] }}{{ eos_token }}{% endfor %}")
-    assert plan_of(workspace, f"data.template={file}").template == f"{file} (data.template); </s> ends an answer"
+    assert plan_of(workspace, f"data.template={file}").data.template == f"{file} (data.template); </s> ends an answer"
 
 
 def test_text_is_trained_as_it_stands_and_has_no_place_for_a_template(workspace: Path, tmp_path: Path) -> None:
     file = tmp_path / "pairs.jsonl"
     file.write_text('{"prompt": "2+2=", "completion": "4"}\n')
     plan = plan_of(workspace, f"data.train={file}")
-    assert plan.template.startswith("none: ")
+    assert plan.data.template.startswith("none: ")
     assert plan.config.data.template is None
     with pytest.raises(PacaError, match=r"pairs\.jsonl holds plain text .*Leave data\.template out"):
         plan_of(workspace, f"data.train={file}", "data.template=chatml")
@@ -155,7 +155,7 @@ def test_texts_with_prompts_are_saved_without_the_models_template(workspace: Pat
     documents.write_text('{"text": "2+2=4"}\n')
     for file, kept in ((pairs, False), (documents, True)):
         settings = (f"model.name={model}", f"data.train={file}", f"output.dir={tmp_path / file.stem}")
-        assert ("left out, and not saved" in plan_of(workspace, *settings).template) is not kept
+        assert ("left out, and not saved" in plan_of(workspace, *settings).data.template) is not kept
         train(load_run_config(workspace / "config.yaml", (*settings, "train.max_steps=1")), console=Console(quiet=True))
         loaded = load_for_generation(tmp_path / file.stem)
         assert (loaded.tokenizer.chat_template is not None) is kept
@@ -177,7 +177,7 @@ def test_pairs_of_texts_are_learned_without_the_models_template(
         f"output.dir={tmp_path / 'run'}",
     )
     config = load_run_config(workspace / "config.yaml", (*settings, "train.max_steps=1"))
-    assert ("left out, and not saved" in describe(config).template) is not kept  # type: ignore[operator]
+    assert ("left out, and not saved" in describe(config).data.template) is not kept  # type: ignore[operator]
     folder = train(config, console=Console(quiet=True)).folder
     assert (AutoTokenizer.from_pretrained(folder / "adapter").chat_template is not None) is kept
 

@@ -368,9 +368,9 @@ def test_conversations_train_on_the_assistants_turns_unless_told_otherwise(
             file.write(json.dumps({"messages": messages}) + "\n")
     source = f"data.train={conversations}"
     config = load_run_config(config_file, [source])
-    assert describe(config).loss_scope == "the assistant's turns"
+    assert describe(config).data.loss == "the assistant's turns"
     config.train["assistant_only_loss"] = False
-    assert describe(config).loss_scope == "every token"
+    assert describe(config).data.loss == "every token"
     answers = run("answers", source, "train.max_steps=1")
     everything = run("everything", source, "train.max_steps=1", "train.assistant_only_loss=false")
     assert answers.summary is not None
@@ -396,7 +396,7 @@ def test_examples_without_a_label_may_be_left_out(run: Runner, config_file: Path
     config = load_run_config(config_file, [*given, "data.unusable=leave_out"])
     assert dict(describe(config).lines())["training examples"] == "40 (3 left out)"
     config.train |= {"packing": True, "packing_strategy": "bfd_split"}
-    assert describe(config).sample.cut == 0  # type: ignore[union-attr]
+    assert describe(config).data.sample.cut == 0  # type: ignore[union-attr]
     summary = run("a", *given, "data.unusable=leave_out").summary
     assert summary is not None
     assert (summary["data"]["train_examples"], summary["data"]["eval_examples"]) == (40, 40)
@@ -437,16 +437,18 @@ def test_what_does_not_fit_together_is_one_message(run: Runner, override: str, m
 
 def test_the_plan_tells_of_held_out_examples_that_are_trained_on(config_file: Path) -> None:
     config = load_run_config(config_file)
-    assert "held-out examples are among them" not in describe(config).data_description
+    assert "held-out examples are among them" not in describe(config).data.train.description
     config.data.eval = config.data.train
-    assert describe(config).data_description.endswith("; 40 of the 40 held-out examples are among them, so trained on")
+    assert describe(config).data.train.description.endswith(
+        "; 40 of the 40 held-out examples are among them, so trained on"
+    )
 
 
 def test_a_step_has_no_more_examples_than_there_are(config_file: Path) -> None:
     plan = describe(load_run_config(config_file, ["train.per_device_train_batch_size=64"]))
     assert plan.sequences_per_step == plan.train_examples
-    assert plan.sample is not None
-    assert plan.tokens_per_step == round(plan.train_examples * plan.sample.mean)
+    assert plan.data.sample is not None
+    assert plan.tokens_per_step == round(plan.train_examples * plan.data.sample.mean)
 
 
 def test_the_plan_counts_as_the_run_does(run: Runner, config_file: Path) -> None:
@@ -493,4 +495,4 @@ def test_fields_of_messages_that_are_not_used_are_in_the_plan(config_file: Path,
     record = {"messages": [{"role": "user", "content": "a"}, answer]}
     (tmp_path / "chat.jsonl").write_text(json.dumps(record))
     plan = describe(load_run_config(config_file, [f"data.train={tmp_path / 'chat.jsonl'}", "data.eval=null"]))
-    assert plan.data_description.endswith("; the template does not use these fields of messages: weight")
+    assert plan.data.train.description.endswith("; the template does not use these fields of messages: weight")

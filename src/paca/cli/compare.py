@@ -120,7 +120,7 @@ def _train(
     comparison = Comparison(output, common, chosen, rates, numbers, same, extend)
     planned = prepare(comparison, console, dry_run=dry_run)
     console.print(table_of(planned))
-    say(console, f"data: {planned[0].plan.data_description}")
+    say(console, f"data: {planned[0].plan.data.train.description}")
     grids = comparison.grids()
     say(console, f"{rates_text(grids, extend=extend)}; seeds {', '.join(map(str, numbers))}")
     say(console, work_text(planned, grids, len(numbers)))

@@ -119,12 +119,12 @@ def _show_dry_run(config: RunConfig, settings: bool, measurement: Measurement | 
     folder = RunFolder(Path(config.output.dir))
     folder.check_writable()
     prepared = prepare(config, whole=False)
-    plan, held_out = prepared.plan, prepared.data.eval
+    plan, held_out = prepared.plan, prepared.plan.data.eval
     show_plan(plan, console)
     if measurement is not None and held_out is not None:
         measurement.check(held_out.dataset, prepared.outline)
-    if plan.sample is not None:
-        show_sample(plan.sample, console)
+    if plan.data.sample is not None:
+        show_sample(plan.data.sample, console)
     if settings:
         say(console, f"\n{plan.config.to_yaml()}", end="")
     try:

@@ -10,7 +10,6 @@ from typing import Any
 
 from rich.console import Console
 
-from paca.data.sample import Sample
 from paca.messages.say import say
 from paca.training.calibration import describe_columns
 from paca.training.config.run_config import RunConfig
@@ -18,6 +17,7 @@ from paca.training.folder.disk_need import DiskNeed, tell_of_disk
 from paca.training.reporting.data_preview import tell_of_cuts
 from paca.training.slow_dtype import tell_of_slow_dtype
 from paca.training.trainers import trainer_kind
+from paca.training.trainers.kind import RunData
 
 
 @dataclass
@@ -48,15 +48,8 @@ class Plan:
     train_examples: int
     eval_examples: int | None
     """None without held-out data."""
-    data_format: str
-    data_description: str
-    """What was recognised in the data, in words."""
-    template: str | None
-    """The form of the prompts, in words; None where no text is generated."""
-    loss_scope: str
-    """Which tokens count in the loss, in words."""
-    sample: Sample | None
-    """Some of the training data as tokens, where a language model learns whole texts."""
+    data: RunData
+    """What was read for it; of a dry run texts, not tokens."""
     processes: int
     sequences_per_step: int
     """Over all processes and accumulated batches, no more than there are; of packed ones where packing is on."""
@@ -83,15 +76,15 @@ class Plan:
         lost = f" ({self._unusable():,} left out)" if self._unusable() else ""
         kind, whole = trainer_kind(self.config.train), self.config.adapter.get("modules_to_save")
         per_step, rank = f"{self.sequences_per_step:,}", self.config.train.get("factor_rank")
-        unit = "pair" if self.sample is not None and self.sample.rejected else "sequence"
+        unit = "pair" if self.data.sample is not None and self.data.sample.rejected else "sequence"
         sequences = f"{per_step} {unit}{'' if self.sequences_per_step == 1 else 's'}"
         if kind.counts == "tokens" and self.tokens_per_step is not None:
             per_step = f"about {self.tokens_per_step:,} ({sequences})"
         elif kind.counts == "tokens":
             per_step = f"those of {sequences}"
-        scope = self.loss_scope
-        if self.sample is not None and self.sample.share is not None:
-            scope += f": {self.sample.share:.0%} of the tokens"
+        scope = self.data.loss
+        if self.data.sample is not None and self.data.sample.share is not None:
+            scope += f": {self.data.sample.share:.0%} of the tokens"
         dtype = ", ".join(filter(None, (self.dtype, self.config.model.quantization)))
         lines = [
             ("model", f"{self.config.model.name} ({self.architecture}, {self.parameters:,} parameters, {dtype})"),
@@ -101,9 +94,9 @@ class Plan:
             *([] if rank is None else [("factors", f"of rank {rank}: AdamW steps these, and deltas follow")]),
             *([("trained whole", ", ".join(whole))] if whole else []),
             ("trainable parameters", f"{self.trainable_parameters:,} ({share:.3f} %)"),
-            ("data", self.data_description),
+            ("data", self.data.train.description),
             ("training examples", f"{self.train_examples - self._unusable():,}{lost}"),
-            *([] if self.template is None else [("template", self.template)]),
+            *([] if self.data.template is None else [("template", self.data.template)]),
             ("loss on", scope),
             *kind.lines(self.config),
             ("held-out examples", "none" if self.eval_examples is None else f"{self.eval_examples:,}"),
@@ -129,14 +122,14 @@ class Plan:
         return "lean" if self.config.model.recompute is None else "lean; the MLP is computed again in the backward pass"
 
     def _unusable(self) -> int:
-        return 0 if self.sample is None else self.sample.unusable
+        return 0 if self.data.sample is None else self.data.sample.unusable
 
     def _steps(self) -> str:
         examples = self.train_examples - self._unusable()
         if self.steps is not None:
             return f"{planned_steps(examples, self.config.train, self.processes):,}"
-        assert self.sample is not None
-        sequences = math.ceil(examples * self.sample.mean / self.config.train["max_length"])
+        assert self.data.sample is not None
+        sequences = math.ceil(examples * self.data.sample.mean / self.config.train["max_length"])
         steps = planned_steps(sequences, {**self.config.train, "packing": False}, self.processes)
         return f"about {steps:,}, known once the data is packed"
 
@@ -147,7 +140,7 @@ def show_plan(plan: Plan, console: Console, *, run: bool = False) -> None:
     for label, text in plan.lines():
         say(console, f"{label:<{width}}  {text}")
     tell_of_slow_dtype(plan.config, plan.dtype, plan.parameters, console)
-    tell_of_cuts(plan.sample, console, run=run)
+    tell_of_cuts(plan.data.sample, console, run=run)
     tell_of_disk(plan.disk, Path(plan.config.output.dir), console)
 
 

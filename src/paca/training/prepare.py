@@ -24,17 +24,14 @@ from paca.training.folder.same_run import inputs_of
 from paca.training.named_model import outline_of, size_of_weights, source_of, train_heads
 from paca.training.plan import Plan, planned_steps
 from paca.training.trainers import trainer_kind
-from paca.training.trainers.kind import RunData
 from paca.training.trainers.sections import check_sections_fit
 
 
 @dataclass
 class PreparedRun:
-    """A plan and the data that was read for it."""
+    """A plan, and what is needed beside it to carry it out."""
 
     plan: Plan
-    data: RunData
-    """With fields of the trainer's settings that follow from it; the resolved config leaves them to be found again."""
     inputs: dict[str, str]
     """From `inputs_of`, in the first process."""
     outline: PlannedModel
@@ -128,18 +125,14 @@ def prepare(config: RunConfig, *, whole: bool = True) -> PreparedRun:
         own_defaults=train_settings.own_defaults(given, config.train),
         train_examples=len(train.dataset),
         eval_examples=None if held_out is None else len(held_out.dataset),
-        data_format=train.format,
-        data_description=train.description,
-        template=data.template,
-        loss_scope=data.loss,
-        sample=data.sample,
+        data=data,
         processes=processes,
         sequences_per_step=sequences,
         tokens_per_step=None if typical is None else round(sequences * typical),
         steps=steps,
         disk=disk_need(config, adapted, steps, base=parameters * dtype.itemsize if source == "gguf" else 0),
     )
-    return PreparedRun(plan, data, inputs, adapted)
+    return PreparedRun(plan, inputs, adapted)
 
 
 def _adapted_outline(config: RunConfig, model: PreTrainedModel, task_type: str | None) -> PlannedModel:

@@ -107,12 +107,12 @@ def train(
         prepared = prepare(config)
         plan = prepared.plan
         show_plan(plan, console, run=True)
-        if scorer is not None and prepared.data.eval is not None:
-            scorer.check(prepared.data.eval.dataset, prepared.outline)
+        if scorer is not None and plan.data.eval is not None:
+            scorer.check(plan.data.eval.dataset, prepared.outline)
         settings = {**names_for_trackers(folder, resume=resume), **plan.config.train}
         # Not `trainer.evaluate()` before `trainer.train()`: with several processes, accelerate 1.15 takes the model as
         # prepared after that, leaves DDP away, and each process trains on its own.
-        settings["eval_on_start"] = prepared.data.eval is not None and config.eval.before and not resume
+        settings["eval_on_start"] = plan.data.eval is not None and config.eval.before and not resume
         arguments = train_settings.training_arguments(settings, folder.checkpoints)  # also joins the other processes
         check_same_settings(plan.config)
         check_sharding(arguments, plan.config)
@@ -143,9 +143,7 @@ class _Run:
         scorer: Scorer | None,
     ) -> None:
         self.scorer = scorer
-        self.heldout, self.labels = prepared.data.eval, prepared.data.labels
-        self.plan = prepared.plan
-        self.config = prepared.plan.config
+        self.plan, self.data, self.config = prepared.plan, prepared.plan.data, prepared.plan.config
         self.kind = trainer_kind(self.config.train)
         self.folder = folder
         self.checkpoint = checkpoint
@@ -156,19 +154,19 @@ class _Run:
         reset_peak_memory()
         available = memory_at_hand(arguments)
         with self._busy("Loading the model ..."):
-            pretrained = load_model(self.config, folder, console, prepared.data.labels)
+            pretrained = load_model(self.config, folder, console, self.data.labels)
             if self.main:
                 check_same_model(folder, self.config, pretrained, resume=checkpoint is not None)
-            if prepared.data.template is not None:
-                give_form(pretrained.tokenizer, self.config, prepared.data.train)
-        self.trainer = self._make_trainer(prepared, pretrained, arguments)
+            if self.data.template is not None:
+                give_form(pretrained.tokenizer, self.config, self.data.train)
+        self.trainer = self._make_trainer(pretrained, arguments)
         if scorer is not None and (self.trainer.is_fsdp_enabled or arguments.deepspeed_plugin):
             raise PacaError(
                 "eval.metric needs whole weights in one process, not FSDP's or DeepSpeed's shards. Leave it out, add "
                 "it to the finished run's config.yaml, and give the run to `paca evaluate`."
             )
         self.trainer.remove_callback(PrinterCallback)
-        self.plan = self.plan.without(*self.kind.check_prepared(self.config, self.trainer, prepared.data))
+        self.plan = self.plan.without(*self.kind.check_prepared(self.config, self.trainer, self.data))
         if self.main:
             for warning in (
                 self.plan.left_out,
@@ -217,7 +215,7 @@ class _Run:
             self.trainer.save_model(str(unfinished))
         if self.log is None:
             return RunResult(self.folder.path, None, None)
-        if self.labels is not None:  # which the adapter's own files don't say, and whoever loads it must know
+        if self.data.labels is not None:  # which the adapter's own files don't say, and whoever loads it must know
             save_classifier_config(unfinished, self.trainer.accelerator.unwrap_model(self.trainer.model))
         (unfinished / "training_args.bin").unlink(missing_ok=True)  # a pickle; config.yaml says the same
         result = summary_of(self.plan, state, self.recorder, self.trainer.args.device, loss_after)
@@ -234,17 +232,17 @@ class _Run:
         self.trackers.finish(result, partial(say, self.console, style="yellow"))
         return RunResult(self.folder.path, result, None)
 
-    def _make_trainer(self, prepared: PreparedRun, pretrained: Pretrained, arguments: TrainingArguments) -> Any:
+    def _make_trainer(self, pretrained: Pretrained, arguments: TrainingArguments) -> Any:
         folder, console = self.folder, self.console
         callbacks: list[Any] = [self.stopper, SetEpochOfSampler(), NoCardsOfCheckpoints(), TellUntrainedLayers(console)]
         if self.config.adapter.get("rotate_every") is not None:
             callbacks.append(RotateColumns())
-        model, adapter = with_adapter(pretrained.model, self.config, arguments, prepared.data.train, folder, console)
+        model, adapter = with_adapter(pretrained.model, self.config, arguments, self.data.train, folder, console)
         try:
             trainer = self.kind.make(
                 self.config,
                 adapter,
-                prepared.data,
+                self.data,
                 model=model,
                 args=arguments,
                 processing_class=pretrained.tokenizer,
@@ -274,7 +272,7 @@ class _Run:
         return trainer.state
 
     def _loss_after(self, state: TrainerState) -> float | None:
-        if self.heldout is None or not self.config.eval.after:
+        if self.data.eval is None or not self.config.eval.after:
             return None
         step = kept_step(state, self.trainer.args)
         for entry in reversed(state.log_history):
@@ -290,9 +288,9 @@ class _Run:
         return nullcontext()
 
     def _scores(self, step: int) -> dict[str, Any] | None:
-        if self.heldout is None or self.log is None:
+        if self.data.eval is None or self.log is None:
             return None
-        rows = self.heldout.dataset
+        rows = self.data.eval.dataset
         if self.kind.score is not None:
             return scores_by_trainer(self.kind, self.log, self.trainer, step)
         if self.scorer is None:

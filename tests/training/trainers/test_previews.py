@@ -26,9 +26,9 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def preview(plan: Plan) -> str:
-    assert plan.sample is not None
+    assert plan.data.sample is not None
     console = Console(file=io.StringIO(), width=200)
-    show_sample(plan.sample, console)
+    show_sample(plan.data.sample, console)
     return console.file.getvalue()  # type: ignore[attr-defined,no-any-return]
 
 
@@ -45,7 +45,7 @@ def test_a_pair_is_shown_with_both_answers_marked(
     assert f"{question}?" in rejected
     assert "% of them" not in rejected
     assert any(text.endswith("(2 pairs)") for _, text in plan.lines())
-    page = sample_section(plan.sample.as_dict())  # type: ignore[union-attr]
+    page = sample_section(plan.data.sample.as_dict())  # type: ignore[union-attr]
     assert page.count("<mark>") == 3  # one of them in the words above
     assert "The same with the answer that is rejected" in page
 
@@ -71,8 +71,8 @@ def test_lengths_of_pairs_are_those_of_the_trainer(
     with pytest.raises(PacaError, match="enough"):
         train(config)
     plan = describe(config)
-    assert plan.sample is not None
-    assert (plan.sample.shortest, plan.sample.longest) == (min(made), max(made))
+    assert plan.data.sample is not None
+    assert (plan.data.sample.shortest, plan.data.sample.longest) == (min(made), max(made))
     assert plan.tokens_per_step == round(2 * statistics.mean(both))
 
 
@@ -82,8 +82,8 @@ def test_a_prompt_is_shown_whose_answer_the_model_writes(workspace: Path, monkey
     text = preview(plan)
     assert "?" in text
     assert text.index("⟦… the model's own answer⟧") > text.index("assistant")
-    assert plan.sample is not None
-    assert (plan.sample.share, plan.sample.unanswered, plan.sample.limit) == (None, 0, None)
+    assert plan.data.sample is not None
+    assert (plan.data.sample.share, plan.data.sample.unanswered, plan.data.sample.limit) == (None, 0, None)
     assert plan.tokens_per_step is None  # the answers are yet to be made
 
 
@@ -96,9 +96,10 @@ def test_a_text_is_shown_with_its_label(workspace: Path, monkeypatch: pytest.Mon
     text, label = shown[at - 1], shown[at]
     assert label == ("→ ⟦animal⟧" if "cat" in text or "dog" in text else "→ ⟦other⟧")
     tokenizer = AutoTokenizer.from_pretrained(workspace / "llama")
-    assert plan.sample is not None
-    assert 0 <= len(tokenizer(text)["input_ids"]) - plan.sample.median <= 1  # the middle of an even number of texts
-    texts = prepare(config, whole=False).data.train.dataset["text"]
+    sample = plan.data.sample
+    assert sample is not None
+    assert 0 <= len(tokenizer(text)["input_ids"]) - sample.median <= 1  # the middle of an even number of texts
+    texts = prepare(config, whole=False).plan.data.train.dataset["text"]
     lengths = [len(tokenizer(text)["input_ids"]) for text in texts]
     assert plan.tokens_per_step == round(2 * statistics.mean(lengths))
 
@@ -142,4 +143,4 @@ def test_a_network_of_convolutions_names_its_layers(workspace: Path) -> None:
 def test_images_are_not_shown(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(workspace)
     assert "image_classification" in CONFIGS
-    assert describe(load_run_config(workspace / "image_classification.yaml")).sample is None
+    assert describe(load_run_config(workspace / "image_classification.yaml")).data.sample is None

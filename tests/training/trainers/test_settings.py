@@ -221,7 +221,7 @@ def test_texts_that_teach_nothing_may_be_left_out(workspace: Path, tmp_path: Pat
     changed = ("data.eval=null", "data.unusable=leave_out")
     plan = describe(with_data(workspace, tmp_path, "classification", records, *changed))
     assert plan.train_examples == 2
-    assert "1 left out, as nothing can be learned from them" in plan.data_description
+    assert "1 left out, as nothing can be learned from them" in plan.data.train.description
 
 
 @pytest.mark.parametrize("name", ["dpo", "reward"])

@@ -28,7 +28,7 @@ def summary_of(
         loss_after: The held-out loss, where it was measured.
     """
     config, tokens, train_seconds = plan.config, state.num_input_tokens_seen, recorder.train_seconds
-    kind, log = trainer_kind(config.train), recorder.log
+    kind, log, data = trainer_kind(config.train), recorder.log, plan.data
     return {
         "name": Path(config.output.dir).name,
         "finished": now(),
@@ -46,10 +46,10 @@ def summary_of(
         "data": {
             "train": config.data.train,
             "eval": config.data.eval,
-            "format": plan.data_format,
-            "description": plan.data_description,
-            "template": plan.template,
-            "sample": None if plan.sample is None else plan.sample.as_dict(),
+            "format": data.train.format,
+            "description": data.train.description,
+            "template": data.template,
+            "sample": None if data.sample is None else data.sample.as_dict(),
             "train_examples": plan.train_examples,
             "eval_examples": plan.eval_examples,
         },
