@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +26,6 @@ from paca.messages.errors import PacaError, first_line, is_failure
 from paca.pretrained import gguf, quantizing
 from paca.pretrained.hub import check_holds_no_adapter, unreachable, without_waiting
 from paca.pretrained.location import TOKENIZER_FILES, Location, Source, locate, neighbour_hint, tokenizer_files
-from paca.pretrained.missing_weights import check_nothing_missing
 from paca.pretrained.padding_token import choose_pad_token
 from paca.pretrained.quiet import without_load_report, without_progress_bars
 
@@ -121,7 +120,7 @@ def load_pretrained(
             options |= {"config": config, "ignore_mismatched_sizes": True}
         model, found = auto_class.from_pretrained(dtype=torch_dtype, output_loading_info=True, **options)
     if auto_class is AutoModelForCausalLM:
-        check_nothing_missing(model, found["missing_keys"], location.name_or_path)
+        _check_nothing_missing(model, found["missing_keys"], location.name_or_path)
     quantizing.keep_trainable(model)
     if location.source == "gguf":
         gguf.check_is_plain(model, location.name_or_path)
@@ -183,7 +182,18 @@ def check_folder_is_whole(name: str, trust_remote_code: bool = False) -> None:
         return
     with _explaining(location, None), without_progress_bars(), without_load_report():
         loaded: Any = AutoModelForCausalLM.from_pretrained(device_map="meta", output_loading_info=True, **options)
-    check_nothing_missing(loaded[0], loaded[1]["missing_keys"], location.name_or_path)
+    _check_nothing_missing(loaded[0], loaded[1]["missing_keys"], location.name_or_path)
+
+
+def _check_nothing_missing(model: nn.Module, missing: Iterable[str], name: str) -> None:
+    """Refuse the language model `name` where `missing` are weights that transformers would make at random."""
+    parameters = {parameter for parameter, _ in model.named_parameters()}
+    if lacking := sorted(parameters.intersection(missing)):
+        listed = ", ".join(lacking[:4]) + (f" and {len(lacking) - 4:,} more" if len(lacking) > 4 else "")
+        raise PacaError(
+            f"The checkpoint {name!r} lacks weights of {type(model).__name__}, which would be made at random: "
+            f"{listed}. Is it of another kind, such as a classifier? Give a language model's checkpoint."
+        )
 
 
 def _label_settings(labels: Sequence[str]) -> dict[str, Any]:
