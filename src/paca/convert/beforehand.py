@@ -8,7 +8,7 @@ from pathlib import Path
 
 from paca.messages.errors import PacaError
 from paca.messages.nearest import did_you_mean_path
-from paca.pretrained.adapter_folder import ADAPTER_CONFIG, checked, expanded, find_adapter, find_base, find_task
+from paca.pretrained.adapter_folder import ADAPTER_CONFIG, checked, expanded, find_adapter, find_base, text_setting
 from paca.pretrained.purpose import classifier_in
 
 _CHECKPOINTS = (".safetensors", ".bin", ".pt", ".pth")
@@ -40,7 +40,7 @@ def merge_output(path: str | Path, output: str | Path, base_model: str | None, o
     if whole and base_model is None:  # a run that trained the whole model: it is merged already
         return _free_folder(output, overwrite, [path], "merge", "a model", "config.json")
     adapter = adapter_in(path)
-    task = find_task(adapter)
+    task = text_setting(adapter, "task_type")
     if task not in (None, "CAUSAL_LM") and classifier_in(adapter) is None:
         raise PacaError(
             f"The adapter in {adapter} was trained for the task {task}, and no config.json beside it says with which "

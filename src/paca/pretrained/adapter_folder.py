@@ -119,15 +119,6 @@ def find_base(adapter: Path, given: str | None = None) -> str:
     return base
 
 
-def find_task(adapter: Path) -> str | None:
-    """What an adapter was trained for, by PEFT's names of tasks, such as `"CAUSAL_LM"`, if its config says so.
-
-    Raises:
-        PacaError: The config cannot be read.
-    """
-    return text_setting(adapter, "task_type")
-
-
 def text_setting(adapter: Path, name: str) -> str | None:
     """A text in an adapter's config, or None.
 
@@ -158,16 +149,13 @@ def json_object(file: Path) -> dict[str, Any]:
         PacaError: It is too large, can't be read, or is no JSON object; names it.
     """
     try:
-        if file.stat().st_size > _LARGEST:
-            raise PacaError(f"{file} has {file.stat().st_size:,} bytes; {_LARGEST:,} are the most.")
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, RecursionError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        size = file.stat().st_size
+        content = json.loads(file.read_text(encoding="utf-8")) if size <= _LARGEST else {}
+    except (OSError, ValueError, RecursionError) as error:
         reason = "it is nested too deeply" if isinstance(error, RecursionError) else error
         raise PacaError(f"{file} is broken: {reason}. It should be a JSON object; copy or save it again.") from error
-    except PacaError:
-        raise
-    except ValueError as error:  # a number of thousands of digits
-        raise PacaError(f"{file} is broken: {error}. Copy or save it again.") from error
+    if size > _LARGEST:
+        raise PacaError(f"{file} has {size:,} bytes; {_LARGEST:,} are the most.")
     if not isinstance(content, dict):
         raise PacaError(f"{file} is broken: it should hold a JSON object. Copy or save it again.")
     return content
