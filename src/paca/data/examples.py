@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import logging
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -20,6 +19,7 @@ from paca.data.file_content import add_image_files
 from paca.data.formats import Example, Format
 from paca.data.sources import Source
 from paca.messages.errors import NothingToLearn, PacaError
+from paca.pretrained.quiet import without_progress_bars
 
 logger = logging.getLogger(__name__)
 
@@ -123,7 +123,7 @@ def load_examples(
         "columns": tuple(features),  # a list would be taken for sources, to be read by several processes
         "rendered": tuple(name for name in RENDERED if not isinstance(features.get(name), Json)),
     }
-    with without_progress_bars():
+    with without_progress_bars(datasets):
         try:
             dataset = Dataset.from_generator(
                 _examples,
@@ -282,15 +282,3 @@ def _describe(form: Format, columns: list[str], dataset: Dataset) -> str:
     ending = f" (not used: {', '.join(left_out)})" if left_out else ""
     column = "columns" if len(used) > 1 else "column"
     return f"{count} of the form {form.name} ({column} {', '.join(used)}), taken as {result}{ending}"
-
-
-@contextmanager
-def without_progress_bars() -> Iterator[None]:
-    """Hide those of datasets, unless they are hidden already."""
-    was_enabled = datasets.is_progress_bar_enabled()
-    datasets.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if was_enabled:
-            datasets.enable_progress_bar()

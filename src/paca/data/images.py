@@ -13,9 +13,10 @@ from datasets.data_files import get_data_patterns
 from PIL import Image
 
 from paca.data.evenly import spread_evenly
-from paca.data.examples import ORIGIN, Examples, without_progress_bars
+from paca.data.examples import ORIGIN, Examples
 from paca.data.sources import load_from_hub
 from paca.messages.errors import PacaError
+from paca.pretrained.quiet import without_progress_bars
 
 
 def load_images(source: str, *, split: str = "train", limit: int | None = None, label: str | None = None) -> Examples:
@@ -36,7 +37,7 @@ def load_images(source: str, *, split: str = "train", limit: int | None = None, 
         PacaError: The source does not exist, holds no images, or says no label with each.
     """
     path = Path(source).expanduser()
-    with without_progress_bars():
+    with without_progress_bars(datasets):
         if path.is_dir():
             dataset = _from_folder(path, split)
         elif path.is_file():

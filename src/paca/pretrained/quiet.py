@@ -1,9 +1,10 @@
-"""What transformers prints while it loads a model, hidden."""
+"""What transformers and datasets print while they load something, hidden."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from transformers.utils import logging
 
@@ -20,12 +21,13 @@ def without_load_report() -> Iterator[None]:
 
 
 @contextmanager
-def without_progress_bars() -> Iterator[None]:
-    """Hide the bars that count parameters. Downloads keep theirs."""
-    was_enabled = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
+def without_progress_bars(of: Any = logging) -> Iterator[None]:
+    """Hide the bars of a library: by default those of transformers, which count parameters, else those of `datasets`.
+    Downloads keep theirs."""
+    was_enabled = of.is_progress_bar_enabled()
+    of.disable_progress_bar()
     try:
         yield
     finally:
         if was_enabled:
-            logging.enable_progress_bar()
+            of.enable_progress_bar()

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, ClassVar
 
+import datasets
 import numpy as np
 from datasets import ClassLabel, Dataset
 from peft import get_peft_model
@@ -18,13 +19,14 @@ from transformers import (
 )
 
 from paca.data import Examples
-from paca.data.examples import ORIGIN, without_progress_bars
+from paca.data.examples import ORIGIN
 from paca.data.formats import Example
 from paca.data.labelled_texts import label_names
 from paca.data.sample import take_sample
 from paca.data.tokens import IGNORED, Tokens
 from paca.messages.errors import PacaError
 from paca.pretrained.learning_rate import RATE_OF_WEIGHTS
+from paca.pretrained.quiet import without_progress_bars
 from paca.training.config.run_config import RunConfig
 from paca.training.prompt_form import tokenizer_of
 from paca.training.trainers.kind import RunData, TrainerKind, datasets_of, read_split, reader
@@ -84,7 +86,7 @@ class Classification(TrainerKind):
         def tokens(batch: dict[str, list[Any]]) -> dict[str, Any]:
             return dict(processor(batch["text"], truncation=length is not None, max_length=length))
 
-        with without_progress_bars():
+        with without_progress_bars(datasets):
             return dataset.map(tokens, batched=True, remove_columns=["text"])
 
     def right(self, trainer: Trainer) -> str:
