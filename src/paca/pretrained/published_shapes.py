@@ -93,6 +93,7 @@ _LLAMA_31_ROPE = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 8192,
 }
+_LLAMA_32_ROPE = {**_LLAMA_31_ROPE, "factor": 32.0}
 _GEMMA_3_ROPE = {
     "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
     "full_attention": {"rope_type": "default", "rope_theta": 1e6},
@@ -105,22 +106,10 @@ SHAPES: dict[str, Shape] = {
     "llama3.1-8b": _text("llama", (4096, 14336, 32, 32, 8), 128256, 131072, 5e5, rope=_LLAMA_31_ROPE),
     "llama3.1-70b": _text("llama", (8192, 28672, 80, 64, 8), 128256, 131072, 5e5, rope=_LLAMA_31_ROPE),
     "llama3.2-1b": _text(
-        "llama",
-        (2048, 8192, 16, 32, 8),
-        128256,
-        131072,
-        5e5,
-        rope={**_LLAMA_31_ROPE, "factor": 32.0},
-        tie_word_embeddings=True,
+        "llama", (2048, 8192, 16, 32, 8), 128256, 131072, 5e5, rope=_LLAMA_32_ROPE, tie_word_embeddings=True
     ),
     "llama3.2-3b": _text(
-        "llama",
-        (3072, 8192, 28, 24, 8),
-        128256,
-        131072,
-        5e5,
-        rope={**_LLAMA_31_ROPE, "factor": 32.0},
-        tie_word_embeddings=True,
+        "llama", (3072, 8192, 28, 24, 8), 128256, 131072, 5e5, rope=_LLAMA_32_ROPE, tie_word_embeddings=True
     ),
     "mistral-7b": _text("mistral", (4096, 14336, 32, 32, 8), 32768, 32768, 1e6, sliding_window=None),
     "gemma3-1b": Shape(
