@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import matplotlib
-import numpy as np
+import pandas as pd
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
@@ -88,12 +88,9 @@ def curve(points: Points, title: str, *, held_out: Points = (), from_zero: bool 
 
 def smoothed(points: Points) -> list[tuple[float, float]]:
     """The running mean over the last 25th of the run at each point (at least one point, so short runs stay as is)."""
-    window = max(1, len(points) // _WINDOWS)
-    sums = np.cumsum([0.0, *(value for _, value in points)])
-    ends = np.arange(1, len(points) + 1)
-    starts = np.maximum(ends - window, 0)
-    means = (sums[ends] - sums[starts]) / (ends - starts)
-    return [(step, float(mean)) for (step, _), mean in zip(points, means, strict=True)]
+    steps, values = zip(*points, strict=True)
+    means = pd.Series(values).rolling(max(1, len(points) // _WINDOWS), min_periods=1).mean()
+    return list(zip(steps, map(float, means), strict=True))
 
 
 def thin(points: Points) -> list[tuple[float, float]]:
