@@ -27,7 +27,7 @@ from paca.messages.say import say
 from paca.pretrained.content import model_content
 from paca.training.config import adapter_settings
 from paca.training.config.run_config import CalibrationSection, RunConfig
-from paca.training.folder.run_folder import write_whole
+from paca.training.folder.run_folder import read_record, write_whole
 from paca.training.prompt_form import tokenizer_of
 from paca.training.trainers import trainer_kind
 from paca.tuner.calibration import select
@@ -96,7 +96,7 @@ class ColumnChoice:
     def _columns(self, model: Any, asked: PacaConfig) -> dict[str, list[int]]:
         batches = self._batches() if asked.selection in FROM_BATCHES else []
         key = self._key(model, batches)
-        kept = _read(self.file)
+        kept = read_record(self.file)
         if kept.get("key") == key:
             say(self.console, f"Columns chosen by {asked.selection} before are used again: {self.file}")
             return kept["indices"]
@@ -176,11 +176,3 @@ def _place(model: Any, arguments: TrainingArguments) -> None:
     sharded = arguments.fsdp or arguments.deepspeed_plugin
     if arguments.place_model_on_device and not sharded and not hasattr(model, "hf_device_map"):
         model.to(arguments.device)
-
-
-def _read(file: Path) -> dict[str, Any]:
-    try:
-        kept = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return kept if isinstance(kept, dict) and isinstance(kept.get("indices"), dict) else {}

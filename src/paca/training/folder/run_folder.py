@@ -51,11 +51,7 @@ class RunFolder:
 
     def recorded_inputs(self) -> dict[str, str]:
         """Hashes of what the run's settings named, its data and its model among them; empty where they are unknown."""
-        try:
-            found = json.loads(self.inputs.read_text(encoding="utf-8"))
-        except (OSError, ValueError, RecursionError):
-            return {}
-        return found if isinstance(found, dict) else {}
+        return read_record(self.inputs)
 
     def newest_checkpoint(self) -> Path | None:
         """The complete checkpoint of the highest step; one cut short while it was written does not count."""
@@ -273,6 +269,15 @@ def write_whole(path: Path, text: str) -> None:
         finally:
             with suppress(OSError):  # of a folder that is gone
                 beside.unlink(missing_ok=True)
+
+
+def read_record(path: Path) -> dict[str, Any]:
+    """The JSON object in a file that a run keeps for itself; empty where it is not there, or damaged."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def steps_done(checkpoint: Path) -> int:

@@ -21,7 +21,7 @@ from transformers.integrations.integration_utils import (
 from paca.messages.errors import PacaError, first_line
 from paca.messages.install import how_to_install
 from paca.messages.nearest import did_you_mean
-from paca.training.folder.run_folder import RunFolder, steps_done, write_whole
+from paca.training.folder.run_folder import RunFolder, read_record, steps_done, write_whole
 from paca.training.reporting.metrics import MetricsLog
 
 EXTRAS = ("tensorboard", "wandb", "trackio")
@@ -78,7 +78,7 @@ class Trackers(TrainerCallback):
         self.callbacks = {kinds[type(callback)]: callback for callback in found}
         for callback in found:
             trainer.remove_callback(callback)
-        known = _recorded(folder) if checkpoint is not None else {}
+        known = read_record(folder.tracking) if checkpoint is not None else {}
         self.id = known.get("id", secrets.token_hex(4))
         if found:
             identity = {"run_name": trainer.args.run_name, "id": self.id}
@@ -170,15 +170,11 @@ def names_for_trackers(folder: RunFolder, *, resume: bool) -> dict[str, str]:
 
     A run is called by its folder and the time; a resumed one as it was when it began.
     """
-    known = _recorded(folder) if resume else {}
+    known = read_record(folder.tracking) if resume else {}
     return {
         "project": PROJECT,
         "run_name": known.get("run_name", f"{folder.path.name} {datetime.now():%Y-%m-%d %H:%M:%S}"),
     }
-
-
-def _recorded(folder: RunFolder) -> dict[str, str]:
-    return json.loads(folder.tracking.read_text(encoding="utf-8")) if folder.tracking.is_file() else {}
 
 
 def figures_of(row: dict[str, Any]) -> dict[str, float]:
