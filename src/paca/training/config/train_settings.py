@@ -20,7 +20,6 @@ from paca.training.config.key_checks import Origins, check_section
 from paca.training.config.learning_rate import AUTO, automatic_rate
 from paca.training.reporting.tracking import check_trackers
 from paca.training.trainers import TRAINERS, trainer_kind
-from paca.training.trainers.kind import TrainerKind
 
 OWN: dict[str, Any] = {"trainer": str, "autocast_adapter_dtype": bool, "factor_rank": int | None}
 """Keys of ours: which trainer, an argument of `peft.get_peft_model`, and one of `paca.FactoredAdamW`."""
@@ -169,7 +168,7 @@ def warm_up(steps: int) -> int:
 
 def own_defaults(given: Mapping[str, Any], resolved: Mapping[str, Any]) -> dict[str, Any]:
     """What the user did not give, and the trainer would have otherwise: name and value."""
-    theirs = _own_defaults_of(trainer_kind(resolved))
+    theirs = {option.name: option.default for option in dataclasses.fields(trainer_kind(resolved).arguments)}
     # What TRL leaves out in its fields and decides when it is made.
     theirs |= {"bf16": True, "report_to": "none", "eval_strategy": "no", "autocast_adapter_dtype": True}
     return {
@@ -177,10 +176,6 @@ def own_defaults(given: Mapping[str, Any], resolved: Mapping[str, Any]) -> dict[
         for name, value in resolved.items()
         if name not in (*given, *_WITHOUT_EFFECT) and value != theirs.get(name)
     }
-
-
-def _own_defaults_of(kind: TrainerKind) -> dict[str, Any]:
-    return {option.name: option.default for option in dataclasses.fields(kind.arguments)}
 
 
 def training_arguments(settings: Mapping[str, Any], checkpoints: Path) -> Any:
