@@ -51,10 +51,7 @@ def whole_output(output: Path, needs: int = 0, *, overwrite: bool = True) -> Ite
                 _put(partial / output.name, output, replaced, overwrite)
                 sync_names(output.parent)
         finally:
-            if replaced.is_dir() and not output.exists():  # stopped between the two renames
-                os.replace(replaced, output)
-            shutil.rmtree(replaced, ignore_errors=True)
-            shutil.rmtree(partial, ignore_errors=True)  # at last: the next call looks for it
+            _clear(partial, replaced, output)
 
 
 def _put(made: Path, output: Path, replaced: Path, overwrite: bool) -> None:
@@ -96,11 +93,7 @@ def sync(path: Path) -> None:
     """Wait until a file, or a folder with all that is in it, is on the disk: also a power cut leaves it whole then."""
     for part in (*(path.rglob("*") if path.is_dir() else ()), path):
         if not part.is_symlink() and part.is_file():
-            descriptor = os.open(part, os.O_RDONLY)
-            try:
-                os.fsync(descriptor)
-            finally:
-                os.close(descriptor)
+            _sync_one(part)
         elif not part.is_symlink() and part.is_dir():
             sync_names(part)
 
@@ -109,11 +102,15 @@ def sync_names(folder: Path) -> None:
     """Wait until the names in a folder are on the disk: after a power cut what was renamed into it is there. Call it
     before what the new name stands in for is removed."""
     with suppress(OSError):  # not every system can do this
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+        _sync_one(folder)
+
+
+def _sync_one(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def put_in_place(unfinished: Path, folder: Path) -> None:
@@ -134,8 +131,12 @@ def _clear_what_was_killed(output: Path) -> None:
         with Claim(partial / ".lock") as claim:
             if not claim.take(look_only=True):  # it is still at work
                 continue
-            replaced = partial.with_suffix(".replaced")
-            if replaced.is_dir() and not output.exists():
-                os.replace(replaced, output)
-            shutil.rmtree(replaced, ignore_errors=True)
-            shutil.rmtree(partial, ignore_errors=True)
+            _clear(partial, partial.with_suffix(".replaced"), output)
+
+
+def _clear(partial: Path, replaced: Path, output: Path) -> None:
+    """Remove what was made beside `output`; what was replaced comes back if nothing has taken its place."""
+    if replaced.is_dir() and not output.exists():  # stopped between the two renames
+        os.replace(replaced, output)
+    shutil.rmtree(replaced, ignore_errors=True)
+    shutil.rmtree(partial, ignore_errors=True)  # at last: the next call looks for it
