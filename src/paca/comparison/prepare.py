@@ -20,7 +20,6 @@ from paca.messages.say import say
 from paca.pretrained.claims import Claim
 from paca.training import load_run_config
 from paca.training.config.run_config import RunConfig
-from paca.training.named_model import size_of_weights, source_of
 from paca.training.plan import Plan
 from paca.training.prepare import describe
 from paca.training.trainers import trainer_kind
@@ -75,11 +74,7 @@ def plan_of(comparison: Comparison, method: Method, *, fetch: bool = False) -> P
         PacaError: Its settings don't fit the model or the data.
     """
     try:
-        config = _config_of(comparison, method)
-        if fetch:
-            source_of(config.model)  # says what is wrong with its name
-            size_of_weights(config.model, fetch=True)
-        return describe(config)
+        return describe(_config_of(comparison, method), fetch=fetch)
     except PacaError as error:
         raise PacaError(f"The method {method.name}: {error}") from error
 

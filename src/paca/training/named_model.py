@@ -12,20 +12,7 @@ from paca.messages.errors import PacaError, about
 from paca.pretrained import load_config
 from paca.pretrained.attention import set_attention
 from paca.pretrained.loading import Outline, check_folder_is_whole
-from paca.pretrained.location import Source, locate
-from paca.pretrained.weight_size import weight_size
 from paca.training.config.run_config import ModelSection, RunConfig
-
-
-def source_of(named: ModelSection) -> Source:
-    """Where it comes from; PacaError, which names the setting, if it is not there."""
-    with about("model.name"):
-        return locate(named.name).source
-
-
-def size_of_weights(named: ModelSection, *, fetch: bool) -> float | None:
-    """See `weight_size`."""
-    return weight_size(locate(named.name), named.revision, fetch=fetch)
 
 
 def outline_of(named: ModelSection, auto_class: Any, labels: Sequence[str] | None) -> Outline:

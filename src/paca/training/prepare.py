@@ -11,17 +11,19 @@ from peft import get_peft_model
 from transformers import PreTrainedModel
 
 from paca.lean import make_lean, undo_lean
-from paca.messages.errors import PacaError
+from paca.messages.errors import PacaError, about
 from paca.messages.processes import launched_processes
 from paca.planning.memory_estimate import PlannedModel
+from paca.pretrained.location import locate
 from paca.pretrained.quantizing import quantize_outline
+from paca.pretrained.weight_size import weight_size
 from paca.training.config import adapter_settings, train_settings
 from paca.training.config.learning_rate import AUTO, automatic_rate, beside_automatic, follows_weights
 from paca.training.config.run_config import RunConfig
 from paca.training.config.target_names import check_target_names, told_of_layers
 from paca.training.folder.disk_need import disk_need
 from paca.training.folder.same_run import inputs_of
-from paca.training.named_model import outline_of, size_of_weights, source_of, train_heads
+from paca.training.named_model import outline_of, train_heads
 from paca.training.plan import Plan, planned_steps
 from paca.training.trainers import trainer_kind
 from paca.training.trainers.sections import check_sections_fit
@@ -38,21 +40,22 @@ class PreparedRun:
     """The adapted model without weights, for what is foretold of its memory."""
 
 
-def describe(config: RunConfig) -> Plan:
-    """What `config` will do; reads the data and the model's shapes, not its weights.
+def describe(config: RunConfig, *, fetch: bool = False) -> Plan:
+    """What `config` will do; reads the data and the model's shapes, not its weights (arguments as of `prepare`).
 
     Raises:
         PacaError: The model or the data can't be found or read, or the settings don't fit them.
     """
-    return prepare(config, whole=False).plan
+    return prepare(config, whole=False, fetch=fetch).plan
 
 
-def prepare(config: RunConfig, *, whole: bool = True) -> PreparedRun:
-    """As `describe`, keeping the data.
+def prepare(config: RunConfig, *, whole: bool = True, fetch: bool = False) -> PreparedRun:
+    """As `describe`, keeping what a run needs.
 
     Args:
         config: Of the run.
         whole: Tokenize the data, all of it.
+        fetch: Of a model on the hub, fetch the weights that an automatic rate depends on, as with `whole`.
 
     Raises:
         PacaError: The model or the data can't be found or read, or the settings don't fit them.
@@ -63,7 +66,8 @@ def prepare(config: RunConfig, *, whole: bool = True) -> PreparedRun:
     check_sections_fit(config, kind)
     if method == "full" and named.dtype == "auto":
         named.dtype = "float32"  # as TRL loads models: in 16 bits, small steps would be lost
-    source = source_of(named)  # before its tokenizer is looked for
+    with about("model.name"):
+        location = locate(named.name)  # before its tokenizer is looked for
     data = kind.read(config)
     train, held_out = data.train, data.eval
     model = outline_of(named, kind.auto_class, data.labels).model
@@ -72,7 +76,9 @@ def prepare(config: RunConfig, *, whole: bool = True) -> PreparedRun:
     parameters = sum(parameter.numel() for parameter in model.parameters())
     dtype = next(model.parameters()).dtype
     automatic = given.get("learning_rate", AUTO) == AUTO
-    size = size_of_weights(named, fetch=whole and automatic) if follows_weights(kind, method, rank) else None
+    size = None
+    if follows_weights(kind, method, rank):
+        size = weight_size(location, named.revision, fetch=automatic and (whole or fetch))
     config.train = train_settings.with_defaults(
         given, model, has_eval=held_out is not None, method=method, adapter=config.adapter, weight_size=size
     )
@@ -111,7 +117,7 @@ def prepare(config: RunConfig, *, whole: bool = True) -> PreparedRun:
         sequences = min(sequences, len(train.dataset))
     plan = Plan(
         config=config,
-        source=source,
+        source=location.source,
         architecture=type(model).__name__,
         dtype=str(dtype).removeprefix("torch."),
         parameters=parameters,
@@ -130,7 +136,7 @@ def prepare(config: RunConfig, *, whole: bool = True) -> PreparedRun:
         sequences_per_step=sequences,
         tokens_per_step=None if typical is None else round(sequences * typical),
         steps=steps,
-        disk=disk_need(config, adapted, steps, base=parameters * dtype.itemsize if source == "gguf" else 0),
+        disk=disk_need(config, adapted, steps, base=parameters * dtype.itemsize if location.source == "gguf" else 0),
     )
     return PreparedRun(plan, inputs, adapted)
 
