@@ -7,7 +7,7 @@ import dataclasses
 import enum
 import re
 import typing
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from peft import LoraConfig, PeftConfig
@@ -60,19 +60,13 @@ def config_type(method: str, settings: Mapping[str, Any]) -> type[PeftConfig]:
     return {"paca": PacaConfig, "lora": LoraConfig}[method]
 
 
-def check_adapter_settings(
-    method: str,
-    settings: dict[str, Any],
-    origins: Origins,
-    elsewhere: Callable[[], Mapping[str, Iterable[str]]] | None = None,
-) -> None:
+def check_adapter_settings(method: str, settings: dict[str, Any], origins: Origins) -> None:
     """Check the keys, types and values of the section.
 
     Args:
         method: Its name.
         settings: What was given; `peft_type` becomes upper case.
         origins: Where.
-        elsewhere: As for `check_section`.
 
     Raises:
         PacaError: An unknown key, a wrong type, or a value that the config refuses.
@@ -82,7 +76,7 @@ def check_adapter_settings(
     fields = adapter_fields(method, settings)
     # PEFT's annotation has a pattern among the values: "pissa_niter_[number of iters]".
     exact = {name: value for name, value in settings.items() if not str(value).startswith("pissa_niter_")}
-    check_section(method, exact, fields, origins, elsewhere=elsewhere)
+    check_section(method, exact, fields, origins)
     if str(settings.get("init_lora_weights")) in _NEEDS_DATA:
         raise PacaError(
             f"{origins.of(f'{method}.init_lora_weights')}: {method}.init_lora_weights: {settings['init_lora_weights']} "

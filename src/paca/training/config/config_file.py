@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import typing
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -37,21 +37,21 @@ def load_run_config(path: str | os.PathLike[str], overrides: Iterable[str] = ())
     sections, origins = _read_sections(path, overrides)
     method = _method(sections, origins)
     built: dict[str, Any] = {}
-    elsewhere = partial(_keys_of_all, method, sections)
+    origins.keys_of_all = partial(_keys_of_all, method, sections)
     sections["output"].setdefault("dir", os.path.join("runs", path.stem))
     for name, section_type in SECTIONS.items():
-        built[name] = _build_section(name, section_type, sections[name], origins, elsewhere)
+        built[name] = _build_section(name, section_type, sections[name], origins)
     config = RunConfig(**built, method=method, adapter=sections[method], train=sections["train"])
     for key, problem in _problems(config):
         raise PacaError(f"{origins.of(key)}: {key} {problem}")
 
-    check_early(method, sections, origins, elsewhere)
+    check_early(method, sections, origins)
     # Only now: these two import peft and trl, which takes seconds that the mistakes above need not cost.
     from paca.training.config.adapter_settings import check_adapter_settings
     from paca.training.config.train_settings import check_train_settings
 
-    check_adapter_settings(method, sections[method], origins, elsewhere)
-    check_train_settings(sections["train"], origins, elsewhere)
+    check_adapter_settings(method, sections[method], origins)
+    check_train_settings(sections["train"], origins)
     _make_paths_absolute(config)
     return config
 
@@ -142,15 +142,9 @@ def _keys_of_all(method: str, sections: dict[str, dict[str, Any]]) -> dict[str, 
     return {**adapter, **others, "train": train, "calibration": calibration, **methods}
 
 
-def _build_section(
-    name: str,
-    section_type: type,
-    values: dict[str, Any],
-    origins: Origins,
-    elsewhere: Callable[[], Mapping[str, Iterable[str]]],
-) -> Any:
+def _build_section(name: str, section_type: type, values: dict[str, Any], origins: Origins) -> Any:
     annotations = typing.get_type_hints(section_type)
-    check_section(name, values, annotations, origins, elsewhere=elsewhere)
+    check_section(name, values, annotations, origins)
     for option in dataclasses.fields(section_type):
         if option.name not in values and option.default is dataclasses.MISSING:
             raise PacaError(f"{origins.path}: {name}.{option.name} is missing; it must be given.")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ast
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -31,25 +31,19 @@ OWNED = {
 """Fields of the trainers' settings that have another place, and which."""
 
 
-def check_early(
-    method: str,
-    sections: Mapping[str, Mapping[str, Any]],
-    origins: Origins,
-    elsewhere: Callable[[], Mapping[str, Iterable[str]]],
-) -> None:
+def check_early(method: str, sections: Mapping[str, Mapping[str, Any]], origins: Origins) -> None:
     """Refuse unknown keys of `paca`, and keys of `train` that are surely wrong.
 
     Args:
         method: The name of the run's method.
         sections: What was given.
         origins: Where.
-        elsewhere: As for `check_section`.
 
     Raises:
         PacaError: There is one.
     """
     if method == "paca":
-        check_section("paca", sections["paca"], dict.fromkeys(paca_keys(), Any), origins, elsewhere=elsewhere)
+        check_section("paca", sections["paca"], dict.fromkeys(paca_keys(), Any), origins)
     for name in sections["train"]:
         place = origins.of(f"train.{name}")
         if name in OWNED:

@@ -14,12 +14,14 @@ from paca.training.config.typed_values import expected, matches, shown
 
 
 class Origins:
-    """Where each key was given, for messages: a file and line, or `--set`."""
+    """Where each key was given, for messages: a file and line, or `--set`; and where else it may belong."""
 
     def __init__(self, path: Path, lines: Mapping[str, int]) -> None:
         self.path = path
         self.lines = dict(lines)
         self.overridden: set[str] = set()
+        self.keys_of_all: Callable[[], Mapping[str, Iterable[str]]] = dict
+        """Finds the keys of all sections, for one that is in the wrong section."""
 
     def of(self, key: str) -> str:
         """`"runs/a.yaml, line 7"` or `"--set"`, for a dotted key such as `train.optim`."""
@@ -51,7 +53,6 @@ def check_section(
     annotations: Mapping[str, Any],
     origins: Origins,
     choices: Mapping[str, Any] | None = None,
-    elsewhere: Callable[[], Mapping[str, Iterable[str]]] | None = None,
 ) -> None:
     """Refuse keys that a section does not have, values of another type, and values that a field does not list.
 
@@ -61,7 +62,6 @@ def check_section(
         annotations: The type of each key.
         origins: Where each was given.
         choices: For some keys, the only values.
-        elsewhere: Finds the keys of all sections, for one that is in the wrong section.
 
     Raises:
         PacaError: Names the dotted key, its place, what was expected and the nearest of it, and what was found.
@@ -73,8 +73,7 @@ def check_section(
             # most like a key of another section (`init_lora_weights`, `trainer`) are so by 0.83.
             meant = nearest(_OTHER_WORDS.get(name, name), names, cutoff=0.85)
             swapped = any(sorted(name) == sorted(known) for known in names)  # `fromat`, alike by 0.83
-            misspelt = meant is not None or swapped or elsewhere is None
-            others = dict({} if misspelt or elsewhere is None else elsewhere())
+            others = dict({} if meant is not None or swapped else origins.keys_of_all())
             others.pop(section, None)  # `names` leaves out keys of `train` that can't be set
             hint = _where_it_belongs(name, {section: names, **others})
             if not names:

@@ -6,7 +6,7 @@ import dataclasses
 import math
 import typing
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal
@@ -63,15 +63,12 @@ def keys_of(trainer: str) -> dict[str, Any]:
     return train_fields(trainer) | rate | TRAINERS[trainer].own_keys | OWN
 
 
-def check_train_settings(
-    settings: Mapping[str, Any], origins: Origins, elsewhere: Callable[[], Mapping[str, Iterable[str]]] | None = None
-) -> None:
+def check_train_settings(settings: Mapping[str, Any], origins: Origins) -> None:
     """Check the keys, types, choices and ranges of the section.
 
     Args:
         settings: What the user gave.
         origins: Where.
-        elsewhere: As for `check_section`.
 
     Raises:
         PacaError: An unknown key, a key that has another place, a wrong type, or a value outside the choices
@@ -89,7 +86,7 @@ def check_train_settings(
             raise PacaError(f"{place} is a setting of train.trainer: {' or '.join(takers)}, not of {kind.name}.")
     annotations = {name: annotation for name, annotation in annotations.items() if name not in OWNED}
     choices = {option.name: option.metadata.get("choices") for option in dataclasses.fields(kind.arguments)}
-    check_section("train", settings, annotations, origins, choices, elsewhere)
+    check_section("train", settings, annotations, origins, choices)
     kind.check(settings, origins)
     check_trackers(settings.get("report_to"), f"{origins.of('train.report_to')}: train.report_to")
     for name, value in settings.items():
