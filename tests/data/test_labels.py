@@ -48,6 +48,10 @@ def make_trainer(
     return SFTTrainer(model=model, args=config, train_dataset=examples.dataset, processing_class=tokenizer), examples
 
 
+def check(trainer: SFTTrainer, examples: Examples) -> None:
+    check_labels(examples, trainer.args.to_dict(), packed=trainer.args.packing)
+
+
 def trained_text(trainer: SFTTrainer, tokenizer: PreTrainedTokenizerFast) -> list[str]:
     batch = next(iter(trainer.get_train_dataloader()))
     return sorted(tokenizer.decode(labels[labels != -100]) for labels in batch["labels"])
@@ -58,7 +62,7 @@ def test_the_loss_falls_on_the_answer_of_a_prompt(base: Path, tmp_path: Path) ->
     examples = load(tmp_path, [SHORT, {"instruction": "Bye.", "output": "See you."}])
     trainer, examples = make_trainer(base, tmp_path, examples, tokenizer)
     assert trained_text(trainer, tokenizer) == ["Hello.<|im_end|>\n", "See you.<|im_end|>\n"]
-    check_labels(trainer.train_dataset, examples, trainer.args)
+    check(trainer, examples)
 
 
 def test_the_loss_falls_on_all_assistant_turns_found_by_rendering(base: Path, tmp_path: Path) -> None:
@@ -68,7 +72,7 @@ def test_the_loss_falls_on_all_assistant_turns_found_by_rendering(base: Path, tm
     examples = load(tmp_path, rows)
     trainer, examples = make_trainer(base, tmp_path, examples, tokenizer)
     assert trained_text(trainer, tokenizer) == ["b<|im_end|>\nd<|im_end|>\n"]
-    check_labels(trainer.train_dataset, examples, trainer.args)
+    check(trainer, examples)
 
 
 def test_plain_text_is_trained_whole_and_plain_answers_alone(base: Path, tmp_path: Path) -> None:
@@ -106,7 +110,7 @@ def test_an_example_whose_answer_is_cut_off_is_named(
     assert packing or len(trainer.train_dataset) == 2  # TRL dropped it
     expected = r"(?s)1 of 3 examples has no token.*max_length = 100 .*line 2: 'Read this\. Once upon.*Raise"
     with pytest.raises(PacaError, match=expected):
-        check_labels(trainer.train_dataset, examples, trainer.args)
+        check(trainer, examples)
 
 
 @pytest.mark.parametrize("packing", [False, True])
@@ -119,7 +123,7 @@ def test_a_conversation_whose_answers_are_cut_off_is_named(base: Path, tmp_path:
     examples = load(tmp_path, rows)
     trainer, examples = make_trainer(base, tmp_path, examples, tokenizer, max_length=100, packing=packing)
     with pytest.raises(PacaError, match=r"1 of 2 examples.*\n  data\.jsonl, line 2: 'Long\? Long\?"):
-        check_labels(trainer.train_dataset, examples, trainer.args)
+        check(trainer, examples)
 
 
 def test_every_example_cut_off_is_counted_and_some_are_listed(base: Path, tmp_path: Path) -> None:
@@ -127,7 +131,7 @@ def test_every_example_cut_off_is_counted_and_some_are_listed(base: Path, tmp_pa
     examples = load(tmp_path, [LONG] * 5)
     trainer, examples = make_trainer(base, tmp_path, examples, tokenizer, max_length=50)
     with pytest.raises(PacaError, match=r"(?s)5 of 5 examples have.*line 1.*line 2.*line 3.*and 2 more"):
-        check_labels(trainer.train_dataset, examples, trainer.args)
+        check(trainer, examples)
 
 
 @pytest.mark.parametrize("strategy", ["bfd_split", "wrapped"])
@@ -139,21 +143,21 @@ def test_packing_that_loses_no_token_is_not_complained_about(base: Path, tmp_pat
     )
     rows = trainer.train_dataset
     assert any(all(label == -100 for label in row["labels"]) for row in rows)  # it would have been easy to complain
-    check_labels(rows, examples, trainer.args)
+    check(trainer, examples)
 
 
 def test_packing_of_examples_that_fit_is_not_complained_about(base: Path, tmp_path: Path) -> None:
     tokenizer = byte_tokenizer()
     examples = load(tmp_path, [SHORT] * 7)
     trainer, examples = make_trainer(base, tmp_path, examples, tokenizer, max_length=200, packing=True)
-    check_labels(trainer.train_dataset, examples, trainer.args)
+    check(trainer, examples)
 
 
 def test_an_answer_that_is_left_in_by_cutting_at_the_start_is_fine(base: Path, tmp_path: Path) -> None:
     tokenizer = byte_tokenizer()
     examples = load(tmp_path, [SHORT, LONG])
     trainer, examples = make_trainer(base, tmp_path, examples, tokenizer, max_length=60, truncation_mode="keep_end")
-    check_labels(trainer.train_dataset, examples, trainer.args)
+    check(trainer, examples)
 
 
 def test_the_check_agrees_with_a_plain_loop(tmp_path: Path) -> None:
@@ -167,10 +171,9 @@ def test_the_check_agrees_with_a_plain_loop(tmp_path: Path) -> None:
         rows.append({"input_ids": tokens, "labels": labels, "origin": f"data.jsonl, line {index + 1}", "keep": keep})
     unlabelled = [row["origin"] for row in rows if not any(row["keep"][1:])]
     dataset = Dataset.from_list(rows).remove_columns("keep").add_column("text", ["x"] * len(rows))
-    args = SFTConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False)
     with pytest.raises(PacaError) as error:
-        check_labels(dataset, Examples(dataset, "text", "data.jsonl", ""), args)
+        check_labels(Examples(dataset, "text", "data.jsonl", ""), {}, packed=False)
     assert str(error.value).startswith(f"{len(unlabelled):,} of 2,500 examples")
     assert all(f"  {origin}: 'x'" in str(error.value) for origin in unlabelled[:3])
     fine = dataset.select([index for index, row in enumerate(rows) if any(row["keep"][1:])])
-    check_labels(fine, Examples(fine, "text", "data.jsonl", ""), args)
+    check_labels(Examples(fine, "text", "data.jsonl", ""), {}, packed=False)

@@ -381,8 +381,12 @@ def test_conversations_train_on_the_assistants_turns_unless_told_otherwise(
     assert train(again, console=Console(quiet=True)).summary["eval_loss_before"] == answers.summary["eval_loss_before"]
 
 
-def test_examples_without_a_label_are_named(run: Runner) -> None:
-    with pytest.raises(PacaError, match=r"The first of the 32 is train\.jsonl, line \d+; data\.unusable: leave_out"):
+def test_examples_without_a_label_are_named_before_the_model_is_loaded(
+    run: Runner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("paca.training.run.load_model", None)
+    expected = r"32 of 32 examples have no token .*\n  train\.jsonl, line 1: [\s\S]*data\.unusable: leave_out"
+    with pytest.raises(PacaError, match=expected):
         run("a", "train.max_length=5")
 
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from datasets import Dataset
-from trl import SFTConfig
+from collections.abc import Mapping
+from typing import Any
 
 from paca.data.examples import ORIGIN, Examples
 from paca.data.formats import Example
@@ -13,16 +13,16 @@ from paca.messages.errors import PacaError
 _NAMED = 3  # examples that an error lists; the rest it counts
 
 
-def check_labels(prepared: Dataset, examples: Examples, args: SFTConfig, *, leave_out: bool = False) -> int:
+def check_labels(examples: Examples, train: Mapping[str, Any], *, packed: bool, leave_out: bool = False) -> int:
     """Make sure that every example has a token that counts in the loss.
 
-    TRL cuts an example to `args.max_length` tokens and silently drops it when no answer is left; with packing it
+    TRL cuts an example to `train.max_length` tokens and silently drops it when no answer is left; with packing it
     keeps it without any label. Either way the run would learn from less than it was given.
 
     Args:
-        prepared: What `SFTTrainer` made of the examples (its `train_dataset` or `eval_dataset`), packed or not.
-        examples: What it was given, tokenized.
-        args: The configuration it was given.
+        examples: What `SFTTrainer` will be given, tokenized.
+        train: Its settings.
+        packed: Whether it packs these examples.
         leave_out: Count those without one, unless all are.
 
     Returns:
@@ -31,13 +31,13 @@ def check_labels(prepared: Dataset, examples: Examples, args: SFTConfig, *, leav
     Raises:
         PacaError: Naming the examples without a label.
     """
-    packed = ORIGIN not in prepared.column_names
-    if packed and args.packing_strategy != "bfd":
+    length = train.get("max_length")
+    if packed and train.get("packing_strategy", "bfd") != "bfd":
         # Wrapped or split packing loses no token: a piece without a label is the rest of an example that has some.
         return 0
-    stays = slice(args.max_length)
-    if args.truncation_mode == "keep_end" and args.max_length is not None and not packed:
-        stays = slice(-args.max_length, None)
+    stays = slice(length)
+    if train.get("truncation_mode") == "keep_end" and length is not None and not packed:
+        stays = slice(-length, None)
     batches = examples.dataset.select_columns("labels").with_format("numpy").iter(batch_size=1000)
     kept = (labels[stays] for batch in batches for labels in batch["labels"])
     # The first token is never predicted.
@@ -49,7 +49,7 @@ def check_labels(prepared: Dataset, examples: Examples, args: SFTConfig, *, leav
     listed += f"\n  and {count - _NAMED:,} more" if count > _NAMED else ""
     raise PacaError(
         f"{count:,} of {len(examples.dataset):,} examples {'have' if count > 1 else 'has'} no token that counts in the "
-        f"loss: cut to train.max_length = {args.max_length} tokens, nothing of the answer is left.\n  {listed}\n"
+        f"loss: cut to train.max_length = {length} tokens, nothing of the answer is left.\n  {listed}\n"
         f"Raise train.max_length, or shorten or remove {'these examples' if count > 1 else 'this example'}; "
         "data.unusable: leave_out does without."
     )

@@ -58,8 +58,6 @@ class Sample:
     """The same of the answer that is worse, where pairs are compared."""
     leave_out: bool = False
     """Whether a run leaves out the `unanswered`."""
-    first_unanswered: str = ""
-    """Where the first of these is from."""
 
     @property
     def unusable(self) -> int:
@@ -149,7 +147,6 @@ def take_sample(
         pieces=shown[0],
         rejected=[piece for pieces in shown[1:] for piece in pieces],
         leave_out=leave_out,
-        first_unanswered=next((origin for origin, count in zip(origins, counted, strict=False) if not count), ""),
     )
 
 

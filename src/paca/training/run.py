@@ -106,7 +106,7 @@ def train(
             folder.reopen()
         prepared = prepare(config)
         plan = prepared.plan
-        show_plan(plan, console, run=True)
+        show_plan(plan, console)
         if scorer is not None and plan.data.eval is not None:
             scorer.check(plan.data.eval.dataset, prepared.outline)
         settings = {**names_for_trackers(folder, resume=resume), **plan.config.train}

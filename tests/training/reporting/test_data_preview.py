@@ -12,8 +12,7 @@ from rich.console import Console
 
 from paca.data import load_examples
 from paca.data.sample import Sample, take_sample
-from paca.messages.errors import PacaError
-from paca.training.reporting.data_preview import cut_warning, length_lines, sample_section, show_sample, tell_of_cuts
+from paca.training.reporting.data_preview import cut_warning, length_lines, sample_section, show_sample
 from tiny_checkpoint import byte_tokenizer
 
 
@@ -65,16 +64,6 @@ def test_examples_that_are_cut_are_warned_of(sample: Sample) -> None:
     assert "cuts 31 of 1,000 examples that were looked at (3.1 %). The" in str(cut_warning(replace(few, cut=31)))
     assert "nothing of the answer in 1 of them" in str(cut_warning(replace(few, unanswered=1)))
     assert cut_warning(None) is None
-
-
-def test_a_run_is_refused_before_its_model_is_loaded_where_nothing_of_an_answer_is_left(sample: Sample) -> None:
-    out = Console(file=io.StringIO(), width=500)
-    with pytest.raises(PacaError, match=r"nothing of the answer in 1 of them\..*data\.unusable: leave_out"):
-        tell_of_cuts(sample, out, run=True)
-    assert out.file.getvalue() == ""  # type: ignore[attr-defined]
-    tell_of_cuts(replace(sample, leave_out=True), out, run=True)
-    tell_of_cuts(sample, out, run=False)
-    assert out.file.getvalue().count("Warning: train.max_length = 115 cuts 2 of 4") == 2  # type: ignore[attr-defined]
 
 
 def test_a_long_piece_is_shortened_and_control_characters_reach_no_terminal(tmp_path: Path) -> None:

@@ -11,7 +11,6 @@ from rich.console import Console
 from rich.text import Text
 
 from paca.data.sample import Sample
-from paca.messages.errors import PacaError
 from paca.messages.say import say
 
 _LONGEST_PIECE = 800
@@ -76,20 +75,6 @@ def _then(sample: Sample) -> str:
     if not sample.leave_out:
         return "a run refuses those, or leaves them out (data.unusable: leave_out)"
     return "the run leaves them out" if sample.unanswered < sample.sampled else "a run refuses that"
-
-
-def tell_of_cuts(sample: Sample | None, console: Console, *, run: bool) -> None:
-    """Print `cut_warning`.
-
-    Raises:
-        PacaError: It is for a `run`, which would refuse what is cut as well, but only after the model was loaded.
-    """
-    if (warning := cut_warning(sample)) is None or sample is None:
-        return
-    if run and sample.unanswered and not sample.leave_out:
-        first = f"The first of the {sample.unanswered:,} is {sample.first_unanswered}"
-        raise PacaError(f"{warning} {first}; data.unusable: leave_out does without them.")
-    say(console, f"Warning: {warning}", style="yellow")
 
 
 def cut_warning(sample: Sample | None) -> str | None:

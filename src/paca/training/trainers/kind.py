@@ -35,6 +35,8 @@ class RunData:
     """The form in which a language model reads it, in words."""
     sample: Sample | None = None
     """Some of the training data as tokens, once `TrainerKind.shape` has looked at it."""
+    left_out: tuple[int, int] = (0, 0)
+    """How many training and held-out examples will be, as nothing can be learned from them."""
     labels: list[str] | None = None
     """Of a classifier."""
 

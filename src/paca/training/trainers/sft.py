@@ -60,7 +60,11 @@ class Sft(TrainerKind):
         return RunData(train, held_out, describe_loss(config, train), template)
 
     def shape(self, config: RunConfig, data: RunData, *, whole: bool) -> RunData:
-        """The tokens of the data, and which of them count in the loss."""
+        """The tokens of the data, and which of them count in the loss.
+
+        Raises:
+            PacaError: None counts of an example, and `data.unusable` is not `leave_out`.
+        """
         tokenizer, train, settings = tokenizer_of(config), data.train, config.train
         everything = trains_everything(config, train)
         splits = settings.get("packing") and settings.get("packing_strategy") == "bfd_split"
@@ -77,7 +81,14 @@ class Sft(TrainerKind):
             return replace(data, sample=sample)
         options: Any = {"everything": everything, "processes": settings.get("dataset_num_proc")}
         held_out = None if data.eval is None else tokenize(data.eval, tokenizer, **options)
-        return replace(data, sample=sample, train=tokenize(train, tokenizer, **options), eval=held_out)
+        train = tokenize(train, tokenizer, **options)
+        packs, packs_eval = settings.get("packing", False), settings.get("eval_packing")
+        check = partial(check_labels, train=settings, leave_out=config.data.unusable == "leave_out")
+        left_out = (
+            check(train, packed=packs),
+            0 if held_out is None else check(held_out, packed=packs if packs_eval is None else packs_eval),
+        )
+        return replace(data, sample=sample, train=train, eval=held_out, left_out=left_out)
 
     def lines(self, config: RunConfig) -> list[tuple[str, str]]:
         """How the logits are held."""
@@ -86,11 +97,9 @@ class Sft(TrainerKind):
         return [("logits", "tile by tile (TRL's fused output head), never of a whole batch at once")]
 
     def check_prepared(self, config: RunConfig, trainer: Any, data: RunData) -> tuple[int, int]:
-        """Every example has a token that counts in the loss, and packed ones stay apart."""
+        """Packed examples stay apart."""
         check_apart(trainer)
-        check = partial(check_labels, args=trainer.args, leave_out=config.data.unusable == "leave_out")
-        left_out = check(trainer.train_dataset, data.train)
-        return left_out, 0 if data.eval is None else check(trainer.eval_dataset, data.eval)
+        return data.left_out
 
     def steps(self, examples: int, train: Mapping[str, Any], processes: int) -> int | None:
         """None where packing decides how many sequences there are."""
