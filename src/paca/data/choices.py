@@ -1,9 +1,8 @@
-"""Questions with given options: the layouts of MMLU and of ARC, as a prompt that lists them and the label to answer."""
+"""Questions with given options, in the layouts of MMLU and of ARC: as questions that list them, answered by a label."""
 
 from __future__ import annotations
 
 import string
-from dataclasses import dataclass
 from typing import TypeGuard
 
 from paca.data.rows import Row
@@ -13,23 +12,7 @@ OPTIONS = "options"
 """The column with all answers that could be given; the completion is one of them."""
 
 
-@dataclass(frozen=True)
-class Question:
-    """A question and its options."""
-
-    text: str
-    labels: list[str]
-    options: list[str]
-    answer: int
-    """Which of them is right."""
-
-    def prompt(self) -> str:
-        """The question and, a line each, its options: `A. ...`."""
-        listed = (f"{label}. {option}" for label, option in zip(self.labels, self.options, strict=True))
-        return "\n".join([self.text.strip(), *listed])
-
-
-def mmlu_question(row: Row) -> Question:
+def mmlu_question(row: Row) -> Row:
     """Read `question`, `choices` (a list) and `answer`: its position, counted from 0, or its letter.
 
     Raises:
@@ -46,10 +29,10 @@ def mmlu_question(row: Row) -> Question:
             f"answer is {answer!r}; expected the position of one of the {len(options)} choices, counted from 0, or its "
             "letter."
         )
-    return Question(_text(row["question"]), labels, options, position)
+    return _asked(row["question"], labels, options, labels[position])
 
 
-def arc_question(row: Row) -> Question:
+def arc_question(row: Row) -> Row:
     """Read `question`, `choices` (with the lists `text` and `label`) and `answerKey`, one of the labels.
 
     That is the hub's layout. In AI2's own files `question` holds both: `stem`, and `choices`, a list of objects with
@@ -75,13 +58,15 @@ def arc_question(row: Row) -> Question:
         )
     if row["answerKey"] not in labels:
         raise PacaError(f"answerKey is {row['answerKey']!r}; expected one of the labels {', '.join(labels)}.")
-    return Question(_text(question), labels, texts, labels.index(row["answerKey"]))
+    return _asked(question, labels, texts, row["answerKey"])
 
 
-def _text(question: object) -> str:
+def _asked(question: object, labels: list[str], options: list[str], answer: str) -> Row:
+    """As a row of question and answer: the options listed below the question, the label of the right one, and all."""
     if not isinstance(question, str):
         raise PacaError(f"question is {question!r}; expected text.")
-    return question
+    listed = (f"{label}. {option}" for label, option in zip(labels, options, strict=True))
+    return {"question": "\n".join([question.strip(), *listed]), "answer": answer, OPTIONS: labels}
 
 
 def _is_texts(value: object) -> TypeGuard[list[str]]:

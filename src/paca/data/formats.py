@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from paca.data.choices import OPTIONS, Question, arc_question, mmlu_question
+from paca.data.choices import OPTIONS, arc_question, mmlu_question
 from paca.data.message_trees import FLAT_COLUMNS, OF_USE, TREE_COLUMNS, answered_trees, best_path, trees_of_messages
 from paca.data.rows import Row
 from paca.messages.errors import NothingToLearn, PacaError
@@ -189,15 +189,9 @@ def _from_text(row: Row) -> Example:
     return {"text": _some_text(row["text"], "text")}
 
 
-def _from_choices(read: Callable[[Row], Question]) -> Callable[[Row], Example]:
+def _from_choices(read: Callable[[Row], Row]) -> Callable[[Row], Example]:
     """The labels are what is answered, and travel along: scoring by choice compares them."""
-
-    def convert(row: Row) -> Example:
-        question = read(row)
-        given = {"question": question.prompt(), "answer": question.labels[question.answer], OPTIONS: question.labels}
-        return _from_question_answer(given)
-
-    return convert
+    return lambda row: _from_question_answer(read(row))
 
 
 def _from_tree(row: Row) -> Example:
