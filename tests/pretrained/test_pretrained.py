@@ -191,7 +191,8 @@ def test_a_rule_that_nobody_knows_is_warned_about(
 
 def test_a_model_left_in_gguf_blocks_is_refused(gguf_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What transformers does without the right config, and why the config is needed."""
-    monkeypatch.setattr(paca_gguf, "dequantizing_config", lambda: transformers.GgufConfig(dequantize=False))
+    kept = transformers.GgufConfig(dequantize=False)
+    monkeypatch.setattr("paca.pretrained.loading.GgufConfig", lambda **_: kept)
     with pytest.raises(PacaError, match="not dequantized"):
         load_pretrained(str(gguf_file))
 

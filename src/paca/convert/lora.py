@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from peft import LoraConfig
@@ -23,15 +23,8 @@ from paca.tuner.rotation.union_config import default_and_pattern
 LORA_A, LORA_B = "lora_A.weight", "lora_B.weight"
 
 
-class Factors(NamedTuple):
-    """One layer of LoRA, whose scale is 1."""
-
-    a: Tensor  # (r, in_features) float32, one 1 in each row
-    b: Tensor  # (out_features, r) float32
-
-
-def lora_factors(name: str, layer: AdaptedLayer) -> Factors:
-    """The layer `name` as LoRA of scale 1.
+def lora_factors(name: str, layer: AdaptedLayer) -> tuple[Tensor, Tensor]:
+    """The layer `name` as LoRA of scale 1, in float32: A `(r, in_features)`, one 1 in each row; B `(out_features, r)`.
 
     Raises:
         PacaError: LoRA can't say the same of this kind of layer, or a value is not finite; the layer is named.
@@ -43,7 +36,7 @@ def lora_factors(name: str, layer: AdaptedLayer) -> Factors:
         )
     a = torch.zeros(layer.r, layer.in_features)
     a[torch.arange(layer.r), layer.indices] = 1
-    return Factors(a, layer.scaled_delta(name))
+    return a, layer.scaled_delta(name)
 
 
 def to_lora(adapter: Adapter) -> tuple[LoraConfig, dict[str, Tensor]]:
@@ -57,8 +50,8 @@ def to_lora(adapter: Adapter) -> tuple[LoraConfig, dict[str, Tensor]]:
     """
     tensors = dict(adapter.saved_whole)
     for name, layer in adapter.layers.items():
-        factors = lora_factors(name, layer)
-        tensors[f"{FILE_PREFIX}{name}.{LORA_A}"], tensors[f"{FILE_PREFIX}{name}.{LORA_B}"] = factors
+        a, b = lora_factors(name, layer)
+        tensors |= {f"{FILE_PREFIX}{name}.{LORA_A}": a, f"{FILE_PREFIX}{name}.{LORA_B}": b}
     r, rank_pattern = default_and_pattern({name: layer.r for name, layer in adapter.layers.items()})
     config = LoraConfig(
         r=r,

@@ -17,7 +17,6 @@ from tokenizers import pre_tokenizers
 from transformers import (
     AutoConfig,
     AutoTokenizer,
-    GgufConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     modeling_gguf_pytorch_utils,
@@ -94,11 +93,6 @@ def _keep(folder: Path, options: dict[str, Any], path: str) -> bool:
         logger.info("What is read of %s cannot be kept: %s", path, error)
         return folder.is_dir()  # another process was faster
     return True
-
-
-def dequantizing_config() -> GgufConfig:
-    """Unpacks every weight at load: without it the model counts as quantized, and can be neither saved nor trained."""
-    return GgufConfig(dequantize=True)
 
 
 def without_unpacking_bar() -> AbstractContextManager[Any]:

@@ -17,6 +17,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForImageClassification,
     AutoTokenizer,
+    GgufConfig,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -105,7 +106,8 @@ def load_pretrained(
                 f"A GGUF file can't be quantized to {quantization} as it is read. Save it as a plain folder first "
                 "(save_trainable_copy), and load that."
             )
-        options["quantization_config"] = gguf.dequantizing_config()
+        # Otherwise the model counts as quantized, and can be neither saved nor trained.
+        options["quantization_config"] = GgufConfig(dequantize=True)
     elif quantization is not None:
         with _explaining(location, revision):
             config = AutoConfig.from_pretrained(**options)
