@@ -100,7 +100,7 @@ def prepare(config: RunConfig, *, whole: bool = True, fetch: bool = False) -> Pr
     processes = launched_processes()
     steps = planned_steps(len(train.dataset), config.train, processes)
     if "warmup_steps" not in given and steps is not None:
-        config.train["warmup_steps"] = train_settings.warm_up(steps)
+        config.train["warmup_steps"] = steps * 3 // 100  # rounded down, as a warm-up starts with a step at rate 0
     elif steps == 1 and config.train["warmup_steps"]:
         raise PacaError(
             "The only step of this run would be the first of its warm-up, whose rate is 0: it would train nothing. "

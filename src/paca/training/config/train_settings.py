@@ -158,11 +158,6 @@ def with_defaults(
     return {**{k: v for k, v in defaults.items() if k in known}, **kind.defaults(settings), **settings}
 
 
-def warm_up(steps: int) -> int:
-    """Our default for `warmup_steps`: 3 % of all steps, rounded down, as a warm-up starts with a step at rate 0."""
-    return steps * 3 // 100
-
-
 def own_defaults(given: Mapping[str, Any], resolved: Mapping[str, Any]) -> dict[str, Any]:
     """What the user did not give, and the trainer would have otherwise: name and value."""
     theirs = {option.name: option.default for option in dataclasses.fields(trainer_kind(resolved).arguments)}
