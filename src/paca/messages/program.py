@@ -19,3 +19,8 @@ def program() -> str:
         return "paca"
     here = Path.cwd()
     return shlex.quote(str(beside.relative_to(here) if beside.is_relative_to(here) else beside))
+
+
+def resume_command(config: Path) -> str:
+    """What goes on with the run of a config file, to be typed here."""
+    return f"{program()} train {shlex.quote(str(config))} --resume"

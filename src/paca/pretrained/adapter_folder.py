@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import os
-import shlex
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from paca.messages.disk import writing
 from paca.messages.errors import PacaError
 from paca.messages.nearest import did_you_mean_path
-from paca.messages.program import program
+from paca.messages.program import resume_command
 from paca.messages.shown import shown
 from paca.pretrained.claims import holder_of
 from paca.tuner.adapter_entries import check_entries
@@ -63,7 +62,7 @@ def find_adapter(path: str | Path, *, or_model: bool = True, or_hub: bool = Fals
             raise PacaError(f"The run in {folder} is still going: {trainer} trains it. Its adapter comes at the end.")
         raise PacaError(
             f"The run in {folder} is not finished: it has no adapter/ or model/. Continue it: "
-            f"{program()} train {shlex.quote(str(folder / 'config.yaml'))} --resume"
+            + resume_command(folder / "config.yaml")
         )
     found = ", ".join(sorted(entry.name for entry in folder.iterdir())[:8]) or "nothing"
     raise PacaError(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -14,7 +13,7 @@ from safetensors import SafetensorError
 
 from paca.messages.disk import DiskError, disk_error
 from paca.messages.errors import PacaError
-from paca.messages.program import program
+from paca.messages.program import program, resume_command
 from paca.pretrained.out_of_memory import is_out_of_memory
 from paca.training.config.run_config import RunConfig
 from paca.training.folder.run_folder import RunFolder
@@ -86,7 +85,7 @@ def told_how_to_go_on(folder: RunFolder) -> Iterator[None]:
         newest = folder.newest_checkpoint()
         if newest is None:
             raise DiskError(f"{told} No checkpoint had been saved.") from error
-        command = f"{program()} train {shlex.quote(str(folder.config))} --resume"
+        command = resume_command(folder.config)
         raise DiskError(f"{told} When that is mended, go on from {newest.name}: {command}") from error
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shlex
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -19,7 +18,7 @@ from transformers import PrinterCallback, TrainerState, TrainingArguments
 from paca.lean.loss import loss_for
 from paca.messages.disk import writing
 from paca.messages.errors import PacaError
-from paca.messages.program import program
+from paca.messages.program import resume_command
 from paca.messages.say import say
 from paca.pretrained import Pretrained
 from paca.pretrained.purpose import save_classifier_config
@@ -203,9 +202,7 @@ class _Run:
     def _result(self) -> RunResult:
         state = self._train()
         if self.stopper.stopped:
-            return RunResult(
-                self.folder.path, None, f"{program()} train {shlex.quote(str(self.folder.config))} --resume"
-            )
+            return RunResult(self.folder.path, None, resume_command(self.folder.config))
         loss_after = self._loss_after(state)
         if self.trainer.is_fsdp_enabled:  # whatever the checkpoints are, the adapter is one file
             self.trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
