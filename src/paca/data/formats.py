@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -261,6 +261,11 @@ def _some_text(value: object, name: str) -> str:
     if not text.strip():
         raise NothingToLearn(f"{name} is empty, so there is nothing to learn. Remove the example, or fill it in.")
     return text
+
+
+def same_start(one: Sequence[object], other: Sequence[object]) -> int:
+    """With how many equal elements two texts, or two lists of messages or tokens, begin."""
+    return next((n for n, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
 
 
 def _kind(value: object) -> str:

@@ -7,7 +7,7 @@ from typing import Any
 
 from paca.data.examples import ORIGIN, Examples
 from paca.data.formats import Example
-from paca.data.tokens import IGNORED
+from paca.data.tokens import IGNORED, what_stays
 from paca.messages.errors import PacaError
 
 _NAMED = 3  # examples that an error lists; the rest it counts
@@ -35,9 +35,7 @@ def check_labels(examples: Examples, train: Mapping[str, Any], *, packed: bool, 
     if packed and train.get("packing_strategy", "bfd") != "bfd":
         # Wrapped or split packing loses no token: a piece without a label is the rest of an example that has some.
         return 0
-    stays = slice(length)
-    if train.get("truncation_mode") == "keep_end" and length is not None and not packed:
-        stays = slice(-length, None)
+    stays = what_stays(length, keep_end=train.get("truncation_mode") == "keep_end" and not packed)
     batches = examples.dataset.select_columns("labels").with_format("numpy").iter(batch_size=1000)
     kept = (labels[stays] for batch in batches for labels in batch["labels"])
     # The first token is never predicted.

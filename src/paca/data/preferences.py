@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
-from paca.data.formats import FORMATS, Example, Format, _messages
+from paca.data.formats import FORMATS, Example, Format, _messages, same_start
 from paca.data.rows import Row
 from paca.messages.errors import NothingToLearn, PacaError
 
@@ -45,10 +45,10 @@ def _implicit(row: Row) -> Example:
     chosen, rejected = (row[name] for name in PAIR)
     if isinstance(chosen, list) and isinstance(rejected, list):
         both: Any = (_messages(chosen, "chosen"), _messages(rejected, "rejected"))
-        shared = min(_same_start(*both), len(chosen) - 1, len(rejected) - 1)
+        shared = min(same_start(*both), len(chosen) - 1, len(rejected) - 1)
     elif isinstance(chosen, str) and isinstance(rejected, str):
         both = (chosen, rejected)
-        start = chosen[: _same_start(chosen, rejected)]
+        start = chosen[: same_start(chosen, rejected)]
         shared = max(start.rfind(" "), start.rfind("\n") + 1)  # whole words, which tokens seldom join
     else:
         raise PacaError("chosen and rejected must be two texts, or two lists of messages.")
@@ -56,11 +56,6 @@ def _implicit(row: Row) -> Example:
         raise PacaError("chosen and rejected begin differently, so no prompt is in them. Give it as the column prompt.")
     prompt = both[0][:shared]
     return _explicit({"prompt": prompt, **{n: text[shared:] for n, text in zip(PAIR, both, strict=True)}})
-
-
-def _same_start(one: Sequence[Any], other: Sequence[Any]) -> int:
-    """How many of the first elements are equal."""
-    return next((n for n, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
 
 
 PREFERENCES = {

@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from paca.data.examples import ORIGIN, Examples
 from paca.data.formats import Example
-from paca.data.tokens import IGNORED, Tokens, encode, training_template
+from paca.data.tokens import IGNORED, Tokens, encode, training_template, what_stays
 
 SAMPLED = 1000
 """Examples that are tokenized, at most."""
@@ -115,7 +115,7 @@ def take_sample(
             break
     found = [max(each, key=lambda tokens: len(tokens.ids)) for each in sequences]  # what a batch is padded to
     lengths = np.array([len(tokens.ids) for tokens in found])
-    stays = slice(None) if limit is None else slice(-limit, None) if keep_end else slice(limit)
+    stays = what_stays(limit, keep_end=keep_end)
     by_token = all(len(each) == 1 for each in sequences) and any(_counting(tokens.labels) for tokens in found)
     counted = [_counting(tokens.labels[stays][1:]) for tokens in found] if by_token else []
     learned = np.flatnonzero(counted) if leave_out and any(counted) else np.arange(len(found))

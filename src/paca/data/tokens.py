@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from trl import get_training_chat_template
 
 from paca.data.examples import ORIGIN, Examples
-from paca.data.formats import Example, Message
+from paca.data.formats import Example, Message, same_start
 from paca.messages.errors import PacaError
 
 IGNORED = -100
@@ -31,6 +30,13 @@ class Tokens:
     """The same, and `IGNORED` where a token does not count in the loss."""
     left_out: int = 0
     """Answers that could not be found again in the whole conversation."""
+
+
+def what_stays(limit: int | None, *, keep_end: bool = False) -> slice:
+    """Of the tokens of an example that is cut to `limit`, as TRL cuts it: its start, or its end."""
+    if limit is None:
+        return slice(None)
+    return slice(-limit, None) if keep_end else slice(limit)
 
 
 def tokenize(
@@ -142,7 +148,7 @@ def _conversation(
         last = index + 1 == len(messages)
         after = text if last else render(tokenizer, messages[: index + 1], example[ORIGIN], **options)
         # Some templates open an answer otherwise than they render it, or end the last one otherwise than earlier ones.
-        start, end = _shared(before, after), _shared(text, after)
+        start, end = same_start(before, after), same_start(text, after)
         if end == len(after) or after.find(messages[index]["content"].strip() or after, start, end) >= 0:
             spans.append((start, end))
     if not spans and not everything:
@@ -170,12 +176,6 @@ def _require_tool_calls(
         )
 
 
-def _shared(one: Sequence[object], other: Sequence[object]) -> int:
-    """How many characters, or tokens, both begin with."""
-    pairs = enumerate(zip(one, other, strict=False))
-    return next((index for index, (a, b) in pairs if a != b), min(len(one), len(other)))
-
-
 def render(tokenizer: PreTrainedTokenizerBase, messages: list[Message], place: str, **options: Any) -> str:
     """The text of messages in the tokenizer's chat template; `place` says in errors where they are from."""
     try:
@@ -195,7 +195,7 @@ def _ids_and_mask(
 
     def position(edge: int) -> int:
         """Where the tokens of the text up to `edge` part from those of the whole."""
-        return _shared(ids, tokenizer(text[:edge], add_special_tokens=add_special_tokens)["input_ids"])
+        return same_start(ids, tokenizer(text[:edge], add_special_tokens=add_special_tokens)["input_ids"])
 
     edges = [(position(start), position(end)) for start, end in spans]
     return ids, [any(start <= index < end for start, end in edges) for index in range(len(ids))]

@@ -21,7 +21,7 @@ from paca.columns.selection import AT_RANDOM, BLOCK, FROM_BATCHES
 from paca.config import PacaConfig
 from paca.data import Examples
 from paca.data.evenly import spread_evenly
-from paca.data.tokens import IGNORED
+from paca.data.tokens import IGNORED, what_stays
 from paca.messages.errors import PacaError
 from paca.messages.say import say
 from paca.pretrained.content import model_content
@@ -151,7 +151,7 @@ def calibration_batches(
     dataset = spread_evenly(examples.dataset, section.sequences)
     args: Any = arguments
     length = min(section.max_length, args.max_length or section.max_length)
-    stays = slice(-length, None) if with_labels else slice(length)
+    stays = what_stays(length, keep_end=with_labels)
     rows = [{name: row[name][stays] for name in ("input_ids", "labels")} for row in dataset]
     counting = "labels" if with_labels else "input_ids"
     rows = [row for row in rows if any(token != IGNORED for token in row[counting])]
