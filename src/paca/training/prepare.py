@@ -26,7 +26,6 @@ from paca.training.folder.same_run import inputs_of
 from paca.training.named_model import outline_of, train_heads
 from paca.training.plan import Plan, planned_steps
 from paca.training.trainers import trainer_kind
-from paca.training.trainers.sections import check_sections_fit
 
 
 @dataclass
@@ -63,7 +62,6 @@ def prepare(config: RunConfig, *, whole: bool = True, fetch: bool = False) -> Pr
     config = copy.deepcopy(config)
     named, given, method, rank = config.model, config.train, config.method, config.train.get("factor_rank")
     kind = trainer_kind(given)
-    check_sections_fit(config, kind)
     if method == "full" and named.dtype == "auto":
         named.dtype = "float32"  # as TRL loads models: in 16 bits, small steps would be lost
     with about("model.name"):

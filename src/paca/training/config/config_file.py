@@ -42,16 +42,15 @@ def load_run_config(path: str | os.PathLike[str], overrides: Iterable[str] = ())
     for name, section_type in SECTIONS.items():
         built[name] = _build_section(name, section_type, sections[name], origins)
     config = RunConfig(**built, method=method, adapter=sections[method], train=sections["train"])
-    for key, problem in _problems(config):
-        raise PacaError(f"{origins.of(key)}: {key} {problem}")
-
+    _refuse(_problems(config), origins)
     check_early(method, sections, origins)
-    # Only now: these two import peft and trl, which takes seconds that the mistakes above need not cost.
+    # Only now: what follows imports peft and trl, which takes seconds that the mistakes above need not cost.
     from paca.training.config.adapter_settings import check_adapter_settings
     from paca.training.config.train_settings import check_train_settings
 
     check_adapter_settings(method, sections[method], origins)
     check_train_settings(sections["train"], origins)
+    _refuse(_problems_with_trainer(config), origins)
     _make_paths_absolute(config)
     return config
 
@@ -151,6 +150,11 @@ def _build_section(name: str, section_type: type, values: dict[str, Any], origin
     return section_type(**values)
 
 
+def _refuse(problems: Iterator[tuple[str, str]], origins: Origins) -> None:
+    for key, problem in problems:
+        raise PacaError(f"{origins.of(key)}: {key} {problem}")
+
+
 def _problems(config: RunConfig) -> Iterator[tuple[str, str]]:
     """Values that can't work, alone or with others: the key, and what is wrong with it."""
     model, data, evaluation, train = config.model, config.data, config.eval, config.train
@@ -200,6 +204,40 @@ def _problems(config: RunConfig) -> Iterator[tuple[str, str]]:
         yield (
             "train.autocast_adapter_dtype",
             "is about adapters, and full has none. Leave it out; model.dtype is the type of the weights.",
+        )
+
+
+def _problems_with_trainer(config: RunConfig) -> Iterator[tuple[str, str]]:
+    """The same of other sections, which the run's trainer has no use for, or can't work with."""
+    from paca.columns.selection import FROM_BATCHES
+    from paca.config import PacaConfig
+    from paca.training.trainers import trainer_kind
+
+    kind = trainer_kind(config.train)
+    if config.data.label is not None and kind.name != "image_classification":
+        yield "data.label", f"goes with train.trainer: image_classification, not {kind.name}. Leave it out."
+    if config.data.template is not None and not kind.renders:
+        yield "data.template", f"has no effect with train.trainer: {kind.name}. Leave it out."
+    if config.eval.metric is not None and kind.score is not None:
+        yield "eval.metric", f"goes with train.trainer: sft; {kind.name} measures {kind.score}. Leave it out."
+    selection = config.adapter.get("selection") if config.method == "paca" else None
+    if selection in FROM_BATCHES and kind.name != "sft":
+        yield (
+            "paca.selection",
+            f"is {selection}, which goes by batches as train.trainer: sft makes them. For {kind.name} choose "
+            "random_blocks, random or weight_norm, or give paca.indices.",
+        )
+    rank, r = config.train.get("factor_rank"), config.adapter.get("r", PacaConfig.r)
+    if rank is not None and rank >= r:
+        yield (
+            "train.factor_rank",
+            f"is {rank} and paca.r {r}: factors as wide as the deltas gain nothing. Give a quarter of paca.r.",
+        )
+    if config.model.quantization is not None and kind.task_type != "CAUSAL_LM":
+        yield (
+            "model.quantization",
+            f"does not go with train.trainer: {kind.name}, whose new head would be quantized before it is trained. "
+            "Leave it out.",
         )
 
 
