@@ -6,11 +6,10 @@ from collections.abc import Sequence
 from typing import Any
 
 from torch import nn
-from transformers import MODEL_FOR_MASKED_LM_MAPPING, AutoModelForCausalLM
+from transformers import MODEL_FOR_MASKED_LM_MAPPING, AutoModelForCausalLM, PreTrainedModel
 
 from paca.messages.errors import PacaError, about
 from paca.pretrained import load_config
-from paca.pretrained.attention import set_attention
 from paca.pretrained.loading import Outline, check_folder_is_whole
 from paca.training.config.run_config import ModelSection, RunConfig
 
@@ -23,9 +22,28 @@ def outline_of(named: ModelSection, auto_class: Any, labels: Sequence[str] | Non
             _check_causal(outline.model)
             if getattr(outline.config, "quantization_config", None) is None:
                 check_folder_is_whole(named.name, named.trust_remote_code)
-    with about("model.attn_implementation"):
-        set_attention(outline.model, named.attn_implementation)
+    set_attention(outline.model, named)
     return outline
+
+
+def set_attention(model: PreTrainedModel, named: ModelSection) -> None:
+    """Let a model compute attention as the config names it, in transformers' word for it; null changes nothing.
+
+    Raises:
+        PacaError: There is none of the name, the model has no choice, or a package for it is missing.
+    """
+    implementation = named.attn_implementation
+    if implementation is None:
+        return
+    try:
+        model.set_attn_implementation(implementation)
+    except (ValueError, ImportError) as error:
+        raise PacaError(f"model.attn_implementation: {str(error).strip()}") from error
+    if model.config._attn_implementation != implementation:
+        raise PacaError(
+            f"model.attn_implementation: {type(model).__name__} always computes attention by "
+            f"{model.config._attn_implementation!r}. Leave it out."
+        )
 
 
 def _check_causal(model: nn.Module) -> None:

@@ -12,12 +12,11 @@ from paca.data import Examples, encode, training_template
 from paca.messages.errors import PacaError, about
 from paca.messages.units import format_bytes
 from paca.planning.target import Target, outline_of
-from paca.pretrained.attention import set_attention
 from paca.training.config import train_settings
 from paca.training.config.adapter_settings import outline_config
 from paca.training.config.config_file import load_run_config
 from paca.training.config.run_config import RunConfig
-from paca.training.named_model import train_heads
+from paca.training.named_model import set_attention, train_heads
 from paca.training.prompt_form import tokenizer_of, trains_everything
 from paca.training.run_setting import setting_of_run
 from paca.training.trainers import trainer_kind
@@ -76,8 +75,7 @@ def target_of_run(
         outline = outline_of(
             named.name, dtype, named.revision, named.trust_remote_code, auto_class=kind.auto_class, labels=labels
         )
-    with about("model.attn_implementation"):
-        set_attention(outline, named.attn_implementation)
+    set_attention(outline, named)
     has_eval = held_out is not None
     config.train = train_settings.with_defaults(
         config.train, outline, has_eval=has_eval, method=config.method, adapter=config.adapter, device=device

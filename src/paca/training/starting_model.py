@@ -18,11 +18,11 @@ from paca.lean import make_lean
 from paca.messages.errors import PacaError
 from paca.messages.say import say
 from paca.pretrained import Pretrained, load_pretrained, save_trainable_copy
-from paca.pretrained.attention import set_attention
 from paca.training.calibration import ColumnChoice
 from paca.training.config.adapter_settings import adapter_config
 from paca.training.config.run_config import RunConfig
 from paca.training.folder.run_folder import RunFolder
+from paca.training.named_model import set_attention
 from paca.training.sharding import spare_buffers
 from paca.training.trainers import trainer_kind
 
@@ -40,7 +40,7 @@ def load_model(config: RunConfig, folder: RunFolder, console: Console, labels: l
         PacaError: It can't be loaded.
     """
     pretrained = _read(config, folder, console, labels)
-    set_attention(pretrained.model, config.model.attn_implementation)
+    set_attention(pretrained.model, config.model)
     if config.model.lean:  # before anything wraps the blocks: an adapter, checkpointing, DDP, FSDP
         make_lean(pretrained.model, config.model.recompute)
     return pretrained
