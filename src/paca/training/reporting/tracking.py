@@ -214,9 +214,7 @@ def _show_answers(name: str, callback: Any, answers: list[list[str]], step: int)
         lines = [ANSWERS, ["---"] * len(ANSWERS), *answers]
         cells = [[text.replace("|", "\\|").replace("\n", "<br>") for text in line] for line in lines]
         callback.tb_writer.add_text("eval/answers", "\n".join(f"| {' | '.join(line)} |" for line in cells), step)
-    elif name == "wandb":
-        table = callback._wandb.Table(columns=list(ANSWERS), data=answers)
-        callback._wandb.log({"eval/answers": table, "train/global_step": step})
-    elif name == "trackio":
-        table = callback._trackio.Table(columns=list(ANSWERS), data=answers)
-        callback._trackio.log({"eval/answers": table, "train/global_step": step})
+    elif name in ("wandb", "trackio"):
+        package = getattr(callback, f"_{name}")
+        table = package.Table(columns=list(ANSWERS), data=answers)
+        package.log({"eval/answers": table, "train/global_step": step})
