@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -19,8 +17,6 @@ if TYPE_CHECKING:
     from paca.planning.target import Target
 
 QUANTIZATIONS = ("nf4", "fp4", "int8")
-STEPS = 1000
-"""Optimizer steps whose hours are shown where nothing says how many there are."""
 
 
 def plan(
@@ -88,103 +84,45 @@ def plan(
     budget = None if memory is None else parse_bytes(memory)
     from paca.planning.devices import find_device
 
-    simulated_device = None if on is None else find_device(on)
+    simulated = None if on is None else find_device(on)
     import_libraries()
     import torch
 
-    from paca.cli.plan_tables import Outcome, as_json, show_estimate, show_fit, show_simulated
-    from paca.planning import estimate, fit
-    from paca.planning.budget import available_memory
-    from paca.planning.device_rates import fixed_rate, given_bandwidth, measure_dequantize_rate, measure_rate
-    from paca.planning.on_device import rates_on, simulate_on
-    from paca.planning.passes import task_of
+    from paca.cli.plan_tables import as_json, show_estimate, show_fit, show_simulated
+    from paca.planning import outcome
 
-    if simulated_device is not None:
-        device = "cuda"
-        budget = None if budget is None else min(budget, simulated_device.usable)
+    device = "cuda" if simulated is not None else device
     planned = _target(target, seq, batch_size, r, dtype, device, set_ or [])
-    lacks_it = simulated_device is not None and not simulated_device.has_bfloat16 and planned.dtype == torch.bfloat16
+    lacks_it = simulated is not None and not simulated.has_bfloat16 and planned.dtype == torch.bfloat16
     if lacks_it and dtype == "auto" and not _is_run(target):
         planned = _target(target, seq, batch_size, r, "float16", device, set_ or [])
-    setting = planned.setting
-    classifies = task_of(planned.model) != "text"
-    if classifies and (compare is not None or quantization not in (None, "none")):
-        raise PacaError("--compare and --quantization go with language models, not with classifiers. Leave them out.")
-    if quantization is not None:
-        setting = replace(setting, quantization=quantization if quantization in QUANTIZATIONS else None)
-    setting = replace(
-        setting,
-        lean=setting.lean or lean or recompute,
-        recompute="mlp" if recompute else setting.recompute,
-        checkpointing=setting.checkpointing or checkpointing,
-        padded=setting.padded or padded,
-        chunked_loss=setting.chunked_loss and loss != "full",
+    if global_batch is None:
+        global_batch = planned.setting.sequences_per_step if _is_run(target) else 16
+    wanted = outcome.Wanted(
+        memory=budget,
+        global_batch=global_batch,
+        lean=lean,
+        recompute=recompute,
+        checkpointing=checkpointing,
+        padded=padded,
+        quantization=quantization,
+        loss=loss,
+        rate=None if rate is None else rate * 1e12,
+        bandwidth=None if bandwidth is None else bandwidth * 1e9,
+        on=simulated,
+        compare=compare is not None,
+        steps=steps,
     )
-    # The ways to keep the weights that a search tries, the preferred one first; without a search, the only one.
-    choose = memory is not None and quantization in (None, "auto", "any") and setting.quantization is None
-    choose = choose and not classifies  # whose heads would be quantized before they are trained
-    considered = (None, "nf4") if choose else (setting.quantization,)
-    here = setting.device == "cpu" or torch.cuda.is_available()
-    speed = planned.dtype, planned.hidden_size
-    measured, unpacking, found, simulated = None, None, None, None
-    if simulated_device is not None:
-        measured, unpacking = rates_on(simulated_device, planned.dtype)
-    elif rate is not None:
-        measured = fixed_rate(rate * 1e12)
-    elif here:
-        measured = measure_rate(setting.device, *speed)
-    if simulated_device is not None:
-        pass
-    elif bandwidth is not None:
-        unpacking = given_bandwidth(bandwidth * 1e9)
-    elif here and considered[-1] is not None:
-        unpacking = measure_dequantize_rate(setting.device, *speed, considered[-1])
-    if budget is not None:
-        if global_batch is None:
-            global_batch = setting.batch_size * setting.gradient_accumulation if _is_run(target) else 16
-        found = fit(
-            planned.model,
-            setting,
-            memory=budget,
-            global_batch=global_batch,
-            adapter=planned.adapter,
-            rate=measured,
-            dequantize=unpacking,
-            any_loss=loss == "any",
-            quantizations=considered,
-            fastest_weights=quantization == "any",
-        )
-    elif simulated_device is not None:
-        budget = simulated_device.usable
-    else:
-        with contextlib.suppress(PacaError):  # a plan for a GPU that is not here
-            budget = available_memory(setting.device)
-    result = estimate(planned.model, setting, planned.adapter) if found is None else found.best.estimate
-    typical = result
-    if planned.typical_length is not None:
-        shorter = replace(result.setting, sequence_length=planned.typical_length)
-        typical = estimate(planned.model, shorter, planned.adapter)
-    if simulated_device is not None:
-        lengths = planned.typical_length
-        simulated = simulate_on(
-            planned.model,
-            result.setting,
-            planned.adapter,
-            simulated_device,
-            compare=compare is not None,
-            typical_length=lengths,
-        )
-    steps = steps or planned.steps or STEPS
-    outcome = Outcome(planned, result, typical, measured, unpacking, budget, found, simulated, steps)
+    result = outcome.plan(planned, wanted)
     if json_:
-        print(json.dumps(as_json(outcome), indent=2))
+        print(json.dumps(as_json(result), indent=2))
         return
     console = Console()
-    show_estimate(console, outcome)
-    if found is not None:
-        show_fit(console, found, measured, planned.counts)
-    if simulated is not None:
-        show_simulated(console, simulated, steps, planned.counts)
+    show_estimate(console, result)
+    if result.found is not None:
+        show_fit(console, result.found, result.rate, planned.counts)
+    if result.simulated is not None:
+        show_simulated(console, result.simulated, result.steps, planned.counts)
 
 
 def _check_simulation(

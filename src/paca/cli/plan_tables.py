@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -13,37 +12,13 @@ from paca.messages.say import say
 from paca.messages.units import format_bytes
 
 if TYPE_CHECKING:
-    from paca.planning import Fit, MemoryEstimate, Setting
-    from paca.planning.device_rates import DequantizeRate, MatmulRate
+    from paca.planning import Fit, Setting
+    from paca.planning.device_rates import MatmulRate
     from paca.planning.on_device import OnDevice
-    from paca.planning.target import Target
+    from paca.planning.outcome import Outcome
 
 CLOSE = 0.1
 """Share of a budget that should stay free: planned largest batches were up to 7 % too large (docs/notes/plan-on.md)."""
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What was planned."""
-
-    target: Target
-    result: MemoryEstimate
-    typical: MemoryEstimate
-    """As `result`, for sequences of typical length: what a step takes in time."""
-    rate: MatmulRate | None
-    unpacking: DequantizeRate | None
-    budget: int | None
-    found: Fit | None
-    simulated: OnDevice | None
-    """With `--on`: what stands in place of the time floor. No number of it is measured."""
-    steps: int
-    """Whose hours are shown."""
-
-    def seconds(self) -> float | None:
-        """Time floor of a step."""
-        from paca.planning import step_seconds
-
-        return None if self.rate is None else step_seconds(self.typical, self.rate, self.unpacking)
 
 
 def show_estimate(console: Console, outcome: Outcome) -> None:

@@ -62,9 +62,14 @@ class Setting:
         return self.batch_size * self.sequence_length
 
     @property
+    def sequences_per_step(self) -> int:
+        """Sequences per optimizer step."""
+        return self.batch_size * self.gradient_accumulation
+
+    @property
     def tokens_per_step(self) -> int:
         """Tokens per optimizer step."""
-        return self.tokens_per_pass * self.gradient_accumulation
+        return self.sequences_per_step * self.sequence_length
 
     def as_dict(self) -> dict[str, Any]:
         """The fields as JSON can hold them."""
