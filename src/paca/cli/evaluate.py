@@ -125,31 +125,7 @@ def evaluate(
             from paca.pretrained.generation import load_for_generation
 
             if own_data:
-                from paca.evaluation import own_run
-
-                config = own_run.config_of_run(path, data)
-                if data is None:
-                    held_out, note = own_run.held_out_of(path, config)
-                else:
-                    held_out = own_run.other_data(path, config)
-                    note = own_run.trained_on(path, held_out)
-                    say(console, f"{data}: {held_out.description}")
-                if note is not None:
-                    say(console, note, "yellow")
-                loaded = own_run.load_run(path, config, base_model)
-                what = "held-out data" if data is None else Path(data).name
-                of_run = "the run's " if data is None else ""
-                say(console, f"Measuring {own_run.metric_of(config)} on {of_run}{what} ...")
-                if output is None:
-                    say(console, "(with --output DIR answers are kept as they come, and the same command goes on)")
-                scores = own_run.evaluate_run(loaded, config, held_out, limit, batch_size, output, shown)
-                shown.finish()
-                print_table(console, own_run.rows_of_run(scores, what))
-                if output is not None:
-                    say(
-                        console,
-                        f"Written: {own_run.write_scores(output, scores, data or f'data.eval: {config.data.eval}')}",
-                    )
+                _measure_own_data(path, data, base_model, limit, batch_size, output, shown, console)
                 return
             assert output is not None
             if names:  # a wrong name is no reason to wait for the model
@@ -190,6 +166,40 @@ def evaluate(
         say(console, "\nStopped. What was answered is kept; the same command goes on from there:")
         say(console, f"  {program()} {shlex.join(sys.argv[1:])}")
         raise typer.Exit(130) from None
+
+
+def _measure_own_data(
+    path: str,
+    data: str | None,
+    base_model: str | None,
+    limit: int | None,
+    batch_size: int,
+    output: Path | None,
+    shown: Counted,
+    console: Console,
+) -> None:
+    from paca.evaluation import own_run
+
+    config = own_run.config_of_run(path, data)
+    if data is None:
+        held_out, note = own_run.held_out_of(path, config)
+    else:
+        held_out = own_run.other_data(path, config)
+        note = own_run.trained_on(path, held_out)
+        say(console, f"{data}: {held_out.description}")
+    if note is not None:
+        say(console, note, "yellow")
+    loaded = own_run.load_run(path, config, base_model)
+    what = "held-out data" if data is None else Path(data).name
+    of_run = "the run's " if data is None else ""
+    say(console, f"Measuring {own_run.metric_of(config)} on {of_run}{what} ...")
+    if output is None:
+        say(console, "(with --output DIR answers are kept as they come, and the same command goes on)")
+    scores = own_run.evaluate_run(loaded, config, held_out, limit, batch_size, output, shown)
+    shown.finish()
+    print_table(console, own_run.rows_of_run(scores, what))
+    if output is not None:
+        say(console, f"Written: {own_run.write_scores(output, scores, data or f'data.eval: {config.data.eval}')}")
 
 
 def print_ratings(console: Console, results: dict[str, Any]) -> None:
