@@ -126,6 +126,11 @@ class Score:
         """Those means, without their errors."""
         return {name: mean[0] for name, mean in self.means.items()}
 
+    @property
+    def errors(self) -> dict[str, float | None]:
+        """The standard errors of those means."""
+        return {name: mean[1] for name, mean in self.means.items()}
+
     def as_dict(self) -> dict[str, Any]:
         """For `summary.json`; `right` has 1 or 0 for each example, where the metric asked for counts them so."""
         asked, right = next(iter(self.sums)), {}
