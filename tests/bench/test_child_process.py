@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import closing
-
 import pytest
 import torch
 
@@ -39,7 +37,7 @@ def test_a_kernel_that_keeps_its_peak_is_told_of(monkeypatch: pytest.MonkeyPatch
 def test_a_child_measures_grows_with_the_batch_and_is_stopped_above_its_budget() -> None:
     """One process, since each costs its imports."""
     wanted = settings(dtype="float32", measure=("max-seq",), memory=150 * MIB)
-    with closing(MeasuringChild(wanted, "lora")) as child:
+    with MeasuringChild(wanted, "lora") as child:
         assert 0 < child.libraries <= child.weights
         small, large = child.run(Point(1, 64)), child.run(Point(1, 1024))
         assert small.fits
@@ -65,7 +63,8 @@ def test_a_child_that_can_not_make_the_model_says_why(monkeypatch: pytest.Monkey
 
 
 def test_a_failure_in_the_child_arrives_here(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The answers are played."""
-    monkeypatch.setattr(MeasuringChild, "_answer", lambda self: "out of memory")
+    """The answers are played, so that no process is started for them."""
+    monkeypatch.setattr(MeasuringChild, "_ask", lambda self, message: "out of memory")
+    monkeypatch.setattr("paca.bench.child_process.sys.executable", "/bin/true")
     with pytest.raises(ChildFailed, match="out of memory"):
         MeasuringChild(settings(), "lora")

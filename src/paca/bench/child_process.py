@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
-import signal
+import pickle
+import subprocess
+import sys
 import tempfile
 import threading
-from collections.abc import Callable, Iterable
-from multiprocessing.connection import Connection
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator
+from types import TracebackType
+from typing import Any, BinaryIO
 
 import psutil
 import torch
@@ -35,21 +36,16 @@ class ChildFailed(Exception):
 class MeasuringChild:
     """One method in a process of its own, stopped as soon as it holds more than `settings.memory` above its libraries.
 
-    Whoever makes one has to `close` it.
-
     Raises:
         ChildFailed: The model could not be made, or the process ended before it was ready.
     """
 
     def __init__(self, settings: BenchSettings, method: str) -> None:
-        self._errors = tempfile.NamedTemporaryFile()  # noqa: SIM115  (lives as long as the process)
-        process = multiprocessing.get_context("spawn")
-        self._pipe, theirs = process.Pipe()
-        self._process = process.Process(target=_run, args=(settings, method, theirs, self._errors.name), daemon=True)
-        self._process.start()
-        theirs.close()
+        self._errors = tempfile.TemporaryFile()  # noqa: SIM115  (lives as long as the process)
+        command = [sys.executable, "-m", "paca.bench.child_process"]
+        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors)
         self._over_budget = False
-        ready = self._answer()
+        ready = self._ask((settings, method))
         if isinstance(ready, str):
             self.close()
             raise ChildFailed(ready)
@@ -62,7 +58,7 @@ class MeasuringChild:
     def run(self, point: Point) -> Probe:
         """Run two steps of this size; ChildFailed if the process ended, for another reason than its budget."""
         try:
-            return self._answer(point)
+            return self._ask(point)
         except ChildFailed:
             if not self._over_budget:
                 raise
@@ -71,22 +67,28 @@ class MeasuringChild:
     def close(self) -> None:
         """End the process."""
         self._process.kill()
-        self._process.join()
-        self._pipe.close()
+        self._process.communicate()
         self._errors.close()
 
-    def _answer(self, point: Point | None = None) -> Any:
-        """What the child says: once it is ready, and of each point."""
+    def __enter__(self) -> MeasuringChild:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _ask(self, message: Any) -> Any:
+        process: Any = self._process
         try:
-            if point is not None:
-                self._pipe.send(point)
-            return self._pipe.recv()
-        except (BrokenPipeError, ConnectionResetError, EOFError):
-            self._process.join()
-        status = self._process.exitcode
+            pickle.dump(message, process.stdin)
+            process.stdin.flush()
+            return pickle.load(process.stdout)
+        except (BrokenPipeError, EOFError):
+            status = process.wait()
         self._errors.seek(0)
         said = self._errors.read().decode(errors="replace").strip().splitlines() or ["no message"]
-        how = "was killed, most likely because the machine ran out of memory" if status == -signal.SIGKILL else "failed"
+        how = "was killed, most likely because the machine ran out of memory" if status == -9 else "failed"
         raise ChildFailed(f"the measuring process {how} (exit status {status}): {said[-1]}")
 
     def _watch(self, limit: int) -> None:
@@ -160,9 +162,26 @@ def _measure(
     return Probe(fits, peak, None if fits else _OVER)
 
 
-def _run(settings: BenchSettings, method: str, pipe: Connection, errors: str) -> None:
-    """The process; what libraries print goes to the file `errors`."""
-    with open(errors, "ab") as file:
-        os.dup2(file.fileno(), 1)
-        os.dup2(file.fileno(), 2)
-    serve(settings, method, iter(pipe.recv, None), pipe.send)  # until it is killed
+def _main() -> None:
+    """The program: standard output is for answers; what libraries print goes to standard error."""
+    answers = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)
+
+    def answer(message: Any) -> None:
+        pickle.dump(message, answers)
+        answers.flush()
+
+    settings, method = pickle.load(sys.stdin.buffer)
+    serve(settings, method, _points(sys.stdin.buffer), answer)
+
+
+def _points(requests: BinaryIO) -> Iterator[Point]:
+    while True:
+        try:
+            yield pickle.load(requests)
+        except EOFError:
+            return
+
+
+if __name__ == "__main__":
+    _main()

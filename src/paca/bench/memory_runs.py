@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import closing
 from dataclasses import replace
 
 from paca.bench.child_process import ChildFailed, MeasuringChild
@@ -26,7 +25,7 @@ def measure_peaks(
     for name in names:
         say(f"peak memory of {name}")
         try:
-            with closing(MeasuringChild(settings, name)) as child:
+            with MeasuringChild(settings, name) as child:
                 for point in ordered:
                     probe = child.run(point)
                     found[point][name] = probe._replace(reason=probe.reason or child.source), child.weights
