@@ -17,6 +17,9 @@ from paca.layers.modes import offloads
 from paca.layers.overlaid_weight import AdditiveWeight, PatchedWeight
 from paca.quantized import quantization_of
 
+_MARKS = ("is_quantized", "is_loaded_in_4bit", "is_loaded_in_8bit", "quantization_method", "hf_quantizer",
+          "_weight_conversions")  # fmt: skip
+
 
 class OverlaidLinear(PacaLayer):
     """Keeps each adapter's deltas and indices over a base layer whose weight stays as it is.
@@ -192,8 +195,8 @@ def dequantize_model(model: Any, adapter_names: list[str] | None) -> None:
             continue
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, plain)
-    quantizer = getattr(model, "hf_quantizer", None)  # of transformers
-    if quantizer is not None:
-        quantizer.remove_quantization_config(model)
-        for left in ("is_loaded_in_4bit", "is_loaded_in_8bit"):
-            vars(model).pop(left, None)
+    for mark in _MARKS:
+        if mark in vars(model):
+            delattr(model, mark)
+    if hasattr(getattr(model, "config", None), "quantization_config"):
+        del model.config.quantization_config
