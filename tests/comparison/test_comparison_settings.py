@@ -95,6 +95,12 @@ def test_without_runs_another_comparison_takes_the_folder_and_the_same_one_what_
     assert SettingsFile(small_comparison(tmp_path, equal=("time",))).read() == {}
 
 
+def test_factors_for_more_columns_than_the_default_may_be_shared(tmp_path: Path) -> None:
+    config = tmp_path / "run.yaml"  # a method's own file says how many columns there are
+    config.write_text("model: {name: some/model}\ndata: {train: some/data, eval: 2}\ntrain: {factor_rank: 64}\n")
+    assert load_common(config)["train"] == {"factor_rank": 64}
+
+
 def test_a_run_without_held_out_data_cannot_be_compared(tmp_path: Path) -> None:
     config = tmp_path / "run.yaml"
     config.write_text("model: {name: some/model}\ndata: {train: some/data}\n")

@@ -108,7 +108,10 @@ def test_an_example_whose_answer_is_cut_off_is_named(
     examples = load(tmp_path, [short, long, short])
     trainer, examples = make_trainer(base, tmp_path, examples, tokenizer, max_length=100, packing=packing)
     assert packing or len(trainer.train_dataset) == 2  # TRL dropped it
-    expected = r"(?s)1 of 3 examples has no token.*max_length = 100 .*line 2: 'Read this\. Once upon.*Raise"
+    expected = (
+        r"(?s)1 of 3 examples has no token.*max_length = 100 .*line 2: 'Read this\. Once upon.*"
+        r"the longest example has \d{3} tokens"
+    )
     with pytest.raises(PacaError, match=expected):
         check(trainer, examples)
 

@@ -52,6 +52,15 @@ def test_a_full_disk_names_the_file_of_answers(tmp_path: Path) -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, limit)
 
 
+def test_something_else_in_its_place_is_named(tmp_path: Path) -> None:
+    (tmp_path / "answers").touch()
+    with pytest.raises(DiskError, match="answers could not be opened or written: file exists"):
+        append(tmp_path / "answers" / "answers.jsonl", {"key": "a"})
+    (tmp_path / "answers.jsonl").mkdir()
+    with pytest.raises(DiskError, match=r"answers\.jsonl could not be opened or written: is a directory"):
+        append(tmp_path / "answers.jsonl", {"key": "a"})
+
+
 def test_one_process_evaluates_into_a_folder(tmp_path: Path) -> None:
     with alone_in(tmp_path / "out"):
         with pytest.raises(PacaError, match=f"process {os.getpid()} on .* evaluates into"), alone_in(tmp_path / "out"):

@@ -244,9 +244,12 @@ def test_unload_gives_the_stock_layers_back(kind):
 @pytest.mark.parametrize("kind", REAL)
 def test_merge_and_unload_to_plain_layers_keeps_the_columns(kind):
     model = adapted(kind)
+    marked = model.get_base_model()
+    marked.is_quantized = marked.is_loaded_in_4bit = True  # as by accelerate, without a quantizer of transformers
     x = inputs()
     want = reference(model, x)[0]
     plain = model.merge_and_unload(dequantize=True)
+    assert not {"is_quantized", "is_loaded_in_4bit"} & vars(plain).keys()
     assert type(plain.lin1) is type(plain.lin2) is torch.nn.Linear
     close(plain(x), want, torch.float32)
     assert {type(p) for p in plain.parameters()} == {torch.nn.Parameter}

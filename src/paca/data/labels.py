@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from paca.data.examples import ORIGIN, Examples
@@ -36,8 +36,7 @@ def check_labels(examples: Examples, train: Mapping[str, Any], *, packed: bool, 
         # Wrapped or split packing loses no token: a piece without a label is the rest of an example that has some.
         return 0
     stays = what_stays(length, keep_end=train.get("truncation_mode") == "keep_end" and not packed)
-    batches = examples.dataset.select_columns("labels").with_format("numpy").iter(batch_size=1000)
-    kept = (labels[stays] for batch in batches for labels in batch["labels"])
+    kept = (labels[stays] for batch in _batches(examples) for labels in batch["labels"])
     # The first token is never predicted.
     lost = [number for number, labels in enumerate(kept) if (labels[1:] == IGNORED).all()]
     count = len(lost)
@@ -45,12 +44,17 @@ def check_labels(examples: Examples, train: Mapping[str, Any], *, packed: bool, 
         return count
     listed = "\n  ".join(_named(examples.dataset[number]) for number in lost[:_NAMED])
     listed += f"\n  and {count - _NAMED:,} more" if count > _NAMED else ""
+    longest = max(len(labels) for batch in _batches(examples) for labels in batch["labels"])
     raise PacaError(
         f"{count:,} of {len(examples.dataset):,} examples {'have' if count > 1 else 'has'} no token that counts in the "
         f"loss: cut to train.max_length = {length} tokens, nothing of the answer is left.\n  {listed}\n"
-        f"Raise train.max_length, or shorten or remove {'these examples' if count > 1 else 'this example'}; "
-        "data.unusable: leave_out does without."
+        f"Raise train.max_length (the longest example has {longest:,} tokens), or shorten or remove "
+        f"{'these examples' if count > 1 else 'this example'}; data.unusable: leave_out does without."
     )
+
+
+def _batches(examples: Examples) -> Iterator[dict[str, Any]]:
+    return examples.dataset.select_columns("labels").with_format("numpy").iter(batch_size=1000)
 
 
 def _named(example: Example) -> str:

@@ -15,7 +15,8 @@ from paca.messages.errors import PacaError
 from paca.messages.units import format_bytes
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-_OTHER = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.ENOTDIR, errno.ESTALE, errno.EIO, errno.ENXIO)
+_OTHER = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ESTALE,
+          errno.EIO, errno.ENXIO)  # fmt: skip
 _WORDS = {
     errno.ENOSPC: ("no space left", "os error 28", "requested and", "disk full"),  # the third: numpy's tofile
     errno.EDQUOT: ("quota exceeded", "os error 122"),

@@ -162,6 +162,8 @@ def calibration_batches(
         )
     rows.sort(key=lambda row: len(row["input_ids"]))  # little padding
     padding = tokenizer.convert_tokens_to_ids(args.pad_token or tokenizer.pad_token)
+    if padding is None:
+        raise PacaError(f"train.pad_token {args.pad_token!r} is no token of the model's. Give one of its tokenizer's.")
     collate = DataCollatorForLanguageModeling(padding, pad_to_multiple_of=args.pad_to_multiple_of)
     batches = []
     for start in range(0, len(rows), section.batch_size):

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from peft import get_peft_model
 from transformers import PreTrainedModel
 
+from paca.config import PacaConfig
 from paca.lean import make_lean, undo_lean
 from paca.messages.errors import PacaError, about
 from paca.messages.processes import launched_processes
@@ -62,6 +63,11 @@ def prepare(config: RunConfig, *, whole: bool = True, fetch: bool = False) -> Pr
     config = copy.deepcopy(config)
     named, given, method, rank = config.model, config.train, config.method, config.train.get("factor_rank")
     kind = trainer_kind(given)
+    if rank is not None and rank >= (columns := config.adapter.get("r", PacaConfig.r)):
+        raise PacaError(
+            f"train.factor_rank is {rank} and paca.r {columns}: factors as wide as the deltas gain nothing. Give a "
+            "quarter of paca.r."
+        )
     if method == "full" and named.dtype == "auto":
         named.dtype = "float32"  # as TRL loads models: in 16 bits, small steps would be lost
     with about("model.name"):

@@ -210,7 +210,6 @@ def _problems(config: RunConfig) -> Iterator[tuple[str, str]]:
 def _problems_with_trainer(config: RunConfig) -> Iterator[tuple[str, str]]:
     """The same of other sections, which the run's trainer has no use for, or can't work with."""
     from paca.columns.selection import FROM_BATCHES
-    from paca.config import PacaConfig
     from paca.training.trainers import trainer_kind
 
     kind = trainer_kind(config.train)
@@ -226,12 +225,6 @@ def _problems_with_trainer(config: RunConfig) -> Iterator[tuple[str, str]]:
             "paca.selection",
             f"is {selection}, which goes by batches as train.trainer: sft makes them. For {kind.name} choose "
             "random_blocks, random or weight_norm, or give paca.indices.",
-        )
-    rank, r = config.train.get("factor_rank"), config.adapter.get("r", PacaConfig.r)
-    if rank is not None and rank >= r:
-        yield (
-            "train.factor_rank",
-            f"is {rank} and paca.r {r}: factors as wide as the deltas gain nothing. Give a quarter of paca.r.",
         )
     if config.model.quantization is not None and kind.task_type != "CAUSAL_LM":
         yield (
