@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The best rate of PaCA by rank and model, on ARC and for a classifier, one seed (docs/notes/learning-rate.md).
+# The best rates of PaCA and LoRA by rank and model, on ARC and for a classifier (docs/notes/learning-rate.md).
 #
 #   .venv/bin/python -m benchmarks.quality.prepare --data FOLDER --gemma    once; without --data from the hub
 #   bash benchmarks/rates.sh
@@ -17,8 +17,17 @@ search() { # NAME TASK R RATES
     cp "$RUNS/$1/runs.jsonl" "benchmarks/rates/$1.jsonl"
 }
 
-mkdir -p benchmarks/rates
+search_lora() { # NAME TASK R RATES: the loss of 100 questions
+    printf 'lora: {r: %s, lora_alpha: %s, target_modules: all-linear}\n' "$3" "$((2 * $3))" >"$RUNS/lora$3.yaml"
+    "$PACA" compare "benchmarks/quality/$2.yaml" --set eval.limit=100 --methods "lora=$RUNS/lora$3.yaml" --lr "$4" \
+        --seeds 0 --extend --output "$RUNS/$1"
+    cp "$RUNS/$1/runs.jsonl" "benchmarks/rates/$1.jsonl"
+}
+
+mkdir -p benchmarks/rates "$RUNS"
 search gemma3-270m-r64 arc-gemma 64 7.8e-4,1.25e-3,2e-3
 search gemma3-270m-r16 arc-gemma 16 5e-4,8e-4,1.25e-3
 search smollm2-135m-r16 arc 16 2e-3,3.2e-3,5e-3
 search smollm2-135m-kinds-r16 kinds 16 3e-4,2e-3,3.2e-3,5e-3,8e-3
+search_lora lora-smollm2-135m-r8 arc 8 1.25e-3,2e-3,3.2e-3
+search_lora lora-gemma3-270m-r8 arc-gemma 8 3.05e-4,5e-4,8e-4

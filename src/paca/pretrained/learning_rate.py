@@ -1,17 +1,21 @@
-"""The rate that suits PaCA: it follows from `paca_alpha` and from the size of the model's weights.
+"""The rate that suits PaCA, and LoRA: it follows from their alpha and from the size of the model's weights.
 
 The rule was fitted to measured runs. Adam moves each value by about the rate, however large it is: so a model with
 small weights needs a small one. An output is a sum over the `r` trained columns, however many others there are, and
-each counts `paca_alpha / r` times: so its first steps are as large as rate times `paca_alpha`, whatever `r` is.
+each counts `paca_alpha / r` times: so its first steps are as large as rate times `paca_alpha`, whatever `r` is. Those
+of LoRA are rate times `lora_alpha / √r`, as measured: its products of B and A add up like random numbers. And its rate
+falls with the root of the weights' size.
 docs/notes/learning-rate.md has the measurements, and where the rule was not tried.
 """
 
 from __future__ import annotations
 
+import math
 import os
 import warnings
 from pathlib import Path
 
+from peft import LoraConfig
 from torch import nn
 
 from paca.config import PacaConfig
@@ -21,20 +25,23 @@ from paca.pretrained.weight_size import in_cache, size_of_loaded, weight_size
 
 RATE_OF_WEIGHTS = 0.4
 """Rate times paca_alpha, as a part of the weights' root mean square, for language models."""
+LORA_RATE_OF_WEIGHTS = 0.025
+"""Of LoRA, rate times `lora_alpha / √r`, as a part of the root of the same."""
 _USUAL_SIZE = 0.03  # assumed where it can't be read; Gemma 3 270M has 0.037, SmolLM2-135M 0.2
 
 
-def learning_rate(model: str | os.PathLike[str] | nn.Module, config: PacaConfig) -> float:
+def learning_rate(model: str | os.PathLike[str] | nn.Module, config: PacaConfig | LoraConfig) -> float:
     """The rate with which `paca train` trains a language model that gives none: for AdamW, with a cosine schedule.
 
     Args:
         model: Folder, `.gguf` file or hub id (of which the files that are read are fetched), or the loaded model, with
             or without adapters. 64 rows of each weight in four blocks are read, nothing is loaded.
-        config: Its `paca_alpha` counts.
+        config: Its `paca_alpha` counts; of plain LoRA `r`, `lora_alpha` and `use_rslora`.
 
     Returns:
-        `0.4 × (root mean square of the weights) / paca_alpha`, to two digits. Where the weights can't be read
-            (quantized ones other than GGUF), 0.03 is taken for their size, with a warning.
+        `0.4 × (root mean square of the weights) / paca_alpha`, to two digits, and of LoRA `0.025 × √(the same × r) /
+            lora_alpha`. Where the weights can't be read (quantized ones other than GGUF), 0.03 is taken for their size,
+            with a warning.
 
     Raises:
         PacaError: There is no such model here, nor on the hub; or the hub can't be reached.
@@ -55,6 +62,8 @@ def learning_rate(model: str | os.PathLike[str] | nn.Module, config: PacaConfig)
             "several times too low or too high: try others beside it.",
             stacklevel=2,
         )
+    if isinstance(config, LoraConfig):
+        return lora_rate_and_rule(config.r, config.lora_alpha, size, rslora=config.use_rslora)[0]
     return rate_and_rule(config.paca_alpha, size)[0]
 
 
@@ -70,8 +79,27 @@ def _size_of_named(model: str | os.PathLike[str]) -> float | None:
 
 
 def rate_and_rule(alpha: float, size: float | None, part: float = RATE_OF_WEIGHTS) -> tuple[float, str]:
-    """The rate for weights of that root mean square (None: not known), and the rule in words; `part` of it."""
+    """The rate of PaCA for weights of that root mean square (None: not known), and the rule in words; `part` of it."""
+    taken, known = _taken(size)
+    return _rounded(part * taken / alpha), f"{part:g} × {taken:.2g} / paca_alpha; {known}"
+
+
+def lora_rate_and_rule(
+    r: int, alpha: float, size: float | None, part: float = LORA_RATE_OF_WEIGHTS, *, rslora: bool = False
+) -> tuple[float, str]:
+    """The same of LoRA; with `use_rslora`, which scales by `lora_alpha / √r`, the rate does not depend on r."""
+    taken, known = _taken(size)
+    of_rank, words = (1, "") if rslora else (r, " × r")
+    rate = _rounded(part * math.sqrt(taken * of_rank) / alpha)
+    return rate, f"{part:g} × √({taken:.2g}{words}) / lora_alpha; {known}"
+
+
+def _taken(size: float | None) -> tuple[float, str]:
+    """The size of the weights that a rule takes, and what it is."""
     known = "the root mean square of the weights" if size else "assumed of the weights, which can't be read yet"
     size = size or _USUAL_SIZE
-    rule = f"{part:g} × {size:.2g} / paca_alpha"
-    return float(f"{part * size / alpha:.2g}"), f"{rule}; {size:.2g} is {known}"
+    return size, f"{size:.2g} is {known}"
+
+
+def _rounded(rate: float) -> float:
+    return float(f"{rate:.2g}")

@@ -36,11 +36,28 @@ def test_the_rate_of_paca_follows_the_weights_and_falls_with_alpha(
 
 @pytest.mark.parametrize(
     ("trainer", "method", "rate"),
-    [("sft", "lora", 3e-4), ("sft", "peft", 3e-4), ("sft", "full", 2e-5), ("dpo", "paca", 1e-5),
-     ("reward", "lora", 3e-4), ("image_classification", "full", TrainingArguments.learning_rate)],
+    [("sft", "peft", 3e-4), ("sft", "full", 2e-5), ("dpo", "paca", 1e-5), ("dpo", "lora", 1e-5),
+     ("image_classification", "full", TrainingArguments.learning_rate)],
 )  # fmt: skip
 def test_other_methods_and_trainers_have_a_constant(trainer: str, method: str, rate: float) -> None:
     assert automatic_rate(TRAINERS[trainer], method, {"r": 64})[0] == rate
+
+
+@pytest.mark.parametrize(
+    ("adapter", "rate"),
+    [
+        ({"r": 8, "lora_alpha": 16}, 0.002),  # SmolLM2-135M
+        ({"r": 33, "lora_alpha": 66}, 0.00098),
+        ({"r": 208, "lora_alpha": 416}, 0.00039),
+        ({}, 0.004),  # PEFT's r 8 and alpha 8: half the scale
+        ({"r": 64, "lora_alpha": 16, "use_rslora": True}, 0.00071),
+        ({"r": 8, "lora_alpha": 16, "use_dora": True}, 3e-4),
+        ({"r": 8, "lora_alpha": 16, "init_lora_weights": "pissa"}, 3e-4),
+        ({"r": 0}, 3e-4),  # which PEFT refuses
+    ],
+)
+def test_that_of_lora_follows_them_too_and_falls_with_the_root_of_r(adapter: dict[str, Any], rate: float) -> None:
+    assert automatic_rate(TRAINERS["sft"], "lora", adapter, 0.204)[0] == rate
 
 
 @pytest.mark.parametrize("trainer", ["classification", "reward"])
@@ -53,6 +70,9 @@ def test_images_are_learned_faster() -> None:
     rate, rule = automatic_rate(TRAINERS["image_classification"], "paca", {"r": 8, "paca_alpha": 8}, 0.118)
     assert rate == 0.018  # EfficientNet-Lite0; 0.0195 was the best of a grid
     assert rule.startswith("1.2 × 0.12 / paca_alpha")
+    rate, rule = automatic_rate(TRAINERS["image_classification"], "lora", {"r": 8, "lora_alpha": 16}, 0.118)
+    assert rate == 0.0061  # 5e-3 was the best of a grid
+    assert rule.startswith("0.1 × √(0.12 × r) / lora_alpha; 0.12 is the root")
 
 
 @pytest.mark.parametrize("given", ["", "  learning_rate: auto\n"])
@@ -91,9 +111,9 @@ def test_a_rate_far_from_the_automatic_one_is_asked_about(tmp_path: Path, rate: 
     assert dict(plan.lines())["learning rate"] == f"{rate:g} (auto would be 0.0038: {told})"
 
 
-def test_no_rate_of_lora_is_far_as_its_automatic_one_follows_no_rule(tmp_path: Path) -> None:
+def test_no_rate_of_another_method_is_far_as_its_automatic_one_follows_no_rule(tmp_path: Path) -> None:
     config = save_workspace(tmp_path)
-    config.write_text(config.read_text().replace("paca:\n", "lora:\n"))
+    config.write_text(config.read_text().replace("paca:\n  r: 4", "peft:\n  peft_type: LOHA\n  r: 4"))
     assert dict(describe(load_run_config(config)).lines())["learning rate"] == "0.01 (auto would be 0.0003)"
 
 

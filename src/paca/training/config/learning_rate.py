@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from peft import LoraConfig
+
 from paca.config import PacaConfig
-from paca.pretrained.learning_rate import rate_and_rule
+from paca.pretrained.learning_rate import lora_rate_and_rule, rate_and_rule
 from paca.training.trainers.kind import TrainerKind
 
 AUTO = "auto"
@@ -14,9 +16,17 @@ _FAR = 20
 """Times as high or as low as the automatic rate: more than PaCA's was off from any best rate that was found."""
 
 
-def follows_weights(kind: TrainerKind, method: str, factor_rank: int | None = None) -> bool:
+def follows_weights(kind: TrainerKind, method: str, adapter: Mapping[str, Any], factor_rank: int | None = None) -> bool:
     """Whether the rate depends on the model's weights."""
-    return method == "paca" and kind.rate_of_weights is not None and factor_rank is None
+    if kind.rate_of_weights is None or factor_rank is not None:
+        return False
+    return method == "paca" or (method == "lora" and _is_plain(adapter))
+
+
+def _is_plain(adapter: Mapping[str, Any]) -> bool:
+    """Whether this is LoRA as it was measured: without DoRA, and begun with a random A and B at 0."""
+    positive = min(adapter.get("r", LoraConfig.r), adapter.get("lora_alpha", LoraConfig.lora_alpha)) > 0
+    return positive and adapter.get("init_lora_weights", True) is True and not adapter.get("use_dora")
 
 
 def automatic_rate(
@@ -33,12 +43,16 @@ def automatic_rate(
         method: The run's, such as `paca`.
         adapter: Settings of its section that the user gave.
         weight_size: The root mean square of the model's linear weights; None where that is not known.
-        factor_rank: Of `train`; with it a rate is as large as LoRA's.
+        factor_rank: Of `train`; with it a rate follows no rule.
     """
     if method == "full":
         return kind.arguments.learning_rate, "the trainer's own default"
-    if kind.rate_of_weights is None or not follows_weights(kind, method, factor_rank):
+    if kind.rate_of_weights is None or not follows_weights(kind, method, adapter, factor_rank):
         return kind.learning_rate, "for adapters"
+    if method == "lora":
+        r, alpha = adapter.get("r", LoraConfig.r), adapter.get("lora_alpha", LoraConfig.lora_alpha)
+        scaled = bool(adapter.get("use_rslora"))
+        return lora_rate_and_rule(r, alpha, weight_size, kind.lora_rate_of_weights, rslora=scaled)
     return rate_and_rule(adapter.get("paca_alpha", PacaConfig.paca_alpha), weight_size, kind.rate_of_weights)
 
 

@@ -18,6 +18,7 @@ from paca.data.chat_template import unused_fields
 from paca.data.evenly import spread_evenly
 from paca.data.overlap import shared
 from paca.data.sample import Sample
+from paca.pretrained.learning_rate import LORA_RATE_OF_WEIGHTS
 from paca.training.config.key_checks import Origins
 from paca.training.config.run_config import RunConfig
 from paca.training.prompt_form import choose_form, tokenizer_of
@@ -65,6 +66,8 @@ class TrainerKind:
     """Our default for adapters."""
     rate_of_weights: ClassVar[float | None] = None
     """PaCA's default instead, times paca_alpha, as a part of the weights' root mean square; None where it is not."""
+    lora_rate_of_weights: ClassVar[float] = LORA_RATE_OF_WEIGHTS
+    """LoRA's, times lora_alpha / √r, as a part of its root, where PaCA's is such a part."""
     counts: ClassVar[str] = "tokens"
     """What the speed is measured in."""
     score: ClassVar[str | None] = None
