@@ -74,7 +74,7 @@ def test_without_rates_each_method_begins_around_its_own(workspace: Path) -> Non
     rates = ("--lr", "full=1e-3", "--output", "auto", "--dry-run")
     done = forked_paca(*command, *rates, cwd=workspace)
     assert done.stdout.splitlines()[-2:] == [
-        "rates of paca 0.312, 0.5, 0.8; of lora 0.000187, 0.0003, 0.00048; of full 0.001 and beyond while the edge is "
+        "rates of paca 0.312, 0.5, 0.8; of lora 0.00106, 0.0017, 0.00272; of full 0.001 and beyond while the edge is "
         "best; seeds 0, 1, 2",
         "at least 13 runs, 130 steps in all",  # 3 + 3 + 1 rates, and two more seeds each
     ], done.stdout + done.stderr
