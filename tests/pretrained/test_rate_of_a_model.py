@@ -33,6 +33,9 @@ def test_it_is_that_of_paca_train(tmp_path: Path) -> None:
     for settings in ({"r": 16, "lora_alpha": 32}, {"r": 16, "lora_alpha": 32, "use_rslora": True}):
         rate = paca.learning_rate(tmp_path, peft.LoraConfig(**settings))
         assert rate == automatic_rate(trainer_kind({}), "lora", settings, 0.5)[0]
+    for other in ({"use_dora": True}, {"init_lora_weights": "pissa"}, {"lora_alpha": 0}):
+        with pytest.raises(ValueError, match="not plain LoRA"):
+            paca.learning_rate(tmp_path, peft.LoraConfig(**other))
     assert paca.learning_rate(tmp_path, peft.LoraConfig(r=16, lora_alpha=32)) == 0.0022  # 0.025 × √8 / 32
 
 

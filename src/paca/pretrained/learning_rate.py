@@ -13,7 +13,9 @@ from __future__ import annotations
 import math
 import os
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from peft import LoraConfig
 from torch import nn
@@ -46,6 +48,7 @@ def learning_rate(model: str | os.PathLike[str] | nn.Module, config: PacaConfig 
     Raises:
         PacaError: There is no such model here, nor on the hub; or the hub can't be reached.
         TypeError: `model` is neither a name nor a model.
+        ValueError: `config` is LoRA of a kind that was not measured, such as DoRA.
     """
     if isinstance(model, nn.Module):
         named, size = f"the loaded {type(model).__name__}", size_of_loaded(model)
@@ -63,6 +66,11 @@ def learning_rate(model: str | os.PathLike[str] | nn.Module, config: PacaConfig 
             stacklevel=2,
         )
     if isinstance(config, LoraConfig):
+        if not is_plain_lora(vars(config)):
+            raise ValueError(
+                "This LoraConfig is not plain LoRA (use_dora, init_lora_weights other than True, or a lora_alpha "
+                "of 0), for which no rate was measured. Try 3e-4 and rates beside it."
+            )
         return lora_rate_and_rule(config.r, config.lora_alpha, size, rslora=config.use_rslora)[0]
     return rate_and_rule(config.paca_alpha, size)[0]
 
@@ -92,6 +100,12 @@ def lora_rate_and_rule(
     of_rank, words = (1, "") if rslora else (r, " × r")
     rate = _rounded(part * math.sqrt(taken * of_rank) / alpha)
     return rate, f"{part:g} × √({taken:.2g}{words}) / lora_alpha; {known}"
+
+
+def is_plain_lora(settings: Mapping[str, Any]) -> bool:
+    """Whether these fields of a `LoraConfig` are LoRA as it was measured: no DoRA, begun with a random A and B at 0."""
+    positive = min(settings.get("r", LoraConfig.r), settings.get("lora_alpha", LoraConfig.lora_alpha)) > 0
+    return positive and settings.get("init_lora_weights", True) is True and not settings.get("use_dora")
 
 
 def _taken(size: float | None) -> tuple[float, str]:

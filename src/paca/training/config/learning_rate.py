@@ -8,7 +8,7 @@ from typing import Any
 from peft import LoraConfig
 
 from paca.config import PacaConfig
-from paca.pretrained.learning_rate import lora_rate_and_rule, rate_and_rule
+from paca.pretrained.learning_rate import is_plain_lora, lora_rate_and_rule, rate_and_rule
 from paca.training.trainers.kind import TrainerKind
 
 AUTO = "auto"
@@ -20,13 +20,7 @@ def follows_weights(kind: TrainerKind, method: str, adapter: Mapping[str, Any], 
     """Whether the rate depends on the model's weights."""
     if kind.rate_of_weights is None or factor_rank is not None:
         return False
-    return method == "paca" or (method == "lora" and _is_plain(adapter))
-
-
-def _is_plain(adapter: Mapping[str, Any]) -> bool:
-    """Whether this is LoRA as it was measured: without DoRA, and begun with a random A and B at 0."""
-    positive = min(adapter.get("r", LoraConfig.r), adapter.get("lora_alpha", LoraConfig.lora_alpha)) > 0
-    return positive and adapter.get("init_lora_weights", True) is True and not adapter.get("use_dora")
+    return method == "paca" or (method == "lora" and is_plain_lora(adapter))
 
 
 def automatic_rate(
