@@ -22,6 +22,7 @@ with hold_import_notes():
 from paca.columns.factored import FactoredAdamW
 from paca.config import PacaConfig
 from paca.lean import make_lean, undo_lean
+from paca.lean.float32_products import float32_products
 from paca.messages.errors import PacaError
 from paca.pretrained.learning_rate import learning_rate
 from paca.pretrained.tied_weights import untie_embeddings
@@ -40,6 +41,7 @@ __all__ = [
     "PacaError",
     "PacaModel",
     "RotateColumns",
+    "float32_products",
     "hotswap_adapter",
     "learning_rate",
     "make_lean",

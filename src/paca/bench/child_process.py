@@ -21,6 +21,7 @@ from paca.bench.memory_in_use import AllocatedOnCuda, ResidentSet
 from paca.bench.methods import MethodUnavailable, find_methods
 from paca.bench.settings import BenchSettings, Point
 from paca.bench.step import TrainingStep
+from paca.lean.float32_products import fastest_products
 from paca.pretrained.out_of_memory import failure_reason, is_out_of_memory
 from paca.training.freed_memory import keep_freed_memory
 
@@ -128,8 +129,9 @@ def serve(settings: BenchSettings, name: str, points: Iterable[Point], answer: C
         answer(f"while the model was made: {failure_reason(error)}")
         return
     answer((libraries, weights, memory.source))
-    for point in points:
-        answer(_measure(model, base, settings, point, memory, libraries))
+    with fastest_products(device, settings.torch_dtype):  # as paca train
+        for point in points:
+            answer(_measure(model, base, settings, point, memory, libraries))
 
 
 def _load_libraries(device: torch.device, dtype: torch.dtype) -> None:

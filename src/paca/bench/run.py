@@ -22,6 +22,7 @@ from paca.bench.step import TrainingStep
 from paca.bench.step_budget import PHASES, count_launches, profile_step, time_phases
 from paca.bench.switching import RECOMPILATIONS, add_second_adapter, count_recompilations, time_switches
 from paca.bench.timing import time_rounds
+from paca.lean.float32_products import fastest_products
 from paca.messages.errors import PacaError
 from paca.pretrained.out_of_memory import failure_reason
 
@@ -129,7 +130,8 @@ class _Benchmark:
         settings = self.settings
         self.say(f"timing batch {point.batch}, seq {point.seq}, {variant}: {settings.rounds} rounds")
         steps = {name: self.step(name, point, variant) for name in self.models}
-        timings = time_rounds(steps, rounds=settings.rounds, warmup=settings.warmup)
+        with fastest_products(settings.torch_device, settings.torch_dtype):  # as paca train
+            timings = time_rounds(steps, rounds=settings.rounds, warmup=settings.warmup)
         items, unit = (point.batch, "images/s") if self.base.vision else (point.batch * point.seq, "tokens/s")
         seconds = {name: (timing.seconds, timing.failure) for name, timing in timings.items()}
         rates = {name: ([items / value for value in values], failure) for name, (values, failure) in seconds.items()}
@@ -194,7 +196,7 @@ class _Benchmark:
         return whole, blocks
 
     def profile(self, point: Point) -> None:
-        """Phases, interleaved like the step times, then the kinds of operators."""
+        """Phases, interleaved like the step times, then the kinds of operators; with products in their own dtype."""
         self.say(f"profiling batch {point.batch}, seq {point.seq}")
         steps: dict[str, TrainingStep] = {}
         for name in self.models:

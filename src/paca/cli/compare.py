@@ -113,7 +113,7 @@ def _train(
     from paca.comparison.compare import compare
     from paca.comparison.plan_table import rates_text, table_of, work_text
     from paca.comparison.prepare import prepare
-    from paca.training.slow_dtype import tell_of_slow_dtype
+    from paca.training.products import tell_of_products
 
     disable_progress_bars()
     same = tuple(equal.split(",")) if equal else ()
@@ -125,7 +125,7 @@ def _train(
     say(console, f"{rates_text(grids, extend=extend)}; seeds {', '.join(map(str, numbers))}")
     say(console, work_text(planned, grids, len(numbers)))
     first = planned[0].plan
-    tell_of_slow_dtype(first.config, first.dtype, first.parameters, console)
+    tell_of_products(first.config, first.dtype, console)
     return None if dry_run else compare(comparison, planned, console)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 
+from paca.lean.float32_products import fastest_products
 from paca.messages.errors import PacaError
 from paca.pretrained.generation import LoadedModel, Message
 
@@ -47,5 +48,6 @@ def answering(loaded: LoadedModel, base: bool) -> Iterator[None]:
     """
     if base and loaded.adapter is None:
         raise PacaError(f"{loaded.base} is a plain model: it has no adapter that could be left out.")
-    with loaded.model.disable_adapter() if base else nullcontext():
+    model = loaded.model
+    with fastest_products(model.device, model.dtype), model.disable_adapter() if base else nullcontext():
         yield

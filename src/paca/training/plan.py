@@ -14,8 +14,8 @@ from paca.messages.say import say
 from paca.training.calibration import describe_columns
 from paca.training.config.run_config import RunConfig
 from paca.training.folder.disk_need import DiskNeed, tell_of_disk
+from paca.training.products import tell_of_products
 from paca.training.reporting.data_preview import cut_warning
-from paca.training.slow_dtype import tell_of_slow_dtype
 from paca.training.trainers import trainer_kind
 from paca.training.trainers.kind import RunData
 
@@ -139,7 +139,7 @@ def show_plan(plan: Plan, console: Console) -> None:
     width = max(len(label) for label, _ in plan.lines())
     for label, text in plan.lines():
         say(console, f"{label:<{width}}  {text}")
-    tell_of_slow_dtype(plan.config, plan.dtype, plan.parameters, console)
+    tell_of_products(plan.config, plan.dtype, console)
     if (warning := cut_warning(plan.data.sample)) is not None:
         say(console, f"Warning: {warning}", style="yellow")
     tell_of_disk(plan.disk, Path(plan.config.output.dir), console)

@@ -15,6 +15,7 @@ from accelerate import PartialState
 from rich.console import Console
 from transformers import PrinterCallback, TrainerState, TrainingArguments
 
+from paca.lean.float32_products import fastest_products
 from paca.lean.loss import loss_for
 from paca.messages.disk import writing
 from paca.messages.errors import PacaError
@@ -37,6 +38,7 @@ from paca.training.memory_check import memory_at_hand, memory_warning
 from paca.training.plan import show_plan
 from paca.training.prepare import PreparedRun, prepare
 from paca.training.probe import ProbeLongestBatch
+from paca.training.products import dtype_of_products
 from paca.training.prompt_form import give_form
 from paca.training.reporting.adapter_card import NoCardsOfCheckpoints, write_card
 from paca.training.reporting.final_scores import scores_by, scores_by_trainer
@@ -123,7 +125,8 @@ def train(
             folder.clear(prepared.inputs)
         PartialState().wait_for_everyone()
         checkpoint = folder.newest_checkpoint() if resume else None
-        with explained(plan.config), loss_for(arguments.device, arguments.torch_compile):
+        products = fastest_products(arguments.device, dtype_of_products(plan.config, plan.dtype))
+        with explained(plan.config), products, loss_for(arguments.device, arguments.torch_compile):
             return _Run(prepared, folder, arguments, checkpoint, stopper, console, probe, scorer).result()
 
 
