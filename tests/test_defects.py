@@ -290,6 +290,20 @@ def test_an_averaged_model_is_right_or_raises(kind, trained_before, updates, par
     torch.testing.assert_close(output_of(model), naive_output(perceptron(), deltas_of(model), paca_layers(model)))
 
 
+def mixed_batch_and_back(model):
+    model.eval()
+    model(X, adapter_names=["default", "__base__", "__base__", "default"])
+
+
+def backward_of_the_base(model):
+    """Leaves the weights without columns, though the adapter is active."""
+    with model.disable_adapter():
+        base = model(X.clone().requires_grad_())
+    model(X).sum().backward()
+    base.sum().backward()
+
+
+FOR_ONE_PASS = {"mixed batch": mixed_batch_and_back, "backward of the base": backward_of_the_base}
 WRITES = {
     "scaled": lambda w: w.mul_(2),
     "copied over": lambda w: w.copy_(torch.full_like(w, 0.25)),
@@ -306,11 +320,11 @@ USES = {
 
 
 @pytest.mark.parametrize("use", USES)
-@pytest.mark.parametrize("park", ["nothing", "state dict", "copied"])
+@pytest.mark.parametrize("park", ["nothing", "state dict", "copied", *FOR_ONE_PASS])
 @pytest.mark.parametrize("write", WRITES)
 def test_a_write_into_the_base_weight_of_an_active_adapter_raises_at_the_next_use(write, park, use):
     model = adapt(perceptron(), target_modules=["lin1"], indices={"lin1": [0, 2, 5]})
-    PARKS[park](model)
+    (PARKS | FOR_ONE_PASS)[park](model)
     with torch.no_grad():
         WRITES[write](paca_layers(model)[0].base_layer.weight)
     with pytest.raises(RuntimeError, match="written or replaced while the adapter was active"):
@@ -601,6 +615,52 @@ def test_a_model_is_converted_where_torch_swaps_parameters():
         twin(X.double()).pow(2).sum().backward()
         optimizer.step()
     assert torch.equal(model(X.double()), expected(X.double()))
+
+
+@pytest.mark.parametrize("park", FOR_ONE_PASS)
+def test_a_base_weight_may_change_once_adapters_are_disabled_whatever_parked_it(park):
+    model = adapted_perceptron()
+    FOR_ONE_PASS[park](model)
+    with model.disable_adapter(), torch.no_grad():
+        for layer in paca_layers(model):
+            layer.base_layer.weight.mul_(2)
+        doubled = copy.deepcopy(model.get_base_model())
+    with model.disable_adapter():
+        assert torch.equal(output_of(model), doubled(X))
+    deltas = [delta.detach() for delta in deltas_of(model)]
+    base = perceptron()
+    with torch.no_grad():
+        for stock in (base.lin1, base.lin2):
+            stock.weight.mul_(2)
+    torch.testing.assert_close(output_of(model), naive_output(base, deltas, paca_layers(model)))
+
+
+@pytest.mark.parametrize("write", WRITES)
+def test_a_write_into_a_weight_while_an_adapter_is_merged_raises_when_it_is_unmerged(write):
+    model = adapt(perceptron(), target_modules=["lin1"], indices={"lin1": [0, 2, 5]})
+    model.merge_adapter()
+    weight = paca_layers(model)[0].base_layer.weight
+    with torch.no_grad():
+        weight.copy_(weight.clone())  # the same values
+    model.unmerge_adapter()
+    model.merge_adapter()
+    with torch.no_grad():
+        WRITES[write](weight)
+    with pytest.raises(RuntimeError, match="written or replaced while the adapter was active"):
+        model.unmerge_adapter()
+
+
+def test_memory_without_values_is_filled_by_a_state_dict():
+    model, expected = adapted_perceptron(), output_of(adapted_perceptron())
+    saved = {name: value.clone() for name, value in model.state_dict().items()}
+    with torch.no_grad():
+        for layer in paca_layers(model):
+            layer.paca_indices["default"].fill_(2**40)  # as unwritten memory may hold
+    model._apply(lambda tensor: tensor)
+    for device in ("cpu", "meta", "cpu"):
+        model.to_empty(device=device)
+    model.load_state_dict(saved)
+    assert torch.equal(output_of(model), expected)
 
 
 def test_ctrl_c_after_a_layer_was_merged_leaves_a_model_that_can_be_unmerged(monkeypatch):

@@ -435,6 +435,30 @@ def test_a_step_that_fails_leaves_no_mark():
     assert seen == [True]
 
 
+@pytest.mark.parametrize("gradients_before", [False, True])
+def test_a_step_that_wrote_without_a_trace_and_then_failed_is_found(gradients_before):
+    model = adapted()
+    optimizer = torch.optim.SGD(deltas_of(model), lr=0.1)
+    loss_of(model).backward()
+    optimizer.step()  # from here on its steps are known to be seen
+    optimizer.zero_grad()
+
+    class Interrupted(torch.optim.SGD):
+        def step(self, closure=None):
+            with torch.enable_grad():
+                closure()
+            for delta in deltas_of(model):
+                delta.data.add_(1)
+            raise KeyboardInterrupt
+
+    if gradients_before:
+        loss_of(model).backward()
+    with pytest.raises(KeyboardInterrupt):
+        Interrupted(deltas_of(model), lr=0.1).step(lambda: loss_of(model).backward())
+    loss_of(model)
+    assert holds(model)
+
+
 def test_a_backward_pass_after_a_fused_step_raises():
     model = adapted()
     optimizer = torch.optim.AdamW(deltas_of(model), lr=0.1, fused=True)

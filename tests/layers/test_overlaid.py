@@ -284,6 +284,15 @@ def test_a_model_that_was_loaded_under_inference_mode_trains(kind):
         assert torch.equal(layer.paca_delta["default"].grad, twin.paca_delta["default"].grad)
 
 
+@pytest.mark.parametrize("kind", REAL)
+def test_a_model_infers_under_inference_mode(kind):
+    model, x = adapted(kind), inputs()
+    with torch.no_grad():
+        expected = model(x)
+    with torch.inference_mode():
+        assert torch.equal(model(x), expected)
+
+
 @pytest.mark.parametrize("pickled", [False, True])
 @pytest.mark.parametrize("kind", REAL)
 def test_copies_and_pickles_compute_the_same(kind, pickled):

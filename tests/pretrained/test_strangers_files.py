@@ -168,6 +168,9 @@ def test_links_of_the_hubs_cache_and_within_the_folder_are_fine(adapter: Path, t
         shutil.copyfile(file, blobs / str(number))
         (snapshot / file.name).symlink_to(f"../../blobs/{number}")
     check_entries(snapshot)
+    (snapshot / "second").mkdir()  # PEFT saves further adapters so
+    (snapshot / "second" / "adapter_config.json").symlink_to("../../../blobs/0")
+    check_entries(snapshot / "second")
     (adapter / "again.json").symlink_to("tokenizer.json")
     check_entries(adapter)
     (tmp_path / "link").symlink_to(adapter)

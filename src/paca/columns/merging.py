@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from paca.columns.folded import Folded, common, split, union_of
-from paca.columns.kept import Kept, positions_of, sum_of
+from paca.columns.kept import Kept, holds, positions_of, sum_of
+from paca.columns.not_whole import refuse_overwritten
 from paca.columns.resident import WRITING, ResidentColumns, identity
 from paca.columns.state import ALONE, AdapterColumns, State, names_of
 from paca.functional.column_blocks import put_columns
@@ -51,12 +52,15 @@ class MergeableColumns(ResidentColumns):
     def unmerge(self, weight: Tensor) -> None:
         """Undo `merge`, bit for bit."""
         with WRITING, ALONE:
-            if self._originals_of_merged is None:
+            kept = self._originals_of_merged
+            if kept is None:
                 self.park_within(weight)  # the merge did not come so far
+            elif not self.as_left(weight) and not holds(weight, self.dim, [kept], self.merged):
+                refuse_overwritten(self.merged)
             self.base_changed()
-            if self._originals_of_merged is not None:
+            if kept is not None:
                 self._part_from_shared(weight)
-                self._originals_of_merged.put_into(weight, self.dim)
+                kept.put_into(weight, self.dim)
             self.keep_merged()
             self._left_as = identity(weight)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import itertools
 import sys
 from typing import Any
 
@@ -15,7 +16,7 @@ def forget_raised(stepping: dict[int, tuple[list[Any], list[Any]]]) -> None:
     """Take threads that are in no step any more off the list; what they were writing is in doubt."""
     for thread in list(stepping):
         if not _is_in_a_step(thread):
-            for layer_of, adapter_name in stepping.pop(thread, ([],))[0]:
+            for layer_of, adapter_name in itertools.chain(*stepping.pop(thread, ())):
                 layer = layer_of()
                 if layer is not None:
                     layer.doubted(adapter_name)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from paca.columns import not_whole
 from paca.columns.entry import Entry
 from paca.columns.kept import Kept, add_scaled, holds, oriented, positions_of, sum_of
-from paca.columns.state import ALONE, THREAD, ActiveColumns, AdapterColumns, State, is_sharded
+from paca.columns.state import ALONE, FOR_NOW, THREAD, ActiveColumns, AdapterColumns, State, is_sharded
 from paca.functional.column_blocks import blocks_in, blocks_of, put_columns, read_columns, version_of
 from paca.functional.product import Trained
 
@@ -106,13 +106,11 @@ class ResidentColumns(ActiveColumns):
         """The same, within such a block."""
         with torch.inference_mode(False), torch.no_grad():
             self.check_as_left(weight)
+            self._parked_for_now = for_now and (self._parked_for_now or bool(self.state.columns))
             if self.state.columns:
                 self._take_out(weight)
-                self._parked_for_now = for_now
                 if for_now and self.entry is not None:
                     self.entry.unwritten = True
-            elif not for_now:
-                self._parked_for_now = False
 
     def _take_out(self, weight: Tensor) -> None:
         self.parked = self.state, self._current(weight)
@@ -137,12 +135,12 @@ class ResidentColumns(ActiveColumns):
         self.check_as_left(weight)
         state = State(wanted, self.base, like=self.state)
         if state.key == self.state.key:
-            self._parked_for_now = self._parked_for_now and bool(state.columns)  # disabled now: parked for good
+            self._parked_for_now = self._parked_for_now and wanted is FOR_NOW  # else disabled now: parked for good
             return None
         if not self.state.columns or state.places != self.state.places:
             if self.state.columns:
                 self._take_out(weight)
-            self._parked_for_now = False
+            self._parked_for_now = wanted is FOR_NOW
             if not state.columns:
                 return None
             self._keep(weight, state.columns)
@@ -218,7 +216,7 @@ class ResidentColumns(ActiveColumns):
                 with ALONE:
                     self.check_as_left(weight)
                 self.check_backward(state, saved_tag)
-                self.write(weight, state.columns)
+                self.write(weight, state.columns or FOR_NOW)
                 if self.entry is not None:
                     self.entry.unwritten = True
 
@@ -248,7 +246,7 @@ class ResidentColumns(ActiveColumns):
         if before is not now:
             with torch.inference_mode(False):
                 scales = tuple(
-                    torch.tensor(scale, dtype=torch.float32, device=delta.device)
+                    torch.tensor(scale, dtype=torch.promote_types(delta.dtype, torch.float32), device=delta.device)
                     for scale, delta in zip(now.scales, now.deltas, strict=True)
                 )
             self.traced = Trained(now.deltas, now.indices, scales, (None,) * len(scales), now.rows)

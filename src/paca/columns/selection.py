@@ -34,11 +34,8 @@ def check_rank(r: int, in_features: int, module_name: str) -> None:
 
 
 def random_columns(in_features: int, r: int, seed: int | None, module_name: str, strategy: str = "random") -> Tensor:
-    """Draw `(r,)` columns, sorted, by one of `AT_RANDOM`, reproducibly from `(seed, module_name)` alone.
-
-    Neither the global random state nor the order in which layers are made has any influence, so a model that is
-    wrapped in parts, or in several processes, gets the same columns.
-    """
+    """Draw `(r,)` columns, sorted, by one of `AT_RANDOM`, from `(seed, module_name)` alone: a model that is wrapped in
+    parts, or in several processes, gets the same ones."""
     check_rank(r, in_features, module_name)
     return shuffled(strategy, in_features, column_generator(seed, module_name))[:r].sort().values
 

@@ -48,6 +48,10 @@ class AdapterColumns(NamedTuple):
         return self._replace(folded=None), AdapterColumns(self.name, self.folded.delta, self.folded.indices, self.scale)
 
 
+FOR_NOW: tuple[AdapterColumns, ...] = type("ForNow", (tuple,), {})()
+"""No columns, for one pass: the active ones come back, so that the weight is not its owner's to change."""
+
+
 def names_of(columns: Iterable[AdapterColumns]) -> str:
     """For messages."""
     return ", ".join(f"adapter {c.name!r}" for c in columns) or "no adapter"

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from paca.columns.folded import FOLDED_DELTA, FOLDED_INDICES, Folded
 from paca.columns.not_whole import refuse_computed
-from paca.columns.state import AdapterColumns
+from paca.columns.state import FOR_NOW, AdapterColumns
 from paca.columns.stepping import Deltas, Job
 from paca.layers.mixed_batch import Running, StepUnderway, current_mixed_batch
 from paca.layers.peft_calls import PeftCalls, refuse_late_adapter
@@ -53,8 +53,7 @@ class PacaLayer(nn.Module, PeftCalls):  # nn.Module first: FSDP2 makes subclasse
 
     def wanted_names(self) -> list[str]:
         """The adapters whose columns the weight has to hold now."""
-        mixed = Running.count and current_mixed_batch(self) is not None
-        if self._disable_adapters or self.merged_adapters or mixed:
+        if self._disable_adapters or self.merged_adapters or (Running.count and current_mixed_batch(self) is not None):
             return []
         deltas: Any = self._modules["paca_delta"]
         return [name for name in self._active_adapter if name in deltas._parameters]
@@ -70,7 +69,8 @@ class PacaLayer(nn.Module, PeftCalls):  # nn.Module first: FSDP2 makes subclasse
 
     def wanted(self) -> tuple[AdapterColumns, ...]:
         """What the weight has to hold now: the columns of the active adapters."""
-        return tuple([self.columns_of(name) for name in self.wanted_names()])
+        found = tuple([self.columns_of(name) for name in self.wanted_names()])
+        return found or (FOR_NOW if Running.count and not self._disable_adapters else ())
 
     def stale(self) -> bool:
         """Whether the weight may hold something else."""
@@ -186,7 +186,8 @@ class PacaLayer(nn.Module, PeftCalls):  # nn.Module first: FSDP2 makes subclasse
         for name, delta in self.paca_delta.items():
             if before[name] != (id(delta), delta.dtype, delta.device):
                 self.base_layer.columns.changed(name)
-        self.write()
+        if all(i.is_meta or bool(((i >= 0) & (i < self.in_features)).all()) for i in self.paca_indices.values()):
+            self.write()  # else `to_empty` left what memory held: values are yet to be loaded
         return self
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:

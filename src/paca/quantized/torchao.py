@@ -38,7 +38,7 @@ class TorchAo(QuantizedWeight):
         return module.weight.dtype
 
     def dequantize(self, module: Any) -> Tensor:
-        return module.weight.detach().dequantize()
+        return module.weight.dequantize()
 
     def replace(self, module: Any, weight: Tensor) -> Any:
         old = module.weight

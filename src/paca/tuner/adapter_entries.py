@@ -22,8 +22,8 @@ def check_entries(folder: Path) -> None:
 def check_link(file: Path, folder: Path) -> None:
     """Raise ValueError if a file of an adapter or a model, anywhere below `folder`, is a link to elsewhere."""
     own, target = folder.resolve(), file.resolve()
-    blobs = own.parent.parent / "blobs" if own.parent.name == "snapshots" else None
-    if file.is_symlink() and not target.is_relative_to(own) and target.parent != blobs:
+    blobs = [above.parent / "blobs" for above in own.parents if above.name == "snapshots"]
+    if file.is_symlink() and not target.is_relative_to(own) and target.parent not in blobs:
         raise ValueError(
             f"{file} is a link out of its folder, to {target}. An adapter or a model brings its own files: put a copy "
             "there, or delete the link."
