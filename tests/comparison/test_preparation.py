@@ -49,6 +49,28 @@ def test_parameters_and_time_are_made_equal_together(tmp_path: Path, monkeypatch
     assert told == f"at least 8 runs, 480 steps in all, {twenty_minutes}"
 
 
+@pytest.mark.parametrize(("dtype", "quantization", "left"), [
+    ("float32", None, ["paca", "lora"]),
+    ("float32", "nf4", ["paca", "lora", "lora-tuned"]),
+    ("bfloat16", None, ["paca", "lora", "lora-tuned"]),
+])  # fmt: skip
+def test_tuned_lora_is_left_out_where_it_is_lora_again(
+    dtype: str, quantization: str | None, left: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def plan_of(comparison: Comparison, method: Method, **_: bool) -> SimpleNamespace:
+        plan = made_up_plan(comparison, method)
+        plan.config.model = SimpleNamespace(quantization=quantization)
+        return SimpleNamespace(**vars(plan), dtype=dtype)
+
+    monkeypatch.setattr(prepare, "plan_of", plan_of)
+    rates = Rates([1e-3], {"lora-tuned": [2e-3]})
+    comparison = small_comparison(tmp_path, "paca,lora,lora-tuned", rates=rates)
+    console = Console(record=True, width=200)
+    planned = prepare.prepare(comparison, console)
+    assert [one.method.name for one in planned] == [method.name for method in comparison.methods] == left
+    assert ("lora-tuned is left out" in console.export_text()) == (len(left) == 2)
+
+
 def test_memory_and_time_are_made_equal_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(prepare, "plan_of", made_up_plan)
     monkeypatch.setattr(prepare, "trials_of", made_up_trials)

@@ -66,7 +66,7 @@ def test_what_was_answered_before_ctrl_c_is_not_asked_again(
 ) -> None:
     config = config_with(run, metric)
     whole = Tally()
-    expected = evaluate_run(loaded, config, held_out(run), None, 2, None, whole)
+    expected = evaluate_run(loaded, config, held_out(run), None, 2, run / "whole", whole)
     assert [total for _, total in whole.begun] == asked
     assert [who for who, _ in whole.begun] == ["base"] * (len(asked) // 2) + ["adapter"] * (len(asked) // 2)
     assert whole.done == sum(asked)
@@ -118,6 +118,13 @@ def test_without_a_folder_nothing_is_kept(run: Path, loaded: LoadedModel) -> Non
     before = sorted(run.rglob("*"))
     evaluate_run(loaded, config_with(run, "choice"), held_out(run), 2, 2, None, Tally())
     assert sorted(run.rglob("*")) == before
+
+
+def test_without_a_folder_no_answers_are_written_for_people_to_read(run: Path, loaded: LoadedModel) -> None:
+    tally = Tally()
+    scores = evaluate_run(loaded, config_with(run, "loss"), held_out(run), None, 2, None, tally)
+    assert [total for _, total in tally.begun] == [4, 4]
+    assert not scores["adapter"].samples
 
 
 def record(run: Path) -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from itertools import pairwise
 
@@ -15,6 +16,12 @@ CPU = torch.device("cpu")
 
 def drawn(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(len(shape) + shape[-1])).to(dtype)
+
+
+@pytest.fixture(autouse=True)
+def slow(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A CPU on which small products gain too."""
+    monkeypatch.setattr(module, "times_as_slow", lambda dtype: 7.0)
 
 
 @pytest.fixture
@@ -62,9 +69,9 @@ def test_what_is_added_is_added_before_rounding(
     assert seen == ["addmm"]
 
 
-@pytest.mark.parametrize("batch", [3, 40])
-def test_products_of_batches(batch: int, seen: list[str]) -> None:
-    a, b = drawn(batch, 200, 64), drawn(batch, 200, 64).transpose(1, 2)
+@pytest.mark.parametrize(("batch", "columns"), [(3, 200), (40, 200), (2, 6000)])
+def test_products_of_batches(batch: int, columns: int, seen: list[str]) -> None:
+    a, b = drawn(batch, 200, 64), drawn(batch, columns, 64).transpose(1, 2)
     with float32_products():
         found = torch.bmm(a, b)
     check_rounded_once(found, a.double() @ b.double())
@@ -76,7 +83,58 @@ def test_results_go_where_they_are_asked_for(seen: list[str]) -> None:
     with float32_products():
         assert torch.mm(a, b, out=out) is out
         assert torch.equal(out, a @ b)
+        assert torch.mm(a, b, out=out.new_empty(0)).shape == (80, 100)  # torch's own makes room
+        with pytest.raises(RuntimeError, match="dtype"):
+            torch.mm(a, b, out=out.float())
     assert seen == ["mm", "mm"]
+
+
+def test_autocast_to_another_dtype_leaves_the_sums_in_float32() -> None:
+    large = torch.full((2, 100, 100), 1000.0, dtype=torch.bfloat16)  # sums that float16 can't hold
+    with float32_products(), torch.autocast("cpu", dtype=torch.float16):
+        assert torch.bmm(large, large, out=torch.empty_like(large)).isfinite().all()
+
+
+def test_contexts_may_end_in_any_order_in_any_thread() -> None:
+    done, a, trouble = threading.Event(), drawn(64, 64), []
+
+    def multiply() -> None:
+        try:
+            while not done.is_set():
+                with float32_products():
+                    a @ a
+        except RuntimeError as error:
+            trouble.append(error)
+
+    threads = [threading.Thread(target=multiply) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for _ in range(200):
+        first, second = float32_products(), float32_products()
+        first.__enter__()
+        second.__enter__()
+        first.__exit__(None, None, None)
+        a @ a
+        second.__exit__(None, None, None)
+    done.set()
+    for thread in threads:
+        thread.join()
+    assert not trouble
+    assert module._wanted == [0]
+
+
+@pytest.mark.parametrize(("slower", "shape", "gains"), [
+    (7.0, (600, 16, 1536), True), (7.0, (1, 1024, 1024), False), (1.8, (600, 16, 1536), False),
+    (1.8, (600, 64, 1536), False), (1.8, (200, 576, 1536), True),
+])  # fmt: skip
+def test_products_that_convert_much_for_little_are_left_alone(
+    slower: float, shape: tuple[int, int, int], gains: bool, monkeypatch: pytest.MonkeyPatch, seen: list[str]
+) -> None:
+    monkeypatch.setattr(module, "times_as_slow", lambda dtype: slower)
+    rows, inner, columns = shape
+    with float32_products():
+        drawn(rows, inner) @ drawn(inner, columns)
+    assert bool(seen) == gains
 
 
 def test_layers_and_their_gradients_are_multiplied_so(seen: list[str]) -> None:
@@ -120,6 +178,7 @@ def test_wrong_shapes_are_refused_as_before() -> None:
     batches, others = a.expand(2, 100, 90), b.expand(3, 90, 100)
     wrong = [(torch.mm, a, a), (torch.bmm, batches, others), (torch.mm, a, b.float()), (torch.mm, a, b.half()),
              (torch.addmm, b[0].float(), a, b), (torch.addmm, b, a, b)]  # fmt: skip
+    wrong += [(torch.bmm, a, b), (torch.mm, batches, b)]
     for product, *factors in wrong:
         with pytest.raises(RuntimeError) as before:
             product(*factors)
@@ -133,7 +192,7 @@ def test_it_is_used_where_the_cpu_is_slower(
     slower: float, chosen: bool, monkeypatch: pytest.MonkeyPatch, seen: list[str]
 ) -> None:
     monkeypatch.setattr(module, "times_as_slow", lambda dtype: slower)
-    a = drawn(100, 100)
+    a = drawn(200, 200)
     with fastest_products(CPU, torch.bfloat16):
         a @ a
     assert bool(seen) == chosen
@@ -142,8 +201,13 @@ def test_it_is_used_where_the_cpu_is_slower(
     assert not faster_in_float32(torch.device("cuda"), torch.bfloat16)
 
 
+TIMED = module.times_as_slow
+
+
 def test_products_are_timed_in_each_dtype() -> None:
-    assert all(0 < module.times_as_slow(dtype) < 1000 for dtype in DTYPES)
+    threads = torch.get_num_threads()
+    assert all(0 < TIMED(dtype) < 1000 for dtype in DTYPES)
+    assert torch.get_num_threads() == threads
 
 
 @pytest.mark.parametrize("size", [0, 1, 1024, 1025, 5000])

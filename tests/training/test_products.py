@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import io
+import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -37,7 +39,11 @@ def made(monkeypatch: pytest.MonkeyPatch) -> list[torch.dtype]:
 
     products = {name: noting(product) for name, product in float32_products._PRODUCTS.items()}
     monkeypatch.setattr(float32_products, "_PRODUCTS", products)
-    monkeypatch.setattr(float32_products, "_OFTEN", 1)  # the models of tests are small
+
+    def gains_at_any_size(name: str, a: torch.Tensor, b: torch.Tensor, out: torch.Tensor | None) -> bool:
+        return name != "bmm" and out is None and a.dtype == b.dtype == torch.bfloat16  # models of tests are small
+
+    monkeypatch.setattr(float32_products, "_gains", gains_at_any_size)
     return dtypes
 
 
@@ -93,6 +99,22 @@ def test_a_run_and_its_evaluation_multiply_in_float32(
     done = CliRunner().invoke(app, ["evaluate", str(folder)])
     assert done.exit_code == 0, done.output
     assert set(made) == {torch.bfloat16}
+
+
+@pytest.mark.usefixtures("slow")
+def test_a_resumed_run_keeps_to_the_products_that_it_began_with(
+    config_file: Path, tmp_path: Path, made: list[torch.dtype], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    changes = ["model.dtype=bfloat16", "train.max_steps=2", "train.save_steps=1", f"output.dir={tmp_path / 'run'}"]
+    config = load_run_config(config_file, changes)
+    folder = train(config, console=Console(quiet=True)).folder
+    assert json.loads((folder / "inputs.json").read_text())["products"] == "float32"
+    (folder / "summary.json").unlink()
+    shutil.rmtree(folder / "checkpoints" / "checkpoint-2")
+    made.clear()
+    monkeypatch.setattr(float32_products, "times_as_slow", lambda dtype: 1.0)  # a busy moment, or another machine
+    train(config, resume=True, console=Console(quiet=True))
+    assert made
 
 
 @pytest.mark.usefixtures("slow")

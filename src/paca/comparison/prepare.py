@@ -24,6 +24,8 @@ from paca.training.plan import Plan
 from paca.training.prepare import describe
 from paca.training.trainers import trainer_kind
 
+AUTOCAST = "autocast_adapter_dtype"
+
 
 def prepare(comparison: Comparison, console: Console, *, dry_run: bool = False) -> list[PlannedMethod]:
     """Make the methods equal, as `comparison.equal` asks, and find out what each will train.
@@ -43,6 +45,10 @@ def prepare(comparison: Comparison, console: Console, *, dry_run: bool = False) 
         if not claim.take():
             say(console, f"Waiting for {claim.holder()}, which prepares the same comparison ...")
             claim.take(wait=True)
+        for name, twin in _twins(comparison).items():
+            say(console, f"{name} is left out: on weights in float32 it is {twin} again.")
+            comparison.methods = [method for method in comparison.methods if method.name != name]
+            comparison.rates.own.pop(name, None)
         file = SettingsFile(comparison)
         before = {name: _read(name, values) for name, values in file.read().items()}
         _check(comparison)
@@ -60,6 +66,24 @@ def prepare(comparison: Comparison, console: Console, *, dry_run: bool = False) 
         file.write({name: _written(one) for name, one in came_out.items()})
     comparison.methods = [one.method for one in planned]
     return planned
+
+
+def _twins(comparison: Comparison) -> dict[str, str]:
+    """The methods that differ from another in `autocast_adapter_dtype` alone, with the other, where it does nothing."""
+
+    def without(method: Method) -> dict[str, Any]:
+        train = {name: value for name, value in method.sections.get("train", {}).items() if name != AUTOCAST}
+        return {**method.sections, "train": train}
+
+    twins = {}
+    for method in comparison.methods[1:]:
+        others = (one for one in comparison.methods if one is not method and without(one) == without(method))
+        other = next(others, None)
+        if other is not None and method.sections.get("train", {}).get(AUTOCAST) is False:
+            plan = plan_of(comparison, other)
+            if plan.dtype == "float32" and plan.config.model.quantization is None:
+                twins[method.name] = other.name
+    return twins
 
 
 def plan_of(comparison: Comparison, method: Method, *, fetch: bool = False) -> Plan:

@@ -14,6 +14,7 @@ from paca.data.images import image_bytes
 from paca.evaluation.batches import longest_first
 from paca.evaluation.kept_lines import KeptAnswers
 from paca.evaluation.own_data import SAMPLES, Score
+from paca.lean.float32_products import fastest_products
 from paca.messages.errors import PacaError
 from paca.pretrained.generation import LoadedModel
 from paca.training.config.run_config import RunConfig
@@ -75,7 +76,8 @@ def measure_labels(
         tensors = {name: value.to(model.device) for name, value in inputs.items()}
         for name, value in tensors.items():
             tensors[name] = value.to(model.dtype) if value.is_floating_point() else value
-        logits = model(**tensors).logits.float().cpu()
+        with fastest_products(model.device, model.dtype):
+            logits = model(**tensors).logits.float().cpu()
         losses = cross_entropy(logits, torch.tensor([one.label for one in batch]), reduction="none")
         return [Given(*one) for one in zip(logits.argmax(-1).tolist(), losses.tolist(), strict=True)]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -64,7 +65,7 @@ def likelihoods(
     def length(one: Continuation) -> int:
         return len(one.prompt) + len(one.answer)
 
-    found = longest_first(partial(_score, model), fitted, length, batch_size, "options compared", kept)
+    found = longest_first(partial(_score, model), fitted, length, batch_size, "answers scored", kept)
     return [Likelihood(*one) for one in found]
 
 
@@ -107,6 +108,11 @@ def _score(model: Any, batch: list[Continuation]) -> list[Likelihood]:
 
 def _likelihood(logits: torch.Tensor, answer: torch.Tensor) -> Likelihood:
     """Of `logits` `(tokens, words)` and `answer` `(tokens,)`."""
-    log_probabilities = torch.log_softmax(logits.float(), dim=-1).gather(1, answer[:, None])
+    total = float(torch.log_softmax(logits.float(), dim=-1).gather(1, answer[:, None]).sum())
+    if math.isnan(total):  # else each comparison with it would be false, and the first option the best
+        raise PacaError(
+            f"The model's output is NaN, in {str(logits.dtype).removeprefix('torch.')}, so that nothing can be scored: "
+            "its weights or the adapter's are broken, or they overflow. Try a checkpoint in bfloat16 or float32."
+        )
     correct = (logits.argmax(dim=-1) == answer).sum()
-    return Likelihood(float(log_probabilities.sum()), len(answer), int(correct))
+    return Likelihood(total, len(answer), int(correct))

@@ -36,6 +36,8 @@ class Measurement:
     max_new_tokens: int = 256
     """Length at which an answer is cut."""
     batch_size: int = 8
+    samples: bool = True
+    """Whether a few questions are answered for people to read, where the metric takes no answers."""
     watcher: Watcher | None = field(default=None, compare=False)
     """Told how far `score` is."""
 
@@ -233,5 +235,6 @@ def _over_tokens(
         "loss": [-entry.log_probability for entry in found],
     }
     names = sorted(sums, key=lambda name: name != measurement.metric)
-    answers = [] if "text" in rows[0] else measurement.answers(model, tokenizer, rows[:SAMPLES], kept)
+    shows = measurement.samples and "text" not in rows[0]
+    answers = [] if not shows else measurement.answers(model, tokenizer, rows[:SAMPLES], kept)
     return {name: sums[name] for name in names}, [float(entry.tokens) for entry in found], answers

@@ -174,6 +174,7 @@ def evaluate_run(
         some = dataclasses.replace(held_out, dataset=dataset)
         return {side: measure_labels(loaded, some, config, batch_size, kept)}
     measurement = dataclasses.replace(scorer(config.eval) or Measurement("loss"), batch_size=batch_size)
+    measurement = dataclasses.replace(measurement, samples=output is not None)
     rows, cut = list(dataset), measurement.max_new_tokens
     found = {}
     for side in sides_of(loaded):

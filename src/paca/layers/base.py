@@ -169,9 +169,8 @@ class PacaLayer(nn.Module, PeftCalls):  # nn.Module first: FSDP2 makes subclasse
             self.merge_for_good(safe_merge, adapter_names)
         elif self.merged:
             self.unmerge()
-        stock: Any = self.base_layer
-        stock.release()
-        return cast("nn.Module", stock)
+        self.base_layer.release()
+        return cast("nn.Module", self.base_layer)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         try:
@@ -186,7 +185,8 @@ class PacaLayer(nn.Module, PeftCalls):  # nn.Module first: FSDP2 makes subclasse
         for name, delta in self.paca_delta.items():
             if before[name] != (id(delta), delta.dtype, delta.device):
                 self.base_layer.columns.changed(name)
-        if all(i.is_meta or bool(((i >= 0) & (i < self.in_features)).all()) for i in self.paca_indices.values()):
+        real = (i for i in self.paca_indices.values() if type(i) is Tensor and not i.is_meta)
+        if all(bool(((i >= 0) & (i < self.in_features)).all()) for i in real):
             self.write()  # else `to_empty` left what memory held: values are yet to be loaded
         return self
 

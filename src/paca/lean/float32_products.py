@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -11,28 +12,36 @@ from functools import lru_cache
 from typing import Any
 
 import torch
+from torch import Tensor
 
 _WORTH_IT = 1.25
 """Times as slow as float32's, above which converting is faster: it takes back less than a tenth."""
+_VERY_SLOW = 4.0
+"""Times as slow, above which small products gain too: a CPU without any instructions for the dtype."""
 _EDGE = 1024
 """Rows and columns that are converted at most at a time: 4 MiB of float32 for each factor and for their product."""
-_OFTEN = 32
-"""Multiplications for each value that is converted, below which it would take longer than it saves."""
 _SIXTEEN_BITS = (torch.bfloat16, torch.float16)
 
 
 @lru_cache
 def times_as_slow(dtype: torch.dtype) -> float:
-    """How many times as long as float32's products those of `dtype` take this CPU, on all threads (within 0.3 s)."""
+    """How many times as long as float32's products those of `dtype` take a thread of this CPU (within 0.3 s).
+
+    In the thread's own time, so that other work on the machine changes little.
+    """
     kinds = (dtype, torch.float32)
-    factors = {kind: (torch.ones(256, 512, dtype=kind), torch.ones(512, 512, dtype=kind)) for kind in kinds}
+    factors = {kind: (torch.ones(256, 256, dtype=kind), torch.ones(256, 256, dtype=kind)) for kind in kinds}
     taken: dict[torch.dtype, list[float]] = {kind: [] for kind in kinds}
-    begin = time.perf_counter()
-    while len(taken[dtype]) < 3 or (len(taken[dtype]) < 20 and time.perf_counter() - begin < 0.2):
-        for kind, (x, weight) in factors.items():
-            start = time.perf_counter()
-            torch.nn.functional.linear(x, weight)
-            taken[kind].append(time.perf_counter() - start)
+    threads, begin = torch.get_num_threads(), time.perf_counter()
+    torch.set_num_threads(1)
+    try:
+        while len(taken[dtype]) < 3 or (len(taken[dtype]) < 30 and time.perf_counter() - begin < 0.2):
+            for kind, (x, weight) in factors.items():
+                start = time.thread_time()
+                torch.nn.functional.linear(x, weight)
+                taken[kind].append(time.thread_time() - start)
+    finally:
+        torch.set_num_threads(threads)
     return min(taken[dtype]) / min(taken[torch.float32])
 
 
@@ -51,42 +60,64 @@ def float32_products() -> Iterator[None]:
     """Make the CPU's products of 16-bit matrices in float32, and round each sum once, as units for 16 bits do.
 
     `paca train` does so where a CPU is slower at 16 bits than at float32, most of all with AVX2 alone. Weights,
-    activations and gradients stay in 16 bits; blocks of them are converted as they are multiplied. It holds for the
-    whole process and every layer: in eager code, in autograd's products, and in compiled code where that calls
-    torch's. Convolutions and fused attention are as before.
+    activations and gradients stay in 16 bits; blocks of them are converted as they are multiplied, where there are
+    enough multiplications to pay for that. It holds for the whole process, all its threads and every layer: in eager
+    code, in autograd's products, and in compiled code where that calls torch's. Convolutions and fused attention are as
+    before.
     """
-    library = torch.library.Library("aten", "IMPL")
+    with _LOCK:
+        _install()
+        _wanted[0] += 1
     try:
-        with warnings.catch_warnings(action="ignore"):  # that an operator has another kernel now
-            for name, product in _PRODUCTS.items():
-                for overload in (name, f"{name}.out"):
-                    kernel = torch.library.get_kernel(f"aten::{overload}", "CPU").call_boxed
-                    library.impl(overload, _instead(kernel, product), "CPU", with_keyset=True)
         yield
     finally:
-        library._destroy()
+        with _LOCK:
+            _wanted[0] -= 1
 
 
-def _instead(kernel: Callable[..., Any], product: Callable[..., torch.Tensor]) -> Callable[..., Any]:
-    def multiply(keys: Any, *values: torch.Tensor, **options: Any) -> torch.Tensor:
-        if not _gains(*values[-2:]) or values[0].dtype != values[-1].dtype:
-            return kernel(keys, *values, **options)
-        out = options.pop("out", None)
-        result = product(*values, **options)
+_LOCK = threading.Lock()
+_wanted = [0]  # by how many contexts
+_installed: list[torch.library.Library] = []  # for good: another thread may be within a product when a context ends
+
+
+def _install() -> None:
+    if _installed:
+        return
+    for dtype in _SIXTEEN_BITS:  # before: it multiplies too
+        times_as_slow(dtype)
+    _installed.append(torch.library.Library("aten", "IMPL"))
+    with warnings.catch_warnings(action="ignore"):  # that an operator has another kernel now
+        for name in _PRODUCTS:
+            for overload in (name, f"{name}.out"):
+                kernel = torch.library.get_kernel(f"aten::{overload}", "CPU").call_boxed
+                _installed[0].impl(overload, _instead(name, kernel), "CPU", with_keyset=True)
+
+
+def _instead(name: str, kernel: Callable[..., Any]) -> Callable[..., Any]:
+    def multiply(keys: Any, *values: Tensor, out: Tensor | None = None, **options: Any) -> Tensor:
+        if not _wanted[0] or not _gains(name, values[-2], values[-1], out) or values[0].dtype != values[-1].dtype:
+            return kernel(keys, *values, **options, **({} if out is None else {"out": out}))
+        result = _PRODUCTS[name](*values, **options)
         return result if out is None else out.copy_(result)
 
     return multiply
 
 
-def _gains(a: torch.Tensor, b: torch.Tensor) -> bool:
-    """Whether two factors are of 16 bits and large enough; not where they don't fit, which torch's own kernel says."""
-    if a.dtype not in _SIXTEEN_BITS or a.dtype != b.dtype or (*a.shape[:-2], a.shape[-1]) != b.shape[:-1]:
+def _gains(name: str, a: Tensor, b: Tensor, out: Tensor | None) -> bool:
+    """Whether two factors are of 16 bits and multiply each value often. Not where they don't fit each other or `out`,
+    which torch's own kernel has words, or ways, for."""
+    if b.dtype not in _SIXTEEN_BITS or a.dtype != b.dtype or {a.dim(), b.dim()} != {3 if name == "bmm" else 2}:
         return False
-    rows, columns = a.shape[-2], b.shape[-1]
-    return a.numel() > 0 and rows * columns >= _OFTEN * (rows + columns)
+    shape = (*a.shape[:-1], b.shape[-1])
+    if a.shape[-1] != b.shape[-2] or a.shape[:-2] != b.shape[:-2] or 0 in (*shape, a.shape[-1]):
+        return False
+    if out is not None and (out.shape != shape or out.dtype != a.dtype):
+        return False
+    often = 1 / (1 / shape[-2] + 1 / shape[-1] + 1 / a.shape[-1])  # multiplications for each value of all three
+    return often >= (6 if times_as_slow(a.dtype) >= _VERY_SLOW else 64)
 
 
-def _addmm(added: torch.Tensor, a: torch.Tensor, b: torch.Tensor, *, beta: float = 1, alpha: float = 1) -> torch.Tensor:
+def _addmm(added: Tensor, a: Tensor, b: Tensor, *, beta: float = 1, alpha: float = 1) -> Tensor:
     result = a.new_empty(a.shape[0], b.shape[1])
     added = added.expand_as(result)
     for rows, columns in itertools.product(_blocks(a.shape[0]), _blocks(b.shape[1])):
@@ -98,18 +129,24 @@ def _addmm(added: torch.Tensor, a: torch.Tensor, b: torch.Tensor, *, beta: float
     return result
 
 
-def _mm(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+def _mm(a: Tensor, b: Tensor) -> Tensor:
     return _addmm(a.new_empty(1, 1), a, b, beta=0)
 
 
-def _bmm(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+def _bmm(a: Tensor, b: Tensor) -> Tensor:
     result = a.new_empty(*a.shape[:2], b.shape[2])
-    for some in _blocks(a.shape[0], max(1, _EDGE**2 // max(values[:1].numel() for values in (a, b, result)))):
-        result[some] = torch.bmm(a[some].float(), b[some].float())
+    largest = max(values[0].numel() for values in (a, b, result))
+    if largest > _EDGE**2:
+        for one, other, product in zip(a, b, result, strict=True):
+            product.copy_(_mm(one, other))
+        return result
+    for some in _blocks(len(a), _EDGE**2 // largest):
+        product = a.new_empty(result[some].shape, dtype=torch.float32)
+        result[some] = torch.bmm(a[some].float(), b[some].float(), out=product)  # `out`: autocast leaves it alone
     return result
 
 
-_PRODUCTS: dict[str, Callable[..., torch.Tensor]] = {"mm": _mm, "addmm": _addmm, "bmm": _bmm}
+_PRODUCTS: dict[str, Callable[..., Tensor]] = {"mm": _mm, "addmm": _addmm, "bmm": _bmm}
 
 
 def _blocks(size: int, edge: int = _EDGE) -> list[slice]:

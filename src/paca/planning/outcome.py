@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, replace
 
 import torch
@@ -93,7 +93,7 @@ def plan(target: Target, wanted: Wanted) -> Outcome:
     """
     ways = _ways_to_keep_weights(target, wanted)
     setting = _setting(target, wanted)
-    rate, unpacking = _rates(target, wanted, setting.device, ways[-1])
+    rate, unpacking = _rates(target, wanted, setting.device, ways)
     found, budget = None, wanted.memory
     if budget is not None:
         budget = budget if wanted.on is None else min(budget, wanted.on.usable)
@@ -164,7 +164,7 @@ def _setting(target: Target, wanted: Wanted) -> Setting:
 
 
 def _rates(
-    target: Target, wanted: Wanted, device: str, quantization: str | None
+    target: Target, wanted: Wanted, device: str, ways: tuple[str | None, ...]
 ) -> tuple[MatmulRate | None, DequantizeRate | None]:
     """How fast the device is, as far as that is given or can be measured."""
     if wanted.on is not None:
@@ -177,6 +177,7 @@ def _rates(
         rate = measure_rate(device, target.dtype, target.hidden_size)
     if wanted.bandwidth is not None:
         unpacking = given_bandwidth(wanted.bandwidth)
-    elif here and quantization is not None:
-        unpacking = measure_dequantize_rate(device, target.dtype, target.hidden_size, quantization)
+    elif here and (quantization := ways[-1]) is not None:
+        with suppress(PacaError) if len(ways) > 1 else nullcontext():  # the search says what it can't consider
+            unpacking = measure_dequantize_rate(device, target.dtype, target.hidden_size, quantization)
     return rate, unpacking

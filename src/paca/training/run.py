@@ -15,7 +15,6 @@ from accelerate import PartialState
 from rich.console import Console
 from transformers import PrinterCallback, TrainerState, TrainingArguments
 
-from paca.lean.float32_products import fastest_products
 from paca.lean.loss import loss_for
 from paca.messages.disk import writing
 from paca.messages.errors import PacaError
@@ -38,7 +37,7 @@ from paca.training.memory_check import memory_at_hand, memory_warning
 from paca.training.plan import show_plan
 from paca.training.prepare import PreparedRun, prepare
 from paca.training.probe import ProbeLongestBatch
-from paca.training.products import dtype_of_products
+from paca.training.products import products_of_run
 from paca.training.prompt_form import give_form
 from paca.training.reporting.adapter_card import NoCardsOfCheckpoints, write_card
 from paca.training.reporting.final_scores import scores_by, scores_by_trainer
@@ -119,13 +118,14 @@ def train(
         check_sharding(arguments, plan.config)
         if probe and arguments.deepspeed_plugin is not None:
             raise PacaError("--probe does not go with DeepSpeed, whose backward pass is also a step. Leave it out.")
+        record = folder.recorded_inputs() if resume else prepared.inputs
+        products = products_of_run(plan.config, plan.dtype, arguments.device, record)
         if main and resume:
             check_same_run(folder, plan.config, prepared.inputs)
         elif main:
             folder.clear(prepared.inputs)
         PartialState().wait_for_everyone()
         checkpoint = folder.newest_checkpoint() if resume else None
-        products = fastest_products(arguments.device, dtype_of_products(plan.config, plan.dtype))
         with explained(plan.config), products, loss_for(arguments.device, arguments.torch_compile):
             return _Run(prepared, folder, arguments, checkpoint, stopper, console, probe, scorer).result()
 

@@ -38,6 +38,8 @@ _FREE_TO_CHANGE = {
 _SHARED_OUT = ("train.per_device_train_batch_size", "train.gradient_accumulation_steps")
 """What, times the number of processes, is the number of sequences per step."""
 _MODEL, _PROCESSES = "model.name", "processes"
+PRODUCTS = "products"
+"""In what products of 16-bit matrices are made on a CPU, among what is recorded of a run: it keeps to that."""
 
 
 def check_same_run(folder: RunFolder, config: RunConfig, inputs: dict[str, str]) -> None:
@@ -74,7 +76,11 @@ def check_same_run(folder: RunFolder, config: RunConfig, inputs: dict[str, str])
             f"The settings differ from those that the run in {folder.path} began with:\n{lines}\n"
             f"To continue it, use its own config ({recorded}); to train with the new settings, give another output.dir."
         )
-    files = [key for key, content in contents.items() if key not in (_MODEL, _PROCESSES) and content != inputs.get(key)]
+    files = [
+        key
+        for key, content in contents.items()
+        if key not in (_MODEL, _PROCESSES, PRODUCTS) and content != inputs.get(key)
+    ]
     if files:  # the key of a reward names its function and its file itself
         raise _other_content(folder, [f"{key} ({now[key]})" if key in now else key for key in files])
 
