@@ -102,6 +102,15 @@ def counted_one_by_one(paca: dict[int, str], lora: dict[int, str]) -> Contrast:
     return found.contrasts[0]
 
 
+@pytest.mark.parametrize("count", [5, 20, 600])
+def test_the_same_answers_to_a_few_examples_are_no_certainty(count: int) -> None:
+    alike = "1" * (count // 2) + "0" * (count - count // 2)
+    found = counted_one_by_one(answered(alike, alike, alike), answered(alike, alike, alike)).difference
+    assert found is not None
+    assert found.mean == 0
+    assert found.half == pytest.approx(1.96**2 / (count + 1.96**2), rel=1e-4)
+
+
 def test_examples_that_both_methods_answered_are_compared_one_by_one() -> None:
     few, more = "1" * 300 + "0" * 300, "1" * 330 + "0" * 270
     found = counted_one_by_one(answered(few, few, few), answered(more, more, more))
@@ -296,6 +305,13 @@ def test_cost_is_told_as_a_multiple() -> None:
         "paca takes 0.75 × the training time of lora and 0.50 × its peak memory (weights included); it trains 2.00 × "
         "the parameters."
     ]
+
+
+def test_times_for_other_work_are_not_compared() -> None:
+    paca, lora = row("paca", 0, 1.0, steps=12), row("lora", 0, 1.0, steps=6)
+    methods = [MethodResult(one["name"], "", 1e-3, [one], [one]) for one in (paca, lora)]
+    assert "training time" not in " ".join(ComparisonResult(methods, []).cost)
+    assert "training time" in " ".join(ComparisonResult(methods, [], ("time",)).cost)
 
 
 def test_times_of_a_busy_machine_are_called_that_and_not_compared() -> None:

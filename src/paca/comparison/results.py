@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from paca.comparison.comparable import at, incomparable
+from paca.comparison.comparable import at, incomparable, unlike
 from paca.comparison.rows import SHARES, Row
 from paca.comparison.statistics import Interval, difference, half_with_examples, mean_interval, signed
 
@@ -249,7 +249,12 @@ class ComparisonResult:
             time, memory, parameters = contrast.cost().values()
             if time is not None and memory is not None and parameters is not None:
                 name, its = contrast.other.name, f"{contrast.other.name}'s" if ranges else "its"
-                timed = "" if ranges else f"{time:.2f} × the training time of {name}{contrast.time_range()} and "
+                work = {"steps", "sequences in a step"} & {*unlike([*contrast.leader.rows, *contrast.other.rows])}
+                timed = (
+                    ""
+                    if ranges or (work and "time" not in self.equal)
+                    else f"{time:.2f} × the training time of {name}{contrast.time_range()} and "
+                )
                 sentences.append(
                     f"{contrast.leader.name} takes {timed}{memory:.2f} × {its} peak memory (weights included); it "
                     f"trains {parameters:.2f} × the parameters."
