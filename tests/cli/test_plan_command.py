@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import io
+import importlib.util
 import json
 import re
 from pathlib import Path
@@ -73,6 +74,19 @@ def test_a_budget_finds_a_setting_that_fits(base: Path) -> None:
     text = plan(str(base), "--seq", "256", "--memory", "100GiB", "--device", "cpu", "--rate", "1")
     assert "per_device_train_batch_size: 16" in text
     assert "nothing has to be given up" in text
+
+
+def test_a_search_goes_on_without_bitsandbytes_and_says_so(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *rest: None if name == "bitsandbytes" else find_spec(name, *rest)
+    )
+    text = plan(str(base), "--seq", "64", "--memory", "100GiB", "--device", "cpu")
+    assert "nothing has to be given up" in text
+    tight = str(plan_json(str(base), "--seq", "64", "--memory", "100GiB")["total"] - 1)
+    assert "Not considered: nf4: quantized weights need bitsandbytes." in plan(
+        str(base), "--seq", "64", "--memory", tight, "--device", "cpu"
+    )
 
 
 def test_quantized_weights_are_planned_and_chosen_when_asked(base: Path) -> None:
