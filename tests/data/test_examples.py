@@ -50,6 +50,27 @@ def test_examples_say_where_they_come_from(tmp_path: Path) -> None:
     assert examples.dataset["origin"][:] == ["a.jsonl, line 1", "a.jsonl, line 2", "b.jsonl, line 1"]
 
 
+def test_columns_of_other_names_are_named(tmp_path: Path) -> None:
+    rows = [{"input": "a?", "target": "b", "question": "no. 1"}, {"input": "c?", "target": "d", "question": "no. 2"}]
+    source = jsonl(tmp_path / "data.jsonl", rows)
+    found = load_examples(source, columns={"question": "input", "answer": "target"})
+    assert [row["prompt"][0]["content"] for row in found.dataset] == ["a?", "c?"]
+    assert [row["completion"][0]["content"] for row in found.dataset] == ["b", "d"]
+    swapped = load_examples(source, columns={"question": "target", "answer": "input"})  # no cached conversion
+    assert swapped.dataset[0]["prompt"][0]["content"] == "b"
+
+
+def test_a_named_column_that_is_not_there_is_told(tmp_path: Path) -> None:
+    rows = [{"input": "a?", "target": "b"}, {"input": "c?", "aim": "d"}]
+    source = jsonl(tmp_path / "data.jsonl", rows)
+    with pytest.raises(
+        PacaError, match=r"line 1: there is no column targt, .*found: input, target\. Did you mean 'tar"
+    ):
+        load_examples(source, columns={"question": "input", "answer": "targt"})
+    with pytest.raises(PacaError, match="line 2: there is no column target, which data.columns names; found: input, a"):
+        load_examples(source, columns={"question": "input", "answer": "target"})
+
+
 def test_packed_files_are_data_and_not_read_twice_beside_the_unpacked_ones(tmp_path: Path) -> None:
     for name, rows in (("a.jsonl", ALPACA[:2]), ("b.JSONL", ALPACA[2:3])):
         packed = gzip.compress(Path(jsonl(tmp_path / name, rows)).read_bytes())

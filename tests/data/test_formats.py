@@ -47,17 +47,18 @@ def test_an_unknown_form_lists_what_was_found_and_what_is_understood() -> None:
 @pytest.mark.parametrize(
     ("columns", "told"),
     [
-        (["input", "output"], "alpaca, so rename input to instruction."),
-        (["id", "question", "reply"], "question-answer, so rename yours to answer."),
-        (["frage", "antwort"], "question-answer, so rename yours to question and answer."),
-        (["id", "frage", "antwort"], "question-answer, so rename yours to question and answer."),
-        (["content"], "text, so rename content to text."),
+        (["input", "output"], "alpaca, so give data.columns: {instruction: input}."),
+        (["id", "question", "reply"], "question-answer, so give data.columns: {answer: ...}."),
+        (["frage", "antwort"], "question-answer, so give data.columns: {question: frage, answer: antwort}."),
+        (["id", "frage", "antwort"], "question-answer, so give data.columns: {question: ..., answer: ...}."),
+        (["content"], "text, so give data.columns: {text: content}."),
     ],
 )
-def test_columns_of_other_names_are_to_be_renamed_to_the_nearest_form(columns: list[str], told: str) -> None:
+def test_columns_of_other_names_are_to_be_named_as_the_nearest_form_has_them(columns: list[str], told: str) -> None:
     with pytest.raises(PacaError) as error:
         recognise(columns, None, "data.jsonl")
-    assert str(error.value).splitlines()[-1] == f"Rename columns in the data: the nearest form is {told}"
+    last = str(error.value).splitlines()[-1]
+    assert last == f"Say which columns it has under other names: the nearest form is {told}"
 
 
 def test_an_ambiguous_form_asks_for_a_choice_which_is_then_taken() -> None:

@@ -11,7 +11,7 @@ from paca.comparison.rows import Row
 
 _JUDGED_BY = (
     "metric", "eval_examples", "model.name", "data.eval", "data.eval_split", "data.heldout_seed", "eval.limit",
-    "data.format", "data.label", "eval.answer_pattern", "eval.max_new_tokens",
+    "data.format", "data.columns", "data.label", "eval.answer_pattern", "eval.max_new_tokens",
     *(f"{section}.{name}" for section, names in JUDGING.items() for name in names),
 )  # fmt: skip
 

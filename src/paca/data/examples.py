@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -80,6 +80,7 @@ def load_examples(
     limit: int | None = None,
     family: str = "text",
     leave_out: bool = False,
+    columns: Mapping[str, str] | None = None,
 ) -> Examples:
     """Load examples and bring them into the shape that a trainer takes.
 
@@ -97,6 +98,7 @@ def load_examples(
         family: What they are to be: `"text"` for SFT, `"preferences"`, `"prompts"` or `"labels"`, each with
             forms of its own.
         leave_out: Leave out records from which nothing can be learned, such as those with an empty answer.
+        columns: Names that a form knows, each with the data's own column for it, such as `{"question": "input"}`.
 
     Raises:
         PacaError: The source does not exist, is empty or cannot be parsed, its form is unknown or ambiguous, or an
@@ -104,12 +106,12 @@ def load_examples(
     """
     if limit is not None and limit < 1:
         raise PacaError(f"The limit of examples is {limit}; expected at least 1.")
-    found = sources.find_source(source, split)
+    found = replace(sources.find_source(source, split), columns=tuple((columns or {}).items()))
     first = next(found.rows(), None)
     if first is None:
         raise PacaError(f"{source} holds no examples: it is empty.")
-    columns = list(first[1])
-    form = formats.recognise(columns, format, source, FAMILIES[family])
+    there = list(first[1])
+    form = formats.recognise(there, format, source, FAMILIES[family])
     example = next(filter(None, (_convert(form, *one, leave_out) for one in _rows(found, form))), None)
     if example is None:
         raise PacaError(f"{source} holds no example of the form {form.name}: nobody answers in it.")
@@ -142,7 +144,7 @@ def load_examples(
         usable = dataset.select(np.flatnonzero(first.column(0).is_valid()))
     if count := len(dataset) - len(usable):
         note = f"; {count:,} left out, as nothing can be learned from them"
-    return Examples(usable, form.name, source, _describe(form, columns, usable) + note)
+    return Examples(usable, form.name, source, _describe(form, there, usable) + note)
 
 
 def split_heldout(examples: Examples, held_out: float, seed: int) -> tuple[Examples, Examples]:
@@ -249,7 +251,7 @@ def _features(example: Example, family: str) -> Features:
 def _fingerprint(source: Source, form: Format, limit: int | None, leave_out: bool) -> str:
     """Names the cached conversion: another content, another choice or another version of this code, another name."""
     content = xxhash.xxh128()
-    content.update(f"{source.fingerprint()}|{source.name}|{form.name}|{limit}|{leave_out}".encode())
+    content.update(f"{source.fingerprint()}|{source.name}|{source.columns}|{form.name}|{limit}|{leave_out}".encode())
     for module in (choices, formats, labelled_texts, message_trees, preferences, prompts, rows, sources):
         content.update(Path(str(module.__file__)).read_bytes())
     content.update(Path(__file__).read_bytes())

@@ -109,8 +109,12 @@ def _renaming(columns: Collection[str], forms: Mapping[str, Format]) -> str:
     form = max(forms.values(), key=likeness)
     missing = [column for column in form.required if column not in columns]
     others = [column for column in columns if column not in form.required]
-    names = f"{others[0]} to {missing[0]}" if len(others) == len(missing) == 1 else f"yours to {' and '.join(missing)}"
-    return f"Rename columns in the data: the nearest form is {form.name}, so rename {names}."
+    own = others if len(others) == len(missing) else ["..."] * len(missing)
+    names = ", ".join(f"{name}: {column}" for name, column in zip(missing, own, strict=True))
+    return (
+        f"Say which columns it has under other names: the nearest form is {form.name}, so give data.columns: "
+        f"{{{names}}}."
+    )
 
 
 def _overview(forms: Mapping[str, Format]) -> str:

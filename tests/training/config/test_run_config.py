@@ -204,6 +204,8 @@ def test_a_key_that_came_later_is_shown_but_not_compared_while_it_has_no_effect(
     """Runs and comparisons that were begun before compare their config with today's."""
     file = tmp_path / "run.yaml"
     file.write_text("model: {name: some/model}\ndata: {train: some/data}\n")
-    assert "unusable" not in load_run_config(file).as_dict()["data"]
+    assert not {"unusable", "columns"} & load_run_config(file).as_dict()["data"].keys()
+    named = load_run_config(file, ["data.columns={question: input}"]).as_dict()["data"]
+    assert named["columns"] == {"question": "input"}
     assert yaml.safe_load(load_run_config(file).to_yaml())["data"]["unusable"] == "refuse"
     assert load_run_config(file, ["data.unusable=leave_out"]).as_dict()["data"]["unusable"] == "leave_out"

@@ -213,6 +213,8 @@ def _problems_with_trainer(config: RunConfig) -> Iterator[tuple[str, str]]:
     from paca.training.trainers import trainer_kind
 
     kind = trainer_kind(config.train)
+    if config.data.columns is not None and kind.name == "image_classification":
+        yield "data.columns", "is for texts; of images data.label names the column with the label. Leave it out."
     if config.data.label is not None and kind.name != "image_classification":
         yield "data.label", f"goes with train.trainer: image_classification, not {kind.name}. Leave it out."
     if config.data.template is not None and not kind.renders:

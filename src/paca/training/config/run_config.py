@@ -44,6 +44,8 @@ class DataSection:
     """Held-out data: a file, a hub id, a fraction (0 < x < 1) or a count (≥ 1) of `train` to hold out, or null."""
     format: str | None = None
     """The form of the records; found out when null."""
+    columns: dict[str, str] | None = None
+    """Where columns have other names than a form knows: its name, and the data's, such as `{question: input}`."""
     template: str | None = None
     """The chat template: `alpaca`, `chatml`, `gemma`, `llama3`, `zephyr`, or a Jinja file. When null, the
     tokenizer's own; `alpaca` where it has none."""
@@ -136,6 +138,8 @@ class RunConfig:
         sections = self._sections()
         if self.data.unusable == "refuse":  # runs and comparisons from before it was there go on
             del sections["data"]["unusable"]
+        if self.data.columns is None:
+            del sections["data"]["columns"]
         return sections
 
     def to_yaml(self) -> str:

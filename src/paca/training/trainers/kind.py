@@ -198,7 +198,8 @@ def read_texts(config: RunConfig, family: str) -> tuple[Examples, Examples | Non
 def reader(config: RunConfig, family: str) -> Callable[..., Examples]:
     """`load_examples` with what the run says of the data; `family` as there."""
     leave_out = config.data.unusable == "leave_out"
-    return partial(load_examples, format=config.data.format, family=family, leave_out=leave_out)
+    data = config.data
+    return partial(load_examples, format=data.format, family=family, leave_out=leave_out, columns=data.columns)
 
 
 def read_split(config: RunConfig, load: Callable[..., Examples]) -> tuple[Examples, Examples | None]:
