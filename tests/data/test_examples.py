@@ -63,11 +63,11 @@ def test_columns_of_other_names_are_named(tmp_path: Path) -> None:
 def test_a_named_column_that_is_not_there_is_told(tmp_path: Path) -> None:
     rows = [{"input": "a?", "target": "b"}, {"input": "c?", "aim": "d"}]
     source = jsonl(tmp_path / "data.jsonl", rows)
-    with pytest.raises(
-        PacaError, match=r"line 1: there is no column targt, .*found: input, target\. Did you mean 'tar"
-    ):
+    with pytest.raises(PacaError, match=r"line 1: there is no column targt, .*: input, target\. Did you mean 'tar"):
         load_examples(source, columns={"question": "input", "answer": "targt"})
-    with pytest.raises(PacaError, match="line 2: there is no column target, which data.columns names; found: input, a"):
+    with pytest.raises(
+        PacaError, match=r"line 2: there is no column target, which data\.columns names; found: input, a"
+    ):
         load_examples(source, columns={"question": "input", "answer": "target"})
 
 
