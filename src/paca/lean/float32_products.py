@@ -30,16 +30,18 @@ def times_as_slow(dtype: torch.dtype) -> float:
     In the thread's own time, so that other work on the machine changes little.
     """
     kinds = (dtype, torch.float32)
-    factors = {kind: (torch.ones(256, 256, dtype=kind), torch.ones(256, 256, dtype=kind)) for kind in kinds}
+    factors = {kind: torch.ones(2, 256, 256, dtype=kind, device="cpu") for kind in kinds}
     taken: dict[torch.dtype, list[float]] = {kind: [] for kind in kinds}
+    fine = time.get_clock_info("thread_time").resolution < 1e-6  # not on Windows
+    clock = time.thread_time if fine else time.perf_counter
     threads, begin = torch.get_num_threads(), time.perf_counter()
     torch.set_num_threads(1)
     try:
         while len(taken[dtype]) < 3 or (len(taken[dtype]) < 30 and time.perf_counter() - begin < 0.2):
             for kind, (x, weight) in factors.items():
-                start = time.thread_time()
+                start = clock()
                 torch.nn.functional.linear(x, weight)
-                taken[kind].append(time.thread_time() - start)
+                taken[kind].append(clock() - start)
     finally:
         torch.set_num_threads(threads)
     return min(taken[dtype]) / min(taken[torch.float32])
