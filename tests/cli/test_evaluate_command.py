@@ -101,7 +101,6 @@ def test_mt_bench_prints_ratings_and_what_the_judge_took(workspace: Path, monkey
         ((), "it is no folder of a run, which has data of its own"),
         (("--mt-bench", "q.jsonl"), "--mt-bench, --judge-url and --judge-model go together"),
         (("--num-fewshot", 5), "--num-fewshot goes with --tasks"),
-        (("--data", "new.jsonl"), "--data measures a run, whose config.yaml says by what; run is no folder of a run"),
         (("--data", "new.jsonl", "--tasks", "arc_easy", "--output", "out"), "--tasks and --mt-bench bring data"),
         (("--max-new-tokens", 5), "--max-new-tokens goes with --mt-bench"),
         # Before the model is loaded, which would fail here.

@@ -17,6 +17,7 @@ from paca.evaluation.own_run import (
     config_of_run,
     evaluate_run,
     held_out_of,
+    load_run,
     other_data,
     rows_of_run,
     trained_on,
@@ -169,6 +170,22 @@ def test_other_data_than_the_runs_own_is_measured(run: Path, loaded: LoadedModel
     assert scores == evaluate_run(loaded, config_with(run, "choice"), other_data(run, config), None, 2, None, Tally())
     assert rows_of_run(scores, "new.jsonl")[0].task == "new.jsonl, 3 examples"
     assert trained_on(run, other_data(run, config)) is None
+
+
+def test_of_an_adapter_that_no_run_left_the_loss_is_measured(run: Path, loaded: LoadedModel, tmp_path: Path) -> None:
+    (tmp_path / "new.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS[:3]))
+    adapter = shutil.copytree(run / "adapter", tmp_path / "saved")
+    config = config_of_run(adapter, str(tmp_path / "new.jsonl"))
+    held_out = other_data(adapter, config)
+    scores = evaluate_run(load_run(adapter, config), config, held_out, None, 2, None, Tally())
+    of_run = evaluate_run(loaded, config_with(run, "loss"), held_out, None, 2, None, Tally())
+    assert {side: score.values for side, score in scores.items()} == {
+        side: score.values for side, score in of_run.items()
+    }
+    assert trained_on(adapter, held_out) is None
+    (adapter / "config.json").write_text(json.dumps({"architectures": ["LlamaForSequenceClassification"]}))
+    with pytest.raises(PacaError, match="is a classifier, which --data measures by its run"):
+        config_of_run(adapter, str(tmp_path / "new.jsonl"))
 
 
 def test_other_data_that_was_trained_on_is_told(run: Path, tmp_path: Path) -> None:

@@ -49,7 +49,7 @@ def evaluate(
         str | None,
         typer.Option(
             metavar="FILE",
-            help="Measure a run on this in place of its data.eval: a file, a folder of images, a hub id.",
+            help="Measure a run on this in place of its data.eval, or an adapter's loss: a file, images, a hub id.",
             show_default="the run's data.eval",
         ),
     ] = None,
@@ -84,7 +84,7 @@ def evaluate(
     """Evaluate base and adapter side by side: public benchmarks, tasks of your own, MT-Bench, a run's own data.
 
     Without --tasks and --mt-bench it measures a run's eval.metric, or a classifier's accuracy, on its data.eval or on
-    --data.
+    --data; of an adapter that no run left the loss, on --data.
     """
     names = tuple(name.strip() for name in tasks.split(",") if name.strip())
     own_data = not names and mt_bench is None
@@ -102,15 +102,10 @@ def evaluate(
     if max_new_tokens is not None and mt_bench is None:
         raise PacaError("--max-new-tokens goes with --mt-bench. Of a run's own data it is eval.max_new_tokens.")
     find_adapter(path, or_hub=True)  # before what it takes to load one: a wrong path is no reason to wait
-    if data is not None and not (Path(path) / "config.yaml").is_file():
-        raise PacaError(
-            f"--data measures a run, whose config.yaml says by what; {path} is no folder of a run. Give one, or use "
-            "paca.evaluation.own_data.measure in Python."
-        )
-    if own_data and not (Path(path) / "config.yaml").is_file():
+    if own_data and data is None and not (Path(path) / "config.yaml").is_file():
         raise PacaError(
             f"There is nothing to evaluate {path} on: it is no folder of a run, which has data of its own. Give "
-            "--tasks, such as arc_easy,my_task.yaml, or --mt-bench."
+            "--data, --tasks, such as arc_easy,my_task.yaml, or --mt-bench."
         )
     # Read as tqdm is imported: one progress line instead of the five of the libraries.
     os.environ.setdefault("TQDM_DISABLE", "1")

@@ -24,7 +24,14 @@ from paca.pretrained.conversation import answering
 from paca.pretrained.generation import LoadedModel, load_for_generation, load_saved
 from paca.pretrained.purpose import classifier_in, listed
 from paca.training.config.config_file import load_run_config
-from paca.training.config.run_config import RunConfig
+from paca.training.config.run_config import (
+    CalibrationSection,
+    DataSection,
+    EvalSection,
+    ModelSection,
+    OutputSection,
+    RunConfig,
+)
 from paca.training.folder.run_folder import RunFolder, write_whole
 from paca.training.folder.same_run import inputs_of
 from paca.training.trainers import trainer_kind
@@ -39,13 +46,18 @@ def config_of_run(path: str | Path, data: str | None = None) -> RunConfig:
     """The config of a run whose held-out data can be measured.
 
     Args:
-        path: Folder of the run.
+        path: Folder of the run; with `data` also an adapter or a model that no run left, whose loss is measured.
         data: A file, a folder of images or a hub id to measure on in place of its `data.eval`, all of it.
 
     Raises:
         PacaError: It is no folder of a run, or the run is of another kind, or the run had no held-out data.
     """
     file = RunFolder(Path(path)).config
+    if data is not None and not file.is_file():
+        if classifier_in(path) is not None:
+            raise PacaError(f"{path} is a classifier, which --data measures by its run: give that folder.")
+        empty = CalibrationSection(), EvalSection(), OutputSection("")
+        return RunConfig(ModelSection(str(path)), DataSection(data, eval=data, eval_split="train"), *empty)
     other = [] if data is None else [f"data.eval={json.dumps(data)}", "eval.limit=null"]
     config = load_run_config(file, other)
     kind = trainer_kind(config.train)
@@ -96,6 +108,8 @@ def other_data(path: str | Path, config: RunConfig) -> Examples:
 
 def trained_on(path: str | Path, other: Examples) -> str | None:
     """What to say of `other_data` that is trained on as well, as far as that is found: not on the hub."""
+    if not RunFolder(Path(path)).config.is_file():
+        return None
     config = load_run_config(RunFolder(Path(path)).config)
     if not os.path.exists(config.data.train):
         return None
