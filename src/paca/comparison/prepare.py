@@ -45,6 +45,7 @@ def prepare(comparison: Comparison, console: Console, *, dry_run: bool = False) 
         if not claim.take():
             say(console, f"Waiting for {claim.holder()}, which prepares the same comparison ...")
             claim.take(wait=True)
+        comparison.rates.check([method.name for method in comparison.methods])
         for name, twin in _twins(comparison).items():
             say(console, f"{name} is left out: on weights in float32 it is {twin} again.")
             comparison.methods = [method for method in comparison.methods if method.name != name]
@@ -112,7 +113,6 @@ def _config_of(comparison: Comparison, method: Method) -> RunConfig:
 
 
 def _check(comparison: Comparison) -> None:
-    comparison.rates.check([method.name for method in comparison.methods])
     scored: dict[str, str] = {}
     for method in comparison.methods:
         try:
