@@ -250,11 +250,8 @@ class ComparisonResult:
             if time is not None and memory is not None and parameters is not None:
                 name, its = contrast.other.name, f"{contrast.other.name}'s" if ranges else "its"
                 work = {"steps", "sequences in a step"} & {*unlike([*contrast.leader.rows, *contrast.other.rows])}
-                timed = (
-                    ""
-                    if ranges or (work and "time" not in self.equal)
-                    else f"{time:.2f} × the training time of {name}{contrast.time_range()} and "
-                )
+                compared = not ranges and (not work or "time" in self.equal)
+                timed = f"{time:.2f} × the training time of {name}{contrast.time_range()} and " if compared else ""
                 sentences.append(
                     f"{contrast.leader.name} takes {timed}{memory:.2f} × {its} peak memory (weights included); it "
                     f"trains {parameters:.2f} × the parameters."

@@ -8,9 +8,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from paca.evaluation.statistics import share_may_be_off
+
 CONFIDENCE = 0.95
-_Z = statistics.NormalDist().inv_cdf((1 + CONFIDENCE) / 2)
-"""Standard errors to both sides of a mean that hold it so often."""
 
 
 @dataclass(frozen=True)
@@ -80,8 +80,8 @@ def half_with_examples(half: float, one: Sequence[Mapping[str, Any]], other: Seq
     if len(lengths) == 1 and min(lengths) > 1:
         shares = [[statistics.fmean(map(int, of_one)) for of_one in zip(*side, strict=True)] for side in sides]
         differences = [a - b for a, b in zip(*shares, strict=True)]
-        if not any(differences):  # as far as a share may be from 1 when all are right (Wilson): alike is no certainty
-            return max(half, _Z**2 / (len(differences) + _Z**2))
+        if not any(differences):  # alike is no certainty
+            return max(half, share_may_be_off(len(differences)))
         return math.hypot(half, _normal_half(statistics.stdev(differences) / math.sqrt(len(differences))))
     errors = [[row["score_stderr"] for row in rows if row["score_stderr"] is not None] for rows in (one, other)]
     return max(half, _normal_half(math.hypot(*(statistics.fmean(side) for side in errors if side))))
@@ -104,7 +104,7 @@ def pareto(points: Sequence[tuple[float, float]]) -> list[int]:
 
 def _normal_half(error: float) -> float:
     """Half the width of an interval around what has this standard error."""
-    return _Z * error
+    return statistics.NormalDist().inv_cdf((1 + CONFIDENCE) / 2) * error
 
 
 def _half(variance_of_mean: float, freedom: float) -> float:

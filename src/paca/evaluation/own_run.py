@@ -57,7 +57,7 @@ def config_of_run(path: str | Path, data: str | None = None) -> RunConfig:
         if classifier_in(path) is not None:
             raise PacaError(f"{path} is a classifier, which --data measures by its run: give that folder.")
         empty = CalibrationSection(), EvalSection(), OutputSection("")
-        return RunConfig(ModelSection(str(path)), DataSection(data, eval=data, eval_split="train"), *empty)
+        return RunConfig(ModelSection(str(path)), DataSection(data, eval=data), *empty)
     other = [] if data is None else [f"data.eval={json.dumps(data)}", "eval.limit=null"]
     config = load_run_config(file, other)
     kind = trainer_kind(config.train)
