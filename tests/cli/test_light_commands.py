@@ -116,7 +116,7 @@ def test_no_library_is_to_tell_its_makers_unless_the_user_says_so(run: Run, monk
         ("model: {name: some/model}\n", "data.train is missing"),
         ("model: some/model\n", "must hold keys, not the text 'some/model'. Give it as model: {name: some/model}"),
         (MODEL_AND_DATA + "trian: {seed: 1}\n", "there is no section 'trian'. Did you mean train?"),
-        (MODEL_AND_DATA + "paca: {rank: 3}\n", "line 3: there is no key paca.rank. Did you mean paca.r? The keys of"),
+        (MODEL_AND_DATA + "paca: {rank: 3}\n", "line 3: there is no key paca.rank. Did you mean paca.r?"),
         (MODEL_AND_DATA + "paca: {paca_alph: 3}\n", "there is no key paca.paca_alph. Did you mean paca.paca_alpha?"),
         (MODEL_AND_DATA + "train: {lr: 1}\n", "there is no key train.lr. Did you mean train.learning_rate?"),
         (MODEL_AND_DATA + "train: {output_dir: a}\n", "can't be set here: the run folder is output.dir."),

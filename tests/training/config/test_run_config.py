@@ -61,6 +61,37 @@ def test_the_written_config_reads_back_as_the_same_run(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("text", "lines"),
+    [
+        ("modle: {}\ndata: here\ntrian: {}\n", ["line 1: there is no", "line 2: the section data", "line 3: there"]),
+        (
+            "model: {nmae: a}\ndata: {train: b, limit: no}\npaca: {rank: 8}\ntrain:\n  lr: 3\n  epochs: 4\n",
+            ["1: there is no key model.nmae", "2: data.limit must", "3: there is no key paca", "5: there", "6: "],
+        ),
+        (
+            MINIMAL + "eval: {limit: 0, metric: loss}\n",
+            ["line 3: eval.limit is 0", "line 3: eval.metric is measured on held-out data"],
+        ),
+        (
+            MINIMAL + "paca: {r: -3, selection: 4}\ntrain: {adam_beta: 1, optim: adam}\n",
+            ["line 3: paca.selection must", "line 4: there is no key train.adam_b", "line 4: train.optim must"],
+        ),
+        (
+            MINIMAL + "train: {max_steps: 0, seed: -1}\npaca: {r: -3}\n",
+            ["line 4: paca.r must be a whole", "line 3: train.max_steps must be", "line 3: train.seed must be"],
+        ),
+    ],
+)
+def test_all_mistakes_that_do_not_need_each_other_are_told(tmp_path: Path, text: str, lines: list[str]) -> None:
+    with pytest.raises(PacaError) as error:
+        load(tmp_path, text)
+    told = str(error.value).splitlines()
+    assert len(told) == len(lines)
+    for line, expected in zip(told, lines, strict=True):
+        assert expected in line
+
+
+@pytest.mark.parametrize(
     ("addition", "message"),
     [
         ("train:\n  learning_rat: 1\n", "line 4: there is no key train.learning_rat. Did you mean train.learning_rate"),

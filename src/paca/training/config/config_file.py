@@ -13,7 +13,7 @@ from typing import Any
 from paca.messages.errors import PacaError
 from paca.messages.nearest import did_you_mean
 from paca.training.config.early_checks import check_early
-from paca.training.config.key_checks import Origins, check_section
+from paca.training.config.key_checks import Mistakes, Origins, check_section
 from paca.training.config.run_config import ALL, METHODS, SECTIONS, RunConfig
 from paca.training.config.strict_yaml import parse_value, read_yaml
 from paca.training.config.typed_values import shown
@@ -31,7 +31,7 @@ def load_run_config(path: str | os.PathLike[str], overrides: Iterable[str] = ())
 
     Raises:
         PacaError: A missing or unreadable file, an unknown or repeated key, a wrong type, a missing required key, two
-            methods.
+            methods. Of mistakes that do not depend on each other, all are told.
     """
     path = Path(path)
     sections, origins = _read_sections(path, overrides)
@@ -39,17 +39,25 @@ def load_run_config(path: str | os.PathLike[str], overrides: Iterable[str] = ())
     built: dict[str, Any] = {}
     origins.keys_of_all = partial(_keys_of_all, method, sections)
     sections["output"].setdefault("dir", os.path.join("runs", path.stem))
+    mistakes = Mistakes()
     for name, section_type in SECTIONS.items():
-        built[name] = _build_section(name, section_type, sections[name], origins)
+        with mistakes.noted():
+            built[name] = _build_section(name, section_type, sections[name], origins)
+    with mistakes.noted():
+        check_early(method, sections, origins)
+    mistakes.tell()
     config = RunConfig(**built, method=method, adapter=sections[method], train=sections["train"])
     _refuse(_problems(config), origins)
-    check_early(method, sections, origins)
     # Only now: what follows imports peft and trl, which takes seconds that the mistakes above need not cost.
     from paca.training.config.adapter_settings import check_adapter_settings
     from paca.training.config.train_settings import check_train_settings
 
-    check_adapter_settings(method, sections[method], origins)
-    check_train_settings(sections["train"], origins)
+    mistakes = Mistakes()
+    with mistakes.noted():
+        check_adapter_settings(method, sections[method], origins)
+    with mistakes.noted():
+        check_train_settings(sections["train"], origins)
+    mistakes.tell()
     _refuse(_problems_with_trainer(config), origins)
     _make_paths_absolute(config)
     return config
@@ -67,12 +75,15 @@ def _read_sections(path: Path, overrides: Iterable[str]) -> tuple[dict[str, dict
     if not isinstance(content, dict):
         raise PacaError(f"{path} must hold sections (model:, data:, ...), not {shown(content)}.")
     names = list(ALL)
+    mistakes = Mistakes()
     for name, values in content.items():
-        if name not in names:
-            raise PacaError(f"{origins.of(name)}: there is no section {name!r}.{_section_hint(name, names)}")
-        if values is not None and not isinstance(values, dict):
-            form = f" Give it as {name}: {{{_FIRST[name]}: {values}}}" if name in _FIRST else ""
-            raise PacaError(f"{origins.of(name)}: the section {name} must hold keys, not {shown(values)}.{form}")
+        with mistakes.noted():
+            if name not in names:
+                raise PacaError(f"{origins.of(name)}: there is no section {name!r}.{_section_hint(name, names)}")
+            if values is not None and not isinstance(values, dict):
+                form = f" Give it as {name}: {{{_FIRST[name]}: {values}}}" if name in _FIRST else ""
+                raise PacaError(f"{origins.of(name)}: the section {name} must hold keys, not {shown(values)}.{form}")
+    mistakes.tell()
     sections: dict[str, dict[str, Any]] = {
         name: dict(content.get(name) or {}) for name in names if name in content or name not in METHODS
     }
@@ -151,8 +162,11 @@ def _build_section(name: str, section_type: type, values: dict[str, Any], origin
 
 
 def _refuse(problems: Iterator[tuple[str, str]], origins: Origins) -> None:
+    mistakes = Mistakes()
     for key, problem in problems:
-        raise PacaError(f"{origins.of(key)}: {key} {problem}")
+        with mistakes.noted():
+            raise PacaError(f"{origins.of(key)}: {key} {problem}")
+    mistakes.tell()
 
 
 def _problems(config: RunConfig) -> Iterator[tuple[str, str]]:

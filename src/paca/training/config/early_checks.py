@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from paca.messages.errors import PacaError
-from paca.training.config.key_checks import WORDS_OF_TRAIN, Origins, check_section
+from paca.training.config.key_checks import WORDS_OF_TRAIN, Mistakes, Origins, check_section
 
 OWNED = {
     "output_dir": "the run folder is output.dir",
@@ -40,16 +40,20 @@ def check_early(method: str, sections: Mapping[str, Mapping[str, Any]], origins:
         origins: Where.
 
     Raises:
-        PacaError: There is one.
+        PacaError: There are some; a line for each.
     """
+    mistakes = Mistakes()
     if method == "paca":
-        check_section("paca", sections["paca"], dict.fromkeys(paca_keys(), Any), origins)
+        with mistakes.noted():
+            check_section("paca", sections["paca"], dict.fromkeys(paca_keys(), Any), origins)
     for name in sections["train"]:
-        place = origins.of(f"train.{name}")
-        if name in OWNED:
-            raise PacaError(f"{place}: train.{name} can't be set here: {OWNED[name]}.")
-        if name in WORDS_OF_TRAIN:
-            raise PacaError(f"{place}: there is no key train.{name}. Did you mean train.{WORDS_OF_TRAIN[name]}?")
+        place = f"{origins.of(f'train.{name}')}:"
+        with mistakes.noted():
+            if name in OWNED:
+                raise PacaError(f"{place} train.{name} can't be set here: {OWNED[name]}.")
+            if name in WORDS_OF_TRAIN:
+                raise PacaError(f"{place} there is no key train.{name}. Did you mean train.{WORDS_OF_TRAIN[name]}?")
+    mistakes.tell()
 
 
 def paca_keys() -> list[str]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,28 @@ class Origins:
         return "--set" if given else self.of(name)
 
 
+class Mistakes:
+    """Of checks that do not need each other: told together, a line each, so that one run finds them all."""
+
+    def __init__(self) -> None:
+        self._found: list[PacaError] = []
+
+    @contextmanager
+    def noted(self) -> Iterator[None]:
+        """A block whose `PacaError` is kept."""
+        try:
+            yield
+        except PacaError as error:
+            self._found.append(error)
+
+    def tell(self) -> None:
+        """Raise what was kept."""
+        if len(self._found) == 1:
+            raise self._found[0]
+        if self._found:
+            raise PacaError("\n".join(map(str, self._found)))
+
+
 WORDS_OF_TRAIN = {
     "lr": "learning_rate",
     "batch_size": "per_device_train_batch_size",
@@ -64,31 +87,46 @@ def check_section(
         choices: For some keys, the only values.
 
     Raises:
-        PacaError: Names the dotted key, its place, what was expected and the nearest of it, and what was found.
+        PacaError: A line for each: the dotted key, its place, what was expected and the nearest of it, and what was
+            found.
     """
-    names = sorted(annotations)
-    for name in settings:
-        if name not in annotations:
-            # A plain misspelling needs no look at the others, for which libraries are imported. Those of them that are
-            # most like a key of another section (`init_lora_weights`, `trainer`) are so by 0.83.
-            meant = nearest(_OTHER_WORDS.get(name, name), names, cutoff=0.85)
-            swapped = any(sorted(name) == sorted(known) for known in names)  # `fromat`, alike by 0.83
-            others = dict({} if meant is not None or swapped else origins.keys_of_all())
-            others.pop(section, None)  # `names` leaves out keys of `train` that can't be set
-            hint = _where_it_belongs(name, {section: names, **others})
-            if not names:
-                hint += f" The section {section} has no keys."
-            elif len(names) <= 20:
-                hint += f" The keys of {section} are {', '.join(names)}."
-            raise PacaError(f"{origins.of(f'{section}.{name}')}: there is no key {section}.{name}.{hint}")
+    mistakes = Mistakes()
     for name, value in settings.items():
-        place, annotation = f"{origins.of(f'{section}.{name}')}: {section}.{name}", annotations[name]
-        if not matches(value, annotation):
-            hint = did_you_mean(value, named(annotation), "{}") if isinstance(value, str) else ""
-            raise PacaError(f"{place} must be {expected(annotation)}, not {shown(value)}.{hint}")
-        allowed = (choices or {}).get(name)
-        if allowed and value is not None and value not in allowed:
-            raise PacaError(f"{place} must be one of {', '.join(map(str, allowed))}, not {shown(value)}.")
+        with mistakes.noted():
+            _check_key(section, name, value, annotations, origins, choices or {})
+    mistakes.tell()
+
+
+def _check_key(
+    section: str,
+    name: str,
+    value: Any,
+    annotations: Mapping[str, Any],
+    origins: Origins,
+    choices: Mapping[str, Any],
+) -> None:
+    names, place = sorted(annotations), origins.of(f"{section}.{name}")
+    if name not in annotations:
+        # A plain misspelling needs no look at the others, for which libraries are imported. Those of them that are
+        # most like a key of another section (`init_lora_weights`, `trainer`) are so by 0.83.
+        meant = nearest(_OTHER_WORDS.get(name, name), names, cutoff=0.85)
+        swapped = any(sorted(name) == sorted(known) for known in names)  # `fromat`, alike by 0.83
+        sure = meant is not None or swapped
+        others = dict({} if sure else origins.keys_of_all())
+        others.pop(section, None)  # `names` leaves out keys of `train` that can't be set
+        hint = _where_it_belongs(name, {section: names, **others})
+        if not names:
+            hint += f" The section {section} has no keys."
+        elif len(names) <= 20 and not sure:
+            hint += f" The keys of {section} are {', '.join(names)}."
+        raise PacaError(f"{place}: there is no key {section}.{name}.{hint}")
+    if not matches(value, annotation := annotations[name]):
+        hint = did_you_mean(value, named(annotation), "{}") if isinstance(value, str) else ""
+        raise PacaError(f"{place}: {section}.{name} must be {expected(annotation)}, not {shown(value)}.{hint}")
+    allowed = choices.get(name)
+    if allowed and value is not None and value not in allowed:
+        one_of = ", ".join(map(str, allowed))
+        raise PacaError(f"{place}: {section}.{name} must be one of {one_of}, not {shown(value)}.")
 
 
 def _where_it_belongs(name: str, sections: Mapping[str, Iterable[str]]) -> str:

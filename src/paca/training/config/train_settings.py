@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from paca.messages.errors import PacaError
 from paca.training.config.early_checks import OWNED
-from paca.training.config.key_checks import Origins, check_section
+from paca.training.config.key_checks import Mistakes, Origins, check_section
 from paca.training.config.learning_rate import AUTO, automatic_rate
 from paca.training.reporting.tracking import check_trackers
 from paca.training.trainers import TRAINERS, trainer_kind
@@ -89,10 +89,13 @@ def check_train_settings(settings: Mapping[str, Any], origins: Origins) -> None:
     check_section("train", settings, annotations, origins, choices)
     kind.check(settings, origins)
     check_trackers(settings.get("report_to"), f"{origins.of('train.report_to')}: train.report_to")
+    mistakes = Mistakes()
     for name, value in settings.items():
         for words, (holds, names) in _RANGES.items():
             if name in names.split() and isinstance(value, (int, float)) and not holds(value):
-                raise PacaError(f"{origins.of(f'train.{name}')}: train.{name} must be {words}, not {value}.")
+                with mistakes.noted():
+                    raise PacaError(f"{origins.of(f'train.{name}')}: train.{name} must be {words}, not {value}.")
+    mistakes.tell()
 
 
 def with_defaults(
