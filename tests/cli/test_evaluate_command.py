@@ -13,12 +13,15 @@ from pathlib import Path
 
 import pytest
 from rich.console import Console
+from typer.testing import CliRunner
 
 from cli.paca_process import forked_paca, fresh_paca, start_paca
 from evaluation.judge_server import judging, verdict
 from evaluation.question_tasks import save_task
+from paca.cli import app
 from paca.cli.evaluate import print_ratings, table_of
 from paca.evaluation.side_by_side import Row
+from paca.messages.errors import PacaError
 from tiny_checkpoint import save_run
 
 
@@ -46,6 +49,15 @@ def test_base_and_adapter_are_printed_side_by_side(workspace: Path) -> None:
     [accuracy] = [line for line in lines if re.search(r"\bacc\b", line)]
     assert f"{results['acc,none']:.4f} ± {results['acc_stderr,none']:.4f}" in accuracy
     assert lines[-1] == "Written: out/results.json"
+
+
+def test_the_harness_is_missed_before_anything_is_loaded(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    command = ["evaluate", str(workspace / "run"), "--tasks", "arc_easy", "--output", str(workspace / "none")]
+    result = CliRunner().invoke(app, command)
+    assert isinstance(result.exception, PacaError)
+    assert str(result.exception).startswith("--tasks needs lm-evaluation-harness. ")
+    assert result.output == ""
 
 
 def answers_in(database: Path) -> int:

@@ -326,6 +326,7 @@ def test_settings_of_a_judge_are_checked() -> None:
     [
         ("[[5]]", 5),
         ("[[3]], no, [[7.5]]", 7.5),
+        ("Grade: [[ 8 ]]", 8),
         ("[[11]]", None),
         ("[[0]]", None),
         ("[5]", None),

@@ -107,14 +107,14 @@ def evaluate(
             f"There is nothing to evaluate {path} on: it is no folder of a run, which has data of its own. Give "
             "--data, --tasks, such as arc_easy,my_task.yaml, or --mt-bench."
         )
+    if names and importlib.util.find_spec("lm_eval") is None:
+        raise PacaError(f"--tasks needs lm-evaluation-harness. {how_to_install('evaluate', 'lm-eval')}")
     # Read as tqdm is imported: one progress line instead of the five of the libraries.
     os.environ.setdefault("TQDM_DISABLE", "1")
     console = Console()
     try:
         with sigterm_as_ctrl_c(), alone_in(output), Counted(console) as shown:
             say(console, f"Loading {path} ...")
-            if names and importlib.util.find_spec("lm_eval") is None:
-                raise PacaError(f"--tasks needs lm-evaluation-harness. {how_to_install('evaluate', 'lm-eval')}")
             import_libraries()
             from paca.pretrained.bounded_template import check_template_ends
             from paca.pretrained.generation import load_for_generation
