@@ -256,3 +256,15 @@ def test_other_layers_have_factors_of_their_matrices(
 def test_numbers_that_can_not_be_are_refused(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         paca.FactoredAdamW(trained(adapted()), **settings)
+
+
+def test_another_default_device_changes_nothing():
+    def after(device: str) -> list[nn.Parameter]:
+        model = adapted()
+        optimizer = paca.FactoredAdamW(trained(model), lr=1e-2, rank=4)
+        model(torch.ones(2, 12)).square().sum().backward()
+        with torch.device(device):
+            optimizer.step()
+        return deltas(model)
+
+    assert all(map(torch.equal, after("meta"), after("cpu")))

@@ -121,3 +121,10 @@ def test_an_unknown_strategy_is_refused_with_the_nearest():
         ValueError, match=r"selection='activation_var' is unknown.*Did you mean 'activation_variance'\?"
     ):
         check_strategy("activation_var")
+
+
+@pytest.mark.parametrize("strategy", ["random", "random_blocks"])
+def test_another_default_device_changes_nothing(strategy):
+    want = random_columns(100, 32, 0, "a", strategy)
+    with torch.device("meta"):
+        assert torch.equal(random_columns(100, 32, 0, "a", strategy), want)

@@ -262,3 +262,16 @@ def test_a_compiled_graph_holds_plain_operators_only():
     compiled(torch.randn(4, 7, requires_grad=True)).sum().backward()
     assert operators
     assert all(name.startswith("aten.") for name in operators), operators
+
+
+@pytest.mark.parametrize("trained", [(), ("lin1",), ("lin2",), ("lin1", "lin2")])
+@pytest.mark.parametrize("recorded", [True, False])
+def test_layers_of_which_nothing_is_trained_break_no_graph(trained, recorded):
+    model, x = adapted_perceptron(), torch.randn(3, 7)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("paca_delta" in name and any(layer in name for layer in trained))
+    want = model(x).detach()
+    with torch.set_grad_enabled(recorded):
+        got = torch.compile(model, backend="aot_eager", fullgraph=True)(x)
+    torch.testing.assert_close(got.detach(), want)
+    assert got.requires_grad == (recorded and bool(trained))

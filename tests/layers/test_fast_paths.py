@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -42,3 +44,17 @@ def test_a_mixed_batch_reaches_the_layers_behind_a_fast_path(padded):
     assert not torch.allclose(adapted[:2], base[:2], atol=1e-3)
     assert torch.equal(again, adapted)
     assert [dict(vars(module)) for module in encoder.modules()] == before  # the fast path is back
+
+
+@pytest.mark.parametrize("call", ["state_dict", "deepcopy"])
+def test_a_fast_path_that_is_not_entered_through_the_model_has_the_columns(call):
+    torch.manual_seed(0)
+    model = adapt(Encoder(), target_modules=["linear1", "linear2"]).eval()
+    encoder, x = model.base_model.model.layers, torch.randn(3, 5, 8)
+    with torch.no_grad():
+        want = encoder(x)
+        with model.disable_adapter():
+            assert not torch.allclose(encoder(x), want, atol=1e-3)
+        copy.deepcopy(model) if call == "deepcopy" else model.state_dict()  # which park the columns for the moment
+        assert torch.equal(encoder(x), want)
+        assert torch.equal(model(x), want)

@@ -176,3 +176,23 @@ def test_mixed_batches_give_each_sample_its_adapter(offload: Offload, modes, tmp
         with model.disable_adapter() if name == "__base__" else contextlib.nullcontext():
             model.set_adapter(name if name != "__base__" else "default")
             torch.testing.assert_close(mixed[n], model(input_ids=ids[n : n + 1]).logits[0], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("recorded", [True, False])
+@pytest.mark.parametrize("how", ["cpu_offload", "disk_offload", "dispatch_model"])
+def test_a_model_that_is_offloaded_after_it_was_adapted_is_refused(how, recorded, tmp_path):
+    model, cpu = adapt(llama()).eval(), torch.device("cpu")
+    model(input_ids=tokens())
+    places = {f"base_model.model.{name}": place for name, place in DEVICE_MAP.items()}
+
+    def offloaded_pass():
+        if how == "cpu_offload":
+            cpu_offload(model, execution_device=cpu)
+        elif how == "disk_offload":
+            disk_offload(model, tmp_path, execution_device=cpu)
+        else:
+            dispatch_model(model, places, main_device="cpu", offload_dir=tmp_path, force_hooks=True)
+        model(input_ids=tokens())
+
+    with torch.set_grad_enabled(recorded), pytest.raises(RuntimeError, match="Offload the model first"):
+        offloaded_pass()

@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 import paca
 from models import adapt
-from quantized_layers import REAL, forward_only_stack, stack
+from quantized_layers import REAL, Stack, forward_only_stack, stack
 from reference import dense_weight, rounded_sum
 
 ADDITIVE = (
@@ -27,6 +27,8 @@ TARGETS = ["lin1", "lin2"]
 
 
 def make(kind: str, dtype: torch.dtype = torch.float32):
+    if kind == "plain":
+        return Stack().to(dtype)
     if kind in REAL:
         return stack(kind, dtype)
     return forward_only_stack(kind, dtype=dtype)
@@ -385,6 +387,38 @@ def test_a_delta_that_is_changed_before_the_backward_pass_raises(kind):
         loss.backward()
 
 
+@pytest.mark.parametrize("names", [None, ["default", "__base__", "default"]])
+@pytest.mark.parametrize("how", ["own step", "own step, no pass", "write, refresh", "write, no grad", "nothing"])
+@pytest.mark.parametrize("kind", ["plain", "nf4", "torchao-int8", ADDITIVE[0]])
+def test_a_write_that_no_counter_shows_between_two_pending_losses_raises(kind, how, names):
+    model = adapted(kind).eval()  # PEFT's condition for several adapters in a batch
+    deltas = [layer.paca_delta["default"] for layer in layers(model)]
+
+    def loss():
+        return model(inputs(), **({} if names is None else {"adapter_names": names})).square().sum()
+
+    first, second, reference = loss(), loss(), loss()
+    reference.backward()
+    wanted = [delta.grad.clone() for delta in deltas]
+    model.zero_grad()
+    first.backward()
+    for delta in deltas if how != "nothing" else ():
+        delta.data -= 0.1 * wanted[0].norm()
+    model.zero_grad()
+    if "refresh" in how:
+        paca.refresh(model)
+    with torch.set_grad_enabled("no grad" not in how):
+        if "no pass" not in how:
+            loss()
+    if how == "nothing" or ("no pass" in how and kind != ADDITIVE[0] and names is None):  # the columns are still there
+        second.backward()
+        for delta, gradient in zip(deltas, wanted, strict=True):
+            close(delta.grad, gradient.double(), torch.float32)
+    else:
+        with pytest.raises(RuntimeError, match="modified between forward and backward"):
+            second.backward()
+
+
 @pytest.mark.parametrize("kind", REAL)
 def test_a_merge_between_forward_and_backward_raises(kind):
     model = adapted(kind)
@@ -468,3 +502,23 @@ def test_torch_compile_runs_the_layer_outside_the_graph():
     with torch.no_grad():
         layers(model)[0].paca_delta["default"].add_(1)
     assert torch.equal(compiled(x), model(x))
+
+
+@pytest.mark.parametrize("call", ["merge_adapter", "merge_and_unload", "dequantize", "beside a merged one"])
+@pytest.mark.parametrize("kind", ["nf4", "torchao-int8"])
+def test_a_safe_merge_finds_sums_that_are_not_finite(kind, call):
+    model, x = adapted(kind, torch.float16), inputs(torch.float16)
+    model.add_adapter("good", paca.PacaConfig(r=3, init_weights=False, random_seed=1, target_modules=TARGETS))
+    if call == "beside a merged one":
+        model.merge_adapter(["good"])
+    with torch.no_grad():
+        merged = model(x)
+        layers(model)[1].paca_delta["default"].fill_(1e5)  # finite in float32; float16 ends at 65504
+        want = merged if call == "beside a merged one" else model(x)
+    merge = model.merge_adapter if call in ("merge_adapter", "beside a merged one") else model.merge_and_unload
+    settings = {"dequantize": True} if call == "dequantize" else {}
+    with pytest.raises(ValueError, match="would put NaN or Inf into the weight, so nothing was merged"):
+        merge(adapter_names=["default"], safe_merge=True, **settings)
+    assert [layer.merged_adapters for layer in layers(model)] == [["good"] if "beside" in call else []] * 2
+    with torch.no_grad():
+        assert torch.equal(model(x), want) or bool(want.isnan().any())

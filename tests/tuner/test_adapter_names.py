@@ -625,3 +625,28 @@ def test_a_copy_that_is_made_within_a_mixed_batch_over_experts_runs(duplicate):
     assert torch.equal(twin(x).logits, plain)
     assert torch.equal(twin(x, adapter_names=names).logits, mixed)
     assert torch.equal(twin.unload()(x).logits, model.unload()(x).logits)
+
+
+@pytest.mark.parametrize("kind", ["pre", "post", "both, with keywords"])
+def test_hooks_on_the_stock_layer_run_around_each_samples_columns(kind):
+    model = adapted_perceptron().eval()
+    model.add_adapter("other", paca.PacaConfig(r=3, random_seed=1, init_weights=False, target_modules=["lin1"]))
+    layer, seen = model.base_model.model.lin1.base_layer, []
+    if kind != "post":
+        layer.register_forward_pre_hook(lambda module, given, *_: (seen.append(module.weight), (given[0] * 3,))[1])
+    if kind != "pre":
+        with_keywords = "keywords" in kind
+        layer.register_forward_hook(lambda module, *given: given[-1] * 2, with_kwargs=with_keywords)
+    x, names = torch.randn(4, 7, requires_grad=True), ["default", BASE, "other", "default"]
+    mixed = model(x, adapter_names=names)
+    mixed.square().sum().backward()
+    gradients = x.grad.clone()
+    for n, name in enumerate(names):
+        x.grad = None
+        with model.disable_adapter() if name == BASE else contextlib.nullcontext():
+            model.set_adapter("default" if name == BASE else name)
+            alone = model(x[n : n + 1])
+            torch.testing.assert_close(mixed[n], alone[0])
+            alone.square().sum().backward()
+        torch.testing.assert_close(gradients[n], x.grad[n])
+    assert all(weight is layer.weight for weight in seen)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import pkgutil
+import weakref
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 
 import paca
@@ -166,6 +168,58 @@ def test_a_file_that_does_not_fit(tmp_path, case, how):
     FILES[case](tensors)
     save_file(tensors, tmp_path / ADAPTER)
     check_refused(tmp_path, how)
+
+
+def again(model, **settings):
+    return get_peft_model(model, PacaConfig(**{"r": 4, "target_modules": ["q_proj"], **settings}))
+
+
+SAME_NAME = {
+    "a file that does not fit": lambda model, folder: PeftModel.from_pretrained(model, folder),
+    "too many columns": lambda model, folder: again(model, r=99_999),
+    "more columns, then too many": lambda model, folder: again(model, r=6, rank_pattern={"1.self_attn.q_proj": 99_999}),
+    "no such module": lambda model, folder: again(model, target_modules=["nope"]),
+    "other layers, and too many": lambda model, folder: again(model, target_modules=["q_proj", "k_proj"], r=70),
+    "a saved module that is adapted": lambda model, folder: again(model, modules_to_save=["down_proj"]),
+}
+
+
+@pytest.mark.parametrize("onto", ["the model", "the PeftModel", "the PeftModel, disabled"])
+@pytest.mark.parametrize("case", SAME_NAME)
+def test_an_adapter_is_there_under_the_same_name(tmp_path, case, onto):
+    tensors = save(tmp_path)
+    FILES["a delta of another shape"](tensors)
+    save_file(tensors, tmp_path / ADAPTER)
+    base = llama(**SHARED)
+    adapted = adapt(base, task_type="CAUSAL_LM", target_modules=["q_proj", "down_proj"], modules_to_save=["up_proj"])
+    adapted.add_adapter("other", PacaConfig(r=4, target_modules=["down_proj", "o_proj"], init_weights=False))
+    if onto.endswith("disabled"):
+        adapted.base_model.disable_adapter_layers()
+    before, want, config = look_of(adapted), logits(adapted), adapted.peft_config["default"]
+    with pytest.raises(ValueError, match=r"columns were asked|not found|has no tensor|has shape|trained"):
+        SAME_NAME[case](base if onto == "the model" else adapted, tmp_path)
+    check_unchanged(adapted, before, want)
+    assert adapted.peft_config["default"] is config
+    if not onto.endswith("disabled"):
+        adapted(input_ids=tokens()).logits.square().mean().backward()
+        torch.optim.SGD([p for p in adapted.parameters() if p.requires_grad], lr=0.1).step()
+        assert not torch.equal(logits(adapted), want)
+
+
+def test_a_lora_adapter_is_there_under_the_same_name():
+    model = get_peft_model(llama(**SHARED), LoraConfig(target_modules=["q_proj"], init_lora_weights=False))
+    before, want = look_of(model), logits(model)
+    with pytest.raises(ValueError, match="already adapted by another method"):
+        again(model)
+    check_unchanged(model, before, want)
+
+
+def test_what_is_replaced_is_not_kept():
+    model = adapt(llama(**SHARED), target_modules=["q_proj"])
+    gone = weakref.ref(next(p for name, p in model.named_parameters() if "paca_delta" in name))
+    again(model.base_model.model)
+    gc.collect()
+    assert gone() is None
 
 
 @pytest.mark.parametrize("how", HOW)

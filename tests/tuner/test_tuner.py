@@ -749,3 +749,16 @@ def test_weights_that_are_taken_away_between_uses_are_refused():
     paca_layers(model)[0].base_layer.weight.data = torch.empty(0)
     with pytest.raises(RuntimeError, match=r"has the shape \(0,\): something takes weights away"):
         model(torch.randn(2, 7))
+
+
+@pytest.mark.parametrize("adapters", [["default"], ["default", "other"]])
+def test_a_state_dict_of_parameters_alone_is_saved_with_the_columns_places(tmp_path, adapters):
+    model = adapted_perceptron()
+    if "other" in adapters:
+        model.add_adapter("other", paca.PacaConfig(r=3, random_seed=1, init_weights=False, target_modules=["lin2"]))
+    model.save_pretrained(tmp_path, state_dict={n: p for n, p in model.named_parameters() if "paca_delta" in n})
+    x = torch.randn(4, 7)
+    for name in adapters:
+        again = PeftModel.from_pretrained(perceptron(), tmp_path if name == "default" else tmp_path / name)
+        model.set_adapter(name)
+        torch.testing.assert_close(again(x), model(x))

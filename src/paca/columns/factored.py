@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
 
-from paca.columns.stepping import layer_of_delta
+from paca.columns.stepping import owner_of_delta
 
 _FACTORS = ("a", "b")
 
@@ -145,6 +145,12 @@ class FactoredAdamW(torch.optim.Optimizer):
                     self.state[p].pop(name, None)
 
 
+def layer_of_delta(parameter: Tensor) -> Any:
+    """Whose delta it is, or what FSDP2 shards one as: an adapted layer, or None."""
+    found = owner_of_delta(parameter)
+    return None if found is None else found[0]()
+
+
 def _begin(state: dict[str, Any], p: Tensor, rank: int, number: int) -> None:
     """What is kept of a parameter; the seed of its draw is `number`."""
     state["step"] = 0
@@ -157,7 +163,7 @@ def _begin(state: dict[str, Any], p: Tensor, rank: int, number: int) -> None:
     wide = torch.promote_types(p.dtype, torch.float32)
     *experts, rows, columns = p.flatten(layer.delta_column_dim % p.dim()).shape
     bound, drawn = columns**-0.5, torch.Generator().manual_seed(number)
-    a = torch.empty(*experts, rank, columns, dtype=wide).uniform_(-bound, bound, generator=drawn)
+    a = torch.empty(*experts, rank, columns, dtype=wide, device="cpu").uniform_(-bound, bound, generator=drawn)
     state["a"], state["b"] = a.to(p.device), torch.zeros(*experts, rows, rank, dtype=wide, device=p.device)
     for name in _FACTORS:
         state[f"{name}_mean"], state[f"{name}_square"] = (torch.zeros_like(state[name]) for _ in range(2))
@@ -187,7 +193,7 @@ def _adamw(found: list[tuple[Tensor, Tensor, Tensor, Tensor, int]], group: dict[
         means,
         squares,
         max_exp_avg_sqs=[],
-        state_steps=[torch.tensor(step - 1.0) for *_, step in found],  # which it counts up
+        state_steps=[torch.tensor(step - 1.0, device="cpu") for *_, step in found],  # which it counts up
         foreach=True,
         amsgrad=False,
         beta1=first,

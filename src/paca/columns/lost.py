@@ -12,6 +12,8 @@ from collections.abc import Callable
 from types import FrameType
 from typing import Any
 
+import torch
+
 _REPEATED = (
     "Activation checkpointing repeats a forward pass with {now} active, but it first ran with other adapters or other "
     "values. Make the same adapters active again before backward(), or run backward() before switching or stepping."
@@ -75,11 +77,27 @@ def check_repeated(passes: dict[Any, list[Any]], key: Any, now: str) -> None:
         raise RuntimeError(_REPEATED.format(now=now))
 
 
+def note_unsaved(columns: Any) -> None:
+    """Note a pass of which autograd saves nothing (the input and all deltas are frozen), so that no tag tells what it
+    ran with; raise if checkpointing that is not re-entrant repeats it with columns that no first pass had."""
+    passes, state = columns.__dict__.setdefault("unsaved_passes", {}), columns.state
+    if torch._C._current_graph_task_id() == -1:
+        note_first(passes, state, columns.can_come_back)
+        del passes[state.key][1:]
+    elif state.key not in passes and _runs_in(("recompute_fn", "unpack_hook")):
+        raise RuntimeError(_REPEATED.format(now="other columns"))
+
+
 def _is_reentrant() -> bool:
     """Whether re-entrant checkpointing, torch's or DeepSpeed's, repeats this pass: a backward of theirs runs it."""
+    return _runs_in(("backward",))
+
+
+def _runs_in(functions: tuple[str, ...]) -> bool:
+    """Whether one of these, of a file about checkpointing, is on the stack."""
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
-        if frame.f_code.co_name == "backward" and "checkpoint" in frame.f_code.co_filename.rpartition("/")[2]:
+        if frame.f_code.co_name in functions and "checkpoint" in frame.f_code.co_filename.rpartition("/")[2]:
             return True
         frame = frame.f_back
     return False

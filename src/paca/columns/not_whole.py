@@ -13,13 +13,22 @@ TAKEN_APART = {"_fsdp_flattened", "ds_id"}  # what FSDP1 and DeepSpeed's ZeRO-3 
 
 
 def refuse_flattened(weight: Tensor) -> None:
-    """Raise `RuntimeError` under ZeRO-3 and under FSDP1. What is written into a piece of FSDP1's flat parameter is
-    lost, and it has no version counter and no memory of its own by which others' writes could be seen."""
+    """Raise `RuntimeError` under ZeRO-3 and FSDP1, and if the weight was offloaded.
+
+    What is written into a piece of FSDP1's flat parameter is lost, and it has no version counter and no memory of its
+    own by which others' writes could be seen.
+    """
     if hasattr(weight, "ds_id"):
         raise RuntimeError(
             "DeepSpeed's ZeRO-3 took weights apart that PaCA keeps columns in: the model was adapted before ZeRO-3 was "
             "known. Make the Accelerator or the TrainingArguments first, then load and adapt the model (columns are "
             "added to outputs then); or use FSDP2, or ZeRO stage 1 or 2."
+        )
+    if weight.is_meta:
+        raise RuntimeError(
+            "Something took a weight away that PaCA keeps columns in, as accelerate's cpu_offload, disk_offload and "
+            "dispatch_model do: what comes back later has no columns. Offload the model first and adapt it then, so "
+            "that columns are added to outputs; or unload() the adapter before."
         )
     # Two attributes that are not public (torch 2.13): of the parameter, and of what it is a view of in a pass.
     flat: Any = weight if isinstance(weight, nn.Parameter) else weight._base

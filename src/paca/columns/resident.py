@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from paca.columns import not_whole
 from paca.columns.entry import Entry
+from paca.columns.fingerprints import compare_values
 from paca.columns.kept import Kept, add_scaled, holds, oriented, positions_of, sum_of
 from paca.columns.state import ALONE, FOR_NOW, THREAD, ActiveColumns, AdapterColumns, State, is_sharded
 from paca.functional.column_blocks import blocks_in, blocks_of, put_columns, read_columns, version_of
@@ -47,7 +48,8 @@ class ResidentColumns(ActiveColumns):
 
     def home_to_write(self, weight: Tensor) -> Tensor:
         """What columns are written into, given the module's weight, for a call that may write it."""
-        if type(weight) is not nn.Parameter or weight.dim() < 2 or vars(weight).keys() & not_whole.TAKEN_APART:
+        taken = vars(weight).keys() & not_whole.TAKEN_APART or (weight.is_meta and self._left_as is not None)
+        if type(weight) is not nn.Parameter or weight.dim() < 2 or taken:
             not_whole.refuse_flattened(weight)
         return weight
 
@@ -189,6 +191,8 @@ class ResidentColumns(ActiveColumns):
                 if not Kept(self.kept.positions, columns).equal(sums):
                     for c in state.columns:
                         self.changed(c.name)
+            if self.values_seen:  # in mixed batches
+                compare_values(self, State((), self.base))
 
     def check_as_left(self, weight: Tensor) -> None:
         """Raise if somebody else wrote or replaced the weight while columns were in it, or parked for the moment."""

@@ -48,7 +48,7 @@ def shuffled(strategy: str, in_features: int, generator: torch.Generator) -> Ten
     if strategy == "random":
         return torch.randperm(in_features, generator=generator, device="cpu")
     first = torch.randperm(-(-in_features // BLOCK), generator=generator, device="cpu") * BLOCK
-    order = (first[:, None] + torch.arange(BLOCK)).flatten()
+    order = (first[:, None] + torch.arange(BLOCK, device="cpu")).flatten()
     return order[order < in_features]
 
 

@@ -169,6 +169,7 @@ class ActiveColumns:
         self.revisions: dict[str, int] = {}  # of each adapter of the layer
         self.trusted: set[str] = set()  # the adapters that an optimizer trains whose steps are seen
         self.unaccounted = False  # a backward pass ran with others, which a write may have followed that nobody saw
+        self.values_seen: dict[str, Any] = {}  # by adapter, what passes of columns that no weight holds ran with
         self._first_passes: dict[Any, list[State]] = {}  # of re-entrant checkpointing, by the key of their state
 
     def local(self, layer: Any, adapter_name: str) -> tuple[Tensor, Tensor | None]:
@@ -201,9 +202,9 @@ class ActiveColumns:
                 check_repeated(self._first_passes, self.state.key, names_of(self.state.columns))
         # A first pass runs within an autograd function; so does an evaluation's pass through checkpointing.
         elif may_be_recorded() and (not THREAD.passes or THREAD.passes[-1][1]):
-            note_first(self._first_passes, self.state, self._can_come_back)
+            note_first(self._first_passes, self.state, self.can_come_back)
 
-    def _can_come_back(self, state: State) -> bool:
+    def can_come_back(self, state: State) -> bool:
         return state.base == self.base and all(map(self.is_current, state.columns))
 
     def check_backward(self, state: State, saved_tag: Tensor) -> None:
@@ -214,7 +215,7 @@ class ActiveColumns:
             saved_tag: Its tag as autograd kept it: another one if activation checkpointing repeated the pass.
         """
         repeated = saved_tag is not state.tag and int(saved_tag) != hash(state.key)
-        if repeated or not self._can_come_back(state) or not state.unchanged():
+        if repeated or not self.can_come_back(state) or not state.unchanged():
             then, now = names_of(state.columns), names_of(self.state.columns)
             refuse_backward(repeated=repeated, base_changed=state.base != self.base, then=then, now=now)
         if not self.has_trust(state):

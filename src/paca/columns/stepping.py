@@ -39,18 +39,12 @@ def _held(optimizer: torch.optim.Optimizer) -> tuple[list[Held], list[Held]]:
     held: tuple[list[Held], list[Held]] = ([], [])
     for group in optimizer.param_groups:
         for parameter in cast("list[Tensor]", group["params"]):
-            if (found := _owner_of(parameter)) is not None:
+            if (found := owner_of_delta(parameter)) is not None:
                 held[parameter.grad is None].append(found)
     return held
 
 
-def layer_of_delta(parameter: Tensor) -> Any:
-    """Whose delta it is, or what FSDP2 shards one as: an adapted layer, or None."""
-    found = _owner_of(parameter)
-    return None if found is None else found[0]()
-
-
-def _owner_of(parameter: Tensor) -> Held | None:
+def owner_of_delta(parameter: Tensor) -> Held | None:
     deltas = _DELTAS.get(id(parameter))
     return None if deltas is None else deltas.owner_of(parameter)
 

@@ -39,6 +39,8 @@ def train_columns(
     if weight is not None and weight.requires_grad:
         check_frozen(weight)
     deltas, indices, *settings = trained
+    if weight is not None and source is None and not any(t.requires_grad for t in (x, *deltas, bias) if t is not None):
+        return product.apply(x, weight, bias)  # Dynamo can't trace a function of which nothing needs a gradient
     return _TrainColumns.apply((product, source, *settings), x, weight, bias, added_to, *indices, *deltas)
 
 

@@ -9,10 +9,10 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from paca.columns.entry import Entry
 from paca.columns.lost import is_on_the_stack
@@ -142,6 +142,20 @@ def _call_below(frame: FrameType | None) -> FrameType | None:
     if frame is None or frame.f_code.co_name == "enter_context" or frame.f_code.co_flags & _LEFT_MEANWHILE:
         return None
     return frame
+
+
+def adding(module: nn.Module, add: Callable[[Tensor, Tensor], Tensor]) -> nn.Module:
+    """The same module (its attributes, its hooks) with `add(output, input)` in place of its output: its hooks run
+    around that, as they run around columns in its weight. For one pass."""
+
+    def forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return add(super(cls, self).forward(x, *args, **kwargs), x)
+
+    kind = type(module)
+    cls: Any = type(kind.__name__, (kind,), {"forward": forward, "__module__": kind.__module__})
+    alias: nn.Module = cls.__new__(cls)
+    alias.__dict__ = module.__dict__
+    return alias
 
 
 class StepUnderway(RuntimeError):

@@ -10,6 +10,7 @@ from accelerate.hooks import remove_hook_from_module
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from paca.columns.fingerprints import compare_values
 from paca.columns.merging import check_merged
 from paca.columns.state import AdapterColumns, State
 from paca.layers.base import PacaLayer
@@ -43,12 +44,14 @@ class OverlaidLinear(PacaLayer):
         """Let the next pass see what is active; nothing is in the weight."""
         columns = self.base_layer.columns
         columns.notice()
+        if compare or columns.unaccounted:
+            compare_values(columns, columns.state)
         columns.unaccounted = False
         columns.state = State(self.wanted(), columns.base, like=columns.state)
 
     def job(self, *, compare: bool = False) -> Any:
         """The same; there is nothing to write together with other layers."""
-        self.write()
+        self.write(compare=compare)
 
     def park(self) -> None:
         """Nothing is in the weight."""
@@ -109,12 +112,17 @@ class OverlaidLinear(PacaLayer):
         base = self.base_layer
         if not isinstance(base, PatchedWeight):
             raise self.unwritable(columns[0].name)
-        if safe:
-            check_merged(columns, [c.delta for c in columns])
-        together = tuple(self.columns_of(n) for n in self.merged_adapters) + columns
-        if self.merged_adapters:
+        before, dtype = tuple(self.columns_of(n) for n in self.merged_adapters), base.quantization.stored_dtype(base)
+        if before:
             base.quantization.restore(base, self._before_merge)
-        weight = base.patched_weight(base.quantization.stored_dtype(base), together)
+        weight = base.patched_weight(dtype, before + columns)
+        try:
+            if safe:
+                check_merged(columns, [weight])
+        except ValueError:
+            if before:
+                self._before_merge = base.quantization.replace(base, base.patched_weight(dtype, before))
+            raise
         self._before_merge = base.quantization.replace(base, weight)
         self.merged_adapters.extend(c.name for c in columns)
         base.columns.base_changed()
@@ -141,14 +149,19 @@ class OverlaidLinear(PacaLayer):
             "model in a form that can be written."
         )
 
-    def dequantized_linear(self, dtype: torch.dtype, adapter_names: list[str] | None) -> nn.Linear:
-        """An ordinary layer in `dtype` with the adapters' columns in it, rounded once."""
+    def dequantized_linear(
+        self, dtype: torch.dtype, adapter_names: list[str] | None, *, safe: bool = False
+    ) -> nn.Linear:
+        """An ordinary layer in `dtype` with the adapters' columns in it, rounded once. Raise `ValueError` if `safe`
+        finds NaN or Inf."""
         base = self.base_layer
         assert isinstance(base, PatchedWeight)
         if self.merged:
             self.unmerge()
         columns = tuple(self.columns_of(n) for n in adapter_names or self.active_adapters if n in self.paca_delta)
         weight = base.patched_weight(dtype, columns) if columns else base.quantization.dequantize(base).to(dtype)
+        if safe:
+            check_merged(columns, [weight])
         return base.quantization.plain(base, weight)
 
     # -- devices ------------------------------------------------------------------------------------------------
@@ -176,14 +189,18 @@ def keep_for_dispatch(model: nn.Module, adapter_name: str, tensors: dict[str, Te
 
 
 @torch.no_grad()
-def dequantize_model(model: Any, adapter_names: list[str] | None) -> None:
+def dequantize_model(model: Any, adapter_names: list[str] | None, *, safe: bool = False) -> None:
     """Put ordinary `nn.Linear` layers in place of all quantized ones, in place, in the model's dtype.
 
-    Columns of the adapters (default: the active ones) are written into the new weights, rounded once. The layers have
-    passed `check_mergeable` (tuner/merging.py).
+    Columns of the adapters (default: the active ones) are written into the new weights, rounded once. If `safe`, raise
+    `ValueError` where one would not be finite; nothing is replaced then. The layers have passed `check_mergeable`
+    (tuner/merging.py).
     """
-    inside = {id(m.base_layer) for m in model.modules() if isinstance(m, OverlaidLinear)}
+    overlaid = [m for m in model.modules() if isinstance(m, OverlaidLinear)]
+    inside = {id(m.base_layer) for m in overlaid}
     own = getattr(model, "dtype", None)  # of a transformers model; else what the weight dequantizes to
+    for layer in overlaid if safe else ():
+        layer.dequantized_linear(own or layer.base_layer.weight_placement()[1], adapter_names, safe=True)
     for name, module in list(model.named_modules()):
         quantization = quantization_of(module)
         if isinstance(module, OverlaidLinear):

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from paca.columns.fingerprints import compare_values, note_values
 from paca.columns.kept import Kept, positions_of, sum_of
 from paca.columns.resident import WRITING
 from paca.columns.state import ActiveColumns, AdapterColumns, State
@@ -103,7 +104,11 @@ class ColumnsKept(NamedTuple):
     source: tuple[Any, ...]
     originals: Kept  # of `packed`, while that and `source` are the same
     state: State | None = None
-    columns: Any = None  # those of `state`: every write makes another one
+    columns: Any = None  # those of `state`
+
+    def is_of(self, state: State) -> bool:
+        """Whether `columns` are those of a state."""
+        return self.state is not None and self.state.key == state.key
 
 
 class PatchedWeight(OverlaidWeight):
@@ -178,7 +183,7 @@ class PatchedWeight(OverlaidWeight):
             kept = ColumnsKept(packed, source, originals)
         else:
             weight = quantization.weight(self, dtype)
-        if kept.state is not state:
+        if not kept.is_of(state):
             kept = kept._replace(state=state, columns=sum_of(kept.originals, state.columns, 1).to(dtype))
         self._columns_kept = kept  # at once: other threads may read it
         put_columns(weight, 1, kept.originals.positions, kept.columns)
@@ -196,11 +201,15 @@ class PatchedPass(WeightSource):
         self.module, self.state, self.dtype, self.columns, self.tag = module, state, dtype, module.columns, state.tag
         self.packed = module.quantization.packed(module)
         self.version = version_of(self.packed)
+        note_values(self.columns, state)
 
     def weight(self) -> Tensor:
         return self.module.weight_of_pass(self.dtype, self.state)
 
     def weight_again(self, saved_tag: Tensor, wanted: bool) -> Tensor | None:
+        kept = self.module._columns_kept
+        if kept is None or not kept.is_of(self.state):
+            compare_values(self.columns, self.state)  # the deltas are read again
         self.columns.check_backward(self.state, saved_tag)
         if self.module.quantization.packed(self.module) is not self.packed or version_of(self.packed) != self.version:
             raise RuntimeError(
@@ -219,11 +228,14 @@ class AddedPass(WeightSource):
     def __init__(self, columns: ActiveColumns, state: State, batch_tag: int | None = None) -> None:
         self.columns, self.state = columns, state
         self.tag = state.tag if batch_tag is None else torch.tensor(hash((state.key, batch_tag)), device="cpu")
+        note_values(columns, state)
 
     def weight(self) -> Tensor:
         raise AssertionError("columns are added to an output")
 
     def weight_again(self, saved_tag: Tensor, wanted: bool) -> None:
+        if not self.columns.has_trust(self.state):
+            compare_values(self.columns, self.state)  # the deltas are read again
         same = saved_tag is self.tag or int(saved_tag) == int(self.tag)
         self.columns.check_backward(self.state, self.state.tag if same else saved_tag)
 

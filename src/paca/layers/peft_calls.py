@@ -5,17 +5,19 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable
-from typing import Any, ClassVar
+from functools import partial
+from typing import Any, ClassVar, cast
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor
 
 from paca.columns.kept import oriented
+from paca.columns.resident import WRITING
 from paca.columns.state import AdapterColumns, State
 from paca.columns.stepping import others_step
 from paca.functional.train_columns import train_columns
-from paca.layers.mixed_batch import MixedBatch, StepUnderway, after_steps, current_mixed_batch
+from paca.layers.mixed_batch import MixedBatch, StepUnderway, adding, after_steps, current_mixed_batch
 from paca.layers.overlaid_weight import AddedPass
 
 
@@ -38,10 +40,20 @@ class PeftCalls(BaseTunerLayer):
     write: Any
     columns_of: Any
     wanted_names: Any
+    stale: Any
     delta_shape: Any
     cast_deltas: Any
     delta_column_dim: int
     in_features: int
+
+    @property
+    def weight(self) -> Any:
+        """The base weight, for code that multiplies with it itself, as torch's transformer encoders do in evaluation
+        mode: with the active columns, also after something parked them for the moment."""
+        if self.mode == "resident" and not torch.compiler.is_compiling() and self.stale():
+            with WRITING:  # steps and writes of other threads wait
+                (self.check_held if others_step([self]) else self.write)()
+        return super().weight
 
     def delete_adapter(self, adapter_name: str) -> None:
         super().delete_adapter(adapter_name)
@@ -163,9 +175,12 @@ class PeftCalls(BaseTunerLayer):
         written and another thread steps its deltas. Raises as `rows_of`."""
 
         def once() -> Tensor:
-            y: Tensor = self.base_layer(x, *args, **kwargs)
-            batch = current_mixed_batch(self)
-            return y if batch is None else self.add_mixed_batch(y, x, batch)
+            base, batch = self.base_layer, current_mixed_batch(self)
+            if batch is None:
+                return cast("Tensor", base(x, *args, **kwargs))
+            if (base._forward_pre_hooks or base._forward_hooks) and "forward" not in vars(base):
+                return cast("Tensor", adding(base, partial(self.add_mixed_batch, batch=batch))(x, *args, **kwargs))
+            return self.add_mixed_batch(base(x, *args, **kwargs), x, batch)
 
         return after_steps(once)
 

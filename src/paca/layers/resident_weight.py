@@ -11,8 +11,9 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch._C._autograd import _top_saved_tensors_default_hooks as is_checkpointing
 
-from paca.columns.lost import refuse_torn
+from paca.columns.lost import note_unsaved, refuse_torn
 from paca.columns.merging import MergeableColumns
 from paca.columns.resident import WRITING
 from paca.columns.sharded import ShardedColumns
@@ -129,6 +130,8 @@ class ResidentWeight(nn.Module):
         if not torch.is_grad_enabled():
             return super().forward(x)
         trained = self.columns.trained(state, self.owner()) if weight is None else state.trained
+        if is_checkpointing(True) and not any(t.requires_grad for t in (x, *trained.deltas)):
+            note_unsaved(self.columns)
         return train_columns(self.product(), x, weight, self.bias, trained, ResidentPass(self, state))
 
     def state_now(self) -> State:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from paca.columns.stepping import layer_of_delta
+from paca.columns.factored import layer_of_delta
 from paca.messages.errors import PacaError
 
 _TWO_MOMENTS = ("adamw_torch", "adamw_torch_fused")

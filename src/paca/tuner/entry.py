@@ -64,9 +64,9 @@ class ModelEntry(Entry):
             # Before the look: a signal's handler that parks weights meanwhile makes each layer look itself, as here.
             self.unwritten = any(batch.entry is self for batch in Running.batches)
             try:
-                doubted = [one for one in self.layers if mode[0] and not one.base_layer.columns.has_trust()]
-                if changed or doubted:
-                    write_layers([*(self.layers if changed else doubted), *self.others], compare=True)
+                every = [*self.layers, *self.others]
+                untrusted = [one for one in every if mode[0] and not one.base_layer.columns.has_trust()]
+                write_layers(every if changed else untrusted, compare=True)
                 write_layers([layer for layer in self.layers if layer.stale()])
             except BaseException:
                 self.unwritten = True

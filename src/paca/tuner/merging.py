@@ -35,7 +35,7 @@ class MergesAdapters(SumsAdapters):
         """
         check_mergeable(self.model, adapter_names, safe_merge)
         if dequantize:
-            dequantize_model(self.model, adapter_names)
+            dequantize_model(self.model, adapter_names, safe=safe_merge)
         if safe_merge:
             self.merge_adapter(adapter_names, safe_merge=True)
         return super().merge_and_unload(progressbar, safe_merge, adapter_names)

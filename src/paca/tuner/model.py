@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import copy
-import dataclasses
 from collections import Counter
 from typing import Any
 
-from peft.tuners.tuners_utils import _maybe_include_all_linear_layers
 from torch import Tensor, nn
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
@@ -26,12 +23,12 @@ from paca.tuner.merging import MergesAdapters
 from paca.tuner.offloaded_files import refuse_overwriting
 from paca.tuner.recorded_quantization import note_quantization
 from paca.tuner.reference import REFERENCE, columns_of_original, copy_original
-from paca.tuner.registration import PREFIX
-from paca.tuner.removal import remove_adapter, remove_unloaded
+from paca.tuner.registration import PREFIX, as_ours
+from paca.tuner.removal import remove_adapter, remove_unloaded, replacing
 from paca.tuner.rotation.files import with_unions, without_unions
 from paca.tuner.saved_modules import check_saved_modules
 from paca.tuner.strange_expressions import try_expressions
-from paca.tuner.targets import adapted_after_all
+from paca.tuner.targets import adapted_after_all, endings_of_all_linear
 from paca.tuner.unused_names import check_indices_used, warn_of_unused
 
 
@@ -43,15 +40,14 @@ class PacaModel(AdaptsStacks, MergesAdapters):
     target_module_mapping: dict[str, list[str]] = {}  # noqa: RUF012  (PEFT reads it; ours targets all linear layers)
 
     def __init__(self, model: nn.Module, *args: Any, **kwargs: Any) -> None:
-        super().__init__(model, *args, **kwargs)
+        with replacing(model, *args, **kwargs) if hasattr(model, "peft_config") else contextlib.nullcontext():
+            super().__init__(model, *args, **kwargs)
         entry.install_in_holder(self, model)
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         config = self.peft_config[adapter_name]
-        if not isinstance(config, PacaConfig):  # PEFT's own (>= 0.22): fields of the same name mean the same
-            known = {f.name for f in dataclasses.fields(PacaConfig) if f.init} - {"peft_type"}
-            own = {key: value for key, value in dataclasses.asdict(config).items() if key in known}
-            config = self.peft_config[adapter_name] = PacaConfig(**own)
+        if not isinstance(config, PacaConfig):  # PEFT's own (>= 0.22)
+            config = self.peft_config[adapter_name] = as_ours(config, PacaConfig)
         config.trainable_before = {name: p.requires_grad for name, p in model.named_parameters()}
         # How many names a module has, and how many parameters are in one memory.
         self._uses: Counter[Any] = Counter(id(m) for _, m in model.named_modules(remove_duplicate=False))
@@ -83,8 +79,7 @@ class PacaModel(AdaptsStacks, MergesAdapters):
                 copy_original(self.peft_config, paca_layers(model))
             entry.install(model)
         except BaseException:
-            self.peft_config.pop(adapter_name, None)
-            remove_adapter(model, adapter_name, config.trainable_before)
+            remove_adapter(model, self.peft_config, adapter_name, config)
             raise
         if config.target_parameters:
             warn_of_unused(model, adapter_name, config)
@@ -95,9 +90,7 @@ class PacaModel(AdaptsStacks, MergesAdapters):
             by_default = rf"(.*\.)?({named})" if named else "all-linear"
             peft_config.target_modules = set() if peft_config.target_parameters else by_default
         if peft_config.layers_to_transform is not None and peft_config.target_modules == "all-linear":
-            # PEFT filters blocks only where the targets are endings of names.
-            chosen: Any = _maybe_include_all_linear_layers(copy.copy(peft_config), self.model)
-            peft_config.target_modules = {name.rpartition(".")[2] for name in chosen.target_modules}
+            peft_config.target_modules = endings_of_all_linear(peft_config, self.model)
         return peft_config
 
     def _create_and_replace(
@@ -181,6 +174,9 @@ class PacaModel(AdaptsStacks, MergesAdapters):
         cls, model: Any, config: Any, adapter_name: str, state_dict: dict[str, Tensor], *args: Any, **kwargs: Any
     ) -> dict[str, Tensor]:
         chosen = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, *args, **kwargs)
+        missing = {name.replace(".paca_delta.", ".paca_indices.") for name in chosen} - chosen.keys()
+        if missing:  # parameters alone were given
+            chosen |= {name: buffer for name, buffer in model.named_buffers() if name in missing}
         rotated = getattr(config, "union", None) is not None or _is_rotated(model, adapter_name)
         return with_unions(model, config, adapter_name, state_dict, chosen) if rotated else chosen
 
@@ -196,9 +192,9 @@ class PacaModel(AdaptsStacks, MergesAdapters):
                 checked = without_unions(model, adapter_name, checked)
         except BaseException:
             if getattr(config, "loading", False):
-                remove_unloaded(model, adapter_name, config.trainable_before)
+                remove_unloaded(model, adapter_name, config)
             raise
-        config.loading, config.trainable_before = False, {}
+        config.loading, config.trainable_before, config.replaced = False, {}, None
         if hasattr(model, "hf_device_map"):
             keep_for_dispatch(model, adapter_name, checked)
         return checked

@@ -6,6 +6,9 @@ entries are replaced by ours, which reads and writes the same adapters.
 
 from __future__ import annotations
 
+import dataclasses
+from typing import Any
+
 from peft import mapping
 from peft.config import PeftConfig
 from peft.tuners.tuners_utils import BaseTuner
@@ -28,6 +31,12 @@ def add_peft_type() -> PeftType:
         PeftType._value2member_map_[NAME] = member
         type.__setattr__(PeftType, NAME, member)  # the enum's own __setattr__ refuses new members
     return PeftType(NAME)
+
+
+def as_ours(config: Any, config_cls: Any) -> Any:
+    """A config of PEFT's own PaCA as one of ours: fields of the same name mean the same."""
+    known = {field.name for field in dataclasses.fields(config_cls) if field.init} - {"peft_type"}
+    return config_cls(**{key: value for key, value in dataclasses.asdict(config).items() if key in known})
 
 
 def register(config_cls: type[PeftConfig], model_cls: type[BaseTuner]) -> None:

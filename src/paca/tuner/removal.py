@@ -1,9 +1,12 @@
-"""Taking an adapter out of a model that could not be put in or loaded."""
+"""Taking an adapter out of a model that could not be put in or loaded, and putting back what was there before."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
+from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTuner
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
@@ -12,19 +15,77 @@ from paca.layers import PacaLayer, paca_layers
 from paca.layers.experts import ExpertStack, put_parameter_back
 from paca.tuner import entry
 
+_TABLES = ("paca_delta", "paca_indices", "r", "paca_alpha", "scaling", "folded")
+"""What an adapted layer has by the name of an adapter."""
 
-def remove_adapter(model: nn.Module, adapter_name: str, trainable_before: dict[str, bool]) -> None:
-    """Take an adapter out again, and restore what was trainable.
+
+class Replaced:
+    """What a model has under an adapter's name, before another adapter comes under the same one."""
+
+    def __init__(self, model: Any, adapter_name: str) -> None:
+        self.config = model.peft_config.get(adapter_name)
+        self.name, self.is_entered = adapter_name, entry.entry_of(model) is not None
+        modules = [m for m in model.modules() if isinstance(m, AuxiliaryTrainingWrapper)]
+        self.saved_whole = [m for m in modules if adapter_name in m._adapters]
+        layers = {layer: layer.base_layer.columns for layer in paca_layers(model) if adapter_name in layer.r}
+        self.layers = {
+            layer: (
+                {name: table[adapter_name] for name in _TABLES if adapter_name in (table := getattr(layer, name))},
+                columns.revisions.get(adapter_name, 0),
+                adapter_name in columns.trusted,
+                (layer._active_adapter, layer._disable_adapters),
+            )
+            for layer, columns in layers.items()
+        }
+
+    def put_back(self, layer: PacaLayer) -> None:
+        """Give `layer` its adapter again; the weight is yet to be written."""
+        tables, revision, is_trusted, (layer._active_adapter, layer._disable_adapters) = self.layers[layer]
+        for name, value in tables.items():
+            getattr(layer, name)[self.name] = value
+        if "folded" not in tables:
+            layer.folded.pop(self.name, None)
+        columns = layer.base_layer.columns
+        columns.revisions[self.name] = revision
+        (columns.trusted.add if is_trusted else columns.trusted.discard)(self.name)
+
+
+@contextmanager
+def replacing(model: Any, configs: Any, adapter_name: str, *args: Any, **kwargs: Any) -> Iterator[None]:
+    """A block in which an adapter is put into a model that has adapters already, maybe one of its name."""
+    config: Any = configs if isinstance(configs, PeftConfig) else configs[adapter_name]
+    config.replaced = Replaced(model, adapter_name)
+    yield
+    if not getattr(config, "loading", False):  # else it may still fail
+        config.replaced = None
+
+
+def remove_adapter(model: nn.Module, configs: dict[str, Any], adapter_name: str, config: Any) -> None:
+    """Take an adapter out again, and restore what was trainable and what it replaced.
 
     Layers that have no other adapter become stock modules again.
+
+    Args:
+        model: The adapted model, which may be a `PeftModel` with adapters of its own.
+        configs: Those of the model's adapters.
+        config: The adapter's; it knows what was there before.
     """
+    before: Replaced | None = getattr(config, "replaced", None)
+    if before is not None and before.config is not None:
+        configs[adapter_name] = before.config
+    else:
+        configs.pop(adapter_name, None)
     for name, module in list(model.named_modules()):
         if isinstance(module, AuxiliaryTrainingWrapper) and adapter_name in module._adapters:
+            if before is not None and module in before.saved_whole:
+                continue
             active = [other for other in module.active_adapters if other != adapter_name]
             module.delete_adapter(adapter_name, new_active_adapters=active)
             empty = not module._adapters
         elif isinstance(module, PacaLayer):
-            if adapter_name in module.r:  # it may have got no delta yet
+            if before is not None and module in before.layers:
+                before.put_back(module)
+            elif adapter_name in module.r:  # it may have got no delta yet
                 module.delete_adapter(adapter_name)
             empty = not module.paca_delta
         else:
@@ -37,20 +98,21 @@ def remove_adapter(model: nn.Module, adapter_name: str, trainable_before: dict[s
                 put_parameter_back(parent, child, stock)
             else:
                 setattr(parent, child, stock)
-    if paca_layers(model):
-        entry.install(model)  # without the layers that went
-    else:
+    if not paca_layers(model) or (before is not None and not before.is_entered):
         entry.remove(model)
-        if getattr(model, "peft_config", None) == {}:
+        if vars(model).get("peft_config") == {}:
             del model.peft_config
+    for module in model.modules():
+        if (of_module := entry.entry_of(module)) is not None:
+            of_module.take(paca_layers(module))  # without the layers that went
+    config.replaced = None
     for name, parameter in model.named_parameters():
-        if name in trainable_before:
-            parameter.requires_grad_(trainable_before[name])
+        if name in config.trainable_before:
+            parameter.requires_grad_(config.trainable_before[name])
     entry.write_layers(paca_layers(model))  # what was parked meanwhile
 
 
-def remove_unloaded(model: Any, adapter_name: str, trainable_before: dict[str, bool]) -> None:
+def remove_unloaded(model: Any, adapter_name: str, config: Any) -> None:
     """Take out an adapter that was only just put into a `PeftModel`, or a model without one, to be loaded into."""
     tuner = getattr(model, "base_model", None)
-    model.peft_config.pop(adapter_name, None)
-    remove_adapter(tuner.model if isinstance(tuner, BaseTuner) else model, adapter_name, trainable_before)
+    remove_adapter(tuner.model if isinstance(tuner, BaseTuner) else model, model.peft_config, adapter_name, config)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.tuners.tuners_utils import BaseTunerLayer, _maybe_include_all_linear_layers
 from torch import nn
 
 from paca.columns.state import is_sharded
@@ -13,6 +14,13 @@ from paca.layers import PACA_CLASSES, RESIDENT_CLASSES, PacaLayer
 from paca.layers.modes import OVERLAID, is_offloaded, is_partitioned, known_quantizations, mode_of
 from paca.layers.overlaid import OverlaidLinear
 from paca.layers.resident_weight import ResidentWeight
+
+
+def endings_of_all_linear(config: Any, model: nn.Module) -> set[str]:
+    """What "all-linear" stands for where only some blocks are adapted: PEFT filters blocks only where the targets are
+    endings of names."""
+    chosen: Any = _maybe_include_all_linear_layers(copy.copy(config), model)
+    return {name.rpartition(".")[2] for name in chosen.target_modules}
 
 
 def adapted_after_all(target: Any, key: str, model: nn.Module) -> PacaLayer:
