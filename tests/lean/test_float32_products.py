@@ -1,8 +1,10 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable
 from itertools import pairwise
+from multiprocessing.pool import ThreadPool
 
 import pytest
 import torch
@@ -125,7 +127,7 @@ def test_contexts_may_end_in_any_order_in_any_thread() -> None:
 
 @pytest.mark.parametrize(("slower", "shape", "gains"), [
     (7.0, (600, 16, 1536), True), (7.0, (1, 1024, 1024), False), (1.8, (600, 16, 1536), False),
-    (1.8, (600, 64, 1536), False), (1.8, (200, 576, 1536), True),
+    (1.8, (600, 64, 1536), False), (1.8, (2048, 128, 2048), False), (1.8, (200, 576, 1536), True),
 ])  # fmt: skip
 def test_products_that_convert_much_for_little_are_left_alone(
     slower: float, shape: tuple[int, int, int], gains: bool, monkeypatch: pytest.MonkeyPatch, seen: list[str]
@@ -192,7 +194,7 @@ def test_it_is_used_where_the_cpu_is_slower(
     slower: float, chosen: bool, monkeypatch: pytest.MonkeyPatch, seen: list[str]
 ) -> None:
     monkeypatch.setattr(module, "times_as_slow", lambda dtype: slower)
-    a = drawn(200, 200)
+    a = drawn(400, 400)
     with fastest_products(CPU, torch.bfloat16):
         a @ a
     assert bool(seen) == chosen
@@ -204,10 +206,46 @@ def test_it_is_used_where_the_cpu_is_slower(
 TIMED = module.times_as_slow
 
 
+@pytest.fixture
+def untimed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_times", {})
+
+
+@pytest.mark.usefixtures("untimed")
 def test_products_are_timed_in_each_dtype() -> None:
     threads = torch.get_num_threads()
     assert all(0 < TIMED(dtype) < 1000 for dtype in DTYPES)
     assert torch.get_num_threads() == threads
+
+
+@pytest.mark.usefixtures("untimed")
+def test_a_timing_within_autocast_is_of_the_dtypes_themselves(monkeypatch: pytest.MonkeyPatch) -> None:
+    results: list[torch.dtype] = []
+    linear = torch.nn.functional.linear
+
+    def noting(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        results.append((y := linear(x, weight)).dtype)
+        return y
+
+    monkeypatch.setattr(torch.nn.functional, "linear", noting)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        TIMED(torch.float16)
+    assert set(results) == {torch.float16, torch.float32}
+
+
+@pytest.mark.usefixtures("untimed")
+def test_threads_that_ask_at_once_wait_for_one_timing(monkeypatch: pytest.MonkeyPatch) -> None:
+    timings = []
+
+    def slowly(dtype: torch.dtype) -> float:
+        timings.append(dtype)
+        time.sleep(0.05)
+        return 2.0
+
+    monkeypatch.setattr(module, "_measured", slowly)
+    with ThreadPool(4) as pool:
+        assert pool.map(TIMED, [torch.bfloat16] * 4) == [2.0] * 4
+    assert timings == [torch.bfloat16]
 
 
 @pytest.mark.parametrize("size", [0, 1, 1024, 1025, 5000])

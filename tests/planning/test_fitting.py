@@ -8,6 +8,7 @@ import torch
 from architectures import config
 
 import paca
+from paca.lean import float32_products
 from paca.planning import Setting, estimate, fit, step_seconds
 from paca.planning.budget import warn_if_too_large
 from paca.planning.device_rates import MatmulRate, fixed_rate, measure_rate
@@ -111,6 +112,20 @@ def test_a_rate_can_be_measured_here() -> None:
     rate = measure_rate("cpu", torch.float32, features=32, seconds=0.02)
     assert all(value > 0 for value in rate.measured.values())
     assert "float32" in rate.source
+
+
+@pytest.mark.parametrize(("slower", "made_in_float32"), [(1.9, True), (1.1, False)])
+def test_a_rate_is_that_of_the_products_that_a_run_makes(
+    slower: float, made_in_float32: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(float32_products, "times_as_slow", lambda dtype: slower)
+    products: list[int] = []
+    made = float32_products._PRODUCTS["mm"]
+    noting = {"mm": lambda *values: [products.append(1), made(*values)][1]}
+    monkeypatch.setattr(float32_products, "_PRODUCTS", float32_products._PRODUCTS | noting)
+    rate = measure_rate("cpu", torch.bfloat16, features=512, seconds=0.02)
+    assert bool(products) == made_in_float32
+    assert rate.source.endswith("in bfloat16, products in float32" if made_in_float32 else "in bfloat16")
 
 
 def test_a_warning_comes_exactly_when_memory_is_short() -> None:

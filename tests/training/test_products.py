@@ -113,8 +113,35 @@ def test_a_resumed_run_keeps_to_the_products_that_it_began_with(
     shutil.rmtree(folder / "checkpoints" / "checkpoint-2")
     made.clear()
     monkeypatch.setattr(float32_products, "times_as_slow", lambda dtype: 1.0)  # a busy moment, or another machine
-    train(config, resume=True, console=Console(quiet=True))
+    console = Console(file=io.StringIO(), width=300)
+    train(config, resume=True, console=console)
     assert made
+    assert "began with products of bfloat16 made in float32, and keeps to them." in console.file.getvalue()
+
+
+@pytest.mark.usefixtures("slow")
+@pytest.mark.parametrize("begun", ["on a fast machine", "before there was a choice"])
+def test_a_resumed_run_keeps_to_its_own_products_and_says_so(
+    config_file: Path, tmp_path: Path, made: list[torch.dtype], begun: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    changes = ["model.dtype=bfloat16", "train.max_steps=2", "train.save_steps=1", f"output.dir={tmp_path / 'run'}"]
+    config = load_run_config(config_file, changes)
+    with monkeypatch.context() as patch:
+        patch.setattr(float32_products, "times_as_slow", lambda dtype: 1.0)
+        folder = train(config, console=Console(quiet=True)).folder
+    inputs = json.loads((folder / "inputs.json").read_text())
+    assert inputs["products"] == "bfloat16"
+    if "before" in begun:
+        del inputs["products"]
+        (folder / "inputs.json").write_text(json.dumps(inputs))
+    (folder / "summary.json").unlink()
+    shutil.rmtree(folder / "checkpoints" / "checkpoint-2")
+    console = Console(file=io.StringIO(), width=300)
+    train(config, resume=True, console=console)
+    assert not made
+    shown = console.file.getvalue()
+    assert "but the run began with its own, and keeps to them." in shown
+    assert "they are made in float32 here" not in shown
 
 
 @pytest.mark.usefixtures("slow")

@@ -8,7 +8,6 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -21,14 +20,21 @@ _VERY_SLOW = 4.0
 _EDGE = 1024
 """Rows and columns that are converted at most at a time: 4 MiB of float32 for each factor and for their product."""
 _SIXTEEN_BITS = (torch.bfloat16, torch.float16)
+_LOCK = threading.RLock()  # a time is measured once, as the number of threads is changed for it, which is everybody's
+_times: dict[torch.dtype, float] = {}
 
 
-@lru_cache
 def times_as_slow(dtype: torch.dtype) -> float:
-    """How many times as long as float32's products those of `dtype` take a thread of this CPU (within 0.3 s).
+    """How many times as long as float32's products those of `dtype` take a thread of this CPU (within 0.3 s, once)."""
+    if dtype not in _times:
+        with _LOCK, torch.autocast("cpu", enabled=False):
+            if dtype not in _times:
+                _times[dtype] = _measured(dtype)
+    return _times[dtype]
 
-    In the thread's own time, so that other work on the machine changes little.
-    """
+
+def _measured(dtype: torch.dtype) -> float:
+    """In the thread's own time, so that other work on the machine changes little."""
     kinds = (dtype, torch.float32)
     factors = {kind: torch.ones(2, 256, 256, dtype=kind, device="cpu") for kind in kinds}
     taken: dict[torch.dtype, list[float]] = {kind: [] for kind in kinds}
@@ -64,8 +70,10 @@ def float32_products() -> Iterator[None]:
     `paca train` does so where a CPU is slower at 16 bits than at float32, most of all with AVX2 alone. Weights,
     activations and gradients stay in 16 bits; blocks of them are converted as they are multiplied, where there are
     enough multiplications to pay for that. It holds for the whole process, all its threads and every layer: in eager
-    code, in autograd's products, and in compiled code where that calls torch's. Convolutions and fused attention are as
-    before.
+    code, in autograd's products, and in compiled code where that calls torch's. Convolutions, fused attention, and
+    products in place or that are added to a batch (`addmm_`, `baddbmm`) are as before.
+
+    It does not ask whether this CPU is slower at 16 bits: where it is not, products take longer so.
     """
     with _LOCK:
         _install()
@@ -77,7 +85,6 @@ def float32_products() -> Iterator[None]:
             _wanted[0] -= 1
 
 
-_LOCK = threading.Lock()
 _wanted = [0]  # by how many contexts
 _installed: list[torch.library.Library] = []  # for good: another thread may be within a product when a context ends
 
@@ -116,7 +123,7 @@ def _gains(name: str, a: Tensor, b: Tensor, out: Tensor | None) -> bool:
     if out is not None and (out.shape != shape or out.dtype != a.dtype):
         return False
     often = 1 / (1 / shape[-2] + 1 / shape[-1] + 1 / a.shape[-1])  # multiplications for each value of all three
-    return often >= (6 if times_as_slow(a.dtype) >= _VERY_SLOW else 64)
+    return often >= (6 if times_as_slow(a.dtype) >= _VERY_SLOW else 128)
 
 
 def _addmm(added: Tensor, a: Tensor, b: Tensor, *, beta: float = 1, alpha: float = 1) -> Tensor:

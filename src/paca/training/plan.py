@@ -134,12 +134,13 @@ class Plan:
         return f"about {steps:,}, known once the data is packed"
 
 
-def show_plan(plan: Plan, console: Console) -> None:
-    """Print what is going to be trained; PacaError if its result does not fit on the disk."""
+def show_plan(plan: Plan, console: Console, record: dict[str, str] | None = None) -> None:
+    """Print what is going to be trained, with the `record` of a run that begins or goes on; PacaError if its result
+    does not fit on the disk."""
     width = max(len(label) for label, _ in plan.lines())
     for label, text in plan.lines():
         say(console, f"{label:<{width}}  {text}")
-    tell_of_products(plan.config, plan.dtype, console)
+    tell_of_products(plan.config, plan.dtype, console, record)
     if (warning := cut_warning(plan.data.sample)) is not None:
         say(console, f"Warning: {warning}", style="yellow")
     tell_of_disk(plan.disk, Path(plan.config.output.dir), console)

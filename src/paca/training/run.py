@@ -37,7 +37,7 @@ from paca.training.memory_check import memory_at_hand, memory_warning
 from paca.training.plan import show_plan
 from paca.training.prepare import PreparedRun, prepare
 from paca.training.probe import ProbeLongestBatch
-from paca.training.products import products_of_run
+from paca.training.products import decide_products, products_of_run
 from paca.training.prompt_form import give_form
 from paca.training.reporting.adapter_card import NoCardsOfCheckpoints, write_card
 from paca.training.reporting.final_scores import scores_by, scores_by_trainer
@@ -106,7 +106,9 @@ def train(
             folder.reopen()
         prepared = prepare(config)
         plan = prepared.plan
-        show_plan(plan, console)
+        record = folder.recorded_inputs() if resume else prepared.inputs
+        decide_products(plan.config, plan.dtype, record, resumed=resume)
+        show_plan(plan, console, record)
         if scorer is not None and plan.data.eval is not None:
             scorer.check(plan.data.eval.dataset, prepared.outline)
         settings = {**names_for_trackers(folder, resume=resume), **plan.config.train}
@@ -118,15 +120,17 @@ def train(
         check_sharding(arguments, plan.config)
         if probe and arguments.deepspeed_plugin is not None:
             raise PacaError("--probe does not go with DeepSpeed, whose backward pass is also a step. Leave it out.")
-        record = folder.recorded_inputs() if resume else prepared.inputs
-        products = products_of_run(plan.config, plan.dtype, arguments.device, record)
         if main and resume:
             check_same_run(folder, plan.config, prepared.inputs)
         elif main:
             folder.clear(prepared.inputs)
         PartialState().wait_for_everyone()
         checkpoint = folder.newest_checkpoint() if resume else None
-        with explained(plan.config), products, loss_for(arguments.device, arguments.torch_compile):
+        with (
+            explained(plan.config),
+            products_of_run(plan.config, plan.dtype, record),
+            loss_for(arguments.device, arguments.torch_compile),
+        ):
             return _Run(prepared, folder, arguments, checkpoint, stopper, console, probe, scorer).result()
 
 
