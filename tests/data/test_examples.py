@@ -71,6 +71,53 @@ def test_a_named_column_that_is_not_there_is_told(tmp_path: Path) -> None:
         load_examples(source, columns={"question": "input", "answer": "target"})
 
 
+@pytest.mark.parametrize("form", [None, "question-answer"])
+@pytest.mark.parametrize(
+    ("columns", "message"),
+    [
+        (
+            {"questoin": "input", "answer": "target"},
+            "names questoin, which is a column of no form of data. Did you mean",
+        ),
+        ({"zzzz": "content"}, "names zzzz, which is a column of no form of data. They know answer, answerKey, "),
+        ({"eingabe": "question", "target": "answer"}, "comes first, then yours: {question: eingabe, answer: target}?"),
+        ({"answer": "target"}, "data.jsonl has the columns: target, input."),
+    ],
+)
+def test_names_that_no_form_knows_are_told(
+    tmp_path: Path, columns: dict[str, str], message: str, form: str | None
+) -> None:
+    source = jsonl(tmp_path / "data.jsonl", [{"input": "a?", "target": "b"}])
+    with pytest.raises(PacaError) as error:
+        load_examples(source, format=form, columns=columns)
+    assert message in str(error.value)
+
+
+def test_what_is_named_already_is_in_the_advice(tmp_path: Path) -> None:
+    source = jsonl(tmp_path / "data.jsonl", [{"input": "a?", "target": "b"}])
+    with pytest.raises(PacaError, match=r"data\.columns: \{answer: target, question: input\} in the run's file"):
+        load_examples(source, columns={"answer": "target"})
+
+
+def test_an_optional_column_may_be_named_and_absent_in_some_rows_but_not_in_all(tmp_path: Path) -> None:
+    columns = {"instruction": "task", "input": "context", "output": "out"}
+    rows = [{"task": "do", "out": "y"}, {"task": "do", "context": "x", "out": "z"}]
+    source = jsonl(tmp_path / "data.jsonl", rows)
+    found = load_examples(source, columns=columns)
+    assert [row["prompt"][0]["content"] for row in found.dataset] == ["do", "do\n\nx"]
+    assert "of the form alpaca (columns task as instruction, out as output)" in found.description
+    with pytest.raises(
+        PacaError, match=r"there is no column contxt, which data\.columns names; .* Did you mean 'context"
+    ):
+        load_examples(source, columns={**columns, "input": "contxt"})
+
+
+def test_a_file_that_has_the_forms_own_names_needs_no_others(tmp_path: Path) -> None:
+    source = jsonl(tmp_path / "data.jsonl", [{"question": "a?", "answer": "b"}, {"input": "c?", "target": "d"}])
+    found = load_examples(source, columns={"question": "input", "answer": "target"})
+    assert [row["prompt"][0]["content"] for row in found.dataset] == ["a?", "c?"]
+
+
 def test_packed_files_are_data_and_not_read_twice_beside_the_unpacked_ones(tmp_path: Path) -> None:
     for name, rows in (("a.jsonl", ALPACA[:2]), ("b.JSONL", ALPACA[2:3])):
         packed = gzip.compress(Path(jsonl(tmp_path / name, rows)).read_bytes())
@@ -135,7 +182,7 @@ def test_the_same_file_read_in_another_form_is_not_taken_from_the_cache(tmp_path
     ("rows", "expected"),
     [
         ([*ALPACA[:2], {"instruction": "a", "output": ""}], r"a\.jsonl, line 3: output is empty"),
-        ([*ALPACA[:2], {"instruction": "a"}], r"a\.jsonl, line 3: there is no output; found: instruction"),
+        ([*ALPACA[:2], {"instruction": "a"}], r"a\.jsonl, line 3: there is no column output; found: instruction"),
         (
             [*ALPACA[:2], {"question": "a", "answer": "b"}],
             r"a\.jsonl, line 3 is of the form question-answer: it has question and answer, but no instruction and no "

@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from paca.data.formats import FORMATS, recognise
+from paca.data.formats import FORMATS
+from paca.data.recognition import recognise
 from paca.messages.errors import PacaError
 
 USER = {"role": "user", "content": "2+2?"}
@@ -58,7 +59,8 @@ def test_columns_of_other_names_are_to_be_named_as_the_nearest_form_has_them(col
     with pytest.raises(PacaError) as error:
         recognise(columns, None, "data.jsonl")
     last = str(error.value).splitlines()[-1]
-    assert last == f"Say which columns it has under other names: the nearest form is {told}"
+    nearest = f"Say which columns it has under other names: the nearest form is {told.removesuffix('.')}"
+    assert last == f"{nearest} in the run's file (its name: yours), or rename them."
 
 
 def test_an_ambiguous_form_asks_for_a_choice_which_is_then_taken() -> None:
@@ -156,3 +158,25 @@ def test_tool_messages_and_tools_pass_through() -> None:
 def test_a_bad_field_is_named(form: str, row: dict[str, Any], expected: str) -> None:
     with pytest.raises(PacaError, match=expected):
         convert(form, row)
+
+
+def test_messages_may_come_in_parts_of_text() -> None:
+    parts = [{"type": "text", "text": "What is "}, {"type": "text", "text": "this?"}]
+    messages = [{"role": "user", "content": parts}, {"role": "assistant", "content": "A test."}]
+    assert FORMATS["messages"].convert({"messages": messages})["messages"][0]["content"] == "What is this?"
+
+
+@pytest.mark.parametrize(
+    ("message", "told"),
+    [
+        ({"role": "user", "content": None}, r"messages\[0\]\.content is null; expected text"),
+        ({"role": "user", "text": "a"}, r"messages\[0\]\.content is not there; the message has role, text; expected"),
+        ({"role": "asistant", "content": "a"}, r"has the role 'asistant'; expected one of .* Did you mean 'assistant'"),
+        ({"from": "user", "content": "a"}, r"has the role None; expected one of .* Its keys are from, content\."),
+        ({"role": "user", "content": [{"type": "image_url"}]}, r"content is a list of an object; expected text"),
+        ({"role": "user", "content": []}, r"content is an empty list; expected text"),
+    ],
+)
+def test_a_message_that_can_not_be_read_says_what_it_has(message: dict[str, Any], told: str) -> None:
+    with pytest.raises(PacaError, match=told):
+        FORMATS["messages"].convert({"messages": [message]})

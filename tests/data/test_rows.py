@@ -46,7 +46,7 @@ def test_places_are_those_an_editor_shows(tmp_path: Path) -> None:
     assert [place for place, _ in rows_of(jsonl)] == ["a.jsonl, line 1", "a.jsonl, line 3"]
     assert [place for place, _ in rows_of(write_rows(tmp_path, ".csv"))] == [
         "rows.csv, line 2",
-        "rows.csv, line 4",  # the field spans lines 3 and 4
+        "rows.csv, line 3",  # the field spans lines 3 and 4
         "rows.csv, line 5",
     ]
     assert [place for place, _ in rows_of(write_rows(tmp_path, ".json"))][-1] == "rows.json, record 2"
@@ -98,6 +98,20 @@ def test_a_damaged_file_is_one_error_that_names_the_place(
         list(rows_of(write(tmp_path / name, content)))
     for part in expected:
         assert part in str(error.value)
+
+
+@pytest.mark.parametrize(("name", "separator"), [("a.csv", ";"), ("a.csv", "\t"), ("a.tsv", "\t"), ("a.TSV", ",")])
+def test_separators_of_spreadsheets_are_known_by_the_header(tmp_path: Path, name: str, separator: str) -> None:
+    file = write(tmp_path / name, f'question{separator}answer\n"1{separator}5, or\n2?"{separator}"a;b"\n')
+    [(place, row)] = rows_of(file)
+    assert (place, row) == (f"{name}, line 2", {"question": f"1{separator}5, or\n2?", "answer": "a;b"})
+
+
+def test_text_that_is_not_utf_8_from_its_first_line_on_names_no_line(tmp_path: Path) -> None:
+    for name in ("a.csv", "a.jsonl"):
+        (tmp_path / name).write_bytes('{"frage": "für"}'.encode("latin-1"))
+        with pytest.raises(PacaError, match=rf"{name} is not UTF-8 text\. Save"):
+            list(rows_of(tmp_path / name))
 
 
 @pytest.mark.parametrize("damage", ["cut", "other bytes", "not packed"])

@@ -68,7 +68,7 @@ def test_a_system_message_comes_first(tmp_path: Path) -> None:
             {"prompt": "a", "chosen": "b", "rejected": ""},
             "line 2: with rejected as the completion: completion is empty",
         ),
-        ({"prompt": "a", "chosen": "b"}, "line 2: there is no rejected; found: prompt, chosen"),
+        ({"prompt": "a", "chosen": "b"}, "line 2: there is no column rejected; found: prompt, chosen"),
         ({"prompt": [USER], "chosen": "4", "rejected": "5"}, "line 2: with chosen as the completion: prompt is"),
     ],
 )

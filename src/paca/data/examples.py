@@ -13,12 +13,24 @@ import numpy as np
 import xxhash
 from datasets import Dataset, Features, Json, List, Value
 
-from paca.data import choices, formats, labelled_texts, message_trees, preferences, prompts, rows, sources
+from paca.data import (
+    choices,
+    formats,
+    labelled_texts,
+    message_trees,
+    named_columns,
+    preferences,
+    prompts,
+    rows,
+    sources,
+)
 from paca.data.choices import OPTIONS
 from paca.data.file_content import add_image_files
 from paca.data.formats import Example, Format
+from paca.data.recognition import describe, recognise
 from paca.data.sources import Source
 from paca.messages.errors import NothingToLearn, PacaError
+from paca.messages.nearest import did_you_mean
 from paca.pretrained.quiet import without_progress_bars
 
 logger = logging.getLogger(__name__)
@@ -85,8 +97,8 @@ def load_examples(
     """Load examples and bring them into the shape that a trainer takes.
 
     Args:
-        source: A `.jsonl`, `.json` (an array of objects; both also `.gz`), `.csv` or `.parquet` file, a folder of such
-            files (read in the order of their names), or a dataset on the hub: `owner/name`, with a configuration
+        source: A `.jsonl`, `.json` (an array of objects; both also `.gz`), `.csv`, `.tsv` or `.parquet` file, a folder
+            of such files (read in the order of their names), or a dataset on the hub: `owner/name`, with a configuration
             `owner/name:config`, and with any split that datasets understands `owner/name[train[:1000]]`.
         format: `"messages"`, `"prompt-completion"`, `"alpaca"`, `"sharegpt"`, `"question-answer"`,
             `"mmlu"`, `"arc"`, `"oasst-messages"`, `"oasst-trees"` or `"text"`. Recognised from the columns
@@ -106,12 +118,15 @@ def load_examples(
     """
     if limit is not None and limit < 1:
         raise PacaError(f"The limit of examples is {limit}; expected at least 1.")
-    found = replace(sources.find_source(source, split), columns=tuple((columns or {}).items()))
+    given, forms = dict(columns or {}), FAMILIES[family]
+    named_columns.check_names(given, {name for form in forms.values() for name in form.columns})
+    optional = frozenset(name for name in given if any(name in form.optional for form in forms.values()))
+    found = replace(sources.find_source(source, split), columns=tuple(given.items()), optional=optional)
     first = next(found.rows(), None)
     if first is None:
         raise PacaError(f"{source} holds no examples: it is empty.")
     there = list(first[1])
-    form = formats.recognise(there, format, source, FAMILIES[family])
+    form = recognise(there, format, source, forms, {name: own for name, own in given.items() if name in there})
     example = next(filter(None, (_convert(form, *one, leave_out) for one in _rows(found, form))), None)
     if example is None:
         raise PacaError(f"{source} holds no example of the form {form.name}: nobody answers in it.")
@@ -144,7 +159,7 @@ def load_examples(
         usable = dataset.select(np.flatnonzero(first.column(0).is_valid()))
     if count := len(dataset) - len(usable):
         note = f"; {count:,} left out, as nothing can be learned from them"
-    return Examples(usable, form.name, source, _describe(form, there, usable) + note)
+    return Examples(usable, form.name, source, describe(form, there, usable, given) + note)
 
 
 def split_heldout(examples: Examples, held_out: float, seed: int) -> tuple[Examples, Examples]:
@@ -210,7 +225,7 @@ def _examples(
 def _refuse_other_form(form: Format, family: str, first: str, place: str, row: rows.Row) -> None:
     """Say so where a row is whole in another form than the first one; else it only lacks a column."""
     try:
-        other = formats.recognise(list(row), None, place, FAMILIES[family])
+        other = recognise(list(row), None, place, FAMILIES[family])
     except PacaError:
         return
     missing = " and no ".join(column for column in form.required if column not in row)
@@ -227,7 +242,10 @@ def _rows(source: Source, form: Format) -> Iterator[tuple[str, rows.Row]]:
 def _convert(form: Format, place: str, row: rows.Row, leave_out: bool) -> Example | None:
     missing = [column for column in form.required if column not in row]
     if missing:
-        raise PacaError(f"{place}: there is no {' and no '.join(missing)}; found: {', '.join(row) or '(nothing)'}.")
+        hint = did_you_mean(missing[0], row)
+        raise PacaError(
+            f"{place}: there is no column {' and no '.join(missing)}; found: {', '.join(row) or '(nothing)'}.{hint}"
+        )
     try:
         return {**form.convert(row), ORIGIN: place}
     except PacaError as error:
@@ -251,8 +269,10 @@ def _features(example: Example, family: str) -> Features:
 def _fingerprint(source: Source, form: Format, limit: int | None, leave_out: bool) -> str:
     """Names the cached conversion: another content, another choice or another version of this code, another name."""
     content = xxhash.xxh128()
-    content.update(f"{source.fingerprint()}|{source.name}|{source.columns}|{form.name}|{limit}|{leave_out}".encode())
-    for module in (choices, formats, labelled_texts, message_trees, preferences, prompts, rows, sources):
+    content.update(
+        f"{source.fingerprint()}|{source.name}|{source.columns}|{sorted(source.optional)}|{form.name}|{limit}|{leave_out}".encode()
+    )
+    for module in (choices, formats, labelled_texts, message_trees, named_columns, preferences, prompts, rows, sources):
         content.update(Path(str(module.__file__)).read_bytes())
     content.update(Path(__file__).read_bytes())
     return content.hexdigest()
@@ -262,25 +282,3 @@ def _paca_error_behind(error: BaseException | None) -> PacaError | None:
     while error is not None and not isinstance(error, PacaError):
         error = error.__cause__ or error.__context__
     return error
-
-
-def _describe(form: Format, columns: list[str], dataset: Dataset) -> str:
-    used = [column for column in form.columns if column in columns]
-    if "messages" in dataset.features:
-        result = "conversations"
-    elif "label" in dataset.features:
-        result = "text and label"
-    elif "text" in dataset.features:
-        result = "plain text"
-    elif "completion" not in dataset.features:
-        what = "prompts and pairs of answers" if "chosen" in dataset.features else "prompts"
-        result = f"{what}, {'plain text' if dataset.features['prompt'] == Value('string') else 'messages'}"
-    elif dataset.features["prompt"] == Value("string"):
-        result = "prompts and answers, plain text"
-    else:
-        result = "prompts and answers, as chat messages"
-    count = f"{len(dataset):,} example{'s' if len(dataset) != 1 else ''}"
-    left_out = [column for column in columns if column not in (*used, *dataset.features)]
-    ending = f" (not used: {', '.join(left_out)})" if left_out else ""
-    column = "columns" if len(used) > 1 else "column"
-    return f"{count} of the form {form.name} ({column} {', '.join(used)}), taken as {result}{ending}"

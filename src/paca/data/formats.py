@@ -1,9 +1,9 @@
-"""The forms that training data comes in: how each is recognised, and how a row of it becomes a training example."""
+"""The forms that training data comes in, and how a row of each becomes a training example."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -54,75 +54,6 @@ class Format:
     def required(self) -> tuple[str, ...]:
         """The columns that must be there."""
         return tuple(column for column in self.columns if column not in self.optional)
-
-
-def recognise(
-    columns: Collection[str], requested: str | None, source: str, forms: Mapping[str, Format] | None = None
-) -> Format:
-    """Choose the form of the data.
-
-    Args:
-        columns: The names found in the data.
-        requested: The name of a form, which is then only checked; `None` to recognise it. A form that needs all
-            that another does and more comes before it. `text` is the last resort: many data sets carry a ready-made
-            `text` beside the columns that it was made from.
-        source: Names the data in errors.
-        forms: Those to choose among; `FORMATS` when absent.
-
-    Raises:
-        PacaError: The form is unknown or ambiguous, or the requested one lacks a column.
-    """
-    forms = FORMATS if forms is None else forms
-    found = f"{source} has the columns: {', '.join(columns) or '(none)'}."
-    if requested is not None:
-        if requested not in forms:
-            hint = did_you_mean(requested, forms)
-            raise PacaError(f"Unknown data format {requested!r}.{hint} Understood are:\n{_overview(forms)}")
-        chosen = forms[requested]
-        missing = [column for column in chosen.required if column not in columns]
-        if missing:
-            raise PacaError(f"Data in the format {requested!r} needs {' and '.join(missing)}. {found}")
-        return chosen
-    fitting = [form for form in forms.values() if all(column in columns for column in form.required)]
-    needs = {form.name: set(form.required) for form in fitting}
-    fitting = [form for form in fitting if not any(needs[form.name] < other for other in needs.values())]
-    if len(fitting) > 1:
-        fitting = [form for form in fitting if form.name != "text"]
-    if len(fitting) == 1:
-        return fitting[0]
-    if fitting:
-        names = " and ".join(repr(form.name) for form in fitting)
-        raise PacaError(f"{found} They fit the formats {names}: choose one with data.format.")
-    what = f"That is no form of training data known here. Understood are:\n{_overview(forms)}"
-    raise PacaError(f"{found} {what}\n{_renaming(columns, forms)}")
-
-
-def _renaming(columns: Collection[str], forms: Mapping[str, Format]) -> str:
-    """What to do with columns of other names, by the form that shares most of them, or is the usual one."""
-    usual = "text" if len(columns) < 2 else "question-answer"  # prompt and completion leave the chat template out
-
-    def likeness(form: Format) -> tuple[int, bool, int]:
-        shared = sum(column in columns for column in form.required)
-        apart = len(form.required) - shared if shared else abs(len(form.required) - len(columns))
-        return shared, form.name == usual, -apart
-
-    form = max(forms.values(), key=likeness)
-    missing = [column for column in form.required if column not in columns]
-    others = [column for column in columns if column not in form.required]
-    own = others if len(others) == len(missing) else ["..."] * len(missing)
-    names = ", ".join(f"{name}: {column}" for name, column in zip(missing, own, strict=True))
-    return (
-        f"Say which columns it has under other names: the nearest form is {form.name}, so give data.columns: "
-        f"{{{names}}}."
-    )
-
-
-def _overview(forms: Mapping[str, Format]) -> str:
-    return "\n".join(
-        f"  {form.name}: {', '.join(form.required)}"
-        + (f" (optional: {', '.join(form.optional)})" if form.optional else "")
-        for form in forms.values()
-    )
 
 
 def _from_messages(row: Row) -> Example:
@@ -226,12 +157,24 @@ def _messages(value: object, name: str) -> list[Message]:
         message = {key: field for key, field in given.items() if field is not None}
         role = message.get("role")
         if role not in ROLES:
-            raise PacaError(f"{name}[{index}] has the role {role!r}; expected one of {', '.join(ROLES)}.")
+            keys = f" Its keys are {', '.join(given)}." if role is None else did_you_mean(str(role), ROLES)
+            raise PacaError(f"{name}[{index}] has the role {role!r}; expected one of {', '.join(ROLES)}.{keys}")
         if "content" not in message and message.get("tool_calls"):
             message["content"] = ""
-        message["content"] = _text(message.get("content"), f"{name}[{index}].content")
+        if "content" not in message:
+            how = "null" if "content" in given else f"not there; the message has {', '.join(given)}"
+            raise PacaError(f"{name}[{index}].content is {how}; expected text.")
+        message["content"] = _text(_joined(message["content"]), f"{name}[{index}].content")
         messages.append(message)
     return messages
+
+
+def _joined(content: object) -> object:
+    """The text of a message that comes in parts, as OpenAI's interface gives it; anything else as it is."""
+    parts = content if isinstance(content, list) else ()
+    texts = [part.get("text") for part in parts if isinstance(part, dict) and part.get("type") == "text"]
+    whole = texts and len(texts) == len(parts) and all(isinstance(text, str) for text in texts)
+    return "".join(map(str, texts)) if whole else content
 
 
 def _list_of_objects(value: object, name: str) -> list[dict[str, Any]]:

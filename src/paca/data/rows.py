@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import gzip
 import json
+import re
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,10 +18,12 @@ from paca.messages.errors import PacaError
 
 Row = dict[str, Any]
 
-SUFFIXES = (".jsonl", ".json", ".csv", ".parquet", ".jsonl.gz", ".json.gz")
+SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".jsonl.gz", ".json.gz")
 
 # A single answer may be longer than the 128 KiB that the csv module allows for a field.
 _CSV_FIELD_LIMIT = 2**31 - 1
+
+_LINE_BREAK = re.compile(r"\r\n?|\n")
 
 
 def rows_of(file: Path) -> Iterator[tuple[str, Row]]:
@@ -66,7 +69,8 @@ def _jsonl_rows(file: Path) -> Iterator[tuple[str, Row]]:
                 if line.strip():
                     yield f"{file.name}, line {number}", _json_object(line, f"{file}, line {number}")
         except UnicodeDecodeError as error:
-            raise PacaError(f"{file} is not UTF-8 text (after line {number}). Save it as UTF-8.") from error
+            where = f" (after line {number})" if number else ""
+            raise PacaError(f"{file} is not UTF-8 text{where}. Save it as UTF-8.") from error
 
 
 def _json_object(text: str, place: str) -> Row:
@@ -138,21 +142,34 @@ def _skip_space(text: str, position: int) -> int:
 def _csv_rows(file: Path) -> Iterator[tuple[str, Row]]:
     csv.field_size_limit(_CSV_FIELD_LIMIT)
     with file.open(encoding="utf-8-sig", newline="") as stream:
-        reader = csv.DictReader(stream, strict=True)
+        read = 0
         try:
+            separator = _separator(stream.readline())
+            stream.seek(0)
+            reader = csv.DictReader(stream, strict=True, delimiter=separator)
+            columns = reader.fieldnames or ()
+            read = reader.line_num
             for row in reader:
-                place = f"{file.name}, line {reader.line_num}"
+                read = reader.line_num
+                within = sum(len(_LINE_BREAK.findall(value)) for value in row.values() if isinstance(value, str))
+                place = f"{file.name}, line {read - within}"
                 if None in row or None in row.values():
-                    columns = reader.fieldnames or ()
+                    hold = "commas" if separator == "," else repr(separator)
                     raise PacaError(
                         f"{place} has {'more' if None in row else 'fewer'} fields than the header ({len(columns)}: "
-                        f"{', '.join(columns)}). Quote fields that hold commas or line breaks."
+                        f"{', '.join(columns)}). Quote fields that hold {hold} or line breaks."
                     )
                 yield place, row
         except csv.Error as error:
-            raise PacaError(f"{file} is not valid CSV after line {reader.line_num}: {error}.") from error
+            raise PacaError(f"{file} is not valid CSV after line {read}: {error}.") from error
         except UnicodeDecodeError as error:
-            raise PacaError(f"{file} is not UTF-8 text (after line {reader.line_num}). Save it as UTF-8.") from error
+            where = f" (after line {read})" if read else ""
+            raise PacaError(f"{file} is not UTF-8 text{where}. Save it as UTF-8.") from error
+
+
+def _separator(header: str) -> str:
+    """A comma, or what spreadsheets take where that is the decimal point, or a tab."""
+    return next((one for one in "\t;" if one in header and "," not in header), ",")
 
 
 def _parquet_rows(file: Path) -> Iterator[tuple[str, Row]]:
@@ -176,6 +193,7 @@ _READERS = {
     ".jsonl": _jsonl_rows,
     ".json": _json_rows,
     ".csv": _csv_rows,
+    ".tsv": _csv_rows,
     ".parquet": _parquet_rows,
     ".jsonl.gz": _jsonl_rows,
     ".json.gz": _json_rows,

@@ -14,9 +14,10 @@ from huggingface_hub.utils import validate_repo_id
 
 from paca.data.file_content import add_file
 from paca.data.hub import without_waiting_for_the_hub
+from paca.data.named_columns import renamed
 from paca.data.rows import SUFFIXES, Row, rows_of, suffix_of
 from paca.messages.errors import PacaError
-from paca.messages.nearest import did_you_mean, did_you_mean_path
+from paca.messages.nearest import did_you_mean_path
 
 HUB_SOURCE = re.compile(r"(?P<id>[^\[\]:]+)(:(?P<config>[^\[\]]+))?(\[(?P<split>.+)\])?")
 
@@ -32,6 +33,8 @@ class Source:
     hub: datasets.Dataset | None = None
     columns: tuple[tuple[str, str], ...] = ()
     """Names that a form knows, each with the data's own column for it."""
+    optional: frozenset[str] = frozenset()
+    """Those of the names that a row may lack."""
 
     def fingerprint(self) -> str:
         """A hash of the content, so that a cached conversion is used only for the very same rows."""
@@ -49,8 +52,7 @@ class Source:
         Raises:
             PacaError: A file cannot be parsed, or a row lacks one of `columns`.
         """
-        for place, row in self._rows():
-            yield place, _renamed(place, row, self.columns) if self.columns else row
+        yield from renamed(self._rows(), dict(self.columns), self.optional, self.name)
 
     def _rows(self) -> Iterator[tuple[str, Row]]:
         if self.hub is not None:
@@ -61,18 +63,6 @@ class Source:
             return
         for file in self.files:
             yield from rows_of(file)
-
-
-def _renamed(place: str, row: Row, columns: tuple[tuple[str, str], ...]) -> Row:
-    missing = [own for _, own in columns if own not in row]
-    if missing:
-        hint = did_you_mean(missing[0], row)
-        raise PacaError(
-            f"{place}: there is no column {' and no '.join(missing)}, which data.columns names; found: "
-            f"{', '.join(row) or '(nothing)'}.{hint}"
-        )
-    taken = {name for pair in columns for name in pair}
-    return {**{name: row[own] for name, own in columns}, **{k: v for k, v in row.items() if k not in taken}}
 
 
 def find_source(name: str, split: str) -> Source:

@@ -15,7 +15,7 @@ import yaml
 from paca.messages.errors import PacaError
 from paca.messages.nearest import did_you_mean_path
 
-_DATA = (".jsonl", ".csv", ".parquet", ".gz")
+_DATA = (".jsonl", ".csv", ".tsv", ".parquet", ".gz")
 _DEEPEST = 100  # brackets within brackets: the parser takes minutes for thousands
 
 
