@@ -15,6 +15,7 @@ from paca.comparison.methods import Method
 from paca.comparison.plan_table import settings_text, work_text
 from paca.comparison.settings import Comparison
 from paca.comparison.trial import Trial, Try
+from paca.messages.errors import PacaError
 
 
 def made_up_plan(comparison: Comparison, method: Method, **_: bool) -> SimpleNamespace:
@@ -69,6 +70,25 @@ def test_tuned_lora_is_left_out_where_it_is_lora_again(
     planned = prepare.prepare(comparison, console)
     assert [one.method.name for one in planned] == [method.name for method in comparison.methods] == left
     assert ("lora-tuned is left out" in console.export_text()) == (len(left) == 2)
+
+
+@pytest.mark.parametrize("names", ["lora-tuned,lora,paca", "paca,lora-tuned,lora", "lora,lora-tuned"])
+def test_the_twin_that_is_left_out_is_the_tuned_one_wherever_it_stands(
+    names: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def plan_of(comparison: Comparison, method: Method, **_: bool) -> SimpleNamespace:
+        plan = made_up_plan(comparison, method)
+        plan.config.model = SimpleNamespace(quantization=None)
+        return SimpleNamespace(**vars(plan), dtype="float32")
+
+    monkeypatch.setattr(prepare, "plan_of", plan_of)
+    comparison = small_comparison(tmp_path, names, rates=Rates([1e-3], {}))
+    if "paca" in names:
+        planned = prepare.prepare(comparison, Console(quiet=True))
+        assert [one.method.name for one in planned] == [name for name in names.split(",") if name != "lora-tuned"]
+    else:
+        with pytest.raises(PacaError, match=r"There is nothing to compare lora with\. Give --methods another one"):
+            prepare.prepare(comparison, Console(quiet=True))
 
 
 def test_memory_and_time_are_made_equal_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

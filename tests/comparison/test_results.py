@@ -147,6 +147,26 @@ def test_a_failed_seed_leaves_the_others_paired() -> None:
     assert (difference.count, difference.paired) == (2, True)
 
 
+def test_means_times_and_examples_are_those_of_the_seeds_that_are_compared() -> None:
+    compared = result({"paca": {0: 2.5, 1: 2.6, 2: 2.0}, "lora": {0: 2.45, 1: 2.5501}})
+    for one in compared.methods[0].tried:
+        one["train_info"]["train_time"] = {0: 10.0, 1: 10.0, 2: 100.0}[one["seed"]]
+    [contrast] = compared.contrasts
+    assert contrast.cost()["train_time"] == 0.5
+    assert "loss 2.5500 against 2.5000 over the 2 seeds that both have; difference +0.0499" in compared.verdict
+    settings = {"metric": "choice", "lower_is_better": False, "score_stderr": 0.1}
+    shares = result({"paca": {0: 0.5, 1: 0.6, 2: 0.9}, "lora": {0: 0.5, 1: 0.5}}, **settings)
+    rights = {"paca": ["1100", "1101", "0000"], "lora": ["1100", "0101"]}
+    for method in shares.methods:
+        for one in method.tried:
+            one["right"] = rights[method.name][one["seed"]]
+    left_out = result({"paca": {0: 0.5, 1: 0.6}, "lora": {0: 0.5, 1: 0.5}}, **settings)
+    for method in left_out.methods:
+        for one in method.tried:
+            one["right"] = rights[method.name][one["seed"]]
+    assert shares.contrasts[0].difference == left_out.contrasts[0].difference
+
+
 def test_each_other_method_has_its_clause() -> None:
     found = result({"paca": shifted(-0.1), "lora": BASE, "full": shifted(-0.1, noise=0.05)})
     better, none = found.verdict.split("; no difference")

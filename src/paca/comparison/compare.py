@@ -115,10 +115,12 @@ def compare_folders(paths: Sequence[Path], output: Path) -> ComparisonResult:
 
 def _notes(comparison: Comparison, planned: Sequence[PlannedMethod], methods: Sequence[MethodResult]) -> list[str]:
     seed, notes = comparison.seeds[0], []
-    notes.append(
-        f"The rate of each method is its best of those tried, by seed {seed}. That seed's score counts as well, so it "
-        "is a little too good, for every method. Among shares that lie within one standard error, the loss decides."
-    )
+    if any(len({row["learning_rate"] for row in method.tried}) > 1 for method in methods):
+        notes.append(
+            f"The rate of each method is its best of those tried, by seed {seed}. That seed's score counts as well, so "
+            "it is a little too good, for every method. Among shares that lie within one standard error, the loss "
+            "decides."
+        )
     notes.append("All methods train on the same data. A seed gives all of them the same order.")
     leader = planned[0].method.name
     if "time" in comparison.equal:

@@ -46,10 +46,16 @@ def prepare(comparison: Comparison, console: Console, *, dry_run: bool = False) 
             say(console, f"Waiting for {claim.holder()}, which prepares the same comparison ...")
             claim.take(wait=True)
         comparison.rates.check([method.name for method in comparison.methods])
-        for name, twin in _twins(comparison).items():
+        twins = _twins(comparison)
+        for name, twin in twins.items():
             say(console, f"{name} is left out: on weights in float32 it is {twin} again.")
             comparison.methods = [method for method in comparison.methods if method.name != name]
             comparison.rates.own.pop(name, None)
+        if len(comparison.methods) < 2 and twins:
+            raise PacaError(
+                f"There is nothing to compare {comparison.methods[0].name} with. Give --methods another one, or "
+                "weights in 16 bits: --set model.dtype=bfloat16."
+            )
         file = SettingsFile(comparison)
         before = {name: _read(name, values) for name, values in file.read().items()}
         _check(comparison)
@@ -77,10 +83,10 @@ def _twins(comparison: Comparison) -> dict[str, str]:
         return {**method.sections, "train": train}
 
     twins = {}
-    for method in comparison.methods[1:]:
+    for method in comparison.methods:
         others = (one for one in comparison.methods if one is not method and without(one) == without(method))
         other = next(others, None)
-        if other is not None and method.sections.get("train", {}).get(AUTOCAST) is False:
+        if other is not None and method.sections.get("train", {}).get(AUTOCAST) is False and other.name not in twins:
             plan = plan_of(comparison, other)
             if plan.dtype == "float32" and plan.config.model.quantization is None:
                 twins[method.name] = other.name

@@ -11,7 +11,14 @@ from typing import Any, Literal
 
 from paca.comparison.comparable import at, incomparable, unlike
 from paca.comparison.rows import SHARES, Row
-from paca.comparison.statistics import Interval, difference, half_with_examples, mean_interval, signed
+from paca.comparison.statistics import (
+    Interval,
+    difference,
+    half_with_examples,
+    mean_interval,
+    seeds_in_pairs,
+    signed,
+)
 
 _COST_OF = {"parameters": "num_trainable_params", "time": "train_time", "memory": "accelerator_memory_max"}
 _ROUNDING = 1e-9
@@ -100,6 +107,17 @@ class Contrast:
         return incomparable([*self.leader.rows, *self.other.rows])
 
     @property
+    def compared(self) -> tuple[MethodResult, MethodResult]:
+        """Both, with the seeds that both have where these are compared in pairs; else with all of each."""
+        if not (pairs := seeds_in_pairs(self.leader.scores, self.other.scores)):
+            return self.leader, self.other
+        both = (self.leader, self.other)
+        leader, other = (
+            dataclasses.replace(one, rows=[row for row in one.rows if row["seed"] in pairs]) for one in both
+        )
+        return leader, other
+
+    @property
     def difference(self) -> Interval | None:
         """The leader's score minus the other's; None where one has none, or they can't be compared."""
         if not (self.leader.rows and self.other.rows) or self.judged_apart:
@@ -109,7 +127,7 @@ class Contrast:
             return found
         half = found.half
         if self.metric in SHARES:
-            half = half_with_examples(half, self.leader.rows, self.other.rows)
+            half = half_with_examples(half, *(one.rows for one in self.compared))
         # Seeds that all differ by the very same, but for rounding, tell nothing about chance.
         certain = half < _ROUNDING < abs(found.mean)
         return dataclasses.replace(found, half=None if certain else half)
@@ -134,7 +152,10 @@ class Contrast:
         if found is None:
             missing = " and ".join(one.name for one in (self.leader, self.other) if not one.rows)
             return f"no difference shown between {leader} and {other}, as every run of {missing} failed"
-        scores = f"{self.metric} {self.leader.score.mean:.4f} against {self.other.score.mean:.4f}"  # type: ignore[union-attr]
+        first, second = self.compared
+        scores = f"{self.metric} {first.score.mean:.4f} against {second.score.mean:.4f}"  # type: ignore[union-attr]
+        if len(first.rows) < len(self.leader.rows) or len(second.rows) < len(self.other.rows):
+            scores += f" over the {len(first.rows)} seeds that both have"
         if found.half is None:
             why = (
                 "one seed gives no interval"
@@ -168,8 +189,9 @@ class Contrast:
 
     def cost(self) -> dict[str, float | None]:
         """What the leader takes, as a multiple of what the other one does."""
+        leader, other = self.compared
         return {
-            name: ratio(self.leader.mean("train_info", name), self.other.mean("train_info", name))
+            name: ratio(leader.mean("train_info", name), other.mean("train_info", name))
             for name in ("train_time", "accelerator_memory_max", "num_trainable_params")
         }
 

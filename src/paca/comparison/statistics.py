@@ -50,9 +50,8 @@ def difference(one: Mapping[int, float], other: Mapping[int, float]) -> Interval
     cancels. Without them it is Welch's, for two samples of unequal variance; None of its half-width where a sample has
     one value.
     """
-    shared = one.keys() & other.keys()
-    if len(shared) > 1 or (shared and len(one) == len(other) == 1):
-        return mean_interval([one[seed] - other[seed] for seed in sorted(shared)], paired=True)
+    if pairs := seeds_in_pairs(one, other):
+        return mean_interval([one[seed] - other[seed] for seed in sorted(pairs)], paired=True)
     mean = statistics.fmean(one.values()) - statistics.fmean(other.values())
     if min(len(one), len(other)) < 2:
         return Interval(mean, None, min(len(one), len(other)))
@@ -61,6 +60,12 @@ def difference(one: Mapping[int, float], other: Mapping[int, float]) -> Interval
     # Welch-Satterthwaite: the degrees of freedom of a sum of two estimated variances
     freedom = variance**2 / sum(part**2 / (count - 1) for part, count in parts) if variance else 1.0
     return Interval(mean, _half(variance, freedom), min(len(one), len(other)))
+
+
+def seeds_in_pairs(one: Mapping[int, float], other: Mapping[int, float]) -> set[int]:
+    """The seeds by which `difference` takes pairs; none where it takes two samples."""
+    shared = one.keys() & other.keys()
+    return shared if len(shared) > 1 or (shared and len(one) == len(other) == 1) else set()
 
 
 def half_with_examples(half: float, one: Sequence[Mapping[str, Any]], other: Sequence[Mapping[str, Any]]) -> float:

@@ -98,8 +98,8 @@ def load_examples(
 
     Args:
         source: A `.jsonl`, `.json` (an array of objects; both also `.gz`), `.csv`, `.tsv` or `.parquet` file, a folder
-            of such files (read in the order of their names), or a dataset on the hub: `owner/name`, with a configuration
-            `owner/name:config`, and with any split that datasets understands `owner/name[train[:1000]]`.
+            of such files (read in the order of their names), or a dataset on the hub: `owner/name`, with a
+            configuration `owner/name:config`, and with any split that datasets understands `owner/name[train[:1000]]`.
         format: `"messages"`, `"prompt-completion"`, `"alpaca"`, `"sharegpt"`, `"question-answer"`,
             `"mmlu"`, `"arc"`, `"oasst-messages"`, `"oasst-trees"` or `"text"`. Recognised from the columns
             when absent. Alpaca and question-answer rows become a `user` and an `assistant` message; those of mmlu
