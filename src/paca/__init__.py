@@ -1,4 +1,4 @@
-"""PaCA, Partial Connection Adaptation: fine-tune at the speed and memory of the frozen model.
+"""PaCA, Partial Connection Adaptation: fine-tune by training a few columns of each weight in place.
 
 Importing this package makes PaCA a method that PEFT knows::
 

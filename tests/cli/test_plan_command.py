@@ -57,7 +57,7 @@ def test_json_adds_up(base: Path) -> None:
     assert content["setting"]["lean"]
     assert content["setting"]["batch_size"] == 2
     assert content["trainable"] == 4 * 2 * (64 + 32 + 32 + 64 + 112 + 112 + 64)  # r, blocks, outputs of each layer
-    assert content["seconds_per_step"] == content["flops_per_step"] / 2e12
+    assert content["seconds_per_step"] == 0.97 * (content["flops_per_step"] / 2e12)  # lean blocks on a CPU
 
 
 def test_a_budget_finds_a_setting_that_fits(base: Path) -> None:
@@ -73,7 +73,7 @@ def test_a_budget_finds_a_setting_that_fits(base: Path) -> None:
     assert "nf4" in tight["weights_reason"]
     text = plan(str(base), "--seq", "256", "--memory", "100GiB", "--device", "cpu", "--rate", "1")
     assert "per_device_train_batch_size: 16" in text
-    assert "nothing has to be given up" in text
+    assert "nothing has to be computed twice" in text
 
 
 def test_a_search_goes_on_without_bitsandbytes_and_says_so(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -82,7 +82,7 @@ def test_a_search_goes_on_without_bitsandbytes_and_says_so(base: Path, monkeypat
         importlib.util, "find_spec", lambda name, *rest: None if name == "bitsandbytes" else find_spec(name, *rest)
     )
     text = plan(str(base), "--seq", "64", "--memory", "100GiB", "--device", "cpu")
-    assert "nothing has to be given up" in text
+    assert "nothing has to be computed twice" in text
     tight = str(plan_json(str(base), "--seq", "64", "--memory", "100GiB")["total"] - 1)
     assert "Not considered: nf4: quantized weights need bitsandbytes." in plan(
         str(base), "--seq", "64", "--memory", tight, "--device", "cpu"

@@ -62,6 +62,18 @@ def test_a_dry_run_tries_the_run_folder_first(workspace: Path) -> None:
     assert "config.yaml/run (output.dir) can't be made or written: not a directory" in done.stderr
 
 
+def test_a_dry_run_refuses_what_a_run_refuses(workspace: Path) -> None:
+    settings = ("--dry-run", "--set", "train.max_length=5")
+    done = forked_paca("train", "config.yaml", *settings, cwd=workspace)
+    assert done.returncode == 1
+    assert re.search(r"Tokens of all 32 training examples: ", done.stdout)
+    assert re.search(
+        r"Error: A run refuses this: \d+ of 32 examples have no token that counts in the loss", done.stderr
+    )
+    left_out = forked_paca("train", "config.yaml", *settings, "--set", "data.unusable=leave_out", cwd=workspace)
+    assert left_out.returncode == (1 if "32 of 32" in done.stderr else 0)
+
+
 def test_a_dry_run_finds_held_out_data_that_cannot_be_scored(workspace: Path) -> None:
     done = forked_paca("train", "config.yaml", "--dry-run", "--set", "eval.metric=choice", cwd=workspace)
     assert done.returncode == 1

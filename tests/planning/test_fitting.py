@@ -114,6 +114,14 @@ def test_a_rate_can_be_measured_here() -> None:
     assert "float32" in rate.source
 
 
+def test_the_time_of_lean_blocks_is_that_of_the_table() -> None:
+    rate = fixed_rate(1e9)
+    found = fit(config("llama"), Setting(64, lean=True, device="cpu"), memory=2**40, global_batch=4, rate=rate)
+    best = found.best
+    assert best.setting.lean
+    assert best.seconds == step_seconds(best.estimate, rate) == pytest.approx(0.97 * best.estimate.flops / 1e9)
+
+
 @pytest.mark.parametrize(("slower", "made_in_float32"), [(1.9, True), (1.1, False)])
 def test_a_rate_is_that_of_the_products_that_a_run_makes(
     slower: float, made_in_float32: bool, monkeypatch: pytest.MonkeyPatch

@@ -125,7 +125,7 @@ def test_sixteen_bits_come_first_and_four_where_they_do_not_fit() -> None:
     roomy = fit(shape, base, memory=2**40, **options)
     assert roomy.setting.quantization is None
     assert {c.setting.quantization for c in roomy.candidates} == {None}
-    assert "nothing has to be given up" in str(roomy.weights_reason)
+    assert "nothing has to be computed twice" in str(roomy.weights_reason)
 
     lean = replace(base, batch_size=2, lean=True)
     budget = estimate(shape, replace(lean, quantization="nf4"), PACA).total

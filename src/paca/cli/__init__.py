@@ -30,7 +30,7 @@ from paca.messages.say import say
 app = typer.Typer(
     name="paca",
     cls=Group,
-    help="Partial Connection Adaptation: fine-tune large models at the speed and memory of the frozen model.",
+    help="Partial Connection Adaptation: fine-tune large models by training a few columns of each weight in place.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,

@@ -59,6 +59,7 @@ def export(
         put(f"Written: {output} (LoRA, {layers}, for {architecture_of(adapter).name!r} models of llama.cpp)")
     elif to == "lora":
         put(f"Written: {output} (LoRA, exact but for rounding: {layers} of rank {ranks}, each at scale 1)")
+        put("On 16-bit weights outputs differ by their rounding; --to merged writes the very same weights.")
     else:
         form_of = f"PaCA for PEFT >= 0.22, here is {peft.__version__}"
         put(f"Written: {output} ({form_of}: {layers} of rank {adapter.ranks[-1]}, each at scale 1)")
@@ -69,7 +70,11 @@ def export(
         from paca.pretrained.trainable_copy import copied_from
 
         file, form = copied_from(adapter.base), _prompts_form(adapter_in(path), Path(adapter.base))
-        where = "" if file else f" with the GGUF file of {adapter.base}"
+        where = (
+            f", with the file that {adapter.base} was unpacked from"
+            if file
+            else f" with the GGUF file of {adapter.base}"
+        )
         put(f"Use it{where}: llama-cli -m {shlex.quote(file) if file else 'MODEL.gguf'} --lora {output}{form}")
     elif adapter.classifier is not None:
         code = loading_code(adapter.classifier, str(output), adapter.base, adapter.config.revision)

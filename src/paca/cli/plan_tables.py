@@ -29,10 +29,11 @@ def show_estimate(console: Console, outcome: Outcome) -> None:
         f"{target.name}: {result.parameters:,} parameters, {result.trainable:,} trained "
         f"({100 * result.trainable / result.parameters:.2f} %), weights in {result.weights}",
     )
+    passes = setting.gradient_accumulation
     say(
         console,
         f"{setting.batch_size} {'images' if target.counts == 'images' else f'x {setting.sequence_length} tokens'} per "
-        f"pass, {setting.gradient_accumulation} passes per step, on {setting.device}; to save memory: "
+        f"pass, {passes} pass{'es' if passes > 1 else ''} per step, on {setting.device}; to save memory: "
         f"{setting.techniques()}",
     )
     if target.lengths is not None:

@@ -131,6 +131,14 @@ def _show_dry_run(config: RunConfig, settings: bool, measurement: Measurement | 
         folder.check_free(overwrite=config.output.overwrite)
     except PacaError as taken:  # no mistake in the file
         say(console, f"\nBefore it is trained: {taken}", "yellow")
+    sample = plan.data.sample
+    if plan.config.train["trainer"] == "sft" and sample is not None and sample.refused:
+        looked = "" if sample.sampled == sample.examples else " that were looked at"
+        raise PacaError(
+            f"A run refuses this: {sample.unanswered:,} of {sample.sampled:,} examples{looked} have no token that "
+            f"counts in the loss. Raise train.max_length (the longest example has {sample.longest:,} tokens), shorten "
+            "or remove these examples, or set data.unusable: leave_out."
+        )
 
 
 def show_result(result: RunResult, console: Console) -> None:

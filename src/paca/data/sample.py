@@ -60,6 +60,11 @@ class Sample:
     """Whether a run leaves out the `unanswered`."""
 
     @property
+    def refused(self) -> bool:
+        """Whether a run refuses the data for what was seen of it."""
+        return self.unanswered > 0 and (not self.leave_out or self.unanswered == self.examples)
+
+    @property
     def unusable(self) -> int:
         """How many a run leaves out, where all examples were looked at; 0 where it refuses them, or is not known."""
         known = self.leave_out and self.sampled == self.examples

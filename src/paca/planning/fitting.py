@@ -118,7 +118,7 @@ def fit(
                     raise
                 refused[str(error)] = None
                 continue
-            seconds = step_seconds(tried, rate, dequantize) * (_lean_time(choice) if choice.lean else 1)
+            seconds = step_seconds(tried, rate, dequantize)
             found.append(Candidate(tried, seconds, fits=tried.total <= memory))
             # No technique makes weights and framework smaller, or this one faster.
             if _fixed(tried) > memory or _at_its_fastest(found[-1], global_batch):
@@ -136,9 +136,11 @@ def fit(
 
 
 def step_seconds(estimate_: MemoryEstimate, rate: MatmulRate, dequantize: DequantizeRate | None = None) -> float:
-    """Least time of one optimizer step in seconds: its matrix products and attention, and the unpacking of weights."""
+    """Least time of one optimizer step in seconds: its matrix products and attention, and the unpacking of weights;
+    with what lean blocks were measured to add or save."""
     unpacking = 0.0 if dequantize is None else estimate_.dequantized / dequantize.bytes_per_second
-    return estimate_.flops / rate.at(estimate_.setting.tokens_per_pass) + unpacking
+    seconds = estimate_.flops / rate.at(estimate_.setting.tokens_per_pass) + unpacking
+    return seconds * (_lean_time(estimate_.setting) if estimate_.setting.lean else 1)
 
 
 def _largest_batch(model: PlannedModel, choice: Setting, memory: int, global_batch: int) -> MemoryEstimate:
@@ -172,7 +174,8 @@ def _weights_reason(candidates: Sequence[Candidate]) -> str:
     held = format_bytes(best.estimate.parts[WEIGHTS])
     if not others:
         plain = not (best.setting.recompute or best.setting.checkpointing)
-        return f"{chosen} ({held}){': with them nothing has to be given up' if plain else '; no others were possible'}."
+        why = ": with them nothing has to be computed twice" if plain else "; no others were possible"
+        return f"{chosen} ({held}){why}."
     other = others[0]
     named = f"{other.estimate.weights} ({format_bytes(other.estimate.parts[WEIGHTS])} of weights)"
     if not other.fits:

@@ -67,7 +67,7 @@ class Sft(TrainerKind):
         """
         tokenizer, train, settings = tokenizer_of(config), data.train, config.train
         everything = trains_everything(config, train)
-        splits = settings.get("packing") and settings.get("packing_strategy") == "bfd_split"
+        splits = settings.get("packing") and settings.get("packing_strategy", "bfd") != "bfd"
         sample = take_sample(
             train,
             tokenizer,
