@@ -30,7 +30,7 @@ ROOMS = {
     "evaluation": "how good a model is, with and without its adapter",
     "functional": "the one autograd function of adapted layers, and one product per kind",
     "layers": "the adapted layers, one file per kind, above one base class",
-    "lean": "blocks of transformers that keep less for the backward pass",
+    "lean": "blocks that keep less for the backward pass; the loss, and 16-bit products, made faster on CPUs",
     "messages": "paca's error, and the words that messages share",
     "planning": "memory and time of a training, before anything is loaded",
     "pretrained": "models, tokenizers, adapters, found and written: folders, hub, GGUF",
