@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from paca.columns.state import ActiveColumns, AdapterColumns, State, may_be_recorded
 
@@ -34,9 +34,10 @@ def compare_values(columns: ActiveColumns, state: State) -> None:
 
 
 def _is_there(columns: AdapterColumns) -> bool:
-    """Whether the delta is whole, in memory, and not taken apart between passes (FSDP2, ZeRO-3) or moved away."""
+    """Whether the delta has values (a plan's has none), and is not taken apart between passes (FSDP2, ZeRO-3)."""
     delta = columns.delta
-    if columns.source is not None or delta.is_meta or hasattr(delta, "ds_id"):
+    plain = type(delta) in (nn.Parameter, Tensor) and not delta.is_meta
+    if not plain or columns.source is not None or hasattr(delta, "ds_id"):
         return False
     return delta.untyped_storage().nbytes() >= delta.numel() * delta.element_size()
 
