@@ -388,7 +388,9 @@ def test_a_delta_that_is_changed_before_the_backward_pass_raises(kind):
 
 
 @pytest.mark.parametrize("names", [None, ["default", "__base__", "default"]])
-@pytest.mark.parametrize("how", ["own step", "own step, no pass", "write, refresh", "write, no grad", "nothing"])
+@pytest.mark.parametrize(
+    "how", ["own step", "own step, no pass", "roll, refresh", "write, refresh", "write, no grad", "nothing"]
+)
 @pytest.mark.parametrize("kind", ["plain", "nf4", "torchao-int8", ADDITIVE[0]])
 def test_a_write_that_no_counter_shows_between_two_pending_losses_raises(kind, how, names):
     model = adapted(kind).eval()  # PEFT's condition for several adapters in a batch
@@ -403,7 +405,7 @@ def test_a_write_that_no_counter_shows_between_two_pending_losses_raises(kind, h
     model.zero_grad()
     first.backward()
     for delta in deltas if how != "nothing" else ():
-        delta.data -= 0.1 * wanted[0].norm()
+        delta.data.copy_(delta.roll(1, 0) if "roll" in how else delta - 0.1 * wanted[0].norm())
     model.zero_grad()
     if "refresh" in how:
         paca.refresh(model)
@@ -522,3 +524,72 @@ def test_a_safe_merge_finds_sums_that_are_not_finite(kind, call):
     assert [layer.merged_adapters for layer in layers(model)] == [["good"] if "beside" in call else []] * 2
     with torch.no_grad():
         assert torch.equal(model(x), want) or bool(want.isnan().any())
+
+
+@pytest.mark.parametrize("call", ["merge_adapter", "merge_and_unload", "dequantize"])
+@pytest.mark.parametrize("how", ["in place", "data"])
+@pytest.mark.parametrize("kind", ["nf4", "torchao-int8"])
+def test_a_merge_has_the_deltas_that_were_written_since_the_last_pass(kind, how, call):
+    settings = {"dequantize": True} if call == "dequantize" else {}
+    outputs = []
+    for passed_before in (True, False):
+        model, x = adapted(kind), inputs()
+        if passed_before:
+            model(x).sum().backward()
+            model.zero_grad()
+        with torch.no_grad():
+            for layer in layers(model):
+                delta = layer.paca_delta["default"]
+                (delta.data if how == "data" else delta).copy_(torch.full_like(delta, 0.5))
+            if call == "merge_adapter":
+                model.merge_adapter()
+                outputs.append(model(x))
+            else:
+                outputs.append(model.merge_and_unload(**settings)(x))
+    assert torch.equal(*outputs)
+
+
+@pytest.mark.parametrize("change", ["none", "switch", "scale", "write", "there and back"])
+@pytest.mark.parametrize("kind", ["plain", "nf4", "torchao-int8", ADDITIVE[0]])
+def test_checkpointing_sees_what_changed_in_a_frozen_layer(kind, change):
+    base = make(kind)
+    model = peft.get_peft_model(base, paca.PacaConfig(r=8, target_modules=["lin1"], init_weights=False), "old")
+    model.add_adapter("new", paca.PacaConfig(r=8, target_modules=["lin2"], init_weights=False))
+
+    def both():
+        model.base_model.set_adapter(["old", "new"])
+        model.set_requires_grad("old", requires_grad=False)
+
+    both()
+    below, above = layers(model)
+    x, inner = inputs(), model.base_model.model
+    run = lambda: checkpoint(inner, x, use_reentrant=False).square().sum()  # noqa: E731
+    run().backward()
+    want = above.paca_delta["new"].grad.clone()
+    model.zero_grad()
+    loss = run()
+    if change in ("switch", "there and back"):
+        model.base_model.set_adapter("new")
+    if change == "there and back":
+        both()
+    if change == "scale":
+        below.set_scale("old", -3.0)
+    if change == "write":
+        with torch.no_grad():
+            below.paca_delta["old"].mul_(2)
+    if change in ("none", "there and back"):
+        loss.backward()
+        assert torch.equal(above.paca_delta["new"].grad, want)
+    else:
+        with pytest.raises(RuntimeError, match="Activation checkpointing repeats"):
+            loss.backward()
+
+
+def test_scales_that_change_with_each_pass_over_a_frozen_layer_are_not_kept_for_ever():
+    model = adapted("plain")
+    for layer in layers(model):
+        layer.paca_delta["default"].requires_grad_(False)
+    for number in range(100):
+        layers(model)[0].set_scale("default", float(number))
+        checkpoint(model, inputs(), use_reentrant=False)
+    assert len(layers(model)[0].base_layer.columns.unsaved_passes) <= 64

@@ -650,3 +650,12 @@ def test_hooks_on_the_stock_layer_run_around_each_samples_columns(kind):
             alone.square().sum().backward()
         torch.testing.assert_close(gradients[n], x.grad[n])
     assert all(weight is layer.weight for weight in seen)
+
+
+def test_a_hook_finds_its_module_in_a_table_of_modules():
+    model = adapted_perceptron().eval()
+    names, seen = {module: name for name, module in model.named_modules()}, {}
+    for module in list(names):
+        module.register_forward_hook(lambda module, given, output: seen.update({names[module]: output}))
+    model(torch.randn(2, 7), adapter_names=["default", BASE])
+    assert set(seen) >= {name for name in names.values() if name.endswith("base_layer")}

@@ -44,6 +44,7 @@ def _is_there(columns: AdapterColumns) -> bool:
 
 @torch.no_grad()
 def _fingerprint(delta: Tensor) -> Tensor:
-    """Numbers that another delta hardly has: the sum of each column's values as whole numbers of their bits."""
+    """Numbers that another delta hardly has: sums of each column's and each row's bits, as whole numbers."""
     with torch.inference_mode(False):
-        return delta.detach().view(_BITS[delta.element_size()]).sum(0, dtype=torch.int64)
+        bits = delta.detach().view(_BITS[delta.element_size()])
+        return torch.cat([bits.sum(dim, dtype=torch.int64).flatten() for dim in (0, -1)])

@@ -13,6 +13,7 @@ from types import FrameType
 from typing import Any
 
 import torch
+from torch._C._autograd import _top_saved_tensors_default_hooks as is_checkpointing
 
 _REPEATED = (
     "Activation checkpointing repeats a forward pass with {now} active, but it first ran with other adapters or other "
@@ -77,6 +78,16 @@ def check_repeated(passes: dict[Any, list[Any]], key: Any, now: str) -> None:
         raise RuntimeError(_REPEATED.format(now=now))
 
 
+_MOST_UNSAVED = 64
+"""States that are kept of passes of which nothing else is, for each weight."""
+
+
+def note_if_unsaved(columns: Any, x: Any, trained: Any) -> None:
+    """`note_unsaved`, where checkpointing may repeat a pass and nothing of it needs a gradient."""
+    if is_checkpointing(True) and not any(t.requires_grad for t in (x, *trained.deltas)):
+        note_unsaved(columns)
+
+
 def note_unsaved(columns: Any) -> None:
     """Note a pass of which autograd saves nothing (the input and all deltas are frozen), so that no tag tells what it
     ran with; raise if checkpointing that is not re-entrant repeats it with columns that no first pass had."""
@@ -84,6 +95,8 @@ def note_unsaved(columns: Any) -> None:
     if torch._C._current_graph_task_id() == -1:
         note_first(passes, state, columns.can_come_back)
         del passes[state.key][1:]
+        if len(passes) > _MOST_UNSAVED:
+            del passes[next(iter(passes))]
     elif state.key not in passes and _runs_in(("recompute_fn", "unpack_hook")):
         raise RuntimeError(_REPEATED.format(now="other columns"))
 

@@ -144,7 +144,7 @@ def _csv_rows(file: Path) -> Iterator[tuple[str, Row]]:
     with file.open(encoding="utf-8-sig", newline="") as stream:
         read = 0
         try:
-            separator = _separator(stream.readline())
+            separator = "\t" if suffix_of(file) == ".tsv" else _separator(stream.readline())
             stream.seek(0)
             reader = csv.DictReader(stream, strict=True, delimiter=separator)
             columns = reader.fieldnames or ()

@@ -146,13 +146,14 @@ def _call_below(frame: FrameType | None) -> FrameType | None:
 
 def adding(module: nn.Module, add: Callable[[Tensor, Tensor], Tensor]) -> nn.Module:
     """The same module (its attributes, its hooks) with `add(output, input)` in place of its output: its hooks run
-    around that, as they run around columns in its weight. For one pass."""
+    around that, as they run around columns in its weight. For one pass. Tables of modules find the module by it."""
 
     def forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         return add(super(cls, self).forward(x, *args, **kwargs), x)
 
     kind = type(module)
-    cls: Any = type(kind.__name__, (kind,), {"forward": forward, "__module__": kind.__module__})
+    same = {"__hash__": lambda self: hash(module), "__eq__": lambda self, other: other is self or other is module}
+    cls: Any = type(kind.__name__, (kind,), {"forward": forward, "__module__": kind.__module__, **same})
     alias: nn.Module = cls.__new__(cls)
     alias.__dict__ = module.__dict__
     return alias

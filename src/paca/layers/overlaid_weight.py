@@ -16,6 +16,7 @@ from transformers.pytorch_utils import Conv1D
 
 from paca.columns.fingerprints import compare_values, note_values
 from paca.columns.kept import Kept, positions_of, sum_of
+from paca.columns.lost import note_if_unsaved
 from paca.columns.resident import WRITING
 from paca.columns.state import ActiveColumns, AdapterColumns, State
 from paca.functional.column_blocks import put_columns, version_of
@@ -107,8 +108,8 @@ class ColumnsKept(NamedTuple):
     columns: Any = None  # those of `state`
 
     def is_of(self, state: State) -> bool:
-        """Whether `columns` are those of a state."""
-        return self.state is not None and self.state.key == state.key
+        """Whether `columns` are those of a state, and were not written since as far as version counters tell."""
+        return self.state is not None and self.state.key == state.key and self.state.unchanged()
 
 
 class PatchedWeight(OverlaidWeight):
@@ -139,6 +140,7 @@ class PatchedWeight(OverlaidWeight):
 
     def forward(self, x: Tensor) -> Tensor:
         state = self.state_now()
+        note_if_unsaved(self.columns, x, state.trained)
         if state.columns:
             return self._run_dequantized(x, state)
         owner = self.owner()
@@ -190,7 +192,9 @@ class PatchedWeight(OverlaidWeight):
         return weight
 
     def patched_weight(self, dtype: torch.dtype, columns: tuple[AdapterColumns, ...]) -> Tensor:
-        """The same for any `columns`."""
+        """The same for any `columns`, as their deltas are now: nothing that was kept of them is taken."""
+        if self._columns_kept is not None:
+            self._columns_kept = self._columns_kept._replace(state=None)
         return self.weight_of_pass(dtype, State(columns, self.columns.base))
 
 
@@ -257,6 +261,7 @@ class AdditiveWeight(OverlaidWeight):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         state = self.state_now()
+        note_if_unsaved(self.columns, x, state.trained)
         y = super().forward(x, *args, **kwargs)
         if torch.is_grad_enabled() and x.requires_grad and not y.requires_grad:
             raise RuntimeError(
