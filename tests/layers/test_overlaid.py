@@ -549,7 +549,7 @@ def test_a_merge_has_the_deltas_that_were_written_since_the_last_pass(kind, how,
     assert torch.equal(*outputs)
 
 
-@pytest.mark.parametrize("change", ["none", "switch", "scale", "write", "there and back"])
+@pytest.mark.parametrize("change", ["none", "switch", "scale", "write", "step", "there and back"])
 @pytest.mark.parametrize("kind", ["plain", "nf4", "torchao-int8", ADDITIVE[0]])
 def test_checkpointing_sees_what_changed_in_a_frozen_layer(kind, change):
     base = make(kind)
@@ -577,6 +577,10 @@ def test_checkpointing_sees_what_changed_in_a_frozen_layer(kind, change):
     if change == "write":
         with torch.no_grad():
             below.paca_delta["old"].mul_(2)
+    if change == "step":
+        old = below.paca_delta["old"]
+        old.grad = torch.ones_like(old)
+        torch.optim.SGD([old], lr=1.0).step()
     if change in ("none", "there and back"):
         loss.backward()
         assert torch.equal(above.paca_delta["new"].grad, want)

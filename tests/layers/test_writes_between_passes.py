@@ -12,7 +12,6 @@ import pytest
 import torch
 from peft import PeftModel, get_peft_model
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 
 import paca
 from paca.layers import paca_layers
@@ -114,54 +113,3 @@ def test_without_a_write_the_pending_backward_pass_has_its_gradient(call: Callab
     for delta, gradient in zip(deltas, expected, strict=True):
         assert delta.grad is not None
         torch.testing.assert_close(delta.grad, gradient)
-
-
-class Checkpointed(nn.Module):
-    """Two layers that a backward pass computes again."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.below, self.above = nn.Linear(16, 16), nn.Linear(16, 16)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        run = checkpoint(lambda x: self.above(torch.tanh(self.below(x))), x, use_reentrant=False)
-        assert isinstance(run, torch.Tensor)
-        return run
-
-
-@pytest.mark.parametrize("change", ["none", "switch", "scale", "write", "step", "there and back"])
-def test_checkpointing_sees_what_changed_in_a_frozen_layer(change: str) -> None:
-    torch.manual_seed(0)
-
-    def config(layer: str) -> paca.PacaConfig:
-        return paca.PacaConfig(r=8, target_modules=[layer], init_weights=False)
-
-    model: PeftModel = get_peft_model(Checkpointed().double(), config("below"), adapter_name="old")
-    model.add_adapter("new", config("above"))
-    model.base_model.set_adapter(["old", "new"])
-    model.set_requires_grad("old", requires_grad=False)
-    below, above = paca_layers(model)
-    old, x = below.paca_delta["old"], torch.randn(5, 16, dtype=torch.double)
-    model(x).square().sum().backward()
-    want = above.paca_delta["new"].grad.clone()
-    model.zero_grad()
-    loss = model(x).square().sum()
-    if change in ("switch", "there and back"):
-        model.base_model.set_adapter("new")
-    if change == "there and back":
-        model.base_model.set_adapter(["old", "new"])
-        model.set_requires_grad("old", requires_grad=False)
-    if change == "scale":
-        below.set_scale("old", -3.0)
-    if change == "write":
-        with torch.no_grad():
-            old.mul_(2)
-    if change == "step":
-        old.grad = torch.ones_like(old)
-        torch.optim.SGD([old], lr=1.0).step()
-    if change in ("none", "there and back"):
-        loss.backward()
-        assert torch.equal(above.paca_delta["new"].grad, want)
-    else:
-        with pytest.raises(RuntimeError, match="Activation checkpointing repeats"):
-            loss.backward()
