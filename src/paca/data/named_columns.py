@@ -35,6 +35,9 @@ def renamed(
     Raises:
         PacaError: A column is not there.
     """
+    if not columns:
+        yield from rows
+        return
     unseen, place, row = dict(columns), "", None
     for place, row in rows:
         here = {name: own for name, own in columns.items() if own in row}
