@@ -16,7 +16,7 @@ from paca.cli.starting import import_libraries
 from paca.messages.errors import PacaError
 from paca.messages.nearest import did_you_mean_path
 from paca.messages.program import program
-from paca.messages.say import say
+from paca.messages.say import console_for_tables, say
 
 if TYPE_CHECKING:
     from paca.comparison.results import ComparisonResult
@@ -55,9 +55,7 @@ def compare(
     ] = False,
 ) -> None:
     """Compare methods on the same data and seeds, each at its best rate, and give a verdict."""
-    console = Console()
-    if not console.is_terminal:
-        console.width = 200  # of a table in a log file
+    console = console_for_tables()
     if output.exists() and not output.is_dir():
         raise PacaError(f"--output {output} is a file; a folder was expected, which may be new. Give another name.")
     for path in what:

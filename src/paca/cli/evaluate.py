@@ -25,7 +25,7 @@ from paca.evaluation.kept_lines import alone_in
 from paca.messages.errors import PacaError
 from paca.messages.install import how_to_install
 from paca.messages.program import program
-from paca.messages.say import say
+from paca.messages.say import console_for_tables, say
 from paca.messages.shown import printable
 from paca.pretrained.adapter_folder import find_adapter
 
@@ -111,7 +111,7 @@ def evaluate(
         raise PacaError(f"--tasks needs lm-evaluation-harness. {how_to_install('evaluate', 'lm-eval')}")
     # Read as tqdm is imported: one progress line instead of the five of the libraries.
     os.environ.setdefault("TQDM_DISABLE", "1")
-    console = Console()
+    console = console_for_tables()
     try:
         with sigterm_as_ctrl_c(), alone_in(output), Counted(console) as shown:
             say(console, f"Loading {path} ...")

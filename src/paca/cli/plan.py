@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
 
 from paca.cli.starting import import_libraries
 from paca.messages.errors import PacaError
+from paca.messages.say import console_for_tables
 from paca.messages.units import parse_bytes
 
 if TYPE_CHECKING:
@@ -117,7 +117,7 @@ def plan(
     if json_:
         print(json.dumps(as_json(result), indent=2))
         return
-    console = Console()
+    console = console_for_tables()
     show_estimate(console, result)
     if result.found is not None:
         show_fit(console, result.found, result.rate, planned.counts)

@@ -16,7 +16,7 @@ from paca.cli.starting import import_libraries, loading_libraries
 from paca.messages.errors import PacaError
 from paca.messages.processes import check_launchers_variables
 from paca.messages.program import program
-from paca.messages.say import say
+from paca.messages.say import console_for_tables, say
 from paca.messages.units import format_bytes, format_duration
 
 if TYPE_CHECKING:
@@ -55,7 +55,7 @@ def train(
     check_launchers_variables()
     with loading_libraries():
         run_config = load_run_config(config, set_ or ())
-    console = Console(quiet=os.environ.get("RANK", "0") != "0")
+    console = console_for_tables(quiet=os.environ.get("RANK", "0") != "0")
     if push_to_hub is not None and not console.quiet:
         from paca.pretrained.upload import check_login
 

@@ -2,9 +2,20 @@
 
 from __future__ import annotations
 
+import os
+from typing import Any
+
 from rich.console import Console
 
 from paca.messages.shown import printable
+
+
+def console_for_tables(**options: Any) -> Console:
+    """A console whose tables have room in a log file: rich gives them 80 columns, where `$COLUMNS` says nothing."""
+    console = Console(**options)
+    if not console.is_terminal and "COLUMNS" not in os.environ:
+        console.width = 200
+    return console
 
 
 def say(console: Console, line: str, style: str | None = None, end: str = "\n") -> None:
