@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import os
@@ -9,6 +10,7 @@ import shutil
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import huggingface_hub
 import pytest
@@ -29,6 +31,7 @@ from paca.pretrained import gguf as paca_gguf
 from paca.pretrained import load_config, load_pretrained, load_tokenizer, save_trainable_copy
 from paca.pretrained.hub import only_from_cache
 from paca.pretrained.location import locate, neighbour_hint
+from paca.pretrained.trainable_copy import unpack, unpacked
 from tiny_checkpoint import byte_tokenizer, save_base
 from tiny_gguf import write_gguf
 
@@ -220,6 +223,32 @@ def test_a_trainable_copy_is_made_once(gguf_file: Path, tmp_path: Path) -> None:
     before = {file.name: file.stat().st_mtime_ns for file in folder.iterdir()}
     save_trainable_copy(pretrained, folder)
     assert {file.name: file.stat().st_mtime_ns for file in folder.iterdir()} == before
+
+
+def test_what_is_unpacked_a_second_time_is_linked_and_only_then(gguf_file: Path, tmp_path: Path) -> None:
+    first, second, other, later = (tmp_path / name / "base" for name in ("first", "second", "other", "later"))
+    unpack(str(gguf_file), first, [], "auto", None)
+    unpack(str(gguf_file), second, [tmp_path / "none", first], "auto", None)
+    assert {file.name for file in first.iterdir()} == {file.name for file in second.iterdir()}
+    weights = "model.safetensors"
+    assert (second / weights).samefile(first / weights)
+    assert not (second / "tokenizer_config.json").samefile(first / "tokenizer_config.json")
+    assert torch.equal(*(logits(AutoModelForCausalLM.from_pretrained(folder)) for folder in (first, second)))
+
+    unpack(str(gguf_file), other, [first], "bfloat16", None)
+    assert AutoModelForCausalLM.from_pretrained(other).dtype == torch.bfloat16
+    os.utime(gguf_file, ns=(0, 0))  # the file is another one now
+    assert unpacked(str(gguf_file), [first, second], "auto", None) is None
+    unpack(str(gguf_file), later, [first], "auto", None)
+    assert not (later / weights).samefile(first / weights)
+
+
+def test_a_disk_without_links_gets_a_copy(gguf_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    unpack(str(gguf_file), tmp_path / "first" / "base", [], "auto", None)
+    monkeypatch.setattr(os, "link", Mock(side_effect=OSError(errno.EPERM, "no links")))
+    unpack(str(gguf_file), tmp_path / "second" / "base", [tmp_path / "first" / "base"], "auto", None)
+    first, second = (tmp_path / name / "base" / "model.safetensors" for name in ("first", "second"))
+    assert first.read_bytes() == second.read_bytes()
 
 
 def test_a_copy_of_something_else_is_not_taken_for_the_right_one(gguf_file: Path, base: Path, tmp_path: Path) -> None:

@@ -492,6 +492,7 @@ def test_a_gguf_model_leaves_a_base_that_the_adapter_names(
     assert settings["base_model_name_or_path"] == str(base)
     run("whole", f"model.name={source}", "train.max_steps=4")
     assert same_adapter(tmp_path / "a", tmp_path / "whole")
+    assert (tmp_path / "whole" / "base" / "model.safetensors").samefile(base / "model.safetensors")
 
 
 def test_fields_of_messages_that_are_not_used_are_in_the_plan(config_file: Path, tmp_path: Path) -> None:

@@ -5,13 +5,16 @@ from __future__ import annotations
 import json
 import logging
 import os
+import shutil
+from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 
 import transformers
 from transformers import AutoTokenizer
 
 from paca.messages.errors import PacaError
-from paca.pretrained.loading import Pretrained
+from paca.pretrained.loading import Pretrained, load_pretrained
 from paca.pretrained.quiet import without_progress_bars
 from paca.pretrained.whole_output import whole_output
 
@@ -41,6 +44,65 @@ def save_trainable_copy(pretrained: Pretrained, folder: str | os.PathLike[str]) 
         _write(pretrained, partial, record)
     logger.info("Saved a trainable copy of %s to %s.", pretrained.name_or_path, target)
     return target
+
+
+def unpack(file: str, folder: Path, beside: Iterable[Path], dtype: str, tokenizer: str | None) -> None:
+    """Save the model of a GGUF file to `folder`, as `save_trainable_copy` does.
+
+    Where one of the folders `beside` holds the same already, its weights are linked: they take no room a second time.
+
+    Args:
+        file: The `.gguf` file.
+        folder: Becomes the copy; must not exist.
+        beside: Folders of other runs that may hold a copy, or not exist.
+        dtype, tokenizer: As in `load_pretrained`.
+
+    Raises:
+        PacaError: As `load_pretrained` and `save_trainable_copy` do.
+    """
+    same = unpacked(file, beside, dtype, tokenizer)
+    if same is not None:
+        with suppress(OSError):  # it goes just now
+            with whole_output(folder, overwrite=False) as partial:
+                shutil.copytree(same, partial, copy_function=_link_weights)
+            logger.info("Linked the copy of %s in %s.", file, same)
+            return
+    pretrained = load_pretrained(file, dtype, tokenizer=tokenizer)
+    with whole_output(folder) as partial:
+        _write(pretrained, partial, _record(pretrained) | {"asked": _asked(file, dtype, tokenizer)})
+    logger.info("Saved a trainable copy of %s to %s.", file, folder)
+
+
+def unpacked(file: str, folders: Iterable[Path], dtype: str, tokenizer: str | None) -> Path | None:
+    """Which of the folders holds what `unpack` would make of the GGUF file in its present state; None if none does."""
+    asked = _asked(file, dtype, tokenizer)
+    for folder in folders:
+        with suppress(OSError, ValueError, KeyError, TypeError):  # it is no copy, or goes just now
+            if json.loads((folder / _RECORD).read_text(encoding="utf-8"))["asked"] == asked:
+                return folder
+    return None
+
+
+def _asked(file: str, dtype: str, tokenizer: str | None) -> dict[str, object]:
+    """What a copy follows from."""
+    state = Path(file).expanduser().stat()
+    return {
+        "file": str(Path(file).expanduser().resolve()),
+        "bytes": state.st_size,
+        "modified": state.st_mtime_ns,
+        "dtype": dtype,
+        "tokenizer": tokenizer,
+        "transformers": transformers.__version__,
+    }
+
+
+def _link_weights(source: str, target: str) -> None:
+    """Link what is large, where the disk can; a text that somebody edits in one run's folder is that run's."""
+    if source.endswith(".safetensors"):
+        with suppress(OSError):
+            os.link(source, target)
+            return
+    shutil.copy2(source, target)
 
 
 def copied_from(folder: str | os.PathLike[str]) -> str | None:

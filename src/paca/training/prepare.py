@@ -6,6 +6,7 @@ import copy
 import os
 import re
 from dataclasses import dataclass
+from pathlib import Path
 
 from peft import get_peft_model
 from transformers import PreTrainedModel
@@ -17,12 +18,14 @@ from paca.messages.processes import launched_processes
 from paca.planning.memory_estimate import PlannedModel
 from paca.pretrained.location import locate
 from paca.pretrained.quantizing import quantize_outline
+from paca.pretrained.trainable_copy import unpacked
 from paca.pretrained.weight_size import weight_size
 from paca.training.config import adapter_settings, train_settings
 from paca.training.config.learning_rate import AUTO, automatic_rate, beside_automatic, follows_weights
 from paca.training.config.run_config import RunConfig
 from paca.training.config.target_names import check_target_names, told_of_layers
 from paca.training.folder.disk_need import disk_need
+from paca.training.folder.run_folder import RunFolder
 from paca.training.folder.same_run import inputs_of
 from paca.training.named_model import outline_of, train_heads
 from paca.training.plan import Plan, planned_steps
@@ -119,6 +122,10 @@ def prepare(config: RunConfig, *, whole: bool = True, fetch: bool = False) -> Pr
         typical = config.train["max_length"]
     elif typical is not None:
         sequences = min(sequences, len(train.dataset))
+    base = 0
+    if location.source == "gguf":
+        beside = RunFolder(Path(config.output.dir)).bases_beside()
+        base = 0 if unpacked(named.name, beside, named.dtype, named.tokenizer) else parameters * dtype.itemsize
     plan = Plan(
         config=config,
         source=location.source,
@@ -140,7 +147,7 @@ def prepare(config: RunConfig, *, whole: bool = True, fetch: bool = False) -> Pr
         sequences_per_step=sequences,
         tokens_per_step=None if typical is None else round(sequences * typical),
         steps=steps,
-        disk=disk_need(config, adapted, steps, base=parameters * dtype.itemsize if location.source == "gguf" else 0),
+        disk=disk_need(config, adapted, steps, base),
     )
     return PreparedRun(plan, inputs, adapted)
 

@@ -17,7 +17,8 @@ from paca.data import Examples
 from paca.lean import make_lean
 from paca.messages.errors import PacaError
 from paca.messages.say import say
-from paca.pretrained import Pretrained, load_pretrained, save_trainable_copy
+from paca.pretrained import Pretrained, load_pretrained
+from paca.pretrained.trainable_copy import unpack
 from paca.training.calibration import ColumnChoice
 from paca.training.config.adapter_settings import adapter_config
 from paca.training.config.run_config import RunConfig
@@ -63,8 +64,7 @@ def _read(config: RunConfig, folder: RunFolder, console: Console, labels: list[s
     # An adapter has to name a base that stock tooling can load, so the unpacked model is kept beside it.
     if PartialState().is_main_process and not folder.base.is_dir():
         say(console, f"Unpacking the weights of {Path(model.name).name} ...")
-        unpacked = load_pretrained(model.name, model.dtype, tokenizer=model.tokenizer)
-        save_trainable_copy(unpacked, folder.base)
+        unpack(model.name, folder.base, folder.bases_beside(), model.dtype, model.tokenizer)
     PartialState().wait_for_everyone()
     if model.quantization is not None and config.adapter.get("original_weights") == model.name:
         config.adapter["original_weights"] = str(folder.base)
