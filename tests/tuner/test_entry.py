@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import io
+import itertools
 import threading
 import weakref
 
@@ -523,3 +524,25 @@ def test_unloading_takes_the_entry_off_and_another_adapter_adds_none():
     assert entry_of(model).layers == paca_layers(model)
     stock = model.unload()
     assert not stock._forward_pre_hooks
+
+
+@pytest.mark.parametrize("numbers_given", range(0, 20))
+def test_a_step_after_a_pickle_was_read_elsewhere_is_seen(numbers_given, monkeypatch):
+    """Another process counts revisions from the start: at some point it gives the numbers that the pickle had."""
+    monkeypatch.setattr("paca.columns.state._REVISIONS", itertools.count(1))
+    model = adapted_perceptron("linear")
+    take_fused_step(model)
+    kept = io.BytesIO()
+    torch.save(model, kept)
+    kept.seek(0)
+    monkeypatch.setattr("paca.columns.state._REVISIONS", itertools.count(1 + numbers_given))
+    read = torch.load(kept, weights_only=False)
+    take_fused_step(read)
+    assert holds(read)
+
+
+def take_fused_step(model):
+    """A step whose writes no version counter shows."""
+    fused = torch.optim.AdamW(deltas_of(model), lr=0.1, fused=True)
+    model(X).square().sum().backward()
+    fused.step()

@@ -111,12 +111,12 @@ class MergeableColumns(ResidentColumns):
     def __getstate__(self) -> dict[str, Any]:
         if self.state.columns:
             raise RuntimeError("resident columns must be parked before they are copied or pickled")
-        return {"dim": self.dim, "revisions": dict(self.revisions), "merged": (self.merged, self._originals_of_merged)}
+        # Without revisions: in another process the same numbers are given to other contents.
+        return {"dim": self.dim, "merged": (self.merged, self._originals_of_merged)}
 
     def __setstate__(self, kept: dict[str, Any]) -> None:
         self.__class__ = MergeableColumns  # the module says whether its weight is sharded
         self.__init__(kept["dim"])  # type: ignore[misc]
-        self.revisions = kept["revisions"]
         self.merged, self._originals_of_merged = kept["merged"]
 
 
