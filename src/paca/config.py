@@ -150,13 +150,12 @@ def _is_list_of(kind: type, value: Any, most: float = 1e9) -> bool:
     return value is None or (listed and all(_is(v, kind) for v in value))
 
 
-_NAMES = "be a list of names, such as "
+_NAMES, _NUMBERS = "be a list of names, such as ", "map names of modules to numbers, such as {'q_proj': 8}"
 _BLOCKS = f"be a list of block numbers, {MOST_NAMES:,} at most"
 _TEXT_OR_NAMES = "be a list of names (or one text), such as "
 _TEXTS = ("base_model_name_or_path", "revision", "peft_version", "original_weights", "base_quantization")
 _FORMS: tuple[tuple[str, Any, str], ...] = (
-    ("rank_pattern", lambda v: isinstance(v, dict), "map names of modules to numbers, such as {'q_proj': 8}"),
-    ("alpha_pattern", lambda v: isinstance(v, dict), "map names of modules to numbers, such as {'q_proj': 8}"),
+    *((f"{name}_pattern", lambda v: isinstance(v, dict), _NUMBERS) for name in ("rank", "alpha")),
     ("r", lambda v: _is(v, int) and v > 0, "be a whole number of columns, 1 or more"),
     ("paca_alpha", lambda v: _is(v, int, float) and 0 < v < LARGEST, "be a positive number, below 1e30"),
     ("random_seed", lambda v: v is None or _is(v, int), "be a whole number, or null for one that is drawn"),

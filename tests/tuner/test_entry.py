@@ -526,7 +526,7 @@ def test_unloading_takes_the_entry_off_and_another_adapter_adds_none():
     assert not stock._forward_pre_hooks
 
 
-@pytest.mark.parametrize("numbers_given", range(0, 20))
+@pytest.mark.parametrize("numbers_given", range(20))
 def test_a_step_after_a_pickle_was_read_elsewhere_is_seen(numbers_given, monkeypatch):
     """Another process counts revisions from the start: at some point it gives the numbers that the pickle had."""
     monkeypatch.setattr("paca.columns.state._REVISIONS", itertools.count(1))

@@ -9,7 +9,7 @@ import weakref
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 
 import paca
@@ -21,7 +21,7 @@ from quantized_layers import quantized_linear
 
 ADAPTER = "adapter_model.safetensors"
 HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_hooks", "_state_dict_hooks", "_load_state_dict_post_hooks")
-HOW = ["from_pretrained", "trainable", "beside another", "beside one with a saved module"]
+HOW = ["from_pretrained", "trainable", "with its config", "beside another", "beside one with a saved module"]
 SHARED = {"attention_bias": True, "mlp_bias": True}
 
 
@@ -48,7 +48,8 @@ def load(model, folder, how):
     if how.startswith("beside"):
         model.load_adapter(folder, "other")
     else:
-        PeftModel.from_pretrained(model, folder, is_trainable=how == "trainable")
+        config = PeftConfig.from_pretrained(folder) if how == "with its config" else None
+        PeftModel.from_pretrained(model, folder, config=config, is_trainable=how == "trainable")
 
 
 def logits(model):
@@ -380,3 +381,18 @@ def test_columns_of_layers_that_the_adapter_has_not_are_there_at_once(tmp_path):
     with pytest.raises(ValueError, match="NaN"):
         model.load_adapter(tmp_path, "second")
     assert {name for name, value in look_of(model).items() if value != before[name]} == set()
+
+
+def test_a_config_made_by_hand_is_one_that_is_read_with(tmp_path):
+    adapt(perceptron(), r=4, target_modules=["lin1"]).save_pretrained(tmp_path)
+    model = perceptron()
+    with pytest.raises(ValueError, match="has shape"):
+        PeftModel.from_pretrained(model, tmp_path, config=PacaConfig(r=5, target_modules=["lin1"]))
+    assert not [module for module in model.modules() if isinstance(module, PacaLayer)]
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    assert not hasattr(model, "peft_config")
+    config = PacaConfig(r=4, target_modules=["lin1"])
+    for _ in range(2):  # and the same one again
+        PeftModel.from_pretrained(perceptron(), tmp_path, config=config)
+    get_peft_model(perceptron(), config)  # which reads nothing
+    assert not config.loading

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -10,8 +10,6 @@ from torch import Tensor
 
 from paca.columns.state import AdapterColumns
 from paca.functional.column_blocks import put_columns, read_columns
-
-_VALUES_AT_ONCE = 2**20  # of a weight on their way from and to the CPU: a few MiB
 
 
 class Kept(NamedTuple):
@@ -29,12 +27,6 @@ class Kept(NamedTuple):
     def put_into(self, weight: Tensor, dim: int) -> None:
         """Write the values where they belong."""
         put_columns(weight, dim, self.positions.to(weight.device), self.values)
-
-    def pieces(self, weight: Tensor, dim: int) -> Iterator[Kept]:
-        """These columns of `weight` a few at a time, on its device: they pass it so."""
-        size = max(1, _VALUES_AT_ONCE * weight.shape[dim] // max(1, weight.numel()))
-        for some, of_them in zip(self.positions.split(size), self.values.split(size, dim), strict=True):
-            yield Kept(some.to(weight.device), of_them.to(weight.device))
 
     def equal(self, other: Tensor) -> bool:
         """Whether `other`, of the same columns, has the same bits (NaN is equal to itself)."""

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from paca.columns import not_whole
 from paca.columns.entry import Entry
 from paca.columns.fingerprints import compare_values
+from paca.columns.folded_in_weight import originals_of_folded, pieces, put_folded
 from paca.columns.kept import Kept, add_scaled, holds, oriented, positions_of, sum_of
 from paca.columns.state import ALONE, FOR_NOW, THREAD, ActiveColumns, AdapterColumns, State, is_sharded
 from paca.functional.column_blocks import blocks_in, blocks_of, put_columns, read_columns, version_of
@@ -129,7 +130,7 @@ class ResidentColumns(ActiveColumns):
     def _all_kept(self, weight: Tensor) -> Iterator[Kept]:
         yield self.kept
         if self._folded is not None:
-            yield from self._folded.pieces(weight, self.dim)
+            yield from pieces(self._folded, weight, self.dim)
 
     def prepare(self, weight: Tensor, wanted: tuple[AdapterColumns, ...]) -> State | None:
         """Keep the originals of the columns of `wanted`, and put those of other columns back. Gives the state to be
@@ -154,13 +155,10 @@ class ResidentColumns(ActiveColumns):
         self.kept = Kept.of(weight, self.dim, positions_of(columns, weight.device))
         self._folded = None
         if any(c.folded is not None for c in columns):
-            folded = tuple(part for c in columns for part in c.parts()[1:])
-            kept = Kept.of(weight, self.dim, positions_of(folded, weight.device))
-            self._folded = Kept(kept.positions.cpu(), kept.values.cpu())
+            self._folded = originals_of_folded(weight, self.dim, columns)
             self._part_from_shared(weight)
             self.half_written = True
-            for piece in self._folded.pieces(weight, self.dim):
-                put_columns(weight, self.dim, piece.positions, sum_of(piece, columns, self.dim))
+            put_folded(self._folded, weight, self.dim, columns)
 
     def parked_columns(self, weight: Tensor, state: State) -> Tensor | None:
         """The columns that a park took out, if `state` is what they were of; else None.

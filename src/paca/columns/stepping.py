@@ -83,10 +83,7 @@ register_optimizer_step_post_hook(_after_step)
 
 
 class Deltas(nn.ParameterDict):
-    """A `ParameterDict` whose layer learns of the steps of optimizers that hold its parameters.
-
-    It also knows the shards while FSDP2 has put gathered parameters in their place.
-    """
+    """Parameters of a layer that learns of steps of optimizers that hold them; their shards, where FSDP2 gathers."""
 
     _layer: weakref.ref[Any]
 

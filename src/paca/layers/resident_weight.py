@@ -150,9 +150,6 @@ class ResidentWeight(nn.Module):
     def _run_apart(self, x: Tensor) -> Any:
         return self.forward(x)
 
-    def _park(self) -> None:
-        self.columns.park(self.columns.home_to_write(self.weight), for_now=True)
-
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ResidentWeight:
         home = self.columns.home_to_write(self.weight)
         self.columns.compare(home)  # later there is nothing left to compare with
@@ -173,12 +170,12 @@ class ResidentWeight(nn.Module):
         self, state_dict: dict[str, Any], prefix: str, local_metadata: Any, strict: bool, *rest: Any
     ) -> None:
         if prefix + "weight" in state_dict:
-            self._park()
+            self.columns.park(self.columns.home_to_write(self.weight), for_now=True)
             self.columns.reloaded(f"{prefix}weight")
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, *rest)
 
     def __getstate__(self) -> dict[str, Any]:
-        self._park()
+        self.columns.park(self.columns.home_to_write(self.weight), for_now=True)
         return {key: value for key, value in self.__dict__.items() if key != "owner"}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

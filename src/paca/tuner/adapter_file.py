@@ -2,14 +2,28 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import torch
+from peft import PeftModel
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
 
 from paca.tuner.adapter_entries import check_entries
 from paca.tuner.pickled_adapter import shapes_in_pickle
+
+_READER = PeftModel.from_pretrained.__func__.__code__  # type: ignore[attr-defined]
+
+
+def folder_being_read() -> Path | None:
+    """What `PeftModel.from_pretrained` reads just now, if it is at work: with `config=` nothing else says so."""
+    frame = sys._getframe(1)
+    while frame.f_code is not _READER:
+        if frame.f_back is None:
+            return None
+        frame = frame.f_back
+    return Path(frame.f_locals["model_id"], frame.f_locals["kwargs"].get("subfolder") or "")
 
 
 def shapes_in(folder: Path, most: int = 100_000) -> dict[str, torch.Size] | None:

@@ -15,7 +15,7 @@ from paca.layers.experts import ExpertStack, put_parameter_back
 from paca.layers.overlaid import keep_for_dispatch
 from paca.tuner import entry
 from paca.tuner.adapter_checks import check_adapter_tensors, check_name
-from paca.tuner.adapter_file import shapes_in
+from paca.tuner.adapter_file import folder_being_read, shapes_in
 from paca.tuner.adapter_names import mixed_batch
 from paca.tuner.column_choice import choose_columns, for_layer
 from paca.tuner.expert_targets import AdaptsStacks, quiet_about_stacks
@@ -48,6 +48,8 @@ class PacaModel(AdaptsStacks, MergesAdapters):
         config = self.peft_config[adapter_name]
         if not isinstance(config, PacaConfig):  # PEFT's own (>= 0.22)
             config = self.peft_config[adapter_name] = as_ours(config, PacaConfig)
+        config.folder = config.folder if config.loading else folder_being_read()
+        config.loading = config.folder is not None
         config.trainable_before = {name: p.requires_grad for name, p in model.named_parameters()}
         # How many names a module has, and how many parameters are in one memory.
         self._uses: Counter[Any] = Counter(id(m) for _, m in model.named_modules(remove_duplicate=False))
@@ -55,7 +57,7 @@ class PacaModel(AdaptsStacks, MergesAdapters):
         self._uses.update(_memory_of(p) for m in modules for p in m._parameters.values() if type(p) is nn.Parameter)
         try:
             check_name(adapter_name)
-            if config.loading and config.folder is not None:
+            if config.folder is not None:
                 config.shapes = shapes_in(config.folder, 3 * len(self._uses) + 100)
                 if "disk" in getattr(model, "hf_device_map", {}).values():
                     refuse_overwriting(model)
