@@ -2,10 +2,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+from peft import PeftModel, PromptTuningConfig, get_peft_model
 
 from models import llama
+from paca.evaluation.completions import completions
 from paca.evaluation.log_likelihood import Continuation, likelihoods
 from paca.messages.errors import PacaError
+from tiny_checkpoint import byte_tokenizer
 
 
 def test_a_model_whose_output_is_nan_is_refused_by_name() -> None:
@@ -14,3 +17,32 @@ def test_a_model_whose_output_is_nan_is_refused_by_name() -> None:
         model.lm_head.weight.fill_(float("nan"))
     with pytest.raises(PacaError, match=r"output is NaN, in float32, so that nothing can be scored"):
         likelihoods(model, [Continuation([1, 2], [3])], batch_size=1)
+
+
+def with_a_learned_prompt() -> PeftModel:
+    model = get_peft_model(llama(), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=5)).eval()
+    torch.manual_seed(0)
+    for parameter in model.prompt_encoder.parameters():
+        torch.nn.init.normal_(parameter)
+    return model
+
+
+def test_answers_after_a_learned_prompt_are_scored_where_they_stand() -> None:
+    model, asked = with_a_learned_prompt(), [Continuation([1, 2, 3, 4], [5, 6]), Continuation([7, 8], [9])]
+    for (prompt, answer), found in zip(asked, likelihoods(model, asked, batch_size=2), strict=True):
+        with torch.no_grad():
+            logits = model(input_ids=torch.tensor([prompt + answer])).logits[0, -len(answer) - 1 : -1]
+        wanted = logits.log_softmax(-1).gather(1, torch.tensor(answer)[:, None]).sum()
+        assert found.log_probability == pytest.approx(float(wanted), abs=1e-4)
+
+
+def test_answers_after_a_learned_prompt_are_the_likeliest_tokens() -> None:
+    model, prompts, tokenizer = with_a_learned_prompt(), [[1, 2, 3, 4], [7, 8, 9, 1, 2]], byte_tokenizer()
+    model.generation_config.eos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id = None, None, 0
+    found = completions(model, tokenizer, prompts, max_new_tokens=6, batch_size=2)
+    for prompt, text in zip(prompts, found, strict=True):
+        said = list(prompt)
+        for _ in range(6):
+            with torch.no_grad():
+                said.append(int(model(input_ids=torch.tensor([said])).logits[0, -1].argmax()))
+        assert text == tokenizer.decode(said[len(prompt) :], skip_special_tokens=True)

@@ -15,6 +15,7 @@ from paca.data.tokens import IGNORED
 from paca.evaluation.batches import context_of, longest_first
 from paca.evaluation.kept_lines import KeptAnswers
 from paca.messages.errors import PacaError
+from paca.pretrained.generation import learns_a_prompt
 
 
 class Continuation(NamedTuple):
@@ -96,7 +97,8 @@ def _score(model: Any, batch: list[Continuation]) -> list[Likelihood]:
     kept = torch.arange(min(len(entry.prompt) - 1 for entry in batch), tokens.shape[1])
     plain = model.get_base_model() if hasattr(model, "get_base_model") else model
     takes = inspect.signature(plain.forward).parameters
-    only = {"logits_to_keep": kept.to(model.device)} if "logits_to_keep" in takes else {}
+    all_of_them = learns_a_prompt(model) or "logits_to_keep" not in takes  # tokens of its own come before these
+    only = {} if all_of_them else {"logits_to_keep": kept.to(model.device)}
     logits = model(
         input_ids=tokens.to(model.device), attention_mask=mask.to(model.device), use_cache=False, **only
     ).logits[:, -len(kept) :]

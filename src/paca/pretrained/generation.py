@@ -264,6 +264,13 @@ def sampling_settings(model: Any, tokenizer: PreTrainedTokenizerBase, temperatur
     settings: dict[str, Any] = {"pad_token_id": tokenizer.pad_token_id, "do_sample": temperature > 0}
     if ends:
         settings["eos_token_id"] = sorted(ends)
+    if learns_a_prompt(model):
+        settings["use_cache"] = False  # with one, PEFT 0.21 loses the learned tokens after the first answered one
     if temperature > 0:
         return settings | {"temperature": temperature}
     return settings | {"temperature": None, "top_p": None, "top_k": None}  # a model's own would only be warned about
+
+
+def learns_a_prompt(model: Any) -> bool:
+    """Whether a model puts learned tokens before its input, as prompt tuning does."""
+    return bool(getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False))

@@ -24,11 +24,13 @@ _NOT_HERE = {
     "ADALORA": "something has to share out its ranks after each step",
     "ADAPTION_PROMPT": "TRL's trainer does not get its loss through it",
     "ADAMSS": "it chooses by the weights, which are not there when a run is planned",
+    "CARTRIDGE": "what PEFT generates with it is not what the trained model gives, token by token",
     "CPT": "it needs all logits, which TRL's trainer never makes",
     "FROD": "it is laid out from the weights, which are not there when a run is planned",
     "MULTITASK_PROMPT_TUNING": "its records name a task",
     "POLY": "its records name a task",
     "P_TUNING": "PEFT saves what its encoder gives, not the encoder, so that a run can't be resumed",
+    "PREFIX_TUNING": "what PEFT generates with it is not what the trained model gives, token by token",
     "SHIRA": "it chooses by the weights, which are not there when a run is planned",
     "XLORA": "it mixes adapters that are trained already",
 }
