@@ -66,6 +66,8 @@ def test_a_file_brings_a_method_of_ones_own(tmp_path: Path) -> None:
         ("train: {seed: 1}\n", "train.seed comes from --seeds"),
         ("train: {max_length: 38}\n", "train.max_length changes what a method is judged by"),
         ("train: {completion_only_loss: false}\n", "train.completion_only_loss changes what"),
+        ("train: {truncation_mode: keep_end}\n", "train.truncation_mode changes what"),
+        ("train: {reward_weights: [10.0]}\n", "train.reward_weights changes what"),
         ("train: {trainer: dpo}\n", "train.trainer changes what"),
         ("model: {name: other}\n", "model.name changes what"),
         ("lora: {}\nfull: {}\n", "holds the methods lora and full"),

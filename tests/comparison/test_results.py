@@ -242,6 +242,10 @@ def test_runs_whose_losses_mean_something_else_are_not_compared(section: str, ke
     ("changed", "told"),
     [
         ({"packing": True}, "a loss over batches of 8 and a loss over batches of 8 packed"),
+        (
+            {"train_sampling_strategy": "group_by_length"},
+            "a loss over batches of 8 and a loss over batches of 8 of like length",
+        ),
         ({"per_device_eval_batch_size": 1}, "a loss over batches of 1 and a loss over batches of 8"),
         ({"packing": True, "eval_packing": False}, None),
     ],

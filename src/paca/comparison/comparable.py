@@ -44,7 +44,8 @@ def batching(config: Mapping[str, Any]) -> str:
     own = train.get("eval_packing")
     packed = bool(train.get("packing") if own is None else own)
     size = train.get("per_device_eval_batch_size", 8)  # transformers' default
-    return f"a loss over batches of {size}{' packed' if packed else ''}"
+    grouped = train.get("train_sampling_strategy") == "group_by_length"  # also those of the held-out examples
+    return f"a loss over batches of {size}{' packed' if packed else ''}{' of like length' if grouped else ''}"
 
 
 def _other_contents(rows: list[Row], split_off: bool) -> list[str]:

@@ -24,10 +24,11 @@ _TARGETS = ("target_modules", "exclude_modules", "layers_to_transform", "layers_
 """Fields of PEFT's configs that say where an adapter goes."""
 _LORA_RANK = 8  # PEFT's default
 _LAID_OVER = (*METHODS, "train", "model")
-LOSS_SCOPE = ("completion_only_loss", "assistant_only_loss", "max_length")
+LOSS_SCOPE = ("completion_only_loss", "assistant_only_loss", "max_length", "truncation_mode")
 JUDGING = {
     "train": (*LOSS_SCOPE, "trainer", "loss_type", "label_smoothing_factor", "answer_pattern", "reward_funcs",
-              "max_completion_length"),
+              "reward_weights", "max_completion_length", "temperature", "top_p", "top_k", "min_p", "repetition_penalty",
+              "generation_kwargs", "chat_template_kwargs"),
     "model": ("name", "revision", "tokenizer"),
     "data": ("template",),
 }  # fmt: skip

@@ -131,7 +131,8 @@ def _check(comparison: Comparison) -> None:
         told = ", ".join(f"{name} by {how}" for name, how in scored.items())
         raise PacaError(
             f"The methods would not be judged by the same: {told}. Set eval.metric: loss, which is one over tokens; or "
-            "train.eval_packing: false beside packing, and one per_device_eval_batch_size for all."
+            "train.eval_packing: false beside packing, and one per_device_eval_batch_size and train_sampling_strategy "
+            "for all."
         )
 
 

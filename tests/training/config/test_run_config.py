@@ -107,6 +107,7 @@ def test_all_mistakes_that_do_not_need_each_other_are_told(tmp_path: Path, text:
         ("train: {output_dir: x}\n", "line 3: train.output_dir can't be set here: the run folder is output.dir."),
         ("train: {hub_token: x}\n", "HF_TOKEN"),
         ("train: {gradient_accumulation_steps: 0}\n", "train.gradient_accumulation_steps must be above zero, not 0."),
+        ("train: {include_num_input_tokens_seen: no}\n", "line 3: train.include_num_input_tokens_seen can't be off: a"),
         ("train: {optim: adamv}\n", "train.optim must be one of adamw_torch, "),
         ("train: {learning_rate: -1}\n", "train.learning_rate must be zero or more, not -1."),
         ("train: {max_steps: 0}\n", "train.max_steps must be 1 or more (or -1: as many as the epochs), not 0."),

@@ -90,6 +90,11 @@ def check_train_settings(settings: Mapping[str, Any], origins: Origins) -> None:
     kind.check(settings, origins)
     check_trackers(settings.get("report_to"), f"{origins.of('train.report_to')}: train.report_to")
     mistakes = Mistakes()
+    counted = "include_num_input_tokens_seen"
+    if settings.get(counted) in (False, "no") and kind.defaults(settings).get(counted) != "no":
+        with mistakes.noted():
+            place = origins.of(f"train.{counted}")
+            raise PacaError(f"{place}: train.{counted} can't be off: a run tells its tokens in a second. Leave it out.")
     for name, value in settings.items():
         for words, (holds, names) in _RANGES.items():
             if name in names.split() and isinstance(value, (int, float)) and not holds(value):
