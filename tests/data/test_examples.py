@@ -290,3 +290,31 @@ def test_holding_out_everything_is_an_error(tmp_path: Path, held_out: float) -> 
     examples = load_examples(jsonl(tmp_path / "a.jsonl", ALPACA))
     with pytest.raises(PacaError, match=r"[Hh]old"):
         split_heldout(examples, held_out, seed=0)
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("train-00000-of-00002.jsonl", "train-00001-of-00002.jsonl", "test-00000-of-00001.jsonl"),
+        ("questions_train.jsonl", "questions_training2.jsonl", "questions.eval.jsonl"),
+    ],
+)
+def test_a_folder_with_files_of_splits_gives_one_of_them(tmp_path: Path, names: tuple[str, ...]) -> None:
+    for number, name in enumerate(names):
+        jsonl(tmp_path / name, [{"text": f"{number}{row}"} for row in range(2)])
+    assert load_examples(str(tmp_path)).dataset["text"] == ["00", "01", "10", "11"]
+    assert load_examples(str(tmp_path), split="test").dataset["text"] == ["20", "21"]
+    with pytest.raises(PacaError, match=r"has no files of a split 'validation' by their names; it has test and train"):
+        load_examples(str(tmp_path), split="validation")
+    jsonl(tmp_path / "more.jsonl", [{"text": "30"}])
+    with pytest.raises(PacaError, match=r"splits test and train by their names, and more.jsonl, whose name tells of n"):
+        load_examples(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    "names", [("train_a.jsonl", "train_b.jsonl"), ("a.jsonl", "test.jsonl"), ("pretrain.jsonl", "test.jsonl")]
+)
+def test_a_folder_without_several_splits_is_read_whole(tmp_path: Path, names: tuple[str, str]) -> None:
+    for name in names:
+        jsonl(tmp_path / name, [{"text": name}])
+    assert load_examples(str(tmp_path), split="test").dataset["text"] == list(names)

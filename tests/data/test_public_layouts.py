@@ -185,6 +185,13 @@ def test_mmlu_takes_letters_as_answers_too(tmp_path: Path) -> None:
     assert examples.dataset[0]["completion"][0]["content"] == "C"
 
 
+@pytest.mark.parametrize(("answer", "letter"), [("1", "B"), ("C", "C"), (2.0, "C")])
+def test_mmlu_takes_lists_as_json_text_as_csv_files_have_them(tmp_path: Path, answer: object, letter: str) -> None:
+    rows = [{**MMLU[0], "choices": json.dumps(MMLU[0]["choices"]), "answer": answer}]
+    examples = load_examples(jsonl(tmp_path / "mmlu.jsonl", rows))
+    assert examples.dataset[0]["completion"][0]["content"] == letter
+
+
 def test_arc_answers_with_its_own_labels_also_where_the_number_of_options_differs(tmp_path: Path) -> None:
     examples = load_examples(jsonl(tmp_path / "arc.jsonl", ARC))
     assert examples.format == "arc"

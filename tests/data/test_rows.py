@@ -76,6 +76,7 @@ def test_a_csv_field_may_be_long(tmp_path: Path) -> None:
         ),
         ("a.json", '[{"text": "\\ud83d\\ude00"}, {"\\uD800": 1}]', ["a.json, record 1", r"holds \ud800, one half"]),
         ("a.jsonl", '{"text": "x"}\n{"text": \n', ["a.jsonl, line 2", "not valid JSON"]),
+        ("a.json", '{\n"n": 1,\n"data": [{"text": "x"}]\n}', ["an object; expected an array", "the list 'data' in it"]),
         ("a.jsonl", '{"text": "x"}\n["y"]\n', ["a.jsonl, line 2", "a list", "JSON object"]),
         ("a.json", '[{"text": "x"},\n {"text": "y"},\n {"text" "z"}]', ["a.json, line 3", "record 2"]),
         ("a.json", '[{"text": "x"}\n {"text": "y"}]', ["a.json, line 2", "','"]),
@@ -139,3 +140,15 @@ def test_a_file_of_another_type_is_named(tmp_path: Path) -> None:
     (tmp_path / "questions.txt").write_text("{}")
     with pytest.raises(PacaError, match=r"questions\.txt is no data file by its name\. Understood are \.jsonl"):
         list(rows_of(tmp_path / "questions.txt"))
+
+
+def test_fields_that_only_other_rows_of_a_parquet_file_have_are_not_there(tmp_path: Path) -> None:
+    calls = [
+        {"name": "weather", "arguments": {"city": "Oslo"}},
+        {"name": "mail", "arguments": {"to": "Bob", "cc": None}},
+    ]
+    rows = [{"messages": [{"role": "assistant", "tool_calls": [call]}], "note": None} for call in calls]
+    path = tmp_path / "rows.parquet"
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist([*rows, {"messages": [], "note": "x"}]), path)
+    del calls[1]["arguments"]["cc"]  # type: ignore[attr-defined]
+    assert [row for _, row in rows_of(path)] == [*rows, {"messages": [], "note": "x"}]

@@ -30,10 +30,11 @@ def load(tmp_path: Path, family: str, *records: dict[str, Any]) -> Examples:
         {"chosen": [USER, RIGHT], "rejected": [USER, WRONG]},
         {"prompt": "2+2?", "chosen": [USER, RIGHT], "rejected": [USER, WRONG]},
         {"prompt": "2+2?", "chosen": [RIGHT], "rejected": [WRONG]},
+        {"prompt": [USER], "chosen": "4", "rejected": "5"},
         {"question": "2+2?", "chosen": "4", "rejected": "5"},
         {"instruction": "2+2?", "input": "", "chosen": "4", "rejected": "5"},
     ],
-    ids=["explicit", "implicit", "repeated prompt", "prompt as text", "question", "instruction"],
+    ids=["explicit", "implicit", "repeated prompt", "prompt as text", "answers as text", "question", "instruction"],
 )
 def test_pairs_of_messages_come_out_the_same_whatever_their_form(tmp_path: Path, record: dict[str, Any]) -> None:
     row = load(tmp_path, "preferences", record).dataset[0]
@@ -69,7 +70,7 @@ def test_a_system_message_comes_first(tmp_path: Path) -> None:
             "line 2: with rejected as the completion: completion is empty",
         ),
         ({"prompt": "a", "chosen": "b"}, "line 2: there is no column rejected; found: prompt, chosen"),
-        ({"prompt": [USER], "chosen": "4", "rejected": "5"}, "line 2: with chosen as the completion: prompt is"),
+        ({"prompt": 3, "chosen": "4", "rejected": "5"}, "line 2: with chosen as the completion: prompt is"),
     ],
 )
 def test_the_first_bad_pair_is_named(tmp_path: Path, record: dict[str, Any], message: str) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import string
+from contextlib import suppress
 from typing import TypeGuard
 
 from paca.data.rows import Row
@@ -13,16 +15,21 @@ OPTIONS = "options"
 
 
 def mmlu_question(row: Row) -> Row:
-    """Read `question`, `choices` (a list) and `answer`: its position, counted from 0, or its letter.
+    """Read `question`, `choices` (a list, also as JSON text) and `answer`: its position, counted from 0, or its letter.
 
     Raises:
         PacaError: A field is of another kind, or the answer is none of the choices.
     """
-    options = row["choices"]
+    options, answer = row["choices"], row["answer"]
+    if isinstance(options, str):  # CSV has only texts
+        with suppress(ValueError):
+            options = json.loads(options)
+        answer = int(answer) if isinstance(answer, str) and answer.isdecimal() else answer
     if not _is_texts(options):
         raise PacaError(f"choices is {options!r}; expected a list of texts.")
     labels = _letters(len(options))
-    answer = row["answer"]
+    if isinstance(answer, float) and answer.is_integer():
+        answer = int(answer)  # pandas makes floats of a column that lacks some
     position = labels.index(answer) if answer in labels else answer
     if isinstance(position, bool) or not isinstance(position, int) or not 0 <= position < len(options):
         raise PacaError(

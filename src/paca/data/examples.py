@@ -105,7 +105,7 @@ def load_examples(
             when absent. Alpaca and question-answer rows become a `user` and an `assistant` message; those of mmlu
             and arc as well, the options listed below the question and the right one's label as the answer. Of a tree of
             messages the best-ranked conversation is taken. Texts given as prompt and completion stay as they are.
-        split: The split of a hub dataset whose `source` names none.
+        split: The split of a hub dataset whose `source` names none, and of a folder whose files are named by splits.
         limit: Use only so many examples, from the start.
         family: What they are to be: `"text"` for SFT, `"preferences"`, `"prompts"` or `"labels"`, each with
             forms of its own.

@@ -153,7 +153,7 @@ def _require_an_answer(messages: list[Message], name: str) -> None:
 def _messages(value: object, name: str) -> list[Message]:
     messages = []
     for index, given in enumerate(_list_of_objects(value, name)):
-        # A column of a Parquet file gives every message all fields, null where they do not apply.
+        # Where a file gives every message all fields, null where they do not apply.
         message = {key: field for key, field in given.items() if field is not None}
         role = message.get("role")
         if role not in ROLES:

@@ -38,6 +38,9 @@ def _explicit(row: Row) -> Example:
         if _messages(chosen, "chosen")[0]["role"] != "assistant":
             return _implicit(row)  # whole conversations, which repeat the prompt
         row = {**row, "prompt": [{"role": "user", "content": prompt}]}
+    if isinstance(prompt, list):
+        answers = {name: row[name] for name in PAIR if isinstance(row[name], str)}
+        row |= {name: [{"role": "assistant", "content": text}] for name, text in answers.items()}
     return _pair("prompt-completion", "completion")(row)
 
 

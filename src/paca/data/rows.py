@@ -106,6 +106,7 @@ def _json_rows(file: Path) -> Iterator[tuple[str, Row]]:
     text = _text_of(file)
     position = _skip_space(text, 0)
     if text[position : position + 1] != "[":
+        _refuse_object(file, text)
         yield from _jsonl_rows(file)
         return
     decoder = json.JSONDecoder()
@@ -131,6 +132,19 @@ def _json_rows(file: Path) -> Iterator[tuple[str, Row]]:
             _check_characters(row, f"{file}, record {index}")
         yield f"{file.name}, record {index}", row
         index += 1
+
+
+def _refuse_object(file: Path, text: str) -> None:
+    """Refuse a file that is one object over many lines, such as `{"data": [...]}`."""
+    if "\n" not in text.strip() or text.partition("\n")[0].rstrip().endswith("}"):  # it is lines
+        return
+    try:
+        content = json.loads(text)
+    except ValueError:
+        return
+    within = [name for name, value in content.items() if isinstance(value, list)] if isinstance(content, dict) else []
+    hint = f" Write the list {within[0]!r} in it to a file of its own." if within else ""
+    raise PacaError(f"{file} holds {_kind(content)}; expected an array of objects, or an object a line.{hint}")
 
 
 def _skip_space(text: str, position: int) -> int:
@@ -178,14 +192,35 @@ def _parquet_rows(file: Path) -> Iterator[tuple[str, Row]]:
             index = 0
             for batch in table.iter_batches(batch_size=1024):
                 for row in batch.to_pylist():
-                    yield f"{file.name}, row {index}", row
+                    yield f"{file.name}, row {index}", without_null_fields(row)
                     index += 1
     except (pyarrow.ArrowException, OSError) as error:
         raise PacaError(f"{file} is not a readable Parquet file: {str(error).strip()}") from error
 
 
+def without_null_fields(row: Row) -> Row:
+    """A row of Arrow's without what it makes up: there all objects of a column have the fields of each, null for most.
+
+    So the arguments of one tool would stand in the calls of all others. Columns stay, also null ones.
+    """
+    return {column: _without_null_fields(value) for column, value in row.items()}
+
+
+def _without_null_fields(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _without_null_fields(field) for name, field in value.items() if field is not None}
+    return [_without_null_fields(one) for one in value] if isinstance(value, list) else value
+
+
 def _kind(value: object) -> str:
-    names = {list: "a list", str: "a string", int: "a number", float: "a number", bool: "true or false"}
+    names = {
+        dict: "an object",
+        list: "a list",
+        str: "a string",
+        int: "a number",
+        float: "a number",
+        bool: "true or false",
+    }
     return "null" if value is None else names.get(type(value), type(value).__name__)
 
 

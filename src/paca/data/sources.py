@@ -9,13 +9,14 @@ from pathlib import Path
 
 import datasets
 import xxhash
+from datasets.data_files import NON_WORDS_CHARS, SPLIT_KEYWORDS
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
 from paca.data.file_content import add_file
 from paca.data.hub import without_waiting_for_the_hub
 from paca.data.named_columns import renamed
-from paca.data.rows import SUFFIXES, Row, rows_of, suffix_of
+from paca.data.rows import SUFFIXES, Row, rows_of, suffix_of, without_null_fields
 from paca.messages.errors import PacaError
 from paca.messages.nearest import did_you_mean_path
 
@@ -59,7 +60,7 @@ class Source:
             named = {k: f.int2str for k, f in self.hub.features.items() if isinstance(f, datasets.ClassLabel)}
             for index, row in enumerate(self.hub):
                 labels = {column: name(row[column]) for column, name in named.items() if row[column] is not None}
-                yield f"{self.name}, row {index}", {**row, **labels}
+                yield f"{self.name}, row {index}", without_null_fields({**row, **labels})
             return
         for file in self.files:
             yield from rows_of(file)
@@ -88,7 +89,7 @@ def find_source(name: str, split: str) -> Source:
         )
         if not files:
             raise PacaError(f"The folder {name!r} holds no data file ({', '.join(SUFFIXES)}).")
-        return Source(name, files)
+        return Source(name, _of_split(files, name, split))
     if path.is_file():
         if suffix_of(path) not in SUFFIXES:
             raise PacaError(
@@ -102,6 +103,29 @@ def find_source(name: str, split: str) -> Source:
             "the path (data.train, data.eval)."
         )
     return Source(name, hub=hub)
+
+
+def _of_split(files: tuple[Path, ...], folder: str, split: str) -> tuple[Path, ...]:
+    """Those of a folder's files that are of the split, by their names; all of them, if these tell of no two splits."""
+    splits: dict[str, list[Path]] = {}
+    for file in files:
+        words = re.split(f"[{NON_WORDS_CHARS}]", file.name.lower())
+        named = [str(each) for each, keywords in SPLIT_KEYWORDS.items() if not {*keywords}.isdisjoint(words)]
+        splits.setdefault(named[0] if len(named) == 1 else "", []).append(file)
+    if len(splits.keys() - {""}) < 2:
+        return files
+    asked = re.split(r"\W", split)[0]  # `test`, of `test[:100]`
+    if "" in splits:
+        raise PacaError(
+            f"The folder {folder!r} has files of the splits {' and '.join(sorted(splits.keys() - {''}))} by their "
+            f"names, and {splits[''][0].name}, whose name tells of none. Give a file, or move the splits apart."
+        )
+    if asked not in splits:
+        raise PacaError(
+            f"The folder {folder!r} has no files of a split {asked!r} by their names; it has {' and '.join(splits)}. "
+            "Name one of them (data.split, data.eval_split), or give a file."
+        )
+    return tuple(splits[asked])
 
 
 def _neighbour_hint(path: Path) -> str:

@@ -50,9 +50,9 @@ class DataSection:
     """The chat template: `alpaca`, `chatml`, `gemma`, `llama3`, `zephyr`, or a Jinja file. When null, the
     tokenizer's own; `alpaca` where it has none."""
     split: str = "train"
-    """The split of `train` when that is a hub id."""
+    """The split of `train` when that is a hub id, or a folder with files of several splits."""
     eval_split: str = "test"
-    """The split of `eval` when that is a hub id."""
+    """The split of `eval`, as `split`."""
     limit: int | None = None
     """Use only this many records of `train` (before any are held out)."""
     unusable: Literal["refuse", "leave_out"] = "refuse"
