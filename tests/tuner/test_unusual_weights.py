@@ -123,3 +123,13 @@ def test_a_computed_weight_that_is_a_parameter_again_works():
     parametrize.remove_parametrizations(layer.base_layer, "weight")
     layer.base_layer.weight.requires_grad_(False)
     torch.testing.assert_close(model(X), before)
+
+
+def test_a_weight_that_is_quantized_under_an_adapter_is_refused_by_name():
+    torchao = pytest.importorskip("torchao.quantization")
+    model = adapt(nn.Sequential(nn.Linear(64, 64)), r=16, target_modules=["0"])
+    x = torch.randn(2, 64)
+    model(x)
+    torchao.quantize_(model, torchao.Int8WeightOnlyConfig())
+    with pytest.raises(RuntimeError, match="replaced by a Int8Tensor, as torchao"):
+        model(x)

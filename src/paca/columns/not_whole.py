@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from paca.columns.state import AdapterColumns, is_sharded, names_of
 
@@ -40,7 +41,8 @@ def refuse_flattened(weight: Tensor) -> None:
 
 
 def refuse_part(weight: Tensor) -> None:
-    """Raise `RuntimeError` if a layer is about to run on a part of its weight: tensor parallelism, ZeRO-3, FSDP1."""
+    """Raise `RuntimeError` if a layer is about to run on a part of its weight (tensor parallelism, ZeRO-3, FSDP1), or
+    on one that was quantized since."""
     refuse_flattened(weight)
     if weight.dim() < 2:
         raise RuntimeError(
@@ -52,6 +54,11 @@ def refuse_part(weight: Tensor) -> None:
             "A layer that PaCA adapts runs on a sharded weight (a DTensor), as tensor parallelism does it. That is not "
             "supported: its gradients would be wrong. FSDP2 (fully_shard) is. Train with DistributedDataParallel, or "
             "leave the layer out of target_modules."
+        )
+    if is_traceable_wrapper_subclass(weight):
+        raise RuntimeError(
+            f"A weight that PaCA trains columns of was replaced by a {type(weight).__name__}, as torchao's quantize_ "
+            "does it. Quantize the model first and adapt it then; or merge_and_unload() the adapter before."
         )
 
 
