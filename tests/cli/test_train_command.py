@@ -44,7 +44,7 @@ def test_a_dry_run_shows_the_resolved_run_and_leaves_nothing(workspace: Path) ->
     assert re.search(r"Tokens of all 32 training examples: at least \d+, median \d+, ", preview)
     resolved = yaml.safe_load(f"model:{settings}")
     assert resolved["paca"]["r"] == 4
-    assert resolved["train"]["lr_scheduler_type"] == "cosine"
+    assert resolved["train"]["lr_scheduler_type"] == "linear"
     assert re.search(r"^method +paca, on q_proj, .*:\s14 layers$", output, re.MULTILINE)
     assert re.search(r"^trainable parameters +\d[\d,]+ \(", output, re.MULTILINE)
     assert re.search(r"^tokens per step +about \d+ \(4 sequences\)$", output, re.MULTILINE)

@@ -33,7 +33,7 @@ _USUAL_SIZE = 0.03  # assumed where it can't be read; Gemma 3 270M has 0.037, Sm
 
 
 def learning_rate(model: str | os.PathLike[str] | nn.Module, config: PacaConfig | LoraConfig) -> float:
-    """The rate with which `paca train` trains a language model that gives none: for AdamW, with a cosine schedule.
+    """The rate with which `paca train` trains a language model that gives none: for AdamW, and falling to 0 in the run.
 
     Args:
         model: Folder, `.gguf` file or hub id (of which the files that are read are fetched), or the loaded model, with

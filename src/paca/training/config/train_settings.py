@@ -137,7 +137,7 @@ def with_defaults(
         "per_device_eval_batch_size": 8,
         "max_length": min(1024, context_length or 1024),
         "learning_rate": automatic_rate(kind, method, adapter or {}, weight_size, settings.get("factor_rank"))[0],
-        "lr_scheduler_type": "cosine",
+        "lr_scheduler_type": "linear",
         "warmup_steps": 0.03,  # a share of all steps
         "optim": "adamw_torch_fused",
         "weight_decay": 0.0,
