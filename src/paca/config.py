@@ -90,6 +90,7 @@ class PacaConfig(PeftConfig):
         # Not settings, so neither fields nor saved: what the tuner needs to take back an adapter that fails to load.
         self.loading = False
         self.folder: Path | None = None
+        self.reading: Path | None = None  # while the adapter there is put in
         self.shapes: dict[str, Any] | None = None  # of the tensors in its file
         self.trainable_before: dict[str, bool] = {}
         self.unusual = False  # names that are many, long, or expressions

@@ -237,10 +237,29 @@ def test_what_is_unpacked_a_second_time_is_linked_and_only_then(gguf_file: Path,
 
     unpack(str(gguf_file), other, [first], "bfloat16", None)
     assert AutoModelForCausalLM.from_pretrained(other).dtype == torch.bfloat16
+    text = (first / "config.json").read_text()
+    (first / "config.json").write_text(text.replace("{", "{ ", 1))
+    (second / weights).rename(second / "moved")
+    assert unpacked(str(gguf_file), [first, second], "auto", None) is None  # changed, and not whole
+    (second / "moved").rename(second / weights)
+    (first / "config.json").write_text(text)
+    assert unpacked(str(gguf_file), [first, second], "auto", None) == first
+    save_trainable_copy(load_pretrained(str(gguf_file)), first)  # it is that copy already
+
     os.utime(gguf_file, ns=(0, 0))  # the file is another one now
     assert unpacked(str(gguf_file), [first, second], "auto", None) is None
     unpack(str(gguf_file), later, [first], "auto", None)
     assert not (later / weights).samefile(first / weights)
+
+
+def test_what_was_unpacked_with_another_tokenizer_is_another_copy(gguf_file: Path, tmp_path: Path) -> None:
+    byte_tokenizer().save_pretrained(tmp_path / "tokenizer")
+    given = str(tmp_path / "tokenizer")
+    unpack(str(gguf_file), tmp_path / "base", [], "auto", given)
+    assert unpacked(str(gguf_file), [tmp_path / "base"], "auto", None) is None
+    assert unpacked(str(gguf_file), [tmp_path / "base"], "auto", given) == tmp_path / "base"
+    (tmp_path / "tokenizer" / "chat_template.jinja").write_text("{{ messages }}")
+    assert unpacked(str(gguf_file), [tmp_path / "base"], "auto", given) is None
 
 
 def test_a_disk_without_links_gets_a_copy(gguf_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -546,3 +546,13 @@ def take_fused_step(model):
     fused = torch.optim.AdamW(deltas_of(model), lr=0.1, fused=True)
     model(X).square().sum().backward()
     fused.step()
+
+
+@pytest.mark.parametrize("copied", [False, True])
+def test_a_backward_pass_does_not_survive_the_deletion_of_its_adapter(copied):
+    model = adapted_perceptron("linear")
+    model = copy.deepcopy(model) if copied else model
+    loss = model(X).square().sum()
+    model.delete_adapter("default")
+    with pytest.raises(RuntimeError, match="adapter 'default'"):
+        loss.backward()

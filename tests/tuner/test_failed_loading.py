@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import gc
+import importlib
 import json
 import pkgutil
 import weakref
+from unittest import mock
 
 import pytest
 import torch
@@ -17,6 +20,7 @@ from expert_models import STACKS, mixtral
 from models import adapt, llama, perceptron, tokens
 from paca import PacaConfig
 from paca.layers import PacaLayer
+from paca.tuner import adapter_file
 from quantized_layers import quantized_linear
 
 ADAPTER = "adapter_model.safetensors"
@@ -395,4 +399,37 @@ def test_a_config_made_by_hand_is_one_that_is_read_with(tmp_path):
     for _ in range(2):  # and the same one again
         PeftModel.from_pretrained(perceptron(), tmp_path, config=config)
     get_peft_model(perceptron(), config)  # which reads nothing
-    assert not config.loading
+
+
+def test_a_config_is_as_before_when_loading_with_it_failed(tmp_path):
+    wrong, right = tmp_path / "wrong", tmp_path / "right"
+    adapt(perceptron(), r=4, target_modules=["lin1"]).save_pretrained(wrong)
+    adapt(perceptron(), r=5, target_modules=["lin1"]).save_pretrained(right)
+    config = PacaConfig(r=5, target_modules=["lin1"], selection="weight_norm")
+    with pytest.raises(ValueError, match="has shape"):
+        PeftModel.from_pretrained(perceptron(), wrong, config=config)
+    fresh = get_peft_model(perceptron(), config)
+    chosen = adapt(perceptron(), r=5, target_modules=["lin1"], selection="weight_norm")
+    indices = [next(m for m in model.modules() if isinstance(m, PacaLayer)).paca_indices for model in (fresh, chosen)]
+    assert torch.equal(indices[0]["default"], indices[1]["default"])  # not random ones, which a file would replace
+    PeftModel.from_pretrained(perceptron(), right, config=config)
+
+    read = PacaConfig.from_pretrained(wrong)
+    with pytest.raises(ValueError, match="has shape"):
+        PeftModel.from_pretrained(perceptron(), right, config=read)
+    (right / ADAPTER).write_bytes(b"broken")
+    with pytest.raises(ValueError, match=f"{right.name}.*can't be read"):  # what is read, not what the config came from
+        PeftModel.from_pretrained(perceptron(), right, config=read)
+
+
+@pytest.mark.parametrize("wrap", [staticmethod, functools.partial, lambda method: mock.MagicMock(wraps=method)])
+def test_a_loader_that_somebody_wrapped_is_only_not_found(tmp_path, monkeypatch, wrap):
+    adapt(perceptron(), r=4, target_modules=["lin1"]).save_pretrained(tmp_path)
+    plain = PeftModel.from_pretrained
+    monkeypatch.setattr(PeftModel, "from_pretrained", wrap(plain))
+    importlib.reload(adapter_file)  # as if paca were imported then
+    try:
+        PeftModel.from_pretrained(perceptron(), tmp_path)
+    finally:
+        monkeypatch.undo()
+        importlib.reload(adapter_file)

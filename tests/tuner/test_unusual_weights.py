@@ -133,3 +133,13 @@ def test_a_weight_that_is_quantized_under_an_adapter_is_refused_by_name():
     torchao.quantize_(model, torchao.Int8WeightOnlyConfig())
     with pytest.raises(RuntimeError, match="replaced by a Int8Tensor, as torchao"):
         model(x)
+
+
+def test_a_merged_weight_may_be_quantized():
+    torchao = pytest.importorskip("torchao.quantization")
+    model = adapt(nn.Sequential(nn.Linear(64, 64)), r=16, target_modules=["0"], init_weights=False)
+    x = torch.randn(2, 64)
+    wanted = model(x)
+    model.merge_adapter()
+    torchao.quantize_(model, torchao.Int8WeightOnlyConfig())
+    assert torch.allclose(model(x), wanted, atol=0.05)

@@ -40,9 +40,9 @@ def refuse_flattened(weight: Tensor) -> None:
         )
 
 
-def refuse_part(weight: Tensor) -> None:
+def refuse_part(weight: Tensor, resident: tuple[AdapterColumns, ...]) -> None:
     """Raise `RuntimeError` if a layer is about to run on a part of its weight (tensor parallelism, ZeRO-3, FSDP1), or
-    on one that was quantized since."""
+    on one that was quantized while columns were in it."""
     refuse_flattened(weight)
     if weight.dim() < 2:
         raise RuntimeError(
@@ -55,7 +55,7 @@ def refuse_part(weight: Tensor) -> None:
             "supported: its gradients would be wrong. FSDP2 (fully_shard) is. Train with DistributedDataParallel, or "
             "leave the layer out of target_modules."
         )
-    if is_traceable_wrapper_subclass(weight):
+    if resident and is_traceable_wrapper_subclass(weight):
         raise RuntimeError(
             f"A weight that PaCA trains columns of was replaced by a {type(weight).__name__}, as torchao's quantize_ "
             "does it. Quantize the model first and adapt it then; or merge_and_unload() the adapter before."

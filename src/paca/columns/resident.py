@@ -57,7 +57,7 @@ class ResidentColumns(ActiveColumns):
     def check_writable(self, weight: Tensor) -> None:
         """Raise if a layer is about to run on a part of its weight (tensor parallelism, ZeRO-3, FSDP1)."""
         if type(weight) is not nn.Parameter or weight.dim() < 2:
-            not_whole.refuse_part(weight)
+            not_whole.refuse_part(weight, self.state.columns)
 
     def local(self, layer: Any, adapter_name: str) -> tuple[Tensor, Tensor | None]:
         found = super().local(layer, adapter_name)

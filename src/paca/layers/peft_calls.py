@@ -57,7 +57,7 @@ class PeftCalls(BaseTunerLayer):
 
     def delete_adapter(self, adapter_name: str) -> None:
         super().delete_adapter(adapter_name)
-        self.base_layer.columns.revisions.pop(adapter_name, None)
+        self.base_layer.columns.changed(adapter_name)  # backward passes that are pending can't have it any more
         self.base_layer.columns.trusted.discard(adapter_name)
         self.write()
 

@@ -31,7 +31,7 @@ logger = logging.getLogger(__name__)
 # pattern of GPT-2 applies; transformers 5.24 knows none of them and keeps the pattern of GPT-2 alone.
 _DIGITS_THEN_GPT2 = ("smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b")
 _GPT2 = ("gpt-2", "phi-2", "mpt", "olmo", "jais", "trillion", "exaone4")
-_VERSION = 1  # of what is kept of a file; a change of these rules makes a new one
+VERSION = 1  # of what is kept of a file; a change of these rules makes a new one
 
 
 def require_gguf(job: str = "Reading") -> Any:
@@ -71,7 +71,7 @@ def kept_of(path: str) -> Path:
     """The folder for what is kept of a GGUF file in its present state."""
     file = Path(path).resolve()
     state = file.stat()
-    key = f"{file}|{state.st_size}|{state.st_mtime_ns}|{transformers.__version__}|{_VERSION}"
+    key = f"{file}|{state.st_size}|{state.st_mtime_ns}|{transformers.__version__}|{VERSION}"
     return Path(constants.HF_HOME) / "paca" / "gguf" / xxhash.xxh128_hexdigest(key.encode())
 
 

@@ -11,16 +11,19 @@ from contextlib import suppress
 from pathlib import Path
 
 import transformers
+import xxhash
 from transformers import AutoTokenizer
 
 from paca.messages.errors import PacaError
+from paca.pretrained.gguf import VERSION
 from paca.pretrained.loading import Pretrained, load_pretrained
 from paca.pretrained.quiet import without_progress_bars
 from paca.pretrained.whole_output import whole_output
 
 logger = logging.getLogger(__name__)
 
-_RECORD = "paca_source.json"
+_RECORD, _ORIGIN = "paca_source.json", "paca_unpacked.json"
+_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf")
 
 # Digits after blank lines, runs of spaces and other scripts: where pre-tokenizers differ.
 _PROBE = "Steps:\n\n1. Mix 250 g\n2. don't  stir\t10x\n\n\nПример 漢字 😀 1234567"
@@ -69,7 +72,9 @@ def unpack(file: str, folder: Path, beside: Iterable[Path], dtype: str, tokenize
             return
     pretrained = load_pretrained(file, dtype, tokenizer=tokenizer)
     with whole_output(folder) as partial:
-        _write(pretrained, partial, _record(pretrained) | {"asked": _asked(file, dtype, tokenizer)})
+        _write(pretrained, partial, _record(pretrained))
+        origin = {"asked": _asked(file, dtype, tokenizer), "holds": _contents(partial)}
+        (partial / _ORIGIN).write_text(json.dumps(origin, indent=2) + "\n", encoding="utf-8")
     logger.info("Saved a trainable copy of %s to %s.", file, folder)
 
 
@@ -77,8 +82,9 @@ def unpacked(file: str, folders: Iterable[Path], dtype: str, tokenizer: str | No
     """Which of the folders holds what `unpack` would make of the GGUF file in its present state; None if none does."""
     asked = _asked(file, dtype, tokenizer)
     for folder in folders:
-        with suppress(OSError, ValueError, KeyError, TypeError):  # it is no copy, or goes just now
-            if json.loads((folder / _RECORD).read_text(encoding="utf-8"))["asked"] == asked:
+        with suppress(OSError, ValueError):  # it is no copy, or goes just now
+            origin = json.loads((folder / _ORIGIN).read_text(encoding="utf-8"))
+            if origin == {"asked": asked, "holds": _contents(folder)}:  # nobody changed it since
                 return folder
     return None
 
@@ -92,7 +98,19 @@ def _asked(file: str, dtype: str, tokenizer: str | None) -> dict[str, object]:
         "modified": state.st_mtime_ns,
         "dtype": dtype,
         "tokenizer": tokenizer,
+        "tokenizer_files": {} if tokenizer is None else _contents(Path(tokenizer).expanduser()),
         "transformers": transformers.__version__,
+        "rules": VERSION,
+    }
+
+
+def _contents(folder: Path) -> dict[str, str | int]:
+    """The files of a folder by their names: of weights the size, else a hash; none if there is no such folder."""
+    files = sorted(file for file in folder.iterdir() if file.is_file()) if folder.is_dir() else []
+    return {
+        file.name: file.stat().st_size if file.suffix in _WEIGHTS else xxhash.xxh128_hexdigest(file.read_bytes())
+        for file in files
+        if file.name != _ORIGIN
     }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from paca.tuner.adapter_entries import check_entries
 from paca.tuner.pickled_adapter import shapes_in_pickle
 
-_READER = PeftModel.from_pretrained.__func__.__code__  # type: ignore[attr-defined]
+_READER = getattr(inspect.unwrap(vars(PeftModel)["from_pretrained"]), "__code__", None)  # others may wrap it
 
 
 def folder_being_read() -> Path | None:

@@ -22,10 +22,10 @@ def choose_columns(config: PacaConfig, layer: Any, in_features: int, key: str) -
         return by_hand
     r = for_layer(key, config.rank_pattern, config.r)
     if config.selection in AT_RANDOM:
-        if config.random_seed is None and not config.loading:
+        if config.random_seed is None and not config.reading:
             config.random_seed = drawn_seed()  # kept: the saved adapter says what its columns follow from
         return random_columns(in_features, r, config.random_seed, key, config.selection)
-    if config.loading:  # the file brings its columns along
+    if config.reading:  # the file brings its columns along
         return random_columns(in_features, r, config.random_seed, key)
     scores = scores_of(layer, key, config.selection)
     return select_columns(config.selection, r, scores, key)

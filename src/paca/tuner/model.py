@@ -48,8 +48,7 @@ class PacaModel(AdaptsStacks, MergesAdapters):
         config = self.peft_config[adapter_name]
         if not isinstance(config, PacaConfig):  # PEFT's own (>= 0.22)
             config = self.peft_config[adapter_name] = as_ours(config, PacaConfig)
-        config.folder = config.folder if config.loading else folder_being_read()
-        config.loading = config.folder is not None
+        config.reading = folder_being_read() or (config.folder if config.loading else None)
         config.trainable_before = {name: p.requires_grad for name, p in model.named_parameters()}
         # How many names a module has, and how many parameters are in one memory.
         self._uses: Counter[Any] = Counter(id(m) for _, m in model.named_modules(remove_duplicate=False))
@@ -57,23 +56,23 @@ class PacaModel(AdaptsStacks, MergesAdapters):
         self._uses.update(_memory_of(p) for m in modules for p in m._parameters.values() if type(p) is nn.Parameter)
         try:
             check_name(adapter_name)
-            if config.folder is not None:
-                config.shapes = shapes_in(config.folder, 3 * len(self._uses) + 100)
+            if config.reading is not None:
+                config.shapes = shapes_in(config.reading, 3 * len(self._uses) + 100)
                 if "disk" in getattr(model, "hf_device_map", {}).values():
                     refuse_overwriting(model)
                 if config.unusual:
-                    try_expressions(vars(config), model, config.folder)
+                    try_expressions(vars(config), model, config.reading)
             if config.modules_to_save:
                 check_saved_modules(model, config)
             with quiet_about_stacks() if config.target_parameters else contextlib.nullcontext():
                 super().inject_adapter(model, adapter_name, *args, **kwargs)
-            made_for = config.base_quantization if config.loading else None
+            made_for = config.base_quantization if config.reading else None
             others = any(layer.mode != "resident" for layer in paca_layers(model))
             if config.original_weights or made_for not in (None, "none") or others:
                 note_quantization(model, adapter_name, config)
             else:
                 config.base_quantization = "none"
-            if config.indices and not config.loading:
+            if config.indices and not config.reading:
                 check_indices_used(model, adapter_name, config.indices)
             if config.modules_to_save:
                 check_saved_modules(model, config)  # now with the layers of this adapter
@@ -193,10 +192,10 @@ class PacaModel(AdaptsStacks, MergesAdapters):
             if rotating or _is_rotated(model, adapter_name):
                 checked = without_unions(model, adapter_name, checked)
         except BaseException:
-            if getattr(config, "loading", False):
+            if getattr(config, "reading", None):
                 remove_unloaded(model, adapter_name, config)
             raise
-        config.loading, config.trainable_before, config.replaced = False, {}, None
+        config.loading, config.reading, config.trainable_before, config.replaced = False, None, {}, None
         if hasattr(model, "hf_device_map"):
             keep_for_dispatch(model, adapter_name, checked)
         return checked

@@ -37,16 +37,16 @@ def note_quantization(model: nn.Module, adapter_name: str, config: PacaConfig) -
     `ValueError` if these are not the model's, or no adapted layer is quantized."""
     found = layers_of(model, adapter_name)
     layers = {name: m for name, m in found.items() if isinstance(m, OverlaidLinear) and m.quantization_name}
-    if config.loading:
+    if config.reading:
         warn_of_another(adapter_name, config, quantizations(layers.values()))
     else:
         config.base_quantization = quantizations(layers.values())
     if config.original_weights is None:
         return
-    if config.loading:  # a file may not send us anywhere
+    if config.reading:  # a file may not send us anywhere
         raise ValueError(
-            f"{config.folder} asks for original_weights={shown(config.original_weights)}, but a saved adapter has its "
-            "columns. Set it to null in its config."
+            f"The adapter in {config.reading} comes with original_weights={shown(config.original_weights)}, but a "
+            "saved adapter has its columns. Set it to null in its config."
         )
     if not layers:
         raise ValueError(

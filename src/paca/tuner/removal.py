@@ -56,7 +56,7 @@ def replacing(model: Any, configs: Any, adapter_name: str, *args: Any, **kwargs:
     config: Any = configs if isinstance(configs, PeftConfig) else configs[adapter_name]
     config.replaced = Replaced(model, adapter_name)
     yield
-    if not getattr(config, "loading", False):  # else it may still fail
+    if not getattr(config, "reading", None):  # else it may still fail
         config.replaced = None
 
 
@@ -105,7 +105,7 @@ def remove_adapter(model: nn.Module, configs: dict[str, Any], adapter_name: str,
     for module in model.modules():
         if (of_module := entry.entry_of(module)) is not None:
             of_module.take(paca_layers(module))  # without the layers that went
-    config.replaced = None
+    config.replaced = config.reading = None
     for name, parameter in model.named_parameters():
         if name in config.trainable_before:
             parameter.requires_grad_(config.trainable_before[name])

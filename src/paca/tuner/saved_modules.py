@@ -20,12 +20,12 @@ def check_saved_modules(model: nn.Module, config: PacaConfig) -> None:
     """Check what PEFT is going to train or load whole, while the model can still be given back as it was. Raise
     `ValueError` for a module that has to do with adapted layers, or that the adapter's file lacks, as a whole or a
     tensor of it."""
-    shapes = config.shapes if config.loading else None
+    shapes = config.shapes if config.reading else None
     for wanted in config.modules_to_save or () if shapes is not None else ():
         either = _HEADS if wanted in _HEADS and config.task_type in _TASKS_WITH_HEADS else {wanted}
         if not any(f".{one}." in f".{name}" for one in either for name in shapes or ()):
             raise ValueError(
-                f"The adapter in {config.folder} holds no tensor of {wanted}, which its modules_to_save promises."
+                f"The adapter in {config.reading} holds no tensor of {wanted}, which its modules_to_save promises."
             )
     modules = dict(model.named_modules(remove_duplicate=False))
     adapted = [name for name, module in modules.items() if isinstance(module, PacaLayer)]
