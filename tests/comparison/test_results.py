@@ -10,10 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import trl
 from rich.console import Console
 
 from comparison.result_maker import result, row
 from paca.cli.compare import show_result
+from paca.comparison import comparable
 from paca.comparison.comparable import unlike
 from paca.comparison.compare import edge_of
 from paca.comparison.results import ComparisonResult, Contrast, MethodResult
@@ -409,3 +411,16 @@ def test_the_terminal_tells_of_the_edge_too() -> None:
     show_result(found, Path("compared"), Console(file=output, width=200))
     assert "\nThe best rate of paca is the lowest.\n" in output.getvalue()
     assert found.verdict.endswith("; better rates of paca may lie beyond those tried.")
+
+
+def test_what_runs_take_by_default_is_what_the_trainers_say() -> None:
+    fields = {f.name: f.default for kind in (trl.SFTConfig, trl.GRPOConfig) for f in dataclasses.fields(kind)}
+    for key, value in comparable._BY_DEFAULT.items():
+        assert fields[key.removeprefix("train.")] == value
+
+
+def test_a_default_that_is_spelled_out_is_the_same() -> None:
+    good, bad = result({"paca": shifted(-0.1), "lora": BASE}).methods
+    for one in bad.rows:
+        one["run_info"]["config"]["train"]["truncation_mode"] = "keep_start"
+    assert ComparisonResult([good, bad], []).verdict.startswith("paca is better")

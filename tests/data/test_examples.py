@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -303,12 +304,18 @@ def test_a_folder_with_files_of_splits_gives_one_of_them(tmp_path: Path, names: 
     for number, name in enumerate(names):
         jsonl(tmp_path / name, [{"text": f"{number}{row}"} for row in range(2)])
     assert load_examples(str(tmp_path)).dataset["text"] == ["00", "01", "10", "11"]
-    assert load_examples(str(tmp_path), split="test").dataset["text"] == ["20", "21"]
-    with pytest.raises(PacaError, match=r"has no files of a split 'validation' by their names; it has test and train"):
-        load_examples(str(tmp_path), split="validation")
+    examples = load_examples(str(tmp_path), split="test")
+    assert examples.dataset["text"] == ["20", "21"]
+    assert "of 1 of the folder's 3 files, by their names those of the split 'test'" in examples.description
+    assert load_examples(str(tmp_path), split="evaluation").dataset["text"] == ["20", "21"]
+    assert len(load_examples(str(tmp_path), split="all").dataset) == 6
+    for unknown in ("validation", "train[:1]", "train+test"):
+        with pytest.raises(
+            PacaError, match=f"no files of a split {re.escape(repr(unknown))} by their names; it has te"
+        ):
+            load_examples(str(tmp_path), split=unknown)
     jsonl(tmp_path / "more.jsonl", [{"text": "30"}])
-    with pytest.raises(PacaError, match=r"splits test and train by their names, and more.jsonl, whose name tells of n"):
-        load_examples(str(tmp_path))
+    assert len(load_examples(str(tmp_path)).dataset) == 4  # as datasets does
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,13 @@ _JUDGED_BY = (
 )  # fmt: skip
 
 
+_BY_DEFAULT: Mapping[str, Any] = {
+    "train.truncation_mode": "keep_start", "train.temperature": 1.0, "train.top_p": 1.0, "train.top_k": 0,
+    "train.repetition_penalty": 1.0, "train.label_smoothing_factor": 0.0,
+}  # fmt: skip
+"""What TRL and transformers take where a run says nothing."""
+
+
 def incomparable(rows: Iterable[Row]) -> list[str]:
     """The settings in which runs differ so that their scores can't be compared, each with its values; empty for none.
 
@@ -101,6 +108,7 @@ def _differing(rows: Iterable[Row], keys: Sequence[str]) -> dict[str, list[Any]]
         for key, values in found.items():
             path = key.split(".")
             value = at(row, path) if path[0] in row else at(row["run_info"]["config"], path)
+            value = _BY_DEFAULT.get(key) if value is None else value
             if value not in values:
                 values.append(value)
     return {key: values for key, values in found.items() if len(values) > 1}

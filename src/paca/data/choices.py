@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import string
 from contextlib import suppress
 from typing import TypeGuard
@@ -22,9 +23,9 @@ def mmlu_question(row: Row) -> Row:
     """
     options, answer = row["choices"], row["answer"]
     if isinstance(options, str):  # CSV has only texts
-        with suppress(ValueError):
+        with suppress(ValueError, RecursionError):
             options = json.loads(options)
-        answer = int(answer) if isinstance(answer, str) and answer.isdecimal() else answer
+        answer = int(answer) if isinstance(answer, str) and re.fullmatch(r"[0-9]{1,2}", answer) else answer
     if not _is_texts(options):
         raise PacaError(f"choices is {options!r}; expected a list of texts.")
     labels = _letters(len(options))

@@ -159,6 +159,9 @@ def load_examples(
         usable = dataset.select(np.flatnonzero(first.column(0).is_valid()))
     if count := len(dataset) - len(usable):
         note = f"; {count:,} left out, as nothing can be learned from them"
+    if found.left_out:
+        of_all = len(found.files) + found.left_out
+        note += f"; of {len(found.files)} of the folder's {of_all} files, by their names those of the split {split!r}"
     return Examples(usable, form.name, source, describe(form, there, usable, given) + note)
 
 

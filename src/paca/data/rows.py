@@ -140,7 +140,7 @@ def _refuse_object(file: Path, text: str) -> None:
         return
     try:
         content = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return
     within = [name for name, value in content.items() if isinstance(value, list)] if isinstance(content, dict) else []
     hint = f" Write the list {within[0]!r} in it to a file of its own." if within else ""
@@ -201,9 +201,15 @@ def _parquet_rows(file: Path) -> Iterator[tuple[str, Row]]:
 def without_null_fields(row: Row) -> Row:
     """A row of Arrow's without what it makes up: there all objects of a column have the fields of each, null for most.
 
-    So the arguments of one tool would stand in the calls of all others. Columns stay, also null ones.
+    So the arguments of one tool would stand in the calls of all others. Only messages and tools are such objects here;
+    a null elsewhere may mean something to a reward function.
     """
-    return {column: _without_null_fields(value) for column, value in row.items()}
+    return {name: _without_null_fields(value) if _has_fields_of_others(value) else value for name, value in row.items()}
+
+
+def _has_fields_of_others(value: Any) -> bool:
+    objects = [one for one in value if isinstance(one, dict)] if isinstance(value, list) else ()
+    return any(not {"role", "from", "function", "parameters"}.isdisjoint(one) for one in objects)
 
 
 def _without_null_fields(value: Any) -> Any:

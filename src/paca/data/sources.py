@@ -31,6 +31,8 @@ class Source:
     """As the user wrote it."""
 
     files: tuple[Path, ...] = ()
+    left_out: int = 0
+    """Files of the folder that are of other splits, or of none."""
     hub: datasets.Dataset | None = None
     columns: tuple[tuple[str, str], ...] = ()
     """Names that a form knows, each with the data's own column for it."""
@@ -89,7 +91,8 @@ def find_source(name: str, split: str) -> Source:
         )
         if not files:
             raise PacaError(f"The folder {name!r} holds no data file ({', '.join(SUFFIXES)}).")
-        return Source(name, _of_split(files, name, split))
+        of_split = _of_split(files, name, split)
+        return Source(name, of_split, left_out=len(files) - len(of_split))
     if path.is_file():
         if suffix_of(path) not in SUFFIXES:
             raise PacaError(
@@ -106,24 +109,21 @@ def find_source(name: str, split: str) -> Source:
 
 
 def _of_split(files: tuple[Path, ...], folder: str, split: str) -> tuple[Path, ...]:
-    """Those of a folder's files that are of the split, by their names; all of them, if these tell of no two splits."""
+    """Those of a folder's files that are of the split by their names, as datasets takes them; all of them, if these
+    tell of no two splits, or the split is called `all`."""
     splits: dict[str, list[Path]] = {}
     for file in files:
         words = re.split(f"[{NON_WORDS_CHARS}]", file.name.lower())
         named = [str(each) for each, keywords in SPLIT_KEYWORDS.items() if not {*keywords}.isdisjoint(words)]
-        splits.setdefault(named[0] if len(named) == 1 else "", []).append(file)
-    if len(splits.keys() - {""}) < 2:
+        for each in named if len(named) == 1 else ():
+            splits.setdefault(each, []).append(file)
+    if len(splits) < 2 or split == "all":
         return files
-    asked = re.split(r"\W", split)[0]  # `test`, of `test[:100]`
-    if "" in splits:
-        raise PacaError(
-            f"The folder {folder!r} has files of the splits {' and '.join(sorted(splits.keys() - {''}))} by their "
-            f"names, and {splits[''][0].name}, whose name tells of none. Give a file, or move the splits apart."
-        )
+    asked = next((str(each) for each, keywords in SPLIT_KEYWORDS.items() if split.lower() in keywords), split)
     if asked not in splits:
         raise PacaError(
-            f"The folder {folder!r} has no files of a split {asked!r} by their names; it has {' and '.join(splits)}. "
-            "Name one of them (data.split, data.eval_split), or give a file."
+            f"The folder {folder!r} has no files of a split {split!r} by their names; it has {' and '.join(splits)}. "
+            "Name one of them, or all (data.split, data.eval_split), or give a file."
         )
     return tuple(splits[asked])
 
