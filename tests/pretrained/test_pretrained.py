@@ -227,45 +227,45 @@ def test_a_trainable_copy_is_made_once(gguf_file: Path, tmp_path: Path) -> None:
 
 def test_what_is_unpacked_a_second_time_is_linked_and_only_then(gguf_file: Path, tmp_path: Path) -> None:
     first, second, other, later = (tmp_path / name / "base" for name in ("first", "second", "other", "later"))
-    unpack(str(gguf_file), first, [], "auto", None)
-    unpack(str(gguf_file), second, [tmp_path / "none", first], "auto", None)
+    unpack(str(gguf_file), first, "auto", None)
+    unpack(str(gguf_file), second, "auto", None)
     assert {file.name for file in first.iterdir()} == {file.name for file in second.iterdir()}
     weights = "model.safetensors"
     assert (second / weights).samefile(first / weights)
     assert not (second / "tokenizer_config.json").samefile(first / "tokenizer_config.json")
     assert torch.equal(*(logits(AutoModelForCausalLM.from_pretrained(folder)) for folder in (first, second)))
 
-    unpack(str(gguf_file), other, [first], "bfloat16", None)
+    unpack(str(gguf_file), other, "bfloat16", None)
     assert AutoModelForCausalLM.from_pretrained(other).dtype == torch.bfloat16
     text = (first / "config.json").read_text()
     (first / "config.json").write_text(text.replace("{", "{ ", 1))
     (second / weights).rename(second / "moved")
-    assert unpacked(str(gguf_file), [first, second], "auto", None) is None  # changed, and not whole
+    assert unpacked(str(gguf_file), later, "auto", None) is None  # changed, and not whole
     (second / "moved").rename(second / weights)
     (first / "config.json").write_text(text)
-    assert unpacked(str(gguf_file), [first, second], "auto", None) == first
+    assert unpacked(str(gguf_file), later, "auto", None) == first
     save_trainable_copy(load_pretrained(str(gguf_file)), first)  # it is that copy already
 
     os.utime(gguf_file, ns=(0, 0))  # the file is another one now
-    assert unpacked(str(gguf_file), [first, second], "auto", None) is None
-    unpack(str(gguf_file), later, [first], "auto", None)
+    assert unpacked(str(gguf_file), later, "auto", None) is None
+    unpack(str(gguf_file), later, "auto", None)
     assert not (later / weights).samefile(first / weights)
 
 
 def test_what_was_unpacked_with_another_tokenizer_is_another_copy(gguf_file: Path, tmp_path: Path) -> None:
     byte_tokenizer().save_pretrained(tmp_path / "tokenizer")
     given = str(tmp_path / "tokenizer")
-    unpack(str(gguf_file), tmp_path / "base", [], "auto", given)
-    assert unpacked(str(gguf_file), [tmp_path / "base"], "auto", None) is None
-    assert unpacked(str(gguf_file), [tmp_path / "base"], "auto", given) == tmp_path / "base"
+    unpack(str(gguf_file), tmp_path / "run" / "base", "auto", given)
+    assert unpacked(str(gguf_file), tmp_path / "run" / "base", "auto", None) is None
+    assert unpacked(str(gguf_file), tmp_path / "run" / "base", "auto", given) == tmp_path / "run" / "base"
     (tmp_path / "tokenizer" / "chat_template.jinja").write_text("{{ messages }}")
-    assert unpacked(str(gguf_file), [tmp_path / "base"], "auto", given) is None
+    assert unpacked(str(gguf_file), tmp_path / "run" / "base", "auto", given) is None
 
 
 def test_a_disk_without_links_gets_a_copy(gguf_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    unpack(str(gguf_file), tmp_path / "first" / "base", [], "auto", None)
+    unpack(str(gguf_file), tmp_path / "first" / "base", "auto", None)
     monkeypatch.setattr(os, "link", Mock(side_effect=OSError(errno.EPERM, "no links")))
-    unpack(str(gguf_file), tmp_path / "second" / "base", [tmp_path / "first" / "base"], "auto", None)
+    unpack(str(gguf_file), tmp_path / "second" / "base", "auto", None)
     first, second = (tmp_path / name / "base" / "model.safetensors" for name in ("first", "second"))
     assert first.read_bytes() == second.read_bytes()
 

@@ -6,7 +6,6 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 
@@ -49,21 +48,20 @@ def save_trainable_copy(pretrained: Pretrained, folder: str | os.PathLike[str]) 
     return target
 
 
-def unpack(file: str, folder: Path, beside: Iterable[Path], dtype: str, tokenizer: str | None) -> None:
+def unpack(file: str, folder: Path, dtype: str, tokenizer: str | None) -> None:
     """Save the model of a GGUF file to `folder`, as `save_trainable_copy` does.
 
-    Where one of the folders `beside` holds the same already, its weights are linked: they take no room a second time.
+    Where a run beside this one holds the same already, its weights are linked: they take no room a second time.
 
     Args:
         file: The `.gguf` file.
-        folder: Becomes the copy; must not exist.
-        beside: Folders of other runs that may hold a copy, or not exist.
+        folder: Within a run's folder. Becomes the copy; must not exist.
         dtype, tokenizer: As in `load_pretrained`.
 
     Raises:
         PacaError: As `load_pretrained` and `save_trainable_copy` do.
     """
-    same = unpacked(file, beside, dtype, tokenizer)
+    same = unpacked(file, folder, dtype, tokenizer)
     if same is not None:
         with suppress(OSError):  # it goes just now
             with whole_output(folder, overwrite=False) as partial:
@@ -78,14 +76,14 @@ def unpack(file: str, folder: Path, beside: Iterable[Path], dtype: str, tokenize
     logger.info("Saved a trainable copy of %s to %s.", file, folder)
 
 
-def unpacked(file: str, folders: Iterable[Path], dtype: str, tokenizer: str | None) -> Path | None:
-    """Which of the folders holds what `unpack` would make of the GGUF file in its present state; None if none does."""
+def unpacked(file: str, folder: Path, dtype: str, tokenizer: str | None) -> Path | None:
+    """Where what `unpack` would make is there already, of the GGUF file in its present state; None if it is not."""
     asked = _asked(file, dtype, tokenizer)
-    for folder in folders:
+    for there in sorted(folder.parent.parent.glob(f"*/{folder.name}")):
         with suppress(OSError, ValueError):  # it is no copy, or goes just now
-            origin = json.loads((folder / _ORIGIN).read_text(encoding="utf-8"))
-            if origin == {"asked": asked, "holds": _contents(folder)}:  # nobody changed it since
-                return folder
+            origin = json.loads((there / _ORIGIN).read_text(encoding="utf-8"))
+            if origin == {"asked": asked, "holds": _contents(there)}:  # nobody changed it since
+                return there
     return None
 
 

@@ -124,8 +124,8 @@ def prepare(config: RunConfig, *, whole: bool = True, fetch: bool = False) -> Pr
         sequences = min(sequences, len(train.dataset))
     base = 0
     if location.source == "gguf":
-        beside = RunFolder(Path(config.output.dir)).bases_beside()
-        base = 0 if unpacked(named.name, beside, named.dtype, named.tokenizer) else parameters * dtype.itemsize
+        place = RunFolder(Path(config.output.dir)).base
+        base = 0 if unpacked(named.name, place, named.dtype, named.tokenizer) else parameters * dtype.itemsize
     plan = Plan(
         config=config,
         source=location.source,

@@ -64,7 +64,7 @@ def _read(config: RunConfig, folder: RunFolder, console: Console, labels: list[s
     # An adapter has to name a base that stock tooling can load, so the unpacked model is kept beside it.
     if PartialState().is_main_process and not folder.base.is_dir():
         say(console, f"Unpacking the weights of {Path(model.name).name} ...")
-        unpack(model.name, folder.base, folder.bases_beside(), model.dtype, model.tokenizer)
+        unpack(model.name, folder.base, model.dtype, model.tokenizer)
     PartialState().wait_for_everyone()
     if model.quantization is not None and config.adapter.get("original_weights") == model.name:
         config.adapter["original_weights"] = str(folder.base)

@@ -45,10 +45,6 @@ class RunFolder:
         """Whether a run came to its end here."""
         return self.summary.is_file()
 
-    def bases_beside(self) -> list[Path]:
-        """Unpacked models of the runs in the same folder, such as those of a comparison."""
-        return sorted(self.path.parent.glob(f"*/{self.base.name}"))
-
     def read_summary(self) -> dict[str, Any]:
         """What the finished run wrote of itself."""
         return json.loads(self.summary.read_text(encoding="utf-8"))
