@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 from rich.console import Console
@@ -11,9 +10,10 @@ from paca.messages.shown import printable
 
 
 def console_for_tables(**options: Any) -> Console:
-    """A console whose tables have room in a log file: rich gives them 80 columns, where `$COLUMNS` says nothing."""
+    """A console whose tables have room in a log file: rich gives them 80 columns, or what `$COLUMNS` says, which is the
+    terminal's of a process above."""
     console = Console(**options)
-    if not console.is_terminal and "COLUMNS" not in os.environ:
+    if not console.is_terminal:
         console.width = 200
     return console
 
