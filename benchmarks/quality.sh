@@ -5,6 +5,7 @@
 #   bash benchmarks/quality.sh digits arc gsm8k encyclopedia        or some of them
 #   EQUAL=time bash benchmarks/quality.sh digits-wide arc-wide gsm8k-wide    with 256 columns a layer
 #   EQUAL=time bash benchmarks/quality.sh arc-long                           with twice the steps
+#   EQUAL=memory bash benchmarks/quality.sh encyclopedia-linear              with a rate that falls linearly
 #   EQUAL=parameters JOBS=2 OMP_NUM_THREADS=1 bash benchmarks/quality.sh arc
 #
 # JOBS processes share the work; with more than one, leave `time` out of EQUAL, as they slow each other down. A part
@@ -38,6 +39,11 @@ for task in "$@"; do
             encyclopedia-memory) # the committed rows of paca-wide and paca-factored have the r of their files
                 rates=4.87e-4,7.8e-4,1.25e-3 own=(--lr paca-wide=1.9e-4,3.04e-4,4.87e-4)
                 methods=paca,paca-wide=$folder/wide.yaml,paca-factored=$folder/factored.yaml,lora,lora-tuned
+                ;;
+            encyclopedia-linear-memory) # TRL's own schedule
+                config=encyclopedia rates=4.87e-4,7.8e-4,1.25e-3 own=(--lr paca-wide=1.9e-4,3.04e-4,4.87e-4)
+                changed=(--set train.lr_scheduler_type=linear)
+                methods=paca-wide=$folder/wide.yaml,lora,lora-tuned
                 ;;
             gsm8k-parameters) rates=7.8e-4,1.25e-3,2e-3 own=(--lr lora-tuned=4.87e-4,7.8e-4,1.25e-3) ;;
             gsm8k-memory)
