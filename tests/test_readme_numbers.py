@@ -73,6 +73,12 @@ def test_losses_and_answers_are_those_of_their_pages(name: str, task: str, value
         assert cell == [f"{found[method]:.3f}" for method in ("paca", "lora", "lora-tuned")]
 
 
+def test_losses_with_a_linear_fall_are_those_of_their_page() -> None:
+    found = means("encyclopedia-linear-memory", "loss")
+    told = ", ".join(f"{found[method]:.3f}" for method in ("paca-wide", "lora", "lora-tuned"))
+    assert f"(encyclopedia: {told})" in TEXT
+
+
 def test_solved_problems_are_those_of_the_rows() -> None:
     answered: dict[str, list[float]] = defaultdict(list)
     with (ROOT / "benchmarks" / "quality" / "gsm8k-time" / "answers.csv").open(encoding="utf-8") as file:
