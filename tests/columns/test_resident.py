@@ -849,7 +849,7 @@ def test_what_was_lent_keeps_the_pretrained_values(borrow, how, blocks):
     write(resident, weight, columns)
     state = resident.state
     resident.park(weight, for_now=True)
-    resident.share(weight)
+    resident.handed_out(weight.detach())
     lent = borrow(weight)
     if how == "write":
         write(resident, weight, columns)
@@ -864,19 +864,18 @@ def test_what_was_lent_keeps_the_pretrained_values(borrow, how, blocks):
 def test_lending_costs_no_copy_once_the_borrower_is_gone():
     weight, resident, columns = make()
     lent = weight.detach()
-    resident.share(lent)
+    resident.handed_out(lent)
     pointer = weight.data_ptr()
     del lent
     write(resident, weight, columns)
     assert weight.data_ptr() == pointer
 
 
-def test_what_was_handed_out_is_remembered_when_another_user_has_gone():
+def test_what_was_lent_keeps_its_values_when_another_user_has_gone():
     weight, resident, columns = make()
     original, other = weight.clone(), weight.detach()
-    resident.share(weight)
-    lent = weight.detach()
-    resident.handed_out(lent)
+    resident.handed_out(weight.detach())
+    lent = weight.detach()  # of what was handed out, as in {name: value.detach() for ... in model.state_dict()}
     del other  # as many users as before
     write(resident, weight, columns)
     assert torch.equal(lent, original)
@@ -886,9 +885,9 @@ def test_what_was_handed_out_is_remembered_when_another_user_has_gone():
 def test_a_weight_that_is_lent_twice_keeps_what_was_lent_first():
     weight, resident, columns = make()
     original = weight.clone()
-    resident.share(weight)
     first = weight.detach()
-    resident.share(weight)
+    resident.handed_out(first)
+    resident.handed_out(weight.detach())
     write(resident, weight, columns)
     assert torch.equal(first, original)
     assert not torch.equal(weight, original)
@@ -896,7 +895,7 @@ def test_a_weight_that_is_lent_twice_keeps_what_was_lent_first():
 
 def test_a_view_that_was_not_lent_does_not_move_the_weight():
     weight, resident, columns = make()
-    resident.share(weight)
+    resident.handed_out(weight.detach())
     write(resident, weight, columns)
     pointer, view = weight.data_ptr(), weight.detach()
     columns[0].delta.detach().add_(1)

@@ -101,3 +101,20 @@ def test_llama_shaped_blocks_meet_the_targets(tiny_model):
     partly = adapted(model(), r=8)
     assert kept(make_lean(partly)) <= 0.70 * frozen
     assert kept(make_lean(partly, "mlp")) <= 0.32 * frozen
+
+
+@pytest.mark.parametrize("recompute", RECOMPUTE)
+def test_mixed_batches_train_in_lean_blocks(tiny_model, recompute):
+    def gradients(lean: bool) -> list[torch.Tensor]:
+        model = adapted(tiny_model("llama", torch.float32)).eval()
+        model.add_adapter("other", paca.PacaConfig(r=3, target_modules="all-linear", init_weights=False))
+        model.set_requires_grad(["default", "other"])
+        if lean:
+            make_lean(model, recompute)
+        torch.manual_seed(0)
+        tokens = torch.randint(1, 31, (2, 9))
+        model(input_ids=tokens, labels=tokens, adapter_names=["default", "other"]).loss.backward()
+        return [p.grad for p in model.parameters() if p.grad is not None]
+
+    for got, want in zip(gradients(True), gradients(False), strict=True):
+        torch.testing.assert_close(got, want)

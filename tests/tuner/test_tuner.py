@@ -142,6 +142,28 @@ def test_a_layer_of_another_method_is_refused():
         adapt(model.base_model.model, target_modules=["lin1"])
 
 
+@pytest.mark.filterwarnings("ignore:You are trying", "ignore:Already found")
+def test_columns_below_an_adapter_of_another_method_are_merged_by_themselves():
+    """LoRA's merge writes into columns, through `.data`, and theirs would put the originals over it."""
+    inner = adapt(nn.Sequential(nn.Linear(16, 16), nn.Tanh(), nn.Linear(16, 16)), target_modules=["0", "2"])
+    lora = peft.LoraConfig(r=4, target_modules=["0", "2"], init_lora_weights=False)
+    outer, x = peft.get_peft_model(inner, lora).eval(), torch.randn(3, 16)
+    want = outer(x)
+    for model in (outer, inner):
+        with pytest.raises(RuntimeError, match=r"another method.*unmerge_adapter\(\), then merge\(\) of each"):
+            model.merge_adapter()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what is not merged
+            outer.unmerge_adapter()
+        torch.testing.assert_close(outer(x), want)
+    for layer in paca_layers(outer):
+        layer.merge()
+    outer.merge_adapter()
+    torch.testing.assert_close(outer(x), want)
+    outer.unmerge_adapter()
+    torch.testing.assert_close(outer(x), want)
+
+
 def test_deltas_keep_the_weights_dtype_when_peft_is_told_not_to_cast():
     config = paca.PacaConfig(r=2, target_modules=["lin1"])
     model = peft.get_peft_model(perceptron(dtype=torch.bfloat16), config, autocast_adapter_dtype=False)

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrizations, parametrize, prune
 
+import paca
 from models import adapt
 from paca.layers import paca_layers
 
@@ -88,6 +89,48 @@ def test_inference_tensors_are_adapted_for_inference():
         assert torch.equal(model.get_base_model()[0].weight, original)
 
 
+@pytest.mark.parametrize("r", [2, 8])
+def test_inference_tensors_may_be_in_a_state_dict(r):
+    with torch.inference_mode():
+        model = adapt(layer_with(random(6, 8)), r=r, target_modules=["0"], init_weights=False)
+        original, y = random(6, 8), model(X)
+        held = model.state_dict()
+        for _ in range(2):
+            assert torch.equal(model(X), y)
+        assert torch.equal(held["base_model.model.0.base_layer.weight"], original)
+        model.unload()
+        assert torch.equal(model.get_base_model()[0].weight, original)
+
+
+def test_a_cast_through_data_casts_the_originals_too():
+    model = adapt(layer_with(random(6, 8)), r=4, target_modules=["0"], init_weights=True)
+    model.add_adapter("other", paca.PacaConfig(r=4, target_modules=["0"], random_seed=1))
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(torch.bfloat16)
+    optimizer, x = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], 1e-3), X.bfloat16()
+    for _ in range(3):
+        model(x).float().square().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    y = model(x)
+    model.set_adapter("other")
+    model.set_adapter("default")
+    assert torch.equal(model(x), y)
+    model.unload()
+    assert torch.equal(model.get_base_model()[0].weight, random(6, 8).bfloat16())
+
+
+def test_a_state_dict_of_weights_in_one_memory_keeps_their_values():
+    model = layer_with(random(6, 8))
+    nn.utils.vector_to_parameters(nn.utils.parameters_to_vector(model.parameters()).detach(), model.parameters())
+    originals = [layer.weight.clone() for layer in model]
+    model = adapt(model, r=4, target_modules=["0", "1"], init_weights=False)
+    held = {name: value.detach() for name, value in model.state_dict().items()}
+    model(X)
+    for number, original in enumerate(originals):
+        assert torch.equal(held[f"base_model.model.{number}.base_layer.weight"], original)
+
+
 class Copied(nn.Module):
     def forward(self, weight):
         return weight.clone()
@@ -133,6 +176,20 @@ def test_a_weight_that_is_quantized_under_an_adapter_is_refused_by_name():
     torchao.quantize_(model, torchao.Int8WeightOnlyConfig())
     with pytest.raises(RuntimeError, match="replaced by a Int8Tensor, as torchao"):
         model(x)
+
+
+def test_a_layer_that_is_replaced_under_an_adapter_is_refused_by_name():
+    qat = pytest.importorskip("torchao.quantization.qat")
+    from torchao.quantization import quantize_
+
+    model = adapt(nn.Sequential(nn.Linear(32, 32)), r=16, target_modules=["0"], init_weights=False)
+    x, before = torch.randn(2, 32), model.get_base_model()[0].base_layer
+    y = model(x)
+    fake = qat.IntxFakeQuantizeConfig(torch.int4, group_size=16)
+    with pytest.raises(RuntimeError, match=r"can't be replaced by a FakeQuantizedLinear.*first and adapt it then"):
+        quantize_(model, qat.QATConfig(weight_config=fake, step="prepare"))
+    assert model.get_base_model()[0].base_layer is before
+    assert torch.equal(model(x), y)
 
 
 def test_a_merged_weight_may_be_quantized():

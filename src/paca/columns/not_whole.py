@@ -71,6 +71,14 @@ def refuse_computed(adapters: list[str]) -> None:
     )
 
 
+def refuse_replaced(kind: str) -> None:
+    """Raise `RuntimeError`: another library is about to replace a module whose weight holds columns."""
+    raise RuntimeError(
+        f"A layer that PaCA adapts can't be replaced by a {kind}, as torchao's QAT and functions that quantize a model "
+        "do it. Change the model first and adapt it then; or unload() or merge_and_unload() the adapter before."
+    )
+
+
 def refuse_sharded_delta(adapter_name: str) -> None:
     """Raise `RuntimeError`: a delta is sharded, over a weight that is not."""
     raise RuntimeError(

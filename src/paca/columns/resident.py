@@ -8,7 +8,6 @@ and holds no reference to it. `write_together` writes the columns of many weight
 from __future__ import annotations
 
 import threading
-import weakref
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -44,8 +43,7 @@ class ResidentColumns(ActiveColumns):
         self._parked_for_now = False
         self.half_written = False  # a write began, and did not end: another thread is at it, or an exception came
         self._left_as: tuple[int, int] | None = None  # the weight's version and memory as we left them
-        self._shared_by: int | None = None  # users of the weight's memory before a state dict shared it
-        self._handed_out: list[weakref.ref[Any]] = []  # what state dicts got
+        self._shared = False  # a state dict got the weight's memory, and may have it still
 
     def home_to_write(self, weight: Tensor) -> Tensor:
         """What columns are written into, given the module's weight, for a call that may write it."""
@@ -203,7 +201,9 @@ class ResidentColumns(ActiveColumns):
             self.parked, self._left_as = None, None
             self.base_changed()  # it is a pretrained weight, which its owner may change
         elif holds(weight, self.dim, self._all_kept(weight), columns):
-            self._left_as = identity(weight)  # the same values were written, or it was moved as it is
+            self._left_as = identity(weight)  # the same values were written, or it was moved as it is, or cast
+            self.kept = self.kept._replace(values=self.kept.values.to(weight.dtype))
+            self._folded = self._folded and self._folded._replace(values=self._folded.values.to(weight.dtype))
         elif columns and holds(weight, self.dim, self._all_kept(weight), ()):
             self.parked, self._left_as = None, None
             self._set_state(State((), self.base))  # it was replaced by its pretrained one
@@ -222,23 +222,15 @@ class ResidentColumns(ActiveColumns):
                 if self.entry is not None:
                     self.entry.unwritten = True
 
-    def share(self, weight: Tensor) -> None:
-        """Note that a state dict will share the (parked) weight: a write while anyone holds it goes to a copy."""
-        if self._shared_by is None:
-            self._shared_by = torch._C._storage_Use_Count(weight.untyped_storage()._cdata)
-
     def handed_out(self, shared: Any) -> None:
-        """Note what a state dict got: once a user from before is gone, their count alone would not show it."""
-        self._handed_out = [alive for alive in self._handed_out if alive() is not None] + [weakref.ref(shared)]
+        """Note that a state dict got the (parked) weight as `shared`: a write while anyone has it goes to a copy."""
+        self._shared = True
 
     def _part_from_shared(self, weight: Tensor) -> None:
-        if self._shared_by is not None:
-            memory = weight.untyped_storage()._cdata
-            shared = (alive() for alive in self._handed_out)
-            kept = any(tensor is not None and tensor.untyped_storage()._cdata == memory for tensor in shared)
-            if kept or torch._C._storage_Use_Count(memory) > self._shared_by:
+        if self._shared and users_of_memory(weight) > users_of_memory(torch.empty(1)):
+            with torch.inference_mode(weight.is_inference()):
                 weight.data = weight.data.clone()
-        self._shared_by, self._handed_out = None, []
+        self._shared = False
 
     def _current(self, weight: Tensor) -> Tensor:
         return read_columns(weight.detach(), self.dim, self.kept.positions.to(weight.device))
@@ -285,3 +277,8 @@ def write_together(jobs: Iterable[tuple[ResidentColumns, Tensor, tuple[AdapterCo
 def identity(weight: Tensor) -> tuple[int, int]:
     """What changes when somebody writes or replaces a weight."""
     return version_of(weight), weight.untyped_storage()._cdata
+
+
+def users_of_memory(tensor: Tensor) -> int:
+    """How many tensors have this memory, besides what asks."""
+    return torch._C._storage_Use_Count(tensor.untyped_storage()._cdata)

@@ -11,6 +11,7 @@ Of FSDP2 it reads three attributes that are not public (torch 2.13): a DTensor's
 
 from __future__ import annotations
 
+import weakref
 from typing import Any
 
 import torch
@@ -51,6 +52,7 @@ class ShardedColumns(MergeableColumns):
         self._old_positions: list[Tensor] = []  # of columns that may be in the copy, and are not in the rows any more
         self._gathered_before = False  # the next copy was gathered before the last write, or from a piece of a copy
         self._same: SameState | None = None
+        self._handed_out: list[weakref.ref[Any]] = []  # what state dicts got
         if self.entry is not None:
             self.entry.sharded = True
 
@@ -120,7 +122,7 @@ class ShardedColumns(MergeableColumns):
                 "trained lie others, which can't be taken out of a sharded weight. Merge the adapter, or train it with "
                 "DistributedDataParallel."
             )
-        self._shared_by, self._handed_out = None, []  # no state dict shares the rows' memory
+        self._shared = False  # no state dict shares the rows' memory
         if self.state.columns:
             put_columns(self.rows, self.dim, self.kept.positions, self.rows_of(self.kept.values))
         if self._originals_of_merged is not None:
@@ -147,13 +149,10 @@ class ShardedColumns(MergeableColumns):
         self._handed_out = []
         return self.rows
 
-    def share(self, weight: Tensor) -> None:
-        """`handed_out` is enough: the tensors of a state dict are DTensors of their own."""
-
     def handed_out(self, shared: Any) -> None:
         """Note that a state dict got a `DTensor` of these (parked) rows: it keeps them as they are now."""
-        if is_sharded(shared):
-            super().handed_out(shared)
+        if is_sharded(shared):  # of its own, so that the rows' memory can be taken from it
+            self._handed_out = [alive for alive in self._handed_out if alive() is not None] + [weakref.ref(shared)]
 
     @torch.no_grad()
     def bring_up_to_date(self, copy: Tensor) -> None:

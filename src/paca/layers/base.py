@@ -11,7 +11,7 @@ from peft.tuners._buffer_dict import BufferDict
 from torch import Tensor, nn
 
 from paca.columns.folded import FOLDED_DELTA, FOLDED_INDICES, Folded
-from paca.columns.not_whole import refuse_computed
+from paca.columns.not_whole import refuse_computed, refuse_replaced
 from paca.columns.state import FOR_NOW, AdapterColumns
 from paca.columns.stepping import Deltas, Job
 from paca.layers.mixed_batch import Running, StepUnderway, current_mixed_batch
@@ -209,6 +209,11 @@ class PacaLayer(nn.Module, PeftCalls):  # nn.Module first: FSDP2 makes subclasse
         super().__setstate__(state)
         self._own()
         self.write()  # the copy's weight holds what is active, as the original's did
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "base_layer" and name in self._modules and not hasattr(value, "columns"):
+            refuse_replaced(type(value).__name__)
+        super().__setattr__(name, value)
 
     def extra_repr(self) -> str:
         return ", ".join(f"{name}: r={r}" for name, r in self.r.items())

@@ -3,13 +3,14 @@ several adapters."""
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections.abc import Iterable
 from functools import partial
 from typing import Any, ClassVar, cast
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor
 
 from paca.columns.kept import oriented
@@ -98,10 +99,14 @@ class PeftCalls(BaseTunerLayer):
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Put the adapters' columns (default: the active ones') into the base weight until `unmerge`, which is bitwise.
-        Raise `ValueError` if the weight can't be written, or `safe_merge` finds NaN or Inf."""
+        Raise `ValueError` if the weight can't be written, or `safe_merge` finds NaN or Inf, and `RuntimeError` if the
+        tuner of an adapter above merges, which has put its own part beneath the columns."""
         names = [n for n in check_adapters_to_merge(self, adapter_names) if n in self.paca_delta]
         if not names:
             return
+        caller = sys._getframe(1).f_locals.get("self")
+        if isinstance(caller, BaseTuner) and not isinstance(self, caller.tuner_layer_cls):
+            refuse_merging_both(caller)
         before = len(self.merged_adapters)
         try:
             self._merge(tuple(self.columns_of(n) for n in names), safe_merge)
@@ -224,6 +229,15 @@ def refuse_sharded(layers: Iterable[PeftCalls], what: str) -> None:
     """Raise `ValueError` if a layer's weight is sharded: `what` can't be done to it."""
     if not all(layer.base_layer.columns.whole for layer in layers):
         raise ValueError(f"{what} needs whole weights, and these are sharded (FSDP2). Do it before fully_shard.")
+
+
+def refuse_merging_both(other: object) -> None:
+    """Raise `RuntimeError`: a tuner merges both columns and another method's adapter above them."""
+    raise RuntimeError(
+        f"The model has an adapter of another method too ({type(other).__module__}.{type(other).__name__}), and both "
+        "can't be merged at once: columns would be merged over what it has changed by then. Call unmerge_adapter(), "
+        "then merge() of each paca.layers.PacaLayer in the model, then this again."
+    )
 
 
 def refuse_late_adapter(adapter_name: str) -> None:

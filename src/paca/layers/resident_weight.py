@@ -160,10 +160,8 @@ class ResidentWeight(nn.Module):
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         with WRITING, ALONE:  # so that it is parked while it is handed out
             self.columns.park_within(self.columns.home_to_write(self.weight), for_now=True)
-            if not keep_vars:  # with it, the caller asks for the parameter itself
-                self.columns.share(self.weight)
             super()._save_to_state_dict(destination, prefix, keep_vars)
-            if not keep_vars:
+            if not keep_vars:  # with it, the caller asks for the parameter itself
                 self.columns.handed_out(destination[prefix + "weight"])
 
     def _load_from_state_dict(

@@ -17,6 +17,8 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from paca.layers.mixed_batch import current_mixed_batch
+
 _SOURCE = "_paca_lean_source"
 
 
@@ -55,9 +57,13 @@ def recomputed(
 
     Raises:
         RuntimeError: In the backward pass, if adapters, trained parameters or hooks of `modules` are others by then.
+
+    In a mixed batch, which is over by the time of the backward pass, all is kept.
     """
     if torch.compiler.is_compiling():
         return checkpoint(lambda x: segment(x, False), hidden_states, use_reentrant=False)
+    if current_mixed_batch() is not None:
+        return segment(hidden_states, False)
     source = _source(hidden_states)
     needs_grad = hidden_states.requires_grad
     noted = _state(modules)

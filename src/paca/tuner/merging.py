@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import warnings
 
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from paca.layers import PacaLayer, paca_layers
 from paca.layers.overlaid import OverlaidLinear, dequantize_model
+from paca.layers.peft_calls import refuse_merging_both
 from paca.tuner.weighted import SumsAdapters
 
 
@@ -62,7 +64,10 @@ class MergesAdapters(SumsAdapters):
 
 def check_mergeable(model: nn.Module, adapter_names: list[str] | None, safe_merge: bool) -> None:
     """Raise `ValueError` if an adapter (default: the active ones) can't be merged into a layer's weight, or, with
-    `safe_merge`, a delta is not finite; names the layer."""
+    `safe_merge`, a delta is not finite; names the layer. `RuntimeError` if another method's adapters are in it too."""
+    others = [m for m in model.modules() if isinstance(m, BaseTunerLayer) and not isinstance(m, PacaLayer)]
+    if others and not all(layer.merged for layer in paca_layers(model)):
+        refuse_merging_both(others[0])
     layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, PacaLayer)}
     for name, layer in layers.items():
         for adapter in [a for a in adapter_names or layer.active_adapters if a in layer.paca_delta]:
