@@ -7,7 +7,7 @@ from typing import Any
 
 import peft
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import paca
@@ -32,6 +32,14 @@ def byte_tokenizer(chat_template: str | None = CHAT_TEMPLATE) -> PreTrainedToken
         pad_token="<|pad|>",
     )
     tokenizer.chat_template = chat_template
+    return tokenizer
+
+
+def ending_tokenizer() -> PreTrainedTokenizerFast:
+    """The same without a chat template, which puts its end-of-text token after every text."""
+    tokenizer = byte_tokenizer(chat_template=None)
+    end = (str(tokenizer.eos_token), int(tokenizer.eos_token_id))
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(f"$A {end[0]}", special_tokens=[end])
     return tokenizer
 
 

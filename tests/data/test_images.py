@@ -6,6 +6,7 @@ import io
 from pathlib import Path
 
 import datasets
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -51,6 +52,32 @@ def test_the_hub_gives_what_a_folder_gives(tmp_path: Path, monkeypatch: pytest.M
     assert names == ["blue", "red"]
     for row in images.dataset:
         assert open_image(row).getpixel((0, 0)) == COLOURS[names[row["label"]]]
+
+
+def opened(image: Image.Image, kind: str = "PNG", **options: object) -> Image.Image:
+    buffer = io.BytesIO()
+    image.save(buffer, format=kind, **options)
+    return open_image({"image": {"bytes": buffer.getvalue(), "path": None}, "origin": "a, image 0"})
+
+
+@pytest.mark.parametrize("kind", ["PNG", "TIFF"])
+def test_sixteen_bits_of_grey_become_eight(kind: str) -> None:
+    shades = np.array([[0, 257, 10 * 257 + 3], [128 * 257, 65534, 65535]], dtype=np.uint16)
+    image = opened(Image.fromarray(shades), kind)
+    assert image.mode == "RGB"
+    assert np.asarray(image)[:, :, 1].tolist() == [[0, 1, 10], [128, 254, 255]]
+
+
+@pytest.mark.parametrize("values", [np.ones((2, 2), np.float32), np.full((2, 2), 70_000, np.int32)])
+def test_images_of_other_values_are_refused(values: np.ndarray) -> None:
+    with pytest.raises(PacaError, match=r"a, image 0.*can't be read as an image: its values.* bits"):
+        opened(Image.fromarray(values), "TIFF")
+
+
+def test_a_photo_that_was_taken_sideways_is_turned() -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6  # its orientation
+    assert opened(Image.new("RGB", (6, 4)), "JPEG", exif=exif).size == (4, 6)
 
 
 def test_a_split_is_a_folder_within(tmp_path: Path) -> None:

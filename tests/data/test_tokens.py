@@ -13,8 +13,9 @@ from trl import SFTConfig, SFTTrainer
 
 from paca.data import Examples, encode, load_examples, tokenize, training_template
 from paca.data.tokens import IGNORED
+from paca.evaluation.encoding import continuation_of, question_of
 from paca.messages.errors import PacaError
-from tiny_checkpoint import CHAT_TEMPLATE, byte_tokenizer
+from tiny_checkpoint import CHAT_TEMPLATE, byte_tokenizer, ending_tokenizer
 
 # The same rendering as CHAT_TEMPLATE, with the markers that transformers reads.
 MARKED_TEMPLATE = (
@@ -173,6 +174,16 @@ def test_plain_text_is_tokenized_as_trl_does(tokenizer: PreTrainedTokenizerFast,
     expected: Any = trainer.train_dataset[0]
     found = encode(examples.dataset[0], tokenizer)
     assert (found.ids, found.labels) == (expected["input_ids"], expected["labels"])
+
+
+def test_a_tokenizer_that_ends_every_text_ends_an_example_once_and_no_question() -> None:
+    plain, ending = byte_tokenizer(chat_template=None), ending_tokenizer()
+    assert ending("a")["input_ids"] == [*plain("a")["input_ids"], plain.eos_token_id]
+    pair, text = {"prompt": "2+2=", "completion": "4", "origin": ""}, {"text": "a b", "origin": ""}
+    for example in (pair, text):
+        assert encode(example, ending) == encode(example, plain)
+    assert question_of(pair, ending) == question_of(pair, plain) == plain("2+2=")["input_ids"]
+    assert continuation_of(pair, ending) == continuation_of(pair, plain)
 
 
 def test_a_tokenizer_without_offsets_finds_the_same_tokens() -> None:

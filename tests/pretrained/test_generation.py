@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from paca.messages.errors import PacaError
 from paca.pretrained.generation import LoadedModel, load_for_generation, stream_reply
-from tiny_checkpoint import CONTEXT, byte_tokenizer, save_adapter, save_base, save_run
+from tiny_checkpoint import CONTEXT, byte_tokenizer, ending_tokenizer, save_adapter, save_base, save_run
 
 TOKENS = torch.arange(2, 26).reshape(2, 12)
 QUESTION = [{"role": "user", "content": "What is a kernel?"}]
@@ -262,6 +262,14 @@ def test_without_a_chat_template_the_text_is_continued(run: Path, loaded: Loaded
     assert "".join(stream_reply(plain, messages, max_new_tokens=8)) == expected
     with pytest.raises(PacaError, match="prompt is empty"):
         list(stream_reply(plain, [{"role": "user", "content": ""}]))
+
+
+def test_a_text_that_the_tokenizer_would_end_is_gone_on_with(loaded: LoadedModel) -> None:
+    answers = []
+    for tokenizer in (byte_tokenizer(None), ending_tokenizer()):
+        plain = LoadedModel(loaded.model, tokenizer, loaded.adapter, loaded.base)
+        answers.append(list(stream_reply(plain, QUESTION, max_new_tokens=8)))
+    assert answers[0] == answers[1]
 
 
 def test_the_end_of_the_context_cuts_an_answer(loaded: LoadedModel) -> None:

@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import numpy as np
 from datasets.data_files import get_data_patterns
-from PIL import Image
+from PIL import Image, ImageOps
 
 from paca.data.evenly import spread_evenly
 from paca.data.examples import ORIGIN, Examples
@@ -61,17 +62,30 @@ def load_images(source: str, *, split: str = "train", limit: int | None = None, 
 
 
 def open_image(row: Mapping[str, Any]) -> Image.Image:
-    """The image of a row of `load_images`, in colour.
+    """The image of a row of `load_images`, in colour and upright; 16 bits of grey become 8.
 
     Raises:
-        PacaError: It is none, or is broken.
+        PacaError: It is none, is broken, or has other values than 8 or 16 bits.
     """
     try:
-        return Image.open(io.BytesIO(image_bytes(row))).convert("RGB")
+        image = ImageOps.exif_transpose(Image.open(io.BytesIO(image_bytes(row))))
+        if image.mode.startswith("I"):
+            image = _in_8_bits(image)
+        elif image.mode == "F":
+            raise ValueError("its values are floating-point numbers; 8 or 16 bits can be read")
+        return image.convert("RGB")
     except PacaError:
         raise
     except Exception as error:  # whatever Pillow's readers raise; of its own kinds, not all are OSErrors
         raise _unreadable(row, error) from error
+
+
+def _in_8_bits(image: Image.Image) -> Image.Image:
+    """The same shades of grey: Pillow's own conversion cuts off whatever is brighter than 255."""
+    values = np.asarray(image).astype(np.int64)
+    if values.min() < 0 or values.max() > 65535:
+        raise ValueError(f"its values lie between {values.min()} and {values.max()}, beyond 16 bits")
+    return Image.fromarray((values // 257).astype(np.uint8))
 
 
 def image_bytes(row: Mapping[str, Any]) -> bytes:

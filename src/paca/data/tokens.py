@@ -14,6 +14,7 @@ from trl import get_training_chat_template
 from paca.data.examples import ORIGIN, Examples
 from paca.data.formats import Example, Message, same_start
 from paca.messages.errors import PacaError
+from paca.pretrained.ends_of_texts import ends_texts
 
 IGNORED = -100
 """The label of a token that does not count, in transformers and TRL."""
@@ -100,8 +101,16 @@ def encode(
     everything = everything or "text" in example
     # A chat template writes the special tokens itself.
     ids, counts = _ids_and_mask(text, [] if everything else spans, tokenizer, add_special_tokens=not conversation)
+    if not conversation and ids[-2:] == [tokenizer.eos_token_id] * 2 and ends_texts(tokenizer):
+        del ids[-1], counts[-1]  # the text has its own
     labels = [token if everything or count else IGNORED for token, count in zip(ids, counts, strict=True)]
     return Tokens(ids, labels, left_out)
+
+
+def prompt_tokens(prompt: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The tokens of a plain text that is to be gone on with: without an end that the tokenizer puts after it."""
+    ids = list(tokenizer(prompt)["input_ids"])
+    return ids[:-1] if ends_texts(tokenizer) else ids
 
 
 def _columns(example: Example, **options: Any) -> dict[str, Any]:

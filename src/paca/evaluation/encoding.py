@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerBase
 
 from paca.data.choices import OPTIONS
 from paca.data.examples import ORIGIN
-from paca.data.tokens import IGNORED, encode, render
+from paca.data.tokens import IGNORED, encode, prompt_tokens, render
 from paca.evaluation.log_likelihood import Continuation
 from paca.messages.errors import PacaError
 from paca.messages.shown import shown
@@ -28,7 +28,7 @@ def question_of(example: Example, tokenizer: PreTrainedTokenizerBase) -> list[in
         tools = json.loads(example["tools"]) if example.get("tools") else None
         text = render(tokenizer, asked, example[ORIGIN], tools=tools, add_generation_prompt=True)
         return list(tokenizer(text, add_special_tokens=False)["input_ids"])
-    return list(tokenizer(asked)["input_ids"])
+    return prompt_tokens(asked, tokenizer)
 
 
 def question_text(example: Example) -> str:

@@ -21,6 +21,7 @@ from paca.pretrained import load_config, load_pretrained
 from paca.pretrained.adapter_folder import find_adapter, find_base, find_quantization, tensor_names, weight_file
 from paca.pretrained.adapter_tokenizer import load_adapter_tokenizer
 from paca.pretrained.bounded_template import conversation_text, renderer
+from paca.pretrained.ends_of_texts import ends_texts
 from paca.pretrained.foreign_methods import check_method, without_asking
 from paca.pretrained.hub_adapter import adapter_of_hub
 from paca.pretrained.out_of_memory import failure_reason, is_out_of_memory
@@ -223,6 +224,8 @@ def _encode(loaded: LoadedModel, messages: list[Message]) -> tuple[dict[str, tor
     tokenizer = loaded.tokenizer
     if tokenizer.chat_template is None:
         encoded = _tokens(tokenizer, messages[-1]["content"])
+        if ends_texts(tokenizer):  # an answer is to follow
+            encoded = {name: values[:, :-1] for name, values in encoded.items()}
     else:
         text = conversation_text(tokenizer, messages)
         # The template writes the special tokens itself.

@@ -8,6 +8,7 @@ from paca.data import Examples, end_of_turn, set_chat_template
 from paca.data.chat_template import DEFAULT, NAMES
 from paca.messages.errors import PacaError, about
 from paca.pretrained import load_tokenizer
+from paca.pretrained.ends_of_texts import ends_texts
 from paca.training.config.run_config import RunConfig
 
 
@@ -107,3 +108,18 @@ def describe_loss(config: RunConfig, train: Examples) -> str:
     if trains_everything(config, train):
         return "every token"
     return "the assistant's turns" if "messages" in train.dataset.column_names else "the completions"
+
+
+def check_prompts_stay_open(config: RunConfig, train: Examples) -> None:
+    """Refuse a tokenizer that ends each text, where TRL makes the tokens of plain prompts: an answer follows them.
+
+    Raises:
+        PacaError: It is one, and the data is no conversation.
+    """
+    tokenizer = tokenizer_of(config)
+    if not train.is_conversational and ends_texts(tokenizer):
+        raise PacaError(
+            f"The tokenizer puts {tokenizer.eos_token} after every text, so a prompt would end before it is answered. "
+            "Name a chat template in data.template, which writes such tokens itself; or take that out of the "
+            "tokenizer's files (add_eos_token)."
+        )

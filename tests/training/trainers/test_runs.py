@@ -60,6 +60,22 @@ def test_what_can_be_learned_is_learned(finished: Finished, name: str) -> None:
     assert summary["scores"]["after"][score] == 1.0
 
 
+@pytest.mark.parametrize("name", ["dpo", "reward"])
+def test_a_score_is_over_examples_whatever_the_size_of_a_batch(finished: Finished, name: str) -> None:
+    in_one, in_three_and_one = (
+        finished(name, "train.learning_rate=3e-3", "train.max_steps=1", f"train.per_device_eval_batch_size={size}")
+        for size in (4, 3)
+    )
+    of_one, of_both = (rows(result.folder)[-1] for result in (in_one, in_three_and_one))
+    measured = [f"eval_{key}" for key in _MEANS if f"eval_{key}" in of_one]
+    assert len(measured) == 3
+    for key in measured:
+        assert of_both[key] == pytest.approx(of_one[key], rel=1e-4, abs=1e-6), key
+
+
+_MEANS = ("loss", "accuracy", "margin", "rewards/accuracies", "rewards/margins")
+
+
 @pytest.mark.parametrize(
     ("name", "logged"),
     [

@@ -17,8 +17,13 @@ from paca.data.sample import take_sample
 from paca.data.tokens import Tokens, encode
 from paca.messages.errors import PacaError
 from paca.training.config.run_config import RunConfig
-from paca.training.prompt_form import tokenizer_of
+from paca.training.prompt_form import check_prompts_stay_open, tokenizer_of
 from paca.training.trainers.kind import RunData, TrainerKind, read_texts
+from paca.training.trainers.weighed_batches import WeighsBatches
+
+
+class _DpoTrainer(WeighsBatches, DPOTrainer):  # type: ignore[misc]
+    """TRL's."""
 
 
 class Dpo(TrainerKind):
@@ -27,7 +32,7 @@ class Dpo(TrainerKind):
     name = "dpo"
     arguments = DPOConfig
     own_keys: ClassVar[dict[str, Any]] = {"eos_token": str | None}
-    trainer = DPOTrainer
+    trainer = _DpoTrainer
     learning_rate = 1e-5  # ten times TRL's, which is for training in full
     score = "rewards/accuracies"
     scored_before = False  # the reference itself prefers neither
@@ -36,6 +41,7 @@ class Dpo(TrainerKind):
     def read(self, config: RunConfig) -> RunData:
         """Pairs: `prompt`, `chosen` and `rejected`."""
         train, held_out, template = read_texts(config, "preferences")
+        check_prompts_stay_open(config, train)
         return RunData(train, held_out, "chosen answers against rejected ones", template)
 
     def shape(self, config: RunConfig, data: RunData, *, whole: bool) -> RunData:

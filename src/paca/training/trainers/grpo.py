@@ -20,9 +20,14 @@ from paca.messages.processes import launched_processes
 from paca.pretrained.answer_pattern import check_pattern
 from paca.training.config.key_checks import Origins
 from paca.training.config.run_config import RunConfig
-from paca.training.prompt_form import tokenizer_of
+from paca.training.prompt_form import check_prompts_stay_open, tokenizer_of
 from paca.training.trainers.kind import RunData, TrainerKind, read_texts, steps_of
 from paca.training.trainers.reward_functions import BUILT_IN, check_columns, find_rewards, load_reward_models
+from paca.training.trainers.weighed_batches import WeighsBatches
+
+
+class _GrpoTrainer(WeighsBatches, GRPOTrainer):  # type: ignore[misc]
+    """TRL's."""
 
 
 class Grpo(TrainerKind):
@@ -30,7 +35,7 @@ class Grpo(TrainerKind):
 
     name = "grpo"
     arguments = GRPOConfig
-    trainer = GRPOTrainer
+    trainer = _GrpoTrainer
     own_keys: ClassVar[dict[str, Any]] = {
         "reward_funcs": str | list[str],
         "answer_pattern": str | None,
@@ -64,6 +69,7 @@ class Grpo(TrainerKind):
     def read(self, config: RunConfig) -> RunData:
         """Prompts, and whatever the reward functions need."""
         train, held_out, template = read_texts(config, "prompts")
+        check_prompts_stay_open(config, train)
         rewards = find_rewards(config.train)
         for examples in (train, held_out):
             if examples is not None:

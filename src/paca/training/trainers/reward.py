@@ -10,6 +10,11 @@ from paca.pretrained.learning_rate import RATE_OF_WEIGHTS
 from paca.training.config.run_config import RunConfig
 from paca.training.trainers.dpo import check_all_kept, with_pairs_sampled
 from paca.training.trainers.kind import RunData, TrainerKind, read_texts
+from paca.training.trainers.weighed_batches import WeighsBatches
+
+
+class _RewardTrainer(WeighsBatches, RewardTrainer):  # type: ignore[misc]
+    """TRL's."""
 
 
 class Reward(TrainerKind):
@@ -17,7 +22,7 @@ class Reward(TrainerKind):
 
     name = "reward"
     arguments = RewardConfig
-    trainer = RewardTrainer
+    trainer = _RewardTrainer
     auto_class = AutoModelForSequenceClassification
     task_type = "SEQ_CLS"
     rate_of_weights = RATE_OF_WEIGHTS
