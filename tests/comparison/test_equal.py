@@ -59,6 +59,28 @@ def test_parameters_that_do_not_follow_r_are_told() -> None:
     assert "don't follow" in odd.note
 
 
+@pytest.mark.parametrize(("parameters_of", "r", "note"), [
+    (lambda r: 46_000 // r + 800, 6, ""),  # fewer with a larger r, as RandLoRA's
+    (lambda r: 2048, 8, "don't follow"),
+    (lambda r: max(2048, 8192 - 64 * r), 1, ""),
+    (lambda r: min(256 * r, 2048), 8, "nearer than r 8, with 0.25 × the parameters"),  # LoKr's end somewhere
+])  # fmt: skip
+def test_a_rank_is_looked_for_where_parameters_are_not_linear_in_it(
+    parameters_of: Callable[[int], int], r: int, note: str
+) -> None:
+    odd = Method("randlora", {"peft": {"peft_type": "RANDLORA", "r": r if note else 32}})
+    leader = Method("paca", {"paca": {"r": 32, "paca_alpha": 32}})
+
+    def count(method: Method) -> int:
+        return 8192 if method is leader else parameters_of(method.settings["r"])
+
+    _, came_out = same_parameters([leader, odd], count)
+    assert note in came_out.note
+    if not note:
+        assert came_out.note == ""
+        assert parameters_of(came_out.method.settings["r"]) == pytest.approx(8192, rel=0.05)
+
+
 def drifting(step_seconds: dict[str, float]) -> tuple[Try, list[str]]:
     """A machine that takes half as long again in each round."""
     order: list[str] = []

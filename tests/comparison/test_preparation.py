@@ -26,7 +26,7 @@ def made_up_plan(comparison: Comparison, method: Method, **_: bool) -> SimpleNam
     return SimpleNamespace(trainable_parameters=each * method.rank, steps=60, config=config)
 
 
-def made_up_trials(comparison: Comparison, claim: object, *, count_memory: bool = False) -> Try:
+def made_up_trials(comparison: Comparison, claim: object, **_: bool) -> Try:
     def attempt(method: Method, steps: int) -> Trial:
         assert method.rank is not None
         batch = method.sections.get("train", {}).get("per_device_train_batch_size", 8)
@@ -54,6 +54,7 @@ def test_parameters_and_time_are_made_equal_together(tmp_path: Path, monkeypatch
     ("float32", None, ["paca", "lora"]),
     ("float32", "nf4", ["paca", "lora", "lora-tuned"]),
     ("bfloat16", None, ["paca", "lora", "lora-tuned"]),
+    ("bfloat16, tuned", None, ["paca", "lora"]),
 ])  # fmt: skip
 def test_tuned_lora_is_left_out_where_it_is_lora_again(
     dtype: str, quantization: str | None, left: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -66,6 +67,9 @@ def test_tuned_lora_is_left_out_where_it_is_lora_again(
     monkeypatch.setattr(prepare, "plan_of", plan_of)
     rates = Rates([1e-3], {"lora-tuned": [2e-3]})
     comparison = small_comparison(tmp_path, "paca,lora,lora-tuned", rates=rates)
+    if dtype.endswith("tuned"):
+        tuned = {**comparison.common.get("train", {}), "autocast_adapter_dtype": False}
+        comparison.common = {**comparison.common, "train": tuned}
     console = Console(record=True, width=200)
     planned = prepare.prepare(comparison, console)
     assert [one.method.name for one in planned] == [method.name for method in comparison.methods] == left

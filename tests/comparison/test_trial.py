@@ -37,3 +37,18 @@ def test_a_trial_that_fails_says_why_and_the_next_one_is_new(tmp_path: Path) -> 
         with pytest.raises(TrialFailed, match="The training loss is nan"):
             attempt(comparison.methods[0].with_settings("train", weight_decay=13), STEPS)
         assert attempt(comparison.methods[0], STEPS - WARM_UP).peak == 2**30
+
+
+def test_what_was_measured_is_kept_for_the_call_after_one_that_was_stopped(tmp_path: Path) -> None:
+    comparison = small_comparison(tmp_path)
+    with comparison.claim("preparation") as claim:
+        assert claim.take()
+        method, none = comparison.methods[0], ("no-such-program",)
+        found = trials_of(comparison, claim, FAKE, keep=True)(method, STEPS - WARM_UP)
+        assert trials_of(comparison, claim, none, keep=True)(method, STEPS - WARM_UP) == found
+        for again in (
+            lambda: trials_of(comparison, claim, none)(method, STEPS - WARM_UP),
+            lambda: trials_of(comparison, claim, none, keep=True)(method.with_rank(3), STEPS - WARM_UP),
+        ):
+            with pytest.raises(FileNotFoundError, match="no-such-program"):
+                again()

@@ -49,19 +49,49 @@ def _with_parameters(method: Method, wanted: int, count: Callable[[Method], int]
     r = method.rank
     if r is None:
         return CameOut(method, note="has no r to choose")
-    # Every method's parameters are linear in its r; two points give the line.
+    # Most methods' parameters are linear in their r; two points give the line.
     other = r // 2 or 2
     here, there = count(method), count(method.with_rank(other))
     if here == there:
         return CameOut(method, note="its parameters don't follow its r")
     nearest = max(1, round(r + (wanted - here) * (other - r) / (there - here)))
     if _has_rank(method, nearest, count):
-        return CameOut(method.with_rank(nearest))
+        found = count(method.with_rank(nearest))
+        if abs(found - wanted) <= abs((there - here) / (other - r)):
+            return CameOut(method.with_rank(nearest))
+        return _nearest_of_some(method, wanted, {r: here, other: there, nearest: found}, count)
     low, high = r, nearest  # a rank that its layers don't have
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (middle, high) if _has_rank(method, middle, count) else (low, middle)
     return CameOut(method.with_rank(low), note=f"can train no more than r {low}, and would need r {nearest}")
+
+
+def _nearest_of_some(method: Method, wanted: int, known: dict[int, int], count: Callable[[Method], int]) -> CameOut:
+    """The nearest of some ranks, for a method whose parameters are not linear in it (LoKr's, RandLoRA's), and how far
+    it is from what is wanted."""
+    counts: dict[int, int | None] = dict(known)
+
+    def look(r: int) -> None:
+        try:
+            counts[r] = count(method.with_rank(r))
+        except PacaError:  # a rank that its layers don't have
+            counts[r] = None
+
+    for r in {2**power for power in range(11)} - counts.keys():
+        look(r)
+    while True:  # in the middle of the nearest on both sides
+        above = [(found, r) for r, found in counts.items() if found is not None and found >= wanted]
+        below = [(found, r) for r, found in counts.items() if found is not None and found < wanted]
+        if not above or not below or (middle := (min(above)[1] + max(below)[1]) // 2) in counts:
+            break
+        look(middle)
+    found, r = min(above + below, key=lambda one: (abs(one[0] - wanted), one[1]))
+    share = found / wanted
+    note = (
+        "" if 0.9 < share < 1.1 else f"no r that was tried comes nearer than r {r}, with {share:.2g} × the parameters"
+    )
+    return CameOut(method.with_rank(r), note=note)
 
 
 def _has_rank(method: Method, r: int, count: Callable[[Method], int]) -> bool:

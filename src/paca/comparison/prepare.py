@@ -47,14 +47,14 @@ def prepare(comparison: Comparison, console: Console, *, dry_run: bool = False) 
             claim.take(wait=True)
         comparison.rates.check([method.name for method in comparison.methods])
         twins = _twins(comparison)
-        for name, twin in twins.items():
-            say(console, f"{name} is left out: on weights in float32 it is {twin} again.")
+        for name, (twin, why) in twins.items():
+            say(console, f"{name} is left out: {why} it is {twin} again.")
             comparison.methods = [method for method in comparison.methods if method.name != name]
             comparison.rates.own.pop(name, None)
         if len(comparison.methods) < 2 and twins:
             raise PacaError(
-                f"There is nothing to compare {comparison.methods[0].name} with. Give --methods another one, or "
-                "weights in 16 bits: --set model.dtype=bfloat16."
+                f"There is nothing to compare {comparison.methods[0].name} with. Give --methods another one, weights "
+                f"in 16 bits (--set model.dtype=bfloat16), or no train.{AUTOCAST} in the YAML."
             )
         file = SettingsFile(comparison)
         before = {name: _read(name, values) for name, values in file.read().items()}
@@ -75,8 +75,9 @@ def prepare(comparison: Comparison, console: Console, *, dry_run: bool = False) 
     return planned
 
 
-def _twins(comparison: Comparison) -> dict[str, str]:
-    """The methods that differ from another in `autocast_adapter_dtype` alone, with the other, where it does nothing."""
+def _twins(comparison: Comparison) -> dict[str, tuple[str, str]]:
+    """The methods that differ from another in `autocast_adapter_dtype` alone, where it does nothing or the YAML has it
+    for all; with the other, and why it is the same."""
 
     def without(method: Method) -> dict[str, Any]:
         train = {name: value for name, value in method.sections.get("train", {}).items() if name != AUTOCAST}
@@ -87,9 +88,12 @@ def _twins(comparison: Comparison) -> dict[str, str]:
         others = (one for one in comparison.methods if one is not method and without(one) == without(method))
         other = next(others, None)
         if other is not None and method.sections.get("train", {}).get(AUTOCAST) is False and other.name not in twins:
+            if {**comparison.common.get("train", {}), **other.sections.get("train", {})}.get(AUTOCAST) is False:
+                twins[method.name] = other.name, f"with train.{AUTOCAST}: false in the YAML"
+                continue
             plan = plan_of(comparison, other)
             if plan.dtype == "float32" and plan.config.model.quantization is None:
-                twins[method.name] = other.name
+                twins[method.name] = other.name, "on weights in float32"
     return twins
 
 
@@ -154,7 +158,7 @@ def _made_equal(
     if "memory" in comparison.equal:
         train = plan_of(comparison, leader).config.train
         batch, accumulation = train["per_device_train_batch_size"], train["gradient_accumulation_steps"]
-        counting = trials_of(comparison, claim, count_memory=not torch.cuda.is_available())
+        counting = trials_of(comparison, claim, count_memory=not torch.cuda.is_available(), keep=True)
         found = same_memory(methods, batch, accumulation, counting, announce)
     if "time" in comparison.equal:  # last: a step's time depends on the r and the batch
         steps = plan_of(comparison, leader).steps

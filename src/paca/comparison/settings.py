@@ -183,14 +183,14 @@ def _asked(comparison: Comparison) -> dict[str, Any]:
     methods = {method.name: method.sections for method in comparison.methods}
     return {
         "run": comparison.common,
-        "content": _content(comparison.common),
+        "content": content_of(comparison.common),
         "equal": ",".join(comparison.equal) or None,
         "follow": first,
         "methods": methods,
     }
 
 
-def _content(common: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
+def content_of(common: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
     """Fingerprints of the local files and folders that the config names: the data's, and the model's."""
     data, found = common.get("data", {}), {}
     model = common.get("model", {}).get("name")

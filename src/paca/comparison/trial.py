@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import shutil
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from paca.comparison import counted_memory
 from paca.comparison.methods import Method
-from paca.comparison.settings import Comparison, run_sections, write_config
+from paca.comparison.settings import Comparison, content_of, run_sections, write_config
 from paca.comparison.training_process import PROGRAM, TrainingProcess, failure_of
 from paca.pretrained.claims import Claim
-from paca.training.folder.run_folder import RunFolder
+from paca.training.folder.run_folder import RunFolder, write_whole
 from paca.training.reporting.metrics import read_rows
 
 WARM_UP = 2
@@ -45,7 +47,12 @@ Try = Callable[[Method, int], Trial]
 
 
 def trials_of(
-    comparison: Comparison, claim: Claim, program: Sequence[str] = PROGRAM, *, count_memory: bool = False
+    comparison: Comparison,
+    claim: Claim,
+    program: Sequence[str] = PROGRAM,
+    *,
+    count_memory: bool = False,
+    keep: bool = False,
 ) -> Try:
     """What makes trials in the comparison's folder.
 
@@ -55,13 +62,18 @@ def trials_of(
         program: What runs `train CONFIG`.
         count_memory: Count the bytes of CPU tensors, which takes time: what the run itself knows there is the resident
             set, and that is never twice the same.
+        keep: Keep what was found in the folder, and take it from there when the same is asked for again. Not for times,
+            which are compared with those taken beside them.
     """
+    known = _Known(comparison) if keep else None
 
     def run(method: Method, steps: int) -> Trial:
         folder = RunFolder(comparison.path / "trials" / method.name)
         shutil.rmtree(folder.path, ignore_errors=True)
         changed = {**_NOTHING_BUT_STEPS, "max_steps": WARM_UP + steps}
         sections = _only_steps(comparison, method.with_settings("train", **changed), folder)
+        if known is not None and (trial := known.get(sections)) is not None:
+            return trial
         config = write_config(folder.path.with_suffix(".yaml"), sections)
         process = TrainingProcess(config, folder, claim, counted_memory.PROGRAM if count_memory else program)
         try:
@@ -76,9 +88,35 @@ def trials_of(
             raise TrialFailed(failure["error_msg"])
         ends = [row["train_seconds"] for row in read_rows(folder.metrics) if "train_seconds" in row]
         peak = counted_memory.peak_of(config) if count_memory else folder.read_summary()["peak_memory_bytes"]
-        return Trial(ends[-1] - ends[WARM_UP - 1], peak)
+        trial = Trial(ends[-1] - ends[WARM_UP - 1], peak)
+        if known is not None:
+            known.add(sections, trial)
+        return trial
 
     return run
+
+
+class _Known:
+    """Trials that were made before, also by a call that was stopped, in a file of the comparison."""
+
+    def __init__(self, comparison: Comparison) -> None:
+        self.path = comparison.path / "trials" / "made.json"
+        self.content = content_of(comparison.common)  # of data and model: another one may lie under the same name
+        self.found: dict[str, Any] = json.loads(self.path.read_text(encoding="utf-8")) if self.path.is_file() else {}
+
+    def get(self, sections: Mapping[str, Any]) -> Trial | None:
+        """The trial by these sections of a config."""
+        values = self.found.get(self._key(sections))
+        return None if values is None else Trial(**values)
+
+    def add(self, sections: Mapping[str, Any], trial: Trial) -> None:
+        """Keep it."""
+        self.found[self._key(sections)] = asdict(trial)
+        write_whole(self.path, json.dumps(self.found, indent=2) + "\n")
+
+    def _key(self, sections: Mapping[str, Any]) -> str:
+        text = json.dumps([sections, self.content], sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _only_steps(comparison: Comparison, method: Method, folder: RunFolder) -> dict[str, dict[str, Any]]:
