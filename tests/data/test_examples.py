@@ -80,7 +80,10 @@ def test_a_named_column_that_is_not_there_is_told(tmp_path: Path) -> None:
             {"questoin": "input", "answer": "target"},
             "names questoin, which is a column of no form of data. Did you mean",
         ),
-        ({"zzzz": "content"}, "names zzzz, which is a column of no form of data. They know answer, answerKey, "),
+        (
+            {"zzzz": "content"},
+            "names zzzz, which is a column of no form of data. They know A, B, C, D, E, answer, answerKey, ",
+        ),
         ({"eingabe": "question", "target": "answer"}, "comes first, then yours: {question: eingabe, answer: target}?"),
         ({"answer": "target"}, "data.jsonl has the columns: target, input."),
     ],
@@ -96,8 +99,21 @@ def test_names_that_no_form_knows_are_told(
 
 def test_what_is_named_already_is_in_the_advice(tmp_path: Path) -> None:
     source = jsonl(tmp_path / "data.jsonl", [{"input": "a?", "target": "b"}])
-    with pytest.raises(PacaError, match=r"data\.columns: \{answer: target, question: input\} in the run's file"):
+    with pytest.raises(
+        PacaError, match=r"data\.columns: \{answer: target, question: input\} \(its name: yours\) in the run's YAML"
+    ):
         load_examples(source, columns={"answer": "target"})
+
+
+@pytest.mark.parametrize(("record", "told"), [
+    ({"prompt": "a?", "chosen": "b", "rejected": "c"}, "those of preference, for train.trainer: dpo or reward."),
+    ({"question": "a?", "chosen": "b", "rejected": "c"}, "for train.trainer: dpo or reward."),
+    ({"review": "good", "stars": 5}, "in Python columns=.)"),
+])  # fmt: skip
+def test_data_for_another_trainer_is_named(tmp_path: Path, record: dict[str, Any], told: str) -> None:
+    with pytest.raises(PacaError) as error:
+        load_examples(jsonl(tmp_path / "data.jsonl", [record]))
+    assert str(error.value).endswith(told)
 
 
 def test_an_optional_column_may_be_named_and_absent_in_some_rows_but_not_in_all(tmp_path: Path) -> None:

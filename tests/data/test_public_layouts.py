@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -185,9 +186,22 @@ def test_mmlu_takes_letters_as_answers_too(tmp_path: Path) -> None:
     assert examples.dataset[0]["completion"][0]["content"] == "C"
 
 
-@pytest.mark.parametrize(("answer", "letter"), [("1", "B"), ("C", "C"), (2.0, "C")])
-def test_mmlu_takes_lists_as_json_text_as_csv_files_have_them(tmp_path: Path, answer: object, letter: str) -> None:
-    rows = [{**MMLU[0], "choices": json.dumps(MMLU[0]["choices"]), "answer": answer}]
+def test_mmlu_takes_a_column_for_each_option(tmp_path: Path) -> None:
+    options = dict(zip("ABCD", MMLU[0]["choices"], strict=True))
+    rows = [{"question": MMLU[0]["question"], **options, "answer": answer} for answer in ("B", 1)]
+    examples = load_examples(jsonl(tmp_path / "mmlu.jsonl", rows))
+    assert examples.format == "mmlu-letters"
+    (expected,) = load_examples(jsonl(tmp_path / "one.jsonl", [MMLU[0]])).dataset
+    for row in examples.dataset:
+        assert {**row, "origin": ""} == {**expected, "origin": ""}
+
+
+@pytest.mark.parametrize("written", [json.dumps, str])
+@pytest.mark.parametrize(("answer", "letter"), [("1", "B"), ("1.0", "B"), ("C", "C"), (2.0, "C")])
+def test_mmlu_takes_lists_as_text_as_csv_files_have_them(
+    tmp_path: Path, answer: object, letter: str, written: Callable[[object], str]
+) -> None:
+    rows = [{**MMLU[0], "choices": written(MMLU[0]["choices"]), "answer": answer}]
     examples = load_examples(jsonl(tmp_path / "mmlu.jsonl", rows))
     assert examples.dataset[0]["completion"][0]["content"] == letter
 

@@ -16,6 +16,7 @@ from paca.evaluation.own_data import Score
 from paca.evaluation.own_run import (
     config_of_run,
     evaluate_run,
+    has_turns,
     held_out_of,
     load_run,
     other_data,
@@ -113,6 +114,29 @@ def test_all_right_and_all_wrong_is_said_to_be_no_certainty() -> None:
     assert number((1.0, 0.0)) == "1.0000"
     half = Score({"choice": [0.0, 1.0]}, [1.0] * 2, [])
     assert note_on_errors(rows_of_run({"model": half})) is None
+
+
+def test_a_share_of_tokens_is_none_of_questions() -> None:
+    tokens = Score({"token_accuracy": [2.0] * 8}, [2.0] * 8, [])
+    note = note_on_errors(rows_of_run({"model": tokens}))
+    assert note == "A number without ± has no standard error: all questions came out alike."
+
+
+def test_a_run_is_measured_without_the_gguf_file_that_its_base_is_from(run: Path) -> None:
+    content = yaml.safe_load((run / "config.yaml").read_text())
+    content["model"]["name"] = str(run.parent / "gone.gguf")
+    (run / "config.yaml").write_text(yaml.safe_dump(content))
+    assert len(held_out(run).dataset) == len(ROWS)
+
+
+@pytest.mark.parametrize(("answers", "several"), [(1, False), (2, True)])
+def test_of_conversations_with_turns_it_is_said_that_the_last_answer_counts(
+    run: Path, tmp_path: Path, answers: int, several: bool
+) -> None:
+    turns = [{"role": "user", "content": "a?"}, {"role": "assistant", "content": "b"}] * answers
+    file = tmp_path / "chats.jsonl"
+    file.write_text(json.dumps({"messages": turns}) + "\n")
+    assert has_turns(other_data(run, config_of_run(run, str(file)))) is several
 
 
 def test_without_a_folder_nothing_is_kept(run: Path, loaded: LoadedModel) -> None:

@@ -120,7 +120,8 @@ def _train(
     console.print(table_of(planned))
     say(console, f"data: {planned[0].plan.data.train.description}")
     grids = comparison.grids()
-    say(console, f"{rates_text(grids, extend=extend)}; seeds {', '.join(map(str, numbers))}")
+    which = f"the one seed {numbers[0]}" if len(numbers) == 1 else f"seeds {', '.join(map(str, numbers))}"
+    say(console, f"{rates_text(grids, extend=extend)}; {which}")
     say(console, work_text(planned, grids, len(numbers)))
     first = planned[0].plan
     tell_of_products(first.config, first.dtype, console)

@@ -108,6 +108,9 @@ def evaluate(
             "--data, --tasks, such as arc_easy,my_task.yaml, or --mt-bench."
         )
     if names and importlib.util.find_spec("lm_eval") is None:
+        from paca.pretrained.purpose import check_answers
+
+        check_answers(path)
         raise PacaError(f"--tasks needs lm-evaluation-harness. {how_to_install('evaluate', 'lm-eval')}")
     # Read as tqdm is imported: one progress line instead of the five of the libraries.
     os.environ.setdefault("TQDM_DISABLE", "1")
@@ -187,7 +190,8 @@ def _measure_own_data(
     loaded = own_run.load_run(path, config, base_model)
     what = "held-out data" if data is None else Path(data).name
     of_run = "the run's " if data is None else ""
-    say(console, f"Measuring {own_run.metric_of(config)} on {of_run}{what} ...")
+    last = " (the last answer of each conversation)" if own_run.has_turns(held_out) else ""
+    say(console, f"Measuring {own_run.metric_of(config)} on {of_run}{what}{last} ...")
     if output is None:
         say(console, "(with --output DIR answers are kept as they come, and the same command goes on)")
     scores = own_run.evaluate_run(loaded, config, held_out, limit, batch_size, output, shown)

@@ -43,7 +43,7 @@ def method_table(result: ComparisonResult) -> Table:
     ]  # fmt: skip
     rows = []
     if result.score_before is not None:
-        rows.append(["as it came", "", "", f"{result.score_before:.4f}", *[""] * 6])
+        rows.append(["before training", "", "", f"{result.score_before:.4f}", *[""] * 6])
     contrasts: list[Contrast | None] = [None, *result.contrasts]
     for method, contrast in zip(result.methods, contrasts, strict=True):
         rows.append(_method_row(method, contrast))
@@ -142,6 +142,7 @@ def _page(title: str, result: ComparisonResult, folders: Mapping[str, RunFolder]
 <h2>Score against time and memory</h2>
 <div class="curves">{"".join(f"<figure>{picture}</figure>" for picture in pictures)}</div>
 <h2>Loss over time</h2>
+<p class="sub">Of each method's first seed: strong lines on held-out data, faint ones in training.</p>
 <figure>{loss_over_time(curves)}</figure>
 <h2>Every run</h2>
 <div class="scroll"><table>{_html_table(_run_table(result))}</table></div>

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import re
 import string
@@ -13,19 +14,24 @@ from paca.messages.errors import PacaError
 
 OPTIONS = "options"
 """The column with all answers that could be given; the completion is one of them."""
+LETTERS = ("A", "B", "C", "D")
+"""Columns of options in MMLU's own files."""
+LAST_LETTER = "E"
+"""Of some data in that layout."""
 
 
 def mmlu_question(row: Row) -> Row:
-    """Read `question`, `choices` (a list, also as JSON text) and `answer`: its position, counted from 0, or its letter.
+    """Read `question`, `choices` (a list, also as text in JSON or as Python writes lists) and `answer`: its position,
+    counted from 0, or its letter.
 
     Raises:
         PacaError: A field is of another kind, or the answer is none of the choices.
     """
     options, answer = row["choices"], row["answer"]
     if isinstance(options, str):  # CSV has only texts
-        with suppress(ValueError, RecursionError):
-            options = json.loads(options)
-        answer = int(answer) if isinstance(answer, str) and re.fullmatch(r"[0-9]{1,2}", answer) else answer
+        with suppress(ValueError, RecursionError, SyntaxError, MemoryError):
+            options = ast.literal_eval(options) if options.startswith("['") else json.loads(options)
+        answer = int(float(answer)) if isinstance(answer, str) and re.fullmatch(r"[0-9]{1,2}(\.0)?", answer) else answer
     if not _is_texts(options):
         raise PacaError(f"choices is {options!r}; expected a list of texts.")
     labels = _letters(len(options))
@@ -38,6 +44,12 @@ def mmlu_question(row: Row) -> Row:
             "letter."
         )
     return _asked(row["question"], labels, options, labels[position])
+
+
+def lettered_question(row: Row) -> Row:
+    """Read `question`, `A` to `D` (or `E`), as in MMLU's own files, and `answer`; errors as of `mmlu_question`."""
+    options = [row[letter] for letter in (*LETTERS, LAST_LETTER) if row.get(letter) is not None]
+    return mmlu_question({"question": row["question"], "choices": options, "answer": row["answer"]})
 
 
 def arc_question(row: Row) -> Row:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from paca.data.choices import OPTIONS, arc_question, mmlu_question
+from paca.data.choices import LAST_LETTER, LETTERS, OPTIONS, arc_question, lettered_question, mmlu_question
 from paca.data.message_trees import FLAT_COLUMNS, OF_USE, TREE_COLUMNS, answered_trees, best_path, trees_of_messages
 from paca.data.rows import Row
 from paca.messages.errors import NothingToLearn, PacaError
@@ -237,6 +237,12 @@ FORMATS = {
         Format("question-answer", ("question", "answer", OPTIONS), (OPTIONS,), _from_question_answer),
         Format("query-response", ("query", "response"), (), _from_query_response),
         Format("mmlu", ("question", "choices", "answer"), (), _from_choices(mmlu_question)),
+        Format(
+            "mmlu-letters",
+            ("question", *LETTERS, LAST_LETTER, "answer"),
+            (LAST_LETTER,),
+            _from_choices(lettered_question),
+        ),
         Format("arc", ("question", "choices", "answerKey"), ("choices",), _from_choices(arc_question)),
         Format("oasst-messages", (*FLAT_COLUMNS, *OF_USE), OF_USE, _from_tree, trees_of_messages),
         Format("oasst-trees", TREE_COLUMNS, (), _from_tree, answered_trees),

@@ -7,8 +7,11 @@ from collections.abc import Iterator
 
 from datasets import Dataset, Image
 
+from paca.data.choices import OPTIONS
 from paca.data.examples import ORIGIN
 
+_BESIDE = {ORIGIN, OPTIONS}
+"""Columns that make no other example of the same texts."""
 MOST = 200_000
 """Training examples that are gone through; with more, nothing is looked for: it would take seconds."""
 
@@ -20,13 +23,14 @@ def shared(train: Dataset, held_out: Dataset) -> int:
     """
     images = [name for name, feature in train.features.items() if isinstance(feature, Image)]
     inside = any(train[0][name]["bytes"] is not None for name in images)
-    if inside or train.column_names != held_out.column_names or len(train) > MOST:
+    columns = [name for name in train.column_names if name not in _BESIDE]
+    if inside or set(columns) != set(held_out.column_names) - _BESIDE or len(train) > MOST:
         return 0
-    seen = set(_texts(train))
-    return sum(text in seen for text in _texts(held_out))
+    seen = set(_texts(train, columns))
+    return sum(text in seen for text in _texts(held_out, columns))
 
 
-def _texts(dataset: Dataset) -> Iterator[int]:
-    for batch in dataset.remove_columns(ORIGIN).iter(batch_size=1000):
+def _texts(dataset: Dataset, columns: list[str]) -> Iterator[int]:
+    for batch in dataset.select_columns(columns).iter(batch_size=1000):
         for row in zip(*batch.values(), strict=True):
             yield hash(json.dumps(row, sort_keys=True, default=str))

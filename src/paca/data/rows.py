@@ -134,9 +134,15 @@ def _json_rows(file: Path) -> Iterator[tuple[str, Row]]:
         index += 1
 
 
+_RECORDS_WITHIN = re.compile(r'\s*\{\s*"(data|records|examples|rows|items|train)"\s*:\s*\[\s*\{')
+
+
 def _refuse_object(file: Path, text: str) -> None:
-    """Refuse a file that is one object over many lines, such as `{"data": [...]}`."""
-    if "\n" not in text.strip() or text.partition("\n")[0].rstrip().endswith("}"):  # it is lines
+    """Refuse a file that is one object, such as `{"data": [...]}`, over many lines or with records in such a list."""
+    in_one_line = "\n" not in text.strip()
+    if in_one_line and not _RECORDS_WITHIN.match(text):
+        return
+    if not in_one_line and text.partition("\n")[0].rstrip().endswith("}"):  # it is lines
         return
     try:
         content = json.loads(text)
@@ -161,8 +167,10 @@ def _csv_rows(file: Path) -> Iterator[tuple[str, Row]]:
             separator = "\t" if suffix_of(file) == ".tsv" else _separator(stream.readline())
             stream.seek(0)
             reader = csv.DictReader(stream, strict=True, delimiter=separator)
-            columns = reader.fieldnames or ()
+            columns = list(reader.fieldnames or ())
             read = reader.line_num
+            if repeated := next((name for name in columns if columns.count(name) > 1), None):
+                raise PacaError(f"{file} has two columns named {repeated!r}. Give one of them another name.")
             for row in reader:
                 read = reader.line_num
                 within = sum(len(_LINE_BREAK.findall(value)) for value in row.values() if isinstance(value, str))

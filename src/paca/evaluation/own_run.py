@@ -60,7 +60,9 @@ def config_of_run(path: str | Path, data: str | None = None) -> RunConfig:
         return RunConfig(ModelSection(str(path)), DataSection(data, eval=data), *empty)
     other = [] if data is None else [f"data.eval={json.dumps(data)}", "eval.limit=null"]
     config = load_run_config(file, other)
-    kind = trainer_kind(config.train)
+    kind, unpacked = trainer_kind(config.train), RunFolder(Path(path)).base
+    if unpacked.is_dir() and not Path(config.model.name).expanduser().exists():  # the GGUF file that it is from
+        config = dataclasses.replace(config, model=dataclasses.replace(config.model, name=str(unpacked)))
     if not isinstance(kind, Sft | Classification):
         instead = " Give --tasks or --mt-bench." if kind.task_type == "CAUSAL_LM" else ""
         raise PacaError(
@@ -122,6 +124,14 @@ def trained_on(path: str | Path, other: Examples) -> str | None:
     return (
         f"{count:,} of the {len(other.dataset):,} examples are in the run's training data: it has seen their answers."
     )
+
+
+def has_turns(data: Examples) -> bool:
+    """Whether an example may hold several answers: training counts all of them, what is measured here the last."""
+    dataset = data.dataset
+    if "messages" not in dataset.column_names:
+        return False
+    return any(sum(turn["role"] == "assistant" for turn in messages) > 1 for messages in dataset["messages"][:1000])
 
 
 def held_out_of(path: str | Path, config: RunConfig) -> tuple[Examples, str | None]:
@@ -211,7 +221,8 @@ def rows_of_run(scores: dict[str, Score], data: str = "held-out data") -> list[R
     for name in first.sums:
         values = {side: score.means[name] for side, score in scores.items()}
         task = f"{data}, {first.examples:,} examples"
-        rows.append(Row(task, 0, name, values, _difference(scores, name), first.examples))
+        of_tokens = name in ("loss", "token_accuracy")
+        rows.append(Row(task, 0, name, values, _difference(scores, name), first.examples, of_tokens))
     return rows
 
 

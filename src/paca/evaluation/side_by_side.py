@@ -26,6 +26,8 @@ class Row:
     """Adapter less base. Its error comes from the differences question by question, since both answer the same ones."""
     questions: int | None = None
     """How many were asked, where that is known."""
+    of_tokens: bool = False
+    """Whether it is over the tokens of the answers, not over the questions."""
 
 
 def rows_of(results: dict[str, dict[str, Any]]) -> list[Row]:
@@ -54,7 +56,11 @@ def note_on_errors(rows: list[Row]) -> str | None:
     if not alike:
         return None
     note = "A number without ± has no standard error: all questions came out alike."
-    shares = [row for row in alike if row.questions and any(mean in ((0, 0), (1, 0)) for mean in row.values.values())]
+    shares = [
+        row
+        for row in alike
+        if row.questions and not row.of_tokens and any(mean in ((0, 0), (1, 0)) for mean in row.values.values())
+    ]
     if not shares:
         return note
     fewest = min(row.questions or 0 for row in shares)

@@ -36,6 +36,11 @@ _OTHER_TOKENIZER = (
     "To take a tokenizer from elsewhere, name its folder or hub id: as model.tokenizer in the YAML of a run, or as the "
     "argument tokenizer of load_pretrained."
 )
+_ADVICE = {
+    "model": "Is it a complete checkpoint, and of the kind that is to be trained: a language model, or one of images?",
+    "tokenizer": _OTHER_TOKENIZER,
+    "image processor": "Copy preprocessor_config.json of the model's image processor into the folder.",
+}
 
 
 @dataclass(frozen=True)
@@ -245,7 +250,7 @@ def _explaining(location: Location, revision: str | None, what: str = "model") -
         name = location.name_or_path
         if location.source == "hub":
             raise PacaError(_hub_message(name, what, error)) from error
-        advice = "Is it a complete checkpoint of a causal language model?" if what == "model" else _OTHER_TOKENIZER
+        advice = _ADVICE[what]
         if what == "tokenizer" and location.source == "folder" and not tokenizer_files(Path(name)):
             raise PacaError(
                 f"The folder {name!r} holds no tokenizer: none of {', '.join(TOKENIZER_FILES)} is there. Copy the "
