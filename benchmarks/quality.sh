@@ -6,6 +6,7 @@
 #   EQUAL=time bash benchmarks/quality.sh digits-wide arc-wide gsm8k-wide    with 256 columns a layer
 #   EQUAL=time bash benchmarks/quality.sh arc-long                           with twice the steps
 #   EQUAL=memory bash benchmarks/quality.sh encyclopedia-linear              with a rate that falls linearly
+#   EQUAL=memory bash benchmarks/quality.sh gsm8k-wide                       with 224 columns in half batches
 #   EQUAL=parameters JOBS=2 OMP_NUM_THREADS=1 bash benchmarks/quality.sh arc
 #
 # JOBS processes share the work; with more than one, leave `time` out of EQUAL, as they slow each other down. A part
@@ -49,6 +50,10 @@ for task in "$@"; do
             gsm8k-memory)
                 rates=7.8e-4,1.25e-3,2e-3
                 own=(--lr lora=4.87e-4,7.8e-4,1.25e-3 --lr lora-tuned=3.04e-4,4.87e-4,7.8e-4)
+                ;;
+            gsm8k-wide-memory) # the committed rows of LoRA are those of gsm8k-memory, by the same count of bytes
+                config=gsm8k rates=4.87e-4,7.8e-4,1.25e-3 own=(--lr lora-tuned=3.04e-4,4.87e-4,7.8e-4)
+                methods=paca-wide=$folder/wide.yaml,lora,lora-tuned
                 ;;
             arc-long-time) # most of an epoch
                 config=arc rates=4.87e-4,7.8e-4,1.25e-3 changed=(--set train.max_steps=400)
