@@ -63,12 +63,13 @@ def test_parameters_that_do_not_follow_r_are_told() -> None:
     (lambda r: 46_000 // r + 800, 6, ""),  # fewer with a larger r, as RandLoRA's
     (lambda r: 2048, 8, "don't follow"),
     (lambda r: max(2048, 8192 - 64 * r), 1, ""),
+    (lambda r: 512 * min(max(r, 8), 16), 64, ""),  # the same for the first two that are looked at
     (lambda r: min(256 * r, 2048), 8, "nearer than r 8, with 0.25 × the parameters"),  # LoKr's end somewhere
 ])  # fmt: skip
 def test_a_rank_is_looked_for_where_parameters_are_not_linear_in_it(
     parameters_of: Callable[[int], int], r: int, note: str
 ) -> None:
-    odd = Method("randlora", {"peft": {"peft_type": "RANDLORA", "r": r if note else 32}})
+    odd = Method("randlora", {"peft": {"peft_type": "RANDLORA", "r": r if note or r > 32 else 32}})
     leader = Method("paca", {"paca": {"r": 32, "paca_alpha": 32}})
 
     def count(method: Method) -> int:

@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from PIL import Image
+from PIL import Image, ImageOps
 
 from data.loopback_hub import serving
 from paca.data import load_images, open_image
@@ -74,10 +74,27 @@ def test_images_of_other_values_are_refused(values: np.ndarray) -> None:
         opened(Image.fromarray(values), "TIFF")
 
 
-def test_a_photo_that_was_taken_sideways_is_turned() -> None:
+def pattern() -> Image.Image:
+    return Image.fromarray((np.arange(6 * 4 * 3).reshape(4, 6, 3) * 3).astype(np.uint8))
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_a_photo_that_was_taken_sideways_is_turned(orientation: int) -> None:
     exif = Image.Exif()
-    exif[0x0112] = 6  # its orientation
-    assert opened(Image.new("RGB", (6, 4)), "JPEG", exif=exif).size == (4, 6)
+    exif[0x0112] = orientation
+    buffer = io.BytesIO()
+    pattern().save(buffer, format="PNG", exif=exif)
+    upright = ImageOps.exif_transpose(Image.open(buffer))
+    assert np.array_equal(np.asarray(opened(pattern(), exif=exif)), np.asarray(upright))
+
+
+def test_a_photo_with_damaged_notes_is_read_as_it_is_stored() -> None:
+    assert opened(pattern(), exif=b"Exif\x00\x00MM\x00*\xff\xff\xff\xff").size == (6, 4)
+
+
+def test_eight_bits_that_are_stored_in_32_stay_what_they_are() -> None:
+    shades = np.array([[0, 100], [200, 255]], dtype=np.int32)
+    assert np.asarray(opened(Image.fromarray(shades), "TIFF"))[:, :, 0].tolist() == shades.tolist()
 
 
 def test_a_split_is_a_folder_within(tmp_path: Path) -> None:

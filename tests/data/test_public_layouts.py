@@ -196,6 +196,35 @@ def test_mmlu_takes_a_column_for_each_option(tmp_path: Path) -> None:
         assert {**row, "origin": ""} == {**expected, "origin": ""}
 
 
+def test_mmlu_in_csv_takes_positions_and_as_many_options_as_a_question_has(tmp_path: Path) -> None:
+    file = tmp_path / "mmlu.csv"
+    file.write_text("question,A,B,C,D,E,answer\na?,1,2,3,4,,1\nb?,1,2,3,4,5,4.0\n")
+    first, second = load_examples(str(file)).dataset
+    assert (first["options"], first["completion"][0]["content"]) == (["A", "B", "C", "D"], "B")
+    assert (second["options"], second["completion"][0]["content"]) == (["A", "B", "C", "D", "E"], "E")
+
+
+@pytest.mark.parametrize(("changed", "told"), [
+    ({"B": None}, r"line 1: B is None; expected the text of an option"),
+    ({"answer": "the second"}, r"its letter\. If the answer is to be a text, give data\.format: question-answer"),
+])  # fmt: skip
+def test_mmlu_with_a_hole_in_its_options_is_refused(tmp_path: Path, changed: dict[str, Any], told: str) -> None:
+    row = {"question": "a?", "A": "3", "B": "4", "C": 5, "D": "6", "answer": "C"}
+    assert load_examples(jsonl(tmp_path / "a.jsonl", [row])).dataset[0]["completion"][0]["content"] == "C"
+    with pytest.raises(PacaError, match=told):
+        load_examples(jsonl(tmp_path / "b.jsonl", [{**row, **changed}]))
+
+
+def test_mmlu_with_its_options_in_a_list_and_in_columns_takes_the_list(tmp_path: Path) -> None:
+    row = {**MMLU[0], **dict(zip("ABCD", MMLU[0]["choices"], strict=True))}
+    assert load_examples(jsonl(tmp_path / "a.jsonl", [row])).format == "mmlu"
+
+
+def test_a_list_as_python_writes_it_may_hold_apostrophes(tmp_path: Path) -> None:
+    row = {"question": "a?", "choices": str(["it's", "no"]), "answer": "0"}
+    assert "A. it's" in load_examples(jsonl(tmp_path / "a.jsonl", [row])).dataset[0]["prompt"][0]["content"]
+
+
 @pytest.mark.parametrize("written", [json.dumps, str])
 @pytest.mark.parametrize(("answer", "letter"), [("1", "B"), ("1.0", "B"), ("C", "C"), (2.0, "C")])
 def test_mmlu_takes_lists_as_text_as_csv_files_have_them(

@@ -82,7 +82,7 @@ def test_a_csv_field_may_be_long(tmp_path: Path) -> None:
             '{"data": [{"text": "x"}, {"text": "y"}]}',
             ["an object; expected an array", "the list 'data' in it"],
         ),
-        ("a.csv", "question,answer,answer\na,b,c\n", ["a.csv has two columns named 'answer'", "another name"]),
+        ("a.csv", ",,question,answer,answer\n,,a,b,c\n", ["a.csv has two columns named 'answer'", "another name"]),
         ("a.jsonl", '{"text": "x"}\n["y"]\n', ["a.jsonl, line 2", "a list", "JSON object"]),
         ("a.json", '[{"text": "x"},\n {"text": "y"},\n {"text" "z"}]', ["a.json, line 3", "record 2"]),
         ("a.json", '[{"text": "x"}\n {"text": "y"}]', ["a.json, line 2", "','"]),

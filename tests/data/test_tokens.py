@@ -15,6 +15,7 @@ from paca.data import Examples, encode, load_examples, tokenize, training_templa
 from paca.data.tokens import IGNORED
 from paca.evaluation.encoding import continuation_of, question_of
 from paca.messages.errors import PacaError
+from paca.pretrained.ends_of_texts import ends_texts
 from tiny_checkpoint import CHAT_TEMPLATE, byte_tokenizer, ending_tokenizer
 
 # The same rendering as CHAT_TEMPLATE, with the markers that transformers reads.
@@ -184,6 +185,15 @@ def test_a_tokenizer_that_ends_every_text_ends_an_example_once_and_no_question()
         assert encode(example, ending) == encode(example, plain)
     assert question_of(pair, ending) == question_of(pair, plain) == plain("2+2=")["input_ids"]
     assert continuation_of(pair, ending) == continuation_of(pair, plain)
+
+
+def test_a_text_that_a_tokenizer_does_not_know_is_no_end_that_it_adds() -> None:
+    unknown = Tokenizer(models.WordLevel({"<end>": 0, "ACG": 1}, unk_token="<end>"))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=unknown, eos_token="<end>", unk_token="<end>")
+    without = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel({"<end>": 0})), eos_token="<end>")
+    assert not ends_texts(tokenizer)
+    assert not ends_texts(without)  # it has no token for an unknown word
+    assert ends_texts(ending_tokenizer())
 
 
 def test_a_tokenizer_without_offsets_finds_the_same_tokens() -> None:

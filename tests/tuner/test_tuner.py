@@ -164,6 +164,27 @@ def test_columns_below_an_adapter_of_another_method_are_merged_by_themselves():
     torch.testing.assert_close(outer(x), want)
 
 
+@pytest.mark.filterwarnings("ignore:You are trying", "ignore:Already found")
+def test_other_layers_of_another_method_are_merged_at_once():
+    inner = adapt(nn.Sequential(nn.Linear(16, 16), nn.Tanh(), nn.Linear(16, 16)), target_modules=["0"])
+    outer = peft.get_peft_model(inner, peft.LoraConfig(r=4, target_modules=["2"], init_lora_weights=False)).eval()
+    x = torch.randn(3, 16)
+    want = outer(x)
+    for model in (outer, inner):
+        model.merge_adapter()
+        torch.testing.assert_close(outer(x), want)
+        outer.unmerge_adapter()
+        torch.testing.assert_close(outer(x), want)
+
+
+@pytest.mark.filterwarnings("ignore:You are trying", "ignore:Already found")
+def test_a_mixed_model_above_columns_merges_them_neither():
+    inner = adapt(nn.Sequential(nn.Linear(16, 16)), target_modules=["0"])
+    outer = peft.PeftMixedModel(inner, peft.LoraConfig(r=4, target_modules=["0"], init_lora_weights=False), "default")
+    with pytest.raises(RuntimeError, match="another method"):
+        outer.merge_adapter()
+
+
 def test_deltas_keep_the_weights_dtype_when_peft_is_told_not_to_cast():
     config = paca.PacaConfig(r=2, target_modules=["lin1"])
     model = peft.get_peft_model(perceptron(dtype=torch.bfloat16), config, autocast_adapter_dtype=False)

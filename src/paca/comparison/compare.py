@@ -89,7 +89,8 @@ def compare_folders(paths: Sequence[Path], output: Path) -> ComparisonResult:
         twin = next((one["name"] for one in rows if one["seed"] == row["seed"]), None)
         if twin is not None:
             raise PacaError(
-                f"{folders[twin].path} and {path} hold the same settings and the same seed, {row['seed']}. Leave one out."
+                f"{folders[twin].path} and {path} hold the same settings and the same seed, {row['seed']}. Leave one "
+                "out."
             )
         rows.append(row)
         folders[row["name"]] = folder

@@ -53,7 +53,7 @@ def _with_parameters(method: Method, wanted: int, count: Callable[[Method], int]
     other = r // 2 or 2
     here, there = count(method), count(method.with_rank(other))
     if here == there:
-        return CameOut(method, note="its parameters don't follow its r")
+        return _nearest_of_some(method, wanted, {r: here, other: there}, count)
     nearest = max(1, round(r + (wanted - here) * (other - r) / (there - here)))
     if _has_rank(method, nearest, count):
         found = count(method.with_rank(nearest))
@@ -86,6 +86,8 @@ def _nearest_of_some(method: Method, wanted: int, known: dict[int, int], count: 
         if not above or not below or (middle := (min(above)[1] + max(below)[1]) // 2) in counts:
             break
         look(middle)
+    if len({found for found, _ in above + below}) == 1:
+        return CameOut(method, note="its parameters don't follow its r")
     found, r = min(above + below, key=lambda one: (abs(one[0] - wanted), one[1]))
     share = found / wanted
     note = (

@@ -7,7 +7,10 @@ import json
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from importlib.metadata import version
 from typing import Any
+
+import torch
 
 from paca.comparison import counted_memory
 from paca.comparison.methods import Method
@@ -65,7 +68,7 @@ def trials_of(
         keep: Keep what was found in the folder, and take it from there when the same is asked for again. Not for times,
             which are compared with those taken beside them.
     """
-    known = _Known(comparison) if keep else None
+    known = _Known(comparison, count_memory=count_memory) if keep else None
 
     def run(method: Method, steps: int) -> Trial:
         folder = RunFolder(comparison.path / "trials" / method.name)
@@ -99,7 +102,9 @@ def trials_of(
 class _Known:
     """Trials that were made before, also by a call that was stopped, in a file of the comparison."""
 
-    def __init__(self, comparison: Comparison) -> None:
+    def __init__(self, comparison: Comparison, *, count_memory: bool) -> None:
+        device = "" if count_memory or not torch.cuda.is_available() else torch.cuda.get_device_name()
+        self.measured_by = [count_memory, device, torch.__version__, version("paca-tuning")]
         self.path = comparison.path / "trials" / "made.json"
         self.content = content_of(comparison.common)  # of data and model: another one may lie under the same name
         self.found: dict[str, Any] = json.loads(self.path.read_text(encoding="utf-8")) if self.path.is_file() else {}
@@ -115,7 +120,7 @@ class _Known:
         write_whole(self.path, json.dumps(self.found, indent=2) + "\n")
 
     def _key(self, sections: Mapping[str, Any]) -> str:
-        text = json.dumps([sections, self.content], sort_keys=True)
+        text = json.dumps([sections, self.content, self.measured_by], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()
 
 

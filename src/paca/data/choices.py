@@ -18,6 +18,7 @@ LETTERS = ("A", "B", "C", "D")
 """Columns of options in MMLU's own files."""
 LAST_LETTER = "E"
 """Of some data in that layout."""
+_POSITION = re.compile(r"[0-9]{1,2}(\.0)?")
 
 
 def mmlu_question(row: Row) -> Row:
@@ -29,9 +30,12 @@ def mmlu_question(row: Row) -> Row:
     """
     options, answer = row["choices"], row["answer"]
     if isinstance(options, str):  # CSV has only texts
-        with suppress(ValueError, RecursionError, SyntaxError, MemoryError):
-            options = ast.literal_eval(options) if options.startswith("['") else json.loads(options)
-        answer = int(float(answer)) if isinstance(answer, str) and re.fullmatch(r"[0-9]{1,2}(\.0)?", answer) else answer
+        for read in (json.loads, ast.literal_eval) if options.lstrip().startswith("[") else ():
+            with suppress(ValueError, RecursionError, SyntaxError, MemoryError):
+                options = read(options)
+                break
+    if isinstance(answer, str) and _POSITION.fullmatch(answer):
+        answer = int(float(answer))
     if not _is_texts(options):
         raise PacaError(f"choices is {options!r}; expected a list of texts.")
     labels = _letters(len(options))
@@ -47,9 +51,22 @@ def mmlu_question(row: Row) -> Row:
 
 
 def lettered_question(row: Row) -> Row:
-    """Read `question`, `A` to `D` (or `E`), as in MMLU's own files, and `answer`; errors as of `mmlu_question`."""
-    options = [row[letter] for letter in (*LETTERS, LAST_LETTER) if row.get(letter) is not None]
-    return mmlu_question({"question": row["question"], "choices": options, "answer": row["answer"]})
+    """Read `question`, `A` to `D` (or `E`), as in MMLU's own files, and `answer`, as `mmlu_question` does.
+
+    Raises:
+        PacaError: An option is missing or no text, or the answer is none of them.
+    """
+    options = [row.get(letter) for letter in (*LETTERS, LAST_LETTER)]
+    options = [str(one) if isinstance(one, int | float) and not isinstance(one, bool) else one for one in options]
+    while options and options[-1] in (None, ""):  # there are as many as this question has
+        options.pop()
+    for letter, option in zip((*LETTERS, LAST_LETTER), options, strict=False):
+        if not isinstance(option, str) or not option:
+            raise PacaError(f"{letter} is {option!r}; expected the text of an option, as later letters have one.")
+    try:
+        return mmlu_question({"question": row["question"], "choices": options, "answer": row["answer"]})
+    except PacaError as error:
+        raise PacaError(f"{error} If the answer is to be a text, give data.format: question-answer.") from None
 
 
 def arc_question(row: Row) -> Row:

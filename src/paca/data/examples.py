@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import logging
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -27,7 +27,7 @@ from paca.data import (
 from paca.data.choices import OPTIONS
 from paca.data.file_content import add_image_files
 from paca.data.formats import Example, Format
-from paca.data.recognition import describe, recognise
+from paca.data.recognition import describe, for_another_trainer, recognise
 from paca.data.sources import Source
 from paca.messages.errors import NothingToLearn, PacaError
 from paca.messages.nearest import did_you_mean
@@ -47,11 +47,6 @@ FAMILIES = {
     "labels": labelled_texts.LABELLED_TEXTS,
 }
 """The forms that each kind of trainer learns from."""
-_TRAINERS = {
-    "preferences": "train.trainer: dpo or reward",
-    "prompts": "train.trainer: grpo",
-    "labels": "train.trainer: classification",
-}
 
 
 @dataclass(frozen=True)
@@ -135,7 +130,8 @@ def load_examples(
     try:
         form = recognise(there, format, source, forms, own)
     except PacaError as error:
-        raise PacaError(f"{error}{_of_other_trainers(there, format, source, family)}") from None
+        others = {} if format is not None else {name: forms for name, forms in FAMILIES.items() if name != family}
+        raise PacaError(f"{error}{for_another_trainer(there, others)}") from None
     example = next(filter(None, (_convert(form, *one, leave_out) for one in _rows(found, form))), None)
     if example is None:
         raise PacaError(f"{source} holds no example of the form {form.name}: nobody answers in it.")
@@ -232,20 +228,6 @@ def _examples(
             )
         first = first or example
         yield {name: example.get(name) for name in columns}
-
-
-def _of_other_trainers(columns: Collection[str], requested: str | None, source: str, family: str) -> str:
-    """What to say besides where the columns are those that another kind of trainer learns from."""
-    for other, forms in FAMILIES.items():
-        if other in (family, "text") or requested is not None:
-            continue
-        try:
-            form = recognise(columns, None, source, forms)
-        except PacaError:
-            continue
-        if other != "prompts" or form.name != "prompt":  # else more than a column of that name
-            return f"\nThe columns are those of {form.name}, for {_TRAINERS[other]}."
-    return ""
 
 
 def _refuse_other_form(form: Format, family: str, first: str, place: str, row: rows.Row) -> None:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import io
 import re
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import datasets
 import numpy as np
 from datasets.data_files import get_data_patterns
-from PIL import Image, ImageOps
+from PIL import Image
 
 from paca.data.evenly import spread_evenly
 from paca.data.examples import ORIGIN, Examples
@@ -68,7 +69,7 @@ def open_image(row: Mapping[str, Any]) -> Image.Image:
         PacaError: It is none, is broken, or has other values than 8 or 16 bits.
     """
     try:
-        image = ImageOps.exif_transpose(Image.open(io.BytesIO(image_bytes(row))))
+        image = _upright(Image.open(io.BytesIO(image_bytes(row))))
         if image.mode.startswith("I"):
             image = _in_8_bits(image)
         elif image.mode == "F":
@@ -80,9 +81,32 @@ def open_image(row: Mapping[str, Any]) -> Image.Image:
         raise _unreadable(row, error) from error
 
 
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""What makes an image of each orientation in Exif upright."""
+_ORIENTATION = 0x0112
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    """The image as its orientation says. Pillow's own way also writes all other entries anew, and fails at odd ones."""
+    turn = None
+    with suppress(Exception):  # damaged entries: it stays as it is stored
+        turn = _TURNS.get(image.getexif().get(_ORIENTATION, 1))
+    return image if turn is None else image.transpose(turn)
+
+
 def _in_8_bits(image: Image.Image) -> Image.Image:
     """The same shades of grey: Pillow's own conversion cuts off whatever is brighter than 255."""
     values = np.asarray(image).astype(np.int64)
+    if image.mode == "I" and values.min() >= 0 and values.max() < 256:  # 8 bits, stored in 32
+        return Image.fromarray(values.astype(np.uint8))
     if values.min() < 0 or values.max() > 65535:
         raise ValueError(f"its values lie between {values.min()} and {values.max()}, beyond 16 bits")
     return Image.fromarray((values // 257).astype(np.uint8))

@@ -10,6 +10,13 @@ from paca.data.formats import FORMATS, Format
 from paca.messages.errors import PacaError
 from paca.messages.nearest import did_you_mean
 
+_TRAINERS = {
+    "preferences": "train.trainer: dpo or reward",
+    "prompts": "train.trainer: grpo",
+    "labels": "train.trainer: classification",
+}
+"""Which learn from a family of forms."""
+
 
 def recognise(
     columns: Collection[str],
@@ -45,6 +52,8 @@ def recognise(
             raise PacaError(f"Data in the format {requested!r} needs {' and '.join(missing)}. {found}")
         return chosen
     fitting = [form for form in forms.values() if all(column in columns for column in form.required)]
+    if any(form.name == "mmlu" for form in fitting):  # options in a list, and in columns as well
+        fitting = [form for form in fitting if form.name != "mmlu-letters"]
     needs = {form.name: set(form.required) for form in fitting}
     fitting = [form for form in fitting if not any(needs[form.name] < other for other in needs.values())]
     if len(fitting) > 1:
@@ -78,6 +87,19 @@ def _renaming(columns: Collection[str], forms: Mapping[str, Format], given: Mapp
         f"{{{names}}} (its name: yours) in the run's YAML, or rename them. (Of a finished run that is its config.yaml, "
         "in Python columns=.)"
     )
+
+
+def for_another_trainer(columns: Collection[str], families: Mapping[str, Mapping[str, Format]]) -> str:
+    """What to say besides, in a line, where the columns are those that another trainer's `families` of forms have."""
+    for family, forms in families.items():
+        try:
+            form = recognise(columns, None, "", forms)
+        except PacaError:
+            continue
+        # Any data may have a text, or a question among other columns.
+        if family != "text" and (family != "prompts" or set(columns) <= set(form.columns)):
+            return f"\nThe columns are those of {form.name}, for {_TRAINERS[family]}."
+    return ""
 
 
 def _overview(forms: Mapping[str, Format]) -> str:

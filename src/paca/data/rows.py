@@ -169,7 +169,7 @@ def _csv_rows(file: Path) -> Iterator[tuple[str, Row]]:
             reader = csv.DictReader(stream, strict=True, delimiter=separator)
             columns = list(reader.fieldnames or ())
             read = reader.line_num
-            if repeated := next((name for name in columns if columns.count(name) > 1), None):
+            if repeated := next((name for name in columns if name and columns.count(name) > 1), None):
                 raise PacaError(f"{file} has two columns named {repeated!r}. Give one of them another name.")
             for row in reader:
                 read = reader.line_num

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -59,10 +60,8 @@ def config_of_run(path: str | Path, data: str | None = None) -> RunConfig:
         empty = CalibrationSection(), EvalSection(), OutputSection("")
         return RunConfig(ModelSection(str(path)), DataSection(data, eval=data), *empty)
     other = [] if data is None else [f"data.eval={json.dumps(data)}", "eval.limit=null"]
-    config = load_run_config(file, other)
-    kind, unpacked = trainer_kind(config.train), RunFolder(Path(path)).base
-    if unpacked.is_dir() and not Path(config.model.name).expanduser().exists():  # the GGUF file that it is from
-        config = dataclasses.replace(config, model=dataclasses.replace(config.model, name=str(unpacked)))
+    config = _config_in(path, other)
+    kind = trainer_kind(config.train)
     if not isinstance(kind, Sft | Classification):
         instead = " Give --tasks or --mt-bench." if kind.task_type == "CAUSAL_LM" else ""
         raise PacaError(
@@ -72,6 +71,15 @@ def config_of_run(path: str | Path, data: str | None = None) -> RunConfig:
     if config.data.eval is None:
         instead = "--data" if isinstance(kind, Classification) else "--data, --tasks or --mt-bench"
         raise PacaError(f"{path} was trained without held-out data (data.eval). Give {instead}.")
+    return config
+
+
+def _config_in(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """The config of a run, with the model that it unpacked where the GGUF file that this is from is gone."""
+    folder = RunFolder(Path(path))
+    config = load_run_config(folder.config, overrides)
+    if folder.base.is_dir() and not Path(config.model.name).expanduser().exists():
+        return dataclasses.replace(config, model=dataclasses.replace(config.model, name=str(folder.base)))
     return config
 
 
@@ -112,7 +120,7 @@ def trained_on(path: str | Path, other: Examples) -> str | None:
     """What to say of `other_data` that is trained on as well, as far as that is found: not on the hub."""
     if not RunFolder(Path(path)).config.is_file():
         return None
-    config = load_run_config(RunFolder(Path(path)).config)
+    config = _config_in(path)
     if not os.path.exists(config.data.train):
         return None
     try:

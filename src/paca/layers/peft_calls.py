@@ -105,8 +105,11 @@ class PeftCalls(BaseTunerLayer):
         if not names:
             return
         caller = sys._getframe(1).f_locals.get("self")
-        if isinstance(caller, BaseTuner) and not isinstance(self, caller.tuner_layer_cls):
-            refuse_merging_both(caller)
+        if isinstance(caller, BaseTuner) and not isinstance(self, getattr(type(caller), "tuner_layer_cls", ())):
+            for other in caller.model.modules():
+                above = isinstance(other, BaseTunerLayer) and other is not self
+                if above and any(one is self for one in other.modules()):
+                    refuse_merging_both(other)
         before = len(self.merged_adapters)
         try:
             self._merge(tuple(self.columns_of(n) for n in names), safe_merge)
@@ -234,9 +237,9 @@ def refuse_sharded(layers: Iterable[PeftCalls], what: str) -> None:
 def refuse_merging_both(other: object) -> None:
     """Raise `RuntimeError`: a tuner merges both columns and another method's adapter above them."""
     raise RuntimeError(
-        f"The model has an adapter of another method too ({type(other).__module__}.{type(other).__name__}), and both "
-        "can't be merged at once: columns would be merged over what it has changed by then. Call unmerge_adapter(), "
-        "then merge() of each paca.layers.PacaLayer in the model, then this again."
+        f"An adapter of another method ({type(other).__module__}.{type(other).__name__}) lies above a layer of PaCA. "
+        "Both can't be merged at once: columns would be merged over what it has changed by then. Call "
+        "unmerge_adapter(), then merge() of each paca.layers.PacaLayer in the model, then this again."
     )
 
 

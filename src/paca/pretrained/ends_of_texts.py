@@ -8,4 +8,8 @@ from typing import Any
 def ends_texts(tokenizer: Any) -> bool:
     """Whether the tokenizer is one of them."""
     end = tokenizer.eos_token_id
-    return end is not None and list(tokenizer("a")["input_ids"])[-1:] == [end]
+    try:
+        with_it, without = ([*tokenizer("a", add_special_tokens=added)["input_ids"]] for added in (True, False))
+    except Exception:  # a vocabulary of words that has no such word
+        return False
+    return end is not None and with_it[-1:] == [end] and with_it[-2:-1] == without[-1:] and len(with_it) > len(without)

@@ -120,6 +120,6 @@ def check_prompts_stay_open(config: RunConfig, train: Examples) -> None:
     if not train.is_conversational and ends_texts(tokenizer):
         raise PacaError(
             f"The tokenizer puts {tokenizer.eos_token} after every text, so a prompt would end before it is answered. "
-            "Name a chat template in data.template, which writes such tokens itself; or take that out of the "
-            "tokenizer's files (add_eos_token)."
+            "Take that out of the tokenizer's files (add_eos_token), or let a chat template render the prompts, which "
+            "writes such tokens itself: data.columns: {question: prompt}."
         )

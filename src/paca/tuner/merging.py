@@ -64,10 +64,11 @@ class MergesAdapters(SumsAdapters):
 
 def check_mergeable(model: nn.Module, adapter_names: list[str] | None, safe_merge: bool) -> None:
     """Raise `ValueError` if an adapter (default: the active ones) can't be merged into a layer's weight, or, with
-    `safe_merge`, a delta is not finite; names the layer. `RuntimeError` if another method's adapters are in it too."""
-    others = [m for m in model.modules() if isinstance(m, BaseTunerLayer) and not isinstance(m, PacaLayer)]
-    if others and not all(layer.merged for layer in paca_layers(model)):
-        refuse_merging_both(others[0])
+    `safe_merge`, a delta is not finite; names the layer. `RuntimeError` if another method's adapter lies above one."""
+    for other in model.modules():
+        of_others = isinstance(other, BaseTunerLayer) and not isinstance(other, PacaLayer)
+        if of_others and not all(layer.merged for layer in paca_layers(other)):
+            refuse_merging_both(other)
     layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, PacaLayer)}
     for name, layer in layers.items():
         for adapter in [a for a in adapter_names or layer.active_adapters if a in layer.paca_delta]:

@@ -1,10 +1,17 @@
-"""What TRL's trainers measure of held-out data, as means over its examples: theirs are over batches."""
+"""What TRL's trainers measure of held-out data, as means over its examples: theirs are over batches.
+
+With several processes some examples count twice, as Accelerate repeats a few to fill the last batches.
+"""
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from transformers.trainer_pt_utils import find_batch_size
+
+_EXTREMES = ("min_reward", "max_reward")
+"""Of a batch: their mean tells of batches."""
 
 
 class WeighsBatches:
@@ -28,7 +35,10 @@ class WeighsBatches:
         """TRL's, with one value for each metric that has one a batch: their mean, weighed by the examples."""
         sizes, self._sizes = self._sizes, ()
         for name, values in self._metrics["eval"].items() if sum(sizes) else ():
-            if len(values) == len(sizes):
-                weighed = sum(value * size for value, size in zip(values, sizes, strict=True)) / sum(sizes)
-                self._metrics["eval"][name] = [weighed]
+            if len(values) != len(sizes) or name in _EXTREMES:
+                continue
+            known = [(value, size) for value, size in zip(values, sizes, strict=True) if not math.isnan(value)]
+            if known:  # GRPO leaves out batches that no reward function rates
+                weights = sum(size for _, size in known)
+                self._metrics["eval"][name] = [sum(value * size for value, size in known) / weights]
         super().log(logs, *args, **kwargs)  # type: ignore[misc]
