@@ -131,7 +131,7 @@ def test_tool_messages_and_tools_pass_through() -> None:
     ("form", "row", "expected"),
     [
         ("text", {"text": " \n"}, "text is empty"),
-        ("text", {"text": 5}, "text is a number; expected text"),
+        ("text", {"text": 5}, "text is a number; expected text. Put it in quotes."),
         ("alpaca", {"instruction": "a", "output": ""}, "output is empty"),
         ("alpaca", {"instruction": ["a"], "output": "b"}, "instruction is a list of text"),
         ("alpaca", {"instruction": "a", "input": {"b": 1}, "output": "b"}, "input is an object"),

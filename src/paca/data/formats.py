@@ -199,7 +199,8 @@ def _tools(tools: object) -> Example:
 
 def _text(value: object, name: str) -> str:
     if not isinstance(value, str):
-        raise PacaError(f"{name} is {_kind(value)}; expected text.")
+        quotes = " Put it in quotes." if isinstance(value, int | float) and not isinstance(value, bool) else ""
+        raise PacaError(f"{name} is {_kind(value)}; expected text.{quotes}")
     return value
 
 

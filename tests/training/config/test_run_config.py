@@ -134,6 +134,7 @@ def test_all_mistakes_that_do_not_need_each_other_are_told(tmp_path: Path, text:
         ("eval: {strategy: no}\n", "no key eval.strategy. Did you mean train.eval_strategy?"),
         ("train: {dtype: float32}\n", "no key train.dtype. Did you mean model.dtype?"),
         ("train: {template: x}\n", "no key train.template. Did you mean data.template?"),
+        ("data: {validation: x}\n", "no key data.validation. Did you mean data.eval?"),
         ("train: {quantization: nf4}\n", "no key train.quantization. Did you mean model.quantization?"),
         ("train: {limit: 4}\n", "no key train.limit. Did you mean data.limit?"),
         ("paca: {template: x}\n", "no key paca.template. Did you mean data.template?"),

@@ -67,7 +67,7 @@ WORDS_OF_TRAIN = {
     "max_seq_length": "max_length",
 }
 """What people call some keys of `train`, where spelling alone would find another one."""
-_OTHER_WORDS = {"rank": "r", **WORDS_OF_TRAIN}
+_OTHER_WORDS = {"rank": "r", **dict.fromkeys(("validation", "valid", "val", "test", "dev"), "eval"), **WORDS_OF_TRAIN}
 
 
 def check_section(
