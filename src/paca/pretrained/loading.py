@@ -39,7 +39,7 @@ _OTHER_TOKENIZER = (
 _ADVICE = {
     "model": "Is it a complete checkpoint, and of the kind that is to be trained: a language model, or one of images?",
     "tokenizer": _OTHER_TOKENIZER,
-    "image processor": "Copy preprocessor_config.json of the model's image processor into the folder.",
+    "image processor": "Is it a model of images? Then copy preprocessor_config.json of its processor into the folder.",
 }
 
 

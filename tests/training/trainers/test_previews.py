@@ -140,6 +140,20 @@ def test_a_network_of_convolutions_names_its_layers(workspace: Path) -> None:
         describe(load_run_config(workspace / "image_classification.yaml", changed))
 
 
+@pytest.mark.parametrize("count", [2, 40])
+def test_a_dry_run_opens_some_images_of_each_label(
+    workspace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, count: int
+) -> None:
+    monkeypatch.chdir(workspace)
+    for label in ("a", "b"):
+        (tmp_path / label).mkdir()
+        for number in range(count):
+            (tmp_path / label / f"{number}.png").write_bytes(b"no picture")
+    config = load_run_config(workspace / "image_classification.yaml", [f"data.train={tmp_path}", "data.eval=null"])
+    with pytest.raises(PacaError, match=r"image 0 .*a/0\.png\) can't be read as an image.*Remove or replace it"):
+        describe(config)
+
+
 def test_images_are_not_shown(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(workspace)
     assert "image_classification" in CONFIGS

@@ -11,9 +11,13 @@ from datasets import Dataset
 from transformers import AutoModelForImageClassification, Trainer
 
 from paca.data import Examples, load_images, open_image
+from paca.data.evenly import spread_evenly
 from paca.training.config.run_config import RunConfig
 from paca.training.trainers.classification import Classification, with_labels
 from paca.training.trainers.kind import RunData, read_split
+
+_OPENED = 16
+"""Images that are looked at before a run, spread evenly: a whole set may have millions."""
 
 
 class ImageClassification(Classification):
@@ -41,7 +45,14 @@ class ImageClassification(Classification):
         return with_labels(train, held_out, train.dataset.features["label"].names)
 
     def shape(self, config: RunConfig, data: RunData, *, whole: bool) -> RunData:
-        """As it is: an image is no text to be shown."""
+        """As it is, an image is no text to be shown; but some of them are opened.
+
+        Raises:
+            PacaError: One of them can't be read.
+        """
+        for part in (data.train, data.eval):
+            for row in [] if part is None else spread_evenly(part.dataset, _OPENED):
+                open_image(row)
         return data
 
     def make(self, config: RunConfig, adapter: Any, data: RunData, **parts: Any) -> Trainer:
