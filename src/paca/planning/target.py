@@ -88,7 +88,8 @@ def outline_of(
     if vision != (auto_class is AutoModelForImageClassification):
         raise PacaError(
             f"{name} is {'an image' if vision else 'a language'} model. Give one that goes with what is planned: image "
-            "models are planned for runs of train.trainer: image_classification, and for no others."
+            "models are planned for runs of train.trainer: image_classification (paca plan RUN.yaml --set "
+            "model.name=...), and for no others."
         )
     if dtype != "auto" and dtype not in DTYPES:
         raise PacaError(f"Unknown dtype {dtype!r}. Give one of: auto, {', '.join(DTYPES)}.")
