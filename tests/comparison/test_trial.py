@@ -9,6 +9,7 @@ import yaml
 
 from comparison.fake_trainer import PER_STEP, STEPS
 from comparison.small_comparison import COMMON, FAKE, small_comparison
+from paca.comparison import trial
 from paca.comparison.trial import WARM_UP, Trial, TrialFailed, trials_of
 
 
@@ -39,7 +40,9 @@ def test_a_trial_that_fails_says_why_and_the_next_one_is_new(tmp_path: Path) -> 
         assert attempt(comparison.methods[0], STEPS - WARM_UP).peak == 2**30
 
 
-def test_what_was_measured_is_kept_for_the_call_after_one_that_was_stopped(tmp_path: Path) -> None:
+def test_what_was_measured_is_kept_for_the_call_after_one_that_was_stopped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     comparison = small_comparison(tmp_path)
     with comparison.claim("preparation") as claim:
         assert claim.take()
@@ -52,3 +55,8 @@ def test_what_was_measured_is_kept_for_the_call_after_one_that_was_stopped(tmp_p
         ):
             with pytest.raises(FileNotFoundError, match="no-such-program"):
                 again()
+        for name in ("content_of", "versions"):  # of other data under the same names, by other libraries
+            with monkeypatch.context() as patch:
+                patch.setattr(trial, name, lambda *_: {"something": "else"})
+                with pytest.raises(FileNotFoundError, match="no-such-program"):
+                    trials_of(comparison, claim, none, keep=True)(method, STEPS - WARM_UP)

@@ -198,7 +198,7 @@ def test_mmlu_takes_a_column_for_each_option(tmp_path: Path) -> None:
 
 def test_mmlu_in_csv_takes_positions_and_as_many_options_as_a_question_has(tmp_path: Path) -> None:
     file = tmp_path / "mmlu.csv"
-    file.write_text("question,A,B,C,D,E,answer\na?,1,2,3,4,,1\nb?,1,2,3,4,5,4.0\n")
+    file.write_text("question,A,B,C,D,E,answer\na?,10,20,30,40,,1\nb?,10,20,30,40,50,4.0\n")
     first, second = load_examples(str(file)).dataset
     assert (first["options"], first["completion"][0]["content"]) == (["A", "B", "C", "D"], "B")
     assert (second["options"], second["completion"][0]["content"]) == (["A", "B", "C", "D", "E"], "E")
@@ -206,6 +206,7 @@ def test_mmlu_in_csv_takes_positions_and_as_many_options_as_a_question_has(tmp_p
 
 @pytest.mark.parametrize(("changed", "told"), [
     ({"B": None}, r"line 1: B is None; expected the text of an option"),
+    ({"answer": "3"}, r"line 1: answer is '3', which may be a position or one of the choices\. Give its letter"),
     ({"answer": "the second"}, r"its letter\. If the answer is to be a text, give data\.format: question-answer"),
 ])  # fmt: skip
 def test_mmlu_with_a_hole_in_its_options_is_refused(tmp_path: Path, changed: dict[str, Any], told: str) -> None:

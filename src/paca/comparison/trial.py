@@ -7,7 +7,6 @@ import json
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from importlib.metadata import version
 from typing import Any
 
 import torch
@@ -17,6 +16,7 @@ from paca.comparison.methods import Method
 from paca.comparison.settings import Comparison, content_of, run_sections, write_config
 from paca.comparison.training_process import PROGRAM, TrainingProcess, failure_of
 from paca.pretrained.claims import Claim
+from paca.training.folder.provenance import versions
 from paca.training.folder.run_folder import RunFolder, write_whole
 from paca.training.reporting.metrics import read_rows
 
@@ -103,8 +103,8 @@ class _Known:
     """Trials that were made before, also by a call that was stopped, in a file of the comparison."""
 
     def __init__(self, comparison: Comparison, *, count_memory: bool) -> None:
-        device = "" if count_memory or not torch.cuda.is_available() else torch.cuda.get_device_name()
-        self.measured_by = [count_memory, device, torch.__version__, version("paca-tuning")]
+        device = "cpu" if count_memory or not torch.cuda.is_available() else torch.cuda.get_device_name()
+        self.measured_by = [count_memory, device, versions()]
         self.path = comparison.path / "trials" / "made.json"
         self.content = content_of(comparison.common)  # of data and model: another one may lie under the same name
         self.found: dict[str, Any] = json.loads(self.path.read_text(encoding="utf-8")) if self.path.is_file() else {}

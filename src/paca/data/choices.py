@@ -34,10 +34,12 @@ def mmlu_question(row: Row) -> Row:
             with suppress(ValueError, RecursionError, SyntaxError, MemoryError):
                 options = read(options)
                 break
-    if isinstance(answer, str) and _POSITION.fullmatch(answer):
-        answer = int(float(answer))
     if not _is_texts(options):
         raise PacaError(f"choices is {options!r}; expected a list of texts.")
+    if isinstance(answer, str) and _POSITION.fullmatch(answer):
+        if answer in options:
+            raise PacaError(f"answer is {answer!r}, which may be a position or one of the choices. Give its letter.")
+        answer = int(float(answer))
     labels = _letters(len(options))
     if isinstance(answer, float) and answer.is_integer():
         answer = int(answer)  # pandas makes floats of a column that lacks some

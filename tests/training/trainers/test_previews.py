@@ -141,7 +141,7 @@ def test_a_network_of_convolutions_names_its_layers(workspace: Path) -> None:
 
 
 @pytest.mark.parametrize("count", [2, 40])
-def test_a_dry_run_opens_some_images_of_each_label(
+def test_a_dry_run_opens_some_images(
     workspace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, count: int
 ) -> None:
     monkeypatch.chdir(workspace)

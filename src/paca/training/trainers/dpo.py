@@ -23,7 +23,7 @@ from paca.training.trainers.weighed_batches import WeighsBatches
 
 
 class _DpoTrainer(WeighsBatches, DPOTrainer):  # type: ignore[misc]
-    """TRL's."""
+    """TRL's `DPOTrainer`, whose means over held-out data are over examples."""
 
 
 class Dpo(TrainerKind):

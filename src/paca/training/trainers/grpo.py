@@ -27,7 +27,7 @@ from paca.training.trainers.weighed_batches import WeighsBatches
 
 
 class _GrpoTrainer(WeighsBatches, GRPOTrainer):  # type: ignore[misc]
-    """TRL's."""
+    """TRL's `GRPOTrainer`, whose means over held-out data are over examples."""
 
 
 class Grpo(TrainerKind):

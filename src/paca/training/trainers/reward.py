@@ -14,7 +14,7 @@ from paca.training.trainers.weighed_batches import WeighsBatches
 
 
 class _RewardTrainer(WeighsBatches, RewardTrainer):  # type: ignore[misc]
-    """TRL's."""
+    """TRL's `RewardTrainer`, whose means over held-out data are over examples."""
 
 
 class Reward(TrainerKind):
