@@ -6,6 +6,7 @@ import peft
 import pytest
 
 import paca
+from models import adapted_perceptron
 
 
 def test_the_fields_are_those_of_pefts_own_paca_and_ours():
@@ -96,3 +97,18 @@ def test_settings_that_can_not_work_are_refused_by_name(settings, message):
 def test_a_pattern_that_maps_nothing_is_refused(name):
     with pytest.raises(ValueError, match=f"{name} must map names of modules to numbers"):
         paca.PacaConfig(**{name: "q_proj"})
+
+
+def test_the_card_of_a_saved_adapter_says_once_how_it_is_loaded(tmp_path):
+    """PEFT's own card does not: who gets the folder meets `KeyError: 'PACA'`."""
+    model = adapted_perceptron()
+    for _ in range(2):
+        model.save_pretrained(tmp_path)
+        assert (tmp_path / "README.md").read_text().count("import paca  #") == 1
+    assert "--to peft" in (tmp_path / "README.md").read_text()
+
+
+def test_a_readme_of_others_stays(tmp_path):
+    (tmp_path / "README.md").write_text("# My project\n")
+    paca.PacaConfig().save_pretrained(str(tmp_path))
+    assert (tmp_path / "README.md").read_text() == "# My project\n"

@@ -11,10 +11,11 @@ from peft.config import PeftConfig
 from peft.utils import CONFIG_NAME
 
 from paca.columns.selection import STRATEGIES, check_strategy
+from paca.messages.adapter_notes import HOW_TO_LOAD
 from paca.messages.nearest import did_you_mean
 from paca.messages.shown import printable, shown
 from paca.tuner.registration import add_peft_type
-from paca.tuner.strange_expressions import MOST_NAMES, NAMED, check_unusual
+from paca.tuner.strange_expressions import MOST_NAMES, NAMED, check_blocks, check_unusual
 
 _PEFT_TYPE = add_peft_type()
 _UNUSUAL = re.compile(r"[^\w.\- ]")  # one of these is in all that are more than names
@@ -28,7 +29,7 @@ class PacaConfig(PeftConfig):
     """Settings of a PaCA adapter (arXiv 2503.01905): `r` input columns of each target weight are trained in place.
 
     The names are those of PEFT's own PaCA (>= 0.22), whose files load. Ours load there too, unless they use what it has
-    not: the card that `paca train` writes says which, and `paca export --to peft` writes one that does.
+    not: the card of a trained adapter says which, and `paca export --to peft` writes one that does.
 
     Raises:
         ValueError: For a setting that can't work, naming it.
@@ -114,22 +115,21 @@ class PacaConfig(PeftConfig):
         if len(named := " ".join(str(one) for value in values for one in value)) > 2_000 or _UNUSUAL.search(named):
             check_unusual(self)
         check_strategy(self.selection)
-        targets = self.target_modules
-        if isinstance(targets, str) and targets != "all-linear" and self.layers_to_transform is not None:
-            raise ValueError(
-                "layers_to_transform can't go with target_modules given as one string: say in the expression which "
-                "blocks are meant, or give target_modules as a list of names."
-            )
-        if self.layers_pattern and self.layers_to_transform is None:
-            raise ValueError("layers_pattern says where layers_to_transform counts, but that is not set.")
+        if self.layers_to_transform is not None or self.layers_pattern:
+            check_blocks(self)
 
     def to_dict(self) -> dict[str, Any]:
-        values: dict[str, Any] = super().to_dict()
-        for name in ("target_modules", "exclude_modules"):
-            if isinstance(values[name], set):
-                values[name] = sorted(values[name])  # a set's order differs from process to process
+        # Sets are sorted: their order differs from process to process.
+        values = {name: sorted(v) if isinstance(v, set) else v for name, v in super().to_dict().items()}
         values["original_weights"] = values["rotate_every"] = None  # about how it was trained, which is over
         return values | (self.union or {})
+
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+        super().save_pretrained(save_directory, **kwargs)
+        card = Path(save_directory, "README.md")
+        text = card.read_text(encoding="utf-8") if card.is_file() else ""
+        if "library_name: peft" in text and "import paca" not in text:  # PEFT wrote it a moment ago
+            card.write_text(f"{text.rstrip()}\n\n{HOW_TO_LOAD}", encoding="utf-8")
 
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> PacaConfig:

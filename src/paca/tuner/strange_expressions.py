@@ -62,6 +62,18 @@ def check_unusual(config: Any) -> None:
                 _compile(setting, one)
 
 
+def check_blocks(config: Any) -> None:
+    """`ValueError` for settings that say which blocks are adapted, and fit no others of the config."""
+    targets = config.target_modules
+    if config.layers_to_transform is None:
+        raise ValueError("layers_pattern says where layers_to_transform counts, but that is not set.")
+    if isinstance(targets, str) and targets != "all-linear":
+        raise ValueError(
+            "layers_to_transform can't go with target_modules given as one string: say in the expression which blocks "
+            "are meant, or give target_modules as a list of names."
+        )
+
+
 def _compile(setting: str, expression: Any) -> None:
     try:
         re.compile(expression)

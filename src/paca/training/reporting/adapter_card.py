@@ -13,6 +13,7 @@ from torch import nn
 from transformers import TrainerCallback, TrainerState, TrainingArguments
 
 from paca.convert.pefts_paca import PEFT, saved_layers, why_not
+from paca.messages.adapter_notes import EXPORT, IMPORT, INSTALL, LACKS
 from paca.pretrained.adapter_folder import adapter_settings, find_base
 from paca.pretrained.purpose import Classifier, classifier_in, loading_code
 from paca.pretrained.quantizing import quantization_config
@@ -32,20 +33,6 @@ _SHOWN_SETTINGS = (
     "seed",
 )
 
-_INSTALL = (
-    "It needs the Python package `paca-tuning`, which is not on PyPI yet; the `paca` there is another package. Install "
-    "it\nfrom the folder of its source: `pip install ./paca`. PEFT up to 0.21 knows PaCA through `import paca` alone, "
-    "and\nwithout it raises `KeyError: 'PACA'`.\n\n"
-)
-_LACKS = (
-    "That PaCA adapts linear layers alone, gives all layers one rank and one scale, chooses columns at random, and has "
-    "no\nbatches of several adapters. (Read in its source: no release with it was on PyPI when this was written.)"
-)
-_IMPORT = "import paca  # makes PaCA known to PEFT\n"
-_EXPORT = (
-    "`paca export path/to/this/folder --to peft --output FOLDER` writes one that does, or names the layer for which "
-    "there is none."
-)
 _HERE = "path/to/this/folder"
 _WHOLE = f"""```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -177,8 +164,8 @@ def _how_to_load_classifier(classifier: Classifier, name: str, base: str) -> str
     if name == "full":
         return f'{labels}```python\nfrom transformers import {auto}\n\nmodel = {auto}.from_pretrained("{_HERE}")\n```'
     of_paca = name == "paca"
-    return f"""{_INSTALL if of_paca else ""}{labels}```python
-{_IMPORT if of_paca else ""}{loading_code(classifier, _HERE, base)}
+    return f"""{INSTALL if of_paca else ""}{labels}```python
+{IMPORT if of_paca else ""}{loading_code(classifier, _HERE, base)}
 ```
 
 `paca merge {_HERE} --output merged` writes it as a plain checkpoint."""
@@ -192,8 +179,8 @@ def _how_to_load(name: str, folder: Path, base: str, model: dict[str, Any], trai
         given = quantization_config(quantization, getattr(torch, dtype)).to_diff_dict().items()
         kept = [f"{key}={value!r}" for key, value in given if not key.startswith("_") and key != "quant_method"]
         before = f"as_trained = BitsAndBytesConfig({', '.join(kept)})\n"
-    code = f"""{_INSTALL if of_paca else ""}```python
-{_IMPORT if of_paca else ""}from peft import AutoPeftModelForCausalLM
+    code = f"""{INSTALL if of_paca else ""}```python
+{IMPORT if of_paca else ""}from peft import AutoPeftModelForCausalLM
 from transformers import {imported}
 
 {before}model = AutoPeftModelForCausalLM.from_pretrained("{_HERE}"{options})  # with its base, {base}
@@ -202,8 +189,8 @@ tokenizer = AutoTokenizer.from_pretrained("{_HERE}")
     if of_paca:
         stored = adapter_settings(folder)  # as saved: a rotated adapter has more columns than its config asked for
         reason = why_not(stored["r"], stored["paca_alpha"], saved_layers(trained))
-        loads = "yes." if reason is None else f"no, because {reason}. {_EXPORT}"
-        code += f"\n\nLoads in the PaCA of {PEFT}, without paca: {loads}\n{_LACKS}"
+        loads = "yes." if reason is None else f"no, because {reason}. {EXPORT}"
+        code += f"\n\nLoads in the PaCA of {PEFT}, without paca: {loads}\n{LACKS}"
     lines = [line for key, line in _COMMANDS.items() if of_paca or key != "lora"]
     return f"""{code}
 
