@@ -6,10 +6,25 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from paca.pretrained.loading import Outline, Pretrained, load_config, load_pretrained, load_tokenizer
+    from paca.pretrained.loading import (
+        Outline,
+        Pretrained,
+        load_config,
+        load_image_processor,
+        load_pretrained,
+        load_tokenizer,
+    )
     from paca.pretrained.trainable_copy import save_trainable_copy
 
-__all__ = ["Outline", "Pretrained", "load_config", "load_pretrained", "load_tokenizer", "save_trainable_copy"]
+__all__ = [
+    "Outline",
+    "Pretrained",
+    "load_config",
+    "load_image_processor",
+    "load_pretrained",
+    "load_tokenizer",
+    "save_trainable_copy",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -99,8 +99,7 @@ def load_pretrained(
     torch_dtype = _torch_dtype(dtype)
     named = tokenizer if isinstance(tokenizer, str) else None
     if tokenizer is None and auto_class is AutoModelForImageClassification:
-        with _explaining(location, revision, what="image processor"), without_progress_bars():
-            tokenizer = AutoImageProcessor.from_pretrained(**options)
+        tokenizer = _image_processor_at(location, options)
     elif tokenizer is None:
         tokenizer = _tokenizer_at(location, options)
     elif isinstance(tokenizer, str):
@@ -143,6 +142,11 @@ def load_pretrained(
     if model.config.get_text_config().pad_token_id is None:
         model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
     return Pretrained(model, tokenizer, location.source, location.name_or_path)
+
+
+def load_image_processor(name: str, revision: str | None = None, trust_remote_code: bool = False) -> Any:
+    """Load a vision model's image processor alone (arguments and errors as of `load_pretrained`)."""
+    return _image_processor_at(*_open(name, revision, trust_remote_code))
 
 
 def load_tokenizer(name: str, revision: str | None = None, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
@@ -236,6 +240,11 @@ def _tokenizer_at(location: Location, options: dict[str, Any]) -> PreTrainedToke
     if "gguf_file" in options:
         gguf.restore_pre_tokenizer(tokenizer, location.name_or_path)
     return tokenizer
+
+
+def _image_processor_at(location: Location, options: dict[str, Any]) -> Any:
+    with _explaining(location, options.get("revision"), what="image processor"), without_progress_bars():
+        return AutoImageProcessor.from_pretrained(**options)
 
 
 @contextmanager

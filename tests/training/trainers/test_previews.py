@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import shutil
 import statistics
 from pathlib import Path
 from typing import Any
@@ -151,6 +152,19 @@ def test_a_dry_run_opens_some_images(
             (tmp_path / label / f"{number}.png").write_bytes(b"no picture")
     config = load_run_config(workspace / "image_classification.yaml", [f"data.train={tmp_path}", "data.eval=null"])
     with pytest.raises(PacaError, match=r"image 0 .*a/0\.png\) can't be read as an image.*Remove or replace it"):
+        describe(config)
+
+
+def test_a_vision_model_without_its_image_processor_is_found_by_the_dry_run(
+    workspace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(workspace)
+    config = load_run_config(workspace / "image_classification.yaml")
+    copied = Path(shutil.copytree(config.model.name, tmp_path / "vision"))
+    config.model.name = str(copied)
+    describe(config)
+    (copied / "preprocessor_config.json").unlink()
+    with pytest.raises(PacaError, match=r"model\.name: .*vision.*preprocessor_config\.json"):
         describe(config)
 
 

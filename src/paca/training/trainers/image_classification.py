@@ -12,6 +12,8 @@ from transformers import AutoModelForImageClassification, Trainer
 
 from paca.data import Examples, load_images, open_image
 from paca.data.evenly import spread_evenly
+from paca.messages.errors import about
+from paca.pretrained import load_image_processor
 from paca.training.config.run_config import RunConfig
 from paca.training.trainers.classification import Classification, with_labels
 from paca.training.trainers.kind import RunData, read_split
@@ -45,14 +47,17 @@ class ImageClassification(Classification):
         return with_labels(train, held_out, train.dataset.features["label"].names)
 
     def shape(self, config: RunConfig, data: RunData, *, whole: bool) -> RunData:
-        """As it is, an image is no text to be shown; but some of them are opened.
+        """As it is, an image is no text to be shown; but some of them are opened, as the model will see them.
 
         Raises:
-            PacaError: One of them can't be read.
+            PacaError: One of them can't be read, or the model has no image processor.
         """
+        model = config.model
+        with about("model.name"):
+            processor = load_image_processor(model.name, model.revision, model.trust_remote_code)
         for part in (data.train, data.eval):
             for row in [] if part is None else spread_evenly(part.dataset, _OPENED):
-                open_image(row)
+                processor([open_image(row)], return_tensors="pt")
         return data
 
     def make(self, config: RunConfig, adapter: Any, data: RunData, **parts: Any) -> Trainer:
