@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -12,9 +13,10 @@ from pathlib import Path
 from zipfile import ZipFile
 
 import pytest
+from packaging.requirements import Requirement
 
 ROOT = Path(__file__).parents[1]
-BUILD = "from setuptools import build_meta; print(build_meta.build_wheel('wheel'))"
+BUILD = "from hatchling.build import build_wheel; print(build_wheel('wheel'))"
 
 
 def run(*words: object, cwd: Path, **environment: str) -> str:
@@ -27,9 +29,9 @@ def run(*words: object, cwd: Path, **environment: str) -> str:
 
 @pytest.fixture(scope="module")
 def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A copy to build in: a build in place would take what earlier ones left there."""
+    """A copy, with what lies beside the sources of one."""
     folder = tmp_path_factory.mktemp("checkout")
-    shutil.copytree(ROOT / "src", folder / "src", ignore=shutil.ignore_patterns("*.egg-info", "__pycache__"))
+    shutil.copytree(ROOT / "src", folder / "src", ignore=shutil.ignore_patterns("*.egg-info"))
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, folder)
     (folder / "tests").mkdir()
@@ -39,8 +41,9 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def files(checkout: Path) -> set[str]:
-    """Of the sources, before anything was built there."""
-    return {file.relative_to(checkout / "src").as_posix() for file in checkout.glob("src/**/*") if file.is_file()}
+    """Of the sources, without what Python leaves among them."""
+    found = (file for file in checkout.glob("src/**/*") if file.is_file() and file.parent.name != "__pycache__")
+    return {file.relative_to(checkout / "src").as_posix() for file in found}
 
 
 @pytest.fixture(scope="module")
@@ -62,13 +65,32 @@ def test_it_holds_the_files_of_the_sources_and_nothing_else(wheel: Path, files: 
     assert "paca/py.typed" in files
 
 
+def test_nothing_is_left_in_the_sources(wheel: Path, checkout: Path) -> None:
+    """What setuptools left in build/ was in the next wheel again, modules that were gone included."""
+    assert {entry.name for entry in checkout.iterdir()} == {
+        "LICENSE",
+        "README.md",
+        "pyproject.toml",
+        "src",
+        "tests",
+        "wheel",
+    }
+
+
 def test_it_names_every_extra_with_what_it_installs(installed: Path) -> None:
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
     (metadata,) = installed.glob("*.dist-info")
-    named = [line.split("; extra == ") for line in Distribution.at(metadata).requires or () if "; extra" in line]
-    assert sorted(named) == sorted(
-        [package, f'"{extra}"'] for extra, packages in extras.items() for package in packages
-    )
+    named: dict[str, set[str]] = {extra: set() for extra in extras}
+    for line in Distribution.at(metadata).requires or ():
+        if found := re.fullmatch(r"""(.*?) ?; extra == ["'](.*)["']""", line):
+            named[found[2]].add(found[1])
+
+    def packages_of(extra: str) -> set[str]:
+        own = [Requirement(package) for package in extras[extra]]
+        others = [packages_of(other) for one in own if one.name == "paca-tuning" for other in one.extras]
+        return {str(one).lower() for one in own if one.name != "paca-tuning"}.union(*others)
+
+    assert named == {extra: packages_of(extra) for extra in extras}
 
 
 def test_the_program_runs_from_it_outside_of_the_checkout(installed: Path, tmp_path: Path) -> None:

@@ -15,4 +15,4 @@ def test_an_extra_or_a_package_is_told() -> None:
 def test_what_is_missing_is_told_in_one_place() -> None:
     root = Path(paca.__file__).parent
     telling = {file.relative_to(root).as_posix() for file in root.rglob("*.py") if "pip install" in file.read_text()}
-    assert telling == {"messages/install.py", "training/reporting/adapter_card.py"}  # a model card says it to others
+    assert telling == {"messages/install.py", "messages/adapter_notes.py"}  # cards say it to others
