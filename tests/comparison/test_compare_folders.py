@@ -30,6 +30,7 @@ def run(folder: Path, rank: int, seed: int = 0, sections: Mapping[str, Any] | No
 def test_folders_of_the_same_name_keep_their_own_curves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     drawn: dict[str, Path] = {}
     monkeypatch.setattr("paca.comparison.compare.write_report", lambda output, result, folders: drawn.update(folders))
+    (tmp_path / "report").mkdir()
     paths = [run(tmp_path / parent / "run", rank) for parent, rank in (("x", 4), ("y", 8))]
     found = compare_folders(paths, tmp_path / "report")
     assert [drawn[method.rows[0]["name"]].path for method in found.methods] == paths  # type: ignore[attr-defined]
@@ -87,3 +88,27 @@ def test_it_is_said_that_runs_were_trained_unlike_each_other(tmp_path: Path) -> 
     told = "\n".join(compare_folders(paths, tmp_path / "report2").notes)
     assert "sequences in a step" not in told
     assert "optimizer" in told
+
+
+def with_inputs(folder: Path, **inputs: str) -> Path:
+    RunFolder(folder).inputs.write_text(json.dumps(inputs))
+    return folder
+
+
+def test_runs_of_which_the_data_meant_something_else_are_told_apart(tmp_path: Path) -> None:
+    """They were one method, or 'all train on the same data'."""
+    train = {"data.train": "one"}
+    seeds = [with_inputs(run(tmp_path / f"a-seed{seed}", 4, seed), **train) for seed in (0, 1)]
+    other = with_inputs(run(tmp_path / "b", 4, 2), **{"data.train": "two"})
+    found = compare_folders([*seeds, other], tmp_path / "report")
+    assert [len(method.rows) for method in found.methods] == [2, 1]
+    assert any("content of the training data" in note for note in found.notes)
+    kept = [json.loads(line) for line in (tmp_path / "report" / "runs.jsonl").read_text().splitlines()]
+    assert [row["run_info"]["contents"]["data.train"] for row in kept] == ["one", "one", "two"]
+
+
+def test_runs_that_other_reward_functions_judged_have_no_verdict(tmp_path: Path) -> None:
+    key = "train.reward_funcs (rew:score, /rew.py)"
+    paths = [with_inputs(run(tmp_path / name, rank), **{key: name}) for name, rank in (("a", 4), ("b", 8))]
+    verdict = compare_folders(paths, tmp_path / "report").verdict
+    assert "not judged by the same: the content of train.reward_funcs (rew:score, /rew.py)" in verdict

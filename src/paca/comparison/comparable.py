@@ -16,6 +16,7 @@ _JUDGED_BY = (
 )  # fmt: skip
 
 
+_REWARDS = "train.reward_funcs"
 _BY_DEFAULT: Mapping[str, Any] = {
     "train.truncation_mode": "keep_start", "train.temperature": 1.0, "train.top_p": 1.0, "train.top_k": 0,
     "train.repetition_penalty": 1.0, "train.label_smoothing_factor": 0.0,
@@ -57,18 +58,32 @@ def batching(config: Mapping[str, Any]) -> str:
 
 def _other_contents(rows: list[Row], split_off: bool) -> list[str]:
     """The settings that name the same in all runs, and meant other things."""
-    found = []
-    for key in ("data.train" if split_off else "data.eval", "data.template", "model.name"):
-        contents: dict[str, set[str]] = {}
-        for row in rows:
-            content = row["run_info"].get("contents", {}).get(key)  # older rows have none
-            # Quantization changes the model as it came, and a new head is drawn by the seed.
-            like = (at(row["run_info"]["config"], ("model",)), row["seed"]) if key == "model.name" else None
-            if content is not None:
-                contents.setdefault(json.dumps(like, sort_keys=True), set()).add(content)
-        if any(len(of_one) > 1 for of_one in contents.values()):
-            found.append(key)
+    rewards = sorted({key for row in rows for key in _contents(row) if key.startswith(_REWARDS)})
+    keys = ("data.train" if split_off else "data.eval", "data.template", "model.name", *rewards)
+    return [key for key in keys if _has_other_content(rows, key)]
+
+
+def _contents(row: Row) -> Mapping[str, str]:
+    """Hashes of what the settings of a run named; older rows have none."""
+    found: Mapping[str, str] = row["run_info"].get("contents", {})
     return found
+
+
+def _has_other_content(rows: Iterable[Row], key: str) -> bool:
+    contents: dict[str, set[str]] = {}
+    for row in rows:
+        content = _contents(row).get(key)
+        # Quantization changes the model as it came, and a new head is drawn by the seed.
+        like = (at(row["run_info"]["config"], ("model",)), row["seed"]) if key == "model.name" else None
+        if content is not None:
+            contents.setdefault(json.dumps(like, sort_keys=True), set()).add(content)
+    return any(len(of_one) > 1 for of_one in contents.values())
+
+
+def trained_alike(rows: Iterable[Row]) -> bool:
+    """Whether all runs had the same training data, as far as is known: by its name, its limit, and its content."""
+    rows = list(rows)
+    return not _differing(rows, ("data.train", "data.limit")) and not _has_other_content(rows, "data.train")
 
 
 def unlike(rows: Iterable[Row]) -> list[str]:
@@ -90,7 +105,10 @@ def unlike(rows: Iterable[Row]) -> list[str]:
     rows = list(rows)
     sequences = {_sequences_per_step(row["run_info"]["config"].get("train", {})) for row in rows}
     batches = ["sequences in a step"] if len(sequences) > 1 else []
-    return batches + [named[key] for key in _differing(rows, tuple(named))]
+    differing = _differing(rows, tuple(named))
+    if "data.train" not in differing and _has_other_content(rows, "data.train"):
+        batches.append("content of the training data")
+    return batches + [named[key] for key in differing]
 
 
 def _sequences_per_step(train: Mapping[str, Any]) -> int:

@@ -7,16 +7,15 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 
-from paca.comparison.comparable import unlike
+from paca.comparison.comparable import trained_alike, unlike
 from paca.comparison.methods import Method, own_section
 from paca.comparison.plan_table import PlannedMethod, settings_text
 from paca.comparison.report import write_report
 from paca.comparison.results import ComparisonResult, MethodResult
-from paca.comparison.rows import Row, row_of
+from paca.comparison.rows import Row, row_of, write_rows
 from paca.comparison.settings import Comparison
 from paca.comparison.training_process import FAILURE
 from paca.comparison.work import Work
@@ -85,7 +84,7 @@ def compare_folders(paths: Sequence[Path], output: Path) -> ComparisonResult:
             raise PacaError(f"{path}: the run has no finite {row['metric']} on held-out data, so it can't be compared.")
         if names.count(path.name) > 1:  # in two parents
             row["name"] = str(path)
-        rows = groups.setdefault(_without_seed(row["run_info"]["config"]), [])
+        rows = groups.setdefault(_without_seed(row), [])
         twin = next((one["name"] for one in rows if one["seed"] == row["seed"]), None)
         if twin is not None:
             raise PacaError(
@@ -111,6 +110,7 @@ def compare_folders(paths: Sequence[Path], output: Path) -> ComparisonResult:
     notes = ["The runs were there already; nothing was chosen among them.", *_shared_notes(every)]
     result = ComparisonResult(_apart(methods), notes)
     write_report(output, result, folders)
+    write_rows(output / "runs.jsonl", every)
     return result
 
 
@@ -122,7 +122,8 @@ def _notes(comparison: Comparison, planned: Sequence[PlannedMethod], methods: Se
             "it is a little too good, for every method. Among shares that lie within one standard error, the loss "
             "decides."
         )
-    notes.append("All methods train on the same data. A seed gives all of them the same order.")
+    if trained_alike(row for method in methods for row in method.rows):
+        notes.append("All methods train on the same data. A seed gives all of them the same order.")
     leader = planned[0].method.name
     if "time" in comparison.equal:
         for one in planned[1:]:
@@ -166,8 +167,11 @@ def _shared_notes(rows: Iterable[Row], expected: Sequence[str] = ()) -> list[str
     return notes
 
 
-def _without_seed(config: dict[str, dict[str, Any]]) -> str:
-    kept = {name: dict(values) for name, values in config.items() if name != "output"}
+def _without_seed(row: Row) -> str:
+    """The settings of a run, and what they meant."""
+    kept = {name: dict(values) for name, values in row["run_info"]["config"].items() if name != "output"}
+    contents = row["run_info"].get("contents", {})
+    kept["contents"] = {key: value for key, value in contents.items() if key.startswith(("data.", "train."))}
     # Of a comparison's runs one alone scores the model as it came.
     for section, key in (("train", "seed"), ("paca", "random_seed"), ("eval", "before")):
         kept.get(section, {}).pop(key, None)

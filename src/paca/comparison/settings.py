@@ -13,7 +13,7 @@ import yaml
 from paca.comparison.flags import Rates
 from paca.comparison.methods import Method, own_section
 from paca.comparison.schedule import Job
-from paca.data.file_content import samples_of
+from paca.data.file_content import hash_of, samples_of
 from paca.data.sources import Source
 from paca.messages.errors import PacaError
 from paca.pretrained.claims import Claim
@@ -22,6 +22,7 @@ from paca.training.config.learning_rate import AUTO
 from paca.training.config.run_config import RunConfig
 from paca.training.config.strict_yaml import read_yaml
 from paca.training.folder.run_folder import RunFolder, write_whole
+from paca.training.trainers.reward_functions import reward_files
 
 EQUAL = (("parameters",), ("time",), ("memory",), ("parameters", "time"), ("memory", "time"))
 """What can be made the same for all methods, by itself or together."""
@@ -191,8 +192,11 @@ def _asked(comparison: Comparison) -> dict[str, Any]:
 
 
 def content_of(common: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
-    """Fingerprints of the local files and folders that the config names: the data's, and the model's."""
+    """Fingerprints of the local files and folders that the config names: the data's, the model's, and those of reward
+    functions."""
     data, found = common.get("data", {}), {}
+    for function, file in reward_files(common.get("train", {})):
+        found[f"train.reward_funcs ({function}, {file})"] = hash_of(file)
     model = common.get("model", {}).get("name")
     for name in (data.get("train"), data.get("eval"), data.get("template"), model):
         path = Path(name).expanduser() if isinstance(name, str) else None
