@@ -328,8 +328,8 @@ def test_cost_is_told_as_a_multiple() -> None:
     methods = [MethodResult("paca", "", 1e-3, [paca], [paca]), *result({"lora": {0: 1.0}}).methods]
     found = ComparisonResult(methods, [])
     assert found.cost == [
-        "paca takes 0.75 × the training time of lora and 0.50 × its peak memory (weights included); it trains 2.00 × "
-        "the parameters."
+        "By one run of each, paca takes 0.75 × the training time of lora and 0.50 × its peak memory, weights included; "
+        "it trains 2.00 × the parameters."
     ]
 
 
@@ -347,9 +347,7 @@ def test_times_of_a_busy_machine_are_called_that_and_not_compared() -> None:
     slowest["train_info"]["train_time"] *= 2
     steps = sorted(one["train_info"]["train_time"] / one["steps"] for one in found.methods[1].tried)
     assert f"took lora {steps[0]:.3g} to {steps[-1]:.3g} s, so the machine" in found.cost[1]
-    assert found.cost[0] == (
-        "paca takes 1.00 × lora's peak memory (weights included); it trains 1.00 × the parameters."
-    )
+    assert found.cost[0] == ("paca takes 1.00 × lora's peak memory, weights included; it trains 1.00 × the parameters.")
 
 
 def test_training_time_has_an_interval_over_the_seeds() -> None:

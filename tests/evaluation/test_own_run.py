@@ -12,6 +12,7 @@ import yaml
 from evaluation.tally import Tally
 from paca.cli.evaluate import number
 from paca.data import Examples
+from paca.data.named_columns import columns_of_flag
 from paca.evaluation.own_data import Score
 from paca.evaluation.own_run import (
     config_of_run,
@@ -20,6 +21,7 @@ from paca.evaluation.own_run import (
     held_out_of,
     load_run,
     other_data,
+    other_form,
     rows_of_run,
     trained_on,
     write_scores,
@@ -229,3 +231,33 @@ def test_a_run_without_reference_answers_is_told_where_its_scores_are(run: Path,
         config_of_run(run)
     assert str(run / "summary.json") in str(caught.value)
     assert ("--mt-bench" in str(caught.value)) == writes
+
+
+def test_other_data_may_have_other_names_of_columns(run: Path, loaded: LoadedModel, tmp_path: Path) -> None:
+    file = tmp_path / "fragen.csv"
+    file.write_text("Frage,Antwort\n" + "".join(f"{row['question']},{row['answer']}\n" for row in ROWS[:3]))
+    plain = tmp_path / "rows.jsonl"
+    plain.write_text("".join(json.dumps(row) + "\n" for row in ROWS[:3]))
+    with pytest.raises(PacaError, match="--columns"):
+        other_data(run, config_of_run(run, str(file)))
+    named = columns_of_flag("question=Frage, answer=Antwort")
+    found = [other_data(run, config_of_run(run, str(file), named)), other_data(run, config_of_run(run, str(plain)))]
+    config = config_with(run, "loss")
+    one, other = (evaluate_run(loaded, config, data, None, 2, None, Tally()) for data in found)
+    assert {side: score.values for side, score in one.items()} == {side: score.values for side, score in other.items()}
+    with pytest.raises(PacaError, match="expected a form's names, each with yours"):
+        columns_of_flag("Frage")
+
+
+def test_data_of_another_form_than_was_trained_on_is_told(run: Path, tmp_path: Path) -> None:
+    """It was scored as plain text, in a table that looked like any other."""
+    file = tmp_path / "texts.jsonl"
+    file.write_text(json.dumps({"text": "Some text.", "label": "a"}) + "\n")
+    other = other_data(run, config_of_run(run, str(file)))
+    assert other_form(run, other) is None  # an unfinished run's form is not known
+    (run / "summary.json").write_text(json.dumps({"data": {"format": "question-answer"}}))
+    assert other_form(run, other) == (
+        "The run was trained on data of the form question-answer. This is of the form text: every token of its texts "
+        "will be scored."
+    )
+    assert other_form(run, held_out(run)) is None

@@ -116,6 +116,7 @@ def _train(
     disable_progress_bars()
     same = tuple(equal.split(",")) if equal else ()
     comparison = Comparison(output, common, chosen, rates, numbers, same, extend)
+    say(console, "Reading the data, and the shapes of the model with each method ...")
     planned = prepare(comparison, console, dry_run=dry_run)
     console.print(table_of(planned))
     say(console, f"data: {planned[0].plan.data.train.description}")

@@ -21,6 +21,7 @@ from rich.table import Table
 from paca.cli.counted import Counted
 from paca.cli.ending import sigterm_as_ctrl_c
 from paca.cli.starting import import_libraries
+from paca.data.named_columns import columns_of_flag
 from paca.evaluation.kept_lines import alone_in
 from paca.messages.errors import PacaError
 from paca.messages.install import how_to_install
@@ -51,6 +52,14 @@ def evaluate(
             metavar="FILE",
             help="Measure a run on this in place of its data.eval, or an adapter's loss: a file, images, a hub id.",
             show_default="the run's data.eval",
+        ),
+    ] = None,
+    columns: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME=YOURS,…",
+            help="Columns of --data under other names: question=Frage,answer=Antwort.",
+            show_default="the run's data.columns",
         ),
     ] = None,
     tasks: Annotated[
@@ -92,6 +101,9 @@ def evaluate(
         raise PacaError(
             "--data is measured by a run's own eval.metric; --tasks and --mt-bench bring data. Leave one out."
         )
+    if columns is not None and data is None:
+        raise PacaError("--columns names columns of --data. Give that, or leave it out.")
+    named = None if columns is None else columns_of_flag(columns)
     if output is None and not own_data:
         raise PacaError("--tasks and --mt-bench need a folder for their results. Give one: --output DIR.")
     if (mt_bench is None) != (judge_url is None) or (mt_bench is None) != (judge_model is None):
@@ -123,7 +135,7 @@ def evaluate(
             from paca.pretrained.generation import load_for_generation
 
             if own_data:
-                _measure_own_data(path, data, base_model, limit, batch_size, output, shown, console)
+                _measure_own_data(path, data, named, base_model, limit, batch_size, output, shown, console)
                 return
             assert output is not None
             if names:  # a wrong name is no reason to wait for the model
@@ -169,6 +181,7 @@ def evaluate(
 def _measure_own_data(
     path: str,
     data: str | None,
+    columns: dict[str, str] | None,
     base_model: str | None,
     limit: int | None,
     batch_size: int,
@@ -178,13 +191,15 @@ def _measure_own_data(
 ) -> None:
     from paca.evaluation import own_run
 
-    config = own_run.config_of_run(path, data)
+    config = own_run.config_of_run(path, data, columns)
     if data is None:
         held_out, note = own_run.held_out_of(path, config)
     else:
         held_out = own_run.other_data(path, config)
         note = own_run.trained_on(path, held_out)
         say(console, f"{data}: {held_out.description}")
+        if other := own_run.other_form(path, held_out):
+            say(console, other, "yellow")
     if note is not None:
         say(console, note, "yellow")
     loaded = own_run.load_run(path, config, base_model)

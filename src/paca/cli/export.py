@@ -45,6 +45,7 @@ def export(
         gguf_output(path, output, overwrite)
     else:
         adapter_output(path, output, base_model, overwrite)
+    put(f"Reading {path} ...")
     import_libraries()
     import peft
 

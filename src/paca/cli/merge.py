@@ -31,6 +31,7 @@ def merge(
 ) -> None:
     """Fold an adapter into its base model: a checkpoint that loads without paca."""
     merge_output(path, output, base_model, overwrite)  # before torch is imported: a wrong path is no reason to wait
+    put(f"Merging {path} ...")
     import_libraries()
     from transformers.utils import logging
 

@@ -195,14 +195,15 @@ class Contrast:
             for name in ("train_time", "accelerator_memory_max", "num_trainable_params")
         }
 
-    def time_range(self) -> str:
-        """The 95 % interval of the ratio of training times over the seeds, in words; empty where there is none."""
+    def interval_of(self, quantity: str) -> str:
+        """The 95 % interval of the ratio of what runs take, a field of `train_info`, over the seeds, in words; empty
+        where there is none."""
         logs = [
-            {row["seed"]: math.log(time) for row in one.rows if (time := row["train_info"]["train_time"])}
+            {row["seed"]: math.log(value) for row in one.rows if (value := row["train_info"][quantity])}
             for one in (self.leader, self.other)
         ]
         found = difference(*logs) if all(logs) else None
-        if found is None or found.low is None or found.high is None:
+        if found is None or found.low is None or found.high is None or found.low == found.high:
             return ""
         return f" (95 % interval {math.exp(found.low):.2f} to {math.exp(found.high):.2f})"
 
@@ -273,10 +274,12 @@ class ComparisonResult:
                 name, its = contrast.other.name, f"{contrast.other.name}'s" if ranges else "its"
                 work = {"steps", "sequences in a step"} & {*unlike([*contrast.leader.rows, *contrast.other.rows])}
                 compared = not ranges and (not work or "time" in self.equal)
-                timed = f"{time:.2f} × the training time of {name}{contrast.time_range()} and " if compared else ""
+                timed = f"{time:.2f} × the training time of {name}{contrast.interval_of('train_time')} and "
+                held = f"{memory:.2f} × {its} peak memory{contrast.interval_of('accelerator_memory_max')}"
+                once = "By one run of each, " * (min(len(contrast.leader.rows), len(contrast.other.rows)) < 2)
                 sentences.append(
-                    f"{contrast.leader.name} takes {timed}{memory:.2f} × {its} peak memory (weights included); it "
-                    f"trains {parameters:.2f} × the parameters."
+                    f"{once}{contrast.leader.name} takes {timed * compared}{held}, weights included; it trains "
+                    f"{parameters:.2f} × the parameters."
                 )
         if ranges and sentences:
             sentences.append(

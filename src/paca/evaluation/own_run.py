@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,25 +41,29 @@ from paca.training.trainers.sft import Sft
 
 _DIGITS = 32
 """Of the hash of one part of the data."""
+_TEXT = "text"
+"""The form of data without prompts."""
 
 
-def config_of_run(path: str | Path, data: str | None = None) -> RunConfig:
+def config_of_run(path: str | Path, data: str | None = None, columns: Mapping[str, str] | None = None) -> RunConfig:
     """The config of a run whose held-out data can be measured.
 
     Args:
         path: Folder of the run; with `data` also an adapter or a model that no run left, whose loss is measured.
         data: A file, a folder of images or a hub id to measure on in place of its `data.eval`, all of it.
+        columns: Of `data`, in place of the run's `data.columns`: names that a form knows, each with the data's own.
 
     Raises:
         PacaError: It is no folder of a run, or the run is of another kind, or the run had no held-out data.
     """
-    file = RunFolder(Path(path)).config
+    file, named = RunFolder(Path(path)).config, dict(columns) if columns else None
     if data is not None and not file.is_file():
         if classifier_in(path) is not None:
             raise PacaError(f"{path} is a classifier, which --data measures by its run: give that folder.")
         empty = CalibrationSection(), EvalSection(), OutputSection("")
-        return RunConfig(ModelSection(str(path)), DataSection(data, eval=data), *empty)
+        return RunConfig(ModelSection(str(path)), DataSection(data, eval=data, columns=named), *empty)
     other = [] if data is None else [f"data.eval={json.dumps(data)}", "eval.limit=null"]
+    other += [] if named is None else [f"data.columns={json.dumps(named)}"]
     config = _config_in(path, other)
     kind = trainer_kind(config.train)
     if not isinstance(kind, Sft | Classification):
@@ -114,6 +118,18 @@ def other_data(path: str | Path, config: RunConfig) -> Examples:
     with about("--data"):
         examples = kind.loader(config)(data.eval, split=data.eval_split)
         return examples if classifier is None else numbered(examples, classifier.labels)
+
+
+def other_form(path: str | Path, other: Examples) -> str | None:
+    """What to say of `other_data` of which other tokens are scored than the run was trained on; None of a run whose
+    summary does not say."""
+    if not RunFolder(Path(path)).finished():
+        return None
+    before, now = RunFolder(Path(path)).read_summary()["data"].get("format"), other.format
+    if before is None or (before == _TEXT) == (now == _TEXT):
+        return None
+    scored = "every token of its texts" if now == _TEXT else "its answers alone"
+    return f"The run was trained on data of the form {before}. This is of the form {now}: {scored} will be scored."
 
 
 def trained_on(path: str | Path, other: Examples) -> str | None:

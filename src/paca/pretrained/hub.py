@@ -6,6 +6,7 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
+from pathlib import Path
 from unittest.mock import patch
 
 import huggingface_hub
@@ -92,7 +93,7 @@ def check_holds_no_adapter(location: Location, revision: str | None) -> None:
 def unreachable(name: str) -> str:
     """The message for a model that is neither here nor to be fetched."""
     return (
-        f"There is no file or folder {name!r} here.{neighbour_hint(name)} It looks like a hub id, but the hub cannot "
-        "be reached and there is no copy in the local cache. Check the name; connect to the internet, or give a local "
-        "folder or a .gguf file."
+        f"There is no file or folder {name!r} here (working folder: {Path.cwd()}).{neighbour_hint(name)} It looks like "
+        "a hub id, but the hub cannot be reached and there is no copy in the local cache. Check the name; connect to "
+        "the internet, or give a local folder or a .gguf file."
     )
