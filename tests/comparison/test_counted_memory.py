@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -49,6 +50,28 @@ def test_the_same_run_has_the_same_peak(counted: dict[str, int]) -> None:
 
 def test_more_columns_take_more_and_weights_count(counted: dict[str, int]) -> None:
     assert counted["weights"] < counted["once"] < counted["wide"]
+
+
+def test_the_longest_batch_counts_wherever_it_comes(tmp_path: Path) -> None:
+    """A few steps need not meet it: methods were called equal whose peaks differed by half."""
+    save_workspace(tmp_path)
+    sections = yaml.safe_load((tmp_path / "config.yaml").read_text())
+    sections["train"] |= {"max_steps": 2, "eval_strategy": "no", "save_strategy": "no"}
+    sections["train"] |= {"per_device_train_batch_size": 1, "train_sampling_strategy": "sequential"}
+    sections["eval"] = {"before": False, "after": False}
+    records = [json.dumps({"question": "Why?", "answer": "So."}) + "\n"] * 8
+    longest = json.dumps({"question": "Why?", "answer": "So it is. " * 12}) + "\n"
+    peaks = []
+    for name, content in {"first": [longest, *records], "last": [*records, longest]}.items():
+        (tmp_path / f"{name}.jsonl").write_text("".join(content))
+        sections["data"] = {"train": str(tmp_path / f"{name}.jsonl")}
+        sections["output"] = {"dir": str(tmp_path / name)}
+        config = tmp_path / f"{name}.yaml"
+        config.write_text(yaml.safe_dump(sections))
+        done = run_forked(PROGRAM, "train", config, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        peaks.append(counted_memory.peak_of(config))
+    assert peaks[0] == pytest.approx(peaks[1], rel=0.01)
 
 
 def test_a_run_that_fails_leaves_no_peak(tmp_path: Path) -> None:

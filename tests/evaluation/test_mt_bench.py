@@ -526,3 +526,20 @@ def test_verdicts_that_are_on_their_way_when_a_judge_fails_are_kept(tmp_path: Pa
     with pytest.raises(PacaError, match="out of credit"):
         ratings_of(judge, "base", questions, [["a"], ["b"], ["c"]], tmp_path, Tally())
     assert {row["question_id"] for row in judgments(tmp_path)} == {1, 3}
+
+
+def test_a_question_that_leaves_no_room_for_an_answer_has_no_grade_and_harms_no_other() -> None:
+    """A server's limit was taken for a setting that it does not know, and every later question was refused."""
+
+    def reply(body: Body, number: int) -> Reply:
+        asked = sum(len(message["content"]) for message in body["messages"])
+        if asked + body["max_tokens"] > 4096:
+            said = f"'max_tokens' or 'max_completion_tokens' is too large: {body['max_tokens']}. This model's maximum "
+            return 400, {}, f"{said}context length is 4096 tokens and your request has {asked} input tokens.".encode()
+        return verdict("Rating: [[7]]")
+
+    with judging(reply) as server:
+        judge = Judge(JudgeSettings(server.url, "judge"))
+        said = [judge.ask([{"role": "user", "content": "x" * length}]).text for length in (100, 3500, 5000, 100)]
+    assert said == ["Rating: [[7]]", "Rating: [[7]]", "", "Rating: [[7]]"]
+    assert all("max_completion_tokens" not in body for _, body in server.requests)

@@ -13,6 +13,7 @@ from evaluation.tally import Tally
 from paca.cli.evaluate import number
 from paca.data import Examples
 from paca.data.named_columns import columns_of_flag
+from paca.evaluation.completions import completions
 from paca.evaluation.own_data import Score
 from paca.evaluation.own_run import (
     config_of_run,
@@ -235,9 +236,10 @@ def test_a_run_without_reference_answers_is_told_where_its_scores_are(run: Path,
 
 def test_other_data_may_have_other_names_of_columns(run: Path, loaded: LoadedModel, tmp_path: Path) -> None:
     file = tmp_path / "fragen.csv"
-    file.write_text("Frage,Antwort\n" + "".join(f"{row['question']},{row['answer']}\n" for row in ROWS[:3]))
+    file.write_text("Frage,Antwort\n" + "".join(f'"{row["question"]}","{row["answer"]}"\n' for row in ROWS[:3]))
     plain = tmp_path / "rows.jsonl"
-    plain.write_text("".join(json.dumps(row) + "\n" for row in ROWS[:3]))
+    rows = [{"question": row["question"], "answer": str(row["answer"])} for row in ROWS[:3]]
+    plain.write_text("".join(json.dumps(row) + "\n" for row in rows))
     with pytest.raises(PacaError, match="--columns"):
         other_data(run, config_of_run(run, str(file)))
     named = columns_of_flag("question=Frage, answer=Antwort")
@@ -261,3 +263,14 @@ def test_data_of_another_form_than_was_trained_on_is_told(run: Path, tmp_path: P
         "will be scored."
     )
     assert other_form(run, held_out(run)) is None
+
+
+def test_answers_take_the_likeliest_token_whatever_a_checkpoint_asks_for(
+    loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A penalty for repetition chose other tokens: digits that come again, for one."""
+    prompts = [loaded.tokenizer("What is 7?")["input_ids"]]
+    plain = completions(loaded.model, loaded.tokenizer, prompts, max_new_tokens=12)
+    for name, value in {"repetition_penalty": 9.0, "no_repeat_ngram_size": 1, "num_beams": 3, "min_length": 9}.items():
+        monkeypatch.setattr(loaded.model.generation_config, name, value)
+        assert completions(loaded.model, loaded.tokenizer, prompts, max_new_tokens=12) == plain, name

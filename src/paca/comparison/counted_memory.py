@@ -1,7 +1,8 @@
 """`paca train` with its tensors' bytes counted: on a CPU, resident sets of equal runs differ by more than methods do.
 
-`python -m paca.comparison.counted_memory train CONFIG` trains as `paca train CONFIG` does. Beside the YAML it leaves a
-JSON file with the most bytes that the tensors had at a time, weights included, from the end of the first step on.
+`python -m paca.comparison.counted_memory train CONFIG` trains as `paca train CONFIG --probe` does: on the longest batch
+first, as a few steps of a run need not meet one. Beside the YAML it leaves a JSON file with the most bytes that the
+tensors had at a time, weights included, from the first pass in training on. (What is loaded before may take more.)
 """
 
 from __future__ import annotations
@@ -13,14 +14,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.optim.optimizer import register_optimizer_step_post_hook
+from torch import nn
+from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.utils.hooks import RemovableHandle
 
+from paca.training.config.strict_yaml import read_yaml
 from paca.training.folder.run_folder import write_whole
+from paca.training.trainers import trainer_kind
 from paca_command import main as train
 
 PROGRAM = (sys.executable, "-m", "paca.comparison.counted_memory")
-_FIRST_STEP = "paca: the first step was made"
+_FIRST_PASS = "paca: the first pass in training"
 
 
 def peak_of(config: Path) -> int:
@@ -32,7 +36,9 @@ def _main() -> None:
     config = Path(sys.argv[2])
     peak_file(config).unlink(missing_ok=True)
     profiler = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True)
-    with profiler, _end_of_first_step_marked():
+    if trainer_kind(read_yaml(config)[0].get("train", {})).probed:
+        sys.argv.append("--probe")
+    with profiler, _first_pass_marked():
         try:
             train()
         except SystemExit as end:
@@ -41,19 +47,20 @@ def _main() -> None:
     write_whole(peak_file(config), json.dumps({"peak_bytes": _peak(profiler)}) + "\n")
 
 
-def _end_of_first_step_marked() -> RemovableHandle:
-    def mark(*call: object) -> None:
-        hook.remove()
-        with torch.profiler.record_function(_FIRST_STEP):
-            pass
+def _first_pass_marked() -> RemovableHandle:
+    def mark(module: nn.Module, *call: object) -> None:
+        if module.training and torch.is_grad_enabled():
+            hook.remove()
+            with torch.profiler.record_function(_FIRST_PASS):
+                pass
 
-    hook = register_optimizer_step_post_hook(mark)
+    hook = register_module_forward_pre_hook(mark)
     return hook
 
 
 def _peak(profiler: Any) -> int:
     events = list(_events(profiler.profiler.kineto_results.experimental_event_tree()))
-    begin = next(event.start_time_ns for event in events if event.name == _FIRST_STEP)
+    begin = next(event.start_time_ns for event in events if event.name == _FIRST_PASS)
     allocations = (event for event in events if event.name == "[memory]" and event.start_time_ns >= begin)
     return max(event.typed[1].total_allocated for event in allocations)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import email.utils
 import itertools
 import json
+import re
 import time
 from dataclasses import dataclass
 from queue import Empty, SimpleQueue
@@ -32,6 +33,12 @@ _INSTEAD: dict[str, dict[str, Any]] = {
     "temperature": {},
 }
 """Settings that some judges refuse, and what they take. Those that reason count their thoughts as tokens."""
+
+_TOO_LONG = re.compile("context|too (large|long)|exceed", re.IGNORECASE)
+"""In a refusal of a question that leaves no room for its answer: though it may name `max_tokens`, that stays."""
+
+_FEWEST_TOKENS = 128
+"""Of an answer to such a question; one that has no room for them stays without a grade."""
 
 _LARGEST = 4 * 2**20
 """Bytes of an answer; a verdict has some thousands."""
@@ -153,7 +160,11 @@ class Judge:
                     said = content.decode(errors="replace")
                     if tokens > _TOKENS and response.status_code in _TOO_LARGE:
                         return Answer("", Usage(requests=sent), cut=True)
-                    if response.status_code != 400 or not self._gives_way(body, said):
+                    if response.status_code == 400 and _TOO_LONG.search(said):  # with the answer, for its context
+                        if "max_tokens" not in body or tokens <= _FEWEST_TOKENS:
+                            return Answer("", Usage(requests=sent))
+                        tokens //= 2
+                    elif response.status_code != 400 or not self._gives_way(body, said):
                         break
                 if response.ok:
                     return _read(said, sent)

@@ -271,7 +271,10 @@ def sampling_settings(model: Any, tokenizer: PreTrainedTokenizerBase, temperatur
         settings["use_cache"] = False  # with one, PEFT 0.21 loses the learned tokens after the first answered one
     if temperature > 0:
         return settings | {"temperature": temperature}
-    return settings | {"temperature": None, "top_p": None, "top_k": None}  # a model's own would only be warned about
+    # The likeliest token each time: a checkpoint's own penalties would choose others, of digits too.
+    likeliest = {"num_beams": 1, "repetition_penalty": 1.0, "no_repeat_ngram_size": 0, "min_length": 0}
+    unused = {"temperature": None, "top_p": None, "top_k": None, "min_new_tokens": None}  # would be warned about
+    return settings | likeliest | unused
 
 
 def learns_a_prompt(model: Any) -> bool:

@@ -156,6 +156,8 @@ def _adapted_outline(config: RunConfig, model: PreTrainedModel, task_type: str |
     adapter = adapter_settings.outline_config(config.method, config.adapter, task_type)
     if adapter is None:
         return model
+    if getattr(adapter, "is_prompt_learning", False) and getattr(adapter, "num_virtual_tokens", None) is None:
+        raise PacaError("peft.num_virtual_tokens is missing: how many tokens are learned. Give it, such as 20.")
     try:
         return get_peft_model(model, adapter, autocast_adapter_dtype=config.train["autocast_adapter_dtype"])
     except (ValueError, TypeError) as error:

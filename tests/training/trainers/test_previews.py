@@ -134,6 +134,14 @@ def test_a_checkpoint_without_its_output_head_is_found_by_the_dry_run(workspace:
         describe(load_run_config(workspace / "dpo.yaml", [f"model.name={tmp_path / 'trunk'}"]))
 
 
+def test_tokens_to_learn_are_asked_for_by_name(workspace: Path) -> None:
+    """PEFT multiplies the number that is not given, and says that of a NoneType."""
+    config = load_run_config(workspace / "dpo.yaml")
+    config.method, config.adapter = "peft", {"peft_type": "PROMPT_TUNING"}
+    with pytest.raises(PacaError, match=r"peft\.num_virtual_tokens is missing.*such as 20"):
+        describe(config)
+
+
 def test_a_network_of_convolutions_names_its_layers(workspace: Path) -> None:
     """No layer is linear but its head, which is trained whole."""
     changed = [f"model.name={workspace / 'efficientnet'}"]

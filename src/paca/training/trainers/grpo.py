@@ -44,6 +44,7 @@ class Grpo(TrainerKind):
     learning_rate = 1e-5  # ten times TRL's, which is for training in full
     score = "reward"
     lengths_known = False
+    probed = False
     planned = False
 
     def check(self, settings: Mapping[str, Any], origins: Origins) -> None:

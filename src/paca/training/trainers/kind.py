@@ -76,6 +76,8 @@ class TrainerKind:
     """Whether that tells anything before training."""
     lengths_known: ClassVar[bool] = True
     """Whether data tells how many tokens a model reads of an example."""
+    probed: ClassVar[bool] = True
+    """Whether its longest batch is known before it trains."""
     planned: ClassVar[bool] = True
     """Whether its memory is foretold."""
 
