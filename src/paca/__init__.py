@@ -26,6 +26,7 @@ from paca.lean.float32_products import float32_products
 from paca.messages.errors import PacaError
 from paca.pretrained.learning_rate import learning_rate
 from paca.pretrained.tied_weights import untie_embeddings
+from paca.tuner import forks as forks  # tells Python what to do when a process is forked
 from paca.tuner.calibration import select
 from paca.tuner.hotswap import hotswap_adapter
 from paca.tuner.model import PacaModel

@@ -99,8 +99,7 @@ class PacaConfig(PeftConfig):
         self.peft_type = _PEFT_TYPE
         self.rank_pattern, self.alpha_pattern = self.rank_pattern or {}, self.alpha_pattern or {}
         for name in ("target_modules", "exclude_modules"):
-            value = getattr(self, name)
-            if isinstance(value, (list, tuple)) and _is_list_of(str, value):
+            if isinstance(value := getattr(self, name), (list, tuple)) and _is_list_of(str, value):
                 setattr(self, name, set(value))
         for name, right, words in _FORMS:
             value = getattr(self, name)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 
 class Entry:
     """What a compiled graph looks at before it reads the weights of a model (`paca.tuner.entry`)."""
@@ -11,3 +13,6 @@ class Entry:
     columns of its forward pass back."""
     sharded = False  # FSDP2 shards some of its weights
     mark: object  # stands for it where a pass is noted: one that Ctrl-C ended stays there, and must not keep a model
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_modes": {}}  # those of threads stay behind

@@ -8,12 +8,14 @@ checked exactly.)
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from types import FrameType
 from typing import Any
 
 import torch
 from torch._C._autograd import _top_saved_tensors_default_hooks as is_checkpointing
+from torch.utils._python_dispatch import _disable_current_modes, _get_current_dispatch_mode_stack
 
 _REPEATED = (
     "Activation checkpointing repeats a forward pass with {now} active, but it first ran with other adapters or other "
@@ -99,6 +101,15 @@ def note_unsaved(columns: Any) -> None:
             del passes[next(iter(passes))]
     elif state.key not in passes and _runs_in(("recompute_fn", "unpack_hook")):
         raise RuntimeError(_REPEATED.format(now="other columns"))
+
+
+@contextmanager
+def beside_checkpointing() -> Iterator[None]:
+    """A block whose operators selective checkpointing neither keeps nor looks for: the repeated pass may write columns,
+    where the first one had nothing to write."""
+    kinds = {type(mode).__module__ for mode in _get_current_dispatch_mode_stack()}
+    with _disable_current_modes() if "torch.utils.checkpoint" in kinds else nullcontext():
+        yield
 
 
 def _is_reentrant() -> bool:

@@ -97,7 +97,7 @@ class MergeableColumns(ResidentColumns):
 
     def moved(self) -> None:
         """Note that the (parked) weight is about to be moved, or cast."""
-        self.parked, self._left_as, self._parked_for_now = None, None, False
+        self.parked, self._left_as, self._parked_for_now, self._sent = None, None, False, True
 
     def reloaded(self, name: str = "A weight") -> None:
         """Note that new values come into the (parked) weight. Raises while anything is merged into it."""
@@ -111,6 +111,7 @@ class MergeableColumns(ResidentColumns):
     def __getstate__(self) -> dict[str, Any]:
         if self.state.columns:
             raise RuntimeError("resident columns must be parked before they are copied or pickled")
+        self._sent = True
         # Without revisions: in another process the same numbers are given to other contents.
         return {"dim": self.dim, "merged": (self.merged, self._originals_of_merged)}
 

@@ -20,6 +20,7 @@ from paca.columns.entry import Entry
 from paca.columns.fingerprints import compare_values
 from paca.columns.folded_in_weight import originals_of_folded, pieces, put_folded
 from paca.columns.kept import Kept, add_scaled, holds, oriented, positions_of, sum_of
+from paca.columns.other_weights import Aside, adopt, found_again
 from paca.columns.state import ALONE, FOR_NOW, THREAD, ActiveColumns, AdapterColumns, State, is_sharded
 from paca.functional.column_blocks import blocks_in, blocks_of, put_columns, read_columns, version_of
 from paca.functional.product import Trained
@@ -32,6 +33,7 @@ class ResidentColumns(ActiveColumns):
     weight runs over the input features (1: `nn.Linear`, 0: `Conv1D`; of a stack of experts -1, or -2 if it is stored
     transposed)."""
 
+    aside: Aside | None = None  # of a weight that another took the place of
     kept: Kept  # the originals of the trained columns of `state`; there from the first write on
 
     def __init__(self, dim: int) -> None:
@@ -44,6 +46,7 @@ class ResidentColumns(ActiveColumns):
         self.half_written = False  # a write began, and did not end: another thread is at it, or an exception came
         self._left_as: tuple[int, int] | None = None  # the weight's version and memory as we left them
         self._shared = False  # a state dict got the weight's memory, and may have it still
+        self._sent = True  # another process may have it, as torch.multiprocessing shares it
 
     def home_to_write(self, weight: Tensor) -> Tensor:
         """What columns are written into, given the module's weight, for a call that may write it."""
@@ -93,6 +96,12 @@ class ResidentColumns(ActiveColumns):
     def as_left(self, weight: Tensor | None) -> bool:
         """Whether the weight is as we left it: written or replaced by nobody else."""
         return self._left_as is None or (weight is not None and self._left_as == identity(weight))
+
+    def find(self, weight: Tensor | None) -> None:
+        """Look what a weight holds that is not as this one was left: another may have been in its place."""
+        if weight is not None and not self.as_left(weight):
+            with WRITING, ALONE:
+                self.check_as_left(weight)
 
     def write(self, weight: Tensor, wanted: tuple[AdapterColumns, ...]) -> None:
         """Make the weight hold `wanted`, and nothing else. Writes the columns concerned, never the whole weight."""
@@ -200,23 +209,20 @@ class ResidentColumns(ActiveColumns):
         if not columns and not self._parked_for_now:
             self.parked, self._left_as = None, None
             self.base_changed()  # it is a pretrained weight, which its owner may change
-        elif holds(weight, self.dim, self._all_kept(weight), columns):
-            self._left_as = identity(weight)  # the same values were written, or it was moved as it is, or cast
-            self.kept = self.kept._replace(values=self.kept.values.to(weight.dtype))
-            self._folded = self._folded and self._folded._replace(values=self._folded.values.to(weight.dtype))
-        elif columns and holds(weight, self.dim, self._all_kept(weight), ()):
-            self.parked, self._left_as = None, None
-            self._set_state(State((), self.base))  # it was replaced by its pretrained one
-        else:
+            return
+        if holds(weight, self.dim, self._all_kept(weight), columns):
+            if not self.as_left(weight):
+                adopt(self, weight)
+        elif not found_again(self, weight):
             not_whole.refuse_overwritten(columns or (self.parked[0].columns if self.parked else ()))
+        self._left_as = identity(weight)
 
     def before_backward(self, weight: Tensor, state: State, saved_tag: Tensor) -> None:
         """Make the weight hold what the forward pass with `state` saw. Raises as what it calls."""
+        self.find(weight)
         self.check_backward(state, saved_tag)
-        if (self.state is not state and self.state.key != state.key) or not self.as_left(weight):
+        if self.state is not state and self.state.key != state.key:
             with WRITING:
-                with ALONE:
-                    self.check_as_left(weight)
                 self.check_backward(state, saved_tag)
                 self.write(weight, state.columns or FOR_NOW)
                 if self.entry is not None:
@@ -227,10 +233,11 @@ class ResidentColumns(ActiveColumns):
         self._shared = True
 
     def _part_from_shared(self, weight: Tensor) -> None:
-        if self._shared and users_of_memory(weight) > users_of_memory(torch.empty(1)):
+        sent = self._sent and weight.device.type == "cpu" and weight.is_shared()
+        if sent or (self._shared and users_of_memory(weight) > users_of_memory(torch.empty(1))):
             with torch.inference_mode(weight.is_inference()):
                 weight.data = weight.data.clone()
-        self._shared = False
+        self._shared = self._sent = False
 
     def _current(self, weight: Tensor) -> Tensor:
         return read_columns(weight.detach(), self.dim, self.kept.positions.to(weight.device))

@@ -197,7 +197,7 @@ class ShardedColumns(MergeableColumns):
 
     def trained(self, state: State, layer: Any) -> Trained:
         """All rows of the deltas, as FSDP2 gathered them."""
-        return state.trained_through(layer.paca_delta)
+        return trained_through(state, layer.paca_delta)
 
     def before_backward(self, weight: Tensor, state: State, saved_tag: Tensor) -> None:
         if self.state.key != state.key:
@@ -207,6 +207,11 @@ class ShardedColumns(MergeableColumns):
 
     def _copied(self) -> None:
         self._copied_at, self._old_positions = self._writes, []
+
+
+def trained_through(state: State, deltas: Any) -> Trained:
+    """What gradients go to, by name in a module's pass: so ZeRO-3 and FSDP2 gather it, in the backward pass too."""
+    return state.trained._replace(deltas=tuple(deltas[c.name] for c in state.columns))
 
 
 def find_groups(model: nn.Module) -> None:

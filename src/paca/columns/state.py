@@ -10,14 +10,15 @@ import itertools
 import sys
 import threading
 from collections.abc import Iterable
+from contextlib import nullcontext
 from operator import is_
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from paca.columns import lost
 from paca.columns.folded import Folded
-from paca.columns.lost import check_repeated, is_on_the_stack, note_first, refuse_backward, refuse_handler
 from paca.functional.column_blocks import runs_of, version_of
 from paca.functional.product import Trained
 
@@ -105,10 +106,6 @@ class State:
         changed = {id(tensor) for tensor, version in self.watched if tensor._version != version}
         return [c for c in self.columns if changed & {id(c.delta), id(c.indices), id(c.source)}]
 
-    def trained_through(self, deltas: Any) -> Trained:
-        """What gradients go to, by name in a module's pass: so ZeRO-3 and FSDP2 gather it, in the backward pass too."""
-        return self.trained._replace(deltas=tuple(deltas[c.name] for c in self.columns))
-
     @property
     def tag(self) -> Tensor:
         """A scalar tensor that stands for this state, for autograd to save; its value is the same for equal states."""
@@ -116,7 +113,8 @@ class State:
             if torch.is_inference_mode_enabled():  # autograd saves it, also if the first forward pass was inference
                 with torch.inference_mode(False):
                     return self.tag
-            self._tag = torch.scalar_tensor(hash(self.key), dtype=torch.int64, device="cpu")
+            with torch._C._DisableTorchDispatch():  # the passes that checkpointing repeats don't make it again
+                self._tag = torch.scalar_tensor(hash(self.key), dtype=torch.int64, device="cpu")
         return self._tag
 
 
@@ -133,14 +131,18 @@ class _Alone:
     out: if it wants to write, it is refused before anything has changed."""
 
     _call: Any = None
+    _unseen: Any = None
 
     def __enter__(self) -> None:
-        if self._call is not None and is_on_the_stack(self._call):  # else Ctrl-C ended it
-            refuse_handler()
+        if self._call is not None and lost.is_on_the_stack(self._call):  # else Ctrl-C ended it
+            lost.refuse_handler()
         self._call = sys._getframe(1)
+        self._unseen = lost.beside_checkpointing() if torch._C._len_torch_dispatch_stack() else nullcontext()
+        self._unseen.__enter__()
 
-    def __exit__(self, *error: object) -> None:
+    def __exit__(self, *error: Any) -> None:
         self._call = None
+        self._unseen.__exit__(*error)
 
 
 ALONE = _Alone()
@@ -199,10 +201,10 @@ class ActiveColumns:
         """Note that a forward pass runs with the present state. Raises if that repeats a pass that ran with others."""
         if torch.is_grad_enabled():
             if torch._C._current_graph_task_id() != -1:  # also with none active: their gradients would be lost
-                check_repeated(self._first_passes, self.state.key, names_of(self.state.columns))
+                lost.check_repeated(self._first_passes, self.state.key, names_of(self.state.columns))
         # A first pass runs within an autograd function; so does an evaluation's pass through checkpointing.
         elif may_be_recorded() and (not THREAD.passes or THREAD.passes[-1][1]):
-            note_first(self._first_passes, self.state, self.can_come_back)
+            lost.note_first(self._first_passes, self.state, self.can_come_back)
 
     def can_come_back(self, state: State) -> bool:
         return state.base == self.base and all(map(self.is_current, state.columns))
@@ -217,7 +219,7 @@ class ActiveColumns:
         repeated = saved_tag is not state.tag and int(saved_tag) != hash(state.key)
         if repeated or not self.can_come_back(state) or not state.unchanged():
             then, now = names_of(state.columns), names_of(self.state.columns)
-            refuse_backward(repeated=repeated, base_changed=state.base != self.base, then=then, now=now)
+            lost.refuse_backward(repeated=repeated, base_changed=state.base != self.base, then=then, now=now)
         if not self.has_trust(state):
             self.unaccounted = True  # an optimizer's step may follow that nobody sees
 

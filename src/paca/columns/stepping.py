@@ -22,15 +22,15 @@ Job = tuple[ResidentColumns, Tensor, tuple[AdapterColumns, ...]]
 Held = tuple[weakref.ref[Any], str]  # whose delta it is: a layer's, and the adapter
 # By the id of each: parameters that weak references point to can't be swapped (torch.__future__).
 _DELTAS: weakref.WeakValueDictionary[int, Deltas] = weakref.WeakValueDictionary()
-_STEPPING: dict[int, tuple[list[Held], list[Held]]] = {}  # by thread: `_held` by the optimizer that steps there
+STEPPING: dict[int, tuple[list[Held], list[Held]]] = {}  # by thread: `_held` by the optimizer that steps there
 
 
 def others_step(layers: list[Any]) -> bool:
     """Whether another thread is in a step of these layers: then columns are left as they are, those of before it."""
-    if not _STEPPING:
+    if not STEPPING:
         return False
-    forget_raised(_STEPPING)
-    others = [held[0] + held[1] for thread, held in _STEPPING.items() if thread != threading.get_ident()]
+    forget_raised(STEPPING)
+    others = [held[0] + held[1] for thread, held in STEPPING.items() if thread != threading.get_ident()]
     return not {id(layer_of()) for held in others for layer_of, _ in held}.isdisjoint(map(id, layers))
 
 
@@ -55,13 +55,13 @@ def _before_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> No
     if f"{type(optimizer).__module__}.{type(optimizer).__name__}".startswith(UNFIT):
         refuse_unfit(optimizer)
     with WRITING:  # a write that another thread has begun reads deltas
-        _STEPPING.setdefault(threading.get_ident(), _held(optimizer))
+        STEPPING.setdefault(threading.get_ident(), _held(optimizer))
 
 
 @torch.compiler.disable
 def _after_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
     with WRITING:
-        before = _STEPPING.pop(threading.get_ident(), ([],))[0]
+        before = STEPPING.pop(threading.get_ident(), ([],))[0]
         jobs: dict[ResidentColumns, Job] = {}  # one per weight: the last of its adapters knows them all
         # Gradients may come within the step (closures), or go (zeroed by the optimizer itself).
         now, without = _held(optimizer)

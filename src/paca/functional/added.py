@@ -39,3 +39,19 @@ def input_gradient_of_added(
 def of_rows(tensor: Tensor, rows: Tensor | None) -> Tensor:
     """The samples `rows` of `tensor (samples, ...)`; all for None."""
     return tensor if rows is None else tensor.index_select(0, rows)
+
+
+class AddedToLinear:
+    """The part of the linear product that is about added columns."""
+
+    def add_contribution(self, y: Tensor, selected: Tensor, indices: Tensor, delta: Tensor, scale: float) -> Tensor:
+        columns = selected.reshape(-1, selected.shape[-1])
+        flat = torch.addmm(y.reshape(-1, y.shape[-1]), columns, delta.to(y.dtype).t(), alpha=scale)
+        return torch.ops.aten._unsafe_view(flat, y.shape)
+
+    def add_input_gradient(
+        self, grad_x: Tensor, grad_output: Tensor, indices: Tensor, delta: Tensor, scale: float
+    ) -> None:
+        rows = grad_output.reshape(-1, grad_output.shape[-1])
+        part = torch.mm(rows, delta.to(rows.dtype)).mul_(scale)
+        grad_x.index_add_(-1, indices, part.view(*grad_x.shape[:-1], indices.numel()))

@@ -8,12 +8,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from paca.functional.added import AddedToLinear
 from paca.functional.column_blocks import take_columns
 from paca.functional.product import Product
 from paca.functional.train_columns import in_dtype, scaled
 
 
-class LinearProduct(Product):
+class LinearProduct(AddedToLinear, Product):
     """`x (..., in_features)` times a weight: `(out_features, in_features)`, or, if `input_dim` is 0 instead of 1,
     `(in_features, out_features)` (transformers' `Conv1D`)."""
 
@@ -38,18 +39,6 @@ class LinearProduct(Product):
         self, selected: Tensor, grad_output: Tensor, indices: Tensor, scale: Any, size: torch.Size, dtype: torch.dtype
     ) -> Tensor:
         return column_gradient(selected, grad_output.reshape(-1, grad_output.shape[-1]), scale, dtype)
-
-    def add_contribution(self, y: Tensor, selected: Tensor, indices: Tensor, delta: Tensor, scale: float) -> Tensor:
-        columns = selected.reshape(-1, selected.shape[-1])
-        flat = torch.addmm(y.reshape(-1, y.shape[-1]), columns, delta.to(y.dtype).t(), alpha=scale)
-        return torch.ops.aten._unsafe_view(flat, y.shape)
-
-    def add_input_gradient(
-        self, grad_x: Tensor, grad_output: Tensor, indices: Tensor, delta: Tensor, scale: float
-    ) -> None:
-        rows = grad_output.reshape(-1, grad_output.shape[-1])
-        part = torch.mm(rows, delta.to(rows.dtype)).mul_(scale)
-        grad_x.index_add_(-1, indices, part.view(*grad_x.shape[:-1], indices.numel()))
 
 
 def column_gradient(selected: Tensor, grad_rows: Tensor, scale: Any, dtype: torch.dtype) -> Tensor:

@@ -133,6 +133,13 @@ def end_left_over() -> None:
         batch = current_mixed_batch()
 
 
+def end_those_of_other_threads() -> None:
+    """End the mixed batches of threads that a forked process does not have."""
+    for batch in Running.batches:
+        if batch.thread != threading.get_ident():
+            _end(batch)
+
+
 def _call_below(frame: FrameType | None) -> FrameType | None:
     """The call whose `with` statement enters the context manager that runs in `frame`, through PEFT's own. None where
     its end does not end the batch: a generator is left and entered again, an exit stack may outlive who filled it."""

@@ -18,6 +18,7 @@ from paca.columns.fingerprints import compare_values, note_values
 from paca.columns.kept import Kept, positions_of, sum_of
 from paca.columns.lost import note_if_unsaved
 from paca.columns.resident import WRITING
+from paca.columns.sharded import trained_through
 from paca.columns.state import ActiveColumns, AdapterColumns, State
 from paca.functional.column_blocks import put_columns, version_of
 from paca.functional.linear import LinearProduct
@@ -165,7 +166,7 @@ class PatchedWeight(OverlaidWeight):
         autocast = torch.is_autocast_enabled(x.device.type)
         with torch.autocast(x.device.type, enabled=False) if autocast else nullcontext():
             source = PatchedPass(self, state, dtype)
-            trained = state.trained_through(self.owner().paca_delta)
+            trained = trained_through(state, self.owner().paca_delta)
             y = train_columns(_PRODUCT, in_dtype(x, dtype), None, bias, trained, source)
             return in_dtype(y, output_dtype)
 
@@ -273,7 +274,7 @@ class AdditiveWeight(OverlaidWeight):
         if not state.columns:
             return y
         source = AddedPass(self.columns, state)
-        trained = state.trained_through(self.owner().paca_delta)
+        trained = trained_through(state, self.owner().paca_delta)
         return train_columns(_PRODUCT, x, None, None, trained, source, added_to=y)
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from paca.columns.kept import oriented
 from paca.columns.resident import WRITING
+from paca.columns.sharded import trained_through
 from paca.columns.state import AdapterColumns, State
 from paca.columns.stepping import others_step
 from paca.functional.train_columns import train_columns
@@ -206,7 +207,7 @@ class PeftCalls(BaseTunerLayer):
         active = self.base_layer.columns
         rows = self.rows_of(x, batch)
         state = State(tuple(self.columns_of(name) for name in rows), active.base)
-        trained = state.trained_through(self.paca_delta)._replace(rows=tuple(rows.values()))
+        trained = trained_through(state, self.paca_delta)._replace(rows=tuple(rows.values()))
         source = AddedPass(active, state, batch.tag)
         added = train_columns(self.base_layer.product(), x, None, None, trained, source, added_to=y)
         if others_step([self]) or any(active.revisions.get(c.name, 0) != c.revision for c in state.columns):

@@ -7,7 +7,8 @@ goes), so that hooks on it, state dicts, copies, pickles and moves see the right
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, ClassVar
+from types import SimpleNamespace
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +27,7 @@ from paca.functional.train_columns import train_columns
 class ResidentPass(WeightSource):
     """One forward pass on the resident weight of `module`, which holds `state`, for its backward pass."""
 
-    def __init__(self, module: ResidentWeight, state: State) -> None:
+    def __init__(self, module: Any, state: State) -> None:
         self.module, self.state, self.columns, self.tag = module, state, module.columns, state.tag
 
     def weight(self) -> Tensor:
@@ -34,10 +35,12 @@ class ResidentPass(WeightSource):
         return self.module.weight
 
     def weight_again(self, saved_tag: Tensor, wanted: bool) -> Tensor | None:
-        if not self.columns.untouched(self.module._parameters.get("weight"), self.state, saved_tag):
+        weight = self.module._parameters.get("weight")
+        if not self.columns.untouched(weight, self.state, saved_tag):
             if wanted:
                 self.columns.before_backward(self.module.weight, self.state, saved_tag)
             else:
+                self.columns.find(weight)
                 self.columns.check_backward(self.state, saved_tag)
         self.held = self.columns.state
         return self.weight() if wanted else None
@@ -132,7 +135,10 @@ class ResidentWeight(nn.Module):
         trained = self.columns.trained(state, self.owner()) if weight is None else state.trained
         if is_checkpointing(True) and not any(t.requires_grad for t in (x, *trained.deltas)):
             note_unsaved(self.columns)
-        return train_columns(self.product(), x, weight, self.bias, trained, ResidentPass(self, state))
+        own, module = self._parameters.get("weight"), cast("Any", self)
+        if own is not None and type(own) is not nn.Parameter and self.columns.whole:  # functional_call takes it back
+            module = SimpleNamespace(weight=own, _parameters={"weight": own}, columns=self.columns)
+        return train_columns(self.product(), x, weight, self.bias, trained, ResidentPass(module, state))
 
     def state_now(self) -> State:
         """What the weight holds; it is written before, if it is stale: the model did not look for this layer."""

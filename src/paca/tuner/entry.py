@@ -105,9 +105,6 @@ class ModelEntry(Entry):
         self.__dict__.update(state)
         self.take([*self.layers, *self.others])  # a copied or unpickled model's own
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_modes": {}}
-
 
 # Dynamo neither compiles these hooks by themselves, nor leaves the graph when it traces a model that has them.
 for hook in (ModelEntry.enter, ModelEntry.leave, ModelEntry.enter_compiled):
