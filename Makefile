@@ -109,5 +109,5 @@ demo-clean:
 	rm -rf $(DEMO_RUN) .cache/demo/data
 
 clean:
-	rm -rf $(VENV) .cache build dist .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) .cache build dist .pytest_cache .mypy_cache .ruff_cache src/*.egg-info
 	find src tests demo -type d -name __pycache__ -prune -exec rm -rf {} +

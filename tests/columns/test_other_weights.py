@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import gc
+import weakref
 from functools import partial
 
 import pytest
@@ -153,3 +155,64 @@ def test_selective_checkpointing_repeats_a_pass_after_columns_were_parked(betwee
     else:
         model.state_dict()
     assert all(torch.equal(a, b) for a, b in zip(torch.autograd.grad(loss, deltas), want, strict=True))
+
+
+def test_several_sets_of_weights_take_the_place_of_the_models_in_turn():
+    """The second set was taken for the model's own, which was forgotten then."""
+    model, x = trained_perceptron(), torch.randn(4, 7)
+    before = model(x)
+    sets = [fast_weights(model, by) for by in (0.1, 0.2, 0.3)]
+    names = [name for name, p in model.named_parameters() if p.requires_grad]
+    outs = [functional_call(model, fast, (x,)) for fast in sets]
+    again = [functional_call(model, fast, (x,)) for fast in sets]
+    assert all(torch.equal(one, other) for one, other in zip(outs, again, strict=True))
+    assert torch.equal(model(x), before)
+    sum(out.square().sum() for out in outs).backward()
+    for fast in sets:
+        moved = copy.deepcopy(model)
+        moved.load_state_dict({name: fast[name].detach() for name in names}, strict=False)
+        want = torch.autograd.grad(moved(x).square().sum(), [p for p in moved.parameters() if p.requires_grad])
+        assert all(torch.equal(fast[name].grad, one) for name, one in zip(names, want, strict=True))
+    assert torch.equal(model(x), before)
+
+
+@pytest.mark.parametrize("teacher", ["clones", "state dict"])
+def test_a_pass_of_equal_weights_leaves_a_pending_gradient_as_it_was(teacher):
+    model, x = trained_perceptron(), torch.randn(4, 7)
+    deltas = [p for p in model.parameters() if p.requires_grad]
+    want = torch.autograd.grad(model(x).square().sum(), deltas)
+    state = {k: v.clone() for k, v in model.state_dict().items()} if teacher == "state dict" else fast_weights(model, 0)
+    loss = model(x).square().sum()
+    with torch.no_grad():
+        functional_call(model, state, (x,))
+    assert all(torch.equal(a, b) for a, b in zip(torch.autograd.grad(loss, deltas), want, strict=True))
+
+
+def test_a_weight_that_is_written_while_another_has_its_place_has_no_pending_gradients():
+    model, x = trained_perceptron(), torch.randn(4, 7)
+    loss = model(x).square().sum()
+    functional_call(model, fast_weights(model, 0.1), (x,))
+    write_in_place(model, paca_layers(model)[-1])
+    with pytest.raises(RuntimeError, match="between forward and backward"):
+        loss.backward()
+
+
+def test_values_that_are_moved_as_they_are_leave_pending_gradients():
+    """As when blocks are swapped out of a device's memory and back."""
+    model, x = trained_perceptron(), torch.randn(4, 7)
+    loss = model(x).square().sum()
+    for layer in paca_layers(model):
+        layer.base_layer.weight.data = layer.base_layer.weight.data.clone()
+    loss.backward()
+
+
+def test_a_graph_of_deltas_that_were_put_in_goes_with_its_last_user():
+    model, x = trained_perceptron(), torch.randn(4, 7)
+    start = torch.zeros(1, requires_grad=True)
+    fast = {n: p.detach() + start if p.requires_grad else p.detach().clone() for n, p in model.named_parameters()}
+    leaf = weakref.ref(start)
+    functional_call(model, fast, (x,))
+    model(x)
+    del fast, start
+    gc.collect()
+    assert leaf() is None

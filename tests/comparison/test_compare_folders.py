@@ -108,7 +108,7 @@ def test_runs_of_which_the_data_meant_something_else_are_told_apart(tmp_path: Pa
 
 
 def test_runs_that_other_reward_functions_judged_have_no_verdict(tmp_path: Path) -> None:
-    key = "train.reward_funcs (rew:score, /rew.py)"
-    paths = [with_inputs(run(tmp_path / name, rank), **{key: name}) for name, rank in (("a", 4), ("b", 8))]
+    key = "train.reward_funcs (rew:score, /{}/rew.py)"
+    paths = [with_inputs(run(tmp_path / name, rank), **{key.format(name): name}) for name, rank in (("a", 4), ("b", 8))]
     verdict = compare_folders(paths, tmp_path / "report").verdict
-    assert "not judged by the same: the content of train.reward_funcs (rew:score, /rew.py)" in verdict
+    assert "not judged by the same: the content of train.reward_funcs (rew:score)" in verdict

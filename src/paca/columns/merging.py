@@ -44,6 +44,7 @@ class MergeableColumns(ResidentColumns):
             if safe:
                 check_merged(columns, [values])
             self.base_changed()
+            self.asides = ()
             self.merged, self._originals_of_merged = together, kept  # first: Ctrl-C may come in the middle
             put_columns(weight, self.dim, kept.positions, values)
             self._left_as = identity(weight)
@@ -79,7 +80,7 @@ class MergeableColumns(ResidentColumns):
             alone = [c.name for c in self.state.columns] == [name]
             if not alone:
                 self.park(weight, for_now=True)
-            wanted = fold()
+            wanted, self.asides = fold(), ()
             if not alone:
                 self.write(weight, wanted)
                 return
@@ -98,6 +99,7 @@ class MergeableColumns(ResidentColumns):
     def moved(self) -> None:
         """Note that the (parked) weight is about to be moved, or cast."""
         self.parked, self._left_as, self._parked_for_now, self._sent = None, None, False, True
+        self.asides = ()
 
     def reloaded(self, name: str = "A weight") -> None:
         """Note that new values come into the (parked) weight. Raises while anything is merged into it."""

@@ -20,7 +20,7 @@ from paca.columns.entry import Entry
 from paca.columns.fingerprints import compare_values
 from paca.columns.folded_in_weight import originals_of_folded, pieces, put_folded
 from paca.columns.kept import Kept, add_scaled, holds, oriented, positions_of, sum_of
-from paca.columns.other_weights import Aside, adopt, found_again
+from paca.columns.other_weights import Aside, adopt, found_again, is_back
 from paca.columns.state import ALONE, FOR_NOW, THREAD, ActiveColumns, AdapterColumns, State, is_sharded
 from paca.functional.column_blocks import blocks_in, blocks_of, put_columns, read_columns, version_of
 from paca.functional.product import Trained
@@ -33,7 +33,7 @@ class ResidentColumns(ActiveColumns):
     weight runs over the input features (1: `nn.Linear`, 0: `Conv1D`; of a stack of experts -1, or -2 if it is stored
     transposed)."""
 
-    aside: Aside | None = None  # of a weight that another took the place of
+    asides: tuple[Aside, ...] = ()  # what weights hold in whose place another is
     kept: Kept  # the originals of the trained columns of `state`; there from the first write on
 
     def __init__(self, dim: int) -> None:
@@ -204,18 +204,19 @@ class ResidentColumns(ActiveColumns):
         if self.half_written:  # an exception came in the middle
             self._put_back(weight)
         if self.as_left(weight) and not self._parked_for_now:  # then it is compared: `.data` moves no version counter
-            return
-        columns = self.state.columns
-        if not columns and not self._parked_for_now:
-            self.parked, self._left_as = None, None
-            self.base_changed()  # it is a pretrained weight, which its owner may change
-            return
-        if holds(weight, self.dim, self._all_kept(weight), columns):
-            if not self.as_left(weight):
-                adopt(self, weight)
-        elif not found_again(self, weight):
-            not_whole.refuse_overwritten(columns or (self.parked[0].columns if self.parked else ()))
-        self._left_as = identity(weight)
+            return None
+        columns, now = self.state.columns, identity(weight)
+        if not (self.asides and is_back(self, weight, now)):
+            if not columns and not self._parked_for_now:
+                self.parked, self._left_as = None, None
+                return self.base_changed()  # it is a pretrained weight, which its owner may change
+            if holds(weight, self.dim, self._all_kept(weight), columns):
+                if not self.as_left(weight):
+                    adopt(self, weight, now)
+            elif not found_again(self, weight):
+                not_whole.refuse_overwritten(columns or (self.parked[0].columns if self.parked else ()))
+        self._left_as = now
+        return None
 
     def before_backward(self, weight: Tensor, state: State, saved_tag: Tensor) -> None:
         """Make the weight hold what the forward pass with `state` saw. Raises as what it calls."""

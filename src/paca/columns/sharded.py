@@ -85,6 +85,9 @@ class ShardedColumns(MergeableColumns):
     def as_left(self, weight: Tensor | None) -> bool:
         return super().as_left(self.rows)
 
+    def find(self, weight: Tensor | None) -> None:
+        super().find(self.rows)
+
     def replaced(self, value: Any) -> None:
         """Note that `value` takes the weight's place: a shard, or all rows gathered."""
         if not is_sharded(value):

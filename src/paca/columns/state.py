@@ -73,7 +73,7 @@ class State:
     What is made of the tensors is taken from the state `like`, if they are the same: an optimizer's step leaves them.
     """
 
-    __slots__ = ("_tag", "base", "columns", "key", "places", "trained", "watched")
+    __slots__ = ("__weakref__", "_tag", "base", "columns", "key", "places", "trained", "watched")
 
     def __init__(self, columns: tuple[AdapterColumns, ...], base: int, like: State | None = None) -> None:
         self.columns, self.base = columns, base
@@ -141,8 +141,8 @@ class _Alone:
         self._unseen.__enter__()
 
     def __exit__(self, *error: Any) -> None:
-        self._call = None
         self._unseen.__exit__(*error)
+        self._call = None
 
 
 ALONE = _Alone()

@@ -58,21 +58,25 @@ def batching(config: Mapping[str, Any]) -> str:
 
 def _other_contents(rows: list[Row], split_off: bool) -> list[str]:
     """The settings that name the same in all runs, and meant other things."""
-    rewards = sorted({key for row in rows for key in _contents(row) if key.startswith(_REWARDS)})
+    rewards = sorted({key for row in rows for key in contents_of(row) if key.startswith(_REWARDS)})
     keys = ("data.train" if split_off else "data.eval", "data.template", "model.name", *rewards)
     return [key for key in keys if _has_other_content(rows, key)]
 
 
-def _contents(row: Row) -> Mapping[str, str]:
-    """Hashes of what the settings of a run named; older rows have none."""
-    found: Mapping[str, str] = row["run_info"].get("contents", {})
+def contents_of(row: Row) -> Mapping[str, str]:
+    """Hashes of what the settings of a run named; older rows have none. Those of reward functions have the paths of
+    files in their keys, which say nothing: of each name they are one."""
+    found: dict[str, str] = {}
+    for key, content in sorted(row["run_info"].get("contents", {}).items()):
+        name = f"{key.rpartition(', ')[0]})" if key.startswith(_REWARDS) else key
+        found[name] = found.get(name, "") + content
     return found
 
 
 def _has_other_content(rows: Iterable[Row], key: str) -> bool:
     contents: dict[str, set[str]] = {}
     for row in rows:
-        content = _contents(row).get(key)
+        content = contents_of(row).get(key)
         # Quantization changes the model as it came, and a new head is drawn by the seed.
         like = (at(row["run_info"]["config"], ("model",)), row["seed"]) if key == "model.name" else None
         if content is not None:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
-from paca.comparison.comparable import trained_alike, unlike
+from paca.comparison.comparable import contents_of, trained_alike, unlike
 from paca.comparison.methods import Method, own_section
 from paca.comparison.plan_table import PlannedMethod, settings_text
 from paca.comparison.report import write_report
@@ -71,7 +73,9 @@ def compare_folders(paths: Sequence[Path], output: Path) -> ComparisonResult:
         PacaError: A folder holds no finished run, or one without held-out data, or two hold the same method and seed,
             or all are of one method, or they are judged by different metrics.
     """
-    groups: dict[str, list[Row]] = {}
+    groups: dict[tuple[str, int], list[Row]] = {}
+    if (output / "settings.json").is_file():
+        raise PacaError(f"{output} holds a comparison that trains its runs. Give the report another --output.")
     names = [path.name for path in paths]
     folders: dict[str, RunFolder] = {}
     for path in paths:
@@ -84,7 +88,9 @@ def compare_folders(paths: Sequence[Path], output: Path) -> ComparisonResult:
             raise PacaError(f"{path}: the run has no finite {row['metric']} on held-out data, so it can't be compared.")
         if names.count(path.name) > 1:  # in two parents
             row["name"] = str(path)
-        rows = groups.setdefault(_without_seed(row), [])
+        settings = _without_seed(row["run_info"]["config"])
+        number = next(n for n in itertools.count() if _has_same_contents([*groups.get((settings, n), []), row]))
+        rows = groups.setdefault((settings, number), [])
         twin = next((one["name"] for one in rows if one["seed"] == row["seed"]), None)
         if twin is not None:
             raise PacaError(
@@ -167,11 +173,18 @@ def _shared_notes(rows: Iterable[Row], expected: Sequence[str] = ()) -> list[str
     return notes
 
 
-def _without_seed(row: Row) -> str:
-    """The settings of a run, and what they meant."""
-    kept = {name: dict(values) for name, values in row["run_info"]["config"].items() if name != "output"}
-    contents = row["run_info"].get("contents", {})
-    kept["contents"] = {key: value for key, value in contents.items() if key.startswith(("data.", "train."))}
+def _has_same_contents(rows: list[Row]) -> bool:
+    """Whether data and functions of the same settings meant the same in all runs, as far as is known."""
+    known: dict[str, set[str]] = {}
+    for row in rows:
+        for key, content in contents_of(row).items():
+            if key.startswith(("data.", "train.")):
+                known.setdefault(key, set()).add(content)
+    return all(len(found) == 1 for found in known.values())
+
+
+def _without_seed(config: dict[str, dict[str, Any]]) -> str:
+    kept = {name: dict(values) for name, values in config.items() if name != "output"}
     # Of a comparison's runs one alone scores the model as it came.
     for section, key in (("train", "seed"), ("paca", "random_seed"), ("eval", "before")):
         kept.get(section, {}).pop(key, None)

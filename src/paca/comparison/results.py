@@ -276,7 +276,7 @@ class ComparisonResult:
                 compared = not ranges and (not work or "time" in self.equal)
                 timed = f"{time:.2f} × the training time of {name}{contrast.interval_of('train_time')} and "
                 held = f"{memory:.2f} × {its} peak memory{contrast.interval_of('accelerator_memory_max')}"
-                once = "By one run of each, " * (min(len(contrast.leader.rows), len(contrast.other.rows)) < 2)
+                once = "By one run of each, " * (max(len(contrast.leader.rows), len(contrast.other.rows)) < 2)
                 sentences.append(
                     f"{once}{contrast.leader.name} takes {timed * compared}{held}, weights included; it trains "
                     f"{parameters:.2f} × the parameters."

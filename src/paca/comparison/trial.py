@@ -104,7 +104,7 @@ class _Known:
 
     def __init__(self, comparison: Comparison, *, count_memory: bool) -> None:
         device = "cpu" if count_memory or not torch.cuda.is_available() else torch.cuda.get_device_name()
-        self.measured_by = [count_memory, device, versions()]
+        self.measured_by = ["the longest batch" if count_memory else False, device, versions()]
         self.path = comparison.path / "trials" / "made.json"
         self.content = content_of(comparison.common)  # of data and model: another one may lie under the same name
         self.found: dict[str, Any] = json.loads(self.path.read_text(encoding="utf-8")) if self.path.is_file() else {}

@@ -34,7 +34,7 @@ _INSTEAD: dict[str, dict[str, Any]] = {
 }
 """Settings that some judges refuse, and what they take. Those that reason count their thoughts as tokens."""
 
-_TOO_LONG = re.compile("context|too (large|long)|exceed", re.IGNORECASE)
+_TOO_LONG = re.compile("context[_ ](length|window)|maximum context", re.IGNORECASE)
 """In a refusal of a question that leaves no room for its answer: though it may name `max_tokens`, that stays."""
 
 _FEWEST_TOKENS = 128
@@ -160,7 +160,8 @@ class Judge:
                     said = content.decode(errors="replace")
                     if tokens > _TOKENS and response.status_code in _TOO_LARGE:
                         return Answer("", Usage(requests=sent), cut=True)
-                    if response.status_code == 400 and _TOO_LONG.search(said):  # with the answer, for its context
+                    unknown = "not supported" in said or "nsupported" in said  # a setting, whatever else it says
+                    if response.status_code == 400 and _TOO_LONG.search(said) and not unknown:  # with its answer
                         if "max_tokens" not in body or tokens <= _FEWEST_TOKENS:
                             return Answer("", Usage(requests=sent))
                         tokens //= 2

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from paca.layers import PacaExpertStack
 from paca.layers.mixed_batch import BASE, MixedBatch, current_mixed_batch
 
-_ONE_AT_A_TIME = threading.RLock()  # the stacks hold one adapter's columns at a time
+ONE_AT_A_TIME = threading.RLock()  # the stacks hold one adapter's columns at a time
 
 
 class NoteSamples:
@@ -60,7 +60,7 @@ class ExpertsByAdapter:
             return self.forward(hidden_states, *args, **kwargs)
         stacks = [child for child in self.experts.children() if isinstance(child, PacaExpertStack)]
         groups = self._tokens_by_adapter(hidden_states, batch, stacks)
-        with _ONE_AT_A_TIME:
+        with ONE_AT_A_TIME:
             parts = []
             for adapter, tokens in groups.items():
                 batch.adapter = adapter

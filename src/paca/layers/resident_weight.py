@@ -7,8 +7,7 @@ goes), so that hooks on it, state dicts, copies, pickles and moves see the right
 from __future__ import annotations
 
 from collections.abc import Callable
-from types import SimpleNamespace
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +15,7 @@ from torch._C._autograd import _top_saved_tensors_default_hooks as is_checkpoint
 
 from paca.columns.lost import note_unsaved, refuse_torn
 from paca.columns.merging import MergeableColumns
+from paca.columns.other_weights import in_place_of_it
 from paca.columns.resident import WRITING
 from paca.columns.sharded import ShardedColumns
 from paca.columns.state import ALONE, State, is_sharded
@@ -28,6 +28,8 @@ class ResidentPass(WeightSource):
     """One forward pass on the resident weight of `module`, which holds `state`, for its backward pass."""
 
     def __init__(self, module: Any, state: State) -> None:
+        if module.columns.asides:
+            module = in_place_of_it(module)
         self.module, self.state, self.columns, self.tag = module, state, module.columns, state.tag
 
     def weight(self) -> Tensor:
@@ -135,10 +137,7 @@ class ResidentWeight(nn.Module):
         trained = self.columns.trained(state, self.owner()) if weight is None else state.trained
         if is_checkpointing(True) and not any(t.requires_grad for t in (x, *trained.deltas)):
             note_unsaved(self.columns)
-        own, module = self._parameters.get("weight"), cast("Any", self)
-        if own is not None and type(own) is not nn.Parameter and self.columns.whole:  # functional_call takes it back
-            module = SimpleNamespace(weight=own, _parameters={"weight": own}, columns=self.columns)
-        return train_columns(self.product(), x, weight, self.bias, trained, ResidentPass(module, state))
+        return train_columns(self.product(), x, weight, self.bias, trained, ResidentPass(self, state))
 
     def state_now(self) -> State:
         """What the weight holds; it is written before, if it is stale: the model did not look for this layer."""

@@ -20,14 +20,14 @@ _VERY_SLOW = 4.0
 _EDGE = 1024
 """Rows and columns that are converted at most at a time: 4 MiB of float32 for each factor and for their product."""
 _SIXTEEN_BITS = (torch.bfloat16, torch.float16)
-_LOCK = threading.RLock()  # a time is measured once, as the number of threads is changed for it, which is everybody's
+TIMING = threading.RLock()  # a time is measured once, as the number of threads is changed for it, which is everybody's
 _times: dict[torch.dtype, float] = {}
 
 
 def times_as_slow(dtype: torch.dtype) -> float:
     """How many times as long as float32's products those of `dtype` take a thread of this CPU (within 0.3 s, once)."""
     if dtype not in _times:
-        with _LOCK, torch.autocast("cpu", enabled=False):
+        with TIMING, torch.autocast("cpu", enabled=False):
             if dtype not in _times:
                 _times[dtype] = _measured(dtype)
     return _times[dtype]
@@ -75,13 +75,13 @@ def float32_products() -> Iterator[None]:
 
     It does not ask whether this CPU is slower at 16 bits: where it is not, products take longer so.
     """
-    with _LOCK:
+    with TIMING:
         _install()
         _wanted[0] += 1
     try:
         yield
     finally:
-        with _LOCK:
+        with TIMING:
             _wanted[0] -= 1
 
 

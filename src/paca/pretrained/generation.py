@@ -272,8 +272,11 @@ def sampling_settings(model: Any, tokenizer: PreTrainedTokenizerBase, temperatur
     if temperature > 0:
         return settings | {"temperature": temperature}
     # The likeliest token each time: a checkpoint's own penalties would choose others, of digits too.
-    likeliest = {"num_beams": 1, "repetition_penalty": 1.0, "no_repeat_ngram_size": 0, "min_length": 0}
+    likeliest = {"num_beams": 1, "num_return_sequences": 1, "repetition_penalty": 1.0, "no_repeat_ngram_size": 0}
+    likeliest |= {"min_length": 0, "encoder_no_repeat_ngram_size": 0}
     unused = {"temperature": None, "top_p": None, "top_k": None, "min_new_tokens": None}  # would be warned about
+    unused |= dict.fromkeys(("suppress_tokens", "begin_suppress_tokens", "bad_words_ids", "sequence_bias"))
+    unused |= dict.fromkeys(("guidance_scale", "exponential_decay_length_penalty"))
     return settings | likeliest | unused
 
 

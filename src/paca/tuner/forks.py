@@ -7,12 +7,15 @@ import os
 from paca.columns.resident import WRITING
 from paca.columns.state import ALONE
 from paca.columns.stepping import STEPPING
+from paca.layers.experts_by_adapter import ONE_AT_A_TIME
 from paca.layers.mixed_batch import end_those_of_other_threads
+from paca.lean.float32_products import TIMING
 
 
 def forget_other_threads() -> None:
     """Called in the child, before anything else runs there."""
-    WRITING._at_fork_reinit()  # type: ignore[attr-defined]
+    for lock in (WRITING, ONE_AT_A_TIME, TIMING):
+        lock._at_fork_reinit()  # type: ignore[attr-defined]
     ALONE._call = None
     STEPPING.clear()
     end_those_of_other_threads()
