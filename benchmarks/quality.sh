@@ -6,7 +6,7 @@
 #   EQUAL=time bash benchmarks/quality.sh digits-wide arc-wide gsm8k-wide    with 256 columns a layer
 #   EQUAL=time bash benchmarks/quality.sh arc-long                           with twice the steps
 #   EQUAL=memory bash benchmarks/quality.sh encyclopedia-linear              with a rate that falls linearly
-#   EQUAL=memory bash benchmarks/quality.sh gsm8k-wide                       with 224 columns in half batches
+#   EQUAL=memory bash benchmarks/quality.sh gsm8k-wide arc-wide              with more columns in half batches
 #   EQUAL=parameters JOBS=2 OMP_NUM_THREADS=1 bash benchmarks/quality.sh arc
 #
 # JOBS processes share the work; with more than one, leave `time` out of EQUAL, as they slow each other down. A part
@@ -57,6 +57,11 @@ for task in "$@"; do
                 ;;
             arc-long-time) # most of an epoch
                 config=arc rates=4.87e-4,7.8e-4,1.25e-3 changed=(--set train.max_steps=400)
+                ;;
+            arc-wide-memory) # the committed rows of LoRA are those of arc-memory
+                config=arc rates=7.8e-4,1.25e-3
+                own=(--lr paca-wide=3.04e-4,4.87e-4,7.8e-4 --lr paca-wide-16bit=3.04e-4,4.87e-4,7.8e-4)
+                methods=paca-wide=$folder/arc-wide.yaml,paca-wide-16bit=$folder/arc-wide-16bit.yaml,lora,lora-tuned
                 ;;
             arc-wide-time | gsm8k-wide-time) # LoRA with r 33, as many parameters as paca's r 64
                 config=${task%-wide} same=time rates=7.8e-4,1.25e-3 own=(--lr paca-256=1.9e-4,3.04e-4,4.87e-4)

@@ -10,9 +10,8 @@ import pytest
 import yaml
 
 from evaluation.tally import Tally
-from paca.cli.evaluate import number
+from paca.cli.evaluate import columns_of_flag, number
 from paca.data import Examples
-from paca.data.named_columns import columns_of_flag
 from paca.evaluation.completions import completions
 from paca.evaluation.own_data import Score
 from paca.evaluation.own_run import (

@@ -21,7 +21,6 @@ from rich.table import Table
 from paca.cli.counted import Counted
 from paca.cli.ending import sigterm_as_ctrl_c
 from paca.cli.starting import import_libraries
-from paca.data.named_columns import columns_of_flag
 from paca.evaluation.kept_lines import alone_in
 from paca.messages.errors import PacaError
 from paca.messages.install import how_to_install
@@ -176,6 +175,16 @@ def evaluate(
         say(console, "\nStopped. What was answered is kept; the same command goes on from there:")
         say(console, f"  {program()} {shlex.join(sys.argv[1:])}")
         raise typer.Exit(130) from None
+
+
+def columns_of_flag(text: str) -> dict[str, str]:
+    """Columns as a flag has them, `question=Frage,answer=Antwort`; raise `PacaError` for another text."""
+    pairs = [part.partition("=") for part in text.split(",")]
+    if not all(name.strip() and own.strip() for name, _, own in pairs):
+        raise PacaError(
+            f"--columns is {text!r}; expected a form's names, each with yours: question=Frage,answer=Antwort."
+        )
+    return {name.strip(): own.strip() for name, _, own in pairs}
 
 
 def _measure_own_data(

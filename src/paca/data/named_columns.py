@@ -21,16 +21,6 @@ def check_names(columns: Mapping[str, str], known: Collection[str]) -> None:
     raise PacaError(f"data.columns names {unknown[0]}, which is a column of no form of data.{hint}")
 
 
-def columns_of_flag(text: str) -> dict[str, str]:
-    """Columns as a flag has them, `question=Frage,answer=Antwort`; raise `PacaError` for another text."""
-    pairs = [part.partition("=") for part in text.split(",")]
-    if not all(name.strip() and own.strip() for name, _, own in pairs):
-        raise PacaError(
-            f"--columns is {text!r}; expected a form's names, each with yours: question=Frage,answer=Antwort."
-        )
-    return {name.strip(): own.strip() for name, _, own in pairs}
-
-
 def renamed(
     rows: Iterable[tuple[str, Row]], columns: Mapping[str, str], optional: Collection[str], source: str
 ) -> Iterator[tuple[str, Row]]:
