@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from paca.columns.kept import Kept, holds, sum_of
 from paca.columns.state import State
@@ -72,11 +72,13 @@ def adopt(columns: Any, weight: Tensor, identity: tuple[int, int]) -> None:
     that are pending can't have what it was."""
     version, memory = columns._left_as
     state, kept, folded = columns.state.columns, columns.kept, columns._folded
-    if columns.whole and identity[1] != memory and identity[0] != version:
+    # With the same version it was moved by `.data` as it is, which no counter shows.
+    is_other = columns.whole and (identity[0] != version or type(weight) is not nn.Parameter)
+    if is_other and identity[1] != memory:
         columns.asides = _with_present_one(columns, columns.asides, weight)
     columns.kept = kept._replace(values=kept.values.to(weight.dtype))
     columns._folded = folded and folded._replace(values=folded.values.to(weight.dtype))
-    if columns.whole and identity[0] != version:  # else it was moved by `.data` as it is, which no counter shows
+    if is_other:
         columns.base_changed()
         columns._set_state(State(state, columns.base))
 
@@ -112,7 +114,7 @@ def _has(weight: Tensor, dim: int, kept: Kept, values: Tensor) -> bool:
 def _with_present_one(columns: Any, asides: tuple[Aside, ...], weight: Tensor) -> tuple[Aside, ...]:
     """Those that are aside, without old ones of which no pass is pending, and the one that was there till now."""
     state, dim = columns.state, columns.dim
-    if columns._left_as is None:
+    if columns._left_as is None or not columns.whole:
         return asides
     held = [
         kept._replace(values=sum_of(kept, state.columns, dim).to(weight.dtype)) for kept in columns._all_kept(weight)

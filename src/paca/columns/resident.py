@@ -215,7 +215,7 @@ class ResidentColumns(ActiveColumns):
                     adopt(self, weight, now)
             elif not found_again(self, weight):
                 not_whole.refuse_overwritten(columns or (self.parked[0].columns if self.parked else ()))
-        self._left_as = now
+        self._left_as = identity(weight)
         return None
 
     def before_backward(self, weight: Tensor, state: State, saved_tag: Tensor) -> None:
