@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -116,8 +117,9 @@ def _train(
     disable_progress_bars()
     same = tuple(equal.split(",")) if equal else ()
     comparison = Comparison(output, common, chosen, rates, numbers, same, extend)
-    say(console, "Reading the data, and the shapes of the model with each method ...")
-    planned = prepare(comparison, console, dry_run=dry_run)
+    busy = console.status("Reading the data, and the shapes of the model with each method ...")
+    with busy if console.is_terminal else nullcontext():
+        planned = prepare(comparison, console, dry_run=dry_run)
     console.print(table_of(planned))
     say(console, f"data: {planned[0].plan.data.train.description}")
     grids = comparison.grids()
