@@ -160,7 +160,7 @@ class Judge:
                     said = content.decode(errors="replace")
                     if tokens > _TOKENS and response.status_code in _TOO_LARGE:
                         return Answer("", Usage(requests=sent), cut=True)
-                    unknown = "not supported" in said or "nsupported" in said  # a setting, whatever else it says
+                    unknown = re.search("not supported|unsupported", said, re.IGNORECASE)  # of a setting
                     if response.status_code == 400 and _TOO_LONG.search(said) and not unknown:  # with its answer
                         if "max_tokens" not in body or tokens <= _FEWEST_TOKENS:
                             return Answer("", Usage(requests=sent))
