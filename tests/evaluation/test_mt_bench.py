@@ -298,6 +298,14 @@ def test_an_answer_without_text_has_no_grade_and_ends_nothing(tmp_path: Path, wa
     assert waits == []
 
 
+def test_an_answer_without_a_grade_is_judged_again_by_the_next_call(tmp_path: Path) -> None:
+    replies = iter(["no", "no", "no", "[[4]]"])
+    with judging(lambda body, number: verdict(next(replies))) as server:
+        for score, requests in ((None, 3), (4, 4), (4, 4)):
+            ratings = ratings_of(judge_of(server), "base", QUESTIONS[2:], [["e"]], tmp_path, Tally())
+            assert ([rating.score for rating in ratings], len(server.requests)) == ([score], requests)
+
+
 @pytest.mark.parametrize("status", [400, 401, 404])
 def test_a_refusal_is_final(status: int, waits: list[float]) -> None:
     with judging(lambda body, number: (status, {}, b'{"error": "no such key"}')) as server:

@@ -241,7 +241,7 @@ def print_ratings(console: Console, results: dict[str, Any]) -> None:
         table.add_row(escape(printable(label, longest=100)), *cells)
     console.print(table)
     if ungraded := sum(scores["without_grade"] for scores in models.values()):
-        say(console, f"The judge named no grade for {ungraded} answers; they are left out.", style="yellow")
+        say(console, f"The judge named no grade for {ungraded} answers. The same call asks again.", style="yellow")
     used = results["judge"]
     tokens = f"read {used['prompt_tokens']:,} tokens and wrote {used['completion_tokens']:,}"
     say(console, f"The judge {tokens}, in {used['requests']:,} requests.")

@@ -88,7 +88,7 @@ def ratings_of(
         side: Whose answers they are.
         questions: What was asked.
         answers: For each question, what was said turn by turn.
-        output: The folder of verdicts; those of the same judge on the same answers are not asked for again.
+        output: The folder of verdicts; grades by the same judge of the same answers are not asked for again.
         watcher: Told how far it is.
 
     Raises:
@@ -103,7 +103,7 @@ def ratings_of(
         for turn in range(1, len(question.turns) + 1)
     ]
     keys = [key_of(judge.settings.model, judge.settings.url, json.dumps(prompt)) for _, _, prompt in wanted]
-    missing = [index for index, key in enumerate(keys) if key not in kept]
+    missing = [index for index, key in enumerate(keys) if kept.get(key, {}).get("score", -1) == -1]
     if missing:
         watcher.begin(side, f"answers judged by {judge.settings.model}", len(missing))
     for index, (verdict, score, usage) in _in_parallel(judge, {index: wanted[index][2] for index in missing}):
