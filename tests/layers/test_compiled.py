@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 import paca
 from models import adapt, adapted_perceptron, llama, perceptron, tokens
+from paca.layers import paca_layers
 
 BACKENDS = ["eager", "aot_eager"]
 
@@ -154,6 +155,77 @@ def test_checkpointing_inside_a_compiled_function(change):
         torch.optim.SGD(parameters, lr=0.1).step()
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
+
+
+class Checkpointed(torch.nn.Module):
+    """Blocks that are compiled in place, with checkpointing around each."""
+
+    def __init__(self, use_reentrant):
+        super().__init__()
+        self.blocks = torch.nn.ModuleList([perceptron(seed=seed) for seed in range(2)])
+        for block in self.blocks:
+            block.lin2 = torch.nn.Linear(13, 7)
+        self.use_reentrant = use_reentrant
+
+    def forward(self, x):
+        for block in self.blocks:
+            x = checkpoint(block, x, use_reentrant=self.use_reentrant)
+        return x
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+@pytest.mark.parametrize("change", ["nothing", "state_dict", "switch", "scale", "step"])
+def test_checkpointing_around_compiled_blocks(change, use_reentrant):
+    torch.manual_seed(0)
+    model = adapt(Checkpointed(use_reentrant), target_modules=["lin1", "lin2"])
+    model.add_adapter(
+        "second", paca.PacaConfig(r=3, init_weights=False, random_seed=9, target_modules=["lin1", "lin2"])
+    )
+    x, parameters = torch.randn(4, 7, requires_grad=True), [p for p in model.parameters() if p.requires_grad]
+    want = torch.autograd.grad(model(x).square().sum(), [x, *parameters]) if not use_reentrant else None
+    for block in model.base_model.model.blocks:
+        block.compile(backend="aot_eager")
+    if use_reentrant:  # which takes no `autograd.grad`
+        model(x).square().sum().backward()
+        want = [p.grad.clone() for p in (x, *parameters)]
+        model.zero_grad()
+        x.grad = None
+    loss = model(x).square().sum()
+    if change == "state_dict":
+        model.state_dict()
+    elif change == "switch":
+        model.set_adapter("second")
+    elif change == "scale":
+        for layer in paca_layers(model):
+            layer.set_scale("default", 5.0)
+    elif change == "step":
+        for p in parameters:
+            p.grad = torch.ones_like(p)
+        torch.optim.SGD(parameters, lr=0.1).step()
+        model.zero_grad()
+    if change not in ("nothing", "state_dict"):
+        with pytest.raises(RuntimeError, match="repeats a forward pass with"):
+            loss.backward()
+        return
+    loss.backward()
+    for p, gradient in zip((x, *parameters), want, strict=True):
+        torch.testing.assert_close(p.grad, gradient)
+
+
+@pytest.mark.parametrize("park", [lambda model: model.state_dict(), copy.deepcopy])
+def test_a_layer_compiled_by_itself_after_its_weight_was_parked(park):
+    model, x = adapted_perceptron(), torch.randn(4, 7)
+    layer = model.base_model.model.lin1
+    compiled = torch.compile(layer, backend="aot_eager")
+    want = compiled(x)
+    park(model)
+    found = compiled(x)
+    assert found.requires_grad
+    assert torch.equal(found, want)
+    park(model)
+    torch._dynamo.reset()
+    with pytest.raises(torch._dynamo.exc.Unsupported):
+        torch.compile(layer, backend="aot_eager", fullgraph=True)(x)
 
 
 def test_disabling_a_merged_adapter_in_a_compiled_model():

@@ -432,6 +432,40 @@ def test_copies_and_pickles_hold_the_pretrained_weight_and_work_on(how, kind):
     assert torch.equal(loaded["lin1.weight"], originals["lin1.weight"])
 
 
+@pytest.mark.parametrize("alive", [False, True])
+def test_a_shallow_copy_of_a_layer_leaves_it_its_steps(alive):
+    model, x = adapted_perceptron(), torch.randn(4, 7)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], fused=True, lr=0.1)
+    twin = copy.copy(layer_of(model))
+    for _ in range(2):
+        if not alive:
+            twin = None
+            gc.collect()
+        model(x).square().sum().backward()
+        optimizer.step()
+        alive = False
+    weight = layer_of(model).base_layer.weight.clone()
+    paca.refresh(model)
+    assert torch.equal(layer_of(model).base_layer.weight, weight)
+    assert twin is None
+
+
+def test_a_merge_on_top_adds_its_own_columns_alone():
+    model = adapted_perceptron()
+    second_adapter(model, r=3)
+    before = base_state(model)
+    model.merge_adapter(["default"])
+    merged = layer_of(model).base_layer.weight.clone()
+    with torch.no_grad():
+        layer_of(model).paca_delta["default"].add_(1.0)
+        layer_of(model).paca_delta["second"].zero_()
+    model.merge_adapter(["second"])
+    assert torch.equal(layer_of(model).base_layer.weight, merged)
+    model.unmerge_adapter()
+    after = base_state(model)
+    assert all(torch.equal(after[name], value) for name, value in before.items())
+
+
 def test_a_copy_while_merged_can_be_unmerged():
     model = adapted_perceptron()
     originals = base_state(model)
@@ -638,6 +672,45 @@ def test_reentrant_checkpointing_that_recomputes_something_else_raises(change):
     model = adapted_perceptron()
     second_adapter(model, r=3)
     loss = checkpoint(model, torch.randn(4, 7, requires_grad=True), use_reentrant=True).sum()
+    if change == "switch":
+        model.set_adapter("second")
+    else:
+        with torch.no_grad():
+            layer_of(model).paca_delta["default"].add_(1)
+    with pytest.raises(RuntimeError, match="first ran with other adapters or other values"):
+        loss.backward()
+
+
+class Repeated(torch.autograd.Function):
+    """Re-entrant checkpointing as somebody may write it."""
+
+    @staticmethod
+    def forward(ctx, run, x):
+        ctx.run = run
+        ctx.save_for_backward(x)
+        with torch.no_grad():
+            return run(x)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        x = ctx.saved_tensors[0].detach().requires_grad_()
+        with torch.enable_grad():
+            y = ctx.run(x)
+        torch.autograd.backward(y, gradient)
+        return None, x.grad
+
+
+@pytest.mark.parametrize("change", ["nothing", "switch", "step"])
+def test_a_pass_that_somebodys_own_function_repeats_is_checked(change):
+    model = adapted_perceptron()
+    second_adapter(model, r=3)
+    x = torch.randn(4, 7, requires_grad=True)
+    want = torch.autograd.grad(model(x).square().sum(), x)[0]
+    loss = Repeated.apply(model, x).square().sum()
+    if change == "nothing":
+        loss.backward()
+        torch.testing.assert_close(x.grad, want)
+        return
     if change == "switch":
         model.set_adapter("second")
     else:

@@ -233,6 +233,21 @@ def test_merge_requantizes_and_unmerge_is_bitwise(kind):
 
 
 @pytest.mark.parametrize("kind", REAL)
+def test_a_merge_on_top_has_what_was_merged_not_what_was_written_since(kind):
+    model = adapted(kind)
+    config = model.peft_config["default"]
+    model.add_adapter("second", paca.PacaConfig(r=config.r, target_modules=config.target_modules, random_seed=7))
+    with torch.no_grad():
+        model.merge_adapter(["default"])
+        merged = [base_weight(layer).clone() for layer in layers(model)]
+        for layer in layers(model):
+            layer.paca_delta["default"].add_(1.0)
+        model.merge_adapter(["second"])  # whose deltas are zero
+    for layer, weight in zip(layers(model), merged, strict=True):
+        torch.testing.assert_close(base_weight(layer), weight)
+
+
+@pytest.mark.parametrize("kind", REAL)
 def test_unload_gives_the_stock_layers_back(kind):
     stock = make(kind)
     model = adapted(kind)
@@ -322,6 +337,19 @@ def test_what_no_version_counter_shows_is_seen_as_with_plain_weights(kind, notic
     elif noticed == "eval":
         model.eval()
     assert not torch.equal(model(x), before)
+
+
+@pytest.mark.parametrize("kind", [*REAL, "gptqmodel"])
+def test_a_step_of_ones_own_is_seen_after_a_pass_without_gradients(kind):
+    model, x = adapted(kind), inputs()
+    model(x).square().mean().backward()
+    with torch.no_grad():
+        model(x)  # a metric, before the step
+        for layer in layers(model):
+            layer.paca_delta["default"].data.sub_(1.0)
+        found = model(x)
+        paca.refresh(model)
+        assert torch.equal(found, model(x))
 
 
 @pytest.mark.parametrize("kind", KINDS)

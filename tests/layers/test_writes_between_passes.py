@@ -7,6 +7,7 @@ compare with, or the backward pass would take a gradient through columns that it
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -113,3 +114,113 @@ def test_without_a_write_the_pending_backward_pass_has_its_gradient(call: Callab
     for delta, gradient in zip(deltas, expected, strict=True):
         assert delta.grad is not None
         torch.testing.assert_close(delta.grad, gradient)
+
+
+@pytest.mark.parametrize("stepped", [False, True])
+def test_a_step_of_one_adapter_hides_no_write_to_another(stepped: bool) -> None:
+    model = adapted()
+    deltas = [layer.paca_delta["B"] for layer in paca_layers(model)]
+    optimizer = torch.optim.AdamW([layer.paca_delta["A"] for layer in paca_layers(model)])
+    model.base_model.set_adapter("B")
+    pending = loss_of(model)
+    model.base_model.set_adapter(["A", "B"])
+    loss_of(model).backward()
+    for delta in deltas:
+        delta.data.add_(1.0)  # by an optimizer that is no `torch.optim.Optimizer`
+    if stepped:
+        optimizer.step()
+    else:
+        loss_of(model)
+    model.base_model.set_adapter("B")
+    with pytest.raises(RuntimeError, match="between forward and backward"):
+        torch.autograd.grad(pending, deltas)
+
+
+class Learner(nn.Module):
+    """A model that runs a part of itself with other deltas, as meta-learning does, or at another scale."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(16, 16), nn.Tanh(), nn.Linear(16, 4)).double()
+        self.fast: dict[str, torch.Tensor] | None = None
+        self.scale = 1.0
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for layer in paca_layers(self.net):
+            layer.scaling["default"] = self.scale
+        return self.net(x) if self.fast is None else torch.func.functional_call(self.net, self.fast, (x,))
+
+
+def learner() -> PeftModel:
+    torch.manual_seed(0)
+    config = paca.PacaConfig(r=4, paca_alpha=4, target_modules=["0", "2"], init_weights=False)
+    return get_peft_model(Learner(), config)
+
+
+def test_deltas_that_the_model_itself_replaces_count_and_get_their_gradients() -> None:
+    model = learner()
+    inner = model.base_model.model
+    plain = loss_of(model).detach()
+    inner.fast = {
+        name: torch.randn_like(delta).requires_grad_()
+        for name, delta in inner.net.named_parameters()
+        if "delta" in name
+    }
+    loss = loss_of(model)
+    loss.backward()
+    found = {name: delta.grad for name, delta in inner.fast.items()}
+    assert all(delta.grad is None for delta in inner.net.parameters())
+    fast, inner.fast = inner.fast, None
+    assert torch.equal(loss_of(model), plain)
+    with torch.no_grad():
+        for name, delta in inner.net.named_parameters():
+            if name in fast:
+                delta.copy_(fast[name])
+    own = loss_of(model)
+    own.backward()
+    torch.testing.assert_close(own, loss)
+    for name, delta in inner.net.named_parameters():
+        if name in fast:
+            torch.testing.assert_close(found[name], delta.grad)
+
+
+def test_a_scale_that_the_model_itself_sets_counts() -> None:
+    model = learner()
+    plain = loss_of(model).detach()
+    model.base_model.model.scale = 3.0
+    scaled = loss_of(model)
+    assert (scaled - plain).abs() > 1e-3
+    paca.refresh(model)
+    assert torch.equal(loss_of(model), scaled)
+
+
+def test_a_part_that_is_called_by_itself_finds_a_write_in_another_mode() -> None:
+    model, x = adapted(), torch.randn(3, 16, dtype=torch.float64)
+    optimizer = torch.optim.AdamW([layer.paca_delta["A"] for layer in paca_layers(model)])
+    loss_of(model).backward()
+    optimizer.step()
+    loss_of(model)
+    write(model)
+    model.eval()
+    part = model.base_model.model[0]  # as `generate` calls an encoder
+    with torch.no_grad():
+        found = part(x)
+        paca.refresh(model)
+        assert torch.equal(found, part(x))
+
+
+def test_each_new_thread_finds_a_write() -> None:
+    model = adapted().eval()
+
+    def infer() -> torch.Tensor:
+        with torch.no_grad():
+            return loss_of(model)
+
+    for _ in range(3):  # a thread gets the number of one that has ended
+        with ThreadPoolExecutor(1) as pool:
+            pool.submit(infer).result()
+        write(model)
+        with ThreadPoolExecutor(1) as pool:
+            found = pool.submit(infer).result()
+        paca.refresh(model)
+        assert torch.equal(found, infer())

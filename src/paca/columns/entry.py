@@ -15,4 +15,4 @@ class Entry:
     mark: object  # stands for it where a pass is noted: one that Ctrl-C ended stays there, and must not keep a model
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_modes": {}}  # those of threads stay behind
+        return dict(self.__dict__)  # which parking weights may change, while it is copied

@@ -14,7 +14,9 @@ from types import FrameType
 from typing import Any
 
 import torch
+import torch.utils.checkpoint
 from torch._C._autograd import _top_saved_tensors_default_hooks as is_checkpointing
+from torch.autograd.function import BackwardCFunction
 from torch.utils._python_dispatch import _disable_current_modes, _get_current_dispatch_mode_stack
 
 _REPEATED = (
@@ -49,10 +51,7 @@ def refuse_handler() -> None:
 
 def is_on_the_stack(call: FrameType | None) -> bool:
     """Whether this thread is in that call."""
-    frame: FrameType | None = sys._getframe()
-    while frame is not None and frame is not call:
-        frame = frame.f_back
-    return frame is not None
+    return any(one is call for one in _calls())
 
 
 def refuse_torn() -> None:
@@ -99,8 +98,19 @@ def note_unsaved(columns: Any) -> None:
         del passes[state.key][1:]
         if len(passes) > _MOST_UNSAVED:
             del passes[next(iter(passes))]
-    elif state.key not in passes and _runs_in(("recompute_fn", "unpack_hook")):
+    elif state.key not in passes and _is_repeated_by_checkpointing():
         raise RuntimeError(_REPEATED.format(now="other columns"))
+
+
+@torch.compiler.assume_constant_result
+def lies_in_checkpointing() -> bool:
+    """Whether what is being compiled lies in a block that checkpointing repeats, or is repeated: nothing would tell
+    that the second pass reads other columns. Asked once, when it is traced."""
+    hooks = is_checkpointing(True)
+    if hooks is not None and hooks[0].__module__ == torch.utils.checkpoint.__name__:
+        return True
+    first_pass = not torch.is_grad_enabled() and not torch._C._is_fwd_grad_enabled()
+    return torch._C._current_graph_task_id() != -1 or (first_pass and not torch.is_inference_mode_enabled())
 
 
 @contextmanager
@@ -112,16 +122,29 @@ def beside_checkpointing() -> Iterator[None]:
         yield
 
 
+_BACKWARDS = {
+    getattr(BackwardCFunction, name).__code__ for name in ("apply", "apply_boxed") if hasattr(BackwardCFunction, name)
+}
+_REPEATS = ("recompute_fn", "unpack_hook")
+
+
 def _is_reentrant() -> bool:
-    """Whether re-entrant checkpointing, torch's or DeepSpeed's, repeats this pass: a backward of theirs runs it."""
-    return _runs_in(("backward",))
+    """Whether an autograd function in Python runs this pass in its backward: checkpointing of torch's, DeepSpeed's or
+    the user's own."""
+    return any(call.f_code in _BACKWARDS for call in _calls())
 
 
-def _runs_in(functions: tuple[str, ...]) -> bool:
-    """Whether one of these, of a file about checkpointing, is on the stack."""
+def _is_repeated_by_checkpointing() -> bool:
+    """Whether torch's checkpointing that is not re-entrant repeats this pass."""
+    return any(
+        call.f_code.co_name in _REPEATS and "checkpoint" in call.f_code.co_filename.rpartition("/")[2]
+        for call in _calls()
+    )
+
+
+def _calls() -> Iterator[FrameType]:
+    """Those that this thread is in, from the innermost one on."""
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
-        if frame.f_code.co_name in functions and "checkpoint" in frame.f_code.co_filename.rpartition("/")[2]:
-            return True
+        yield frame
         frame = frame.f_back
-    return False

@@ -36,7 +36,8 @@ class MergeableColumns(ResidentColumns):
         with WRITING, ALONE:
             self.park_within(weight)
             self._part_from_shared(weight)
-            together = self.merged + columns
+            # As they are now: another merge on top, and taking them out, must not see what is written later.
+            together = self.merged + tuple(c._replace(delta=c.delta.detach().clone()) for c in columns)
             parts = tuple(part for c in together for part in c.parts())
             kept = Kept.of(weight, self.dim, positions_of(parts, weight.device))
             correct(kept, self._originals_of_merged, self.dim)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import sys
 import threading
+import weakref
 from collections.abc import Iterable
 from contextlib import nullcontext
 from operator import is_
@@ -121,6 +122,12 @@ class State:
 class _Thread(threading.local):
     def __init__(self) -> None:
         self.passes: list[tuple[object, bool]] = []  # of models that run: the entry's mark; is a backward to follow
+        self.modes: weakref.WeakKeyDictionary[Any, tuple[bool, bool]] = weakref.WeakKeyDictionary()  # of the last ones
+
+    def in_other_mode(self, entry: object, training: bool) -> bool:
+        """Whether an entry's model last ran in another mode, or never. In a backward pass it does not matter."""
+        known = entry is None or torch._C._current_graph_task_id() != -1
+        return not known and self.modes.get(entry) != (torch.is_grad_enabled(), training)
 
 
 THREAD = _Thread()
@@ -181,6 +188,13 @@ class ActiveColumns:
     def changed(self, name: str) -> None:
         """Note that the columns of an adapter changed: backward passes that are pending can't have them any more."""
         self.revisions[name] = next(_REVISIONS)
+
+    def accounted(self) -> None:
+        """Note a step of an active adapter: another's, that nobody saw, would not show beside it any more."""
+        for c in self.state.columns if self.unaccounted else ():
+            if c.name not in self.trusted and c.parameter.requires_grad:
+                self.changed(c.name)
+        self.unaccounted = False
 
     def base_changed(self) -> None:
         """Note that the weight beneath the columns changed (a merge, a load)."""

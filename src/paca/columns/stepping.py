@@ -98,9 +98,9 @@ class Deltas(nn.ParameterDict):
             _DELTAS[id(value)] = self
 
     def owner_of(self, parameter: Tensor) -> Held | None:
-        """The layer and adapter if this is a delta, or what FSDP2 shards one as; None if it was replaced."""
+        """The layer and adapter if this is a delta, or what FSDP2 shards one as; None if it, or its layer, is gone."""
         for name, delta in self._parameters.items():
-            if parameter is delta or parameter is self.shard(name):
+            if (parameter is delta or parameter is self.shard(name)) and self._layer() is not None:
                 return self._layer, name
         return None
 

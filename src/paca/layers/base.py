@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
-from typing import Any, cast
+from typing import Any
 
 import torch
 from peft.tuners._buffer_dict import BufferDict
@@ -12,13 +11,14 @@ from torch import Tensor, nn
 
 from paca.columns.folded import FOLDED_DELTA, FOLDED_INDICES, Folded
 from paca.columns.not_whole import refuse_computed, refuse_replaced
-from paca.columns.state import FOR_NOW, AdapterColumns
+from paca.columns.state import FOR_NOW, AdapterColumns, State
 from paca.columns.stepping import Deltas, Job
 from paca.layers.mixed_batch import Running, StepUnderway, current_mixed_batch
+from paca.layers.moved import Moved
 from paca.layers.peft_calls import PeftCalls, refuse_late_adapter
 
 
-class PacaLayer(nn.Module, PeftCalls):  # nn.Module first: FSDP2 makes subclasses of it
+class PacaLayer(Moved, PeftCalls):  # a module first: FSDP2 makes subclasses of it
     """Deltas and indices per adapter, above a base layer whose weight holds those of the active ones."""
 
     delta_axes = "(out_features, r)"  # what the dimensions of a delta are, for messages
@@ -39,11 +39,12 @@ class PacaLayer(nn.Module, PeftCalls):  # nn.Module first: FSDP2 makes subclasse
         self.merged_adapters: list[str] = []
         self._disable_adapters = False
         self._active_adapter = []
-        self._own()
+        self.own()
         self.register_load_state_dict_post_hook(_write_what_was_loaded)
         self.out_features, self.in_features = base_layer.weight_shape()
 
-    def _own(self) -> None:
+    def own(self) -> None:
+        """Make itself known to what belongs to it."""
         self.base_layer.owner = weakref.ref(self)
         self.paca_delta.belong_to(self)
 
@@ -80,17 +81,20 @@ class PacaLayer(nn.Module, PeftCalls):  # nn.Module first: FSDP2 makes subclasse
         state, names = columns.state, self.wanted_names()
         if len(state.columns) != len(names) or (columns.unaccounted and names):
             return True
-        for name, (held, delta, indices, scale, revision, folded, source) in zip(names, state.columns, strict=True):
-            if (
-                held != name
-                or columns.revisions.get(name, 0) != revision
-                or self.scaling.get(name) != scale
-                or kept["paca_indices"]._buffers.get(name) is not indices
-                or (source is None and kept["paca_delta"]._parameters.get(name) is not delta)
-                or self.folded.get(name) is not folded
-            ):
+        for name, c in zip(names, state.columns, strict=True):
+            if c.name != name or columns.revisions.get(name, 0) != c.revision or self.folded.get(name) is not c.folded:
                 return True
-        return not state.unchanged() or not columns.as_left(base._parameters.get("weight"))
+            if kept["paca_indices"]._buffers.get(name) is not c.indices:
+                return True
+        return not (self.has(state) and state.unchanged() and columns.as_left(base._parameters.get("weight")))
+
+    def has(self, state: State) -> bool:
+        """Whether deltas and scales are those of a state: while the model runs, others may be put in for a while."""
+        own: Any = self._modules["paca_delta"]
+        for c in state.columns:
+            if self.scaling.get(c.name) != c.scale or (c.source is None and own._parameters.get(c.name) is not c.delta):
+                return False
+        return True
 
     def job(self, *, compare: bool = False) -> Job:
         """What is to be written, for `write_together`; `compare` if no version counter may show what changed."""
@@ -116,7 +120,7 @@ class PacaLayer(nn.Module, PeftCalls):  # nn.Module first: FSDP2 makes subclasse
         columns: Any = self._modules["base_layer"].columns  # type: ignore[union-attr]
         columns.changed(adapter_name)
         columns.trusted.add(adapter_name)
-        columns.unaccounted = False
+        columns.accounted()
         if self._disable_adapters or self.merged_adapters or adapter_name not in self._active_adapter:
             return None
         return self.job()
@@ -161,34 +165,20 @@ class PacaLayer(nn.Module, PeftCalls):  # nn.Module first: FSDP2 makes subclasse
             self.paca_delta[adapter_name] = nn.Parameter(delta.data.to(dtype), requires_grad=delta.requires_grad)
             self.write()
 
-    def unload_and_optionally_merge_module(
-        self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
-    ) -> nn.Module:
+    def unload_and_optionally_merge_module(self, merge: bool, safe_merge: bool, adapter_names: list[str] | None) -> Any:
         """Give back the stock module, with the adapters merged into its weight or without them."""
         if merge:
             self.merge_for_good(safe_merge, adapter_names)
         elif self.merged:
             self.unmerge()
         self.base_layer.release()
-        return cast("nn.Module", self.base_layer)
+        return self.base_layer
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         try:
             return (self.run_beside_others if Running.count else self._modules["base_layer"])(x, *args, **kwargs)  # type: ignore[misc]
         except StepUnderway:
             return self.run_beside_others(x, *args, **kwargs)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PacaLayer:
-        before = {name: (id(delta), delta.dtype, delta.device) for name, delta in self.paca_delta.items()}
-        super()._apply(fn, recurse)
-        self._own()
-        for name, delta in self.paca_delta.items():
-            if before[name] != (id(delta), delta.dtype, delta.device):
-                self.base_layer.columns.changed(name)
-        real = (i for i in self.paca_indices.values() if type(i) is Tensor and not i.is_meta)
-        if all(bool(((i >= 0) & (i < self.in_features)).all()) for i in real):
-            self.write()  # else `to_empty` left what memory held: values are yet to be loaded
-        return self
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
@@ -197,18 +187,16 @@ class PacaLayer(nn.Module, PeftCalls):  # nn.Module first: FSDP2 makes subclasse
             destination[f"{prefix}{FOLDED_INDICES}.{name}"] = folded.indices
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
-        for name in self.paca_delta:
-            if f"{prefix}paca_delta.{name}" in state_dict:  # the whole adapter: without folded columns it has none
+        for name, present in self.paca_delta.items():
+            delta = state_dict.get(f"{prefix}paca_delta.{name}")
+            if delta is not None:
                 self.base_layer.columns.changed(name)
-                self.folded.pop(name, None)
+                # The whole adapter has no folded columns, if none are given; parameters alone don't say.
+                if delta.shape == present.shape and f"{prefix}paca_indices.{name}" in state_dict:
+                    self.folded.pop(name, None)
                 if f"{prefix}{FOLDED_DELTA}.{name}" in state_dict:
                     self.folded[name] = Folded.taken_from(state_dict, f"{prefix}{FOLDED_DELTA}.{name}")
         super()._load_from_state_dict(state_dict, prefix, *rest)
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        self._own()
-        self.write()  # the copy's weight holds what is active, as the original's did
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "base_layer" and name in self._modules and not hasattr(value, "columns"):

@@ -34,6 +34,7 @@ class OverlaidLinear(PacaLayer):
         super().__init__(base_layer)
         self.mode = "patched" if isinstance(base_layer, PatchedWeight) else "additive"
         self._before_merge: Any = None
+        self._merged: tuple[AdapterColumns, ...] = ()  # while there are `merged_adapters`
         self.loaded_deltas: dict[str, Tensor] = {}
         """What was just loaded into a dispatched model, until it has been dispatched anew."""
 
@@ -46,7 +47,7 @@ class OverlaidLinear(PacaLayer):
         columns.notice()
         if compare or columns.unaccounted:
             compare_values(columns, columns.state)
-        columns.unaccounted = False
+        columns.unaccounted = columns.unaccounted and not torch.is_grad_enabled()  # as of resident columns
         columns.state = State(self.wanted(), columns.base, like=columns.state)
 
     def job(self, *, compare: bool = False) -> Any:
@@ -112,7 +113,7 @@ class OverlaidLinear(PacaLayer):
         base = self.base_layer
         if not isinstance(base, PatchedWeight):
             raise self.unwritable(columns[0].name)
-        before, dtype = tuple(self.columns_of(n) for n in self.merged_adapters), base.quantization.stored_dtype(base)
+        before, dtype = self._merged if self.merged_adapters else (), base.quantization.stored_dtype(base)
         if before:
             base.quantization.restore(base, self._before_merge)
         weight = base.patched_weight(dtype, before + columns)
@@ -124,6 +125,7 @@ class OverlaidLinear(PacaLayer):
                 self._before_merge = base.quantization.replace(base, base.patched_weight(dtype, before))
             raise
         self._before_merge = base.quantization.replace(base, weight)
+        self._merged = before + tuple(c._replace(delta=c.delta.detach().clone()) for c in columns)  # as they are now
         self.merged_adapters.extend(c.name for c in columns)
         base.columns.base_changed()
 
@@ -132,7 +134,7 @@ class OverlaidLinear(PacaLayer):
         assert isinstance(base, PatchedWeight)
         base.quantization.restore(base, self._before_merge)
         base.columns.base_changed()
-        self._before_merge = None
+        self._before_merge, self._merged = None, ()
 
     def _keep_merged(self) -> None:
         """The quantized weight from before is kept by nobody else."""

@@ -13,12 +13,12 @@ import torch
 from torch import Tensor, nn
 from torch._C._autograd import _top_saved_tensors_default_hooks as is_checkpointing
 
-from paca.columns.lost import note_unsaved, refuse_torn
+from paca.columns.lost import lies_in_checkpointing, note_unsaved, refuse_torn
 from paca.columns.merging import MergeableColumns
 from paca.columns.other_weights import in_place_of_it
 from paca.columns.resident import WRITING
 from paca.columns.sharded import ShardedColumns
-from paca.columns.state import ALONE, State, is_sharded
+from paca.columns.state import ALONE, THREAD, State, is_sharded
 from paca.columns.stepping import others_step
 from paca.functional.product import Product, WeightSource, check_frozen
 from paca.functional.train_columns import train_columns
@@ -115,14 +115,14 @@ class ResidentWeight(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if torch.compiler.is_compiling():  # whoever changes what is active has written it by now
-            if not self.columns.whole:
+            if not self.columns.whole or getattr(self.columns.entry, "unwritten", False) or lies_in_checkpointing():
                 return self._run_apart(x)
             if not torch.is_grad_enabled():
                 return super().forward(x)
             return train_columns(self.product(), x, self.weight, self.bias, self.columns.traced)
-        columns, weight = self.columns, self._parameters.get("weight")
+        columns, weight, owner = self.columns, self._parameters.get("weight"), self.owner()
         state = columns.looked_after(weight)
-        if state is None:
+        if state is None or (owner is not None and not owner.has(state)):
             weight, state = None, self.state_now()
         y = self._multiply(x, weight, state)
         if columns.state is state and not columns.half_written:
@@ -143,15 +143,16 @@ class ResidentWeight(nn.Module):
         """What the weight holds; it is written before, if it is stale: the model did not look for this layer."""
         owner, weight, state = self.owner(), self.weight, self.columns.state
         self.columns.check_writable(weight)
-        if owner is not None and owner.stale():
+        alone = THREAD.in_other_mode(self.columns.entry, self.training)
+        if owner is not None and (alone or owner.stale()):
             with WRITING:  # steps and writes of other threads wait
-                (owner.check_held if others_step([owner]) else owner.write)()
+                owner.check_held() if others_step([owner]) else owner.write(compare=alone)
                 state = self.columns.state
         self.columns.bring_up_to_date(weight)
         self.columns.note_forward()
         return state
 
-    @torch.compiler.disable  # FSDP2's own hooks break the graph around the layer anyway
+    @torch.compiler.disable  # FSDP2's own hooks break the graph around the layer anyway, checkpointing around a block
     def _run_apart(self, x: Tensor) -> Any:
         return self.forward(x)
 

@@ -6,7 +6,6 @@ schedule-free optimizers swap values through `.data`, and while no optimizer is 
 
 from __future__ import annotations
 
-import threading
 import weakref
 from typing import Any
 
@@ -35,7 +34,6 @@ class ModelEntry(Entry):
     """What happens when the adapted model that has these layers is entered."""
 
     def __init__(self, layers: list[PacaLayer]) -> None:
-        self._modes: dict[int, tuple[bool, bool]] = {}  # by thread: whether gradients were on, and training
         self.take(layers)
 
     def take(self, layers: list[PacaLayer]) -> None:
@@ -58,9 +56,8 @@ class ModelEntry(Entry):
         with WRITING:  # steps and writes of other threads wait
             if others_step(self.layers):  # a layer whose weight is parked waits for its end
                 return
-            thread, mode = threading.get_ident(), (torch.is_grad_enabled(), model.training)
-            changed = self._modes.get(thread) != mode
-            self._modes[thread] = mode
+            mode = torch.is_grad_enabled(), model.training
+            changed, THREAD.modes[self] = THREAD.modes.get(self) != mode, mode
             # Before the look: a signal's handler that parks weights meanwhile makes each layer look itself, as here.
             self.unwritten = any(batch.entry is self for batch in Running.batches)
             try:
@@ -70,7 +67,7 @@ class ModelEntry(Entry):
                 write_layers([layer for layer in self.layers if layer.stale()])
             except BaseException:
                 self.unwritten = True
-                self._modes.pop(thread, None)
+                THREAD.modes.pop(self, None)
                 raise
 
     @torch.compiler.disable

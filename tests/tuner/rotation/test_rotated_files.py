@@ -129,3 +129,32 @@ def test_columns_that_a_loaded_adapter_never_trained_make_room_for_its_own(tmp_p
     other.save_pretrained(tmp_path / "two")
     files = [(tmp_path / name / "adapter_model.safetensors").read_bytes() for name in ("one", "two")]
     assert files[0] == files[1]
+
+
+def test_averages_of_parameters_leave_folded_columns():
+    x = torch.randn(6, 7)
+    model = rotated(adapted_perceptron(), x)
+    want = model(x)
+    own = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+    model.load_state_dict({name: torch.zeros_like(p) for name, p in own.items()}, strict=False)
+    assert not torch.equal(model(x), want)
+    model.load_state_dict(own, strict=False)
+    assert torch.equal(model(x), want)
+
+
+def test_a_load_that_fails_leaves_folded_columns():
+    x = torch.randn(6, 7)
+    model = rotated(adapted_perceptron(), x)
+    want = model(x)
+    wrong = {name: torch.zeros(2, 2) for name, p in model.named_parameters() if p.requires_grad}
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        model.load_state_dict(wrong, strict=False)
+    assert torch.equal(model(x), want)
+
+
+def test_an_adapter_saved_from_parameters_alone_has_its_folded_columns(tmp_path):
+    x = torch.randn(6, 7)
+    model = rotated(adapted_perceptron(), x)
+    model.save_pretrained(tmp_path, state_dict={name: p.detach() for name, p in model.named_parameters()})
+    loaded = peft.PeftModel.from_pretrained(perceptron(), str(tmp_path))
+    assert torch.equal(loaded(x), model(x))

@@ -313,6 +313,20 @@ def test_gradients_of_the_columns_that_were_trained_are_dropped():
     assert all(p.grad is None for p in trainable(model))
 
 
+def test_an_optimizer_that_holds_another_is_refused_and_nothing_changes():
+    class Outer(torch.optim.SGD):  # as torch's ZeroRedundancyOptimizer: the state is in `optim`
+        def __init__(self, parameters):
+            super().__init__(parameters)
+            self.optim = torch.optim.AdamW(parameters)
+
+    x = torch.randn(6, 7)
+    model = rotated(adapted_perceptron(), x)
+    before = paca.trained_columns(model)
+    with pytest.raises(ValueError, match=r"^An? Outer keeps the state of its parameters in an optimizer of its own"):
+        paca.rotate(model, Outer(trainable(model)), 4)
+    assert paca.trained_columns(model) == before
+
+
 def test_an_optimizer_without_the_deltas_is_refused_and_nothing_changes():
     x = torch.randn(6, 7)
     model = rotated(adapted_perceptron(), x)

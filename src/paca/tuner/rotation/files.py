@@ -27,9 +27,11 @@ def with_unions(
         if delta not in chosen:  # of a state dict that somebody made
             continue
         result.pop(folded_delta, None), result.pop(folded_indices, None)
+        folded = None if indices in state_dict else layer.folded.get(adapter_name)  # of parameters alone
         if folded_delta in state_dict:
-            rotated = True
             folded = Folded(state_dict[folded_indices].cpu(), state_dict[folded_delta].cpu())
+        if folded is not None:
+            rotated = True
             union = union_of(chosen[indices], chosen[delta], folded, layer.delta_column_dim)
             result[indices], result[delta] = union
         scale = layer.paca_alpha[adapter_name] / layer.r[adapter_name]

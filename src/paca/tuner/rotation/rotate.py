@@ -150,6 +150,11 @@ def _state_of(optimizer: Any, parameters: list[nn.Parameter], name: str) -> Any:
     """The mapping from parameters to their state."""
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}
     missing = sum(id(p) not in held for p in parameters)
+    if isinstance(getattr(optimizer, "optim", None), torch.optim.Optimizer):
+        raise ValueError(
+            f"A {type(optimizer).__name__} keeps the state of its parameters in an optimizer of its own (ZeRO), which "
+            "rotation can't clear. Train with a plain optimizer, or leave rotate_every out."
+        )
     if missing:
         raise ValueError(
             f"The optimizer does not hold the deltas of adapter {name!r} ({missing} are missing), so their state can't "
