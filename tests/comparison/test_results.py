@@ -140,6 +140,8 @@ def test_equal_differences_of_all_seeds_are_no_certainty() -> None:
     assert found.contrasts[0].finding == "unknown"
     assert counted(None).contrasts[0].finding == "unknown"  # 0.1 twice, but for rounding
     assert "all seeds differ by the same, which gives no interval" in found.verdict
+    alike = result({"paca": {0: 0.5, 1: 0.75}, "lora": {0: 0.5, 1: 0.75}}, metric="reward", lower_is_better=False)
+    assert "all seeds differ by the same, which gives no interval" in alike.verdict
 
 
 def test_a_failed_seed_leaves_the_others_paired() -> None:

@@ -7,6 +7,7 @@ import math
 import pytest
 
 from paca.comparison.schedule import FAILED, MOST_BEYOND, Job, Outcome, Schedule, schedule
+from paca.evaluation.statistics import mean_with_error
 
 RATES, SEEDS = [1e-3, 3e-3, 9e-3], [0, 1, 2]
 
@@ -61,6 +62,21 @@ def test_among_level_scores_the_lower_loss_decides_and_may_lead_beyond_the_grid(
     plan = schedule({"paca": RATES}, [0], lambda job: by_rate[job.rate], extend=True)
     assert [job.rate for job in plan.jobs] == [1e-3, 3e-3, 9e-3, 2.7e-2]  # 9e-3 is level with 3e-3, and at the edge
     assert plan.chosen == {"paca": 9e-3}  # 2.7e-2 is not
+
+
+def test_a_score_just_one_standard_error_away_is_level_whatever_rounding_makes_of_it() -> None:
+    for n in range(4, 200):  # one and two wrong answers of n; one has a standard error of one answer
+        scores = [mean_with_error([-float(answer >= wrong) for answer in range(n)]) for wrong in (1, 2)]
+        one, two = (Outcome(mean, 0.3 / wrong, error or 0.0) for wrong, (mean, error) in enumerate(scores, 1))
+        by_rate = {1e-3: one, 3e-3: two}
+        plan = schedule({"paca": [1e-3, 3e-3]}, [0], lambda job, found=by_rate: found.get(job.rate), extend=False)
+        assert plan.chosen == {"paca": 3e-3}, n
+
+
+def test_a_fine_grid_grows_to_rates_that_it_does_not_have() -> None:
+    plan = schedule({"paca": [1e-3, 1.001e-3]}, [0], lambda job: Outcome(job.rate, job.rate), extend=True)
+    tried = [job.rate for job in plan.jobs]
+    assert len(set(tried)) == len(tried) == 2 + MOST_BEYOND
 
 
 def test_without_extending_the_edge_is_taken() -> None:

@@ -225,3 +225,12 @@ def test_a_run_of_one_step_trains(config_file: Path, tmp_path: Path) -> None:
     config.train["warmup_steps"] = 1
     with pytest.raises(PacaError, match=r"would train nothing. Leave out train\.warmup_steps"):
         describe(config)
+
+
+def test_settings_that_train_nothing_are_refused_before_the_model_is_loaded(
+    config_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(METHODS, "tokens", {"peft": {"peft_type": "TRAINABLE_TOKENS"}})
+    config = load_run_config(write_config(config_file, tmp_path / "run", "tokens"))
+    with pytest.raises(PacaError, match=r"leave nothing to train\. .*TRAINABLE_TOKENS: token_indices"):
+        describe(config)

@@ -128,8 +128,8 @@ class Contrast:
         half = found.half
         if self.metric in SHARES:
             half = half_with_examples(half, *(one.rows for one in self.compared))
-        # Seeds that all differ by the very same, but for rounding, tell nothing about chance.
-        certain = half < _ROUNDING < abs(found.mean)
+        # Seeds that all differ by the very same, but for rounding, or not at all, tell nothing about chance.
+        certain = half < _ROUNDING
         return dataclasses.replace(found, half=None if certain else half)
 
     @property

@@ -91,7 +91,9 @@ def _search(
         if len(ended) < len(tried) or not scored:
             return tried, None
         top = min(scored)[0]
-        level = [(outcome.loss, rate) for outcome, rate in scored if outcome.score <= top.score + top.error]
+        # One wrong answer of n has a standard error of one answer: two wrong are within it, not by chance of rounding.
+        bound = top.score + top.error * (1 + 1e-9)
+        level = [(outcome.loss, rate) for outcome, rate in scored if outcome.score <= bound + 1e-12]
         best = min(level)[1]
         beyond = _beyond(sorted(tried), best)
         if beyond is None or len(tried) >= len(rates) + MOST_BEYOND:
@@ -106,4 +108,5 @@ def _beyond(grid: Sequence[float], best: float) -> float | None:
     if len(grid) < 2 or best not in (grid[0], grid[-1]):
         return None
     found = best * best / (grid[1] if best == grid[0] else grid[-2])
-    return float(f"{found:.3g}")
+    rounded = float(f"{found:.3g}")
+    return found if rounded in grid else rounded

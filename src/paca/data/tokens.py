@@ -136,8 +136,8 @@ def _conversation(
     """The rendered text, where in it the answers are, and how many could not be found."""
     if tokenizer.chat_template is None:
         raise PacaError(
-            f"{example[ORIGIN]} holds messages, but the tokenizer has no chat template to render them with. Name one "
-            "in data.template, or use an instruction-tuned model."
+            f"{example[ORIGIN]} holds messages, but the tokenizer has no chat template to render them with. "
+            "Use an instruction-tuned model, or train this one with a YAML that names a template in data.template."
         )
     # An answer to nothing (the first message) cannot be told from the text that the template puts first.
     messages, first = example.get("messages"), 1

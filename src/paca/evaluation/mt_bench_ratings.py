@@ -19,7 +19,8 @@ from paca.evaluation.mt_bench_questions import Question
 from paca.evaluation.sides import Watcher
 from paca.evaluation.statistics import mean_with_error
 
-_RATING = re.compile(r"\[\[\s*(\d+(?:\.\d+)?)\s*\]\]")
+_RATING = re.compile(r"\[\[(.*?)\]\]", re.DOTALL)
+_NUMBER = re.compile(r"\s*\d+(?:\.\d+)?\s*")
 
 _THOUGHTS = re.compile(r"<think>.*?(?:</think>|\Z)", re.DOTALL)
 
@@ -72,10 +73,13 @@ def scores_of(ratings: list[Rating]) -> dict[str, Any]:
 
 
 def grade_in(verdict: str) -> float | None:
-    """The last grade from 1 to 10 that a verdict names outside of its thoughts (`<think>`)."""
+    """The grade that a verdict ends with, outside of its thoughts (`<think>`): what is in its last double brackets, a
+    number from 1 to 10. Those before it may be of the scale, or of the instruction."""
     said = _THOUGHTS.sub("", verdict).rpartition("</think>")[2]  # some templates begin the thoughts themselves
-    found = [float(match) for match in _RATING.findall(said)]
-    return next((grade for grade in reversed(found) if 1 <= grade <= 10), None)
+    found = _RATING.findall(said)
+    if not found or not _NUMBER.fullmatch(found[-1]):
+        return None
+    return grade if 1 <= (grade := float(found[-1])) <= 10 else None
 
 
 def ratings_of(

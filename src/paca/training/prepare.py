@@ -126,13 +126,19 @@ def prepare(config: RunConfig, *, whole: bool = True, fetch: bool = False) -> Pr
     if location.source == "gguf":
         place = RunFolder(Path(config.output.dir)).base
         base = 0 if unpacked(named.name, place, named.dtype, named.tokenizer) else parameters * dtype.itemsize
+    trained = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
+    if not trained:
+        raise PacaError(
+            f"The settings of {config.method} leave nothing to train. Give the fields that say what it trains, such "
+            "as target_modules (of peft_type TRAINABLE_TOKENS: token_indices)."
+        )
     plan = Plan(
         config=config,
         source=location.source,
         architecture=type(model).__name__,
         dtype=str(dtype).removeprefix("torch."),
         parameters=parameters,
-        trainable_parameters=sum(p.numel() for p in adapted.parameters() if p.requires_grad),
+        trainable_parameters=trained,
         method=adapter_settings.method_name(method, config.adapter),
         targets=list(dict.fromkeys(re.sub(r"^.*\.", "", name) for name in layers)),  # in the order of the model
         adapted_layers=len(layers),
