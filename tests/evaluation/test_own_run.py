@@ -227,7 +227,7 @@ def test_other_data_that_was_trained_on_is_told(run: Path, tmp_path: Path) -> No
 def test_a_run_without_reference_answers_is_told_where_its_scores_are(run: Path, trainer: str, writes: bool) -> None:
     content = yaml.safe_load((run / "config.yaml").read_text())
     (run / "config.yaml").write_text(yaml.safe_dump({**content, "train": {"trainer": trainer}}))
-    with pytest.raises(PacaError, match="what training measured is in") as caught:
+    with pytest.raises(PacaError, match="What training measured is in") as caught:
         config_of_run(run)
     assert str(run / "summary.json") in str(caught.value)
     assert ("--mt-bench" in str(caught.value)) == writes

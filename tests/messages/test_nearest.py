@@ -41,6 +41,7 @@ def test_a_name_in_another_case_is_the_nearest() -> None:
         ("runs/answer/adapter", "runs/answers/adapter"),
         ("runs/answer/none", None),
         ("qqq", None),
+        ("nothere.yaml", None),  # alike by the suffix alone
         ("runs/\0", None),
     ],
 )

@@ -149,7 +149,7 @@ def show_result(result: RunResult, console: Console) -> None:
 
     summary = result.summary
     before, after = summary["eval_loss_before"], summary["eval_loss_after"]
-    trained = format_duration(summary["train_seconds"])
+    trained, took = format_duration(summary["train_seconds"]), format_duration(summary["seconds"])
     lines = []
     if after is not None:
         lines.append(("held-out loss", f"{after:.4f}" if before is None else f"{before:.4f} → {after:.4f}"))
@@ -157,7 +157,7 @@ def show_result(result: RunResult, console: Console) -> None:
     lines += [
         (f"{summary['counts']} per second", f"{summary['tokens_per_second']:,.0f}"),
         ("peak memory", f"{format_bytes(summary['peak_memory_bytes'])} ({summary['peak_memory_of']})"),
-        ("time", f"{trained} for {summary['steps']:,} steps, {format_duration(summary['seconds'])} in all"),
+        ("time", f"{trained} for {summary['steps']:,} steps, {took} with loading and losses"),
         (weights := "model" if summary["method"]["name"] == "full" else "adapter", str(result.folder / weights)),
         ("report", str(result.folder / "report.html")),
     ]

@@ -69,8 +69,8 @@ def config_of_run(path: str | Path, data: str | None = None, columns: Mapping[st
     if not isinstance(kind, Sft | Classification):
         instead = " Give --tasks or --mt-bench." if kind.task_type == "CAUSAL_LM" else ""
         raise PacaError(
-            f"{path} is a run of train.trainer: {kind.name}. paca evaluate scores answers to held-out questions, which "
-            f"such a run has none of; what training measured is in {RunFolder(Path(path)).summary}.{instead}"
+            f"{path} is a run of train.trainer: {kind.name}, whose answers paca evaluate does not compare with data. "
+            f"What training measured is in {RunFolder(Path(path)).summary}.{instead}"
         )
     if config.data.eval is None:
         instead = "--data" if isinstance(kind, Classification) else "--data, --tasks or --mt-bench"

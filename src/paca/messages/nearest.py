@@ -41,7 +41,8 @@ def did_you_mean_path(path: str | Path, meant: Callable[[Path], bool]) -> str:
     except (OSError, ValueError):  # a folder that can't be read, a name that no file can have
         return ""
     close = nearest(missing.name, there)
-    return "" if close is None else f" Did you mean {str(missing.parent / close / rest)!r}?"
+    alike = close is not None and nearest(missing.stem, [Path(close).stem]) is not None  # not by the suffix alone
+    return "" if not alike else f" Did you mean {str(missing.parent / close / rest)!r}?"
 
 
 def _closest(name: str, valid: Iterable[str], count: int, cutoff: float) -> list[str]:

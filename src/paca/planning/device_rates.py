@@ -107,8 +107,11 @@ def _device_name(device: str) -> str:
 
 
 def _shortest_time(work: Callable[[], Any], seconds: float) -> float:
-    """The shortest of some repetitions within `seconds`: what the device can do while nothing else runs on it."""
+    """The shortest of some repetitions within `seconds`: what the device can do while nothing else runs on it.
+
+    Also with one thread: on a busy machine each of several waits for those that have no core.
+    """
     with hold_import_notes():  # here: where torch is built for CUDA, and there is none, its import writes a line
         from torch.utils.benchmark import Timer
-    timer = Timer("work()", globals={"work": work}, num_threads=torch.get_num_threads())
-    return min(timer.blocked_autorange(min_run_time=seconds).times)
+    timers = [Timer("work()", globals={"work": work}, num_threads=n) for n in {torch.get_num_threads(), 1}]
+    return min(min(timer.blocked_autorange(min_run_time=seconds / len(timers)).times) for timer in timers)

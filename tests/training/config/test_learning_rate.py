@@ -104,7 +104,12 @@ def test_a_rate_that_is_given_stays(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("rate", "told"), [(50, "is it right? It is 13,158 times as high"), (1e-5, "is it right? It is 380 times as low")]
+    ("rate", "told"),
+    [
+        (50, "is it right? It is 13,158 times as high"),
+        (3.8e27, "is it right? It is 1.0e+30 times as high"),
+        (1e-5, "is it right? It is 380 times as low"),
+    ],
 )
 def test_a_rate_far_from_the_automatic_one_is_asked_about(tmp_path: Path, rate: float, told: str) -> None:
     plan = describe(load_run_config(save_workspace(tmp_path), [f"train.learning_rate={rate}"]))

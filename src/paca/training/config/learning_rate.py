@@ -55,7 +55,11 @@ def beside_automatic(given: float, automatic: float, *, by_rule: bool) -> str:
     told = f"auto would be {automatic:g}"
     ratio = given / automatic if by_rule else 1.0
     if ratio > _FAR:
-        return f"{told}: is it right? It is {ratio:,.0f} times as high"
+        return f"{told}: is it right? It is {_number(ratio)} times as high"
     if 0 < ratio < 1 / _FAR:
-        return f"{told}: is it right? It is {1 / ratio:,.0f} times as low"
+        return f"{told}: is it right? It is {_number(1 / ratio)} times as low"
     return told
+
+
+def _number(ratio: float) -> str:
+    return f"{ratio:,.0f}" if ratio < 1e6 else f"{ratio:.1e}"
