@@ -61,7 +61,9 @@ for task in "$@"; do
             arc-wide-memory) # the committed rows of LoRA are those of arc-memory
                 config=arc rates=7.8e-4,1.25e-3
                 own=(--lr paca-wide=3.04e-4,4.87e-4,7.8e-4 --lr paca-wide-16bit=3.04e-4,4.87e-4,7.8e-4)
-                methods=paca-wide=$folder/arc-wide.yaml,paca-wide-16bit=$folder/arc-wide-16bit.yaml,lora,lora-tuned
+                own+=(--lr paca-wider=3.04e-4,4.87e-4,7.8e-4)
+                methods=paca-wide=$folder/arc-wide.yaml,paca-wider=$folder/arc-wider.yaml
+                methods+=,paca-wide-16bit=$folder/arc-wide-16bit.yaml,lora,lora-tuned
                 ;;
             arc-wide-time | gsm8k-wide-time) # LoRA with r 33, as many parameters as paca's r 64
                 config=${task%-wide} same=time rates=7.8e-4,1.25e-3 own=(--lr paca-256=1.9e-4,3.04e-4,4.87e-4)

@@ -76,7 +76,17 @@ def test_losses_and_answers_are_those_of_their_pages(name: str, task: str, value
 def test_losses_with_a_linear_fall_are_those_of_their_page() -> None:
     found = means("encyclopedia-linear-memory", "loss")
     told = ", ".join(f"{found[method]:.3f}" for method in ("paca-wide", "lora", "lora-tuned"))
-    assert f"(encyclopedia: {told})" in TEXT
+    assert f"(encyclopedia, linear rate: {told};" in TEXT
+
+
+def test_shares_of_all_of_arcs_questions_are_those_of_the_rows() -> None:
+    with (ROOT / "benchmarks/quality/held_back/arc.csv").open(newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    told = [
+        fmean(fmean(float(row[run]) for row in rows) for run in rows[0] if run.startswith(f"{name}-lr"))
+        for name in ("arc-wide-memory/paca-wide", "arc-memory/lora", "arc-memory/lora-tuned")
+    ]
+    assert f"all of ARC's questions: {', '.join(f'{share:.3f}' for share in told)})" in TEXT
 
 
 def test_solved_problems_are_those_of_the_rows() -> None:
