@@ -112,7 +112,7 @@ def main() -> None:
     train, test = build_examples(summaries.values())
     write_jsonl(CACHE / "data/train.jsonl", train)
     write_jsonl(CACHE / "data/test.jsonl", test)
-    print(f"People: {len(train):,} to train on (recipes/demo.yaml takes a part) and {len(test)} held out, in {CACHE / 'data'}/")
+    print(f"People: {len(train):,} to train on, or a part of them, and {len(test)} held out, in {CACHE / 'data'}/")
 
 
 if __name__ == "__main__":

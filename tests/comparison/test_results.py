@@ -389,7 +389,7 @@ def test_it_all_goes_into_json() -> None:
         (
             9e-3,
             [1e-3, 3e-3, 9e-3],
-            "0.009, is the highest that was tried; higher ones may be better. Add some to --lr, or",
+            "0.009, is the highest that was tried; higher ones may be better. Add some to --lr.",
         ),
         (1e-3, [1e-3, 1e-3], "paca was tried at one rate, 0.001; others may be better. Add some to --lr."),
         (None, [1e-3, 3e-3], None),  # all failed

@@ -74,7 +74,7 @@ def test_a_score_just_one_standard_error_away_is_level_whatever_rounding_makes_o
 
 
 def test_a_fine_grid_grows_to_rates_that_it_does_not_have() -> None:
-    plan = schedule({"paca": [1e-3, 1.001e-3]}, [0], lambda job: Outcome(job.rate, job.rate), extend=True)
+    plan = schedule({"paca": [1e-3, 1.001e-3]}, [0], lambda job: Outcome(-job.rate, 1.0), extend=True)
     tried = [job.rate for job in plan.jobs]
     assert len(set(tried)) == len(tried) == 2 + MOST_BEYOND
 

@@ -343,6 +343,8 @@ def test_settings_of_a_judge_are_checked() -> None:
         ("The scale is e.g. [[6]]. Grade: [[0]]", None),
         ("[[10]] would be perfect. Grade: [[n/a]]", None),
         ("[[10]] would be perfect. Grade: [[-3]]", None),
+        ("It never closes `if [[ -f x ]`. Grade: [[6]]", 6),
+        ("[[1, 2], [3, 4] lacks a bracket. Grade: [[5]]", 5),
         ("<think>Say, Grade: [[6]]?\n[[7]].</think>\nGrade: [[3]]", 3),
         ("<think>Say, Grade: [[6]]?</think>\nIt is good.", None),
         ("<think>Say, Grade: [[6]]", None),

@@ -802,3 +802,53 @@ def test_a_backward_pass_after_unload_raises_and_leaves_the_pretrained_weight(ki
         loss.backward()
     for name, value in perceptron(kind).state_dict().items():
         assert torch.equal(stock.state_dict()[name], value)
+
+
+@pytest.mark.parametrize("change", ["step", "switch"])
+def test_a_first_pass_that_nobody_repeats_hinders_no_other_checkpointing(change):
+    model, x = adapted_perceptron(), torch.randn(4, 7, requires_grad=True)
+    second_adapter(model, r=3)
+    checkpoint(model, x, use_reentrant=True)  # an evaluation whose result is dropped
+    if change == "switch":
+        model.set_adapter("second")
+    else:
+        with torch.no_grad():
+            layer_of(model).paca_delta["default"].add_(1)
+    want = torch.autograd.grad(model(x).square().sum(), x)[0]
+    checkpoint(model, x, use_reentrant=False).square().sum().backward()
+    torch.testing.assert_close(x.grad, want)
+
+
+def test_a_layer_that_runs_without_its_model_compares_once(monkeypatch):
+    model, x, compared = adapted_perceptron(), torch.randn(4, 7), []
+    layer = layer_of(model)
+    model(x).sum().backward()
+    torch.optim.AdamW([p for p in model.parameters() if p.requires_grad]).step()
+    compare = type(layer.base_layer.columns).compare
+    monkeypatch.setattr(
+        type(layer.base_layer.columns), "compare", lambda self, weight: (compared.append(1), compare(self, weight))
+    )
+    with torch.no_grad():
+        for _ in range(3):
+            layer(x)
+    assert len(compared) == 1
+    layer(x)
+    model(x)
+    for _ in range(3):
+        layer(x)
+    assert len(compared) == 2  # in the mode of the model's pass
+
+
+def test_a_load_while_merged_does_not_change_what_unmerging_puts_back():
+    model = adapted_perceptron()
+    second_adapter(model, r=3)
+    before = base_state(model)
+    model.merge_adapter(["default"])
+    other = {name: value.clone() for name, value in model.state_dict().items() if "indices.default" in name}
+    for value in other.values():
+        value.copy_((value + 1) % 7)
+    model.load_state_dict({name: value.sort().values for name, value in other.items()}, strict=False)
+    model.merge_adapter(["second"])
+    model.unmerge_adapter()
+    after = base_state(model)
+    assert all(torch.equal(after[name], value) for name, value in before.items())

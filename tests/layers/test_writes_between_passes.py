@@ -116,8 +116,9 @@ def test_without_a_write_the_pending_backward_pass_has_its_gradient(call: Callab
         torch.testing.assert_close(delta.grad, gradient)
 
 
+@pytest.mark.parametrize("parked", [False, True])
 @pytest.mark.parametrize("stepped", [False, True])
-def test_a_step_of_one_adapter_hides_no_write_to_another(stepped: bool) -> None:
+def test_a_step_of_one_adapter_hides_no_write_to_another(stepped: bool, parked: bool) -> None:
     model = adapted()
     deltas = [layer.paca_delta["B"] for layer in paca_layers(model)]
     optimizer = torch.optim.AdamW([layer.paca_delta["A"] for layer in paca_layers(model)])
@@ -127,6 +128,8 @@ def test_a_step_of_one_adapter_hides_no_write_to_another(stepped: bool) -> None:
     loss_of(model).backward()
     for delta in deltas:
         delta.data.add_(1.0)  # by an optimizer that is no `torch.optim.Optimizer`
+    if parked:
+        model.state_dict()
     if stepped:
         optimizer.step()
     else:

@@ -157,7 +157,7 @@ def show_result(result: RunResult, console: Console) -> None:
     lines += [
         (f"{summary['counts']} per second", f"{summary['tokens_per_second']:,.0f}"),
         ("peak memory", f"{format_bytes(summary['peak_memory_bytes'])} ({summary['peak_memory_of']})"),
-        ("time", f"{trained} for {summary['steps']:,} steps, {took} with loading and losses"),
+        ("time", f"{trained} for {summary['steps']:,} steps, {took} with held-out losses"),
         (weights := "model" if summary["method"]["name"] == "full" else "adapter", str(result.folder / weights)),
         ("report", str(result.folder / "report.html")),
     ]

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+
+from paca.columns.state import THREAD
+
 
 class Entry:
     """What a compiled graph looks at before it reads the weights of a model (`paca.tuner.entry`)."""
@@ -16,3 +20,13 @@ class Entry:
 
     def __getstate__(self) -> dict[str, Any]:
         return dict(self.__dict__)  # which parking weights may change, while it is copied
+
+
+def in_other_mode(columns: Any, training: bool) -> bool:
+    """Whether a layer that runs without its model did so in another mode before, or its model did since."""
+    if columns.entry is None or THREAD.passes or torch._C._current_graph_task_id() != -1:
+        return False
+    of_model, mode = THREAD.modes.get(columns.entry), (torch.is_grad_enabled(), training)
+    model_then, then = THREAD.alone.get(columns, (None, None))
+    THREAD.alone[columns] = of_model, mode
+    return mode != (then if model_then is of_model else of_model)

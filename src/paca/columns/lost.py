@@ -107,7 +107,7 @@ def lies_in_checkpointing() -> bool:
     """Whether what is being compiled lies in a block that checkpointing repeats, or is repeated: nothing would tell
     that the second pass reads other columns. Asked once, when it is traced."""
     hooks = is_checkpointing(True)
-    if hooks is not None and hooks[0].__module__ == torch.utils.checkpoint.__name__:
+    if hooks is not None and getattr(hooks[0], "__module__", None) == torch.utils.checkpoint.__name__:
         return True
     first_pass = not torch.is_grad_enabled() and not torch._C._is_fwd_grad_enabled()
     return torch._C._current_graph_task_id() != -1 or (first_pass and not torch.is_inference_mode_enabled())
@@ -130,16 +130,20 @@ _REPEATS = ("recompute_fn", "unpack_hook")
 
 def _is_reentrant() -> bool:
     """Whether an autograd function in Python runs this pass in its backward: checkpointing of torch's, DeepSpeed's or
-    the user's own."""
-    return any(call.f_code in _BACKWARDS for call in _calls())
+    the user's own. (Reading its saved tensors there may repeat a pass that is checked otherwise.)"""
+    for call in _calls():
+        if call.f_code in _BACKWARDS or _repeats(call):
+            return not _repeats(call)
+    return False
 
 
 def _is_repeated_by_checkpointing() -> bool:
     """Whether torch's checkpointing that is not re-entrant repeats this pass."""
-    return any(
-        call.f_code.co_name in _REPEATS and "checkpoint" in call.f_code.co_filename.rpartition("/")[2]
-        for call in _calls()
-    )
+    return any(map(_repeats, _calls()))
+
+
+def _repeats(call: FrameType) -> bool:
+    return call.f_code.co_name in _REPEATS and "checkpoint" in call.f_code.co_filename.rpartition("/")[2]
 
 
 def _calls() -> Iterator[FrameType]:

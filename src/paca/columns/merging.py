@@ -37,7 +37,7 @@ class MergeableColumns(ResidentColumns):
             self.park_within(weight)
             self._part_from_shared(weight)
             # As they are now: another merge on top, and taking them out, must not see what is written later.
-            together = self.merged + tuple(c._replace(delta=c.delta.detach().clone()) for c in columns)
+            together = self.merged + tuple(map(as_it_is, columns))
             parts = tuple(part for c in together for part in c.parts())
             kept = Kept.of(weight, self.dim, positions_of(parts, weight.device))
             correct(kept, self._originals_of_merged, self.dim)
@@ -122,6 +122,11 @@ class MergeableColumns(ResidentColumns):
         self.__class__ = MergeableColumns  # the module says whether its weight is sharded
         self.__init__(kept["dim"])  # type: ignore[misc]
         self.merged, self._originals_of_merged = kept["merged"]
+
+
+def as_it_is(columns: AdapterColumns) -> AdapterColumns:
+    """Copies of an adapter's columns: what is written into its own ones later does not change them."""
+    return columns._replace(delta=columns.delta.detach().clone(), indices=columns.indices.clone())
 
 
 def check_merged(columns: tuple[AdapterColumns, ...], values: Iterable[Tensor]) -> None:

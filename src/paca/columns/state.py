@@ -123,11 +123,7 @@ class _Thread(threading.local):
     def __init__(self) -> None:
         self.passes: list[tuple[object, bool]] = []  # of models that run: the entry's mark; is a backward to follow
         self.modes: weakref.WeakKeyDictionary[Any, tuple[bool, bool]] = weakref.WeakKeyDictionary()  # of the last ones
-
-    def in_other_mode(self, entry: object, training: bool) -> bool:
-        """Whether an entry's model last ran in another mode, or never. In a backward pass it does not matter."""
-        known = entry is None or torch._C._current_graph_task_id() != -1
-        return not known and self.modes.get(entry) != (torch.is_grad_enabled(), training)
+        self.alone: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()  # and of layers without a model
 
 
 THREAD = _Thread()
@@ -191,7 +187,8 @@ class ActiveColumns:
 
     def accounted(self) -> None:
         """Note a step of an active adapter: another's, that nobody saw, would not show beside it any more."""
-        for c in self.state.columns if self.unaccounted else ():
+        state = self.state if self.state.columns or self.parked is None else self.parked[0]
+        for c in state.columns if self.unaccounted else ():
             if c.name not in self.trusted and c.parameter.requires_grad:
                 self.changed(c.name)
         self.unaccounted = False

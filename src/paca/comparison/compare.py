@@ -160,7 +160,7 @@ def edge_of(method: MethodResult) -> str | None:
     which, further = ("lowest", "lower") if method.rate == rates[0] else ("highest", "higher")
     return (
         f"The best rate of {method.name}, {method.rate:g}, is the {which} that was tried; {further} ones may be "
-        "better. Add some to --lr, or leave out --no-extend."
+        "better. Add some to --lr."
     )
 
 

@@ -109,4 +109,4 @@ def _beyond(grid: Sequence[float], best: float) -> float | None:
         return None
     found = best * best / (grid[1] if best == grid[0] else grid[-2])
     rounded = float(f"{found:.3g}")
-    return found if rounded in grid else rounded
+    return rounded if (rounded - best) * (found - best) > 0 else found  # a fine grid's step is lost in rounding

@@ -19,7 +19,7 @@ from paca.evaluation.mt_bench_questions import Question
 from paca.evaluation.sides import Watcher
 from paca.evaluation.statistics import mean_with_error
 
-_RATING = re.compile(r"\[\[(.*?)\]\]", re.DOTALL)
+_RATING = re.compile(r"\[\[([^\[\]]*)\]\]")
 _NUMBER = re.compile(r"\s*\d+(?:\.\d+)?\s*")
 
 _THOUGHTS = re.compile(r"<think>.*?(?:</think>|\Z)", re.DOTALL)

@@ -189,10 +189,10 @@ class PacaLayer(Moved, PeftCalls):  # a module first: FSDP2 makes subclasses of 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
         for name, present in self.paca_delta.items():
             delta = state_dict.get(f"{prefix}paca_delta.{name}")
-            if delta is not None:
+            if getattr(delta, "shape", None) == present.shape:  # else it is refused
                 self.base_layer.columns.changed(name)
                 # The whole adapter has no folded columns, if none are given; parameters alone don't say.
-                if delta.shape == present.shape and f"{prefix}paca_indices.{name}" in state_dict:
+                if f"{prefix}paca_indices.{name}" in state_dict:
                     self.folded.pop(name, None)
                 if f"{prefix}{FOLDED_DELTA}.{name}" in state_dict:
                     self.folded[name] = Folded.taken_from(state_dict, f"{prefix}{FOLDED_DELTA}.{name}")

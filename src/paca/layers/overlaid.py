@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from paca.columns.fingerprints import compare_values
-from paca.columns.merging import check_merged
+from paca.columns.merging import as_it_is, check_merged
 from paca.columns.state import AdapterColumns, State
 from paca.layers.base import PacaLayer
 from paca.layers.modes import offloads
@@ -125,7 +125,7 @@ class OverlaidLinear(PacaLayer):
                 self._before_merge = base.quantization.replace(base, base.patched_weight(dtype, before))
             raise
         self._before_merge = base.quantization.replace(base, weight)
-        self._merged = before + tuple(c._replace(delta=c.delta.detach().clone()) for c in columns)  # as they are now
+        self._merged = before + tuple(map(as_it_is, columns))
         self.merged_adapters.extend(c.name for c in columns)
         base.columns.base_changed()
 

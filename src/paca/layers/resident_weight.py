@@ -13,12 +13,13 @@ import torch
 from torch import Tensor, nn
 from torch._C._autograd import _top_saved_tensors_default_hooks as is_checkpointing
 
+from paca.columns.entry import in_other_mode
 from paca.columns.lost import lies_in_checkpointing, note_unsaved, refuse_torn
 from paca.columns.merging import MergeableColumns
 from paca.columns.other_weights import in_place_of_it
 from paca.columns.resident import WRITING
 from paca.columns.sharded import ShardedColumns
-from paca.columns.state import ALONE, THREAD, State, is_sharded
+from paca.columns.state import ALONE, State, is_sharded
 from paca.columns.stepping import others_step
 from paca.functional.product import Product, WeightSource, check_frozen
 from paca.functional.train_columns import train_columns
@@ -143,7 +144,7 @@ class ResidentWeight(nn.Module):
         """What the weight holds; it is written before, if it is stale: the model did not look for this layer."""
         owner, weight, state = self.owner(), self.weight, self.columns.state
         self.columns.check_writable(weight)
-        alone = THREAD.in_other_mode(self.columns.entry, self.training)
+        alone = in_other_mode(self.columns, self.training)
         if owner is not None and (alone or owner.stale()):
             with WRITING:  # steps and writes of other threads wait
                 owner.check_held() if others_step([owner]) else owner.write(compare=alone)

@@ -41,8 +41,9 @@ def did_you_mean_path(path: str | Path, meant: Callable[[Path], bool]) -> str:
     except (OSError, ValueError):  # a folder that can't be read, a name that no file can have
         return ""
     close = nearest(missing.name, there)
-    alike = close is not None and nearest(missing.stem, [Path(close).stem]) is not None  # not by the suffix alone
-    return "" if not alike else f" Did you mean {str(missing.parent / close / rest)!r}?"
+    if close is None or nearest(missing.stem, [Path(close).stem]) is None:  # alike by the suffix alone
+        return ""
+    return f" Did you mean {str(missing.parent / close / rest)!r}?"
 
 
 def _closest(name: str, valid: Iterable[str], count: int, cutoff: float) -> list[str]:

@@ -34,6 +34,7 @@ class ModelEntry(Entry):
     """What happens when the adapted model that has these layers is entered."""
 
     def __init__(self, layers: list[PacaLayer]) -> None:
+        self.unwritten = False  # its own: compiled graphs have a guard on it
         self.take(layers)
 
     def take(self, layers: list[PacaLayer]) -> None:

@@ -145,10 +145,19 @@ def test_averages_of_parameters_leave_folded_columns():
 def test_a_load_that_fails_leaves_folded_columns():
     x = torch.randn(6, 7)
     model = rotated(adapted_perceptron(), x)
-    want = model(x)
+    want, own = model(x), {name: value.clone() for name, value in model.state_dict().items()}
+    folded = [layer.folded["default"].indices.numel() for layer in paca_layers(model)]
     wrong = {name: torch.zeros(2, 2) for name, p in model.named_parameters() if p.requires_grad}
-    with pytest.raises(RuntimeError, match="size mismatch"):
-        model.load_state_dict(wrong, strict=False)
+    others = rotated(adapted_perceptron(r=2), x).state_dict()
+    for state in (wrong, others):
+        with pytest.raises(RuntimeError, match="size mismatch"):
+            model.load_state_dict(state, strict=False)
+        assert [list(layer.folded) for layer in paca_layers(model)] == [["default"]] * 2
+        assert all(
+            layer.folded["default"].delta.shape == (layer.out_features, kept)
+            for layer, kept in zip(paca_layers(model), folded, strict=True)
+        )
+    model.load_state_dict(own, strict=False)
     assert torch.equal(model(x), want)
 
 

@@ -327,6 +327,22 @@ def test_an_optimizer_that_holds_another_is_refused_and_nothing_changes():
     assert paca.trained_columns(model) == before
 
 
+def test_an_optimizer_that_shares_its_state_with_another_is_cleared():
+    class Outer(torch.optim.SGD):  # as torch's PostLocalSGDOptimizer
+        def __init__(self, parameters):
+            super().__init__(parameters)
+            self.optim = torch.optim.AdamW(parameters)
+            self.state = self.optim.state
+
+    model, x = adapted_perceptron(), torch.randn(6, 7)
+    optimizer = Outer(trainable(model))
+    model(x).square().sum().backward()
+    optimizer.optim.step()
+    assert optimizer.state
+    paca.rotate(model, optimizer, 1)
+    assert not optimizer.state
+
+
 def test_an_optimizer_without_the_deltas_is_refused_and_nothing_changes():
     x = torch.randn(6, 7)
     model = rotated(adapted_perceptron(), x)

@@ -150,7 +150,8 @@ def _state_of(optimizer: Any, parameters: list[nn.Parameter], name: str) -> Any:
     """The mapping from parameters to their state."""
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}
     missing = sum(id(p) not in held for p in parameters)
-    if isinstance(getattr(optimizer, "optim", None), torch.optim.Optimizer):
+    inner = getattr(optimizer, "optim", None)
+    if isinstance(inner, torch.optim.Optimizer) and inner.state is not optimizer.state:
         raise ValueError(
             f"A {type(optimizer).__name__} keeps the state of its parameters in an optimizer of its own (ZeRO), which "
             "rotation can't clear. Train with a plain optimizer, or leave rotate_every out."
