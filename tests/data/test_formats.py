@@ -180,3 +180,36 @@ def test_messages_may_come_in_parts_of_text() -> None:
 def test_a_message_that_can_not_be_read_says_what_it_has(message: dict[str, Any], told: str) -> None:
     with pytest.raises(PacaError, match=told):
         FORMATS["messages"].convert({"messages": [message]})
+
+
+def test_arguments_that_are_json_text_become_objects() -> None:
+    """As OpenAI's interface has them; a template would write them as a text within quotes."""
+    call = {"id": "1", "type": "function", "function": {"name": "add", "arguments": '{"a": 2}'}}
+    flat, odd = {"name": "add", "arguments": '{"a": 2}'}, {"name": "add", "arguments": "2 and 2"}
+    asked = [USER, {"role": "assistant", "tool_calls": [call, flat, odd]}, {"role": "tool", "content": "4"}, ASSISTANT]
+    made = convert("messages", {"messages": asked})["messages"][1]["tool_calls"]
+    assert made[0] == {**call, "function": {"name": "add", "arguments": {"a": 2}}}
+    assert made[1:] == [{"name": "add", "arguments": {"a": 2}}, odd]
+    assert call["function"]["arguments"] == '{"a": 2}'
+
+
+@pytest.mark.parametrize("tools", ["", " ", "[]", "null", [], None])
+def test_no_tools_may_be_said_in_many_ways(tools: object) -> None:
+    answer = {**ASSISTANT, "tool_calls": []}
+    assert convert("messages", {"messages": [USER, answer], "tools": tools}) == {
+        "messages": [USER, ASSISTANT],
+        "tools": None,
+    }
+
+
+def test_tools_that_are_none_are_refused() -> None:
+    with pytest.raises(PacaError, match="tools is a number; expected a list of objects"):
+        convert("messages", {"messages": [USER, ASSISTANT], "tools": "3"})
+    with pytest.raises(PacaError, match=r"messages\[1\].tool_calls is text; expected a list of objects"):
+        convert("messages", {"messages": [USER, {**ASSISTANT, "tool_calls": "add"}]})
+
+
+def test_a_system_turn_comes_before_the_column() -> None:
+    turns = [{"from": "system", "value": "Be long."}, {"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]
+    messages = convert("sharegpt", {"conversations": turns, "system": "Be brief."})["messages"]
+    assert [message["content"] for message in messages] == ["Be long.", "a", "b"]

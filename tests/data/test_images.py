@@ -189,3 +189,18 @@ def test_what_holds_no_images_is_refused(tmp_path: Path) -> None:
     pq.write_table(pa.table({"text": ["a"], "label": [1]}), tmp_path / "text.parquet")
     with pytest.raises(PacaError, match="has 0 columns of images; expected one"):
         load_images(str(tmp_path / "text.parquet"))
+
+
+@pytest.mark.parametrize("split", ["", "train"])
+def test_an_image_beside_the_folders_of_labels_is_refused(tmp_path: Path, split: str) -> None:
+    folder = save_folder(tmp_path / "pictures" / split)
+    (folder / "cover.png").write_bytes(png((1, 2, 3)))
+    with pytest.raises(PacaError, match=r"cover.png lies beside folders of images, whose names are the labels"):
+        load_images(str(tmp_path / "pictures"))
+
+
+def test_the_column_that_is_named_may_hold_plain_labels(tmp_path: Path) -> None:
+    stored = [{"bytes": png(colour), "path": None} for colour in COLOURS.values()]
+    pq.write_table(pa.table({"img": stored, "fine": ["b", "a"], "coarse": [0, 0]}), tmp_path / "images.parquet")
+    images = load_images(str(tmp_path / "images.parquet"), label="fine").dataset
+    assert (images.features["label"].names, list(images["label"])) == (["a", "b"], [1, 0])

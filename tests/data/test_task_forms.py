@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import datetime
 import json
 from pathlib import Path
 from typing import Any
 
+import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from paca.data import Examples, load_examples
@@ -114,3 +118,84 @@ def test_a_record_without_a_label_is_named(tmp_path: Path, label: object) -> Non
 
 def test_numbers_count_by_value_and_come_before_names() -> None:
     assert label_names(["10", "9", "b", "a", "9"]) == ["9", "10", "a", "b"]
+
+
+ANSWERS = {"chosen": [{"role": "assistant", "content": "4"}], "rejected": [{"role": "assistant", "content": "5"}]}
+TOOL = {"type": "function", "function": {"name": "add", "parameters": {"type": "object"}}}
+
+
+@pytest.mark.parametrize(
+    "pair",
+    [
+        {"prompt": [USER], **ANSWERS},
+        {"prompt": USER["content"], **ANSWERS},
+        {"question": USER["content"], "chosen": "4", "rejected": "5"},
+        {"instruction": USER["content"], "chosen": "4", "rejected": "5"},
+        {"prompt": USER["content"], **{name: [USER, *answer] for name, answer in ANSWERS.items()}},
+        {name: [USER, *answer] for name, answer in ANSWERS.items()},
+    ],
+)
+def test_pairs_of_all_forms_stand_below_their_system_message_and_tools(tmp_path: Path, pair: dict[str, Any]) -> None:
+    examples = load(tmp_path, "preferences", {**pair, "system": "Be brief.", "tools": [TOOL]})
+    example = examples.dataset[0]
+    assert example["prompt"] == [{"role": "system", "content": "Be brief."}, USER]
+    assert {name: example[name] for name in ANSWERS} == ANSWERS
+    assert json.loads(example["tools"]) == [TOOL]
+    assert "not used" not in examples.description
+    assert "system, tools" in examples.description
+
+
+def test_a_pairs_own_system_message_stays_the_only_one(tmp_path: Path) -> None:
+    own = {"role": "system", "content": "Be long."}
+    example = load(tmp_path, "preferences", {"prompt": [own, USER], **ANSWERS, "system": "Be brief."}).dataset[0]
+    assert example["prompt"] == [own, USER]
+
+
+@pytest.mark.parametrize(("beside", "named"), [({"system": "Be brief."}, "system"), ({"tools": [TOOL]}, "tools")])
+def test_a_prompt_that_is_text_has_no_place_for_them(tmp_path: Path, beside: dict[str, Any], named: str) -> None:
+    with pytest.raises(PacaError, match=rf"line 1: {named} goes with messages.*\(data.columns: {{question: prompt}}\)"):
+        load(tmp_path, "preferences", {"prompt": "2+2=", "chosen": "4", "rejected": "5", **beside})
+    none = dict.fromkeys(beside, "")
+    assert load(tmp_path, "preferences", {"prompt": "2+2=", "chosen": "4", "rejected": "5", **none}).dataset[0]
+
+
+def test_a_prompt_that_the_conversations_lack_is_refused(tmp_path: Path) -> None:
+    record = {"prompt": "another question", **{name: [USER, *answer] for name, answer in ANSWERS.items()}}
+    with pytest.raises(PacaError, match=r"none of their messages holds the prompt.*data.format: preference-implicit"):
+        load(tmp_path, "preferences", record)
+    implicit = load_examples(str(tmp_path / "data.jsonl"), family="preferences", format="preference-implicit")
+    assert implicit.dataset[0]["prompt"] == [USER]
+
+
+def test_columns_that_the_first_record_lacks_are_there(tmp_path: Path) -> None:
+    records = [{"prompt": "a"}, {"prompt": "b", "solution": 42}, {"prompt": "c", "hint": "x"}]
+    examples = load(tmp_path, "prompts", *records)
+    assert list(examples.dataset["solution"]) == [None, 42, None]
+    assert list(examples.dataset["hint"]) == [None, None, "x"]
+    limited = load_examples(str(tmp_path / "data.jsonl"), family="prompts", limit=2)
+    assert sorted(limited.dataset.column_names) == ["origin", "prompt", "solution"]
+    asked = {"question": "q", "answer": "a"}
+    assert list(load(tmp_path, "text", asked, {**asked, "options": ["a", "b"]}).dataset["options"]) == [
+        None,
+        ["a", "b"],
+    ]
+
+
+def test_rewards_get_dates_as_text_and_no_bytes(tmp_path: Path) -> None:
+    columns = {"blob": [b"\xff"], "image": [{"bytes": b"\xff", "path": "a"}], "day": [datetime.date(2026, 1, 2)]}
+    pq.write_table(pa.table({"prompt": ["a"], **columns}), tmp_path / "x.parquet")
+    examples = load_examples(str(tmp_path / "x.parquet"), family="prompts")
+    assert examples.dataset[0] == {"prompt": "a", "day": "2026-01-02", "origin": "x.parquet, row 0"}
+    assert "(not used: blob, image)" in examples.description
+
+
+def test_a_parquet_files_class_labels_are_their_names(tmp_path: Path) -> None:
+    """As from the hub: the same data set has the same labels however it is read."""
+    features = datasets.Features({"text": datasets.Value("string"), "label": datasets.ClassLabel(names=["neg", "pos"])})
+    rows = [{"text": "a", "label": 1}, {"text": "b", "label": 0}]
+    file = str(tmp_path / "x.parquet")
+    datasets.Dataset.from_list(rows, features=features).to_parquet(file)
+    assert list(load_examples(file, family="labels").dataset["label"]) == ["pos", "neg"]
+    datasets.Dataset.from_list([*rows, {"text": "c", "label": -1}], features=features).to_parquet(file)
+    with pytest.raises(PacaError, match=r"x.parquet, row 2: label is missing; expected a name or a whole number"):
+        load_examples(file, family="labels")

@@ -12,8 +12,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from trl import SFTConfig, SFTTrainer
 
 from paca.data import Examples, encode, load_examples, tokenize, training_template
-from paca.data.tokens import IGNORED
-from paca.evaluation.encoding import continuation_of, question_of
+from paca.data.tokens import IGNORED, WHY_LEFT_OUT
+from paca.evaluation.encoding import answer_of, continuation_of, question_of, question_text
 from paca.messages.errors import PacaError
 from paca.pretrained.ends_of_texts import ends_texts
 from tiny_checkpoint import CHAT_TEMPLATE, byte_tokenizer, ending_tokenizer
@@ -123,7 +123,7 @@ def test_a_turn_that_is_rendered_differently_later_on_is_left_out_and_counted(tm
     (example,) = marked.dataset
     trained = [label for label in example["labels"] if label != IGNORED]
     assert tokenizer.decode(trained) == "so</think>d<|im_end|>\n"
-    assert marked.description.endswith("1 turns left out because the template renders them differently later on")
+    assert marked.description.endswith(f"1 turns left out: {WHY_LEFT_OUT}")
 
 
 def test_earlier_answers_count_where_the_template_closes_the_whole_conversation(tmp_path: Path) -> None:
@@ -260,3 +260,48 @@ def test_a_template_that_leaves_tool_calls_out_is_refused(tmp_path: Path, conten
     named = "{{ message.tool_calls[0].function.name if message.tool_calls else message['content'] }}"
     tokenizer.chat_template = CHAT_TEMPLATE.replace("{{ message['content'] }}", named)
     assert "look<|im_end|>" in tokenizer.decode(encode(example, tokenizer).ids)
+
+
+@pytest.mark.parametrize("arguments", ['{"city": "Rome"}', {"city": "Rome"}])
+@pytest.mark.parametrize("written", ["arguments | tojson", "arguments", "arguments + ''"])
+def test_calls_are_rendered_as_the_template_wants_their_arguments(
+    tmp_path: Path, arguments: object, written: str
+) -> None:
+    """Most write an object as JSON, some the text as it is given; both may be in the data."""
+    call = "{% for call in message.tool_calls %}{{ call.function.WRITTEN }}{% endfor %}"
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = CHAT_TEMPLATE.replace("message['content']", "(message['content'] or '')").replace(
+        "<|im_end|>", call.replace("WRITTEN", written) + "<|im_end|>", 1
+    )
+    calls = [{"type": "function", "function": {"name": "weather", "arguments": arguments}}]
+    messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "", "tool_calls": calls}]
+    (tmp_path / "calls.jsonl").write_text(json.dumps({"messages": messages}) + "\n")
+    (example,) = tokenize(load_examples(str(tmp_path / "calls.jsonl")), tokenizer).dataset
+    trained = tokenizer.decode([label for label in example["labels"] if label != IGNORED])
+    assert trained == '{"city": "Rome"}<|im_end|>\n'
+
+
+def test_an_answer_that_begins_a_conversation_is_counted_as_left_out(tmp_path: Path) -> None:
+    turns = [("assistant", "hello"), ("user", "a"), ("assistant", "b")]
+    marked = tokenize(load(tmp_path, turns), byte_tokenizer())
+    (example,) = marked.dataset
+    assert byte_tokenizer().decode([label for label in example["labels"] if label != IGNORED]) == "b<|im_end|>\n"
+    assert marked.description.endswith(f"1 turns left out: {WHY_LEFT_OUT}")
+
+
+def test_of_a_completion_of_several_messages_the_last_answer_is_what_is_scored(tmp_path: Path) -> None:
+    """As of the same conversation that is given whole."""
+    turns = [{"role": role, "content": text} for role, text in CONVERSATIONS[1]]
+    last = max(n for n, turn in enumerate(turns) if turn["role"] == "assistant")
+    first = next(n for n, turn in enumerate(turns) if turn["role"] == "assistant")
+    assert first < last
+    tokenizer, found = byte_tokenizer(), []
+    for row in ({"messages": turns}, {"prompt": turns[:first], "completion": turns[first:]}):
+        (tmp_path / "x.jsonl").write_text(json.dumps(row) + "\n")
+        (example,) = load_examples(str(tmp_path / "x.jsonl")).dataset
+        scored = continuation_of(example, tokenizer)
+        assert question_of(example, tokenizer) == scored.prompt
+        assert answer_of(example) == turns[last]["content"]
+        found.append((scored, question_text(example)))
+    assert found[0] == found[1]
+    assert tokenizer.decode(found[0][0].answer).startswith(turns[last]["content"])

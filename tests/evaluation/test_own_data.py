@@ -13,7 +13,7 @@ import scipy.stats
 import torch
 
 from paca.data import load_examples
-from paca.data.examples import ORIGIN
+from paca.data.conversion import ORIGIN
 from paca.evaluation import own_data
 from paca.evaluation.completions import completions
 from paca.evaluation.encoding import continuation_of, question_of

@@ -128,6 +128,24 @@ def test_autocast(tiny_model, run, architecture, recompute):
         assert (got[1][name] - gradient).norm() <= 2 * torch.finfo(torch.bfloat16).eps * gradient.norm(), name
 
 
+@pytest.mark.parametrize("architecture", ["llama", "gemma3", "gpt2"])
+def test_autocast_leaves_float64_alone(tiny_model, run, architecture):
+    model = tiny_model(architecture).double()
+
+    def step():
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return run(model)
+
+    want = step()
+    make_lean(model)
+    got = step()
+    assert got[0].dtype == torch.float64
+    assert torch.equal(got[0], want[0])
+    for name, gradient in want[1].items():
+        # The norms compute in float32, also in float64 models.
+        assert (got[1][name] - gradient).norm() <= 8 * torch.finfo(torch.float32).eps * gradient.norm(), name
+
+
 def test_frozen_input_and_unused_gradient(tiny_model):
     """Token ids under a frozen embedding: the first MLP's input requires no grad, only its adapters do."""
     tokens = torch.arange(1, 11).view(2, 5)

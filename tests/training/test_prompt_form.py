@@ -162,6 +162,30 @@ def test_texts_with_prompts_are_saved_without_the_models_template(workspace: Pat
     assert AutoTokenizer.from_pretrained(model).chat_template is not None
 
 
+def test_a_loss_on_all_tokens_is_asked_for_by_the_setting_of_the_form(workspace: Path, tmp_path: Path) -> None:
+    chats = tmp_path / "chats.jsonl"
+    turns = [{"role": "user", "content": "2+2?"}, {"role": "assistant", "content": "4"}]
+    chats.write_text(json.dumps({"messages": turns}) + "\n")
+    of_form = {
+        f"data.train={chats}": ("train.assistant_only_loss=false", "train.completion_only_loss=false"),
+        f"data.train={workspace / 'alpaca.jsonl'}": (
+            "train.completion_only_loss=false",
+            "train.assistant_only_loss=false",
+        ),
+    }
+    for data, (right, wrong) in of_form.items():
+        assert plan_of(workspace, data, right).data.loss == "every token"
+        with pytest.raises(PacaError, match=rf"{wrong[:-6]}: false tells nothing of .* give {right[:-6]}: false"):
+            plan_of(workspace, data, wrong)
+        assert plan_of(workspace, data, right, wrong).data.loss == "every token"
+
+
+def test_a_split_that_a_file_has_not_is_said(workspace: Path) -> None:
+    said = plan_of(workspace, "data.split=validation").data.train.description
+    assert said.endswith("; data.split: validation tells nothing here, as a file has no splits")
+    assert "tells nothing" not in plan_of(workspace).data.train.description
+
+
 @pytest.mark.parametrize(("trainer", "kept"), [("dpo", False), ("reward", True)])
 def test_pairs_of_texts_are_learned_without_the_models_template(
     workspace: Path, tmp_path: Path, trainer: str, kept: bool

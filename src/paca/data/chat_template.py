@@ -8,7 +8,8 @@ from pathlib import Path
 import jinja2
 from transformers import PreTrainedTokenizerBase
 
-from paca.data.examples import RENDERED, Examples
+from paca.data.conversion import RENDERED
+from paca.data.examples import Examples
 from paca.messages.errors import PacaError
 from paca.messages.nearest import did_you_mean
 

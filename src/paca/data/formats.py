@@ -73,9 +73,7 @@ def _from_sharegpt(row: Row) -> Example:
         messages.append(
             {"role": _SPEAKERS[speaker], "content": _text(turn.get("value"), f"conversations[{index}].value")}
         )
-    if row.get("system"):
-        messages.insert(0, {"role": "system", "content": _text(row["system"], "system")})
-    return _conversation(messages, row.get("tools"))
+    return _conversation(with_system(messages, row.get("system")), row.get("tools"))
 
 
 def _from_prompt_completion(row: Row) -> Example:
@@ -93,7 +91,7 @@ def _from_prompt_completion(row: Row) -> Example:
     if answer[0]["role"] != "assistant":
         raise PacaError(f"the completion begins with a message of {answer[0]['role']!r}; expected 'assistant'.")
     _require_an_answer(answer, "completion")
-    return {"prompt": question, "completion": answer, **_tools(row.get("tools")), **_options(row)}
+    return {"prompt": question, "completion": answer, **tools_of(row), **_options(row)}
 
 
 def _from_alpaca(row: Row) -> Example:
@@ -144,6 +142,18 @@ def _conversation(messages: list[Message], tools: object) -> Example:
     return {"messages": messages, **_tools(tools)}
 
 
+def with_system(messages: list[Message], system: object) -> list[Message]:
+    """The messages below what a column `system` says, unless they have a system message of their own."""
+    if not system or any(message["role"] in ("system", "developer") for message in messages):
+        return messages
+    return [{"role": "system", "content": _text(system, "system")}, *messages]
+
+
+def tools_of(row: Row) -> Example:
+    """The column `tools` of a row, which may lack it."""
+    return _tools(row.get("tools"))
+
+
 def _require_an_answer(messages: list[Message], name: str) -> None:
     for message in messages:
         if message["role"] == "assistant" and not message["content"].strip() and not message.get("tool_calls"):
@@ -165,8 +175,41 @@ def _messages(value: object, name: str) -> list[Message]:
             how = "null" if "content" in given else f"not there; the message has {', '.join(given)}"
             raise PacaError(f"{name}[{index}].content is {how}; expected text.")
         message["content"] = _text(_joined(message["content"]), f"{name}[{index}].content")
+        if calls := message.pop("tool_calls", None):
+            listed = _list_of_objects(calls, f"{name}[{index}].tool_calls", "call")
+            message["tool_calls"] = [_with_arguments(call) for call in listed]
         messages.append(message)
     return messages
+
+
+def _with_arguments(call: dict[str, Any]) -> dict[str, Any]:
+    """A call of a tool with its arguments as an object, as templates read them: in OpenAI's interface they are text."""
+    if isinstance(call.get("function"), dict):
+        return {**call, "function": _with_arguments(call["function"])}
+    try:
+        arguments = json.loads(call["arguments"]) if isinstance(call.get("arguments"), str) else None
+    except json.JSONDecodeError:
+        return call
+    return {**call, "arguments": arguments} if isinstance(arguments, dict) else call
+
+
+def with_text_arguments(messages: list[Message]) -> list[Message] | None:
+    """The messages with the arguments of calls as JSON text, as some templates want them; None if they call nothing."""
+
+    def as_text(call: dict[str, Any]) -> dict[str, Any]:
+        if isinstance(call.get("function"), dict):
+            return {**call, "function": as_text(call["function"])}
+        arguments = call.get("arguments")
+        return {**call, "arguments": json.dumps(arguments, ensure_ascii=False)} if isinstance(arguments, dict) else call
+
+    if not any(message.get("tool_calls") for message in messages):
+        return None
+    return [
+        {**message, "tool_calls": [as_text(call) for call in message["tool_calls"]]}
+        if message.get("tool_calls")
+        else message
+        for message in messages
+    ]
 
 
 def _joined(content: object) -> object:
@@ -177,23 +220,23 @@ def _joined(content: object) -> object:
     return "".join(map(str, texts)) if whole else content
 
 
-def _list_of_objects(value: object, name: str) -> list[dict[str, Any]]:
+def _list_of_objects(value: object, name: str, one: str = "message") -> list[dict[str, Any]]:
     if not isinstance(value, list) or not all(isinstance(element, dict) for element in value):
         raise PacaError(f"{name} is {_kind(value)}; expected a list of objects.")
     if not value:
-        raise PacaError(f"{name} is an empty list; expected at least one message.")
+        raise PacaError(f"{name} is an empty list; expected at least one {one}.")
     return value
 
 
 def _tools(tools: object) -> Example:
     """Tool definitions travel as JSON text, the way TRL takes them: their fields differ from tool to tool."""
-    if tools is None or tools == "" or tools == []:
-        return {"tools": None}
-    if isinstance(tools, str):
+    if isinstance(tools, str) and tools.strip():
         try:
             tools = json.loads(tools)
         except json.JSONDecodeError as error:
             raise PacaError(f"tools is not valid JSON: {error.msg}.") from error
+    if not tools or (isinstance(tools, str) and not tools.strip()):
+        return {"tools": None}
     return {"tools": json.dumps(_list_of_objects(tools, "tools"), ensure_ascii=False)}
 
 

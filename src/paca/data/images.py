@@ -14,8 +14,9 @@ import numpy as np
 from datasets.data_files import get_data_patterns
 from PIL import Image
 
+from paca.data.conversion import ORIGIN
 from paca.data.evenly import spread_evenly
-from paca.data.examples import ORIGIN, Examples
+from paca.data.examples import Examples
 from paca.data.sources import load_from_hub
 from paca.messages.errors import PacaError
 from paca.pretrained.quiet import without_progress_bars
@@ -43,7 +44,7 @@ def load_images(source: str, *, split: str = "train", limit: int | None = None, 
         if path.is_dir():
             dataset = _from_folder(path, split)
         elif path.is_file():
-            dataset = _from_file(path)
+            dataset = _from_file(path, label)
         elif (found := load_from_hub(source, split)) is not None:
             dataset = found
         else:
@@ -137,9 +138,11 @@ def _from_folder(folder: Path, split: str) -> datasets.Dataset:
             known, split = [asked], known[0] + split[len(asked) :]
         if asked in known:
             # Without `drop_labels`, folders of which only some split has several labels would lose them.
-            return datasets.load_dataset(
+            found = datasets.load_dataset(
                 "imagefolder", data_dir=where, data_files=splits, split=split, drop_labels=False
             )
+            _check_all_in_folders(found)
+            return found
     except (ValueError, OSError, datasets.exceptions.DatasetsError) as error:
         raise PacaError(
             f"The folder {folder} cannot be read as labelled images: {str(error).strip()}\n"
@@ -151,7 +154,27 @@ def _from_folder(folder: Path, split: str) -> datasets.Dataset:
     )
 
 
-def _from_file(path: Path) -> datasets.Dataset:
+def _check_all_in_folders(dataset: datasets.Dataset) -> None:
+    """Refuse an image that lies beside folders of images: the folder that holds them would become a label.
+
+    Raises:
+        PacaError: Naming it.
+    """
+    if not isinstance(dataset.features.get("label"), datasets.ClassLabel) or "image" not in dataset.features:
+        return
+    stored = dataset.select_columns("image").cast_column("image", datasets.Image(decode=False))["image"]
+    paths = [Path(image["path"]) for image in stored if image["path"]]
+    above = {parent for folder in {path.parent for path in paths} for parent in folder.parents}
+    loose = [path for path in paths if path.parent in above]
+    if loose:
+        raise PacaError(
+            f"{loose[0]} lies beside folders of images, whose names are the labels, so it has none of them"
+            f"{f' ({len(loose):,} such images)' if len(loose) > 1 else ''}. Move it into the folder of its label, or "
+            "away."
+        )
+
+
+def _from_file(path: Path, label: str | None) -> datasets.Dataset:
     """A Parquet file, whose schema need not say that a struct of bytes and path is an image, and a number a label."""
     if path.suffix.lower() != ".parquet":
         raise PacaError(f"{path} holds no images that can be read. Give a folder of images, or a .parquet file.")
@@ -162,7 +185,7 @@ def _from_file(path: Path) -> datasets.Dataset:
     for name, feature in dataset.features.items():
         if isinstance(feature, dict) and "bytes" in feature:
             dataset = dataset.cast_column(name, datasets.Image())
-        elif name in ("label", "labels") and isinstance(feature, datasets.Value):
+        elif name in ("label", "labels", label) and isinstance(feature, datasets.Value):
             dataset = dataset.class_encode_column(name)
     return dataset
 

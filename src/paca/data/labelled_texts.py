@@ -14,7 +14,8 @@ def _labelled(column: str) -> Callable[[Row], Example]:
     def convert(row: Row) -> Example:
         text, label = _some_text(row[column], column), row["label"]
         if not isinstance(label, (str, int)) or label == "":
-            raise PacaError(f"label is {label!r}; expected a name or a whole number.")
+            given = "missing" if label is None else repr(label)
+            raise PacaError(f"label is {given}; expected a name or a whole number.")
         return {"text": text, "label": label if isinstance(label, str) else json.dumps(label)}
 
     return convert

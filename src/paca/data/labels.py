@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from paca.data.examples import ORIGIN, Examples
+from paca.data.conversion import ORIGIN
+from paca.data.examples import Examples
 from paca.data.formats import Example
 from paca.data.tokens import IGNORED, what_stays
 from paca.messages.errors import PacaError

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from datasets import Dataset, Image
 
 from paca.data.choices import OPTIONS
-from paca.data.examples import ORIGIN
+from paca.data.conversion import ORIGIN
 
 _BESIDE = {ORIGIN, OPTIONS}
 """Columns that make no other example of the same texts."""

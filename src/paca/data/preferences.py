@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from paca.data.formats import FORMATS, Example, Format, _messages, same_start
+from paca.data.formats import FORMATS, Example, Format, _messages, same_start, tools_of, with_system
 from paca.data.rows import Row
 from paca.messages.errors import NothingToLearn, PacaError
 
 PAIR = ("chosen", "rejected")
+BESIDE = ("system", "tools")
+"""Columns that any form may have beside the pair: what stands above a prompt of messages."""
 
 
 def _pair(form: str, answer: str) -> Callable[[Row], Example]:
@@ -24,10 +26,15 @@ def _pair(form: str, answer: str) -> Callable[[Row], Example]:
                 raise type(error)(f"with {name} as the {answer}: {error}") from None
         if made["chosen"] == made["rejected"]:
             raise NothingToLearn("chosen and rejected are the same, so there is nothing to prefer. Remove the record.")
-        prompt = made["chosen"]["prompt"]
-        if row.get("system") and isinstance(prompt, list):
-            prompt = [{"role": "system", "content": str(row["system"])}, *prompt]
-        return {"prompt": prompt, **{name: made[name]["completion"] for name in PAIR}}
+        prompt, tools = made["chosen"]["prompt"], {}
+        if isinstance(prompt, list):
+            prompt, tools = with_system(prompt, row.get("system")), tools_of(row)
+        elif row.get("system") or tools_of(row)["tools"]:
+            raise PacaError(
+                f"{'system' if row.get('system') else 'tools'} goes with messages, and the prompt is text. Let a chat "
+                "template render it (data.columns: {question: prompt}), or give it as messages."
+            )
+        return {"prompt": prompt, **{name: made[name]["completion"] for name in PAIR}, **tools}
 
     return convert
 
@@ -35,8 +42,15 @@ def _pair(form: str, answer: str) -> Callable[[Row], Example]:
 def _explicit(row: Row) -> Example:
     prompt, chosen = row["prompt"], row["chosen"]
     if isinstance(prompt, str) and isinstance(chosen, list):
-        if _messages(chosen, "chosen")[0]["role"] != "assistant":
-            return _implicit(row)  # whole conversations, which repeat the prompt
+        conversation = _messages(chosen, "chosen")
+        if conversation[0]["role"] != "assistant":  # they repeat the prompt
+            if not any(_words(prompt) in _words(message["content"]) for message in conversation[:-1]):
+                raise PacaError(
+                    "chosen and rejected are whole conversations, and none of their messages holds the prompt. For "
+                    "what they begin with as the prompt, give data.format: preference-implicit; or let them hold "
+                    "answers alone."
+                )
+            return _implicit(row)
         row = {**row, "prompt": [{"role": "user", "content": prompt}]}
     if isinstance(prompt, list):
         answers = {name: row[name] for name in PAIR if isinstance(row[name], str)}
@@ -58,15 +72,24 @@ def _implicit(row: Row) -> Example:
     if shared < 1:
         raise PacaError("chosen and rejected begin differently, so no prompt is in them. Give it as the column prompt.")
     prompt = both[0][:shared]
-    return _explicit({"prompt": prompt, **{n: text[shared:] for n, text in zip(PAIR, both, strict=True)}})
+    return _explicit({**row, "prompt": prompt, **{n: text[shared:] for n, text in zip(PAIR, both, strict=True)}})
+
+
+def _words(text: str) -> str:
+    return " ".join(text.split())
 
 
 PREFERENCES = {
     form.name: form
     for form in (
-        Format("preference", ("prompt", *PAIR), (), _explicit),
-        Format("preference-question", ("question", "system", *PAIR), ("system",), _pair("question-answer", "answer")),
-        Format("preference-instruction", ("instruction", "input", *PAIR), ("input",), _pair("alpaca", "output")),
-        Format("preference-implicit", PAIR, (), _implicit),
+        Format("preference", ("prompt", *PAIR, *BESIDE), BESIDE, _explicit),
+        Format("preference-question", ("question", *PAIR, *BESIDE), BESIDE, _pair("question-answer", "answer")),
+        Format(
+            "preference-instruction",
+            ("instruction", "input", *PAIR, *BESIDE),
+            ("input", *BESIDE),
+            _pair("alpaca", "output"),
+        ),
+        Format("preference-implicit", (*PAIR, *BESIDE), BESIDE, _implicit),
     )
 }

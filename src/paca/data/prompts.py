@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from datetime import date, time
+from typing import Any
 
 from paca.data.formats import FORMATS, Example, Format
 from paca.data.rows import Row
@@ -12,14 +14,30 @@ _ANYTHING = "."
 
 
 def _prompt(form: str, answer: str) -> Callable[[Row], Example]:
-    """The prompt that a form with an answer would have. The other columns travel along."""
+    """The prompt that a form with an answer would have. The other columns travel along, as far as JSON holds them."""
 
     def convert(row: Row) -> Example:
         is_messages = isinstance(row.get("prompt"), list)
         given = [{"role": "assistant", "content": _ANYTHING}] if is_messages else _ANYTHING
-        return {**row, "prompt": FORMATS[form].convert({**row, answer: given})["prompt"]}
+        beside = {name: _in_json(value) for name, value in row.items() if not _has_bytes(value)}
+        return {**beside, "prompt": FORMATS[form].convert({**row, answer: given})["prompt"]}
 
     return convert
+
+
+def _in_json(value: Any) -> Any:
+    """A value as a reward gets it: dates and times as text."""
+    if isinstance(value, dict):
+        return {name: _in_json(field) for name, field in value.items()}
+    if isinstance(value, list):
+        return [_in_json(one) for one in value]
+    return value.isoformat() if isinstance(value, date | time) else value
+
+
+def _has_bytes(value: Any) -> bool:
+    if isinstance(value, dict | list):
+        return any(map(_has_bytes, value.values() if isinstance(value, dict) else value))
+    return isinstance(value, bytes)
 
 
 PROMPTS = {

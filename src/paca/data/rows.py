@@ -7,12 +7,13 @@ import gzip
 import json
 import re
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
 import pyarrow
 import pyarrow.parquet
+from datasets import ClassLabel, Features
 
 from paca.messages.errors import PacaError
 
@@ -197,13 +198,36 @@ def _separator(header: str) -> str:
 def _parquet_rows(file: Path) -> Iterator[tuple[str, Row]]:
     try:
         with pyarrow.parquet.ParquetFile(file) as table:
-            index = 0
+            features, index = _features_of(table.schema_arrow), 0
             for batch in table.iter_batches(batch_size=1024):
                 for row in batch.to_pylist():
-                    yield f"{file.name}, row {index}", without_null_fields(row)
+                    yield f"{file.name}, row {index}", without_null_fields(with_label_names(row, features))
                     index += 1
     except (pyarrow.ArrowException, OSError) as error:
         raise PacaError(f"{file} is not a readable Parquet file: {str(error).strip()}") from error
+
+
+def _features_of(schema: pyarrow.Schema) -> Mapping[str, Any]:
+    """What datasets wrote of the columns' types beside a file's schema, if it did."""
+    try:
+        return Features.from_arrow_schema(schema)
+    except (
+        ValueError,
+        TypeError,
+        KeyError,
+        AttributeError,
+        NotImplementedError,
+    ):  # a type that it does not know, or other metadata
+        return {}
+
+
+def with_label_names(row: Row, features: Mapping[str, Any]) -> Row:
+    """A row with the names of its class labels in place of their numbers, and null for -1, which stands for none."""
+    labels = {name: feature for name, feature in features.items() if isinstance(feature, ClassLabel) and name in row}
+    return {
+        **row,
+        **{name: None if row[name] in (None, -1) else label.int2str(row[name]) for name, label in labels.items()},
+    }
 
 
 def without_null_fields(row: Row) -> Row:

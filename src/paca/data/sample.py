@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from paca.data.examples import ORIGIN, Examples
+from paca.data.conversion import ORIGIN
+from paca.data.examples import Examples
 from paca.data.formats import Example
 from paca.data.tokens import IGNORED, Tokens, encode, training_template, what_stays
 
@@ -42,7 +43,7 @@ class Sample:
     unanswered: int
     """How many have no token that counts once they are cut."""
     left_out: int
-    """Answers within them that do not count, as the template renders them differently later on."""
+    """Answers within them that do not count: `paca.data.tokens.WHY_LEFT_OUT`."""
     mean: float
     """Tokens once they are cut; of a pair, those of both answers."""
     padded: float

@@ -16,7 +16,7 @@ from huggingface_hub.utils import validate_repo_id
 from paca.data.file_content import add_file
 from paca.data.hub import without_waiting_for_the_hub
 from paca.data.named_columns import renamed
-from paca.data.rows import SUFFIXES, Row, rows_of, suffix_of, without_null_fields
+from paca.data.rows import SUFFIXES, Row, rows_of, suffix_of, with_label_names, without_null_fields
 from paca.messages.errors import PacaError
 from paca.messages.nearest import did_you_mean_path
 
@@ -59,10 +59,8 @@ class Source:
 
     def _rows(self) -> Iterator[tuple[str, Row]]:
         if self.hub is not None:
-            named = {k: f.int2str for k, f in self.hub.features.items() if isinstance(f, datasets.ClassLabel)}
             for index, row in enumerate(self.hub):
-                labels = {column: name(row[column]) for column, name in named.items() if row[column] is not None}
-                yield f"{self.name}, row {index}", without_null_fields({**row, **labels})
+                yield f"{self.name}, row {index}", without_null_fields(with_label_names(row, self.hub.features))
             return
         for file in self.files:
             yield from rows_of(file)

@@ -11,8 +11,9 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 from trl import get_training_chat_template
 
-from paca.data.examples import ORIGIN, Examples
-from paca.data.formats import Example, Message, same_start
+from paca.data.conversion import ORIGIN
+from paca.data.examples import Examples
+from paca.data.formats import Example, Message, same_start, with_text_arguments
 from paca.messages.errors import PacaError
 from paca.pretrained.ends_of_texts import ends_texts
 
@@ -20,6 +21,7 @@ IGNORED = -100
 """The label of a token that does not count, in transformers and TRL."""
 
 _LEFT_OUT = "left_out_turns"
+WHY_LEFT_OUT = "they begin a conversation, or the template renders them differently later on"
 
 
 @dataclass(frozen=True)
@@ -61,7 +63,7 @@ def tokenize(
         desc="Tokenizing",
     )
     left_out = int(np.sum(dataset.with_format("numpy")[_LEFT_OUT]))
-    note = f"; {left_out:,} turns left out because the template renders them differently later on" if left_out else ""
+    note = f"; {left_out:,} turns left out: {WHY_LEFT_OUT}" if left_out else ""
     return replace(examples, dataset=dataset.remove_columns(_LEFT_OUT), description=examples.description + note)
 
 
@@ -80,7 +82,8 @@ def encode(
 
     A conversation is rendered up to each answer, once without and once with it: what the answer added counts. Marks of
     the template's own (`{% generation %}`) are neither needed nor read. Where a template renders an earlier answer
-    differently once others follow (some drop old reasoning), that answer is left out. Plain text gets the tokenizer's
+    differently once others follow (some drop old reasoning), that answer is left out, as is one that begins the
+    conversation. Plain text gets the tokenizer's
     end-of-text token.
 
     Args:
@@ -139,8 +142,7 @@ def _conversation(
             f"{example[ORIGIN]} holds messages, but the tokenizer has no chat template to render them with. "
             "Use an instruction-tuned model, or train this one with a YAML that names a template in data.template."
         )
-    # An answer to nothing (the first message) cannot be told from the text that the template puts first.
-    messages, first = example.get("messages"), 1
+    messages, first = example.get("messages"), 0
     if messages is None:
         messages, first, template = example["prompt"] + example["completion"], len(example["prompt"]), None
     options = {
@@ -152,7 +154,8 @@ def _conversation(
         _require_tool_calls(text, messages, tokenizer, example[ORIGIN], options)
     answers = [index for index in range(first, len(messages)) if messages[index]["role"] == "assistant"]
     spans: list[tuple[int, int]] = []
-    for index in [] if everything else answers:
+    # An answer to nothing (the first message) cannot be told from the text that the template puts first.
+    for index in [] if everything else filter(None, answers):
         before = render(tokenizer, messages[:index], example[ORIGIN], add_generation_prompt=True, **options)
         last = index + 1 == len(messages)
         after = text if last else render(tokenizer, messages[: index + 1], example[ORIGIN], **options)
@@ -187,10 +190,26 @@ def _require_tool_calls(
 
 def render(tokenizer: PreTrainedTokenizerBase, messages: list[Message], place: str, **options: Any) -> str:
     """The text of messages in the tokenizer's chat template; `place` says in errors where they are from."""
-    try:
-        return str(tokenizer.apply_chat_template(messages, tokenize=False, **options))
-    except (jinja2.TemplateError, TypeError, ValueError, KeyError) as error:
-        raise PacaError(f"{place}: the tokenizer's chat template cannot render these messages: {error}") from error
+    failed: Exception | None = None
+    # Templates that write the arguments of a call down as they are want JSON text, not objects.
+    for form in filter(None, (messages, with_text_arguments(messages))):
+        try:
+            text = str(tokenizer.apply_chat_template(form, tokenize=False, **options))
+        except (jinja2.TemplateError, TypeError, ValueError, KeyError) as error:
+            failed = failed or error
+            continue
+        if form is not messages or not _shows_objects_of_python(text, messages):
+            return text
+    raise PacaError(f"{place}: the tokenizer's chat template cannot render these messages: {failed}") from failed
+
+
+def _shows_objects_of_python(text: str, messages: list[Message]) -> bool:
+    calls = [call.get("function", call) for message in messages for call in message.get("tool_calls") or ()]
+    return any(call.get("arguments") and str(call["arguments"]) in text for call in calls if not _is_text(call))
+
+
+def _is_text(call: dict[str, Any]) -> bool:
+    return isinstance(call.get("arguments"), str)
 
 
 def _ids_and_mask(

@@ -8,7 +8,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from paca.data.choices import OPTIONS
-from paca.data.examples import ORIGIN
+from paca.data.conversion import ORIGIN
 from paca.data.tokens import IGNORED, encode, prompt_tokens, render
 from paca.evaluation.log_likelihood import Continuation
 from paca.messages.errors import PacaError
@@ -45,8 +45,8 @@ def question_text(example: Example) -> str:
 
 def answer_of(example: Example) -> str:
     """The text of the reference answer: of a conversation, the last one."""
-    answer = example["completion"] if "completion" in example else [_halves(example["messages"])[1]]
-    return str(answer if isinstance(answer, str) else answer[-1]["content"])
+    answer = _halves(example)[1]
+    return str(answer if isinstance(answer, str) else answer["content"])
 
 
 def continuation_of(example: Example, tokenizer: PreTrainedTokenizerBase, answer: str | None = None) -> Continuation:
@@ -60,12 +60,11 @@ def continuation_of(example: Example, tokenizer: PreTrainedTokenizerBase, answer
     Raises:
         PacaError: The chat template refuses the example, or nothing of it is an answer.
     """
-    if "messages" in example:
-        asked, given = _asked(example), [_halves(example["messages"])[1]]
+    if "text" not in example:
+        asked, given = _asked(example), _halves(example)[1] if answer is None else answer
+        if isinstance(asked, list):
+            given = [given if isinstance(given, dict) else {"role": "assistant", "content": given}]
         example = {"prompt": asked, "completion": given, "tools": example.get("tools"), ORIGIN: example[ORIGIN]}
-    if answer is not None:
-        plain = isinstance(example["prompt"], str)
-        example = {**example, "completion": answer if plain else [{"role": "assistant", "content": answer}]}
     found = encode(example, tokenizer)
     # The first token is given, as nothing comes before it.
     start = next((index for index, label in enumerate(found.labels) if index and label != IGNORED), len(found.ids))
@@ -96,20 +95,21 @@ def options_of(example: Example) -> list[str]:
 
 def _asked(example: Example) -> Any:
     """A text, or messages."""
-    if "prompt" in example:
-        return example["prompt"]
-    if "messages" not in example:
+    if "text" in example:
         raise PacaError(
             f"{example[ORIGIN]}: plain text has no question, so nothing can be asked. Use eval.metric: loss or "
             "token_accuracy, or data with prompts."
         )
-    asked, _ = _halves(example["messages"])
-    if not asked:
+    asked = _halves(example)[0] if "messages" in example or "completion" in example else example["prompt"]
+    if isinstance(asked, list) and not asked:
         raise PacaError(f"{example[ORIGIN]}: the conversation begins with its only answer, so nothing is asked.")
     return asked
 
 
-def _halves(messages: list[Any]) -> tuple[list[Any], Any]:
-    """All before the last answer, and that answer."""
+def _halves(example: Example) -> tuple[Any, Any]:
+    """All before the last answer, and that answer: two texts, or messages and a message."""
+    if isinstance(example.get("prompt"), str):
+        return example["prompt"], example["completion"]
+    messages = example["messages"] if "messages" in example else example["prompt"] + example["completion"]
     last = max(index for index, message in enumerate(messages) if message["role"] == "assistant")
     return messages[:last], messages[last]

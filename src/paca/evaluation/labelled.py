@@ -9,7 +9,7 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from paca.data import Examples
-from paca.data.examples import ORIGIN
+from paca.data.conversion import ORIGIN
 from paca.data.images import image_bytes
 from paca.evaluation.batches import longest_first
 from paca.evaluation.kept_lines import KeptAnswers

@@ -13,7 +13,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from paca.data.examples import ORIGIN
+from paca.data.conversion import ORIGIN
 from paca.evaluation.completions import completions
 from paca.evaluation.encoding import question_of
 from paca.evaluation.identity import identity

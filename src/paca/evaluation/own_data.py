@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from transformers import PreTrainedTokenizerBase
 
-from paca.data.examples import ORIGIN
+from paca.data.conversion import ORIGIN
 from paca.evaluation.batches import context_of
 from paca.evaluation.completions import completions
 from paca.evaluation.encoding import Example, answer_of, continuation_of, options_of, question_of, question_text

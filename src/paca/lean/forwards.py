@@ -156,8 +156,8 @@ def _additive_mask(mask: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _query_dtype(hidden_states: Tensor) -> torch.dtype:
-    """The dtype that a projection of `hidden_states` has here: autocast's, or its own."""
+    """The dtype that a projection of `hidden_states` has here: autocast's, which leaves float64 alone, or its own."""
     device_type = hidden_states.device.type
-    if torch.is_autocast_enabled(device_type):
+    if torch.is_autocast_enabled(device_type) and hidden_states.dtype != torch.float64:
         return torch.get_autocast_dtype(device_type)
     return hidden_states.dtype

@@ -97,10 +97,24 @@ def choose_form(config: RunConfig, train: Examples, tokenizer: PreTrainedTokeniz
 
 
 def trains_everything(config: RunConfig, train: Examples) -> bool:
-    """Whether the loss falls on every token, because the user asks for it or the data has no answers apart."""
+    """Whether the loss falls on every token, because the user asks for it or the data has no answers apart.
+
+    Raises:
+        PacaError: It is asked for with the setting that TRL has for data of another form.
+    """
     columns = train.dataset.column_names
-    deciding = "assistant_only_loss" if "messages" in columns else "completion_only_loss"
-    return "text" in columns or config.train.get(deciding) is False
+    if "text" in columns:
+        return True
+    deciding, other = "assistant_only_loss", "completion_only_loss"
+    if "messages" not in columns:
+        deciding, other = other, deciding
+    if config.train.get(other) is False and deciding not in config.train:
+        what = "conversations" if "messages" in columns else "prompts with their answers"
+        raise PacaError(
+            f"train.{other}: false tells nothing of {train.source}, which holds {what} (form {train.format}). For a "
+            f"loss on every token give train.{deciding}: false; for one on the answers alone leave it out."
+        )
+    return config.train.get(deciding) is False
 
 
 def describe_loss(config: RunConfig, train: Examples) -> str:

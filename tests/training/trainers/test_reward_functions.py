@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import inspect
+import json
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 import trl.rewards
 
+from paca.data import load_examples
 from paca.messages.errors import PacaError
-from paca.training.trainers.reward_functions import BY_TRL, ExactMatch, find_rewards
+from paca.training.trainers.reward_functions import BY_TRL, ExactMatch, check_columns, find_rewards
 
 
 @pytest.mark.parametrize(
@@ -73,3 +76,29 @@ def test_a_function_that_gives_no_numbers_is_one_error(
     assert working.function(completions=["a", "b"], answer=["", ""]) == [1, None]
     assert list(inspect.signature(working.function).parameters) == ["completions", "answer", "kwargs"]
     assert working.function.__name__ == "works"
+
+
+def test_columns_whose_names_the_trainer_takes_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "named_rewards.py").write_text(
+        "def reads(completions, completion, **kwargs):\n    return [1.0 for _ in completions]\n"
+        "def works(completions, **kwargs):\n    return [1.0 for _ in completions]\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    reads, works = find_rewards({"reward_funcs": ["named_rewards:reads", "named_rewards:works"]})
+    for column, rewards, message in (
+        (
+            "completion",
+            [reads],
+            "named_rewards:reads asks for completion, which TRL does not give: it gives completions",
+        ),
+        (
+            "completions",
+            [works],
+            "data.jsonl has the column completions, a name under which TRL gives rewards something",
+        ),
+        ("completion", [works], None),
+    ):
+        (tmp_path / "data.jsonl").write_text(json.dumps({"prompt": "p", column: "x"}) + "\n")
+        examples = load_examples(str(tmp_path / "data.jsonl"), family="prompts")
+        with pytest.raises(PacaError, match=message) if message else nullcontext():
+            check_columns(rewards, examples)

@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.text import Text
 
 from paca.data.sample import Sample
+from paca.data.tokens import WHY_LEFT_OUT
 from paca.messages.say import say
 
 _LONGEST_PIECE = 800
@@ -60,7 +61,7 @@ def length_lines(sample: Sample) -> list[str]:
     if sample.unanswered:
         notes.append(f"Nothing of the answer is left in {sample.unanswered:,}: {_then(sample)}.")
     if sample.left_out:
-        notes.append(f"{sample.left_out:,} answers do not count: the template renders them differently later on.")
+        notes.append(f"{sample.left_out:,} answers do not count: {WHY_LEFT_OUT}.")
     lines += [" ".join(notes)] if notes else []
     wide = max(len(f"{end:,}") for _, end, _ in sample.histogram)
     most = max(count for _, _, count in sample.histogram)

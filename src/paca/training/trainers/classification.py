@@ -19,7 +19,7 @@ from transformers import (
 )
 
 from paca.data import Examples
-from paca.data.examples import ORIGIN
+from paca.data.conversion import ORIGIN
 from paca.data.formats import Example
 from paca.data.labelled_texts import label_names
 from paca.data.sample import take_sample

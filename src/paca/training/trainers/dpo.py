@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 from datasets import Dataset
 from trl import DPOConfig, DPOTrainer
 
-from paca.data.examples import ORIGIN
+from paca.data.conversion import ORIGIN
 from paca.data.formats import Example
 from paca.data.sample import take_sample
 from paca.data.tokens import Tokens, encode

@@ -11,7 +11,7 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase, Trainer, TrainerState
 from trl import GRPOConfig, GRPOTrainer
 
-from paca.data.examples import ORIGIN
+from paca.data.conversion import ORIGIN
 from paca.data.formats import Example
 from paca.data.sample import take_sample
 from paca.data.tokens import IGNORED, Tokens, render

@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any, ClassVar
 
 import pyarrow.compute as pc
@@ -20,7 +21,7 @@ from paca.data.overlap import shared
 from paca.data.sample import Sample
 from paca.pretrained.learning_rate import LORA_RATE_OF_WEIGHTS
 from paca.training.config.key_checks import Origins
-from paca.training.config.run_config import RunConfig
+from paca.training.config.run_config import DataSection, RunConfig
 from paca.training.prompt_form import choose_form, tokenizer_of
 
 
@@ -207,14 +208,22 @@ def reader(config: RunConfig, family: str) -> Callable[..., Examples]:
 def read_split(config: RunConfig, load: Callable[..., Examples]) -> tuple[Examples, Examples | None]:
     """Training data and held-out data, from two sources or from one."""
     data = config.data
-    train = load(data.train, split=data.split, limit=data.limit)
+    train = _of_whole_file(load(data.train, split=data.split, limit=data.limit), "split", data.split)
     if data.eval is None:
         return train, None
     if isinstance(data.eval, str):
-        held_out = load(data.eval, split=data.eval_split)
+        held_out = _of_whole_file(load(data.eval, split=data.eval_split), "eval_split", data.eval_split)
     else:
         train, held_out = split_heldout(train, data.eval, data.heldout_seed)
     if count := shared(train.dataset, held_out.dataset):
         said = f"; {count:,} of the {len(held_out.dataset):,} held-out examples are among them, so trained on"
         train = dataclasses.replace(train, description=train.description + said)
     return train, dataclasses.replace(held_out, dataset=spread_evenly(held_out.dataset, config.eval.limit))
+
+
+def _of_whole_file(examples: Examples, key: str, split: str) -> Examples:
+    """Say so where the config names a split of what has none."""
+    if split == getattr(DataSection, key) or not Path(examples.source).expanduser().is_file():
+        return examples
+    said = f"; data.{key}: {split} tells nothing here, as a file has no splits"
+    return dataclasses.replace(examples, description=examples.description + said)

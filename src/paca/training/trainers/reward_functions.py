@@ -18,7 +18,7 @@ from transformers import AutoModelForSequenceClassification
 from trl.import_utils import is_math_verify_available
 
 from paca.data import Examples
-from paca.data.examples import ORIGIN
+from paca.data.conversion import ORIGIN
 from paca.messages.errors import PacaError
 from paca.messages.install import how_to_install
 from paca.messages.nearest import did_you_mean
@@ -31,6 +31,8 @@ from paca.pretrained.purpose import classifier_in
 BY_TRL = ("accuracy_reward", "reasoning_accuracy_reward", "think_format_reward")
 BUILT_IN = ("exact_match", *BY_TRL)
 _FROM_THE_TRAINER = {"prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric"}
+_WITHHELD = {"prompt": "prompts", "completion": "completions"}
+"""Columns that TRL does not give to rewards, and what it gives them."""
 
 
 @dataclass(frozen=True)
@@ -165,6 +167,13 @@ def check_columns(rewards: list[Reward], examples: Examples) -> None:
         PacaError: Names the function, the column, and the first record where that is empty.
     """
     dataset = examples.dataset
+    if any(reward.function for reward in rewards) and (
+        taken := sorted(_FROM_THE_TRAINER.intersection(dataset.column_names))
+    ):
+        raise PacaError(
+            f"{examples.source} has the column {taken[0]}, a name under which TRL gives rewards something else. Rename "
+            "it there, and in the reward that reads it."
+        )
     for reward in rewards:
         if reward.function is None:
             continue
@@ -180,6 +189,11 @@ def check_columns(rewards: list[Reward], examples: Examples) -> None:
             )
             if not needed or name in _FROM_THE_TRAINER:
                 continue
+            if name in _WITHHELD:
+                raise PacaError(
+                    f"train.reward_funcs: {reward.name} asks for {name}, which TRL does not give: it gives "
+                    f"{_WITHHELD[name]}, the model's. Give that parameter another name, and the data's column too."
+                )
             if name not in dataset.column_names:
                 raise PacaError(
                     f"train.reward_funcs: {reward.name} needs the column {name}, which {examples.source} has not. It "

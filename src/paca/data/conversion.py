@@ -1,0 +1,185 @@
+"""Rows of a source become the examples of a form, as a table that is kept on disk."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from pathlib import Path
+
+import datasets
+import xxhash
+from datasets import Dataset, Features, Json, List, Value
+
+from paca.data import (
+    choices,
+    formats,
+    labelled_texts,
+    message_trees,
+    named_columns,
+    preferences,
+    prompts,
+    rows,
+    sources,
+)
+from paca.data.choices import OPTIONS
+from paca.data.formats import Example, Format
+from paca.data.recognition import recognise
+from paca.data.sources import Source
+from paca.messages.errors import NothingToLearn, PacaError
+from paca.messages.nearest import did_you_mean
+from paca.pretrained.quiet import without_progress_bars
+
+ORIGIN = "origin"
+"""The column that says where an example comes from. TRL carries it along (except when packing) and ignores it."""
+
+RENDERED = ("messages", "prompt", "completion", "chosen", "rejected", "text")
+"""The columns that are text, or messages that a chat template renders."""
+
+FAMILIES = {
+    "text": formats.FORMATS,
+    "preferences": preferences.PREFERENCES,
+    "prompts": prompts.PROMPTS,
+    "labels": labelled_texts.LABELLED_TEXTS,
+}
+"""The forms that each kind of trainer learns from."""
+
+
+class _MoreColumns(PacaError):
+    """An example has columns that the first one lacks."""
+
+
+def converted(
+    found: Source, form: Format, family: str, limit: int | None, leave_out: bool, there: list[str]
+) -> Dataset:
+    """The examples, as `paca.data.load_examples` describes them; what can't be used as a row of nulls.
+
+    Args:
+        there: The columns of the first record. Gets those that are found in later ones.
+
+    Raises:
+        PacaError: As `load_examples`.
+    """
+    example = next(filter(None, (_convert(form, *one, leave_out) for one in _rows(found, form))), None)
+    if example is None:
+        raise PacaError(f"{found.name} holds no example of the form {form.name}: nobody answers in it.")
+    features = _features(example, family)
+    try:
+        return _table(found, form, family, features, limit, leave_out)
+    except _MoreColumns:
+        for place, row in itertools.islice(_rows(found, form), limit):
+            there += [name for name in row if name not in there]
+            if all(column in row for column in form.required):
+                features = {**_features(_convert(form, place, row, leave_out) or {}, family), **features}
+        return _table(found, form, family, Features(features), limit, leave_out)
+
+
+def _table(found: Source, form: Format, family: str, features: Features, limit: int | None, leave_out: bool) -> Dataset:
+    options = {
+        "source": found,
+        "family": family,
+        "format_name": form.name,
+        "limit": limit,
+        "leave_out": leave_out,
+        "columns": tuple(features),  # a list would be taken for sources, to be read by several processes
+        "rendered": tuple(name for name in RENDERED if not isinstance(features.get(name), Json)),
+    }
+    fingerprint = _fingerprint(found, form, limit, leave_out, tuple(features))
+    with without_progress_bars(datasets):
+        try:
+            return Dataset.from_generator(_examples, features=features, gen_kwargs=options, fingerprint=fingerprint)
+        except datasets.exceptions.DatasetGenerationError as error:
+            cause = _paca_error_behind(error)
+            if cause is None:
+                raise
+            raise cause from None
+
+
+def _examples(
+    source: Source,
+    family: str,
+    format_name: str,
+    limit: int | None,
+    leave_out: bool,
+    columns: tuple[str, ...],
+    rendered: tuple[str, ...],
+) -> Iterator[Example]:
+    form = FAMILIES[family][format_name]
+    first: Example | None = None
+    for place, row in itertools.islice(_rows(source, form), limit):
+        if first is not None and any(column not in row for column in form.required):
+            _refuse_other_form(form, family, first[ORIGIN], place, row)
+        example = _convert(form, place, row, leave_out)
+        if example is None:
+            yield {**dict.fromkeys(columns), ORIGIN: place}
+            continue
+        if first is not None and any(type(example.get(name)) is not type(first.get(name)) for name in rendered):
+            raise PacaError(
+                f"{place}: text and lists of messages are mixed; {first[ORIGIN]} is of the other kind. Give all "
+                "examples in one form."
+            )
+        if not example.keys() <= set(columns):
+            raise _MoreColumns(place)
+        first = first or example
+        yield {name: example.get(name) for name in columns}
+
+
+def _refuse_other_form(form: Format, family: str, first: str, place: str, row: rows.Row) -> None:
+    """Say so where a row is whole in another form than the first one; else it only lacks a column."""
+    try:
+        other = recognise(list(row), None, place, FAMILIES[family])
+    except PacaError:
+        return
+    missing = " and no ".join(column for column in form.required if column not in row)
+    raise PacaError(
+        f"{place} is of the form {other.name}: it has {' and '.join(other.required)}, but no {missing}. The records "
+        f"from {first} on are of the form {form.name}. Bring all records into one form, or take the others out."
+    )
+
+
+def _rows(source: Source, form: Format) -> Iterator[tuple[str, rows.Row]]:
+    return source.rows() if form.gather is None else form.gather(source.rows())
+
+
+def _convert(form: Format, place: str, row: rows.Row, leave_out: bool) -> Example | None:
+    missing = [column for column in form.required if column not in row]
+    if missing:
+        hint = did_you_mean(missing[0], row)
+        raise PacaError(
+            f"{place}: there is no column {' and no '.join(missing)}; found: {', '.join(row) or '(nothing)'}.{hint}"
+        )
+    try:
+        return {**form.convert(row), ORIGIN: place}
+    except PacaError as error:
+        if leave_out and isinstance(error, NothingToLearn):
+            return None
+        raise PacaError(f"{place}: {error}") from None
+
+
+def _features(example: Example, family: str) -> Features:
+    # Messages are kept as JSON: as a struct, each would get every field of every other one, null where it has none.
+    def feature(name: str, value: object) -> List | Value | Json:
+        if name == OPTIONS:
+            return List(Value("string"))
+        if family == "prompts" and name not in ("prompt", ORIGIN):
+            return Json()  # for reward functions, of whatever type
+        return List(Json()) if isinstance(value, list) else Value("string")
+
+    return Features({name: feature(name, value) for name, value in example.items()})
+
+
+def _fingerprint(source: Source, form: Format, limit: int | None, leave_out: bool, columns: tuple[str, ...]) -> str:
+    """Names the cached conversion: another content, another choice or another version of this code, another name."""
+    content = xxhash.xxh128()
+    content.update(
+        f"{source.fingerprint()}|{source.name}|{source.columns}|{sorted(source.optional)}|{form.name}|{limit}|{leave_out}|{columns}".encode()
+    )
+    for module in (choices, formats, labelled_texts, message_trees, named_columns, preferences, prompts, rows, sources):
+        content.update(Path(str(module.__file__)).read_bytes())
+    content.update(Path(__file__).read_bytes())
+    return content.hexdigest()
+
+
+def _paca_error_behind(error: BaseException | None) -> PacaError | None:
+    while error is not None and not isinstance(error, PacaError):
+        error = error.__cause__ or error.__context__
+    return error
