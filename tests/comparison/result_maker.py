@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from paca.comparison.results import ComparisonResult, MethodResult
+from paca.comparison.method_result import MethodResult
+from paca.comparison.results import ComparisonResult
 
 
 def row(method: str, seed: int, score: float | None, **changed: Any) -> dict[str, Any]:

@@ -18,7 +18,9 @@ from paca.cli.compare import show_result
 from paca.comparison import comparable
 from paca.comparison.comparable import unlike
 from paca.comparison.compare import edge_of
-from paca.comparison.results import ComparisonResult, Contrast, MethodResult
+from paca.comparison.contrast import Contrast
+from paca.comparison.method_result import MethodResult
+from paca.comparison.results import ComparisonResult
 from paca.comparison.statistics import mean_interval
 
 BASE = {0: 1.00, 1: 1.02, 2: 0.99}

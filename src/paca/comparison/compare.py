@@ -13,10 +13,11 @@ from typing import Any
 from rich.console import Console
 
 from paca.comparison.comparable import contents_of, trained_alike, unlike
+from paca.comparison.method_result import MethodResult
 from paca.comparison.methods import Method, own_section
 from paca.comparison.plan_table import PlannedMethod, settings_text
 from paca.comparison.report import write_report
-from paca.comparison.results import ComparisonResult, MethodResult
+from paca.comparison.results import ComparisonResult
 from paca.comparison.rows import Row, row_of, write_rows
 from paca.comparison.settings import Comparison
 from paca.comparison.training_process import FAILURE

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from paca.comparison.comparable import at
-from paca.comparison.results import ComparisonResult, MethodResult
+from paca.comparison.method_result import MethodResult
+from paca.comparison.results import ComparisonResult
 from paca.comparison.statistics import pareto
 from paca.training.reporting.curves import INK, figure_with_axes, inline_svg, thin
 

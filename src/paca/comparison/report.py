@@ -7,8 +7,10 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
+from paca.comparison.contrast import Contrast
+from paca.comparison.method_result import MethodResult
 from paca.comparison.pictures import Curve, loss_over_time, score_against, score_over_rates
-from paca.comparison.results import ComparisonResult, Contrast, MethodResult
+from paca.comparison.results import ComparisonResult
 from paca.comparison.rows import SHARES
 from paca.comparison.statistics import Interval, signed
 from paca.messages.units import format_bytes, format_duration

@@ -36,6 +36,11 @@ class Interval:
         return None if self.half is None else self.mean + self.half
 
 
+def interval_as_dict(found: Interval) -> dict[str, Any]:
+    """For `comparison.json`."""
+    return {"mean": found.mean, "low": found.low, "high": found.high, "count": found.count}
+
+
 def mean_interval(values: Sequence[float], *, paired: bool = False) -> Interval:
     """The mean of at least one value."""
     count = len(values)
