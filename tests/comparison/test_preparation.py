@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from rich.console import Console
 
 from comparison.small_comparison import small_comparison
 from paca.comparison import prepare
+from paca.comparison.equal import CameOut
 from paca.comparison.flags import Rates
 from paca.comparison.methods import Method
-from paca.comparison.plan_table import settings_text, work_text
+from paca.comparison.plan_table import PlannedMethod, settings_text, table_of, work_text
 from paca.comparison.settings import Comparison
 from paca.comparison.trial import Trial, Try
 from paca.messages.errors import PacaError
@@ -135,6 +137,17 @@ def test_rates_that_nobody_gave_follow_the_method_made_equal_and_are_kept(
     assert prepared(Rates(), dry_run=True).grids()["lora"] == [1 / 16]
     assert prepared(Rates()).grids()["paca"] == [0.0195, 0.0312, 0.05]
     assert not any(fetched[-4:])
+
+
+def test_a_method_that_does_not_fit_has_its_steps_timed_and_no_memory(tmp_path: Path) -> None:
+    """Its table ended in a KeyError."""
+    comparison, planned = small_comparison(tmp_path), []
+    for method, peak in zip(comparison.methods, ({"peak": 2**20}, {}), strict=True):
+        plan: Any = SimpleNamespace(**vars(made_up_plan(comparison, method)), sequences_per_step=8)
+        planned.append(PlannedMethod(CameOut(method, {"step_seconds": 1.0, "step_ratio": 1.0, **peak}), plan))
+    console = Console(record=True, width=200)
+    console.print(table_of(planned))
+    assert [line.rstrip().endswith("1.00 MiB") for line in console.export_text().splitlines()] == [False, True, False]
 
 
 def test_a_setting_for_many_names_is_told_by_their_number() -> None:

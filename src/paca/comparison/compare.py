@@ -13,7 +13,7 @@ from typing import Any
 from rich.console import Console
 
 from paca.comparison.comparable import contents_of, trained_alike, unlike
-from paca.comparison.method_result import MethodResult
+from paca.comparison.method_result import MethodResult, why_failed
 from paca.comparison.methods import Method, own_section
 from paca.comparison.plan_table import PlannedMethod, settings_text
 from paca.comparison.report import write_report
@@ -51,11 +51,12 @@ def compare(comparison: Comparison, planned: Sequence[PlannedMethod], console: C
     plan = work.schedule()
     rows = {job: row for job in plan.jobs if (row := work.row(job)) is not None}
     methods = []
+    peaks = {one.method.name: one.came_out.measured.get("peak") for one in planned}
     for method in comparison.methods:
         tried = [row for job, row in rows.items() if job.method == method.name]
         rate = plan.chosen.get(method.name)
         chosen = [row for row in tried if row["learning_rate"] == rate and row["score"] is not None]
-        methods.append(MethodResult(method.name, settings_text(method), rate, chosen, tried))
+        methods.append(MethodResult(method.name, settings_text(method), rate, chosen, tried, peaks[method.name]))
     edges = {method.name: edge for method in methods if (edge := edge_of(method)) is not None}
     notes = [*_notes(comparison, planned, methods), *edges.values()]
     result = ComparisonResult(methods, notes, comparison.equal, edges)
@@ -145,8 +146,9 @@ def _notes(comparison: Comparison, planned: Sequence[PlannedMethod], methods: Se
     notes += [f"{one.method.name} {one.came_out.note}." for one in planned if one.came_out.note]
     for method in methods:
         for row in method.failed:
-            again = f"to try it again, delete runs/{row['name']}/{FAILURE}"
-            notes.append(f"{row['name']} failed: {row['run_info']['error_msg']} ({again})")
+            ended = row["train_info"]["status"] == "success"
+            again = "" if ended else f" (to try it again, delete runs/{row['name']}/{FAILURE})"
+            notes.append(f"{row['name']} failed: {why_failed(row)}{again or '.'}")
     expected = ["steps"] if "time" in comparison.equal else []
     return notes + _shared_notes((row for method in methods for row in method.rows), expected)
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from paca.comparison.comparable import incomparable
+from paca.comparison.comparable import at, incomparable
 from paca.comparison.method_result import MethodResult
 from paca.comparison.rows import SHARES
 from paca.comparison.statistics import (
@@ -19,6 +19,7 @@ from paca.comparison.statistics import (
     seeds_in_pairs,
     signed,
 )
+from paca.training.memory import OF_CUDA
 
 _COST_OF = {"parameters": "num_trainable_params", "time": "train_time", "memory": "accelerator_memory_max"}
 _ROUNDING = 1e-9
@@ -70,13 +71,29 @@ class Contrast:
 
     @property
     def finding(self) -> Finding:
-        """What it shows of the leader; `none` where the interval has zero in it, `unknown` where there is none."""
+        """What it shows of the leader; `none` where the interval has zero in it, `unknown` where there is none.
+
+        `unknown` too where the one that seems better lost seeds: those that fail might be those that it is worse with.
+        """
         found = self.difference
         if found is None or found.low is None or found.high is None:
             return "unknown"
         if found.low <= 0 <= found.high:
             return "none"
-        return "better" if (found.high < 0) == self.lower_is_better else "worse"
+        leader_ahead = (found.high < 0) == self.lower_is_better
+        if (self.leader if leader_ahead else self.other).lost:
+            return "unknown"
+        return "better" if leader_ahead else "worse"
+
+    @property
+    def lost(self) -> str:
+        """How many runs of each failed at its best rate, in words; empty for none."""
+        told = [
+            f"{len(one.lost)} of {one.name}'s {len(one.rows) + len(one.lost)}"
+            for one in (self.leader, self.other)
+            if one.lost
+        ]
+        return f"{' and '.join(told)} runs failed" if told else ""
 
     def sentence(self) -> str:
         """The finding in words, without a full stop."""
@@ -92,35 +109,58 @@ class Contrast:
         scores = f"{self.metric} {first.score.mean:.4f} against {second.score.mean:.4f}"  # type: ignore[union-attr]
         if len(first.rows) < len(self.leader.rows) or len(second.rows) < len(self.other.rows):
             scores += f" over the {len(first.rows)} seeds that both have"
+        failed = f"; {self.lost}" if self.lost else ""
         if found.half is None:
             why = (
                 "one seed gives no interval"
                 if found.count < 2
                 else "all seeds differ by the same, which gives no interval"
             )
-            return f"no difference shown between {leader} and {other}, as {why} ({scores})"
+            return f"no difference shown between {leader} and {other}, as {why} ({scores}{failed})"
         by = f"{scores}; difference {signed(found.mean)}, 95 % interval {signed(found.low)} to {signed(found.high)}"  # type: ignore[arg-type]
         if self.finding == "none":
-            return f"no difference shown between {leader} and {other} ({by})"
-        return f"{leader} is {self.finding} than {other} ({by})"
+            return f"no difference shown between {leader} and {other} ({by}{failed})"
+        if self.finding == "unknown":
+            return f"no difference shown between {leader} and {other}, as {self.lost} ({by})"
+        return f"{leader} is {self.finding} than {other} ({by}{failed})"
 
     def terms(self, equal: Sequence[str]) -> str:
         """What was equal, as the start of a sentence, or how far it was not; empty where that is not known."""
-        ratios = {what: found for what in equal if (found := self.cost()[_COST_OF[what]]) is not None}
+        ratios = {what: found for what in equal if (found := self._ratio_of(what)) is not None}
         same = [what for what, ratio in ratios.items() if 1 / _STILL_EQUAL <= ratio <= _STILL_EQUAL]
         terms = [f"equal {' and '.join(same)}"] if same else []
         terms += [f"{ratios[what]:.2f} × the {what} of {self.other.name}" for what in ratios if what not in same]
-        return f"at {' and '.join(terms)}, " if terms else ""
+        start = f"at {' and '.join(terms)}, " if terms else ""
+        if "memory" in equal and self._does_not_fit:
+            start += f"{'but ' if terms else ''}not at equal memory, as {self.other.name} does not fit, "
+        return start
+
+    @property
+    def tensor_memory(self) -> float | None:
+        """The bytes of tensors that were made equal, the leader's as a multiple of the other one's. None where nothing
+        was, or where the runs themselves measure the same: the CUDA allocator's bytes."""
+        measured = {at(row, ("train_info", "accelerator_memory_of")) for one in self.compared for row in one.rows}
+        return None if measured == {OF_CUDA} else ratio(self.leader.equal_memory, self.other.equal_memory)
+
+    @property
+    def _does_not_fit(self) -> bool:
+        return self.leader.equal_memory is not None and self.other.equal_memory is None
+
+    def _ratio_of(self, what: str) -> float | None:
+        if what == "memory" and self._does_not_fit:
+            return None
+        tensors = self.tensor_memory if what == "memory" else None
+        return self.cost()[_COST_OF[what]] if tensors is None else tensors
 
     def as_dict(self) -> dict[str, Any]:
         """For `comparison.json`."""
-        found = self.difference
+        found, costs = self.difference, {**self.cost(), "tensor_memory": self.tensor_memory}
         return {
             "method": self.leader.name,
             "against": self.other.name,
             "finding": self.finding,
             "difference": None if found is None else {**interval_as_dict(found), "paired": found.paired},
-            "cost": {name: ratio for name, ratio in self.cost().items() if ratio is not None},
+            "cost": {name: found for name, found in costs.items() if found is not None},
         }
 
     def cost(self) -> dict[str, float | None]:

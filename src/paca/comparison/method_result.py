@@ -23,6 +23,9 @@ class MethodResult:
     """Of its seeds at that rate; those that failed are not among them."""
     tried: list[Row]
     """Of every run."""
+    equal_memory: int | None = None
+    """The bytes by which its memory was made equal: those of tensors on a CPU, else of the CUDA allocator. None where
+    it does not fit, and where memory was not made equal."""
 
     @property
     def scores(self) -> dict[int, float]:
@@ -36,8 +39,13 @@ class MethodResult:
 
     @property
     def failed(self) -> list[Row]:
-        """The runs that failed."""
+        """The runs that failed, or came to no finite score."""
         return [row for row in self.tried if row["score"] is None]
+
+    @property
+    def lost(self) -> list[Row]:
+        """Those of them with its best rate: seeds that its score lacks."""
+        return [row for row in self.failed if row["learning_rate"] == self.rate]
 
     @property
     def step_seconds(self) -> tuple[float, float] | None:
@@ -68,6 +76,12 @@ class MethodResult:
             "tokens": self.mean("tokens"),
             "steps": self.mean("steps"),
             "accelerator_memory_max": self.mean("train_info", "accelerator_memory_max"),
+            "equal_memory": self.equal_memory,
             "file_size": self.mean("train_info", "file_size"),
-            "failed": {row["name"]: row["run_info"]["error_msg"] for row in self.failed},
+            "failed": {row["name"]: why_failed(row) for row in self.failed},
         }
+
+
+def why_failed(row: Row) -> str:
+    """Why a run has no score, in words; it may have finished."""
+    return row["run_info"]["error_msg"] or f"its {row['metric']} on held-out data is not finite"

@@ -44,7 +44,7 @@ def table_of(planned: Sequence[PlannedMethod]) -> Table:
             f"{one['step_seconds']:.3g} ({one['step_ratio']:.2f} ×)" if one else "" for one in measured
         ]
     if any("peak" in one for one in measured):
-        columns["peak memory"] = [format_bytes(one["peak"]) if one else "" for one in measured]
+        columns["peak memory"] = [format_bytes(one["peak"]) if "peak" in one else "" for one in measured]
     if any(one.came_out.note for one in planned):
         columns["note"] = [one.came_out.note for one in planned]
     for name in columns:

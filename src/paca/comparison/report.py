@@ -71,7 +71,7 @@ def _method_row(method: MethodResult, contrast: Contrast | None) -> list[str]:
     return [
         method.name,
         "" if method.rate is None else f"{method.rate:g}",
-        str(len(method.rows)) if method.rows else "failed",
+        f"{len(method.rows)}{f' ({len(method.lost)} failed)' if method.lost else ''}" if method.rows else "failed",
         "" if score is None else f"{score.mean:.4f}{_plus_minus(score)}",
         # the contrast is the first method minus this one; a row tells of its own method
         "" if found is None else f"{signed(-found.mean)}{_plus_minus(found)}",

@@ -64,7 +64,7 @@ class ComparisonResult:
             found = "; ".join(term + sentence for term, sentence in zip(terms, sentences, strict=True))
         if self.edges:
             found += f"; better rates of {' and '.join(self.edges)} may lie beyond those tried"
-        return found[0].upper() + found[1:] + "." if found.startswith(("no ", "at ")) else found + "."
+        return found[0].upper() + found[1:] + "." if found.startswith(("no ", "at ", "not ")) else found + "."
 
     @property
     def cost(self) -> list[str]:
@@ -83,10 +83,14 @@ class ComparisonResult:
                 compared = not ranges and (not work or "time" in self.equal)
                 timed = f"{time:.2f} × the training time of {name}{contrast.interval_of('train_time')} and "
                 held = f"{memory:.2f} × {its} peak memory{contrast.interval_of('accelerator_memory_max')}"
+                tensors = contrast.tensor_memory
+                counted = (
+                    "" if tensors is None else f" ({tensors:.2f} × by the bytes of tensors, which were made equal)"
+                )
                 once = "By one run of each, " * (max(len(contrast.leader.rows), len(contrast.other.rows)) < 2)
                 sentences.append(
-                    f"{once}{contrast.leader.name} takes {timed * compared}{held}, weights included; it trains "
-                    f"{parameters:.2f} × the parameters."
+                    f"{once}{contrast.leader.name} takes {timed * compared}{held}, weights included{counted}; it "
+                    f"trains {parameters:.2f} × the parameters."
                 )
         if ranges and sentences:
             sentences.append(

@@ -7,6 +7,8 @@ import sys
 
 import torch
 
+OF_CUDA = "CUDA allocator"
+
 
 def reset_peak_memory() -> None:
     """Start counting the peak of the CUDA allocator anew; the resident set has no reset."""
@@ -28,7 +30,7 @@ def peak_memory(device: torch.device) -> int:
 
 def describe_peak_memory(device: torch.device) -> str:
     """What `peak_memory` counts on this device, in words."""
-    return "CUDA allocator" if device.type == "cuda" else "resident set of the process"
+    return OF_CUDA if device.type == "cuda" else "resident set of the process"
 
 
 def peak_resident_set() -> int:
