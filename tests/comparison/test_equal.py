@@ -96,7 +96,7 @@ def drifting(step_seconds: dict[str, float]) -> tuple[Try, list[str]]:
 
 def test_steps_follow_from_step_times_whatever_the_machine_drifts() -> None:
     attempt, order = drifting({"paca": 0.75, "lora": 1.0, "full": 3.0})
-    paca, lora, full = same_time([PACA, LORA, FULL], 120, attempt, quiet)
+    paca, lora, full = same_time([PACA, LORA, FULL], 120, {}, attempt, quiet)
     assert paca.method == PACA  # it leads: its steps are the YAML's
     assert lora.method.sections["train"]["max_steps"] == 90
     assert full.method.sections["train"]["max_steps"] == 30
@@ -109,21 +109,57 @@ def test_steps_follow_from_step_times_whatever_the_machine_drifts() -> None:
 def test_a_method_that_makes_no_step_is_told() -> None:
     def attempt(method: Method, steps: int) -> Trial:
         if method.name == "lora":
-            raise TrialFailed("out of memory")
+            raise TrialFailed("out of memory", out_of_memory=True)
         return Trial(1.0, 1)
 
     with pytest.raises(PacaError, match="lora can't make a step: out of memory"):
-        same_time([PACA, LORA], 10, attempt, quiet)
-    (_, lora) = same_memory([PACA, LORA], 4, 1, attempt, quiet)
+        same_time([PACA, LORA], 10, {}, attempt, quiet)
+    (_, lora) = same_memory([PACA, LORA], 4, 1, parameters, attempt, quiet)
     assert lora.method == LORA
     assert "does not fit" in lora.note
+    assert lora.measured == {}
 
 
-def memory(per_sequence: dict[str, int], most_r: int = 10**9) -> Callable[[Method, int], Trial]:
+def test_a_method_that_fails_for_other_reasons_than_memory_is_not_said_not_to_fit() -> None:
+    """As one whose optimizer needs a package that is not there."""
+
+    def attempt(method: Method, steps: int) -> Trial:
+        if method.name == "lora":
+            raise TrialFailed("No module named 'galore_torch'")
+        return Trial(1.0, 1)
+
+    with pytest.raises(PacaError, match="lora can't make a step: No module named 'galore_torch'"):
+        same_memory([PACA, LORA], 4, 1, parameters, attempt, quiet)
+
+
+def test_settings_that_count_steps_follow_the_steps_and_shares_stay() -> None:
+    """LoRA had 105 steps of which 100 were a warm-up made for 200."""
+    turning = PACA.with_settings("paca", rotate_every=20)
+    attempt, _ = drifting({"paca": 1.0, "lora": 2.0, "turning": 0.5})
+    methods = [PACA, LORA, Method("turning", turning.sections)]
+    common = {"train": {"warmup_steps": 100}}
+    paca, lora, turned = same_time(methods, 200, common, attempt, quiet)
+    assert "warmup_steps" not in paca.method.sections.get("train", {})
+    assert lora.method.sections["train"] == {"warmup_steps": 50, "max_steps": 100}
+    assert lora.measured["scaled"] == {"warmup_steps": 50}
+    assert turned.method.sections["train"] == {"warmup_steps": 200, "max_steps": 400}
+    assert turned.method.settings["rotate_every"] == 40
+    assert turned.measured["scaled"] == {"warmup_steps": 200, "rotate_every": 40}
+    _, lora, _ = same_time(methods, 200, {"train": {"warmup_steps": 0.05}}, attempt, quiet)
+    assert lora.method.sections["train"] == {"max_steps": 100}
+    assert lora.measured["scaled"] == {}
+    own = LORA.with_settings("train", warmup_steps=1)
+    _, lora = same_time([PACA, own], 200, common, attempt, quiet)
+    assert lora.method.sections["train"]["warmup_steps"] == 1  # not 0.5, a share
+
+
+def memory(per_sequence: dict[str, int], most_r: int = 10**9, room: int = 10**9) -> Callable[[Method, int], Trial]:
     def attempt(method: Method, steps: int) -> Trial:
         r, batch = method.settings.get("r", 0), method.sections.get("train", {}).get("per_device_train_batch_size", 4)
         if r > most_r:
             raise TrialFailed("r is too large")
+        if r > room:
+            raise TrialFailed("killed", out_of_memory=True)
         return Trial(1.0, 1000 + batch * per_sequence[method.name] + 2 * r)
 
     return attempt
@@ -135,7 +171,7 @@ def sizes(method: Method) -> tuple[int, int, int]:
 
 
 def test_a_method_that_needs_more_takes_smaller_batches_and_accumulates() -> None:
-    paca, lora = same_memory([PACA, LORA], 4, 2, memory({"paca": 100, "lora": 190}), quiet)
+    paca, lora = same_memory([PACA, LORA], 4, 2, parameters, memory({"paca": 100, "lora": 190}), quiet)
     assert paca.measured == {"peak": 1432}
     r, batch, accumulation = sizes(lora.method)
     assert (batch, accumulation) == (2, 4)
@@ -146,18 +182,28 @@ def test_a_method_that_needs_more_takes_smaller_batches_and_accumulates() -> Non
 
 
 def test_a_method_that_needs_less_gets_more_columns() -> None:
-    _, paca = same_memory([LORA, PACA], 4, 1, memory({"paca": 60, "lora": 100}), quiet)
+    _, paca = same_memory([LORA, PACA], 4, 1, parameters, memory({"paca": 60, "lora": 100}), quiet)
     r, batch, accumulation = sizes(paca.method)
     assert (batch, accumulation) == (4, 1)
     assert 82 <= r <= 88
 
 
 def test_r_grows_no_further_than_the_layers_have_it() -> None:
-    _, paca = same_memory([LORA, PACA], 4, 1, memory({"paca": 60, "lora": 100}, most_r=40), quiet)
+    def count(method: Method) -> int:
+        if method.settings["r"] > 40:
+            raise PacaError("r=41 columns were asked for, but this layer has 40")
+        return parameters(method)
+
+    takes = {"paca": 60, "lora": 100}
+    _, paca = same_memory([LORA, PACA], 4, 1, count, memory(takes, most_r=40), quiet)
     assert 38 <= paca.method.settings["r"] <= 40
+    _, paca = same_memory([LORA, PACA], 4, 1, parameters, memory(takes, room=40), quiet)
+    assert 38 <= paca.method.settings["r"] <= 40
+    with pytest.raises(PacaError, match="paca can't make a step: r is too large"):  # though its layers have that r
+        same_memory([LORA, PACA], 4, 1, parameters, memory(takes, most_r=40), quiet)
 
 
 def test_memory_of_a_method_without_r_is_equalled_by_its_batch_alone() -> None:
-    _, full = same_memory([PACA, FULL], 4, 1, memory({"paca": 100, "full": 300}), quiet)
+    _, full = same_memory([PACA, FULL], 4, 1, parameters, memory({"paca": 100, "full": 300}), quiet)
     assert full.method.sections["train"]["per_device_train_batch_size"] == 1
     assert "no r" in full.note

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import pytest
@@ -38,6 +39,38 @@ def test_a_trial_that_fails_says_why_and_the_next_one_is_new(tmp_path: Path) -> 
         with pytest.raises(TrialFailed, match="The training loss is nan"):
             attempt(comparison.methods[0].with_settings("train", weight_decay=13), STEPS)
         assert attempt(comparison.methods[0], STEPS - WARM_UP).peak == 2**30
+
+
+@pytest.mark.parametrize(
+    ("end", "out_of_memory"),
+    [
+        ("os.kill(os.getpid(), signal.SIGKILL)", True),
+        ("print('Error: Memory ran out. In this order, try: ...'); sys.exit(1)", True),
+        ("sys.exit('torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB.')", True),
+        ("raise MemoryError", True),
+        ("print('Error: A setting needs a package that is not installed: galore_torch'); sys.exit(1)", False),
+        ("os.kill(os.getpid(), signal.SIGSEGV)", False),
+    ],
+)
+def test_a_trial_that_fails_says_whether_memory_ran_out(tmp_path: Path, end: str, out_of_memory: bool) -> None:
+    comparison = small_comparison(tmp_path)
+    with comparison.claim("preparation") as claim:
+        assert claim.take()
+        attempt = trials_of(comparison, claim, (sys.executable, "-c", f"import os, signal, sys; {end}"))
+        with pytest.raises(TrialFailed) as failed:
+            attempt(comparison.methods[0], 1)
+    assert failed.value.out_of_memory == out_of_memory
+
+
+@pytest.mark.parametrize("end", ["os.kill(os.getpid(), signal.SIGTERM)", "sys.exit(130)"])
+def test_a_trial_that_was_stopped_stops_the_comparison_as_ctrl_c_does(tmp_path: Path, end: str) -> None:
+    """It ended in an IndexError."""
+    comparison = small_comparison(tmp_path)
+    with comparison.claim("preparation") as claim:
+        assert claim.take()
+        attempt = trials_of(comparison, claim, (sys.executable, "-c", f"import os, signal, sys; {end}"))
+        with pytest.raises(KeyboardInterrupt):
+            attempt(comparison.methods[0], 1)
 
 
 def test_what_was_measured_is_kept_for_the_call_after_one_that_was_stopped(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from paca.pretrained.out_of_memory import failure_reason, is_out_of_memory
+from paca.pretrained.out_of_memory import failure_reason, is_out_of_memory, says_out_of_memory
 
 
 def test_the_error_of_the_cpu_allocator_is_recognised() -> None:
@@ -14,11 +14,14 @@ def test_the_error_of_the_cpu_allocator_is_recognised() -> None:
     assert type(raised.value) is RuntimeError  # of no class of its own
     assert is_out_of_memory(raised.value)
     assert failure_reason(raised.value) == "out of memory"
+    assert says_out_of_memory(str(raised.value))
 
 
 def test_the_errors_of_cuda_and_of_python_are_recognised() -> None:
     assert is_out_of_memory(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."))
     assert is_out_of_memory(MemoryError())
+    assert says_out_of_memory("torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB.")
+    assert says_out_of_memory("MemoryError")
 
 
 def test_other_errors_keep_their_name_and_first_line() -> None:
@@ -26,3 +29,4 @@ def test_other_errors_keep_their_name_and_first_line() -> None:
     assert not is_out_of_memory(error)
     assert failure_reason(error) == "RuntimeError: mat1 and mat2 shapes cannot be multiplied"
     assert not is_out_of_memory(ValueError("can't allocate memory"))
+    assert not says_out_of_memory(str(error))

@@ -12,6 +12,7 @@ import torch
 from rich.console import Console
 
 from paca.messages.errors import PacaError
+from paca.pretrained.out_of_memory import says_out_of_memory
 from paca.training import RunResult, load_run_config, train
 from paca.training.folder.run_folder import RunFolder
 from paca.training.trainers.sft import Sft
@@ -120,6 +121,7 @@ def test_a_batch_that_does_not_fit_is_told_before_the_first_step(
     message = str(caught.value)
     assert len(passes) == 1
     assert message.startswith(f"The longest batch (2 x {passes[0][1]} tokens) does not fit into memory.")
+    assert says_out_of_memory(message)
     for remedy in (
         "model.lean=true",
         "per_device_train_batch_size (now 2,",
@@ -138,6 +140,7 @@ def test_what_is_done_already_is_no_advice(
         run(config_file, tmp_path / "run", *settings)
     for done in ("model.lean", "recompute", "checkpointing"):
         assert done not in str(caught.value)
+    assert says_out_of_memory(str(caught.value))
 
 
 def test_another_error_stays_what_it_is(config_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -136,9 +136,11 @@ def _notes(comparison: Comparison, planned: Sequence[PlannedMethod], methods: Se
     if "time" in comparison.equal:
         for one in planned[1:]:
             ratio = one.came_out.measured["step_ratio"]
+            scaled = " and ".join(f"{name} {count}" for name, count in one.came_out.measured.get("scaled", {}).items())
             notes.append(
                 f"Equal time: a step of {one.method.name} took {ratio:.3f} × that of {leader}, so it makes "
-                f"{one.plan.steps} steps where {leader} makes {planned[0].plan.steps}."
+                f"{one.plan.steps} steps where {leader} makes {planned[0].plan.steps}"
+                f"{f' (and has {scaled}, in the same ratio)' if scaled else ''}."
             )
     for what in ("parameters", "memory"):
         if what in comparison.equal:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from paca.comparison.methods import Method
+from paca.comparison.methods import Method, Sections
 from paca.comparison.trial import Trial, TrialFailed, Try
 from paca.messages.errors import PacaError
 from paca.messages.units import format_bytes
@@ -106,8 +106,12 @@ def _has_rank(method: Method, r: int, count: Callable[[Method], int]) -> bool:
     return True
 
 
-def same_time(methods: Sequence[Method], steps: int, attempt: Try, announce: Announce) -> list[CameOut]:
+def same_time(
+    methods: Sequence[Method], steps: int, common: Sections, attempt: Try, announce: Announce
+) -> list[CameOut]:
     """Choose each method's steps, so that its training takes as long as the first one's.
+
+    Settings that count steps, the warm-up and PaCA's rotation, become more or fewer in the same ratio.
 
     Step times are measured in rounds in which the methods take turns, on the same batches. Ratios to the first method
     are taken round by round, so that a machine that drifts drifts for all.
@@ -115,6 +119,7 @@ def same_time(methods: Sequence[Method], steps: int, attempt: Try, announce: Ann
     Args:
         methods: The first one leads.
         steps: How many the first one makes.
+        common: The sections that all methods share.
         attempt: Makes trials.
         announce: Shows people a line.
 
@@ -132,15 +137,40 @@ def same_time(methods: Sequence[Method], steps: int, attempt: Try, announce: Ann
     for method in methods:
         ratios = [one / other for one, other in zip(seconds[method.name], leader, strict=True)]
         ratio = statistics.median(ratios)
-        measured = {"step_seconds": statistics.median(seconds[method.name]), "step_ratio": ratio, "ratios": ratios}
+        measured: dict[str, Any] = {
+            "step_seconds": statistics.median(seconds[method.name]),
+            "step_ratio": ratio,
+            "ratios": ratios,
+        }
         if method is not methods[0]:
-            method = method.with_settings("train", max_steps=max(1, round(steps / ratio)))
+            own = max(1, round(steps / ratio))
+            method, measured["scaled"] = _scaled(method, common, own / steps)
+            method = method.with_settings("train", max_steps=own)
         came_out.append(CameOut(method, measured))
     return came_out
 
 
+def _scaled(method: Method, common: Sections, times: float) -> tuple[Method, dict[str, int]]:
+    """The method with its settings that count steps as so many times as large, and those; shares of 1 stay."""
+    train = {**common.get("train", {}), **method.sections.get("train", {})}
+    scaled: dict[str, int] = {}
+    for section, name, value in (
+        ("train", "warmup_steps", train.get("warmup_steps")),
+        (method.kind, "rotate_every", method.settings.get("rotate_every")),
+    ):
+        if value is not None and value >= 1 and (now := max(1, round(value * times))) != value:
+            method = method.with_settings(section, **{name: now})
+            scaled[name] = now
+    return method, scaled
+
+
 def same_memory(
-    methods: Sequence[Method], batch: int, accumulation: int, attempt: Try, announce: Announce
+    methods: Sequence[Method],
+    batch: int,
+    accumulation: int,
+    count: Callable[[Method], int],
+    attempt: Try,
+    announce: Announce,
 ) -> list[CameOut]:
     """Choose each method's batch and `r`, so that it needs as much memory as the first one, and no more.
 
@@ -152,22 +182,26 @@ def same_memory(
         methods: The first one leads.
         batch: Sequences that it has in memory at a time.
         accumulation: How many such batches it takes for a step.
+        count: Trainable parameters of a method; raises `PacaError` for a rank that its layers don't have.
         attempt: Makes trials.
         announce: Shows people a line.
 
     Raises:
-        PacaError: The first method can't make a step.
+        PacaError: The first method can't make a step, or another one can't for other reasons than memory.
     """
     leader, *others = methods
     announce(f"Measuring memory: {leader.name} ...")
     budget = _must(leader, attempt, MEMORY_STEPS).peak
 
-    def peak_within(method: Method) -> int | None:
+    def peak_within(given: Method, r: int | None) -> int | None:
+        method = given if r is None else given.with_rank(r)
         announce(f"Measuring memory: {method.name}, {_sizes(method)} ...")
         try:
             peak = attempt(method, MEMORY_STEPS).peak
-        except TrialFailed:  # most likely out of memory, or a rank that its layers don't have
-            return None
+        except TrialFailed as error:
+            if error.out_of_memory or not _has_rank(given, r or 0, count):
+                return None
+            raise _no_step(method, error) from error
         return peak if peak <= budget else None
 
     came_out = [CameOut(leader, {"peak": budget})]
@@ -177,13 +211,13 @@ def same_memory(
 
 
 def _within_memory(
-    method: Method, batch: int, accumulation: int, peak_within: Callable[[Method], int | None], budget: int
+    method: Method, batch: int, accumulation: int, peak_within: Callable[[Method, int | None], int | None], budget: int
 ) -> CameOut:
     for part in (part for part in range(batch, 0, -1) if batch % part == 0):
         fits = method.with_settings(
             "train", per_device_train_batch_size=part, gradient_accumulation_steps=accumulation * batch // part
         )
-        peak = peak_within(fits)
+        peak = peak_within(fits, None)
         if peak is not None:
             break
     else:
@@ -194,7 +228,7 @@ def _within_memory(
     low, low_peak, high = r, peak, None
     while high is None or high - low > max(1, low // 16):  # to 6 %: finer than two measurements agree
         middle = 2 * low if high is None else (low + high) // 2
-        peak = peak_within(fits.with_rank(middle))
+        peak = peak_within(fits, middle)
         if peak is None:
             high = middle
         else:
@@ -206,7 +240,11 @@ def _must(method: Method, attempt: Try, steps: int) -> Trial:
     try:
         return attempt(method, steps)
     except TrialFailed as error:
-        raise PacaError(f"{method.name} can't make a step: {error}") from error
+        raise _no_step(method, error) from error
+
+
+def _no_step(method: Method, error: TrialFailed) -> PacaError:
+    return PacaError(f"{method.name} can't make a step: {error}")
 
 
 def _sizes(method: Method) -> str:

@@ -153,18 +153,21 @@ def _made_equal(
     def announce(line: str) -> None:
         say(console, line)
 
+    def count(method: Method) -> int:
+        return plan_of(comparison, method).trainable_parameters
+
     if "parameters" in comparison.equal:
-        found = same_parameters(methods, lambda method: plan_of(comparison, method).trainable_parameters)
+        found = same_parameters(methods, count)
     if "memory" in comparison.equal:
         train = plan_of(comparison, leader).config.train
         batch, accumulation = train["per_device_train_batch_size"], train["gradient_accumulation_steps"]
         counting = trials_of(comparison, claim, count_memory=not torch.cuda.is_available(), keep=True)
-        found = same_memory(methods, batch, accumulation, counting, announce)
+        found = same_memory(methods, batch, accumulation, count, counting, announce)
     if "time" in comparison.equal:  # last: a step's time depends on the r and the batch
         steps = plan_of(comparison, leader).steps
         if steps is None:
             raise PacaError("--equal time needs a number of steps, and packing hides it. Give train.max_steps.")
-        timed = same_time([one.method for one in found], steps, attempt, announce)
+        timed = same_time([one.method for one in found], steps, comparison.common, attempt, announce)
         found = [
             replace(one, note=sized.note, measured={**sized.measured, **one.measured})
             for one, sized in zip(timed, found, strict=True)

@@ -8,11 +8,12 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from paca.pretrained.claims import Claim
+from paca.pretrained.out_of_memory import says_out_of_memory
 from paca.training.folder.run_folder import RunFolder, write_whole
 
 PROGRAM = (sys.executable, "-m", "paca_command")
@@ -70,10 +71,15 @@ class TrainingProcess:
                     return row["step"], row["train_seconds"]
         return None
 
+    @property
+    def interrupted(self) -> bool:
+        """Whether it was asked to stop, by this process or by another one, and did."""
+        return self._process.returncode in _INTERRUPTED
+
     def finish(self) -> None:
         """After its end: leave `failed.json` in the folder if it failed, and not because it was asked to stop."""
         status = self._process.returncode
-        if status not in _INTERRUPTED and not self.folder.finished():
+        if not self.interrupted and not self.folder.finished():
             failure = {"exit_status": status, "error_msg": self._last_words(status)}
             write_whole(self.folder.path / FAILURE, json.dumps(failure, indent=2) + "\n")
 
@@ -115,6 +121,11 @@ def failure_of(folder: RunFolder) -> dict[str, Any] | None:
         return json.loads((folder.path / FAILURE).read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
+
+
+def ran_out_of_memory(failure: Mapping[str, Any]) -> bool:
+    """Whether a failure, as `failure_of` has it, was one of memory; most likely so where the run was killed."""
+    return failure["exit_status"] == -signal.SIGKILL or says_out_of_memory(failure["error_msg"])
 
 
 def forget_kill(folder: RunFolder) -> None:

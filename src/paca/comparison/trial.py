@@ -14,7 +14,7 @@ import torch
 from paca.comparison import counted_memory
 from paca.comparison.methods import Method
 from paca.comparison.settings import Comparison, content_of, run_sections, write_config
-from paca.comparison.training_process import PROGRAM, TrainingProcess, failure_of
+from paca.comparison.training_process import PROGRAM, TrainingProcess, failure_of, ran_out_of_memory
 from paca.pretrained.claims import Claim
 from paca.training.folder.provenance import versions
 from paca.training.folder.run_folder import RunFolder, write_whole
@@ -44,9 +44,18 @@ class Trial:
 class TrialFailed(Exception):
     """The steps could not be made; the text says why."""
 
+    def __init__(self, why: str, *, out_of_memory: bool = False) -> None:
+        """Args:
+        why: In words.
+        out_of_memory: Whether memory ran out, most likely; the method may fit in another size.
+        """
+        super().__init__(why)
+        self.out_of_memory = out_of_memory
+
 
 Try = Callable[[Method, int], Trial]
-"""Makes so many steps of a method after the warm-up, on the same batches for every method; may raise `TrialFailed`."""
+"""Makes so many steps of a method after the warm-up, on the same batches for every method; may raise `TrialFailed`, and
+`KeyboardInterrupt` where it was stopped."""
 
 
 def trials_of(
@@ -86,9 +95,11 @@ def trials_of(
             process.kill()
             raise
         process.finish()
+        if process.interrupted:
+            raise KeyboardInterrupt
         failure = failure_of(folder)
         if failure is not None:
-            raise TrialFailed(failure["error_msg"])
+            raise TrialFailed(failure["error_msg"], out_of_memory=ran_out_of_memory(failure))
         ends = [row["train_seconds"] for row in read_rows(folder.metrics) if "train_seconds" in row]
         peak = counted_memory.peak_of(config) if count_memory else folder.read_summary()["peak_memory_bytes"]
         trial = Trial(ends[-1] - ends[WARM_UP - 1], peak)

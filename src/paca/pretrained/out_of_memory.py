@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+import re
+
 import torch
 
 _CPU_ALLOCATOR = ("can't allocate memory", "not enough memory")  # torch's, on POSIX and on Windows: a RuntimeError
+
+_SAID = re.compile(
+    "|".join(("memory ran out", "not fit into memory", "out ?of ?memory", "MemoryError", *_CPU_ALLOCATOR)),
+    re.IGNORECASE,
+)
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -12,6 +19,11 @@ def is_out_of_memory(error: BaseException) -> bool:
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
     return isinstance(error, RuntimeError) and any(words in str(error) for words in _CPU_ALLOCATOR)
+
+
+def says_out_of_memory(text: str) -> bool:
+    """Whether what a process of paca's, or Python, said last is that memory ran out."""
+    return _SAID.search(text) is not None
 
 
 def failure_reason(error: BaseException) -> str:
