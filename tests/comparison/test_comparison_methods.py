@@ -53,9 +53,46 @@ def test_full_and_methods_of_peft_by_their_names() -> None:
 def test_a_file_brings_a_method_of_ones_own(tmp_path: Path) -> None:
     file = tmp_path / "dora.yaml"
     file.write_text("lora: {r: 4, use_dora: true}\ntrain: {optim: sgd}\n")
-    assert sections(f"dora={file}") == {"lora": {"r": 4, "use_dora": True}, "train": {"optim": "sgd"}}
+    goes = {"target_modules": "all-linear", "exclude_modules": ["down_proj"]}  # as `lora` by its name does
+    assert sections(f"dora={file}") == {"lora": {**goes, "r": 4, "use_dora": True}, "train": {"optim": "sgd"}}
     file.write_text("train: {optim: adafactor}\n")
     assert sections(f"adafactor={file}") == {"paca": COMMON["paca"], "train": {"optim": "adafactor"}}
+
+
+PACA = {"r": 16, "paca_alpha": 32, "target_modules": ["q_proj", "v_proj"], "selection": "random"}
+
+
+@pytest.mark.parametrize(
+    ("run", "content", "expected"),
+    [
+        ({"paca": PACA}, "paca: {r: 32}", {"paca": {**PACA, "r": 32}}),  # it had all linear layers, and an alpha of 16
+        ({"paca": PACA}, "paca:\ntrain: {optim: sgd}", {"paca": PACA, "train": {"optim": "sgd"}}),
+        ({}, "paca: {r: 32}", {"paca": {"r": 32}}),
+        ({"paca": PACA}, "lora: {r: 4}", {"lora": {"r": 4, "target_modules": ["q_proj", "v_proj"]}}),
+        ({"paca": PACA}, "lora: {r: 4, target_modules: [o_proj]}", {"lora": {"r": 4, "target_modules": ["o_proj"]}}),
+        ({"paca": PACA}, "full: {}", {"full": {}}),
+        ({"lora": {"target_modules": ["o_proj"]}}, "paca: {r: 4}", {"paca": {"r": 4, "target_modules": ["o_proj"]}}),
+        ({"full": {}}, "lora: {r: 4}", {"lora": {"r": 4, "target_modules": "all-linear"}}),
+        ({"full": {}}, "paca: {r: 4}", {"paca": {"r": 4}}),
+        ({"peft": {"peft_type": "LOHA", "r": 8}}, "peft: {peft_type: loha, r: 4}", {"peft_type": "LOHA", "r": 4}),
+        ({"peft": {"peft_type": "LOHA", "r": 8}}, "peft: {r: 4}", {"peft_type": "LOHA", "r": 4}),
+        (
+            {"peft": {"peft_type": "LOHA", "r": 8, "target_modules": ["o_proj"]}},
+            "peft: {peft_type: lokr}",
+            {"peft_type": "LOKR", "target_modules": ["o_proj"]},
+        ),
+        ({"paca": PACA}, "peft: {peft_type: IA3}", {"peft_type": "IA3"}),
+        ({"paca": PACA}, "peft: {peft_type: nosuch}", {"peft_type": "NOSUCH"}),  # which a run's config refuses
+        ({"paca": PACA}, "peft: {r: 4}", {"peft": {"r": 4}}),
+    ],
+)
+def test_a_file_is_laid_over_the_yaml_key_by_key(
+    tmp_path: Path, run: dict[str, Any], content: str, expected: dict[str, Any]
+) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text(content)
+    found = sections(f"mine={file}", {"model": {"name": "m"}, **run})
+    assert found == ({"peft": expected} if "peft_type" in expected else expected)
 
 
 @pytest.mark.parametrize(

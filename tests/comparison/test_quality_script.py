@@ -10,8 +10,10 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
+import yaml
 
 from paca.comparison.flags import rates_of
+from paca.comparison.methods import methods_of
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = sorted(path.parent.name for path in ROOT.glob("benchmarks/quality/*/runs.jsonl"))
@@ -42,3 +44,17 @@ def test_the_committed_rows_began_with_the_rates_of_the_script(page: str, tmp_pa
         assert grid <= rates, method
         beyond = rates - grid
         assert not any(min(grid) < rate < max(grid) for rate in beyond), method
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_the_files_of_methods_say_all_that_their_runs_have(
+    page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Laid over a task's YAML they change nothing: the committed rows were made when a file stood for itself."""
+    monkeypatch.chdir(ROOT)
+    command = command_of(page, tmp_path)
+    text = command[command.index("--methods") + 1]
+    common = yaml.safe_load(Path(command[1]).read_text())
+    for word, method in zip(text.split(","), methods_of(text, common), strict=True):
+        if "=" in word:
+            assert method.sections == yaml.safe_load(Path(word.partition("=")[2]).read_text())

@@ -179,9 +179,13 @@ def _of_peft(name: str, common: Sections) -> dict[str, Any]:
     defaults = _defaults("peft", section)
     if defaults.get("r"):  # spelled out, as for PaCA
         section |= {name: defaults[name] for name in ("r", *_ALPHAS) if name in defaults}
-    if "feedforward_modules" not in defaults:  # IA3's two lists go together; PEFT knows both for each architecture
-        section |= {name: value for name, value in _targets(common, "all-linear").items() if name in defaults}
-    return section
+    return section | _targets_of_peft(common, defaults)
+
+
+def _targets_of_peft(common: Sections, defaults: Mapping[str, Any]) -> dict[str, Any]:
+    if "feedforward_modules" in defaults:  # IA3's two lists go together; PEFT knows both for each architecture
+        return {}
+    return {name: value for name, value in _targets(common, "all-linear").items() if name in defaults}
 
 
 def _from_file(name: str, path: Path, common: Sections) -> Method:
@@ -210,7 +214,25 @@ def _from_file(name: str, path: Path, common: Sections) -> Method:
     given = [section for section in METHODS if section in sections]
     if len(given) > 1:
         raise PacaError(f"{path} holds the methods {' and '.join(given)}; it must hold one.")
-    if not given:
-        own = own_section(common)
-        sections[own] = dict(common.get(own, {}))
+    kind = given[0] if given else own_section(common)
+    sections[kind] = _own_of_file(kind, sections.get(kind, {}), common)
     return Method(name, sections)
+
+
+def _own_of_file(kind: str, given: Mapping[str, Any], common: Sections) -> dict[str, Any]:
+    """A method's section of a file: laid over the YAML's, key by key, where that is of the same kind. Another one goes
+    where the YAML's method goes, unless it says itself where."""
+    own = own_section(common)
+    before = common.get(own) or {}
+    if "peft_type" in given:
+        given = {**given, "peft_type": str(given["peft_type"]).upper()}
+    if kind == own and given.get("peft_type", before.get("peft_type")) == before.get("peft_type"):
+        return {**before, **given}
+    if kind == "full" or any(given.get(name) is not None for name in ("target_modules", "target_parameters")):
+        return dict(given)
+    if kind == "peft":
+        from peft import PeftType
+
+        known = given.get("peft_type") in {one.value for one in PeftType}  # else the run's config says what is wrong
+        return {**(_targets_of_peft(common, _defaults(kind, given)) if known else {}), **given}
+    return {**_targets(common, None if kind == "paca" else "all-linear"), **given}
