@@ -46,6 +46,41 @@ def test_seeds_of_a_comparison_are_one_method_though_one_run_alone_scored_the_mo
     assert [len(method.rows) for method in found.methods] == [2, 2]
 
 
+def test_what_neither_trains_nor_judges_makes_no_other_method(tmp_path: Path) -> None:
+    """Each seed of a method was a method of its own."""
+    paths = []
+    for rank in (4, 8):
+        for seed in (0, 1):
+            train = {"learning_rate": 1e-3, "seed": seed, "run_name": f"r{rank}-{seed}", "project": f"of seed {seed}"}
+            train["dataloader_num_workers"] = seed
+            paths.append(run(tmp_path / f"{rank}-seed{seed}", rank, seed, {"train": train}))
+    found = compare_folders(paths, tmp_path / "report")
+    assert [len(method.rows) for method in found.methods] == [2, 2]
+
+
+def test_a_folder_is_named_wherever_one_stands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run(tmp_path / "one" / "sub", 16)
+    run(tmp_path / "other", 8)
+    (tmp_path / "one" / "summary.json").write_text((tmp_path / "one" / "sub" / "summary.json").read_text())
+    monkeypatch.chdir(tmp_path / "one")
+    found = compare_folders([Path("."), Path("../other")], tmp_path / "report")
+    assert [method.name for method in found.methods] == ["one", "other"]
+    monkeypatch.chdir(tmp_path / "one" / "sub")
+    found = compare_folders([Path(".."), Path("../../other")], tmp_path / "report")
+    assert [method.name for method in found.methods] == ["one", "other"]
+    assert [row["name"] for row in found.methods[0].rows] == ["one"]
+
+
+def test_the_folder_of_a_comparison_and_a_run_alone_are_told_of(tmp_path: Path) -> None:
+    whole = tmp_path / "whole"
+    alone = run(whole / "runs" / "a", 4)
+    (whole / "settings.json").write_text("{}")
+    with pytest.raises(PacaError, match=r"whole is the folder of a comparison.*give them: .*whole/runs/\*$"):
+        compare_folders([whole, alone], tmp_path / "report")
+    with pytest.raises(PacaError, match=r"a is one run alone; two or more were expected"):
+        compare_folders([alone], tmp_path / "report")
+
+
 @pytest.mark.parametrize("text", ['{"name": "a", ', "[1]"])
 def test_a_broken_summary_is_told_by_its_path(tmp_path: Path, text: str) -> None:
     paths = [run(tmp_path / "a", 4), run(tmp_path / "b", 8)]

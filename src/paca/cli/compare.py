@@ -67,6 +67,7 @@ def compare(
             )
     train = len(what) == 1 and not what[0].is_dir()
     if not train:
+        _refuse_files(what)
         _refuse_options_of_training(context)
     try:
         with sigterm_as_ctrl_c():  # so that a run in progress saves its checkpoint
@@ -129,6 +130,15 @@ def _train(
     first = planned[0].plan
     tell_of_products(first.config, first.dtype, console)
     return None if dry_run else compare(comparison, planned, console)
+
+
+def _refuse_files(what: list[Path]) -> None:
+    file = next((path for path in what if not path.is_dir()), None)
+    if file is not None:
+        raise PacaError(
+            f"{file} is a file beside others; expected one YAML alone, which is trained, or folders of runs. Give one "
+            "YAML, and what differs from it as methods: --methods paca,NAME=FILE.yaml"
+        )
 
 
 def _refuse_options_of_training(context: typer.Context) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
@@ -24,6 +25,7 @@ from paca.comparison.training_process import FAILURE
 from paca.comparison.work import Work
 from paca.messages.errors import PacaError
 from paca.training.folder.run_folder import RunFolder
+from paca.training.folder.same_run import FREE_TO_CHANGE
 
 _TOLD = (
     "peft_type", "r", "paca_alpha", "lora_alpha", "target_modules", "use_dora", "use_rslora", "selection",
@@ -73,17 +75,18 @@ def compare_folders(paths: Sequence[Path], output: Path) -> ComparisonResult:
 
     Raises:
         PacaError: A folder holds no finished run, or one without held-out data, or two hold the same method and seed,
-            or all are of one method, or they are judged by different metrics.
+            or there is one alone, or all are of one method, or they are judged by different metrics.
     """
     groups: dict[tuple[str, int], list[Row]] = {}
     if (output / "settings.json").is_file():
         raise PacaError(f"{output} holds a comparison that trains its runs. Give the report another --output.")
+    paths = [path if path.name.strip(".") else Path(os.path.abspath(path)) for path in paths]  # of "." and ".."
     names = [path.name for path in paths]
     folders: dict[str, RunFolder] = {}
     for path in paths:
         folder = RunFolder(path)
         if not folder.finished():
-            raise PacaError(f"{path} holds no finished run (summary.json is missing). Finish it, or leave it out.")
+            raise _not_finished(path)
         row = row_of(folder, re.sub(r"-seed\d+$", "", path.name))
         assert row is not None
         if row["score"] is None:
@@ -101,6 +104,8 @@ def compare_folders(paths: Sequence[Path], output: Path) -> ComparisonResult:
             )
         rows.append(row)
         folders[row["name"]] = folder
+    if len(paths) < 2:
+        raise PacaError(f"{paths[0]} is one run alone; two or more were expected, to be compared. Give further ones.")
     if len(groups) < 2:
         raise PacaError("These runs differ in nothing but their seeds, so there are no two methods to compare.")
     metrics = {row["name"]: row["metric"] for rows in groups.values() for row in rows}
@@ -120,6 +125,15 @@ def compare_folders(paths: Sequence[Path], output: Path) -> ComparisonResult:
     write_report(output, result, folders)
     write_rows(output / "runs.jsonl", every)
     return result
+
+
+def _not_finished(path: Path) -> PacaError:
+    if (path / "settings.json").is_file() and (path / "runs").is_dir():
+        return PacaError(
+            f"{path} is the folder of a comparison, and folders of runs were expected. Its report is "
+            f"{path / 'comparison.html'}; to compare runs of it with others, give them: {path / 'runs'}/*"
+        )
+    return PacaError(f"{path} holds no finished run (summary.json is missing). Finish it, or leave it out.")
 
 
 def _notes(comparison: Comparison, planned: Sequence[PlannedMethod], methods: Sequence[MethodResult]) -> list[str]:
@@ -191,7 +205,8 @@ def _has_same_contents(rows: list[Row]) -> bool:
 def _without_seed(config: dict[str, dict[str, Any]]) -> str:
     kept = {name: dict(values) for name, values in config.items() if name != "output"}
     # Of a comparison's runs one alone scores the model as it came.
-    for section, key in (("train", "seed"), ("paca", "random_seed"), ("eval", "before")):
+    for name in ("train.seed", "paca.random_seed", "eval.before", *FREE_TO_CHANGE):
+        section, _, key = name.partition(".")
         kept.get(section, {}).pop(key, None)
     return json.dumps(kept, sort_keys=True)
 

@@ -25,11 +25,12 @@ from paca.training.config.train_settings import train_fields
 from paca.training.folder.run_folder import RunFolder, write_whole
 from paca.training.trainers.reward_functions import reward_files
 
-_FREE_TO_CHANGE = {
+FREE_TO_CHANGE = {
     "output.dir",  # a run folder may be moved
     "output.overwrite",
     "train.report_to",
     "train.run_name",
+    "train.project",
     "train.save_total_limit",
     "train.dataloader_num_workers",
     "train.dataloader_pin_memory",
@@ -60,7 +61,7 @@ def check_same_run(folder: RunFolder, config: RunConfig, inputs: dict[str, str])
         raise PacaError(f"{recorded} is not there, so {folder.path} can't be continued. Put it back, or start anew.")
     before, now = _recorded_settings(recorded), _with_defaults(config.as_dict())
     contents = _recorded_inputs(folder, {"data.train", _PROCESSES, _MODEL})
-    free = set(_FREE_TO_CHANGE)
+    free = set(FREE_TO_CHANGE)
     processes = (contents.get(_PROCESSES, inputs[_PROCESSES]), inputs[_PROCESSES])
     if processes[0] != processes[1]:
         _check_sequences(
@@ -97,7 +98,7 @@ def told_of_finished(folder: RunFolder, config: RunConfig) -> str:
     """
     if folder.config.is_file():
         had, given = _recorded_settings(folder.config), _flat({config.method: config.adapter, "train": config.train})
-        left = {*_FREE_TO_CHANGE, "train.gradient_checkpointing"}  # an older name, recorded under the newer one
+        left = {*FREE_TO_CHANGE, "train.gradient_checkpointing"}  # an older name, recorded under the newer one
         other = [key for key, value in given.items() if key not in left and value not in ("auto", had.get(key))]
         if other:
             lines = "\n".join(f"  {key}: {had.get(key)!r} → {given[key]!r}" for key in sorted(other))
@@ -138,7 +139,7 @@ def check_same_settings(config: RunConfig) -> None:
     """
     first, *others = map(_flat, gather_object([config.as_dict()]))
     for process, other in enumerate(others, 1):
-        for key in sorted((first.keys() | other.keys()) - _FREE_TO_CHANGE):
+        for key in sorted((first.keys() | other.keys()) - FREE_TO_CHANGE):
             values = first.get(key), other.get(key)
             paths = all(isinstance(value, str) and os.path.isabs(value) for value in values)
             if values[0] != values[1] and not paths:
