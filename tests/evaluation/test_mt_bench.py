@@ -315,6 +315,34 @@ def test_a_refusal_is_final(status: int, waits: list[float]) -> None:
     assert waits == []
 
 
+FILTERED = {
+    "azure": (400, "The response was filtered due to the prompt triggering our content management policy."),
+    "by its code": (422, '{"error": {"code": "content_filter", "message": "temperature: no"}}'),
+}
+
+
+@pytest.mark.parametrize("case", FILTERED)
+def test_a_question_that_a_filter_refuses_has_no_grade_and_harms_no_other(tmp_path: Path, case: str) -> None:
+    """It blocked the whole evaluation, each time anew."""
+    status, said = FILTERED[case]
+
+    def reply(body: Body, number: int) -> Reply:
+        assert body["temperature"] == 0
+        return (status, {}, said.encode()) if "2+2" in body["messages"][1]["content"] else graded(body, number)
+
+    with judging(reply) as server:
+        ratings = ratings_of(judge_of(server), "base", QUESTIONS, [["a", "b"], ["4", "5"], ["c"]], tmp_path, Tally())
+    assert [rating.score is None for rating in ratings] == [False, False, True, True, False]
+
+
+@pytest.mark.parametrize("status", [401, 403, 404])
+def test_a_refusal_of_whoever_asks_is_final_whatever_it_says(status: int) -> None:
+    with judging(lambda body, number: (status, {}, b"content_filter")) as server:
+        with pytest.raises(PacaError, match=f"refuses: HTTP {status}"):
+            judge_of(server).ask(HELLO)
+        assert len(server.requests) == 1
+
+
 def test_nobody_there_is_said(waits: list[float]) -> None:
     with judging(graded) as server:
         pass

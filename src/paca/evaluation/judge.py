@@ -37,6 +37,9 @@ _INSTEAD: dict[str, dict[str, Any]] = {
 _TOO_LONG = re.compile("context[_ ](length|window)|maximum context", re.IGNORECASE)
 """In a refusal of a question that leaves no room for its answer: though it may name `max_tokens`, that stays."""
 
+_FILTERED = re.compile("content_filter|content management policy", re.IGNORECASE)
+"""In a refusal (400, 422) of one question, by a filter of what it says: it stays without a grade."""
+
 _FEWEST_TOKENS = 128
 """Of an answer to such a question; one that has no room for them stays without a grade."""
 
@@ -125,7 +128,7 @@ class Judge:
         return self._stopped.is_set()
 
     def ask(self, messages: list[dict[str, str]]) -> Answer:
-        """The judge's answer. One that gives no text, as where it declines, answers with none.
+        """The judge's answer. One that gives no text, as where it declines, or a filter does, answers with none.
 
         One that was cut off for lack of tokens is asked for anew with twice as many, up to 8192.
 
@@ -158,6 +161,8 @@ class Judge:
                         body["max_tokens"] = tokens
                     response, content = self._post(url, body, settings.timeout * tokens / _TOKENS)
                     said = content.decode(errors="replace")
+                    if response.status_code in (400, 422) and _FILTERED.search(said):
+                        return Answer("", Usage(requests=sent))
                     if tokens > _TOKENS and response.status_code in _TOO_LARGE:
                         return Answer("", Usage(requests=sent), cut=True)
                     unknown = re.search("not supported|unsupported", said, re.IGNORECASE)  # of a setting
