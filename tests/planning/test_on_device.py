@@ -6,6 +6,7 @@ from collections import Counter
 from functools import cache
 from typing import Any
 
+import peft
 import pytest
 import torch
 from architectures import config
@@ -187,3 +188,28 @@ def test_methods_stand_beside_each_other() -> None:
     assert rows["paca"].tokens_per_second == 64 / rows["paca"].time.total
     (alone,) = simulate_on(model, Setting(64), None, A100).rows  # type: ignore[arg-type]
     assert alone.method == "full"
+
+
+@pytest.mark.parametrize(
+    ("where", "layers"),
+    [
+        ({"layers_to_transform": [0]}, 7),
+        ({"layers_to_transform": 1, "layers_pattern": "layers"}, 7),
+        ({"exclude_modules": ["down_proj"]}, 12),
+        ({"target_modules": r".*\.0\..*_proj"}, 7),
+        ({"modules_to_save": ["lm_head"]}, 14),
+        (None, 4),
+    ],
+)
+def test_the_other_methods_go_where_the_planned_one_goes(where: dict[str, Any] | None, layers: int) -> None:
+    model: Any = prepare_model(config("llama", dtype=torch.bfloat16, num_hidden_layers=2))
+    adapter: Any = peft.LoraConfig(r=4, task_type="CAUSAL_LM")  # query and value alone, as PEFT has it
+    if where is not None:
+        adapter = paca.PacaConfig(r=8, **where)
+    others = simulate_on(model, Setting(64), adapter, find_device("h100"), compare=True).rows[:3]
+    assert {row.method for row in others} == {"paca", "lora", "lora-tuned"}
+    assert [row.estimate.layers for row in others] == [layers] * 3
+    trained = [row.estimate.trainable for row in others]
+    assert max(trained) / min(trained) < 1.2
+    ranks = {row.method: row.r for row in others}
+    assert 0.25 < ranks["lora"] / ranks["paca"] < 0.75  # type: ignore[operator]  # a LoRA's column has two sides

@@ -16,11 +16,16 @@ from paca.messages.errors import PacaError
 from paca.planning.device_rates import DequantizeRate, MatmulRate
 from paca.planning.device_time import Efficiency, StepTime, step_time
 from paca.planning.devices import Device
-from paca.planning.memory_estimate import MemoryEstimate, estimate
+from paca.planning.memory_estimate import MemoryEstimate, estimate, prepare_model
 from paca.planning.setting import Setting
 
 RANK = 16
 """Of the methods that a full training is compared with."""
+_WHERE = (
+    *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"),
+    *("target_parameters", "modules_to_save"),
+)
+"""Fields of PEFT's configs that say where an adapter goes."""
 
 
 @dataclass(frozen=True)
@@ -108,11 +113,11 @@ def simulate_on(
     """
     rows: list[Simulated] = []
     refused: list[str] = []
-    for method, config, change in _methods(setting, adapter, compare):
+    for method, config, change in _methods(model, setting, adapter, compare):
         wanted = replace(setting, device="cuda", **change)
         try:
             if rows and adapter is not None and config is not None:
-                config = _with_parameters(model, wanted, config, rows[0].estimate.trainable)
+                config = _with_parameters(model, config, rows[0].estimate.trainable)
             longest = estimate(model, wanted, config, timed=typical_length is None)
             typical = longest
             if typical_length is not None:
@@ -141,7 +146,7 @@ def rates_on(device: Device, dtype: Any) -> tuple[MatmulRate, DequantizeRate]:
 
 
 def _methods(
-    setting: Setting, adapter: PeftConfig | None, compare: bool
+    model: PreTrainedModel, setting: Setting, adapter: PeftConfig | None, compare: bool
 ) -> Iterator[tuple[str, PeftConfig | None, dict[str, Any]]]:
     """The name, the adapter and the changes of the setting of each: what is planned first."""
     planned = method_name(adapter, setting)
@@ -149,10 +154,9 @@ def _methods(
     if not compare:
         return
     rank = getattr(adapter, "r", RANK)
-    modules = getattr(adapter, "target_modules", None) or "all-linear"
-    targets: Any = modules if isinstance(modules, str) else sorted(modules)
-    paca = PacaConfig(r=rank, target_modules=targets, task_type="CAUSAL_LM")
-    lora = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=targets, task_type="CAUSAL_LM")
+    places = {"target_modules": "all-linear"} if adapter is None else _places(model, adapter)
+    paca = PacaConfig(r=rank, task_type="CAUSAL_LM", **places)
+    lora = LoraConfig(r=rank, lora_alpha=2 * rank, task_type="CAUSAL_LM", **places)
     plain, packed = {"quantization": None}, {"quantization": "nf4"}
     others: Sequence[tuple[str, PeftConfig, dict[str, Any]]] = (
         ("paca", paca, plain),
@@ -164,14 +168,30 @@ def _methods(
     yield from (other for other in others if other[0] != planned)
 
 
-def _with_parameters(model: PreTrainedModel, setting: Setting, config: Any, wanted: int) -> PeftConfig:
-    """With the r that comes closest to `wanted` trained parameters, of which each r has as many."""
-    each = estimate(model, setting, config).trainable / config.r
-    changed = copy.copy(config)
-    changed.r = max(1, round(wanted / each))
-    if isinstance(changed, LoraConfig):
-        changed.lora_alpha = 2 * changed.r
-    return changed
+def _places(model: PreTrainedModel, adapter: PeftConfig) -> dict[str, Any]:
+    """Where `adapter` goes, for another method to go there too, as PEFT resolved it for `model`."""
+    prepared: Any = prepare_model(model, adapter)
+    resolved = prepared.peft_config["default"]
+    places = {name: getattr(resolved, name, None) for name in _WHERE}
+    places["target_modules"] = places["target_modules"] or (set() if places["target_parameters"] else "all-linear")
+    return {name: value for name, value in places.items() if value not in (None, [])}
+
+
+def _with_parameters(model: PreTrainedModel, config: Any, wanted: int) -> PeftConfig:
+    """With the r that comes closest to `wanted` trained parameters, a part of which has nothing to do with r."""
+
+    def with_rank(r: int) -> Any:
+        changed = copy.copy(config)
+        changed.r = r
+        if isinstance(changed, LoraConfig):
+            changed.lora_alpha = 2 * r
+        return changed
+
+    def trained(r: int) -> int:
+        return sum(p.numel() for p in prepare_model(model, with_rank(r)).parameters() if p.requires_grad)
+
+    first = trained(1)
+    return with_rank(1 + max(0, round((wanted - first) / (trained(2) - first))))
 
 
 def method_name(adapter: PeftConfig | None, setting: Setting) -> str:
