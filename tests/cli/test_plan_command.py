@@ -146,6 +146,56 @@ def test_a_run_is_planned_with_its_own_settings(base: Path, tmp_path: Path) -> N
     assert plan_json(str(path), "--rate", "1", "--seq", "64")["setting"]["sequence_length"] == 64
 
 
+@pytest.fixture
+def run(base: Path, tmp_path: Path) -> str:
+    path = tmp_path / "run.yaml"
+    model = {"name": str(base), "dtype": "bfloat16", "lean": True, "recompute": "mlp"}
+    train = {"max_length": 256, "per_device_train_batch_size": 1, "gradient_accumulation_steps": 8}
+    content = {"model": model, "data": {"train": "not-read.jsonl"}, "paca": {"r": 2}, "train": train}
+    path.write_text(yaml.safe_dump(content))
+    return str(path)
+
+
+def test_what_a_search_recommends_takes_as_much_once_it_is_in_the_run(run: str) -> None:
+    arguments = (run, "--device", "cuda", "--rate", "1")
+    text = plan(*arguments, "--memory", "100GiB")
+    printed = yaml.safe_load(text.partition("In a run's YAML:\n")[2])
+    assert printed["train"]["per_device_train_batch_size"] == 8
+    assert printed["model"] == {"lean": False, "recompute": None}
+    changes = [f"{name}.{key}={value}" for name, values in printed.items() for key, value in values.items()]
+    given = [option for change in changes for option in ("--set", change.replace("None", "null"))]
+    found = json.loads(plan(*arguments, "--memory", "100GiB", "--json"))
+    assert json.loads(plan(*arguments, *given, "--json"))["total"] == found["total"]
+    assert found["setting"]["padded"]
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--checkpointing", "--lean"], "lean blocks, activation checkpointing"),
+        (["--recompute"], "lean blocks, MLP recomputed"),
+        (["--recompute", "--checkpointing"], "lean blocks, MLP recomputed, activation checkpointing"),
+    ],
+)
+def test_a_search_has_what_is_asked_for(base: Path, options: list[str], words: str) -> None:
+    arguments = (str(base), "--seq", "64", "--memory", "100GiB", "--device", "cpu", "--rate", "1", "--batch-size", "3")
+    text = plan(*arguments, "--quantization", "none", *options)
+    assert f"3 x 64 tokens per pass, 5 passes per step, on cpu; to save memory: {words}, chunked loss" in text
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--r", "60", "--dtype", "bfloat16"], r"--r and --dtype .* --set paca\.r=60 .* --set model\.dtype=bfloat16"),
+        (["--global-batch", "64"], "--global-batch would change nothing without a budget.* --memory"),
+        (["--loss", "any"], "--loss any would change nothing"),
+    ],
+)
+def test_an_option_that_would_change_nothing_is_refused(run: str, options: list[str], message: str) -> None:
+    with pytest.raises(paca.PacaError, match=message):
+        plan(run, *options)
+
+
 def test_a_published_shape_is_planned_without_a_hub() -> None:
     content = plan_json("smollm2-135m", "--seq", "128", "--rate", "1")
     assert content["parameters"] == 134515008

@@ -49,9 +49,9 @@ def test_a_budget_above_what_the_device_gives_is_that_of_the_device(base: str) -
 
 @pytest.mark.parametrize(("share", "advised"), [(0.89, False), (0.92, True), (0.999, True)])
 def test_a_plan_close_to_its_budget_advises_to_leave_some_free(base: str, share: float, advised: bool) -> None:
-    arguments = (base, "--seq", "64", "--device", "cpu", "--rate", "1", "--global-batch", "1", "--quantization", "none")
+    arguments = (base, "--seq", "64", "--device", "cpu", "--rate", "1", "--quantization", "none")
     total = plan_json(*arguments)["total"]
-    text = plan(*arguments, "--memory", str(int(total / share)))
+    text = plan(*arguments, "--memory", str(int(total / share)), "--global-batch", "1")
     assert (ADVICE in text) == advised
     assert "does not fit" not in text
 

@@ -12,9 +12,10 @@ from paca.lean import float32_products
 from paca.planning import Setting, estimate, fit, step_seconds
 from paca.planning.budget import warn_if_too_large
 from paca.planning.device_rates import MatmulRate, fixed_rate, measure_rate
+from paca.planning.fitting import TECHNIQUES
 from paca.planning.memory_estimate import FRAMEWORK, prepare_model
 
-BASE = Setting(sequence_length=256, chunked_loss=False)
+BASE = Setting(sequence_length=256, chunked_loss=False, padded=None)
 SHAPE = {"dtype": torch.float32, "vocab_size": 100, "num_hidden_layers": 2}
 
 
@@ -46,6 +47,33 @@ def test_what_is_found_fits_and_the_next_larger_batch_does_not(model: Any) -> No
         assert candidate.estimate.total <= budget or not candidate.fits
     larger = replace(found.setting, batch_size=6, gradient_accumulation=1)
     assert estimate(model, larger).total > budget
+
+
+def test_batches_of_several_sequences_are_searched_with_a_mask() -> None:
+    base = Setting(sequence_length=256, device="cuda")
+    model = prepare_model(config("llama", **SHAPE | {"dtype": torch.bfloat16}), paca.PacaConfig(r=8))
+    masked, bare = (estimate(model, replace(base, batch_size=4, padded=padded)).total for padded in (True, False))
+    assert bare < masked
+    assert fit(model, base, memory=masked, global_batch=4).setting.batch_size == 4
+    assert fit(model, base, memory=masked - 1, global_batch=4).candidates[0].setting != replace(base, batch_size=4)
+    alone = fit(model, base, memory=2**40, global_batch=1)
+    assert alone.best.estimate.total == estimate(model, replace(base, padded=False)).total
+    packed = fit(model, replace(base, padded=True), memory=2**40, global_batch=1)
+    assert packed.best.estimate.total > alone.best.estimate.total
+
+
+def test_a_search_keeps_to_the_techniques_and_the_batch_that_are_asked_for(model: Any) -> None:
+    options: dict[str, Any] = {"memory": 2**40, "global_batch": 4}
+    found = fit(model, BASE, techniques=(TECHNIQUES[3],), batch_size=2, **options)
+    assert [candidate.setting.techniques() for candidate in found.candidates] == ["activation checkpointing"]
+    assert (found.setting.batch_size, found.setting.gradient_accumulation) == (2, 2)
+    with pytest.raises(paca.PacaError, match="batches of 3 don't make up"):
+        fit(model, BASE, batch_size=3, **options)
+    with pytest.raises(paca.PacaError, match="can't be made lean"):
+        fit(config("bloom"), BASE, techniques=(TECHNIQUES[1],), adapter=paca.PacaConfig(r=8), **options)
+    room = estimate(model, BASE).parts
+    with pytest.raises(paca.PacaError, match="2 sequences at a time"):
+        fit(model, BASE, memory=room["weights"] + room[FRAMEWORK] + 1, global_batch=4, batch_size=2)
 
 
 def test_less_memory_takes_leaner_settings(model: Any) -> None:

@@ -119,7 +119,7 @@ def test_a_plan_leaves_bitsandbytes_able_to_quantize() -> None:
 
 def test_sixteen_bits_come_first_and_four_where_they_do_not_fit() -> None:
     shape = config("llama", **SHAPE)
-    base = replace(SETTING, sequence_length=256, chunked_loss=False)
+    base = replace(SETTING, sequence_length=256, chunked_loss=False, padded=None)
     options: dict[str, Any] = {"global_batch": 2, "adapter": PACA, "quantizations": (None, "nf4")}
     options |= {"dequantize": given_bandwidth(1e15), "rate": MatmulRate({256: 1e11, 512: 1e12}, "made up")}
     roomy = fit(shape, base, memory=2**40, **options)

@@ -63,7 +63,7 @@ def test_a_run_becomes_the_setting_that_it_trains_under(tmp_path: Path) -> None:
         batch_size=2,
         gradient_accumulation=3,
         checkpointing=True,
-        padded=True,
+        padded=None,
         autocast=torch.bfloat16,
         optimizer="sgd",
     )
@@ -74,8 +74,9 @@ def test_a_run_becomes_the_setting_that_it_trains_under(tmp_path: Path) -> None:
 
 
 def test_one_sequence_at_a_time_needs_no_mask_unless_it_is_packed(tmp_path: Path) -> None:
-    assert not setting_of_run(run_config(tmp_path, per_device_train_batch_size=1), "cpu").padded
-    assert setting_of_run(run_config(tmp_path, per_device_train_batch_size=1, packing=True), "cpu").padded
+    for size, packing, masked in ((1, False, False), (1, True, True), (2, False, True)):
+        run = run_config(tmp_path, per_device_train_batch_size=size, packing=packing)
+        assert setting_of_run(run, "cpu").masked == masked
 
 
 def test_a_run_without_a_limit_can_not_be_planned_until_the_longest_example_is_known(tmp_path: Path) -> None:

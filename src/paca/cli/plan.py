@@ -29,8 +29,12 @@ def plan(
     seq: Annotated[int | None, typer.Option(help="Tokens in each sequence.")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Sequences in one forward pass.")] = None,
     global_batch: Annotated[int | None, typer.Option(help="With --memory: sequences in one optimizer step.")] = None,
-    r: Annotated[int, typer.Option(help="Trained columns per layer. A run's YAML has its own.")] = 64,
-    dtype: Annotated[str, typer.Option(help="Dtype of the weights. A run's YAML has its own.")] = "auto",
+    r: Annotated[
+        int | None, typer.Option(help="Trained columns per layer. A run's YAML has its own.", show_default="64")
+    ] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="Dtype of the weights. A run's YAML has its own.", show_default="auto")
+    ] = None,
     device: Annotated[
         str | None,
         typer.Option(help="Plan for cpu or cuda. It need not be here.", show_default="what this machine has"),
@@ -81,6 +85,9 @@ def plan(
     if quantization not in (None, "none", *QUANTIZATIONS, *(() if memory is None else ("auto", "any"))):
         choice = "none, nf4, fp4, int8, or with --memory auto or any"
         raise PacaError(f"--quantization must be {choice}, not {quantization!r}.")
+    _check_search(memory, global_batch, loss)
+    if _is_run(target):
+        _refuse_options_of_models(target, r, dtype)
     budget = None if memory is None else parse_bytes(memory)
     from paca.planning.devices import find_device
 
@@ -94,10 +101,11 @@ def plan(
     device = "cuda" if simulated is not None else device
     planned = _target(target, seq, batch_size, r, dtype, device, set_ or [])
     lacks_it = simulated is not None and not simulated.has_bfloat16 and planned.dtype == torch.bfloat16
-    if lacks_it and dtype == "auto" and not _is_run(target):
+    if lacks_it and dtype in (None, "auto") and not _is_run(target):
         planned = _target(target, seq, batch_size, r, "float16", device, set_ or [])
     if global_batch is None:
-        global_batch = planned.setting.sequences_per_step if _is_run(target) else 16
+        size = planned.setting.batch_size
+        global_batch = planned.setting.sequences_per_step if _is_run(target) else size * max(1, 16 // size)
     wanted = outcome.Wanted(
         memory=budget,
         global_batch=global_batch,
@@ -105,6 +113,7 @@ def plan(
         recompute=recompute,
         checkpointing=checkpointing,
         padded=padded,
+        batch_size=batch_size,
         quantization=quantization,
         loss=loss,
         rate=None if rate is None else rate * 1e12,
@@ -120,9 +129,29 @@ def plan(
     console = console_for_tables()
     show_estimate(console, result)
     if result.found is not None:
-        show_fit(console, result.found, result.rate, planned.counts)
+        show_fit(console, result.found, result.rate, planned)
     if result.simulated is not None:
         show_simulated(console, result.simulated, result.steps, planned.counts)
+
+
+def _check_search(memory: str | None, global_batch: int | None, loss: str) -> None:
+    """What only a search for a setting that fits uses."""
+    given = [*(["--global-batch"] if global_batch is not None else []), *(["--loss any"] if loss == "any" else [])]
+    if memory is None and given:
+        raise PacaError(
+            f"{' and '.join(given)} would change nothing without a budget to search within. Give --memory 24GiB, for "
+            "example. Without one, --batch-size and a run's train.gradient_accumulation_steps say what is planned."
+        )
+
+
+def _refuse_options_of_models(run: str, r: int | None, dtype: str | None) -> None:
+    instead = {} if r is None else {"--r": f"--set paca.r={r} (or the r of its own method)"}
+    instead |= {} if dtype is None else {"--dtype": f"--set model.dtype={dtype}"}
+    if instead:
+        raise PacaError(
+            f"{' and '.join(instead)} would change nothing, as {run} is a run, whose YAML has its own. Give "
+            f"{' and '.join(instead.values())} instead."
+        )
 
 
 def _check_simulation(
@@ -151,7 +180,13 @@ def _check_simulation(
 
 
 def _target(
-    name: str, seq: int | None, batch_size: int | None, r: int, dtype: str, device: str | None, overrides: list[str]
+    name: str,
+    seq: int | None,
+    batch_size: int | None,
+    r: int | None,
+    dtype: str | None,
+    device: str | None,
+    overrides: list[str],
 ) -> Target:
     import torch
 
@@ -170,7 +205,7 @@ def _target(
         batch_size=1 if batch_size is None else batch_size,
         device=device,  # type: ignore[arg-type]
     )
-    return target_of_model(name, dtype, r, setting)
+    return target_of_model(name, dtype or "auto", 64 if r is None else r, setting)
 
 
 def _is_run(name: str) -> bool:

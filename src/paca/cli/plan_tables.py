@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from paca.planning.device_rates import MatmulRate
     from paca.planning.on_device import OnDevice
     from paca.planning.outcome import Outcome
+    from paca.planning.target import Target
 
 CLOSE = 0.1
 """Share of a budget that should stay free: planned largest batches were up to 7 % too large (docs/notes/plan-on.md)."""
@@ -89,7 +90,7 @@ def _time(outcome: Outcome) -> str:
     return f"{seconds:,.3f} s per step{length}, at most {most} ({work} at {speeds})"
 
 
-def show_fit(console: Console, found: Fit, rate: MatmulRate | None, counts: str = "tokens") -> None:
+def show_fit(console: Console, found: Fit, rate: MatmulRate | None, target: Target) -> None:
     table = Table(title="What fits, fastest first", title_justify="left")
     for heading in ("to save memory", "batch", "accumulation", "memory", "s per step"):
         table.add_column(heading, justify="left" if heading == "to save memory" else "right")
@@ -107,7 +108,7 @@ def show_fit(console: Console, found: Fit, rate: MatmulRate | None, counts: str 
         say(console, found.weights_reason)
     for reason in found.refused:
         say(console, f"Not considered: {reason}")
-    for line in yaml_lines(found.setting, counts):
+    for line in yaml_lines(found.setting, target):
         say(console, line)
 
 
@@ -157,21 +158,21 @@ def _unit_of_time(hours: float) -> tuple[str, float]:
     return next((unit for unit in units if hours >= unit[1]), units[-1])
 
 
-def yaml_lines(setting: Setting, counts: str = "tokens") -> list[str]:
-    """The lines of a run's YAML that ask for `setting`."""
+def yaml_lines(setting: Setting, target: Target) -> list[str]:
+    """The lines that, in the YAML of the run `target` (or of one that sets none of it), ask for `setting`."""
+    given = target.setting
+    names = ("quantization", "lean", "recompute")
+    model = {name: getattr(setting, name) for name in names if getattr(setting, name) or getattr(given, name)}
+    train: dict[str, Any] = {} if target.counts == "images" else {"max_length": setting.sequence_length}
+    train["per_device_train_batch_size"] = setting.batch_size
+    train["gradient_accumulation_steps"] = setting.gradient_accumulation
+    if setting.checkpointing or given.checkpointing:
+        train[target.checkpointing_key] = setting.checkpointing
     lines = ["In a run's YAML:"]
-    if setting.lean or setting.quantization:
-        lines += ["  model:"]
-        lines += [f"    quantization: {setting.quantization}"] if setting.quantization else []
-        lines += ["    lean: true"] if setting.lean else []
-        lines += ["    recompute: mlp"] if setting.recompute else []
-    lines += [
-        "  train:",
-        *([f"    max_length: {setting.sequence_length}"] if counts == "tokens" else []),
-        f"    per_device_train_batch_size: {setting.batch_size}",
-        f"    gradient_accumulation_steps: {setting.gradient_accumulation}",
-    ]
-    return [*lines, "    gradient_checkpointing: true"] if setting.checkpointing else lines
+    for section, values in (("model", model), ("train", train)):
+        lines += [f"  {section}:"] if values else []
+        lines += [f"    {name}: {'null' if value is None else str(value).lower()}" for name, value in values.items()]
+    return lines
 
 
 def as_json(outcome: Outcome) -> dict[str, Any]:

@@ -6,7 +6,7 @@ from bisect import bisect
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from peft import PeftConfig
 from transformers import PreTrainedConfig
@@ -22,6 +22,21 @@ LEAN_TIME, LEAN_TIME_ON_CPU = 1.02, 0.97
 """Time of a step with lean blocks over one without: a preference where both fit the same batch, not a forecast. On CPUs
 0.96 to 1.04 were measured, an AMX Xeon with the least of them (docs/notes/speed.md); elsewhere nothing was, so stock
 blocks are preferred there."""
+
+
+class Technique(NamedTuple):
+    """What is done to save memory; as in `Setting`."""
+
+    lean: bool
+    recompute: Literal["mlp"] | None
+    checkpointing: bool
+
+
+TECHNIQUES = (
+    *(Technique(False, None, False), Technique(True, None, False), Technique(True, "mlp", False)),
+    *(Technique(False, None, True), Technique(True, None, True)),
+)
+"""From the fewest operations to the most. A checkpointed block is recomputed whole."""
 
 
 @dataclass(frozen=True)
@@ -69,6 +84,8 @@ def fit(
     adapter: PeftConfig | None = None,
     rate: MatmulRate | None = None,
     dequantize: DequantizeRate | None = None,
+    techniques: Sequence[Technique] = TECHNIQUES,
+    batch_size: int | None = None,
     any_loss: bool = False,
     quantizations: Sequence[str | None] | None = None,
     fastest_weights: bool = False,
@@ -80,12 +97,15 @@ def fit(
 
     Args:
         model: As in `paca.planning.memory_estimate`.
-        base: What is not searched: sequence length, padding, autocast, optimizer, device, and the loss.
+        base: What is not searched: sequence length, padding, autocast, optimizer, device, and the loss. Batches of
+            more than one sequence are taken to hold padding whatever it says.
         memory: The budget in bytes, the framework's overhead included.
         global_batch: Sequences per optimizer step.
         adapter: Put into the model first.
         rate: Of the device's matrix products; without it every batch size is taken to run at the same rate.
         dequantize: How fast it unpacks quantized weights; without it that is left out of the times.
+        techniques: Those to choose among, the one with the fewest operations first.
+        batch_size: Sequences in a forward pass, instead of the most that fit.
         any_loss: Also choose between the chunked and the full loss.
         quantizations: Ways to keep the weights (see `Setting.quantization`), the preferred one first: a later one is
             chosen only where none before it fits. Without them, that of `base`.
@@ -96,6 +116,12 @@ def fit(
     """
     if global_batch < 1:
         raise PacaError(f"The global batch is {global_batch} sequences; it must be 1 or more.")
+    if batch_size is not None and (batch_size < 1 or global_batch % batch_size):
+        raise PacaError(
+            f"The global batch is {global_batch} sequences, which batches of {batch_size} don't make up. Give a "
+            "multiple of the batch."
+        )
+    sizes = [size for size in range(1, global_batch + 1) if global_batch % size == 0 and batch_size in (None, size)]
     quantizations = quantizations or (base.quantization,)
     rate = rate or fixed_rate(1e12)
     refused: dict[str, None] = {}
@@ -105,14 +131,14 @@ def fit(
             autocast = base.autocast_adapter_dtype
             prepared = prepare_model(model, adapter, quantization, autocast_adapter_dtype=autocast)
         except PacaError as error:
-            if not candidates:
+            if not candidates and not refused:
                 raise
             refused[str(error)] = None
             continue
         found: list[Candidate] = []
-        for choice in _choices(replace(base, quantization=quantization), any_loss):
+        for choice in _choices(replace(base, quantization=quantization), techniques, any_loss):
             try:
-                tried = _largest_batch(prepared, choice, memory, global_batch)
+                tried = _largest_batch(prepared, choice, memory, global_batch, sizes)
             except PacaError as error:
                 if not choice.lean:  # without lean blocks the model itself can't be planned
                     raise
@@ -126,6 +152,8 @@ def fit(
         candidates += found
         if any(_at_its_fastest(candidate, global_batch) for candidate in found):
             break
+    if not candidates:  # the model allows none of the techniques
+        raise PacaError(next(iter(refused)))
     by_time = fastest_weights and (dequantize is not None or quantizations == (None,))
     ranks = {quantization: 0 if by_time else rank for rank, quantization in enumerate(quantizations)}
     candidates.sort(key=lambda c: (not c.fits, ranks[c.setting.quantization], c.seconds))
@@ -143,16 +171,17 @@ def step_seconds(estimate_: MemoryEstimate, rate: MatmulRate, dequantize: Dequan
     return seconds * (_lean_time(estimate_.setting) if estimate_.setting.lean else 1)
 
 
-def _largest_batch(model: PlannedModel, choice: Setting, memory: int, global_batch: int) -> MemoryEstimate:
-    """With as many sequences at a time as fit into `memory`; with one where not even that fits."""
+def _largest_batch(
+    model: PlannedModel, choice: Setting, memory: int, global_batch: int, sizes: Sequence[int]
+) -> MemoryEstimate:
+    """With as many sequences at a time as fit into `memory`; with the fewest of `sizes` where not even they fit."""
 
     @cache
     def tried(size: int) -> MemoryEstimate:
         return estimate(model, replace(choice, batch_size=size, gradient_accumulation=global_batch // size))
 
-    divisors = [size for size in range(1, global_batch + 1) if global_batch % size == 0]
-    fitting = bisect(divisors, memory, key=lambda size: tried(size).total)
-    return tried(divisors[max(0, fitting - 1)])
+    fitting = bisect(sizes, memory, key=lambda size: tried(size).total)
+    return tried(sizes[max(0, fitting - 1)])
 
 
 def _at_its_fastest(candidate: Candidate, global_batch: int) -> bool:
@@ -189,17 +218,10 @@ def _weights_reason(candidates: Sequence[Candidate]) -> str:
     )
 
 
-# Lean, recompute, checkpointing, from the fewest operations to the most. A checkpointed block is recomputed whole.
-_TECHNIQUES: tuple[tuple[bool, Literal["mlp"] | None, bool], ...] = (
-    *((False, None, False), (True, None, False), (True, "mlp", False)),
-    *((False, None, True), (True, None, True)),
-)
-
-
-def _choices(base: Setting, any_loss: bool) -> Iterator[Setting]:
-    for lean, recompute, checkpointing in _TECHNIQUES:
+def _choices(base: Setting, techniques: Sequence[Technique], any_loss: bool) -> Iterator[Setting]:
+    for technique in techniques:
         for chunked in (False, True) if any_loss else (base.chunked_loss,):
-            yield replace(base, lean=lean, recompute=recompute, checkpointing=checkpointing, chunked_loss=chunked)
+            yield replace(base, **technique._asdict(), chunked_loss=chunked, padded=base.padded or None)
 
 
 def _nothing_fits(candidates: list[Candidate], memory: int) -> str:
@@ -212,8 +234,10 @@ def _nothing_fits(candidates: list[Candidate], memory: int) -> str:
             f"{nothing}: the weights ({smallest.weights}) and the framework alone take {format_bytes(fixed)} and leave "
             f"no room. Take a smaller model{fewer}."
         )
+    size = smallest.setting.batch_size
+    batch = "one sequence" if size == 1 else f"{size} sequences"
     return (
-        f"{nothing}: the least is {format_bytes(smallest.total)}, with one sequence at a time and "
+        f"{nothing}: the least is {format_bytes(smallest.total)}, with {batch} at a time and "
         f"{smallest.setting.techniques()}. Of that, {format_bytes(fixed)} are weights and framework; the rest shrinks "
         f"with the sequence length (now {smallest.setting.sequence_length})."
     )

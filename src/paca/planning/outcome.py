@@ -18,7 +18,7 @@ from paca.planning.device_rates import (
     measure_rate,
 )
 from paca.planning.devices import Device
-from paca.planning.fitting import Fit, fit, step_seconds
+from paca.planning.fitting import TECHNIQUES, Fit, Technique, fit, step_seconds
 from paca.planning.memory_estimate import MemoryEstimate, estimate
 from paca.planning.on_device import OnDevice, rates_on, simulate_on
 from paca.planning.passes import task_of
@@ -41,7 +41,9 @@ class Wanted:
     recompute: bool = False
     checkpointing: bool = False
     padded: bool = False
-    """These four: also where the target's setting has them off."""
+    """These four: also where the target's setting has them off. A search then tries nothing without them."""
+    batch_size: int | None = None
+    """Sequences in a forward pass, for a search that tries no others."""
     quantization: str | None = None
     """`none`, `nf4`, `fp4` or `int8`; for a search also `auto` (16 bits if they fit) and `any` (the faster). None: as
     the target has it, or `auto`."""
@@ -103,6 +105,8 @@ def plan(target: Target, wanted: Wanted) -> Outcome:
             memory=budget,
             global_batch=wanted.global_batch,
             adapter=target.adapter,
+            techniques=_techniques(wanted),
+            batch_size=wanted.batch_size,
             rate=rate,
             dequantize=unpacking,
             any_loss=wanted.loss == "any",
@@ -158,9 +162,22 @@ def _setting(target: Target, wanted: Wanted) -> Setting:
         lean=given.lean or wanted.lean or wanted.recompute,
         recompute="mlp" if wanted.recompute else given.recompute,
         checkpointing=given.checkpointing or wanted.checkpointing,
-        padded=given.padded or wanted.padded,
+        padded=True if wanted.padded else given.padded,
         chunked_loss=given.chunked_loss and wanted.loss != "full",
     )
+
+
+def _techniques(wanted: Wanted) -> tuple[Technique, ...]:
+    """Those that a search tries: all that have what is asked for."""
+    asked = Technique(wanted.lean or wanted.recompute, "mlp" if wanted.recompute else None, wanted.checkpointing)
+    having = (
+        each
+        for each in TECHNIQUES
+        if each.lean >= asked.lean
+        and asked.recompute in (None, each.recompute)
+        and each.checkpointing >= asked.checkpointing
+    )
+    return tuple(having) or (asked,)
 
 
 def _rates(

@@ -29,8 +29,9 @@ class Setting:
     """Activation checkpointing of every block (non-reentrant)."""
     chunked_loss: bool = True
     """TRL's loss, which never holds all logits; otherwise the loss of transformers over the whole batch's logits."""
-    padded: bool = False
-    """Whether batches hold padding or packed sequences, so that attention needs a mask."""
+    padded: bool | None = False
+    """Whether batches hold padding or packed sequences, so that attention needs a mask. None: those of more than one
+    sequence do."""
     autocast: torch.dtype | None = None
     """Dtype of `torch.autocast`, or None without it."""
     quantization: str | None = None
@@ -71,10 +72,15 @@ class Setting:
         """Tokens per optimizer step."""
         return self.sequences_per_step * self.sequence_length
 
+    @property
+    def masked(self) -> bool:
+        """Whether attention gets a mask."""
+        return self.batch_size > 1 if self.padded is None else self.padded
+
     def as_dict(self) -> dict[str, Any]:
         """The fields as JSON can hold them."""
         autocast = None if self.autocast is None else str(self.autocast).removeprefix("torch.")
-        return {**dataclasses.asdict(self), "autocast": autocast}
+        return {**dataclasses.asdict(self), "padded": self.masked, "autocast": autocast}
 
     def techniques(self) -> str:
         """What is done to save memory, in words."""

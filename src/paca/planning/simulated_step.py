@@ -151,7 +151,7 @@ class _Simulation:
             for parameter in trainable:
                 parameter.grad = torch.empty_like(parameter)
             memory.note([p.grad for p in trainable], GRADIENTS)
-        inputs = inputs_of(self.model, setting, setting.batch_size, setting.padded)
+        inputs = inputs_of(self.model, setting, setting.batch_size, setting.masked)
         with memory:
             saved = self._forward_and_backward(inputs)
         for parameter in trainable:

@@ -34,6 +34,8 @@ class Target:
     """Tokens to which a run's batches are padded on average; `setting` has the longest."""
     steps: int | None = None
     """Optimizer steps of a run that says how many."""
+    checkpointing_key: str = "gradient_checkpointing"
+    """What activation checkpointing is called in a run's `train`."""
     counts: str = "tokens"
     """What passes are counted in: tokens, or images, each of which has the length 1 in `setting`."""
 

@@ -77,6 +77,7 @@ def target_of_run(
         )
     set_attention(outline, named)
     has_eval = held_out is not None
+    newer = config.train.get("activation_checkpointing") is not None
     config.train = train_settings.with_defaults(
         config.train, outline, has_eval=has_eval, method=config.method, adapter=config.adapter, device=device
     )
@@ -97,7 +98,18 @@ def target_of_run(
     if labels is not None:
         train_heads(config, outline)
     adapter = outline_config(config.method, config.adapter, kind.task_type)
-    return Target(str(path), outline, adapter, setting, lengths, typical, steps if steps > 0 else None, kind.counts)
+    steps = steps if steps > 0 else None
+    return Target(
+        str(path),
+        outline,
+        adapter,
+        setting,
+        lengths,
+        typical,
+        steps,
+        checkpointing_key="activation_checkpointing" if newer else "gradient_checkpointing",
+        counts=kind.counts,
+    )
 
 
 def _read(config: RunConfig, kind: TrainerKind) -> tuple[RunData | None, str | None]:

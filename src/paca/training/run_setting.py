@@ -29,11 +29,10 @@ def setting_of_run(config: RunConfig, device: str, longest: int | None = None, l
     limits = [limit for limit in (train.get("max_length"), longest) if limit is not None]
     if not limits:
         raise PacaError("train.max_length is null, so sequences have no limit to plan for; set it, or give --seq.")
-    batch_size, optimizer = train["per_device_train_batch_size"], optimizer_of(train)
-    multiple = train.get("pad_to_multiple_of")
+    optimizer, multiple = optimizer_of(train), train.get("pad_to_multiple_of")
     return Setting(
         sequence_length=min(limits),
-        batch_size=batch_size,
+        batch_size=train["per_device_train_batch_size"],
         eval_batch_size=train["per_device_eval_batch_size"] if config.data.eval is not None else None,
         gradient_accumulation=train["gradient_accumulation_steps"],
         lean=config.model.lean,
@@ -41,7 +40,7 @@ def setting_of_run(config: RunConfig, device: str, longest: int | None = None, l
         checkpointing=bool(train.get("gradient_checkpointing") or train.get("activation_checkpointing")),
         chunked_loss=not holds_all_logits(train),
         quantization=config.model.quantization,
-        padded=bool(train.get("packing") or train.get("padding_free") or batch_size > 1),
+        padded=True if train.get("packing") or train.get("padding_free") else None,
         autocast=torch.bfloat16 if train.get("bf16") else torch.float16 if train.get("fp16") else None,
         autocast_adapter_dtype=train.get("autocast_adapter_dtype", True),
         # An optimizer that is not known is taken for one that keeps two moments: few keep more.

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import yaml
 from paca.cli.plan_tables import yaml_lines
 from paca.messages.errors import PacaError
 from paca.planning import Setting
+from paca.planning.target import Target
 from paca.training import load_run_config
 from paca.training.config.run_config import RunConfig
 
@@ -221,10 +223,27 @@ def test_lean_blocks_do_not_go_with_another_librarys_blocks(tmp_path: Path) -> N
         load(tmp_path, MINIMAL, "model.lean=true", "train.use_liger_kernel=true")
 
 
+def printed_for(setting: Setting, own: Setting, **target: Any) -> dict[str, dict[str, Any]]:
+    """The YAML that a plan of a run prints, whose own setting is `own`."""
+    run: Any = Target("run.yaml", None, None, own, **target)  # type: ignore[arg-type]
+    return yaml.safe_load("\n".join(yaml_lines(setting, run)[1:]))
+
+
+@pytest.mark.parametrize("key", ["gradient_checkpointing", "activation_checkpointing"])
+def test_a_plan_spells_out_what_a_run_has_and_the_planned_setting_has_not(key: str) -> None:
+    own = Setting(512, lean=True, recompute="mlp", checkpointing=True, quantization="nf4")
+    printed = printed_for(Setting(512, lean=True), own, checkpointing_key=key)
+    assert printed["model"] == {"quantization": None, "lean": True, "recompute": None}
+    assert printed["train"][key] is False
+    printed = printed_for(Setting(512), replace(own, recompute=None))
+    assert printed["model"] == {"quantization": None, "lean": False}
+    assert "model" not in printed_for(Setting(512), Setting(512))
+
+
 @pytest.mark.parametrize("recompute", [None, "mlp"])
 def test_what_a_plan_prints_is_accepted(tmp_path: Path, recompute: Any) -> None:
     setting = Setting(sequence_length=512, batch_size=2, lean=True, recompute=recompute, checkpointing=True)
-    printed = yaml.safe_load("\n".join(yaml_lines(setting)[1:]))
+    printed = printed_for(setting, Setting(sequence_length=512))
     config = load(
         tmp_path, yaml.safe_dump({"model": {"name": "some/model"} | printed["model"], "data": {"train": "x"}})
     )
