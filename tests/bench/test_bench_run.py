@@ -10,6 +10,7 @@ import pytest
 
 from bench.row_maker import frame
 from bench.tiny_bench import settings
+from paca.bench import run
 from paca.bench.rows import Row
 from paca.bench.run import run_benchmark
 from paca.bench.settings import BenchSettings
@@ -76,6 +77,27 @@ def test_a_baseline_that_is_not_measured_is_refused() -> None:
         run_benchmark(settings(methods=("paca", "lora"), baseline="frozen"), print, print)
 
 
+@pytest.mark.parametrize("measure", ["saved", "switch"])
+def test_whatever_one_method_throws_the_others_are_measured(measure: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    name = {"saved": "measure_saved_activations", "switch": "time_switches"}[measure]
+    original: Any = getattr(run, name)
+    calls: list[int] = []
+
+    def fails_once(*given: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 1:
+            raise ValueError("no such luck")
+        return original(*given)
+
+    monkeypatch.setattr(run, name, fails_once)
+    found: list[Row] = []
+    run_benchmark(settings(methods=("paca", "lora", "frozen"), measure=(measure,)), found.extend, lambda line: None)
+    rows = of(frame(found), {"saved": "saved", "switch": "switch_time"}[measure])
+    assert (rows["paca"].status, rows["paca"].note) == ("failed", "ValueError: no such luck")
+    assert rows["lora"].status == "ok"
+    assert rows["frozen"].status == {"saved": "ok", "switch": "unavailable"}[measure]
+
+
 def test_rows_before_an_interruption_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     def pressed(*given: object) -> None:
         raise KeyboardInterrupt
@@ -99,6 +121,7 @@ def test_rows_before_an_interruption_are_kept(monkeypatch: pytest.MonkeyPatch) -
         ({"rounds": 0}, "1 or more"),
         ({"compile": True, "loss": "fused"}, "--loss logits"),
         ({"measure": ("max-seq",)}, "--memory"),
+        ({"measure": ("time",), "memory": 2**30}, "--memory .* would change nothing for time"),
     ],
 )
 def test_wrong_settings_are_named(values: dict, message: str) -> None:

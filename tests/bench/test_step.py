@@ -76,6 +76,16 @@ def test_one_block_keeps_the_same_whatever_the_depth() -> None:
     assert step("lora", layers=1).per_block(lambda: 1) is None
 
 
+def test_lists_within_blocks_are_not_taken_for_the_blocks() -> None:
+    one = step("paca")
+    alone = saved_per_token(one)
+    for block in inner_model(one.model).layers:
+        block.mlp.experts = torch.nn.ModuleList([torch.nn.Identity(), torch.nn.Identity()])
+    assert saved_per_token(one) == alone
+    inner_model(one.model).more = torch.nn.ModuleList([torch.nn.Identity(), torch.nn.Identity()])
+    assert one.per_block(lambda: 1) is None
+
+
 def test_saved_activations_rank_as_the_design_says() -> None:
     order = ("paca+lean+recompute", "paca+lean", "paca", "lora-tuned", "lora")
     saved = {name: saved_per_token(step(name)) for name in (*order, "frozen")}

@@ -45,12 +45,22 @@ def test_rows_become_tables_and_pictures(tmp_path: Path) -> None:
 
 
 def test_wrong_settings_are_one_message_and_a_failure(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    other, binary, at = tmp_path / "other.csv", tmp_path / "binary.csv", "--dry-run"
+    other.write_text("a,b\n1,2\n")
+    binary.write_bytes(b"\xff\xfe\x00")
     for wrong, message in (
         (["--methods", "pacca"], "Did you mean 'paca'?"),
         (["--seq", "many"], "whole numbers"),
         (["--measure", "max-seq", "--memory", "much"], "no amount of memory"),
+        (["--measure", "time", "--memory", "1GiB"], "would change nothing for time"),
+        ([at, "--methods", "paca,lora", "--baseline", "frozen"], "'frozen' is not among the methods"),
+        ([at, "--device", "abacus"], "device is 'abacus'"),
+        ([at, "--output", str(other)], "does not have the columns"),
+        ([at, "--output", str(binary)], "is no text with commas"),
+        ([at, "--output", str(tmp_path)], "is a folder; a CSV file was expected"),
+        ([at, "--output", str(other / "new.csv")], "other.csv is a file and no folder"),
     ):
         monkeypatch.setattr(sys, "argv", ["paca", "bench", *TINY, *wrong])
         with pytest.raises(SystemExit) as ended:
@@ -69,7 +79,11 @@ def test_methods_and_presets_are_listed() -> None:
 @pytest.mark.parametrize("script", ["gpu", "cpu"])
 def test_every_command_of_the_scripts_is_accepted(script: str) -> None:
     printed = subprocess.run(
-        ["bash", REPOSITORY / f"benchmarks/{script}.sh", "--dry-run"], capture_output=True, text=True, check=True
+        ["bash", REPOSITORY / f"benchmarks/{script}.sh", "--dry-run"],
+        env={**os.environ, "DEVICE": "cpu"},
+        capture_output=True,
+        text=True,
+        check=True,
     )
     commands = [shlex.split(line) for line in printed.stdout.splitlines()]
     assert len(commands) >= 8

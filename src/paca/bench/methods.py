@@ -192,6 +192,16 @@ def find_methods(names: Sequence[str]) -> list[Method]:
     return list(found.values())
 
 
+def check_baseline(baseline: str | None, methods: Sequence[Method]) -> None:
+    """PacaError if ratios can't be taken against it, as it is none of the methods."""
+    names = [method.name for method in methods]
+    if baseline is not None and baseline not in names:
+        raise PacaError(
+            f"The baseline {baseline!r} is not among the methods ({', '.join(names)}). Add it, or choose another with "
+            "--baseline."
+        )
+
+
 def _setting(method: Method, text: str) -> tuple[str, Any]:
     key, _, value = text.partition("=")
     if key not in method.options:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -106,6 +107,19 @@ def summarized(samples: Sequence[float], baseline: Sequence[float] | None) -> di
     return found
 
 
+def check_output(path: Path) -> None:
+    """PacaError if rows can't be appended to the file: it has other columns, is a folder, or may not be written."""
+    if path.is_dir():
+        raise PacaError(f"--output {path} is a folder; a CSV file was expected. Give {path / 'results.csv'}, say.")
+    there = next(one for one in (path, *path.absolute().parents) if one.exists())
+    if not there.is_dir() and not path.exists():
+        raise PacaError(f"--output {path} can't be made, as {there} is a file and no folder. Give another name.")
+    if not os.access(there, os.W_OK):
+        raise PacaError(f"--output {path} can't be written: permission denied for {there}. Give another name.")
+    if path.exists() and path.stat().st_size:
+        _check_columns(path)
+
+
 def append_rows(path: Path, rows: Iterable[Row]) -> None:
     """Append to the file, which is made if need be; PacaError if it has other columns. What a row lacks stays empty."""
     new = not path.exists() or path.stat().st_size == 0
@@ -131,8 +145,11 @@ def read_rows(path: Path) -> pd.DataFrame:
 
 
 def _check_columns(path: Path) -> None:
-    with path.open(newline="", encoding="utf-8") as file:
-        header = next(csv.reader(file), [])
+    try:
+        with path.open(newline="", encoding="utf-8") as file:
+            header = next(csv.reader(file), [])
+    except (UnicodeDecodeError, csv.Error):
+        raise PacaError(f"{str(path)!r} is no text with commas. Rows need a CSV file of their own.") from None
     if header != list(COLUMNS):
         raise PacaError(
             f"{str(path)!r} does not have the columns of this version's benchmarks (it has {', '.join(header[:5])} …). "

@@ -13,7 +13,7 @@ from torch import nn
 
 from paca.bench.base_model import BaseModel, build_base_model
 from paca.bench.memory_runs import measure_limits, measure_peaks
-from paca.bench.methods import Method, MethodUnavailable, find_methods
+from paca.bench.methods import Method, MethodUnavailable, check_baseline, find_methods
 from paca.bench.recorder import Recorder
 from paca.bench.rows import Row
 from paca.bench.saved_activations import measure_saved_activations
@@ -41,11 +41,7 @@ def run_benchmark(settings: BenchSettings, write: Callable[[list[Row]], None], s
     """
     methods = find_methods(settings.methods)
     settings = replace(settings, methods=tuple(method.name for method in methods))
-    if settings.baseline is not None and settings.baseline not in settings.methods:
-        raise PacaError(
-            f"The baseline {settings.baseline!r} is not among the methods ({', '.join(settings.methods)}). Add it, or "
-            "choose another with --baseline."
-        )
+    check_baseline(settings.baseline, methods)
     say(f"making {settings.model} on {settings.torch_device}")
     base = build_base_model(settings)
     # By default dynamo gives up after 8 graphs of one function and runs it eagerly from then on, without an error.
@@ -225,45 +221,55 @@ class _Benchmark:
         """Time from one adapter to another."""
         self.say("switching adapters")
         point = Point(1, 0) if self.base.vision else _SWITCH_POINT
-        found = self.with_two_adapters(point, "eager", lambda step: [time_switches(step, _SWITCH_ROUNDS)])
-        self.recorder.record("switch_time", "s", point, found[0], missing="unavailable")
+
+        def measure(step: TrainingStep) -> list[list[float]]:
+            return [time_switches(step, _SWITCH_ROUNDS)]
+
+        self.with_two_adapters(point, "eager", measure, ["switch_time"], "s", compare=True)
 
     def recompilations(self) -> None:
         """Graphs that a compiled model makes after its first steps and after a switch of adapters."""
         self.say("counting recompilations")
-        shared: Any = {"variant": "compiled", "compare": False, "missing": "unavailable"}
 
         def measure(step: TrainingStep) -> list[list[float]]:
             return [[float(count)] for count in count_recompilations(step)]
 
-        found = self.with_two_adapters(self.points[0], "compiled", measure, len(RECOMPILATIONS))
-        for kind, counts in zip(RECOMPILATIONS, found, strict=True):
-            self.recorder.record(f"recompilations: {kind}", "graphs", self.points[0], counts, **shared)
+        metrics = [f"recompilations: {kind}" for kind in RECOMPILATIONS]
+        self.with_two_adapters(self.points[0], "compiled", measure, metrics, "graphs", compare=False)
 
     def with_two_adapters(
-        self, point: Point, variant: str, measure: Callable[[TrainingStep], list[list[float]]], count: int = 1
-    ) -> list[dict[str, tuple[list[float], str | None]]]:
-        """The `count` measurements that `measure` takes of models that have two adapters."""
-        found: list[dict[str, tuple[list[float], str | None]]] = [{} for _ in range(count)]
+        self,
+        point: Point,
+        variant: str,
+        measure: Callable[[TrainingStep], list[list[float]]],
+        metrics: list[str],
+        unit: str,
+        compare: bool,
+    ) -> None:
+        """Record the `metrics` that `measure` takes, in their order, of models that have two adapters."""
+        found: dict[str, tuple[list[list[float]], str | None]] = {}
+        unavailable: dict[str, tuple[list[float], str | None]] = {}
         for name, method in self.methods.items():
             try:
                 model = self.prepared(method)
                 add_second_adapter(model, method)
             except MethodUnavailable as error:
-                for one in found:
-                    one[name] = [], str(error)
+                unavailable[name] = [], str(error)
                 continue
-            step = TrainingStep(model, self.base, self.settings, point, variant)
-            for one, samples in zip(found, measure(step), strict=True):
-                one[name] = samples, None
-        return found
+            samples, failure = _attempt(TrainingStep(model, self.base, self.settings, point, variant), measure)
+            found[name] = samples or [[] for _ in metrics], failure
+        for number, metric in enumerate(metrics):
+            one = {name: (samples[number], failure) for name, (samples, failure) in found.items()}
+            self.recorder.record(metric, unit, point, one, variant=variant, compare=compare)
+            if unavailable:
+                self.recorder.record(metric, unit, point, unavailable, variant=variant, missing="unavailable")
 
 
 def _attempt(step: TrainingStep, measure: Callable[[TrainingStep], _Result]) -> tuple[_Result | None, str | None]:
     """What `measure` gives, or why it failed; the other methods are measured all the same."""
     try:
         return measure(step), None
-    except (RuntimeError, MemoryError) as error:
+    except Exception as error:  # whatever one method throws
         failure = failure_reason(error)
     step.abandon()  # not in the except clause: there the error still holds the graph
     return None, failure

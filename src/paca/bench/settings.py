@@ -110,8 +110,14 @@ class BenchSettings:
             raise PacaError("seq must be 2 or more: one token has no next token to predict.")
         if self.variants[1:] and self.scope == "model" and self.loss == "fused":
             raise PacaError("The fused loss can't be compiled along. Measure compiled models with --loss logits.")
-        if self.memory is None and {"max-seq", "max-batch"} & set(self.measure):
+        searched = {"max-seq", "max-batch"} & {*self.measure}
+        if self.memory is None and searched:
             raise PacaError("max-seq and max-batch need a budget: give --memory, such as --memory 2GiB.")
+        if self.memory is not None and not searched:
+            raise PacaError(
+                "--memory is the budget of max-seq and max-batch, and would change nothing for "
+                f"{', '.join(self.measure)}. Leave it out, or add one of them to --measure."
+            )
 
     def shape(self) -> Shape | None:
         """The published shape that `model` names, in the sizes asked for; None for a checkpoint.

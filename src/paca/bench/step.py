@@ -86,23 +86,27 @@ class TrainingStep:
             torch.cuda.empty_cache()
 
     def per_block(self, measure: Callable[[], float]) -> float | None:
-        """What one block adds to `measure()`; None for a model with fewer than two.
+        """What one block adds to `measure()`; None for a model with fewer than two, or if it is unclear which.
 
         Measured with all blocks and with the first alone, so that the final norm, the loss and the rotary embeddings,
         which a model has once, don't count.
         """
         if self.blocks < 2:
             return None
-        whole = measure()
+        inner = inner_model(self.model)
         found = [
-            (module, name, child)
-            for module in inner_model(self.model).modules()
-            for name, child in module.named_children()
-            if isinstance(child, nn.ModuleList) and len(child) == self.blocks
+            path
+            for path, module in inner.named_modules()
+            if isinstance(module, nn.ModuleList) and len(module) == self.blocks
         ]
-        if len(found) != 1:
-            raise ValueError(f"expected one list of {self.blocks} blocks in {type(self.model).__name__}: {len(found)}")
-        parent, name, blocks = found[0]
+        # A block may hold lists of its own, such as experts.
+        outer = [path for path in found if not any(path.startswith(f"{other}.") for other in found)]
+        if len(outer) != 1:
+            return None
+        above, _, name = outer[0].rpartition(".")
+        parent, blocks = inner.get_submodule(above), inner.get_submodule(outer[0])
+        whole = measure()
+        assert isinstance(blocks, nn.ModuleList)
         setattr(parent, name, blocks[:1])
         try:
             return (whole - measure()) / (self.blocks - 1)

@@ -98,21 +98,23 @@ def run(
         }
     )
     settings.shape()
-    from paca.bench.methods import find_methods
+    from paca.bench.methods import check_baseline, find_methods
+    from paca.bench.rows import Row, append_rows, check_output, read_rows
 
-    find_methods(settings.methods)
+    check_baseline(settings.baseline, find_methods(settings.methods))
+    check_output(output)
     import_libraries()
     console = Console()
+    on = settings.torch_device
     if dry_run:
         for name, value in asdict(settings).items():
             say(console, f"{name:<14} {value}")
         return
     from paca.bench.report import tables
-    from paca.bench.rows import Row, append_rows, read_rows
     from paca.bench.run import run_benchmark
     from paca.training.freed_memory import keep_freed_memory
 
-    if settings.torch_device.type == "cpu":
+    if on.type == "cpu":
         keep_freed_memory()  # as paca train does: no step waits for pages of memory, whatever the method
 
     rows: list[Row] = []
