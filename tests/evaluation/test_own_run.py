@@ -184,6 +184,32 @@ def test_held_out_data_is_not_split_off_anew_from_other_data(run: Path, tmp_path
         held_out_of(run, config_of_run(run))
 
 
+@pytest.mark.parametrize("split_off", [False, True])
+def test_more_examples_than_training_measured_can_be_asked_for(run: Path, split_off: bool) -> None:
+    content = yaml.safe_load((run / "config.yaml").read_text()) | {"eval": {"limit": 1}}
+    content["data"]["eval"] = 3 if split_off else content["data"]["eval"]
+    (run / "config.yaml").write_text(yaml.safe_dump(content))
+    record(run)
+    for asked, counts in ((None, 1), (1, 1), (2, 2), (100, 3 if split_off else 4)):
+        examples, note = held_out_of(run, config_of_run(run), asked)
+        assert (len(examples.dataset), note) == (counts, None)
+
+
+def test_other_data_need_not_be_of_the_form_that_the_run_names(run: Path, tmp_path: Path) -> None:
+    content = yaml.safe_load((run / "config.yaml").read_text())
+    (run / "config.yaml").write_text(yaml.safe_dump({**content, "data": {**content["data"], "format": "alpaca"}}))
+    file = tmp_path / "new.jsonl"
+    for row, form in (
+        ({"instruction": "Say a.", "output": "a", "text": "Say a. a"}, "alpaca"),
+        ({"question": "Say a.", "answer": "a"}, "question-answer"),
+    ):
+        file.write_text(json.dumps(row) + "\n")
+        assert other_data(run, config_of_run(run, str(file))).format == form
+    file.write_text(json.dumps({"instruction": "Say a.", "output": ""}) + "\n")
+    with pytest.raises(PacaError, match="line 1"):
+        other_data(run, config_of_run(run, str(file)))
+
+
 def test_other_data_than_the_runs_own_is_measured(run: Path, loaded: LoadedModel, tmp_path: Path) -> None:
     """All of it, although the run says how much of its own; and the training data may be gone."""
     content = yaml.safe_load((run / "config.yaml").read_text())

@@ -202,7 +202,7 @@ def _measure_own_data(
 
     config = own_run.config_of_run(path, data, columns)
     if data is None:
-        held_out, note = own_run.held_out_of(path, config)
+        held_out, note = own_run.held_out_of(path, config, limit)
     else:
         held_out = own_run.other_data(path, config)
         note = own_run.trained_on(path, held_out)

@@ -82,6 +82,7 @@ def load_examples(
     Raises:
         PacaError: The source does not exist, is empty or cannot be parsed, its form is unknown or ambiguous, or an
             example has a field of the wrong type or an empty answer; the text names the file and the line.
+        LacksColumns: It lacks columns of `format`.
     """
     if limit is not None and limit < 1:
         raise PacaError(f"The limit of examples is {limit}; expected at least 1.")
@@ -97,7 +98,9 @@ def load_examples(
     try:
         form = recognise(there, format, source, forms, own)
     except PacaError as error:
-        others = {} if format is not None else {name: forms for name, forms in FAMILIES.items() if name != family}
+        if format is not None:
+            raise
+        others = {name: forms for name, forms in FAMILIES.items() if name != family}
         raise PacaError(f"{error}{for_another_trainer(there, others)}") from None
     dataset = converted(found, form, family, limit, leave_out, there)
     usable, note = dataset, ""

@@ -18,6 +18,10 @@ _TRAINERS = {
 """Which learn from a family of forms."""
 
 
+class LacksColumns(PacaError):
+    """Data lacks a column that the form needs which it was said to have."""
+
+
 def recognise(
     columns: Collection[str],
     requested: str | None,
@@ -37,7 +41,8 @@ def recognise(
         given: Which of `columns` have another name in the data, and which.
 
     Raises:
-        PacaError: The form is unknown or ambiguous, or the requested one lacks a column.
+        PacaError: The form is unknown or ambiguous.
+        LacksColumns: The requested one lacks a column.
     """
     forms = FORMATS if forms is None else forms
     given = given or {}
@@ -49,7 +54,7 @@ def recognise(
         chosen = forms[requested]
         missing = [column for column in chosen.required if column not in columns]
         if missing:
-            raise PacaError(f"Data in the format {requested!r} needs {' and '.join(missing)}. {found}")
+            raise LacksColumns(f"Data in the format {requested!r} needs {' and '.join(missing)}. {found}")
         return chosen
     fitting = [form for form in forms.values() if all(column in columns for column in form.required)]
     if any(form.name == "mmlu" for form in fitting):  # options in a list, and in columns as well

@@ -12,6 +12,7 @@ from typing import Any
 from paca.data import Examples
 from paca.data.evenly import spread_evenly
 from paca.data.overlap import shared
+from paca.data.recognition import LacksColumns
 from paca.evaluation.identity import identity
 from paca.evaluation.kept_lines import KeptAnswers
 from paca.evaluation.labelled import measure_labels
@@ -106,7 +107,8 @@ def metric_of(config: RunConfig) -> str:
 
 
 def other_data(path: str | Path, config: RunConfig) -> Examples:
-    """Data that a run is measured on in place of its own, which need not be there.
+    """Data that a run is measured on in place of its own, which need not be there. It is recognised where it is not of
+    the run's `data.format`.
 
     Raises:
         PacaError: It can't be read, or an example has a label that the model does not know.
@@ -116,7 +118,11 @@ def other_data(path: str | Path, config: RunConfig) -> Examples:
     assert isinstance(data.eval, str)
     classifier = classifier_in(path)
     with about("--data"):
-        examples = kind.loader(config)(data.eval, split=data.eval_split)
+        try:
+            examples = kind.loader(config)(data.eval, split=data.eval_split)
+        except LacksColumns:
+            free = dataclasses.replace(config, data=dataclasses.replace(data, format=None))
+            examples = kind.loader(free)(data.eval, split=data.eval_split)
         return examples if classifier is None else numbered(examples, classifier.labels)
 
 
@@ -158,14 +164,20 @@ def has_turns(data: Examples) -> bool:
     return any(sum(turn["role"] == "assistant" for turn in messages) > 1 for messages in dataset["messages"][:1000])
 
 
-def held_out_of(path: str | Path, config: RunConfig) -> tuple[Examples, str | None]:
+def held_out_of(path: str | Path, config: RunConfig, limit: int | None = None) -> tuple[Examples, str | None]:
     """A run's held-out data as it is now, and what to say of it if the run had other data.
+
+    Args:
+        path: Folder of the run.
+        config: From `config_of_run`.
+        limit: How many examples are wanted, where that may be more than its `eval.limit`.
 
     Raises:
         PacaError: It can't be read, or was split off from training data that is no longer the same: what was trained on
             might be among it; or a classifier's labels are not those that it was trained on.
     """
-    data = trainer_kind(config.train).read(config)
+    kind = trainer_kind(config.train)
+    data = kind.read(config)
     assert data.eval is not None
     classifier = classifier_in(path)
     if classifier is not None and classifier.labels != data.labels:
@@ -174,10 +186,14 @@ def held_out_of(path: str | Path, config: RunConfig) -> tuple[Examples, str | No
             f"{listed(classifier.labels)}. Restore the data, or give other data: --data FILE."
         )
     before, now = RunFolder(Path(path)).recorded_inputs(), inputs_of(config, data.train, data.eval)
+    held_out = data.eval
+    if limit is not None and config.eval.limit is not None and limit > config.eval.limit:
+        more = dataclasses.replace(config, eval=dataclasses.replace(config.eval, limit=limit))
+        held_out = kind.read(more).eval or held_out
     if isinstance(config.data.eval, str):
         if before.get("data.eval", now["data.eval"]) == now["data.eval"]:
-            return data.eval, None
-        return data.eval, f"data.eval ({config.data.eval}) is not what it was in training: these are other examples."
+            return held_out, None
+        return held_out, f"data.eval ({config.data.eval}) is not what it was in training: these are other examples."
     # Both parts of the split are in there, the training examples first; eval.limit changes the other one.
     if before.get("data.train", now["data.train"])[:_DIGITS] != now["data.train"][:_DIGITS]:
         raise PacaError(
@@ -185,7 +201,7 @@ def held_out_of(path: str | Path, config: RunConfig) -> tuple[Examples, str | No
             "has changed: examples that it was trained on would be among it. Restore the data, or set data.eval in "
             f"{RunFolder(Path(path)).config} to a file of others."
         )
-    return data.eval, None
+    return held_out, None
 
 
 def evaluate_run(
