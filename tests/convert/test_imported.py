@@ -187,6 +187,18 @@ def test_paca_to_lora_and_back_keeps_the_columns_and_their_change_bitwise(alpha:
     assert paca_config(tmp_path / "lora") == paca_config(tmp_path / "again")
 
 
+def test_the_rows_of_a_one_hot_lora_may_be_in_any_order(tmp_path: Path) -> None:
+    model = save_adapted(tmp_path, llama(), r=5)
+    export_adapter(tmp_path / "adapter", tmp_path / "lora", "lora")
+    file = tmp_path / "lora/adapter_model.safetensors"
+    order = torch.tensor([3, 0, 4, 1, 2])
+    save_file({n: (t[order] if "lora_A" in n else t[:, order]).contiguous() for n, t in load_file(file).items()}, file)
+    result = import_adapter(tmp_path / "lora", tmp_path / "back")
+    assert all(torch.equal(layer.indices, layer.indices.sort().values) for layer in result.adapter.layers.values())
+    back = peft.PeftModel.from_pretrained(llama(), str(tmp_path / "back"))
+    assert torch.allclose(logits(back.eval(), tokens()), logits(model, tokens()), atol=1e-6)
+
+
 def test_whole_modules_and_conv1d_come_back(tmp_path: Path) -> None:
     model = save_adapted(tmp_path, gpt2(), target_modules=["c_attn"], modules_to_save=["ln_f"], revision="v2")
     export_adapter(tmp_path / "adapter", tmp_path / "lora", "lora")
