@@ -285,7 +285,7 @@ def test_a_hub_source_names_configuration_and_split(
     assert asked == [expected]
     assert examples.dataset["origin"][:] == [f"{source}, row 0", f"{source}, row 1"]
     assert examples.dataset[1]["completion"] == [{"role": "assistant", "content": "6"}]
-    assert find_source(source, "train").hub is not None
+    assert find_source(source, "train").dataset is not None
 
 
 def test_holding_out_is_reproducible_disjoint_and_complete(tmp_path: Path) -> None:
@@ -341,3 +341,41 @@ def test_a_folder_without_several_splits_is_read_whole(tmp_path: Path, names: tu
     for name in names:
         jsonl(tmp_path / name, [{"text": name}])
     assert load_examples(str(tmp_path), split="test").dataset["text"] == list(names)
+
+
+def test_what_datasets_saved_in_a_folder_is_read(tmp_path: Path) -> None:
+    one, splits = str(tmp_path / "one"), str(tmp_path / "splits")
+    saved = datasets.Dataset.from_list([{"text": "a"}, {"text": "b"}])
+    saved.save_to_disk(one)
+    assert load_examples(one, split="test").dataset["text"] == ["a", "b"]  # it has no splits, as a file has none
+    datasets.DatasetDict({"train": saved, "test": saved.select([1])}).save_to_disk(splits)
+    assert load_examples(splits).dataset["text"] == ["a", "b"]
+    assert load_examples(splits, split="test").dataset["text"] == ["b"]
+    assert len(load_examples(splits, split="all").dataset) == 3
+    with pytest.raises(PacaError, match="has no split 'validation'; it has train and test"):
+        load_examples(splits, split="validation")
+    for file in (tmp_path / "one").glob("*.arrow"):
+        file.write_bytes(b"broken")
+    with pytest.raises(PacaError, match=r"saved in '.*one' can't be read: .*Save it again"):
+        load_examples(one)
+
+
+def test_notes_about_a_dataset_are_none_of_its_files(tmp_path: Path) -> None:
+    jsonl(tmp_path / "train.jsonl", [{"text": "a"}])
+    for name in ("dataset_info.json", "dataset_infos.json"):
+        (tmp_path / name).write_text('{"description": "of these"}')
+    examples = load_examples(str(tmp_path))
+    assert examples.dataset["text"] == ["a"]
+    assert "left out" not in examples.description
+
+
+def test_a_folder_of_folders_names_those_that_hold_data(tmp_path: Path) -> None:
+    for name in ("data", "more/a", "more/b", "more/c"):
+        (tmp_path / name).mkdir(parents=True)
+        jsonl(tmp_path / name / "train.jsonl", [{"text": "a"}])
+    (tmp_path / "README.md").write_text("about it")
+    with pytest.raises(PacaError, match=r"holds no data file .* There are some in \S*/data, .*/b and 1 more: give one"):
+        load_examples(str(tmp_path))
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(PacaError, match=r"holds no data file \(.*gz\)\.$"):
+        load_examples(str(tmp_path / "empty"))

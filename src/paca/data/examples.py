@@ -65,14 +65,16 @@ def load_examples(
 
     Args:
         source: A `.jsonl`, `.json` (an array of objects; both also `.gz`), `.csv`, `.tsv` or `.parquet` file, a folder
-            of such files (read in the order of their names), or a dataset on the hub: `owner/name`, with a
-            configuration `owner/name:config`, and with any split that datasets understands `owner/name[train[:1000]]`.
+            of such files (read in the order of their names) or of what `save_to_disk` of datasets left, or a dataset
+            on the hub: `owner/name`, with a configuration `owner/name:config`, and with any split that datasets
+            understands `owner/name[train[:1000]]`.
         format: `"messages"`, `"prompt-completion"`, `"alpaca"`, `"sharegpt"`, `"question-answer"`,
             `"mmlu"`, `"arc"`, `"oasst-messages"`, `"oasst-trees"` or `"text"`. Recognised from the columns
             when absent. Alpaca and question-answer rows become a `user` and an `assistant` message; those of mmlu
             and arc as well, the options listed below the question and the right one's label as the answer. Of a tree of
             messages the best-ranked conversation is taken. Texts given as prompt and completion stay as they are.
-        split: The split of a hub dataset whose `source` names none, and of a folder whose files are named by splits.
+        split: The split of a hub dataset whose `source` names none, of one that was saved with splits, and of a folder
+            whose files are named by splits.
         limit: Use only so many examples, from the start.
         family: What they are to be: `"text"` for SFT, `"preferences"`, `"prompts"` or `"labels"`, each with
             forms of its own.

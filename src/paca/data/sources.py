@@ -1,4 +1,4 @@
-"""Find what a data source's name stands for: files, a folder of them, or a dataset on the hub."""
+"""Find what a data source's name stands for: files, a folder of them, or a dataset, on the hub or saved here."""
 
 from __future__ import annotations
 
@@ -20,12 +20,17 @@ from paca.data.rows import SUFFIXES, Row, rows_of, suffix_of, with_label_names, 
 from paca.messages.errors import PacaError
 from paca.messages.nearest import did_you_mean_path
 
+_NOTES = ("dataset_info.json", "dataset_infos.json")
+"""Beside data files, about them."""
+_MOST_FOLDERS = 3
+"""That a message names."""
+
 HUB_SOURCE = re.compile(r"(?P<id>[^\[\]:]+)(:(?P<config>[^\[\]]+))?(\[(?P<split>.+)\])?")
 
 
 @dataclass(frozen=True)
 class Source:
-    """Where rows come from: data files, or one split of a dataset on the hub."""
+    """Where rows come from: data files, or one split of a dataset."""
 
     name: str
     """As the user wrote it."""
@@ -33,7 +38,7 @@ class Source:
     files: tuple[Path, ...] = ()
     left_out: int = 0
     """Files of the folder that are of other splits, or of none."""
-    hub: datasets.Dataset | None = None
+    dataset: datasets.Dataset | None = None
     columns: tuple[tuple[str, str], ...] = ()
     """Names that a form knows, each with the data's own column for it."""
     optional: frozenset[str] = frozenset()
@@ -41,8 +46,8 @@ class Source:
 
     def fingerprint(self) -> str:
         """A hash of the content, so that a cached conversion is used only for the very same rows."""
-        if self.hub is not None:
-            return str(self.hub._fingerprint)
+        if self.dataset is not None:
+            return str(self.dataset._fingerprint)
         content = xxhash.xxh128()
         for file in self.files:
             content.update(f"\n{file.name}\n".encode())
@@ -58,9 +63,9 @@ class Source:
         yield from renamed(self._rows(), dict(self.columns), self.optional, self.name)
 
     def _rows(self) -> Iterator[tuple[str, Row]]:
-        if self.hub is not None:
-            for index, row in enumerate(self.hub):
-                yield f"{self.name}, row {index}", without_null_fields(with_label_names(row, self.hub.features))
+        if self.dataset is not None:
+            for index, row in enumerate(self.dataset):
+                yield f"{self.name}, row {index}", without_null_fields(with_label_names(row, self.dataset.features))
             return
         for file in self.files:
             yield from rows_of(file)
@@ -82,13 +87,15 @@ def find_source(name: str, split: str) -> Source:
         raise PacaError(f"The data source is empty. Give a file ({', '.join(SUFFIXES)}), a folder or a hub id.")
     path = Path(name).expanduser()
     if path.is_dir():
-        found = {file for file in path.iterdir() if suffix_of(file) in SUFFIXES and file.is_file()}
+        if (saved := _saved(path, name, split)) is not None:
+            return Source(name, dataset=saved)
+        found = {file for file in path.iterdir() if _is_data(file)}
         # What was unpacked beside its archive is not read twice.
         files = tuple(
             sorted(file for file in found if file.suffix.lower() != ".gz" or file.with_suffix("") not in found)
         )
         if not files:
-            raise PacaError(f"The folder {name!r} holds no data file ({', '.join(SUFFIXES)}).")
+            raise PacaError(f"The folder {name!r} holds no data file ({', '.join(SUFFIXES)}).{_folders_below(path)}")
         of_split = _of_split(files, name, split)
         return Source(name, of_split, left_out=len(files) - len(of_split))
     if path.is_file():
@@ -103,7 +110,39 @@ def find_source(name: str, split: str) -> Source:
             f"There is no data file or folder {name!r} (working folder: {Path.cwd()}).{_neighbour_hint(path)} Check "
             "the path (data.train, data.eval)."
         )
-    return Source(name, hub=hub)
+    return Source(name, dataset=hub)
+
+
+def _is_data(file: Path) -> bool:
+    return suffix_of(file) in SUFFIXES and file.name not in _NOTES and file.is_file()
+
+
+def _folders_below(folder: Path) -> str:
+    """Which folders in `folder` hold data files, as a dataset copied from the hub has them in `data`."""
+    there = sorted({str(file.parent) for file in folder.rglob("*") if _is_data(file)})
+    more = f" and {len(there) - _MOST_FOLDERS:,} more" if len(there) > _MOST_FOLDERS else ""
+    return f" There are some in {', '.join(there[:_MOST_FOLDERS])}{more}: give one of these." if there else ""
+
+
+def _saved(folder: Path, name: str, split: str) -> datasets.Dataset | None:
+    """What `save_to_disk` of a `datasets.Dataset`, or of a dictionary of splits, left in `folder`; None for others."""
+    of_one = all((folder / part).is_file() for part in ("state.json", "dataset_info.json"))
+    if not of_one and not (folder / "dataset_dict.json").is_file():
+        return None
+    try:
+        found = datasets.load_from_disk(folder)
+    except (OSError, ValueError, KeyError, TypeError, datasets.exceptions.DatasetsError) as error:
+        raise PacaError(f"The dataset that was saved in {name!r} can't be read: {error}. Save it again.") from error
+    if isinstance(found, datasets.Dataset):
+        return found
+    if split == "all":
+        return datasets.concatenate_datasets([*found.values()])
+    if split not in found:
+        raise PacaError(
+            f"The dataset that was saved in {name!r} has no split {split!r}; it has {' and '.join(found)}. Name one of "
+            "them, or all (data.split, data.eval_split)."
+        )
+    return found[split]
 
 
 def _of_split(files: tuple[Path, ...], folder: str, split: str) -> tuple[Path, ...]:
