@@ -164,3 +164,12 @@ def test_sections_are_laid_over_the_common_ones() -> None:
     assert laid == {
         "model": {"name": "m"}, "lora": {"r": 8}, "train": {"max_steps": 5, "autocast_adapter_dtype": False},
     }  # fmt: skip
+
+
+def test_blocks_need_named_modules_for_methods_of_peft() -> None:
+    blocks: Any = {"paca": {"r": 16, "layers_to_transform": [0]}}
+    with pytest.raises(PacaError, match=r"paca\.layers_to_transform goes with a list of target_modules"):
+        methods_of("paca,lora", blocks)
+    assert len(methods_of("paca,full", blocks)) == 2
+    blocks["paca"]["target_modules"] = ["q_proj"]
+    assert methods_of("paca,lora", blocks)[1].settings["layers_to_transform"] == [0]

@@ -145,11 +145,21 @@ def _named(name: str, common: Sections) -> Method:
 
 def _targets(common: Sections, all_linear: str | None) -> dict[str, Any]:
     """Where the run's own method goes, for another one to go there too; `all_linear` is that method's word for PaCA's
-    default."""
-    own = common.get(own_section(common), {})
+    default.
+
+    Raises:
+        PacaError: PEFT's other methods can't go there.
+    """
+    section = own_section(common)
+    own = common.get(section, {})
     targets = {name: own[name] for name in _TARGETS if own.get(name) is not None}
-    if "target_modules" not in targets and all_linear is not None:
-        targets["target_modules"] = all_linear
+    if all_linear is not None:
+        targets.setdefault("target_modules", all_linear)
+        if "layers_to_transform" in targets and isinstance(targets["target_modules"], str):
+            raise PacaError(
+                f"{section}.layers_to_transform goes with a list of target_modules in PEFT's other methods. Name the "
+                f"modules in the run's YAML, as in {section}.target_modules: [q_proj, v_proj]."
+            )
     return targets
 
 
