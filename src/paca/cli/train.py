@@ -128,7 +128,7 @@ def _show_dry_run(config: RunConfig, settings: bool, measurement: Measurement | 
     if settings:
         say(console, f"\n{plan.config.to_yaml()}", end="")
     try:
-        folder.check_free(overwrite=config.output.overwrite)
+        folder.check_free(overwrite=config.output.overwrite, used=config.paths_used())
     except PacaError as taken:  # no mistake in the file
         say(console, f"\nBefore it is trained: {taken}", "yellow")
     sample = plan.data.sample

@@ -101,7 +101,7 @@ def train(
     held = folder.in_use() if main else nullcontext()
     with held, StopOnSignal(partial(say, console)) as stopper, told_how_to_go_on(folder):
         if main and not resume:
-            folder.check_free(overwrite=config.output.overwrite, used=config.names_used())
+            folder.check_free(overwrite=config.output.overwrite, used=config.paths_used())
         if main and resume:
             folder.reopen()
         prepared = prepare(config)

@@ -55,6 +55,24 @@ def test_existing_paths_become_absolute_and_names_stay(tmp_path: Path, monkeypat
     assert config.data.eval == "missing.jsonl"
 
 
+def test_a_run_says_which_files_and_folders_it_reads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("model", "original", "rewards", "train"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "acc.json").write_text("{}")
+    text = (
+        "model: {name: model}\ndata: {train: some/data}\npaca: {original_weights: original}\n"
+        "train: {trainer: grpo, reward_funcs: [exact_match, rewards], accelerator_config: acc.json}\n"
+    )
+    used = {"model.name": "model", "paca.original_weights": "original", "train.reward_funcs": "rewards"}
+    config = load(tmp_path, text)
+    assert dict(config.paths_used()) == {
+        key: str(tmp_path / name) for key, name in {**used, "train.accelerator_config": "acc.json"}.items()
+    }
+    monkeypatch.chdir("/")
+    assert load(tmp_path, config.to_yaml()) == config  # runs from anywhere
+
+
 def test_the_written_config_reads_back_as_the_same_run(tmp_path: Path) -> None:
     config = load(
         tmp_path, MINIMAL + "train: {learning_rate: 1e-5, warmup_steps: 0.1}\npaca: {rank_pattern: {q_proj: 8}}\n"

@@ -142,14 +142,21 @@ def test_what_no_run_has_written_is_not_replaced(tmp_path: Path, name: str) -> N
             RunFolder(tmp_path).check_free(overwrite=overwrite)
 
 
-def test_an_earlier_run_that_the_new_one_reads_is_not_replaced(tmp_path: Path) -> None:
+@pytest.mark.parametrize("read", ["model", "model/model.safetensors", "", "metrics.jsonl"])
+def test_an_earlier_run_that_the_new_one_reads_is_not_replaced(tmp_path: Path, read: str) -> None:
     folder = RunFolder(tmp_path / "run")
     folder.clear({})
     folder.model.mkdir()
-    used = {"model.name": str(folder.model), "data.train": "answers.jsonl"}
-    with pytest.raises(PacaError, match=r"model\.name is .*/run/model, in the folder of an earlier run"):
-        folder.check_free(overwrite=True, used=used)
-    folder.check_free(overwrite=True, used={**used, "model.name": str(tmp_path / "model")})
+    (folder.model / "model.safetensors").touch()
+    folder.metrics.touch()
+    folder.summary.touch()
+    elsewhere = [("data.train", str(tmp_path / "answers.jsonl")), ("model.name", str(tmp_path / "model"))]
+    folder.check_free(overwrite=True, used=elsewhere)
+    for overwrite in (False, True):  # not "start over with --set output.overwrite=true", which would remove it
+        with pytest.raises(
+            PacaError, match=r"model\.name is .*/run.*, in the folder of an earlier run.*another output"
+        ):
+            folder.check_free(overwrite=overwrite, used=[*elsewhere, ("model.name", str(folder.path / read))])
 
 
 def test_a_folder_that_cannot_be_made_is_an_error(tmp_path: Path) -> None:

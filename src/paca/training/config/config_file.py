@@ -251,6 +251,8 @@ def _problems_with_trainer(config: RunConfig) -> Iterator[tuple[str, str]]:
 
 
 def _make_paths_absolute(config: RunConfig) -> None:
+    from paca.training.config.train_settings import keys_of_files
+
     config.model.name = _absolute_where_it_exists(config.model.name)
     if config.model.tokenizer is not None:
         config.model.tokenizer = _absolute_where_it_exists(config.model.tokenizer)
@@ -259,6 +261,10 @@ def _make_paths_absolute(config: RunConfig) -> None:
         config.data.template = _absolute_where_it_exists(config.data.template)
     if isinstance(config.data.eval, str):
         config.data.eval = _absolute_where_it_exists(config.data.eval)
+    files = {"original_weights": config.adapter, "tokenizer_name_or_path": config.adapter}
+    for key, section in {**files, **dict.fromkeys(keys_of_files(config.train), config.train)}.items():
+        if isinstance(name := section.get(key), str):
+            section[key] = _absolute_where_it_exists(name)
     rewards = config.train.get("reward_funcs")
     if rewards is not None:  # some may be folders of reward models
         names = [rewards] if isinstance(rewards, str) else rewards

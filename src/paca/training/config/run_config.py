@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
 from dataclasses import dataclass, field
+from os.path import isabs
 from typing import Any, Literal
 
 import yaml
@@ -146,11 +148,13 @@ class RunConfig:
         """The text of a config file that gives this run again."""
         return yaml.safe_dump(self._sections(), sort_keys=False, allow_unicode=True, width=120)
 
-    def names_used(self) -> dict[str, str]:
-        """The texts of the sections model and data by their keys; some are paths of what the run reads."""
-        sections = {"model": dataclasses.asdict(self.model), "data": dataclasses.asdict(self.data)}
-        texts = ((f"{name}.{key}", value) for name, keys in sections.items() for key, value in keys.items())
-        return {key: value for key, value in texts if isinstance(value, str)}
+    def paths_used(self) -> Iterator[tuple[str, str]]:
+        """The keys that name files and folders which the run reads, with their paths, made absolute by
+        `load_run_config`."""
+        for section, values in self._sections().items():
+            for key, value in {} if section == "output" else values.items():
+                names = value if isinstance(value, list) else [value]
+                yield from ((f"{section}.{key}", name) for name in names if isinstance(name, str) and isabs(name))
 
     def _sections(self) -> dict[str, Any]:
         sections = {**dataclasses.asdict(self), self.method: self.adapter}

@@ -57,6 +57,16 @@ def train_fields(trainer: str = "sft") -> dict[str, Any]:
     }
 
 
+def keys_of_files(settings: Mapping[str, Any]) -> list[str]:
+    """The keys of `train` that take a dictionary, or a file that holds one."""
+    fields = train_fields(settings.get("trainer", "sft"))
+    return [
+        name
+        for name, annotation in fields.items()
+        if any(dict in (kind, typing.get_origin(kind)) for kind in typing.get_args(annotation))
+    ]
+
+
 def keys_of(trainer: str) -> dict[str, Any]:
     """Name and type of each key that the section may have."""
     rate = {"learning_rate": float | Literal[AUTO]}

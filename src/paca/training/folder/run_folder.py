@@ -7,7 +7,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -120,18 +120,18 @@ class RunFolder:
         if self.is_gone():
             raise DiskError(f"The run folder {self.path} is gone: it was moved or deleted while the run was going.")
 
-    def check_free(self, *, overwrite: bool, used: Mapping[str, str] | None = None) -> None:
+    def check_free(self, *, overwrite: bool, used: Iterable[tuple[str, str]] = ()) -> None:
         """Refuse to start a run over another one, and over what no run has written.
 
         Args:
             overwrite: A run that is there may go.
-            used: What the new run reads, by keys of its config: names, of which some are paths.
+            used: What the new run reads: keys of its config, and paths.
 
         Raises:
             PacaError: The folder holds a finished run or checkpoints, and `overwrite` is false; or what `clear` would
                 remove is no run's, or is used.
         """
-        self._check_own(used or {})
+        self._check_own(used)
         if overwrite or not (self.finished() or self.newest_checkpoint() is not None):
             return
         if self.finished():
@@ -143,7 +143,7 @@ class RunFolder:
             "--set output.overwrite=true."
         )
 
-    def _check_own(self, used: Mapping[str, str]) -> None:
+    def _check_own(self, used: Iterable[tuple[str, str]]) -> None:
         there = [path for path in (*self._files(), self.config, *self._parts()) if path.exists()]
         known = self.inputs.is_file() or self.finished() or self.newest_checkpoint() is not None
         if there and not known:
@@ -151,9 +151,10 @@ class RunFolder:
                 f"{self.path} is no folder of a run, and holds {', '.join(path.name for path in there)}, which a run "
                 "would replace. Give another output.dir."
             )
-        for key, name in used.items():
-            path = Path(name).expanduser().resolve()
-            if any(part.exists() and path.is_relative_to(part.resolve()) for part in self._parts()):
+        replaced = [part.resolve() for part in (*self._parts(), *self._files()) if part.exists()]
+        for key, name in used:
+            path = Path(name).resolve()  # the folder of a run stands for the model in it
+            if any(path.is_relative_to(part) for part in replaced) or (replaced and path == self.path.resolve()):
                 raise PacaError(
                     f"{key} is {name}, in the folder of an earlier run that this one would replace. Give another "
                     "output.dir."

@@ -6,7 +6,6 @@ import json
 import math
 import os
 import re
-import typing
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ from paca.pretrained import Pretrained
 from paca.pretrained.content import model_content
 from paca.training.config.run_config import RunConfig
 from paca.training.config.strict_yaml import read_yaml
-from paca.training.config.train_settings import train_fields
+from paca.training.config.train_settings import keys_of_files
 from paca.training.folder.run_folder import RunFolder, write_whole
 from paca.training.trainers.reward_functions import reward_files
 
@@ -218,10 +217,9 @@ def inputs_of(config: RunConfig, train: Examples, held_out: Examples | None) -> 
 
 def _named_files(train: Mapping[str, Any]) -> Iterator[tuple[str, Path]]:
     """The settings that take a dictionary or a file that holds one, where it is a file."""
-    for name, annotation in train_fields(train.get("trainer", "sft")).items():
+    for name in keys_of_files(train):
         value = train.get(name)
-        dictionary = any(dict in (kind, typing.get_origin(kind)) for kind in typing.get_args(annotation))
-        if dictionary and isinstance(value, str) and os.path.isfile(value):
+        if isinstance(value, str) and os.path.isfile(value):
             yield name, Path(value)
 
 
