@@ -71,6 +71,8 @@ def test_a_second_push_replaces_the_files_of_the_same_repository(hub: Hub, run: 
 
 
 def test_another_base_model_is_named_there_and_not_here(hub: Hub, run: Path) -> None:
+    config = run / "adapter" / "adapter_config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "revision": "v1"}))  # of the old one
     done = upload(run / "adapter", "me/answers", base_model="org/base")
     assert done.local_base is None
     there = hub.files["me/answers"]

@@ -27,8 +27,14 @@ from paca.messages.errors import PacaError
 from paca.messages.program import program
 from paca.messages.shown import printable
 from paca.pretrained import Outline, load_config
-from paca.pretrained.adapter_folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS, adapter_settings, find_base, weight_file
-from paca.pretrained.location import locate
+from paca.pretrained.adapter_folder import (
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
+    adapter_settings,
+    find_base,
+    find_revision,
+    weight_file,
+)
 from paca.pretrained.purpose import Classifier, classifier_in
 from paca.pretrained.tied_weights import untie_for
 from paca.tuner.adapter_checks import DELTA, INDICES, check_finite
@@ -163,9 +169,10 @@ def _read(folder: Path, base: str) -> Adapter:
             f"{folder} is a checkpoint of the original authors' PaCA. First: {program()} import {folder} ..."
         )
     config = PacaConfig.from_pretrained(str(folder))
-    config.base_model_name_or_path = base
+    if base != config.base_model_name_or_path:
+        config.base_model_name_or_path, config.revision = base, None
     classifier = classifier_in(folder)
-    outline = base_outline(base, config.task_type, config.revision, classifier)
+    outline = base_outline(base, config.task_type, find_revision(folder, base), classifier)
     untie_for(outline.model, tensors)
     if config.unusual:
         try_expressions(vars(config), outline.model, folder / ADAPTER_CONFIG)
@@ -244,8 +251,7 @@ def base_outline(
             f"The adapter is for the task {task_type!r}; known are {', '.join(_AUTO_CLASSES)}. Convert it from Python, "
             "with its model in memory: paca.convert.lora.save_as_lora."
         )
-    of_hub = locate(base).source == "hub"
-    return load_config(base, revision=revision if of_hub else None, auto_class=getattr(transformers, auto_class))
+    return load_config(base, revision=revision, auto_class=getattr(transformers, auto_class))
 
 
 def read_tensors(file: Path) -> dict[str, Tensor]:

@@ -27,7 +27,7 @@ from paca.convert.target_names import exact_targets
 from paca.messages.errors import PacaError
 from paca.messages.shown import printable
 from paca.pretrained import load_pretrained
-from paca.pretrained.adapter_folder import ADAPTER_CONFIG, adapter_settings, text_setting, weight_file
+from paca.pretrained.adapter_folder import ADAPTER_CONFIG, adapter_settings, find_revision, text_setting, weight_file
 from paca.pretrained.location import locate
 from paca.pretrained.purpose import classifier_in
 from paca.pretrained.whole_output import whole_output
@@ -73,9 +73,12 @@ def import_adapter(
     base = base_model if base_model is not None else text_setting(folder, "base_model_name_or_path")
     if not base:
         raise PacaError(f"{folder / ADAPTER_CONFIG} does not name the base model. Give it: --base NAME_OR_FOLDER")
+    revision = find_revision(folder, base)
+    if base_model is not None:
+        settings["revision"] = revision
     base = locate(base).name_or_path  # a folder by its whole path, as it is to be found from anywhere
     with explaining(folder):
-        foreign, model = _read(folder, settings, tensors, base)
+        foreign, model = _read(folder, settings, tensors, base, revision)
         adapter = _check(foreign, settings, base, model, recorded_quantization(file))
     with whole_output(output, overwrite=overwrite) as partial:
         write_adapter(partial, adapter.config.to_dict(), adapter.saved_whole | column_tensors(adapter.layers))
@@ -85,17 +88,17 @@ def import_adapter(
 
 
 def _read(
-    folder: Path, settings: dict[str, Any], tensors: dict[str, Tensor], base: str
+    folder: Path, settings: dict[str, Any], tensors: dict[str, Tensor], base: str, revision: str | None
 ) -> tuple[ForeignAdapter, nn.Module]:
     """The adapter, and its base model: with weights where they were needed."""
     endings = {name.rpartition(".")[2] for name in tensors}
-    task_type, revision = text_setting(folder, "task_type"), text_setting(folder, "revision")
+    task_type = text_setting(folder, "task_type")
     if COLUMNS in endings:
         if task_type not in (None, "CAUSAL_LM"):
             raise PacaError(
                 f"The checkpoint is for the task {task_type!r}; only causal language models can be imported."
             )
-        model = load_pretrained(base).model
+        model = load_pretrained(base, revision=revision).model
         return read_authors(settings, tensors, model), model
     if DELTA in endings:
         raise PacaError(f"{folder} holds a PaCA adapter already: PEFT and paca load it as it is.")

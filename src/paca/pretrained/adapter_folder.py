@@ -118,6 +118,22 @@ def find_base(adapter: Path, given: str | None = None) -> str:
     return base
 
 
+def find_revision(adapter: Path, base: str) -> str | None:
+    """The branch, tag or commit of `base`, from `find_base`, that an adapter was trained on, where its config says so.
+
+    Raises:
+        PacaError: It is no name of one.
+    """
+    revision = text_setting(adapter, "revision")
+    if revision is None or base != text_setting(adapter, "base_model_name_or_path") or os.path.exists(expanded(base)):
+        return None
+    if revision.startswith("/") or ".." in revision:  # the hub's client looks for a file of this name
+        raise PacaError(
+            f"{adapter / ADAPTER_CONFIG} is broken: revision is {shown(revision)}, which names no revision."
+        )
+    return revision
+
+
 def text_setting(adapter: Path, name: str) -> str | None:
     """A text in an adapter's config, or None.
 

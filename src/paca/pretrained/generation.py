@@ -18,7 +18,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, StoppingCrite
 
 from paca.messages.errors import PacaError, is_failure
 from paca.pretrained import load_config, load_pretrained
-from paca.pretrained.adapter_folder import find_adapter, find_base, find_quantization, tensor_names, weight_file
+from paca.pretrained.adapter_folder import (
+    find_adapter,
+    find_base,
+    find_quantization,
+    find_revision,
+    tensor_names,
+    weight_file,
+)
 from paca.pretrained.adapter_tokenizer import load_adapter_tokenizer
 from paca.pretrained.bounded_template import conversation_text, renderer
 from paca.pretrained.ends_of_texts import ends_texts
@@ -83,13 +90,19 @@ def load_saved(
         plain = load_pretrained(str(path), dtype=dtype, **made)
         return LoadedModel(on_accelerator(plain.model).eval(), plain.tokenizer, None, plain.name_or_path)
     base = find_base(adapter, base_model)
+    revision = find_revision(adapter, base)
     weight_file(adapter)  # one that is missing is told before the base model is loaded
     tokenizer = saved_tokenizer(adapter)
     try:
         recorded = find_quantization(adapter)
-        as_it_lies = recorded not in QUANTIZATIONS or method_of(load_config(base).config) is not None
+        as_it_lies = recorded not in QUANTIZATIONS or method_of(load_config(base, revision=revision).config) is not None
         pretrained = load_pretrained(
-            base, dtype=dtype, quantization=None if as_it_lies else recorded, tokenizer=tokenizer, **made
+            base,
+            dtype=dtype,
+            revision=revision,
+            quantization=None if as_it_lies else recorded,
+            tokenizer=tokenizer,
+            **made,
         )
     except PacaError as error:
         raise PacaError(

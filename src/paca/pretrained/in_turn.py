@@ -8,7 +8,14 @@ from pathlib import Path
 from typing import NamedTuple
 
 from paca.messages.errors import PacaError
-from paca.pretrained.adapter_folder import adapter_settings, expanded, find_adapter, find_base, find_quantization
+from paca.pretrained.adapter_folder import (
+    adapter_settings,
+    expanded,
+    find_adapter,
+    find_base,
+    find_quantization,
+    find_revision,
+)
 from paca.pretrained.generation import LoadedModel, load_for_generation, put_adapter_on, saved_tokenizer
 from paca.pretrained.loading import load_tokenizer
 from paca.pretrained.purpose import check_answers
@@ -28,6 +35,8 @@ class _Base(NamedTuple):
 
     name: str
     """A hub id or a path."""
+    revision: str | None
+    """Branch, tag or commit of a hub id."""
     quantization: str | None
     """How it is quantized as it is loaded."""
     alone: Path | None
@@ -83,7 +92,7 @@ def _base_of(path: str | Path) -> tuple[_Base, Path | None]:
     adapter = find_adapter(path, or_hub=isinstance(path, str))  # a `Path` was found here
     if adapter is None:
         plain = expanded(path).resolve()
-        return _Base(str(plain), None, plain), None
+        return _Base(str(plain), None, None, plain), None
     settings = adapter_settings(adapter)
     can_be_taken_off = (
         settings.get("peft_type") in (NAME, "LORA")
@@ -92,7 +101,9 @@ def _base_of(path: str | Path) -> tuple[_Base, Path | None]:
     )
     recorded = find_quantization(adapter)
     quantization = recorded if recorded in QUANTIZATIONS else None
-    return _Base(find_base(adapter), quantization, None if can_be_taken_off else adapter), adapter
+    base = find_base(adapter)
+    alone = None if can_be_taken_off else adapter
+    return _Base(base, find_revision(adapter, base), quantization, alone), adapter
 
 
 def _with_another(on_it: dict[Path | None, LoadedModel], adapter: Path) -> dict[Path | None, LoadedModel]:
@@ -100,7 +111,7 @@ def _with_another(on_it: dict[Path | None, LoadedModel], adapter: Path) -> dict[
     held = next(iter(on_it.values()))
     tokenizer = saved_tokenizer(adapter)
     if tokenizer is None:
-        tokenizer = load_tokenizer(held.base)
+        tokenizer = load_tokenizer(held.base, find_revision(adapter, held.base))
     if len(on_it) < len(_NAMES):
         try:
             model = put_adapter_on(held.model, adapter, held.base, _NAMES[len(on_it)])

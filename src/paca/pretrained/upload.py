@@ -114,6 +114,8 @@ def _check_own(entry: Path, folder: Path) -> None:
 def _naming(base_model: str, folder: Path, old: str | None) -> dict[str, str]:
     """The adapter's config and card, with another base model."""
     settings = {**adapter_settings(folder), "base_model_name_or_path": base_model}
+    if base_model != old:
+        settings.pop("revision", None)  # of the old one
     texts = {ADAPTER_CONFIG: json.dumps(settings, indent=2, sort_keys=True) + "\n"}
     card = folder / CARD
     if card.is_file():

@@ -100,6 +100,8 @@ def with_adapter(
         adapter: PeftConfig | None = ColumnChoice(config, examples, arguments, folder.columns, console).adapter(model)
     else:
         adapter = adapter_config(config.method, config.adapter, trainer_kind(config.train).task_type)
+    if adapter is not None:
+        adapter.revision = config.model.revision
     if adapter is None or config.train["autocast_adapter_dtype"]:
         return model, adapter
     set_seed(arguments.seed)  # as TRL does before it makes an adapter

@@ -21,12 +21,13 @@ INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 
 
 class OriginalWeights:
-    """The safetensors checkpoint `name`, a folder or a hub id; of the hub only the shards that are needed are fetched.
-    Raise `PacaError` if there is none."""
+    """The safetensors checkpoint `name`, a folder or a hub id (of which a `revision`); of the hub only the shards that
+    are needed are fetched. Raise `PacaError` if there is none."""
 
-    def __init__(self, name: str) -> None:
-        self.name = name
+    def __init__(self, name: str, revision: str | None = None) -> None:
+        self.name, self.revision = name, revision
         self._files: dict[str, Any] = {}
+        self._unreached = ""
         index = self._find(INDEX)
         if index is not None:
             self._shard_of: Mapping[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
@@ -35,7 +36,8 @@ class OriginalWeights:
         else:
             raise PacaError(
                 f"original_weights={name!r} is no checkpoint that columns can be read from: there is neither {INDEX} "
-                f"nor {SINGLE}. Give the folder or hub id of the original 16-bit model, or leave original_weights out."
+                f"nor {SINGLE}{self._unreached}. Give the folder or hub id of the original 16-bit model, or leave "
+                "original_weights out."
             )
 
     def columns(
@@ -74,7 +76,9 @@ class OriginalWeights:
         if file_name not in self._files:
             path = self._find(file_name)
             if path is None:
-                raise PacaError(f"The checkpoint {self.name!r} is not complete: {file_name} is missing.")
+                raise PacaError(
+                    f"The checkpoint {self.name!r} is not complete: {file_name} is missing{self._unreached}."
+                )
             try:
                 self._files[file_name] = safe_open(path, framework="pt")
             except SafetensorError as error:
@@ -86,11 +90,10 @@ class OriginalWeights:
         if folder.is_dir():
             return folder / file_name if (folder / file_name).is_file() else None
         try:
-            return Path(hf_hub_download(self.name, file_name))
-        except LocalEntryNotFoundError as error:
-            raise PacaError(
-                f"original_weights={self.name!r} is no folder here, and the hub can't be reached for it."
-            ) from error
+            return Path(hf_hub_download(self.name, file_name, revision=self.revision))
+        except LocalEntryNotFoundError:  # of a file that need not be there
+            self._unreached = " in the local cache, and the hub can't be reached"
+            return None
         except EntryNotFoundError:
             return None
         except (HfHubHTTPError, ValueError) as error:

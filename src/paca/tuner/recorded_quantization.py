@@ -53,7 +53,8 @@ def note_quantization(model: nn.Module, adapter_name: str, config: PacaConfig) -
             "original_weights is for quantized models: none of the adapted layers is quantized, so their columns are "
             "the original ones already. Leave it out."
         )
-    originals = OriginalWeights(config.original_weights)
+    of_base = config.original_weights == config.base_model_name_or_path
+    originals = OriginalWeights(config.original_weights, config.revision if of_base else None)
     for name, layer in layers.items():
         shape, indices = (layer.out_features, layer.in_features), layer.paca_indices[adapter_name]
         was = getattr(layer.base_layer, "source_cls", nn.Linear)  # transformers notes what it quantized

@@ -14,7 +14,7 @@ from transformers import TrainerCallback, TrainerState, TrainingArguments
 
 from paca.convert.pefts_paca import PEFT, saved_layers, why_not
 from paca.messages.adapter_notes import EXPORT, IMPORT, INSTALL, LACKS
-from paca.pretrained.adapter_folder import adapter_settings, find_base
+from paca.pretrained.adapter_folder import adapter_settings, find_base, find_revision
 from paca.pretrained.purpose import Classifier, classifier_in, loading_code
 from paca.pretrained.quantizing import quantization_config
 from paca.training.config.adapter_settings import config_type
@@ -85,7 +85,7 @@ def write_card(folder: Path, summary: dict[str, Any], trained: nn.Module) -> Non
     )
     named = f"`{model['name']}` ({model['architecture']}, {model['parameters']:,} parameters, {stored})"
     if classifier is not None:
-        load = _how_to_load_classifier(classifier, name, base)
+        load = _how_to_load_classifier(classifier, name, base, None if name == "full" else find_revision(folder, base))
     else:
         load = _WHOLE if name == "full" else _how_to_load(name, folder, base, model, trained)
     text = f"""---
@@ -158,14 +158,14 @@ def _method(summary: dict[str, Any]) -> str:
     return f"{counted}\n- {given}" if given else counted
 
 
-def _how_to_load_classifier(classifier: Classifier, name: str, base: str) -> str:
+def _how_to_load_classifier(classifier: Classifier, name: str, base: str, revision: str | None) -> str:
     auto = classifier.auto_class
     labels = f"Its labels: {', '.join(classifier.labels)}.\n\n"
     if name == "full":
         return f'{labels}```python\nfrom transformers import {auto}\n\nmodel = {auto}.from_pretrained("{_HERE}")\n```'
     of_paca = name == "paca"
     return f"""{INSTALL if of_paca else ""}{labels}```python
-{IMPORT if of_paca else ""}{loading_code(classifier, _HERE, base)}
+{IMPORT if of_paca else ""}{loading_code(classifier, _HERE, base, revision)}
 ```
 
 `paca merge {_HERE} --output merged` writes it as a plain checkpoint."""

@@ -1,6 +1,6 @@
 """`train.trainer: dpo`: a language model learns to prefer one answer to another.
 
-The reference is the model with its adapter disabled, so there is no second copy of it.
+The reference is the model with its adapter disabled; only where the model itself is trained, there is a second copy.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from dataclasses import replace
 from typing import Any, ClassVar
 
 from datasets import Dataset
+from transformers import Trainer
 from trl import DPOConfig, DPOTrainer
 
 from paca.data.conversion import ORIGIN
@@ -19,6 +20,7 @@ from paca.messages.errors import PacaError
 from paca.training.config.run_config import RunConfig
 from paca.training.prompt_form import check_prompts_stay_open, tokenizer_of
 from paca.training.trainers.kind import RunData, TrainerKind, read_texts
+from paca.training.trainers.reference import load_reference, told_of_reference
 from paca.training.trainers.weighed_batches import WeighsBatches
 
 
@@ -50,7 +52,13 @@ class Dpo(TrainerKind):
 
     def lines(self, config: RunConfig) -> list[tuple[str, str]]:
         """What the model is compared with."""
-        return [("reference", "the model without its adapter; no second copy is held")]
+        return told_of_reference(config)
+
+    def make(self, config: RunConfig, adapter: Any, data: RunData, **parts: Any) -> Trainer:
+        """With a copy of the model as the reference, where the model itself is trained."""
+        if config.method == "full" and not config.train.get("precompute_ref_log_probs"):
+            parts["ref_model"] = load_reference(config, parts["model"], parts["processing_class"])
+        return super().make(config, adapter, data, **parts)
 
     def check_prepared(self, config: RunConfig, trainer: DPOTrainer, data: RunData) -> tuple[int, int]:
         """No pair was dropped because its prompt fills `train.max_length`."""

@@ -6,10 +6,12 @@ from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 from typing import Any, ClassVar
+from unittest.mock import patch
 
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase, Trainer, TrainerState
 from trl import GRPOConfig, GRPOTrainer
+from trl.trainer import grpo_trainer
 
 from paca.data.conversion import ORIGIN
 from paca.data.formats import Example
@@ -22,6 +24,7 @@ from paca.training.config.key_checks import Origins
 from paca.training.config.run_config import RunConfig
 from paca.training.prompt_form import check_prompts_stay_open, tokenizer_of
 from paca.training.trainers.kind import RunData, TrainerKind, read_texts, steps_of
+from paca.training.trainers.reference import load_reference, told_of_reference
 from paca.training.trainers.reward_functions import BUILT_IN, check_columns, find_rewards, load_reward_models
 from paca.training.trainers.weighed_batches import WeighsBatches
 
@@ -96,9 +99,17 @@ class Grpo(TrainerKind):
         return replace(data, sample=replace(sample, pieces=[*sample.pieces, ("… the model's own answer", True)]))
 
     def make(self, config: RunConfig, adapter: Any, data: RunData, **parts: Any) -> Trainer:
-        """With the reward functions, and the models among them loaded."""
+        """With the reward functions, and the models among them loaded. TRL loads a reference itself: let it be ours."""
         rewards = load_reward_models(find_rewards(config.train))
-        return super().make(config, adapter, data, **rewards, **parts)
+        if config.method != "full" or not parts["args"].beta:
+            return super().make(config, adapter, data, **rewards, **parts)
+        reference = load_reference(config, parts["model"], parts["processing_class"])
+        with patch.object(grpo_trainer, "create_model_from_path", lambda *_, **__: reference):
+            return super().make(config, adapter, data, **rewards, **parts)
+
+    def lines(self, config: RunConfig) -> list[tuple[str, str]]:
+        """What the model is held against, where `beta` asks for it."""
+        return told_of_reference(config) if config.train.get("beta") else []
 
     def resuming(self, arguments: Any, state: TrainerState) -> str:
         """Checkpoints don't hold answers: the trainer makes new ones for the rest of a generation that was cut."""
