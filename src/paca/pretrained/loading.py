@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 import torch
-from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -23,24 +22,17 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from paca.messages.errors import PacaError, first_line, is_failure
+from paca.messages.errors import PacaError
 from paca.pretrained import gguf, quantizing
-from paca.pretrained.hub import check_holds_no_adapter, unreachable, without_waiting
-from paca.pretrained.location import TOKENIZER_FILES, Location, Source, locate, neighbour_hint, tokenizer_files
+from paca.pretrained.explaining import explaining
+from paca.pretrained.generation_settings import make_savable
+from paca.pretrained.hub import check_holds_no_adapter
+from paca.pretrained.location import Location, Source, locate, tokenizer_files
+from paca.pretrained.missing_weights import check_nothing_missing, made_anew
 from paca.pretrained.padding_token import choose_pad_token
 from paca.pretrained.quiet import without_load_report, without_progress_bars
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-
-_OTHER_TOKENIZER = (
-    "To take a tokenizer from elsewhere, name its folder or hub id: as model.tokenizer in the YAML of a run, or as the "
-    "argument tokenizer of load_pretrained."
-)
-_ADVICE = {
-    "model": "Is it a complete checkpoint, and of the kind that is to be trained: a language model, or one of images?",
-    "tokenizer": _OTHER_TOKENIZER,
-    "image processor": "Is it a model of images? Then copy preprocessor_config.json of its processor into the folder.",
-}
 
 
 @dataclass(frozen=True)
@@ -92,7 +84,8 @@ def load_pretrained(
     The tokenizer always has a padding token afterwards; one that had to be chosen is logged.
 
     Raises:
-        PacaError: The name stands for no model, the checkpoint cannot be read, or the hub cannot be reached.
+        PacaError: The name stands for no model, the checkpoint cannot be read or lacks weights, or the hub cannot be
+            reached.
     """
     location, options = _open(name, revision, trust_remote_code)
     check_holds_no_adapter(location, revision)
@@ -113,20 +106,23 @@ def load_pretrained(
         # Otherwise the model counts as quantized, and can be neither saved nor trained.
         options["quantization_config"] = GgufConfig(dequantize=True)
     elif quantization is not None:
-        with _explaining(location, revision):
+        with explaining(location, revision):
             config = AutoConfig.from_pretrained(**options)
         quantizing.check_not_quantized(config, f" {location.name_or_path!r}", quantization)
         compute = torch_dtype if isinstance(torch_dtype, torch.dtype) else getattr(config, "dtype", None)
         options["quantization_config"] = quantizing.quantization_config(quantization, compute or torch.float32)
         options["device_map"] = quantizing.device_map()
     quietly = nullcontext() if labels is None else without_load_report()
-    with _explaining(location, revision), without_progress_bars(), gguf.without_unpacking_bar(), quietly:
+    with explaining(location, revision), without_progress_bars(), gguf.without_unpacking_bar(), quietly:
         if labels is not None:
             config = AutoConfig.from_pretrained(**options, **_label_settings(labels))
             options |= {"config": config, "ignore_mismatched_sizes": True}
         model, found = auto_class.from_pretrained(dtype=torch_dtype, output_loading_info=True, **options)
     if auto_class is AutoModelForCausalLM:
-        _check_nothing_missing(model, found["missing_keys"], location.name_or_path)
+        check_nothing_missing(model, found["missing_keys"], location.name_or_path)
+    elif labels is not None:
+        made_anew(model, found["missing_keys"], location.name_or_path)
+    make_savable(model, location.name_or_path)
     quantizing.keep_trainable(model)
     if location.source == "gguf":
         gguf.check_is_plain(model, location.name_or_path)
@@ -174,7 +170,7 @@ def load_config(
     """
     location, options = _open(name, revision, trust_remote_code)
     torch_dtype = _torch_dtype(dtype)
-    with _explaining(location, revision), without_progress_bars():
+    with explaining(location, revision), without_progress_bars():
         if location.source == "gguf":
             options = gguf.outline_options(location.name_or_path)
         config = AutoConfig.from_pretrained(**options, **({} if labels is None else _label_settings(labels)))
@@ -191,20 +187,36 @@ def check_folder_is_whole(name: str, trust_remote_code: bool = False) -> None:
     location, options = _open(name, None, trust_remote_code)
     if location.source != "folder" or not any(Path(location.name_or_path).glob("*.safetensors")):
         return
-    with _explaining(location, None), without_progress_bars(), without_load_report():
+    with explaining(location, None), without_progress_bars(), without_load_report():
         loaded: Any = AutoModelForCausalLM.from_pretrained(device_map="meta", output_loading_info=True, **options)
-    _check_nothing_missing(loaded[0], loaded[1]["missing_keys"], location.name_or_path)
+    check_nothing_missing(loaded[0], loaded[1]["missing_keys"], location.name_or_path)
 
 
-def _check_nothing_missing(model: nn.Module, missing: Iterable[str], name: str) -> None:
-    """Refuse the language model `name` where `missing` are weights that transformers would make at random."""
-    parameters = {parameter for parameter, _ in model.named_parameters()}
-    if lacking := sorted(parameters.intersection(missing)):
-        listed = ", ".join(lacking[:4]) + (f" and {len(lacking) - 4:,} more" if len(lacking) > 4 else "")
-        raise PacaError(
-            f"The checkpoint {name!r} lacks weights of {type(model).__name__}, which would be made at random: "
-            f"{listed}. Is it of another kind, such as a classifier? Give a language model's checkpoint."
-        )
+def modules_made_anew(
+    name: str, revision: str | None, trust_remote_code: bool, auto_class: Any, labels: Sequence[str], *, fetch: bool
+) -> list[str]:
+    """The modules that a classifier's checkpoint need not have, beside its head, and has not: `made_anew`.
+
+    Nothing is read but names in files of weights; those of a hub id only with `fetch`, or where they are fetched.
+    The other arguments are those of `load_pretrained`.
+
+    Raises:
+        PacaError: The checkpoint can't be read, or lacks other weights.
+    """
+    location, options = _open(name, revision, trust_remote_code)
+    if location.source == "gguf":
+        return []
+    of_hub = location.source == "hub"
+    with explaining(location, revision), without_progress_bars(), without_load_report():
+        config = AutoConfig.from_pretrained(**options, **_label_settings(labels))
+        options |= {"config": config, "ignore_mismatched_sizes": True, "local_files_only": of_hub and not fetch}
+        try:
+            model, found = auto_class.from_pretrained(device_map="meta", output_loading_info=True, **options)
+        except OSError:
+            if of_hub and not fetch:
+                return []
+            raise
+    return made_anew(model, found["missing_keys"], location.name_or_path)
 
 
 def _label_settings(labels: Sequence[str]) -> dict[str, Any]:
@@ -233,7 +245,7 @@ def _torch_dtype(dtype: str) -> torch.dtype | str:
 
 
 def _tokenizer_at(location: Location, options: dict[str, Any]) -> PreTrainedTokenizerBase:
-    with _explaining(location, options.get("revision"), what="tokenizer"), without_progress_bars():
+    with explaining(location, options.get("revision"), what="tokenizer"), without_progress_bars():
         if location.source == "gguf":
             options = gguf.outline_options(location.name_or_path)
         tokenizer = AutoTokenizer.from_pretrained(**options)
@@ -243,54 +255,5 @@ def _tokenizer_at(location: Location, options: dict[str, Any]) -> PreTrainedToke
 
 
 def _image_processor_at(location: Location, options: dict[str, Any]) -> Any:
-    with _explaining(location, options.get("revision"), what="image processor"), without_progress_bars():
+    with explaining(location, options.get("revision"), what="image processor"), without_progress_bars():
         return AutoImageProcessor.from_pretrained(**options)
-
-
-@contextmanager
-def _explaining(location: Location, revision: str | None, what: str = "model") -> Iterator[None]:
-    """Turn the loaders' errors into one clear message, and don't let them wait for a hub that does not answer."""
-    try:
-        with nullcontext() if location.source != "hub" else without_waiting(location.name_or_path, revision):
-            yield
-    except BaseException as error:
-        if isinstance(error, PacaError) or not is_failure(error):
-            raise
-        name = location.name_or_path
-        if location.source == "hub":
-            raise PacaError(_hub_message(name, what, error)) from error
-        advice = _ADVICE[what]
-        if what == "tokenizer" and location.source == "folder" and not tokenizer_files(Path(name)):
-            raise PacaError(
-                f"The folder {name!r} holds no tokenizer: none of {', '.join(TOKENIZER_FILES)} is there. Copy the "
-                f"files of the model's tokenizer into it. {advice}"
-            ) from error
-        raise PacaError(f"The {what} in {name!r} cannot be loaded: {_reason(error, what)}\n{advice}") from error
-
-
-def _hub_message(name: str, what: str, error: BaseException) -> str:
-    causes: list[BaseException] = [error]
-    while (cause := causes[-1].__cause__ or causes[-1].__context__) is not None and cause not in causes:
-        causes.append(cause)
-
-    def caused_by(kind: type[BaseException]) -> bool:
-        return any(isinstance(cause, kind) for cause in causes)
-
-    if caused_by(GatedRepoError):  # a kind of RepositoryNotFoundError
-        return f"{name!r} is gated on the hub. Accept its terms there, then log in with `hf auth login`."
-    if caused_by(RevisionNotFoundError):
-        return f"{name!r} exists on the hub, but not in this revision."
-    if caused_by(RepositoryNotFoundError):
-        return (
-            f"There is no {name!r}: no such file or folder here, and no such (public) repository on the hub."
-            f"{neighbour_hint(name)} Check the name; for a private repository log in with `hf auth login`."
-        )
-    if "couldn't connect" in str(error).lower() or caused_by(ConnectionError):
-        return unreachable(name)
-    advice = f"\n{_OTHER_TOKENIZER}" if what == "tokenizer" else ""
-    return f"The {what} {name!r} on the hub cannot be loaded: {_reason(error, what)}{advice}"
-
-
-def _reason(error: BaseException, what: str) -> str:
-    """The first line of the error; for a tokenizer all of it, as transformers lists there what it looked for."""
-    return " ".join(str(error).split()) or type(error).__name__ if what == "tokenizer" else first_line(error)

@@ -10,7 +10,7 @@ from transformers import MODEL_FOR_MASKED_LM_MAPPING, AutoModelForCausalLM, PreT
 
 from paca.messages.errors import PacaError, about
 from paca.pretrained import load_config
-from paca.pretrained.loading import Outline, check_folder_is_whole
+from paca.pretrained.loading import Outline, check_folder_is_whole, modules_made_anew
 from paca.training.config.run_config import ModelSection, RunConfig
 
 
@@ -63,7 +63,14 @@ def heads_of(model: nn.Module) -> list[str]:
     return [name for name, module in model.named_children() if name != trunk and any(True for _ in module.parameters())]
 
 
-def train_heads(config: RunConfig, model: nn.Module) -> None:
-    """Have the heads of a classifier trained whole, beside the adapter of `config`, if it has one."""
+def train_heads(
+    config: RunConfig, model: nn.Module, auto_class: Any, labels: Sequence[str], *, fetch: bool = False
+) -> None:
+    """Have what is new in a classifier trained whole, beside the adapter of `config`, if it has one: its heads, and
+    what its checkpoint lacks besides, such as a pooler. Arguments and errors are those of `modules_made_anew`."""
+    named = config.model
+    with about("model.name"):
+        new = modules_made_anew(named.name, named.revision, named.trust_remote_code, auto_class, labels, fetch=fetch)
     if config.method != "full":
-        config.adapter["modules_to_save"] = sorted({*(config.adapter.get("modules_to_save") or ()), *heads_of(model)})
+        whole = {*(config.adapter.get("modules_to_save") or ()), *heads_of(model), *new}
+        config.adapter["modules_to_save"] = sorted(whole)

@@ -94,7 +94,7 @@ def prepare(config: RunConfig, *, whole: bool = True, fetch: bool = False) -> Pr
     if named.quantization is not None:
         model = quantize_outline(model, named.quantization)
     if data.labels is not None:
-        train_heads(config, model)
+        train_heads(config, model, kind.auto_class, data.labels, fetch=whole or fetch)
     adapted = _adapted_outline(config, model, kind.task_type)
     if named.quantization is not None and method == "paca":
         if config.adapter.get("rotate_every") is not None:

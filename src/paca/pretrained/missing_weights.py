@@ -1,0 +1,57 @@
+"""What a model has and its checkpoint lacks: refused, or, of a classifier, made anew to be trained whole."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, cast
+
+from torch import nn
+
+from paca.messages.errors import PacaError
+
+
+def check_nothing_missing(model: nn.Module, missing: Iterable[str], name: str) -> None:
+    """Refuse the language model `name` where `missing` are weights that transformers would make at random.
+
+    Raises:
+        PacaError: Names some of them.
+    """
+    if lacking := _parameters_of(model, missing):
+        raise PacaError(
+            f"The checkpoint {name!r} lacks weights of {type(model).__name__}, which would be made at random: "
+            f"{_listed(lacking)}. Is it of another kind, such as a classifier? Give a language model's checkpoint."
+        )
+
+
+def made_anew(model: nn.Module, missing: Iterable[str], name: str) -> list[str]:
+    """The modules of a classifier's trunk of which its checkpoint `name` has nothing and need have nothing: a pooler,
+    which language models lack.
+
+    Raises:
+        PacaError: The trunk lacks others: blocks, embeddings, or parts of a module.
+    """
+    trunk = getattr(model, "base_model_prefix", None) or "."
+    lacking = [weight for weight in _parameters_of(model, missing) if weight.startswith(f"{trunk}.")]
+    if not lacking:
+        return []
+    embeddings = cast(Any, model).get_input_embeddings()
+    new = [
+        f"{trunk}.{child}"
+        for child, module in model.get_submodule(trunk).named_children()
+        if all(f"{trunk}.{child}.{weight}" in lacking for weight, _ in module.named_parameters())
+        and not any(isinstance(part, nn.ModuleList) or part is embeddings for part in module.modules())
+    ]
+    if lost := [weight for weight in lacking if not weight.startswith(tuple(f"{child}." for child in new))]:
+        raise PacaError(
+            f"The checkpoint {name!r} lacks weights of {type(model).__name__}, which would be made at random: "
+            f"{_listed(lost)}. Is it whole? Copy it again, or give another one."
+        )
+    return [child for child in new if any(weight.startswith(f"{child}.") for weight in lacking)]
+
+
+def _parameters_of(model: nn.Module, missing: Iterable[str]) -> list[str]:
+    return sorted({name for name, _ in model.named_parameters()}.intersection(missing))
+
+
+def _listed(weights: list[str]) -> str:
+    return ", ".join(weights[:4]) + (f" and {len(weights) - 4:,} more" if len(weights) > 4 else "")
