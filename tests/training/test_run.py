@@ -340,6 +340,22 @@ def test_the_best_model_is_found_again_in_a_folder_that_was_moved(run: Runner, t
     assert same_adapter(tmp_path / "whole", tmp_path / "moved")
 
 
+def test_a_run_that_saves_at_its_best_stops_with_a_checkpoint_where_it_is_not(run: Runner, tmp_path: Path) -> None:
+    best = ["train.save_strategy=best", "train.metric_for_best_model=loss", "train.greater_is_better=true"]
+    run("whole", *best)
+    stopped = run("stopped", *best, stop_at=4)  # where it is evaluated, and the highest loss was at step 2
+    assert stopped.resume_command is not None
+    assert stopped.saved
+    assert (tmp_path / "stopped" / "checkpoints" / "checkpoint-4" / "whole.json").is_file()
+    run("stopped", *best, resume=True)
+    assert same_adapter(tmp_path / "whole", tmp_path / "stopped")
+
+
+def test_a_stopped_run_says_whether_it_can_go_on_from_there(run: Runner) -> None:
+    assert not run("only-weights", "train.save_only_model=true", stop_at=3).saved  # without the optimizer
+    assert run("whole", stop_at=3).saved
+
+
 def test_packing_trains_on_the_same_tokens_in_fewer_sequences(run: Runner, config_file: Path) -> None:
     epoch = ["train.max_steps=-1", "train.num_train_epochs=1"]
     epoch += ["train.gradient_accumulation_steps=1", "train.per_device_train_batch_size=1"]

@@ -91,6 +91,9 @@ def train(
         stopped = f"Stopped at once. {_newest_checkpoint(Path(run_config.output.dir))}"
         say(Console(quiet=console.quiet), stopped)
         raise typer.Exit(130) from None
+    if not result.saved:
+        say(console, f"Stopped, without a checkpoint of this step. {_newest_checkpoint(result.folder)}")
+        raise typer.Exit(130)
     if result.resume_command is not None:
         say(console, "Stopped; the checkpoint is saved. Continue with:")
         say(console, f"  {result.resume_command}")

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import distributed
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import SaveStrategy
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
@@ -88,6 +89,8 @@ class StopOnSignal(TrainerCallback):
             return
         self.stopped = True
         control.should_save = True
+        if args.save_strategy == SaveStrategy.BEST:  # or an evaluation at this step would take that back
+            args.save_strategy = SaveStrategy.STEPS
         control.should_training_stop = True
 
     def on_epoch_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:

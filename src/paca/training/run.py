@@ -63,6 +63,8 @@ class RunResult:
     """The content of `summary.json`; None when a signal stopped the run."""
     resume_command: str | None
     """What continues the run; None when it is finished."""
+    saved: bool = True
+    """Whether it can be continued from the step at which it stopped."""
 
 
 def train(
@@ -209,7 +211,9 @@ class _Run:
     def _result(self) -> RunResult:
         state = self._train()
         if self.stopper.stopped:
-            return RunResult(self.folder.path, None, resume_command(self.folder.config))
+            newest = self.folder.newest_checkpoint()
+            saved = newest is not None and steps_done(newest) == state.global_step
+            return RunResult(self.folder.path, None, resume_command(self.folder.config), saved)
         loss_after = self._loss_after(state)
         if self.trainer.is_fsdp_enabled:  # whatever the checkpoints are, the adapter is one file
             self.trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
