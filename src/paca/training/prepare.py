@@ -105,6 +105,7 @@ def prepare(config: RunConfig, *, whole: bool = True, fetch: bool = False) -> Pr
         config.adapter.setdefault("original_weights", named.name)
     config.adapter = adapter_settings.with_defaults(method, config.adapter)
     processes = launched_processes()
+    kind.check_batches(len(train.dataset), config.train, processes)
     steps = planned_steps(len(train.dataset), config.train, processes)
     if "warmup_steps" not in given and steps is not None:
         config.train["warmup_steps"] = steps * 3 // 100  # rounded down, as a warm-up starts with a step at rate 0

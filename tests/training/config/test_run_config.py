@@ -55,6 +55,14 @@ def test_existing_paths_become_absolute_and_names_stay(tmp_path: Path, monkeypat
     assert config.data.eval == "missing.jsonl"
 
 
+@pytest.mark.parametrize("name", ["loss", "eval_loss", "mean_token_accuracy"])
+def test_the_best_model_is_chosen_by_what_is_measured_while_training(tmp_path: Path, name: str) -> None:
+    text = MINIMAL.replace("some/data", "some/data, eval: 4") + "eval: {metric: exact_match}\n"
+    load(tmp_path, f"{text}train: {{metric_for_best_model: {name}}}\n")
+    with pytest.raises(PacaError, match=r"is exact_match, and what is measured while training is loss, .*Give one"):
+        load(tmp_path, text + "train: {metric_for_best_model: exact_match}\n")
+
+
 def test_a_run_says_which_files_and_folders_it_reads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     for name in ("model", "original", "rewards", "train"):
@@ -134,6 +142,9 @@ def test_all_mistakes_that_do_not_need_each_other_are_told(tmp_path: Path, text:
         ("train: {adam_beta2: 1}\n", "train.adam_beta2 must be zero or more and less than 1, not 1."),
         ("train: {weight_decay: .nan}\n", "train.weight_decay must be zero or more, not nan."),
         ("train: {save_steps: .inf}\n", "train.save_steps must be above zero, not inf."),
+        ("train: {load_best_model_at_end: true}\n", "train.load_best_model_at_end is True: the best one is that"),
+        ("train: {save_strategy: best}\n", "train.save_strategy is best: the best one is that of held-out data. Give"),
+        ("train: {packing: true, max_length: null}\n", "train.max_length: null does not go with train.packing, which"),
         ("paca: {ranc: 4}\n", "line 3: there is no key paca.ranc. The keys of paca are "),
         ("data: {train: x, max_length: 9}\n", "no key data.max_length. Did you mean train.max_length?"),
         ("model: {name: x, max_length: 9}\n", "no key model.max_length. Did you mean train.max_length?"),

@@ -269,5 +269,11 @@ def test_a_finished_run_is_told_of_unless_other_settings_are_asked_for(tmp_path:
     folder.config.write_text(config.to_yaml())
     for given in ({}, {"learning_rate": "auto"}, {"gradient_checkpointing": True, "max_steps": 2}):
         assert "nothing to resume" in told_of_finished(folder, replace(config, train=given))
+    folder.config.write_text(replace(config, adapter={"r": 8, "target_modules": ["q_proj", "v_proj"]}).to_yaml())
+    for names in (["v_proj", "q_proj"], ["q_proj", "v_proj"]):  # a set of them
+        given = {"r": 8, "target_modules": names}
+        assert "nothing to resume" in told_of_finished(folder, replace(config, adapter=given))
+    with pytest.raises(PacaError, match=r"other settings:\n  paca.target_modules: .* → \['k_proj'\]\n"):
+        told_of_finished(folder, replace(config, adapter={"target_modules": ["k_proj"]}))
     with pytest.raises(PacaError, match=r"other settings:\n  train.max_steps: 2 → 3\n"):
         told_of_finished(folder, replace(config, train={"max_steps": 3}))

@@ -275,3 +275,11 @@ def test_texts_are_cut_to_the_models_length_unless_told_otherwise(workspace: Pat
             workspace / "classification.yaml", [f"output.dir={tmp_path / name}", *overrides, *given]
         )
         assert summary_of(train(config, console=Console(quiet=True)))["tokens"] == tokens
+
+
+def test_columns_that_a_classifier_does_not_read_may_stay_in_its_data(finished: Finished) -> None:
+    plain = finished("classification").summary
+    assert plain is not None
+    kept = finished("classification", "train.remove_unused_columns=false").summary
+    assert kept is not None
+    assert kept["eval_loss_after"] == plain["eval_loss_after"]

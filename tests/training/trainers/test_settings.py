@@ -153,6 +153,29 @@ def test_a_dry_run_says_what_is_learned(workspace: Path, name: str, expected: li
         assert any(words in text for text in texts)
 
 
+@pytest.mark.parametrize("steps", [-1, 2])
+@pytest.mark.parametrize(
+    ("name", "settings", "message"),
+    [
+        (
+            "grpo",
+            ["train.per_device_train_batch_size=8", "train.gradient_accumulation_steps=16"],
+            r"128 answers are made at a time .*, 4 to a prompt .*: that takes 32 prompts, and there are 10\.",
+        ),
+        (
+            "classification",
+            ["train.per_device_train_batch_size=64", "train.dataloader_drop_last=true"],
+            r"24 training examples don't fill a batch \(train\.per_device_train_batch_size: 64, .*dataloader_drop_last",
+        ),
+    ],
+)
+def test_fewer_examples_than_a_batch_are_refused(
+    workspace: Path, name: str, settings: list[str], message: str, steps: int
+) -> None:
+    with pytest.raises(PacaError, match=message):
+        describe(load(workspace, name, f"train.max_steps={steps}", *settings))
+
+
 @pytest.mark.parametrize(
     ("settings", "between"),
     [

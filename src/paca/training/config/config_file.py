@@ -172,6 +172,7 @@ def _refuse(problems: Iterator[tuple[str, str]], origins: Origins) -> None:
 def _problems(config: RunConfig) -> Iterator[tuple[str, str]]:
     """Values that can't work, alone or with others: the key, and what is wrong with it."""
     model, data, evaluation, train = config.model, config.data, config.eval, config.train
+    saves_best = train.get("save_strategy") == "best"
     if isinstance(data.eval, float) and not 0 < data.eval < 1:
         yield (
             "data.eval",
@@ -183,6 +184,9 @@ def _problems(config: RunConfig) -> Iterator[tuple[str, str]]:
             yield key, f"is {count}; a count of records must be 1 or more."
     if evaluation.metric is not None and data.eval is None:
         yield "eval.metric", "is measured on held-out data; give data.eval too."
+    for key, needs in (("load_best_model_at_end", train.get("load_best_model_at_end")), ("save_strategy", saves_best)):
+        if needs and data.eval is None:
+            yield f"train.{key}", f"is {train[key]}: the best one is that of held-out data. Give data.eval too."
     if evaluation.answer_pattern is not None and evaluation.metric != "exact_match":
         yield "eval.answer_pattern", "goes with eval.metric: exact_match. Leave it out."
     counts = {f"calibration.{name}": count for name, count in dataclasses.asdict(config.calibration).items()}
@@ -233,6 +237,13 @@ def _problems_with_trainer(config: RunConfig) -> Iterator[tuple[str, str]]:
         yield "data.label", f"goes with train.trainer: image_classification, not {kind.name}. Leave it out."
     if config.data.template is not None and not kind.renders:
         yield "data.template", f"has no effect with train.trainer: {kind.name}. Leave it out."
+    best = str(config.train.get("metric_for_best_model") or "loss").removeprefix("eval_")
+    if kind.measured is not None and best not in kind.measured:
+        yield (
+            "train.metric_for_best_model",
+            f"is {best}, and what is measured while training is {', '.join(kind.measured)}. Give one of them; "
+            "eval.metric is measured once, after the last step.",
+        )
     if config.eval.metric is not None and kind.score is not None:
         yield "eval.metric", f"goes with train.trainer: sft; {kind.name} measures {kind.score}. Leave it out."
     selection = config.adapter.get("selection") if config.method == "paca" else None

@@ -18,6 +18,7 @@ from paca.messages.errors import PacaError
 from paca.messages.processes import launched_processes
 from paca.pretrained import Pretrained
 from paca.pretrained.content import model_content
+from paca.training.config.adapter_settings import with_defaults
 from paca.training.config.run_config import RunConfig
 from paca.training.config.strict_yaml import read_yaml
 from paca.training.config.train_settings import keys_of_files
@@ -96,7 +97,9 @@ def told_of_finished(folder: RunFolder, config: RunConfig) -> str:
         PacaError: It asks for other settings of the method or the trainer than the run had.
     """
     if folder.config.is_file():
-        had, given = _recorded_settings(folder.config), _flat({config.method: config.adapter, "train": config.train})
+        had, method = _recorded_settings(folder.config), config.method
+        adapter = {key: value for key, value in with_defaults(method, config.adapter).items() if key in config.adapter}
+        given = _flat({method: adapter, "train": config.train})
         left = {*FREE_TO_CHANGE, "train.gradient_checkpointing"}  # an older name, recorded under the newer one
         other = [key for key, value in given.items() if key not in left and value not in ("auto", had.get(key))]
         if other:

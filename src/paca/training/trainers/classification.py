@@ -42,6 +42,7 @@ class Classification(TrainerKind):
     auto_class: ClassVar[Any] = AutoModelForSequenceClassification
     task_type: ClassVar[str | None] = "SEQ_CLS"
     renders = False
+    measured = ("loss", "accuracy")
     score = "accuracy"
     rate_of_weights = RATE_OF_WEIGHTS
 
@@ -87,7 +88,9 @@ class Classification(TrainerKind):
             return dict(processor(batch["text"], truncation=length is not None, max_length=length))
 
         with without_progress_bars(datasets):
-            return dataset.map(tokens, batched=True, remove_columns=["text"])
+            return dataset.map(
+                tokens, batched=True, remove_columns=[name for name in dataset.column_names if name != "labels"]
+            )
 
     def right(self, trainer: Trainer) -> str:
         """Examples that are grouped by length are evaluated in an order of chance."""

@@ -23,7 +23,7 @@ from paca.pretrained.answer_pattern import check_pattern
 from paca.training.config.key_checks import Origins
 from paca.training.config.run_config import RunConfig
 from paca.training.prompt_form import check_prompts_stay_open, tokenizer_of
-from paca.training.trainers.kind import RunData, TrainerKind, read_texts, steps_of
+from paca.training.trainers.kind import RunData, TrainerKind, read_texts
 from paca.training.trainers.reference import load_reference, told_of_reference
 from paca.training.trainers.reward_functions import BUILT_IN, check_columns, find_rewards, load_reward_models
 from paca.training.trainers.weighed_batches import WeighsBatches
@@ -126,12 +126,28 @@ class Grpo(TrainerKind):
         """
         raise PacaError("--probe does not go with train.trainer: grpo, whose answers are yet to be made. Leave it out.")
 
-    def steps(self, examples: int, train: Mapping[str, Any], processes: int) -> int | None:
-        """Batches are of answers: `num_generations` to a prompt, made for `steps_per_generation` batches at a time."""
+    def batches(self, examples: int, train: Mapping[str, Any], processes: int) -> int | None:
+        """They are of answers: `num_generations` to a prompt, made for `steps_per_generation` batches at a time."""
         per_batch = train["per_device_train_batch_size"] * processes
         answers = answers_at_a_time(train, processes)
         blocks = examples // max(1, answers // train["num_generations"])
-        return steps_of(blocks * train.get("num_iterations", 1) * (answers // per_batch), train)
+        return blocks * train.get("num_iterations", 1) * (answers // per_batch)
+
+    def check_batches(self, examples: int, train: Mapping[str, Any], processes: int) -> None:
+        """Refuse fewer prompts than answers are made to at a time.
+
+        Raises:
+            PacaError: Names the settings that make it so.
+        """
+        answers = answers_at_a_time(train, processes)
+        if self.batches(examples, train, processes) == 0:
+            raise PacaError(
+                f"{answers:,} answers are made at a time (train.per_device_train_batch_size × "
+                f"train.gradient_accumulation_steps, in {processes} processes, or train.generation_batch_size), "
+                f"{train['num_generations']} to a prompt (train.num_generations): that takes "
+                f"{answers // train['num_generations']:,} prompts, and there are {examples:,}. Lower one of the first, "
+                "or give more prompts."
+            )
 
 
 def _prompt(tokenizer: PreTrainedTokenizerBase, example: Example) -> list[Tokens]:

@@ -19,6 +19,7 @@ from paca.data.chat_template import unused_fields
 from paca.data.evenly import spread_evenly
 from paca.data.overlap import shared
 from paca.data.sample import Sample
+from paca.messages.errors import PacaError
 from paca.pretrained.learning_rate import LORA_RATE_OF_WEIGHTS
 from paca.training.config.key_checks import Origins
 from paca.training.config.run_config import DataSection, RunConfig
@@ -71,6 +72,8 @@ class TrainerKind:
     """LoRA's, times lora_alpha / √r, as a part of its root, where PaCA's is such a part."""
     counts: ClassVar[str] = "tokens"
     """What the speed is measured in."""
+    measured: ClassVar[tuple[str, ...] | None] = None
+    """What each evaluation measures; None where it depends on settings."""
     score: ClassVar[str | None] = None
     """The metric of an evaluation that says how good the model is, besides its loss."""
     scored_before: ClassVar[bool] = True
@@ -161,17 +164,31 @@ class TrainerKind:
             found.extend(pc.list_value_length(batch["input_ids"]).to_pylist())
         return found
 
-    def steps(self, examples: int, train: Mapping[str, Any], processes: int) -> int | None:
-        """Optimizer steps over so many examples, counted as the trainer counts them; None where data decides it."""
+    def batches(self, examples: int, train: Mapping[str, Any], processes: int) -> int | None:
+        """Batches of an epoch of so many examples, counted as the trainer counts them; None where data decides it."""
         batches = examples / (train["per_device_train_batch_size"] * processes)
-        batches = math.floor(batches) if train.get("dataloader_drop_last") else math.ceil(batches)
-        return steps_of(batches, train)
+        return math.floor(batches) if train.get("dataloader_drop_last") else math.ceil(batches)
 
+    def steps(self, examples: int, train: Mapping[str, Any], processes: int) -> int | None:
+        """Optimizer steps of all epochs; None where data decides it."""
+        batches = self.batches(examples, train, processes)
+        if batches is None:
+            return None
+        steps_per_epoch = max(1, math.ceil(batches / train["gradient_accumulation_steps"]))
+        return math.ceil(train["num_train_epochs"] * steps_per_epoch)
 
-def steps_of(batches: int, train: Mapping[str, Any]) -> int:
-    """Optimizer steps of all epochs, for the batches of one."""
-    steps_per_epoch = max(1, math.ceil(batches / train["gradient_accumulation_steps"]))
-    return math.ceil(train["num_train_epochs"] * steps_per_epoch)
+    def check_batches(self, examples: int, train: Mapping[str, Any], processes: int) -> None:
+        """Refuse data of which there is not one batch.
+
+        Raises:
+            PacaError: Names the settings that make it so.
+        """
+        if self.batches(examples, train, processes) == 0:
+            raise PacaError(
+                f"{examples:,} training examples don't fill a batch (train.per_device_train_batch_size: "
+                f"{train['per_device_train_batch_size']}, in {processes} processes), and train.dataloader_drop_last "
+                "leaves out one that is not full. Lower the first, or leave out the second."
+            )
 
 
 def datasets_of(data: RunData) -> dict[str, Any]:

@@ -25,6 +25,7 @@ class Sft(TrainerKind):
     """TRL's `SFTTrainer`."""
 
     name = "sft"
+    measured = ("loss", "mean_token_accuracy", "entropy", "num_tokens", "aux_loss")
     rate_of_weights = RATE_OF_WEIGHTS
     arguments = SFTConfig
     # What counts in the loss is in the data's labels, made beforehand; TRL refuses to look for it once more.
@@ -32,7 +33,12 @@ class Sft(TrainerKind):
     trainer = SFTTrainer
 
     def check(self, settings: Mapping[str, Any], origins: Origins) -> None:
-        """Packing keeps examples apart."""
+        """Packing keeps examples apart, and has a length to fill."""
+        if settings.get("packing") and settings.get("max_length", 1) is None:
+            raise PacaError(
+                f"{origins.of('train.max_length')}: train.max_length: null does not go with train.packing, which fills "
+                "sequences up to that length. Give a number of tokens, or leave it out."
+            )
         if settings.get("packing") and settings.get("packing_strategy") == "wrapped":
             raise PacaError(
                 f"{origins.of('train.packing_strategy')}: train.packing_strategy: wrapped would let the examples of a "
@@ -101,6 +107,6 @@ class Sft(TrainerKind):
         check_apart(trainer)
         return data.left_out
 
-    def steps(self, examples: int, train: Mapping[str, Any], processes: int) -> int | None:
+    def batches(self, examples: int, train: Mapping[str, Any], processes: int) -> int | None:
         """None where packing decides how many sequences there are."""
-        return None if train["packing"] else super().steps(examples, train, processes)
+        return None if train["packing"] else super().batches(examples, train, processes)
