@@ -63,14 +63,15 @@ def heads_of(model: nn.Module) -> list[str]:
     return [name for name, module in model.named_children() if name != trunk and any(True for _ in module.parameters())]
 
 
-def train_heads(
-    config: RunConfig, model: nn.Module, auto_class: Any, labels: Sequence[str], *, fetch: bool = False
-) -> None:
+def train_heads(config: RunConfig, model: nn.Module, new: Sequence[str] = ()) -> None:
     """Have what is new in a classifier trained whole, beside the adapter of `config`, if it has one: its heads, and
-    what its checkpoint lacks besides, such as a pooler. Arguments and errors are those of `modules_made_anew`."""
-    named = config.model
-    with about("model.name"):
-        new = modules_made_anew(named.name, named.revision, named.trust_remote_code, auto_class, labels, fetch=fetch)
+    what its checkpoint lacks besides, such as a pooler (`new`, from `new_modules`)."""
     if config.method != "full":
         whole = {*(config.adapter.get("modules_to_save") or ()), *heads_of(model), *new}
         config.adapter["modules_to_save"] = sorted(whole)
+
+
+def new_modules(named: ModelSection, auto_class: Any, labels: Sequence[str], *, fetch: bool) -> list[str]:
+    """`modules_made_anew` of the model; arguments and errors as there."""
+    with about("model.name"):
+        return modules_made_anew(named.name, named.revision, named.trust_remote_code, auto_class, labels, fetch=fetch)

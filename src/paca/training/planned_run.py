@@ -96,7 +96,7 @@ def target_of_run(
         lengths = f"train.max_length, which cuts {lengths}"
     steps = config.train.get("max_steps") or 0
     if labels is not None:
-        train_heads(config, outline, kind.auto_class, labels)
+        train_heads(config, outline)
     adapter = outline_config(config.method, config.adapter, kind.task_type)
     steps = steps if steps > 0 else None
     return Target(

@@ -27,7 +27,7 @@ from paca.training.config.target_names import check_target_names, told_of_layers
 from paca.training.folder.disk_need import disk_need
 from paca.training.folder.run_folder import RunFolder
 from paca.training.folder.same_run import inputs_of
-from paca.training.named_model import outline_of, train_heads
+from paca.training.named_model import new_modules, outline_of, train_heads
 from paca.training.plan import Plan, planned_steps
 from paca.training.trainers import trainer_kind
 
@@ -94,7 +94,8 @@ def prepare(config: RunConfig, *, whole: bool = True, fetch: bool = False) -> Pr
     if named.quantization is not None:
         model = quantize_outline(model, named.quantization)
     if data.labels is not None:
-        train_heads(config, model, kind.auto_class, data.labels, fetch=whole or fetch)
+        new = new_modules(named, kind.auto_class, data.labels, fetch=whole or fetch)
+        train_heads(config, model, new)
     adapted = _adapted_outline(config, model, kind.task_type)
     if named.quantization is not None and method == "paca":
         if config.adapter.get("rotate_every") is not None:
