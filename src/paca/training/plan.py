@@ -84,7 +84,7 @@ class Plan:
             per_step = f"those of {sequences}"
         scope = self.data.loss
         if self.data.sample is not None and self.data.sample.share is not None:
-            scope += f": {self.data.sample.share:.0%} of the tokens"
+            scope += f": {100 * self.data.sample.share:.0f} % of the tokens"
         dtype = ", ".join(filter(None, (self.dtype, self.config.model.quantization)))
         lines = [
             ("model", f"{self.config.model.name} ({self.architecture}, {self.parameters:,} parameters, {dtype})"),

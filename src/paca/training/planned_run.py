@@ -61,9 +61,10 @@ def target_of_run(
     config = load_run_config(path, overrides)
     kind = trainer_kind(config.train)
     if not kind.planned:
+        measure = ", or let `paca train --probe` measure it" if kind.probed else ""
         raise PacaError(
             f"{path} has train.trainer: {kind.name}, whose memory is not foretold. Give the model instead of the run, "
-            "or let `paca train --probe` measure it."
+            f"with --seq{measure}."
         )
     held_out, config.data.eval = config.data.eval, None  # what is split off the training data counts as well
     data, unread = (None, None) if kind.name == "sft" and sequence_length is not None else _read(config, kind)
