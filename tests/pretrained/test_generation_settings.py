@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from paca.convert.merged import merge_to_folder
 from paca.pretrained import load_pretrained
+from paca.pretrained.generation_settings import make_savable
 from paca.training import load_run_config, train
 from tiny_checkpoint import save_base
 
@@ -43,8 +44,8 @@ def test_a_run_and_a_merge_end_well(tmp_path: Path, method: str) -> None:
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
-        (GREEDY, "have no effect, and are left out: temperature, top_p."),
-        ({"output_scores": True, "length_penalty": 2.0}, "are left out: length_penalty, output_scores."),
+        (GREEDY, "have no effect, and are not saved: temperature, top_p."),
+        ({"output_scores": True, "length_penalty": 2.0}, "are not saved: length_penalty, output_scores."),
         ({"do_sample": True, "temperature": 0.9}, None),
     ],
 )
@@ -52,8 +53,10 @@ def test_what_is_left_out_is_told_in_a_line(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, settings: dict[str, Any], said: str | None
 ) -> None:
     folder = save_model(tmp_path / "model", **settings)
+    model = load_pretrained(str(folder)).model
+    assert all(getattr(model.generation_config, name) == value for name, value in settings.items())  # for chat
     with caplog.at_level(logging.WARNING, "paca"):
-        model = load_pretrained(str(folder)).model
+        make_savable(model, str(folder))
     lines = [record.getMessage() for record in caplog.records if "generation_config" in record.getMessage()]
     assert len(lines) == (said is not None)
     assert said is None or said in lines[0]

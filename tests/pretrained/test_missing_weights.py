@@ -3,17 +3,32 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from rich.console import Console
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForSequenceClassification, BertConfig, BertForMaskedLM, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForImageClassification,
+    AutoModelForSequenceClassification,
+    BertConfig,
+    BertForMaskedLM,
+    MobileViTConfig,
+    MobileViTForSemanticSegmentation,
+    PreTrainedTokenizerFast,
+    RobertaConfig,
+    RobertaForMaskedLM,
+)
 
+from paca.convert.exported import export_adapter
+from paca.convert.merged import merge_to_folder
 from paca.messages.errors import PacaError
 from paca.pretrained import load_pretrained
 from paca.pretrained.generation import load_saved
+from paca.pretrained.loading import modules_made_anew
 from paca.training import describe, load_run_config, train
 from tiny_checkpoint import byte_tokenizer, save_base
 
@@ -53,6 +68,41 @@ def test_a_pooler_that_is_made_anew_is_trained_and_saved(place: Path, tmp_path: 
         with torch.no_grad():
             logits.append(load_saved(tmp_path / "run").model(input_ids=torch.tensor([[3, 4, 5]])).logits)
     assert torch.equal(*logits)
+    merge_to_folder(tmp_path / "run", tmp_path / "merged", verify=False)
+    with torch.no_grad():
+        merged = load_saved(tmp_path / "merged").model(input_ids=torch.tensor([[3, 4, 5]])).logits
+    torch.testing.assert_close(merged, logits[0])
+    if method.startswith("paca"):
+        export_adapter(tmp_path / "run", tmp_path / "exported", "lora")
+        exported = load_saved(tmp_path / "exported").model(input_ids=torch.tensor([[3, 4, 5]])).logits
+        torch.testing.assert_close(exported.detach(), logits[0])
+
+
+def test_a_head_of_several_layers_is_merged(place: Path, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    settings = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2}
+    RobertaForMaskedLM(RobertaConfig(vocab_size=300, pad_token_id=0, **settings)).save_pretrained(tmp_path / "roberta")
+    byte_tokenizer(chat_template=None).save_pretrained(tmp_path / "roberta")
+    train(config_of(place, tmp_path, str(tmp_path / "roberta"), "paca: {r: 4}"), console=Console(quiet=True))
+    merge_to_folder(tmp_path / "run", tmp_path / "merged", verify=False)
+    ids = torch.tensor([[3, 4, 5]])
+    with torch.no_grad():
+        trained, merged = (load_saved(tmp_path / name).model(input_ids=ids).logits for name in ("run", "merged"))
+    torch.testing.assert_close(merged, trained)
+
+
+def test_models_that_name_no_embeddings_are_read(tmp_path: Path) -> None:
+    sizes = {"hidden_sizes": [8, 8, 8], "neck_hidden_sizes": [4, 4, 8, 8, 8, 8, 8], "image_size": 32}
+    MobileViTForSemanticSegmentation(MobileViTConfig(**sizes)).save_pretrained(tmp_path / "seen")
+    image: Any = AutoModelForImageClassification
+    new = modules_made_anew(str(tmp_path / "seen"), None, False, image, ["a", "b"], fetch=True)
+    assert new == ["mobilevit.conv_1x1_exp"]
+
+
+def test_a_folder_without_weights_may_be_planned(place: Path, tmp_path: Path) -> None:
+    shutil.copytree(place / "bert", tmp_path / "bert", ignore=shutil.ignore_patterns("*.safetensors"))
+    config = config_of(place, tmp_path, str(tmp_path / "bert"), "paca: {r: 4}")
+    assert dict(describe(config).lines())["trained whole"] == "classifier"
 
 
 def test_in_full_it_is_trained_anyway(place: Path, tmp_path: Path) -> None:

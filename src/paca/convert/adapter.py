@@ -192,8 +192,11 @@ def put_on(base_model: nn.Module, config: PacaConfig, tensors: dict[str, Tensor]
     """
     # Only the adapted layers matter: a new head need not have the shape that the outline guesses.
     whole, left_out = config.modules_to_save or [], config.exclude_modules or []
-    if whole:
-        left_out = rf"{left_out}|(.*\.)?({'|'.join(whole)})" if isinstance(left_out, str) else {*left_out, *whole}
+    if isinstance(left_out, str):
+        left_out = rf"{left_out}|(.*\.)?({'|'.join(whole)})(\..*)?" if whole else left_out
+    else:  # a module that is saved whole may have others in it
+        names = [name for name, _ in base_model.named_modules()]
+        left_out = {*left_out, *whole, *(name for name in names for one in whole if f".{one}." in f".{name}")}
     layers_only = dataclasses.replace(config, modules_to_save=None, exclude_modules=left_out or None)
     model = PeftModel(base_model, layers_only, adapter_name=NAME)
     of_whole = {n: t for n, t in tensors.items() if any(f".{m}." in f".{n}" for m in whole)}

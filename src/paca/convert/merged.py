@@ -15,6 +15,7 @@ from paca.convert.beforehand import merge_output
 from paca.messages.errors import PacaError
 from paca.pretrained.adapter_folder import adapter_settings, find_adapter
 from paca.pretrained.generation import LoadedModel, load_saved, on_accelerator, sampling_settings
+from paca.pretrained.generation_settings import make_savable
 from paca.pretrained.loading import DTYPES
 from paca.pretrained.purpose import classifier_in
 from paca.pretrained.quantizing import is_quantized
@@ -108,6 +109,7 @@ def _write(loaded: LoadedModel, dtype: torch.dtype, folder: Path) -> None:
     # The token that ends an answer in the adapter's template may be none that ended a text of the base model.
     if getattr(merged, "generation_config", None) is not None:
         merged.generation_config.eos_token_id = sampling_settings(merged, loaded.tokenizer, 0).get("eos_token_id")
+    make_savable(merged, loaded.base)
     merged.to(dtype=dtype).save_pretrained(folder)
     loaded.tokenizer.save_pretrained(folder)
 

@@ -66,7 +66,6 @@ def measure_labels(
     if not len(rows):
         raise PacaError(f"{examples.source} has no examples to measure on.")
     encoded = kind.encode(rows, processor, config)
-    encoded = encoded.remove_columns(ORIGIN) if "input_ids" in encoded.column_names else encoded
     collate = kind.collator(processor)
 
     @torch.no_grad()

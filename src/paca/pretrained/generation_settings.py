@@ -10,8 +10,8 @@ logger = logging.getLogger(__name__)
 
 
 def make_savable(model: Any, name: str) -> None:
-    """Take out what `generation_config.json` of the checkpoint `name` says without effect, such as a temperature
-    without `do_sample`, and say so: once training changes them, transformers won't save them, and the model with them.
+    """Take out what `generation_config.json` of the checkpoint `name` says without effect on `generate`, such as a
+    temperature without `do_sample`, and say so: else transformers won't save a model with other ends of texts.
     """
     settings = getattr(model, "generation_config", None)
     if settings is None:
@@ -23,4 +23,4 @@ def make_savable(model: Any, name: str) -> None:
         for setting in unused:
             setattr(settings, setting, None)
         listed = ", ".join(unused)
-        logger.warning("In generation_config.json of %r these have no effect, and are left out: %s.", name, listed)
+        logger.warning("In generation_config.json of %r these have no effect, and are not saved: %s.", name, listed)

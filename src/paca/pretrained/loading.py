@@ -25,7 +25,6 @@ from transformers import (
 from paca.messages.errors import PacaError
 from paca.pretrained import gguf, quantizing
 from paca.pretrained.explaining import explaining
-from paca.pretrained.generation_settings import make_savable
 from paca.pretrained.hub import check_holds_no_adapter
 from paca.pretrained.location import Location, Source, locate, tokenizer_files
 from paca.pretrained.missing_weights import check_nothing_missing, made_anew
@@ -122,7 +121,6 @@ def load_pretrained(
         check_nothing_missing(model, found["missing_keys"], location.name_or_path)
     elif labels is not None:
         made_anew(model, found["missing_keys"], location.name_or_path)
-    make_savable(model, location.name_or_path)
     quantizing.keep_trainable(model)
     if location.source == "gguf":
         gguf.check_is_plain(model, location.name_or_path)
@@ -209,11 +207,13 @@ def modules_made_anew(
     of_hub = location.source == "hub"
     with explaining(location, revision), without_progress_bars(), without_load_report():
         config = AutoConfig.from_pretrained(**options, **_label_settings(labels))
+        if getattr(config, "quantization_config", None) is not None:  # not made on meta; `load_pretrained` looks
+            return []
         options |= {"config": config, "ignore_mismatched_sizes": True, "local_files_only": of_hub and not fetch}
         try:
             model, found = auto_class.from_pretrained(device_map="meta", output_loading_info=True, **options)
-        except OSError:
-            if of_hub and not fetch:
+        except OSError:  # its weights are not here
+            if not fetch:
                 return []
             raise
     return made_anew(model, found["missing_keys"], location.name_or_path)

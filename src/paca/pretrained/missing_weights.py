@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from contextlib import suppress
 from typing import Any, cast
 
 from torch import nn
@@ -34,7 +35,9 @@ def made_anew(model: nn.Module, missing: Iterable[str], name: str) -> list[str]:
     lacking = [weight for weight in _parameters_of(model, missing) if weight.startswith(f"{trunk}.")]
     if not lacking:
         return []
-    embeddings = cast(Any, model).get_input_embeddings()
+    embeddings = None
+    with suppress(NotImplementedError):  # of images, some say
+        embeddings = cast(Any, model).get_input_embeddings()
     new = [
         f"{trunk}.{child}"
         for child, module in model.get_submodule(trunk).named_children()

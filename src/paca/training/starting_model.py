@@ -18,6 +18,7 @@ from paca.lean import make_lean
 from paca.messages.errors import PacaError
 from paca.messages.say import say
 from paca.pretrained import Pretrained, load_pretrained
+from paca.pretrained.generation_settings import make_savable
 from paca.pretrained.trainable_copy import unpack
 from paca.training.calibration import ColumnChoice
 from paca.training.config.adapter_settings import adapter_config
@@ -41,6 +42,8 @@ def load_model(config: RunConfig, folder: RunFolder, console: Console, labels: l
         PacaError: It can't be loaded.
     """
     pretrained = _read(config, folder, console, labels)
+    if config.method == "full":  # it is saved itself, with what it says of generating
+        make_savable(pretrained.model, config.model.name)
     set_attention(pretrained.model, config.model)
     if config.model.lean:  # before anything wraps the blocks: an adapter, checkpointing, DDP, FSDP
         make_lean(pretrained.model, config.model.recompute)

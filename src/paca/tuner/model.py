@@ -161,7 +161,7 @@ class PacaModel(AdaptsStacks, MergesAdapters):
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: Any, child: Any) -> None:
         if isinstance(new_module, ExpertStack):
             put_parameter_back(parent, child_name, new_module)
-        elif isinstance(child, PacaLayer):  # PEFT's own way is about attributes that quantized layers may lack
+        elif isinstance(child, PacaLayer) or not isinstance(new_module, PacaLayer):  # which may lack what PEFT copies
             setattr(parent, child_name, new_module)
         else:
             super()._replace_module(parent, child_name, new_module, child)

@@ -77,6 +77,9 @@ def test_a_run_says_which_files_and_folders_it_reads(tmp_path: Path, monkeypatch
     assert dict(config.paths_used()) == {
         key: str(tmp_path / name) for key, name in {**used, "train.accelerator_config": "acc.json"}.items()
     }
+    config.model.name = "train"  # as Python may change it
+    assert ("model.name", "train") in config.paths_used()
+    config.model.name = str(tmp_path / "model")
     monkeypatch.chdir("/")
     assert load(tmp_path, config.to_yaml()) == config  # runs from anywhere
 

@@ -143,7 +143,9 @@ def test_what_no_run_has_written_is_not_replaced(tmp_path: Path, name: str) -> N
 
 
 @pytest.mark.parametrize("read", ["model", "model/model.safetensors", "", "metrics.jsonl"])
-def test_an_earlier_run_that_the_new_one_reads_is_not_replaced(tmp_path: Path, read: str) -> None:
+def test_an_earlier_run_that_the_new_one_reads_is_not_replaced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, read: str
+) -> None:
     folder = RunFolder(tmp_path / "run")
     folder.clear({})
     folder.model.mkdir()
@@ -157,6 +159,10 @@ def test_an_earlier_run_that_the_new_one_reads_is_not_replaced(tmp_path: Path, r
             PacaError, match=r"model\.name is .*/run.*, in the folder of an earlier run.*another output"
         ):
             folder.check_free(overwrite=overwrite, used=[*elsewhere, ("model.name", str(folder.path / read))])
+
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(PacaError, match="in the folder of an earlier run"):
+        folder.check_free(overwrite=True, used=[("model.name", f"run/{read}")])
 
 
 def test_a_folder_that_cannot_be_made_is_an_error(tmp_path: Path) -> None:

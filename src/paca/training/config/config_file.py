@@ -238,7 +238,7 @@ def _problems_with_trainer(config: RunConfig) -> Iterator[tuple[str, str]]:
     if config.data.template is not None and not kind.renders:
         yield "data.template", f"has no effect with train.trainer: {kind.name}. Leave it out."
     best = str(config.train.get("metric_for_best_model") or "loss").removeprefix("eval_")
-    if kind.measured is not None and best not in kind.measured:
+    if config.data.eval is not None and kind.measured is not None and best not in kind.measured:
         yield (
             "train.metric_for_best_model",
             f"is {best}, and what is measured while training is {', '.join(kind.measured)}. Give one of them; "

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from os.path import isabs
+from os.path import expanduser, isabs, lexists
 from typing import Any, Literal
 
 import yaml
@@ -149,13 +149,24 @@ class RunConfig:
         return yaml.safe_dump(self._sections(), sort_keys=False, allow_unicode=True, width=120)
 
     def paths_used(self) -> Iterator[tuple[str, str]]:
-        """The keys that name files and folders which the run reads, with their paths, made absolute by
-        `load_run_config`."""
+        """The keys that name files and folders which the run reads, with these names."""
         for section, values in self._sections().items():
             for key, value in {} if section == "output" else values.items():
                 names = value if isinstance(value, list) else [value]
-                yield from ((f"{section}.{key}", name) for name in names if isinstance(name, str) and isabs(name))
+                # `load_run_config` made them absolute; whoever changed some since may have named them otherwise.
+                there = _is_there if f"{section}.{key}" in _OF_FILES else isabs
+                yield from ((f"{section}.{key}", one) for one in names if isinstance(one, str) and there(one))
 
     def _sections(self) -> dict[str, Any]:
         sections = {**dataclasses.asdict(self), self.method: self.adapter}
         return {name: sections[name] for name in ALL if name in sections}
+
+
+_OF_FILES = ("model.name", "model.tokenizer", "data.train", "data.eval", "train.reward_funcs", "paca.original_weights")
+
+
+def _is_there(name: str) -> bool:
+    try:
+        return lexists(expanduser(name))
+    except ValueError:  # null characters
+        return False

@@ -153,7 +153,7 @@ class RunFolder:
             )
         replaced = [part.resolve() for part in (*self._parts(), *self._files()) if part.exists()]
         for key, name in used:
-            path = Path(name).resolve()  # the folder of a run stands for the model in it
+            path = Path(name).expanduser().resolve()  # the folder of a run stands for the model in it
             if any(path.is_relative_to(part) for part in replaced) or (replaced and path == self.path.resolve()):
                 raise PacaError(
                     f"{key} is {name}, in the folder of an earlier run that this one would replace. Give another "

@@ -70,7 +70,9 @@ def check_same_run(folder: RunFolder, config: RunConfig, inputs: dict[str, str])
             *map(int, processes),
         )
         free.update(_SHARED_OUT)
-    changed = sorted(key for key in before.keys() | now.keys() if key not in free and before.get(key) != now.get(key))
+    changed = sorted(
+        key for key in before.keys() | now.keys() if key not in free and not _same(before.get(key), now.get(key))
+    )
     if changed:
         lines = "\n".join(f"  {key}: {before.get(key)!r} → {now.get(key)!r}" for key in changed)
         raise PacaError(
@@ -84,6 +86,13 @@ def check_same_run(folder: RunFolder, config: RunConfig, inputs: dict[str, str])
     ]
     if files:  # the key of a reward names its function and its file itself
         raise _other_content(folder, [f"{key} ({now[key]})" if key in now else key for key in files])
+
+
+def _same(before: Any, now: Any) -> bool:
+    """Whether a setting is what it was, or the same path, made absolute since."""
+    return bool(before == now) or (
+        isinstance(before, str) and os.path.isabs(str(now)) and os.path.abspath(before) == now
+    )
 
 
 def told_of_finished(folder: RunFolder, config: RunConfig) -> str:
