@@ -168,8 +168,15 @@ def test_sections_are_laid_over_the_common_ones() -> None:
 
 def test_blocks_need_named_modules_for_methods_of_peft() -> None:
     blocks: Any = {"paca": {"r": 16, "layers_to_transform": [0]}}
-    with pytest.raises(PacaError, match=r"paca\.layers_to_transform goes with a list of target_modules"):
+    with pytest.raises(PacaError, match=r"paca\.layers_to_transform goes with a list of target_modules in LoRA"):
         methods_of("paca,lora", blocks)
-    assert len(methods_of("paca,full", blocks)) == 2
+    assert len(methods_of("paca,full,vera", blocks)) == 3
     blocks["paca"]["target_modules"] = ["q_proj"]
     assert methods_of("paca,lora", blocks)[1].settings["layers_to_transform"] == [0]
+
+
+def test_the_case_of_a_peft_type_says_nothing(tmp_path: Path) -> None:
+    file = tmp_path / "own.yaml"
+    file.write_text("peft: {peft_type: LOHA}\n")
+    (method,) = methods_of(f"own={file}", {"peft": {"peft_type": "loha", "r": 8}})
+    assert (method.settings["r"], method.settings["peft_type"]) == (8, "LOHA")

@@ -92,6 +92,12 @@ def test_data_of_another_family_says_what_is_understood(tmp_path: Path) -> None:
         load(tmp_path, "preferences", {"instruction": "a", "output": "b"})
 
 
+def test_texts_that_look_like_numbers_stay_texts(tmp_path: Path) -> None:
+    texts = ["007", "true", '{"a": 1}', "é"]
+    dataset = load(tmp_path, "prompts", *({"prompt": "p", "answer": text} for text in texts)).dataset
+    assert list(dataset["answer"]) == texts
+
+
 def test_prompts_keep_what_rewards_need_as_it_was(tmp_path: Path) -> None:
     records = [{"question": "2+2?", "answer": 4, "hints": {"n": [1, None]}}, {"question": "3?", "answer": "three"}]
     dataset = load(tmp_path, "prompts", *records).dataset
@@ -149,6 +155,7 @@ def test_a_pairs_own_system_message_stays_the_only_one(tmp_path: Path) -> None:
     own = {"role": "system", "content": "Be long."}
     example = load(tmp_path, "preferences", {"prompt": [own, USER], **ANSWERS, "system": "Be brief."}).dataset[0]
     assert example["prompt"] == [own, USER]
+    assert "tools" not in example
 
 
 @pytest.mark.parametrize(("beside", "named"), [({"system": "Be brief."}, "system"), ({"tools": [TOOL]}, "tools")])
@@ -163,6 +170,10 @@ def test_a_prompt_that_the_conversations_lack_is_refused(tmp_path: Path) -> None
     record = {"prompt": "another question", **{name: [USER, *answer] for name, answer in ANSWERS.items()}}
     with pytest.raises(PacaError, match=r"none of their messages holds the prompt.*data.format: preference-implicit"):
         load(tmp_path, "preferences", record)
+    longer = {**record, "prompt": f"Human: {USER['content']} Assistant:"}
+    assert load(tmp_path, "preferences", longer).dataset[0]["prompt"] == [USER]
+    load_path = tmp_path / "data.jsonl"
+    load_path.write_text(json.dumps(record) + "\n")
     implicit = load_examples(str(tmp_path / "data.jsonl"), family="preferences", format="preference-implicit")
     assert implicit.dataset[0]["prompt"] == [USER]
 
@@ -172,6 +183,8 @@ def test_columns_that_the_first_record_lacks_are_there(tmp_path: Path) -> None:
     examples = load(tmp_path, "prompts", *records)
     assert list(examples.dataset["solution"]) == [None, 42, None]
     assert list(examples.dataset["hint"]) == [None, None, "x"]
+    again = load_examples(str(tmp_path / "data.jsonl"), family="prompts")  # now it is known which there are
+    assert (again.dataset.to_list(), again.description) == (examples.dataset.to_list(), examples.description)
     limited = load_examples(str(tmp_path / "data.jsonl"), family="prompts", limit=2)
     assert sorted(limited.dataset.column_names) == ["origin", "prompt", "solution"]
     asked = {"question": "q", "answer": "a"}

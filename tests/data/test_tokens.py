@@ -12,7 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from trl import SFTConfig, SFTTrainer
 
 from paca.data import Examples, encode, load_examples, tokenize, training_template
-from paca.data.tokens import IGNORED, WHY_LEFT_OUT
+from paca.data.tokens import IGNORED, WHY_LEFT_OUT, as_template_wants
 from paca.evaluation.encoding import answer_of, continuation_of, question_of, question_text
 from paca.messages.errors import PacaError
 from paca.pretrained.ends_of_texts import ends_texts
@@ -262,17 +262,23 @@ def test_a_template_that_leaves_tool_calls_out_is_refused(tmp_path: Path, conten
     assert "look<|im_end|>" in tokenizer.decode(encode(example, tokenizer).ids)
 
 
+def calling_tokenizer(written: str) -> PreTrainedTokenizerFast:
+    """Its template writes the calls of a message so."""
+    call = "{% for call in message.tool_calls %}{{ call.function.WRITTEN }}{% endfor %}"
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = CHAT_TEMPLATE.replace("message['content']", "(message['content'] or '')").replace(
+        "<|im_end|>", call.replace("WRITTEN", written) + "<|im_end|>", 1
+    )
+    return tokenizer
+
+
 @pytest.mark.parametrize("arguments", ['{"city": "Rome"}', {"city": "Rome"}])
 @pytest.mark.parametrize("written", ["arguments | tojson", "arguments", "arguments + ''"])
 def test_calls_are_rendered_as_the_template_wants_their_arguments(
     tmp_path: Path, arguments: object, written: str
 ) -> None:
     """Most write an object as JSON, some the text as it is given; both may be in the data."""
-    call = "{% for call in message.tool_calls %}{{ call.function.WRITTEN }}{% endfor %}"
-    tokenizer = byte_tokenizer()
-    tokenizer.chat_template = CHAT_TEMPLATE.replace("message['content']", "(message['content'] or '')").replace(
-        "<|im_end|>", call.replace("WRITTEN", written) + "<|im_end|>", 1
-    )
+    tokenizer = calling_tokenizer(written)
     calls = [{"type": "function", "function": {"name": "weather", "arguments": arguments}}]
     messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "", "tool_calls": calls}]
     (tmp_path / "calls.jsonl").write_text(json.dumps({"messages": messages}) + "\n")
@@ -305,3 +311,36 @@ def test_of_a_completion_of_several_messages_the_last_answer_is_what_is_scored(t
         found.append((scored, question_text(example)))
     assert found[0] == found[1]
     assert tokenizer.decode(found[0][0].answer).startswith(turns[last]["content"])
+
+
+def test_words_that_look_like_arguments_change_no_call(tmp_path: Path) -> None:
+    """The form that a template wants is a matter of the template."""
+    tokenizer = calling_tokenizer("arguments | tojson")
+    calls = [{"type": "function", "function": {"name": "weather", "arguments": {"city": "Rome"}}}]
+    messages = [
+        {"role": "user", "content": "{'city': 'Rome'}"},
+        {"role": "assistant", "content": "", "tool_calls": calls},
+        {"role": "tool", "content": "ok"},
+        {"role": "assistant", "content": "{'city': 'Rome'}"},
+    ]
+    (tmp_path / "calls.jsonl").write_text(json.dumps({"messages": messages}) + "\n")
+    (example,) = tokenize(load_examples(str(tmp_path / "calls.jsonl")), tokenizer).dataset
+    trained = tokenizer.decode([label for label in example["labels"] if label != IGNORED])
+    assert trained == "{\"city\": \"Rome\"}<|im_end|>\n{'city': 'Rome'}<|im_end|>\n"
+
+
+@pytest.mark.parametrize(
+    ("written", "kept"), [("arguments | tojson", {"city": "Rome"}), ("arguments", '{"city": "Rome"}')]
+)
+def test_trainers_that_render_get_the_form_that_the_template_wants(tmp_path: Path, written: str, kept: object) -> None:
+    calls = [{"type": "function", "function": {"name": "weather", "arguments": '{"city": "Rome"}'}}]
+    prompt = [
+        {"role": "user", "content": "a"},
+        {"role": "assistant", "content": "", "tool_calls": calls},
+        {"role": "tool", "content": "ok"},
+    ]
+    (tmp_path / "calls.jsonl").write_text(json.dumps({"prompt": prompt}) + "\n")
+    examples = as_template_wants(
+        load_examples(str(tmp_path / "calls.jsonl"), family="prompts"), calling_tokenizer(written)
+    )
+    assert examples.dataset[0]["prompt"][1]["tool_calls"][0]["function"]["arguments"] == kept

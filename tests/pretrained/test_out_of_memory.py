@@ -22,6 +22,13 @@ def test_the_errors_of_cuda_and_of_python_are_recognised() -> None:
     assert is_out_of_memory(MemoryError())
     assert says_out_of_memory("torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB.")
     assert says_out_of_memory("MemoryError")
+    for words in (
+        "CUBLAS_STATUS_ALLOC_FAILED",
+        "CUDNN_STATUS_ALLOC_FAILED",
+        "std::bad_alloc",
+        "Cannot allocate memory",
+    ):
+        assert says_out_of_memory(f"RuntimeError: {words}")
 
 
 def test_other_errors_keep_their_name_and_first_line() -> None:

@@ -128,7 +128,7 @@ def _named(name: str, common: Sections) -> Method:
     elif kind == "paca":
         section = _targets(common, None)
     elif kind == "lora":
-        section = {"r": _LORA_RANK, "lora_alpha": 2 * _LORA_RANK, **_targets(common, "all-linear")}
+        section = _for_lora({"r": _LORA_RANK, "lora_alpha": 2 * _LORA_RANK, **_targets(common, "all-linear")}, common)
     elif kind == "full":
         section = {}
     else:
@@ -145,22 +145,23 @@ def _named(name: str, common: Sections) -> Method:
 
 def _targets(common: Sections, all_linear: str | None) -> dict[str, Any]:
     """Where the run's own method goes, for another one to go there too; `all_linear` is that method's word for PaCA's
-    default.
-
-    Raises:
-        PacaError: PEFT's other methods can't go there.
-    """
-    section = own_section(common)
-    own = common.get(section, {})
+    default."""
+    own = common.get(own_section(common), {})
     targets = {name: own[name] for name in _TARGETS if own.get(name) is not None}
     if all_linear is not None:
         targets.setdefault("target_modules", all_linear)
-        if "layers_to_transform" in targets and isinstance(targets["target_modules"], str):
-            raise PacaError(
-                f"{section}.layers_to_transform goes with a list of target_modules in PEFT's other methods. Name the "
-                f"modules in the run's YAML, as in {section}.target_modules: [q_proj, v_proj]."
-            )
     return targets
+
+
+def _for_lora(settings: dict[str, Any], common: Sections) -> dict[str, Any]:
+    """The settings of a LoRA that goes where the run's method does, which it can't everywhere."""
+    if settings.get("layers_to_transform") is not None and isinstance(settings.get("target_modules"), str):
+        own = own_section(common)
+        raise PacaError(
+            f"{own}.layers_to_transform goes with a list of target_modules in LoRA. Name them in the run's YAML, "
+            f"as in {own}.target_modules: [q_proj, v_proj]."
+        )
+    return settings
 
 
 def _defaults(kind: str, settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -236,7 +237,7 @@ def _own_of_file(kind: str, given: Mapping[str, Any], common: Sections) -> dict[
     before = common.get(own) or {}
     if "peft_type" in given:
         given = {**given, "peft_type": str(given["peft_type"]).upper()}
-    if kind == own and given.get("peft_type", before.get("peft_type")) == before.get("peft_type"):
+    if kind == own and given.get("peft_type") in (None, str(before.get("peft_type")).upper()):
         return {**before, **given}
     if kind == "full" or any(given.get(name) is not None for name in ("target_modules", "target_parameters")):
         return dict(given)
@@ -245,4 +246,6 @@ def _own_of_file(kind: str, given: Mapping[str, Any], common: Sections) -> dict[
 
         known = given.get("peft_type") in {one.value for one in PeftType}  # else the run's config says what is wrong
         return {**(_targets_of_peft(common, _defaults(kind, given)) if known else {}), **given}
-    return {**_targets(common, None if kind == "paca" else "all-linear"), **given}
+    if kind == "lora":
+        return _for_lora({**_targets(common, "all-linear"), **given}, common)
+    return {**_targets(common, None), **given}

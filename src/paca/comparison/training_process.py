@@ -125,7 +125,7 @@ def failure_of(folder: RunFolder) -> dict[str, Any] | None:
 
 def ran_out_of_memory(failure: Mapping[str, Any]) -> bool:
     """Whether a failure, as `failure_of` has it, was one of memory; most likely so where the run was killed."""
-    return failure["exit_status"] == -signal.SIGKILL or says_out_of_memory(failure["error_msg"])
+    return failure["exit_status"] in (-signal.SIGKILL, 128 + signal.SIGKILL) or says_out_of_memory(failure["error_msg"])
 
 
 def forget_kill(folder: RunFolder) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -62,15 +64,29 @@ def converted(
     example = next(filter(None, (_convert(form, *one, leave_out) for one in _rows(found, form))), None)
     if example is None:
         raise PacaError(f"{found.name} holds no example of the form {form.name}: nobody answers in it.")
-    features = _features(example, family)
-    try:
-        return _table(found, form, family, features, limit, leave_out)
-    except _MoreColumns:
-        for place, row in itertools.islice(_rows(found, form), limit):
-            there += [name for name in row if name not in there]
-            if all(column in row for column in form.required):
-                features = {**_features(_convert(form, place, row, leave_out) or {}, family), **features}
-        return _table(found, form, family, Features(features), limit, leave_out)
+    wider = Path(datasets.config.HF_DATASETS_CACHE, f"paca-{_fingerprint(found, form, limit, leave_out)}.json")
+    if not wider.is_file():
+        try:
+            return _table(found, form, family, _features(example, family), limit, leave_out)
+        except _MoreColumns:
+            _note_columns(wider, found, form, limit, leave_out)
+    columns, rows_have = json.loads(wider.read_text(encoding="utf-8"))
+    there += [name for name in rows_have if name not in there]
+    return _table(found, form, family, _features(dict.fromkeys(columns) | example, family), limit, leave_out)
+
+
+def _note_columns(file: Path, found: Source, form: Format, limit: int | None, leave_out: bool) -> None:
+    """Look for the columns of all examples, and of all rows, and keep them for the next time."""
+    columns: dict[str, None] = {}
+    rows_have: dict[str, None] = {}
+    for place, row in itertools.islice(_rows(found, form), limit):
+        rows_have |= dict.fromkeys(row)
+        if all(column in row for column in form.required):
+            columns |= dict.fromkeys(_convert(form, place, row, leave_out) or ())
+    file.parent.mkdir(parents=True, exist_ok=True)
+    own = file.with_suffix(f".{os.getpid()}")  # other processes may do the same
+    own.write_text(json.dumps([list(columns), list(rows_have)]), encoding="utf-8")
+    own.replace(file)
 
 
 def _table(found: Source, form: Format, family: str, features: Features, limit: int | None, leave_out: bool) -> Dataset:
@@ -82,6 +98,7 @@ def _table(found: Source, form: Format, family: str, features: Features, limit: 
         "leave_out": leave_out,
         "columns": tuple(features),  # a list would be taken for sources, to be read by several processes
         "rendered": tuple(name for name in RENDERED if not isinstance(features.get(name), Json)),
+        "as_json": tuple(name for name, feature in features.items() if isinstance(feature, Json)),
     }
     fingerprint = _fingerprint(found, form, limit, leave_out, tuple(features))
     with without_progress_bars(datasets):
@@ -102,6 +119,7 @@ def _examples(
     leave_out: bool,
     columns: tuple[str, ...],
     rendered: tuple[str, ...],
+    as_json: tuple[str, ...],
 ) -> Iterator[Example]:
     form = FAMILIES[family][format_name]
     first: Example | None = None
@@ -120,7 +138,9 @@ def _examples(
         if not example.keys() <= set(columns):
             raise _MoreColumns(place)
         first = first or example
-        yield {name: example.get(name) for name in columns}
+        # A text that is JSON would be taken for what it says: "007" for 7.
+        texts = {name: json.dumps(example[name]) for name in as_json if isinstance(example.get(name), str)}
+        yield {name: example.get(name) for name in columns} | texts
 
 
 def _refuse_other_form(form: Format, family: str, first: str, place: str, row: rows.Row) -> None:
@@ -167,7 +187,9 @@ def _features(example: Example, family: str) -> Features:
     return Features({name: feature(name, value) for name, value in example.items()})
 
 
-def _fingerprint(source: Source, form: Format, limit: int | None, leave_out: bool, columns: tuple[str, ...]) -> str:
+def _fingerprint(
+    source: Source, form: Format, limit: int | None, leave_out: bool, columns: tuple[str, ...] = ()
+) -> str:
     """Names the cached conversion: another content, another choice or another version of this code, another name."""
     content = xxhash.xxh128()
     content.update(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import re
+from bisect import bisect_left
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 
 import datasets
 import numpy as np
+import pyarrow.compute as pc
 from datasets.data_files import get_data_patterns
 from PIL import Image
 
@@ -155,23 +157,25 @@ def _from_folder(folder: Path, split: str) -> datasets.Dataset:
 
 
 def _check_all_in_folders(dataset: datasets.Dataset) -> None:
-    """Refuse an image that lies beside folders of images: the folder that holds them would become a label.
+    """Refuse images that lie beside a folder of images: each would be a label, the folder that holds both as well.
 
     Raises:
         PacaError: Naming it.
     """
     if not isinstance(dataset.features.get("label"), datasets.ClassLabel) or "image" not in dataset.features:
         return
-    stored = dataset.select_columns("image").cast_column("image", datasets.Image(decode=False))["image"]
-    paths = [Path(image["path"]) for image in stored if image["path"]]
-    above = {parent for folder in {path.parent for path in paths} for parent in folder.parents}
-    loose = [path for path in paths if path.parent in above]
-    if loose:
-        raise PacaError(
-            f"{loose[0]} lies beside folders of images, whose names are the labels, so it has none of them"
-            f"{f' ({len(loose):,} such images)' if len(loose) > 1 else ''}. Move it into the folder of its label, or "
-            "away."
-        )
+    stored = dataset.select_columns("image").cast_column("image", datasets.Image(decode=False)).with_format("arrow")[:]
+    paths = [path for chunk in stored["image"].chunks for path in pc.struct_field(chunk, "path").to_pylist() if path]
+    first = {path.rpartition("/")[0]: path for path in reversed(paths)}
+    folders = sorted(first)
+    for folder in folders:
+        place = bisect_left(folders, f"{folder}/")
+        inner = folders[place] if place < len(folders) else ""
+        if inner.startswith(f"{folder}/"):
+            raise PacaError(
+                f"The folder {folder} holds images, such as {first[folder]}, and the folder {inner} in it holds "
+                "others: each folder that holds images is a label. Move the ones or the others."
+            )
 
 
 def _from_file(path: Path, label: str | None) -> datasets.Dataset:

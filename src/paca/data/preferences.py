@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from paca.data.formats import FORMATS, Example, Format, _messages, same_start, tools_of, with_system
+from paca.data.formats import FORMATS, Example, Format, Message, _messages, same_start, tools_of, with_system
 from paca.data.rows import Row
 from paca.messages.errors import NothingToLearn, PacaError
 
@@ -26,14 +26,17 @@ def _pair(form: str, answer: str) -> Callable[[Row], Example]:
                 raise type(error)(f"with {name} as the {answer}: {error}") from None
         if made["chosen"] == made["rejected"]:
             raise NothingToLearn("chosen and rejected are the same, so there is nothing to prefer. Remove the record.")
-        prompt, tools = made["chosen"]["prompt"], {}
+        prompt, tools = made["chosen"]["prompt"], tools_of(row)
         if isinstance(prompt, list):
-            prompt, tools = with_system(prompt, row.get("system")), tools_of(row)
-        elif row.get("system") or tools_of(row)["tools"]:
+            prompt = with_system(prompt, row.get("system"))
+        elif row.get("system") or tools["tools"]:
             raise PacaError(
                 f"{'system' if row.get('system') else 'tools'} goes with messages, and the prompt is text. Let a chat "
-                "template render it (data.columns: {question: prompt}), or give it as messages."
+                "template render it, as a column question (data.columns: {question: prompt}), give it as messages, or "
+                "take that column out."
             )
+        if tools["tools"] is None:
+            tools = {}
         return {"prompt": prompt, **{name: made[name]["completion"] for name in PAIR}, **tools}
 
     return convert
@@ -44,7 +47,7 @@ def _explicit(row: Row) -> Example:
     if isinstance(prompt, str) and isinstance(chosen, list):
         conversation = _messages(chosen, "chosen")
         if conversation[0]["role"] != "assistant":  # they repeat the prompt
-            if not any(_words(prompt) in _words(message["content"]) for message in conversation[:-1]):
+            if not any(_has_one_in_the_other(prompt, message) for message in conversation[:-1]):
                 raise PacaError(
                     "chosen and rejected are whole conversations, and none of their messages holds the prompt. For "
                     "what they begin with as the prompt, give data.format: preference-implicit; or let them hold "
@@ -75,8 +78,9 @@ def _implicit(row: Row) -> Example:
     return _explicit({**row, "prompt": prompt, **{n: text[shared:] for n, text in zip(PAIR, both, strict=True)}})
 
 
-def _words(text: str) -> str:
-    return " ".join(text.split())
+def _has_one_in_the_other(prompt: str, message: Message) -> bool:
+    asked, said = (" ".join(text.split()) for text in (prompt, message["content"]))
+    return asked in said or (message["role"] == "user" and bool(said) and said in asked)
 
 
 PREFERENCES = {

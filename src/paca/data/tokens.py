@@ -11,7 +11,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 from trl import get_training_chat_template
 
-from paca.data.conversion import ORIGIN
+from paca.data.conversion import ORIGIN, RENDERED
 from paca.data.examples import Examples
 from paca.data.formats import Example, Message, same_start, with_text_arguments
 from paca.messages.errors import PacaError
@@ -190,26 +190,54 @@ def _require_tool_calls(
 
 def render(tokenizer: PreTrainedTokenizerBase, messages: list[Message], place: str, **options: Any) -> str:
     """The text of messages in the tokenizer's chat template; `place` says in errors where they are from."""
-    failed: Exception | None = None
-    # Templates that write the arguments of a call down as they are want JSON text, not objects.
-    for form in filter(None, (messages, with_text_arguments(messages))):
+    texts = with_text_arguments(messages)
+    if texts is not None and wants_text_arguments(tokenizer, options.get("chat_template")):
+        messages = texts
+    try:
+        return _rendered(tokenizer, messages, **options)
+    except _FAILURES as error:
+        raise PacaError(f"{place}: the tokenizer's chat template cannot render these messages: {error}") from error
+
+
+_FAILURES = (jinja2.TemplateError, TypeError, ValueError, KeyError)
+_PROBE = {"probe": "qxz"}
+_CALL = {"type": "function", "id": "123456789", "function": {"name": "probe", "arguments": _PROBE}}
+_wants_text: dict[str, bool] = {}
+
+
+def wants_text_arguments(tokenizer: PreTrainedTokenizerBase, template: str | None = None) -> bool:
+    """Whether a chat template (the tokenizer's own by default) writes the arguments of a call down as they are, so that
+    they must be JSON text; most write an object as JSON."""
+    template = template or str(tokenizer.chat_template)
+    if template not in _wants_text:
+        call: Message = {"role": "assistant", "content": "", "tool_calls": [_CALL]}
+        messages: list[Message] = [{"role": "user", "content": "a"}, call]
         try:
-            text = str(tokenizer.apply_chat_template(form, tokenize=False, **options))
-        except (jinja2.TemplateError, TypeError, ValueError, KeyError) as error:
-            failed = failed or error
-            continue
-        if form is not messages or not _shows_objects_of_python(text, messages):
-            return text
-    raise PacaError(f"{place}: the tokenizer's chat template cannot render these messages: {failed}") from failed
+            wants = str(_PROBE) in _rendered(tokenizer, messages, chat_template=template)
+        except _FAILURES:
+            try:
+                wants = "qxz" in _rendered(tokenizer, with_text_arguments(messages), chat_template=template)
+            except _FAILURES:
+                wants = False
+        _wants_text[template] = wants
+    return _wants_text[template]
 
 
-def _shows_objects_of_python(text: str, messages: list[Message]) -> bool:
-    calls = [call.get("function", call) for message in messages for call in message.get("tool_calls") or ()]
-    return any(call.get("arguments") and str(call["arguments"]) in text for call in calls if not _is_text(call))
+def as_template_wants(examples: Examples, tokenizer: PreTrainedTokenizerBase) -> Examples:
+    """The examples with arguments of calls in the form that the tokenizer's template wants, for trainers that render
+    them themselves."""
+    if not examples.is_conversational or not wants_text_arguments(tokenizer):
+        return examples
+
+    def changed(example: Example) -> Example:
+        lists = {name: value for name, value in example.items() if name in RENDERED and isinstance(value, list)}
+        return {name: with_text_arguments(messages) or messages for name, messages in lists.items()}
+
+    return replace(examples, dataset=examples.dataset.map(changed))
 
 
-def _is_text(call: dict[str, Any]) -> bool:
-    return isinstance(call.get("arguments"), str)
+def _rendered(tokenizer: PreTrainedTokenizerBase, messages: Any, **options: Any) -> str:
+    return str(tokenizer.apply_chat_template(messages, tokenize=False, **options))
 
 
 def _ids_and_mask(

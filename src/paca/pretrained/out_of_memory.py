@@ -6,10 +6,11 @@ import re
 
 import torch
 
+_LIBRARIES = ("STATUS_ALLOC_FAILED", "std::bad_alloc", "cannot allocate memory")  # cuBLAS and cuDNN, C++, the system
 _CPU_ALLOCATOR = ("can't allocate memory", "not enough memory")  # torch's, on POSIX and on Windows: a RuntimeError
 
 _SAID = re.compile(
-    "|".join(("memory ran out", "not fit into memory", "out ?of ?memory", "MemoryError", *_CPU_ALLOCATOR)),
+    "|".join(("memory ran out", "not fit into memory", "out ?of ?memory", "MemoryError", *_CPU_ALLOCATOR, *_LIBRARIES)),
     re.IGNORECASE,
 )
 

@@ -97,31 +97,26 @@ def choose_form(config: RunConfig, train: Examples, tokenizer: PreTrainedTokeniz
 
 
 def trains_everything(config: RunConfig, train: Examples) -> bool:
-    """Whether the loss falls on every token, because the user asks for it or the data has no answers apart.
-
-    Raises:
-        PacaError: It is asked for with the setting that TRL has for data of another form.
-    """
+    """Whether the loss falls on every token, because the user asks for it or the data has no answers apart."""
     columns = train.dataset.column_names
-    if "text" in columns:
-        return True
-    deciding, other = "assistant_only_loss", "completion_only_loss"
-    if "messages" not in columns:
-        deciding, other = other, deciding
-    if config.train.get(other) is False and deciding not in config.train:
-        what = "conversations" if "messages" in columns else "prompts with their answers"
-        raise PacaError(
-            f"train.{other}: false tells nothing of {train.source}, which holds {what} (form {train.format}). For a "
-            f"loss on every token give train.{deciding}: false; for one on the answers alone leave it out."
-        )
-    return config.train.get(deciding) is False
+    return "text" in columns or config.train.get(_loss_key(train)) is False
+
+
+def _loss_key(train: Examples) -> str:
+    """TRL's setting for data of this form."""
+    return "assistant_only_loss" if "messages" in train.dataset.column_names else "completion_only_loss"
 
 
 def describe_loss(config: RunConfig, train: Examples) -> str:
     """Which tokens count in the loss, in words."""
     if trains_everything(config, train):
         return "every token"
-    return "the assistant's turns" if "messages" in train.dataset.column_names else "the completions"
+    words = "the assistant's turns" if "messages" in train.dataset.column_names else "the completions"
+    key = _loss_key(train)
+    other = {"assistant_only_loss": "completion_only_loss", "completion_only_loss": "assistant_only_loss"}[key]
+    if config.train.get(other) is False:
+        return f"{words} (train.{other} tells nothing of this form of data, train.{key} does)"
+    return words
 
 
 def check_prompts_stay_open(config: RunConfig, train: Examples) -> None:

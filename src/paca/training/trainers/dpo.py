@@ -77,8 +77,8 @@ def with_pairs_sampled(config: RunConfig, data: RunData, *, cuts: bool = True) -
     tokenizer, settings = tokenizer_of(config), config.train
 
     def forms(example: Example) -> list[Tokens]:
-        prompt = {"prompt": example["prompt"]} if "prompt" in example else {}
-        name = "completion" if prompt else "messages"
+        prompt = {name: example[name] for name in ("prompt", "tools") if example.get(name) is not None}
+        name = "completion" if "prompt" in prompt else "messages"
         return [
             encode({**prompt, name: example[answer], ORIGIN: example[ORIGIN]}, tokenizer)
             for answer in ("chosen", "rejected")

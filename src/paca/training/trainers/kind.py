@@ -19,6 +19,7 @@ from paca.data.chat_template import unused_fields
 from paca.data.evenly import spread_evenly
 from paca.data.overlap import shared
 from paca.data.sample import Sample
+from paca.data.tokens import as_template_wants
 from paca.messages.errors import PacaError
 from paca.pretrained.learning_rate import LORA_RATE_OF_WEIGHTS
 from paca.training.config.key_checks import Origins
@@ -209,6 +210,9 @@ def read_texts(config: RunConfig, family: str) -> tuple[Examples, Examples | Non
     tokenizer = tokenizer_of(config)
     train, held_out = read_split(config, reader(config, family))
     form = choose_form(config, train, tokenizer)
+    if family in ("prompts", "preferences"):  # which TRL renders
+        train = as_template_wants(train, tokenizer)
+        held_out = held_out and as_template_wants(held_out, tokenizer)
     if unused := unused_fields(train, tokenizer) if train.is_conversational else []:
         note = f"; the template does not use these fields of messages: {', '.join(unused)}"
         train = dataclasses.replace(train, description=train.description + note)
