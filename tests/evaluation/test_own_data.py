@@ -293,3 +293,11 @@ def test_standard_errors_are_those_of_a_mean_and_of_a_ratio() -> None:
     drawn = [ratio_with_error(s.tolist(), w.tolist()) for s, w in zip(sums, weights, strict=True)]
     spread = statistics.stdev(ratio for ratio, _ in drawn)
     assert statistics.mean(error for _, error in drawn if error is not None) == pytest.approx(spread, rel=0.1)
+
+
+def test_an_answer_that_calls_a_tool_is_no_text_to_match(loaded: LoadedModel, tmp_path: Path) -> None:
+    call = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "look", "arguments": "{}"}}]}
+    rows = examples(tmp_path, [{"messages": [{"role": "user", "content": "a"}, call]}])
+    with pytest.raises(PacaError, match=r"line 1: the last answer calls a tool.*Take token_accuracy or loss"):
+        Measurement("exact_match").check(rows, loaded.model)
+    Measurement("loss").check(rows, loaded.model)

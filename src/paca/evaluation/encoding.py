@@ -49,6 +49,12 @@ def answer_of(example: Example) -> str:
     return str(answer if isinstance(answer, str) else answer["content"])
 
 
+def calls_a_tool(example: Example) -> bool:
+    """Whether the reference answer does, so that its text is not all of it."""
+    answer = _halves(example)[1]
+    return isinstance(answer, dict) and bool(answer.get("tool_calls"))
+
+
 def continuation_of(example: Example, tokenizer: PreTrainedTokenizerBase, answer: str | None = None) -> Continuation:
     """Prompt and answer as the model was trained on them, with the token that ends an answer.
 

@@ -12,7 +12,15 @@ from transformers import PreTrainedTokenizerBase
 from paca.data.conversion import ORIGIN
 from paca.evaluation.batches import context_of
 from paca.evaluation.completions import completions
-from paca.evaluation.encoding import Example, answer_of, continuation_of, options_of, question_of, question_text
+from paca.evaluation.encoding import (
+    Example,
+    answer_of,
+    calls_a_tool,
+    continuation_of,
+    options_of,
+    question_of,
+    question_text,
+)
 from paca.evaluation.kept_lines import KeptAnswers
 from paca.evaluation.log_likelihood import likelihoods
 from paca.evaluation.sides import Watcher
@@ -63,6 +71,11 @@ class Measurement:
                 options_of(row)
             elif self.metric == "exact_match":
                 question_text(row)
+                if calls_a_tool(row):
+                    raise PacaError(
+                        f"{row[ORIGIN]}: the last answer calls a tool, and eval.metric: exact_match compares texts "
+                        "alone. Take token_accuracy or loss, which count the call, or leave the example out."
+                    )
         for row, found in zip(rows, self.references(rows), strict=True) if self.metric == "exact_match" else ():
             if not found:
                 raise PacaError(
