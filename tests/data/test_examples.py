@@ -232,7 +232,7 @@ def test_a_corrupt_line_in_the_middle_is_named(tmp_path: Path) -> None:
 
 
 def test_rows_in_place_of_a_source_are_told_where_to_go() -> None:
-    with pytest.raises(PacaError, match=r"is a list; expected a text: .*Dataset\.from_list\(rows\).*\.jsonl file"):
+    with pytest.raises(PacaError, match=r"is a dict; expected a text: .*Dataset\.from_list\(rows\).*\.jsonl file"):
         load_examples([{"question": "1+1?", "answer": "2"}])  # type: ignore[arg-type]
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from paca.data.examples import load_examples
+from paca.data import load_examples
 from paca.data.images import load_images
 from paca.data.overlap import shared
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -247,6 +248,12 @@ def test_other_data_that_was_trained_on_is_told(run: Path, tmp_path: Path) -> No
     config = config_of_run(run, content["data"]["train"])
     told = "3 of the 4 examples are in the run's training data: it has seen their answers."
     assert trained_on(run, other_data(run, config)) == told
+    more = tmp_path / "more.jsonl"
+    more.write_text(json.dumps({"question": "Another?", "answer": "Yes"}) + "\n")
+    both = {"train": [content["data"]["train"], str(more)], "eval": 1}
+    (run / "config.yaml").write_text(yaml.safe_dump({**content, "data": both}))
+    told = trained_on(run, other_data(run, config)) or ""
+    assert re.match("[34] of the 4 examples are in the run's training data", told)  # one of five is held out
 
 
 @pytest.mark.parametrize(("trainer", "writes"), [("dpo", True), ("reward", False)])

@@ -287,6 +287,25 @@ def test_a_run_is_not_continued_on_other_content(run: Runner, tmp_path: Path, ch
     assert run("a", *overrides, resume=True, stop_at=2).resume_command is not None
 
 
+def test_a_run_learns_from_several_sources_of_several_forms(run: Runner, tmp_path: Path) -> None:
+    chats, tasks = tmp_path / "chats.jsonl", tmp_path / "tasks.jsonl"
+    talk = [{"role": "user", "content": "Say a."}, {"role": "assistant", "content": "a"}]
+    chats.write_text((json.dumps({"messages": talk}) + "\n") * 3)
+    tasks.write_text((json.dumps({"instruction": "Say b.", "output": "b"}) + "\n") * 4)
+    overrides = (f"data.train=[{chats}, {tasks}]", "data.eval=2", "train.max_steps=2")
+    run("a", *overrides, stop_at=1)
+    whole = tasks.read_text()
+    tasks.write_text(whole.replace("Say b.", "Say c."))
+    with pytest.raises(PacaError, match=r"content of data.train \(.*tasks.jsonl.*\) is no longer what the run"):
+        run("a", *overrides, resume=True)
+    tasks.write_text(whole)
+    summary = run("a", *overrides, resume=True).summary
+    assert summary is not None
+    data = summary["data"]
+    assert (data["train"], data["train_examples"], data["eval_examples"]) == ([str(chats), str(tasks)], 5, 2)
+    assert data["format"] == "messages and alpaca"
+
+
 def test_a_finished_run_is_neither_repeated_nor_overwritten(run: Runner, tmp_path: Path) -> None:
     first = run("a", "train.max_steps=2")
     changed = (tmp_path / "a" / "summary.json").stat().st_mtime_ns

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from paca.data.chat_template import end_of_turn, set_chat_template
-from paca.data.examples import Examples, load_examples, split_heldout
+from paca.data.examples import Examples, split_heldout
 from paca.data.images import load_images, open_image
 from paca.data.labels import check_labels
+from paca.data.loading import load_examples
 from paca.data.tokens import encode, tokenize, training_template
 
 __all__ = [

@@ -143,7 +143,7 @@ def trained_on(path: str | Path, other: Examples) -> str | None:
     if not RunFolder(Path(path)).config.is_file():
         return None
     config = _config_in(path)
-    if not os.path.exists(config.data.train):
+    if not all(map(os.path.exists, config.data.sources)):
         return None
     try:
         count = shared(trainer_kind(config.train).read(config).train.dataset, other.dataset)
@@ -197,7 +197,7 @@ def held_out_of(path: str | Path, config: RunConfig, limit: int | None = None) -
     # Both parts of the split are in there, the training examples first; eval.limit changes the other one.
     if before.get("data.train", now["data.train"])[:_DIGITS] != now["data.train"][:_DIGITS]:
         raise PacaError(
-            f"The held-out data of {path} was split off from data.train ({config.data.train}), whose content or split "
+            f"The held-out data of {path} was split off from data.train ({config.data.named}), whose content or split "
             "has changed: examples that it was trained on would be among it. Restore the data, or set data.eval in "
             f"{RunFolder(Path(path)).config} to a file of others."
         )

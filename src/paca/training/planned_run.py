@@ -142,7 +142,7 @@ def _lengths_of(config: RunConfig, kind: TrainerKind, data: RunData) -> tuple[in
         return None, None, 1, f"the examples could not be read ({error})"
     cut = min(longest, config.train["max_length"] or longest)
     different = min(sample.examples, max(1, cut - sample.shortest + 1))
-    return longest, round(sample.padded), different, f"{which} of {config.data.train}"
+    return longest, round(sample.padded), different, f"{which} of {config.data.named}"
 
 
 def _longest(config: RunConfig, examples: Examples) -> int:
@@ -155,12 +155,14 @@ def _longest(config: RunConfig, examples: Examples) -> int:
 
 def _unread(config: RunConfig) -> str | None:
     """Why the training data is not read for a plan: it may take long."""
-    source = Path(config.data.train).expanduser()
-    files = [source] if source.is_file() else sorted(source.rglob("*")) if source.is_dir() else []
-    if not files:
-        return f"{config.data.train} is not a local file, so it was not read"
-    size = sum(file.stat().st_size for file in files if file.is_file())
-    return f"{config.data.train} has {format_bytes(size)}, so it was not read" if size > READ_AT_MOST else None
+    size = 0
+    for name in config.data.sources:
+        source = Path(name).expanduser()
+        files = [source] if source.is_file() else sorted(source.rglob("*")) if source.is_dir() else []
+        if not files:
+            return f"{name} is not a local file, so it was not read"
+        size += sum(file.stat().st_size for file in files if file.is_file())
+    return f"{config.data.named} has {format_bytes(size)}, so it was not read" if size > READ_AT_MOST else None
 
 
 def _characters(example: dict[str, Any]) -> int:

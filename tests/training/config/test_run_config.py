@@ -53,6 +53,18 @@ def test_existing_paths_become_absolute_and_names_stay(tmp_path: Path, monkeypat
     assert config.model.name == "org/model"
     assert config.data.train == str(tmp_path / "data.jsonl")
     assert config.data.eval == "missing.jsonl"
+    config = load(tmp_path, "model: {name: org/model}\ndata: {train: [data.jsonl, org/data, data.jsonl]}\n")
+    assert config.data.train == [str(tmp_path / "data.jsonl"), "org/data", str(tmp_path / "data.jsonl")]
+    assert {name for key, name in config.paths_used() if key == "data.train"} == {str(tmp_path / "data.jsonl")}
+
+
+def test_a_list_of_data_names_something_and_no_images(tmp_path: Path) -> None:
+    with pytest.raises(
+        PacaError, match=r"--set: data.train is an empty list; name at least one file, folder or hub id"
+    ):
+        load(tmp_path, MINIMAL, "data.train=[]")
+    with pytest.raises(PacaError, match=r"data.train is a list; of images give one folder, Parquet file or hub id"):
+        load(tmp_path, MINIMAL, "data.train=[a, b]", "train.trainer=image_classification")
 
 
 @pytest.mark.parametrize("name", ["loss", "eval_loss", "mean_token_accuracy"])

@@ -199,6 +199,8 @@ def test_data_that_is_not_here_leaves_the_length_and_the_labels_open(workspace: 
     target = target_of_run(workspace / "classification.yaml", changes, "cpu", None, None)
     assert target.setting.sequence_length == 40
     assert target.lengths == "train.max_length: stanfordnlp/imdb is not a local file, so it was not read"
+    both = [f"data.train=[{workspace / 'labelled.jsonl'}, stanfordnlp/imdb]", *changes[1:]]
+    assert target_of_run(workspace / "classification.yaml", both, "cpu", None, None).lengths == target.lengths
     assert target.model.config.num_labels == 2
     images = target_of_run(workspace / "image_classification.yaml", changes[:2], "cpu", None, None)
     assert images.lengths is None

@@ -179,6 +179,8 @@ def _problems(config: RunConfig) -> Iterator[tuple[str, str]]:
             f"is {data.eval}; to hold out a part of data.train give a fraction between 0 and 1 or a whole number of "
             "records.",
         )
+    if not data.sources:
+        yield "data.train", "is an empty list; name at least one file, folder or hub id."
     for key, count in (("data.eval", data.eval), ("data.limit", data.limit), ("eval.limit", evaluation.limit)):
         if isinstance(count, int) and count < 1:
             yield key, f"is {count}; a count of records must be 1 or more."
@@ -233,6 +235,8 @@ def _problems_with_trainer(config: RunConfig) -> Iterator[tuple[str, str]]:
     kind = trainer_kind(config.train)
     if config.data.columns is not None and kind.name == "image_classification":
         yield "data.columns", "is for texts; of images data.label names the column with the label. Leave it out."
+    if not isinstance(config.data.train, str) and kind.name == "image_classification":
+        yield "data.train", "is a list; of images give one folder, Parquet file or hub id."
     if config.data.label is not None and kind.name != "image_classification":
         yield "data.label", f"goes with train.trainer: image_classification, not {kind.name}. Leave it out."
     if config.data.template is not None and not kind.renders:
@@ -267,7 +271,8 @@ def _make_paths_absolute(config: RunConfig) -> None:
     config.model.name = _absolute_where_it_exists(config.model.name)
     if config.model.tokenizer is not None:
         config.model.tokenizer = _absolute_where_it_exists(config.model.tokenizer)
-    config.data.train = _absolute_where_it_exists(config.data.train)
+    sources = [*map(_absolute_where_it_exists, config.data.sources)]
+    config.data.train = sources[0] if isinstance(config.data.train, str) else sources
     if config.data.template is not None and Path(config.data.template).suffix:  # a file, not a name
         config.data.template = _absolute_where_it_exists(config.data.template)
     if isinstance(config.data.eval, str):

@@ -40,8 +40,8 @@ class ModelSection:
 class DataSection:
     """What it learns from."""
 
-    train: str
-    """A JSONL, JSON, CSV or Parquet file, or a hub id."""
+    train: str | list[str]
+    """A JSONL, JSON, CSV or Parquet file, a folder, or a hub id; or a list of several, whose forms may differ."""
     eval: str | int | float | None = None
     """Held-out data: a file, a hub id, a fraction (0 < x < 1) or a count (≥ 1) of `train` to hold out, or null."""
     format: str | None = None
@@ -56,7 +56,7 @@ class DataSection:
     eval_split: str = "test"
     """The split of `eval`, as `split`."""
     limit: int | None = None
-    """Use only this many records of `train` (before any are held out)."""
+    """Use only this many records of `train`, of several sources of each (before any are held out)."""
     unusable: Literal["refuse", "leave_out"] = "refuse"
     """What becomes of records from which nothing can be learned: an empty answer, two equal ones, or one of which
     `train.max_length` leaves nothing."""
@@ -64,6 +64,16 @@ class DataSection:
     """For `train.trainer: image_classification`: the column with the label, where the data has several."""
     heldout_seed: int = 0
     """Which records a fraction or a count picks."""
+
+    @property
+    def sources(self) -> list[str]:
+        """What `train` names."""
+        return [self.train] if isinstance(self.train, str) else self.train
+
+    @property
+    def named(self) -> str:
+        """The same for people."""
+        return ", ".join(self.sources)
 
 
 @dataclass

@@ -1,0 +1,101 @@
+"""Load training examples from files or the hub."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from paca.data import named_columns, sources
+from paca.data.conversion import FAMILIES, converted
+from paca.data.examples import Examples
+from paca.data.recognition import describe, for_another_trainer, recognise
+from paca.data.several import joined
+from paca.messages.errors import PacaError
+
+
+def load_examples(
+    source: str | Sequence[str],
+    *,
+    format: str | None = None,
+    split: str = "train",
+    limit: int | None = None,
+    family: str = "text",
+    leave_out: bool = False,
+    columns: Mapping[str, str] | None = None,
+) -> Examples:
+    """Load examples and bring them into the shape that a trainer takes.
+
+    Args:
+        source: A `.jsonl`, `.json` (an array of objects; both also `.gz`), `.csv`, `.tsv` or `.parquet` file, a folder
+            of such files (read in the order of their names) or of what `save_to_disk` of datasets left, or a dataset
+            on the hub: `owner/name`, with a configuration `owner/name:config`, and with any split that datasets
+            understands `owner/name[train[:1000]]`. Or several of these, whose forms may differ; what is given for
+            `format`, `split`, `limit` and `columns` holds for each.
+        format: `"messages"`, `"prompt-completion"`, `"alpaca"`, `"sharegpt"`, `"question-answer"`,
+            `"mmlu"`, `"arc"`, `"oasst-messages"`, `"oasst-trees"` or `"text"`. Recognised from the columns
+            when absent. Alpaca and question-answer rows become a `user` and an `assistant` message; those of mmlu
+            and arc as well, the options listed below the question and the right one's label as the answer. Of a tree of
+            messages the best-ranked conversation is taken. Texts given as prompt and completion stay as they are.
+        split: The split of a hub dataset whose `source` names none, of one that was saved with splits, and of a folder
+            whose files are named by splits.
+        limit: Use only so many examples, from the start.
+        family: What they are to be: `"text"` for SFT, `"preferences"`, `"prompts"` or `"labels"`, each with
+            forms of its own.
+        leave_out: Leave out records from which nothing can be learned, such as those with an empty answer.
+        columns: Names that a form knows, each with the data's own column for it, such as `{"question": "input"}`.
+
+    Raises:
+        PacaError: The source does not exist, is empty or cannot be parsed, its form is unknown or ambiguous, or an
+            example has a field of the wrong type or an empty answer; the text names the file and the line. Or of
+            several sources some hold texts, and others messages.
+        LacksColumns: It lacks columns of `format`.
+    """
+    if limit is not None and limit < 1:
+        raise PacaError(f"The limit of examples is {limit}; expected at least 1.")
+    given: dict[str, str] = dict(columns or {})
+    named_columns.check_names(given, {name for form in FAMILIES[family].values() for name in form.columns})
+    names: Sequence[Any] = source if isinstance(source, list | tuple) else [source]
+    if not names:
+        raise PacaError("The list of data sources is empty. Name at least one: a file, a folder or a hub id.")
+    return joined([_load(name, format, split, limit, family, leave_out, given) for name in names])
+
+
+def _load(
+    source: str,
+    format: str | None,
+    split: str,
+    limit: int | None,
+    family: str,
+    leave_out: bool,
+    given: dict[str, str],
+) -> Examples:
+    """One source; the arguments are those of `load_examples`."""
+    forms = FAMILIES[family]
+    optional = frozenset(name for name in given if any(name in form.optional for form in forms.values()))
+    found = replace(sources.find_source(source, split), columns=tuple(given.items()), optional=optional)
+    first = next(found.rows(), None)
+    if first is None:
+        raise PacaError(f"{source} holds no examples: it is empty.")
+    there = list(first[1])
+    own = {name: column for name, column in given.items() if name in there}
+    try:
+        form = recognise(there, format, source, forms, own)
+    except PacaError as error:
+        if format is not None:
+            raise
+        others = {name: forms for name, forms in FAMILIES.items() if name != family}
+        raise PacaError(f"{error}{for_another_trainer(there, others)}") from None
+    dataset = converted(found, form, family, limit, leave_out, there)
+    usable, note = dataset, ""
+    if leave_out:
+        first = dataset.select_columns(dataset.column_names[0]).with_format("arrow")[:]
+        usable = dataset.select(np.flatnonzero(first.column(0).is_valid()))
+    if count := len(dataset) - len(usable):
+        note = f"; {count:,} left out, as nothing can be learned from them"
+    if found.left_out:
+        of_all = len(found.files) + found.left_out
+        note += f"; of {len(found.files)} of the folder's {of_all} files, by their names those of the split {split!r}"
+    return Examples(usable, form.name, source, describe(form, there, usable, given) + note)
