@@ -113,14 +113,15 @@ def test_the_difference_is_named_for_what_it_is_to_and_intervals_are_explained_w
     page, text = report_of(tmp_path / "report", found, made_folders(found, tmp_path))
     show_result(found, tmp_path, Console(width=200))
     for told in (page, text, capsys.readouterr().out):
-        assert "difference to mine" in told
+        assert "mine minus it" in told
+        assert ("-1.0000" in told, "+1.0000" in told) == (True, False)  # one sign in table and verdict
         assert told.count("After ± is half of a 95 % interval") == (seeds > 1)
         assert "counts the examples" not in told  # of a loss
 
 
 def test_the_difference_of_shares_is_said_to_count_examples() -> None:
     heads, cells = (
-        ["method", "rate", "seeds", "choice", "difference to paca"],
+        ["method", "rate", "seeds", "choice", "paca minus it"],
         ["paca", "1e-3", "2", "0.5000 ± 0.1000", ""],
     )
     assert "also counts the examples as drawn by chance" in note_on_intervals((heads, [cells]))[0]

@@ -38,7 +38,7 @@ def write_report(path: Path, result: ComparisonResult, folders: Mapping[str, Run
 
 def method_table(result: ComparisonResult) -> Table:
     """Heads and cells: one row for the model as it came, then one a method; see `note_on_intervals`."""
-    apart = f"difference to {result.methods[0].name}"
+    apart = f"{result.methods[0].name} minus it"
     heads = [
         "method", "rate", "seeds", result.metric, apart, "training", "tokens/s", "peak memory", "trained parameters",
         "settings",
@@ -73,8 +73,7 @@ def _method_row(method: MethodResult, contrast: Contrast | None) -> list[str]:
         "" if method.rate is None else f"{method.rate:g}",
         f"{len(method.rows)}{f' ({len(method.lost)} failed)' if method.lost else ''}" if method.rows else "failed",
         "" if score is None else f"{score.mean:.4f}{_plus_minus(score)}",
-        # the contrast is the first method minus this one; a row tells of its own method
-        "" if found is None else f"{signed(-found.mean)}{_plus_minus(found)}",
+        "" if found is None else f"{signed(found.mean)}{_plus_minus(found)}",  # as in the verdict
         "" if time is None else _time(time),
         "" if speed is None else f"{speed:,.0f}",
         "" if peak is None else format_bytes(peak),
