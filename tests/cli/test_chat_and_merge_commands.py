@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 import pty
 import select
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -17,7 +19,9 @@ from rich.console import Console
 from transformers import AutoModelForCausalLM
 
 from cli.paca_process import PACA, forked_paca, fresh_paca
+from paca.cli.chat import read_tools
 from paca.cli.chat_beside import SideBySide
+from paca.messages.errors import PacaError
 from paca.pretrained.generation import load_for_generation, stream_reply
 from tiny_checkpoint import byte_tokenizer, save_adapter, save_run
 from training.chat_answers import chats
@@ -60,6 +64,44 @@ def test_piped_turns_share_a_history_until_reset(run: Path) -> None:
     assert done.stdout == f"{first}\n{second}\n{fresh}\n"
     assert "No such command: /unknown" in done.stderr
     assert "New conversation." in done.stderr
+
+
+TOOLS = [{"type": "function", "function": {"name": "weather", "parameters": {}}}]
+
+
+def test_tools_are_told_to_the_model_and_what_they_say_is_answered(run: Path, tmp_path: Path) -> None:
+    own = shutil.copytree(run, tmp_path / "own")
+    template = own / "adapter" / "chat_template.jinja"
+    template.write_text("{% if tools %}{{ tools | tojson }}{% endif %}" + template.read_text())
+    (tmp_path / "tools.json").write_text(json.dumps({"tools": json.dumps(TOOLS)}))  # as in a record of data
+    options = ("--tools", tmp_path / "tools.json", "--max-new-tokens", 20)
+    done = forked_paca("chat", own, *options, typed="Hello\n/tool 7 degrees\n")
+    assert done.returncode == 0, done.stderr
+    assert "/tool TEXT answers a call" in done.stderr
+    loaded = load_for_generation(own)
+    messages = [{"role": "user", "content": "Hello"}]
+    first = "".join(stream_reply(loaded, messages, max_new_tokens=20, tools=TOOLS))
+    messages += [{"role": "assistant", "content": first}, {"role": "tool", "content": "7 degrees"}]
+    second = "".join(stream_reply(loaded, messages, max_new_tokens=20, tools=TOOLS))
+    assert done.stdout == f"{first}\n{second}\n"
+    assert first != expected_reply(run, "Hello")
+    beside = forked_paca("chat", own, *options, "--beside", "base", "--prompt", "Hello")
+    assert beside.returncode == 0, beside.stderr
+    for others in ((), ("--beside", "base")):
+        done = forked_paca("chat", run, *options, "--prompt", "Hello", *others)
+        assert done.returncode == 1
+        assert "This model has a chat template that writes no tools, so it would not be told of --tools" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [(None, "can't be read as JSON: .*No such file"), ("{", "can't be read as JSON"), ("[]", "no list of definitions")],
+)
+def test_tools_that_are_none_are_refused(tmp_path: Path, content: str | None, said: str) -> None:
+    if content is not None:
+        (tmp_path / "tools.json").write_text(content)
+    with pytest.raises(PacaError, match=rf"--tools .*tools.json .*{said}"):
+        read_tools(tmp_path / "tools.json")
 
 
 def test_two_answer_side_by_side_and_share_their_base_model(run: Path, tmp_path: Path) -> None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -19,6 +21,7 @@ if TYPE_CHECKING:
     from paca.pretrained.generation import LoadedModel, Message
 
 HELP = "/reset starts a new conversation, /exit (or Ctrl-D) ends, Ctrl-C stops an answer."
+TOOLS_HELP = "/tool TEXT answers a call: TEXT is what the tool says."
 
 
 def chat(
@@ -27,6 +30,10 @@ def chat(
     ],
     prompt: Annotated[str | None, typer.Option(help="Answer this once, on standard output, and stop.")] = None,
     system: Annotated[str | None, typer.Option(help="The system message of each conversation.")] = None,
+    tools: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="What the model may call: a JSON list of definitions, as OpenAI's."),
+    ] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.")] = 256,
     temperature: Annotated[float, typer.Option(help="Above 0: sample. At 0: the likeliest token each time.")] = 0.0,
     base: Annotated[bool, typer.Option("--base", help="Answer without the adapter, for comparison.")] = False,
@@ -46,11 +53,13 @@ def chat(
         raise PacaError("--beside names both that answer. Leave out --base and --base-model.")
     if prompt is None and sys.stdin is None:
         raise PacaError("Standard input is closed, so there is nothing to answer. Give the question with --prompt.")
+    defined = None if tools is None else read_tools(tools)
     find_adapter(path, or_hub=True)  # before what it takes to load one: a wrong path is no reason to wait
     if beside not in (None, "base"):
         find_adapter(str(beside), or_hub=True)
     import_libraries()
-    sampling = {"max_new_tokens": max_new_tokens, "temperature": temperature}
+    sampling: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": temperature, "tools": defined}
+    commands = HELP if defined is None else f"{HELP} {TOOLS_HELP}"
     if beside is not None:
         from rich.console import Console
 
@@ -60,10 +69,10 @@ def chat(
         if prompt is not None:
             both.ask(prompt)
             return
-        say(HELP)
-        converse(both)
+        say(commands)
+        converse(both, commands)
         return
-    from paca.pretrained.conversation import answering, opening, speaker, unknown_form
+    from paca.pretrained.conversation import answering, check_tools, opening, speaker, unknown_form
     from paca.pretrained.generation import load_for_generation
 
     if path.lower().endswith(".gguf"):
@@ -72,16 +81,38 @@ def chat(
     conversation = Conversation(loaded, opening(loaded, system), **sampling)
     if remark := unknown_form(loaded):
         say(remark)
+    if defined is not None:
+        check_tools(loaded, defined)
     with answering(loaded, base):
         if prompt is not None:
             if not conversation.ask(prompt):
                 raise typer.Exit(130)
             return
-        say(f"{speaker(loaded, base)}\n{HELP}")
-        converse(conversation)
+        say(f"{speaker(loaded, base)}\n{commands}")
+        converse(conversation, commands)
 
 
-def converse(conversation: Conversation | SideBySide) -> None:
+def read_tools(file: Path) -> list[dict[str, Any]]:
+    """The definitions in a JSON file: a list of them, or an object that has them as `tools`, as a record of data does.
+
+    Raises:
+        PacaError: It can't be read, or holds something else.
+    """
+    try:
+        found = json.loads(file.expanduser().read_text(encoding="utf-8"))
+        found = found.get("tools") if isinstance(found, dict) else found
+        found = json.loads(found) if isinstance(found, str) else found
+    except (OSError, ValueError) as error:
+        raise PacaError(f"--tools {file} can't be read as JSON: {error}.") from error
+    if not isinstance(found, list) or not found or not all(isinstance(one, dict) for one in found):
+        raise PacaError(
+            f"--tools {file} holds no list of definitions. Expected JSON as in OpenAI's interface: "
+            '[{"type": "function", "function": {"name": ..., "description": ..., "parameters": {...}}}].'
+        )
+    return found
+
+
+def converse(conversation: Conversation | SideBySide, commands: str) -> None:
     """Read lines and have them answered until the end of the input."""
     for line in typed_lines():
         if line == "/exit":
@@ -89,11 +120,12 @@ def converse(conversation: Conversation | SideBySide) -> None:
         if line == "/reset":
             conversation.begin()
             say("New conversation.")
-        elif line.startswith("/"):
-            say(f"No such command: {line}. {HELP}")
+        elif line.startswith("/") and not line.startswith("/tool "):
+            say(f"No such command: {line}. {commands}")
         else:
+            said = line.removeprefix("/tool ")
             try:
-                conversation.ask(line)
+                conversation.ask(said, "user" if said == line else "tool")
             except PacaError as error:
                 say(str(error))
 
@@ -109,11 +141,11 @@ class Conversation:
         """Start a new conversation."""
         self.history = list(self.opening)
 
-    def ask(self, line: str) -> bool:
+    def ask(self, line: str, role: str = "user") -> bool:
         """Print the answer as it comes. Whether it is whole: Ctrl-C ends it early."""
         from paca.pretrained.generation import stream_reply
 
-        question: Message = {"role": "user", "content": line}
+        question: Message = {"role": role, "content": line}
         pieces, whole = [], True
         try:
             for piece in stream_reply(self.loaded, [*self.history, question], **self.sampling):

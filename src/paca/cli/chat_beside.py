@@ -11,7 +11,7 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from paca.messages.shown import without_controls
-from paca.pretrained.conversation import answering, opening, unknown_form
+from paca.pretrained.conversation import answering, check_tools, opening, unknown_form
 from paca.pretrained.generation import Message, stream_reply
 from paca.pretrained.hub_adapter import adapter_of_hub
 from paca.pretrained.in_turn import ModelsInTurn
@@ -29,6 +29,8 @@ class SideBySide:
         for side, (name, base) in enumerate(self.sides):
             loaded = self._load(side)
             with answering(loaded, base):  # raises where there is no adapter to leave out
+                if tools := sampling.get("tools"):
+                    check_tools(loaded, tools)
                 title = f"{loaded.base}, without adapter" if base else name
             self.titles.append(f"{title}\n{unknown_form(loaded) or ''}".strip())
         self.begin()
@@ -37,9 +39,9 @@ class SideBySide:
         """Start a new conversation."""
         self.histories: tuple[list[Message], list[Message]] = ([], [])
 
-    def ask(self, line: str) -> None:
+    def ask(self, line: str, role: str = "user") -> None:
         """Show both answers as they grow, the left one first; Ctrl-C ends them early."""
-        question: Message = {"role": "user", "content": line}
+        question: Message = {"role": role, "content": line}
         answers = ["", ""]
         live = Live(console=self.console, auto_refresh=False) if self.console.is_terminal else None
         with live or nullcontext(), suppress(KeyboardInterrupt):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import json
 from collections.abc import Sequence
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
@@ -45,8 +46,12 @@ def check_template_ends(tokenizer: PreTrainedTokenizerBase) -> None:
         return
 
 
-def conversation_text(tokenizer: PreTrainedTokenizerBase, messages: Sequence[dict[str, str]]) -> str:
-    """What the tokenizer's chat template makes of `messages`, up to where the answer begins.
+def conversation_text(
+    tokenizer: PreTrainedTokenizerBase,
+    messages: Sequence[dict[str, str]],
+    tools: Sequence[dict[str, Any]] | None = None,
+) -> str:
+    """What the tokenizer's chat template makes of `messages` and definitions of `tools`, up to where the answer begins.
 
     Raises:
         PacaError: The template is too large, or refuses the conversation.
@@ -54,13 +59,15 @@ def conversation_text(tokenizer: PreTrainedTokenizerBase, messages: Sequence[dic
     """
     where = printable(str(tokenizer.name_or_path), longest=300)
     try:
-        template = tokenizer.get_chat_template()
+        template = tokenizer.get_chat_template(tools=list(tools) if tools else None)
     except ValueError as error:  # several templates, and none of them the default
         raise PacaError(f"The chat template of {where} can't be used: {error}") from error
     if not isinstance(template, str) or len(template) > LARGEST:
         raise PacaError(f"The chat template of {where} is no text, or has over {LARGEST:,} characters.")
     special = json.loads(json.dumps(tokenizer.special_tokens_map, default=str))
     request = {"conversations": [list(messages)], "chat_template": template, "add_generation_prompt": True}
+    if tools:
+        request["tools"] = list(tools)
     try:
         text: str = renderer().ask({**special, **request})
     except TookTooLong:

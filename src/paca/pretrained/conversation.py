@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from typing import Any
 
 from paca.lean.float32_products import fastest_products
 from paca.messages.errors import PacaError
+from paca.pretrained.bounded_template import conversation_text
 from paca.pretrained.generation import LoadedModel, Message
 
 
@@ -19,6 +21,21 @@ def opening(loaded: LoadedModel, system: str | None) -> list[Message]:
     if system is not None and loaded.tokenizer.chat_template is None:
         raise PacaError("This model has no chat template, so there is no place for a system message.")
     return [] if system is None else [{"role": "system", "content": system}]
+
+
+def check_tools(loaded: LoadedModel, tools: Sequence[dict[str, Any]]) -> None:
+    """See that the model is told of `tools`.
+
+    Raises:
+        PacaError: Its chat template leaves them out, or it has none.
+    """
+    asked = [{"role": "user", "content": "Hello"}]
+    tokenizer = loaded.tokenizer
+    if tokenizer.chat_template is None or conversation_text(tokenizer, asked, tools) == conversation_text(
+        tokenizer, asked
+    ):
+        how = "has no chat template" if tokenizer.chat_template is None else "has a chat template that writes no tools"
+        raise PacaError(f"This model {how}, so it would not be told of --tools. Leave them out.")
 
 
 def unknown_form(loaded: LoadedModel) -> str | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -158,7 +158,12 @@ def on_accelerator(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def stream_reply(
-    loaded: LoadedModel, messages: list[Message], *, max_new_tokens: int = 256, temperature: float = 0.0
+    loaded: LoadedModel,
+    messages: list[Message],
+    *,
+    max_new_tokens: int = 256,
+    temperature: float = 0.0,
+    tools: Sequence[dict[str, Any]] | None = None,
 ) -> Iterator[str]:
     """Answer the last of `messages`, piece by piece as the text comes.
 
@@ -171,6 +176,7 @@ def stream_reply(
             message alone, to be continued.
         max_new_tokens: Length at which an answer is cut; the end of the model's context cuts it too.
         temperature: 0 takes the likeliest token each time; above 0 samples.
+        tools: Definitions of what the model may call, as in OpenAI's interface, for its chat template.
 
     Raises:
         PacaError: A value out of range, a conversation that does not fit the model's context, or a model, an adapter
@@ -182,7 +188,7 @@ def stream_reply(
         raise PacaError(
             f"temperature is {temperature}; it must be 0 (always the likeliest token) or a positive number."
         )
-    inputs, room = _encode(loaded, messages)
+    inputs, room = _encode(loaded, messages, tools)
     stop = threading.Event()
     streamer = TextIteratorStreamer(loaded.tokenizer, skip_prompt=True, skip_special_tokens=True)
     failures: Queue[BaseException] = Queue()
@@ -232,7 +238,9 @@ def _no_answer(loaded: LoadedModel, error: BaseException) -> str:
     )
 
 
-def _encode(loaded: LoadedModel, messages: list[Message]) -> tuple[dict[str, torch.Tensor], int | None]:
+def _encode(
+    loaded: LoadedModel, messages: list[Message], tools: Sequence[dict[str, Any]] | None
+) -> tuple[dict[str, torch.Tensor], int | None]:
     """The prompt as tensors `(1, tokens)`, and how many more tokens the model's context holds, if it has an end."""
     tokenizer = loaded.tokenizer
     if tokenizer.chat_template is None:
@@ -240,7 +248,7 @@ def _encode(loaded: LoadedModel, messages: list[Message]) -> tuple[dict[str, tor
         if ends_texts(tokenizer):  # an answer is to follow
             encoded = {name: values[:, :-1] for name, values in encoded.items()}
     else:
-        text = conversation_text(tokenizer, messages)
+        text = conversation_text(tokenizer, messages, tools)
         # The template writes the special tokens itself.
         encoded = _tokens(tokenizer, text, add_special_tokens=False)
     length = encoded["input_ids"].shape[1]
