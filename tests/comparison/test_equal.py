@@ -148,6 +148,11 @@ def test_settings_that_count_steps_follow_the_steps_and_shares_stay() -> None:
     _, lora, _ = same_time(methods, 200, {"train": {"warmup_steps": 0.05}}, attempt, quiet)
     assert lora.method.sections["train"] == {"max_steps": 100}
     assert lora.measured["scaled"] == {}
+    decays = {"lr_scheduler_kwargs": {"num_decay_steps": 60, "min_lr_ratio": 0.1, "num_stable_steps": None}}
+    _, lora, _ = same_time(methods, 200, {"train": decays}, attempt, quiet)
+    halved = {"num_decay_steps": 30, "min_lr_ratio": 0.1, "num_stable_steps": None}
+    assert lora.method.sections["train"] == {"lr_scheduler_kwargs": halved, "max_steps": 100}
+    assert lora.measured["scaled"] == {"num_decay_steps": 30}
     own = LORA.with_settings("train", warmup_steps=1)
     _, lora = same_time([PACA, own], 200, common, attempt, quiet)
     assert lora.method.sections["train"]["warmup_steps"] == 1  # not 0.5, a share

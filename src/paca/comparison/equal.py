@@ -106,12 +106,17 @@ def _has_rank(method: Method, r: int, count: Callable[[Method], int]) -> bool:
     return True
 
 
+_STEPS_OF_SCHEDULES = ("num_decay_steps", "num_stable_steps", "timescale")
+"""What counts steps among the arguments of transformers' schedules."""
+
+
 def same_time(
     methods: Sequence[Method], steps: int, common: Sections, attempt: Try, announce: Announce
 ) -> list[CameOut]:
     """Choose each method's steps, so that its training takes as long as the first one's.
 
-    Settings that count steps, the warm-up and PaCA's rotation, become more or fewer in the same ratio.
+    Settings that count steps (the warm-up, those of `lr_scheduler_kwargs`, PaCA's rotation) become more or fewer in the
+    same ratio.
 
     Step times are measured in rounds in which the methods take turns, on the same batches. Ratios to the first method
     are taken round by round, so that a machine that drifts drifts for all.
@@ -161,6 +166,13 @@ def _scaled(method: Method, common: Sections, times: float) -> tuple[Method, dic
         if value is not None and value >= 1 and (now := max(1, round(value * times))) != value:
             method = method.with_settings(section, **{name: now})
             scaled[name] = now
+    schedule = train.get("lr_scheduler_kwargs")
+    if isinstance(schedule, dict):  # else a file's name
+        counted = {name: value for name, value in schedule.items() if name in _STEPS_OF_SCHEDULES and value}
+        longer = {name: max(1, round(value * times)) for name, value in counted.items()}
+        if longer != counted:
+            method = method.with_settings("train", lr_scheduler_kwargs={**schedule, **longer})
+            scaled |= longer
     return method, scaled
 
 
