@@ -18,8 +18,8 @@ from torch import nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.utils.hooks import RemovableHandle
 
+from paca.pretrained.whole_output import write_whole
 from paca.training.config.strict_yaml import read_yaml
-from paca.training.folder.run_folder import write_whole
 from paca.training.trainers import trainer_kind
 from paca_command import main as train
 

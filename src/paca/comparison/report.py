@@ -14,7 +14,8 @@ from paca.comparison.results import ComparisonResult
 from paca.comparison.rows import SHARES
 from paca.comparison.statistics import Interval, signed
 from paca.messages.units import format_bytes, format_duration
-from paca.training.folder.run_folder import RunFolder, write_whole
+from paca.pretrained.whole_output import write_whole
+from paca.training.folder.run_folder import RunFolder
 from paca.training.reporting.metrics import read_rows
 from paca.training.reporting.report import whole_page
 

@@ -9,8 +9,9 @@ from typing import Any
 from paca.comparison.methods import own_section
 from paca.comparison.training_process import failure_of
 from paca.messages.errors import PacaError
+from paca.pretrained.whole_output import write_whole
 from paca.training.config.strict_yaml import read_yaml
-from paca.training.folder.run_folder import RunFolder, write_whole
+from paca.training.folder.run_folder import RunFolder
 from paca.training.reporting.metrics import finite_or_none, read_rows
 from paca.training.trainers import trainer_kind
 

@@ -17,11 +17,12 @@ from paca.data.file_content import hash_of, samples_of
 from paca.data.sources import Source
 from paca.messages.errors import PacaError
 from paca.pretrained.claims import Claim
+from paca.pretrained.whole_output import write_whole
 from paca.training.config.config_file import load_run_config
 from paca.training.config.learning_rate import AUTO
 from paca.training.config.run_config import RunConfig
 from paca.training.config.strict_yaml import read_yaml
-from paca.training.folder.run_folder import RunFolder, write_whole
+from paca.training.folder.run_folder import RunFolder
 from paca.training.trainers.reward_functions import reward_files
 
 EQUAL = (("parameters",), ("time",), ("memory",), ("parameters", "time"), ("memory", "time"))

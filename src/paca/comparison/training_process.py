@@ -14,7 +14,8 @@ from typing import Any
 
 from paca.pretrained.claims import Claim
 from paca.pretrained.out_of_memory import says_out_of_memory
-from paca.training.folder.run_folder import RunFolder, write_whole
+from paca.pretrained.whole_output import write_whole
+from paca.training.folder.run_folder import RunFolder
 
 PROGRAM = (sys.executable, "-m", "paca_command")
 FAILURE = "failed.json"

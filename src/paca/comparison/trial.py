@@ -16,8 +16,9 @@ from paca.comparison.methods import Method
 from paca.comparison.settings import Comparison, content_of, run_sections, write_config
 from paca.comparison.training_process import PROGRAM, TrainingProcess, failure_of, ran_out_of_memory
 from paca.pretrained.claims import Claim
+from paca.pretrained.whole_output import write_whole
 from paca.training.folder.provenance import versions
-from paca.training.folder.run_folder import RunFolder, write_whole
+from paca.training.folder.run_folder import RunFolder
 from paca.training.reporting.metrics import read_rows
 
 WARM_UP = 2

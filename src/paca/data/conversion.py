@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -30,6 +29,7 @@ from paca.data.sources import Source
 from paca.messages.errors import NothingToLearn, PacaError
 from paca.messages.nearest import did_you_mean
 from paca.pretrained.quiet import without_progress_bars
+from paca.pretrained.whole_output import write_whole
 
 ORIGIN = "origin"
 """The column that says where an example comes from. TRL carries it along (except when packing) and ignores it."""
@@ -83,10 +83,7 @@ def _note_columns(file: Path, found: Source, form: Format, limit: int | None, le
         rows_have |= dict.fromkeys(row)
         if all(column in row for column in form.required):
             columns |= dict.fromkeys(_convert(form, place, row, leave_out) or ())
-    file.parent.mkdir(parents=True, exist_ok=True)
-    own = file.with_suffix(f".{os.getpid()}")  # other processes may do the same
-    own.write_text(json.dumps([list(columns), list(rows_have)]), encoding="utf-8")
-    own.replace(file)
+    write_whole(file, json.dumps([list(columns), list(rows_have)]))
 
 
 def _table(found: Source, form: Format, family: str, features: Features, limit: int | None, leave_out: bool) -> Dataset:

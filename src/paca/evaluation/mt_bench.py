@@ -25,7 +25,7 @@ from paca.evaluation.sides import BASE, Watcher, sides_of
 from paca.messages.errors import PacaError
 from paca.pretrained.conversation import answering
 from paca.pretrained.generation import LoadedModel
-from paca.training.folder.run_folder import write_whole
+from paca.pretrained.whole_output import write_whole
 
 
 def run_mt_bench(

@@ -25,6 +25,7 @@ from paca.pretrained.bounded_template import check_template_ends
 from paca.pretrained.conversation import answering
 from paca.pretrained.generation import LoadedModel, load_for_generation, load_saved
 from paca.pretrained.purpose import classifier_in, listed
+from paca.pretrained.whole_output import write_whole
 from paca.training.config.config_file import load_run_config
 from paca.training.config.run_config import (
     CalibrationSection,
@@ -34,7 +35,7 @@ from paca.training.config.run_config import (
     OutputSection,
     RunConfig,
 )
-from paca.training.folder.run_folder import RunFolder, write_whole
+from paca.training.folder.run_folder import RunFolder
 from paca.training.folder.same_run import inputs_of
 from paca.training.trainers import trainer_kind
 from paca.training.trainers.classification import Classification, numbered

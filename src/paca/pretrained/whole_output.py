@@ -89,6 +89,27 @@ def _name(made: Path, output: Path) -> None:
         os.replace(made, output)
 
 
+def write_whole(path: Path, text: str) -> None:
+    """Write a file in place of the one that is there, whole or not at all; make its folder if need be.
+
+    Raises:
+        DiskError: It could not be written.
+    """
+    beside = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    with writing(path, len(text)):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with beside.open("w", encoding="utf-8") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())  # or a power cut might leave the new name with nothing in it
+            os.replace(beside, path)
+            sync_names(path.parent)
+        finally:
+            with suppress(OSError):  # of a folder that is gone
+                beside.unlink(missing_ok=True)
+
+
 def sync(path: Path) -> None:
     """Wait until a file, or a folder with all that is in it, is on the disk: also a power cut leaves it whole then."""
     for part in (*(path.rglob("*") if path.is_dir() else ()), path):

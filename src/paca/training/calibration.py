@@ -25,9 +25,10 @@ from paca.data.tokens import IGNORED, what_stays
 from paca.messages.errors import PacaError
 from paca.messages.say import say
 from paca.pretrained.content import model_content
+from paca.pretrained.whole_output import write_whole
 from paca.training.config import adapter_settings
 from paca.training.config.run_config import CalibrationSection, RunConfig
-from paca.training.folder.run_folder import read_record, write_whole
+from paca.training.folder.run_folder import read_record
 from paca.training.prompt_form import tokenizer_of
 from paca.training.trainers import trainer_kind
 from paca.tuner.calibration import select

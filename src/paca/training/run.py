@@ -22,14 +22,14 @@ from paca.messages.program import resume_command
 from paca.messages.say import say
 from paca.pretrained import Pretrained
 from paca.pretrained.purpose import save_classifier_config
-from paca.pretrained.whole_output import put_in_place
+from paca.pretrained.whole_output import put_in_place, write_whole
 from paca.training.config import train_settings
 from paca.training.config.run_config import RunConfig
 from paca.training.data_order import SetEpochOfSampler
 from paca.training.failures import explained, told_how_to_go_on
 from paca.training.finite_loss import StopOnNonFiniteLoss
 from paca.training.folder.checkpoints import WholeCheckpoints, kept_step, load_if_finished
-from paca.training.folder.run_folder import RunFolder, steps_done, write_whole
+from paca.training.folder.run_folder import RunFolder, steps_done
 from paca.training.folder.same_run import check_same_model, check_same_run, check_same_settings, told_of_finished
 from paca.training.interrupt import StopOnSignal
 from paca.training.memory import reset_peak_memory

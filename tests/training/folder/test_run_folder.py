@@ -16,7 +16,8 @@ from forked_process import start_forked
 from paca.messages.errors import PacaError
 from paca.pretrained.adapter_folder import find_adapter
 from paca.pretrained.claims import holder_of
-from paca.training.folder.run_folder import RunFolder, steps_done, write_whole
+from paca.pretrained.whole_output import write_whole
+from paca.training.folder.run_folder import RunFolder, steps_done
 
 pytestmark = pytest.mark.usefixtures("in_time")
 

@@ -8,14 +8,14 @@ import re
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from paca.messages.disk import DiskError, writing
+from paca.messages.disk import DiskError
 from paca.messages.errors import PacaError
 from paca.pretrained.claims import Claim
-from paca.pretrained.whole_output import sync, sync_names
+from paca.pretrained.whole_output import sync, sync_names, write_whole
 
 _MARK = "whole.json"  # in a checkpoint: the sizes of its files, written when they are on the disk
 _NAME = re.compile(r"(\.)?checkpoint-(\d+)(?(1)\.before)")  # with dot and ending: set aside
@@ -249,27 +249,6 @@ class RunFolder:
             return []
         found = ((_NAME.fullmatch(path.name), path) for path in self.checkpoints.iterdir())
         return [(int(match[2]), path) for match, path in found if match and path.is_dir()]
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a file in place of the one that is there, whole or not at all; make its folder if need be.
-
-    Raises:
-        DiskError: It could not be written.
-    """
-    beside = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    with writing(path, len(text)):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with beside.open("w", encoding="utf-8") as file:
-                file.write(text)
-                file.flush()
-                os.fsync(file.fileno())  # or a power cut might leave the new name with nothing in it
-            os.replace(beside, path)
-            sync_names(path.parent)
-        finally:
-            with suppress(OSError):  # of a folder that is gone
-                beside.unlink(missing_ok=True)
 
 
 def read_record(path: Path) -> dict[str, Any]:

@@ -18,11 +18,12 @@ from paca.messages.errors import PacaError
 from paca.messages.processes import launched_processes
 from paca.pretrained import Pretrained
 from paca.pretrained.content import model_content
+from paca.pretrained.whole_output import write_whole
 from paca.training.config.adapter_settings import with_defaults
 from paca.training.config.run_config import RunConfig
 from paca.training.config.strict_yaml import read_yaml
 from paca.training.config.train_settings import keys_of_files
-from paca.training.folder.run_folder import RunFolder, write_whole
+from paca.training.folder.run_folder import RunFolder
 from paca.training.trainers.reward_functions import reward_files
 
 FREE_TO_CHANGE = {

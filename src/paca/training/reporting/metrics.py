@@ -12,7 +12,7 @@ import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState
 
 from paca.messages.disk import writing
-from paca.training.folder.run_folder import write_whole
+from paca.pretrained.whole_output import write_whole
 from paca.training.memory import peak_memory
 
 _HOUSEKEEPING = {"epoch", "num_tokens", "num_input_tokens_seen", "step_time", "train_tokens_per_second"}

@@ -21,7 +21,8 @@ from transformers.integrations.integration_utils import (
 from paca.messages.errors import PacaError, first_line
 from paca.messages.install import how_to_install
 from paca.messages.nearest import did_you_mean
-from paca.training.folder.run_folder import RunFolder, read_record, steps_done, write_whole
+from paca.pretrained.whole_output import write_whole
+from paca.training.folder.run_folder import RunFolder, read_record, steps_done
 from paca.training.reporting.metrics import MetricsLog
 
 EXTRAS = ("tensorboard", "wandb", "trackio")
