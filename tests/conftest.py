@@ -22,13 +22,18 @@ if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # started in the backgrou
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-def pytest_collection_finish() -> None:
+gc.disable()  # until all that tests import is there: what is collected of it is little, and takes 5 s of each worker
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtestloop() -> None:
     """All that tests import is imported: the collector need not walk through it again, at 0.3 s each time.
 
     Every training run collects once or more, and is not much longer than that.
     """
     gc.collect()
     gc.freeze()
+    gc.enable()
 
 
 @pytest.fixture(autouse=True, scope="session")
