@@ -34,7 +34,8 @@ def plan(*arguments: str) -> str:
 
 
 def plan_json(*arguments: str) -> dict[str, Any]:
-    return json.loads(plan(*arguments, "--json", "--device", "cpu"))
+    rate = () if "--rate" in arguments else ("--rate", "1")  # to measure it takes seconds
+    return json.loads(plan(*arguments, *rate, "--json", "--device", "cpu"))
 
 
 def test_a_folder_without_weights_is_planned(base: Path) -> None:
@@ -81,12 +82,10 @@ def test_a_search_goes_on_without_bitsandbytes_and_says_so(base: Path, monkeypat
     monkeypatch.setattr(
         importlib.util, "find_spec", lambda name, *rest: None if name == "bitsandbytes" else find_spec(name, *rest)
     )
-    text = plan(str(base), "--seq", "64", "--memory", "100GiB", "--device", "cpu")
-    assert "nothing has to be computed twice" in text
-    tight = str(plan_json(str(base), "--seq", "64", "--memory", "100GiB")["total"] - 1)
-    assert "Not considered: nf4: quantized weights need bitsandbytes." in plan(
-        str(base), "--seq", "64", "--memory", tight, "--device", "cpu"
-    )
+    options = (str(base), "--seq", "64", "--global-batch", "1", "--device", "cpu", "--rate", "1")
+    assert "nothing has to be computed twice" in plan(*options, "--memory", "100GiB")
+    tight = str(json.loads(plan(*options, "--memory", "100GiB", "--json"))["total"] - 1)
+    assert "Not considered: nf4: quantized weights need bitsandbytes." in plan(*options, "--memory", tight)
 
 
 def test_quantized_weights_are_planned_and_chosen_when_asked(base: Path) -> None:
