@@ -1,7 +1,7 @@
 """Runs a program in a process of its own, forked from one that has the large libraries in memory: 5 s sooner.
 
-It has its own streams, signals and exit status, and it has not imported paca, peft or trl yet. What libraries print
-while they are imported, and whether a program imports them at all, only a process started from nothing shows.
+It has its own streams, signals and exit status, and it has not imported paca yet. What libraries print while they are
+imported, and whether a program imports them at all, only a process started from nothing shows.
 """
 
 from __future__ import annotations
@@ -16,9 +16,10 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(
-    ["torch", "transformers.modeling_utils", "accelerate", "bitsandbytes", "datasets", "matplotlib.figure"]
-)
+FORKS.set_forkserver_preload([
+    "torch", "transformers.modeling_utils", "accelerate", "bitsandbytes", "datasets", "matplotlib.figure", "peft",
+    "trl.trainer.sft_trainer",
+])  # fmt: skip
 
 
 def run_forked(
