@@ -13,6 +13,12 @@ KERNELS = "Failed to load /site-packages/torchao/_C_mxfp8.cpython-310-x86_64-lin
 SKIPPED = "Skipping import of cpp extensions due to incompatible torch version."
 
 
+@pytest.fixture(autouse=True)
+def _torchao_speaks(caplog: pytest.LogCaptureFixture) -> None:
+    """Also where a command that ran in this process before hid its notes."""
+    caplog.set_level(logging.WARNING, "torchao")
+
+
 @pytest.mark.parametrize(("cuda", "shown"), [(None, [SKIPPED]), ("13.0", [KERNELS, SKIPPED])])
 def test_kernels_for_cuda_are_missed_only_where_torch_has_cuda(
     cuda: str | None, shown: list[str], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
