@@ -47,9 +47,11 @@ def test_parameters_and_time_are_made_equal_together(tmp_path: Path, monkeypatch
     assert lora.method.rank == 16  # as many parameters as paca's 32
     assert lora.method.sections["train"]["max_steps"] == 15  # at that r a step takes four times as long
     assert comparison.methods[1] == lora.method
-    told = work_text([paca, lora], {"paca": [1e-2, 3e-2], "lora": [1e-2, 3e-2]}, seeds=3)
+    grids = {"paca": [1e-2, 3e-2], "lora": [1e-2, 3e-2]}
+    told = work_text([paca, lora], grids, seeds=3, extend=True)
     twenty_minutes = "about 20:00 of training by the steps just timed, without evaluations"  # 240 steps of 1 s, of 4 s
     assert told == f"at least 8 runs, 480 steps in all, {twenty_minutes}"
+    assert work_text([paca, lora], grids, seeds=3, extend=False) == told.removeprefix("at least ")
 
 
 @pytest.mark.parametrize(("dtype", "quantization", "left"), [

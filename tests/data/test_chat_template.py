@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tokenizers import processors
 
-from paca.data import end_of_turn, load_examples, set_chat_template
+from paca.data import end_of_turn, load_examples, set_chat_template, tokenize
 from paca.data.chat_template import DEFAULT, NAMES, unused_fields
+from paca.data.tokens import IGNORED
 from paca.messages.errors import PacaError
 from tiny_checkpoint import byte_tokenizer
 
@@ -59,6 +62,53 @@ def test_a_named_template_renders_a_conversation(name: str) -> None:
     assert end_of_turn(tokenizer) == ENDS[name]
     answered = tokenizer.apply_chat_template([*TURNS, {"role": "assistant", "content": "Yes."}], tokenize=False)
     assert answered.startswith(conversation + opening + "Yes." + ENDS[name])
+
+
+TOOLS = [
+    {"type": "function", "function": {"name": name, "parameters": {"type": "object", "properties": {"ort": {}}}}}
+    for name in ("wetter", "zeit")
+]
+CALLS = [
+    {"type": "function", "function": {"name": "wetter", "arguments": {"ort": "Köln", "tage": [1, 2]}}},
+    {"name": "zeit", "arguments": {"ort": "Köln"}},  # without OpenAI's outer object
+]
+
+
+@pytest.mark.parametrize("system", [True, False])
+@pytest.mark.parametrize("said", ["", "One moment."])
+def test_chatml_writes_tools_calls_and_what_tools_say(system: bool, said: str, tmp_path: Path) -> None:
+    tokenizer = byte_tokenizer(None)
+    set_chat_template(tokenizer, "chatml")
+    messages: list[dict[str, Any]] = [
+        *(TURNS[:1] if system else []),
+        {"role": "user", "content": "Weather?"},
+        {"role": "assistant", "content": said, "tool_calls": CALLS},
+        {"role": "tool", "content": "rain"},
+        {"role": "tool", "content": "noon"},
+        {"role": "assistant", "content": "Rain at noon."},
+    ]
+    text = tokenizer.apply_chat_template(messages, tools=TOOLS, tokenize=False)
+    first, question, call, rain, noon, answer = text.removesuffix("<|im_end|>\n").split("<|im_end|>\n")
+    assert first.startswith("<|im_start|>system\n" + ("Be brief.\n\n" if system else "You can call"))
+    told = re.search(r"<tools>\n(.*)\n</tools>", first, re.DOTALL)
+    assert told is not None
+    assert [json.loads(line) for line in told[1].splitlines()] == TOOLS
+    assert question == "<|im_start|>user\nWeather?"
+    # As the parsers of servers for Hermes and Qwen find them.
+    calls = re.findall(r"<tool_call>\s*(.*?)\s*</tool_call>", call, re.DOTALL)
+    assert [json.loads(one) for one in calls] == [CALLS[0]["function"], CALLS[1]]
+    assert call.startswith(f"<|im_start|>assistant\n{said}{chr(10) if said else ''}<tool_call>\n")
+    assert "Köln" in call
+    assert rain == "<|im_start|>tool\n<tool_response>\nrain\n</tool_response>"
+    assert noon == rain.replace("rain", "noon")
+    assert answer == "<|im_start|>assistant\nRain at noon."
+    assert "<tools>" not in tokenizer.apply_chat_template(TURNS, tokenize=False)
+    (tmp_path / "data.jsonl").write_text(json.dumps({"messages": messages, "tools": TOOLS}))
+    row = tokenize(load_examples(str(tmp_path / "data.jsonl")), tokenizer).dataset[0]
+    learned = tokenizer.decode([token for token in row["labels"] if token != IGNORED])
+    assert learned.count("<|im_end|>") == 2  # both answers, whole, and nothing else
+    assert learned.startswith(call.removeprefix("<|im_start|>assistant\n") + "<|im_end|>")
+    assert learned.rstrip().endswith("Rain at noon.<|im_end|>")
 
 
 def test_a_template_begins_with_the_token_that_the_tokenizer_puts_before_a_text(tmp_path: Path) -> None:

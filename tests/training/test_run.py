@@ -304,6 +304,8 @@ def test_a_run_learns_from_several_sources_of_several_forms(run: Runner, tmp_pat
     data = summary["data"]
     assert (data["train"], data["train_examples"], data["eval_examples"]) == ([str(chats), str(tasks)], 5, 2)
     assert data["format"] == "messages and alpaca"
+    card = (tmp_path / "a" / "adapter" / "README.md").read_text()
+    assert f"trained on 5 examples of `{chats}` and `{tasks}`" in card
 
 
 def test_a_finished_run_is_neither_repeated_nor_overwritten(run: Runner, tmp_path: Path) -> None:

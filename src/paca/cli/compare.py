@@ -126,7 +126,7 @@ def _train(
     grids = comparison.grids()
     which = f"the one seed {numbers[0]}" if len(numbers) == 1 else f"seeds {', '.join(map(str, numbers))}"
     say(console, f"{rates_text(grids, extend=extend)}; {which}")
-    say(console, work_text(planned, grids, len(numbers)))
+    say(console, work_text(planned, grids, len(numbers), extend=extend))
     first = planned[0].plan
     tell_of_products(first.config, first.dtype, console)
     return None if dry_run else compare(comparison, planned, console)

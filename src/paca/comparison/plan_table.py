@@ -61,15 +61,20 @@ def rates_text(grids: Mapping[str, Sequence[float]], *, extend: bool) -> str:
         text = next(iter(shown.values()))
     else:
         text = "; ".join(f"of {name} {rates}" for name, rates in shown.items())
-    grows = extend and any(len(grid) > 1 for grid in grids.values())
-    return f"rates {text}{' and beyond while the edge is best' if grows else ''}"
+    return f"rates {text}{' and beyond while the edge is best' if _grows(grids, extend) else ''}"
 
 
-def work_text(planned: Sequence[PlannedMethod], grids: Mapping[str, Sequence[float]], seeds: int) -> str:
+def _grows(grids: Mapping[str, Sequence[float]], extend: bool) -> bool:
+    return extend and any(len(grid) > 1 for grid in grids.values())
+
+
+def work_text(
+    planned: Sequence[PlannedMethod], grids: Mapping[str, Sequence[float]], seeds: int, *, extend: bool
+) -> str:
     """How many runs there will be, each rate with the first seed and the best with the others; how long, if known."""
     runs = {one.method.name: len(grids[one.method.name]) + seeds - 1 for one in planned}
     steps = [one.plan.steps * runs[one.method.name] for one in planned if one.plan.steps is not None]
-    told = [f"at least {sum(runs.values()):,} runs"]
+    told = [f"{'at least ' if _grows(grids, extend) else ''}{sum(runs.values()):,} runs"]
     if len(steps) == len(planned):
         told.append(f"{sum(steps):,} steps in all")
         measured = [one.came_out.measured for one in planned]

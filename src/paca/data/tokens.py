@@ -184,7 +184,7 @@ def _require_tool_calls(
         raise PacaError(
             f"{place}: an answer calls a tool, and the chat template leaves tool_calls out, so the call would not be "
             f"learned. The template begins {str(tokenizer.chat_template).strip()[:60]!r}. Name one in data.template "
-            "that renders tool_calls (a Jinja file), or take such records out."
+            "that renders tool_calls (chatml, or a Jinja file), or take such records out."
         )
 
 

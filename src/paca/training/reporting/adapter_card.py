@@ -102,7 +102,7 @@ def write_card(folder: Path, summary: dict[str, Any], trained: nn.Module) -> Non
 
 ## Data
 
-- trained on {data["train_examples"]:,} examples of `{data["train"]}`
+- trained on {data["train_examples"]:,} examples of {_sources(data["train"])}
 - form of the records: {data["description"]}
 
 ## Training
@@ -120,6 +120,10 @@ Every setting is in the `config.yaml` of the run, which is not part of this fold
 {load}
 """
     (folder / "README.md").write_text(text, encoding="utf-8")
+
+
+def _sources(train: str | list[str]) -> str:
+    return " and ".join(f"`{name}`" for name in ([train] if isinstance(train, str) else train))
 
 
 def _what_it_is(name: str, model: str) -> str:
