@@ -85,6 +85,8 @@ def test_tools_are_told_to_the_model_and_what_they_say_is_answered(run: Path, tm
     second = "".join(stream_reply(loaded, messages, max_new_tokens=20, tools=TOOLS))
     assert done.stdout == f"{first}\n{second}\n"
     assert first != expected_reply(run, "Hello")
+    unasked = forked_paca("chat", run, "--max-new-tokens", 20, typed="/tool 7 degrees\n")
+    assert "No such command: /tool 7 degrees" in unasked.stderr
     beside = forked_paca("chat", own, *options, "--beside", "base", "--prompt", "Hello")
     assert beside.returncode == 0, beside.stderr
     for others in ((), ("--beside", "base")):
@@ -102,6 +104,26 @@ def test_tools_that_are_none_are_refused(tmp_path: Path, content: str | None, sa
         (tmp_path / "tools.json").write_text(content)
     with pytest.raises(PacaError, match=rf"--tools .*tools.json .*{said}"):
         read_tools(tmp_path / "tools.json")
+
+
+def test_special_tokens_that_mark_a_call_are_shown_and_ends_are_not(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded = load_for_generation(run)
+    tokenizer = loaded.tokenizer
+    tokenizer.chat_template = "{{ tools | tojson if tools }}" + str(tokenizer.chat_template)
+    start, end = tokenizer.convert_tokens_to_ids(["<|im_start|>", "<|im_end|>"])
+    said = [start, *tokenizer("call", add_special_tokens=False)["input_ids"], end]
+    tokenizer.bos_token = None  # which is <|im_start|>
+
+    def generate(input_ids: torch.Tensor, streamer: Any, **options: Any) -> None:
+        assert end in options["eos_token_id"]
+        for token in (input_ids, *(torch.tensor([one]) for one in said)):
+            streamer.put(token)
+        streamer.end()
+
+    monkeypatch.setattr(loaded.model, "generate", generate)
+    asked = [{"role": "user", "content": "Hello"}]
+    assert "".join(stream_reply(loaded, asked, tools=TOOLS)) == "<|im_start|>call"
+    assert "".join(stream_reply(loaded, asked)) == "call"
 
 
 def test_two_answer_side_by_side_and_share_their_base_model(run: Path, tmp_path: Path) -> None:

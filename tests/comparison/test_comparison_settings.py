@@ -59,11 +59,12 @@ def test_another_config_is_refused_with_what_differs(tmp_path: Path) -> None:
     assert "Give another --output" in message
 
 
-@pytest.mark.parametrize("key", ["train", "eval", "template"])
+@pytest.mark.parametrize("key", ["train", "one of train", "eval", "template"])
 def test_data_whose_content_has_changed_is_refused_by_its_name(tmp_path: Path, key: str) -> None:
     file = tmp_path / "file.jsonl"
     file.write_text('{"text": "one"}\n')
-    common = {**COMMON, "data": {**COMMON["data"], key: str(file)}}
+    named = {"train": ["some/data", str(file)]} if key == "one of train" else {key: str(file)}
+    common = {**COMMON, "data": {**COMMON["data"], **named}}
     comparison = small_comparison(tmp_path / "compared")
     comparison.common = common
     SettingsFile(comparison).write(KEPT)

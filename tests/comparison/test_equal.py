@@ -153,6 +153,10 @@ def test_settings_that_count_steps_follow_the_steps_and_shares_stay() -> None:
     halved = {"num_decay_steps": 30, "min_lr_ratio": 0.1, "num_stable_steps": None}
     assert lora.method.sections["train"] == {"lr_scheduler_kwargs": halved, "max_steps": 100}
     assert lora.measured["scaled"] == {"num_decay_steps": 30}
+    text = {"lr_scheduler_kwargs": '{"num_decay_steps": 60, "num_stable_steps": 1}'}
+    _, lora, _ = same_time(methods, 200, {"train": text}, attempt, quiet)
+    assert lora.method.sections["train"]["lr_scheduler_kwargs"] == {"num_decay_steps": 30, "num_stable_steps": 1}
+    assert lora.measured["scaled"] == {"num_decay_steps": 30}
     own = LORA.with_settings("train", warmup_steps=1)
     _, lora = same_time([PACA, own], 200, common, attempt, quiet)
     assert lora.method.sections["train"]["warmup_steps"] == 1  # not 0.5, a share

@@ -48,7 +48,7 @@ def test_forms_that_become_messages_may_stand_beside_each_other(tmp_path: Path) 
     assert [row["tools"] is None for row in rows] == [False] * 2 + [True] * 5
     origins = [row["origin"] for row in rows]
     assert origins[0] == "chats.jsonl, line 1"  # the others are lines of two files of one name
-    assert (origins[2], origins[5]) == (f"{names[1]}, line 1", f"{names[2]}, line 1")
+    assert (origins[2], origins[5]) == ("a/train.jsonl, line 1", "b/train.jsonl, line 1")
     assert (examples.format, examples.source) == ("messages and question-answer and alpaca", ", ".join(names))
     assert examples.description.startswith("7 examples of 3 sources. ")
     assert all(name in examples.description for name in names)
@@ -88,6 +88,30 @@ def test_columns_for_rewards_are_null_where_a_source_lacks_them(tmp_path: Path) 
     rows = load_examples(names, family="prompts").dataset
     assert rows["answer"][:] == [2, None]
     assert rows["code"][:] == [None, "007"]
+
+
+def test_columns_for_rewards_may_have_the_names_of_texts(tmp_path: Path) -> None:
+    """Which only some sources have: they are not rendered."""
+    names = [write(tmp_path / "plain.jsonl", QUESTIONS)]
+    for column in ("text", "completion", "chosen", "messages"):
+        names.append(write(tmp_path / f"{column}.jsonl", [{"question": "Which?", column: "word"}]))
+    rows = load_examples(names, family="prompts").dataset
+    assert len(rows) == len(QUESTIONS) + 4
+    assert rows["text"][:] == [None] * len(QUESTIONS) + ["word", None, None, None]
+    train = load_examples(names[2], family="prompts").dataset
+    assert shared(train, train) == 1  # a completion that is a text beside a prompt of messages
+
+
+def test_where_examples_are_from_follows_no_working_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is in the hash by which a run knows its data again. And a source may be named twice."""
+    for name in "ab":
+        write(tmp_path / name / "train.jsonl", [*QUESTIONS, {"question": name, "answer": name}])
+    monkeypatch.chdir(tmp_path)
+    relative = load_examples(["a/train.jsonl", "b/train.jsonl", "b/train.jsonl"])
+    monkeypatch.chdir("/")
+    absolute = load_examples([str(tmp_path / name / "train.jsonl") for name in "abb"])
+    assert relative.content() == absolute.content()
+    assert relative.dataset["origin"][::4] == [f"{name}/train.jsonl, line 1" for name in "abb"]
 
 
 def test_one_source_in_a_list_is_that_source(tmp_path: Path) -> None:

@@ -102,7 +102,7 @@ def read_tools(file: Path) -> list[dict[str, Any]]:
         found = json.loads(file.expanduser().read_text(encoding="utf-8"))
         found = found.get("tools") if isinstance(found, dict) else found
         found = json.loads(found) if isinstance(found, str) else found
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RuntimeError) as error:  # the last of a home folder that is not known
         raise PacaError(f"--tools {file} can't be read as JSON: {error}.") from error
     if not isinstance(found, list) or not found or not all(isinstance(one, dict) for one in found):
         raise PacaError(
@@ -120,7 +120,7 @@ def converse(conversation: Conversation | SideBySide, commands: str) -> None:
         if line == "/reset":
             conversation.begin()
             say("New conversation.")
-        elif line.startswith("/") and not line.startswith("/tool "):
+        elif line.startswith("/") and not (line.startswith("/tool ") and TOOLS_HELP in commands):
             say(f"No such command: {line}. {commands}")
         else:
             said = line.removeprefix("/tool ")

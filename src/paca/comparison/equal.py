@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -167,10 +168,12 @@ def _scaled(method: Method, common: Sections, times: float) -> tuple[Method, dic
             method = method.with_settings(section, **{name: now})
             scaled[name] = now
     schedule = train.get("lr_scheduler_kwargs")
-    if isinstance(schedule, dict):  # else a file's name
+    if isinstance(schedule, str) and schedule.lstrip().startswith("{"):  # else a file's name
+        schedule = json.loads(schedule)
+    if isinstance(schedule, dict):
         counted = {name: value for name, value in schedule.items() if name in _STEPS_OF_SCHEDULES and value}
-        longer = {name: max(1, round(value * times)) for name, value in counted.items()}
-        if longer != counted:
+        longer = {name: now for name, value in counted.items() if (now := max(1, round(value * times))) != value}
+        if longer:
             method = method.with_settings("train", lr_scheduler_kwargs={**schedule, **longer})
             scaled |= longer
     return method, scaled

@@ -199,7 +199,9 @@ def content_of(common: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
     for function, file in reward_files(common.get("train", {})):
         found[f"train.reward_funcs ({function}, {file})"] = hash_of(file)
     model = common.get("model", {}).get("name")
-    for name in (data.get("train"), data.get("eval"), data.get("template"), model):
+    train = data.get("train")
+    sources = train if isinstance(train, list) else [train]
+    for name in (*sources, data.get("eval"), data.get("template"), model):
         path = Path(name).expanduser() if isinstance(name, str) else None
         if path is not None and path.exists():
             files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())

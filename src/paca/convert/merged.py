@@ -14,8 +14,8 @@ from transformers import AutoModelForCausalLM
 from paca.convert.beforehand import merge_output
 from paca.messages.errors import PacaError
 from paca.pretrained.adapter_folder import adapter_settings, find_adapter
-from paca.pretrained.generation import LoadedModel, load_saved, on_accelerator, sampling_settings
-from paca.pretrained.generation_settings import make_savable
+from paca.pretrained.generation import LoadedModel, load_saved, on_accelerator
+from paca.pretrained.generation_settings import make_savable, sampling_settings
 from paca.pretrained.loading import DTYPES
 from paca.pretrained.purpose import classifier_in
 from paca.pretrained.quantizing import is_quantized

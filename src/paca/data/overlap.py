@@ -34,6 +34,6 @@ def _texts(dataset: Dataset) -> Iterator[int]:
     for batch in dataset.select_columns(columns).iter(batch_size=1000):
         for values in zip(*batch.values(), strict=True):
             row = {name: value for name, value in zip(batch, values, strict=True) if value is not None}
-            if isinstance(row.get("prompt"), list) and "completion" in row:  # the same, as a conversation
+            if all(isinstance(row.get(name), list) for name in ("prompt", "completion")):  # the same, as a conversation
                 row["messages"] = row.pop("prompt") + row.pop("completion")
             yield hash(json.dumps(row, sort_keys=True, default=str))

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -35,16 +36,15 @@ def joined(parts: Sequence[Examples]) -> Examples:
         return parts[0]
     with without_progress_bars(datasets):
         tables = [part.dataset for part in _of_one_kind(parts)]
-        names = list(dict.fromkeys(part.source for part in parts))
-        if len(names) == len(parts):
-            tables = list(_told_apart(names, tables))
+        tables = list(_told_apart([part.source for part in parts], tables))
         columns: dict[str, Any] = {}
         for table in tables:
             columns |= {name: feature for name, feature in table.features.items() if name not in columns}
         whole = datasets.concatenate_datasets([_with_columns(table, columns) for table in tables])
     each = "; ".join(f"{part.source}: {part.description}" for part in parts)
     description = f"{len(whole):,} examples of {len(parts)} sources. {each}"
-    return Examples(whole, " and ".join(dict.fromkeys(part.format for part in parts)), ", ".join(names), description)
+    forms, names = (dict.fromkeys(words) for words in zip(*((part.format, part.source) for part in parts), strict=True))
+    return Examples(whole, " and ".join(forms), ", ".join(names), description)
 
 
 def _of_one_kind(parts: Sequence[Examples]) -> list[Examples]:
@@ -64,7 +64,9 @@ def _of_one_kind(parts: Sequence[Examples]) -> list[Examples]:
 
 
 def _kind(part: Examples) -> set[str]:
-    return {name for name in RENDERED if name in part.dataset.features}
+    """What is rendered of it; a column of such a name that rewards read is not."""
+    features = part.dataset.features
+    return {name for name in RENDERED if name in features and not isinstance(features[name], Json)}
 
 
 def _words(part: Examples) -> str:
@@ -88,15 +90,25 @@ def _conversation(example: Example) -> Example:
     return {"messages": [*example["prompt"], *example["completion"]]}
 
 
-def _told_apart(names: Sequence[str], tables: Iterable[Dataset]) -> Iterator[Dataset]:
-    """With the source in front of each origin that is in another one too, as files of one name have them."""
-    origins = [table[ORIGIN] for table in tables]
-    times = Counter(origin for of_one in origins for origin in of_one)
+def _told_apart(names: Sequence[str], tables: Sequence[Dataset]) -> Iterator[Dataset]:
+    """With the source in front of each origin that is in another one too, as files of one name have them. Of a source
+    that is named twice both copies keep theirs."""
+    origins = [table[ORIGIN][:] for table in tables]
+    times = Counter(origin for of_one in dict(zip(names, origins, strict=True)).values() for origin in of_one)
+    short = dict(zip(names, _short(names), strict=True))
     for name, table, of_one in zip(names, tables, origins, strict=True):
         if any(times[origin] > 1 for origin in of_one):
-            own = [_with_source(name, origin) if times[origin] > 1 else origin for origin in of_one]
+            own = [_with_source(short[name], origin) if times[origin] > 1 else origin for origin in of_one]
             table = table.remove_columns(ORIGIN).add_column(ORIGIN, own)
         yield table
+
+
+def _short(names: Sequence[str]) -> list[str]:
+    """Paths from the folder on that all of them are below, whatever the working folder is; hub ids as they are."""
+    paths = {name: os.path.abspath(os.path.expanduser(name)) for name in names}
+    local = {name: path for name, path in paths.items() if os.path.exists(path)}
+    folder = os.path.commonpath([os.path.dirname(path) for path in local.values()]) if local else ""
+    return [os.path.relpath(local[name], folder) if name in local else name for name in names]
 
 
 def _with_source(name: str, origin: str) -> str:

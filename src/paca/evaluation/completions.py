@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from paca.evaluation.batches import context_of, longest_first
 from paca.evaluation.kept_lines import KeptAnswers
 from paca.messages.errors import PacaError
-from paca.pretrained.generation import sampling_settings
+from paca.pretrained.generation_settings import sampling_settings
 
 
 @torch.no_grad()

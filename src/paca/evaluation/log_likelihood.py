@@ -15,7 +15,7 @@ from paca.data.tokens import IGNORED
 from paca.evaluation.batches import context_of, longest_first
 from paca.evaluation.kept_lines import KeptAnswers
 from paca.messages.errors import PacaError
-from paca.pretrained.generation import learns_a_prompt
+from paca.pretrained.generation_settings import learns_a_prompt
 
 
 class Continuation(NamedTuple):

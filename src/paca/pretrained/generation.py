@@ -30,6 +30,7 @@ from paca.pretrained.adapter_tokenizer import load_adapter_tokenizer
 from paca.pretrained.bounded_template import conversation_text, renderer
 from paca.pretrained.ends_of_texts import ends_texts
 from paca.pretrained.foreign_methods import check_method, without_asking
+from paca.pretrained.generation_settings import sampling_settings
 from paca.pretrained.hub_adapter import adapter_of_hub
 from paca.pretrained.out_of_memory import failure_reason, is_out_of_memory
 from paca.pretrained.purpose import check_answers, classifier_in
@@ -190,7 +191,8 @@ def stream_reply(
         )
     inputs, room = _encode(loaded, messages, tools)
     stop = threading.Event()
-    streamer = TextIteratorStreamer(loaded.tokenizer, skip_prompt=True, skip_special_tokens=True)
+    settings = sampling_settings(loaded.model, loaded.tokenizer, temperature)
+    streamer = _Streamer(loaded.tokenizer, settings.get("eos_token_id", []) if tools else None)
     failures: Queue[BaseException] = Queue()
 
     def stopped(input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
@@ -200,7 +202,7 @@ def stream_reply(
         try:
             loaded.model.generate(
                 **inputs,
-                **sampling_settings(loaded.model, loaded.tokenizer, temperature),
+                **settings,
                 max_new_tokens=max_new_tokens if room is None else min(max_new_tokens, room),
                 stopping_criteria=StoppingCriteriaList([stopped]),
                 streamer=streamer,
@@ -223,6 +225,18 @@ def stream_reply(
         if isinstance(error, PacaError) or not is_failure(error):
             raise error
         raise PacaError(_no_answer(loaded, error)) from error
+
+
+class _Streamer(TextIteratorStreamer):
+    """Without special tokens; with `ends` only without these and padding, as special ones may mark a call of a tool."""
+
+    def __init__(self, tokenizer: Any, ends: Sequence[int] | None) -> None:
+        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=ends is None)
+        self.hidden = {tokenizer.pad_token_id, tokenizer.bos_token_id, *(ends or ())} if ends is not None else set()
+
+    def put(self, value: torch.Tensor) -> None:
+        if self.next_tokens_are_prompt or not self.hidden.intersection(value.flatten().tolist()):
+            super().put(value)
 
 
 def _no_answer(loaded: LoadedModel, error: BaseException) -> str:
@@ -277,30 +291,3 @@ def _tokens(tokenizer: Any, text: str, **options: Any) -> Any:
         if not is_failure(error):
             raise
         raise PacaError(f"The tokenizer of {tokenizer.name_or_path} can't split this text: {error}") from error
-
-
-def sampling_settings(model: Any, tokenizer: PreTrainedTokenizerBase, temperature: float) -> dict[str, Any]:
-    """Arguments of `generate`: how tokens are chosen, and which of them end an answer."""
-    # Checkpoints disagree on which of the two names the token that ends a turn; either one ends an answer.
-    configured = model.generation_config.eos_token_id
-    ends = set(configured) if isinstance(configured, list) else {configured}
-    ends = (ends | {tokenizer.eos_token_id}) - {None}
-    settings: dict[str, Any] = {"pad_token_id": tokenizer.pad_token_id, "do_sample": temperature > 0}
-    if ends:
-        settings["eos_token_id"] = sorted(ends)
-    if learns_a_prompt(model):
-        settings["use_cache"] = False  # with one, PEFT 0.21 loses the learned tokens after the first answered one
-    if temperature > 0:
-        return settings | {"temperature": temperature}
-    # The likeliest token each time: a checkpoint's own penalties would choose others, of digits too.
-    likeliest = {"num_beams": 1, "num_return_sequences": 1, "repetition_penalty": 1.0, "no_repeat_ngram_size": 0}
-    likeliest |= {"min_length": 0, "encoder_no_repeat_ngram_size": 0}
-    unused = {"temperature": None, "top_p": None, "top_k": None, "min_new_tokens": None}  # would be warned about
-    unused |= dict.fromkeys(("suppress_tokens", "begin_suppress_tokens", "bad_words_ids", "sequence_bias"))
-    unused |= dict.fromkeys(("guidance_scale", "exponential_decay_length_penalty"))
-    return settings | likeliest | unused
-
-
-def learns_a_prompt(model: Any) -> bool:
-    """Whether a model puts learned tokens before its input, as prompt tuning does."""
-    return bool(getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False))

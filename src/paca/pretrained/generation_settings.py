@@ -1,10 +1,12 @@
-"""A checkpoint's settings for writing texts, where transformers reads them but refuses to save them."""
+"""Settings for writing texts: those of `generate`, and a checkpoint's that transformers reads but refuses to save."""
 
 from __future__ import annotations
 
 import logging
 import re
 from typing import Any
+
+from transformers import PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
 
@@ -24,3 +26,30 @@ def make_savable(model: Any, name: str) -> None:
             setattr(settings, setting, None)
         listed = ", ".join(unused)
         logger.warning("In generation_config.json of %r these have no effect, and are not saved: %s.", name, listed)
+
+
+def sampling_settings(model: Any, tokenizer: PreTrainedTokenizerBase, temperature: float) -> dict[str, Any]:
+    """Arguments of `generate`: how tokens are chosen, and which of them end an answer."""
+    # Checkpoints disagree on which of the two names the token that ends a turn; either one ends an answer.
+    configured = model.generation_config.eos_token_id
+    ends = set(configured) if isinstance(configured, list) else {configured}
+    ends = (ends | {tokenizer.eos_token_id}) - {None}
+    settings: dict[str, Any] = {"pad_token_id": tokenizer.pad_token_id, "do_sample": temperature > 0}
+    if ends:
+        settings["eos_token_id"] = sorted(ends)
+    if learns_a_prompt(model):
+        settings["use_cache"] = False  # with one, PEFT 0.21 loses the learned tokens after the first answered one
+    if temperature > 0:
+        return settings | {"temperature": temperature}
+    # The likeliest token each time: a checkpoint's own penalties would choose others, of digits too.
+    likeliest = {"num_beams": 1, "num_return_sequences": 1, "repetition_penalty": 1.0, "no_repeat_ngram_size": 0}
+    likeliest |= {"min_length": 0, "encoder_no_repeat_ngram_size": 0}
+    unused = {"temperature": None, "top_p": None, "top_k": None, "min_new_tokens": None}  # would be warned about
+    unused |= dict.fromkeys(("suppress_tokens", "begin_suppress_tokens", "bad_words_ids", "sequence_bias"))
+    unused |= dict.fromkeys(("guidance_scale", "exponential_decay_length_penalty"))
+    return settings | likeliest | unused
+
+
+def learns_a_prompt(model: Any) -> bool:
+    """Whether a model puts learned tokens before its input, as prompt tuning does."""
+    return bool(getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False))

@@ -212,6 +212,20 @@ def test_the_file_that_a_setting_names_counts(tmp_path: Path, key: str) -> None:
     check_same_run(folder, config, now)  # begun before it was kept
 
 
+def test_sources_that_were_named_from_the_working_folder_are_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, config, began = begin(tmp_path, {"seed": 1})
+    monkeypatch.chdir(tmp_path)
+    config.data.train = ["a/x.jsonl", "b/x.jsonl"]
+    folder.config.write_text(config.to_yaml())
+    config.data.train = [str(tmp_path / "a/x.jsonl"), str(tmp_path / "b/x.jsonl")]
+    check_same_run(folder, config, began)
+    config.data.train = [*config.data.train[:1], str(tmp_path / "c/x.jsonl")]
+    with pytest.raises(PacaError, match=r"data\.train: "):
+        check_same_run(folder, config, began)
+
+
 def test_processes_with_other_settings_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     _, config, _ = begin(tmp_path, {"learning_rate": 1e-3, "seed": 1})
     check_same_settings(config)
@@ -219,6 +233,12 @@ def test_processes_with_other_settings_are_refused(tmp_path: Path, monkeypatch: 
     other.output.dir, other.data.train, other.train["dataloader_num_workers"] = "b", str(tmp_path), 2
     monkeypatch.setattr(same_run, "gather_object", lambda mine: [*mine, *mine, other.as_dict()])
     check_same_settings(config)  # a folder may have another name on another machine
+    config.data.train, other.data.train = ["/a/x", "/a/y"], ["/b/x", "/b/y"]
+    check_same_settings(config)
+    other.data.train = ["/b/x"]
+    with pytest.raises(PacaError, match=r"data\.train is \['/a/x', '/a/y'\] in process 0, and \['/b/x'\] in process 2"):
+        check_same_settings(config)
+    config.data.train, other.data.train = "/a", "/b"
     other.train["learning_rate"] = 2e-3
     with pytest.raises(PacaError, match=r"train\.learning_rate is 0\.001 in process 0, and 0\.002 in process 2\."):
         check_same_settings(config)

@@ -91,6 +91,8 @@ def check_same_run(folder: RunFolder, config: RunConfig, inputs: dict[str, str])
 
 def _same(before: Any, now: Any) -> bool:
     """Whether a setting is what it was, or the same path, made absolute since."""
+    if isinstance(before, list) and isinstance(now, list) and len(before) == len(now):
+        return all(map(_same, before, now))
     return bool(before == now) or (
         isinstance(before, str) and os.path.isabs(str(now)) and os.path.abspath(before) == now
     )
@@ -153,12 +155,18 @@ def check_same_settings(config: RunConfig) -> None:
     for process, other in enumerate(others, 1):
         for key in sorted((first.keys() | other.keys()) - FREE_TO_CHANGE):
             values = first.get(key), other.get(key)
-            paths = all(isinstance(value, str) and os.path.isabs(value) for value in values)
+            paths = len({len(_listed(value)) for value in values}) == 1 and all(
+                isinstance(one, str) and os.path.isabs(one) for value in values for one in _listed(value)
+            )
             if values[0] != values[1] and not paths:
                 raise PacaError(
                     f"The processes of this run have different settings: {key} is {values[0]!r} in process 0, and "
                     f"{values[1]!r} in process {process}. Start all of them with the same config."
                 )
+
+
+def _listed(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
 
 
 def _recorded_settings(recorded: Path) -> dict[str, Any]:

@@ -52,7 +52,7 @@ def write_report(path: Path, summary: dict[str, Any], rows: list[dict[str, Any]]
         config_text: The resolved config, as YAML.
     """
     unit = "nats per token" if summary["trainer"] == "sft" else None
-    subtitle = f"{summary['model']['name']}, trained on {summary['data']['train']}"
+    subtitle = f"{summary['model']['name']}, trained on {_cell(summary['data']['train'])}"
     body = f"""<div class="cards">{_cards(summary)}</div>
 <h2>Loss</h2>
 <figure>{loss_curves(_points(rows, "loss"), _points(rows, "eval_loss"), unit)}</figure>

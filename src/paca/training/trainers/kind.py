@@ -229,11 +229,13 @@ def reader(config: RunConfig, family: str) -> Callable[..., Examples]:
 def read_split(config: RunConfig, load: Callable[..., Examples]) -> tuple[Examples, Examples | None]:
     """Training data and held-out data, from two sources or from one."""
     data = config.data
-    train = _of_whole_file(load(data.train, split=data.split, limit=data.limit), "split", data.split)
+    train = load(data.train, split=data.split, limit=data.limit)
+    train = _of_whole_files(train, data.sources, "split", data.split)
     if data.eval is None:
         return train, None
     if isinstance(data.eval, str):
-        held_out = _of_whole_file(load(data.eval, split=data.eval_split), "eval_split", data.eval_split)
+        held_out = load(data.eval, split=data.eval_split)
+        held_out = _of_whole_files(held_out, [data.eval], "eval_split", data.eval_split)
     else:
         train, held_out = split_heldout(train, data.eval, data.heldout_seed)
     if count := shared(train.dataset, held_out.dataset):
@@ -242,9 +244,9 @@ def read_split(config: RunConfig, load: Callable[..., Examples]) -> tuple[Exampl
     return train, dataclasses.replace(held_out, dataset=spread_evenly(held_out.dataset, config.eval.limit))
 
 
-def _of_whole_file(examples: Examples, key: str, split: str) -> Examples:
+def _of_whole_files(examples: Examples, sources: list[str], key: str, split: str) -> Examples:
     """Say so where the config names a split of what has none."""
-    if split == getattr(DataSection, key) or not Path(examples.source).expanduser().is_file():
+    if split == getattr(DataSection, key) or not all(Path(name).expanduser().is_file() for name in sources):
         return examples
     said = f"; data.{key}: {split} tells nothing here, as a file has no splits"
     return dataclasses.replace(examples, description=examples.description + said)
