@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, GPT2LMHeadModel
 
-import paca.convert.adapter as adapter_module
+import paca.convert.tensor_files as tensor_files
 from convert.saved_adapters import logits, save_adapted
 from models import gpt2, llama, tokens
 from paca.convert.exported import export_adapter
@@ -365,7 +365,7 @@ def test_a_failure_while_writing_leaves_nothing(lora: Path, tmp_path: Path, monk
         raise OSError("No space left on device")
 
     before = sorted(path.name for path in tmp_path.iterdir())
-    monkeypatch.setattr(adapter_module, "save_file", full_disk)
+    monkeypatch.setattr(tensor_files, "save_file", full_disk)
     with pytest.raises(PacaError, match=r"The disk is full: .*back could not be written"):
         import_adapter(lora, tmp_path / "back")
     assert sorted(path.name for path in tmp_path.iterdir()) == before

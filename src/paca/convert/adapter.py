@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,14 +12,13 @@ from typing import Any, NamedTuple
 import transformers
 from peft import PeftModel, get_peft_model_state_dict
 from peft.utils.other import AuxiliaryTrainingWrapper
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 from transformers.pytorch_utils import Conv1D
 
 from paca.config import PacaConfig
 from paca.convert.beforehand import adapter_in
+from paca.convert.tensor_files import FILE_PREFIX, read_tensors
 from paca.layers import PacaLayer
 from paca.layers.overlaid import OverlaidLinear
 from paca.messages.errors import PacaError
@@ -29,7 +27,6 @@ from paca.messages.shown import printable
 from paca.pretrained import Outline, load_config
 from paca.pretrained.adapter_folder import (
     ADAPTER_CONFIG,
-    ADAPTER_WEIGHTS,
     adapter_settings,
     find_base,
     find_revision,
@@ -39,12 +36,9 @@ from paca.pretrained.purpose import Classifier, classifier_in
 from paca.pretrained.tied_weights import untie_for
 from paca.tuner.adapter_checks import DELTA, INDICES, check_finite
 from paca.tuner.model import PacaModel
-from paca.tuner.pickled_adapter import tensors_in_pickle
 from paca.tuner.strange_expressions import try_expressions
 
 NAME = "default"  # of the adapter, where one is put into an outline
-FILE_PREFIX = "base_model.model."
-QUANTIZATION = "base_quantization"
 
 _AUTO_CLASSES = {  # of transformers, by the task of PEFT
     "CAUSAL_LM": "AutoModelForCausalLM",
@@ -255,49 +249,3 @@ def base_outline(
             "with its model in memory: paca.convert.lora.save_as_lora."
         )
     return load_config(base, revision=revision, auto_class=getattr(transformers, auto_class))
-
-
-def read_tensors(file: Path) -> dict[str, Tensor]:
-    """The tensors in a safetensors file, or in one of `torch.save`; PacaError if it is none."""
-    try:
-        if file.suffix != ".safetensors":
-            return tensors_in_pickle(file)
-        if not file.is_file():
-            raise PacaError(f"{file} is no file: a folder, a pipe or a device.")
-        return load_file(file)
-    except PacaError:
-        raise
-    except ValueError as error:
-        raise PacaError(str(error)) from error
-    except Exception as error:  # what safetensors and torch raise for damaged files is of many kinds
-        raise PacaError(f"{file} is broken: {error}. Copy the file again, or train again.") from error
-
-
-def recorded_quantization(file: Path) -> str | None:
-    """How the weights were quantized that an adapter was made for, if its safetensors file says so."""
-    if file.suffix != ".safetensors":
-        return None
-    with safe_open(file, framework="pt") as opened:
-        return (opened.metadata() or {}).get(QUANTIZATION)
-
-
-def column_tensors(layers: Mapping[str, Any]) -> dict[str, Tensor]:
-    """The tensors of an adapter's file, by their names there, for the `delta` and `indices` of each layer."""
-    tensors = {f"{FILE_PREFIX}{name}.{DELTA}": layer.delta for name, layer in layers.items()}
-    return tensors | {f"{FILE_PREFIX}{name}.{INDICES}": layer.indices for name, layer in layers.items()}
-
-
-def write_adapter(
-    folder: Path, settings: Mapping[str, Any], tensors: Mapping[str, Tensor], quantization: str | None = None
-) -> None:
-    """Write an adapter's config and weights into `folder`, over files of the same names.
-
-    `quantization` goes into the weights' metadata, where programs that do not know it pass over it.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
-    recorded = {} if quantization is None else {QUANTIZATION: quantization}
-    save_file(contiguous, folder / ADAPTER_WEIGHTS[0], {"format": "pt"} | recorded)
-    # A set's order differs from process to process.
-    plain = {name: sorted(value) if isinstance(value, set) else value for name, value in settings.items()}
-    (folder / ADAPTER_CONFIG).write_text(json.dumps(plain, indent=2, sort_keys=True) + "\n", encoding="utf-8")

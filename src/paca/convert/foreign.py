@@ -11,8 +11,8 @@ from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
 
 from paca.columns.selection import column_problem
-from paca.convert.adapter import FILE_PREFIX
 from paca.convert.lora import LORA_A, LORA_B
+from paca.convert.tensor_files import FILE_PREFIX
 from paca.messages.errors import PacaError
 from paca.tuner.adapter_checks import INDICES
 

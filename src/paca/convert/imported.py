@@ -9,21 +9,13 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from paca.config import PacaConfig
-from paca.convert.adapter import (
-    Adapter,
-    base_outline,
-    column_tensors,
-    explaining,
-    put_on,
-    read_tensors,
-    recorded_quantization,
-    write_adapter,
-)
+from paca.convert.adapter import Adapter, base_outline, explaining, put_on
 from paca.convert.beforehand import adapter_output, import_source
 from paca.convert.files_beside import files_beside
 from paca.convert.foreign import COLUMNS, ForeignAdapter, read_authors, read_one_hot_lora
 from paca.convert.lora import LORA_A
 from paca.convert.target_names import exact_targets
+from paca.convert.tensor_files import column_tensors, read_tensors, recorded_quantization, write_adapter
 from paca.messages.errors import PacaError
 from paca.messages.shown import printable
 from paca.pretrained import load_pretrained

@@ -14,9 +14,10 @@ from peft import LoraConfig
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from paca.convert.adapter import FILE_PREFIX, AdaptedLayer, Adapter, adapter_in_model, write_adapter
+from paca.convert.adapter import AdaptedLayer, Adapter, adapter_in_model
 from paca.convert.lora_card import lora_card
 from paca.convert.target_names import exact_targets
+from paca.convert.tensor_files import FILE_PREFIX, write_adapter
 from paca.messages.errors import PacaError
 from paca.tuner.rotation.union_config import default_and_pattern
 

@@ -17,8 +17,9 @@ from torch import Tensor, nn
 
 from paca.columns.folded import ColumnUnion
 from paca.config import PacaConfig
-from paca.convert.adapter import AdaptedLayer, Adapter, column_tensors, stock_class, write_adapter
+from paca.convert.adapter import AdaptedLayer, Adapter, stock_class
 from paca.convert.target_names import exact_targets
+from paca.convert.tensor_files import column_tensors, write_adapter
 from paca.layers import PacaLayer
 from paca.messages.errors import PacaError
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -42,7 +42,7 @@ from paca.training.prompt_form import give_form
 from paca.training.reporting.adapter_card import NoCardsOfCheckpoints, write_card
 from paca.training.reporting.final_scores import scores_by, scores_by_trainer
 from paca.training.reporting.metrics import MetricsLog, RecordMetrics
-from paca.training.reporting.progress import ShowProgress
+from paca.training.reporting.progress import ShowProgress, busy
 from paca.training.reporting.report import write_report
 from paca.training.reporting.scores import Scorer
 from paca.training.reporting.summary import summary_of
@@ -161,7 +161,7 @@ class _Run:
         self.main = PartialState().is_main_process
         reset_peak_memory()
         available = memory_at_hand(arguments)
-        with self._busy("Loading the model ..."):
+        with busy(self.console, "Loading the model ..."):
             pretrained = load_model(self.config, folder, console, self.data.labels)
             if self.main:
                 check_same_model(folder, self.config, pretrained, resume=checkpoint is not None)
@@ -286,14 +286,8 @@ class _Run:
         for entry in reversed(state.log_history):
             if entry.get("step") == step and "eval_loss" in entry:  # the last evaluation of the training loop
                 return entry["eval_loss"]
-        with self._busy("Measuring the held-out loss after training ..."):
+        with busy(self.console, "Measuring the held-out loss after training ..."):
             return self.trainer.evaluate()["eval_loss"]
-
-    def _busy(self, message: str) -> AbstractContextManager[object]:
-        if self.console.is_terminal and not self.console.quiet:
-            return self.console.status(message)
-        say(self.console, message)  # in a log file, so that minutes without a line don't look like a standstill
-        return nullcontext()
 
     def _scores(self, step: int) -> dict[str, Any] | None:
         if self.data.eval is None or self.log is None:

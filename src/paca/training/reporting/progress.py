@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 from rich.console import Console
@@ -17,6 +18,14 @@ from paca.training.reporting.metrics import MetricsLog, RecordMetrics
 _PLAIN_LINES = 20  # about so many lines for a whole run where the output is no terminal ...
 _PLAIN_LONGEST_GAP = 50  # ... but never more steps than this between two of them
 _PLAIN_EVALUATION_SECONDS = 60.0  # and a line so often while it evaluates
+
+
+def busy(console: Console, message: str) -> AbstractContextManager[object]:
+    """A block that takes a while, with a message: for as long as it runs in a terminal, else as a line of its own."""
+    if console.is_terminal and not console.quiet:
+        return console.status(message)
+    say(console, message)  # in a log file, so that minutes without a line don't look like a standstill
+    return nullcontext()
 
 
 class ShowProgress(TrainerCallback):
