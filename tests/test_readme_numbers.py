@@ -63,9 +63,22 @@ def test_the_accuracy_on_arc_is_that_of_its_page() -> None:
         assert cell == [f"{accuracy['paca']:.3f}", f"{accuracy[method]:.3f}"]
 
 
+def test_the_loss_on_gsm8k_in_the_same_time_is_that_of_its_page() -> None:
+    loss = means("gsm8k-long-time", "loss")
+    for cell, method in zip(row_of_table("loss, GSM8K, same time"), ("lora", "lora-tuned"), strict=True):
+        assert cell == [f"{loss['paca-256']:.3f}", f"{loss[method]:.3f}"]
+    steps = means("gsm8k-long-time", "steps")
+    told = f"GSM8K: {steps['paca-256']:.0f}, {steps['lora']:.0f}, and {steps['lora-tuned']:.0f}. "
+    assert told in " ".join(TEXT.split())
+
+
 @pytest.mark.parametrize(
     ("name", "task", "value"),
-    [("loss, encyclopedia", "encyclopedia", "loss"), ("loss, GSM8K", "gsm8k", "loss"), ("right, ARC", "arc", "score")],
+    [
+        ("loss, encyclopedia", "encyclopedia", "loss"),
+        ("loss, GSM8K |", "gsm8k", "loss"),
+        ("right, ARC", "arc", "score"),
+    ],
 )
 def test_losses_and_answers_are_those_of_their_pages(name: str, task: str, value: str) -> None:
     for cell, equal in zip(row_of_table(name), ("parameters", "time", "memory"), strict=True):
