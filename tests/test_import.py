@@ -42,8 +42,15 @@ def joined(*scripts: str) -> str:
     return "\n".join(textwrap.dedent(script) for script in scripts)
 
 
+AS_IF_STARTED = """
+    import sys
+    for name in [name for name in sys.modules if name.partition(".")[0] in ("peft", "trl")]:
+        del sys.modules[name]  # with which the process was forked: when they are imported is what is tested here
+"""
+
+
 def check(*scripts: str) -> None:
-    result = run_forked(joined(*scripts))
+    result = run_forked(joined(AS_IF_STARTED, *scripts))
     assert result.returncode == 0, result.stderr
 
 
