@@ -53,7 +53,7 @@ demo: $(STAMP)
 	@$(BIN)/python -m demo.show
 
 test: $(STAMP)
-	@echo "About 7,400 tests; the first results come after a minute ..."
+	@echo "About 8,000 tests; the first results come after a minute ..."
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_ARGS)
 
 matrix: $(STAMP)
