@@ -13,6 +13,7 @@ import pytest
 
 from paca.data import encode, load_examples
 from paca.data import sample as sample_module
+from paca.data.examples import split_heldout
 from paca.data.sample import Sample, take_sample
 from paca.data.tokens import IGNORED
 from tiny_checkpoint import byte_tokenizer
@@ -121,3 +122,26 @@ def test_one_example_and_equal_ones_have_a_histogram(tmp_path: Path) -> None:
         assert found.histogram == [(4, 4, count)]
         assert found.padded == pytest.approx(4)
         assert np.isfinite(found.share)
+
+
+def test_of_several_sources_each_shows_an_example(tmp_path: Path) -> None:
+    """The one of middle length of all, then those of the others, in the order of the sources."""
+    sources = []
+    for name, letter, count in (("long", "l", 1), ("many", "m", 9), ("short", "s", 3)):
+        path = tmp_path / name / "train.jsonl"
+        path.parent.mkdir()
+        extra = {"long": 40, "many": 20, "short": 0}[name]
+        rows = [{"prompt": letter * (extra + n), "completion": "yes"} for n in range(1, count + 1)]
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        sources.append(str(path))
+    examples = load_examples([*sources, sources[0]])
+    found = take_sample(examples, byte_tokenizer())
+    assert (found.origin, found.pieces[0]) == ("many/train.jsonl, line 5", ("m" * 25, False))
+    assert [other.origin for other in found.others] == ["long/train.jsonl, line 1", "short/train.jsonl, line 2"]
+    assert [other.pieces[0][0] for other in found.others] == ["l" * 41, "s" * 2]
+    train, _ = split_heldout(examples, 3, seed=0)
+    assert {each.origin for each in take_sample(train, byte_tokenizer()).shown} <= set(train.dataset["origin"])
+    answered = found.followed_by(lambda origin: [(f" of {origin}", True)])
+    assert [each.pieces[-1] for each in answered.shown] == [(f" of {each.origin}", True) for each in found.shown]
+    assert [Sample(**json.loads(json.dumps(found.as_dict()))).shown[1].origin] == ["long/train.jsonl, line 1"]
+    assert take_sample(load(tmp_path, ROWS), byte_tokenizer()).others == []

@@ -31,6 +31,9 @@ class Examples:
     description: str
     """One line for people: the form, the columns, what became of them, how many examples."""
 
+    parts: tuple[Dataset, ...] = ()
+    """Of several sources the `origin` of what each one gave, before any of it was held out."""
+
     @property
     def is_conversational(self) -> bool:
         """Whether the examples are messages, which a chat template renders."""

@@ -5,11 +5,13 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
+import pyarrow
+import pyarrow.compute
 from transformers import PreTrainedTokenizerBase
 
 from paca.data.conversion import ORIGIN
@@ -22,6 +24,18 @@ SAMPLED = 1000
 _CHARACTERS = 4_000_000
 """No further example is tokenized after so many: about a million tokens, some seconds of work."""
 _BINS = 10
+
+Pieces = list[tuple[str, bool]]
+"""Texts, and whether each counts in the loss."""
+
+
+class Shown(NamedTuple):
+    """An example as the model reads it."""
+
+    origin: str
+    pieces: Pieces
+    rejected: Pieces
+    """The same of the answer that is worse, where pairs are compared."""
 
 
 @dataclass(frozen=True)
@@ -53,12 +67,26 @@ class Sample:
     histogram: list[tuple[int, int, int]]
     """`(from, to, examples)`, both ends included."""
     origin: str
-    """Where the example of middle length is from, and its text in pieces: whether each counts in the loss."""
-    pieces: list[tuple[str, bool]]
-    rejected: list[tuple[str, bool]] = field(default_factory=list)
-    """The same of the answer that is worse, where pairs are compared."""
+    """Where the example of middle length is from, and its text."""
+    pieces: Pieces
+    rejected: Pieces = field(default_factory=list)
+    """As of `Shown`."""
     leave_out: bool = False
     """Whether a run leaves out the `unanswered`."""
+    others: list[Shown] = field(default_factory=list)
+    """Where there are several sources, the example of middle length of each of the others."""
+
+    @property
+    def shown(self) -> list[Shown]:
+        """All examples to look at."""
+        return [Shown(self.origin, self.pieces, self.rejected), *(Shown(*other) for other in self.others)]
+
+    def followed_by(self, answer: Callable[[str], Pieces]) -> Sample:
+        """With what comes after the text of each example that is shown, by its origin."""
+        first, *others = (
+            Shown(each.origin, [*each.pieces, *answer(each.origin)], each.rejected) for each in self.shown
+        )
+        return dataclasses.replace(self, pieces=first.pieces, others=others)
 
     @property
     def refused(self) -> bool:
@@ -126,8 +154,14 @@ def take_sample(
     counted = [_counting(tokens.labels[stays][1:]) for tokens in found] if by_token else []
     learned = np.flatnonzero(counted) if leave_out and any(counted) else np.arange(len(found))
     kept = np.sort(lengths[learned] if limit is None else np.minimum(lengths[learned], limit))
-    middle = int(learned[np.argsort(lengths[learned], kind="stable")[len(learned) // 2]])
-    shown = [_pieces_kept(tokens, stays if cuts else slice(None), tokenizer) for tokens in sequences[middle]]
+
+    def shown(those: np.ndarray[Any, Any]) -> Shown:
+        """The one of middle length."""
+        middle = int(those[np.argsort(lengths[those], kind="stable")[len(those) // 2]])
+        first, *more = (_pieces_kept(tokens, stays if cuts else slice(None), tokenizer) for tokens in sequences[middle])
+        return Shown(origins[middle], first, [piece for pieces in more for piece in pieces])
+
+    origin, pieces, rejected = shown(learned)
     read = [sum(len(tokens.ids[stays]) for tokens in sequences[index]) for index in learned]
     shares = (np.arange(len(kept) + 1) / len(kept)) ** batch_size  # of batches whose longest is among the first n
     edges = np.unique(np.linspace(lengths.min(), lengths.max() + 1, _BINS + 1).astype(int))
@@ -149,11 +183,26 @@ def take_sample(
             (int(start), int(end) - 1, int(((lengths >= start) & (lengths < end)).sum()))
             for start, end in itertools.pairwise(edges)
         ],
-        origin=origins[middle],
-        pieces=shown[0],
-        rejected=[piece for pieces in shown[1:] for piece in pieces],
+        origin=origin,
+        pieces=pieces,
+        rejected=rejected,
         leave_out=leave_out,
+        others=[
+            shown(learned[found_there])
+            for there in _of_each_part(examples, origins)
+            if origin not in there and (found_there := np.array([origins[at] in there for at in learned])).any()
+        ],
     )
+
+
+def _of_each_part(examples: Examples, origins: Sequence[str]) -> Iterator[set[str]]:
+    """Which of the origins each of several sources has; one that is named twice counts once."""
+    wanted, before = pyarrow.array(origins), set[str]()
+    for part in examples.parts:
+        column = part.data.column(ORIGIN)  # with what a selection leaves out: that is of the same source
+        there = set(column.filter(pyarrow.compute.is_in(column, value_set=wanted.cast(column.type))).to_pylist())
+        yield there - before
+        before |= there
 
 
 def _counting(labels: Sequence[int]) -> int:

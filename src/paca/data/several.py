@@ -44,7 +44,8 @@ def joined(parts: Sequence[Examples]) -> Examples:
     each = "; ".join(f"{part.source}: {part.description}" for part in parts)
     description = f"{len(whole):,} examples of {len(parts)} sources. {each}"
     forms, names = (dict.fromkeys(words) for words in zip(*((part.format, part.source) for part in parts), strict=True))
-    return Examples(whole, " and ".join(forms), ", ".join(names), description)
+    parts_of = tuple(table.select_columns(ORIGIN) for table in tables)
+    return Examples(whole, " and ".join(forms), ", ".join(names), description, parts_of)
 
 
 def _of_one_kind(parts: Sequence[Examples]) -> list[Examples]:
@@ -91,14 +92,14 @@ def _conversation(example: Example) -> Example:
 
 
 def _told_apart(names: Sequence[str], tables: Sequence[Dataset]) -> Iterator[Dataset]:
-    """With the source in front of each origin that is in another one too, as files of one name have them. Of a source
-    that is named twice both copies keep theirs."""
+    """With the source in front of all origins of those that share one, as files of one name do. Of a source that is
+    named twice both copies keep theirs."""
     origins = [table[ORIGIN][:] for table in tables]
     times = Counter(origin for of_one in dict(zip(names, origins, strict=True)).values() for origin in of_one)
     short = dict(zip(names, _short(names), strict=True))
     for name, table, of_one in zip(names, tables, origins, strict=True):
         if any(times[origin] > 1 for origin in of_one):
-            own = [_with_source(short[name], origin) if times[origin] > 1 else origin for origin in of_one]
+            own = [_with_source(short[name], origin) for origin in of_one]
             table = table.remove_columns(ORIGIN).add_column(ORIGIN, own)
         yield table
 

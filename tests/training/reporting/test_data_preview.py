@@ -82,3 +82,16 @@ def test_the_report_marks_the_same_and_escapes_it(sample: Sample) -> None:
     assert "&lt;b&gt;ask&lt;/b&gt; " + "x" * 100 + "<mark>[red</mark> [train.max_length cuts off 8 tokens" in page
     assert "cuts 2 of these examples" in page
     assert sample_section(None) == ""
+
+
+def test_an_example_of_each_source_is_shown(tmp_path: Path) -> None:
+    sources = []
+    for name in ("<aa>", "b"):
+        sources.append(str(tmp_path / f"{name}.jsonl"))
+        Path(sources[-1]).write_text(json.dumps({"prompt": f"ask {name}", "completion": "yes"}) + "\n")
+    sample = take_sample(load_examples(sources), byte_tokenizer())
+    text = shown(sample)
+    assert "An example of middle length (<aa>.jsonl, line 1); what the loss falls on is in ⟦ ⟧:\n\nask <aa>⟦yes" in text
+    assert "One of another source (b.jsonl, line 1):\n\nask b⟦yes" in text
+    page = sample_section(json.loads(json.dumps(sample.as_dict())))
+    assert "<p>One of another source (b.jsonl, line 1):</p>\n<pre>ask b<mark>yes" in page

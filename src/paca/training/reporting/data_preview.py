@@ -27,11 +27,13 @@ def show_sample(sample: Sample, console: Console) -> None:
     """Print it. What the loss falls on is green where there are colours, else in brackets."""
     colours = console.color_system is not None
     marked = "green" if colours else "in ⟦ ⟧"
-    say(console, f"\nAn example of middle length ({sample.origin}); what the loss falls on is {marked}:\n")
-    _show_pieces(sample.pieces, console, colours)
-    if sample.rejected:
-        say(console, "\nThe same with the answer that is rejected:\n")
-        _show_pieces(sample.rejected, console, colours)
+    for number, (origin, pieces, rejected) in enumerate(sample.shown):
+        which = "One of another source" if number else "An example of middle length"
+        say(console, f"\n{which} ({origin}){'' if number else f'; what the loss falls on is {marked}'}:\n")
+        _show_pieces(pieces, console, colours)
+        if rejected:
+            say(console, "\nThe same with the answer that is rejected:\n")
+            _show_pieces(rejected, console, colours)
     say(console, "")
     for line in length_lines(sample):
         say(console, line)
@@ -106,9 +108,12 @@ def sample_section(values: dict[str, Any] | None) -> str:
     if values is None:
         return ""
     sample = Sample(**values)
-    text = _marked(sample.pieces)
-    if sample.rejected:
-        text += f"</pre>\n<p>The same with the answer that is rejected:</p>\n<pre>{_marked(sample.rejected)}"
+    text = ""
+    for number, (origin, pieces, rejected) in enumerate(sample.shown):
+        text += f"</pre>\n<p>One of another source ({html.escape(origin)}):</p>\n<pre>" if number else ""
+        text += _marked(pieces)
+        if rejected:
+            text += f"</pre>\n<p>The same with the answer that is rejected:</p>\n<pre>{_marked(rejected)}"
     return (
         "<h2>Data</h2>\n<style>mark { color: inherit; background: #2e9e5b55; }</style>\n"
         f'<p class="sub">An example of middle length ({html.escape(sample.origin)}) as the model reads it; the loss '

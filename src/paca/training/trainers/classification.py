@@ -68,8 +68,8 @@ class Classification(TrainerKind):
         limit, batch = config.train["max_length"], config.train["per_device_train_batch_size"]
         sample = take_sample(texts, tokenizer, forms, limit=limit, batch_size=batch)
         assert data.labels is not None
-        label = data.labels[texts.dataset["labels"][list(texts.dataset[ORIGIN]).index(sample.origin)]]
-        return replace(data, sample=replace(sample, pieces=[*sample.pieces, ("\n→ ", False), (label, True)]))
+        names, labels = data.labels, dict(zip(texts.dataset[ORIGIN], texts.dataset["labels"], strict=True))
+        return replace(data, sample=sample.followed_by(lambda origin: [("\n→ ", False), (names[labels[origin]], True)]))
 
     def make(self, config: RunConfig, adapter: Any, data: RunData, **parts: Any) -> Trainer:
         """With the adapter in the model, and accuracy measured at each evaluation."""

@@ -96,7 +96,7 @@ class Grpo(TrainerKind):
             )
         tokenizer = tokenizer_of(config)
         sample = take_sample(data.train, tokenizer, partial(_prompt, tokenizer))
-        return replace(data, sample=replace(sample, pieces=[*sample.pieces, ("… the model's own answer", True)]))
+        return replace(data, sample=sample.followed_by(lambda _: [("… the model's own answer", True)]))
 
     def make(self, config: RunConfig, adapter: Any, data: RunData, **parts: Any) -> Trainer:
         """With the reward functions, and the models among them loaded. TRL loads a reference itself: let it be ours."""
