@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import shutil
 import statistics
 from pathlib import Path
@@ -103,6 +104,17 @@ def test_a_text_is_shown_with_its_label(workspace: Path, monkeypatch: pytest.Mon
     texts = prepare(config, whole=False).plan.data.train.dataset["text"]
     lengths = [len(tokenizer(text)["input_ids"]) for text in texts]
     assert plan.tokens_per_step == round(2 * statistics.mean(lengths))
+
+
+def test_texts_of_several_sources_have_their_own_labels(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(workspace)
+    for label in ("good", "bad"):
+        rows = [{"text": f"It was {label}.", "label": label}] * 4
+        (workspace / f"{label}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    sources = ["data.train=[good.jsonl, bad.jsonl]", "data.eval=2"]
+    text = preview(describe(load_run_config(workspace / "classification.yaml", sources)))
+    assert "It was good.\n→ ⟦good⟧" in text
+    assert "It was bad.\n→ ⟦bad⟧" in text
 
 
 def test_an_encoder_is_no_language_model(workspace: Path, tmp_path: Path) -> None:
