@@ -4,7 +4,8 @@
 #   .venv/bin/python -m benchmarks.quality.prepare --data FOLDER    once; without --data from the hub
 #   bash benchmarks/quality.sh digits arc gsm8k encyclopedia        or some of them
 #   EQUAL=time bash benchmarks/quality.sh digits-wide arc-wide gsm8k-wide    with 256 columns a layer
-#   EQUAL=time bash benchmarks/quality.sh arc-long gsm8k-long                with more steps (gsm8k with 256 columns)
+#   EQUAL=time bash benchmarks/quality.sh arc-long                           with more steps
+#   EQUAL=time bash benchmarks/quality.sh gsm8k-long encyclopedia-long       the same, and 256 columns
 #   EQUAL=memory bash benchmarks/quality.sh encyclopedia-linear              with a rate that falls linearly
 #   EQUAL=memory bash benchmarks/quality.sh gsm8k-wide arc-wide              with more columns in half batches
 #   EQUAL=parameters JOBS=2 OMP_NUM_THREADS=1 bash benchmarks/quality.sh arc
@@ -63,6 +64,13 @@ for task in "$@"; do
                 own=(--lr paca-256=4.87e-4,7.8e-4,1.25e-3 --lr lora-tuned=1.25e-3,2e-3,3.2e-3)
                 changed=(--set train.max_steps=300 --set train.lr_scheduler_type=linear)
                 methods=paca-256=$folder/columns256.yaml,lora-tuned=$folder/lora33-tuned.yaml,lora=$folder/lora33.yaml
+                ;;
+            encyclopedia-long-time) # more columns, or fewer layers, or neither; along TRL's own schedule
+                config=encyclopedia same=time rates=4.87e-4,7.8e-4,1.25e-3
+                own=(--lr paca-256=1.9e-4,3.04e-4,4.87e-4 --lr paca=7.8e-4,1.25e-3,2e-3)
+                changed=(--set train.max_steps=300 --set train.lr_scheduler_type=linear)
+                methods=paca-256=$folder/columns256.yaml,paca,two-kinds=$folder/two-kinds.yaml
+                methods+=,lora-tuned=$folder/lora33-tuned.yaml,lora=$folder/lora33.yaml
                 ;;
             arc-wide-memory) # the committed rows of LoRA are those of arc-memory
                 config=arc rates=7.8e-4,1.25e-3

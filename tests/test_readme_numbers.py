@@ -1,8 +1,9 @@
-"""The numbers of README.md are those of the committed rows that it links."""
+"""The numbers of README.md, and of the table in docs/notes/quality.md, are those of the committed rows."""
 
 from __future__ import annotations
 
 import csv
+import itertools
 import json
 import re
 from collections import defaultdict
@@ -111,3 +112,21 @@ def test_solved_problems_are_those_of_the_rows() -> None:
     wide, tuned, paca = (100 * fmean(answered[method]) for method in ("paca-256", "lora-tuned", "paca"))
     told = f"{paca:.1f} % of GSM8K's shorter problems, tuned LoRA {tuned:.1f} %; 256 in the same time {wide:.1f} %"
     assert told in TEXT
+
+
+def test_numbers_of_the_table_of_all_comparisons_are_those_of_their_pages() -> None:
+    table = (ROOT / "docs" / "notes" / "quality.md").read_text(encoding="utf-8").partition("| task | equal |")[2]
+    page, compared = "", set()
+    for line in itertools.takewhile(lambda line: line.startswith("|"), table.splitlines()[2:]):
+        task, _, *told, where = (cell.strip() for cell in line.strip("|").split("|"))
+        page = where.partition("quality/")[2].partition("/")[0] or page  # else the same runs as in the row before
+        if "held_back" in where:
+            continue
+        found = means(page, "loss" if "loss" in task else "score")
+        names = [{name for name in found if name.startswith("paca")}, {"lora"}, {"lora-tuned"}]
+        for cell, methods in zip(told, names, strict=True):
+            number = cell.partition(" ")[0]
+            assert number in {f"{found[name]:.{len(number) - 2}f}" for name in methods}, (page, cell)
+        compared.add(page)
+    pages = {path.parent.name for path in (ROOT / "benchmarks" / "quality").glob("*/comparison.md")}
+    assert compared == pages

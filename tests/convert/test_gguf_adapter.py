@@ -31,6 +31,7 @@ from transformers import (
     SmolLM3ForCausalLM,
 )
 
+import paca
 from convert.saved_adapters import change, logits, save_adapted
 from models import gpt2, llama
 from paca.convert.adapter import adapter_in_model
@@ -166,7 +167,7 @@ def test_what_llama_cpp_has_no_place_for_is_refused_by_name(tmp_path: Path) -> N
     with pytest.raises(PacaError, match=r"type 'opt' can't be exported.*llama, mistral.*--to merged"):
         export_adapter(tmp_path / "opt/adapter", tmp_path / "a.gguf", "gguf")
     save_adapted(tmp_path / "head", llama(), modules_to_save=["lm_head"])
-    with pytest.raises(PacaError, match=r"base_model\.model\.lm_head\.weight, trained whole.*--to merged"):
+    with pytest.raises(PacaError, match=r"base_model\.model\.lm_head\.weight whole.*--to merged"):
         export_adapter(tmp_path / "head/adapter", tmp_path / "a.gguf", "gguf")
     adapter = adapter_in_model(save_adapted(tmp_path / "odd", llama(), target_modules=["q_proj"]))
     adapter.layers["model.vision.fc1"] = adapter.layers["model.layers.0.self_attn.q_proj"]
@@ -175,10 +176,22 @@ def test_what_llama_cpp_has_no_place_for_is_refused_by_name(tmp_path: Path) -> N
     assert not (tmp_path / "a.gguf").exists()
 
 
+def test_columns_of_an_output_layer_that_the_file_has_not_are_refused(tmp_path: Path) -> None:
+    base = llama(tie_word_embeddings=True)
+    assert paca.untie_embeddings(base)
+    model = save_adapted(tmp_path, base, target_modules=["lm_head"])
+    llama(tie_word_embeddings=True).save_pretrained(tmp_path / "base")
+    with pytest.raises(PacaError, match=r"also holds \S*lm_head.base_layer.weight whole, which"):
+        export_adapter(tmp_path / "adapter", tmp_path / "lora.gguf", "gguf")
+    model.save_pretrained(tmp_path / "adapter", save_embedding_layers=False)
+    with pytest.raises(PacaError, match="columns in one of two embeddings that are one weight in the base model"):
+        export_adapter(tmp_path / "adapter", tmp_path / "lora.gguf", "gguf")
+
+
 def test_a_classifiers_backbone_is_refused_for_its_head(tmp_path: Path) -> None:
     base = LlamaForSequenceClassification(llama().config)
     save_adapted(tmp_path, base, task_type="SEQ_CLS")
-    with pytest.raises(PacaError, match=r"score\.weight, trained whole"):
+    with pytest.raises(PacaError, match=r"score\.weight whole"):
         export_adapter(tmp_path / "adapter", tmp_path / "a.gguf", "gguf")
 
 
@@ -187,12 +200,19 @@ def test_an_output_in_use_is_refused_and_left_alone(tmp_path: Path) -> None:
     with pytest.raises(PacaError, match=r"ends in \.gguf"):
         export_adapter(tmp_path / "adapter", tmp_path / "lora", "gguf")
     output = tmp_path / "lora.gguf"
-    output.write_text("of somebody else")
-    with pytest.raises(PacaError, match=r"exists.*--overwrite"):
-        export_adapter(tmp_path / "adapter", output, "gguf")
-    assert output.read_text() == "of somebody else"
-    export_adapter(tmp_path / "adapter", output, "gguf", overwrite=True)
-    assert len(read(output)[1]) == 4
+    for content in (b"of somebody else", b"GGUF, a model", b""):
+        output.write_bytes(content)
+        with pytest.raises(PacaError, match=r"exists.*--overwrite"):
+            export_adapter(tmp_path / "adapter", output, "gguf")
+        with pytest.raises(PacaError, match="is no LoRA adapter in GGUF, so it is not overwritten"):
+            export_adapter(tmp_path / "adapter", output, "gguf", overwrite=True)
+        assert output.read_bytes() == content
+    with pytest.raises(PacaError, match="which the export reads"):
+        export_adapter(tmp_path / "adapter", output, "gguf", base_model=str(output), overwrite=True)
+    output.unlink()
+    for overwrite in (False, True):
+        export_adapter(tmp_path / "adapter", output, "gguf", overwrite=overwrite)
+        assert len(read(output)[1]) == 4
     (tmp_path / "folder.gguf").mkdir()
     with pytest.raises(PacaError, match="is a folder"):
         export_adapter(tmp_path / "adapter", tmp_path / "folder.gguf", "gguf", overwrite=True)

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, GPT2LMHeadModel
 
+import paca
 import paca.convert.tensor_files as tensor_files
 from convert.saved_adapters import logits, save_adapted
 from models import gpt2, llama, tokens
@@ -210,6 +211,22 @@ def test_whole_modules_and_conv1d_come_back(tmp_path: Path) -> None:
         loaded.base_model.model.transformer.ln_f.modules_to_save["default"].weight,
         model.base_model.model.transformer.ln_f.modules_to_save["default"].weight,
     )
+
+
+@pytest.mark.parametrize("whole", ["auto", False])
+def test_columns_of_a_tied_output_layer_come_back(tmp_path: Path, whole: str | bool) -> None:
+    """PEFT saves the pretrained weight of an adapted output layer beside it, unless it is told not to."""
+    base = llama(tie_word_embeddings=True)
+    assert paca.untie_embeddings(base)
+    model = save_adapted(tmp_path, base, target_modules=["q_proj", "lm_head"])
+    llama(tie_word_embeddings=True).save_pretrained(tmp_path / "base")
+    model.save_pretrained(tmp_path / "adapter", save_embedding_layers=whole)
+    export_adapter(tmp_path / "adapter", tmp_path / "lora", "lora")
+    import_adapter(tmp_path / "lora", tmp_path / "back")
+    again = llama(tie_word_embeddings=True)
+    paca.untie_embeddings(again)
+    back = peft.PeftModel.from_pretrained(again, str(tmp_path / "back")).eval()
+    assert torch.allclose(logits(back, tokens()), logits(model, tokens()), atol=1e-6)
 
 
 @pytest.fixture

@@ -256,6 +256,22 @@ def test_what_is_no_paca_adapter_is_refused(uneven: Path, tmp_path: Path) -> Non
     assert not (tmp_path / "again").exists()
 
 
+def test_columns_that_were_chosen_by_norms_are_those_of_the_file(tmp_path: Path) -> None:
+    model = save_adapted(tmp_path, llama(), r=4, selection="weight_norm", target_modules=["q_proj"])
+    export_adapter(tmp_path / "adapter", tmp_path / "lora", "lora")
+    loaded = load_lora(llama(), tmp_path / "lora").eval()
+    assert torch.allclose(logits(loaded, tokens()), logits(model, tokens()), atol=1e-5)
+
+
+def test_a_base_model_that_is_given_is_recorded_by_its_whole_path(
+    uneven: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(uneven)
+    export_adapter("adapter", tmp_path / "lora", "lora", base_model="./base")
+    config = json.loads((tmp_path / "lora/adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == str(uneven / "base")
+
+
 def test_an_output_in_use_is_refused_and_left_alone(uneven: Path, tmp_path: Path) -> None:
     output = tmp_path / "lora"
     export_adapter(uneven / "adapter", output, "lora")
@@ -264,10 +280,18 @@ def test_an_output_in_use_is_refused_and_left_alone(uneven: Path, tmp_path: Path
     (output / "leftover").write_text("")
     export_adapter(uneven / "adapter", output, "lora", overwrite=True)
     assert not (output / "leftover").exists()
+    (in_use := tmp_path / "in_use").mkdir()
+    (in_use / "notes.txt").write_text("mine")
     with pytest.raises(PacaError, match="does not hold an adapter"):
+        export_adapter(uneven / "adapter", in_use, "lora", overwrite=True)
+    with pytest.raises(PacaError, match="which the export reads"):
         export_adapter(uneven / "adapter", uneven / "base", "lora", overwrite=True)
     with pytest.raises(PacaError, match="which the export reads"):
         export_adapter(uneven / "adapter", uneven / "adapter", "lora", overwrite=True)
+    before = (uneven / "adapter/adapter_config.json").read_text()
+    with pytest.raises(PacaError, match="which the export reads"):  # of a run's folder, its adapter
+        export_adapter(uneven, uneven / "adapter", "lora", overwrite=True)
+    assert (uneven / "adapter/adapter_config.json").read_text() == before
     assert AutoModelForCausalLM.from_pretrained(uneven / "base").dtype == torch.float32
 
 

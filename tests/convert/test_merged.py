@@ -6,16 +6,26 @@ import shutil
 import stat
 from pathlib import Path
 
+import peft
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, TorchAoConfig
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PvtV2Config,
+    PvtV2ForImageClassification,
+    TorchAoConfig,
+    ViTImageProcessor,
+)
 
+import paca
 import paca.convert.merged as merged_module
 from forked_process import run_forked
 from paca.convert.merged import merge_to_folder
 from paca.messages.errors import PacaError
 from paca.pretrained.generation import load_for_generation
+from paca.pretrained.purpose import save_classifier_config
 from tiny_checkpoint import save_run
 
 TOKENS = torch.arange(2, 26).reshape(2, 12)
@@ -193,3 +203,19 @@ def test_what_cannot_be_merged_is_refused(run: Path, tmp_path: Path) -> None:
     with pytest.raises(PacaError, match="No such folder"):
         merge_to_folder(tmp_path / "nowhere", tmp_path / "merged")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_images_of_a_model_that_takes_a_pair_of_sizes(tmp_path: Path) -> None:
+    """Its logits before and after are compared, so that the images have to fit it."""
+    sizes = {"hidden_sizes": [8, 16], "depths": [1, 1], "sr_ratios": [2, 1], "num_attention_heads": [1, 2]}
+    shape = {"patch_sizes": [7, 3], "strides": [4, 2], "mlp_ratios": [2, 2], "num_encoder_blocks": 2}
+    model = PvtV2ForImageClassification(PvtV2Config(image_size=32, num_labels=3, **sizes, **shape))
+    assert isinstance(model.config.image_size, tuple | list)
+    model.save_pretrained(tmp_path / "base")
+    ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(tmp_path / "base")
+    adapted = peft.get_peft_model(model, paca.PacaConfig(r=2, target_modules=["query", "value"]))
+    adapted.peft_config["default"].base_model_name_or_path = str(tmp_path / "base")
+    adapted.save_pretrained(tmp_path / "adapter")
+    save_classifier_config(tmp_path / "adapter", adapted)
+    ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(tmp_path / "adapter")
+    assert merge_to_folder(tmp_path / "adapter", tmp_path / "merged").difference == 0

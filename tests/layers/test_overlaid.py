@@ -509,6 +509,16 @@ def test_a_quantized_type_that_nobody_knows_says_what_and_why():
         adapt(model, target_modules=["lin1"])
 
 
+def test_a_format_of_torchao_that_is_not_known_is_named():
+    nf4 = pytest.importorskip("torchao.quantization.quantize_.workflows")
+    model = stack("torchao-int8")
+    model.lin1 = torch.nn.Linear(64, 128, dtype=torch.bfloat16)
+    weight = nf4.to_nf4(model.lin1.weight.data, 32, 2)
+    model.lin1.weight = torch.nn.Parameter(weight, requires_grad=False)
+    with pytest.raises(ValueError, match=r"torchao's NF4Tensor is not one of the formats that paca knows"):
+        adapt(model, target_modules=["lin1"])
+
+
 def test_int8_layers_that_keep_16_bit_weights_are_refused():
     bnb = pytest.importorskip("bitsandbytes")
     model = stack("int8")

@@ -64,7 +64,7 @@ NAMES = (
     (r"(a CLASS) \(a subclass of \w+,", r"\1 (a subclass of CLASS,"),
     (r"(a CLASS) of \w+ that", r"\1 that"),
     (r"(?<=for which selection=)'\w+'", "CHOICE"),
-    (r"(?<=The adapter also holds ).*?(?=, trained whole)", "LAYER"),
+    (r"(?<=The adapter also holds ).*?(?= whole)", "LAYER"),
     (r"(?<=Models of type )'\w+'", "TYPE"),
     (r"(?<=it adapts )Linear, .*? aqlm\.", "the layers above."),
 )

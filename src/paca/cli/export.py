@@ -42,7 +42,7 @@ def export(
         merge(path, output, base_model=base_model, overwrite=overwrite)
         return
     if to == "gguf":
-        gguf_output(path, output, overwrite)
+        gguf_output(path, output, base_model, overwrite)
     else:
         adapter_output(path, output, base_model, overwrite)
     put(f"Reading {path} ...")
@@ -76,7 +76,8 @@ def export(
             if file
             else f" with the GGUF file of {adapter.base}"
         )
-        put(f"Use it{where}: llama-cli -m {shlex.quote(file) if file else 'MODEL.gguf'} --lora {output}{form}")
+        given = shlex.quote(file) if file else "MODEL.gguf"
+        put(f"Use it{where}: llama-cli -m {given} --lora {shlex.quote(str(output))}{form}")
     elif adapter.classifier is not None:
         code = loading_code(adapter.classifier, str(output), adapter.base, adapter.config.revision)
         put(f"Load it with its labels, in Python; paca is not needed:\n\n{code}")
@@ -90,7 +91,7 @@ def _prompts_form(adapter: Path, base: Path) -> str:
     template, own = adapter / "chat_template.jinja", base / "chat_template.jinja"
     if template.is_file():
         same = own.is_file() and own.read_bytes() == template.read_bytes()
-        return "" if same else f" --jinja --chat-template-file {template}"
+        return "" if same else f" --jinja --chat-template-file {shlex.quote(str(template))}"
     # Trained on texts as they stand: not in the form that the GGUF file has.
     return " -no-cnv" if (adapter / "tokenizer_config.json").is_file() else ""
 

@@ -32,6 +32,7 @@ from paca.pretrained.adapter_folder import (
     find_revision,
     weight_file,
 )
+from paca.pretrained.location import locate
 from paca.pretrained.purpose import Classifier, classifier_in
 from paca.pretrained.tied_weights import untie_for
 from paca.tuner.adapter_checks import DELTA, INDICES, check_finite
@@ -91,6 +92,8 @@ class Adapter:
     """The base model's; None if it is not of transformers."""
     classifier: Classifier | None = None
     """What the config beside a classifier's adapter says of its outputs."""
+    untied: bool = False
+    """Whether it has columns in one of two embeddings that are one weight in the base model's files."""
 
     @property
     def base(self) -> str:
@@ -164,17 +167,18 @@ def _read(folder: Path, base: str) -> Adapter:
         )
     config = PacaConfig.from_pretrained(str(folder))
     if base != config.base_model_name_or_path:
+        base = locate(base).name_or_path  # a folder by its whole path, as it is to be found from anywhere
         config.base_model_name_or_path, config.revision = base, None
     classifier = classifier_in(folder)
     outline = base_outline(base, config.task_type, find_revision(folder, base), classifier)
-    untie_for(outline.model, tensors)
+    untied = untie_for(outline.model, tensors)
     if config.unusual:
         try_expressions(vars(config), outline.model, folder / ADAPTER_CONFIG)
     try:
         adapter = put_on(outline.model, config, tensors)
     except ValueError as error:
         raise PacaError(f"The adapter in {folder} does not fit the model {base}: {error}") from error
-    adapter.classifier = classifier
+    adapter.classifier, adapter.untied = classifier, untied
     return adapter
 
 
@@ -191,7 +195,10 @@ def put_on(base_model: nn.Module, config: PacaConfig, tensors: dict[str, Tensor]
     else:  # a module that is saved whole may have others in it
         names = [name for name, _ in base_model.named_modules()]
         left_out = {*left_out, *whole, *(name for name in names for one in whole if f".{one}." in f".{name}")}
-    layers_only = dataclasses.replace(config, modules_to_save=None, exclude_modules=left_out or None)
+    # Of weights on the meta device none can be chosen by its norm; the file says which columns they are.
+    layers_only = dataclasses.replace(
+        config, modules_to_save=None, exclude_modules=left_out or None, selection="random"
+    )
     model = PeftModel(base_model, layers_only, adapter_name=NAME)
     of_whole = {n: t for n, t in tensors.items() if any(f".{m}." in f".{n}" for m in whole)}
     for name, tensor in of_whole.items():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import struct
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -27,7 +28,13 @@ def adapter_output(
     path: str | Path, output: str | Path, base_model: str | None, overwrite: bool, job: str = "export"
 ) -> Path:
     """The folder, absolute, for the adapter in `path` in another form; PacaError if it is in use."""
-    return _free_folder(output, overwrite, [path, base_model or path], job, "an adapter", ADAPTER_CONFIG)
+    reads = [path, base_model or path] if job == "import" else _read_from(path, base_model)
+    return _free_folder(output, overwrite, reads, job, "an adapter", ADAPTER_CONFIG)
+
+
+def _read_from(path: str | Path, base_model: str | None) -> list[str | Path]:
+    """What an export or a merge of an adapter must leave alone."""
+    return [path, adapter := adapter_in(path), find_base(adapter, base_model)]
 
 
 def merge_output(path: str | Path, output: str | Path, base_model: str | None, overwrite: bool) -> Path:
@@ -48,21 +55,30 @@ def merge_output(path: str | Path, output: str | Path, base_model: str | None, o
             "In Python: load the base model with the transformers class of that task, the adapter with "
             "PeftModel.from_pretrained, then merge_and_unload().save_pretrained(folder)."
         )
-    reads = [path, adapter, find_base(adapter, base_model)]
-    return _free_folder(output, overwrite, reads, "merge", "a model", "config.json")
+    return _free_folder(output, overwrite, _read_from(path, base_model), "merge", "a model", "config.json")
 
 
-def gguf_output(path: str | Path, output: str | Path, overwrite: bool) -> Path:
+def gguf_output(path: str | Path, output: str | Path, base_model: str | None, overwrite: bool) -> Path:
     """The file, absolute, for `path` as LoRA in GGUF; PacaError if it is in use, or not named as such a file is."""
     output = _named(output)
     if output.suffix != ".gguf":
         raise PacaError(f"The output {output} should be a file whose name ends in .gguf.")
-    _check_apart(output, [path], "export", "file")
+    _check_apart(output, _read_from(path, base_model), "export", "file")
     if output.is_dir():
         raise PacaError(f"The output {output} is a folder. Give the name of the file to write.")
     if output.exists() and not overwrite:
         raise PacaError(f"The output {output} exists. Give another one, or --overwrite to replace it.")
+    if output.exists() and not _is_gguf_adapter(output):
+        raise PacaError(f"The output {output} is no LoRA adapter in GGUF, so it is not overwritten. Give another one.")
     return output
+
+
+def _is_gguf_adapter(file: Path) -> bool:
+    """Whether the first pairs of a GGUF file, text by text, say that it is an adapter."""
+    with file.open("rb") as opened:
+        return opened.read(4) == b"GGUF" and b"general.type" + struct.pack("<IQ", 8, 7) + b"adapter" in opened.read(
+            4096
+        )
 
 
 def import_source(path: str | Path) -> Path:

@@ -47,7 +47,7 @@ def export_adapter(
         PacaError: An adapter that can't be read, or that has no such form, or an output that is in use.
     """
     if to == "gguf":
-        output = gguf_output(path, output, overwrite)
+        output = gguf_output(path, output, base_model, overwrite)
     else:
         output = adapter_output(path, output, base_model, overwrite)
     adapter = read_adapter(path, base_model)

@@ -51,8 +51,13 @@ def gguf_tensors(adapter: Adapter) -> tuple[float, dict[str, Tensor]]:
     known = architecture_of(adapter)
     if adapter.saved_whole:
         raise PacaError(
-            f"The adapter also holds {', '.join(sorted(adapter.saved_whole))}, trained whole, which a LoRA adapter in "
+            f"The adapter also holds {', '.join(sorted(adapter.saved_whole))} whole, which a LoRA adapter in "
             "GGUF can't carry. Export the merged model instead (--to merged), and convert that with llama.cpp."
+        )
+    if adapter.untied:
+        raise PacaError(
+            "The adapter has columns in one of two embeddings that are one weight in the base model, and in its GGUF "
+            "file. Export the merged model instead (--to merged), and convert that with llama.cpp."
         )
     text_config: Any = adapter.base_config.get_text_config()  # type: ignore[union-attr]
     places = {name: number for number, name in gguf.MODEL_ARCH_NAMES.items()}

@@ -15,13 +15,14 @@ from paca.convert.files_beside import files_beside
 from paca.convert.foreign import COLUMNS, ForeignAdapter, read_authors, read_one_hot_lora
 from paca.convert.lora import LORA_A
 from paca.convert.target_names import exact_targets
-from paca.convert.tensor_files import column_tensors, read_tensors, recorded_quantization, write_adapter
+from paca.convert.tensor_files import FILE_PREFIX, column_tensors, read_tensors, recorded_quantization, write_adapter
 from paca.messages.errors import PacaError
 from paca.messages.shown import printable
 from paca.pretrained import load_pretrained
 from paca.pretrained.adapter_folder import ADAPTER_CONFIG, adapter_settings, find_revision, text_setting, weight_file
 from paca.pretrained.location import locate
 from paca.pretrained.purpose import classifier_in
+from paca.pretrained.tied_weights import untie_for
 from paca.pretrained.whole_output import whole_output
 from paca.tuner.adapter_checks import DELTA
 from paca.tuner.rotation.union_config import UnionLayer, union_settings
@@ -96,6 +97,7 @@ def _read(
         raise PacaError(f"{folder} holds a PaCA adapter already: PEFT and paca load it as it is.")
     if settings.get("peft_type") == "LORA" and any(name.endswith(f".{LORA_A}") for name in tensors):
         outline = base_outline(base, task_type, revision, classifier_in(folder)).model
+        untie_for(outline, (name.replace(".lora_", ".paca_") for name in tensors))
         try_expressions(settings, outline, folder / ADAPTER_CONFIG)
         return read_one_hot_lora(settings, tensors), outline
     raise PacaError(
@@ -113,6 +115,8 @@ def _check(
     modules_to_save = settings.get("modules_to_save") or []
     if not isinstance(modules_to_save, list) or not all(isinstance(name, str) for name in modules_to_save):
         raise PacaError(f"modules_to_save of the checkpoint's config must be a list of names; got {modules_to_save!r}.")
+    frozen = {f"{FILE_PREFIX}{name}.base_layer.weight" for name in foreign.layers}  # PEFT saves those of embeddings
+    foreign = foreign._replace(others={n: tensor for n, tensor in foreign.others.items() if n not in frozen})
     for name in foreign.others:
         if not any(f".{module}." in f".{name}" for module in modules_to_save):
             raise PacaError(

@@ -16,6 +16,7 @@ from paca.messages.errors import PacaError
 from paca.pretrained.adapter_folder import adapter_settings, find_adapter
 from paca.pretrained.generation import LoadedModel, load_saved, on_accelerator
 from paca.pretrained.generation_settings import make_savable, sampling_settings
+from paca.pretrained.image_shape import image_shape
 from paca.pretrained.loading import DTYPES
 from paca.pretrained.purpose import classifier_in
 from paca.pretrained.quantizing import is_quantized
@@ -25,7 +26,6 @@ from paca.pretrained.whole_output import whole_output
 # of layers, each of which rounds a few times (measured in tests/convert/test_merged.py on random models).
 TOLERANCE_IN_EPS = 32
 PROBE_SHAPE = (2, 16)
-_IMAGE_SIZE = 224  # of a model whose config names none
 
 
 @dataclass
@@ -121,8 +121,7 @@ def _probe_logits(model: Any) -> torch.Tensor:
     """
     generator = torch.Generator().manual_seed(0)
     if model.main_input_name == "pixel_values":
-        size = getattr(model.config, "image_size", None) or _IMAGE_SIZE
-        images = torch.randn(2, getattr(model.config, "num_channels", 3), size, size, generator=generator)
+        images = torch.randn(2, *image_shape(model.config), generator=generator)
         with torch.no_grad():
             return model(pixel_values=images.to(model.device, model.dtype)).logits.float().cpu()
     vocabulary = model.get_input_embeddings().weight.shape[0]

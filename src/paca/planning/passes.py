@@ -10,6 +10,7 @@ from torch.nn.functional import logsigmoid
 from transformers import PreTrainedModel
 
 from paca.planning.setting import Setting
+from paca.pretrained.image_shape import image_shape
 
 Task = Literal["text", "labelled texts", "pairs", "images"]
 
@@ -38,7 +39,7 @@ def inputs_of(model: PreTrainedModel, setting: Setting, batch_size: int, padded:
     task = task_of(model)
     labels = {"labels": torch.zeros(batch_size, dtype=torch.int64)}
     if task == "images":
-        return {"pixel_values": torch.zeros(batch_size, *_image(model.config)), **labels}
+        return {"pixel_values": torch.zeros(batch_size, *image_shape(model.config)), **labels}
     rows = 2 * batch_size if task == "pairs" else batch_size  # the chosen answers, then the rejected ones
     tokens = torch.zeros(rows, setting.sequence_length, dtype=torch.int64)
     inputs = {"input_ids": tokens}
@@ -62,12 +63,3 @@ def loss_of(model: PreTrainedModel, inputs: dict[str, Tensor], chunked: bool) ->
         return result.loss
     chosen, rejected = result.logits.squeeze(-1).chunk(2)
     return -logsigmoid(chosen - rejected).mean()  # as TRL's RewardTrainer
-
-
-def _image(config: Any) -> tuple[int, int, int]:
-    """Channels, height and width that the model's own processor makes of any image."""
-    if config.model_type == "timm_wrapper":
-        return tuple(config.pretrained_cfg["input_size"])
-    size = config.image_size
-    height, width = (size, size) if isinstance(size, int) else size
-    return getattr(config, "num_channels", 3), height, width

@@ -24,6 +24,8 @@ class TorchAo(QuantizedWeight):
 
     def problem(self, module: Any) -> str | None:
         weight = module.weight
+        if not hasattr(weight, "qdata"):
+            return f"torchao's {type(weight).__name__} is not one of the formats that paca knows"
         if getattr(weight, "act_quant_kwargs", None) is not None or getattr(weight, "activation_quantization", None):
             return "it quantizes its inputs as well, which training does not reproduce; use a weight-only config"
         return None

@@ -214,6 +214,23 @@ def test_quantized_weights_are_scored_dequantized_and_by_what_runs_through_them(
     assert chosen.indices["lin1"] == best((leaf.grad.T @ x).norm(dim=0), 4)
 
 
+@pytest.mark.parametrize("repacks", [False, True])
+def test_whether_a_quantized_layer_repacks_its_weight_stays(repacks):
+    """Repacked, as on CPUs with AVX512-BF16 in evaluation mode, it has no backward pass."""
+    model = stack("nf4", torch.float32)
+    for layer in (model.lin1, model.lin2):
+        layer.support_avx512bf16_for_cpu = repacks
+    config = paca.PacaConfig(r=4, selection="activation_norm", target_modules=["lin1"])
+    config = paca.select(model, config, [torch.randn(4, 64)])
+    assert model.lin1.support_avx512bf16_for_cpu is model.lin2.support_avx512bf16_for_cpu is repacks
+    adapted = peft.get_peft_model(model, config)
+    assert adapted.base_model.model.lin1.base_layer.support_avx512bf16_for_cpu is False
+    assert paca.select(adapted, config, [torch.randn(4, 64)]).indices == config.indices
+    assert adapted.base_model.model.lin1.base_layer.support_avx512bf16_for_cpu is False
+    assert adapted.unload().lin1.support_avx512bf16_for_cpu is repacks
+    assert not [name for name in vars(model.lin1) if "paca" in name]
+
+
 def test_a_weight_that_can_not_be_read_is_refused_for_weight_norm_alone():
     model = forward_only_stack("gptqmodel.nn_modules")
     config = paca.PacaConfig(r=2, selection="weight_norm", target_modules=["lin1"])
@@ -339,8 +356,14 @@ def test_tensors_tuples_and_mappings_mean_the_same():
     assert all(indices == found[0] for indices in found)
     ids = tokens()
     config = paca.PacaConfig(r=3, selection="activation_norm")
-    as_tuple = paca.select(llama(), config, [(ids, torch.ones_like(ids))])
-    assert as_tuple.indices == paca.select(llama(), config, [{"input_ids": ids}]).indices
+    mask = torch.ones_like(ids)
+    mask[:, 2:] = 0
+    cut = paca.select(llama(), config, [ids[:, :2]]).indices
+    for batch in ((ids, mask), {"input_ids": ids, "attention_mask": mask}):
+        assert paca.select(llama(), config, [batch]).indices == cut
+    config = paca.PacaConfig(r=3, selection="gradient_norm")
+    learned = [paca.select(llama(), config, [b]).indices for b in (ids, (ids,), {"input_ids": ids, "labels": ids})]
+    assert learned[0] == learned[1] == learned[2]
 
 
 def test_a_loss_of_the_users_own_sees_the_batch():

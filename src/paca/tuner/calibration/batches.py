@@ -31,11 +31,12 @@ class Batch:
         tensors = (t for t in (*model.parameters(), *model.buffers()) if not t.is_meta)
         device = next((t.device for t in tensors), torch.device("cpu"))
         content = recursively_apply(lambda tensor: tensor.detach().to(device), content)
+        self.content = content  # as a user's loss takes it
         first = content[0] if isinstance(content, (tuple, list)) and content else content
         if isinstance(first, Mapping):
             self.kwargs = dict(first)
         elif isinstance(first, Tensor):
-            self.args = (first,) if first is content else tuple(content[: _positional(model)])
+            self.args, self.kwargs = _as_taken((first,) if first is content else tuple(content), model)
         else:
             raise ValueError(
                 f"Batch {number} is a {type(content).__name__} that the model can't be called with. Give mappings of "
@@ -120,9 +121,13 @@ def _real_tokens(mask: Any, number: int) -> Tensor | None:
     return mask != 0
 
 
-def _positional(model: Any) -> int:
-    """How many positional arguments the model's forward takes."""
-    kinds = [p.kind for p in inspect.signature(base_model(model).forward).parameters.values()]
+def _as_taken(values: tuple[Any, ...], model: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Arguments for the model's forward of values in its order, as many as it takes: by name, where it has names."""
+    parameters = inspect.signature(base_model(model).forward).parameters.values()
+    kinds = {p.kind for p in parameters}
     if inspect.Parameter.VAR_POSITIONAL in kinds:
-        return 1
-    return sum(k in (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD) for k in kinds)
+        return values[:1], {}
+    if inspect.Parameter.POSITIONAL_ONLY in kinds:
+        return values[: sum(p.kind != inspect.Parameter.KEYWORD_ONLY for p in parameters)], {}
+    names = [p.name for p in parameters if p.kind == inspect.Parameter.POSITIONAL_OR_KEYWORD]
+    return (), dict(zip(names, values, strict=False))

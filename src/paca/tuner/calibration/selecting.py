@@ -126,7 +126,7 @@ def collect_scores(
             for observer in observers:
                 observer.real = batch.real
             if gradients:
-                _run_backward(model, batch, content, loss)
+                _run_backward(model, batch, loss)
             else:
                 with torch.no_grad():
                     model(*batch.args, **batch.kwargs)
@@ -137,12 +137,12 @@ def collect_scores(
     return {observer.key: observer.scores() for observer in observers}
 
 
-def _run_backward(model: nn.Module, batch: Batch, content: Any, loss: Loss | None) -> None:
+def _run_backward(model: nn.Module, batch: Batch, loss: Loss | None) -> None:
     if loss is None:
         batch.add_labels(model)
     with torch.enable_grad():
         output = model(*batch.args, **batch.kwargs)
-        value = loss_of(output) if loss is None else loss(output, content)
+        value = loss_of(output) if loss is None else loss(output, batch.content)
     if not bool(value.detach().isfinite()):
         raise ValueError(
             f"Batch {batch.number}: its loss is {float(value.detach())}, so there is no gradient to go by. Are all its "
