@@ -122,7 +122,7 @@ def _scored(_: Names) -> Names:
 
 GIVEN: Mapping[str, Mapping[int, Callable[[Names], Names]]] = {
     "docs/method.md": {0: _method},
-    "docs/guides/choosing.md": {0: _columns, 1: lambda _: {"model": llama(), "batches": _batches()}},
+    "docs/guides/choosing.md": {0: lambda _: {"model": llama(), "batches": _batches()}, 1: _columns},
     "docs/guides/evaluation.md": {0: _scored},
     "docs/guides/layers.md": {0: lambda _: {"vision_model": Vision(), "expert_model": mixtral()}},
     "docs/guides/processes.md": {0: _one_process},
