@@ -16,17 +16,20 @@ import torch
 import torch.multiprocessing as mp
 from rich.console import Console
 from torch.nn.parallel import DistributedDataParallel
-from transformers import TrainerState
+from transformers import TrainerState, TrainingArguments
 from trl import SFTConfig
 
 from distributed.as_accelerators import shard_on_cpus
 from forked_process import FORKS
+from models import adapt, llama
+from paca.layers import PacaLayer
 from paca.messages.errors import PacaError
 from paca.training import load_run_config, sharding, train
+from paca.training.config.train_settings import training_arguments
 from paca.training.folder.checkpoints import load_if_finished
 from paca.training.folder.run_folder import RunFolder
 from paca.training.reporting import curves
-from paca.training.sharding import check_sharding, spare_buffers
+from paca.training.sharding import check_sharding, devices_warning, spare_buffers
 from training.tiny_run import adapter, curve, place_of_picture, save_workspace
 
 ONE = ["train.per_device_train_batch_size=4", "train.max_steps=4", "train.save_steps=2"]
@@ -231,3 +234,24 @@ def test_one_process_is_refused(runs, tmp_path):
     config = load_run_config(runs / "config.yaml", [*SHARDED, f"output.dir={tmp_path}/run"])
     with pytest.raises(PacaError, match=r"over several processes, but this run has one\. Start it with torchrun"):
         train(config, console=Console(file=io.StringIO()))
+
+
+def test_a_process_that_sees_several_gpus_trains_on_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(TrainingArguments, "n_gpu", property(lambda self: vars(self).setdefault("_n_gpu", 3)))
+    monkeypatch.setattr(SFTConfig, "__post_init__", lambda self: vars(self).update(_n_gpu=3))
+    arguments = training_arguments({}, tmp_path)
+    assert arguments.n_gpu == 1
+    alone = SimpleNamespace(world_size=1, fsdp=None)
+    assert devices_warning(alone, False) is None
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    told = str(devices_warning(alone, False))
+    assert "3 GPUs are there, and one process trains on one of them." in told
+    assert "torchrun --nproc-per-node 3 --no-python paca train" in told
+    assert devices_warning(SimpleNamespace(world_size=3, fsdp=None), False) is None
+
+
+def test_copies_of_data_parallel_are_refused_by_name() -> None:
+    """nn.DataParallel itself replicates on GPUs alone."""
+    layer = next(m for m in adapt(llama()).modules() if isinstance(m, PacaLayer))
+    with pytest.raises(RuntimeError, match=r"DataParallel copies the model.*torchrun"):
+        layer._replicate_for_data_parallel()

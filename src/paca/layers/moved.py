@@ -1,4 +1,4 @@
-"""An adapted layer that is moved, cast or copied."""
+"""An adapted layer that is moved, cast, copied or replicated."""
 
 from __future__ import annotations
 
@@ -29,6 +29,12 @@ class Moved(nn.Module):
         if all(bool(((i >= 0) & (i < self.in_features)).all()) for i in real):
             self.write()  # else `to_empty` left what memory held: values are yet to be loaded
         return self
+
+    def _replicate_for_data_parallel(self) -> Moved:
+        raise RuntimeError(
+            "torch.nn.DataParallel copies the model to every GPU in each step, and PaCA's columns don't go along. "
+            "Start a process for each GPU (torchrun, accelerate launch), or show it only one (CUDA_VISIBLE_DEVICES=0)."
+        )
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)

@@ -47,7 +47,7 @@ from paca.training.reporting.report import write_report
 from paca.training.reporting.scores import Scorer
 from paca.training.reporting.summary import summary_of
 from paca.training.reporting.tracking import Trackers, names_for_trackers
-from paca.training.sharding import check_sharding, sharding_warning
+from paca.training.sharding import check_sharding, devices_warning
 from paca.training.starting_model import keep_adapter_dtype, load_model, use_factors, with_adapter
 from paca.training.trainers import trainer_kind
 from paca.training.untrained_layers import TellUntrainedLayers
@@ -179,7 +179,7 @@ class _Run:
             for warning in (
                 self.plan.left_out,
                 memory_warning(prepared, self.trainer.train_dataset, arguments, available),
-                sharding_warning(arguments, self.trainer.is_fsdp_enabled),
+                devices_warning(arguments, self.trainer.is_fsdp_enabled),
             ):
                 if warning is not None:
                     say(console, f"Warning: {warning}", style="yellow")

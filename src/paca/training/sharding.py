@@ -7,6 +7,7 @@ import os
 import typing
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import TrainingArguments
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
@@ -140,8 +141,13 @@ def spare_buffers(arguments: TrainingArguments, model: nn.Module) -> None:
         arguments.ddp_broadcast_buffers = False
 
 
-def sharding_warning(arguments: TrainingArguments, is_sharded: bool) -> str | None:
-    """What to tell the user if `train.fsdp` was asked for and is not done."""
+def devices_warning(arguments: TrainingArguments, is_sharded: bool) -> str | None:
+    """What to tell the user if GPUs are left unused, or `train.fsdp` was asked for and is not done."""
+    if arguments.world_size == 1 and (count := torch.cuda.device_count()) > 1:
+        return (
+            f"{count} GPUs are there, and one process trains on one of them. To train on all: torchrun "
+            f"--nproc-per-node {count} --no-python paca train ..."
+        )
     if not arguments.fsdp or is_sharded:
         return None
     return (

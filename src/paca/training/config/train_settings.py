@@ -207,9 +207,12 @@ def training_arguments(settings: Mapping[str, Any], checkpoints: Path) -> Any:
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", category=FutureWarning, message=".*gradient_checkpointing.*")
-            return kind.arguments(output_dir=str(checkpoints), disable_tqdm=True, **settings)
+            arguments = kind.arguments(output_dir=str(checkpoints), disable_tqdm=True, **settings)
     except (ValueError, TypeError) as error:
         raise PacaError(f"The section train does not work out: {error}") from error
+    # With more transformers would copy the model to each in every step (nn.DataParallel): TRL's trainers refuse that.
+    arguments._n_gpu = min(arguments.n_gpu, 1)
+    return arguments
 
 
 def _checkpointing_field() -> str:
