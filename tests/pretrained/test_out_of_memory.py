@@ -31,6 +31,21 @@ def test_the_errors_of_cuda_and_of_python_are_recognised() -> None:
         assert says_out_of_memory(f"RuntimeError: {words}")
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        "CUDA error: out of memory\nCompile with `TORCH_USE_CUDA_DSA` to enable device-side assertions.",
+        "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+        "cuDNN error: CUDNN_STATUS_ALLOC_FAILED",
+        "NCCL error: unhandled cuda error, Cuda failure 2 'out of memory'",
+    ],
+)
+def test_errors_of_libraries_on_a_gpu_are_recognised(words: str) -> None:
+    """torch raises the first as an AcceleratorError, which is a RuntimeError and no OutOfMemoryError."""
+    assert is_out_of_memory(RuntimeError(words))
+    assert failure_reason(RuntimeError(words)) == "out of memory"
+
+
 def test_other_errors_keep_their_name_and_first_line() -> None:
     error = RuntimeError("mat1 and mat2 shapes cannot be multiplied\nand a long trace")
     assert not is_out_of_memory(error)

@@ -28,7 +28,7 @@ from transformers import (
 
 from paca.messages.errors import PacaError
 from paca.pretrained import gguf as paca_gguf
-from paca.pretrained import load_config, load_pretrained, load_tokenizer, save_trainable_copy
+from paca.pretrained import load_config, load_pretrained, load_tokenizer, quantizing, save_trainable_copy
 from paca.pretrained.hub import only_from_cache
 from paca.pretrained.location import locate, neighbour_hint
 from paca.pretrained.trainable_copy import unpack, unpacked
@@ -553,3 +553,21 @@ def test_smollm2_loads_trainable_and_tokenizes_as_it_was_trained(tmp_path: Path)
         expected = pretrained.model(input_ids=ids).logits
         assert torch.equal(model(input_ids=ids).logits, expected)
     assert pretrained.tokenizer.decode(expected[0, -1].argmax()) == " Paris"
+
+
+@pytest.mark.parametrize("quantized", [True, False])
+def test_a_checkpoint_that_is_quantized_is_loaded_where_it_is_used(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, quantized: bool
+) -> None:
+    """GPTQ's kernels are chosen for the device on which the model is loaded, and are not moved."""
+    shutil.copytree(base, tmp_path / "checkpoint")
+    file = tmp_path / "checkpoint" / "config.json"
+    method = {"quantization_config": {"quant_method": "gptq", "bits": 4}} if quantized else {}
+    file.write_text(json.dumps(json.loads(file.read_text()) | method))
+    asked = Mock(side_effect=OSError("far enough"))
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", asked)
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setattr(quantizing, "device_map", lambda: {"": "cuda:0"})
+    with pytest.raises(PacaError, match="far enough"):
+        load_pretrained(str(tmp_path / "checkpoint"))
+    assert asked.call_args.kwargs.get("device_map") == ({"": "cuda:0"} if quantized else None)

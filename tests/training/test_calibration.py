@@ -6,12 +6,13 @@ import json
 import shutil
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
 from peft import PeftModel
 from rich.console import Console
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, TrainingArguments
 
 import paca
 from paca.messages.errors import PacaError
@@ -157,3 +158,13 @@ def test_what_does_not_work_out_is_said(config_file, tmp_path):
         load_run_config(config_file, ["calibration.sequence=3"])
     with pytest.raises(PacaError, match=r"r=400 columns were asked for"):
         start(config_file, tmp_path / "run", "paca.selection=activation_norm", "paca.r=400")
+
+
+@pytest.mark.parametrize("says", [None, True, False])
+def test_the_model_is_where_the_trainer_would_place_it(monkeypatch: pytest.MonkeyPatch, says: bool | None) -> None:
+    """transformers says nothing, None, where it decides by itself."""
+    arguments = TrainingArguments("unused", use_cpu=True)
+    monkeypatch.setattr(TrainingArguments, "place_model_on_device", property(lambda _: says))
+    model = Mock(spec=["to"])
+    calibration._place(model, arguments)
+    assert [call.args for call in model.to.call_args_list] == ([] if says is False else [(arguments.device,)])

@@ -34,8 +34,8 @@ def adapted(model: PreTrainedModel) -> Any:
 def packing(folder: Path, model: Any, **settings: Any) -> SFTTrainer:
     """A trainer of one sequence, in which FIRST comes before SECOND."""
     rows = [{"input_ids": ids, "labels": ids} for ids in (FIRST, SECOND)]
-    settings = {"packing": True, "max_length": 48} | settings
-    arguments = SFTConfig(str(folder), report_to="none", use_cpu=True, bf16=False, disable_tqdm=True, **settings)
+    settings = {"packing": True, "max_length": 48, "bf16": False} | settings
+    arguments = SFTConfig(str(folder), report_to="none", use_cpu=True, disable_tqdm=True, **settings)
     return SFTTrainer(model, arguments, train_dataset=Dataset.from_list(rows), processing_class=byte_tokenizer())
 
 
@@ -136,3 +136,12 @@ def test_a_run_looks_before_it_trains(
     monkeypatch.setattr(sft, "check_apart", refuse)
     with pytest.raises(PacaError, match="asked with padding_free=True"):
         finished("train.packing=true")
+
+
+def test_it_is_tried_in_the_precision_of_training(base: Path, tmp_path: Path) -> None:
+    """Some kernels take 16 bits alone, which float32 weights have within autocast."""
+    model, seen = adapted(LlamaForCausalLM.from_pretrained(base, attn_implementation="sdpa")), []
+    model.get_base_model().lm_head.register_forward_hook(lambda *_: seen.append(torch.is_autocast_enabled("cpu")))
+    check_apart(packing(tmp_path, model, bf16=True))
+    check_apart(packing(tmp_path, model))
+    assert seen == [True, False]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import pickle
 import subprocess
@@ -149,6 +150,10 @@ def _measure(
     memory: AllocatedOnCuda | ResidentSet,
     libraries: int,
 ) -> Probe:
+    if torch.cuda.is_available():  # a step before this one may have failed for want of memory, and left some of it
+        model.zero_grad(set_to_none=True)
+        gc.collect()
+        torch.cuda.empty_cache()
     memory.now()
     memory.reset()
     try:

@@ -76,6 +76,16 @@ def main() -> None:
         if os.environ.get("PACA_DEBUG") == "1":
             raise
         _fail(str(error))
+    except (RuntimeError, MemoryError) as error:
+        from paca.pretrained.out_of_memory import is_out_of_memory
+
+        if os.environ.get("PACA_DEBUG") == "1" or not is_out_of_memory(error):
+            raise
+        reason = next(iter(str(error).splitlines()), "") or type(error).__name__
+        _fail(
+            f"Memory ran out: {reason} Free some, or where a GPU was too small, let the command run on the CPU: "
+            "CUDA_VISIBLE_DEVICES= paca ..."
+        )
     except (OSError, SafetensorError) as error:
         told = disk_error(error)
         if os.environ.get("PACA_DEBUG") == "1" or (told is None and isinstance(error, OSError)):

@@ -99,6 +99,7 @@ def unlike(rows: Iterable[Row]) -> list[str]:
         "model.dtype": "type of the weights",
         "model.quantization": "quantization",
         "train.bf16": "autocast",
+        "train.fp16": "float16 autocast",
         "train.lr_scheduler_type": "schedule of the rate",
         "train.optim": "optimizer",
         "meta_info.system_info.cpu": "processor",

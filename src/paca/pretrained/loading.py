@@ -111,6 +111,10 @@ def load_pretrained(
         compute = torch_dtype if isinstance(torch_dtype, torch.dtype) else getattr(config, "dtype", None)
         options["quantization_config"] = quantizing.quantization_config(quantization, compute or torch.float32)
         options["device_map"] = quantizing.device_map()
+    elif torch.accelerator.is_available():
+        with explaining(location, revision):
+            if quantizing.method_of(AutoConfig.from_pretrained(**options)) is not None:
+                options["device_map"] = quantizing.device_map()  # else GPTQ's kernels are chosen for a CPU
     quietly = nullcontext() if labels is None else without_load_report()
     with explaining(location, revision), without_progress_bars(), gguf.without_unpacking_bar(), quietly:
         if labels is not None:

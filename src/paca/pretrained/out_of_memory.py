@@ -19,7 +19,7 @@ def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error says that an allocation failed, on whatever device."""
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
-    return isinstance(error, RuntimeError) and any(words in str(error) for words in _CPU_ALLOCATOR)
+    return isinstance(error, RuntimeError) and says_out_of_memory(str(error))  # CUDA's, cuBLAS's, NCCL's among them
 
 
 def says_out_of_memory(text: str) -> bool:

@@ -67,7 +67,7 @@ def quantized_linear(linear: Any, quantization: str) -> nn.Module:
     layer: Any
     if quantization == "int8":
         layer = bnb.Linear8bitLt(*sizes, has_fp16_weights=False)
-        layer.weight = bnb.Int8Params(weight.data, requires_grad=False, has_fp16_weights=False)
+        layer.weight = bnb.Int8Params(weight.data.cpu(), requires_grad=False, has_fp16_weights=False)
     else:
         kind, _, once = quantization.partition(" without ")
         options: Any = {"compress_statistics": not once, "quant_type": kind}

@@ -177,5 +177,5 @@ def calibration_batches(
 def _place(model: Any, arguments: TrainingArguments) -> None:
     """Move the model where the trainer would, if it would."""
     sharded = arguments.fsdp or arguments.deepspeed_plugin
-    if arguments.place_model_on_device and not sharded and not hasattr(model, "hf_device_map"):
+    if arguments.place_model_on_device is not False and not sharded and not hasattr(model, "hf_device_map"):
         model.to(arguments.device)

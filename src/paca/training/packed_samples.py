@@ -32,7 +32,8 @@ def check_apart(trainer: Any) -> None:
     key = "packing" if trainer.args.packing else "padding_free"
     name = type(getattr(trainer.model, "get_base_model", lambda: trainer.model)()).__name__
     try:
-        gradient = gradient_by_the_first(trainer.model, trainer.data_collator)
+        with trainer.accelerator.autocast():  # as in training: FlashAttention takes 16 bits alone
+            gradient = gradient_by_the_first(trainer.model, trainer.data_collator)
     except ValueError as error:
         raise PacaError(f"train.{key} does not go with {name} here: {error} Or leave out train.{key}.") from error
     if bool(gradient.abs().max() > 0):

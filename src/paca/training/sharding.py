@@ -143,7 +143,7 @@ def spare_buffers(arguments: TrainingArguments, model: nn.Module) -> None:
 
 def devices_warning(arguments: TrainingArguments, is_sharded: bool) -> str | None:
     """What to tell the user if GPUs are left unused, or `train.fsdp` was asked for and is not done."""
-    if arguments.world_size == 1 and (count := torch.cuda.device_count()) > 1:
+    if arguments.world_size == 1 and arguments.device.type == "cuda" and (count := torch.cuda.device_count()) > 1:
         return (
             f"{count} GPUs are there, and one process trains on one of them. To train on all: torchrun "
             f"--nproc-per-node {count} --no-python paca train ..."

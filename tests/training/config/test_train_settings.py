@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -79,3 +80,41 @@ def test_keeping_the_best_model_needs_no_further_settings(tmp_path: Path, settin
 def test_settings_that_do_not_go_together_are_an_error_of_the_section(tmp_path: Path) -> None:
     with pytest.raises(PacaError, match=r"The section train does not work out: .*fp16 and bf16"):
         training_arguments(defaults(bf16=True, fp16=True), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("weights", "given", "autocast"),
+    [
+        (torch.float32, {}, "bf16"),
+        (torch.bfloat16, {}, None),
+        (torch.float16, {}, "fp16"),  # whose small gradients become zero unless losses are scaled
+        (torch.float16, {"autocast_adapter_dtype": False}, None),  # torch scales for weights in float32 alone
+        (torch.float16, {"bf16": True}, "bf16"),
+        (torch.float32, {"fp16": True}, "fp16"),
+        (torch.float32, {"use_cpu": True}, None),
+        (torch.float16, {"trainer": "classification"}, None),
+    ],
+)
+def test_autocast_on_a_gpu(
+    monkeypatch: pytest.MonkeyPatch, weights: torch.dtype, given: dict[str, Any], autocast: str | None
+) -> None:
+    with torch.device("meta"):
+        model = LlamaForCausalLM(LlamaConfig(num_hidden_layers=1)).to(weights)
+
+    def chosen(method: str = "paca") -> str | None:
+        found = with_defaults(given, model, has_eval=False, method=method)
+        on = [name for name in ("bf16", "fp16") if found.get(name)]
+        assert len(on) < 2
+        return on[0] if on else None
+
+    assert chosen() == (next(iter(given)) if set(given) & {"bf16", "fp16"} else None)  # on a CPU
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    native = [True, False]
+    monkeypatch.setattr(
+        torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation or native[0]
+    )
+    assert chosen() == autocast
+    if weights == torch.float16 and not given:
+        assert chosen("full") is None
+    native[0] = False  # as a T4 or V100
+    assert chosen() == ("fp16" if weights == torch.float32 and not given else autocast)

@@ -153,7 +153,7 @@ def with_defaults(
         "weight_decay": 0.0,
         "max_grad_norm": 1.0,
         "seed": 42,
-        "bf16": _wants_autocast(settings, next(model.parameters()).dtype, device),
+        **_precision(settings, method, adapter or {}, next(model.parameters()).dtype, device),
         _checkpointing_field(): False,
         "logging_steps": 1,
         "logging_nan_inf_filter": False,  # true would replace a NaN loss by the mean of the losses before it
@@ -219,10 +219,21 @@ def _checkpointing_field() -> str:
     return "activation_checkpointing" if "activation_checkpointing" in train_fields() else "gradient_checkpointing"
 
 
-def _wants_autocast(settings: Mapping[str, Any], weights_dtype: torch.dtype, device: str | None) -> bool:
-    # 16-bit weights multiply in their own type already, and on a CPU autocast costs more than it saves.
-    if weights_dtype != torch.float32 or settings.get("fp16") or settings.get("use_cpu"):
-        return False
-    if device is not None:
-        return device == "cuda"
-    return torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+def _precision(
+    settings: Mapping[str, Any], method: str, adapter: Mapping[str, Any], weights: torch.dtype, device: str | None
+) -> dict[str, bool]:
+    """`bf16` and, where it is on, `fp16`: autocast, and scaled losses with it.
+
+    On a CPU autocast costs more than it saves. On a GPU float32 weights multiply in bfloat16, or in float16 where the
+    GPU has no unit for that. 16-bit weights multiply in their own type already; in float16 small gradients would
+    become zero unless losses are scaled, which torch does for trained weights in float32 alone.
+    """
+    here = torch.cuda.is_available() if device is None else device == "cuda"
+    if not here or settings.get("use_cpu") or settings.get("bf16") or settings.get("fp16"):
+        return {"bf16": False}
+    if weights == torch.float32:
+        native = device is not None or torch.cuda.is_bf16_supported(including_emulation=False)
+        return {"bf16": True} if native else {"bf16": False, "fp16": True}
+    in_float32 = method != "full" and settings.get("autocast_adapter_dtype") is not False
+    whole = adapter.get("modules_to_save") or trainer_kind(settings).task_type == "SEQ_CLS"  # as a classifier's head
+    return {"bf16": False, "fp16": True} if weights == torch.float16 and in_float32 and not whole else {"bf16": False}

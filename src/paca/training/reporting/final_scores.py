@@ -53,8 +53,12 @@ def scores_by(
         with trained.disable_adapter():  # bit for bit the model as it came
             found["before"] = score(trained, when="before training")
     elif wanted.before:
+        trainer.optimizer = trainer.lr_scheduler = None  # its state takes the room of a second model
+        trainer.accelerator.free_memory()
+        trained.zero_grad(set_to_none=True)
         before = load_model(config, folder, console).model.to(trained.device)
-        found["before"] = score(before, when="before training")
+        with trainer.accelerator.autocast():  # as the trained one runs
+            found["before"] = score(before, when="before training")
     if wanted.after:
         found["after"] = score(trained, when="after training")
     return found

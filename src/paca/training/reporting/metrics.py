@@ -138,6 +138,8 @@ class RecordMetrics(TrainerCallback):
         The trainer forgets the losses since its last log when it is resumed, so a checkpoint between two logs would
         leave a hole in the curve.
         """
+        if args.device.type == "cuda" and (control.should_log or control.should_evaluate or control.should_save):
+            torch.cuda.synchronize(args.device)  # what the step has left to do there is a part of it
         now = time.perf_counter()
         self.train_seconds += now - self._mark
         self._mark = now
