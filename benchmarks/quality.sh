@@ -65,11 +65,11 @@ for task in "$@"; do
                 changed=(--set train.max_steps=300 --set train.lr_scheduler_type=linear)
                 methods=paca-256=$folder/columns256.yaml,lora-tuned=$folder/lora33-tuned.yaml,lora=$folder/lora33.yaml
                 ;;
-            encyclopedia-long-time) # more columns, or fewer layers, or neither; along TRL's own schedule
+            encyclopedia-long-time) # LoRA with r 33; along TRL's own schedule
                 config=encyclopedia same=time rates=4.87e-4,7.8e-4,1.25e-3
                 own=(--lr paca-256=1.9e-4,3.04e-4,4.87e-4 --lr paca=7.8e-4,1.25e-3,2e-3)
                 changed=(--set train.max_steps=300 --set train.lr_scheduler_type=linear)
-                methods=paca-256=$folder/columns256.yaml,paca,two-kinds=$folder/two-kinds.yaml
+                methods=paca-256=$folder/columns256.yaml,paca # steps of two-kinds.yaml were timed beside these
                 methods+=,lora-tuned=$folder/lora33-tuned.yaml,lora=$folder/lora33.yaml
                 ;;
             arc-wide-memory) # the committed rows of LoRA are those of arc-memory

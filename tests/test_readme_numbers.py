@@ -73,6 +73,14 @@ def test_the_loss_on_gsm8k_in_the_same_time_is_that_of_its_page() -> None:
     assert told in " ".join(TEXT.split())
 
 
+def test_the_loss_on_the_encyclopedia_in_the_same_time_is_that_of_its_page() -> None:
+    loss, steps = means("encyclopedia-long-time", "loss"), means("encyclopedia-long-time", "steps")
+    for cell, method in zip(row_of_table("encyclopedia, loss"), ("lora", "lora-tuned"), strict=True):
+        assert cell == [f"{loss['paca-256']:.3f}", f"{loss[method]:.3f}"]
+    told = ", ".join(f"{steps[method]:.0f}" for method in ("paca-256", "lora", "lora-tuned"))
+    assert f"encyclopedia {told};" in " ".join(TEXT.split())
+
+
 @pytest.mark.parametrize(
     ("name", "task", "value"),
     [

@@ -241,13 +241,14 @@ def test_a_process_that_sees_several_gpus_trains_on_one(tmp_path: Path, monkeypa
     monkeypatch.setattr(SFTConfig, "__post_init__", lambda self: vars(self).update(_n_gpu=3))
     arguments = training_arguments({}, tmp_path)
     assert arguments.n_gpu == 1
-    alone = SimpleNamespace(world_size=1, fsdp=None)
+    alone = SimpleNamespace(world_size=1, fsdp=None, device=torch.device("cuda"))
     assert devices_warning(alone, False) is None
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
     told = str(devices_warning(alone, False))
     assert "3 GPUs are there, and one process trains on one of them." in told
     assert "torchrun --nproc-per-node 3 --no-python paca train" in told
-    assert devices_warning(SimpleNamespace(world_size=3, fsdp=None), False) is None
+    for other in ({"world_size": 3}, {"device": torch.device("cpu")}):
+        assert devices_warning(SimpleNamespace(**vars(alone) | other), False) is None
 
 
 def test_copies_of_data_parallel_are_refused_by_name() -> None:

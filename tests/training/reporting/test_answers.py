@@ -101,7 +101,7 @@ def test_a_failure_of_the_model_is_told_and_the_next_prompt_is_answered(
     sides = SideBySide(folder)
 
     def fails(*_: object, **__: object) -> None:
-        raise RuntimeError("out of memory")
+        raise RuntimeError("no kernel")
 
     with monkeypatch.context() as patch:
         patch.setattr(PeftModelForCausalLM, "generate", fails)
@@ -109,7 +109,7 @@ def test_a_failure_of_the_model_is_told_and_the_next_prompt_is_answered(
     assert len(shown) == 2
     for side in shown:
         assert side.note.startswith("No answer: The adapter in ")
-        assert "RuntimeError: out of memory" in side.note
+        assert "RuntimeError: no kernel" in side.note
     assert last(sides, "done", BASE)[0].answer == chats(folder / "done", length=LENGTH)
 
 
