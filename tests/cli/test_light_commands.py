@@ -304,3 +304,22 @@ def test_training_keeps_freed_memory_unless_the_user_says_otherwise(given: dict[
         [sys.executable, "-c", HOLDS, FREED_MEMORY], env=environment | given, capture_output=True, text=True, check=True
     )
     assert done.stdout.strip() == expected
+
+
+def test_memory_that_ran_out_is_one_line_and_other_failures_are_not_hidden(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fails(message: str) -> None:
+        def raises() -> None:
+            raise RuntimeError(message)
+
+        monkeypatch.setattr("paca.cli.app", raises)
+
+    fails("CUDA error: out of memory\nCompile with `TORCH_USE_CUDA_DSA` to enable device-side assertions.")
+    with pytest.raises(SystemExit):
+        main()
+    shown = " ".join(capsys.readouterr().err.split())
+    assert shown.startswith("Error: Memory ran out (CUDA error: out of memory). Free some; where a GPU is too small")
+    fails("mat1 and mat2 shapes cannot be multiplied")
+    with pytest.raises(RuntimeError, match="mat1"):
+        main()

@@ -83,8 +83,8 @@ def main() -> None:
             raise
         reason = next(iter(str(error).splitlines()), "") or type(error).__name__
         _fail(
-            f"Memory ran out: {reason} Free some, or where a GPU was too small, let the command run on the CPU: "
-            "CUDA_VISIBLE_DEVICES= paca ..."
+            f"Memory ran out ({reason.rstrip('.')}). Free some; where a GPU is too small, let the command run on the "
+            "CPU: CUDA_VISIBLE_DEVICES= paca ..."
         )
     except (OSError, SafetensorError) as error:
         told = disk_error(error)

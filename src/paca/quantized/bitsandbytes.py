@@ -25,11 +25,11 @@ class FourBit(QuantizedWeight):
         # dequantize. Taking a state dict packs it back.
         if getattr(self._state(module), "packing_format_for_cpu", False):
             module.state_dict()
-        vars(module).setdefault("_paca_repacks", module.support_avx512bf16_for_cpu)
+        vars(module).setdefault("_paca_repacks", getattr(module, "support_avx512bf16_for_cpu", False))
         module.support_avx512bf16_for_cpu = False
 
     def release(self, module: Any) -> None:
-        module.support_avx512bf16_for_cpu = vars(module).pop("_paca_repacks")
+        module.support_avx512bf16_for_cpu = vars(module).pop("_paca_repacks", False)
 
     def name(self, module: Any) -> str:
         state = self._state(module)
