@@ -190,6 +190,24 @@ def test_a_method_that_needs_more_takes_smaller_batches_and_accumulates() -> Non
     assert lora.measured["peak"] == 1000 + 2 * 190 + 2 * r <= 1432
 
 
+@pytest.mark.parametrize("bytes_of_r", [lambda r: 3 * r, lambda r: 3 * r + r * r // 500, lambda r: 64 * (r // 16)])
+def test_the_largest_rank_is_found_in_a_few_trials(bytes_of_r: Callable[[int], int]) -> None:
+    """A trial trains on the longest batch: eleven of them took LoRA's r from 8 to 168."""
+    tried: list[int] = []
+
+    def attempt(method: Method, steps: int) -> Trial:
+        if method.name == "paca":
+            return Trial(1.0, 2000)
+        tried.append(method.settings["r"])
+        return Trial(1.0, 1000 + bytes_of_r(tried[-1]))
+
+    _, lora = same_memory([PACA, LORA], 1, 1, parameters, attempt, quiet)
+    r = lora.method.settings["r"]
+    assert bytes_of_r(r) <= 1000 < bytes_of_r(r + max(1, r // 16))
+    assert lora.measured["peak"] == 1000 + bytes_of_r(r)
+    assert len(tried) == len(set(tried)) <= 6
+
+
 def test_a_method_that_needs_less_gets_more_columns() -> None:
     _, paca = same_memory([LORA, PACA], 4, 1, parameters, memory({"paca": 60, "lora": 100}), quiet)
     r, batch, accumulation = sizes(paca.method)

@@ -208,32 +208,31 @@ def same_memory(
     announce(f"Measuring memory: {leader.name} ...")
     budget = _must(leader, attempt, MEMORY_STEPS).peak
 
-    def peak_within(given: Method, r: int | None) -> int | None:
+    def peak_of(given: Method, r: int | None) -> int | None:
         method = given if r is None else given.with_rank(r)
         announce(f"Measuring memory: {method.name}, {_sizes(method)} ...")
         try:
-            peak = attempt(method, MEMORY_STEPS).peak
+            return attempt(method, MEMORY_STEPS).peak
         except TrialFailed as error:
             if error.out_of_memory or not _has_rank(given, r or 0, count):
                 return None
             raise _no_step(method, error) from error
-        return peak if peak <= budget else None
 
     came_out = [CameOut(leader, {"peak": budget})]
     for method in others:
-        came_out.append(_within_memory(method, batch, accumulation, peak_within, budget))
+        came_out.append(_within_memory(method, batch, accumulation, peak_of, budget))
     return came_out
 
 
 def _within_memory(
-    method: Method, batch: int, accumulation: int, peak_within: Callable[[Method, int | None], int | None], budget: int
+    method: Method, batch: int, accumulation: int, peak_of: Callable[[Method, int | None], int | None], budget: int
 ) -> CameOut:
     for part in (part for part in range(batch, 0, -1) if batch % part == 0):
         fits = method.with_settings(
             "train", per_device_train_batch_size=part, gradient_accumulation_steps=accumulation * batch // part
         )
-        peak = peak_within(fits, None)
-        if peak is not None:
+        peak = peak_of(fits, None)
+        if peak is not None and peak <= budget:
             break
     else:
         return CameOut(method, note=f"does not fit {format_bytes(budget)} with one sequence at a time")
@@ -241,14 +240,32 @@ def _within_memory(
     if r is None:
         return CameOut(fits, {"peak": peak}, "has no r to choose")
     low, low_peak, high = r, peak, None
+    measured = [(r, peak)]
     while high is None or high - low > max(1, low // 16):  # to 6 %: finer than two measurements agree
-        middle = 2 * low if high is None else (low + high) // 2
-        peak = peak_within(fits, middle)
-        if peak is None:
+        line = _where_line_meets(budget, measured) if len(measured) < 8 else None
+        if line is not None and (high is None or line < high):
+            middle = min(max(line, low + max(1, low // 16)), 8 * low)
+        else:
+            middle = 2 * low if high is None else (low + high) // 2
+        peak = peak_of(fits, middle)
+        if peak is not None:
+            measured.append((middle, peak))
+        if peak is None or peak > budget:
             high = middle
         else:
             low, low_peak = middle, peak
     return CameOut(fits.with_rank(low), {"peak": low_peak})
+
+
+def _where_line_meets(budget: int, measured: Sequence[tuple[int, int]]) -> int | None:
+    """The `r` that takes `budget`, by the last two of pairs of `r` and bytes; None without two, or if they don't rise.
+    Most of what a method takes is linear in its `r`."""
+    if len(measured) < 2:
+        return None
+    (r, peak), (other, at_other) = measured[-2:]
+    if (other - r) * (at_other - peak) <= 0:
+        return None
+    return r + (budget - peak) * (other - r) // (at_other - peak)
 
 
 def _must(method: Method, attempt: Try, steps: int) -> Trial:
