@@ -14,6 +14,7 @@ import pytest
 
 from data.loopback_hub import serving
 from paca.data import load_examples
+from paca.data.rows import rows_of
 from paca.messages.errors import PacaError
 
 
@@ -202,6 +203,22 @@ def test_mmlu_in_csv_takes_positions_and_as_many_options_as_a_question_has(tmp_p
     first, second = load_examples(str(file)).dataset
     assert (first["options"], first["completion"][0]["content"]) == (["A", "B", "C", "D"], "B")
     assert (second["options"], second["completion"][0]["content"]) == (["A", "B", "C", "D", "E"], "E")
+
+
+def test_mmlus_own_files_have_no_header(tmp_path: Path) -> None:
+    """Their first question was taken for the names of the columns."""
+    (tmp_path / "anatomy_test.csv").write_text('"Which, of these?",3,4,5,6,B\nAnd of these?,7,8,"9, or 10",11,D\n')
+    examples = load_examples(str(tmp_path))
+    assert examples.format == "mmlu-letters"
+    first, second = examples.dataset
+    assert first["prompt"][0]["content"] == "Which, of these?\nA. 3\nB. 4\nC. 5\nD. 6"
+    assert [row["completion"][0]["content"] for row in (first, second)] == ["B", "D"]
+
+
+@pytest.mark.parametrize("header", ["question,answer,A,B,C,D", "Label,x,y,z,text,A"])
+def test_a_header_that_ends_with_a_letter_is_a_header(tmp_path: Path, header: str) -> None:
+    (tmp_path / "rows.csv").write_text(f"{header}\n1,2,3,4,5,6\n")
+    assert [row for _, row in rows_of(tmp_path / "rows.csv")] == [dict(zip(header.split(","), "123456", strict=True))]
 
 
 @pytest.mark.parametrize(("changed", "told"), [

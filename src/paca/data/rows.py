@@ -167,7 +167,9 @@ def _csv_rows(file: Path) -> Iterator[tuple[str, Row]]:
         try:
             separator = "\t" if suffix_of(file) == ".tsv" else _separator(stream.readline())
             stream.seek(0)
-            reader = csv.DictReader(stream, strict=True, delimiter=separator)
+            names = _names_of_mmlu(next(csv.reader(stream, delimiter=separator), []))
+            stream.seek(0)
+            reader = csv.DictReader(stream, names, strict=True, delimiter=separator)
             columns = list(reader.fieldnames or ())
             read = reader.line_num
             if repeated := next((name for name in columns if name and columns.count(name) > 1), None):
@@ -193,6 +195,13 @@ def _csv_rows(file: Path) -> Iterator[tuple[str, Row]]:
 def _separator(header: str) -> str:
     """A comma, or what spreadsheets take where that is the decimal point, or a tab."""
     return next((one for one in "\t;" if one in header and "," not in header), ",")
+
+
+def _names_of_mmlu(first: list[str]) -> list[str] | None:
+    """The names of the columns of MMLU's own files, which have no header: a question, its options, a letter."""
+    names = ["question", "A", "B", "C", "D", "answer"]
+    headless = len(first) == len(names) and first[-1].strip() in names[1:-1]
+    return None if not headless or {"question", "answer", "label"} & {cell.strip().lower() for cell in first} else names
 
 
 def _parquet_rows(file: Path) -> Iterator[tuple[str, Row]]:
