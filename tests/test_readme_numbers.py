@@ -64,21 +64,19 @@ def test_the_accuracy_on_arc_is_that_of_its_page() -> None:
         assert cell == [f"{accuracy['paca']:.3f}", f"{accuracy[method]:.3f}"]
 
 
-def test_the_loss_on_gsm8k_in_the_same_time_is_that_of_its_page() -> None:
-    loss = means("gsm8k-long-time", "loss")
-    for cell, method in zip(row_of_table("loss, GSM8K, same time"), ("lora", "lora-tuned"), strict=True):
+@pytest.mark.parametrize(
+    ("name", "page", "steps"),
+    [
+        ("loss, GSM8K, same time", "gsm8k-long-time", "GSM8K: {}, {}, and {}. "),
+        ("encyclopedia, loss", "encyclopedia-long-time", "encyclopedia {}, {}, {};"),
+    ],
+)
+def test_losses_in_the_same_time_are_those_of_their_pages(name: str, page: str, steps: str) -> None:
+    loss, made = means(page, "loss"), means(page, "steps")
+    for cell, method in zip(row_of_table(name), ("lora", "lora-tuned"), strict=True):
         assert cell == [f"{loss['paca-256']:.3f}", f"{loss[method]:.3f}"]
-    steps = means("gsm8k-long-time", "steps")
-    told = f"GSM8K: {steps['paca-256']:.0f}, {steps['lora']:.0f}, and {steps['lora-tuned']:.0f}. "
+    told = steps.format(*(f"{made[method]:.0f}" for method in ("paca-256", "lora", "lora-tuned")))
     assert told in " ".join(TEXT.split())
-
-
-def test_the_loss_on_the_encyclopedia_in_the_same_time_is_that_of_its_page() -> None:
-    loss, steps = means("encyclopedia-long-time", "loss"), means("encyclopedia-long-time", "steps")
-    for cell, method in zip(row_of_table("encyclopedia, loss"), ("lora", "lora-tuned"), strict=True):
-        assert cell == [f"{loss['paca-256']:.3f}", f"{loss[method]:.3f}"]
-    told = ", ".join(f"{steps[method]:.0f}" for method in ("paca-256", "lora", "lora-tuned"))
-    assert f"encyclopedia {told};" in " ".join(TEXT.split())
 
 
 @pytest.mark.parametrize(
@@ -138,3 +136,19 @@ def test_numbers_of_the_table_of_all_comparisons_are_those_of_their_pages() -> N
         compared.add(page)
     pages = {path.parent.name for path in (ROOT / "benchmarks" / "quality").glob("*/comparison.md")}
     assert compared == pages
+
+
+def test_the_means_in_short_are_rows_of_the_table_of_all_comparisons() -> None:
+    short, _, rest = (ROOT / "docs" / "notes" / "quality.md").read_text(encoding="utf-8").partition("| task | equal |")
+    long = list(itertools.takewhile(lambda line: line.startswith("|"), rest.splitlines()[2:]))
+    rows = [(line.split("|")[1], [float(cell.split()[0]) for cell in line.split("|")[3:6]]) for line in long]
+    seen = 0
+    for line in re.findall(r"^\| (?:loss|right), .*", short, flags=re.MULTILINE):
+        name, *cells = (cell.strip() for cell in line.strip("|").split("|"))
+        kind, task = name.split(", ")
+        for cell in cells:
+            triple = [float(number) for number in re.findall(r"\d+\.\d+", cell)]
+            of_it = [means for where, means in rows if task in where and ("loss" in where) == (kind == "loss")]
+            assert triple in [[round(mean, 3) for mean in means] for means in of_it], (name, cell)
+            seen += 1
+    assert seen == 15
