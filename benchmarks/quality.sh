@@ -7,6 +7,7 @@
 #   EQUAL=time bash benchmarks/quality.sh arc-long                           with more steps
 #   EQUAL=time bash benchmarks/quality.sh gsm8k-long encyclopedia-long       the same, and 256 columns
 #   EQUAL=memory bash benchmarks/quality.sh encyclopedia-linear              with a rate that falls linearly
+#   EQUAL=memory bash benchmarks/quality.sh encyclopedia-long                the same, 300 steps, and 256 columns
 #   EQUAL=memory bash benchmarks/quality.sh gsm8k-wide arc-wide              with more columns in half batches
 #   EQUAL=parameters JOBS=2 OMP_NUM_THREADS=1 bash benchmarks/quality.sh arc
 #
@@ -71,6 +72,11 @@ for task in "$@"; do
                 changed=(--set train.max_steps=300 --set train.lr_scheduler_type=linear)
                 methods=paca-256=$folder/columns256.yaml,paca # steps of two-kinds.yaml were timed beside these
                 methods+=,lora-tuned=$folder/lora33-tuned.yaml,lora=$folder/lora33.yaml
+                ;;
+            encyclopedia-long-memory) # within the memory of r 256 in whole batches; its rows are those of equal time
+                config=encyclopedia rates=3.04e-4,4.87e-4,7.8e-4 own=(--lr paca-256=1.9e-4,3.04e-4,4.87e-4)
+                changed=(--set train.max_steps=300 --set train.lr_scheduler_type=linear)
+                methods=paca-256=$folder/columns256.yaml,lora-tuned,lora
                 ;;
             arc-wide-memory) # the committed rows of LoRA are those of arc-memory
                 config=arc rates=7.8e-4,1.25e-3
