@@ -13,7 +13,8 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
 
 from paca.messages.errors import PacaError
-from paca.pretrained.generation import LoadedModel, load_for_generation, stream_reply
+from paca.pretrained.generation import LoadedModel, load_for_generation, load_saved, stream_reply
+from paca.pretrained.in_turn import ModelsInTurn
 from tiny_checkpoint import CONTEXT, byte_tokenizer, ending_tokenizer, save_adapter, save_base, save_run
 
 TOKENS = torch.arange(2, 26).reshape(2, 12)
@@ -64,6 +65,20 @@ def test_adapters_of_other_methods_load_too(run: Path, tmp_path: Path) -> None:
 
 def test_the_dtype_of_the_weights_can_be_chosen(run: Path) -> None:
     assert load_for_generation(run, dtype="bfloat16").model.dtype == torch.bfloat16
+
+
+def test_a_run_is_in_the_dtype_that_it_was_trained_in(run: Path, tmp_path: Path) -> None:
+    """`paca evaluate` took the checkpoint's float32 for a run in bfloat16, and had other scores than the run."""
+    copy = shutil.copytree(run, tmp_path / "run")
+    (copy / "summary.json").write_text(json.dumps({"model": {"dtype": "bfloat16"}}))
+    for path in (copy, copy / "adapter"):
+        assert load_for_generation(path).model.dtype == torch.bfloat16
+        assert load_for_generation(path, dtype="float16").model.dtype == torch.float16
+        assert load_saved(path).model.dtype == torch.float32  # as `paca merge` has it
+    models = ModelsInTurn()
+    first = models.load(copy)
+    assert models.load(run, beside=copy).model.dtype == torch.float32
+    assert models.load(copy).model is first.model
 
 
 def test_the_adapters_own_tokenizer_wins(run: Path, tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ from paca.evaluation.side_by_side import Row
 from paca.evaluation.sides import ADAPTER, BASE, Watcher, sides_of
 from paca.evaluation.statistics import Mean, as_numbers, ratio_with_error
 from paca.messages.errors import PacaError, about
+from paca.pretrained.adapter_folder import find_adapter, find_dtype
 from paca.pretrained.bounded_template import check_template_ends
 from paca.pretrained.conversation import answering
 from paca.pretrained.generation import LoadedModel, load_for_generation, load_saved
@@ -96,7 +97,7 @@ def load_run(path: str | Path, config: RunConfig, base_model: str | None = None)
         PacaError: It can't be loaded, or its chat template does not end.
     """
     if isinstance(trainer_kind(config.train), Classification):
-        return load_saved(path, base_model=base_model)
+        return load_saved(path, base_model=base_model, dtype=find_dtype(find_adapter(path)))
     loaded = load_for_generation(path, base_model=base_model)
     check_template_ends(loaded.tokenizer)
     return loaded

@@ -178,12 +178,21 @@ def json_object(file: Path) -> dict[str, Any]:
 
 def find_quantization(adapter: Path) -> str | None:
     """How the base model was quantized as it was loaded for training: PaCA's configs say so, for others their run."""
-    recorded = text_setting(adapter, "base_quantization")
+    return text_setting(adapter, "base_quantization") or _said_of_the_model(adapter, "quantization")
+
+
+def find_dtype(adapter: Path | None) -> str:
+    """What the base model was in as the adapter was trained, such as "bfloat16", as its run says; else "auto"."""
+    return (adapter and _said_of_the_model(adapter, "dtype")) or "auto"
+
+
+def _said_of_the_model(adapter: Path, name: str) -> str | None:
     summary = adapter.parent / "summary.json"
-    if recorded is None and adapter.name == "adapter" and summary.is_file():
-        model = json_object(summary).get("model")
-        recorded = model.get("quantization") if isinstance(model, dict) else None
-    return recorded if isinstance(recorded, str) else None
+    if adapter.name != "adapter" or not summary.is_file():
+        return None
+    model = json_object(summary).get("model")
+    said = model.get(name) if isinstance(model, dict) else None
+    return said if isinstance(said, str) else None
 
 
 def weight_file(adapter: Path) -> Path:

@@ -21,6 +21,7 @@ from paca.pretrained import load_config, load_pretrained
 from paca.pretrained.adapter_folder import (
     find_adapter,
     find_base,
+    find_dtype,
     find_quantization,
     find_revision,
     tensor_names,
@@ -62,7 +63,8 @@ def load_for_generation(
     Args:
         path: The folder, the file or the hub id. An adapter on the hub is fetched, and checked as a folder is.
         base_model: Hub id, folder or .gguf file to use in place of the base model that the adapter names.
-        dtype: "auto" (as stored), "bfloat16", "float16" or "float32".
+        dtype: "bfloat16", "float16", "float32", or "auto": that of the run, whose scores are measured in it; for
+            adapters and models without a run as stored.
         dequantize: Give quantized weights back their 16 or 32 bits, rounded as they are, before the adapter is put on.
 
     Raises:
@@ -73,13 +75,17 @@ def load_for_generation(
     check_answers(path)
     with suppress(OSError):  # told when it is asked
         renderer().start()  # while the model loads
+    dtype = find_dtype(find_adapter(path, or_hub=True)) if dtype == "auto" else dtype
     return load_saved(path, base_model=base_model, dtype=dtype, dequantize=dequantize)
 
 
 def load_saved(
     path: str | Path, *, base_model: str | None = None, dtype: str = "auto", dequantize: bool = False
 ) -> LoadedModel:
-    """The same for a model of any kind, a classifier too (arguments and errors as in `load_for_generation`)."""
+    """The same for a model of any kind, a classifier too, whose dtype "auto" is that of the files.
+
+    Arguments and errors are those of `load_for_generation`.
+    """
     path = adapter_of_hub(path) or path
     adapter, classifier = find_adapter(path, or_hub=True), classifier_in(path)
     made: dict[str, Any] = {}

@@ -13,6 +13,7 @@ from paca.pretrained.adapter_folder import (
     expanded,
     find_adapter,
     find_base,
+    find_dtype,
     find_quantization,
     find_revision,
 )
@@ -39,6 +40,8 @@ class _Base(NamedTuple):
     """Branch, tag or commit of a hub id."""
     quantization: str | None
     """How it is quantized as it is loaded."""
+    dtype: str
+    """Its dtype, as the run of the adapter has it, or "auto"."""
     alone: Path | None
     """The one adapter that goes with it, where it can't be taken off again; or the model, to be left without any."""
 
@@ -92,7 +95,7 @@ def _base_of(path: str | Path) -> tuple[_Base, Path | None]:
     adapter = find_adapter(path, or_hub=isinstance(path, str))  # a `Path` was found here
     if adapter is None:
         plain = expanded(path).resolve()
-        return _Base(str(plain), None, None, plain), None
+        return _Base(str(plain), None, None, "auto", plain), None
     settings = adapter_settings(adapter)
     can_be_taken_off = (
         settings.get("peft_type") in (NAME, "LORA")
@@ -103,7 +106,7 @@ def _base_of(path: str | Path) -> tuple[_Base, Path | None]:
     quantization = recorded if recorded in QUANTIZATIONS else None
     base = find_base(adapter)
     alone = None if can_be_taken_off else adapter
-    return _Base(base, find_revision(adapter, base), quantization, alone), adapter
+    return _Base(base, find_revision(adapter, base), quantization, find_dtype(adapter), alone), adapter
 
 
 def _with_another(on_it: dict[Path | None, LoadedModel], adapter: Path) -> dict[Path | None, LoadedModel]:
