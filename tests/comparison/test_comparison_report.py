@@ -124,4 +124,8 @@ def test_the_difference_of_shares_is_said_to_count_examples() -> None:
         ["method", "rate", "seeds", "choice", "paca minus it"],
         ["paca", "1e-3", "2", "0.5000 ± 0.1000", ""],
     )
-    assert "also counts the examples as drawn by chance" in note_on_intervals((heads, [cells]))[0]
+    (told,) = note_on_intervals((heads, [cells]))
+    assert "also counts the examples as drawn by chance" in told
+    assert "Two seeds are too few" in told
+    cells[2] = "3"
+    assert "Two seeds" not in note_on_intervals((heads, [cells]))[0]

@@ -317,3 +317,15 @@ def test_options_beside_a_prompt_and_its_completion_travel_along(tmp_path: Path)
     row = {"prompt": "2 + 2 =", "completion": " 4", "options": [" 3", " 4"]}
     examples = load_examples(jsonl(tmp_path / "rows.jsonl", [row]))
     assert examples.dataset[0]["options"] == [" 3", " 4"]
+
+
+@pytest.mark.parametrize("count", [3, 6])
+def test_records_by_name_in_one_object_are_refused_with_the_way_to_write_them(tmp_path: Path, count: int) -> None:
+    """All names were listed as columns. With few, it may be one record whose fields are objects."""
+    file = tmp_path / "rows.json"
+    file.write_text(json.dumps({f"id{n}": {"question": "a?", "answer": "b"} for n in range(count)}))
+    if count == 3:
+        assert len(list(rows_of(file))) == 1
+        return
+    with pytest.raises(PacaError, match="Write its values, of which the first is 'id0', as an array"):
+        list(rows_of(file))

@@ -30,7 +30,7 @@ from paca.messages.errors import PacaError
 from paca.pretrained import gguf as paca_gguf
 from paca.pretrained import load_config, load_pretrained, load_tokenizer, quantizing, save_trainable_copy
 from paca.pretrained.hub import only_from_cache
-from paca.pretrained.location import locate, neighbour_hint
+from paca.pretrained.location import lacks_weights, locate, neighbour_hint
 from paca.pretrained.trainable_copy import unpack, unpacked
 from tiny_checkpoint import byte_tokenizer, save_base
 from tiny_gguf import write_gguf
@@ -73,6 +73,26 @@ def mergeable_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def gguf_file(mergeable_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_gguf(tmp_path_factory.mktemp("gguf") / "tiny.Q8_0.gguf", mergeable_base)
+
+
+def test_a_folder_without_weights_is_known(base: Path, tmp_path: Path) -> None:
+    """Its dry run went well, with a rate for other weights."""
+    assert not lacks_weights(str(base))
+    assert not lacks_weights("some/model")
+    folder = tmp_path / "copy"
+    folder.mkdir()
+    (folder / "config.json").write_bytes((base / "config.json").read_bytes())
+    assert lacks_weights(str(folder))
+
+
+def test_a_gguf_file_that_is_an_adapter_is_called_so(gguf_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    reader = paca_gguf.require_gguf().GGUFReader
+    kind = SimpleNamespace(contents=lambda: "adapter")
+    monkeypatch.setattr(reader, "get_field", lambda *_: kind)
+    with pytest.raises(PacaError, match="is of the type 'adapter', not a model"):
+        paca_gguf.check_file(str(gguf_file))
+    monkeypatch.undo()
+    paca_gguf.check_file(str(gguf_file))
 
 
 def test_a_folder_loads_as_transformers_loads_it(base: Path) -> None:
@@ -532,10 +552,11 @@ def test_a_missing_gguf_package_is_named(gguf_file: Path, monkeypatch: pytest.Mo
 def test_a_damaged_gguf_file_is_one_clear_error(gguf_file: Path, tmp_path: Path) -> None:
     not_gguf = tmp_path / "a.gguf"
     not_gguf.write_bytes(b"not a model at all, whatever the name says")
-    cut_off = tmp_path / "b.gguf"
+    cut_off, cut_early = tmp_path / "b.gguf", tmp_path / "c.gguf"
     cut_off.write_bytes(gguf_file.read_bytes()[:-5000])
-    for path in (not_gguf, cut_off):
-        with pytest.raises(PacaError, match="cannot be loaded"):
+    cut_early.write_bytes(gguf_file.read_bytes()[:1500])  # its tokenizer was blamed, and another one was asked for
+    for path in (not_gguf, cut_off, cut_early):
+        with pytest.raises(PacaError, match=r"gguf' is incomplete or damaged: .*[^.]\. Download or copy it again\."):
             load_pretrained(str(path))
 
 

@@ -149,3 +149,11 @@ def test_a_run_in_float32_does_not(config_file: Path, tmp_path: Path, made: list
     config = load_run_config(config_file, ["train.max_steps=1", f"output.dir={tmp_path / 'run'}"])
     assert train(config, console=Console(quiet=True)).summary is not None
     assert not made
+
+
+def test_a_model_without_weights_is_told_before_it_is_trained(config_file: Path, tmp_path: Path) -> None:
+    model = Path(load_run_config(config_file).model.name)
+    bare = tmp_path / "bare"
+    shutil.copytree(model, bare, ignore=shutil.ignore_patterns("*.safetensors"))
+    assert f"Warning: {bare} holds no weights" in told(config_file, f"model.name={bare}")
+    assert "holds no weights" not in told(config_file)

@@ -20,7 +20,7 @@ from paca.training.reporting.metrics import read_rows
 from paca.training.reporting.report import whole_page
 
 Table = tuple[list[str], list[list[str]]]
-_SCORE = 3
+_SEEDS, _SCORE = 2, 3
 """The column of the scores; that of their differences follows."""
 
 
@@ -61,6 +61,8 @@ def note_on_intervals(table: Table) -> list[str]:
     )
     if table[0][_SCORE] in SHARES:
         told += " That of a difference also counts the examples as drawn by chance."
+    if any(row[_SEEDS] == "2" for row in table[1]):
+        told += " Two seeds are too few for it: it is very wide, or too narrow where both happen to differ by as much."
     return [told] if shown else []
 
 

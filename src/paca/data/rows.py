@@ -135,13 +135,15 @@ def _json_rows(file: Path) -> Iterator[tuple[str, Row]]:
         index += 1
 
 
+_RECORDS_BY_NAME = re.compile(r'\s*\{\s*"(?:[^"\\]|\\.)*"\s*:\s*\{[^{}]*\}\s*,\s*"(?:[^"\\]|\\.)*"\s*:\s*\{')
 _RECORDS_WITHIN = re.compile(r'\s*\{\s*"(data|records|examples|rows|items|train)"\s*:\s*\[\s*\{')
 
 
 def _refuse_object(file: Path, text: str) -> None:
     """Refuse a file that is one object, such as `{"data": [...]}`, over many lines or with records in such a list."""
     in_one_line = "\n" not in text.strip()
-    if in_one_line and not _RECORDS_WITHIN.match(text):
+    within_one = _RECORDS_WITHIN.match(text)
+    if in_one_line and not within_one and not _RECORDS_BY_NAME.match(text):
         return
     if not in_one_line and text.partition("\n")[0].rstrip().endswith("}"):  # it is lines
         return
@@ -149,8 +151,14 @@ def _refuse_object(file: Path, text: str) -> None:
         content = json.loads(text)
     except (ValueError, RecursionError):
         return
-    within = [name for name, value in content.items() if isinstance(value, list)] if isinstance(content, dict) else []
+    fields = content if isinstance(content, dict) else {}
+    by_name = len(fields) > 5 and all(isinstance(value, dict) for value in fields.values())
+    if in_one_line and not within_one and not by_name:  # one record, whose fields are objects
+        return
+    within = [name for name, value in fields.items() if isinstance(value, list)]
     hint = f" Write the list {within[0]!r} in it to a file of its own." if within else ""
+    if by_name:
+        hint = f" Write its values, of which the first is {next(iter(fields))!r}, as an array."
     raise PacaError(f"{file} holds {_kind(content)}; expected an array of objects, or an object a line.{hint}")
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
 
 from paca.messages.errors import PacaError, first_line, is_failure
+from paca.pretrained.gguf import check_file
 from paca.pretrained.hub import unreachable, without_waiting
 from paca.pretrained.location import TOKENIZER_FILES, Location, neighbour_hint, tokenizer_files
 
@@ -36,6 +37,8 @@ def explaining(location: Location, revision: str | None, what: str = "model") ->
         if location.source == "hub":
             raise PacaError(_hub_message(name, what, error)) from error
         advice = _ADVICE[what]
+        if location.source == "gguf":
+            check_file(name)
         if what == "tokenizer" and location.source == "folder" and not tokenizer_files(Path(name)):
             raise PacaError(
                 f"The folder {name!r} holds no tokenizer: none of {', '.join(TOKENIZER_FILES)} is there. Copy the "

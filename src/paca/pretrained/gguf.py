@@ -22,7 +22,7 @@ from transformers import (
     modeling_gguf_pytorch_utils,
 )
 
-from paca.messages.errors import PacaError
+from paca.messages.errors import PacaError, first_line
 from paca.messages.install import how_to_install
 
 logger = logging.getLogger(__name__)
@@ -93,6 +93,19 @@ def _keep(folder: Path, options: dict[str, Any], path: str) -> bool:
         logger.info("What is read of %s cannot be kept: %s", path, error)
         return folder.is_dir()  # another process was faster
     return True
+
+
+def check_file(path: str) -> None:
+    """Raise PacaError if a file that could not be loaded is not whole, or no model."""
+    try:
+        kind = require_gguf().GGUFReader(path).get_field("general.type")
+        told = None if kind is None else str(kind.contents())
+    except Exception as error:  # whatever numpy and struct raise on what is cut off
+        reason = first_line(error).rstrip(".")
+        told = f"The GGUF file {path!r} is incomplete or damaged: {reason}. Download or copy it again."
+        raise PacaError(told) from error
+    if told not in (None, "model"):
+        raise PacaError(f"The GGUF file {path!r} is of the type {told!r}, not a model. Give the model that it is for.")
 
 
 def without_unpacking_bar() -> AbstractContextManager[Any]:

@@ -23,6 +23,8 @@ TOKENIZER_FILES = (
     *("vocab.json", "vocab.txt", "merges.txt", "chat_template.jinja"),
 )
 
+_KINDS_OF_WEIGHTS = ("*.safetensors", "*.bin", "*.pt", "*.pth", "*.ckpt", "*.gguf")
+
 
 @dataclass(frozen=True)
 class Location:
@@ -107,3 +109,9 @@ def _check_folder(path: Path, name: str) -> None:
         f"The folder {name!r} is not a model: it has no config.json.{hint} A model folder holds config.json, the "
         "weights (*.safetensors) and the tokenizer's files."
     )
+
+
+def lacks_weights(name: str) -> bool:
+    """Whether `name` is a folder without any file of weights, such as one with a config alone."""
+    folder = Path(name).expanduser()
+    return folder.is_dir() and not any(next(folder.glob(kind), None) for kind in _KINDS_OF_WEIGHTS)

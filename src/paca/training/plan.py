@@ -11,6 +11,7 @@ from typing import Any
 from rich.console import Console
 
 from paca.messages.say import say
+from paca.pretrained.location import lacks_weights
 from paca.training.calibration import describe_columns
 from paca.training.config.run_config import RunConfig
 from paca.training.folder.disk_need import DiskNeed, tell_of_disk
@@ -141,6 +142,9 @@ def show_plan(plan: Plan, console: Console, record: dict[str, str] | None = None
     for label, text in plan.lines():
         say(console, f"{label:<{width}}  {text}")
     tell_of_products(plan.config, plan.dtype, console, record)
+    if lacks_weights(plan.config.model.name):
+        told = f"{plan.config.model.name} holds no weights (such as *.safetensors). Copy them there before training."
+        say(console, f"Warning: {told}", style="yellow")
     if (warning := cut_warning(plan.data.sample)) is not None:
         say(console, f"Warning: {warning}", style="yellow")
     tell_of_disk(plan.disk, Path(plan.config.output.dir), console)
