@@ -152,6 +152,14 @@ def test_a_method_that_does_not_fit_has_its_steps_timed_and_no_memory(tmp_path: 
     assert [line.rstrip().endswith("1.00 MiB") for line in console.export_text().splitlines()] == [False, True, False]
 
 
+def test_a_wrong_key_of_a_method_is_told_without_a_file_that_nobody_wrote(tmp_path: Path) -> None:
+    """It was line 39 of configs/mine.yaml."""
+    (tmp_path / "lora.yaml").write_text("lora: {r: 8, alpha: 16}\n")
+    comparison = small_comparison(tmp_path, f"paca,mine={tmp_path / 'lora.yaml'}", rates=Rates([1e-3]))
+    with pytest.raises(PacaError, match=r"^The method mine: there is no key lora\.alpha\. Did you mean"):
+        prepare.plan_of(comparison, comparison.methods[1])
+
+
 def test_a_setting_for_many_names_is_told_by_their_number() -> None:
     patterns = {f"blocks.{block}.conv": 16 for block in range(10)}
     method = Method("paca", {"paca": {"r": 256, "target_modules": ["conv", "proj"], "rank_pattern": patterns}})

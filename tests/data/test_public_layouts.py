@@ -329,3 +329,10 @@ def test_records_by_name_in_one_object_are_refused_with_the_way_to_write_them(tm
         return
     with pytest.raises(PacaError, match="Write its values, of which the first is 'id0', as an array"):
         list(rows_of(file))
+
+
+def test_a_line_that_was_cut_off_is_called_so(tmp_path: Path) -> None:
+    file = tmp_path / "rows.jsonl"
+    file.write_text('{"text": "one"}\n{"text": "tw\n')
+    with pytest.raises(PacaError, match=r"line 2 is not valid JSON: Unterminated string starting \(column 10\)"):
+        list(rows_of(file))

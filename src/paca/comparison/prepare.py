@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -111,7 +113,17 @@ def plan_of(comparison: Comparison, method: Method, *, fetch: bool = False) -> P
     try:
         return describe(_config_of(comparison, method), fetch=fetch)
     except PacaError as error:
-        raise PacaError(f"The method {method.name}: {error}") from error
+        raise _of_method(comparison, method, error) from error
+
+
+def _of_method(comparison: Comparison, method: Method, error: PacaError) -> PacaError:
+    """The error, without the place in a file that nobody wrote."""
+    written = re.escape(str(_file_of(comparison, method)))
+    return PacaError(f"The method {method.name}: {re.sub(rf'{written}(, line [0-9]+)?: ', '', str(error))}")
+
+
+def _file_of(comparison: Comparison, method: Method) -> Path:
+    return comparison.path / "configs" / f"{method.name}.yaml"
 
 
 def _config_of(comparison: Comparison, method: Method) -> RunConfig:
@@ -119,7 +131,7 @@ def _config_of(comparison: Comparison, method: Method) -> RunConfig:
     folder = comparison.path / "trials" / method.name
     rate = next(iter(comparison.rates.of(method.name) or []), None)
     sections = run_sections(comparison.common, method, rate, comparison.seeds[0], folder)
-    return load_run_config(write_config(comparison.path / "configs" / f"{method.name}.yaml", sections))
+    return load_run_config(write_config(_file_of(comparison, method), sections))
 
 
 def _check(comparison: Comparison) -> None:
@@ -128,7 +140,7 @@ def _check(comparison: Comparison) -> None:
         try:
             config = _config_of(comparison, method)
         except PacaError as error:
-            raise PacaError(f"The method {method.name}: {error}") from error
+            raise _of_method(comparison, method, error) from error
         if trainer_kind(config.train).score is None:
             scored[method.name] = batching(config.as_dict())
     if len(set(scored.values())) > 1:

@@ -76,11 +76,10 @@ def _jsonl_rows(file: Path) -> Iterator[tuple[str, Row]]:
 
 def _json_object(text: str, place: str) -> Row:
     try:
-        row = json.loads(text)
+        row = json.loads(text.rstrip("\r\n"))  # with its end, a text that was cut off has a "control character"
     except json.JSONDecodeError as error:
-        raise PacaError(
-            f"{place} is not valid JSON: {error.msg} (column {error.pos + 1}). Expected one JSON object a line."
-        ) from error
+        told = f"{error.msg.removesuffix(' at')} (column {error.pos + 1})"
+        raise PacaError(f"{place} is not valid JSON: {told}. Expected one JSON object a line.") from error
     except (ValueError, RecursionError) as error:
         raise PacaError(f"{place} can't be read as JSON: {error}.") from error
     if not isinstance(row, dict):
