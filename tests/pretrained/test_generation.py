@@ -75,6 +75,9 @@ def test_a_run_is_in_the_dtype_that_it_was_trained_in(run: Path, tmp_path: Path)
         assert load_for_generation(path).model.dtype == torch.bfloat16
         assert load_for_generation(path, dtype="float16").model.dtype == torch.float16
         assert load_saved(path).model.dtype == torch.float32  # as `paca merge` has it
+    (copy / "summary.json").write_text(json.dumps({"model": {"dtype": "float64"}}))  # no run can ask for that
+    assert load_for_generation(copy).model.dtype == torch.float32
+    (copy / "summary.json").write_text(json.dumps({"model": {"dtype": "bfloat16"}}))
     models = ModelsInTurn()
     first = models.load(copy)
     assert models.load(run, beside=copy).model.dtype == torch.float32

@@ -16,6 +16,7 @@ from paca.messages.units import format_bytes
 ROUNDS = 3
 """Of timing; in each, every method takes its turn, and the order rotates."""
 TIMED_STEPS = 10
+TRIALS_ON_A_LINE = 8  # of r at equal memory; what goes on jumps, and is halved
 MEMORY_STEPS = 2  # the optimizer's state exists from the first step on
 
 Announce = Callable[[str], None]
@@ -242,7 +243,7 @@ def _within_memory(
     low, low_peak, high = r, peak, None
     measured = [(r, peak)]
     while high is None or high - low > max(1, low // 16):  # to 6 %: finer than two measurements agree
-        line = _where_line_meets(budget, measured) if len(measured) < 8 else None
+        line = _where_line_meets(budget, measured) if len(measured) < TRIALS_ON_A_LINE else None
         if line is not None and (high is None or line < high):
             middle = min(max(line, low + max(1, low // 16)), 8 * low)
         else:

@@ -182,8 +182,11 @@ def find_quantization(adapter: Path) -> str | None:
 
 
 def find_dtype(adapter: Path | None) -> str:
-    """What the base model was in as the adapter was trained, such as "bfloat16", as its run says; else "auto"."""
-    return (adapter and _said_of_the_model(adapter, "dtype")) or "auto"
+    """What the base model was in as the adapter was trained, if its run says one of `DTYPES`; else "auto"."""
+    from paca.pretrained.loading import DTYPES  # torch, which most commands need not wait for
+
+    said = None if adapter is None else _said_of_the_model(adapter, "dtype")
+    return said if said in DTYPES else "auto"
 
 
 def _said_of_the_model(adapter: Path, name: str) -> str | None:

@@ -97,15 +97,17 @@ def _keep(folder: Path, options: dict[str, Any], path: str) -> bool:
 
 def check_file(path: str) -> None:
     """Raise PacaError if a file that could not be loaded is not whole, or no model."""
+    reader = require_gguf().GGUFReader
     try:
-        kind = require_gguf().GGUFReader(path).get_field("general.type")
-        told = None if kind is None else str(kind.contents())
+        field = reader(path).get_field("general.type")
+        kind = None if field is None else str(field.contents())
     except Exception as error:  # whatever numpy and struct raise on what is cut off
         reason = first_line(error).rstrip(".")
-        told = f"The GGUF file {path!r} is incomplete or damaged: {reason}. Download or copy it again."
-        raise PacaError(told) from error
-    if told not in (None, "model"):
-        raise PacaError(f"The GGUF file {path!r} is of the type {told!r}, not a model. Give the model that it is for.")
+        raise PacaError(
+            f"The GGUF file {path!r} is incomplete or damaged: {reason}. Download or copy it again."
+        ) from error
+    if kind not in (None, "model"):
+        raise PacaError(f"The GGUF file {path!r} is of the type {kind!r}, not a model. Give the model that it is for.")
 
 
 def without_unpacking_bar() -> AbstractContextManager[Any]:
