@@ -92,8 +92,9 @@ def test_a_run_is_resumed_bit_for_bit_answers_and_merges(
     assert merged.difference is not None
     plain = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()
     found = plain(tokens).logits
-    # As merge_to_folder checks: what rounding in the weights' dtype explains.
-    assert (found - expected).abs().max() <= 32 * torch.finfo(plain.dtype).eps * expected.abs().max()
+    # What rounding explains: a run in bfloat16 answers in it, and its checkpoint stays float32.
+    coarser = max(torch.finfo(dtype).eps for dtype in (plain.dtype, loaded.model.dtype))
+    assert (found - expected).abs().max() <= 32 * coarser * expected.abs().max()
     base = AutoModelForCausalLM.from_pretrained(whole.summary["model"]["name"], dtype=plain.dtype)
     assert not torch.equal(base(tokens).logits, found)
 
