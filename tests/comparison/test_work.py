@@ -21,6 +21,7 @@ from comparison.small_comparison import IN_A_PROCESS, small_work
 from forked_process import start_forked
 from paca.comparison.schedule import Job
 from paca.comparison.work import _Progress, seconds_left
+from paca.messages.errors import PacaError
 from paca.pretrained.claims import Claim
 
 NAMES = [f"{method}-lr{rate}-seed{seed}" for method in ("paca", "lora") for rate, seed in
@@ -73,6 +74,34 @@ def test_finished_runs_are_kept(uninterrupted: Path) -> None:
     small_work(uninterrupted).run()
     assert written() == before
     assert rows_in(uninterrupted) == rows
+
+
+def test_a_finished_run_whose_folder_is_gone_counts_by_its_row(uninterrupted: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "moved"
+    folder.mkdir()
+    (folder / "runs.jsonl").write_text((uninterrupted / "runs.jsonl").read_text())
+    work = small_work(folder, seeds=[0, 1, 2])
+    work.console = Console(file=io.StringIO(), width=2000)
+    work.run()
+    assert sorted(path.name for path in (folder / "runs").iterdir()) == ["lora-lr0.003-seed2", "paca-lr0.003-seed2"]
+    assert [row for row in rows_in(folder) if row["seed"] < 2] == rows_in(uninterrupted)
+    assert sorted(job.name for job in work.by_row) == sorted(NAMES)
+    assert "as their folders are gone: paca-lr0.001-seed0, " in work.console.file.getvalue()  # type: ignore[attr-defined]
+
+
+def test_a_row_of_other_settings_or_of_a_failure_counts_for_nothing(uninterrupted: Path, tmp_path: Path) -> None:
+    rows = rows_in(uninterrupted)
+    rows[0]["run_info"]["config"]["train"]["max_steps"] = 7
+    rows[1]["score"] = None
+    (tmp_path / "runs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    small_work(tmp_path).run()
+    assert {path.name for path in (tmp_path / "runs").iterdir()} == {row["name"] for row in rows[:2]}
+
+
+def test_a_broken_row_is_told(tmp_path: Path) -> None:
+    (tmp_path / "runs.jsonl").write_text('{"name": "paca-lr0.001-seed0", "sco')
+    with pytest.raises(PacaError, match="line 1 is no row of a run"):
+        small_work(tmp_path)
 
 
 def test_further_seeds_add_their_runs_alone(uninterrupted: Path, tmp_path: Path) -> None:

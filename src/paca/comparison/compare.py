@@ -22,7 +22,7 @@ from paca.comparison.results import ComparisonResult
 from paca.comparison.rows import Row, row_of, write_rows
 from paca.comparison.settings import Comparison
 from paca.comparison.training_process import FAILURE
-from paca.comparison.work import Work
+from paca.comparison.work import ROWS, Work, names_of
 from paca.messages.errors import PacaError
 from paca.training.folder.run_folder import RunFolder
 from paca.training.folder.same_run import FREE_TO_CHANGE
@@ -61,6 +61,9 @@ def compare(comparison: Comparison, planned: Sequence[PlannedMethod], console: C
         methods.append(MethodResult(method.name, settings_text(method), rate, chosen, tried, peaks[method.name]))
     edges = {method.name: edge for method in methods if (edge := edge_of(method)) is not None}
     notes = [*_notes(comparison, planned, methods), *edges.values()]
+    if work.by_row:
+        told = "Their folders are gone, so they count by their rows, and the loss over time is not drawn for them"
+        notes.append(f"{told}: {names_of(work.by_row)}.")
     result = ComparisonResult(methods, notes, comparison.equal, edges)
     write_report(comparison.path, result, {job.name: comparison.folder(job) for job in rows})
     return result
@@ -123,7 +126,7 @@ def compare_folders(paths: Sequence[Path], output: Path) -> ComparisonResult:
     notes = ["The runs were there already; nothing was chosen among them.", *_shared_notes(every)]
     result = ComparisonResult(_apart(methods), notes)
     write_report(output, result, folders)
-    write_rows(output / "runs.jsonl", every)
+    write_rows(output / ROWS, every)
     return result
 
 

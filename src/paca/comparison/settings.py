@@ -61,11 +61,14 @@ class Comparison:
         """Of the YAML of a run."""
         return self.path / "configs" / f"{job.name}.yaml"
 
+    def sections(self, job: Job) -> dict[str, dict[str, Any]]:
+        """Of the YAML of a run."""
+        return run_sections(self.common, self.method(job.method), job.rate, job.seed, self.folder(job).path)
+
     def config_file(self, job: Job) -> Path:
         """The same; it is written if need be."""
-        path, folder = self.config_path(job), self.folder(job).path
-        sections = run_sections(self.common, self.method(job.method), job.rate, job.seed, folder)
-        if folder.is_dir() and path.is_file():  # begun, perhaps by a call with other rates or seeds
+        path, sections = self.config_path(job), self.sections(job)
+        if self.folder(job).path.is_dir() and path.is_file():  # begun, perhaps by a call with other rates or seeds
             sections["eval"] = read_yaml(path)[0]["eval"]
         elif sections["eval"].get("metric") is not None and job != self._first:
             sections["eval"]["before"] = False  # the model as it came is the same for all: one run scores it

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
+from paca.comparison.kept_rows import KeptRows
 from paca.comparison.rows import SHARES, Row, row_of, write_rows
 from paca.comparison.schedule import FAILED, Job, Outcome, Schedule, schedule
 from paca.comparison.settings import Comparison
@@ -18,6 +19,7 @@ from paca.messages.say import say
 from paca.messages.units import format_duration
 from paca.training.folder.run_folder import RunFolder
 
+ROWS = "runs.jsonl"
 _LOOK_EVERY = 0.5  # seconds
 _PLAIN_LINE_EVERY = 60.0
 
@@ -44,7 +46,10 @@ class Work:
         self.program = program
         self.took: dict[Job, float] = {}
         """Seconds of the processes of the runs that ended here; a row has those after its imports."""
+        self.by_row: dict[Job, Row] = {}
+        """Those whose folder is gone, and whose row is there."""
         self._rows: dict[Job, Row] = {}
+        self._kept = KeptRows(comparison.path / ROWS)
 
     def schedule(self) -> Schedule:
         """What is needed by now."""
@@ -54,7 +59,12 @@ class Work:
     def row(self, job: Job) -> Row | None:
         """Of a run that ended; None while it has not."""
         if job not in self._rows:
-            row = row_of(self.comparison.folder(job), job.method, self.comparison.config_path(job))
+            folder = self.comparison.folder(job)
+            row = row_of(folder, job.method, self.comparison.config_path(job))
+            if row is None and not folder.path.is_dir():
+                row = self._kept.row(job.name, self.comparison.sections(job))
+                if row is not None:
+                    self.by_row[job] = row
             if row is None:
                 return None
             self._rows[job] = row
@@ -86,6 +96,10 @@ class Work:
         for path in (self.comparison.path / "runs").glob("*"):  # each call tries those once more that were killed
             forget_kill(RunFolder(path))
         self._rows.clear()
+        self.rows()
+        if self.by_row:
+            kept = self.comparison.path / ROWS
+            say(self.console, f"By their rows in {kept}, as their folders are gone: {names_of(self.by_row)}.")
         while todo := [job for job in self.schedule().jobs if self.outcome(job) is None]:
             if any(self._trained(job) for job in todo):
                 self._write_rows()
@@ -98,7 +112,7 @@ class Work:
         self._write_rows()
 
     def _write_rows(self) -> None:
-        write_rows(self.comparison.path / "runs.jsonl", self.rows())
+        write_rows(self.comparison.path / ROWS, self.rows())
 
     def _trained(self, job: Job) -> bool:
         """Train a run, unless another process does. Whether it has ended by now."""
@@ -217,6 +231,11 @@ def seconds_left(
     overall = sum(means.values()) / len(means)
     whole = sum(count * means.get(method, overall) for method, count in left.items())
     return max(0.0, whole - min(elapsed, means.get(current, overall)))
+
+
+def names_of(jobs: Iterable[Job]) -> str:
+    """Of runs, in words."""
+    return ", ".join(job.name for job in jobs)
 
 
 def _number(value: float | None) -> str:
