@@ -60,7 +60,7 @@ def test_columns_of_other_names_are_to_be_named_as_the_nearest_form_has_them(col
         recognise(columns, None, "data.jsonl")
     last = str(error.value).splitlines()[-1]
     nearest = f"Say which columns it has under other names: the nearest form is {told.removesuffix('.')}"
-    assert last.startswith(f"{nearest} (its name: yours) in the run's YAML, or rename them.")
+    assert last.startswith(f"{nearest} (its name: yours) in the run's YAML (or --set data.columns.NAME=YOURS), or ")
 
 
 def test_an_ambiguous_form_asks_for_a_choice_which_is_then_taken() -> None:

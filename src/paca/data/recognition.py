@@ -89,8 +89,8 @@ def _renaming(columns: Collection[str], forms: Mapping[str, Format], given: Mapp
     names = ", ".join(f"{name}: {column}" for name, column in pairs)
     return (
         f"Say which columns it has under other names: the nearest form is {form.name}, so give data.columns: "
-        f"{{{names}}} (its name: yours) in the run's YAML, or rename them. (For `paca evaluate --data`: "
-        "--columns; in Python columns=.)"
+        f"{{{names}}} (its name: yours) in the run's YAML (or --set data.columns.NAME=YOURS), or "
+        "rename them. (For `paca evaluate --data`: --columns; in Python columns=.)"
     )
 
 

@@ -202,9 +202,19 @@ def test_a_wrong_key_or_value_is_refused_with_its_place(tmp_path: Path, addition
     assert message in str(caught.value)
 
 
+def test_an_override_can_be_one_entry_of_a_key_that_holds_several(tmp_path: Path) -> None:
+    given = MINIMAL + "paca: {rank_pattern: {q_proj: 4}}\n"
+    entries = ("data.columns.question=prompt", r"paca.rank_pattern.layers\.0\.mlp=8", "train.lr_scheduler_kwargs.a=1")
+    config = load(tmp_path, given, *entries)
+    assert config.data.columns == {"question": "prompt"}
+    assert config.adapter["rank_pattern"] == {"q_proj": 4, r"layers\.0\.mlp": 8}
+    assert config.train["lr_scheduler_kwargs"] == {"a": 1}
+
+
 @pytest.mark.parametrize(
     ("override", "message"),
     [
+        ("train.max_steps.a=3", "--set: train.max_steps must be a whole number, not a mapping"),
         ("train.max_steps", "expected section.key=value"),
         ("output=runs/mine", "such as --set output.dir=runs/mine"),
         ("max_steps=3", "such as --set train.max_steps=3"),

@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from paca.messages.errors import PacaError
-from paca.messages.nearest import did_you_mean
 from paca.training.config.early_checks import check_early
 from paca.training.config.key_checks import Mistakes, Origins, check_section
+from paca.training.config.overrides import FIRST, apply_overrides, section_hint
 from paca.training.config.run_config import ALL, METHODS, SECTIONS, RunConfig
-from paca.training.config.strict_yaml import parse_value, read_yaml
+from paca.training.config.strict_yaml import read_yaml
 from paca.training.config.typed_values import shown
 
 
@@ -24,7 +24,8 @@ def load_run_config(path: str | os.PathLike[str], overrides: Iterable[str] = ())
 
     Args:
         path: A YAML file with the sections model, data, one of `METHODS`, calibration, train, eval and output.
-        overrides: `"section.key=value"` each; the value is read as YAML. `"paca=null"` leaves a method's section out.
+        overrides: `"section.key=value"` each; the value is read as YAML. `"section.key.name=value"` sets one entry of a
+            key that holds several. `"paca=null"` leaves a method's section out.
 
     Returns:
         The run. Paths that exist are made absolute, so that the resolved config runs from anywhere.
@@ -63,10 +64,6 @@ def load_run_config(path: str | os.PathLike[str], overrides: Iterable[str] = ())
     return config
 
 
-_FIRST = {"model": "name", "data": "train", "output": "dir"}
-"""The key that is meant where a section is given as one value."""
-
-
 def _read_sections(path: Path, overrides: Iterable[str]) -> tuple[dict[str, dict[str, Any]], Origins]:
     content, lines = read_yaml(path)
     origins = Origins(path, lines)
@@ -79,44 +76,20 @@ def _read_sections(path: Path, overrides: Iterable[str]) -> tuple[dict[str, dict
     for name, values in content.items():
         with mistakes.noted():
             if name not in names:
-                raise PacaError(f"{origins.of(name)}: there is no section {name!r}.{_section_hint(name, names)}")
+                raise PacaError(f"{origins.of(name)}: there is no section {name!r}.{section_hint(name, names)}")
             if values is not None and not isinstance(values, dict):
-                form = f" Give it as {name}: {{{_FIRST[name]}: {values}}}" if name in _FIRST else ""
+                form = f" Give it as {name}: {{{FIRST[name]}: {values}}}" if name in FIRST else ""
                 raise PacaError(f"{origins.of(name)}: the section {name} must hold keys, not {shown(values)}.{form}")
     mistakes.tell()
     sections: dict[str, dict[str, Any]] = {
         name: dict(content.get(name) or {}) for name in names if name in content or name not in METHODS
     }
-    for override in overrides:
-        key, separator, text = override.partition("=")
-        section, dot, name = key.strip().partition(".")
-        if section in METHODS and separator and not dot and text.strip() == "null":
-            sections.pop(section, None)
-            continue
-        if section in names and separator and not dot and isinstance(whole := parse_value(text), dict):  # full={}
-            sections[section] = whole
-            origins.overridden |= {section, *(f"{section}.{name}" for name in whole)}
-            continue
-        if not separator or not dot or not name:
-            example = _with_section(key, text, sections) if separator else "train.learning_rate=1e-4"
-            raise PacaError(f"--set {override}: expected section.key=value, such as --set {example}.")
-        if section not in names:
-            raise PacaError(f"--set {override}: there is no section {section!r}.{_section_hint(section, names)}")
-        try:
-            sections.setdefault(section, {})[name] = parse_value(text)
-        except PacaError as error:
-            raise PacaError(f"--set {override}: {error}") from error
-        origins.overridden.add(f"{section}.{name}")
+    apply_overrides(sections, overrides, origins, lambda: _keys_of_all(_first_method(sections), sections))
     return sections, origins
 
 
-def _with_section(key: str, text: str, sections: dict[str, dict[str, Any]]) -> str:
-    """What was meant, if a section has such a key or is one; otherwise one that is right."""
-    if key.strip() in _FIRST:
-        return f"{key.strip()}.{_FIRST[key.strip()]}={text}"
-    method = next((name for name in METHODS if sections.get(name)), "paca")
-    owner = next((name for name, keys in _keys_of_all(method, sections).items() if key.strip() in keys), None)
-    return f"{owner}.{key.strip()}={text}" if owner else "train.learning_rate=1e-4"
+def _first_method(sections: dict[str, dict[str, Any]]) -> str:
+    return next((name for name in METHODS if sections.get(name)), "paca")
 
 
 def _method(sections: dict[str, dict[str, Any]], origins: Origins) -> str:
@@ -291,7 +264,3 @@ def _make_paths_absolute(config: RunConfig) -> None:
 def _absolute_where_it_exists(name: str) -> str:
     expanded = os.path.expanduser(name)
     return os.path.abspath(expanded) if os.path.exists(expanded) else name
-
-
-def _section_hint(name: str, names: list[str]) -> str:
-    return did_you_mean(name, names, "{}") or f" The sections are {', '.join(names)}."
