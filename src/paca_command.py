@@ -22,6 +22,7 @@ def main() -> None:
 
         command_line()
     except KeyboardInterrupt:  # before a command began: it ends its work itself
+        print("Stopped.", file=sys.stderr)
         sys.exit(130)
 
 
