@@ -16,7 +16,7 @@ from rich.console import Console
 from comparison.result_maker import result, row
 from paca.cli.compare import show_result
 from paca.comparison import comparable
-from paca.comparison.comparable import unlike
+from paca.comparison.comparable import trained_alike, unlike
 from paca.comparison.compare import edge_of
 from paca.comparison.contrast import Contrast
 from paca.comparison.method_result import MethodResult
@@ -368,6 +368,23 @@ def test_what_else_differs_is_named() -> None:
     rows[1]["meta_info"] = {**rows[1]["meta_info"], "package_info": {"torch": "3"}}
     assert unlike(rows) == ["steps", "versions of libraries"]
     assert unlike(rows[:1]) == []
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "told"),
+    [
+        ("packing", True, "packing"),
+        ("data_seed", 7, "seed of the data's order"),
+        ("train_sampling_strategy", "group_by_length", "order of the data"),
+        ("max_length", 64, "longest sequence"),
+    ],
+)
+def test_runs_that_see_their_data_otherwise_are_not_trained_alike(key: str, value: Any, told: str) -> None:
+    rows = [row("paca", 0, 1.0), row("lora", 0, 1.0)]
+    assert trained_alike(rows)
+    rows[1]["run_info"]["config"]["train"][key] = value
+    assert unlike(rows) == [told]
+    assert not trained_alike(rows)
 
 
 def test_it_all_goes_into_json() -> None:

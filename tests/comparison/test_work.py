@@ -19,6 +19,7 @@ from rich.console import Console
 
 from comparison.small_comparison import IN_A_PROCESS, small_work
 from forked_process import start_forked
+from paca.comparison.flags import Rates
 from paca.comparison.schedule import Job
 from paca.comparison.work import _Progress, seconds_left
 from paca.messages.errors import PacaError
@@ -96,6 +97,17 @@ def test_a_row_of_other_settings_or_of_a_failure_counts_for_nothing(uninterrupte
     (tmp_path / "runs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     small_work(tmp_path).run()
     assert {path.name for path in (tmp_path / "runs").iterdir()} == {row["name"] for row in rows[:2]}
+
+
+def test_rows_that_a_call_does_not_ask_for_stay(uninterrupted: Path, tmp_path: Path) -> None:
+    (tmp_path / "runs.jsonl").write_text((uninterrupted / "runs.jsonl").read_text())
+    small_work(tmp_path, seeds=[0]).run()
+    small_work(tmp_path, "paca", rates=Rates([3e-3, 9e-3])).run()
+    small_work(tmp_path).run()
+    assert [path.name for path in (tmp_path / "runs").iterdir()] == ["paca-lr0.009-seed0"]
+    rows = {row["name"]: row for row in rows_in(tmp_path)}
+    assert rows.pop("paca-lr0.009-seed0")["score"] is not None
+    assert rows == {row["name"]: row for row in rows_in(uninterrupted)}
 
 
 def test_a_broken_row_is_told(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import pytest
 from tokenizers import processors
 
 from paca.data import end_of_turn, load_examples, set_chat_template, tokenize
-from paca.data.chat_template import DEFAULT, NAMES, unused_fields
+from paca.data.chat_template import DEFAULT, NAMES, unprompted_header, unused_fields
 from paca.data.tokens import IGNORED
 from paca.messages.errors import PacaError
 from tiny_checkpoint import byte_tokenizer
@@ -146,6 +146,31 @@ def test_a_template_whose_end_is_no_token_is_refused_and_the_old_one_stays(tmp_p
     file.write_text("{% for m in messages %}{{ m[")
     with pytest.raises(PacaError, match="cannot render a question and its answer"):
         set_chat_template(tokenizer, str(file))
+
+
+def test_a_template_that_leaves_out_the_question_is_refused_and_the_old_one_stays(tmp_path: Path) -> None:
+    tokenizer = byte_tokenizer()
+    before = tokenizer.chat_template
+    file = tmp_path / "mistyped.jinja"
+    file.write_text(before.replace("content", "contents"))
+    with pytest.raises(PacaError, match="leaves out what the user says"):
+        set_chat_template(tokenizer, str(file))
+    assert tokenizer.chat_template == before
+
+
+def test_a_byte_order_mark_is_no_part_of_a_template(tmp_path: Path) -> None:
+    tokenizer = byte_tokenizer()
+    before = tokenizer.chat_template
+    (tmp_path / "from_windows.jinja").write_text(before, encoding="utf-8-sig")
+    set_chat_template(tokenizer, str(tmp_path / "from_windows.jinja"))
+    assert tokenizer.chat_template == before
+
+
+def test_a_header_that_the_model_has_to_write_itself_is_found() -> None:
+    tokenizer = byte_tokenizer()
+    assert unprompted_header(tokenizer) == ""
+    tokenizer.chat_template = "{% for m in messages %}{{ m.role }}: {{ m.content }}{{ eos_token }}\n{% endfor %}"
+    assert unprompted_header(tokenizer) == "assistant:"
 
 
 def test_fields_of_messages_that_the_template_does_not_name_are_found(tmp_path: Path) -> None:

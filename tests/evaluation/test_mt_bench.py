@@ -21,7 +21,7 @@ from paca.evaluation import judge as judge_module
 from paca.evaluation.judge import Answer, Judge, JudgeSettings, Usage
 from paca.evaluation.mt_bench import run_mt_bench
 from paca.evaluation.mt_bench_questions import Question, read_questions
-from paca.evaluation.mt_bench_ratings import Rating, grade_in, ratings_of, scores_of
+from paca.evaluation.mt_bench_ratings import Rating, differences, grade_in, ratings_of, scores_of
 from paca.messages.errors import PacaError
 from paca.pretrained.generation import LoadedModel, load_for_generation, stream_reply
 
@@ -304,6 +304,7 @@ def test_an_answer_without_a_grade_is_judged_again_by_the_next_call(tmp_path: Pa
         for score, requests in ((None, 3), (4, 4), (4, 4)):
             ratings = ratings_of(judge_of(server), "base", QUESTIONS[2:], [["e"]], tmp_path, Tally())
             assert ([rating.score for rating in ratings], len(server.requests)) == ([score], requests)
+            assert ratings[0].usage.requests == requests  # what came to nothing was paid for as well
 
 
 @pytest.mark.parametrize("status", [400, 401, 404])
@@ -406,6 +407,18 @@ def test_both_turns_of_base_and_adapter_are_answered_and_judged(loaded: LoadedMo
         "requests": 10,
     }
     assert json.loads((tmp_path / "results.json").read_text()) == results
+    assert results["difference"]["all"] == {"score": 0, "stderr": 0}  # the same grades
+
+
+def test_the_difference_is_that_of_pairs() -> None:
+    def rated(*scores: float | None) -> list[Rating]:
+        return [Rating(number // 2, "writing", 1 + number % 2, score) for number, score in enumerate(scores)]
+
+    found = scores_of(differences(rated(3, 4, 5, 8, None, 2), rated(4, 6, 5, 7, 9, None)))
+    assert found["all"]["score"] == pytest.approx((1.5 - 0.5) / 2)
+    assert found["all"]["stderr"] == pytest.approx(statistics.stdev([1.5, -0.5]) / math.sqrt(2))
+    assert found["turns"]["2"]["score"] == pytest.approx((2 - 1) / 2)
+    assert found["without_grade"] == 2
 
 
 def test_answers_are_the_model_s_own_and_the_second_turn_knows_the_first(loaded: LoadedModel, tmp_path: Path) -> None:

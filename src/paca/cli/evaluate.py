@@ -228,7 +228,8 @@ def _measure_own_data(
 def print_ratings(console: Console, results: dict[str, Any]) -> None:
     """Ratings in all, by turn and by category, and what the judge took."""
     models = results["models"]
-    table = Table("MT-Bench", *models)
+    columns = {**models, **({"difference": results["difference"]} if "difference" in results else {})}
+    table = Table("MT-Bench", *columns)
     for column in table.columns[1:]:
         column.justify, column.no_wrap = "right", True
     first = next(iter(models.values()))
@@ -236,12 +237,18 @@ def print_ratings(console: Console, results: dict[str, Any]) -> None:
     rows += [(f"turn {turn}", ["turns", turn]) for turn in first["turns"]]
     rows += [(name, ["categories", name]) for name in first["categories"]]
     for label, keys in rows:
-        found = [functools.reduce(lambda scores, key: scores[key], keys, model) for model in models.values()]
-        cells = ["-" if one["score"] is None else number((one["score"], one["stderr"]), digits=2) for one in found]
+        found = {name: functools.reduce(lambda part, key: part[key], keys, scores) for name, scores in columns.items()}
+        cells = [
+            "-"
+            if one["score"] is None
+            else number((one["score"], one["stderr"]), digits=2, signed=name == "difference")
+            for name, one in found.items()
+        ]
         table.add_row(escape(printable(label, longest=100)), *cells)
     console.print(table)
     if ungraded := sum(scores["without_grade"] for scores in models.values()):
-        say(console, f"The judge named no grade for {ungraded} answers. The same call asks again.", style="yellow")
+        answers = "1 answer" if ungraded == 1 else f"{ungraded} answers"
+        say(console, f"The judge named no grade for {answers}. The same call asks again.", style="yellow")
     used = results["judge"]
     tokens = f"read {used['prompt_tokens']:,} tokens and wrote {used['completion_tokens']:,}"
     say(console, f"The judge {tokens}, in {used['requests']:,} requests.")

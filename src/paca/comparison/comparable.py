@@ -19,9 +19,17 @@ _JUDGED_BY = (
 _REWARDS = "train.reward_funcs"
 _BY_DEFAULT: Mapping[str, Any] = {
     "train.truncation_mode": "keep_start", "train.temperature": 1.0, "train.top_p": 1.0, "train.top_k": 0,
-    "train.repetition_penalty": 1.0, "train.label_smoothing_factor": 0.0,
+    "train.repetition_penalty": 1.0, "train.label_smoothing_factor": 0.0, "train.packing": False,
+    "train.train_sampling_strategy": "random",
 }  # fmt: skip
 """What TRL and transformers take where a run says nothing."""
+_SEEN: Mapping[str, str] = {
+    "train.packing": "packing",
+    "train.data_seed": "seed of the data's order",
+    "train.train_sampling_strategy": "order of the data",
+    "train.max_length": "longest sequence",
+}
+"""What a run sees of its data, and when; in words."""
 
 
 def incomparable(rows: Iterable[Row]) -> list[str]:
@@ -85,9 +93,10 @@ def _has_other_content(rows: Iterable[Row], key: str) -> bool:
 
 
 def trained_alike(rows: Iterable[Row]) -> bool:
-    """Whether all runs had the same training data, as far as is known: by its name, its limit, and its content."""
+    """Whether all runs had the same training data, as far as is known: by its name, its limit, its content, and what
+    they see of it."""
     rows = list(rows)
-    return not _differing(rows, ("data.train", "data.limit")) and not _has_other_content(rows, "data.train")
+    return not _differing(rows, ("data.train", "data.limit", *_SEEN)) and not _has_other_content(rows, "data.train")
 
 
 def unlike(rows: Iterable[Row]) -> list[str]:
@@ -95,6 +104,7 @@ def unlike(rows: Iterable[Row]) -> list[str]:
     named = {
         "data.train": "training data",
         "data.limit": "limit of the training data",
+        **_SEEN,
         "steps": "steps",
         "model.dtype": "type of the weights",
         "model.quantization": "quantization",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,11 @@ class KeptRows:
                     f"{path}, line {number} is no row of a run ({error}). Delete the line, or the file: it is written "
                     "anew from the folders of the runs."
                 ) from error
+
+    def others(self, rows: Iterable[Row]) -> list[Row]:
+        """Those of other runs than these rows are of."""
+        names = {row["name"] for row in rows}
+        return [row for name, row in self._rows.items() if name not in names]
 
     def row(self, name: str, sections: Mapping[str, Mapping[str, Any]]) -> Row | None:
         """The row of a run.

@@ -222,6 +222,11 @@ def _from_file(name: str, path: Path, common: Sections) -> Method:
     for key, flag in (("learning_rate", "--lr"), ("seed", "--seeds")):
         if key in sections.get("train", {}):
             raise PacaError(f"{path}: train.{key} comes from {flag}. Leave it out of the method's file.")
+    if "data_seed" in sections.get("train", {}):
+        raise PacaError(
+            f"{path}: train.data_seed would give a method another order of the data than the others have. Set it in "
+            "the run's YAML, for all methods."
+        )
     given = [section for section in METHODS if section in sections]
     if len(given) > 1:
         raise PacaError(f"{path} holds the methods {' and '.join(given)}; it must hold one.")

@@ -112,7 +112,9 @@ class Work:
         self._write_rows()
 
     def _write_rows(self) -> None:
-        write_rows(self.comparison.path / ROWS, self.rows())
+        path, rows = self.comparison.path / ROWS, self.rows()
+        # Runs that this call does not ask for, with other seeds or rates, stay: a row may be all that is left.
+        write_rows(path, [*rows, *KeptRows(path).others(rows)])
 
     def _trained(self, job: Job) -> bool:
         """Train a run, unless another process does. Whether it has ended by now."""

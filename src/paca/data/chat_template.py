@@ -16,6 +16,9 @@ from paca.messages.nearest import did_you_mean
 FOLDER = Path(__file__).parent / "chat_templates"
 NAMES = tuple(sorted(file.stem for file in FOLDER.glob("*.jinja")))
 
+_QUESTION, _ANSWER = "Is 7 a prime?", "Yes, 7 is one."  # no words of templates
+_TURNS = [{"role": "user", "content": _QUESTION}, {"role": "assistant", "content": _ANSWER}]
+
 DEFAULT = "alpaca"
 """For tokenizers without a template: its turns end with the end-of-text token that every model has learned."""
 
@@ -30,7 +33,7 @@ def set_chat_template(tokenizer: PreTrainedTokenizerBase, template: str) -> None
         template: One of `NAMES`, or a file in Jinja.
 
     Raises:
-        PacaError: There is no such template, it fails, or no token ends an answer in it.
+        PacaError: There is no such template, it fails, it does not write the question, or no token ends an answer in it.
     """
     if template in NAMES:
         text = (FOLDER / f"{template}.jinja").read_text(encoding="utf-8")
@@ -38,17 +41,39 @@ def set_chat_template(tokenizer: PreTrainedTokenizerBase, template: str) -> None
         if bos is not None and list(tokenizer("a")["input_ids"])[:1] == [bos]:
             text = "{{- bos_token -}}\n" + text
     elif Path(template).is_file():
-        text = Path(template).read_text(encoding="utf-8")
+        text = Path(template).read_text(encoding="utf-8-sig")  # editors on Windows put a byte order mark before it
     else:
         hint = did_you_mean(template, NAMES) or f" Named ones are {', '.join(NAMES)}."
         raise PacaError(f"data.template: there is no template and no file {template!r}.{hint}")
     before, tokenizer.chat_template = tokenizer.chat_template, text
-    if end_of_turn(tokenizer) is None:
+    ended = end_of_turn(tokenizer) is not None
+    if _QUESTION not in str(tokenizer.apply_chat_template(_TURNS, tokenize=False)):
+        tokenizer.chat_template = before
+        raise PacaError(
+            f"data.template: {template!r} leaves out what the user says, so the model would never see a question. Let it "
+            "write the content of each message, as {{ message['content'] }} in a loop over messages."
+        )
+    if not ended:
         tokenizer.chat_template = before
         raise PacaError(
             f"data.template: in {template!r} no token of this tokenizer ends an answer, so the model would never learn "
             f"to stop. Use one that ends answers with its end-of-text token ({tokenizer.eos_token}), such as {DEFAULT}."
         )
+
+
+def unprompted_header(tokenizer: PreTrainedTokenizerBase) -> str:
+    """What a chat template that ignores `add_generation_prompt` writes between a question and its answer: the model has
+    to write it itself. Empty for others."""
+    if tokenizer.chat_template is None:
+        return ""
+    prompts = [
+        str(tokenizer.apply_chat_template(_TURNS[:1], tokenize=False, add_generation_prompt=asked))
+        for asked in (False, True)
+    ]
+    whole = str(tokenizer.apply_chat_template(_TURNS, tokenize=False))
+    if prompts[0] != prompts[1] or not whole.startswith(prompts[0]):
+        return ""
+    return whole[len(prompts[0]) :].partition(_ANSWER)[0].strip()
 
 
 def unused_fields(examples: Examples, tokenizer: PreTrainedTokenizerBase) -> list[str]:
@@ -74,11 +99,10 @@ def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> str | None:
     """
     if tokenizer.chat_template is None:
         return None
-    turns = [{"role": "user", "content": "question"}, {"role": "assistant", "content": "answer"}]
     try:
-        text = str(tokenizer.apply_chat_template(turns, tokenize=False))
+        text = str(tokenizer.apply_chat_template(_TURNS, tokenize=False))
     except (jinja2.TemplateError, TypeError, ValueError, KeyError) as error:
         raise PacaError(f"The chat template cannot render a question and its answer: {error}") from error
     special = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
-    rest = tokenizer(text.rpartition("answer")[2], add_special_tokens=False)["input_ids"]
+    rest = tokenizer(text.rpartition(_ANSWER)[2], add_special_tokens=False)["input_ids"]
     return next((str(tokenizer.convert_ids_to_tokens(token)) for token in rest if token in special), None)

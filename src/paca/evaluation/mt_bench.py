@@ -20,7 +20,7 @@ from paca.evaluation.identity import identity
 from paca.evaluation.judge import Judge, Usage
 from paca.evaluation.kept_lines import KeptAnswers
 from paca.evaluation.mt_bench_questions import Question
-from paca.evaluation.mt_bench_ratings import ratings_of, scores_of
+from paca.evaluation.mt_bench_ratings import differences, ratings_of, scores_of
 from paca.evaluation.sides import BASE, Watcher, sides_of
 from paca.messages.errors import PacaError
 from paca.pretrained.conversation import answering
@@ -52,7 +52,8 @@ def run_mt_bench(
         batch_size: Answers at a time.
 
     Returns:
-        The content of `results.json`: `models`, each with its scores, and what the judge took.
+        The content of `results.json`: `models`, each with its scores; the `difference` of the second from the first,
+        whose errors are those of pairs; and what the judge took.
 
     Raises:
         PacaError: The model cannot chat, or the judge does not answer.
@@ -64,13 +65,12 @@ def run_mt_bench(
     for side in sides_of(loaded):
         with answering(loaded, base=side == BASE):
             answers[side] = _answers(loaded, side, questions, output, watcher, max_new_tokens, batch_size)
-    models, used = {}, Usage()
-    for side, said in answers.items():
-        ratings = ratings_of(judge, side, questions, said, output, watcher)
-        models[side] = scores_of(ratings)
-        used = sum((rating.usage for rating in ratings), used)
+    ratings = {side: ratings_of(judge, side, questions, said, output, watcher) for side, said in answers.items()}
+    used = sum((rating.usage for of_side in ratings.values() for rating in of_side), Usage())
+    compared = {"difference": scores_of(differences(*ratings.values()))} if len(ratings) == 2 else {}
     results = {
-        "models": models,
+        "models": {side: scores_of(of_side) for side, of_side in ratings.items()},
+        **compared,
         "questions": len(questions),
         "judge": {"model": judge.settings.model, "url": judge.settings.url, **asdict(used)},
     }

@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import re
 import time
+from collections import defaultdict
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import Any
@@ -49,7 +50,7 @@ class Rating:
     """1 or 2."""
     score: float | None
     usage: Usage = field(default_factory=Usage)
-    """What the verdict took, whenever it was given."""
+    """What its verdicts took, whenever they were given; those without a grade too."""
 
 
 def scores_of(ratings: list[Rating]) -> dict[str, Any]:
@@ -70,6 +71,18 @@ def scores_of(ratings: list[Rating]) -> dict[str, Any]:
         "categories": {name: mean(graded[graded["category"] == name]) for name in table["category"].unique()},
         "without_grade": len(table) - len(graded),
     }
+
+
+def differences(base: list[Rating], adapted: list[Rating]) -> list[Rating]:
+    """By how much each grade of the second list is above the first one's for the same turn, as ratings; None where one
+    of both has no grade."""
+    graded = {(one.question, one.turn): one.score for one in base}
+    found = []
+    for one in adapted:
+        before = graded[one.question, one.turn]
+        apart = None if one.score is None or before is None else one.score - before
+        found.append(replace(one, score=apart, usage=Usage()))
+    return found
 
 
 def grade_in(verdict: str) -> float | None:
@@ -99,8 +112,12 @@ def ratings_of(
         PacaError: The judge refuses or does not answer. Verdicts until then are kept.
     """
     file = output / f"judgments-{side}.jsonl"
+    kept: dict[str, dict[str, Any]] = {}
+    spent: dict[str, Usage] = defaultdict(Usage)
     with as_written(file):
-        kept = {row["prompt_key"]: row for row in lines_of(file)}
+        for row in lines_of(file):
+            kept[row["prompt_key"]] = row
+            spent[row["prompt_key"]] += _usage(row)
     wanted = [
         (question, turn, _prompt(question, answers[index], turn))
         for index, question in enumerate(questions)
@@ -125,18 +142,23 @@ def ratings_of(
             "usage": asdict(usage),
         }
         append(file, kept[key])
+        spent[key] += usage
         watcher.advance()
     with as_written(file):
         return [
-            Rating(question.id, question.category, turn, *_graded(kept[key]))
+            Rating(question.id, question.category, turn, _grade(kept[key]), spent[key])
             for (question, turn, _), key in zip(wanted, keys, strict=True)
         ]
 
 
-def _graded(row: dict[str, Any]) -> tuple[float | None, Usage]:
-    """The grade and the usage of a verdict that was kept."""
-    score, used = float(row["score"]), {name: int(count) for name, count in row["usage"].items()}
-    return (None if score == -1 else score), Usage(**used)
+def _grade(row: dict[str, Any]) -> float | None:
+    """Of a verdict that was kept."""
+    score = float(row["score"])
+    return None if score == -1 else score
+
+
+def _usage(row: dict[str, Any]) -> Usage:
+    return Usage(**{name: int(count) for name, count in row["usage"].items()})
 
 
 Prompt = list[dict[str, str]]

@@ -15,7 +15,7 @@ from datasets import Dataset
 from transformers import AutoModelForCausalLM, Trainer, TrainerState, TrainingArguments
 
 from paca.data import Examples, load_examples, split_heldout
-from paca.data.chat_template import unused_fields
+from paca.data.chat_template import unprompted_header, unused_fields
 from paca.data.evenly import spread_evenly
 from paca.data.overlap import shared
 from paca.data.sample import Sample
@@ -215,6 +215,9 @@ def read_texts(config: RunConfig, family: str) -> tuple[Examples, Examples | Non
         held_out = held_out and as_template_wants(held_out, tokenizer)
     if unused := unused_fields(train, tokenizer) if train.is_conversational else []:
         note = f"; the template does not use these fields of messages: {', '.join(unused)}"
+        train = dataclasses.replace(train, description=train.description + note)
+    if header := unprompted_header(tokenizer) if train.is_conversational else "":
+        note = f"; the template ignores add_generation_prompt, so the model has to write {header!r} before each answer"
         train = dataclasses.replace(train, description=train.description + note)
     return train, held_out, form
 
