@@ -19,7 +19,7 @@ from cli.paca_process import forked_paca, fresh_paca, start_paca
 from evaluation.judge_server import judging, verdict
 from evaluation.question_tasks import save_task
 from paca.cli import app
-from paca.cli.evaluate import print_ratings, table_of
+from paca.cli.evaluate_tables import print_ratings, table_of
 from paca.evaluation.side_by_side import Row
 from paca.messages.errors import PacaError
 from tiny_checkpoint import save_run
@@ -115,6 +115,9 @@ def test_mt_bench_prints_ratings_and_what_the_judge_took(workspace: Path, monkey
         (("--num-fewshot", 5), "--num-fewshot goes with --tasks"),
         (("--data", "new.jsonl", "--tasks", "arc_easy", "--output", "out"), "--tasks and --mt-bench bring data"),
         (("--max-new-tokens", 5), "--max-new-tokens goes with --mt-bench"),
+        (("--set", "eval.metric=loss", "--data", "x.jsonl"), "run is no folder of one"),
+        (("--set", "train.seed=1"), "only the section eval can be changed"),
+        (("--set", "eval.metric=loss", "--tasks", "arc_easy"), "--tasks and --mt-bench say it themselves"),
         # Before the model is loaded, which would fail here.
         (("--tasks", "nowhere.yaml", "--base-model", "./nowhere"), "There is no task file 'nowhere.yaml'"),
         (

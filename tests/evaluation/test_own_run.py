@@ -11,7 +11,8 @@ import pytest
 import yaml
 
 from evaluation.tally import Tally
-from paca.cli.evaluate import columns_of_flag, number
+from paca.cli.evaluate import columns_of_flag
+from paca.cli.evaluate_tables import number
 from paca.data import Examples
 from paca.evaluation.completions import completions
 from paca.evaluation.own_data import Score
@@ -53,9 +54,7 @@ def loaded(run_folder: Path) -> LoadedModel:
 
 
 def config_with(run: Path, metric: str) -> RunConfig:
-    config = config_of_run(run)
-    config.eval.metric, config.eval.max_new_tokens = metric, 3  # type: ignore[assignment]
-    return config
+    return config_of_run(run, overrides=[f"eval.metric={metric}", "eval.max_new_tokens=3"])
 
 
 def held_out(run: Path) -> Examples:
@@ -288,13 +287,14 @@ def test_data_of_another_form_than_was_trained_on_is_told(run: Path, tmp_path: P
     file = tmp_path / "texts.jsonl"
     file.write_text(json.dumps({"text": "Some text.", "label": "a"}) + "\n")
     other = other_data(run, config_of_run(run, str(file)))
-    assert other_form(run, other) is None  # an unfinished run's form is not known
+    assert other_form(run, other, "loss") is None  # an unfinished run's form is not known
     (run / "summary.json").write_text(json.dumps({"data": {"format": "question-answer"}}))
-    assert other_form(run, other) == (
+    assert other_form(run, other, "loss") == (
         "The run was trained on data of the form question-answer. This is of the form text: every token of its texts "
         "will be scored."
     )
-    assert other_form(run, held_out(run)) is None
+    assert other_form(run, held_out(run), "loss") is None
+    assert other_form(run, other, "exact_match") is None
 
 
 def test_answers_take_the_likeliest_token_whatever_a_checkpoint_asks_for(

@@ -2,39 +2,29 @@
 
 from __future__ import annotations
 
-import functools
 import importlib.util
 import logging
-import math
 import os
 import shlex
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated
 
 import typer
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
 
 from paca.cli.counted import Counted
 from paca.cli.ending import sigterm_as_ctrl_c
+from paca.cli.evaluate_tables import print_ratings, print_table
 from paca.cli.starting import import_libraries
 from paca.evaluation.kept_lines import alone_in
 from paca.messages.errors import PacaError
 from paca.messages.install import how_to_install
 from paca.messages.program import program
 from paca.messages.say import console_for_tables, say
-from paca.messages.shown import printable
 from paca.pretrained.adapter_folder import find_adapter
 
-if TYPE_CHECKING:
-    from paca.evaluation.side_by_side import Row
-    from paca.evaluation.statistics import Mean
-
 JUDGE_KEY = "PACA_JUDGE_KEY"
-_SHORTEST_TASK = 8  # columns of the table, with the space behind
 
 
 def evaluate(
@@ -59,6 +49,14 @@ def evaluate(
             metavar="NAME=YOURS,…",
             help="Columns of --data under other names: question=Frage,answer=Antwort.",
             show_default="the run's data.columns",
+        ),
+    ] = None,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            metavar="eval.KEY=VALUE",
+            help="Change what a run is measured by, such as eval.metric or eval.answer_pattern. May be repeated.",
         ),
     ] = None,
     tasks: Annotated[
@@ -103,6 +101,7 @@ def evaluate(
     if columns is not None and data is None:
         raise PacaError("--columns names columns of --data. Give that, or leave it out.")
     named = None if columns is None else columns_of_flag(columns)
+    _check_overrides(path, set_ or [], own_data)
     if output is None and not own_data:
         raise PacaError("--tasks and --mt-bench need a folder for their results. Give one: --output DIR.")
     if (mt_bench is None) != (judge_url is None) or (mt_bench is None) != (judge_model is None):
@@ -134,7 +133,7 @@ def evaluate(
             from paca.pretrained.generation import load_for_generation
 
             if own_data:
-                _measure_own_data(path, data, named, base_model, limit, batch_size, output, shown, console)
+                _measure_own_data(path, data, named, set_ or [], base_model, limit, batch_size, output, shown, console)
                 return
             assert output is not None
             if names:  # a wrong name is no reason to wait for the model
@@ -177,6 +176,16 @@ def evaluate(
         raise typer.Exit(130) from None
 
 
+def _check_overrides(path: str, overrides: list[str], own_data: bool) -> None:
+    if overrides and not own_data:
+        raise PacaError("--set changes what a run's own data is measured by; --tasks and --mt-bench say it themselves.")
+    for override in overrides:
+        if not override.strip().startswith("eval."):
+            raise PacaError(f"--set {override}: only the section eval can be changed, as eval.metric=exact_match.")
+    if overrides and not (Path(path) / "config.yaml").is_file():
+        raise PacaError(f"--set changes the eval section of a run, and {path} is no folder of one. Leave it out.")
+
+
 def columns_of_flag(text: str) -> dict[str, str]:
     """Columns as a flag has them, `question=Frage,answer=Antwort`; raise `PacaError` for another text."""
     pairs = [part.partition("=") for part in text.split(",")]
@@ -191,6 +200,7 @@ def _measure_own_data(
     path: str,
     data: str | None,
     columns: dict[str, str] | None,
+    overrides: list[str],
     base_model: str | None,
     limit: int | None,
     batch_size: int,
@@ -200,14 +210,14 @@ def _measure_own_data(
 ) -> None:
     from paca.evaluation import own_run
 
-    config = own_run.config_of_run(path, data, columns)
+    config = own_run.config_of_run(path, data, columns, overrides)
     if data is None:
         held_out, note = own_run.held_out_of(path, config, limit)
     else:
         held_out = own_run.other_data(path, config)
         note = own_run.trained_on(path, held_out)
         say(console, f"{data}: {held_out.description}")
-        if other := own_run.other_form(path, held_out):
+        if other := own_run.other_form(path, held_out, own_run.metric_of(config)):
             say(console, other, "yellow")
     if note is not None:
         say(console, note, "yellow")
@@ -218,78 +228,12 @@ def _measure_own_data(
     say(console, f"Measuring {own_run.metric_of(config)} on {of_run}{what}{last} ...")
     if output is None:
         say(console, "(with --output DIR answers are kept as they come, and the same command goes on)")
-    scores = own_run.evaluate_run(loaded, config, held_out, limit, batch_size, output, shown)
+    try:
+        scores = own_run.evaluate_run(loaded, config, held_out, limit, batch_size, output, shown)
+    except PacaError as error:
+        where = " (Here: --set eval.KEY=VALUE.)" if "eval." in str(error) else ""
+        raise PacaError(f"{error}{where}") from error
     shown.finish()
     print_table(console, own_run.rows_of_run(scores, what))
     if output is not None:
         say(console, f"Written: {own_run.write_scores(output, scores, data or f'data.eval: {config.data.eval}')}")
-
-
-def print_ratings(console: Console, results: dict[str, Any]) -> None:
-    """Ratings in all, by turn and by category, and what the judge took."""
-    models = results["models"]
-    columns = {**models, **({"difference": results["difference"]} if "difference" in results else {})}
-    table = Table("MT-Bench", *columns)
-    for column in table.columns[1:]:
-        column.justify, column.no_wrap = "right", True
-    first = next(iter(models.values()))
-    rows: list[tuple[str, list[str]]] = [("all", ["all"])]
-    rows += [(f"turn {turn}", ["turns", turn]) for turn in first["turns"]]
-    rows += [(name, ["categories", name]) for name in first["categories"]]
-    for label, keys in rows:
-        found = {name: functools.reduce(lambda part, key: part[key], keys, scores) for name, scores in columns.items()}
-        cells = [
-            "-"
-            if one["score"] is None
-            else number((one["score"], one["stderr"]), digits=2, signed=name == "difference")
-            for name, one in found.items()
-        ]
-        table.add_row(escape(printable(label, longest=100)), *cells)
-    console.print(table)
-    if ungraded := sum(scores["without_grade"] for scores in models.values()):
-        answers = "1 answer" if ungraded == 1 else f"{ungraded} answers"
-        say(console, f"The judge named no grade for {answers}. The same call asks again.", style="yellow")
-    used = results["judge"]
-    tokens = f"read {used['prompt_tokens']:,} tokens and wrote {used['completion_tokens']:,}"
-    say(console, f"The judge {tokens}, in {used['requests']:,} requests.")
-
-
-def print_table(console: Console, rows: list[Row]) -> None:
-    """Print the numbers, and below them what the errors don't say."""
-    from paca.evaluation.side_by_side import note_on_errors
-
-    console.print(table_of(rows, console.width))
-    if note := note_on_errors(rows):
-        say(console, note)
-
-
-def table_of(rows: list[Row], width: int) -> Table:
-    """Tasks down, base and adapter across, for so many columns of a terminal."""
-    sides = list(rows[0].values) if rows else []
-    compared = ["difference"] if any(row.difference is not None for row in rows) else []
-    numbers = [[number(row.values[side]) for side in sides] for row in rows]
-    for row, cells in zip(rows, numbers, strict=True):
-        cells += [number(row.difference, signed=True)] if row.difference is not None else [""] * len(compared)
-    metrics = [row.metric.replace(",", ",\n") for row in rows]  # its filter on a line of its own
-    # Three numbers with their errors leave little of 80 columns. The name of a task is broken before a metric's.
-    taken = sum(2 + max(map(len, column)) for column in zip([*sides, *compared], *numbers, strict=True))
-    longest = max(len(line) for metric in ["metric", *metrics] for line in metric.split("\n"))
-    table = Table(box=SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
-    table.add_column("task", overflow="fold")
-    table.add_column("metric", overflow="fold", width=max(1, min(longest, width - taken - _SHORTEST_TASK)))
-    for side in [*sides, *compared]:
-        table.add_column(side, justify="right", no_wrap=True)
-    previous = None
-    for row, metric, cells in zip(rows, metrics, numbers, strict=True):
-        task = "" if row.task == previous else "  " * row.depth + escape(row.task)
-        table.add_row(task, escape(metric), *cells)
-        previous = row.task
-    return table
-
-
-def number(value: Mean, *, signed: bool = False, digits: int = 4) -> str:
-    """`0.4500 ± 0.0210`, without an error of 0; large numbers have fewer digits, those beyond 1e7 an exponent."""
-    size = max(abs(part) for part in value if part is not None)
-    kind = f".{digits}g" if size >= 1e7 else f".{max(0, digits - int(math.log10(max(size, 1))))}f"
-    text = f"{value[0]:{'+' if signed else ''}{kind}}"
-    return text if not value[1] else f"{text} ± {value[1]:{kind}}"

@@ -33,7 +33,7 @@ def set_chat_template(tokenizer: PreTrainedTokenizerBase, template: str) -> None
         template: One of `NAMES`, or a file in Jinja.
 
     Raises:
-        PacaError: There is no such template, it fails, it does not write the question, or no token ends an answer in it.
+        PacaError: There is no such template, it fails or leaves out the question, or no token ends an answer in it.
     """
     if template in NAMES:
         text = (FOLDER / f"{template}.jinja").read_text(encoding="utf-8")
@@ -50,8 +50,8 @@ def set_chat_template(tokenizer: PreTrainedTokenizerBase, template: str) -> None
     if _QUESTION not in str(tokenizer.apply_chat_template(_TURNS, tokenize=False)):
         tokenizer.chat_template = before
         raise PacaError(
-            f"data.template: {template!r} leaves out what the user says, so the model would never see a question. Let it "
-            "write the content of each message, as {{ message['content'] }} in a loop over messages."
+            f"data.template: {template!r} leaves out what the user says, so the model would never see a question. "
+            "Let it write the content of each message, as {{ message['content'] }} in a loop over messages."
         )
     if not ended:
         tokenizer.chat_template = before

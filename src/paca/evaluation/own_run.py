@@ -48,13 +48,19 @@ _TEXT = "text"
 """The form of data without prompts."""
 
 
-def config_of_run(path: str | Path, data: str | None = None, columns: Mapping[str, str] | None = None) -> RunConfig:
+def config_of_run(
+    path: str | Path,
+    data: str | None = None,
+    columns: Mapping[str, str] | None = None,
+    overrides: Sequence[str] = (),
+) -> RunConfig:
     """The config of a run whose held-out data can be measured.
 
     Args:
         path: Folder of the run; with `data` also an adapter or a model that no run left, whose loss is measured.
         data: A file, a folder of images or a hub id to measure on in place of its `data.eval`, all of it.
         columns: Of `data`, in place of the run's `data.columns`: names that a form knows, each with the data's own.
+        overrides: `"eval.key=value"` each, of a run.
 
     Raises:
         PacaError: It is no folder of a run, or the run is of another kind, or the run had no held-out data.
@@ -67,7 +73,7 @@ def config_of_run(path: str | Path, data: str | None = None, columns: Mapping[st
         return RunConfig(ModelSection(str(path)), DataSection(data, eval=data, columns=named), *empty)
     other = [] if data is None else [f"data.eval={json.dumps(data)}", "eval.limit=null"]
     other += [] if named is None else [f"data.columns={json.dumps(named)}"]
-    config = _config_in(path, other)
+    config = _config_in(path, [*other, *overrides])
     kind = trainer_kind(config.train)
     if not isinstance(kind, Sft | Classification):
         instead = " Give --tasks or --mt-bench." if kind.task_type == "CAUSAL_LM" else ""
@@ -128,10 +134,10 @@ def other_data(path: str | Path, config: RunConfig) -> Examples:
         return examples if classifier is None else numbered(examples, classifier.labels)
 
 
-def other_form(path: str | Path, other: Examples) -> str | None:
+def other_form(path: str | Path, other: Examples, metric: str) -> str | None:
     """What to say of `other_data` of which other tokens are scored than the run was trained on; None of a run whose
-    summary does not say."""
-    if not RunFolder(Path(path)).finished():
+    summary does not say, and where a `metric` counts no tokens."""
+    if not RunFolder(Path(path)).finished() or metric not in ("loss", "token_accuracy"):
         return None
     before, now = RunFolder(Path(path)).read_summary()["data"].get("format"), other.format
     if before is None or (before == _TEXT) == (now == _TEXT):
