@@ -46,6 +46,17 @@ def test_seeds_of_a_comparison_are_one_method_though_one_run_alone_scored_the_mo
     assert [len(method.rows) for method in found.methods] == [2, 2]
 
 
+@pytest.mark.parametrize(
+    ("file", "told"), [("settings.json", "holds a comparison that trains its runs"), ("config.yaml", "folder of a run")]
+)
+def test_a_report_does_not_go_into_a_folder_of_something_else(tmp_path: Path, file: str, told: str) -> None:
+    paths = [run(tmp_path / str(rank), rank) for rank in (4, 8)]
+    (paths[0] / file).touch()
+    with pytest.raises(PacaError, match=told):
+        compare_folders(paths, paths[0])
+    assert not (paths[0] / "runs.jsonl").exists()
+
+
 def test_what_neither_trains_nor_judges_makes_no_other_method(tmp_path: Path) -> None:
     """Each seed of a method was a method of its own."""
     paths = []

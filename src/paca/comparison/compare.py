@@ -83,6 +83,8 @@ def compare_folders(paths: Sequence[Path], output: Path) -> ComparisonResult:
     groups: dict[tuple[str, int], list[Row]] = {}
     if (output / "settings.json").is_file():
         raise PacaError(f"{output} holds a comparison that trains its runs. Give the report another --output.")
+    if RunFolder(output).config.is_file():
+        raise PacaError(f"{output} is the folder of a run. Give the report another --output.")
     paths = [path if path.name.strip(".") else Path(os.path.abspath(path)) for path in paths]  # of "." and ".."
     names = [path.name for path in paths]
     folders: dict[str, RunFolder] = {}
