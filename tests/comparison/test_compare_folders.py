@@ -47,7 +47,8 @@ def test_seeds_of_a_comparison_are_one_method_though_one_run_alone_scored_the_mo
 
 
 @pytest.mark.parametrize(
-    ("file", "told"), [("settings.json", "holds a comparison that trains its runs"), ("config.yaml", "folder of a run")]
+    ("file", "told"),
+    [("settings.json", "holds a comparison that trains its runs"), ("summary.json", "folder of a run")],
 )
 def test_a_report_does_not_go_into_a_folder_of_something_else(tmp_path: Path, file: str, told: str) -> None:
     paths = [run(tmp_path / str(rank), rank) for rank in (4, 8)]

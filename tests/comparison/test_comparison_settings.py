@@ -90,6 +90,18 @@ def test_a_model_whose_weights_have_changed_is_refused(tmp_path: Path) -> None:
         SettingsFile(comparison).read()
 
 
+def test_rows_are_runs_too(tmp_path: Path) -> None:
+    """After their folders were deleted for the space, rows of other settings were taken for those asked for."""
+    SettingsFile(small_comparison(tmp_path)).write(KEPT)
+    (tmp_path / "runs.jsonl").touch()
+    assert SettingsFile(small_comparison(tmp_path)).read() == KEPT
+    with pytest.raises(PacaError, match="holds a comparison with other settings"):
+        SettingsFile(small_comparison(tmp_path, equal=("time",))).read()
+    (tmp_path / "settings.json").unlink()
+    with pytest.raises(PacaError, match="holds the rows of runs"):
+        SettingsFile(small_comparison(tmp_path)).read()
+
+
 def test_without_runs_another_comparison_takes_the_folder_and_the_same_one_what_was_measured(tmp_path: Path) -> None:
     SettingsFile(small_comparison(tmp_path)).write(KEPT)
     assert SettingsFile(small_comparison(tmp_path)).read() == KEPT

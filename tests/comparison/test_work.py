@@ -17,9 +17,11 @@ from unittest.mock import Mock
 import pytest
 from rich.console import Console
 
-from comparison.small_comparison import IN_A_PROCESS, small_work
+from comparison.small_comparison import IN_A_PROCESS, small_comparison, small_work
 from forked_process import start_forked
 from paca.comparison.flags import Rates
+from paca.comparison.kept_rows import KeptRows
+from paca.comparison.rows import Row
 from paca.comparison.schedule import Job
 from paca.comparison.work import _Progress, seconds_left
 from paca.messages.errors import PacaError
@@ -30,7 +32,7 @@ NAMES = [f"{method}-lr{rate}-seed{seed}" for method in ("paca", "lora") for rate
 
 
 def rows_in(folder: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (folder / "runs.jsonl").read_text().splitlines()]
+    return [json.loads(line) for line in (folder / "runs.jsonl").read_text().split("\n") if line]
 
 
 def comparable(folder: Path) -> list[dict[str, Any]]:
@@ -90,13 +92,38 @@ def test_a_finished_run_whose_folder_is_gone_counts_by_its_row(uninterrupted: Pa
     assert "as their folders are gone: paca-lr0.001-seed0, " in work.console.file.getvalue()  # type: ignore[attr-defined]
 
 
-def test_a_row_of_other_settings_or_of_a_failure_counts_for_nothing(uninterrupted: Path, tmp_path: Path) -> None:
+def test_a_row_of_a_failure_does_not_count_and_stays_where_it_is_not_asked_for(
+    uninterrupted: Path, tmp_path: Path
+) -> None:
     rows = rows_in(uninterrupted)
-    rows[0]["run_info"]["config"]["train"]["max_steps"] = 7
-    rows[1]["score"] = None
-    (tmp_path / "runs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    rows[0]["train_info"]["status"] = rows[1]["train_info"]["status"] = "failed"
+    rows[1]["seed"], rows[1]["name"] = 9, "paca-lr0.001-seed9"
+    rows[2]["score"] = None  # it ended all the same
+    path = "a\u2028b"  # a line's end for `str.splitlines`
+    rows[2]["meta_info"]["command"] = path
+    lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
+    (tmp_path / "runs.jsonl").write_text("\n".join(lines), encoding="utf-8")
     small_work(tmp_path).run()
-    assert {path.name for path in (tmp_path / "runs").iterdir()} == {row["name"] for row in rows[:2]}
+    trained = {path.name for path in (tmp_path / "runs").iterdir()}
+    assert rows[0]["name"] in trained
+    assert rows[2]["name"] not in trained
+    assert rows[1] in rows_in(tmp_path)
+
+
+def test_processes_that_ask_for_other_runs_keep_each_others_rows(
+    uninterrupted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One reads the file, another one adds to it, the first one writes."""
+    told: list[str] = []
+
+    def others(self: KeptRows, rows: list[Row]) -> list[Row]:
+        with small_comparison(tmp_path).claim("rows") as claim:
+            told.append(str(claim.take()))
+        return []
+
+    monkeypatch.setattr(KeptRows, "others", others)
+    small_work(tmp_path, "paca", seeds=[0]).run()
+    assert set(told) == {"False"}
 
 
 def test_rows_that_a_call_does_not_ask_for_stay(uninterrupted: Path, tmp_path: Path) -> None:
@@ -111,9 +138,10 @@ def test_rows_that_a_call_does_not_ask_for_stay(uninterrupted: Path, tmp_path: P
 
 
 def test_a_broken_row_is_told(tmp_path: Path) -> None:
-    (tmp_path / "runs.jsonl").write_text('{"name": "paca-lr0.001-seed0", "sco')
-    with pytest.raises(PacaError, match="line 1 is no row of a run"):
-        small_work(tmp_path)
+    for broken in (b'{"name": "paca-lr0.001-seed0", "sco', b'{"name": "a"}', b"[1]", b"\xff"):
+        (tmp_path / "runs.jsonl").write_bytes(b"\n" + broken + b"\n")
+        with pytest.raises(PacaError, match="line 2 is no row of a run"):
+            small_work(tmp_path).run()
 
 
 def test_further_seeds_add_their_runs_alone(uninterrupted: Path, tmp_path: Path) -> None:
@@ -179,9 +207,9 @@ def test_a_run_that_another_process_ends_meanwhile_is_not_started(
     summary.unlink()
     take = Claim.take
 
-    def ends_before_it_is_taken(claim: Claim) -> bool:
+    def ends_before_it_is_taken(claim: Claim, **how: bool) -> bool:
         summary.write_text(text)
-        return take(claim)
+        return take(claim, **how)
 
     monkeypatch.setattr(Claim, "take", ends_before_it_is_taken)
     work = small_work(folder)

@@ -146,6 +146,7 @@ def test_a_template_whose_end_is_no_token_is_refused_and_the_old_one_stays(tmp_p
     file.write_text("{% for m in messages %}{{ m[")
     with pytest.raises(PacaError, match="cannot render a question and its answer"):
         set_chat_template(tokenizer, str(file))
+    assert tokenizer.chat_template == before
 
 
 def test_a_template_that_leaves_out_the_question_is_refused_and_the_old_one_stays(tmp_path: Path) -> None:
@@ -156,6 +157,11 @@ def test_a_template_that_leaves_out_the_question_is_refused_and_the_old_one_stay
     with pytest.raises(PacaError, match="leaves out what the user says"):
         set_chat_template(tokenizer, str(file))
     assert tokenizer.chat_template == before
+    file.write_text("{% for m in messages %}{{ m.content if m.role == 'user' }}{{ eos_token }}{% endfor %}")
+    with pytest.raises(PacaError, match="leaves out what the assistant says"):
+        set_chat_template(tokenizer, str(file))
+    file.write_text("{% for m in messages %}{{ m.content | upper }}{{ eos_token }}{% endfor %}")
+    set_chat_template(tokenizer, str(file))
 
 
 def test_a_byte_order_mark_is_no_part_of_a_template(tmp_path: Path) -> None:
@@ -171,6 +177,8 @@ def test_a_header_that_the_model_has_to_write_itself_is_found() -> None:
     assert unprompted_header(tokenizer) == ""
     tokenizer.chat_template = "{% for m in messages %}{{ m.role }}: {{ m.content }}{{ eos_token }}\n{% endfor %}"
     assert unprompted_header(tokenizer) == "assistant:"
+    tokenizer.chat_template = "{{ raise_exception('whole ones alone') if messages | length < 2 }}{{ messages }}"
+    assert unprompted_header(tokenizer) == ""
 
 
 def test_fields_of_messages_that_the_template_does_not_name_are_found(tmp_path: Path) -> None:

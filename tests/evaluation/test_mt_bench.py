@@ -410,6 +410,13 @@ def test_both_turns_of_base_and_adapter_are_answered_and_judged(loaded: LoadedMo
     assert results["difference"]["all"] == {"score": 0, "stderr": 0}  # the same grades
 
 
+def test_a_verdict_that_two_questions_share_is_paid_for_once(tmp_path: Path) -> None:
+    twins = [QUESTIONS[2], replace(QUESTIONS[2], id="again")]
+    with judging(graded) as server:
+        ratings = ratings_of(judge_of(server), "base", twins, [["e"], ["e"]], tmp_path, Tally())
+        assert sum(rating.usage.requests for rating in ratings) == len(server.requests)
+
+
 def test_the_difference_is_that_of_pairs() -> None:
     def rated(*scores: float | None) -> list[Rating]:
         return [Rating(number // 2, "writing", 1 + number % 2, score) for number, score in enumerate(scores)]

@@ -57,6 +57,14 @@ def config_with(run: Path, metric: str) -> RunConfig:
     return config_of_run(run, overrides=[f"eval.metric={metric}", "eval.max_new_tokens=3"])
 
 
+def test_another_metric_leaves_out_the_pattern_of_the_run_s_own(run: Path) -> None:
+    content = yaml.safe_load((run / "config.yaml").read_text())
+    content["eval"] = {"metric": "exact_match", "answer_pattern": "#### (.*)"}
+    (run / "config.yaml").write_text(yaml.safe_dump(content))
+    assert config_of_run(run, overrides=["eval.metric=loss"]).eval.answer_pattern is None
+    assert config_of_run(run, overrides=["eval.metric=exact_match"]).eval.answer_pattern == "#### (.*)"
+
+
 def held_out(run: Path) -> Examples:
     return held_out_of(run, config_of_run(run))[0]
 

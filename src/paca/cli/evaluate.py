@@ -101,7 +101,6 @@ def evaluate(
     if columns is not None and data is None:
         raise PacaError("--columns names columns of --data. Give that, or leave it out.")
     named = None if columns is None else columns_of_flag(columns)
-    _check_overrides(path, set_ or [], own_data)
     if output is None and not own_data:
         raise PacaError("--tasks and --mt-bench need a folder for their results. Give one: --output DIR.")
     if (mt_bench is None) != (judge_url is None) or (mt_bench is None) != (judge_model is None):
@@ -111,12 +110,15 @@ def evaluate(
             raise PacaError(f"{flag} goes with --tasks; a run's own data is asked as it was trained on. Leave it out.")
     if max_new_tokens is not None and mt_bench is None:
         raise PacaError("--max-new-tokens goes with --mt-bench. Of a run's own data it is eval.max_new_tokens.")
+    _check_overrides(set_ or [], own_data)
     find_adapter(path, or_hub=True)  # before what it takes to load one: a wrong path is no reason to wait
     if own_data and data is None and not (Path(path) / "config.yaml").is_file():
         raise PacaError(
             f"There is nothing to evaluate {path} on: it is no folder of a run, which has data of its own. Give "
             "--data, --tasks, such as arc_easy,my_task.yaml, or --mt-bench."
         )
+    if set_ and not (Path(path) / "config.yaml").is_file():
+        raise PacaError(f"--set changes the eval section of a run, and {path} is no folder of one. Leave it out.")
     if names and importlib.util.find_spec("lm_eval") is None:
         from paca.pretrained.purpose import check_answers
 
@@ -176,14 +178,18 @@ def evaluate(
         raise typer.Exit(130) from None
 
 
-def _check_overrides(path: str, overrides: list[str], own_data: bool) -> None:
+_BY_SET = ("eval.metric", "eval.answer_pattern", "eval.max_new_tokens")
+
+
+def _check_overrides(overrides: list[str], own_data: bool) -> None:
     if overrides and not own_data:
         raise PacaError("--set changes what a run's own data is measured by; --tasks and --mt-bench say it themselves.")
     for override in overrides:
-        if not override.strip().startswith("eval."):
-            raise PacaError(f"--set {override}: only the section eval can be changed, as eval.metric=exact_match.")
-    if overrides and not (Path(path) / "config.yaml").is_file():
-        raise PacaError(f"--set changes the eval section of a run, and {path} is no folder of one. Leave it out.")
+        key = override.partition("=")[0].strip()
+        if key == "eval.limit":
+            raise PacaError(f"--set {override}: of paca evaluate that is --limit.")
+        if key not in _BY_SET:
+            raise PacaError(f"--set {override}: only {', '.join(_BY_SET)} can be changed, as eval.metric=exact_match.")
 
 
 def columns_of_flag(text: str) -> dict[str, str]:
@@ -231,7 +237,8 @@ def _measure_own_data(
     try:
         scores = own_run.evaluate_run(loaded, config, held_out, limit, batch_size, output, shown)
     except PacaError as error:
-        where = " (Here: --set eval.KEY=VALUE.)" if "eval." in str(error) else ""
+        mendable = (Path(path) / "config.yaml").is_file() and any(key in str(error) for key in _BY_SET)
+        where = " (Here: --set eval.KEY=VALUE.)" if mendable else ""
         raise PacaError(f"{error}{where}") from error
     shown.finish()
     print_table(console, own_run.rows_of_run(scores, what))

@@ -44,7 +44,8 @@ def print_ratings(console: Console, results: dict[str, Any]) -> None:
     console.print(table)
     if ungraded := sum(scores["without_grade"] for scores in models.values()):
         answers = "1 answer" if ungraded == 1 else f"{ungraded} answers"
-        say(console, f"The judge named no grade for {answers}. The same call asks again.", style="yellow")
+        out = ", which the difference leaves out on both sides" if "difference" in results else ""
+        say(console, f"The judge named no grade for {answers}{out}. The same call asks again.", style="yellow")
     used = results["judge"]
     tokens = f"read {used['prompt_tokens']:,} tokens and wrote {used['completion_tokens']:,}"
     say(console, f"The judge {tokens}, in {used['requests']:,} requests.")

@@ -14,6 +14,7 @@ from typing import Any
 from rich.console import Console
 
 from paca.comparison.comparable import contents_of, trained_alike, unlike
+from paca.comparison.kept_rows import ROWS
 from paca.comparison.method_result import MethodResult, why_failed
 from paca.comparison.methods import Method, own_section
 from paca.comparison.plan_table import PlannedMethod, settings_text
@@ -22,7 +23,7 @@ from paca.comparison.results import ComparisonResult
 from paca.comparison.rows import Row, row_of, write_rows
 from paca.comparison.settings import Comparison
 from paca.comparison.training_process import FAILURE
-from paca.comparison.work import ROWS, Work, names_of
+from paca.comparison.work import Work, names_of
 from paca.messages.errors import PacaError
 from paca.training.folder.run_folder import RunFolder
 from paca.training.folder.same_run import FREE_TO_CHANGE
@@ -83,7 +84,7 @@ def compare_folders(paths: Sequence[Path], output: Path) -> ComparisonResult:
     groups: dict[tuple[str, int], list[Row]] = {}
     if (output / "settings.json").is_file():
         raise PacaError(f"{output} holds a comparison that trains its runs. Give the report another --output.")
-    if RunFolder(output).config.is_file():
+    if RunFolder(output).finished():
         raise PacaError(f"{output} is the folder of a run. Give the report another --output.")
     paths = [path if path.name.strip(".") else Path(os.path.abspath(path)) for path in paths]  # of "." and ".."
     names = [path.name for path in paths]

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 from paca.comparison.rows import Row
 from paca.messages.errors import PacaError
-from paca.training.folder.same_run import FREE_TO_CHANGE
 
-_OTHERWISE_FREE = {"eval.before", *FREE_TO_CHANGE}  # one run of a comparison scores the model as it came
+ROWS = "runs.jsonl"
+"""The file of them, in the comparison's folder. `settings.json` beside it says what the runs were."""
 
 
 class KeptRows:
-    """Of a `runs.jsonl`, those that have a score."""
+    """What is in a `runs.jsonl` now."""
 
     def __init__(self, path: Path) -> None:
         """Args:
@@ -25,15 +24,19 @@ class KeptRows:
             PacaError: A line is broken.
         """
         self._rows: dict[str, Row] = {}
-        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines() if path.is_file() else [], 1):
+        # No `splitlines`: what JSON keeps as it is, such as U+2028 in a path, ends a line for it.
+        lines = path.read_bytes().split(b"\n") if path.is_file() else []
+        for number, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
             try:
                 row = json.loads(line)
-                if row["score"] is not None:
-                    self._rows[row["name"]] = row
+                row["train_info"]["status"], row["run_info"]["config"]
+                self._rows[row["name"]] = row
             except (ValueError, TypeError, KeyError) as error:
                 raise PacaError(
-                    f"{path}, line {number} is no row of a run ({error}). Delete the line, or the file: it is written "
-                    "anew from the folders of the runs."
+                    f"{path}, line {number} is no row of a run ({type(error).__name__}: {error}). Mend it or delete "
+                    "it; a run whose row and folder are both gone is trained anew."
                 ) from error
 
     def others(self, rows: Iterable[Row]) -> list[Row]:
@@ -41,21 +44,7 @@ class KeptRows:
         names = {row["name"] for row in rows}
         return [row for name, row in self._rows.items() if name not in names]
 
-    def row(self, name: str, sections: Mapping[str, Mapping[str, Any]]) -> Row | None:
-        """The row of a run.
-
-        Args:
-            name: Of the run.
-            sections: Its YAML. A row of a run with other settings is none of it; what the YAML leaves open (null) may
-                be anything.
-        """
+    def row(self, name: str) -> Row | None:
+        """The row of a run that ended; None for one that failed, too."""
         row = self._rows.get(name)
-        return row if row is not None and _fits(sections, row["run_info"]["config"]) else None
-
-
-def _fits(asked: Mapping[str, Mapping[str, Any]], found: Mapping[str, Mapping[str, Any]]) -> bool:
-    return all(
-        value is None or f"{section}.{key}" in _OTHERWISE_FREE or value == found.get(section, {}).get(key)
-        for section, values in json.loads(json.dumps(asked)).items()
-        for key, value in values.items()
-    )
+        return row if row is not None and row["train_info"]["status"] == "success" else None

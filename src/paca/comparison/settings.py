@@ -11,6 +11,7 @@ from typing import Any
 import yaml
 
 from paca.comparison.flags import Rates
+from paca.comparison.kept_rows import ROWS
 from paca.comparison.methods import Method, own_section
 from paca.comparison.schedule import Job
 from paca.data.file_content import hash_of, samples_of
@@ -61,14 +62,11 @@ class Comparison:
         """Of the YAML of a run."""
         return self.path / "configs" / f"{job.name}.yaml"
 
-    def sections(self, job: Job) -> dict[str, dict[str, Any]]:
-        """Of the YAML of a run."""
-        return run_sections(self.common, self.method(job.method), job.rate, job.seed, self.folder(job).path)
-
     def config_file(self, job: Job) -> Path:
         """The same; it is written if need be."""
-        path, sections = self.config_path(job), self.sections(job)
-        if self.folder(job).path.is_dir() and path.is_file():  # begun, perhaps by a call with other rates or seeds
+        path, folder = self.config_path(job), self.folder(job).path
+        sections = run_sections(self.common, self.method(job.method), job.rate, job.seed, folder)
+        if folder.is_dir() and path.is_file():  # begun, perhaps by a call with other rates or seeds
             sections["eval"] = read_yaml(path)[0]["eval"]
         elif sections["eval"].get("metric") is not None and job != self._first:
             sections["eval"]["before"] = False  # the model as it came is the same for all: one run scores it
@@ -143,15 +141,21 @@ class SettingsFile:
         self.path = asked.path / "settings.json"
         self._asked = _asked(asked)
         self._kept: dict[str, Any] = {"methods": {}, "came_out": {}}
-        self._begun = (asked.path / "runs").is_dir()
+        self._begun = (asked.path / "runs").is_dir() or (asked.path / ROWS).is_file()
 
     def read(self) -> dict[str, Any]:
         """What came out before, by method; empty for a new comparison.
 
         Raises:
-            PacaError: There are runs in the folder, and they were made with other settings; names what differs.
+            PacaError: There are runs in the folder, or their rows, and they were made with other settings; names what
+                differs. Or nothing says with which.
         """
         if not self.path.is_file():
+            if (self.path.parent / ROWS).is_file():
+                raise PacaError(
+                    f"{self.path.parent} holds the rows of runs ({ROWS}), and no {self.path.name} that says what they "
+                    "are. Give another --output."
+                )
             return {}
         before = json.loads(self.path.read_text(encoding="utf-8"))
         asked, now = before["asked"], self._asked

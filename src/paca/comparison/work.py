@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
-from paca.comparison.kept_rows import KeptRows
+from paca.comparison.kept_rows import ROWS, KeptRows
 from paca.comparison.rows import SHARES, Row, row_of, write_rows
 from paca.comparison.schedule import FAILED, Job, Outcome, Schedule, schedule
 from paca.comparison.settings import Comparison
@@ -19,7 +19,6 @@ from paca.messages.say import say
 from paca.messages.units import format_duration
 from paca.training.folder.run_folder import RunFolder
 
-ROWS = "runs.jsonl"
 _LOOK_EVERY = 0.5  # seconds
 _PLAIN_LINE_EVERY = 60.0
 
@@ -49,7 +48,6 @@ class Work:
         self.by_row: dict[Job, Row] = {}
         """Those whose folder is gone, and whose row is there."""
         self._rows: dict[Job, Row] = {}
-        self._kept = KeptRows(comparison.path / ROWS)
 
     def schedule(self) -> Schedule:
         """What is needed by now."""
@@ -62,7 +60,7 @@ class Work:
             folder = self.comparison.folder(job)
             row = row_of(folder, job.method, self.comparison.config_path(job))
             if row is None and not folder.path.is_dir():
-                row = self._kept.row(job.name, self.comparison.sections(job))
+                row = KeptRows(self.comparison.path / ROWS).row(job.name)
                 if row is not None:
                     self.by_row[job] = row
             if row is None:
@@ -113,8 +111,10 @@ class Work:
 
     def _write_rows(self) -> None:
         path, rows = self.comparison.path / ROWS, self.rows()
-        # Runs that this call does not ask for, with other seeds or rates, stay: a row may be all that is left.
-        write_rows(path, [*rows, *KeptRows(path).others(rows)])
+        with self.comparison.claim("rows") as claim:  # others add theirs
+            claim.take(wait=True)
+            # Runs that this call does not ask for, with other seeds or rates, stay: a row may be all that is left.
+            write_rows(path, [*rows, *KeptRows(path).others(rows)])
 
     def _trained(self, job: Job) -> bool:
         """Train a run, unless another process does. Whether it has ended by now."""

@@ -16,7 +16,7 @@ from paca.messages.nearest import did_you_mean
 FOLDER = Path(__file__).parent / "chat_templates"
 NAMES = tuple(sorted(file.stem for file in FOLDER.glob("*.jinja")))
 
-_QUESTION, _ANSWER = "Is 7 a prime?", "Yes, 7 is one."  # no words of templates
+_QUESTION, _ANSWER, _OTHER = "Is 7 a prime?", "Yes, 7 is one.", "42"  # no words of templates
 _TURNS = [{"role": "user", "content": _QUESTION}, {"role": "assistant", "content": _ANSWER}]
 
 DEFAULT = "alpaca"
@@ -46,12 +46,17 @@ def set_chat_template(tokenizer: PreTrainedTokenizerBase, template: str) -> None
         hint = did_you_mean(template, NAMES) or f" Named ones are {', '.join(NAMES)}."
         raise PacaError(f"data.template: there is no template and no file {template!r}.{hint}")
     before, tokenizer.chat_template = tokenizer.chat_template, text
-    ended = end_of_turn(tokenizer) is not None
-    if _QUESTION not in str(tokenizer.apply_chat_template(_TURNS, tokenize=False)):
+    try:
+        ended = end_of_turn(tokenizer) is not None
+        left_out = _left_out(tokenizer)
+    except PacaError:
+        tokenizer.chat_template = before
+        raise
+    if left_out:
         tokenizer.chat_template = before
         raise PacaError(
-            f"data.template: {template!r} leaves out what the user says, so the model would never see a question. "
-            "Let it write the content of each message, as {{ message['content'] }} in a loop over messages."
+            f"data.template: {template!r} leaves out what the {left_out[0]} says. Let it write the content of each "
+            "message, as {{ message['content'] }} in a loop over messages."
         )
     if not ended:
         tokenizer.chat_template = before
@@ -61,17 +66,24 @@ def set_chat_template(tokenizer: PreTrainedTokenizerBase, template: str) -> None
         )
 
 
+def _left_out(tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """The roles whose words make no difference to what the chat template writes."""
+    whole, roles = _rendered(tokenizer, _TURNS), [turn["role"] for turn in _TURNS]
+    others = ([turn if turn["role"] != role else {**turn, "content": _OTHER} for turn in _TURNS] for role in roles)
+    return [role for role, turns in zip(roles, others, strict=True) if _rendered(tokenizer, turns) == whole]
+
+
 def unprompted_header(tokenizer: PreTrainedTokenizerBase) -> str:
     """What a chat template that ignores `add_generation_prompt` writes between a question and its answer: the model has
     to write it itself. Empty for others."""
     if tokenizer.chat_template is None:
         return ""
-    prompts = [
-        str(tokenizer.apply_chat_template(_TURNS[:1], tokenize=False, add_generation_prompt=asked))
-        for asked in (False, True)
-    ]
-    whole = str(tokenizer.apply_chat_template(_TURNS, tokenize=False))
-    if prompts[0] != prompts[1] or not whole.startswith(prompts[0]):
+    try:
+        prompts = [_rendered(tokenizer, _TURNS[:1], prompt=asked) for asked in (False, True)]
+        whole = _rendered(tokenizer, _TURNS)
+    except PacaError:  # a template that takes whole conversations alone
+        return ""
+    if prompts[0] != prompts[1] or not whole.startswith(prompts[0]) or _ANSWER not in whole:
         return ""
     return whole[len(prompts[0]) :].partition(_ANSWER)[0].strip()
 
@@ -99,10 +111,14 @@ def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> str | None:
     """
     if tokenizer.chat_template is None:
         return None
-    try:
-        text = str(tokenizer.apply_chat_template(_TURNS, tokenize=False))
-    except (jinja2.TemplateError, TypeError, ValueError, KeyError) as error:
-        raise PacaError(f"The chat template cannot render a question and its answer: {error}") from error
+    text = _rendered(tokenizer, _TURNS)
     special = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
     rest = tokenizer(text.rpartition(_ANSWER)[2], add_special_tokens=False)["input_ids"]
     return next((str(tokenizer.convert_ids_to_tokens(token)) for token in rest if token in special), None)
+
+
+def _rendered(tokenizer: PreTrainedTokenizerBase, turns: list[dict[str, str]], prompt: bool = False) -> str:
+    try:
+        return str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=prompt))
+    except (jinja2.TemplateError, TypeError, ValueError, KeyError) as error:
+        raise PacaError(f"The chat template cannot render a question and its answer: {error}") from error

@@ -76,11 +76,9 @@ def scores_of(ratings: list[Rating]) -> dict[str, Any]:
 def differences(base: list[Rating], adapted: list[Rating]) -> list[Rating]:
     """By how much each grade of the second list is above the first one's for the same turn, as ratings; None where one
     of both has no grade."""
-    graded = {(one.question, one.turn): one.score for one in base}
     found = []
-    for one in adapted:
-        before = graded[one.question, one.turn]
-        apart = None if one.score is None or before is None else one.score - before
+    for before, one in zip(base, adapted, strict=True):  # both are in the order of the questions
+        apart = None if one.score is None or before.score is None else one.score - before.score
         found.append(replace(one, score=apart, usage=Usage()))
     return found
 
@@ -146,7 +144,7 @@ def ratings_of(
         watcher.advance()
     with as_written(file):
         return [
-            Rating(question.id, question.category, turn, _grade(kept[key]), spent[key])
+            Rating(question.id, question.category, turn, _grade(kept[key]), spent.pop(key, Usage()))
             for (question, turn, _), key in zip(wanted, keys, strict=True)
         ]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -73,6 +74,8 @@ def config_of_run(
         return RunConfig(ModelSection(str(path)), DataSection(data, eval=data, columns=named), *empty)
     other = [] if data is None else [f"data.eval={json.dumps(data)}", "eval.limit=null"]
     other += [] if named is None else [f"data.columns={json.dumps(named)}"]
+    if any(re.match(r"\s*eval\.metric\s*=(?!\s*exact_match\s*$)", one) for one in overrides):
+        other.append("eval.answer_pattern=null")  # the run's own goes with its own metric
     config = _config_in(path, [*other, *overrides])
     kind = trainer_kind(config.train)
     if not isinstance(kind, Sft | Classification):
@@ -247,7 +250,8 @@ def evaluate_run(
         return {side: measure_labels(loaded, some, config, batch_size, kept)}
     measurement = dataclasses.replace(scorer(config.eval) or Measurement("loss"), batch_size=batch_size)
     measurement = dataclasses.replace(measurement, samples=output is not None)
-    rows, cut = list(dataset), measurement.max_new_tokens
+    rows, cut = list(dataset), str(measurement.max_new_tokens)
+    cut += "" if measurement.metric == "exact_match" else "-samples"  # which are shorter where the context is
     found = {}
     for side in sides_of(loaded):
         with answering(loaded, base=side == BASE):
@@ -256,7 +260,7 @@ def evaluate_run(
     return found
 
 
-def _kept(loaded: LoadedModel, side: str, cut: int | None, output: Path | None, watcher: Watcher) -> KeptAnswers:
+def _kept(loaded: LoadedModel, side: str, cut: str | int | None, output: Path | None, watcher: Watcher) -> KeptAnswers:
     """In another file for each model, and for each length at which answers, or texts, are cut."""
     name = f"own_data-{side}-{identity(loaded, side)}-{cut}.jsonl"
     return KeptAnswers(side, watcher, None if output is None else output / "answers" / name)

@@ -216,6 +216,8 @@ def test_an_override_can_be_one_entry_of_a_key_that_holds_several(tmp_path: Path
     [
         ("train.max_steps.a=3", "--set: train.max_steps must be a whole number, not a mapping"),
         ("train.max_steps", "expected section.key=value"),
+        ("train.max_steps.=3", "expected section.key=value"),
+        ("model.name.a=3", "--set model.name.a=3: model.name is the text"),
         ("output=runs/mine", "such as --set output.dir=runs/mine"),
         ("max_steps=3", "such as --set train.max_steps=3"),
         ("trian.max_steps=3", "there is no section 'trian'. Did you mean train?"),

@@ -10,6 +10,7 @@ from paca.messages.nearest import did_you_mean
 from paca.training.config.key_checks import Origins
 from paca.training.config.run_config import ALL, METHODS
 from paca.training.config.strict_yaml import parse_value
+from paca.training.config.typed_values import shown
 
 FIRST = {"model": "name", "data": "train", "output": "dir"}
 """The key that is meant where a section is given as one value."""
@@ -30,7 +31,8 @@ def apply_overrides(
         keys_of_all: Finds the keys of all sections, for one that is given without its section.
 
     Raises:
-        PacaError: One is not of the form, or names a section that is none, or its value is no YAML.
+        PacaError: One is not of the form, or names a section that is none, or an entry of a key that has none, or its
+            value is no YAML.
     """
     for override in overrides:
         key, separator, text = override.partition("=")
@@ -42,7 +44,7 @@ def apply_overrides(
             sections[section] = whole
             origins.overridden |= {section, *(f"{section}.{name}" for name in whole)}
             continue
-        if not separator or not dot or not name:
+        if not separator or not dot or not name or name.endswith("."):
             example = _example(key.strip(), text, keys_of_all) if separator else "train.learning_rate=1e-4"
             raise PacaError(f"--set {override}: expected section.key=value, such as --set {example}.")
         if section not in ALL:
@@ -54,8 +56,13 @@ def apply_overrides(
         name, _, entry = name.partition(".")  # an entry's name, such as one of rank_pattern, may hold dots
         values = sections.setdefault(section, {})
         if entry:
-            before = values.get(name)
-            value = {**(before if isinstance(before, dict) else {}), entry: value}
+            before = {} if values.get(name) is None else values[name]
+            if not isinstance(before, dict):
+                raise PacaError(
+                    f"--set {override}: {section}.{name} is {shown(before)}, which has no entries. Set it as a whole: "
+                    f"--set '{section}.{name}={{{entry}: {text}}}'"
+                )
+            value = {**before, entry: value}
         values[name] = value
         origins.overridden.add(f"{section}.{name}")
 
