@@ -131,6 +131,9 @@ def test_numbers_of_the_table_of_all_comparisons_are_those_of_their_pages() -> N
         found = means(page, "loss" if "loss" in task else "score")
         names = [{name for name in found if name.startswith("paca")}, {"lora"}, {"lora-tuned"}]
         for cell, methods in zip(told, names, strict=True):
+            if cell == "not run":
+                assert not methods & found.keys()
+                continue
             number = cell.partition(" ")[0]
             assert number in {f"{found[name]:.{len(number) - 2}f}" for name in methods}, (page, cell)
         compared.add(page)
@@ -141,7 +144,8 @@ def test_numbers_of_the_table_of_all_comparisons_are_those_of_their_pages() -> N
 def test_the_means_in_short_are_rows_of_the_table_of_all_comparisons() -> None:
     short, _, rest = (ROOT / "docs" / "notes" / "quality.md").read_text(encoding="utf-8").partition("| task | equal |")
     long = list(itertools.takewhile(lambda line: line.startswith("|"), rest.splitlines()[2:]))
-    rows = [(line.split("|")[1], [float(cell.split()[0]) for cell in line.split("|")[3:6]]) for line in long]
+    whole = [line.split("|") for line in long if "not run" not in line]
+    rows = [(cells[1], [float(cell.split()[0]) for cell in cells[3:6]]) for cells in whole]
     seen = 0
     for line in re.findall(r"^\| (?:loss|right), .*", short, flags=re.MULTILINE):
         name, *cells = (cell.strip() for cell in line.strip("|").split("|"))
