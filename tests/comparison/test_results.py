@@ -377,6 +377,8 @@ def test_what_else_differs_is_named() -> None:
         ("data_seed", 7, "seed of the data's order"),
         ("train_sampling_strategy", "group_by_length", "order of the data"),
         ("max_length", 64, "longest sequence"),
+        ("packing_strategy", "wrapped", "way of packing"),
+        ("shuffle_dataset", True, "shuffling"),
     ],
 )
 def test_runs_that_see_their_data_otherwise_are_not_trained_alike(key: str, value: Any, told: str) -> None:

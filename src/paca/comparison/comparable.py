@@ -28,6 +28,8 @@ _SEEN: Mapping[str, str] = {
     "train.data_seed": "seed of the data's order",
     "train.train_sampling_strategy": "order of the data",
     "train.max_length": "longest sequence",
+    "train.packing_strategy": "way of packing",
+    "train.shuffle_dataset": "shuffling",
 }
 """What a run sees of its data, and when; in words."""
 
