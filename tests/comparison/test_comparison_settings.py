@@ -100,6 +100,9 @@ def test_rows_are_runs_too(tmp_path: Path) -> None:
     (tmp_path / "settings.json").unlink()
     with pytest.raises(PacaError, match="holds the rows of runs"):
         SettingsFile(small_comparison(tmp_path)).read()
+    (tmp_path / "summary.json").touch()
+    with pytest.raises(PacaError, match="is the folder of a run"):
+        SettingsFile(small_comparison(tmp_path)).read()
 
 
 def test_without_runs_another_comparison_takes_the_folder_and_the_same_one_what_was_measured(tmp_path: Path) -> None:

@@ -148,9 +148,11 @@ class SettingsFile:
 
         Raises:
             PacaError: There are runs in the folder, or their rows, and they were made with other settings; names what
-                differs. Or nothing says with which.
+                differs. Or nothing says with which. Or it is the folder of a run.
         """
         if not self.path.is_file():
+            if RunFolder(self.path.parent).finished():
+                raise PacaError(f"{self.path.parent} is the folder of a run. Give another --output.")
             if (self.path.parent / ROWS).is_file():
                 raise PacaError(
                     f"{self.path.parent} holds the rows of runs ({ROWS}), and no {self.path.name} that says what they "
