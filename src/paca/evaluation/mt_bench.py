@@ -52,8 +52,7 @@ def run_mt_bench(
         batch_size: Answers at a time.
 
     Returns:
-        The content of `results.json`: `models`, each with its scores; the `difference` of the second from the first,
-        whose errors are those of pairs; and what the judge took.
+        The content of `results.json`: `models` with their scores, their `difference` in pairs, and what the judge took.
 
     Raises:
         PacaError: The model cannot chat, or the judge does not answer.
