@@ -27,7 +27,7 @@ BEGIN, END = "<!-- recipes:begin -->", "<!-- recipes:end -->"
 LISTED = 3
 """How many parts of a plan are listed, the largest first; the others are summed up."""
 
-_PLAN = re.compile(r"^# Memory(?P<nearly>, nearly)?: (?P<memory>.*)\n#   paca plan (?P<arguments>.*)\n", re.M)
+_PLAN = re.compile(r"^# Memory: (?P<memory>.*)\n#   paca plan (?P<arguments>.*)\n", re.M)
 
 
 @dataclass(frozen=True)
@@ -78,11 +78,9 @@ class Recipe:
         if "trainer" in sections["train"]:
             method += f", {sections['train']['trainer']}"
         memory = self.plan["memory"].partition(" GiB")[0] + " GiB" if self.plan else ""
-        about = "about " if self.plan and self.plan["nearly"] else ""
         data = re.split(r"[:\[]", sections["data"]["train"])[0]  # without configuration and split
         return (
-            f"| [{folder.as_posix().removesuffix('.yaml')}]({folder.as_posix()}) | {data} | {method} | {r} "
-            f"| {about}{memory} |"
+            f"| [{folder.as_posix().removesuffix('.yaml')}]({folder.as_posix()}) | {data} | {method} | {r} | {memory} |"
         )
 
 

@@ -44,7 +44,8 @@ def train(architecture: str, options: dict[str, Any], setting: dict[str, Any]) -
         base.gradient_checkpointing_enable({"use_reentrant": False})
     loss_options = {}
     if setting["chunked_loss"]:
-        add_fused_lm_head(base, outputs=("log_probs", "entropy", "is_top1"))
+        more = ("mean_logits",) if setting.get("trainer") == "dpo" else ()
+        add_fused_lm_head(base, outputs=("log_probs", "entropy", "is_top1", *more))
         loss_options = {"fused_lm_head": True}
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], fused=True)
     Path("/proc/self/clear_refs").write_text("5")  # making the weights takes more than training: forget that peak
@@ -53,12 +54,34 @@ def train(architecture: str, options: dict[str, Any], setting: dict[str, Any]) -
         mask = torch.ones_like(ids)
         if setting.get("padded"):
             mask[0, -3:] = 0
+        if setting.get("answers"):
+            make_answers(model, setting, length)
         for _ in range(setting.get("gradient_accumulation", 1)):
             with loss_for(ids.device):
-                loss = model(input_ids=ids, attention_mask=mask, labels=ids, use_cache=False, **loss_options).loss
+                inputs = {"input_ids": ids, "attention_mask": mask, "labels": ids, "use_cache": False, **loss_options}
+                loss = preference_loss(model, inputs) if setting.get("trainer") == "dpo" else model(**inputs).loss
             loss.backward()
         optimizer.step()
         optimizer.zero_grad()
+
+
+def preference_loss(model: Any, inputs: dict[str, Any]) -> torch.Tensor:
+    """As TRL's DPOTrainer, of pairs that are one batch after the other."""
+    inputs = {name: value.repeat(2, 1) if torch.is_tensor(value) else value for name, value in inputs.items()}
+    result = model(**inputs)
+    with torch.no_grad(), model.disable_adapter():
+        reference = model(**inputs).log_probs.sum(1)
+    chosen, rejected = (result.log_probs.sum(1) - reference).chunk(2)
+    return -torch.nn.functional.logsigmoid(chosen - rejected).mean()
+
+
+def make_answers(model: Any, setting: dict[str, Any], length: int) -> None:
+    """As TRL's GRPOTrainer: samples, none of which ends early."""
+    made = min(setting["answer_length"], length // 2)
+    prompts = torch.randint(1, 400, (setting["answers"], length - made))
+    with torch.no_grad():
+        options = {"do_sample": True, "top_k": 0, "max_new_tokens": made, "min_new_tokens": made}
+        model.generate(input_ids=prompts, attention_mask=torch.ones_like(prompts), **options)
 
 
 def measure(architecture: str, options: dict[str, Any], setting: dict[str, Any]) -> int:

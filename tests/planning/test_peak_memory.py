@@ -57,6 +57,16 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
         {**OPT, "vocab_size": 32768, "dtype": "float32"},
         {"chunked_loss": True, "batch_size": 2},
     ),
+    "llama, pairs against the model without its adapter": (
+        "llama",
+        {**GATED, "dtype": "float32"},
+        {"chunked_loss": True, "trainer": "dpo", "reference": "without adapter", "padded": True},
+    ),
+    "llama, making answers takes most": (
+        "llama",
+        {**GATED, "dtype": "float32"},
+        {"chunked_loss": True, "trainer": "grpo", "batch_size": 1, "answers": 96, "answer_length": 40},
+    ),
 }
 DEFAULTS = {"batch_size": 3, "sequence_length": 256, "chunked_loss": False}
 

@@ -33,10 +33,12 @@ def show_estimate(console: Console, outcome: Outcome) -> None:
     passes = setting.gradient_accumulation
     say(
         console,
-        f"{setting.batch_size} {'images' if target.counts == 'images' else f'x {setting.sequence_length} tokens'} per "
-        f"pass, {passes} pass{'es' if passes > 1 else ''} per step, on {setting.device}; to save memory: "
-        f"{setting.techniques()}",
+        f"{_batch(target, setting)} per pass, {passes} pass{'es' if passes > 1 else ''} per step, on {setting.device}; "
+        f"to save memory: {setting.techniques()}",
     )
+    if setting.answers:
+        made = f"{setting.answers} answers of up to {setting.answer_length} tokens"
+        say(console, f"{made} are made at a time. The times are those of learning from them alone.")
     if target.lengths is not None:
         say(console, f"The length is that of {target.lengths}.")
     if target.positions is not None and setting.sequence_length > target.positions:
@@ -68,6 +70,17 @@ def show_estimate(console: Console, outcome: Outcome) -> None:
     else:
         advice = "Leave 5 to 10 % of the budget free, as memory gets fragmented and this plan can be too low."
         say(console, advice, style="yellow")
+
+
+def _batch(target: Target, setting: Setting) -> str:
+    """What is in a pass, in words."""
+    from paca.planning.setting import PAIRED
+
+    if target.counts == "images":
+        return f"{setting.batch_size} images"
+    count = setting.batch_size
+    counted = f"{count} pair{'s' if count > 1 else ''} of 2" if setting.trainer in PAIRED else str(count)
+    return f"{counted} x {setting.sequence_length} tokens"
 
 
 def _time(outcome: Outcome) -> str:

@@ -16,7 +16,7 @@ from paca.messages.units import format_bytes
 from paca.planning.device_rates import DequantizeRate, MatmulRate, fixed_rate
 from paca.planning.memory_estimate import FRAMEWORK, MemoryEstimate, PlannedModel, estimate, prepare_model
 from paca.planning.setting import Setting
-from paca.planning.simulated_step import WEIGHTS
+from paca.planning.step_trace import WEIGHTS
 
 LEAN_TIME, LEAN_TIME_ON_CPU = 1.02, 0.97
 """Time of a step with lean blocks over one without: a preference where both fit the same batch, not a forecast. On CPUs

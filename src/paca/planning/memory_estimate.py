@@ -20,7 +20,8 @@ from paca.planning.passes import task_of
 from paca.planning.quantized_layers import quantization_name, unpacked_numel
 from paca.planning.repeated_blocks import copy_with_blocks, find_blocks
 from paca.planning.setting import Setting
-from paca.planning.simulated_step import StepTrace, simulate
+from paca.planning.simulated_step import simulate
+from paca.planning.step_trace import StepTrace
 from paca.pretrained.quantizing import quantize_outline
 
 FRAMEWORK = "framework overhead"

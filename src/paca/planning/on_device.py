@@ -115,6 +115,8 @@ def simulate_on(
     refused: list[str] = []
     for method, config, change in _methods(model, setting, adapter, compare):
         wanted = replace(setting, device="cuda", **change)
+        if config is not None and isinstance(setting.reference, torch.dtype):  # of a model that is trained in full
+            wanted = replace(wanted, reference="without adapter" if setting.trainer == "dpo" else None)
         try:
             if rows and adapter is not None and config is not None:
                 config = _with_parameters(model, config, rows[0].estimate.trainable)

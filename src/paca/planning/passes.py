@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 from torch.nn.functional import logsigmoid
 from transformers import PreTrainedModel
 
-from paca.planning.setting import Setting
+from paca.planning.setting import PAIRED, Setting
 from paca.pretrained.image_shape import image_shape
 
 Task = Literal["text", "labelled texts", "pairs", "images"]
@@ -40,10 +44,11 @@ def inputs_of(model: PreTrainedModel, setting: Setting, batch_size: int, padded:
     labels = {"labels": torch.zeros(batch_size, dtype=torch.int64)}
     if task == "images":
         return {"pixel_values": torch.zeros(batch_size, *image_shape(model.config)), **labels}
-    rows = 2 * batch_size if task == "pairs" else batch_size  # the chosen answers, then the rejected ones
+    paired = task == "pairs" or setting.trainer in PAIRED
+    rows = 2 * batch_size if paired else batch_size  # the chosen answers, then the rejected ones
     tokens = torch.zeros(rows, setting.sequence_length, dtype=torch.int64)
     inputs = {"input_ids": tokens}
-    if padded or task == "pairs":
+    if padded or paired or setting.trainer == "grpo":
         inputs["attention_mask"] = tokens.clone()
     if task == "text":
         return {**inputs, "labels": tokens.clone()}
@@ -52,14 +57,55 @@ def inputs_of(model: PreTrainedModel, setting: Setting, batch_size: int, padded:
     return inputs if task == "pairs" else inputs | labels
 
 
-def loss_of(model: PreTrainedModel, inputs: dict[str, Tensor], chunked: bool) -> Tensor:
-    """The loss of a pass. `chunked`: by TRL's output head, which a language model has then."""
+def loss_of(
+    model: PreTrainedModel,
+    inputs: dict[str, Tensor],
+    setting: Setting,
+    reference: PreTrainedModel | None = None,
+    before_reference: Callable[[], None] = lambda: None,
+) -> Tensor:
+    """The loss of a pass.
+
+    Args:
+        model: With TRL's output head, where the loss is chunked.
+        inputs: Of `inputs_of`.
+        setting: How it is trained.
+        reference: A second copy, where it is held against one.
+        before_reference: Called between the two passes that `dpo` makes.
+    """
     task = task_of(model)
     if task == "images":
         return model(**inputs).loss
-    options: dict[str, Any] = {"fused_lm_head": True} if chunked else {}
+    options: dict[str, Any] = {"fused_lm_head": True} if setting.chunked_loss and task == "text" else {}
     result = model(**inputs, use_cache=False, **options)
+    if setting.trainer == "dpo":  # the sigmoid loss of TRL's DPOTrainer; the others differ in a few numbers a pair
+        log_probs = result.log_probs.sum(1)
+        if setting.reference is not None:
+            before_reference()
+            with torch.no_grad(), without_adapter(model if reference is None else None):
+                compared = (reference or model)(**inputs, use_cache=False, **options).log_probs.sum(1)
+            log_probs = log_probs - compared
+        chosen, rejected = log_probs.chunk(2)
+        return -logsigmoid(chosen - rejected).mean()
+    if setting.trainer == "grpo":  # as TRL's GRPOTrainer: a ratio to what they were when the answers were made
+        log_probs = result.log_probs[:, -setting.answer_length :]
+        ratio = torch.exp(log_probs - log_probs.detach())
+        return -torch.min(ratio, ratio.clamp(0.8, 1.2)).sum(1).mean()
     if task != "pairs":
         return result.loss
     chosen, rejected = result.logits.squeeze(-1).chunk(2)
     return -logsigmoid(chosen - rejected).mean()  # as TRL's RewardTrainer
+
+
+@contextmanager
+def without_adapter(model: nn.Module | None) -> Iterator[None]:
+    """`model` as its adapter's `disable_adapter` makes it; without one, nothing changes."""
+    kinds = (BaseTunerLayer, AuxiliaryTrainingWrapper)
+    layers = [] if model is None else [module for module in model.modules() if isinstance(module, kinds)]
+    for layer in layers:
+        layer.enable_adapters(False)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.enable_adapters(True)

@@ -92,6 +92,7 @@ def copy_with_blocks(model: Model, blocks: RepeatedBlocks | None, chosen: tuple[
         small = copy.deepcopy(model)
     if blocks is not None:
         _shorten_config(small, len(blocks.kinds), chosen)
+        _renumber(small.get_submodule(blocks.path))
     if paca_layers(small):
         entry.install(small)
     return small
@@ -115,3 +116,11 @@ def _shorten_config(model: nn.Module, count: int, chosen: tuple[int, ...]) -> No
         config.layer_types = [types[number] for number in chosen]
     if getattr(config, "num_hidden_layers", None) == count:
         config.num_hidden_layers = len(chosen)
+
+
+def _renumber(blocks: nn.Module) -> None:
+    """They find their keys and values by their place, in a cache."""
+    for place, block in enumerate(blocks.children()):
+        for module in block.modules():
+            if isinstance(getattr(module, "layer_idx", None), int):
+                module.layer_idx = place  # type: ignore[assignment]

@@ -10,6 +10,11 @@ import torch
 
 from paca.messages.errors import PacaError
 
+PAIRED = ("dpo", "reward")
+"""Trainers of pairs of answers, both of which are in a pass."""
+ALWAYS_CHUNKED = ("dpo", "grpo")
+"""Those that compute log-probabilities without all logits, whatever is set."""
+
 
 @dataclass(frozen=True)
 class Setting:
@@ -18,7 +23,7 @@ class Setting:
     sequence_length: int
     """Tokens in each sequence, padding included."""
     batch_size: int = 1
-    """Sequences in one forward pass."""
+    """Sequences in one forward pass; where answers are compared, pairs of them."""
     gradient_accumulation: int = 1
     """Forward passes per optimizer step."""
     lean: bool = False
@@ -46,6 +51,14 @@ class Setting:
     """Sequences in a forward pass of an evaluation between steps; None without one."""
     lengths: int = 1
     """How many different lengths batches have; `sequence_length` is the longest."""
+    trainer: str = "sft"
+    """As `train.trainer` of a run."""
+    reference: Literal["without adapter"] | torch.dtype | None = None
+    """What the trained model is held against: itself, with its adapter off, or a second copy of it, of a dtype."""
+    answer_length: int = 0
+    """Tokens of `sequence_length` that the model makes itself (`grpo`)."""
+    answers: int = 0
+    """How many answers it makes at a time."""
 
     def __post_init__(self) -> None:
         for name in ("sequence_length", "lengths", "batch_size", "gradient_accumulation"):
@@ -54,13 +67,23 @@ class Setting:
                 raise PacaError(f"{name} is {value}; it must be 1 or more.")
         if self.recompute is not None and not self.lean:
             raise PacaError(f"recompute={self.recompute!r} is a part of the lean blocks: set lean as well.")
+        if self.trainer in ALWAYS_CHUNKED and not self.chunked_loss:
+            raise PacaError(
+                f"A run of train.trainer: {self.trainer} never holds all logits, so there is no other loss to plan. "
+                "Leave out --loss."
+            )
+        if self.answer_length >= self.sequence_length:
+            raise PacaError(
+                f"Sequences of {self.sequence_length} tokens leave no room for a prompt, as answers "
+                f"(train.max_completion_length) have up to {self.answer_length}. Give both together (--seq)."
+            )
         if self.device not in ("cpu", "cuda"):
             raise PacaError(f"Plans can be made for the devices 'cpu' and 'cuda', not for {self.device!r}.")
 
     @property
     def tokens_per_pass(self) -> int:
         """Tokens in one forward pass."""
-        return self.batch_size * self.sequence_length
+        return self.batch_size * self.sequence_length * (2 if self.trainer in PAIRED else 1)
 
     @property
     def sequences_per_step(self) -> int:
@@ -70,7 +93,7 @@ class Setting:
     @property
     def tokens_per_step(self) -> int:
         """Tokens per optimizer step."""
-        return self.sequences_per_step * self.sequence_length
+        return self.gradient_accumulation * self.tokens_per_pass
 
     @property
     def masked(self) -> bool:
@@ -79,8 +102,11 @@ class Setting:
 
     def as_dict(self) -> dict[str, Any]:
         """The fields as JSON can hold them."""
-        autocast = None if self.autocast is None else str(self.autocast).removeprefix("torch.")
-        return {**dataclasses.asdict(self), "padded": self.masked, "autocast": autocast}
+        values = {**dataclasses.asdict(self), "padded": self.masked}
+        return {
+            name: str(value).removeprefix("torch.") if isinstance(value, torch.dtype) else value
+            for name, value in values.items()
+        }
 
     def techniques(self) -> str:
         """What is done to save memory, in words."""

@@ -6,12 +6,12 @@ from shapes, so nothing is modelled here: the step is run, and looked at.
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 import transformers.activations
@@ -24,6 +24,7 @@ from trl.trainer.utils import add_fused_lm_head
 
 from paca.lean import make_lean
 from paca.messages.errors import PacaError, first_line
+from paca.planning.answering import make_answers
 from paca.planning.fake_model import make_fake, without_values
 from paca.planning.live_memory import LiveMemory
 from paca.planning.operators import Operator
@@ -31,6 +32,17 @@ from paca.planning.optimizer_state import state_bytes, step_temporaries, stepped
 from paca.planning.passes import inputs_of, loss_of
 from paca.planning.quantized_layers import states
 from paca.planning.setting import Setting
+from paca.planning.step_trace import (
+    ACTIVATIONS,
+    GRADIENTS,
+    KEPT_COLUMNS,
+    LOSS,
+    OPTIMIZER,
+    TEMPORARIES,
+    TRAINABLE,
+    WEIGHTS,
+    StepTrace,
+)
 
 LINEAR = "linear layers"
 ATTENTION = "attention"
@@ -40,56 +52,12 @@ RESIDUAL = "residual stream"
 
 _ACTIVATION_FILES = (nn.SiLU.__module__, transformers.activations.__name__)
 
-WEIGHTS = "weights"
-KEPT_COLUMNS = "kept columns"
-TRAINABLE = "trainable parameters"
-GRADIENTS = "gradients"
-OPTIMIZER = "optimizer state"
-ACTIVATIONS = "activations: "
-LOSS = "logits and loss"
-TEMPORARIES = "temporaries"
-
-
-@dataclass
-class StepTrace:
-    """What one forward and backward pass of a model holds, in bytes."""
-
-    saved: Counter[str] = field(default_factory=Counter)
-    """What the graph holds when the forward pass has ended, by kind, without parameters."""
-    peaks: dict[str, Counter[str]] = field(default_factory=dict)
-    """For each stretch of the step, everything that is allocated at its fullest moment, by category."""
-    operators: Counter[Operator] = field(default_factory=Counter)
-    """How often each operator runs; without `timed`, those alone that have `flops`. In a sum of traces a count may be
-    negative; what is linear in it is right."""
-    dequantized: int = 0
-    """Bytes read and written to unpack quantized weights, in both."""
-
-    @property
-    def flops(self) -> int:
-        """Of the forward and the backward pass."""
-        return sum(operator.flops * count for operator, count in self.operators.items())
-
-    def plus(self, more: StepTrace, less: StepTrace, times: int) -> StepTrace:
-        """`self + times * (more - less)`, everywhere."""
-        nothing: Counter[str] = Counter()
-        peaks = {
-            name: _line(times, *(trace.peaks.get(name, nothing) for trace in (self, more, less)))
-            for name in self.peaks | more.peaks
-        }
-        return StepTrace(
-            _line(times, self.saved, more.saved, less.saved),
-            peaks,
-            _line(times, self.operators, more.operators, less.operators),
-            self.dequantized + times * (more.dequantized - less.dequantized),
-        )
-
-
-Key = TypeVar("Key")
-
-
-def _line(times: int, start: Counter[Key], more: Counter[Key], less: Counter[Key]) -> Counter[Key]:
-    keys = {*start, *more, *less}
-    return Counter({key: start[key] + times * (more[key] - less[key]) for key in keys})
+_OUTPUTS = {
+    "sft": ("log_probs", "entropy", "is_top1"),
+    "dpo": ("log_probs", "entropy", "mean_logits", "is_top1"),
+    "grpo": ("log_probs", "entropy"),
+}
+"""What TRL's trainers ask its output head for."""
 
 
 def simulate(
@@ -113,17 +81,19 @@ def simulate(
     Raises:
         PacaError: The forward pass depends on values (as routing to experts may), or can't be made lean.
     """
+    copied = setting.reference
+    reference = _copy_of(model, copied, setting) if isinstance(copied, torch.dtype) else None
     model.train()
     if setting.lean:
         make_lean(model, recompute=setting.recompute)
     if setting.checkpointing:
         _checkpoint_blocks(model)
     if setting.chunked_loss:
-        add_fused_lm_head(model, outputs=("log_probs", "entropy", "is_top1"))
+        add_fused_lm_head(model, outputs=_OUTPUTS.get(setting.trainer, _OUTPUTS["sft"]))
     with warnings.catch_warnings(), without_values(setting.device):
         warnings.simplefilter("ignore")
         try:
-            return _Simulation(model, setting, backbone, before_last, timed).run()
+            return _Simulation(model, setting, backbone, before_last, timed, reference).run()
         except RuntimeError as error:  # of which torch's errors about missing values are kinds
             raise PacaError(
                 f"{type(model).__name__} can't be planned: without values it does not run ({first_line(error)}). "
@@ -133,10 +103,16 @@ def simulate(
 
 class _Simulation:
     def __init__(
-        self, model: PreTrainedModel, setting: Setting, backbone: nn.Module, before_last: nn.Module | None, timed: bool
+        self,
+        model: PreTrainedModel,
+        setting: Setting,
+        backbone: nn.Module,
+        before_last: nn.Module | None,
+        timed: bool,
+        reference: PreTrainedModel | None,
     ) -> None:
         self.model, self.setting, self.backbone, self.before_last = model, setting, backbone, before_last
-        self.timed = timed
+        self.timed, self.reference = timed, reference
         self.memory, self.stack = LiveMemory(every_operator=False), ModuleStack()
 
     def run(self) -> StepTrace:
@@ -144,6 +120,9 @@ class _Simulation:
         memory.region = KEPT_COLUMNS  # an adapted layer that gets its weight keeps the columns that it replaces
         with memory:
             make_fake(self.model)
+            if self.reference is not None:
+                make_fake(self.reference)
+                memory.categorize((*self.reference.parameters(), *self.reference.buffers()), WEIGHTS)
         trainable = [p for p in self.model.parameters() if p.requires_grad]
         memory.categorize((*self.model.parameters(), *self.model.buffers(), *states(self.model)), WEIGHTS)
         memory.categorize(trainable, TRAINABLE)
@@ -168,6 +147,10 @@ class _Simulation:
             self.memory = memory
             peaks["evaluation"] = self._evaluation(setting.eval_batch_size, trainable)
             peaks["evaluation"][OPTIMIZER] += state
+        if setting.answers:
+            self.memory = memory
+            peaks["making answers"] = self._answering(trainable)
+            peaks["making answers"][OPTIMIZER] += state
         return StepTrace(saved, peaks, operators, dequantized)
 
     def _evaluation(self, batch_size: int, trainable: list[nn.Parameter]) -> Counter[str]:
@@ -179,6 +162,18 @@ class _Simulation:
         with self.memory, torch.no_grad():
             self._forward(inputs_of(self.model, self.setting, batch_size, padded=batch_size > 1))
         return self.memory.peaks()["evaluation"]
+
+    def _answering(self, trainable: list[nn.Parameter]) -> Counter[str]:
+        """What making the answers that are learned from holds at its fullest."""
+        setting = self.setting
+        for parameter in trainable:
+            parameter.grad = None
+        self.memory.begin_window("answering")
+        self.memory.region = TEMPORARIES
+        with self.memory, torch.no_grad():
+            made = max(setting.answers, setting.eval_batch_size or 0)
+            make_answers(self.model, self.memory, made, setting.sequence_length, setting.answer_length)
+        return self.memory.peaks()["answering"]
 
     def _steady(self, inputs: dict[str, Tensor], trainable: list[nn.Parameter]) -> Counter[Operator]:
         """What a later step runs: the first one also writes columns anew and makes the optimizer's state."""
@@ -212,7 +207,10 @@ class _Simulation:
             torch.autograd.graph.saved_tensors_hooks(self._note_saved, lambda tensor: tensor),
             torch.autocast("cpu", dtype=autocast, enabled=autocast is not None),
         ):
-            return loss_of(self.model, inputs, self.setting.chunked_loss)
+            return loss_of(self.model, inputs, self.setting, self.reference, self._before_reference)
+
+    def _before_reference(self) -> None:
+        self.memory.region = TEMPORARIES
 
     def _note_saved(self, tensor: Tensor) -> Tensor:
         allocation = self.memory.allocation_of(tensor)
@@ -227,6 +225,15 @@ class _Simulation:
         if module is self.backbone:
             memory.region = LOSS
             _when_gradient_arrives(output, lambda: setattr(memory, "region", TEMPORARIES))
+
+
+def _copy_of(model: PreTrainedModel, dtype: torch.dtype, setting: Setting) -> PreTrainedModel:
+    """The reference of a model that is trained in full."""
+    reference: PreTrainedModel = copy.deepcopy(model).to(dtype).requires_grad_(False)  # type: ignore[arg-type]
+    if setting.lean:
+        make_lean(reference, recompute=setting.recompute)
+    add_fused_lm_head(reference)
+    return reference
 
 
 def _when_gradient_arrives(output: Any, action: Callable[[], None]) -> None:

@@ -28,6 +28,7 @@ from paca.pretrained.explaining import explaining
 from paca.pretrained.hub import check_holds_no_adapter
 from paca.pretrained.location import Location, Source, locate, tokenizer_files
 from paca.pretrained.missing_weights import check_nothing_missing, made_anew
+from paca.pretrained.output_head import multiply_once
 from paca.pretrained.padding_token import choose_pad_token
 from paca.pretrained.quiet import without_load_report, without_progress_bars
 
@@ -123,6 +124,7 @@ def load_pretrained(
         model, found = auto_class.from_pretrained(dtype=torch_dtype, output_loading_info=True, **options)
     if auto_class is AutoModelForCausalLM:
         check_nothing_missing(model, found["missing_keys"], location.name_or_path)
+        multiply_once(model)
     elif labels is not None:
         made_anew(model, found["missing_keys"], location.name_or_path)
     quantizing.keep_trainable(model)

@@ -45,7 +45,7 @@ def memory_warning(
         available: From `memory_at_hand`.
     """
     kind = trainer_kind(prepared.plan.config.train)
-    if available is None or not kind.planned:
+    if available is None or not kind.probed:
         return None
     lengths = set(kind.lengths(dataset)) or {1}
     try:

@@ -29,8 +29,7 @@ TOKENIZED = 256
 long as the longest of them."""
 
 
-_UNKNOWN_LABELS: dict[str, list[str] | None] = {
-    "sft": None,
+_UNKNOWN_LABELS = {
     "reward": ["reward"],
     "classification": ["", " "],
     "image_classification": ["", " "],
@@ -60,16 +59,12 @@ def target_of_run(
     """
     config = load_run_config(path, overrides)
     kind = trainer_kind(config.train)
-    if not kind.planned:
-        measure = ", or let `paca train --probe` measure it" if kind.probed else ""
-        raise PacaError(
-            f"{path} has train.trainer: {kind.name}, whose memory is not foretold. Give the model instead of the run, "
-            f"with --seq{measure}."
-        )
+    kind.check_planned(config.train)
     held_out, config.data.eval = config.data.eval, None  # what is split off the training data counts as well
-    data, unread = (None, None) if kind.name == "sft" and sequence_length is not None else _read(config, kind)
+    texts = kind.name in ("sft", "dpo", "grpo")  # whose head has no labels
+    data, unread = (None, None) if texts and sequence_length is not None else _read(config, kind)
     config.data.eval = held_out
-    labels = _UNKNOWN_LABELS[kind.name] if data is None else data.labels
+    labels = _UNKNOWN_LABELS.get(kind.name) if data is None else data.labels
     named = config.model
     dtype = "float32" if config.method == "full" and named.dtype == "auto" else named.dtype  # as a run does
     with about("model.name"):
@@ -90,6 +85,8 @@ def target_of_run(
         config.train["max_length"], lengths = sequence_length, None
     elif kind.counts == "tokens" and data is not None:
         longest, typical, different, lengths = _lengths_of(config, kind, data)
+    if kind.name == "grpo" and longest is None and sequence_length is None:
+        raise PacaError(f"How long the prompts are is not known: {lengths}. Give --seq, prompt and answer together.")
     setting = setting_of_run(config, device, longest, different)
     if lengths is not None and longest is None:
         lengths = f"train.max_length: {lengths}"
@@ -140,9 +137,11 @@ def _lengths_of(config: RunConfig, kind: TrainerKind, data: RunData) -> tuple[in
             which = f"the longest of {sample.sampled:,} examples"
     except PacaError as error:
         return None, None, 1, f"the examples could not be read ({error})"
-    cut = min(longest, config.train["max_length"] or longest)
+    made = config.train["max_completion_length"] if kind.name == "grpo" else 0
+    longest, beside = longest + made, f", with an answer of {made} tokens" if made else ""
+    cut = min(longest, config.train.get("max_length") or longest)
     different = min(sample.examples, max(1, cut - sample.shortest + 1))
-    return longest, round(sample.padded), different, f"{which} of {config.data.named}"
+    return longest, round(sample.padded) + made, different, f"{which} of {config.data.named}{beside}"
 
 
 def _longest(config: RunConfig, examples: Examples) -> int:

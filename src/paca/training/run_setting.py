@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
 from paca.messages.errors import PacaError
 from paca.planning import Setting
 from paca.planning.optimizer_state import known, optimizer_of
+from paca.planning.target import outline_of
 from paca.training.config.run_config import RunConfig
+from paca.training.trainers.grpo import answers_at_a_time
 
 
 def setting_of_run(config: RunConfig, device: str, longest: int | None = None, lengths: int = 1) -> Setting:
@@ -23,13 +25,15 @@ def setting_of_run(config: RunConfig, device: str, longest: int | None = None, l
         lengths: How many different lengths its batches may have before they are padded to a multiple.
 
     Raises:
-        PacaError: Neither the config nor `longest` limits the sequences.
+        PacaError: Neither the config nor `longest` limits the sequences, or a second copy of the model can't be found.
     """
     train = config.train
     limits = [limit for limit in (train.get("max_length"), longest) if limit is not None]
     if not limits:
         raise PacaError("train.max_length is null, so sequences have no limit to plan for; set it, or give --seq.")
     optimizer, multiple = optimizer_of(train), train.get("pad_to_multiple_of")
+    trainer = train.get("trainer") or "sft"
+    answers = trainer == "grpo"
     return Setting(
         sequence_length=min(limits),
         batch_size=train["per_device_train_batch_size"],
@@ -47,7 +51,22 @@ def setting_of_run(config: RunConfig, device: str, longest: int | None = None, l
         optimizer=optimizer if known(optimizer) else "adamw_torch_fused",
         device=device,  # type: ignore[arg-type]
         lengths=-(-lengths // multiple) if isinstance(multiple, int) else lengths,
+        trainer=trainer,
+        reference=_reference(config, trainer),
+        answer_length=train["max_completion_length"] if answers else 0,
+        answers=answers_at_a_time(train, 1) if answers else 0,
     )
+
+
+def _reference(config: RunConfig, trainer: str) -> Literal["without adapter"] | torch.dtype | None:
+    """As `Setting.reference`. What GRPO asks of one without the adapter is asked between its passes."""
+    train, named = config.train, config.model
+    asked = trainer == "dpo" and not train.get("precompute_ref_log_probs")
+    if config.method != "full":
+        return "without adapter" if asked else None
+    if not asked and not (trainer == "grpo" and train.get("beta")):
+        return None
+    return outline_of(named.name, named.dtype, named.revision, named.trust_remote_code).dtype  # as `load_reference`
 
 
 def holds_all_logits(train: Mapping[str, Any]) -> bool:

@@ -173,6 +173,8 @@ def test_a_whole_model_of_a_full_run_says_what_it_is(workspace: Path, tmp_path: 
         ("reward", (2, None), "the longest example of"),
         ("classification", (2, None), "the longest example of"),
         ("image_classification", (2, 1), None),
+        ("dpo", (2, None), "the longest example of"),
+        ("grpo", (4, None), "the longest example of"),
     ],
 )
 def test_a_plan_of_memory_is_of_the_run_that_is_trained(
@@ -223,9 +225,3 @@ def test_a_search_for_what_fits_leaves_a_classifiers_weights_as_they_are(workspa
     assert {one["setting"]["quantization"] for one in json.loads(found.stdout)["candidates"]} == {None}
     refused = CliRunner().invoke(app, [*command, "--quantization", "nf4"])
     assert "not with classifiers" in str(refused.exception)
-
-
-@pytest.mark.parametrize("name", ["dpo", "grpo"])
-def test_a_plan_of_memory_is_not_made_for_every_trainer(workspace: Path, name: str) -> None:
-    with pytest.raises(PacaError, match=rf"train\.trainer: {name}, whose memory is not foretold"):
-        target_of_run(workspace / f"{name}.yaml", [], "cpu", None, None)

@@ -38,7 +38,6 @@ class Dpo(TrainerKind):
     learning_rate = 1e-5  # ten times TRL's, which is for training in full
     score = "rewards/accuracies"
     scored_before = False  # the reference itself prefers neither
-    planned = False
 
     def read(self, config: RunConfig) -> RunData:
         """Pairs: `prompt`, `chosen` and `rejected`."""

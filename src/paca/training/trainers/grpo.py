@@ -28,6 +28,14 @@ from paca.training.trainers.reference import load_reference, told_of_reference
 from paca.training.trainers.reward_functions import BUILT_IN, check_columns, find_rewards, load_reward_models
 from paca.training.trainers.weighed_batches import WeighsBatches
 
+_OTHER_GENERATORS = (
+    "use_vllm",
+    "use_transformers_paged",
+    "use_transformers_continuous_batching",
+    "cache_implementation",
+)
+"""Settings by which answers are made in other ways than by `generate` with a cache that grows."""
+
 
 class _GrpoTrainer(WeighsBatches, GRPOTrainer):  # type: ignore[misc]
     """TRL's `GRPOTrainer`, whose means over held-out data are over examples."""
@@ -48,7 +56,6 @@ class Grpo(TrainerKind):
     score = "reward"
     lengths_known = False
     probed = False
-    planned = False
 
     def check(self, settings: Mapping[str, Any], origins: Origins) -> None:
         """There are rewards, and the pattern is one."""
@@ -59,6 +66,22 @@ class Grpo(TrainerKind):
                 "folder or a hub id)."
             )
         check_pattern(settings.get("answer_pattern"), "train.answer_pattern")
+
+    def check_planned(self, settings: Mapping[str, Any]) -> None:
+        """Answers are made here, by transformers, up to a length that is known; rewards need no models."""
+        elsewhere = [name for name in _OTHER_GENERATORS if settings.get(name)]
+        models = [reward.name for reward in find_rewards(settings) if reward.function is None]
+        if elsewhere:
+            why = f"train.{elsewhere[0]} makes answers in memory of its own"
+        elif models:
+            why = f"the reward model {models[0]} is held beside it"
+        elif "max_completion_length" in settings and settings["max_completion_length"] is None:
+            why = "train.max_completion_length is null, so answers have no limit"
+        else:
+            return
+        raise PacaError(
+            f"The memory of this run is not foretold: {why}. `paca plan ... --set` that key otherwise plans the rest."
+        )
 
     def defaults(self, settings: Mapping[str, Any]) -> dict[str, Any]:
         """Held-out batches hold whole groups of answers to a prompt. The trainer counts tokens itself."""

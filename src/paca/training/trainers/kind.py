@@ -83,11 +83,16 @@ class TrainerKind:
     """Whether data tells how many tokens a model reads of an example."""
     probed: ClassVar[bool] = True
     """Whether its longest batch is known before it trains."""
-    planned: ClassVar[bool] = True
-    """Whether its memory is foretold."""
 
     def check(self, settings: Mapping[str, Any], origins: Origins) -> None:
         """Refuse values of `own_keys` that cannot work.
+
+        Raises:
+            PacaError: Names the key.
+        """
+
+    def check_planned(self, settings: Mapping[str, Any]) -> None:
+        """Refuse what memory can't be foretold for.
 
         Raises:
             PacaError: Names the key.
