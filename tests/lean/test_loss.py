@@ -91,12 +91,13 @@ def values_and_gradients(
     function: Any, hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, *settings: Any, entropy: float
 ) -> list[torch.Tensor]:
     x = hidden.clone().requires_grad_()
-    names = ("log_probs", "entropy", "is_top1")
-    logprobs, uncertainty, _, _, top1 = function.apply(x, weight, None, targets, *settings, names)
+    names = ("log_probs", "entropy", "mean_logits", "is_top1")
+    logprobs, uncertainty, _, mean, top1 = function.apply(x, weight, None, targets, *settings, names)
     arriving = torch.linspace(0.3, -0.7, len(targets), dtype=logprobs.dtype)
     (logprobs @ arriving + (entropy * uncertainty.sum() if entropy else 0)).backward()
     assert x.grad is not None
-    return [logprobs.detach(), uncertainty.detach(), top1, x.grad]
+    assert not mean.requires_grad
+    return [logprobs.detach(), uncertainty.detach(), top1, x.grad, mean]
 
 
 def exactly(
@@ -113,7 +114,7 @@ def exactly(
     arriving = torch.linspace(0.3, -0.7, len(targets), dtype=torch.float64)
     (logprobs @ arriving + (entropy * uncertainty.sum() if entropy else 0)).backward()
     assert x.grad is not None
-    return [logprobs.detach(), uncertainty.detach(), z.argmax(1) == targets, x.grad]
+    return [logprobs.detach(), uncertainty.detach(), z.argmax(1) == targets, x.grad, z.detach().mean(1)]
 
 
 @pytest.mark.parametrize("settings", [(1.0, 64, None, 1.0), (0.7, 64, None, 1.3), (0.7, 64, 4.0, 1.3)])
@@ -145,7 +146,7 @@ def test_log_probs_in_blocks_are_as_exact_as_trls(
     [
         ("a bias", {"bias": torch.zeros(30)}),
         ("another dtype", {"weight": torch.randn(30, 8, dtype=torch.bfloat16)}),
-        ("further outputs", {"outputs": ("log_probs", "mean_logits")}),
+        ("further outputs", {"outputs": ("log_probs", "log_sum_sq_probs")}),
         ("a trained weight", {"weight": torch.randn(30, 8, requires_grad=True)}),
     ],
 )

@@ -16,7 +16,7 @@ ROWS = 32
 """Positions are taken in multiples of this: oneDNN compiles a program for each number of rows, and keeps it."""
 TILE = 1024
 """Tokens of the vocabulary in one pass of the work by element, which then stays in the cache."""
-KNOWN = {"log_probs", "entropy", "is_top1"}
+KNOWN = {"log_probs", "entropy", "mean_logits", "is_top1"}
 
 
 class TokenLogProbs:
@@ -39,7 +39,7 @@ class TokenLogProbs:
         scale: float,
         outputs: tuple[str, ...],
     ) -> tuple[torch.Tensor | None, ...]:
-        """Return log-probabilities, entropy, `None`, `None`, and whether the target is the most likely; `[N]` each.
+        """Return log-probabilities, entropy, `None`, mean logits, whether the target is the most likely; `[N]` each.
 
         Args:
             hidden: Of shape `[N, H]`.
@@ -57,8 +57,11 @@ class TokenLogProbs:
         if bias is not None or mixed or trained or scale / temperature <= 0 or not KNOWN.issuperset(outputs):
             theirs = (hidden, weight, bias, targets, temperature, chunk, softcap, scale, outputs)
             return ChunkedLogProbFunction.apply(*theirs)
-        logprobs, entropy, top1 = _LogProbs.apply(hidden, weight, targets, temperature, chunk, softcap, scale)
-        return logprobs, entropy if "entropy" in outputs else None, None, None, top1 if "is_top1" in outputs else None
+        logprobs, entropy, mean, top1 = _LogProbs.apply(hidden, weight, targets, temperature, chunk, softcap, scale)
+        results = {"log_probs": logprobs, "entropy": entropy, "mean_logits": mean, "is_top1": top1}
+        wanted = {"log_probs", *outputs}
+        order = ("log_probs", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
+        return tuple(results[name] if name in wanted else None for name in order)
 
 
 class _LogProbs(torch.autograd.Function):
@@ -79,7 +82,8 @@ class _LogProbs(torch.autograd.Function):
         logits = hidden.new_empty(min(rows, _padded(count)), vocabulary)
         gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         logprobs = hidden.new_empty(count, dtype=_wide(hidden))
-        entropy, top1 = torch.empty_like(logprobs), torch.empty_like(targets, dtype=torch.bool)
+        entropy, mean = torch.empty_like(logprobs), torch.empty_like(logprobs)
+        top1 = torch.empty_like(targets, dtype=torch.bool)
         scores = _Scores(scale, softcap, temperature)
         for here in pieces(count, rows):
             some, target = hidden[here], targets[here, None]
@@ -89,21 +93,22 @@ class _LogProbs(torch.autograd.Function):
             largest, most_likely = block.max(1, keepdim=True)
             top1[here] = most_likely.eq(target).squeeze(1)
             of_target = scores.of(block.gather(1, target))
-            log_sum, uncertainty = scores.log_sum_and_entropy(block, scores.of(largest))
+            log_sum, uncertainty, average = scores.log_sum_entropy_and_mean(block, scores.of(largest))
             logprobs[here] = (of_target - log_sum).squeeze(1)
             entropy[here] = uncertainty.squeeze(1)
+            mean[here] = average.squeeze(1)
             if gradient is not None:
                 scores.replace_by_gradient(block, target, of_target, log_sum)
                 gradient[here] = torch.mm(logits[: len(some)], weight)[: len(target)]
         ctx.settings = (temperature, chunk, softcap, scale)
         ctx.save_for_backward(gradient, hidden, weight, targets)
-        ctx.mark_non_differentiable(top1)
-        return logprobs, entropy, top1
+        ctx.mark_non_differentiable(mean, top1)
+        return logprobs, entropy, mean, top1
 
     @staticmethod
     @first_order
     def backward(
-        ctx: Any, of_logprobs: torch.Tensor | None, of_entropy: torch.Tensor | None, _: None
+        ctx: Any, of_logprobs: torch.Tensor | None, of_entropy: torch.Tensor | None, *_: None
     ) -> tuple[torch.Tensor | None, ...]:
         gradient, hidden, weight, targets = ctx.saved_tensors
         if of_entropy is not None:  # a bonus for it, as GRPO can have: a training loss has none
@@ -140,15 +145,18 @@ class _Scores:
         slope = self.scale / self.temperature
         return slope if self.softcap is None else slope * (1 - (z * (self.temperature / self.softcap)) ** 2)
 
-    def log_sum_and_entropy(self, block: torch.Tensor, largest: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Log of the sum of the exponentials, and entropy, of each row; `largest` is subtracted before, `[N, 1]`."""
-        total, weighted = torch.zeros_like(largest), torch.zeros_like(largest)
+    def log_sum_entropy_and_mean(
+        self, block: torch.Tensor, largest: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Of each row the log of the sum of the exponentials, the entropy and the mean; `largest` of each, `[N, 1]`."""
+        total, weighted, plain = (torch.zeros_like(largest) for _ in range(3))
         for columns in pieces(block.shape[1], TILE):
-            z = self.of(block[:, columns]).sub_(largest)
-            e = z.exp()
+            z = self.of(block[:, columns])
+            plain += z.sum(1, keepdim=True)
+            e = z.sub_(largest).exp()
             total += e.sum(1, keepdim=True)
             weighted += e.mul_(z).sum(1, keepdim=True)
-        return largest + total.log(), total.log() - weighted / total
+        return largest + total.log(), total.log() - weighted / total, plain / block.shape[1]
 
     def replace_by_gradient(
         self, block: torch.Tensor, target: torch.Tensor, of_target: torch.Tensor, log_sum: torch.Tensor

@@ -92,7 +92,10 @@ def read_yaml(path: Path) -> tuple[Any, dict[str, int]]:
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
-        raise PacaError(f"There is no file {path}.{did_you_mean_path(path, _is_yaml)}") from None
+        hint = did_you_mean_path(path, _is_yaml) or (
+            f" (Working folder: {Path.cwd()}.) A YAML file describes a run: model.name and data.train are enough."
+        )
+        raise PacaError(f"There is no file {path}.{hint}") from None
     except (OSError, UnicodeDecodeError) as error:
         raise PacaError(f"{path} can't be read: {error}.") from error
     try:
