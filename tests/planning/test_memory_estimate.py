@@ -15,6 +15,7 @@ from paca.planning import MemoryEstimate, Setting, estimate
 from paca.planning.compiled_products import PROGRAM_BYTES
 from paca.planning.memory_estimate import FRAMEWORK, PROGRAMS, prepare_model, trace_step
 from paca.planning.repeated_blocks import copy_with_blocks, find_blocks
+from paca.planning.setting import Answering
 from paca.planning.simulated_step import simulate
 
 PACA = paca.PacaConfig(r=8)
@@ -58,6 +59,19 @@ def test_a_few_blocks_tell_what_the_whole_model_takes(
     assert few.flops == whole.flops
     peak, whole_peak = (max(sum(p.values()) for p in trace.peaks.values()) for trace in (few, whole))
     assert peak == pytest.approx(whole_peak, rel=0.001)
+
+
+@pytest.mark.parametrize("length", [4, 24, 44])
+def test_a_few_blocks_tell_what_answers_of_the_whole_model_take(length: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where most is held, reading prompts or making the last token, depends on the depth."""
+    shape = config("llama", num_hidden_layers=24, dtype=torch.float32)
+    answering = Answering(length, generation_batch_size=512)
+    setting = Setting(sequence_length=48, trainer="grpo", answering=answering)
+    few = estimate(shape, setting, paca.PacaConfig(r=8))
+    monkeypatch.setattr("paca.planning.memory_estimate.find_blocks", lambda model: None)
+    whole = estimate(shape, setting, paca.PacaConfig(r=8))
+    assert (few.moment, few.parts) == (whole.moment, whole.parts)
+    assert few.moment.startswith("reading prompts" if length == 4 else "making answers" if length == 44 else "")
 
 
 def test_parameters_are_those_of_the_real_model() -> None:

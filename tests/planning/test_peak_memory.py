@@ -14,6 +14,7 @@ from architectures import config
 import paca
 from paca.planning import Setting, estimate
 from paca.planning.memory_estimate import FRAMEWORK
+from paca.planning.setting import Answering
 
 GATED = {
     "hidden_size": 512,
@@ -97,6 +98,9 @@ def test_peak_memory_is_within_a_tenth_of_the_measured_resident_set(name: str, m
     settings = {**DEFAULTS, **setting}
     adapter = None if settings.pop("full", False) else paca.PacaConfig(r=8)
     shape = config(architecture, **{**options, "dtype": getattr(torch, options["dtype"])})
+    if "answers" in settings:
+        made = {"length": settings.pop("answer_length"), "generation_batch_size": settings.pop("answers")}
+        settings["answering"] = Answering(**made)
     planned = estimate(shape, Setting(**settings), adapter)
     total = planned.total - planned.parts[FRAMEWORK]
     print(f"{name}: planned {total / 2**20:.0f} MiB, measured {measured[name] / 2**20:.0f} MiB")

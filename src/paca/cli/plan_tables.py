@@ -37,8 +37,9 @@ def show_estimate(console: Console, outcome: Outcome) -> None:
         f"to save memory: {setting.techniques()}",
     )
     if setting.answers:
-        made = f"{setting.answers} answers of up to {setting.answer_length} tokens"
-        say(console, f"{made} are made at a time. The times are those of learning from them alone.")
+        assert setting.answering is not None
+        made = f"{setting.answers} answers of up to {setting.answering.length} tokens"
+        say(console, f"{made} are made at a time. Times are those of learning from them, all of that length, alone.")
     if target.lengths is not None:
         say(console, f"The length is that of {target.lengths}.")
     if target.positions is not None and setting.sequence_length > target.positions:
@@ -176,7 +177,8 @@ def yaml_lines(setting: Setting, target: Target) -> list[str]:
     given = target.setting
     names = ("quantization", "lean", "recompute")
     model = {name: getattr(setting, name) for name in names if getattr(setting, name) or getattr(given, name)}
-    train: dict[str, Any] = {} if target.counts == "images" else {"max_length": setting.sequence_length}
+    of_data = target.counts == "images" or setting.answering is not None  # then its lengths are no setting
+    train: dict[str, Any] = {} if of_data else {"max_length": setting.sequence_length}
     train["per_device_train_batch_size"] = setting.batch_size
     train["gradient_accumulation_steps"] = setting.gradient_accumulation
     if setting.checkpointing or given.checkpointing:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
@@ -14,21 +14,44 @@ from paca.planning.live_memory import LiveMemory
 CACHE = "keys and values"
 
 
-def make_answers(model: PreTrainedModel, memory: LiveMemory, answers: int, length: int, new_tokens: int) -> None:
+PROMPTS, LAST = "reading prompts", "making answers"
+
+
+def make_answers(
+    model: PreTrainedModel, backbone: nn.Module, memory: LiveMemory, answers: int, length: int, new_tokens: int
+) -> list[str]:
     """Run the prompts and the last token of `answers` sequences, as `generate` does, without values.
 
     Args:
         model: On fake tensors.
+        backbone: The module of it that gives the last hidden states.
         memory: Follows what is allocated; it is active.
         answers: Made at a time.
         length: Of prompt and answer, in tokens.
         new_tokens: Of the answer.
+
+    Returns:
+        The windows of `memory` for each stretch, in each of which the number of blocks does not decide what is fullest.
+
+    Raises:
+        RuntimeError: The model does not run so.
     """
-    prompt = length - new_tokens
+    prompt, windows = length - new_tokens, []
     cache = _Followed(model.config, memory)
-    _pick(_logits(model, cache, torch.zeros(answers, prompt, dtype=torch.int64), prompt))
-    cache.lengthen(length - 1)
-    _pick(_logits(model, cache, torch.zeros(answers, 1, dtype=torch.int64), length))
+    for name, tokens, seen in ((PROMPTS, prompt, prompt), (LAST, 1, length)):
+        if name == LAST:
+            cache.lengthen(length - 1)
+        memory.begin_window(name)
+        output = f"{name}, output layer"
+        hook = backbone.register_forward_hook(lambda *_, output=output: memory.begin_window(output))
+        try:
+            _pick(_logits(model, cache, torch.zeros(answers, tokens, dtype=torch.int64), seen))
+        except (AttributeError, IndexError, TypeError, ValueError) as error:  # a model that keeps something else
+            raise RuntimeError(f"it can't be made to answer: {error}") from error
+        finally:
+            hook.remove()
+        windows += [name, output]
+    return windows
 
 
 class _Followed(DynamicCache):

@@ -39,7 +39,7 @@ def warn_if_too_large(model: PlannedModel, setting: Setting, available: int) -> 
         return None
     largest = next(iter(needed.parts))
     images = task_of(root_of(model)) == "images"
-    batch = f"{setting.batch_size} {'images' if images else f'sequences of {setting.sequence_length} tokens'}"
+    batch = setting.batch_in_words(images)
     return (
         f"This run needs about {format_bytes(needed.total)} ({batch} at a time), and {format_bytes(available)} are "
         f"available. The largest part is {largest}: {format_bytes(needed.parts[largest])}. `paca plan` finds settings "

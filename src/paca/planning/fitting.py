@@ -15,7 +15,7 @@ from paca.messages.errors import PacaError
 from paca.messages.units import format_bytes
 from paca.planning.device_rates import DequantizeRate, MatmulRate, fixed_rate
 from paca.planning.memory_estimate import FRAMEWORK, MemoryEstimate, PlannedModel, estimate, prepare_model
-from paca.planning.setting import Setting
+from paca.planning.setting import PAIRED, Setting
 from paca.planning.step_trace import WEIGHTS
 
 LEAN_TIME, LEAN_TIME_ON_CPU = 1.02, 0.97
@@ -121,7 +121,18 @@ def fit(
             f"The global batch is {global_batch} sequences, which batches of {batch_size} don't make up. Give a "
             "multiple of the batch."
         )
-    sizes = [size for size in range(1, global_batch + 1) if global_batch % size == 0 and batch_size in (None, size)]
+    sizes = [
+        size
+        for size in range(1, global_batch + 1)
+        if global_batch % size == 0
+        and batch_size in (None, size)
+        and replace(base, batch_size=size, gradient_accumulation=global_batch // size).answers_go_round
+    ]
+    if not sizes:
+        raise PacaError(
+            f"No batch of the {global_batch} answers in a step makes whole groups of answers to a prompt "
+            "(train.num_generations). Give another --global-batch or --batch-size."
+        )
     quantizations = quantizations or (base.quantization,)
     rate = rate or fixed_rate(1e12)
     refused: dict[str, None] = {}
@@ -234,12 +245,14 @@ def _nothing_fits(candidates: list[Candidate], memory: int) -> str:
             f"{nothing}: the weights ({smallest.weights}) and the framework alone take {format_bytes(fixed)} and leave "
             f"no room. Take a smaller model{fewer}."
         )
-    size = smallest.setting.batch_size
-    batch = "one sequence" if size == 1 else f"{size} sequences"
+    size, pairs = smallest.setting.batch_size, smallest.setting.trainer in PAIRED
+    batch = f"one {'pair' if pairs else 'sequence'}" if size == 1 else f"{size} {'pairs' if pairs else 'sequences'}"
+    made = smallest.setting.answers
+    answers = f" and with fewer answers at a time (now {made}; train.steps_per_generation)" if made else ""
     return (
         f"{nothing}: the least is {format_bytes(smallest.total)}, with {batch} at a time and "
         f"{smallest.setting.techniques()}. Of that, {format_bytes(fixed)} are weights and framework; the rest shrinks "
-        f"with the sequence length (now {smallest.setting.sequence_length})."
+        f"with the sequence length (now {smallest.setting.sequence_length}){answers}."
     )
 
 

@@ -48,7 +48,7 @@ def inputs_of(model: PreTrainedModel, setting: Setting, batch_size: int, padded:
     rows = 2 * batch_size if paired else batch_size  # the chosen answers, then the rejected ones
     tokens = torch.zeros(rows, setting.sequence_length, dtype=torch.int64)
     inputs = {"input_ids": tokens}
-    if padded or paired or setting.trainer == "grpo":
+    if padded or paired:
         inputs["attention_mask"] = tokens.clone()
     if task == "text":
         return {**inputs, "labels": tokens.clone()}
@@ -87,8 +87,8 @@ def loss_of(
             log_probs = log_probs - compared
         chosen, rejected = log_probs.chunk(2)
         return -logsigmoid(chosen - rejected).mean()
-    if setting.trainer == "grpo":  # as TRL's GRPOTrainer: a ratio to what they were when the answers were made
-        log_probs = result.log_probs[:, -setting.answer_length :]
+    if setting.answering is not None:  # as TRL's GRPOTrainer: a ratio to what they were when the answers were made
+        log_probs = result.log_probs[:, -setting.answering.length :]
         ratio = torch.exp(log_probs - log_probs.detach())
         return -torch.min(ratio, ratio.clamp(0.8, 1.2)).sum(1).mean()
     if task != "pairs":

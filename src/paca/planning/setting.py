@@ -17,6 +17,22 @@ ALWAYS_CHUNKED = ("dpo", "grpo")
 
 
 @dataclass(frozen=True)
+class Answering:
+    """How a model answers what it learns from (`grpo`)."""
+
+    length: int
+    """Tokens of an answer, at most; they are part of a sequence."""
+    num_generations: int = 1
+    """Answers to a prompt."""
+    steps_per_generation: int | None = None
+    """Forward passes for which answers are made at a time; None: those of an optimizer step."""
+    generation_batch_size: int | None = None
+    """Answers that are made at a time, where it is not what such passes take."""
+    num_iterations: int = 1
+    """How often each answer is learned from."""
+
+
+@dataclass(frozen=True)
 class Setting:
     """One way to train a given model; PacaError for a number below 1, or settings that exclude each other."""
 
@@ -55,10 +71,10 @@ class Setting:
     """As `train.trainer` of a run."""
     reference: Literal["without adapter"] | torch.dtype | None = None
     """What the trained model is held against: itself, with its adapter off, or a second copy of it, of a dtype."""
-    answer_length: int = 0
-    """Tokens of `sequence_length` that the model makes itself (`grpo`)."""
-    answers: int = 0
-    """How many answers it makes at a time."""
+    disable_dropout: bool = False
+    """Whether the trainer sets every dropout to zero."""
+    answering: Answering | None = None
+    """How the model answers, where it does."""
 
     def __post_init__(self) -> None:
         for name in ("sequence_length", "lengths", "batch_size", "gradient_accumulation"):
@@ -72,10 +88,10 @@ class Setting:
                 f"A run of train.trainer: {self.trainer} never holds all logits, so there is no other loss to plan. "
                 "Leave out --loss."
             )
-        if self.answer_length >= self.sequence_length:
+        if self.answering is not None and self.answering.length >= self.sequence_length:
             raise PacaError(
                 f"Sequences of {self.sequence_length} tokens leave no room for a prompt, as answers "
-                f"(train.max_completion_length) have up to {self.answer_length}. Give both together (--seq)."
+                f"(train.max_completion_length) have up to {self.answering.length}. Give both together (--seq)."
             )
         if self.device not in ("cpu", "cuda"):
             raise PacaError(f"Plans can be made for the devices 'cpu' and 'cuda', not for {self.device!r}.")
@@ -98,15 +114,48 @@ class Setting:
     @property
     def masked(self) -> bool:
         """Whether attention gets a mask."""
+        if self.trainer in (*PAIRED, "grpo"):
+            return True
         return self.batch_size > 1 if self.padded is None else self.padded
+
+    @property
+    def answers(self) -> int:
+        """How many answers are made at a time."""
+        if self.answering is None:
+            return 0
+        passes = self.answering.steps_per_generation or self.gradient_accumulation
+        return self.answering.generation_batch_size or self.batch_size * passes
+
+    @property
+    def answers_go_round(self) -> bool:
+        """Whether the answers that are made at a time are whole groups, and whole batches."""
+        if self.answering is None:
+            return True
+        return self.answers % self.answering.num_generations == 0 and self.answers % self.batch_size == 0
+
+    @property
+    def answers_within_a_step(self) -> bool:
+        """Whether answers are made while gradients wait for further passes."""
+        if self.answering is None:
+            return False
+        return self.answers // self.batch_size * self.answering.num_iterations % self.gradient_accumulation != 0
 
     def as_dict(self) -> dict[str, Any]:
         """The fields as JSON can hold them."""
-        values = {**dataclasses.asdict(self), "padded": self.masked}
+        values = {**dataclasses.asdict(self), "padded": self.masked, "answers": self.answers}
         return {
             name: str(value).removeprefix("torch.") if isinstance(value, torch.dtype) else value
             for name, value in values.items()
         }
+
+    def batch_in_words(self, images: bool = False) -> str:
+        """What is in a forward pass."""
+        count = self.batch_size
+        if images:
+            return f"{count} images"
+        kind = "pair" if self.trainer in PAIRED else "sequence"
+        of = " of 2 sequences" if self.trainer in PAIRED else ""
+        return f"{count} {kind}{'' if count == 1 else 's'}{of} of {self.sequence_length} tokens"
 
     def techniques(self) -> str:
         """What is done to save memory, in words."""

@@ -9,29 +9,26 @@ from __future__ import annotations
 import copy
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import torch
-import transformers.activations
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
-from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
-from trl.trainer.utils import add_fused_lm_head
+from trl.trainer.utils import add_fused_lm_head, disable_dropout_in_model
 
 from paca.lean import make_lean
 from paca.messages.errors import PacaError, first_line
 from paca.planning.answering import make_answers
 from paca.planning.fake_model import make_fake, without_values
 from paca.planning.live_memory import LiveMemory
+from paca.planning.module_stack import ModuleStack
 from paca.planning.operators import Operator
 from paca.planning.optimizer_state import state_bytes, step_temporaries, stepped
 from paca.planning.passes import inputs_of, loss_of
 from paca.planning.quantized_layers import states
-from paca.planning.setting import Setting
+from paca.planning.setting import Answering, Setting
 from paca.planning.step_trace import (
     ACTIVATIONS,
     GRADIENTS,
@@ -43,14 +40,6 @@ from paca.planning.step_trace import (
     WEIGHTS,
     StepTrace,
 )
-
-LINEAR = "linear layers"
-ATTENTION = "attention"
-MLP = "MLP"
-NORM = "norms"
-RESIDUAL = "residual stream"
-
-_ACTIVATION_FILES = (nn.SiLU.__module__, transformers.activations.__name__)
 
 _OUTPUTS = {
     "sft": ("log_probs", "entropy", "is_top1"),
@@ -84,6 +73,8 @@ def simulate(
     copied = setting.reference
     reference = _copy_of(model, copied, setting) if isinstance(copied, torch.dtype) else None
     model.train()
+    if setting.disable_dropout:
+        disable_dropout_in_model(model)
     if setting.lean:
         make_lean(model, recompute=setting.recompute)
     if setting.checkpointing:
@@ -147,10 +138,11 @@ class _Simulation:
             self.memory = memory
             peaks["evaluation"] = self._evaluation(setting.eval_batch_size, trainable)
             peaks["evaluation"][OPTIMIZER] += state
-        if setting.answers:
+        if setting.answering is not None:
             self.memory = memory
-            peaks["making answers"] = self._answering(trainable)
-            peaks["making answers"][OPTIMIZER] += state
+            for name, peak in self._answering(setting.answering, trainable).items():
+                peaks[name] = peak
+                peak[OPTIMIZER] += state
         return StepTrace(saved, peaks, operators, dequantized)
 
     def _evaluation(self, batch_size: int, trainable: list[nn.Parameter]) -> Counter[str]:
@@ -163,17 +155,29 @@ class _Simulation:
             self._forward(inputs_of(self.model, self.setting, batch_size, padded=batch_size > 1))
         return self.memory.peaks()["evaluation"]
 
-    def _answering(self, trainable: list[nn.Parameter]) -> Counter[str]:
-        """What making the answers that are learned from holds at its fullest."""
-        setting = self.setting
+    def _answering(self, answering: Answering, trainable: list[nn.Parameter]) -> dict[str, Counter[str]]:
+        """What making the answers that are learned from holds at its fullest, for each stretch of it."""
+        setting, autocast = self.setting, self.setting.autocast
         for parameter in trainable:
-            parameter.grad = None
-        self.memory.begin_window("answering")
+            if not setting.answers_within_a_step:
+                parameter.grad = None
+            elif parameter.grad is None:  # an evaluation came before
+                parameter.grad = torch.empty_like(parameter)
+                self.memory.note([parameter.grad], GRADIENTS)
         self.memory.region = TEMPORARIES
-        with self.memory, torch.no_grad():
-            made = max(setting.answers, setting.eval_batch_size or 0)
-            make_answers(self.model, self.memory, made, setting.sequence_length, setting.answer_length)
-        return self.memory.peaks()["answering"]
+        adapted = any(isinstance(module, BaseTunerLayer) for module in self.model.modules())
+        made = max(setting.answers, setting.eval_batch_size or 0)
+        with (
+            self.memory,
+            torch.no_grad(),
+            # PEFT's `generate` is that of the model inside, around which accelerate has no autocast.
+            torch.autocast("cpu", dtype=autocast, enabled=autocast is not None and not adapted),
+        ):
+            windows = make_answers(
+                self.model, self.backbone, self.memory, made, setting.sequence_length, answering.length
+            )
+        peaks = self.memory.peaks()
+        return {name: peaks[name] for name in windows}
 
     def _steady(self, inputs: dict[str, Tensor], trainable: list[nn.Parameter]) -> Counter[Operator]:
         """What a later step runs: the first one also writes columns anew and makes the optimizer's state."""
@@ -246,47 +250,3 @@ def _checkpoint_blocks(model: PreTrainedModel) -> None:
     # transformers >= 5.2x has the first name; the other one is on its way out.
     enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
     enable({"use_reentrant": False})
-
-
-def _own_kind(module: nn.Module) -> str | None:
-    """The kind that the module's class speaks for; None if only what it is in can tell."""
-    name = type(module).__name__.lower()
-    if isinstance(module, (BaseTunerLayer, nn.Linear, Conv1D, nn.Conv2d)):
-        return LINEAR
-    if "norm" in name:
-        return NORM
-    if "attention" in name or "attn" in name or "rotary" in name:
-        return ATTENTION
-    if any(word in name for word in ("mlp", "feedforward", "expert")) or type(module).__module__ in _ACTIVATION_FILES:
-        return MLP
-    return None
-
-
-class ModuleStack:
-    """The modules that are running, outermost first."""
-
-    def __init__(self) -> None:
-        self.running: list[nn.Module] = []
-
-    def kind(self) -> str:
-        """The kind of the innermost running module that has one."""
-        return next(filter(None, map(_own_kind, reversed(self.running))), RESIDUAL)
-
-    @contextmanager
-    def following(self, after: Callable[[nn.Module, Any], None]) -> Iterator[None]:
-        """Keep `running` up to date, and call `after(module, output)` when a module's forward has ended."""
-
-        def enter(module: nn.Module, args: Any) -> None:
-            self.running.append(module)
-
-        def leave(module: nn.Module, args: Any, output: Any) -> None:
-            assert self.running.pop() is module
-            after(module, output)
-
-        handles = (register_module_forward_pre_hook(enter), register_module_forward_hook(leave))
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
-            self.running.clear()

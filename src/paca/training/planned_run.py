@@ -59,7 +59,6 @@ def target_of_run(
     """
     config = load_run_config(path, overrides)
     kind = trainer_kind(config.train)
-    kind.check_planned(config.train)
     held_out, config.data.eval = config.data.eval, None  # what is split off the training data counts as well
     texts = kind.name in ("sft", "dpo", "grpo")  # whose head has no labels
     data, unread = (None, None) if texts and sequence_length is not None else _read(config, kind)
@@ -79,6 +78,7 @@ def target_of_run(
     )
     if batch_size is not None:
         config.train["per_device_train_batch_size"] = batch_size
+    kind.check_planned(config.train)
     longest, typical, different = (1 if kind.counts == "images" else None), None, 1
     lengths = unread if kind.counts == "tokens" else None
     if sequence_length is not None:

@@ -10,9 +10,9 @@ import torch
 from paca.messages.errors import PacaError
 from paca.planning import Setting
 from paca.planning.optimizer_state import known, optimizer_of
+from paca.planning.setting import ALWAYS_CHUNKED, Answering
 from paca.planning.target import outline_of
 from paca.training.config.run_config import RunConfig
-from paca.training.trainers.grpo import answers_at_a_time
 
 
 def setting_of_run(config: RunConfig, device: str, longest: int | None = None, lengths: int = 1) -> Setting:
@@ -33,7 +33,6 @@ def setting_of_run(config: RunConfig, device: str, longest: int | None = None, l
         raise PacaError("train.max_length is null, so sequences have no limit to plan for; set it, or give --seq.")
     optimizer, multiple = optimizer_of(train), train.get("pad_to_multiple_of")
     trainer = train.get("trainer") or "sft"
-    answers = trainer == "grpo"
     return Setting(
         sequence_length=min(limits),
         batch_size=train["per_device_train_batch_size"],
@@ -42,7 +41,7 @@ def setting_of_run(config: RunConfig, device: str, longest: int | None = None, l
         lean=config.model.lean,
         recompute=config.model.recompute,
         checkpointing=bool(train.get("gradient_checkpointing") or train.get("activation_checkpointing")),
-        chunked_loss=not holds_all_logits(train),
+        chunked_loss=trainer in ALWAYS_CHUNKED or not holds_all_logits(train),
         quantization=config.model.quantization,
         padded=True if train.get("packing") or train.get("padding_free") else None,
         autocast=torch.bfloat16 if train.get("bf16") else torch.float16 if train.get("fp16") else None,
@@ -53,8 +52,18 @@ def setting_of_run(config: RunConfig, device: str, longest: int | None = None, l
         lengths=-(-lengths // multiple) if isinstance(multiple, int) else lengths,
         trainer=trainer,
         reference=_reference(config, trainer),
-        answer_length=train["max_completion_length"] if answers else 0,
-        answers=answers_at_a_time(train, 1) if answers else 0,
+        disable_dropout=bool(train.get("disable_dropout", trainer == "dpo")),
+        answering=_answering(train) if trainer == "grpo" else None,
+    )
+
+
+def _answering(train: Mapping[str, Any]) -> Answering:
+    return Answering(
+        train["max_completion_length"],
+        train["num_generations"],
+        train.get("steps_per_generation"),
+        train.get("generation_batch_size"),
+        train.get("num_iterations") or 1,
     )
 
 

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+import yaml
+from peft import LoraConfig
 from typer.testing import CliRunner
 
 from paca.cli import app
 from paca.messages.errors import PacaError
 from paca.planning import estimate
-from paca.planning.step_trace import WEIGHTS
+from paca.planning.memory_estimate import prepare_model, root_of, trace_step
+from paca.planning.step_trace import GRADIENTS, WEIGHTS
 from paca.planning.target import Target
 from paca.training.planned_run import target_of_run
 
@@ -72,21 +77,22 @@ def test_a_model_that_is_trained_whole_is_held_twice(in_full: Callable[[str], Pa
 
 def test_answers_that_are_made_together_take_memory_together(planned: Planned) -> None:
     few = planned("grpo", "train.max_completion_length=64")
-    assert (few.setting.answers, few.setting.answer_length) == (4, 64)
+    assert few.setting.answering is not None
+    assert (few.setting.answers, few.setting.answering.length) == (4, 64)
     assert few.setting.sequence_length > 64
     assert (few.lengths or "").endswith(", with an answer of 64 tokens")
     shape = few.model.config
     heads, width = shape.num_key_value_heads, shape.hidden_size // shape.num_attention_heads
     token = 2 * shape.num_hidden_layers * heads * width * 4
-    for length, passes, most_when in ((64, 100, "prompts are read"), (2000, 2000, "the last token is made")):
+    for length, passes, most_when in ((64, 100, "reading prompts"), (2000, 2000, "making answers")):
         changes = (f"train.max_completion_length={length}", f"train.gradient_accumulation_steps={passes}")
         many = planned("grpo", *changes)
         answers = many.setting.answers
         assert answers == 4 * passes
         result = estimate(many.model, many.setting, many.adapter)
-        assert result.moment == "making answers"
+        assert result.moment == most_when
         held, tokens = result.parts["keys and values"], many.setting.sequence_length
-        if most_when == "prompts are read":
+        if most_when == "reading prompts":
             assert held == answers * token * (tokens - length)
         else:  # each layer's keys and values grow by being copied
             assert answers * token * (tokens - 1) <= held <= 1.6 * answers * token * tokens
@@ -104,9 +110,11 @@ def test_what_is_printed_says_what_is_in_a_pass(workspace: Path) -> None:
     [
         (["data.train=openai/gsm8k:main"], None, "How long the prompts are is not known: openai/gsm8k.*Give --seq"),
         ([], 6, "Sequences of 6 tokens leave no room for a prompt"),
-        (["train.use_vllm=true"], None, "not foretold: train.use_vllm makes answers in memory of its own"),
+        (["train.use_vllm=true"], None, "not foretold: with train.use_vllm answers take other memory"),
         (["train.reward_funcs=someone/judge"], None, "the reward model someone/judge is held beside it"),
         (["train.max_completion_length=null"], None, "train.max_completion_length is null"),
+        (["train.num_generations=3"], 64, "4 answers are made at a time"),
+        (["train.num_generations=3"], None, "4 answers are made at a time"),
     ],
 )
 def test_a_plan_of_answers_that_can_not_be_made_says_why(
@@ -114,6 +122,53 @@ def test_a_plan_of_answers_that_can_not_be_made_says_why(
 ) -> None:
     with pytest.raises(PacaError, match=message):
         planned("grpo", *changes, seq=seq)
+
+
+def test_what_a_search_finds_is_what_a_run_trains(workspace: Path, planned: Planned) -> None:
+    run = workspace / "grpo.yaml"
+    command = ["plan", str(run), "--memory", "2GiB", "--global-batch", "24", "--rate", "1"]
+    found = json.loads(CliRunner().invoke(app, [*command, "--json"]).stdout)
+    assert found["setting"]["answers"] == 24
+    lines = CliRunner().invoke(app, command).stdout.partition("In a run's YAML:")[2]
+    settings = yaml.safe_load("\n".join(line[2:] for line in lines.strip("\n").splitlines()))
+    changes = [f"{section}.{key}={value}" for section, keys in settings.items() for key, value in keys.items()]
+    assert planned("grpo", *changes).setting.answers == 24
+    passes = ["--set", "train.steps_per_generation=2", "--json"]
+    tried = json.loads(CliRunner().invoke(app, [*command, *passes]).stdout)["candidates"]
+    assert all(one["setting"]["answers"] == 2 * one["setting"]["batch_size"] for one in tried)
+    assert not any(one["setting"]["answers"] % 4 for one in tried)
+    none = CliRunner().invoke(app, [*command[:4], "--global-batch", "6"])
+    assert "No batch of the 6 answers" in str(none.exception)
+
+
+def test_gradients_wait_where_answers_are_made_within_a_step(planned: Planned) -> None:
+    passes = ("train.gradient_accumulation_steps=4", "train.max_completion_length=2000")
+    whole, within = (
+        planned("grpo", *passes, f"train.generation_batch_size={count}", "train.num_generations=2") for count in (64, 8)
+    )
+    assert (whole.setting.answers_within_a_step, within.setting.answers_within_a_step) == (False, True)
+    traces = [
+        trace_step(root_of(prepare_model(each.model, each.adapter)), each.setting).peaks["making answers"]
+        for each in (whole, within)
+    ]
+    assert [trace[GRADIENTS] > 0 for trace in traces] == [False, True]
+
+
+def test_dropout_counts_where_the_trainer_leaves_it_on(planned: Planned) -> None:
+    assert planned("dpo").setting.disable_dropout
+    assert not planned("dpo", "train.disable_dropout=false").setting.disable_dropout
+    assert not planned("grpo").setting.disable_dropout
+    target = planned("dpo")
+    adapter = LoraConfig(r=4, lora_dropout=0.1, target_modules="all-linear", task_type="CAUSAL_LM")
+    off, on = (
+        estimate(target.model, replace(target.setting, disable_dropout=disabled), adapter).activations
+        for disabled in (True, False)
+    )
+    assert off < on
+
+
+def test_label_smoothing_is_no_matter_of_pairs(planned: Planned) -> None:
+    assert planned("dpo", "train.label_smoothing_factor=0.1").setting.chunked_loss
 
 
 def test_log_probabilities_have_no_other_loss(workspace: Path) -> None:

@@ -29,12 +29,10 @@ from paca.training.trainers.reward_functions import BUILT_IN, check_columns, fin
 from paca.training.trainers.weighed_batches import WeighsBatches
 
 _OTHER_GENERATORS = (
-    "use_vllm",
-    "use_transformers_paged",
-    "use_transformers_continuous_batching",
-    "cache_implementation",
+    *("use_vllm", "use_transformers_paged", "use_transformers_continuous_batching"),
+    *("cache_implementation", "generation_kwargs", "cast_lm_head_to_fp32"),
 )
-"""Settings by which answers are made in other ways than by `generate` with a cache that grows."""
+"""Settings by which answers are made in other ways than by `generate` with a cache that grows, or take other memory."""
 
 
 class _GrpoTrainer(WeighsBatches, GRPOTrainer):  # type: ignore[misc]
@@ -68,14 +66,15 @@ class Grpo(TrainerKind):
         check_pattern(settings.get("answer_pattern"), "train.answer_pattern")
 
     def check_planned(self, settings: Mapping[str, Any]) -> None:
-        """Answers are made here, by transformers, up to a length that is known; rewards need no models."""
+        """Answers are made here, in whole groups, by transformers, up to a known length; rewards need no models."""
+        _check_groups(settings, 1)
         elsewhere = [name for name in _OTHER_GENERATORS if settings.get(name)]
         models = [reward.name for reward in find_rewards(settings) if reward.function is None]
         if elsewhere:
-            why = f"train.{elsewhere[0]} makes answers in memory of its own"
+            why = f"with train.{elsewhere[0]} answers take other memory"
         elif models:
             why = f"the reward model {models[0]} is held beside it"
-        elif "max_completion_length" in settings and settings["max_completion_length"] is None:
+        elif settings["max_completion_length"] is None:
             why = "train.max_completion_length is null, so answers have no limit"
         else:
             return
@@ -110,13 +109,7 @@ class Grpo(TrainerKind):
         Raises:
             PacaError: They are not.
         """
-        answers = answers_at_a_time(config.train, processes := launched_processes())
-        if answers % config.train["num_generations"]:
-            raise PacaError(
-                f"{answers} answers are made at a time (train.per_device_train_batch_size × accumulated batches, in "
-                f"{processes} processes). train.num_generations: {config.train['num_generations']} does not divide it. "
-                "Change one of them."
-            )
+        _check_groups(config.train, launched_processes())
         tokenizer = tokenizer_of(config)
         sample = take_sample(data.train, tokenizer, partial(_prompt, tokenizer))
         return replace(data, sample=sample.followed_by(lambda _: [("… the model's own answer", True)]))
@@ -179,6 +172,16 @@ def _prompt(tokenizer: PreTrainedTokenizerBase, example: Example) -> list[Tokens
     text = render(tokenizer, prompt, example[ORIGIN], add_generation_prompt=True) if chat else prompt
     ids = tokenizer(text, add_special_tokens=not chat)["input_ids"]
     return [Tokens(ids, [IGNORED] * len(ids))]
+
+
+def _check_groups(train: Mapping[str, Any], processes: int) -> None:
+    answers = answers_at_a_time(train, processes)
+    if answers % train["num_generations"]:
+        raise PacaError(
+            f"{answers} answers are made at a time (train.per_device_train_batch_size × accumulated batches, in "
+            f"{processes} processes). train.num_generations: {train['num_generations']} does not divide it. "
+            "Change one of them."
+        )
 
 
 def answers_at_a_time(train: Mapping[str, Any], processes: int) -> int:
