@@ -78,10 +78,10 @@ for task in "$@"; do
                 changed=(--set train.max_steps=300 --set train.lr_scheduler_type=linear)
                 methods=paca-256=$folder/columns256.yaml,lora-tuned,lora
                 ;;
-            gsm8k-long-memory) # its rows of paca-256 are those of equal time; lora is to be run yet
+            gsm8k-long-memory) # its rows of paca-256 are those of equal time
                 config=gsm8k rates=4.87e-4,7.8e-4,1.25e-3
                 changed=(--set train.max_steps=300 --set train.lr_scheduler_type=linear)
-                methods=paca-256=$folder/columns256.yaml,lora-tuned
+                methods=paca-256=$folder/columns256.yaml,lora-tuned,lora
                 ;;
             arc-wide-memory) # the committed rows of LoRA are those of arc-memory
                 config=arc rates=7.8e-4,1.25e-3
