@@ -149,6 +149,8 @@ def test_a_recipe_for_a_card_fits_it_by_its_plan(folder: str, card: int) -> None
         "recipes/24gb/qwen3-14b-sft.yaml",
         "recipes/paper/mmlu-llama3-8b-lora.yaml",
         "recipes/24gb/llama3.2-1b-classification.yaml",
+        "recipes/24gb/qwen3-4b-dpo.yaml",
+        "recipes/24gb/qwen3-4b-grpo.yaml",
     ],
 )
 def test_the_memory_in_a_header_is_what_is_planned(name: str) -> None:
