@@ -57,7 +57,8 @@ class TokenLogProbs:
         if bias is not None or mixed or trained or scale / temperature <= 0 or not KNOWN.issuperset(outputs):
             theirs = (hidden, weight, bias, targets, temperature, chunk, softcap, scale, outputs)
             return ChunkedLogProbFunction.apply(*theirs)
-        logprobs, entropy, mean, top1 = _LogProbs.apply(hidden, weight, targets, temperature, chunk, softcap, scale)
+        settings = (temperature, chunk, softcap, scale)
+        logprobs, entropy, mean, top1 = _LogProbs.apply(hidden, weight, targets, *settings, "mean_logits" in outputs)
         results = {"log_probs": logprobs, "entropy": entropy, "mean_logits": mean, "is_top1": top1}
         wanted = {"log_probs", *outputs}
         order = ("log_probs", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
@@ -75,6 +76,7 @@ class _LogProbs(torch.autograd.Function):
         chunk: int,
         softcap: float | None,
         scale: float,
+        averages: bool,
     ) -> tuple[torch.Tensor, ...]:
         ctx.set_materialize_grads(False)
         count, (vocabulary, _) = len(hidden), weight.shape
@@ -93,7 +95,7 @@ class _LogProbs(torch.autograd.Function):
             largest, most_likely = block.max(1, keepdim=True)
             top1[here] = most_likely.eq(target).squeeze(1)
             of_target = scores.of(block.gather(1, target))
-            log_sum, uncertainty, average = scores.log_sum_entropy_and_mean(block, scores.of(largest))
+            log_sum, uncertainty, average = scores.log_sum_entropy_and_mean(block, scores.of(largest), averages)
             logprobs[here] = (of_target - log_sum).squeeze(1)
             entropy[here] = uncertainty.squeeze(1)
             mean[here] = average.squeeze(1)
@@ -120,7 +122,7 @@ class _LogProbs(torch.autograd.Function):
             total = torch.autograd.grad([logprobs, entropy], again, [of_logprobs, of_entropy])[0]
         else:
             total = None if of_logprobs is None else (gradient * of_logprobs[:, None]).to(gradient.dtype)
-        return total, *(None,) * 6
+        return total, *(None,) * 7
 
 
 class _Scores:
@@ -146,13 +148,20 @@ class _Scores:
         return slope if self.softcap is None else slope * (1 - (z * (self.temperature / self.softcap)) ** 2)
 
     def log_sum_entropy_and_mean(
-        self, block: torch.Tensor, largest: torch.Tensor
+        self, block: torch.Tensor, largest: torch.Tensor, averages: bool
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Of each row the log of the sum of the exponentials, the entropy and the mean; `largest` of each, `[N, 1]`."""
+        """Of each row the log of the sum of the exponentials, the entropy and, with `averages`, the mean.
+
+        Args:
+            block: Logits, `[N, V]`.
+            largest: Of each row, `[N, 1]`.
+            averages: Whether the mean is asked for; else it is 0.
+        """
         total, weighted, plain = (torch.zeros_like(largest) for _ in range(3))
         for columns in pieces(block.shape[1], TILE):
             z = self.of(block[:, columns])
-            plain += z.sum(1, keepdim=True)
+            if averages:
+                plain += z.sum(1, keepdim=True)
             e = z.sub_(largest).exp()
             total += e.sum(1, keepdim=True)
             weighted += e.mul_(z).sum(1, keepdim=True)
