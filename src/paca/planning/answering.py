@@ -12,8 +12,6 @@ from transformers.cache_utils import DynamicLayer
 from paca.planning.live_memory import LiveMemory
 
 CACHE = "keys and values"
-
-
 PROMPTS, LAST = "reading prompts", "making answers"
 
 

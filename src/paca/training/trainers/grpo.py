@@ -79,7 +79,7 @@ class Grpo(TrainerKind):
         else:
             return
         raise PacaError(
-            f"The memory of this run is not foretold: {why}. `paca plan ... --set` that key otherwise plans the rest."
+            f"The memory of this run is not foretold: {why}. Change that key (--set), and add what it takes."
         )
 
     def defaults(self, settings: Mapping[str, Any]) -> dict[str, Any]:
