@@ -16,8 +16,9 @@ from paca.training.config import adapter_settings
 
 LOOK_AT_VALUES = {"SHADOW", "VBLORA", "WAVEFT"}
 """As docs/guides/training.md names them."""
-ADD_TO_THE_INPUT = {"CARTRIDGE", "PREFIX_TUNING", "PROMPT_TUNING"}
+ADD_TO_THE_INPUT = {"CARTRIDGE", "PREFIX_TUNING", "PROMPT_TUNING", "P_TUNING"}
 SMALL: dict[str, dict[str, Any]] = {
+    "ADALORA": {"total_step": 10},
     "BOFT": {"boft_block_size": 4},
     "C3A": {"block_size": 8},
     "FOURIERFT": {"n_frequency": 8},
@@ -27,7 +28,8 @@ SMALL: dict[str, dict[str, Any]] = {
     "WAVEFT": {"n_frequency": 8},
     **{name: {"num_virtual_tokens": 4} for name in ADD_TO_THE_INPUT},
 }
-METHODS = sorted({kind.value for kind in PEFT_TYPE_TO_CONFIG_MAPPING} - {*adapter_settings._NOT_HERE, "LORA", "PACA"})
+NOT_ASKED = {*adapter_settings._NOT_HERE, "LORA", "PACA", "SHIRA"}
+METHODS = sorted({kind.value for kind in PEFT_TYPE_TO_CONFIG_MAPPING} - NOT_ASKED)
 SETTING = Setting(32, 2)
 
 
@@ -61,5 +63,8 @@ def test_dora_is_planned() -> None:
 
 
 def test_a_method_that_looks_at_the_weights_when_it_is_put_in_is_named() -> None:
-    with pytest.raises(paca.PacaError, match=r"^SHIRA can't be planned"):
-        estimate(config("llama"), SETTING, ShiraConfig(r=4, task_type="CAUSAL_LM"))
+    random, unknown = (ShiraConfig(r=4, task_type="CAUSAL_LM") for _ in range(2))
+    unknown.mask_fn = None  # as a run is outlined
+    for adapter in (random, unknown):
+        with pytest.raises(paca.PacaError, match=r"^SHIRA can't be planned: .*paca train --probe"):
+            estimate(config("llama"), SETTING, adapter)

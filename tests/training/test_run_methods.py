@@ -33,6 +33,9 @@ METHODS: dict[str, dict[str, Any]] = {
     },
     "ia3": {"peft": {"peft_type": "ia3"}},
     "loha": {"peft": {"peft_type": "LOHA", "r": 2, "target_modules": ["q_proj", "down_proj"]}},
+    "adalora": {"peft": {"peft_type": "ADALORA", "target_r": 2, "init_r": 4, "tinit": 1, "tfinal": 1}},
+    "shira": {"peft": {"peft_type": "SHIRA", "r": 2}},
+    "p_tuning": {"peft": {"peft_type": "P_TUNING", "num_virtual_tokens": 4}},
     "full": {"full": {}},
 }
 
@@ -88,6 +91,10 @@ def test_a_run_is_resumed_bit_for_bit_answers_and_merges(
     assert "".join(stream_reply(loaded, [{"role": "user", "content": "a cat"}], max_new_tokens=4)) is not None
     tokens = torch.arange(12)[None]
     expected = loaded.model(tokens).logits
+    if method == "p_tuning":
+        with pytest.raises(PacaError, match="adds to the model's input, not to its weights"):
+            merge_to_folder(whole.folder, tmp_path / "merged")
+        return
     merged = merge_to_folder(whole.folder, tmp_path / "merged")
     assert merged.difference is not None
     plain = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()
@@ -109,7 +116,7 @@ def check_summary(summary: dict[str, Any], method: str) -> None:
         assert summary[name] > 0
     assert summary["versions"]["peft"]
     assert (summary["trainable_parameters"] == summary["model"]["parameters"]) == (method == "full")
-    section = "peft" if method in ("ia3", "loha") else method.partition("-")[0]
+    section = "peft" if "peft" in METHODS[method] else method.partition("-")[0]
     assert summary["method"]["settings"] == summary["config"][section]
 
 
@@ -165,7 +172,8 @@ def test_the_plan_of_each_method_is_what_it_trains(config_file: Path, tmp_path: 
         ("peft: {peft_type: LORA}\n", "line 3: peft.peft_type: LORA has a section of its own, lora."),
         ("peft: {peft_type: LOHAA}\n", "method of the installed PEFT, not the text 'LOHAA'. Did you mean LOHA?"),
         ("peft: {peft_type: IA3, r: 8}\n", "there is no key peft.r."),
-        ("peft: {peft_type: ADALORA}\n", "ADALORA can't be trained here: something has to share out its ranks"),
+        ("peft: {peft_type: X_LORA}\n", "Did you mean XLORA?"),
+        ("peft: {peft_type: XLORA}\n", "XLORA can't be trained here: it mixes adapters that are trained already"),
         ("lroa: {r: 8}\n", "there is no section 'lroa'. Did you mean lora?"),
     ],
 )  # fmt: skip

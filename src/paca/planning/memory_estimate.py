@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from peft import PeftConfig, PeftModel, PeftType, get_peft_model
+from peft import PeftConfig, PeftModel, PeftType, ShiraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from paca.messages.errors import PacaError, first_line
@@ -197,6 +197,8 @@ def estimate(
             f"{prepared.active_peft_config.peft_type.value} adds to the model's input, and no plan is made for that. "
             "`paca train --probe` measures such a run."
         )
+    if isinstance(prepared, PeftModel) and isinstance(prepared.active_peft_config, ShiraConfig):
+        raise _unplannable(prepared.active_peft_config, ValueError("which weights it trains"))
     if task != "text":
         setting = replace(setting, chunked_loss=False)  # which is that of a vocabulary
     try:

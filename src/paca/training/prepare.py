@@ -27,6 +27,7 @@ from paca.training.config.target_names import check_target_names, told_of_layers
 from paca.training.folder.disk_need import disk_need
 from paca.training.folder.run_folder import RunFolder
 from paca.training.folder.same_run import inputs_of
+from paca.training.method_state import check_budget
 from paca.training.named_model import new_modules, outline_of, train_heads
 from paca.training.plan import Plan, planned_steps
 from paca.training.trainers import trainer_kind
@@ -115,6 +116,8 @@ def prepare(config: RunConfig, *, whole: bool = True, fetch: bool = False) -> Pr
             "The only step of this run would be the first of its warm-up, whose rate is 0: it would train nothing. "
             "Leave out train.warmup_steps, or train for more steps."
         )
+    if config.adapter.get("peft_type") == "ADALORA" and steps is not None:
+        check_budget(config.adapter["tinit"], config.adapter["tfinal"], config.adapter.get("total_step") or steps)
     layers = getattr(adapted.base_model, "targeted_module_names", []) if method != "full" else []
     sequences = config.train["per_device_train_batch_size"] * config.train["gradient_accumulation_steps"] * processes
     inputs = inputs_of(config, train, held_out) if whole and os.environ.get("RANK", "0") == "0" else {}

@@ -34,6 +34,7 @@ from paca.training.folder.same_run import check_same_model, check_same_run, chec
 from paca.training.interrupt import StopOnSignal
 from paca.training.memory import reset_peak_memory
 from paca.training.memory_check import memory_at_hand, memory_warning
+from paca.training.method_state import method_callbacks, pull_towards_orthogonal
 from paca.training.plan import show_plan
 from paca.training.prepare import PreparedRun, prepare
 from paca.training.probe import ProbeLongestBatch
@@ -51,7 +52,6 @@ from paca.training.sharding import check_sharding, devices_warning
 from paca.training.starting_model import keep_adapter_dtype, load_model, use_factors, with_adapter
 from paca.training.trainers import trainer_kind
 from paca.training.untrained_layers import TellUntrainedLayers
-from paca.tuner.rotation.callback import RotateColumns
 
 
 @dataclass
@@ -243,8 +243,7 @@ class _Run:
     def _make_trainer(self, pretrained: Pretrained, arguments: TrainingArguments) -> Any:
         folder, console = self.folder, self.console
         callbacks: list[Any] = [self.stopper, SetEpochOfSampler(), NoCardsOfCheckpoints(), TellUntrainedLayers(console)]
-        if self.config.adapter.get("rotate_every") is not None:
-            callbacks.append(RotateColumns())
+        callbacks += method_callbacks(self.config, folder)
         model, adapter = with_adapter(pretrained.model, self.config, arguments, self.data.train, folder, console)
         try:
             trainer = self.kind.make(
@@ -262,6 +261,7 @@ class _Run:
             raise PacaError(f"{self.kind.trainer.__name__} refuses this run: {error}") from error
         keep_adapter_dtype(trainer.model, self.config)
         use_factors(trainer, self.config)
+        pull_towards_orthogonal(trainer, self.config)
         return trainer
 
     def _train(self) -> TrainerState:

@@ -10,7 +10,7 @@ import typing
 from collections.abc import Mapping
 from typing import Any
 
-from peft import LoraConfig, PeftConfig
+from peft import LoraConfig, PeftConfig, ShiraConfig
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.utils import PeftType
 
@@ -21,7 +21,6 @@ from paca.training.config.key_checks import Origins, check_section
 from paca.training.config.typed_values import matches, shown
 
 _NOT_HERE = {
-    "ADALORA": "something has to share out its ranks after each step",
     "ADAPTION_PROMPT": "TRL's trainer does not get its loss through it",
     "ADAMSS": "it chooses by the weights, which are not there when a run is planned",
     "CARTRIDGE": "what PEFT generates with it is not what the trained model gives, token by token",
@@ -29,12 +28,13 @@ _NOT_HERE = {
     "FROD": "it is laid out from the weights, which are not there when a run is planned",
     "MULTITASK_PROMPT_TUNING": "its records name a task",
     "POLY": "its records name a task",
-    "P_TUNING": "PEFT saves what its encoder gives, not the encoder, so that a run can't be resumed",
     "PREFIX_TUNING": "what PEFT generates with it is not what the trained model gives, token by token",
-    "SHIRA": "it chooses by the weights, which are not there when a run is planned",
     "XLORA": "it mixes adapters that are trained already",
 }
 """Methods of PEFT that a run can't train, and why: each was tried (PEFT 0.21.2)."""
+
+_STEPS_OF_THE_RUN = 2**53
+"""AdaLoRA's `total_step` until the trainer knows its steps, where none is given: PEFT wants a number."""
 
 _NEEDS_DATA = ("eva", "corda", "lora_ga")
 """Starts of LoRA that PEFT leaves to a pass over data, which a run does not make."""
@@ -115,6 +115,8 @@ def adapter_config(method: str, settings: Mapping[str, Any], task_type: str | No
         return None
     # A copy: PEFT adds to its lists.
     given = {name: copy.deepcopy(value) for name, value in settings.items() if name != "peft_type"}
+    if given.get("total_step", 0) is None or (settings.get("peft_type") == "ADALORA" and "total_step" not in given):
+        given["total_step"] = _STEPS_OF_THE_RUN
     return config_type(method, settings)(task_type=task_type, **given)
 
 
@@ -124,7 +126,10 @@ def outline_config(method: str, settings: Mapping[str, Any], task_type: str | No
         settings = {**settings, "selection": "random", "random_seed": 0, "original_weights": None}
     elif "init_lora_weights" in settings:
         settings = {**settings, "init_lora_weights": True}
-    return adapter_config(method, settings, task_type)
+    config = adapter_config(method, settings, task_type)
+    if isinstance(config, ShiraConfig):
+        config.mask_fn = None  # it has as many weights, without their places
+    return config
 
 
 def with_defaults(method: str, settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -136,6 +141,7 @@ def with_defaults(method: str, settings: Mapping[str, Any]) -> dict[str, Any]:
         name: value
         for name, value in values.items()
         if name in settings or (matches(value, fields[name]) and not dataclasses.is_dataclass(value))
+        if value != _STEPS_OF_THE_RUN
     }
 
 
