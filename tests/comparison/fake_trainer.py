@@ -60,7 +60,7 @@ def main() -> None:
         while step == HOLDS_AT and (config_path.parents[1] / "hold").exists() and not stopped:
             time.sleep(0.01)
         if stopped or step == 2:
-            _save_checkpoint(folder / "checkpoints" / f"checkpoint-{step}", step)
+            save_checkpoint(folder / "checkpoints" / f"checkpoint-{step}", step)
         if stopped:
             sys.exit(130)
     loss = loss_at(config, STEPS)
@@ -99,7 +99,7 @@ def _lines(path: Path) -> list[str]:
     return path.read_text().splitlines()
 
 
-def _save_checkpoint(path: Path, step: int) -> None:
+def save_checkpoint(path: Path, step: int) -> None:
     path.mkdir(parents=True, exist_ok=True)
     for name in ("optimizer.pt", "scheduler.pt"):
         (path / name).touch()

@@ -17,6 +17,7 @@ from unittest.mock import Mock
 import pytest
 from rich.console import Console
 
+from comparison.fake_trainer import save_checkpoint
 from comparison.small_comparison import IN_A_PROCESS, small_comparison, small_work
 from forked_process import start_forked
 from paca.comparison.flags import Rates
@@ -173,6 +174,7 @@ def test_a_comparison_that_was_stopped_ends_as_one_that_was_not(
     (folder / "hold").unlink()
     small_work(folder).run()
     assert comparable(folder) == comparable(uninterrupted)
+    assert not list(folder.glob("runs/*/checkpoints"))  # which were to go on from
     if number == signal.SIGINT:
         assert "Resuming after step 4." in (folder / "runs" / NAMES[0] / "log.txt").read_text()
 
@@ -244,6 +246,7 @@ def test_a_run_that_was_killed_goes_on_with_the_next_call(tmp_path: Path, uninte
     shutil.copytree(uninterrupted, out)
     killed = out / "runs" / NAMES[3]
     (killed / "summary.json").unlink()
+    save_checkpoint(killed / "checkpoints" / "checkpoint-2", 2)
     (killed / "failed.json").write_text('{"exit_status": -9, "error_msg": "killed by SIGKILL"}')
     small_work(out).run()
     assert not (killed / "failed.json").exists()

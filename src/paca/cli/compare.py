@@ -111,7 +111,7 @@ def _train(
     from datasets import disable_progress_bars
 
     from paca.comparison.compare import compare
-    from paca.comparison.plan_table import rates_text, table_of, work_text
+    from paca.comparison.plan_table import disk_text, rates_text, table_of, work_text
     from paca.comparison.prepare import prepare
     from paca.training.products import tell_of_products
 
@@ -127,6 +127,7 @@ def _train(
     which = f"the one seed {numbers[0]}" if len(numbers) == 1 else f"seeds {', '.join(map(str, numbers))}"
     say(console, f"{rates_text(grids, extend=extend)}; {which}")
     say(console, work_text(planned, grids, len(numbers), extend=extend))
+    say(console, disk_text(planned, grids, len(numbers)))
     first = planned[0].plan
     tell_of_products(first.config, first.dtype, console)
     return None if dry_run else compare(comparison, planned, console)

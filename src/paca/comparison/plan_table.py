@@ -84,6 +84,16 @@ def work_text(
     return ", ".join(told)
 
 
+def disk_text(planned: Sequence[PlannedMethod], grids: Mapping[str, Sequence[float]], seeds: int) -> str:
+    """What the runs leave on the disk, and what one of them takes besides while it goes."""
+    left = sum(
+        (len(grids[one.method.name]) + seeds - 1) * (one.plan.disk.result + one.plan.disk.base) for one in planned
+    )
+    going = max(one.plan.disk.checkpoints * one.plan.disk.checkpoint for one in planned)
+    besides = f", and up to {format_bytes(going)} of checkpoints while a run goes" if going else ""
+    return f"disk space: about {format_bytes(left)}{besides}"
+
+
 def settings_text(method: Method) -> str:
     """The settings of a method on one line; what is null or empty is left out."""
     shown: dict[str, Any] = dict(method.settings)

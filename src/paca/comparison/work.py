@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 import time
 from collections.abc import Iterable, Mapping, Sequence
 
@@ -111,6 +112,9 @@ class Work:
 
     def _write_rows(self) -> None:
         path, rows = self.comparison.path / ROWS, self.rows()
+        for folder in map(self.comparison.folder, self._rows):
+            if folder.finished():  # its checkpoints were for going on with it, and take most of its space
+                shutil.rmtree(folder.checkpoints, ignore_errors=True)
         with self.comparison.claim("rows") as claim:  # others add theirs
             claim.take(wait=True)
             # Runs that this call does not ask for, with other seeds or rates, stay: a row may be all that is left.

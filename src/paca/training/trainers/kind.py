@@ -221,7 +221,8 @@ def read_texts(config: RunConfig, family: str) -> tuple[Examples, Examples | Non
     if unused := unused_fields(train, tokenizer) if train.is_conversational else []:
         note = f"; the template does not use these fields of messages: {', '.join(unused)}"
         train = dataclasses.replace(train, description=train.description + note)
-    if header := unprompted_header(tokenizer) if train.is_conversational else "":
+    answers = train.is_conversational and config.train.get("trainer") != "reward"  # a reward model writes nothing
+    if header := unprompted_header(tokenizer) if answers else "":
         note = f"; the template ignores add_generation_prompt, so the model has to write {header!r} before each answer"
         train = dataclasses.replace(train, description=train.description + note)
     return train, held_out, form
