@@ -112,6 +112,7 @@ def test_mt_bench_prints_ratings_and_what_the_judge_took(workspace: Path, monkey
     [
         ((), "it is no folder of a run, which has data of its own"),
         (("--mt-bench", "q.jsonl"), "--mt-bench, --judge-url and --judge-model go together"),
+        (("--tasks", "", "--output", "out"), "--tasks names no task"),
         (("--num-fewshot", 5), "--num-fewshot goes with --tasks"),
         (("--data", "new.jsonl", "--tasks", "arc_easy", "--output", "out"), "--tasks and --mt-bench bring data"),
         (("--max-new-tokens", 5), "--max-new-tokens goes with --mt-bench"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import re
@@ -19,8 +20,9 @@ from rich.console import Console
 
 from cli.paca_process import forked_paca, fresh_paca, start_paca
 from paca.cli import main
+from paca.cli.train import show_result
 from paca.messages.errors import PacaError
-from paca.training import load_run_config, train
+from paca.training import RunResult, load_run_config, train
 from training.tiny_run import curve, rows, same_adapter, save_workspace
 
 
@@ -215,6 +217,28 @@ def test_a_mistake_is_one_message_on_standard_error(workspace: Path, arguments: 
 def run_main(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
     monkeypatch.setattr(sys, "argv", ["paca", *arguments])
     main()
+
+
+@pytest.mark.parametrize(("score", "pattern", "told"), [(0.0, None, True), (0.1, None, False), (0.0, "#", False)])
+def test_answers_none_of_which_is_right_point_to_what_is_compared(
+    score: float, pattern: str | None, told: bool
+) -> None:
+    side = {"exact_match": score, "exact_match_stderr": None, "examples": 6, "samples": []}
+    summary = {
+        "eval_loss_before": 2.0,
+        "eval_loss_after": 1.0,
+        "scores": {"before": side, "after": side},
+        "config": {"eval": {"answer_pattern": pattern, "max_new_tokens": 64}},
+        "method": {"name": "paca"},
+        "counts": "tokens",
+        "steps": 2,
+        "peak_memory_of": "tensors",
+        **dict.fromkeys(("train_seconds", "seconds", "tokens_per_second", "peak_memory_bytes"), 1),
+    }
+    shown = io.StringIO()
+    show_result(RunResult(Path("run"), summary, None), Console(file=shown, width=300))
+    hint = "No answer is its whole reference, which exact_match compares; answers end after 64 tokens"
+    assert (hint in shown.getvalue()) == told
 
 
 def test_version(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -60,8 +60,9 @@ def evaluate(
         ),
     ] = None,
     tasks: Annotated[
-        str, typer.Option(metavar="A,B,…", help="Tasks of lm-evaluation-harness by name, and your own .yaml files.")
-    ] = "",
+        str | None,
+        typer.Option(metavar="A,B,…", help="Tasks of lm-evaluation-harness by name, and your own .yaml files."),
+    ] = None,
     num_fewshot: Annotated[
         int | None, typer.Option(min=0, help="Examples before each question.", show_default="as the task says")
     ] = None,
@@ -92,7 +93,9 @@ def evaluate(
     Without --tasks and --mt-bench it measures a run's eval.metric, or a classifier's accuracy, on its data.eval or on
     --data; of an adapter that no run left the loss, on --data.
     """
-    names = tuple(name.strip() for name in tasks.split(",") if name.strip())
+    names = tuple(name.strip() for name in (tasks or "").split(",") if name.strip())
+    if tasks is not None and not names:
+        raise PacaError("--tasks names no task. Give some, such as arc_easy,my_task.yaml, or leave it out.")
     own_data = not names and mt_bench is None
     if data is not None and not own_data:
         raise PacaError(

@@ -58,6 +58,11 @@ def show_estimate(console: Console, outcome: Outcome) -> None:
         table.add_row("budget", format_bytes(budget))
     console.print(table)
     say(console, f"Kept from the forward pass for the backward pass: {format_bytes(result.activations)}.")
+    from paca.planning.memory_estimate import PROGRAMS
+
+    if PROGRAMS in result.parts:
+        told = "Compiled products are kept for each shape, so a run gets there after batches of many lengths."
+        say(console, f"{told} ONEDNN_PRIMITIVE_CACHE_CAPACITY=64 LRU_CACHE_CAPACITY=64 keep fewer, and compile again.")
     if outcome.simulated is None:
         say(console, f"Time floor: {_time(outcome)}")
     if outcome.simulated is not None:

@@ -160,12 +160,20 @@ def show_result(result: RunResult, console: Console) -> None:
     lines += [
         (f"{summary['counts']} per second", f"{summary['tokens_per_second']:,.0f}"),
         ("peak memory", f"{format_bytes(summary['peak_memory_bytes'])} ({summary['peak_memory_of']})"),
-        ("time", f"{trained} for {summary['steps']:,} steps, {took} with held-out losses"),
+        ("time", f"{trained} for {summary['steps']:,} steps, {took} with evaluations and checkpoints"),
         (weights := "model" if summary["method"]["name"] == "full" else "adapter", str(result.folder / weights)),
         ("report", str(result.folder / "report.html")),
     ]
     for label, text in lines:
         say(console, f"{label:<18} {text}")
+    asked, scores = summary["config"]["eval"], summary["scores"] or {}
+    if asked["answer_pattern"] is None and (scores.get("after") or {}).get("exact_match") == 0:
+        told = (
+            "No answer is its whole reference, which exact_match compares; answers end after "
+            f"{asked['max_new_tokens']:,} tokens (eval.max_new_tokens). eval.answer_pattern compares a part, such as "
+            "what follows a mark."
+        )
+        say(console, told, style="yellow")
 
 
 def _newest_checkpoint(output: Path) -> str:

@@ -20,7 +20,7 @@ from paca.comparison.methods import Method, own_section
 from paca.comparison.plan_table import PlannedMethod, settings_text
 from paca.comparison.report import write_report
 from paca.comparison.results import ComparisonResult
-from paca.comparison.rows import Row, row_of, write_rows
+from paca.comparison.rows import SHARES, Row, row_of, write_rows
 from paca.comparison.settings import Comparison
 from paca.comparison.training_process import FAILURE
 from paca.comparison.work import Work, names_of
@@ -147,9 +147,10 @@ def _notes(comparison: Comparison, planned: Sequence[PlannedMethod], methods: Se
     if any(len({row["learning_rate"] for row in method.tried}) > 1 for method in methods):
         notes.append(
             f"The rate of each method is its best of those tried, by seed {seed}. That seed's score counts as well, so "
-            "it is a little too good, for every method. Among shares that lie within one standard error, the loss "
-            "decides."
+            "it is a little too good, for every method."
         )
+        if any(row["metric"] in SHARES for method in methods for row in method.rows):
+            notes[-1] += " Among shares that lie within one standard error, the loss decides."
     if trained_alike(row for method in methods for row in method.rows):
         notes.append("All methods train on the same data. A seed gives all of them the same order.")
     leader = planned[0].method.name

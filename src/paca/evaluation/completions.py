@@ -45,7 +45,7 @@ def completions(
     if context is not None and max_new_tokens >= context:
         raise PacaError(
             f"Answers of {max_new_tokens:,} tokens leave no room for a prompt in the model's context of {context:,}. "
-            "Ask for shorter ones."
+            "Ask for shorter ones (--max-new-tokens; of a run's own data eval.max_new_tokens)."
         )
     settings = sampling_settings(model, tokenizer, temperature=0)
     if settings["pad_token_id"] is None:

@@ -287,8 +287,10 @@ def test_a_finished_run_is_told_of_unless_other_settings_are_asked_for(tmp_path:
         train={"activation_checkpointing": True, "learning_rate": 1e-3, "max_steps": 2},
     )
     folder.config.write_text(config.to_yaml())
+    folder.summary.write_text('{"steps": 2}')
     for given in ({}, {"learning_rate": "auto"}, {"gradient_checkpointing": True, "max_steps": 2}):
-        assert "nothing to resume" in told_of_finished(folder, replace(config, train=given))
+        told = told_of_finished(folder, replace(config, train=given))
+        assert told.endswith("after 2 steps with the settings in its config.yaml; there is nothing to resume.")
     folder.config.write_text(replace(config, adapter={"r": 8, "target_modules": ["q_proj", "v_proj"]}).to_yaml())
     for names in (["v_proj", "q_proj"], ["q_proj", "v_proj"]):  # a set of them
         given = {"r": 8, "target_modules": names}

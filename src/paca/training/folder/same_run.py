@@ -103,7 +103,7 @@ def told_of_finished(folder: RunFolder, config: RunConfig) -> str:
 
     Args:
         folder: Of the run.
-        config: As it was given now; what it leaves out, or to paca (`auto`), is not looked at.
+        config: As it was given now; what it leaves out, or to paca (`auto`), is not looked at, so the steps are told.
 
     Raises:
         PacaError: It asks for other settings of the method or the trainer than the run had.
@@ -120,7 +120,11 @@ def told_of_finished(folder: RunFolder, config: RunConfig) -> str:
                 f"The run in {folder.path} is finished, with other settings:\n{lines}\n"
                 "To train with the new ones, leave --resume out, and give another output.dir."
             )
-    return f"The run in {folder.path} is finished; there is nothing to resume."
+    steps = f"{folder.read_summary()['steps']:,}"
+    return (
+        f"The run in {folder.path} is finished, after {steps} steps with the settings in its config.yaml; there is "
+        "nothing to resume."
+    )
 
 
 def check_same_model(folder: RunFolder, config: RunConfig, found: Pretrained, *, resume: bool) -> None:
