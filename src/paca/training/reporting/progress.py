@@ -55,6 +55,8 @@ class ShowProgress(TrainerCallback):
         self._first_step = 0
         self._train_seconds_at_start = 0.0
         self._evaluated = 0
+        self._evaluation_began = self._evaluation_seconds = 0.0
+        self._evaluated_each: int | None = None
         self._next_plain_step = 0
         self._last_drawn = 0.0
 
@@ -62,6 +64,7 @@ class ShowProgress(TrainerCallback):
         """Open the live line."""
         self._first_step = state.global_step
         self._train_seconds_at_start = self.recorder.train_seconds
+        self._evaluated_each = int(state.eval_steps) if args.eval_strategy == "steps" and state.eval_steps else None
         if self.console.is_terminal:
             self._live = Live(
                 Text("starting ..."), console=self.console, refresh_per_second=4, redirect_stderr=True, transient=True
@@ -87,6 +90,8 @@ class ShowProgress(TrainerCallback):
     def on_prediction_step(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         """Say how far an evaluation is."""
         self._evaluated += 1
+        if self._evaluated == 1:
+            self._evaluation_began = time.monotonic()
         if self._live is not None and time.monotonic() - self._last_drawn > 0.25:
             self._last_drawn = time.monotonic()
             self._draw(state, f"  (evaluating: batch {self._evaluated})")
@@ -100,6 +105,8 @@ class ShowProgress(TrainerCallback):
 
     def on_evaluate(self, args: Any, state: TrainerState, control: Any, metrics: Any = None, **kwargs: Any) -> None:
         """Print the held-out loss; it stays above the live line."""
+        if self._evaluated:
+            self._evaluation_seconds = time.monotonic() - self._evaluation_began
         self._evaluated = 0
         loss = (metrics or {}).get("eval_loss")
         if loss is not None:
@@ -134,5 +141,8 @@ class ShowProgress(TrainerCallback):
         done = state.global_step - self._first_step
         if done:
             per_step = (self.recorder.train_seconds - self._train_seconds_at_start) / done
-            parts.append(f"{format_duration(per_step * (state.max_steps - state.global_step))} left")
+            left = per_step * (state.max_steps - state.global_step)
+            if (each := self._evaluated_each) is not None:  # as long as the last one took
+                left += self._evaluation_seconds * (state.max_steps // each - state.global_step // each)
+            parts.append(f"{format_duration(left)} left")
         return "  ".join(parts)
