@@ -12,10 +12,12 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import pandas as pd
@@ -52,6 +54,7 @@ class Way:
     train: dict[str, Any] | None = None  # laid over its `train` section
     optimizer: str | None = None  # "muon", or "shared": Adam with one second moment for a row of the columns
     frozen: str | None = None  # parameters whose name holds this
+    rates_by: str | None = None  # each layer's rate in proportion to its weights' "size", or its "outputs" over inputs
     rotation: Rotation | None = None
     over_all_layers: bool = False  # columns with the largest gradients for their parameters, in all layers together
 
@@ -91,8 +94,11 @@ WAYS = {
     "factors-r128-32": Way(7.8e-4, columns=_columns(128), train={"factor_rank": 32}),
     "factors-r64-32": Way(7.8e-4, train={"factor_rank": 32}),
     "muon": Way(1.25e-3, optimizer="muon"),
+    "muon-slower": Way(4.87e-4, optimizer="muon"),
     "muon-faster": Way(3.2e-3, optimizer="muon"),
     "muon-fastest": Way(8e-3, optimizer="muon"),
+    "rates-by-size": Way(1.25e-3, rates_by="size"),
+    "rates-by-outputs": Way(1.25e-3, rates_by="outputs"),
     "linear": Way(1.25e-3, train=LINEAR),
     "lora-linear": Way(4.87e-4, method=_lora(60), train=LINEAR | HALVES),
     "paca-r256-linear": Way(3.04e-4, columns=_columns(256), train=LINEAR | HALVES),
@@ -148,6 +154,8 @@ def change_optimizer(way: Way) -> None:
                 if way.frozen in name:
                     parameter.requires_grad_(False)
         optimizer = create(self, *args, **settings)
+        if way.rates_by:
+            optimizer.param_groups[:] = by_layer(self.model, optimizer.param_groups, way.rates_by)
         if way.rotation:
             names = {
                 id(parameter): name.removeprefix("base_model.model.").rpartition(".paca_delta")[0]
@@ -158,6 +166,26 @@ def change_optimizer(way: Way) -> None:
         return optimizer
 
     Trainer.create_optimizer = created
+
+
+def by_layer(model: torch.nn.Module, groups: list[dict[str, Any]], rates_by: str) -> list[dict[str, Any]]:
+    """A group for each delta, whose rates have the geometric mean that all had."""
+    weights = {
+        layer.paca_delta["default"]: layer.base_layer.weight
+        for layer in model.modules()
+        if isinstance(getattr(layer, "paca_delta", None), torch.nn.ParameterDict)
+    }
+    logs = {
+        delta: (weight.float().square().mean().sqrt() if rates_by == "size" else weight.shape[0] / weight.shape[1])
+        for delta, weight in weights.items()
+    }
+    logs = {delta: math.log(float(value)) for delta, value in logs.items()}
+    middle = fmean(logs.values())
+    return [
+        {**group, "params": [delta], "lr": group["lr"] * math.exp(logs[delta] - middle)}
+        for group in groups
+        for delta in group["params"]
+    ]
 
 
 def over_all_layers(config: RunConfig) -> dict[str, Any]:

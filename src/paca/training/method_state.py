@@ -78,7 +78,6 @@ class AllocateRanks(_KeepWithCheckpoints):
 
     While it trains, `rank_pattern` is not in the config: a checkpoint then holds all rows, those that are masked as
     zeros, and the optimizer's moments fit them. The adapter that the run leaves is cut to its ranks.
-
     """
 
     file = "rank_allocation.safetensors"
