@@ -7,7 +7,7 @@
 #   EQUAL=time bash benchmarks/quality.sh arc-long                           with more steps
 #   EQUAL=time bash benchmarks/quality.sh gsm8k-long encyclopedia-long       the same, and 256 columns
 #   EQUAL=memory bash benchmarks/quality.sh encyclopedia-linear              with a rate that falls linearly
-#   EQUAL=memory bash benchmarks/quality.sh encyclopedia-long gsm8k-long     the same, 300 steps, and 256 columns
+#   EQUAL=memory bash benchmarks/quality.sh encyclopedia-long gsm8k-long arc-long    the same, longer, and 256 columns
 #   EQUAL=memory bash benchmarks/quality.sh gsm8k-wide arc-wide              with more columns in half batches
 #   EQUAL=parameters JOBS=2 OMP_NUM_THREADS=1 bash benchmarks/quality.sh arc
 #
@@ -77,6 +77,11 @@ for task in "$@"; do
                 config=encyclopedia rates=3.04e-4,4.87e-4,7.8e-4 own=(--lr paca-256=1.9e-4,3.04e-4,4.87e-4)
                 changed=(--set train.max_steps=300 --set train.lr_scheduler_type=linear)
                 methods=paca-256=$folder/columns256.yaml,lora-tuned,lora
+                ;;
+            arc-long-memory)
+                config=arc rates=3.04e-4,4.87e-4,7.8e-4 own=(--lr paca-256=1.9e-4,3.04e-4,4.87e-4)
+                changed=(--set train.max_steps=400 --set train.lr_scheduler_type=linear)
+                methods=paca-256=$folder/columns256.yaml,lora,lora-tuned
                 ;;
             gsm8k-long-memory) # its rows of paca-256 are those of equal time
                 config=gsm8k rates=4.87e-4,7.8e-4,1.25e-3
