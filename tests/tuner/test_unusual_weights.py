@@ -168,6 +168,28 @@ def test_a_computed_weight_that_is_a_parameter_again_works():
     torch.testing.assert_close(model(X), before)
 
 
+@pytest.mark.parametrize("compute", [
+    lambda deltas: parametrize.register_parametrization(deltas, "default", Copied()),
+    lambda deltas: prune.random_unstructured(deltas, "default", 0.5),
+])  # fmt: skip
+def test_deltas_that_are_computed_at_each_use_are_refused_until_they_are_parameters_again(compute):
+    model = adapt(layer_with(random(6, 8)), target_modules=["0"])
+    (layer,) = paca_layers(model)
+    with torch.no_grad():
+        layer.paca_delta["default"].normal_()
+    compute(layer.paca_delta)
+    with pytest.raises(RuntimeError, match=r"adapter 'default' are computed anew at each use .*paca_delta"):
+        model(X)
+    if parametrize.is_parametrized(layer.paca_delta):
+        parametrize.remove_parametrizations(layer.paca_delta, "default")
+    else:
+        prune.remove(layer.paca_delta, "default")
+    delta, indices = layer.paca_delta["default"], layer.paca_indices["default"]
+    expected = random(6, 8).index_add_(1, indices, layer.scaling["default"] * delta.detach())
+    expected = model.base_model.model[1](X @ expected.T + layer.base_layer.bias)
+    torch.testing.assert_close(model(X), expected)
+
+
 def test_a_weight_that_is_quantized_under_an_adapter_is_refused_by_name():
     torchao = pytest.importorskip("torchao.quantization")
     model = adapt(nn.Sequential(nn.Linear(64, 64)), r=16, target_modules=["0"])

@@ -71,6 +71,16 @@ def refuse_computed(adapters: list[str]) -> None:
     )
 
 
+def refuse_computed_delta(adapters: list[str]) -> None:
+    """Raise `RuntimeError` if there are any: their deltas are no parameters any more, so no step of them is seen."""
+    if adapters:
+        raise RuntimeError(
+            f"The columns of adapter {', '.join(map(repr, adapters))} are computed anew at each use "
+            "(torch.nn.utils.parametrize or prune on paca_delta), so PaCA can't keep them in the weight. Take that off "
+            "(remove_parametrizations, prune.remove); change columns in place after a step instead."
+        )
+
+
 def refuse_replaced(kind: str) -> None:
     """Raise `RuntimeError`: another library is about to replace a module whose weight holds columns."""
     raise RuntimeError(

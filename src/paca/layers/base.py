@@ -10,7 +10,7 @@ from peft.tuners._buffer_dict import BufferDict
 from torch import Tensor, nn
 
 from paca.columns.folded import FOLDED_DELTA, FOLDED_INDICES, Folded
-from paca.columns.not_whole import refuse_computed, refuse_replaced
+from paca.columns.not_whole import refuse_computed, refuse_computed_delta, refuse_replaced
 from paca.columns.state import FOR_NOW, AdapterColumns, State
 from paca.columns.stepping import Deltas, Job
 from paca.layers.mixed_batch import Running, StepUnderway, current_mixed_batch
@@ -57,7 +57,10 @@ class PacaLayer(Moved, PeftCalls):  # a module first: FSDP2 makes subclasses of 
         if self._disable_adapters or self.merged_adapters or (Running.count and current_mixed_batch(self) is not None):
             return []
         deltas: Any = self._modules["paca_delta"]
-        return [name for name in self._active_adapter if name in deltas._parameters]
+        names = [name for name in self._active_adapter if name in deltas._parameters]
+        if len(names) < len(self._active_adapter):  # some have no columns in this layer
+            refuse_computed_delta([name for name in self._active_adapter if name not in names and name in deltas])
+        return names
 
     def columns_of(self, adapter_name: str) -> AdapterColumns:
         """The adapter's delta, indices and scale as they are now, with what is folded."""
@@ -135,10 +138,8 @@ class PacaLayer(Moved, PeftCalls):  # a module first: FSDP2 makes subclasses of 
         dtype = torch.promote_types(weight_dtype, torch.float32)  # float64 weights get float64 deltas
         self.r[adapter_name] = r = indices.numel()
         delta = torch.zeros(self.delta_shape(r), dtype=dtype, device=device)
-        if not init_weights:
-            nn.init.normal_(delta, std=0.02)
-        self.paca_alpha[adapter_name] = paca_alpha
-        self.scaling[adapter_name] = paca_alpha / r
+        delta = delta if init_weights else nn.init.normal_(delta, std=0.02)
+        self.paca_alpha[adapter_name], self.scaling[adapter_name] = paca_alpha, paca_alpha / r
         self.paca_delta[adapter_name] = nn.Parameter(delta)
         self.paca_indices[adapter_name] = indices.to(device)
         self.base_layer.columns.changed(adapter_name)
