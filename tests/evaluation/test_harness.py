@@ -106,6 +106,18 @@ def test_what_is_finished_is_not_computed_again(loaded: LoadedModel, tmp_path: P
     assert both["adapter"]["results"]["first"] == same["adapter"]["results"]["first"]
 
 
+def test_results_of_other_tasks_or_settings_stay_beside_the_new_ones(loaded: LoadedModel, tmp_path: Path) -> None:
+    task, output = save_task(tmp_path, "sums", 5), tmp_path / "out"
+    evaluated(loaded, output, task)
+    evaluated(loaded, output, task)  # the same again
+    assert not list(output.rglob("results_*.json"))
+    first = [json.loads((output / name / "results.json").read_text()) for name in ("", "base")]
+    evaluated(loaded, output, task, limit=2)
+    kept = [next((output / name).glob("results_*.json")) for name in ("", "base")]
+    assert [json.loads(path.read_text()) for path in kept] == first
+    assert json.loads((output / "results.json").read_text())["n-samples"]["sums"]["effective"] == 2
+
+
 @pytest.mark.parametrize("stop_after", [7, 15 + 8], ids=["in the base model", "in the adapter"])
 def test_an_interrupted_evaluation_goes_on_and_ends_as_if_it_had_not_been(
     loaded: LoadedModel, tmp_path: Path, stop_after: int

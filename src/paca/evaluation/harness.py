@@ -15,6 +15,7 @@ import sqlite3
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -50,6 +51,8 @@ def evaluate_tasks(
     loaded: LoadedModel, found: tuple[TaskManager, list[Any]], settings: HarnessSettings, output: Path, watcher: Watcher
 ) -> dict[str, dict[str, Any]]:
     """Evaluate, and write the harness's results: `results.json`, and for the base model `base/results.json`.
+
+    Results of other tasks or settings that are there are renamed to `results_TIME.json`.
 
     Args:
         loaded: From `paca.pretrained.generation.load_for_generation`.
@@ -121,6 +124,7 @@ def _evaluate(
     name = loaded.base if side == BASE else str(loaded.adapter or loaded.base)
     results["config"]["model"] = "hf"
     results["config"]["model_args"] = {"pretrained": loaded.base} | ({} if name == loaded.base else {"peft": name})
+    results["config"]["chat_template"] = settings.chat_template
     results["model_source"], results["model_name"] = "hf", name
     return dict(results)
 
@@ -141,7 +145,19 @@ def _explained(kept: Path) -> Iterator[None]:
         raise PacaError(f"lm-evaluation-harness cannot evaluate these tasks: {error}") from error
 
 
+def _asked(results: dict[str, Any]) -> tuple[Any, ...]:
+    """What results are of: the tasks with their examples before a question, and what else changes the numbers."""
+    config = results.get("config", {})
+    return results.get("n-shot"), config.get("limit"), config.get("chat_template", False)
+
+
 def _write(path: Path, results: dict[str, Any]) -> None:
+    """Write results; earlier ones of other tasks or settings stay beside them, named by their time."""
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
+        earlier = json.loads(path.read_text(encoding="utf-8"))
+        if _asked(earlier) != _asked(json.loads(json.dumps(results, default=handle_non_serializable))):
+            time = datetime.fromtimestamp(earlier["date"]).isoformat(timespec="seconds").replace(":", "-")
+            path.replace(path.with_name(f"results_{time}.json"))
     content = {key: value for key, value in results.items() if key != "samples"}
     write_whole(path, json.dumps(content, indent=2, default=handle_non_serializable, ensure_ascii=False) + "\n")
 
