@@ -525,6 +525,25 @@ def values_written_without_a_trace_are_seen_by_refresh():
         torch.testing.assert_close(together(input_ids=batch()).logits, alone(input_ids=batch()).logits)
 
 
+@of(2)
+def rows_written_while_a_pass_runs_are_waited_for():
+    """FSDP2 gathers on other streams, which wait for what came before the pass: steps need no waiting, a look does."""
+    waited = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(paca.columns.sharded, "wait_for_writes", waited.append)
+        together = sharded(adapted_llama())
+        optimizer = optimizer_of(together)
+        step(together, optimizer, mine(batch()))
+        waited.clear()  # until then no optimizer was known
+        step(together, optimizer, mine(batch(1)))
+        assert waited == []
+        with torch.no_grad():
+            for layer in paca_layers(together):
+                layer.paca_delta.shard("default").to_local().mul_(3)
+            together(input_ids=batch())
+        assert waited == [torch.device("cpu")] * len(paca_layers(together))
+
+
 # -- what is stored ------------------------------------------------------------------------------------------------
 
 

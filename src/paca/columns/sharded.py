@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from paca.columns.kept import Kept
 from paca.columns.merging import MergeableColumns
 from paca.columns.same_everywhere import SameState, check_same_columns
-from paca.columns.state import State, is_sharded, names_of
+from paca.columns.state import THREAD, State, is_sharded, names_of
 from paca.functional.column_blocks import put_columns, read_columns
 from paca.functional.product import Trained
 
@@ -152,6 +152,11 @@ class ShardedColumns(MergeableColumns):
         self._handed_out = []
         return self.rows
 
+    def wrote(self, weight: Tensor, state: State) -> None:
+        super().wrote(weight, state)
+        if THREAD.passes:  # FSDP2's streams began this pass before the model looked, and would not wait for the write
+            wait_for_writes(self.rows.device)
+
     def handed_out(self, shared: Any) -> None:
         """Note that a state dict got a `DTensor` of these (parked) rows: it keeps them as they are now."""
         if is_sharded(shared):  # of its own, so that the rows' memory can be taken from it
@@ -210,6 +215,12 @@ class ShardedColumns(MergeableColumns):
 
     def _copied(self) -> None:
         self._copied_at, self._old_positions = self._writes, []
+
+
+def wait_for_writes(device: torch.device) -> None:
+    """Wait until rows are written that a stream besides this one is about to gather."""
+    if device.type != "cpu":
+        torch.accelerator.current_stream(device).synchronize()
 
 
 def trained_through(state: State, deltas: Any) -> Trained:
