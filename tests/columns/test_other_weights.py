@@ -15,7 +15,8 @@ from torch.func import functional_call
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 import paca
-from models import adapted_perceptron
+from expert_models import STACKS, mixtral
+from models import adapt, adapted_perceptron, perceptron, tokens
 from paca.layers import paca_layers
 
 
@@ -216,3 +217,176 @@ def test_a_graph_of_deltas_that_were_put_in_goes_with_its_last_user():
     del fast, start
     gc.collect()
     assert leaf() is None
+
+
+BASES = {
+    "its state dict": lambda model, stock: model.state_dict(),
+    "copies of it": lambda model, stock: {k: v.clone() for k, v in model.state_dict().items()},
+    "the caller's own pretrained weights": lambda model, stock: {
+        "base_model.model." + k.replace(".weight", ".base_layer.weight").replace(".bias", ".base_layer.bias"): v.clone()
+        for k, v in stock.state_dict().items()
+    },
+    "what named_parameters gives": lambda model, stock: {k: p.detach().clone() for k, p in model.named_parameters()},
+}
+
+
+@pytest.mark.parametrize("grad", [True, False])
+@pytest.mark.parametrize("kind", ["linear", "conv1d"])
+@pytest.mark.parametrize("given", BASES)
+def test_weights_that_are_given_for_a_call_are_not_written(given, kind, grad):
+    """Columns stayed in the caller's tensors, and counted twice when those were loaded."""
+    model, x, stock = trained_perceptron(kind), torch.randn(4, 7), perceptron(kind)
+    deltas = [p for p in model.parameters() if p.requires_grad]
+    want = model(x)
+    expected = torch.autograd.grad(want.square().sum(), deltas)
+    weights = BASES[given](model, stock)
+    before = {name: value.clone() for name, value in weights.items()}
+    with torch.set_grad_enabled(grad):
+        out = functional_call(model, weights, (x,))
+    assert torch.equal(out, want)
+    assert all(torch.equal(value, before[name]) for name, value in weights.items())
+    if grad and not any("paca_delta" in name for name in weights):
+        got = torch.autograd.grad(out.square().sum(), deltas)
+        assert all(torch.equal(one, other) for one, other in zip(got, expected, strict=True))
+    assert all(torch.equal(value, before[name]) for name, value in weights.items())
+    assert torch.equal(model(x), want)
+
+
+def test_a_given_weight_that_changes_before_the_backward_pass_has_no_gradients():
+    model, x = trained_perceptron(), torch.randn(4, 7)
+    weights = {k: v.clone() for k, v in model.state_dict().items() if "base_layer.weight" in k}
+    loss = functional_call(model, weights, (x,)).square().sum()
+    for weight in weights.values():
+        weight.mul_(2)
+    with pytest.raises(RuntimeError, match="between forward and backward"):
+        loss.backward()
+
+
+def test_re_entrant_checkpointing_of_a_call_with_given_weights_is_refused():
+    """The repeated pass runs when they are gone."""
+    model, x = trained_perceptron(), torch.randn(4, 7, requires_grad=True)
+    weights = {k: v.clone() for k, v in model.state_dict().items() if "base_layer" in k}
+    fast = weights | {k: v + 0.1 for k, v in model.state_dict().items() if "paca_delta" in k}
+    holder = nn.ModuleList([model])
+    call = {f"0.{k}": v for k, v in fast.items()}
+    holder.forward = lambda x: checkpoint(model, x, use_reentrant=True)
+    loss = functional_call(holder, call, (x,)).square().sum()
+    with pytest.raises(RuntimeError, match="repeats a forward pass"):
+        loss.backward()
+
+
+def test_a_stack_of_experts_that_is_given_is_refused():
+    model = adapt(mixtral(), target_parameters=STACKS)
+    given = {k: v.clone() for k, v in model.named_parameters() if v.dim() == 3 and not v.requires_grad}
+    with pytest.raises(RuntimeError, match="stack of experts"):
+        functional_call(model, given, (tokens(),))
+
+
+@pytest.mark.parametrize("width", [16, 256])
+def test_a_weight_that_comes_back_into_the_same_memory_is_noticed(width):
+    """Offloaded and loaded again, one by one: the allocator gives the memory that was just freed, where it was."""
+    stock = nn.Sequential(*(nn.Linear(width, width) for _ in range(4)))
+    model, x = adapt(copy.deepcopy(stock), target_modules=["0", "1", "2", "3"]), torch.randn(4, width)
+    with torch.no_grad():
+        for delta in (p for p in model.parameters() if p.requires_grad):
+            delta.normal_()
+    want = model(x)
+    for layer, plain in zip(paca_layers(model), stock, strict=True):
+        layer.base_layer.weight.data = torch.empty(0)
+        layer.base_layer.weight.data = plain.weight.detach().clone()
+    assert torch.equal(model(x), want)
+
+
+def test_two_models_may_share_a_weight_one_at_a_time():
+    """Each took the other's columns for the pretrained weight, into its files as well."""
+    first, second = nn.Sequential(nn.Linear(8, 8)), nn.Sequential(nn.Linear(8, 8))
+    second[0].weight, x = first[0].weight, torch.randn(3, 8)
+    stock = copy.deepcopy(second)
+    one = adapt(first, indices={"0": [0, 1]}, target_modules=["0"])
+    want = one(x)
+    with pytest.raises(RuntimeError, match=r"share one weight.*'default' of the other one is active"):
+        adapt(second, indices={"0": [5, 6]}, target_modules=["0"])
+    assert type(second[0]) is nn.Linear
+    assert torch.equal(one(x), want)
+    one.base_model.disable_adapter_layers()
+    other = adapt(second, indices={"0": [5, 6]}, target_modules=["0"])
+    assert not torch.equal(other(x), stock(x))
+    with other.disable_adapter():
+        assert torch.equal(other(x), stock(x))
+    with pytest.raises(RuntimeError, match="share one weight"):
+        one.base_model.enable_adapter_layers()
+    other.unload()
+    assert torch.equal(one(x), want)
+
+
+@pytest.mark.parametrize("parked", [False, True])
+def test_a_snapshot_of_the_parameters_is_not_loaded_over_the_base(parked):
+    """`named_parameters` shows columns, which counted twice then; the base was lost."""
+    model, x = trained_perceptron(), torch.randn(4, 7)
+    best = {name: p.detach().clone() for name, p in model.named_parameters()}
+    base, at_best = {k: v.clone() for k, v in model.state_dict().items()}, model(x)
+    with torch.no_grad():
+        for delta in (p for p in model.parameters() if p.requires_grad):
+            delta.add_(0.1)
+    model(x)
+    if parked:
+        model.state_dict()
+    with pytest.raises(RuntimeError, match=r"hold the columns of adapter 'default'.*count twice"):
+        model.load_state_dict(best, strict=False)
+    assert torch.equal(model.state_dict()["base_model.model.lin1.base_layer.weight"], perceptron().lin1.weight)
+    model.load_state_dict(base)
+    assert torch.equal(model(x), at_best)
+    model.load_state_dict({k: v for k, v in best.items() if "paca_delta" in k}, strict=False)
+    assert torch.equal(model(x), at_best)
+
+
+@pytest.mark.parametrize("grad", [True, False])
+def test_deltas_that_are_given_other_memory_are_seen(grad):
+    """As `vector_to_parameters` does, between two passes of one mode."""
+    model, x = trained_perceptron(), torch.randn(4, 7)
+    deltas = [p for p in model.parameters() if p.requires_grad]
+    vector = nn.utils.parameters_to_vector(deltas).detach()
+    other = copy.deepcopy(model)
+    with torch.set_grad_enabled(grad):
+        for by in (1.5, 2.0, 0.5):
+            nn.utils.vector_to_parameters(vector * by, deltas)
+            with torch.no_grad():
+                for mine, its in zip(deltas, (p for p in other.parameters() if p.requires_grad), strict=True):
+                    its.copy_(mine)
+            assert torch.equal(model(x), other(x))
+
+
+class Gated(nn.Module):
+    """A block whose `gate` gets no gradient."""
+
+    def __init__(self, repeat):
+        super().__init__()
+        self.up, self.gate, self.repeat = nn.Linear(8, 8), nn.Linear(8, 8), repeat
+
+    def forward(self, x):
+        def block(x):
+            return self.up(x) * torch.sigmoid(self.gate(x)).detach()
+
+        return checkpoint(block, x, use_reentrant=False) if self.repeat else block(x)
+
+
+@pytest.mark.parametrize("change", ["nothing", "step", "scale"])
+def test_checkpointing_sees_what_changed_in_a_layer_whose_own_gradient_is_not_asked_for(change):
+    found = []
+    for repeat in (False, True):
+        torch.manual_seed(0)
+        model = adapt(Gated(repeat), target_modules=["up", "gate"], init_weights=False)
+        x, (up, gate) = torch.randn(3, 8, requires_grad=True), paca_layers(model)
+        loss = model(x).square().sum()
+        if change == "step":
+            gate.paca_delta["default"].grad = torch.ones_like(gate.paca_delta["default"])
+            torch.optim.SGD([gate.paca_delta["default"]], lr=0.1).step()
+        elif change == "scale":
+            gate.set_scale("default", 3.0)
+        if repeat and change != "nothing":
+            with pytest.raises(RuntimeError, match="repeats a forward pass with adapter 'default' active"):
+                loss.backward()
+        else:
+            loss.backward()
+            found.append(up.paca_delta["default"].grad)
+    assert change != "nothing" or torch.equal(*found)

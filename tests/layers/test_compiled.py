@@ -347,3 +347,54 @@ def test_layers_of_which_nothing_is_trained_break_no_graph(trained, recorded):
         got = torch.compile(model, backend="aot_eager", fullgraph=True)(x)
     torch.testing.assert_close(got.detach(), want)
     assert got.requires_grad == (recorded and bool(trained))
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_other_deltas_that_are_put_in_within_a_compiled_function_have_the_gradients(whole):
+    """They were ignored, and the model's own deltas got the gradients."""
+    model, x = adapted_perceptron(), torch.randn(4, 7)
+    run = model if whole else model.get_base_model()
+    others = {k: (p.detach() * 1.5).requires_grad_() for k, p in run.named_parameters() if p.requires_grad}
+    run(x)
+    expected = torch.func.functional_call(run, others, (x,))
+    want = torch.autograd.grad(expected.square().sum(), list(others.values()))
+
+    def call(given, x):
+        return torch.func.functional_call(run, given, (x,))
+
+    compiled = torch.compile(call, backend="aot_eager")
+    for between in (run, lambda x: None, run):
+        out = compiled(others, x)
+        torch.testing.assert_close(out, expected)
+        got = torch.autograd.grad(out.square().sum(), list(others.values()))
+        torch.testing.assert_close(got, want)
+        between(x)
+    torch._dynamo.reset()
+    with pytest.raises(torch._dynamo.exc.Unsupported, match="other deltas are in the place of its own"):
+        torch.compile(call, backend="aot_eager", fullgraph=True)(others, x)
+
+
+def test_calls_within_a_compiled_function_do_what_they_do_outside():
+    """The compiler ended with an internal error, and left adapters half switched."""
+    model, x = adapted_perceptron(), torch.randn(4, 7)
+    model.add_adapter("other", paca.PacaConfig(r=2, target_modules=["lin1"], init_weights=False, random_seed=1))
+
+    def calls(x):
+        first = model(x)
+        with model.disable_adapter():
+            none = model(x)
+        model.set_adapter("other")
+        other = model(x)
+        model.set_adapter("default")
+        paca_layers(model)[0].set_scale("default", 2.0)
+        scaled = model(x)
+        paca_layers(model)[0].set_scale("default", 1.0)
+        model.merge_adapter()
+        merged = model(x)
+        model.unmerge_adapter()
+        return first, none, other, scaled, merged, model.state_dict()["base_model.model.lin1.base_layer.weight"]
+
+    want, compiled = calls(x), torch.compile(calls, backend="aot_eager")
+    for _ in range(2):
+        torch.testing.assert_close(compiled(x), want)
+    assert model.active_adapter == "default"

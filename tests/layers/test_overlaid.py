@@ -634,4 +634,21 @@ def test_scales_that_change_with_each_pass_over_a_frozen_layer_are_not_kept_for_
     for number in range(100):
         layers(model)[0].set_scale("default", float(number))
         checkpoint(model, inputs(), use_reentrant=False)
-    assert len(layers(model)[0].base_layer.columns.unsaved_passes) <= 64
+    assert len(layers(model)[0].base_layer.columns.checkpointed_passes) <= 64
+
+
+def test_a_quantized_weight_that_is_replaced_by_data_has_its_own_columns():
+    """No version counter shows it: the columns of the old weight were written into the new one."""
+    pytest.importorskip("bitsandbytes")
+    torch.manual_seed(5)
+    model, other, x = adapted("nf4", init_weights=False), adapted("nf4", init_weights=False), inputs()
+    model(x)
+    torch.manual_seed(6)
+    fresh = make("nf4")
+    with model.disable_adapter(), other.disable_adapter():
+        for one in (model, other):
+            for name in TARGETS:
+                base, new = one.get_submodule(f"base_model.model.{name}").base_layer, fresh.get_submodule(name)
+                base.weight.data = new.weight.data.clone()
+                base.weight.quant_state = base.quant_state = new.weight.quant_state
+    assert torch.equal(model(x), other(x))  # which had kept nothing of the old one

@@ -8,7 +8,7 @@ checked exactly.)
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from types import FrameType
 from typing import Any
@@ -23,6 +23,11 @@ _REPEATED = (
     "Activation checkpointing repeats a forward pass with {now} active, but it first ran with other adapters or other "
     "values. Make the same adapters active again before backward(), or run backward() before switching or stepping."
 )
+
+
+def names_of(columns: Iterable[Any]) -> str:
+    """For messages."""
+    return ", ".join(f"adapter {c.name!r}" for c in columns) or "no adapter"
 
 
 def refuse_backward(*, repeated: bool, base_changed: bool, then: str, now: str) -> None:
@@ -79,27 +84,22 @@ def check_repeated(passes: dict[Any, list[Any]], key: Any, now: str) -> None:
         raise RuntimeError(_REPEATED.format(now=now))
 
 
-_MOST_UNSAVED = 64
-"""States that are kept of passes of which nothing else is, for each weight."""
+_MOST_PASSES = 64
+"""States that are kept of passes that checkpointing may repeat, for each weight."""
 
 
-def note_if_unsaved(columns: Any, x: Any, trained: Any) -> None:
-    """`note_unsaved`, where checkpointing may repeat a pass and nothing of it needs a gradient."""
-    if is_checkpointing(True) and not any(t.requires_grad for t in (x, *trained.deltas)):
-        note_unsaved(columns)
-
-
-def note_unsaved(columns: Any) -> None:
-    """Note a pass of which autograd saves nothing (the input and all deltas are frozen), so that no tag tells what it
-    ran with; raise if checkpointing that is not re-entrant repeats it with columns that no first pass had."""
-    passes, state = columns.__dict__.setdefault("unsaved_passes", {}), columns.state
+def note_checkpointed(columns: Any, state: Any) -> None:
+    """Note a pass with `state` that checkpointing may repeat; raise if checkpointing that is not re-entrant repeats it
+    with columns that no first pass had. Where the layer's own backward pass runs, the saved tag tells more: here, where
+    it does not (the layer's output is detached, or everything in it is frozen)."""
+    passes = columns.__dict__.setdefault("checkpointed_passes", {})
     if torch._C._current_graph_task_id() == -1:
         note_first(passes, state, columns.can_come_back)
         del passes[state.key][1:]
-        if len(passes) > _MOST_UNSAVED:
+        if len(passes) > _MOST_PASSES:
             del passes[next(iter(passes))]
     elif state.key not in passes and _is_repeated_by_checkpointing():
-        raise RuntimeError(_REPEATED.format(now="other columns"))
+        raise RuntimeError(_REPEATED.format(now=names_of(state.columns)))
 
 
 @torch.compiler.assume_constant_result

@@ -10,9 +10,10 @@ from torch import Tensor
 
 from paca.columns.folded import Folded, common, split, union_of
 from paca.columns.kept import Kept, holds, positions_of, sum_of
+from paca.columns.lost import names_of
 from paca.columns.not_whole import refuse_overwritten
 from paca.columns.resident import WRITING, ResidentColumns, identity
-from paca.columns.state import ALONE, AdapterColumns, State, names_of
+from paca.columns.state import ALONE, AdapterColumns, State
 from paca.functional.column_blocks import put_columns
 
 
@@ -45,7 +46,6 @@ class MergeableColumns(ResidentColumns):
             if safe:
                 check_merged(columns, [values])
             self.base_changed()
-            self.asides = ()
             self.merged, self._originals_of_merged = together, kept  # first: Ctrl-C may come in the middle
             put_columns(weight, self.dim, kept.positions, values)
             self._left_as = identity(weight)
@@ -81,7 +81,7 @@ class MergeableColumns(ResidentColumns):
             alone = [c.name for c in self.state.columns] == [name]
             if not alone:
                 self.park(weight, for_now=True)
-            wanted, self.asides = fold(), ()
+            wanted = fold()
             if not alone:
                 self.write(weight, wanted)
                 return
@@ -100,7 +100,6 @@ class MergeableColumns(ResidentColumns):
     def moved(self) -> None:
         """Note that the (parked) weight is about to be moved, or cast."""
         self.parked, self._left_as, self._parked_for_now, self._sent = None, None, False, True
-        self.asides = ()
 
     def reloaded(self, name: str = "A weight") -> None:
         """Note that new values come into the (parked) weight. Raises while anything is merged into it."""

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from paca.columns.state import AdapterColumns, is_sharded, names_of
+from paca.columns.lost import names_of
+from paca.columns.state import AdapterColumns, is_sharded
 
 TAKEN_APART = {"_fsdp_flattened", "ds_id"}  # what FSDP1 and DeepSpeed's ZeRO-3 set on parameters
 
@@ -94,6 +95,15 @@ def refuse_sharded_delta(adapter_name: str) -> None:
     raise RuntimeError(
         f"The deltas of adapter {adapter_name!r} are sharded, and the weight below them is not. Shard both, or none "
         "(ignored_params)."
+    )
+
+
+def refuse_shared(columns: tuple[AdapterColumns, ...]) -> None:
+    """Raise `RuntimeError`: the columns of another module are in a weight that two of them have."""
+    raise RuntimeError(
+        f"Two adapted layers, perhaps of two models, share one weight, and {names_of(columns)} of the other one is "
+        "active in it. Disable or unload that one first; or copy the model (copy.deepcopy) before you adapt it; or "
+        "add the second adapter to the first model (add_adapter)."
     )
 
 

@@ -1,39 +1,39 @@
-"""Resident columns: trained columns that live in the weight while their adapter is active.
+"""Resident columns, which live in the weight while their adapter is active (design, section 3).
 
-`ResidentColumns` belongs to one weight: what it holds, how columns get in, how the originals come back bit for bit, and
-that a backward pass reads the columns its forward pass read (design, section 3). It is handed the weight by every call,
-and holds no reference to it. `write_together` writes the columns of many weights.
+`ResidentColumns` belongs to one weight, which every call hands it: what it holds, how columns get in, how the originals
+come back, and that a backward pass reads what its forward pass read. `write_together` writes many weights.
 """
 
 from __future__ import annotations
 
 import threading
+import weakref
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from paca.columns import not_whole
 from paca.columns.entry import Entry
 from paca.columns.fingerprints import compare_values
 from paca.columns.folded_in_weight import originals_of_folded, pieces, put_folded
 from paca.columns.kept import Kept, add_scaled, holds, oriented, positions_of, sum_of
-from paca.columns.other_weights import Aside, adopt, found_again, is_back
+from paca.columns.other_weights import find_out
 from paca.columns.state import ALONE, FOR_NOW, THREAD, ActiveColumns, AdapterColumns, State, is_sharded
 from paca.functional.column_blocks import blocks_in, blocks_of, put_columns, read_columns, version_of
 from paca.functional.product import Trained
 
+_CLAIMS: weakref.WeakValueDictionary[tuple[int, int], Any] = weakref.WeakValueDictionary()  # by memory and offset in it
 WRITING = threading.RLock()  # writers are rare; a reader takes it if columns were written while it multiplied
 
 
 class ResidentColumns(ActiveColumns):
     """Keeps `weight == round(W0 + sum_a scale_a * scatter(delta_a, indices_a))` over the active adapters. `dim` of the
-    weight runs over the input features (1: `nn.Linear`, 0: `Conv1D`; of a stack of experts -1, or -2 if it is stored
-    transposed)."""
+    weight runs over the input features (1: `nn.Linear`, 0: `Conv1D`; of a stack -1, or -2 if it is transposed)."""
 
-    asides: tuple[Aside, ...] = ()  # what weights hold in whose place another is
     kept: Kept  # the originals of the trained columns of `state`; there from the first write on
 
     def __init__(self, dim: int) -> None:
@@ -45,6 +45,7 @@ class ResidentColumns(ActiveColumns):
         self._parked_for_now = False
         self.half_written = False  # a write began, and did not end: another thread is at it, or an exception came
         self._left_as: tuple[int, int] | None = None  # the weight's version and memory as we left them
+        self.memory: Any = None  # holds the address of that memory, so that no other gets it
         self._shared = False  # a state dict got the weight's memory, and may have it still
         self._sent = True  # another process may have it, as torch.multiprocessing shares it
 
@@ -159,6 +160,10 @@ class ResidentColumns(ActiveColumns):
         return state
 
     def _keep(self, weight: Tensor, columns: tuple[AdapterColumns, ...]) -> None:
+        place = weight.untyped_storage()._cdata, int(weight.storage_offset())
+        if (other := _CLAIMS.get(place)) not in (None, self) and other.state.columns and other._left_as[1] == place[0]:
+            not_whole.refuse_shared(other.state.columns)
+        _CLAIMS[place], self.memory = self, StorageWeakRef(weight.untyped_storage())
         self.kept = Kept.of(weight, self.dim, positions_of(columns, weight.device))
         self._folded = None
         if any(c.folded is not None for c in columns):
@@ -168,10 +173,8 @@ class ResidentColumns(ActiveColumns):
             put_folded(self._folded, weight, self.dim, columns)
 
     def parked_columns(self, weight: Tensor, state: State) -> Tensor | None:
-        """The columns that a park took out, if `state` is what they were of; else None.
-
-        They go back as they were: computed anew, they would bring in a write through `.data`, under the old revision.
-        """
+        """The columns that a park took out, if `state` is what they were of, else None. They go back as they were:
+        computed anew, they would bring in a write through `.data`, under the old revision."""
         if self.parked is None or self.parked[0].key != state.key or not self.parked[0].unchanged():
             return None
         columns = self.parked[1]
@@ -205,16 +208,11 @@ class ResidentColumns(ActiveColumns):
             self._put_back(weight)
         if self.as_left(weight) and not self._parked_for_now:  # then it is compared: `.data` moves no version counter
             return None
-        columns, now = self.state.columns, identity(weight)
-        if not (self.asides and is_back(self, weight, now)):
-            if not columns and not self._parked_for_now:
-                self.parked, self._left_as = None, None
-                return self.base_changed()  # it is a pretrained weight, which its owner may change
-            if holds(weight, self.dim, self._all_kept(weight), columns):
-                if not self.as_left(weight):
-                    adopt(self, weight, now)
-            elif not found_again(self, weight):
-                not_whole.refuse_overwritten(columns or (self.parked[0].columns if self.parked else ()))
+        if not self.state.columns and not self._parked_for_now:
+            self.parked, self._left_as = None, None
+            return self.base_changed()  # it is a pretrained weight, which its owner may change
+        if not self.as_left(weight) or not holds(weight, self.dim, self._all_kept(weight), self.state.columns):
+            find_out(self, weight)
         self._left_as = identity(weight)
         return None
 

@@ -18,9 +18,10 @@ import torch
 from torch import Tensor, nn
 
 from paca.columns.kept import Kept
+from paca.columns.lost import names_of
 from paca.columns.merging import MergeableColumns
 from paca.columns.same_everywhere import SameState, check_same_columns
-from paca.columns.state import THREAD, State, is_sharded, names_of
+from paca.columns.state import THREAD, State, is_sharded
 from paca.functional.column_blocks import put_columns, read_columns
 from paca.functional.product import Trained
 

@@ -10,7 +10,6 @@ import itertools
 import sys
 import threading
 import weakref
-from collections.abc import Iterable
 from contextlib import nullcontext
 from operator import is_
 from typing import Any, NamedTuple
@@ -54,11 +53,6 @@ FOR_NOW: tuple[AdapterColumns, ...] = type("ForNow", (tuple,), {})()
 """No columns, for one pass: the active ones come back, so that the weight is not its owner's to change."""
 
 
-def names_of(columns: Iterable[AdapterColumns]) -> str:
-    """For messages."""
-    return ", ".join(f"adapter {c.name!r}" for c in columns) or "no adapter"
-
-
 def is_sharded(value: object) -> bool:
     """Whether a parameter is a `DTensor`, as FSDP2 and tensor parallelism make them."""
     if type(value) in (nn.Parameter, Tensor) or not isinstance(value, Tensor) or not torch.distributed.is_available():
@@ -68,11 +62,14 @@ def is_sharded(value: object) -> bool:
     return isinstance(value, DTensor)
 
 
-class State:
-    """What is active over one weight: some adapters' columns, over one revision of it. Never changed.
+def memory_id(tensor: Tensor) -> int:
+    """What changes when a tensor is given other memory (`.data =`), unseen by its counter. ZeRO-3 always does that."""
+    return 0 if hasattr(tensor, "ds_id") else tensor.untyped_storage()._cdata
 
-    What is made of the tensors is taken from the state `like`, if they are the same: an optimizer's step leaves them.
-    """
+
+class State:
+    """What is active over one weight: some adapters' columns, over one revision of it. Never changed. What is made of
+    the tensors is taken from the state `like`, if they are the same: an optimizer's step leaves them."""
 
     __slots__ = ("__weakref__", "_tag", "base", "columns", "key", "places", "trained", "watched")
 
@@ -83,7 +80,7 @@ class State:
         self._tag: Tensor | None = None
         # Every tensor that has a version counter, with its version: flat, since it is compared often.
         tensors = [t for c in columns for t in (c.delta, c.indices, c.source) if t is not None]
-        self.watched = [(t, t._version) for t in tensors if not t.is_inference()]
+        self.watched = [(t, t._version, memory_id(t)) for t in tensors if not t.is_inference()]
         # Where columns lie: trained ones anywhere by their indices, folded ones as they are scaled.
         self.places = [
             (id(c.indices), version_of(c.indices, c.revision), c.folded, c.folded and c.scale) for c in columns
@@ -97,14 +94,14 @@ class State:
 
     def unchanged(self) -> bool:
         """Whether no tensor was changed in place since, as far as version counters tell."""
-        for tensor, version in self.watched:  # noqa: SIM110  (a generator would cost more than the comparison)
-            if tensor._version != version:
+        for tensor, version, memory in self.watched:
+            if tensor._version != version or memory_id(tensor) != memory:
                 return False
         return True
 
     def moved(self) -> list[AdapterColumns]:
         """Those whose tensors were changed in place since, as far as version counters tell."""
-        changed = {id(tensor) for tensor, version in self.watched if tensor._version != version}
+        changed = {id(t) for t, version, memory in self.watched if t._version != version or memory_id(t) != memory}
         return [c for c in self.columns if changed & {id(c.delta), id(c.indices), id(c.source)}]
 
     @property
@@ -208,28 +205,25 @@ class ActiveColumns:
             for c in filter(self.is_current, state.moved()):
                 self.changed(c.name)
 
-    def note_forward(self) -> None:
-        """Note that a forward pass runs with the present state. Raises if that repeats a pass that ran with others."""
+    def note_forward(self, state: State | None = None) -> None:
+        """Note a forward pass with `state`, or the present one. Raises if it repeats a pass that ran with others."""
+        state = state or self.state
         if torch.is_grad_enabled():
             if torch._C._current_graph_task_id() != -1:  # also with none active: their gradients would be lost
-                lost.check_repeated(self._first_passes, self.state.key, names_of(self.state.columns))
+                lost.check_repeated(self._first_passes, state.key, lost.names_of(state.columns))
         # A first pass runs within an autograd function; so does an evaluation's pass through checkpointing.
         elif may_be_recorded() and (not THREAD.passes or THREAD.passes[-1][1]):
-            lost.note_first(self._first_passes, self.state, self.can_come_back)
+            lost.note_first(self._first_passes, state, self.can_come_back)
 
     def can_come_back(self, state: State) -> bool:
         return state.base == self.base and all(map(self.is_current, state.columns))
 
     def check_backward(self, state: State, saved_tag: Tensor) -> None:
-        """Raise `RuntimeError` if the columns or the weight of a forward pass changed before its backward pass.
-
-        Args:
-            state: Of the forward pass.
-            saved_tag: Its tag as autograd kept it: another one if activation checkpointing repeated the pass.
-        """
+        """Raise `RuntimeError` if the columns or the weight of the forward pass with `state` changed since. `saved_tag`
+        is its tag as autograd kept it: another one if activation checkpointing repeated the pass."""
         repeated = saved_tag is not state.tag and int(saved_tag) != hash(state.key)
         if repeated or not self.can_come_back(state) or not state.unchanged():
-            then, now = names_of(state.columns), names_of(self.state.columns)
+            then, now = lost.names_of(state.columns), lost.names_of(self.state.columns)
             lost.refuse_backward(repeated=repeated, base_changed=state.base != self.base, then=then, now=now)
         if not self.has_trust(state):
             self.unaccounted = True  # an optimizer's step may follow that nobody sees

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from paca.columns.folded import FOLDED_DELTA, FOLDED_INDICES, Folded
 from paca.columns.not_whole import refuse_computed, refuse_computed_delta, refuse_replaced
+from paca.columns.other_weights import refuse_snapshot
 from paca.columns.state import FOR_NOW, AdapterColumns, State
 from paca.columns.stepping import Deltas, Job
 from paca.layers.mixed_batch import Running, StepUnderway, current_mixed_batch
@@ -79,9 +80,8 @@ class PacaLayer(Moved, PeftCalls):  # a module first: FSDP2 makes subclasses of 
     def stale(self) -> bool:
         """Whether the weight may hold something else."""
         kept: dict[str, Any] = self._modules  # several times faster than attributes
-        base = kept["base_layer"]
-        columns = base.columns
-        state, names = columns.state, self.wanted_names()
+        base, names = kept["base_layer"], self.wanted_names()
+        columns, state = base.columns, base.columns.state
         if len(state.columns) != len(names) or (columns.unaccounted and names):
             return True
         for name, c in zip(names, state.columns, strict=True):
@@ -99,7 +99,7 @@ class PacaLayer(Moved, PeftCalls):  # a module first: FSDP2 makes subclasses of 
                 return False
         return True
 
-    def job(self, *, compare: bool = False) -> Job:
+    def job(self, *, compare: bool = False) -> Job | None:
         """What is to be written, for `write_together`; `compare` if no version counter may show what changed."""
         base: Any = self._modules["base_layer"]
         columns, weight = base.columns, base.weight
@@ -108,15 +108,18 @@ class PacaLayer(Moved, PeftCalls):  # a module first: FSDP2 makes subclasses of 
         if type(weight) is not nn.Parameter and "weight" not in base._parameters:
             refuse_computed(self.active_adapters)
         columns.notice()
+        if columns.whole and type(base._parameters.get("weight")) is Tensor:
+            return None  # the caller's, in the place of the layer's own (`functional_call`)
         if compare or columns.unaccounted:
             columns.compare(home)
         return columns, home, self.wanted()
 
+    @torch.compiler.disable
     def write(self, *, compare: bool = False) -> None:
         """Make the base weight hold what is active, at once."""
-        columns, home, wanted = self.job(compare=compare)
-        if not any(c.delta.is_meta for c in wanted) and not home.is_meta:
-            columns.write(home, wanted)
+        for columns, home, wanted in filter(None, [self.job(compare=compare)]):
+            if not any(c.delta.is_meta for c in wanted) and not home.is_meta:
+                columns.write(home, wanted)
 
     def stepped(self, adapter_name: str) -> Job | None:
         """Note that an optimizer changed this adapter's delta."""
@@ -188,6 +191,8 @@ class PacaLayer(Moved, PeftCalls):  # a module first: FSDP2 makes subclasses of 
             destination[f"{prefix}{FOLDED_INDICES}.{name}"] = folded.indices
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        if f"{prefix}base_layer.weight" in state_dict and self.mode == "resident":
+            refuse_snapshot(self.base_layer, state_dict, prefix)
         for name, present in self.paca_delta.items():
             delta = state_dict.get(f"{prefix}paca_delta.{name}")
             if getattr(delta, "shape", None) == present.shape:  # else it is refused

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from paca.columns.state import State
 from paca.layers.base import PacaLayer
 from paca.layers.expert_view import StackView
+from paca.layers.lent_weight import refuse_lent_stack
 from paca.layers.mixed_batch import after_steps, current_mixed_batch
 from paca.layers.resident_weight import ResidentWeight
 
@@ -51,6 +52,8 @@ class ResidentStack(ResidentWeight, ExpertStack):
 
         That way such a model runs the stock code on the stock parameter.
         """
+        if type(self._parameters.get("weight")) is Tensor and self.columns.whole:
+            refuse_lent_stack()
         state, owner = self.state_now(), self.owner()
         if not torch.is_grad_enabled() and not state.columns and (owner._disable_adapters or owner.merged):
             return self.weight

@@ -12,11 +12,12 @@ from typing import Any, ClassVar, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 from transformers.pytorch_utils import Conv1D
 
 from paca.columns.fingerprints import compare_values, note_values
 from paca.columns.kept import Kept, positions_of, sum_of
-from paca.columns.lost import note_if_unsaved
+from paca.columns.lost import is_checkpointing, note_checkpointed
 from paca.columns.resident import WRITING
 from paca.columns.sharded import trained_through
 from paca.columns.state import ActiveColumns, AdapterColumns, State
@@ -141,7 +142,8 @@ class PatchedWeight(OverlaidWeight):
 
     def forward(self, x: Tensor) -> Tensor:
         state = self.state_now()
-        note_if_unsaved(self.columns, x, state.trained)
+        if is_checkpointing(True):
+            note_checkpointed(self.columns, state)
         if state.columns:
             return self._run_dequantized(x, state)
         owner = self.owner()
@@ -177,7 +179,7 @@ class PatchedWeight(OverlaidWeight):
         if not state.columns:
             return quantization.weight(self, dtype)
         packed = quantization.packed(self)
-        source = (version_of(packed), packed.device, state.places, dtype)
+        source = (version_of(packed), StorageWeakRef(packed.untyped_storage()), packed.device, state.places, dtype)
         if kept is None or kept.packed is not packed or kept.source != source:
             with torch.inference_mode(False):  # so that where they lie side by side is found once
                 positions = positions_of(state.columns, packed.device)
@@ -205,7 +207,7 @@ class PatchedPass(WeightSource):
     def __init__(self, module: PatchedWeight, state: State, dtype: torch.dtype) -> None:
         self.module, self.state, self.dtype, self.columns, self.tag = module, state, dtype, module.columns, state.tag
         self.packed = module.quantization.packed(module)
-        self.version = version_of(self.packed)
+        self.version = version_of(self.packed), StorageWeakRef(self.packed.untyped_storage())
         note_values(self.columns, state)
 
     def weight(self) -> Tensor:
@@ -216,7 +218,8 @@ class PatchedPass(WeightSource):
         if kept is None or not kept.is_of(self.state):
             compare_values(self.columns, self.state)  # the deltas are read again
         self.columns.check_backward(self.state, saved_tag)
-        if self.module.quantization.packed(self.module) is not self.packed or version_of(self.packed) != self.version:
+        now = self.module.quantization.packed(self.module)
+        if now is not self.packed or (version_of(now), StorageWeakRef(now.untyped_storage())) != self.version:
             raise RuntimeError(
                 "A quantized weight was merged into, loaded or moved between a forward pass and its backward pass. Run "
                 "backward() first."
@@ -262,7 +265,8 @@ class AdditiveWeight(OverlaidWeight):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         state = self.state_now()
-        note_if_unsaved(self.columns, x, state.trained)
+        if is_checkpointing(True):
+            note_checkpointed(self.columns, state)
         y = super().forward(x, *args, **kwargs)
         if torch.is_grad_enabled() and x.requires_grad and not y.requires_grad:
             raise RuntimeError(

@@ -120,6 +120,7 @@ class PeftCalls(BaseTunerLayer):
             raise
         self.write()
 
+    @torch.compiler.disable
     def _merge(self, columns: tuple[AdapterColumns, ...], safe: bool) -> None:
         self.merged_adapters.extend(c.name for c in columns)  # first: after Ctrl-C, unmerge() puts all back
         base = self.base_layer
@@ -135,6 +136,7 @@ class PeftCalls(BaseTunerLayer):
         self.merged_adapters.clear()
         self.write()
 
+    @torch.compiler.disable
     def _unmerge(self) -> None:
         base = self.base_layer
         base.columns.unmerge(base.columns.home_to_write(base.weight))

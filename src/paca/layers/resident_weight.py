@@ -14,23 +14,21 @@ from torch import Tensor, nn
 from torch._C._autograd import _top_saved_tensors_default_hooks as is_checkpointing
 
 from paca.columns.entry import in_other_mode
-from paca.columns.lost import lies_in_checkpointing, note_unsaved, refuse_torn
+from paca.columns.lost import lies_in_checkpointing, note_checkpointed, refuse_torn
 from paca.columns.merging import MergeableColumns
-from paca.columns.other_weights import in_place_of_it
 from paca.columns.resident import WRITING
 from paca.columns.sharded import ShardedColumns
 from paca.columns.state import ALONE, State, is_sharded
 from paca.columns.stepping import others_step
 from paca.functional.product import Product, WeightSource, check_frozen
 from paca.functional.train_columns import train_columns
+from paca.layers.lent_weight import has_others, run_on_copy
 
 
 class ResidentPass(WeightSource):
     """One forward pass on the resident weight of `module`, which holds `state`, for its backward pass."""
 
     def __init__(self, module: Any, state: State) -> None:
-        if module.columns.asides:
-            module = in_place_of_it(module)
         self.module, self.state, self.columns, self.tag = module, state, module.columns, state.tag
 
     def weight(self) -> Tensor:
@@ -116,14 +114,17 @@ class ResidentWeight(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if torch.compiler.is_compiling():  # whoever changes what is active has written it by now
-            if not self.columns.whole or getattr(self.columns.entry, "unwritten", False) or lies_in_checkpointing():
+            traced, unwritten = self.columns.traced, getattr(self.columns.entry, "unwritten", False)
+            if not self.columns.whole or unwritten or lies_in_checkpointing() or has_others(self, traced):
                 return self._run_apart(x)
             if not torch.is_grad_enabled():
                 return super().forward(x)
-            return train_columns(self.product(), x, self.weight, self.bias, self.columns.traced)
+            return train_columns(self.product(), x, self.weight, self.bias, traced)
         columns, weight, owner = self.columns, self._parameters.get("weight"), self.owner()
         state = columns.looked_after(weight)
         if state is None or (owner is not None and not owner.has(state)):
+            if type(weight) is Tensor and owner is not None and columns.whole:
+                return run_on_copy(self, x, weight)
             weight, state = None, self.state_now()
         y = self._multiply(x, weight, state)
         if columns.state is state and not columns.half_written:
@@ -136,8 +137,8 @@ class ResidentWeight(nn.Module):
         if not torch.is_grad_enabled():
             return super().forward(x)
         trained = self.columns.trained(state, self.owner()) if weight is None else state.trained
-        if is_checkpointing(True) and not any(t.requires_grad for t in (x, *trained.deltas)):
-            note_unsaved(self.columns)
+        if is_checkpointing(True):
+            note_checkpointed(self.columns, state)
         return train_columns(self.product(), x, weight, self.bias, trained, ResidentPass(self, state))
 
     def state_now(self) -> State:
@@ -153,7 +154,8 @@ class ResidentWeight(nn.Module):
         self.columns.note_forward()
         return state
 
-    @torch.compiler.disable  # FSDP2's own hooks break the graph around the layer anyway, checkpointing around a block
+    # FSDP2's own hooks break the graph around the layer anyway, checkpointing around a block.
+    @torch.compiler.disable(reason="its weight is parked or sharded, or other deltas are in the place of its own")
     def _run_apart(self, x: Tensor) -> Any:
         return self.forward(x)
 
@@ -164,6 +166,7 @@ class ResidentWeight(nn.Module):
         self.columns.moved()
         return super()._apply(fn, recurse)
 
+    @torch.compiler.disable
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         with WRITING, ALONE:  # so that it is parked while it is handed out
             self.columns.park_within(self.columns.home_to_write(self.weight), for_now=True)
