@@ -104,7 +104,7 @@ def test_mt_bench_prints_ratings_and_what_the_judge_took(workspace: Path, monkey
     asked = {body["messages"][1]["content"].split("\n")[1] for _, body in server.requests}
     assert asked == {"0?", "2?"}  # spread over the file
     assert re.search(r"maths[ │]+4.00[ │]+4.00[ │]+\+0.00[ │]+\n", done.stdout)
-    assert "The judge read 8,000 tokens and wrote 40, in 8 requests." in done.stdout
+    assert "The judge read 8,000 tokens and wrote 40, in 8 requests, for the verdicts kept." in done.stdout
 
 
 @pytest.mark.parametrize(

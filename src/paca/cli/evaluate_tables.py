@@ -48,7 +48,7 @@ def print_ratings(console: Console, results: dict[str, Any]) -> None:
         say(console, f"The judge named no grade for {answers}{out}. The same call asks again.", style="yellow")
     used = results["judge"]
     tokens = f"read {used['prompt_tokens']:,} tokens and wrote {used['completion_tokens']:,}"
-    say(console, f"The judge {tokens}, in {used['requests']:,} requests.")
+    say(console, f"The judge {tokens}, in {used['requests']:,} requests, for the verdicts kept.")
 
 
 def print_table(console: Console, rows: list[Row]) -> None:

@@ -60,7 +60,7 @@ class Usage:
     prompt_tokens: int = 0
     completion_tokens: int = 0
     requests: int = 0
-    """Sent, those that had to be repeated included."""
+    """Sent, those that had to be repeated included; but those of a question that got no verdict at all."""
 
     def __add__(self, other: Usage) -> Usage:
         return Usage(
