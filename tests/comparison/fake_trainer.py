@@ -1,7 +1,8 @@
 """Stands in for `paca train` where only what lies around it is tested: it trains nothing, and takes no time for it.
 
 `python fake_trainer.py train CONFIG [--resume]` leaves a run folder whose numbers follow from the config alone. It
-waits at a step while there is a file `hold` beside the config's folder, and fails where the config asks for it.
+waits at a step while there is a file `hold` beside the config's folder, and fails where the config asks for it, or a
+file `away` there names the run.
 """
 
 from __future__ import annotations
@@ -45,6 +46,9 @@ def main() -> None:
             shutil.rmtree(folder / part, ignore_errors=True)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.yaml").write_text(config_path.read_text())
+    away = config_path.parents[1] / "away"
+    if away.is_file() and folder.name in _lines(away):
+        sys.exit("Error: There is no folder of a model, some/model. Give one.")
     stopped = []
     signal.signal(signal.SIGINT, lambda number, frame: stopped.append(number))
     rows = [json.loads(line) for line in _lines(folder / "metrics.jsonl")][: first + 1] if first else []

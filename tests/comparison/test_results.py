@@ -17,8 +17,8 @@ from comparison.result_maker import result, row
 from paca.cli.compare import show_result
 from paca.comparison import comparable
 from paca.comparison.comparable import trained_alike, unlike
-from paca.comparison.compare import edge_of
 from paca.comparison.contrast import Contrast
+from paca.comparison.edges import Edge
 from paca.comparison.method_result import MethodResult
 from paca.comparison.results import ComparisonResult
 from paca.comparison.statistics import mean_interval
@@ -398,36 +398,10 @@ def test_it_all_goes_into_json() -> None:
     assert found["score_before"] == 2.0
 
 
-@pytest.mark.parametrize(
-    ("best", "rates", "told"),
-    [
-        (3e-3, [1e-3, 3e-3, 9e-3], None),
-        (
-            1e-3,
-            [3e-3, 1e-3, 9e-3],
-            "The best rate of paca, 0.001, is the lowest that was tried; lower ones may be better.",
-        ),
-        (
-            9e-3,
-            [1e-3, 3e-3, 9e-3],
-            "0.009, is the highest that was tried; higher ones may be better. Add some to --lr.",
-        ),
-        (1e-3, [1e-3, 1e-3], "paca was tried at one rate, 0.001; others may be better. Add some to --lr."),
-        (None, [1e-3, 3e-3], None),  # all failed
-    ],
-)
-def test_a_best_rate_at_the_edge_of_those_tried_is_told(
-    best: float | None, rates: list[float], told: str | None
-) -> None:
-    tried = [row("paca", 0, 1.0, learning_rate=rate) for rate in rates]
-    edge = edge_of(MethodResult("paca", "r 8", best, tried[:1], tried))
-    assert (edge is None) if told is None else (told in str(edge))
-
-
 def test_the_terminal_tells_of_the_edge_too() -> None:
     output = io.StringIO()
     found = dataclasses.replace(
-        result({"paca": BASE, "lora": BASE}), edges={"paca": "The best rate of paca is the lowest."}
+        result({"paca": BASE, "lora": BASE}), edges={"paca": Edge("The best rate of paca is the lowest.")}
     )
     show_result(found, Path("compared"), Console(file=output, width=200))
     assert "\nThe best rate of paca is the lowest.\n" in output.getvalue()

@@ -166,8 +166,8 @@ def show_result(result: ComparisonResult, output: Path, console: Console) -> Non
     say(console, f"\n{result.verdict}", style="bold")
     for line in [*result.cost, *note_on_intervals(whole)]:
         say(console, line)
-    for line in result.edges.values():
-        say(console, line, style="yellow")
+    for edge in result.edges.values():
+        say(console, edge.note, style="yellow")
     say(console, f"Written: {output / 'comparison.html'}, comparison.md, comparison.json")
 
 

@@ -6,7 +6,7 @@ import itertools
 import json
 import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from typing import Any
 from rich.console import Console
 
 from paca.comparison.comparable import contents_of, trained_alike, unlike
+from paca.comparison.edges import Edge, edge_of
 from paca.comparison.kept_rows import ROWS
 from paca.comparison.method_result import MethodResult, why_failed
 from paca.comparison.methods import Method, own_section
@@ -22,7 +23,7 @@ from paca.comparison.report import write_report
 from paca.comparison.results import ComparisonResult
 from paca.comparison.rows import SHARES, Row, row_of, write_rows
 from paca.comparison.settings import Comparison
-from paca.comparison.training_process import FAILURE
+from paca.comparison.training_process import how_to_try_again
 from paca.comparison.work import Work, names_of
 from paca.messages.errors import PacaError
 from paca.training.folder.run_folder import RunFolder
@@ -60,8 +61,9 @@ def compare(comparison: Comparison, planned: Sequence[PlannedMethod], console: C
         rate = plan.chosen.get(method.name)
         chosen = [row for row in tried if row["learning_rate"] == rate and row["score"] is not None]
         methods.append(MethodResult(method.name, settings_text(method), rate, chosen, tried, peaks[method.name]))
-    edges = {method.name: edge for method in methods if (edge := edge_of(method)) is not None}
-    notes = [*_notes(comparison, planned, methods), *edges.values()]
+    found = {method.name: edge_of(method, comparison.runs) for method in methods}
+    edges = {name: edge for name, edge in found.items() if edge is not None}
+    notes = [*_notes(comparison, planned, methods, edges), *(edge.note for edge in edges.values())]
     if work.by_row:
         told = "Their folders are gone, so they count by their rows, and the loss over time is not drawn for them"
         notes.append(f"{told}: {names_of(work.by_row)}.")
@@ -142,7 +144,12 @@ def _not_finished(path: Path) -> PacaError:
     return PacaError(f"{path} holds no finished run (summary.json is missing). Finish it, or leave it out.")
 
 
-def _notes(comparison: Comparison, planned: Sequence[PlannedMethod], methods: Sequence[MethodResult]) -> list[str]:
+def _notes(
+    comparison: Comparison,
+    planned: Sequence[PlannedMethod],
+    methods: Sequence[MethodResult],
+    edges: Mapping[str, Edge],
+) -> list[str]:
     seed, notes = comparison.seeds[0], []
     if any(len({row["learning_rate"] for row in method.tried}) > 1 for method in methods):
         notes.append(
@@ -167,27 +174,13 @@ def _notes(comparison: Comparison, planned: Sequence[PlannedMethod], methods: Se
         if what in comparison.equal:
             notes.append(f"Equal {what}: each method's r was chosen to match {leader}.")
     notes += [f"{one.method.name} {one.came_out.note}." for one in planned if one.came_out.note]
-    for method in methods:
-        for row in method.failed:
-            ended = row["train_info"]["status"] == "success"
-            again = "" if ended else f" (to try it again, delete runs/{row['name']}/{FAILURE})"
-            notes.append(f"{row['name']} failed: {why_failed(row)}{again or '.'}")
+    told = {name for edge in edges.values() for name in edge.failed}
+    for row in (row for method in methods for row in method.failed if row["name"] not in told):
+        ended = row["train_info"]["status"] == "success"
+        again = "" if ended else f" {how_to_try_again(RunFolder(comparison.runs / row['name']))}"
+        notes.append(f"{row['name']} failed: {why_failed(row).rstrip('.')}.{again}")
     expected = ["steps"] if "time" in comparison.equal else []
     return notes + _shared_notes((row for method in methods for row in method.rows), expected)
-
-
-def edge_of(method: MethodResult) -> str | None:
-    """A sentence on a method whose best rate is the lowest or the highest that was tried; None for another."""
-    rates = sorted({row["learning_rate"] for row in method.tried})
-    if method.rate not in (rates[0], rates[-1]):
-        return None
-    if len(rates) == 1:
-        return f"{method.name} was tried at one rate, {method.rate:g}; others may be better. Add some to --lr."
-    which, further = ("lowest", "lower") if method.rate == rates[0] else ("highest", "higher")
-    return (
-        f"The best rate of {method.name}, {method.rate:g}, is the {which} that was tried; {further} ones may be "
-        "better. Add some to --lr."
-    )
 
 
 def _shared_notes(rows: Iterable[Row], expected: Sequence[str] = ()) -> list[str]:

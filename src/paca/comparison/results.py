@@ -8,6 +8,7 @@ from typing import Any
 
 from paca.comparison.comparable import unlike
 from paca.comparison.contrast import Contrast
+from paca.comparison.edges import Edge, caveats_of
 from paca.comparison.method_result import MethodResult
 from paca.comparison.rows import Row
 
@@ -25,8 +26,8 @@ class ComparisonResult:
     """What a reader has to know of how it was made."""
     equal: tuple[str, ...] = ()
     """What was made the same for all methods."""
-    edges: Mapping[str, str] = field(default_factory=dict)
-    """Those notes that say of a method, by its name, that its best rate may lie beyond those tried."""
+    edges: Mapping[str, Edge] = field(default_factory=dict)
+    """Of the methods, by name, whose best rate may lie beyond those tried. The notes hold theirs."""
 
     @property
     def metric(self) -> str:
@@ -62,8 +63,7 @@ class ComparisonResult:
             found = terms[0] + "; ".join(sentences)
         else:
             found = "; ".join(term + sentence for term, sentence in zip(terms, sentences, strict=True))
-        if self.edges:
-            found += f"; better rates of {' and '.join(self.edges)} may lie beyond those tried"
+        found = "; ".join([found, *caveats_of(self.edges)])
         return found[0].upper() + found[1:] + "." if found.startswith(("no ", "at ", "not ")) else found + "."
 
     @property

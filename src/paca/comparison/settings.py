@@ -52,7 +52,12 @@ class Comparison:
 
     def folder(self, job: Job) -> RunFolder:
         """Of a run."""
-        return RunFolder(self.path / "runs" / job.name)
+        return RunFolder(self.runs / job.name)
+
+    @property
+    def runs(self) -> Path:
+        """The folder of the runs' folders."""
+        return self.path / "runs"
 
     def claim(self, name: str) -> Claim:
         """On a run, by its name, or on another part of the work."""
@@ -141,7 +146,7 @@ class SettingsFile:
         self.path = asked.path / "settings.json"
         self._asked = _asked(asked)
         self._kept: dict[str, Any] = {"methods": {}, "came_out": {}}
-        self._begun = (asked.path / "runs").is_dir() or (asked.path / ROWS).is_file()
+        self._begun = asked.runs.is_dir() or (asked.path / ROWS).is_file()
 
     def read(self) -> dict[str, Any]:
         """What came out before, by method; empty for a new comparison.

@@ -124,6 +124,14 @@ def failure_of(folder: RunFolder) -> dict[str, Any] | None:
         return None
 
 
+def how_to_try_again(folder: RunFolder) -> str:
+    """A sentence on how a run that failed is made again."""
+    failure = failure_of(folder)
+    if failure is None or failure["exit_status"] < 0:  # see `forget_kill`
+        return "The same command tries it again."
+    return f"To try it again, delete {folder.path / FAILURE} and give the same command again."
+
+
 def ran_out_of_memory(failure: Mapping[str, Any]) -> bool:
     """Whether a failure, as `failure_of` has it, was one of memory; most likely so where the run was killed."""
     return failure["exit_status"] in (-signal.SIGKILL, 128 + signal.SIGKILL) or says_out_of_memory(failure["error_msg"])

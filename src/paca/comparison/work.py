@@ -11,11 +11,13 @@ from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
+from paca.comparison.divergence import diverged
 from paca.comparison.kept_rows import ROWS, KeptRows
+from paca.comparison.method_result import why_failed
 from paca.comparison.rows import SHARES, Row, row_of, write_rows
 from paca.comparison.schedule import FAILED, Job, Outcome, Schedule, schedule
 from paca.comparison.settings import Comparison
-from paca.comparison.training_process import PROGRAM, TrainingProcess, forget_kill
+from paca.comparison.training_process import PROGRAM, TrainingProcess, forget_kill, how_to_try_again
 from paca.messages.say import say
 from paca.messages.units import format_duration
 from paca.training.folder.run_folder import RunFolder
@@ -92,13 +94,18 @@ class Work:
             KeyboardInterrupt: Ctrl-C; the run that was going on has saved a checkpoint.
         """
         told = None
-        for path in (self.comparison.path / "runs").glob("*"):  # each call tries those once more that were killed
+        for path in self.comparison.runs.glob("*"):  # each call tries those once more that were killed
             forget_kill(RunFolder(path))
         self._rows.clear()
         self.rows()
         if self.by_row:
             kept = self.comparison.path / ROWS
             say(self.console, f"By their rows in {kept}, as their folders are gone: {names_of(self.by_row)}.")
+        for row in self.rows():
+            if row["train_info"]["status"] == "failed":
+                again = how_to_try_again(RunFolder(self.comparison.runs / row["name"]))
+                why = why_failed(row).rstrip(".")
+                say(self.console, f"{row['name']} failed before, and is not tried again: {why}. {again}", "yellow")
         while todo := [job for job in self.schedule().jobs if self.outcome(job) is None]:
             if any(self._trained(job) for job in todo):
                 self._write_rows()
@@ -151,8 +158,10 @@ class Work:
         if row is None:  # stopped by a signal of its own, with a checkpoint; it is taken up again
             return
         if row["train_info"]["status"] == "failed":
-            log = self.comparison.folder(job).path / "log.txt"
-            say(self.console, f"{job.name} failed: {row['run_info']['error_msg']} (all it said: {log})", "yellow")
+            folder = self.comparison.folder(job)
+            again = "" if diverged(row) else f". {how_to_try_again(folder)}"
+            all_of_it = f"(all it said: {folder.path / 'log.txt'})"
+            say(self.console, f"{job.name} failed: {why_failed(row)} {all_of_it}{again}", "yellow")
         else:
             time_taken = format_duration(row["run_info"]["total_time"])
             say(self.console, f"{job.name}: {row['metric']} {_number(row['score'])} in {time_taken}")
