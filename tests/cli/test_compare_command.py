@@ -74,6 +74,15 @@ def test_one_rate_is_not_said_to_go_beyond(workspace: Path) -> None:
     assert re.fullmatch(r"disk space: about [\d.]+ KiB, and up to [\d.]+ KiB of checkpoints while a run goes", disk)
 
 
+@pytest.mark.parametrize(("methods", "told"), [("paca", True), ("paca,lora", False)])
+def test_one_method_is_said_to_be_no_comparison_before_it_is_trained(workspace: Path, methods: str, told: bool) -> None:
+    command = ("compare", "config.yaml", "--methods", methods, "--lr", "1e-2", "--output", "alone", "--dry-run")
+    done = forked_paca(*command, cwd=workspace)
+    line = "There is one method, paca, and nothing to compare it with: what comes out is its best rate and its score."
+    assert (line in done.stdout) == told, done.stderr
+    assert done.returncode == 0
+
+
 def test_without_rates_each_method_begins_around_its_own(workspace: Path) -> None:
     command = ("compare", "config.yaml", "--methods", "paca,lora,full", "--set", "train.learning_rate=0.5")
     rates = ("--lr", "full=1e-3", "--output", "auto", "--dry-run")

@@ -54,6 +54,16 @@ def table_of(planned: Sequence[PlannedMethod]) -> Table:
     return table
 
 
+def alone_text(planned: Sequence[PlannedMethod]) -> list[str]:
+    """That there is nothing to compare, where that is so: it stays a search for a method's best rate."""
+    if len(planned) > 1:
+        return []
+    return [
+        f"There is one method, {planned[0].method.name}, and nothing to compare it with: what comes out is its best "
+        "rate and its score. Name another one in --methods for a verdict."
+    ]
+
+
 def rates_text(grids: Mapping[str, Sequence[float]], *, extend: bool) -> str:
     """The rates that each method begins with, on one line; those that all have are told once."""
     shown = {name: ", ".join(f"{rate:g}" for rate in grid) for name, grid in grids.items()}
