@@ -55,6 +55,13 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         (["model", "config.yaml"], "config.yaml is a file beside others; expected one YAML alone"),
         (["config.yaml", "--lr", "1e-3", "--set", "paca.rr=1"], "there is no key paca.rr"),
         (["model"], "model holds no finished run"),
+        (
+            ["config.yaml", "--lr", "1e-3", "--set", "train.seed=7"],
+            "--set train.seed would change nothing: --seeds gives each run its own. Leave it out, and give --seeds 7.",
+        ),
+        (["config.yaml", "--lr", "1e-3", "--set", "paca.random_seed=7"], "--set paca.random_seed would change nothing"),
+        (["config.yaml", "--lr", "1e-3", "--set", "eval={after: false}"], "--set eval.after would change nothing"),
+        (["config.yaml", "--lr", "1e-3", "--set", "output.dir=x"], "each run has its own folder in --output"),
     ],
 )
 def test_a_mistake_is_one_message_on_standard_error(workspace: Path, arguments: list[str], message: str) -> None:
@@ -81,6 +88,23 @@ def test_one_method_is_said_to_be_no_comparison_before_it_is_trained(workspace: 
     line = "There is one method, paca, and nothing to compare it with: what comes out is its best rate and its score."
     assert (line in done.stdout) == told, done.stderr
     assert done.returncode == 0
+
+
+def test_settings_of_a_yaml_that_have_no_effect_are_told_in_the_plan(workspace: Path) -> None:
+    """A YAML made for paca train may have them; they were overridden without a word."""
+    text = (workspace / "config.yaml").read_text()
+    changed = text.replace("train:\n", "train:\n  seed: 7\n").replace("paca:\n", "paca:\n  random_seed: 8\n")
+    (workspace / "seeded.yaml").write_text(f"{changed}eval:\n  after: false\n")
+    command = ("--methods", "paca,lora", "--lr", "1e-2", "--output", "seeded", "--dry-run")
+    done = forked_paca("compare", "seeded.yaml", *command, cwd=workspace)
+    assert done.stdout.splitlines()[-3:] == [
+        "train.seed: 7 of the YAML has no effect: --seeds gives each run its own.",
+        "paca.random_seed: 8 of the YAML has no effect: PaCA's columns follow the run's --seeds.",
+        "eval.after: false of the YAML has no effect: methods are compared by what is measured after training.",
+    ], done.stdout + done.stderr
+    assert "random_seed 8" not in done.stdout  # as a setting of the method
+    plain = forked_paca("compare", "config.yaml", *command, cwd=workspace)
+    assert plain.stdout.splitlines()[-1].startswith("disk space: "), plain.stderr
 
 
 def test_without_rates_each_method_begins_around_its_own(workspace: Path) -> None:

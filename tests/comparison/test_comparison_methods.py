@@ -101,6 +101,7 @@ def test_a_file_is_laid_over_the_yaml_key_by_key(
         ("data: {train: x}\n", "can't have the section 'data'"),
         ("train: {learning_rate: 1}\n", "train.learning_rate comes from --lr"),
         ("train: {seed: 1}\n", "train.seed comes from --seeds"),
+        ("paca: {random_seed: 1}\n", "paca.random_seed comes from --seeds"),
         ("train: {data_seed: 1}\n", "train.data_seed would give a method another order"),
         ("train: {max_length: 38}\n", "train.max_length changes what a method is judged by"),
         ("train: {completion_only_loss: false}\n", "train.completion_only_loss changes what"),

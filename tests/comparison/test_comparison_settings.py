@@ -59,6 +59,19 @@ def test_another_config_is_refused_with_what_differs(tmp_path: Path) -> None:
     assert "Give another --output" in message
 
 
+def test_settings_without_effect_may_come_and_go(tmp_path: Path) -> None:
+    """Whoever reads that they have none takes them out, and an earlier state kept them."""
+    comparison = small_comparison(tmp_path)
+    seeded = {**COMMON["paca"], "random_seed": 7}
+    comparison.common = {**COMMON, "train": {"max_steps": 6, "seed": 7}, "paca": seeded, "eval": {"after": False}}
+    comparison.methods[0] = Method("paca", {"paca": seeded})
+    SettingsFile(comparison).write(KEPT)
+    (tmp_path / "runs").mkdir()
+    plain = small_comparison(tmp_path)
+    plain.common = {**COMMON, "eval": {}}
+    assert SettingsFile(plain).read() == KEPT
+
+
 @pytest.mark.parametrize("key", ["train", "one of train", "eval", "template"])
 def test_data_whose_content_has_changed_is_refused_by_its_name(tmp_path: Path, key: str) -> None:
     file = tmp_path / "file.jsonl"
@@ -114,7 +127,7 @@ def test_without_runs_another_comparison_takes_the_folder_and_the_same_one_what_
 def test_factors_for_more_columns_than_the_default_may_be_shared(tmp_path: Path) -> None:
     config = tmp_path / "run.yaml"  # a method's own file says how many columns there are
     config.write_text("model: {name: some/model}\ndata: {train: some/data, eval: 2}\ntrain: {factor_rank: 64}\n")
-    assert load_common(config)["train"] == {"factor_rank": 64}
+    assert load_common(config)[0]["train"] == {"factor_rank": 64}
 
 
 def test_a_run_without_held_out_data_cannot_be_compared(tmp_path: Path) -> None:

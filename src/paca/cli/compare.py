@@ -105,7 +105,7 @@ def _train(
     from paca.comparison.methods import methods_of
     from paca.comparison.settings import Comparison, load_common
 
-    common = load_common(config, overrides)
+    common, without_effect = load_common(config, overrides)
     import_libraries()
     chosen = methods_of(methods, common)
     from datasets import disable_progress_bars
@@ -130,6 +130,8 @@ def _train(
     say(console, f"{rates_text(grids, extend=extend)}; {which}")
     say(console, work_text(planned, grids, len(numbers), extend=extend))
     say(console, disk_text(planned, grids, len(numbers)))
+    for line in without_effect:
+        say(console, line, style="yellow")
     first = planned[0].plan
     tell_of_products(first.config, first.dtype, console)
     return None if dry_run else compare(comparison, planned, console)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from paca.comparison.own_keys import SEEDS
 from paca.messages.errors import PacaError
 from paca.messages.nearest import did_you_mean
 from paca.training.config.adapter_settings import config_type
@@ -219,9 +220,10 @@ def _from_file(name: str, path: Path, common: Sections) -> Method:
                     f"{path}: {section}.{key} changes what a method is judged by, so scores would not be comparable. "
                     "Set it in the run's YAML, for all methods."
                 )
-    for key, flag in (("learning_rate", "--lr"), ("seed", "--seeds")):
-        if key in sections.get("train", {}):
-            raise PacaError(f"{path}: train.{key} comes from {flag}. Leave it out of the method's file.")
+    for setting, flag in (("train.learning_rate", "--lr"), *((one, "--seeds") for one in SEEDS)):
+        section, _, key = setting.partition(".")
+        if key in sections.get(section, {}):
+            raise PacaError(f"{path}: {setting} comes from {flag}. Leave it out of the method's file.")
     if "data_seed" in sections.get("train", {}):
         raise PacaError(
             f"{path}: train.data_seed would give a method another order of the data than the others have. Set it in "

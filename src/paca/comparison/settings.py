@@ -13,6 +13,7 @@ import yaml
 from paca.comparison.flags import Rates
 from paca.comparison.kept_rows import ROWS
 from paca.comparison.methods import Method, own_section
+from paca.comparison.own_keys import notes_on_own, refuse_own, without_own
 from paca.comparison.schedule import Job
 from paca.data.file_content import hash_of, samples_of
 from paca.data.sources import Source
@@ -88,23 +89,26 @@ class Comparison:
         return Job(name, self.grids()[name][0], self.seeds[0])
 
 
-def load_common(path: Path, overrides: Iterable[str] = ()) -> dict[str, dict[str, Any]]:
-    """The sections that all runs share.
+def load_common(path: Path, overrides: Iterable[str] = ()) -> tuple[dict[str, dict[str, Any]], list[str]]:
+    """The sections that all runs share, and a sentence on each setting of the YAML that a comparison has no use for.
 
     Args:
         path: The YAML of a run, as for `paca train`.
         overrides: `"section.key=value"` each.
 
     Raises:
-        PacaError: The config is wrong, or has no held-out data.
+        PacaError: The config is wrong, or has no held-out data, or a setting is overridden that comes from elsewhere.
     """
+    overrides = list(overrides)
     config = load_run_config(path, overrides)
+    refuse_own(overrides)
     if config.data.eval is None:
         raise PacaError(
             f"{path}: data.eval is missing. Methods are compared by held-out data: give a file, a fraction such as 0.1 "
             "or a count of records."
         )
-    return _plain(config)
+    sections = _plain(config)
+    return without_own(sections), notes_on_own(sections)
 
 
 def run_sections(
@@ -166,6 +170,8 @@ class SettingsFile:
             return {}
         before = json.loads(self.path.read_text(encoding="utf-8"))
         asked, now = before["asked"], self._asked
+        asked = {**asked, "run": without_own(asked["run"])}  # they may come and go, as they have no effect
+        asked["methods"] = {name: without_own(sections) for name, sections in asked["methods"].items()}
         shared = asked["methods"].keys() & now["methods"].keys()
         one, other = ({**each, "methods": {name: each["methods"][name] for name in shared}} for each in (asked, now))
         before_files, now_files = one.pop("content", {}), other.pop("content", {})
