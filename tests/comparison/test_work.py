@@ -12,7 +12,6 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-from unittest.mock import Mock
 
 import pytest
 from rich.console import Console
@@ -23,8 +22,6 @@ from forked_process import start_forked
 from paca.comparison.flags import Rates
 from paca.comparison.kept_rows import KeptRows
 from paca.comparison.rows import Row
-from paca.comparison.schedule import Job
-from paca.comparison.work import _Progress, seconds_left
 from paca.messages.errors import PacaError
 from paca.pretrained.claims import Claim
 
@@ -278,25 +275,3 @@ def test_a_seed_sets_the_data_order_and_the_columns(uninterrupted: Path) -> None
     assert configs["paca-lr0.003-seed1"]["paca"] == {"r": 16, "paca_alpha": 32, "random_seed": 1}
     assert "random_seed" not in configs["lora-lr0.003-seed1"]["lora"]
     assert "paca" not in configs["lora-lr0.003-seed1"]
-
-
-def test_time_left_goes_by_the_runs_of_each_method() -> None:
-    left = {"paca": 2, "lora": 1}
-    assert seconds_left(left, {}, "paca", 5.0, None) is None
-    assert seconds_left(left, {}, "paca", 5.0, 20.0) == 2 * 20 + 20 - 5
-    assert seconds_left(left, {"paca": [10.0, 30.0], "lora": [100.0]}, "paca", 5.0, 1.0) == 2 * 20 + 100 - 5
-    assert seconds_left({"paca": 1}, {"paca": [10.0]}, "paca", 50.0, None) == 0
-
-
-def test_a_log_file_says_no_line_twice_in_a_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("paca.comparison.work._PLAIN_LINE_EVERY", 0)
-    work, job = small_work(tmp_path), Job("paca", 1e-3, 0)
-    shown = work.console = Console(file=io.StringIO())  # type: ignore[assignment]
-    work.steps = {}  # so that no time left is told, which passes
-    steps = iter([None, None, (2, 1.0), (6, 3.0), (6, 3.0), (6, 3.0)])
-    with _Progress(work, job, Mock(step=lambda: next(steps))) as progress:
-        for _ in range(6):
-            progress.show()
-    heading = "run 1 of 6: paca-lr0.001-seed0"
-    lines = shown.file.getvalue().splitlines()  # type: ignore[attr-defined]
-    assert lines == [f"{heading} ...", f"{heading}  step 2", f"{heading}  step 6"]

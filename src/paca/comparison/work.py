@@ -190,7 +190,7 @@ class _Progress:
             self.live = Live(Text(self.heading), console=self.work.console, refresh_per_second=4, transient=True)
             self.live.start()
         else:
-            say(self.work.console, f"{self.heading} ...")
+            say(self.work.console, "  ".join([self.heading, *self._time_left(0.0)]) + " ...")
         return self
 
     def show(self) -> None:
@@ -216,10 +216,11 @@ class _Progress:
             parts.append(f"step {step[0]}" + (f"/{total}" if total else ""))
             if total:
                 current = step[1] / step[0] * total
-        left = seconds_left(self.left, self.taken, self.job.method, now - self.started, current)
-        if left is not None:
-            parts.append(f"about {format_duration(left)} left")
-        return "  ".join(parts)
+        return "  ".join([*parts, *self._time_left(now - self.started, current)])
+
+    def _time_left(self, elapsed: float, expected: float | None = None) -> list[str]:
+        left = seconds_left(self.left, self.taken, self.job.method, elapsed, expected)
+        return [] if left is None else [f"about {format_duration(left)} left"]
 
 
 def seconds_left(
