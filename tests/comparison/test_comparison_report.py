@@ -119,6 +119,20 @@ def test_the_difference_is_named_for_what_it_is_to_and_intervals_are_explained_w
         assert "counts the examples" not in told  # of a loss
 
 
+@pytest.mark.parametrize(("steps", "told"), [(99, True), (100, False)])
+def test_runs_of_few_steps_are_said_to_tell_little_wherever_the_verdict_is(
+    steps: int, told: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = result({"paca": {0: 1.0, 1: 1.1}, "lora": {0: 2.0, 1: 2.2}}, steps=20)
+    for row in found.methods[1].rows:
+        row["steps"] = steps
+    page, text = report_of(tmp_path / "report", found, made_folders(found, tmp_path))
+    show_result(found, tmp_path, Console(width=200))
+    written = (tmp_path / "report" / "comparison.json").read_text()
+    for shown in (page, text, written, capsys.readouterr().out):
+        assert ("The runs have 99 steps at most: so few tell little of a longer training." in shown) == told
+
+
 def test_the_difference_of_shares_is_said_to_count_examples() -> None:
     heads, cells = (
         ["method", "rate", "seeds", "choice", "paca minus it"],

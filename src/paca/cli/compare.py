@@ -168,6 +168,8 @@ def show_result(result: ComparisonResult, output: Path, console: Console) -> Non
         table.add_row(*row[:8])
     console.print(table)
     say(console, f"\n{result.verdict}", style="bold")
+    for line in result.few_steps:
+        say(console, line, style="yellow")
     for line in [*result.cost, *note_on_intervals(whole)]:
         say(console, line)
     for edge in result.edges.values():

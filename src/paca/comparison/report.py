@@ -115,11 +115,15 @@ def _run_table(result: ComparisonResult) -> Table:
 
 def _markdown(title: str, result: ComparisonResult) -> str:
     table = method_table(result)
-    notes = "".join(f"- {line}\n" for line in [*result.cost, *result.notes, *note_on_intervals(table)])
+    notes = "".join(f"- {line}\n" for line in _told(result, table))
     return (
         f"# {title}\n\n**{result.verdict}**\n\n{_markdown_table(table)}\n{notes}\n"
         f"## Every run\n\n{_markdown_table(_run_table(result))}"
     )
+
+
+def _told(result: ComparisonResult, table: Table) -> list[str]:
+    return [*result.few_steps, *result.cost, *result.notes, *note_on_intervals(table)]
 
 
 def _markdown_table(table: Table) -> str:
@@ -137,8 +141,7 @@ def _page(title: str, result: ComparisonResult, folders: Mapping[str, RunFolder]
     if any(len({row["learning_rate"] for row in method.tried}) > 1 for method in result.methods):
         pictures.append(score_over_rates(result))
     table = method_table(result)
-    told = [*result.cost, *result.notes, *note_on_intervals(table)]
-    notes = "".join(f"<li>{html.escape(line)}</li>" for line in told)
+    notes = "".join(f"<li>{html.escape(line)}</li>" for line in _told(result, table))
     body = f"""<p><b>{html.escape(result.verdict)}</b></p>
 <ul>{notes}</ul>
 <h2>Methods</h2>

@@ -14,6 +14,8 @@ from paca.comparison.rows import Row
 
 _STEADY = 1.5
 """Where equal work takes up to so many times as long, a machine is idle enough for its times to be quoted alone."""
+_FEW_STEPS = 100
+"""Fewer than so many steps are a quick try, for which higher rates are the best than for a longer training."""
 
 
 @dataclass(frozen=True)
@@ -100,6 +102,14 @@ class ComparisonResult:
             )
         return sentences
 
+    @property
+    def few_steps(self) -> list[str]:
+        """A sentence on runs that are too short to tell of longer ones, where the longest of them is."""
+        most = max((row["steps"] or 0 for method in self.methods for row in method.rows), default=0)
+        if not 0 < most < _FEW_STEPS:
+            return []
+        return [f"The runs have {most} step{'s' * (most > 1)} at most: so few tell little of a longer training."]
+
     def as_dict(self) -> dict[str, Any]:
         """For `comparison.json`."""
         return {
@@ -110,7 +120,7 @@ class ComparisonResult:
             "verdict": self.verdict,
             "methods": [method.as_dict() for method in self.methods],
             "contrasts": [contrast.as_dict() for contrast in self.contrasts],
-            "notes": self.notes,
+            "notes": [*self.few_steps, *self.notes],
         }
 
     @property
