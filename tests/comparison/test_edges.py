@@ -154,6 +154,7 @@ def test_a_search_cut_short_is_told_with_the_verdict_and_until_it_is_tried_again
     assert found.verdict.endswith(caveat)
     assert f"{caveat}\n" in said
     assert f"\n{edge}\n" in said
+    assert f"{name} failed: {why} (all it said: {tmp_path}/runs/{name}/log.txt). {again}\n" in said
     assert "failed before" not in said
     texts = [(tmp_path / f"comparison.{kind}").read_text() for kind in ("md", "html", "json")]
     assert all(caveat in text and edge in text for text in texts)

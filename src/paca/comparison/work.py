@@ -159,9 +159,9 @@ class Work:
             return
         if row["train_info"]["status"] == "failed":
             folder = self.comparison.folder(job)
-            again = "" if diverged(row) else f". {how_to_try_again(folder)}"
-            all_of_it = f"(all it said: {folder.path / 'log.txt'})"
-            say(self.console, f"{job.name} failed: {why_failed(row)} {all_of_it}{again}", "yellow")
+            why, log = why_failed(row).rstrip("."), folder.path / "log.txt"
+            again = "" if diverged(row) else f" {how_to_try_again(folder)}"
+            say(self.console, f"{job.name} failed: {why} (all it said: {log}).{again}", "yellow")
         else:
             time_taken = format_duration(row["run_info"]["total_time"])
             say(self.console, f"{job.name}: {row['metric']} {_number(row['score'])} in {time_taken}")
