@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import re
 import shutil
@@ -385,10 +384,6 @@ def test_packing_trains_on_the_same_tokens_in_fewer_sequences(run: Runner, confi
     assert plain.summary is not None
     assert packed.summary["tokens"] == plain.summary["tokens"]
     assert packed.summary["steps"] < plain.summary["steps"] / 2
-    plan = describe(load_run_config(config_file, [*epoch, "train.packing=true"]))
-    assert plan.tokens_per_step == 128
-    at_best = math.ceil(packed.summary["tokens"] / 128)  # every sequence filled up
-    assert dict(plan.lines())["steps"] == f"about {at_best}, known once the data is packed"
 
 
 def test_conversations_train_on_the_assistants_turns_unless_told_otherwise(

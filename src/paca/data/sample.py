@@ -75,6 +75,8 @@ class Sample:
     """Whether a run leaves out the `unanswered`."""
     others: list[Shown] = field(default_factory=list)
     """Where there are several sources, the example of middle length of each of the others."""
+    lengths: list[int] = field(default_factory=list)
+    """Tokens of each, before anything is cut, in the order of the data; a summary does without."""
 
     @property
     def shown(self) -> list[Shown]:
@@ -101,7 +103,9 @@ class Sample:
 
     def as_dict(self) -> dict[str, Any]:
         """For `summary.json`, as it is read back."""
-        return dict(json.loads(json.dumps(dataclasses.asdict(self))))
+        values = dataclasses.asdict(self)
+        del values["lengths"]
+        return dict(json.loads(json.dumps(values)))
 
 
 def take_sample(
@@ -187,6 +191,7 @@ def take_sample(
         pieces=pieces,
         rejected=rejected,
         leave_out=leave_out,
+        lengths=lengths.tolist(),
         others=[
             shown(learned[found_there])
             for there in _of_each_part(examples, origins)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -55,10 +54,10 @@ class Plan:
     sequences_per_step: int
     """Over all processes and accumulated batches, no more than there are; of packed ones where packing is on."""
     tokens_per_step: int | None
-    """About: by the mean of the sample, or full sequences where packing is on; None where examples
-    have no tokens, or some are yet to be made."""
+    """About: by the mean of the sample, or of the sequences that packing makes; None where examples have no tokens, or
+    some are yet to be made."""
     steps: int | None
-    """None where packing decides it."""
+    """None where packing decides it, and only a sample of the data was looked at."""
     disk: DiskNeed
     """What it writes."""
     left_out: str | None = None
@@ -126,13 +125,10 @@ class Plan:
         return 0 if self.data.sample is None else self.data.sample.unusable
 
     def _steps(self) -> str:
-        examples = self.train_examples - self._unusable()
-        if self.steps is not None:
-            return f"{planned_steps(examples, self.config.train, self.processes):,}"
-        assert self.data.sample is not None
-        sequences = math.ceil(examples * self.data.sample.mean / self.config.train["max_length"])
-        steps = planned_steps(sequences, {**self.config.train, "packing": False}, self.processes)
-        return f"about {steps:,}, known once the data is packed"
+        if (packed := self.data.packed) is None:
+            return f"{planned_steps(self.train_examples - self._unusable(), self.config.train, self.processes):,}"
+        steps = planned_steps(packed.sequences, {**self.config.train, "packing": False}, self.processes)
+        return f"{steps:,}" if self.steps is not None else f"about {steps:,}, known once all of the data is packed"
 
 
 def show_plan(plan: Plan, console: Console, record: dict[str, str] | None = None) -> None:

@@ -5,13 +5,16 @@ from __future__ import annotations
 import copy
 import os
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from peft import get_peft_model
 from transformers import PreTrainedModel
 
 from paca.config import PacaConfig
+from paca.data.packing import Packed
 from paca.lean import make_lean, undo_lean
 from paca.messages.errors import PacaError, about
 from paca.messages.processes import launched_processes
@@ -107,24 +110,17 @@ def prepare(config: RunConfig, *, whole: bool = True, fetch: bool = False) -> Pr
         config.adapter.setdefault("original_weights", named.name)
     config.adapter = adapter_settings.with_defaults(method, config.adapter)
     processes = launched_processes()
-    kind.check_batches(len(train.dataset), config.train, processes)
-    steps = planned_steps(len(train.dataset), config.train, processes)
-    if "warmup_steps" not in given and steps is not None:
-        config.train["warmup_steps"] = steps * 3 // 100  # rounded down, as a warm-up starts with a step at rate 0
-    elif steps == 1 and config.train["warmup_steps"]:
-        raise PacaError(
-            "The only step of this run would be the first of its warm-up, whose rate is 0: it would train nothing. "
-            "Leave out train.warmup_steps, or train for more steps."
-        )
-    if config.adapter.get("peft_type") == "ADALORA" and steps is not None:
-        check_budget(config.adapter["tinit"], config.adapter["tfinal"], config.adapter.get("total_step") or steps)
+    steps = _steps(config, given, len(train.dataset), processes)
     layers = getattr(adapted.base_model, "targeted_module_names", []) if method != "full" else []
     sequences = config.train["per_device_train_batch_size"] * config.train["gradient_accumulation_steps"] * processes
     inputs = inputs_of(config, train, held_out) if whole and os.environ.get("RANK", "0") == "0" else {}
     data = kind.shape(config, data, whole=whole)
+    if data.packed is not None:
+        steps = _steps(config, given, len(train.dataset), processes, data.packed)
+    guessed = data.packed is not None and not data.packed.exact and config.train.get("max_steps", -1) <= 0
     typical = None if data.sample is None or not kind.lengths_known else data.sample.mean
-    if config.train.get("packing"):
-        typical = config.train["max_length"]
+    if data.packed is not None:
+        typical, sequences = data.packed.mean, min(sequences, data.packed.sequences)
     elif typical is not None:
         sequences = min(sequences, len(train.dataset))
     base = 0
@@ -157,10 +153,46 @@ def prepare(config: RunConfig, *, whole: bool = True, fetch: bool = False) -> Pr
         processes=processes,
         sequences_per_step=sequences,
         tokens_per_step=None if typical is None else round(sequences * typical),
-        steps=steps,
+        steps=None if guessed else steps,
         disk=disk_need(config, adapted, steps, base),
     )
     return PreparedRun(plan, inputs, adapted)
+
+
+def _steps(
+    config: RunConfig, given: Mapping[str, Any], examples: int, processes: int, packed: Packed | None = None
+) -> int | None:
+    """The optimizer steps, and what depends on them: the default of `train.warmup_steps`, and whether they suffice.
+
+    Args:
+        config: With its other defaults.
+        given: What the user gave of `train`.
+        examples: To train on.
+        processes: How many train.
+        packed: What packing makes of them; None is returned without it where packing decides.
+
+    Raises:
+        PacaError: The run would train nothing.
+    """
+    kind, train, sequences = trainer_kind(config.train), config.train, examples
+    if packed is not None:
+        train, sequences = {**train, "packing": False}, packed.sequences
+    sure = packed is None or packed.exact
+    if sure:
+        kind.check_batches(sequences, train, processes)
+    steps = planned_steps(sequences, train, processes)
+    if steps is None:
+        return None
+    if "warmup_steps" not in given:
+        config.train["warmup_steps"] = steps * 3 // 100  # rounded down, as a warm-up starts with a step at rate 0
+    elif sure and steps == 1 and config.train["warmup_steps"]:
+        raise PacaError(
+            "The only step of this run would be the first of its warm-up, whose rate is 0: it would train nothing. "
+            "Leave out train.warmup_steps, or train for more steps."
+        )
+    if sure and config.adapter.get("peft_type") == "ADALORA":
+        check_budget(config.adapter["tinit"], config.adapter["tfinal"], config.adapter.get("total_step") or steps)
+    return steps
 
 
 def _adapted_outline(config: RunConfig, model: PreTrainedModel, task_type: str | None) -> PlannedModel:

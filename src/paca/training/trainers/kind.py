@@ -18,6 +18,7 @@ from paca.data import Examples, load_examples, split_heldout
 from paca.data.chat_template import unprompted_header, unused_fields
 from paca.data.evenly import spread_evenly
 from paca.data.overlap import shared
+from paca.data.packing import Packed
 from paca.data.sample import Sample
 from paca.data.tokens import as_template_wants
 from paca.messages.errors import PacaError
@@ -39,6 +40,8 @@ class RunData:
     """The form in which a language model reads it, in words."""
     sample: Sample | None = None
     """Some of the training data as tokens, once `TrainerKind.shape` has looked at it."""
+    packed: Packed | None = None
+    """What packing makes of the training data, from then on; None where it is off."""
     left_out: tuple[int, int] = (0, 0)
     """How many training and held-out examples will be, as nothing can be learned from them."""
     labels: list[str] | None = None

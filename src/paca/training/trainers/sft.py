@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 from trl import SFTConfig, SFTTrainer
 
 from paca.data import Examples, check_labels, tokenize
+from paca.data.packing import packed
 from paca.data.sample import take_sample
 from paca.messages.errors import PacaError
 from paca.pretrained.learning_rate import RATE_OF_WEIGHTS
@@ -83,18 +84,20 @@ class Sft(TrainerKind):
             batch_size=settings["per_device_train_batch_size"],
             leave_out=config.data.unusable == "leave_out",
         )
+        packs, packs_eval = settings.get("packing", False), settings.get("eval_packing")
         if not whole:
-            return replace(data, sample=sample)
+            filled = packed(sample.lengths, sample.examples, settings) if packs else None
+            return replace(data, sample=sample, packed=filled)
         options: Any = {"everything": everything, "processes": settings.get("dataset_num_proc")}
         held_out = None if data.eval is None else tokenize(data.eval, tokenizer, **options)
         train = tokenize(train, tokenizer, **options)
-        packs, packs_eval = settings.get("packing", False), settings.get("eval_packing")
         check = partial(check_labels, train=settings, leave_out=config.data.unusable == "leave_out")
         left_out = (
             check(train, packed=packs),
             0 if held_out is None else check(held_out, packed=packs if packs_eval is None else packs_eval),
         )
-        return replace(data, sample=sample, train=train, eval=held_out, left_out=left_out)
+        filled = packed(self.lengths(train.dataset), sample.examples, settings) if packs else None
+        return replace(data, sample=sample, packed=filled, train=train, eval=held_out, left_out=left_out)
 
     def lines(self, config: RunConfig) -> list[tuple[str, str]]:
         """How the logits are held."""
