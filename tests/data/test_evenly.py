@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 
 import pytest
 from datasets import Dataset
 
-from paca.data import load_examples
 from paca.data.evenly import spread_evenly
 from paca.training.config.config_file import load_run_config
-from paca.training.trainers.kind import read_split
+from paca.training.trainers.kind import read_split, reader
 
 
 @pytest.mark.parametrize(
@@ -31,7 +31,7 @@ def test_held_out_data_is_limited_over_all_kinds_of_a_sorted_file(
     path.write_text("".join(json.dumps(record) + "\n" for record in records))
     (tmp_path / "run.yaml").write_text("model: {name: any}\ndata: {train: sorted.jsonl}\neval: {limit: 20}\n")
     config = load_run_config(tmp_path / "run.yaml", [f"data.eval={held_out}", f"output.dir={tmp_path / 'run'}"])
-    _, found = read_split(config, load_examples)
+    _, found = read_split(config, partial(reader, family="text"))
     assert found is not None
     kinds = [row["prompt"][0]["content"].split()[0] for row in found.dataset]
     assert len(kinds) == 20

@@ -129,6 +129,34 @@ def test_an_optional_column_may_be_named_and_absent_in_some_rows_but_not_in_all(
         load_examples(source, columns={**columns, "input": "contxt"})
 
 
+@pytest.mark.parametrize(
+    ("record", "columns", "family", "hint"),
+    [
+        ({"question": "1", "frage": "a?", "answer": "b"}, {"question": "fragge"}, "text", r" Did you mean 'frage'\?"),
+        ({"question": "a?", "answer": "b"}, {"question": "foo"}, "text", " Leave question out of data.columns: the"),
+        ({"text": "a", "label": "b"}, {"label": "lab"}, "labels", r" Did you mean 'label'\?"),
+        ({"instruction": "a", "input": "", "output": "b"}, {"input": "context"}, "text", " Leave input out of "),
+    ],
+)
+def test_a_named_column_is_not_taken_for_there_because_the_forms_own_is(
+    tmp_path: Path, record: dict[str, str], columns: dict[str, str], family: str, hint: str
+) -> None:
+    """The data line said that it was used."""
+    source = jsonl(tmp_path / "data.jsonl", [record, record])
+    (own,) = columns.values()
+    for limit in (None, 1):
+        with pytest.raises(
+            PacaError, match=rf"data\.jsonl: there is no column {own}, which data\.columns names; found: .*\.{hint}"
+        ):
+            load_examples(source, family=family, columns=columns, limit=limit)
+    found = load_examples(source, family=family, columns=columns, own_names_suffice=True)  # beside training data
+    assert f"{own} as" not in found.description
+    other = jsonl(tmp_path / "other.jsonl", [{own if name in columns else name: text for name, text in record.items()}])
+    both = load_examples([source, other], family=family, columns=columns)
+    assert len(both.dataset) == 3
+    assert both.description.count(f"{own} as {next(iter(columns))}") == 1
+
+
 def test_a_file_that_has_the_forms_own_names_needs_no_others(tmp_path: Path) -> None:
     source = jsonl(tmp_path / "data.jsonl", [{"question": "a?", "answer": "b"}, {"input": "c?", "target": "d"}])
     found = load_examples(source, columns={"question": "input", "answer": "target"})

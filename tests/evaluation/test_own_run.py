@@ -286,6 +286,10 @@ def test_other_data_may_have_other_names_of_columns(run: Path, loaded: LoadedMod
     config = config_with(run, "loss")
     one, other = (evaluate_run(loaded, config, data, None, 2, None, Tally()) for data in found)
     assert {side: score.values for side, score in one.items()} == {side: score.values for side, score in other.items()}
+    with pytest.raises(
+        PacaError, match=r"--data: .*rows\.jsonl: there is no column foo, which data\.columns names; fou"
+    ):
+        other_data(run, config_of_run(run, str(plain), {"question": "foo"}), columns_given=True)
     with pytest.raises(PacaError, match="expected a form's names, each with yours"):
         columns_of_flag("Frage")
 

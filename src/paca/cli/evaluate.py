@@ -223,7 +223,7 @@ def _measure_own_data(
     if data is None:
         held_out, note = own_run.held_out_of(path, config, limit)
     else:
-        held_out = own_run.other_data(path, config)
+        held_out = own_run.other_data(path, config, columns_given=columns is not None)
         note = own_run.trained_on(path, held_out)
         say(console, f"{data}: {held_out.description}")
         if other := own_run.other_form(path, held_out, own_run.metric_of(config)):

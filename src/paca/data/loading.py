@@ -12,7 +12,9 @@ from paca.data import named_columns, sources
 from paca.data.conversion import FAMILIES, converted
 from paca.data.examples import Examples
 from paca.data.recognition import describe, for_another_trainer, recognise
+from paca.data.rows import Row
 from paca.data.several import joined
+from paca.data.sources import Source
 from paca.messages.errors import PacaError
 
 
@@ -25,6 +27,7 @@ def load_examples(
     family: str = "text",
     leave_out: bool = False,
     columns: Mapping[str, str] | None = None,
+    own_names_suffice: bool = False,
 ) -> Examples:
     """Load examples and bring them into the shape that a trainer takes.
 
@@ -45,7 +48,9 @@ def load_examples(
         family: What they are to be: `"text"` for SFT, `"preferences"`, `"prompts"` or `"labels"`, each with
             forms of its own.
         leave_out: Leave out records from which nothing can be learned, such as those with an empty answer.
-        columns: Names that a form knows, each with the data's own column for it, such as `{"question": "input"}`.
+        columns: Names that a form knows, each with the data's own column for it, such as `{"question": "input"}`. A
+            record that has the form's own name may lack the other; some record of some source has it.
+        own_names_suffice: All records may, as those of held-out data beside training data that has the others.
 
     Raises:
         PacaError: The source does not exist, is empty or cannot be parsed, its form is unknown or ambiguous, or an
@@ -60,11 +65,37 @@ def load_examples(
     names: Sequence[Any] = source if isinstance(source, list | tuple) else [source]
     if not names:
         raise PacaError("The list of data sources is empty. Name at least one: a file, a folder or a hub id.")
-    return joined([_load(name, format, split, limit, family, leave_out, given) for name in names])
+    forms = FAMILIES[family]
+    optional = frozenset(name for name in given if any(name in form.optional for form in forms.values()))
+    plain = [sources.find_source(name, split) for name in names]
+    found = [replace(one, columns=tuple(given.items()), optional=optional) for one in plain]
+    firsts = [_first_row(one) for one in found]
+    lacking, columns_of = zip(*(named_columns.absent(one.rows(), given) for one in plain), strict=True)
+    if not own_names_suffice:
+        there = dict.fromkeys(name for columns in columns_of for name in columns)
+        named_columns.refuse_absent(", ".join(names), set.intersection(*lacking), given, there)
+    return joined(
+        [
+            _load(source, list(first), format, split, limit, family, leave_out, _without(given, names))
+            for source, first, names in zip(found, firsts, lacking, strict=True)
+        ]
+    )
+
+
+def _first_row(source: Source) -> Row:
+    first = next(source.rows(), None)
+    if first is None:
+        raise PacaError(f"{source.name} holds no examples: it is empty.")
+    return first[1]
+
+
+def _without(given: Mapping[str, str], names: set[str]) -> dict[str, str]:
+    return {name: own for name, own in given.items() if name not in names}
 
 
 def _load(
-    source: str,
+    found: Source,
+    there: list[str],
     format: str | None,
     split: str,
     limit: int | None,
@@ -72,14 +103,9 @@ def _load(
     leave_out: bool,
     given: dict[str, str],
 ) -> Examples:
-    """One source; the arguments are those of `load_examples`."""
-    forms = FAMILIES[family]
-    optional = frozenset(name for name in given if any(name in form.optional for form in forms.values()))
-    found = replace(sources.find_source(source, split), columns=tuple(given.items()), optional=optional)
-    first = next(found.rows(), None)
-    if first is None:
-        raise PacaError(f"{source} holds no examples: it is empty.")
-    there = list(first[1])
+    """One source, whose first record has the columns `there`, by a form's names; the others are those of
+    `load_examples`, `given` the columns that it has."""
+    forms, source = FAMILIES[family], found.name
     own = {name: column for name, column in given.items() if name in there}
     try:
         form = recognise(there, format, source, forms, own)

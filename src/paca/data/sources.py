@@ -60,7 +60,7 @@ class Source:
         Raises:
             PacaError: A file cannot be parsed, or a row lacks one of `columns`.
         """
-        yield from renamed(self._rows(), dict(self.columns), self.optional, self.name)
+        yield from renamed(self._rows(), dict(self.columns), self.optional)
 
     def _rows(self) -> Iterator[tuple[str, Row]]:
         if self.dataset is not None:

@@ -117,9 +117,9 @@ def metric_of(config: RunConfig) -> str:
     return config.eval.metric or trainer_kind(config.train).score or "loss"
 
 
-def other_data(path: str | Path, config: RunConfig) -> Examples:
+def other_data(path: str | Path, config: RunConfig, *, columns_given: bool = False) -> Examples:
     """Data that a run is measured on in place of its own, which need not be there. It is recognised where it is not of
-    the run's `data.format`.
+    the run's `data.format`. With `columns_given` its `data.columns` are of this data, which has to have each.
 
     Raises:
         PacaError: It can't be read, or an example has a label that the model does not know.
@@ -130,10 +130,10 @@ def other_data(path: str | Path, config: RunConfig) -> Examples:
     classifier = classifier_in(path)
     with about("--data"):
         try:
-            examples = kind.loader(config)(data.eval, split=data.eval_split)
+            examples = kind.loader(config, held_out=not columns_given)(data.eval, split=data.eval_split)
         except LacksColumns:
             free = dataclasses.replace(config, data=dataclasses.replace(data, format=None))
-            examples = kind.loader(free)(data.eval, split=data.eval_split)
+            examples = kind.loader(free, held_out=not columns_given)(data.eval, split=data.eval_split)
         return examples if classifier is None else numbered(examples, classifier.labels)
 
 

@@ -46,13 +46,13 @@ class Classification(TrainerKind):
     score = "accuracy"
     rate_of_weights = RATE_OF_WEIGHTS
 
-    def loader(self, config: RunConfig) -> Callable[..., Examples]:
+    def loader(self, config: RunConfig, *, held_out: bool = False) -> Callable[..., Examples]:
         """Records of `text` and `label`."""
-        return reader(config, "labels")
+        return reader(config, "labels", held_out=held_out)
 
     def read(self, config: RunConfig) -> RunData:
         """The labels are those of both sources, or of the one that is split."""
-        train, held_out = read_split(config, self.loader(config))
+        train, held_out = read_split(config, self.loader)
         sources = [train] if held_out is None or isinstance(config.data.eval, str) else [train, held_out]
         names = label_names(label for source in sources for label in source.dataset["label"])
         return with_labels(train, held_out, names)

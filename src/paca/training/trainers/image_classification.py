@@ -37,13 +37,13 @@ class ImageClassification(Classification):
         """Images are counted; their files are opened as they are needed, so that the rows must keep them."""
         return {"include_num_input_tokens_seen": "all", "remove_unused_columns": False}
 
-    def loader(self, config: RunConfig) -> Callable[..., Examples]:
+    def loader(self, config: RunConfig, *, held_out: bool = False) -> Callable[..., Examples]:
         """Images, each with a label."""
         return partial(load_images, label=config.data.label)
 
     def read(self, config: RunConfig) -> RunData:
         """The labels are those of the training data."""
-        train, held_out = read_split(config, self.loader(config))
+        train, held_out = read_split(config, self.loader)
         return with_labels(train, held_out, train.dataset.features["label"].names)
 
     def shape(self, config: RunConfig, data: RunData, *, whole: bool) -> RunData:

@@ -216,7 +216,7 @@ def read_texts(config: RunConfig, family: str) -> tuple[Examples, Examples | Non
         PacaError: They can't be read.
     """
     tokenizer = tokenizer_of(config)
-    train, held_out = read_split(config, reader(config, family))
+    train, held_out = read_split(config, partial(reader, family=family))
     form = choose_form(config, train, tokenizer)
     if family in ("prompts", "preferences"):  # which TRL renders
         train = as_template_wants(train, tokenizer)
@@ -231,22 +231,28 @@ def read_texts(config: RunConfig, family: str) -> tuple[Examples, Examples | Non
     return train, held_out, form
 
 
-def reader(config: RunConfig, family: str) -> Callable[..., Examples]:
-    """`load_examples` with what the run says of the data; `family` as there."""
-    leave_out = config.data.unusable == "leave_out"
+def reader(config: RunConfig, family: str, *, held_out: bool = False) -> Callable[..., Examples]:
+    """`load_examples` with what the run says of the data, training or `held_out`; `family` as there."""
     data = config.data
-    return partial(load_examples, format=data.format, family=family, leave_out=leave_out, columns=data.columns)
+    return partial(
+        load_examples,
+        format=data.format,
+        family=family,
+        leave_out=data.unusable == "leave_out",
+        columns=data.columns,
+        own_names_suffice=held_out,
+    )
 
 
-def read_split(config: RunConfig, load: Callable[..., Examples]) -> tuple[Examples, Examples | None]:
-    """Training data and held-out data, from two sources or from one."""
-    data = config.data
+def read_split(config: RunConfig, loader: Callable[..., Callable[..., Examples]]) -> tuple[Examples, Examples | None]:
+    """Training data and held-out data, from two sources or from one; `loader` gives what loads them, as `reader`."""
+    data, load = config.data, loader(config)
     train = load(data.train, split=data.split, limit=data.limit)
     train = _of_whole_files(train, data.sources, "split", data.split)
     if data.eval is None:
         return train, None
     if isinstance(data.eval, str):
-        held_out = load(data.eval, split=data.eval_split)
+        held_out = loader(config, held_out=True)(data.eval, split=data.eval_split)
         held_out = _of_whole_files(held_out, [data.eval], "eval_split", data.eval_split)
     else:
         train, held_out = split_heldout(train, data.eval, data.heldout_seed)

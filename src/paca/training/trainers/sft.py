@@ -57,9 +57,9 @@ class Sft(TrainerKind):
         packs = settings.get("packing", False) or settings.get("padding_free", False)
         return {"packing": False, "include_num_input_tokens_seen": "all" if packs else "non_padding"}
 
-    def loader(self, config: RunConfig) -> Callable[..., Examples]:
+    def loader(self, config: RunConfig, *, held_out: bool = False) -> Callable[..., Examples]:
         """Texts, conversations, or prompts with their answers."""
-        return reader(config, "text")
+        return reader(config, "text", held_out=held_out)
 
     def read(self, config: RunConfig) -> RunData:
         """The same, with their form."""
