@@ -107,6 +107,12 @@ def test_settings_of_a_yaml_that_have_no_effect_are_told_in_the_plan(workspace: 
     assert plain.stdout.splitlines()[-1].startswith("disk space: "), plain.stderr
 
 
+def test_held_out_data_that_is_trained_on_is_warned_of(workspace: Path) -> None:
+    one = ("compare", "config.yaml", "--methods", "paca", "--lr", "1e-2", "--output", "same", "--dry-run")
+    done = forked_paca(*one, "--set", "data.eval=train.jsonl", cwd=workspace)
+    assert done.stdout.splitlines()[-1].startswith("Warning: 40 of the 40 held-out examples are trained on as well: ")
+
+
 def test_without_rates_each_method_begins_around_its_own(workspace: Path) -> None:
     command = ("compare", "config.yaml", "--methods", "paca,lora,full", "--set", "train.learning_rate=0.5")
     rates = ("--lr", "full=1e-3", "--output", "auto", "--dry-run")

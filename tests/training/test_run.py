@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import re
@@ -24,6 +25,7 @@ from paca.pretrained.generation import load_for_generation
 from paca.training import RunResult, describe, load_run_config, train
 from paca.training import run as run_module
 from paca.training.interrupt import StopOnSignal
+from paca.training.plan import Plan, show_plan
 from pretrained.test_pretrained import mergeable_base, write_gguf  # noqa: F401 - the first is a fixture
 from tiny_checkpoint import byte_tokenizer
 from training.tiny_run import adapter, curve, rows, same_adapter
@@ -472,12 +474,24 @@ def test_what_does_not_fit_together_is_one_message(run: Runner, override: str, m
 
 
 def test_the_plan_tells_of_held_out_examples_that_are_trained_on(config_file: Path) -> None:
+    def shown(plan: Plan) -> str:
+        output = io.StringIO()
+        show_plan(plan, Console(file=output))
+        return output.getvalue()
+
     config = load_run_config(config_file)
     assert "held-out examples are among them" not in describe(config).data.train.description
+    assert "held-out examples are trained on" not in shown(describe(config))
     config.data.eval = config.data.train
     assert describe(config).data.train.description.endswith(
         "; 40 of the 40 held-out examples are among them, so trained on"
     )
+    told = "Warning: 40 of the 40 held-out examples are trained on as well: their scores tell what was learnt by heart."
+    advice = "Take them out of one of the two, or hold out a share of data.train instead (data.eval: 0.05)."
+    assert f"\n{told} {advice}\n" in shown(describe(config))
+    config.data.train, config.data.eval = [config.data.train] * 2, 1
+    told = "Warning: 1 of the 1 held-out examples is trained on as well: their scores tell what was learnt by heart."
+    assert f"\n{told} Remove the duplicates from data.train.\n" in shown(describe(config))
 
 
 def test_a_step_has_no_more_examples_than_there_are(config_file: Path) -> None:

@@ -134,6 +134,8 @@ def _train(
         say(console, line, style="yellow")
     first = planned[0].plan
     tell_of_products(first.config, first.dtype, console)
+    if (warning := first.told_of_trained()) is not None:
+        say(console, f"Warning: {warning}", style="yellow")
     return None if dry_run else compare(comparison, planned, console)
 
 

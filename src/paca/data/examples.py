@@ -34,6 +34,9 @@ class Examples:
     parts: tuple[Dataset, ...] = ()
     """Of several sources the `origin` of what each one gave, before any of it was held out."""
 
+    also_trained: int = 0
+    """How many of held-out ones are in the training data as well."""
+
     @property
     def is_conversational(self) -> bool:
         """Whether the examples are messages, which a chat template renders."""

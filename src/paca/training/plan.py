@@ -70,6 +70,18 @@ class Plan:
         said = f"{train:,} training and {held_out:,} held-out examples are too long for train.max_length, and left out."
         return replace(self, train_examples=self.train_examples - train, left_out=said)
 
+    def told_of_trained(self) -> str | None:
+        """What is said of held-out examples that are trained on as well; None without any."""
+        if self.data.eval is None or not (count := self.data.eval.also_trained):
+            return None
+        do = "Remove the duplicates from data.train."
+        if isinstance(self.config.data.eval, str):
+            do = "Take them out of one of the two, or hold out a share of data.train instead (data.eval: 0.05)."
+        return (
+            f"{count:,} of the {self.eval_examples:,} held-out examples {'are' if count > 1 else 'is'} trained on as "
+            f"well: their scores tell what was learnt by heart. {do}"
+        )
+
     def lines(self) -> list[tuple[str, str]]:
         """Label and text of each line of the description."""
         share = 100 * self.trainable_parameters / self.parameters
@@ -142,6 +154,8 @@ def show_plan(plan: Plan, console: Console, record: dict[str, str] | None = None
         told = f"{plan.config.model.name} holds no weights (such as *.safetensors). Copy them there before training."
         say(console, f"Warning: {told}", style="yellow")
     if (warning := cut_warning(plan.data.sample)) is not None:
+        say(console, f"Warning: {warning}", style="yellow")
+    if (warning := plan.told_of_trained()) is not None:
         say(console, f"Warning: {warning}", style="yellow")
     tell_of_disk(plan.disk, Path(plan.config.output.dir), console)
 

@@ -256,10 +256,11 @@ def read_split(config: RunConfig, loader: Callable[..., Callable[..., Examples]]
         held_out = _of_whole_files(held_out, [data.eval], "eval_split", data.eval_split)
     else:
         train, held_out = split_heldout(train, data.eval, data.heldout_seed)
-    if count := shared(train.dataset, held_out.dataset):
-        said = f"; {count:,} of the {len(held_out.dataset):,} held-out examples are among them, so trained on"
+    measured = spread_evenly(held_out.dataset, config.eval.limit)
+    if count := shared(train.dataset, measured):
+        said = f"; {count:,} of the {len(measured):,} held-out examples are among them, so trained on"
         train = dataclasses.replace(train, description=train.description + said)
-    return train, dataclasses.replace(held_out, dataset=spread_evenly(held_out.dataset, config.eval.limit))
+    return train, dataclasses.replace(held_out, dataset=measured, also_trained=count)
 
 
 def _of_whole_files(examples: Examples, sources: list[str], key: str, split: str) -> Examples:
