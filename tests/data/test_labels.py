@@ -13,6 +13,7 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 from trl import SFTConfig, SFTTrainer
 
 from paca.data import Examples, check_labels, load_examples, tokenize
+from paca.data.labels import raise_or_shorten
 from paca.messages.errors import PacaError
 from tiny_checkpoint import byte_tokenizer, save_base
 
@@ -180,3 +181,10 @@ def test_the_check_agrees_with_a_plain_loop(tmp_path: Path) -> None:
     assert all(f"  {origin}: 'x'" in str(error.value) for origin in unlabelled[:3])
     fine = dataset.select([index for index, row in enumerate(rows) if any(row["keep"][1:])])
     check_labels(Examples(fine, "text", "data.jsonl", ""), {}, packed=False)
+
+
+def test_no_length_beyond_the_models_context_is_advised() -> None:
+    assert raise_or_shorten(512, 900, None) == "Raise train.max_length (the longest example has 900 tokens), or shorten"
+    assert raise_or_shorten(512, 900, 900) == raise_or_shorten(512, 900, None)
+    assert raise_or_shorten(512, 900, 800).startswith("Raise train.max_length, up to the 800 positions that the model")
+    assert raise_or_shorten(512, 900, 512) == "The model was made for 512 positions: shorten"

@@ -117,7 +117,7 @@ def _show_dry_run(config: RunConfig, settings: bool, measurement: Measurement | 
     from paca.training.folder.run_folder import RunFolder
     from paca.training.plan import show_plan
     from paca.training.prepare import prepare
-    from paca.training.reporting.data_preview import show_sample
+    from paca.training.reporting.data_preview import show_sample, told_of_unanswered
 
     folder = RunFolder(Path(config.output.dir))
     folder.check_writable()
@@ -136,12 +136,7 @@ def _show_dry_run(config: RunConfig, settings: bool, measurement: Measurement | 
         say(console, f"\nBefore it is trained: {taken}", "yellow")
     sample = plan.data.sample
     if plan.config.train["trainer"] == "sft" and sample is not None and sample.refused:
-        looked = "" if sample.sampled == sample.examples else " that were looked at"
-        raise PacaError(
-            f"A run refuses this: {sample.unanswered:,} of {sample.sampled:,} examples{looked} have no token that "
-            f"counts in the loss. Raise train.max_length (the longest example has {sample.longest:,} tokens), shorten "
-            "or remove these examples, or set data.unusable: leave_out."
-        )
+        raise PacaError(f"A run refuses this: {told_of_unanswered(sample, plan.data.context)}")
 
 
 def show_result(result: RunResult, console: Console) -> None:

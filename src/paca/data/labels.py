@@ -14,7 +14,14 @@ from paca.messages.errors import PacaError
 _NAMED = 3  # examples that an error lists; the rest it counts
 
 
-def check_labels(examples: Examples, train: Mapping[str, Any], *, packed: bool, leave_out: bool = False) -> int:
+def check_labels(
+    examples: Examples,
+    train: Mapping[str, Any],
+    *,
+    packed: bool,
+    leave_out: bool = False,
+    context: int | None = None,
+) -> int:
     """Make sure that every example has a token that counts in the loss.
 
     TRL cuts an example to `train.max_length` tokens and silently drops it when no answer is left; with packing it
@@ -25,6 +32,7 @@ def check_labels(examples: Examples, train: Mapping[str, Any], *, packed: bool, 
         train: Its settings.
         packed: Whether it packs these examples.
         leave_out: Count those without one, unless all are.
+        context: Positions that the model was made for, where it says so.
 
     Returns:
         How many have none.
@@ -49,9 +57,24 @@ def check_labels(examples: Examples, train: Mapping[str, Any], *, packed: bool, 
     raise PacaError(
         f"{count:,} of {len(examples.dataset):,} examples {'have' if count > 1 else 'has'} no token that counts in the "
         f"loss: cut to train.max_length = {length} tokens, nothing of the answer is left.\n  {listed}\n"
-        f"Raise train.max_length (the longest example has {longest:,} tokens), or shorten or remove "
+        f"{raise_or_shorten(length or longest, longest, context)} or remove "
         f"{'these examples' if count > 1 else 'this example'}; data.unusable: leave_out does without."
     )
+
+
+def raise_or_shorten(limit: int, longest: int, context: int | None) -> str:
+    """How an advice for examples that are cut too early begins: no length beyond the model's context.
+
+    Args:
+        limit: `train.max_length`.
+        longest: Tokens of the longest example.
+        context: Positions that the model was made for, where it says so.
+    """
+    if context is None or longest <= context:
+        return f"Raise train.max_length (the longest example has {longest:,} tokens), or shorten"
+    if limit < context:
+        return f"Raise train.max_length, up to the {context:,} positions that the model was made for, or shorten"
+    return f"The model was made for {context:,} positions: shorten"
 
 
 def _batches(examples: Examples) -> Iterator[dict[str, Any]]:

@@ -15,7 +15,7 @@ from paca.training.calibration import describe_columns
 from paca.training.config.run_config import RunConfig
 from paca.training.folder.disk_need import DiskNeed, tell_of_disk
 from paca.training.products import tell_of_products
-from paca.training.reporting.data_preview import cut_warning
+from paca.training.reporting.data_preview import context_warning, cut_warning
 from paca.training.trainers import trainer_kind
 from paca.training.trainers.kind import RunData
 
@@ -153,10 +153,14 @@ def show_plan(plan: Plan, console: Console, record: dict[str, str] | None = None
     if lacks_weights(plan.config.model.name):
         told = f"{plan.config.model.name} holds no weights (such as *.safetensors). Copy them there before training."
         say(console, f"Warning: {told}", style="yellow")
-    if (warning := cut_warning(plan.data.sample)) is not None:
-        say(console, f"Warning: {warning}", style="yellow")
-    if (warning := plan.told_of_trained()) is not None:
-        say(console, f"Warning: {warning}", style="yellow")
+    sample, context, settings = plan.data.sample, plan.data.context, plan.config.train
+    for warning in (
+        cut_warning(sample, context),
+        context_warning(sample, settings["max_length"], context) if "max_length" in settings else None,
+        plan.told_of_trained(),
+    ):
+        if warning is not None:
+            say(console, f"Warning: {warning}", style="yellow")
     tell_of_disk(plan.disk, Path(plan.config.output.dir), console)
 
 

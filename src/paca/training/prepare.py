@@ -19,6 +19,7 @@ from paca.lean import make_lean, undo_lean
 from paca.messages.errors import PacaError, about
 from paca.messages.processes import launched_processes
 from paca.planning.memory_estimate import PlannedModel
+from paca.pretrained.context_length import context_length
 from paca.pretrained.location import locate
 from paca.pretrained.quantizing import quantize_outline
 from paca.pretrained.trainable_copy import unpacked
@@ -82,6 +83,7 @@ def prepare(config: RunConfig, *, whole: bool = True, fetch: bool = False) -> Pr
     data = kind.read(config)
     train, held_out = data.train, data.eval
     model = outline_of(named, kind.auto_class, data.labels).model
+    data.context = context_length(model.config)
     if named.lean:  # a block that it does not know is refused here, before weights are loaded
         undo_lean(make_lean(model, named.recompute))
     parameters = sum(parameter.numel() for parameter in model.parameters())

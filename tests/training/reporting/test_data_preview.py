@@ -12,8 +12,10 @@ from rich.console import Console
 
 from paca.data import load_examples
 from paca.data.sample import Sample, take_sample
-from paca.training.reporting.data_preview import cut_warning, length_lines, sample_section, show_sample
-from tiny_checkpoint import byte_tokenizer
+from paca.training import describe, load_run_config
+from paca.training.plan import show_plan
+from paca.training.reporting.data_preview import context_warning, cut_warning, length_lines, sample_section, show_sample
+from tiny_checkpoint import CONTEXT, byte_tokenizer
 
 
 @pytest.fixture
@@ -66,6 +68,24 @@ def test_examples_that_are_cut_are_warned_of(sample: Sample) -> None:
     assert cut_warning(None) is None
 
 
+def test_no_length_is_advised_that_the_model_was_not_made_for(sample: Sample) -> None:
+    more = "The longest has 5,023 tokens, and the model was made for"
+    assert f"{more} 512 positions: set train.max_length=512 if the memory" in str(cut_warning(sample, 512))
+    assert f"{more} 115 positions: shorten or remove long examples." in str(cut_warning(sample, 115))
+    assert cut_warning(sample, 5023) == cut_warning(sample)
+
+
+def test_examples_longer_than_the_model_was_made_for_are_warned_of(sample: Sample) -> None:
+    told = str(context_warning(sample, 1024, 512))
+    assert told.startswith("The model was made for 512 positions, and train.max_length = 1,024 lets examples be longer")
+    assert "(the longest has 5,023 tokens)" in told
+    assert "Set train.max_length=512, or" in told
+    assert "train.max_length = null lets" in str(context_warning(sample, None, 512))
+    for limit, context in ((512, 512), (1024, None), (None, 5023), (9000, 6000)):
+        assert context_warning(sample, limit, context) is None
+    assert context_warning(replace(sample, examples=5000), 9000, 6000) is not None  # others may be longer
+
+
 def test_a_long_piece_is_shortened_and_control_characters_reach_no_terminal(tmp_path: Path) -> None:
     path = tmp_path / "data.jsonl"
     path.write_text(json.dumps({"prompt": "begin\x1b[2J\x07\u202e" + "x" * 3000 + "end", "completion": "yes"}) + "\n")
@@ -95,3 +115,15 @@ def test_an_example_of_each_source_is_shown(tmp_path: Path) -> None:
     assert "One of another source (b.jsonl, line 1):\n\nask b⟦yes" in text
     page = sample_section(json.loads(json.dumps(sample.as_dict())))
     assert "<p>One of another source (b.jsonl, line 1):</p>\n<pre>ask b<mark>yes" in page
+
+
+def test_a_plan_knows_what_its_model_was_made_for(config_file: Path, tmp_path: Path) -> None:
+    data, output = tmp_path / "long.jsonl", io.StringIO()
+    records = [{"prompt": "Go on: ", "completion": "a" * length} for length in (10, CONTEXT)]
+    data.write_text("".join(json.dumps(record) + "\n" for record in records))
+    files = [f"data.train={data}", "data.eval=null"]
+    for length in (CONTEXT, CONTEXT + 100):
+        show_plan(describe(load_run_config(config_file, [*files, f"train.max_length={length}"])), Console(file=output))
+    cut, beyond = (line for line in output.getvalue().splitlines() if line.startswith("Warning: "))
+    assert cut.endswith(f"and the model was made for {CONTEXT} positions: shorten or remove long examples.")
+    assert beyond.startswith(f"Warning: The model was made for {CONTEXT} positions, and train.max_length = ")

@@ -10,6 +10,7 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
+from paca.data.labels import raise_or_shorten
 from paca.data.sample import Sample
 from paca.data.tokens import WHY_LEFT_OUT
 from paca.messages.say import say
@@ -80,11 +81,12 @@ def _then(sample: Sample) -> str:
     return "the run leaves them out" if sample.unanswered < sample.sampled else "a run refuses that"
 
 
-def cut_warning(sample: Sample | None) -> str | None:
+def cut_warning(sample: Sample | None, context: int | None = None) -> str | None:
     """What to tell the user if more than a few examples are cut, or any is of no use; None otherwise.
 
     Args:
         sample: Of the training data, where one was taken.
+        context: Positions that the model was made for, where it says so.
     """
     if sample is None or not sample.cut:
         return None
@@ -92,10 +94,45 @@ def cut_warning(sample: Sample | None) -> str | None:
         return None
     looked = "" if sample.sampled == sample.examples else " that were looked at"
     lost = f", and leaves nothing of the answer in {sample.unanswered:,} of them" if sample.unanswered else ""
+    assert sample.limit is not None
+    most = sample.longest if context is None else min(sample.longest, context)
+    made_for = "" if most == sample.longest else f", and the model was made for {context:,} positions"
+    advice = f"set train.max_length={most} if the memory suffices, or " if sample.limit < most else ""
     return (
         f"train.max_length = {sample.limit:,} cuts {sample.cut:,} of {sample.sampled:,} examples{looked} "
-        f"({100 * sample.cut / sample.sampled:.1f} %){lost}. The longest has {sample.longest:,} tokens: set "
-        f"train.max_length={sample.longest} if the memory suffices, or shorten or remove long examples."
+        f"({100 * sample.cut / sample.sampled:.1f} %){lost}. The longest has {sample.longest:,} tokens"
+        f"{made_for}: {advice}shorten or remove long examples."
+    )
+
+
+def context_warning(sample: Sample | None, limit: int | None, context: int | None) -> str | None:
+    """What to tell the user if examples are longer than the model was made for; None otherwise.
+
+    Args:
+        sample: Of the training data, where one was taken.
+        limit: `train.max_length`.
+        context: Positions that the model was made for, where it says so.
+    """
+    if sample is None or context is None or (limit is not None and limit <= context):
+        return None
+    longest = sample.longest if limit is None else min(sample.longest, limit)
+    if longest <= context and sample.sampled == sample.examples:
+        return None
+    given = "null" if limit is None else f"{limit:,}"
+    return (
+        f"The model was made for {context:,} positions, and train.max_length = {given} lets examples be longer (the "
+        f"longest has {sample.longest:,} tokens): it fails there, or reads what it never learned to read. Set "
+        f"train.max_length={context}, or shorten or remove long examples."
+    )
+
+
+def told_of_unanswered(sample: Sample, context: int | None) -> str:
+    """What to tell the user of examples with nothing to learn; `context` as in `cut_warning`."""
+    looked = "" if sample.sampled == sample.examples else " that were looked at"
+    advice = raise_or_shorten(sample.limit or sample.longest, sample.longest, context)
+    return (
+        f"{sample.unanswered:,} of {sample.sampled:,} examples{looked} have no token that counts in the loss. {advice} "
+        "or remove these examples, or set data.unusable: leave_out."
     )
 
 

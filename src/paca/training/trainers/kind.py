@@ -46,6 +46,8 @@ class RunData:
     """How many training and held-out examples will be, as nothing can be learned from them."""
     labels: list[str] | None = None
     """Of a classifier."""
+    context: int | None = None
+    """`paca.pretrained.context_length` of the model, once that is known."""
 
 
 class TrainerKind:

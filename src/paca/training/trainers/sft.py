@@ -91,7 +91,8 @@ class Sft(TrainerKind):
         options: Any = {"everything": everything, "processes": settings.get("dataset_num_proc")}
         held_out = None if data.eval is None else tokenize(data.eval, tokenizer, **options)
         train = tokenize(train, tokenizer, **options)
-        check = partial(check_labels, train=settings, leave_out=config.data.unusable == "leave_out")
+        leave_out = config.data.unusable == "leave_out"
+        check = partial(check_labels, train=settings, leave_out=leave_out, context=data.context)
         left_out = (
             check(train, packed=packs),
             0 if held_out is None else check(held_out, packed=packs if packs_eval is None else packs_eval),
