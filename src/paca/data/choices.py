@@ -10,7 +10,7 @@ from contextlib import suppress
 from typing import TypeGuard
 
 from paca.data.rows import Row
-from paca.messages.errors import PacaError
+from paca.messages.errors import NothingToLearn, PacaError
 
 OPTIONS = "options"
 """The column with all answers that could be given; the completion is one of them."""
@@ -45,7 +45,7 @@ def mmlu_question(row: Row) -> Row:
         answer = int(answer)  # pandas makes floats of a column that lacks some
     position = labels.index(answer) if answer in labels else answer
     if isinstance(position, bool) or not isinstance(position, int) or not 0 <= position < len(options):
-        raise PacaError(
+        raise (NothingToLearn if answer is None else PacaError)(
             f"answer is {answer!r}; expected the position of one of the {len(options)} choices, counted from 0, or its "
             "letter."
         )
@@ -68,7 +68,7 @@ def lettered_question(row: Row) -> Row:
     try:
         return mmlu_question({"question": row["question"], "choices": options, "answer": row["answer"]})
     except PacaError as error:
-        raise PacaError(f"{error} If the answer is to be a text, give data.format: question-answer.") from None
+        raise type(error)(f"{error} If the answer is to be a text, give data.format: question-answer.") from None
 
 
 def arc_question(row: Row) -> Row:
@@ -96,14 +96,16 @@ def arc_question(row: Row) -> Row:
             "objects with text and label."
         )
     if row["answerKey"] not in labels:
-        raise PacaError(f"answerKey is {row['answerKey']!r}; expected one of the labels {', '.join(labels)}.")
+        error = NothingToLearn if row["answerKey"] is None else PacaError
+        raise error(f"answerKey is {row['answerKey']!r}; expected one of the labels {', '.join(labels)}.")
     return _asked(question, labels, texts, row["answerKey"])
 
 
 def _asked(question: object, labels: list[str], options: list[str], answer: str) -> Row:
     """As a row of question and answer: the options listed below the question, the label of the right one, and all."""
     if not isinstance(question, str):
-        raise PacaError(f"question is {question!r}; expected text.")
+        error = NothingToLearn if question is None else PacaError
+        raise error(f"question is {question!r}; expected text.")
     listed = (f"{label}. {option}" for label, option in zip(labels, options, strict=True))
     return {"question": "\n".join([question.strip(), *listed]), "answer": answer, OPTIONS: labels}
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import datasets
@@ -46,8 +47,20 @@ FAMILIES = {
 """The forms that each kind of trainer learns from."""
 
 
+_LOOKED_AT = 10_000
+"""Records after one from which nothing can be learned, among which others are counted."""
+
+
 class _MoreColumns(PacaError):
     """An example has columns that the first one lacks."""
+
+
+class _Unusable(NothingToLearn):
+    """Nothing can be learned from the record of a place, and none is left out."""
+
+    def __init__(self, place: str, reason: str) -> None:
+        super().__init__(f"{place}: {reason}")
+        self.place = place
 
 
 def converted(
@@ -61,6 +74,29 @@ def converted(
     Raises:
         PacaError: As `load_examples`.
     """
+    try:
+        return _converted(found, form, family, limit, leave_out, there)
+    except _Unusable as error:
+        raise PacaError(f"{error}{_others(found, form, error.place, limit)}") from None
+
+
+def _others(found: Source, form: Format, place: str, limit: int | None) -> str:
+    """What to do instead with the record of a place, and how many others of those after it are like it."""
+    count = seen = 0
+    rows = itertools.dropwhile(lambda one: one[0] != place, itertools.islice(_rows(found, form), limit))
+    with suppress(PacaError):  # one that can't be read ends the count
+        for one in itertools.islice(rows, 1, 1 + _LOOKED_AT):
+            seen += 1
+            with suppress(PacaError):  # something else is wrong with it
+                count += _convert(form, *one, leave_out=True) is None
+    more = f": {count:,} more of the {seen:,} records after it {'are' if count > 1 else 'is'} such" if count else ""
+    return f" Or leave such records out with data.unusable: leave_out (in Python leave_out=True){more}."
+
+
+def _converted(
+    found: Source, form: Format, family: str, limit: int | None, leave_out: bool, there: list[str]
+) -> Dataset:
+    """As `converted`; arguments and errors as there."""
     example = next(filter(None, (_convert(form, *one, leave_out) for one in _rows(found, form))), None)
     if example is None:
         raise PacaError(f"{found.name} holds no example of the form {form.name}: nobody answers in it.")
@@ -159,16 +195,18 @@ def _rows(source: Source, form: Format) -> Iterator[tuple[str, rows.Row]]:
 
 def _convert(form: Format, place: str, row: rows.Row, leave_out: bool) -> Example | None:
     missing = [column for column in form.required if column not in row]
-    if missing:
-        hint = did_you_mean(missing[0], row)
-        raise PacaError(
-            f"{place}: there is no column {' and no '.join(missing)}; found: {', '.join(row) or '(nothing)'}.{hint}"
-        )
     try:
+        if missing:
+            hint = did_you_mean(missing[0], row)
+            raise NothingToLearn(
+                f"there is no column {' and no '.join(missing)}; found: {', '.join(row) or '(nothing)'}.{hint}"
+            )
         return {**form.convert(row), ORIGIN: place}
-    except PacaError as error:
-        if leave_out and isinstance(error, NothingToLearn):
+    except NothingToLearn as error:
+        if leave_out:
             return None
+        raise _Unusable(place, str(error)) from None
+    except PacaError as error:
         raise PacaError(f"{place}: {error}") from None
 
 

@@ -61,9 +61,8 @@ def _from_messages(row: Row) -> Example:
 
 
 def _from_sharegpt(row: Row) -> Example:
-    turns = _list_of_objects(row["conversations"], "conversations")
     messages: list[Message] = []
-    for index, turn in enumerate(turns):
+    for index, turn in enumerate(_list_of_objects(row["conversations"], "conversations")):
         if "role" in turn:
             messages.extend(_messages([turn], f"conversations[{index}]"))
             continue
@@ -81,7 +80,7 @@ def _from_prompt_completion(row: Row) -> Example:
     if isinstance(prompt, str) and isinstance(completion, str):
         return {"prompt": prompt, "completion": _some_text(completion, "completion"), **_options(row)}
     if not isinstance(prompt, list) or not isinstance(completion, list):
-        raise PacaError(
+        raise _refusal(None if None in (prompt, completion) else prompt)(
             f"prompt is {_kind(prompt)} and completion is {_kind(completion)}; expected two strings, or two lists of "
             "messages."
         )
@@ -173,7 +172,7 @@ def _messages(value: object, name: str) -> list[Message]:
             message["content"] = ""
         if "content" not in message:
             how = "null" if "content" in given else f"not there; the message has {', '.join(given)}"
-            raise PacaError(f"{name}[{index}].content is {how}; expected text.")
+            raise NothingToLearn(f"{name}[{index}].content is {how}; expected text.")
         message["content"] = _text(_joined(message["content"]), f"{name}[{index}].content")
         if calls := message.pop("tool_calls", None):
             listed = _list_of_objects(calls, f"{name}[{index}].tool_calls", "call")
@@ -222,9 +221,9 @@ def _joined(content: object) -> object:
 
 def _list_of_objects(value: object, name: str, one: str = "message") -> list[dict[str, Any]]:
     if not isinstance(value, list) or not all(isinstance(element, dict) for element in value):
-        raise PacaError(f"{name} is {_kind(value)}; expected a list of objects.")
+        raise _refusal(value)(f"{name} is {_kind(value)}; expected a list of objects.")
     if not value:
-        raise PacaError(f"{name} is an empty list; expected at least one {one}.")
+        raise NothingToLearn(f"{name} is an empty list; expected at least one {one}.")
     return value
 
 
@@ -241,10 +240,16 @@ def _tools(tools: object) -> Example:
 
 
 def _text(value: object, name: str) -> str:
-    if not isinstance(value, str):
-        quotes = " Put it in quotes." if isinstance(value, int | float) and not isinstance(value, bool) else ""
-        raise PacaError(f"{name} is {_kind(value)}; expected text.{quotes}")
-    return value
+    if isinstance(value, str):
+        return value
+    column = ", or make the column of a table text (in pandas: .astype(str))" if name.isidentifier() else ""
+    advice = f" Put it in quotes{column}." if _kind(value) == "a number" else ""  # it may be an option's position
+    raise _refusal(value)(f"{name} is {_kind(value)}; expected text.{advice}")
+
+
+def _refusal(value: object) -> type[PacaError]:
+    """The error for a value of the wrong kind; a record without any may be left out (`data.unusable`)."""
+    return NothingToLearn if value is None else PacaError
 
 
 def _some_text(value: object, name: str) -> str:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 
 from paca.data.formats import Example, Format, _some_text
 from paca.data.rows import Row
-from paca.messages.errors import PacaError
+from paca.messages.errors import NothingToLearn, PacaError
 
 
 def _labelled(column: str) -> Callable[[Row], Example]:
@@ -15,7 +15,8 @@ def _labelled(column: str) -> Callable[[Row], Example]:
         text, label = _some_text(row[column], column), row["label"]
         if not isinstance(label, (str, int)) or label == "":
             given = "missing" if label is None else repr(label)
-            raise PacaError(f"label is {given}; expected a name or a whole number.")
+            error = NothingToLearn if label in (None, "") else PacaError
+            raise error(f"label is {given}; expected a name or a whole number.")
         return {"text": text, "label": label if isinstance(label, str) else json.dumps(label)}
 
     return convert

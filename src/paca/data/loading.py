@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
@@ -11,11 +13,15 @@ import numpy as np
 from paca.data import named_columns, sources
 from paca.data.conversion import FAMILIES, converted
 from paca.data.examples import Examples
+from paca.data.formats import Format
 from paca.data.recognition import describe, for_another_trainer, recognise
 from paca.data.rows import Row
 from paca.data.several import joined
 from paca.data.sources import Source
 from paca.messages.errors import PacaError
+
+_LOOKED_AT = 1000
+"""Records among which one that has the columns of a form is looked for, where others may be left out."""
 
 
 def load_examples(
@@ -47,7 +53,8 @@ def load_examples(
         limit: Use only so many examples, from the start.
         family: What they are to be: `"text"` for SFT, `"preferences"`, `"prompts"` or `"labels"`, each with
             forms of its own.
-        leave_out: Leave out records from which nothing can be learned, such as those with an empty answer.
+        leave_out: Leave out records from which nothing can be learned, such as those with an empty answer or without
+            one.
         columns: Names that a form knows, each with the data's own column for it, such as `{"question": "input"}`. A
             record that has the form's own name may lack the other; some record of some source has it.
         own_names_suffice: All records may, as those of held-out data beside training data that has the others.
@@ -66,10 +73,10 @@ def load_examples(
     if not names:
         raise PacaError("The list of data sources is empty. Name at least one: a file, a folder or a hub id.")
     forms = FAMILIES[family]
-    optional = frozenset(name for name in given if any(name in form.optional for form in forms.values()))
+    optional = frozenset(name for name in given if leave_out or any(name in form.optional for form in forms.values()))
     plain = [sources.find_source(name, split) for name in names]
     found = [replace(one, columns=tuple(given.items()), optional=optional) for one in plain]
-    firsts = [_first_row(one) for one in found]
+    firsts = [_first_row(one, format, forms if leave_out else None) for one in found]
     lacking, columns_of = zip(*(named_columns.absent(one.rows(), given) for one in plain), strict=True)
     if not own_names_suffice:
         there = dict.fromkeys(name for columns in columns_of for name in columns)
@@ -82,10 +89,16 @@ def load_examples(
     )
 
 
-def _first_row(source: Source) -> Row:
+def _first_row(source: Source, format: str | None, forms: Mapping[str, Format] | None) -> Row:
+    """The first record; where some may be left out, with `forms`, of the first ones one that has the columns of the
+    `format`, or of any form, if there is one."""
     first = next(source.rows(), None)
     if first is None:
         raise PacaError(f"{source.name} holds no examples: it is empty.")
+    for _, row in itertools.islice(source.rows(), 0 if forms is None else _LOOKED_AT):
+        with suppress(PacaError):
+            recognise(list(row), format, source.name, forms)
+            return row
     return first[1]
 
 

@@ -71,7 +71,8 @@ def _implicit(row: Row) -> Example:
         start = chosen[: same_start(chosen, rejected)]
         shared = max(start.rfind(" "), start.rfind("\n") + 1)  # whole words, which tokens seldom join
     else:
-        raise PacaError("chosen and rejected must be two texts, or two lists of messages.")
+        error = NothingToLearn if None in (chosen, rejected) else PacaError
+        raise error("chosen and rejected must be two texts, or two lists of messages.")
     if shared < 1:
         raise PacaError("chosen and rejected begin differently, so no prompt is in them. Give it as the column prompt.")
     prompt = both[0][:shared]

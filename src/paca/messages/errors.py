@@ -15,7 +15,7 @@ class PacaError(ValueError):
 
 
 class NothingToLearn(PacaError):
-    """A record of the training data is whole, and nothing can be learned from it: its answer is empty, say."""
+    """Nothing can be learned from a record of the training data: its answer is empty, or not there, say."""
 
 
 @contextmanager

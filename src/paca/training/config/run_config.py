@@ -58,8 +58,8 @@ class DataSection:
     limit: int | None = None
     """Use only this many records of `train`, of several sources of each (before any are held out)."""
     unusable: Literal["refuse", "leave_out"] = "refuse"
-    """What becomes of records from which nothing can be learned: an empty answer, two equal ones, or one of which
-    `train.max_length` leaves nothing."""
+    """What becomes of records from which nothing can be learned: no answer or an empty one, two equal ones, or one of
+    which `train.max_length` leaves nothing."""
     label: str | None = None
     """For `train.trainer: image_classification`: the column with the label, where the data has several."""
     heldout_seed: int = 0

@@ -1,0 +1,101 @@
+"""Records from which nothing can be learned are refused with what to do, or left out."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pandas
+import pytest
+
+from paca.data import load_examples
+from paca.messages.errors import PacaError
+
+FINE = {"question": "a?", "answer": "b"}
+PAIR = {"prompt": "a?", "chosen": "b", "rejected": "c"}
+
+
+def turns(answer: dict[str, Any]) -> dict[str, Any]:
+    return {"messages": [{"role": "user", "content": "a?"}, {"role": "assistant", **answer}]}
+
+
+def write(path: Path, rows: Sequence[dict[str, Any]]) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    ("fine", "record", "family"),
+    [
+        (FINE, {"question": "c?", "answer": ""}, "text"),
+        (FINE, {"question": "c?", "answer": None}, "text"),
+        (FINE, {"question": None, "answer": "d"}, "text"),
+        (FINE, {"question": "c?"}, "text"),
+        (FINE, {"id": 3}, "text"),
+        ({"text": "a"}, {"text": None}, "text"),
+        ({"prompt": "a", "completion": "b"}, {"prompt": "a", "completion": None}, "text"),
+        ({"instruction": "a", "output": "b"}, {"instruction": "a", "output": None}, "text"),
+        (turns({"content": "b"}), turns({"content": None}), "text"),
+        (turns({"content": "b"}), turns({}), "text"),
+        (turns({"content": "b"}), {"messages": None}, "text"),
+        (turns({"content": "b"}), {"messages": []}, "text"),
+        (
+            {"conversations": [{"from": "gpt", "value": "b"}]},
+            {"conversations": [{"from": "gpt", "value": None}]},
+            "text",
+        ),
+        ({**FINE, "choices": ["x", "y"], "answer": 0}, {**FINE, "choices": ["x", "y"], "answer": None}, "text"),
+        (PAIR, {**PAIR, "rejected": None}, "preferences"),
+        (PAIR, {"prompt": "a?", "chosen": "b"}, "preferences"),
+        ({"text": "a", "label": "x"}, {"text": "b", "label": None}, "labels"),
+        ({"text": "a", "label": "x"}, {"text": None, "label": "x"}, "labels"),
+        ({"question": "a?"}, {"question": None}, "prompts"),
+    ],
+)
+@pytest.mark.parametrize("first", [True, False])
+def test_a_record_without_what_is_learned_is_left_out_or_told_how(
+    tmp_path: Path, fine: dict[str, Any], record: dict[str, Any], family: str, first: bool
+) -> None:
+    source = write(tmp_path / "data.jsonl", [record, fine, fine] if first else [fine, fine, record])
+    found = load_examples(source, family=family, leave_out=True)
+    assert len(found.dataset) == 2
+    assert "; 1 left out, as nothing can be learned from them" in found.description
+    if first and not fine.keys() <= record.keys():
+        return  # its form is not recognised without the others
+    told = rf"line {1 if first else 3}: .*data\.unusable: leave_out \(in Python leave_out=True\)\.$"
+    with pytest.raises(PacaError, match=told):
+        load_examples(source, family=family)
+
+
+def test_how_many_more_there_are_is_told(tmp_path: Path) -> None:
+    bad = [{"question": "c?", "answer": None}, {"question": "c?"}, {"question": "c?", "answer": 5}]
+    source = write(tmp_path / "data.jsonl", [FINE, bad[0], FINE, bad[1], bad[0], bad[2]])
+    with pytest.raises(PacaError, match=r"line 2: answer is missing; .*: 2 more of the 4 records after it are such\.$"):
+        load_examples(source)
+    with pytest.raises(PacaError, match=r"line 2: .*: 1 more of the 2 records after it is such\.$"):
+        load_examples(source, limit=4)
+
+
+def test_a_named_column_may_be_absent_from_what_is_left_out(tmp_path: Path) -> None:
+    source = write(tmp_path / "data.jsonl", [{"q": "a?", "a": "b"}, {"q": "c?"}])
+    columns = {"question": "q", "answer": "a"}
+    assert len(load_examples(source, columns=columns, leave_out=True).dataset) == 1
+    with pytest.raises(PacaError, match=r"line 2: there is no column a, which data\.columns names"):
+        load_examples(source, columns=columns)
+
+
+def test_records_of_another_form_are_not_left_out(tmp_path: Path) -> None:
+    source = write(tmp_path / "data.jsonl", [FINE, turns({"content": "b"})])
+    with pytest.raises(PacaError, match="line 2 is of the form messages"):
+        load_examples(source, leave_out=True)
+
+
+def test_numbers_in_a_table_are_refused_with_a_way_that_works_there(tmp_path: Path) -> None:
+    table, file = pandas.DataFrame({"question": ["2 + 2?"], "answer": [4]}), tmp_path / "data.parquet"
+    table.to_parquet(file)
+    with pytest.raises(PacaError, match=r"answer is a number; .*, or make the column of a table text \(in pandas: "):
+        load_examples(str(file))
+    table.astype(str).to_parquet(file)
+    assert load_examples(str(file)).dataset[0]["completion"][0]["content"] == "4"
