@@ -8,8 +8,10 @@ import os
 import re
 import signal
 import sqlite3
+import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 from rich.console import Console
@@ -49,6 +51,16 @@ def test_base_and_adapter_are_printed_side_by_side(workspace: Path) -> None:
     [accuracy] = [line for line in lines if re.search(r"\bacc\b", line)]
     assert f"{results['acc,none']:.4f} ± {results['acc_stderr,none']:.4f}" in accuracy
     assert lines[-1] == "Written: out/results.json"
+
+
+def test_columns_may_be_named_one_by_one(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The last one alone held, without a word."""
+    given: list[Any] = []
+    monkeypatch.setattr(sys.modules["paca.cli.evaluate"], "_measure_own_data", lambda *all_: given.extend(all_[:3]))
+    columns = ["--columns", "question=Frage", "--columns", "answer=Antwort"]
+    result = CliRunner().invoke(app, ["evaluate", str(workspace / "run"), "--data", "fragen.csv", *columns])
+    assert result.exception is None
+    assert given[1:] == ["fragen.csv", {"question": "Frage", "answer": "Antwort"}]
 
 
 def test_the_harness_is_missed_before_anything_is_loaded(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -279,7 +279,7 @@ def test_other_data_may_have_other_names_of_columns(run: Path, loaded: LoadedMod
     plain = tmp_path / "rows.jsonl"
     rows = [{"question": row["question"], "answer": str(row["answer"])} for row in ROWS[:3]]
     plain.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    with pytest.raises(PacaError, match="--columns"):
+    with pytest.raises(PacaError, match=r"`paca evaluate --data`: --columns question=Frage,answer=Antwort; in Python"):
         other_data(run, config_of_run(run, str(file)))
     named = columns_of_flag("question=Frage, answer=Antwort")
     found = [other_data(run, config_of_run(run, str(file), named)), other_data(run, config_of_run(run, str(plain)))]
@@ -291,7 +291,12 @@ def test_other_data_may_have_other_names_of_columns(run: Path, loaded: LoadedMod
     ):
         other_data(run, config_of_run(run, str(plain), {"question": "foo"}), columns_given=True)
     with pytest.raises(PacaError, match="expected a form's names, each with yours"):
-        columns_of_flag("Frage")
+        columns_of_flag("question=Frage", "Frage")
+    assert columns_of_flag("question=Frage", "answer=Antwort, tools=Werkzeuge") == {
+        "question": "Frage",
+        "answer": "Antwort",
+        "tools": "Werkzeuge",
+    }
 
 
 def test_data_of_another_form_than_was_trained_on_is_told(run: Path, tmp_path: Path) -> None:

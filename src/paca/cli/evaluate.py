@@ -44,10 +44,10 @@ def evaluate(
         ),
     ] = None,
     columns: Annotated[
-        str | None,
+        list[str] | None,
         typer.Option(
             metavar="NAME=YOURS,…",
-            help="Columns of --data under other names: question=Frage,answer=Antwort.",
+            help="Columns of --data under other names: question=Frage,answer=Antwort. May be repeated.",
             show_default="the run's data.columns",
         ),
     ] = None,
@@ -101,9 +101,9 @@ def evaluate(
         raise PacaError(
             "--data is measured by a run's own eval.metric; --tasks and --mt-bench bring data. Leave one out."
         )
-    if columns is not None and data is None:
+    if columns and data is None:
         raise PacaError("--columns names columns of --data. Give that, or leave it out.")
-    named = None if columns is None else columns_of_flag(columns)
+    named = columns_of_flag(*columns) if columns else None
     if output is None and not own_data:
         raise PacaError("--tasks and --mt-bench need a folder for their results. Give one: --output DIR.")
     if (mt_bench is None) != (judge_url is None) or (mt_bench is None) != (judge_model is None):
@@ -195,14 +195,18 @@ def _check_overrides(overrides: list[str], own_data: bool) -> None:
             raise PacaError(f"--set {override}: only {', '.join(_BY_SET)} can be changed, as eval.metric=exact_match.")
 
 
-def columns_of_flag(text: str) -> dict[str, str]:
-    """Columns as a flag has them, `question=Frage,answer=Antwort`; raise `PacaError` for another text."""
-    pairs = [part.partition("=") for part in text.split(",")]
-    if not all(name.strip() and own.strip() for name, _, own in pairs):
-        raise PacaError(
-            f"--columns is {text!r}; expected a form's names, each with yours: question=Frage,answer=Antwort."
-        )
-    return {name.strip(): own.strip() for name, _, own in pairs}
+def columns_of_flag(*texts: str) -> dict[str, str]:
+    """Columns as a flag has them, `question=Frage,answer=Antwort`, of all its uses; the last one of a name holds. Raise
+    `PacaError` for another text."""
+    named: dict[str, str] = {}
+    for text in texts:
+        pairs = [part.partition("=") for part in text.split(",")]
+        if not all(name.strip() and own.strip() for name, _, own in pairs):
+            raise PacaError(
+                f"--columns is {text!r}; expected a form's names, each with yours: question=Frage,answer=Antwort."
+            )
+        named |= {name.strip(): own.strip() for name, _, own in pairs}
+    return named
 
 
 def _measure_own_data(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Collection, Mapping
 
 from datasets import Dataset, Value
@@ -87,10 +88,11 @@ def _renaming(columns: Collection[str], forms: Mapping[str, Format], given: Mapp
     own = others if len(others) == len(missing) else ["..."] * len(missing)
     pairs = [*((name, own) for name, own in given.items() if name in form.columns), *zip(missing, own, strict=True)]
     names = ", ".join(f"{name}: {column}" for name, column in pairs)
+    flag = shlex.quote(",".join(f"{name}={column}" for name, column in pairs))
     return (
         f"Say which columns it has under other names: the nearest form is {form.name}, so give data.columns: "
         f"{{{names}}} (its name: yours) in the run's YAML (or --set data.columns.NAME=YOURS), or "
-        "rename them. (For `paca evaluate --data`: --columns; in Python columns=.)"
+        f"rename them. (For `paca evaluate --data`: --columns {flag}; in Python columns=.)"
     )
 
 
