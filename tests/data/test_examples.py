@@ -407,3 +407,22 @@ def test_a_folder_of_folders_names_those_that_hold_data(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(PacaError, match=r"holds no data file \(.*gz\)\.$"):
         load_examples(str(tmp_path / "empty"))
+
+
+def test_what_holds_no_data_is_told_what_it_is(tmp_path: Path) -> None:
+    text = tmp_path / "book.txt"
+    text.write_text("Once upon a time.")
+    with pytest.raises(
+        PacaError, match=r"is of type '\.txt'\. .* Write its texts into a \.jsonl file, \{\"text\": \.\.\.\}"
+    ):
+        load_examples(str(text))
+    for name, key in (("config.json", "model_type"), ("adapter_config.json", "peft_type")):
+        folder = tmp_path / key
+        folder.mkdir()
+        (folder / name).write_text(json.dumps({key: "llama", "architectures": ["LlamaForCausalLM"]}, indent=2))
+        with pytest.raises(PacaError, match=rf"holds an? (model|adapter) \({name}\), not data\. .* is model\.name"):
+            load_examples(str(folder))
+    data = tmp_path / "data"
+    data.mkdir()
+    jsonl(data / "train.jsonl", ALPACA[:1])
+    assert len(load_examples(str(data)).dataset) == 1

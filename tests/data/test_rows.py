@@ -88,6 +88,16 @@ def test_a_csv_field_may_be_long(tmp_path: Path) -> None:
         ("a.json", '[{"text": "x"}\n {"text": "y"}]', ["a.json, line 2", "','"]),
         ("a.json", '[{"text": "x"}', ["a.json", "','"]),
         ("a.json", '[{"text": "x"}, 5]', ["record 1", "a number"]),
+        (
+            "a.jsonl",
+            '[{"role": "user", "content": "x"}]\n',
+            ["a list", 'Wrap each list of messages in one: {"messages": ['],
+        ),
+        (
+            "a.json",
+            '[[{"from": "human", "value": "x"}]]',
+            ["record 0", 'of messages in one: {"conversations": [...]}.'],
+        ),
         ("a.jsonl", '{"n": 1}\n{"n": ' + "[" * 20_000, ["a.jsonl, line 2", "recursion"]),
         ("a.jsonl", '{"n": ' + "9" * 5_000 + "}", ["a.jsonl, line 1", "5000 digits"]),
         ("a.json", '[{"n": 1}, {"n": ' + "[" * 20_000, ["a.json, record 1", "recursion"]),

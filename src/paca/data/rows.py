@@ -83,10 +83,17 @@ def _json_object(text: str, place: str) -> Row:
     except (ValueError, RecursionError) as error:
         raise PacaError(f"{place} can't be read as JSON: {error}.") from error
     if not isinstance(row, dict):
-        raise PacaError(f"{place} holds {_kind(row)}; expected a JSON object with named fields.")
+        raise PacaError(f"{place} holds {_kind(row)}; expected a JSON object with named fields.{_wrapped(row)}")
     if "\\ud" in text.lower():
         _check_characters(row, place)
     return row
+
+
+def _wrapped(value: object) -> str:
+    """What to do with a record that is a bare list of messages."""
+    first = value[0] if isinstance(value, list) and value and isinstance(value[0], dict) else {}
+    name = "messages" if "role" in first else "conversations" if "from" in first else None
+    return f' Wrap each list of messages in one: {{"{name}": [...]}}.' if name else ""
 
 
 def _check_characters(row: Row, place: str) -> None:
@@ -127,7 +134,8 @@ def _json_rows(file: Path) -> Iterator[tuple[str, Row]]:
         except (ValueError, RecursionError) as error:  # nested too deeply, or a number of thousands of digits
             raise PacaError(f"{file}, record {index} can't be read as JSON: {error}.") from error
         if not isinstance(row, dict):
-            raise PacaError(f"{file}, record {index} is {_kind(row)}; expected a JSON object with named fields.")
+            told = f"is {_kind(row)}; expected a JSON object with named fields.{_wrapped(row)}"
+            raise PacaError(f"{file}, record {index} {told}")
         if has_halves:
             _check_characters(row, f"{file}, record {index}")
         yield f"{file.name}, record {index}", row

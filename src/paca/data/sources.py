@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -22,6 +23,8 @@ from paca.messages.nearest import did_you_mean_path
 
 _NOTES = ("dataset_info.json", "dataset_infos.json")
 """Beside data files, about them."""
+_TEXTS = (".txt", ".text", ".md")
+"""Of files that hold texts alone."""
 _MOST_FOLDERS = 3
 """That a message names."""
 
@@ -89,6 +92,7 @@ def find_source(name: str, split: str) -> Source:
     if path.is_dir():
         if (saved := _saved(path, name, split)) is not None:
             return Source(name, dataset=saved)
+        _refuse_model(path, name)
         found = {file for file in path.iterdir() if _is_data(file)}
         # What was unpacked beside its archive is not read twice.
         files = tuple(
@@ -100,8 +104,10 @@ def find_source(name: str, split: str) -> Source:
         return Source(name, of_split, left_out=len(files) - len(of_split))
     if path.is_file():
         if suffix_of(path) not in SUFFIXES:
+            how = ' Write its texts into a .jsonl file, {"text": ...} a line.' if suffix_of(path) in _TEXTS else ""
             raise PacaError(
-                f"The data file {name!r} is of type {path.suffix or '(none)'!r}. Understood are {', '.join(SUFFIXES)}."
+                f"The data file {name!r} is of type {path.suffix or '(none)'!r}. Understood are "
+                f"{', '.join(SUFFIXES)}.{how}"
             )
         return Source(name, (path,))
     hub = None if suffix_of(path) in SUFFIXES else load_from_hub(name, split)
@@ -111,6 +117,23 @@ def find_source(name: str, split: str) -> Source:
             "the path (data.train, data.eval)."
         )
     return Source(name, dataset=hub)
+
+
+def _refuse_model(folder: Path, name: str) -> None:
+    """Say so where `folder` holds a model or an adapter, whose settings lie in files that data might lie in."""
+    for file, key, what in (
+        ("config.json", "model_type", "a model"),
+        ("adapter_config.json", "peft_type", "an adapter"),
+    ):
+        try:
+            is_one = key in json.loads((folder / file).read_text(encoding="utf-8"))
+        except (OSError, ValueError, TypeError, RecursionError):  # there is none, or another
+            continue
+        if is_one:
+            raise PacaError(
+                f"The folder {name!r} holds {what} ({file}), not data. Give a file or folder of examples (data.train, "
+                "data.eval); the model to train is model.name."
+            )
 
 
 def _is_data(file: Path) -> bool:
