@@ -25,7 +25,7 @@ from paca.pretrained.quantizing import quantize_outline
 from paca.pretrained.trainable_copy import unpacked
 from paca.pretrained.weight_size import weight_size
 from paca.training.config import adapter_settings, train_settings
-from paca.training.config.learning_rate import AUTO, automatic_rate, beside_automatic, follows_weights
+from paca.training.config.learning_rate import AUTO, automatic_rate, beside_automatic, follows_weights, of_adam
 from paca.training.config.run_config import RunConfig
 from paca.training.config.target_names import check_target_names, told_of_layers
 from paca.training.folder.disk_need import disk_need
@@ -96,6 +96,7 @@ def prepare(config: RunConfig, *, whole: bool = True, fetch: bool = False) -> Pr
         given, model, has_eval=held_out is not None, method=method, adapter=config.adapter, weight_size=size
     )
     rate, rule = automatic_rate(kind, method, config.adapter, size, rank)
+    rule = of_adam(rule, given.get("optim"))
     check_target_names(method, config.adapter, model, named.name)
     if named.quantization is not None:
         model = quantize_outline(model, named.quantization)

@@ -12,7 +12,7 @@ from paca.messages.errors import PacaError
 from paca.pretrained.location import locate
 from paca.pretrained.weight_size import weight_size
 from paca.training import describe, load_run_config
-from paca.training.config.learning_rate import automatic_rate
+from paca.training.config.learning_rate import automatic_rate, of_adam
 from paca.training.trainers import TRAINERS
 from training.tiny_run import save_workspace
 
@@ -87,6 +87,14 @@ def test_the_plan_says_the_rate_and_its_rule(tmp_path: Path, given: str) -> None
     known = f"{size:.2g} is the root mean square of the weights"
     assert dict(plan.lines())["learning rate"] == f"{rate:g} (auto: 0.4 × {size:.2g} / paca_alpha; {known})"
     assert "learning_rate" not in dict(plan.lines())["defaults of paca"]
+
+
+def test_a_rule_says_that_it_was_made_for_adamw(tmp_path: Path) -> None:
+    config = save_workspace(tmp_path)
+    config.write_text(config.read_text().replace("learning_rate: 1e-2", "optim: sgd"))
+    line = dict(describe(load_run_config(config)).lines())["learning rate"]
+    assert line.endswith("root mean square of the weights; AdamW's: sgd may want another by far)")
+    assert of_adam("a rule", "paged_adamw_8bit") == "a rule"
 
 
 def test_factors_have_the_rate_of_adapters(tmp_path: Path) -> None:

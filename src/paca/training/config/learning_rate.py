@@ -50,6 +50,13 @@ def automatic_rate(
     return rate_and_rule(adapter.get("paca_alpha", PacaConfig.paca_alpha), weight_size, kind.rate_of_weights)
 
 
+def of_adam(rule: str, optimizer: str | None) -> str:
+    """A rule in words, with what it says of an optimizer that it was not made for."""
+    if optimizer is None or "adam" in optimizer.lower():
+        return rule
+    return f"{rule}; AdamW's: {optimizer} may want another by far"
+
+
 def beside_automatic(given: float, automatic: float, *, by_rule: bool) -> str:
     """What a user who gave a rate is told of the automatic one; one that follows no rule is no measure of theirs."""
     told = f"auto would be {automatic:g}"
