@@ -31,7 +31,7 @@ def test_step_times_are_ratios_taken_round_by_round(name: str, machine: str) -> 
     rows = rows[(rows.model == "SmolLM2-135M-Instruct") & (rows.metric == "step_time")]
     samples = {method: rows[rows.method == method].samples.item() for method in ("paca", "lora", "lora-tuned")}
     times = [spread(round_ratios(samples[method], samples["paca"])).median for method in ("lora", "lora-tuned")]
-    assert row_of_table(f"time of a step, {name}")[1:] == [[f"{time:.2f}"] for time in times]
+    assert row_of_table(f"time of a step, × PaCA's, {name}")[1:] == [[f"{time:.2f}"] for time in times]
 
 
 def test_a_block_of_llama_8b_is_the_range_of_both_machines_and_loras() -> None:
@@ -86,7 +86,7 @@ def test_solved_problems_are_those_of_the_rows() -> None:
             if not float(row["towards_end"]):
                 answered[row["run"].partition("-lr")[0]].append(float(row["exact_match"]))
     wide, tuned, paca = (100 * fmean(answered[method]) for method in ("paca-256", "lora-tuned", "paca"))
-    told = f"{paca:.1f} % of GSM8K's shorter problems, tuned LoRA {tuned:.1f} %; 256 in the same time {wide:.1f} %"
+    told = f"{paca:.1f} % of GSM8K's shorter problems; 256 {wide:.1f}, tuned LoRA {tuned:.1f}."
     assert told in TEXT
 
 
