@@ -17,6 +17,7 @@ import pytest
 import torch
 from peft import PeftModel
 from rich.console import Console
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, TrainerControl, TrainerState, TrainingArguments
 
 from paca.messages.errors import PacaError
@@ -267,6 +268,20 @@ def test_a_run_is_not_continued_under_other_settings(run: Runner) -> None:
     with pytest.raises(PacaError, match=r"train\.learning_rate: 0\.01 → 0\.5"):
         run("a", "train.learning_rate=0.5", resume=True)
     assert run("a", "train.save_total_limit=1", resume=True).summary is not None
+
+
+def test_a_run_records_which_model_it_was_trained_on(
+    run: Runner, tmp_path: Path, config_file: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    base = shutil.copytree(load_run_config(config_file).model.name, tmp_path / "base-model")
+    run("a", f"model.name={base}", stop_at=3)
+    assert run("a", f"model.name={base}", resume=True).summary is not None  # with that record
+    load_for_generation(tmp_path / "a")
+    assert caplog.text.count("is not the one that the adapter in") == 0
+    file = base / "model.safetensors"
+    save_file({name: tensor * 2 for name, tensor in load_file(file).items()}, file, {"format": "pt"})
+    load_for_generation(tmp_path / "a")
+    assert caplog.text.count("is not the one that the adapter in") == 1
 
 
 @pytest.mark.parametrize("changed", ["data.train", "data.eval", "data.template"])

@@ -32,6 +32,7 @@ from paca.pretrained.adapter_folder import (
     find_revision,
     weight_file,
 )
+from paca.pretrained.base_weights import warn_of_other_base
 from paca.pretrained.location import locate
 from paca.pretrained.purpose import Classifier, classifier_in
 from paca.pretrained.tied_weights import untie_for
@@ -128,7 +129,8 @@ def adapter_in_model(model: Any, adapter_name: str = "default") -> Adapter:
 
 
 def read_adapter(path: str | Path, base_model: str | None = None) -> Adapter:
-    """Read and check an adapter on the disk. Of the base model only its config is read, no weights.
+    """Read and check an adapter on the disk. Of the base model its config is read, and no weights but for
+    `warn_of_other_base`.
 
     Args:
         path: A run folder or an adapter folder.
@@ -179,6 +181,7 @@ def _read(folder: Path, base: str) -> Adapter:
     except ValueError as error:
         raise PacaError(f"The adapter in {folder} does not fit the model {base}: {error}") from error
     adapter.classifier, adapter.untied = classifier, untied
+    warn_of_other_base(folder, base)
     return adapter
 
 

@@ -28,6 +28,7 @@ from paca.pretrained.adapter_folder import (
     weight_file,
 )
 from paca.pretrained.adapter_tokenizer import load_adapter_tokenizer
+from paca.pretrained.base_weights import warn_of_other_base
 from paca.pretrained.bounded_template import conversation_text, renderer
 from paca.pretrained.ends_of_texts import ends_texts
 from paca.pretrained.foreign_methods import check_method, without_asking
@@ -131,16 +132,19 @@ def saved_tokenizer(adapter: Path) -> PreTrainedTokenizerBase | None:
 def put_adapter_on(model: PreTrainedModel | PeftModel, adapter: Path, base: str, name: str = "default") -> PeftModel:
     """Put an adapter on its base model, beside those that are on it already, and make it the active one.
 
+    A base model that is not the one it was trained on is logged (`warn_of_other_base`).
+
     Args:
         model: The base model, or the same one with other adapters.
         adapter: Its folder.
-        base: What messages call the model.
+        base: Name or path of the model.
         name: What the model calls the adapter.
 
     Raises:
         PacaError: A broken file, or an adapter that does not fit the model, or not beside the others.
     """
     weights = weight_file(adapter)
+    warn_of_other_base(adapter, base)
     try:
         untie_for(model, tensor_names(weights))
         check_method(adapter, model)

@@ -49,8 +49,7 @@ def weight_size(location: Location, revision: str | None = None, *, fetch: bool 
     try:
         if location.source == "gguf":
             return _size_of_gguf(location.name_or_path)
-        find = _on_the_hub(location.name_or_path, revision, fetch) if location.source == "hub" else None
-        return _mean(_tensors(find or Path(location.name_or_path).joinpath))
+        return _mean(_tensors(finder(location, revision, fetch)))
     except Exception as error:  # of files of any kind, and of the hub's client: the model's loader says more
         logger.info("The size of the weights of %s can't be read: %s", location.name_or_path, error)
         return None
@@ -111,13 +110,26 @@ def _chosen(names: Iterable[str]) -> list[str]:
     return [name for number in numbers for name in blocks[number]]
 
 
-def _tensors(find: Callable[[str], Path]) -> Iterator[Tensor]:
+def finder(location: Location, revision: str | None = None, fetch: bool = False) -> Callable[[str], Path]:
+    """What finds a model's files by their names, or raises `FileNotFoundError` (arguments as of `weight_size`)."""
+    if location.source == "hub":
+        return _on_the_hub(location.name_or_path, revision, fetch)
+    return Path(location.name_or_path).joinpath
+
+
+def places_of(find: Callable[[str], Path]) -> dict[str, str]:
+    """The tensors of a model's safetensors, and the file that each is in."""
     places: dict[str, str] = {}
     with suppress(FileNotFoundError):
         places = json.loads(find(_INDEX).read_text(encoding="utf-8"))["weight_map"]
     if not places:
         with safe_open(find(_SINGLE), framework="pt") as file:
             places = dict.fromkeys(file.keys(), _SINGLE)
+    return places
+
+
+def _tensors(find: Callable[[str], Path]) -> Iterator[Tensor]:
+    places = places_of(find)
     for name in _chosen(places):
         with safe_open(find(places[name]), framework="pt") as file:
             weight = file.get_slice(name)

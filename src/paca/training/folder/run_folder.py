@@ -27,7 +27,7 @@ class RunFolder:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.config = path / "config.yaml"  # resolved; it runs again as it is
-        self.inputs = path / "inputs.json"  # hashes of the data and the template, for a run that is continued
+        self.inputs = path / "inputs.json"  # hashes of data, template and model, for a run that is continued
         self.metrics = path / "metrics.jsonl"
         self.summary = path / "summary.json"  # written last: its presence says that the run is finished
         self.report = path / "report.html"

@@ -17,6 +17,7 @@ from paca.data.file_content import hash_of
 from paca.messages.errors import PacaError
 from paca.messages.processes import launched_processes
 from paca.pretrained import Pretrained
+from paca.pretrained.base_weights import KEY, rows_of_weights
 from paca.pretrained.content import model_content
 from paca.pretrained.whole_output import write_whole
 from paca.training.config.adapter_settings import with_defaults
@@ -83,7 +84,7 @@ def check_same_run(folder: RunFolder, config: RunConfig, inputs: dict[str, str])
     files = [
         key
         for key, content in contents.items()
-        if key not in (_MODEL, _PROCESSES, PRODUCTS) and content != inputs.get(key)
+        if key not in (_MODEL, KEY, _PROCESSES, PRODUCTS) and content != inputs.get(key)
     ]
     if files:  # the key of a reward names its function and its file itself
         raise _other_content(folder, [f"{key} ({now[key]})" if key in now else key for key in files])
@@ -130,6 +131,8 @@ def told_of_finished(folder: RunFolder, config: RunConfig) -> str:
 def check_same_model(folder: RunFolder, config: RunConfig, found: Pretrained, *, resume: bool) -> None:
     """Record what the model of a run is, or refuse to continue it with another one.
 
+    What is recorded of its weights' files is for who loads the adapter later: `warn_of_other_base`.
+
     Args:
         folder: Of the run.
         config: The resolved config.
@@ -143,7 +146,8 @@ def check_same_model(folder: RunFolder, config: RunConfig, found: Pretrained, *,
     if resume and inputs.get(_MODEL) != content:
         raise _other_content(folder, [f"{_MODEL} ({config.model.name}: its weights, its config or its tokenizer)"])
     if inputs.get(_MODEL) != content:
-        write_whole(folder.inputs, json.dumps({**inputs, _MODEL: content}))
+        rows = rows_of_weights(found.name_or_path, config.model.revision)
+        write_whole(folder.inputs, json.dumps({**inputs, _MODEL: content} | ({} if rows is None else {KEY: rows})))
 
 
 def check_same_settings(config: RunConfig) -> None:
