@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 from unittest.mock import patch
 
 from peft.utils import PeftType
@@ -25,6 +26,12 @@ _REFUSED = {
     "prompt_tuning_init_state_dict_path": "PEFT reads a file that it names, wherever that is",
 }
 _HARMLESS = {"shadow_model": "mirror"}  # made of the model itself
+
+
+def refused(settings: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """The settings of an adapter of PEFT that paca does not load, each with the reason."""
+    given = ((name, settings.get(name)) for name in _REFUSED)
+    return [(name, _REFUSED[name]) for name, value in given if value and value != _HARMLESS.get(name)]
 
 
 @contextmanager
@@ -49,9 +56,8 @@ def check_method(adapter: Path, model: nn.Module) -> None:
         raise PacaError(f"{file} names no method that this PEFT knows: peft_type is {shown(kind)}.")
     if kind == "XLORA":
         raise PacaError(f"{file} is for XLORA, which loads other adapters, from wherever it says. Load it with PEFT.")
-    for setting, reason in _REFUSED.items():
-        if settings.get(setting) and settings[setting] != _HARMLESS.get(setting):
-            raise PacaError(f"{file} sets {setting}, which paca does not load: {reason}. Load it with PEFT.")
+    for setting, reason in refused(settings):
+        raise PacaError(f"{file} sets {setting}, which paca does not load: {reason}. Load it with PEFT.")
     tokens = settings.get("alora_invocation_tokens")  # PEFT looks at them when it generates, and not before
     if tokens is not None and not (isinstance(tokens, list) and all(type(token) is int for token in tokens)):
         raise PacaError(

@@ -17,6 +17,7 @@ from peft.utils import PeftType
 from paca.config import PacaConfig
 from paca.messages.errors import PacaError
 from paca.messages.nearest import did_you_mean
+from paca.pretrained.foreign_methods import refused
 from paca.training.config.key_checks import Origins, check_section
 from paca.training.config.typed_values import matches, shown
 
@@ -71,7 +72,8 @@ def check_adapter_settings(method: str, settings: dict[str, Any], origins: Origi
         origins: Where.
 
     Raises:
-        PacaError: An unknown key, a wrong type, or a value that the config refuses.
+        PacaError: An unknown key, a wrong type, a value that the config refuses, or one with which paca would not
+            load the result.
     """
     if method == "peft":
         settings["peft_type"] = _peft_type(settings, origins)
@@ -83,6 +85,11 @@ def check_adapter_settings(method: str, settings: dict[str, Any], origins: Origi
         raise PacaError(
             f"{origins.of(f'{method}.init_lora_weights')}: {method}.init_lora_weights: {settings['init_lora_weights']} "
             "needs a pass over data that paca does not make. Leave it out, or give one of the others."
+        )
+    for name, reason in refused(settings):
+        raise PacaError(
+            f"{origins.of(f'{method}.{name}')}: {method}.{name} can't be trained here: paca chat, evaluate and merge "
+            f"load no adapter that sets it, as {reason}. Leave it out, or train with PEFT."
         )
     try:
         adapter_config(method, settings)
