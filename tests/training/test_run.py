@@ -476,7 +476,10 @@ def test_a_loss_that_is_not_a_number_ends_the_run(run: Runner, tmp_path: Path) -
         ("paca.target_modules=q_prj", r"no module named q_prj .*Did you mean q_proj\?"),
         ("paca.target_modules=q_proj", r"is the text 'q_proj', a pattern that .* Give a list .*: \[q_proj\]"),
         ("paca.r=1000", r"The section paca does not fit .*r=1000"),
-        ("paca.target_modules=[lm_head]", r"SFTTrainer refuses this run: .*lm_head"),
+        (
+            "paca.target_modules=[lm_head]",
+            r"The section paca does not fit .*An adapter on the output layer \(lm_head\)",
+        ),
         ("train.optim=lomo", r"package that is not installed: .*lomo"),
         ("data.train=missing.jsonl", r"missing\.jsonl"),
         ("data.eval=40", r"Cannot hold 40 of 40"),

@@ -13,6 +13,7 @@ from rich.console import Console
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+import paca
 from paca.convert.merged import merge_to_folder
 from paca.evaluation.own_data import scorer
 from paca.messages.errors import PacaError
@@ -21,6 +22,7 @@ from paca.pretrained.generation import load_for_generation, stream_reply
 from paca.training import RunResult, describe, load_run_config, train
 from paca.training import run as run_module
 from paca.training.planned_run import target_of_run
+from tiny_checkpoint import byte_tokenizer, save_base
 from training.test_run import SignalAtStep
 from training.tiny_run import curve
 
@@ -187,6 +189,33 @@ def test_a_key_in_the_wrong_place_says_where_it_belongs(tmp_path: Path, text: st
     with pytest.raises(PacaError) as caught:
         load_run_config(file)
     assert message.replace("FILE", str(file)) in str(caught.value)
+
+
+TOKENS = [
+    ["lora.target_modules=[q_proj]", "lora.trainable_token_indices=[1, 2]"],
+    ["peft.peft_type=TRAINABLE_TOKENS", "peft.token_indices=[1, 2]"],
+]
+
+
+@pytest.mark.parametrize("method", TOKENS)
+def test_single_tokens_are_refused_before_training_where_embeddings_are_tied(
+    config_file: Path, tmp_path: Path, method: list[str]
+) -> None:
+    tied = save_base(tmp_path / "tied", tie_word_embeddings=True)
+    overrides = ["paca=null", *method]
+    assert describe(load_run_config(config_file, overrides)).trainable_parameters > 0
+    overrides.append(f"model.name={tied}")
+    with pytest.raises(PacaError, match=r"^The section .* does not fit .*tied: Single tokens can't be trained .*tied"):
+        describe(load_run_config(config_file, overrides))
+    target = target_of_run(config_file, overrides, "cpu", None, None)
+    with pytest.raises(PacaError, match=r"^Single tokens can't be trained"):
+        estimate(target.model, target.setting, target.adapter)
+    model = AutoModelForCausalLM.from_pretrained(tied)
+    paca.untie_embeddings(model)
+    model.save_pretrained(tmp_path / "untied")
+    byte_tokenizer().save_pretrained(tmp_path / "untied")
+    overrides += [f"model.name={tmp_path / 'untied'}", f"output.dir={tmp_path / 'run'}", "train.max_steps=1"]
+    assert train(load_run_config(config_file, overrides), console=Console(quiet=True)).summary is not None
 
 
 def test_factors_as_wide_as_the_deltas_are_refused(config_file: Path) -> None:

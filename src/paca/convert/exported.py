@@ -34,8 +34,8 @@ def export_adapter(
 ) -> Exported:
     """Write a run's or a folder's PaCA adapter in another form; as a folder, with the tokenizer and labels that it has.
 
-    Reads the base model's config, and of its weights some rows (`warn_of_other_base`). The output appears only when it is
-    complete.
+    Reads the base model's config, and of its weights some rows (`warn_of_other_base`). The output appears only when it
+    is complete.
 
     Args:
         path: A run folder or an adapter folder.

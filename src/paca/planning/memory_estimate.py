@@ -16,6 +16,7 @@ from paca.messages.errors import PacaError, first_line
 from paca.messages.units import format_bytes
 from paca.planning.compiled_products import program_bytes
 from paca.planning.operators import Operator
+from paca.planning.output_layer import check_output_layer
 from paca.planning.passes import task_of
 from paca.planning.quantized_layers import quantization_name, unpacked_numel
 from paca.planning.repeated_blocks import copy_with_blocks, find_blocks
@@ -181,7 +182,8 @@ def estimate(
     they run once more, and the optimizer's step with them, for `operators`.
 
     Raises:
-        PacaError: The model can't be found, planned, or made lean, or the adapter adds to its input.
+        PacaError: The model can't be found, planned, or made lean, or the adapter adds to its input, or is on the
+            output layer, where `setting.chunked_loss` would not train it.
     """
     autocast = setting.autocast_adapter_dtype
     prepared = prepare_model(model, adapter, setting.quantization, autocast_adapter_dtype=autocast)
@@ -201,6 +203,8 @@ def estimate(
         raise _unplannable(prepared.active_peft_config, ValueError("which weights it trains"))
     if task != "text":
         setting = replace(setting, chunked_loss=False)  # which is that of a vocabulary
+    if setting.chunked_loss:
+        check_output_layer(root)
     try:
         trace = trace_step(root, setting, timed)
     except PacaError as error:

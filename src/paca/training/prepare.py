@@ -19,6 +19,7 @@ from paca.lean import make_lean, undo_lean
 from paca.messages.errors import PacaError, about
 from paca.messages.processes import launched_processes
 from paca.planning.memory_estimate import PlannedModel
+from paca.planning.output_layer import check_output_layer
 from paca.pretrained.context_length import context_length
 from paca.pretrained.location import locate
 from paca.pretrained.quantizing import quantize_outline
@@ -104,6 +105,9 @@ def prepare(config: RunConfig, *, whole: bool = True, fetch: bool = False) -> Pr
         new = new_modules(named, kind.auto_class, data.labels, fetch=whole or fetch)
         train_heads(config, model, new)
     adapted = _adapted_outline(config, model, kind.task_type)
+    if kind.task_type == "CAUSAL_LM":
+        with about(f"The section {method} does not fit {named.name}"):
+            check_output_layer(adapted)
     if named.quantization is not None and method == "paca":
         if config.adapter.get("rotate_every") is not None:
             raise PacaError(
