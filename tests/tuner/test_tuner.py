@@ -110,7 +110,7 @@ def test_the_columns_do_not_depend_on_what_else_is_adapted():
 @pytest.mark.parametrize(
     ("model", "settings", "message"),
     [
-        (llama, {"target_modules": ["nothing"]}, "not found in the base model"),
+        (llama, {"target_modules": ["nothing"]}, "it has no module named nothing"),
         (llama, {"r": 33}, "r=33 columns were asked for, but this layer has 32 input columns"),
         (llama, {"target_modules": ["q_proj", "input_layernorm"]}, "input_layernorm is a .*LlamaRMSNorm, which PaCA"),
         (llama, {"target_modules": ["q_proj", "act_fn"]}, "act_fn is a .*can't adapt yet"),

@@ -28,7 +28,7 @@ from paca.pretrained.weight_size import weight_size
 from paca.training.config import adapter_settings, train_settings
 from paca.training.config.learning_rate import AUTO, automatic_rate, beside_automatic, follows_weights, of_adam
 from paca.training.config.run_config import RunConfig
-from paca.training.config.target_names import check_target_names, told_of_layers
+from paca.training.config.target_names import check_target_names
 from paca.training.folder.disk_need import disk_need
 from paca.training.folder.run_folder import RunFolder
 from paca.training.folder.same_run import inputs_of
@@ -36,6 +36,7 @@ from paca.training.method_state import check_budget
 from paca.training.named_model import new_modules, outline_of, train_heads
 from paca.training.plan import Plan, planned_steps
 from paca.training.trainers import trainer_kind
+from paca.tuner.target_names import told_of_layers
 
 
 @dataclass

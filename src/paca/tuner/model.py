@@ -28,6 +28,7 @@ from paca.tuner.removal import remove_adapter, remove_unloaded, replacing
 from paca.tuner.rotation.files import with_unions, without_unions
 from paca.tuner.saved_modules import check_saved_modules
 from paca.tuner.strange_expressions import try_expressions
+from paca.tuner.target_names import check_targets, telling_of_layers
 from paca.tuner.targets import adapted_after_all, endings_of_all_linear
 from paca.tuner.unused_names import check_indices_used, warn_of_unused
 
@@ -64,7 +65,10 @@ class PacaModel(AdaptsStacks, MergesAdapters):
                     try_expressions(vars(config), model, config.reading)
             if config.modules_to_save:
                 check_saved_modules(model, config)
-            with quiet_about_stacks() if config.target_parameters else contextlib.nullcontext():
+            with (
+                telling_of_layers(model),
+                quiet_about_stacks() if config.target_parameters else contextlib.nullcontext(),
+            ):
                 super().inject_adapter(model, adapter_name, *args, **kwargs)
             made_for = config.base_quantization if config.reading else None
             others = any(layer.mode != "resident" for layer in paca_layers(model))
@@ -92,6 +96,8 @@ class PacaModel(AdaptsStacks, MergesAdapters):
             peft_config.target_modules = set() if peft_config.target_parameters else by_default
         if peft_config.layers_to_transform is not None and peft_config.target_modules == "all-linear":
             peft_config.target_modules = endings_of_all_linear(peft_config, self.model)
+        elif not (peft_config.reading or peft_config.inference_mode):  # one that is made, not one that was
+            check_targets(peft_config.target_modules, self.model)
         return peft_config
 
     def _create_and_replace(

@@ -1,0 +1,92 @@
+"""Whether the names in `target_modules` are those of modules that a model has, and what to say if they are not."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+
+from paca.messages.nearest import did_you_mean
+from paca.messages.shown import shown
+
+_LISTED = 20
+_NOTHING = ("not found in the base model", "No modules were targeted", "All modules were excluded")
+"""What PEFT says where there is no layer to adapt."""
+
+
+def check_targets(targets: Any, model: nn.Module) -> None:
+    """Raise `ValueError` for a name that no module has. Of a list PEFT leaves it out without a word, where another one
+    fits; nobody who wrote it meant that."""
+    if (problem := problem_of(targets, model, "target_modules")) is not None:
+        raise ValueError(f"The config does not fit {type(model).__name__}: {problem}")
+
+
+def problem_of(targets: Any, model: nn.Module, setting: str) -> str | None:
+    """What is wrong with `target_modules`, for the end of a message: names without a module, or a name without a list.
+    None of another text, which is "all-linear" or a pattern.
+
+    Args:
+        targets: As the config has them.
+        model: Whose modules are adapted.
+        setting: What the message calls them.
+    """
+    single = targets if isinstance(targets, str) else None
+    names = [name for name, _ in model.named_modules()]
+    if single is not None:
+        if not re.fullmatch(r"\w+", single) or single in names:
+            return None
+        targets = [single]
+    elif not isinstance(targets, list | tuple | set):
+        return None
+    ends = {end for name in names for end in _ends_of(name)}
+    unknown = sorted(map(str, (target for target in targets if target not in ends)))
+    if unknown:
+        listed = ", ".join(unknown[:_LISTED]) + (", ..." if len(unknown) > _LISTED else "")
+        hint = did_you_mean(unknown[0][:99], _layers_with_weights(model), "{}")
+        return f"it has no module named {listed} ({setting}).{hint} {told_of_layers(model)}"
+    if single is not None:
+        return (
+            f"{setting} is the text {shown(single)}, a pattern that matches no whole name. Give a list of the ends of "
+            f"names: [{single}]."
+        )
+    return None
+
+
+def _ends_of(name: str) -> Iterator[str]:
+    """`a.b.c`, `b.c` and `c`."""
+    while name:
+        yield name
+        name = name.partition(".")[2]
+
+
+@contextmanager
+def telling_of_layers(model: nn.Module) -> Iterator[None]:
+    """A block in which PEFT's error that there is nothing to adapt also names what there is."""
+    try:
+        yield
+    except ValueError as error:
+        if any(words in str(error) for words in _NOTHING):
+            raise type(error)(f"{error} {told_of_layers(model)}") from error
+        raise
+
+
+def told_of_layers(model: nn.Module) -> str:
+    """The names that `target_modules` may have, for people."""
+    kinds = _layers_with_weights(model)
+    return f"Its layers with weights are {', '.join(kinds[:_LISTED])}{', ...' if len(kinds) > _LISTED else ''}."
+
+
+def _layers_with_weights(model: nn.Module) -> list[str]:
+    """Those that hold weights in their last dimension(s); norms and activations are none that can be adapted."""
+    adapted = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, BaseTunerLayer))
+    found = dict.fromkeys(
+        name.rpartition(".")[2]
+        for name, module in model.named_modules()
+        if f"{name}." in adapted or any(parameter.dim() > 1 for parameter in module.parameters(recurse=False))
+        if f"{name}." in adapted or not name.startswith(adapted)
+    )
+    return [*found]

@@ -1,0 +1,62 @@
+"""A name in `target_modules` that no module has is told, with the one that was meant."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import peft
+import pytest
+import torch
+from torch import nn
+
+import paca
+from models import adapt, llama
+from paca.convert.exported import export_adapter
+from paca.layers import paca_layers
+from tiny_checkpoint import save_adapter, save_base
+
+LAYERS = "q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj, lm_head"
+
+
+@pytest.mark.parametrize(
+    ("targets", "said"),
+    [
+        (["q_proj", "vproj"], r"does not fit LlamaForCausalLM: it has no module named vproj .*Did you mean v_proj\?"),
+        (["nothing", "at_all"], rf"no module named at_all, nothing \(target_modules\)\..* are embed_tokens, {LAYERS}"),
+        (["layers.7.self_attn.q_proj"], r"no module named layers\.7\.self_attn\.q_proj"),
+        ("vproj", r"no module named vproj .*Did you mean v_proj\?"),
+        ("v_proj", r"is the text 'v_proj', a pattern that matches no whole name.* \[v_proj\]"),
+        (r".*\.c_attn", rf"c_attn not found in the base model\..*Its layers with weights are embed_tokens, {LAYERS}"),
+    ],
+)
+@pytest.mark.parametrize("second", [False, True])
+def test_a_name_without_a_module_is_told(targets: list[str] | str, said: str, second: bool) -> None:
+    model = adapt(llama(), "other") if second else llama()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    layers = len(paca_layers(model))
+    config = paca.PacaConfig(r=2, target_modules=targets)
+    with pytest.raises(ValueError, match=said):
+        model.add_adapter("default", config) if second else peft.get_peft_model(model, config)
+    assert len(paca_layers(model)) == layers
+    after = model.state_dict()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+
+
+def test_names_and_ends_of_names_are_known() -> None:
+    for targets in (["self_attn.q_proj"], ["model.layers.0.mlp.up_proj"], {"q_proj", "layers.1.mlp.up_proj"}):
+        assert paca_layers(adapt(llama(), target_modules=targets))
+    assert paca_layers(adapt(nn.Sequential(nn.Linear(16, 16)), target_modules=["0"]))
+    assert paca_layers(adapt(llama(), target_modules=["q_proj", "lm_head"], exclude_modules=["lm_head"]))
+
+
+def test_an_adapter_that_is_there_may_name_more(tmp_path: Path) -> None:
+    """As of PEFT's own PaCA, which trains what there is of a list for several architectures."""
+    save_adapter(tmp_path / "adapter", save_base(tmp_path / "model"))
+    file = tmp_path / "adapter" / "adapter_config.json"
+    settings = json.loads(file.read_text())
+    file.write_text(json.dumps(settings | {"target_modules": [*settings["target_modules"], "c_attn"]}))
+    assert export_adapter(tmp_path / "adapter", tmp_path / "lora", "lora").output.is_dir()
+    model = paca_layers(peft.AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter"))
+    assert len(model) == 14
