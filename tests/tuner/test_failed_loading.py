@@ -201,7 +201,9 @@ def test_an_adapter_is_there_under_the_same_name(tmp_path, case, onto):
     if onto.endswith("disabled"):
         adapted.base_model.disable_adapter_layers()
     before, want, config = look_of(adapted), logits(adapted), adapted.peft_config["default"]
-    with pytest.raises(ValueError, match=r"columns were asked|no module named|has no tensor|has shape|trained"):
+    with pytest.raises(
+        ValueError, match=r"columns were asked|adapter already|no module named|has no tensor|has shape|trained"
+    ):
         SAME_NAME[case](base if onto == "the model" else adapted, tmp_path)
     check_unchanged(adapted, before, want)
     assert adapted.peft_config["default"] is config

@@ -48,6 +48,19 @@ def test_the_default_targets_all_linear_layers_but_the_head():
     assert len(paca_layers(adapt(gpt2(), task_type="CAUSAL_LM"))) == 8
 
 
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_second_call_of_get_peft_model_says_that_there_is_an_adapter(tied):
+    model = adapt(llama(tie_word_embeddings=tied))
+    before = model(input_ids=tokens()).logits
+    said = pytest.raises(ValueError, match=r"has a PaCA adapter already \('default'\)")
+    with pytest.warns(UserWarning, match="second time"), said:
+        adapt(model)
+    assert torch.equal(model(input_ids=tokens()).logits, before)
+    assert len(paca_layers(model)) == 14
+    model.add_adapter("other", paca.PacaConfig(r=2))  # the ways out that it names
+    assert len(paca_layers(adapt(model.unload()))) == 14
+
+
 def test_only_the_deltas_are_trainable_and_they_are_counted(capsys):
     model = adapt(llama(), r=3)
     trainable = {n: p for n, p in model.named_parameters() if p.requires_grad}

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from peft import PeftConfig
+from peft import PeftConfig, PeftModel
 from peft.tuners.tuners_utils import BaseTuner
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
@@ -14,6 +14,8 @@ from torch import nn
 from paca.layers import PacaLayer, paca_layers
 from paca.layers.experts import ExpertStack, put_parameter_back
 from paca.tuner import entry
+from paca.tuner.adapter_file import folder_being_read
+from paca.tuner.registration import PREFIX
 
 _TABLES = ("paca_delta", "paca_indices", "r", "paca_alpha", "scaling", "folded")
 """What an adapted layer has by the name of an adapter."""
@@ -52,8 +54,20 @@ class Replaced:
 
 @contextmanager
 def replacing(model: Any, configs: Any, adapter_name: str, *args: Any, **kwargs: Any) -> Iterator[None]:
-    """A block in which an adapter is put into a model that has adapters already, maybe one of its name."""
+    """A block in which an adapter is put into a model that has adapters already, maybe one of its name.
+
+    Raises:
+        ValueError: It is made for the `PeftModel` around them, as where a script or a notebook's cell runs twice.
+    """
     config: Any = configs if isinstance(configs, PeftConfig) else configs[adapter_name]
+    is_made = not (getattr(config, "loading", False) or folder_being_read())
+    if is_made and isinstance(model, PeftModel) and getattr(model.base_model, "prefix", None) == PREFIX:
+        names = ", ".join(map(repr, model.peft_config))
+        raise ValueError(
+            f"This model has a PaCA adapter already ({names}), and get_peft_model would put another model around it, "
+            "whose adapter fits no base model. For another adapter in its place, load the base model anew, or take it "
+            "back first: model = model.unload(). For one beside it: model.add_adapter(name, config)."
+        )
     config.replaced = Replaced(model, adapter_name)
     yield
     if not getattr(config, "reading", None):  # else it may still fail
