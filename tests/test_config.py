@@ -57,6 +57,38 @@ def test_a_setting_under_another_name_is_refused_with_ours(name, hint):
         paca.PacaConfig(**{name: 8})
 
 
+def test_all_settings_of_lora_are_told_at_once_each_with_what_to_do():
+    lora = {"lora_alpha": 16, "lora_dropout": 0.05, "bias": "none", "use_rslora": True, "use_dora": False, "hwat": 1}
+    with pytest.raises(TypeError, match="got an unexpected keyword argument, 'lora_alpha', and 5 more") as caught:
+        paca.PacaConfig(r=8, task_type="CAUSAL_LM", modules_to_save=["score"], **lora)
+    lines = str(caught.value).splitlines()[1:]
+    for (name, _), line in zip(lora.items(), lines, strict=False):
+        assert line.startswith(f"  '{name}': ")
+    assert lines[0].endswith("Did you mean 'paca_alpha'?")
+    assert "no dropout. Leave it out." in lines[1]
+    assert "biases stay frozen, as with bias='none'. Leave it out" in lines[2]
+    assert "set paca_alpha instead" in lines[3]
+    assert lines[4].endswith("it is LoRA's alone. Leave it out.")
+    assert lines[5].endswith("there is no such setting.")
+    with pytest.raises(TypeError, match=r"argument, 'lora_dropout': PaCA has no dropout\. Leave it out\.$"):
+        paca.PacaConfig(lora_dropout=0.1)
+    with pytest.raises(TypeError, match=r"argument, 'hwat'\.$"):
+        paca.PacaConfig(hwat=1)
+
+
+def test_many_unknown_settings_are_not_all_listed():
+    with pytest.raises(TypeError, match="and 999 more") as caught:
+        paca.PacaConfig(**{f"{number:04}{'x' * 500}": 1 for number in range(1000)})
+    assert len(str(caught.value)) < 8_000
+
+
+def test_every_setting_of_lora_has_a_hint():
+    others = peft.LoraConfig.__dataclass_fields__.keys() - paca.PacaConfig.__dataclass_fields__.keys() - {"lora_alpha"}
+    for name in others - {"_custom_modules"}:
+        with pytest.raises(TypeError, match=f"argument, '{name}': .*Leave (it|this) out"):
+            paca.PacaConfig(**{name: None})
+
+
 def test_a_config_written_by_a_newer_peft_loads_with_a_warning(tmp_path):
     paca.PacaConfig(target_modules=["q"]).save_pretrained(tmp_path)
     path = tmp_path / "adapter_config.json"

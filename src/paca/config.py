@@ -12,7 +12,6 @@ from peft.utils import CONFIG_NAME
 
 from paca.columns.selection import STRATEGIES, check_strategy
 from paca.messages.adapter_notes import HOW_TO_LOAD
-from paca.messages.nearest import did_you_mean
 from paca.messages.shown import printable, shown
 from paca.tuner.registration import add_peft_type
 from paca.tuner.strange_expressions import MOST_NAMES, NAMED, check_blocks, check_unusual
@@ -20,7 +19,6 @@ from paca.tuner.strange_expressions import MOST_NAMES, NAMED, check_blocks, chec
 _PEFT_TYPE = add_peft_type()
 _UNUSUAL = re.compile(r"[^\w.\- ]")  # one of these is in all that are more than names
 ROTATIONS = ("random", "random_blocks", "weight_norm")
-_OTHER_WORDS = {"rank": "r", "alpha": "paca_alpha"}
 LARGEST = 1e30  # of a scale: float32 ends at 3e38
 
 
@@ -81,9 +79,10 @@ class PacaConfig(PeftConfig):
     """How the weights are quantized that the adapter was made for, or none; filled in."""
 
     def __new__(cls, *values: Any, **settings: Any) -> PacaConfig:
-        for name in settings.keys() - cls.__dataclass_fields__.keys():
-            hint = did_you_mean(_OTHER_WORDS.get(name, name[:99]), cls.__dataclass_fields__)
-            raise TypeError(f"PacaConfig got an unexpected keyword argument, {shown(name)}.{hint}")  # PEFT reads it
+        if not settings.keys() <= cls.__dataclass_fields__.keys():
+            from paca.tuner.keywords_of_lora import told_of_unknown  # for this error alone
+
+            raise TypeError(told_of_unknown(settings, cls.__dataclass_fields__))
         return super().__new__(cls)
 
     def __post_init__(self) -> None:
