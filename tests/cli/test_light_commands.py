@@ -149,6 +149,14 @@ def test_a_config_that_is_wrong_by_itself_is_refused_before_anything_heavy_is_im
         (["compare", "answers.yaml", "--output"], "--output needs a value: The folder for runs and report."),
         (["chat", "runs/answers", "--beside"], "--beside needs a value: RUN_OR_ADAPTER|base. Also show the answers of"),
         (["chat", "runs/answers", "--beside", "--prompt", "hi"], "--beside needs a value"),
+        (["chat", "runs/answers", "--base", "other"], "--base takes no value, and 'other' was given. For a value"),
+        (["chat", "--base", "other", "runs/answers"], "there is --base-model: The base model: a folder or a hub id."),
+        (
+            ["chat", "runs/answers", "--base=other"],
+            "--base takes no value, and 'other' was given. For a value there is",
+        ),
+        (["train", "answers.yaml", "--dry-run", "true"], "--dry-run takes no value, and 'true' was given. Leave it"),
+        (["train", "answers.yaml", "--dry-run", "--set", "a.b=c", "more"], "unexpected extra argument(s) (more)"),
     ],
 )
 def test_a_wrong_command_line_is_refused_before_anything_heavy_is_imported(
@@ -156,8 +164,14 @@ def test_a_wrong_command_line_is_refused_before_anything_heavy_is_imported(
 ) -> None:
     done = run(*arguments)
     assert done.returncode == 2
-    assert message in done.stderr
+    assert message in " ".join(done.stderr.replace("│", "").split())
     assert done.stdout.endswith("imported: []\n")
+
+
+def test_a_word_behind_a_switch_may_be_the_argument(run: Run) -> None:
+    done = run("chat", "--base", "missing")
+    assert done.returncode == 1
+    assert "No such folder: missing." in done.stderr
 
 
 OUTPUT = ["--output", "written"]

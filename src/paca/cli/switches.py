@@ -1,7 +1,8 @@
 """Switches as `--help` shows them, and options without their value.
 
-Of a switch typer writes `--dry-run <bool>`, and `--dry-run true` is an error. Of an option that lacks its value, or is
-missing, it does not say what that would be; where another option follows, it takes that one's name for the value.
+Of a switch typer writes `--dry-run <bool>`; `--dry-run true` is an error, which names `true` alone. Of an option that
+lacks its value, or is missing, it does not say what that would be; where another option follows, it takes that one's
+name for the value.
 """
 
 from __future__ import annotations
@@ -22,8 +23,16 @@ def _value_of(option: Any) -> str:
     return ". ".join(words for words in (option.metavar, option.help) if words)
 
 
+def _takes_no_value(switch: str, word: str, options: dict[str, Any]) -> str:
+    longer = [
+        flag for flag in options if flag.startswith(f"{switch}-") and not getattr(options[flag], "is_flag", False)
+    ]
+    instead = "".join(f" For a value there is {flag}: {_value_of(options[flag])}" for flag in longer)
+    return f"{switch} takes no value, and {word!r} was given.{instead or ' Leave it out.'}"
+
+
 class Command(TyperCommand):
-    """A command whose switches take no value, and show none; it says what an option without its value needs."""
+    """A command whose switches take no value, show none and say so; it says what an option without its value needs."""
 
     def get_params(self, ctx: Any) -> list[Any]:
         """Its arguments and options."""
@@ -31,23 +40,35 @@ class Command(TyperCommand):
 
     def parse_args(self, ctx: Any, args: list[str]) -> Any:
         """Reads the command line."""
-        self._refuse_missing_value(ctx, args)
+        self._refuse_wrong_values(ctx, args)
         return super().parse_args(ctx, args)
 
-    def _refuse_missing_value(self, ctx: Any, args: list[str]) -> None:
+    def _refuse_wrong_values(self, ctx: Any, args: list[str]) -> None:
         options: dict[str, Any] = {
             flag: option for option in self.params for flag in (*option.opts, *option.secondary_opts)
         }
+        alone, switch = [], ""  # words that are no option's value, each with the switch that it stands behind
         words = iter(args)
         for word in words:
-            option = options.get(word) if word.startswith("--") else None
+            name, given, value = word.partition("=")
+            option = options.get(name) if word.startswith("--") else None
             if option is None or getattr(option, "is_flag", False):
+                if option is not None and given:
+                    ctx.fail(_takes_no_value(name, value, options))
+                if not word.startswith("-"):
+                    alone.append((switch, word))
+                switch = name if option is not None else ""
                 continue
-            if next(words, "--help") in ("--help", *(flag for flag in options if flag.startswith("--"))):
+            switch = ""
+            if not given and next(words, "--help") in ("--help", *(one for one in options if one.startswith("--"))):
                 ctx.fail(f"{word} needs a value: {_value_of(option)}")
-        given = {word.partition("=")[0] for word in args}
+        room = [option.nargs for option in self.params if option.param_type_name == "argument"]
+        for switch, word in alone if len(alone) > sum(room) and min(room, default=0) >= 0 else ():
+            if switch:
+                ctx.fail(_takes_no_value(switch, word, options))
+        there = {word.partition("=")[0] for word in args}
         for flag, option in options.items():
-            if option.required and flag.startswith("--") and given.isdisjoint({*option.opts, "--help"}):
+            if option.required and flag.startswith("--") and there.isdisjoint({*option.opts, "--help"}):
                 ctx.fail(f"{flag} is missing: {_value_of(option)}")
 
 
