@@ -107,6 +107,15 @@ def test_a_run_in_full_is_planned_trained_asked_and_written_elsewhere(workspace:
     assert taken in again.stdout.splitlines()[-1]
     refused = forked_paca("export", workspace / "full", "--to", "lora", "--output", workspace / "x")
     assert "is a whole model, not an adapter" in refused.stderr
+    base = load_run_config(file).model.name
+    for switches in (("--base",), ("--beside", "base")):
+        alone = forked_paca("chat", workspace / "full", "--prompt", "a cat", *switches, cwd=workspace)
+        assert "is a whole model that its run trained: it has no adapter that could be left out. Give" in alone.stderr
+        assert alone.stderr.endswith(f"{base}, or beside it: --beside {base}\n")
+    measured = forked_paca("evaluate", workspace / "full", cwd=workspace)
+    assert re.search(
+        rf"^The run trained the whole model, .* evaluate {base} --data FILE$", measured.stdout, re.MULTILINE
+    )
 
 
 def test_a_real_interrupt_saves_and_the_resumed_run_ends_as_the_uninterrupted_one(

@@ -22,7 +22,8 @@ from paca.messages.errors import PacaError
 from paca.messages.install import how_to_install
 from paca.messages.program import program
 from paca.messages.say import console_for_tables, say
-from paca.pretrained.adapter_folder import find_adapter
+from paca.pretrained.adapter_folder import base_of_whole, find_adapter
+from paca.pretrained.purpose import classifier_in
 
 JUDGE_KEY = "PACA_JUDGE_KEY"
 
@@ -249,5 +250,9 @@ def _measure_own_data(
         raise PacaError(f"{error}{where}") from error
     shown.finish()
     print_table(console, own_run.rows_of_run(scores, what))
+    if classifier_in(path) is None and (trained_from := base_of_whole(loaded.base)) is not None:
+        given = shlex.quote(config.data.eval) if isinstance(config.data.eval, str) else "FILE"
+        command = f"{program()} evaluate {shlex.quote(trained_from)} --data {given}"
+        say(console, f"The run trained the whole model, so its base is not beside it. The base's loss: {command}")
     if output is not None:
         say(console, f"Written: {own_run.write_scores(output, scores, data or f'data.eval: {config.data.eval}')}")

@@ -189,9 +189,17 @@ def find_dtype(adapter: Path | None) -> str:
     return said if said in DTYPES else "auto"
 
 
-def _said_of_the_model(adapter: Path, name: str) -> str | None:
-    summary = adapter.parent / "summary.json"
-    if adapter.name != "adapter" or not summary.is_file():
+def base_of_whole(folder: str | Path) -> str | None:
+    """Name or path of the model that a run of the method `full` trained, for the run's `model/`; else None."""
+    try:
+        return _said_of_the_model(Path(folder), "name") if Path(folder).name == "model" else None
+    except PacaError:  # a summary that is none
+        return None
+
+
+def _said_of_the_model(trained: Path, name: str) -> str | None:
+    summary = trained.parent / "summary.json"
+    if trained.name not in ("adapter", "model") or not summary.is_file():
         return None
     model = json_object(summary).get("model")
     said = model.get(name) if isinstance(model, dict) else None

@@ -8,6 +8,7 @@ from typing import Any
 
 from paca.lean.float32_products import fastest_products
 from paca.messages.errors import PacaError
+from paca.pretrained.adapter_folder import base_of_whole
 from paca.pretrained.bounded_template import conversation_text
 from paca.pretrained.generation import LoadedModel, Message
 
@@ -64,7 +65,13 @@ def answering(loaded: LoadedModel, base: bool) -> Iterator[None]:
         PacaError: There is no adapter to leave out.
     """
     if base and loaded.adapter is None:
-        raise PacaError(f"{loaded.base} is a plain model: it has no adapter that could be left out.")
+        trained_from = base_of_whole(loaded.base)
+        if trained_from is None:
+            raise PacaError(f"{loaded.base} is a plain model: it has no adapter that could be left out.")
+        raise PacaError(
+            f"{loaded.base} is a whole model that its run trained: it has no adapter that could be left out. Give the "
+            f"model that it was trained from in its place, {trained_from}, or beside it: --beside {trained_from}"
+        )
     model = loaded.model
     with fastest_products(model.device, model.dtype), model.disable_adapter() if base else nullcontext():
         yield
