@@ -120,8 +120,7 @@ def load_saved(
     model = on_accelerator(pretrained.model)
     if dequantize and is_quantized(model):
         model = model.dequantize()
-    adapted = put_adapter_on(model, adapter, base)
-    return LoadedModel(adapted, pretrained.tokenizer, adapter, pretrained.name_or_path)
+    return LoadedModel(put_adapter_on(model, adapter, base), pretrained.tokenizer, adapter, pretrained.name_or_path)
 
 
 def saved_tokenizer(adapter: Path) -> PreTrainedTokenizerBase | None:
@@ -132,12 +131,10 @@ def saved_tokenizer(adapter: Path) -> PreTrainedTokenizerBase | None:
 def put_adapter_on(model: PreTrainedModel | PeftModel, adapter: Path, base: str, name: str = "default") -> PeftModel:
     """Put an adapter on its base model, beside those that are on it already, and make it the active one.
 
-    A base model that is not the one it was trained on is logged (`warn_of_other_base`).
-
     Args:
         model: The base model, or the same one with other adapters.
         adapter: Its folder.
-        base: Name or path of the model.
+        base: Name or path of the model, which `warn_of_other_base` looks at.
         name: What the model calls the adapter.
 
     Raises:

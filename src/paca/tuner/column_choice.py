@@ -17,8 +17,7 @@ from paca.tuner.same_on_all_ranks import drawn_seed
 
 def choose_columns(config: PacaConfig, layer: Any, in_features: int, key: str) -> Tensor:
     """The columns `(r,)` that `config` selects in `layer` (adapted or not yet), which the model calls `key`."""
-    by_hand = given_columns(config, in_features, key)
-    if by_hand is not None:
+    if (by_hand := given_columns(config, in_features, key)) is not None:
         return by_hand
     r = for_layer(key, config.rank_pattern, config.r)
     if config.selection in AT_RANDOM:
@@ -27,8 +26,7 @@ def choose_columns(config: PacaConfig, layer: Any, in_features: int, key: str) -
         return random_columns(in_features, r, config.random_seed, key, config.selection)
     if config.reading:  # the file brings its columns along
         return random_columns(in_features, r, config.random_seed, key)
-    scores = scores_of(layer, key, config.selection)
-    return select_columns(config.selection, r, scores, key)
+    return select_columns(config.selection, r, scores_of(layer, key, config.selection), key)
 
 
 def given_columns(config: PacaConfig, in_features: int, key: str) -> Tensor | None:

@@ -111,8 +111,7 @@ for hook in (ModelEntry.enter, ModelEntry.leave, ModelEntry.enter_compiled):
 
 def install(model: nn.Module) -> None:
     """Let `model`, which has adapted layers, look when it is entered."""
-    entry = entry_of(model)
-    if entry is None:
+    if (entry := entry_of(model)) is None:
         entry = ModelEntry(paca_layers(model))
         model.register_forward_pre_hook(entry.enter, prepend=True)
         model.register_forward_hook(entry.leave, always_call=True)
@@ -133,8 +132,7 @@ def install_in_holder(tuner: nn.Module, model: nn.Module) -> None:
     """Let the `PeftModel` whose constructor makes `tuner`, and hands it to nobody, look too: it may be compiled."""
 
     def found(holder: nn.Module, name: str, module: nn.Module) -> None:
-        entry = entry_of(model)
-        if module is waiting() and entry is not None:
+        if module is waiting() and (entry := entry_of(model)) is not None:
             handle.remove()
             holder.register_forward_pre_hook(entry.enter_compiled, prepend=True)
 

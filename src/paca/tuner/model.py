@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections import Counter
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor, nn
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
@@ -28,7 +28,7 @@ from paca.tuner.removal import remove_adapter, remove_unloaded, replacing
 from paca.tuner.rotation.files import with_unions, without_unions
 from paca.tuner.saved_modules import check_saved_modules
 from paca.tuner.strange_expressions import try_expressions
-from paca.tuner.target_names import check_targets, telling_of_layers
+from paca.tuner.target_names import check_targets, tell_of_layers
 from paca.tuner.targets import adapted_after_all, endings_of_all_linear
 from paca.tuner.unused_names import check_indices_used, warn_of_unused
 
@@ -65,10 +65,7 @@ class PacaModel(AdaptsStacks, MergesAdapters):
                     try_expressions(vars(config), model, config.reading)
             if config.modules_to_save:
                 check_saved_modules(model, config)
-            with (
-                telling_of_layers(model),
-                quiet_about_stacks() if config.target_parameters else contextlib.nullcontext(),
-            ):
+            with quiet_about_stacks() if config.target_parameters else contextlib.nullcontext():
                 super().inject_adapter(model, adapter_name, *args, **kwargs)
             made_for = config.base_quantization if config.reading else None
             others = any(layer.mode != "resident" for layer in paca_layers(model))
@@ -76,6 +73,10 @@ class PacaModel(AdaptsStacks, MergesAdapters):
                 note_quantization(model, adapter_name, config)
             else:
                 config.base_quantization = "none"
+            ends = {end for name in self.targeted_module_names for end in (name, name.rpartition(".")[2])}
+            names = None if config.reading or config.inference_mode else config.target_modules
+            if isinstance(names, set) and not names <= ends:  # a saved adapter may name more
+                check_targets(names, model)
             if config.indices and not config.reading:
                 check_indices_used(model, adapter_name, config.indices)
             if config.modules_to_save:
@@ -83,8 +84,9 @@ class PacaModel(AdaptsStacks, MergesAdapters):
             if adapter_name == REFERENCE:
                 copy_original(self.peft_config, paca_layers(model))
             entry.install(model)
-        except BaseException:
+        except BaseException as error:
             remove_adapter(model, self.peft_config, adapter_name, config)
+            tell_of_layers(error, model, config.target_modules)
             raise
         if config.target_parameters:
             warn_of_unused(model, adapter_name, config)
@@ -96,8 +98,6 @@ class PacaModel(AdaptsStacks, MergesAdapters):
             peft_config.target_modules = set() if peft_config.target_parameters else by_default
         if peft_config.layers_to_transform is not None and peft_config.target_modules == "all-linear":
             peft_config.target_modules = endings_of_all_linear(peft_config, self.model)
-        elif not (peft_config.reading or peft_config.inference_mode):  # one that is made, not one that was
-            check_targets(peft_config.target_modules, self.model)
         return peft_config
 
     def _create_and_replace(
@@ -160,8 +160,7 @@ class PacaModel(AdaptsStacks, MergesAdapters):
         return contextlib.nullcontext() if names is None else mixed_batch(self.model, names, kwargs)
 
     def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> Any:
-        model: Any = super()._unload_and_optionally_merge(*args, **kwargs)
-        entry.remove(model)
+        entry.remove(model := cast(nn.Module, super()._unload_and_optionally_merge(*args, **kwargs)))
         return model
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: Any, child: Any) -> None:

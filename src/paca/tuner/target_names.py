@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -63,15 +62,11 @@ def _ends_of(name: str) -> Iterator[str]:
         name = name.partition(".")[2]
 
 
-@contextmanager
-def telling_of_layers(model: nn.Module) -> Iterator[None]:
-    """A block in which PEFT's error that there is nothing to adapt also names what there is."""
-    try:
-        yield
-    except ValueError as error:
-        if any(words in str(error) for words in _NOTHING):
-            raise type(error)(f"{error} {told_of_layers(model)}") from error
-        raise
+def tell_of_layers(error: BaseException, model: nn.Module, targets: Any) -> None:
+    """Where PEFT's error says that there is nothing to adapt, raise one that also says why, or names what there is."""
+    if isinstance(error, ValueError) and any(words in str(error) for words in _NOTHING):
+        check_targets(targets, model)
+        raise type(error)(f"{error} {told_of_layers(model)}") from error
 
 
 def told_of_layers(model: nn.Module) -> str:
