@@ -42,8 +42,11 @@ class BaseModel:
         """
         memo: dict[int, Any] = {id(buffer): buffer for buffer in self.model.buffers()}
         for parameter in self.model.parameters():
-            plain = type(parameter) is nn.Parameter
-            memo[id(parameter)] = nn.Parameter(parameter.data, requires_grad=False) if plain else parameter
+            if type(parameter) is nn.Parameter:
+                memo[id(parameter)] = shared = nn.Parameter(parameter.data, requires_grad=False)
+                shared.holds_columns_of_many = True  # type: ignore[attr-defined]  # nobody reads what comes out
+            else:
+                memo[id(parameter)] = parameter
         return copy.deepcopy(self.model, memo)
 
 

@@ -98,8 +98,11 @@ def refuse_sharded_delta(adapter_name: str) -> None:
     )
 
 
-def refuse_shared(columns: tuple[AdapterColumns, ...]) -> None:
-    """Raise `RuntimeError`: the columns of another module are in a weight that two of them have."""
+def refuse_shared(weight: Tensor, columns: tuple[AdapterColumns, ...]) -> None:
+    """Raise `RuntimeError`: the columns of another module are in a weight that two of them have; unless it is marked,
+    as by benchmarks, whose models may disturb each other."""
+    if getattr(weight, "holds_columns_of_many", False):
+        return
     raise RuntimeError(
         f"Two adapted layers, perhaps of two models, share one weight, and {names_of(columns)} of the other one is "
         "active in it. Disable or unload that one first; or copy the model (copy.deepcopy) before you adapt it; or "

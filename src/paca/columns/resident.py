@@ -162,7 +162,7 @@ class ResidentColumns(ActiveColumns):
     def _keep(self, weight: Tensor, columns: tuple[AdapterColumns, ...]) -> None:
         place = weight.untyped_storage()._cdata, int(weight.storage_offset())
         if (other := _CLAIMS.get(place)) not in (None, self) and other.state.columns and other._left_as[1] == place[0]:
-            not_whole.refuse_shared(other.state.columns)
+            not_whole.refuse_shared(weight, other.state.columns)
         _CLAIMS[place], self.memory = self, StorageWeakRef(weight.untyped_storage())
         self.kept = Kept.of(weight, self.dim, positions_of(columns, weight.device))
         self._folded = None

@@ -28,7 +28,7 @@ from paca.tuner.removal import remove_adapter, remove_unloaded, replacing
 from paca.tuner.rotation.files import with_unions, without_unions
 from paca.tuner.saved_modules import check_saved_modules
 from paca.tuner.strange_expressions import try_expressions
-from paca.tuner.target_names import check_targets, tell_of_layers
+from paca.tuner.target_names import tell_of_layers, warn_of_names
 from paca.tuner.targets import adapted_after_all, endings_of_all_linear
 from paca.tuner.unused_names import check_indices_used, warn_of_unused
 
@@ -76,7 +76,7 @@ class PacaModel(AdaptsStacks, MergesAdapters):
             ends = {end for name in self.targeted_module_names for end in (name, name.rpartition(".")[2])}
             names = None if config.reading or config.inference_mode else config.target_modules
             if isinstance(names, set) and not names <= ends:  # a saved adapter may name more
-                check_targets(names, model)
+                warn_of_names(names, model)
             if config.indices and not config.reading:
                 check_indices_used(model, adapter_name, config.indices)
             if config.modules_to_save:

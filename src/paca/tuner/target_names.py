@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -13,15 +14,17 @@ from paca.messages.nearest import did_you_mean
 from paca.messages.shown import shown
 
 _LISTED = 20
+_WRAPPED = re.compile(r"\b(original_module|modules_to_save\.[^.]+)\.")
+"""Within a module that is trained whole."""
 _NOTHING = ("not found in the base model", "No modules were targeted", "All modules were excluded")
 """What PEFT says where there is no layer to adapt."""
 
 
-def check_targets(targets: Any, model: nn.Module) -> None:
-    """Raise `ValueError` for a name that no module has. Of a list PEFT leaves it out without a word, where another one
-    fits; nobody who wrote it meant that."""
+def warn_of_names(targets: Any, model: nn.Module) -> None:
+    """Warn of names in a list that no module has. PEFT leaves them out without a word where another one fits, which
+    lists for several architectures need, and misspelt ones do not."""
     if (problem := problem_of(targets, model, "target_modules")) is not None:
-        raise ValueError(f"The config does not fit {type(model).__name__}: {problem}")
+        warnings.warn(f"{type(model).__name__} is adapted without some names: {problem}", stacklevel=6)
 
 
 def problem_of(targets: Any, model: nn.Module, setting: str) -> str | None:
@@ -34,7 +37,7 @@ def problem_of(targets: Any, model: nn.Module, setting: str) -> str | None:
         setting: What the message calls them.
     """
     single = targets if isinstance(targets, str) else None
-    names = [name for name, _ in model.named_modules()]
+    names = [_WRAPPED.sub("", name) for name, _ in model.named_modules()]
     if single is not None:
         if not re.fullmatch(r"\w+", single) or single in names:
             return None
@@ -65,7 +68,8 @@ def _ends_of(name: str) -> Iterator[str]:
 def tell_of_layers(error: BaseException, model: nn.Module, targets: Any) -> None:
     """Where PEFT's error says that there is nothing to adapt, raise one that also says why, or names what there is."""
     if isinstance(error, ValueError) and any(words in str(error) for words in _NOTHING):
-        check_targets(targets, model)
+        if (problem := problem_of(targets, model, "target_modules")) is not None:
+            raise ValueError(f"The config does not fit {type(model).__name__}: {problem}") from error
         raise type(error)(f"{error} {told_of_layers(model)}") from error
 
 
