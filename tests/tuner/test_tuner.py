@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import warnings
 
 import peft
 import pytest
 import torch
+import transformers
 from packaging.version import Version
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
@@ -46,6 +48,28 @@ def test_the_default_targets_all_linear_layers_but_the_head():
     want |= {"mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"}
     assert names == {f"layers.{i}.{n}" for i in range(2) for n in want}
     assert len(paca_layers(adapt(gpt2(), task_type="CAUSAL_LM"))) == 8
+
+
+@pytest.mark.parametrize(
+    ("made", "task", "head"),
+    [
+        (transformers.BertForTokenClassification, "TOKEN_CLS", "classifier"),
+        (transformers.BertForQuestionAnswering, "QUESTION_ANS", "qa_outputs"),
+        (transformers.BertForSequenceClassification, "SEQ_CLS", "classifier"),
+    ],
+)
+@pytest.mark.parametrize("settings", [{}, {"layers_to_transform": [0, 1]}])
+def test_a_head_that_peft_trains_whole_is_not_among_all_linear_layers(made, task, head, settings, tmp_path):
+    """PEFT says which it is only when the adapter is in, and failed then (it does with LoRA's "all-linear")."""
+    shape = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+    base = made(transformers.BertConfig(vocab_size=100, **shape)).eval()
+    model = adapt(copy.deepcopy(base), task_type=task, r=3, init_weights=False, **settings).eval()
+    assert len(paca_layers(model)) == 12 + (task == "SEQ_CLS" and not settings)  # the pooler
+    whole = {name for name, p in model.named_parameters() if p.requires_grad and ".paca_delta." not in name}
+    assert whole == {f"base_model.model.{head}.modules_to_save.default.{tensor}" for tensor in ("weight", "bias")}
+    model.save_pretrained(tmp_path)
+    loaded = peft.PeftModel.from_pretrained(base, tmp_path)
+    assert torch.equal(loaded(input_ids=tokens())[0], model(input_ids=tokens())[0])
 
 
 @pytest.mark.parametrize("tied", [False, True])

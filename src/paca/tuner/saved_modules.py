@@ -11,9 +11,9 @@ from paca.config import PacaConfig
 from paca.layers import PacaLayer
 from paca.messages.shown import printable
 
-# PEFT adds both names to modules_to_save for these tasks, whichever of them the model has.
-_HEADS = frozenset({"classifier", "score"})
-_TASKS_WITH_HEADS = ("SEQ_CLS", "TOKEN_CLS")
+_CLASSIFIERS = frozenset({"classifier", "score"})
+HEADS = {"SEQ_CLS": _CLASSIFIERS, "TOKEN_CLS": _CLASSIFIERS, "QUESTION_ANS": frozenset({"qa_outputs"})}
+"""What PEFT adds to `modules_to_save`, by task: all of these names, whichever of them the model has."""
 
 
 def check_saved_modules(model: nn.Module, config: PacaConfig) -> None:
@@ -22,7 +22,8 @@ def check_saved_modules(model: nn.Module, config: PacaConfig) -> None:
     tensor of it."""
     shapes = config.shapes if config.reading else None
     for wanted in config.modules_to_save or () if shapes is not None else ():
-        either = _HEADS if wanted in _HEADS and config.task_type in _TASKS_WITH_HEADS else {wanted}
+        heads = HEADS.get(config.task_type or "", ())
+        either = heads if wanted in heads else {wanted}
         if not any(f".{one}." in f".{name}" for one in either for name in shapes or ()):
             raise ValueError(
                 f"The adapter in {config.reading} holds no tensor of {wanted}, which its modules_to_save promises."

@@ -14,13 +14,16 @@ from paca.layers import PACA_CLASSES, RESIDENT_CLASSES, PacaLayer
 from paca.layers.modes import OVERLAID, is_offloaded, is_partitioned, known_quantizations, mode_of
 from paca.layers.overlaid import OverlaidLinear
 from paca.layers.resident_weight import ResidentWeight
+from paca.tuner.saved_modules import HEADS
 
 
-def endings_of_all_linear(config: Any, model: nn.Module) -> set[str]:
-    """What "all-linear" stands for where only some blocks are adapted: PEFT filters blocks only where the targets are
-    endings of names."""
+def names_of_all_linear(config: Any, model: nn.Module) -> set[str]:
+    """What "all-linear" stands for where only some blocks are adapted, as PEFT filters blocks only where the targets
+    are endings of names, and for tasks whose head PEFT trains whole: of some it says so when the adapter is in."""
     chosen: Any = _maybe_include_all_linear_layers(copy.copy(config), model)
-    return {name.rpartition(".")[2] for name in chosen.target_modules}
+    heads = HEADS.get(config.task_type, ())
+    names = {name for name in chosen.target_modules if name.rpartition(".")[2] not in heads}
+    return {name.rpartition(".")[2] for name in names} if config.layers_to_transform is not None else names
 
 
 def adapted_after_all(target: Any, key: str, model: nn.Module) -> PacaLayer:
