@@ -12,7 +12,7 @@ PYTEST_ARGS ?= -n 3 --dist worksteal
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help install demo test matrix sequences kills endurance fuzz launches docs notebooks browser wheel release lint clean demo-clean
+.PHONY: help install demo test matrix sequences kills endurance fuzz launches pefts-tests docs notebooks browser wheel release lint clean demo-clean
 .DEFAULT_GOAL := help
 
 help:
@@ -23,6 +23,7 @@ help:
 	@echo "make endurance   2,000 steps on a tiny model, twice; every weight is compared after each"
 	@echo "make fuzz        10,000 adapters that were damaged or made to do harm (an hour of one core); CASES=, SEED="
 	@echo "make launches    DDP, FSDP2 and ZeRO by torchrun and accelerate launch, with 2 and 4 processes, against one process"
+	@echo "make pefts-tests run PEFT's own tests of LoRA with PaCA in its place (three minutes; fetched from the index)"
 	@echo "make sequences   2,000 random sequences of operations beside a float64 model (docs/reliability.md)"
 	@echo "make docs        the documentation as a site in build/site, from docs/ and the code"
 	@echo "make browser     the tests that need a browser (a minute; needs a Chromium: apt install chromium)"
@@ -73,6 +74,9 @@ kills: $(STAMP)
 
 endurance: $(STAMP)
 	@OMP_NUM_THREADS=1 PYTHONPATH=tests $(BIN)/python -m endurance
+
+pefts-tests: $(STAMP)
+	@OMP_NUM_THREADS=1 PYTHONPATH=tests $(BIN)/python -m pefts_tests
 
 fuzz: $(STAMP)
 	@PYTHONPATH=tests $(BIN)/python -m hostile_adapters --cases $(or $(CASES),10000) --seed $(or $(SEED),0)
