@@ -144,6 +144,75 @@ def test_one_adapter_can_be_copied_scaled_and_taken_away_again():
     torch.testing.assert_close(model(x), base)  # (W - d) + d in float32: not always W to the last bit
 
 
+def changes(model, names):
+    """What each adapter adds to each weight, whole, in float64."""
+    with model.disable_adapter():
+        base = {name: weight.double() for name, weight in resident(model).items()}
+    found = []
+    for name in names:
+        model.set_adapter(name)
+        found.append({key: weight.double() - base[key] for key, weight in resident(model).items()})
+    return base, found
+
+
+@pytest.mark.parametrize("kind", ["linear", "conv1d"])
+@pytest.mark.parametrize("method", ["total", "frequency"])
+@torch.no_grad()
+def test_ties_averages_where_the_kept_values_of_adapters_have_the_sign_of_most(kind, method):
+    model = three_adapters(kind, torch.float64)
+    names, weights = ["default", "second", "third"], [1.0, 2.0, 0.5]
+    base, each = changes(model, names)
+    settings = {"combination_type": "ties", "density": 0.5, "majority_sign_method": method}
+    model.add_weighted_adapter(names, weights, "sum", **settings)
+    model.set_adapter("sum")
+    for layer_name, got in resident(model).items():
+        kept = []
+        for change in (one[layer_name] for one in each):
+            own = change.flatten()[change.flatten() != 0]
+            if own.numel():  # not each has this layer
+                smallest = own.abs().sort(descending=True).values[int(0.5 * own.numel()) - 1]
+                kept.append(torch.where(change.abs() >= smallest, change, 0))
+            else:
+                kept.append(change)
+        voices = torch.stack(kept if method == "total" else [one.sign() for one in kept]).sum(0)
+        right = [one.sign() == torch.where(voices >= 0, 1, -1) for one in kept]
+        total = sum(w * torch.where(ok, one, 0) for w, ok, one in zip(weights, right, kept, strict=True))
+        want = base[layer_name] + total / sum(ok.double() for ok in right).clamp(min=1)
+        torch.testing.assert_close(got.double(), want, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("combination", ["dare_linear", "dare_ties", "magnitude_prune"])
+@torch.no_grad()
+def test_pruned_sums_keep_a_share_of_each_adapter(combination):
+    model = three_adapters(dtype=torch.float64)
+    base, (each,) = changes(model, ["second"])
+    torch.manual_seed(0)
+    model.add_weighted_adapter(["second"], [2.0], "sum", combination_type=combination, density=0.25)
+    model.set_adapter("sum")
+    for name, got in resident(model).items():
+        change, own = got.double() - base[name], each[name]
+        left = change.abs() > 1e-12
+        scale = 2.0 if combination == "magnitude_prune" else 2.0 / 0.25  # what DARE leaves stands for all
+        torch.testing.assert_close(change[left], scale * own[left], rtol=1e-9, atol=1e-12)
+        share = left.sum() / (own != 0).sum()
+        assert 0.05 < share < 0.5
+        if combination == "magnitude_prune":
+            assert own[left].abs().min() >= own[~left].abs().max()
+
+
+@torch.no_grad()
+def test_with_all_values_kept_a_pruned_sum_is_the_sum():
+    model = three_adapters(dtype=torch.float64)
+    names, weights = ["default", "second", "third"], [1.0, -0.5, 2.0]
+    model.add_weighted_adapter(names, weights, "sum")
+    model.add_weighted_adapter(names, weights, "all", combination_type="dare_linear", density=1)
+    outputs = {}
+    for name in ("sum", "all"):
+        model.set_adapter(name)
+        outputs[name] = model(inputs(torch.float64))
+    torch.testing.assert_close(outputs["sum"], outputs["all"], rtol=1e-12, atol=1e-12)
+
+
 @torch.no_grad()
 def test_a_scale_that_was_set_counts():
     model = three_adapters()
@@ -253,7 +322,16 @@ def test_a_module_that_one_adapter_trained_whole_is_taken_over():
         ({"weights": [1.0, float("nan")]}, "weight of adapter 'second' must be a finite number; got nan"),
         ({"weights": [1.0, "1"]}, "must be a finite number; got '1'"),
         ({"adapter_name": "third"}, "an adapter 'third' already"),
-        ({"combination_type": "ties"}, "combination_type='ties' is not there for PaCA.*'cat' or 'linear'"),
+        (
+            {"combination_type": "ties_svd"},
+            "'ties_svd' is not there for PaCA.*'cat' or 'linear'.*'ties', 'dare_linear'",
+        ),
+        ({"combination_type": "ties"}, "combination_type='ties' needs density, the share .* got None"),
+        ({"combination_type": "dare_linear", "density": 1.5}, "above 0, 1 at most; got 1.5"),
+        (
+            {"combination_type": "dare_ties", "density": 0.5, "majority_sign_method": "most"},
+            "majority_sign_method must be 'total' or 'frequency'; got 'most'",
+        ),
         ({"combination_type": "svd"}, "combination_type='svd' is not there for PaCA"),
     ],
 )

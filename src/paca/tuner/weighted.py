@@ -24,6 +24,7 @@ from paca.columns.state import AdapterColumns
 from paca.config import PacaConfig
 from paca.layers import PacaLayer, paca_layers
 from paca.layers.peft_calls import refuse_sharded
+from paca.tuner.pruned_sums import PRUNED, Signs, check_pruning, pruned_sum
 from paca.tuner.rotation.union_config import UnionLayer, union_settings
 
 EXACT = ("cat", "linear")
@@ -53,7 +54,14 @@ class SumsAdapters(BaseTuner):
 
     @torch.no_grad()
     def add_weighted_adapter(
-        self, adapters: list[str], weights: list[float], adapter_name: str, combination_type: str = "cat"
+        self,
+        adapters: list[str],
+        weights: list[float],
+        adapter_name: str,
+        combination_type: str = "cat",
+        *,
+        density: float | None = None,
+        majority_sign_method: Signs = "total",
     ) -> None:
         """Add the weighted sum of adapters as a new adapter, which is exact: it has the union of their columns.
 
@@ -65,24 +73,38 @@ class SumsAdapters(BaseTuner):
             adapters: Names of loaded adapters, whose ranks, columns and layers may differ.
             weights: One per adapter; negative ones subtract.
             adapter_name: Of the sum.
-            combination_type: `"cat"` or `"linear"`, PEFT's names for sums: both are the same here.
+            combination_type: `"cat"` or `"linear"`, PEFT's names for sums: both are the same here. Or, for a sum of
+                what is left of each adapter: `"ties"`, `"dare_ties"`, `"dare_linear"` or `"magnitude_prune"`.
+            density: For these, the share of each adapter's values in a layer that is kept, above 0 and up to 1.
+            majority_sign_method: For the two with ties, whose sign counts: `"total"` or `"frequency"`.
 
         Raises:
             ValueError: For an unknown adapter, a name that is taken, weights that are no finite numbers, another kind
-                of combination, or a module that several of the adapters trained whole.
+                of combination or density, or a module that several of the adapters trained whole.
         """
         holders = _check(self, adapters, weights, adapter_name, combination_type)
+        if combination_type in PRUNED:
+            check_pruning(combination_type, density, majority_sign_method)
         refuse_sharded(paca_layers(self.model), "add_weighted_adapter")
         modules: dict[str, Any] = dict(self.model.named_modules())
         sums: dict[str, ColumnUnion] = {}
         for name, layer in modules.items():
             if isinstance(layer, PacaLayer):
                 of_layer = [(a, w) for a, w in zip(adapters, weights, strict=True) if a in layer.paca_delta]
-                present = [(part, w) for a, w in of_layer for part in layer.columns_of(a).parts()]
-                if present:
-                    dtype = torch.promote_types(layer.base_layer.weight_placement()[1], torch.float32)
-                    columns, factors = zip(*present, strict=True)
-                    sums[name] = weighted_sum(columns, factors, dtype, layer.delta_column_dim)
+                present = [(layer.columns_of(a).parts(), w) for a, w in of_layer]
+                if not present:
+                    continue
+                dtype = torch.promote_types(layer.base_layer.weight_placement()[1], torch.float32)
+                dim = layer.delta_column_dim
+                if density is not None and combination_type in PRUNED:
+                    wide = widest(present[0][0][0].delta.device)
+                    changes = [weighted_sum(parts, [1.0] * len(parts), wide, dim) for parts, _ in present]
+                    own = [weight for _, weight in present]
+                    total = pruned_sum(changes, own, combination_type, density, majority_sign_method, dim)
+                    sums[name] = total._replace(delta=total.delta.to(dtype))
+                else:
+                    columns, factors = zip(*((part, w) for parts, w in present for part in parts), strict=True)
+                    sums[name] = weighted_sum(columns, factors, dtype, dim)
         self.peft_config[adapter_name] = _config(self, adapters[0], sums, sorted(holders))
         self.inject_adapter(self.model, adapter_name)
         for name, sum_ in sums.items():
@@ -97,10 +119,10 @@ def _check(
     model: BaseTuner, adapters: Sequence[str], weights: Sequence[float], adapter_name: str, combination_type: str
 ) -> dict[str, str]:
     """Raise `ValueError` for what can't be summed; return which module (by name) which adapter trained whole."""
-    if combination_type not in EXACT:
+    if combination_type not in (*EXACT, *PRUNED):
         raise ValueError(
             f"combination_type={combination_type!r} is not there for PaCA, whose columns can be summed exactly: use "
-            f"{' or '.join(map(repr, EXACT))}, which both do that."
+            f"{' or '.join(map(repr, EXACT))}, which both do that, or {', '.join(map(repr, PRUNED))}."
         )
     if adapter_name in model.peft_config:
         raise ValueError(f"There is an adapter {adapter_name!r} already. Choose another name, or delete it first.")
