@@ -66,7 +66,14 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "llama, making answers takes most": (
         "llama",
         {**GATED, "dtype": "float32"},
-        {"chunked_loss": True, "trainer": "grpo", "batch_size": 1, "answers": 96, "answer_length": 40},
+        {
+            "chunked_loss": True,
+            "trainer": "grpo",
+            "batch_size": 1,
+            "sequence_length": 160,
+            "answers": 64,
+            "answer_length": 16,
+        },
     ),
 }
 DEFAULTS = {"batch_size": 3, "sequence_length": 256, "chunked_loss": False}

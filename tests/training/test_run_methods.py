@@ -16,8 +16,10 @@ from transformers import AutoModelForCausalLM
 import paca
 from paca.convert.merged import merge_to_folder
 from paca.evaluation.own_data import scorer
+from paca.evaluation.sides import sides_of
 from paca.messages.errors import PacaError
 from paca.planning import estimate
+from paca.pretrained.conversation import answering
 from paca.pretrained.generation import load_for_generation, stream_reply
 from paca.training import RunResult, describe, load_run_config, train
 from paca.training import run as run_module
@@ -122,6 +124,24 @@ def check_summary(summary: dict[str, Any], method: str) -> None:
     assert summary["method"]["settings"] == summary["config"][section]
 
 
+def test_a_method_that_changes_the_weights_is_held_against_the_base_model_itself(
+    config_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without its adapter another model is left: that was measured as "before training", and as the base."""
+    start = {"r": 4, "init_lora_weights": "pissa", "target_modules": "all-linear"}
+    monkeypatch.setitem(METHODS, "pissa", {"lora": start})
+    changed, plain = (run(write_config(config_file, tmp_path / name, name)) for name in ("pissa", "lora"))
+    assert changed.summary is not None
+    assert plain.summary is not None
+    assert changed.summary["scores"]["before"] == plain.summary["scores"]["before"]
+    loaded = load_for_generation(changed.folder)
+    assert sides_of(loaded) == ("adapter",)
+    assert sides_of(load_for_generation(plain.folder)) == ("base", "adapter")
+    left = r"without the adapter another model than \S+ is left, as init_lora_weights: pissa takes a part out"
+    with pytest.raises(PacaError, match=left), answering(loaded, base=True):
+        pass
+
+
 def test_a_fast_adapter_has_the_type_of_the_weights_also_after_a_resume(config_file: Path, tmp_path: Path) -> None:
     file = write_config(config_file, tmp_path / "run", "lora-tuned")
     folder = run(file).folder
@@ -156,6 +176,9 @@ def test_the_plan_of_each_method_is_what_it_trains(config_file: Path, tmp_path: 
         ("lora: {r: x}\n", "line 3: lora.r must be a whole number, not the text 'x'."),
         ("lora: {layers_pattern: [h]}\n", "section lora: When `layers_pattern` is specified, `layers_to_transform`"),
         ("lora: {init_lora_weights: eva}\n", "lora.init_lora_weights: eva needs a pass over data"),
+        ("lora: {init_lora_weights: pissa_niter_4}\n", "init_lora_weights: pissa_niter_4 is drawn at random each"),
+        ("lora: {bias: all}\ntrain: {trainer: dpo}\n", "line 3: lora.bias does not go with train.trainer: dpo"),
+        ("lora: {init_lora_weights: olora}\ntrain: {trainer: dpo}\n", "is the model without its adapter: init_l"),
         ("lora: {layer_replication: [[0, 2], [0, 2]]}\n", "line 3: lora.layer_replication can't be trained here"),
         ("lora: {megatron_config: {a: 1}}\n", "load no adapter that sets it, as PEFT imports a module that it"),
         ("peft: {peft_type: SHADOW, shadow_model : a}\n", "peft.shadow_model can't be trained here"),

@@ -15,7 +15,7 @@ from rich.console import Console
 
 from paca.cli.counted import Counted
 from paca.cli.ending import sigterm_as_ctrl_c
-from paca.cli.evaluate_tables import print_ratings, print_table
+from paca.cli.evaluate_tables import print_ratings, print_table, say_what_is_left
 from paca.cli.starting import import_libraries
 from paca.evaluation.kept_lines import alone_in
 from paca.messages.errors import PacaError
@@ -161,6 +161,7 @@ def evaluate(
                 results = evaluate_tasks(loaded, found, settings, output, shown)
                 shown.finish()
                 print_table(console, rows_of(results))
+                say_what_is_left(loaded, console)
                 say(console, f"Written: {output / 'results.json'}")
             if mt_bench is not None and judge_url is not None and judge_model is not None:
                 from paca.evaluation.judge import Judge, JudgeSettings
@@ -172,6 +173,7 @@ def evaluate(
                 judged = run_mt_bench(loaded, questions, judge, folder, shown, **lengths)
                 shown.finish()
                 print_ratings(console, judged)
+                say_what_is_left(loaded, console)
                 say(console, f"Written: {folder / 'results.json'}")
     except KeyboardInterrupt:
         if output is None:
@@ -250,6 +252,7 @@ def _measure_own_data(
         raise PacaError(f"{error}{where}") from error
     shown.finish()
     print_table(console, own_run.rows_of_run(scores, what))
+    say_what_is_left(loaded, console)
     if classifier_in(path) is None and (trained_from := base_of_whole(loaded.base)) is not None:
         given = shlex.quote(config.data.eval) if isinstance(config.data.eval, str) else "FILE"
         command = f"{program()} evaluate {shlex.quote(trained_from)} --data {given}"

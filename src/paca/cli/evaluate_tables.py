@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+import shlex
 from typing import TYPE_CHECKING, Any
 
 from rich.box import SIMPLE_HEAD
@@ -11,14 +12,25 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from paca.messages.program import program
 from paca.messages.say import say
 from paca.messages.shown import printable
 
 if TYPE_CHECKING:
     from paca.evaluation.side_by_side import Row
     from paca.evaluation.statistics import Mean
+    from paca.pretrained.generation import LoadedModel
 
 _SHORTEST_TASK = 8  # columns of the table, with the space behind
+
+
+def say_what_is_left(loaded: LoadedModel, console: Console) -> None:
+    """Why there is no base beside an adapter that changed it."""
+    from paca.pretrained.changed_base import left_on
+
+    if (changed := left_on(loaded.model)) is not None:
+        command = f"{program()} evaluate {shlex.quote(loaded.base)}"
+        say(console, f"Without the adapter another model than its base is left ({changed}). The base: {command}")
 
 
 def print_ratings(console: Console, results: dict[str, Any]) -> None:

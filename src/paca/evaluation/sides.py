@@ -8,12 +8,16 @@ if TYPE_CHECKING:
     from paca.pretrained.generation import LoadedModel  # imports torch
 
 BASE, ADAPTER, MODEL = "base", "adapter", "model"
-"""The names of what is evaluated: with an adapter the first two, else the third."""
+"""The names of what is evaluated: with an adapter the first two (or the second), else the third."""
 
 
 def sides_of(loaded: LoadedModel) -> tuple[str, ...]:
-    """What of a model is evaluated."""
-    return (MODEL,) if loaded.adapter is None else (BASE, ADAPTER)
+    """What of a model is evaluated: not what an adapter leaves that changed its base."""
+    from paca.pretrained.changed_base import left_on
+
+    if loaded.adapter is None:
+        return (MODEL,)
+    return (BASE, ADAPTER) if left_on(loaded.model) is None else (ADAPTER,)
 
 
 class Watcher(Protocol):

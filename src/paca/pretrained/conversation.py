@@ -10,6 +10,7 @@ from paca.lean.float32_products import fastest_products
 from paca.messages.errors import PacaError
 from paca.pretrained.adapter_folder import base_of_whole
 from paca.pretrained.bounded_template import conversation_text
+from paca.pretrained.changed_base import left_on
 from paca.pretrained.generation import LoadedModel, Message
 
 
@@ -62,7 +63,7 @@ def answering(loaded: LoadedModel, base: bool) -> Iterator[None]:
     """Answer within this, with `base` without the adapter.
 
     Raises:
-        PacaError: There is no adapter to leave out.
+        PacaError: There is no adapter to leave out, or another model than the base is left without it.
     """
     if base and loaded.adapter is None:
         trained_from = base_of_whole(loaded.base)
@@ -73,5 +74,10 @@ def answering(loaded: LoadedModel, base: bool) -> Iterator[None]:
             f"model that it was trained from in its place, {trained_from}, or beside it: --beside {trained_from}"
         )
     model = loaded.model
+    if base and (changed := left_on(model)) is not None:
+        raise PacaError(
+            f"{loaded.adapter}: without the adapter another model than {loaded.base} is left, as {changed}. Ask "
+            f"{loaded.base} itself: give it in the place of the adapter, or --beside {loaded.base}"
+        )
     with fastest_products(model.device, model.dtype), model.disable_adapter() if base else nullcontext():
         yield

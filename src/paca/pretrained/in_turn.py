@@ -17,6 +17,7 @@ from paca.pretrained.adapter_folder import (
     find_quantization,
     find_revision,
 )
+from paca.pretrained.changed_base import left_by
 from paca.pretrained.generation import LoadedModel, load_for_generation, put_adapter_on, saved_tokenizer
 from paca.pretrained.loading import load_tokenizer
 from paca.pretrained.purpose import check_answers
@@ -27,8 +28,6 @@ logger = logging.getLogger(__name__)
 
 _NAMES = ("default", "beside")
 """What PEFT calls the adapters on a model, in the order in which they were put on; there are no more."""
-_PLAIN_STARTS = (None, True, False, "gaussian")
-"""Of LoRA's matrices; the others change the weights beneath."""
 
 
 class _Base(NamedTuple):
@@ -97,11 +96,7 @@ def _base_of(path: str | Path) -> tuple[_Base, Path | None]:
         plain = expanded(path).resolve()
         return _Base(str(plain), None, None, "auto", plain), None
     settings = adapter_settings(adapter)
-    can_be_taken_off = (
-        settings.get("peft_type") in (NAME, "LORA")
-        and settings.get("bias", "none") == "none"
-        and settings.get("init_lora_weights") in _PLAIN_STARTS
-    )
+    can_be_taken_off = settings.get("peft_type") in (NAME, "LORA") and left_by(settings) is None
     recorded = find_quantization(adapter)
     quantization = recorded if recorded in QUANTIZATIONS else None
     base = find_base(adapter)

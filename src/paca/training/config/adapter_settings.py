@@ -17,6 +17,7 @@ from peft.utils import PeftType
 from paca.config import PacaConfig
 from paca.messages.errors import PacaError
 from paca.messages.nearest import did_you_mean
+from paca.pretrained.changed_base import drawn_anew
 from paca.pretrained.foreign_methods import refused
 from paca.training.config.key_checks import Origins, check_section
 from paca.training.config.typed_values import matches, shown
@@ -78,9 +79,13 @@ def check_adapter_settings(method: str, settings: dict[str, Any], origins: Origi
     if method == "peft":
         settings["peft_type"] = _peft_type(settings, origins)
     fields = adapter_fields(method, settings)
-    # PEFT's annotation has a pattern among the values: "pissa_niter_[number of iters]".
-    exact = {name: value for name, value in settings.items() if not str(value).startswith("pissa_niter_")}
-    check_section(method, exact, fields, origins)
+    if drawn_anew(settings):
+        name = "init_lora_weights"
+        raise PacaError(
+            f"{origins.of(f'{method}.{name}')}: {method}.{name}: {settings[name]} is drawn at random each time the "
+            "adapter is loaded, so what was trained would not come back. Give pissa, which is not."
+        )
+    check_section(method, settings, fields, origins)
     if str(settings.get("init_lora_weights")) in _NEEDS_DATA:
         raise PacaError(
             f"{origins.of(f'{method}.init_lora_weights')}: {method}.init_lora_weights: {settings['init_lora_weights']} "

@@ -203,6 +203,7 @@ def _problems(config: RunConfig) -> Iterator[tuple[str, str]]:
 def _problems_with_trainer(config: RunConfig) -> Iterator[tuple[str, str]]:
     """The same of other sections, which the run's trainer has no use for, or can't work with."""
     from paca.columns.selection import FROM_BATCHES
+    from paca.pretrained.changed_base import left_by
     from paca.training.trainers import trainer_kind
 
     kind = trainer_kind(config.train)
@@ -223,6 +224,13 @@ def _problems_with_trainer(config: RunConfig) -> Iterator[tuple[str, str]]:
         )
     if config.eval.metric is not None and kind.score is not None:
         yield "eval.metric", f"goes with train.trainer: sft; {kind.name} measures {kind.score}. Leave it out."
+    held_against = kind.name == "dpo" or (kind.name == "grpo" and config.train.get("beta"))
+    if held_against and (changed := left_by(config.adapter)) is not None:
+        yield (
+            f"{config.method}.{changed.partition(':')[0].partition(' ')[0]}",
+            f"does not go with train.trainer: {kind.name}, whose reference is the model without its adapter: "
+            f"{changed}. Leave it out.",
+        )
     selection = config.adapter.get("selection") if config.method == "paca" else None
     if selection in FROM_BATCHES and kind.name != "sft":
         yield (

@@ -9,6 +9,7 @@ from peft import PeftModel
 from rich.console import Console
 
 from paca.messages.say import say
+from paca.pretrained.changed_base import left_on
 from paca.training.config.run_config import RunConfig
 from paca.training.folder.run_folder import RunFolder
 from paca.training.reporting.metrics import MetricsLog
@@ -49,7 +50,7 @@ def scores_by(
     found: dict[str, Any] = {}
     # No line that moves: the scorer may show one, and a terminal has room for one.
     say(console, f"Measuring {wanted.metric} on {len(rows):,} held-out examples ...")
-    if wanted.before and isinstance(trained, PeftModel):
+    if wanted.before and isinstance(trained, PeftModel) and left_on(trained) is None:
         with trained.disable_adapter():  # bit for bit the model as it came
             found["before"] = score(trained, when="before training")
     elif wanted.before:
