@@ -485,7 +485,6 @@ def test_a_path_that_is_no_model_says_what_it_is(base: Path, gguf_file: Path, tm
     [
         ("config.json", "{"),
         ("config.json", '{"model_type": "unheard-of"}'),
-        ("model.safetensors", "short"),
         ("tokenizer.json", "{"),
     ],
 )
@@ -494,6 +493,15 @@ def test_a_damaged_checkpoint_is_one_clear_error(base: Path, tmp_path: Path, fil
     shutil.copytree(base, folder)
     (folder / file).write_text(content)
     with pytest.raises(PacaError, match="cannot be loaded"):
+        load_pretrained(str(folder))
+
+
+@pytest.mark.parametrize("size", [5, -100])
+def test_a_file_of_weights_that_is_cut_off_is_named(base: Path, tmp_path: Path, size: int) -> None:
+    shutil.copytree(base, folder := tmp_path / "model")
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:size])
+    with pytest.raises(PacaError, match=r"model\.safetensors' is incomplete or damaged: .*\. Download or"):
         load_pretrained(str(folder))
 
 

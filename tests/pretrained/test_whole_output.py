@@ -8,11 +8,13 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from paca.messages.disk import DiskError
 from paca.messages.errors import PacaError
 from paca.pretrained.claims import Claim
-from paca.pretrained.whole_output import whole_output
+from paca.pretrained.whole_output import put_in_place, whole_output
 from paca.training.folder.run_folder import RunFolder
 
 
@@ -29,6 +31,27 @@ def left_behind(output: Path) -> tuple[Path, Path]:
     (partial / ".lock").touch()
     os.replace(output, replaced)
     return partial, replaced
+
+
+@pytest.mark.parametrize("mask", [0o022, 0o077])
+def test_who_may_read_other_new_files_may_read_these(tmp_path: Path, mask: int) -> None:
+    """safetensors makes files that only their owner may read, and a server has another account."""
+    before = os.umask(mask)
+    try:
+        with whole_output(tmp_path / "folder") as partial:
+            partial.mkdir()
+            save_file({"weight": torch.zeros(2)}, partial / "model.safetensors")
+            (partial / "run").touch(mode=0o755)
+        with whole_output(tmp_path / "file.safetensors") as partial:
+            save_file({"weight": torch.zeros(2)}, partial)
+        (unfinished := tmp_path / "unfinished").mkdir()
+        save_file({"weight": torch.zeros(2)}, unfinished / "model.safetensors")
+        put_in_place(unfinished, tmp_path / "adapter")
+    finally:
+        os.umask(before)
+    for file in ("folder/model.safetensors", "file.safetensors", "adapter/model.safetensors"):
+        assert (tmp_path / file).stat().st_mode & 0o777 == 0o666 & ~mask
+    assert (tmp_path / "folder" / "run").stat().st_mode & 0o777 == 0o755 & ~mask
 
 
 def test_an_error_leaves_what_was_there(tmp_path: Path) -> None:

@@ -148,6 +148,10 @@ def show_result(result: RunResult, console: Console) -> None:
     summary = result.summary
     before, after = summary["eval_loss_before"], summary["eval_loss_after"]
     trained, took = format_duration(summary["train_seconds"]), format_duration(summary["seconds"])
+    asked, scores = summary["config"]["eval"], summary["scores"] or {}
+    took += " with evaluations and checkpoints"
+    if asked["metric"] is not None:
+        took += f", {format_duration(summary['scores_seconds'])} for {asked['metric']}"
     lines = []
     if after is not None:
         lines.append(("held-out loss", f"{after:.4f}" if before is None else f"{before:.4f} → {after:.4f}"))
@@ -155,13 +159,12 @@ def show_result(result: RunResult, console: Console) -> None:
     lines += [
         (f"{summary['counts']} per second", f"{summary['tokens_per_second']:,.0f}"),
         ("peak memory", f"{format_bytes(summary['peak_memory_bytes'])} ({summary['peak_memory_of']})"),
-        ("time", f"{trained} for {summary['steps']:,} steps, {took} with evaluations and checkpoints"),
+        ("time", f"{trained} for {summary['steps']:,} steps, {took}"),
         (weights := "model" if summary["method"]["name"] == "full" else "adapter", str(result.folder / weights)),
         ("report", str(result.folder / "report.html")),
     ]
     for label, text in lines:
         say(console, f"{label:<18} {text}")
-    asked, scores = summary["config"]["eval"], summary["scores"] or {}
     if asked["answer_pattern"] is None and (scores.get("after") or {}).get("exact_match") == 0:
         told = (
             "No answer is its whole reference, which exact_match compares; answers end after "

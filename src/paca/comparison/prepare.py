@@ -95,7 +95,7 @@ def _twins(comparison: Comparison) -> dict[str, tuple[str, str]]:
                 continue
             plan = plan_of(comparison, other)
             if plan.dtype == "float32" and plan.config.model.quantization is None:
-                twins[method.name] = other.name, "on weights in float32"
+                twins[method.name] = other.name, "on weights in float32 (those in 16 bits: --set model.dtype=bfloat16)"
     return twins
 
 

@@ -7,6 +7,7 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
+from safetensors import SafetensorError, safe_open
 
 from paca.messages.errors import PacaError, first_line, is_failure
 from paca.pretrained.gguf import check_file
@@ -39,12 +40,26 @@ def explaining(location: Location, revision: str | None, what: str = "model") ->
         advice = _ADVICE[what]
         if location.source == "gguf":
             check_file(name)
+        if what == "model" and location.source == "folder":
+            _check_files(Path(name))
         if what == "tokenizer" and location.source == "folder" and not tokenizer_files(Path(name)):
             raise PacaError(
                 f"The folder {name!r} holds no tokenizer: none of {', '.join(TOKENIZER_FILES)} is there. Copy the "
                 f"files of the model's tokenizer into it. {advice}"
             ) from error
         raise PacaError(f"The {what} in {name!r} cannot be loaded: {_reason(error, what)}\n{advice}") from error
+
+
+def _check_files(folder: Path) -> None:
+    """Raise `PacaError` for a file of weights that can't be read, naming it."""
+    for file in sorted(folder.glob("*.safetensors")):
+        try:
+            with safe_open(file, framework="pt"):
+                pass
+        except (SafetensorError, OSError) as error:
+            raise PacaError(
+                f"{str(file)!r} is incomplete or damaged: {first_line(error)}. Download or copy it again."
+            ) from error
 
 
 def _hub_message(name: str, what: str, error: BaseException) -> str:

@@ -47,6 +47,7 @@ def whole_output(output: Path, needs: int = 0, *, overwrite: bool = True) -> Ite
             with writing(output, needs):
                 claim.take()
                 yield partial / output.name
+                let_others_read(partial / output.name)
                 sync(partial / output.name)
                 _put(partial / output.name, output, replaced, overwrite)
                 sync_names(output.parent)
@@ -110,6 +111,14 @@ def write_whole(path: Path, text: str) -> None:
                 beside.unlink(missing_ok=True)
 
 
+def let_others_read(made: Path) -> None:
+    """Give files that only their owner may read, as safetensors makes them, the mode that any new file gets here."""
+    allowed = (made if made.is_dir() else made.parent).stat().st_mode & 0o666  # of a folder that was just made
+    for part in (*(made.rglob("*") if made.is_dir() else ()), made):
+        if not part.is_symlink() and part.is_file() and part.stat().st_mode & 0o777 == 0o600:
+            part.chmod(0o600 | allowed)
+
+
 def sync(path: Path) -> None:
     """Wait until a file, or a folder with all that is in it, is on the disk: also a power cut leaves it whole then."""
     for part in (*(path.rglob("*") if path.is_dir() else ()), path):
@@ -136,6 +145,7 @@ def _sync_one(path: Path) -> None:
 
 def put_in_place(unfinished: Path, folder: Path) -> None:
     """Let a folder, written whole, take the place of `folder`: at no moment is a part of either there."""
+    let_others_read(unfinished)
     sync(unfinished)
     replaced = folder.with_name(f".{folder.name}.replaced.partial")
     shutil.rmtree(replaced, ignore_errors=True)

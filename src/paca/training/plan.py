@@ -12,6 +12,7 @@ from rich.console import Console
 from paca.messages.say import say
 from paca.pretrained.location import lacks_weights
 from paca.training.calibration import describe_columns
+from paca.training.config.learning_rate import far_rate_warning
 from paca.training.config.run_config import RunConfig
 from paca.training.folder.disk_need import DiskNeed, tell_of_disk
 from paca.training.products import tell_of_products
@@ -112,6 +113,7 @@ class Plan:
             ("loss on", scope),
             *kind.lines(self.config),
             ("held-out examples", "none" if self.eval_examples is None else f"{self.eval_examples:,}"),
+            *self._scored(),
             (f"{kind.counts} per step", per_step),
             ("steps", self._steps()),
             ("learning rate", f"{self.config.train['learning_rate']:g} ({self.rate_rule})"),
@@ -124,6 +126,15 @@ class Plan:
         if self.processes > 1:
             lines.insert(-2, ("processes", str(self.processes)))
         return lines
+
+    def _scored(self) -> list[tuple[str, str]]:
+        """What the held-out data is scored by as a task, which may take longer than the training."""
+        asked = self.config.eval
+        if asked.metric is None:
+            return []
+        when = " and ".join(name for name in ("before", "after") if getattr(asked, name))
+        longest = f", answers of up to {asked.max_new_tokens:,} tokens" if asked.metric == "exact_match" else ""
+        return [("scored by", f"{asked.metric}, {when or 'neither before nor after'} training{longest}")]
 
     def _adapted(self) -> str:
         return f", on {', '.join(self.targets)}: {self.adapted_layers} layers" if self.targets else ""
@@ -158,6 +169,7 @@ def show_plan(plan: Plan, console: Console, record: dict[str, str] | None = None
         cut_warning(sample, context),
         context_warning(sample, settings["max_length"], context) if "max_length" in settings else None,
         plan.told_of_trained(),
+        far_rate_warning(plan.rate_rule),
     ):
         if warning is not None:
             say(console, f"Warning: {warning}", style="yellow")

@@ -41,12 +41,12 @@ from paca.training.probe import ProbeLongestBatch
 from paca.training.products import decide_products, products_of_run
 from paca.training.prompt_form import give_form
 from paca.training.reporting.adapter_card import NoCardsOfCheckpoints, write_card
-from paca.training.reporting.final_scores import scores_by, scores_by_trainer
+from paca.training.reporting.final_scores import scores_by, scores_by_trainer, timed
 from paca.training.reporting.metrics import MetricsLog, RecordMetrics
 from paca.training.reporting.progress import ShowProgress, busy
 from paca.training.reporting.report import write_report
 from paca.training.reporting.scores import Scorer
-from paca.training.reporting.summary import now, summary_of
+from paca.training.reporting.summary import summary_of
 from paca.training.reporting.tracking import Trackers, names_for_trackers
 from paca.training.sharding import check_sharding, devices_warning
 from paca.training.starting_model import keep_adapter_dtype, load_model, use_factors, with_adapter
@@ -230,7 +230,7 @@ class _Run:
         assert self.trainer.model is not None
         write_card(unfinished, result, self.trainer.model)
         put_in_place(unfinished, trained)  # now: answering questions takes long, and may fail
-        result |= {"scores": self._scores(kept_step(state, self.trainer.args)), "finished": now()}
+        result |= timed(partial(self._scores, kept_step(state, self.trainer.args)))
         if result["scores"] is not None:
             write_card(trained, result, self.trainer.model)
         write_report(self.folder.report, result, self.log.rows, self.config.to_yaml())

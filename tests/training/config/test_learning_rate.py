@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 from transformers import TrainingArguments
 
 from paca.messages.errors import PacaError
@@ -13,6 +14,7 @@ from paca.pretrained.location import locate
 from paca.pretrained.weight_size import weight_size
 from paca.training import describe, load_run_config
 from paca.training.config.learning_rate import automatic_rate, of_adam
+from paca.training.plan import show_plan
 from paca.training.trainers import TRAINERS
 from training.tiny_run import save_workspace
 
@@ -122,6 +124,11 @@ def test_a_rate_that_is_given_stays(tmp_path: Path) -> None:
 def test_a_rate_far_from_the_automatic_one_is_asked_about(tmp_path: Path, rate: float, told: str) -> None:
     plan = describe(load_run_config(save_workspace(tmp_path), [f"train.learning_rate={rate}"]))
     assert dict(plan.lines())["learning rate"] == f"{rate:g} (auto would be 0.0038: {told})"
+    with (console := Console(width=500)).capture() as shown:
+        show_plan(plan, console)
+    times = told.removeprefix("is it right? It is ")
+    warning = f"Warning: train.learning_rate is {times} as the automatic one (auto would be 0.0038)."
+    assert warning in shown.get().splitlines()
 
 
 def test_no_rate_of_another_method_is_far_as_its_automatic_one_follows_no_rule(tmp_path: Path) -> None:

@@ -68,5 +68,11 @@ def beside_automatic(given: float, automatic: float, *, by_rule: bool) -> str:
     return told
 
 
+def far_rate_warning(told: str) -> str | None:
+    """The same as a warning of its own, where the rate is far from the automatic one: a line of many is overlooked."""
+    begun, asked, ratio = told.partition(": is it right? It is ")
+    return f"train.learning_rate is {ratio} as the automatic one ({begun})." if asked else None
+
+
 def _number(ratio: float) -> str:
     return f"{ratio:,.0f}" if ratio < 1e6 else f"{ratio:.1e}"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -11,11 +13,19 @@ from rich.console import Console
 from paca.messages.say import say
 from paca.pretrained.changed_base import left_on
 from paca.training.config.run_config import RunConfig
+from paca.training.folder.provenance import now
 from paca.training.folder.run_folder import RunFolder
 from paca.training.reporting.metrics import MetricsLog
 from paca.training.reporting.scores import Scorer, trainers_scores
 from paca.training.starting_model import load_model
 from paca.training.trainers.kind import TrainerKind
+
+
+def timed(measure: Callable[[], dict[str, Any] | None]) -> dict[str, Any]:
+    """What `measure` finds, as the summary has it, and what that took: it may be longer than the training."""
+    begun = time.monotonic()
+    scores = measure()
+    return {"scores": scores, "scores_seconds": round(time.monotonic() - begun, 3), "finished": now()}
 
 
 def scores_by_trainer(kind: TrainerKind, log: MetricsLog, trainer: Any, step: int) -> dict[str, Any] | None:
