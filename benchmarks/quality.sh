@@ -6,6 +6,7 @@
 #   EQUAL=time bash benchmarks/quality.sh digits-wide arc-wide gsm8k-wide    with 256 columns a layer
 #   EQUAL=time bash benchmarks/quality.sh arc-long                           with more steps
 #   EQUAL=time bash benchmarks/quality.sh gsm8k-long encyclopedia-long       the same, and 256 columns
+#   EQUAL=time bash benchmarks/quality.sh arc-gemma-long                     the same, of a model twice as large
 #   EQUAL=memory bash benchmarks/quality.sh encyclopedia-linear              with a rate that falls linearly
 #   EQUAL=memory bash benchmarks/quality.sh encyclopedia-long gsm8k-long arc-long    the same, longer, and 256 columns
 #   EQUAL=memory bash benchmarks/quality.sh gsm8k-wide arc-wide              with more columns in half batches
@@ -59,6 +60,11 @@ for task in "$@"; do
                 ;;
             arc-long-time) # most of an epoch
                 config=arc rates=4.87e-4,7.8e-4,1.25e-3 changed=(--set train.max_steps=400)
+                ;;
+            arc-gemma-long-time) # Gemma 3 270M (prepare --gemma); LoRA with r 33; along TRL's own schedule
+                config=arc-gemma same=time rates=1.9e-4,3.04e-4,4.87e-4 own=(--lr paca-256=4.7e-5,7.5e-5,1.2e-4)
+                changed=(--set train.max_steps=300 --set train.lr_scheduler_type=linear --set eval.limit=600)
+                methods=paca-256=$folder/columns256.yaml,lora-tuned=$folder/lora33-tuned.yaml,lora=$folder/lora33.yaml
                 ;;
             gsm8k-long-time) # LoRA with r 33; along TRL's own schedule
                 config=gsm8k same=time rates=7.8e-4,1.25e-3,2e-3
