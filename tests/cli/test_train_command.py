@@ -237,17 +237,19 @@ def test_answers_none_of_which_is_right_point_to_what_is_compared(
         "eval_loss_before": 2.0,
         "eval_loss_after": 1.0,
         "scores": {"before": side, "after": side},
-        "config": {"eval": {"answer_pattern": pattern, "max_new_tokens": 64}},
+        "config": {"eval": {"metric": "exact_match", "answer_pattern": pattern, "max_new_tokens": 64}},
         "method": {"name": "paca"},
         "counts": "tokens",
         "steps": 2,
         "peak_memory_of": "tensors",
         **dict.fromkeys(("train_seconds", "seconds", "tokens_per_second", "peak_memory_bytes"), 1),
+        **({} if pattern else {"scores_seconds": 240}),
     }
     shown = io.StringIO()
     show_result(RunResult(Path("run"), summary, None), Console(file=shown, width=300))
     hint = "No answer is its whole reference, which exact_match compares; answers end after 64 tokens"
     assert (hint in shown.getvalue()) == told
+    assert (", 4:00 for exact_match\n" in shown.getvalue()) == (pattern is None)
 
 
 def test_version(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -150,7 +150,7 @@ def show_result(result: RunResult, console: Console) -> None:
     trained, took = format_duration(summary["train_seconds"]), format_duration(summary["seconds"])
     asked, scores = summary["config"]["eval"], summary["scores"] or {}
     took += " with evaluations and checkpoints"
-    if asked["metric"] is not None:
+    if asked["metric"] is not None and "scores_seconds" in summary:  # older runs have it not
         took += f", {format_duration(summary['scores_seconds'])} for {asked['metric']}"
     lines = []
     if after is not None:
