@@ -92,9 +92,20 @@ def test_of_other_ways_to_train_too(settings: dict[str, Any]) -> None:
     check("llama", **settings)
 
 
-@pytest.mark.parametrize("adapter", [LORA, None], ids=["lora", "full"])
+PROMPTS = [
+    peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=20),
+    peft.PromptEncoderConfig(task_type="CAUSAL_LM", num_virtual_tokens=20, encoder_hidden_size=64),
+]
+
+
+@pytest.mark.parametrize("adapter", [LORA, None, *PROMPTS], ids=["lora", "full", "prompt tuning", "P-tuning"])
 def test_of_other_methods_too(adapter: Any) -> None:
     check("llama", adapter=adapter, dtype=torch.bfloat16)
+
+
+@pytest.mark.parametrize("architecture", ["gemma3", "gpt2", "bloom"])
+def test_of_learned_prompts_in_other_architectures_too(architecture: str) -> None:
+    check(architecture, adapter=PROMPTS[0], dtype=torch.bfloat16)
 
 
 @pytest.mark.parametrize(

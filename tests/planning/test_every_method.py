@@ -16,7 +16,7 @@ from paca.training.config import adapter_settings
 
 LOOK_AT_VALUES = {"SHADOW", "VBLORA", "WAVEFT"}
 """As docs/guides/training.md names them."""
-ADD_TO_THE_INPUT = {"CARTRIDGE", "PREFIX_TUNING", "PROMPT_TUNING", "P_TUNING"}
+ADD_TO_THE_INPUT = {"CARTRIDGE", "PREFIX_TUNING"}
 SMALL: dict[str, dict[str, Any]] = {
     "ADALORA": {"total_step": 10},
     "BOFT": {"boft_block_size": 4},
@@ -26,7 +26,7 @@ SMALL: dict[str, dict[str, Any]] = {
     "OFT": {"r": 0, "oft_block_size": 4},
     "VBLORA": {"vector_length": 8, "num_vectors": 16},
     "WAVEFT": {"n_frequency": 8},
-    **{name: {"num_virtual_tokens": 4} for name in ADD_TO_THE_INPUT},
+    **{name: {"num_virtual_tokens": 4} for name in (*ADD_TO_THE_INPUT, "PROMPT_TUNING", "P_TUNING")},
 }
 NOT_ASKED = {*adapter_settings._NOT_HERE, "LORA", "PACA", "SHIRA"}
 METHODS = sorted({kind.value for kind in PEFT_TYPE_TO_CONFIG_MAPPING} - NOT_ASKED)

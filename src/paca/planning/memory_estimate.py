@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from paca.messages.errors import PacaError, first_line
 from paca.messages.units import format_bytes
+from paca.planning import learned_prompt
 from paca.planning.compiled_products import program_bytes
 from paca.planning.operators import Operator
 from paca.planning.output_layer import check_output_layer
@@ -194,9 +195,11 @@ def estimate(
             "Plans can be made for causal language models and classifiers of transformers, not for "
             f"{type(root).__name__}."
         )
-    if isinstance(prepared, PeftModel) and prepared.active_peft_config.is_prompt_learning:
+    learned = isinstance(prepared, PeftModel) and prepared.active_peft_config.is_prompt_learning
+    if learned and (setting.answering is not None or not learned_prompt.put_inside(prepared)):
+        answers = " for `grpo`" if setting.answering is not None else ""
         raise PacaError(
-            f"{prepared.active_peft_config.peft_type.value} adds to the model's input, and no plan is made for that. "
+            f"{prepared.active_peft_config.peft_type.value} adds to the model's input, and no plan is made for that{answers}. "
             "`paca train --probe` measures such a run."
         )
     if isinstance(prepared, PeftModel) and isinstance(prepared.active_peft_config, ShiraConfig):
@@ -218,7 +221,9 @@ def estimate(
     parameters = {id(p): p for p in root.parameters()}.values()
     unpacked = unpacked_numel(root)
     trainable = sum(p.numel() for p in parameters if p.requires_grad)
-    marks = (getattr(prepared.base_model, "prefix", ""), ".modules_to_save.") if isinstance(prepared, PeftModel) else ()
+    marks: tuple[str, ...] = ()
+    if isinstance(prepared, PeftModel):
+        marks = (f"{learned_prompt.NAME}." if learned else prepared.base_model.prefix, ".modules_to_save.")
     added = sum(p.numel() for name, p in root.named_parameters() if any(mark in name for mark in marks))
     return MemoryEstimate(
         setting=setting,

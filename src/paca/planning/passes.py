@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.functional import logsigmoid
 from transformers import PreTrainedModel
 
+from paca.planning.learned_prompt import LearnedPrompt
 from paca.planning.setting import PAIRED, Setting
 from paca.pretrained.image_shape import image_shape
 
@@ -100,7 +101,7 @@ def loss_of(
 @contextmanager
 def without_adapter(model: nn.Module | None) -> Iterator[None]:
     """`model` as its adapter's `disable_adapter` makes it; without one, nothing changes."""
-    kinds = (BaseTunerLayer, AuxiliaryTrainingWrapper)
+    kinds = (BaseTunerLayer, AuxiliaryTrainingWrapper, LearnedPrompt)
     layers = [] if model is None else [module for module in model.modules() if isinstance(module, kinds)]
     for layer in layers:
         layer.enable_adapters(False)
