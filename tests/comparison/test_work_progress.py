@@ -49,3 +49,17 @@ def test_a_log_file_says_no_line_twice_in_a_row(tmp_path: Path, monkeypatch: pyt
     heading = "run 1 of 6: paca-lr0.001-seed0"
     lines = shown.file.getvalue().splitlines()  # type: ignore[attr-defined]
     assert lines == [f"{heading} ...", f"{heading}  step 2", f"{heading}  step 6"]
+
+
+def test_scores_before_and_after_training_are_in_the_time_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run whose scores took as long as its steps was told to end as its last third began."""
+    clock = iter([1000.0, 1070.0])  # the first step was logged 10 seconds in, after a minute of scores
+    monkeypatch.setattr("paca.comparison.work.time.monotonic", lambda: next(clock))
+    work, job = small_work(tmp_path, "paca"), Job("paca", 1e-3, 0)
+    work.console = Console(file=io.StringIO(), width=200, force_terminal=False)
+    work.steps = {"paca": 6}
+    progress = _Progress(work, job, Mock(step=lambda: (1, 10.0)))
+    progress.left = {"paca": 1}
+    assert progress._line(1070.0).endswith("step 1/6  about 1:50 left")  # 50 s of steps, and a minute of scores

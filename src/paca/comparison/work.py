@@ -184,6 +184,8 @@ class _Progress:
         self.heading = f"run {len(ended) + 1} of {sum(plan.expected.values())}: {job.name}"
         self.last_line = self.heading
         self.live: Live | None = None
+        self.before: float | None = None
+        """Seconds until its first step: the start, and the scores before training; those after it take about as long."""
 
     def __enter__(self) -> _Progress:
         if self.work.console.is_terminal:
@@ -214,8 +216,10 @@ class _Progress:
         step = self.process.step()
         if step is not None:
             parts.append(f"step {step[0]}" + (f"/{total}" if total else ""))
+            if self.before is None:
+                self.before = max(0.0, now - self.started - step[1])
             if total:
-                current = step[1] / step[0] * total
+                current = step[1] / step[0] * total + 2 * self.before
         return "  ".join([*parts, *self._time_left(now - self.started, current)])
 
     def _time_left(self, elapsed: float, expected: float | None = None) -> list[str]:

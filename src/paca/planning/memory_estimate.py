@@ -199,8 +199,8 @@ def estimate(
     if learned and (setting.answering is not None or not learned_prompt.put_inside(prepared)):
         answers = " for `grpo`" if setting.answering is not None else ""
         raise PacaError(
-            f"{prepared.active_peft_config.peft_type.value} adds to the model's input, and no plan is made for that{answers}. "
-            "`paca train --probe` measures such a run."
+            f"{prepared.active_peft_config.peft_type.value} adds to the model's input, and no plan is made for that"
+            f"{answers}. `paca train --probe` measures such a run."
         )
     if isinstance(prepared, PeftModel) and isinstance(prepared.active_peft_config, ShiraConfig):
         raise _unplannable(prepared.active_peft_config, ValueError("which weights it trains"))

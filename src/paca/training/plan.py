@@ -12,7 +12,6 @@ from rich.console import Console
 from paca.messages.say import say
 from paca.pretrained.location import lacks_weights
 from paca.training.calibration import describe_columns
-from paca.training.config.learning_rate import far_rate_warning
 from paca.training.config.run_config import RunConfig
 from paca.training.folder.disk_need import DiskNeed, tell_of_disk
 from paca.training.products import tell_of_products
@@ -44,6 +43,8 @@ class Plan:
     """How many modules are adapted."""
     rate_rule: str
     """Where the rate is from, in words; what `auto` would be, where the user gave another."""
+    rate_far_off: str | None
+    """How far it is from the automatic one, where that is far."""
     own_defaults: dict[str, Any]
     """Settings of `train` that the user did not give and that are others than TRL's own."""
     train_examples: int
@@ -116,7 +117,7 @@ class Plan:
             *self._scored(),
             (f"{kind.counts} per step", per_step),
             ("steps", self._steps()),
-            ("learning rate", f"{self.config.train['learning_rate']:g} ({self.rate_rule})"),
+            ("learning rate", f"{self.config.train['learning_rate']:g} ({self.rate_rule}{self._rate_asked()})"),
             ("run folder", self.config.output.dir),
             ("disk space", str(self.disk)),
         ]
@@ -147,6 +148,14 @@ class Plan:
     def _unusable(self) -> int:
         return 0 if self.data.sample is None else self.data.sample.unusable
 
+    def rate_warning(self) -> str | None:
+        """What its line says, where a rate is far off: a line of many is overlooked."""
+        far = self.rate_far_off
+        return f"train.learning_rate is {far} as the automatic one ({self.rate_rule})." if far else None
+
+    def _rate_asked(self) -> str:
+        return f": is it right? It is {self.rate_far_off}" if self.rate_far_off else ""
+
     def _steps(self) -> str:
         if (packed := self.data.packed) is None:
             return f"{planned_steps(self.train_examples - self._unusable(), self.config.train, self.processes):,}"
@@ -169,7 +178,7 @@ def show_plan(plan: Plan, console: Console, record: dict[str, str] | None = None
         cut_warning(sample, context),
         context_warning(sample, settings["max_length"], context) if "max_length" in settings else None,
         plan.told_of_trained(),
-        far_rate_warning(plan.rate_rule),
+        plan.rate_warning(),
     ):
         if warning is not None:
             say(console, f"Warning: {warning}", style="yellow")

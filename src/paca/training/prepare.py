@@ -26,7 +26,7 @@ from paca.pretrained.quantizing import quantize_outline
 from paca.pretrained.trainable_copy import unpacked
 from paca.pretrained.weight_size import weight_size
 from paca.training.config import adapter_settings, train_settings
-from paca.training.config.learning_rate import AUTO, automatic_rate, beside_automatic, follows_weights, of_adam
+from paca.training.config.learning_rate import AUTO, automatic_rate, far_off, follows_weights, of_adam
 from paca.training.config.run_config import RunConfig
 from paca.training.config.target_names import check_target_names
 from paca.training.folder.disk_need import disk_need
@@ -151,9 +151,9 @@ def prepare(config: RunConfig, *, whole: bool = True, fetch: bool = False) -> Pr
         method=adapter_settings.method_name(method, config.adapter),
         targets=list(dict.fromkeys(re.sub(r"^.*\.", "", name) for name in layers)),  # in the order of the model
         adapted_layers=len(layers),
-        rate_rule=f"auto: {rule}"
-        if automatic
-        else beside_automatic(config.train["learning_rate"], rate, by_rule=size is not None),
+        rate_rule=f"auto: {rule}" if automatic else f"auto would be {rate:g}",
+        # A rate that follows no rule is no measure of a user's.
+        rate_far_off=None if automatic or size is None else far_off(config.train["learning_rate"], rate),
         own_defaults=train_settings.own_defaults(given, config.train),
         train_examples=len(train.dataset),
         eval_examples=None if held_out is None else len(held_out.dataset),

@@ -57,21 +57,12 @@ def of_adam(rule: str, optimizer: str | None) -> str:
     return f"{rule}; AdamW's: {optimizer} may want another by far"
 
 
-def beside_automatic(given: float, automatic: float, *, by_rule: bool) -> str:
-    """What a user who gave a rate is told of the automatic one; one that follows no rule is no measure of theirs."""
-    told = f"auto would be {automatic:g}"
-    ratio = given / automatic if by_rule else 1.0
+def far_off(given: float, automatic: float) -> str | None:
+    """How far a user's rate is from the automatic one, such as "50 times as high"; None where it is near."""
+    ratio = given / automatic
     if ratio > _FAR:
-        return f"{told}: is it right? It is {_number(ratio)} times as high"
-    if 0 < ratio < 1 / _FAR:
-        return f"{told}: is it right? It is {_number(1 / ratio)} times as low"
-    return told
-
-
-def far_rate_warning(told: str) -> str | None:
-    """The same as a warning of its own, where the rate is far from the automatic one: a line of many is overlooked."""
-    begun, asked, ratio = told.partition(": is it right? It is ")
-    return f"train.learning_rate is {ratio} as the automatic one ({begun})." if asked else None
+        return f"{_number(ratio)} times as high"
+    return f"{_number(1 / ratio)} times as low" if 0 < ratio < 1 / _FAR else None
 
 
 def _number(ratio: float) -> str:
