@@ -51,9 +51,7 @@ def test_a_log_file_says_no_line_twice_in_a_row(tmp_path: Path, monkeypatch: pyt
     assert lines == [f"{heading} ...", f"{heading}  step 2", f"{heading}  step 6"]
 
 
-def test_scores_before_and_after_training_are_in_the_time_left(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_scores_before_and_after_training_are_in_the_time_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A run whose scores took as long as its steps was told to end as its last third began."""
     clock = iter([1000.0, 1070.0])  # the first step was logged 10 seconds in, after a minute of scores
     monkeypatch.setattr("paca.comparison.work.time.monotonic", lambda: next(clock))

@@ -20,9 +20,9 @@ from convert.saved_adapters import change, logits, save_adapted
 from forked_process import run_forked
 from models import adapt, adapted_perceptron, gpt2, llama, tokens
 from paca.convert.adapter import AdaptedLayer, Adapter, adapter_in_model
+from paca.convert.export_card import export_card
 from paca.convert.exported import export_adapter
 from paca.convert.lora import save_as_lora, to_lora
-from paca.convert.lora_card import lora_card
 from paca.messages.errors import PacaError
 
 UNEVEN = {
@@ -203,13 +203,13 @@ def test_the_tokenizer_goes_along_and_nothing_else(uneven: Path, tmp_path: Path)
 
 def test_its_card_names_layers_ranks_and_the_weights_that_it_is_exact_on() -> None:
     adapter = adapter_in_model(adapted_perceptron(r=2, rank_pattern={"lin1": 3}))
-    card = lora_card(adapter)
+    card = export_card(adapter, "lora")
     assert "2 layers (lin1, lin2) of rank 2, 3, each at scale 1" in card
     assert "base_model:" not in card
     assert "```" not in card  # nobody knows how to load that model
     config: Any = adapter.config
     config.base_model_name_or_path, config.revision, config.base_quantization = "owner/model", "v2", "nf4"
-    card = lora_card(adapter)
+    card = export_card(adapter, "lora")
     assert yaml.safe_load(card.split("---\n")[1])["base_model"] == "owner/model"
     assert 'from_pretrained("owner/model", dtype="auto", revision="v2")' in card
     assert "quantized as nf4, and is exact on those alone" in card
@@ -299,7 +299,7 @@ def test_the_code_on_its_card_is_ours_whatever_the_adapter_names() -> None:
     evil = 'main"); __import__("os").system("evil"); ("'
     adapter = adapter_in_model(adapted_perceptron())
     adapter.config.task_type, adapter.config.base_model_name_or_path, adapter.config.revision = "CAUSAL_LM", evil, evil
-    code = lora_card(adapter).split("```python\n")[1].split("```")[0]
+    code = export_card(adapter, "lora").split("```python\n")[1].split("```")[0]
     calls = [node for node in ast.walk(ast.parse(code)) if isinstance(node, ast.Call)]
     assert [ast.unparse(call.func).rpartition(".")[2] for call in calls] == ["from_pretrained", "from_pretrained"]
     assert ast.literal_eval(calls[0].args[0]) == evil

@@ -17,10 +17,10 @@ import paca
 import pefts_own_paca
 from convert.saved_adapters import logits, save_adapted
 from expert_models import mixtral
-from models import adapt, gpt2, llama, tokens
+from models import adapt, adapted_perceptron, gpt2, llama, tokens
 from paca.convert.adapter import AdaptedLayer, Adapter, adapter_in_model
 from paca.convert.exported import export_adapter
-from paca.convert.pefts_paca import saved_layers, to_pefts_paca, why_not
+from paca.convert.pefts_paca import saved_layers, to_pefts_paca, why_not, write_pefts_paca
 from paca.messages.errors import PacaError
 
 TARGETS = {"target_modules": ["q_proj", "down_proj", "up_proj"]}
@@ -156,3 +156,13 @@ def test_the_quantization_it_was_made_for_is_kept(tmp_path: Path) -> None:
         pefts_own_paca.load(llama(), tmp_path / "theirs")
     with pytest.warns(UserWarning, match="made for weights quantized as 'nf4'"):
         peft.PeftModel.from_pretrained(llama(), str(tmp_path / "theirs"))
+
+
+def test_its_card_says_what_loads_it_and_that_every_scale_is_one(tmp_path: Path) -> None:
+    adapter = adapter_in_model(adapted_perceptron(r=2, rank_pattern={"lin1": 3}))
+    write_pefts_paca(adapter, tmp_path)
+    card = (tmp_path / "README.md").read_text()
+    assert "# PaCA adapter for its base model" in card
+    assert "2 layers (lin1, lin2) of rank 3, each at scale 1" in card
+    assert "PEFT >= 0.22 is enough" in card
+    assert "lora" not in card.casefold()

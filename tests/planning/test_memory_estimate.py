@@ -216,7 +216,7 @@ def test_models_that_can_not_be_planned_are_refused() -> None:
     with pytest.raises(paca.PacaError, match="PREFIX_TUNING adds to the model's input, and no plan is made for that"):
         planned.__wrapped__(adapter=prefix)
     prompt = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
-    with pytest.raises(paca.PacaError, match="PROMPT_TUNING adds to the model's input, and .* for that for `grpo`"):
+    with pytest.raises(paca.PacaError, match=r"PROMPT_TUNING adds to the model's input, and .* for that for `grpo`"):
         planned.__wrapped__(adapter=prompt, trainer="grpo", answering=Answering(length=8))
     with pytest.raises(paca.PacaError, match="does not fit"):
         planned.__wrapped__(adapter=paca.PacaConfig(target_modules=["nothing"]))

@@ -185,7 +185,7 @@ class _Progress:
         self.last_line = self.heading
         self.live: Live | None = None
         self.before: float | None = None
-        """Seconds until its first step: the start, and the scores before training; those after it take about as long."""
+        """Seconds until its first step, for the scores before training above all; those after it take about as long."""
 
     def __enter__(self) -> _Progress:
         if self.work.console.is_terminal:

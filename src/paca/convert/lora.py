@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from paca.convert.adapter import AdaptedLayer, Adapter, adapter_in_model
-from paca.convert.lora_card import lora_card
+from paca.convert.export_card import export_card
 from paca.convert.target_names import exact_targets
 from paca.convert.tensor_files import FILE_PREFIX, write_adapter
 from paca.messages.errors import PacaError
@@ -81,4 +81,4 @@ def write_lora(adapter: Adapter, folder: Path) -> None:
     """Write the adapter as LoRA into `folder`, with a card (errors as of `to_lora`)."""
     config, tensors = to_lora(adapter)
     write_adapter(folder, config.to_dict(), tensors, adapter.config.base_quantization)
-    (folder / "README.md").write_text(lora_card(adapter), encoding="utf-8")
+    (folder / "README.md").write_text(export_card(adapter, "lora"), encoding="utf-8")

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from paca.columns.folded import ColumnUnion
 from paca.config import PacaConfig
 from paca.convert.adapter import AdaptedLayer, Adapter, stock_class
+from paca.convert.export_card import export_card
 from paca.convert.target_names import exact_targets
 from paca.convert.tensor_files import column_tensors, write_adapter
 from paca.layers import PacaLayer
@@ -112,5 +113,6 @@ def _padded(name: str, layer: AdaptedLayer, r: int) -> ColumnUnion:
 
 
 def write_pefts_paca(adapter: Adapter, folder: Path) -> None:
-    """Write the adapter for PEFT's own PaCA into `folder` (errors as of `to_pefts_paca`)."""
+    """Write the adapter for PEFT's own PaCA into `folder`, with a card (errors as of `to_pefts_paca`)."""
     write_adapter(folder, *to_pefts_paca(adapter))
+    (folder / "README.md").write_text(export_card(adapter, "peft"), encoding="utf-8")

@@ -11,6 +11,8 @@ from peft import PeftModel
 from peft.utils import PeftType
 from torch import Tensor, nn
 
+from paca.planning.setting import Setting
+
 NAME = "learned_prompt"
 """The module's name in the model; `.` follows it in its parameters' names."""
 _PREPENDED = (PeftType.PROMPT_TUNING, PeftType.P_TUNING)
@@ -22,6 +24,7 @@ class LearnedPrompt(nn.Module):
     def __init__(self, encoder: nn.Module, tokens: Tensor) -> None:
         super().__init__()
         self.encoder, self.enabled = encoder, True
+        self.tokens: Tensor
         self.register_buffer("tokens", tokens, persistent=False)
 
     def enable_adapters(self, enabled: bool) -> None:
@@ -34,13 +37,14 @@ class LearnedPrompt(nn.Module):
         return embeddings
 
 
-def put_inside(adapted: PeftModel) -> bool:
+def put_inside(adapted: PeftModel, setting: Setting) -> bool:
     """Let the model in `adapted` prepend the prompt itself, in each pass. False, and nothing done, for another method
-    that adds to the input.
+    that adds to the input, and where answers are made, which takes other passes.
     """
-    if adapted.active_peft_config.peft_type not in _PREPENDED:
+    if adapted.active_peft_config.peft_type not in _PREPENDED or setting.answering is not None:
         return False
-    root, name = adapted.get_base_model(), adapted.active_adapter
+    root: Any = adapted.get_base_model()
+    name = adapted.active_adapter
     root.add_module(NAME, LearnedPrompt(adapted.prompt_encoder[name], adapted.prompt_tokens[name]))
     root.register_forward_pre_hook(_prepend, with_kwargs=True)
     return True

@@ -196,7 +196,7 @@ def estimate(
             f"{type(root).__name__}."
         )
     learned = isinstance(prepared, PeftModel) and prepared.active_peft_config.is_prompt_learning
-    if learned and (setting.answering is not None or not learned_prompt.put_inside(prepared)):
+    if isinstance(prepared, PeftModel) and learned and not learned_prompt.put_inside(prepared, setting):
         answers = " for `grpo`" if setting.answering is not None else ""
         raise PacaError(
             f"{prepared.active_peft_config.peft_type.value} adds to the model's input, and no plan is made for that"
@@ -223,7 +223,8 @@ def estimate(
     trainable = sum(p.numel() for p in parameters if p.requires_grad)
     marks: tuple[str, ...] = ()
     if isinstance(prepared, PeftModel):
-        marks = (f"{learned_prompt.NAME}." if learned else prepared.base_model.prefix, ".modules_to_save.")
+        base: Any = prepared.base_model
+        marks = (f"{learned_prompt.NAME}." if learned else base.prefix, ".modules_to_save.")
     added = sum(p.numel() for name, p in root.named_parameters() if any(mark in name for mark in marks))
     return MemoryEstimate(
         setting=setting,
