@@ -17,6 +17,9 @@ class Entry:
     columns of its forward pass back."""
     sharded = False  # FSDP2 shards some of its weights
     mark: object  # stands for it where a pass is noted: one that Ctrl-C ended stays there, and must not keep a model
+    seen: tuple[bool, bool] | None = None
+    """Grad mode and `training` of the model's last pass, in any thread; None once layers ran without it in others."""
+    since: object = None  # stands for the first of its passes in that mode
 
     def __getstate__(self) -> dict[str, Any]:
         return dict(self.__dict__)  # which parking weights may change, while it is copied
@@ -24,9 +27,8 @@ class Entry:
 
 def in_other_mode(columns: Any, training: bool) -> bool:
     """Whether a layer that runs without its model did so in another mode before, or its model did since."""
-    if columns.entry is None or THREAD.passes or torch._C._current_graph_task_id() != -1:
+    entry, mode = columns.entry, (torch.is_grad_enabled(), training)
+    if entry is None or entry.seen == mode or THREAD.passes or torch._C._current_graph_task_id() != -1:
         return False
-    of_model, mode = THREAD.modes.get(columns.entry), (torch.is_grad_enabled(), training)
-    model_then, then = THREAD.alone.get(columns, (None, None))
-    THREAD.alone[columns] = of_model, mode
-    return mode != (then if model_then is of_model else of_model)
+    before, columns.alone, entry.seen = columns.alone, (entry.since, mode), None
+    return bool(before != columns.alone)

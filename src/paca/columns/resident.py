@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from paca.columns import not_whole
-from paca.columns.entry import Entry
 from paca.columns.fingerprints import compare_values
 from paca.columns.folded_in_weight import originals_of_folded, pieces, put_folded
 from paca.columns.kept import Kept, add_scaled, holds, oriented, positions_of, sum_of
@@ -39,7 +38,6 @@ class ResidentColumns(ActiveColumns):
     def __init__(self, dim: int) -> None:
         super().__init__()
         self.dim = dim
-        self.entry: Entry | None = None
         self.traced = Trained()  # the active columns as a compiled graph takes them
         self._folded: Kept | None = None  # those of folded columns beneath them, on the CPU
         self._parked_for_now = False

@@ -9,7 +9,6 @@ from __future__ import annotations
 import itertools
 import sys
 import threading
-import weakref
 from contextlib import nullcontext
 from operator import is_
 from typing import Any, NamedTuple
@@ -119,8 +118,6 @@ class State:
 class _Thread(threading.local):
     def __init__(self) -> None:
         self.passes: list[tuple[object, bool]] = []  # of models that run: the entry's mark; is a backward to follow
-        self.modes: weakref.WeakKeyDictionary[Any, tuple[bool, bool]] = weakref.WeakKeyDictionary()  # of the last ones
-        self.alone: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()  # and of layers without a model
 
 
 THREAD = _Thread()
@@ -160,6 +157,8 @@ class ActiveColumns:
 
     whole = True  # whether this process holds all rows, as compiled graphs, hot swaps and the like need
     parked: tuple[State, Tensor] | None = None  # the state that a park took out of a weight, and its columns
+    entry: Any = None  # of the model that it is in
+    alone: Any = None  # how its layer last ran without that (`columns.entry.in_other_mode`)
 
     def as_left(self, weight: Tensor | None) -> bool:
         """Whether nobody else wrote or replaced the weight that holds columns."""

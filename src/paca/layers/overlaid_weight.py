@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from transformers.pytorch_utils import Conv1D
 
+from paca.columns.entry import in_other_mode
 from paca.columns.fingerprints import compare_values, note_values
 from paca.columns.kept import Kept, positions_of, sum_of
 from paca.columns.lost import is_checkpointing, note_checkpointed
@@ -66,10 +67,10 @@ class OverlaidWeight(nn.Module):
 
     def state_now(self) -> State:
         """What a forward pass sees."""
-        owner = self.owner()
+        owner, alone = self.owner(), in_other_mode(self.columns, self.training)
         with WRITING:  # other threads may want other columns (mixed batches)
-            if owner is not None and owner.stale():
-                owner.write()
+            if owner is not None and (alone or owner.stale()):
+                owner.write(compare=alone)
             self.columns.note_forward()
             return self.columns.state
 

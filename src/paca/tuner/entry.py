@@ -42,8 +42,9 @@ class ModelEntry(Entry):
         self.mark = object()
         self.layers = [layer for layer in layers if layer.mode == "resident"]
         self.others = [layer for layer in layers if layer.mode != "resident"]
-        for layer in self.layers:
+        for layer in layers:
             layer.base_layer.columns.entry = self
+        self.seen = None
 
     @torch.compiler.disable(reason="weights of the adapted model are parked: call paca.refresh(model) before this call")
     def look(self, model: nn.Module) -> None:
@@ -58,7 +59,8 @@ class ModelEntry(Entry):
             if others_step(self.layers):  # a layer whose weight is parked waits for its end
                 return
             mode = torch.is_grad_enabled(), model.training
-            changed, THREAD.modes[self] = THREAD.modes.get(self) != mode, mode
+            if changed := self.seen != mode:
+                self.seen, self.since = mode, object()
             # Before the look: a signal's handler that parks weights meanwhile makes each layer look itself, as here.
             self.unwritten = any(batch.entry is self for batch in Running.batches)
             try:
@@ -68,7 +70,7 @@ class ModelEntry(Entry):
                 write_layers([layer for layer in self.layers if layer.stale()])
             except BaseException:
                 self.unwritten = True
-                THREAD.modes.pop(self, None)
+                self.seen = None
                 raise
 
     @torch.compiler.disable
