@@ -31,6 +31,7 @@ from paca.evaluation.sides import BASE, Watcher, sides_of
 from paca.messages.errors import PacaError
 from paca.pretrained.conversation import answering
 from paca.pretrained.generation import LoadedModel
+from paca.pretrained.generation_settings import without_cache
 from paca.pretrained.whole_output import write_whole
 
 
@@ -184,6 +185,10 @@ class _WatchedModel(HFLM):
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
         self._watcher.begin(self._who, "answers written", len(requests))
         return list(super().generate_until(requests, disable_tqdm=True))
+
+    def _model_generate(self, *args: Any, **options: Any) -> Any:
+        with without_cache(self.model):  # the harness always asks for one
+            return super()._model_generate(*args, **options)
 
     def close(self) -> None:
         """Have the kept answers on disk: another thread writes them."""

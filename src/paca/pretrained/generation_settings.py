@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -48,6 +50,20 @@ def sampling_settings(model: Any, tokenizer: PreTrainedTokenizerBase, temperatur
     unused |= dict.fromkeys(("suppress_tokens", "begin_suppress_tokens", "bad_words_ids", "sequence_bias"))
     unused |= dict.fromkeys(("guidance_scale", "exponential_decay_length_penalty"))
     return settings | likeliest | unused
+
+
+@contextmanager
+def without_cache(model: Any) -> Iterator[None]:
+    """A block in which `generate` of a model that learns a prompt keeps no cache, whatever it is told."""
+    if not learns_a_prompt(model):
+        yield
+        return
+    generate = model.generate
+    model.generate = lambda *args, **given: generate(*args, **{**given, "use_cache": False})
+    try:
+        yield
+    finally:
+        del model.generate
 
 
 def learns_a_prompt(model: Any) -> bool:

@@ -214,6 +214,45 @@ def test_grpo_samples_from_the_columns_as_they_are(
     assert {trained for _, trained in seen} == {False, True}
 
 
+def test_grpo_learns_from_the_answers_that_a_learned_prompt_gives(
+    workspace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a cache, PEFT loses the learned tokens after the first answered one."""
+    kind, compared = TRAINERS["grpo"], []
+    make = kind.make
+
+    def watching(*args: Any, **parts: Any) -> Any:
+        trainer: Any = make(*args, **parts)
+        trainer.model.prompt_encoder["default"].embedding.weight.data.normal_(std=2.0)
+        generate = trainer._generate_and_score_completions
+
+        def generate_watched(inputs: Any) -> Any:
+            made, training = generate(inputs), trainer.model.training
+            names = (f"{part}_{what}" for what in ("ids", "mask") for part in ("prompt", "completion"))
+            prompts, answers, before, kept = (made[name] for name in names)
+            with torch.no_grad():  # padded as they were: PEFT leaves the positions to the model
+                inputs = {"input_ids": torch.cat([prompts, answers], 1), "attention_mask": torch.cat([before, kept], 1)}
+                likeliest = trainer.model.eval()(**inputs, use_cache=False).logits.argmax(-1)
+            likeliest = likeliest[:, -answers.shape[1] - 1 : -1]
+            compared.append((answers[kept.bool()].tolist(), likeliest[kept.bool()].tolist()))
+            trainer.model.train(training)
+            return made
+
+        trainer._generate_and_score_completions = generate_watched
+        return trainer
+
+    monkeypatch.setattr(kind, "make", watching)
+    text = (workspace / "grpo.yaml").read_text()
+    config = tmp_path / "grpo.yaml"
+    config.write_text(text.replace("paca: {r: 4}", "peft: {peft_type: PROMPT_TUNING, num_virtual_tokens: 6}"))
+    overrides = [f"output.dir={tmp_path / 'a'}", f"model.name={workspace / 'qwen'}"]  # which has no dropout
+    overrides += ["train.top_k=1", "train.max_steps=1"]
+    train(load_run_config(config, overrides), console=Console(quiet=True))
+    assert compared
+    for written, likeliest in compared:
+        assert written == likeliest
+
+
 def test_a_reward_run_is_a_reward_of_grpo(workspace: Path, finished: Finished, tmp_path: Path) -> None:
     judge = finished("reward").folder
     overrides = [f"output.dir={tmp_path / 'a'}", f"train.reward_funcs={judge}", f"model.name={workspace / 'qwen'}"]

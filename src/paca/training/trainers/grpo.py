@@ -20,6 +20,7 @@ from paca.data.tokens import IGNORED, Tokens, render
 from paca.messages.errors import PacaError
 from paca.messages.processes import launched_processes
 from paca.pretrained.answer_pattern import check_pattern
+from paca.pretrained.generation_settings import learns_a_prompt
 from paca.training.config.key_checks import Origins
 from paca.training.config.run_config import RunConfig
 from paca.training.prompt_form import check_prompts_stay_open, tokenizer_of
@@ -118,7 +119,10 @@ class Grpo(TrainerKind):
         """With the reward functions, and the models among them loaded. TRL loads a reference itself: let it be ours."""
         rewards = load_reward_models(find_rewards(config.train))
         if config.method != "full" or not parts["args"].beta:
-            return super().make(config, adapter, data, **rewards, **parts)
+            trainer: Any = super().make(config, adapter, data, **rewards, **parts)
+            if learns_a_prompt(trainer.model):
+                trainer.generation_config.use_cache = False  # as in `paca.pretrained.generation_settings`
+            return trainer
         reference = load_reference(config, parts["model"], parts["processing_class"])
         with patch.object(grpo_trainer, "create_model_from_path", lambda *_, **__: reference):
             return super().make(config, adapter, data, **rewards, **parts)
