@@ -41,7 +41,7 @@ from paca.training.probe import ProbeLongestBatch
 from paca.training.products import decide_products, products_of_run
 from paca.training.prompt_form import give_form
 from paca.training.reporting.adapter_card import NoCardsOfCheckpoints, write_card
-from paca.training.reporting.final_scores import scores_by, scores_by_trainer, timed
+from paca.training.reporting.final_scores import held_out_loss, scores_by, scores_by_trainer, timed
 from paca.training.reporting.metrics import MetricsLog, RecordMetrics
 from paca.training.reporting.progress import ShowProgress, busy
 from paca.training.reporting.report import write_report
@@ -214,7 +214,9 @@ class _Run:
             newest = self.folder.newest_checkpoint()
             saved = newest is not None and steps_done(newest) == state.global_step
             return RunResult(self.folder.path, None, resume_command(self.folder.config), saved)
-        loss_after = self._loss_after(state)
+        loss_after = None
+        if self.data.eval is not None and self.config.eval.after:
+            loss_after = held_out_loss(self.kind, self.trainer, state, self.console)
         if self.trainer.is_fsdp_enabled:  # whatever the checkpoints are, the adapter is one file
             self.trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
         trained = self.folder.model if self.config.method == "full" else self.folder.adapter
@@ -278,16 +280,6 @@ class _Run:
             if self.main:
                 self.progress.close()
         return trainer.state
-
-    def _loss_after(self, state: TrainerState) -> float | None:
-        if self.data.eval is None or not self.config.eval.after:
-            return None
-        step = kept_step(state, self.trainer.args)
-        for entry in reversed(state.log_history):
-            if entry.get("step") == step and "eval_loss" in entry:  # the last evaluation of the training loop
-                return entry["eval_loss"]
-        with busy(self.console, "Measuring the held-out loss after training ..."):
-            return self.trainer.evaluate()["eval_loss"]
 
     def _scores(self, step: int) -> dict[str, Any] | None:
         if self.data.eval is None or self.log is None:

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoTokenizer
+from rich.console import Console
+from transformers import AutoTokenizer, EvalPrediction
 from typer.testing import CliRunner
 
 from evaluation.tally import Tally
@@ -18,8 +19,9 @@ from paca.comparison.rows import row_of
 from paca.evaluation import own_run
 from paca.messages.errors import PacaError
 from paca.pretrained.generation import load_saved
-from paca.training import RunResult
+from paca.training import RunResult, load_run_config, train
 from paca.training.folder.run_folder import RunFolder
+from paca.training.trainers.classification import Accuracy
 
 Finished = Callable[..., RunResult]
 
@@ -45,6 +47,46 @@ def test_on_its_own_data_it_is_what_training_measured(finished: Finished, tmp_pa
     row = row_of(RunFolder(folder), "paca")
     assert row is not None
     assert row["right"] == trained["right"]  # so that a comparison pairs the examples
+
+
+def right_as_evaluated(folder: Path, output: Path) -> str:
+    done = CliRunner().invoke(app, ["evaluate", str(folder), "--output", str(output)])
+    assert done.exit_code == 0, done.output
+    return json.loads((output / "own_data.json").read_text())["adapter"]["right"]
+
+
+def test_the_examples_are_those_of_the_best_weights_where_later_ones_score_the_same(
+    finished: Finished, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The last evaluation has the best one's accuracy, of other weights: its answers were taken for those kept."""
+    answers = iter([("00000000", 0.0), ("11110000", 0.5), ("00001111", 0.5)])  # then what the model itself says
+    real = Accuracy.__call__
+
+    def told(self: Accuracy, prediction: EvalPrediction) -> dict[str, float]:
+        found = real(self, prediction)
+        self.right, accuracy = next(answers, (self.right, found["accuracy"]))
+        return {"accuracy": accuracy}
+
+    monkeypatch.setattr(Accuracy, "__call__", told)
+    overrides = ["load_best_model_at_end=true", "metric_for_best_model=accuracy", "eval_steps=2", "save_steps=2"]
+    folder = finished("classification", *(f"train.{one}" for one in overrides)).folder
+    kept, points = scores_of(folder), (folder / "metrics.jsonl").read_text().count("eval_accuracy")
+    assert kept.get("right") in (None, right_as_evaluated(folder, tmp_path))
+    assert next(answers, None) is None
+    assert points == 3  # no point of the curve comes from what was evaluated for the examples' sake
+
+
+def test_a_run_that_ended_before_its_results_were_written_has_them_once_it_is_resumed(
+    finished: Finished, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(finished("classification").folder, run)
+    whole, adapter = scores_of(run), (run / "adapter" / "adapter_model.safetensors").read_bytes()
+    (run / "summary.json").unlink()
+    config = load_run_config(run / "config.yaml", [f"output.dir={run}"])
+    train(config, resume=True, console=Console(quiet=True))
+    assert scores_of(run) == whole
+    assert (run / "adapter" / "adapter_model.safetensors").read_bytes() == adapter
 
 
 def test_examples_grouped_by_length_are_in_no_known_order(finished: Finished) -> None:

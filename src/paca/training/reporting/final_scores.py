@@ -9,13 +9,16 @@ from typing import Any
 
 from peft import PeftModel
 from rich.console import Console
+from transformers import TrainerState
 
 from paca.messages.say import say
 from paca.pretrained.changed_base import left_on
 from paca.training.config.run_config import RunConfig
+from paca.training.folder.checkpoints import kept_step
 from paca.training.folder.provenance import now
 from paca.training.folder.run_folder import RunFolder
 from paca.training.reporting.metrics import MetricsLog
+from paca.training.reporting.progress import busy
 from paca.training.reporting.scores import Scorer, trainers_scores
 from paca.training.starting_model import load_model
 from paca.training.trainers.kind import TrainerKind
@@ -26,6 +29,24 @@ def timed(measure: Callable[[], dict[str, Any] | None]) -> dict[str, Any]:
     begun = time.monotonic()
     scores = measure()
     return {"scores": scores, "scores_seconds": round(time.monotonic() - begun, 3), "finished": now()}
+
+
+def held_out_loss(kind: TrainerKind, trainer: Any, state: TrainerState, console: Console) -> float:
+    """That of the weights that are kept, which `trainer` has, evaluated anew where the training did not do it.
+
+    Args:
+        kind: Of the run. Afterwards what it tells of single examples is of these weights as well.
+        trainer: Of the run; of many processes each calls this.
+        state: As the training ended.
+        console: Where it is shown that this goes on.
+    """
+    step = kept_step(state, trainer.args)
+    for entry in reversed(state.log_history):
+        if entry.get("step") == step and "eval_loss" in entry:  # the last evaluation of the training loop
+            kind.evaluate_examples(trainer, step)
+            return float(entry["eval_loss"])
+    with busy(console, "Measuring the held-out loss after training ..."):
+        return float(trainer.evaluate()["eval_loss"])
 
 
 def scores_by_trainer(kind: TrainerKind, log: MetricsLog, trainer: Any, step: int) -> dict[str, Any] | None:

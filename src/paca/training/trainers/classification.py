@@ -78,7 +78,10 @@ class Classification(TrainerKind):
         processor = parts["processing_class"]
         for name, dataset in datasets_of(data).items():
             parts[name] = None if dataset is None else self.encode(dataset, processor, config)
-        return Trainer(data_collator=self.collator(processor), compute_metrics=Accuracy(), **parts)
+        measure = Accuracy()
+        trainer = Trainer(data_collator=self.collator(processor), compute_metrics=measure, **parts)
+        measure.step_now = lambda: trainer.state.global_step
+        return trainer
 
     def encode(self, dataset: Dataset, processor: Any, config: RunConfig) -> Dataset:
         """The rows as the trainer takes them."""
@@ -93,9 +96,16 @@ class Classification(TrainerKind):
             )
 
     def right(self, trainer: Trainer) -> str:
-        """Examples that are grouped by length are evaluated in an order of chance."""
-        in_order = trainer.args.train_sampling_strategy != "group_by_length"
-        return trainer.compute_metrics.right if in_order and isinstance(trainer.compute_metrics, Accuracy) else ""
+        measure = trainer.compute_metrics
+        return measure.right if _in_order(trainer) and isinstance(measure, Accuracy) else ""
+
+    def evaluate_examples(self, trainer: Trainer, step: int) -> None:
+        """The last evaluation was of other weights where an earlier checkpoint is the best; a run that was resumed
+        after its last step made none."""
+        measure, held_out = trainer.compute_metrics, trainer.eval_dataset
+        if _in_order(trainer) and isinstance(measure, Accuracy) and measure.step != step:
+            assert isinstance(held_out, Dataset)
+            trainer.predict(held_out)  # which, unlike `evaluate`, adds no point to the curve
 
     def collator(self, processor: Any) -> Callable[[list[dict[str, Any]]], dict[str, Any]]:
         """What makes a batch of rows."""
@@ -135,16 +145,26 @@ def numbered(examples: Examples, names: list[str]) -> Examples:
     return replace(examples, dataset=dataset)
 
 
+def _in_order(trainer: Trainer) -> bool:
+    """Examples that are grouped by length are evaluated in an order of chance."""
+    return bool(trainer.args.train_sampling_strategy != "group_by_length")
+
+
 class Accuracy:
     """A trainer's `compute_metrics`."""
 
     right: str = ""
     """1 or 0 for each example, as it was evaluated last."""
+    step: int | None = None
+    """The trainer's step then; None before."""
+
+    def __init__(self) -> None:
+        self.step_now: Callable[[], int] = lambda: 0
 
     def __call__(self, prediction: EvalPrediction) -> dict[str, float]:
         """The share of examples whose label has the highest of the logits `(examples, labels)`."""
         logits: Any = prediction.predictions
         logits = logits[0] if isinstance(logits, tuple) else logits
         right = logits.argmax(-1) == prediction.label_ids
-        self.right = "".join("01"[int(one)] for one in right)
+        self.right, self.step = "".join("01"[int(one)] for one in right), self.step_now()
         return {"accuracy": float(np.mean(right))}

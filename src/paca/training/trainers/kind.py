@@ -159,6 +159,9 @@ class TrainerKind:
         """1 or 0 for each held-out example, in order, as the trainer evaluated them last; empty where it tells none."""
         return ""
 
+    def evaluate_examples(self, trainer: Any, step: int) -> None:
+        """Evaluate anew where what `right` tells is not of the weights of `step`, which `trainer` has."""
+
     def resuming(self, arguments: Any, state: TrainerState) -> str:
         """What is said when a run goes on from a checkpoint.
 
