@@ -113,3 +113,20 @@ def test_layers_that_go_on_alone_in_one_mode_are_not_compared_each_time(monkeypa
     assert compared == []
     parts(model)
     assert compared == [True, True]
+
+
+def test_layers_that_run_alone_in_a_new_thread_find_a_write() -> None:
+    model = made("plain").eval()
+
+    def infer() -> Tensor:
+        with torch.no_grad():
+            return parts(model)
+
+    for _ in range(3):  # a thread gets the number of one that has ended
+        with ThreadPoolExecutor(1) as executor:
+            executor.submit(infer).result()
+        for delta in trained(model):
+            delta.data.add_(0.1)
+        with ThreadPoolExecutor(1) as executor:
+            found = executor.submit(infer).result()
+        torch.testing.assert_close(found, anew(model, whole))

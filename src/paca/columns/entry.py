@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+import weakref
 from typing import Any
 
 import torch
@@ -25,10 +27,25 @@ class Entry:
         return dict(self.__dict__)  # which parking weights may change, while it is copied
 
 
+class _Seen(threading.local):
+    def __init__(self) -> None:
+        self.modes: weakref.WeakKeyDictionary[Any, tuple[bool, bool]] = weakref.WeakKeyDictionary()  # of entries
+        self.alone: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()  # of columns
+
+
+SEEN_HERE = _Seen()
+"""What a thread's own last passes were: each new one looks as well."""
+
+
 def in_other_mode(columns: Any, training: bool) -> bool:
     """Whether a layer that runs without its model did so in another mode before, or its model did since."""
     entry, mode = columns.entry, (torch.is_grad_enabled(), training)
-    if entry is None or entry.seen == mode or THREAD.passes or torch._C._current_graph_task_id() != -1:
+    if entry is None or THREAD.passes or torch._C._current_graph_task_id() != -1:
         return False
-    before, columns.alone, entry.seen = columns.alone, (entry.since, mode), None
-    return bool(before != columns.alone)
+    if entry.seen == mode == SEEN_HERE.modes.get(entry):
+        return False
+    now = entry.since, mode
+    before, here = columns.alone, SEEN_HERE.alone.get(columns)
+    columns.alone = SEEN_HERE.alone[columns] = now
+    entry.seen = None
+    return not before == now == here

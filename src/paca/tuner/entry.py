@@ -14,7 +14,7 @@ from torch import nn
 from torch._dynamo.eval_frame import skip_code
 from torch.nn.modules.module import register_module_module_registration_hook
 
-from paca.columns.entry import Entry
+from paca.columns.entry import SEEN_HERE, Entry
 from paca.columns.resident import WRITING, write_together
 from paca.columns.state import THREAD, may_be_recorded
 from paca.columns.stepping import others_step
@@ -59,8 +59,8 @@ class ModelEntry(Entry):
             if others_step(self.layers):  # a layer whose weight is parked waits for its end
                 return
             mode = torch.is_grad_enabled(), model.training
-            if changed := self.seen != mode:
-                self.seen, self.since = mode, object()
+            if changed := not self.seen == mode == SEEN_HERE.modes.get(self):
+                self.seen, self.since, SEEN_HERE.modes[self] = mode, object(), mode
             # Before the look: a signal's handler that parks weights meanwhile makes each layer look itself, as here.
             self.unwritten = any(batch.entry is self for batch in Running.batches)
             try:
