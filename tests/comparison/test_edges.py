@@ -150,7 +150,8 @@ def test_a_search_cut_short_is_told_with_the_verdict_and_until_it_is_tried_again
     again = f"To try it again, delete {tmp_path}/runs/{name}/failed.json and give the same command again."
     why = "There is no folder of a model, some/model. Give one"
     edge = f"{name} failed, and its rate may be better than the best one of lora, 0.003: {why}. {again}"
-    assert found.verdict.startswith("paca is better than lora (")
+    assert found.verdict.startswith("At the rates tried, paca is better than lora (")  # lora's may lie beyond
+    assert found.as_dict()["contrasts"][0]["rates_open"] == ["lora"]
     assert found.verdict.endswith(caveat)
     assert f"{caveat}\n" in said
     assert f"\n{edge}\n" in said

@@ -408,6 +408,21 @@ def test_the_terminal_tells_of_the_edge_too() -> None:
     assert found.verdict.endswith("; better rates of paca may lie beyond those tried.")
 
 
+@pytest.mark.parametrize(
+    ("open_ones", "hedged"), [(("lora",), True), (("paca",), False), (("paca", "lora", "full"), True)]
+)
+def test_a_finding_that_a_better_rate_might_turn_says_so_first(open_ones: tuple[str, ...], hedged: bool) -> None:
+    found = dataclasses.replace(
+        result({"paca": shifted(-0.1), "lora": BASE}),
+        edges={name: Edge("The best rate is the lowest.") for name in open_ones},
+    )
+    assert "paca is better than lora" in found.verdict
+    assert found.verdict.startswith("At the rates tried, ") == hedged
+    assert found.as_dict()["contrasts"][0]["rates_open"] == [name for name in open_ones if name != "full"]
+    if len(open_ones) > 2:
+        assert "better rates of paca, lora and full may lie" in found.verdict
+
+
 def test_what_runs_take_by_default_is_what_the_trainers_say() -> None:
     fields = {f.name: f.default for kind in (trl.SFTConfig, trl.GRPOConfig) for f in dataclasses.fields(kind)}
     for key, value in comparable._BY_DEFAULT.items():

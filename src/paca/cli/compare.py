@@ -111,7 +111,7 @@ def _train(
     from datasets import disable_progress_bars
 
     from paca.comparison.compare import compare
-    from paca.comparison.plan_table import alone_text, disk_text, rates_text, table_of, work_text
+    from paca.comparison.plan_table import disk_text, no_verdict_text, rates_text, table_of, work_text
     from paca.comparison.prepare import prepare
     from paca.training.products import tell_of_products
 
@@ -122,7 +122,7 @@ def _train(
     with busy if console.is_terminal else nullcontext():
         planned = prepare(comparison, console, dry_run=dry_run)
     console.print(table_of(planned))
-    for line in alone_text(planned):
+    for line in no_verdict_text(planned, len(numbers)):
         say(console, line, style="yellow")
     say(console, f"data: {planned[0].plan.data.train.description}")
     grids = comparison.grids()

@@ -68,4 +68,5 @@ def caveats_of(edges: Mapping[str, Edge]) -> list[str]:
 
 
 def _clause(names: Iterable[str]) -> str:
-    return f"better rates of {' and '.join(names)} may lie beyond those tried"
+    *others, last = names
+    return f"better rates of {' and '.join(filter(None, [', '.join(others), last]))} may lie beyond those tried"

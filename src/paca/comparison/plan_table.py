@@ -10,6 +10,7 @@ from rich.table import Table
 
 from paca.comparison.equal import CameOut
 from paca.comparison.methods import Method
+from paca.comparison.results import few_steps_text
 from paca.messages.units import format_bytes, format_duration
 from paca.training.plan import Plan
 
@@ -54,14 +55,18 @@ def table_of(planned: Sequence[PlannedMethod]) -> Table:
     return table
 
 
-def alone_text(planned: Sequence[PlannedMethod]) -> list[str]:
-    """That there is nothing to compare, where that is so: it stays a search for a method's best rate."""
-    if len(planned) > 1:
-        return []
-    return [
-        f"There is one method, {planned[0].method.name}, and nothing to compare it with: what comes out is its best "
-        "rate and its score. Name another one in --methods for a verdict."
-    ]
+def no_verdict_text(planned: Sequence[PlannedMethod], seeds: int) -> list[str]:
+    """Why the comparison can't end with a verdict, or with one that tells little, where that is known beforehand."""
+    if len(planned) == 1:  # it stays a search for a method's best rate
+        return [
+            f"There is one method, {planned[0].method.name}, and nothing to compare it with: what comes out is its "
+            "best rate and its score. Name another one in --methods for a verdict."
+        ]
+    told = []
+    if seeds == 1:
+        told.append("One seed shows no difference, as chance is seen between seeds: give three, such as --seeds 0,1,2.")
+    steps = [one.plan.steps for one in planned if one.plan.steps is not None]
+    return told + few_steps_text(max(steps)) if len(steps) == len(planned) else told
 
 
 def rates_text(grids: Mapping[str, Sequence[float]], *, extend: bool) -> str:

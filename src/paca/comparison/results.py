@@ -60,7 +60,7 @@ class ComparisonResult:
         if not contrasts:
             return f"There is one method, {self.methods[0].name}, and nothing to compare it with."
         terms = [contrast.terms(self.equal) for contrast in contrasts]
-        sentences = [contrast.sentence() for contrast in contrasts]
+        sentences = [self._at_their_rates(contrast) + contrast.sentence() for contrast in contrasts]
         if len(set(terms)) == 1:  # said once, for all
             found = terms[0] + "; ".join(sentences)
         else:
@@ -105,10 +105,7 @@ class ComparisonResult:
     @property
     def few_steps(self) -> list[str]:
         """A sentence on runs that are too short to tell of longer ones, where the longest of them is."""
-        most = max((row["steps"] or 0 for method in self.methods for row in method.rows), default=0)
-        if not 0 < most < _FEW_STEPS:
-            return []
-        return [f"The runs have {most} step{'s' * (most > 1)} at most: so few tell little of a longer training."]
+        return few_steps_text(max((row["steps"] or 0 for method in self.methods for row in method.rows), default=0))
 
     def as_dict(self) -> dict[str, Any]:
         """For `comparison.json`."""
@@ -119,10 +116,28 @@ class ComparisonResult:
             "equal": list(self.equal),
             "verdict": self.verdict,
             "methods": [method.as_dict() for method in self.methods],
-            "contrasts": [contrast.as_dict() for contrast in self.contrasts],
+            "contrasts": [
+                {**contrast.as_dict(), "rates_open": self._open_rates(contrast)} for contrast in self.contrasts
+            ],
             "notes": [*self.few_steps, *self.notes],
         }
+
+    def _open_rates(self, contrast: Contrast) -> list[str]:
+        """Of the two, those whose best rate may lie beyond the ones tried."""
+        return [one.name for one in (contrast.leader, contrast.other) if one.name in self.edges]
+
+    def _at_their_rates(self, contrast: Contrast) -> str:
+        """How a finding begins that a better rate of the one that is behind might turn."""
+        behind = {"better": contrast.other, "worse": contrast.leader}.get(contrast.finding)
+        return "at the rates tried, " if behind is not None and behind.name in self.edges else ""
 
     @property
     def _first(self) -> Row:
         return next(row for method in self.methods for row in method.tried)
+
+
+def few_steps_text(most: int) -> list[str]:
+    """A sentence on runs of `most` steps, if these are too few to tell of longer training."""
+    if not 0 < most < _FEW_STEPS:
+        return []
+    return [f"The runs have {most} step{'s' * (most > 1)} at most: so few tell little of a longer training."]
