@@ -179,6 +179,8 @@ def test_packed_files_are_data_and_not_read_twice_beside_the_unpacked_ones(tmp_p
         load_examples(str(tmp_path / "c.csv.gz"))
     with pytest.raises(PacaError, match=r"no data file or folder 'd\.jsonl\.gz'"):
         load_examples("d.jsonl.gz")
+    with pytest.raises(PacaError, match=r"no data file or folder '7\.5%'.* For a share .* give data\.eval: 0\.075\."):
+        load_examples("7.5%")
 
 
 def test_every_message_keeps_its_own_fields(tmp_path: Path) -> None:

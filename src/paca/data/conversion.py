@@ -199,7 +199,8 @@ def _convert(form: Format, place: str, row: rows.Row, leave_out: bool) -> Exampl
         if missing:
             hint = did_you_mean(missing[0], row)
             raise NothingToLearn(
-                f"there is no column {' and no '.join(missing)}; found: {', '.join(row) or '(nothing)'}.{hint}"
+                f"there is no column {' and no '.join(missing)}; found: {', '.join(row) or '(nothing)'}.{hint} "
+                "Complete the record."
             )
         return {**form.convert(row), ORIGIN: place}
     except NothingToLearn as error:

@@ -113,8 +113,8 @@ def find_source(name: str, split: str) -> Source:
     hub = None if suffix_of(path) in SUFFIXES else load_from_hub(name, split)
     if hub is None:
         raise PacaError(
-            f"There is no data file or folder {name!r} (working folder: {Path.cwd()}).{_neighbour_hint(path)} Check "
-            "the path (data.train, data.eval)."
+            f"There is no data file or folder {name!r} (working folder: {Path.cwd()}).{_share_hint(name)}"
+            f"{_neighbour_hint(path)} Check the path (data.train, data.eval)."
         )
     return Source(name, dataset=hub)
 
@@ -186,6 +186,11 @@ def _of_split(files: tuple[Path, ...], folder: str, split: str) -> tuple[Path, .
             "Name one of them, or all (data.split, data.eval_split), or give a file."
         )
     return tuple(splits[asked])
+
+
+def _share_hint(name: str) -> str:
+    percent = re.fullmatch(r"\s*(\d{1,2}(?:\.\d+)?)\s*%\s*", name)
+    return f" For a share of data.train give data.eval: {float(percent[1]) / 100:g}." if percent else ""
 
 
 def _neighbour_hint(path: Path) -> str:
