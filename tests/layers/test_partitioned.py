@@ -84,3 +84,10 @@ def test_weights_that_are_taken_apart_after_columns_were_put_in_are_refused():
         layer.base_layer.weight.ds_id = 0
     with pytest.raises(RuntimeError, match="ZeRO-3 took weights apart that PaCA keeps columns in"):
         model(torch.randn(2, 7))
+
+
+def test_symbolic_tracing_is_refused_by_its_name() -> None:
+    """Its stand-ins for values have every attribute, also those that DeepSpeed sets."""
+    base = adapted_perceptron().get_base_model()
+    with torch.no_grad(), pytest.raises(RuntimeError, match=r"^torch\.fx\.symbolic_trace runs a model without values"):
+        torch.fx.symbolic_trace(base)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.fx
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
@@ -20,6 +21,11 @@ def refuse_flattened(weight: Tensor) -> None:
     What is written into a piece of FSDP1's flat parameter is lost, and it has no version counter and no memory of its
     own by which others' writes could be seen.
     """
+    if isinstance(weight, torch.fx.Proxy):  # which has every attribute
+        raise RuntimeError(
+            "torch.fx.symbolic_trace runs a model without values, and layers that PaCA adapts look at their weights. "
+            "Trace the merged model (merge_and_unload), or use torch.compile, which traces adapted ones."
+        )
     if hasattr(weight, "ds_id"):
         raise RuntimeError(
             "DeepSpeed's ZeRO-3 took weights apart that PaCA keeps columns in: the model was adapted before ZeRO-3 was "
