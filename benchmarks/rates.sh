@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The best rates of PaCA and LoRA by rank and model, on ARC and for a classifier (docs/notes/learning-rate.md).
+# The best rates of PaCA and LoRA by rank and model, on ARC, for a classifier and for DPO (docs/notes/learning-rate.md).
 #
 #   .venv/bin/python -m benchmarks.quality.prepare --data FOLDER --gemma    once; without --data from the hub
 #   bash benchmarks/rates.sh
@@ -31,3 +31,8 @@ search smollm2-135m-r16 arc 16 2e-3,3.2e-3,5e-3
 search smollm2-135m-kinds-r16 kinds 16 3e-4,2e-3,3.2e-3,5e-3,8e-3
 search_lora lora-smollm2-135m-r8 arc 8 1.25e-3,2e-3,3.2e-3
 search_lora lora-gemma3-270m-r8 arc-gemma 8 3.05e-4,5e-4,8e-4
+
+.venv/bin/python -m benchmarks.quality.pairs
+"$PACA" compare benchmarks/quality/dpo.yaml --methods paca,lora=benchmarks/quality/lora33.yaml --seeds 0 --no-extend \
+    --lr paca=1e-5,1e-4,3.2e-4 --lr lora=1e-5,1e-4 --output "$RUNS/dpo-smollm2-135m"
+cp "$RUNS/dpo-smollm2-135m/runs.jsonl" benchmarks/rates/dpo-smollm2-135m.jsonl
