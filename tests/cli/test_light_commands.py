@@ -156,6 +156,11 @@ def test_a_config_that_is_wrong_by_itself_is_refused_before_anything_heavy_is_im
             "--base takes no value, and 'other' was given. For a value there is",
         ),
         (["train", "answers.yaml", "--dry-run", "true"], "--dry-run takes no value, and 'true' was given. Leave it"),
+        (
+            ["compare", "answers.yaml", "--equal", "params", "--output", "out"],
+            "Invalid value for '--equal': 'params' is not one of 'parameters', 'time', 'memory', 'parameters,time', "
+            "'memory,time'. Did you mean 'parameters'?",
+        ),
         (["train", "answers.yaml", "--dry-run", "--set", "a.b=c", "more"], "unexpected extra argument(s) (more)"),
     ],
 )

@@ -7,9 +7,12 @@ name for the value.
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from typer.core import TyperCommand, TyperGroup
+
+from paca.messages.nearest import did_you_mean
 
 
 def _without_values(parameters: list[Any]) -> list[Any]:
@@ -31,6 +34,13 @@ def _takes_no_value(switch: str, word: str, options: dict[str, Any]) -> str:
     return f"{switch} takes no value, and {word!r} was given.{instead or ' Leave it out.'}"
 
 
+def _mend(error: Any) -> None:
+    """Of a choice that there is not typer tells the kind of its own exception, and not which one was meant."""
+    told = re.fullmatch(r"Value error, ('(.*)' is not one of (.*)\.)", str(getattr(error, "message", "")))
+    if told is not None:
+        error.message = told[1] + did_you_mean(told[2], re.findall(r"'([^']*)'", told[3]))
+
+
 class Command(TyperCommand):
     """A command whose switches take no value, show none and say so; it says what an option without its value needs."""
 
@@ -41,7 +51,11 @@ class Command(TyperCommand):
     def parse_args(self, ctx: Any, args: list[str]) -> Any:
         """Reads the command line."""
         self._refuse_wrong_values(ctx, args)
-        return super().parse_args(ctx, args)
+        try:
+            return super().parse_args(ctx, args)
+        except Exception as error:  # typer's own, which versions of it keep in different places
+            _mend(error)
+            raise
 
     def _refuse_wrong_values(self, ctx: Any, args: list[str]) -> None:
         options: dict[str, Any] = {
