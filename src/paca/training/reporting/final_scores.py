@@ -43,10 +43,13 @@ def held_out_loss(kind: TrainerKind, trainer: Any, state: TrainerState, console:
     step = kept_step(state, trainer.args)
     for entry in reversed(state.log_history):
         if entry.get("step") == step and "eval_loss" in entry:  # the last evaluation of the training loop
-            kind.evaluate_examples(trainer, step)
-            return float(entry["eval_loss"])
-    with busy(console, "Measuring the held-out loss after training ..."):
-        return float(trainer.evaluate()["eval_loss"])
+            loss = entry["eval_loss"]
+            break
+    else:
+        with busy(console, "Measuring the held-out loss after training ..."):
+            loss = trainer.evaluate()["eval_loss"]
+    kind.evaluate_examples(trainer, step)
+    return float(loss)
 
 
 def scores_by_trainer(kind: TrainerKind, log: MetricsLog, trainer: Any, step: int) -> dict[str, Any] | None:
@@ -54,7 +57,7 @@ def scores_by_trainer(kind: TrainerKind, log: MetricsLog, trainer: Any, step: in
     assert kind.score is not None
     before, after = (log.eval_metric_at(at, kind.score) for at in (0, step))
     before = before if kind.scored_before else None
-    return trainers_scores(kind.score, len(trainer.eval_dataset), before, after, kind.right(trainer)) or None
+    return trainers_scores(kind.score, len(trainer.eval_dataset), before, after, kind.right(trainer, step)) or None
 
 
 def scores_by(

@@ -95,9 +95,9 @@ class Classification(TrainerKind):
                 tokens, batched=True, remove_columns=[name for name in dataset.column_names if name != "labels"]
             )
 
-    def right(self, trainer: Trainer) -> str:
+    def right(self, trainer: Trainer, step: int) -> str:
         measure = trainer.compute_metrics
-        return measure.right if _in_order(trainer) and isinstance(measure, Accuracy) else ""
+        return measure.right if isinstance(measure, Accuracy) and measure.step == step and _in_order(trainer) else ""
 
     def evaluate_examples(self, trainer: Trainer, step: int) -> None:
         """The last evaluation was of other weights where an earlier checkpoint is the best; a run that was resumed
@@ -106,6 +106,7 @@ class Classification(TrainerKind):
         if _in_order(trainer) and isinstance(measure, Accuracy) and measure.step != step:
             assert isinstance(held_out, Dataset)
             trainer.predict(held_out)  # which, unlike `evaluate`, adds no point to the curve
+            measure.step = step
 
     def collator(self, processor: Any) -> Callable[[list[dict[str, Any]]], dict[str, Any]]:
         """What makes a batch of rows."""

@@ -155,8 +155,8 @@ class TrainerKind:
         """
         return 0, 0
 
-    def right(self, trainer: Any) -> str:
-        """1 or 0 for each held-out example, in order, as the trainer evaluated them last; empty where it tells none."""
+    def right(self, trainer: Any, step: int) -> str:
+        """1 or 0 for each held-out example, in order, by the weights of a step; empty where the trainer tells none."""
         return ""
 
     def evaluate_examples(self, trainer: Any, step: int) -> None:
