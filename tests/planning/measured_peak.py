@@ -30,13 +30,21 @@ def resident(field: str) -> int:
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
 
 
+def adapter(fields: dict[str, Any] | None) -> peft.PeftConfig:
+    """PaCA's, or another method's `peft_type` and fields."""
+    if fields is None:
+        return paca.PacaConfig(r=8)
+    kind = peft.mapping.PEFT_TYPE_TO_CONFIG_MAPPING[peft.PeftType(fields["peft_type"])]
+    return kind(task_type="CAUSAL_LM", **{name: value for name, value in fields.items() if name != "peft_type"})
+
+
 def train(architecture: str, options: dict[str, Any], setting: dict[str, Any]) -> None:
     """Two optimizer steps; the first, on a few tokens, makes the optimizer's state, which is in the second's peak."""
     shape = config(architecture, **options)
     quantization = setting.get("quantization")
     base = quantized_model(shape, quantization) if quantization else AutoModelForCausalLM.from_config(shape)
     gc.collect()
-    model = base if setting.get("full") else peft.get_peft_model(base, paca.PacaConfig(r=8))
+    model = base if setting.get("full") else peft.get_peft_model(base, adapter(setting.get("adapter")))
     model.train()
     if setting.get("lean"):
         make_lean(model, recompute=setting.get("recompute"))
@@ -81,6 +89,7 @@ def make_answers(model: Any, setting: dict[str, Any], length: int) -> None:
     prompts = torch.randint(1, 400, (setting["answers"], length - made))
     with torch.no_grad():
         options = {"do_sample": True, "top_k": 0, "max_new_tokens": made, "min_new_tokens": made}
+        options["use_cache"] = not model.active_peft_config.is_prompt_learning
         model.generate(input_ids=prompts, attention_mask=torch.ones_like(prompts), **options)
 
 

@@ -103,6 +103,20 @@ def test_of_other_methods_too(adapter: Any) -> None:
     check("llama", adapter=adapter, dtype=torch.bfloat16)
 
 
+LOOK_AT_VALUES = [
+    peft.ShiraConfig(r=8, target_modules=["q_proj", "down_proj"], random_seed=0, task_type="CAUSAL_LM"),
+    peft.VBLoRAConfig(r=4, vector_length=8, num_vectors=16, target_modules=["q_proj", "down_proj"]),
+    peft.WaveFTConfig(n_frequency=64, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM"),
+    peft.ShadowConfig(task_type="CAUSAL_LM"),
+]
+
+
+@pytest.mark.parametrize("settings", [{}, {"checkpointing": True, "chunked_loss": True}], ids=["as is", "saving"])
+@pytest.mark.parametrize("adapter", LOOK_AT_VALUES, ids=lambda adapter: adapter.peft_type.value)
+def test_of_methods_that_look_at_values_too(adapter: Any, settings: dict[str, Any]) -> None:
+    check("llama", {"num_hidden_layers": 8}, adapter=adapter, dtype=torch.bfloat16, **settings)
+
+
 @pytest.mark.parametrize("architecture", ["gemma3", "gpt2", "bloom"])
 def test_of_learned_prompts_in_other_architectures_too(architecture: str) -> None:
     check(architecture, adapter=PROMPTS[0], dtype=torch.bfloat16)

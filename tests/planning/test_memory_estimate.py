@@ -215,9 +215,6 @@ def test_models_that_can_not_be_planned_are_refused() -> None:
     prefix = peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
     with pytest.raises(paca.PacaError, match="PREFIX_TUNING adds to the model's input, and no plan is made for that"):
         planned.__wrapped__(adapter=prefix)
-    prompt = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
-    with pytest.raises(paca.PacaError, match=r"PROMPT_TUNING adds to the model's input, and .* for that for `grpo`"):
-        planned.__wrapped__(adapter=prompt, trainer="grpo", answering=Answering(length=8))
     with pytest.raises(paca.PacaError, match="does not fit"):
         planned.__wrapped__(adapter=paca.PacaConfig(target_modules=["nothing"]))
     with pytest.raises(paca.PacaError, match=r"can.t be made lean"):

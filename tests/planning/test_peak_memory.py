@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 from architectures import config
+from measured_peak import adapter
 
-import paca
 from paca.planning import Setting, estimate
 from paca.planning.memory_estimate import FRAMEWORK
 from paca.planning.setting import Answering
@@ -75,6 +75,25 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
             "answer_length": 16,
         },
     ),
+    "llama, answers after a learned prompt": (
+        "llama",
+        {**GATED, "dtype": "float32"},
+        {
+            "adapter": {"peft_type": "PROMPT_TUNING", "num_virtual_tokens": 20},
+            "chunked_loss": True,
+            "trainer": "grpo",
+            "batch_size": 1,
+            "sequence_length": 160,
+            "answers": 64,
+            "answer_length": 16,
+        },
+    ),
+    "llama, SHADOW": ("llama", {**GATED, "dtype": "float32"}, {"adapter": {"peft_type": "SHADOW"}}),
+    "llama, SHiRA": (
+        "llama",
+        {**GATED, "dtype": "float32"},
+        {"adapter": {"peft_type": "SHIRA", "r": 8, "target_modules": ["q_proj", "down_proj"]}},
+    ),
 }
 DEFAULTS = {"batch_size": 3, "sequence_length": 256, "chunked_loss": False}
 
@@ -103,12 +122,13 @@ def measured() -> dict[str, int]:
 def test_peak_memory_is_within_a_tenth_of_the_measured_resident_set(name: str, measured: dict[str, int]) -> None:
     architecture, options, setting = CASES[name]
     settings = {**DEFAULTS, **setting}
-    adapter = None if settings.pop("full", False) else paca.PacaConfig(r=8)
+    other = settings.pop("adapter", None)
+    method = None if settings.pop("full", False) else adapter(other)
     shape = config(architecture, **{**options, "dtype": getattr(torch, options["dtype"])})
     if "answers" in settings:
         made = {"length": settings.pop("answer_length"), "generation_batch_size": settings.pop("answers")}
         settings["answering"] = Answering(**made)
-    planned = estimate(shape, Setting(**settings), adapter)
+    planned = estimate(shape, Setting(**settings), method)
     total = planned.total - planned.parts[FRAMEWORK]
     print(f"{name}: planned {total / 2**20:.0f} MiB, measured {measured[name] / 2**20:.0f} MiB")
     assert total == pytest.approx(measured[name], rel=0.1)

@@ -60,8 +60,13 @@ def measure_saved_activations(forward: Callable[[], Any], module: nn.Module) -> 
         )
     own = {tensor.untyped_storage()._cdata for tensor in chain(module.parameters(), module.buffers())}
     found: dict[int, Tensor] = {}
-    for tensor in sorted((entry.tensor for entry in held), key=Tensor.numel):  # of one storage the largest stays
+    saved = chain.from_iterable(_dense_parts(entry.tensor) for entry in held)
+    for tensor in sorted(saved, key=Tensor.numel):  # of one storage the largest stays
         storage = tensor.untyped_storage()
         if storage._cdata not in own and storage.nbytes():
             found[storage._cdata] = tensor
     return SavedActivations(tuple(sorted(found.values(), key=lambda tensor: -tensor.untyped_storage().nbytes())))
+
+
+def _dense_parts(tensor: Tensor) -> tuple[Tensor, ...]:
+    return (tensor._indices(), tensor._values()) if tensor.layout is torch.sparse_coo else (tensor,)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
+from paca.planning import learned_prompt
 from paca.planning.live_memory import LiveMemory
 
 CACHE = "keys and values"
@@ -19,6 +20,8 @@ def make_answers(
     model: PreTrainedModel, backbone: nn.Module, memory: LiveMemory, answers: int, length: int, new_tokens: int
 ) -> list[str]:
     """Run the prompts and the last token of `answers` sequences, as `generate` does, without values.
+
+    With a learned prompt nothing is kept from token to token: the last one takes a pass over all of the sequence.
 
     Args:
         model: On fake tensors.
@@ -35,9 +38,10 @@ def make_answers(
         RuntimeError: The model does not run so.
     """
     prompt, windows = length - new_tokens, []
-    cache = _Followed(model.config, memory)
-    for name, tokens, seen in ((PROMPTS, prompt, prompt), (LAST, 1, length)):
-        if name == LAST:
+    cache = None if hasattr(model, learned_prompt.NAME) else _Followed(model.config, memory)
+    passes = [(PROMPTS, prompt, prompt), (LAST, 1, length)] if cache is not None else [(LAST, length, length)]
+    for name, tokens, seen in passes:
+        if cache is not None and name == LAST:
             cache.lengthen(length - 1)
         memory.begin_window(name)
         output = f"{name}, output layer"
@@ -81,9 +85,10 @@ class _Followed(DynamicCache):
         self.memory.region = region
 
 
-def _logits(model: PreTrainedModel, cache: DynamicCache, tokens: Tensor, length: int) -> Tensor:
+def _logits(model: PreTrainedModel, cache: DynamicCache | None, tokens: Tensor, length: int) -> Tensor:
     mask = torch.ones(len(tokens), length, dtype=torch.int64)  # prompts are padded on their left
-    result: Any = model(input_ids=tokens, attention_mask=mask, past_key_values=cache, use_cache=True, logits_to_keep=1)
+    kept: dict[str, Any] = {"use_cache": False} if cache is None else {"use_cache": True, "past_key_values": cache}
+    result: Any = model(input_ids=tokens, attention_mask=mask, logits_to_keep=1, **kept)
     return result.logits[:, -1]
 
 

@@ -23,6 +23,7 @@ from paca.lean import cache_blocks, gated_linear_unit, pointwise, rms_norm, toke
 from paca.lean.loss import every_position, in_blocks
 from paca.planning.attention_kernels import attention_of
 from paca.planning.quantized_layers import dequantized_product, fake_states
+from paca.planning.unseen_values import fake_places, not_looked_at
 
 _TORCH_RAND = torch.rand
 _SINGLE: tuple[Any, ...] = ((1,), ([],), ((),))
@@ -44,6 +45,7 @@ def make_fake(model: nn.Module) -> None:
     with _each_module_once(model):
         model._apply(fake)
     fake_states(model, fake)
+    fake_places(model, fake)
 
 
 @contextmanager
@@ -84,6 +86,7 @@ def without_values(device: str) -> Iterator[None]:
         # Positions without values might be those of packed sequences, and transformers would make a mask for them.
         stack.enter_context(patch.object(transformers.masking_utils, "find_packed_sequence_indices", lambda _: None))
         stack.enter_context(patch.object(torch, "rand", _rand))
+        stack.enter_context(not_looked_at())
         if importlib.util.find_spec("bitsandbytes") is not None:
             import bitsandbytes  # noqa: F401  # defines the operator
 

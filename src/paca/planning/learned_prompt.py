@@ -11,8 +11,6 @@ from peft import PeftModel
 from peft.utils import PeftType
 from torch import Tensor, nn
 
-from paca.planning.setting import Setting
-
 NAME = "learned_prompt"
 """The module's name in the model; `.` follows it in its parameters' names."""
 _PREPENDED = (PeftType.PROMPT_TUNING, PeftType.P_TUNING)
@@ -37,11 +35,11 @@ class LearnedPrompt(nn.Module):
         return embeddings
 
 
-def put_inside(adapted: PeftModel, setting: Setting) -> bool:
+def put_inside(adapted: PeftModel) -> bool:
     """Let the model in `adapted` prepend the prompt itself, in each pass. False, and nothing done, for another method
-    that adds to the input, and where answers are made, which takes other passes.
+    that adds to the input.
     """
-    if adapted.active_peft_config.peft_type not in _PREPENDED or setting.answering is not None:
+    if adapted.active_peft_config.peft_type not in _PREPENDED:
         return False
     root: Any = adapted.get_base_model()
     name = adapted.active_adapter

@@ -5,16 +5,17 @@ from __future__ import annotations
 import copy
 import traceback
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from peft import PeftConfig, PeftModel, PeftType, ShiraConfig, get_peft_model
+from peft import PeftConfig, PeftModel, PeftType, ShadowConfig, ShiraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from paca.messages.errors import PacaError, first_line
 from paca.messages.units import format_bytes
-from paca.planning import learned_prompt
+from paca.planning import learned_prompt, shadow
 from paca.planning.compiled_products import program_bytes
 from paca.planning.operators import Operator
 from paca.planning.output_layer import check_output_layer
@@ -24,6 +25,7 @@ from paca.planning.repeated_blocks import copy_with_blocks, find_blocks
 from paca.planning.setting import Setting
 from paca.planning.simulated_step import simulate
 from paca.planning.step_trace import StepTrace
+from paca.planning.unseen_values import give_places
 from paca.pretrained.quantizing import quantize_outline
 
 FRAMEWORK = "framework overhead"
@@ -104,13 +106,20 @@ def prepare_model(
         return made
     if made is model:
         made = copy.deepcopy(made)
+    adapter = copy.deepcopy(adapter)  # PEFT writes into both
+    if isinstance(adapter, ShiraConfig):
+        adapter.mask_fn = None  # it looks at the weights
+    # SHADOW makes its second network where it likes. Others make tables on the CPU, and look into them.
     try:
-        # PEFT writes into both.
-        return get_peft_model(made, copy.deepcopy(adapter), autocast_adapter_dtype=autocast_adapter_dtype)
+        with torch.device("meta") if isinstance(adapter, ShadowConfig) else nullcontext():
+            adapted = get_peft_model(made, adapter, autocast_adapter_dtype=autocast_adapter_dtype)
     except (ValueError, TypeError) as error:
         raise PacaError(f"The adapter does not fit {type(made).__name__}: {error}") from error
     except RuntimeError as error:  # of which torch's errors about missing values are kinds
         raise _unplannable(adapter, error) from error
+    give_places(adapted)
+    shadow.put_inside(adapted)
+    return adapted
 
 
 def _unplannable(adapter: PeftConfig, error: BaseException) -> PacaError:
@@ -196,14 +205,11 @@ def estimate(
             f"{type(root).__name__}."
         )
     learned = isinstance(prepared, PeftModel) and prepared.active_peft_config.is_prompt_learning
-    if isinstance(prepared, PeftModel) and learned and not learned_prompt.put_inside(prepared, setting):
-        answers = " for `grpo`" if setting.answering is not None else ""
+    if isinstance(prepared, PeftModel) and learned and not learned_prompt.put_inside(prepared):
         raise PacaError(
-            f"{prepared.active_peft_config.peft_type.value} adds to the model's input, and no plan is made for that"
-            f"{answers}. `paca train --probe` measures such a run."
+            f"{prepared.active_peft_config.peft_type.value} adds to the model's input, and no plan is made for that. "
+            "`paca train --probe` measures such a run."
         )
-    if isinstance(prepared, PeftModel) and isinstance(prepared.active_peft_config, ShiraConfig):
-        raise _unplannable(prepared.active_peft_config, ValueError("which weights it trains"))
     if task != "text":
         setting = replace(setting, chunked_loss=False)  # which is that of a vocabulary
     if setting.chunked_loss:

@@ -18,6 +18,7 @@ from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from paca.layers import paca_layers
+from paca.planning.shadow import find_ends
 from paca.tuner import entry
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -64,7 +65,7 @@ def find_blocks(model: nn.Module) -> RepeatedBlocks | None:
         for name, module in model.named_modules()
         if isinstance(module, nn.ModuleList)
         and len(module) > 1
-        and all(isinstance(block, GradientCheckpointingLayer) for block in module)
+        and all(isinstance(getattr(block, "base_layer", block), GradientCheckpointingLayer) for block in module)
     ]
     if not lists:
         return None
@@ -74,7 +75,7 @@ def find_blocks(model: nn.Module) -> RepeatedBlocks | None:
     trained_below = False  # a block with nothing to train below it gets no gradient, and keeps nothing
     for number, block in enumerate(blocks):
         parameters = tuple((name, tuple(p.shape), p.dtype, p.requires_grad) for name, p in block.named_parameters())
-        kinds.append((type(block), layer_types[number], parameters, trained_below))
+        kinds.append((type(getattr(block, "base_layer", block)), layer_types[number], parameters, trained_below))
         trained_below = trained_below or any(p.requires_grad for p in block.parameters())
     return RepeatedBlocks(path, tuple(kinds))
 
@@ -95,6 +96,7 @@ def copy_with_blocks(model: Model, blocks: RepeatedBlocks | None, chosen: tuple[
         _renumber(small.get_submodule(blocks.path))
     if paca_layers(small):
         entry.install(small)
+    find_ends(small)
     return small
 
 

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from peft.tuners.shadow.layers import ShadowCarrier
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -20,8 +21,10 @@ from trl.trainer.utils import add_fused_lm_head, disable_dropout_in_model
 
 from paca.lean import make_lean
 from paca.messages.errors import PacaError, first_line
+from paca.planning import shadow
 from paca.planning.answering import make_answers
 from paca.planning.fake_model import make_fake, without_values
+from paca.planning.learned_prompt import LearnedPrompt
 from paca.planning.live_memory import LiveMemory
 from paca.planning.module_stack import ModuleStack
 from paca.planning.operators import Operator
@@ -40,6 +43,7 @@ from paca.planning.step_trace import (
     WEIGHTS,
     StepTrace,
 )
+from paca.planning.unseen_values import places
 
 _OUTPUTS = {
     "sft": ("log_probs", "entropy", "is_top1"),
@@ -115,7 +119,8 @@ class _Simulation:
                 make_fake(self.reference)
                 memory.categorize((*self.reference.parameters(), *self.reference.buffers()), WEIGHTS)
         trainable = [p for p in self.model.parameters() if p.requires_grad]
-        memory.categorize((*self.model.parameters(), *self.model.buffers(), *states(self.model)), WEIGHTS)
+        held = (*self.model.buffers(), *states(self.model), *places(self.model))
+        memory.categorize((*self.model.parameters(), *held), WEIGHTS)
         memory.categorize(trainable, TRAINABLE)
         if setting.gradient_accumulation > 1:
             for parameter in trainable:
@@ -165,7 +170,7 @@ class _Simulation:
                 parameter.grad = torch.empty_like(parameter)
                 self.memory.note([parameter.grad], GRADIENTS)
         self.memory.region = TEMPORARIES
-        adapted = any(isinstance(module, BaseTunerLayer) for module in self.model.modules())
+        adapted = any(isinstance(module, (BaseTunerLayer, LearnedPrompt)) for module in self.model.modules())
         made = max(setting.answers, setting.eval_batch_size or 0)
         with (
             self.memory,
@@ -241,7 +246,8 @@ def _copy_of(model: PreTrainedModel, dtype: torch.dtype, setting: Setting) -> Pr
 
 
 def _when_gradient_arrives(output: Any, action: Callable[[], None]) -> None:
-    hidden_states = output if isinstance(output, Tensor) else output[0]
+    hidden_states = output.hidden if isinstance(output, ShadowCarrier) else output
+    hidden_states = hidden_states if isinstance(hidden_states, Tensor) else hidden_states[0]
     if hidden_states.requires_grad:
         hidden_states.register_hook(lambda gradient: action())
 
@@ -250,3 +256,4 @@ def _checkpoint_blocks(model: PreTrainedModel) -> None:
     # transformers >= 5.2x has the first name; the other one is on its way out.
     enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
     enable({"use_reentrant": False})
+    shadow.keep_whole(model)

@@ -1,0 +1,53 @@
+"""SHADOW, for a plan: PEFT keeps its second network beside the model, and a plan runs the model inside."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from peft import PeftModel
+from peft.tuners.shadow.model import ShadowModel
+from torch import nn
+
+NAME = "shadow_network"
+
+
+class ShadowNetwork(nn.ModuleList):
+    """What SHADOW puts beside the model: a second one of few blocks, a projection, and a classifier's head."""
+
+    def __init__(self, tuner: ShadowModel) -> None:
+        super().__init__((tuner.shadow_backbone, tuner.shadow_projection, tuner.shadow_head))
+        self.tuner = (tuner,)  # no module of this one: it holds the whole model
+
+
+def put_inside(adapted: PeftModel) -> None:
+    """Let the model in `adapted`, if its method is SHADOW, hold the second network and add its loss, as PEFT's wrapper
+    does.
+    """
+    if isinstance(adapted.base_model, ShadowModel):
+        root: Any = adapted.get_base_model()
+        root.add_module(NAME, ShadowNetwork(adapted.base_model))
+        root.register_forward_hook(_add_its_loss, with_kwargs=True)
+
+
+def find_ends(model: nn.Module) -> None:
+    """The network's states enter at the first block of the model and leave at the last: let a copy with fewer blocks
+    find its own.
+    """
+    if isinstance(network := getattr(model, NAME, None), ShadowNetwork):
+        network.tuner[0]._register_boundary_hooks()
+
+
+def keep_whole(model: nn.Module) -> None:
+    """A run's checkpointing doesn't find the network, so that its blocks keep what they compute."""
+    for module in getattr(model, NAME, nn.Module()).modules():
+        if hasattr(module, "gradient_checkpointing"):
+            module.gradient_checkpointing = False
+
+
+def _add_its_loss(model: Any, args: Any, given: dict[str, Any], output: Any) -> None:
+    tuner = getattr(model, NAME).tuner[0]
+    if given.get("labels") is None or output.loss is None or not tuner._shadow_path_active():
+        return
+    loss = tuner.shadow_auxiliary_loss(given["labels"], attention_mask=given.get("attention_mask"))
+    if loss is not None:
+        output.loss = output.loss + tuner.peft_config[tuner.active_adapters[0]].auxiliary_loss_weight * loss

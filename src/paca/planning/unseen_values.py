@@ -1,0 +1,102 @@
+"""Layers of PEFT that look at values, for plans, which have none: SHiRA's places, VB-LoRA's check of its logits, and
+WaveFT's choice of the places that lie inside its matrix, which is all of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from peft.tuners.shira.layer import Linear as ShiraLinear
+from peft.tuners.shira.layer import ShiraLayer
+from peft.tuners.vblora.layer import Linear as VBLoraLinear
+from peft.tuners.waveft.layer import WaveFTLayer
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+_VBLORA_FACTORS = VBLoraLinear._get_lora_matrices
+_WAVEFT_DELTA = WaveFTLayer.get_delta_weight
+
+
+def give_places(model: nn.Module) -> None:
+    """SHiRA's layers chose no weights, without a mask: give them as many places as they train weights."""
+    for layer in _shira(model):
+        for name, values in layer.shira_weight.items():
+            if name not in layer.shira_indices:
+                layer.shira_indices[name] = torch.empty(2, values.numel(), dtype=torch.int32, device=values.device)
+
+
+def places(model: nn.Module) -> Iterator[Tensor]:
+    """What the layers hold besides parameters and buffers."""
+    return (indices for layer in _shira(model) for indices in layer.shira_indices.values())
+
+
+def fake_places(model: nn.Module, fake: Callable[[Tensor], Tensor]) -> None:
+    """Turn what `places` gives into fake tensors, in place."""
+    for layer in _shira(model):
+        layer.shira_indices = {name: fake(indices) for name, indices in layer.shira_indices.items()}
+
+
+@contextmanager
+def not_looked_at() -> Iterator[None]:
+    """Within it, layers of the three methods run on tensors without values."""
+    with (
+        patch.object(VBLoraLinear, "_get_lora_matrices", _vblora_factors),
+        patch.object(WaveFTLayer, "get_delta_weight", _waveft_delta),
+        patch.object(ShiraLinear, "get_delta_weight", lambda layer, adapter: _SparseDelta(layer, adapter)),
+    ):
+        yield
+
+
+def _shira(model: nn.Module) -> Iterator[Any]:
+    return (module for module in model.modules() if isinstance(module, ShiraLayer))
+
+
+def _vblora_factors(layer: Any, adapter: str, cast_to_fp32: bool = False) -> tuple[Tensor, Tensor]:
+    """PEFT's, with logits that are not infinite: it asks while training."""
+    training, layer.training = layer.training, False
+    try:
+        factors: tuple[Tensor, Tensor] = _VBLORA_FACTORS(layer, adapter, cast_to_fp32)
+        return factors
+    finally:
+        layer.training = training
+
+
+def _waveft_delta(layer: Any, adapter: str) -> Tensor:
+    with _MasksLetAllThrough():
+        return _WAVEFT_DELTA(layer, adapter)
+
+
+class _MasksLetAllThrough(TorchFunctionMode):
+    """Indexing by a vector of booleans gives everything, by its positions, as torch does it."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is Tensor.__getitem__:
+            tensor, key = args
+            args = (tensor, tuple(map(_positions, key)) if isinstance(key, tuple) else _positions(key))
+        return func(*args, **(kwargs or {}))
+
+
+def _positions(key: Any) -> Any:
+    if not isinstance(key, Tensor) or key.dtype != torch.bool:
+        return key
+    return torch.empty(key.numel(), dtype=torch.int64, device=key.device)
+
+
+class _SparseDelta:
+    """SHiRA's delta: a sparse matrix, which is added to a copy of the weight. Tensors without values are never sparse.
+
+    What is allocated is the same: the places as 64-bit integers, the values, and in the backward pass the weight's
+    gradient, of which the places are taken.
+    """
+
+    def __init__(self, layer: Any, adapter: str) -> None:
+        self.places = layer.shira_indices[adapter].to(torch.int64)
+        self.values = layer.shira_weight[adapter] * layer.scaling[adapter]
+
+    def __radd__(self, weight: Tensor) -> Tensor:
+        rows, columns = self.places
+        return weight.index_put_((rows, columns), self.values.to(weight.dtype), accumulate=True)
