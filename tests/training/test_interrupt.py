@@ -9,6 +9,7 @@ import threading
 
 import pytest
 from rich.console import Console
+from transformers import TrainerControl, TrainingArguments
 
 from paca.training import interrupt
 from paca.training.interrupt import StopOnSignal
@@ -77,3 +78,22 @@ def test_signals_that_follow_do_not_cut_off_the_clean_up(monkeypatch: pytest.Mon
         monkeypatch.setattr(interrupt, "_UNWINDING_SECONDS", 0.0)
         with pytest.raises(KeyboardInterrupt):  # later: a clean-up that hangs can be stopped
             send()
+
+
+class Discarding:
+    """What is raised as it goes is discarded by Python, as in callbacks of weak references."""
+
+    def __del__(self) -> None:
+        send()
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_a_signal_that_python_discards_stops_after_the_first_step() -> None:
+    control = TrainerControl()
+    arguments = TrainingArguments(use_cpu=True)
+    with StopOnSignal(lambda line: None) as stopper:
+        Discarding()
+        training(stopper).on_step_end(arguments, None, control)
+    assert stopper.stopped
+    assert control.should_save
+    assert control.should_training_stop

@@ -113,7 +113,8 @@ class StopOnSignal(TrainerCallback):
         self._training = False
 
     def _any_process_received(self, device: torch.device) -> bool:
-        received = bool(self._received)
+        # Python discards what is raised in a finalizer, and the run went on: it stops after its first step.
+        received = bool(self._received) or self._interrupted_at is not None
         if not (distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1):
             return received
         flag = torch.tensor([int(received)], device=device)
