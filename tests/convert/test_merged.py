@@ -26,7 +26,7 @@ from paca.convert.merged import merge_to_folder
 from paca.messages.errors import PacaError
 from paca.pretrained.generation import load_for_generation
 from paca.pretrained.purpose import save_classifier_config
-from tiny_checkpoint import save_run
+from tiny_checkpoint import save_base, save_run
 
 TOKENS = torch.arange(2, 26).reshape(2, 12)
 
@@ -106,6 +106,21 @@ def test_an_adapter_on_an_explicit_base_model(run: Path, tmp_path: Path) -> None
 
 
 @pytest.mark.filterwarnings("ignore:Adapter 'default' was made for weights quantized as 'none'")
+@pytest.mark.parametrize("target", ["embed_tokens", "lm_head"])
+def test_an_adapter_of_peft_on_one_of_two_tied_embeddings_leaves_the_other_alone(tmp_path: Path, target: str) -> None:
+    base = AutoModelForCausalLM.from_pretrained(save_base(tmp_path / "base", tie_word_embeddings=True))
+    lora = peft.LoraConfig(target_modules=["q_proj", target], init_lora_weights=False, task_type="CAUSAL_LM")
+    peft.get_peft_model(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), lora).save_pretrained(
+        tmp_path / "adapter", save_embedding_layers=False
+    )
+    result = merge_to_folder(tmp_path / "adapter", tmp_path / "merged")
+    assert result.difference is not None
+    assert result.difference < 1e-6
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    untouched = merged.lm_head if target == "embed_tokens" else merged.model.embed_tokens
+    assert torch.equal(untouched.weight, base.lm_head.weight)
+
+
 def test_a_checkpoint_that_torchao_quantized_becomes_a_plain_one(run: Path, tmp_path: Path) -> None:
     ao = pytest.importorskip("torchao.quantization")
     quantized = tmp_path / "quantized"

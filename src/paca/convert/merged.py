@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 import transformers
+from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from paca.convert.beforehand import merge_output
@@ -20,6 +21,7 @@ from paca.pretrained.image_shape import image_shape
 from paca.pretrained.loading import DTYPES
 from paca.pretrained.purpose import classifier_in
 from paca.pretrained.quantizing import is_quantized
+from paca.pretrained.tied_weights import untie_adapted
 from paca.pretrained.whole_output import whole_output
 
 # Largest difference of a logit, as a share of the largest logit, that rounding explains: the values pass through tens
@@ -81,6 +83,8 @@ def merge_to_folder(
         del loaded
         loaded = load(dtype="float32")
     expected = _probe_logits(loaded.model) if verify else None
+    if foreign and isinstance(loaded.model, PeftModel):
+        untie_adapted(loaded.model)
     base = loaded.base
     with whole_output(output, _bytes_of(loaded.model, wanted), overwrite=overwrite) as unfinished:
         _write(loaded, wanted, unfinished)
@@ -139,9 +143,9 @@ def _difference_from(expected: torch.Tensor, folder: Path) -> float:
     difference = ((found - expected).abs().max() / expected.abs().max()).item()
     tolerance = TOLERANCE_IN_EPS * torch.finfo(model.dtype).eps
     if not difference <= tolerance:  # written so that NaN fails too
+        wider = "" if model.dtype == torch.float32 else " A wider --dtype rounds less."
         raise PacaError(
             f"The merged checkpoint does not answer as the adapted model does: logits differ by {difference:.2g} of "
-            f"the largest, and rounding to {model.dtype} explains at most {tolerance:.2g}. Nothing was written. "
-            "A wider --dtype rounds less."
+            f"the largest, and rounding to {model.dtype} explains at most {tolerance:.2g}. Nothing was written.{wider}"
         )
     return difference

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from contextlib import suppress
 from typing import Any
 
+from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from paca.layers import PacaLayer
@@ -40,13 +43,24 @@ def untie_embeddings(model: Any) -> bool:
         raise ValueError(f"{type(model).__name__} has no output layer whose weight could be untied.")
     tied = outputs.weight is inputs.weight
     if tied:
-        outputs.weight = nn.Parameter(inputs.weight.detach().clone(), requires_grad=inputs.weight.requires_grad)
+        whole = outputs.get_base_layer() if isinstance(outputs, BaseTunerLayer) else outputs
+        whole.weight = nn.Parameter(inputs.weight.detach().clone(), requires_grad=inputs.weight.requires_grad)
     for config in (model.config, model.config.get_text_config()):
         config.tie_word_embeddings = False
     for module in model.modules():  # what transformers worked out from the config when it made the model
         if hasattr(module, "all_tied_weights_keys"):
             module.all_tied_weights_keys = module.get_expanded_tied_weights_keys(all_submodels=True)
     return tied
+
+
+def untie_adapted(model: PeftModel) -> None:
+    """Untie the embeddings of an adapted model if one of them has an adapter of another method than PaCA: a merge of it
+    would change the other one too.
+    """
+    root: Any = model.get_base_model()
+    with suppress(AttributeError, NotImplementedError):
+        if any(isinstance(one, BaseTunerLayer) for one in (root.get_input_embeddings(), root.get_output_embeddings())):
+            untie_embeddings(root)
 
 
 def untie_for(model: Any, tensor_names: Iterable[str]) -> bool:
