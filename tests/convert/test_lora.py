@@ -232,7 +232,7 @@ def test_an_infinite_scaled_delta_is_refused_by_name() -> None:
 
 def test_what_is_no_paca_adapter_is_refused(uneven: Path, tmp_path: Path) -> None:
     export_adapter(uneven / "adapter", tmp_path / "lora", "lora")
-    with pytest.raises(PacaError, match="holds a LORA adapter"):
+    with pytest.raises(PacaError, match="holds an adapter of LORA, which PEFT loads as it is"):
         export_adapter(tmp_path / "lora", tmp_path / "again", "lora")
     with pytest.raises(PacaError, match="a whole model, not an adapter"):
         export_adapter(uneven / "base", tmp_path / "again", "lora")

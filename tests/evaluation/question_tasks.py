@@ -44,6 +44,20 @@ metric_list:
     higher_is_better: true
 """
 
+READ = """\
+task: {name}
+dataset_path: json
+dataset_kwargs:
+  data_files:
+    test: {name}.jsonl
+test_split: test
+output_type: loglikelihood_rolling
+doc_to_text: ""
+doc_to_target: "{{{{question}}}}"
+metric_list:
+  - metric: byte_perplexity
+"""
+
 GROUP = """\
 group: {name}
 task:

@@ -20,7 +20,7 @@ from lm_eval.tasks import TaskManager
 from transformers import LlamaForCausalLM
 
 import paca
-from evaluation.question_tasks import WRITTEN, save_group, save_task
+from evaluation.question_tasks import READ, WRITTEN, save_group, save_task
 from evaluation.tally import Tally
 from paca.convert.merged import merge_to_folder
 from paca.evaluation.harness import HarnessSettings, evaluate_tasks
@@ -55,17 +55,19 @@ def merged(run_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("template", [None, WRITTEN], ids=["choice", "written"])
+@pytest.mark.parametrize("template", [None, WRITTEN, READ], ids=["choice", "written", "read"])
 def test_base_and_adapter_score_as_the_harness_scores_them_as_plain_checkpoints(
     loaded: LoadedModel,
     run_folder: Path,
     merged: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
     template: str | None,
 ) -> None:
     task = save_task(tmp_path, "sums", 20, *([template] if template else []))
     results = evaluated(loaded, tmp_path / "out", task)
+    assert "Running " not in capsys.readouterr().err  # the harness's own bars
     monkeypatch.chdir(tmp_path)  # where the harness itself looks for data files
     assert list(results) == ["base", "adapter"]
     assert results["base"]["results"] == alone(run_folder / "base", task)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -15,10 +16,12 @@ from transformers import AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForC
 from cli.paca_process import forked_paca
 from paca.data import end_of_turn
 from paca.messages.errors import PacaError
+from paca.pretrained.conversation import unknown_form
 from paca.pretrained.generation import load_for_generation, stream_reply
 from paca.training import load_run_config, train
 from paca.training.plan import Plan
 from paca.training.prepare import describe
+from tiny_checkpoint import save_run
 
 RECORD = {"instruction": "What does the cat do?", "input": "", "output": "It sleeps on a tree."}
 CONFIG = """\
@@ -230,3 +233,21 @@ def test_chat_says_that_an_adapters_form_is_unknown(run: Path, tmp_path: Path) -
     assert done.returncode == 0, done.stderr
     assert "No chat template is saved with this adapter" in done.stderr
     assert "continues each text as it stands" in done.stderr
+
+
+def test_chat_says_that_a_template_may_not_be_the_adapters_own(run: Path, tmp_path: Path) -> None:
+    bare = save_run(tmp_path / "bare")
+    for file in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        (bare / "adapter" / file).unlink()  # as PEFT saves it
+    assert unknown_form(load_for_generation(bare)) == (
+        "No tokenizer is saved with this adapter, so the form that it was trained in is unknown. It is asked in the "
+        f"chat template of {bare / 'base'}."
+    )
+    loaded = load_for_generation(run)
+    assert unknown_form(loaded) is None
+    summary = json.loads((run / "summary.json").read_text())
+    shutil.copytree(run, tmp_path / "texts")
+    summary["data"]["template"] = "none: the texts are trained as they stand, and the end-of-text token after each"
+    (tmp_path / "texts" / "summary.json").write_text(json.dumps(summary))
+    said = unknown_form(dataclasses.replace(loaded, adapter=tmp_path / "texts" / "adapter"))
+    assert said == "It was trained on texts as they stand, but is asked in the chat template of its model."

@@ -161,7 +161,8 @@ def _read(folder: Path, base: str) -> Adapter:
     kind = adapter_settings(folder).get("peft_type")
     if kind != "PACA":
         raise PacaError(
-            f"{folder} holds a {printable(str(kind), longest=99)} adapter; only PaCA adapters can be exported."
+            f"{folder} holds an adapter of {printable(str(kind), longest=99)}, which PEFT loads as it is; only PaCA's "
+            f"are exported. Folded into its model every tool loads it: {program()} merge {folder} --output MODEL"
         )
     if any(name.endswith(".paca_w") for name in tensors):
         raise PacaError(

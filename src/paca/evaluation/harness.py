@@ -182,6 +182,10 @@ class _WatchedModel(HFLM):
         self._watcher.begin(self._who, "texts read", len(requests))
         return list(super().loglikelihood_rolling(requests, disable_tqdm=True))
 
+    def _loglikelihood_tokens(self, requests: list[Any], **options: Any) -> list[tuple[float, bool]]:
+        # The harness shows a bar for each batch of texts, whatever it is told above.
+        return list(super()._loglikelihood_tokens(requests, **{**options, "disable_tqdm": True}))
+
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
         self._watcher.begin(self._who, "answers written", len(requests))
         return list(super().generate_until(requests, disable_tqdm=True))

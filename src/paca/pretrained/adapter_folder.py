@@ -178,31 +178,36 @@ def json_object(file: Path) -> dict[str, Any]:
 
 def find_quantization(adapter: Path) -> str | None:
     """How the base model was quantized as it was loaded for training: PaCA's configs say so, for others their run."""
-    return text_setting(adapter, "base_quantization") or _said_of_the_model(adapter, "quantization")
+    return text_setting(adapter, "base_quantization") or _said_by_the_run(adapter, "model", "quantization")
 
 
 def find_dtype(adapter: Path | None) -> str:
     """What the base model was in as the adapter was trained, if its run says one of `DTYPES`; else "auto"."""
     from paca.pretrained.loading import DTYPES  # torch, which most commands need not wait for
 
-    said = None if adapter is None else _said_of_the_model(adapter, "dtype")
+    said = None if adapter is None else _said_by_the_run(adapter, "model", "dtype")
     return said if said in DTYPES else "auto"
 
 
 def base_of_whole(folder: str | Path) -> str | None:
     """Name or path of the model that a run of the method `full` trained, for the run's `model/`; else None."""
     try:
-        return _said_of_the_model(Path(folder), "name") if Path(folder).name == "model" else None
+        return _said_by_the_run(Path(folder), "model", "name") if Path(folder).name == "model" else None
     except PacaError:  # a summary that is none
         return None
 
 
-def _said_of_the_model(trained: Path, name: str) -> str | None:
+def trained_on_texts(trained: Path) -> bool:
+    """Whether a run's `adapter/` or `model/` saw texts as they stand: in no chat template, though one may lie there."""
+    return (_said_by_the_run(trained, "data", "template") or "").startswith("none")
+
+
+def _said_by_the_run(trained: Path, part: str, name: str) -> str | None:
     summary = trained.parent / "summary.json"
     if trained.name not in ("adapter", "model") or not summary.is_file():
         return None
-    model = json_object(summary).get("model")
-    said = model.get(name) if isinstance(model, dict) else None
+    content = json_object(summary).get(part)
+    said = content.get(name) if isinstance(content, dict) else None
     return said if isinstance(said, str) else None
 
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from pathlib import Path
 from typing import Any
 
 from paca.lean.float32_products import fastest_products
 from paca.messages.errors import PacaError
-from paca.pretrained.adapter_folder import base_of_whole
+from paca.pretrained.adapter_folder import base_of_whole, trained_on_texts
 from paca.pretrained.bounded_template import conversation_text
 from paca.pretrained.changed_base import left_on
 from paca.pretrained.generation import LoadedModel, Message
@@ -41,8 +42,15 @@ def check_tools(loaded: LoadedModel, tools: Sequence[dict[str, Any]]) -> None:
 
 
 def unknown_form(loaded: LoadedModel) -> str | None:
-    """What a person should know of a model that no chat template says how to ask."""
+    """What a person should know of a model of which no chat template says how to ask, or perhaps a wrong one."""
     if loaded.tokenizer.chat_template is not None:
+        if trained_on_texts(loaded.adapter or Path(loaded.base)):
+            return "It was trained on texts as they stand, but is asked in the chat template of its model."
+        if loaded.adapter is not None and not (loaded.adapter / "tokenizer_config.json").is_file():
+            return (
+                "No tokenizer is saved with this adapter, so the form that it was trained in is unknown. It is asked "
+                f"in the chat template of {loaded.base}."
+            )
         return None
     unknown = "This model has no chat template"
     if loaded.adapter is not None:
@@ -51,6 +59,11 @@ def unknown_form(loaded: LoadedModel) -> str | None:
             "unknown"
         )
     return f"{unknown}. It continues each text as it stands, without the ones before."
+
+
+def trained_in_template(loaded: LoadedModel) -> bool:
+    """Whether the adapter learned to answer in the chat template that is saved with it, as far as is known."""
+    return loaded.adapter is not None and loaded.tokenizer.chat_template is not None and unknown_form(loaded) is None
 
 
 def speaker(loaded: LoadedModel, base: bool) -> str:
