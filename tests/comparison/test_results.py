@@ -340,7 +340,9 @@ def test_cost_is_told_as_a_multiple() -> None:
 def test_times_for_other_work_are_not_compared() -> None:
     paca, lora = row("paca", 0, 1.0, steps=12), row("lora", 0, 1.0, steps=6)
     methods = [MethodResult(one["name"], "", 1e-3, [one], [one]) for one in (paca, lora)]
-    assert "training time" not in " ".join(ComparisonResult(methods, []).cost)
+    (cost,) = ComparisonResult(methods, []).cost
+    assert "training time" not in cost
+    assert f"× {lora['name']}'s peak memory" in cost
     assert "training time" in " ".join(ComparisonResult(methods, [], ("time",)).cost)
 
 

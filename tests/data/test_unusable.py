@@ -14,6 +14,7 @@ from paca.data import load_examples
 from paca.messages.errors import PacaError
 
 FINE = {"question": "a?", "answer": "b"}
+ARC = {"question": "a?", "choices": {"text": ["x", "y"], "label": ["A", "B"]}, "answerKey": "A"}
 PAIR = {"prompt": "a?", "chosen": "b", "rejected": "c"}
 
 
@@ -47,6 +48,8 @@ def write(path: Path, rows: Sequence[dict[str, Any]]) -> str:
             "text",
         ),
         ({**FINE, "choices": ["x", "y"], "answer": 0}, {**FINE, "choices": ["x", "y"], "answer": None}, "text"),
+        ({**FINE, "choices": ["x", "y"], "answer": 0}, {**FINE, "choices": ["x", "y"], "answer": ""}, "text"),
+        (ARC, {**ARC, "answerKey": ""}, "text"),
         (PAIR, {**PAIR, "rejected": None}, "preferences"),
         (PAIR, {"prompt": "a?", "chosen": "b"}, "preferences"),
         ({"text": "a", "label": "x"}, {"text": "b", "label": None}, "labels"),

@@ -89,7 +89,8 @@ def work_text(
     """How many runs there will be, each rate with the first seed and the best with the others; how long, if known."""
     runs = {one.method.name: len(grids[one.method.name]) + seeds - 1 for one in planned}
     steps = [one.plan.steps * runs[one.method.name] for one in planned if one.plan.steps is not None]
-    told = [f"{'at least ' if _grows(grids, extend) else ''}{sum(runs.values()):,} runs"]
+    count = sum(runs.values())
+    told = [f"{'at least ' if _grows(grids, extend) else ''}{count:,} run{'s' * (count != 1)}"]
     if len(steps) == len(planned):
         told.append(f"{sum(steps):,} steps in all")
         measured = [one.came_out.measured for one in planned]

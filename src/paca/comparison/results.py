@@ -80,9 +80,10 @@ class ComparisonResult:
         for contrast in self.contrasts:
             time, memory, parameters = contrast.cost().values()
             if time is not None and memory is not None and parameters is not None:
-                name, its = contrast.other.name, f"{contrast.other.name}'s" if ranges else "its"
+                name = contrast.other.name
                 work = {"steps", "sequences in a step"} & {*unlike([*contrast.leader.rows, *contrast.other.rows])}
                 compared = not ranges and (not work or "time" in self.equal)
+                its = "its" if compared else f"{name}'s"
                 timed = f"{time:.2f} × the training time of {name}{contrast.interval_of('train_time')} and "
                 held = f"{memory:.2f} × {its} peak memory{contrast.interval_of('accelerator_memory_max')}"
                 tensors = contrast.tensor_memory

@@ -49,9 +49,9 @@ def set_chat_template(tokenizer: PreTrainedTokenizerBase, template: str) -> None
     try:
         ended = end_of_turn(tokenizer) is not None
         left_out = _left_out(tokenizer)
-    except PacaError:
+    except PacaError as error:
         tokenizer.chat_template = before
-        raise
+        raise PacaError(f"data.template: {template!r} is no template that works. {error}") from error
     if left_out:
         tokenizer.chat_template = before
         raise PacaError(

@@ -45,7 +45,7 @@ def mmlu_question(row: Row) -> Row:
         answer = int(answer)  # pandas makes floats of a column that lacks some
     position = labels.index(answer) if answer in labels else answer
     if isinstance(position, bool) or not isinstance(position, int) or not 0 <= position < len(options):
-        raise (NothingToLearn if answer is None else PacaError)(
+        raise (NothingToLearn if answer in (None, "") else PacaError)(
             f"answer is {answer!r}; expected the position of one of the {len(options)} choices, counted from 0, or its "
             "letter."
         )
@@ -96,7 +96,7 @@ def arc_question(row: Row) -> Row:
             "objects with text and label."
         )
     if row["answerKey"] not in labels:
-        error = NothingToLearn if row["answerKey"] is None else PacaError
+        error = NothingToLearn if row["answerKey"] in (None, "") else PacaError
         raise error(f"answerKey is {row['answerKey']!r}; expected one of the labels {', '.join(labels)}.")
     return _asked(question, labels, texts, row["answerKey"])
 

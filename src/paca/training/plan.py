@@ -123,7 +123,7 @@ class Plan:
         ]
         others = [f"{name} {json.dumps(value)}" for name, value in self.own_defaults.items() if name != "learning_rate"]
         if others:
-            lines.insert(-2, ("defaults of paca", f"{', '.join(others)} (TRL has others)"))
+            lines.insert(-2, ("defaults of paca", f"{', '.join(others)} ({kind.library} has others)"))
         if self.processes > 1:
             lines.insert(-2, ("processes", str(self.processes)))
         return lines

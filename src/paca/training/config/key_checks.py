@@ -67,7 +67,19 @@ WORDS_OF_TRAIN = {
     "max_seq_length": "max_length",
 }
 """What people call some keys of `train`, where spelling alone would find another one."""
-_OTHER_WORDS = {"rank": "r", **dict.fromkeys(("validation", "valid", "val", "test", "dev"), "eval"), **WORDS_OF_TRAIN}
+_OTHER_WORDS = {
+    "rank": "r",
+    **dict.fromkeys(("load_in_4bit", "load_in_8bit", "quantization_config"), "quantization"),
+    **dict.fromkeys(("validation", "valid", "val", "test", "dev"), "eval"),
+    **WORDS_OF_TRAIN,
+}
+_SETTLED = {
+    "task_type": "The task is that of train.trainer: leave it out.",
+    "peft_type": "The section's name says the method: leave it out.",
+    "inference_mode": "A run trains its adapter: leave it out.",
+    "base_model_name_or_path": "Did you mean model.name?",
+}
+"""Fields of PEFT's configs that a method's section has no say in."""
 
 
 def check_section(
@@ -107,6 +119,8 @@ def _check_key(
 ) -> None:
     names, place = sorted(annotations), origins.of(f"{section}.{name}")
     if name not in annotations:
+        if section in METHODS and name in _SETTLED:
+            raise PacaError(f"{place}: there is no key {section}.{name}. {_SETTLED[name]}")
         # A plain misspelling needs no look at the others, for which libraries are imported. Those of them that are
         # most like a key of another section (`init_lora_weights`, `trainer`) are so by 0.83.
         meant = nearest(_OTHER_WORDS.get(name, name), names, cutoff=0.85)

@@ -178,9 +178,11 @@ def with_defaults(
 
 def own_defaults(given: Mapping[str, Any], resolved: Mapping[str, Any]) -> dict[str, Any]:
     """What the user did not give, and the trainer would have otherwise: name and value."""
-    theirs = {option.name: option.default for option in dataclasses.fields(trainer_kind(resolved).arguments)}
-    # What TRL leaves out in its fields and decides when it is made.
-    theirs |= {"bf16": True, "report_to": "none", "eval_strategy": "no", "autocast_adapter_dtype": True}
+    kind = trainer_kind(resolved)
+    theirs = {option.name: option.default for option in dataclasses.fields(kind.arguments)}
+    # What they leave out in their fields and decide when they are made; checkpointing has two names.
+    theirs |= {"report_to": "none", "eval_strategy": "no", "autocast_adapter_dtype": True}
+    theirs |= dict.fromkeys(("bf16", _checkpointing_field(), "gradient_checkpointing"), kind.library == "TRL")
     return {
         name: value
         for name, value in resolved.items()

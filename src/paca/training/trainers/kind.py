@@ -89,6 +89,11 @@ class TrainerKind:
     probed: ClassVar[bool] = True
     """Whether its longest batch is known before it trains."""
 
+    @property
+    def library(self) -> str:
+        """Whose defaults `arguments` has."""
+        return "TRL" if self.arguments.__module__.startswith("trl.") else "transformers"
+
     def check(self, settings: Mapping[str, Any], origins: Origins) -> None:
         """Refuse values of `own_keys` that cannot work.
 
