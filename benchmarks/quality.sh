@@ -10,7 +10,7 @@
 #   EQUAL=memory bash benchmarks/quality.sh encyclopedia-linear              with a rate that falls linearly
 #   EQUAL=memory bash benchmarks/quality.sh encyclopedia-long gsm8k-long arc-long    the same, longer, and 256 columns
 #   EQUAL=memory bash benchmarks/quality.sh gsm8k-wide arc-wide              with more columns in half batches
-#   EQUAL=parameters JOBS=2 OMP_NUM_THREADS=1 bash benchmarks/quality.sh arc
+#   EQUAL=parameters JOBS=2 OMP_NUM_THREADS=1 bash benchmarks/quality.sh arc arc-long
 #
 # JOBS processes share the work; with more than one, leave `time` out of EQUAL, as they slow each other down. A part
 # that was stopped goes on where it was. What it leaves for the repository lies in benchmarks/quality/TASK-EQUAL/: the
@@ -60,6 +60,10 @@ for task in "$@"; do
                 ;;
             arc-long-time) # most of an epoch
                 config=arc rates=4.87e-4,7.8e-4,1.25e-3 changed=(--set train.max_steps=400)
+                ;;
+            arc-long-parameters) # along TRL's own schedule
+                config=arc rates=4.87e-4,7.8e-4,1.25e-3
+                changed=(--set train.max_steps=400 --set train.lr_scheduler_type=linear)
                 ;;
             arc-gemma-long-time) # Gemma 3 270M (prepare --gemma); LoRA with r 33; along TRL's own schedule
                 config=arc-gemma same=time rates=1.9e-4,3.04e-4,4.87e-4 own=(--lr paca-256=4.7e-5,7.5e-5,1.2e-4)
