@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
+    LlamaForSequenceClassification,
     PvtV2Config,
     PvtV2ForImageClassification,
     TorchAoConfig,
@@ -119,6 +120,19 @@ def test_an_adapter_of_peft_on_one_of_two_tied_embeddings_leaves_the_other_alone
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     untouched = merged.lm_head if target == "embed_tokens" else merged.model.embed_tokens
     assert torch.equal(untouched.weight, base.lm_head.weight)
+
+
+def test_an_adapter_on_the_embedding_of_a_classifier_is_merged(tmp_path: Path) -> None:
+    """It has no output layer that could be tied."""
+    base = save_base(tmp_path / "base")
+    model = LlamaForSequenceClassification.from_pretrained(base, num_labels=2)
+    lora = peft.LoraConfig(target_modules=["embed_tokens"], init_lora_weights=False, task_type="SEQ_CLS")
+    adapted = peft.get_peft_model(model, lora)
+    adapted.save_pretrained(tmp_path / "adapter", save_embedding_layers=False)
+    save_classifier_config(tmp_path / "adapter", adapted)
+    difference = merge_to_folder(tmp_path / "adapter", tmp_path / "merged").difference
+    assert difference is not None
+    assert difference < 1e-6
 
 
 def test_a_checkpoint_that_torchao_quantized_becomes_a_plain_one(run: Path, tmp_path: Path) -> None:

@@ -102,6 +102,11 @@ def test_everything_counts_where_it_is_asked_for(tmp_path: Path) -> None:
     assert found.share == pytest.approx(8 / 9)  # the first token is never predicted
 
 
+def test_a_first_character_of_several_tokens_is_shown_with_the_rest(tmp_path: Path) -> None:
+    found = take_sample(load(tmp_path, [{"text": "日本"}]), byte_tokenizer())
+    assert found.pieces == [("日本<|im_end|>", True)]
+
+
 def test_of_much_data_a_part_is_tokenized_the_same_one_each_time(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

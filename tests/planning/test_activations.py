@@ -30,10 +30,11 @@ def measured(setting: Setting, adapter: Any, shape: Any) -> int:
         base = AutoModelForCausalLM.from_config(shape)
     else:
         base = quantized_model(shape, setting.quantization)
+    base.train()
+    if setting.lean:
+        make_lean(base, recompute=setting.recompute)  # as in a run, before there is an adapter
     model = base if adapter is None else peft.get_peft_model(base, adapter)
     model.train()
-    if setting.lean:
-        make_lean(model, recompute=setting.recompute)
     if setting.checkpointing:
         base.gradient_checkpointing_enable({"use_reentrant": False})
     options = {}
@@ -114,7 +115,34 @@ LOOK_AT_VALUES = [
 @pytest.mark.parametrize("settings", [{}, {"checkpointing": True, "chunked_loss": True}], ids=["as is", "saving"])
 @pytest.mark.parametrize("adapter", LOOK_AT_VALUES, ids=lambda adapter: adapter.peft_type.value)
 def test_of_methods_that_look_at_values_too(adapter: Any, settings: dict[str, Any]) -> None:
-    check("llama", {"num_hidden_layers": 8}, adapter=adapter, dtype=torch.bfloat16, **settings)
+    check("llama", adapter=adapter, dtype=torch.bfloat16, **settings)
+
+
+@pytest.mark.parametrize(
+    "adapter",
+    [
+        peft.ShiraConfig(r=8, target_modules=["q_proj", "down_proj"], random_seed=0, task_type="CAUSAL_LM"),
+        peft.HiraConfig(r=8, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM"),
+    ],
+    ids=["SHiRA", "HiRA"],
+)
+def test_of_methods_that_unpack_weights_of_four_bits_too(adapter: Any) -> None:
+    pytest.importorskip("bitsandbytes")
+    check("llama", adapter=adapter, dtype=torch.bfloat16, quantization="nf4")
+
+
+@pytest.mark.parametrize(
+    ("architecture", "options", "settings"),
+    [
+        ("llama", {"shadow_num_hidden_layers": 3}, {"lean": True}),
+        ("bloom", {}, {}),
+        ("llama", {"auxiliary_loss_weight": 0.0}, {}),
+    ],
+    ids=["three blocks", "tuples", "no loss of its own"],
+)
+def test_of_every_shadow_too(architecture: str, options: dict[str, Any], settings: dict[str, Any]) -> None:
+    adapter = peft.ShadowConfig(task_type="CAUSAL_LM", **options)
+    check(architecture, adapter=adapter, dtype=torch.bfloat16, **settings)
 
 
 @pytest.mark.parametrize("architecture", ["gemma3", "gpt2", "bloom"])

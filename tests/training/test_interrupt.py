@@ -91,9 +91,11 @@ class Discarding:
 def test_a_signal_that_python_discards_stops_after_the_first_step() -> None:
     control = TrainerControl()
     arguments = TrainingArguments(use_cpu=True)
-    with StopOnSignal(lambda line: None) as stopper:
+    lines: list[str] = []
+    with StopOnSignal(lines.append) as stopper:
         Discarding()
         training(stopper).on_step_end(arguments, None, control)
     assert stopper.stopped
+    assert lines[0].startswith("Stopping: ")
     assert control.should_save
     assert control.should_training_stop

@@ -16,7 +16,7 @@ from transformers import AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForC
 from cli.paca_process import forked_paca
 from paca.data import end_of_turn
 from paca.messages.errors import PacaError
-from paca.pretrained.conversation import unknown_form
+from paca.pretrained.conversation import other_form, unknown_form
 from paca.pretrained.generation import load_for_generation, stream_reply
 from paca.training import load_run_config, train
 from paca.training.plan import Plan
@@ -251,3 +251,20 @@ def test_chat_says_that_a_template_may_not_be_the_adapters_own(run: Path, tmp_pa
     (tmp_path / "texts" / "summary.json").write_text(json.dumps(summary))
     said = unknown_form(dataclasses.replace(loaded, adapter=tmp_path / "texts" / "adapter"))
     assert said == "It was trained on texts as they stand, but is asked in the chat template of its model."
+
+
+def test_tasks_in_another_form_than_the_trainings_are_told_of(run: Path, tmp_path: Path) -> None:
+    loaded = load_for_generation(run)
+    assert other_form(loaded, in_template=True) is None
+    assert str(other_form(loaded, in_template=False)).startswith("Asked in plain text. The run trained in a chat")
+    shutil.copytree(run, tmp_path / "texts")
+    summary = json.loads((run / "summary.json").read_text())
+    summary["data"]["template"] = "none: the texts are trained as they stand, and the end-of-text token after each"
+    texts = dataclasses.replace(loaded, adapter=tmp_path / "texts" / "adapter")
+    (tmp_path / "texts" / "summary.json").write_text(json.dumps(summary))
+    assert other_form(texts, in_template=False) is None
+    assert str(other_form(texts, in_template=True)).startswith("Asked in the chat template. The run trained on texts")
+    assert unknown_form(texts, base=True) is None
+    (tmp_path / "texts" / "summary.json").write_text("{")  # no reason not to answer
+    assert other_form(texts, in_template=True) is None
+    assert unknown_form(texts) is None

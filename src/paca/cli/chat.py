@@ -79,7 +79,7 @@ def chat(
         say(f"Unpacking the weights of {path} ...")
     loaded = load_for_generation(path, base_model=base_model)
     conversation = Conversation(loaded, opening(loaded, system), **sampling)
-    if remark := unknown_form(loaded):
+    if remark := unknown_form(loaded, base):
         say(remark)
     if defined is not None:
         check_tools(loaded, defined)

@@ -32,7 +32,7 @@ class SideBySide:
                 if tools := sampling.get("tools"):
                     check_tools(loaded, tools)
                 title = f"{loaded.base}, without adapter" if base else name
-            self.titles.append(f"{title}\n{unknown_form(loaded) or ''}".strip())
+            self.titles.append(f"{title}\n{unknown_form(loaded, base) or ''}".strip())
         self.begin()
 
     def begin(self) -> None:

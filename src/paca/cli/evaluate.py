@@ -156,14 +156,14 @@ def evaluate(
             if names:
                 from paca.evaluation.harness import HarnessSettings, evaluate_tasks
                 from paca.evaluation.side_by_side import rows_of
-                from paca.pretrained.conversation import trained_in_template
+                from paca.pretrained.conversation import other_form
 
                 settings = HarnessSettings(num_fewshot, limit, batch_size, chat_template)
                 results = evaluate_tasks(loaded, found, settings, output, shown)
                 shown.finish()
                 print_table(console, rows_of(results))
-                if not chat_template and trained_in_template(loaded):
-                    say(console, "Asked in plain text. The adapter was trained in a chat template: --chat-template")
+                if remark := other_form(loaded, chat_template):
+                    say(console, remark)
                 say_what_is_left(loaded, console)
                 say(console, f"Written: {output / 'results.json'}")
             if mt_bench is not None and judge_url is not None and judge_model is not None:

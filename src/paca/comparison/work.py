@@ -145,7 +145,7 @@ class Work:
                     while not process.ended(_LOOK_EVERY):
                         progress.show()
             except KeyboardInterrupt:
-                say(self.console, f"Stopping {job.name} with a checkpoint (Ctrl-C again stops at once) ...")
+                say(self.console, f"Stopping {job.name} at the end of its step (Ctrl-C again stops at once) ...")
                 process.stop()
                 raise
             process.finish()

@@ -226,7 +226,9 @@ def _pieces_kept(tokens: Tokens, stays: slice, tokenizer: PreTrainedTokenizerBas
 
 def _pieces(tokens: Tokens, tokenizer: PreTrainedTokenizerBase) -> list[tuple[str, bool]]:
     counts = [label != IGNORED for label in tokens.labels]
-    counts[:1] = [False] * len(counts[:1])  # nothing stands before the first token that it could be told from
+    # Nothing stands before the first token that it could be told from. A part of a character is shown with the rest.
+    if not str(tokenizer.decode(tokens.ids[:1])).endswith("\ufffd"):
+        counts[:1] = [False] * len(counts[:1])
     ends = [index + 1 for index in range(len(counts)) if counts[index : index + 1] != counts[index + 1 : index + 2]]
     pieces, shown = [], 0
     for end in ends:

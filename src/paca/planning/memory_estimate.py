@@ -25,7 +25,7 @@ from paca.planning.repeated_blocks import copy_with_blocks, find_blocks
 from paca.planning.setting import Setting
 from paca.planning.simulated_step import simulate
 from paca.planning.step_trace import StepTrace
-from paca.planning.unseen_values import give_places
+from paca.planning.unseen_values import give_places, nothing_drawn
 from paca.pretrained.quantizing import quantize_outline
 
 FRAMEWORK = "framework overhead"
@@ -111,7 +111,7 @@ def prepare_model(
         adapter.mask_fn = None  # it looks at the weights
     # SHADOW makes its second network where it likes. Others make tables on the CPU, and look into them.
     try:
-        with torch.device("meta") if isinstance(adapter, ShadowConfig) else nullcontext():
+        with torch.device("meta") if isinstance(adapter, ShadowConfig) else nullcontext(), nothing_drawn(adapter):
             adapted = get_peft_model(made, adapter, autocast_adapter_dtype=autocast_adapter_dtype)
     except (ValueError, TypeError) as error:
         raise PacaError(f"The adapter does not fit {type(made).__name__}: {error}") from error

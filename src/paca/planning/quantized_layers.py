@@ -79,6 +79,16 @@ def dequantized_product(
     return functional.linear(x, weight, bias)
 
 
+def unpacked_weight(weight: Any, state: Any = None) -> Tensor:
+    """PEFT's `dequantize_bnb_weight`. That knows 4-bit weights by their class, which those without values lack."""
+    import bitsandbytes
+
+    four_bit = getattr(weight, "quant_state", None)
+    if four_bit is None:
+        return bitsandbytes.functional.int8_vectorwise_dequant(weight.data, state.SCB)
+    return bitsandbytes.functional.dequantize_4bit(weight.data, four_bit)
+
+
 def dequantized_bytes(operator: Any, args: tuple[Any, ...], result: Any) -> int:
     """Bytes that one call of an ATen or bitsandbytes operator reads and writes in order to unpack a weight, else 0."""
     name = operator._schema.name

@@ -1,7 +1,12 @@
-"""SHADOW, for a plan: PEFT keeps its second network beside the model, and a plan runs the model inside."""
+"""SHADOW, for a plan: PEFT keeps its second network beside the model, and a plan runs the model inside.
+
+Not counted are the keys and values of that network while answers are made.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from peft import PeftModel
@@ -37,11 +42,15 @@ def find_ends(model: nn.Module) -> None:
         network.tuner[0]._register_boundary_hooks()
 
 
-def keep_whole(model: nn.Module) -> None:
-    """A run's checkpointing doesn't find the network, so that its blocks keep what they compute."""
-    for module in getattr(model, NAME, nn.Module()).modules():
-        if hasattr(module, "gradient_checkpointing"):
-            module.gradient_checkpointing = False
+@contextmanager
+def apart(model: nn.Module) -> Iterator[None]:
+    """`model` without the network, as PEFT leaves it."""
+    network = model._modules.pop(NAME, None)
+    try:
+        yield
+    finally:
+        if network is not None:
+            model.add_module(NAME, network)
 
 
 def _add_its_loss(model: Any, args: Any, given: dict[str, Any], output: Any) -> None:
@@ -49,5 +58,6 @@ def _add_its_loss(model: Any, args: Any, given: dict[str, Any], output: Any) -> 
     if given.get("labels") is None or output.loss is None or not tuner._shadow_path_active():
         return
     loss = tuner.shadow_auxiliary_loss(given["labels"], attention_mask=given.get("attention_mask"))
-    if loss is not None:
-        output.loss = output.loss + tuner.peft_config[tuner.active_adapters[0]].auxiliary_loss_weight * loss
+    weight = tuner.peft_config[tuner.active_adapters[0]].auxiliary_loss_weight
+    if loss is not None and weight > 0:
+        output.loss = output.loss + weight * loss

@@ -79,10 +79,11 @@ def simulate(
     model.train()
     if setting.disable_dropout:
         disable_dropout_in_model(model)
-    if setting.lean:
-        make_lean(model, recompute=setting.recompute)
-    if setting.checkpointing:
-        _checkpoint_blocks(model)
+    with shadow.apart(model):  # a run doesn't find the second network there
+        if setting.lean:
+            make_lean(model, recompute=setting.recompute)
+        if setting.checkpointing:
+            _checkpoint_blocks(model)
     if setting.chunked_loss:
         add_fused_lm_head(model, outputs=_OUTPUTS.get(setting.trainer, _OUTPUTS["sft"]))
     with warnings.catch_warnings(), without_values(setting.device):
@@ -225,7 +226,7 @@ class _Simulation:
         allocation = self.memory.allocation_of(tensor)
         if allocation is not None and allocation.category == TEMPORARIES:
             allocation.category = LOSS if self.memory.region == LOSS else ACTIVATIONS + self.stack.kind()
-        return tensor
+        return tensor if tensor.grad_fn is None else tensor.detach()  # a saved output would hold itself alive
 
     def _after_module(self, module: nn.Module, output: Any) -> None:
         memory = self.memory
@@ -246,8 +247,8 @@ def _copy_of(model: PreTrainedModel, dtype: torch.dtype, setting: Setting) -> Pr
 
 
 def _when_gradient_arrives(output: Any, action: Callable[[], None]) -> None:
-    hidden_states = output.hidden if isinstance(output, ShadowCarrier) else output
-    hidden_states = hidden_states if isinstance(hidden_states, Tensor) else hidden_states[0]
+    hidden_states = output if isinstance(output, (Tensor, ShadowCarrier)) else output[0]
+    hidden_states = hidden_states.hidden if isinstance(hidden_states, ShadowCarrier) else hidden_states
     if hidden_states.requires_grad:
         hidden_states.register_hook(lambda gradient: action())
 
@@ -256,4 +257,3 @@ def _checkpoint_blocks(model: PreTrainedModel) -> None:
     # transformers >= 5.2x has the first name; the other one is on its way out.
     enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
     enable({"use_reentrant": False})
-    shadow.keep_whole(model)

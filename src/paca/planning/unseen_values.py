@@ -10,6 +10,7 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
+from peft import PeftConfig, WaveFTConfig
 from peft.tuners.shira.layer import Linear as ShiraLinear
 from peft.tuners.shira.layer import ShiraLayer
 from peft.tuners.vblora.layer import Linear as VBLoraLinear
@@ -21,9 +22,19 @@ _VBLORA_FACTORS = VBLoraLinear._get_lora_matrices
 _WAVEFT_DELTA = WaveFTLayer.get_delta_weight
 
 
+@contextmanager
+def nothing_drawn(adapter: PeftConfig) -> Iterator[None]:
+    """Within it, WaveFT does not draw its places among all of each weight's, which takes seconds for a large one."""
+    if not isinstance(adapter, WaveFTConfig):
+        yield
+        return
+    with patch.object(torch, "randperm", lambda count, **_: torch.empty(count, dtype=torch.int64, device="meta")):
+        yield
+
+
 def give_places(model: nn.Module) -> None:
     """SHiRA's layers chose no weights, without a mask: give them as many places as they train weights."""
-    for layer in _shira(model):
+    for layer in (module for module in model.modules() if isinstance(module, ShiraLayer)):
         for name, values in layer.shira_weight.items():
             if name not in layer.shira_indices:
                 layer.shira_indices[name] = torch.empty(2, values.numel(), dtype=torch.int32, device=values.device)
@@ -31,13 +42,13 @@ def give_places(model: nn.Module) -> None:
 
 def places(model: nn.Module) -> Iterator[Tensor]:
     """What the layers hold besides parameters and buffers."""
-    return (indices for layer in _shira(model) for indices in layer.shira_indices.values())
+    return (indices for layer, name in _with_places(model) for indices in getattr(layer, name).values())
 
 
 def fake_places(model: nn.Module, fake: Callable[[Tensor], Tensor]) -> None:
     """Turn what `places` gives into fake tensors, in place."""
-    for layer in _shira(model):
-        layer.shira_indices = {name: fake(indices) for name, indices in layer.shira_indices.items()}
+    for layer, name in _with_places(model):
+        setattr(layer, name, {adapter: fake(indices) for adapter, indices in getattr(layer, name).items()})
 
 
 @contextmanager
@@ -51,8 +62,11 @@ def not_looked_at() -> Iterator[None]:
         yield
 
 
-def _shira(model: nn.Module) -> Iterator[Any]:
-    return (module for module in model.modules() if isinstance(module, ShiraLayer))
+def _with_places(model: nn.Module) -> Iterator[tuple[Any, str]]:
+    """The layers, and the name of what they hold."""
+    for module in model.modules():
+        if isinstance(module, ShiraLayer | WaveFTLayer):
+            yield module, "shira_indices" if isinstance(module, ShiraLayer) else "waveft_indices"
 
 
 def _vblora_factors(layer: Any, adapter: str, cast_to_fp32: bool = False) -> tuple[Tensor, Tensor]:
@@ -89,8 +103,8 @@ def _positions(key: Any) -> Any:
 class _SparseDelta:
     """SHiRA's delta: a sparse matrix, which is added to a copy of the weight. Tensors without values are never sparse.
 
-    What is allocated is the same: the places as 64-bit integers, the values, and in the backward pass the weight's
-    gradient, of which the places are taken.
+    What is allocated is the same but for a copy of the values: the places as 64-bit integers, and in the backward pass
+    the weight's gradient, of which the places are taken.
     """
 
     def __init__(self, layer: Any, adapter: str) -> None:

@@ -6,7 +6,7 @@ import json
 import logging
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from safetensors import SafetensorError, safe_open
 
@@ -197,9 +197,13 @@ def base_of_whole(folder: str | Path) -> str | None:
         return None
 
 
-def trained_on_texts(trained: Path) -> bool:
-    """Whether a run's `adapter/` or `model/` saw texts as they stand: in no chat template, though one may lie there."""
-    return (_said_by_the_run(trained, "data", "template") or "").startswith("none")
+def form_of_training(trained: Path) -> Literal["texts", "template"] | None:
+    """Whether a run's `adapter/` or `model/` saw texts as they stand or a chat template; None where no run says so."""
+    try:
+        said = _said_by_the_run(trained, "data", "template")
+    except PacaError:  # a summary that is none
+        said = None
+    return None if said is None else "texts" if said.startswith("none") else "template"
 
 
 def _said_by_the_run(trained: Path, part: str, name: str) -> str | None:

@@ -9,7 +9,7 @@ from typing import Any
 
 from paca.lean.float32_products import fastest_products
 from paca.messages.errors import PacaError
-from paca.pretrained.adapter_folder import base_of_whole, trained_on_texts
+from paca.pretrained.adapter_folder import base_of_whole, form_of_training
 from paca.pretrained.bounded_template import conversation_text
 from paca.pretrained.changed_base import left_on
 from paca.pretrained.generation import LoadedModel, Message
@@ -41,10 +41,15 @@ def check_tools(loaded: LoadedModel, tools: Sequence[dict[str, Any]]) -> None:
         raise PacaError(f"This model {how}, so it would not be told of --tools. Leave them out.")
 
 
-def unknown_form(loaded: LoadedModel) -> str | None:
-    """What a person should know of a model of which no chat template says how to ask, or perhaps a wrong one."""
+def unknown_form(loaded: LoadedModel, base: bool = False) -> str | None:
+    """What a person should know of a model of which no chat template says how to ask, or perhaps a wrong one.
+
+    `base`: asked is the model without its adapter.
+    """
     if loaded.tokenizer.chat_template is not None:
-        if trained_on_texts(loaded.adapter or Path(loaded.base)):
+        if base:
+            return None
+        if _trained_in(loaded) == "texts":
             return "It was trained on texts as they stand, but is asked in the chat template of its model."
         if loaded.adapter is not None and not (loaded.adapter / "tokenizer_config.json").is_file():
             return (
@@ -61,9 +66,18 @@ def unknown_form(loaded: LoadedModel) -> str | None:
     return f"{unknown}. It continues each text as it stands, without the ones before."
 
 
-def trained_in_template(loaded: LoadedModel) -> bool:
-    """Whether the adapter learned to answer in the chat template that is saved with it, as far as is known."""
-    return loaded.adapter is not None and loaded.tokenizer.chat_template is not None and unknown_form(loaded) is None
+def other_form(loaded: LoadedModel, in_template: bool) -> str | None:
+    """What a person should know of tasks that are asked in another form than the run trained its model in."""
+    trained = _trained_in(loaded)
+    if trained == "template" and not in_template:
+        return "Asked in plain text. The run trained in a chat template: --chat-template asks in it."
+    if trained == "texts" and in_template:
+        return "Asked in the chat template. The run trained on texts as they stand."
+    return None
+
+
+def _trained_in(loaded: LoadedModel) -> str | None:
+    return form_of_training(loaded.adapter or Path(loaded.base))
 
 
 def speaker(loaded: LoadedModel, base: bool) -> str:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from contextlib import suppress
 from typing import Any
 
 from peft import PeftModel
+from peft.tuners.trainable_tokens import TrainableTokensLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
@@ -58,9 +58,14 @@ def untie_adapted(model: PeftModel) -> None:
     would change the other one too.
     """
     root: Any = model.get_base_model()
-    with suppress(AttributeError, NotImplementedError):
-        if any(isinstance(one, BaseTunerLayer) for one in (root.get_input_embeddings(), root.get_output_embeddings())):
-            untie_embeddings(root)
+    try:
+        ends = (root.get_input_embeddings(), root.get_output_embeddings())
+    except (AttributeError, NotImplementedError):
+        return
+    # Single tokens that are trained stay those of both.
+    adapted = [isinstance(one, BaseTunerLayer) and not isinstance(one, TrainableTokensLayer) for one in ends]
+    if any(adapted) and getattr(ends[1], "weight", None) is ends[0].weight:
+        untie_embeddings(root)
 
 
 def untie_for(model: Any, tensor_names: Iterable[str]) -> bool:

@@ -17,6 +17,7 @@ from transformers.trainer_utils import SaveStrategy
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
+_STOPPING = "Stopping: a checkpoint is saved at the end of this step (Ctrl-C again stops at once) ..."
 _UNWINDING_SECONDS = 3.0
 """For so long after a signal has stopped the run, further ones are taken for the same impatience and do nothing: they
 would only cut off the clean-up. After that they count again, so that a clean-up that hangs can be stopped too."""
@@ -73,7 +74,7 @@ class StopOnSignal(TrainerCallback):
         if first:
             # Not printed here: a handler runs between any two instructions, also in the middle of another print, whose
             # pending text would come out once more. A SimpleQueue is the one that a handler may put into.
-            self._lines.put("Stopping: a checkpoint is saved at the end of this step (Ctrl-C again stops at once) ...")
+            self._lines.put(_STOPPING)
 
     def _announce_lines(self) -> None:
         while (line := self._lines.get()) is not None:
@@ -82,6 +83,8 @@ class StopOnSignal(TrainerCallback):
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """From here on (the evaluation before the first step is over) a signal is kept until the end of the step."""
         self._training = True
+        if self._interrupted_at is not None:  # see `_any_process_received`
+            self._lines.put(_STOPPING)
 
     def on_step_end(self, args: TrainingArguments, state: Any, control: TrainerControl, **kwargs: Any) -> None:
         """Save and stop if a signal came to any process."""

@@ -139,7 +139,7 @@ def test_all_mistakes_that_do_not_need_each_other_are_told(tmp_path: Path, text:
     [
         ("train:\n  learning_rat: 1\n", "line 4: there is no key train.learning_rat. Did you mean train.learning_rate"),
         ("paca:\n  paca_alph: 4\n", "line 4: there is no key paca.paca_alph. Did you mean paca.paca_alpha?"),
-        ("paca: {peft_type: LORA}\n", "line 3: there is no key paca.peft_type. The section's name says the method"),
+        ("paca: {peft_type: LORA}\n", "no key paca.peft_type. The section's name says the method; others of PEFT"),
         ("lora: {task_type: CAUSAL_LM}\n", "no key lora.task_type. The task is that of train.trainer: leave it out."),
         ("model: {name: x, load_in_4bit: true}\n", "no key model.load_in_4bit. Did you mean model.quantization?"),
         ("evla: {before: true}\n", "line 3: there is no section 'evla'. Did you mean eval?"),

@@ -75,7 +75,7 @@ _OTHER_WORDS = {
 }
 _SETTLED = {
     "task_type": "The task is that of train.trainer: leave it out.",
-    "peft_type": "The section's name says the method: leave it out.",
+    "peft_type": "The section's name says the method; others of PEFT have the section peft.",
     "inference_mode": "A run trains its adapter: leave it out.",
     "base_model_name_or_path": "Did you mean model.name?",
 }

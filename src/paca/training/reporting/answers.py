@@ -98,7 +98,7 @@ class SideBySide:
                 f"The base model is loaded with the adapter of the other side. {error}" if base else str(error)
             ) from error
         who = speaker(loaded, base)
-        if remark := unknown_form(loaded):
+        if remark := unknown_form(loaded, base):
             who += f". {remark}"
         messages = [*opening(loaded, system or None), {"role": "user", "content": prompt}]
         answer = ""
