@@ -108,8 +108,6 @@ def train(
             folder.reopen()
         prepared = prepare(config)
         plan = prepared.plan
-        if main and resume:
-            check_same_run(folder, plan.config, prepared.inputs)
         record = folder.recorded_inputs() if resume else prepared.inputs
         decide_products(plan.config, plan.dtype, record, resumed=resume)
         show_plan(plan, console, record)
@@ -124,7 +122,9 @@ def train(
         check_sharding(arguments, plan.config)
         if probe and arguments.deepspeed_plugin is not None:
             raise PacaError("--probe does not go with DeepSpeed, whose backward pass is also a step. Leave it out.")
-        if main and not resume:
+        if main and resume:
+            check_same_run(folder, plan.config, prepared.inputs)
+        elif main:
             folder.clear(prepared.inputs)
         PartialState().wait_for_everyone()
         checkpoint = folder.newest_checkpoint() if resume else None
