@@ -85,7 +85,7 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
             "batch_size": 1,
             "sequence_length": 160,
             "answers": 64,
-            "answer_length": 16,
+            "answer_length": 3,
         },
     ),
     "llama, SHADOW": ("llama", {**GATED, "dtype": "float32"}, {"adapter": {"peft_type": "SHADOW"}}),
