@@ -5,13 +5,15 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-CHOICE = """\
+HEAD = """\
 task: {name}
 dataset_path: json
 dataset_kwargs:
   data_files:
     test: {name}.jsonl
 test_split: test
+"""
+CHOICE = """\
 output_type: multiple_choice
 doc_to_text: "{{{{question}}}}\\nAnswer:"
 doc_to_choice: "{{{{choices}}}}"
@@ -26,12 +28,6 @@ metric_list:
 """
 
 WRITTEN = """\
-task: {name}
-dataset_path: json
-dataset_kwargs:
-  data_files:
-    test: {name}.jsonl
-test_split: test
 output_type: generate_until
 doc_to_text: "{{{{question}}}}"
 doc_to_target: "{{{{choices[answer]}}}}"
@@ -45,12 +41,6 @@ metric_list:
 """
 
 READ = """\
-task: {name}
-dataset_path: json
-dataset_kwargs:
-  data_files:
-    test: {name}.jsonl
-test_split: test
 output_type: loglikelihood_rolling
 doc_to_text: ""
 doc_to_target: "{{{{question}}}}"
@@ -73,7 +63,7 @@ def save_task(folder: Path, name: str, questions: int, template: str = CHOICE) -
     options = [[chr(97 + (n + shift) % 26) for shift in (0, 5, 11)] for n in range(questions)]
     rows = [{"question": f"{name} {n}?", "choices": options[n], "answer": n % 3} for n in range(questions)]
     (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (folder / f"{name}.yaml").write_text(template.format(name=name))
+    (folder / f"{name}.yaml").write_text((HEAD + template).format(name=name))
     return folder / f"{name}.yaml"
 
 
