@@ -6,10 +6,10 @@ An adapter's file holds the union of them with the columns that it trains now.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 FOLDED_DELTA, FOLDED_INDICES = "paca_delta.paca_folded", "paca_indices.paca_folded"
 """What a whole model's state dict calls folded columns, so that PEFT takes them for an adapter's, not the base's."""
@@ -29,6 +29,21 @@ class Folded:
         """Take the two tensors out of a state dict."""
         delta, indices = state_dict.pop(delta_name), state_dict.pop(delta_name.replace(FOLDED_DELTA, FOLDED_INDICES))
         return cls(indices.cpu().clone(), delta.detach().cpu().clone())
+
+
+class _OnTheWay:
+    """`torch.distributed.checkpoint.state_dict` follows each name of a state dict through attributes, and uses none."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__") or name == "_fqn_modifiers":
+            raise AttributeError(name)
+        return self
+
+
+def let_names_be_followed(deltas: nn.Module, indices: nn.Module) -> None:
+    """Give a layer's two dictionaries what the names of its folded columns pass."""
+    for holder, name in ((deltas, FOLDED_DELTA), (indices, FOLDED_INDICES)):
+        setattr(holder, name.partition(".")[2], _OnTheWay())
 
 
 class ColumnUnion(NamedTuple):

@@ -9,7 +9,7 @@ import torch
 from peft.tuners._buffer_dict import BufferDict
 from torch import Tensor, nn
 
-from paca.columns.folded import FOLDED_DELTA, FOLDED_INDICES, Folded
+from paca.columns.folded import FOLDED_DELTA, FOLDED_INDICES, Folded, let_names_be_followed
 from paca.columns.not_whole import refuse_computed, refuse_computed_delta, refuse_replaced
 from paca.columns.other_weights import refuse_snapshot
 from paca.columns.state import FOR_NOW, AdapterColumns, State
@@ -187,6 +187,7 @@ class PacaLayer(Moved, PeftCalls):  # a module first: FSDP2 makes subclasses of 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         for name, folded in self.folded.items():
+            let_names_be_followed(self.paca_delta, self.paca_indices)
             destination[f"{prefix}{FOLDED_DELTA}.{name}"] = folded.delta
             destination[f"{prefix}{FOLDED_INDICES}.{name}"] = folded.indices
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import peft
 import pytest
 import torch
+from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
 
 import paca
 from models import adapt, adapted_perceptron, gpt2, llama, perceptron, tokens
@@ -109,6 +110,19 @@ def test_a_state_dict_of_the_whole_model_holds_the_folded_columns():
     with torch.no_grad():
         assert torch.equal(other(x), y_early)
     assert not any(layer.folded for layer in paca_layers(other))
+
+
+def test_torchs_checkpoints_take_a_rotated_adapter():
+    """They follow the name of everything in a state dict through the modules: of folded columns as well."""
+    x = torch.randn(6, 7)
+    model = rotated(adapted_perceptron(), x)
+    state = {name: value.clone() for name, value in get_model_state_dict(model).items()}
+    assert state.keys() == model.state_dict().keys()
+    other = adapted_perceptron()
+    set_model_state_dict(other, state)
+    with torch.no_grad():
+        assert torch.equal(other(x), model(x))
+    assert all(layer.folded for layer in paca_layers(other))
 
 
 @pytest.mark.parametrize(("alpha", "r"), [(16, 16), (5, 3), (1, 7), (0.1, 3), (32, 24), (1 / 3, 11)])
