@@ -143,6 +143,9 @@ def test_a_config_that_is_wrong_by_itself_is_refused_before_anything_heavy_is_im
     [
         (["train"], "Missing argument"),
         (["train", "--stpes"], "No such option"),
+        (["train", "answers.yaml", "--lr", "1"], "No such option: --lr, which is one of paca compare. A key of"),
+        (["plan", "answers.yaml", "--probe"], "No such option: --probe, which is one of paca train"),
+        (["train", "answers.yaml", "--learning-rate", "1"], "is set with --set SECTION.KEY=VALUE, as --set train.lea"),
         (["trian"], "No such command"),
         (["train", "answers.yaml", "--set"], "--set needs a value: SECTION.KEY=VALUE."),
         (["compare", "answers.yaml", "--seeds", "0"], "--output is missing: The folder for runs and report."),

@@ -2,7 +2,7 @@
 
 Of a switch typer writes `--dry-run <bool>`; `--dry-run true` is an error, which names `true` alone. Of an option that
 lacks its value, or is missing, it does not say what that would be; where another option follows, it takes that one's
-name for the value.
+name for the value. Of an option that there is not it looks for similar ones, in this command alone.
 """
 
 from __future__ import annotations
@@ -34,11 +34,24 @@ def _takes_no_value(switch: str, word: str, options: dict[str, Any]) -> str:
     return f"{switch} takes no value, and {word!r} was given.{instead or ' Leave it out.'}"
 
 
-def _mend(error: Any) -> None:
+def _mend(error: Any, ctx: Any) -> None:
     """Of a choice that there is not typer tells the kind of its own exception, and not which one was meant."""
+    if hasattr(error, "option_name") and str(getattr(error, "message", "")).startswith("No such option"):
+        _tell_where(error, ctx)
     told = re.fullmatch(r"Value error, ('(.*)' is not one of (.*)\.)", str(getattr(error, "message", "")))
     if told is not None:
         error.message = told[1] + did_you_mean(told[2], re.findall(r"'([^']*)'", told[3]))
+
+
+def _tell_where(error: Any, ctx: Any) -> None:
+    """Say which other commands have an option, or that it may be a key."""
+    siblings = getattr(getattr(ctx.parent, "command", None), "commands", {}).items()
+    having = [f"paca {name}" for name, other in siblings if any(error.option_name in p.opts for p in other.params)]
+    if having:
+        error.message += f", which is one of {' and '.join(having)}"
+        error.possibilities = None
+    if not error.possibilities and any("--set" in p.opts for p in ctx.command.params):
+        error.message += ". A key of the YAML is set with --set SECTION.KEY=VALUE, as --set train.learning_rate=1e-4."
 
 
 class Command(TyperCommand):
@@ -54,7 +67,7 @@ class Command(TyperCommand):
         try:
             return super().parse_args(ctx, args)
         except Exception as error:  # typer's own, which versions of it keep in different places
-            _mend(error)
+            _mend(error, ctx)
             raise
 
     def _refuse_wrong_values(self, ctx: Any, args: list[str]) -> None:
