@@ -95,7 +95,7 @@ def test_losses_and_answers_are_those_of_their_pages(name: str, page: str, value
     [
         ("loss; right, GSM8K, r 256 (", "gsm8k-long-time", "gsm8k-long-time"),
         ("equal memory, 300 steps, r 256: loss, encyclopedia; right", "encyclopedia-long-memory", "gsm8k-long-memory"),
-        ("equal parameters, 200 steps, r 64: loss, encyclopedia; right", "encyclopedia-parameters", "arc-parameters"),
+        ("equal parameters, r 64: loss, encyclopedia", "encyclopedia-parameters", "arc-long-parameters"),
     ],
 )
 def test_losses_beside_right_answers_are_those_of_their_pages(name: str, loss: str, right: str) -> None:
