@@ -123,8 +123,9 @@ def test_of_methods_that_look_at_values_too(adapter: Any, settings: dict[str, An
     [
         peft.ShiraConfig(r=8, target_modules=["q_proj", "down_proj"], random_seed=0, task_type="CAUSAL_LM"),
         peft.HiraConfig(r=8, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM"),
+        peft.LoraConfig(r=8, use_dora=True, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM"),
     ],
-    ids=["SHiRA", "HiRA"],
+    ids=["SHiRA", "HiRA", "DoRA"],
 )
 def test_of_methods_that_unpack_weights_of_four_bits_too(adapter: Any) -> None:
     pytest.importorskip("bitsandbytes")

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import copy
 import math
+import sys
 from dataclasses import replace
+from types import ModuleType
 from typing import Any
 
 import peft
 import pytest
 import torch
 from architectures import config
+from peft.utils import integrations
 from quantized_checkpoint import quantized_model
 from torch import Tensor
 from transformers import BitsAndBytesConfig
@@ -19,6 +22,7 @@ import paca
 from paca.planning import Setting, estimate, fit, step_seconds
 from paca.planning.device_rates import MatmulRate, fixed_rate, given_bandwidth, measure_dequantize_rate
 from paca.planning.memory_estimate import prepare_model
+from paca.planning.quantized_layers import unpacked_by_peft
 from paca.quantized import quantization_of
 
 pytest.importorskip("bitsandbytes")
@@ -160,3 +164,20 @@ def test_what_can_not_be_quantized_is_refused() -> None:
     shape.quantization_config = ONCE.to_dict()
     with pytest.raises(paca.PacaError, match="quantized already"):
         estimate(shape, four_bit, PACA)
+
+
+def test_peft_has_its_own_functions_back_in_modules_that_were_imported_meanwhile(monkeypatch) -> None:
+    """It imports modules where a layer needs them, and real weights would be given to our functions there."""
+    imported: Any = ModuleType("peft.tuners.meanwhile")
+    monkeypatch.setitem(sys.modules, imported.__name__, imported)
+    theirs = integrations.dequantize_bnb_weight
+    with unpacked_by_peft():
+        assert integrations.dequantize_bnb_weight is not theirs
+        imported.dequantize_bnb_weight = integrations.dequantize_bnb_weight
+    assert imported.dequantize_bnb_weight is integrations.dequantize_bnb_weight is theirs
+
+
+def test_a_method_without_a_form_for_quantized_weights_is_named() -> None:
+    adapter = peft.LoHaConfig(r=4, task_type="CAUSAL_LM")
+    with pytest.raises(paca.PacaError, match=r"^LOHA can't be planned on nf4 weights: .* or plan paca or lora\.$"):
+        estimate(config("llama"), replace(SETTING, quantization="nf4"), adapter)

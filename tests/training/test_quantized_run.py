@@ -98,3 +98,25 @@ def test_lora_trains_on_quantized_weights_resumes_and_merges(quantization, confi
     tokens = torch.arange(12)[None]
     expected = loaded.model(tokens).logits
     assert (merged(tokens).logits - expected).abs().max() < 0.02 * expected.abs().max()  # int8 rounds inputs as well
+
+
+def of_lora_instead(config_file: Path, tmp_path: Path, **section: object) -> Path:
+    sections = yaml.safe_load(config_file.read_text()) | section
+    sections["model"]["quantization"] = "nf4"
+    sections["train"]["max_steps"] = 1
+    del sections["paca"]
+    file = tmp_path / "other.yaml"
+    file.write_text(yaml.safe_dump(sections))
+    return file
+
+
+def test_dora_trains_on_quantized_weights(config_file, tmp_path):
+    """It is outlined and planned first, where weights have no values: PEFT took their codes for weights there."""
+    folder = run(of_lora_instead(config_file, tmp_path, lora={"r": 4, "use_dora": True}), tmp_path / "run")
+    assert any("lora_magnitude_vector" in name for name in adapter(folder))
+
+
+def test_a_method_that_fails_on_quantized_weights_is_named(config_file, tmp_path):
+    file = of_lora_instead(config_file, tmp_path, peft={"peft_type": "LOHA", "r": 4})
+    with pytest.raises(PacaError, match=r"PEFT's loha failed on nf4 weights: .*Leave out model\.quantization"):
+        run(file, tmp_path / "run")

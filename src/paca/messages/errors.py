@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -35,3 +36,9 @@ def first_line(error: BaseException) -> str:
 def is_failure(error: BaseException) -> bool:
     """Whether this is an error of some code, not somebody's wish to stop: Rust's panics are no `Exception`."""
     return isinstance(error, Exception) or type(error).__name__ == "PanicException"
+
+
+def within_peft(error: BaseException | None) -> bool:
+    """Whether the code of a method of PEFT was running when `error` was raised."""
+    frames = traceback.walk_tb(None if error is None else error.__traceback__)
+    return any(frame.f_globals.get("__name__", "").startswith("peft.tuners.") for frame, _ in frames)

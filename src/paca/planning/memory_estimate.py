@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import traceback
 from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -13,14 +12,14 @@ import torch
 from peft import PeftConfig, PeftModel, PeftType, ShadowConfig, ShiraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from paca.messages.errors import PacaError, first_line
+from paca.messages.errors import PacaError, first_line, within_peft
 from paca.messages.units import format_bytes
 from paca.planning import learned_prompt, shadow
 from paca.planning.compiled_products import program_bytes
 from paca.planning.operators import Operator
 from paca.planning.output_layer import check_output_layer
 from paca.planning.passes import task_of
-from paca.planning.quantized_layers import quantization_name, unpacked_numel
+from paca.planning.quantized_layers import quantization_name, unpacked_by_peft, unpacked_numel
 from paca.planning.repeated_blocks import copy_with_blocks, find_blocks
 from paca.planning.setting import Setting
 from paca.planning.simulated_step import simulate
@@ -111,30 +110,30 @@ def prepare_model(
         adapter.mask_fn = None  # it looks at the weights
     # SHADOW makes its second network where it likes. Others make tables on the CPU, and look into them.
     try:
-        with torch.device("meta") if isinstance(adapter, ShadowConfig) else nullcontext(), nothing_drawn(adapter):
+        where = torch.device("meta") if isinstance(adapter, ShadowConfig) else nullcontext()
+        with where, nothing_drawn(adapter), unpacked_by_peft():
             adapted = get_peft_model(made, adapter, autocast_adapter_dtype=autocast_adapter_dtype)
     except (ValueError, TypeError) as error:
         raise PacaError(f"The adapter does not fit {type(made).__name__}: {error}") from error
     except RuntimeError as error:  # of which torch's errors about missing values are kinds
-        raise _unplannable(adapter, error) from error
+        raise _unplannable(adapter, made, error) from error
     give_places(adapted)
     shadow.put_inside(adapted)
     return adapted
 
 
-def _unplannable(adapter: PeftConfig, error: BaseException) -> PacaError:
+def _unplannable(adapter: PeftConfig, model: PlannedModel, error: BaseException) -> PacaError:
     """What to say of a method of PEFT whose code looks at values: `error` is torch's."""
-    method = PeftType(adapter.peft_type).value
+    method, kind = PeftType(adapter.peft_type).value, quantization_name(model)
+    if kind is not None:
+        return PacaError(
+            f"{method} can't be planned on {kind} weights: {first_line(error).rstrip('.')}. Many methods of PEFT have "
+            "no form for quantized weights. Leave out the quantization, or plan paca or lora."
+        )
     return PacaError(
         f"{method} can't be planned: its layers look at values ({first_line(error)}), and a plan has tensors without "
         "any. `paca train --probe` measures the memory of a run with it. Or plan another method."
     )
-
-
-def _within_peft(error: BaseException | None) -> bool:
-    """Whether the code of a method of PEFT was running when `error` was raised."""
-    frames = traceback.walk_tb(None if error is None else error.__traceback__)
-    return any(frame.f_globals.get("__name__", "").startswith("peft.tuners.") for frame, _ in frames)
 
 
 def root_of(model: PlannedModel) -> PreTrainedModel:
@@ -217,9 +216,9 @@ def estimate(
     try:
         trace = trace_step(root, setting, timed)
     except PacaError as error:
-        if not isinstance(prepared, PeftModel) or not _within_peft(error.__cause__):
+        if not isinstance(prepared, PeftModel) or not within_peft(error.__cause__):
             raise
-        raise _unplannable(prepared.active_peft_config, error.__cause__ or error) from error
+        raise _unplannable(prepared.active_peft_config, root, error.__cause__ or error) from error
     moment, peak = max(trace.peaks.items(), key=lambda item: sum(item[1].values()))
     counts = {name: count for name, count in sorted(peak.items(), key=lambda item: -item[1]) if count > 0}
     compiled = program_bytes(trace.operators, setting.lengths) if setting.device == "cpu" else 0

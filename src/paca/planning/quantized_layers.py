@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
+from peft.utils import integrations
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -79,14 +82,37 @@ def dequantized_product(
     return functional.linear(x, weight, bias)
 
 
-def unpacked_weight(weight: Any, state: Any = None) -> Tensor:
-    """PEFT's `dequantize_bnb_weight`. That knows 4-bit weights by their class, which those without values lack."""
+@contextmanager
+def unpacked_by_peft() -> Iterator[None]:
+    """In here PEFT's methods can look at quantized weights without values: it knows real ones by their class."""
+    ours = {"dequantize_bnb_weight": _unpacked_weight, "dequantize_module_weight": _unpacked_layer}
+    theirs = {name: getattr(integrations, name) for name in ours}
+    _put(ours, theirs)
+    try:
+        yield
+    finally:
+        _put(theirs, ours)  # also in modules that were imported meanwhile
+
+
+def _put(these: dict[str, Any], there: dict[str, Any]) -> None:
+    for place in [module for name, module in [*sys.modules.items()] if name.startswith("peft.")]:
+        for name, function in these.items():
+            if vars(place).get(name) is there[name]:
+                setattr(place, name, function)
+
+
+def _unpacked_weight(weight: Any, state: Any = None) -> Tensor:
     import bitsandbytes
 
     four_bit = getattr(weight, "quant_state", None)
     if four_bit is None:
         return bitsandbytes.functional.int8_vectorwise_dequant(weight.data, state.SCB)
     return bitsandbytes.functional.dequantize_4bit(weight.data, four_bit)
+
+
+def _unpacked_layer(module: Any) -> Tensor:
+    kind = quantization_of(module)
+    return module.weight if kind is None else kind.dequantize(module)
 
 
 def dequantized_bytes(operator: Any, args: tuple[Any, ...], result: Any) -> int:

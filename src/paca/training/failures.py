@@ -12,9 +12,10 @@ import datasets
 from safetensors import SafetensorError
 
 from paca.messages.disk import DiskError, disk_error
-from paca.messages.errors import PacaError
+from paca.messages.errors import PacaError, first_line, within_peft
 from paca.messages.program import program, resume_command
 from paca.pretrained.out_of_memory import is_out_of_memory
+from paca.training.config.adapter_settings import method_name
 from paca.training.config.run_config import RunConfig
 from paca.training.folder.run_folder import RunFolder
 
@@ -43,7 +44,8 @@ def remedies(config: RunConfig) -> str:
 
 @contextmanager
 def explained(config: RunConfig) -> Iterator[None]:
-    """Turn a lack of memory, and of an optional package, into messages for the user: `PacaError`."""
+    """Turn a lack of memory, of an optional package, or of a form of a method for quantized weights, into messages for
+    the user: `PacaError`."""
     try:
         yield
     except PacaError:
@@ -56,10 +58,18 @@ def explained(config: RunConfig) -> Iterator[None]:
         ) from error
     except ImportError as error:  # of a tracker, an optimizer, a kernel that the settings name
         raise PacaError(f"A setting needs a package that is not installed: {error}") from error
-    except (RuntimeError, MemoryError) as error:
-        if not is_out_of_memory(error):
+    except (RuntimeError, MemoryError, TypeError, AttributeError) as error:
+        if is_out_of_memory(error):
+            raise PacaError(f"Memory ran out. {remedies(config)}") from error
+        kind = config.model.quantization
+        if kind is None or config.method not in ("lora", "peft") or not within_peft(error):
             raise
-        raise PacaError(f"Memory ran out. {remedies(config)}") from error
+        method = method_name(config.method, config.adapter)
+        raise PacaError(
+            f"PEFT's {method} failed on {kind} weights: {first_line(error).rstrip('.')}. Many of its methods have no "
+            "form for them. Leave out model.quantization, or train paca or plain lora. PACA_DEBUG=1 shows where it "
+            "failed."
+        ) from error
 
 
 @contextmanager

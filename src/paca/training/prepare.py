@@ -20,6 +20,7 @@ from paca.messages.errors import PacaError, about
 from paca.messages.processes import launched_processes
 from paca.planning.memory_estimate import PlannedModel
 from paca.planning.output_layer import check_output_layer
+from paca.planning.quantized_layers import unpacked_by_peft
 from paca.pretrained.context_length import context_length
 from paca.pretrained.location import locate
 from paca.pretrained.quantizing import quantize_outline
@@ -210,8 +211,9 @@ def _adapted_outline(config: RunConfig, model: PreTrainedModel, task_type: str |
     if getattr(adapter, "is_prompt_learning", False) and getattr(adapter, "num_virtual_tokens", None) is None:
         raise PacaError("peft.num_virtual_tokens is missing: how many tokens are learned. Give it, such as 20.")
     try:
-        return get_peft_model(model, adapter, autocast_adapter_dtype=config.train["autocast_adapter_dtype"])
-    except (ValueError, TypeError) as error:
+        with unpacked_by_peft():
+            return get_peft_model(model, adapter, autocast_adapter_dtype=config.train["autocast_adapter_dtype"])
+    except (ValueError, TypeError, RuntimeError) as error:
         if "No modules were targeted" in str(error):
             reason = f"nothing is adapted in it. Name layers with target_modules. {told_of_layers(model)}"
         else:
