@@ -122,6 +122,15 @@ def test_an_adapter_of_peft_on_one_of_two_tied_embeddings_leaves_the_other_alone
     assert torch.equal(untouched.weight, base.lm_head.weight)
 
 
+def test_a_part_of_an_adapter_that_peft_does_not_merge_is_named(tmp_path: Path) -> None:
+    base = save_base(tmp_path / "base", tie_word_embeddings=True)
+    lora = peft.LoraConfig(target_modules=["lm_head"], trainable_token_indices=[1], task_type="CAUSAL_LM")
+    peft.get_peft_model(AutoModelForCausalLM.from_pretrained(base), lora).save_pretrained(tmp_path / "adapter")
+    with pytest.raises(PacaError, match=r"cannot be merged: PEFT leaves a part of it in lm_head"):
+        merge_to_folder(tmp_path / "adapter", tmp_path / "merged")
+    assert not (tmp_path / "merged").exists()
+
+
 def test_an_adapter_on_the_embedding_of_a_classifier_is_merged(tmp_path: Path) -> None:
     """It has no output layer that could be tied."""
     base = save_base(tmp_path / "base")

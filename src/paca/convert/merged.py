@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import transformers
 from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import AutoModelForCausalLM
 
 from paca.convert.beforehand import merge_output
@@ -110,6 +111,12 @@ def _write(loaded: LoadedModel, dtype: torch.dtype, folder: Path) -> None:
             merged = merged.merge_and_unload(safe_merge=True, **dequantize)
         except Exception as error:  # what the methods of PEFT raise differs
             raise PacaError(f"The adapter in {loaded.adapter} cannot be merged: {error}") from error
+        left = next((name for name, module in merged.named_modules() if isinstance(module, BaseTunerLayer)), None)
+        if left is not None:  # of trained tokens beside LoRA in an output layer that is tied to the embedding
+            raise PacaError(
+                f"The adapter in {loaded.adapter} cannot be merged: PEFT leaves a part of it in {left}. `paca chat` "
+                "takes it as it is."
+            )
     # The token that ends an answer in the adapter's template may be none that ended a text of the base model.
     if getattr(merged, "generation_config", None) is not None:
         merged.generation_config.eos_token_id = sampling_settings(merged, loaded.tokenizer, 0).get("eos_token_id")
