@@ -67,8 +67,8 @@ def explained(config: RunConfig) -> Iterator[None]:
         method = method_name(config.method, config.adapter)
         raise PacaError(
             f"PEFT's {method} failed on {kind} weights: {first_line(error).rstrip('.')}. Many of its methods have no "
-            "form for them. Leave out model.quantization, or train paca or plain lora. PACA_DEBUG=1 shows where it "
-            "failed."
+            "form for them. Autocast (train.bf16=true) helps some; else leave out model.quantization, or train paca or "
+            "plain lora. PACA_DEBUG=1 shows where it failed."
         ) from error
 
 
