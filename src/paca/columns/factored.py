@@ -115,14 +115,17 @@ class FactoredAdamW(torch.optim.Optimizer):
                     continue
                 factored.append(p)
                 a, b = state["a"], state["b"]
-                gradient = gradient.to(a.dtype).reshape(*b.shape[:-1], a.shape[-1]) * group["scale"]
-                for name, value, its in (("a", a, b.mT @ gradient), ("b", b, gradient @ a.mT)):
+                products = _dtype_of_products(p, a)
+                gradient = gradient.to(products).reshape(*b.shape[:-1], a.shape[-1])
+                made = b.to(products).mT @ gradient, gradient @ a.to(products).mT
+                for name, value, its in zip(_FACTORS, (a, b), made, strict=True):
+                    its = its.to(value.dtype).mul_(group["scale"])
                     found.append((value, its, state[f"{name}_mean"], state[f"{name}_square"], state["step"]))
             if found:
                 _adamw(found, group)
             for p in factored:
                 state = self.state[p]
-                p.copy_(_delta(state, p, group["scale"]))
+                _write(state, p, group["scale"])
                 state["version"] = p._version
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -175,6 +178,23 @@ def _delta(state: dict[str, Any], p: Tensor, scale: float) -> Tensor:
     return delta + state["start"] if "start" in state else delta
 
 
+def _dtype_of_products(p: Tensor, factor: Tensor) -> torch.dtype:
+    """A delta's gradient is a product of bfloat16 weights' activations, and so can be those that go on from it."""
+    layer = layer_of_delta(p)
+    halves = layer is not None and layer.base_layer.weight_placement()[1] == torch.bfloat16
+    fast = p.device.type != "cpu" or torch.cpu._is_avx512_bf16_supported()
+    return torch.bfloat16 if halves and fast and factor.dtype == torch.float32 else factor.dtype
+
+
+def _write(state: dict[str, Any], p: Tensor, scale: float) -> None:
+    """Make a delta what its factors make; at once where it can be, as it is large beside them."""
+    a, b = state["a"], state["b"]
+    if "start" in state or p.dtype != a.dtype or a.dim() > 2 or not p.is_contiguous():
+        p.copy_(_delta(state, p, scale))
+    else:
+        p.view(b.shape[0], a.shape[1]).addmm_(b, a, beta=0, alpha=scale)
+
+
 def _look_at(state: dict[str, Any], p: Tensor, scale: float) -> None:
     """A delta was written since the last step, or its factors were loaded: is it another one than they make?"""
     made, last_bits = _delta(state, p, scale), 4 * torch.finfo(p.dtype).eps  # of another device, or of more threads
@@ -186,6 +206,7 @@ def _look_at(state: dict[str, Any], p: Tensor, scale: float) -> None:
 def _adamw(found: list[tuple[Tensor, Tensor, Tensor, Tensor, int]], group: dict[str, Any]) -> None:
     """AdamW's step of values with their gradients, moments and numbers of steps."""
     values, gradients, means, squares = (list(column) for column in list(zip(*found, strict=True))[:4])
+    on_cpu = all(value.device.type == "cpu" for value in values)  # where one pass over memory is what counts
     first, second = group["betas"]
     adamw(
         values,
@@ -194,7 +215,8 @@ def _adamw(found: list[tuple[Tensor, Tensor, Tensor, Tensor, int]], group: dict[
         squares,
         max_exp_avg_sqs=[],
         state_steps=[torch.tensor(step - 1.0, device="cpu") for *_, step in found],  # which it counts up
-        foreach=True,
+        foreach=not on_cpu,
+        fused=on_cpu,
         amsgrad=False,
         beta1=first,
         beta2=second,
