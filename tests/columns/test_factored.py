@@ -68,6 +68,30 @@ def test_a_delta_is_what_adamw_on_loras_factors_makes_of_it() -> None:
         assert torch.linalg.matrix_rank(delta.detach()) == 3
 
 
+@pytest.mark.parametrize("fast", [True, False])
+def test_factors_of_bfloat16_weights_have_the_gradients_of_their_delta(
+    fast: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: fast)
+    model = adapted().to(torch.bfloat16)
+    model = peft.get_peft_model(model.unload(), paca.PacaConfig(r=8, paca_alpha=8, target_modules=["0"]))
+    (delta,) = deltas(model)
+    assert delta.dtype == torch.float32
+    optimizer = paca.FactoredAdamW([delta], lr=0.01, rank=3, scale=2.0, betas=(0.0, 0.999))
+    generator = torch.Generator().manual_seed(1)
+    for _ in range(2):  # at the first step B is zero, and so is A's gradient
+        delta.grad = torch.randn(delta.shape, generator=generator)
+        state = optimizer.state[delta]
+        before = {name: state[name].clone() for name in "ab" if name in state}
+        optimizer.step()
+    expected = {"a": 2 * before["b"].mT @ delta.grad, "b": 2 * delta.grad @ before["a"].mT}
+    for name, value in expected.items():
+        found = state[f"{name}_mean"]  # with a first beta of 0, the gradient
+        assert found.dtype == torch.float32
+        error = (found - value).norm() / value.norm()
+        assert (1e-4 < error < 2**-7) if fast else error < 1e-6
+
+
 def test_what_is_no_delta_is_stepped_by_adamw() -> None:
     one, other = adapted(bias=True), adapted(bias=True)
     steps(one, paca.FactoredAdamW(trained(one), lr=0.01, rank=2), 1)
