@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The best rates of PaCA and LoRA by rank and model, on ARC, for a classifier and for DPO (docs/notes/learning-rate.md).
+# The best rates of PaCA and LoRA by rank and model, on ARC, for a classifier, DPO and GRPO (docs/notes/learning-rate.md).
 #
 #   .venv/bin/python -m benchmarks.quality.prepare --data FOLDER --gemma    once; without --data from the hub
 #   bash benchmarks/rates.sh
@@ -36,3 +36,6 @@ search_lora lora-gemma3-270m-r8 arc-gemma 8 3.05e-4,5e-4,8e-4
 "$PACA" compare benchmarks/quality/dpo.yaml --methods paca,lora=benchmarks/quality/lora33.yaml --seeds 0 --no-extend \
     --lr paca=1e-5,1e-4,3.2e-4 --lr lora=1e-5,1e-4 --output "$RUNS/dpo-smollm2-135m"
 cp "$RUNS/dpo-smollm2-135m/runs.jsonl" benchmarks/rates/dpo-smollm2-135m.jsonl
+"$PACA" compare benchmarks/quality/grpo.yaml --methods paca --seeds 0 --no-extend --lr 1e-5,1e-4,3.2e-4 \
+    --output "$RUNS/grpo-smollm2-135m"
+cp "$RUNS/grpo-smollm2-135m/runs.jsonl" benchmarks/rates/grpo-smollm2-135m.jsonl
