@@ -164,7 +164,9 @@ def test_a_config_that_is_wrong_by_itself_is_refused_before_anything_heavy_is_im
             "Invalid value for '--equal': 'params' is not one of 'parameters', 'time', 'memory', 'parameters,time', "
             "'memory,time'. Did you mean 'parameters'?",
         ),
-        (["train", "answers.yaml", "--dry-run", "--set", "a.b=c", "more"], "unexpected extra argument(s) (more)"),
+        (["train", "answers.yaml", "--dry-run", "--set", "a.b=c", "d.e=f"], "(d.e=f) Give --set again for each key."),
+        (["train", "answers.yaml", "--output", "out"], "as --set output.dir=FOLDER."),
+        (["chat", "runs/answers", "hello"], "argument(s) (hello) Give a question with --prompt."),
     ],
 )
 def test_a_wrong_command_line_is_refused_before_anything_heavy_is_imported(

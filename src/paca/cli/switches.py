@@ -38,6 +38,9 @@ def _mend(error: Any, ctx: Any) -> None:
     """Of a choice that there is not typer tells the kind of its own exception, and not which one was meant."""
     if hasattr(error, "option_name") and str(getattr(error, "message", "")).startswith("No such option"):
         _tell_where(error, ctx)
+    if str(getattr(error, "message", "")).startswith("Got unexpected extra argument"):
+        of_chat = " Give a question with --prompt." if _has("--prompt", ctx) else ""
+        error.message += of_chat or (" Give --set again for each key." if _has("--set", ctx) else "")
     told = re.fullmatch(r"Value error, ('(.*)' is not one of (.*)\.)", str(getattr(error, "message", "")))
     if told is not None:
         error.message = told[1] + did_you_mean(told[2], re.findall(r"'([^']*)'", told[3]))
@@ -48,10 +51,15 @@ def _tell_where(error: Any, ctx: Any) -> None:
     siblings = getattr(getattr(ctx.parent, "command", None), "commands", {}).items()
     having = [f"paca {name}" for name, other in siblings if any(error.option_name in p.opts for p in other.params)]
     if having:
-        error.message += f", which is one of {' and '.join(having)}"
+        error.message += f", which is one of {', '.join(having)}"
         error.possibilities = None
-    if not error.possibilities and any("--set" in p.opts for p in ctx.command.params):
-        error.message += ". A key of the YAML is set with --set SECTION.KEY=VALUE, as --set train.learning_rate=1e-4."
+    if not error.possibilities and _has("--set", ctx):
+        example = "output.dir=FOLDER" if error.option_name == "--output" else "train.learning_rate=1e-4"
+        error.message += f". A key of the YAML is set with --set SECTION.KEY=VALUE, as --set {example}."
+
+
+def _has(option: str, ctx: Any) -> bool:
+    return any(option in parameter.opts for parameter in ctx.command.params)
 
 
 class Command(TyperCommand):

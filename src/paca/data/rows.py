@@ -90,10 +90,12 @@ def _json_object(text: str, place: str) -> Row:
 
 
 def _wrapped(value: object) -> str:
-    """What to do with a record that is a bare list of messages."""
+    """What to do with a line that is a list: of messages, or of all records."""
     first = value[0] if isinstance(value, list) and value and isinstance(value[0], dict) else {}
     name = "messages" if "role" in first else "conversations" if "from" in first else None
-    return f' Wrap each list of messages in one: {{"{name}": [...]}}.' if name else ""
+    if name:
+        return f' Wrap each list of messages in one: {{"{name}": [...]}}.'
+    return " An array of records is read from a file that ends in .json." if first else ""
 
 
 def _check_characters(row: Row, place: str) -> None:

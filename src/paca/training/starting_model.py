@@ -24,6 +24,7 @@ from paca.training.calibration import ColumnChoice
 from paca.training.config.adapter_settings import adapter_config
 from paca.training.config.run_config import RunConfig
 from paca.training.folder.run_folder import RunFolder
+from paca.training.memory import forget_peak_resident_set
 from paca.training.named_model import set_attention
 from paca.training.sharding import spare_buffers
 from paca.training.trainers import trainer_kind
@@ -68,6 +69,7 @@ def _read(config: RunConfig, folder: RunFolder, console: Console, labels: list[s
     if PartialState().is_main_process and not folder.base.is_dir():
         say(console, f"Unpacking the weights of {Path(model.name).name} ...")
         unpack(model.name, folder.base, model.dtype, model.tokenizer)
+        forget_peak_resident_set()  # the next run of a comparison finds it unpacked
     PartialState().wait_for_everyone()
     if model.quantization is not None and config.adapter.get("original_weights") == model.name:
         config.adapter["original_weights"] = str(folder.base)

@@ -71,6 +71,7 @@ _OTHER_WORDS = {
     "rank": "r",
     **dict.fromkeys(("load_in_4bit", "load_in_8bit", "quantization_config"), "quantization"),
     **dict.fromkeys(("validation", "valid", "val", "test", "dev"), "eval"),
+    "path": "train",
     **WORDS_OF_TRAIN,
 }
 _SETTLED = {
@@ -80,6 +81,7 @@ _SETTLED = {
     "base_model_name_or_path": "Did you mean model.name?",
 }
 """Fields of PEFT's configs that a method's section has no say in."""
+_NOT_OF_PACA = {"lora_dropout": "PaCA has no dropout. Leave it out."}
 
 
 def check_section(
@@ -119,8 +121,9 @@ def _check_key(
 ) -> None:
     names, place = sorted(annotations), origins.of(f"{section}.{name}")
     if name not in annotations:
-        if section in METHODS and name in _SETTLED:
-            raise PacaError(f"{place}: there is no key {section}.{name}. {_SETTLED[name]}")
+        settled = {**(_SETTLED if section in METHODS else {}), **(_NOT_OF_PACA if section == "paca" else {})}
+        if name in settled:
+            raise PacaError(f"{place}: there is no key {section}.{name}. {settled[name]}")
         # A plain misspelling needs no look at the others, for which libraries are imported. Those of them that are
         # most like a key of another section (`init_lora_weights`, `trainer`) are so by 0.83.
         meant = nearest(_OTHER_WORDS.get(name, name), names, cutoff=0.85)
