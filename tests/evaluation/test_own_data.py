@@ -205,6 +205,15 @@ def test_exact_match_compares_what_the_pattern_finds_last(
     assert [sample["answer"] for sample in score.samples] == answers[:5]
 
 
+def test_references_that_are_longer_than_answers_may_be_are_told(
+    loaded: LoadedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answering(monkeypatch, ["four", "x"])
+    rows = [{"prompt": "2 + 2?", "completion": text} for text in ("four", "as many as two and two are")]
+    with pytest.warns(UserWarning, match=r"^1 of 2 reference answers has more than eval\.max_new_tokens = 9 tokens"):
+        exact_match(loaded, examples(tmp_path, rows), None)
+
+
 def test_exact_match_asks_the_model(loaded: LoadedModel, tmp_path: Path) -> None:
     data = examples(tmp_path, SUMS[:3])
     prompts = [question_of(example, loaded.tokenizer) for example in data]

@@ -63,6 +63,18 @@ def test_adapters_of_other_methods_load_too(run: Path, tmp_path: Path) -> None:
     assert torch.equal(logits(load_for_generation(tmp_path / "lora").model), logits(lora))
 
 
+@pytest.mark.parametrize("fast", [True, False])
+def test_an_adapter_in_16_bits_computes_as_it_was_trained(run: Path, tmp_path: Path, fast: bool) -> None:
+    base = AutoModelForCausalLM.from_pretrained(run / "base", dtype=torch.bfloat16)
+    config = LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False)
+    lora = get_peft_model(base, config, autocast_adapter_dtype=not fast)
+    lora.save_pretrained(tmp_path / "lora")
+    loaded = load_for_generation(tmp_path / "lora", dtype="bfloat16").model
+    kind = torch.bfloat16 if fast else torch.float32
+    assert {p.dtype for name, p in loaded.named_parameters() if "lora_" in name} == {kind}
+    assert torch.equal(logits(loaded), logits(lora))
+
+
 def test_the_dtype_of_the_weights_can_be_chosen(run: Path) -> None:
     assert load_for_generation(run, dtype="bfloat16").model.dtype == torch.bfloat16
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -215,10 +216,22 @@ Found = tuple[dict[str, list[float]], list[float], list[str]]
 def _exact_match(
     model: Any, tokenizer: Any, rows: list[Example], measurement: Measurement, kept: KeptAnswers | None
 ) -> Found:
+    _warn_of_long_references(tokenizer, rows, measurement.max_new_tokens)
     answers = measurement.answers(model, tokenizer, rows, kept)
     pairs = zip(measurement.extract(answers), measurement.references(rows), strict=True)
     right = [float(found == reference) for found, reference in pairs]
     return {"exact_match": right}, [1.0] * len(rows), answers
+
+
+def _warn_of_long_references(tokenizer: Any, rows: list[Example], most: int) -> None:
+    tokens = tokenizer([answer_of(row) for row in rows], add_special_tokens=False)["input_ids"]
+    longer = sum(len(one) > most for one in tokens)
+    if longer:
+        warnings.warn(
+            f"{longer:,} of {len(rows):,} reference answers {'has' if longer == 1 else 'have'} more than "
+            f"eval.max_new_tokens = {most:,} tokens. Answers are cut there, so as long ones count as wrong.",
+            stacklevel=2,
+        )
 
 
 def _choice(

@@ -228,6 +228,14 @@ def weight_file(adapter: Path) -> Path:
     raise PacaError(f"The adapter in {adapter} has no {ADAPTER_WEIGHTS[0]}: its weights are missing. Copy it again.")
 
 
+def stored_dtypes(path: Path) -> set[str]:
+    """The dtypes in an adapter's safetensors file, by its names (`BF16`); none for a file of another kind."""
+    if path.suffix != ".safetensors":
+        return set()
+    with safe_open(path, framework="pt") as file:
+        return {str(file.get_slice(name).get_dtype()) for name in file.keys()}  # noqa: SIM118
+
+
 def tensor_names(path: Path) -> list[str]:
     """The names in an adapter's safetensors file; none for a file of another kind.
 

@@ -24,6 +24,7 @@ from paca.pretrained.adapter_folder import (
     find_dtype,
     find_quantization,
     find_revision,
+    stored_dtypes,
     tensor_names,
     weight_file,
 )
@@ -128,6 +129,13 @@ def saved_tokenizer(adapter: Path) -> PreTrainedTokenizerBase | None:
     return load_adapter_tokenizer(adapter) if (adapter / "tokenizer_config.json").is_file() else None
 
 
+def _in_dtype_of(model: Any, weights: Path) -> bool:
+    """Whether an adapter was trained in the 16 bits of its model (`train.autocast_adapter_dtype: false`): in float32,
+    as PEFT loads it, it would round elsewhere."""
+    name = {torch.bfloat16: "BF16", torch.float16: "F16"}.get(model.dtype)
+    return name is not None and stored_dtypes(weights) == {name}
+
+
 def put_adapter_on(model: PreTrainedModel | PeftModel, adapter: Path, base: str, name: str = "default") -> PeftModel:
     """Put an adapter on its base model, beside those that are on it already, and make it the active one.
 
@@ -147,8 +155,11 @@ def put_adapter_on(model: PreTrainedModel | PeftModel, adapter: Path, base: str,
         check_method(adapter, model)
         with without_asking():
             if not isinstance(model, PeftModel):
-                return PeftModel.from_pretrained(model, str(adapter), adapter_name=name).eval()
-            model.load_adapter(str(adapter), name)
+                cast = not _in_dtype_of(model, weights)
+                return PeftModel.from_pretrained(
+                    model, str(adapter), adapter_name=name, autocast_adapter_dtype=cast
+                ).eval()
+            model.load_adapter(str(adapter), name, autocast_adapter_dtype=not _in_dtype_of(model, weights))
         model.set_adapter(name)
         return model.eval()
     except (SafetensorError, EOFError) as error:
