@@ -228,12 +228,13 @@ def weight_file(adapter: Path) -> Path:
     raise PacaError(f"The adapter in {adapter} has no {ADAPTER_WEIGHTS[0]}: its weights are missing. Copy it again.")
 
 
-def stored_dtypes(path: Path) -> set[str]:
-    """The dtypes in an adapter's safetensors file, by its names (`BF16`); none for a file of another kind."""
-    if path.suffix != ".safetensors":
-        return set()
+def is_in(dtype: str, path: Path) -> bool:
+    """Whether an adapter's file is all in the 16 bits `dtype`, such as `"torch.bfloat16"`."""
+    name = {"torch.bfloat16": "BF16", "torch.float16": "F16"}.get(dtype)
+    if name is None or path.suffix != ".safetensors":
+        return False
     with safe_open(path, framework="pt") as file:
-        return {str(file.get_slice(name).get_dtype()) for name in file.keys()}  # noqa: SIM118
+        return {str(file.get_slice(one).get_dtype()) for one in file.keys()} == {name}  # noqa: SIM118
 
 
 def tensor_names(path: Path) -> list[str]:

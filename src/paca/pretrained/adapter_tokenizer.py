@@ -106,3 +106,8 @@ def _growth(part: Any) -> float:
         elif isinstance(one, list):
             waiting += one
     return factor
+
+
+def saved_tokenizer(adapter: Path) -> PreTrainedTokenizerBase | None:
+    """The one saved with an adapter, which it was trained with: its chat template may differ from the base model's."""
+    return load_adapter_tokenizer(adapter) if (adapter / "tokenizer_config.json").is_file() else None

@@ -24,11 +24,11 @@ from paca.pretrained.adapter_folder import (
     find_dtype,
     find_quantization,
     find_revision,
-    stored_dtypes,
+    is_in,
     tensor_names,
     weight_file,
 )
-from paca.pretrained.adapter_tokenizer import load_adapter_tokenizer
+from paca.pretrained.adapter_tokenizer import saved_tokenizer
 from paca.pretrained.base_weights import warn_of_other_base
 from paca.pretrained.bounded_template import conversation_text, renderer
 from paca.pretrained.ends_of_texts import ends_texts
@@ -124,18 +124,6 @@ def load_saved(
     return LoadedModel(put_adapter_on(model, adapter, base), pretrained.tokenizer, adapter, pretrained.name_or_path)
 
 
-def saved_tokenizer(adapter: Path) -> PreTrainedTokenizerBase | None:
-    """The one saved with an adapter, which it was trained with: its chat template may differ from the base model's."""
-    return load_adapter_tokenizer(adapter) if (adapter / "tokenizer_config.json").is_file() else None
-
-
-def _in_dtype_of(model: Any, weights: Path) -> bool:
-    """Whether an adapter was trained in the 16 bits of its model (`train.autocast_adapter_dtype: false`): in float32,
-    as PEFT loads it, it would round elsewhere."""
-    name = {torch.bfloat16: "BF16", torch.float16: "F16"}.get(model.dtype)
-    return name is not None and stored_dtypes(weights) == {name}
-
-
 def put_adapter_on(model: PreTrainedModel | PeftModel, adapter: Path, base: str, name: str = "default") -> PeftModel:
     """Put an adapter on its base model, beside those that are on it already, and make it the active one.
 
@@ -151,15 +139,13 @@ def put_adapter_on(model: PreTrainedModel | PeftModel, adapter: Path, base: str,
     weights = weight_file(adapter)
     warn_of_other_base(adapter, base)
     try:
+        cast = not is_in(str(model.dtype), weights)  # one that was trained in the model's 16 bits rounds as they do
         untie_for(model, tensor_names(weights))
         check_method(adapter, model)
         with without_asking():
             if not isinstance(model, PeftModel):
-                cast = not _in_dtype_of(model, weights)
-                return PeftModel.from_pretrained(
-                    model, str(adapter), adapter_name=name, autocast_adapter_dtype=cast
-                ).eval()
-            model.load_adapter(str(adapter), name, autocast_adapter_dtype=not _in_dtype_of(model, weights))
+                return PeftModel.from_pretrained(model, str(adapter), name, autocast_adapter_dtype=cast).eval()
+            model.load_adapter(str(adapter), name, autocast_adapter_dtype=cast)
         model.set_adapter(name)
         return model.eval()
     except (SafetensorError, EOFError) as error:

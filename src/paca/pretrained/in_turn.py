@@ -17,8 +17,9 @@ from paca.pretrained.adapter_folder import (
     find_quantization,
     find_revision,
 )
+from paca.pretrained.adapter_tokenizer import saved_tokenizer
 from paca.pretrained.changed_base import left_by
-from paca.pretrained.generation import LoadedModel, load_for_generation, put_adapter_on, saved_tokenizer
+from paca.pretrained.generation import LoadedModel, load_for_generation, put_adapter_on
 from paca.pretrained.loading import load_tokenizer
 from paca.pretrained.purpose import check_answers
 from paca.pretrained.quantizing import QUANTIZATIONS
