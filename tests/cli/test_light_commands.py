@@ -118,6 +118,11 @@ def test_no_library_is_to_tell_its_makers_unless_the_user_says_so(run: Run, monk
         (MODEL_AND_DATA + "trian: {seed: 1}\n", "there is no section 'trian'. Did you mean train?"),
         (MODEL_AND_DATA + "paca: {rank: 3}\n", "line 3: there is no key paca.rank. Did you mean paca.r?"),
         (MODEL_AND_DATA + "paca: {paca_alph: 3}\n", "there is no key paca.paca_alph. Did you mean paca.paca_alpha?"),
+        (
+            MODEL_AND_DATA + "paca: {lora_dropout: 0.1}\n",
+            "no key paca.lora_dropout. PaCA has no dropout. Leave it out.",
+        ),
+        ("model: {name: m}\ndata: {path: a.jsonl}\n", "there is no key data.path. Did you mean data.train?"),
         (MODEL_AND_DATA + "train: {lr: 1}\n", "there is no key train.lr. Did you mean train.learning_rate?"),
         (MODEL_AND_DATA + "train: {output_dir: a}\n", "can't be set here: the run folder is output.dir."),
         (MODEL_AND_DATA + "eval: {befor: true}\n", "there is no key eval.befor. Did you mean eval.before?"),

@@ -75,6 +75,11 @@ def test_a_csv_field_may_be_long(tmp_path: Path) -> None:
             ["a.jsonl, line 2", r"holds \ud800, one half"],
         ),
         ("a.json", '[{"text": "\\ud83d\\ude00"}, {"\\uD800": 1}]', ["a.json, record 1", r"holds \ud800, one half"]),
+        (
+            "a.jsonl",
+            '[{"text": "x"}, {"text": "y"}]\n',
+            ["line 1 holds a list", "read from a file that ends in .json."],
+        ),
         ("a.jsonl", '{"text": "x"}\n{"text": \n', ["a.jsonl, line 2", "not valid JSON"]),
         ("a.json", '{\n"n": 1,\n"data": [{"text": "x"}]\n}', ["an object; expected an array", "the list 'data' in it"]),
         (
