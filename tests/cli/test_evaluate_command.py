@@ -128,7 +128,7 @@ def test_mt_bench_prints_ratings_and_what_the_judge_took(workspace: Path, monkey
         (("--num-fewshot", 5), "--num-fewshot goes with --tasks"),
         (("--data", "new.jsonl", "--tasks", "arc_easy", "--output", "out"), "--tasks and --mt-bench bring data"),
         (("--max-new-tokens", 5), "--max-new-tokens goes with --mt-bench"),
-        (("--set", "eval.metric=loss", "--data", "x.jsonl"), "run is no folder of one"),
+        (("--set", "eval.metric=word_f1", "--data", "x.jsonl"), "--set: eval.metric must be"),
         (("--set", "train.seed=1"), "only eval.metric, eval.answer_pattern, eval.max_new_tokens can be changed"),
         (("--set", "eval.limit=3"), "of paca evaluate that is --limit"),
         (("--set", "eval.metric=loss", "--tasks", "arc_easy"), "--tasks and --mt-bench say it themselves"),

@@ -22,6 +22,7 @@ from paca.evaluation.own_run import (
     has_turns,
     held_out_of,
     load_run,
+    metric_of,
     other_data,
     other_form,
     rows_of_run,
@@ -246,6 +247,22 @@ def test_of_an_adapter_that_no_run_left_the_loss_is_measured(run: Path, loaded: 
     (adapter / "config.json").write_text(json.dumps({"architectures": ["LlamaForSequenceClassification"]}))
     with pytest.raises(PacaError, match="is a classifier, which --data measures by its run"):
         config_of_run(adapter, str(tmp_path / "new.jsonl"))
+
+
+def test_of_an_adapter_that_no_run_left_another_metric_is_measured_on_request(
+    run: Path, loaded: LoadedModel, tmp_path: Path
+) -> None:
+    data, adapter = str(tmp_path / "new.jsonl"), shutil.copytree(run / "adapter", tmp_path / "saved")
+    (tmp_path / "new.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS[:3]))
+    config = config_of_run(adapter, data, None, ["eval.metric=choice"])
+    assert metric_of(config) == "choice"
+    held_out = other_data(adapter, config)
+    scores = evaluate_run(load_run(adapter, config), config, held_out, None, 2, None, Tally())
+    assert scores == evaluate_run(loaded, config_with(run, "choice"), held_out, None, 2, None, Tally())
+    with pytest.raises(PacaError, match=r"--set: eval\.answer_pattern goes with eval\.metric: exact_match"):
+        config_of_run(adapter, data, None, ["eval.answer_pattern=sum"])
+    with pytest.raises(PacaError, match=r"there is no key eval\.metrik"):
+        config_of_run(adapter, data, None, ["eval.metrik=choice"])
 
 
 def test_other_data_that_was_trained_on_is_told(run: Path, tmp_path: Path) -> None:

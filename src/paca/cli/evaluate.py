@@ -57,7 +57,7 @@ def evaluate(
         typer.Option(
             "--set",
             metavar="eval.KEY=VALUE",
-            help="Change what a run is measured by, such as eval.metric or eval.answer_pattern. May be repeated.",
+            help="Change what is measured, such as eval.metric or eval.answer_pattern. May be repeated.",
         ),
     ] = None,
     tasks: Annotated[
@@ -92,7 +92,7 @@ def evaluate(
     """Evaluate base and adapter side by side: public benchmarks, tasks of your own, MT-Bench, a run's own data.
 
     Without --tasks and --mt-bench it measures a run's eval.metric, or a classifier's accuracy, on its data.eval or on
-    --data; of an adapter that no run left the loss, on --data.
+    --data; of an adapter or a model that no run left, on --data, the loss or what --set eval.metric=... names.
     """
     names = tuple(name.strip() for name in (tasks or "").split(",") if name.strip())
     if tasks is not None and not names:
@@ -121,8 +121,6 @@ def evaluate(
             f"There is nothing to evaluate {path} on: it is no folder of a run, which has data of its own. Give "
             "--data, --tasks, such as arc_easy,my_task.yaml, or --mt-bench."
         )
-    if set_ and not (Path(path) / "config.yaml").is_file():
-        raise PacaError(f"--set changes the eval section of a run, and {path} is no folder of one. Leave it out.")
     if names and importlib.util.find_spec("lm_eval") is None:
         from paca.pretrained.purpose import check_answers
 
@@ -250,8 +248,7 @@ def _measure_own_data(
     try:
         scores = own_run.evaluate_run(loaded, config, held_out, limit, batch_size, output, shown)
     except PacaError as error:
-        mendable = (Path(path) / "config.yaml").is_file() and any(key in str(error) for key in _BY_SET)
-        where = " (Here: --set eval.KEY=VALUE.)" if mendable else ""
+        where = " (Here: --set eval.KEY=VALUE.)" if any(key in str(error) for key in _BY_SET) else ""
         raise PacaError(f"{error}{where}") from error
     shown.finish()
     print_table(console, own_run.rows_of_run(scores, what))

@@ -28,15 +28,8 @@ from paca.pretrained.conversation import answering
 from paca.pretrained.generation import LoadedModel, load_for_generation, load_saved
 from paca.pretrained.purpose import classifier_in, listed
 from paca.pretrained.whole_output import write_whole
-from paca.training.config.config_file import load_run_config
-from paca.training.config.run_config import (
-    CalibrationSection,
-    DataSection,
-    EvalSection,
-    ModelSection,
-    OutputSection,
-    RunConfig,
-)
+from paca.training.config.config_file import config_without_run, load_run_config
+from paca.training.config.run_config import RunConfig
 from paca.training.folder.run_folder import RunFolder
 from paca.training.folder.same_run import inputs_of
 from paca.training.trainers import trainer_kind
@@ -61,7 +54,7 @@ def config_of_run(
         path: Folder of the run; with `data` also an adapter or a model that no run left, whose loss is measured.
         data: A file, a folder of images or a hub id to measure on in place of its `data.eval`, all of it.
         columns: Of `data`, in place of the run's `data.columns`: names that a form knows, each with the data's own.
-        overrides: `"eval.key=value"` each, of a run.
+        overrides: `"eval.key=value"` each.
 
     Raises:
         PacaError: It is no folder of a run, or the run is of another kind, or the run had no held-out data.
@@ -70,8 +63,7 @@ def config_of_run(
     if data is not None and not file.is_file():
         if classifier_in(path) is not None:
             raise PacaError(f"{path} is a classifier, which --data measures by its run: give that folder.")
-        empty = CalibrationSection(), EvalSection(), OutputSection("")
-        return RunConfig(ModelSection(str(path)), DataSection(data, eval=data, columns=named), *empty)
+        return config_without_run(str(path), data, named, overrides)
     other = [] if data is None else [f"data.eval={json.dumps(data)}", "eval.limit=null"]
     other += [] if named is None else [f"data.columns={json.dumps(named)}"]
     if any(re.match(r"\s*eval\.metric\s*=(?!\s*exact_match\s*$)", one) for one in overrides):
