@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -228,28 +229,68 @@ def run_main(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
     main()
 
 
-@pytest.mark.parametrize(("score", "pattern", "told"), [(0.0, None, True), (0.1, None, False), (0.0, "#", False)])
-def test_answers_none_of_which_is_right_point_to_what_is_compared(
-    score: float, pattern: str | None, told: bool
-) -> None:
-    side = {"exact_match": score, "exact_match_stderr": None, "examples": 6, "samples": []}
-    summary = {
+def finished(**changed: Any) -> dict[str, Any]:
+    """What `summary.json` has of a run."""
+    return {
         "eval_loss_before": 2.0,
         "eval_loss_after": 1.0,
-        "scores": {"before": side, "after": side},
-        "config": {"eval": {"metric": "exact_match", "answer_pattern": pattern, "max_new_tokens": 64}},
+        "scores": None,
+        "config": {
+            "eval": {"metric": None, "answer_pattern": None, "max_new_tokens": 64},
+            "train": {"learning_rate": 0.05},
+        },
         "method": {"name": "paca"},
         "counts": "tokens",
         "steps": 2,
         "peak_memory_of": "tensors",
         **dict.fromkeys(("train_seconds", "seconds", "tokens_per_second", "peak_memory_bytes"), 1),
-        **({} if pattern else {"scores_seconds": 240}),
+        **changed,
     }
+
+
+def shown_of(summary: dict[str, Any]) -> str:
     shown = io.StringIO()
     show_result(RunResult(Path("run"), summary, None), Console(file=shown, width=300))
+    return shown.getvalue()
+
+
+ACCURACY = {"after": {"accuracy": 0.5, "accuracy_stderr": 0.1}}
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "scores", "told"),
+    [(2.0, 2.5, None, True), (2.0, 1.0, None, False), (None, 2.5, None, False), (2.0, 2.5, ACCURACY, False)],
+    ids=["rose", "fell", "not measured before", "a score says more"],
+)
+def test_a_loss_that_rose_is_told_with_what_to_try(
+    before: float | None, after: float, scores: dict[str, Any] | None, told: bool
+) -> None:
+    shown = shown_of(finished(eval_loss_before=before, eval_loss_after=after, scores=scores))
+    assert ("The held-out loss rose: " in shown) == told
+    assert ("Try a lower train.learning_rate (now 0.05), more data or fewer epochs." in shown) == told
+
+
+def test_a_probe_in_a_dry_run_is_refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        run_main(monkeypatch, "train", "missing.yaml", "--dry-run", "--probe")
+    assert caught.value.code == 1
+    assert "--probe runs a batch, and --dry-run stops before anything is run." in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("score", "pattern", "told"), [(0.0, None, True), (0.1, None, False), (0.0, "#", False)])
+def test_answers_none_of_which_is_right_point_to_what_is_compared(
+    score: float, pattern: str | None, told: bool
+) -> None:
+    side = {"exact_match": score, "exact_match_stderr": None, "examples": 6, "samples": []}
+    summary = finished(
+        scores={"before": side, "after": side},
+        config={"eval": {"metric": "exact_match", "answer_pattern": pattern, "max_new_tokens": 64}},
+        **({} if pattern else {"scores_seconds": 240}),
+    )
+    shown = shown_of(summary)
     hint = "No answer is its whole reference, which exact_match compares; answers end after 64 tokens"
-    assert (hint in shown.getvalue()) == told
-    assert (", 4:00 for exact_match\n" in shown.getvalue()) == (pattern is None)
+    assert (hint in shown) == told
+    assert (", 4:00 for exact_match\n" in shown) == (pattern is None)
 
 
 def test_version(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

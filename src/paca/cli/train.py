@@ -50,6 +50,11 @@ def train(
     """Fine-tune a model and leave a run folder: adapter, metrics, summary, report."""
     if settings and not dry_run:
         raise PacaError("--settings goes with --dry-run; a run writes them to the config.yaml of its folder.")
+    if probe and dry_run:
+        raise PacaError(
+            "--probe runs a batch, and --dry-run stops before anything is run. Leave one out; `paca plan` foretells "
+            "the memory."
+        )
     from paca.training.config.config_file import load_run_config
 
     check_launchers_variables()
@@ -165,6 +170,13 @@ def show_result(result: RunResult, console: Console) -> None:
     ]
     for label, text in lines:
         say(console, f"{label:<18} {text}")
+    if not scores and before is not None and after is not None and after > before:  # nothing else speaks for the run
+        rate = summary["config"]["train"]["learning_rate"]
+        told = (
+            "The held-out loss rose: the model fits data.eval less well than before. Try a lower train.learning_rate "
+            f"(now {rate:g}), more data or fewer epochs."
+        )
+        say(console, told, style="yellow")
     if asked["answer_pattern"] is None and (scores.get("after") or {}).get("exact_match") == 0:
         told = (
             "No answer is its whole reference, which exact_match compares; answers end after "
