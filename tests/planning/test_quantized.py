@@ -140,9 +140,11 @@ def test_sixteen_bits_come_first_and_four_where_they_do_not_fit() -> None:
     assert "--quantization nf4" in str(tight.weights_reason)
     assert fit(shape, base, memory=budget, fastest_weights=True, **options).setting.quantization == "nf4"
 
-    least = min(c.estimate.total for c in fit(shape, base, memory=2**40, **{**options, "global_batch": 1}).candidates)
-    smallest = estimate(shape, replace(base, lean=True, recompute="mlp"), PACA).total
-    none_left = fit(shape, base, memory=min(least, smallest) - 2**16, **{**options, "global_batch": 1})
+    one = {**options, "global_batch": 1}
+    least = min(c.estimate.total for c in fit(shape, base, memory=2**40, **one).candidates)
+    techniques = ({"recompute": "mlp"}, {"checkpointing": True})  # which takes less depends on the processor's products
+    smallest = min(estimate(shape, replace(base, lean=True, **how), PACA).total for how in techniques)
+    none_left = fit(shape, base, memory=min(least, smallest) - 2**16, **one)
     assert none_left.setting.quantization == "nf4"
     assert "fits in no way" in str(none_left.weights_reason)
 
