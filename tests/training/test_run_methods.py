@@ -78,6 +78,8 @@ def test_a_run_is_resumed_bit_for_bit_answers_and_merges(
     monkeypatch.setattr(SignalAtStep, "step", 3)
     parts = write_config(config_file, tmp_path / "parts", method)
     assert run(parts).summary is None
+    assert list(tmp_path.glob("parts/checkpoints/checkpoint-*"))
+    assert not list(tmp_path.glob("parts/checkpoints/**/README.md"))  # TRL's and PEFT's, with nothing filled in
     resumed = run(parts, resume=True)
 
     assert whole.summary is not None

@@ -40,7 +40,7 @@ from paca.training.prepare import PreparedRun, prepare
 from paca.training.probe import ProbeLongestBatch
 from paca.training.products import decide_products, products_of_run
 from paca.training.prompt_form import give_form
-from paca.training.reporting.adapter_card import NoCardsOfCheckpoints, write_card
+from paca.training.reporting.adapter_card import write_card, write_no_empty_cards
 from paca.training.reporting.final_scores import held_out_loss, scores_by, scores_by_trainer, timed
 from paca.training.reporting.metrics import MetricsLog, RecordMetrics
 from paca.training.reporting.progress import ShowProgress, busy
@@ -244,7 +244,7 @@ class _Run:
 
     def _make_trainer(self, pretrained: Pretrained, arguments: TrainingArguments) -> Any:
         folder, console = self.folder, self.console
-        callbacks: list[Any] = [self.stopper, SetEpochOfSampler(), NoCardsOfCheckpoints(), TellUntrainedLayers(console)]
+        callbacks: list[Any] = [self.stopper, SetEpochOfSampler(), TellUntrainedLayers(console)]
         callbacks += method_callbacks(self.config, folder)
         model, adapter = with_adapter(pretrained.model, self.config, arguments, self.data.train, folder, console)
         try:
@@ -261,6 +261,7 @@ class _Run:
             raise
         except (ValueError, RuntimeError) as error:
             raise PacaError(f"{self.kind.trainer.__name__} refuses this run: {error}") from error
+        write_no_empty_cards(trainer)
         keep_adapter_dtype(trainer.model, self.config)
         use_factors(trainer, self.config)
         pull_towards_orthogonal(trainer, self.config)

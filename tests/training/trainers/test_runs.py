@@ -142,7 +142,7 @@ def test_columns_move_and_the_base_comes_back_bitwise(
     workspace: Path, finished: Finished, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     watched = Watched(originals_of(finished(name).folder))
-    monkeypatch.setattr(run, "NoCardsOfCheckpoints", lambda: watched)  # in the place of another callback
+    monkeypatch.setattr(run, "SetEpochOfSampler", lambda: watched)  # in the place of another callback
     train(load_run_config(workspace / f"{name}.yaml", [f"output.dir={tmp_path / 'a'}"]), console=Console(quiet=True))
     assert len(watched.moved) >= 12
     assert len(watched.restored) > len(watched.moved)

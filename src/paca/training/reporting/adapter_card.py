@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 import yaml
+from peft import PeftModel
 from torch import nn
-from transformers import TrainerCallback, TrainerState, TrainingArguments
 
 from paca.convert.pefts_paca import PEFT, saved_layers, why_not
 from paca.messages.adapter_notes import EXPORT, IMPORT, INSTALL, LACKS
@@ -208,13 +208,13 @@ The base model is looked for by the name in `adapter_config.json`. If it lies el
 NAME_OR_FOLDER` to each; in Python, load it and give it to `PeftModel.from_pretrained`."""
 
 
-class NoCardsOfCheckpoints(TrainerCallback):
-    """Removes the cards that TRL and PEFT write with each checkpoint: templates with nothing filled in."""
+def write_no_empty_cards(trainer: Any) -> None:
+    """Keep TRL and PEFT from writing cards with each checkpoint: templates with nothing filled in."""
+    trainer.create_model_card = _no_card
+    model: Any = trainer.model
+    if isinstance(trainer.model, PeftModel):
+        model.create_or_update_model_card = _no_card
 
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
-        """After each checkpoint."""
-        if not state.is_world_process_zero:
-            return
-        checkpoints = Path(str(args.output_dir))
-        for folder in (checkpoints, checkpoints / f"checkpoint-{state.global_step}"):
-            (folder / "README.md").unlink(missing_ok=True)
+
+def _no_card(*_: Any, **__: Any) -> None:
+    pass
