@@ -84,7 +84,7 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
             "trainer": "grpo",
             "batch_size": 1,
             "sequence_length": 160,
-            "answers": 64,
+            "answers": 24,
             "answer_length": 3,
         },
     ),
