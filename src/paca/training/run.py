@@ -110,7 +110,6 @@ def train(
         plan = prepared.plan
         record = folder.recorded_inputs() if resume else prepared.inputs
         decide_products(plan.config, plan.dtype, record, resumed=resume)
-        show_plan(plan, console, record)
         if scorer is not None and plan.data.eval is not None:
             scorer.check(plan.data.eval.dataset, prepared.outline)
         settings = {**names_for_trackers(folder, resume=resume), **plan.config.train}
@@ -124,7 +123,8 @@ def train(
             raise PacaError("--probe does not go with DeepSpeed, whose backward pass is also a step. Leave it out.")
         if main and resume:
             check_same_run(folder, plan.config, prepared.inputs)
-        elif main:
+        show_plan(plan, console, record)
+        if main and not resume:
             folder.clear(prepared.inputs)
         PartialState().wait_for_everyone()
         checkpoint = folder.newest_checkpoint() if resume else None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import io
 import json
 import os
 import shutil
@@ -47,21 +48,25 @@ def begun(config_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return place
 
 
-def resume_in(place: Path, config_file: Path, *overrides: str, resume: bool = True) -> RunResult:
+def resume_in(
+    place: Path, config_file: Path, *overrides: str, resume: bool = True, console: Console | None = None
+) -> RunResult:
     settings = [
         "train.max_steps=2",
         "train.save_steps=1",
         f"model.name={place / 'model'}",
         f"output.dir={place / 'run'}",
     ]
-    return train(load_run_config(config_file, [*settings, *overrides]), resume=resume, console=Console(quiet=True))
+    return train(
+        load_run_config(config_file, [*settings, *overrides]), resume=resume, console=console or Console(quiet=True)
+    )
 
 
 @pytest.fixture
 def resume(begun: Path, config_file: Path) -> Iterator[Resume]:
     kept = {file: file.read_bytes() for file in (begun / "model").iterdir()}
     (begun / "run" / "summary.json").unlink(missing_ok=True)
-    yield lambda *overrides: resume_in(begun, config_file, *overrides)
+    yield lambda *overrides, **options: resume_in(begun, config_file, *overrides, **options)
     for file, content in kept.items():
         file.write_bytes(content)
 
@@ -78,6 +83,13 @@ def resume(begun: Path, config_file: Path) -> Iterator[Resume]:
 def test_another_selection_seed_or_share_of_the_data_is_refused(resume: Resume, override: str, named: str) -> None:
     with pytest.raises(PacaError, match=rf"(?m)^  {named}$"):
         resume(override)
+
+
+def test_other_settings_are_refused_before_the_plan_of_them_is_shown(resume: Resume) -> None:
+    shown = io.StringIO()
+    with pytest.raises(PacaError, match="The settings differ from those"):
+        resume("train.seed=5", console=Console(file=shown))
+    assert shown.getvalue() == ""
 
 
 def change_a_weight(model: Path) -> None:
