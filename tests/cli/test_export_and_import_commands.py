@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -31,6 +32,7 @@ def test_export_to_lora_and_import_give_the_adapter_back(run: Path, tmp_path: Pa
         f"Written: {tmp_path / 'lora'} (LoRA, exact but for rounding: 14 layers of rank 5, each at scale 1)"
         in done.stdout
     )
+    assert re.search(r"It has \S+ KiB, the adapter \S+ KiB: LoRA's A, which picks the columns", done.stdout)
     assert "quantized" not in done.stdout
     assert (tmp_path / "lora/tokenizer.json").is_file()
     done = fresh_paca("import", tmp_path / "lora", "--base", run / "base", "--output", tmp_path / "back")

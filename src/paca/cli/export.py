@@ -12,6 +12,8 @@ from paca.cli.starting import import_libraries
 from paca.convert.beforehand import adapter_in, adapter_output, gguf_output
 from paca.messages.errors import PacaError
 from paca.messages.say import put
+from paca.messages.units import format_bytes
+from paca.pretrained.adapter_folder import ADAPTER_WEIGHTS
 
 FORMS = ("lora", "merged", "gguf", "peft")
 
@@ -61,6 +63,8 @@ def export(
     elif to == "lora":
         put(f"Written: {output} (LoRA, exact but for rounding: {layers} of rank {ranks}, each at scale 1)")
         put("On 16-bit weights outputs differ by their rounding; --to merged writes the very same weights.")
+        before, after = map(_bytes_of_weights, (adapter_in(path), output))
+        put(f"It has {after}, the adapter {before}: LoRA's A, which picks the columns, is written out.")
     else:
         form_of = f"PaCA for PEFT >= 0.22, here is {peft.__version__}"
         put(f"Written: {output} ({form_of}: {layers} of rank {adapter.ranks[-1]}, each at scale 1)")
@@ -84,6 +88,11 @@ def export(
     else:
         needs = "paca is not needed" if to == "lora" else "PEFT >= 0.22 needs no paca"
         put(f'Load it onto {adapter.base} with PeftModel.from_pretrained(model, "{output}"); {needs}.')
+
+
+def _bytes_of_weights(folder: Path) -> str:
+    files = (folder / name for name in ADAPTER_WEIGHTS)
+    return format_bytes(sum(file.stat().st_size for file in files if file.is_file()))
 
 
 def _prompts_form(adapter: Path, base: Path) -> str:
