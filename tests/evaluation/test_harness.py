@@ -254,7 +254,11 @@ def test_answers_of_a_learned_prompt_are_those_that_it_gives_without_a_cache(tmp
     adapted.prompt_encoder["default"].embedding.weight.data.normal_(std=2.0)
     adapted.save_pretrained(tmp_path / "adapter")
     loaded = load_for_generation(tmp_path / "adapter", base_model=str(base))
-    results = evaluated(loaded, tmp_path / "out", save_task(tmp_path, "sums", 8, WRITTEN))
+    task = save_task(tmp_path, "sums", 8, WRITTEN)
+    rows = [json.loads(line) for line in (tmp_path / "sums.jsonl").read_text().splitlines()]
+    longer = [{**row, "question": "well, " * number + row["question"]} for number, row in enumerate(rows)]
+    (tmp_path / "sums.jsonl").write_text("".join(json.dumps(row) + "\n" for row in longer))
+    results = evaluated(loaded, tmp_path / "out", task)
     (samples,) = results["adapter"]["samples"].values()
     for sample in samples:
         question, options = sample["arguments"][0]

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import random
+
 import pytest
 import torch
 from peft import PeftModel, PromptTuningConfig, get_peft_model
@@ -20,7 +22,12 @@ def test_a_model_whose_output_is_nan_is_refused_by_name() -> None:
 
 
 def with_a_learned_prompt() -> PeftModel:
-    model = get_peft_model(llama(), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=5)).eval()
+    base = llama()
+    with torch.no_grad():
+        for name, parameter in base.named_parameters():
+            if "q_proj" in name or "k_proj" in name:
+                parameter.mul_(30)  # so that it matters how far what is learned stands from a token
+    model = get_peft_model(base, PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=5)).eval()
     torch.manual_seed(0)
     for parameter in model.prompt_encoder.parameters():
         torch.nn.init.normal_(parameter)
@@ -37,9 +44,11 @@ def test_answers_after_a_learned_prompt_are_scored_where_they_stand() -> None:
 
 
 def test_answers_after_a_learned_prompt_are_the_likeliest_tokens() -> None:
-    model, prompts, tokenizer = with_a_learned_prompt(), [[1, 2, 3, 4], [7, 8, 9, 1, 2]], byte_tokenizer()
+    """Also in batches of several lengths: padding would stand between what is learned and the shorter ones."""
+    model, tokenizer, numbers = with_a_learned_prompt(), byte_tokenizer(), random.Random(0)
+    prompts = [[numbers.randrange(1, 60) for _ in range(length)] for length in (1, 2, 2, 3, 5, 8, 13, 21, 21, 34)]
     model.generation_config.eos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id = None, None, 0
-    found = completions(model, tokenizer, prompts, max_new_tokens=6, batch_size=2)
+    found = completions(model, tokenizer, prompts, max_new_tokens=6, batch_size=6)
     for prompt, text in zip(prompts, found, strict=True):
         said = list(prompt)
         for _ in range(6):

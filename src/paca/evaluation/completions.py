@@ -1,8 +1,10 @@
-"""What a model answers: the likeliest token each time, in batches padded on the left."""
+"""What a model answers: the likeliest token each time, in batches padded on the left (of a learned prompt, in batches
+of one length)."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -12,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from paca.evaluation.batches import context_of, longest_first
 from paca.evaluation.kept_lines import KeptAnswers
 from paca.messages.errors import PacaError
-from paca.pretrained.generation_settings import sampling_settings
+from paca.pretrained.generation_settings import learns_a_prompt, sampling_settings
 
 
 @torch.no_grad()
@@ -63,5 +65,10 @@ def completions(
         )[:, tokens.shape[1] :].tolist()
         return [str(tokenizer.decode(said, skip_special_tokens=True)) for said in generated]
 
+    def answer_by_length(batch: list[list[int]]) -> list[str]:
+        return [text for _, alike in groupby(batch, key=len) for text in answer(list(alike))]
+
+    # What padding stands between learned tokens and a prompt would change the answer.
+    run = answer_by_length if learns_a_prompt(model) else answer
     fitted = [prompt if context is None else prompt[-(context - max_new_tokens) :] for prompt in prompts]
-    return longest_first(answer, fitted, len, batch_size, "answers written", kept)
+    return longest_first(run, fitted, len, batch_size, "answers written", kept)

@@ -31,7 +31,7 @@ from paca.evaluation.sides import BASE, Watcher, sides_of
 from paca.messages.errors import PacaError
 from paca.pretrained.conversation import answering
 from paca.pretrained.generation import LoadedModel
-from paca.pretrained.generation_settings import without_cache
+from paca.pretrained.generation_settings import learns_a_prompt, without_cache
 from paca.pretrained.whole_output import write_whole
 
 
@@ -188,7 +188,9 @@ class _WatchedModel(HFLM):
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
         self._watcher.begin(self._who, "answers written", len(requests))
-        return list(super().generate_until(requests, disable_tqdm=True))
+        one = 1 if learns_a_prompt(self.model) else self.batch_size_per_gpu  # padding would come after what is learned
+        with patch.object(self, "batch_size_per_gpu", one):
+            return list(super().generate_until(requests, disable_tqdm=True))
 
     def _model_generate(self, *args: Any, **options: Any) -> Any:
         with without_cache(self.model):  # the harness always asks for one
