@@ -600,3 +600,15 @@ def test_a_checkpoint_that_is_quantized_is_loaded_where_it_is_used(
     with pytest.raises(PacaError, match="far enough"):
         load_pretrained(str(tmp_path / "checkpoint"))
     assert asked.call_args.kwargs.get("device_map") == ({"": "cuda:0"} if quantized else None)
+
+
+def test_a_config_that_has_no_padding_token_gets_the_tokenizers(tmp_path: Path) -> None:
+    tokenizer = byte_tokenizer()
+    shape = transformers.RwkvConfig(
+        vocab_size=len(tokenizer), hidden_size=16, num_hidden_layers=2, attention_hidden_size=16
+    )
+    assert not hasattr(shape, "pad_token_id")
+    transformers.RwkvForCausalLM(shape).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    model = load_pretrained(str(tmp_path)).model
+    assert model.config.pad_token_id == tokenizer.pad_token_id

@@ -54,7 +54,7 @@ def inputs_of(model: PreTrainedModel, setting: Setting, batch_size: int, padded:
     if task == "text":
         return {**inputs, "labels": tokens.clone()}
     text = model.config.get_text_config()
-    text.pad_token_id = text.pad_token_id or 0
+    text.pad_token_id = getattr(text, "pad_token_id", None) or 0
     return inputs if task == "pairs" else inputs | labels
 
 

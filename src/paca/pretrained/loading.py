@@ -139,7 +139,7 @@ def load_pretrained(
             f"{embeddings}. Give the tokenizer that belongs to this model."
         )
     choose_pad_token(tokenizer, embeddings)
-    if model.config.get_text_config().pad_token_id is None:
+    if getattr(model.config.get_text_config(), "pad_token_id", None) is None:  # RWKV's has no such field
         model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
     return Pretrained(model, tokenizer, location.source, location.name_or_path)
 
