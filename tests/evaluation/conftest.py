@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 
 import datasets
-import lm_eval
 import pytest
 
 from tiny_checkpoint import save_run
@@ -27,13 +25,3 @@ def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def no_look_at_the_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     """The harness asks pip and others what is installed, for each of its results: seconds, and not what is tested."""
     monkeypatch.setattr("torch.utils.collect_env.get_pretty_env_info", lambda: "a machine")
-
-
-@pytest.fixture
-def few_tasks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Where the harness has copies of two of its own folders only: it takes 5 s to read all of its 15,000 files."""
-    folder, own = tmp_path / "harness" / "tasks", Path(lm_eval.__file__).parent / "tasks"
-    for name in ("arc", "mmlu/default"):
-        shutil.copytree(own / name, folder / name)
-    monkeypatch.setattr("lm_eval.tasks.manager.__file__", str(folder / "manager.py"))
-    return folder

@@ -33,6 +33,7 @@ def test_a_file_that_is_wrong_is_not_taken_for_data_that_is_missing(tmp_path: Pa
         load_tasks([str(file)])
 
 
+@pytest.mark.usefixtures("few_tasks")
 def test_names_are_looked_for_before_the_data_of_any_task_is_fetched(tmp_path: Path) -> None:
     file = save_task(tmp_path, "mine", 3)
     file.write_text(file.read_text().replace("{{question}}", "{{query}}"))  # which loading it would find

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import re
 from collections.abc import Sequence
 from contextlib import ExitStack, chdir
@@ -66,16 +65,11 @@ def _manager(files: list[Path], all_files: bool) -> TaskManager:
         manager = TaskManager(include_path=list(folders), include_defaults=False)
         # The harness's own 15,000 files take seconds to read: only where something is among them.
         if not all_files or not _has_all_members(manager):
-            manager = TaskManager(include_path=list(folders)) if folders else _of_the_harness()
+            manager = TaskManager(include_path=list(folders))
     except Exception as error:  # what the harness raises for a file beside a group depends on what is in it
         said = f"{type(error).__name__}: {error}"
         raise PacaError(f"The task files in {', '.join(map(str, folders))} cannot be listed: {said}") from error
     return manager
-
-
-@functools.cache
-def _of_the_harness() -> TaskManager:
-    return TaskManager()
 
 
 def _load(manager: TaskManager, name: str, file: Path | None) -> list[Any]:
