@@ -81,7 +81,7 @@ def test_one_rate_is_not_said_to_go_beyond(workspace: Path) -> None:
 
 
 ONE_METHOD = "There is one method, paca, and nothing to compare it with: what comes out is its best rate and its score."
-ONE_SEED = "One seed shows no difference, as chance is seen between seeds: give three, such as --seeds 0,1,2."
+ONE_SEED = "One seed shows no difference, as chance is seen between seeds: name three, such as --seeds 0,1,2."
 FEW_STEPS = "The runs have 10 steps at most: so few tell little of a longer training."
 
 

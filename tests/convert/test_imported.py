@@ -358,6 +358,9 @@ def test_what_cannot_be_imported_is_said(lora: Path, tmp_path: Path) -> None:
     shutil.copy(lora / "adapter_model.safetensors", tmp_path / "lonely.safetensors")
     with pytest.raises(PacaError, match=r"no adapter_config\.json, which gives r and alpha"):
         import_adapter(tmp_path / "lonely.safetensors", tmp_path / "back")
+    shutil.copytree(lora, tmp_path / "run" / "adapter")
+    with pytest.raises(PacaError, match=r"run is the folder of a run\. Give that of its adapter: .*run/adapter"):
+        import_adapter(tmp_path / "run", tmp_path / "back")
     (tmp_path / "answers.jsonl").write_text("{}")
     with pytest.raises(PacaError, match=r"type '\.jsonl', which is no checkpoint.*\.safetensors, \.bin, \.pt"):
         import_adapter(tmp_path / "answers.jsonl", tmp_path / "back")

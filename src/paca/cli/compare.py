@@ -39,7 +39,9 @@ def compare(
             "\\[default: auto, three around the rate of paca train]",
         ),
     ] = None,
-    seeds: Annotated[str, typer.Option(metavar="N,N,…", help="Seeds. Rates are chosen with the first.")] = "0,1,2",
+    seeds: Annotated[
+        str, typer.Option(metavar="N,N,…", help="The seeds, not how many. Rates are chosen with the first.")
+    ] = "0,1,2",
     equal: Annotated[
         Literal["parameters", "time", "memory", "parameters,time", "memory,time"] | None,
         typer.Option(help="What to make the same for all methods; the first one leads."),

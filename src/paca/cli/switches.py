@@ -53,8 +53,10 @@ def _tell_where(error: Any, ctx: Any) -> None:
     if having:
         error.message += f", which is one of {', '.join(having)}"
         error.possibilities = None
-    if not error.possibilities and _has("--set", ctx):
+    if set(error.possibilities or ()) <= {"--set"} and _has("--set", ctx):
+        error.possibilities = None
         example = "output.dir=FOLDER" if error.option_name == "--output" else "train.learning_rate=1e-4"
+        example = "eval.metric=exact_match" if ctx.info_name == "evaluate" else example
         error.message += f". A key of the YAML is set with --set SECTION.KEY=VALUE, as --set {example}."
 
 

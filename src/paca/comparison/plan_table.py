@@ -64,7 +64,7 @@ def no_verdict_text(planned: Sequence[PlannedMethod], seeds: int) -> list[str]:
         ]
     told = []
     if seeds == 1:
-        told.append("One seed shows no difference, as chance is seen between seeds: give three, such as --seeds 0,1,2.")
+        told.append("One seed shows no difference, as chance is seen between seeds: name three, such as --seeds 0,1,2.")
     steps = [one.plan.steps for one in planned if one.plan.steps is not None]
     return told + few_steps_text(max(steps)) if len(steps) == len(planned) else told
 

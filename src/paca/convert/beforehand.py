@@ -98,6 +98,8 @@ def import_source(path: str | Path) -> Path:
         )
     folder = given.parent if given.is_file() else given
     if not (folder / ADAPTER_CONFIG).is_file():
+        if given.is_dir() and (given / "adapter" / ADAPTER_CONFIG).is_file():
+            raise PacaError(f"{folder} is the folder of a run. Give that of its adapter: {folder / 'adapter'}")
         raise PacaError(
             f"{folder.absolute()} has no {ADAPTER_CONFIG}, which gives r and alpha: without them the tensors mean "
             "nothing. Put the one that was saved with them beside them."

@@ -142,6 +142,8 @@ def test_all_mistakes_that_do_not_need_each_other_are_told(tmp_path: Path, text:
         ("paca: {peft_type: LORA}\n", "no key paca.peft_type. The section's name says the method; others of PEFT"),
         ("lora: {task_type: CAUSAL_LM}\n", "no key lora.task_type. The task is that of train.trainer: leave it out."),
         ("model: {name: x, load_in_4bit: true}\n", "no key model.load_in_4bit. Did you mean model.quantization?"),
+        ("r: 8\n", "there is no section 'r'. Did you mean the key paca.r? It stands below paca:"),
+        ("learning_rate: 1e-4\n", "Did you mean the key train.learning_rate? It stands below train:"),
         ("evla: {before: true}\n", "line 3: there is no section 'evla'. Did you mean eval?"),
         ("train: 3\n", "line 3: the section train must hold keys, not the number 3."),
         ("train: {learning_rate: fast}\n", "train.learning_rate must be a number or auto, not the text 'fast'."),

@@ -111,7 +111,10 @@ def _read_sections(path: Path, overrides: Iterable[str]) -> tuple[dict[str, dict
     for name, values in content.items():
         with mistakes.noted():
             if name not in names:
-                raise PacaError(f"{origins.of(name)}: there is no section {name!r}.{section_hint(name, names)}")
+                hint = section_hint(name, names)
+                if "Did you mean" not in hint and not isinstance(values, dict):
+                    hint = _section_of(name) or hint
+                raise PacaError(f"{origins.of(name)}: there is no section {name!r}.{hint}")
             if values is not None and not isinstance(values, dict):
                 form = f" Give it as {name}: {{{FIRST[name]}: {values}}}" if name in FIRST else ""
                 raise PacaError(f"{origins.of(name)}: the section {name} must hold keys, not {shown(values)}.{form}")
@@ -121,6 +124,13 @@ def _read_sections(path: Path, overrides: Iterable[str]) -> tuple[dict[str, dict
     }
     apply_overrides(sections, overrides, origins, lambda: _keys_of_all(_first_method(sections), sections))
     return sections, origins
+
+
+def _section_of(key: str) -> str:
+    owners = _keys_of_all("paca", {name: {} for name in ALL}).items()
+    return next(
+        (f" Did you mean the key {owner}.{key}? It stands below {owner}:" for owner, keys in owners if key in keys), ""
+    )
 
 
 def _first_method(sections: dict[str, dict[str, Any]]) -> str:
