@@ -417,6 +417,21 @@ def test_a_verdict_that_two_questions_share_is_paid_for_once(tmp_path: Path) -> 
         assert sum(rating.usage.requests for rating in ratings) == len(server.requests)
 
 
+def test_the_same_answer_of_base_and_adapter_has_one_grade(tmp_path: Path) -> None:
+    """A judge that grades it otherwise the second time would make a difference of it."""
+    with judging(lambda body, number: verdict(f"[[{4 + number}]]")) as server:
+        base, adapter = (
+            ratings_of(judge_of(server), side, QUESTIONS[2:3], [["e"]], tmp_path, Tally())
+            for side in ("base", "adapter")
+        )
+        again = ratings_of(judge_of(server), "adapter", QUESTIONS[2:3], [["e"]], tmp_path, Tally())
+    assert [rating.score for rating in (*base, *adapter, *again)] == [base[0].score] * 3
+    assert len(server.requests) == base[0].usage.requests == 1
+    assert adapter[0].usage.requests == 0
+    (row,) = (tmp_path / "judgments-adapter.jsonl").read_text().splitlines()
+    assert json.loads(row)["model"] == "adapter"
+
+
 def test_the_difference_is_that_of_pairs() -> None:
     def rated(*scores: float | None) -> list[Rating]:
         return [Rating(number // 2, "writing", 1 + number % 2, score) for number, score in enumerate(scores)]

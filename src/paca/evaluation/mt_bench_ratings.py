@@ -122,6 +122,11 @@ def ratings_of(
         for turn in range(1, len(question.turns) + 1)
     ]
     keys = [key_of(judge.settings.model, judge.settings.url, json.dumps(prompt)) for _, _, prompt in wanted]
+    given = _grades_of_others(output, file)
+    for (question, _, _), key in zip(wanted, keys, strict=True):
+        if key in given and kept.get(key, {}).get("score", -1) == -1:  # the very same answer, and so the same grade
+            kept[key] = {**given[key], "question_id": question.id, "model": side, "usage": asdict(Usage())}
+            append(file, kept[key])
     missing = [index for index, key in enumerate(keys) if kept.get(key, {}).get("score", -1) == -1]
     if missing:
         watcher.begin(side, f"answers judged by {judge.settings.model}", len(missing))
@@ -147,6 +152,15 @@ def ratings_of(
             Rating(question.id, question.category, turn, _grade(kept[key]), spent.pop(key, Usage()))
             for (question, turn, _), key in zip(wanted, keys, strict=True)
         ]
+
+
+def _grades_of_others(output: Path, own: Path) -> dict[str, dict[str, Any]]:
+    """Verdicts with a grade, on answers of other sides."""
+    found: dict[str, dict[str, Any]] = {}
+    for file in sorted(set(output.glob("judgments-*.jsonl")) - {own}):
+        with as_written(file):
+            found |= {row["prompt_key"]: row for row in lines_of(file) if row["score"] != -1}
+    return found
 
 
 def _grade(row: dict[str, Any]) -> float | None:
