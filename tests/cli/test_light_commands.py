@@ -150,6 +150,7 @@ def test_a_config_that_is_wrong_by_itself_is_refused_before_anything_heavy_is_im
         (["train", "--stpes"], "No such option"),
         (["train", "answers.yaml", "--lr", "1"], "No such option: --lr, which is one of paca compare. A key of"),
         (["evaluate", "runs/a", "--metric", "loss"], "SECTION.KEY=VALUE, as --set eval.metric=exact_match."),
+        (["merge", "runs/a", "--dry-run"], "No such option: --dry-run, which is one of paca train"),
         (["plan", "answers.yaml", "--probe"], "No such option: --probe, which is one of paca train"),
         (["train", "answers.yaml", "--learning-rate", "1"], "is set with --set SECTION.KEY=VALUE, as --set train.lea"),
         (["trian"], "No such command"),

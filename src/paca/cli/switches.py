@@ -104,6 +104,8 @@ class Command(TyperCommand):
             if switch:
                 ctx.fail(_takes_no_value(switch, word, options))
         there = {word.partition("=")[0] for word in args}
+        if any(word.startswith("--") and word not in {*options, "--", "--help"} for word in there):
+            return  # that there is no such option comes first
         for flag, option in options.items():
             if option.required and flag.startswith("--") and there.isdisjoint({*option.opts, "--help"}):
                 ctx.fail(f"{flag} is missing: {_value_of(option)}")

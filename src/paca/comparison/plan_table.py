@@ -41,7 +41,7 @@ def table_of(planned: Sequence[PlannedMethod]) -> Table:
         "sequences a step": [_sequences(one.plan) for one in planned],
     }
     if any("step_seconds" in one for one in measured):
-        columns["seconds a step"] = [
+        columns["seconds a step (× in turn)"] = [
             f"{one['step_seconds']:.3g} ({one['step_ratio']:.2f} ×)" if one else "" for one in measured
         ]
     if any("peak" in one for one in measured):
