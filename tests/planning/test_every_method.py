@@ -29,6 +29,7 @@ SMALL: dict[str, dict[str, Any]] = {
 NOT_ASKED = {*adapter_settings._NOT_HERE, "LORA", "PACA"}
 METHODS = sorted({kind.value for kind in PEFT_TYPE_TO_CONFIG_MAPPING} - NOT_ASKED)
 SETTING = Setting(32, 2)
+SHAPE = config("llama", num_hidden_layers=2)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -36,30 +37,30 @@ def test_a_method_that_a_run_can_train_is_planned_or_named(method: str) -> None:
     adapter = PEFT_TYPE_TO_CONFIG_MAPPING[PeftType(method)](task_type="CAUSAL_LM", **SMALL.get(method, {}))
     if method in ADD_TO_THE_INPUT:
         with pytest.raises(paca.PacaError, match=f"^{method} .*paca train --probe"):
-            estimate(config("llama"), SETTING, adapter)
+            estimate(SHAPE, SETTING, adapter)
     else:
-        assert estimate(config("llama"), SETTING, adapter).total > 0
+        assert estimate(SHAPE, SETTING, adapter).total > 0
 
 
 @pytest.mark.parametrize("kind", [LoHaConfig, LoKrConfig])
 def test_a_layer_is_never_left_out_of_a_plan(kind: Any) -> None:
     first, second = (
-        estimate(config("llama"), SETTING, kind(r=4, module_dropout=dropout, task_type="CAUSAL_LM"), timed=True)
+        estimate(SHAPE, SETTING, kind(r=4, module_dropout=dropout, task_type="CAUSAL_LM"), timed=True)
         for dropout in (0.0, 0.9)
     )
     assert first.parts == second.parts
     assert first.operators == second.operators
     assert not any(operator.waits for operator in first.operators)  # the number is drawn on the host
-    lora = estimate(config("llama"), SETTING, LoraConfig(r=4, task_type="CAUSAL_LM"), timed=True)
+    lora = estimate(SHAPE, SETTING, LoraConfig(r=4, task_type="CAUSAL_LM"), timed=True)
     assert first.flops > lora.flops  # the product of its factors is made whole
 
 
 def test_dora_is_planned() -> None:
     plain, dora = (LoraConfig(r=4, use_dora=wanted, task_type="CAUSAL_LM") for wanted in (False, True))
-    assert estimate(config("llama"), SETTING, dora).total > estimate(config("llama"), SETTING, plain).total
+    assert estimate(SHAPE, SETTING, dora).total > estimate(SHAPE, SETTING, plain).total
 
 
 def test_shira_is_planned_with_and_without_its_choice_of_weights() -> None:
     random, unknown = (ShiraConfig(r=4, task_type="CAUSAL_LM") for _ in range(2))
     unknown.mask_fn = None  # as a run is outlined
-    assert estimate(config("llama"), SETTING, random).parts == estimate(config("llama"), SETTING, unknown).parts
+    assert estimate(SHAPE, SETTING, random).parts == estimate(SHAPE, SETTING, unknown).parts

@@ -19,17 +19,17 @@ from paca.planning.setting import Answering
 GATED = {
     "hidden_size": 512,
     "intermediate_size": 1408,
-    "num_hidden_layers": 3,
+    "num_hidden_layers": 2,
     "num_attention_heads": 8,
     "num_key_value_heads": 4,
     "vocab_size": 4000,
 }
-GPT2 = {"n_embd": 512, "n_layer": 3, "n_head": 8, "vocab_size": 4000}
+GPT2 = {"n_embd": 512, "n_layer": 2, "n_head": 8, "vocab_size": 4000}
 OPT = {
     "hidden_size": 512,
     "word_embed_proj_dim": 512,
     "ffn_dim": 2048,
-    "num_hidden_layers": 3,
+    "num_hidden_layers": 2,
     "num_attention_heads": 8,
 }
 
