@@ -129,6 +129,20 @@ def test_no_library_is_to_tell_its_makers_unless_the_user_says_so(run: Run, monk
         (MODEL_AND_DATA + "eval: {meitrc: loss}\n", "there is no key eval.meitrc. Did you mean eval.metric?"),
         ("model: [\n", "line 2, column 1: not valid YAML"),
         (MODEL_AND_DATA + "calibration: {sequences: 0}\n", "calibration.sequences is 0; it must be 1 or more."),
+        (MODEL_AND_DATA + "learning_rate: 3\n", "Did you mean the key train.learning_rate? It stands below train:"),
+        (
+            "model: {name: some/model}\ndata: {train: run.jsonl}\n",
+            "line 2: data.train: There is no data file or folder",
+        ),
+        (
+            "model: {name: ./model}\ndata: {train: some/data}\n",
+            "line 1: model.name: No model at './model': there is no",
+        ),
+        ("model: {name: m.gguf}\ndata: {train: a/b, eval: no.csv}\n", "line 2: data.eval: There is no data file or"),
+        (
+            "model: {name: m}\ndata: {train: [a/b, ~/no/such]}\n",
+            "data.train: There is no data file or folder '~/no/such'",
+        ),
     ],
 )
 def test_a_config_that_is_wrong_by_itself_is_refused_before_anything_heavy_is_imported(
@@ -182,6 +196,25 @@ def test_a_wrong_command_line_is_refused_before_anything_heavy_is_imported(
     done = run(*arguments)
     assert done.returncode == 2
     assert message in " ".join(done.stderr.replace("│", "").split())
+    assert done.stdout.endswith("imported: []\n")
+
+
+@pytest.mark.parametrize(
+    ("override", "example"),
+    [
+        ("r=8", "paca.r=8"),
+        ("learning_rate=3", "train.learning_rate=3"),
+        ("limit=9", "data.limit=9"),
+        ("name=m", "model."),
+    ],
+)
+def test_a_setting_without_its_section_is_told_before_anything_heavy_is_imported(
+    run: Run, tmp_path: Path, override: str, example: str
+) -> None:
+    (tmp_path / "run.yaml").write_text(MODEL_AND_DATA)
+    done = run("train", "run.yaml", "--set", override)
+    assert done.returncode == 1
+    assert f"--set {override}: expected section.key=value, such as --set {example}" in done.stderr
     assert done.stdout.endswith("imported: []\n")
 
 

@@ -59,7 +59,7 @@ def test_a_dry_run_shows_the_resolved_run_and_leaves_nothing(workspace: Path) ->
 
 
 def test_a_dry_run_tries_the_run_folder_first(workspace: Path) -> None:
-    settings = ("--set", "output.dir=config.yaml/run", "--set", "model.name=./nowhere")
+    settings = ("--set", "output.dir=config.yaml/run", "--set", "model.name=nobody/nothing")
     done = forked_paca("train", "config.yaml", "--dry-run", *settings, cwd=workspace)
     assert done.returncode == 1
     assert "config.yaml/run (output.dir) can't be made or written: not a directory" in done.stderr

@@ -100,7 +100,7 @@ def load_common(path: Path, overrides: Iterable[str] = ()) -> tuple[dict[str, di
         PacaError: The config is wrong, or has no held-out data, or a setting is overridden that comes from elsewhere.
     """
     overrides = list(overrides)
-    config = load_run_config(path, overrides)
+    config = load_run_config(path, overrides, to_train=True)
     refuse_own(overrides)
     if config.data.eval is None:
         raise PacaError(

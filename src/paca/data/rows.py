@@ -15,11 +15,10 @@ import pyarrow
 import pyarrow.parquet
 from datasets import ClassLabel, Features
 
+from paca.data.file_names import SUFFIXES, suffix_of
 from paca.messages.errors import PacaError
 
 Row = dict[str, Any]
-
-SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".jsonl.gz", ".json.gz")
 
 # A single answer may be longer than the 128 KiB that the csv module allows for a field.
 _CSV_FIELD_LIMIT = 2**31 - 1
@@ -40,12 +39,6 @@ def rows_of(file: Path) -> Iterator[tuple[str, Row]]:
         yield from reader(file)
     except (gzip.BadGzipFile, zlib.error, EOFError) as error:
         raise PacaError(f"{file} is not a whole gzip file: {error}. Fetch or pack it anew.") from error
-
-
-def suffix_of(file: Path) -> str:
-    """The type of a file by its name, in lower case: one of `SUFFIXES` where it is a data file."""
-    name = file.name.lower()
-    return next((suffix for suffix in SUFFIXES if name.endswith(suffix)), file.suffix.lower())
 
 
 def _open(file: Path) -> TextIO:

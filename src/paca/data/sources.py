@@ -15,11 +15,11 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
 from paca.data.file_content import add_file
+from paca.data.file_names import SUFFIXES, is_here_or_nowhere, neighbour_hint, not_there, suffix_of
 from paca.data.hub import without_waiting_for_the_hub
 from paca.data.named_columns import renamed
-from paca.data.rows import SUFFIXES, Row, rows_of, suffix_of, with_label_names, without_null_fields
+from paca.data.rows import Row, rows_of, with_label_names, without_null_fields
 from paca.messages.errors import PacaError
-from paca.messages.nearest import did_you_mean_path
 
 _NOTES = ("dataset_info.json", "dataset_infos.json")
 """Beside data files, about them."""
@@ -110,12 +110,9 @@ def find_source(name: str, split: str) -> Source:
                 f"{', '.join(SUFFIXES)}.{how}"
             )
         return Source(name, (path,))
-    hub = None if suffix_of(path) in SUFFIXES else load_from_hub(name, split)
+    hub = None if is_here_or_nowhere(name) else load_from_hub(name, split)
     if hub is None:
-        raise PacaError(
-            f"There is no data file or folder {name!r} (working folder: {Path.cwd()}).{_share_hint(name)}"
-            f"{_neighbour_hint(path)} Check the path (data.train, data.eval)."
-        )
+        raise PacaError(f"{not_there(name)} Check the path (data.train, data.eval).")
     return Source(name, dataset=hub)
 
 
@@ -188,15 +185,6 @@ def _of_split(files: tuple[Path, ...], folder: str, split: str) -> tuple[Path, .
     return tuple(splits[asked])
 
 
-def _share_hint(name: str) -> str:
-    percent = re.fullmatch(r"\s*(\d{1,2}(?:\.\d+)?)\s*%\s*", name)
-    return f" For a share of data.train give data.eval: {float(percent[1]) / 100:g}." if percent else ""
-
-
-def _neighbour_hint(path: Path) -> str:
-    return did_you_mean_path(path, lambda there: there.is_dir() or suffix_of(there) in SUFFIXES)
-
-
 def load_from_hub(name: str, split: str) -> datasets.Dataset | None:
     """One split of a dataset on the hub: the one that `name` gives, else `split`. None for what can be no hub id.
 
@@ -216,7 +204,7 @@ def load_from_hub(name: str, split: str) -> datasets.Dataset | None:
             return datasets.load_dataset(match["id"], match["config"], split=split)
     except ConnectionError as error:
         raise PacaError(
-            f"There is no data file or folder {name!r} here.{_neighbour_hint(Path(name))} It looks like a dataset on "
+            f"There is no data file or folder {name!r} here.{neighbour_hint(name)} It looks like a dataset on "
             "the hub, but the hub cannot be reached and there is no copy in the local cache. Connect to the internet, "
             "or give a file."
         ) from error

@@ -8,9 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from huggingface_hub.errors import HFValidationError
-from huggingface_hub.utils import validate_repo_id
-
 from paca.messages.errors import PacaError
 from paca.messages.nearest import did_you_mean_path
 from paca.messages.shown import shown
@@ -65,15 +62,27 @@ def locate(name: str) -> Location:
             path = path / "model"  # of a run that trained the whole model
         _check_folder(path, name)
         return Location("folder", str(path.resolve()))
-    is_path = name.startswith(("/", ".", "~")) or name.lower().endswith(".gguf")
-    if not is_path:
+    if not is_path(name):
+        from huggingface_hub.errors import HFValidationError  # here, for a misspelt path should not have to wait for it
+        from huggingface_hub.utils import validate_repo_id
+
         with suppress(HFValidationError):
             validate_repo_id(name)
             return Location("hub", name)
-    form = "" if is_path else ", and the name does not have the form of a hub id (owner/name)"
-    raise PacaError(
+    raise PacaError(f"{not_there(name)} Check the path.")
+
+
+def is_path(name: str) -> bool:
+    """Whether a name is a path by its form: the hub has no model of that name."""
+    return name.startswith(("/", ".", "~")) or name.lower().endswith(".gguf")
+
+
+def not_there(name: str) -> str:
+    """The message for a model that is neither here nor can be on the hub."""
+    form = "" if is_path(name) else ", and the name does not have the form of a hub id (owner/name)"
+    return (
         f"No model at {name!r}: there is no such file or folder (working folder: {Path.cwd()}){form}."
-        f"{neighbour_hint(name)} Check the path."
+        f"{neighbour_hint(name)}"
     )
 
 

@@ -12,8 +12,8 @@ from typing import Any
 
 from paca.messages.errors import PacaError
 from paca.training.config.contradictions import contradictions, contradictions_with_trainer
-from paca.training.config.early_checks import check_early
-from paca.training.config.key_checks import Mistakes, Origins, check_section
+from paca.training.config.early_checks import check_early, missing_paths, paca_keys
+from paca.training.config.key_checks import WORDS_OF_TRAIN, Mistakes, Origins, check_section
 from paca.training.config.overrides import FIRST, apply_overrides, section_hint
 from paca.training.config.run_config import (
     ALL,
@@ -30,13 +30,16 @@ from paca.training.config.strict_yaml import read_yaml
 from paca.training.config.typed_values import shown
 
 
-def load_run_config(path: str | os.PathLike[str], overrides: Iterable[str] = ()) -> RunConfig:
+def load_run_config(
+    path: str | os.PathLike[str], overrides: Iterable[str] = (), *, to_train: bool = False
+) -> RunConfig:
     """Read and check the config of a run.
 
     Args:
         path: A YAML file with the sections model, data, one of `METHODS`, calibration, train, eval and output.
         overrides: `"section.key=value"` each; the value is read as YAML. `"section.key.name=value"` sets one entry of a
             key that holds several. `"paca=null"` leaves a method's section out.
+        to_train: Model and data are needed: refuse paths where nothing is.
 
     Returns:
         The run. Paths that exist are made absolute, so that the resolved config runs from anywhere.
@@ -57,6 +60,9 @@ def load_run_config(path: str | os.PathLike[str], overrides: Iterable[str] = ())
             built[name] = _build_section(name, section_type, sections[name], origins)
     with mistakes.noted():
         check_early(method, sections, origins)
+    for key, problem in missing_paths(sections) if to_train else ():
+        with mistakes.noted():
+            raise PacaError(f"{origins.of(key)}: {key}: {problem}")
     mistakes.tell()
     config = RunConfig(**built, method=method, adapter=sections[method], train=sections["train"])
     _refuse(contradictions(config), origins)
@@ -91,7 +97,7 @@ def config_without_run(
     """
     sections: dict[str, dict[str, Any]] = {"eval": {}}
     origins = Origins(Path("--set"), {})
-    apply_overrides(sections, overrides, origins, lambda: {"eval": typing.get_type_hints(EvalSection)})
+    apply_overrides(sections, overrides, origins, lambda: [("eval", typing.get_type_hints(EvalSection))])
     parts = ModelSection(model), DataSection(data, eval=data, columns=columns), CalibrationSection()
     evaluation = _build_section("eval", EvalSection, sections["eval"], origins)
     config = RunConfig(*parts, evaluation, OutputSection(""))
@@ -127,7 +133,7 @@ def _read_sections(path: Path, overrides: Iterable[str]) -> tuple[dict[str, dict
 
 
 def _section_of(key: str) -> str:
-    owners = _keys_of_all("paca", {name: {} for name in ALL}).items()
+    owners = _keys_of_all("paca", {name: {} for name in ALL})
     return next(
         (f" Did you mean the key {owner}.{key}? It stands below {owner}:" for owner, keys in owners if key in keys), ""
     )
@@ -151,23 +157,34 @@ def _method(sections: dict[str, dict[str, Any]], origins: Origins) -> str:
     return given[0] if given else "paca"
 
 
-def _keys_of_all(method: str, sections: dict[str, dict[str, Any]]) -> dict[str, Iterable[str]]:
-    """The keys of each section, those first that are meant more often."""
+def _keys_of_all(method: str, sections: dict[str, dict[str, Any]]) -> Iterator[tuple[str, Iterable[str]]]:
+    """Each section and its keys, those first that are meant more often; of `dict()`, once each.
+
+    Whoever stops at a match may not have to wait for PEFT and TRL.
+    """
+    others: dict[str, Iterable[str]] = {name: typing.get_type_hints(kind) for name, kind in SECTIONS.items()}
+    calibration = others.pop("calibration")
+    if method in ("paca", "full"):
+        yield "paca", paca_keys()
+        yield from others.items()
+        yield "train", WORDS_OF_TRAIN.values()
+
     from paca.training.config.adapter_settings import adapter_fields
     from paca.training.config.train_settings import keys_of
     from paca.training.trainers import TRAINERS
 
-    try:
-        fields = adapter_fields(method, sections[method])
-    except (KeyError, ValueError):  # `peft_type` is missing or wrong, which is not yet checked
-        fields = {}
-    methods: dict[str, Iterable[str]] = {name: adapter_fields(name, {}) for name in ("paca", "lora")}
-    adapter = {"paca": methods["paca"]} if method == "full" else {method: fields}
+    if method == "full":  # has no keys
+        yield "paca", adapter_fields("paca", {})
+    else:
+        try:
+            yield method, adapter_fields(method, sections[method])
+        except (KeyError, ValueError):  # `peft_type` is missing or wrong, which is not yet checked
+            yield method, {}
+    yield from others.items()
     trainer = sections["train"].get("trainer")
-    others: dict[str, Iterable[str]] = {name: typing.get_type_hints(kind) for name, kind in SECTIONS.items()}
-    calibration = others.pop("calibration")
-    train = keys_of(trainer if trainer in TRAINERS else "sft")
-    return {**adapter, **others, "train": train, "calibration": calibration, **methods}
+    yield "train", keys_of(trainer if trainer in TRAINERS else "sft")
+    yield "calibration", calibration
+    yield from ((name, adapter_fields(name, {})) for name in ("paca", "lora"))
 
 
 def _build_section(name: str, section_type: type, values: dict[str, Any], origins: Origins) -> Any:

@@ -1,13 +1,15 @@
-"""Keys of `paca` and `train` that can be refused before PEFT and TRL are imported, which takes seconds."""
+"""What can be refused before PEFT and TRL are imported, which takes seconds: keys of `paca` and `train`, and paths."""
 
 from __future__ import annotations
 
 import ast
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from paca.data import file_names
 from paca.messages.errors import PacaError
+from paca.pretrained import location
 from paca.training.config.key_checks import WORDS_OF_TRAIN, Mistakes, Origins, check_section
 
 OWNED = {
@@ -54,6 +56,28 @@ def check_early(method: str, sections: Mapping[str, Mapping[str, Any]], origins:
             if name in WORDS_OF_TRAIN:
                 raise PacaError(f"{place} there is no key train.{name}. Did you mean train.{WORDS_OF_TRAIN[name]}?")
     mistakes.tell()
+
+
+def missing_paths(sections: Mapping[str, Mapping[str, Any]]) -> Iterator[tuple[str, str]]:
+    """Of the model and the data those that are paths by their form, and are not there: the key, and what to say."""
+    data, images = sections["data"], sections["train"].get("trainer") == "image_classification"
+    named: list[tuple[str, Any, Callable[[str], bool], Callable[[str], str]]] = [
+        ("model.name", sections["model"].get("name"), location.is_path, location.not_there)
+    ]
+    for key in () if images else ("train", "eval"):
+        names = data.get(key)
+        for name in names if isinstance(names, list) else [names]:
+            named.append((f"data.{key}", name, file_names.is_here_or_nowhere, file_names.not_there))
+    for key, name, is_path, told in named:
+        if isinstance(name, str) and is_path(name) and not _is_there(name):
+            yield key, told(name)
+
+
+def _is_there(name: str) -> bool:
+    try:
+        return Path(name).expanduser().exists()
+    except (OSError, RuntimeError, ValueError):  # too long, `~` of nobody, null characters: whoever reads it tells
+        return True
 
 
 def paca_keys() -> list[str]:

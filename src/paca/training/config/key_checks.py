@@ -21,7 +21,7 @@ class Origins:
         self.path = path
         self.lines = dict(lines)
         self.overridden: set[str] = set()
-        self.keys_of_all: Callable[[], Mapping[str, Iterable[str]]] = dict
+        self.keys_of_all: Callable[[], Iterable[tuple[str, Iterable[str]]]] = tuple
         """Finds the keys of all sections, for one that is in the wrong section."""
 
     def of(self, key: str) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from paca.messages.errors import PacaError
@@ -20,7 +20,7 @@ def apply_overrides(
     sections: dict[str, dict[str, Any]],
     overrides: Iterable[str],
     origins: Origins,
-    keys_of_all: Callable[[], Mapping[str, Iterable[str]]],
+    keys_of_all: Callable[[], Iterable[tuple[str, Iterable[str]]]],
 ) -> None:
     """Change the sections of a YAML.
 
@@ -28,7 +28,7 @@ def apply_overrides(
         sections: They are changed.
         overrides: As for `load_run_config`.
         origins: Where each key was given; learns of these.
-        keys_of_all: Finds the keys of all sections, for one that is given without its section.
+        keys_of_all: Finds the sections and the keys of each, for one that is given without its section.
 
     Raises:
         PacaError: One is not of the form, or names a section that is none, or an entry of a key that has none, or its
@@ -67,11 +67,11 @@ def apply_overrides(
         origins.overridden.add(f"{section}.{name}")
 
 
-def _example(key: str, text: str, keys_of_all: Callable[[], Mapping[str, Iterable[str]]]) -> str:
+def _example(key: str, text: str, keys_of_all: Callable[[], Iterable[tuple[str, Iterable[str]]]]) -> str:
     """What was meant, if a section has such a key or is one; otherwise one that is right."""
     if key in FIRST:
         return f"{key}.{FIRST[key]}={text}"
-    owner = next((name for name, keys in keys_of_all().items() if key in keys), None)
+    owner = next((name for name, keys in keys_of_all() if key in keys), None)
     return f"{owner}.{key}={text}" if owner else "train.learning_rate=1e-4"
 
 
