@@ -11,7 +11,7 @@ _GATED: dict[str, Any] = {
     "vocab_size": 500,
     "hidden_size": 128,
     "intermediate_size": 352,
-    "num_hidden_layers": 4,
+    "num_hidden_layers": 2,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "max_position_embeddings": 512,
@@ -30,12 +30,12 @@ _CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
             "hidden_size": 128,
             "word_embed_proj_dim": 128,
             "ffn_dim": 512,
-            "num_hidden_layers": 4,
+            "num_hidden_layers": 2,
             "num_attention_heads": 4,
             "max_position_embeddings": 512,
         },
     ),  # layer norms, biases, dropout
-    "gpt2": ("GPT2Config", {"vocab_size": 500, "n_embd": 128, "n_layer": 4, "n_head": 4, "n_positions": 512}),  # Conv1D
+    "gpt2": ("GPT2Config", {"vocab_size": 500, "n_embd": 128, "n_layer": 2, "n_head": 4, "n_positions": 512}),  # Conv1D
     "bloom": ("BloomConfig", {"vocab_size": 500, "hidden_size": 64, "n_layer": 2, "n_head": 4}),  # no lean blocks
 }
 ARCHITECTURES = tuple(name for name in _CONFIGS if name != "bloom")

@@ -137,7 +137,7 @@ def test_operations_are_those_of_the_matrix_products() -> None:
     tokens = 64
     sizes = [p.numel() for p in prepare_model(config("llama")).parameters() if p.dim() == 2]
     products = sum(sizes) - 500 * 128  # the embedding is looked up
-    attention = 4 * 2 * 4 * 32 * 32 * 32 * 7  # blocks, batch, heads, queries, keys, width; 7 products of them, halved
+    attention = 2 * 2 * 4 * 32 * 32 * 32 * 7  # blocks, batch, heads, queries, keys, width; 7 products of them, halved
     assert result.flops == 6 * tokens * products + attention
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from architectures import config
+from filelock import FileLock
 from measured_peak import adapter
 
 from paca.planning import Setting, estimate
@@ -99,8 +100,17 @@ DEFAULTS = {"batch_size": 3, "sequence_length": 256, "chunked_loss": False}
 
 
 @pytest.fixture(scope="module")
-def measured() -> dict[str, int]:
-    """Peak of each case, all measured in one process."""
+def measured(tmp_path_factory: pytest.TempPathFactory) -> dict[str, int]:
+    """Peak of each case, all measured in one process, once for all of pytest's workers."""
+    base = tmp_path_factory.getbasetemp()
+    shared = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "measured-peaks.json"
+    with FileLock(f"{shared}.lock"):
+        if not shared.exists():
+            shared.write_text(json.dumps(_measure()))
+    return json.loads(shared.read_text())
+
+
+def _measure() -> dict[str, int]:
     cases = [(name, options, {**DEFAULTS, **setting}) for name, options, setting in CASES.values()]
     environment = {
         **os.environ,

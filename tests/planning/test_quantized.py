@@ -173,7 +173,9 @@ def test_peft_has_its_own_functions_back_in_modules_that_were_imported_meanwhile
     imported: Any = ModuleType("peft.tuners.meanwhile")
     monkeypatch.setitem(sys.modules, imported.__name__, imported)
     theirs = integrations.dequantize_bnb_weight
-    with unpacked_by_peft():
+    with unpacked_by_peft(prepare_model(config("llama"), None)):
+        assert integrations.dequantize_bnb_weight is theirs  # nothing is quantized
+    with unpacked_by_peft(prepare_model(config("llama"), PACA, "nf4")):
         assert integrations.dequantize_bnb_weight is not theirs
         imported.dequantize_bnb_weight = integrations.dequantize_bnb_weight
     assert imported.dequantize_bnb_weight is integrations.dequantize_bnb_weight is theirs

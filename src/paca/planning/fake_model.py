@@ -22,7 +22,7 @@ from paca.columns.selection import BLOCK
 from paca.lean import cache_blocks, gated_linear_unit, pointwise, rms_norm, token_log_probs
 from paca.lean.loss import every_position, in_blocks
 from paca.planning.attention_kernels import attention_of
-from paca.planning.quantized_layers import dequantized_product, fake_states, unpacked_by_peft
+from paca.planning.quantized_layers import dequantized_product, fake_states
 from paca.planning.unseen_values import fake_places, not_looked_at
 
 _TORCH_RAND = torch.rand
@@ -91,7 +91,6 @@ def without_values(device: str) -> Iterator[None]:
             import bitsandbytes  # noqa: F401  # defines the operator
 
             stack.enter_context(patch.object(torch.ops.bitsandbytes.gemm_4bit, "default", dequantized_product))
-            stack.enter_context(unpacked_by_peft())
         stack.enter_context(every_position())
         if device == "cuda":
             _use_fused_loss_kernels(stack)

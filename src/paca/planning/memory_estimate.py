@@ -111,7 +111,7 @@ def prepare_model(
     # SHADOW makes its second network where it likes. Others make tables on the CPU, and look into them.
     try:
         where = torch.device("meta") if isinstance(adapter, ShadowConfig) else nullcontext()
-        with where, nothing_drawn(adapter), unpacked_by_peft():
+        with where, nothing_drawn(adapter), unpacked_by_peft(made):
             adapted = get_peft_model(made, adapter, autocast_adapter_dtype=autocast_adapter_dtype)
     except (ValueError, TypeError) as error:
         raise PacaError(f"The adapter does not fit {type(made).__name__}: {error}") from error

@@ -83,8 +83,12 @@ def dequantized_product(
 
 
 @contextmanager
-def unpacked_by_peft() -> Iterator[None]:
-    """In here PEFT's methods can look at quantized weights without values: it knows real ones by their class."""
+def unpacked_by_peft(model: nn.Module) -> Iterator[None]:
+    """In here PEFT's methods can look at the model's quantized weights without values: it knows real ones by their
+    class."""
+    if quantization_name(model) is None:
+        yield
+        return
     ours = {"dequantize_bnb_weight": _unpacked_weight, "dequantize_module_weight": _unpacked_layer}
     theirs = {name: getattr(integrations, name) for name in ours}
     _put(ours, theirs)

@@ -30,7 +30,7 @@ from paca.planning.module_stack import ModuleStack
 from paca.planning.operators import Operator
 from paca.planning.optimizer_state import state_bytes, step_temporaries, stepped
 from paca.planning.passes import inputs_of, loss_of
-from paca.planning.quantized_layers import states
+from paca.planning.quantized_layers import states, unpacked_by_peft
 from paca.planning.setting import Answering, Setting
 from paca.planning.step_trace import (
     ACTIVATIONS,
@@ -86,7 +86,7 @@ def simulate(
             _checkpoint_blocks(model)
     if setting.chunked_loss:
         add_fused_lm_head(model, outputs=_OUTPUTS.get(setting.trainer, _OUTPUTS["sft"]))
-    with warnings.catch_warnings(), without_values(setting.device):
+    with warnings.catch_warnings(), without_values(setting.device), unpacked_by_peft(model):
         warnings.simplefilter("ignore")
         try:
             return _Simulation(model, setting, backbone, before_last, timed, reference).run()

@@ -211,7 +211,7 @@ def _adapted_outline(config: RunConfig, model: PreTrainedModel, task_type: str |
     if getattr(adapter, "is_prompt_learning", False) and getattr(adapter, "num_virtual_tokens", None) is None:
         raise PacaError("peft.num_virtual_tokens is missing: how many tokens are learned. Give it, such as 20.")
     try:
-        with unpacked_by_peft():
+        with unpacked_by_peft(model):
             return get_peft_model(model, adapter, autocast_adapter_dtype=config.train["autocast_adapter_dtype"])
     except (ValueError, TypeError, RuntimeError) as error:
         if "No modules were targeted" in str(error):
