@@ -803,6 +803,7 @@ def a_process_that_switches_alone_is_told():
             dist.destroy_process_group()
             dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)  # `run_all` ends it
         else:
+            dist.distributed_c10d._set_pg_timeout(timedelta(seconds=2))
             with pytest.raises(RuntimeError):  # the first one left
                 together(input_ids=batch())
 
