@@ -11,7 +11,7 @@ DIFFERENCES = {
     r"test_custom_models.*MHA ": "nn.MultiheadAttention is refused",
     r"mixed.*_mha": "nn.MultiheadAttention is refused",
     r"nn\.Parameter": "weights that are no layer's are refused, but for stacks of experts",
-    r"tiny-Llama4": "Llama 4's experts are refused: they take no part in transformers' interface of experts",
+    r"test_disable_adapter\[.*tiny-Llama4": "frozen, the stock model too writes scores with other last bits",
     r"test_only_params_are_updated": IN_PLACE,
     r"test_get_base_model_state_dict": "base weights are written while columns are in them, which is refused",
     r"test_save_load_roundtrip_fsdp_wrapped": "FSDP1 is refused",

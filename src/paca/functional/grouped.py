@@ -1,4 +1,4 @@
-"""The linear product of a stack of experts: rows sorted by expert meet each expert's own weight."""
+"""The linear products of a stack of experts: each expert's rows meet its own weight."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 from paca.functional.column_blocks import Runs, take_columns
 from paca.functional.linear import column_gradient
 from paca.functional.product import Product
-from paca.functional.train_columns import scaled
+from paca.functional.train_columns import in_dtype, scaled
 
 GroupedMatmul = Callable[..., Tensor]
 """`(rows (tokens, k), matrices (experts, k, n), offs=(experts,)) -> (tokens, n)`, such as `torch._grouped_mm`."""
@@ -66,3 +66,29 @@ class GroupedProduct(Product):
         columns = F.pad(selected, (0, missing)) if missing else selected
         product = torch._grouped_mm(columns.t(), rows, offs=self.offsets)[:, :r]  # (experts, r, out_features)
         return scaled(torch.empty(product.mT.shape, dtype=dtype, device=product.device).copy_(product.mT), scale)
+
+
+class BatchedProduct(Product):
+    """As many rows for each expert, `x (experts, rows, in_features)`; deltas and `input_dim` as of `GroupedProduct`."""
+
+    def __init__(self, input_dim: int) -> None:
+        self.input_dim = input_dim
+
+    def apply(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return torch.bmm(x, weight.mT if self.input_dim == -1 else weight)
+
+    select = staticmethod(take_columns)
+
+    def input_gradient(self, grad_output: Tensor, weight: Tensor, input_size: torch.Size) -> Tensor:
+        transposed = weight if self.input_dim == -1 else weight.mT  # (experts, out_features, in_features)
+        return torch.bmm(grad_output, in_dtype(transposed, grad_output.dtype))
+
+    def delta_gradient(
+        self, selected: Tensor, grad_output: Tensor, indices: Tensor, scale: Any, size: torch.Size, dtype: torch.dtype
+    ) -> Tensor:
+        wide = selected.element_size() == 2 and dtype == torch.float32 and selected.device.type == "cuda"
+        options: Any = {"out_dtype": dtype} if wide else {}  # no such kernel elsewhere in torch 2.13
+        product = torch.bmm(selected.mT, grad_output, **options)  # (experts, r, out_features)
+        gradient = torch.empty(size, dtype=dtype, device=product.device)
+        gradient.mT.copy_(product)
+        return scaled(gradient, scale)

@@ -19,9 +19,9 @@ from torch import Tensor
 
 from paca.columns.resident import WRITING
 from paca.columns.state import State
-from paca.functional.grouped import GroupedMatmul, GroupedProduct
+from paca.functional.grouped import BatchedProduct, GroupedMatmul, GroupedProduct
 from paca.functional.linear import LinearProduct
-from paca.functional.product import Trained
+from paca.functional.product import Product, Trained
 from paca.functional.train_columns import train_columns
 from paca.layers.mixed_batch import after_steps
 from paca.layers.resident_weight import ResidentPass, ResidentWeight
@@ -146,9 +146,15 @@ class StackView:
 
     @torch.compiler.disable
     def _grouped(self, x: Tensor, offsets: Tensor, matmul: GroupedMatmul) -> Tensor:
-        grouped = GroupedProduct(self.stack.input_dim, offsets, matmul)
+        return self._all_experts(x, GroupedProduct(self.stack.input_dim, offsets, matmul))
+
+    @torch.compiler.disable
+    def _batched(self, x: Tensor) -> Tensor:
+        return self._all_experts(x, BatchedProduct(self.stack.input_dim))
+
+    def _all_experts(self, x: Tensor, kind: Product) -> Tensor:
         return self._multiply(
-            lambda view: train_columns(grouped, x, None, None, view.trained, ResidentPass(view.stack, view.state))
+            lambda view: train_columns(kind, x, None, None, view.trained, ResidentPass(view.stack, view.state))
         )
 
 
@@ -160,8 +166,11 @@ def _one(operation: str, out_by_in: bool, x: Any, weight: Any, bias: Tensor | No
 
 
 def _bmm(first: Any, second: Any) -> Tensor:
-    """One row per indexed expert: `(rows, 1, in) @ (rows, in, out)`, or `(rows, out, in) @ (rows, in, 1)`."""
+    """One row per indexed expert: `(rows, 1, in) @ (rows, in, out)`, or `(rows, out, in) @ (rows, in, 1)`; or as many
+    for each: `(experts, rows, in) @ (experts, in, out)`."""
     if isinstance(second, StackView):
+        if second.index is None and not second._out_by_in:
+            return second._batched(first)
         if isinstance(second.index, Tensor) and not second._out_by_in and first.shape[1] == 1:
             return second._expert_of_each_row(first[:, 0], second.index)[:, None]
     elif isinstance(first.index, Tensor) and first._out_by_in and second.shape[2] == 1:

@@ -151,6 +151,21 @@ class PacaExpertStack(PacaLayer):
         super()._load_from_state_dict(state_dict, prefix, *rest)
 
 
+_TRANSPOSED = {
+    "JetMoeParallelExperts": False,
+    "Llama4TextExperts": True,
+    "LongcatFlashExperts": False,
+    "Step3p7Experts": False,
+}
+"""Of transformers' classes that take no part in its experts interface, which would say so."""
+
+
+def is_transposed(experts: nn.Module) -> bool | None:
+    """Whether stacks are stored as `(experts, in_features, out_features)`; None if that is not known."""
+    stored: bool | None = getattr(experts, "is_transposed", _TRANSPOSED.get(type(experts).__name__))
+    return stored
+
+
 def stack_of(experts: nn.Module, name: str) -> ExpertStack:
     """The parameter `name` of `experts` in a module of its own; `experts` is left as it is."""
     places = tuple(experts._parameters)
@@ -158,7 +173,7 @@ def stack_of(experts: nn.Module, name: str) -> ExpertStack:
         if isinstance(sibling, PacaExpertStack):
             places = sibling.base_layer.places
     weight: Any = experts._parameters[name]
-    return (TransposedExpertStack if experts.is_transposed else ExpertStack)(weight, places)
+    return (TransposedExpertStack if is_transposed(experts) else ExpertStack)(weight, places)
 
 
 def put_parameter_back(experts: nn.Module, name: str, stack: ExpertStack) -> None:

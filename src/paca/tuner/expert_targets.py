@@ -13,7 +13,7 @@ from peft.tuners.tuners_utils import BaseTuner, check_target_module_exists
 from peft.utils.integrations import init_empty_weights
 from torch import nn
 
-from paca.layers.experts import PacaExpertStack, stack_of
+from paca.layers.experts import PacaExpertStack, is_transposed, stack_of
 from paca.messages.nearest import did_you_mean
 
 IMPLEMENTATIONS = (None, "eager", "grouped_mm", "batched_mm")
@@ -85,7 +85,7 @@ def _check(key: str, experts: nn.Module, name: str) -> None:
             "three dimensions. A linear layer's weight is adapted through target_modules, by the layer's name."
         )
     kind = type(experts)
-    if not hasattr(experts, "is_transposed"):
+    if is_transposed(experts) is None:
         raise ValueError(
             f"{key} belongs to a {kind.__module__}.{kind.__qualname__}, which takes no part in transformers' "
             "experts interface (use_experts_implementation): it does not say which dimension of its weights runs over "
