@@ -10,7 +10,7 @@ from torch import Tensor
 
 from paca.columns.scores import weight_norms
 from paca.columns.selection import FROM_BATCHES
-from paca.layers import RESIDENT_CLASSES, PacaLayer
+from paca.layers import PacaLayer, resident_class
 from paca.quantized import quantization_of
 
 
@@ -40,10 +40,10 @@ def scores_of(layer: Any, key: str, selection: str) -> Tensor:
                 if module is layer:
                     quantization.release(module)
     stock = getattr(module, "stock_class", type(module))
-    resident_class = RESIDENT_CLASSES.get(stock)
+    resident = resident_class(stock)
     with align_module_device(module):  # accelerate lends an offloaded weight
         weight = getattr(module, "weight", None)
-        if resident_class is None or not isinstance(weight, Tensor) or not weight.is_floating_point():
+        if resident is None or not isinstance(weight, Tensor) or not weight.is_floating_point():
             raise ValueError(
                 f"{key}: selection='weight_norm' reads the weight, but a {stock.__module__}.{stock.__qualname__} can't "
                 "give its own as floats. Use 'activation_norm' or 'activation_variance', which don't need it."
@@ -53,4 +53,4 @@ def scores_of(layer: Any, key: str, selection: str) -> Tensor:
                 f"{key}: selection='weight_norm' reads the weight, which is not there (it is on the meta device). Load "
                 "the weights first, or call paca.select on a loaded model and use the config that it returns."
             )
-        return weight_norms(weight, resident_class.input_dim)
+        return weight_norms(weight, resident.input_dim)

@@ -26,10 +26,10 @@ from paca.tuner.reference import REFERENCE, columns_of_original, copy_original
 from paca.tuner.registration import PREFIX, as_ours
 from paca.tuner.removal import remove_adapter, remove_unloaded, replacing
 from paca.tuner.rotation.files import with_unions, without_unions
-from paca.tuner.saved_modules import HEADS, check_saved_modules
+from paca.tuner.saved_modules import check_saved_modules
 from paca.tuner.strange_expressions import try_expressions
 from paca.tuner.target_names import tell_of_layers, warn_of_names
-from paca.tuner.targets import adapted_after_all, names_of_all_linear
+from paca.tuner.targets import adapted_after_all, all_linear
 from paca.tuner.unused_names import check_indices_used, warn_of_unused
 
 
@@ -95,9 +95,8 @@ class PacaModel(AdaptsStacks, MergesAdapters):
         if config.target_modules is None:
             keys = "|".join(config.indices or ())
             config.target_modules = set() if config.target_parameters else rf"(.*\.)?({keys})" if keys else "all-linear"
-        by_name = config.task_type in HEADS or config.layers_to_transform is not None
-        if by_name and config.target_modules == "all-linear":
-            config.target_modules = names_of_all_linear(config, self.model)
+        if config.target_modules == "all-linear":
+            config.target_modules = all_linear(config, self.model)
         return config
 
     def _create_and_replace(

@@ -10,20 +10,34 @@ from peft.tuners.tuners_utils import BaseTunerLayer, _maybe_include_all_linear_l
 from torch import nn
 
 from paca.columns.state import is_sharded
-from paca.layers import PACA_CLASSES, RESIDENT_CLASSES, PacaLayer
+from paca.layers import PACA_CLASSES, RESIDENT_CLASSES, PacaLayer, resident_class
 from paca.layers.modes import OVERLAID, is_offloaded, is_partitioned, known_quantizations, mode_of
 from paca.layers.overlaid import OverlaidLinear
 from paca.layers.resident_weight import ResidentWeight
 from paca.tuner.saved_modules import HEADS
 
 
-def names_of_all_linear(config: Any, model: nn.Module) -> set[str]:
-    """What "all-linear" stands for where only some blocks are adapted, as PEFT filters blocks only where the targets
-    are endings of names, and for tasks whose head PEFT trains whole: of some it says so when the adapter is in."""
+def all_linear(config: Any, model: nn.Module) -> set[str] | str:
+    """What PEFT is to take "all-linear" for.
+
+    The names, without heads that PEFT trains whole (of some it says so when the adapter is in) and without layers that
+    do something of their own, such as routers. Where only some blocks are adapted, endings of names, as PEFT filters
+    blocks only then. `"all-linear"` itself where it comes to the same.
+    """
+    some_blocks, heads = config.layers_to_transform is not None, HEADS.get(config.task_type, ())
+    own = {name for name, module in model.named_modules() if _is_of_its_own(module)}
+    if not (some_blocks or heads or own):
+        return "all-linear"
     chosen: Any = _maybe_include_all_linear_layers(copy.copy(config), model)
-    heads = HEADS.get(config.task_type, ())
-    names = {name for name in chosen.target_modules if name.rpartition(".")[2] not in heads}
-    return {name.rpartition(".")[2] for name in names} if config.layers_to_transform is not None else names
+    names = {name for name in chosen.target_modules if name not in own and name.rpartition(".")[2] not in heads}
+    return {name.rpartition(".")[2] for name in names} if some_blocks else names
+
+
+def _is_of_its_own(module: nn.Module) -> bool:
+    """Whether a model of transformers computes something else than a product in a linear layer."""
+    kind = type(module)
+    own = isinstance(module, nn.Linear) and kind.__module__.startswith("transformers.models.")
+    return own and resident_class(kind) is None
 
 
 def adapted_after_all(target: Any, key: str, model: nn.Module) -> PacaLayer:
@@ -33,8 +47,8 @@ def adapted_after_all(target: Any, key: str, model: nn.Module) -> PacaLayer:
     mode = mode_of(target, key, model)
     if mode != "resident":
         return OverlaidLinear(OVERLAID[mode].adopt(target))
-    resident_class = resident_class_of(target, key, model)
-    return PACA_CLASSES[type(target)](resident_class.adopt(target))
+    resident = resident_class_of(target, key, model)
+    return PACA_CLASSES[type(target)](resident.adopt(target))
 
 
 def check_module(target: nn.Module, key: str, model: nn.Module) -> None:
@@ -66,16 +80,17 @@ def check_module(target: nn.Module, key: str, model: nn.Module) -> None:
 def resident_class_of(target: Any, key: str, model: nn.Module) -> type[ResidentWeight]:
     """The class that a module gets while columns are resident in its weight; `ValueError`, with the reason, if they
     can't be."""
-    resident_class = RESIDENT_CLASSES.get(type(target))
-    if resident_class is None:
-        above = next((c.__name__ for c in RESIDENT_CLASSES if isinstance(target, c)), None)
+    resident = resident_class(type(target))
+    if resident is None:
+        known = [kind for kind in RESIDENT_CLASSES if not kind.__module__.startswith("transformers.models.")]
+        above = next((c.__name__ for c in known if isinstance(target, c)), None)
         reason = f" (a subclass of {above}, which may use the weight in a way of its own)" if above else ""
         raise ValueError(
             f"{key} is a {type(target).__module__}.{type(target).__qualname__}{reason}, which PaCA can't adapt "
-            f"yet; it adapts {', '.join(c.__name__ for c in RESIDENT_CLASSES)} and {known_quantizations()}. Leave "
+            f"yet; it adapts {', '.join(c.__name__ for c in known)} and {known_quantizations()}. Leave "
             "it out through target_modules or exclude_modules."
         )
-    problem = resident_class.problem(target)
+    problem = resident.problem(target)
     if problem:
         raise ValueError(f"{key} {problem}")
     if is_partitioned(target):
@@ -108,7 +123,7 @@ def resident_class_of(target: Any, key: str, model: nn.Module) -> type[ResidentW
             "Leave it out of target_modules, or, if they are a language model's input embedding and output layer, "
             "give each its own weight first: paca.untie_embeddings(model)."
         )
-    return resident_class
+    return resident
 
 
 def _overlap(weight: nn.Parameter, other: nn.Parameter) -> bool:
