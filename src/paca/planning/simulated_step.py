@@ -44,6 +44,7 @@ from paca.planning.step_trace import (
     StepTrace,
 )
 from paca.planning.unseen_values import places
+from paca.pretrained.loss_in_pieces import answer_for_loss
 
 _OUTPUTS = {
     "sft": ("log_probs", "entropy", "is_top1"),
@@ -85,6 +86,7 @@ def simulate(
         if setting.checkpointing:
             _checkpoint_blocks(model)
     if setting.chunked_loss:
+        answer_for_loss(model)
         add_fused_lm_head(model, outputs=_OUTPUTS.get(setting.trainer, _OUTPUTS["sft"]))
     with warnings.catch_warnings(), without_values(setting.device), unpacked_by_peft(model):
         warnings.simplefilter("ignore")

@@ -27,6 +27,7 @@ from paca.pretrained import gguf, quantizing
 from paca.pretrained.explaining import explaining
 from paca.pretrained.hub import check_holds_no_adapter
 from paca.pretrained.location import Location, Source, locate, tokenizer_files
+from paca.pretrained.loss_in_pieces import answer_for_loss
 from paca.pretrained.missing_weights import check_nothing_missing, made_anew
 from paca.pretrained.output_head import multiply_once
 from paca.pretrained.padding_token import choose_pad_token
@@ -125,6 +126,7 @@ def load_pretrained(
     if auto_class is AutoModelForCausalLM:
         check_nothing_missing(model, found["missing_keys"], location.name_or_path)
         multiply_once(model)
+        answer_for_loss(model)
     elif labels is not None:
         made_anew(model, found["missing_keys"], location.name_or_path)
     quantizing.keep_trainable(model)
