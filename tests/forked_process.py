@@ -17,8 +17,8 @@ from pathlib import Path
 
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload([
-    "torch", "transformers.modeling_utils", "accelerate", "bitsandbytes", "datasets", "matplotlib.figure", "peft",
-    "trl.trainer.sft_trainer",
+    "torch", "transformers.modeling_utils", "accelerate", "bitsandbytes", "datasets", "matplotlib.figure", "pandas",
+    "peft", "requests", "trl.trainer.sft_trainer", "trl.trainer.dpo_trainer", "trl.trainer.grpo_trainer",
 ])  # fmt: skip
 
 

@@ -216,7 +216,7 @@ def test_ctrl_c_stops_an_answer_and_ctrl_d_ends_the_session(run: Path) -> None:
 
 
 def test_merge_writes_a_checkpoint_and_says_so(run: Path, tmp_path: Path) -> None:
-    done = fresh_paca("merge", run, "--output", tmp_path / "merged", "--dtype", "bfloat16")
+    done = forked_paca("merge", run, "--output", tmp_path / "merged", "--dtype", "bfloat16")
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
     assert str(tmp_path / "merged") in done.stdout

@@ -35,7 +35,7 @@ def test_export_to_lora_and_import_give_the_adapter_back(run: Path, tmp_path: Pa
     assert re.search(r"It has \S+ KiB, the adapter \S+ KiB: LoRA's A, which picks the columns", done.stdout)
     assert "quantized" not in done.stdout
     assert (tmp_path / "lora/tokenizer.json").is_file()
-    done = fresh_paca("import", tmp_path / "lora", "--base", run / "base", "--output", tmp_path / "back")
+    done = forked_paca("import", tmp_path / "lora", "--base", run / "base", "--output", tmp_path / "back")
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines() == [
         f"Read: LoRA with a one-hot A, 14 layers of rank 5, on {run / 'base'}",
