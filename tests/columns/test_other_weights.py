@@ -16,7 +16,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 import paca
 from expert_models import STACKS, mixtral
-from models import adapt, adapted_perceptron, perceptron, tokens
+from models import adapt, adapted_perceptron, base_state, perceptron, tokens
 from paca.layers import paca_layers
 
 
@@ -390,3 +390,46 @@ def test_checkpointing_sees_what_changed_in_a_layer_whose_own_gradient_is_not_as
             loss.backward()
             found.append(up.paca_delta["default"].grad)
     assert change != "nothing" or torch.equal(*found)
+
+
+class Sliced(nn.Module):
+    """Three layers whose weights are slices of one tensor, as transformers loads some that a checkpoint has as one: a
+    write to one of them moves the version counter of all."""
+
+    def __init__(self, sliced: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        parts = (torch.randn(96, 32) * 0.2).chunk(3)
+        for name, part in zip("qkv", parts, strict=True):
+            layer = nn.Linear(32, 32, bias=False)
+            layer.weight = nn.Parameter(part if sliced else part.clone())
+            self.add_module(name, layer)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.v(torch.tanh(self.k(torch.tanh(self.q(x)))))
+
+
+@pytest.mark.parametrize(("selection", "r"), [("random", 3), ("random_blocks", 16)])
+def test_weights_that_are_slices_of_one_tensor_train_as_others_do(selection: str, r: int) -> None:
+    x = torch.randn(5, 32)
+    seen: list[list[torch.Tensor]] = []
+    for sliced in (False, True):
+        model = adapt(Sliced(sliced), selection=selection, r=r, target_modules=["q", "k", "v"], init_weights=True)
+        before = base_state(model)
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.05)
+        outputs = []
+        for _ in range(3):
+            outputs.append(model(x))
+            outputs[-1].square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            with torch.no_grad():
+                outputs.append(model.eval()(x))
+            model.train()
+        model.merge_adapter()
+        outputs.append(model(x))
+        model.unmerge_adapter()
+        outputs.append(model(x))
+        assert all(torch.equal(value, before[name]) for name, value in base_state(model).items())
+        seen.append(outputs)
+    assert all(torch.equal(one, two) for one, two in zip(*seen, strict=True))

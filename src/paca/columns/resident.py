@@ -253,17 +253,15 @@ class ResidentColumns(ActiveColumns):
 def write_together(jobs: Iterable[tuple[ResidentColumns, Tensor, tuple[AdapterColumns, ...]]]) -> None:
     """Make many weights hold what is wanted of each: in two kernels, where columns lie in blocks."""
     with WRITING, ALONE, torch.inference_mode(False), torch.no_grad():
-        written = []
         groups: dict[Any, tuple[list[Tensor], list[Tensor], list[Tensor]]] = defaultdict(lambda: ([], [], []))
-        for columns, weight, wanted in jobs:
-            state = columns.prepare(weight, wanted)
-            if state is None:
-                continue
-            written.append((columns, weight, state))
+        prepared = [(columns, weight, columns.prepare(weight, wanted)) for columns, weight, wanted in jobs]
+        written = [(columns, weight, state) for columns, weight, state in prepared if state is not None]
+        # After all were looked at: slices of one tensor have one version counter.
+        for columns, weight, state in written:
             only, originals, parked = state.columns[0], columns.kept.values, columns.parked_columns(weight, state)
             runs = state.trained.runs[0] if len(state.columns) == 1 and not weight.is_inference() else None
             if runs is None or parked is not None or only.folded is not None:
-                values = sum_of(columns.kept, wanted, columns.dim) if parked is None else parked
+                values = sum_of(columns.kept, state.columns, columns.dim) if parked is None else parked
                 put_columns(weight, columns.dim, columns.kept.positions, values)
             else:
                 group = groups[only.scale, weight.device, weight.dtype]

@@ -34,9 +34,10 @@ def all_linear(config: Any, model: nn.Module) -> set[str] | str:
 
 
 def _is_of_its_own(module: nn.Module) -> bool:
-    """Whether a model of transformers computes something else than a product in a linear layer."""
+    """Whether a linear layer does something else than a product, as some of transformers' models', or is not called at
+    all, as the last one of `nn.MultiheadAttention`."""
     kind = type(module)
-    own = isinstance(module, nn.Linear) and kind.__module__.startswith("transformers.models.")
+    own = isinstance(module, nn.Linear) and kind.__module__.startswith(("transformers.models.", "torch.nn.modules."))
     return own and resident_class(kind) is None
 
 
