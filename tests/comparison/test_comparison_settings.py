@@ -54,8 +54,8 @@ def test_another_config_is_refused_with_what_differs(tmp_path: Path) -> None:
         SettingsFile(other).read()
     message = str(caught.value)
     assert "  run.train.max_steps: 6 → 7" in message
-    assert "  run.train.optim: None → 'sgd'" in message
-    assert "  equal: None → 'time'" in message
+    assert "  run.train.optim: null → sgd" in message
+    assert "  equal: null → time" in message
     assert "Give another --output" in message
 
 

@@ -18,6 +18,7 @@ from paca.comparison.schedule import Job
 from paca.data.file_content import hash_of, samples_of
 from paca.data.sources import Source
 from paca.messages.errors import PacaError
+from paca.messages.shown import setting
 from paca.pretrained.claims import Claim
 from paca.pretrained.whole_output import write_whole
 from paca.training.config.config_file import load_run_config
@@ -175,7 +176,7 @@ class SettingsFile:
         shared = asked["methods"].keys() & now["methods"].keys()
         one, other = ({**each, "methods": {name: each["methods"][name] for name in shared}} for each in (asked, now))
         before_files, now_files = one.pop("content", {}), other.pop("content", {})
-        changed = [f"  {key}: {was!r} → {is_now!r}" for key, was, is_now in _differences(one, other)]
+        changed = [f"  {key}: {setting(was)} → {setting(is_now)}" for key, was, is_now in _differences(one, other)]
         changed += [
             f"  the content of {name} is not what it was"
             for name, content in now_files.items()

@@ -5,6 +5,8 @@ from __future__ import annotations
 import reprlib
 from typing import Any
 
+import yaml
+
 _LONGEST = 4_000  # characters of a message: two screens
 
 _short = reprlib.Repr()
@@ -16,6 +18,13 @@ _short.maxlist = _short.maxdict = _short.maxset = _short.maxtuple = 8
 def shown(value: Any) -> str:
     """`repr(value)`, shortened in its middle and in its depth."""
     return _short.repr(value)
+
+
+def setting(value: Any) -> str:
+    """A value of a setting as a YAML has it, on one line."""
+    return (
+        yaml.safe_dump(value, default_flow_style=True, allow_unicode=True, width=10_000).removesuffix("...\n").strip()
+    )
 
 
 def printable(text: str, *, longest: int = _LONGEST) -> str:

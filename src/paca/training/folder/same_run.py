@@ -16,6 +16,7 @@ from paca.data import Examples
 from paca.data.file_content import hash_of
 from paca.messages.errors import PacaError
 from paca.messages.processes import launched_processes
+from paca.messages.shown import setting
 from paca.pretrained import Pretrained
 from paca.pretrained.base_weights import KEY, rows_of_weights
 from paca.pretrained.content import model_content
@@ -76,7 +77,7 @@ def check_same_run(folder: RunFolder, config: RunConfig, inputs: dict[str, str])
         key for key in before.keys() | now.keys() if key not in free and not _same(before.get(key), now.get(key))
     )
     if changed:
-        lines = "\n".join(f"  {key}: {before.get(key)!r} → {now.get(key)!r}" for key in changed)
+        lines = "\n".join(f"  {key}: {setting(before.get(key))} → {setting(now.get(key))}" for key in changed)
         raise PacaError(
             f"The settings differ from those that the run in {folder.path} began with:\n{lines}\n"
             f"To continue it, use its own config ({recorded}); to train with the new settings, give another output.dir."
@@ -116,7 +117,7 @@ def told_of_finished(folder: RunFolder, config: RunConfig) -> str:
         left = {*FREE_TO_CHANGE, "train.gradient_checkpointing"}  # an older name, recorded under the newer one
         other = [key for key, value in given.items() if key not in left and value not in ("auto", had.get(key))]
         if other:
-            lines = "\n".join(f"  {key}: {had.get(key)!r} → {given[key]!r}" for key in sorted(other))
+            lines = "\n".join(f"  {key}: {setting(had.get(key))} → {setting(given[key])}" for key in sorted(other))
             raise PacaError(
                 f"The run in {folder.path} is finished, with other settings:\n{lines}\n"
                 "To train with the new ones, leave --resume out, and give another output.dir."
