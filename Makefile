@@ -12,7 +12,7 @@ PYTEST_ARGS ?= -n 3 --dist worksteal
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help install demo test matrix sequences kills endurance fuzz launches pefts-tests docs notebooks browser wheel release lint clean demo-clean
+.PHONY: help install demo test matrix sequences kills endurance families fuzz launches pefts-tests docs notebooks browser wheel release lint clean demo-clean
 .DEFAULT_GOAL := help
 
 help:
@@ -21,6 +21,7 @@ help:
 	@echo "make matrix      run every cell of docs/support-matrix.md and write the page anew"
 	@echo "make kills       kill runs, merges and exports 200 times, and compare what comes out (20 minutes)"
 	@echo "make endurance   2,000 steps on a tiny model, twice; every weight is compared after each"
+	@echo "make families    a first run on a tiny model of each family of language models that transformers has"
 	@echo "make fuzz        10,000 adapters that were damaged or made to do harm (an hour of one core); CASES=, SEED="
 	@echo "make launches    DDP, FSDP2 and ZeRO by torchrun and accelerate launch, with 2 and 4 processes, against one process"
 	@echo "make pefts-tests run PEFT's own tests of LoRA with PaCA in its place (three minutes; fetched from the index)"
@@ -74,6 +75,9 @@ kills: $(STAMP)
 
 endurance: $(STAMP)
 	@OMP_NUM_THREADS=1 PYTHONPATH=tests $(BIN)/python -m endurance
+
+families: $(STAMP)
+	@OMP_NUM_THREADS=1 PYTHONPATH=tests $(BIN)/python -m families $(NAMES)
 
 pefts-tests: $(STAMP)
 	@OMP_NUM_THREADS=1 PYTHONPATH=tests $(BIN)/python -m pefts_tests
