@@ -433,3 +433,37 @@ def test_weights_that_are_slices_of_one_tensor_train_as_others_do(selection: str
         assert all(torch.equal(value, before[name]) for name, value in base_state(model).items())
         seen.append(outputs)
     assert all(torch.equal(one, two) for one, two in zip(*seen, strict=True))
+
+
+def test_what_is_written_into_a_slice_is_no_write_into_the_others() -> None:
+    base, x = Sliced(True), torch.randn(5, 32)
+    weights = [layer.weight for layer in (base.q, base.k, base.v)]
+    storages = {weight.untyped_storage()._cdata for weight in weights}
+    model = adapt(base, target_modules=["q", "k", "v"])
+    assert len(storages) == 1
+    assert [layer.base_layer.weight for layer in paca_layers(model)] == weights  # the same objects, in the same memory
+    assert {weight.untyped_storage()._cdata for weight in weights} == storages
+    deltas = [p for p in model.parameters() if p.requires_grad]
+    optimizers = [torch.optim.SGD([delta], lr=0.1) for delta in deltas]
+    for _ in range(2):  # one after the other
+        model(x).square().mean().backward()
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+    model(x)
+    for between in (model.state_dict, partial(copy.deepcopy, model), partial(disabled_pass, model, x)):
+        loss = model(x).square().mean()
+        between()
+        loss.backward()
+    average = {name: p.detach() * 0.9 for name, p in model.named_parameters() if p.requires_grad}
+    model.load_state_dict(average, strict=False)
+    model(x).square().mean().backward()
+    for delta in deltas:
+        delta.data.sub_(delta.grad)
+    model.state_dict()
+    model.unload()
+
+
+def disabled_pass(model: nn.Module, x: torch.Tensor) -> None:
+    with torch.no_grad(), model.disable_adapter():
+        model(x)

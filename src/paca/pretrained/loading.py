@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -134,7 +135,9 @@ def load_pretrained(
         gguf.check_is_plain(model, location.name_or_path)
     if not isinstance(tokenizer, PreTrainedTokenizerBase):
         return Pretrained(model, tokenizer, location.source, location.name_or_path)
-    embeddings = cast(nn.Embedding, model.get_input_embeddings()).num_embeddings
+    embeddings = sys.maxsize  # CANINE's are of characters, whatever their number
+    with suppress(NotImplementedError):
+        embeddings = cast(nn.Embedding, model.get_input_embeddings()).num_embeddings
     if named is not None and len(tokenizer) > embeddings:
         raise PacaError(
             f"The tokenizer of {named!r} has {len(tokenizer)} tokens, but the model {location.name_or_path!r} embeds "

@@ -49,7 +49,21 @@ def adapted_after_all(target: Any, key: str, model: nn.Module) -> PacaLayer:
     if mode != "resident":
         return OverlaidLinear(OVERLAID[mode].adopt(target))
     resident = resident_class_of(target, key, model)
+    _count_writes_apart(target)
     return PACA_CLASSES[type(target)](resident.adopt(target))
+
+
+def _count_writes_apart(module: Any) -> None:
+    """Give a weight that is a slice of one tensor with others, as transformers loads some, a version counter of its
+    own: what is written into one of them would seem to be written into all."""
+    weight = module.weight
+    if type(weight) is nn.Parameter and weight.untyped_storage().nbytes() > weight.nbytes:
+        apart = nn.Parameter(weight.data, weight.requires_grad)
+        vars(apart).update(vars(weight))
+        try:
+            torch.utils.swap_tensors(weight, apart)  # so that it stays the same object
+        except RuntimeError:  # somebody refers to what is in it
+            module.weight = apart
 
 
 def check_module(target: nn.Module, key: str, model: nn.Module) -> None:
