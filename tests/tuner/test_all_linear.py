@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
+
 import pytest
 import torch
 from torch import nn
 
-from models import adapt
+import paca
+from models import adapt, llama
 from paca.layers import paca_layers
 
 
@@ -34,3 +37,35 @@ def test_the_last_layer_of_torchs_attention_is_left_out() -> None:
 def test_named_it_is_refused() -> None:
     with pytest.raises(ValueError, match=r"attention.out_proj is a .*NonDynamicallyQuantizableLinear"):
         adapt(Pooled(), target_modules=["first", "out_proj"])
+
+
+class Narrow(nn.Module):
+    """As Gemma 3n has four inputs to some layers of each block."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.wide, self.narrow, self.middle = nn.Linear(64, 64), nn.Linear(4, 64), nn.Linear(16, 64)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.wide(x) + self.narrow(x[..., :4]) + self.middle(x[..., :16])
+
+
+def test_small_layers_with_fewer_inputs_than_columns_are_left_out_and_told() -> None:
+    with pytest.warns(UserWarning, match=r"leaves out 1 layers with fewer inputs than r: narrow\. .* rank_pattern"):
+        model = adapt(Narrow(), r=8)
+    assert [layer.in_features for layer in paca_layers(model)] == [64, 16]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model = adapt(Narrow(), r=8, rank_pattern={"narrow": 2})
+        assert [layer.in_features for layer in paca_layers(model)] == [64, 4, 16]
+        assert len(paca_layers(adapt(Narrow(), r=4))) == 3
+    with pytest.raises(ValueError, match=r"middle: r=17 columns .* leave it out through exclude_modules"):
+        adapt(Narrow(), r=17)  # it is not small
+    with pytest.raises(ValueError, match="narrow: r=8 columns were asked for"):
+        adapt(Narrow(), r=8, target_modules=["narrow"])
+    with pytest.raises(ValueError, match="r=999 columns were asked for"):
+        adapt(llama(), r=999)
+
+
+def test_the_data_room_is_there_with_the_package() -> None:
+    assert callable(paca.data.load_examples)

@@ -29,7 +29,8 @@ def check_rank(r: int, in_features: int, module_name: str) -> None:
     if not 1 <= r <= in_features:
         raise ValueError(
             f"{module_name}: r={r} columns were asked for, but this layer has {in_features} input columns. "
-            f"Choose r between 1 and {in_features}, or give this layer its own rank in rank_pattern."
+            f"Choose r between 1 and {in_features}, give this layer its own rank in rank_pattern, or leave it out "
+            "through exclude_modules."
         )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from typing import Any
 
 import torch
@@ -14,23 +15,44 @@ from paca.layers import PACA_CLASSES, RESIDENT_CLASSES, PacaLayer, resident_clas
 from paca.layers.modes import OVERLAID, is_offloaded, is_partitioned, known_quantizations, mode_of
 from paca.layers.overlaid import OverlaidLinear
 from paca.layers.resident_weight import ResidentWeight
+from paca.tuner.column_choice import for_layer
 from paca.tuner.saved_modules import HEADS
+
+_SMALL = 8
+"""How many times as many inputs the widest layer has as one that may be left out."""
 
 
 def all_linear(config: Any, model: nn.Module) -> set[str] | str:
     """What PEFT is to take "all-linear" for.
 
-    The names, without heads that PEFT trains whole (of some it says so when the adapter is in) and without layers that
-    do something of their own, such as routers. Where only some blocks are adapted, endings of names, as PEFT filters
-    blocks only then. `"all-linear"` itself where it comes to the same.
+    The names, without heads that PEFT trains whole (of some it says so when the adapter is in), without layers that do
+    something of their own, such as routers, and without small ones that have fewer inputs than columns are trained.
+    Where only some blocks are adapted, endings of names, as PEFT filters blocks only then. `"all-linear"` itself where
+    it comes to the same.
     """
     some_blocks, heads = config.layers_to_transform is not None, HEADS.get(config.task_type, ())
-    own = {name for name, module in model.named_modules() if _is_of_its_own(module)}
+    own = {name for name, module in model.named_modules() if _is_of_its_own(module)} | _too_small(config, model)
     if not (some_blocks or heads or own):
         return "all-linear"
     chosen: Any = _maybe_include_all_linear_layers(copy.copy(config), model)
     names = {name for name in chosen.target_modules if name not in own and name.rpartition(".")[2] not in heads}
     return {name.rpartition(".")[2] for name in names} if some_blocks else names
+
+
+def _too_small(config: Any, model: nn.Module) -> set[str]:
+    """Linear layers with fewer inputs than the columns that `config` wants of them, and at most an eighth of the inputs
+    that the widest has: such as four in each block of Gemma 3n."""
+    inputs = {name: module.in_features for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    least = max(inputs.values(), default=0) // _SMALL
+    small = {n for n, i in inputs.items() if i <= least and i < for_layer(n, config.rank_pattern, config.r)}
+    if small:
+        kinds = dict.fromkeys(".".join(name.split(".")[-2:]) for name in sorted(small))
+        warnings.warn(
+            f"all-linear leaves out {len(small)} layers with fewer inputs than r: {', '.join(kinds)}. To train them "
+            "too, give them a rank in rank_pattern.",
+            stacklevel=2,
+        )
+    return small
 
 
 def _is_of_its_own(module: nn.Module) -> bool:
