@@ -19,6 +19,7 @@ with hold_import_notes():
     import transformers  # noqa: F401  # isort: skip
     import peft  # noqa: F401  # isort: skip
 
+from paca import data as data  # its own parts are loaded on first use
 from paca.columns.factored import FactoredAdamW
 from paca.config import PacaConfig
 from paca.lean import make_lean, undo_lean

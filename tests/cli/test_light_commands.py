@@ -129,6 +129,18 @@ def test_no_library_is_to_tell_its_makers_unless_the_user_says_so(run: Run, monk
         (MODEL_AND_DATA + "eval: {meitrc: loss}\n", "there is no key eval.meitrc. Did you mean eval.metric?"),
         ("model: [\n", "line 2, column 1: not valid YAML"),
         (MODEL_AND_DATA + "calibration: {sequences: 0}\n", "calibration.sequences is 0; it must be 1 or more."),
+        (
+            "base_model: m\n",
+            "no section 'base_model'. Did you mean the key model.name? It stands below model:",
+        ),
+        (
+            MODEL_AND_DATA + "adapter: lora\n",
+            "no section 'adapter'. The method is a section: paca:, lora:, peft:",
+        ),
+        (
+            "model: {name: m, load_in_4bit: true}\ndata: {train: a/b}\n",
+            "model.quantization? It is nf4, fp4 or int8.",
+        ),
         (MODEL_AND_DATA + "learning_rate: 3\n", "Did you mean the key train.learning_rate? It stands below train:"),
         (
             "model: {name: some/model}\ndata: {train: run.jsonl}\n",

@@ -100,7 +100,7 @@ def test_a_misspelt_folder_is_no_model_of_the_hub(tmp_path: Path, monkeypatch: p
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     (tmp_path / "my-models" / "llama").mkdir(parents=True)
     (tmp_path / "my-models" / "llama" / "config.json").write_text("{}")
-    with pytest.raises(paca.PacaError, match=r"no such folder .*Did you mean 'my-models/llama'\?.*hf download"):
+    with pytest.raises(paca.PacaError, match=r"no file or folder .*Did you mean 'my-models/llama'\?.*hf download"):
         paca.learning_rate("my-models/lama", paca.PacaConfig())
 
 

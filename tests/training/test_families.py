@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from paca.planning import estimate
 from paca.pretrained.generation import load_for_generation
-from paca.training import load_run_config, train
+from paca.training import describe, load_run_config, train
 from paca.training.planned_run import target_of_run
 from tiny_checkpoint import byte_tokenizer
 
@@ -49,6 +49,8 @@ def test_a_first_run_trains_and_is_planned(family: str, tmp_path: Path) -> None:
         "output": {"dir": str(tmp_path / "run")},
     }
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(sections))
+    lines = dict(describe(load_run_config(tmp_path / "run.yaml")).lines())
+    assert ("experts" in lines) == ("num_local_experts" in sizes)
     result = train(load_run_config(tmp_path / "run.yaml"), console=Console(quiet=True))
     assert result.summary["eval_loss_after"] < result.summary["eval_loss_before"]
     target = target_of_run(tmp_path / "run.yaml", ["model.dtype=bfloat16"], "cpu", None, None)

@@ -97,6 +97,8 @@ def work_text(
         if all("step_seconds" in one for one in measured):
             seconds = sum(count * one["step_seconds"] for count, one in zip(steps, measured, strict=True))
             told.append(f"about {format_duration(seconds)} of training by the steps just timed, without evaluations")
+    if _grows(grids, extend):
+        told.append("more where a best rate is at an end of its grid (--no-extend: none)")
     return ", ".join(told)
 
 

@@ -80,8 +80,9 @@ def _size_of_named(model: str | os.PathLike[str]) -> float | None:
     size = weight_size(location, fetch=True)
     if size is None and location.source == "hub" and not in_cache(location.name_or_path):
         raise PacaError(
-            f"There is no model {str(model)!r}: no such folder (working folder: {Path.cwd()}), and the hub gave "
-            f"none of its weights.{neighbour_hint(str(model))} Check the name, or get it first: hf download {model}"
+            f"There is no file or folder {str(model)!r} here (working folder: {Path.cwd()})."
+            f"{neighbour_hint(str(model))} It looks like a hub id, and the hub has no weights of that name, or "
+            f"can't be reached. Check the name; connect to the internet, or get it first: hf download {model}"
         )
     return size
 

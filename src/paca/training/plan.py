@@ -41,6 +41,8 @@ class Plan:
     """Kinds of module that are adapted, such as `q_proj`; none where a method has no such modules."""
     adapted_layers: int
     """How many modules are adapted."""
+    experts: str | None
+    """What is said of experts that are not trained."""
     rate_rule: str
     """Where the rate is from, in words; what `auto` would be, where the user gave another."""
     rate_far_off: str | None
@@ -105,6 +107,7 @@ class Plan:
             ("blocks", self._blocks()),
             ("method", f"{self.method}{self._adapted()}"),
             *([("columns", describe_columns(self.config))] if self.method == "paca" else []),
+            *([] if self.experts is None else [("experts", self.experts)]),
             *([] if rank is None else [("factors", f"of rank {rank}: AdamW steps these, and deltas follow")]),
             *([("trained whole", ", ".join(whole))] if whole else []),
             ("trainable parameters", f"{self.trainable_parameters:,} ({share:.3f} %)"),

@@ -37,6 +37,7 @@ from paca.training.method_state import check_budget
 from paca.training.named_model import new_modules, outline_of, train_heads
 from paca.training.plan import Plan, planned_steps
 from paca.training.trainers import trainer_kind
+from paca.training.untrained_layers import told_of_experts
 from paca.tuner.target_names import told_of_layers
 
 
@@ -152,6 +153,7 @@ def prepare(config: RunConfig, *, whole: bool = True, fetch: bool = False) -> Pr
         method=adapter_settings.method_name(method, config.adapter),
         targets=list(dict.fromkeys(re.sub(r"^.*\.", "", name) for name in layers)),  # in the order of the model
         adapted_layers=len(layers),
+        experts=told_of_experts(model, method, config.adapter),
         rate_rule=f"auto: {rule}" if automatic else f"auto would be {rate:g}",
         # A rate that follows no rule is no measure of a user's.
         rate_far_off=None if automatic or size is None else far_off(config.train["learning_rate"], rate),

@@ -1,4 +1,4 @@
-"""Tells which adapted layers get no gradient, in the first steps of a run.
+"""Tells what a run leaves untrained: experts that its adapter does not name, and adapted layers without a gradient.
 
 A model may read a layer's weight without calling the layer: WavLM gives its attention projections' weights to one
 function. The adapter takes effect then, but its deltas get no gradient.
@@ -6,15 +6,38 @@ function. The adapter takes effect then, but its deltas get no gradient.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from rich.console import Console
+from torch import nn
 from transformers import TrainerCallback, TrainerState, TrainingArguments
 
+from paca.layers.experts import is_transposed
 from paca.messages.say import say
 
+_STACKS_NAMED = ("paca", "lora")
+"""The methods that can train experts, by `target_parameters`."""
 _MARK = ".paca_delta."
 _STEPS = 10  # experts and layers that are dropped at random may have no gradient in one of them
+
+
+def told_of_experts(model: nn.Module, method: str, adapter: Mapping[str, Any]) -> str | None:
+    """What is said of a mixture's experts where the adapter names no parameters; None where there are none."""
+    if method not in _STACKS_NAMED or adapter.get("target_parameters"):
+        return None
+    stacks = {
+        f"{name}.{own}": parameter.numel()
+        for name, module in model.named_modules()
+        if is_transposed(module) is not None
+        for own, parameter in module.named_parameters(recurse=False)
+        if parameter.dim() == 3
+    }
+    if not stacks:
+        return None
+    share = sum(stacks.values()) / sum(p.numel() for p in model.parameters())
+    names = dict.fromkeys(".".join(name.split(".")[-2:]) for name in stacks)
+    return f"{100 * share:.0f} % of the parameters, not trained; {method}.target_parameters: [{', '.join(names)}] does"
 
 
 class TellUntrainedLayers(TrainerCallback):

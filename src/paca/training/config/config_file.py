@@ -117,8 +117,8 @@ def _read_sections(path: Path, overrides: Iterable[str]) -> tuple[dict[str, dict
     for name, values in content.items():
         with mistakes.noted():
             if name not in names:
-                hint = section_hint(name, names)
-                if "Did you mean" not in hint and not isinstance(values, dict):
+                hint = _OF_OTHERS.get(name) or section_hint(name, names)
+                if name not in _OF_OTHERS and "Did you mean" not in hint and not isinstance(values, dict):
                     hint = _section_of(name) or hint
                 raise PacaError(f"{origins.of(name)}: there is no section {name!r}.{hint}")
             if values is not None and not isinstance(values, dict):
@@ -130,6 +130,18 @@ def _read_sections(path: Path, overrides: Iterable[str]) -> tuple[dict[str, dict
     }
     apply_overrides(sections, overrides, origins, lambda: _keys_of_all(_first_method(sections), sections))
     return sections, origins
+
+
+_OF_OTHERS = {
+    "adapter": " The method is a section: paca:, lora:, peft: or full:. Leave it out for PaCA.",
+    "base_model": " Did you mean the key model.name? It stands below model:",
+    "datasets": " Did you mean the key data.train? It stands below data:",
+    "lora_alpha": " Did you mean the key lora.lora_alpha? It stands below lora:",
+    "lora_r": " Did you mean the key lora.r? It stands below lora:",
+    "model_name_or_path": " Did you mean the key model.name? It stands below model:",
+    "sequence_len": " Did you mean the key train.max_length? It stands below train:",
+}
+"""What keys of other programs mean that stand at the top of their files."""
 
 
 def _section_of(key: str) -> str:

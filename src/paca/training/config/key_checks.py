@@ -67,9 +67,10 @@ WORDS_OF_TRAIN = {
     "max_seq_length": "max_length",
 }
 """What people call some keys of `train`, where spelling alone would find another one."""
+_QUANTIZED = dict.fromkeys(("load_in_4bit", "load_in_8bit", "quantization_config"), " It is nf4, fp4 or int8.")
 _OTHER_WORDS = {
     "rank": "r",
-    **dict.fromkeys(("load_in_4bit", "load_in_8bit", "quantization_config"), "quantization"),
+    **dict.fromkeys(_QUANTIZED, "quantization"),
     **dict.fromkeys(("validation", "valid", "val", "test", "dev"), "eval"),
     "path": "train",
     **WORDS_OF_TRAIN,
@@ -131,7 +132,7 @@ def _check_key(
         sure = meant is not None or swapped
         others = dict({} if sure else origins.keys_of_all())
         others.pop(section, None)  # `names` leaves out keys of `train` that can't be set
-        hint = _where_it_belongs(name, {section: names, **others})
+        hint = _where_it_belongs(name, {section: names, **others}) + _QUANTIZED.get(name, "")
         if not names:
             hint += f" The section {section} has no keys."
         elif len(names) <= 20 and not sure:
