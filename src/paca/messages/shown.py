@@ -5,8 +5,6 @@ from __future__ import annotations
 import reprlib
 from typing import Any
 
-import yaml
-
 _LONGEST = 4_000  # characters of a message: two screens
 
 _short = reprlib.Repr()
@@ -22,6 +20,8 @@ def shown(value: Any) -> str:
 
 def setting(value: Any) -> str:
     """A value of a setting as a YAML has it, on one line."""
+    import yaml  # here, for `paca --version` works where little is installed
+
     return (
         yaml.safe_dump(value, default_flow_style=True, allow_unicode=True, width=10_000).removesuffix("...\n").strip()
     )
