@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from cli.paca_process import forked_paca, fresh_paca, start_paca
+from cli.paca_process import forked_paca, start_paca
 from training.tiny_run import save_workspace
 
 COMPARE = (
@@ -140,7 +140,7 @@ def test_an_output_that_is_a_file_is_refused(workspace: Path) -> None:
 
 
 def test_a_dry_run_shows_what_came_out_equal_and_trains_nothing(workspace: Path) -> None:
-    done = fresh_paca(*COMPARE, "--equal", "parameters", "--output", "dry", "--dry-run", cwd=workspace)
+    done = forked_paca(*COMPARE, "--equal", "parameters", "--output", "dry", "--dry-run", cwd=workspace)
     assert (done.returncode, done.stderr) == (0, "")
     head, paca, lora, few, data, rates, work, disk = done.stdout.splitlines()
     assert head.split()[:3] == ["method", "settings", "trained"]

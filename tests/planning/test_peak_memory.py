@@ -96,7 +96,7 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
         {"adapter": {"peft_type": "SHIRA", "r": 8, "target_modules": ["q_proj", "down_proj"]}},
     ),
 }
-DEFAULTS = {"batch_size": 3, "sequence_length": 256, "chunked_loss": False}
+DEFAULTS = {"batch_size": 2, "sequence_length": 256, "chunked_loss": False}
 
 
 @pytest.fixture(scope="module")
