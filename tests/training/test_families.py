@@ -10,12 +10,14 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from PIL import Image
 from rich.console import Console
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageClassification, ViTImageProcessor
 
 from paca.planning import estimate
 from paca.pretrained.generation import load_for_generation
 from paca.training import describe, load_run_config, train
+from paca.training.named_model import heads_of
 from paca.training.planned_run import target_of_run
 from tiny_checkpoint import byte_tokenizer
 
@@ -60,3 +62,32 @@ def test_a_first_run_trains_and_is_planned(family: str, tmp_path: Path) -> None:
     saved = json.loads((tmp_path / "model" / "config.json").read_text())
     loaded = load_for_generation(tmp_path / "run").model.config.to_dict()
     assert ("num_experts" in loaded) == ("num_experts" in saved)
+
+
+PART = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+IMAGES = {**PART, "image_size": 32, "patch_size": 16}
+
+
+@pytest.mark.parametrize("family", ["clip", "siglip", "metaclip_2"])
+def test_images_are_classified_by_the_half_of_a_model_that_sees_them(family: str, tmp_path: Path) -> None:
+    """Its class names the whole model as what lies below the head, which is not there."""
+    shape = AutoConfig.for_model(family, text_config=PART, vision_config=IMAGES)
+    torch.manual_seed(0)
+    model = AutoModelForImageClassification.from_config(shape)
+    assert heads_of(model) == ["classifier"]
+    model.save_pretrained(tmp_path / "model")
+    ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(tmp_path / "model")
+    for number in range(24):
+        folder = tmp_path / "images" / ("light" if number % 2 else "dark")
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (32, 32), (200 + number if number % 2 else number,) * 3).save(folder / f"{number}.png")
+    sections = {
+        "model": {"name": str(tmp_path / "model")},
+        "data": {"train": str(tmp_path / "images"), "eval": 8},
+        "paca": {"r": 4},
+        "train": {"trainer": "image_classification", "max_steps": 4, "learning_rate": 0.02},
+        "output": {"dir": str(tmp_path / "run")},
+    }
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(sections))
+    result = train(load_run_config(tmp_path / "run.yaml"), console=Console(quiet=True))
+    assert result.summary["eval_loss_after"] < result.summary["eval_loss_before"]

@@ -24,6 +24,15 @@ def check_nothing_missing(model: nn.Module, missing: Iterable[str], name: str) -
         )
 
 
+def trunk_of(model: nn.Module) -> str:
+    """The name of the part of a classifier that is not its heads: the largest, where its class names none that is there
+    (CLIP's and SigLIP's name the whole of texts and images)."""
+    named, parts = getattr(model, "base_model_prefix", None), dict(model.named_children())
+    if named in parts:
+        return str(named)
+    return max(parts, key=lambda name: sum(p.numel() for p in parts[name].parameters()), default=".")
+
+
 def made_anew(model: nn.Module, missing: Iterable[str], name: str) -> list[str]:
     """The modules of a classifier's trunk of which its checkpoint `name` has nothing and need have nothing: a pooler,
     which language models lack.
@@ -31,7 +40,7 @@ def made_anew(model: nn.Module, missing: Iterable[str], name: str) -> list[str]:
     Raises:
         PacaError: The trunk lacks others: blocks, embeddings, or parts of a module.
     """
-    trunk = getattr(model, "base_model_prefix", None) or "."
+    trunk = trunk_of(model)
     lacking = [weight for weight in _parameters_of(model, missing) if weight.startswith(f"{trunk}.")]
     if not lacking:
         return []

@@ -11,6 +11,7 @@ from transformers import MODEL_FOR_MASKED_LM_MAPPING, AutoModelForCausalLM, PreT
 from paca.messages.errors import PacaError, about
 from paca.pretrained import load_config
 from paca.pretrained.loading import Outline, check_folder_is_whole, modules_made_anew
+from paca.pretrained.missing_weights import trunk_of
 from paca.training.config.run_config import ModelSection, RunConfig
 
 
@@ -59,7 +60,7 @@ def _check_causal(model: nn.Module) -> None:
 
 def heads_of(model: nn.Module) -> list[str]:
     """The modules of a classifier that a pretrained model need not have: those beside its trunk, with weights."""
-    trunk = getattr(model, "base_model_prefix", None)
+    trunk = trunk_of(model)
     return [name for name, module in model.named_children() if name != trunk and any(True for _ in module.parameters())]
 
 
