@@ -7,7 +7,6 @@ in `REFUSED`.
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import sys
@@ -19,13 +18,11 @@ from pathlib import Path
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 import torch
-import yaml
 from rich.console import Console
 
-from families.shrunk import FAMILIES, shrunk
+from families.shrunk import FAMILIES, write_first_run
 from paca.pretrained.generation import load_for_generation
 from paca.training import load_run_config, train
-from tiny_checkpoint import byte_tokenizer
 
 REFUSED = {
     r"It is an encoder": "encoders, as language models",
@@ -38,29 +35,15 @@ SECONDS = 120.0
 
 def first_run(family: str, folder: Path) -> str:
     """Train one; what came of it, in words that begin with `trained`, `not made` or an error's name."""
-    tokenizer = byte_tokenizer()
-    special = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     try:
-        model = shrunk(family, len(tokenizer), **special)
-        model.save_pretrained(folder / "model")
+        config = write_first_run(family, folder)
     except Exception as error:  # whatever a config that is not meant to be small raises
         return f"not made: {str(error).splitlines()[0] if str(error) else type(error).__name__}"
-    tokenizer.save_pretrained(folder / "model")
-    rows = [{"prompt": f"What follows {n}?", "completion": f" It is {n + 1}."} for n in range(40)]
-    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    sections = {
-        "model": {"name": str(folder / "model")},
-        "data": {"train": str(folder / "rows.jsonl"), "eval": 8},
-        "paca": {"r": 4},
-        "train": {"max_steps": 3, "per_device_train_batch_size": 4, "learning_rate": 0.01, "max_length": 96},
-        "output": {"dir": str(folder / "run")},
-    }
-    (folder / "run.yaml").write_text(yaml.safe_dump(sections))
-    summary = train(load_run_config(folder / "run.yaml"), console=Console(quiet=True)).summary
+    summary = train(load_run_config(config), console=Console(quiet=True)).summary
     before, after = summary["eval_loss_before"], summary["eval_loss_after"]
     if not after < before:
         raise AssertionError(f"the held-out loss went from {before:.4f} to {after:.4f}")
-    load_for_generation(folder / "run")
+    model = load_for_generation(folder / "run").model
     return f"trained: {before:.3f} to {after:.3f}, {model.num_parameters():,} parameters"
 
 

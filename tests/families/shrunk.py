@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from tiny_checkpoint import byte_tokenizer
 
 FAMILIES = tuple(sorted(set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)))
 LARGEST = 30_000_000
@@ -59,6 +64,29 @@ _OWN: dict[str, dict[str, Any]] = {
     "mamba2": {"num_heads": 8, "head_dim": 16, "expand": 2},
     "nemotron_h": {"layer_types": ["mamba", "full_attention", "moe", "mlp"]},
 }
+
+
+def write_first_run(family: str, folder: Path) -> Path:
+    """The YAML of a run with the defaults, on a tiny model of `family` and data beside it.
+
+    Raises:
+        ValueError: It can't be made tiny.
+    """
+    tokenizer = byte_tokenizer()
+    special = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    shrunk(family, len(tokenizer), **special).save_pretrained(folder / "model")
+    tokenizer.save_pretrained(folder / "model")
+    rows = [{"prompt": f"What follows {n}?", "completion": f" It is {n + 1}."} for n in range(40)]
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    sections = {
+        "model": {"name": str(folder / "model")},
+        "data": {"train": str(folder / "rows.jsonl"), "eval": 8},
+        "paca": {"r": 4},
+        "train": {"max_steps": 3, "per_device_train_batch_size": 4, "learning_rate": 0.01, "max_length": 96},
+        "output": {"dir": str(folder / "run")},
+    }
+    (folder / "run.yaml").write_text(yaml.safe_dump(sections))
+    return folder / "run.yaml"
 
 
 def shrunk(family: str, vocab_size: int, **tokens: int) -> Any:

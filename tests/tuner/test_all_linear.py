@@ -59,6 +59,7 @@ def test_small_layers_with_fewer_inputs_than_columns_are_left_out_and_told() -> 
         model = adapt(Narrow(), r=8, rank_pattern={"narrow": 2})
         assert [layer.in_features for layer in paca_layers(model)] == [64, 4, 16]
         assert len(paca_layers(adapt(Narrow(), r=4))) == 3
+        assert len(paca_layers(adapt(Narrow(), r=8, target_modules="all-linear", indices={"narrow": [0, 3]}))) == 3
     with pytest.raises(ValueError, match=r"middle: r=17 columns .* leave it out through exclude_modules"):
         adapt(Narrow(), r=17)  # it is not small
     with pytest.raises(ValueError, match="narrow: r=8 columns were asked for"):

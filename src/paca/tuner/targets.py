@@ -44,7 +44,9 @@ def _too_small(config: Any, model: nn.Module) -> set[str]:
     that the widest has: such as four in each block of Gemma 3n."""
     inputs = {name: module.in_features for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     least = max(inputs.values(), default=0) // _SMALL
-    small = {n for n, i in inputs.items() if i <= least and i < for_layer(n, config.rank_pattern, config.r)}
+    given = config.indices or {}
+    wanted = {n: 0 if for_layer(n, given, None) else for_layer(n, config.rank_pattern, config.r) for n in inputs}
+    small = {name for name, count in inputs.items() if count <= least and count < wanted[name]}
     if small:
         kinds = dict.fromkeys(".".join(name.split(".")[-2:]) for name in sorted(small))
         warnings.warn(
