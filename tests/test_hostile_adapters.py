@@ -14,7 +14,7 @@ import pytest
 from hostile_adapters.case import World
 from paca.tuner import bounded_process, strange_expressions
 
-CASES = 500
+CASES = 250
 
 
 @pytest.fixture(scope="module")

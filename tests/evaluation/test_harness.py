@@ -213,6 +213,7 @@ def test_a_task_that_cannot_be_had_is_explained(task: str, expected: str) -> Non
         load_tasks([task])
 
 
+@pytest.mark.usefixtures("few_tasks")
 def test_a_name_that_no_task_has_is_looked_for_among_all_of_the_harness_s() -> None:
     with pytest.raises(PacaError, match=r"no task 'arc_esy'\. Did you mean .*arc_easy"):
         load_tasks(["arc_esy"])

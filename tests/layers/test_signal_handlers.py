@@ -106,7 +106,7 @@ def test_a_handler_at_any_line_changes_no_output_and_no_pretrained_weight(name: 
     handlers = {"pass": passed, "state dict": lambda model: held.append(model.state_dict())}
     lines = interrupt(adapted(), OPERATIONS[name], -1, passed)
     assert lines > 150
-    for at in range(1, lines, 9):
+    for at in range(1, lines, 13):
         model, held[:] = adapted(), []
         if at % 2:  # the weights hold columns, and the model's look finds nothing to write
             stepped(model)
@@ -123,7 +123,7 @@ def test_a_handler_at_any_line_changes_no_output_and_no_pretrained_weight(name: 
 
 def test_a_handler_that_unmerges_within_a_merge_loses_nothing() -> None:
     lines = interrupt(adapted(), merged, -1, passed)
-    for at in range(1, lines, 3):
+    for at in range(1, lines, 5):
         model = adapted()
         interrupt(model, merged, at, disabled)
         model.set_adapter("default")

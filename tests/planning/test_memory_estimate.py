@@ -47,7 +47,7 @@ def test_a_few_blocks_tell_what_the_whole_model_takes(
     architecture: str, options: dict[str, Any], settings: dict[str, Any], adapter: Any
 ) -> None:
     setting = Setting(**{"sequence_length": 48, "batch_size": 2, **settings})
-    shape = config(architecture, **{"num_hidden_layers": 8, "dtype": torch.float32, **options})
+    shape = config(architecture, **{"num_hidden_layers": 6, "dtype": torch.float32, **options})
     model = prepare_model(shape, adapter)
     root = model.get_base_model() if adapter else model
     few = trace_step(root, setting)
@@ -64,7 +64,7 @@ def test_a_few_blocks_tell_what_the_whole_model_takes(
 @pytest.mark.parametrize("length", [4, 24, 44])
 def test_a_few_blocks_tell_what_answers_of_the_whole_model_take(length: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where most is held, reading prompts or making the last token, depends on the depth."""
-    shape = config("llama", num_hidden_layers=10, dtype=torch.float32)
+    shape = config("llama", num_hidden_layers=6, dtype=torch.float32)
     answering = Answering(length, generation_batch_size=512)
     setting = Setting(sequence_length=48, trainer="grpo", answering=answering)
     few = estimate(shape, setting, paca.PacaConfig(r=8))

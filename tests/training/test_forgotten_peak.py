@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
 
 import pytest
+
+from forked_process import run_forked
 
 SCRIPT = """
 from paca.training.memory import forget_peak_resident_set, peak_resident_set
@@ -19,5 +20,6 @@ print(before - peak_resident_set())
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux counts it anew")
 def test_a_peak_before_the_run_can_be_forgotten() -> None:
-    done = subprocess.run([sys.executable, "-c", SCRIPT], capture_output=True, text=True, check=True)
+    done = run_forked(SCRIPT)
+    assert done.returncode == 0, done.stderr
     assert int(done.stdout) > 300_000_000
