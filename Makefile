@@ -56,7 +56,8 @@ demo: $(STAMP)
 
 test: $(STAMP)
 	@echo "About 8,000 tests; the first results come after a minute ..."
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_ARGS)
+	@# Tests start processes by the hundred: what one of them compiles is kept for the others, whatever is set here.
+	@PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_ARGS)
 
 matrix: $(STAMP)
 	@OMP_NUM_THREADS=1 PYTHONPATH=tests $(BIN)/python -m support_matrix $(ROWS)

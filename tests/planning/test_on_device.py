@@ -193,9 +193,7 @@ def test_methods_stand_beside_each_other() -> None:
 @pytest.mark.parametrize(
     ("where", "layers"),
     [
-        ({"layers_to_transform": [0]}, 7),
-        ({"layers_to_transform": 1, "layers_pattern": "layers"}, 7),
-        ({"exclude_modules": ["down_proj"]}, 12),
+        ({"layers_to_transform": 1, "layers_pattern": "layers", "exclude_modules": ["down_proj"]}, 6),
         ({"target_modules": r".*\.0\..*_proj"}, 7),
         ({"modules_to_save": ["lm_head"]}, 14),
         (None, 4),
