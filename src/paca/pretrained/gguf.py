@@ -5,11 +5,13 @@ from __future__ import annotations
 import functools
 import logging
 import tempfile
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+import numpy as np
 import transformers
 import xxhash
 from huggingface_hub import constants
@@ -53,7 +55,7 @@ def file_options(path: str) -> dict[str, Any]:
 def outline_options(path: str) -> dict[str, Any]:
     """The arguments by which `from_pretrained` finds the config and the tokenizer of a GGUF file.
 
-    transformers reads a file's vocabulary string by string, about ten seconds each time. So both are kept in a folder
+    transformers reads a file's vocabulary string by string, which takes seconds each time. So both are kept in a folder
     below Hugging Face's cache, once for each state of the file; its pre-tokenizer is restored there. Where that does
     not work, the arguments are those of the file itself.
 
@@ -78,7 +80,7 @@ def kept_of(path: str) -> Path:
 def _keep(folder: Path, options: dict[str, Any], path: str) -> bool:
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder.parent) as place:
+        with reading(), tempfile.TemporaryDirectory(dir=folder.parent) as place:
             beside = Path(place) / "whole"
             AutoConfig.from_pretrained(**options).save_pretrained(beside)
             tokenizer = AutoTokenizer.from_pretrained(**options)
@@ -97,7 +99,7 @@ def _keep(folder: Path, options: dict[str, Any], path: str) -> bool:
 
 def check_file(path: str) -> None:
     """Raise PacaError if a file that could not be loaded is not whole, or no model."""
-    reader = require_gguf().GGUFReader
+    reader = quick_reader()
     try:
         field = reader(path).get_field("general.type")
         kind = None if field is None else str(field.contents())
@@ -110,12 +112,37 @@ def check_file(path: str) -> None:
         raise PacaError(f"The GGUF file {path!r} is of the type {kind!r}, not a model. Give the model that it is for.")
 
 
-def without_unpacking_bar() -> AbstractContextManager[Any]:
-    """Hide the bar of transformers' GGUF reader, which no switch of its logging reaches. Not for several threads."""
-    bar = vars(modeling_gguf_pytorch_utils).get("tqdm")
-    if bar is None:  # a transformers without that bar
-        return nullcontext()
-    return patch.object(modeling_gguf_pytorch_utils, "tqdm", functools.partial(bar, disable=True))
+@contextmanager
+def reading() -> Iterator[None]:
+    """A block in which transformers reads a GGUF file in a fifth of the time: the 98 MB of SmolLM2 in 3 s, not 16.
+
+    It asks for the names of all tensors anew for each of the model's modules, and slices numpy's slow kind of file for
+    each word of the vocabulary. Its bar is hidden, which no switch of its logging reaches. Not for several threads.
+    """
+    package, bar = require_gguf(), vars(modeling_gguf_pytorch_utils).get("tqdm")
+    with ExitStack() as stack:
+        stack.enter_context(patch.object(package, "GGUFReader", quick_reader()))
+        stack.enter_context(patch.object(package, "get_tensor_name_map", functools.cache(package.get_tensor_name_map)))
+        if bar is not None:  # else a transformers without that bar
+            disabled = functools.partial(bar, disable=True)
+            stack.enter_context(patch.object(modeling_gguf_pytorch_utils, "tqdm", disabled))
+        yield
+
+
+@functools.cache
+def quick_reader() -> Any:
+    """gguf's reader, on a plain array in place of `numpy.memmap`: slices of it are made in a third of the time."""
+
+    class QuickReader(require_gguf().GGUFReader):  # type: ignore[misc]
+        @property
+        def data(self) -> np.ndarray:
+            return self._plain
+
+        @data.setter
+        def data(self, file: np.ndarray) -> None:
+            self._plain = file.view(np.ndarray)
+
+    return QuickReader
 
 
 def check_is_plain(model: PreTrainedModel, path: str) -> None:
@@ -137,7 +164,7 @@ def restore_pre_tokenizer(tokenizer: PreTrainedTokenizerBase, path: str) -> None
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None or not isinstance(backend.pre_tokenizer, pre_tokenizers.ByteLevel):
         return  # sentencepiece, or a rule that transformers did restore
-    field = require_gguf().GGUFReader(path).get_field("tokenizer.ggml.pre")
+    field = quick_reader()(path).get_field("tokenizer.ggml.pre")
     name = None if field is None else str(field.contents())
     if name in _DIGITS_THEN_GPT2:
         backend.pre_tokenizer = pre_tokenizers.Sequence(

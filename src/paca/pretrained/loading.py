@@ -119,7 +119,8 @@ def load_pretrained(
             if quantizing.method_of(AutoConfig.from_pretrained(**options)) is not None:
                 options["device_map"] = quantizing.device_map()  # else GPTQ's kernels are chosen for a CPU
     quietly = nullcontext() if labels is None else without_load_report()
-    with explaining(location, revision), without_progress_bars(), gguf.without_unpacking_bar(), quietly:
+    reading = gguf.reading() if location.source == "gguf" else nullcontext()
+    with explaining(location, revision), without_progress_bars(), reading, quietly:
         if labels is not None:
             config = AutoConfig.from_pretrained(**options, **_label_settings(labels))
             options |= {"config": config, "ignore_mismatched_sizes": True}

@@ -172,7 +172,7 @@ def _size_of_gguf(path: str) -> float | None:
         found: float | None = json.loads(kept.read_text(encoding="utf-8"))
         return found
     package = gguf.require_gguf()
-    tensors = {tensor.name: tensor for tensor in package.GGUFReader(path).tensors}
+    tensors = {tensor.name: tensor for tensor in gguf.quick_reader()(path).tensors}
     matrices = [name for name, tensor in tensors.items() if len(tensor.shape) == 2 and min(tensor.shape) >= _LEAST]
     chosen = (tensors[name] for name in _chosen(matrices))
     rows = ((tensor.data[_middle(len(tensor.data))], tensor.tensor_type) for tensor in chosen)
