@@ -79,6 +79,9 @@ def test_how_many_more_there_are_is_told(tmp_path: Path) -> None:
         load_examples(source)
     with pytest.raises(PacaError, match=r"line 2: .*: 1 more of the 2 records after it is such\.$"):
         load_examples(source, limit=4)
+    source = write(tmp_path / "two.jsonl", bad[:2])
+    with pytest.raises(PacaError, match=r"line 1: .*: the one record after it is such too\.$"):
+        load_examples(source)
 
 
 def test_a_named_column_may_be_absent_from_what_is_left_out(tmp_path: Path) -> None:

@@ -90,6 +90,7 @@ def _others(found: Source, form: Format, place: str, limit: int | None) -> str:
             with suppress(PacaError):  # something else is wrong with it
                 count += _convert(form, *one, leave_out=True) is None
     more = f": {count:,} more of the {seen:,} records after it {'are' if count > 1 else 'is'} such" if count else ""
+    more = ": the one record after it is such too" if count == seen == 1 else more
     return f" Or leave such records out with data.unusable: leave_out (in Python leave_out=True){more}."
 
 
