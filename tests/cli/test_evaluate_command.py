@@ -63,6 +63,26 @@ def test_columns_may_be_named_one_by_one(workspace: Path, monkeypatch: pytest.Mo
     assert given[1:] == ["fragen.csv", {"question": "Frage", "answer": "Antwort"}]
 
 
+@pytest.mark.parametrize(
+    ("columns", "told"),
+    [
+        ("question=Frage", "there is no column Frage, which --columns names; found: question, answer. Leave question "),
+        ("question=Frage", " Leave question out of --columns: the data has a column of that name."),
+        ("tools=question", " (or --set data.columns.NAME=YOURS), or rename them. (For `paca evaluate --data`: --columns "),
+        ("Frage=question", "--data: --columns names Frage, which is a column of no form of data."),
+    ],
+)
+def test_what_is_wrong_with_the_flag_is_told_by_its_name(
+    workspace: Path, monkeypatch: pytest.MonkeyPatch, columns: str, told: str
+) -> None:
+    """It named `data.columns`, which is no option."""
+    monkeypatch.chdir(workspace)
+    Path("there.csv").write_text("question,answer\nHow many?,2\n")
+    result = CliRunner().invoke(app, ["evaluate", "run", "--data", "there.csv", "--columns", columns])
+    assert isinstance(result.exception, PacaError)
+    assert told in str(result.exception)
+
+
 def test_the_harness_is_missed_before_anything_is_loaded(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     command = ["evaluate", str(workspace / "run"), "--tasks", "arc_easy", "--output", str(workspace / "none")]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import logging
 import os
+import re
 import shlex
 import sys
 from pathlib import Path
@@ -231,7 +232,12 @@ def _measure_own_data(
     if data is None:
         held_out, note = own_run.held_out_of(path, config, limit)
     else:
-        held_out = own_run.other_data(path, config, columns_given=columns is not None)
+        try:
+            held_out = own_run.other_data(path, config, columns_given=columns is not None)
+        except PacaError as error:
+            if not columns:
+                raise
+            raise PacaError(re.sub(r"data\.columns(?!: {|\.NAME)", "--columns", str(error))) from error  # but in YAML
         note = own_run.trained_on(path, held_out)
         say(console, f"{data}: {held_out.description}")
         if other := own_run.other_form(path, held_out, own_run.metric_of(config)):
