@@ -37,6 +37,7 @@ help:
 	@echo "make clean       remove $(VENV) and everything that was built or downloaded; runs/ stays"
 
 install: $(STAMP)
+	@echo "Ready. For paca on your path: . $(BIN)/activate"
 
 $(STAMP): pyproject.toml tools/make_venv.sh
 	@bash tools/make_venv.sh "$(VENV)" "$(PYTHON)"

@@ -36,7 +36,7 @@ if ! "$venv/bin/python" -m pip --version >/dev/null 2>&1; then
 If it says that ensurepip is not available (Debian, Ubuntu): apt install python3-venv. Then run make again."
 fi
 
-echo "Installing paca and what it needs into $venv (the first time PyTorch is downloaded, which can take minutes) ..."
+echo "Installing paca and what it needs into $venv: about two minutes, and more where PyTorch is slow to download ..."
 # Bars and names for a person; silence, save for errors, in a log.
 if [ -t 1 ]; then quiet=; else quiet=--quiet; fi
 "$venv/bin/python" -m pip install $quiet --editable '.[dev]' || fail "The installation failed; pip's message is above.
