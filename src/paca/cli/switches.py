@@ -8,6 +8,7 @@ name for the value. Of an option that there is not it looks for similar ones, in
 from __future__ import annotations
 
 import re
+import shlex
 from typing import Any
 
 from typer.core import TyperCommand, TyperGroup
@@ -58,6 +59,15 @@ def _tell_where(error: Any, ctx: Any) -> None:
         example = "output.dir=FOLDER" if error.option_name == "--output" else "train.learning_rate=1e-4"
         example = "eval.metric=exact_match" if ctx.info_name == "evaluate" else example
         error.message += f". A key of the YAML is set with --set SECTION.KEY=VALUE, as --set {example}."
+
+
+def _tell_command(error: Any, given: list[str], commands: Any, ctx: Any) -> None:
+    """Say where an option belongs that stands before the command that has it."""
+    name = next((word for word in given if word in commands), "")
+    if name and any(getattr(error, "option_name", "") in parameter.opts for parameter in commands[name].params):
+        given.remove(name)
+        error.message += f". It belongs behind {name}: {ctx.command_path} {shlex.join([name, *given])}"
+        error.possibilities = None
 
 
 def _has(option: str, ctx: Any) -> bool:
@@ -112,8 +122,17 @@ class Command(TyperCommand):
 
 
 class Group(TyperGroup):
-    """The same for commands that have commands of their own."""
+    """The same for commands that have commands of their own; it says where an option belongs that is one of theirs."""
 
     def get_params(self, ctx: Any) -> list[Any]:
         """Its own options."""
         return _without_values(super().get_params(ctx))
+
+    def parse_args(self, ctx: Any, args: list[str]) -> Any:
+        """Reads the command line up to the command."""
+        given = list(args)
+        try:
+            return super().parse_args(ctx, args)
+        except Exception as error:  # as above
+            _tell_command(error, given, self.commands, ctx)
+            raise
