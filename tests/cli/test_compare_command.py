@@ -153,7 +153,7 @@ def test_a_dry_run_shows_what_came_out_equal_and_trains_nothing(workspace: Path)
     assert rates == "rates 0.01, 0.03; seeds 0, 1"
     assert work == "6 runs, 60 steps in all"
     assert disk.startswith("disk space: about ")
-    assert not (workspace / "dry" / "runs").exists()
+    assert not (workspace / "dry").exists()
 
 
 def wait_until(holds: Callable[[], bool]) -> None:

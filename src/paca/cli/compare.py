@@ -6,6 +6,7 @@ import shlex
 import sys
 from contextlib import nullcontext
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
@@ -54,7 +55,10 @@ def compare(
         typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Change a setting of the YAML. May be repeated."),
     ] = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Show what would be trained, and stop. With --equal it measures first.")
+        bool,
+        typer.Option(
+            "--dry-run", help="Show what would be trained, and stop. With --equal time or memory it measures first."
+        ),
     ] = False,
 ) -> None:
     """Compare methods on the same data and seeds, each at its best rate, and give a verdict."""
@@ -119,9 +123,13 @@ def _train(
 
     disable_progress_bars()
     same = tuple(equal.split(",")) if equal else ()
-    comparison = Comparison(output, common, chosen, rates, numbers, same, extend)
+    keeps = not dry_run or output.exists() or not {"time", "memory"}.isdisjoint(same)  # what is measured is kept
     busy = console.status("Reading the data, and the shapes of the model with each method ...")
-    with busy if console.is_terminal else nullcontext():
+    with (
+        nullcontext(output) if keeps else TemporaryDirectory() as folder,
+        busy if console.is_terminal else nullcontext(),
+    ):
+        comparison = Comparison(Path(folder), common, chosen, rates, numbers, same, extend)
         planned = prepare(comparison, console, dry_run=dry_run)
     console.print(table_of(planned))
     for line in no_verdict_text(planned, len(numbers)):
