@@ -68,7 +68,10 @@ def test_columns_may_be_named_one_by_one(workspace: Path, monkeypatch: pytest.Mo
     [
         ("question=Frage", "there is no column Frage, which --columns names; found: question, answer. Leave question "),
         ("question=Frage", " Leave question out of --columns: the data has a column of that name."),
-        ("tools=question", " (or --set data.columns.NAME=YOURS), or rename them. (For `paca evaluate --data`: --columns "),
+        (
+            "tools=question",
+            " (or --set data.columns.NAME=YOURS), or rename them. (For `paca evaluate --data`: --columns ",
+        ),
         ("Frage=question", "--data: --columns names Frage, which is a column of no form of data."),
     ],
 )

@@ -123,6 +123,19 @@ def test_the_written_config_reads_back_as_the_same_run(tmp_path: Path) -> None:
             MINIMAL + "train: {max_steps: 0, seed: -1}\npaca: {r: -3}\n",
             ["line 4: paca.r must be a whole", "line 3: train.max_steps must be", "line 3: train.seed must be"],
         ),
+        (
+            MINIMAL + "train: {beta: 0.1, num_iterations: 2, max_stepz: 3, save_steps: -2}\n",
+            [
+                "train.beta is a setting of",
+                "train.num_iterations is a setting of",
+                "no key train.max_s",
+                "train.save_s",
+            ],
+        ),
+        (
+            MINIMAL + "train: {packing: true, max_length: null, report_to: wandbb}\n",
+            ["line 3: train.max_length: null does not go", "line 3: train.report_to: there is no tracker wandbb"],
+        ),
     ],
 )
 def test_all_mistakes_that_do_not_need_each_other_are_told(tmp_path: Path, text: str, lines: list[str]) -> None:

@@ -86,30 +86,33 @@ def check_train_settings(settings: Mapping[str, Any], origins: Origins) -> None:
     """
     check_section("train", {"trainer": settings.get("trainer", "sft")}, {"trainer": Literal[tuple(TRAINERS)]}, origins)
     kind = trainer_kind(settings)
-    annotations = keys_of(kind.name)
-    for name in settings:
-        place = f"{origins.of(f'train.{name}')}: train.{name}"
-        if name in annotations:
-            continue
+    annotations, mistakes, own = keys_of(kind.name), Mistakes(), dict(settings)
+    for name in [name for name in settings if name not in annotations]:
         takers = [other for other in TRAINERS if name in keys_of(other)]
         if takers:
-            raise PacaError(f"{place} is a setting of train.trainer: {' or '.join(takers)}, not of {kind.name}.")
+            del own[name]
+            with mistakes.noted():
+                place = f"{origins.of(f'train.{name}')}: train.{name}"
+                raise PacaError(f"{place} is a setting of train.trainer: {' or '.join(takers)}, not of {kind.name}.")
     annotations = {name: annotation for name, annotation in annotations.items() if name not in OWNED}
     choices = {option.name: option.metadata.get("choices") for option in dataclasses.fields(kind.arguments)}
-    check_section("train", settings, annotations, origins, choices)
-    kind.check(settings, origins)
-    check_trackers(settings.get("report_to"), f"{origins.of('train.report_to')}: train.report_to")
-    mistakes = Mistakes()
+    with mistakes.noted():
+        check_section("train", own, annotations, origins, choices)
     counted = "include_num_input_tokens_seen"
-    if settings.get(counted) in (False, "no") and kind.defaults(settings).get(counted) != "no":
+    if own.get(counted) in (False, "no") and kind.defaults(own).get(counted) != "no":
         with mistakes.noted():
             place = origins.of(f"train.{counted}")
             raise PacaError(f"{place}: train.{counted} can't be off: a run tells its tokens in a second. Leave it out.")
-    for name, value in settings.items():
+    for name, value in own.items():
         for words, (holds, names) in _RANGES.items():
             if name in names.split() and isinstance(value, (int, float)) and not holds(value):
                 with mistakes.noted():
                     raise PacaError(f"{origins.of(f'train.{name}')}: train.{name} must be {words}, not {value}.")
+    mistakes.tell()
+    with mistakes.noted():  # what follows needs values of the right types
+        kind.check(settings, origins)
+    with mistakes.noted():
+        check_trackers(settings.get("report_to"), f"{origins.of('train.report_to')}: train.report_to")
     mistakes.tell()
 
 
