@@ -47,7 +47,7 @@ from paca.training.reporting.progress import ShowProgress, busy
 from paca.training.reporting.report import write_report
 from paca.training.reporting.scores import Scorer
 from paca.training.reporting.summary import summary_of
-from paca.training.reporting.tracking import Trackers, names_for_trackers
+from paca.training.reporting.tracking import Trackers, check_login, names_for_trackers
 from paca.training.sharding import check_sharding, devices_warning
 from paca.training.starting_model import keep_adapter_dtype, load_model, use_factors, with_adapter
 from paca.training.trainers import trainer_kind
@@ -106,6 +106,8 @@ def train(
             folder.check_free(overwrite=config.output.overwrite, used=config.paths_used())
         if main and resume:
             folder.reopen()
+        if main:
+            check_login(config.train.get("report_to"))
         prepared = prepare(config)
         plan = prepared.plan
         record = folder.recorded_inputs() if resume else prepared.inputs

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import socket
@@ -257,6 +258,26 @@ def test_runs_are_found_in_their_folders(tmp_path: Path, monkeypatch: pytest.Mon
         taken.listen()
         with pytest.raises(PacaError, match=r"Port \d+ is taken\. Give another: --port NUMBER"):
             show_runs(tmp_path, port=taken.getsockname()[1], say=print, browser=False)
+
+
+@pytest.mark.parametrize("key", [None, "short"])
+def test_wandb_without_a_login_is_told_before_anything_is_loaded(
+    start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, key: str | None
+) -> None:
+    """It was told after the held-out data had been measured."""
+    wandb = pytest.importorskip("wandb", reason="the extra wandb is not installed")
+    wandb.teardown()  # it reads the environment once
+    monkeypatch.setenv("HOME", str(tmp_path))  # the key may be in ~/.netrc
+    for name in ("WANDB_API_KEY", "WANDB_MODE", "NETRC"):
+        monkeypatch.delenv(name, raising=False)
+    if key is not None:
+        monkeypatch.setenv("WANDB_API_KEY", key)
+    monkeypatch.setattr(sys, "stdin", io.StringIO())  # no terminal
+    monkeypatch.setattr(run, "prepare", None)
+    told = r"^train\.report_to: wandb can't be started: .*API.key.* See to it \(`wandb login`\), set WANDB_MODE=offline"
+    with pytest.raises(PacaError, match=told):
+        start("[tensorboard, wandb]", scored=False)
+    wandb.teardown()
 
 
 def test_wandb_keeps_the_run_offline(start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -56,6 +56,29 @@ def check_trackers(report_to: str | list[str] | None, place: str) -> None:
             raise PacaError(f"{place}: the package for {name} is not installed. Install it, or leave {name} out.")
 
 
+def check_login(report_to: str | list[str] | None) -> None:
+    """See that W&B would take a run, before minutes are spent on it; in a terminal W&B asks for what it lacks.
+
+    Args:
+        report_to: What the user gave.
+
+    Raises:
+        PacaError: There is no key, or W&B does not know it, or can't be reached.
+    """
+    if "wandb" not in ([report_to] if isinstance(report_to, str) else report_to or []):
+        return
+    import wandb
+
+    try:
+        if wandb.run is None and wandb.setup().settings.mode not in ("offline", "dryrun"):  # of which it would warn
+            wandb.login()
+    except Exception as error:  # whatever it raises
+        raise PacaError(
+            f"train.report_to: wandb can't be started: {first_line(error)} See to it (`wandb login`), set "
+            "WANDB_MODE=offline (`wandb sync` sends the run later), or leave wandb out."
+        ) from error
+
+
 class Trackers(TrainerCallback):
     """Stands for all trackers of a trainer, so that each gets one row a step with paca's own figures in it.
 
