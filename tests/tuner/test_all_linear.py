@@ -60,6 +60,8 @@ def test_small_layers_with_fewer_inputs_than_columns_are_left_out_and_told() -> 
         assert [layer.in_features for layer in paca_layers(model)] == [64, 4, 16]
         assert len(paca_layers(adapt(Narrow(), r=4))) == 3
         assert len(paca_layers(adapt(Narrow(), r=8, target_modules="all-linear", indices={"narrow": [0, 3]}))) == 3
+        for names in ("nar.*", ["narrow"]):  # nobody wants to know how these are trained
+            assert len(paca_layers(adapt(Narrow(), r=8, target_modules="all-linear", exclude_modules=names))) == 2
     with pytest.raises(ValueError, match=r"middle: r=17 columns .* leave it out through exclude_modules"):
         adapt(Narrow(), r=17)  # it is not small
     with pytest.raises(ValueError, match="narrow: r=8 columns were asked for"):

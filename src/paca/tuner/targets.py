@@ -7,7 +7,7 @@ import warnings
 from typing import Any
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer, _maybe_include_all_linear_layers
+from peft.tuners import tuners_utils
 from torch import nn
 
 from paca.columns.state import is_sharded
@@ -34,7 +34,7 @@ def all_linear(config: Any, model: nn.Module) -> set[str] | str:
     own = {name for name, module in model.named_modules() if _is_of_its_own(module)} | _too_small(config, model)
     if not (some_blocks or heads or own):
         return "all-linear"
-    chosen: Any = _maybe_include_all_linear_layers(copy.copy(config), model)
+    chosen: Any = tuners_utils._maybe_include_all_linear_layers(copy.copy(config), model)
     names = {name for name in chosen.target_modules if name not in own and name.rpartition(".")[2] not in heads}
     return {name.rpartition(".")[2] for name in names} if some_blocks else names
 
@@ -44,16 +44,14 @@ def _too_small(config: Any, model: nn.Module) -> set[str]:
     that the widest has: such as four in each block of Gemma 3n."""
     inputs = {name: module.in_features for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     least = max(inputs.values(), default=0) // _SMALL
-    given = config.indices or {}
-    wanted = {n: 0 if for_layer(n, given, None) else for_layer(n, config.rank_pattern, config.r) for n in inputs}
+    listed, check = config.indices or {}, tuners_utils.check_target_module_exists
+    wanted = {n: 0 if for_layer(n, listed, None) else for_layer(n, config.rank_pattern, config.r) for n in inputs}
     small = {name for name, count in inputs.items() if count <= least and count < wanted[name]}
+    small = {name for name in small if not isinstance(check(config, name), tuners_utils._ExcludedModule)}
     if small:
         kinds = dict.fromkeys(".".join(name.split(".")[-2:]) for name in sorted(small))
-        warnings.warn(
-            f"all-linear leaves out {len(small)} layers with fewer inputs than r: {', '.join(kinds)}. To train them "
-            "too, give them a rank in rank_pattern.",
-            stacklevel=2,
-        )
+        told = f"all-linear leaves out {len(small)} layers with fewer inputs than r: {', '.join(kinds)}."
+        warnings.warn(f"{told} To train them too, give them a rank in rank_pattern.", stacklevel=2)
     return small
 
 
@@ -92,7 +90,7 @@ def _count_writes_apart(module: Any) -> None:
 
 def check_module(target: nn.Module, key: str, model: nn.Module) -> None:
     """Raise `ValueError` for a module that is shared, or runs something else than its class says."""
-    if isinstance(target, BaseTunerLayer):
+    if isinstance(target, tuners_utils.BaseTunerLayer):
         raise ValueError(f"{key} is already adapted by another method ({type(target).__name__}); unload that first.")
     names = [name for name, m in model.named_modules(remove_duplicate=False) if m is target]
     if len(names) > 1:
