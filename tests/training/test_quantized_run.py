@@ -116,7 +116,8 @@ def test_dora_trains_on_quantized_weights(config_file, tmp_path):
     assert any("lora_magnitude_vector" in name for name in adapter(folder))
 
 
-def test_a_method_that_fails_on_quantized_weights_is_named(config_file, tmp_path):
-    file = of_lora_instead(config_file, tmp_path, peft={"peft_type": "LOHA", "r": 4})
-    with pytest.raises(PacaError, match=r"PEFT's loha failed on nf4 weights: .*leave out model\.quantization"):
+@pytest.mark.parametrize("method", ["loha", "delora"])  # when it trains, and when it is put in, in TRL's trainer
+def test_a_method_that_fails_on_quantized_weights_is_named(config_file, tmp_path, method):
+    file = of_lora_instead(config_file, tmp_path, peft={"peft_type": method.upper(), "r": 4})
+    with pytest.raises(PacaError, match=rf"PEFT's {method} failed on nf4 weights: .*leave out model\.quantization"):
         run(file, tmp_path / "run")

@@ -17,7 +17,7 @@ from transformers import PrinterCallback, TrainerState, TrainingArguments
 
 from paca.lean.loss import loss_for
 from paca.messages.disk import writing
-from paca.messages.errors import PacaError
+from paca.messages.errors import PacaError, within_peft
 from paca.messages.program import resume_command
 from paca.messages.say import say
 from paca.pretrained import Pretrained
@@ -262,6 +262,8 @@ class _Run:
         except (PacaError, torch.OutOfMemoryError):
             raise
         except (ValueError, RuntimeError) as error:
+            if isinstance(error, RuntimeError) and self.config.model.quantization is not None and within_peft(error):
+                raise  # not the trainer's: see `explained`
             raise PacaError(f"{self.kind.trainer.__name__} refuses this run: {error}") from error
         write_no_empty_cards(trainer)
         keep_adapter_dtype(trainer.model, self.config)
