@@ -24,6 +24,7 @@ from paca.data import Examples, load_images
 from paca.messages.errors import PacaError
 from paca.pretrained.content import model_content
 from paca.training import RunResult, load_run_config, train
+from paca.training.config.adapter_settings import with_defaults
 from paca.training.config.run_config import (
     CalibrationSection,
     DataSection,
@@ -298,16 +299,40 @@ def test_a_finished_run_is_told_of_unless_other_settings_are_asked_for(tmp_path:
         adapter={"r": 8},
         train={"activation_checkpointing": True, "learning_rate": 1e-3, "max_steps": 2},
     )
-    folder.config.write_text(config.to_yaml())
+    folder.config.write_text(replace(config, adapter=with_defaults("paca", {"r": 8})).to_yaml())
     folder.summary.write_text('{"steps": 2}')
-    for given in ({}, {"learning_rate": "auto"}, {"gradient_checkpointing": True, "max_steps": 2}):
-        told = told_of_finished(folder, replace(config, train=given))
+    for given in ({}, {"learning_rate": "auto"}, {"gradient_checkpointing": True}):
+        told = told_of_finished(folder, replace(config, train={**given, "max_steps": 2}))
         assert told.endswith("after 2 steps with the settings in its config.yaml; there is nothing to resume.")
-    folder.config.write_text(replace(config, adapter={"r": 8, "target_modules": ["q_proj", "v_proj"]}).to_yaml())
+    chosen = with_defaults("paca", {"r": 8, "target_modules": ["q_proj", "v_proj"]})
+    folder.config.write_text(replace(config, adapter=chosen).to_yaml())
     for names in (["v_proj", "q_proj"], ["q_proj", "v_proj"]):  # a set of them
         given = {"r": 8, "target_modules": names}
         assert "nothing to resume" in told_of_finished(folder, replace(config, adapter=given))
     with pytest.raises(PacaError, match=r"other settings:\n  paca.target_modules: .* → \[k_proj\]\n"):
-        told_of_finished(folder, replace(config, adapter={"target_modules": ["k_proj"]}))
+        told_of_finished(folder, replace(config, adapter={"r": 8, "target_modules": ["k_proj"]}))
     with pytest.raises(PacaError, match=r"other settings:\n  train.max_steps: 2 → 3\n"):
-        told_of_finished(folder, replace(config, train={"max_steps": 3}))
+        told_of_finished(folder, replace(config, adapter=chosen, train={"max_steps": 3}))
+
+
+def test_a_finished_run_is_not_that_of_a_file_from_which_keys_were_taken(tmp_path: Path) -> None:
+    folder, given = RunFolder(tmp_path), {"train": {"max_steps": 2}, "adapter": {"r": 8, "paca_alpha": 4}}
+    run = {"model": ModelSection("llama", dtype="float32"), "data": DataSection("a.jsonl", limit=9), **given}
+    rest = (CalibrationSection(), EvalSection(metric="loss"), OutputSection(str(tmp_path)))
+    sections = dict(zip(("calibration", "eval", "output"), rest, strict=True))
+    config = RunConfig(**run, **sections)
+    resolved = replace(
+        config, data=replace(config.data, template="chatml"), adapter=with_defaults("paca", given["adapter"])
+    )
+    folder.config.write_text(resolved.to_yaml())
+    folder.summary.write_text('{"steps": 2}')
+    assert "nothing to resume" in told_of_finished(folder, config)  # the template is one that the run found
+    for key, other in {
+        "train.max_steps: 2 → -1": {"train": {}},
+        "paca.r: 8 → 64": {"adapter": {"paca_alpha": 4}},
+        "data.limit: 9 → null": {"data": DataSection("a.jsonl")},
+        "eval.metric: loss → null": {"eval": EvalSection()},
+        "lora.r: null → 8": {"method": "lora", "adapter": {}},
+    }.items():
+        with pytest.raises(PacaError, match=rf"other settings:\n(.*\n)*  {key}\n"):
+            told_of_finished(folder, replace(config, **other))

@@ -105,19 +105,25 @@ def told_of_finished(folder: RunFolder, config: RunConfig) -> str:
 
     Args:
         folder: Of the run.
-        config: As it was given now; what it leaves out, or to paca (`auto`), is not looked at, so the steps are told.
+        config: As it was given now. What it leaves to paca (`auto`), and what its section train leaves out, but for
+            `max_steps`, follow from the model and are not looked at, so the steps are told.
 
     Raises:
-        PacaError: It asks for other settings of the method or the trainer than the run had.
+        PacaError: It asks for other settings than the run had.
     """
     if folder.config.is_file():
         had, method = _recorded_settings(folder.config), config.method
-        adapter = {key: value for key, value in with_defaults(method, config.adapter).items() if key in config.adapter}
-        given = _flat({method: adapter, "train": config.train})
-        left = {*FREE_TO_CHANGE, "train.gradient_checkpointing"}  # an older name, recorded under the newer one
-        other = [key for key, value in given.items() if key not in left and value not in ("auto", had.get(key))]
+        now = _with_defaults({**config.as_dict(), method: with_defaults(method, config.adapter)})
+        for settings in (had, now):
+            settings.setdefault("train.max_steps", -1)
+        filled = ("data.template", f"{method}.modules_to_save", f"{method}.original_weights")  # by the run, if left out
+        left = {*FREE_TO_CHANGE, *(key for key in filled if now.get(key) is None)}
+        left.add("train.gradient_checkpointing")  # an older name, recorded under the newer one
+        other = [
+            key for key, value in now.items() if key not in left and value != "auto" and not _same(had.get(key), value)
+        ]
         if other:
-            lines = "\n".join(f"  {key}: {setting(had.get(key))} → {setting(given[key])}" for key in sorted(other))
+            lines = "\n".join(f"  {key}: {setting(had.get(key))} → {setting(now[key])}" for key in sorted(other))
             raise PacaError(
                 f"The run in {folder.path} is finished, with other settings:\n{lines}\n"
                 "To train with the new ones, leave --resume out, and give another output.dir."
