@@ -6,12 +6,14 @@ import io
 import os
 import signal
 import threading
+from pathlib import Path
+from typing import Any
 
 import pytest
 from rich.console import Console
 from transformers import TrainerControl, TrainingArguments
 
-from paca.training import interrupt
+from paca.training import interrupt, load_run_config, run, train
 from paca.training.interrupt import StopOnSignal
 
 
@@ -99,3 +101,22 @@ def test_a_signal_that_python_discards_stops_after_the_first_step() -> None:
     assert lines[0].startswith("Stopping: ")
     assert control.should_save
     assert control.should_training_stop
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_such_a_signal_stops_a_run_of_which_no_step_is_left(
+    config_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = load_run_config(config_file, [f"output.dir={tmp_path / 'run'}", "train.max_steps=1"])
+    train(config, console=Console(quiet=True))
+    (tmp_path / "run" / "summary.json").unlink()
+    load = run.load_if_finished
+
+    def interrupted(*parts: Any) -> bool:
+        Discarding()
+        return load(*parts)
+
+    monkeypatch.setattr(run, "load_if_finished", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        train(config, resume=True, console=Console(quiet=True))
+    assert not (tmp_path / "run" / "summary.json").exists()

@@ -111,6 +111,11 @@ class StopOnSignal(TrainerCallback):
         elif control.should_evaluate:
             control.should_save = True
 
+    def raise_discarded(self) -> None:
+        """Where nothing is trained any more: raise what was discarded (see `_any_process_received`)."""
+        if self._interrupted_at is not None:
+            raise KeyboardInterrupt
+
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """From here on a signal stops at once."""
         self._training = False

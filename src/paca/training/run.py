@@ -276,6 +276,7 @@ class _Run:
         if self.checkpoint is not None:
             state = TrainerState.load_from_json(str(self.checkpoint / "trainer_state.json"))
             if load_if_finished(trainer, state, self.checkpoint, self.folder):
+                self.stopper.raise_discarded()
                 return state
             say(self.console, self.kind.resuming(trainer.args, state))
         try:
