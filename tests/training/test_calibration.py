@@ -166,5 +166,5 @@ def test_the_model_is_where_the_trainer_would_place_it(monkeypatch: pytest.Monke
     arguments = TrainingArguments("unused", use_cpu=True)
     monkeypatch.setattr(TrainingArguments, "place_model_on_device", property(lambda _: says))
     model = Mock(spec=["to"])
-    calibration._place(model, arguments)
+    calibration.place(model, arguments)
     assert [call.args for call in model.to.call_args_list] == ([] if says is False else [(arguments.device,)])

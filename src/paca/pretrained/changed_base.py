@@ -34,7 +34,7 @@ def left_on(model: Any) -> str | None:
     return next((words for config in configs.values() if (words := left_by(vars(config))) is not None), None)
 
 
-def drawn_anew(settings: Mapping[str, Any]) -> bool:
-    """Whether an adapter is on other weights each time it is loaded: PEFT finds them by a method with random numbers,
-    and saves them not."""
-    return str(settings.get("init_lora_weights")).lower().startswith("pissa_niter")
+def not_saved(settings: Mapping[str, Any]) -> bool:
+    """Whether what an adapter takes out of the weights is lost when PEFT saves it: it follows from random numbers, or
+    from data, and PEFT keeps the adapter alone."""
+    return str(settings.get("init_lora_weights")).lower().startswith(("pissa_niter", "corda", "lora_ga"))

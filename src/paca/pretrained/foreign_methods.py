@@ -15,7 +15,7 @@ from transformers import dynamic_module_utils
 from paca.messages.errors import PacaError
 from paca.messages.shown import shown
 from paca.pretrained.adapter_folder import ADAPTER_CONFIG, adapter_settings, weight_file
-from paca.pretrained.changed_base import drawn_anew
+from paca.pretrained.changed_base import not_saved
 from paca.tuner.pickled_adapter import tensors_in_pickle
 from paca.tuner.registration import NAME
 from paca.tuner.strange_expressions import try_expressions
@@ -59,11 +59,11 @@ def check_method(adapter: Path, model: nn.Module) -> None:
         raise PacaError(f"{file} is for XLORA, which loads other adapters, from wherever it says. Load it with PEFT.")
     for setting, reason in refused(settings):
         raise PacaError(f"{file} sets {setting}, which paca does not load: {reason}. Load it with PEFT.")
-    if drawn_anew(settings):
+    if not_saved(settings):
         raise PacaError(
-            f"{file} has init_lora_weights: {settings['init_lora_weights']}, for which PEFT draws the weights beneath "
-            "at random, and anew each time: what was trained does not come back. Let PEFT save such an adapter as a "
-            "plain LoRA (path_initial_model_for_weight_conversion), or train with pissa."
+            f"{file} has init_lora_weights: {settings['init_lora_weights']}, and PEFT did not save what that takes out "
+            "of the weights beneath: what was trained does not come back. The adapter that a run of paca leaves is a "
+            "plain LoRA; let PEFT save it as one (path_initial_model_for_weight_conversion)."
         )
     tokens = settings.get("alora_invocation_tokens")  # PEFT looks at them when it generates, and not before
     if tokens is not None and not (isinstance(tokens, list) and all(type(token) is int for token in tokens)):

@@ -104,7 +104,7 @@ class ColumnChoice:
         if batches:
             tokens = sum(int(batch["attention_mask"].sum()) for batch in batches)
             say(self.console, f"Choosing columns by {asked.selection}, from {tokens:,} tokens of the training data ...")
-            _place(model, self.arguments)
+            place(model, self.arguments)
         try:
             selected = select(model, asked, batches, self.console)
         except ValueError as error:
@@ -158,7 +158,7 @@ def calibration_batches(
     rows = [row for row in rows if any(token != IGNORED for token in row[counting])]
     if not rows:
         raise PacaError(
-            f"Nothing to choose columns by: of {len(dataset)} training examples cut to {length} tokens, none has a "
+            f"Nothing to choose by: of {len(dataset)} training examples cut to {length} tokens, none has a "
             "token that counts in the loss. Raise calibration.max_length or calibration.sequences."
         )
     rows.sort(key=lambda row: len(row["input_ids"]))  # little padding
@@ -174,7 +174,7 @@ def calibration_batches(
     return batches
 
 
-def _place(model: Any, arguments: TrainingArguments) -> None:
+def place(model: Any, arguments: TrainingArguments) -> None:
     """Move the model where the trainer would, if it would."""
     sharded = arguments.fsdp or arguments.deepspeed_plugin
     if arguments.place_model_on_device is not False and not sharded and not hasattr(model, "hf_device_map"):

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from torch import nn
 
 from paca.messages.say import say
 from paca.pretrained.location import lacks_weights
@@ -73,6 +74,12 @@ class Plan:
             return self
         said = f"{train:,} training and {held_out:,} held-out examples are too long for train.max_length, and left out."
         return replace(self, train_examples=self.train_examples - train, left_out=said)
+
+    def as_made(self, model: nn.Module) -> Plan:
+        """The same run with the number of parameters that `model` trains, where data shares them out: with EVA."""
+        if self.config.adapter.get("init_lora_weights") != "eva":
+            return self
+        return replace(self, trainable_parameters=sum(p.numel() for p in model.parameters() if p.requires_grad))
 
     def told_of_trained(self) -> str | None:
         """What is said of held-out examples that are trained on as well; None without any."""

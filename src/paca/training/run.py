@@ -32,6 +32,7 @@ from paca.training.folder.checkpoints import WholeCheckpoints, kept_step, load_i
 from paca.training.folder.run_folder import RunFolder, steps_done
 from paca.training.folder.same_run import check_same_model, check_same_run, check_same_settings, told_of_finished
 from paca.training.interrupt import StopOnSignal
+from paca.training.lora_start import save_as_plain_lora
 from paca.training.memory import reset_peak_memory
 from paca.training.memory_check import memory_at_hand, memory_warning
 from paca.training.method_state import method_callbacks, pull_towards_orthogonal
@@ -176,7 +177,9 @@ class _Run:
                 "it to the finished run's config.yaml, and give the run to `paca evaluate`."
             )
         self.trainer.remove_callback(PrinterCallback)
-        self.plan = self.plan.without(*self.kind.check_prepared(self.config, self.trainer, self.data))
+        self.plan = self.plan.as_made(self.trainer.model).without(
+            *self.kind.check_prepared(self.config, self.trainer, self.data)
+        )
         if self.main:
             for warning in (
                 self.plan.left_out,
@@ -229,6 +232,7 @@ class _Run:
             return RunResult(self.folder.path, None, None)
         if self.data.labels is not None:  # which the adapter's own files don't say, and whoever loads it must know
             save_classifier_config(unfinished, self.trainer.accelerator.unwrap_model(self.trainer.model))
+        save_as_plain_lora(unfinished, self.config, self.folder.start)
         (unfinished / "training_args.bin").unlink(missing_ok=True)  # a pickle; config.yaml says the same
         result = summary_of(self.plan, state, self.recorder, self.trainer.args.device, loss_after)
         assert self.trainer.model is not None

@@ -15,6 +15,7 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from paca.columns.selection import AT_RANDOM
 from paca.config import PacaConfig
 from paca.messages.errors import PacaError
+from paca.training.config.adapter_settings import is_made
 from paca.training.config.run_config import RunConfig
 
 
@@ -36,6 +37,11 @@ def check_sharding(arguments: TrainingArguments, config: RunConfig) -> None:
         raise PacaError(
             f"peft.peft_type: {peft_type} needs whole parameters and gradients after each step or for checkpoints, and "
             "FSDP and DeepSpeed shard or move them. Train with DistributedDataParallel, or another method."
+        )
+    if is_made(config.adapter) and (fsdp is not None or arguments.deepspeed_plugin is not None):
+        raise PacaError(
+            f"lora.init_lora_weights: {config.adapter['init_lora_weights']} needs whole weights, which FSDP and "
+            "DeepSpeed shard or move. Train with DistributedDataParallel, or leave it out."
         )
     if fsdp is not None:
         if arguments.world_size == 1:

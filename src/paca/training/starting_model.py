@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
-from peft import PeftConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from rich.console import Console
 from torch import nn
 from transformers import TrainingArguments, set_seed
@@ -21,9 +21,10 @@ from paca.pretrained import Pretrained, load_pretrained
 from paca.pretrained.generation_settings import make_savable
 from paca.pretrained.trainable_copy import unpack
 from paca.training.calibration import ColumnChoice
-from paca.training.config.adapter_settings import adapter_config
+from paca.training.config.adapter_settings import adapter_config, is_made
 from paca.training.config.run_config import RunConfig
 from paca.training.folder.run_folder import RunFolder
+from paca.training.lora_start import LoraStart
 from paca.training.memory import forget_peak_resident_set
 from paca.training.named_model import set_attention
 from paca.training.sharding import spare_buffers
@@ -93,8 +94,8 @@ def with_adapter(
         model: As it came.
         config: The resolved run.
         arguments: Of the trainer.
-        examples: The training data, for columns that are chosen by it.
-        folder: Of the run, where such columns are kept.
+        examples: The training data, for columns that are chosen by it, and for starts of LoRA.
+        folder: Of the run, where these are kept.
         console: Where progress is shown.
 
     Raises:
@@ -107,6 +108,8 @@ def with_adapter(
         adapter = adapter_config(config.method, config.adapter, trainer_kind(config.train).task_type)
     if adapter is not None:
         adapter.revision = config.model.revision
+    if isinstance(adapter, LoraConfig) and is_made(config.adapter):
+        return LoraStart(config, examples, arguments, folder.start, console).adapted(model, adapter), None
     if adapter is None or config.train["autocast_adapter_dtype"]:
         return model, adapter
     set_seed(arguments.seed)  # as TRL does before it makes an adapter

@@ -17,7 +17,7 @@ from peft.utils import PeftType
 from paca.config import PacaConfig
 from paca.messages.errors import PacaError
 from paca.messages.nearest import did_you_mean
-from paca.pretrained.changed_base import drawn_anew
+from paca.pretrained.changed_base import not_saved
 from paca.pretrained.foreign_methods import refused
 from paca.training.config.key_checks import Origins, check_section
 from paca.training.config.typed_values import matches, shown
@@ -35,11 +35,20 @@ _NOT_HERE = {
 }
 """Methods of PEFT that a run can't train, and why: each was tried (PEFT 0.21.2)."""
 
+_PARTS_NOT_HERE = {
+    "arrow_config": "it mixes adapters that are trained already",
+    "monteclora_config": "TRL's trainer does not add its loss",
+}
+"""The same of fields."""
+
 _STEPS_OF_THE_RUN = 2**53
 """AdaLoRA's `total_step` until the trainer knows its steps, where none is given: PEFT wants a number."""
 
-_NEEDS_DATA = ("eva", "corda", "lora_ga")
-"""Starts of LoRA that PEFT leaves to a pass over data, which a run does not make."""
+FROM_DATA = ("eva", "corda", "lora_ga")
+"""Starts of LoRA that a run makes by a pass over its training data."""
+_OF_STARTS = tuple(f"{start}_config" for start in FROM_DATA)
+_NOT_LISTED = re.compile(r"pissa_niter_\d+|lora_ga")
+"""Starts that PEFT knows, and leaves out of its config's annotation."""
 
 
 def adapter_fields(method: str, settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -47,7 +56,7 @@ def adapter_fields(method: str, settings: Mapping[str, Any]) -> dict[str, Any]:
     if method == "full":
         return {}
     kind = config_type(method, settings)
-    bookkeeping = {option.name for option in dataclasses.fields(PeftConfig)} | {"base_quantization"}
+    bookkeeping = {option.name for option in dataclasses.fields(PeftConfig)} | {"base_quantization", "runtime_config"}
     annotations = typing.get_type_hints(kind)
     fields = {
         option.name: annotations[option.name]
@@ -79,18 +88,20 @@ def check_adapter_settings(method: str, settings: dict[str, Any], origins: Origi
     if method == "peft":
         settings["peft_type"] = _peft_type(settings, origins)
     fields = adapter_fields(method, settings)
-    if drawn_anew(settings):
-        name = "init_lora_weights"
+    start = str(settings.get("init_lora_weights"))
+    known = _NOT_LISTED.fullmatch(start) is not None
+    check_section(method, {**settings, "init_lora_weights": True} if known else settings, fields, origins)
+    for name, value in settings.items():
+        if isinstance(value, dict) and (kind := _kind_within(fields[name])) is not None:
+            check_section(f"{method}.{name}", value, typing.get_type_hints(kind), origins)  # PEFT skips unknown ones
+    if method != "lora" and is_made(settings):
         raise PacaError(
-            f"{origins.of(f'{method}.{name}')}: {method}.{name}: {settings[name]} is drawn at random each time the "
-            "adapter is loaded, so what was trained would not come back. Give pissa, which is not."
+            f"{origins.of(f'{method}.init_lora_weights')}: {method}.init_lora_weights: {start} is a start of plain "
+            "LoRA, which has a section of its own, lora. Leave it out, or use that one."
         )
-    check_section(method, settings, fields, origins)
-    if str(settings.get("init_lora_weights")) in _NEEDS_DATA:
-        raise PacaError(
-            f"{origins.of(f'{method}.init_lora_weights')}: {method}.init_lora_weights: {settings['init_lora_weights']} "
-            "needs a pass over data that paca does not make. Leave it out, or give one of the others."
-        )
+    for name in (name for name in _PARTS_NOT_HERE if settings.get(name) is not None):
+        place = origins.of(f"{method}.{name}")
+        raise PacaError(f"{place}: {method}.{name} can't be trained here: {_PARTS_NOT_HERE[name]}. Leave it out.")
     for name, reason in refused(settings):
         raise PacaError(
             f"{origins.of(f'{method}.{name}')}: {method}.{name} can't be trained here: paca chat, evaluate and merge "
@@ -103,6 +114,18 @@ def check_adapter_settings(method: str, settings: dict[str, Any], origins: Origi
         if named is not None and named[0] in settings:
             raise PacaError(f"{origins.of(f'{method}.{named[0]}')}: {method}.{error}") from error
         raise PacaError(f"{origins.path}, section {method}: {error}") from error
+
+
+def _kind_within(annotation: Any) -> type | None:
+    """The dataclass that a field takes, of one that takes no other mapping."""
+    kinds = (annotation, *typing.get_args(annotation))
+    within = (kind for kind in kinds if isinstance(kind, type) and dataclasses.is_dataclass(kind))
+    return None if dict in kinds else next(within, None)
+
+
+def is_made(settings: Mapping[str, Any]) -> bool:
+    """Whether a run makes the adapter's start itself, and keeps it."""
+    return settings.get("init_lora_weights") in FROM_DATA or not_saved(settings)
 
 
 def _peft_type(settings: Mapping[str, Any], origins: Origins) -> str:
@@ -129,6 +152,9 @@ def adapter_config(method: str, settings: Mapping[str, Any], task_type: str | No
     given = {name: copy.deepcopy(value) for name, value in settings.items() if name != "peft_type"}
     if given.get("total_step", 0) is None or (settings.get("peft_type") == "ADALORA" and "total_step" not in given):
         given["total_step"] = _STEPS_OF_THE_RUN
+    start = given.get("init_lora_weights")
+    if start in FROM_DATA:  # PEFT warns of one that is missing, or fails later
+        given[f"{start}_config"] = given.get(f"{start}_config") or {}
     return config_type(method, settings)(task_type=task_type, **given)
 
 
@@ -138,6 +164,7 @@ def outline_config(method: str, settings: Mapping[str, Any], task_type: str | No
         settings = {**settings, "selection": "random", "random_seed": 0, "original_weights": None}
     elif "init_lora_weights" in settings:
         settings = {**settings, "init_lora_weights": True}
+        settings = {name: value for name, value in settings.items() if name not in _OF_STARTS}
     config = adapter_config(method, settings, task_type)
     if isinstance(config, ShiraConfig):
         config.mask_fn = None  # it has as many weights, without their places
@@ -152,7 +179,8 @@ def with_defaults(method: str, settings: Mapping[str, Any]) -> dict[str, Any]:
     return {
         name: value
         for name, value in values.items()
-        if name in settings or (matches(value, fields[name]) and not dataclasses.is_dataclass(value))
+        if name in settings
+        or (matches(value, fields[name]) and not dataclasses.is_dataclass(getattr(config, name, None)))
         if value != _STEPS_OF_THE_RUN
     }
 
@@ -170,6 +198,8 @@ def plain(value: Any) -> Any:
         return sorted(value)
     if isinstance(value, (list, tuple)):
         return [plain(item) for item in value]
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        value = {option.name: getattr(value, option.name) for option in dataclasses.fields(value) if option.init}
     if isinstance(value, dict):
         return {str(key): plain(item) for key, item in value.items()}
     return value

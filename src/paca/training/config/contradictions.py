@@ -69,7 +69,8 @@ def contradictions(config: RunConfig) -> Iterator[tuple[str, str]]:
 def contradictions_with_trainer(config: RunConfig) -> Iterator[tuple[str, str]]:
     """The same of other sections, which the run's trainer has no use for, or can't work with."""
     from paca.columns.selection import FROM_BATCHES
-    from paca.pretrained.changed_base import left_by
+    from paca.pretrained.changed_base import left_by, not_saved
+    from paca.training.config.adapter_settings import FROM_DATA
     from paca.training.trainers import trainer_kind
 
     kind = trainer_kind(config.train)
@@ -103,6 +104,18 @@ def contradictions_with_trainer(config: RunConfig) -> Iterator[tuple[str, str]]:
             "paca.selection",
             f"is {selection}, which goes by batches as train.trainer: sft makes them. For {kind.name} choose "
             "random_blocks, random or weight_norm, or give paca.indices.",
+        )
+    start = config.adapter.get("init_lora_weights")
+    if start in FROM_DATA and kind.name != "sft":
+        yield (
+            f"{config.method}.init_lora_weights",
+            f"is {start}, which goes by batches as train.trainer: sft makes them. For {kind.name} leave it out.",
+        )
+    if not_saved(config.adapter) and config.model.quantization is not None:
+        yield (
+            f"{config.method}.init_lora_weights",
+            f"is {start}, which takes a part out of the weights, and quantized ones can't be changed. Leave it out, or "
+            "leave out model.quantization.",
         )
     if config.model.quantization is not None and kind.task_type != "CAUSAL_LM":
         yield (

@@ -78,7 +78,7 @@ class DataSection:
 
 @dataclass
 class CalibrationSection:
-    """What columns are chosen by, where `paca.selection` goes by activations or gradients."""
+    """What columns are chosen by, where `paca.selection` goes by activations or gradients; and starts of LoRA."""
 
     sequences: int = 128
     """At most so many examples of the training data, spread evenly over it."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import enum
 import types
 import typing
@@ -11,8 +12,8 @@ from typing import Any, Literal, Union
 def matches(value: Any, annotation: Any) -> bool:
     """Whether `value`, as YAML gives it, can be given to a field annotated with `annotation`.
 
-    `int` does not take true/false or 2.0; `float` takes whole numbers; an `Enum` takes its members' values; a
-    union that has an `Enum` beside `str` takes only the text that is a member's value.
+    `int` does not take true/false or 2.0; `float` takes whole numbers; an `Enum` takes its members' values; a dataclass
+    takes a mapping; a union that has an `Enum` beside `str` takes only the text that is a member's value.
     """
     if annotation is Any:
         return True
@@ -41,7 +42,7 @@ def matches(value: Any, annotation: Any) -> bool:
         return isinstance(value, int) and not isinstance(value, bool)
     if annotation in (list, tuple, set):
         return isinstance(value, list)
-    return isinstance(value, annotation)
+    return isinstance(value, dict if dataclasses.is_dataclass(annotation) else annotation)
 
 
 def expected(annotation: Any) -> str:
@@ -57,7 +58,7 @@ def expected(annotation: Any) -> str:
         return ("one of " if len(arguments) > 1 else "") + ", ".join(str(option) for option in arguments)
     if origin in (list, tuple, set):
         return f"a list of {_plural(arguments[0])}" if arguments else "a list"
-    if origin is dict or annotation is dict:
+    if origin is dict or annotation is dict or dataclasses.is_dataclass(annotation):
         return "a mapping (key: value)"
     if annotation is None or annotation is type(None):
         return "null"

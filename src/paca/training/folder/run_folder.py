@@ -34,6 +34,7 @@ class RunFolder:
         self.adapter = path / "adapter"  # as PEFT stores it, and the tokenizer
         self.model = path / "model"  # in its place, where the whole model was trained
         self.columns = path / "columns.json"  # those chosen, and what they followed from: another run here uses them
+        self.start = path / "start.safetensors"  # what an adapter began with, where a checkpoint does not say it
         self.base = path / "base"  # the model of a GGUF file as a plain checkpoint
         self.checkpoints = path / "checkpoints"  # the trainer's own folder
         self.tracking = path / "tracking.json"  # the name that trackers know the run by, for one that is continued
@@ -161,7 +162,7 @@ class RunFolder:
                 )
 
     def _files(self) -> tuple[Path, ...]:
-        return self.metrics, self.summary, self.report, self.tracking
+        return self.metrics, self.summary, self.report, self.tracking, self.start
 
     def _parts(self) -> tuple[Path, ...]:
         return self.adapter, self.model, self.base, self.checkpoints, self.tensorboard
