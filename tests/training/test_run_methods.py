@@ -44,12 +44,13 @@ METHODS: dict[str, dict[str, Any]] = {
     "loha": {"peft": {"peft_type": "LOHA", "r": 2, "target_modules": ["q_proj", "down_proj"]}},
     "adalora": {"peft": {"peft_type": "ADALORA", "target_r": 2, "init_r": 4, "tinit": 1, "tfinal": 1}},
     "shira": {"peft": {"peft_type": "SHIRA", "r": 2}},
+    "adamss": {"peft": {"peft_type": "ADAMSS", "r": 8, "num_subspaces": 3, "target_modules": ["q_proj", "k_proj"]}},
     "p_tuning": {"peft": {"peft_type": "P_TUNING", "num_virtual_tokens": 4}},
     "full": {"full": {}},
 }
 
 
-SAVED_OTHERWISE = ("lora-corda", "lora-lora_ga", "lora-pissa_niter", "adalora")
+SAVED_OTHERWISE = ("lora-corda", "lora-lora_ga", "lora-pissa_niter", "adalora", "adamss")
 """Than they trained: as a LoRA on the model as it came; cut to its ranks."""
 TOKENS_ASKED = torch.arange(12)[None]
 

@@ -1,16 +1,17 @@
-"""Layers of PEFT that look at values, for plans, which have none: SHiRA's places, VB-LoRA's check of its logits, and
-WaveFT's choice of the places that lie inside its matrix, which is all of them.
+"""Layers of PEFT that look at values, for plans, which have none: SHiRA's places, VB-LoRA's check of its logits,
+WaveFT's choice of the places that lie inside its matrix, which is all of them, and AdaMSS's clusters of rows.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 from unittest.mock import patch
 
 import torch
-from peft import PeftConfig, WaveFTConfig
+from peft import AdamssConfig, PeftConfig, WaveFTConfig
+from peft.tuners.adamss import layer as adamss_layer
 from peft.tuners.shira.layer import Linear as ShiraLinear
 from peft.tuners.shira.layer import ShiraLayer
 from peft.tuners.vblora.layer import Linear as VBLoraLinear
@@ -24,12 +25,34 @@ _WAVEFT_DELTA = WaveFTLayer.get_delta_weight
 
 @contextmanager
 def nothing_drawn(adapter: PeftConfig) -> Iterator[None]:
-    """Within it, WaveFT does not draw its places among all of each weight's, which takes seconds for a large one."""
-    if not isinstance(adapter, WaveFTConfig):
+    """Within it, layers of `adapter` are made on weights without values.
+
+    WaveFT does not draw its places among all of each weight's, which takes seconds for a large one. AdaMSS's clusters
+    are of equal size, and of full rank.
+    """
+    with ExitStack() as stack:
+        if isinstance(adapter, WaveFTConfig):
+            stack.enter_context(patch.object(torch, "randperm", _unseen_order))
+        elif isinstance(adapter, AdamssConfig):
+            stack.enter_context(patch.object(adamss_layer, "slice_pca", _unseen_factors))
+            stack.enter_context(patch.object(adamss_layer, "clustering_Z", _even_clusters))
+            stack.enter_context(patch.object(adapter, "use_dynamic_rank", False))
         yield
-        return
-    with patch.object(torch, "randperm", lambda count, **_: torch.empty(count, dtype=torch.int64, device="meta")):
-        yield
+
+
+def _unseen_order(count: int, **options: Any) -> Tensor:
+    return torch.empty(count, dtype=torch.int64, device="meta")
+
+
+def _unseen_factors(weight: Tensor, r: int, *_: Any, **options: Any) -> tuple[Tensor, Tensor]:
+    rows, columns = weight.shape[-2:]
+    rank = min(r, rows, columns)
+    return weight.new_empty(1, 1, rank, columns), weight.new_empty(1, 1, rows, rank)
+
+
+def _even_clusters(rows: Tensor, count: int, rounds: int) -> tuple[Tensor, int]:
+    count = min(count, len(rows))
+    return torch.arange(len(rows)) % count, count
 
 
 def give_places(model: nn.Module) -> None:

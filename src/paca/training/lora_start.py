@@ -2,13 +2,12 @@
 in from there, in the run that goes on as in the one that began.
 
 CorDA, LoRA-GA and PiSSA by a randomized SVD take out of the weights what the adapter begins with, and PEFT saves the
-adapter alone. So what a run leaves is a plain LoRA on the model as it came, which adds BA - B₀A₀.
+adapter alone. So what a run leaves is a plain LoRA: see `paca.training.plain_lora`.
 """
 
 from __future__ import annotations
 
 import copy
-import json
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -31,9 +30,7 @@ from transformers.pytorch_utils import Conv1D
 from paca.data import Examples
 from paca.messages.errors import PacaError
 from paca.messages.say import say
-from paca.pretrained.adapter_folder import ADAPTER_CONFIG
-from paca.pretrained.changed_base import not_saved
-from paca.pretrained.whole_output import whole_output, write_whole
+from paca.pretrained.whole_output import whole_output
 from paca.training.calibration import calibration_batches, place
 from paca.training.config.adapter_settings import FROM_DATA
 from paca.training.config.run_config import RunConfig
@@ -216,29 +213,3 @@ def _layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
                     "lora.target_modules."
                 )
             yield key, layer
-
-
-def save_as_plain_lora(adapter: Path, config: RunConfig, start: Path) -> None:
-    """Make of an adapter that begins with a part of the weights one on the weights as they came, of twice the rank.
-
-    Args:
-        adapter: Its folder; with another start it stays as it is.
-        config: The resolved run.
-        start: What it began with.
-    """
-    if not not_saved(config.adapter):
-        return
-    file, settings_file = adapter / "adapter_model.safetensors", adapter / ADAPTER_CONFIG
-    trained, began = load_file(file), load_file(start)
-    for key, tensor in began.items():
-        first = ".lora_A." in key  # (r, in); the other is (out, r)
-        other = tensor.to(trained[key]) if first else -tensor.to(trained[key])
-        trained[key] = torch.cat([trained[key], other], dim=0 if first else 1)
-    save_file(trained, file, metadata={"format": "pt"})
-    settings = json.loads(settings_file.read_text(encoding="utf-8"))
-    alpha = 2**0.5 if settings["use_rslora"] else 2  # scales stay
-    settings |= {"init_lora_weights": True, "corda_config": None, "lora_ga_config": None}
-    settings |= {"r": 2 * settings["r"], "lora_alpha": alpha * settings["lora_alpha"]}
-    for name, factor in (("rank_pattern", 2), ("alpha_pattern", alpha)):
-        settings[name] = {key: factor * value for key, value in (settings[name] or {}).items()}
-    write_whole(settings_file, json.dumps(settings, indent=2, sort_keys=True))

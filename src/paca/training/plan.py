@@ -76,8 +76,9 @@ class Plan:
         return replace(self, train_examples=self.train_examples - train, left_out=said)
 
     def as_made(self, model: nn.Module) -> Plan:
-        """The same run with the number of parameters that `model` trains, where data shares them out: with EVA."""
-        if self.config.adapter.get("init_lora_weights") != "eva":
+        """The same run with the number of parameters that `model` trains, where data or weights share them out."""
+        adapter = self.config.adapter
+        if adapter.get("init_lora_weights") != "eva" and adapter.get("peft_type") != "ADAMSS":
             return self
         return replace(self, trainable_parameters=sum(p.numel() for p in model.parameters() if p.requires_grad))
 

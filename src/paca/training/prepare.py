@@ -21,6 +21,7 @@ from paca.messages.processes import launched_processes
 from paca.planning.memory_estimate import PlannedModel
 from paca.planning.output_layer import check_output_layer
 from paca.planning.quantized_layers import unpacked_by_peft
+from paca.planning.unseen_values import nothing_drawn
 from paca.pretrained.context_length import context_length
 from paca.pretrained.location import locate
 from paca.pretrained.quantizing import quantize_outline
@@ -35,6 +36,7 @@ from paca.training.folder.run_folder import RunFolder
 from paca.training.folder.same_run import inputs_of
 from paca.training.method_state import check_budget
 from paca.training.named_model import new_modules, outline_of, train_heads
+from paca.training.plain_lora import check_clusters
 from paca.training.plan import Plan, planned_steps
 from paca.training.trainers import trainer_kind
 from paca.training.untrained_layers import told_of_experts
@@ -108,6 +110,7 @@ def prepare(config: RunConfig, *, whole: bool = True, fetch: bool = False) -> Pr
         new = new_modules(named, kind.auto_class, data.labels, fetch=whole or fetch)
         train_heads(config, model, new)
     adapted = _adapted_outline(config, model, kind.task_type)
+    check_clusters(adapted)
     if kind.task_type == "CAUSAL_LM":
         with about(f"The section {method} does not fit {named.name}"):
             check_output_layer(adapted)
@@ -213,7 +216,7 @@ def _adapted_outline(config: RunConfig, model: PreTrainedModel, task_type: str |
     if getattr(adapter, "is_prompt_learning", False) and getattr(adapter, "num_virtual_tokens", None) is None:
         raise PacaError("peft.num_virtual_tokens is missing: how many tokens are learned. Give it, such as 20.")
     try:
-        with unpacked_by_peft(model):
+        with nothing_drawn(adapter), unpacked_by_peft(model):
             return get_peft_model(model, adapter, autocast_adapter_dtype=config.train["autocast_adapter_dtype"])
     except (ValueError, TypeError, RuntimeError) as error:
         if "No modules were targeted" in str(error):

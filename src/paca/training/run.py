@@ -32,10 +32,10 @@ from paca.training.folder.checkpoints import WholeCheckpoints, kept_step, load_i
 from paca.training.folder.run_folder import RunFolder, steps_done
 from paca.training.folder.same_run import check_same_model, check_same_run, check_same_settings, told_of_finished
 from paca.training.interrupt import StopOnSignal
-from paca.training.lora_start import save_as_plain_lora
 from paca.training.memory import reset_peak_memory
 from paca.training.memory_check import memory_at_hand, memory_warning
 from paca.training.method_state import method_callbacks, pull_towards_orthogonal
+from paca.training.plain_lora import save_as_plain_lora
 from paca.training.plan import show_plan
 from paca.training.prepare import PreparedRun, prepare
 from paca.training.probe import ProbeLongestBatch
@@ -232,7 +232,7 @@ class _Run:
             return RunResult(self.folder.path, None, None)
         if self.data.labels is not None:  # which the adapter's own files don't say, and whoever loads it must know
             save_classifier_config(unfinished, self.trainer.accelerator.unwrap_model(self.trainer.model))
-        save_as_plain_lora(unfinished, self.config, self.folder.start)
+        save_as_plain_lora(unfinished, self.trainer.model, self.config, self.folder.start)
         (unfinished / "training_args.bin").unlink(missing_ok=True)  # a pickle; config.yaml says the same
         result = summary_of(self.plan, state, self.recorder, self.trainer.args.device, loss_after)
         assert self.trainer.model is not None

@@ -33,7 +33,7 @@ def check_sharding(arguments: TrainingArguments, config: RunConfig) -> None:
     method, modules_to_save = config.method, config.adapter.get("modules_to_save")
     fsdp = _fsdp_settings(arguments)
     peft_type = config.adapter.get("peft_type")
-    if peft_type in ("ADALORA", "P_TUNING") and (fsdp is not None or arguments.deepspeed_plugin is not None):
+    if peft_type in ("ADALORA", "ADAMSS", "P_TUNING") and (fsdp is not None or arguments.deepspeed_plugin is not None):
         raise PacaError(
             f"peft.peft_type: {peft_type} needs whole parameters and gradients after each step or for checkpoints, and "
             "FSDP and DeepSpeed shard or move them. Train with DistributedDataParallel, or another method."

@@ -8,6 +8,7 @@ import enum
 import re
 import typing
 from collections.abc import Mapping
+from importlib.util import find_spec
 from typing import Any
 
 from peft import LoraConfig, PeftConfig, ShiraConfig
@@ -24,10 +25,9 @@ from paca.training.config.typed_values import matches, shown
 
 _NOT_HERE = {
     "ADAPTION_PROMPT": "TRL's trainer does not get its loss through it",
-    "ADAMSS": "it chooses by the weights, which are not there when a run is planned",
     "CARTRIDGE": "what PEFT generates with it is not what the trained model gives, token by token",
     "CPT": "it needs all logits, which TRL's trainer never makes",
-    "FROD": "it is laid out from the weights, which are not there when a run is planned",
+    "FROD": "it is laid out from the weights at each load, and in another dtype what was trained does not come back",
     "MULTITASK_PROMPT_TUNING": "its records name a task",
     "POLY": "its records name a task",
     "PREFIX_TUNING": "what PEFT generates with it is not what the trained model gives, token by token",
@@ -38,6 +38,7 @@ _NOT_HERE = {
 _PARTS_NOT_HERE = {
     "arrow_config": "it mixes adapters that are trained already",
     "monteclora_config": "TRL's trainer does not add its loss",
+    "use_asa": "checkpoints lack what it goes by",
 }
 """The same of fields."""
 
@@ -99,7 +100,7 @@ def check_adapter_settings(method: str, settings: dict[str, Any], origins: Origi
             f"{origins.of(f'{method}.init_lora_weights')}: {method}.init_lora_weights: {start} is a start of plain "
             "LoRA, which has a section of its own, lora. Leave it out, or use that one."
         )
-    for name in (name for name in _PARTS_NOT_HERE if settings.get(name) is not None):
+    for name in (name for name in _PARTS_NOT_HERE if settings.get(name) not in (None, False)):
         place = origins.of(f"{method}.{name}")
         raise PacaError(f"{place}: {method}.{name} can't be trained here: {_PARTS_NOT_HERE[name]}. Leave it out.")
     for name, reason in refused(settings):
@@ -141,6 +142,8 @@ def _peft_type(settings: Mapping[str, Any], origins: Origins) -> str:
         raise PacaError(f"{place}: peft.peft_type must be a method of the installed PEFT, not {shown(given)}.{hint}")
     if kind in _NOT_HERE:
         raise PacaError(f"{place}: peft.peft_type: {kind} can't be trained here: {_NOT_HERE[kind]}.")
+    if kind == "ADAMSS" and find_spec("sklearn") is None:
+        raise PacaError(f"{place}: peft.peft_type: ADAMSS needs scikit-learn: pip install scikit-learn")
     return kind
 
 
