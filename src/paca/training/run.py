@@ -103,11 +103,11 @@ def train(
         return RunResult(folder.path, folder.read_summary(), None)
     held = folder.in_use() if main else nullcontext()
     with held, StopOnSignal(partial(say, console)) as stopper, told_how_to_go_on(folder):
-        if main and not resume:
-            folder.check_free(overwrite=config.output.overwrite, used=config.paths_used())
-        if main and resume:
-            folder.reopen()
         if main:
+            if resume:
+                folder.reopen()
+            else:
+                folder.check_free(overwrite=config.output.overwrite, used=config.paths_used())
             check_login(config.train.get("report_to"))
         prepared = prepare(config)
         plan = prepared.plan
@@ -177,9 +177,8 @@ class _Run:
                 "it to the finished run's config.yaml, and give the run to `paca evaluate`."
             )
         self.trainer.remove_callback(PrinterCallback)
-        self.plan = self.plan.as_made(self.trainer.model).without(
-            *self.kind.check_prepared(self.config, self.trainer, self.data)
-        )
+        left_out = self.kind.check_prepared(self.config, self.trainer, self.data)
+        self.plan = self.plan.as_made(self.trainer.model).without(*left_out)
         if self.main:
             for warning in (
                 self.plan.left_out,
@@ -254,15 +253,8 @@ class _Run:
         callbacks += method_callbacks(self.config, folder)
         model, adapter = with_adapter(pretrained.model, self.config, arguments, self.data.train, folder, console)
         try:
-            trainer = self.kind.make(
-                self.config,
-                adapter,
-                self.data,
-                model=model,
-                args=arguments,
-                processing_class=pretrained.tokenizer,
-                callbacks=callbacks,
-            )
+            given = {"processing_class": pretrained.tokenizer, "callbacks": callbacks}
+            trainer = self.kind.make(self.config, adapter, self.data, model=model, args=arguments, **given)
         except (PacaError, torch.OutOfMemoryError):
             raise
         except (ValueError, RuntimeError) as error:
