@@ -246,11 +246,12 @@ def test_an_adapter_of_untied_embeddings_stays_on_untied_ones(tmp_path: Path) ->
     assert results["base"]["samples"] != results["adapter"]["samples"]
 
 
-def test_answers_of_a_learned_prompt_are_those_that_it_gives_without_a_cache(tmp_path: Path) -> None:
-    """With one, which the harness asks for, PEFT loses the learned tokens after the first answered one."""
+@pytest.mark.parametrize(("kind", "right"), [(peft.PromptTuningConfig, False), (peft.PrefixTuningConfig, True)])
+def test_answers_of_a_learned_prompt_are_those_that_it_gives(tmp_path: Path, kind: Any, right: bool) -> None:
+    """With a cache, which the harness asks for, PEFT loses learned tokens after the first answered one."""
     base = save_base(tmp_path / "base")
     torch.manual_seed(0)
-    config = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=6)
+    config = kind(task_type="CAUSAL_LM", num_virtual_tokens=6)
     adapted = peft.get_peft_model(LlamaForCausalLM.from_pretrained(base), config)
     adapted.prompt_encoder["default"].embedding.weight.data.normal_(std=2.0)
     adapted.save_pretrained(tmp_path / "adapter")
@@ -265,7 +266,7 @@ def test_answers_of_a_learned_prompt_are_those_that_it_gives_without_a_cache(tmp
         question, options = sample["arguments"][0]
         asked = loaded.tokenizer(question, return_tensors="pt", add_special_tokens=False)
         length = asked["input_ids"].shape[1]
-        for cache, same in ((False, True), (True, False)):
+        for cache, same in ((False, True), (True, right)):
             given = {"max_new_tokens": options["max_gen_toks"], "do_sample": False, "use_cache": cache}
             written = loaded.tokenizer.decode(loaded.model.generate(**asked, **given)[0, length:])
             cut = min((written.find(end) for end in options["until"] if end in written), default=len(written))

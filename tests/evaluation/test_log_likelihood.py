@@ -1,15 +1,17 @@
 from __future__ import annotations
 
 import random
+from typing import Any
 
 import pytest
 import torch
-from peft import PeftModel, PromptTuningConfig, get_peft_model
+from peft import CartridgeConfig, PeftModel, PrefixTuningConfig, PromptTuningConfig, get_peft_model
 
 from models import llama
 from paca.evaluation.completions import completions
 from paca.evaluation.log_likelihood import Continuation, likelihoods
 from paca.messages.errors import PacaError
+from paca.pretrained.generation_settings import find_learned_cache
 from tiny_checkpoint import byte_tokenizer
 
 
@@ -21,21 +23,26 @@ def test_a_model_whose_output_is_nan_is_refused_by_name() -> None:
         likelihoods(model, [Continuation([1, 2], [3])], batch_size=1)
 
 
-def with_a_learned_prompt() -> PeftModel:
+LEARNED = [PromptTuningConfig, PrefixTuningConfig, CartridgeConfig]
+
+
+def with_a_learned_prompt(kind: Any) -> PeftModel:
     base = llama()
     with torch.no_grad():
         for name, parameter in base.named_parameters():
             if "q_proj" in name or "k_proj" in name:
                 parameter.mul_(30)  # so that it matters how far what is learned stands from a token
-    model = get_peft_model(base, PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=5)).eval()
+    model = get_peft_model(base, kind(task_type="CAUSAL_LM", num_virtual_tokens=5)).eval()
+    find_learned_cache(model)
     torch.manual_seed(0)
     for parameter in model.prompt_encoder.parameters():
         torch.nn.init.normal_(parameter)
     return model
 
 
-def test_answers_after_a_learned_prompt_are_scored_where_they_stand() -> None:
-    model, asked = with_a_learned_prompt(), [Continuation([1, 2, 3, 4], [5, 6]), Continuation([7, 8], [9])]
+@pytest.mark.parametrize("kind", LEARNED)
+def test_answers_after_a_learned_prompt_are_scored_where_they_stand(kind: Any) -> None:
+    model, asked = with_a_learned_prompt(kind), [Continuation([1, 2, 3, 4], [5, 6]), Continuation([7, 8], [9])]
     for (prompt, answer), found in zip(asked, likelihoods(model, asked, batch_size=2), strict=True):
         with torch.no_grad():
             logits = model(input_ids=torch.tensor([prompt + answer])).logits[0, -len(answer) - 1 : -1]
@@ -43,9 +50,10 @@ def test_answers_after_a_learned_prompt_are_scored_where_they_stand() -> None:
         assert found.log_probability == pytest.approx(float(wanted), abs=1e-4)
 
 
-def test_answers_after_a_learned_prompt_are_the_likeliest_tokens() -> None:
+@pytest.mark.parametrize("kind", LEARNED)
+def test_answers_after_a_learned_prompt_are_the_likeliest_tokens(kind: Any) -> None:
     """Also in batches of several lengths: padding would stand between what is learned and the shorter ones."""
-    model, tokenizer, numbers = with_a_learned_prompt(), byte_tokenizer(), random.Random(0)
+    model, tokenizer, numbers = with_a_learned_prompt(kind), byte_tokenizer(), random.Random(0)
     prompts = [[numbers.randrange(1, 60) for _ in range(length)] for length in (1, 2, 2, 3, 5, 8, 13, 21, 21, 34)]
     model.generation_config.eos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id = None, None, 0
     found = completions(model, tokenizer, prompts, max_new_tokens=6, batch_size=6)
@@ -55,3 +63,16 @@ def test_answers_after_a_learned_prompt_are_the_likeliest_tokens() -> None:
             with torch.no_grad():
                 said.append(int(model(input_ids=torch.tensor([said])).logits[0, -1].argmax()))
         assert text == tokenizer.decode(said[len(prompt) :], skip_special_tokens=True)
+
+
+def test_without_learned_keys_and_values_the_base_model_answers() -> None:
+    """Also after an answer with them, and with padding on the left."""
+    model, plain = with_a_learned_prompt(PrefixTuningConfig), with_a_learned_prompt(PrefixTuningConfig).get_base_model()
+    mask = torch.tensor([[0, 0, 1, 1], [1, 1, 1, 1]])
+    asked = {"input_ids": torch.tensor([[0, 0, 3, 4], [5, 6, 7, 8]]), "attention_mask": mask}
+    options: dict[str, Any] = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    adapted = model.generate(**asked, **options)
+    with model.disable_adapter():
+        found = model.generate(**asked, **options)
+    assert torch.equal(found, plain.generate(**asked, **options))
+    assert not torch.equal(found, adapted)

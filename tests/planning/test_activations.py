@@ -18,6 +18,7 @@ from paca.bench.saved_activations import measure_saved_activations
 from paca.lean import make_lean
 from paca.lean.loss import loss_for
 from paca.planning import Setting, estimate
+from paca.training.starting_model import follow_trainer
 
 PACA = paca.PacaConfig(r=8)
 LORA = peft.LoraConfig(r=8, target_modules="all-linear")
@@ -43,6 +44,7 @@ def measured(setting: Setting, adapter: Any, shape: Any) -> int:
     if setting.chunked_loss:
         add_fused_lm_head(base, outputs=("log_probs", "entropy", "is_top1"))
         options = {"fused_lm_head": True}
+        follow_trainer(model)  # as a run does
     ids = torch.randint(1, 400, (setting.batch_size, setting.sequence_length))
     mask = torch.ones_like(ids)
     if setting.padded:
@@ -95,13 +97,21 @@ def test_of_other_ways_to_train_too(settings: dict[str, Any]) -> None:
     check("llama", TWO, **settings)
 
 
+def _called(adapter: Any) -> str:
+    return "full" if adapter is None else adapter.peft_type.value
+
+
 PROMPTS = [
     peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=20),
     peft.PromptEncoderConfig(task_type="CAUSAL_LM", num_virtual_tokens=20, encoder_hidden_size=64),
+    peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=20),
+    peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=20, prefix_projection=True),
+    peft.CartridgeConfig(task_type="CAUSAL_LM", num_virtual_tokens=20),
+    peft.AdaptionPromptConfig(task_type="CAUSAL_LM", adapter_len=20, adapter_layers=2),
 ]
 
 
-@pytest.mark.parametrize("adapter", [LORA, None, *PROMPTS], ids=["lora", "full", "prompt tuning", "P-tuning"])
+@pytest.mark.parametrize("adapter", [LORA, None, *PROMPTS], ids=_called)
 def test_of_other_methods_too(adapter: Any) -> None:
     check("llama", TWO, adapter=adapter, dtype=torch.bfloat16)
 

@@ -46,8 +46,20 @@ METHODS: dict[str, dict[str, Any]] = {
     "shira": {"peft": {"peft_type": "SHIRA", "r": 2}},
     "adamss": {"peft": {"peft_type": "ADAMSS", "r": 8, "num_subspaces": 3, "target_modules": ["q_proj", "k_proj"]}},
     "p_tuning": {"peft": {"peft_type": "P_TUNING", "num_virtual_tokens": 4}},
+    "prefix_tuning": {
+        "peft": {"peft_type": "PREFIX_TUNING", "num_virtual_tokens": 16, "init_weights": "zero"},
+        "train": {"learning_rate": 1.0},
+    },
+    "prefix_tuning-projected": {
+        "peft": {"peft_type": "PREFIX_TUNING", "num_virtual_tokens": 4, "prefix_projection": True},
+        "train": {"learning_rate": 0.05},
+    },
+    "cartridge": {"peft": {"peft_type": "CARTRIDGE", "num_virtual_tokens": 16}, "train": {"learning_rate": 1.0}},
+    "adaption_prompt": {"peft": {"peft_type": "ADAPTION_PROMPT", "adapter_len": 4, "adapter_layers": 2}},
     "full": {"full": {}},
 }
+
+ADD_TO_THE_INPUT = ("p_tuning", "prefix_tuning", "prefix_tuning-projected", "cartridge", "adaption_prompt")
 
 
 SAVED_OTHERWISE = ("lora-corda", "lora-lora_ga", "lora-pissa_niter", "adalora", "adamss")
@@ -128,8 +140,8 @@ def test_a_run_is_resumed_bit_for_bit_answers_and_merges(
     expected = loaded.model(TOKENS_ASKED).logits
     rounding = 8 * torch.finfo(in_memory.dtype).eps if method in SAVED_OTHERWISE else 0
     assert (in_memory - expected).abs().max() <= rounding * expected.abs().max()
-    if method == "p_tuning":
-        with pytest.raises(PacaError, match="adds to the model's input, not to its weights"):
+    if method in ADD_TO_THE_INPUT:
+        with pytest.raises(PacaError, match="adds to what the model reads, not to its weights"):
             merge_to_folder(whole.folder, tmp_path / "merged")
         return
     merged = merge_to_folder(whole.folder, tmp_path / "merged")

@@ -103,8 +103,8 @@ def _write(loaded: LoadedModel, dtype: torch.dtype, folder: Path) -> None:
     if loaded.adapter is not None:
         if not hasattr(merged, "merge_and_unload"):
             raise PacaError(
-                f"The adapter in {loaded.adapter} cannot be merged: its method adds to the model's input, not to its "
-                "weights. `paca chat` takes it as it is."
+                f"The adapter in {loaded.adapter} cannot be merged: its method adds to what the model reads, not to "
+                "its weights. `paca chat` takes it as it is."
             )
         dequantize = {"dequantize": True} if is_quantized(merged.get_base_model()) else {}
         try:

@@ -21,7 +21,7 @@ def make_answers(
 ) -> list[str]:
     """Run the prompts and the last token of `answers` sequences, as `generate` does, without values.
 
-    With a learned prompt nothing is kept from token to token: the last one takes a pass over all of the sequence.
+    With learned tokens nothing is kept from token to token: the last one takes a pass over all of the sequence.
 
     Args:
         model: On fake tensors.
@@ -38,11 +38,12 @@ def make_answers(
         RuntimeError: The model does not run so.
     """
     prompt, windows = length - new_tokens, []
-    cache = None if hasattr(model, learned_prompt.NAME) else _Followed(model.config, memory)
+    learned = learned_prompt.cached_tokens(model)
+    cache = None if learned is None else _Followed(model.config, memory)
     passes = [(PROMPTS, prompt, prompt), (LAST, 1, length)] if cache is not None else [(LAST, length, length)]
     for name, tokens, seen in passes:
         if cache is not None and name == LAST:
-            cache.lengthen(length - 1)
+            cache.lengthen((learned or 0) + length - 1)
         memory.begin_window(name)
         output = f"{name}, output layer"
         hook = backbone.register_forward_hook(lambda *_, output=output: memory.begin_window(output))

@@ -229,7 +229,7 @@ def estimate(
     marks: tuple[str, ...] = ()
     if isinstance(prepared, PeftModel):
         base: Any = prepared.base_model
-        marks = (f"{learned_prompt.NAME}." if learned else base.prefix, ".modules_to_save.")
+        marks = (f"{learned_prompt.NAME}." if learned else getattr(base, "prefix", "adaption_"), ".modules_to_save.")
     added = sum(p.numel() for name, p in root.named_parameters() if any(mark in name for mark in marks))
     return MemoryEstimate(
         setting=setting,

@@ -33,7 +33,7 @@ from paca.pretrained.base_weights import warn_of_other_base
 from paca.pretrained.bounded_template import conversation_text, renderer
 from paca.pretrained.ends_of_texts import ends_texts
 from paca.pretrained.foreign_methods import check_method, without_asking
-from paca.pretrained.generation_settings import sampling_settings
+from paca.pretrained.generation_settings import find_learned_cache, sampling_settings
 from paca.pretrained.hub_adapter import adapter_of_hub
 from paca.pretrained.out_of_memory import failure_reason, is_out_of_memory
 from paca.pretrained.purpose import check_answers, classifier_in
@@ -144,7 +144,9 @@ def put_adapter_on(model: PreTrainedModel | PeftModel, adapter: Path, base: str,
         check_method(adapter, model)
         with without_asking():
             if not isinstance(model, PeftModel):
-                return PeftModel.from_pretrained(model, str(adapter), name, autocast_adapter_dtype=cast).eval()
+                adapted = PeftModel.from_pretrained(model, str(adapter), name, autocast_adapter_dtype=cast).eval()
+                find_learned_cache(adapted)
+                return adapted
             model.load_adapter(str(adapter), name, autocast_adapter_dtype=cast)
         model.set_adapter(name)
         return model.eval()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import re
 from collections.abc import Iterator
@@ -11,6 +12,9 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
+
+LEARNED_CACHES = ("PREFIX_TUNING", "CARTRIDGE")
+"""PEFT's methods that learn keys and values of each layer."""
 
 
 def make_savable(model: Any, name: str) -> None:
@@ -40,7 +44,8 @@ def sampling_settings(model: Any, tokenizer: PreTrainedTokenizerBase, temperatur
     if ends:
         settings["eos_token_id"] = sorted(ends)
     if learns_a_prompt(model):
-        settings["use_cache"] = False  # with one, PEFT 0.21 loses the learned tokens after the first answered one
+        # With one, PEFT 0.21 loses learned tokens after the first answered one; keys and values are learned in it.
+        settings["use_cache"] = learns_a_cache(model)
     if temperature > 0:
         return settings | {"temperature": temperature}
     # The likeliest token each time: a checkpoint's own penalties would choose others, of digits too.
@@ -54,8 +59,8 @@ def sampling_settings(model: Any, tokenizer: PreTrainedTokenizerBase, temperatur
 
 @contextmanager
 def without_cache(model: Any) -> Iterator[None]:
-    """A block in which `generate` of a model that learns a prompt keeps no cache, whatever it is told."""
-    if not learns_a_prompt(model):
+    """A block in which `generate` of a model that learns tokens keeps no cache, whatever it is told."""
+    if not learns_a_prompt(model) or learns_a_cache(model):
         yield
         return
     generate = model.generate
@@ -69,3 +74,32 @@ def without_cache(model: Any) -> Iterator[None]:
 def learns_a_prompt(model: Any) -> bool:
     """Whether a model puts learned tokens before its input, as prompt tuning does."""
     return bool(getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False))
+
+
+def learns_a_cache(model: Any) -> bool:
+    """Whether what it puts there are keys and values of each layer, as prefix tuning does, rather than tokens."""
+    return getattr(getattr(model, "active_peft_config", None), "peft_type", None) in LEARNED_CACHES
+
+
+def find_learned_cache(model: Any) -> None:
+    """Let `generate` of a model that learns keys and values answer with them, as its forward pass reads them.
+
+    PEFT 0.21 looks for the cache under `past_key_values`. transformers 5.24 calls it `cache`, so that PEFT finds none,
+    and what was learned is lost. Positions are counted from the cache's length then, in padding too, as in training.
+
+    Args:
+        model: With an adapter of any kind, or without; nothing is done with another method.
+    """
+    if not learns_a_cache(model) or not hasattr(model, "base_model_prepare_inputs_for_generation"):
+        return
+    prepare = model.base_model_prepare_inputs_for_generation
+
+    @functools.wraps(prepare)
+    def with_its_older_name(*args: Any, **kwargs: Any) -> dict[str, Any]:
+        inputs: dict[str, Any] = prepare(*args, **kwargs)
+        if not model._adapters_disabled:  # PEFT leaves this to the base model after the first answer
+            inputs.pop("position_ids", None)
+            inputs["past_key_values"] = inputs.pop("cache", None)
+        return inputs
+
+    model.base_model_prepare_inputs_for_generation = with_its_older_name

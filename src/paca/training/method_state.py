@@ -1,4 +1,4 @@
-"""What two methods of PEFT keep beside their adapter: it goes into checkpoints, and comes back with them."""
+"""What three methods of PEFT keep beside their adapter: it goes into checkpoints, and comes back with them."""
 
 from __future__ import annotations
 
@@ -60,16 +60,21 @@ class _KeepWithCheckpoints(TrainerCallback):
 
 
 class KeepPromptEncoder(_KeepWithCheckpoints):
-    """P-tuning's encoder, of which PEFT saves what it gives alone."""
+    """The encoder of P-tuning and of projected prefix tuning, of which PEFT saves what it gives alone."""
 
     file = "prompt_encoder.safetensors"
+
+    def make_ready(self, model: Any) -> None:
+        """Have PEFT read nothing into it: of a projected prefix the shapes differ."""
+        for encoder in model.prompt_encoder.values():
+            vars(encoder)["_load_adapter_state_dict"] = lambda tensors: None
 
     def tensors(self, model: Any) -> dict[str, torch.Tensor]:
         """Its weights."""
         return dict(model.prompt_encoder.state_dict())
 
     def put_back(self, model: Any, tensors: dict[str, torch.Tensor]) -> None:
-        """Its weights, in place of what PEFT reads into one of them."""
+        """Its weights."""
         model.prompt_encoder.load_state_dict(tensors)
 
 
@@ -172,7 +177,7 @@ def method_callbacks(config: RunConfig, folder: RunFolder) -> list[TrainerCallba
     kind = config.adapter.get("peft_type")
     if kind == "ADALORA":
         return [AllocateRanks(folder, config.adapter.get("total_step"))]
-    return [KeepPromptEncoder(folder)] if kind == "P_TUNING" else []
+    return [KeepPromptEncoder(folder)] if kind == "P_TUNING" or config.adapter.get("prefix_projection") else []
 
 
 def pull_towards_orthogonal(trainer: Any, config: RunConfig) -> None:

@@ -34,6 +34,7 @@ from paca.training.config.target_names import check_target_names
 from paca.training.folder.disk_need import disk_need
 from paca.training.folder.run_folder import RunFolder
 from paca.training.folder.same_run import inputs_of
+from paca.training.learned_tokens import check_learned_tokens
 from paca.training.method_state import check_budget
 from paca.training.named_model import new_modules, outline_of, train_heads
 from paca.training.plain_lora import check_clusters
@@ -213,8 +214,7 @@ def _adapted_outline(config: RunConfig, model: PreTrainedModel, task_type: str |
     adapter = adapter_settings.outline_config(config.method, config.adapter, task_type)
     if adapter is None:
         return model
-    if getattr(adapter, "is_prompt_learning", False) and getattr(adapter, "num_virtual_tokens", None) is None:
-        raise PacaError("peft.num_virtual_tokens is missing: how many tokens are learned. Give it, such as 20.")
+    check_learned_tokens(adapter, model)
     try:
         with nothing_drawn(adapter), unpacked_by_peft(model):
             return get_peft_model(model, adapter, autocast_adapter_dtype=config.train["autocast_adapter_dtype"])

@@ -15,6 +15,7 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from paca.columns.selection import AT_RANDOM
 from paca.config import PacaConfig
 from paca.messages.errors import PacaError
+from paca.pretrained.generation_settings import LEARNED_CACHES
 from paca.training.config.adapter_settings import is_made
 from paca.training.config.run_config import RunConfig
 
@@ -33,7 +34,13 @@ def check_sharding(arguments: TrainingArguments, config: RunConfig) -> None:
     method, modules_to_save = config.method, config.adapter.get("modules_to_save")
     fsdp = _fsdp_settings(arguments)
     peft_type = config.adapter.get("peft_type")
-    if peft_type in ("ADALORA", "ADAMSS", "P_TUNING") and (fsdp is not None or arguments.deepspeed_plugin is not None):
+    shards = fsdp is not None or arguments.deepspeed_plugin is not None
+    if peft_type in (*LEARNED_CACHES, "ADAPTION_PROMPT") and shards:
+        raise PacaError(
+            f"peft.peft_type: {peft_type} was not tried with FSDP and DeepSpeed. Train with "
+            "DistributedDataParallel, or another method."
+        )
+    if peft_type in ("ADALORA", "ADAMSS", "P_TUNING") and shards:
         raise PacaError(
             f"peft.peft_type: {peft_type} needs whole parameters and gradients after each step or for checkpoints, and "
             "FSDP and DeepSpeed shard or move them. Train with DistributedDataParallel, or another method."

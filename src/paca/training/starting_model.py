@@ -150,3 +150,15 @@ def use_factors(trainer: Any, config: RunConfig) -> None:
         betas = (arguments.adam_beta1, arguments.adam_beta2)
         settings = {"lr": arguments.learning_rate, "rank": rank, "betas": betas, "eps": arguments.adam_epsilon}
         trainer.optimizer_cls_and_kwargs = (FactoredAdamW, {**settings, "seed": arguments.seed})
+
+
+def follow_trainer(model: Any) -> None:
+    """Let Adaption Prompt call the model's forward pass as the trainer has changed it, which gives TRL its loss.
+
+    PEFT 0.21 keeps the one of before.
+
+    Args:
+        model: Of the trainer; with another method nothing is done.
+    """
+    if isinstance(model, PeftModel) and model.active_peft_config.is_adaption_prompt:
+        model.base_model.forward = model.get_base_model().forward

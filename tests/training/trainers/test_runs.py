@@ -214,16 +214,18 @@ def test_grpo_samples_from_the_columns_as_they_are(
     assert {trained for _, trained in seen} == {False, True}
 
 
+@pytest.mark.parametrize("learned", ["PROMPT_TUNING", "PREFIX_TUNING", "CARTRIDGE"])
 def test_grpo_learns_from_the_answers_that_a_learned_prompt_gives(
-    workspace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    workspace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, learned: str
 ) -> None:
-    """With a cache, PEFT loses the learned tokens after the first answered one."""
+    """PEFT loses learned tokens with a cache, and learned keys and values in any case."""
     kind, compared = TRAINERS["grpo"], []
     make = kind.make
 
     def watching(*args: Any, **parts: Any) -> Any:
         trainer: Any = make(*args, **parts)
-        trainer.model.prompt_encoder["default"].embedding.weight.data.normal_(std=2.0)
+        for parameter in trainer.model.prompt_encoder.parameters():
+            parameter.data.normal_(std=2.0)
         generate = trainer._generate_and_score_completions
 
         def generate_watched(inputs: Any) -> Any:
@@ -244,7 +246,7 @@ def test_grpo_learns_from_the_answers_that_a_learned_prompt_gives(
     monkeypatch.setattr(kind, "make", watching)
     text = (workspace / "grpo.yaml").read_text()
     config = tmp_path / "grpo.yaml"
-    config.write_text(text.replace("paca: {r: 4}", "peft: {peft_type: PROMPT_TUNING, num_virtual_tokens: 6}"))
+    config.write_text(text.replace("paca: {r: 4}", f"peft: {{peft_type: {learned}, num_virtual_tokens: 6}}"))
     overrides = [f"output.dir={tmp_path / 'a'}", f"model.name={workspace / 'qwen'}"]  # which has no dropout
     overrides += ["train.top_k=1", "train.max_steps=1"]
     train(load_run_config(config, overrides), console=Console(quiet=True))

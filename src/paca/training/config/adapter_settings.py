@@ -24,13 +24,10 @@ from paca.training.config.key_checks import Origins, check_section
 from paca.training.config.typed_values import matches, shown
 
 _NOT_HERE = {
-    "ADAPTION_PROMPT": "TRL's trainer does not get its loss through it",
-    "CARTRIDGE": "what PEFT generates with it is not what the trained model gives, token by token",
     "CPT": "it needs all logits, which TRL's trainer never makes",
     "FROD": "it is laid out from the weights at each load, and in another dtype what was trained does not come back",
     "MULTITASK_PROMPT_TUNING": "its records name a task",
     "POLY": "its records name a task",
-    "PREFIX_TUNING": "what PEFT generates with it is not what the trained model gives, token by token",
     "XLORA": "it mixes adapters that are trained already",
 }
 """Methods of PEFT that a run can't train, and why: each was tried (PEFT 0.21.2)."""

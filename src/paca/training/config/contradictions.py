@@ -70,6 +70,7 @@ def contradictions_with_trainer(config: RunConfig) -> Iterator[tuple[str, str]]:
     """The same of other sections, which the run's trainer has no use for, or can't work with."""
     from paca.columns.selection import FROM_BATCHES
     from paca.pretrained.changed_base import left_by, not_saved
+    from paca.pretrained.generation_settings import LEARNED_CACHES
     from paca.training.config.adapter_settings import FROM_DATA
     from paca.training.trainers import trainer_kind
 
@@ -123,3 +124,17 @@ def contradictions_with_trainer(config: RunConfig) -> Iterator[tuple[str, str]]:
             f"does not go with train.trainer: {kind.name}, whose new head would be quantized before it is trained. "
             "Leave it out.",
         )
+    learns = config.adapter.get("peft_type")
+    if learns in (*LEARNED_CACHES, "ADAPTION_PROMPT") and kind.task_type != "CAUSAL_LM":
+        yield (
+            "peft.peft_type",
+            f"is {learns}, with which PEFT trains no classifier here. Give a method whose config has modules_to_save, "
+            "or prompt tuning.",
+        )
+    for key in ("gradient_checkpointing", "activation_checkpointing"):
+        if learns in LEARNED_CACHES and config.train.get(key):
+            yield (
+                f"train.{key}",
+                f"lets blocks keep no keys and values, which {learns} learns. Leave it out; model.lean: true saves "
+                "memory too.",
+            )

@@ -20,7 +20,7 @@ from paca.data.tokens import IGNORED, Tokens, render
 from paca.messages.errors import PacaError
 from paca.messages.processes import launched_processes
 from paca.pretrained.answer_pattern import check_pattern
-from paca.pretrained.generation_settings import learns_a_prompt
+from paca.pretrained.generation_settings import learns_a_cache, learns_a_prompt
 from paca.pretrained.learning_rate import LORA_RATE_OF_WEIGHTS, RATE_OF_WEIGHTS
 from paca.training.config.key_checks import Origins
 from paca.training.config.run_config import RunConfig
@@ -124,7 +124,8 @@ class Grpo(TrainerKind):
         if config.method != "full" or not parts["args"].beta:
             trainer: Any = super().make(config, adapter, data, **rewards, **parts)
             if learns_a_prompt(trainer.model):
-                trainer.generation_config.use_cache = False  # as in `paca.pretrained.generation_settings`
+                # As in `paca.pretrained.generation_settings`.
+                trainer.generation_config.use_cache = learns_a_cache(trainer.model)
             return trainer
         reference = load_reference(config, parts["model"], parts["processing_class"])
         with patch.object(grpo_trainer, "create_model_from_path", lambda *_, **__: reference):

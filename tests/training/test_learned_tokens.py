@@ -1,0 +1,112 @@
+"""Methods of PEFT that learn tokens, or keys and values in their place: what a run leaves, and what it refuses."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import peft
+import pytest
+import torch
+from transformers import LlamaForCausalLM, MambaConfig, PreTrainedConfig, Qwen3NextConfig
+
+from models import llama
+from paca.evaluation.own_data import scorer
+from paca.evaluation.own_run import config_of_run, held_out_of
+from paca.messages.errors import PacaError
+from paca.pretrained.generation import load_for_generation
+from paca.pretrained.generation_settings import sampling_settings
+from paca.training import describe, load_run_config, train
+from paca.training.learned_tokens import check_learned_tokens
+from paca.training.sharding import check_sharding
+from training.test_run_methods import ADD_TO_THE_INPUT, run, write_config
+
+
+@pytest.mark.parametrize("method", ADD_TO_THE_INPUT)
+def test_what_is_loaded_answers_as_what_was_trained(method: str, config_file: Path, tmp_path: Path) -> None:
+    result = run(write_config(config_file, tmp_path / "run", method))
+    loaded = load_for_generation(result.folder)
+    assert result.summary is not None
+    config = config_of_run(result.folder)
+    measured = scorer(config.eval)
+    assert measured is not None
+    given = {"tokenizer": loaded.tokenizer, "rows": held_out_of(result.folder, config)[0].dataset, "when": "again"}
+    assert measured.score(loaded.model, **given) == result.summary["scores"]["after"]
+    with loaded.model.disable_adapter():
+        assert measured.score(loaded.model, **given) == result.summary["scores"]["before"]
+
+    said = asked = torch.arange(3, 9)[None]
+    options = sampling_settings(loaded.model, loaded.tokenizer, 0) | {"eos_token_id": None, "pad_token_id": 0}
+    written = loaded.model.generate(input_ids=asked, max_new_tokens=8, **options)
+    for _ in range(8):
+        with torch.no_grad():
+            said = torch.cat([said, loaded.model(input_ids=said).logits[:, -1].argmax(-1)[:, None]], dim=1)
+    assert torch.equal(written, said)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ("{peft_type: PREFIX_TUNING}", "peft.num_virtual_tokens is missing: how many tokens are learned"),
+        ("{peft_type: ADAPTION_PROMPT, adapter_layers: 2}", "peft.adapter_len is missing: how many tokens each layer"),
+        ("{peft_type: ADAPTION_PROMPT, adapter_len: 4}", "peft.adapter_layers is missing: how many layers learn"),
+    ],
+)
+def test_a_number_that_peft_has_no_default_for_is_asked_for(
+    config_file: Path, tmp_path: Path, settings: str, message: str
+) -> None:
+    with pytest.raises(PacaError, match=message):
+        describe(load_run_config(config_file, ["paca=null", f"peft={settings}", f"output.dir={tmp_path / 'run'}"]))
+
+
+@pytest.mark.parametrize(
+    ("method", "override", "message"),
+    [
+        ("prefix_tuning", "train.gradient_checkpointing=true", "blocks keep no keys and values, which PREFIX_TUNING"),
+        ("cartridge", "train.activation_checkpointing=true", "blocks keep no keys and values, which CARTRIDGE"),
+        ("prefix_tuning", "train.trainer=reward", "peft.peft_type is PREFIX_TUNING, with which PEFT trains no classif"),
+        ("adaption_prompt", "train.trainer=classification", "ADAPTION_PROMPT, with which PEFT trains no classifier"),
+    ],
+)
+def test_what_would_leave_out_what_is_learned_is_refused(
+    config_file: Path, tmp_path: Path, method: str, override: str, message: str
+) -> None:
+    overrides = [override, *(["eval.metric=null"] if "trainer" in override else [])]
+    with pytest.raises(PacaError, match=message):
+        load_run_config(write_config(config_file, tmp_path / "run", method), overrides)
+
+
+def test_packed_examples_which_would_read_each_other_are_refused(config_file: Path, tmp_path: Path) -> None:
+    file = write_config(config_file, tmp_path / "run", "prefix_tuning")
+    config = load_run_config(file, ["train.packing=true", "eval.metric=null"])
+    with pytest.raises(PacaError, match=r"train\.packing would let the examples of a sequence read each other"):
+        train(config)
+
+
+@pytest.mark.parametrize(
+    ("shape", "kept"),
+    [
+        (Qwen3NextConfig(num_hidden_layers=4), "a state"),
+        (MambaConfig(num_hidden_layers=1), "a state"),
+        (PreTrainedConfig(num_hidden_layers=1, kv_lora_rank=8), "what it computes keys and values from"),
+    ],
+)
+def test_models_that_keep_no_keys_and_values_learn_none(shape: PreTrainedConfig, kept: str) -> None:
+    model: Any = SimpleNamespace(config=shape)
+    prefix = peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)
+    with pytest.raises(PacaError, match=rf"PREFIX_TUNING learns keys and values of each layer, and \S+ keeps {kept}"):
+        check_learned_tokens(prefix, model)
+    check_learned_tokens(peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4), model)
+    plain = llama()
+    assert isinstance(plain, LlamaForCausalLM)
+    check_learned_tokens(prefix, plain)
+
+
+@pytest.mark.parametrize("sharded", [{"fsdp": True, "fsdp_config": {}}, {"deepspeed_plugin": object()}])
+@pytest.mark.parametrize("method", ["prefix_tuning", "cartridge", "adaption_prompt"])
+def test_shards_were_not_tried(method: str, sharded: dict[str, Any], config_file: Path, tmp_path: Path) -> None:
+    arguments: Any = SimpleNamespace(**{"fsdp": None, "deepspeed_plugin": None, "world_size": 2, **sharded})
+    config = load_run_config(write_config(config_file, tmp_path / "run", method))
+    with pytest.raises(PacaError, match=rf"^peft\.peft_type: {method.upper()} was not tried with FSDP"):
+        check_sharding(arguments, config)
