@@ -10,6 +10,7 @@ import peft
 import pytest
 import torch
 from transformers import LlamaForCausalLM, MambaConfig, PreTrainedConfig, Qwen3NextConfig
+from trl.trainer.utils import add_fused_lm_head
 
 from models import llama
 from paca.evaluation.own_data import scorer
@@ -110,3 +111,30 @@ def test_shards_were_not_tried(method: str, sharded: dict[str, Any], config_file
     config = load_run_config(write_config(config_file, tmp_path / "run", method))
     with pytest.raises(PacaError, match=rf"^peft\.peft_type: {method.upper()} was not tried with FSDP"):
         check_sharding(arguments, config)
+
+
+@pytest.mark.parametrize(
+    ("adapter", "reason", "failure"),
+    [
+        (peft.PolyConfig(n_tasks=1, target_modules=["q_proj"]), "wants the task of each record", "task_ids should not"),
+        (peft.MultitaskPromptTuningConfig(num_virtual_tokens=4, num_tasks=1), "wants the task of each", "task_ids can"),
+        (
+            peft.CPTConfig(task_type="CAUSAL_LM", cpt_token_ids=[1, 2]),
+            "it needs all logits",
+            "has no attribute 'logits'",
+        ),
+    ],
+    ids=["POLY", "MULTITASK_PROMPT_TUNING", "CPT"],
+)
+def test_what_peft_does_not_train_with_trl_is_refused_with_the_reason(
+    tmp_path: Path, adapter: Any, reason: str, failure: str
+) -> None:
+    file, kind = tmp_path / "run.yaml", adapter.peft_type.value
+    file.write_text(f"model: {{name: some/model}}\ndata: {{train: some/data}}\npeft: {{peft_type: {kind}}}\n")
+    with pytest.raises(PacaError, match=rf"line 3: peft\.peft_type: {kind} can't be trained here: .*{reason}"):
+        load_run_config(file)
+    adapter.task_type = "CAUSAL_LM"
+    model, tokens = peft.get_peft_model(llama(), adapter), torch.arange(1, 5)[None]
+    add_fused_lm_head(model.get_base_model())
+    with pytest.raises((ValueError, AttributeError), match=failure):
+        model(input_ids=tokens, labels=tokens, fused_lm_head=True)

@@ -26,8 +26,8 @@ from paca.training.config.typed_values import matches, shown
 _NOT_HERE = {
     "CPT": "it needs all logits, which TRL's trainer never makes",
     "FROD": "it is laid out from the weights at each load, and in another dtype what was trained does not come back",
-    "MULTITASK_PROMPT_TUNING": "its records name a task",
-    "POLY": "its records name a task",
+    "MULTITASK_PROMPT_TUNING": "PEFT wants the task of each record, and a run's data names none",
+    "POLY": "PEFT wants the task of each record, and a run's data names none",
     "XLORA": "it mixes adapters that are trained already",
 }
 """Methods of PEFT that a run can't train, and why: each was tried (PEFT 0.21.2)."""

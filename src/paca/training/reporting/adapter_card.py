@@ -15,6 +15,7 @@ from torch import nn
 from paca.convert.pefts_paca import PEFT, saved_layers, why_not
 from paca.messages.adapter_notes import EXPORT, IMPORT, INSTALL, LACKS
 from paca.pretrained.adapter_folder import adapter_settings, find_base, find_revision
+from paca.pretrained.generation_settings import learns_a_cache
 from paca.pretrained.purpose import Classifier, classifier_in, loading_code
 from paca.pretrained.quantizing import quantization_config
 from paca.training.config.adapter_settings import config_type
@@ -195,7 +196,12 @@ tokenizer = AutoTokenizer.from_pretrained("{_HERE}")
         reason = why_not(stored["r"], stored["paca_alpha"], saved_layers(trained))
         loads = "yes." if reason is None else f"no, because {reason}. {EXPORT}"
         code += f"\n\nLoads in the PaCA of {PEFT}, without paca: {loads}\n{LACKS}"
-    lines = [line for key, line in _COMMANDS.items() if of_paca or key != "lora"]
+    if learns_a_cache(trained):
+        code += "\n\nOn transformers 5.24, PEFT 0.21 does not generate with it; `paca chat` does."
+    left_out = {"lora"} if not of_paca else set()
+    if not hasattr(trained, "merge_and_unload"):
+        left_out.add("merge")
+    lines = [line for key, line in _COMMANDS.items() if key not in left_out]
     return f"""{code}
 
 On the command line, with paca:
