@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import sys
@@ -18,9 +19,9 @@ def test_an_installation_says_how_long_it_takes_before_it_starts_and_how_to_use_
     python.parent.mkdir(parents=True)
     python.write_text('#!/bin/sh\necho "$3"\n')
     python.chmod(0o755)
-    done = subprocess.run(
-        ["make", "install", f"PYTHON={sys.executable}"], cwd=tmp_path, capture_output=True, text=True, check=True
-    )
+    command = ["make", "install", f"PYTHON={sys.executable}"]
+    outer = {name: value for name, value in os.environ.items() if not name.startswith("MAKE")}  # of `make test`
+    done = subprocess.run(command, cwd=tmp_path, env=outer, capture_output=True, text=True, check=True)
     told, pip, ready = done.stdout.splitlines()
     assert "about two minutes" in told
     assert pip == "install"

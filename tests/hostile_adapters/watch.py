@@ -56,8 +56,10 @@ def watching(*allowed: Path) -> Iterator[_Watch]:
         sys.addaudithook(_WATCH)  # which can't be taken away again
         _added.append(True)
     _WATCH.seen, _WATCH.asked = [], []
-    _WATCH.allowed = tuple(map(str, allowed))
+    _WATCH.allowed, writes_none = tuple(map(str, allowed)), sys.dont_write_bytecode
+    sys.dont_write_bytecode = True  # what is imported for the first time would be kept compiled beside its source
     try:
         yield _WATCH
     finally:
+        sys.dont_write_bytecode = writes_none
         _WATCH.allowed = None

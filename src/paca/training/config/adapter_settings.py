@@ -17,6 +17,7 @@ from peft.utils import PeftType
 
 from paca.config import PacaConfig
 from paca.messages.errors import PacaError
+from paca.messages.install import how_to_install
 from paca.messages.nearest import did_you_mean
 from paca.pretrained.changed_base import not_saved
 from paca.pretrained.foreign_methods import refused
@@ -140,7 +141,7 @@ def _peft_type(settings: Mapping[str, Any], origins: Origins) -> str:
     if kind in _NOT_HERE:
         raise PacaError(f"{place}: peft.peft_type: {kind} can't be trained here: {_NOT_HERE[kind]}.")
     if kind == "ADAMSS" and find_spec("sklearn") is None:
-        raise PacaError(f"{place}: peft.peft_type: ADAMSS needs scikit-learn: pip install scikit-learn")
+        raise PacaError(f"{place}: peft.peft_type: ADAMSS needs scikit-learn. {how_to_install(None, 'scikit-learn')}")
     return kind
 
 
