@@ -68,6 +68,7 @@ def test_a_number_that_peft_has_no_default_for_is_asked_for(
         ("cartridge", "train.activation_checkpointing=true", "blocks keep no keys and values, which CARTRIDGE"),
         ("prefix_tuning", "train.trainer=reward", "peft.peft_type is PREFIX_TUNING, with which PEFT trains no classif"),
         ("adaption_prompt", "train.trainer=classification", "ADAPTION_PROMPT, with which PEFT trains no classifier"),
+        ("p_tuning", "train.label_smoothing_factor=0.1", "does not go with P_TUNING: transformers smooths over"),
     ],
 )
 def test_what_would_leave_out_what_is_learned_is_refused(

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from paca.messages.errors import PacaError
 from paca.pretrained.generation import load_for_generation
-from paca.training import RunResult, load_run_config, lora_start, train
+from paca.training import RunResult, load_run_config, lora_start, starting_model, train
 from training.test_run_methods import TOKENS_ASKED, answers_of_trained
 
 TAKEN = ("corda", "lora_ga", "pissa_niter_4")
@@ -98,3 +98,13 @@ def test_a_start_that_can_not_be_made_says_why(
     monkeypatch.setattr(lora_start, "_PASSES", 3)
     with pytest.raises(PacaError, match=message):
         start(config_file, tmp_path / "run", "eva", *overrides)
+
+
+def test_loftq_needs_a_gpu_and_not_all_of_its_settings(
+    config_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Settings that were left out were a KeyError; on a CPU PEFT fails of CUDA."""
+    monkeypatch.setattr(starting_model, "is_cuda_available", lambda: False)
+    monkeypatch.setattr(starting_model, "is_xpu_available", lambda: False)
+    with pytest.raises(PacaError, match=r"init_lora_weights: loftq is computed on a GPU by PEFT, and there is none"):
+        start(config_file, tmp_path / "run", "loftq", "lora.loftq_config={loftq_bits: 4}")

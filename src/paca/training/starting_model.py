@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
+from accelerate.utils import is_cuda_available, is_xpu_available
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from rich.console import Console
 from torch import nn
@@ -108,6 +109,8 @@ def with_adapter(
         adapter = adapter_config(config.method, config.adapter, trainer_kind(config.train).task_type)
     if adapter is not None:
         adapter.revision = config.model.revision
+    if getattr(adapter, "init_lora_weights", None) == "loftq" and not (is_cuda_available() or is_xpu_available()):
+        raise PacaError("lora.init_lora_weights: loftq is computed on a GPU by PEFT, and there is none. Leave it out.")
     if isinstance(adapter, LoraConfig) and is_made(config.adapter):
         return LoraStart(config, examples, arguments, folder.start, console).adapted(model, adapter), None
     if adapter is None or config.train["autocast_adapter_dtype"]:

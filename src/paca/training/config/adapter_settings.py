@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from importlib.util import find_spec
 from typing import Any
 
-from peft import LoraConfig, PeftConfig, ShiraConfig
+from peft import LoftQConfig, LoraConfig, PeftConfig, ShiraConfig
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.utils import PeftType
 
@@ -156,6 +156,8 @@ def adapter_config(method: str, settings: Mapping[str, Any], task_type: str | No
     start = given.get("init_lora_weights")
     if start in FROM_DATA:  # PEFT warns of one that is missing, or fails later
         given[f"{start}_config"] = given.get(f"{start}_config") or {}
+    if given.get("loftq_config"):  # of which PEFT looks for every key
+        given["loftq_config"] = vars(LoftQConfig(**given["loftq_config"]))
     return config_type(method, settings)(task_type=task_type, **given)
 
 

@@ -131,6 +131,12 @@ def contradictions_with_trainer(config: RunConfig) -> Iterator[tuple[str, str]]:
             f"is {learns}, with which PEFT trains no classifier here. Give a method whose config has modules_to_save, "
             "or prompt tuning.",
         )
+    if learns in ("PROMPT_TUNING", "P_TUNING") and config.train.get("label_smoothing_factor"):
+        yield (
+            "train.label_smoothing_factor",
+            f"does not go with {learns}: transformers smooths over the tokens of the text, and the logits have those "
+            "that are learned as well. Leave it out.",
+        )
     for key in ("gradient_checkpointing", "activation_checkpointing"):
         if learns in LEARNED_CACHES and config.train.get(key):
             yield (
