@@ -5,12 +5,14 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import re
 import socket
 import statistics
 import threading
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import requests
@@ -620,3 +622,15 @@ def test_a_question_that_leaves_no_room_for_an_answer_has_no_grade_and_harms_no_
         said = [judge.ask([{"role": "user", "content": "x" * length}]).text for length in (100, 3500, 5000, 100)]
     assert said == ["Rating: [[7]]", "Rating: [[7]]", "", "Rating: [[7]]"]
     assert all("max_completion_tokens" not in body for _, body in server.requests)
+
+
+@pytest.mark.parametrize(("key", "told"), [("x", "Max retries exceeded"), ("sk-0123456789", "with url (the key)/v1")])
+def test_a_key_is_not_told_and_no_letter_of_a_message_is_taken_for_it(
+    key: str, told: str, waits: list[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Local servers take any key, such as x."""
+    error = requests.ConnectionError(f"Max retries exceeded with url {key}/v1")
+    monkeypatch.setattr(requests, "post", Mock(side_effect=error))
+    with pytest.raises(PacaError, match=re.escape(told)) as raised:
+        Judge(JudgeSettings("http://127.0.0.1:9/v1", "strict", key=key, tries=1)).ask(HELLO)
+    assert f" {key}/" not in str(raised.value)

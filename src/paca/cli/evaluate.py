@@ -248,7 +248,7 @@ def _measure_own_data(
     what = "held-out data" if data is None else Path(data).name
     of_run = "the run's " if data is None else ""
     last = " (the last answer of each conversation)" if own_run.has_turns(held_out) else ""
-    say(console, f"Measuring {own_run.metric_of(config)} on {of_run}{what}{last} ...")
+    say(console, f"Measuring {own_run.metric_of(config)}{config.eval.compared} on {of_run}{what}{last} ...")
     if output is None:
         say(console, "(with --output DIR answers are kept as they come, and the same command goes on)")
     try:

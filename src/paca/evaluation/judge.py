@@ -184,7 +184,7 @@ class Judge:
             # Nobody there, no answer in time or none of the protocol's. The client gives plain ValueErrors too, for a
             # redirect to no address and for a chunk of less than no length.
             except (requests.RequestException, ValueError) as error:
-                failure = str(error).replace(settings.key or "\0", "(the key)")
+                failure = _without(settings.key, str(error))
             failures += not busy
             if failures >= settings.tries or waited >= settings.patience:
                 break
@@ -291,3 +291,10 @@ def _retry_after(value: str | None) -> float | None:
 def _beginning(text: str) -> str:
     text = " ".join(text.split())
     return text if len(text) <= 200 else text[:200] + "…"
+
+
+def _without(key: str | None, text: str) -> str:
+    """A message that tells no key; a short one, as local servers take, only where it is a word of its own."""
+    if not key:
+        return text
+    return re.sub(re.escape(key) if len(key) >= 8 else rf"(?<!\w){re.escape(key)}(?!\w)", "(the key)", text)

@@ -146,7 +146,8 @@ class Plan:
             return []
         when = " and ".join(name for name in ("before", "after") if getattr(asked, name))
         longest = f", answers of up to {asked.max_new_tokens:,} tokens" if asked.metric == "exact_match" else ""
-        return [("scored by", f"{asked.metric}, {when or 'neither before nor after'} training{longest}")]
+        by, when = f"{asked.metric}{asked.compared}", when or "neither before nor after"
+        return [("scored by", f"{by}, {when} training{longest}")]
 
     def _adapted(self) -> str:
         return f", on {', '.join(self.targets)}: {self.adapted_layers} layers" if self.targets else ""

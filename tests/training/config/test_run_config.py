@@ -67,6 +67,14 @@ def test_a_list_of_data_names_something_and_no_images(tmp_path: Path) -> None:
         load(tmp_path, MINIMAL, "data.train=[a, b]", "train.trainer=image_classification")
 
 
+def test_a_text_with_a_colon_that_became_a_mapping_needs_quotes(tmp_path: Path) -> None:
+    text = MINIMAL.replace("some/data", "some/data, eval: 4") + "eval: {metric: exact_match}\n"
+    with pytest.raises(PacaError, match=r"not a mapping .*\. A text that holds ': ' needs quotes within those of the"):
+        load(tmp_path, text, "eval.answer_pattern=Answer: (.+)")
+    assert load(tmp_path, text, 'eval.answer_pattern="Answer: (.+)"').eval.compared == " of what Answer: (.+) finds"
+    assert load(tmp_path, text).eval.compared == " of the whole answer"
+
+
 @pytest.mark.parametrize("name", ["loss", "eval_loss", "mean_token_accuracy"])
 def test_the_best_model_is_chosen_by_what_is_measured_while_training(tmp_path: Path, name: str) -> None:
     text = MINIMAL.replace("some/data", "some/data, eval: 4") + "eval: {metric: exact_match}\n"

@@ -109,3 +109,38 @@ def test_a_value_that_can_not_be_made_is_no_traceback(tmp_path: Path, value: str
     (tmp_path / "config.yaml").write_text(f"train: {{max_steps: {value}}}\n")
     with pytest.raises(PacaError, match=r"config\.yaml.*: not valid YAML: a value"):
         read_yaml(tmp_path / "config.yaml")
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        (r"####\s*(.+)", r"####\s*(.+)"),
+        (r"#### (\S+) # and more", r"#### (\S+) # and more"),
+        ("Answer #(.+)", "Answer #(.+)"),
+        ("'#### (.+)'", "#### (.+)"),
+        ("", None),
+        ("{a: 1} # one", {"a": 1}),
+    ],
+)
+def test_what_is_set_has_no_comments(text: str, value: object) -> None:
+    """A pattern that began with # became null, and every answer was compared whole."""
+    assert parse_value(text) == value
+
+
+@pytest.mark.parametrize("pattern", [r"####\s*(.+)", r"#### (\S+)", "it's #(.+)  "])
+def test_a_pattern_that_yaml_takes_for_a_comment_is_refused(tmp_path: Path, pattern: str) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text(f"eval:\n  metric: exact_match\n  answer_pattern: {pattern}\n")
+    with pytest.raises(
+        PacaError, match=r"line 3: eval\.answer_pattern: in YAML what comes after # is a comment"
+    ) as told:
+        read_yaml(file)
+    file.write_text(f"eval: {{}}\ntrain:\n  {str(told.value).partition('in quotes: ')[2]}\n")
+    assert read_yaml(file)[0]["train"]["answer_pattern"] == pattern.rstrip()
+    file.write_text(
+        "eval:\n  answer_pattern: '#### (.+)' #mine\n  before: true #too\ntrain:\n  answer_pattern: a # b\n"
+    )
+    assert read_yaml(file)[0] == {
+        "eval": {"answer_pattern": "#### (.+)", "before": True},
+        "train": {"answer_pattern": "a"},
+    }

@@ -90,7 +90,7 @@ def test_questions_with_options_train_and_are_scored_by_choice(tmp_path: Path) -
 
 def test_the_report_shows_scores_and_answers_as_text(tmp_path: Path) -> None:
     rows = [{"prompt": f"{n} <b>?</b>", "completion": f"#### {n}"} for n in range(16)]
-    pattern = "eval.answer_pattern='####\\s*(.+)'"
+    pattern = "eval.answer_pattern=####\\s*(.+)"  # in YAML a comment
     result = trained(tmp_path, rows, "eval.metric=exact_match", pattern, "eval.max_new_tokens=4", "data.eval=6")
     page = (result.folder / "report.html").read_text()
     assert "exact match, held-out data" in page

@@ -105,6 +105,13 @@ class EvalSection:
     max_new_tokens: int = 256
     """With `metric`: the length at which an answer is cut."""
 
+    @property
+    def compared(self) -> str:
+        """What of an answer `exact_match` compares, for people; nothing with the other metrics."""
+        if self.metric != "exact_match":
+            return ""
+        return " of the whole answer" if self.answer_pattern is None else f" of what {self.answer_pattern} finds"
+
 
 @dataclass
 class OutputSection:

@@ -102,7 +102,21 @@ def read_yaml(path: Path) -> tuple[Any, dict[str, int]]:
         root, content = _parse(text)
     except yaml.YAMLError as error:
         raise PacaError(f"{path}{_place(error)}: not valid YAML: {_problem(error)}.{_advice(error)}") from error
-    return content, _lines(root)
+    lines = _lines(root)
+    _check_patterns(path, text.splitlines(), lines)
+    return content, lines
+
+
+def _check_patterns(path: Path, text: list[str], lines: dict[str, int]) -> None:
+    """Raise PacaError for a pattern that YAML takes for a comment, or a part of it: `answer_pattern: ####(.+)`."""
+    for key, number in lines.items():
+        found = re.match(r"\s*answer_pattern:\s+((?!['\"])(?:.*\s)?#\S.*)$", text[number - 1])
+        if key.endswith(".answer_pattern") and found is not None:
+            quoted = "'" + found[1].rstrip().replace("'", "''") + "'"
+            raise PacaError(
+                f"{path}, line {number}: {key}: in YAML what comes after # is a comment, and no part of the pattern. "
+                f"Put it in quotes: answer_pattern: {quoted}"
+            )
 
 
 def _is_yaml(path: Path) -> bool:
@@ -110,15 +124,20 @@ def _is_yaml(path: Path) -> bool:
 
 
 def parse_value(text: str) -> Any:
-    """The value of `--set key=TEXT`: what the text would mean in a YAML file.
+    """The value of `--set key=TEXT`: what the text would mean in a YAML file, but that it has no comments.
+
+    So a pattern such as `####\\s*(.+)` is that text.
 
     Raises:
         PacaError: The text is not valid YAML.
     """
     try:
-        return _parse(text)[1]
+        root, value = _parse(text)
     except yaml.YAMLError as error:
         raise PacaError(f"{text!r} is not a valid YAML value: {_problem(error)}.{_advice(error)}") from error
+    plain = root is None or (isinstance(root, yaml.ScalarNode) and root.style is None)
+    comment = text[0 if root is None else root.end_mark.index :].strip()
+    return text.strip() if plain and comment.startswith("#") else value
 
 
 def _parse(text: str) -> tuple[yaml.Node | None, Any]:
