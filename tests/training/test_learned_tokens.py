@@ -18,7 +18,7 @@ from paca.evaluation.own_run import config_of_run, held_out_of
 from paca.messages.errors import PacaError
 from paca.pretrained.generation import load_for_generation
 from paca.pretrained.generation_settings import sampling_settings
-from paca.training import describe, load_run_config, train
+from paca.training import describe, load_run_config
 from paca.training.learned_tokens import check_learned_tokens
 from paca.training.sharding import check_sharding
 from training.test_run_methods import ADD_TO_THE_INPUT, run, write_config
@@ -68,6 +68,7 @@ def test_a_number_that_peft_has_no_default_for_is_asked_for(
         ("cartridge", "train.activation_checkpointing=true", "blocks keep no keys and values, which CARTRIDGE"),
         ("prefix_tuning", "train.trainer=reward", "peft.peft_type is PREFIX_TUNING, with which PEFT trains no classif"),
         ("adaption_prompt", "train.trainer=classification", "ADAPTION_PROMPT, with which PEFT trains no classifier"),
+        ("prefix_tuning", "train.packing=true", "does not go with PREFIX_TUNING: with keys and values before"),
         ("p_tuning", "train.label_smoothing_factor=0.1", "does not go with P_TUNING: transformers smooths over"),
     ],
 )
@@ -79,11 +80,16 @@ def test_what_would_leave_out_what_is_learned_is_refused(
         load_run_config(write_config(config_file, tmp_path / "run", method), overrides)
 
 
-def test_packed_examples_which_would_read_each_other_are_refused(config_file: Path, tmp_path: Path) -> None:
-    file = write_config(config_file, tmp_path / "run", "prefix_tuning")
-    config = load_run_config(file, ["train.packing=true", "eval.metric=null"])
-    with pytest.raises(PacaError, match=r"train\.packing would let the examples of a sequence read each other"):
-        train(config)
+@pytest.mark.parametrize("method", ["p_tuning", "prefix_tuning-projected"])
+def test_the_loss_before_training_is_that_of_the_model_as_it_came(
+    method: str, config_file: Path, tmp_path: Path
+) -> None:
+    """What is learned begins at random: a run that left the model worse was told as one that made it better."""
+    learned, plain = (run(write_config(config_file, tmp_path / name, name)).summary for name in (method, "lora"))
+    assert learned is not None
+    assert plain is not None
+    assert learned["eval_loss_before"] == pytest.approx(plain["eval_loss_before"], rel=1e-6)
+    assert learned["eval_loss_after"] != pytest.approx(plain["eval_loss_before"], rel=1e-6)
 
 
 @pytest.mark.parametrize(

@@ -27,6 +27,7 @@ from paca.messages.say import say
 from paca.pretrained.content import model_content
 from paca.pretrained.whole_output import write_whole
 from paca.training.config import adapter_settings
+from paca.training.config.adapter_settings import FROM_DATA, is_made
 from paca.training.config.run_config import CalibrationSection, RunConfig
 from paca.training.folder.run_folder import read_record
 from paca.training.prompt_form import tokenizer_of
@@ -45,11 +46,21 @@ def describe_columns(config: RunConfig) -> str:
         "random_blocks": f"random_blocks: random, {BLOCK} neighbours at a time",
         "weight_norm": "weight_norm: those of largest norm in the weights",
     }
-    if selection in without_data:
-        return without_data[selection]
+    return without_data.get(selection) or f"{selection}, {_from_data(config)}"
+
+
+def describe_start(config: RunConfig) -> str | None:
+    """How a LoRA that the run starts itself starts, in words; None for others."""
+    start = config.adapter.get("init_lora_weights")
+    if start in FROM_DATA:
+        return f"{start}, {_from_data(config)} (the plan leaves this pass out)"
+    return f"{start}, by random numbers" if is_made(config.adapter) else None
+
+
+def _from_data(config: RunConfig) -> str:
     calibration = config.calibration
     length = f"cut to {calibration.max_length:,} tokens"
-    return f"{selection}, from at most {calibration.sequences:,} training examples {length}"
+    return f"from at most {calibration.sequences:,} training examples {length}"
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from torch import nn
 
 from paca.messages.say import say
 from paca.pretrained.location import lacks_weights
-from paca.training.calibration import describe_columns
+from paca.training.calibration import describe_columns, describe_start
 from paca.training.config.run_config import RunConfig
 from paca.training.folder.disk_need import DiskNeed, tell_of_disk
 from paca.training.products import tell_of_products
@@ -115,6 +115,7 @@ class Plan:
             ("blocks", self._blocks()),
             ("method", f"{self.method}{self._adapted()}"),
             *([("columns", describe_columns(self.config))] if self.method == "paca" else []),
+            *([] if (start := describe_start(self.config)) is None else [("start", start)]),
             *([] if self.experts is None else [("experts", self.experts)]),
             *([] if rank is None else [("factors", f"of rank {rank}: AdamW steps these, and deltas follow")]),
             *([("trained whole", ", ".join(whole))] if whole else []),

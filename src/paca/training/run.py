@@ -21,7 +21,6 @@ from paca.messages.errors import PacaError, within_peft
 from paca.messages.program import resume_command
 from paca.messages.say import say
 from paca.pretrained import Pretrained
-from paca.pretrained.generation_settings import find_learned_cache
 from paca.pretrained.purpose import save_classifier_config
 from paca.pretrained.whole_output import put_in_place, write_whole
 from paca.training.config import train_settings
@@ -51,7 +50,7 @@ from paca.training.reporting.scores import Scorer
 from paca.training.reporting.summary import summary_of
 from paca.training.reporting.tracking import Trackers, check_login, names_for_trackers
 from paca.training.sharding import check_sharding, devices_warning
-from paca.training.starting_model import follow_trainer, keep_adapter_dtype, load_model, use_factors, with_adapter
+from paca.training.starting_model import finish_trainer, load_model, with_adapter
 from paca.training.trainers import trainer_kind
 from paca.training.untrained_layers import TellUntrainedLayers
 
@@ -263,10 +262,7 @@ class _Run:
                 raise  # not the trainer's: see `explained`
             raise PacaError(f"{self.kind.trainer.__name__} refuses this run: {error}") from error
         write_no_empty_cards(trainer)
-        keep_adapter_dtype(trainer.model, self.config)
-        follow_trainer(trainer.model)
-        find_learned_cache(trainer.model)
-        use_factors(trainer, self.config)
+        finish_trainer(trainer, self.config)
         pull_towards_orthogonal(trainer, self.config)
         return trainer
 

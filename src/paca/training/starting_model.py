@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from paca.lean import make_lean
 from paca.messages.errors import PacaError
 from paca.messages.say import say
 from paca.pretrained import Pretrained, load_pretrained
-from paca.pretrained.generation_settings import make_savable
+from paca.pretrained.generation_settings import find_learned_cache, make_savable
 from paca.pretrained.trainable_copy import unpack
 from paca.training.calibration import ColumnChoice
 from paca.training.config.adapter_settings import adapter_config, is_made
@@ -122,6 +123,20 @@ def with_adapter(
         raise PacaError(f"The section {config.method} does not fit {config.model.name}: {error}") from error
 
 
+def finish_trainer(trainer: Any, config: RunConfig) -> None:
+    """What is left to do once a trainer has put the adapter into its model.
+
+    Args:
+        trainer: Without its optimizer, which it makes later.
+        config: The resolved run.
+    """
+    keep_adapter_dtype(trainer.model, config)
+    follow_trainer(trainer.model)
+    find_learned_cache(trainer.model)
+    measure_base_first(trainer)
+    use_factors(trainer, config)
+
+
 def keep_adapter_dtype(model: Any, config: RunConfig) -> None:
     """Let the adapter in the trainer's model keep the dtype that the config asks for.
 
@@ -165,3 +180,21 @@ def follow_trainer(model: Any) -> None:
     """
     if isinstance(model, PeftModel) and model.active_peft_config.is_adaption_prompt:
         model.base_model.forward = model.get_base_model().forward
+
+
+def measure_base_first(trainer: Any) -> None:
+    """Let the trainer measure the model as it came, before its first step, where what is learned begins at random.
+
+    Args:
+        trainer: Of a model with learned tokens, keys or values; with others, which begin as their base, nothing is
+            done.
+    """
+    model, evaluate = trainer.model, trainer.evaluate
+    if not isinstance(model, PeftModel) or not model.active_peft_config.is_prompt_learning:
+        return
+
+    def evaluate_base_first(*args: Any, **options: Any) -> Any:
+        with nullcontext() if trainer.state.global_step else model.disable_adapter():
+            return evaluate(*args, **options)
+
+    trainer.evaluate = evaluate_base_first

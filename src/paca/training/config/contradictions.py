@@ -137,6 +137,12 @@ def contradictions_with_trainer(config: RunConfig) -> Iterator[tuple[str, str]]:
             f"does not go with {learns}: transformers smooths over the tokens of the text, and the logits have those "
             "that are learned as well. Leave it out.",
         )
+    if learns in LEARNED_CACHES and config.train.get("packing"):
+        yield (
+            "train.packing",
+            f"does not go with {learns}: with keys and values before a sequence, its examples would read each other. "
+            "Leave it out.",
+        )
     for key in ("gradient_checkpointing", "activation_checkpointing"):
         if learns in LEARNED_CACHES and config.train.get(key):
             yield (

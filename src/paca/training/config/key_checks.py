@@ -26,9 +26,10 @@ class Origins:
 
     def of(self, key: str) -> str:
         """`"runs/a.yaml, line 7"` or `"--set"`, for a dotted key such as `train.optim`."""
-        if key in self.overridden:
+        parent = key.rpartition(".")[0]  # an entry of a key that holds several is given with it
+        if key in self.overridden or ("." in parent and parent in self.overridden):
             return "--set"
-        line = self.lines.get(key) or self.lines.get(key.partition(".")[0])
+        line = self.lines.get(key) or self.lines.get(parent) or self.lines.get(key.partition(".")[0])
         return f"{self.path}, line {line}" if line else str(self.path)
 
     def of_section(self, name: str) -> str:

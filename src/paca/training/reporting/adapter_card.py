@@ -197,7 +197,10 @@ tokenizer = AutoTokenizer.from_pretrained("{_HERE}")
         loads = "yes." if reason is None else f"no, because {reason}. {EXPORT}"
         code += f"\n\nLoads in the PaCA of {PEFT}, without paca: {loads}\n{LACKS}"
     if learns_a_cache(trained):
-        code += "\n\nOn transformers 5.24, PEFT 0.21 does not generate with it; `paca chat` does."
+        code += (
+            "\n\nOn transformers 5.24, `generate` of PEFT 0.21 answers as the base does, without an error. `paca chat` "
+            "answers with it, in Python `paca.pretrained.generation.load_for_generation`."
+        )
     left_out = {"lora"} if not of_paca else set()
     if not hasattr(trained, "merge_and_unload"):
         left_out.add("merge")
