@@ -108,3 +108,18 @@ def test_loftq_needs_a_gpu_and_not_all_of_its_settings(
     monkeypatch.setattr(starting_model, "is_xpu_available", lambda: False)
     with pytest.raises(PacaError, match=r"init_lora_weights: loftq is computed on a GPU by PEFT, and there is none"):
         start(config_file, tmp_path / "run", "loftq", "lora.loftq_config={loftq_bits: 4}")
+
+
+@pytest.mark.parametrize(
+    ("override", "told"),
+    [
+        (
+            "lora.init_lora_weights=evva",
+            r"--set: .* orthogonal, mica or lora_ga, not the text 'evva'. Did you mean eva",
+        ),
+        ("lora.eva_config.roh=2", r"--set: there is no key lora\.eva_config\.roh\. Did you mean lora\.eva_config\.rho"),
+    ],
+)
+def test_a_mistake_about_a_start_is_told_with_its_place(config_file: Path, override: str, told: str) -> None:
+    with pytest.raises(PacaError, match=told):
+        load_run_config(config_file, ["paca=null", "lora.init_lora_weights=eva", override])

@@ -9,7 +9,7 @@ import re
 import typing
 from collections.abc import Mapping
 from importlib.util import find_spec
-from typing import Any
+from typing import Any, Literal
 
 from peft import LoftQConfig, LoraConfig, PeftConfig, ShiraConfig
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
@@ -46,8 +46,8 @@ _STEPS_OF_THE_RUN = 2**53
 FROM_DATA = ("eva", "corda", "lora_ga")
 """Starts of LoRA that a run makes by a pass over its training data."""
 _OF_STARTS = tuple(f"{start}_config" for start in FROM_DATA)
-_NOT_LISTED = re.compile(r"pissa_niter_\d+|lora_ga")
-"""Starts that PEFT knows, and leaves out of its config's annotation."""
+_NOT_LISTED = re.compile(r"pissa_niter_\d+")
+"""Starts that PEFT knows, and can't list in its config's annotation."""
 
 
 def adapter_fields(method: str, settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -62,6 +62,8 @@ def adapter_fields(method: str, settings: Mapping[str, Any]) -> dict[str, Any]:
         for option in dataclasses.fields(kind)
         if option.init and option.name not in bookkeeping
     }
+    if method == "lora":
+        fields["init_lora_weights"] |= Literal["lora_ga"]  # which PEFT leaves out of its annotation
     return {"peft_type": str, **fields} if method == "peft" else fields
 
 
