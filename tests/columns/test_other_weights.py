@@ -16,6 +16,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 import paca
 from expert_models import STACKS, mixtral
+from forked_process import FORKS
 from models import adapt, adapted_perceptron, base_state, perceptron, tokens
 from paca.layers import paca_layers
 
@@ -117,13 +118,13 @@ def infer(model, x, results):
     results.put(model(x).detach().numpy().copy())
 
 
-@pytest.mark.parametrize("how", ["spawn", "fork"])
+@pytest.mark.parametrize("how", ["forkserver", "fork"])
 def test_another_process_gets_weights_of_its_own(how):
     """Its columns were written into the memory that it shared with this process."""
     model, x = trained_perceptron(), torch.randn(4, 7)
     want = model(x).detach()
     base = {k: v.clone() for k, v in model.state_dict().items()}
-    context = torch.multiprocessing.get_context(how)
+    context = FORKS if how == "forkserver" else torch.multiprocessing.get_context(how)
     results = context.Queue()
     processes = [context.Process(target=infer, args=(model, x, results)) for _ in range(2 if how == "fork" else 1)]
     for process in processes:

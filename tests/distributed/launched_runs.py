@@ -24,8 +24,8 @@ from distributed.as_accelerators import shard_on_cpus
 from distributed.launches import ROOT, from_file
 from forked_process import FORKS
 from paca.training import load_run_config, train
-from paca.training.reporting import curves
-from training.tiny_run import adapter, place_of_picture, save_workspace
+from paca.training.reporting import report
+from training.tiny_run import adapter, place_of_curve, place_of_curves, save_workspace
 
 SETTINGS = ["train.max_steps=4", "train.save_steps=2"]
 BOUND = 1e-3
@@ -35,7 +35,7 @@ gradients."""
 
 def run(config: Path, settings: list[str], output: Path, resume: bool) -> None:
     """One process of a run; what it says goes beside its folder."""
-    curves.inline_svg = place_of_picture
+    report.curve, report.loss_curves = place_of_curve, place_of_curves
     torch.set_num_threads(1)
     with open(f"{output}-{os.environ.get('RANK', 'alone')}.txt", "w") as file:
         try:

@@ -28,9 +28,9 @@ from paca.training import load_run_config, sharding, train
 from paca.training.config.train_settings import training_arguments
 from paca.training.folder.checkpoints import load_if_finished
 from paca.training.folder.run_folder import RunFolder
-from paca.training.reporting import curves
+from paca.training.reporting import report
 from paca.training.sharding import check_sharding, devices_warning, spare_buffers
-from training.tiny_run import adapter, curve, place_of_picture, save_workspace
+from training.tiny_run import adapter, curve, place_of_curve, place_of_curves, save_workspace
 
 ONE = ["train.per_device_train_batch_size=4", "train.max_steps=4", "train.save_steps=2"]
 SHARDED = [
@@ -48,7 +48,7 @@ def worker(
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), WORLD_SIZE=str(world))
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank))
     gc.freeze()  # what was imported is not walked through again each time that garbage is collected
-    curves.inline_svg = place_of_picture
+    report.curve, report.loss_curves = place_of_curve, place_of_curves
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo")
     if accelerated:

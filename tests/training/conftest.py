@@ -12,8 +12,8 @@ from rich.console import Console
 
 from paca.training import RunResult, load_run_config, train
 from paca.training import run as run_module
-from paca.training.reporting import curves
-from training.tiny_run import place_of_picture, save_workspace
+from paca.training.reporting import report
+from training.tiny_run import place_of_curve, place_of_curves, save_workspace
 
 
 @pytest.fixture(autouse=True)
@@ -23,7 +23,8 @@ def bare_runs() -> Iterator[None]:
     `test_report.py` and `test_memory_check.py`, which are about them, have a fixture of this name that leaves them in.
     """
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(curves, "inline_svg", place_of_picture)
+        patch.setattr(report, "curve", place_of_curve)
+        patch.setattr(report, "loss_curves", place_of_curves)
         patch.setattr(run_module, "memory_warning", lambda *_: None)
         yield
 
