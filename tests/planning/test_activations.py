@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from types import SimpleNamespace
 from typing import Any
 
 import peft
@@ -18,6 +19,7 @@ from paca.bench.saved_activations import measure_saved_activations
 from paca.lean import make_lean
 from paca.lean.loss import loss_for
 from paca.planning import Setting, estimate
+from paca.training.context_tuning import train_on_context
 from paca.training.starting_model import follow_trainer
 
 PACA = paca.PacaConfig(r=8)
@@ -45,6 +47,7 @@ def measured(setting: Setting, adapter: Any, shape: Any) -> int:
         add_fused_lm_head(base, outputs=("log_probs", "entropy", "is_top1"))
         options = {"fused_lm_head": True}
         follow_trainer(model)  # as a run does
+        train_on_context(SimpleNamespace(model=model, _get_num_items_in_batch=None))
     ids = torch.randint(1, 400, (setting.batch_size, setting.sequence_length))
     mask = torch.ones_like(ids)
     if setting.padded:
@@ -104,6 +107,7 @@ def _called(adapter: Any) -> str:
 PROMPTS = [
     peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=20),
     peft.PromptEncoderConfig(task_type="CAUSAL_LM", num_virtual_tokens=20, encoder_hidden_size=64),
+    peft.CPTConfig(task_type="CAUSAL_LM", cpt_token_ids=list(range(20))),
     peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=20),
     peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=20, prefix_projection=True),
     peft.CartridgeConfig(task_type="CAUSAL_LM", num_virtual_tokens=20),

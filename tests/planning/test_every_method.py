@@ -16,6 +16,7 @@ from paca.training.config import adapter_settings
 
 SMALL: dict[str, dict[str, Any]] = {
     "ADALORA": {"total_step": 10},
+    "CPT": {"cpt_token_ids": [1, 2, 3]},
     "BOFT": {"boft_block_size": 4},
     "C3A": {"block_size": 8},
     "FOURIERFT": {"n_frequency": 8},

@@ -212,9 +212,9 @@ def test_models_that_can_not_be_planned_are_refused() -> None:
     real = AutoModelForCausalLM.from_config(config("llama", num_hidden_layers=1))
     with pytest.raises(paca.PacaError, match="meta device"):
         estimate(real, Setting(8))
-    context = peft.CPTConfig(task_type="CAUSAL_LM", cpt_token_ids=[1, 2, 3])
-    with pytest.raises(paca.PacaError, match="CPT adds to the model's input, and no plan is made for that"):
-        planned.__wrapped__(adapter=context)
+    multitask = peft.MultitaskPromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4, num_tasks=2)
+    with pytest.raises(paca.PacaError, match="MULTITASK_PROMPT_TUNING adds to the model's input, and no plan is made"):
+        planned.__wrapped__(adapter=multitask)
     with pytest.raises(paca.PacaError, match="does not fit"):
         planned.__wrapped__(adapter=paca.PacaConfig(target_modules=["nothing"]))
     with pytest.raises(paca.PacaError, match=r"can.t be made lean"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,12 +14,14 @@ from transformers import LlamaForCausalLM, MambaConfig, PreTrainedConfig, Qwen3N
 from trl.trainer.utils import add_fused_lm_head
 
 from models import llama
+from paca.data.tokens import IGNORED
 from paca.evaluation.own_data import scorer
 from paca.evaluation.own_run import config_of_run, held_out_of
 from paca.messages.errors import PacaError
 from paca.pretrained.generation import load_for_generation
 from paca.pretrained.generation_settings import sampling_settings
 from paca.training import describe, load_run_config
+from paca.training.context_tuning import train_on_context
 from paca.training.learned_tokens import check_learned_tokens
 from paca.training.sharding import check_sharding
 from training.test_run_methods import ADD_TO_THE_INPUT, run, write_config
@@ -51,6 +54,13 @@ def test_what_is_loaded_answers_as_what_was_trained(method: str, config_file: Pa
     [
         ("{peft_type: PREFIX_TUNING}", "peft.num_virtual_tokens is missing: how many tokens are learned"),
         ("{peft_type: ADAPTION_PROMPT, adapter_layers: 2}", "peft.adapter_len is missing: how many tokens each layer"),
+        ("{peft_type: CPT}", "peft.cpt_token_ids is missing: the tokens of the examples that CPT begins with"),
+        ("{peft_type: CPT, cpt_token_ids: [1, 999]}", "the model has tokens 0 to 258, and not 999"),
+        ("{peft_type: CPT, cpt_token_ids: [1, 2], cpt_mask: [1]}", "must have the same length"),
+        (
+            "{peft_type: CPT, cpt_token_ids: [1, 2], cpt_tokens_type_mask: [4, 8]}",
+            "peft.cpt_tokens_type_mask leaves nothing to learn",
+        ),
         ("{peft_type: ADAPTION_PROMPT, adapter_len: 4}", "peft.adapter_layers is missing: how many layers learn"),
     ],
 )
@@ -70,6 +80,8 @@ def test_a_number_that_peft_has_no_default_for_is_asked_for(
         ("adaption_prompt", "train.trainer=classification", "ADAPTION_PROMPT, with which PEFT trains no classifier"),
         ("prefix_tuning", "train.packing=true", "does not go with PREFIX_TUNING: with keys and values before"),
         ("p_tuning", "train.label_smoothing_factor=0.1", "does not go with P_TUNING: transformers smooths over"),
+        ("cpt", "train.loss_type=dft", "train.loss_type does not go with CPT, which has a loss of its own"),
+        ("cpt", "train.trainer=dpo", "is CPT, whose loss goes with train.trainer: sft, not dpo"),
     ],
 )
 def test_what_would_leave_out_what_is_learned_is_refused(
@@ -125,13 +137,8 @@ def test_shards_were_not_tried(method: str, sharded: dict[str, Any], config_file
     [
         (peft.PolyConfig(n_tasks=1, target_modules=["q_proj"]), "wants the task of each record", "task_ids should not"),
         (peft.MultitaskPromptTuningConfig(num_virtual_tokens=4, num_tasks=1), "wants the task of each", "task_ids can"),
-        (
-            peft.CPTConfig(task_type="CAUSAL_LM", cpt_token_ids=[1, 2]),
-            "it needs all logits",
-            "has no attribute 'logits'",
-        ),
     ],
-    ids=["POLY", "MULTITASK_PROMPT_TUNING", "CPT"],
+    ids=["POLY", "MULTITASK_PROMPT_TUNING"],
 )
 def test_what_peft_does_not_train_with_trl_is_refused_with_the_reason(
     tmp_path: Path, adapter: Any, reason: str, failure: str
@@ -143,5 +150,36 @@ def test_what_peft_does_not_train_with_trl_is_refused_with_the_reason(
     adapter.task_type = "CAUSAL_LM"
     model, tokens = peft.get_peft_model(llama(), adapter), torch.arange(1, 5)[None]
     add_fused_lm_head(model.get_base_model())
-    with pytest.raises((ValueError, AttributeError), match=failure):
+    with pytest.raises(ValueError, match=failure):
         model(input_ids=tokens, labels=tokens, fused_lm_head=True)
+
+
+def test_cpt_minimizes_what_peft_says_and_is_measured_on_the_texts() -> None:
+    kinds = [1, 2, 3, 4, 5, 6, 7, 8]
+    asked = {"cpt_token_ids": kinds, "cpt_tokens_type_mask": kinds, "opt_weighted_loss_type": "decay"}
+    adapter = peft.CPTConfig(task_type="CAUSAL_LM", **asked, opt_loss_decay_factor=0.5)
+    base = llama()
+    plain, fused = (peft.get_peft_model(copy.deepcopy(base), adapter) for _ in range(2))
+    texts = torch.arange(1, 22).reshape(3, 7)
+    labels = texts.clone()
+    labels[:, :3] = labels[1, 5:] = IGNORED
+    add_fused_lm_head(fused.get_base_model())
+    counted: list[Any] = []
+    trainer = SimpleNamespace(model=fused, _get_num_items_in_batch=lambda batches, _: counted.extend(batches))
+    train_on_context(trainer)
+
+    expected = plain(input_ids=texts, labels=labels).loss
+    found = fused.train()(input_ids=texts, labels=labels, fused_lm_head=True).log_probs
+    trainer._get_num_items_in_batch([{"labels": labels}], None)
+    loss = -found.sum() / (counted[0]["labels"][:, 1:] != IGNORED).sum()
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+    gradients = [
+        torch.autograd.grad(value, model.prompt_encoder["default"].delta_embedding.weight)[0]
+        for model, value in ((plain, expected), (fused, loss))
+    ]
+    torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-4, atol=1e-6)
+
+    measured = fused.eval()(input_ids=texts, labels=labels, fused_lm_head=True)
+    logits = plain(input_ids=texts).logits[:, len(kinds) :]
+    of_texts = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+    assert measured.loss.item() == pytest.approx(of_texts.item(), rel=1e-5)

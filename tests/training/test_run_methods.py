@@ -46,6 +46,18 @@ METHODS: dict[str, dict[str, Any]] = {
     "shira": {"peft": {"peft_type": "SHIRA", "r": 2}},
     "adamss": {"peft": {"peft_type": "ADAMSS", "r": 8, "num_subspaces": 3, "target_modules": ["q_proj", "k_proj"]}},
     "p_tuning": {"peft": {"peft_type": "P_TUNING", "num_virtual_tokens": 4}},
+    "cpt": {
+        "peft": {
+            "peft_type": "CPT",
+            "cpt_token_ids": [60, 61, 62, 63, 64, 65],
+            "cpt_tokens_type_mask": [1, 2, 3, 4, 6, 8],
+            "opt_projection_epsilon": 20.0,
+            "opt_projection_format_epsilon": 20.0,
+            "opt_weighted_loss_type": "decay",
+            "opt_loss_decay_factor": 0.5,
+        },
+        "train": {"learning_rate": 1.0},
+    },
     "prefix_tuning": {
         "peft": {"peft_type": "PREFIX_TUNING", "num_virtual_tokens": 16, "init_weights": "zero"},
         "train": {"learning_rate": 1.0},
@@ -59,7 +71,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "full": {"full": {}},
 }
 
-ADD_TO_THE_INPUT = ("p_tuning", "prefix_tuning", "prefix_tuning-projected", "cartridge", "adaption_prompt")
+ADD_TO_THE_INPUT = ("p_tuning", "cpt", "prefix_tuning", "prefix_tuning-projected", "cartridge", "adaption_prompt")
 
 
 SAVED_OTHERWISE = ("lora-corda", "lora-lora_ga", "lora-pissa_niter", "adalora", "adamss")

@@ -1,5 +1,5 @@
-"""What PEFT's wrapper puts before the input, for a plan, which runs the model inside: tokens (prompt tuning, P-tuning),
-or keys and values of each layer (prefix tuning, Cartridge).
+"""What PEFT's wrapper puts before the input, for a plan, which runs the model inside: tokens (prompt tuning, P-tuning,
+CPT), or keys and values of each layer (prefix tuning, Cartridge).
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from paca.pretrained.generation_settings import LEARNED_CACHES
 
 NAME = "learned_prompt"
 """The module's name in the model; `.` follows it in its parameters' names."""
-_PREPENDED = (PeftType.PROMPT_TUNING, PeftType.P_TUNING)
+_PREPENDED = (PeftType.PROMPT_TUNING, PeftType.P_TUNING, PeftType.CPT)
 
 
 class LearnedPrompt(nn.Module):

@@ -1,5 +1,6 @@
 """Layers of PEFT that look at values, for plans, which have none: SHiRA's places, VB-LoRA's check of its logits,
-WaveFT's choice of the places that lie inside its matrix, which is all of them, and AdaMSS's clusters of rows.
+WaveFT's choice of the places that lie inside its matrix, which is all of them, AdaMSS's clusters of rows, and how far
+CPT's tokens have moved.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from unittest.mock import patch
 import torch
 from peft import AdamssConfig, PeftConfig, WaveFTConfig
 from peft.tuners.adamss import layer as adamss_layer
+from peft.tuners.cpt import CPTEmbedding
 from peft.tuners.shira.layer import Linear as ShiraLinear
 from peft.tuners.shira.layer import ShiraLayer
 from peft.tuners.vblora.layer import Linear as VBLoraLinear
@@ -76,11 +78,12 @@ def fake_places(model: nn.Module, fake: Callable[[Tensor], Tensor]) -> None:
 
 @contextmanager
 def not_looked_at() -> Iterator[None]:
-    """Within it, layers of the three methods run on tensors without values."""
+    """Within it, layers of the four methods run on tensors without values."""
     with (
         patch.object(VBLoraLinear, "_get_lora_matrices", _vblora_factors),
         patch.object(WaveFTLayer, "get_delta_weight", _waveft_delta),
         patch.object(ShiraLinear, "get_delta_weight", lambda layer, adapter: _SparseDelta(layer, adapter)),
+        patch.object(CPTEmbedding, "get_projection", lambda encoder: encoder.delta_embedding.weight.data),
     ):
         yield
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from peft import PeftConfig
+from peft import CPTConfig, PeftConfig
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import LinearAttentionLayer
 
 from paca.messages.errors import PacaError
 from paca.pretrained.generation_settings import LEARNED_CACHES
+from paca.training.context_tuning import check_context
 
 _NEEDED = {
     "num_virtual_tokens": "how many tokens are learned. Give it, such as 20.",
@@ -33,6 +34,8 @@ def check_learned_tokens(adapter: PeftConfig, model: PreTrainedModel) -> None:
         asked = name.startswith("adapter_") or getattr(adapter, "is_prompt_learning", False)
         if asked and hasattr(adapter, name) and getattr(adapter, name) is None:
             raise PacaError(f"peft.{name} is missing: {what}")
+    if isinstance(adapter, CPTConfig):
+        check_context(adapter, model)
     kind = getattr(adapter.peft_type, "value", adapter.peft_type)
     if kind not in LEARNED_CACHES:
         return

@@ -1,4 +1,4 @@
-"""What three methods of PEFT keep beside their adapter: it goes into checkpoints, and comes back with them."""
+"""What four methods of PEFT keep beside their adapter: it goes into checkpoints, and comes back with them."""
 
 from __future__ import annotations
 
@@ -76,6 +76,25 @@ class KeepPromptEncoder(_KeepWithCheckpoints):
     def put_back(self, model: Any, tensors: dict[str, torch.Tensor]) -> None:
         """Its weights."""
         model.prompt_encoder.load_state_dict(tensors)
+
+
+class ProjectContext(KeepPromptEncoder):
+    """Keeps CPT's tokens as near to those they began as, as its config says, once after each step.
+
+    PEFT does so in each forward pass, and each time may round otherwise: a checkpoint more would be another run.
+    """
+
+    def on_init_end(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        """Have forward passes leave the tokens as they are."""
+        super().on_init_end(args, state, control, **kwargs)
+        for encoder in kwargs["model"].prompt_encoder.values():
+            moved = encoder.delta_embedding.weight
+            vars(encoder)["get_projection"] = lambda moved=moved: moved.data
+
+    def on_optimizer_step(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        """Bring them back."""
+        for encoder in kwargs["model"].prompt_encoder.values():
+            encoder.delta_embedding.weight.data = type(encoder).get_projection(encoder)
 
 
 class AllocateRanks(_KeepWithCheckpoints):
@@ -177,6 +196,8 @@ def method_callbacks(config: RunConfig, folder: RunFolder) -> list[TrainerCallba
     kind = config.adapter.get("peft_type")
     if kind == "ADALORA":
         return [AllocateRanks(folder, config.adapter.get("total_step"))]
+    if kind == "CPT":
+        return [ProjectContext(folder)]
     return [KeepPromptEncoder(folder)] if kind == "P_TUNING" or config.adapter.get("prefix_projection") else []
 
 

@@ -40,7 +40,7 @@ def check_sharding(arguments: TrainingArguments, config: RunConfig) -> None:
             f"peft.peft_type: {peft_type} was not tried with FSDP and DeepSpeed. Train with "
             "DistributedDataParallel, or another method."
         )
-    if peft_type in ("ADALORA", "ADAMSS", "P_TUNING") and shards:
+    if peft_type in ("ADALORA", "ADAMSS", "CPT", "P_TUNING") and shards:
         raise PacaError(
             f"peft.peft_type: {peft_type} needs whole parameters and gradients after each step or for checkpoints, and "
             "FSDP and DeepSpeed shard or move them. Train with DistributedDataParallel, or another method."

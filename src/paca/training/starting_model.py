@@ -25,6 +25,7 @@ from paca.pretrained.trainable_copy import unpack
 from paca.training.calibration import ColumnChoice
 from paca.training.config.adapter_settings import adapter_config, is_made
 from paca.training.config.run_config import RunConfig
+from paca.training.context_tuning import train_on_context
 from paca.training.folder.run_folder import RunFolder
 from paca.training.lora_start import LoraStart
 from paca.training.memory import forget_peak_resident_set
@@ -134,6 +135,7 @@ def finish_trainer(trainer: Any, config: RunConfig) -> None:
     follow_trainer(trainer.model)
     find_learned_cache(trainer.model)
     measure_base_first(trainer)
+    train_on_context(trainer)
     use_factors(trainer, config)
 
 

@@ -25,7 +25,6 @@ from paca.training.config.key_checks import Origins, check_section
 from paca.training.config.typed_values import matches, shown
 
 _NOT_HERE = {
-    "CPT": "it needs all logits, which TRL's trainer never makes",
     "FROD": "it is laid out from the weights at each load, and in another dtype what was trained does not come back",
     "MULTITASK_PROMPT_TUNING": "PEFT wants the task of each record, and a run's data names none",
     "POLY": "PEFT wants the task of each record, and a run's data names none",
@@ -142,6 +141,8 @@ def _peft_type(settings: Mapping[str, Any], origins: Origins) -> str:
         raise PacaError(f"{place}: peft.peft_type must be a method of the installed PEFT, not {shown(given)}.{hint}")
     if kind in _NOT_HERE:
         raise PacaError(f"{place}: peft.peft_type: {kind} can't be trained here: {_NOT_HERE[kind]}.")
+    if kind == "CPT" and not settings.get("cpt_token_ids"):
+        raise PacaError(f"{place}: peft.cpt_token_ids is missing: the tokens of the examples that CPT begins with.")
     if kind == "ADAMSS" and find_spec("sklearn") is None:
         raise PacaError(f"{place}: peft.peft_type: ADAMSS needs scikit-learn. {how_to_install(None, 'scikit-learn')}")
     return kind

@@ -131,7 +131,11 @@ def contradictions_with_trainer(config: RunConfig) -> Iterator[tuple[str, str]]:
             f"is {learns}, with which PEFT trains no classifier here. Give a method whose config has modules_to_save, "
             "or prompt tuning.",
         )
-    if learns in ("PROMPT_TUNING", "P_TUNING") and config.train.get("label_smoothing_factor"):
+    if learns == "CPT" and kind.name != "sft":
+        yield "peft.peft_type", f"is CPT, whose loss goes with train.trainer: sft, not {kind.name}. Choose another one."
+    if learns == "CPT" and config.train.get("loss_type", "nll") != "nll":
+        yield "train.loss_type", "does not go with CPT, which has a loss of its own. Leave it out."
+    if learns in ("CPT", "PROMPT_TUNING", "P_TUNING") and config.train.get("label_smoothing_factor"):
         yield (
             "train.label_smoothing_factor",
             f"does not go with {learns}: transformers smooths over the tokens of the text, and the logits have those "
