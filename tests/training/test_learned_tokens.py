@@ -54,6 +54,10 @@ def test_what_is_loaded_answers_as_what_was_trained(method: str, config_file: Pa
     [
         ("{peft_type: PREFIX_TUNING}", "peft.num_virtual_tokens is missing: how many tokens are learned"),
         ("{peft_type: ADAPTION_PROMPT, adapter_layers: 2}", "peft.adapter_len is missing: how many tokens each layer"),
+        (
+            "{peft_type: PROMPT_TUNING, num_virtual_tokens: 5000}",
+            r"num_virtual_tokens asks for 5,000 tokens before each text, and LlamaForCausalLM was made for 256 posit",
+        ),
         ("{peft_type: CPT}", "peft.cpt_token_ids is missing: the tokens of the examples that CPT begins with"),
         ("{peft_type: CPT, cpt_token_ids: [1, 999]}", "the model has tokens 0 to 258, and not 999"),
         ("{peft_type: CPT, cpt_token_ids: [1, 2], cpt_mask: [1]}", "must have the same length"),
@@ -64,7 +68,7 @@ def test_what_is_loaded_answers_as_what_was_trained(method: str, config_file: Pa
         ("{peft_type: ADAPTION_PROMPT, adapter_len: 4}", "peft.adapter_layers is missing: how many layers learn"),
     ],
 )
-def test_a_number_that_peft_has_no_default_for_is_asked_for(
+def test_tokens_that_can_not_be_learned_are_refused_before_a_run(
     config_file: Path, tmp_path: Path, settings: str, message: str
 ) -> None:
     with pytest.raises(PacaError, match=message):

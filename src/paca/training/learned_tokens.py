@@ -9,6 +9,7 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import LinearAttentionLayer
 
 from paca.messages.errors import PacaError
+from paca.pretrained.context_length import context_length
 from paca.pretrained.generation_settings import LEARNED_CACHES
 from paca.training.context_tuning import check_context
 
@@ -34,6 +35,13 @@ def check_learned_tokens(adapter: PeftConfig, model: PreTrainedModel) -> None:
         asked = name.startswith("adapter_") or getattr(adapter, "is_prompt_learning", False)
         if asked and hasattr(adapter, name) and getattr(adapter, name) is None:
             raise PacaError(f"peft.{name} is missing: {what}")
+    learned, positions = getattr(adapter, "num_virtual_tokens", None), context_length(model.config)
+    if learned is not None and positions is not None and learned >= positions:
+        key = "cpt_token_ids" if isinstance(adapter, CPTConfig) else "num_virtual_tokens"
+        raise PacaError(
+            f"peft.{key} asks for {learned:,} tokens before each text, and {type(model).__name__} was made for "
+            f"{positions:,} positions: none would be left for the text. Give fewer."
+        )
     if isinstance(adapter, CPTConfig):
         check_context(adapter, model)
     kind = getattr(adapter.peft_type, "value", adapter.peft_type)
