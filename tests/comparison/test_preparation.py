@@ -15,7 +15,7 @@ from paca.comparison.equal import CameOut
 from paca.comparison.flags import Rates
 from paca.comparison.methods import Method
 from paca.comparison.plan_table import PlannedMethod, settings_text, table_of, work_text
-from paca.comparison.settings import Comparison
+from paca.comparison.settings import Comparison, check_calibration, run_sections
 from paca.comparison.trial import Trial, Try
 from paca.messages.errors import PacaError
 
@@ -160,6 +160,39 @@ def test_a_wrong_key_of_a_method_is_told_without_a_file_that_nobody_wrote(tmp_pa
     comparison = small_comparison(tmp_path, f"paca,mine={tmp_path / 'lora.yaml'}", rates=Rates([1e-3]))
     with pytest.raises(PacaError, match=r"^The method mine: there is no key lora\.alpha\. Did you mean"):
         prepare.plan_of(comparison, comparison.methods[1])
+
+
+def test_a_number_that_a_method_lacks_is_told_with_its_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def lacking(*_: object, **options: bool) -> None:
+        raise PacaError("peft.num_virtual_tokens is missing: how many tokens are learned.")
+
+    monkeypatch.setattr(prepare, "describe", lacking)
+    comparison = small_comparison(tmp_path, "paca,prompt_tuning", rates=Rates([1e-3]))
+    place = r"file of the method's own, with peft: {peft_type: PROMPT_TUNING, num_virtual_tokens: \.\.\.} in it: --meth"
+    with pytest.raises(PacaError, match=rf"^The method prompt_tuning: peft\.num_virtual_tokens is missing.* {place}"):
+        prepare.plan_of(comparison, comparison.methods[1])
+
+
+def test_calibration_goes_to_the_methods_that_use_it_and_one_must(tmp_path: Path) -> None:
+    (tmp_path / "eva.yaml").write_text("lora: {init_lora_weights: eva}\n")
+    for methods in ("paca,lora", f"paca,eva={tmp_path / 'eva.yaml'}"):
+        comparison = small_comparison(tmp_path, methods, rates=Rates([1e-3]))
+        comparison.common = {**comparison.common, "calibration": {"sequences": 64}}
+        paca, lora = (
+            run_sections(comparison.common, method, 1e-3, 0, tmp_path / "run") for method in comparison.methods
+        )
+        if methods == "paca,lora":
+            with pytest.raises(PacaError, match=r"calibration has no effect: none of the methods"):
+                check_calibration(comparison.common, comparison.methods)
+        else:
+            check_calibration(comparison.common, comparison.methods)
+            assert "calibration" not in paca
+            assert lora["calibration"]["sequences"] == 64
+
+
+def test_a_mapping_is_told_by_its_content_and_of_layers_by_their_number() -> None:
+    method = Method("eva", {"lora": {"r": 4, "eva_config": {"rho": 2.0}, "rank_pattern": {"q_proj": 2}}})
+    assert settings_text(method) == "r 4, eva_config (rho 2.0), rank_pattern for 1 name"
 
 
 def test_a_setting_for_many_names_is_told_by_their_number() -> None:

@@ -178,6 +178,11 @@ def _of_peft(name: str, common: Sections) -> dict[str, Any]:
     types = {kind.value.lower().replace("_", "-"): kind for kind in PeftType}
     kind = types.get(name.lower().replace("_", "-"))
     if kind is None:
+        if (setting := _of_lora(name)) is not None:
+            raise PacaError(
+                f"There is no method {name!r}, as it is a setting of LoRA. Give it a file of its own, with lora: "
+                f"{{{setting}}} in it: --methods paca,{name}={name}.yaml."
+            )
         known = [*NAMED, *(name for name in types if name not in NAMED)]
         hint = did_you_mean(name.lower(), known, likelier=NAMED)
         raise PacaError(
@@ -192,6 +197,16 @@ def _of_peft(name: str, common: Sections) -> dict[str, Any]:
     if defaults.get("r"):  # spelled out, as for PaCA
         section |= {name: defaults[name] for name in ("r", *_ALPHAS) if name in defaults}
     return section | _targets_of_peft(common, defaults)
+
+
+def _of_lora(name: str) -> str | None:
+    """The setting of LoRA that goes by a name: one of its starts, or a variant, such as `dora`."""
+    from paca.training.config.adapter_settings import adapter_fields, is_start
+
+    name = name.lower().replace("-", "_")
+    if is_start(name):
+        return f"init_lora_weights: {name}"
+    return f"use_{name}: true" if f"use_{name}" in adapter_fields("lora", {}) else None
 
 
 def _targets_of_peft(common: Sections, defaults: Mapping[str, Any]) -> dict[str, Any]:

@@ -117,16 +117,19 @@ def settings_text(method: Method) -> str:
     for section in ("train", "model"):
         values: Mapping[str, Any] = method.sections.get(section, {})
         shown |= {name: value for name, value in values.items() if name not in _IN_OTHER_COLUMNS}
-    parts = [f"{name} {_value(value)}" for name, value in shown.items() if value not in (None, [], {}, "")]
+    given = {name: value for name, value in shown.items() if value not in (None, [], {}, "")}
+    parts = [f"{name} {_value(value, of_layers=name.endswith('_pattern'))}" for name, value in given.items()]
     return ", ".join(parts) or "defaults"
 
 
 _IN_OTHER_COLUMNS = ("max_steps", "per_device_train_batch_size", "gradient_accumulation_steps")
 
 
-def _value(value: Any) -> str:
+def _value(value: Any, *, of_layers: bool = False) -> str:
+    if isinstance(value, Mapping) and of_layers:  # maybe many: each row of runs.jsonl has it whole
+        return f"for {len(value)} name{'s' * (len(value) != 1)}"
     if isinstance(value, Mapping):
-        return f"for {len(value)} names"  # such as rank_pattern: each row of runs.jsonl has it whole
+        return f"({', '.join(f'{name} {_value(one)}' for name, one in value.items())})"
     if isinstance(value, list):
         return "/".join(map(str, value))
     return str(value).lower() if isinstance(value, bool) else str(value)

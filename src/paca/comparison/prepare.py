@@ -15,7 +15,7 @@ from paca.comparison.equal import CameOut, same_memory, same_parameters, same_ti
 from paca.comparison.flags import around
 from paca.comparison.methods import Method
 from paca.comparison.plan_table import PlannedMethod
-from paca.comparison.settings import Comparison, SettingsFile, run_sections, write_config
+from paca.comparison.settings import Comparison, SettingsFile, check_calibration, run_sections, write_config
 from paca.comparison.trial import trials_of
 from paca.messages.errors import PacaError
 from paca.messages.say import say
@@ -119,7 +119,14 @@ def plan_of(comparison: Comparison, method: Method, *, fetch: bool = False) -> P
 def _of_method(comparison: Comparison, method: Method, error: PacaError) -> PacaError:
     """The error, without the place in a file that nobody wrote."""
     written = re.escape(str(_file_of(comparison, method)))
-    return PacaError(f"The method {method.name}: {re.sub(rf'{written}(, line [0-9]+)?: ', '', str(error))}")
+    told = re.sub(rf"{written}(, line [0-9]+)?: ", "", str(error))
+    missing = re.search(r"\bpeft\.(\w+) is missing", told)
+    if missing is not None and method.settings != comparison.common.get(method.kind):
+        told += (
+            f" Its place is a file of the method's own, with peft: {{peft_type: {method.settings.get('peft_type')}, "
+            f"{missing[1]}: ...}} in it: --methods {method.name}=FILE.yaml."
+        )
+    return PacaError(f"The method {method.name}: {told}")
 
 
 def _file_of(comparison: Comparison, method: Method) -> Path:
@@ -135,6 +142,7 @@ def _config_of(comparison: Comparison, method: Method) -> RunConfig:
 
 
 def _check(comparison: Comparison) -> None:
+    check_calibration(comparison.common, comparison.methods)
     scored: dict[str, str] = {}
     for method in comparison.methods:
         try:

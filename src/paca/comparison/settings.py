@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +21,10 @@ from paca.messages.errors import PacaError
 from paca.messages.shown import setting
 from paca.pretrained.claims import Claim
 from paca.pretrained.whole_output import write_whole
+from paca.training.config.adapter_settings import goes_by_data
 from paca.training.config.config_file import load_run_config
 from paca.training.config.learning_rate import AUTO
-from paca.training.config.run_config import RunConfig
+from paca.training.config.run_config import CalibrationSection, RunConfig
 from paca.training.config.strict_yaml import read_yaml
 from paca.training.folder.run_folder import RunFolder
 from paca.training.trainers.reward_functions import reward_files
@@ -112,6 +113,24 @@ def load_common(path: Path, overrides: Iterable[str] = ()) -> tuple[dict[str, di
     return without_own(sections), notes_on_own(sections)
 
 
+def check_calibration(common: Mapping[str, Mapping[str, Any]], methods: Iterable[Method]) -> None:
+    """Refuse a `calibration` that no method goes by.
+
+    Raises:
+        PacaError: It is given, and none does.
+    """
+    given = common.get("calibration", {})
+    if (
+        given
+        and given != asdict(CalibrationSection())
+        and not any(goes_by_data(method.kind, method.settings) for method in methods)
+    ):
+        raise PacaError(
+            "calibration has no effect: none of the methods chooses columns by the data (paca.selection) or starts a "
+            "LoRA by it (lora.init_lora_weights). Leave it out."
+        )
+
+
 def run_sections(
     common: Mapping[str, Mapping[str, Any]], method: Method, rate: float | None, seed: int, folder: Path
 ) -> dict[str, dict[str, Any]]:
@@ -120,6 +139,8 @@ def run_sections(
     A seed sets the data's order, what is drawn at the start, and PaCA's columns.
     """
     sections = method.laid_over(common)
+    if not goes_by_data(method.kind, method.settings):  # it is another method's
+        sections.pop("calibration", None)
     train = sections.get("train", {})
     if rate is None:
         own = own_section(common)

@@ -15,6 +15,7 @@ from peft import LoftQConfig, LoraConfig, PeftConfig, ShiraConfig
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.utils import PeftType
 
+from paca.columns.selection import FROM_BATCHES
 from paca.config import PacaConfig
 from paca.messages.errors import PacaError
 from paca.messages.install import how_to_install
@@ -22,7 +23,7 @@ from paca.messages.nearest import did_you_mean
 from paca.pretrained.changed_base import not_saved
 from paca.pretrained.foreign_methods import refused
 from paca.training.config.key_checks import Origins, check_section
-from paca.training.config.typed_values import matches, shown
+from paca.training.config.typed_values import choices, matches, shown
 
 _NOT_HERE = {
     "FROD": "it is laid out from the weights at each load, and in another dtype what was trained does not come back",
@@ -123,9 +124,20 @@ def _kind_within(annotation: Any) -> type | None:
     return None if dict in kinds else next(within, None)
 
 
+def is_start(name: str) -> bool:
+    """Whether LoRA's `init_lora_weights` takes such a name."""
+    return _NOT_LISTED.fullmatch(name) is not None or name in choices(adapter_fields("lora", {})["init_lora_weights"])
+
+
 def is_made(settings: Mapping[str, Any]) -> bool:
     """Whether a run makes the adapter's start itself, and keeps it."""
     return settings.get("init_lora_weights") in FROM_DATA or not_saved(settings)
+
+
+def goes_by_data(method: str, settings: Mapping[str, Any]) -> bool:
+    """Whether a run makes a pass over its data before it trains, as `calibration` says: for columns or for a start."""
+    by_columns = method == "paca" and settings.get("selection") in FROM_BATCHES
+    return by_columns or settings.get("init_lora_weights") in FROM_DATA
 
 
 def _peft_type(settings: Mapping[str, Any], origins: Origins) -> str:
