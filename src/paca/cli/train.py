@@ -59,7 +59,7 @@ def train(
 
     check_launchers_variables()
     with loading_libraries():
-        run_config = load_run_config(config, set_ or (), to_train=True)
+        run_config = load_run_config(config, set_ or (), to_train=True, all_used=not resume)
     console = console_for_tables(quiet=os.environ.get("RANK", "0") != "0")
     if push_to_hub is not None and not console.quiet:
         from paca.pretrained.upload import check_login

@@ -141,6 +141,14 @@ def test_the_written_config_reads_back_as_the_same_run(tmp_path: Path) -> None:
             ],
         ),
         (
+            MINIMAL + "lora: {r: 4, bbias: 1}\ncalibration: {sequences: 0}\n",
+            ["line 4: calibration.sequences is 0", "line 3: there is no key lora.bbias"],
+        ),
+        (
+            MINIMAL + "calibration: {sequence: 9}\npeft: {peft_type: LOHA, rr: 4}\ntrain: {lr: 1}\n",
+            ["no key calibration.sequence.", "line 5: there is no key train.lr", "line 4: there is no key peft.rr"],
+        ),
+        (
             MINIMAL + "train: {packing: true, max_length: null, report_to: wandbb}\n",
             ["line 3: train.max_length: null does not go", "line 3: train.report_to: there is no tracker wandbb"],
         ),
@@ -297,6 +305,30 @@ def test_our_own_sections_are_checked_before_the_trainer_is_imported(
         load(tmp_path, MINIMAL + "eval: {befor: true}\n")
     with pytest.raises(ImportError):
         load(tmp_path, MINIMAL)
+
+
+@pytest.mark.parametrize(
+    ("method", "used"),
+    [
+        ("paca: {selection: random}", False),
+        ("paca: {selection: activation_norm}", True),
+        ("lora: {init_lora_weights: olora}", False),
+        ("lora: {init_lora_weights: eva}", True),
+        ("peft: {peft_type: LOHA}", False),
+        ("full: {}", False),
+    ],
+)
+def test_a_calibration_that_nothing_goes_by_is_refused(tmp_path: Path, method: str, used: bool) -> None:
+    """It passed in silence. What a run writes names the defaults, and a comparison's may be another method's."""
+    file = tmp_path / "run.yaml"
+    file.write_text(f"{MINIMAL}{method}\ncalibration: {{sequences: 64}}\n")
+    if used:
+        load_run_config(file, all_used=True)
+    else:
+        with pytest.raises(PacaError, match=r"line 4: calibration has no effect: no columns are chosen by the data"):
+            load_run_config(file, all_used=True)
+    load_run_config(file)
+    load_run_config(file, ["calibration.sequences=128"], all_used=True)
 
 
 def test_lean_blocks_do_not_go_with_another_librarys_blocks(tmp_path: Path) -> None:

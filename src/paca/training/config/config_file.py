@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from paca.messages.errors import PacaError
-from paca.training.config.contradictions import contradictions, contradictions_with_trainer
+from paca.training.config.contradictions import contradictions, contradictions_with_trainer, unused
 from paca.training.config.early_checks import check_early, missing_paths, paca_keys
 from paca.training.config.key_checks import WORDS_OF_TRAIN, Mistakes, Origins, check_section
 from paca.training.config.overrides import FIRST, apply_overrides, section_hint
@@ -31,7 +31,7 @@ from paca.training.config.typed_values import shown
 
 
 def load_run_config(
-    path: str | os.PathLike[str], overrides: Iterable[str] = (), *, to_train: bool = False
+    path: str | os.PathLike[str], overrides: Iterable[str] = (), *, to_train: bool = False, all_used: bool = False
 ) -> RunConfig:
     """Read and check the config of a run.
 
@@ -40,6 +40,7 @@ def load_run_config(
         overrides: `"section.key=value"` each; the value is read as YAML. `"section.key.name=value"` sets one entry of a
             key that holds several. `"paca=null"` leaves a method's section out.
         to_train: Model and data are needed: refuse paths where nothing is.
+        all_used: Refuse a `calibration` that nothing in the run goes by. In a comparison it may be another method's.
 
     Returns:
         The run. Paths that exist are made absolute, so that the resolved config runs from anywhere.
@@ -63,20 +64,29 @@ def load_run_config(
     for key, problem in missing_paths(sections) if to_train else ():
         with mistakes.noted():
             raise PacaError(f"{origins.of(key)}: {key}: {problem}")
-    mistakes.tell()
-    config = RunConfig(**built, method=method, adapter=sections[method], train=sections["train"])
-    _refuse(contradictions(config), origins)
+    if built.keys() == SECTIONS.keys():
+        config = RunConfig(**built, method=method, adapter=sections[method], train=sections["train"])
+        with mistakes.noted():
+            _refuse(contradictions(config), origins)
+    if mistakes and (not sections[method] or method == "paca"):  # whose keys are checked already
+        mistakes.tell()
     # Only now: what follows imports peft and trl, which takes seconds that the mistakes above need not cost.
     from paca.training.config.adapter_settings import check_adapter_settings
+
+    if mistakes:
+        with mistakes.noted():
+            check_adapter_settings(method, sections[method], origins)
+        mistakes.tell()
     from paca.training.config.train_settings import check_train_settings
 
-    mistakes = Mistakes()
     with mistakes.noted():
         check_adapter_settings(method, sections[method], origins)
     with mistakes.noted():
         check_train_settings(sections["train"], origins)
     mistakes.tell()
     _refuse(contradictions_with_trainer(config), origins)
+    if all_used:
+        _refuse(unused(config), origins)
     _make_paths_absolute(config)
     return config
 
@@ -212,7 +222,8 @@ def _refuse(problems: Iterator[tuple[str, str]], origins: Origins) -> None:
     mistakes = Mistakes()
     for key, problem in problems:
         with mistakes.noted():
-            raise PacaError(f"{origins.of(key)}: {key} {problem}")
+            place = origins.of(key) if "." in key else origins.of_section(key)
+            raise PacaError(f"{place}: {key} {problem}")
     mistakes.tell()
 
 

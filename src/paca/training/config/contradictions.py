@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator
 
-from paca.training.config.run_config import RunConfig
+from paca.training.config.run_config import CalibrationSection, RunConfig
 
 
 def contradictions(config: RunConfig) -> Iterator[tuple[str, str]]:
@@ -154,3 +154,16 @@ def contradictions_with_trainer(config: RunConfig) -> Iterator[tuple[str, str]]:
                 f"lets blocks keep no keys and values, which {learns} learns. Leave it out; model.lean: true saves "
                 "memory too.",
             )
+
+
+def unused(config: RunConfig) -> Iterator[tuple[str, str]]:
+    """The same of `calibration`, where nothing in the run goes by it. Defaults, which a run writes, may stand."""
+    from paca.columns.selection import FROM_BATCHES
+    from paca.training.config.adapter_settings import FROM_DATA, goes_by_data
+
+    if config.calibration != CalibrationSection() and not goes_by_data(config.method, config.adapter):
+        yield (
+            "calibration",
+            f"has no effect: no columns are chosen by the data (paca.selection: {' or '.join(FROM_BATCHES)}), and no "
+            f"LoRA starts by it (lora.init_lora_weights: {', '.join(FROM_DATA)}). Leave it out.",
+        )

@@ -52,6 +52,9 @@ class Mistakes:
         except PacaError as error:
             self._found.append(error)
 
+    def __bool__(self) -> bool:
+        return bool(self._found)
+
     def tell(self) -> None:
         """Raise what was kept."""
         if len(self._found) == 1:
