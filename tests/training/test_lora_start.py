@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,8 @@ from safetensors.torch import load_file
 
 from paca.messages.errors import PacaError
 from paca.pretrained.generation import load_for_generation
-from paca.training import RunResult, load_run_config, lora_start, starting_model, train
+from paca.training import RunResult, describe, load_run_config, lora_start, starting_model, train
+from paca.training.planned_run import target_of_run
 from training.test_run_methods import TOKENS_ASKED, answers_of_trained
 
 TAKEN = ("corda", "lora_ga", "pissa_niter_4")
@@ -86,7 +88,6 @@ def test_evas_ranks_are_counted_as_they_are_shared_out(config_file: Path, tmp_pa
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["lora.r=32"], r"eva can't be made: r × eva_config.rho is 64, and a layer has 32 features"),
         (["calibration.batch_size=1", "calibration.max_length=4"], r"each batch needs 8 tokens that count \(r × eva"),
         (["lora.eva_config={tau: 1.0}"], r"eva can't be made: its directions did not settle in 3 passes"),
         (["lora.target_modules=[embed_tokens]"], r"it is for linear layers, and \S+embed_tokens is Embedding"),
@@ -98,6 +99,31 @@ def test_a_start_that_can_not_be_made_says_why(
     monkeypatch.setattr(lora_start, "_PASSES", 3)
     with pytest.raises(PacaError, match=message):
         start(config_file, tmp_path / "run", "eva", *overrides)
+
+
+def test_eva_of_more_directions_than_a_layer_has_is_refused_in_the_dry_run(config_file: Path) -> None:
+    """So a comparison at equal memory tries no such r; it failed there."""
+    given = ["paca=null", "lora.init_lora_weights=eva"]
+    describe(load_run_config(config_file, [*given, "lora.r=16"]))
+    for more in ("lora.r=32", "lora.rank_pattern={v_proj: 32}"):
+        with pytest.raises(PacaError, match=r"can't be made: r × eva_config.rho is 64, and a layer has 32 features"):
+            describe(load_run_config(config_file, [*given, more]))
+
+
+@pytest.mark.parametrize(
+    ("section", "told"),
+    [
+        ("lora={init_lora_weights: corda}", r"lora\.init_lora_weights: corda\), from at most 128 training examples"),
+        ("paca={selection: gradient_norm}", r"paca\.selection: gradient_norm\), from at most 128 training examples"),
+        ("lora={}", None),
+    ],
+)
+def test_a_plan_says_of_what_pass_over_the_data_it_tells_nothing(
+    config_file: Path, section: str, told: str | None
+) -> None:
+    before = target_of_run(config_file, ["paca=null", section], "cpu", 32, 1).before
+    assert (before is None) == (told is None)
+    assert told is None or re.search(told, str(before))
 
 
 def test_loftq_needs_a_gpu_and_not_all_of_its_settings(

@@ -42,6 +42,8 @@ def show_estimate(console: Console, outcome: Outcome) -> None:
         say(console, f"{made} are made at a time. Times are those of learning from them, all of that length, alone.")
     if target.lengths is not None:
         say(console, f"The length is that of {target.lengths}.")
+    if target.before is not None:
+        say(console, target.before)
     if target.positions is not None and setting.sequence_length > target.positions:
         console.print(f"The model was made for sequences of at most {target.positions} tokens.", style="yellow")
     from paca.planning.on_device import method_name
@@ -203,6 +205,7 @@ def as_json(outcome: Outcome) -> dict[str, Any]:
         "trainable": result.trainable,
         "weights": result.weights,
         "lengths": outcome.target.lengths,
+        "before_training": outcome.target.before,
         "setting": result.setting.as_dict(),
         "memory": {**result.parts},
         "total": result.total,

@@ -36,6 +36,8 @@ class Target:
     """Optimizer steps of a run that says how many."""
     checkpointing_key: str = "gradient_checkpointing"
     """What activation checkpointing is called in a run's `train`."""
+    before: str | None = None
+    """What a run does before it trains, which no plan counts."""
     counts: str = "tokens"
     """What passes are counted in: tokens, or images, each of which has the length 1 in `setting`."""
 

@@ -27,7 +27,7 @@ from paca.messages.say import say
 from paca.pretrained.content import model_content
 from paca.pretrained.whole_output import write_whole
 from paca.training.config import adapter_settings
-from paca.training.config.adapter_settings import FROM_DATA, is_made
+from paca.training.config.adapter_settings import FROM_DATA, goes_by_data, is_made
 from paca.training.config.run_config import CalibrationSection, RunConfig
 from paca.training.folder.run_folder import read_record
 from paca.training.prompt_form import tokenizer_of
@@ -55,6 +55,17 @@ def describe_start(config: RunConfig) -> str | None:
     if start in FROM_DATA:
         return f"{start}, {_from_data(config)} (the plan leaves this pass out)"
     return f"{start}, by random numbers" if is_made(config.adapter) else None
+
+
+def told_of_pass(config: RunConfig) -> str | None:
+    """That a run makes a pass over its data before it trains, and that no plan counts it; None for one that doesn't."""
+    if not goes_by_data(config.method, config.adapter):
+        return None
+    chosen = "selection" if config.method == "paca" else "init_lora_weights"
+    return (
+        f"Before its first step the run makes a pass over data ({config.method}.{chosen}: {config.adapter[chosen]}), "
+        f"{_from_data(config)}. Its memory and time are not in this plan."
+    )
 
 
 def _from_data(config: RunConfig) -> str:

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
-from peft import LoraConfig, PeftModel, get_eva_state_dict, get_peft_model, initialize_lora_eva_weights
+from peft import LoraConfig, PeftConfig, PeftModel, get_eva_state_dict, get_peft_model, initialize_lora_eva_weights
 from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.corda import preprocess_corda
 from peft.tuners.lora.loraga import preprocess_loraga
@@ -28,17 +28,36 @@ from transformers import TrainingArguments, set_seed
 from transformers.pytorch_utils import Conv1D
 
 from paca.data import Examples
-from paca.messages.errors import PacaError
+from paca.messages.errors import PacaError, about
 from paca.messages.say import say
 from paca.pretrained.whole_output import whole_output
 from paca.training.calibration import calibration_batches, place
-from paca.training.config.adapter_settings import FROM_DATA
+from paca.training.config.adapter_settings import FROM_DATA, adapter_config
 from paca.training.config.run_config import RunConfig
 from paca.training.prompt_form import tokenizer_of
 
 _NAME = "default"
 _PASSES = 200
 """Of EVA over its batches, which goes on until its directions stay: on small data they may never."""
+
+
+def check_directions(config: RunConfig, adapted: nn.Module) -> None:
+    """Refuse an `r` for which EVA would look for more directions than a layer's input has, and other layers than its.
+
+    Args:
+        config: Of the run; with another start nothing is done.
+        adapted: Its model, which may lack weights, with its adapter.
+
+    Raises:
+        PacaError: With the numbers.
+    """
+    if config.adapter.get("init_lora_weights") != "eva":
+        return
+    wanted = _directions(adapter_config(config.method, config.adapter))
+    with about("lora.init_lora_weights: eva can't be made"):
+        features = min(layer.in_features for _, layer in _layers(adapted))
+        if wanted > features:
+            raise PacaError(f"r × eva_config.rho is {wanted}, and a layer has {features} features. Lower one.")
 
 
 @dataclass(frozen=True)
@@ -113,11 +132,6 @@ class LoraStart:
         asked.modules_to_save = asked.trainable_token_indices = None
         found = self._with_adapter(model, _plain(asked))
         if name == "eva":
-            features = min(layer.in_features for _, layer in _layers(found))
-            if _directions(asked) > features:
-                raise PacaError(
-                    f"r × eva_config.rho is {_directions(asked)}, and a layer has {features} features. Lower one."
-                )
             state: dict[str, Tensor] = get_eva_state_dict(
                 found, batches, forward_fn=_Passes(len(batches)), gather_distributed_inputs=False,
                 show_progress_bar=False,
@@ -191,8 +205,9 @@ class _Passes:
         return model(**inputs)
 
 
-def _directions(asked: LoraConfig) -> int:
+def _directions(asked: PeftConfig | None) -> int:
     """How many EVA looks for in a layer's input."""
+    assert isinstance(asked, LoraConfig)
     assert asked.eva_config is not None
     return round(max([asked.r, *(asked.rank_pattern or {}).values()]) * asked.eva_config.rho)
 

@@ -12,10 +12,12 @@ from paca.data import Examples, encode, training_template
 from paca.messages.errors import PacaError, about
 from paca.messages.units import format_bytes
 from paca.planning.target import Target, outline_of
+from paca.training.calibration import told_of_pass
 from paca.training.config import train_settings
 from paca.training.config.adapter_settings import outline_config
 from paca.training.config.config_file import load_run_config
 from paca.training.config.run_config import RunConfig
+from paca.training.learned_tokens import check_learned_tokens
 from paca.training.named_model import set_attention, train_heads
 from paca.training.prompt_form import tokenizer_of, trains_everything
 from paca.training.run_setting import setting_of_run
@@ -57,7 +59,7 @@ def target_of_run(
     Raises:
         PacaError: The config is wrong, the model can't be found, or nothing limits its sequences.
     """
-    config = load_run_config(path, overrides)
+    config = load_run_config(path, overrides, all_used=True)
     kind = trainer_kind(config.train)
     held_out, config.data.eval = config.data.eval, None  # what is split off the training data counts as well
     texts = kind.name in ("sft", "dpo", "grpo")  # whose head has no labels
@@ -96,6 +98,8 @@ def target_of_run(
     if labels is not None:
         train_heads(config, outline)
     adapter = outline_config(config.method, config.adapter, kind.task_type)
+    if adapter is not None:
+        check_learned_tokens(adapter, outline)
     steps = steps if steps > 0 else None
     return Target(
         str(path),
@@ -107,6 +111,7 @@ def target_of_run(
         steps,
         checkpointing_key="activation_checkpointing" if newer else "gradient_checkpointing",
         counts=kind.counts,
+        before=told_of_pass(config),
     )
 
 

@@ -35,6 +35,7 @@ from paca.training.folder.disk_need import disk_need
 from paca.training.folder.run_folder import RunFolder
 from paca.training.folder.same_run import inputs_of
 from paca.training.learned_tokens import check_learned_tokens
+from paca.training.lora_start import check_directions
 from paca.training.method_state import check_budget
 from paca.training.named_model import new_modules, outline_of, train_heads
 from paca.training.plain_lora import check_clusters
@@ -112,6 +113,7 @@ def prepare(config: RunConfig, *, whole: bool = True, fetch: bool = False) -> Pr
         train_heads(config, model, new)
     adapted = _adapted_outline(config, model, kind.task_type)
     check_clusters(adapted)
+    check_directions(config, adapted)
     if kind.task_type == "CAUSAL_LM":
         with about(f"The section {method} does not fit {named.name}"):
             check_output_layer(adapted)
