@@ -77,7 +77,7 @@ def test_what_pulls_towards_orthogonal_factors_is_trained_and_not_evaluated(adal
     assert losses[0.5][0] > losses[0.0][0] + 0.1
 
 
-@pytest.mark.parametrize("method", ["adalora", "adamss", "p_tuning", "lora-corda", "lora-eva"])
+@pytest.mark.parametrize("method", ["adalora", "adamss", "cpt", "p_tuning", "lora-corda", "lora-eva"])
 def test_the_best_checkpoint_is_the_result_also_when_only_results_were_missing(
     method: str, config_file: Path, tmp_path: Path
 ) -> None:
@@ -109,7 +109,7 @@ def test_the_best_checkpoint_is_the_result_also_when_only_results_were_missing(
 
 
 @pytest.mark.parametrize("sharded", [{"fsdp": True, "fsdp_config": {}}, {"deepspeed_plugin": object()}])
-@pytest.mark.parametrize("method", ["adalora", "adamss", "p_tuning", "lora-corda"])
+@pytest.mark.parametrize("method", ["adalora", "adamss", "cpt", "p_tuning", "lora-corda"])
 def test_shards_are_refused(method: str, sharded: dict[str, Any], config_file: Path, tmp_path: Path) -> None:
     arguments: Any = SimpleNamespace(**{"fsdp": None, "deepspeed_plugin": None, "world_size": 2, **sharded})
     config = load_run_config(write_config(config_file, tmp_path / "run", method))

@@ -35,7 +35,7 @@ _NOT_HERE = {
 
 _PARTS_NOT_HERE = {
     "arrow_config": "it mixes adapters that are trained already",
-    "monteclora_config": "TRL's trainer does not add its loss",
+    "monteclora_config": "TRL's trainer does not add its loss, and checkpoints lack what it has drawn ahead",
     "use_asa": "checkpoints lack what it goes by",
 }
 """The same of fields."""
