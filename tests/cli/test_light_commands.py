@@ -180,8 +180,8 @@ def test_a_config_that_is_wrong_by_itself_is_refused_before_anything_heavy_is_im
         (["plan", "answers.yaml", "--probe"], "No such option: --probe, which is one of paca train"),
         (["train", "answers.yaml", "--learning-rate", "1"], "is set with --set SECTION.KEY=VALUE, as --set train.lea"),
         (["trian"], "No such command"),
-        (["--dry-run", "train", "a.yaml"], "option: --dry-run. It belongs behind train: -c train --dry-run a.yaml"),
-        (["--set", "a.b=c d", "train"], "option: --set. It belongs behind train: -c train --set 'a.b=c d'"),
+        (["--dry-run", "train", "a.yaml"], "option: --dry-run. It belongs behind train: paca train --dry-run a.yaml"),
+        (["--set", "a.b=c d", "train"], "option: --set. It belongs behind train: paca train --set 'a.b=c d'"),
         (["--probe", "plan", "a.yaml"], "No such option: --probe"),
         (["train", "answers.yaml", "--set"], "--set needs a value: SECTION.KEY=VALUE."),
         (["compare", "answers.yaml", "--seeds", "0"], "--output is missing: The folder for runs and report."),
@@ -389,7 +389,7 @@ def test_memory_that_ran_out_is_one_line_and_other_failures_are_not_hidden(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def fails(message: str) -> None:
-        def raises() -> None:
+        def raises(**_: str) -> None:
             raise RuntimeError(message)
 
         monkeypatch.setattr("paca.cli.app", raises)

@@ -71,7 +71,7 @@ def main() -> None:
         gone = working_folder_gone()
         if gone is not None:
             raise gone
-        app()
+        app(prog_name="paca")  # however it was started
     except PacaError as error:
         if os.environ.get("PACA_DEBUG") == "1":
             raise
