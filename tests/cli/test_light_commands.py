@@ -21,6 +21,7 @@ from paca.cli import main
 from paca.cli.chat import chat, typed_lines
 from paca.cli.starting import ON_A_BUSY_ONE, ON_A_FREE_MACHINE, send_no_telemetry
 from paca.messages.errors import PacaError
+from paca.training.folder.run_folder import RunFolder
 
 HEAVY = ("torch", "transformers", "huggingface_hub", "peft", "trl", "datasets", "accelerate", "matplotlib")
 SERVER = f"""
@@ -166,6 +167,39 @@ def test_a_config_that_is_wrong_by_itself_is_refused_before_anything_heavy_is_im
     done = run("train", str(config))
     assert done.returncode == 1
     assert message in done.stderr
+    assert done.stdout.endswith("imported: []\n")
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ([], "runs/done already holds a finished run. Give another output.dir, or start over with"),
+        (["--set", "output.overwrite=true", "--set", "model.name=runs/done"], "model.name is runs/done, in the folder"),
+        (["--set", "output.dir=run.yaml/new"], "run.yaml/new (output.dir) can't be made or written: not a directory."),
+        (["--set", "output.dir=run.yaml"], "run.yaml (output.dir) can't be made or written: file exists."),
+        (["--resume", "--set", "output.dir=runs/none"], "There is nothing to resume: runs/none has no complete"),
+        (["--resume", "--set", "output.dir=runs"], "There is nothing to resume: runs has no complete"),
+    ],
+)
+def test_a_folder_that_a_run_can_not_have_is_refused_before_anything_heavy_is_imported(
+    run: Run, tmp_path: Path, settings: list[str], message: str
+) -> None:
+    (tmp_path / "run.yaml").write_text(MODEL_AND_DATA + "output: {dir: runs/done}\n")
+    (tmp_path / "runs" / "done").mkdir(parents=True)
+    (tmp_path / "runs" / "done" / "summary.json").write_text("{}")
+    done = run("train", "run.yaml", *settings)
+    assert done.returncode == 1
+    assert message in done.stderr
+    assert done.stdout.endswith("imported: []\n")
+    assert [path.name for path in (tmp_path / "runs").rglob("*")] == ["done", "summary.json"]
+
+
+def test_a_folder_that_another_run_has_is_refused_before_anything_heavy_is_imported(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text(MODEL_AND_DATA)
+    with RunFolder(tmp_path / "runs" / "run").in_use():
+        done = run("train", "run.yaml")
+    assert done.returncode == 1
+    assert "runs/run is in use: process" in done.stderr
     assert done.stdout.endswith("imported: []\n")
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shlex
 import signal
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -58,9 +59,10 @@ def train(
     from paca.training.config.config_file import load_run_config
 
     check_launchers_variables()
-    with loading_libraries():
-        run_config = load_run_config(config, set_ or (), to_train=True, all_used=not resume)
     console = console_for_tables(quiet=os.environ.get("RANK", "0") != "0")
+    check = None if dry_run or console.quiet else partial(_check_folder, resume)
+    with loading_libraries():
+        run_config = load_run_config(config, set_ or (), to_train=True, all_used=not resume, check=check)
     if push_to_hub is not None and not console.quiet:
         from paca.pretrained.upload import check_login
 
@@ -106,6 +108,20 @@ def train(
     show_result(result, console)
     if push_to_hub is not None and not console.quiet:
         _push(result.folder, push_to_hub)
+
+
+def _check_folder(resume: bool, config: RunConfig) -> None:
+    """Refuse a folder where this run can't begin, or not go on. The run does so too: here it costs no import."""
+    from paca.training.folder.run_folder import RunFolder
+
+    folder = RunFolder(Path(config.output.dir).expanduser())
+    if not folder.path.exists():
+        folder.check_writable()
+    if resume and folder.newest_checkpoint() is None and not folder.finished():
+        folder.reopen()
+    if not resume and folder.path.exists():
+        with folder.in_use():
+            folder.check_free(overwrite=config.output.overwrite, used=config.paths_used())
 
 
 def _push(run: Path, repo: str) -> None:

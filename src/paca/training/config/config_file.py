@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import typing
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,12 @@ from paca.training.config.typed_values import shown
 
 
 def load_run_config(
-    path: str | os.PathLike[str], overrides: Iterable[str] = (), *, to_train: bool = False, all_used: bool = False
+    path: str | os.PathLike[str],
+    overrides: Iterable[str] = (),
+    *,
+    to_train: bool = False,
+    all_used: bool = False,
+    check: Callable[[RunConfig], None] | None = None,
 ) -> RunConfig:
     """Read and check the config of a run.
 
@@ -41,6 +46,7 @@ def load_run_config(
             key that holds several. `"paca=null"` leaves a method's section out.
         to_train: Model and data are needed: refuse paths where nothing is.
         all_used: Refuse a `calibration` that nothing in the run goes by. In a comparison it may be another method's.
+        check: Called with the run before PEFT and TRL are imported, to refuse it at once.
 
     Returns:
         The run. Paths that exist are made absolute, so that the resolved config runs from anywhere.
@@ -70,19 +76,19 @@ def load_run_config(
             _refuse(contradictions(config), origins)
     if mistakes and (not sections[method] or method == "paca"):  # whose keys are checked already
         mistakes.tell()
+    if check is not None and not mistakes:
+        check(config)
     # Only now: what follows imports peft and trl, which takes seconds that the mistakes above need not cost.
     from paca.training.config.adapter_settings import check_adapter_settings
 
-    if mistakes:
-        with mistakes.noted():
-            check_adapter_settings(method, sections[method], origins)
-        mistakes.tell()
-    from paca.training.config.train_settings import check_train_settings
-
+    alone = not mistakes
     with mistakes.noted():
         check_adapter_settings(method, sections[method], origins)
-    with mistakes.noted():
-        check_train_settings(sections["train"], origins)
+    if alone:
+        from paca.training.config.train_settings import check_train_settings
+
+        with mistakes.noted():
+            check_train_settings(sections["train"], origins)
     mistakes.tell()
     _refuse(contradictions_with_trainer(config), origins)
     if all_used:
