@@ -131,12 +131,17 @@ def test_mt_bench_prints_ratings_and_what_the_judge_took(workspace: Path, monkey
     (workspace / "question.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     with judging(lambda body, number: verdict("[[4]]", {"prompt_tokens": 1000, "completion_tokens": 5})) as server:
         judge = ("--judge-url", server.url, "--judge-model", "strict")
-        settings = ("--max-new-tokens", 4, "--limit", 2, "--output", "judged")
-        done = forked_paca("evaluate", "run", "--mt-bench", "question.jsonl", *judge, *settings, cwd=workspace)
+        asked_for = ("evaluate", "run", "--mt-bench", "question.jsonl", *judge, "--limit")
+        done = forked_paca(*asked_for, 2, "--max-new-tokens", 4, "--output", "judged", cwd=workspace)
+        first = len(server.requests)
+        longest = forked_paca(*asked_for, 1, "--max-new-tokens", 250, "--output", "long", cwd=workspace)
+        default = forked_paca(*asked_for, 1, "--output", "default", cwd=workspace)
     assert (done.returncode, done.stderr) == (0, "")
     assert {headers["Authorization"] for headers, _ in server.requests} == {"Bearer secret"}
+    assert "4 questions lost the beginning: with answers of 250 tokens there is no room in the" in longest.stdout
+    assert "Answers were cut at 64 tokens, so that two of them fit the model's context" in default.stdout
     assert "base: 0 of 4 answers judged by strict" in done.stdout
-    asked = {body["messages"][1]["content"].split("\n")[1] for _, body in server.requests}
+    asked = {body["messages"][1]["content"].split("\n")[1] for _, body in server.requests[:first]}
     assert asked == {"0?", "2?"}  # spread over the file
     assert re.search(r"maths[ │]+4.00[ │]+4.00[ │]+\+0.00[ │]+\n", done.stdout)
     assert "The judge read 8,000 tokens and wrote 40, in 8 requests, for the verdicts kept." in done.stdout

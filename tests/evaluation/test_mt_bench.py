@@ -412,6 +412,14 @@ def test_both_turns_of_base_and_adapter_are_answered_and_judged(loaded: LoadedMo
     assert results["difference"]["all"] == {"score": 0, "stderr": 0}  # the same grades
 
 
+def test_answers_leave_room_for_the_second_turn_in_the_context(loaded: LoadedModel, tmp_path: Path) -> None:
+    with judging(graded) as server:
+        results = run_mt_bench(loaded, QUESTIONS[:1], judge_of(server), tmp_path / "default", Tally())
+        assert (results["context"], results["max_new_tokens"], results["cut_questions"]) == (256, 64, 0)
+        results = run_mt_bench(loaded, QUESTIONS, judge_of(server), tmp_path, Tally(), max_new_tokens=220)
+    assert results["cut_questions"] >= 4  # of both sides: what came before the second turn has no room
+
+
 def test_a_verdict_that_two_questions_share_is_paid_for_once(tmp_path: Path) -> None:
     twins = [QUESTIONS[2], replace(QUESTIONS[2], id="again")]
     with judging(graded) as server:

@@ -84,7 +84,10 @@ def evaluate(
         str | None, typer.Option(help=f"MT-Bench: the judge's name there. Its key is read from {JUDGE_KEY}.")
     ] = None,
     max_new_tokens: Annotated[
-        int | None, typer.Option(min=1, help="MT-Bench: longest answer, in tokens.", show_default="1024")
+        int | None,
+        typer.Option(
+            min=1, help="MT-Bench: longest answer, in tokens.", show_default="1024, or a quarter of the context"
+        ),
     ] = None,
     base_model: Annotated[
         str | None, typer.Option(help="The base model: a folder or a hub id.", show_default="where the adapter says")
@@ -171,10 +174,13 @@ def evaluate(
 
                 judge = Judge(JudgeSettings(judge_url, judge_model, key=os.environ.get(JUDGE_KEY)))
                 folder = output / "mt_bench"
-                lengths = {"max_new_tokens": max_new_tokens or 1024, "batch_size": batch_size}
+                lengths = {"max_new_tokens": max_new_tokens, "batch_size": batch_size}
                 judged = run_mt_bench(loaded, questions, judge, folder, shown, **lengths)
                 shown.finish()
                 print_ratings(console, judged)
+                if max_new_tokens is None and (longest := judged["max_new_tokens"]) < 1024:
+                    told = f"Answers were cut at {longest:,} tokens, so that two of them fit the model's context"
+                    say(console, f"{told} (--max-new-tokens for another length).")
                 say_what_is_left(loaded, console)
                 say(console, f"Written: {folder / 'results.json'}")
     except KeyboardInterrupt:

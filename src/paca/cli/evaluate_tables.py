@@ -58,6 +58,14 @@ def print_ratings(console: Console, results: dict[str, Any]) -> None:
         answers = "1 answer" if ungraded == 1 else f"{ungraded} answers"
         out = ", which the difference leaves out on both sides" if "difference" in results else ""
         say(console, f"The judge named no grade for {answers}{out}. The same call asks again.", style="yellow")
+    longest, context, cut = results["max_new_tokens"], results["context"], results["cut_questions"]
+    if cut:
+        asked = "1 question" if cut == 1 else f"{cut:,} questions"
+        told = (
+            f"{asked} lost the beginning: with answers of {longest:,} tokens there is no room in the model's context "
+            f"of {context:,}. Ask for shorter ones with --max-new-tokens."
+        )
+        say(console, told, style="yellow")
     used = results["judge"]
     tokens = f"read {used['prompt_tokens']:,} tokens and wrote {used['completion_tokens']:,}"
     say(console, f"The judge {tokens}, in {used['requests']:,} requests, for the verdicts kept.")

@@ -8,12 +8,14 @@ paca's own, so ratings compare with each other, not with published ones.
 from __future__ import annotations
 
 import json
+import math
 import time
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from paca.data.conversion import ORIGIN
+from paca.evaluation.batches import context_of
 from paca.evaluation.completions import completions
 from paca.evaluation.encoding import question_of
 from paca.evaluation.identity import identity
@@ -27,6 +29,9 @@ from paca.pretrained.conversation import answering
 from paca.pretrained.generation import LoadedModel
 from paca.pretrained.whole_output import write_whole
 
+_LONGEST = 1024
+"""Tokens of an answer, where the model's context has room: FastChat's number."""
+
 
 def run_mt_bench(
     loaded: LoadedModel,
@@ -35,7 +40,7 @@ def run_mt_bench(
     output: Path,
     watcher: Watcher,
     *,
-    max_new_tokens: int = 1024,
+    max_new_tokens: int | None = None,
     batch_size: int = 8,
 ) -> dict[str, Any]:
     """Answer and judge, and write `answers-*.jsonl`, `judgments-*.jsonl` and `results.json`.
@@ -48,22 +53,28 @@ def run_mt_bench(
         judge: Whom to ask.
         output: A folder; answers and verdicts of an earlier run in it are used.
         watcher: Told how far it is.
-        max_new_tokens: Length at which an answer is cut.
+        max_new_tokens: Length at which an answer is cut; None for 1,024, or for a quarter of the model's context where
+            that is less: the second turn has two answers and both questions in it.
         batch_size: Answers at a time.
 
     Returns:
-        The content of `results.json`: `models` with their scores, their `difference` in pairs, and what the judge took.
+        The content of `results.json`: `models` with their scores, their `difference` in pairs, what the judge took, the
+        length of answers, and how many questions lost their beginning (`cut_questions`), as the context had no room.
 
     Raises:
         PacaError: The model cannot chat, or the judge does not answer.
     """
     if loaded.tokenizer.chat_template is None:
         raise PacaError("MT-Bench is a conversation, and this model's tokenizer has no chat template.")
+    context = context_of(loaded.model)
+    if max_new_tokens is None:
+        max_new_tokens = _LONGEST if context is None else max(1, min(_LONGEST, context // 4))
     output.mkdir(parents=True, exist_ok=True)
-    answers = {}
+    answers, cut = {}, 0
     for side in sides_of(loaded):
         with answering(loaded, base=side == BASE):
-            answers[side] = _answers(loaded, side, questions, output, watcher, max_new_tokens, batch_size)
+            answers[side], too_long = _answers(loaded, side, questions, output, watcher, max_new_tokens, batch_size)
+            cut += too_long
     ratings = {side: ratings_of(judge, side, questions, said, output, watcher) for side, said in answers.items()}
     used = sum((rating.usage for of_side in ratings.values() for rating in of_side), Usage())
     compared = {"difference": scores_of(differences(*ratings.values()))} if len(ratings) == 2 else {}
@@ -71,6 +82,9 @@ def run_mt_bench(
         "models": {side: scores_of(of_side) for side, of_side in ratings.items()},
         **compared,
         "questions": len(questions),
+        "max_new_tokens": max_new_tokens,
+        "context": context,
+        "cut_questions": cut,
         "judge": {"model": judge.settings.model, "url": judge.settings.url, **asdict(used)},
     }
     write_whole(output / "results.json", json.dumps(results, indent=2, ensure_ascii=False) + "\n")
@@ -85,16 +99,19 @@ def _answers(
     watcher: Watcher,
     max_new_tokens: int,
     batch_size: int,
-) -> list[list[str]]:
-    """What the model says to each question, turn by turn; each answer is kept as it comes."""
+) -> tuple[list[list[str]], int]:
+    """What the model says to each question, turn by turn; each answer is kept as it comes. And how many questions lost
+    their beginning."""
     name = f"answers-{side}-{identity(loaded, side)}-{max_new_tokens}.jsonl"
     kept = KeptAnswers(side, watcher, output / "answers" / name)
     talks: list[list[dict[str, str]]] = [[] for _ in questions]
+    room, cut = (context_of(loaded.model) or math.inf) - max_new_tokens, 0
     for turn in range(max(len(question.turns) for question in questions)):
         going_on = [pair for pair in zip(questions, talks, strict=True) if turn < len(pair[0].turns)]
         for question, talk in going_on:
             talk.append({"role": "user", "content": question.turns[turn]})
         prompts = [question_of({"prompt": talk, ORIGIN: one.id}, loaded.tokenizer) for one, talk in going_on]
+        cut += sum(len(prompt) > room for prompt in prompts)
         lengths = {"max_new_tokens": max_new_tokens, "batch_size": batch_size}
         texts = completions(loaded.model, loaded.tokenizer, prompts, **lengths, kept=kept)
         for (_, talk), text in zip(going_on, texts, strict=True):
@@ -105,4 +122,4 @@ def _answers(
         for one, turns in zip(questions, answers, strict=True)
     ]
     write_whole(output / name, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-    return answers
+    return answers, cut
