@@ -104,7 +104,8 @@ def work_text(
 
 def disk_text(planned: Sequence[PlannedMethod], grids: Mapping[str, Sequence[float]], seeds: int) -> str:
     """What the runs leave on the disk, and what one of them takes besides while it goes."""
-    left = sum((len(grids[one.method.name]) + seeds - 1) * one.plan.disk.result for one in planned)
+    runs = {one.method.name: len(grids[one.method.name]) + seeds - 1 for one in planned}
+    left = sum(runs[one.method.name] * (one.plan.disk.result + one.plan.disk.start) for one in planned)
     left += max(one.plan.disk.base for one in planned)  # unpacked once: the runs' files are one
     going = max(one.plan.disk.checkpoints * one.plan.disk.checkpoint for one in planned)
     besides = f", and up to {format_bytes(going)} of checkpoints while a run goes" if going else ""

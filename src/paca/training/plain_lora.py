@@ -8,6 +8,8 @@ anew at each load, and in another dtype or on another device it finds others.
 from __future__ import annotations
 
 import copy
+import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,7 @@ from paca.pretrained.changed_base import not_saved
 from paca.training.config.run_config import RunConfig
 
 _NAME = "default"
+_FACTOR = re.compile(r"\.lora_[AB]\.")
 
 
 def save_as_plain_lora(adapter: Path, model: Any, config: RunConfig, start: Path) -> None:
@@ -91,6 +94,23 @@ def _with_clusters(model: Any, trained: dict[str, Tensor]) -> tuple[dict[str, Te
         **{name: getattr(asked, name) for name in kept},
     )
     return {key: tensor.cpu().contiguous() for key, tensor in tensors.items()}, plain
+
+
+def bytes_besides(model: nn.Module, settings: Mapping[str, Any]) -> tuple[int, int]:
+    """Bytes that a run's adapter, and one in a checkpoint, has besides what is trained of it.
+
+    Args:
+        model: With its adapter; weights are not needed.
+        settings: Of the adapter.
+    """
+    if not_saved(settings):
+        return sum(weight.nbytes for name, weight in model.named_parameters() if _FACTOR.search(name)), 0
+    layers = [layer for _, layer in _clustered(model)]
+    projections = [layer.adamss_newB[_NAME] for layer in layers]  # as wide as the input: not trained, and saved
+    trained = sum(weight.nbytes for layer in layers for weight in layer.parameters() if weight.requires_grad)
+    products = sum(4 * len(one) * layer.out_features for one, layer in zip(projections, layers, strict=True))
+    frozen = sum(projection.nbytes for projection in projections)
+    return frozen + products - trained, frozen
 
 
 def check_clusters(model: nn.Module) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from rich.console import Console
+from safetensors.torch import load_file
 from torch import nn
 
 from paca.messages.errors import PacaError
@@ -37,6 +38,37 @@ def test_a_run_writes_what_is_foretold(config_file: Path, finished: Callable[...
     states = torch.load(checkpoints[0] / "optimizer.pt")["state"].values()
     moments = sum(state[name].nbytes for state in states for name in ("exp_avg", "exp_avg_sq"))
     assert need.checkpoint == need.result + moments
+
+
+LORA = ("lora.r=4", "lora.use_dora=true", "lora.modules_to_save=[lm_head]")
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        ("lora.init_lora_weights=pissa_niter_2", *LORA),
+        ("lora.init_lora_weights=eva", "lora.r=4"),
+        ("peft.peft_type=ADAMSS", "peft.r=8", "peft.num_subspaces=3"),
+    ],
+)
+def test_an_adapter_that_a_run_leaves_as_another_is_counted_as_that(
+    config_file: Path, tmp_path: Path, settings: tuple[str, ...]
+) -> None:
+    config = load_run_config(config_file, ["paca=null", f"output.dir={tmp_path}", "train.max_steps=2", *settings])
+    need = describe(config).disk
+    tokenizer = sum(file.stat().st_size for file in tokenizer_files(config_file.parent / "model"))
+    folder = train(config, console=Console(quiet=True)).folder
+
+    def tensors(file: Path) -> int:
+        return sum(tensor.nbytes for tensor in load_file(file).values()) if file.exists() else 0
+
+    assert need.result == tensors(folder / "adapter" / "adapter_model.safetensors") + tokenizer
+    assert need.start == tensors(folder / "start.safetensors")
+    checkpoint = next((folder / "checkpoints").iterdir())
+    states = torch.load(checkpoint / "optimizer.pt")["state"].values()
+    moments = sum(state[name].nbytes for state in states for name in ("exp_avg", "exp_avg_sq"))
+    assert need.checkpoint == tensors(checkpoint / "adapter_model.safetensors") + tokenizer + moments
+    assert ("what it starts with" in str(need)) is (need.start > 0)
 
 
 @pytest.mark.parametrize(

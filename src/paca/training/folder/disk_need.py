@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,9 +16,11 @@ from paca.messages.errors import PacaError
 from paca.messages.say import say
 from paca.messages.units import format_bytes
 from paca.planning.optimizer_state import known, optimizer_of, state_bytes
+from paca.pretrained.changed_base import not_saved
 from paca.pretrained.location import tokenizer_files
 from paca.training.config.run_config import RunConfig
 from paca.training.folder.checkpoints import size_on_disk
+from paca.training.plain_lora import bytes_besides
 
 
 @dataclass(frozen=True)
@@ -32,10 +35,12 @@ class DiskNeed:
     """That are there at the same time."""
     base: int
     """Of the plain copy that a GGUF file needs; 0 without one."""
+    start: int = 0
+    """Of what an adapter began with, where a run keeps it; 0 elsewhere."""
 
     @property
     def total(self) -> int:
-        return self.result + self.checkpoints * self.checkpoint + self.base
+        return self.result + self.checkpoints * self.checkpoint + self.base + self.start
 
     def __str__(self) -> str:
         parts = [f"result {format_bytes(self.result)}"]
@@ -44,6 +49,8 @@ class DiskNeed:
                 f"at most {self.checkpoints} checkpoints at a time, each" if self.checkpoints > 1 else "a checkpoint of"
             )
             parts.append(f"{count} {format_bytes(self.checkpoint)}")
+        if self.start:
+            parts.append(f"what it starts with {format_bytes(self.start)}")
         if self.base:
             parts.append(f"the base as a checkpoint {format_bytes(self.base)}")
         return f"about {format_bytes(self.total)} ({', '.join(parts)})"
@@ -63,13 +70,25 @@ def disk_need(config: RunConfig, model: nn.Module, steps: int | None, base: int)
     weights = sum(parameter.nbytes for parameter in trained)
     if config.model.quantization is not None and config.method != "paca":
         weights = 2 * sum(parameter.numel() for parameter in trained)  # TRL casts to bfloat16
-    beside = tokenizer_files(Path(config.model.tokenizer or config.model.name).expanduser())
-    result = weights + sum(file.stat().st_size for file in beside)
+    files = tokenizer_files(Path(config.model.tokenizer or config.model.name).expanduser())
+    tokenizer = sum(file.stat().st_size for file in files)
+    more, more_in_checkpoint = bytes_besides(model, config.adapter)
     optimizer = optimizer_of(train)
     state = state_bytes(optimizer if known(optimizer) else "adamw_torch", trained)
     return DiskNeed(
-        result, result if train.get("save_only_model") else result + state, _checkpoints(train, steps), base
+        weights + more + tokenizer,
+        weights + more_in_checkpoint + tokenizer + (0 if train.get("save_only_model") else state),
+        _checkpoints(train, steps),
+        base,
+        _start(model, config.adapter, more),
     )
+
+
+def _start(model: nn.Module, settings: Mapping[str, Any], taken: int) -> int:
+    """Bytes of the start that a run keeps; `taken` is what the adapter has of it."""
+    if settings.get("init_lora_weights") != "eva":
+        return taken if not_saved(settings) else 0
+    return sum(8 * weight.numel() for name, weight in model.named_parameters() if ".lora_A." in name)  # in float64
 
 
 def _checkpoints(train: dict[str, Any], steps: int | None) -> int:
