@@ -174,8 +174,9 @@ def evaluate(
 
                 judge = Judge(JudgeSettings(judge_url, judge_model, key=os.environ.get(JUDGE_KEY)))
                 folder = output / "mt_bench"
-                lengths = {"max_new_tokens": max_new_tokens, "batch_size": batch_size}
-                judged = run_mt_bench(loaded, questions, judge, folder, shown, **lengths)
+                judged = run_mt_bench(
+                    loaded, questions, judge, folder, shown, max_new_tokens=max_new_tokens, batch_size=batch_size
+                )
                 shown.finish()
                 print_ratings(console, judged)
                 if max_new_tokens is None and (longest := judged["max_new_tokens"]) < 1024:

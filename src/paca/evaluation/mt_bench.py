@@ -58,8 +58,8 @@ def run_mt_bench(
         batch_size: Answers at a time.
 
     Returns:
-        The content of `results.json`: `models` with their scores, their `difference` in pairs, what the judge took, the
-        length of answers, and how many questions lost their beginning (`cut_questions`), as the context had no room.
+        The content of `results.json`: `models` with their scores, their `difference` in pairs, what the judge took, and
+            how many questions lost their beginning, `cut_questions`, where the context had no room.
 
     Raises:
         PacaError: The model cannot chat, or the judge does not answer.
