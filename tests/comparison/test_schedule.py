@@ -37,6 +37,24 @@ def test_rates_are_searched_with_the_first_seed_and_the_best_goes_on_with_the_ot
     assert plan.expected == {"paca": 5}
 
 
+def test_more_runs_may_come_until_every_search_has_ended() -> None:
+    ended: dict[Job, Outcome] = {}
+    grids, grew = {"paca": RATES, "lora": [1e-3]}, []
+    best = {"paca": 2.7e-2, "lora": 1e-3}
+    while todo := [job for job in schedule(grids, SEEDS, ended.get, extend=True).jobs if job not in ended]:
+        grew.append(schedule(grids, SEEDS, ended.get, extend=True).growing)
+        assert not schedule(grids, SEEDS, ended.get, extend=False).growing
+        loss = abs(math.log(todo[0].rate / best[todo[0].method]))
+        ended[todo[0]] = Outcome(loss, loss)
+    assert grew == sorted(grew, reverse=True)
+    after = [job for job in ended if job.method == "paca" and job.seed == 0]
+    assert len(after) == 5  # two beyond the grid
+    assert grew[list(ended).index(after[-1])]
+    assert grew.count(False) == 2  # paca's other seeds
+    failed = dict.fromkeys(ended, FAILED)
+    assert not schedule(grids, SEEDS, failed.get, extend=True).growing
+
+
 def test_each_method_has_its_own_rate_and_methods_take_turns() -> None:
     plan = worked_off({"paca": 3e-3, "lora": 1e-3}, extend=False)
     assert plan.chosen == {"paca": 3e-3, "lora": 1e-3}

@@ -37,6 +37,19 @@ def test_a_log_file_has_the_time_left_at_each_run_but_the_first(tmp_path: Path) 
     ]
 
 
+def test_runs_and_time_are_at_least_so_many_while_a_grid_may_grow(tmp_path: Path) -> None:
+    work = small_work(tmp_path, "paca", extend=True)
+    work.console = Console(file=io.StringIO(), width=200)
+    work.run()
+    lines = work.console.file.getvalue().splitlines()  # type: ignore[attr-defined]
+    started = [re.sub(r"[\d:.hms]+ left", "LEFT", line) for line in lines if line.startswith("run ")]
+    assert started[0] == "run 1 of at least 3: paca-lr0.001-seed0 ..."
+    assert started[1] == "run 2 of at least 3: paca-lr0.003-seed0  at least LEFT ..."
+    assert "  at least LEFT" in started[-2]
+    assert started[-2].startswith(f"run {len(started) - 1} of at least {len(started)}: ")
+    assert re.match(rf"run {len(started)} of {len(started)}: .*  about LEFT ...", started[-1])
+
+
 def test_a_log_file_says_no_line_twice_in_a_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("paca.comparison.work._PLAIN_LINE_EVERY", 0)
     work, job = small_work(tmp_path), Job("paca", 1e-3, 0)

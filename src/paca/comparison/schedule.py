@@ -53,6 +53,8 @@ class Schedule:
     """The rate of each method that is found; a method is missing while it is searched, and where all rates failed."""
     expected: dict[str, int]
     """How many runs of each method there will be, as far as is known."""
+    growing: bool
+    """Whether there may be more: a rate is searched that may lie beyond its grid."""
 
 
 def schedule(
@@ -66,18 +68,19 @@ def schedule(
         outcomes: Of the runs that ended.
         extend: Go beyond a grid while its first or last rate is the best; else as far as such runs have ended already.
     """
-    columns, chosen, expected = [], {}, {}
+    columns, chosen, expected, growing = [], {}, {}, False
     for method, rates in grids.items():
         tried, best = _search(method, rates, seeds[0], outcomes, extend)
         jobs = [Job(method, rate, seeds[0]) for rate in tried]
         hopeless = best is None and all(outcomes(job) is not None for job in jobs)
         expected[method] = len(tried) + (0 if hopeless else len(seeds) - 1)
+        growing |= extend and best is None and not hopeless and 1 < len(tried) < len(rates) + MOST_BEYOND
         if best is not None:
             chosen[method] = best
             jobs += [Job(method, best, seed) for seed in seeds[1:]]
         columns.append(jobs)
     turns = chain.from_iterable(zip_longest(*columns))
-    return Schedule([job for job in turns if job is not None], chosen, expected)
+    return Schedule([job for job in turns if job is not None], chosen, expected, growing)
 
 
 def _search(

@@ -181,7 +181,9 @@ class _Progress:
             self.left[one.method] -= 1
             if row["score"] is not None:
                 self.taken[one.method].append(work.took.get(one, row["run_info"]["total_time"]))
-        self.heading = f"run {len(ended) + 1} of {sum(plan.expected.values())}: {job.name}"
+        self.growing = plan.growing
+        count = f"{'at least ' if self.growing else ''}{sum(plan.expected.values())}"
+        self.heading = f"run {len(ended) + 1} of {count}: {job.name}"
         self.last_line = self.heading
         self.live: Live | None = None
         self.before: float | None = None
@@ -224,7 +226,7 @@ class _Progress:
 
     def _time_left(self, elapsed: float, expected: float | None = None) -> list[str]:
         left = seconds_left(self.left, self.taken, self.job.method, elapsed, expected)
-        return [] if left is None else [f"about {format_duration(left)} left"]
+        return [] if left is None else [f"{'at least' if self.growing else 'about'} {format_duration(left)} left"]
 
 
 def seconds_left(
