@@ -102,6 +102,22 @@ def test_ctrl_c_while_the_command_line_loads_is_no_traceback(monkeypatch: pytest
     assert end.value.code == 130
 
 
+def test_ctrl_c_before_a_command_begins_its_work_is_told(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Such as while the libraries are imported, for seconds: it ended without a word."""
+
+    def interrupted() -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sys.modules["paca.cli.train"], "check_launchers_variables", interrupted)
+    monkeypatch.setattr("sys.argv", ["paca", "train", "run.yaml"])
+    with pytest.raises(SystemExit) as end:
+        paca_command.main()
+    assert end.value.code == 130
+    assert capsys.readouterr().err == "Stopped.\n"
+
+
 def test_no_library_is_to_tell_its_makers_unless_the_user_says_so(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     # What counts is what huggingface_hub finds when it is imported, after this.
     assert run("--version").stdout.endswith("telemetry off: 1\nimported: []\n")
@@ -194,10 +210,13 @@ def test_a_folder_that_a_run_can_not_have_is_refused_before_anything_heavy_is_im
     assert [path.name for path in (tmp_path / "runs").rglob("*")] == ["done", "summary.json"]
 
 
-def test_a_folder_that_another_run_has_is_refused_before_anything_heavy_is_imported(run: Run, tmp_path: Path) -> None:
+@pytest.mark.parametrize("switches", [[], ["--resume"]])
+def test_a_folder_that_another_run_has_is_refused_before_anything_heavy_is_imported(
+    run: Run, tmp_path: Path, switches: list[str]
+) -> None:
     (tmp_path / "run.yaml").write_text(MODEL_AND_DATA)
     with RunFolder(tmp_path / "runs" / "run").in_use():
-        done = run("train", "run.yaml")
+        done = run("train", "run.yaml", *switches)
     assert done.returncode == 1
     assert "runs/run is in use: process" in done.stderr
     assert done.stdout.endswith("imported: []\n")

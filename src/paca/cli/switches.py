@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import re
 import shlex
+import sys
 from typing import Any
 
+from typer import Exit
 from typer.core import TyperCommand, TyperGroup
 
 from paca.messages.nearest import did_you_mean
@@ -136,3 +138,11 @@ class Group(TyperGroup):
         except Exception as error:  # as above
             _tell_command(error, given, self.commands, ctx)
             raise
+
+    def invoke(self, ctx: Any) -> Any:
+        """Runs the command."""
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:  # before the command minds it, as while libraries load: typer ends without a word
+            print("Stopped.", file=sys.stderr)
+            raise Exit(130) from None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shlex
 import signal
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -115,13 +116,16 @@ def _check_folder(resume: bool, config: RunConfig) -> None:
     from paca.training.folder.run_folder import RunFolder
 
     folder = RunFolder(Path(config.output.dir).expanduser())
-    if not folder.path.exists():
+    if resume and folder.finished():
+        return
+    if not resume and not folder.path.exists():
         folder.check_writable()
-    if resume and folder.newest_checkpoint() is None and not folder.finished():
-        folder.reopen()
-    if not resume and folder.path.exists():
-        with folder.in_use():
+        return
+    with folder.in_use() if folder.path.exists() else nullcontext():
+        if not resume:
             folder.check_free(overwrite=config.output.overwrite, used=config.paths_used())
+        elif folder.newest_checkpoint() is None:
+            folder.reopen()
 
 
 def _push(run: Path, repo: str) -> None:
