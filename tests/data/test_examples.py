@@ -229,7 +229,10 @@ def test_the_same_file_read_in_another_form_is_not_taken_from_the_cache(tmp_path
     ("rows", "expected"),
     [
         ([*ALPACA[:2], {"instruction": "a", "output": ""}], r"a\.jsonl, line 3: output is empty"),
-        ([*ALPACA[:2], {"instruction": "a"}], r"a\.jsonl, line 3: there is no column output; found: instruction"),
+        (
+            [*ALPACA[:2], {"instruction": "a"}],
+            r"a\.jsonl, line 3: there is no column output; found: instruction\. Complete the",
+        ),
         (
             [*ALPACA[:2], {"question": "a", "answer": "b"}],
             r"a\.jsonl, line 3 is of the form question-answer: it has question and answer, but no instruction and no "

@@ -475,6 +475,7 @@ def test_a_loss_that_is_not_a_number_ends_the_run(run: Runner, tmp_path: Path) -
         ("paca.target_modules=[v_proj, q_prj]", r"no module named q_prj .*Did you mean q_proj\?"),
         ("paca.target_modules=q_prj", r"no module named q_prj .*Did you mean q_proj\?"),
         ("paca.target_modules=q_proj", r"is the text 'q_proj', a pattern that .* Give a list .*: \[q_proj\]"),
+        ("paca.target_modules=q_proj,v_proj", r"is the text 'q_proj,v_proj', a pattern .*: \[q_proj,v_proj\]"),
         ("paca.r=1000", r"The section paca does not fit .*r=1000"),
         (
             "paca.target_modules=[lm_head]",

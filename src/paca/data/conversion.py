@@ -198,7 +198,7 @@ def _convert(form: Format, place: str, row: rows.Row, leave_out: bool) -> Exampl
     missing = [column for column in form.required if column not in row]
     try:
         if missing:
-            hint = did_you_mean(missing[0], row)
+            hint = did_you_mean(missing[0], [column for column in row if column not in form.required])
             raise NothingToLearn(
                 f"there is no column {' and no '.join(missing)}; found: {', '.join(row) or '(nothing)'}.{hint} "
                 "Complete the record."

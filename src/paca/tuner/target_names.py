@@ -39,9 +39,9 @@ def problem_of(targets: Any, model: nn.Module, setting: str) -> str | None:
     single = targets if isinstance(targets, str) else None
     names = [_WRAPPED.sub("", name) for name, _ in model.named_modules()]
     if single is not None:
-        if not re.fullmatch(r"\w+", single) or single in names:
+        if not re.fullmatch(r"\w+(, ?\w+)*", single) or single in names:
             return None
-        targets = [single]
+        targets = re.split(", ?", single)
     elif not isinstance(targets, list | tuple | set):
         return None
     ends = {end for name in names for end in _ends_of(name)}

@@ -62,6 +62,7 @@ def test_keys_come_with_their_lines(tmp_path: Path) -> None:
         ("a: 'x\n", "line 2, column 1", "A quote that was opened is not closed"),
         ("train:\n\tseed: 1\n", "line 2, column 1", "Indent by spaces"),
         ("? [a]\n: 1\n", "line 1, column 3", "a key must be plain text"),
+        ("a: 1\n---\nb: 2\n", "line 2, column 1", "A file describes one run: leave out the line ---"),
         ("1: a\n", "line 1, column 1", "the key '1' is not text"),
         ("train: {null: a}\n", "line 1, column 9", "the key 'null' is not text"),
         ("a: !!python/object/apply:os.system [ls]\n", "line 1, column 4", "could not determine a constructor"),
@@ -87,7 +88,11 @@ def test_characters_that_yaml_does_not_allow_are_one_line(tmp_path: Path) -> Non
 
 def test_unreadable_files_are_errors_that_name_them(tmp_path: Path) -> None:
     (tmp_path / "latin1.yaml").write_bytes(b"a: \xe9\n")
-    for name, problem in (("none.yaml", "There is no file"), (".", "is a folder"), ("latin1.yaml", "can't be read")):
+    for name, problem in (
+        ("none.yaml", "There is no file"),
+        (".", "is a folder"),
+        ("latin1.yaml", "not UTF-8 text .* Save it as"),
+    ):
         with pytest.raises(PacaError, match=problem) as caught:
             read_yaml(tmp_path / name)
         assert str(tmp_path / name) in str(caught.value)

@@ -96,7 +96,9 @@ def read_yaml(path: Path) -> tuple[Any, dict[str, int]]:
             f" (Working folder: {Path.cwd()}.) A YAML file describes a run: model.name and data.train are enough."
         )
         raise PacaError(f"There is no file {path}.{hint}") from None
-    except (OSError, UnicodeDecodeError) as error:
+    except UnicodeDecodeError as error:
+        raise PacaError(f"{path} is not UTF-8 text (byte {error.start}). Save it as UTF-8.") from error
+    except OSError as error:
         raise PacaError(f"{path} can't be read: {error}.") from error
     try:
         root, content = _parse(text)
@@ -181,6 +183,7 @@ _ADVICE = {
     "cannot start any token": "Indent by spaces, not by tabs; a value that begins with such a character needs quotes.",
     "expected ',' or": "A list [...] or mapping {...} is not closed, or lacks a comma.",
     "unexpected end of stream": "A quote that was opened is not closed.",
+    "but found another document": "A file describes one run: leave out the line --- and what follows.",
     "could not determine a constructor": "A value that begins with ! needs quotes.",
 }
 """What most often lies behind the parser's words."""
