@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from itertools import islice
 from typing import Any
@@ -16,9 +16,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional
 from trl.kernels import chunked_logprob
 
-from paca.columns import state
+from paca.columns import resident, state
 from paca.columns.kept import Kept
 from paca.columns.selection import BLOCK
+from paca.columns.state import ALONE
 from paca.lean import cache_blocks, gated_linear_unit, pointwise, rms_norm, token_log_probs
 from paca.lean.loss import every_position, in_blocks
 from paca.planning.attention_kernels import attention_of
@@ -42,10 +43,18 @@ def make_fake(model: nn.Module) -> None:
             made[id(tensor)] = (tensor, empty)
         return made[id(tensor)][1]
 
-    with _each_module_once(model):
+    with _each_module_once(model), patch.object(resident, "write_together", _as_if_written):
         model._apply(fake)
     fake_states(model, fake)
     fake_places(model, fake)
+
+
+def _as_if_written(jobs: Iterable[Any]) -> None:
+    """What holds once columns are written: their originals are kept. Without values there is nothing to write."""
+    with resident.WRITING, ALONE, torch.inference_mode(False), torch.no_grad():
+        for columns, weight, wanted in jobs:
+            if (state := columns.prepare(weight, wanted)) is not None:
+                columns.wrote(weight, state)
 
 
 @contextmanager

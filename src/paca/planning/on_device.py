@@ -96,6 +96,7 @@ def simulate_on(
     *,
     compare: bool = False,
     typical_length: int | None = None,
+    made: Sequence[MemoryEstimate] = (),
 ) -> OnDevice:
     """Simulate a step on `device`, of which nothing is measured.
 
@@ -107,6 +108,7 @@ def simulate_on(
         compare: Also with the other methods, of as many parameters: PaCA, LoRA with PEFT's defaults and tuned, and
             both on NF4 weights. Beside a full training they have r 16.
         typical_length: Tokens to which batches are padded on average, for the time; those of `setting` if None.
+        made: Estimates with `adapter` that need not be made again; for the time, with operators.
 
     Raises:
         PacaError: The model can't be planned.
@@ -120,10 +122,13 @@ def simulate_on(
         try:
             if rows and adapter is not None and config is not None:
                 config = _with_parameters(model, config, rows[0].estimate.trainable)
-            longest = estimate(model, wanted, config, timed=typical_length is None)
+            known = () if rows else made
+            longest = _known(known, wanted, typical_length is None)
+            longest = longest or estimate(model, wanted, config, timed=typical_length is None)
             typical = longest
             if typical_length is not None:
-                typical = estimate(model, replace(wanted, sequence_length=typical_length), config, timed=True)
+                shorter = replace(wanted, sequence_length=typical_length)
+                typical = _known(known, shorter, True) or estimate(model, shorter, config, timed=True)
         except PacaError as error:
             if not rows:
                 raise
@@ -136,6 +141,10 @@ def simulate_on(
         )
     dtype = setting.autocast or next(model.parameters()).dtype
     return OnDevice(device, tuple(rows), dtype, tuple(refused))
+
+
+def _known(made: Sequence[MemoryEstimate], setting: Setting, timed: bool) -> MemoryEstimate | None:
+    return next((one for one in made if one.setting == setting and (one.operators or not timed)), None)
 
 
 def rates_on(device: Device, dtype: Any) -> tuple[MatmulRate, DequantizeRate]:

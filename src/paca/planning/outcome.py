@@ -118,11 +118,16 @@ def plan(target: Target, wanted: Wanted) -> Outcome:
     else:
         with suppress(PacaError):  # a plan for a GPU that is not here
             budget = available_memory(setting.device)
-    result = estimate(target.model, setting, target.adapter) if found is None else found.best.estimate
-    typical, simulated = result, None
+    timed = wanted.on is not None
+    result = typical = (
+        estimate(target.model, setting, target.adapter, timed=timed and target.typical_length is None)
+        if found is None
+        else found.best.estimate
+    )
+    simulated = None
     if target.typical_length is not None:
         shorter = replace(result.setting, sequence_length=target.typical_length)
-        typical = estimate(target.model, shorter, target.adapter)
+        typical = estimate(target.model, shorter, target.adapter, timed)
     if wanted.on is not None:
         simulated = simulate_on(
             target.model,
@@ -131,6 +136,7 @@ def plan(target: Target, wanted: Wanted) -> Outcome:
             wanted.on,
             compare=wanted.compare,
             typical_length=target.typical_length,
+            made=(result, typical),
         )
     steps = wanted.steps or target.steps or STEPS
     return Outcome(target, result, typical, rate, unpacking, budget, found, simulated, steps)

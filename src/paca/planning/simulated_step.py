@@ -198,6 +198,8 @@ class _Simulation:
             self._forward_and_backward(inputs)
             recorder.phase = "step"
             step()
+        for parameter in trainable:
+            parameter.grad = None  # `memory` does not follow it
         return recorder.operators
 
     def _forward_and_backward(self, inputs: dict[str, Tensor]) -> Counter[str]:
