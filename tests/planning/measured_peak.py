@@ -1,12 +1,11 @@
 """Trains models for two steps each in this process and prints how far its resident set rose (bytes, a JSON list).
 
-Run as `python measured_peak.py CASES`, a JSON list of `[architecture, options of its config, setting]`. The environment
-has to fix malloc's thresholds: glibc raises them by itself as blocks are freed, and then keeps freed memory that
-belongs to no tensor any more.
+Run as `python measured_peak.py CASES`, a JSON list of `[architecture, options of its config, setting]`.
 """
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import json
 import sys
@@ -23,6 +22,13 @@ from trl.trainer.utils import add_fused_lm_head
 import paca
 from paca.lean import make_lean
 from paca.lean.loss import loss_for
+
+
+def fix_thresholds() -> None:
+    """glibc raises them by itself as blocks are freed, and then keeps freed memory that belongs to no tensor any more.
+    So every tensor that counts is a mapping of its own, and goes when it is freed."""
+    for of_trimming_or_mapping in (-1, -3):
+        assert ctypes.CDLL(None).mallopt(of_trimming_or_mapping, 2**16)
 
 
 def resident(field: str) -> int:
@@ -106,6 +112,7 @@ def measure(architecture: str, options: dict[str, Any], setting: dict[str, Any])
 
 
 if __name__ == "__main__":
+    fix_thresholds()
     torch.set_num_threads(1)
     gc.collect()
     gc.freeze()  # what was imported is not walked through again each time

@@ -1,8 +1,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -10,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from architectures import config
+from forked_process import run_forked
 from measured_peak import adapter
 
 from paca.planning import Setting, estimate
@@ -35,15 +34,15 @@ OPT = {
 
 CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     # In bfloat16, and of shapes of their own: a product's program stays once it is compiled.
-    "llama, bf16": ("llama", {**GATED, "vocab_size": 12000, "dtype": "bfloat16"}, {}),
+    "llama, bf16": ("llama", {**GATED, "vocab_size": 8000, "dtype": "bfloat16"}, {}),
     "llama, padded": ("llama", {**GATED, "dtype": "float32"}, {"padded": True}),
     "llama, MLP recomputed": ("llama", {**GATED, "dtype": "float32"}, {"lean": True, "recompute": "mlp"}),
     "llama, checkpointed": ("llama", {**GATED, "dtype": "float32"}, {"checkpointing": True}),
     "llama, all of it": ("llama", {**GATED, "dtype": "float32"}, {"full": True, "gradient_accumulation": 2}),
     "llama, nf4": (
         "llama",
-        {**GATED, "vocab_size": 12000, "dtype": "bfloat16"},
-        {"quantization": "nf4", "batch_size": 4},
+        {**GATED, "vocab_size": 8000, "dtype": "bfloat16"},
+        {"quantization": "nf4", "batch_size": 3},
     ),
     "gemma2": ("gemma2", {**GATED, "head_dim": 64, "dtype": "float32"}, {}),
     "phi3": ("phi3", {**GATED, "dtype": "float32"}, {}),
@@ -71,8 +70,8 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
             "trainer": "grpo",
             "batch_size": 1,
             "sequence_length": 160,
-            "answers": 64,
-            "answer_length": 16,
+            "answers": 32,
+            "answer_length": 6,
         },
     ),
     "llama, answers after a learned prompt": (
@@ -84,8 +83,8 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
             "trainer": "grpo",
             "batch_size": 1,
             "sequence_length": 160,
-            "answers": 24,
-            "answer_length": 3,
+            "answers": 12,
+            "answer_length": 2,
         },
     ),
     "llama, SHADOW": ("llama", {**GATED, "dtype": "float32"}, {"adapter": {"peft_type": "SHADOW"}}),
@@ -100,17 +99,8 @@ DEFAULTS = {"batch_size": 2, "sequence_length": 256, "chunked_loss": False}
 
 def _measure() -> dict[str, int]:
     cases = [(name, options, {**DEFAULTS, **setting}) for name, options, setting in CASES.values()]
-    environment = {
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join(sys.path),
-        "OMP_NUM_THREADS": "1",
-        "MALLOC_MMAP_THRESHOLD_": "65536",  # every tensor that counts is a mapping of its own, and goes when freed
-        "MALLOC_TRIM_THRESHOLD_": "65536",
-    }
     script = Path(__file__).with_name("measured_peak.py")
-    run = subprocess.run(
-        [sys.executable, str(script), json.dumps(cases)], env=environment, capture_output=True, text=True, check=False
-    )
+    run = run_forked(script.read_text(), json.dumps(cases))
     assert run.returncode == 0, run.stderr[-3000:]
     return dict(zip(CASES, json.loads(run.stdout.splitlines()[-1]), strict=True))
 
