@@ -57,6 +57,11 @@ def _as_if_written(jobs: Iterable[Any]) -> None:
                 columns.wrote(weight, state)
 
 
+def _as_if_compared(columns: resident.ResidentColumns, weight: Tensor) -> None:
+    """What holds once columns were found to be as they were written."""
+    columns.unaccounted = columns.unaccounted and not torch.is_grad_enabled()
+
+
 @contextmanager
 def _each_module_once(model: nn.Module) -> Iterator[None]:
     """Layers of some methods of PEFT share modules, whose tensors can't be replaced twice."""
@@ -91,6 +96,7 @@ def without_values(device: str) -> Iterator[None]:
             stack.enter_context(patch.object(module, "row_blocks", _first_block))
         # Columns without values are those that were written.
         stack.enter_context(patch.object(Kept, "equal", lambda kept, other: True))
+        stack.enter_context(patch.object(resident.ResidentColumns, "compare", _as_if_compared))
         stack.enter_context(patch.object(state, "runs_of", _blocks))
         # Positions without values might be those of packed sequences, and transformers would make a mask for them.
         stack.enter_context(patch.object(transformers.masking_utils, "find_packed_sequence_indices", lambda _: None))
