@@ -16,12 +16,13 @@ from typer.testing import CliRunner
 import paca
 from paca.cli import app
 from paca.cli.plan_tables import show_simulated
+from paca.training.planned_run import target_of_run
 from tiny_checkpoint import WIDE, save_base
 
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = save_base(tmp_path_factory.mktemp("base"), **WIDE)
+    folder = save_base(tmp_path_factory.mktemp("base"), num_hidden_layers=1, **WIDE)
     for weights in folder.glob("*.safetensors"):
         weights.unlink()  # a plan needs the configuration only
     return folder
@@ -57,16 +58,16 @@ def test_json_adds_up(base: Path) -> None:
     assert content["total"] == sum(content["memory"].values())
     assert content["setting"]["lean"]
     assert content["setting"]["batch_size"] == 2
-    assert content["trainable"] == 4 * 2 * (64 + 32 + 32 + 64 + 112 + 112 + 64)  # r, blocks, outputs of each layer
+    assert content["trainable"] == 4 * (64 + 32 + 32 + 64 + 112 + 112 + 64)  # r, outputs of each layer
     assert content["seconds_per_step"] == 0.97 * (content["flops_per_step"] / 2e12)  # lean blocks on a CPU
 
 
 def test_a_budget_finds_a_setting_that_fits(base: Path) -> None:
-    roomy = plan_json(str(base), "--seq", "256", "--memory", "100GiB", "--global-batch", "2", "--loss", "full")
+    # With recomputed MLPs alone: one technique to search.
+    arguments = (str(base), "--seq", "256", "--global-batch", "2", "--loss", "full", "--recompute")
+    roomy = plan_json(*arguments, "--memory", "100GiB")
     assert roomy["setting"]["batch_size"] == 2
-    tight = plan_json(
-        str(base), "--seq", "256", "--memory", str(roomy["total"] - 1), "--global-batch", "2", "--loss", "full"
-    )
+    tight = plan_json(*arguments, "--memory", str(roomy["total"] - 1))
     assert tight["total"] < roomy["total"]
     assert tight["total"] == tight["candidates"][0]["total"]
     assert tight["setting"]["batch_size"] * tight["setting"]["gradient_accumulation"] == 2
@@ -82,10 +83,11 @@ def test_a_search_goes_on_without_bitsandbytes_and_says_so(base: Path, monkeypat
     monkeypatch.setattr(
         importlib.util, "find_spec", lambda name, *rest: None if name == "bitsandbytes" else find_spec(name, *rest)
     )
-    options = (str(base), "--seq", "64", "--global-batch", "1", "--device", "cpu", "--rate", "1")
-    assert "nothing has to be computed twice" in plan(*options, "--memory", "100GiB")
-    tight = str(json.loads(plan(*options, "--memory", "100GiB", "--json"))["total"] - 1)
-    assert "Not considered: nf4: quantized weights need bitsandbytes." in plan(*options, "--memory", tight)
+    options = (str(base), "--seq", "64", "--global-batch", "1", "--device", "cpu", "--rate", "1", "--lean")
+    roomy = json.loads(plan(*options, "--memory", "100GiB", "--json"))
+    assert "nothing has to be computed twice" in roomy["weights_reason"]
+    tight = plan(*options, "--memory", str(roomy["total"] - 1))
+    assert "Not considered: nf4: quantized weights need bitsandbytes." in tight
 
 
 def test_quantized_weights_are_planned_and_chosen_when_asked(base: Path) -> None:
@@ -120,11 +122,9 @@ def test_a_run_is_as_long_as_its_longest_example(base: Path, tmp_path: Path) -> 
     assert planned["typical_sequence_length"] == round((65 * 41 + 15 * 18 + 6) / 81)
     given = plan_json(str(path), "--rate", "1", "--set", "model.quantization=nf4", "--seq", "36")
     assert planned["flops_per_step"] == given["flops_per_step"]
-    cut = plan_json(str(path), "--rate", "1", "--set", "train.max_length=16")
-    assert cut["setting"]["sequence_length"] == 16
-    packed = plan_json(str(path), "--rate", "1", "--set", "train.packing=true")
-    assert packed["setting"]["sequence_length"] == 128
-    assert plan_json(str(path), "--rate", "1", "--seq", "64")["setting"]["sequence_length"] == 64
+    for change, given_length, length in (("max_length=16", None, 16), ("packing=true", None, 128), ("seed=0", 64, 64)):
+        target = target_of_run(path, [f"train.{change}"], "cpu", given_length, None)
+        assert target.setting.sequence_length == length
 
 
 def test_a_run_is_planned_with_its_own_settings(base: Path, tmp_path: Path) -> None:
@@ -141,7 +141,7 @@ def test_a_run_is_planned_with_its_own_settings(base: Path, tmp_path: Path) -> N
     assert (setting["sequence_length"], setting["batch_size"], setting["gradient_accumulation"]) == (128, 2, 3)
     assert setting["checkpointing"]
     assert setting["padded"]
-    assert planned["trainable"] == 2 * 2 * (64 + 32 + 32 + 64 + 112 + 112 + 64)
+    assert planned["trainable"] == 2 * (64 + 32 + 32 + 64 + 112 + 112 + 64)
     assert plan_json(str(path), "--rate", "1", "--seq", "64")["setting"]["sequence_length"] == 64
 
 
@@ -283,7 +283,7 @@ def test_a_run_is_simulated_at_its_typical_length_for_its_steps(base: Path, tmp_
     assert simulated["steps"] == 300
     assert [*simulated["methods"]] == ["paca", "lora", "lora-tuned", "qpaca", "qlora"]
     paca_row = simulated["methods"]["paca"]
-    assert (paca_row["trainable"], paca_row["layers"]) == (content["trainable"], 14)
+    assert (paca_row["trainable"], paca_row["layers"]) == (content["trainable"], 7)
     assert all(row["alpha"] for row in simulated["methods"].values())
     assert [simulated["methods"][name]["r"] for name in ("paca", "qpaca")] == [paca.PacaConfig().r] * 2
     for row in simulated["methods"].values():

@@ -20,7 +20,7 @@ ADVICE = "Leave 5 to 10 % of the budget free"
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return str(save_base(tmp_path_factory.mktemp("base"), **WIDE))
+    return str(save_base(tmp_path_factory.mktemp("base"), num_hidden_layers=1, **WIDE))
 
 
 def plan(*arguments: str) -> str:
@@ -42,14 +42,14 @@ def test_what_programs_do_not_get_is_not_planned_with() -> None:
 
 
 def test_a_budget_above_what_the_device_gives_is_that_of_the_device(base: str) -> None:
-    text = plan(base, "--on", "a100-80gb", "--memory", "80GiB", "--seq", "64")
-    assert "budget │ 79.25 GiB" in text
-    assert "budget │ 4.00 GiB" in plan(base, "--on", "a100-80gb", "--memory", "4GiB", "--seq", "64")
+    arguments = (base, "--on", "a100-80gb", "--seq", "64", "--batch-size", "16", "--memory")
+    assert "budget │ 79.25 GiB" in plan(*arguments, "80GiB")
+    assert "budget │ 4.00 GiB" in plan(*arguments, "4GiB")
 
 
 @pytest.mark.parametrize(("share", "advised"), [(0.89, False), (0.92, True), (0.999, True)])
 def test_a_plan_close_to_its_budget_advises_to_leave_some_free(base: str, share: float, advised: bool) -> None:
-    arguments = (base, "--seq", "64", "--device", "cpu", "--rate", "1", "--quantization", "none")
+    arguments = (base, "--seq", "64", "--device", "cpu", "--rate", "1", "--quantization", "none", "--lean")
     total = plan_json(*arguments)["total"]
     text = plan(*arguments, "--memory", str(int(total / share)), "--global-batch", "1")
     assert (ADVICE in text) == advised

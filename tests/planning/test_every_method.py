@@ -30,7 +30,7 @@ SMALL: dict[str, dict[str, Any]] = {
 NOT_ASKED = {*adapter_settings._NOT_HERE, "LORA", "PACA"}
 METHODS = sorted({kind.value for kind in PEFT_TYPE_TO_CONFIG_MAPPING} - NOT_ASKED)
 SETTING = Setting(32, 2)
-SHAPE = config("llama", num_hidden_layers=2)
+SHAPE = config("llama", num_hidden_layers=1)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -67,7 +67,7 @@ def test_answers_keep_the_keys_and_values_that_are_learned() -> None:
     setting = Setting(160, 1, trainer="grpo", answering=Answering(16, generation_batch_size=64))
     prefix = PrefixTuningConfig(num_virtual_tokens=20, task_type="CAUSAL_LM")
     plain, learned = (
-        estimate(config("llama", num_hidden_layers=10), setting, adapter).parts["keys and values"]
+        estimate(config("llama", num_hidden_layers=2), setting, adapter).parts["keys and values"]
         for adapter in (LoraConfig(r=4, task_type="CAUSAL_LM"), prefix)
     )
     assert learned / plain == (144 + 20) / 144  # tokens of a question, before it is answered

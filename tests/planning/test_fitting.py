@@ -59,18 +59,17 @@ def test_what_is_found_fits_and_the_next_larger_batch_does_not(model: Any) -> No
         setting = candidate.setting
         assert setting.batch_size * setting.gradient_accumulation == 6
         assert candidate.estimate.total <= budget or not candidate.fits
-    larger = replace(found.setting, batch_size=6, gradient_accumulation=1)
-    assert estimate(model, larger).total > budget
+    assert total(model, batch_size=6, lean=True) > budget
 
 
 def test_batches_of_several_sequences_are_searched_with_a_mask() -> None:
     base = Setting(sequence_length=256, device="cuda")
     model = prepare_model(config("llama", **SHAPE | {"dtype": torch.bfloat16}), paca.PacaConfig(r=8))
-    masked, bare = (estimate(model, replace(base, batch_size=4, padded=padded)).total for padded in (True, False))
+    masked, bare = (estimate(model, replace(base, batch_size=2, padded=padded)).total for padded in (True, False))
     assert bare < masked
-    assert fit(model, base, memory=masked, global_batch=4).setting.batch_size == 4
-    less = fit(model, base, memory=masked - 1, global_batch=4, techniques=TECHNIQUES[:2])
-    assert less.setting != replace(base, batch_size=4)
+    assert fit(model, base, memory=masked, global_batch=2).setting.batch_size == 2
+    less = fit(model, base, memory=masked - 1, global_batch=2, techniques=TECHNIQUES[:2])
+    assert less.setting != replace(base, batch_size=2)
     alone = fit(model, base, memory=2**40, global_batch=1)
     assert alone.best.estimate.total == estimate(model, replace(base, padded=False)).total
     packed = fit(model, replace(base, padded=True), memory=2**40, global_batch=1)

@@ -64,7 +64,7 @@ def test_a_few_blocks_tell_what_the_whole_model_takes(
 @pytest.mark.parametrize("length", [4, 24, 44])
 def test_a_few_blocks_tell_what_answers_of_the_whole_model_take(length: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where most is held, reading prompts or making the last token, depends on the depth."""
-    shape = config("llama", num_hidden_layers=6, dtype=torch.float32)
+    shape = config("llama", num_hidden_layers=4, dtype=torch.float32)
     answering = Answering(length, generation_batch_size=512)
     setting = Setting(sequence_length=48, trainer="grpo", answering=answering)
     few = estimate(shape, setting, paca.PacaConfig(r=8))

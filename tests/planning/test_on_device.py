@@ -13,7 +13,7 @@ from architectures import config
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import paca
-from paca.planning import MemoryEstimate, Setting, estimate
+from paca.planning import MemoryEstimate, Setting, estimate, memory_estimate
 from paca.planning.device_time import Efficiency, host_seconds, step_time, tile_share
 from paca.planning.devices import DEVICES, find_device
 from paca.planning.live_memory import LiveMemory
@@ -22,6 +22,7 @@ from paca.planning.on_device import OnDevice, simulate_on
 from paca.planning.operators import Operator
 from paca.planning.repeated_blocks import copy_with_blocks, find_blocks
 from paca.planning.simulated_step import simulate
+from paca.planning.step_trace import StepTrace
 
 A100 = find_device("a100-80gb")
 R, ROWS = 16, (2, 32)
@@ -199,7 +200,11 @@ def test_methods_stand_beside_each_other() -> None:
         (None, 4),
     ],
 )
-def test_the_other_methods_go_where_the_planned_one_goes(where: dict[str, Any] | None, layers: int) -> None:
+def test_the_other_methods_go_where_the_planned_one_goes(
+    where: dict[str, Any] | None, layers: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    nothing = StepTrace(peaks={"no step": Counter()})  # what steps take, the tests above see
+    monkeypatch.setattr(memory_estimate, "trace_step", lambda *_: nothing)
     model: Any = prepare_model(config("llama", dtype=torch.bfloat16, num_hidden_layers=2))
     adapter: Any = peft.LoraConfig(r=4, task_type="CAUSAL_LM")  # query and value alone, as PEFT has it
     if where is not None:

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import torch
 from architectures import config
-from forked_process import run_forked
 from measured_peak import adapter
 
+from forked_process import run_forked
 from paca.planning import Setting, estimate
 from paca.planning.memory_estimate import FRAMEWORK
 from paca.planning.setting import Answering

@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import BitsAndBytesConfig
 
 import paca
-from paca.planning import Setting, estimate, fit, step_seconds
+from paca.planning import MemoryEstimate, Setting, estimate, fit, fitting, step_seconds
 from paca.planning.device_rates import MatmulRate, fixed_rate, given_bandwidth, measure_dequantize_rate
 from paca.planning.fitting import Technique
 from paca.planning.memory_estimate import prepare_model
@@ -122,8 +122,16 @@ def test_a_plan_leaves_bitsandbytes_able_to_quantize() -> None:
     assert layer.quant_state.state2.code.device.type == "cpu"
 
 
-def test_sixteen_bits_come_first_and_four_where_they_do_not_fit() -> None:
+def test_sixteen_bits_come_first_and_four_where_they_do_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
     shape = config("llama", **SHAPE)
+    made: dict[Setting, MemoryEstimate] = {}
+
+    def once(model: Any, setting: Setting) -> MemoryEstimate:  # the searches repeat them
+        if setting not in made:
+            made[setting] = estimate(model, setting)
+        return made[setting]
+
+    monkeypatch.setattr(fitting, "estimate", once)
     base = replace(SETTING, sequence_length=256, chunked_loss=False, padded=None)
     options: dict[str, Any] = {"global_batch": 2, "adapter": PACA, "quantizations": (None, "nf4")}
     options |= {"dequantize": given_bandwidth(1e15), "rate": MatmulRate({256: 1e11, 512: 1e12}, "made up")}

@@ -126,7 +126,7 @@ def test_a_plan_of_answers_that_can_not_be_made_says_why(
 
 def test_what_a_search_finds_is_what_a_run_trains(workspace: Path, planned: Planned) -> None:
     run = workspace / "grpo.yaml"
-    command = ["plan", str(run), "--memory", "2GiB", "--global-batch", "8", "--rate", "1"]
+    command = ["plan", str(run), "--memory", "2GiB", "--global-batch", "8", "--rate", "1", "--lean"]
     lines = CliRunner().invoke(app, command).stdout.partition("In a run's YAML:")[2]
     settings = yaml.safe_load("\n".join(line[2:] for line in lines.strip("\n").splitlines()))
     changes = [f"{section}.{key}={value}" for section, keys in settings.items() for key, value in keys.items()]
