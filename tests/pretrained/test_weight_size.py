@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+from collections.abc import Callable
 from pathlib import Path
 
 import huggingface_hub
@@ -32,17 +34,21 @@ def checkpoint() -> dict[str, Tensor]:
     return {name: tensor.bfloat16() for name, tensor in (weights | others).items()}
 
 
-def in_parts(folder: Path) -> None:
+def in_parts(folder: Path, whole: str) -> None:
     tensors = checkpoint()
-    places = {name: f"part-{number % 3}.safetensors" for number, name in enumerate(tensors)}
+    places = {name: f"part-{number % 3}{Path(whole).suffix}" for number, name in enumerate(tensors)}
     for part in set(places.values()):
-        save_file({name: tensors[name] for name in tensors if places[name] == part}, folder / part)
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": places}))
+        SAVE[whole]({name: tensors[name] for name in tensors if places[name] == part}, folder / part)
+    (folder / f"{whole}.index.json").write_text(json.dumps({"weight_map": places}))
+
+
+SAVE: dict[str, Callable[..., None]] = {"model.safetensors": save_file, "pytorch_model.bin": torch.save}
 
 
 @pytest.mark.parametrize("parts", [False, True])
-def test_it_is_the_root_mean_square_of_the_layers_weights(tmp_path: Path, parts: bool) -> None:
-    in_parts(tmp_path) if parts else save_file(checkpoint(), tmp_path / "model.safetensors")
+@pytest.mark.parametrize("name", list(SAVE))
+def test_it_is_the_root_mean_square_of_the_layers_weights(tmp_path: Path, name: str, parts: bool) -> None:
+    in_parts(tmp_path, name) if parts else SAVE[name](checkpoint(), tmp_path / name)
     assert weight_size(Location("folder", str(tmp_path))) == pytest.approx((0.1**2 / 2 + 0.3**2 / 2) ** 0.5, rel=0.02)
 
 
@@ -77,6 +83,12 @@ def test_what_can_not_be_read_tells_nothing(tmp_path: Path) -> None:
     save_file(
         {"model.layers.0.mlp.up_proj.weight": torch.ones(64, 64, dtype=torch.int8)}, tmp_path / "model.safetensors"
     )
+    assert weight_size(Location("folder", str(tmp_path))) is None
+
+
+@pytest.mark.parametrize("value", [0.0, math.nan])
+def test_weights_of_zeros_or_nan_tell_nothing(tmp_path: Path, value: float) -> None:
+    save_file({"model.layers.0.mlp.weight": torch.full((64, 64), value)}, tmp_path / "model.safetensors")
     assert weight_size(Location("folder", str(tmp_path))) is None
 
 

@@ -111,7 +111,7 @@ def is_plain_lora(settings: Mapping[str, Any]) -> bool:
 
 def _taken(size: float | None) -> tuple[float, str]:
     """The size of the weights that a rule takes, and what it is."""
-    known = "the root mean square of the weights" if size else "assumed of the weights, which can't be read yet"
+    known = "the root mean square of the weights" if size else "assumed of the weights, which were not read"
     size = size or _USUAL_SIZE
     return size, f"{size:.2g} is {known}"
 

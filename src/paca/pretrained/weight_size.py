@@ -34,12 +34,15 @@ _OTHERS = re.compile(r"embed|embd|wte|wpe|lm_head|^output|norm|router|position|s
 _BESIDE = ("bias", "scale", "scales", "zeros", "absmax")  # what is in float of weights that are quantized
 _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
+_PICKLED_INDEX, _PICKLED = "pytorch_model.bin.index.json", "pytorch_model.bin"
 _KEPT = "weight_size.json"  # beside what is kept of a GGUF file: its reader takes seconds
 
 
 def weight_size(location: Location, revision: str | None = None, *, fetch: bool = False) -> float | None:
-    """The root mean square of the values in a model's linear weights and 2-D convolutions; None where its files don't
-    tell (quantized ones other than GGUF, other files than safetensors, a hub's model that is not here).
+    """The root mean square of the values in a model's linear weights and 2-D convolutions.
+
+    None where its files don't tell: quantized ones other than GGUF, other files than safetensors and
+    `pytorch_model.bin`, a hub's model that is not here, weights of zeros or NaN.
 
     Args:
         location: Of the model.
@@ -88,13 +91,14 @@ def _rows_of(weight: nn.Parameter) -> Iterator[Tensor]:
 
 def in_cache(name: str) -> bool:
     """Whether the cache has anything of a model on the hub: its config, or a file of its weights."""
-    files = ("config.json", _INDEX, _SINGLE)
+    files = ("config.json", _INDEX, _SINGLE, _PICKLED_INDEX, _PICKLED)
     return any(isinstance(huggingface_hub.try_to_load_from_cache(name, file), str) for file in files)
 
 
 def _mean(weights: Iterator[Tensor]) -> float | None:
     squares = [weight.float().square().mean() for weight in weights]
-    return float(torch.stack(squares).mean().sqrt()) if squares else None
+    size = float(torch.stack(squares).mean().sqrt()) if squares else 0.0
+    return size if 0 < size < math.inf else None
 
 
 def _chosen(names: Iterable[str]) -> list[str]:
@@ -119,22 +123,48 @@ def finder(location: Location, revision: str | None = None, fetch: bool = False)
 
 def places_of(find: Callable[[str], Path]) -> dict[str, str]:
     """The tensors of a model's safetensors, and the file that each is in."""
-    places: dict[str, str] = {}
-    with suppress(FileNotFoundError):
-        places = json.loads(find(_INDEX).read_text(encoding="utf-8"))["weight_map"]
+    places = _places_in(find, _INDEX)
     if not places:
         with safe_open(find(_SINGLE), framework="pt") as file:
             places = dict.fromkeys(file.keys(), _SINGLE)
     return places
 
 
+def _places_in(find: Callable[[str], Path], index: str) -> dict[str, str]:
+    """What an index says; empty where there is none."""
+    try:
+        places: dict[str, str] = json.loads(find(index).read_text(encoding="utf-8"))["weight_map"]
+        return places
+    except FileNotFoundError:
+        return {}
+
+
 def _tensors(find: Callable[[str], Path]) -> Iterator[Tensor]:
-    places = places_of(find)
+    try:
+        places = places_of(find)
+    except FileNotFoundError:
+        yield from _pickled_tensors(find)
+        return
     for name in _chosen(places):
         with safe_open(find(places[name]), framework="pt") as file:
             weight = file.get_slice(name)
             rows = (weight[place] for place in _middles(weight.get_shape()))
             yield from (some for some in rows if some.dtype in _FLOATS)
+
+
+def _pickled_tensors(find: Callable[[str], Path]) -> Iterator[Tensor]:
+    places = _places_in(find, _PICKLED_INDEX) or dict.fromkeys(_mapped(find(_PICKLED)), _PICKLED)
+    chosen = _chosen(places)
+    for part in dict.fromkeys(places[name] for name in chosen):
+        tensors = _mapped(find(part))
+        weights = (tensors[name] for name in chosen if places[name] == part)
+        yield from (weight[place] for weight in weights for place in _middles(weight.shape) if weight.dtype in _FLOATS)
+
+
+def _mapped(file: Path) -> dict[str, Tensor]:
+    """The tensors of a file of torch's; their values are read where they are looked at."""
+    found: dict[str, Tensor] = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
+    return found
 
 
 def _middles(shape: Sequence[int]) -> Iterator[tuple[int | slice, ...]]:
