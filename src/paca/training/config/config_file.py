@@ -13,7 +13,7 @@ from typing import Any
 from paca.messages.errors import PacaError
 from paca.training.config.contradictions import contradictions, contradictions_with_trainer, unused
 from paca.training.config.early_checks import check_early, missing_paths, paca_keys
-from paca.training.config.key_checks import WORDS_OF_TRAIN, Mistakes, Origins, check_section
+from paca.training.config.key_checks import OTHER_WORDS, WORDS_OF_TRAIN, Mistakes, Origins, check_section
 from paca.training.config.overrides import FIRST, apply_overrides, section_hint
 from paca.training.config.run_config import (
     ALL,
@@ -133,10 +133,8 @@ def _read_sections(path: Path, overrides: Iterable[str]) -> tuple[dict[str, dict
     for name, values in content.items():
         with mistakes.noted():
             if name not in names:
-                hint = _OF_OTHERS.get(name) or section_hint(name, names)
-                if name not in _OF_OTHERS and "Did you mean" not in hint and not isinstance(values, dict):
-                    hint = _section_of(name) or hint
-                raise PacaError(f"{origins.of(name)}: there is no section {name!r}.{hint}")
+                hint = _OF_OTHERS.get(name) or ("" if isinstance(values, dict) else _section_of(name))
+                raise PacaError(f"{origins.of(name)}: there is no section {name!r}.{hint or section_hint(name, names)}")
             if values is not None and not isinstance(values, dict):
                 form = f" Give it as {name}: {{{FIRST[name]}: {values}}}" if name in FIRST else ""
                 raise PacaError(f"{origins.of(name)}: the section {name} must hold keys, not {shown(values)}.{form}")
@@ -161,6 +159,8 @@ _OF_OTHERS = {
 
 
 def _section_of(key: str) -> str:
+    """A hint for a key that stands where sections do, and nothing if no section has it."""
+    key = OTHER_WORDS.get(key, key)
     owners = _keys_of_all("paca", {name: {} for name in ALL})
     return next(
         (f" Did you mean the key {owner}.{key}? It stands below {owner}:" for owner, keys in owners if key in keys), ""

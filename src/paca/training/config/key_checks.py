@@ -72,13 +72,14 @@ WORDS_OF_TRAIN = {
 }
 """What people call some keys of `train`, where spelling alone would find another one."""
 _QUANTIZED = dict.fromkeys(("load_in_4bit", "load_in_8bit", "quantization_config"), " It is nf4, fp4 or int8.")
-_OTHER_WORDS = {
+OTHER_WORDS = {
     "rank": "r",
     **dict.fromkeys(_QUANTIZED, "quantization"),
     **dict.fromkeys(("validation", "valid", "val", "test", "dev"), "eval"),
     "path": "train",
     **WORDS_OF_TRAIN,
 }
+"""What people call keys of any section, and what they are."""
 _SETTLED = {
     "task_type": "The task is that of train.trainer: leave it out.",
     "peft_type": "The section's name says the method; others of PEFT have the section peft.",
@@ -131,7 +132,7 @@ def _check_key(
             raise PacaError(f"{place}: there is no key {section}.{name}. {settled[name]}")
         # A plain misspelling needs no look at the others, for which libraries are imported. Those of them that are
         # most like a key of another section (`init_lora_weights`, `trainer`) are so by 0.83.
-        meant = nearest(_OTHER_WORDS.get(name, name), names, cutoff=0.85)
+        meant = nearest(OTHER_WORDS.get(name, name), names, cutoff=0.85)
         swapped = any(sorted(name) == sorted(known) for known in names)  # `fromat`, alike by 0.83
         sure = meant is not None or swapped
         others = dict({} if sure else origins.keys_of_all())
@@ -160,10 +161,10 @@ def _where_it_belongs(name: str, sections: Mapping[str, Iterable[str]]) -> str:
     """
     own = next(iter(sections))
     method, _, rest = name.partition("_")  # `lora_rank`, `paca_r`
-    rest = _OTHER_WORDS.get(rest, rest)
+    rest = OTHER_WORDS.get(rest, rest)
     if method in METHODS and rest in sections.get(method, ()):
         return f" Did you mean {method}.{rest}?"
-    for wanted in (f"{own}_{name}", f"per_device_{own}_{name}", _OTHER_WORDS.get(name, name), name):
+    for wanted in (f"{own}_{name}", f"per_device_{own}_{name}", OTHER_WORDS.get(name, name), name):
         for section, keys in sections.items():
             if wanted in keys:
                 both = section != own and {own, section} <= set(METHODS)
