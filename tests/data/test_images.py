@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 from pathlib import Path
 
 import datasets
@@ -13,6 +14,7 @@ import pytest
 from PIL import Image, ImageOps
 
 from data.loopback_hub import serving
+from paca.data import images as images_module
 from paca.data import load_images, open_image
 from paca.messages.errors import PacaError
 
@@ -171,9 +173,12 @@ def test_of_several_labels_one_is_named(tmp_path: Path) -> None:
     datasets.Dataset.from_list(rows, features=features).to_parquet(source)
     images = load_images(source, label="fine").dataset
     assert (images.features["label"].names, images["label"][0]) == (names["fine"], 2)
-    with pytest.raises(PacaError, match=r"has 2 columns of labels; expected one.*Name one of them with data\.label"):
+    with pytest.raises(
+        PacaError, match=r"2 columns that may be the label: fine, coarse\..*Name one of them with data\.la"
+    ):
         load_images(source)
-    with pytest.raises(PacaError, match="has 0 columns of labels named 'kind'; expected one"):
+    told = r"has no column 'kind', which data\.label names\. Its columns: img \(Image\), fine \(ClassLabel\), coarse"
+    with pytest.raises(PacaError, match=told):
         load_images(source, label="kind")
 
 
@@ -204,3 +209,87 @@ def test_the_column_that_is_named_may_hold_plain_labels(tmp_path: Path) -> None:
     pq.write_table(pa.table({"img": stored, "fine": ["b", "a"], "coarse": [0, 0]}), tmp_path / "images.parquet")
     images = load_images(str(tmp_path / "images.parquet"), label="fine").dataset
     assert (images.features["label"].names, list(images["label"])) == (["a", "b"], [1, 0])
+
+
+SOURCES = ["metadata.csv", "metadata.jsonl", "parquet", "hub"]
+
+
+def as_source(kind: str, folder: Path, columns: dict[str, list[object]], patched: pytest.MonkeyPatch) -> str:
+    """Images of three colours with these columns beside them, as one of `SOURCES`."""
+    count = len(next(iter(columns.values())))
+    stored = [{"bytes": png((number, 0, 0)), "path": None} for number in range(count)]
+    if kind == "hub":
+        found = datasets.Dataset.from_dict({"image": stored, **columns}).cast_column("image", datasets.Image())
+        patched.setattr(images_module, "load_from_hub", lambda name, split: found)
+        return "some/pets"
+    folder = folder / "pets"
+    folder.mkdir()
+    if kind == "parquet":
+        pq.write_table(pa.table({"image": stored, **columns}), folder / "pets.parquet")
+        return str(folder / "pets.parquet")
+    for number, image in enumerate(stored):
+        (folder / f"{number}.png").write_bytes(image["bytes"])
+    table = pa.table({"file_name": [f"{number}.png" for number in range(count)], **columns}).to_pandas()
+    if kind == "metadata.csv":
+        table.to_csv(folder / kind, index=False)
+    else:
+        rows = [json.dumps({name: values[n] for name, values in columns.items()})[1:] for n in range(count)]
+        lines = [f'{{"file_name": "{number}.png", {row}\n' for number, row in enumerate(rows)]
+        (folder / kind).write_text("".join(lines))
+    return str(folder)
+
+
+@pytest.mark.parametrize("source", SOURCES)
+@pytest.mark.parametrize(
+    ("columns", "named", "names", "numbers"),
+    [
+        ({"label": ["dog", "cat", "dog"]}, None, ["cat", "dog"], [1, 0, 1]),
+        ({"labels": [10, 9, 10], "width": [1, 2, 3]}, None, ["9", "10"], [1, 0, 1]),
+        ({"breed": ["pug", "poodle", "pug"], "label": [7, 7, 7]}, "breed", ["poodle", "pug"], [1, 0, 1]),
+    ],
+)
+def test_names_and_whole_numbers_are_labels_wherever_they_are_from(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    source: str,
+    columns: dict[str, list[object]],
+    named: str | None,
+    names: list[str],
+    numbers: list[int],
+) -> None:
+    images = load_images(as_source(source, tmp_path, columns, monkeypatch), label=named).dataset
+    assert images.column_names == ["image", "label", "origin"]
+    assert (images.features["label"].names, list(images["label"])) == (names, numbers)
+    assert [open_image(row).getpixel((0, 0))[0] for row in images] == [0, 1, 2]
+
+
+@pytest.mark.parametrize("source", SOURCES)
+@pytest.mark.parametrize(
+    ("columns", "told"),
+    [
+        ({"width": [1.5, 2.0, 3.0]}, r"no label with each .*: image \(Image\), width \(\w+\)\. Add one called label\."),
+        ({"breed": ["a", "b", "b"]}, r"no label with each .*If breed holds the label, name it with data\.label\."),
+        ({"label": [0.5, 1.0, 2.0]}, r"column 'label' of .*pets.* holds (float64|double); expected .*label \("),
+        ({"label": ["a", None, "b"]}, r"1 of 3 rows of .*pets.* no label in the column 'label'; the first is row 1\."),
+        ({"label": [3, None, 4]}, r"1 of 3 rows of .*pets.* no label in the column 'label'; the first is row 1\."),
+        (
+            {"label": [1, 2, 1], "labels": ["a", "b", "a"]},
+            r"2 columns .*: label, labels\. .* Name one of them with data",
+        ),
+    ],
+)
+def test_what_is_no_label_is_told_alike_wherever_it_is_from(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: str, columns: dict[str, list[object]], told: str
+) -> None:
+    name = as_source(source, tmp_path, columns, monkeypatch)
+    with pytest.raises(PacaError, match=told):
+        load_images(name)
+
+
+def test_class_labels_that_stand_for_none_are_refused(tmp_path: Path) -> None:
+    """As those of a hub's test split often do."""
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["a", "b"])})
+    rows = [{"image": {"bytes": png((0, 0, 0)), "path": None}, "label": label} for label in (1, -1)]
+    datasets.Dataset.from_list(rows, features=features).to_parquet(tmp_path / "a.parquet")
+    with pytest.raises(PacaError, match=r"1 of 2 rows of .* have no label in the column 'label'; the first is row 1"):
+        load_images(str(tmp_path / "a.parquet"))

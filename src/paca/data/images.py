@@ -1,4 +1,4 @@
-"""Labelled images for training a vision model: a folder with one folder a label, a Parquet file, or the hub."""
+"""Labelled images for training a vision model: a folder (with one a label, or metadata), a Parquet file, or the hub."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from PIL import Image
 from paca.data.conversion import ORIGIN
 from paca.data.evenly import spread_evenly
 from paca.data.examples import Examples
+from paca.data.label_column import columns_of, with_class_labels
 from paca.data.sources import load_from_hub
 from paca.messages.errors import PacaError
 from paca.pretrained.quiet import without_progress_bars
@@ -28,12 +29,12 @@ def load_images(source: str, *, split: str = "train", limit: int | None = None, 
     """Load labelled images. They stay in their files until `open_image` opens them.
 
     Args:
-        source: A folder that holds a folder of images for each label (those in turn may lie in `train/`, `test/`), a
-            Parquet file with images and labels, or a dataset on the hub: `owner/name`, `owner/name:config`,
-            `owner/name[split]`.
+        source: A folder that holds a folder of images for each label (those in turn may lie in `train/`, `test/`), or
+            images and a `metadata.csv` or `metadata.jsonl` of `file_name` and `label`; a Parquet file with images and
+            labels; or a dataset on the hub: `owner/name`, `owner/name:config`, `owner/name[split]`.
         split: The split of `source` when it names none. A folder without folders of splits is any one of them.
         limit: Use only so many, 1 or more, spread evenly: folders are read label by label.
-        label: The column with the label, where several could be it.
+        label: The column with the label, where it has another name than `label`, or several could be it.
 
     Returns:
         The columns `image` (undecoded), `label` (a number, whose names are those of the feature) and `origin`.
@@ -46,13 +47,13 @@ def load_images(source: str, *, split: str = "train", limit: int | None = None, 
         if path.is_dir():
             dataset = _from_folder(path, split)
         elif path.is_file():
-            dataset = _from_file(path, label)
+            dataset = _from_file(path)
         elif (found := load_from_hub(source, split)) is not None:
             dataset = found
         else:
             raise PacaError(f"There is no folder of images {source!r} (working folder: {Path.cwd()}). Check the path.")
-        image = _only_column(dataset, datasets.Image, "images", source)
-        label = _only_column(dataset, datasets.ClassLabel, "labels", source, label)
+        dataset, image = _with_images(dataset, source)
+        dataset, label = with_class_labels(dataset, source, label)
         dataset = spread_evenly(dataset, limit)
         dataset = dataset.select_columns([image, label]).rename_columns(
             {old: new for old, new in ((image, "image"), (label, "label")) if old != new}
@@ -148,7 +149,8 @@ def _from_folder(folder: Path, split: str) -> datasets.Dataset:
     except (ValueError, OSError, datasets.exceptions.DatasetsError) as error:
         raise PacaError(
             f"The folder {folder} cannot be read as labelled images: {str(error).strip()}\n"
-            f"Expected: {folder}/LABEL/image.png, or {folder}/{asked}/LABEL/image.png."
+            f"Expected: {folder}/LABEL/image.png, {folder}/{asked}/LABEL/image.png, or beside images a metadata.csv or "
+            "metadata.jsonl with file_name and label."
         ) from error
     raise PacaError(
         f"The folder {folder} has no split {asked!r}; it has: {', '.join(splits)}. Name one of them (data.split, "
@@ -178,30 +180,24 @@ def _check_all_in_folders(dataset: datasets.Dataset) -> None:
             )
 
 
-def _from_file(path: Path, label: str | None) -> datasets.Dataset:
-    """A Parquet file, whose schema need not say that a struct of bytes and path is an image, and a number a label."""
+def _from_file(path: Path) -> datasets.Dataset:
     if path.suffix.lower() != ".parquet":
         raise PacaError(f"{path} holds no images that can be read. Give a folder of images, or a .parquet file.")
     try:
-        dataset = datasets.Dataset.from_parquet(str(path))
+        return datasets.Dataset.from_parquet(str(path))
     except (ValueError, OSError, datasets.exceptions.DatasetsError) as error:
         raise PacaError(f"{path} is not a readable Parquet file: {str(error).strip()}") from error
+
+
+def _with_images(dataset: datasets.Dataset, source: str) -> tuple[datasets.Dataset, str]:
+    """The dataset and its one column of images; a Parquet file need not say that a struct of bytes and path is one."""
     for name, feature in dataset.features.items():
         if isinstance(feature, dict) and "bytes" in feature:
             dataset = dataset.cast_column(name, datasets.Image())
-        elif name in ("label", "labels", label) and isinstance(feature, datasets.Value):
-            dataset = dataset.class_encode_column(name)
-    return dataset
-
-
-def _only_column(dataset: datasets.Dataset, kind: type, what: str, source: str, named: str | None = None) -> str:
-    """The one column of that kind, which has the name `named` if it is given."""
-    found = [name for name, feature in dataset.features.items() if isinstance(feature, kind) and named in (None, name)]
+    found = [name for name, feature in dataset.features.items() if isinstance(feature, datasets.Image)]
     if len(found) != 1:
-        listed = ", ".join(f"{name} ({type(feature).__name__})" for name, feature in dataset.features.items())
-        advice = " Name one of them with data.label." if len(found) > 1 and what == "labels" else ""
         raise PacaError(
-            f"{source} has {len(found)} columns of {what}{f' named {named!r}' if named else ''}; expected one. Its "
-            f"columns: {listed or '(none)'}.{advice}"
+            f"{source} has {len(found)} columns of images; expected one. {columns_of(dataset.features)} Leave one of "
+            "images (of objects with bytes, in a Parquet file)."
         )
-    return found[0]
+    return dataset, found[0]
