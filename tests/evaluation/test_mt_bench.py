@@ -20,7 +20,9 @@ import requests
 from evaluation.judge_server import Body, JudgeServer, Reply, judging, verdict
 from evaluation.tally import Tally
 from paca.evaluation import judge as judge_module
-from paca.evaluation.judge import Answer, Judge, JudgeSettings, Usage
+from paca.evaluation.judge import Answer, Judge, Usage
+from paca.evaluation.judge_settings import JudgeSettings
+from paca.evaluation.kept_lines import key_of
 from paca.evaluation.mt_bench import run_mt_bench
 from paca.evaluation.mt_bench_questions import Question, read_questions
 from paca.evaluation.mt_bench_ratings import Rating, differences, grade_in, ratings_of, scores_of
@@ -288,6 +290,27 @@ def test_a_judge_that_refuses_a_setting_is_asked_without_it(waits: list[float]) 
     assert server.requests[-1][1]["max_completion_tokens"] > 1024
 
 
+@pytest.mark.parametrize(
+    ("content", "text"),
+    [
+        ([{"type": "text", "text": "Fine.\n"}, {"type": "text", "text": "[[6]]"}], "Fine.\n[[6]]"),
+        ([{"type": "thinking", "thinking": [{"text": "[[3]]"}]}, {"type": "text", "text": "[[6]]"}], "[[6]]"),
+        ([{"type": "refusal", "refusal": "No."}], ""),
+        ([], ""),
+    ],
+)
+def test_an_answer_in_parts_is_their_text(content: list[Body], text: str, waits: list[float]) -> None:
+    with judging(lambda body, number: verdict(content)) as server:
+        assert judge_of(server).ask(HELLO) == Answer(text, Usage(0, 0, 1))
+
+
+@pytest.mark.parametrize("content", [[{"type": "text", "text": 6}], ["[[6]]"], {"text": "[[6]]"}, 6])
+def test_an_answer_of_no_text_and_no_parts_is_told(content: Any, waits: list[float]) -> None:
+    told = f"content is {re.escape(repr(content))}; expected text"
+    with judging(lambda body, number: verdict(content)) as server, pytest.raises(PacaError, match=told):
+        judge_of(server, tries=1).ask(HELLO)
+
+
 def test_an_answer_without_text_has_no_grade_and_ends_nothing(tmp_path: Path, waits: list[float]) -> None:
     def reply(body: Body, number: int) -> Reply:
         return verdict(None if "2+2" in body["messages"][1]["content"] else "[[7]]")
@@ -354,8 +377,9 @@ def test_nobody_there_is_said(waits: list[float]) -> None:
 
 
 def test_settings_of_a_judge_are_checked() -> None:
-    with pytest.raises(PacaError, match="--judge-url is 'localhost:8000'; expected"):
-        JudgeSettings("localhost:8000", "m")
+    for url in ("localhost:8000", "//host/v1", "http:///v1", "http://host:port/v1", "http://[/v1"):
+        with pytest.raises(PacaError, match=f"--judge-url is {re.escape(repr(url))}; expected"):
+            JudgeSettings(url, "m")
     with pytest.raises(PacaError, match="--judge-model is empty"):
         JudgeSettings("http://localhost:8000/v1", " ")
 
@@ -440,6 +464,61 @@ def test_the_same_answer_of_base_and_adapter_has_one_grade(tmp_path: Path) -> No
     assert adapter[0].usage.requests == 0
     (row,) = (tmp_path / "judgments-adapter.jsonl").read_text().splitlines()
     assert json.loads(row)["model"] == "adapter"
+
+
+@pytest.mark.parametrize(
+    ("url", "same"),
+    [
+        ("http://host/v1", ["http://host/v1/", "HTTP://Host/v1", "http://host:80/v1", "http://host:/v1//"]),
+        ("https://me:Key@host/V1", ["https://me:Key@HOST:443/V1/"]),
+        ("http://[::1]:8000", ["http://[::1]:8000/"]),
+        ("https://host:80/v1", ["https://HOST:80/v1"]),
+        ("http://[::80]", ["http://[::80]:80"]),
+    ],
+)
+def test_the_same_endpoint_is_one_however_it_is_written(url: str, same: list[str]) -> None:
+    assert {JudgeSettings(one, "m").endpoint for one in (url, *same)} == {url}
+
+
+def test_other_endpoints_stay_apart() -> None:
+    urls = [
+        "http://h/v1",
+        "https://h/v1",
+        "http://h:443/v1",
+        "http://h:8000/v1",
+        "http://h/V1",
+        "http://h",
+        "http://a@h",
+    ]
+    assert [JudgeSettings(url, "m").endpoint for url in urls] == urls
+
+
+def test_a_judge_whose_address_is_written_otherwise_is_not_paid_again(tmp_path: Path) -> None:
+    with judging(graded) as server:
+        urls = [server.url, server.url + "/", server.url.replace("http", "HTTP")]
+        ratings = [
+            ratings_of(judge_of(server, url=url), side, QUESTIONS[2:], [["e"]], tmp_path, Tally())
+            for side in ("base", "adapter")
+            for url in urls
+        ]
+    assert [rating.score for (rating,) in ratings] == [4] * 6
+    assert len(server.requests) == 1
+
+
+def test_verdicts_that_earlier_versions_kept_are_found(tmp_path: Path) -> None:
+    """Their keys have the URL as it was written."""
+    with judging(graded) as server:
+        judge = judge_of(server, url=server.url + "/")
+        (first,) = ratings_of(judge, "base", QUESTIONS[2:], [["e"]], tmp_path, Tally())
+        file = tmp_path / "judgments-base.jsonl"
+        row = json.loads(file.read_text())
+        asked = json.dumps(server.requests[0][1]["messages"])
+        file.write_text(json.dumps({**row, "prompt_key": key_of("strict", server.url + "/", asked)}) + "\n")
+        assert ratings_of(judge, "base", QUESTIONS[2:], [["e"]], tmp_path, Tally()) == [first]
+        (other,) = ratings_of(judge, "adapter", QUESTIONS[2:], [["e"]], tmp_path, Tally())
+    assert (other.score, other.usage) == (first.score, Usage())
+    assert json.loads((tmp_path / "judgments-adapter.jsonl").read_text())["prompt_key"] == row["prompt_key"]
+    assert len(server.requests) == 1
 
 
 def test_the_difference_is_that_of_pairs() -> None:

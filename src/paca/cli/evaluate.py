@@ -169,7 +169,8 @@ def evaluate(
                 say_what_is_left(loaded, console)
                 say(console, f"Written: {output / 'results.json'}")
             if mt_bench is not None and judge_url is not None and judge_model is not None:
-                from paca.evaluation.judge import Judge, JudgeSettings
+                from paca.evaluation.judge import Judge
+                from paca.evaluation.judge_settings import JudgeSettings
                 from paca.evaluation.mt_bench import run_mt_bench
 
                 judge = Judge(JudgeSettings(judge_url, judge_model, key=os.environ.get(JUDGE_KEY)))

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import requests
 
+from paca.evaluation.judge_settings import JudgeSettings
 from paca.messages.errors import PacaError
 
 _RETRIED = (408, 409, 425, 429, 500, 502, 503, 504, 529)
@@ -79,37 +80,6 @@ class Answer(NamedTuple):
     """Whether it ends where its tokens did. Then a grade in it is no verdict yet."""
 
 
-@dataclass(frozen=True)
-class JudgeSettings:
-    """Which judge, and how patiently it is asked."""
-
-    url: str
-    """Where the API begins, such as `http://localhost:8000/v1`."""
-    model: str
-    key: str | None = None
-    """Sent as a bearer token."""
-    timeout: float = 120.0
-    """Seconds to wait for an answer, all of it; twice as long for one that may be twice as long."""
-    tries: int = 6
-    """How often one question is asked at most; those not counted where the judge is busy (429, 503, 529)."""
-    patience: float = 300.0
-    """Seconds after which a judge that is busy is given up."""
-    first_wait: float = 1.0
-    """Seconds before the second try, more than 0; doubled each time up to a minute, unless the server says how long
-    (`Retry-After`)."""
-
-    def __post_init__(self) -> None:
-        """Raises:
-        PacaError: The URL is none, or no model is named.
-        """
-        if not self.url.startswith(("http://", "https://")):
-            raise PacaError(
-                f"--judge-url is {self.url!r}; expected where an API begins, such as http://localhost:8000/v1."
-            )
-        if not self.model.strip():
-            raise PacaError("--judge-model is empty; name the judge as its server does.")
-
-
 class Judge:
     """Asks a judge; from several threads at once, if wanted."""
 
@@ -150,7 +120,7 @@ class Judge:
         """As `ask`, with so many tokens."""
         settings, failure, sent = self.settings, "", 0
         asked = {"model": settings.model, "messages": messages}
-        url = settings.url.rstrip("/") + "/chat/completions"
+        url = settings.endpoint + "/chat/completions"
         failures, waited = 0, 0.0
         for attempt in itertools.count(1):
             busy, asked_for = False, None
@@ -263,7 +233,7 @@ def _read(said: str, sent: int) -> Answer:
         ) from error
     except (ValueError, RecursionError) as error:  # a number of thousands of digits is none of the decoder's own errors
         raise requests.exceptions.InvalidJSONError(f"{error}: {_beginning(said)}") from error
-    text = "" if text is None else text
+    text = "" if text is None else _joined(text)
     if not isinstance(text, str):
         raise requests.exceptions.InvalidJSONError(f"content is {text!r}; expected text")
     text = text.encode(errors="replace").decode()  # JSON can hold halves of characters, and no file can
@@ -272,6 +242,14 @@ def _read(said: str, sent: int) -> Answer:
     # Not every server counts.
     prompt, completion = (count if type(count) is int and 0 <= count < 2**63 else 0 for count in counts)
     return Answer(text, Usage(prompt, completion, sent), cut=choice.get("finish_reason") == "length")
+
+
+def _joined(content: Any) -> Any:
+    """The text of a content that comes in parts; those of other kinds, such as thoughts, are left out."""
+    if not isinstance(content, list) or not all(isinstance(part, dict) for part in content):
+        return content
+    texts = [part.get("text") for part in content if part.get("type") == "text"]
+    return "".join(texts) if all(isinstance(text, str) for text in texts) else content
 
 
 def _retry_after(value: str | None) -> float | None:

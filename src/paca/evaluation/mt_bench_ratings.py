@@ -109,23 +109,28 @@ def ratings_of(
     Raises:
         PacaError: The judge refuses or does not answer. Verdicts until then are kept.
     """
-    file = output / f"judgments-{side}.jsonl"
-    kept: dict[str, dict[str, Any]] = {}
-    spent: dict[str, Usage] = defaultdict(Usage)
-    with as_written(file):
-        for row in lines_of(file):
-            kept[row["prompt_key"]] = row
-            spent[row["prompt_key"]] += _usage(row)
     wanted = [
         (question, turn, _prompt(question, answers[index], turn))
         for index, question in enumerate(questions)
         for turn in range(1, len(question.turns) + 1)
     ]
-    keys = [key_of(judge.settings.model, judge.settings.url, json.dumps(prompt)) for _, _, prompt in wanted]
-    given = _grades_of_others(output, file)
+    keys, keys_before = (
+        [key_of(judge.settings.model, url, json.dumps(prompt)) for _, _, prompt in wanted]
+        for url in (judge.settings.endpoint, judge.settings.url)
+    )
+    today = dict(zip(keys_before, keys, strict=True))
+    file = output / f"judgments-{side}.jsonl"
+    kept: dict[str, dict[str, Any]] = {}
+    spent: dict[str, Usage] = defaultdict(Usage)
+    for key, row in _kept_rows(file, today):
+        kept[key] = row
+        with as_written(file):
+            spent[key] += _usage(row)
+    given = _grades_of_others(output, file, today)
     for (question, _, _), key in zip(wanted, keys, strict=True):
         if key in given and kept.get(key, {}).get("score", -1) == -1:  # the very same answer, and so the same grade
-            kept[key] = {**given[key], "question_id": question.id, "model": side, "usage": asdict(Usage())}
+            own = {"question_id": question.id, "model": side, "prompt_key": key, "usage": asdict(Usage())}
+            kept[key] = {**given[key], **own}
             append(file, kept[key])
     missing = [index for index, key in enumerate(keys) if kept.get(key, {}).get("score", -1) == -1]
     if missing:
@@ -154,12 +159,19 @@ def ratings_of(
         ]
 
 
-def _grades_of_others(output: Path, own: Path) -> dict[str, dict[str, Any]]:
+def _kept_rows(file: Path, today: dict[str, str]) -> list[tuple[str, dict[str, Any]]]:
+    """Verdicts that are kept, by their keys; `today` has these for the keys that earlier versions made, of the URL as
+    it was written."""
+    with as_written(file):
+        return [(today.get(row["prompt_key"], row["prompt_key"]), row) for row in lines_of(file)]
+
+
+def _grades_of_others(output: Path, own: Path, today: dict[str, str]) -> dict[str, dict[str, Any]]:
     """Verdicts with a grade, on answers of other sides."""
     found: dict[str, dict[str, Any]] = {}
     for file in sorted(set(output.glob("judgments-*.jsonl")) - {own}):
         with as_written(file):
-            found |= {row["prompt_key"]: row for row in lines_of(file) if row["score"] != -1}
+            found |= {key: row for key, row in _kept_rows(file, today) if row["score"] != -1}
     return found
 
 
