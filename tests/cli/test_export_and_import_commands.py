@@ -52,7 +52,8 @@ def test_export_to_gguf(run: Path, tmp_path: Path) -> None:
     done = forked_paca("export", run / "adapter", "--to", "gguf", "--output", output, "--base-model", run / "base")
     assert done.returncode == 0, done.stderr
     assert f"Written: {output} (LoRA, 14 layers, for 'llama' models of llama.cpp)" in done.stdout
-    assert f"--lora {output}" in done.stdout
+    how = "as a GGUF file, which llama.cpp's convert_hf_to_gguf.py makes of its folder: llama-cli -m MODEL.gguf"
+    assert f"Use it with {run / 'base'} {how} --lora {output}" in done.stdout
     assert len(gguf.GGUFReader(output).tensors) == 28
 
 

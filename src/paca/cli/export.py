@@ -78,7 +78,7 @@ def export(
         where = (
             f", with the file that {adapter.base} was unpacked from"
             if file
-            else f" with the GGUF file of {adapter.base}"
+            else f" with {adapter.base} as a GGUF file, which llama.cpp's convert_hf_to_gguf.py makes of its folder"
         )
         given = shlex.quote(file) if file else "MODEL.gguf"
         put(f"Use it{where}: llama-cli -m {given} --lora {shlex.quote(str(output))}{form}")
